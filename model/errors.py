@@ -1,0 +1,8 @@
+"""The one exception that means: the input is at fault, not the program."""
+
+
+class InputError(ValueError):
+    """A file, a row, a flag or a user's function is wrong. The message names the thing, what was expected and what came.
+
+    The command line prints it as one line and exits with status 1; anything else is a bug and keeps its traceback.
+    """

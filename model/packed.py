@@ -1,0 +1,72 @@
+"""Token sequences laid end to end, without padding: what the transformer eats.
+
+    segment     0: p p p p      1: a a a      2: b b        parents = [-1, 0, 0]
+    position       0 1 2 3         4 5 6         4 5        a child goes on where its parent ends
+    predictor     -1 0 1 2         3 4 5         3 7        the row whose hidden state scores this token
+
+A segment whose parent is not -1 continues that parent: its tokens see the parent's, and its first token is scored from
+the parent's last row. G completions of one prompt are then P + G*C tokens instead of G*(P + C). Depth is one, and a
+parent stands directly before its children; children never see each other.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Made by `pack`. total is the number of tokens, segments the number of sequences."""
+
+    tokens: Tensor  # (total,) int64
+    positions: Tensor  # (total,) int64, logical: a child's go on from its parent's length
+    cu_seqlens: Tensor  # (segments + 1,) int32, where each segment starts, and the total
+    parents: Tensor | None  # (segments,) int32, -1 for a segment of its own; None where all are
+    predictors: Tensor  # (total,) int64, the row that scores each token; -1 where none does
+
+    @property
+    def num_segments(self) -> int:
+        return self.cu_seqlens.numel() - 1
+
+
+def pack(
+    sequences: Sequence[Sequence[int]], parents: Sequence[int] | None = None, device: torch.device | str = "cpu"
+) -> Packed:
+    """Lay `sequences` (each a list of token ids) end to end. parents: an index into `sequences`, or -1, for each.
+
+    Raises ValueError where a parent is itself a child, is empty, or does not stand directly before its children.
+    """
+    if parents is None:
+        parents = [-1] * len(sequences)
+    if len(parents) != len(sequences):
+        raise ValueError(f"parents: expected one for each of the {len(sequences)} sequences, got {len(parents)}")
+    tokens: list[int] = []
+    positions: list[int] = []
+    predictors: list[int] = []
+    starts = [0]
+    latest_root = -1  # the only segment that the next one may continue
+    for i, (sequence, parent) in enumerate(zip(sequences, parents, strict=True)):
+        start, length = starts[-1], len(sequence)
+        first_position, first_predictor = 0, -1
+        if parent == -1:
+            latest_root = i
+        elif parent != latest_root:
+            raise ValueError(f"parents[{i}]: expected -1 or {latest_root}, the last segment without a parent, got {parent}")
+        elif not sequences[parent]:
+            raise ValueError(f"parents[{i}]: segment {parent} is empty: its last row cannot score a child")
+        else:
+            first_position, first_predictor = len(sequences[parent]), starts[parent + 1] - 1
+        tokens += sequence
+        positions += range(first_position, first_position + length)
+        predictors += [first_predictor, *range(start, start + length - 1)][:length]
+        starts.append(start + length)
+    has_parents = any(parent != -1 for parent in parents)
+    return Packed(
+        tokens=torch.tensor(tokens, dtype=torch.int64, device=device),
+        positions=torch.tensor(positions, dtype=torch.int64, device=device),
+        cu_seqlens=torch.tensor(starts, dtype=torch.int32, device=device),
+        parents=torch.tensor(parents, dtype=torch.int32, device=device) if has_parents else None,
+        predictors=torch.tensor(predictors, dtype=torch.int64, device=device),
+    )

