@@ -6,16 +6,18 @@ import torch
 from torch import Tensor
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read once: @triton.jit reads it at import, too
-TARGET: tuple[int, int] | None = None  # set by burnish.bench.static alone: CPU tensors launch, launches only compile, for this chip
+TARGET: tuple[int, int] | None = (
+    None  # set by burnish.bench.static alone: launches only compile, for this chip
+)
 
 
 def use_triton(x: Tensor) -> bool:
-    """CUDA tensors take the Triton path, CPU tensors torch, unless Triton interprets or compiles on the CPU."""
+    """CUDA tensors take the Triton path, CPU tensors torch, unless Triton interprets or only compiles."""
     return x.is_cuda or INTERPRET or TARGET is not None
 
 
 def capability(x: Tensor) -> tuple[int, int]:
-    """Compute capability that picks a tile from a table: (9, 0) on an H100, (9, 4) on an MI300X, (0, 0) when interpreted."""
+    """What picks a tile from a table: (9, 0) on an H100, (9, 4) on an MI300X, (0, 0) when interpreted."""
     if TARGET is not None:
         return TARGET
     return torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
