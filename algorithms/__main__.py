@@ -1,0 +1,63 @@
+"""The `burnish` command: `burnish COMMAND --help` lists a command's flags."""
+
+import importlib
+import sys
+
+import tyro
+
+from ..model.errors import InputError
+
+COMMANDS = {  # name: (module with a Config, its function of a Config, one line)
+    "r1": (
+        "burnish.algorithms.r1",
+        "train",
+        "DeepSeek-R1's recipe in miniature, from a base model to a report",
+    ),
+    "sft": (
+        "burnish.algorithms.sft",
+        "train",
+        "supervised fine-tuning on conversations, completions or text",
+    ),
+    "grpo": ("burnish.algorithms.grpo", "train", "reinforcement learning from a reward function of yours"),
+    "chat": ("burnish.algorithms.chat", "main", "talk to a model"),
+    "convert": ("burnish.model.convert", "main", "turn a GGUF file into a Hugging Face folder"),
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:<10}{line}" for name, (_, _, line) in COMMANDS.items()]
+    return (
+        "usage: burnish COMMAND [flags]\n\n"
+        + "\n".join(lines)
+        + "\n\nburnish COMMAND --help lists its flags."
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0, 1 for wrong input, 2 for wrong usage, 130 when interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    name = arguments[0]
+    if name not in COMMANDS:
+        print(f"burnish: no command '{name}'\n\n{usage()}", file=sys.stderr)
+        return 2
+    module_name, function, _ = COMMANDS[name]
+    module = importlib.import_module(
+        module_name
+    )  # only the one that is asked for: torch alone takes a second
+    config = tyro.cli(module.Config, prog=f"burnish {name}", args=arguments[1:], description=module.__doc__)
+    try:
+        getattr(module, function)(config)
+    except InputError as error:
+        print(f"\nburnish {name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nburnish {name}: interrupted; what was written until now is complete", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""From rewards to advantages. rewards (prompts, group): one row for the samples of one prompt.
+
+NaN marks a sample that no reward function judged: it gets advantage 0 and counts in no statistic.
+"""
+
+import torch
+from torch import Tensor
+
+
+def _centred(rewards: Tensor) -> Tensor:
+    return (rewards - rewards.nanmean(dim=1, keepdim=True)).nan_to_num(0.0)
+
+
+def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
+    """(r - mean) / (std + eps) within the group, std with ddof 1 as TRL's; zeros where all rewards are equal.
+
+    Source: GRPO, https://arxiv.org/abs/2402.03300, sec. 4.1.2.
+    """
+    centred = _centred(rewards)
+    judged = (~rewards.isnan()).sum(dim=1, keepdim=True)
+    std = (centred.square().sum(dim=1, keepdim=True) / (judged - 1).clamp(min=1)).sqrt()
+    return centred / (std + eps)
+
+
+def mean_advantages(rewards: Tensor) -> Tensor:
+    """r - mean: no division, so hard and easy prompts weigh alike.
+
+    Source: Dr. GRPO, https://arxiv.org/abs/2503.20783, sec. 3.2.
+    """
+    return _centred(rewards)
+
+
+def batch_std_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
+    """(r - group mean) / (std of all rewards of the batch + eps), ddof 1. Source: https://arxiv.org/abs/2508.08221."""
+    judged = rewards[~rewards.isnan()]
+    std = judged.std() if judged.numel() > 1 else torch.zeros((), device=rewards.device)
+    return _centred(rewards) / (std + eps)
+
+
+def rloo_advantages(rewards: Tensor) -> Tensor:
+    """r - mean of the others in the group: the unbiased leave-one-out baseline.
+
+    Source: RLOO, https://arxiv.org/abs/2402.14740, eq. 8.
+    """
+    judged = (~rewards.isnan()).sum(dim=1, keepdim=True)
+    return _centred(rewards) * judged / (judged - 1).clamp(min=1)

@@ -1,0 +1,235 @@
+"""Group relative policy optimization.
+
+    loss = sum_t [-min(rho_t A, clip(rho_t, 1 - lo, 1 + hi) A) + beta k3_t] / N_t
+
+    rho_t = pi(y_t) / pi_old(y_t)        A = (r - mean of the group) / (std of the group + eps)
+    k3_t  = exp(-d) + d - 1  with  d = log pi(y_t) - log pi_ref(y_t)
+
+over sampled tokens, the end token included. N_t is the denominator: by default the sampled tokens of the whole
+optimizer step (DAPO), not the paper's mean of sequence means, under which a token of a long answer weighs less; --aggregation and
+--advantage choose others. k3 in the loss is the paper's; its fixed point is that of the forward KL, not DPO's. Scoring
+uses the sampling temperature, and the ids that top-k or top-p kept, so the scored distribution is the sampled one.
+
+Metrics: reward (mean), reward/<function>, flat_groups (share whose rewards are all equal: they teach nothing),
+length (tokens), ended (share that ended by a stop token), entropy (nats), ratio, clip_fraction, kl, mismatch (mean |sampler's -
+trainer's log-probability|), sampling_seconds, update_seconds. entropy, ratio, clip_fraction, kl and mismatch are over
+the tokens that the update saw: without a KL term, samples whose advantage is 0 have no gradient and are not scored.
+
+Source: Shao et al. 2024, https://arxiv.org/abs/2402.03300, eq. 3 and 4; Yu et al. 2025 (DAPO), https://arxiv.org/abs/2503.14476
+Run:    burnish grpo --model DIR --data FILE.jsonl --reward FILE.py:function
+"""
+
+import copy
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from ..model.checkpoint import load_model
+from ..model.errors import InputError
+from ..model.tokenizer import Tokenizer
+from ._advantages import batch_std_advantages, group_advantages, mean_advantages, rloo_advantages
+from ._data import read_rows, rl_prompts
+from ._loop import (
+    Run,
+    Schedule,
+    autocast,
+    default_device,
+    epochs,
+    make_optimizer,
+    new_run_folder,
+    optimizer_step,
+    report_counts,
+    scheduled,
+)
+from ._rewards import load_reward
+from ._rollout import micro_batches, sample_groups
+from ._tokens import constant_length, sequence_mean, token_mean
+
+
+@dataclass(frozen=True)
+class Config:
+    model: Path  # Hugging Face folder to start from; also the reference policy where kl_coefficient > 0
+    data: Path  # prompts, with any further columns for the reward functions: .jsonl, .json or .parquet
+    reward: tuple[str, ...]  # FILE.py:function or package.module:function, one or more
+    reward_weights: tuple[float, ...] = ()  # one a reward function; all 1 where none are given
+    output: Path = field(
+        default_factory=lambda: new_run_folder("grpo")
+    )  # new folder for metrics and the model
+    steps: int = 200  # rollouts
+    prompts_per_step: int = 16
+    group_size: int = 8  # samples of one prompt
+    max_prompt_length: int = 1024  # tokens; longer prompts are dropped and counted
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    updates_per_rollout: int = 1  # optimizer steps on each rollout; from the second on, rho differs from 1
+    advantage: Literal["group", "mean", "batch_std", "rloo"] = "group"
+    aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = "token_mean"
+    clip_low: float = 0.2
+    clip_high: float = 0.2  # DAPO's clip-higher: 0.28
+    kl_coefficient: float = 0.0  # beta
+    micro_batch_tokens: int = 16384  # tokens in one forward and backward; gradients add up over micro-batches
+    learning_rate: float = 1e-6
+    schedule: Schedule = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    save_every: int = 0  # steps between checkpoints; 0 saves once, at the end
+    checkpoint_activations: bool = (
+        False  # recompute each layer in the backward: less memory, a third more time
+    )
+    seed: int = 0
+    device: str = field(default_factory=default_device)
+
+
+def grpo_loss(
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantage: Tensor,
+    denominator: Tensor | float,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped policy gradient. logprob, old_logprob, advantage (tokens,), in nats; old_logprob without gradient.
+
+    denominator: scalar or (tokens,), of the whole optimizer step (`_tokens.py`).
+    """
+    ratio = (logprob - old_logprob).clamp(-20, 20).exp()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = -(
+        torch.min(ratio * advantage, clipped * advantage) / denominator
+    ).sum()  # eq. 3 without its KL term
+    is_clipped = (clipped * advantage < ratio * advantage).float()
+    return loss, {"ratio": ratio.detach().mean(), "clip_fraction": is_clipped.mean()}
+
+
+def k3_loss(
+    logprob: Tensor, ref_logprob: Tensor, denominator: Tensor | float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """KL(pi||ref) estimated by exp(-d) + d - 1 on sampled tokens, d = logprob - ref_logprob, each (tokens,): eq. 4."""
+    log_ratio = (logprob - ref_logprob).clamp(-20, 20)
+    k3 = (-log_ratio).exp() + log_ratio - 1
+    return (k3 / denominator).sum(), {"kl": k3.detach().mean()}
+
+
+ADVANTAGES = {
+    "group": group_advantages,
+    "mean": mean_advantages,
+    "batch_std": batch_std_advantages,
+    "rloo": rloo_advantages,
+}
+
+
+def train(cfg: Config) -> Path:
+    """Returns the folder of the trained model."""
+    weights = cfg.reward_weights or (1.0,) * len(cfg.reward)
+    if len(weights) != len(cfg.reward):
+        raise InputError(
+            f"--reward-weights: expected {len(cfg.reward)}, one a reward function, got {len(weights)}"
+        )
+    rewards = {name.rpartition(":")[2]: load_reward(name) for name in cfg.reward}
+    tokenizer = Tokenizer.load(cfg.model)
+    prompts, counts = rl_prompts(read_rows(cfg.data), tokenizer, max_length=cfg.max_prompt_length)
+    report_counts(cfg.data, counts)
+    model = load_model(cfg.model, device=cfg.device)
+    model.checkpoint_activations = cfg.checkpoint_activations
+    reference = copy.deepcopy(model).requires_grad_(False) if cfg.kl_coefficient else None
+    optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
+    batches = epochs(len(prompts), cfg.prompts_per_step, cfg.seed)
+    with Run(cfg.output, cfg, title="grpo") as run:
+        for step in run.steps(cfg.steps):
+            started = time.perf_counter()
+            groups, judged = sample_groups(
+                model,
+                tokenizer,
+                [prompts[i] for i in next(batches)],
+                rewards,
+                weights,
+                group_size=cfg.group_size,
+                max_new_tokens=cfg.max_new_tokens,
+                temperature=cfg.temperature,
+                top_k=cfg.top_k,
+                top_p=cfg.top_p,
+                seed=cfg.seed + step,
+            )
+            sampled = time.perf_counter()
+            reward = torch.stack(
+                [group.rewards for group in groups]
+            )  # (prompts, group), NaN where none judged
+            advantage = ADVANTAGES[cfg.advantage](reward).flatten()  # (samples,)
+            lengths = torch.tensor([len(sample.tokens) for group in groups for sample in group.samples])
+            counted = ~reward.flatten().isnan()  # the others leave numerator and denominator
+            denominator = torch.ones_like(advantage)
+            denominator[counted] = _denominators(cfg, lengths[counted])
+            needed = counted if reference is not None else counted & (advantage != 0)
+            micros = micro_batches(groups, needed, advantage, denominator, cfg.micro_batch_tokens, cfg.device)
+
+            sums: dict[str, float] = {}
+            old_logprobs: list[Tensor] = []
+            rate = scheduled(cfg.learning_rate, step, cfg.steps, cfg.warmup_steps, cfg.schedule)
+            num_tokens = sum(micro.rows.numel() for micro in micros)
+            for update in range(cfg.updates_per_rollout if micros else 0):
+                total_loss = 0.0
+                for i, micro in enumerate(micros):
+                    score = {"temperature": cfg.temperature, "support": micro.support}
+                    with autocast(cfg.device):
+                        logprob, _, entropy = model.score(micro.packed, micro.rows, **score)
+                    if update == 0:  # the model is still the one that sampled
+                        old_logprobs.append(logprob.detach())
+                    loss, metrics = grpo_loss(
+                        logprob,
+                        old_logprobs[i],
+                        micro.advantage,
+                        micro.denominator,
+                        cfg.clip_low,
+                        cfg.clip_high,
+                    )
+                    if reference is not None:
+                        with torch.no_grad(), autocast(cfg.device):
+                            ref_logprob, _, _ = reference.score(micro.packed, micro.rows, **score)
+                        kl_loss, kl_metrics = k3_loss(logprob, ref_logprob, micro.denominator)
+                        loss, metrics = loss + cfg.kl_coefficient * kl_loss, metrics | kl_metrics
+                    loss.backward()
+                    total_loss += loss.item()
+                    metrics["entropy"] = entropy.detach().mean()
+                    if update == 0:
+                        metrics["mismatch"] = (old_logprobs[i] - micro.sampled_logprob).abs().mean()
+                    for name, value in metrics.items():  # means over the last update's tokens
+                        share = value.item() * micro.rows.numel() / num_tokens
+                        sums[name] = share if i == 0 else sums[name] + share
+                sums["grad_norm"] = optimizer_step(model, optimizer, total_loss, rate, cfg.max_grad_norm)
+                sums["loss"] = total_loss
+            ended = [sample.ended for group in groups for sample in group.samples]
+            run.log(
+                {
+                    "reward": reward.nanmean(),
+                    "length": lengths.float().mean(),
+                    **sums,
+                    **judged,
+                    "flat_groups": (advantage.view(reward.shape) == 0).all(dim=1).float().mean(),
+                    "ended": sum(ended) / len(ended),
+                    "learning_rate": rate,
+                    "sampling_seconds": sampled - started,
+                    "update_seconds": time.perf_counter() - sampled,
+                },
+                tokens=int(lengths.sum()),
+            )
+            if cfg.save_every and (step + 1) % cfg.save_every == 0:
+                run.save(model, tokenizer, f"step-{step + 1}")
+        return run.save(model, tokenizer)
+
+
+def _denominators(cfg: Config, lengths: Tensor) -> Tensor:
+    if cfg.aggregation == "constant_length":
+        return constant_length(lengths, cfg.max_new_tokens)
+    return {"token_mean": token_mean, "sequence_mean": sequence_mean}[cfg.aggregation](lengths)
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Config))

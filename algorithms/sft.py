@@ -1,0 +1,116 @@
+"""Supervised fine-tuning.
+
+    loss = -sum_t log pi(y_t | y_<t) / N
+
+over the N trained tokens of the whole optimizer step: completions with their end token (--train-on all: every one).
+Sequences are packed end to end and attend only to themselves, so packing changes neither loss nor gradient.
+`dft_loss` weighs each token by its own probability, which removes the 1/pi factor that makes rare tokens dominate the
+gradient.
+
+Source: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155
+        DFT: Wu et al. 2025, https://arxiv.org/abs/2508.05629, eq. 9
+Run:    burnish sft --model DIR --data FILE.jsonl
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from ..model.checkpoint import load_model
+from ..model.packed import pack
+from ..model.tokenizer import Tokenizer
+from ._data import best_fit, read_rows, sft_examples
+from ._loop import (
+    Run,
+    Schedule,
+    autocast,
+    default_device,
+    epochs,
+    make_optimizer,
+    new_run_folder,
+    optimizer_step,
+    report_counts,
+    scheduled,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    model: Path  # Hugging Face folder to start from
+    data: Path  # rows of messages, prompt and completion, text, Alpaca or ShareGPT: .jsonl, .json or .parquet
+    output: Path = field(
+        default_factory=lambda: new_run_folder("sft")
+    )  # new folder for metrics and the model
+    train_on: Literal["completion", "all"] = "completion"  # which tokens of a row are trained
+    loss: Literal["nll", "dft"] = "nll"
+    max_length: int = 1024  # tokens; longer rows are truncated and counted
+    steps: int = 1000  # optimizer steps
+    batch_size: int = 32  # rows in one optimizer step
+    micro_batch_tokens: int = 8192  # tokens in one forward and backward; gradients add up over micro-batches
+    learning_rate: float = 2e-5
+    schedule: Schedule = "cosine"
+    warmup_steps: int = 20
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    save_every: int = 0  # steps between checkpoints; 0 saves once, at the end
+    checkpoint_activations: bool = (
+        False  # recompute each layer in the backward: less memory, a third more time
+    )
+    seed: int = 0
+    device: str = field(default_factory=default_device)
+
+
+def sft_loss(logprob: Tensor, num_tokens: int) -> Tensor:
+    """logprob (tokens,): of the trained tokens, in nats. num_tokens: trained tokens in the whole optimizer step."""
+    return -logprob.sum() / num_tokens
+
+
+def dft_loss(logprob: Tensor, num_tokens: int) -> Tensor:
+    """logprob (tokens,), num_tokens: as in `sft_loss`. Each term is scaled by pi(y_t), without gradient: eq. 9."""
+    return -(logprob.detach().exp() * logprob).sum() / num_tokens
+
+
+LOSSES = {"nll": sft_loss, "dft": dft_loss}
+
+
+def train(cfg: Config) -> Path:
+    """Returns the folder of the trained model."""
+    tokenizer = Tokenizer.load(cfg.model)
+    examples, counts = sft_examples(
+        read_rows(cfg.data), tokenizer, max_length=cfg.max_length, train_on=cfg.train_on
+    )
+    report_counts(cfg.data, counts)
+    model = load_model(cfg.model, device=cfg.device)
+    model.checkpoint_activations = cfg.checkpoint_activations
+    optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
+    batches = epochs(len(examples), cfg.batch_size, cfg.seed)
+    with Run(cfg.output, cfg, title="sft") as run:
+        for step in run.steps(cfg.steps):
+            batch = [examples[i] for i in next(batches)]
+            num_tokens = sum(sum(example.mask) for example in batch)
+            total_loss = 0.0
+            for members in best_fit([len(example.tokens) for example in batch], cfg.micro_batch_tokens):
+                packed = pack([batch[i].tokens for i in members], device=cfg.device)
+                trained = torch.tensor([m for i in members for m in batch[i].mask])  # (total,)
+                with autocast(cfg.device):
+                    logprob, _, _ = model.score(packed, trained.nonzero().squeeze(1).to(cfg.device))
+                loss = LOSSES[cfg.loss](logprob, num_tokens)
+                loss.backward()
+                total_loss += loss.item()
+            rate = scheduled(cfg.learning_rate, step, cfg.steps, cfg.warmup_steps, cfg.schedule)
+            norm = optimizer_step(model, optimizer, total_loss, rate, cfg.max_grad_norm)
+            run.log(
+                {"loss": total_loss, "grad_norm": norm, "learning_rate": rate, "trained_tokens": num_tokens},
+                tokens=sum(len(example.tokens) for example in batch),
+            )
+            if cfg.save_every and (step + 1) % cfg.save_every == 0:
+                run.save(model, tokenizer, f"step-{step + 1}")
+        return run.save(model, tokenizer)
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Config))
