@@ -1,4 +1,4 @@
-"""One self-contained HTML page of an `r1` run: the table, the learning curves, a few transcripts. No scripts, no network."""
+"""One self-contained HTML page of an `r1` run: table, learning curves, transcripts. No scripts, no network."""
 
 import io
 import os
@@ -9,7 +9,7 @@ import jinja2
 import matplotlib
 
 matplotlib.use("svg")
-from matplotlib import pyplot as plt  # noqa: E402 (the backend is chosen first)
+from matplotlib import pyplot as plt
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -21,7 +21,7 @@ PAGE = """<!doctype html>
  th, td { padding: .4rem .6rem; text-align: right; border-bottom: 1px solid #dde3ea }
  th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid #1c2430 }
  .bar { display: inline-block; height: .6rem; background: #3267a8; vertical-align: middle; margin-right: .5rem }
- pre { background: #f4f6f9; padding: .7rem 1rem; overflow-x: auto; margin: .3rem 0 1rem } 
+ pre { background: #f4f6f9; padding: .7rem 1rem; overflow-x: auto; margin: .3rem 0 1rem }
  svg { width: 100%; height: auto }
 </style></head><body>
 <h1>{{ title }}</h1>

@@ -97,7 +97,7 @@ def micro_batches(
     capacity: int,
     device: str,
 ) -> list[MicroBatch]:
-    """Pack groups into micro-batches of at most `capacity` tokens; a group that is larger is split, its prompt repeated.
+    """Pack groups into micro-batches of at most `capacity` tokens; a larger group is split, its prompt repeated.
 
     needed, advantages, denominators: (samples,) over all groups in order; samples that are not needed are left out.
     """

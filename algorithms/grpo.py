@@ -6,16 +6,19 @@
     k3_t  = exp(-d) + d - 1  with  d = log pi(y_t) - log pi_ref(y_t)
 
 over sampled tokens, the end token included. N_t is the denominator: by default the sampled tokens of the whole
-optimizer step (DAPO), not the paper's mean of sequence means, under which a token of a long answer weighs less; --aggregation and
---advantage choose others. k3 in the loss is the paper's; its fixed point is that of the forward KL, not DPO's. Scoring
-uses the sampling temperature, and the ids that top-k or top-p kept, so the scored distribution is the sampled one.
+optimizer step (DAPO), not the paper's mean of sequence means, under which a token of a long answer weighs less;
+--aggregation and --advantage choose others. k3 in the loss is the paper's; its fixed point is that of the forward KL,
+not DPO's. Scoring uses the sampling temperature, and the ids that top-k or top-p kept, so the scored distribution is
+the sampled one.
 
-Metrics: reward (mean), reward/<function>, flat_groups (share whose rewards are all equal: they teach nothing),
-length (tokens), ended (share that ended by a stop token), entropy (nats), ratio, clip_fraction, kl, mismatch (mean |sampler's -
-trainer's log-probability|), sampling_seconds, update_seconds. entropy, ratio, clip_fraction, kl and mismatch are over
-the tokens that the update saw: without a KL term, samples whose advantage is 0 have no gradient and are not scored.
+Metrics: reward (mean), reward/<function>, flat_groups (share whose rewards are all equal: they teach nothing), length
+(tokens), ended (share that ended by a stop token), entropy (nats), ratio, clip_fraction, kl, mismatch (mean of
+|sampler's - trainer's log-probability|), sampling_seconds, update_seconds. entropy, ratio, clip_fraction, kl and
+mismatch are over the tokens that the update saw: without a KL term, samples whose advantage is 0 have no gradient and
+are not scored.
 
-Source: Shao et al. 2024, https://arxiv.org/abs/2402.03300, eq. 3 and 4; Yu et al. 2025 (DAPO), https://arxiv.org/abs/2503.14476
+Source: Shao et al. 2024, https://arxiv.org/abs/2402.03300, eq. 3 and 4
+        DAPO: Yu et al. 2025, https://arxiv.org/abs/2503.14476
 Run:    burnish grpo --model DIR --data FILE.jsonl --reward FILE.py:function
 """
 

@@ -7,9 +7,9 @@
     student    a smaller base -> SFT on R1's right samples (distillation), beside the same smaller base -> GRPO
 
 GRPO with two rule rewards, accuracy and form; no critic, no process reward model. Every stage is one call of
-`sft.train` or `grpo.train` on files in the run folder, so each can be run again by hand with the config.json that it leaves.
-The task is in `_sums.py`; figures are on its held-out problems. Published shape, AIME 2024 pass@1: R1-Zero 15.6 -> 71.0
-(majority vote 86.7), R1 79.8, student 72.6 distilled and 47.0 by RL alone.
+`sft.train` or `grpo.train` on files in the run folder, so each can be run again by hand with the config.json that it
+leaves. The task is in `_sums.py`; figures are on its held-out problems. Published shape, AIME 2024 pass@1: R1-Zero
+15.6 -> 71.0 (majority vote 86.7), R1 79.8, student 72.6 distilled and 47.0 by RL alone.
 
 Source: DeepSeek-AI 2025, https://arxiv.org/abs/2501.12948
 Run:    burnish r1
@@ -112,7 +112,7 @@ def train(cfg: Config) -> Path:
         header=["stage", "pass@1", "vote", "greedy", "form", "published"],
         rows={stage: [*vars(score).values(), PUBLISHED.get(stage)] for stage, score in table.items()},
         note=f"pass@1, vote and form over {cfg.evaluation_samples} samples a problem at temperature 1. published: "
-        "pass@1 on AIME 2024 of DeepSeek's models (arXiv 2501.12948), another task: set the shape beside it, not the numbers.",
+        "DeepSeek's pass@1 on AIME 2024 (arXiv 2501.12948), another task: compare the shape, not the numbers.",
         curves=[recipe.curves() for recipe in recipes],
         curve_note="Share of right samples on training problems in each GRPO step, a mean over five steps.",
         transcripts=recipes[0].transcripts,
