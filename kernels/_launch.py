@@ -1,14 +1,17 @@
-"""What every kernel file needs before it launches: which path to take, on what chip, and what it accepts."""
+"""What every kernel file needs before it launches: which path, on what chip, what it accepts, how torch knows it."""
 
 import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read once: @triton.jit reads it at import, too
-TARGET: tuple[int, int] | None = (
-    None  # set by burnish.bench.static alone: launches only compile, for this chip
-)
+TARGET: tuple[int, int] | None = None  # set by bench/static.py alone: launches only compile, for this chip
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def use_triton(x: Tensor) -> bool:
@@ -28,3 +31,49 @@ def check_shape(name: str, x: Tensor, **dims: int) -> None:
     if tuple(x.shape) != tuple(dims.values()):
         want = ", ".join(f"{dim}={size}" for dim, size in dims.items())
         raise ValueError(f"{name}: expected shape ({want}), got {tuple(x.shape)}")
+
+
+def check_dtype(name: str, x: Tensor, *allowed: torch.dtype) -> None:
+    """Raises ValueError where a Triton path is handed a dtype that it has not: fp64 is the references' alone."""
+    if x.dtype not in (allowed or DTYPES):
+        raise ValueError(f"{name}: expected dtype {' or '.join(map(str, allowed or DTYPES))}, got {x.dtype}")
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def multiprocessors(x: Tensor) -> int:
+    """What a grid that walks its work is sized by; 2 when interpreted, so that every program walks."""
+    return _multiprocessors(x.device) if x.is_cuda else 2
+
+
+def register(
+    name: str,
+    launch: Callable[..., Any],
+    fake: Callable[..., Any],
+    save: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Make `launch` known to torch as burnish::name and return what the public op calls.
+
+    fake: the same signature, shapes and dtypes only. save(ctx, inputs, output) and backward(ctx, *grads) are those of
+    torch.autograd.Function. torch.compile and dispatch modes (FakeTensor, selective checkpointing) see the registered
+    op; an eager call goes by an autograd.Function around the same three functions, which costs half as much.
+    """
+    registered = torch.library.custom_op(f"burnish::{name}", launch, mutates_args=())
+    registered.register_fake(fake)
+    direct = launch
+    if save is not None and backward is not None:
+        registered.register_autograd(backward, setup_context=save)
+        members = {"forward": launch, "setup_context": save, "backward": backward}
+        function = type(name, (torch.autograd.Function,), {k: staticmethod(f) for k, f in members.items()})
+        direct = function.apply
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+            return registered(*args)
+        return direct(*args)
+
+    return call
