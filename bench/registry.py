@@ -1,0 +1,428 @@
+"""One Case per op and shape family: all that the tests, the static proof and the benchmark know about an op.
+
+The accuracy rule, for every output and every gradient:
+
+    max|fused - truth| <= 2 max|eager - truth| + 1e-5 (1 + max|truth|)
+
+truth is the reference in fp32 (fp64 for fp32 inputs); eager is the composition as torch users write it, in the input's
+dtype. An op is held to what its users would otherwise have had; NaN never passes.
+
+Adding an op is one kernel file and its Cases here.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels import glu, norm, rope
+
+Dims = dict[str, int]  # a shape by the house's letters: {"B": 2, "T": 5, "C": 100}
+Tensors = dict[str, Tensor | None]  # by the name of the op's argument
+
+
+class Work(NamedTuple):
+    """The least that one pass must do: arithmetic operations, and bytes when each operand is read or written once."""
+
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    family: str
+    inputs: Callable[[Dims, torch.dtype, str], Tensors]
+    fused: Callable[..., Any]
+    reference: Callable[..., Any]
+    eager: Callable[..., Any]
+    work: Callable[[Dims, int], tuple[Work, Work]]  # (dims, bytes per element) -> forward, backward
+    formula: str  # the traffic in work, in words: elements forward; elements backward
+    shapes: tuple[Dims, ...]  # tests: one, odd, prime, just over a tile
+    empty: tuple[Dims, ...]
+    bench: dict[str, tuple[Dims, ...]]  # by device: "cuda", "cpu"
+    configurations: tuple[
+        Dims, ...
+    ]  # one for each row of the kernel's tile table: what the static proof compiles
+    activations: tuple[str, ...]  # what is scaled by 30; the other tensors are parameters
+    options: dict[str, Any] = field(default_factory=dict)
+    fixed: tuple[str, ...] = ()  # float tensors that have no gradient
+    half_at_30: bool = True  # False where products of fp16 activations at scale 30 overflow
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+    check: Callable[[Dims], Dims] = (
+        dict  # a benchmark shape -> the shape at which it is checked before it is timed
+    )
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}/{self.family}"
+
+
+def label(dims: Dims) -> str:
+    return " ".join(f"{letter}={size}" for letter, size in dims.items())
+
+
+# ---- running a case
+
+
+def make_inputs(case: Case, dims: Dims, dtype: torch.dtype, device: str, scale: float = 1.0) -> Tensors:
+    """Scale 30 is for activations only; 1e-3 is for every tensor that is learned or computed."""
+    tensors = case.inputs(dims, dtype, device)
+    for name, t in tensors.items():
+        if t is not None and t.is_floating_point() and name not in case.fixed:
+            tensors[name] = t * scale if scale < 1 or name in case.activations else t
+    return tensors
+
+
+def leaves(case: Case, tensors: Tensors) -> list[str]:
+    """The names of the tensors that have a gradient."""
+    return [n for n, t in tensors.items() if t is not None and t.is_floating_point() and n not in case.fixed]
+
+
+def run(
+    op: Callable[..., Any], case: Case, tensors: Tensors, upstream: list[Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Outputs by number and, given their upstream gradients, the gradient of every leaf by name."""
+    if upstream is None:
+        with torch.no_grad():
+            outputs = op(**tensors, **case.options)
+        return {f"output {i}": t for i, t in enumerate(_tuple(outputs))}
+    names = leaves(case, tensors)
+    wanted = {n: _tensor(tensors, n).detach().requires_grad_() for n in names}
+    outputs = _tuple(op(**{**tensors, **wanted}, **case.options))
+    upstream = [g.to(t.dtype) for g, t in zip(upstream, outputs, strict=True)]
+    grads = torch.autograd.grad(outputs, list(wanted.values()), upstream)
+    return {f"output {i}": t.detach() for i, t in enumerate(outputs)} | {
+        f"gradient of {n}": g for n, g in zip(names, grads, strict=True)
+    }
+
+
+def _tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _tensor(tensors: Tensors, name: str) -> Tensor:
+    t = tensors[name]
+    assert t is not None
+    return t
+
+
+def widen(tensors: Tensors, dtype: torch.dtype) -> Tensors:
+    return {n: t.to(dtype) if t is not None and t.is_floating_point() else t for n, t in tensors.items()}
+
+
+def make_upstream(case: Case, tensors: Tensors) -> list[Tensor]:
+    """Random upstream gradients, in the shapes and dtypes that the reference says the op returns."""
+    return [
+        torch.randn(t.shape, dtype=t.dtype, device=t.device)
+        for t in run(case.reference, case, tensors).values()
+    ]
+
+
+def assert_accurate(
+    case: Case,
+    tensors: Tensors,
+    upstream: list[Tensor] | None = None,
+    under: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> None:
+    """Hold case.fused to the accuracy rule on these tensors. `under` is a context for both, such as autocast."""
+    floats = [t.dtype for t in tensors.values() if t is not None and t.is_floating_point()]
+    wide = torch.float64 if torch.float32 in floats else torch.float32
+    with under():
+        upstream = upstream or make_upstream(case, tensors)
+        fused = run(case.fused, case, tensors, upstream)
+        eager = run(case.eager, case, tensors, upstream)
+    truth = run(case.reference, case, widen(tensors, wide), upstream)
+    dtypes = [g.dtype for g in upstream] + [_tensor(tensors, n).dtype for n in leaves(case, tensors)]
+    assert fused.keys() == truth.keys(), f"{case.name}: expected {list(truth)}, got {list(fused)}"
+    for (name, t), dtype in zip(truth.items(), dtypes, strict=True):
+        f, e = fused[name], eager[name].to(dtype)
+        assert f.shape == t.shape, (
+            f"{case.name}: {name}: expected shape {tuple(t.shape)}, got {tuple(f.shape)}"
+        )
+        assert f.dtype == dtype, f"{case.name}: {name}: expected {dtype}, got {f.dtype}"
+        finite = t.isfinite()  # a log-sum-exp over nothing is -inf
+        assert torch.equal(f[~finite].to(wide), t[~finite]), (
+            f"{case.name}: {name}: differs where the truth is infinite"
+        )
+        if finite.any():
+            t, f, e = t[finite], f[finite].to(wide), e[finite].to(wide)
+            allowed = 2 * (e - t).abs().max() + 1e-5 * (1 + t.abs().max())
+            error = (f - t).abs().max()
+            assert error <= allowed, f"{case.name}: {name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+# ---- norm
+
+
+def _rms_norm_eager(x: Tensor, weight: Tensor, eps: float = 1e-6, *, unit_offset: bool = False) -> Tensor:
+    y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return y * (1 + weight if unit_offset else weight)
+
+
+def _add_rms_norm_eager(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, *, unit_offset: bool = False
+):
+    total = x + residual
+    return _rms_norm_eager(total, weight, eps, unit_offset=unit_offset), total
+
+
+def _norm_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    shape = tuple(dims.values())  # the last letter is the normalised dimension
+    return {"x": _randn(shape, dtype, device), "weight": _randn(shape[-1:], dtype, device)}
+
+
+def _add_norm_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    shape = tuple(dims.values())
+    residual = _randn(shape, dtype, device)
+    return {
+        "x": _randn(shape, dtype, device),
+        "residual": residual,
+        "weight": _randn(shape[-1:], dtype, device),
+    }
+
+
+def _norm_work(dims: Dims, size: int) -> tuple[Work, Work]:
+    *lead, n = dims.values()
+    rn = _product(lead) * n
+    return Work(5 * rn, (2 * rn + n) * size), Work(10 * rn, (3 * rn + 2 * n) * size)
+
+
+def _add_norm_work(dims: Dims, size: int) -> tuple[Work, Work]:
+    *lead, n = dims.values()
+    rn = _product(lead) * n
+    return Work(6 * rn, (4 * rn + n) * size), Work(11 * rn, (4 * rn + 2 * n) * size)
+
+
+_NORM_SHAPES = (
+    {"B": 1, "T": 1, "C": 1},
+    {"B": 2, "T": 5, "C": 100},
+    {"B": 1, "T": 37, "C": 33},
+    {"B": 1, "T": 3, "C": 1031},
+)
+_HEAD_SHAPES = ({"B": 1, "T": 1, "H": 1, "D": 3}, {"B": 2, "T": 5, "H": 3, "D": 65})
+_NORM_EMPTY = ({"B": 0, "T": 5, "C": 8}, {"B": 2, "T": 0, "C": 8})
+_WIDTHS = tuple({"B": 1, "T": 256, "C": c} for c in (128, 1024, 4096, 16384))
+_NORM_BENCH = {
+    "cuda": tuple(
+        {"B": 1, "T": t, "C": c}
+        for t, c in [(2048, 4096), (8192, 4096), (32768, 4096), (65536, 1024), (2048, 16384)]
+    ),
+    "cpu": ({"B": 1, "T": 512, "C": 1024}, {"B": 1, "T": 2048, "C": 2048}),
+}
+_HEAD_BENCH = {
+    "cuda": ({"B": 1, "T": 8192, "H": 32, "D": 128},),
+    "cpu": ({"B": 1, "T": 512, "H": 8, "D": 64},),
+}
+
+
+# ---- rope
+
+
+def _apply_rope_eager(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None = None,
+    *,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    rows = torch.arange(q.shape[-3], device=q.device) if positions is None else positions
+    c, s = (t[rows].unsqueeze(-2).to(q.dtype) for t in (cos, sin))  # (..., T, 1, rotary/2)
+
+    def rotate(x: Tensor) -> Tensor:
+        turned, rest = x[..., : 2 * c.shape[-1]], x[..., 2 * c.shape[-1] :]
+        if interleaved:
+            a, b = turned[..., ::2], turned[..., 1::2]
+            turned = torch.stack((a * c - b * s, b * c + a * s), -1).flatten(-2)
+        else:
+            a, b = turned.chunk(2, -1)
+            turned = turned * torch.cat((c, c), -1) + torch.cat((-b, a), -1) * torch.cat((s, s), -1)
+        return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
+
+    return rotate(q), rotate(k)
+
+
+def _rope_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    t, rotary = dims["T"], dims.get("rotary", dims["D"])
+    lead = (dims["B"], t) if "B" in dims else (t,)  # without a batch: packed rows, each with its own position
+    places = 2 * t + 1 if "B" not in dims else t
+    angle = torch.arange(places, device=device)[:, None] / 100.0 ** torch.linspace(
+        0, 1, rotary // 2, device=device
+    )
+    return {
+        "q": _randn((*lead, dims["H"], dims["D"]), dtype, device),
+        "k": _randn((*lead, dims["G"], dims["D"]), dtype, device),
+        "cos": angle.cos(),
+        "sin": angle.sin(),
+        "positions": None if "B" in dims else torch.arange(t, device=device).flip(0) * 2,
+    }
+
+
+def _rope_work(dims: Dims, size: int) -> tuple[Work, Work]:
+    tokens, rotary = dims.get("B", 1) * dims["T"], dims.get("rotary", dims["D"])
+    heads = tokens * (dims["H"] + dims["G"])
+    one = Work(3 * heads * rotary, 2 * heads * dims["D"] * size + dims["T"] * rotary * 4)
+    return one, one
+
+
+_ROPE_SHAPES = (
+    {"B": 1, "T": 1, "H": 1, "G": 1, "D": 2},
+    {"B": 2, "T": 7, "H": 3, "G": 1, "D": 34},
+    {"B": 1, "T": 17, "H": 4, "G": 2, "D": 64},
+)
+_ROPE_EMPTY = ({"B": 2, "T": 0, "H": 2, "G": 1, "D": 8},)
+_ROPE_BENCH = {
+    "cuda": tuple({"B": 1, "T": t, "H": 32, "G": 8, "D": 128} for t in (1024, 8192, 32768)),
+    "cpu": ({"B": 1, "T": 512, "H": 8, "G": 2, "D": 64},),
+}
+_ROPE_TILES = tuple({"B": 1, "T": 256, "H": 8, "G": 2, "D": d} for d in (64, 128, 256))
+
+
+# ---- glu
+
+
+def _swiglu_eager(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def _geglu_eager(gate: Tensor, up: Tensor) -> Tensor:
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def _clamped_swiglu_eager(gate: Tensor, up: Tensor, alpha: float = 1.702, limit: float = 7.0) -> Tensor:
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + 1) * (gate * torch.sigmoid(alpha * gate))
+
+
+def _glu_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    shape = tuple(dims.values())
+    return {"gate": _randn(shape, dtype, device), "up": _randn(shape, dtype, device)}
+
+
+def _glu_work(dims: Dims, size: int) -> tuple[Work, Work]:
+    n = _product(dims.values())
+    return Work(6 * n, 3 * n * size), Work(15 * n, 5 * n * size)
+
+
+_GLU_SHAPES = (
+    {"B": 1, "T": 1, "F": 1},
+    {"B": 2, "T": 5, "F": 101},
+    {"B": 1, "T": 3, "F": 1031},
+    {"B": 2, "T": 2, "F": 1024},
+)
+_GLU_EMPTY = ({"B": 0, "T": 5, "F": 8}, {"B": 2, "T": 5, "F": 0})
+_GLU_BENCH = {
+    "cuda": tuple({"B": 1, "T": t, "F": 14336} for t in (512, 2048, 8192)),
+    "cpu": ({"B": 1, "T": 512, "F": 2048},),
+}
+
+
+# ---- shared by the families
+
+
+def _randn(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    return torch.randn(shape, dtype=dtype, device=device)
+
+
+def _product(sizes: Any) -> int:
+    total = 1
+    for size in sizes:
+        total *= size
+    return total
+
+
+def _norm_case(family: str, **changes: Any) -> Case:
+    return Case(
+        **{
+            "op": "rms_norm",
+            "family": family,
+            "inputs": _norm_inputs,
+            "fused": norm.rms_norm,
+            "reference": norm.rms_norm_reference,
+            "eager": _rms_norm_eager,
+            "work": _norm_work,
+            "formula": "reads x, writes y: 2RN; reads x and dy, writes dx: 3RN",
+            "shapes": _NORM_SHAPES,
+            "empty": _NORM_EMPTY,
+            "bench": _NORM_BENCH,
+            "configurations": _WIDTHS,
+            "activations": ("x",),
+        }
+        | changes
+    )
+
+
+_ADD_NORM: dict[str, Any] = {
+    "op": "add_rms_norm",
+    "inputs": _add_norm_inputs,
+    "fused": norm.add_rms_norm,
+    "reference": norm.add_rms_norm_reference,
+    "eager": _add_rms_norm_eager,
+    "work": _add_norm_work,
+    "formula": "reads x and the residual, writes y and the sum: 4RN; reads the sum and two gradients, writes one: 4RN",
+    "activations": ("x", "residual"),
+}
+
+
+def _rope_case(family: str, **changes: Any) -> Case:
+    return Case(
+        **{
+            "op": "apply_rope",
+            "family": family,
+            "inputs": _rope_inputs,
+            "fused": rope.apply_rope,
+            "reference": rope.apply_rope_reference,
+            "eager": _apply_rope_eager,
+            "work": _rope_work,
+            "formula": "reads and writes q and k: 2T(H + G)D; the same backward",
+            "shapes": _ROPE_SHAPES,
+            "empty": _ROPE_EMPTY,
+            "bench": {},
+            "configurations": (),
+            "activations": ("q", "k"),
+            "fixed": ("cos", "sin"),
+        }
+        | changes
+    )
+
+
+def _glu_case(op: str, fused: Any, reference: Any, eager: Any) -> Case:
+    return Case(
+        op=op,
+        family="elementwise",
+        inputs=_glu_inputs,
+        fused=fused,
+        reference=reference,
+        eager=eager,
+        work=_glu_work,
+        formula="reads gate and up, writes y: 3TF; reads both and dy, writes two gradients: 5TF",
+        shapes=_GLU_SHAPES,
+        empty=_GLU_EMPTY,
+        bench=_GLU_BENCH,
+        configurations=({"B": 1, "T": 256, "F": 14336},),
+        activations=("gate", "up"),
+    )
+
+
+CASES: tuple[Case, ...] = (
+    _norm_case("hidden"),
+    _norm_case("unit offset", options={"unit_offset": True}, bench={}, configurations=()),
+    _norm_case("heads", shapes=_HEAD_SHAPES, empty=(), bench=_HEAD_BENCH, configurations=()),
+    _norm_case("hidden", **_ADD_NORM),
+    _norm_case("unit offset", **_ADD_NORM, options={"unit_offset": True}, bench={}, configurations=()),
+    _rope_case("half", bench=_ROPE_BENCH, configurations=_ROPE_TILES),
+    _rope_case("interleaved", options={"interleaved": True}, configurations=_ROPE_TILES[1:2]),
+    _rope_case("partial", shapes=({"B": 2, "T": 5, "H": 3, "G": 1, "D": 34, "rotary": 10},)),
+    _rope_case(
+        "packed", shapes=({"T": 19, "H": 3, "G": 1, "D": 16},), empty=({"T": 0, "H": 3, "G": 1, "D": 16},)
+    ),
+    _glu_case("swiglu", glu.swiglu, glu.swiglu_reference, _swiglu_eager),
+    _glu_case("geglu", glu.geglu, glu.geglu_reference, _geglu_eager),
+    _glu_case("clamped_swiglu", glu.clamped_swiglu, glu.clamped_swiglu_reference, _clamped_swiglu_eager),
+)

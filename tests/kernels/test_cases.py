@@ -1,0 +1,181 @@
+"""What holds for every op, read from the registry: accuracy, repeatability, registration, compilation, layouts."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from burnish.bench.registry import (
+    CASES,
+    Case,
+    Dims,
+    assert_accurate,
+    label,
+    leaves,
+    make_inputs,
+    make_upstream,
+    run,
+)
+from burnish.kernels._launch import INTERPRET
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+COMPILED = torch.cuda.is_available()
+TRITON = INTERPRET or COMPILED
+# Triton's interpreter truncates on a bf16 store where the hardware rounds, and its bf16 arithmetic is garbage
+DTYPES = (torch.float32, torch.float16) if INTERPRET else (torch.float32, torch.float16, torch.bfloat16)
+HALF = torch.float16 if INTERPRET else torch.bfloat16
+BACKEND = (
+    "inductor" if COMPILED else "aot_eager"
+)  # one graph either way; code for the CPU adds seconds and proves nothing more
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+every_shape = pytest.mark.parametrize(
+    "case, dims", [pytest.param(c, d, id=f"{c.name}-{label(d)}") for c in CASES for d in c.shapes]
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_shape
+def test_accuracy(case: Case, dims: Dims, dtype: torch.dtype, device: str):
+    if dtype not in case.dtypes:
+        pytest.skip(f"{case.name} takes {case.dtypes}")
+    assert_accurate(case, make_inputs(case, dims, dtype, device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [1e-3, 30])
+@every_case
+def test_accuracy_at_scale(case: Case, scale: float, dtype: torch.dtype, device: str):
+    if dtype not in case.dtypes or (scale == 30 and dtype == torch.float16 and not case.half_at_30):
+        pytest.skip("fp16 products overflow")
+    assert_accurate(case, make_inputs(case, case.shapes[1 % len(case.shapes)], dtype, device, scale))
+
+
+@every_case
+def test_same_bits_twice(case: Case, device: str):
+    tensors = make_inputs(case, case.shapes[-1], HALF, device)
+    upstream = make_upstream(case, tensors)
+    first, second = (run(case.fused, case, tensors, upstream) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@every_case
+def test_any_strides(case: Case, device: str):
+    tensors = make_inputs(case, case.shapes[-1], torch.float32, device)
+    upstream = make_upstream(case, tensors)
+    strided = {
+        n: spread(t) if n in leaves(case, tensors) and t is not None else t for n, t in tensors.items()
+    }
+    assert_accurate(case, strided, [spread(g) for g in upstream])
+    ones = [
+        torch.ones((), device=device, dtype=g.dtype).expand(g.shape) for g in upstream
+    ]  # what .sum().backward() sends
+    assert_accurate(case, tensors, ones)
+
+
+def spread(t: Tensor) -> Tensor:
+    """The same values with NaN between them: every stride is doubled, and a read past an element is caught."""
+    wide = torch.full((*t.shape, 2), float("nan"), dtype=t.dtype, device=t.device)
+    wide[..., 0] = t
+    return wide[..., 0]
+
+
+@pytest.mark.parametrize(
+    "case, dims", [pytest.param(c, d, id=f"{c.name}-{label(d)}") for c in CASES for d in c.empty]
+)
+def test_empty(case: Case, dims: Dims, device: str):
+    tensors = make_inputs(case, dims, torch.float32, device)
+    upstream = make_upstream(case, tensors)
+    fused, truth = (run(op, case, tensors, upstream) for op in (case.fused, case.reference))
+    for name, t in truth.items():
+        assert fused[name].shape == t.shape and torch.equal(fused[name], t), name
+
+
+@every_case
+def test_autocast(case: Case, device: str):
+    """Half-precision activations meet fp32 parameters: the training policy."""
+    tensors = make_inputs(case, case.shapes[-1], torch.float32, device)
+    for name in case.activations:
+        t = tensors[name]
+        assert t is not None
+        tensors[name] = t.to(HALF)
+    assert_accurate(case, tensors, under=lambda: torch.autocast(device, HALF))
+
+
+@every_case
+def test_activation_checkpointing(case: Case, device: str):
+    tensors = make_inputs(case, case.shapes[-1], torch.float32, device)
+    upstream = make_upstream(case, tensors)
+
+    def again(**arguments):
+        return checkpoint(case.fused, use_reentrant=False, **arguments)
+
+    plain, recomputed = (run(op, case, tensors, upstream) for op in (case.fused, again))
+    for name in plain:
+        assert torch.equal(plain[name], recomputed[name]), name
+
+
+@every_case
+def test_compiles_as_one_graph(case: Case, device: str):
+    torch.compiler.reset()
+    compiled = replace(case, fused=torch.compile(case.fused, fullgraph=True, backend=BACKEND))
+    assert_accurate(compiled, make_inputs(case, case.shapes[-1], torch.float32, device))
+
+
+class Record(TorchDispatchMode):
+    """Keeps the calls of our registered ops, forward and backward, with their arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "burnish":
+            self.calls.setdefault(func, (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not TRITON, reason="on a CPU the ops are plain torch")
+@every_case
+def test_registration(case: Case, device: str):
+    tensors = make_inputs(case, case.shapes[-1], torch.float32, device)
+    with Record() as record:
+        run(case.fused, case, tensors, make_upstream(case, tensors))
+    assert record.calls, "no op of the burnish namespace ran"
+    differentiable = {id(t) for n, t in tensors.items() if n in leaves(case, tensors)}
+    for op, (args, kwargs) in record.calls.items():
+        first_order = "backward" not in op.name()
+        args = tuple(
+            a.detach().clone().requires_grad_(first_order and (id(a) in differentiable or a.requires_grad))
+            if isinstance(a, Tensor) and a.is_floating_point()
+            else a
+            for a in args
+        )
+        torch.library.opcheck(op, args, kwargs)
+
+
+@pytest.mark.skipif(TRITON, reason="the reference is plain torch: once is enough")
+@every_case
+def test_reference_gradients_by_finite_differences(case: Case):
+    tensors = make_inputs(case, case.shapes[0], torch.float64, "cpu")
+    names = leaves(case, tensors)
+
+    def reference(*values):
+        return case.reference(**{**tensors, **dict(zip(names, values, strict=True))}, **case.options)
+
+    values = [t.requires_grad_() for n, t in tensors.items() if n in names and t is not None]
+    assert torch.autograd.gradcheck(reference, values, fast_mode=True)
+
+
+def test_the_rule_can_fail(device: str):
+    """The negative control of the rule itself: in fp32 one part in a thousand does not pass, nor does NaN."""
+    case = CASES[0]
+    tensors = make_inputs(case, case.shapes[1], torch.float32, device)
+    for fault in (1.001, float("nan")):
+        wrong = replace(
+            case, fused=lambda *args, fault=fault, **kwargs: case.reference(*args, **kwargs) * fault
+        )
+        with pytest.raises(AssertionError, match="output 0: error"):
+            assert_accurate(wrong, tensors)
