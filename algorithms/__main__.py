@@ -5,13 +5,11 @@ import sys
 
 import tyro
 
-from ..model.errors import InputError
-
 COMMANDS = {  # name: (module with a Config, its function of a Config, one line)
     "r1": (
         "burnish.algorithms.r1",
         "train",
-        "DeepSeek-R1's recipe in miniature, from a base model to a report",
+        "DeepSeek-R1's recipe in miniature, from random weights to a report",
     ),
     "sft": (
         "burnish.algorithms.sft",
@@ -43,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"burnish: no command '{name}'\n\n{usage()}", file=sys.stderr)
         return 2
+    from ..model.errors import InputError  # imports torch, which help does without
+
     module_name, function, _ = COMMANDS[name]
     module = importlib.import_module(
         module_name

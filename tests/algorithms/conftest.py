@@ -1,0 +1,55 @@
+"""A model small enough to train in a test, on the task of `r1`, as files like those a user has."""
+
+import json
+from pathlib import Path
+
+import pytest
+from burnish.algorithms._sums import (
+    VOCABULARY,
+    demonstration_row,
+    make_tokenizer,
+    prompt_row,
+    split_problems,
+)
+from burnish.model.checkpoint import save_model
+from burnish.model.config import ModelConfig
+from burnish.model.tokenizer import Tokenizer
+from burnish.model.transformer import Transformer
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    config = ModelConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+        eos_token_id=0,
+    )
+    save_model(
+        Transformer(config, seed=0), tmp_path / "random-model", Tokenizer(make_tokenizer(), eos="<eos>")
+    )
+    return tmp_path / "random-model"
+
+
+@pytest.fixture
+def demonstrations(tmp_path: Path) -> Path:
+    """64 clean rows of prompt and completion."""
+    return write_rows(
+        tmp_path / "demonstrations.jsonl",
+        [demonstration_row(problem) for problem in split_problems(0)[0][:64]],
+    )
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    return write_rows(
+        tmp_path / "prompts.jsonl", [prompt_row(problem) for problem in split_problems(0)[0][:32]]
+    )
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
