@@ -1,0 +1,66 @@
+"""What `pip install .` gives: one package, complete, whose command starts; and an sdist that builds the same."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ["kernels", "model", "algorithms", "bench"]
+
+
+def build(folder: Path, kind: str, output: Path) -> Path:
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--no-isolation",
+        f"--{kind}",
+        "--outdir",
+        str(output),
+        str(folder),
+    ]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    (built,) = output.iterdir()
+    return built
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """The tree without what a build or a run leaves in it."""
+    leftovers = shutil.ignore_patterns(".*", "build", "dist", "runs", "models", "*.egg-info", "__pycache__")
+    return shutil.copytree(ROOT, tmp_path / "tree", ignore=leftovers)
+
+
+@pytest.mark.slow
+def test_wheel_and_sdist(tree, tmp_path):
+    wheel = build(tree, "wheel", tmp_path / "wheel")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names} == {"burnish", "burnish-0.1.0.dist-info"}
+    for folder in SOURCES:
+        for path in (tree / folder).glob("*.py"):
+            assert f"burnish/{folder}/{path.name}" in names
+        assert f"burnish/{folder}/py.typed" in names
+
+    sdist = build(tree, "sdist", tmp_path / "sdist")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    again = build(tmp_path / "burnish-0.1.0", "wheel", tmp_path / "again")
+    assert sorted(zipfile.ZipFile(again).namelist()) == sorted(names)
+
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = "import burnish.kernels as k, burnish.algorithms.__main__ as m; print(k.__file__); m.main(['--help'])"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.startswith(str(tmp_path / "site")) and "usage: burnish COMMAND" in run.stdout
