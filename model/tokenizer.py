@@ -1,0 +1,452 @@
+"""Text to token ids and back, chat templates, and which tokens of a conversation the assistant wrote.
+
+Reads `tokenizer.json` (the `tokenizers` package), the names of the special tokens in `tokenizer_config.json` and
+`special_tokens_map.json`, the chat template in `chat_template.jinja` or `tokenizer_config.json`, and the end tokens in
+`generation_config.json`. Templates are programs of strangers: they run in jinja2's immutable sandbox.
+
+The mask of a conversation is exact or it is an error:
+
+    template has {% generation %} marks    the marked text, and the end token right behind it
+    template has none                      from where the generation prompt ends to the end-of-turn token, provided that
+                                           the template renders the turn in the conversation as it would for generation
+
+Tokens are joined, never re-read: where a token of the whole text would straddle the start or the end of a trained span
+("assistant\\n" + "\\nHi" has one "\\n\\n"), the text is cut there, so that a prompt's ids are those of generation.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import tokenizers
+from jinja2 import nodes
+from jinja2.parser import Parser
+
+from .errors import InputError
+
+Message = dict[str, Any]  # role, content, and whatever else the template reads
+Span = tuple[int, int]
+
+SPAN_START, SPAN_END = "\ufdd0", "\ufdd1"  # Unicode noncharacters, which no text may interchange
+
+PLAIN_TEMPLATE = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {{- message.role | capitalize + ':\\n' }}
+    {%- if message.role == 'assistant' %}
+        {%- generation %}{{ message.content + eos_token }}{% endgeneration %}
+    {%- else %}
+        {{- message.content }}
+    {%- endif %}
+    {{- '\\n\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- 'Assistant:\\n' }}
+{%- endif %}
+"""  # for a base model, which no conversation has taught another form
+
+
+WAY_OUT = "use a template with {% generation %} marks, or rows of prompt and completion text"
+
+
+class TurnRewritten(InputError):
+    """The template renders an assistant's turn differently once other turns follow it."""
+
+
+class Tokenizer:
+    """bos_id, eos_id, pad_id: int or None. stop_ids: every id that ends a generation. prefix_ids: what a text begins
+    with, bos or nothing. vocab_size counts the added tokens."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        bos: str | None = None,
+        eos: str | None = None,
+        pad: str | None = None,
+        stop_ids: Iterable[int] = (),
+        chat_template: str | None = None,
+        config: dict[str, Any] | None = None,
+    ):
+        """config: further keys of tokenizer_config.json, among them other special tokens that a template may name.
+
+        Raises InputError where a special token is not in the vocabulary.
+        """
+        backend.no_truncation()  # a tokenizer.json may carry either, and would then shorten or pad without a word
+        backend.no_padding()
+        self.backend = backend
+        self.config = {"tokenizer_class": "PreTrainedTokenizerFast", **(config or {})}
+        self.config |= {"bos_token": bos, "eos_token": eos, "pad_token": pad}
+        self.chat_template = chat_template
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.bos_id, self.eos_id, self.pad_id = self._id_of(bos), self._id_of(eos), self._id_of(pad)
+        self.stop_ids = frozenset(stop_ids) | ({self.eos_id} if self.eos_id is not None else set())
+        self.prefix_ids = [self.bos_id] if self.bos_id is not None and self._adds_bos() else []
+        added = backend.get_added_tokens_decoder()
+        self._added_ids = frozenset(added)
+        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+
+    @classmethod
+    def load(cls, folder: Path | str, chat_template: str | None = None) -> "Tokenizer":
+        """folder: a Hugging Face folder. chat_template: a jinja text that takes the place of the folder's own."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise InputError(
+                f"{folder}: no such folder; expected a Hugging Face folder with a tokenizer.json"
+            )
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise InputError(f"{file}: not found; only tokenizers with a tokenizer.json can be read")
+        try:
+            backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        except Exception as error:  # the package raises bare Exception
+            raise InputError(f"{file}: not a tokenizer.json that `tokenizers` can read: {error}") from error
+        config = _read_json(folder / "tokenizer_config.json")
+        names = _special_tokens(_read_json(folder / "special_tokens_map.json")) | _special_tokens(config)
+        template = config.pop("chat_template", None)
+        template_file = folder / "chat_template.jinja"
+        if chat_template is not None:
+            template = chat_template
+        elif template_file.is_file():
+            template = template_file.read_text(encoding="utf-8")
+        try:
+            return cls(
+                backend,
+                bos=names.pop("bos_token", None),
+                eos=names.pop("eos_token", None),
+                pad=names.pop("pad_token", None),
+                stop_ids=_stop_ids(folder),
+                chat_template=_default_template(template),
+                config=config | names,
+            )
+        except InputError as error:
+            raise InputError(f"{folder}: {error}") from error
+
+    def save(self, folder: Path | str) -> None:
+        """Write tokenizer.json, tokenizer_config.json, generation_config.json's end tokens, and chat_template.jinja."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        generation_file = folder / "generation_config.json"
+        generation = _read_json(generation_file) | {
+            "bos_token_id": self.bos_id,
+            "eos_token_id": sorted(self.stop_ids) or None,
+            "pad_token_id": self.pad_id,
+        }
+        generation = {name: value for name, value in generation.items() if value is not None}
+        files = {
+            "tokenizer.json": self.backend.to_str(pretty=True),
+            "tokenizer_config.json": json.dumps(self.config, indent=2, ensure_ascii=False) + "\n",
+            "generation_config.json": json.dumps(generation, indent=2) + "\n",
+        }
+        if self.chat_template is not None:
+            files["chat_template.jinja"] = self.chat_template
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+    # ---- text
+
+    def encode(self, text: str, *, continues: bool = False) -> list[int]:
+        """No special token is added; those that the text spells out are recognised.
+
+        continues: the text goes on where other tokens end, so a tokenizer that starts every text with a space does not.
+        """
+        backend = self._continuing if continues else self.backend
+        return backend.encode(text, add_special_tokens=False).ids
+
+    def encode_text(self, text: str) -> list[int]:
+        """A text from its beginning: one bos in front if the tokenizer wants it, also where the text spells it out."""
+        ids = self.encode(text)
+        return ids if ids[:1] == self.prefix_ids else self.prefix_ids + ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    # ---- conversations
+
+    def render_chat(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = False, **variables: Any
+    ) -> str:
+        """variables: what else the template reads: tools, enable_thinking. Raises InputError where it fails."""
+        return self._render(messages, add_generation_prompt, variables)
+
+    def encode_chat(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = False, **variables: Any
+    ) -> list[int]:
+        return self.encode(self._render(messages, add_generation_prompt, variables))
+
+    def encode_chat_with_mask(
+        self, messages: Sequence[Message], *, last_turn_only: bool = False, **variables: Any
+    ) -> tuple[list[int], list[bool]]:
+        """Returns (ids, mask), mask True on what the assistant wrote, its end-of-turn token included.
+
+        last_turn_only: of the assistant's turns only the last message, which must be one. Raises InputError where the
+        mask would be empty or cannot be exact; its subclass TurnRewritten where the template alters earlier turns.
+        """
+        text, spans = _split_marks(self._render(messages, False, variables, marks=True))
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not turns or (last_turn_only and turns[-1] != len(messages) - 1):
+            raise InputError("no assistant turn to train on")
+        if spans and len(spans) < len(turns):
+            raise InputError(
+                f"the chat template marks {len(spans)} of the {len(turns)} assistant turns: "
+                "its {% generation %} block must enclose every one"
+            )
+        if not spans:
+            wanted = turns[-1:] if last_turn_only else turns
+            spans = [self._turn_span(messages, i, text, variables) for i in wanted]
+        elif last_turn_only:
+            spans = spans[-1:]
+        spans = [(start, end) for start, end in spans if start < end]
+        pieces = self._encode_pieces(text, sorted({boundary for span in spans for boundary in span}))
+        ids = [token for _, piece in pieces for token in piece]
+        starts = {start for start, _ in spans}
+        mask = [start in starts for start, piece in pieces for _ in piece]
+        for i in range(1, len(ids)):  # marks that stop short of the end token
+            if mask[i - 1] and not mask[i] and ids[i] in self.stop_ids and ids[i - 1] not in self.stop_ids:
+                mask[i] = True
+        if not any(mask):
+            raise InputError("the assistant's turns are empty: no token to train on")
+        return ids, mask
+
+    def _turn_span(
+        self, messages: Sequence[Message], turn: int, text: str, variables: dict[str, Any]
+    ) -> Span:
+        """Where messages[turn] stands in `text`, the whole conversation: exactly what generation would have written."""
+        name = f"assistant message {turn + 1} of {len(messages)}"
+        prompt = self._render(messages[:turn], True, variables)
+        answered = text if turn == len(messages) - 1 else self._render(messages[: turn + 1], False, variables)
+        if not answered.startswith(prompt):
+            raise InputError(
+                f"{name}: the chat template renders no answer behind its own generation prompt {prompt[-40:]!r}, "
+                f"so the mask cannot be exact; {WAY_OUT}"
+            )
+        written = self._continuing.encode(answered[len(prompt) :], add_special_tokens=False)
+        stops = [i for i, token in enumerate(written.ids) if token in self.stop_ids]
+        special = [i for i, token in enumerate(written.ids) if token in self._special_ids]
+        ends = [written.offsets[i][1] + len(prompt) for i in stops[:1] or special[-1:]]
+        if not ends or (not stops and answered[ends[0] :].strip()):
+            raise InputError(
+                f"{name}: the chat template writes no end-of-turn token, so where the turn ends is not known; {WAY_OUT}"
+            )
+        if not text.startswith(answered[: ends[0]]):
+            raise TurnRewritten(
+                f"{name}: the chat template renders it differently once other turns follow; "
+                "use a template with {% generation %} marks, or end the conversation there"
+            )
+        return len(prompt), ends[0]
+
+    def _encode_pieces(self, text: str, boundaries: Sequence[int]) -> list[tuple[int, list[int]]]:
+        """The ids of `text` in the pieces (start, ids) that the boundaries make. Joined they are `encode(text)`, except
+        where that has a token across a boundary: there the text is cut, and read on from the cut.
+
+        A boundary is clean where the text before it has the same ids with what follows and without. What stands before
+        an added token does not depend on what follows it, so it is enough to read from the nearest one on.
+        """
+
+        def read(origin: int) -> tuple[list[int], list[tuple[int, int]]]:
+            reader = self._continuing if origin else self.backend
+            encoding = reader.encode(text[origin:], add_special_tokens=False)
+            pairs = zip(encoding.ids, encoding.offsets, strict=True)
+            added = [
+                (i, origin + span[0]) for i, (token, span) in enumerate(pairs) if token in self._added_ids
+            ]
+            return encoding.ids, added
+
+        pieces: list[tuple[int, list[int]]] = []
+        ids, added = read(0)
+        last, taken = 0, 0  # the previous boundary, in characters of the text and in `ids`
+        for boundary in boundaries:
+            start, first, window = last, taken, self._continuing if last else self.backend
+            for i, character in added:
+                if i >= taken - 1 and character < boundary:
+                    start, first, window = character, i, self.backend
+            head = ids[:first] + window.encode(text[start:boundary], add_special_tokens=False).ids
+            pieces.append((last, head[taken:]))
+            last, taken = boundary, len(head)
+            if ids[:taken] != head:
+                ids, added = read(boundary)
+                taken = 0
+        return [*pieces, (last, ids[taken:])]
+
+    def _render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        variables: dict[str, Any],
+        marks: bool = False,
+    ) -> str:
+        if self._template is None:
+            raise InputError(
+                "the model has no chat template: put a chat_template.jinja into its folder, ask for the plain one, "
+                "or use rows of prompt and completion, or of text"
+            )
+        for i, message in enumerate(messages):
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+                raise InputError(
+                    f"message {i + 1}: expected an object with a role and content, got {message!r:.80}"
+                )
+            content = str(message.get("content"))
+            if SPAN_START in content or SPAN_END in content:
+                raise InputError(
+                    f"message {i + 1}: has the Unicode noncharacter U+FDD0 or U+FDD1, which marks spans here"
+                )
+        context = {name: token for name, token in self.config.items() if name.endswith("_token") and token}
+        context |= {
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        } | variables
+        context |= {"span_start": SPAN_START, "span_end": SPAN_END} if marks else {}
+        try:
+            return self._template.render(messages=list(messages), **context)
+        except Exception as error:  # a template is a program: it may fail in any way
+            raise InputError(f"the chat template refuses the conversation: {error}") from error
+
+    # ---- made once
+
+    @cached_property
+    def _template(self) -> jinja2.Template | None:
+        if self.chat_template is None:
+            return None
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+        try:
+            return environment.from_string(self.chat_template)
+        except jinja2.TemplateError as error:
+            raise InputError(
+                f"the chat template cannot be parsed: line {getattr(error, 'lineno', '?')}: {error}"
+            ) from error
+
+    @cached_property
+    def _continuing(self) -> tokenizers.Tokenizer:
+        """The same tokenizer without the space that some put before every text."""
+        settings = json.loads(self.backend.to_str())
+        settings["normalizer"] = _without_prefix_space(settings["normalizer"])
+        settings["pre_tokenizer"] = _without_prefix_space(settings["pre_tokenizer"])
+        return tokenizers.Tokenizer.from_str(json.dumps(settings))
+
+    def _id_of(self, token: str | None) -> int | None:
+        if token is None:
+            return None
+        token_id = self.backend.token_to_id(token)
+        if token_id is None:
+            raise InputError(f"special token {token!r} is not in the vocabulary of tokenizer.json")
+        return token_id
+
+    def _adds_bos(self) -> bool:
+        """tokenizer_config.json says so, or, where it is silent, tokenizer.json's post-processor does it."""
+        setting = self.config.get("add_bos_token")
+        return setting if setting is not None else self.backend.encode("").ids[:1] == [self.bos_id]
+
+
+class GenerationBlock(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}` encloses what the assistant wrote: its text, between the marks that the
+    variables span_start and span_end hold, which are undefined and so empty unless a mask is asked for.
+    """
+
+    tags = {"generation"}  # noqa: RUF012 (jinja's own declaration)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        lineno = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        start, end = (nodes.Output([nodes.Name(name, "load")]) for name in ("span_start", "span_end"))
+        return nodes.Scope([start, *body, end]).set_lineno(lineno)
+
+
+def _split_marks(marked: str) -> tuple[str, list[Span]]:
+    """Text without its marks, and the spans between them."""
+    text, spans = "", []
+    for i, piece in enumerate(marked.split(SPAN_START)):
+        inside, _, after = piece.partition(SPAN_END) if i else ("", "", piece)
+        if i:
+            spans.append((len(text), len(text) + len(inside)))
+        text += inside + after
+    return text, spans
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes <, > and & for HTML, which no model was trained on."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _without_prefix_space(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A normalizer or pre-tokenizer of tokenizer.json that leaves the start of a text as it is."""
+    if part is None or part["type"] == "Prepend":
+        return None
+    for members in ("normalizers", "pretokenizers"):
+        if members in part:
+            part[members] = [kept for member in part[members] if (kept := _without_prefix_space(member))]
+    if part["type"] == "Metaspace":
+        part["prepend_scheme"] = "never"
+    if part["type"] == "ByteLevel":
+        part["add_prefix_space"] = False
+    return part
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """An absent file is an empty one: all but tokenizer.json are optional."""
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{file}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """bos_token, eos_token and the like, written as a string or as an object with `content`."""
+    names = {}
+    for name, value in config.items():
+        token = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(token, str):
+            names[name] = token
+    return names
+
+
+def _stop_ids(folder: Path) -> list[int]:
+    """eos_token_id of generation_config.json, else of config.json: a number or a list."""
+    for name in ("generation_config.json", "config.json"):
+        value = _read_json(folder / name).get("eos_token_id")
+        if value is not None:
+            stop_ids = value if isinstance(value, list) else [value]
+            if not all(isinstance(token, int) for token in stop_ids):
+                raise InputError(
+                    f"{folder / name}: eos_token_id: expected a number or a list of them, got {value!r}"
+                )
+            return stop_ids
+    return []
+
+
+def _default_template(value: Any) -> str | None:
+    """A template, or the one called "default" of several: [{"name": ..., "template": ...}]."""
+    if isinstance(value, list):
+        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
+        value = named.get("default")
+    if value is not None and not isinstance(value, str):
+        raise InputError(f"chat_template: expected a text, got {type(value).__name__}")
+    return value
