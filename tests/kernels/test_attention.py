@@ -1,0 +1,263 @@
+import pytest
+import torch
+from burnish.kernels import decode_attention, flash_attention
+from burnish.kernels._launch import INTERPRET
+from burnish.kernels.attention import decode_attention_reference, flash_attention_reference
+
+
+def draw(*shape, dtype=torch.float32, device="cpu"):
+    return torch.randn(shape, dtype=torch.float32).to(device, dtype)
+
+
+def lay(lengths, device="cpu"):
+    """cu_seqlens of segments of these lengths."""
+    return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+
+
+def table(parents, device="cpu"):
+    return torch.tensor(parents, dtype=torch.int32, device=device)
+
+
+# name: (shape of q, key length or None when packed, G, Dv, the op's options)
+CASES = {
+    "causal": ((2, 17, 4, 16), 17, 4, 16, {}),
+    "not causal": ((2, 17, 4, 16), 17, 4, 16, {"causal": False}),
+    "gqa": ((2, 17, 6, 16), 17, 2, 16, {}),
+    "more keys": ((1, 5, 2, 16), 23, 1, 16, {}),
+    "more queries": ((1, 23, 2, 16), 5, 1, 16, {}),
+    "odd dimensions": ((1, 19, 2, 5), 19, 1, 24, {"scale": 0.3}),
+    "window": ((1, 33, 2, 8), 33, 1, 8, {"window": 7}),
+    "window, more queries": ((1, 23, 2, 8), 5, 1, 8, {"window": 3}),
+    "softcap": ((1, 19, 2, 8), 19, 1, 8, {"softcap": 2.0}),
+    "sinks": ((1, 19, 4, 8), 19, 2, 8, {"sinks": True}),
+    "sinks, more queries": ((1, 23, 4, 8), 5, 2, 8, {"sinks": True}),
+    "no keys": ((1, 3, 2, 8), 0, 1, 8, {"causal": False}),
+    "one": ((1, 1, 1, 1), 1, 1, 1, {}),
+    "empty": ((0, 3, 2, 8), 3, 1, 8, {}),
+    "packed": ((31, 4, 8), None, 2, 8, {"cu_seqlens": [7, 0, 17, 1, 6]}),
+    "packed, not causal": ((31, 4, 8), None, 2, 8, {"cu_seqlens": [7, 0, 17, 1, 6], "causal": False}),
+    "packed window": ((31, 4, 8), None, 2, 8, {"cu_seqlens": [7, 0, 17, 1, 6], "window": 4}),
+    "packed nothing": ((0, 4, 8), None, 2, 8, {"cu_seqlens": [0, 0]}),
+    "parents": ((40, 4, 8), None, 2, 8, {"cu_seqlens": [9, 4, 6, 1, 5, 8, 7], "parents": [-1, 0, 0, -1, -1, 4, 4]}),
+    "parents, window": (
+        (40, 4, 8), None, 2, 8, {"cu_seqlens": [9, 4, 6, 1, 5, 8, 7], "parents": [-1, 0, 0, -1, -1, 4, 4], "window": 6},
+    ),
+    "parents, all": (
+        (25, 4, 8), None, 2, 4,
+        {"cu_seqlens": [3, 14, 0, 8], "parents": [-1, 0, 0, 0], "window": 9, "softcap": 3.0, "sinks": True},
+    ),
+}  # fmt: skip
+
+
+def make(name, dtype=torch.float32, device="cpu"):
+    shape, S, G, Dv, options = CASES[name]
+    lead = (shape[0],) if S is None else (shape[0], S)
+    options = dict(options)
+    tensors = {
+        "q": draw(*shape, dtype=dtype, device=device),
+        "k": draw(*lead, G, shape[-1], dtype=dtype, device=device),
+        "v": draw(*lead, G, Dv, dtype=dtype, device=device),
+    }
+    if options.pop("sinks", False):
+        tensors["sinks"] = draw(shape[-2], dtype=dtype, device=device)
+    if "cu_seqlens" in options:
+        options["cu_seqlens"] = lay(options["cu_seqlens"], device)
+    if "parents" in options:
+        options["parents"] = table(options["parents"], device)
+    return tensors, options
+
+
+def grads(op, tensors, options, dout, dlse=None):
+    """[out, lse, dq, dk, dv, dsinks]; without dlse the lse is not asked for, and not returned."""
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in tensors.items()}
+    if dlse is None:
+        outs = [op(**leaves, **options)]
+        ups = [dout.to(outs[0].dtype)]
+    else:
+        outs = list(op(**leaves, **options, return_lse=True))
+        ups = [dout.to(outs[0].dtype), dlse.to(outs[1].dtype)]
+    found = torch.autograd.grad(outs, list(leaves.values()), ups, allow_unused=True)
+    zeros = [torch.zeros_like(x) for x in leaves.values()]
+    return outs + [z if g is None else g for g, z in zip(found, zeros, strict=True)]
+
+
+# the CPU path
+on_cpu = pytest.mark.skipif(INTERPRET, reason="interpreted, the op runs Triton")
+
+
+@on_cpu
+@pytest.mark.parametrize("with_lse", [False, True], ids=["out", "lse"])
+@pytest.mark.parametrize("name", CASES)
+def test_cpu_path_matches_reference(name, with_lse):
+    tensors, options = make(name, torch.float64)
+    out, lse = flash_attention_reference(**tensors, **options, return_lse=True)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse) if with_lse else None
+    want = grads(flash_attention_reference, tensors, options, dout, dlse)
+    got = grads(flash_attention, tensors, options, dout, dlse)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def unshared(lengths, parents):
+    """Rows of the shared layout in the order of the unshared batch, and the lengths of that batch."""
+    cu = lay(lengths).tolist()
+    rows, lengths_alone = [], []
+    for i, parent in enumerate(parents):
+        if parent == -1 and i in parents:
+            continue  # a prompt that its children repeat
+        own = [*range(cu[parent], cu[parent + 1])] if parent != -1 else []
+        own += range(cu[i], cu[i + 1])
+        rows += own
+        lengths_alone.append(len(own))
+    return torch.tensor(rows), lengths_alone
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 6}, {"softcap": 2.0}, {"sinks": True}], ids=str)
+def test_shared_prompt_is_the_unshared_batch(options):
+    lengths, parents = [9, 4, 6, 1, 5, 8, 7], [-1, 0, 0, -1, -1, 4, 4]
+    rows, lengths_alone = unshared(lengths, parents)
+    leaves = {
+        name: draw(sum(lengths), heads, 8, dtype=torch.float64)
+        for name, heads in (("q", 4), ("k", 2), ("v", 2))
+    }
+    if options.pop("sinks", False):
+        options = {"sinks": draw(4, dtype=torch.float64)}
+    for x in leaves.values():
+        x.requires_grad_()
+    shared = flash_attention_reference(**leaves, **options, cu_seqlens=lay(lengths), parents=table(parents))
+    copies = {name: x[rows] for name, x in leaves.items()}
+    alone = flash_attention_reference(**copies, **options, cu_seqlens=lay(lengths_alone))
+    torch.testing.assert_close(shared[rows], alone, rtol=1e-13, atol=1e-13)
+
+    dout = torch.randn_like(
+        alone
+    )  # every copy of a prompt's row passes its own gradient; the shared row gets their sum
+    got = torch.autograd.grad(shared[rows], list(leaves.values()), dout)
+    want = torch.autograd.grad(alone, list(leaves.values()), dout)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name", ["gqa", "more queries", "parents, all", "packed, not causal", "odd dimensions"]
+)
+def test_reference_gradients_by_finite_differences(name):
+    tensors, options = make(name, torch.float64)
+
+    def op(*leaves):
+        out, lse = flash_attention_reference(
+            **dict(zip(tensors, leaves, strict=True)), **options, return_lse=True
+        )
+        return out, lse.masked_fill(lse == -torch.inf, 0.0)
+
+    leaves = tuple(x.requires_grad_() for x in tensors.values())
+    assert torch.autograd.gradcheck(op, leaves, fast_mode=True)
+
+
+def test_a_query_that_sees_nothing_is_zero_with_zero_gradients(device):
+    q, k, v = (
+        draw(1, 5, 2, 16, device=device),
+        draw(1, 2, 1, 16, device=device),
+        draw(1, 2, 1, 16, device=device),
+    )
+    for op in (flash_attention, flash_attention_reference):
+        out, lse, dq, *_ = grads(op, {"q": q, "k": k, "v": v}, {}, torch.ones_like(q), torch.ones(1, 5, 2))
+        assert (out[:, :3] == 0).all() and (lse[:, :3] == -torch.inf).all() and (dq[:, :3] == 0).all()
+        assert out[:, 3:].isfinite().all() and (dq[:, 4] != 0).any()
+
+
+def test_lse_of_a_query_that_sees_only_the_sink(device):
+    tensors = {"q": draw(1, 3, 2, 16, device=device), "k": draw(1, 1, 1, 16, device=device)}
+    tensors |= {"v": draw(1, 1, 1, 16, device=device), "sinks": draw(2, device=device)}
+    out, lse = flash_attention(**tensors, return_lse=True)
+    assert (out[:, :2] == 0).all()
+    torch.testing.assert_close(lse[:, :2], tensors["sinks"].expand(1, 2, 2))
+
+
+def test_strided_inputs(device):
+    qkv = draw(2, 19, 3, 4, 16, device=device)
+    got = flash_attention(*qkv.unbind(2))
+    assert torch.equal(got, flash_attention(*(x.contiguous() for x in qkv.unbind(2))))
+
+
+DECODE = {
+    "plain": {},
+    "window": {"window": 5},
+    "softcap": {"softcap": 2.0},
+    "sinks": {"sinks": True},
+    "prefix": {"prefix": True},
+    "prefix, window": {"prefix": True, "window": 8},
+    "prefix, all": {"prefix": True, "window": 8, "softcap": 3.0, "sinks": True},
+}
+
+
+@on_cpu
+@pytest.mark.parametrize("options", DECODE.values(), ids=DECODE)
+def test_decode_matches_reference(options):
+    options = dict(options)
+    k, v = draw(6, 20, 2, 8), draw(6, 20, 2, 12)
+    slot, length = torch.tensor([4, 0, 5]), torch.tensor([1, 17, 6])
+    if options.pop("prefix", False):
+        options |= {"prefix_slot": torch.tensor([2, 2, 1]), "prefix_length": torch.tensor([9, 9, 0])}
+    if options.pop("sinks", False):
+        options["sinks"] = draw(4)
+    q = draw(3, 4, 8)
+    got = decode_attention(q, k, v, slot, length, **options)
+    torch.testing.assert_close(
+        got, decode_attention_reference(q, k, v, slot, length, **options), rtol=1e-5, atol=1e-6
+    )
+
+
+REFUSALS = {
+    "q: expected (B, T, H, D) without cu_seqlens": {"q": (3, 4, 8)},
+    "k, v: expected 4 dimensions": {"k": (3, 2, 8)},
+    "k: expected shape (batch=2, keys=3, kv_heads=2, head_dim=8), got (2, 3, 2, 9)": {"k": (2, 3, 2, 9)},
+    "v: expected shape (batch=2, keys=3, kv_heads=2, head_dim=8), got (1, 3, 2, 8)": {"v": (1, 3, 2, 8)},
+    "q: expected a multiple of the 2 key/value heads, got 3": {"q": (2, 3, 3, 8)},
+    "q: expected a head dimension of 1 to 256, got 257": {"q": (2, 3, 4, 257)},
+    "window: expected at least 1, got 0": {"window": 0},
+    "window: expected causal=True": {"window": 2, "causal": False},
+    "softcap: expected a positive number, got 0.0": {"softcap": 0.0},
+    "sinks: expected shape (heads=4), got (2,)": {"sinks": torch.zeros(2)},
+    "parents: expected cu_seqlens beside them": {"parents": table([-1])},
+    "q: expected (total, H, D) with cu_seqlens": {"cu_seqlens": lay([3])},
+    "expected one dtype": {"dtype": torch.float16},
+}
+
+
+@pytest.mark.parametrize("message", REFUSALS)
+def test_refuses(message, device):
+    options = {name: x.to(device) if torch.is_tensor(x) else x for name, x in REFUSALS[message].items()}
+    shapes = {
+        name: options.pop(name, shape)
+        for name, shape in (("q", (2, 3, 4, 8)), ("k", (2, 3, 2, 8)), ("v", (2, 3, 2, 8)))
+    }
+    tensors = {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
+    tensors["q"] = tensors["q"].to(options.pop("dtype", torch.float32))
+    with pytest.raises(ValueError) as caught:
+        flash_attention(**tensors, **options)
+    assert message in str(caught.value)
+
+
+PACKED_REFUSALS = {
+    "cu_seqlens: expected (segments + 1,) torch.int32": {"cu_seqlens": torch.tensor([0, 5])},
+    "k: expected shape (total=5, kv_heads=2, head_dim=8), got (6, 2, 8)": {"k": (6, 2, 8)},
+    "parents: expected causal=True": {"parents": table([-1, 0]), "causal": False},
+    "parents: expected torch.int32, got torch.int64": {"parents": torch.tensor([-1, 0])},
+    "parents: expected shape (segments=2), got (1,)": {"parents": table([-1])},
+}
+
+
+@pytest.mark.parametrize("message", PACKED_REFUSALS)
+def test_refuses_packed(message, device):
+    options = {"cu_seqlens": lay([2, 3])} | PACKED_REFUSALS[message]
+    options = {name: x.to(device) if torch.is_tensor(x) else x for name, x in options.items()}
+    q, k = torch.zeros(5, 4, 8, device=device), torch.zeros(options.pop("k", (5, 2, 8)), device=device)
+    with pytest.raises(ValueError) as caught:
+        flash_attention(q, k, k, **options)
+    assert message in str(caught.value)
+
+
+@on_cpu
+def test_refuses_a_table_that_does_not_end_at_the_last_token():
+    q = torch.zeros(5, 4, 8)
+    with pytest.raises(ValueError, match="cu_seqlens: expected to end at total=5, got 4"):
+        flash_attention(q, q, q, cu_seqlens=lay([2, 2]))
