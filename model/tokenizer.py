@@ -93,8 +93,8 @@ class Tokenizer:
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
 
     @classmethod
-    def load(cls, folder: Path | str, chat_template: str | None = None) -> "Tokenizer":
-        """folder: a Hugging Face folder. chat_template: a jinja text that takes the place of the folder's own."""
+    def load(cls, folder: Path | str, chat_template: Path | str | None = None) -> "Tokenizer":
+        """folder: a Hugging Face folder. chat_template: a jinja file, or "plain", in place of the folder's own."""
         folder = Path(folder)
         if not folder.is_dir():
             raise InputError(
@@ -110,11 +110,13 @@ class Tokenizer:
         config = _read_json(folder / "tokenizer_config.json")
         names = _special_tokens(_read_json(folder / "special_tokens_map.json")) | _special_tokens(config)
         template = config.pop("chat_template", None)
-        template_file = folder / "chat_template.jinja"
-        if chat_template is not None:
-            template = chat_template
+        template_file = folder / "chat_template.jinja" if chat_template is None else Path(chat_template)
+        if str(chat_template) == "plain":
+            template = PLAIN_TEMPLATE
         elif template_file.is_file():
             template = template_file.read_text(encoding="utf-8")
+        elif chat_template is not None:
+            raise InputError(f"{chat_template}: no such chat template: expected a jinja file, or 'plain'")
         try:
             return cls(
                 backend,
@@ -283,8 +285,8 @@ class Tokenizer:
     ) -> str:
         if self._template is None:
             raise InputError(
-                "the model has no chat template: put a chat_template.jinja into its folder, ask for the plain one, "
-                "or use rows of prompt and completion, or of text"
+                "the model has no chat template: name one (--chat-template FILE.jinja, or plain), put a "
+                "chat_template.jinja into its folder, or use rows of prompt and completion text"
             )
         for i, message in enumerate(messages):
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
