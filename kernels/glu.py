@@ -1,20 +1,34 @@
 """Gated linear units: the activation between the two products of a feed-forward layer.
 
-    out = (u + offset) * g * sigmoid(s(g))        s(g) = scale * (g + cubic * g^3)
+    out = (u + offset) * g * p        p = sigmoid(s(g))        s(g) = scale * (g + cubic * g^3)
 
-    swiglu           scale 1                cubic 0           offset 0     silu(g) * u
-    geglu            scale 2 sqrt(2/pi)     cubic 0.044715    offset 0     gelu(g) * u, in the tanh approximation
-    clamped_swiglu   scale alpha = 1.702    cubic 0           offset 1     of min(g, limit) and clamp(u, -limit, limit)
+    swiglu           scale 1               cubic 0          offset 0    silu(g) * u
+    geglu            scale 2 sqrt(2/pi)    cubic 0.044715   offset 0    gelu(g) * u in the tanh approximation
+    clamped_swiglu   scale alpha = 1.702   cubic 0          offset 1    of min(g, limit) and clamp(u, -limit, limit)
 
-    dg = dout * (u + offset) * p * (1 + g * (1 - p) * s'(g))        with p = sigmoid(s(g))
-    du = dout * g * p        both zero where the clamp holds
+    dg = dout * (u + offset) * p * (1 + g * (1 - p) * s'(g))        s'(g) = scale * (1 + 3 * cubic * g^2)
+    du = dout * g * p        each zero where its input is clamped
 
-Source: Shazeer 2020, https://arxiv.org/abs/2002.05202, equation 6; the clamped form is gpt-oss's
-(https://arxiv.org/abs/2508.10925, section 2.2)
+tanh(z) = 2 sigmoid(2z) - 1 makes gelu's 0.5 g (1 + tanh(z)) the same form, so one kernel serves all three.
+
+Memory, in elements of an (R, F) output: forward reads 2RF and writes RF, where eager moves 5RF; backward reads 3RF
+and writes 2RF. Nothing is saved but the two inputs: the activation is recomputed. Bandwidth-bound.
+
+Source: Shazeer 2020, https://arxiv.org/abs/2002.05202, equation 6; gelu: Hendrycks and Gimpel 2016,
+https://arxiv.org/abs/1606.08415, section 2; the clamped form: gpt-oss model card, https://arxiv.org/abs/2508.10925
 """
 
+# A launch passes numbers where the kernel is annotated tl.constexpr:
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+import math
+
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from ._launch import check_dtype, check_shape, register, use_triton
 
 # ---- reference
 
@@ -29,22 +43,177 @@ def geglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 def clamped_swiglu_reference(gate: Tensor, up: Tensor, alpha: float = 1.702, limit: float = 7.0) -> Tensor:
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return (up + 1) * gate * (alpha * gate).sigmoid()
+    return (up + 1) * (gate * (alpha * gate).sigmoid())
+
+
+# ---- kernels
+
+
+@triton.jit
+def _glu_fwd(
+    gate_ptr, up_ptr, out_ptr, R, F, stride_gate, stride_up, scale, cubic, limit, offset,
+    CUBIC: tl.constexpr, CLAMP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(F, BLOCK_F)  # neighbouring programs walk along a row
+    rows = ((tl.program_id(0) // blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
+    cols = ((tl.program_id(0) % blocks).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F))[None, :]
+    mask = (rows < R) & (cols < F)  # [BLOCK_R, BLOCK_F]
+    g = tl.load(gate_ptr + rows * stride_gate + cols, mask, other=0.0).to(tl.float32)
+    u = tl.load(up_ptr + rows * stride_up + cols, mask, other=0.0).to(tl.float32)
+    if CLAMP:
+        g = tl.where(g > limit, limit, g)  # comparisons, not minimum: NaN passes through
+        u = tl.where(u > limit, limit, tl.where(u < -limit, -limit, u))
+    s = scale * (g + cubic * g * g * g) if CUBIC else scale * g
+    tl.store(out_ptr + rows * F + cols, (u + offset) * g * tl.sigmoid(s), mask)
+
+
+@triton.jit
+def _glu_bwd(
+    dout_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, R, F, stride_gate, stride_up, scale, cubic, limit, offset,
+    CUBIC: tl.constexpr, CLAMP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(F, BLOCK_F)  # neighbouring programs walk along a row
+    rows = ((tl.program_id(0) // blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
+    cols = ((tl.program_id(0) % blocks).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F))[None, :]
+    mask = (rows < R) & (cols < F)  # [BLOCK_R, BLOCK_F]
+    dout = tl.load(dout_ptr + rows * F + cols, mask, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + rows * stride_gate + cols, mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + rows * stride_up + cols, mask, other=0.0).to(tl.float32)
+    g, u = gate, up
+    if CLAMP:
+        g = tl.where(gate > limit, limit, gate)
+        u = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+    s = scale * (g + cubic * g * g * g) if CUBIC else scale * g
+    slope = scale * (1 + 3 * cubic * g * g) if CUBIC else scale
+    p = tl.sigmoid(s)
+    dg = dout * (u + offset) * p * (1 + g * (1 - p) * slope)
+    du = dout * g * p
+    if CLAMP:
+        dg = tl.where(gate > limit, 0.0, dg)
+        du = tl.where((up > limit) | (up < -limit), 0.0, du)
+    tl.store(dgate_ptr + rows * F + cols, dg, mask)
+    tl.store(dup_ptr + rows * F + cols, du, mask)
+
+
+# ---- autograd
+
+
+def _config(F: int) -> dict[str, int]:
+    """[rows, columns] of 2,048 elements; columns the largest power of two that leaves little of the last block idle."""
+    block_f = 2048
+    while block_f > 128 and triton.cdiv(F, block_f) * block_f > 1.05 * F:
+        block_f //= 2
+    return {"BLOCK_R": 2048 // block_f, "BLOCK_F": block_f, "num_warps": 4}
+
+
+def _layout(gate: Tensor, up: Tensor) -> tuple[int, int, int, int]:
+    """Rows, columns and the two row strides; contiguous inputs are a single row, whatever their width."""
+    if gate.is_contiguous() and up.is_contiguous():
+        return 1, gate.numel(), 0, 0
+    return gate.shape[0], gate.shape[1], gate.stride(0), up.stride(0)
+
+
+def _forward(
+    gate: Tensor, up: Tensor, scale: float, cubic: float, limit: float | None, offset: float
+) -> Tensor:
+    """gate, up: (R, F), last dimension contiguous."""
+    out = _forward_fake(gate, up, scale, cubic, limit, offset)
+    if out.numel():
+        R, F, stride_gate, stride_up = _layout(gate, up)
+        config = _config(F)
+        grid = (triton.cdiv(R, config["BLOCK_R"]) * triton.cdiv(F, config["BLOCK_F"]),)
+        _glu_fwd[grid](
+            gate, up, out, R, F, stride_gate, stride_up, scale, cubic, limit or 0.0, offset,
+            cubic != 0, limit is not None, **config,
+        )  # fmt: skip
+    return out
+
+
+def _forward_fake(gate, up, scale, cubic, limit, offset):
+    return gate.new_empty(gate.shape)
+
+
+def _backward(
+    dout: Tensor, gate: Tensor, up: Tensor, scale: float, cubic: float, limit: float | None, offset: float
+) -> tuple[Tensor, Tensor]:
+    """dout: (R, F) contiguous; gate, up: (R, F), last dimension contiguous."""
+    dgate, dup = _backward_fake(dout, gate, up, scale, cubic, limit, offset)
+    if dgate.numel():
+        R, F, stride_gate, stride_up = _layout(gate, up)
+        config = _config(F)
+        grid = (triton.cdiv(R, config["BLOCK_R"]) * triton.cdiv(F, config["BLOCK_F"]),)
+        _glu_bwd[grid](
+            dout, gate, up, dgate, dup, R, F, stride_gate, stride_up, scale, cubic, limit or 0.0, offset,
+            cubic != 0, limit is not None, **config,
+        )  # fmt: skip
+    return dgate, dup
+
+
+def _backward_fake(dout, gate, up, scale, cubic, limit, offset):
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+def _save(ctx, inputs, output):
+    gate, up, *ctx.numbers = inputs
+    ctx.save_for_backward(gate, up)
+
+
+def _differentiate(ctx, dout: Tensor):
+    return *_gated_backward(dout.contiguous(), *ctx.saved_tensors, *ctx.numbers), None, None, None, None
+
+
+_gated_backward = register("gated_linear_unit_backward", _backward, _backward_fake)
+_gated = register("gated_linear_unit", _forward, _forward_fake, _save, _differentiate)
+
+
+def _fused(
+    gate: Tensor,
+    up: Tensor,
+    scale: float,
+    cubic: float = 0.0,
+    limit: float | None = None,
+    offset: float = 0.0,
+) -> Tensor:
+    def rows(x: Tensor) -> Tensor:
+        x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # (..., F) -> (R, F)
+        return x if x.stride(-1) == 1 else x.contiguous()
+
+    check_dtype("gate", gate)
+    return _gated(rows(gate), rows(up), scale, cubic, limit, offset).view(gate.shape)
+
+
+def _check(gate: Tensor, up: Tensor) -> None:
+    check_shape("up", up, **{f"gate.shape[{i}]": size for i, size in enumerate(gate.shape)})
+    check_dtype("up", up, gate.dtype)
 
 
 # ---- public op
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up. gate, up: (..., F), last dimension contiguous, e.g. the halves of (..., 2F)."""
-    return swiglu_reference(gate, up)
+    """silu(gate) * up.
+
+    gate, up: (..., F), one dtype; rows may be strided, e.g. the halves of a fused (..., 2F), and are read in place
+    Returns (..., F), contiguous.
+    """
+    _check(gate, up)
+    return _fused(gate, up, scale=1.0) if use_triton(gate) else swiglu_reference(gate, up)
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
-    """gelu(gate) * up with gelu's tanh approximation. gate, up: (..., F) as for swiglu."""
+    """gelu(gate) * up, gelu in the tanh approximation. Shapes as for swiglu."""
+    _check(gate, up)
+    if use_triton(gate):
+        return _fused(gate, up, scale=2 * math.sqrt(2 / math.pi), cubic=0.044715)
     return geglu_reference(gate, up)
 
 
 def clamped_swiglu(gate: Tensor, up: Tensor, alpha: float = 1.702, limit: float = 7.0) -> Tensor:
-    """(up + 1) * gate * sigmoid(alpha * gate) of clamped inputs. gate, up: (..., F) as for swiglu."""
+    """(up + 1) * gate * sigmoid(alpha * gate), gate clamped from above and up on both sides. Shapes as for swiglu.
+
+    A clamped element has no gradient; one that lies on the limit has.
+    """
+    _check(gate, up)
+    if use_triton(gate):
+        return _fused(gate, up, scale=alpha, limit=limit, offset=1.0)
     return clamped_swiglu_reference(gate, up, alpha, limit)

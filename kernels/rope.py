@@ -1,22 +1,32 @@
-"""Rotary position embedding of queries and keys, both at once.
+"""Rotary position embedding of queries and keys, both in one launch.
 
 Dimension pairs (a, b) of a head turn by the angle position * frequency, whose cosine and sine are looked up:
 
     a' = a cos - b sin        b' = b cos + a sin
 
-    half layout (Llama, Qwen, GPT-NeoX)   pair i is (x[i], x[i + rotary/2])
-    interleaved layout (RoFormer, GPT-J)  pair i is (x[2i], x[2i + 1])
+    half layout (Llama, Qwen, GPT-NeoX)      pair i is (x[i], x[i + rotary/2])
+    interleaved layout (RoFormer, GPT-J)     pair i is (x[2i], x[2i + 1])
 
 Dimensions from `rotary` on pass through (partial rotation). The backward is the same map with -sin: the transposed
 rotation, also where a table carries a factor (yarn scales both). The tables take no gradient.
 
+Memory, in elements: forward and backward each read and write T(H + G)D, and read the 2T(rotary/2) of the tables;
+eager moves about 5 T(H + G)D in as many launches for each of q and k. Bandwidth-bound.
+
 Source: Su et al. 2021, https://arxiv.org/abs/2104.09864, equation 34
 """
 
+# A launch passes numbers where the kernel is annotated tl.constexpr:
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+import math
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from ._launch import check_shape
+from ._launch import check_dtype, check_shape, register, use_triton
 
 # ---- reference
 
@@ -45,7 +55,130 @@ def apply_rope_reference(
     return rotate(q), rotate(k)
 
 
+# ---- kernels
+
+
+@triton.jit
+def _turn_heads(
+    x_ptr, out_ptr, cos, sin, where, tokens, live, first_head, HEADS, stride_head,
+    D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_PASS: tl.constexpr,
+):  # fmt: skip
+    # cos, sin [BLOCK_T, 1, BLOCK_HALF]; where: each token's offset in x; tokens: its row in the contiguous output
+    heads = first_head + tl.arange(0, BLOCK_H)
+    seen = live[:, None, None] & (heads < HEADS)[None, :, None]  # [BLOCK_T, BLOCK_H, 1]
+    source = where[:, None, None] + heads[None, :, None] * stride_head
+    target = (tokens.to(tl.int64)[:, None, None] * HEADS + heads[None, :, None]) * D
+    if INTERLEAVED:
+        cols = tl.arange(0, 2 * BLOCK_HALF)[None, None, :]
+        mask = seen & (cols < 2 * HALF)
+        x = tl.load(x_ptr + source + cols, mask, other=0.0).to(tl.float32)
+        pairs = tl.reshape(x, [x.shape[0], BLOCK_H, BLOCK_HALF, 2])
+        a, b = tl.split(pairs)  # each [BLOCK_T, BLOCK_H, BLOCK_HALF]
+        turned = tl.join(a * cos - b * sin, b * cos + a * sin)
+        tl.store(out_ptr + target + cols, tl.reshape(turned, x.shape), mask)
+    else:
+        cols = tl.arange(0, BLOCK_HALF)[None, None, :]
+        mask = seen & (cols < HALF)
+        a = tl.load(x_ptr + source + cols, mask, other=0.0).to(tl.float32)
+        b = tl.load(x_ptr + source + HALF + cols, mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + target + cols, a * cos - b * sin, mask)
+        tl.store(out_ptr + target + HALF + cols, b * cos + a * sin, mask)
+    if 2 * HALF < D:
+        cols = 2 * HALF + tl.arange(0, BLOCK_PASS)[None, None, :]
+        passed = tl.load(x_ptr + source + cols, seen & (cols < D))
+        tl.store(out_ptr + target + cols, passed, seen & (cols < D))
+
+
+@triton.jit
+def _rope(
+    q_ptr, k_ptr, cos_ptr, sin_ptr, positions_ptr, q_out_ptr, k_out_ptr, tokens, T, H, G,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
+    D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_PASS: tl.constexpr,
+):  # fmt: skip
+    # program: BLOCK_T tokens of BLOCK_H heads, q's first and then k's; neighbours share the tokens, so their table rows
+    q_blocks = tl.cdiv(H, BLOCK_H)
+    blocks = q_blocks + tl.cdiv(G, BLOCK_H)
+    block = tl.program_id(0) % blocks
+    token = (tl.program_id(0) // blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
+    live = token < tokens
+    row = (token % T).to(tl.int64)
+    if positions_ptr is not None:
+        row = tl.load(positions_ptr + token, live, other=0)
+    cols = tl.arange(0, BLOCK_HALF)[None, :]
+    mask = live[:, None] & (cols < HALF)
+    cos = tl.load(cos_ptr + row[:, None] * HALF + cols, mask, other=0.0).to(tl.float32)[:, None, :]
+    sin = tl.load(sin_ptr + row[:, None] * HALF + cols, mask, other=0.0).to(tl.float32)[:, None, :]
+    if INVERSE:
+        sin = -sin
+    if block < q_blocks:
+        where = (token // T).to(tl.int64) * stride_qb + (token % T).to(tl.int64) * stride_qt
+        _turn_heads(
+            q_ptr, q_out_ptr, cos, sin, where, token, live, block * BLOCK_H, H, stride_qh,
+            D, HALF, INTERLEAVED, BLOCK_H, BLOCK_HALF, BLOCK_PASS,
+        )  # fmt: skip
+    else:
+        where = (token // T).to(tl.int64) * stride_kb + (token % T).to(tl.int64) * stride_kt
+        _turn_heads(
+            k_ptr, k_out_ptr, cos, sin, where, token, live, (block - q_blocks) * BLOCK_H, G, stride_kh,
+            D, HALF, INTERLEAVED, BLOCK_H, BLOCK_HALF, BLOCK_PASS,
+        )  # fmt: skip
+
+
 # ---- autograd
+
+
+def _config(H: int, G: int, D: int) -> dict[str, int]:
+    """Heads that share a token's table row, and tokens to fill the tile: about 4,096 elements."""
+    block_h = min(8, int(triton.next_power_of_2(max(H, G))))
+    return {
+        "BLOCK_H": block_h,
+        "BLOCK_T": max(1, 4096 // (block_h * int(triton.next_power_of_2(D)))),
+        "num_warps": 4,
+    }
+
+
+def _launch(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """q (B, T, H, D), k (B, T, G, D), last dimension contiguous; the rest contiguous."""
+    B, T, H, D = q.shape
+    G, half = k.shape[2], cos.shape[1]
+    q_out, k_out = _fake(q, k, cos, sin, positions, interleaved, inverse)
+    if q_out.numel() + k_out.numel() == 0:
+        return q_out, k_out
+    config = _config(H, G, D)
+    blocks = triton.cdiv(H, config["BLOCK_H"]) + triton.cdiv(G, config["BLOCK_H"])
+    _rope[(triton.cdiv(B * T, config["BLOCK_T"]) * blocks,)](
+        q, k, cos, sin, positions, q_out, k_out, B * T, T, H, G, *q.stride()[:3], *k.stride()[:3],
+        D, half, interleaved, inverse,
+        BLOCK_HALF=triton.next_power_of_2(max(half, 1)),
+        BLOCK_PASS=triton.next_power_of_2(max(D - 2 * half, 1)),
+        **config,
+    )  # fmt: skip
+    return q_out, k_out
+
+
+def _fake(q, k, cos, sin, positions, interleaved, inverse):
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _save(ctx, inputs, output):
+    _q, _k, cos, sin, positions, ctx.interleaved, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin, positions)
+
+
+def _differentiate(ctx, dq: Tensor, dk: Tensor):
+    dq, dk = _rotate(_rows(dq), _rows(dk), *ctx.saved_tensors, ctx.interleaved, not ctx.inverse)
+    return dq, dk, None, None, None, None, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+_rotate = register("apply_rope", _launch, _fake, _save, _differentiate)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -54,6 +187,8 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     wide = x[..., : 2 * half].to(cos.dtype)
     if interleaved:
+        if not wide.is_contiguous() or wide.storage_offset() % 2:  # a complex view starts at even addresses
+            wide = wide.clone(memory_format=torch.contiguous_format)
         product = torch.view_as_complex(wide.unflatten(-1, (half, 2))) * torch.complex(cos, sin)
         out = torch.view_as_real(product).flatten(-2)
     else:  # a roll by half a head swaps the two halves: long inner loops where slices would have short ones
@@ -98,22 +233,36 @@ def apply_rope(
 ) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys by their positions.
 
-    q: (..., T, H, D)    k: (..., T, G, D)    any strides; packed tokens are (total, H, D)
+    q: (..., T, H, D)    k: (..., T, G, D)    packed tokens are (total, H, D); read in place where D is contiguous
     cos, sin: (positions, rotary/2), any float dtype, rotary <= D; they take no gradient
-    positions: (..., T) int64, the table row of each token; None means 0, 1, ..., T - 1
-    Returns q and k rotated, in their dtypes.
+    positions: (..., T) int64, the table row of each token, not checked on CUDA; None means 0, 1, ..., T - 1
+    Returns q and k rotated, contiguous, in their dtypes.
     """
-    *lead, T, _, D = q.shape
-    check_shape("k", k, **{f"q.shape[{i}]": n for i, n in enumerate(lead)}, T=T, G=k.shape[-2], D=D)
+    *lead, T, H, D = q.shape
+    leading = {f"q.shape[{i}]": size for i, size in enumerate(lead)}
+    check_shape("k", k, **leading, T=T, G=k.shape[-2], D=D)
     check_shape("sin", sin, positions=cos.shape[0], half_rotary=cos.shape[1])
     if 2 * cos.shape[1] > D:
         raise ValueError(f"cos: expected at most D/2 = {D // 2} columns, got {cos.shape[1]}")
-    if positions is None:
-        if T > cos.shape[0]:
-            raise ValueError(f"cos: expected at least T = {T} rows, got {cos.shape[0]}")
-        cos, sin = cos[:T], sin[:T]
-    else:
-        check_shape("positions", positions, **{f"q.shape[{i}]": n for i, n in enumerate(lead)}, T=T)
-        cos, sin = cos[positions], sin[positions]
+    if positions is not None:
+        check_shape("positions", positions, **leading, T=T)
+        check_dtype("positions", positions, torch.int64)
+    elif cos.shape[0] < T:
+        raise ValueError(f"cos: expected at least T = {T} rows, got {cos.shape[0]}")
+    cos, sin = cos.detach(), sin.detach()
+    if use_triton(q):
+        check_dtype("q", q)
+        check_dtype("k", k, q.dtype)
+        B, G = math.prod(lead), k.shape[-2]
+        rows_q, rows_k = (
+            _rows(q.reshape(B, T, H, D)),
+            _rows(k.reshape(B, T, G, D)),
+        )  # (..., T, H, D) -> (B, T, H, D)
+        positions = positions if positions is None else positions.contiguous()
+        q_out, k_out = _rotate(
+            rows_q, rows_k, cos.contiguous(), sin.contiguous(), positions, interleaved, False
+        )
+        return q_out.view(q.shape), k_out.view(k.shape)
+    rows = slice(T) if positions is None else positions
     wide = torch.promote_types(q.dtype, torch.float32)
-    return _RopeTorch.apply(q, k, cos.to(wide), sin.to(wide), interleaved)
+    return _RopeTorch.apply(q, k, cos[rows].to(wide), sin[rows].to(wide), interleaved)
