@@ -206,7 +206,7 @@ _NORM_SHAPES = (
 )
 _HEAD_SHAPES = ({"B": 1, "T": 1, "H": 1, "D": 3}, {"B": 2, "T": 5, "H": 3, "D": 65})
 _NORM_EMPTY = ({"B": 0, "T": 5, "C": 8}, {"B": 2, "T": 0, "C": 8})
-_WIDTHS = tuple({"B": 1, "T": 256, "C": c} for c in (128, 1024, 4096, 16384))
+_WIDTHS = tuple({"B": 1, "T": 256, "C": c} for c in (128, 1024, 4096, 16384, 32768))
 _NORM_BENCH = {
     "cuda": tuple(
         {"B": 1, "T": t, "C": c}
@@ -405,7 +405,7 @@ def _glu_case(op: str, fused: Any, reference: Any, eager: Any) -> Case:
         shapes=_GLU_SHAPES,
         empty=_GLU_EMPTY,
         bench=_GLU_BENCH,
-        configurations=({"B": 1, "T": 256, "F": 14336},),
+        configurations=({"B": 1, "T": 256, "F": 96}, {"B": 1, "T": 256, "F": 14336}),
         activations=("gate", "up"),
     )
 

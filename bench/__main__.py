@@ -1,0 +1,411 @@
+"""The benchmark: every op beside eager torch and, with --peers, beside all that a user could take instead.
+
+    python -m burnish.bench [op ...] [--peers] [--json [FILE]]
+
+No case is timed before it has passed the accuracy rule at its benchmark shape. Contestants are interleaved (A B A B),
+five rounds; every figure is a p50 with its p20 and p80. "device" is a CUDA graph of many calls, replayed: no host in
+it. "eager" is a loop of calls on the host's clock: whichever of the host and the device is slower. Each call takes the
+next of several input sets, 200 MB in all (64 on a CPU), so that no call finds its operands in the L2 cache. The
+forward pass is that of training: it saves for the backward. share = floor / time, the floor being bytes over the
+bandwidth of a copy or operations over the rate of a matrix product, whichever is longer, both measured in this run.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..kernels._launch import INTERPRET
+from . import roofline
+from .peers import PEERS, Unsuitable
+from .registry import CASES, Case, Dims, Tensors, assert_accurate, label, leaves, make_inputs, make_upstream
+from .report import RESULTS, write_whole
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ROUNDS = 5
+COLD_BYTES = {
+    "cuda": 200 << 20,
+    "cpu": 64 << 20,
+}  # beyond any L2 cache, on a CPU beyond one core's share of L3
+MOST_SETS = 64
+SLICE = 0.006  # seconds that one contestant is timed for in one round
+PASSES = ("forward", "forward+backward")
+
+
+@dataclass
+class Contestant:
+    name: str
+    op: Callable[..., Any]
+    accurate: bool = True
+    compile: float = 0.0  # seconds by which the first call is longer than the second
+    memory: int = 0  # bytes: peak growth over live inputs
+    note: str = ""
+    device: list[float] = field(default_factory=list)  # seconds per call
+    eager: list[float] = field(default_factory=list)
+
+
+# ---- one call
+
+
+@dataclass(frozen=True)
+class Inputs:
+    tensors: Tensors
+    wanted: tuple[Tensor, ...]
+    upstream: tuple[Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (*self.tensors.values(), *self.upstream) if t is not None)
+
+
+def prepare(case: Case, dims: Dims, dtype: torch.dtype, device: str) -> Inputs:
+    tensors = make_inputs(case, dims, dtype, device)
+    names = leaves(case, tensors)
+    tensors = {n: t.requires_grad_() if n in names and t is not None else t for n, t in tensors.items()}
+    upstream = make_upstream(
+        replace(case, reference=case.fused), tensors
+    )  # a reference may be too large at this shape
+    return Inputs(
+        tensors, tuple(t for n, t in tensors.items() if n in names and t is not None), tuple(upstream)
+    )
+
+
+def call(op: Callable[..., Any], case: Case, inputs: Inputs, backward: bool) -> Any:
+    outputs = op(**inputs.tensors, **case.options)
+    if not backward:
+        return outputs
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return outputs, torch.autograd.grad(outputs, inputs.wanted, inputs.upstream)
+
+
+# ---- clocks
+
+
+def sync(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def host_seconds(work: Callable[[], Any], device: str) -> float:
+    sync(device)
+    begun = time.perf_counter()
+    work()
+    sync(device)
+    return time.perf_counter() - begun
+
+
+def capture(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
+    """One graph of all calls. Their results stay alive inside it, so that each call writes to memory of its own."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            calls[0]()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [once() for once in calls]
+    del kept
+    return graph
+
+
+def replay_seconds(graph: torch.cuda.CUDAGraph) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def peak_growth(work: Callable[[], Any], device: str) -> int:
+    """Bytes that torch's allocators held at the worst moment of one call, beyond what was live before it."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces itself on stderr
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        work()
+    results: Any = profile.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess]
+    events = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
+    held = peak = 0
+    for _, nbytes in events:
+        held += nbytes
+        peak = max(peak, held)
+    return peak
+
+
+# ---- one row
+
+
+def contestants(case: Case, peers: bool, absent: dict[str, str]) -> list[Contestant]:
+    found = [Contestant("burnish", case.fused), Contestant("eager", case.eager)]
+    for name, build in PEERS.get(case.op, {}).items() if peers else ():
+        try:
+            found.append(Contestant(name, build(case)))
+        except ImportError:
+            absent[name] = "not installed"
+        except Unsuitable as reason:
+            absent[f"{name} for {case.name}"] = str(reason)
+    return found
+
+
+def time_row(case: Case, sets: list[Inputs], entrants: list[Contestant], device: str, backward: bool) -> None:
+    """Fill the samples of every contestant for one pass."""
+    loops: dict[str, Callable[[], Any]] = {}
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    counts: dict[str, int] = {}
+    for c in entrants:
+        c.device, c.eager = [], []
+        calls = [lambda c=c, s=s: call(c.op, case, s, backward) for s in sets]
+        c.memory = peak_growth(calls[0], device)
+        once = max(host_seconds(calls[0], device), 1e-6)
+        repeats = max(1, min(round(SLICE / once / len(calls)), 200))
+        loops[c.name] = lambda calls=calls, repeats=repeats: (
+            [one() for _ in range(repeats) for one in calls] and None
+        )
+        counts[c.name] = repeats * len(calls)
+        c.note = ""
+        if device == "cuda":
+            try:
+                graphs[c.name] = capture(calls)
+            except RuntimeError as error:  # it synchronises with the host
+                c.note = f"not capturable: {str(error).splitlines()[0]}"
+                torch.cuda.synchronize()
+    for _ in range(ROUNDS):
+        for c in entrants:
+            c.eager += [
+                host_seconds(loops[c.name], device) / counts[c.name]
+                for _ in range(1 if device == "cuda" else 3)
+            ]
+            if c.name in graphs:
+                took = replay_seconds(graphs[c.name])
+                c.device += [
+                    replay_seconds(graphs[c.name]) / len(sets)
+                    for _ in range(max(2, min(int(SLICE / took), 20)))
+                ]
+
+
+def percentiles(samples: list[float]) -> list[float] | None:
+    """p20, p50, p80 in microseconds."""
+    if not samples:
+        return None
+    fifths = statistics.quantiles(samples, n=5, method="inclusive")
+    return [round(1e6 * s, 2) for s in (fifths[0], statistics.median(samples), fifths[3])]
+
+
+def bench_shape(
+    case: Case,
+    dims: Dims,
+    dtype_name: str,
+    device: str,
+    ceilings: roofline.Ceilings,
+    peers: bool,
+    report: dict[str, Any],
+) -> None:
+    """Check, then time, then append to report["rows"]; a red case goes to report["red"] and is not timed."""
+    dtype = DTYPES[dtype_name]
+    one = prepare(case, dims, dtype, device)
+    checked = make_inputs(case, case.check(dims), dtype, device)
+    entrants: list[Contestant] = []
+    for c in contestants(case, peers, report["absent"]):
+        try:
+            first, later = (
+                host_seconds(lambda c=c: call(c.op, case, one, backward=True), device) for _ in range(2)
+            )
+            c.compile = max(first - later, 0)
+            assert_accurate(replace(case, fused=c.op), checked)
+        except AssertionError as error:
+            if c.name == "burnish":
+                report["red"].append(f"{label(dims)}: {error}")
+                print(f"RED, not timed: {label(dims)}: {error}")
+                return
+            c.accurate = False
+        except Exception as error:  # a peer that breaks is listed, and ends nobody else's run
+            if c.name == "burnish":
+                raise
+            report["absent"][f"{c.name} for {case.name} {label(dims)}"] = (
+                f"{type(error).__name__}: {error}".splitlines()[0]
+            )
+            continue
+        entrants.append(c)
+    del checked
+    count = min(MOST_SETS, -(-COLD_BYTES[device] // max(one.nbytes, 1)))
+    sets = [one, *(prepare(case, dims, dtype, device) for _ in range(count - 1))]
+    forward, backward = case.work(dims, dtype.itemsize)
+    for name in PASSES:
+        both = name == "forward+backward"
+        floor = ceilings.floor(forward) + (ceilings.floor(backward) if both else 0)
+        time_row(case, sets, entrants, device, both)
+        for c in entrants:
+            device_us, eager_us = percentiles(c.device), percentiles(c.eager)
+            best = (device_us or eager_us or [0, 0, 0])[1]
+            report["rows"].append(
+                {
+                    "case": case.name,
+                    "dims": dims,
+                    "dtype": dtype_name,
+                    "pass": name,
+                    "provider": c.name,
+                    "device_us": device_us,
+                    "eager_us": eager_us,
+                    "floor_us": round(floor * 1e6, 2),
+                    "binds": ceilings.binds(forward),
+                    "share": round(floor * 1e6 / best, 3) if best else None,
+                    "memory_bytes": c.memory,
+                    "compile_s": round(c.compile, 3),
+                    "accurate": c.accurate,
+                    "sets": len(sets),
+                    "note": c.note,
+                }
+            )
+        print_rows(report["rows"][-len(entrants) :])
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    first = rows[0]
+    floor = f"floor {first['floor_us']:.1f} us, {first['binds']} bind"
+    print(f"\n{first['case']}  {label(first['dims'])}  {first['dtype']}  {first['pass']}  ({floor})")
+    for r in rows:
+        device, eager = (
+            f"{u[1]:9.1f} [{u[0]:.1f}, {u[2]:.1f}]" if u else "" for u in (r["device_us"], r["eager_us"])
+        )
+        verdict = "" if r["accurate"] else "  outside the accuracy rule"
+        share = f"{r['share']:6.1%}" if r["share"] else ""
+        print(
+            f"  {r['provider']:16} device {device:28} eager {eager:28} share {share}  "
+            f"memory {r['memory_bytes'] / 1e6:8.1f} MB  compile {r['compile_s']:5.1f} s{verdict}"
+        )
+
+
+# ---- the machine
+
+
+def machine(device: str) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+    if device == "cuda":
+        facts |= {"device": torch.cuda.get_device_name(), "driver": query("driver_version")}
+    else:
+        facts |= {"device": cpu_name(), "threads": torch.get_num_threads()}
+    return facts
+
+
+def query(fields: str) -> str:
+    """nvidia-smi only asks; nothing here changes a clock."""
+    return run_text("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
+
+
+def run_text(*command: str) -> str:
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def clocks(device: str) -> str:
+    return query("clocks.sm,clocks.mem,temperature.gpu,power.draw") if device == "cuda" else ""
+
+
+def main(argv: list[str] | None = None) -> int:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(
+        prog="python -m burnish.bench", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("ops", nargs="*", metavar="op", help="all of them when none is named")
+    parser.add_argument(
+        "--peers", action="store_true", help="torch.compile, torch's own fused ops, other libraries"
+    )
+    parser.add_argument(
+        "--json", nargs="?", const="", metavar="FILE", help="default: bench/results/<machine>-<date>.json"
+    )
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16" if device == "cuda" else "fp32")
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), metavar="SECONDS", help="start no shape after this"
+    )
+    parser.add_argument(
+        "--commit", default=run_text("git", "describe", "--always", "--dirty"), help="where git is absent"
+    )
+    args = parser.parse_args(argv)
+    if INTERPRET:
+        parser.error("TRITON_INTERPRET: expected unset, interpreted kernels have no speed")
+    unknown = set(args.ops) - {c.op for c in CASES}
+    if unknown:
+        parser.error(f"op: expected one of {sorted({c.op for c in CASES})}, got {sorted(unknown)}")
+
+    begun = time.perf_counter()
+    ceilings = roofline.measure(device, DTYPES[args.dtype])
+    today = datetime.date.today().isoformat()
+    report: dict[str, Any] = {
+        "machine": machine(device),
+        "date": today,
+        "commit": args.commit,
+        "command": shlex.join(["python", "-m", "burnish.bench", *(sys.argv[1:] if argv is None else argv)]),
+        "ceilings": {
+            "bandwidth_bytes_per_s": ceilings.bandwidth,
+            "rate_per_s": ceilings.rate,
+            "dtype": args.dtype,
+        },
+        "clocks_before": clocks(device),
+        "absent": {},
+        "red": [],
+        "rows": [],
+    }
+    name = "-".join(str(report["machine"]["device"]).lower().replace("(r)", "").split())
+    path = RESULTS / f"{name}-{today}.json" if args.json == "" else args.json and Path(args.json)
+    print(
+        f"{report['machine']}\ncopy {ceilings.bandwidth / 1e9:.0f} GB/s, product {ceilings.rate / 1e12:.1f} TFLOP/s"
+    )
+    for case in CASES:
+        for dims in case.bench.get(device, ()) if not args.ops or case.op in args.ops else ():
+            if time.perf_counter() - begun > args.budget:
+                report["absent"][f"{case.name} {label(dims)}"] = "out of time"
+                continue
+            torch.manual_seed(0)
+            bench_shape(case, dims, args.dtype, device, ceilings, args.peers, report)
+            if path:
+                write_whole(path, json.dumps(report, indent=1) + "\n")
+    report["clocks_after"] = clocks(device)
+    report["seconds"] = round(time.perf_counter() - begun, 1)
+    for what, why in report["absent"].items():
+        print(f"{what}: {why}")
+    if path:
+        write_whole(path, json.dumps(report, indent=1) + "\n")
+        print(f"written: {os.path.relpath(path)}")
+    return 1 if report["red"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,360 @@
+"""Tables and pictures from measured and accepted figures; no number in README or docs is typed by hand.
+
+    python -m burnish.bench.report [--check]
+
+A Markdown file asks for a table by a pair of marks, between which everything is generated:
+
+    <!-- generated: speed -->
+    <!-- /generated -->
+
+speed is the newest file of bench/results for each machine, static is bench/static.json, floors are the registry's
+formulas on the datasheets of roofline.py. The pictures go to docs/pictures.
+"""
+
+import argparse
+import hashlib
+import html
+import io
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .registry import CASES, label
+from .roofline import CHIPS, Ceilings, datasheet
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+PICTURES = ROOT / "docs" / "pictures"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+MARK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- /generated -->)", re.DOTALL)
+INK = "#808080"  # reads on white and on black
+COLOURS = {"burnish": "#e4572e", "eager": "#808080", "torch.compile": "#4c9be8", "liger-kernel": "#5fad56"}
+OTHER_COLOURS = ("#b18fcf", "#d9a441", "#2a9d8f", "#c75b7a")
+STATIC_COLUMNS = (
+    "kernel",
+    "tile",
+    "chip",
+    "regs",
+    "spills",
+    "stack",
+    "shared",
+    "blocks",
+    "matrix",
+    "load",
+    "async",
+)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Beside, then renamed: a run cut short leaves the old file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+def markdown(head: Sequence[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+# ---- what was measured
+
+
+def newest_results() -> dict[str, dict[str, Any]]:
+    """The newest file for each machine, by its path below the root; GPUs first."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        result = json.loads(path.read_text())
+        device = result["machine"]["device"]
+        if device not in found or result["date"] >= found[device][1]["date"]:
+            found[device] = (str(path.relative_to(ROOT)), result)
+    ordered = sorted(found.values(), key=lambda entry: "driver" not in entry[1]["machine"])
+    return dict(ordered)
+
+
+def groups(result: dict[str, Any]) -> dict[tuple[str, str, str], dict[str, dict[str, Any]]]:
+    """(case, shape, pass) -> provider -> row."""
+    grouped: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        grouped.setdefault((row["case"], label(row["dims"]), row["pass"]), {})[row["provider"]] = row
+    return grouped
+
+
+def best(row: dict[str, Any]) -> list[float]:
+    """Device time where it was measured, else the host's."""
+    return row["device_us"] or row["eager_us"]
+
+
+def speed() -> str:
+    parts = []
+    for path, result in newest_results().items():
+        m, c = result["machine"], result["ceilings"]
+        facts = f"{m['device']}, torch {m['torch']}, Triton {m['triton']}"
+        facts += (
+            f", driver {m['driver']}"
+            if "driver" in m
+            else f", {m['threads']} thread{'s' * (m['threads'] > 1)}"
+        )
+        bandwidth, rate = c["bandwidth_bytes_per_s"] / 1e12, c["rate_per_s"] / 1e12
+        parts.append(
+            f"{facts}; a copy reached {bandwidth:.3g} TB/s, a {c['dtype']} product {rate:.3g} TFLOP/s. "
+            f"`{result['command']}` at commit {result['commit']}, {result['date']}, from `{path}`. "
+            f"Times are p50 [p20, p80] in microseconds, {'device' if 'driver' in m else 'host'} clock.\n"
+        )
+        rows = []
+        for (case, shape, which), providers in groups(result).items():
+            ours, eager = providers["burnish"], providers["eager"]
+            peers = {n: r for n, r in providers.items() if n not in ("burnish", "eager")}
+            rival = min(peers, key=lambda n: best(peers[n])[1], default=None)
+            p20, p50, p80 = best(ours)
+            rows.append(
+                [
+                    f"`{case}`",
+                    shape,
+                    which,
+                    f"{p50:.4g} [{p20:.4g}, {p80:.4g}]",
+                    f"{best(eager)[1]:.4g}",
+                    f"{best(peers[rival])[1]:.4g} ({rival})" if rival else "",
+                    f"{best(eager)[1] / p50:.2f}x",
+                    f"{ours['share']:.0%}",
+                    f"{ours['memory_bytes'] / 1e6:.4g} / {eager['memory_bytes'] / 1e6:.4g}",
+                ]
+            )
+        head = [
+            "case",
+            "shape",
+            "pass",
+            "burnish",
+            "eager",
+            "fastest peer",
+            "over eager",
+            "of roofline",
+            "MB ours / eager",
+        ]
+        parts.append(markdown(head, rows))
+        absent = [f"{what}: {why}" for what, why in result["absent"].items()]
+        parts.append(f"Not measured: {'; '.join(absent)}.\n" if absent else "")
+    return "\n".join(p for p in parts if p) or "No results yet.\n"
+
+
+# ---- what holds without a measurement
+
+
+def static() -> str:
+    accepted = json.loads((ROOT / "bench" / "static.json").read_text())
+    rows: dict[tuple[str, ...], None] = {}
+    for key, builds in accepted["builds"].items():
+        for b in builds:
+            rows[static_row(key, b)] = None
+    source = (
+        f"From `bench/static.json`, Triton {accepted['triton']}. Bytes of shared memory, bits of a load.\n\n"
+    )
+    return source + markdown(STATIC_COLUMNS, [[f"`{r[0]}`", *r[1:]] for r in sorted(rows)])
+
+
+def static_row(key: str, b: dict[str, Any]) -> tuple[str, ...]:
+    dtype, chip = key.split(" | ")[-2:]
+    matrix = f"{b['matrix']} {b['matrix_kind']}" if b["matrix"] else "none"
+    figures = (
+        b["registers"],
+        b["spills"],
+        b["stack"],
+        b["shared"],
+        b["blocks"],
+        matrix,
+        b["load_bits"],
+        b["asynchronous"],
+    )
+    return (b["kernel"], f"{dtype} {b['tile']}", chip, *map(str, figures))
+
+
+def floors() -> str:
+    """Bytes over bandwidth or operations over rate, whichever is longer, for the largest benchmark shape in bf16."""
+    rows = []
+    for case in CASES:
+        if not case.bench.get("cuda"):
+            continue
+        dims = case.bench["cuda"][-1]
+        forward, backward = case.work(dims, 2)
+        times = []
+        for chip in CHIPS.values():
+            top = datasheet(chip, "bf16")
+            times.append(f"{top.floor(forward) * 1e6:.4g} / {top.floor(backward) * 1e6:.4g}")
+        binds = datasheet(CHIPS["sm_90"], "bf16").binds(forward)
+        rows.append([f"`{case.name}`", case.formula, label(dims), binds, *times])
+    head = ["case", "elements", "shape", "binds", *(chip.name for chip in CHIPS.values())]
+    return "Forward / backward in microseconds, bf16, on the datasheet chip.\n\n" + markdown(head, rows)
+
+
+SECTIONS = {"speed": speed, "static": static, "floors": floors}
+
+
+def fill(text: str) -> str:
+    """The document with every generated part made anew."""
+
+    def make(match: re.Match[str]) -> str:
+        if match[2] not in SECTIONS:
+            raise ValueError(f"generated: expected one of {sorted(SECTIONS)}, got {match[2]}")
+        return f"{match[1]}\n{SECTIONS[match[2]]()}\n{match[3]}"
+
+    return MARK.sub(make, text)
+
+
+# ---- pictures
+
+
+def figure(width: float, height: float, columns: int = 1):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "burnish", "font.size": 9})
+    for part in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"):
+        matplotlib.rcParams[part] = INK
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
+    for ax in axes[0]:
+        ax.grid(True, which="major", color=INK, alpha=0.25, linewidth=0.5)
+    return fig, list(axes[0])
+
+
+def svg(fig: Any) -> str:
+    import matplotlib.pyplot as plt
+
+    out = io.StringIO()
+    fig.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    plt.close(fig)
+    return out.getvalue()
+
+
+def colour(provider: str, others: list[str]) -> str:
+    return COLOURS.get(provider) or OTHER_COLOURS[others.index(provider) % len(OTHER_COLOURS)]
+
+
+def speed_picture(case: str, which: str, rows: list[dict[str, Any]]) -> str:
+    """Latency, and share of the measured roofline, against the bytes that the op must move."""
+    fig, (left, right) = figure(8, 3, 2)
+    providers = list(dict.fromkeys(r["provider"] for r in rows))
+    others = [p for p in providers if p not in COLOURS]
+    for provider in providers:
+        mine = sorted((r for r in rows if r["provider"] == provider), key=lambda r: r["floor_us"])
+        size = [r["floor_us"] for r in mine]
+        style: dict[str, Any] = {
+            "color": colour(provider, others),
+            "marker": "o",
+            "markersize": 3,
+            "label": provider,
+        }
+        left.plot(size, [best(r)[1] for r in mine], **style)
+        right.plot(size, [r["share"] * 100 for r in mine], **style)
+    left.set(xscale="log", yscale="log", xlabel="floor, us", ylabel="time, us", title=f"{case}, {which}")
+    right.set(xscale="log", xlabel="floor, us", ylabel="share of the measured roofline, %", ylim=(0, 105))
+    left.legend(frameon=False, labelcolor=INK)
+    return svg(fig)
+
+
+def pictures() -> dict[Path, str]:
+    """Path -> SVG, for every case measured on a GPU at three shapes or more. Each carries its source's digest."""
+    made = {}
+    for path, result in newest_results().items():
+        if "driver" not in result["machine"]:
+            continue
+        by_case: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for row in result["rows"]:
+            by_case.setdefault((row["case"], row["pass"]), []).append(row)
+        for (case, which), rows in by_case.items():
+            if len({label(r["dims"]) for r in rows}) >= 3:
+                name = re.sub(r"\W+", "-", f"{case} {which}") + ".svg"
+                made[PICTURES / name] = f"{speed_picture(case, which, rows)}<!-- {path} {digest(rows)} -->\n"
+    return made
+
+
+def digest(rows: list[dict[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def roofline_picture() -> str:
+    """The four datasheet roofs, and every benchmark shape at its arithmetic intensity."""
+    fig, (ax,) = figure(7, 4)
+    intensities = [2.0**e for e in range(-4, 13)]
+    for chip in CHIPS.values():
+        top: Ceilings = datasheet(chip, "bf16")
+        ax.plot(
+            intensities,
+            [min(top.rate, i * top.bandwidth) / 1e12 for i in intensities],
+            label=chip.name,
+            linewidth=1,
+        )
+    top = datasheet(CHIPS["sm_90"], "bf16")
+    placed: set[tuple[str, int]] = set()
+    for case in CASES:
+        for dims in case.bench.get("cuda", ()):
+            work = case.work(dims, 2)[0]
+            intensity = work.flops / work.bytes
+            ax.plot(
+                intensity, work.flops / top.floor(work) / 1e12, "o", markersize=3, color=COLOURS["burnish"]
+            )
+            if (case.op, round(intensity)) not in placed:
+                placed.add((case.op, round(intensity)))
+                place = (intensity, work.flops / top.floor(work) / 1e12)
+                ax.annotate(f"{case.op}", place, fontsize=7, xytext=(4, -8), textcoords="offset points")
+    ax.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="TFLOP/s at the roof, bf16")
+    ax.legend(frameon=False, labelcolor=INK)
+    return svg(fig)
+
+
+def static_page(figures: dict[str, Any]) -> str:
+    rows = dict.fromkeys(static_row(key, b) for key, builds in figures.items() for b in builds)
+    cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>\n" for row in rows)
+    head = "".join(f"<th>{c}</th>" for c in STATIC_COLUMNS)
+    picture = roofline_picture()
+    return (
+        "<!doctype html><html><head><meta charset='utf-8'><title>Burnish: the static proof</title><style>"
+        ":root{color-scheme:light dark}body{font:14px system-ui;margin:2em}table{border-collapse:collapse}"
+        "td,th{padding:2px 10px;text-align:left;border-bottom:1px solid #8884;font-variant-numeric:tabular-nums}"
+        f"</style></head><body><h1>The static proof</h1>{picture[picture.index('<svg') :]}"
+        f"<table><thead><tr>{head}</tr></thead><tbody>\n{cells}</tbody></table></body></html>\n"
+    )
+
+
+# ---- command
+
+
+def stale() -> list[str]:
+    """Which generated parts differ from their sources."""
+    late = [
+        str(p.relative_to(ROOT)) for p in DOCUMENTS if p.exists() and fill(p.read_text()) != p.read_text()
+    ]
+    for path, text in pictures().items():
+        stamp = text.rsplit("<!-- ", 1)[1]  # the drawing itself may differ with the fonts of a machine
+        if not path.exists() or stamp not in path.read_text():
+            late.append(str(path.relative_to(ROOT)))
+    return late
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m burnish.bench.report", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; status 1 and a list where a part is stale"
+    )
+    args = parser.parse_args(argv)
+    if args.check:
+        late = stale()
+        print("\n".join(f"stale: {name}" for name in late), file=sys.stderr)
+        return 1 if late else 0
+    for path in DOCUMENTS:
+        if path.exists():
+            write_whole(path, fill(path.read_text()))
+    for path, text in pictures().items():
+        write_whole(path, text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,357 @@
+"""The static proof: every shipped configuration of every kernel, compiled for four chips on a machine that has none.
+
+    python -m burnish.bench.static [op ...] [--all] [--check] [--accept] [--json FILE] [--html FILE]
+
+The public op is called as in training, forward and backward, on CPU tensors, with Triton's driver replaced by one that
+names the chip and launches nothing. What is compiled is therefore what is launched: the op's own tile table,
+specialisations and all. The machine code then says what the source cannot: registers, spills, stack, shared memory,
+blocks per multiprocessor, matrix instructions, the widest global load, asynchronous copies. bench/static.json holds the
+accepted figures; --check names what got worse, --accept writes them anew.
+
+Without --all only the selection runs that `make test` affords: bf16, every configuration for sm_90, and the last one of
+each case for the other chips.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from ..kernels import _launch
+from .registry import CASES, Case, Dims, label, make_inputs, make_upstream, run
+from .report import STATIC_COLUMNS, static_page, static_row, write_whole
+from .roofline import CHIPS, datasheet
+
+BASELINE = Path(__file__).with_name("static.json")
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), (8, 0)),
+    "sm_90": (GPUTarget("cuda", 90, 32), (9, 0)),
+    "sm_100": (GPUTarget("cuda", 100, 32), (10, 0)),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), (9, 4)),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Build:
+    """One compiled kernel, read from its machine code."""
+
+    kernel: str
+    tile: str  # the constants it was compiled with, its warps and its stages
+    registers: int  # per thread
+    spills: int  # local loads and stores in the code
+    stack: int  # bytes per thread
+    shared: int  # bytes per block
+    blocks: int  # resident blocks per multiprocessor
+    matrix: int  # matrix instructions
+    matrix_kind: str
+    load_bits: int  # the widest load from global memory
+    asynchronous: int  # asynchronous copies to shared memory, TMA included
+    instructions: int
+
+
+@dataclass(frozen=True)
+class Job:
+    case: str
+    dims: tuple[tuple[str, int], ...]
+    dtype: str
+    chip: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.case} | {label(dict(self.dims))} | {self.dtype} | {self.chip}"
+
+
+# ---- compiling
+
+
+class _Driver:
+    """Stands where Triton looks for a GPU. The chips are numbered as devices: Triton keeps its caches per device."""
+
+    def __init__(self, chip: str):
+        self.chip = chip
+
+    def get_current_device(self) -> int:
+        return list(TARGETS).index(self.chip)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.chip][0]
+
+
+@contextmanager
+def compile_only(chip: str) -> Iterator[list[Any]]:
+    """Inside, a launch compiles for `chip` and runs nothing. Yields the growing list of what was compiled."""
+    if _launch.INTERPRET:
+        raise ValueError("TRITON_INTERPRET: expected unset, the interpreter compiles nothing")
+    launches: list[Any] = []
+    launch, active, target = JITFunction.run, driver._active, _launch.TARGET
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        compiled = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        launches.append(compiled)
+        return compiled
+
+    driver.set_active(_Driver(chip))  # pyright: ignore[reportArgumentType]
+    JITFunction.run, _launch.TARGET = record, TARGETS[chip][1]  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield launches
+    finally:
+        JITFunction.run, driver._active, _launch.TARGET = launch, active, target
+
+
+def compile_job(job: Job) -> list[Build]:
+    """Every distinct kernel that the op launches, forward and backward, at this configuration."""
+    case = next(c for c in CASES if c.name == job.case)
+    tensors = make_inputs(case, dict(job.dims), DTYPES[job.dtype], "cpu")
+    upstream = make_upstream(case, tensors)
+    with compile_only(job.chip) as launches:
+        run(case.fused, case, tensors, upstream)
+    assert launches, f"{job.key}: the op launched no kernel"
+    distinct = {compiled.hash: compiled for compiled in launches}
+    return [_read(compiled, job.chip) for compiled in distinct.values()]
+
+
+def selection(ops: list[str], everything: bool) -> list[Job]:
+    """--all is every configuration in bf16 and fp32 on every chip."""
+    jobs = []
+    for case in CASES:
+        if ops and case.op not in ops:
+            continue
+        for chip in TARGETS:
+            kept = case.configurations if everything or chip == "sm_90" else case.configurations[-1:]
+            for dims in kept:
+                for dtype in ("bf16", "fp32") if everything else ("bf16",):
+                    jobs.append(Job(case.name, tuple(dims.items()), dtype, chip))
+    return jobs
+
+
+# ---- reading the machine code
+
+
+def _read(compiled: Any, chip: str) -> Build:
+    function, meta = compiled.src.fn, compiled.metadata
+    constants = {function.params[path[0]].name: value for path, value in compiled.src.constants.items()}
+    tile = [f"{p.name}={constants[p.name]}" for p in function.params if p.is_constexpr]
+    tile += [f"warps={meta.num_warps}", f"stages={meta.num_stages}"]
+    figures = _read_amd(compiled) if chip == "gfx942" else _read_nvidia(compiled.asm["cubin"])
+    shared = meta.shared
+    blocks = _blocks(chip, figures["registers"], meta.num_warps, shared)
+    return Build(kernel=function.__name__, tile=" ".join(tile), shared=shared, blocks=blocks, **figures)
+
+
+def _blocks(chip: str, registers: int, warps: int, shared: int) -> int:
+    """Resident blocks. Registers are given out by 256 to a warp; a block loses 1 KB of shared memory to the system."""
+    limits = CHIPS[chip]
+    if chip == "gfx942":  # 4 SIMDs of 512 registers by 64 lanes, given out by 8; at most 8 waves on each
+        waves = 4 * min(8, 512 // max(8, -(-registers // 8) * 8))
+        return min(waves // warps, limits.shared // shared if shared else limits.blocks)
+    by_registers = limits.registers // (-(-registers * 32 // 256) * 256) // warps
+    by_shared = limits.shared // (shared + 1024) if shared <= limits.shared_block else 0
+    return min(by_registers, by_shared, limits.warps // warps, limits.blocks)
+
+
+def _read_nvidia(cubin: bytes) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _tool("cuobjdump", "--dump-resource-usage", path)
+        opcodes = re.findall(r'"opcode":"([^"]+)"', _tool("nvdisasm", "-json", path))
+    matrix = [o for o in opcodes if re.match(r"HMMA|IMMA|DMMA|HGMMA|QGMMA|UTC\w*MMA", o)]
+    loads = [o for o in opcodes if o.startswith("LDG")]
+    return {
+        "registers": int(re.findall(r"REG:(\d+)", usage)[0]),
+        "stack": int(re.findall(r"STACK:(\d+)", usage)[0]),
+        "spills": sum(o.startswith(("LDL", "STL")) for o in opcodes),
+        "matrix": len(matrix),
+        "matrix_kind": matrix[0].split(".")[0] if matrix else "",
+        "load_bits": max((_width(o) for o in loads), default=0),
+        "asynchronous": sum(o.startswith(("LDGSTS", "UTMALDG", "UBLKCP")) for o in opcodes),
+        "instructions": len(opcodes),
+    }
+
+
+def _width(opcode: str) -> int:
+    parts = set(opcode.split("."))
+    named = {"256": 256, "128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
+    return next((bits for part, bits in named.items() if part in parts), 32)
+
+
+def _read_amd(compiled: Any) -> dict[str, Any]:
+    assert compiled.asm["hsaco"].startswith(b"\x7fELF")  # assembled and linked, not only printed
+    text = compiled.asm["amdgcn"]
+
+    def field(name: str) -> int:
+        return int(re.findall(rf"\.{name}:\s+(\d+)", text)[0])
+
+    opcodes = re.findall(r"^\t([a-z]\w+)", text, re.MULTILINE)
+    loads = [o for o in opcodes if re.match(r"(global|buffer)_load_(dword|u|s)", o)]
+    words = {"x4": 128, "x3": 96, "x2": 64, "rd": 32}
+    return {
+        "registers": field("vgpr_count"),
+        "stack": field("private_segment_fixed_size"),
+        "spills": field("vgpr_spill_count"),
+        "matrix": sum(o.startswith("v_mfma") for o in opcodes),
+        "matrix_kind": "MFMA" if any(o.startswith("v_mfma") for o in opcodes) else "",
+        "load_bits": max((words.get(o[-2:], 16) for o in loads), default=0),
+        "asynchronous": sum("lds" in o for o in loads),
+        "instructions": len(opcodes),
+    }
+
+
+def _tool(name: str, *args: Any) -> str:
+    return subprocess.run([TOOLS / name, *args], capture_output=True, text=True, check=True).stdout
+
+
+# ---- accepted figures
+
+
+def compare(accepted: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What got worse, a sentence each; `now` may be a part of what was accepted."""
+    complaints = []
+    for key, builds in now.items():
+        if key not in accepted:
+            complaints.append(f"{key}: not in {BASELINE.name}; look at its figures, then --accept")
+            continue
+        before = {b["kernel"]: b for b in accepted[key]}
+        for b in builds:
+            old = before.get(b["kernel"])
+            if old is None:
+                complaints.append(
+                    f"{key}: {b['kernel']}: not in {BASELINE.name}; look at its figures, then --accept"
+                )
+                continue
+            where = f"{key}: {b['kernel']} {b['tile']}"
+            for name in ("spills", "stack"):
+                if b[name] > old[name]:
+                    complaints.append(f"{where}: {name} {old[name]} -> {b[name]}")
+            if b["matrix"] == 0 < old["matrix"] or b["matrix_kind"] != old["matrix_kind"]:
+                complaints.append(f"{where}: matrix instructions {_matrix(old)} -> {_matrix(b)}")
+            for name in ("blocks", "load_bits"):
+                if b[name] < old[name]:
+                    complaints.append(f"{where}: {name} {old[name]} -> {b[name]}")
+            if b["asynchronous"] == 0 < old["asynchronous"]:
+                complaints.append(f"{where}: asynchronous copies {old['asynchronous']} -> 0")
+    return complaints
+
+
+def limits(now: dict[str, Any]) -> list[str]:
+    """What no accepted figure may excuse: a block that does not fit the chip."""
+    return [
+        f"{key}: {b['kernel']} {b['tile']}: {b['shared']} bytes shared, {b['registers']} registers: does not fit"
+        for key, builds in now.items()
+        for b in builds
+        if b["blocks"] < 1
+    ]
+
+
+def _matrix(build: dict[str, Any]) -> str:
+    return f"{build['matrix']} {build['matrix_kind']}" if build["matrix"] else "none"
+
+
+def accepted_figures() -> dict[str, Any]:
+    return json.loads(BASELINE.read_text())["builds"] if BASELINE.exists() else {}
+
+
+def compile_all(jobs: list[Job], processes: int) -> dict[str, Any]:
+    if processes == 1:
+        built = [compile_job(job) for job in jobs]
+    else:
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            built = list(pool.map(compile_job, jobs))
+    return {job.key: [asdict(b) for b in builds] for job, builds in zip(jobs, built, strict=True)}
+
+
+def floors(case: Case, dims: Dims, dtype: str) -> dict[str, tuple[float, float]]:
+    """Seconds forward and backward on each chip, by its datasheet."""
+    forward, backward = case.work(dims, DTYPES[dtype].itemsize)
+    return {
+        c: (datasheet(chip, dtype).floor(forward), datasheet(chip, dtype).floor(backward))
+        for c, chip in CHIPS.items()
+    }
+
+
+# ---- output
+
+
+def table(figures: dict[str, Any]) -> str:
+    """A line for each distinct kernel; several configurations may share one."""
+    rows = [
+        STATIC_COLUMNS,
+        *dict.fromkeys(static_row(key, b) for key, builds in figures.items() for b in builds),
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def floor_table(ops: list[str]) -> str:
+    lines = ["floor on the datasheet chip, us forward / backward, bf16"]
+    for case in CASES:
+        for dims in case.bench.get("cuda", ()) if not ops or case.op in ops else ():
+            times = "   ".join(
+                f"{c} {f * 1e6:8.1f} /{b * 1e6:8.1f}" for c, (f, b) in floors(case, dims, "bf16").items()
+            )
+            lines.append(f"{case.name:28} {label(dims):32} {times}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m burnish.bench.static", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("ops", nargs="*", metavar="op", help="all of them when none is named")
+    parser.add_argument(
+        "--all", action="store_true", help="every configuration, bf16 and fp32, on every chip"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="compare with the accepted figures; status 1 when worse"
+    )
+    parser.add_argument("--accept", action="store_true", help=f"write {BASELINE.name} anew")
+    parser.add_argument("--json", metavar="FILE", help="write the figures")
+    parser.add_argument("--html", metavar="FILE", help="write a page with the table and a roofline picture")
+    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
+    args = parser.parse_args(argv)
+    unknown = set(args.ops) - {c.op for c in CASES}
+    if unknown:
+        parser.error(f"op: expected one of {sorted({c.op for c in CASES})}, got {sorted(unknown)}")
+    figures = compile_all(selection(args.ops, args.all), args.processes)
+    print(table(figures), floor_table(args.ops), sep="\n\n")
+    stamp = {"triton": triton.__version__, "builds": figures}
+    if args.json:
+        write_whole(Path(args.json), json.dumps(stamp, indent=1) + "\n")
+    if args.html:
+        write_whole(Path(args.html), static_page(figures))
+    if args.accept:
+        kept = {} if not args.ops else accepted_figures()
+        write_whole(
+            BASELINE, json.dumps(stamp | {"builds": dict(sorted((kept | figures).items()))}, indent=1) + "\n"
+        )
+    complaints = limits(figures) + (compare(accepted_figures(), figures) if args.check else [])
+    for complaint in complaints:
+        print(f"worse: {complaint}", file=sys.stderr)
+    return 1 if complaints else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
