@@ -1,4 +1,4 @@
-"""Hugging Face folders, read and written: config.json, generation_config.json and safetensors, nothing that is unpickled.
+"""Hugging Face folders, read and written: config.json, generation_config.json and safetensors; nothing is unpickled.
 
 On disk a tensor has its parameter's name behind "model.", but for lm_head.weight, which is left out where it is tied.
 """
@@ -32,8 +32,8 @@ def load_model(
 ) -> Transformer:
     """The model in a Hugging Face folder, its weights in `dtype` whatever the files hold.
 
-    Raises InputError naming the file, and the key or tensor, where one is missing, broken, of the wrong shape, unexpected, or
-    of an architecture or with an option that this transformer would compute differently.
+    Raises InputError naming the file, and the key or tensor, where one is missing, broken, unexpected or of the wrong
+    shape, and where config.json asks for an architecture or option that this transformer would compute differently.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -81,7 +81,8 @@ def save_model(
 ) -> None:
     """Write a folder that load_model and transformers read. It appears whole or not at all.
 
-    An earlier model in `folder` is replaced. Raises InputError where something else is there, or nothing can be written.
+    An earlier model in `folder` is replaced, with all its files. Raises InputError where `folder` holds something else,
+    or cannot be written.
     """
     folder = Path(folder).resolve()
     if folder.exists() and not _holds_a_model(folder):

@@ -2,7 +2,7 @@
 
 
 class InputError(ValueError):
-    """A file, a row, a flag or a user's function is wrong. The message names the thing, what was expected and what came.
+    """A file, a row, a flag or a user's function is wrong. The message names it, what was expected and what came.
 
     The command line prints it as one line and exits with status 1; anything else is a bug and keeps its traceback.
     """

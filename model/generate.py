@@ -18,9 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .cache import Cache
 from .errors import InputError
 from .packed import pack
-from .transformer import Cache, Transformer
+from .transformer import Transformer
 
 TOP_P_WIDTH = (
     1024  # a support is recorded, so it has a bound: top_p without top_k chooses among this many ids
@@ -60,7 +61,8 @@ def generate(
     """Samples in the order of the prompts, those of prompt 0 first.
 
     temperature: 0 takes the most likely id, whatever top_k and top_p say, and records no support.
-    batch_size: sequences at a time, all by default. The cache holds batch_size * (longest prompt + max_new_tokens) tokens.
+    batch_size: sequences at a time, all by default; the cache has room for batch_size * (longest prompt +
+        max_new_tokens) tokens.
     progress: called with (samples ended, samples in all) when some leave the batch.
     Raises InputError for an empty prompt and for an id outside the vocabulary, ValueError for a number out of range.
     """
@@ -109,7 +111,7 @@ def generate(
 
 
 class _Draw:
-    """(logits (B, V), noise (B,) in [0, 1)) to ids (B,), their log-probabilities (B,), and the support (B, width) or None."""
+    """logits (B, V) and noise (B,) in [0, 1) to ids (B,), log-probabilities (B,), and support (B, width) or None."""
 
     def __init__(self, temperature: float, top_k: int | None, top_p: float | None, vocabulary: int):
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
@@ -235,7 +237,7 @@ class _Batch:
         return uniform(seed, self.index[: self.live], self.count[: self.live])
 
     def record(self, token: Tensor, logprob: Tensor, support: Tensor | None, stops: Tensor) -> bool:
-        """Store what was drawn; whether enough sequences are done to let them leave. The step's one look by the host."""
+        """Store what was drawn. True when enough sequences are done to let them leave: the step's one host read."""
         live = slice(self.live)
         column = self.count[live, None]  # (live, 1)
         self.drawn = token

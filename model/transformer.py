@@ -21,12 +21,12 @@ from torch.utils.checkpoint import checkpoint
 from ..kernels import (
     add_rms_norm,
     apply_rope,
-    decode_attention,
     flash_attention,
     rms_norm,
     swiglu,
     token_logprobs,
 )
+from .cache import Cache
 from .config import ModelConfig, Rope
 from .packed import Packed
 
@@ -73,73 +73,6 @@ def rope_frequencies(rope: Rope, dim: int, device: torch.device) -> tuple[Tensor
     return inv_freq, mscale(1.0)
 
 
-# ---- cache
-
-
-class Cache:
-    """Keys and values of sequences that grow: for each layer two tensors (slots, capacity, G, D), and a length per slot.
-
-    Slots in use are always the first ones, in order, so that a step reads them without an index.
-    """
-
-    def __init__(
-        self, config: ModelConfig, slots: int, capacity: int, dtype: torch.dtype, device: torch.device
-    ):
-        shape = (slots, capacity, config.num_key_value_heads, config.head_dim)
-        # zeros, not empty: a masked key still meets a zero probability, and 0 * NaN is NaN
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.values = [
-            torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)
-        ]
-        self.length = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens held by each slot
-        self.slot = torch.arange(slots, device=device)
-        self.capacity = capacity
-        self.source: Tensor | None = None  # rows of the running pass to store, None for all
-        self.target = self.slot[:0]  # and where: slot * capacity + position
-
-    def open(self, packed: Packed, slots: list[list[int]]) -> None:
-        """The next forward pass writes segment i of `packed` into every one of slots[i], from position 0 on."""
-        starts = packed.cu_seqlens.tolist()
-        source, target = [], []
-        for segment, copies in enumerate(slots):
-            rows = range(starts[segment], starts[segment + 1])
-            for slot in copies:
-                source += rows
-                target += range(slot * self.capacity, slot * self.capacity + len(rows))
-                self.length[slot] = len(rows)
-        device = self.length.device
-        self.source = torch.tensor(source, dtype=torch.int64, device=device)
-        self.target = torch.tensor(target, dtype=torch.int64, device=device)
-
-    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Store k and v (total, G, D), as `open` said."""
-        if self.source is not None:
-            k, v = k[self.source], v[self.source]
-        self.keys[layer].flatten(0, 1).index_copy_(0, self.target, k)
-        self.values[layer].flatten(0, 1).index_copy_(0, self.target, v)
-
-    def grow(self, slots: int) -> Tensor:
-        """Make room for one token in each of the first slots; where it stands, (slots,). A full slot overwrites its last."""
-        length = self.length[:slots].add_(1).clamp_(max=self.capacity)
-        position = length - 1
-        self.source, self.target = None, self.slot[:slots] * self.capacity + position
-        return position
-
-    def attend(self, layer: int, q: Tensor, window: int | None) -> Tensor:
-        """q (B, H, D), one query for each of the first slots, to (B, H, D)."""
-        used = slice(q.shape[0])
-        return decode_attention(
-            q, self.keys[layer], self.values[layer], self.slot[used], self.length[used], window=window
-        )
-
-    def keep(self, slots: Tensor) -> None:
-        """Move these slots (n,), ascending, to the front; the others are free again."""
-        longest = int(self.length[slots].max()) if slots.numel() else 0
-        for cached in (*self.keys, *self.values):
-            cached[: slots.numel(), :longest] = cached[slots, :longest]
-        self.length[: slots.numel()] = self.length[slots]
-
-
 # ---- layers
 
 
@@ -173,13 +106,14 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(H * D, C, config.output_bias)
         self.q_norm = Norm(D) if config.qk_norm else None
         self.k_norm = Norm(D) if config.qk_norm else None
-        self.layer, self.head_dim, self.eps = layer, D, config.rms_norm_eps
+        self.H, self.G, self.D = H, G, D
+        self.layer, self.eps = layer, config.rms_norm_eps
         self.rotate, self.window = config.rope_layers[layer], config.windows[layer]
 
     def forward(self, x: Tensor, now: Pass) -> Tensor:
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (total, H, D)
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (total, G, D)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        q = self.q_proj(x).view(-1, self.H, self.D)  # (total, H, D)
+        k = self.k_proj(x).view(-1, self.G, self.D)  # (total, G, D)
+        v = self.v_proj(x).view(-1, self.G, self.D)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = rms_norm(q, self.q_norm.weight, self.eps), rms_norm(k, self.k_norm.weight, self.eps)
         if self.rotate:
@@ -190,6 +124,7 @@ class Attention(nn.Module):
             out = now.cache.attend(self.layer, q, self.window)
         else:
             out = flash_attention(q, k, v, window=self.window, cu_seqlens=now.cu_seqlens, parents=now.parents)
+        assert isinstance(out, Tensor)
         return self.o_proj(out.flatten(1))  # (total, C)
 
 
@@ -245,11 +180,9 @@ class Transformer(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, weight in self.named_parameters():
-                if weight.dim() == 2:
-                    # drawn on the CPU: the same weights on every device
-                    weight.copy_(
-                        torch.empty(weight.shape).normal_(0, config.initializer_range, generator=generator)
-                    )
+                if weight.dim() == 2:  # drawn on the CPU: the same weights on every device
+                    drawn = torch.empty(weight.shape).normal_(generator=generator)
+                    weight.copy_(drawn * config.initializer_range)
                 else:
                     weight.fill_(0.0 if name.endswith("bias") else 1.0)
 
@@ -290,9 +223,18 @@ class Transformer(nn.Module):
         return rms_norm(x, self.norm.weight, self.config.rms_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., C) to (..., V), fp32 (fp64 from fp64)."""
-        logits = F.linear(hidden, self.head)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        """(..., C) to (..., V) in fp32 (fp64 from fp64), from the inputs and with the precision that `score` uses."""
+        hidden, head = self._head_inputs(hidden)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.to(wide), head.to(wide))
+
+    def _head_inputs(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states and head in the dtype that autocast, which does not know our ops, would give a matmul."""
+        if not torch.is_autocast_enabled(hidden.device.type):
+            return hidden, self.head
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        return hidden.to(dtype), self.head.to(dtype)
 
     def score(
         self,
@@ -312,8 +254,5 @@ class Transformer(nn.Module):
             raise ValueError(
                 "rows: the first token of a sequence without a parent has nothing to be scored from"
             )
-        hidden, head = self(packed)[predictors], self.head  # (n, C), (V, C)
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, head = hidden.to(dtype), head.to(dtype)
+        hidden, head = self._head_inputs(self(packed)[predictors])  # (n, C), (V, C)
         return token_logprobs(hidden, head, packed.tokens[rows], temperature=temperature, support=support)
