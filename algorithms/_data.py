@@ -142,8 +142,8 @@ def _read_json(path: Path, file: TextIO, may_be_list: bool) -> Iterator[Row]:
 
 def _read_parquet(path: Path) -> list[Row]:
     try:
-        import pyarrow
-        import pyarrow.parquet
+        import pyarrow  # pyright: ignore[reportMissingImports]
+        import pyarrow.parquet  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError(f"{path}: reading parquet needs pyarrow: pip install 'burnish[parquet]'") from error
     try:

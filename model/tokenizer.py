@@ -88,9 +88,7 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.pad_id = self._id_of(bos), self._id_of(eos), self._id_of(pad)
         self.stop_ids = frozenset(stop_ids) | ({self.eos_id} if self.eos_id is not None else set())
         self.prefix_ids = [self.bos_id] if self.bos_id is not None and self._adds_bos() else []
-        added = backend.get_added_tokens_decoder()
-        self._added_ids = frozenset(added)
-        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._added = backend.get_added_tokens_decoder()
 
     @classmethod
     def load(cls, folder: Path | str, chat_template: Path | str | None = None) -> "Tokenizer":
@@ -135,12 +133,12 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         generation_file = folder / "generation_config.json"
+        stops = sorted(self.stop_ids, key=lambda token: (token != self.eos_id, token))  # eos first
+        end = stops[0] if len(stops) == 1 else stops or None
+        ids = {"bos_token_id": self.bos_id, "eos_token_id": end, "pad_token_id": self.pad_id}
         generation = _read_json(generation_file) | {
-            "bos_token_id": self.bos_id,
-            "eos_token_id": sorted(self.stop_ids) or None,
-            "pad_token_id": self.pad_id,
+            name: value for name, value in ids.items() if value is not None
         }
-        generation = {name: value for name, value in generation.items() if value is not None}
         files = {
             "tokenizer.json": self.backend.to_str(pretty=True),
             "tokenizer_config.json": json.dumps(self.config, indent=2, ensure_ascii=False) + "\n",
@@ -229,9 +227,9 @@ class Tokenizer:
                 f"so the mask cannot be exact; {WAY_OUT}"
             )
         written = self._continuing.encode(answered[len(prompt) :], add_special_tokens=False)
-        stops = [i for i, token in enumerate(written.ids) if token in self.stop_ids]
-        special = [i for i, token in enumerate(written.ids) if token in self._special_ids]
-        ends = [written.offsets[i][1] + len(prompt) for i in stops[:1] or special[-1:]]
+        added = self._spelled_out(written, answered, len(prompt))
+        stops = [end for i, (_, end) in added if written.ids[i] in self.stop_ids]
+        ends = stops[:1] or [end for i, (_, end) in added if self._added[written.ids[i]].special][-1:]
         if not ends or (not stops and answered[ends[0] :].strip()):
             raise InputError(
                 f"{name}: the chat template writes no end-of-turn token, so where the turn ends is not known; {WAY_OUT}"
@@ -251,23 +249,19 @@ class Tokenizer:
         an added token does not depend on what follows it, so it is enough to read from the nearest one on.
         """
 
-        def read(origin: int) -> tuple[list[int], list[tuple[int, int]]]:
+        def read(origin: int) -> tuple[list[int], list[tuple[int, Span]]]:
             reader = self._continuing if origin else self.backend
             encoding = reader.encode(text[origin:], add_special_tokens=False)
-            pairs = zip(encoding.ids, encoding.offsets, strict=True)
-            added = [
-                (i, origin + span[0]) for i, (token, span) in enumerate(pairs) if token in self._added_ids
-            ]
-            return encoding.ids, added
+            return encoding.ids, self._spelled_out(encoding, text, origin)
 
         pieces: list[tuple[int, list[int]]] = []
         ids, added = read(0)
         last, taken = 0, 0  # the previous boundary, in characters of the text and in `ids`
         for boundary in boundaries:
             start, first, window = last, taken, self._continuing if last else self.backend
-            for i, character in added:
-                if i >= taken - 1 and character < boundary:
-                    start, first, window = character, i, self.backend
+            for i, (opens, closes) in added:
+                if i >= taken - 1 and closes <= boundary:
+                    start, first, window = opens, i, self.backend
             head = ids[:first] + window.encode(text[start:boundary], add_special_tokens=False).ids
             pieces.append((last, head[taken:]))
             last, taken = boundary, len(head)
@@ -275,6 +269,19 @@ class Tokenizer:
                 ids, added = read(boundary)
                 taken = 0
         return [*pieces, (last, ids[taken:])]
+
+    def _spelled_out(self, encoding: tokenizers.Encoding, text: str, origin: int) -> list[tuple[int, Span]]:
+        """The added tokens in the encoding of text[origin:]: index, and where in `text`. Not those that an unknown
+        character has become.
+        """
+        found = []
+        for i, (token, (start, end)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
+            if (
+                token in self._added
+                and text[origin + start : origin + end].strip() == self._added[token].content
+            ):
+                found.append((i, (origin + start, origin + end)))
+        return found
 
     def _render(
         self,
@@ -333,9 +340,10 @@ class Tokenizer:
     def _continuing(self) -> tokenizers.Tokenizer:
         """The same tokenizer without the space that some put before every text."""
         settings = json.loads(self.backend.to_str())
-        settings["normalizer"] = _without_prefix_space(settings["normalizer"])
-        settings["pre_tokenizer"] = _without_prefix_space(settings["pre_tokenizer"])
-        return tokenizers.Tokenizer.from_str(json.dumps(settings))
+        parts = {name: _without_prefix_space(settings[name]) for name in ("normalizer", "pre_tokenizer")}
+        if parts.items() <= settings.items():
+            return self.backend
+        return tokenizers.Tokenizer.from_str(json.dumps(settings | parts))
 
     def _id_of(self, token: str | None) -> int | None:
         if token is None:
@@ -397,6 +405,7 @@ def _without_prefix_space(part: dict[str, Any] | None) -> dict[str, Any] | None:
     """A normalizer or pre-tokenizer of tokenizer.json that leaves the start of a text as it is."""
     if part is None or part["type"] == "Prepend":
         return None
+    part = dict(part)
     for members in ("normalizers", "pretokenizers"):
         if members in part:
             part[members] = [kept for member in part[members] if (kept := _without_prefix_space(member))]
