@@ -23,11 +23,17 @@ What a query sees, by logical positions: position i of a query, j of a key.
 Source: Dao et al. 2022, https://arxiv.org/abs/2205.14135; Dao 2023, https://arxiv.org/abs/2307.08691
 """
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._launch import check_shape, use_triton
+from ._launch import capability, check_dtype, check_shape, register, use_triton
 
 # ---- reference
 
@@ -37,6 +43,17 @@ def _visible(query_position: Tensor, key_position: Tensor, causal: bool, window:
     i, j = query_position.unsqueeze(-1), key_position.unsqueeze(-2)
     visible = j <= i if causal else (j <= i) | True
     return visible if window is None else visible & (j > i - window)
+
+
+def _positions(cu_seqlens: Tensor, parents: Tensor | None, total: int) -> tuple[Tensor, Tensor]:
+    """(total,) int64 each: every row's segment, and its logical position."""
+    row = torch.arange(total, device=cu_seqlens.device)
+    segment = torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True, out_int32=False)
+    position = row - cu_seqlens[segment]
+    if parents is not None:
+        parent = parents[segment].long()
+        position = position + torch.where(parent >= 0, cu_seqlens.diff()[parent], 0)
+    return segment, position
 
 
 def _attend(
@@ -89,14 +106,10 @@ def flash_attention_reference(
         visible = _visible(position, torch.arange(S, device=q.device), causal, window)
         out, lse = _attend(q, k, v, visible, scale, softcap, sinks)
         return (out, lse) if return_lse else out
-    row = torch.arange(q.shape[0], device=q.device)
-    segment = torch.searchsorted(cu_seqlens[1:].long(), row, right=True)  # (total,)
-    position = row - cu_seqlens[segment]
+    segment, position = _positions(cu_seqlens, parents, q.shape[0])
     related = segment[:, None] == segment  # (total, total)
     if parents is not None:
-        parent = parents[segment].long()
-        position = position + torch.where(parent >= 0, cu_seqlens.diff()[parent], 0)
-        related = related | (parent[:, None] == segment)
+        related = related | (parents[segment][:, None] == segment)
     visible = related & _visible(position, position, causal, window)
     out, lse = _attend(q[None], k[None], v[None], visible, scale, softcap, sinks)
     return (out[0], lse[0]) if return_lse else out[0]
@@ -215,6 +228,673 @@ def _packed_cpu(
     return out, lse
 
 
+# ---- kernels
+
+
+@triton.jit
+def _locate(cu_ptr, segments, block, BLOCK: tl.constexpr):
+    # Segment s owns the blocks from cu[s] // BLOCK + s on: always enough of them, and at most one too many. So a grid
+    # of total // BLOCK + segments covers every packing, and nobody has to read the lengths on the host.
+    s = -1
+    for first in range(0, segments, 256):
+        i = first + tl.arange(0, 256)
+        starts = tl.load(cu_ptr + i, i < segments, other=0)
+        s += tl.sum(((starts // BLOCK + i <= block) & (i < segments)).to(tl.int32), 0)
+    start, end = tl.load(cu_ptr + s), tl.load(cu_ptr + s + 1)
+    return s, start, end - start, (block - start // BLOCK - s) * BLOCK
+
+
+@triton.jit
+def _parent(cu_ptr, parents_ptr, segment):
+    # where the parent's keys start, and how many they are: none without a parent
+    parent = tl.load(parents_ptr + segment)
+    some = parent >= 0
+    parent = tl.maximum(parent, 0)
+    start, end = tl.load(cu_ptr + parent), tl.load(cu_ptr + parent + 1)
+    return tl.where(some, start, 0), tl.where(some, end - start, 0)
+
+
+@triton.jit
+def _children(cu_ptr, parents_ptr, segments, segment):
+    # the children stand directly after their parent: their rows are one range, from start to end
+    count = 0
+    for first in range(0, segments, 256):
+        i = first + tl.arange(0, 256)
+        count += tl.sum((tl.load(parents_ptr + i, i < segments, other=-1) == segment).to(tl.int32), 0)
+    return tl.load(cu_ptr + segment + 1), tl.load(cu_ptr + segment + 1 + count)
+
+
+@triton.jit
+def _span(
+    reach,
+    keys,
+    window,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # The key blocks of BLOCK_M queries, the first of which stands at key `reach`: lo .. hi has every key that one of
+    # them sees, full_lo .. full_hi whole blocks that all see. Returns those and the number of blocks of both kinds.
+    lo, full_lo = 0, 0
+    hi = keys
+    full_hi = keys // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        hi = tl.maximum(tl.minimum(keys, reach + BLOCK_M), 0)
+        full_hi = tl.maximum(tl.minimum(keys, reach + 1), 0) // BLOCK_N * BLOCK_N
+    if WINDOW:
+        lo = tl.maximum(reach - window + 1, 0) // BLOCK_N * BLOCK_N
+        full_lo = tl.cdiv(tl.maximum(reach + BLOCK_M - window, 0), BLOCK_N) * BLOCK_N
+        some = full_hi > full_lo
+        full_lo = tl.where(some, full_lo, lo)
+        full_hi = tl.where(some, full_hi, lo)
+    full = (full_hi - full_lo) // BLOCK_N
+    partial = tl.cdiv(tl.maximum(hi - lo - (full_hi - full_lo), 0), BLOCK_N)
+    return lo, full_lo, full_hi, full, partial
+
+
+@triton.jit
+def _block(
+    step, lo, full_lo, full_hi, start, keys, reach,
+    parent_lo, parent_full_lo, parent_full_hi, parent_blocks, parent_start, parent_keys, parent_reach,
+    PARENTS: tl.constexpr, PARTIAL: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # one flat loop over the parent's blocks, then the own ones: step to (first key, its row, keys there, reach there)
+    if PARENTS:
+        own = step >= parent_blocks
+        step = tl.where(own, step - parent_blocks, step)
+        lo = tl.where(own, lo, parent_lo)
+        full_lo = tl.where(own, full_lo, parent_full_lo)
+        full_hi = tl.where(own, full_hi, parent_full_hi)
+        start = tl.where(own, start, parent_start)
+        keys = tl.where(own, keys, parent_keys)
+        reach = tl.where(own, reach, parent_reach)
+    if PARTIAL:
+        key = lo + step * BLOCK_N
+        key += tl.where(key >= full_lo, full_hi - full_lo, 0)
+    else:
+        key = full_lo + step * BLOCK_N
+    return key, start + key, keys, reach
+
+
+@triton.jit
+def _tile(
+    x, head, row, left, stride_t, stride_h,
+    ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr, BOUNDED: tl.constexpr,
+):  # fmt: skip
+    # [ROWS, BLOCK_D] of one head, from `row` on; `left` rows are there (a descriptor reads on into the next segment)
+    if TMA:
+        return x.load([head, row, 0]).reshape([ROWS, BLOCK_D])
+    r, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    pointers = x + tl.cast(row, tl.int64) * stride_t + tl.cast(head, tl.int64) * stride_h
+    pointers += r[:, None] * stride_t + d[None, :]
+    if BOUNDED:
+        mask = r[:, None] < left
+        if D < BLOCK_D:
+            mask &= d[None, :] < D
+        return tl.load(pointers, mask, other=0.0)
+    if D < BLOCK_D:
+        return tl.load(pointers, d[None, :] < D, other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def _sees(query, key, keys, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    mask = key < keys
+    if CAUSAL:
+        mask &= key <= query
+    if WINDOW:
+        mask &= key > query - window
+    return mask
+
+
+@triton.jit
+def _capped(qk, inner, cap):
+    # cap * tanh(x), inner * qk = 2x log2(e); exact at both ends, where exp2 is 0 or inf
+    return cap * (1 - 2 / (tl.exp2(qk * inner) + 1))
+
+
+@triton.jit
+def _flash_fwd(
+    q, k, v, out_ptr, lse_ptr, sinks_ptr, cu_ptr, parents_ptr,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    T, S, rows, segments, window, inner, cap,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+    PACKED: tl.constexpr, PARENTS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    # Scores live in units of log2: m and norm are the running maximum and sum of exp2(score - m). m starts at a finite
+    # number, so a row that has seen nothing yet needs no special case: exp2(-inf - m) is 0.
+    block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # the longest rows first
+    key_head = head // GROUP
+    parent_start, parent_keys = 0, 0
+    if PACKED:
+        segment, q_start, queries, m0 = _locate(cu_ptr, segments, block, BLOCK_M)
+        k_start, keys, reach = q_start, queries, m0
+        if PARENTS:
+            parent_start, parent_keys = _parent(cu_ptr, parents_ptr, segment)
+    else:
+        q_start, queries, m0 = tl.program_id(2) * T, T, block * BLOCK_M
+        k_start, keys, reach = tl.program_id(2) * S, S, m0 + S - T
+    if m0 >= queries:
+        return
+    local = tl.arange(0, BLOCK_M)
+    query = _tile(q, head, q_start + m0, queries - m0, stride_qt, stride_qh, BLOCK_M, D, BLOCK_D, TMA, True)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    if SINKS:
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
+        m = tl.zeros([BLOCK_M], tl.float32) + tl.maximum(sink, -1.0e30)
+        norm = tl.exp2(sink - m)
+    else:
+        m = tl.full([BLOCK_M], -1.0e30, tl.float32)
+        norm = tl.zeros([BLOCK_M], tl.float32)
+    lo, full_lo, full_hi, full, partial = _span(reach, keys, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
+    p_reach = m0 + parent_keys
+    p_lo, p_full_lo, p_full_hi, p_full, p_partial = 0, 0, 0, 0, 0
+    if PARENTS:
+        p_lo, p_full_lo, p_full_hi, p_full, p_partial = _span(
+            p_reach, parent_keys, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
+        )
+    for step in tl.range(0, p_full + full):
+        _, row, _, _ = _block(
+            step, lo, full_lo, full_hi, k_start, keys, reach,
+            p_lo, p_full_lo, p_full_hi, p_full, parent_start, parent_keys, p_reach, PARENTS, False, BLOCK_N,
+        )  # fmt: skip
+        key = _tile(k, key_head, row, BLOCK_N, stride_kt, stride_kh, BLOCK_N, D, BLOCK_D, TMA, False)
+        qk = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        if SOFTCAP:
+            qk = _capped(qk, inner, cap)
+            m_new = tl.maximum(m, tl.max(qk, 1))
+            p = tl.exp2(qk - m_new[:, None])
+        else:
+            m_new = tl.maximum(m, tl.max(qk, 1) * inner)
+            p = tl.exp2(qk * inner - m_new[:, None])
+        alpha = tl.exp2(m - m_new)
+        norm = norm * alpha + tl.sum(p, 1)
+        acc = acc * alpha[:, None]
+        value = _tile(v, key_head, row, BLOCK_N, stride_vt, stride_vh, BLOCK_N, DV, BLOCK_DV, TMA, False)
+        acc = tl.dot(p.to(value.dtype), value, acc, input_precision=PRECISION)
+        m = m_new
+    for step in tl.range(0, p_partial + partial):
+        j, row, j_end, i = _block(
+            step, lo, full_lo, full_hi, k_start, keys, reach,
+            p_lo, p_full_lo, p_full_hi, p_partial, parent_start, parent_keys, p_reach, PARENTS, True, BLOCK_N,
+        )  # fmt: skip
+        key = _tile(k, key_head, row, j_end - j, stride_kt, stride_kh, BLOCK_N, D, BLOCK_D, TMA, True)
+        qk = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        qk = _capped(qk, inner, cap) if SOFTCAP else qk * inner
+        columns = j + tl.arange(0, BLOCK_N)
+        qk = tl.where(
+            _sees((i + local)[:, None], columns[None, :], j_end, window, CAUSAL, WINDOW), qk, float("-inf")
+        )
+        m_new = tl.maximum(m, tl.max(qk, 1))
+        p = tl.exp2(qk - m_new[:, None])
+        alpha = tl.exp2(m - m_new)
+        norm = norm * alpha + tl.sum(p, 1)
+        acc = acc * alpha[:, None]
+        value = _tile(v, key_head, row, j_end - j, stride_vt, stride_vh, BLOCK_N, DV, BLOCK_DV, TMA, True)
+        acc = tl.dot(p.to(value.dtype), value, acc, input_precision=PRECISION)
+        m = m_new
+    seen = norm > 0
+    norm = tl.where(seen, norm, 1.0)
+    lse = tl.where(seen, (m + tl.log2(norm)) * 0.6931471805599453, float("-inf"))
+    inside = m0 + local < queries
+    first = tl.cast(q_start + m0, tl.int64)
+    tl.store(lse_ptr + tl.cast(head, tl.int64) * rows + first + local, lse, inside)
+    d = tl.arange(0, BLOCK_DV)
+    pointers = (
+        out_ptr
+        + (first * tl.num_programs(1) + head) * DV
+        + local[:, None] * (tl.num_programs(1) * DV)
+        + d[None, :]
+    )
+    tl.store(
+        pointers, (acc / norm[:, None]).to(out_ptr.dtype.element_ty), inside[:, None] & (d[None, :] < DV)
+    )
+
+
+@triton.jit
+def _flash_delta(
+    out_ptr, dout, dlse_ptr, delta_ptr, stride_dt, stride_dh, rows,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, DLSE: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1)
+    first = tl.program_id(0) * BLOCK_M
+    left, local = rows - first, tl.arange(0, BLOCK_M)
+    heads = tl.num_programs(1)
+    o = _tile(out_ptr, head, first, left, heads * DV, DV, BLOCK_M, DV, BLOCK_DV, False, True)
+    do = _tile(dout, head, first, left, stride_dt, stride_dh, BLOCK_M, DV, BLOCK_DV, False, True)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    at = tl.cast(head, tl.int64) * rows + first + local
+    if DLSE:
+        delta -= tl.load(dlse_ptr + at, local < left, other=0.0)
+    tl.store(delta_ptr + at, delta, local < left)
+
+
+@triton.jit
+def _statistics(lse_ptr, delta_ptr, at, mask):
+    # lse in units of log2; +inf for a row that is not there or sees nothing makes its probabilities 0
+    lse = tl.load(lse_ptr + at, mask, other=float("inf")) * 1.4426950408889634
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    return lse, tl.load(delta_ptr + at, mask, other=0.0)
+
+
+@triton.jit
+def _flash_dq(
+    q, k, v, dout, lse_ptr, delta_ptr, dq_ptr, cu_ptr, parents_ptr,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dt, stride_dh,
+    T, S, rows, segments, window, scale, inner, cap,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    PACKED: tl.constexpr, PARENTS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    key_head = head // GROUP
+    parent_start, parent_keys = 0, 0
+    if PACKED:
+        segment, q_start, queries, m0 = _locate(cu_ptr, segments, block, BLOCK_M)
+        k_start, keys, reach = q_start, queries, m0
+        if PARENTS:
+            parent_start, parent_keys = _parent(cu_ptr, parents_ptr, segment)
+    else:
+        q_start, queries, m0 = tl.program_id(2) * T, T, block * BLOCK_M
+        k_start, keys, reach = tl.program_id(2) * S, S, m0 + S - T
+    if m0 >= queries:
+        return
+    local = tl.arange(0, BLOCK_M)
+    inside = m0 + local < queries
+    first = tl.cast(q_start + m0, tl.int64)
+    query = _tile(q, head, q_start + m0, queries - m0, stride_qt, stride_qh, BLOCK_M, D, BLOCK_D, TMA, True)
+    do = _tile(dout, head, q_start + m0, queries - m0, stride_dt, stride_dh, BLOCK_M, DV, BLOCK_DV, TMA, True)
+    lse, delta = _statistics(lse_ptr, delta_ptr, tl.cast(head, tl.int64) * rows + first + local, inside)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    lo, full_lo, full_hi, full, partial = _span(reach, keys, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
+    p_reach = m0 + parent_keys
+    p_lo, p_full_lo, p_full_hi, p_full, p_partial = 0, 0, 0, 0, 0
+    if PARENTS:
+        p_lo, p_full_lo, p_full_hi, p_full, p_partial = _span(
+            p_reach, parent_keys, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
+        )
+    for step in tl.range(0, p_full + full):
+        _, row, _, _ = _block(
+            step, lo, full_lo, full_hi, k_start, keys, reach,
+            p_lo, p_full_lo, p_full_hi, p_full, parent_start, parent_keys, p_reach, PARENTS, False, BLOCK_N,
+        )  # fmt: skip
+        key = _tile(k, key_head, row, BLOCK_N, stride_kt, stride_kh, BLOCK_N, D, BLOCK_D, TMA, False)
+        value = _tile(v, key_head, row, BLOCK_N, stride_vt, stride_vh, BLOCK_N, DV, BLOCK_DV, TMA, False)
+        qk = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        s = _capped(qk, inner, cap) if SOFTCAP else qk * inner
+        p = tl.exp2(s - lse[:, None])
+        dp = tl.dot(do, tl.trans(value), input_precision=PRECISION)
+        ds = p * (dp - delta[:, None])
+        if SOFTCAP:
+            ds *= 1 - (s / cap) * (s / cap)
+        dq = tl.dot(ds.to(key.dtype), key, dq, input_precision=PRECISION)
+    for step in tl.range(0, p_partial + partial):
+        j, row, j_end, i = _block(
+            step, lo, full_lo, full_hi, k_start, keys, reach,
+            p_lo, p_full_lo, p_full_hi, p_partial, parent_start, parent_keys, p_reach, PARENTS, True, BLOCK_N,
+        )  # fmt: skip
+        key = _tile(k, key_head, row, j_end - j, stride_kt, stride_kh, BLOCK_N, D, BLOCK_D, TMA, True)
+        value = _tile(v, key_head, row, j_end - j, stride_vt, stride_vh, BLOCK_N, DV, BLOCK_DV, TMA, True)
+        qk = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        s = _capped(qk, inner, cap) if SOFTCAP else qk * inner
+        columns = j + tl.arange(0, BLOCK_N)
+        mask = _sees((i + local)[:, None], columns[None, :], j_end, window, CAUSAL, WINDOW)
+        p = tl.where(mask, tl.exp2(s - lse[:, None]), 0.0)
+        dp = tl.dot(do, tl.trans(value), input_precision=PRECISION)
+        ds = p * (dp - delta[:, None])
+        if SOFTCAP:
+            ds *= 1 - (s / cap) * (s / cap)
+        dq = tl.dot(ds.to(key.dtype), key, dq, input_precision=PRECISION)
+    d = tl.arange(0, BLOCK_D)
+    pointers = (
+        dq_ptr
+        + (first * tl.num_programs(1) + head) * D
+        + local[:, None] * (tl.num_programs(1) * D)
+        + d[None, :]
+    )
+    tl.store(pointers, (dq * scale).to(dq_ptr.dtype.element_ty), inside[:, None] & (d[None, :] < D))
+
+
+@triton.jit
+def _flash_dkdv(
+    q, k, v, dout, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_ptr, parents_ptr, position_ptr,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dt, stride_dh,
+    T, S, rows, segments, window, scale, inner, cap,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    PACKED: tl.constexpr, PARENTS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    # Everything transposed, [keys, queries]: the probabilities are then a left operand as they are. A key past the end
+    # fills only its own rows of dk and dv, which are not stored; a query past the end has lse = +inf.
+    block, key_head = tl.program_id(0), tl.program_id(1)
+    child_start, child_end = 0, 0
+    if PACKED:
+        segment, k_start, keys, n0 = _locate(cu_ptr, segments, block, BLOCK_N)
+        q_start, queries, shift = k_start, keys, 0
+        if PARENTS:
+            child_start, child_end = _children(cu_ptr, parents_ptr, segments, segment)
+    else:
+        k_start, keys, n0 = tl.program_id(2) * S, S, block * BLOCK_N
+        q_start, queries, shift = tl.program_id(2) * T, T, S - T
+    if n0 >= keys:
+        return
+    local = tl.arange(0, BLOCK_N)
+    key = _tile(k, key_head, k_start + n0, keys - n0, stride_kt, stride_kh, BLOCK_N, D, BLOCK_D, False, True)
+    value = _tile(
+        v, key_head, k_start + n0, keys - n0, stride_vt, stride_vh, BLOCK_N, DV, BLOCK_DV, False, True
+    )
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    lo, hi = 0, queries
+    if CAUSAL:
+        lo = tl.maximum(n0 - shift, 0)
+    if WINDOW:
+        hi = tl.maximum(tl.minimum(queries, n0 + BLOCK_N - 1 + window - shift), 0)
+    own = tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_M)
+    blocks = own
+    if PARENTS:  # a child sees every key of its parent: no mask, unless there is a window
+        blocks += tl.cdiv(child_end - child_start, BLOCK_M)
+    for step in tl.range(0, GROUP * blocks):
+        head = key_head * GROUP + step // blocks
+        index = step % blocks
+        row, left = q_start + lo + index * BLOCK_M, hi - lo - index * BLOCK_M
+        if PARENTS:
+            child = index >= own
+            child_row = child_start + (index - own) * BLOCK_M
+            row = tl.where(child, child_row, row)
+            left = tl.where(child, child_end - child_row, left)
+        i = tl.arange(0, BLOCK_M)
+        query = _tile(q, head, row, left, stride_qt, stride_qh, BLOCK_M, D, BLOCK_D, TMA, True)
+        do = _tile(dout, head, row, left, stride_dt, stride_dh, BLOCK_M, DV, BLOCK_DV, TMA, True)
+        lse, delta = _statistics(lse_ptr, delta_ptr, tl.cast(head, tl.int64) * rows + row + i, i < left)
+        qk = tl.dot(key, tl.trans(query), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        s = _capped(qk, inner, cap) if SOFTCAP else qk * inner
+        p = tl.exp2(s - lse[None, :])
+        if CAUSAL:
+            position = lo + index * BLOCK_M + shift + i
+            if PARENTS:
+                if WINDOW:
+                    position = tl.where(child, tl.load(position_ptr + row + i, i < left, other=0), position)
+                else:
+                    position = tl.where(child, keys, position)
+            mask = (n0 + local)[:, None] <= position[None, :]
+            if WINDOW:
+                mask &= (n0 + local)[:, None] > position[None, :] - window
+            p = tl.where(mask, p, 0.0)
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+        dp = tl.dot(value, tl.trans(do), input_precision=PRECISION)
+        ds = p * (dp - delta[None, :])
+        if SOFTCAP:
+            ds *= 1 - (s / cap) * (s / cap)
+        dk = tl.dot(ds.to(query.dtype), query, dk, input_precision=PRECISION)
+    inside = (n0 + local < keys)[:, None]
+    heads = tl.num_programs(1)
+    first = tl.cast(k_start + n0, tl.int64) * heads + key_head
+    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    pointers = dk_ptr + first * D + local[:, None] * (heads * D) + d[None, :]
+    tl.store(pointers, (dk * scale).to(dk_ptr.dtype.element_ty), inside & (d[None, :] < D))
+    pointers = dv_ptr + first * DV + local[:, None] * (heads * DV) + e[None, :]
+    tl.store(pointers, dv.to(dv_ptr.dtype.element_ty), inside & (e[None, :] < DV))
+
+
+# ---- autograd
+
+
+LOG2E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What the grids and kernels are told: packed is one batch of `segments`, T and S are then not used."""
+
+    B: int
+    T: int
+    S: int
+    segments: int
+    total: int | None  # rows of a packed call
+
+    @staticmethod
+    def of(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> "_Shape":
+        if cu_seqlens is not None:
+            return _Shape(1, 0, 0, cu_seqlens.numel() - 1, q.shape[0])
+        return _Shape(q.shape[0], q.shape[1], k.shape[1], 0, None)
+
+    def blocks(self, block: int, length: int) -> int:
+        """The first dimension of a grid, `block` queries or keys to a program."""
+        return triton.cdiv(length, block) if self.total is None else self.total // block + self.segments
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """[BLOCK_M queries, BLOCK_N keys] of the three kernels, with warps and pipeline stages."""
+
+    fwd: tuple[int, int, int, int]
+    dq: tuple[int, int, int, int]
+    dkdv: tuple[int, int, int, int]
+
+
+# by chip, then by the wider head dimension, padded: the first entry that is wide enough
+TILES = {
+    "sm_80": {
+        64: _Tiles((128, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
+        128: _Tiles((128, 32, 4, 3), (64, 32, 4, 2), (32, 64, 4, 2)),
+        256: _Tiles((64, 64, 8, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
+    },
+    "sm_90": {
+        64: _Tiles((128, 128, 4, 3), (128, 64, 4, 3), (64, 128, 8, 3)),
+        128: _Tiles((128, 128, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2)),
+        256: _Tiles((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 8, 2)),
+    },
+    "sm_100": {
+        64: _Tiles((128, 64, 4, 3), (128, 64, 4, 3), (64, 128, 8, 3)),
+        128: _Tiles((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
+        256: _Tiles((128, 32, 8, 2), (64, 32, 4, 2), (32, 64, 8, 2)),
+    },
+    "fp32": {
+        64: _Tiles((64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
+        256: _Tiles(*[(32, 16, 8, 1)] * 2, (16, 32, 8, 1)),
+    },
+    "interpreted": {256: _Tiles((32, 16, 4, 1), (32, 16, 4, 1), (16, 32, 4, 1))},
+}
+
+
+def _tiles(q: Tensor, width: int) -> tuple[_Tiles, bool]:
+    """The row of the table, and whether the chip has tensor descriptors."""
+    chip = capability(q)
+    descriptors = torch.version.hip is None and (chip == (9, 0) or chip[0] >= 10)
+    if chip == (0, 0):
+        name = "interpreted"
+    elif q.dtype == torch.float32:
+        name = "fp32"
+    else:
+        name = "sm_100" if descriptors and chip[0] >= 10 else "sm_90" if descriptors else "sm_80"
+    return next(tiles for widest, tiles in TILES[name].items() if width <= widest), descriptors
+
+
+def _pad(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B, T, H, D) or (total, H, D) to (rows, H, D), copied where the strides do not allow it."""
+    x = x if x.dim() == 3 else x.flatten(0, 1)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _describable(*tensors: Tensor) -> bool:
+    """A tensor descriptor wants 16-byte aligned rows and something to describe."""
+    return all(
+        x.numel() > 0
+        and x.data_ptr() % 16 == 0
+        and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+        for x in tensors
+    )
+
+
+def _described(x: Tensor, block: int) -> TensorDescriptor:
+    rows, heads, width = x.shape
+    strides = [x.stride(1), x.stride(0), 1]
+    return TensorDescriptor(x, [heads, rows, width], strides, [1, block, _pad(width)])
+
+
+def _common(
+    q, k, v, cu_seqlens, parents, causal, scale, window, softcap
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments that all kernels share: numbers, then constants. q, k, v are (rows, heads, width)."""
+    numbers = {"rows": q.shape[0], "window": window or 0}
+    if softcap is None:
+        numbers |= {"inner": scale * LOG2E, "cap": 1.0}
+    else:
+        numbers |= {"inner": 2 * LOG2E * scale / softcap, "cap": softcap * LOG2E}
+    constants = {
+        "GROUP": q.shape[1] // k.shape[1],
+        "D": q.shape[2],
+        "DV": v.shape[2],
+        "BLOCK_D": _pad(q.shape[2]),
+        "BLOCK_DV": _pad(v.shape[2]),
+        "CAUSAL": causal,
+        "WINDOW": window is not None,
+        "SOFTCAP": softcap is not None,
+        "PACKED": cu_seqlens is not None,
+        "PARENTS": parents is not None,
+        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+    }
+    return numbers, constants
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    cu_seqlens: Tensor | None,
+    parents: Tensor | None,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """q, k, v as the public op takes them. Returns out, and lse as (H, rows): the kernels read it along the rows."""
+    out, lse = _forward_fake(q, k, v, sinks, cu_seqlens, parents, causal, scale, window, softcap)
+    shape = _Shape.of(q, k, cu_seqlens)
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    tiles, tma = _tiles(q, max(_pad(q.shape[2]), _pad(v.shape[2])))
+    BLOCK_M, BLOCK_N, warps, stages = tiles.fwd
+    tma = tma and _describable(q, k, v)
+    numbers, constants = _common(q, k, v, cu_seqlens, parents, causal, scale, window, softcap)
+    _flash_fwd[shape.blocks(BLOCK_M, shape.T), q.shape[1], shape.B](
+        *((_described(q, BLOCK_M), _described(k, BLOCK_N), _described(v, BLOCK_N)) if tma else (q, k, v)),
+        out, lse, sinks, cu_seqlens, parents, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], shape.T, shape.S, segments=shape.segments,
+        **numbers, **constants, SINKS=sinks is not None,
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TMA=tma, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out, lse
+
+
+def _forward_fake(
+    q, k, v, sinks, cu_seqlens, parents, causal, scale, window, softcap
+) -> tuple[Tensor, Tensor]:
+    H = q.shape[-2]
+    rows = q.shape[0] if q.dim() == 3 else q.shape[0] * q.shape[1]
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(H, rows, dtype=torch.float32)
+
+
+def _backward_launch(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    cu_seqlens: Tensor | None,
+    parents: Tensor | None,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v and the sinks; an empty tensor where there are none."""
+    dq, dk, dv, dsinks = _backward_fake(
+        dout, dlse, out, lse, q, k, v, sinks, cu_seqlens, parents, causal, scale, window, softcap
+    )
+    shape = _Shape.of(q, k, cu_seqlens)
+    q, k, v, dout = _rows(q), _rows(k), _rows(v), _rows(dout)
+    (rows, H, _), G = q.shape, k.shape[1]
+    tiles, tma = _tiles(q, max(_pad(q.shape[2]), _pad(v.shape[2])))
+    tma = tma and _describable(q, k, v, dout)
+    numbers, constants = _common(q, k, v, cu_seqlens, parents, causal, scale, window, softcap)
+    numbers |= {"segments": shape.segments, "scale": scale}
+    strides = (
+        *q.stride()[:2],
+        *k.stride()[:2],
+        *v.stride()[:2],
+        dout.stride(0),
+        dout.stride(1),
+        shape.T,
+        shape.S,
+    )
+
+    delta = torch.empty_like(lse)
+    dlse = None if dlse is None else dlse.contiguous()
+    _flash_delta[triton.cdiv(rows, 64), H](
+        out, dout, dlse, delta, dout.stride(0), dout.stride(1), rows,
+        DV=constants["DV"], BLOCK_DV=constants["BLOCK_DV"], DLSE=dlse is not None, BLOCK_M=64,
+    )  # fmt: skip
+    BLOCK_M, BLOCK_N, warps, stages = tiles.dq
+    described = (
+        _described(x, block) for x, block in ((q, BLOCK_M), (k, BLOCK_N), (v, BLOCK_N), (dout, BLOCK_M))
+    )
+    _flash_dq[shape.blocks(BLOCK_M, shape.T), H, shape.B](
+        *(described if tma else (q, k, v, dout)), lse, delta, dq, cu_seqlens, parents, *strides,
+        **numbers, **constants, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TMA=tma, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    BLOCK_M, BLOCK_N, warps, stages = tiles.dkdv
+    positions = None
+    if cu_seqlens is not None and parents is not None and window is not None:
+        positions = _positions(cu_seqlens, parents, rows)[1].to(torch.int32)
+    _flash_dkdv[shape.blocks(BLOCK_N, shape.S), G, shape.B](
+        _described(q, BLOCK_M) if tma else q, k, v, _described(dout, BLOCK_M) if tma else dout,
+        lse, delta, dk, dv, cu_seqlens, parents, positions, *strides,
+        **numbers, **constants, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TMA=tma, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    if sinks is not None:  # a sink is a key whose value is 0: ds = -p * delta
+        dsinks = -(torch.exp(sinks.float()[:, None] - lse) * delta).sum(1).to(sinks.dtype)
+    return dq, dk, dv, dsinks
+
+
+def _backward_fake(
+    dout, dlse, out, lse, q, k, v, sinks, cu_seqlens, parents, causal, scale, window, softcap
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
+
+
+_flash_backward = register("flash_attention_backward", _backward_launch, _backward_fake)
+
+
+def _save(ctx, inputs, output) -> None:
+    tensors, ctx.options = inputs[:6], inputs[6:]
+    ctx.save_for_backward(*output, *tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout: Tensor | None, dlse: Tensor | None):
+    out, lse, *tensors = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    dq, dk, dv, dsinks = _flash_backward(dout, dlse, out, lse, *tensors, *ctx.options)
+    return dq, dk, dv, None if tensors[3] is None else dsinks, *[None] * 6
+
+
+_flash = register("flash_attention", _forward, _forward_fake, _save, _backward)
+
+
 # ---- public op
 
 
@@ -300,9 +980,11 @@ def flash_attention(
                 raise ValueError(f"parents: expected torch.int32, got {parents.dtype}")
             check_shape("parents", parents, segments=cu_seqlens.numel() - 1)
     if use_triton(q):
-        raise NotImplementedError(
-            "flash_attention: not built for CUDA yet; flash_attention_reference runs anywhere"
-        )
+        check_dtype("q", q)
+        scale = D**-0.5 if scale is None else scale
+        out, lse = _flash(q, k, v, sinks, cu_seqlens, parents, causal, scale, window, softcap)
+        lse = lse.t() if packed else lse.t().unflatten(0, q.shape[:2])  # (total, H) or (B, T, H)
+        return (out, lse) if return_lse else out
     if cu_seqlens is not None:
         out, lse = _packed_cpu(
             q, k, v, causal, scale, window, softcap, sinks, cu_seqlens, parents, return_lse
@@ -365,7 +1047,9 @@ def decode_attention(
         return q.new_empty(0, q.shape[1], v_cache.shape[-1])
     own = torch.arange(int(length.max()))
     key, value = k_cache[:, : own.numel()], v_cache[:, : own.numel()]
-    if B != slots or not torch.equal(slot, torch.arange(B, dtype=slot.dtype)):  # a gather takes as long as the attention
+    if B != slots or not torch.equal(
+        slot, torch.arange(B, dtype=slot.dtype)
+    ):  # a gather takes as long as the attention
         key, value = key.index_select(0, slot), value.index_select(0, slot)  # (B, S, G, D)
     if prefix_slot is None or prefix_length is None:
         visible = own < length[:, None]  # (B, S)

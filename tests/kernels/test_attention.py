@@ -2,7 +2,12 @@ import pytest
 import torch
 from burnish.kernels import decode_attention, flash_attention
 from burnish.kernels._launch import INTERPRET
-from burnish.kernels.attention import decode_attention_reference, flash_attention_reference
+from burnish.kernels.attention import (
+    _positions,
+    _visible,
+    decode_attention_reference,
+    flash_attention_reference,
+)
 
 
 def draw(*shape, dtype=torch.float32, device="cpu"):
@@ -95,6 +100,75 @@ def test_cpu_path_matches_reference(name, with_lse):
     want = grads(flash_attention_reference, tensors, options, dout, dlse)
     got = grads(flash_attention, tensors, options, dout, dlse)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+# the Triton path
+
+DTYPES = [torch.float32, torch.float16] if INTERPRET else [torch.float32, torch.float16, torch.bfloat16]
+compiled_or_interpreted = pytest.mark.skipif(
+    not (INTERPRET or torch.cuda.is_available()), reason="runs Triton"
+)
+
+
+def eager(
+    q, k, v, *, causal=True, scale=None, window=None, softcap=None, sinks=None, cu_seqlens=None, parents=None
+):
+    """What torch users write: every operand and intermediate in the inputs' dtype, the softmax in fp32. (out, lse)"""
+    packed = cu_seqlens is not None
+    if packed:
+        segment, position = _positions(cu_seqlens, parents, q.shape[0])
+        mask = segment[:, None] == segment
+        if parents is not None:
+            mask = mask | (parents[segment][:, None] == segment)
+        mask, q, k, v = mask & _visible(position, position, causal, window), q[None], k[None], v[None]
+    else:
+        T, S = q.shape[1], k.shape[1]
+        mask = _visible(
+            torch.arange(S - T, S, device=q.device), torch.arange(S, device=q.device), causal, window
+        )
+    group = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    s = torch.einsum("bthd,bshd->bhts", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    s = s if softcap is None else softcap * torch.tanh(s / softcap)
+    s = s.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        s = torch.cat([s, sinks[:, None, None].expand(*s.shape[:3], 1)], -1)
+    lse = s.float().logsumexp(-1)
+    p = torch.where(lse.isfinite()[..., None], s.float().softmax(-1), 0.0).to(q.dtype)[..., : k.shape[1]]
+    out, lse = torch.einsum("bhts,bshd->bthd", p, v), lse.transpose(1, 2)
+    return (out[0], lse[0]) if packed else (out, lse)
+
+
+def assert_as_accurate(tensors, options, device, with_lse=True, slack=2.0):
+    """The op may err from the truth `slack` times as much as eager does, output by output."""
+    wide = torch.float64 if tensors["q"].dtype == torch.float32 else torch.float32
+    out, lse = flash_attention_reference(**tensors, **options, return_lse=True)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse) * (lse > -torch.inf) if with_lse else None
+
+    def eager_op(return_lse=False, **arguments):
+        return eager(**arguments) if return_lse else eager(**arguments)[0]
+
+    truth = grads(flash_attention_reference, {n: x.to(wide) for n, x in tensors.items()}, options, dout, dlse)
+    usual = grads(eager_op, tensors, options, dout, dlse)
+    fused = grads(flash_attention, tensors, options, dout, dlse)
+    names = ["out", *(["lse"] if with_lse else []), *(f"d{name}" for name in tensors)]
+    for name, t, e, f in zip(names, truth, usual, fused, strict=True):
+        assert f.shape == t.shape and (f.dtype == e.dtype or name == "lse")
+        assert torch.equal(f == -torch.inf, t == -torch.inf), f"{name}: -inf in other places"
+        t, e, f = (x.to(wide).masked_fill(t == -torch.inf, 0.0) for x in (t, e, f))
+        if not t.numel():
+            continue
+        usual_error = (e - t).abs().nan_to_num(0.0).max()  # eager's own gradient of an empty softmax is NaN
+        allowed = slack * usual_error + 1e-5 * (1 + t.abs().max())
+        error = (f - t).abs().max()
+        assert error <= allowed, f"{name}: error {error:.2e} > allowed {allowed:.2e}"
+
+
+@compiled_or_interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_match_reference(name, dtype, device):
+    assert_as_accurate(*make(name, dtype, device), device)
 
 
 def unshared(lengths, parents):
