@@ -187,7 +187,7 @@ _ONLY = {  # keys of which one value is built
     "partial_rotary_factor": (1.0, None),
     "rope_interleaved": (False, None),
 }
-_DEFAULTS = {
+_DEFAULTS: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
     "initializer_range": 0.02,
     "tie_word_embeddings": False,
@@ -256,9 +256,9 @@ class _Reader:
         """The value of a key, or its default. None comes only from keys that may be null."""
         if key not in self.raw and key not in self.defaults:
             raise InputError(f"{self.source}: {key}: missing, expected {expected}")
-        value: Any = self.raw.get(key, self.defaults.get(key))
-        if value is None and key in _NULLABLE:
-            return None
+        value = self.raw.get(key, self.defaults.get(key))
+        if value is None:
+            return None if key in _NULLABLE else self.refuse(key, expected, value)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             self.refuse(key, expected, value)
         if least is not None and value < least:

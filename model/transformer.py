@@ -255,4 +255,5 @@ class Transformer(nn.Module):
                 "rows: the first token of a sequence without a parent has nothing to be scored from"
             )
         hidden, head = self._head_inputs(self(packed)[predictors])  # (n, C), (V, C)
-        return token_logprobs(hidden, head, packed.tokens[rows], temperature=temperature, support=support)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return token_logprobs(hidden, head, packed.tokens[rows], temperature=temperature, support=support)
