@@ -20,8 +20,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +283,12 @@ def bench_shape(
         print_rows(report["rows"][-len(entrants) :])
 
 
+def in_turn(cases: list[Case], device: str) -> Iterator[tuple[Case, Dims]]:
+    """Every case's first shape, then every case's second: a run cut short has something of each."""
+    shapes = [[(case, dims) for dims in case.bench.get(device, ())] for case in cases]
+    return (pair for layer in zip_longest(*shapes) for pair in layer if pair is not None)
+
+
 def print_rows(rows: list[dict[str, Any]]) -> None:
     first = rows[0]
     floor = f"floor {first['floor_us']:.1f} us, {first['binds']} bind"
@@ -388,15 +395,14 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"{report['machine']}\ncopy {ceilings.bandwidth / 1e9:.0f} GB/s, product {ceilings.rate / 1e12:.1f} TFLOP/s"
     )
-    for case in CASES:
-        for dims in case.bench.get(device, ()) if not args.ops or case.op in args.ops else ():
-            if time.perf_counter() - begun > args.budget:
-                report["absent"][f"{case.name} {label(dims)}"] = "out of time"
-                continue
-            torch.manual_seed(0)
-            bench_shape(case, dims, args.dtype, device, ceilings, args.peers, report)
-            if path:
-                write_whole(path, json.dumps(report, indent=1) + "\n")
+    for case, dims in in_turn([c for c in CASES if not args.ops or c.op in args.ops], device):
+        if time.perf_counter() - begun > args.budget:
+            report["absent"][f"{case.name} {label(dims)}"] = "out of time"
+            continue
+        torch.manual_seed(0)
+        bench_shape(case, dims, args.dtype, device, ceilings, args.peers, report)
+        if path:
+            write_whole(path, json.dumps(report, indent=1) + "\n")
     report["clocks_after"] = clocks(device)
     report["seconds"] = round(time.perf_counter() - begun, 1)
     for what, why in report["absent"].items():

@@ -77,9 +77,10 @@ def newest_results() -> dict[str, dict[str, Any]]:
 
 
 def groups(result: dict[str, Any]) -> dict[tuple[str, str, str], dict[str, dict[str, Any]]]:
-    """(case, shape, pass) -> provider -> row."""
+    """(case, shape, pass) -> provider -> row; the cases in the order of the run, small shapes first."""
     grouped: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
-    for row in result["rows"]:
+    cases = list(dict.fromkeys(row["case"] for row in result["rows"]))
+    for row in sorted(result["rows"], key=lambda r: (cases.index(r["case"]), r["pass"], r["floor_us"])):
         grouped.setdefault((row["case"], label(row["dims"]), row["pass"]), {})[row["provider"]] = row
     return grouped
 
