@@ -48,7 +48,10 @@ def load_model(
     state: dict[str, Tensor] = {}
     for file, names in _files(folder).items():
         with _opened(file) as tensors:
-            for name in names if names is not None else tensors.keys():
+            held = dict.fromkeys(tensors.keys())
+            for name in held if names is None else names:
+                if name not in held:
+                    raise InputError(f"{file}: {name}: missing, although {INDEX} says that it is there")
                 if name.endswith("rotary_emb.inv_freq"):  # a constant that old checkpoints carry
                     continue
                 if name not in wanted and not (name == "lm_head.weight" and config.tie_word_embeddings):

@@ -1,4 +1,4 @@
-"""Write the golden files of tests/model that transformers computes: run `python tests/data/make_model_golden.py FOLDER`.
+"""Write the golden files of tests/model that transformers computes: `python tests/data/make_model_golden.py FOLDER`.
 
 FOLDER is the real model stories260k in Hugging Face's layout. Made with transformers 5.22.2, torch 2.13.0, on a CPU.
 """

@@ -89,7 +89,7 @@ def test_loss_and_embedding_gradient_are_those_of_transformers(model, golden, mo
 
 @everywhere
 def test_packed_and_padded_agree_in_every_gradient(model, golden, monkeypatch):
-    """Without the token that padding scores, the packed form gives what the padded form gives, which is transformers'."""
+    """Without the token that padding scores, the packed form gives what transformers' padded form gives."""
     ids, mask = golden["input_ids"], golden["attention_mask"]
     lengths = mask.sum(1).tolist()
     real = [i for i in range(sum(lengths)) if i not in (0, lengths[0])]
