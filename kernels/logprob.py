@@ -220,7 +220,7 @@ def _blocks(hidden: Tensor, vocabulary: int, memory_budget: int) -> tuple[list[s
     """Rows and columns of the blocks: all rows if their block is wide enough, and blocks of equal width."""
     tokens = hidden.shape[0]
     # fp32 logits and what is computed from them: dz in the products' dtype on a GPU, two temporaries in torch
-    elements = memory_budget // (4 + hidden.itemsize if hidden.is_cuda else 3 * max(4, hidden.itemsize))
+    elements = memory_budget // (4 + hidden.itemsize if use_triton(hidden) else 3 * max(4, hidden.itemsize))
     narrowest = GPU_NARROWEST if hidden.is_cuda else CPU_NARROWEST
     columns = min(vocabulary, max(narrowest, elements // max(tokens, 1)))
     columns = math.ceil(vocabulary / math.ceil(vocabulary / columns))
@@ -234,19 +234,23 @@ def _slices(length: int, step: int) -> list[slice]:
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """a b into out, which may be wider than a and b."""
-    return torch.mm(a, b, out=out) if out.dtype == a.dtype else torch.mm(a, b, out_dtype=out.dtype, out=out)
+    if out.dtype == a.dtype:
+        return torch.mm(a, b, out=out)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
 def _accumulate(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """out + a b into out, which may be wider than a and b."""
-    if out.dtype == a.dtype:
-        return out.addmm_(a, b)
-    return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    if out.dtype != a.dtype and a.is_cuda:
+        return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    return out.addmm_(a.to(out.dtype), b.to(out.dtype))
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
     """Products on the CPU are taken in fp32: its half precision ones are slower by an order of magnitude."""
-    return hidden.dtype if hidden.is_cuda else torch.promote_types(hidden.dtype, torch.float32)
+    return hidden.dtype if use_triton(hidden) else torch.promote_types(hidden.dtype, torch.float32)
 
 
 def _row_tile(N: int) -> dict[str, int]:
@@ -297,7 +301,7 @@ def _dlogits(z, bias, targets, start, temperatures, temperature, softcap, saved,
     )
     du = u.exp_().mul_(slope)
     column, here = _locate(targets, start, z.shape[1])
-    du.scatter_add_(1, column, gain * here[:, None])
+    du.scatter_add_(1, column, (gain * here)[:, None])
     if temperatures is not None or temperature != 1:
         du.div_(divisor)
     if capped is not None:
@@ -580,6 +584,8 @@ def token_logprobs(
     Raises ValueError for shapes that disagree and, on the CPU, for a target outside the vocabulary or its support.
     On CUDA, where looking would stall the device, such a row gives NaN.
     """
+    if memory_budget is not None and memory_budget <= 0:
+        raise ValueError(f"memory_budget: expected bytes above 0, got {memory_budget}")
     if hidden.ndim != 2:
         raise ValueError(f"hidden: expected shape (tokens, hidden), got {tuple(hidden.shape)}")
     tokens = hidden.shape[0]
