@@ -191,7 +191,7 @@ def _sum_partials(partial_ptr, dw_ptr, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.
 
 # ---- autograd
 
-WIDEST = 16384  # columns that one program holds; wider rows are read twice
+WIDEST = 16384  # columns that the registers of one program hold; wider rows are read twice
 
 
 def _tile(N: int, elements: int) -> dict[str, int]:
@@ -201,16 +201,23 @@ def _tile(N: int, elements: int) -> dict[str, int]:
 
 
 def _forward_config(N: int) -> dict[str, int]:
-    if N > WIDEST:
-        return {"BLOCK_N": 8192, "num_warps": 16}
     return {**_tile(N, 2048), "num_warps": min(16, max(4, N // 1024))}
 
 
 def _backward_config(N: int) -> tuple[int, dict[str, int]]:
     """Programs on each multiprocessor, and the tile."""
-    if N > WIDEST:
-        return 1, {"BLOCK_N": 8192, "num_warps": 16}
     return 4, {**_tile(N, 2048), "RELOAD": True, "STAGES": 1, "num_warps": min(16, max(4, N // 512))}
+
+
+def _sum_config(P: int) -> dict[str, int]:
+    """One look at all partial sums: the loop over them is a chain of loads that wait for each other."""
+    if P <= 64:
+        return {"BLOCK_P": 64, "BLOCK_N": 64, "num_warps": 8}
+    return {"BLOCK_P": 512, "BLOCK_N": 16, "num_warps": 8}
+
+
+WIDE = {"BLOCK_N": 8192, "num_warps": 16}
+WIDE_WEIGHT_GRAD = {"BLOCK_R": 16, "BLOCK_N": 128, "num_warps": 4}
 
 
 def _forward(
@@ -222,10 +229,10 @@ def _forward(
     R = rstd.numel()
     if y.numel() == 0:
         return y, h, rstd.zero_()
-    config = _forward_config(N)
     if N > WIDEST:
-        _rms_norm_fwd_wide[(R,)](x, residual, weight, y, h, rstd, N, eps, add, unit_offset, **config)
+        _rms_norm_fwd_wide[(R,)](x, residual, weight, y, h, rstd, N, eps, add, unit_offset, **WIDE)
     else:
+        config = _forward_config(N)
         grid = (triton.cdiv(R, config["BLOCK_R"]),)
         _rms_norm_fwd[grid](x, residual, weight, y, h, rstd, R, N, eps, add, unit_offset, **config)
     return y, h, rstd
@@ -246,22 +253,23 @@ def _backward(
     dx, dw = _backward_fake(dy, dh, h, weight, rstd, unit_offset, with_dw)
     if dx.numel() == 0:
         return dx, dw.zero_()
-    per_sm, config = _backward_config(N)
-    most = per_sm * multiprocessors(h)
-    programs = min(most, triton.cdiv(R, 16 if N > WIDEST else config["BLOCK_R"]))
+    wide = N * h.element_size() > 2 * WIDEST
+    per_sm, config = (1, WIDE_WEIGHT_GRAD) if wide else _backward_config(N)
+    programs = min(triton.cdiv(R, config["BLOCK_R"]), per_sm * multiprocessors(h))
     # one program writes dw itself; several write (programs, N) in fp32, summed below in a fixed order
     partial = dw if programs == 1 or not with_dw else dw.new_empty(programs, N, dtype=torch.float32)
-    if N > WIDEST:
-        _rms_norm_bwd_wide[(R,)](dy, h, weight, rstd, dh, dx, N, add, unit_offset, **config)
+    if wide:
+        _rms_norm_bwd_wide[(R,)](dy, h, weight, rstd, dh, dx, N, add, unit_offset, **WIDE)
         if with_dw:
-            grid = (triton.cdiv(N, 128), programs)
-            _weight_grad_wide[grid](dy, h, rstd, partial, R, N, BLOCK_R=16, BLOCK_N=128)
+            grid = (triton.cdiv(N, config["BLOCK_N"]), programs)
+            _weight_grad_wide[grid](dy, h, rstd, partial, R, N, **config)
     else:
         _rms_norm_bwd[(programs,)](
             dy, h, weight, rstd, dh, dx, partial, R, N, add, unit_offset, with_dw, **config
         )
     if partial is not dw:
-        _sum_partials[(triton.cdiv(N, 16),)](partial, dw, programs, N, BLOCK_P=512, BLOCK_N=16, num_warps=8)
+        config = _sum_config(programs)
+        _sum_partials[(triton.cdiv(N, config["BLOCK_N"]),)](partial, dw, programs, N, **config)
     return dx, dw
 
 

@@ -187,8 +187,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     wide = x[..., : 2 * half].to(cos.dtype)
     if interleaved:
-        if not wide.is_contiguous() or wide.storage_offset() % 2:  # a complex view starts at even addresses
-            wide = wide.clone(memory_format=torch.contiguous_format)
+        wide = wide.clone(memory_format=torch.contiguous_format)  # a complex view starts at an even address
         product = torch.view_as_complex(wide.unflatten(-1, (half, 2))) * torch.complex(cos, sin)
         out = torch.view_as_real(product).flatten(-2)
     else:  # a roll by half a head swaps the two halves: long inner loops where slices would have short ones
