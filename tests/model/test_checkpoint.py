@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from burnish.model import InputError, ModelConfig, Rope, Transformer, checkpoint, load_model, pack, save_model
+from burnish.model import InputError, ModelConfig, Rope, Transformer, checkpoint, pack
+from burnish.model.checkpoint import load_model, save_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

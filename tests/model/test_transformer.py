@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from burnish.kernels import token_logprobs
-from burnish.model import ModelConfig, Rope, Transformer, load_model, pack, transformer
+from burnish.model import ModelConfig, Rope, Transformer, pack, transformer
+from burnish.model.checkpoint import load_model
 from safetensors.torch import load_file
 
 ARCHITECTURES = ["llama", "llama-tied-llama3rope", "llama-yarn", "qwen2", "qwen3", "mistral-sw", "smollm3"]

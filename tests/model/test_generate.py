@@ -1,0 +1,318 @@
+"""Sampling: against transformers' greedy tokens, the uncached model, and the distribution that is asked for."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from burnish.kernels import token_logprobs
+from burnish.model import Cache, InputError, ModelConfig, Transformer, pack
+from burnish.model.checkpoint import load_model
+from burnish.model.generate import TOP_P_WIDTH, _Draw, _mix, _signed, generate, uniform
+from safetensors.torch import load_file
+
+ARCHITECTURES = ["llama", "llama-tied-llama3rope", "llama-yarn", "qwen2", "qwen3", "mistral-sw", "smollm3"]
+everywhere = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+TINY = ModelConfig(
+    *(31, 16, 24, 2, 2),  # V, C, F, layers, H
+    initializer_range=0.5,
+    tie_word_embeddings=True,
+)
+PROMPTS = [[4, 9, 1, 30, 7], [3], [12, 13, 14], [9, 9]]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return Transformer(TINY, seed=3)
+
+
+def calls(monkeypatch, model, name) -> list[int]:
+    """Tokens of each call of model.<name>, recorded."""
+    sizes: list[int] = []
+    method = getattr(model, name)
+
+    def recorded(tokens, cache):
+        sizes.append(tokens.numel() if isinstance(tokens, torch.Tensor) else tokens.tokens.numel())
+        return method(tokens, cache)
+
+    monkeypatch.setattr(model, name, recorded)
+    return sizes
+
+
+def score(model, sample, temperature=1.0):
+    """The sample's log-probabilities without a cache."""
+    prompt = PROMPTS[sample.prompt_index]
+    rows = torch.arange(len(prompt), len(prompt) + len(sample.tokens))
+    packed = pack([prompt + sample.tokens])
+    return model.score(packed, rows, temperature=temperature, support=sample.support)[0].detach()
+
+
+# ---- greedy
+
+
+@everywhere
+def test_greedy_tokens_are_those_of_transformers(data, architecture):
+    folder = data / "tiny-hf" / architecture
+    greedy = load_file(folder / "expected.safetensors")["greedy"][0].tolist()
+    (sample,) = generate(load_model(folder), [greedy[:6]], max_new_tokens=len(greedy) - 6, temperature=0)
+    assert sample.tokens == greedy[6:]
+
+
+def test_greedy_text_of_a_real_model_is_that_of_transformers(data, shared_data):
+    golden = json.loads((data / "stories260k-greedy.json").read_text())["golden"]
+    model = load_model(shared_data / "stories260k" / "hf")
+    samples = generate(
+        model, [story["prompt"] for story in golden], max_new_tokens=100, temperature=0, stop_ids={2}
+    )
+    for sample, story in zip(samples, golden, strict=True):
+        assert sample.tokens == story["tokens"]
+
+
+# ---- the cache
+
+
+@everywhere
+def test_cached_decoding_is_uncached_decoding(data, architecture):
+    """Three sequences of different lengths, two of one prompt, past the window of mistral-sw (5)."""
+    model = load_model(data / "tiny-hf" / architecture)
+    sequences = [[5, 6, 7, 8, 9, 10, 11, 30], [5, 6, 7, 8, 9, 10, 12, 31], [40, 41, 42, 43]]
+    packed = pack([sequences[0][:2], sequences[2][:1]])
+    cache = Cache(model.config, slots=3, capacity=8, dtype=torch.float32)
+    cache.open(packed, [[0, 1], [2]])
+    with torch.no_grad():
+        model(packed, cache)
+        for step in range(3):
+            tokens = [sequences[0][2 + step], sequences[1][2 + step], sequences[2][1 + step]]
+            hidden = model.decode(torch.tensor(tokens), cache)
+        cache.keep(torch.tensor([1]))
+        for token in sequences[1][5:]:
+            last = model.decode(torch.tensor([token]), cache)
+        uncached = [model(pack([sequence[:n]]))[-1] for sequence, n in zip(sequences, (5, 5, 4), strict=True)]
+        torch.testing.assert_close(hidden, torch.stack(uncached), atol=1e-5, rtol=0)
+        torch.testing.assert_close(last[0], model(pack([sequences[1]]))[-1], atol=1e-5, rtol=0)
+
+
+@everywhere
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.6}, {"top_k": 9, "top_p": 0.8, "temperature": 1.5}],
+)
+def test_log_probabilities_are_the_scorers(data, architecture, how):
+    model = load_model(data / "tiny-hf" / architecture)
+    for sample in generate(
+        model, PROMPTS, samples_per_prompt=3, max_new_tokens=9, stop_ids={0, 1, 2, 3}, **how
+    ):
+        assert (sample.support is not None) == ("top_k" in how or "top_p" in how)
+        expected = score(model, sample, how.get("temperature", 1.0))
+        torch.testing.assert_close(sample.logprobs, expected, atol=1e-5, rtol=0)
+
+
+def test_a_group_runs_its_prompt_once(tiny, monkeypatch):
+    prefills, steps = calls(monkeypatch, tiny, "forward"), calls(monkeypatch, tiny, "decode")
+    generate(tiny, [*PROMPTS, PROMPTS[0]], samples_per_prompt=4, max_new_tokens=3)
+    assert prefills == [sum(map(len, PROMPTS))]  # the repeated prompt is not run again either
+    assert steps == [20, 20]  # the last id drawn is not run
+
+
+def test_sequences_that_ended_leave_and_the_batch_fills_up_again(tiny, monkeypatch):
+    prefills, steps = calls(monkeypatch, tiny, "forward"), calls(monkeypatch, tiny, "decode")
+    samples = generate(tiny, PROMPTS * 8, max_new_tokens=30, stop_ids=set(range(4)), batch_size=8)
+    assert max(steps) == 8 and len(prefills) > 4
+    drawn = sum(len(sample.tokens) for sample in samples)
+    assert drawn - 32 <= sum(steps) < 1.2 * drawn  # few steps are spent on sequences that have ended
+    every = generate(tiny, PROMPTS * 8, max_new_tokens=30, stop_ids=set(range(4)))
+    assert [sample.tokens for sample in samples] == [sample.tokens for sample in every]
+
+
+def test_large_prefills_are_cut_into_portions(tiny, monkeypatch):
+    whole = generate(tiny, PROMPTS, samples_per_prompt=2, max_new_tokens=4)
+    prefills = calls(monkeypatch, tiny, "forward")
+    monkeypatch.setattr("burnish.model.generate.PREFILL_TOKENS", 4)
+    assert [s.tokens for s in generate(tiny, PROMPTS, samples_per_prompt=2, max_new_tokens=4)] == [
+        s.tokens for s in whole
+    ]
+    assert prefills == [5, 4, 2]
+
+
+# ---- what is returned
+
+
+def test_samples_come_in_order_with_their_ends(tiny):
+    samples = generate(tiny, PROMPTS, samples_per_prompt=8, max_new_tokens=6, stop_ids={5, 6, 7, 8, 9})
+    assert [sample.prompt_index for sample in samples] == [i for i in range(4) for _ in range(8)]
+    ends = {True: 0, False: 0}
+    for sample in samples:
+        ends[sample.ended] += 1
+        assert sample.ended == (sample.tokens[-1] in {5, 6, 7, 8, 9})
+        assert sample.ended or len(sample.tokens) == 6
+        assert not {5, 6, 7, 8, 9} & set(sample.tokens[:-1])
+        assert sample.logprobs.shape == (len(sample.tokens),) and sample.logprobs.dtype == torch.float32
+        assert not sample.logprobs.requires_grad
+    assert ends[True] > 4 and ends[False] > 0
+
+
+def test_a_stop_token_in_the_last_place_is_an_end(tiny):
+    (whole,) = generate(tiny, PROMPTS[:1], max_new_tokens=6)
+    assert not whole.ended
+    (sample,) = generate(
+        tiny, PROMPTS[:1], max_new_tokens=6, stop_ids={whole.tokens[5]} - set(whole.tokens[:5])
+    )
+    assert sample.ended and sample.tokens == whole.tokens
+
+
+def test_the_seed_decides_and_the_batch_does_not(tiny):
+    draw = lambda prompts=PROMPTS, n=4, **how: [
+        sample.tokens
+        for sample in generate(
+            tiny, prompts, samples_per_prompt=n, max_new_tokens=12, stop_ids={0}, **{"seed": 7, **how}
+        )
+    ]
+    reference = draw()
+    assert len(set(map(tuple, reference[:4]))) == 4  # the samples of a group differ
+    assert draw() == reference
+    assert draw(seed=8) != reference
+    for batch_size in (1, 3, 5, 16):
+        assert draw(batch_size=batch_size) == reference
+    assert draw(PROMPTS[:2]) == reference[:8]
+    torch.manual_seed(123)
+    state = torch.get_rng_state()
+    assert draw() == reference
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_progress_counts_every_sample(tiny):
+    seen = []
+    generate(
+        tiny,
+        PROMPTS,
+        max_new_tokens=4,
+        stop_ids={1, 2},
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen[-1] == (4, 4)
+    assert seen == sorted(set(seen)) and {total for _, total in seen} == {4}
+
+
+def test_nothing_asked_nothing_returned(tiny):
+    assert generate(tiny, [], max_new_tokens=4) == []
+
+
+def test_checkpointed_training_does_not_reach_sampling(tiny):
+    model = Transformer(TINY, seed=3)
+    model.checkpoint_activations = True
+    with torch.inference_mode():
+        inside = generate(model, PROMPTS, max_new_tokens=5)
+    assert [s.tokens for s in inside] == [s.tokens for s in generate(tiny, PROMPTS, max_new_tokens=5)]
+    model.score(pack([[1, 2]]), torch.tensor([1]))[
+        0
+    ].sum().backward()  # and inference mode leaves nothing behind
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"prompts": [[1], []]}, "prompt 1: expected at least one token"),
+        ({"prompts": [[1], [2, 31]]}, "prompt 1: expected token ids below 31, got 2 to 31"),
+        ({"prompts": [[-1]]}, "prompt 0: expected token ids"),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
+        ({"samples_per_prompt": 0}, "samples_per_prompt"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"temperature": -1.0}, "temperature"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(tiny, change, message):
+    with pytest.raises(InputError if "prompts" in change else ValueError, match=message):
+        generate(tiny, **{"prompts": PROMPTS, "max_new_tokens": 4, **change})
+
+
+# ---- the distribution
+
+
+def kept(logits, temperature, top_k, top_p) -> list[int]:
+    """Ids that truncation keeps of one row, by its definition."""
+    p = (logits / temperature).softmax(-1).tolist()
+    order = sorted(range(len(p)), key=lambda i: -p[i])[:top_k]
+    total = sum(p[i] for i in order) if top_k else 1.0
+    ids, mass = [], 0.0
+    for i in order:
+        if top_p is not None and mass >= top_p:
+            break
+        ids.append(i)
+        mass += p[i] / total
+    return ids
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize(
+    "top_k, top_p", [(None, None), (3, None), (None, 0.7), (5, 0.7), (1, None), (None, 1e-9), (50, 0.999)]
+)
+def test_ids_are_drawn_as_often_as_they_are_likely(temperature, top_k, top_p):
+    logits, n = torch.tensor([[0.3, 2.0, -1.0, 1.1, -40.0, 0.9, 1.9]]), 100_000
+    noise = uniform(0, torch.arange(n), torch.zeros(n, dtype=torch.int64))
+    token, logprob, support = _Draw(temperature, top_k, top_p, 7)(logits.expand(n, 7), noise)
+    ids = kept(logits[0], temperature, top_k, top_p)
+    if support is None:
+        assert (top_k, top_p) == (None, None)
+    else:
+        assert [i for i in support[0].tolist() if i >= 0] == ids
+    expected, _, _ = token_logprobs(
+        logits[:, :1].new_ones(n, 1),
+        logits.T.contiguous(),
+        token,
+        temperature=temperature,
+        support=None if support is None else support.int(),
+    )
+    torch.testing.assert_close(logprob, expected, atol=1e-5, rtol=0)
+    weights = (logits[0, ids] / temperature).softmax(-1)
+    counts = token.bincount(minlength=7)
+    assert counts[ids].sum() == n
+    error = (counts[ids] - n * weights).abs()
+    assert (error <= 5 * (n * weights * (1 - weights)).sqrt() + 1).all()
+
+
+def test_top_p_alone_chooses_among_a_bounded_number_of_ids():
+    logits = torch.zeros(1, 3 * TOP_P_WIDTH)
+    token, logprob, support = _Draw(1.0, None, 0.99, 3 * TOP_P_WIDTH)(
+        logits, torch.tensor([0.5], dtype=torch.float64)
+    )
+    assert support is not None and support.shape == (1, TOP_P_WIDTH) and (support >= 0).all()
+    assert logprob.item() == pytest.approx(-torch.tensor(float(TOP_P_WIDTH)).log().item(), abs=1e-5)
+    assert token.item() in support
+
+
+def test_noise_is_a_pure_function_and_uniform():
+    first = torch.tensor([_signed(0x9E3779B97F4A7C15)])
+    assert _mix(first).item() == _signed(
+        0xE220A8397B1DCDAF
+    )  # the published generator's first output from seed 0
+    sample, step = torch.arange(400).repeat_interleave(400), torch.arange(400).repeat(400)
+    noise = uniform(5, sample, step)
+    assert noise.dtype == torch.float64 and noise.min() >= 0 and noise.max() < 1
+    assert noise.unique().numel() == 160_000
+    assert torch.equal(uniform(5, sample[777:778], step[777:778]), noise[777:778])
+    assert noise.mean().item() == pytest.approx(0.5, abs=0.003)
+    counts = (noise * 64).long().bincount(minlength=64)
+    assert ((counts - 2500) ** 2 / 2500).sum() < 120  # chi-squared with 63 degrees of freedom, p about 1e-5
+    table = noise.view(400, 400)
+    for a, b in (
+        (table[:, 1:], table[:, :-1]),
+        (table[1:], table[:-1]),
+        (table, uniform(6, sample, step).view(400, 400)),
+    ):
+        assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 0.0125  # five deviations
+
+
+def test_a_window_and_a_shared_cache_under_many_samples():
+    """The same tokens with a window in half the layers, whatever the batch: compaction moves whole sequences."""
+    model = Transformer(replace(TINY, windows=(3, None)), seed=1)
+    reference = generate(model, PROMPTS, samples_per_prompt=6, max_new_tokens=20, stop_ids={0, 1, 2, 3, 4, 5})
+    again = generate(
+        model, PROMPTS, samples_per_prompt=6, max_new_tokens=20, stop_ids={0, 1, 2, 3, 4, 5}, batch_size=5
+    )
+    assert [s.tokens for s in reference] == [s.tokens for s in again]
+    for sample in reference:
+        torch.testing.assert_close(sample.logprobs, score(model, sample), atol=1e-5, rtol=0)
