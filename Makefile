@@ -39,7 +39,7 @@ test-slow: $(READY) ## every feature combination, every compilation, learning ru
 lint: $(READY) ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(READY) ## ruff's fixes and format
 	$(BIN)/ruff check --fix .

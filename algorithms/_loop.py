@@ -41,15 +41,15 @@ def report_counts(source: Path, counts: Mapping[str, int]) -> None:
 class Run:
     """A run folder with its metrics and progress bar.
 
-    with Run(folder, config, title="sft") as run:
+    with Run(folder, config) as run:
         for step in run.steps(1000):
             ...
             run.log({"loss": loss}, tokens=num_tokens)
         run.save(model, tokenizer)
     """
 
-    def __init__(self, folder: Path, config: Any, title: str):
-        self.folder, self.title = Path(folder), title
+    def __init__(self, folder: Path, config: Any):
+        self.folder = Path(folder)
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise InputError(f"--output {self.folder}: expected a new or empty folder, found one in use")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ class Run:
             self._bar.close()
 
     def steps(self, count: int) -> Iterator[int]:
-        self._bar = tqdm(total=count, desc=self.title, unit="step", dynamic_ncols=True)
+        self._bar = tqdm(total=count, desc=self.folder.name, unit="step", dynamic_ncols=True)
         self._clock = time.perf_counter()
         for self._step in range(count):
             yield self._step

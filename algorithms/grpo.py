@@ -145,7 +145,7 @@ def train(cfg: Config) -> Path:
     reference = copy.deepcopy(model).requires_grad_(False) if cfg.kl_coefficient else None
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
     batches = epochs(len(prompts), cfg.prompts_per_step, cfg.seed)
-    with Run(cfg.output, cfg, title="grpo") as run:
+    with Run(cfg.output, cfg) as run:
         for step in run.steps(cfg.steps):
             started = time.perf_counter()
             groups, judged = sample_groups(

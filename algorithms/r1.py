@@ -44,7 +44,7 @@ class Config:
         default_factory=lambda: new_run_folder("r1")
     )  # new folder for stages and report.html
     seeds: int = 1  # repetitions of everything; figures are then medians
-    demonstrations: int = 6000  # noisy ones, for the bases
+    demonstrations: int = 38_400  # noisy ones, for the bases
     base_steps: int = 600  # SFT steps from random weights to a base
     cold_start_demonstrations: int = 64  # clean ones
     cold_start_steps: int = 60
@@ -139,7 +139,7 @@ class Recipe:
         prompts = self.write("prompts", map(prompt_row, training))
         demonstrations = self.write("noisy-demonstrations", noisy)
 
-        base = self.sft("base", self.random_model("teacher"), demonstrations, cfg.base_steps, 3e-3)
+        base = self.sft("base", self.random_model("teacher"), demonstrations, cfg.base_steps, 5e-3)
         self.measure("base", base)
         zero = self.grpo("zero", base, prompts, cfg.rl_steps)
         self.measure("R1-Zero", zero)
@@ -154,7 +154,7 @@ class Recipe:
         r1 = self.grpo("r1", second_sft, prompts, cfg.rl_steps // 2)
         self.measure("R1", r1)
 
-        student = self.sft("student-base", self.random_model("student"), demonstrations, cfg.base_steps, 3e-3)
+        student = self.sft("student-base", self.random_model("student"), demonstrations, cfg.base_steps, 5e-3)
         self.measure("student base", student)
         lessons = self.write("r1-samples", self.right_samples(r1, training))
         self.measure("student, distilled", self.sft("distilled", student, lessons, cfg.distill_steps, 3e-3))
@@ -163,7 +163,12 @@ class Recipe:
 
     def random_model(self, size: str) -> Path:
         shape = {"model_type": "llama", "vocab_size": 17, "max_position_embeddings": 64, "rms_norm_eps": 1e-6}
-        shape |= {"tie_word_embeddings": True, "hidden_act": "silu", "eos_token_id": 0, "rope_theta": 1000.0}
+        shape |= {
+            "tie_word_embeddings": True,
+            "hidden_act": "silu",
+            "eos_token_id": 0,
+            "initializer_range": 0.1,
+        }
         config = ModelConfig.from_hf(shape | SIZES[size], "r1")
         folder = self.folder / f"{size}-random"
         save_model(Transformer(config, seed=self.seed), folder, Tokenizer(make_tokenizer(), eos="<eos>"))
@@ -199,6 +204,7 @@ class Recipe:
                 reward_weights=(1.0, 0.1),
                 output=self.folder / name,
                 steps=steps,
+                prompts_per_step=32,
                 max_new_tokens=12,
                 learning_rate=1e-3,
                 seed=self.seed,
@@ -246,6 +252,7 @@ class Recipe:
             greedy=100 * mean(accuracy(greedy, answers)),
             form=100 * mean(form(flat)),
         )
+        print_row(stage, self.scores[stage])
         self.transcripts[stage] = [
             prompt_row(problem)["prompt"] + texts[0]
             for problem, texts in zip(self.held_out[:4], samples, strict=False)
@@ -262,10 +269,14 @@ class Recipe:
 
 def print_table(table: dict[str, Score], seeds: int) -> None:
     print(f"\nHeld-out problems, percent{f', medians of {seeds} seeds' if seeds > 1 else ''}:\n")
-    print(f"{'stage':<32}{'pass@1':>8}{'vote':>8}{'greedy':>8}{'form':>8}   published, AIME 2024 pass@1")
     for stage, score in table.items():
-        published = f"{PUBLISHED[stage]:.1f}" if stage in PUBLISHED else ""
-        print(f"{stage:<32}" + "".join(f"{value:8.1f}" for value in vars(score).values()) + f"   {published}")
+        print_row(stage, score)
+
+
+def print_row(stage: str, score: Score) -> None:
+    values = "   ".join(f"{name.replace('_at_', '@')} {value:5.1f}" for name, value in vars(score).items())
+    published = f"   published {PUBLISHED[stage]:.1f}" if stage in PUBLISHED else ""
+    print(f"{stage:<31} {values}{published}")
 
 
 if __name__ == "__main__":

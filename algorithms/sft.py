@@ -88,7 +88,7 @@ def train(cfg: Config) -> Path:
     model.checkpoint_activations = cfg.checkpoint_activations
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
     batches = epochs(len(examples), cfg.batch_size, cfg.seed)
-    with Run(cfg.output, cfg, title="sft") as run:
+    with Run(cfg.output, cfg) as run:
         for step in run.steps(cfg.steps):
             batch = [examples[i] for i in next(batches)]
             num_tokens = sum(sum(example.mask) for example in batch)
