@@ -201,8 +201,9 @@ def _add_norm_work(dims: Dims, size: int) -> tuple[Work, Work]:
 _NORM_SHAPES = (
     {"B": 1, "T": 1, "C": 1},
     {"B": 2, "T": 5, "C": 100},
-    {"B": 1, "T": 37, "C": 33},
-    {"B": 1, "T": 3, "C": 1031},
+    {"B": 1, "T": 37, "C": 33},  # more rows than one tile holds
+    {"B": 1, "T": 11, "C": 1031},  # more tiles than programs
+    {"B": 1, "T": 2, "C": 16411},  # wider than one program holds
 )
 _HEAD_SHAPES = ({"B": 1, "T": 1, "H": 1, "D": 3}, {"B": 2, "T": 5, "H": 3, "D": 65})
 _NORM_EMPTY = ({"B": 0, "T": 5, "C": 8}, {"B": 2, "T": 0, "C": 8})

@@ -1,0 +1,112 @@
+"""The benchmark's own honesty, on a case small enough to time in a test."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from burnish.bench import __main__ as bench
+from burnish.bench import roofline
+from burnish.bench.registry import CASES, Work
+from burnish.kernels._launch import INTERPRET
+
+pytestmark = pytest.mark.skipif(INTERPRET, reason="interpreted kernels have no speed")
+
+CASE = next(c for c in CASES if c.name == "swiglu/elementwise")
+SMALL = replace(
+    CASE, bench={d: ({"B": 1, "T": 8, "F": 64}, {"B": 1, "T": 16, "F": 64}) for d in ("cpu", "cuda")}
+)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bench, "CASES", (SMALL,))
+    monkeypatch.setattr(bench, "PEERS", {})
+    monkeypatch.setattr(bench, "SLICE", 1e-4)
+    monkeypatch.setattr(bench.roofline, "measure", lambda device, dtype: roofline.Ceilings(1e10, 1e11))
+
+
+def test_a_run_is_written_whole(tmp_path, capsys):
+    path = tmp_path / "result.json"
+    assert bench.main(["swiglu", "--json", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert {
+        "machine",
+        "date",
+        "commit",
+        "command",
+        "ceilings",
+        "clocks_before",
+        "clocks_after",
+    } <= report.keys()
+    assert report["machine"]["torch"] == torch.__version__ and "swiglu" in report["command"]
+    assert len(report["rows"]) == 2 * 2 * 2  # shapes, passes, contestants
+    for row in report["rows"]:
+        p20, p50, p80 = row["eager_us"]
+        assert 0 < p20 <= p50 <= p80
+        assert row["share"] == pytest.approx(
+            row["floor_us"] / (row["device_us"] or row["eager_us"])[1], abs=1e-3
+        )
+    forward = next(r for r in report["rows"] if r["pass"] == "forward" and r["provider"] == "burnish")
+    assert forward["floor_us"] == pytest.approx(
+        3 * 8 * 64 * torch.finfo(bench.DTYPES[forward["dtype"]]).bits / 8 / 1e4, abs=0.01
+    )
+    assert "share" in capsys.readouterr().out
+    assert not path.with_name(path.name + ".part").exists()
+
+
+def test_a_red_case_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    wrong = replace(SMALL, fused=lambda gate, up: CASE.fused(gate, up) * 1.01)
+    monkeypatch.setattr(bench, "CASES", (wrong,))
+    assert bench.main(["--json", str(tmp_path / "r.json")]) == 1
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["rows"] == [] and "output 0: error" in report["red"][0]
+
+
+def test_peers_that_are_absent_or_wrong_are_shown(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys):
+    def missing(case):
+        raise ImportError
+
+    peers = {"missing": missing, "wrong": lambda case: lambda gate, up: CASE.eager(gate, up) * 1.01}
+    monkeypatch.setattr(bench, "PEERS", {"swiglu": peers})
+    assert bench.main(["--peers", "--json", str(tmp_path / "r.json")]) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["absent"] == {"missing": "not installed"}
+    assert {r["accurate"] for r in report["rows"] if r["provider"] == "wrong"} == {False}
+    assert "outside the accuracy rule" in capsys.readouterr().out
+
+
+def test_a_budget_ends_the_run_with_what_it_has(tmp_path):
+    assert bench.main(["--budget", "-1", "--json", str(tmp_path / "r.json")]) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["rows"] == [] and set(report["absent"].values()) == {"out of time"}
+
+
+def test_shapes_come_in_turn():
+    other = replace(SMALL, family="other", bench={"cpu": SMALL.bench["cpu"][:1]})
+    order = [(c.family, d["T"]) for c, d in bench.in_turn([SMALL, other], "cpu")]
+    assert order == [("elementwise", 8), ("other", 8), ("elementwise", 16)]
+
+
+def test_peak_growth_counts_what_lives_together(device: str):
+    x = torch.zeros(1 << 20, device=device)
+
+    def work():
+        a = x + 1
+        b = a * 2  # two at once
+        del a
+        return b.sum() + (b + 1).sum()  # two at once again
+
+    assert bench.peak_growth(work, device) == pytest.approx(2 * x.nbytes, rel=0.01)
+
+
+def test_unknown_op(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["nothing"])
+    assert "expected one of ['swiglu'], got ['nothing']" in capsys.readouterr().err
+
+
+def test_the_floor_is_the_longer_of_two():
+    top = roofline.Ceilings(bandwidth=100, rate=1000)
+    assert top.floor(Work(flops=10, bytes=100)) == 1 and top.binds(Work(10, 100)) == "bytes"
+    assert top.floor(Work(flops=5000, bytes=100)) == 5 and top.binds(Work(5000, 100)) == "operations"

@@ -1,0 +1,44 @@
+"""The registry covers the public ops, and its formulas are what the tensors say."""
+
+import pytest
+import torch
+from burnish import kernels
+from burnish.bench.registry import CASES, Case, Dims, label, leaves, make_inputs, run
+
+
+def test_every_public_op_has_a_case():
+    ops = {name for name, value in vars(kernels).items() if callable(value)}
+    assert ops == {c.op for c in CASES}
+
+
+def test_names_are_unique():
+    assert len({c.name for c in CASES}) == len(CASES)
+
+
+@pytest.mark.parametrize(
+    "case, dims",
+    [pytest.param(c, d, id=f"{c.name}-{label(d)}") for c in CASES for d in c.bench.get("cuda", ())[:1]],
+)
+def test_bytes_are_each_operand_once(case: Case, dims: Dims):
+    """On tensors without storage: forward reads inputs and writes outputs, backward at least rewrites the gradients."""
+    tensors = make_inputs(case, dims, torch.bfloat16, "meta")
+    moved = sum(
+        t.nbytes for t in (*tensors.values(), *run(case.reference, case, tensors).values()) if t is not None
+    )
+    forward, backward = case.work(dims, 2)
+    assert forward.bytes == pytest.approx(moved, rel=0.01)
+    assert backward.bytes > sum(
+        t.nbytes for n, t in tensors.items() if n in leaves(case, tensors) and t is not None
+    )
+
+
+def test_scales_touch_what_they_should():
+    case = next(c for c in CASES if c.name == "rms_norm/hidden")
+    torch.manual_seed(0)
+    plain = make_inputs(case, case.shapes[1], torch.float32, "cpu")
+    for scale, x_factor, weight_factor in ((30, 30, 1), (1e-3, 1e-3, 1e-3)):
+        torch.manual_seed(0)
+        scaled = make_inputs(case, case.shapes[1], torch.float32, "cpu", scale)
+        for name, factor in (("x", x_factor), ("weight", weight_factor)):
+            a, b = plain[name], scaled[name]
+            assert a is not None and b is not None and torch.equal(a * factor, b)

@@ -1,0 +1,82 @@
+"""Generated parts are as their sources, and the generator says what it cannot make."""
+
+import json
+
+import pytest
+from burnish.bench import report
+
+ROW = {
+    "case": "swiglu/elementwise", "dtype": "bf16", "provider": "burnish", "device_us": [9, 10, 11],
+    "eager_us": [19, 20, 21], "floor_us": 8.0, "binds": "bytes", "share": 0.8, "memory_bytes": 1e6, "compile_s": 0.1,
+    "accurate": True, "sets": 3, "note": "",
+}  # fmt: skip
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """One GPU with an old and a new file, three shapes each."""
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "bench" / "results")
+    monkeypatch.setattr(report, "PICTURES", tmp_path / "docs" / "pictures")
+    for date, p50 in (("2026-01-01", 99), ("2026-01-02", 10)):
+        rows = [
+            ROW
+            | {
+                "dims": {"T": t},
+                "pass": which,
+                "provider": p,
+                "device_us": [p50, p50 * scale, p50 * scale * 1.1],
+            }
+            for t in (1, 2, 3)
+            for which in ("forward", "forward+backward")
+            for p, scale in (("burnish", 1), ("eager", 3), ("peer", 2))
+        ]
+        machine = {"device": "GPU", "torch": "2", "triton": "3", "driver": "1"}
+        result = {"machine": machine, "date": date, "commit": "abc", "command": "run", "rows": rows}
+        result |= {
+            "ceilings": {"bandwidth_bytes_per_s": 3e12, "rate_per_s": 8e14, "dtype": "bf16"},
+            "absent": {"x": "not installed"},
+        }
+        report.write_whole(report.RESULTS / f"gpu-{date}.json", json.dumps(result))
+
+
+def test_what_is_committed_is_current():
+    assert report.stale() == [], "python -m burnish.bench.report"
+
+
+def test_the_newest_file_is_quoted_and_named(results):
+    text = report.speed()
+    assert "bench/results/gpu-2026-01-02.json" in text and "2026-01-01" not in text
+    assert (
+        "| `swiglu/elementwise` | T=1 | forward | 10 [10, 11] | 30 | 20 (peer) | 3.00x | 80% | 1 / 1 |"
+        in text
+    )
+    assert "Not measured: x: not installed." in text
+
+
+def test_a_stale_part_is_found_and_made_anew(results, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    document = tmp_path / "README.md"
+    document.write_text("before\n<!-- generated: speed -->\nold\n<!-- /generated -->\nafter\n")
+    monkeypatch.setattr(report, "DOCUMENTS", (document,))
+    assert "README.md" in report.stale() and len(report.stale()) == 3  # and two pictures
+    assert report.main([]) == 0
+    assert report.stale() == []
+    text = document.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    for picture in report.PICTURES.glob("*.svg"):
+        assert "peer" in picture.read_text()
+    assert report.main(["--check"]) == 0
+
+
+def test_an_unknown_part_is_refused():
+    with pytest.raises(ValueError, match=r"generated: expected one of .*, got nothing"):
+        report.fill("<!-- generated: nothing -->\n<!-- /generated -->")
+
+
+def test_the_page_holds_the_table_and_the_picture():
+    build = {
+        "kernel": "_k", "tile": "BLOCK=64", "registers": 1, "spills": 0, "stack": 0, "shared": 0, "blocks": 1,
+        "matrix": 0, "matrix_kind": "", "load_bits": 128, "asynchronous": 0,
+    }  # fmt: skip
+    page = report.static_page({"op/case | T=1 | bf16 | sm_90": [build]})
+    assert "<td>_k</td>" in page and "<svg" in page and "H100" in page

@@ -1,0 +1,110 @@
+"""The static proof sees what it must, and the shipped configurations are as accepted."""
+
+import json
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from burnish.bench import static
+from burnish.bench.static import Job, accepted_figures, compare, compile_job, compile_only, limits, selection
+from burnish.kernels import _launch
+
+pytestmark = pytest.mark.skipif(_launch.INTERPRET, reason="the interpreter compiles nothing")
+
+QUICK = selection([], everything=False)
+REST = [job for job in selection([], everything=True) if job not in QUICK]
+
+
+@pytest.mark.parametrize(
+    "job", [*QUICK, *(pytest.param(job, marks=pytest.mark.slow) for job in REST)], ids=lambda job: job.key
+)
+def test_shipped_configuration_is_as_accepted(job: Job):
+    accepted = accepted_figures()
+    figures = {job.key: [vars(build) for build in compile_job(job)]}
+    assert job.key in accepted, f"python -m burnish.bench.static --all --accept: {static.table(figures)}"
+    if json.loads(static.BASELINE.read_text())["triton"] == triton.__version__:
+        assert compare(accepted, figures) == []
+    assert limits(figures) == []
+
+
+@triton.jit
+def _hungry(x_ptr, y_ptr, N: tl.constexpr):
+    offsets = tl.arange(0, N)
+    x = tl.load(x_ptr + offsets)
+    y = tl.sort(x)
+    tl.store(y_ptr + offsets, tl.sort(y * x) + x + y)
+
+
+@triton.jit
+def _product(a_ptr, b_ptr, c_ptr, K, BLOCK: tl.constexpr):
+    i, k = tl.arange(0, BLOCK)[:, None], tl.arange(0, 64)[None, :]
+    c = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for start in range(0, K, 64):
+        a = tl.load(a_ptr + i * K + start + k)
+        b = tl.load(b_ptr + i * K + start + k)
+        c = tl.dot(a, b.T, c)
+    tl.store(c_ptr + i * BLOCK + tl.arange(0, BLOCK)[None, :], c)
+
+
+def build(chip: str, kernel, *args, **options) -> static.Build:
+    with compile_only(chip) as launches:
+        kernel[(1,)](*args, **options)
+    return static._read(launches[-1], chip)
+
+
+def test_a_spill_is_seen():
+    x = torch.zeros(16384)
+    assert build("sm_90", _hungry, x, x, N=16384, num_warps=1).spills > 100
+    assert build("sm_90", _hungry, x, x, N=1024, num_warps=8).spills == 0
+
+
+@pytest.mark.parametrize(
+    "chip, kind", [("sm_80", "HMMA"), ("sm_90", "HGMMA"), ("sm_100", "UTCHMMA"), ("gfx942", "MFMA")]
+)
+def test_matrix_instructions_are_seen(chip: str, kind: str):
+    a = torch.zeros(128, 1024, dtype=torch.bfloat16)
+    found = build(chip, _product, a, a, torch.zeros(128, 128), 1024, BLOCK=128, num_warps=4)
+    assert found.matrix > 0 and found.matrix_kind == kind
+    assert found.load_bits == 128 or found.asynchronous > 0
+    assert (found.blocks >= 1 and found.shared >= 2 * 128 * 64 * 2) or chip == "gfx942"
+
+
+def test_what_got_worse_is_named():
+    good = {
+        "kernel": "_k", "tile": "BLOCK=64 warps=4", "registers": 128, "spills": 0, "stack": 0, "shared": 1024,
+        "blocks": 4, "matrix": 12, "matrix_kind": "HGMMA", "load_bits": 128, "asynchronous": 3, "instructions": 500,
+    }  # fmt: skip
+    worse = good | {
+        "spills": 34,
+        "matrix": 0,
+        "matrix_kind": "",
+        "blocks": 2,
+        "load_bits": 32,
+        "asynchronous": 0,
+    }
+    key = "op/case | D=64 | bf16 | sm_90"
+    assert compare({key: [good]}, {key: [good]}) == []
+    assert compare({key: [good]}, {key: [good | {"registers": 100, "blocks": 5}]}) == []
+    said = "\n".join(compare({key: [good]}, {key: [worse]}))
+    for part in (
+        "spills 0 -> 34",
+        "12 HGMMA -> none",
+        "blocks 4 -> 2",
+        "load_bits 128 -> 32",
+        "copies 3 -> 0",
+        key,
+        "BLOCK=64",
+    ):
+        assert part in said
+    assert "not in static.json" in compare({}, {key: [good]})[0]
+    assert "does not fit" in limits({key: [good | {"blocks": 0}]})[0]
+
+
+def test_the_machine_is_as_it_was_afterwards():
+    before = triton.runtime.jit.JITFunction.run, _launch.TARGET
+    with pytest.raises(RuntimeError), compile_only("sm_90"):
+        assert _launch.use_triton(torch.zeros(1)) and _launch.capability(torch.zeros(1)) == (9, 0)
+        raise RuntimeError
+    assert (triton.runtime.jit.JITFunction.run, _launch.TARGET) == before
+    assert not _launch.use_triton(torch.zeros(1))

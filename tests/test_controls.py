@@ -1,0 +1,158 @@
+"""Negative controls: faults planted in a copy of a kernel's source, each of which the accuracy rule must catch.
+
+A fault that survives fails the suite: either the test is blind there, or the line it changes does nothing. Each reruns
+only the smallest case that it must break, on the path where it lies: the Triton code (interpreted or on a GPU), or the
+CPU path.
+"""
+
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from burnish.bench.registry import CASES, Case, assert_accurate, make_inputs
+from burnish.kernels import _launch
+
+KERNELS = Path(__file__).parents[1] / "kernels"
+TRITON = _launch.INTERPRET or torch.cuda.is_available()
+
+
+class Fault(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+    case: str
+    shape: int = 1  # index into the case's shapes
+    scale: float = 1
+    triton: bool = True  # False: it lies in the CPU path
+
+
+FAULTS = [
+    Fault("mean over the padded width", "norm", "1) / N + eps", "1) / BLOCK_N + eps", "rms_norm/hidden"),
+    Fault("eps dropped", "norm", "1) / N + eps", "1) / N", "rms_norm/hidden", scale=1e-3),
+    Fault("mean not subtracted", "norm", "(dy * w - xhat * mean)", "(dy * w)", "rms_norm/hidden"),
+    Fault("dw of x, not xhat", "norm", "dw += dy * xhat", "dw += dy * h", "rms_norm/hidden"),
+    Fault(
+        "last tile of rows", "norm", "tl.cdiv(R, BLOCK_R), step", "R // BLOCK_R, step", "rms_norm/hidden", 2
+    ),
+    Fault("partial sums", "norm", "range(0, P, BLOCK_P)", "range(BLOCK_P, P, BLOCK_P)", "rms_norm/hidden", 2),
+    Fault(
+        "unit offset dropped",
+        "norm",
+        "return 1 + w if UNIT_OFFSET else w",
+        "return w",
+        "rms_norm/unit offset",
+    ),
+    Fault(
+        "residual's gradient",
+        "norm",
+        "dx += tl.load(dh_ptr + offsets",
+        "dx += 0 * tl.load(dh_ptr + offsets",
+        "add_rms_norm/hidden",
+    ),
+    Fault(
+        "mean of a wide row",
+        "norm",
+        "tl.sum(products, 0) / N",
+        "tl.sum(products, 0) / BLOCK_N",
+        "rms_norm/hidden",
+        4,
+    ),
+    Fault(
+        "mean not divided",
+        "norm",
+        "w / N).view_as(rstd)",
+        "w).view_as(rstd)",
+        "rms_norm/hidden",
+        triton=False,
+    ),
+    Fault("gradient turned forward", "rope", "        sin = -sin", "        sin = sin", "apply_rope/half"),
+    Fault("wrong sign", "rope", "a * cos - b * sin, mask", "a * cos + b * sin, mask", "apply_rope/half"),
+    Fault(
+        "wrong pairs",
+        "rope",
+        "tl.join(a * cos - b * sin",
+        "tl.join(b * cos - a * sin",
+        "apply_rope/interleaved",
+    ),
+    Fault(
+        "positions ignored",
+        "rope",
+        "row = tl.load(positions_ptr + token, live, other=0)",
+        "row += 1",
+        "apply_rope/packed",
+        0,
+    ),
+    Fault("rest of a head dropped", "rope", "if 2 * HALF < D:", "if 2 * HALF > D:", "apply_rope/partial", 0),
+    Fault("wrong key heads", "rope", "(block - q_blocks) * BLOCK_H", "block * BLOCK_H", "apply_rope/half"),
+    Fault("gradient turned forward", "rope", "minus = -sin", "minus = sin", "apply_rope/half", triton=False),
+    Fault("last column", "glu", "(cols < F)", "(cols < F - 1)", "swiglu/elementwise"),
+    Fault("slope dropped", "glu", "(1 + g * (1 - p) * slope)", "1", "swiglu/elementwise"),
+    Fault("cubic term's slope", "glu", "1 + 3 * cubic", "1 + cubic", "geglu/elementwise"),
+    Fault("offset dropped", "glu", "du = dout * g * p", "du = dout * p", "clamped_swiglu/elementwise"),
+    Fault(
+        "gradient past the clamp",
+        "glu",
+        "tl.where(gate > limit, 0.0, dg)",
+        "dg",
+        "clamped_swiglu/elementwise",
+        scale=30,
+    ),
+    Fault(
+        "clamp on one side",
+        "glu",
+        "u < -limit, -limit, u",
+        "u < -limit, u, u",
+        "clamped_swiglu/elementwise",
+        scale=30,
+    ),
+]
+
+
+def copy_of(file: str, folder: Path, monkeypatch: pytest.MonkeyPatch, old: str = "", new: str = ""):
+    """The kernel file as a module of its own, its ops registered beside the real ones."""
+    source = (KERNELS / f"{file}.py").read_text()
+    assert old in source, f"{file}.py no longer has `{old}`: plant this control anew"
+    path = folder / f"control_{file}.py"
+    path.write_text(source.replace(old, new) if old else source)
+    register = _launch.register
+    monkeypatch.setattr(
+        _launch, "register", lambda name, *rest, **more: register(f"control_{name}", *rest, **more)
+    )
+    spec = importlib.util.spec_from_file_location(f"burnish.kernels.control_{file}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def case_of(name: str, module) -> Case:
+    case = next(c for c in CASES if c.name == name)
+    return replace(case, fused=getattr(module, case.op))
+
+
+@pytest.mark.parametrize(
+    "fault", [f for f in FAULTS if f.triton == TRITON], ids=lambda f: f"{f.file}: {f.name}"
+)
+def test_fault_is_caught(fault: Fault, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    case = case_of(fault.case, copy_of(fault.file, tmp_path, monkeypatch, fault.old, fault.new))
+    tensors = make_inputs(case, case.shapes[fault.shape], torch.float32, device, fault.scale)
+    with pytest.raises(AssertionError, match=f"{case.name}: .*(error|differs|expected)"):
+        assert_accurate(case, tensors)
+
+
+@pytest.mark.parametrize("file", sorted({f.file for f in FAULTS}))
+def test_a_faithful_copy_passes(file: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Without this, a copy that does not even run would count as a fault caught."""
+    module = copy_of(file, tmp_path, monkeypatch)
+    for fault in FAULTS:
+        if fault.file == file and fault.triton == TRITON:
+            case = case_of(fault.case, module)
+            assert_accurate(
+                case, make_inputs(case, case.shapes[fault.shape], torch.float32, device, fault.scale)
+            )
