@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jinja2
 import matplotlib
+from markupsafe import Markup
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
@@ -72,7 +73,7 @@ def write(
         rows=rows,
         note=note,
         curve_note=curve_note,
-        figure=jinja2.utils.markupsafe.Markup(draw(curves)),
+        figure=Markup(draw(curves)),
         transcripts=transcripts,
         facts=facts,
     )

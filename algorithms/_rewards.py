@@ -36,7 +36,7 @@ def load_reward(specification: str) -> RewardFunction:
             module = importlib.import_module(source)
     except (ImportError, SyntaxError, NameError) as error:
         raise InputError(f"--reward {specification}: {source} cannot be imported: {error}") from error
-    function = getattr(module, name, None)
+    function: RewardFunction | None = getattr(module, name, None)
     if not callable(function):
         raise InputError(f"--reward {specification}: {source} has no function '{name}'")
     return function

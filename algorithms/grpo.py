@@ -84,9 +84,7 @@ class Config:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     save_every: int = 0  # steps between checkpoints; 0 saves once, at the end
-    checkpoint_activations: bool = (
-        False  # recompute each layer in the backward: less memory, a third more time
-    )
+    checkpoint_activations: bool = False  # run each layer again in the backward: less memory, more time
     seed: int = 0
     device: str = field(default_factory=default_device)
 

@@ -48,9 +48,7 @@ class Config:
     base_steps: int = 600  # SFT steps from random weights to a base
     cold_start_demonstrations: int = 64  # clean ones
     cold_start_steps: int = 60
-    rl_steps: int = (
-        150  # GRPO steps of R1-Zero and of the student by RL alone; R1's two GRPO stages share them
-    )
+    rl_steps: int = 150  # GRPO steps of R1-Zero and of the student by RL alone; R1's two stages share them
     rejection_samples: int = 4  # per training problem, of which the right ones are kept
     sft_steps: int = 300  # SFT steps on the kept samples
     distill_steps: int = 2500  # SFT steps of the student on R1's right samples
