@@ -47,7 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
     module = importlib.import_module(
         module_name
     )  # only the one that is asked for: torch alone takes a second
-    config = tyro.cli(module.Config, prog=f"burnish {name}", args=arguments[1:], description=module.__doc__)
+    config = tyro.cli(
+        module.Config, prog=f"burnish {name}", args=arguments[1:], description=module.__doc__.splitlines()[0]
+    )
     try:
         getattr(module, function)(config)
     except InputError as error:

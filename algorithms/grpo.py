@@ -60,32 +60,30 @@ class Config:
     data: Path  # prompts, with any further columns for the reward functions: .jsonl, .json or .parquet
     reward: tuple[str, ...]  # FILE.py:function or package.module:function, one or more
     reward_weights: tuple[float, ...] = ()  # one a reward function; all 1 where none are given
-    output: Path = field(
-        default_factory=lambda: new_run_folder("grpo")
-    )  # new folder for metrics and the model
+    output: Path = field(default_factory=lambda: new_run_folder("grpo"))  # new folder: metrics, model
     steps: int = 200  # rollouts
-    prompts_per_step: int = 16
+    prompts_per_step: int = 16  # prompts in one rollout
     group_size: int = 8  # samples of one prompt
     max_prompt_length: int = 1024  # tokens; longer prompts are dropped and counted
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
+    max_new_tokens: int = 256  # cap on a completion's length
+    temperature: float = 1.0  # of sampling, and of scoring
+    top_k: int | None = None  # sample among the k most likely ids only
+    top_p: float | None = None  # sample among the fewest ids with this much probability
     updates_per_rollout: int = 1  # optimizer steps on each rollout; from the second on, rho differs from 1
-    advantage: Literal["group", "mean", "batch_std", "rloo"] = "group"
-    aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = "token_mean"
-    clip_low: float = 0.2
-    clip_high: float = 0.2  # DAPO's clip-higher: 0.28
-    kl_coefficient: float = 0.0  # beta
+    advantage: Literal["group", "mean", "batch_std", "rloo"] = "group"  # _advantages.py
+    aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = "token_mean"  # _tokens.py
+    clip_low: float = 0.2  # rho below 1 - clip_low has no gradient where A < 0
+    clip_high: float = 0.2  # rho above 1 + clip_high has none where A > 0; DAPO: 0.28
+    kl_coefficient: float = 0.0  # beta, of the KL to the model that training started from
     micro_batch_tokens: int = 16384  # tokens in one forward and backward; gradients add up over micro-batches
-    learning_rate: float = 1e-6
+    learning_rate: float = 1e-6  # AdamW's, at its peak
     schedule: Schedule = "constant"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    warmup_steps: int = 0  # of linear rise to learning_rate
+    weight_decay: float = 0.0  # of matrices; vectors have none
+    max_grad_norm: float = 1.0  # gradients are scaled down to it
     save_every: int = 0  # steps between checkpoints; 0 saves once, at the end
     checkpoint_activations: bool = False  # run each layer again in the backward: less memory, more time
-    seed: int = 0
+    seed: int = 0  # of the order of rows, and of sampling
     device: str = field(default_factory=default_device)
 
 

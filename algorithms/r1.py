@@ -40,14 +40,12 @@ from ._sums import accuracy, answer_of, demonstration_row, form, make_tokenizer,
 
 @dataclass(frozen=True)
 class Config:
-    output: Path = field(
-        default_factory=lambda: new_run_folder("r1")
-    )  # new folder for stages and report.html
+    output: Path = field(default_factory=lambda: new_run_folder("r1"))  # new folder: stages, report.html
     seeds: int = 1  # repetitions of everything; figures are then medians
     demonstrations: int = 38_400  # noisy ones, for the bases
     base_steps: int = 600  # SFT steps from random weights to a base
     cold_start_demonstrations: int = 64  # clean ones
-    cold_start_steps: int = 60
+    cold_start_steps: int = 60  # SFT steps on them
     rl_steps: int = 150  # GRPO steps of R1-Zero and of the student by RL alone; R1's two stages share them
     rejection_samples: int = 4  # per training problem, of which the right ones are kept
     sft_steps: int = 300  # SFT steps on the kept samples

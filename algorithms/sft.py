@@ -42,23 +42,21 @@ from ._loop import (
 class Config:
     model: Path  # Hugging Face folder to start from
     data: Path  # rows of messages, prompt and completion, text, Alpaca or ShareGPT: .jsonl, .json or .parquet
-    output: Path = field(
-        default_factory=lambda: new_run_folder("sft")
-    )  # new folder for metrics and the model
+    output: Path = field(default_factory=lambda: new_run_folder("sft"))  # new folder: metrics, model
     train_on: Literal["completion", "all"] = "completion"  # which tokens of a row are trained
-    loss: Literal["nll", "dft"] = "nll"
+    loss: Literal["nll", "dft"] = "nll"  # dft weighs tokens by their probability
     max_length: int = 1024  # tokens; longer rows are truncated and counted
     steps: int = 1000  # optimizer steps
     batch_size: int = 32  # rows in one optimizer step
     micro_batch_tokens: int = 8192  # tokens in one forward and backward; gradients add up over micro-batches
-    learning_rate: float = 2e-5
+    learning_rate: float = 2e-5  # AdamW's, at its peak
     schedule: Schedule = "cosine"
-    warmup_steps: int = 20
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    warmup_steps: int = 20  # of linear rise to learning_rate
+    weight_decay: float = 0.0  # of matrices; vectors have none
+    max_grad_norm: float = 1.0  # gradients are scaled down to it
     save_every: int = 0  # steps between checkpoints; 0 saves once, at the end
     checkpoint_activations: bool = False  # run each layer again in the backward: less memory, more time
-    seed: int = 0
+    seed: int = 0  # of the order of rows
     device: str = field(default_factory=default_device)
 
 
