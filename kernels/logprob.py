@@ -99,21 +99,22 @@ def _scaled(z, bias_ptr, cols, mask, softcap, temperature, HAS_BIAS: tl.constexp
 @triton.jit
 def _token_logprobs_fwd(
     z_ptr, bias_ptr, target_ptr, temperature_ptr, part_ptr, target_u_ptr,
-    start, N, part_stride, temperature, softcap,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURES: tl.constexpr, BLOCK_N: tl.constexpr,
+    start, N, z_stride, part_stride, temperature, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURES: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # a row of one chunk of the vocabulary: its maximum, sum of exponentials, and sum of exponentials times logits
-    row = tl.program_id(0).to(tl.int64)
+    # SPLIT columns of a row: their maximum, the sum of exponentials, and that of exponentials times logits
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if HAS_TEMPERATURES:
         temperature = tl.load(temperature_ptr + row).to(tl.float32)
     target = tl.load(target_ptr + row) - start
     top = tl.full([], float("-inf"), tl.float32)
     total = tl.full([], 0.0, tl.float32)
     weighted = tl.full([], 0.0, tl.float32)
-    for block in range(0, N, BLOCK_N):
+    for block in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, N), BLOCK_N):
         cols = block + tl.arange(0, BLOCK_N)
         mask = cols < N
-        z = tl.load(z_ptr + row * N + cols, mask, other=0.0).to(tl.float32)  # [BLOCK_N]
+        z = tl.load(z_ptr + row * z_stride + cols, mask, other=0.0).to(tl.float32)  # [BLOCK_N]
         u = _scaled(z, bias_ptr, cols, mask, softcap, temperature, HAS_BIAS, HAS_SOFTCAP)
         if (target >= block) & (target < block + BLOCK_N):
             tl.store(target_u_ptr + row, tl.sum(tl.where(cols == target, u, 0.0), 0), target < N)
@@ -124,15 +125,16 @@ def _token_logprobs_fwd(
         weighted = shrink * (weighted + shift * total) + tl.sum(p * (u - new_top), 0)
         total = shrink * total + tl.sum(p, 0)
         top = new_top
-    tl.store(part_ptr + row, top)
-    tl.store(part_ptr + part_stride + row, total)
-    tl.store(part_ptr + 2 * part_stride + row, weighted)
+    part_ptr += split * 3 * part_stride + row
+    tl.store(part_ptr, top)
+    tl.store(part_ptr + part_stride, total)
+    tl.store(part_ptr + 2 * part_stride, weighted)
 
 
 @triton.jit
 def _token_logprobs_bwd(
     z_ptr, dz_ptr, bias_ptr, target_ptr, temperature_ptr, lse_ptr, entropy_ptr, gain_ptr, level_ptr, dentropy_ptr,
-    start, N, temperature, softcap,
+    start, N, stride, temperature, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURES: tl.constexpr, HAS_ENTROPY: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -141,7 +143,7 @@ def _token_logprobs_bwd(
     mask = cols < N
     if HAS_TEMPERATURES:
         temperature = tl.load(temperature_ptr + row).to(tl.float32)
-    z = tl.load(z_ptr + row * N + cols, mask, other=0.0).to(tl.float32)  # [BLOCK_N]
+    z = tl.load(z_ptr + row * stride + cols, mask, other=0.0).to(tl.float32)  # [BLOCK_N]
     u = _scaled(z, bias_ptr, cols, mask, softcap, temperature, HAS_BIAS, HAS_SOFTCAP)
     log_p = u - tl.load(lse_ptr + row)
     slope = tl.load(level_ptr + row)
@@ -152,7 +154,7 @@ def _token_logprobs_bwd(
     if HAS_SOFTCAP:
         s = u * temperature / softcap
         dz *= 1 - s * s
-    tl.store(dz_ptr + row * N + cols, dz, mask)
+    tl.store(dz_ptr + row * stride + cols, dz, mask)
 
 
 @triton.jit
@@ -214,6 +216,7 @@ CPU_BUDGET = 2**23  # bytes; a block that stays in the caches: larger ones are s
 GPU_BUDGET = 2**30  # 16k columns of fp32 logits and bf16 gradients at 8k tokens
 CPU_NARROWEST = 256  # columns, below which the products slow down; then fewer rows make a block
 GPU_NARROWEST = 4096
+SPLIT = 16384  # columns whose statistics one program takes
 
 
 def _blocks(hidden: Tensor, vocabulary: int, memory_budget: int) -> tuple[list[slice], list[slice]]:
@@ -224,8 +227,13 @@ def _blocks(hidden: Tensor, vocabulary: int, memory_budget: int) -> tuple[list[s
     narrowest = GPU_NARROWEST if hidden.is_cuda else CPU_NARROWEST
     columns = min(vocabulary, max(narrowest, elements // max(tokens, 1)))
     columns = math.ceil(vocabulary / math.ceil(vocabulary / columns))
-    columns = min(vocabulary, (columns + 63) // 64 * 64)  # whole cache lines, and what the matrix units load
+    columns = min(vocabulary, _aligned(columns))
     return _slices(tokens, max(1, elements // columns)), _slices(vocabulary, columns)
+
+
+def _aligned(columns: int) -> int:
+    """The stride of a block's rows: whole cache lines, which the matrix units load, whatever the vocabulary."""
+    return (columns + 63) // 64 * 64
 
 
 def _slices(length: int, step: int) -> list[slice]:
@@ -253,28 +261,34 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype if use_triton(hidden) else torch.promote_types(hidden.dtype, torch.float32)
 
 
+def _splits(h: Tensor, columns: slice) -> int:
+    """In how many pieces a chunk's statistics come: enough of them fill a GPU with the rows of a short batch."""
+    return triton.cdiv(columns.stop - columns.start, SPLIT) if use_triton(h) else 1
+
+
 def _row_tile(N: int) -> dict[str, int]:
-    return {"BLOCK_N": min(4096, triton.next_power_of_2(N)), "num_warps": 8}
+    return {"BLOCK_N": min(2048, triton.next_power_of_2(N)), "num_warps": 8}
 
 
 def _summarise(z, bias, targets, start, temperatures, temperature, softcap, part, target_u):
-    """Raw products (rows, N) in, destroyed; part (3, rows) and, where the target is in this chunk, target_u out."""
+    """Raw products (rows, N) in, destroyed; part (splits, 3, rows) and target_u, for targets in this chunk, out."""
     if use_triton(z):
         rows, N = z.shape
-        _token_logprobs_fwd[(rows,)](
-            z, bias, targets, temperatures, part, target_u, start, N, part.stride(0), temperature, softcap or 1.0,
+        _token_logprobs_fwd[(rows, len(part))](
+            z, bias, targets, temperatures, part, target_u,
+            start, N, z.stride(0), part.stride(1), temperature, softcap or 1.0,
             bias is not None, softcap is not None, temperatures is not None,
-            **_row_tile(N),
+            SPLIT, **_row_tile(N),
         )  # fmt: skip
         return
     u = _scaled_(z, bias, temperatures, temperature, softcap)
     column, here = _locate(targets, start, z.shape[1])
     target_u.copy_(torch.where(here, u.gather(1, column)[:, 0], target_u))
-    torch.amax(u, -1, out=part[0])
-    u -= part[0][:, None]
+    top = torch.amax(u, -1, out=part[0, 0])
+    u -= top[:, None]
     p = torch.exp(u)
-    torch.sum(p, -1, out=part[1])
-    torch.sum(p.mul_(u), -1, out=part[2])
+    torch.sum(p, -1, out=part[0, 1])
+    torch.sum(p.mul_(u), -1, out=part[0, 2])
 
 
 def _dlogits(z, bias, targets, start, temperatures, temperature, softcap, saved, dz):
@@ -285,7 +299,7 @@ def _dlogits(z, bias, targets, start, temperatures, temperature, softcap, saved,
         tile = _row_tile(N)
         _token_logprobs_bwd[(rows, triton.cdiv(N, tile["BLOCK_N"]))](
             z, dz, bias, targets, temperatures, lse, entropy, gain, level, dentropy,
-            start, N, temperature, softcap or 1.0,
+            start, N, z.stride(0), temperature, softcap or 1.0,
             bias is not None, softcap is not None, temperatures is not None, dentropy is not None,
             **tile,
         )  # fmt: skip
@@ -343,21 +357,22 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     compute, wide = _compute_dtype(hidden), torch.promote_types(hidden.dtype, torch.float32)
     row_blocks, chunks = _blocks(hidden, weight.shape[0], memory_budget)
-    parts = hidden.new_empty(len(chunks), 3, hidden.shape[0], dtype=wide)
+    splits = [_splits(hidden, columns) for columns in chunks]
+    parts = hidden.new_empty(sum(splits), 3, hidden.shape[0], dtype=wide)
     target_u = hidden.new_full(
         (hidden.shape[0],), torch.nan, dtype=wide
     )  # stays NaN for an id outside the vocabulary
     h = hidden.to(compute)
     buffer = _buffer(h, row_blocks, chunks, wide)
-    for part, columns in zip(parts, chunks, strict=True):
+    for part, columns in zip(parts.split(splits), chunks, strict=True):
         w, b = weight[columns].to(compute), None if bias is None else bias[columns]
         for rows in row_blocks:
             z = _product(h[rows], w.T, _block(buffer, rows, columns))
             t = None if temperatures is None else temperatures[rows]
             _summarise(
-                z, b, targets[rows], columns.start, t, temperature, softcap, part[:, rows], target_u[rows]
+                z, b, targets[rows], columns.start, t, temperature, softcap, part[:, :, rows], target_u[rows]
             )
-    tops, totals, weighted = parts.unbind(1)  # (chunks, tokens) each
+    tops, totals, weighted = parts.unbind(1)  # (splits, tokens) each
     top = tops.amax(0)
     shift = tops - top
     total = (shift.exp() * totals).sum(0)
@@ -449,12 +464,12 @@ def _backward_fake(
 
 def _buffer(h: Tensor, row_blocks: list[slice], chunks: list[slice], dtype: torch.dtype) -> Tensor:
     """Room for the largest block."""
-    return h.new_empty(row_blocks[0].stop * chunks[0].stop if row_blocks else 0, dtype=dtype)
+    return h.new_empty(row_blocks[0].stop * _aligned(chunks[0].stop) if row_blocks else 0, dtype=dtype)
 
 
 def _block(buffer: Tensor, rows: slice, columns: slice) -> Tensor:
-    shape = rows.stop - rows.start, columns.stop - columns.start
-    return buffer[: shape[0] * shape[1]].view(shape)
+    height, width = rows.stop - rows.start, columns.stop - columns.start
+    return buffer[: height * _aligned(width)].view(height, _aligned(width))[:, :width]
 
 
 def _save(ctx, inputs, output):
