@@ -318,7 +318,7 @@ class _RMSNormTorch(torch.autograd.Function):
         x, w, rstd = ctx.saved_tensors
         N = x.shape[-1]
         xhat = x * rstd
-        products = (dy * xhat).view(
+        products = (dy * xhat).reshape(
             -1, N
         )  # (rows, N): column sums are dw, and each row's product with w the mean
         mean = torch.mv(products, w / N).view_as(rstd)
