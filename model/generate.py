@@ -90,13 +90,13 @@ def generate(
         return []
     draw = _Draw(temperature, top_k, None if top_p == 1 else top_p, vocabulary)
     batch = _Batch(
-        model, prompts, samples_per_prompt, max_new_tokens, min(batch_size or total, total), draw.width
+        model, prompts, samples_per_prompt, max_new_tokens, min(batch_size or total, total), draw.width, seed
     )
     stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=model.device)
     samples: dict[int, Sample] = {}
     while len(samples) < total:
         batch.admit()
-        token, logprob, support = draw(model.logits(batch.hidden), batch.noise(seed))
+        token, logprob, support = draw(model.logits(batch.hidden), batch.noise())
         if batch.record(token, logprob, support, stops):
             for index, tokens, logprobs, supports in batch.leave():
                 ended = tokens[-1] in stop_ids
@@ -154,7 +154,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def uniform(seed: int, sample: Tensor, step: Tensor) -> Tensor:
-    """Noise in [0, 1), fp64: a pure function of the seed, the sample's index and the step, (B,) int64 each."""
+    """Noise in [0, 1), fp64: a pure function of the seed and of int64 tensors that broadcast: the sample and the step."""
     key = _mix(_mix(sample * _GOLDEN + _signed(seed)) + step * _GOLDEN)
     return ((key >> 12) & (2**52 - 1)).double() * 2.0**-52
 
@@ -173,8 +173,9 @@ class _Batch:
         max_new_tokens: int,
         rows: int,
         width: int | None,
+        seed: int,
     ):
-        self.model, self.prompts = model, prompts
+        self.model, self.prompts, self.seed = model, prompts, seed
         self.rows, self.live, self.max_new_tokens = rows, 0, max_new_tokens
         self.waiting = deque(  # (prompt, its samples that enter together)
             (prompt, range(first, min(first + rows, (prompt + 1) * samples_per_prompt)))
@@ -194,6 +195,8 @@ class _Batch:
         # one column more than needed: a sequence that is done, but has not left, writes there
         self.tokens = torch.zeros(rows, max_new_tokens + 1, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(rows, max_new_tokens + 1, device=device)
+        self.noises = torch.zeros(rows, max_new_tokens + 1, dtype=torch.float64, device=device)
+        self.steps = torch.arange(max_new_tokens + 1, device=device)
         self.supports = None
         if width is not None:
             self.supports = torch.zeros(rows, max_new_tokens + 1, width, dtype=torch.int32, device=device)
@@ -229,12 +232,14 @@ class _Batch:
         rows = torch.tensor([segment[slot] for slot in range(new.start, new.stop)], device=last.device)
         self.hidden = torch.cat([self.hidden.to(last.dtype), last[rows]])
         self.index[new] = torch.tensor(entering, device=last.device)
+        self.noises[new] = uniform(self.seed, self.index[new, None], self.steps)
         self.count[new] = 0
         self.done[new] = False
         self.live = new.stop
 
-    def noise(self, seed: int) -> Tensor:
-        return uniform(seed, self.index[: self.live], self.count[: self.live])
+    def noise(self) -> Tensor:
+        """(live,) for the ids that are drawn next."""
+        return self.noises[: self.live].gather(1, self.count[: self.live, None]).squeeze(1)
 
     def record(self, token: Tensor, logprob: Tensor, support: Tensor | None, stops: Tensor) -> bool:
         """Store what was drawn. True when enough sequences are done to let them leave: the step's one host read."""
@@ -266,7 +271,15 @@ class _Batch:
                 support = supports[i, :n, :kept].clone()
             left.append((index, tokens[i][:n], logprobs[i, :n].clone(), support))
         self.live = stay.numel()
-        for state in (self.index, self.count, self.done, self.tokens, self.logprobs, self.supports):
+        for state in (
+            self.index,
+            self.count,
+            self.done,
+            self.tokens,
+            self.logprobs,
+            self.noises,
+            self.supports,
+        ):
             if state is not None:
                 state[: self.live] = state[stay]
         self.drawn = self.drawn[stay]

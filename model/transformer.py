@@ -199,7 +199,8 @@ class Transformer(nn.Module):
         """positions (total,) to cos and sin, (total, D/2) fp32."""
         inv_freq, factor = rope_frequencies(self.config.rope, self.config.head_dim, positions.device)
         angle = positions[:, None].float() * inv_freq
-        return angle.cos() * factor, angle.sin() * factor
+        cos, sin = angle.cos(), angle.sin()
+        return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
 
     def forward(self, packed: Packed, cache: Cache | None = None) -> Tensor:
         """Hidden states after the final norm, (total, C). A cache takes the keys and values as its `open` said."""
