@@ -1,6 +1,7 @@
 """What the gated units mean, beyond the accuracy that test_cases.py holds every op to."""
 
 import math
+import mmap
 
 import pytest
 import torch
@@ -57,6 +58,21 @@ def test_halves_of_a_fused_projection_are_read_in_place(op, device):
     close(out, separate)
     (dfused,) = torch.autograd.grad(out, fused, upstream)
     close(dfused, torch.cat(torch.autograd.grad(separate, apart, upstream), -1))
+
+
+def past_2_31(device):
+    """More than 2^31 elements, of which only the pages that are touched come into being."""
+    if device == "cuda":
+        return torch.empty(2**31 + 64, dtype=torch.float16, device=device)
+    return torch.frombuffer(mmap.mmap(-1, 2 * (2**31 + 64)), dtype=torch.float16)
+
+
+@pytest.mark.skipif(not TRITON, reason="the kernels' own addresses")
+def test_rows_past_2_31_elements(device):
+    gate = past_2_31(device).as_strided((3, 8), (2**30, 1))
+    gate.copy_(torch.randn(3, 8, device=device))
+    up = torch.randn(3, 8, device=device).half()
+    assert torch.equal(swiglu(gate, up), swiglu(gate.contiguous(), up))
 
 
 @pytest.mark.skipif(not TRITON, reason="the CPU path is plain autograd, which saves the activation")

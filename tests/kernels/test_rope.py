@@ -1,5 +1,7 @@
 """What a rotation means, beyond the accuracy that test_cases.py holds every op to."""
 
+import mmap
+
 import pytest
 import torch
 from burnish.kernels import apply_rope
@@ -140,6 +142,18 @@ def test_parts_of_a_fused_projection_are_read_in_place(device):
     for a, b in zip(strided, apply_rope(q.contiguous(), k.contiguous(), cos, sin), strict=True):
         assert torch.equal(a, b)
     assert torch.equal(transposed[0], apply_rope(heads_first.contiguous(), heads_first, cos, sin)[0])
+
+
+@pytest.mark.skipif(not TRITON, reason="the kernels' own addresses")
+def test_tokens_past_2_31_elements(device):
+    if device == "cuda":
+        buffer = torch.empty(2**31 + 64, dtype=torch.float16, device=device)
+    else:  # only the pages that are touched come into being
+        buffer = torch.frombuffer(mmap.mmap(-1, 2 * (2**31 + 64)), dtype=torch.float16)
+    q = buffer.as_strided((3, 2, 8), (2**30, 8, 1))
+    q.copy_(torch.randn(3, 2, 8, device=device))
+    far, near = (apply_rope(x, x, *tables(3, 8, device)) for x in (q, q.contiguous()))
+    assert torch.equal(far[0], near[0])
 
 
 def test_refusals(device):
