@@ -1,0 +1,161 @@
+"""Talk to a model, turn by turn: what you type, rendered by its chat template, and what it goes on to write.
+
+Ctrl-C stops an answer, and at the prompt it ends the conversation, as Ctrl-D does. A model without a chat template goes
+on with your text as it is; --chat-template plain has it converse all the same.
+
+Run:    burnish chat --model DIR
+        burnish chat --model DIR --prompt "What is the capital of France?" --temperature 0
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor
+
+from ..model.cache import Cache
+from ..model.checkpoint import load_model
+from ..model.errors import InputError
+from ..model.packed import pack
+from ..model.tokenizer import Message, Tokenizer
+from ..model.transformer import Transformer
+from ._loop import default_device
+
+
+@dataclass(frozen=True)
+class Config:
+    model: Path  # Hugging Face folder
+    prompt: str | None = None  # answer this and end, instead of reading prompts
+    system: str | None = None  # system message, where the model has a chat template
+    chat_template: str | None = None  # a jinja file, or plain, in place of the model's own
+    max_new_tokens: int = 512  # of one answer
+    temperature: float = 0.2  # 0 takes the most likely token
+    top_p: float = 0.9  # sample from the fewest tokens that have this probability together
+    seed: int = 0
+    device: str = field(default_factory=default_device)
+
+
+def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """logits (V,) fp32 to one id."""
+    if temperature == 0:
+        return int(logits.argmax())
+    p, ids = (logits / temperature).softmax(-1).sort(descending=True, stable=True)  # (V,), most likely first
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)  # where the ids before this one suffice
+    return int(ids[torch.multinomial(p, 1, generator=generator)])
+
+
+@torch.no_grad()
+def stream(
+    model: Transformer,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    stop_ids: frozenset[int],
+    generator: torch.Generator,
+) -> Iterator[int]:
+    """The ids of one answer as they are drawn, a stop id at the end where it comes to one."""
+    capacity = len(prompt) + max_new_tokens
+    cache = Cache(model.config, 1, capacity, model.embed_tokens.weight.dtype, model.device)
+    packed = pack([prompt], device=model.device)
+    cache.open(packed, [[0]])
+    hidden = model(packed, cache)[-1:]  # (1, C)
+    for i in range(max_new_tokens):
+        token = draw(model.logits(hidden)[0].cpu(), temperature, top_p, generator)
+        yield token
+        if token in stop_ids or i == max_new_tokens - 1:
+            return
+        hidden = model.decode(torch.tensor([token], device=model.device), cache)
+
+
+def answer(
+    cfg: Config, model: Transformer, tokenizer: Tokenizer, prompt: list[int], generator: torch.Generator
+) -> str:
+    """Write the answer to standard output as it comes, and return it. Ctrl-C ends it early, unless --prompt asked."""
+    ids: list[int] = []
+    shown = ""
+    tokens = stream(
+        model,
+        prompt,
+        max_new_tokens=cfg.max_new_tokens,
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+        stop_ids=tokenizer.stop_ids,
+        generator=generator,
+    )
+    try:
+        for token in tokens:
+            ids.append(token)
+            text = tokenizer.decode(ids)
+            if not text.endswith("\ufffd"):  # a character whose last bytes are still to come
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+    except KeyboardInterrupt:
+        if cfg.prompt is not None:
+            raise
+    text = tokenizer.decode(ids)
+    print(text[len(shown) :], flush=True)
+    return text
+
+
+def main(cfg: Config) -> None:
+    for flag, value, right, expected in (
+        ("max-new-tokens", cfg.max_new_tokens, cfg.max_new_tokens >= 1, "at least 1"),
+        ("temperature", cfg.temperature, cfg.temperature >= 0, "at least 0"),
+        ("top-p", cfg.top_p, 0 < cfg.top_p <= 1, "more than 0 and at most 1"),
+    ):
+        if not right:
+            raise InputError(f"--{flag}: expected {expected}, got {value}")
+    tokenizer = Tokenizer.load(cfg.model, cfg.chat_template)
+    model = load_model(
+        cfg.model, torch.bfloat16 if cfg.device.startswith("cuda") else torch.float32, cfg.device
+    )
+    generator = torch.Generator().manual_seed(cfg.seed)
+    opening: list[Message] = [] if cfg.system is None else [{"role": "system", "content": cfg.system}]
+    converses = tokenizer.chat_template is not None
+    if opening and not converses:
+        raise InputError(
+            "--system: the model has no chat template that could place it; name one with --chat-template"
+        )
+
+    messages = list(opening)
+    at_terminal = sys.stdin.isatty()
+    if at_terminal and cfg.prompt is None:
+        says = (
+            "/new starts a new conversation"
+            if converses
+            else "it has no chat template: it goes on with your text"
+        )
+        print(f"{cfg.model}: {says}; Ctrl-D ends")
+    while True:
+        try:
+            text = cfg.prompt if cfg.prompt is not None else input("\n> " if at_terminal else "")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if text.strip() == "/new":
+            messages = list(opening)
+        elif text.strip():
+            messages.append({"role": "user", "content": text})
+            prompt = (
+                tokenizer.encode_chat(messages, add_generation_prompt=True)
+                if converses
+                else tokenizer.encode_text(text)
+            )
+            if len(prompt) + cfg.max_new_tokens > (limit := model.config.max_position_embeddings):
+                print(
+                    f"(beyond the {limit} tokens that the model was trained for; /new starts anew)",
+                    file=sys.stderr,
+                )
+            reply = answer(cfg, model, tokenizer, prompt, generator)
+            messages.append({"role": "assistant", "content": reply.strip()})
+        if cfg.prompt is not None:
+            return
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
