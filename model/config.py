@@ -261,7 +261,7 @@ class _Reader:
             return None if key in _NULLABLE else self.refuse(key, expected, value)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             self.refuse(key, expected, value)
-        if least is not None and value < least:
+        if least is not None and not value >= least:  # NaN included
             self.refuse(key, expected, value)
         return value
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import Cache
@@ -88,10 +89,9 @@ def generate(
     total = len(prompts) * samples_per_prompt
     if not total:
         return []
+    rows = min(batch_size or total, total)
     draw = _Draw(temperature, top_k, None if top_p == 1 else top_p, vocabulary)
-    batch = _Batch(
-        model, prompts, samples_per_prompt, max_new_tokens, min(batch_size or total, total), draw.width, seed
-    )
+    batch = _Batch(model, prompts, samples_per_prompt, max_new_tokens, rows, draw.width is not None, seed)
     stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=model.device)
     samples: dict[int, Sample] = {}
     while len(samples) < total:
@@ -154,7 +154,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def uniform(seed: int, sample: Tensor, step: Tensor) -> Tensor:
-    """Noise in [0, 1), fp64: a pure function of the seed and of int64 tensors that broadcast: the sample and the step."""
+    """Noise in [0, 1), fp64: a pure function of the seed and of two int64 tensors that broadcast."""
     key = _mix(_mix(sample * _GOLDEN + _signed(seed)) + step * _GOLDEN)
     return ((key >> 12) & (2**52 - 1)).double() * 2.0**-52
 
@@ -172,7 +172,7 @@ class _Batch:
         samples_per_prompt: int,
         max_new_tokens: int,
         rows: int,
-        width: int | None,
+        truncates: bool,
         seed: int,
     ):
         self.model, self.prompts, self.seed = model, prompts, seed
@@ -198,8 +198,8 @@ class _Batch:
         self.noises = torch.zeros(rows, max_new_tokens + 1, dtype=torch.float64, device=device)
         self.steps = torch.arange(max_new_tokens + 1, device=device)
         self.supports = None
-        if width is not None:
-            self.supports = torch.zeros(rows, max_new_tokens + 1, width, dtype=torch.int32, device=device)
+        if truncates:  # as wide as the widest support so far
+            self.supports = torch.empty(rows, max_new_tokens + 1, 0, dtype=torch.int32, device=device)
 
     def admit(self) -> None:
         """Run the prompts of as many waiting samples as there is room for."""
@@ -243,17 +243,22 @@ class _Batch:
 
     def record(self, token: Tensor, logprob: Tensor, support: Tensor | None, stops: Tensor) -> bool:
         """Store what was drawn. True when enough sequences are done to let them leave: the step's one host read."""
-        live = slice(self.live)
-        column = self.count[live, None]  # (live, 1)
+        live, rows = slice(self.live), self.cache.slot[: self.live]
+        column = self.count[live].clone()  # (live,)
         self.drawn = token
-        self.tokens[live].scatter_(1, column, token[:, None])
-        self.logprobs[live].scatter_(1, column, logprob[:, None].float())
-        if self.supports is not None and support is not None:
-            self.supports[self.cache.slot[live], self.count[live]] = support.int()
+        self.tokens[rows, column] = token
+        self.logprobs[rows, column] = logprob.float()
         done = self.done[live]
         self.count[live] += ~done
         done |= (token[:, None] == stops).any(1) | (self.count[live] >= self.max_new_tokens)
-        return int(done.sum()) * LEAVING >= self.live
+        if self.supports is None or support is None:
+            return int(done.sum()) * LEAVING >= self.live
+        leaving, kept = torch.stack([done.sum(), (support >= 0).sum(1).max()]).tolist()
+        if kept > self.supports.shape[2]:
+            self.supports = F.pad(self.supports, (0, 2 * kept - self.supports.shape[2]))
+        self.supports[rows, column] = -1
+        self.supports[rows, column, :kept] = support[:, :kept].int()
+        return leaving * LEAVING >= self.live
 
     def leave(self) -> list[tuple[int, list[int], Tensor, Tensor | None]]:
         """Take the sequences that are done out: (sample, tokens, logprobs, support) of each."""
