@@ -1,0 +1,190 @@
+"""A conversation at the keyboard, played from a list: what is asked, what the model sees, and how it ends."""
+
+import pytest
+import torch
+from burnish.algorithms import chat
+from burnish.algorithms.__main__ import main as command
+from burnish.algorithms.chat import Config, draw, main, stream
+from burnish.model.checkpoint import load_model, save_model
+from burnish.model.config import ModelConfig
+from burnish.model.errors import InputError
+from burnish.model.generate import generate
+from burnish.model.tokenizer import Tokenizer
+from burnish.model.transformer import Transformer
+
+USER = {"role": "user", "content": "The License"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(request):
+    return Tokenizer.load(request.path.parents[1] / "data" / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer, tmp_path_factory):
+    """A random model that our tokenizer fits."""
+    config = ModelConfig(512, 32, 48, 2, 4, 2, tie_word_embeddings=True, initializer_range=0.3)
+    save_model(Transformer(config, seed=1), folder := tmp_path_factory.mktemp("chat") / "model", tokenizer)
+    return folder
+
+
+@pytest.fixture
+def keyboard(monkeypatch):
+    """Lines to type; an exception among them is raised instead. The end of the list is Ctrl-D."""
+
+    def type_in(*lines):
+        waiting = list(lines)
+
+        def read(_=""):
+            line = waiting.pop(0) if waiting else EOFError()
+            if isinstance(line, BaseException):
+                raise line
+            return line
+
+        monkeypatch.setattr("builtins.input", read)
+
+    return type_in
+
+
+@pytest.fixture
+def replies(monkeypatch, tokenizer):
+    """Have the model give these answers; returns the prompts that it was given."""
+
+    def answer_with(*answers):
+        prompts, waiting = [], [tokenizer.encode(answer) for answer in answers]
+
+        def scripted(model, prompt, **_):
+            prompts.append(tokenizer.decode(prompt, skip_special_tokens=False))
+            yield from waiting.pop(0)
+
+        monkeypatch.setattr(chat, "stream", scripted)
+        return prompts
+
+    return answer_with
+
+
+def test_the_stream_is_what_generate_samples_greedily(folder, tokenizer):
+    model, generator = load_model(folder), torch.Generator()
+    prompt = tokenizer.encode_chat([USER], add_generation_prompt=True)
+    options = {"max_new_tokens": 20, "temperature": 0.0}
+    (whole,) = generate(model, [prompt], **options)
+    assert (
+        list(stream(model, prompt, top_p=1.0, stop_ids=frozenset(), generator=generator, **options))
+        == whole.tokens
+    )
+    stop = frozenset({whole.tokens[5]})
+    stopped = list(stream(model, prompt, top_p=1.0, stop_ids=stop, generator=generator, **options))
+    assert stopped == whole.tokens[: whole.tokens.index(whole.tokens[5]) + 1]
+
+
+def test_drawing_follows_temperature_and_top_p():
+    logits = torch.tensor([0.1, 0.5, 0.2, 0.2]).log()
+    generator = torch.Generator().manual_seed(0)
+
+    def share(temperature, top_p):
+        ids = torch.tensor([draw(logits, temperature, top_p, generator) for _ in range(1500)])
+        return ids.bincount(minlength=4) / 1500
+
+    torch.testing.assert_close(share(1.0, 1.0), logits.exp(), atol=0.06, rtol=0)
+    squared = logits.exp() ** 2 / (logits.exp() ** 2).sum()
+    torch.testing.assert_close(share(0.5, 1.0), squared, atol=0.06, rtol=0)
+    kept = torch.tensor([0, 5 / 9, 2 / 9, 2 / 9])  # 0.5 + 0.2 is short of 0.8, and 0.5 + 0.2 + 0.2 reaches it
+    torch.testing.assert_close(share(1.0, 0.8), kept, atol=0.06, rtol=0)
+    assert share(0, 1.0)[1] == 1 and share(1.0, 0.3)[1] == 1
+
+
+def test_a_conversation_remembers_and_starts_anew(folder, keyboard, replies, capsys):
+    keyboard("The License", "", "and more", "/new", "again")
+    prompts = replies("one<|im_end|>", "two<|im_end|>", "three<|im_end|>")
+    main(Config(folder, system="brief", device="cpu"))
+    system, ask = "<|im_start|>system\nbrief<|im_end|>\n", "<|im_end|>\n<|im_start|>assistant\n"
+    first = f"{system}<|im_start|>user\nThe License{ask}"
+    assert prompts == [
+        first,
+        f"{first}one<|im_end|>\n<|im_start|>user\nand more{ask}",
+        f"{system}<|im_start|>user\nagain{ask}",
+    ]
+    assert capsys.readouterr().out == "one\ntwo\nthree\n\n"
+
+
+def test_one_prompt_one_answer(folder, tokenizer, capsys):
+    main(Config(folder, prompt="The License", temperature=0, max_new_tokens=8, device="cpu"))
+    prompt = tokenizer.encode_chat([USER], add_generation_prompt=True)
+    (expected,) = generate(
+        load_model(folder), [prompt], max_new_tokens=8, temperature=0, stop_ids=tokenizer.stop_ids
+    )
+    assert capsys.readouterr().out == tokenizer.decode(expected.tokens) + "\n"
+
+
+def test_the_same_seed_gives_the_same_answer(folder, capsys):
+    def answers(seed):
+        main(
+            Config(
+                folder, prompt="The", temperature=1.0, top_p=1.0, max_new_tokens=12, seed=seed, device="cpu"
+            )
+        )
+        return capsys.readouterr().out
+
+    assert answers(0) == answers(0) != answers(1)
+
+
+def test_characters_of_several_tokens_are_shown_whole(folder, replies, capsys, monkeypatch):
+    replies("é 🎉 再<|im_end|>")
+    written = []
+    monkeypatch.setattr("builtins.print", lambda *parts, **_: written.extend(parts))
+    main(Config(folder, prompt="x", device="cpu"))
+    assert "".join(written) == "é 🎉 再" and not any("\ufffd" in part for part in written)
+    assert len(written) > 3  # as it comes, not at the end
+
+
+def test_ctrl_c_stops_an_answer_and_at_the_prompt_the_conversation(
+    folder, keyboard, tokenizer, monkeypatch, capsys
+):
+    prompts = []
+
+    def interrupted(model, prompt, **_):
+        prompts.append(tokenizer.decode(prompt))
+        yield from tokenizer.encode("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "stream", interrupted)
+    keyboard("The License", "and", KeyboardInterrupt(), "never read")
+    main(Config(folder, device="cpu"))
+    assert capsys.readouterr().out == "half\nhalf\n\n"
+    assert len(prompts) == 2 and "half" in prompts[1]
+    assert command(["chat", "--model", str(folder), "--prompt", "x", "--device", "cpu"]) == 130
+
+
+def test_a_model_without_a_template_goes_on_with_the_text(folder, tokenizer, replies, tmp_path, capsys):
+    save_model(load_model(folder), tmp_path / "base", Tokenizer(tokenizer.backend, eos="<|endoftext|>"))
+    prompts = replies(" and more", "yes")
+    main(Config(tmp_path / "base", prompt="The License", device="cpu"))
+    main(Config(tmp_path / "base", prompt="The License", chat_template="plain", device="cpu"))
+    assert prompts == ["The License", "User:\nThe License\n\nAssistant:\n"]
+    with pytest.raises(InputError, match="--system: the model has no chat template"):
+        main(Config(tmp_path / "base", system="brief", device="cpu"))
+
+
+def test_a_conversation_beyond_the_trained_length_is_remarked_upon(folder, replies, capsys):
+    replies("x")
+    main(Config(folder, prompt="x", max_new_tokens=2048, device="cpu"))
+    assert "beyond the 2048 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--max-new-tokens", "0"], "--max-new-tokens: expected at least 1, got 0"),
+        (["--temperature", "-1"], "--temperature: expected at least 0, got -1.0"),
+        (["--top-p", "0"], "--top-p: expected more than 0 and at most 1, got 0.0"),
+        (["--chat-template", "absent.jinja"], "absent.jinja: no such chat template"),
+    ],
+)
+def test_wrong_flags_end_with_one_line(folder, capsys, flags, message):
+    assert command(["chat", "--model", str(folder), *flags]) == 1
+    assert capsys.readouterr().err.strip().startswith(f"burnish chat: {message}")
+
+
+def test_a_folder_that_is_no_model_ends_with_one_line(tmp_path, capsys):
+    assert command(["chat", "--model", str(tmp_path / "absent")]) == 1
+    assert "no such folder" in capsys.readouterr().err
