@@ -32,7 +32,9 @@ class Packed:
 
 
 def pack(
-    sequences: Sequence[Sequence[int]], parents: Sequence[int] | None = None, device: torch.device | str = "cpu"
+    sequences: Sequence[Sequence[int]],
+    parents: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
 ) -> Packed:
     """Lay `sequences` (each a list of token ids) end to end. parents: an index into `sequences`, or -1, for each.
 
@@ -41,7 +43,9 @@ def pack(
     if parents is None:
         parents = [-1] * len(sequences)
     if len(parents) != len(sequences):
-        raise ValueError(f"parents: expected one for each of the {len(sequences)} sequences, got {len(parents)}")
+        raise ValueError(
+            f"parents: expected one for each of the {len(sequences)} sequences, got {len(parents)}"
+        )
     tokens: list[int] = []
     positions: list[int] = []
     predictors: list[int] = []
@@ -53,7 +57,9 @@ def pack(
         if parent == -1:
             latest_root = i
         elif parent != latest_root:
-            raise ValueError(f"parents[{i}]: expected -1 or {latest_root}, the last segment without a parent, got {parent}")
+            raise ValueError(
+                f"parents[{i}]: expected -1 or {latest_root}, the last segment without a parent, got {parent}"
+            )
         elif not sequences[parent]:
             raise ValueError(f"parents[{i}]: segment {parent} is empty: its last row cannot score a child")
         else:
