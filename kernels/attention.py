@@ -230,6 +230,14 @@ def _packed_cpu(
 
 # ---- kernels
 
+RAGGED = [
+    "T",
+    "S",
+    "rows",
+    "segments",
+    "window",
+]  # differ from batch to batch: no new compilation for a multiple of 16
+
 
 @triton.jit
 def _locate(cu_ptr, segments, block, BLOCK: tl.constexpr):
@@ -324,18 +332,20 @@ def _tile(
 ):  # fmt: skip
     # [ROWS, BLOCK_D] of one head, from `row` on; `left` rows are there (a descriptor reads on into the next segment)
     if TMA:
-        return x.load([head, row, 0]).reshape([ROWS, BLOCK_D])
-    r, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-    pointers = x + tl.cast(row, tl.int64) * stride_t + tl.cast(head, tl.int64) * stride_h
-    pointers += r[:, None] * stride_t + d[None, :]
-    if BOUNDED:
-        mask = r[:, None] < left
-        if D < BLOCK_D:
-            mask &= d[None, :] < D
-        return tl.load(pointers, mask, other=0.0)
-    if D < BLOCK_D:
-        return tl.load(pointers, d[None, :] < D, other=0.0)
-    return tl.load(pointers)
+        tile = x.load([head, row, 0]).reshape([ROWS, BLOCK_D])
+    else:
+        r, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+        pointers = x + tl.cast(row, tl.int64) * stride_t + tl.cast(head, tl.int64) * stride_h
+        pointers += r[:, None] * stride_t + d[None, :]
+        if BOUNDED and D < BLOCK_D:
+            tile = tl.load(pointers, (r[:, None] < left) & (d[None, :] < D), other=0.0)
+        elif BOUNDED:
+            tile = tl.load(pointers, r[:, None] < left, other=0.0)
+        elif D < BLOCK_D:
+            tile = tl.load(pointers, d[None, :] < D, other=0.0)
+        else:
+            tile = tl.load(pointers)
+    return tile
 
 
 @triton.jit
@@ -354,7 +364,7 @@ def _capped(qk, inner, cap):
     return cap * (1 - 2 / (tl.exp2(qk * inner) + 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RAGGED)
 def _flash_fwd(
     q, k, v, out_ptr, lse_ptr, sinks_ptr, cu_ptr, parents_ptr,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
@@ -455,41 +465,23 @@ def _flash_fwd(
 
 
 @triton.jit
-def _flash_delta(
-    out_ptr, dout, dlse_ptr, delta_ptr, stride_dt, stride_dh, rows,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, DLSE: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    head = tl.program_id(1)
-    first = tl.program_id(0) * BLOCK_M
-    left, local = rows - first, tl.arange(0, BLOCK_M)
-    heads = tl.num_programs(1)
-    o = _tile(out_ptr, head, first, left, heads * DV, DV, BLOCK_M, DV, BLOCK_DV, False, True)
-    do = _tile(dout, head, first, left, stride_dt, stride_dh, BLOCK_M, DV, BLOCK_DV, False, True)
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    at = tl.cast(head, tl.int64) * rows + first + local
-    if DLSE:
-        delta -= tl.load(dlse_ptr + at, local < left, other=0.0)
-    tl.store(delta_ptr + at, delta, local < left)
-
-
-@triton.jit
-def _statistics(lse_ptr, delta_ptr, at, mask):
-    # lse in units of log2; +inf for a row that is not there or sees nothing makes its probabilities 0
+def _lse(lse_ptr, at, mask):
+    # in units of log2; +inf for a row that is not there or sees nothing makes its probabilities 0
     lse = tl.load(lse_ptr + at, mask, other=float("inf")) * 1.4426950408889634
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)
-    return lse, tl.load(delta_ptr + at, mask, other=0.0)
+    return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RAGGED)
 def _flash_dq(
-    q, k, v, dout, lse_ptr, delta_ptr, dq_ptr, cu_ptr, parents_ptr,
+    q, k, v, dout, out_ptr, lse_ptr, dlse_ptr, dq_ptr, delta_ptr, cu_ptr, parents_ptr,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dt, stride_dh,
     T, S, rows, segments, window, scale, inner, cap,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DLSE: tl.constexpr,
     PACKED: tl.constexpr, PARENTS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
+    # comes before dK/dV, which reads the delta that this writes
     block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     key_head = head // GROUP
     parent_start, parent_keys = 0, 0
@@ -508,7 +500,14 @@ def _flash_dq(
     first = tl.cast(q_start + m0, tl.int64)
     query = _tile(q, head, q_start + m0, queries - m0, stride_qt, stride_qh, BLOCK_M, D, BLOCK_D, TMA, True)
     do = _tile(dout, head, q_start + m0, queries - m0, stride_dt, stride_dh, BLOCK_M, DV, BLOCK_DV, TMA, True)
-    lse, delta = _statistics(lse_ptr, delta_ptr, tl.cast(head, tl.int64) * rows + first + local, inside)
+    heads = tl.num_programs(1)
+    out = _tile(out_ptr, head, q_start + m0, queries - m0, heads * DV, DV, BLOCK_M, DV, BLOCK_DV, False, True)
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    at = tl.cast(head, tl.int64) * rows + first + local
+    if DLSE:
+        delta -= tl.load(dlse_ptr + at, inside, other=0.0)
+    tl.store(delta_ptr + at, delta, inside)
+    lse = _lse(lse_ptr, at, inside)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     lo, full_lo, full_hi, full, partial = _span(reach, keys, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
     p_reach = m0 + parent_keys
@@ -559,7 +558,7 @@ def _flash_dq(
     tl.store(pointers, (dq * scale).to(dq_ptr.dtype.element_ty), inside[:, None] & (d[None, :] < D))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RAGGED)
 def _flash_dkdv(
     q, k, v, dout, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_ptr, parents_ptr, position_ptr,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dt, stride_dh,
@@ -611,7 +610,8 @@ def _flash_dkdv(
         i = tl.arange(0, BLOCK_M)
         query = _tile(q, head, row, left, stride_qt, stride_qh, BLOCK_M, D, BLOCK_D, TMA, True)
         do = _tile(dout, head, row, left, stride_dt, stride_dh, BLOCK_M, DV, BLOCK_DV, TMA, True)
-        lse, delta = _statistics(lse_ptr, delta_ptr, tl.cast(head, tl.int64) * rows + row + i, i < left)
+        at = tl.cast(head, tl.int64) * rows + row + i
+        lse, delta = _lse(lse_ptr, at, i < left), tl.load(delta_ptr + at, i < left, other=0.0)
         qk = tl.dot(key, tl.trans(query), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         s = _capped(qk, inner, cap) if SOFTCAP else qk * inner
         p = tl.exp2(s - lse[None, :])
@@ -843,17 +843,13 @@ def _backward_launch(
 
     delta = torch.empty_like(lse)
     dlse = None if dlse is None else dlse.contiguous()
-    _flash_delta[triton.cdiv(rows, 64), H](
-        out, dout, dlse, delta, dout.stride(0), dout.stride(1), rows,
-        DV=constants["DV"], BLOCK_DV=constants["BLOCK_DV"], DLSE=dlse is not None, BLOCK_M=64,
-    )  # fmt: skip
     BLOCK_M, BLOCK_N, warps, stages = tiles.dq
     described = (
         _described(x, block) for x, block in ((q, BLOCK_M), (k, BLOCK_N), (v, BLOCK_N), (dout, BLOCK_M))
     )
     _flash_dq[shape.blocks(BLOCK_M, shape.T), H, shape.B](
-        *(described if tma else (q, k, v, dout)), lse, delta, dq, cu_seqlens, parents, *strides,
-        **numbers, **constants, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TMA=tma, num_warps=warps, num_stages=stages,
+        *(described if tma else (q, k, v, dout)), out, lse, dlse, dq, delta, cu_seqlens, parents, *strides,
+        **numbers, **constants, DLSE=dlse is not None, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TMA=tma, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     BLOCK_M, BLOCK_N, warps, stages = tiles.dkdv
     positions = None

@@ -54,19 +54,27 @@ CASES = {
 }  # fmt: skip
 
 
+STRETCH = 9 if torch.cuda.is_available() and not INTERPRET else 1  # compiled tiles are larger: lengths past their edges
+
+
 def make(name, dtype=torch.float32, device="cpu"):
+    """The tensors and options of a case."""
     shape, S, G, Dv, options = CASES[name]
-    lead = (shape[0],) if S is None else (shape[0], S)
+    stretch = STRETCH if device == "cuda" else 1
+    lead = (shape[0] * stretch,) if S is None else (shape[0], S * stretch)
+    q_shape = (*lead, *shape[1:]) if S is None else (shape[0], shape[1] * stretch, *shape[2:])
     options = dict(options)
     tensors = {
-        "q": draw(*shape, dtype=dtype, device=device),
+        "q": draw(*q_shape, dtype=dtype, device=device),
         "k": draw(*lead, G, shape[-1], dtype=dtype, device=device),
         "v": draw(*lead, G, Dv, dtype=dtype, device=device),
     }
     if options.pop("sinks", False):
         tensors["sinks"] = draw(shape[-2], dtype=dtype, device=device)
+    if "window" in options:
+        options["window"] *= stretch
     if "cu_seqlens" in options:
-        options["cu_seqlens"] = lay(options["cu_seqlens"], device)
+        options["cu_seqlens"] = lay([length * stretch for length in options["cu_seqlens"]], device)
     if "parents" in options:
         options["parents"] = table(options["parents"], device)
     return tensors, options
