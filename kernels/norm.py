@@ -47,7 +47,7 @@ def add_rms_norm_reference(
 
 
 @triton.jit
-def _weight(w_ptr, cols, mask, UNIT_OFFSET: tl.constexpr, EVICTION: tl.constexpr = ""):
+def _weight(w_ptr, cols, mask, UNIT_OFFSET: tl.constexpr, EVICTION: tl.constexpr):
     w = tl.load(w_ptr + cols, mask, other=0.0, eviction_policy=EVICTION).to(tl.float32)
     return 1 + w if UNIT_OFFSET else w
 
@@ -68,7 +68,7 @@ def _rms_norm_fwd(
         tl.store(h_ptr + offsets, rounded, mask)
         h = rounded.to(tl.float32)
     rstd = tl.rsqrt(tl.sum(h * h, 1) / N + eps)  # [BLOCK_R]
-    w = _weight(w_ptr, cols, cols < N, UNIT_OFFSET)
+    w = _weight(w_ptr, cols, cols < N, UNIT_OFFSET, "")
     tl.store(y_ptr + offsets, h * rstd[:, None] * w[None, :], mask)
     tl.store(rstd_ptr + rows, rstd, rows < R)
 
@@ -98,7 +98,7 @@ def _rms_norm_fwd_wide(
         if ADD:
             h += tl.load(residual_ptr + start + cols, cols < N, other=0.0).to(tl.float32)
             h = h.to(h_ptr.dtype.element_ty).to(tl.float32)
-        tl.store(y_ptr + start + cols, h * rstd * _weight(w_ptr, cols, cols < N, UNIT_OFFSET), cols < N)
+        tl.store(y_ptr + start + cols, h * rstd * _weight(w_ptr, cols, cols < N, UNIT_OFFSET, ""), cols < N)
 
 
 @triton.jit
@@ -125,7 +125,7 @@ def _rms_norm_bwd(
         if RELOAD:
             h = tl.load(h_ptr + offsets, mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
             dy = tl.load(dy_ptr + offsets, mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-            w = _weight(w_ptr, cols, cols < N, UNIT_OFFSET)[None, :]
+            w = _weight(w_ptr, cols, cols < N, UNIT_OFFSET, "")[None, :]
         xhat = h * rstd
         dx = rstd * (dy * w - xhat * mean)
         if ADD:
@@ -149,13 +149,13 @@ def _rms_norm_bwd_wide(
         cols = block + tl.arange(0, BLOCK_N)
         h = tl.load(h_ptr + start + cols, cols < N, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + start + cols, cols < N, other=0.0).to(tl.float32)
-        products += dy * _weight(w_ptr, cols, cols < N, UNIT_OFFSET) * (h * rstd)
+        products += dy * _weight(w_ptr, cols, cols < N, UNIT_OFFSET, "") * (h * rstd)
     mean = tl.sum(products, 0) / N
     for block in range(0, N, BLOCK_N):
         cols = block + tl.arange(0, BLOCK_N)
         h = tl.load(h_ptr + start + cols, cols < N, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + start + cols, cols < N, other=0.0).to(tl.float32)
-        dx = rstd * (dy * _weight(w_ptr, cols, cols < N, UNIT_OFFSET) - h * rstd * mean)
+        dx = rstd * (dy * _weight(w_ptr, cols, cols < N, UNIT_OFFSET, "") - h * rstd * mean)
         if ADD:
             dx += tl.load(dh_ptr + start + cols, cols < N, other=0.0).to(tl.float32)
         tl.store(dx_ptr + start + cols, dx, cols < N)
