@@ -10,8 +10,8 @@ from datetime import datetime
 import pytest
 from burnish.model.errors import InputError
 from burnish.model.tokenizer import Tokenizer, TurnRewritten
+from tokenizers import AddedToken, models, normalizers, processors
 from tokenizers import Tokenizer as Backend
-from tokenizers import models, normalizers, processors
 
 USER = {"role": "user", "content": "What is 2+2?"}
 CONVERSATION = [
@@ -415,6 +415,42 @@ def test_real_templates_are_masked_exactly_or_refused(shared_data, model, templa
         with pytest.raises(expected):
             tokenizer.encode_chat_with_mask(CONVERSATION)
         assert len(trained(tokenizer, CONVERSATION, last_turn_only=True)) == 1
+
+
+VENDORS = {  # the special tokens that a template writes, the stop ids first; rstrip as Phi-3's swallow what follows
+    "phi3": ["<|end|>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>"],
+    "gemma3": ["<end_of_turn>", "<start_of_turn>", "<bos>"],
+    "gptoss": ["<|return|>", "<|end|>", "<|start|>", "<|message|>", "<|channel|>"],
+}
+
+
+@pytest.mark.parametrize("rstrip", [False, True])
+@pytest.mark.parametrize(
+    "template, expected",
+    [
+        ("phi3", ["It is 4.<|end|>", "Still 4. 再见 🎉<|end|>"]),
+        ("gemma3", ["It is 4.<end_of_turn>", "Still 4. 再见 🎉<end_of_turn>"]),
+        ("gptoss", TurnRewritten),
+    ],
+)
+def test_vendors_templates_with_their_own_special_tokens(
+    shared_data, backend_json, template, expected, rstrip
+):
+    backend = Backend.from_str(backend_json)
+    backend.add_special_tokens([AddedToken(token, rstrip=rstrip) for token in VENDORS[template]])
+    source = (shared_data / "chat_templates" / f"{template}.jinja").read_text()
+    tokenizer = Tokenizer(backend, eos=VENDORS[template][0], chat_template=source)
+    ids = tokenizer.encode_chat(CONVERSATION)
+    if isinstance(expected, list):
+        assert trained(tokenizer, CONVERSATION) == expected
+        assert tokenizer.encode_chat_with_mask(CONVERSATION)[0] == ids
+    else:
+        with pytest.raises(expected):
+            tokenizer.encode_chat_with_mask(CONVERSATION)
+        last = "<|channel|>final<|message|>Still 4. 再见 🎉<|return|>"
+        assert trained(tokenizer, CONVERSATION, last_turn_only=True) == [last]
+    prompt = tokenizer.encode_chat(CONVERSATION[:4], add_generation_prompt=True)
+    assert tokenizer.encode_chat_with_mask(CONVERSATION, last_turn_only=True)[0][: len(prompt)] == prompt
 
 
 @pytest.mark.parametrize("model", ["qwen3", "deepseek_v3"])
