@@ -1,0 +1,128 @@
+"""Wrong input through the command line: one clear message, exit status 1, and no output left behind."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from burnish.algorithms.__main__ import main
+
+
+def truncate_weights(model, data):
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def remove_weights(model, data):
+    (model / "model.safetensors").unlink()
+
+
+def unknown_architecture(model, data):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "perceptron"}))
+
+
+def another_width(model, data):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"intermediate_size": 99}))
+
+
+def malformed_line(model, data):
+    lines = data.read_text().splitlines()
+    lines[2] = '{"prompt": "1+'
+    data.write_text("\n".join(lines))
+
+
+def empty_data(model, data):
+    data.write_text("")
+
+
+def nothing_to_train(model, data):
+    data.write_text(json.dumps({"prompt": "1+2+3=" * 20, "completion": "<think>"}) + "\n")
+
+
+def remove_data(model, data):
+    data.unlink()
+
+
+FAULTS = {
+    truncate_weights: "model.safetensors",
+    remove_weights: "model.safetensors",
+    unknown_architecture: "perceptron",
+    another_width: "99",
+    malformed_line: "demonstrations.jsonl line 3",
+    empty_data: "demonstrations.jsonl",
+    nothing_to_train: "demonstrations.jsonl",
+    remove_data: "demonstrations.jsonl",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_the_message_names_the_thing(model_folder, demonstrations, tmp_path, capsys, fault):
+    fault(model_folder, demonstrations)
+    output = tmp_path / "out"
+    arguments = ["--model", model_folder, "--data", demonstrations, "--output", output]
+    assert main(["sft", *map(str, arguments), "--max-length", "20", "--steps", "1"]) == 1
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("burnish sft: ") and FAULTS[fault] in message
+    assert len(message.splitlines()) == 1 and "Traceback" not in message
+    assert not output.exists()
+
+
+def test_a_missing_model_is_named(demonstrations, tmp_path, capsys):
+    arguments = [
+        "--model",
+        str(tmp_path / "nowhere"),
+        "--data",
+        str(demonstrations),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert main(["sft", *arguments]) == 1
+    assert str(tmp_path / "nowhere") in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("raise KeyError('answer')", "reward f raised KeyError: 'answer'"),
+        ("return []", "reward f: expected 128 rewards"),
+    ],
+)
+def test_a_failing_reward_function(model_folder, prompts, tmp_path, capsys, body, message):
+    (tmp_path / "reward.py").write_text(f"def f(completions, **_):\n    {body}\n")
+    arguments = ["--model", model_folder, "--data", prompts, "--reward", f"{tmp_path}/reward.py:f"]
+    arguments += ["--output", tmp_path / "out", "--max-new-tokens", "4"]
+    assert main(["grpo", *map(str, arguments)]) == 1
+    assert message in capsys.readouterr().err and not (tmp_path / "out" / "model").exists()
+
+
+def test_an_interrupt_leaves_whole_files(model_folder, demonstrations, tmp_path):
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "burnish.algorithms", "sft", "--model", str(model_folder)]
+    command += [
+        "--data",
+        str(demonstrations),
+        "--output",
+        str(output),
+        "--steps",
+        "1000000",
+        "--save-every",
+        "2",
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    for _ in range(600):
+        if (output / "step-4").exists():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "burnish sft: interrupted" in errors and "Traceback" not in errors
+    assert [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    for path in output.iterdir():
+        if path.is_dir():
+            assert path.name.startswith("step-") and (path / "model.safetensors").is_file()
+            assert (path / "config.json").is_file()

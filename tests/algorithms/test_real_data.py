@@ -1,0 +1,92 @@
+"""A real trained Llama on real text, as a user would run it. The model and the data are not part of this repository."""
+
+import json
+import shutil
+
+import pytest
+from burnish.algorithms.__main__ import main
+
+
+def metrics_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def stories(shared_data):
+    return shared_data / "stories260k" / "hf"
+
+
+def head(source, target, rows):
+    with open(source, encoding="utf-8") as file:
+        target.write_text("".join(line for _, line in zip(range(rows), file, strict=False)), encoding="utf-8")
+    return target
+
+
+def test_sft_on_gsm8k(stories, shared_data, tmp_path, capsys):
+    data = head(shared_data / "gsm8k" / "train.jsonl", tmp_path / "gsm8k.jsonl", 64)
+    arguments = [
+        "--model",
+        stories,
+        "--data",
+        data,
+        "--output",
+        tmp_path / "out",
+        "--steps",
+        "12",
+        "--batch-size",
+        "16",
+    ]
+    arguments += ["--learning-rate", "1e-3", "--warmup-steps", "2", "--max-length", "256"]
+    assert main(["sft", *map(str, arguments)]) == 0
+    losses = [line["loss"] for line in metrics_of(tmp_path / "out")]
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    assert "64 rows" in capsys.readouterr().out
+
+
+def test_sft_on_conversations(stories, shared_data, tmp_path, capsys):
+    rows = json.loads((shared_data / "sft" / "fastchat_dummy_conversation_sharegpt.json").read_text())[:32]
+    (tmp_path / "chat.json").write_text(json.dumps(rows))
+    arguments = [
+        "--model",
+        stories,
+        "--data",
+        tmp_path / "chat.json",
+        "--output",
+        tmp_path / "out",
+        "--steps",
+        "2",
+    ]
+    assert main(["sft", *map(str, arguments)]) == 1  # a base model has no chat template, and says so
+    assert "chat template" in capsys.readouterr().err
+    with_template = shutil.copytree(stories, tmp_path / "with-template")
+    shutil.copy(
+        shared_data / "chat_templates" / "qwen3_training.jinja", with_template / "chat_template.jinja"
+    )
+    arguments[1] = with_template
+    assert main(["sft", *map(str, arguments), "--max-length", "512", "--batch-size", "8"]) == 0
+    assert "32 rows" in capsys.readouterr().out
+
+
+def test_grpo_with_a_reward_of_the_users(stories, shared_data, tmp_path):
+    data = head(shared_data / "gsm8k" / "train.jsonl", tmp_path / "gsm8k.jsonl", 16)
+    (tmp_path / "reward.py").write_text(
+        "def few_letters_e(prompts, completions, completion_ids, answer, **columns):\n"
+        "    assert len(prompts) == len(completions) == len(completion_ids) == len(answer)\n"
+        "    return [-text.count('e') / max(1, len(text)) for text in completions]\n"
+    )
+    arguments = ["--model", stories, "--data", data, "--reward", f"{tmp_path}/reward.py:few_letters_e"]
+    arguments += [
+        "--output",
+        tmp_path / "out",
+        "--steps",
+        "12",
+        "--prompts-per-step",
+        "4",
+        "--group-size",
+        "8",
+    ]
+    arguments += ["--max-new-tokens", "24", "--learning-rate", "1e-3", "--max-prompt-length", "512"]
+    assert main(["grpo", *map(str, arguments)]) == 0
+    metrics = metrics_of(tmp_path / "out")
+    assert sum(line["reward"] for line in metrics[-3:]) > sum(line["reward"] for line in metrics[:3])
+    assert max(line["mismatch"] for line in metrics) < 1e-4
