@@ -194,19 +194,20 @@ def _sum_partials(partial_ptr, dw_ptr, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.
 WIDEST = 16384  # columns that the registers of one program hold; wider rows are read twice
 
 
-def _tile(N: int, elements: int) -> dict[str, int]:
-    """[rows, columns] of `elements` in all, or one row."""
+def _tile(N: int, elements_per_warp: int) -> dict[str, int]:
+    """[rows, columns]: one row, or several short ones of 2,048 elements in all."""
     block_n = int(triton.next_power_of_2(N))
-    return {"BLOCK_R": max(1, elements // block_n), "BLOCK_N": block_n}
+    warps = min(16, max(4, block_n // elements_per_warp))
+    return {"BLOCK_R": max(1, 2048 // block_n), "BLOCK_N": block_n, "num_warps": warps}
 
 
 def _forward_config(N: int) -> dict[str, int]:
-    return {**_tile(N, 2048), "num_warps": min(16, max(4, N // 1024))}
+    return _tile(N, 1024)
 
 
 def _backward_config(N: int) -> tuple[int, dict[str, int]]:
     """Programs on each multiprocessor, and the tile."""
-    return 4, {**_tile(N, 2048), "RELOAD": True, "STAGES": 1, "num_warps": min(16, max(4, N // 512))}
+    return 4, {**_tile(N, 512), "RELOAD": True, "STAGES": 1}
 
 
 def _sum_config(P: int) -> dict[str, int]:
