@@ -155,7 +155,7 @@ def _mix(x: Tensor) -> Tensor:
 
 def uniform(seed: int, sample: Tensor, step: Tensor) -> Tensor:
     """Noise in [0, 1), fp64: a pure function of the seed and of two int64 tensors that broadcast."""
-    key = _mix(_mix(sample * _GOLDEN + _signed(seed)) + step * _GOLDEN)
+    key = _mix(_mix((sample + 1) * _GOLDEN + _signed(seed)) + (step + 1) * _GOLDEN)  # + 1: _mix(0) is 0
     return ((key >> 12) & (2**52 - 1)).double() * 2.0**-52
 
 

@@ -293,6 +293,9 @@ def test_noise_is_a_pure_function_and_uniform():
     noise = uniform(5, sample, step)
     assert noise.dtype == torch.float64 and noise.min() >= 0 and noise.max() < 1
     assert noise.unique().numel() == 160_000
+    zeros = torch.zeros(100, dtype=torch.int64)
+    for corner in (uniform(0, torch.arange(100), zeros), uniform(0, zeros, torch.arange(100))):
+        assert 0.001 < corner[0] < 0.999 and 0.35 < corner.mean() < 0.65
     assert torch.equal(uniform(5, sample[777:778], step[777:778]), noise[777:778])
     assert noise.mean().item() == pytest.approx(0.5, abs=0.003)
     counts = (noise * 64).long().bincount(minlength=64)
