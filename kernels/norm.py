@@ -306,7 +306,7 @@ _rms_norm = register("rms_norm", _forward, _forward_fake, _save, _differentiate)
 
 
 class _RMSNormTorch(torch.autograd.Function):
-    """The CPU path in fp32. Autograd through the reference keeps and moves three times as much."""
+    """The CPU path in fp32: autograd through the reference would keep every intermediate."""
 
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor, eps: float) -> Tensor:

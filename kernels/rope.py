@@ -11,7 +11,7 @@ Dimensions from `rotary` on pass through (partial rotation). The backward is the
 rotation, also where a table carries a factor (yarn scales both). The tables take no gradient.
 
 Memory, in elements: forward and backward each read and write T(H + G)D, and read the 2T(rotary/2) of the tables;
-eager moves about 5 T(H + G)D in as many launches for each of q and k. Bandwidth-bound.
+eager moves about 10 T(H + G)D. Bandwidth-bound.
 
 Source: Su et al. 2021, https://arxiv.org/abs/2104.09864, equation 34
 """
