@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import glu, norm, rope
+from ..kernels import attention, glu, logprob, norm, rope
 
 Dims = dict[str, int]  # a shape by the house's letters: {"B": 2, "T": 5, "C": 100}
 Tensors = dict[str, Tensor | None]  # by the name of the op's argument
@@ -53,9 +53,8 @@ class Case:
     fixed: tuple[str, ...] = ()  # float tensors that have no gradient
     half_at_30: bool = True  # False where products of fp16 activations at scale 30 overflow
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
-    check: Callable[[Dims], Dims] = (
-        dict  # a benchmark shape -> the shape at which it is checked before it is timed
-    )
+    reads_values: bool = False  # the CPU path looks into integer tensors, which a compiled graph cannot
+    check: Callable[[Dims], Dims] = dict  # the shape at which a benchmark shape is checked before it is timed
 
     @property
     def name(self) -> str:
@@ -132,8 +131,8 @@ def assert_accurate(
     """Hold case.fused to the accuracy rule on these tensors. `under` is a context for both, such as autocast."""
     floats = [t.dtype for t in tensors.values() if t is not None and t.is_floating_point()]
     wide = torch.float64 if torch.float32 in floats else torch.float32
+    upstream = upstream or make_upstream(case, tensors)
     with under():
-        upstream = upstream or make_upstream(case, tensors)
         fused = run(case.fused, case, tensors, upstream)
         eager = run(case.eager, case, tensors, upstream)
     truth = run(case.reference, case, widen(tensors, wide), upstream)
@@ -325,6 +324,217 @@ _GLU_BENCH = {
 }
 
 
+# ---- attention
+
+
+def _attention_eager(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    parents: Tensor | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """The score matrix in the input's dtype, its softmax in fp32, as the model files of Hugging Face have it."""
+    if cu_seqlens is not None:
+        q, k, v = q[None], k[None], v[None]
+    T, S, repeats = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    i, j = torch.arange(S - T, S, device=q.device)[:, None], torch.arange(S, device=q.device)[None, :]
+    related = torch.ones(T, S, dtype=torch.bool, device=q.device)
+    if cu_seqlens is not None:
+        lengths = cu_seqlens.diff()
+        segment = torch.repeat_interleave(torch.arange(len(lengths), device=q.device), lengths, output_size=T)
+        start = cu_seqlens[segment]
+        related = segment[:, None] == segment[None, :]
+        if parents is not None:
+            parent = parents[segment].long()
+            related = related | (parent[:, None] == segment[None, :])
+            start = start - torch.where(parent >= 0, lengths[parent], 0)
+        i = i - start[:, None]
+        j = j - start[None, :]
+    related = related & (j <= i) if causal else related
+    related = related & (j > i - window) if window is not None else related
+    q, k, v = (
+        x.transpose(1, 2) for x in (q, k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2))
+    )
+    s = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)  # (B, H, T, S)
+    s = softcap * torch.tanh(s / softcap) if softcap is not None else s
+    blind = ~related.any(-1, keepdim=True)  # (T, 1)
+    s = s.masked_fill(~related, -torch.inf).masked_fill(blind & (sinks is None), 0)
+    if sinks is not None:
+        s = torch.cat((s, sinks[None, :, None, None].to(s.dtype).expand(*s.shape[:-1], 1)), -1)
+    p = torch.softmax(s, -1, dtype=torch.promote_types(s.dtype, torch.float32)).to(q.dtype)
+    out = (p[..., :S] @ v).masked_fill(blind, 0).transpose(1, 2)
+    lse = torch.logsumexp(s.to(torch.promote_types(s.dtype, torch.float32)), -1)
+    lse = (lse.masked_fill(blind[:, 0], -torch.inf) if sinks is None else lse).transpose(1, 2)
+    if cu_seqlens is not None:
+        out, lse = out[0], lse[0]
+    return (out, lse) if return_lse else out
+
+
+def _attention_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    T, S, D = dims["T"], dims.get("S", dims["T"]), dims["D"]
+    lead = (dims["B"],) if "B" in dims else ()
+    q, k, v = (
+        _randn((*lead, length, heads, D), dtype, device)
+        for length, heads in ((T, dims["H"]), (S, dims["G"]), (S, dims["G"]))
+    )
+    return {"q": q, "k": k, "v": v}
+
+
+def _sinks_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    return _attention_inputs(dims, dtype, device) | {"sinks": _randn((dims["H"],), dtype, device)}
+
+
+def _packed_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    """Four segments, one of them empty."""
+    T = dims["T"]
+    ends = torch.tensor([0, T // 5, T // 5, T // 2, T], dtype=torch.int32, device=device)
+    return _attention_inputs(dims, dtype, device) | {"cu_seqlens": ends}
+
+
+def _shared_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    """A prompt of P tokens and completions of R tokens that continue it; the last segment stands alone."""
+    ends = [0, *range(dims["P"], dims["T"], dims["R"]), dims["T"]]
+    parents = [-1, *[0] * (len(ends) - 3), -1]
+    ends, parents = (torch.tensor(x, dtype=torch.int32, device=device) for x in (ends, parents))
+    return _attention_inputs(dims, dtype, device) | {"cu_seqlens": ends, "parents": parents}
+
+
+def _pairs(dims: Dims) -> int:
+    """(query, key) pairs in sight, over the batch: causal, S >= T."""
+    if "P" not in dims:
+        T, S = dims["T"], dims.get("S", dims["T"])
+        return dims.get("B", 1) * (T * (T + 1) // 2 + T * (S - T))
+    P, R = dims["P"], dims["R"]
+    children = -(-(dims["T"] - P) // R) - 1
+    last = dims["T"] - P - children * R
+    return P * (P + 1) // 2 + children * (R * (R + 1) // 2 + R * P) + last * (last + 1) // 2
+
+
+def _attention_work(dims: Dims, size: int) -> tuple[Work, Work]:
+    rows, keys = (dims.get("B", 1) * n for n in (dims["T"], dims.get("S", dims["T"])))
+    products, D = dims["H"] * _pairs(dims), dims["D"]
+    moved = 2 * (rows * dims["H"] + keys * dims["G"]) * D * size  # q and out, k and v
+    return Work(4 * products * D, moved), Work(10 * products * D, 2 * moved)
+
+
+def _fewer_heads(dims: Dims) -> Dims:
+    """The reference holds the scores of every head: two heads of one sequence stand for all of them."""
+    return (
+        dims
+        | {
+            "H": 2 if dims["H"] == dims["G"] else dims["H"] // dims["G"],
+            "G": 2 if dims["H"] == dims["G"] else 1,
+        }
+        | ({"B": 1} if "B" in dims else {})
+    )
+
+
+_ATTENTION_SHAPES = (
+    {"B": 1, "T": 1, "S": 1, "H": 1, "G": 1, "D": 1},
+    {"B": 2, "T": 33, "S": 33, "H": 2, "G": 1, "D": 17},
+    {"B": 1, "T": 7, "S": 37, "H": 2, "G": 2, "D": 16},
+    {"B": 1, "T": 43, "S": 13, "H": 4, "G": 2, "D": 16},  # thirty rows see nothing
+)
+_ATTENTION_BENCH = {
+    "cuda": tuple({"B": 16384 // t, "T": t, "H": 16, "G": 16, "D": 128} for t in (4096, 1024, 16384)),
+    "cpu": ({"B": 2, "T": 256, "H": 8, "G": 2, "D": 64},),
+}
+_ATTENTION_TILES = tuple({"B": 1, "T": 256, "H": 2, "G": 1, "D": d} for d in (128, 64, 256))
+
+
+# ---- logprob
+
+
+def _token_logprobs_eager(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    support: Tensor | None = None,
+    ignore_index: int = -100,
+    memory_budget: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits in the input's dtype, then fp32, as the trainers have it."""
+    logits = F.linear(hidden, weight, bias)
+    logits = softcap * torch.tanh(logits / softcap) if softcap is not None else logits
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
+    if support is not None:
+        kept = torch.zeros(logits.shape[0], logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
+        kept = kept.scatter(1, torch.where(support < 0, logits.shape[1], support).long(), True)[:, :-1]
+        logits = logits.masked_fill(~kept, -torch.inf)
+    trained = targets != ignore_index
+    log_p = torch.log_softmax(logits, -1)
+    logprob = log_p.gather(1, targets.masked_fill(~trained, 0).long()[:, None])[:, 0]
+    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1)  # 0 log 0 = 0
+    return tuple(torch.where(trained, t, 0) for t in (logprob, torch.logsumexp(logits, -1), entropy))  # pyright: ignore
+
+
+def _logprob_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    """A head of unit-variance logits; every seventh row is ignored."""
+    T, C, V = dims["T"], dims["C"], dims["V"]
+    weight = torch.randn(V, C, dtype=dtype, device=device) * C**-0.5
+    targets = torch.randint(V, (T,), device=device)
+    targets[3::7] = -100
+    return {"hidden": _randn((T, C), dtype, device), "weight": weight, "targets": targets}
+
+
+def _logprob_features(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    temperature = torch.linspace(0.5, 2, dims["T"], device=device)
+    return _logprob_inputs(dims, dtype, device) | {
+        "bias": _randn((dims["V"],), dtype, device),
+        "temperature": temperature,
+    }
+
+
+def _logprob_support(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    """Rows keep 1 to K ids, their target among them."""
+    tensors = _logprob_inputs(dims, dtype, device)
+    T, V, K = dims["T"], dims["V"], dims["K"]
+    ids = torch.rand(T, V, device=device).argsort(-1)[:, :K].int()
+    target = tensors["targets"]
+    assert target is not None
+    ids = torch.where((ids == target[:, None]) & (torch.arange(K, device=device) > 0), -1, ids)
+    ids[:, 0] = target.clamp(min=0)
+    ids = torch.where((ids == ids[:, :1]) & (torch.arange(K, device=device) > 0), -1, ids)
+    return tensors | {"support": ids}
+
+
+def _logprob_work(dims: Dims, size: int) -> tuple[Work, Work]:
+    T, C, V = dims["T"], dims["C"], dims["V"]
+    operands = (T + V) * C * size
+    return Work(2 * T * C * V, operands + 20 * T), Work(4 * T * C * V, 2 * operands + 20 * T)
+
+
+def _first(op: Callable[..., Any]) -> Callable[..., Any]:
+    def logprob(*args: Any, **kwargs: Any) -> Tensor:
+        return op(*args, **kwargs)[0]
+
+    return logprob
+
+
+_LOGPROB_SHAPES = ({"T": 1, "C": 1, "V": 2}, {"T": 11, "C": 33, "V": 101}, {"T": 5, "C": 16, "V": 1031})
+_LOGPROB_BENCH = {
+    "cuda": (
+        {"T": 8192, "C": 4096, "V": 151936},
+        {"T": 8192, "C": 2048, "V": 128256},
+        {"T": 1024, "C": 4096, "V": 151936},
+    ),
+    "cpu": ({"T": 512, "C": 256, "V": 32768},),
+}
+
+
 # ---- shared by the families
 
 
@@ -413,6 +623,56 @@ def _glu_case(op: str, fused: Any, reference: Any, eager: Any) -> Case:
     )
 
 
+def _attention_case(family: str, **changes: Any) -> Case:
+    return Case(
+        **{
+            "op": "flash_attention",
+            "family": family,
+            "inputs": _attention_inputs,
+            "fused": attention.flash_attention,
+            "reference": attention.flash_attention_reference,
+            "eager": _attention_eager,
+            "work": _attention_work,
+            "formula": "4D operations for each pair in sight and head; 10D",
+            "shapes": _ATTENTION_SHAPES,
+            "empty": ({"B": 0, "T": 3, "H": 2, "G": 1, "D": 8}, {"B": 1, "T": 0, "H": 2, "G": 1, "D": 8}),
+            "bench": {},
+            "configurations": _ATTENTION_TILES[:1],
+            # k stays at 1: both at 30 make scores of thousands, whose last bit in fp32 is all that exp(s - lse) sees
+            "activations": ("q", "v"),
+            "half_at_30": False,
+            "check": _fewer_heads,
+        }
+        | changes
+    )
+
+
+def _logprob_case(family: str, **changes: Any) -> Case:
+    return Case(
+        **{
+            "op": "token_logprobs",
+            "family": family,
+            "inputs": _logprob_inputs,
+            "fused": logprob.token_logprobs,
+            "reference": logprob.token_logprobs_reference,
+            "eager": _token_logprobs_eager,
+            "work": _logprob_work,
+            "formula": "2TCV operations; 4TCV",
+            "shapes": _LOGPROB_SHAPES,
+            "empty": ({"T": 0, "C": 8, "V": 16},),
+            "bench": {},
+            "configurations": (),
+            "activations": ("hidden",),
+            "fixed": ("temperature",),
+            "half_at_30": False,
+        }
+        | changes
+    )
+
+
+_PACKED = {"T": 41, "H": 2, "G": 1, "D": 16}
+_SHARED = {"T": 45, "P": 13, "R": 9, "H": 2, "G": 1, "D": 16}
+
 CASES: tuple[Case, ...] = (
     _norm_case("hidden"),
     _norm_case("unit offset", options={"unit_offset": True}, bench={}, configurations=()),
@@ -428,4 +688,47 @@ CASES: tuple[Case, ...] = (
     _glu_case("swiglu", glu.swiglu, glu.swiglu_reference, _swiglu_eager),
     _glu_case("geglu", glu.geglu, glu.geglu_reference, _geglu_eager),
     _glu_case("clamped_swiglu", glu.clamped_swiglu, glu.clamped_swiglu_reference, _clamped_swiglu_eager),
+    _attention_case("causal", bench=_ATTENTION_BENCH, configurations=_ATTENTION_TILES),
+    _attention_case("full", shapes=_ATTENTION_SHAPES[:3], options={"causal": False, "return_lse": True}),
+    _attention_case(
+        "window, softcap, sinks",
+        inputs=_sinks_inputs,
+        shapes=_ATTENTION_SHAPES,
+        options={"window": 9, "softcap": 5.0, "return_lse": True},
+    ),
+    _attention_case(
+        "packed",
+        inputs=_packed_inputs,
+        reads_values=True,
+        shapes=(_PACKED,),
+        empty=(),
+        options={"return_lse": True},
+    ),
+    _attention_case(
+        "shared prompt",
+        inputs=_shared_inputs,
+        reads_values=True,
+        shapes=(_SHARED,),
+        empty=(),
+        bench={"cuda": ({"T": 10240, "P": 2048, "R": 512, "H": 16, "G": 4, "D": 128},)},
+        configurations=({"T": 256, "P": 64, "R": 64, "H": 2, "G": 1, "D": 128},),
+    ),
+    _logprob_case("dense", bench=_LOGPROB_BENCH, configurations=({"T": 64, "C": 128, "V": 4096},)),
+    _logprob_case(
+        "target only",
+        fused=_first(logprob.token_logprobs),
+        reference=_first(logprob.token_logprobs_reference),
+        eager=_first(_token_logprobs_eager),
+        bench=_LOGPROB_BENCH,
+    ),
+    _logprob_case("chunks", options={"memory_budget": 1 << 12}),
+    _logprob_case("bias, softcap, temperatures", inputs=_logprob_features, options={"softcap": 5.0}),
+    _logprob_case(
+        "support",
+        inputs=_logprob_support,
+        reads_values=True,
+        shapes=({"T": 11, "C": 33, "V": 101, "K": 7},),
+        empty=(),
+        configurations=({"T": 64, "C": 1024, "V": 4096, "K": 64},),
+    ),
 )
