@@ -144,19 +144,20 @@ def train(cfg: Config) -> Path:
     with Run(cfg.output, cfg) as run:
         for step in run.steps(cfg.steps):
             started = time.perf_counter()
-            groups, judged = sample_groups(
-                model,
-                tokenizer,
-                [prompts[i] for i in next(batches)],
-                rewards,
-                weights,
-                group_size=cfg.group_size,
-                max_new_tokens=cfg.max_new_tokens,
-                temperature=cfg.temperature,
-                top_k=cfg.top_k,
-                top_p=cfg.top_p,
-                seed=cfg.seed + step,
-            )
+            with autocast(cfg.device):  # samples in the precision that scores
+                groups, judged = sample_groups(
+                    model,
+                    tokenizer,
+                    [prompts[i] for i in next(batches)],
+                    rewards,
+                    weights,
+                    group_size=cfg.group_size,
+                    max_new_tokens=cfg.max_new_tokens,
+                    temperature=cfg.temperature,
+                    top_k=cfg.top_k,
+                    top_p=cfg.top_p,
+                    seed=cfg.seed + step,
+                )
             sampled = time.perf_counter()
             reward = torch.stack(
                 [group.rewards for group in groups]

@@ -54,7 +54,9 @@ def test_wheel_and_sdist(tree, tmp_path):
     assert sorted(zipfile.ZipFile(again).namelist()) == sorted(names)
 
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    code = "import burnish.kernels as k, burnish.algorithms.__main__ as m; print(k.__file__); m.main(['--help'])"
+    code = (
+        "import burnish.kernels as k, burnish.algorithms.__main__ as m; print(k.__file__); m.main(['--help'])"
+    )
     run = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
