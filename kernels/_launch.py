@@ -39,6 +39,15 @@ def check_dtype(name: str, x: Tensor, *allowed: torch.dtype) -> None:
         raise ValueError(f"{name}: expected dtype {' or '.join(map(str, allowed or DTYPES))}, got {x.dtype}")
 
 
+def cdiv(size: int, block: int) -> int:
+    """How many blocks cover `size`. (triton.cdiv and triton.next_power_of_2 take microseconds on the host.)"""
+    return -(-size // block)
+
+
+def next_power_of_2(size: int) -> int:
+    return 1 << (max(size, 1) - 1).bit_length()
+
+
 @cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count

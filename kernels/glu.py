@@ -22,13 +22,14 @@ https://arxiv.org/abs/1606.08415, section 2; the clamped form: gpt-oss model car
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 import math
+from functools import lru_cache
 
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import check_dtype, check_shape, register, use_triton
+from ._launch import cdiv, check_dtype, check_shape, register, use_triton
 
 # ---- reference
 
@@ -98,10 +99,11 @@ def _glu_bwd(
 # ---- autograd
 
 
+@lru_cache
 def _config(F: int) -> dict[str, int]:
     """[rows, columns] of 2,048 elements; columns the largest power of two that leaves little of the last block idle."""
     block_f = 2048
-    while block_f > 128 and triton.cdiv(F, block_f) * block_f > 1.05 * F:
+    while block_f > 128 and cdiv(F, block_f) * block_f > 1.05 * F:
         block_f //= 2
     return {"BLOCK_R": 2048 // block_f, "BLOCK_F": block_f, "num_warps": 4}
 
@@ -121,7 +123,7 @@ def _forward(
     if out.numel():
         R, F, stride_gate, stride_up = _layout(gate, up)
         config = _config(F)
-        grid = (triton.cdiv(R, config["BLOCK_R"]) * triton.cdiv(F, config["BLOCK_F"]),)
+        grid = (cdiv(R, config["BLOCK_R"]) * cdiv(F, config["BLOCK_F"]),)
         _glu_fwd[grid](
             gate, up, out, R, F, stride_gate, stride_up, scale, cubic, limit or 0.0, offset,
             cubic != 0, limit is not None, **config,
@@ -141,7 +143,7 @@ def _backward(
     if dgate.numel():
         R, F, stride_gate, stride_up = _layout(gate, up)
         config = _config(F)
-        grid = (triton.cdiv(R, config["BLOCK_R"]) * triton.cdiv(F, config["BLOCK_F"]),)
+        grid = (cdiv(R, config["BLOCK_R"]) * cdiv(F, config["BLOCK_F"]),)
         _glu_bwd[grid](
             dout, gate, up, dgate, dup, R, F, stride_gate, stride_up, scale, cubic, limit or 0.0, offset,
             cubic != 0, limit is not None, **config,

@@ -17,12 +17,14 @@ Source: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467, equation 4
 # A launch passes numbers where the kernel is annotated tl.constexpr:
 # pyright: reportArgumentType=false, reportCallIssue=false
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import check_dtype, check_shape, multiprocessors, register, use_triton
+from ._launch import cdiv, check_dtype, check_shape, multiprocessors, next_power_of_2, register, use_triton
 
 # ---- reference
 
@@ -196,15 +198,17 @@ WIDEST = 16384  # columns that the registers of one program hold; wider rows are
 
 def _tile(N: int, elements_per_warp: int) -> dict[str, int]:
     """[rows, columns]: one row, or several short ones of 2,048 elements in all."""
-    block_n = int(triton.next_power_of_2(N))
+    block_n = next_power_of_2(N)
     warps = min(16, max(4, block_n // elements_per_warp))
     return {"BLOCK_R": max(1, 2048 // block_n), "BLOCK_N": block_n, "num_warps": warps}
 
 
+@cache
 def _forward_config(N: int) -> dict[str, int]:
     return _tile(N, 1024)
 
 
+@cache
 def _backward_config(N: int) -> tuple[int, dict[str, int]]:
     """Programs on each multiprocessor, and the tile."""
     return 4, {**_tile(N, 512), "RELOAD": True, "STAGES": 1}
@@ -234,7 +238,7 @@ def _forward(
         _rms_norm_fwd_wide[(R,)](x, residual, weight, y, h, rstd, N, eps, add, unit_offset, **WIDE)
     else:
         config = _forward_config(N)
-        grid = (triton.cdiv(R, config["BLOCK_R"]),)
+        grid = (cdiv(R, config["BLOCK_R"]),)
         _rms_norm_fwd[grid](x, residual, weight, y, h, rstd, R, N, eps, add, unit_offset, **config)
     return y, h, rstd
 
@@ -256,13 +260,13 @@ def _backward(
         return dx, dw.zero_()
     wide = N * h.element_size() > 2 * WIDEST
     per_sm, config = (1, WIDE_WEIGHT_GRAD) if wide else _backward_config(N)
-    programs = min(triton.cdiv(R, config["BLOCK_R"]), per_sm * multiprocessors(h))
+    programs = min(cdiv(R, config["BLOCK_R"]), per_sm * multiprocessors(h))
     # one program writes dw itself; several write (programs, N) in fp32, summed below in a fixed order
     partial = dw if programs == 1 or not with_dw else dw.new_empty(programs, N, dtype=torch.float32)
     if wide:
         _rms_norm_bwd_wide[(R,)](dy, h, weight, rstd, dh, dx, N, add, unit_offset, **WIDE)
         if with_dw:
-            grid = (triton.cdiv(N, config["BLOCK_N"]), programs)
+            grid = (cdiv(N, config["BLOCK_N"]), programs)
             _weight_grad_wide[grid](dy, h, rstd, partial, R, N, **config)
     else:
         _rms_norm_bwd[(programs,)](
@@ -270,7 +274,7 @@ def _backward(
         )
     if partial is not dw:
         config = _sum_config(programs)
-        _sum_partials[(triton.cdiv(N, config["BLOCK_N"]),)](partial, dw, programs, N, **config)
+        _sum_partials[(cdiv(N, config["BLOCK_N"]),)](partial, dw, programs, N, **config)
     return dx, dw
 
 

@@ -20,13 +20,14 @@ Source: Su et al. 2021, https://arxiv.org/abs/2104.09864, equation 34
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 import math
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import check_dtype, check_shape, register, use_triton
+from ._launch import cdiv, check_dtype, check_shape, next_power_of_2, register, use_triton
 
 # ---- reference
 
@@ -129,12 +130,13 @@ def _rope(
 # ---- autograd
 
 
+@cache
 def _config(H: int, G: int, D: int) -> dict[str, int]:
     """Heads that share a token's table row, and tokens to fill the tile: about 4,096 elements."""
-    block_h = min(8, int(triton.next_power_of_2(max(H, G))))
+    block_h = min(8, next_power_of_2(max(H, G)))
     return {
         "BLOCK_H": block_h,
-        "BLOCK_T": max(1, 4096 // (block_h * int(triton.next_power_of_2(D)))),
+        "BLOCK_T": max(1, 4096 // (block_h * next_power_of_2(D))),
         "num_warps": 4,
     }
 
@@ -149,12 +151,12 @@ def _launch(
     if q_out.numel() + k_out.numel() == 0:
         return q_out, k_out
     config = _config(H, G, D)
-    blocks = triton.cdiv(H, config["BLOCK_H"]) + triton.cdiv(G, config["BLOCK_H"])
-    _rope[(triton.cdiv(B * T, config["BLOCK_T"]) * blocks,)](
+    blocks = cdiv(H, config["BLOCK_H"]) + cdiv(G, config["BLOCK_H"])
+    _rope[(cdiv(B * T, config["BLOCK_T"]) * blocks,)](
         q, k, cos, sin, positions, q_out, k_out, B * T, T, H, G, *q.stride()[:3], *k.stride()[:3],
         D, half, interleaved, inverse,
-        BLOCK_HALF=triton.next_power_of_2(max(half, 1)),
-        BLOCK_PASS=triton.next_power_of_2(max(D - 2 * half, 1)),
+        BLOCK_HALF=next_power_of_2(half),
+        BLOCK_PASS=next_power_of_2(D - 2 * half),
         **config,
     )  # fmt: skip
     return q_out, k_out
