@@ -245,9 +245,10 @@ def bench_shape(
         except Exception as error:  # a peer that breaks is listed, and ends nobody else's run
             if c.name == "burnish":
                 raise
-            report["absent"][f"{c.name} for {case.name} {label(dims)}"] = (
-                f"{type(error).__name__}: {error}".splitlines()[0]
-            )
+            what = f"{c.name} for {case.name} {label(dims)}"
+            report["absent"][what] = f"{type(error).__name__}: {error}".splitlines()[0]
+            if device == "cuda":  # it may have run out of memory
+                torch.cuda.empty_cache()
             continue
         entrants.append(c)
     del checked

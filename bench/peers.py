@@ -10,6 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 from .registry import Case
 
@@ -87,6 +90,100 @@ def _liger_geglu(case: Case) -> Callable[..., Any]:
     return lambda gate, up: LigerGELUMulFunction.apply(gate, up)
 
 
+def _sdpa(backend: str) -> Callable[[Case], Callable[..., Any]]:
+    """One backend of F.scaled_dot_product_attention. A shared prompt is repeated for each of its completions."""
+
+    def build(case: Case) -> Callable[..., Any]:
+        chosen = getattr(SDPBackend, backend)
+
+        def dense(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True) -> Tensor:
+            grouped = q.shape[2] != k.shape[2]
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+            with sdpa_kernel(chosen):
+                out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
+            return out.transpose(1, 2)
+
+        plan: list[int] = []
+
+        def repeated(q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor, parents: Tensor) -> Tensor:
+            if not plan:  # read once: a graph cannot wait for the host
+                plan.extend(cu_seqlens.tolist())
+            prompt, each, children = plan[1], plan[2] - plan[1], len(plan) - 2
+
+            def unshare(x: Tensor) -> Tensor:  # (total, H, D) to (children, prompt + each, H, D)
+                before = x[:prompt].expand(children, *x[:prompt].shape)
+                return torch.cat((before, x[prompt:].unflatten(0, (children, each))), 1)
+
+            out = dense(unshare(q), unshare(k), unshare(v))
+            return torch.cat((out[0, :prompt], out[:, prompt:].flatten(0, 1)))
+
+        if case.family == "causal":
+            return dense
+        if case.family == "shared prompt":
+            return repeated
+        raise Unsuitable("no such feature")
+
+    return build
+
+
+def _flex_attention(case: Case) -> Callable[..., Any]:
+    if case.family != "causal":
+        raise Unsuitable("not written for it")
+    compiled = torch.compile(flex_attention, dynamic=False)
+    masks: dict[int, Any] = {}
+
+    def peer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        T = q.shape[1]
+        if T not in masks:
+            masks[T] = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=q.device.type)
+        grouped = q.shape[2] != k.shape[2]
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        out: Any = compiled(q, k, v, block_mask=masks[T], enable_gqa=grouped)
+        return out.transpose(1, 2)
+
+    return peer
+
+
+def _chunked_cross_entropy(case: Case) -> Callable[..., Any]:
+    """What a careful user writes in torch: 1,024 rows at a time, their logits computed again in the backward."""
+    if case.family != "target only":
+        raise Unsuitable("log-probabilities of the target only")
+
+    def rows(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return -F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
+
+    def peer(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        blocks = zip(hidden.split(1024), targets.split(1024), strict=True)
+        return torch.cat([checkpoint(rows, h, weight, t, use_reentrant=False) for h, t in blocks])  # pyright: ignore
+
+    return peer
+
+
+def _liger_cross_entropy(case: Case) -> Callable[..., Any]:
+    from liger_kernel.ops.fused_linear_cross_entropy import (  # pyright: ignore[reportMissingImports]
+        LigerFusedLinearCrossEntropyFunction,
+    )
+
+    if case.family != "target only":
+        raise Unsuitable("log-probabilities of the target only")
+
+    def peer(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        out = LigerFusedLinearCrossEntropyFunction.apply(
+            hidden, weight, targets, None, None, -100, 0.0, 0.0, "none"
+        )
+        return -(out[0] if isinstance(out, tuple) else out)
+
+    return peer
+
+
+def _cut_cross_entropy(case: Case) -> Callable[..., Any]:
+    from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]
+
+    if case.family != "target only":
+        raise Unsuitable("log-probabilities of the target only")
+    return lambda hidden, weight, targets: -linear_cross_entropy(hidden, weight, targets, reduction="none")
+
+
 PEERS: dict[str, dict[str, Callable[[Case], Callable[..., Any]]]] = {
     "rms_norm": {"torch.compile": _compiled, "F.rms_norm": _torch_rms_norm, "liger-kernel": _liger_rms_norm},
     "add_rms_norm": {
@@ -98,4 +195,16 @@ PEERS: dict[str, dict[str, Callable[[Case], Callable[..., Any]]]] = {
     "swiglu": {"torch.compile": _compiled, "liger-kernel": _liger_swiglu},
     "geglu": {"torch.compile": _compiled, "liger-kernel": _liger_geglu},
     "clamped_swiglu": {"torch.compile": _compiled},
+    "flash_attention": {
+        "SDPA flash": _sdpa("FLASH_ATTENTION"),
+        "SDPA cuDNN": _sdpa("CUDNN_ATTENTION"),
+        "SDPA efficient": _sdpa("EFFICIENT_ATTENTION"),
+        "flex_attention": _flex_attention,
+    },
+    "token_logprobs": {
+        "torch.compile": _compiled,
+        "chunked": _chunked_cross_entropy,
+        "liger-kernel": _liger_cross_entropy,
+        "cut-cross-entropy": _cut_cross_entropy,
+    },
 }

@@ -400,11 +400,14 @@ def _packed_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
 
 
 def _shared_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
-    """A prompt of P tokens and completions of R tokens that continue it; the last segment stands alone."""
-    ends = [0, *range(dims["P"], dims["T"], dims["R"]), dims["T"]]
-    parents = [-1, *[0] * (len(ends) - 3), -1]
-    ends, parents = (torch.tensor(x, dtype=torch.int32, device=device) for x in (ends, parents))
-    return _attention_inputs(dims, dtype, device) | {"cu_seqlens": ends, "parents": parents}
+    """A prompt of P tokens and completions of R that continue it; tokens left over are a segment of their own."""
+    T, P, R = dims["T"], dims["P"], dims["R"]
+    ends = [0, *range(P, T + 1, R)]
+    parents = [-1] + [0] * (len(ends) - 2)
+    if ends[-1] < T:
+        ends, parents = [*ends, T], [*parents, -1]
+    cu_seqlens, whose = (torch.tensor(x, dtype=torch.int32, device=device) for x in (ends, parents))
+    return _attention_inputs(dims, dtype, device) | {"cu_seqlens": cu_seqlens, "parents": whose}
 
 
 def _pairs(dims: Dims) -> int:
@@ -413,8 +416,7 @@ def _pairs(dims: Dims) -> int:
         T, S = dims["T"], dims.get("S", dims["T"])
         return dims.get("B", 1) * (T * (T + 1) // 2 + T * (S - T))
     P, R = dims["P"], dims["R"]
-    children = -(-(dims["T"] - P) // R) - 1
-    last = dims["T"] - P - children * R
+    children, last = divmod(dims["T"] - P, R)
     return P * (P + 1) // 2 + children * (R * (R + 1) // 2 + R * P) + last * (last + 1) // 2
 
 

@@ -108,7 +108,7 @@ def speed() -> str:
         )
         rows = []
         for (case, shape, which), providers in groups(result).items():
-            ours, eager = providers["burnish"], providers["eager"]
+            ours, eager = providers["burnish"], providers.get("eager")  # eager may run out of memory
             peers = {n: r for n, r in providers.items() if n not in ("burnish", "eager")}
             rival = min(peers, key=lambda n: best(peers[n])[1], default=None)
             p20, p50, p80 = best(ours)
@@ -118,11 +118,12 @@ def speed() -> str:
                     shape,
                     which,
                     f"{p50:.4g} [{p20:.4g}, {p80:.4g}]",
-                    f"{best(eager)[1]:.4g}",
+                    f"{best(eager)[1]:.4g}" if eager else "out of memory",
                     f"{best(peers[rival])[1]:.4g} ({rival})" if rival else "",
-                    f"{best(eager)[1] / p50:.2f}x",
+                    f"{best(eager)[1] / p50:.2f}x" if eager else "",
                     f"{ours['share']:.0%}",
-                    f"{ours['memory_bytes'] / 1e6:.4g} / {eager['memory_bytes'] / 1e6:.4g}",
+                    f"{ours['memory_bytes'] / 1e6:.4g}"
+                    + (f" / {eager['memory_bytes'] / 1e6:.4g}" if eager else ""),
                 ]
             )
         head = [
