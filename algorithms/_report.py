@@ -22,6 +22,7 @@ PAGE = """<!doctype html>
  th, td { padding: .4rem .6rem; text-align: right; border-bottom: 1px solid #dde3ea }
  th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid #1c2430 }
  .bar { display: inline-block; height: .6rem; background: #3267a8; vertical-align: middle; margin-right: .5rem }
+ .number { display: inline-block; min-width: 3rem; font-variant-numeric: tabular-nums }
  pre { background: #f4f6f9; padding: .7rem 1rem; overflow-x: auto; margin: .3rem 0 1rem }
  svg { width: 100%; height: auto }
 </style></head><body>
@@ -32,7 +33,7 @@ PAGE = """<!doctype html>
 {% for stage, values in rows.items() %}<tr><td>{{ stage }}</td>{% for value in values %}
 <td>{% if value is not none %}{% if loop.first %}
 <span class="bar" style="width: {{ value * 0.06 }}rem"></span>{% endif %}
-{{- '%.1f' | format(value) }}{% endif %}</td>{% endfor %}</tr>
+<span class="number">{{ '%.1f' | format(value) }}</span>{% endif %}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table>
 <p class="quiet">{{ note }}</p>
 <h2>Learning curves</h2>
