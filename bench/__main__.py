@@ -44,6 +44,10 @@ COLD_BYTES = {
 }  # beyond any L2 cache, on a CPU beyond one core's share of L3
 MOST_SETS = 64
 SLICE = 0.006  # seconds that one contestant is timed for in one round
+LONG, LARGE = (
+    0.02,
+    4 << 30,
+)  # seconds, bytes: a graph would add little to such a call but a second copy of its memory
 PASSES = ("forward", "forward+backward")
 
 
@@ -124,10 +128,10 @@ def capture(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def replay_seconds(graph: torch.cuda.CUDAGraph) -> float:
+def event_seconds(work: Callable[[], Any]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    graph.replay()
+    work()
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3
@@ -173,38 +177,35 @@ def contestants(case: Case, peers: bool, absent: dict[str, str]) -> list[Contest
 
 def time_row(case: Case, sets: list[Inputs], entrants: list[Contestant], device: str, backward: bool) -> None:
     """Fill the samples of every contestant for one pass."""
-    loops: dict[str, Callable[[], Any]] = {}
-    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    loops: dict[str, Callable[[], Any]] = {}  # on the host's clock
+    replays: dict[str, Callable[[], Any]] = {}  # on the device's
     counts: dict[str, int] = {}
     for c in entrants:
-        c.device, c.eager = [], []
+        c.device, c.eager, c.note = [], [], ""
         calls = [lambda c=c, s=s: call(c.op, case, s, backward) for s in sets]
         c.memory = peak_growth(calls[0], device)
         once = max(host_seconds(calls[0], device), 1e-6)
         repeats = max(1, min(round(SLICE / once / len(calls)), 200))
+        counts[c.name] = repeats * len(calls)
         loops[c.name] = lambda calls=calls, repeats=repeats: (
             [one() for _ in range(repeats) for one in calls] and None
         )
-        counts[c.name] = repeats * len(calls)
-        c.note = ""
-        if device == "cuda":
+        if device == "cuda" and (once > LONG or c.memory > LARGE):
+            replays[c.name] = lambda calls=calls: [one() for one in calls] and None
+            c.note = "no graph: the call is long or large"
+        elif device == "cuda":
             try:
-                graphs[c.name] = capture(calls)
+                replays[c.name] = capture(calls).replay
             except RuntimeError as error:  # it synchronises with the host
                 c.note = f"not capturable: {str(error).splitlines()[0]}"
                 torch.cuda.synchronize()
     for _ in range(ROUNDS):
         for c in entrants:
-            c.eager += [
-                host_seconds(loops[c.name], device) / counts[c.name]
-                for _ in range(1 if device == "cuda" else 3)
-            ]
-            if c.name in graphs:
-                took = replay_seconds(graphs[c.name])
-                c.device += [
-                    replay_seconds(graphs[c.name]) / len(sets)
-                    for _ in range(max(2, min(int(SLICE / took), 20)))
-                ]
+            samples = 1 if device == "cuda" else 3
+            c.eager += [host_seconds(loops[c.name], device) / counts[c.name] for _ in range(samples)]
+            if c.name in replays:
+                samples = max(2, min(int(SLICE / event_seconds(replays[c.name])), 20))
+                c.device += [event_seconds(replays[c.name]) / len(sets) for _ in range(samples)]
 
 
 def percentiles(samples: list[float]) -> list[float] | None:
