@@ -11,6 +11,7 @@ from burnish.algorithms._rollout import Group, micro_batches
 from burnish.model.checkpoint import load_model
 from burnish.model.errors import InputError
 from burnish.model.generate import Sample
+from burnish.model.transformer import Transformer
 
 REWARD = "burnish.algorithms._sums:form"
 
@@ -117,3 +118,20 @@ def test_micro_batches_share_the_prompt_and_keep_every_sample_once():
     cut = micro_batches(groups, needed, advantages, denominators, 5, "cpu")
     assert [batch.packed.tokens.tolist() for batch in cut] == [[1, 2, 3, 4], [1, 2, 3, 5, 5], [7, 8, 8, 8, 9]]
     assert all(batch.packed.parents is not None for batch in cut)
+
+
+def test_a_group_trains_on_its_prompt_once(cfg, monkeypatch):
+    """P + sum(n_i) tokens go through the layers, not G * P + sum(n_i)."""
+    trained = []
+    forward = Transformer.forward
+
+    def counted(model, packed, cache=None):
+        if torch.is_grad_enabled():
+            trained.append(packed.tokens.numel())
+        return forward(model, packed, cache)
+
+    monkeypatch.setattr(Transformer, "forward", counted)
+    grpo.train(dataclasses.replace(cfg, kl_coefficient=0.1))  # with a KL term every sample is scored
+    for step, line in enumerate(metrics_of(cfg.output)):
+        sampled = line["length"] * cfg.prompts_per_step * cfg.group_size
+        assert trained[step] == pytest.approx(cfg.prompts_per_step * 6 + sampled)  # prompts are 6 tokens

@@ -1,0 +1,57 @@
+"""A whole model trains alike on the Triton code and on the torch path: losses and weights over three steps."""
+
+import importlib
+
+import pytest
+import torch
+from burnish.kernels._launch import INTERPRET
+from burnish.model.config import ModelConfig
+from burnish.model.packed import pack
+from burnish.model.transformer import Transformer
+
+KERNEL_FILES = ("attention", "glu", "logprob", "norm", "rope")
+
+
+def train(steps: int, device: str) -> tuple[list[float], list[torch.Tensor]]:
+    config = ModelConfig(
+        vocab_size=53,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        windows=(None, 5),
+        qk_norm=True,
+        initializer_range=0.2,
+    )
+    model = Transformer(config, seed=1, device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    lengths = (9, 4, 7, 1, 20)
+    sequences = [torch.randint(0, 53, (n,), generator=generator).tolist() for n in lengths]
+    packed = pack(sequences, parents=[-1, 0, 0, -1, 3], device=device)
+    rows = (packed.predictors >= 0).nonzero().squeeze(1)
+    losses = []
+    for _ in range(steps):
+        logprob, lse, entropy = model.score(packed, rows)
+        loss = (-logprob + 1e-2 * lse.square() - 1e-2 * entropy).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, [parameter.detach() for parameter in model.parameters()]
+
+
+@pytest.mark.skipif(
+    not (INTERPRET or torch.cuda.is_available()), reason="both runs would take the torch path"
+)
+def test_a_model_trains_alike_on_both_paths(device, monkeypatch):
+    losses, weights = train(3, device)
+    for name in KERNEL_FILES:
+        monkeypatch.setattr(importlib.import_module(f"burnish.kernels.{name}"), "use_triton", lambda _: False)
+    expected_losses, expected_weights = train(3, device)
+    assert losses == pytest.approx(expected_losses, abs=1e-5) and losses[2] < losses[0]
+    for weight, expected in zip(weights, expected_weights, strict=True):
+        torch.testing.assert_close(
+            weight, expected, atol=2e-4, rtol=0
+        )  # Adam's first steps magnify tiny gradients
