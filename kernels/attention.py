@@ -448,7 +448,7 @@ def _flash_fwd(
         m = m_new
     seen = norm > 0
     norm = tl.where(seen, norm, 1.0)
-    lse = tl.where(seen, (m + tl.log2(norm)) * 0.6931471805599453, float("-inf"))
+    lse = tl.where(seen, m + tl.log2(norm), float("-inf"))
     inside = m0 + local < queries
     first = tl.cast(q_start + m0, tl.int64)
     tl.store(lse_ptr + tl.cast(head, tl.int64) * rows + first + local, lse, inside)
@@ -466,8 +466,8 @@ def _flash_fwd(
 
 @triton.jit
 def _lse(lse_ptr, at, mask):
-    # in units of log2; +inf for a row that is not there or sees nothing makes its probabilities 0
-    lse = tl.load(lse_ptr + at, mask, other=float("inf")) * 1.4426950408889634
+    # +inf for a row that is not there or sees nothing makes its probabilities 0
+    lse = tl.load(lse_ptr + at, mask, other=float("inf"))
     return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
@@ -505,7 +505,7 @@ def _flash_dq(
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     at = tl.cast(head, tl.int64) * rows + first + local
     if DLSE:
-        delta -= tl.load(dlse_ptr + at, inside, other=0.0)
+        delta -= tl.load(dlse_ptr + at, inside, other=0.0) * 1.4426950408889634
     tl.store(delta_ptr + at, delta, inside)
     lse = _lse(lse_ptr, at, inside)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -615,17 +615,21 @@ def _flash_dkdv(
         qk = tl.dot(key, tl.trans(query), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         s = _capped(qk, inner, cap) if SOFTCAP else qk * inner
         p = tl.exp2(s - lse[None, :])
-        if CAUSAL:
+        if WINDOW:
             position = lo + index * BLOCK_M + shift + i
             if PARENTS:
-                if WINDOW:
-                    position = tl.where(child, tl.load(position_ptr + row + i, i < left, other=0), position)
-                else:
-                    position = tl.where(child, keys, position)
+                position = tl.where(child, tl.load(position_ptr + row + i, i < left, other=0), position)
             mask = (n0 + local)[:, None] <= position[None, :]
-            if WINDOW:
-                mask &= (n0 + local)[:, None] > position[None, :] - window
+            mask &= (n0 + local)[:, None] > position[None, :] - window
             p = tl.where(mask, p, 0.0)
+        elif CAUSAL:
+            position = lo + index * BLOCK_M + shift
+            if PARENTS:
+                position = tl.where(child, keys, position)
+            if (
+                position < n0 + BLOCK_N - 1
+            ):  # a branch for the few blocks on the diagonal is cheaper than their mask
+                p = tl.where((n0 + local)[:, None] <= (position + i)[None, :], p, 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(value, tl.trans(do), input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
@@ -640,6 +644,108 @@ def _flash_dkdv(
     tl.store(pointers, (dk * scale).to(dk_ptr.dtype.element_ty), inside & (d[None, :] < D))
     pointers = dv_ptr + first * DV + local[:, None] * (heads * DV) + e[None, :]
     tl.store(pointers, dv.to(dv_ptr.dtype.element_ty), inside & (e[None, :] < DV))
+
+
+@triton.jit(do_not_specialize=["window"])
+def _decode_pieces(
+    q_ptr, k_ptr, v_ptr, slot_ptr, length_ptr, prefix_slot_ptr, prefix_length_ptr, acc_ptr, stats_ptr,
+    stride_qb, stride_qh, stride_ks, stride_kt, stride_kh, stride_vs, stride_vt, stride_vh, window, inner, cap,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_H: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PREFIX: tl.constexpr,
+    PRECISION: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # the heads of one group, padded to a tile, against one piece of the sequence's cache, or of its prefix's
+    piece, key_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    pieces, groups = tl.num_programs(0), tl.num_programs(1)
+    end = tl.load(length_ptr + b).to(tl.int32)
+    slot = tl.load(slot_ptr + b).to(tl.int64)
+    first_seen = end - window
+    index = piece
+    if PREFIX:
+        before = tl.load(prefix_length_ptr + b).to(tl.int32)
+        in_prefix = piece >= PIECES
+        index = piece % PIECES
+        first_seen = tl.where(in_prefix, first_seen + before, first_seen)
+        end = tl.where(in_prefix, before, end)
+        slot = tl.where(in_prefix, tl.load(prefix_slot_ptr + b).to(tl.int64), slot)
+    size = _piece(end, PIECES, PIECE)
+    first, last = index * size, tl.minimum(index * size + size, end)
+    if first >= last:
+        return
+    if WINDOW:  # whole blocks that nobody sees are not read
+        first = tl.maximum(first, first_seen // BLOCK_N * BLOCK_N)
+    h, n = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_N)
+    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    pointers = q_ptr + b * stride_qb + (key_head * GROUP + h)[:, None] * stride_qh + d[None, :]
+    query = tl.load(pointers, (h < GROUP)[:, None] & (d < D)[None, :], other=0.0)  # [BLOCK_H, BLOCK_D]
+    k_ptr += slot * stride_ks + tl.cast(key_head, tl.int64) * stride_kh
+    v_ptr += slot * stride_vs + tl.cast(key_head, tl.int64) * stride_vh
+    m = tl.full([BLOCK_H], -1.0e30, tl.float32)
+    norm = tl.zeros([BLOCK_H], tl.float32)
+    acc = tl.zeros([BLOCK_H, BLOCK_DV], tl.float32)
+    for start in tl.range(first, last, BLOCK_N):
+        j = start + n
+        at, inside = tl.cast(j, tl.int64)[:, None], (j < last)[:, None]
+        key = tl.load(k_ptr + at * stride_kt + d[None, :], inside & (d < D)[None, :], other=0.0)
+        qk = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_H, BLOCK_N]
+        qk = _capped(qk, inner, cap) if SOFTCAP else qk * inner
+        seen = j < last
+        if WINDOW:
+            seen &= j >= first_seen
+        qk = tl.where(seen[None, :], qk, float("-inf"))
+        m_new = tl.maximum(m, tl.max(qk, 1))
+        p = tl.exp2(qk - m_new[:, None])
+        alpha = tl.exp2(m - m_new)
+        norm = norm * alpha + tl.sum(p, 1)
+        value = tl.load(v_ptr + at * stride_vt + e[None, :], inside & (e < DV)[None, :], other=0.0)
+        acc = tl.dot(p.to(value.dtype), value, acc * alpha[:, None], input_precision=PRECISION)
+        m = m_new
+    row = (
+        (tl.cast(b, tl.int64) * groups + key_head) * GROUP + h
+    ) * pieces + piece  # [BLOCK_H] of (B, H, pieces)
+    tl.store(stats_ptr + row * 2, m, h < GROUP)
+    tl.store(stats_ptr + row * 2 + 1, norm, h < GROUP)
+    tl.store(acc_ptr + row[:, None] * DV + e[None, :], acc, (h < GROUP)[:, None] & (e < DV)[None, :])
+
+
+@triton.jit
+def _piece(length, PIECES: tl.constexpr, PIECE: tl.constexpr):
+    # keys to a piece: a multiple of PIECE that makes at most PIECES of them, by the sequence's own length alone
+    return tl.maximum(tl.cdiv(tl.cdiv(length, PIECES), PIECE), 1) * PIECE
+
+
+@triton.jit
+def _decode_merge(
+    acc_ptr, stats_ptr, sinks_ptr, out_ptr, length_ptr, prefix_length_ptr,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, SINKS: tl.constexpr, PREFIX: tl.constexpr,
+    PIECES: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    # in the order of the pieces, the prefix's first
+    head, b, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    e = tl.arange(0, BLOCK_DV)
+    row = tl.cast(b * heads + head, tl.int64) * (PIECES * 2 if PREFIX else PIECES)
+    length = tl.load(length_ptr + b).to(tl.int32)
+    own = tl.cdiv(length, _piece(length, PIECES, PIECE))
+    before = 0
+    if PREFIX:
+        prefix_length = tl.load(prefix_length_ptr + b).to(tl.int32)
+        before = tl.cdiv(prefix_length, _piece(prefix_length, PIECES, PIECE))
+    m, norm = -1.0e30, 0.0
+    if SINKS:
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
+        m = tl.maximum(sink, -1.0e30)
+        norm = tl.exp2(sink - m)
+    acc = tl.zeros([BLOCK_DV], tl.float32)
+    for index in range(0, before + own):
+        at = row + tl.where(index < before, PIECES + index, index - before)
+        piece_m = tl.load(stats_ptr + at * 2)
+        m_new = tl.maximum(m, piece_m)
+        alpha, beta = tl.exp2(m - m_new), tl.exp2(piece_m - m_new)
+        norm = norm * alpha + tl.load(stats_ptr + at * 2 + 1) * beta
+        acc = acc * alpha + tl.load(acc_ptr + at * DV + e, e < DV, other=0.0) * beta
+        m = m_new
+    acc = acc / tl.where(norm > 0, norm, 1.0)
+    tl.store(out_ptr + tl.cast(b * heads + head, tl.int64) * DV + e, acc.to(out_ptr.dtype.element_ty), e < DV)
 
 
 # ---- autograd
@@ -685,10 +791,12 @@ TILES = {
         128: _Tiles((128, 32, 4, 3), (64, 32, 4, 2), (32, 64, 4, 2)),
         256: _Tiles((64, 64, 8, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
     },
+    # Measured on an H100. Two blocks of one warpgroup on each multiprocessor beat one block of two: one computes
+    # exponentials while the other multiplies.
     "sm_90": {
-        64: _Tiles((128, 128, 4, 3), (128, 64, 4, 3), (64, 128, 8, 3)),
-        128: _Tiles((128, 128, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2)),
-        256: _Tiles((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 8, 2)),
+        64: _Tiles((64, 64, 4, 3), (128, 64, 4, 3), (64, 64, 4, 2)),
+        128: _Tiles((64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 2)),
+        256: _Tiles((128, 64, 8, 2), (64, 32, 4, 2), (64, 64, 8, 2)),
     },
     "sm_100": {
         64: _Tiles((128, 64, 4, 3), (128, 64, 4, 3), (64, 128, 8, 3)),
@@ -697,7 +805,7 @@ TILES = {
     },
     "fp32": {
         64: _Tiles((64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
-        256: _Tiles(*[(32, 16, 8, 1)] * 2, (16, 32, 8, 1)),
+        256: _Tiles((32, 16, 8, 1), (32, 16, 8, 1), (16, 32, 8, 1)),
     },
     "interpreted": {256: _Tiles((32, 16, 4, 1), (32, 16, 4, 1), (16, 32, 4, 1))},
 }
@@ -752,11 +860,11 @@ def _common(
     else:
         numbers |= {"inner": 2 * LOG2E * scale / softcap, "cap": softcap * LOG2E}
     constants = {
-        "GROUP": q.shape[1] // k.shape[1],
-        "D": q.shape[2],
-        "DV": v.shape[2],
-        "BLOCK_D": _pad(q.shape[2]),
-        "BLOCK_DV": _pad(v.shape[2]),
+        "GROUP": q.shape[-2] // k.shape[-2],
+        "D": q.shape[-1],
+        "DV": v.shape[-1],
+        "BLOCK_D": _pad(q.shape[-1]),
+        "BLOCK_DV": _pad(v.shape[-1]),
         "CAUSAL": causal,
         "WINDOW": window is not None,
         "SOFTCAP": softcap is not None,
@@ -779,7 +887,10 @@ def _forward(
     window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """q, k, v as the public op takes them. Returns out, and lse as (H, rows): the kernels read it along the rows."""
+    """q, k, v as the public op takes them. Returns out, and the lse (H, rows): the kernels read it along the rows.
+
+    It is in units of log2, as the scores are: the backward pass subtracts the very number that the forward pass had.
+    """
     out, lse = _forward_fake(q, k, v, sinks, cu_seqlens, parents, causal, scale, window, softcap)
     shape = _Shape.of(q, k, cu_seqlens)
     q, k, v = _rows(q), _rows(k), _rows(v)
@@ -861,7 +972,8 @@ def _backward_launch(
         **numbers, **constants, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TMA=tma, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if sinks is not None:  # a sink is a key whose value is 0: ds = -p * delta
-        dsinks = -(torch.exp(sinks.float()[:, None] - lse) * delta).sum(1).to(sinks.dtype)
+        p = torch.exp2(sinks.float()[:, None] * LOG2E - lse)
+        dsinks = -(p * delta).sum(1).to(sinks.dtype)
     return dq, dk, dv, dsinks
 
 
@@ -889,6 +1001,95 @@ def _backward(ctx, dout: Tensor | None, dlse: Tensor | None):
 
 
 _flash = register("flash_attention", _forward, _forward_fake, _save, _backward)
+
+
+PIECES = 32  # of a sequence's cache, at most, and as many of its prefix's
+
+
+def _decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot: Tensor,
+    length: Tensor,
+    prefix_slot: Tensor | None,
+    prefix_length: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    out = q.new_empty(*q.shape[:2], v_cache.shape[-1])
+    if not q.numel():
+        return out
+    (B, H, _), G = q.shape, k_cache.shape[2]
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_cache, v_cache))
+    numbers, constants = _common(q, k, v, None, None, True, scale, window, softcap)
+    interpreted = capability(q) == (0, 0)
+    split = {"PIECES": PIECES, "PIECE": 32 if interpreted else 256, "PREFIX": prefix_slot is not None}
+    shared = {name: constants[name] for name in ("DV", "BLOCK_DV")}
+    pieces = PIECES * (2 if split["PREFIX"] else 1)
+    acc = torch.empty(B, H, pieces, v.shape[-1], device=q.device, dtype=torch.float32)
+    stats = torch.empty(B, H, pieces, 2, device=q.device, dtype=torch.float32)
+    _decode_pieces[pieces, G, B](
+        q, k, v, slot, length, prefix_slot, prefix_length, acc, stats, *q.stride()[:2], *k.stride()[:3], *v.stride()[:3],
+        numbers["window"], numbers["inner"], numbers["cap"], **shared, **split,
+        **{name: constants[name] for name in ("GROUP", "D", "BLOCK_D", "WINDOW", "SOFTCAP", "PRECISION")},
+        BLOCK_H=_pad(H // G), BLOCK_N=16 if interpreted else 32 if q.dtype == torch.float32 else 64,
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
+    _decode_merge[H, B](
+        acc, stats, sinks, out, length, prefix_length, **shared, **split, SINKS=sinks is not None
+    )
+    return out
+
+
+def _decode_fake(
+    q, k_cache, v_cache, slot, length, prefix_slot, prefix_length, scale, window, softcap, sinks
+) -> Tensor:
+    return q.new_empty(*q.shape[:2], v_cache.shape[-1])
+
+
+_decode_op = register("decode_attention", _decode, _decode_fake)
+
+
+def _decode_cpu(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot: Tensor,
+    length: Tensor,
+    prefix_slot: Tensor | None,
+    prefix_length: Tensor | None,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    B = q.shape[0]
+    if not B:
+        return q.new_empty(0, q.shape[1], v_cache.shape[-1])
+    own = torch.arange(int(length.max()))
+    key, value = k_cache[:, : own.numel()], v_cache[:, : own.numel()]
+    if k_cache.shape[0] != B or not torch.equal(slot, torch.arange(B, dtype=slot.dtype)):
+        key, value = (
+            key.index_select(0, slot),
+            value.index_select(0, slot),
+        )  # (B, S, G, D), as dear as the attention
+    if prefix_slot is None or prefix_length is None:
+        visible = own < length[:, None]  # (B, S)
+        if window is not None:
+            visible = visible & (own >= length[:, None] - window)
+    else:
+        before = torch.arange(int(prefix_length.max()))
+        prefix = (cache[:, : before.numel()].index_select(0, prefix_slot) for cache in (k_cache, v_cache))
+        key, value = (torch.cat(pair, 1) for pair in zip(prefix, (key, value), strict=True))
+        visible = torch.cat([before < prefix_length[:, None], own < length[:, None]], 1)
+        if window is not None:
+            first = (prefix_length + length - window)[:, None]  # (B, 1), the first position in sight
+            visible = visible & torch.cat([before >= first, own + prefix_length[:, None] >= first], 1)
+    out, _ = _attend_cpu(q[:, None], key, value, visible[:, None, None, None], scale, softcap, sinks, False)
+    return out[:, 0]
 
 
 # ---- public op
@@ -978,9 +1179,12 @@ def flash_attention(
     if use_triton(q):
         check_dtype("q", q)
         scale = D**-0.5 if scale is None else scale
-        out, lse = _flash(q, k, v, sinks, cu_seqlens, parents, causal, scale, window, softcap)
-        lse = lse.t() if packed else lse.t().unflatten(0, q.shape[:2])  # (total, H) or (B, T, H)
-        return (out, lse) if return_lse else out
+        tables = (None if x is None else x.contiguous() for x in (sinks, cu_seqlens, parents))
+        out, lse = _flash(q, k, v, *tables, causal, scale, window, softcap)
+        if not return_lse:
+            return out
+        lse = lse.t() / LOG2E  # (rows, H)
+        return out, lse if packed else lse.unflatten(0, q.shape[:2])
     if cu_seqlens is not None:
         out, lse = _packed_cpu(
             q, k, v, causal, scale, window, softcap, sinks, cu_seqlens, parents, return_lse
@@ -1019,7 +1223,8 @@ def decode_attention(
     prefix_slot, prefix_length: (B,) each, a second cache row that stands before the first: the prompt of a group,
         cached once. A length of 0 means none.
     scale, window, softcap, sinks: as for flash_attention; the window counts through the prefix.
-    Returns (B, H, Dv). On the CPU the last bits may depend on the longest sequence of the batch: it sets the padding.
+    Returns (B, H, Dv): on a GPU the same bits whatever else is in the batch; on the CPU the last bits may depend on the
+        longest sequence beside it, which sets the padding.
     Raises ValueError for shapes and dtypes other than these.
     """
     if q.dim() != 3 or k_cache.dim() != 4 or v_cache.dim() != 4:
@@ -1035,31 +1240,14 @@ def decode_attention(
         raise ValueError("prefix_slot, prefix_length: expected both or neither")
     check_shape("slot", slot, batch=B)
     check_shape("length", length, batch=B)
-    if use_triton(q):
-        raise NotImplementedError(
-            "decode_attention: not built for CUDA yet; decode_attention_reference runs anywhere"
-        )
-    if not B:
-        return q.new_empty(0, q.shape[1], v_cache.shape[-1])
-    own = torch.arange(int(length.max()))
-    key, value = k_cache[:, : own.numel()], v_cache[:, : own.numel()]
-    if B != slots or not torch.equal(
-        slot, torch.arange(B, dtype=slot.dtype)
-    ):  # a gather takes as long as the attention
-        key, value = key.index_select(0, slot), value.index_select(0, slot)  # (B, S, G, D)
-    if prefix_slot is None or prefix_length is None:
-        visible = own < length[:, None]  # (B, S)
-        if window is not None:
-            visible = visible & (own >= length[:, None] - window)
-    else:
+    if prefix_slot is not None and prefix_length is not None:
         check_shape("prefix_slot", prefix_slot, batch=B)
         check_shape("prefix_length", prefix_length, batch=B)
-        before = torch.arange(int(prefix_length.max()))
-        prefix = k_cache[prefix_slot, : before.numel()], v_cache[prefix_slot, : before.numel()]
-        key, value = torch.cat([prefix[0], key], 1), torch.cat([prefix[1], value], 1)
-        visible = torch.cat([before < prefix_length[:, None], own < length[:, None]], 1)
-        if window is not None:
-            first = (prefix_length + length - window)[:, None]  # (B, 1), the first position in sight
-            visible = visible & torch.cat([before >= first, own + prefix_length[:, None] >= first], 1)
-    out, _ = _attend_cpu(q[:, None], key, value, visible[:, None, None, None], scale, softcap, sinks, False)
-    return out[:, 0]
+    tables = (None if x is None else x.contiguous() for x in (slot, length, prefix_slot, prefix_length))
+    arguments = q, k_cache, v_cache, *tables
+    if use_triton(q):
+        check_dtype("q", q)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        sinks = None if sinks is None else sinks.contiguous()
+        return _decode_op(*arguments, scale, window, softcap, sinks)
+    return _decode_cpu(*arguments, scale, window, softcap, sinks)

@@ -54,13 +54,15 @@ CASES = {
 }  # fmt: skip
 
 
-STRETCH = 9 if torch.cuda.is_available() and not INTERPRET else 1  # compiled tiles are larger: lengths past their edges
+STRETCH = (
+    9 if torch.cuda.is_available() and not INTERPRET else 1
+)  # compiled tiles are larger: lengths past their edges
 
 
 def make(name, dtype=torch.float32, device="cpu"):
     """The tensors and options of a case."""
     shape, S, G, Dv, options = CASES[name]
-    stretch = STRETCH if device == "cuda" else 1
+    stretch = STRETCH if device == "cuda" and name != "one" else 1
     lead = (shape[0] * stretch,) if S is None else (shape[0], S * stretch)
     q_shape = (*lead, *shape[1:]) if S is None else (shape[0], shape[1] * stretch, *shape[2:])
     options = dict(options)
@@ -241,7 +243,9 @@ def test_a_query_that_sees_nothing_is_zero_with_zero_gradients(device):
         draw(1, 2, 1, 16, device=device),
     )
     for op in (flash_attention, flash_attention_reference):
-        out, lse, dq, *_ = grads(op, {"q": q, "k": k, "v": v}, {}, torch.ones_like(q), torch.ones(1, 5, 2))
+        out, lse, dq, *_ = grads(
+            op, {"q": q, "k": k, "v": v}, {}, torch.ones_like(q), torch.ones(1, 5, 2, device=device)
+        )
         assert (out[:, :3] == 0).all() and (lse[:, :3] == -torch.inf).all() and (dq[:, :3] == 0).all()
         assert out[:, 3:].isfinite().all() and (dq[:, 4] != 0).any()
 
@@ -271,21 +275,38 @@ DECODE = {
 }
 
 
-@on_cpu
-@pytest.mark.parametrize("options", DECODE.values(), ids=DECODE)
-def test_decode_matches_reference(options):
+def make_decode(options, dtype=torch.float32, device="cpu"):
     options = dict(options)
-    k, v = draw(6, 20, 2, 8), draw(6, 20, 2, 12)
-    slot, length = torch.tensor([4, 0, 5]), torch.tensor([1, 17, 6])
+    reach = 90 if device == "cuda" else 5  # keys to a unit of length
+    tensors = {"q": draw(3, 4, 8, dtype=dtype, device=device)}
+    tensors |= {
+        f"{x}_cache": draw(6, 20 * reach, 2, D, dtype=dtype, device=device) for x, D in (("k", 8), ("v", 12))
+    }
+    numbers = {"slot": [4, 0, 5], "length": [1, 17 * reach, 6 * reach - 1]}
     if options.pop("prefix", False):
-        options |= {"prefix_slot": torch.tensor([2, 2, 1]), "prefix_length": torch.tensor([9, 9, 0])}
+        numbers |= {"prefix_slot": [2, 2, 1], "prefix_length": [9 * reach, 9 * reach, 0]}
     if options.pop("sinks", False):
-        options["sinks"] = draw(4)
-    q = draw(3, 4, 8)
-    got = decode_attention(q, k, v, slot, length, **options)
-    torch.testing.assert_close(
-        got, decode_attention_reference(q, k, v, slot, length, **options), rtol=1e-5, atol=1e-6
-    )
+        options["sinks"] = draw(4, dtype=dtype, device=device)
+    return tensors | {name: torch.tensor(x, device=device) for name, x in numbers.items()} | options
+
+
+@pytest.mark.parametrize("options", DECODE.values(), ids=DECODE)
+def test_decode_matches_reference(options, device):
+    arguments = make_decode(options, device=device)
+    got, want = decode_attention(**arguments), decode_attention_reference(**arguments)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@compiled_or_interpreted
+def test_decode_gives_the_same_bits_alone(device):
+    arguments = make_decode(DECODE["prefix, window"], torch.float16, device)
+    together = decode_attention(**arguments)
+    for b in range(3):
+        alone = {
+            name: x[b : b + 1] if torch.is_tensor(x) and "cache" not in name else x
+            for name, x in arguments.items()
+        }
+        assert torch.equal(decode_attention(**alone)[0], together[b])
 
 
 REFUSALS = {
