@@ -6,7 +6,7 @@ Reads `tokenizer.json` (the `tokenizers` package), the names of the special toke
 
 The mask of a conversation is exact or it is an error:
 
-    template has {% generation %} marks    the marked text, and the end token right behind it
+    template has {% generation %} marks    the marked text, and the end token right behind it where it has none inside
     template has none                      from where the generation prompt ends to the end-of-turn token, provided that
                                            the template renders the turn in the conversation as it would for generation
 
@@ -89,6 +89,7 @@ class Tokenizer:
         self.stop_ids = frozenset(stop_ids) | ({self.eos_id} if self.eos_id is not None else set())
         self.prefix_ids = [self.bos_id] if self.bos_id is not None and self._adds_bos() else []
         self._added = backend.get_added_tokens_decoder()
+        self._ends = tuple(t.content for i, t in self._added.items() if t.special or i in self.stop_ids)
 
     @classmethod
     def load(cls, folder: Path | str, chat_template: Path | str | None = None) -> "Tokenizer":
@@ -200,19 +201,25 @@ class Tokenizer:
         if not spans:
             wanted = turns[-1:] if last_turn_only else turns
             spans = [self._turn_span(messages, i, text, variables) for i in wanted]
-        elif last_turn_only:
-            spans = spans[-1:]
-        spans = [(start, end) for start, end in spans if start < end]
+        else:
+            wanted = spans[-1:] if last_turn_only else spans
+            spans = [self._with_end(text, span) for span in wanted if span[0] < span[1]]
         pieces = self._encode_pieces(text, sorted({boundary for span in spans for boundary in span}))
         ids = [token for _, piece in pieces for token in piece]
         starts = {start for start, _ in spans}
         mask = [start in starts for start, piece in pieces for _ in piece]
-        for i in range(1, len(ids)):  # marks that stop short of the end token
-            if mask[i - 1] and not mask[i] and ids[i] in self.stop_ids and ids[i - 1] not in self.stop_ids:
-                mask[i] = True
         if not any(mask):
             raise InputError("the assistant's turns are empty: no token to train on")
         return ids, mask
+
+    def _with_end(self, text: str, span: Span) -> Span:
+        """A marked span, and the special token right behind it where the mark stops short of the turn's end."""
+        start, end = span
+        if text[start:end].rstrip().endswith(self._ends):
+            return span
+        return start, end + max(
+            (len(token) for token in self._ends if text.startswith(token, end)), default=0
+        )
 
     def _turn_span(
         self, messages: Sequence[Message], turn: int, text: str, variables: dict[str, Any]
@@ -226,7 +233,7 @@ class Tokenizer:
                 f"{name}: the chat template renders no answer behind its own generation prompt {prompt[-40:]!r}, "
                 f"so the mask cannot be exact; {WAY_OUT}"
             )
-        written = self._continuing.encode(answered[len(prompt) :], add_special_tokens=False)
+        written = self.backend.encode(answered[len(prompt) :], add_special_tokens=False)
         added = self._spelled_out(written, answered, len(prompt))
         stops = [end for i, (_, end) in added if written.ids[i] in self.stop_ids]
         ends = stops[:1] or [end for i, (_, end) in added if self._added[written.ids[i]].special][-1:]

@@ -10,6 +10,7 @@ from burnish.algorithms._data import Example, best_fit, read_rows, rl_prompts, s
 from burnish.model.errors import InputError
 from burnish.model.tokenizer import Tokenizer
 from tokenizers import Tokenizer as Backend
+from tokenizers import pre_tokenizers
 
 USER, ASSISTANT = {"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}
 
@@ -234,6 +235,24 @@ def test_prompt_ids_begin_the_ids_of_the_pair(base):
         assert asked is None or asked.tokens == given
 
 
+def test_a_completion_gets_no_space_of_its_own(base):
+    backend = Backend.from_str(base.backend.to_str())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer = Tokenizer(backend, eos="<|endoftext|>")
+    (example,), _ = sft_examples([{"prompt": "2+2=", "completion": "4"}], tokenizer, max_length=512)
+    assert split(tokenizer, example) == (" 2+2=4<|endoftext|>", "4<|endoftext|>")
+
+
+def test_a_prompt_that_does_not_begin_the_rendered_completion_is_refused(chat):
+    template = (
+        "{% for m in messages %}{{ m.role }}:{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: <think>{% endif %}"
+    )
+    tokenizer = Tokenizer(chat.backend, eos="<|im_end|>", chat_template=template)
+    with pytest.raises(InputError, match="row 1: the chat template's generation prompt does not begin"):
+        sft_examples([{"prompt": [USER], "completion": [ASSISTANT]}], tokenizer, max_length=512)
+
+
 def test_a_conversation_whose_template_rewrites_it_becomes_one_example_a_turn(folder, chat):
     thinking = chat.chat_template.replace(
         "+ message.content", "+ ('<think>' if loop.last and message.role != 'user' else '') + message.content"
@@ -270,6 +289,8 @@ def test_every_row_is_kept_truncated_or_dropped_for_a_stated_reason(base):
     cut = examples[1]
     assert len(cut.tokens) == len(cut.mask) == 20 and cut.mask[-1]
     assert base.eos_id not in cut.tokens and examples[0].tokens[-1] == base.eos_id
+    whole = len(examples[0].tokens)
+    assert sft_examples(rows[:1], base, max_length=whole)[1] == {"rows": 1, "examples": 1}
 
 
 @pytest.mark.parametrize(
@@ -390,6 +411,8 @@ def test_prompts_are_dropped_only_with_a_count(chat):
         "dropped: prompt longer than max_length": 1,
         "dropped: empty prompt": 2,
     }
+    length = len(chat.encode("the License"))
+    assert len(rl_prompts([{"prompt": "the License"}], chat, max_length=length)[0]) == 1
     with pytest.raises(InputError, match="no prompt to sample from: 1 rows, 1 dropped: empty prompt"):
         rl_prompts(rows[2:3], chat, max_length=20)
 
@@ -417,6 +440,8 @@ def test_a_row_without_a_usable_prompt_is_named(chat, rows, message):
 
 def test_best_fit_fills_the_fullest_bin_that_has_room():
     assert best_fit([5, 6, 3, 4, 2], 10) == [[1, 3], [0, 2, 4]]
+    assert best_fit([7, 6, 3, 4], 10) == [[0, 2], [1, 3]]
+    assert best_fit([7, 6, 3], 10) == [[0, 2], [1]]  # into the room of 3, not of 4
     assert best_fit([4, 4, 4], 8) == [[0, 1], [2]]
     assert best_fit([20, 1], 8) == [[0], [1]]  # longer than a bin: one of its own, never split
     assert best_fit([], 8) == []

@@ -250,6 +250,20 @@ def test_without_stop_ids_the_last_special_token_of_the_turn_is_its_end(make):
     assert trained(make(CHATML, eos="<|endoftext|>"), CONVERSATION)[0] == "It is 4.<|im_end|>"
 
 
+def test_the_first_end_token_behind_an_answer_is_its_end(make):
+    ended = CHATML + "{% if not add_generation_prompt %}<|endoftext|>{% endif %}"
+    tokenizer = make(ended, stop_ids=[0])
+    assert trained(tokenizer, CONVERSATION) == ["It is 4.<|im_end|>", "Still 4. 再见 🎉<|im_end|>"]
+
+
+def test_one_end_token_behind_a_mark_is_trained_and_no_second(make):
+    twice = MARKED.replace("<|im_end|>", "<|im_end|><|endoftext|>")
+    assert trained(make(twice, stop_ids=[0]), CONVERSATION)[0] == "It is 4.<|im_end|>"
+    assert trained(make(twice, eos="<|endoftext|>"), CONVERSATION)[0] == "It is 4.<|im_end|>"
+    inside = "{% generation %}4<|im_end|>\n{% endgeneration %}<|endoftext|>"
+    assert trained(make(inside, stop_ids=[0]), TALK[1:2]) == ["4<|im_end|>\n"]
+
+
 def test_marks_are_taken_as_they_are(make):
     inside = MARKED.replace("{% endgeneration %}", "<|im_end|>\n{% endgeneration %}", 1).replace(
         "<|im_end|>\n{% endfor", "{% endfor"
@@ -279,6 +293,11 @@ TALK = [USER, {"role": "assistant", "content": "4"}, USER, {"role": "assistant",
         (REWRITING, TALK, "assistant message 2 of 4: .*differently once other turns follow"),
         (CHATML.replace("assistant\n{% endif %}", "model\n{% endif %}"), TALK, "generation prompt"),
         (CHATML.replace("<|im_end|>", ""), TALK, "no end-of-turn token"),
+        (
+            CHATML.replace("<|im_end|>", ""),
+            [{"role": "assistant", "content": "<|im_start|>x"}],
+            "no end-of-turn token",
+        ),
         (MARKED.replace("m.role == 'assistant'", "loop.last"), TALK, "marks 1 of the 2 assistant turns"),
         (
             MARKED.replace("{{ m.content }}{% endg", "{% endg").replace("<|im_end|>", ""),
