@@ -61,6 +61,7 @@ class Config:
     reward: tuple[str, ...]  # FILE.py:function or package.module:function, one or more
     reward_weights: tuple[float, ...] = ()  # one a reward function; all 1 where none are given
     output: Path = field(default_factory=lambda: new_run_folder("grpo"))  # new folder: metrics, model
+    chat_template: str | None = None  # a jinja file, or plain, in place of the model's own
     steps: int = 200  # rollouts
     prompts_per_step: int = 16  # prompts in one rollout
     group_size: int = 8  # samples of one prompt
@@ -133,7 +134,7 @@ def train(cfg: Config) -> Path:
             f"--reward-weights: expected {len(cfg.reward)}, one a reward function, got {len(weights)}"
         )
     rewards = {name.rpartition(":")[2]: load_reward(name) for name in cfg.reward}
-    tokenizer = Tokenizer.load(cfg.model)
+    tokenizer = Tokenizer.load(cfg.model, cfg.chat_template)
     prompts, counts = rl_prompts(read_rows(cfg.data), tokenizer, max_length=cfg.max_prompt_length)
     report_counts(cfg.data, counts)
     model = load_model(cfg.model, device=cfg.device)

@@ -43,6 +43,7 @@ class Config:
     model: Path  # Hugging Face folder to start from
     data: Path  # rows of messages, prompt and completion, text, Alpaca or ShareGPT: .jsonl, .json or .parquet
     output: Path = field(default_factory=lambda: new_run_folder("sft"))  # new folder: metrics, model
+    chat_template: str | None = None  # a jinja file, or plain, in place of the model's own
     train_on: Literal["completion", "all"] = "completion"  # which tokens of a row are trained
     loss: Literal["nll", "dft"] = "nll"  # dft weighs tokens by their probability
     max_length: int = 1024  # tokens; longer rows are truncated and counted
@@ -75,7 +76,7 @@ LOSSES = {"nll": sft_loss, "dft": dft_loss}
 
 def train(cfg: Config) -> Path:
     """Returns the folder of the trained model."""
-    tokenizer = Tokenizer.load(cfg.model)
+    tokenizer = Tokenizer.load(cfg.model, cfg.chat_template)
     examples, counts = sft_examples(
         read_rows(cfg.data), tokenizer, max_length=cfg.max_length, train_on=cfg.train_on
     )
