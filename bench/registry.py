@@ -51,8 +51,7 @@ class Case:
     activations: tuple[str, ...]  # what is scaled by 30; the other tensors are parameters
     options: dict[str, Any] = field(default_factory=dict)
     fixed: tuple[str, ...] = ()  # float tensors that have no gradient
-    half_at_30: bool = True  # False where products of fp16 activations at scale 30 overflow
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+    half_scales: tuple[float, ...] = (1e-3, 30)  # those at which the eager composition is finite in fp16
     reads_values: bool = False  # the CPU path looks into integer tensors, which a compiled graph cannot
     check: Callable[[Dims], Dims] = dict  # the shape at which a benchmark shape is checked before it is timed
 
@@ -567,6 +566,7 @@ def _norm_case(family: str, **changes: Any) -> Case:
             "bench": _NORM_BENCH,
             "configurations": _WIDTHS,
             "activations": ("x",),
+            "half_scales": (30,),
         }
         | changes
     )
@@ -642,7 +642,7 @@ def _attention_case(family: str, **changes: Any) -> Case:
             "configurations": _ATTENTION_TILES[:1],
             # k stays at 1: both at 30 make scores of thousands, whose last bit in fp32 is all that exp(s - lse) sees
             "activations": ("q", "v"),
-            "half_at_30": False,
+            "half_scales": (1e-3,),
             "check": _fewer_heads,
         }
         | changes
@@ -666,7 +666,7 @@ def _logprob_case(family: str, **changes: Any) -> Case:
             "configurations": (),
             "activations": ("hidden",),
             "fixed": ("temperature",),
-            "half_at_30": False,
+            "half_scales": (1e-3,),
         }
         | changes
     )

@@ -40,8 +40,6 @@ every_shape = pytest.mark.parametrize(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_shape
 def test_accuracy(case: Case, dims: Dims, dtype: torch.dtype, device: str):
-    if dtype not in case.dtypes:
-        pytest.skip(f"{case.name} takes {case.dtypes}")
     assert_accurate(case, make_inputs(case, dims, dtype, device))
 
 
@@ -49,8 +47,8 @@ def test_accuracy(case: Case, dims: Dims, dtype: torch.dtype, device: str):
 @pytest.mark.parametrize("scale", [1e-3, 30])
 @every_case
 def test_accuracy_at_scale(case: Case, scale: float, dtype: torch.dtype, device: str):
-    if dtype not in case.dtypes or (scale == 30 and dtype == torch.float16 and not case.half_at_30):
-        pytest.skip("fp16 products overflow")
+    if dtype == torch.float16 and scale not in case.half_scales:
+        pytest.skip("the eager composition is not finite")
     assert_accurate(case, make_inputs(case, case.shapes[1 % len(case.shapes)], dtype, device, scale))
 
 
