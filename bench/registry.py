@@ -71,7 +71,7 @@ def make_inputs(case: Case, dims: Dims, dtype: torch.dtype, device: str, scale: 
     """Scale 30 is for activations only; 1e-3 is for every tensor that is learned or computed."""
     tensors = case.inputs(dims, dtype, device)
     for name, t in tensors.items():
-        if t is not None and t.is_floating_point() and name not in case.fixed:
+        if t is not None and t.is_floating_point() and (name in case.activations or name not in case.fixed):
             tensors[name] = t * scale if scale < 1 or name in case.activations else t
     return tensors
 
@@ -85,11 +85,11 @@ def run(
     op: Callable[..., Any], case: Case, tensors: Tensors, upstream: list[Tensor] | None = None
 ) -> dict[str, Tensor]:
     """Outputs by number and, given their upstream gradients, the gradient of every leaf by name."""
-    if upstream is None:
+    names = leaves(case, tensors)
+    if upstream is None or not names:
         with torch.no_grad():
             outputs = op(**tensors, **case.options)
         return {f"output {i}": t for i, t in enumerate(_tuple(outputs))}
-    names = leaves(case, tensors)
     wanted = {n: _tensor(tensors, n).detach().requires_grad_() for n in names}
     outputs = _tuple(op(**{**tensors, **wanted}, **case.options))
     upstream = [g.to(t.dtype) for g, t in zip(upstream, outputs, strict=True)]
@@ -438,6 +438,59 @@ def _fewer_heads(dims: Dims) -> Dims:
     )
 
 
+def _decode_eager(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot: Tensor,
+    length: Tensor,
+    *,
+    prefix_slot: Tensor | None = None,
+    prefix_length: Tensor | None = None,
+) -> Tensor:
+    """Gathered caches, masked by length."""
+    repeats = q.shape[1] // k_cache.shape[2]
+    keys, values = k_cache[slot], v_cache[slot]  # (B, S, G, D)
+    place = torch.arange(k_cache.shape[1], device=q.device)
+    seen = place < length[:, None]  # (B, S)
+    if prefix_slot is not None and prefix_length is not None:
+        keys = torch.cat((k_cache[prefix_slot], keys), 1)
+        values = torch.cat((v_cache[prefix_slot], values), 1)
+        seen = torch.cat((place < prefix_length[:, None], seen), 1)
+    keys, values = keys.repeat_interleave(repeats, 2), values.repeat_interleave(repeats, 2)  # (B, S, H, D)
+    s = (q[:, None] * keys).sum(-1) * q.shape[-1] ** -0.5  # (B, S, H)
+    s = s.masked_fill(~seen[..., None], -torch.inf)
+    p = torch.softmax(s, 1, dtype=torch.promote_types(s.dtype, torch.float32)).to(q.dtype)
+    return (p[..., None] * values).sum(1)
+
+
+def _decode_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    """Slots in reverse, one of them free; lengths a little below S."""
+    B, S, D = dims["B"], dims["S"], dims["D"]
+    k, v = (_randn((B + 1, S, dims["G"], D), dtype, device) for _ in range(2))
+    rows = torch.arange(B, device=device)
+    return {
+        "q": _randn((B, dims["H"], D), dtype, device),
+        "k_cache": k,
+        "v_cache": v,
+        "slot": B - rows,
+        "length": S - rows % 3 * (S // 32),
+    }
+
+
+def _decode_prefix_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    """One cached prompt, in the free slot, before every sequence but the first."""
+    tensors = _decode_inputs(dims, dtype, device)
+    rows = torch.arange(dims["B"], device=device)
+    return tensors | {"prefix_slot": 0 * rows, "prefix_length": (rows > 0) * (dims["S"] - 1)}
+
+
+def _decode_work(dims: Dims, size: int) -> tuple[Work, Work]:
+    B, D = dims["B"], dims["D"]
+    moved = 2 * B * (dims["S"] * dims["G"] + dims["H"]) * D * size
+    return Work(4 * B * dims["S"] * dims["H"] * D, moved), Work(0, 0)
+
+
 _ATTENTION_SHAPES = (
     {"B": 1, "T": 1, "S": 1, "H": 1, "G": 1, "D": 1},
     {"B": 2, "T": 33, "S": 33, "H": 2, "G": 1, "D": 17},
@@ -649,6 +702,33 @@ def _attention_case(family: str, **changes: Any) -> Case:
     )
 
 
+def _decode_case(family: str, inputs: Any, **changes: Any) -> Case:
+    return Case(
+        **{
+            "op": "decode_attention",
+            "family": family,
+            "inputs": inputs,
+            "fused": attention.decode_attention,
+            "reference": attention.decode_attention_reference,
+            "eager": _decode_eager,
+            "work": _decode_work,
+            "formula": "reads the cached keys and values: 2BSGD; no backward",
+            "shapes": (
+                {"B": 1, "S": 1, "H": 1, "G": 1, "D": 1},
+                {"B": 3, "S": 67, "H": 2, "G": 1, "D": 17},
+                {"B": 1, "S": 131, "H": 2, "G": 2, "D": 16},
+            ),
+            "empty": ({"B": 0, "S": 5, "H": 2, "G": 1, "D": 8},),
+            "bench": {},
+            "configurations": (),
+            "activations": ("q", "v_cache"),
+            "fixed": ("q", "k_cache", "v_cache"),
+            "reads_values": True,
+        }
+        | changes
+    )
+
+
 def _logprob_case(family: str, **changes: Any) -> Case:
     return Case(
         **{
@@ -715,6 +795,16 @@ CASES: tuple[Case, ...] = (
         bench={"cuda": ({"T": 10240, "P": 2048, "R": 512, "H": 16, "G": 4, "D": 128},)},
         configurations=({"T": 256, "P": 64, "R": 64, "H": 2, "G": 1, "D": 128},),
     ),
+    _decode_case(
+        "own cache",
+        _decode_inputs,
+        bench={
+            "cuda": tuple({"B": b, "S": 4096, "H": 32, "G": 8, "D": 128} for b in (64, 1)),
+            "cpu": ({"B": 4, "S": 512, "H": 8, "G": 2, "D": 64},),
+        },
+        configurations=({"B": 2, "S": 256, "H": 4, "G": 2, "D": 128},),
+    ),
+    _decode_case("shared prefix", _decode_prefix_inputs),
     _logprob_case("dense", bench=_LOGPROB_BENCH, configurations=({"T": 64, "C": 128, "V": 4096},)),
     _logprob_case(
         "target only",
