@@ -22,12 +22,11 @@ def test_names_are_unique():
 def test_bytes_are_each_operand_once(case: Case, dims: Dims):
     """On tensors without storage: forward reads inputs and writes outputs, backward at least rewrites the gradients."""
     tensors = make_inputs(case, dims, torch.bfloat16, "meta")
-    moved = sum(
-        t.nbytes for t in (*tensors.values(), *run(case.reference, case, tensors).values()) if t is not None
-    )
+    op = case.eager if case.reads_values else case.reference
+    moved = sum(t.nbytes for t in (*tensors.values(), *run(op, case, tensors).values()) if t is not None)
     forward, backward = case.work(dims, 2)
     assert forward.bytes == pytest.approx(moved, rel=0.01)
-    assert backward.bytes > sum(
+    assert backward.bytes >= sum(
         t.nbytes for n, t in tensors.items() if n in leaves(case, tensors) and t is not None
     )
 
