@@ -56,6 +56,7 @@ def _positions(cu_seqlens: Tensor, parents: Tensor | None, total: int) -> tuple[
     return segment, position
 
 
+@torch.autocast("cpu", enabled=False)  # fp32 inside, whatever the policy outside
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -274,61 +275,43 @@ def _children(cu_ptr, parents_ptr, segments, segment):
 
 @triton.jit
 def _span(
-    reach,
-    keys,
-    window,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    # The key blocks of BLOCK_M queries, the first of which stands at key `reach`: lo .. hi has every key that one of
-    # them sees, full_lo .. full_hi whole blocks that all see. Returns those and the number of blocks of both kinds.
-    lo, full_lo = 0, 0
-    hi = keys
-    full_hi = keys // BLOCK_N * BLOCK_N
+    reach, keys, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    # the first of the keys that BLOCK_M queries see between them, the first query at key `reach`, and how many blocks
+    first, end = 0, keys
     if CAUSAL:
-        hi = tl.maximum(tl.minimum(keys, reach + BLOCK_M), 0)
-        full_hi = tl.maximum(tl.minimum(keys, reach + 1), 0) // BLOCK_N * BLOCK_N
+        end = tl.minimum(keys, reach + BLOCK_M)
     if WINDOW:
-        lo = tl.maximum(reach - window + 1, 0) // BLOCK_N * BLOCK_N
-        full_lo = tl.cdiv(tl.maximum(reach + BLOCK_M - window, 0), BLOCK_N) * BLOCK_N
-        some = full_hi > full_lo
-        full_lo = tl.where(some, full_lo, lo)
-        full_hi = tl.where(some, full_hi, lo)
-    full = (full_hi - full_lo) // BLOCK_N
-    partial = tl.cdiv(tl.maximum(hi - lo - (full_hi - full_lo), 0), BLOCK_N)
-    return lo, full_lo, full_hi, full, partial
+        first = tl.maximum(reach - window + 1, 0) // BLOCK_N * BLOCK_N
+    return first, tl.cdiv(tl.maximum(end - first, 0), BLOCK_N)
 
 
 @triton.jit
-def _block(
-    step, lo, full_lo, full_hi, start, keys, reach,
-    parent_lo, parent_full_lo, parent_full_hi, parent_blocks, parent_start, parent_keys, parent_reach,
-    PARENTS: tl.constexpr, PARTIAL: tl.constexpr, BLOCK_N: tl.constexpr,
+def _masked(
+    qk, i, j, keys, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    # one flat loop over the parent's blocks, then the own ones: step to (first key, its row, keys there, reach there)
-    if PARENTS:
-        own = step >= parent_blocks
-        step = tl.where(own, step - parent_blocks, step)
-        lo = tl.where(own, lo, parent_lo)
-        full_lo = tl.where(own, full_lo, parent_full_lo)
-        full_hi = tl.where(own, full_hi, parent_full_hi)
-        start = tl.where(own, start, parent_start)
-        keys = tl.where(own, keys, parent_keys)
-        reach = tl.where(own, reach, parent_reach)
-    if PARTIAL:
-        key = lo + step * BLOCK_N
-        key += tl.where(key >= full_lo, full_hi - full_lo, 0)
-    else:
-        key = full_lo + step * BLOCK_N
-    return key, start + key, keys, reach
+    # Scores [BLOCK_M, BLOCK_N] of the queries from i on and the keys from j on, -inf where not seen. Most blocks are
+    # seen whole: a branch round the mask costs less than a second loop, which would fill its pipeline again.
+    partly = j + BLOCK_N > keys
+    if CAUSAL:
+        partly |= j + BLOCK_N > i + 1
+    if WINDOW:
+        partly |= j + window < i + BLOCK_M
+    if partly:
+        queries, columns = (i + tl.arange(0, BLOCK_M))[:, None], (j + tl.arange(0, BLOCK_N))[None, :]
+        seen = columns < keys
+        if CAUSAL:
+            seen &= columns <= queries
+        if WINDOW:
+            seen &= columns > queries - window
+        qk = tl.where(seen, qk, float("-inf"))
+    return qk
 
 
 @triton.jit
 def _tile(
     x, head, row, left, stride_t, stride_h,
-    ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr, BOUNDED: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     # [ROWS, BLOCK_D] of one head, from `row` on; `left` rows are there (a descriptor reads on into the next segment)
     if TMA:
@@ -337,25 +320,11 @@ def _tile(
         r, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
         pointers = x + tl.cast(row, tl.int64) * stride_t + tl.cast(head, tl.int64) * stride_h
         pointers += r[:, None] * stride_t + d[None, :]
-        if BOUNDED and D < BLOCK_D:
-            tile = tl.load(pointers, (r[:, None] < left) & (d[None, :] < D), other=0.0)
-        elif BOUNDED:
-            tile = tl.load(pointers, r[:, None] < left, other=0.0)
-        elif D < BLOCK_D:
-            tile = tl.load(pointers, d[None, :] < D, other=0.0)
-        else:
-            tile = tl.load(pointers)
+        mask = r[:, None] < left
+        if D < BLOCK_D:
+            mask &= d[None, :] < D
+        tile = tl.load(pointers, mask, other=0.0)
     return tile
-
-
-@triton.jit
-def _sees(query, key, keys, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    mask = key < keys
-    if CAUSAL:
-        mask &= key <= query
-    if WINDOW:
-        mask &= key > query - window
-    return mask
 
 
 @triton.jit
@@ -390,7 +359,7 @@ def _flash_fwd(
     if m0 >= queries:
         return
     local = tl.arange(0, BLOCK_M)
-    query = _tile(q, head, q_start + m0, queries - m0, stride_qt, stride_qh, BLOCK_M, D, BLOCK_D, TMA, True)
+    query = _tile(q, head, q_start + m0, queries - m0, stride_qt, stride_qh, BLOCK_M, D, BLOCK_D, TMA)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if SINKS:
         sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
@@ -399,63 +368,44 @@ def _flash_fwd(
     else:
         m = tl.full([BLOCK_M], -1.0e30, tl.float32)
         norm = tl.zeros([BLOCK_M], tl.float32)
-    lo, full_lo, full_hi, full, partial = _span(reach, keys, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
-    p_reach = m0 + parent_keys
-    p_lo, p_full_lo, p_full_hi, p_full, p_partial = 0, 0, 0, 0, 0
+    first, blocks = _span(reach, keys, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
+    parent_first, parent_blocks, parent_reach = 0, 0, m0 + parent_keys
     if PARENTS:
-        p_lo, p_full_lo, p_full_hi, p_full, p_partial = _span(
-            p_reach, parent_keys, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
+        parent_first, parent_blocks = _span(
+            parent_reach, parent_keys, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
         )
-    for step in tl.range(0, p_full + full):
-        _, row, _, _ = _block(
-            step, lo, full_lo, full_hi, k_start, keys, reach,
-            p_lo, p_full_lo, p_full_hi, p_full, parent_start, parent_keys, p_reach, PARENTS, False, BLOCK_N,
-        )  # fmt: skip
-        key = _tile(k, key_head, row, BLOCK_N, stride_kt, stride_kh, BLOCK_N, D, BLOCK_D, TMA, False)
+    for step in tl.range(0, parent_blocks + blocks):
+        j, row, j_end, i = first + step * BLOCK_N, k_start, keys, reach
+        if PARENTS:  # one flat loop over the parent's blocks, then the own ones
+            own = step >= parent_blocks
+            j = tl.where(own, j - parent_blocks * BLOCK_N, parent_first + step * BLOCK_N)
+            row, j_end = tl.where(own, k_start, parent_start), tl.where(own, keys, parent_keys)
+            i = tl.where(own, reach, parent_reach)
+        row += j
+        key = _tile(k, key_head, row, j_end - j, stride_kt, stride_kh, BLOCK_N, D, BLOCK_D, TMA)
         qk = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if SOFTCAP:
             qk = _capped(qk, inner, cap)
-            m_new = tl.maximum(m, tl.max(qk, 1))
-            p = tl.exp2(qk - m_new[:, None])
-        else:
-            m_new = tl.maximum(m, tl.max(qk, 1) * inner)
-            p = tl.exp2(qk * inner - m_new[:, None])
+        qk = _masked(qk, i, j, j_end, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
+        scaled = 1.0 if SOFTCAP else inner  # into the exponent's fused multiply-add
+        m_new = tl.maximum(m, tl.max(qk, 1) * scaled)
+        p = tl.exp2(qk * scaled - m_new[:, None])
         alpha = tl.exp2(m - m_new)
         norm = norm * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
-        value = _tile(v, key_head, row, BLOCK_N, stride_vt, stride_vh, BLOCK_N, DV, BLOCK_DV, TMA, False)
-        acc = tl.dot(p.to(value.dtype), value, acc, input_precision=PRECISION)
-        m = m_new
-    for step in tl.range(0, p_partial + partial):
-        j, row, j_end, i = _block(
-            step, lo, full_lo, full_hi, k_start, keys, reach,
-            p_lo, p_full_lo, p_full_hi, p_partial, parent_start, parent_keys, p_reach, PARENTS, True, BLOCK_N,
-        )  # fmt: skip
-        key = _tile(k, key_head, row, j_end - j, stride_kt, stride_kh, BLOCK_N, D, BLOCK_D, TMA, True)
-        qk = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-        qk = _capped(qk, inner, cap) if SOFTCAP else qk * inner
-        columns = j + tl.arange(0, BLOCK_N)
-        qk = tl.where(
-            _sees((i + local)[:, None], columns[None, :], j_end, window, CAUSAL, WINDOW), qk, float("-inf")
-        )
-        m_new = tl.maximum(m, tl.max(qk, 1))
-        p = tl.exp2(qk - m_new[:, None])
-        alpha = tl.exp2(m - m_new)
-        norm = norm * alpha + tl.sum(p, 1)
-        acc = acc * alpha[:, None]
-        value = _tile(v, key_head, row, j_end - j, stride_vt, stride_vh, BLOCK_N, DV, BLOCK_DV, TMA, True)
+        value = _tile(v, key_head, row, j_end - j, stride_vt, stride_vh, BLOCK_N, DV, BLOCK_DV, TMA)
         acc = tl.dot(p.to(value.dtype), value, acc, input_precision=PRECISION)
         m = m_new
     seen = norm > 0
     norm = tl.where(seen, norm, 1.0)
     lse = tl.where(seen, m + tl.log2(norm), float("-inf"))
     inside = m0 + local < queries
-    first = tl.cast(q_start + m0, tl.int64)
-    tl.store(lse_ptr + tl.cast(head, tl.int64) * rows + first + local, lse, inside)
+    base = tl.cast(q_start + m0, tl.int64)
+    tl.store(lse_ptr + tl.cast(head, tl.int64) * rows + base + local, lse, inside)
     d = tl.arange(0, BLOCK_DV)
     pointers = (
         out_ptr
-        + (first * tl.num_programs(1) + head) * DV
+        + (base * tl.num_programs(1) + head) * DV
         + local[:, None] * (tl.num_programs(1) * DV)
         + d[None, :]
     )
@@ -471,9 +421,22 @@ def _lse(lse_ptr, at, mask):
     return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
+@triton.jit
+def _dots(x_ptr, stride_x, y_ptr, stride_y, left, ROWS: tl.constexpr, D: tl.constexpr):
+    # row by row, sum(x * y), a few columns at a time: registers are short
+    r = tl.arange(0, ROWS)[:, None]
+    total = tl.zeros([ROWS], tl.float32)
+    for column in tl.range(0, D, 32):
+        d = column + tl.arange(0, 32)[None, :]
+        mask = (r < left) & (d < D)
+        x = tl.load(x_ptr + r * stride_x + d, mask, other=0.0).to(tl.float32)
+        total += tl.sum(x * tl.load(y_ptr + r * stride_y + d, mask, other=0.0).to(tl.float32), 1)
+    return total
+
+
 @triton.jit(do_not_specialize=RAGGED)
 def _flash_dq(
-    q, k, v, dout, out_ptr, lse_ptr, dlse_ptr, dq_ptr, delta_ptr, cu_ptr, parents_ptr,
+    q, k, v, dout, dout_ptr, out_ptr, lse_ptr, dlse_ptr, dq_ptr, delta_ptr, cu_ptr, parents_ptr,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dt, stride_dh,
     T, S, rows, segments, window, scale, inner, cap,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -497,52 +460,39 @@ def _flash_dq(
         return
     local = tl.arange(0, BLOCK_M)
     inside = m0 + local < queries
-    first = tl.cast(q_start + m0, tl.int64)
-    query = _tile(q, head, q_start + m0, queries - m0, stride_qt, stride_qh, BLOCK_M, D, BLOCK_D, TMA, True)
-    do = _tile(dout, head, q_start + m0, queries - m0, stride_dt, stride_dh, BLOCK_M, DV, BLOCK_DV, TMA, True)
+    base = tl.cast(q_start + m0, tl.int64)
+    query = _tile(q, head, q_start + m0, queries - m0, stride_qt, stride_qh, BLOCK_M, D, BLOCK_D, TMA)
+    do = _tile(dout, head, q_start + m0, queries - m0, stride_dt, stride_dh, BLOCK_M, DV, BLOCK_DV, TMA)
     heads = tl.num_programs(1)
-    out = _tile(out_ptr, head, q_start + m0, queries - m0, heads * DV, DV, BLOCK_M, DV, BLOCK_DV, False, True)
-    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-    at = tl.cast(head, tl.int64) * rows + first + local
+    delta = _dots(
+        out_ptr + (base * heads + head) * DV, heads * DV,
+        dout_ptr + base * stride_dt + tl.cast(head, tl.int64) * stride_dh, stride_dt, queries - m0, BLOCK_M, DV,
+    )  # fmt: skip
+    at = tl.cast(head, tl.int64) * rows + base + local
     if DLSE:
         delta -= tl.load(dlse_ptr + at, inside, other=0.0) * 1.4426950408889634
     tl.store(delta_ptr + at, delta, inside)
     lse = _lse(lse_ptr, at, inside)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    lo, full_lo, full_hi, full, partial = _span(reach, keys, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
-    p_reach = m0 + parent_keys
-    p_lo, p_full_lo, p_full_hi, p_full, p_partial = 0, 0, 0, 0, 0
+    first, blocks = _span(reach, keys, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
+    parent_first, parent_blocks, parent_reach = 0, 0, m0 + parent_keys
     if PARENTS:
-        p_lo, p_full_lo, p_full_hi, p_full, p_partial = _span(
-            p_reach, parent_keys, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
+        parent_first, parent_blocks = _span(
+            parent_reach, parent_keys, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
         )
-    for step in tl.range(0, p_full + full):
-        _, row, _, _ = _block(
-            step, lo, full_lo, full_hi, k_start, keys, reach,
-            p_lo, p_full_lo, p_full_hi, p_full, parent_start, parent_keys, p_reach, PARENTS, False, BLOCK_N,
-        )  # fmt: skip
-        key = _tile(k, key_head, row, BLOCK_N, stride_kt, stride_kh, BLOCK_N, D, BLOCK_D, TMA, False)
-        value = _tile(v, key_head, row, BLOCK_N, stride_vt, stride_vh, BLOCK_N, DV, BLOCK_DV, TMA, False)
+    for step in tl.range(0, parent_blocks + blocks):
+        j, row, j_end, i = first + step * BLOCK_N, k_start, keys, reach
+        if PARENTS:  # one flat loop over the parent's blocks, then the own ones
+            own = step >= parent_blocks
+            j = tl.where(own, j - parent_blocks * BLOCK_N, parent_first + step * BLOCK_N)
+            row, j_end = tl.where(own, k_start, parent_start), tl.where(own, keys, parent_keys)
+            i = tl.where(own, reach, parent_reach)
+        row += j
+        key = _tile(k, key_head, row, j_end - j, stride_kt, stride_kh, BLOCK_N, D, BLOCK_D, TMA)
+        value = _tile(v, key_head, row, j_end - j, stride_vt, stride_vh, BLOCK_N, DV, BLOCK_DV, TMA)
         qk = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         s = _capped(qk, inner, cap) if SOFTCAP else qk * inner
-        p = tl.exp2(s - lse[:, None])
-        dp = tl.dot(do, tl.trans(value), input_precision=PRECISION)
-        ds = p * (dp - delta[:, None])
-        if SOFTCAP:
-            ds *= 1 - (s / cap) * (s / cap)
-        dq = tl.dot(ds.to(key.dtype), key, dq, input_precision=PRECISION)
-    for step in tl.range(0, p_partial + partial):
-        j, row, j_end, i = _block(
-            step, lo, full_lo, full_hi, k_start, keys, reach,
-            p_lo, p_full_lo, p_full_hi, p_partial, parent_start, parent_keys, p_reach, PARENTS, True, BLOCK_N,
-        )  # fmt: skip
-        key = _tile(k, key_head, row, j_end - j, stride_kt, stride_kh, BLOCK_N, D, BLOCK_D, TMA, True)
-        value = _tile(v, key_head, row, j_end - j, stride_vt, stride_vh, BLOCK_N, DV, BLOCK_DV, TMA, True)
-        qk = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-        s = _capped(qk, inner, cap) if SOFTCAP else qk * inner
-        columns = j + tl.arange(0, BLOCK_N)
-        mask = _sees((i + local)[:, None], columns[None, :], j_end, window, CAUSAL, WINDOW)
-        p = tl.where(mask, tl.exp2(s - lse[:, None]), 0.0)
+        p = tl.exp2(_masked(s, i, j, j_end, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N) - lse[:, None])
         dp = tl.dot(do, tl.trans(value), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
         if SOFTCAP:
@@ -551,7 +501,7 @@ def _flash_dq(
     d = tl.arange(0, BLOCK_D)
     pointers = (
         dq_ptr
-        + (first * tl.num_programs(1) + head) * D
+        + (base * tl.num_programs(1) + head) * D
         + local[:, None] * (tl.num_programs(1) * D)
         + d[None, :]
     )
@@ -583,10 +533,8 @@ def _flash_dkdv(
     if n0 >= keys:
         return
     local = tl.arange(0, BLOCK_N)
-    key = _tile(k, key_head, k_start + n0, keys - n0, stride_kt, stride_kh, BLOCK_N, D, BLOCK_D, False, True)
-    value = _tile(
-        v, key_head, k_start + n0, keys - n0, stride_vt, stride_vh, BLOCK_N, DV, BLOCK_DV, False, True
-    )
+    key = _tile(k, key_head, k_start + n0, keys - n0, stride_kt, stride_kh, BLOCK_N, D, BLOCK_D, False)
+    value = _tile(v, key_head, k_start + n0, keys - n0, stride_vt, stride_vh, BLOCK_N, DV, BLOCK_DV, False)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     lo, hi = 0, queries
@@ -608,10 +556,10 @@ def _flash_dkdv(
             row = tl.where(child, child_row, row)
             left = tl.where(child, child_end - child_row, left)
         i = tl.arange(0, BLOCK_M)
-        query = _tile(q, head, row, left, stride_qt, stride_qh, BLOCK_M, D, BLOCK_D, TMA, True)
-        do = _tile(dout, head, row, left, stride_dt, stride_dh, BLOCK_M, DV, BLOCK_DV, TMA, True)
+        query = _tile(q, head, row, left, stride_qt, stride_qh, BLOCK_M, D, BLOCK_D, TMA)
+        do = _tile(dout, head, row, left, stride_dt, stride_dh, BLOCK_M, DV, BLOCK_DV, TMA)
         at = tl.cast(head, tl.int64) * rows + row + i
-        lse, delta = _lse(lse_ptr, at, i < left), tl.load(delta_ptr + at, i < left, other=0.0)
+        lse = _lse(lse_ptr, at, i < left)
         qk = tl.dot(key, tl.trans(query), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         s = _capped(qk, inner, cap) if SOFTCAP else qk * inner
         p = tl.exp2(s - lse[None, :])
@@ -632,17 +580,18 @@ def _flash_dkdv(
                 p = tl.where((n0 + local)[:, None] <= (position + i)[None, :], p, 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(value, tl.trans(do), input_precision=PRECISION)
+        delta = tl.load(delta_ptr + at, i < left, other=0.0)  # late: a thread holds it for many columns
         ds = p * (dp - delta[None, :])
         if SOFTCAP:
             ds *= 1 - (s / cap) * (s / cap)
         dk = tl.dot(ds.to(query.dtype), query, dk, input_precision=PRECISION)
     inside = (n0 + local < keys)[:, None]
     heads = tl.num_programs(1)
-    first = tl.cast(k_start + n0, tl.int64) * heads + key_head
+    base = tl.cast(k_start + n0, tl.int64) * heads + key_head
     d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    pointers = dk_ptr + first * D + local[:, None] * (heads * D) + d[None, :]
+    pointers = dk_ptr + base * D + local[:, None] * (heads * D) + d[None, :]
     tl.store(pointers, (dk * scale).to(dk_ptr.dtype.element_ty), inside & (d[None, :] < D))
-    pointers = dv_ptr + first * DV + local[:, None] * (heads * DV) + e[None, :]
+    pointers = dv_ptr + base * DV + local[:, None] * (heads * DV) + e[None, :]
     tl.store(pointers, dv.to(dv_ptr.dtype.element_ty), inside & (e[None, :] < DV))
 
 
@@ -794,9 +743,9 @@ TILES = {
     # Measured on an H100. Two blocks of one warpgroup on each multiprocessor beat one block of two: one computes
     # exponentials while the other multiplies.
     "sm_90": {
-        64: _Tiles((64, 64, 4, 3), (128, 64, 4, 3), (64, 64, 4, 2)),
+        64: _Tiles((64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 4, 2)),
         128: _Tiles((64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 2)),
-        256: _Tiles((128, 64, 8, 2), (64, 32, 4, 2), (64, 64, 8, 2)),
+        256: _Tiles((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2)),
     },
     "sm_100": {
         64: _Tiles((128, 64, 4, 3), (128, 64, 4, 3), (64, 128, 8, 3)),
@@ -959,7 +908,7 @@ def _backward_launch(
         _described(x, block) for x, block in ((q, BLOCK_M), (k, BLOCK_N), (v, BLOCK_N), (dout, BLOCK_M))
     )
     _flash_dq[shape.blocks(BLOCK_M, shape.T), H, shape.B](
-        *(described if tma else (q, k, v, dout)), out, lse, dlse, dq, delta, cu_seqlens, parents, *strides,
+        *(described if tma else (q, k, v, dout)), dout, out, lse, dlse, dq, delta, cu_seqlens, parents, *strides,
         **numbers, **constants, DLSE=dlse is not None, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TMA=tma, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     BLOCK_M, BLOCK_N, warps, stages = tiles.dkdv
