@@ -692,7 +692,7 @@ def _attention_case(family: str, **changes: Any) -> Case:
             "shapes": _ATTENTION_SHAPES,
             "empty": ({"B": 0, "T": 3, "H": 2, "G": 1, "D": 8}, {"B": 1, "T": 0, "H": 2, "G": 1, "D": 8}),
             "bench": {},
-            "configurations": _ATTENTION_TILES[:1],
+            "configurations": (),
             # k stays at 1: both at 30 make scores of thousands, whose last bit in fp32 is all that exp(s - lse) sees
             "activations": ("q", "v"),
             "half_scales": (1e-3,),
@@ -785,6 +785,7 @@ CASES: tuple[Case, ...] = (
         shapes=(_PACKED,),
         empty=(),
         options={"return_lse": True},
+        configurations=({"T": 256, "H": 2, "G": 1, "D": 128},),
     ),
     _attention_case(
         "shared prompt",

@@ -25,7 +25,7 @@ def test_bytes_are_each_operand_once(case: Case, dims: Dims):
     op = case.eager if case.reads_values else case.reference
     moved = sum(t.nbytes for t in (*tensors.values(), *run(op, case, tensors).values()) if t is not None)
     forward, backward = case.work(dims, 2)
-    assert forward.bytes == pytest.approx(moved, rel=0.01)
+    assert forward.bytes == pytest.approx(moved, rel=0.02)
     assert backward.bytes >= sum(
         t.nbytes for n, t in tensors.items() if n in leaves(case, tensors) and t is not None
     )
