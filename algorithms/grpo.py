@@ -65,6 +65,7 @@ class Config:
     steps: int = 200  # rollouts
     prompts_per_step: int = 16  # prompts in one rollout
     group_size: int = 8  # samples of one prompt
+    prompt_column: str | None = None  # the column that holds the prompt, where its name does not say so
     max_prompt_length: int = 1024  # tokens; longer prompts are dropped and counted
     max_new_tokens: int = 256  # cap on a completion's length
     temperature: float = 1.0  # of sampling, and of scoring
@@ -135,7 +136,9 @@ def train(cfg: Config) -> Path:
         )
     rewards = {name.rpartition(":")[2]: load_reward(name) for name in cfg.reward}
     tokenizer = Tokenizer.load(cfg.model, cfg.chat_template)
-    prompts, counts = rl_prompts(read_rows(cfg.data), tokenizer, max_length=cfg.max_prompt_length)
+    prompts, counts = rl_prompts(
+        read_rows(cfg.data), tokenizer, max_length=cfg.max_prompt_length, prompt_column=cfg.prompt_column
+    )
     report_counts(cfg.data, counts)
     model = load_model(cfg.model, device=cfg.device)
     model.checkpoint_activations = cfg.checkpoint_activations

