@@ -37,6 +37,19 @@ test-slow: $(READY) ## every feature combination, every compilation, learning ru
 	$(BIN)/pytest -n 2 --dist worksteal -m slow
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal -m slow tests/kernels
 
+static: $(READY) ## compile every kernel for sm_80, sm_90, sm_100 and gfx942, and say what got worse
+	$(BIN)/python -m burnish.bench.static --all --check
+
+bench: $(READY) ## time every op beside eager torch on this machine
+	$(BIN)/python -m burnish.bench
+
+gpu: $(READY) ## on a machine with a GPU: the compiled tests, then the benchmark with its peers, kept in bench/results
+	$(BIN)/pytest tests/kernels tests/model tests/algorithms
+	$(BIN)/python -m burnish.bench --peers --json
+
+docs: $(READY) ## write the generated tables of README.md and docs/ anew
+	$(BIN)/python -m burnish.bench.report
+
 lint: $(READY) ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
