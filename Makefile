@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-export OMP_NUM_THREADS ?= 1
+test test-slow: export OMP_NUM_THREADS = 1
 
 .PHONY: help demo chat test test-slow lint format bench static gpu docs clean
 .DEFAULT_GOAL := help
