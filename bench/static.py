@@ -162,7 +162,8 @@ def selection(ops: list[str], everything: bool) -> list[Job]:
 def _read(compiled: Any, chip: str) -> Build:
     function, meta = compiled.src.fn, compiled.metadata
     constants = {function.params[path[0]].name: value for path, value in compiled.src.constants.items()}
-    tile = [f"{p.name}={constants[p.name]}" for p in function.params if p.is_constexpr]
+    named = [(p.name, constants[p.name]) for p in function.params if p.is_constexpr]
+    tile = [name if value is True else f"{name}={value}" for name, value in named if value is not False]
     tile += [f"warps={meta.num_warps}", f"stages={meta.num_stages}"]
     figures = _read_amd(compiled) if chip == "gfx942" else _read_nvidia(compiled.asm["cubin"])
     shared = meta.shared
