@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._launch import capability, check_dtype, check_shape, register, use_triton
+from ._launch import capability, cdiv, check_dtype, check_shape, next_power_of_2, register, use_triton
 
 # ---- reference
 
@@ -191,6 +191,8 @@ def _packed_cpu(
     """
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()  # (segments,)
     total, segments = q.shape[0], lengths.numel()
+    if cu_seqlens[-1] != total:
+        raise ValueError(f"cu_seqlens: expected to end at total={total}, got {int(cu_seqlens[-1])}")
     child = torch.zeros(segments, dtype=torch.bool) if parents is None else parents >= 0
     roots = segments - int(child.sum())
     P, C = (int(F.pad(lengths[which], (1, 0)).max()) for which in (~child, child))  # the longest of each
@@ -721,7 +723,7 @@ class _Shape:
 
     def blocks(self, block: int, length: int) -> int:
         """The first dimension of a grid, `block` queries or keys to a program."""
-        return triton.cdiv(length, block) if self.total is None else self.total // block + self.segments
+        return cdiv(length, block) if self.total is None else self.total // block + self.segments
 
 
 @dataclass(frozen=True)
@@ -774,7 +776,7 @@ def _tiles(q: Tensor, width: int) -> tuple[_Tiles, bool]:
 
 
 def _pad(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+    return max(16, next_power_of_2(width))
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -794,34 +796,40 @@ def _describable(*tensors: Tensor) -> bool:
 
 
 def _described(x: Tensor, block: int) -> TensorDescriptor:
+    """Tiles of `block` rows of one head of x (rows, H, D); columns past D read as 0."""
     rows, heads, width = x.shape
     strides = [x.stride(1), x.stride(0), 1]
     return TensorDescriptor(x, [heads, rows, width], strides, [1, block, _pad(width)])
 
 
-def _common(
-    q, k, v, cu_seqlens, parents, causal, scale, window, softcap
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments that all kernels share: numbers, then constants. q, k, v are (rows, heads, width)."""
-    numbers = {"rows": q.shape[0], "window": window or 0}
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()[:2]]
+
+
+def _common(q, k, v, shape, packed, parents, causal, scale, window, softcap) -> dict[str, Any]:
+    """What every kernel is told besides its tensors. q, k, v are (rows, heads, width)."""
     if softcap is None:
-        numbers |= {"inner": scale * LOG2E, "cap": 1.0}
+        numbers = {"inner": scale * LOG2E, "cap": 1.0}
     else:
-        numbers |= {"inner": 2 * LOG2E * scale / softcap, "cap": softcap * LOG2E}
-    constants = {
-        "GROUP": q.shape[-2] // k.shape[-2],
-        "D": q.shape[-1],
-        "DV": v.shape[-1],
-        "BLOCK_D": _pad(q.shape[-1]),
-        "BLOCK_DV": _pad(v.shape[-1]),
+        numbers = {"inner": 2 * LOG2E * scale / softcap, "cap": softcap * LOG2E}
+    return numbers | {
+        "T": shape.T,
+        "S": shape.S,
+        "rows": q.shape[0],
+        "segments": shape.segments,
+        "window": window or 0,
+        "GROUP": q.shape[1] // k.shape[1],
+        "D": q.shape[2],
+        "DV": v.shape[2],
+        "BLOCK_D": _pad(q.shape[2]),
+        "BLOCK_DV": _pad(v.shape[2]),
         "CAUSAL": causal,
         "WINDOW": window is not None,
         "SOFTCAP": softcap is not None,
-        "PACKED": cu_seqlens is not None,
-        "PARENTS": parents is not None,
+        "PACKED": packed,
+        "PARENTS": parents,
         "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
     }
-    return numbers, constants
 
 
 def _forward(
@@ -843,15 +851,15 @@ def _forward(
     out, lse = _forward_fake(q, k, v, sinks, cu_seqlens, parents, causal, scale, window, softcap)
     shape = _Shape.of(q, k, cu_seqlens)
     q, k, v = _rows(q), _rows(k), _rows(v)
-    tiles, tma = _tiles(q, max(_pad(q.shape[2]), _pad(v.shape[2])))
-    BLOCK_M, BLOCK_N, warps, stages = tiles.fwd
+    tables = cu_seqlens, parents
+    common = _common(q, k, v, shape, *(x is not None for x in tables), causal, scale, window, softcap)
+    tiles, tma = _tiles(q, max(common["BLOCK_D"], common["BLOCK_DV"]))
+    M, N, warps, stages = tiles.fwd
     tma = tma and _describable(q, k, v)
-    numbers, constants = _common(q, k, v, cu_seqlens, parents, causal, scale, window, softcap)
-    _flash_fwd[shape.blocks(BLOCK_M, shape.T), q.shape[1], shape.B](
-        *((_described(q, BLOCK_M), _described(k, BLOCK_N), _described(v, BLOCK_N)) if tma else (q, k, v)),
-        out, lse, sinks, cu_seqlens, parents, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], shape.T, shape.S, segments=shape.segments,
-        **numbers, **constants, SINKS=sinks is not None,
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TMA=tma, num_warps=warps, num_stages=stages,
+    _flash_fwd[shape.blocks(M, shape.T), q.shape[1], shape.B](
+        *((_described(q, M), _described(k, N), _described(v, N)) if tma else (q, k, v)),
+        out, lse, sinks, *tables, *_strides(q, k, v), **common, SINKS=sinks is not None,
+        BLOCK_M=M, BLOCK_N=N, TMA=tma, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, lse
 
@@ -886,39 +894,28 @@ def _backward_launch(
     )
     shape = _Shape.of(q, k, cu_seqlens)
     q, k, v, dout = _rows(q), _rows(k), _rows(v), _rows(dout)
-    (rows, H, _), G = q.shape, k.shape[1]
-    tiles, tma = _tiles(q, max(_pad(q.shape[2]), _pad(v.shape[2])))
+    tables = cu_seqlens, parents
+    common = _common(q, k, v, shape, *(x is not None for x in tables), causal, scale, window, softcap)
+    common["scale"] = scale
+    tiles, tma = _tiles(q, max(common["BLOCK_D"], common["BLOCK_DV"]))
     tma = tma and _describable(q, k, v, dout)
-    numbers, constants = _common(q, k, v, cu_seqlens, parents, causal, scale, window, softcap)
-    numbers |= {"segments": shape.segments, "scale": scale}
-    strides = (
-        *q.stride()[:2],
-        *k.stride()[:2],
-        *v.stride()[:2],
-        dout.stride(0),
-        dout.stride(1),
-        shape.T,
-        shape.S,
-    )
-
+    strides = _strides(q, k, v, dout)
     delta = torch.empty_like(lse)
     dlse = None if dlse is None else dlse.contiguous()
-    BLOCK_M, BLOCK_N, warps, stages = tiles.dq
-    described = (
-        _described(x, block) for x, block in ((q, BLOCK_M), (k, BLOCK_N), (v, BLOCK_N), (dout, BLOCK_M))
-    )
-    _flash_dq[shape.blocks(BLOCK_M, shape.T), H, shape.B](
-        *(described if tma else (q, k, v, dout)), dout, out, lse, dlse, dq, delta, cu_seqlens, parents, *strides,
-        **numbers, **constants, DLSE=dlse is not None, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TMA=tma, num_warps=warps, num_stages=stages,
+    M, N, warps, stages = tiles.dq
+    _flash_dq[shape.blocks(M, shape.T), q.shape[1], shape.B](
+        *((_described(q, M), _described(k, N), _described(v, N), _described(dout, M)) if tma else (q, k, v, dout)),
+        dout, out, lse, dlse, dq, delta, *tables, *strides, **common,
+        DLSE=dlse is not None, BLOCK_M=M, BLOCK_N=N, TMA=tma, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    BLOCK_M, BLOCK_N, warps, stages = tiles.dkdv
-    positions = None
+    M, N, warps, stages = tiles.dkdv
+    position = None
     if cu_seqlens is not None and parents is not None and window is not None:
-        positions = _positions(cu_seqlens, parents, rows)[1].to(torch.int32)
-    _flash_dkdv[shape.blocks(BLOCK_N, shape.S), G, shape.B](
-        _described(q, BLOCK_M) if tma else q, k, v, _described(dout, BLOCK_M) if tma else dout,
-        lse, delta, dk, dv, cu_seqlens, parents, positions, *strides,
-        **numbers, **constants, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TMA=tma, num_warps=warps, num_stages=stages,
+        position = _positions(cu_seqlens, parents, q.shape[0])[1].to(torch.int32)
+    _flash_dkdv[shape.blocks(N, shape.S), k.shape[1], shape.B](
+        *((_described(q, M), k, v, _described(dout, M)) if tma else (q, k, v, dout)),
+        lse, delta, dk, dv, *tables, position, *strides, **common,
+        BLOCK_M=M, BLOCK_N=N, TMA=tma, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if sinks is not None:  # a sink is a key whose value is 0: ds = -p * delta
         p = torch.exp2(sinks.float()[:, None] * LOG2E - lse)
@@ -973,23 +970,21 @@ def _decode(
         return out
     (B, H, _), G = q.shape, k_cache.shape[2]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_cache, v_cache))
-    numbers, constants = _common(q, k, v, None, None, True, scale, window, softcap)
+    common = _common(q, k, v, _Shape(B, 1, 1, 0, None), False, False, True, scale, window, softcap)
     interpreted = capability(q) == (0, 0)
     split = {"PIECES": PIECES, "PIECE": 32 if interpreted else 256, "PREFIX": prefix_slot is not None}
-    shared = {name: constants[name] for name in ("DV", "BLOCK_DV")}
-    pieces = PIECES * (2 if split["PREFIX"] else 1)
+    split |= {"DV": v.shape[-1], "BLOCK_DV": _pad(v.shape[-1])}
+    pieces = PIECES * (2 if prefix_slot is not None else 1)
     acc = torch.empty(B, H, pieces, v.shape[-1], device=q.device, dtype=torch.float32)
     stats = torch.empty(B, H, pieces, 2, device=q.device, dtype=torch.float32)
+    names = "window", "inner", "cap", "D", "BLOCK_D", "WINDOW", "SOFTCAP", "PRECISION"
     _decode_pieces[pieces, G, B](
-        q, k, v, slot, length, prefix_slot, prefix_length, acc, stats, *q.stride()[:2], *k.stride()[:3], *v.stride()[:3],
-        numbers["window"], numbers["inner"], numbers["cap"], **shared, **split,
-        **{name: constants[name] for name in ("GROUP", "D", "BLOCK_D", "WINDOW", "SOFTCAP", "PRECISION")},
-        BLOCK_H=_pad(H // G), BLOCK_N=16 if interpreted else 32 if q.dtype == torch.float32 else 64,
+        q, k, v, slot, length, prefix_slot, prefix_length, acc, stats,
+        *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], **{name: common[name] for name in names}, **split,
+        GROUP=H // G, BLOCK_H=_pad(H // G), BLOCK_N=16 if interpreted else 32 if q.dtype == torch.float32 else 64,
         num_warps=4, num_stages=2,
     )  # fmt: skip
-    _decode_merge[H, B](
-        acc, stats, sinks, out, length, prefix_length, **shared, **split, SINKS=sinks is not None
-    )
+    _decode_merge[H, B](acc, stats, sinks, out, length, prefix_length, **split, SINKS=sinks is not None)
     return out
 
 
@@ -1045,7 +1040,13 @@ def _decode_cpu(
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None, sinks: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> None:
     """What both ops ask of a query (..., H, D) and keys and values (..., G, D), (..., G, Dv)."""
     if not q.dtype == k.dtype == v.dtype:
@@ -1056,6 +1057,8 @@ def _check(
     H, G = q.shape[-2], k.shape[-2]
     if G == 0 or H % G:
         raise ValueError(f"q: expected a multiple of the {G} key/value heads, got {H}")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale: expected a positive number, got {scale}")
     if window is not None and window < 1:
         raise ValueError(f"window: expected at least 1, got {window}")
     if softcap is not None and not softcap > 0:
@@ -1102,7 +1105,7 @@ def flash_attention(
         raise ValueError(
             f"k, v: expected {q.dim()} dimensions as q has, got {tuple(k.shape)} and {tuple(v.shape)}"
         )
-    _check(q, k, v, window, softcap, sinks)
+    _check(q, k, v, scale, window, softcap, sinks)
     if window is not None and not causal:
         raise ValueError("window: expected causal=True, got causal=False")
     G, D, Dv = k.shape[-2], q.shape[-1], v.shape[-1]
@@ -1117,8 +1120,6 @@ def flash_attention(
         if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or not cu_seqlens.numel():
             got = f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
             raise ValueError(f"cu_seqlens: expected (segments + 1,) torch.int32, got {got}")
-        if not cu_seqlens.is_cuda and cu_seqlens[-1] != q.shape[0]:
-            raise ValueError(f"cu_seqlens: expected to end at total={q.shape[0]}, got {int(cu_seqlens[-1])}")
         if parents is not None:
             if not causal:
                 raise ValueError("parents: expected causal=True, got causal=False")
@@ -1181,7 +1182,7 @@ def decode_attention(
         raise ValueError(
             f"q, k_cache, v_cache: expected (B, H, D), (slots, S_max, G, D), (slots, S_max, G, Dv), got {got}"
         )
-    _check(q, k_cache, v_cache, window, softcap, sinks)
+    _check(q, k_cache, v_cache, scale, window, softcap, sinks)
     B, (slots, S_max, G) = q.shape[0], k_cache.shape[:3]
     check_shape("k_cache", k_cache, slots=slots, S_max=S_max, kv_heads=G, head_dim=q.shape[-1])
     check_shape("v_cache", v_cache, slots=slots, S_max=S_max, kv_heads=G, head_dim=v_cache.shape[-1])
