@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import attention, glu, logprob, norm, rope
+from ..kernels import attention, decode, glu, logprob, norm, rope
 
 Dims = dict[str, int]  # a shape by the house's letters: {"B": 2, "T": 5, "C": 100}
 Tensors = dict[str, Tensor | None]  # by the name of the op's argument
@@ -708,8 +708,8 @@ def _decode_case(family: str, inputs: Any, **changes: Any) -> Case:
             "op": "decode_attention",
             "family": family,
             "inputs": inputs,
-            "fused": attention.decode_attention,
-            "reference": attention.decode_attention_reference,
+            "fused": decode.decode_attention,
+            "reference": decode.decode_attention_reference,
             "eager": _decode_eager,
             "work": _decode_work,
             "formula": "reads the cached keys and values: 2BSGD; no backward",

@@ -1,7 +1,7 @@
 """Fused ops, floor 0. Each file reads in the same order: maths, reference, Triton kernels, autograd, public op."""
 
-from .attention import decode_attention as decode_attention
 from .attention import flash_attention as flash_attention
+from .decode import decode_attention as decode_attention
 from .glu import clamped_swiglu as clamped_swiglu
 from .glu import geglu as geglu
 from .glu import swiglu as swiglu

@@ -1,4 +1,4 @@
-"""Attention whose scores are never in memory as a whole: dense, packed, with a shared prompt, and against a cache.
+"""Attention whose scores are never in memory as a whole: dense, packed, and with a shared prompt.
 
     s_ij  = scale * q_i . k_j       softcap c: s_ij = c * tanh(scale * q_i . k_j / c)       over the keys j that i sees
     lse_i = log(sum_j exp(s_ij) + exp(sink))                                         the sink only where there is one
@@ -114,34 +114,6 @@ def flash_attention_reference(
     visible = related & _visible(position, position, causal, window)
     out, lse = _attend(q[None], k[None], v[None], visible, scale, softcap, sinks)
     return (out[0], lse[0]) if return_lse else out[0]
-
-
-def decode_attention_reference(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot: Tensor,
-    length: Tensor,
-    *,
-    prefix_slot: Tensor | None = None,
-    prefix_length: Tensor | None = None,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    outs = []
-    for b in range(q.shape[0]):
-        k, v = (cache[slot[b], : length[b]] for cache in (k_cache, v_cache))  # (S, G, D)
-        if prefix_slot is not None and prefix_length is not None:
-            before = prefix_slot[b], slice(prefix_length[b])
-            k, v = torch.cat([k_cache[before], k]), torch.cat([v_cache[before], v])
-        outs.append(
-            flash_attention_reference(
-                q[b, None, None], k[None], v[None], scale=scale, window=window, softcap=softcap, sinks=sinks
-            )
-        )
-    return torch.cat(outs)[:, 0] if outs else q.new_empty(0, q.shape[1], v_cache.shape[-1])  # type: ignore[arg-type]
 
 
 # ---- CPU path
@@ -597,108 +569,6 @@ def _flash_dkdv(
     tl.store(pointers, dv.to(dv_ptr.dtype.element_ty), inside & (e[None, :] < DV))
 
 
-@triton.jit(do_not_specialize=["window"])
-def _decode_pieces(
-    q_ptr, k_ptr, v_ptr, slot_ptr, length_ptr, prefix_slot_ptr, prefix_length_ptr, acc_ptr, stats_ptr,
-    stride_qb, stride_qh, stride_ks, stride_kt, stride_kh, stride_vs, stride_vt, stride_vh, window, inner, cap,
-    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_H: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PREFIX: tl.constexpr,
-    PRECISION: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    # the heads of one group, padded to a tile, against one piece of the sequence's cache, or of its prefix's
-    piece, key_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    pieces, groups = tl.num_programs(0), tl.num_programs(1)
-    end = tl.load(length_ptr + b).to(tl.int32)
-    slot = tl.load(slot_ptr + b).to(tl.int64)
-    first_seen = end - window
-    index = piece
-    if PREFIX:
-        before = tl.load(prefix_length_ptr + b).to(tl.int32)
-        in_prefix = piece >= PIECES
-        index = piece % PIECES
-        first_seen = tl.where(in_prefix, first_seen + before, first_seen)
-        end = tl.where(in_prefix, before, end)
-        slot = tl.where(in_prefix, tl.load(prefix_slot_ptr + b).to(tl.int64), slot)
-    size = _piece(end, PIECES, PIECE)
-    first, last = index * size, tl.minimum(index * size + size, end)
-    if first >= last:
-        return
-    if WINDOW:  # whole blocks that nobody sees are not read
-        first = tl.maximum(first, first_seen // BLOCK_N * BLOCK_N)
-    h, n = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_N)
-    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    pointers = q_ptr + b * stride_qb + (key_head * GROUP + h)[:, None] * stride_qh + d[None, :]
-    query = tl.load(pointers, (h < GROUP)[:, None] & (d < D)[None, :], other=0.0)  # [BLOCK_H, BLOCK_D]
-    k_ptr += slot * stride_ks + tl.cast(key_head, tl.int64) * stride_kh
-    v_ptr += slot * stride_vs + tl.cast(key_head, tl.int64) * stride_vh
-    m = tl.full([BLOCK_H], -1.0e30, tl.float32)
-    norm = tl.zeros([BLOCK_H], tl.float32)
-    acc = tl.zeros([BLOCK_H, BLOCK_DV], tl.float32)
-    for start in tl.range(first, last, BLOCK_N):
-        j = start + n
-        at, inside = tl.cast(j, tl.int64)[:, None], (j < last)[:, None]
-        key = tl.load(k_ptr + at * stride_kt + d[None, :], inside & (d < D)[None, :], other=0.0)
-        qk = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_H, BLOCK_N]
-        qk = _capped(qk, inner, cap) if SOFTCAP else qk * inner
-        seen = j < last
-        if WINDOW:
-            seen &= j >= first_seen
-        qk = tl.where(seen[None, :], qk, float("-inf"))
-        m_new = tl.maximum(m, tl.max(qk, 1))
-        p = tl.exp2(qk - m_new[:, None])
-        alpha = tl.exp2(m - m_new)
-        norm = norm * alpha + tl.sum(p, 1)
-        value = tl.load(v_ptr + at * stride_vt + e[None, :], inside & (e < DV)[None, :], other=0.0)
-        acc = tl.dot(p.to(value.dtype), value, acc * alpha[:, None], input_precision=PRECISION)
-        m = m_new
-    row = (
-        (tl.cast(b, tl.int64) * groups + key_head) * GROUP + h
-    ) * pieces + piece  # [BLOCK_H] of (B, H, pieces)
-    tl.store(stats_ptr + row * 2, m, h < GROUP)
-    tl.store(stats_ptr + row * 2 + 1, norm, h < GROUP)
-    tl.store(acc_ptr + row[:, None] * DV + e[None, :], acc, (h < GROUP)[:, None] & (e < DV)[None, :])
-
-
-@triton.jit
-def _piece(length, PIECES: tl.constexpr, PIECE: tl.constexpr):
-    # keys to a piece: a multiple of PIECE that makes at most PIECES of them, by the sequence's own length alone
-    return tl.maximum(tl.cdiv(tl.cdiv(length, PIECES), PIECE), 1) * PIECE
-
-
-@triton.jit
-def _decode_merge(
-    acc_ptr, stats_ptr, sinks_ptr, out_ptr, length_ptr, prefix_length_ptr,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, SINKS: tl.constexpr, PREFIX: tl.constexpr,
-    PIECES: tl.constexpr, PIECE: tl.constexpr,
-):  # fmt: skip
-    # in the order of the pieces, the prefix's first
-    head, b, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
-    e = tl.arange(0, BLOCK_DV)
-    row = tl.cast(b * heads + head, tl.int64) * (PIECES * 2 if PREFIX else PIECES)
-    length = tl.load(length_ptr + b).to(tl.int32)
-    own = tl.cdiv(length, _piece(length, PIECES, PIECE))
-    before = 0
-    if PREFIX:
-        prefix_length = tl.load(prefix_length_ptr + b).to(tl.int32)
-        before = tl.cdiv(prefix_length, _piece(prefix_length, PIECES, PIECE))
-    m, norm = -1.0e30, 0.0
-    if SINKS:
-        sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
-        m = tl.maximum(sink, -1.0e30)
-        norm = tl.exp2(sink - m)
-    acc = tl.zeros([BLOCK_DV], tl.float32)
-    for index in range(0, before + own):
-        at = row + tl.where(index < before, PIECES + index, index - before)
-        piece_m = tl.load(stats_ptr + at * 2)
-        m_new = tl.maximum(m, piece_m)
-        alpha, beta = tl.exp2(m - m_new), tl.exp2(piece_m - m_new)
-        norm = norm * alpha + tl.load(stats_ptr + at * 2 + 1) * beta
-        acc = acc * alpha + tl.load(acc_ptr + at * DV + e, e < DV, other=0.0) * beta
-        m = m_new
-    acc = acc / tl.where(norm > 0, norm, 1.0)
-    tl.store(out_ptr + tl.cast(b * heads + head, tl.int64) * DV + e, acc.to(out_ptr.dtype.element_ty), e < DV)
-
-
 # ---- autograd
 
 
@@ -949,93 +819,6 @@ def _backward(ctx, dout: Tensor | None, dlse: Tensor | None):
 _flash = register("flash_attention", _forward, _forward_fake, _save, _backward)
 
 
-PIECES = 32  # of a sequence's cache, at most, and as many of its prefix's
-
-
-def _decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot: Tensor,
-    length: Tensor,
-    prefix_slot: Tensor | None,
-    prefix_length: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    out = q.new_empty(*q.shape[:2], v_cache.shape[-1])
-    if not q.numel():
-        return out
-    (B, H, _), G = q.shape, k_cache.shape[2]
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_cache, v_cache))
-    common = _common(q, k, v, _Shape(B, 1, 1, 0, None), False, False, True, scale, window, softcap)
-    interpreted = capability(q) == (0, 0)
-    split = {"PIECES": PIECES, "PIECE": 32 if interpreted else 256, "PREFIX": prefix_slot is not None}
-    split |= {"DV": v.shape[-1], "BLOCK_DV": _pad(v.shape[-1])}
-    pieces = PIECES * (2 if prefix_slot is not None else 1)
-    acc = torch.empty(B, H, pieces, v.shape[-1], device=q.device, dtype=torch.float32)
-    stats = torch.empty(B, H, pieces, 2, device=q.device, dtype=torch.float32)
-    names = "window", "inner", "cap", "D", "BLOCK_D", "WINDOW", "SOFTCAP", "PRECISION"
-    _decode_pieces[pieces, G, B](
-        q, k, v, slot, length, prefix_slot, prefix_length, acc, stats,
-        *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], **{name: common[name] for name in names}, **split,
-        GROUP=H // G, BLOCK_H=_pad(H // G), BLOCK_N=16 if interpreted else 32 if q.dtype == torch.float32 else 64,
-        num_warps=4, num_stages=2,
-    )  # fmt: skip
-    _decode_merge[H, B](acc, stats, sinks, out, length, prefix_length, **split, SINKS=sinks is not None)
-    return out
-
-
-def _decode_fake(
-    q, k_cache, v_cache, slot, length, prefix_slot, prefix_length, scale, window, softcap, sinks
-) -> Tensor:
-    return q.new_empty(*q.shape[:2], v_cache.shape[-1])
-
-
-_decode_op = register("decode_attention", _decode, _decode_fake)
-
-
-def _decode_cpu(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot: Tensor,
-    length: Tensor,
-    prefix_slot: Tensor | None,
-    prefix_length: Tensor | None,
-    scale: float | None,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    B = q.shape[0]
-    if not B:
-        return q.new_empty(0, q.shape[1], v_cache.shape[-1])
-    own = torch.arange(int(length.max()))
-    key, value = k_cache[:, : own.numel()], v_cache[:, : own.numel()]
-    if k_cache.shape[0] != B or not torch.equal(slot, torch.arange(B, dtype=slot.dtype)):
-        key, value = (
-            key.index_select(0, slot),
-            value.index_select(0, slot),
-        )  # (B, S, G, D), as dear as the attention
-    if prefix_slot is None or prefix_length is None:
-        visible = own < length[:, None]  # (B, S)
-        if window is not None:
-            visible = visible & (own >= length[:, None] - window)
-    else:
-        before = torch.arange(int(prefix_length.max()))
-        prefix = (cache[:, : before.numel()].index_select(0, prefix_slot) for cache in (k_cache, v_cache))
-        key, value = (torch.cat(pair, 1) for pair in zip(prefix, (key, value), strict=True))
-        visible = torch.cat([before < prefix_length[:, None], own < length[:, None]], 1)
-        if window is not None:
-            first = (prefix_length + length - window)[:, None]  # (B, 1), the first position in sight
-            visible = visible & torch.cat([before >= first, own + prefix_length[:, None] >= first], 1)
-    out, _ = _attend_cpu(q[:, None], key, value, visible[:, None, None, None], scale, softcap, sinks, False)
-    return out[:, 0]
-
-
 # ---- public op
 
 
@@ -1048,7 +831,7 @@ def _check(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> None:
-    """What both ops ask of a query (..., H, D) and keys and values (..., G, D), (..., G, Dv)."""
+    """A query is (..., H, D), keys and values (..., G, D) and (..., G, Dv)."""
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     for name, x in (("q", q), ("v", v)):
@@ -1149,55 +932,3 @@ def flash_attention(
         return out
     assert lse is not None
     return out, lse
-
-
-def decode_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot: Tensor,
-    length: Tensor,
-    *,
-    prefix_slot: Tensor | None = None,
-    prefix_length: Tensor | None = None,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """One query for each sequence against its cached keys and values, and those of a prefix before them. No gradient.
-
-    q: (B, H, D)    k_cache: (slots, S_max, G, D)    v_cache: (slots, S_max, G, Dv)
-    slot: (B,) integers, the cache row of each sequence.    length: (B,) how many of its keys are there, the query's own
-        included: it is the last of them.
-    prefix_slot, prefix_length: (B,) each, a second cache row that stands before the first: the prompt of a group,
-        cached once. A length of 0 means none.
-    scale, window, softcap, sinks: as for flash_attention; the window counts through the prefix.
-    Returns (B, H, Dv): on a GPU the same bits whatever else is in the batch; on the CPU the last bits may depend on the
-        longest sequence beside it, which sets the padding.
-    Raises ValueError for shapes and dtypes other than these.
-    """
-    if q.dim() != 3 or k_cache.dim() != 4 or v_cache.dim() != 4:
-        got = ", ".join(str(tuple(x.shape)) for x in (q, k_cache, v_cache))
-        raise ValueError(
-            f"q, k_cache, v_cache: expected (B, H, D), (slots, S_max, G, D), (slots, S_max, G, Dv), got {got}"
-        )
-    _check(q, k_cache, v_cache, scale, window, softcap, sinks)
-    B, (slots, S_max, G) = q.shape[0], k_cache.shape[:3]
-    check_shape("k_cache", k_cache, slots=slots, S_max=S_max, kv_heads=G, head_dim=q.shape[-1])
-    check_shape("v_cache", v_cache, slots=slots, S_max=S_max, kv_heads=G, head_dim=v_cache.shape[-1])
-    if (prefix_slot is None) != (prefix_length is None):
-        raise ValueError("prefix_slot, prefix_length: expected both or neither")
-    check_shape("slot", slot, batch=B)
-    check_shape("length", length, batch=B)
-    if prefix_slot is not None and prefix_length is not None:
-        check_shape("prefix_slot", prefix_slot, batch=B)
-        check_shape("prefix_length", prefix_length, batch=B)
-    tables = (None if x is None else x.contiguous() for x in (slot, length, prefix_slot, prefix_length))
-    arguments = q, k_cache, v_cache, *tables
-    if use_triton(q):
-        check_dtype("q", q)
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        sinks = None if sinks is None else sinks.contiguous()
-        return _decode_op(*arguments, scale, window, softcap, sinks)
-    return _decode_cpu(*arguments, scale, window, softcap, sinks)

@@ -2,12 +2,11 @@ import random
 
 import pytest
 import torch
-from burnish.kernels import attention, decode_attention, flash_attention
+from burnish.kernels import attention, flash_attention
 from burnish.kernels._launch import INTERPRET
 from burnish.kernels.attention import (
     _positions,
     _visible,
-    decode_attention_reference,
     flash_attention_reference,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -281,10 +280,6 @@ def test_registered_ops(device):
     leaves = [x.requires_grad_() for x in tensors.values()]
     tables = options["cu_seqlens"], options["parents"]
     torch.library.opcheck(torch.ops.burnish.flash_attention, (*leaves, None, *tables, True, 0.3, 6, None))
-    arguments = make_decode({}, device=device)
-    torch.library.opcheck(
-        torch.ops.burnish.decode_attention, (*arguments.values(), None, None, 0.3, 5, None, None)
-    )
 
 
 @compiled_or_interpreted
@@ -308,9 +303,6 @@ def test_nothing_is_read_on_the_host(device):
         cu_seqlens = torch.empty(4, dtype=torch.int32, device=device)
         out, lse = flash_attention(q, k, k, cu_seqlens=cu_seqlens, parents=cu_seqlens[1:], return_lse=True)
         assert out.shape == (31, 4, 16) and lse.shape == (31, 4) and lse.dtype == torch.float32
-        cache = torch.empty(5, 9, 2, 16, device=device)
-        slot = torch.empty(3, dtype=torch.int64, device=device)
-        assert decode_attention(q[:3], cache, cache, slot, slot).shape == (3, 4, 16)
 
 
 def unshared(lengths, parents):
@@ -394,51 +386,6 @@ def test_strided_inputs(device):
     qkv = draw(2, 19, 3, 4, 16, device=device)
     got = flash_attention(*qkv.unbind(2))
     assert torch.equal(got, flash_attention(*(x.contiguous() for x in qkv.unbind(2))))
-
-
-DECODE = {
-    "plain": {},
-    "window": {"window": 5},
-    "softcap": {"softcap": 2.0},
-    "sinks": {"sinks": True},
-    "prefix": {"prefix": True},
-    "prefix, window": {"prefix": True, "window": 8},
-    "prefix, all": {"prefix": True, "window": 8, "softcap": 3.0, "sinks": True},
-}
-
-
-def make_decode(options, dtype=torch.float32, device="cpu"):
-    options = dict(options)
-    reach = 90 if device == "cuda" else 5  # keys to a unit of length
-    tensors = {"q": draw(3, 4, 8, dtype=dtype, device=device)}
-    tensors |= {
-        f"{x}_cache": draw(6, 20 * reach, 2, D, dtype=dtype, device=device) for x, D in (("k", 8), ("v", 12))
-    }
-    numbers = {"slot": [4, 0, 5], "length": [1, 17 * reach, 6 * reach - 1]}
-    if options.pop("prefix", False):
-        numbers |= {"prefix_slot": [2, 2, 1], "prefix_length": [9 * reach, 9 * reach, 0]}
-    if options.pop("sinks", False):
-        options["sinks"] = draw(4, dtype=dtype, device=device)
-    return tensors | {name: torch.tensor(x, device=device) for name, x in numbers.items()} | options
-
-
-@pytest.mark.parametrize("options", DECODE.values(), ids=DECODE)
-def test_decode_matches_reference(options, device):
-    arguments = make_decode(options, device=device)
-    got, want = decode_attention(**arguments), decode_attention_reference(**arguments)
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-
-
-@compiled_or_interpreted
-def test_decode_gives_the_same_bits_alone(device):
-    arguments = make_decode(DECODE["prefix, window"], torch.float16, device)
-    together = decode_attention(**arguments)
-    for b in range(3):
-        alone = {
-            name: x[b : b + 1] if torch.is_tensor(x) and "cache" not in name else x
-            for name, x in arguments.items()
-        }
-        assert torch.equal(decode_attention(**alone)[0], together[b])
 
 
 REFUSALS = {

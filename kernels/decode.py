@@ -1,0 +1,442 @@
+"""Attention of one new token of each sequence over its cached keys and values: the step of generation. No gradient.
+
+    s_j = scale * q . k_j       softcap c: s_j = c * tanh(scale * q . k_j / c)       over the keys j that are in sight
+    out = sum_j exp(s_j) v_j / (sum_j exp(s_j) + exp(sink))                      the sink only where there is one
+
+A sequence of `length` tokens is a row of the cache. It may go on from a second row, its prefix, which many sequences
+share: a group of samples then holds its prompt once.
+
+    position          0 1 2 3 4 5 6 7            prefix_length 5, length 3: the query stands at position 7
+    prefix_slot 2     x x x x x
+    slot 0                      x x x            window=4: it sees the positions 4 to 7
+
+The keys are cut into pieces of a fixed length. Each piece gives its own softmax and its log-sum-exp, and the pieces are
+put together in their order:
+
+    lse_p = log(sum_{j in p} exp(s_j))        out = sum_p exp(lse_p) out_p / (sum_p exp(lse_p) + exp(sink))
+
+Where a piece begins depends on the sequence alone, and which program computes it does not matter: a sequence has the
+same bits whatever else is in the batch. The query heads that share a key head are the rows of one tile, so are those of
+the sequences that share a prefix: what they share is read once.
+
+Memory, in elements: reads 2 G D for each key in sight (a prefix: once for up to 16 sequences that stand together), and
+writes and reads H (Dv + 1) in fp32 for each piece. All of it is bandwidth-bound; eager also copies the cache by slot,
+repeats it for each query head, and writes and reads the scores.
+
+Source: Dao et al. 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html; the shared prefix: Juravsky et al.
+2024, https://arxiv.org/abs/2402.05099
+"""
+
+# A launch passes numbers where the kernel is annotated tl.constexpr:
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import (
+    capability,
+    cdiv,
+    check_dtype,
+    check_shape,
+    multiprocessors,
+    next_power_of_2,
+    register,
+    use_triton,
+)
+
+# ---- reference
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """q (B, H, D), k (B, S, G, D), v (B, S, G, Dv), visible (B, S) to (B, H, Dv); zeros where nothing is visible."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    G, n = k.shape[2], q.shape[1] // k.shape[2]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    s = scale * torch.einsum("bgnd,bsgd->bgns", q.to(wide).unflatten(1, (G, n)), k.to(wide))  # (B, G, n, S)
+    if softcap is not None:
+        s = softcap * torch.tanh(s / softcap)
+    s = s.masked_fill(~visible[:, None, None], -torch.inf)
+    sink = s.new_tensor(-torch.inf) if sinks is None else sinks.to(wide).view(G, n, 1)
+    s = torch.cat([s, sink.expand(*s.shape[:-1], 1)], -1)  # (B, G, n, S + 1)
+    e = torch.exp(s - s.amax(-1, keepdim=True).clamp(min=torch.finfo(wide).min))
+    total = e.sum(-1, keepdim=True)
+    p = e / torch.where(total > 0, total, 1.0)
+    return torch.einsum("bgns,bsgd->bgnd", p[..., :-1], v.to(wide)).flatten(1, 2).to(q.dtype)
+
+
+def decode_attention_reference(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot: Tensor,
+    length: Tensor,
+    *,
+    prefix_slot: Tensor | None = None,
+    prefix_length: Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    out = q.new_empty(*q.shape[:2], v_cache.shape[-1])
+    for b in range(q.shape[0]):
+        k, v = k_cache[slot[b], : length[b]], v_cache[slot[b], : length[b]]  # (S, G, D), (S, G, Dv)
+        if prefix_slot is not None and prefix_length is not None and prefix_slot[b] >= 0:
+            before = prefix_slot[b], slice(prefix_length[b])
+            k, v = torch.cat([k_cache[before], k]), torch.cat([v_cache[before], v])
+        if window is not None:
+            k, v = k[-window:], v[-window:]
+        seen = torch.ones(1, k.shape[0], dtype=torch.bool, device=q.device)
+        out[b] = _attend(q[b, None], k[None], v[None], seen, scale, softcap, sinks)[0]
+    return out
+
+
+# ---- CPU path
+
+
+def _decode_cpu(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot: Tensor,
+    length: Tensor,
+    prefix_slot: Tensor | None,
+    prefix_length: Tensor | None,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """One call over all sequences, padded to the longest: SDPA's, unless it lacks a feature asked for."""
+    B = q.shape[0]
+    if not q.numel():
+        return q.new_empty(*q.shape[:2], v_cache.shape[-1])
+    own = torch.arange(int(length.max()))
+    key, value = k_cache[:, : own.numel()], v_cache[:, : own.numel()]
+    if k_cache.shape[0] != B or not torch.equal(slot, torch.arange(B, dtype=slot.dtype)):
+        # (B, S, G, D), a copy as dear as the attention
+        key, value = key.index_select(0, slot), value.index_select(0, slot)
+    position, end = own.expand(B, -1), length[:, None]
+    visible = position < end  # (B, S)
+    if prefix_slot is not None and prefix_length is not None:
+        prefix_length = torch.where(prefix_slot >= 0, prefix_length, 0)[:, None]  # (B, 1)
+        before = torch.arange(int(prefix_length.max()))
+        rows = prefix_slot.clamp(min=0)
+        prefix = (cache[:, : before.numel()].index_select(0, rows) for cache in (k_cache, v_cache))
+        key, value = (torch.cat(pair, 1) for pair in zip(prefix, (key, value), strict=True))
+        visible = torch.cat([before < prefix_length, visible], 1)  # (B, prefix + S)
+        position = torch.cat([before.expand(B, -1), position + prefix_length], 1)
+        end = end + prefix_length
+    if window is not None:
+        visible = visible & (position >= end - window)
+    if softcap is not None or sinks is not None or not visible.any(1).all():
+        return _attend(q, key, value, visible, scale, softcap, sinks)
+    out = F.scaled_dot_product_attention(
+        q.unsqueeze(2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_mask=visible[:, None, None],
+        scale=scale,
+        enable_gqa=q.shape[1] != key.shape[2],
+    )
+    return out.squeeze(2)
+
+
+# ---- kernels
+
+RAGGED = ["B", "window", "skip"]  # change with the batch: no new compilation for a multiple of 16
+
+
+@triton.jit
+def _rows(pointers, stride, inside, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    # [ROWS, BLOCK_D]
+    r, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    mask = inside[:, None]
+    if D < BLOCK_D:
+        mask = mask & (d < D)[None, :]
+    return tl.load(pointers + (r * stride)[:, None] + d[None, :], mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=RAGGED)
+def _decode_pieces(
+    q_ptr, k_ptr, v_ptr, slot_ptr, end_ptr, length_ptr, partial_ptr, lse_ptr,
+    stride_qb, stride_qh, stride_ks, stride_kt, stride_kh, stride_vs, stride_vt, stride_vh,
+    B, window, skip, inner, cap,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PREFIX: tl.constexpr, PRECISION: tl.constexpr,
+    PIECE: tl.constexpr, SHARE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # A program: one key head, SHARE sequences, every num_programs(1)-th piece of the cache row that they share. The
+    # sequences that do not share it come after, in the same way. Partial results are (pieces, B, H, Dv), the prefix's
+    # from piece `skip` on. Scores live in units of log2; m starts at a finite number, so a row that has seen nothing
+    # yet needs no special case: exp2(-inf - m) is 0.
+    key_head, worker, first = tl.program_id(0), tl.program_id(1), tl.program_id(2) * SHARE
+    r, n = tl.arange(0, ROWS), tl.arange(0, BLOCK_N)
+    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    H = tl.num_programs(0) * GROUP
+    b = first + r // GROUP  # [ROWS]
+    inside = (r < SHARE * GROUP) & (b < B)
+    q_ptr += tl.cast(first, tl.int64) * stride_qb + tl.cast(key_head, tl.int64) * GROUP * stride_qh
+    q_at = q_ptr + (r // GROUP * stride_qb + r % GROUP * stride_qh)[:, None] + d[None, :]
+    query = tl.load(q_at, inside[:, None] & (d < D)[None, :], other=0.0)  # [ROWS, BLOCK_D]
+    row = r // GROUP * H + r % GROUP  # [ROWS], from the first row on
+    row_slot = tl.load(slot_ptr + b, inside, other=-1)
+    row_end = tl.load(end_ptr + b, inside, other=0)
+    in_sight = tl.zeros([ROWS], tl.int32)  # the first position that the row sees
+    if PREFIX and WINDOW:
+        in_sight = (row_end + tl.load(length_ptr + b, inside, other=0) - window).to(tl.int32)
+    for i in range(SHARE):
+        leader = first + i
+        slot = tl.load(slot_ptr + leader, leader < B, other=-1)
+        end = tl.load(end_ptr + leader, leader < B, other=0).to(tl.int32)
+        together = inside & (row_slot == slot) & (row_end == end)
+        served = (tl.min(tl.where(together, b, B), 0) < leader) | (slot < 0)  # or there is nothing to serve
+        start, nearest = 0, 0
+        if WINDOW:
+            if PREFIX:
+                nearest = tl.maximum(tl.min(tl.where(together, in_sight, end), 0), 0)
+            else:
+                start = tl.maximum(end - window, 0)
+        pieces = tl.where(served, 0, tl.cdiv(end - start, PIECE))
+        keys = k_ptr + slot.to(tl.int64) * stride_ks + tl.cast(key_head, tl.int64) * stride_kh
+        values = v_ptr + slot.to(tl.int64) * stride_vs + tl.cast(key_head, tl.int64) * stride_vh
+        for piece in range(worker, pieces, tl.num_programs(1)):
+            lo = start + piece * PIECE
+            hi = tl.minimum(lo + PIECE, end)
+            if PREFIX and WINDOW:  # blocks that no row sees
+                lo += tl.maximum(nearest - lo, 0) // BLOCK_N * BLOCK_N
+            m = tl.full([ROWS], -1.0e30, tl.float32)
+            norm = tl.zeros([ROWS], tl.float32)
+            acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
+            for j in tl.range(lo, hi, BLOCK_N):
+                at, there = tl.cast(j, tl.int64), j + n < hi
+                key = _rows(keys + at * stride_kt, stride_kt, there, BLOCK_N, D, BLOCK_D)
+                qk = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [ROWS, BLOCK_N]
+                # cap * tanh(x), inner * qk = 2x log2(e); exact at both ends, where exp2 is 0 or inf
+                qk = cap * (1 - 2 / (tl.exp2(qk * inner) + 1)) if SOFTCAP else qk * inner
+                seen = there[None, :]
+                if PREFIX and WINDOW:
+                    seen = seen & ((j + n)[None, :] >= in_sight[:, None])
+                qk = tl.where(seen, qk, float("-inf"))
+                m_new = tl.maximum(m, tl.max(qk, 1))
+                p = tl.exp2(qk - m_new[:, None])
+                alpha = tl.exp2(m - m_new)
+                norm = norm * alpha + tl.sum(p, 1)
+                value = _rows(values + at * stride_vt, stride_vt, there, BLOCK_N, DV, BLOCK_DV)
+                acc = tl.dot(p.to(value.dtype), value, acc * alpha[:, None], input_precision=PRECISION)
+                m = m_new
+            some = norm > 0
+            norm = tl.where(some, norm, 1.0)
+            top = (tl.cast(skip + piece, tl.int64) * B + first) * H + key_head * GROUP
+            tl.store(lse_ptr + top + row, tl.where(some, m + tl.log2(norm), float("-inf")), together)
+            partial_at = partial_ptr + top * DV + row[:, None] * DV + e[None, :]
+            tl.store(partial_at, acc / norm[:, None], together[:, None] & (e < DV)[None, :])
+
+
+@triton.jit(do_not_specialize=RAGGED)
+def _decode_merge(
+    partial_ptr, lse_ptr, sinks_ptr, out_ptr, length_ptr, prefix_slot_ptr, prefix_length_ptr, B, window, skip,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, SINKS: tl.constexpr, PREFIX: tl.constexpr, WINDOW: tl.constexpr,
+    PIECE: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    # in the order of the positions: the prefix's pieces, then the own ones
+    head, b = tl.program_id(0), tl.program_id(1)
+    e = tl.arange(0, BLOCK_DV)
+    index = tl.cast(b, tl.int64) * tl.num_programs(0) + head  # of (B, H)
+    length = tl.load(length_ptr + b).to(tl.int32)
+    if WINDOW:
+        length = tl.minimum(length, window)
+    own = tl.cdiv(length, PIECE)
+    before = 0
+    if PREFIX:
+        prefix_length = tl.load(prefix_length_ptr + b).to(tl.int32)
+        before = tl.where(tl.load(prefix_slot_ptr + b) >= 0, tl.cdiv(prefix_length, PIECE), 0)
+    m, norm = -1.0e30, 0.0
+    if SINKS:
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
+        m = tl.maximum(sink, -1.0e30)
+        norm = tl.exp2(sink - m)
+    acc = tl.zeros([BLOCK_DV], tl.float32)
+    for start in range(0, before + own, BLOCK_P):
+        piece = start + tl.arange(0, BLOCK_P)
+        there = piece < before + own
+        piece = tl.where(piece < before, skip + piece, piece - before)
+        at = piece.to(tl.int64) * B * tl.num_programs(0) + index  # [BLOCK_P] of (pieces, B, H)
+        lse = tl.load(lse_ptr + at, there, other=float("-inf"))
+        partial = tl.load(
+            partial_ptr + at[:, None] * DV + e[None, :], there[:, None] & (e < DV)[None, :], other=0.0
+        )
+        m_new = tl.maximum(m, tl.max(lse, 0))
+        weight, alpha = tl.exp2(lse - m_new), tl.exp2(m - m_new)
+        norm = norm * alpha + tl.sum(weight, 0)
+        acc = acc * alpha + tl.sum(weight[:, None] * partial, 0)
+        m = m_new
+    acc = acc / tl.where(norm > 0, norm, 1.0)
+    tl.store(out_ptr + index * DV + e, acc.to(out_ptr.dtype.element_ty), e < DV)
+
+
+# ---- autograd
+
+LOG2E = 1.4426950408889634
+PIECE = 256  # keys
+ROWS = 16  # of the tile of sequences that share a prefix, where a group of heads has not more
+PROGRAMS = 16  # on each multiprocessor, at least, where there are as many pieces
+
+# by the wider head dimension, padded: BLOCK_N, warps, stages; the first entry that is wide enough
+TILES = {
+    "half": {64: (64, 4, 3), 128: (32, 4, 3), 256: (16, 4, 3)},
+    "fp32": {64: (64, 4, 2), 128: (32, 4, 2), 256: (16, 4, 2)},
+    "interpreted": {256: (16, 4, 1)},
+}
+
+
+def _pad(width: int) -> int:
+    return max(16, next_power_of_2(width))
+
+
+def _decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot: Tensor,
+    length: Tensor,
+    prefix_slot: Tensor | None,
+    prefix_length: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    out = _decode_fake(
+        q, k_cache, v_cache, slot, length, prefix_slot, prefix_length, scale, window, softcap, sinks
+    )
+    if not out.numel():
+        return out
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_cache, v_cache))
+    (B, H, D), (_, S_max, G, DV) = q.shape, v.shape
+    BLOCK_D, BLOCK_DV = _pad(D), _pad(DV)
+    interpreted = capability(q) == (0, 0)
+    table = TILES["interpreted" if interpreted else "fp32" if q.dtype == torch.float32 else "half"]
+    BLOCK_N, warps, stages = next(tile for width, tile in table.items() if max(BLOCK_D, BLOCK_DV) <= width)
+    piece = 32 if interpreted else PIECE
+    pieces = max(1, cdiv(S_max, piece))
+    parts = [(slot, length, 1, False)]  # the own rows, then the prefixes'
+    if prefix_slot is not None and prefix_length is not None:
+        parts.append((prefix_slot, prefix_length, max(1, ROWS // (H // G)), True))
+    partial = torch.empty(pieces * len(parts), B, H, DV, device=q.device, dtype=torch.float32)
+    lse = torch.empty(pieces * len(parts), B, H, device=q.device, dtype=torch.float32)
+    inner, cap = (scale * LOG2E, 1.0) if softcap is None else (2 * LOG2E * scale / softcap, softcap * LOG2E)
+    for rows, ends, SHARE, PREFIX in parts:
+        chunks = cdiv(B, SHARE)
+        workers = min(pieces, cdiv(PROGRAMS * multiprocessors(q), G * chunks))
+        _decode_pieces[G, workers, chunks](
+            q, k, v, rows, ends, length, partial, lse, *q.stride()[:2], *k.stride()[:3], *v.stride()[:3],
+            B, window or 0, pieces if PREFIX else 0, inner, cap,
+            GROUP=H // G, D=D, DV=DV, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV,
+            WINDOW=window is not None, SOFTCAP=softcap is not None, PREFIX=PREFIX,
+            PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+            PIECE=piece, SHARE=SHARE, ROWS=_pad(SHARE * (H // G)), BLOCK_N=BLOCK_N,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    _decode_merge[H, B](
+        partial, lse, sinks, out, length, prefix_slot, prefix_length, B, window or 0, pieces,
+        DV=DV, BLOCK_DV=BLOCK_DV, SINKS=sinks is not None, PREFIX=prefix_slot is not None,
+        WINDOW=window is not None, PIECE=piece, BLOCK_P=16, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _decode_fake(
+    q, k_cache, v_cache, slot, length, prefix_slot, prefix_length, scale, window, softcap, sinks
+) -> Tensor:
+    return q.new_empty(*q.shape[:2], v_cache.shape[-1])
+
+
+_decode_op = register("decode_attention", _decode, _decode_fake)
+
+
+# ---- public op
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot: Tensor,
+    length: Tensor,
+    *,
+    prefix_slot: Tensor | None = None,
+    prefix_length: Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """The newest token of each sequence attends to all of its sequence; the picture is at the top of this file.
+
+    q: (B, H, D)    k_cache: (slots, S_max, G, D)    v_cache: (slots, S_max, G, Dv). One dtype. H a multiple of G; D
+        and Dv in 1..256.
+    slot: (B,) int32 or int64, the cache row of each sequence.
+    length: (B,) int32 or int64, how many keys of that row are its own: at most S_max, the query's included.
+    prefix_slot, prefix_length: (B,) each, both or neither: the row and length of what comes before. Slot -1: nothing.
+        Sequences with the same prefix are fastest when they stand together in the batch.
+    scale: of the scores, by default 1 / sqrt(D).    softcap: c * tanh(scores / c).
+    window: the last `window` positions are in sight, the query's own included, counted through the prefix.
+    sinks: (H,) one logit per head that takes part in the softmax and has no value; neither scaled nor capped.
+    Returns (B, H, Dv) in q's dtype; zeros where a sequence is empty. On a GPU each sequence has the same bits whatever
+        else is in the batch; on the CPU its last bits may depend on the longest beside it, which sets the padding.
+    Slots and lengths are not checked against the cache: that would read them on the host.
+    Raises ValueError for shapes and dtypes other than these, NotImplementedError where a gradient is asked for.
+    """
+    if q.dim() != 3 or k_cache.dim() != 4 or v_cache.dim() != 4:
+        got = ", ".join(str(tuple(x.shape)) for x in (q, k_cache, v_cache))
+        raise ValueError(
+            f"q, k_cache, v_cache: expected (B, H, D), (slots, S_max, G, D), (slots, S_max, G, Dv), got {got}"
+        )
+    if not q.dtype == k_cache.dtype == v_cache.dtype:
+        raise ValueError(
+            f"q, k_cache, v_cache: expected one dtype, got {q.dtype}, {k_cache.dtype}, {v_cache.dtype}"
+        )
+    for name, x in (("q", q), ("v_cache", v_cache)):
+        if not 1 <= x.shape[-1] <= 256:
+            raise ValueError(f"{name}: expected a head dimension of 1 to 256, got {x.shape[-1]}")
+    (B, H, D), (slots, S_max, G, _) = q.shape, k_cache.shape
+    if G == 0 or H % G:
+        raise ValueError(f"q: expected a multiple of the {G} key/value heads, got {H}")
+    check_shape("k_cache", k_cache, slots=slots, S_max=S_max, kv_heads=G, head_dim=D)
+    check_shape("v_cache", v_cache, slots=slots, S_max=S_max, kv_heads=G, head_dim=v_cache.shape[-1])
+    if (prefix_slot is None) != (prefix_length is None):
+        raise ValueError("prefix_slot, prefix_length: expected both or neither, got one")
+    numbers = {"slot": slot, "length": length, "prefix_slot": prefix_slot, "prefix_length": prefix_length}
+    for name, x in numbers.items():
+        if x is not None:
+            check_shape(name, x, batch=B)
+            check_dtype(name, x, torch.int32, torch.int64)
+    if window is not None and window < 1:
+        raise ValueError(f"window: expected at least 1, got {window}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: expected a positive number, got {softcap}")
+    if sinks is not None:
+        check_shape("sinks", sinks, heads=H)
+    if torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, k_cache, v_cache, sinks)
+    ):
+        raise NotImplementedError(
+            "decode_attention: has no gradient; call it under torch.no_grad(), train through flash_attention"
+        )
+    arguments = q, k_cache, v_cache, slot, length, prefix_slot, prefix_length
+    if not use_triton(q):
+        return _decode_cpu(*arguments, scale, window, softcap, sinks)
+    check_dtype("q", q)
+    return _decode_op(*arguments, D**-0.5 if scale is None else scale, window, softcap, sinks)
