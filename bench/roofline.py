@@ -82,7 +82,7 @@ def datasheet(chip: Chip, dtype: str) -> Ceilings:
 
 
 def measure(device: str, dtype: torch.dtype) -> Ceilings:
-    """The faster of two copies of 1 GiB (64 MiB on a CPU), and a product of 8192 (1024) square matrices; medians of 10."""
+    """The faster of two copies of 1 GiB (64 MiB on a CPU), a product of 8192 (1024) square matrices; medians of 10."""
     cuda = device == "cuda"
     source = torch.randn(1 << (28 if cuda else 24), device=device)  # fp32
     target = torch.empty_like(source)

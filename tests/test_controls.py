@@ -31,6 +31,7 @@ class Fault(NamedTuple):
     triton: bool = True  # False: it lies in the CPU path
 
 
+FEATURES = "flash_attention/window, softcap, sinks"
 FAULTS = [
     Fault("mean over the padded width", "norm", "1) / N + eps", "1) / BLOCK_N + eps", "rms_norm/hidden"),
     Fault("eps dropped", "norm", "1) / N + eps", "1) / N", "rms_norm/hidden", scale=1e-3),
@@ -110,6 +111,117 @@ FAULTS = [
         "clamped_swiglu/elementwise",
         scale=30,
     ),
+    Fault(
+        "diagonal not seen", "attention", "columns <= queries", "columns < queries", "flash_attention/causal"
+    ),
+    Fault(
+        "sum not rescaled",
+        "attention",
+        "norm * alpha + tl.sum(p, 1)",
+        "norm + tl.sum(p, 1)",
+        "flash_attention/causal",
+    ),
+    Fault("scale dropped from dq", "attention", "(dq * scale)", "dq", "flash_attention/causal"),
+    Fault("scale dropped from dk", "attention", "(dk * scale)", "dk", "flash_attention/causal"),
+    Fault("delta dropped", "attention", "(dp - delta[:, None])", "dp", "flash_attention/causal"),
+    Fault(
+        "one head of a group",
+        "attention",
+        "key_head * GROUP + step // blocks",
+        "key_head * GROUP",
+        "flash_attention/causal",
+    ),
+    Fault("bottom-right alignment", "attention", "m0 + S - T", "m0", "flash_attention/causal", 2),
+    Fault(
+        "gradient of lse",
+        "attention",
+        "delta -= tl.load(dlse_ptr",
+        "delta -= 0 * tl.load(dlse_ptr",
+        "flash_attention/full",
+    ),
+    Fault(
+        "window one too wide",
+        "attention",
+        "columns > queries - window",
+        "columns >= queries - window",
+        FEATURES,
+    ),
+    Fault("softcap's slope", "attention", "(s / cap) * (s / cap)", "(s / cap)", FEATURES),
+    Fault("sink not in the sum", "attention", "norm = tl.exp2(sink - m)", "norm = 0 * m", FEATURES),
+    Fault("sink's gradient", "attention", "dsinks = -(", "dsinks = (", FEATURES),
+    Fault(
+        "first block of a segment", "attention", "+ i <= block)", "+ i < block)", "flash_attention/packed", 0
+    ),
+    Fault(
+        "parent not seen",
+        "attention",
+        "some = parent >= 0",
+        "some = parent > 0",
+        "flash_attention/shared prompt",
+        0,
+    ),
+    Fault(
+        "children not counted",
+        "attention",
+        "segment + 1 + count)",
+        "segment + count)",
+        "flash_attention/shared prompt",
+        0,
+    ),
+    Fault(
+        "not causal",
+        "attention",
+        "is_causal=visible is None",
+        "is_causal=False",
+        "flash_attention/causal",
+        triton=False,
+    ),
+    Fault(
+        "child's positions",
+        "attention",
+        "position = before + child_row",
+        "position = 0 * before + child_row",
+        "flash_attention/shared prompt",
+        0,
+        triton=False,
+    ),
+    Fault(
+        "sum not rescaled",
+        "logprob",
+        "tl.exp(shift) * total + tl.sum(p, 1)",
+        "total + tl.sum(p, 1)",
+        "token_logprobs/dense",
+    ),
+    Fault("entropy's shift", "logprob", "(weighted + shift * total)", "weighted", "token_logprobs/dense"),
+    Fault(
+        "target's gradient",
+        "logprob",
+        "y[:, None], gain, 0.0)",
+        "y[:, None], -gain, 0.0)",
+        "token_logprobs/dense",
+    ),
+    Fault(
+        "softcap's slope", "logprob", "(1 - s * s)", "(1 - s)", "token_logprobs/bias, softcap, temperatures"
+    ),
+    Fault(
+        "temperature upside down",
+        "logprob",
+        "1 / tl.load(temperature_ptr",
+        "tl.load(temperature_ptr",
+        "token_logprobs/bias, softcap, temperatures",
+    ),
+    Fault(
+        "last of a support", "logprob", "stop, BLOCK_K)", "stop - 1, BLOCK_K)", "token_logprobs/support", 0
+    ),
+    Fault(
+        "target of another chunk",
+        "logprob",
+        "gain * here[:, None]",
+        "gain",
+        "token_logprobs/chunks",
+        2,
+        triton=False,
+    ),
 ]
 
 
@@ -150,9 +262,8 @@ def test_fault_is_caught(fault: Fault, device: str, tmp_path: Path, monkeypatch:
 def test_a_faithful_copy_passes(file: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Without this, a copy that does not even run would count as a fault caught."""
     module = copy_of(file, tmp_path, monkeypatch)
-    for fault in FAULTS:
-        if fault.file == file and fault.triton == TRITON:
-            case = case_of(fault.case, module)
-            assert_accurate(
-                case, make_inputs(case, case.shapes[fault.shape], torch.float32, device, fault.scale)
-            )
+    for name, shape, scale in {
+        (f.case, f.shape, f.scale) for f in FAULTS if f.file == file and f.triton == TRITON
+    }:
+        case = case_of(name, module)
+        assert_accurate(case, make_inputs(case, case.shapes[shape], torch.float32, device, scale))
