@@ -222,6 +222,20 @@ FAULTS = [
         2,
         triton=False,
     ),
+    Fault(
+        "padding seen",
+        "decode",
+        "seen = there[None, :]",
+        "seen = (n >= 0)[None, :]",
+        "decode_attention/own cache",
+    ),
+    Fault(
+        "prefix ignored",
+        "decode",
+        "before = tl.where(",
+        "before = 0 * tl.where(",
+        "decode_attention/shared prefix",
+    ),
 ]
 
 
