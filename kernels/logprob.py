@@ -25,12 +25,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._launch import check_dtype, check_shape, register, use_triton
+from ._launch import INTERPRET, capability, check_dtype, check_shape, multiprocessors, register, use_triton
 
 # ---- reference
 
 
+@torch.autocast("cpu", enabled=False)  # fp32 inside, whatever the policy outside
 def token_logprobs_reference(
     hidden: Tensor,
     weight: Tensor,
@@ -88,73 +90,151 @@ def _score(
 
 
 @triton.jit
-def _scaled(z, bias_ptr, cols, mask, softcap, temperature, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+def _place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
+    # GROUP blocks of tokens stay in L2 while the vocabulary passes by
+    group = tile // (GROUP * tiles_n)
+    rows = tl.minimum(tiles_m - group * GROUP, GROUP)
+    place = tile % (GROUP * tiles_n)
+    return group * GROUP + place % rows, place // rows
+
+
+@triton.jit
+def _products(
+    h, w, m, n, T, N, C, h_stride, w_stride,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # h and w are descriptors with TMA, pointers without; what lies outside is 0
+    z = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if TMA:
+        for k in range(0, C, BLOCK_K):
+            z = tl.dot(h.load([m * BLOCK_M, k]), w.load([n * BLOCK_N, k]).T, z, input_precision=PRECISION)
+    else:
+        rows = m * BLOCK_M + tl.arange(0, BLOCK_M)
+        cols = n * BLOCK_N + tl.arange(0, BLOCK_N)
+        a_ptr = h + rows.to(tl.int64)[:, None] * h_stride
+        b_ptr = w + cols.to(tl.int64)[None, :] * w_stride
+        for k in range(0, C, BLOCK_K):
+            ks = k + tl.arange(0, BLOCK_K)
+            a = tl.load(
+                a_ptr + ks[None, :], (rows < T)[:, None] & (ks < C)[None, :], other=0.0
+            )  # [BLOCK_M, BLOCK_K]
+            b = tl.load(
+                b_ptr + ks[:, None], (cols < N)[None, :] & (ks < C)[:, None], other=0.0
+            )  # [BLOCK_K, BLOCK_N]
+            z = tl.dot(a, b, z, input_precision=PRECISION)
+    return z
+
+
+@triton.jit
+def _quarter(z, i: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    # an epilogue on a quarter of the tile at a time: 128x256 then fits into sm_90's registers without spills
+    half = tl.split(tl.permute(tl.reshape(z, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))[i // 2]
+    return tl.split(tl.permute(tl.reshape(half, (BLOCK_M, 2, BLOCK_N // 4)), (0, 2, 1)))[i % 2]
+
+
+@triton.jit
+def _scaled(z, bias_ptr, cols, N, sharpness, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     if HAS_BIAS:
-        z += tl.load(bias_ptr + cols, mask, other=0.0).to(tl.float32)
+        z += tl.load(bias_ptr + cols, cols < N, other=0.0).to(tl.float32)[None, :]
     if HAS_SOFTCAP:
-        z = softcap * (1 - 2 / (tl.exp(2 * z / softcap) + 1))  # tanh
-    return z / temperature
+        z = softcap - 2 * softcap / (tl.exp(z * (2 / softcap)) + 1)  # tanh
+    return z * sharpness
+
+
+@triton.jit
+def _sharpness(temperature_ptr, rows, T, temperature, HAS_TEMPERATURES: tl.constexpr):
+    if HAS_TEMPERATURES:
+        sharpness = 1 / tl.load(temperature_ptr + rows, rows < T, other=1.0)[:, None]  # [BLOCK_M, 1]
+    else:
+        sharpness = 1 / temperature
+    return sharpness
 
 
 @triton.jit
 def _token_logprobs_fwd(
-    z_ptr, bias_ptr, target_ptr, temperature_ptr, part_ptr, target_u_ptr,
-    start, N, z_stride, part_stride, temperature, softcap,
+    h, w, bias_ptr, target_ptr, temperature_ptr, part_ptr, target_u_ptr,
+    T, N, C, h_stride, w_stride, start, temperature, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURES: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # SPLIT columns of a row: their maximum, the sum of exponentials, and that of exponentials times logits
-    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if HAS_TEMPERATURES:
-        temperature = tl.load(temperature_ptr + row).to(tl.float32)
-    target = tl.load(target_ptr + row) - start
-    top = tl.full([], float("-inf"), tl.float32)
-    total = tl.full([], 0.0, tl.float32)
-    weighted = tl.full([], 0.0, tl.float32)
-    for block in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, N), BLOCK_N):
-        cols = block + tl.arange(0, BLOCK_N)
-        mask = cols < N
-        z = tl.load(z_ptr + row * z_stride + cols, mask, other=0.0).to(tl.float32)  # [BLOCK_N]
-        u = _scaled(z, bias_ptr, cols, mask, softcap, temperature, HAS_BIAS, HAS_SOFTCAP)
-        if (target >= block) & (target < block + BLOCK_N):
-            tl.store(target_u_ptr + row, tl.sum(tl.where(cols == target, u, 0.0), 0), target < N)
-        new_top = tl.maximum(top, tl.max(tl.where(mask, u, float("-inf")), 0))
-        p = tl.where(mask, tl.exp(u - new_top), 0.0)
-        shift = tl.where(total > 0, top - new_top, 0.0)  # the first block has nothing to shift
-        shrink = tl.exp(shift)
-        weighted = shrink * (weighted + shift * total) + tl.sum(p * (u - new_top), 0)
-        total = shrink * total + tl.sum(p, 0)
-        top = new_top
-    part_ptr += split * 3 * part_stride + row
-    tl.store(part_ptr, top)
-    tl.store(part_ptr + part_stride, total)
-    tl.store(part_ptr + 2 * part_stride, weighted)
+    # of BLOCK_N columns of a row: their maximum, the sum of exponentials, and that of exponentials times logits
+    tiles_m, tiles_n = tl.cdiv(T, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+        m, n = _place(tile, tiles_m, tiles_n, GROUP)
+        z = _products(h, w, m, n, T, N, C, h_stride, w_stride, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+        rows = m * BLOCK_M + tl.arange(0, BLOCK_M)
+        sharpness = _sharpness(temperature_ptr, rows, T, temperature, HAS_TEMPERATURES)
+        y = (tl.load(target_ptr + rows, rows < T, other=-1) - start).to(tl.int32)
+        top = tl.full([BLOCK_M], -1e30, tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        weighted = tl.zeros([BLOCK_M], tl.float32)
+        target_u = tl.zeros([BLOCK_M], tl.float32)
+        for i in tl.static_range(4):
+            cols = n * BLOCK_N + i * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
+            u = _quarter(z, i, BLOCK_M, BLOCK_N)  # [BLOCK_M, BLOCK_N / 4]
+            u = _scaled(u, bias_ptr, cols, N, sharpness, softcap, HAS_BIAS, HAS_SOFTCAP)
+            u = tl.where((cols < N)[None, :], u, -1e30)  # finite: p times it is 0
+            target_u += tl.sum(tl.where(cols[None, :] == y[:, None], u, 0.0), 1)
+            new_top = tl.maximum(top, tl.max(u, 1))
+            u -= new_top[:, None]
+            p = tl.exp(u)
+            shift = top - new_top
+            weighted = tl.exp(shift) * (weighted + shift * total) + tl.sum(p * u, 1)
+            total = tl.exp(shift) * total + tl.sum(p, 1)
+            top = new_top
+        at = part_ptr + n.to(tl.int64) * 3 * T + rows
+        tl.store(at, top, rows < T)
+        tl.store(at + T, total, rows < T)
+        tl.store(at + 2 * T, weighted, rows < T)
+        here = (y >= n * BLOCK_N) & (y < tl.minimum(n * BLOCK_N + BLOCK_N, N))
+        tl.store(target_u_ptr + rows, target_u, here & (rows < T))
 
 
 @triton.jit
 def _token_logprobs_bwd(
-    z_ptr, dz_ptr, bias_ptr, target_ptr, temperature_ptr, lse_ptr, entropy_ptr, gain_ptr, level_ptr, dentropy_ptr,
-    start, N, stride, temperature, softcap,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURES: tl.constexpr, HAS_ENTROPY: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    h, w, dz, bias_ptr, target_ptr, temperature_ptr, lse_ptr, entropy_ptr, gain_ptr, level_ptr, dentropy_ptr, db_ptr,
+    T, N, C, h_stride, w_stride, dz_stride, start, temperature, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURES: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr, WITH_DBIAS: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = cols < N
-    if HAS_TEMPERATURES:
-        temperature = tl.load(temperature_ptr + row).to(tl.float32)
-    z = tl.load(z_ptr + row * stride + cols, mask, other=0.0).to(tl.float32)  # [BLOCK_N]
-    u = _scaled(z, bias_ptr, cols, mask, softcap, temperature, HAS_BIAS, HAS_SOFTCAP)
-    log_p = u - tl.load(lse_ptr + row)
-    slope = tl.load(level_ptr + row)
-    if HAS_ENTROPY:
-        slope -= tl.load(dentropy_ptr + row) * (log_p + tl.load(entropy_ptr + row))
-    target = tl.load(target_ptr + row) - start
-    dz = (tl.exp(log_p) * slope + tl.where(cols == target, tl.load(gain_ptr + row), 0.0)) / temperature
-    if HAS_SOFTCAP:
-        s = u * temperature / softcap
-        dz *= 1 - s * s
-    tl.store(dz_ptr + row * stride + cols, dz, mask)
+    tiles_m, tiles_n = tl.cdiv(T, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+        m, n = _place(tile, tiles_m, tiles_n, GROUP)
+        z = _products(h, w, m, n, T, N, C, h_stride, w_stride, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+        rows = m * BLOCK_M + tl.arange(0, BLOCK_M)
+        sharpness = _sharpness(temperature_ptr, rows, T, temperature, HAS_TEMPERATURES)
+        y = (tl.load(target_ptr + rows, rows < T, other=-1) - start).to(tl.int32)
+        lse = tl.load(lse_ptr + rows, rows < T, other=0.0)[:, None]
+        gain = tl.load(gain_ptr + rows, rows < T, other=0.0)[:, None]
+        level = tl.load(level_ptr + rows, rows < T, other=0.0)[:, None]
+        for i in tl.static_range(4):
+            cols = n * BLOCK_N + i * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
+            u = _quarter(z, i, BLOCK_M, BLOCK_N)  # [BLOCK_M, BLOCK_N / 4]
+            u = _scaled(u, bias_ptr, cols, N, sharpness, softcap, HAS_BIAS, HAS_SOFTCAP)
+            slope = level
+            if HAS_ENTROPY:
+                entropy = tl.load(entropy_ptr + rows, rows < T, other=0.0)[:, None]
+                slope = level - tl.load(dentropy_ptr + rows, rows < T, other=0.0)[:, None] * (
+                    u - lse + entropy
+                )
+            d = (tl.exp(u - lse) * slope + tl.where(cols[None, :] == y[:, None], gain, 0.0)) * sharpness
+            if HAS_SOFTCAP:
+                s = u / (sharpness * softcap)
+                d = d * (1 - s * s)
+            if WITH_DBIAS:
+                tl.store(
+                    db_ptr + m.to(tl.int64) * N + cols,
+                    tl.sum(tl.where((rows < T)[:, None], d, 0.0), 0),
+                    cols < N,
+                )
+            if TMA:
+                dz.store([m * BLOCK_M, n * BLOCK_N + i * (BLOCK_N // 4)], d.to(dz.dtype))
+            else:
+                at = dz + rows.to(tl.int64)[:, None] * dz_stride + cols[None, :]
+                tl.store(at, d.to(dz.dtype.element_ty), (rows < T)[:, None] & (cols < N)[None, :])
 
 
 @triton.jit
@@ -213,17 +293,16 @@ def _gathered_dweight(
 # ---- blocks of logits
 
 CPU_BUDGET = 2**23  # bytes; a block that stays in the caches: larger ones are slower
-GPU_BUDGET = 2**30  # 16k columns of fp32 logits and bf16 gradients at 8k tokens
+GPU_BUDGET = 2**28  # 16k columns of bf16 gradients at 8k tokens: on an H100, wider ones gain nothing
 CPU_NARROWEST = 256  # columns, below which the products slow down; then fewer rows make a block
 GPU_NARROWEST = 4096
-SPLIT = 16384  # columns whose statistics one program takes
 
 
 def _blocks(hidden: Tensor, vocabulary: int, memory_budget: int) -> tuple[list[slice], list[slice]]:
     """Rows and columns of the blocks: all rows if their block is wide enough, and blocks of equal width."""
     tokens = hidden.shape[0]
-    # fp32 logits and what is computed from them: dz in the products' dtype on a GPU, two temporaries in torch
-    elements = memory_budget // (4 + hidden.itemsize if use_triton(hidden) else 3 * max(4, hidden.itemsize))
+    # Triton writes the logits' gradient alone; torch needs the logits and two temporaries
+    elements = memory_budget // (hidden.itemsize if use_triton(hidden) else 3 * max(4, hidden.itemsize))
     narrowest = GPU_NARROWEST if hidden.is_cuda else CPU_NARROWEST
     columns = min(vocabulary, max(narrowest, elements // max(tokens, 1)))
     columns = math.ceil(vocabulary / math.ceil(vocabulary / columns))
@@ -256,70 +335,113 @@ def _accumulate(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return out.addmm_(a.to(out.dtype), b.to(out.dtype))
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    """Products on the CPU are taken in fp32: its half precision ones are slower by an order of magnitude."""
-    return hidden.dtype if use_triton(hidden) else torch.promote_types(hidden.dtype, torch.float32)
+# ---- blocks on a GPU
 
 
-def _splits(h: Tensor, columns: slice) -> int:
-    """In how many pieces a chunk's statistics come: enough of them fill a GPU with the rows of a short batch."""
-    return triton.cdiv(columns.stop - columns.start, SPLIT) if use_triton(h) else 1
+def _tile(h: Tensor) -> dict[str, int]:
+    """What a program computes, by architecture; on none of them does an epilogue spill (bench/static.json)."""
+    if INTERPRET:
+        return {"GROUP": 2, "BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 32}
+    if h.dtype == torch.float32:
+        return {"GROUP": 8, "BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
+    if capability(h) == (9, 4):
+        return {"GROUP": 8, "BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+    if not _has_tma(h):
+        return {"GROUP": 8, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
+    if capability(h) >= (10, 0):
+        return {"GROUP": 8, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
+    return {"GROUP": 8, "BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 
 
-def _row_tile(N: int) -> dict[str, int]:
-    return {"BLOCK_N": min(2048, triton.next_power_of_2(N)), "num_warps": 8}
+def _has_tma(h: Tensor) -> bool:
+    """Half precision in rows of whole 16 bytes, on a chip that has descriptors (gfx942 calls itself 9.4)."""
+    return h.itemsize == 2 and h.shape[1] % 8 == 0 and capability(h) >= (9, 0) and capability(h) != (9, 4)
 
 
-def _summarise(z, bias, targets, start, temperatures, temperature, softcap, part, target_u):
-    """Raw products (rows, N) in, destroyed; part (splits, 3, rows) and target_u, for targets in this chunk, out."""
-    if use_triton(z):
-        rows, N = z.shape
-        _token_logprobs_fwd[(rows, len(part))](
-            z, bias, targets, temperatures, part, target_u,
-            start, N, z.stride(0), part.stride(1), temperature, softcap or 1.0,
-            bias is not None, softcap is not None, temperatures is not None,
-            SPLIT, **_row_tile(N),
+def _described(x: Tensor, block: list[int], tma: bool) -> Tensor | TensorDescriptor:
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block) if tma else x
+
+
+def _precision(h: Tensor) -> str:
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _grid(h: Tensor, N: int, tile: dict[str, int], tma: bool) -> tuple[int]:
+    tiles = triton.cdiv(h.shape[0], tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"])
+    return (
+        min(tiles, multiprocessors(h)) if tma or INTERPRET else tiles,
+    )  # a tile of 128x256 fills its processor
+
+
+def _summarise_triton(h, w, bias, targets, start, temperatures, temperature, softcap, target_u):
+    """parts (pieces, 3, tokens) of a chunk of the vocabulary; target_u where the target is in it."""
+    (T, C), N = h.shape, w.shape[0]
+    tile, tma = _tile(h), _has_tma(h)
+    parts = h.new_empty(triton.cdiv(N, tile["BLOCK_N"]), 3, T, dtype=torch.float32)
+    if T:
+        h_tile, w_tile = [tile["BLOCK_M"], tile["BLOCK_K"]], [tile["BLOCK_N"], tile["BLOCK_K"]]
+        _token_logprobs_fwd[_grid(h, N, tile, tma)](
+            _described(h, h_tile, tma), _described(w, w_tile, tma), bias, targets, temperatures, parts, target_u,
+            T, N, C, h.stride(0), w.stride(0), start, temperature, softcap or 1.0,
+            bias is not None, softcap is not None, temperatures is not None, tma, _precision(h), **tile,
         )  # fmt: skip
-        return
-    u = _scaled_(z, bias, temperatures, temperature, softcap)
-    column, here = _locate(targets, start, z.shape[1])
-    target_u.copy_(torch.where(here, u.gather(1, column)[:, 0], target_u))
-    top = torch.amax(u, -1, out=part[0, 0])
-    u -= top[:, None]
-    p = torch.exp(u)
-    torch.sum(p, -1, out=part[0, 1])
-    torch.sum(p.mul_(u), -1, out=part[0, 2])
+    return parts
 
 
-def _dlogits(z, bias, targets, start, temperatures, temperature, softcap, saved, dz):
-    """Raw products (rows, N) in, destroyed; their gradient out, in dz, which may be z itself."""
+def _dlogits_triton(h, w, bias, targets, start, temperatures, temperature, softcap, saved, dz, with_dbias):
+    """dz (rows, N) of a block, filled; returns its sum over the rows, in fp32 as it was before rounding."""
+    (T, C), N = h.shape, w.shape[0]
     lse, entropy, gain, level, dentropy = saved
-    if use_triton(z):
-        rows, N = z.shape
-        tile = _row_tile(N)
-        _token_logprobs_bwd[(rows, triton.cdiv(N, tile["BLOCK_N"]))](
-            z, dz, bias, targets, temperatures, lse, entropy, gain, level, dentropy,
-            start, N, z.stride(0), temperature, softcap or 1.0,
-            bias is not None, softcap is not None, temperatures is not None, dentropy is not None,
-            **tile,
-        )  # fmt: skip
-        return
+    tile, tma = _tile(h), _has_tma(h)
+    h_tile, w_tile = [tile["BLOCK_M"], tile["BLOCK_K"]], [tile["BLOCK_N"], tile["BLOCK_K"]]
+    z_tile = [tile["BLOCK_M"], tile["BLOCK_N"] // 4]
+    db = h.new_empty(triton.cdiv(T, tile["BLOCK_M"]) if with_dbias else 0, N, dtype=torch.float32)
+    _token_logprobs_bwd[_grid(h, N, tile, tma)](
+        _described(h, h_tile, tma), _described(w, w_tile, tma), _described(dz, z_tile, tma),
+        bias, targets, temperatures, lse, entropy, gain, level, dentropy, db,
+        T, N, C, h.stride(0), w.stride(0), dz.stride(0), start, temperature, softcap or 1.0,
+        bias is not None, softcap is not None, temperatures is not None, dentropy is not None, with_dbias,
+        tma, _precision(h), **tile,
+    )  # fmt: skip
+    return db.sum(0)
+
+
+# ---- blocks on a CPU
+
+
+def _summarise(h, w, bias, targets, start, temperatures, temperature, softcap, target_u, row_blocks, buffer):
+    """As _summarise_triton, with the logits of one block of rows at a time in buffer; one piece."""
+    parts = h.new_empty(1, 3, h.shape[0])
+    for rows in row_blocks:
+        z = torch.mm(h[rows], w.T, out=_block(buffer, rows, w.shape[0]))
+        u = _scaled_(z, bias, None if temperatures is None else temperatures[rows], temperature, softcap)
+        column, here = _locate(targets[rows], start, u.shape[1])
+        target_u[rows] = torch.where(here, u.gather(1, column)[:, 0], target_u[rows])
+        top, total, weighted = parts[0, :, rows]
+        u -= torch.amax(u, -1, out=top)[:, None]
+        p = torch.exp(u)
+        torch.sum(p, -1, out=total)
+        torch.sum(p.mul_(u), -1, out=weighted)
+    return parts
+
+
+def _dlogits(h, w, bias, targets, start, temperatures, temperature, softcap, saved, dz, with_dbias):
+    """As _dlogits_triton."""
+    lse, entropy, gain, level, dentropy = (None if x is None else x[:, None] for x in saved)
+    z = torch.mm(h, w.T, out=dz)
     u = _scaled_(z, bias, temperatures, temperature, softcap)
     divisor = temperature if temperatures is None else temperatures[:, None]
     capped = None if softcap is None else (u * divisor).div_(softcap)
-    u -= lse[:, None]
-    slope = (
-        level[:, None]
-        if dentropy is None
-        else level[:, None] - (u + entropy[:, None]).mul_(dentropy[:, None])
-    )
+    u -= lse
+    slope = level if dentropy is None else level - (u + entropy).mul_(dentropy)
     du = u.exp_().mul_(slope)
-    column, here = _locate(targets, start, z.shape[1])
-    du.scatter_add_(1, column, (gain * here)[:, None])
+    column, here = _locate(targets, start, u.shape[1])
+    du.scatter_add_(1, column, gain * here[:, None])
     if temperatures is not None or temperature != 1:
         du.div_(divisor)
     if capped is not None:
         du.mul_(capped.square_().neg_().add_(1))
+    return dz.sum(0) if with_dbias else None
 
 
 def _scaled_(z, bias, temperatures, temperature, softcap):
@@ -355,24 +477,23 @@ def _forward(
     ignore_index: int,
     memory_budget: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    compute, wide = _compute_dtype(hidden), torch.promote_types(hidden.dtype, torch.float32)
+    h = _operand(hidden)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
     row_blocks, chunks = _blocks(hidden, weight.shape[0], memory_budget)
-    splits = [_splits(hidden, columns) for columns in chunks]
-    parts = hidden.new_empty(sum(splits), 3, hidden.shape[0], dtype=wide)
-    target_u = hidden.new_full(
-        (hidden.shape[0],), torch.nan, dtype=wide
-    )  # stays NaN for an id outside the vocabulary
-    h = hidden.to(compute)
-    buffer = _buffer(h, row_blocks, chunks, wide)
-    for part, columns in zip(parts.split(splits), chunks, strict=True):
-        w, b = weight[columns].to(compute), None if bias is None else bias[columns]
-        for rows in row_blocks:
-            z = _product(h[rows], w.T, _block(buffer, rows, columns))
-            t = None if temperatures is None else temperatures[rows]
-            _summarise(
-                z, b, targets[rows], columns.start, t, temperature, softcap, part[:, :, rows], target_u[rows]
-            )
-    tops, totals, weighted = parts.unbind(1)  # (splits, tokens) each
+    if use_triton(h) and weight.dtype == h.dtype:
+        chunks = [
+            slice(0, weight.shape[0])
+        ]  # no logits in memory, and no copy of the weight in another dtype
+    buffer = None if use_triton(h) else _buffer(h, row_blocks, chunks)
+    target_u = h.new_full((h.shape[0],), torch.nan, dtype=wide)  # stays NaN for an id outside the vocabulary
+    parts = []
+    for columns in chunks:
+        w, b = _operand(weight[columns], h.dtype), None if bias is None else bias[columns]
+        block = h, w, b, targets, columns.start, temperatures, temperature, softcap, target_u
+        parts.append(
+            _summarise(*block, row_blocks, buffer) if buffer is not None else _summarise_triton(*block)
+        )
+    tops, totals, weighted = torch.cat(parts).unbind(1)  # (pieces, tokens) each
     top = tops.amax(0)
     shift = tops - top
     total = (shift.exp() * totals).sum(0)
@@ -410,7 +531,7 @@ def _backward(
     with_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dhidden, dweight and dbias, each empty where it is not asked for."""
-    compute, wide = _compute_dtype(hidden), lse.dtype
+    h, wide = _operand(hidden), lse.dtype
     row_blocks, chunks = _blocks(hidden, weight.shape[0], memory_budget)
     dhidden = hidden.new_zeros(hidden.shape if with_dhidden else 0, dtype=wide)
     dweight = weight.new_empty(weight.shape if with_dweight else 0)
@@ -420,30 +541,30 @@ def _backward(
     gain = torch.zeros_like(lse) if dlogprob is None else dlogprob.masked_fill(ignored, 0)
     level = -gain if dlse is None else dlse.masked_fill(ignored, 0) - gain
     dentropy = None if dentropy is None else dentropy.masked_fill(ignored, 0)
-    h = hidden.to(compute)
-    buffer = _buffer(h, row_blocks, chunks, wide)
-    dbuffer = buffer if wide == compute else torch.empty_like(buffer, dtype=compute)
+    buffer = _buffer(h, row_blocks, chunks)
     whole = len(row_blocks) == 1 and dweight.dtype in (
-        compute,
+        h.dtype,
         wide,
     )  # a chunk's dw then comes out of one product
+    dlogits = _dlogits_triton if use_triton(h) else _dlogits
     for columns in chunks:
-        w, b = weight[columns].to(compute), None if bias is None else bias[columns]
+        w, b = _operand(weight[columns], h.dtype), None if bias is None else bias[columns]
         dw = (
             dweight[columns] if whole or not with_dweight else h.new_zeros(w.shape, dtype=wide)
         )  # (columns, hidden)
         for rows in row_blocks:
-            z = _product(h[rows], w.T, _block(buffer, rows, columns))
-            dz = _block(dbuffer, rows, columns)
-            t, y = None if temperatures is None else temperatures[rows], targets[rows]
+            dz = _block(buffer, rows, w.shape[0])
+            t = None if temperatures is None else temperatures[rows]
             saved = [None if x is None else x[rows] for x in (lse, entropy, gain, level, dentropy)]
-            _dlogits(z, b, y, columns.start, t, temperature, softcap, saved, dz)
+            db = dlogits(
+                h[rows], w, b, targets[rows], columns.start, t, temperature, softcap, saved, dz, with_dbias
+            )
             if with_dhidden:
                 _accumulate(dz, w, dhidden[rows])
             if with_dweight:
                 (_product if whole else _accumulate)(dz.T, h[rows], dw)
             if with_dbias:
-                dbias[columns] += dz.sum(0, dtype=wide)
+                dbias[columns] += db
         if with_dweight and not whole:
             dweight[columns] = dw
     return dhidden.to(hidden.dtype), dweight, dbias if bias is None else dbias.to(bias.dtype)
@@ -462,14 +583,20 @@ def _backward_fake(
     )
 
 
-def _buffer(h: Tensor, row_blocks: list[slice], chunks: list[slice], dtype: torch.dtype) -> Tensor:
+def _operand(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """x as the products take it: contiguous, and fp32 on the CPU, whose half precision is ten times slower."""
+    wide = x.dtype if use_triton(x) else torch.promote_types(x.dtype, torch.float32)
+    return x.to(dtype or wide).contiguous()
+
+
+def _buffer(h: Tensor, row_blocks: list[slice], chunks: list[slice]) -> Tensor:
     """Room for the largest block."""
-    return h.new_empty(row_blocks[0].stop * _aligned(chunks[0].stop) if row_blocks else 0, dtype=dtype)
+    return h.new_empty(row_blocks[0].stop * _aligned(chunks[0].stop) if row_blocks else 0)
 
 
-def _block(buffer: Tensor, rows: slice, columns: slice) -> Tensor:
-    height, width = rows.stop - rows.start, columns.stop - columns.start
-    return buffer[: height * _aligned(width)].view(height, _aligned(width))[:, :width]
+def _block(buffer: Tensor, rows: slice, width: int) -> Tensor:
+    height, stride = rows.stop - rows.start, _aligned(width)
+    return buffer[: height * stride].view(height, stride)[:, :width]
 
 
 def _save(ctx, inputs, output):
@@ -639,6 +766,7 @@ def token_logprobs(
             ignore_index=ignore_index,
         )  # fmt: skip
     targets = targets.long().contiguous()
+    bias = None if bias is None else bias.contiguous()
     if support is not None:
         ids = support.contiguous()
         z = _supported(hidden.contiguous(), weight.contiguous(), ids, budget)  # (tokens, K_max)

@@ -87,7 +87,7 @@ def eager(
 
 def run(op, leaves, targets, options, upstream, outputs=OUTPUTS):
     """The outputs, and the gradient of every leaf when a loss reads `outputs`."""
-    leaves = [None if x is None else x.detach().clone().requires_grad_() for x in leaves]
+    leaves = [None if x is None else x.detach().requires_grad_() for x in leaves]
     got = op(leaves[0], leaves[1], targets, bias=leaves[2], **options)
     wanted = {name: i for i, name in enumerate(OUTPUTS) if name in outputs}
     loss = sum((got[i] * upstream[i]).sum() for i in wanted.values())
@@ -131,9 +131,17 @@ def test_every_feature_matches_the_reference(features, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 2), (5, 3, 2), (6, 8, 257), (2, 1, 262_145)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 2), (5, 3, 2), (17, 33, 257)], ids=str)
 def test_any_shape(shape, dtype, device):
-    assert_as_accurate(*make(*shape, device, dtype), memory_budget=2**20 if shape[2] > 1000 else BLOCKS)
+    assert_as_accurate(*make(*shape, device, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_large_vocabulary(dtype, device, monkeypatch):
+    if INTERPRET:  # it pays for each tile
+        tile = {"GROUP": 2, "BLOCK_M": 16, "BLOCK_N": 16_384, "BLOCK_K": 32}
+        monkeypatch.setattr(logprob, "_tile", lambda h: tile)
+    assert_as_accurate(*make(2, 1, 262_145, device, dtype), memory_budget=2**22)
 
 
 @pytest.mark.parametrize("outputs", [("logprob",), ("lse",), ("entropy",), ("logprob", "lse")], ids=str)
@@ -305,7 +313,7 @@ def test_a_frozen_head_costs_no_product(device, monkeypatch):
         token_logprobs(*leaves, targets, memory_budget=BLOCKS)[0].sum().backward()
         counts[frozen] = len(products)
         assert (leaves[1].grad is None) == frozen
-    assert counts[False] * 3 == counts[True] * 4  # forward, again, dhidden and, for a trained head, dweight
+    assert counts[False] == 2 * counts[True] > 0  # dhidden and, for a trained head, dweight
 
 
 MEASURE = """
