@@ -20,6 +20,12 @@ What a query sees, by logical positions: position i of a query, j of a key.
                                                  c  x x x . . x .
                                                  c  x x x . . x x
 
+Memory, in elements of one head and batch: forward reads q once and k, v once for each block of queries (from L2, mostly),
+writes TDv + T; saved are q, k, v, out and lse. Backward reads them and dout twice, once for dQ and once for dK/dV, and
+writes q, k, v again and T for delta. Eager writes and reads the T * S scores, forward and backward. Work: 4D operations for
+each pair in sight forward, 14D backward where 10D are counted: the scores and dp are computed twice, for
+the two kernels have no atomics between them and give the same bits every run.
+
 Source: Dao et al. 2022, https://arxiv.org/abs/2205.14135; Dao 2023, https://arxiv.org/abs/2307.08691
 """
 
@@ -605,15 +611,18 @@ class _Tiles:
     dkdv: tuple[int, int, int, int]
 
 
-# by chip, then by the wider head dimension, padded: the first entry that is wide enough
+# By chip, then by the wider head dimension, padded: the first row that is wide enough. None of them spills at these
+# widths (python -m burnish.bench.static); those of sm_80 and sm_100 are picked by that alone, and never timed.
 TILES = {
     "sm_80": {
-        64: _Tiles((128, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
-        128: _Tiles((128, 32, 4, 3), (64, 32, 4, 2), (32, 64, 4, 2)),
-        256: _Tiles((64, 64, 8, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
+        64: _Tiles(
+            (128, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 3)
+        ),  # dK/dV: 32 keys, three blocks fit; 64 spill
+        128: _Tiles((128, 32, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2)),
+        256: _Tiles((64, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
     },
-    # Measured on an H100. Two blocks of one warpgroup on each multiprocessor beat one block of two: one computes
-    # exponentials while the other multiplies.
+    # Timed on an H100. At D=64 and 128 two blocks of one warpgroup share a multiprocessor: one takes exponentials while
+    # the other multiplies. At 256 only one block fits, and two warpgroups make up for it.
     "sm_90": {
         64: _Tiles((64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 4, 2)),
         128: _Tiles((64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 2)),
@@ -622,8 +631,9 @@ TILES = {
     "sm_100": {
         64: _Tiles((128, 64, 4, 3), (128, 64, 4, 3), (64, 128, 8, 3)),
         128: _Tiles((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
-        256: _Tiles((128, 32, 8, 2), (64, 32, 4, 2), (32, 64, 8, 2)),
+        256: _Tiles((128, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
     },
+    # no tensor cores, and each thread holds a whole row of an operand: it spills from D=64 on, and is for tests
     "fp32": {
         64: _Tiles((64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
         256: _Tiles((32, 16, 8, 1), (32, 16, 8, 1), (16, 32, 8, 1)),
