@@ -205,7 +205,9 @@ _NORM_SHAPES = (
 )
 _HEAD_SHAPES = ({"B": 1, "T": 1, "H": 1, "D": 3}, {"B": 2, "T": 5, "H": 3, "D": 65})
 _NORM_EMPTY = ({"B": 0, "T": 5, "C": 8}, {"B": 2, "T": 0, "C": 8})
-_WIDTHS = tuple({"B": 1, "T": 256, "C": c} for c in (4096, 128, 32768, 16384, 1024))
+_WIDTHS = tuple(  # 256 rows make dw by columns, 600 by walking over rows
+    {"B": 1, "T": t, "C": c} for c in (4096, 128, 16384, 1024, 8192, 2048, 32768) for t in (600, 256)
+)[:-1]
 _NORM_BENCH = {
     "cuda": tuple(
         {"B": 1, "T": t, "C": c}

@@ -132,13 +132,15 @@ def _rope(
 
 @cache
 def _config(H: int, G: int, D: int) -> dict[str, int]:
-    """Heads that share a token's table row, and tokens to fill the tile: about 4,096 elements."""
-    block_h = min(8, next_power_of_2(max(H, G)))
-    return {
-        "BLOCK_H": block_h,
-        "BLOCK_T": max(1, 4096 // (block_h * next_power_of_2(D))),
-        "num_warps": 4,
-    }
+    """Heads that share a token's table row, as many as leave few idle, and tokens to fill 2,048 elements.
+
+    H100, bf16, torch 2.11, Triton 3.6, against [8 heads, 4,096 elements]: 32/8 heads of 128: 117.7 us for 126.7; 8/4 of
+    256: 76.9 for 82.2; 9/3 of 64: 43.3 for 46.2; 14/2 of 64: 54.6 for 55.8.
+    """
+    block_h = min(16, next_power_of_2(max(H, G)))
+    while block_h > 4 and 0.8 * block_h * (cdiv(H, block_h) + cdiv(G, block_h)) > H + G:
+        block_h //= 2
+    return {"BLOCK_H": block_h, "BLOCK_T": max(1, 2048 // (block_h * next_power_of_2(D))), "num_warps": 4}
 
 
 def _launch(

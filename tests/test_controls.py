@@ -36,7 +36,8 @@ FAULTS = [
     Fault("mean over the padded width", "norm", "1) / N + eps", "1) / BLOCK_N + eps", "rms_norm/hidden"),
     Fault("eps dropped", "norm", "1) / N + eps", "1) / N", "rms_norm/hidden", scale=1e-3),
     Fault("mean not subtracted", "norm", "(dy * w - xhat * mean)", "(dy * w)", "rms_norm/hidden"),
-    Fault("dw of x, not xhat", "norm", "dw += dy * xhat", "dw += dy * h", "rms_norm/hidden"),
+    Fault("dw of x, not xhat", "norm", "return dy * xhat", "return dy * h", "rms_norm/hidden"),
+    Fault("few rows' dw of x", "norm", "dw += dy * (h *", "dw += dy * (h + 0 *", "rms_norm/hidden", 0),
     Fault(
         "last tile of rows", "norm", "tl.cdiv(R, BLOCK_R), step", "R // BLOCK_R, step", "rms_norm/hidden", 2
     ),
