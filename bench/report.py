@@ -8,7 +8,7 @@ A Markdown file asks for a table by a pair of marks, between which everything is
     <!-- /generated -->
 
 speed is the newest file of bench/results for each machine, static is bench/static.json, floors are the registry's
-formulas on the datasheets of roofline.py. The pictures go to docs/pictures.
+formulas on the datasheets of roofline.py, pictures are those in docs/pictures, drawn from the same.
 """
 
 import argparse
@@ -18,12 +18,14 @@ import io
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .registry import CASES, label
-from .roofline import CHIPS, Ceilings, datasheet
+from .registry import CASES, Work, label
+from .roofline import CHIPS, datasheet
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -192,20 +194,6 @@ def floors() -> str:
     return "Forward / backward in microseconds, bf16, on the datasheet chip.\n\n" + markdown(head, rows)
 
 
-SECTIONS = {"speed": speed, "static": static, "floors": floors}
-
-
-def fill(text: str) -> str:
-    """The document with every generated part made anew."""
-
-    def make(match: re.Match[str]) -> str:
-        if match[2] not in SECTIONS:
-            raise ValueError(f"generated: expected one of {sorted(SECTIONS)}, got {match[2]}")
-        return f"{match[1]}\n{SECTIONS[match[2]]()}\n{match[3]}"
-
-    return MARK.sub(make, text)
-
-
 # ---- pictures
 
 
@@ -259,9 +247,27 @@ def speed_picture(case: str, which: str, rows: list[dict[str, Any]]) -> str:
     return svg(fig)
 
 
-def pictures() -> dict[Path, str]:
-    """Path -> SVG, for every case measured on a GPU at three shapes or more. Each carries its source's digest."""
-    made = {}
+@dataclass(frozen=True)
+class Picture:
+    """What a file in docs/pictures is drawn from. Its stamp, kept in the file, tells whether that has changed."""
+
+    path: Path
+    source: str
+    rows: list[dict[str, Any]]
+    draw: Callable[[], str]
+
+    @property
+    def stamp(self) -> str:
+        digest = hashlib.sha256(json.dumps(self.rows, sort_keys=True).encode()).hexdigest()[:16]
+        return f"<!-- {self.source} {digest} -->"
+
+
+def pictures() -> list[Picture]:
+    """The roofs, and every case that was measured on a GPU at three shapes or more."""
+    works = [
+        {"case": name, "flops": work.flops, "bytes": work.bytes} for name, work in headline_works().items()
+    ]
+    made = [Picture(PICTURES / "roofline.svg", "bench/registry.py", works, roofline_picture)]
     for path, result in newest_results().items():
         if "driver" not in result["machine"]:
             continue
@@ -271,39 +277,38 @@ def pictures() -> dict[Path, str]:
         for (case, which), rows in by_case.items():
             if len({label(r["dims"]) for r in rows}) >= 3:
                 name = re.sub(r"\W+", "-", f"{case} {which}") + ".svg"
-                made[PICTURES / name] = f"{speed_picture(case, which, rows)}<!-- {path} {digest(rows)} -->\n"
+                made.append(Picture(PICTURES / name, path, rows, partial(speed_picture, case, which, rows)))
     return made
 
 
-def digest(rows: list[dict[str, Any]]) -> str:
-    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+def gallery() -> str:
+    """Every picture, for a document in docs/."""
+    return "\n".join(f"![{p.path.stem}](pictures/{p.path.name})" for p in pictures()) + "\n"
+
+
+def headline_works() -> dict[str, Work]:
+    """The forward work of each case's first benchmark shape, in bf16."""
+    return {c.name: c.work(c.bench["cuda"][0], 2)[0] for c in CASES if c.bench.get("cuda")}
 
 
 def roofline_picture() -> str:
-    """The four datasheet roofs, and every benchmark shape at its arithmetic intensity."""
-    fig, (ax,) = figure(7, 4)
-    intensities = [2.0**e for e in range(-4, 13)]
+    """The four datasheet roofs, and each op's first benchmark shape on the H100's."""
+    fig, (ax,) = figure(8, 4.5)
+    intensities = [2.0**e for e in range(-3, 15)]
     for chip in CHIPS.values():
-        top: Ceilings = datasheet(chip, "bf16")
-        ax.plot(
-            intensities,
-            [min(top.rate, i * top.bandwidth) / 1e12 for i in intensities],
-            label=chip.name,
-            linewidth=1,
-        )
+        top = datasheet(chip, "bf16")
+        roof = [min(top.rate, i * top.bandwidth) / 1e12 for i in intensities]
+        ax.plot(intensities, roof, label=chip.name, linewidth=1)
     top = datasheet(CHIPS["sm_90"], "bf16")
-    placed: set[tuple[str, int]] = set()
-    for case in CASES:
-        for dims in case.bench.get("cuda", ()):
-            work = case.work(dims, 2)[0]
-            intensity = work.flops / work.bytes
-            ax.plot(
-                intensity, work.flops / top.floor(work) / 1e12, "o", markersize=3, color=COLOURS["burnish"]
-            )
-            if (case.op, round(intensity)) not in placed:
-                placed.add((case.op, round(intensity)))
-                place = (intensity, work.flops / top.floor(work) / 1e12)
-                ax.annotate(f"{case.op}", place, fontsize=7, xytext=(4, -8), textcoords="offset points")
+    works = headline_works()
+    anchor, stacked = (0.0, 0.0), 0
+    for name, work in sorted(works.items(), key=lambda item: item[1].flops / item[1].bytes):
+        place = (work.flops / work.bytes, work.flops / top.floor(work) / 1e12)
+        stacked = stacked + 1 if place[0] < 10 * anchor[0] else 0  # neighbours' names stand under one another
+        anchor = anchor if stacked else place
+        ax.plot(*place, "o", markersize=4, color=COLOURS["burnish"])
+        shift = (6, -14 - 9 * stacked)
+        ax.annotate(name, anchor, fontsize=7, xytext=shift, textcoords="offset points", annotation_clip=False)
     ax.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="TFLOP/s at the roof, bf16")
     ax.legend(frameon=False, labelcolor=INK)
     return svg(fig)
@@ -323,6 +328,22 @@ def static_page(figures: dict[str, Any]) -> str:
     )
 
 
+# ---- documents
+
+SECTIONS = {"speed": speed, "static": static, "floors": floors, "pictures": gallery}
+
+
+def fill(text: str) -> str:
+    """The document with every generated part made anew."""
+
+    def make(match: re.Match[str]) -> str:
+        if match[2] not in SECTIONS:
+            raise ValueError(f"generated: expected one of {sorted(SECTIONS)}, got {match[2]}")
+        return f"{match[1]}\n{SECTIONS[match[2]]()}\n{match[3]}"
+
+    return MARK.sub(make, text)
+
+
 # ---- command
 
 
@@ -331,10 +352,9 @@ def stale() -> list[str]:
     late = [
         str(p.relative_to(ROOT)) for p in DOCUMENTS if p.exists() and fill(p.read_text()) != p.read_text()
     ]
-    for path, text in pictures().items():
-        stamp = text.rsplit("<!-- ", 1)[1]  # the drawing itself may differ with the fonts of a machine
-        if not path.exists() or stamp not in path.read_text():
-            late.append(str(path.relative_to(ROOT)))
+    for picture in pictures():
+        if not picture.path.exists() or picture.stamp not in picture.path.read_text():
+            late.append(str(picture.path.relative_to(ROOT)))
     return late
 
 
@@ -353,8 +373,8 @@ def main(argv: list[str] | None = None) -> int:
     for path in DOCUMENTS:
         if path.exists():
             write_whole(path, fill(path.read_text()))
-    for path, text in pictures().items():
-        write_whole(path, text)
+    for picture in pictures():
+        write_whole(picture.path, f"{picture.draw()}{picture.stamp}\n")
     return 0
 
 
