@@ -76,9 +76,15 @@ def register(
     direct = launch
     if save is not None and backward is not None:
         registered.register_autograd(backward, setup_context=save)
-        members = {"forward": launch, "setup_context": save, "backward": backward}
-        function = type(name, (torch.autograd.Function,), {k: staticmethod(f) for k, f in members.items()})
-        direct = function.apply
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = launch(*args)
+            save(ctx, args, output)
+            return output
+
+        # without a setup_context of its own, for which torch would inspect the signature anew on each call
+        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        direct = type(name, (torch.autograd.Function,), members).apply
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():

@@ -288,7 +288,7 @@ def _sum_config(P: int) -> dict[str, int]:
     return {"BLOCK_P": 512, "BLOCK_N": 16, "num_warps": 8}
 
 
-FEW_ROWS = 4  # on each multiprocessor: up to here one launch that reads twice is faster than two launches
+FEW_ROWS = 2  # on each multiprocessor: up to here one launch that reads twice is faster than two launches
 WIDE = {"BLOCK_N": 8192, "num_warps": 16}
 WIDE_WEIGHT_GRAD = {"BLOCK_R": 16, "BLOCK_N": 128, "num_warps": 4}
 

@@ -17,8 +17,11 @@ def leaf(*shape, device, dtype=torch.float32):
     return torch.randn(*shape, device=device, dtype=dtype, requires_grad=True)
 
 
-def test_equals_torch(device):
-    x, w, dy = leaf(5, 70, device=device), leaf(70, device=device), torch.randn(5, 70, device=device)
+@pytest.mark.parametrize(
+    "rows", [3, 5, 40]
+)  # interpreted: dw by columns, of one tile each, of tiles that are walked
+def test_equals_torch(rows, device):
+    x, w, dy = leaf(rows, 70, device=device), leaf(70, device=device), torch.randn(rows, 70, device=device)
     ours, theirs = rms_norm(x, w, 1e-5), F.rms_norm(x, (70,), w, 1e-5)
     close(ours, theirs)
     close(torch.autograd.grad(ours, (x, w), dy), torch.autograd.grad(theirs, (x, w), dy))
@@ -112,6 +115,18 @@ def test_every_width_has_a_tile(N):
         rows, columns, warps = tile["BLOCK_R"], tile["BLOCK_N"], tile["num_warps"]
         assert all(n.bit_count() == 1 for n in (rows, columns, warps)) and N <= columns < 2 * N
         assert rows * columns in (1024, 2048) or rows == 1
+
+
+@pytest.mark.skipif(not TRITON, reason="the CPU path has one way for every number of rows")
+@pytest.mark.parametrize("residual", [False, True])
+def test_few_rows_by_columns(residual, monkeypatch, device):
+    monkeypatch.setattr(norm, "FEW_ROWS", 1 << 20)
+    shape = (150, 100)  # more rows, and more columns, than one program of dw takes at once
+    h, dy, dh = (torch.randn(shape, device=device) for _ in range(3))
+    w, rstd = torch.randn(100, device=device), torch.rand(150, device=device)
+    one_launch = norm._backward(dy, dh if residual else None, h, w, rstd, False, True)
+    monkeypatch.setattr(norm, "FEW_ROWS", 0)
+    close(one_launch, norm._backward(dy, dh if residual else None, h, w, rstd, False, True))
 
 
 @pytest.mark.skipif(not TRITON, reason="the CPU path has one way for every width")
