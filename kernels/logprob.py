@@ -350,7 +350,7 @@ def _tile(h: Tensor) -> dict[str, int]:
         return {"GROUP": 8, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
     if capability(h) >= (10, 0):
         return {"GROUP": 8, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
-    return {"GROUP": 8, "BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+    return {"GROUP": 8, "BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
 
 
 def _has_tma(h: Tensor) -> bool:
