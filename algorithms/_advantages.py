@@ -8,7 +8,11 @@ from torch import Tensor
 
 
 def _centred(rewards: Tensor) -> Tensor:
-    return (rewards - rewards.nanmean(dim=1, keepdim=True)).nan_to_num(0.0)
+    """r - mean, and exactly 0 where all rewards are equal, which the rounding of a mean is not."""
+    lowest = rewards.nan_to_num(torch.inf).amin(dim=1, keepdim=True)
+    highest = rewards.nan_to_num(-torch.inf).amax(dim=1, keepdim=True)
+    centred = rewards - rewards.nanmean(dim=1, keepdim=True)
+    return centred.masked_fill(lowest >= highest, 0.0).nan_to_num(0.0)
 
 
 def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:

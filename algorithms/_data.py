@@ -239,6 +239,8 @@ def _encode_row(
         written = (
             tokenizer.encode(completion, continues=True) if prompt else tokenizer.encode_text(completion)
         )
+        if not written:
+            continue
         if written[-1] not in tokenizer.stop_ids:
             if tokenizer.eos_id is None:
                 raise InputError("the tokenizer names no eos_token, so a completion cannot be ended")

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,6 +27,40 @@ Schedule = Literal["constant", "linear", "cosine"]
 
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_flags(config: Any, **bounds: tuple[float, float]) -> None:
+    """check_flags(cfg, steps=(1, inf)) raises InputError where a flag is set and outside its bounds, or NaN.
+
+    Also checks what every run has: a device that torch can use, and an output folder that no other run uses.
+    """
+    for name, (low, high) in bounds.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            expected = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise InputError(f"--{name.replace('_', '-')}: expected a number {expected}, got {value}")
+    if config.device.partition(":")[0] not in ("cpu", "cuda"):
+        raise InputError(f"--device: expected cpu or cuda, got {config.device}")
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {config.device}: torch finds no CUDA device; use --device cpu")
+    folder = config.output
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"--output {folder}: expected a new or empty folder, found one in use")
+
+
+def check_model(model: Transformer, tokenizer: Tokenizer, longest: int) -> None:
+    """Refuse a tokenizer with more ids than the model; warn of sequences longer than the model was trained on."""
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary {model.config.vocab_size}: "
+            "they do not belong together"
+        )
+    if longest > model.config.max_position_embeddings:
+        limit = model.config.max_position_embeddings
+        print(
+            f"warning: sequences of up to {longest} tokens; the model was trained on up to {limit}",
+            file=sys.stderr,
+        )
 
 
 def new_run_folder(name: str) -> Path:
@@ -50,12 +85,13 @@ class Run:
 
     def __init__(self, folder: Path, config: Any):
         self.folder = Path(folder)
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise InputError(f"--output {self.folder}: expected a new or empty folder, found one in use")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "config.json", "w") as file:
-            json.dump(dataclasses.asdict(config), file, indent=2, default=str)
-        self._metrics = open(self.folder / "metrics.jsonl", "w")  # noqa: SIM115 (open as long as the run)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            flags = json.dumps(dataclasses.asdict(config), indent=2, default=str)
+            (self.folder / "config.json").write_text(flags + "\n")
+            self._metrics = open(self.folder / "metrics.jsonl", "w")  # noqa: SIM115 (open as long as the run)
+        except OSError as error:
+            raise InputError(f"--output {self.folder}: cannot be written: {error}") from error
         self._bar: tqdm | None = None
         self._step, self._clock = 0, time.perf_counter()
 
@@ -75,9 +111,10 @@ class Run:
             self._bar.update()
 
     def log(self, metrics: dict[str, float | Tensor], tokens: int) -> None:
-        """Write one step's metrics. tokens: how many went through the model's training pass in this step."""
+        """Write one step's metrics, null for NaN. tokens: of the step's sequences; tokens_per_second is theirs, too."""
         now = time.perf_counter()
         values = {name: float(value) for name, value in metrics.items()}
+        values = {name: None if math.isnan(value) else value for name, value in values.items()}
         seconds, self._clock = now - self._clock, now
         line = {
             "step": self._step,
@@ -89,9 +126,8 @@ class Run:
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
         if self._bar is not None:
-            self._bar.set_postfix(
-                {name: f"{value:.3g}" for name, value in list(values.items())[:3]}, refresh=False
-            )
+            shown = {name: f"{value:.3g}" for name, value in list(values.items())[:3] if value is not None}
+            self._bar.set_postfix(shown, refresh=False)
 
     def save(self, model: Transformer, tokenizer: Tokenizer, name: str = "model") -> Path:
         """Write model and tokenizer as a Hugging Face folder inside the run folder, complete or not at all."""

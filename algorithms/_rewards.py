@@ -6,10 +6,16 @@ prompts and completions are text (or message lists where the row's prompt is one
 columns the row's other columns, each a list with one entry a completion. None: this function does not judge that one.
 """
 
+import copy
 import importlib
 import importlib.util
+import math
+import numbers
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,22 +30,51 @@ def load_reward(specification: str) -> RewardFunction:
     source, _, name = specification.rpartition(":")
     if not source:
         raise InputError(f"--reward {specification}: expected FILE.py:function or package.module:function")
+    if source.endswith(".py") and not Path(source).is_file():
+        raise InputError(f"--reward {specification}: no file {source}")
     try:
-        if source.endswith(".py"):
-            if not Path(source).is_file():
-                raise InputError(f"--reward {specification}: no file {source}")
-            spec = importlib.util.spec_from_file_location(Path(source).stem, source)
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(source)
-    except (ImportError, SyntaxError, NameError) as error:
-        raise InputError(f"--reward {specification}: {source} cannot be imported: {error}") from error
+        module = _load_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
+    except (Exception, SystemExit) as error:  # whatever a user's file raises is the user's to read
+        message = f"--reward {specification}: {source} cannot be imported: {type(error).__name__}: {error}"
+        raise InputError(message) from error
     function: RewardFunction | None = getattr(module, name, None)
     if not callable(function):
         raise InputError(f"--reward {specification}: {source} has no function '{name}'")
     return function
+
+
+def _load_file(path: Path) -> ModuleType:
+    """The module of a .py file, which may import the modules beside it."""
+    spec = importlib.util.spec_from_file_location(f"reward_from_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    sys.path.append(str(path.resolve().parent))
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_rewards(specifications: Sequence[str]) -> dict[str, RewardFunction]:
+    """By function name, or by whole specification where two functions share one."""
+    if not specifications:
+        raise InputError("--reward: expected at least one FILE.py:function, got none")
+    names = [specification.rpartition(":")[2] for specification in specifications]
+    return {
+        name if names.count(name) == 1 else specification: load_reward(specification)
+        for name, specification in zip(names, specifications, strict=True)
+    }
+
+
+def _number(value: Any) -> float | None:
+    """A reward as fp32 holds it, NaN for None; None where it is no finite number. numpy's and torch's numbers count."""
+    if value is None:
+        return float("nan")
+    value = value.item() if hasattr(value, "item") else value
+    try:
+        number = float(value) if isinstance(value, numbers.Real) else math.nan
+    except OverflowError:  # an int beyond fp64
+        return None
+    return number if abs(number) <= torch.finfo(torch.float32).max else None
 
 
 def judge(
@@ -57,22 +92,26 @@ def judge(
     """
     parts: dict[str, Tensor] = {}
     for name, function in functions.items():
+        given = copy.deepcopy(
+            (prompts, completions, completion_ids, columns)
+        )  # what a function edits is its own
         try:
             values = list(
-                function(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+                function(prompts=given[0], completions=given[1], completion_ids=given[2], **given[3])
             )
-        except Exception as error:  # whatever a user's function raises is the user's to read
+        except (Exception, SystemExit) as error:
             raise InputError(f"reward {name} raised {type(error).__name__}: {error}") from error
         if len(values) != len(completions):
             raise InputError(
                 f"reward {name}: expected {len(completions)} rewards, one a completion, got {len(values)}"
             )
-        for i, value in enumerate(values):
-            if value is not None and not (isinstance(value, int | float) and abs(value) < float("inf")):
-                raise InputError(
-                    f"reward {name}: expected a finite number or None for completion {i}, got {value!r}"
-                )
-        parts[name] = torch.tensor([float("nan") if value is None else float(value) for value in values])
+        rewards = [_number(value) for value in values]
+        if None in rewards:
+            i = rewards.index(None)
+            raise InputError(
+                f"reward {name}: expected a finite number or None for completion {i}, got {values[i]!r}"
+            )
+        parts[name] = torch.tensor(rewards)
     stacked = torch.stack([weight * part for weight, part in zip(weights, parts.values(), strict=True)])
     total = stacked.nansum(dim=0).masked_fill(stacked.isnan().all(dim=0), float("nan"))
     return total, parts

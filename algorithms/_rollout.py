@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..model.errors import InputError
 from ..model.generate import Sample, generate
 from ..model.packed import Packed, pack
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from ._data import Prompt
+from ._loop import autocast
 from ._rewards import RewardFunction, judge
 
 
@@ -34,23 +36,30 @@ def sample_groups(
     *,
     group_size: int,
     max_new_tokens: int,
+    batch_size: int | None,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
     seed: int,
 ) -> tuple[list[Group], dict[str, float]]:
     """Returns a group a prompt, and the mean of each reward function over the samples that it judged."""
-    samples = generate(
-        model,
-        [prompt.tokens for prompt in prompts],
-        samples_per_prompt=group_size,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        stop_ids=tokenizer.stop_ids,
-        seed=seed,
-    )
+    with autocast(model.device.type):  # in the precision that scores
+        samples = generate(
+            model,
+            [prompt.tokens for prompt in prompts],
+            samples_per_prompt=group_size,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop_ids=tokenizer.stop_ids,
+            seed=seed,
+            batch_size=batch_size,
+        )
+    if not all(sample.logprobs.isfinite().all() for sample in samples):
+        raise InputError(
+            "sampling: the model's probabilities are not finite: its weights hold NaN or have diverged"
+        )
     asked = [prompts[sample.prompt_index] for sample in samples]
     total, parts = judge(
         rewards,

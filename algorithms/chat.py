@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import tyro
 from torch import Tensor
 
 from ..model.cache import Cache
@@ -22,6 +21,7 @@ from ..model.errors import InputError
 from ..model.packed import pack
 from ..model.tokenizer import Message, Tokenizer
 from ..model.transformer import Transformer
+from ._command import run_command
 from ._loop import default_device
 
 
@@ -158,4 +158,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    sys.exit(run_command("chat", sys.modules[__name__], main, sys.argv[1:]))

@@ -23,24 +23,28 @@ Run:    burnish grpo --model DIR --data FILE.jsonl --reward FILE.py:function
 """
 
 import copy
+import sys
 import time
 from dataclasses import dataclass, field
+from math import inf, isfinite
 from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from torch import Tensor
 
 from ..model.checkpoint import load_model
 from ..model.errors import InputError
 from ..model.tokenizer import Tokenizer
 from ._advantages import batch_std_advantages, group_advantages, mean_advantages, rloo_advantages
+from ._command import run_command
 from ._data import read_rows, rl_prompts
 from ._loop import (
     Run,
     Schedule,
     autocast,
+    check_flags,
+    check_model,
     default_device,
     epochs,
     make_optimizer,
@@ -49,7 +53,7 @@ from ._loop import (
     report_counts,
     scheduled,
 )
-from ._rewards import load_reward
+from ._rewards import load_rewards
 from ._rollout import micro_batches, sample_groups
 from ._tokens import constant_length, sequence_mean, token_mean
 
@@ -68,12 +72,13 @@ class Config:
     prompt_column: str | None = None  # the column that holds the prompt, where its name does not say so
     max_prompt_length: int = 1024  # tokens; longer prompts are dropped and counted
     max_new_tokens: int = 256  # cap on a completion's length
+    sampling_batch_size: int | None = None  # samples at a time, which bounds the cache; all by default
     temperature: float = 1.0  # of sampling, and of scoring
     top_k: int | None = None  # sample among the k most likely ids only
-    top_p: float | None = None  # sample among the fewest ids with this much probability
+    top_p: float | None = None  # sample among the fewest ids with this much probability, at most 1,024
     updates_per_rollout: int = 1  # optimizer steps on each rollout; from the second on, rho differs from 1
-    advantage: Literal["group", "mean", "batch_std", "rloo"] = "group"  # _advantages.py
-    aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = "token_mean"  # _tokens.py
+    advantage: Literal["group", "mean", "batch_std", "rloo"] = "group"  # baseline and scale of rewards
+    aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = "token_mean"  # what weighs alike
     clip_low: float = 0.2  # rho below 1 - clip_low has no gradient where A < 0
     clip_high: float = 0.2  # rho above 1 + clip_high has none where A > 0; DAPO: 0.28
     kl_coefficient: float = 0.0  # beta, of the KL to the model that training started from
@@ -129,18 +134,44 @@ ADVANTAGES = {
 
 def train(cfg: Config) -> Path:
     """Returns the folder of the trained model."""
+    check_flags(
+        cfg,
+        steps=(1, inf),
+        prompts_per_step=(1, inf),
+        group_size=(2, inf),
+        max_prompt_length=(1, inf),
+        max_new_tokens=(1, inf),
+        sampling_batch_size=(1, inf),
+        temperature=(1e-3, 1e3),
+        top_k=(1, inf),
+        top_p=(1e-9, 1),
+        updates_per_rollout=(1, inf),
+        clip_low=(0, 1),
+        clip_high=(0, inf),
+        kl_coefficient=(0, inf),
+        micro_batch_tokens=(1, inf),
+        learning_rate=(0, inf),
+        warmup_steps=(0, inf),
+        weight_decay=(0, inf),
+        max_grad_norm=(1e-12, inf),
+        save_every=(0, inf),
+        seed=(0, 2**31 - 1),
+    )
     weights = cfg.reward_weights or (1.0,) * len(cfg.reward)
     if len(weights) != len(cfg.reward):
         raise InputError(
             f"--reward-weights: expected {len(cfg.reward)}, one a reward function, got {len(weights)}"
         )
-    rewards = {name.rpartition(":")[2]: load_reward(name) for name in cfg.reward}
+    if not all(isfinite(weight) for weight in weights):
+        raise InputError(f"--reward-weights: expected finite numbers, got {weights}")
+    rewards = load_rewards(cfg.reward)
     tokenizer = Tokenizer.load(cfg.model, cfg.chat_template)
     prompts, counts = rl_prompts(
         read_rows(cfg.data), tokenizer, max_length=cfg.max_prompt_length, prompt_column=cfg.prompt_column
     )
     report_counts(cfg.data, counts)
     model = load_model(cfg.model, device=cfg.device)
+    check_model(model, tokenizer, max(len(prompt.tokens) for prompt in prompts) + cfg.max_new_tokens)
     model.checkpoint_activations = cfg.checkpoint_activations
     reference = copy.deepcopy(model).requires_grad_(False) if cfg.kl_coefficient else None
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
@@ -148,20 +179,20 @@ def train(cfg: Config) -> Path:
     with Run(cfg.output, cfg) as run:
         for step in run.steps(cfg.steps):
             started = time.perf_counter()
-            with autocast(cfg.device):  # samples in the precision that scores
-                groups, judged = sample_groups(
-                    model,
-                    tokenizer,
-                    [prompts[i] for i in next(batches)],
-                    rewards,
-                    weights,
-                    group_size=cfg.group_size,
-                    max_new_tokens=cfg.max_new_tokens,
-                    temperature=cfg.temperature,
-                    top_k=cfg.top_k,
-                    top_p=cfg.top_p,
-                    seed=cfg.seed + step,
-                )
+            groups, judged = sample_groups(
+                model,
+                tokenizer,
+                [prompts[i] for i in next(batches)],
+                rewards,
+                weights,
+                group_size=cfg.group_size,
+                max_new_tokens=cfg.max_new_tokens,
+                batch_size=cfg.sampling_batch_size,
+                temperature=cfg.temperature,
+                top_k=cfg.top_k,
+                top_p=cfg.top_p,
+                seed=(cfg.seed << 32) + step,
+            )
             sampled = time.perf_counter()
             reward = torch.stack(
                 [group.rewards for group in groups]
@@ -236,4 +267,4 @@ def _denominators(cfg: Config, lengths: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Config))
+    sys.exit(run_command("grpo", sys.modules[__name__], train, sys.argv[1:]))

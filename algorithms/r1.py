@@ -7,9 +7,9 @@
     student    a smaller base -> SFT on R1's right samples (distillation), beside the same smaller base -> GRPO
 
 GRPO with two rule rewards, accuracy and form; no critic, no process reward model. Every stage is one call of
-`sft.train` or `grpo.train` on files in the run folder, so each can be run again by hand with the config.json that it
-leaves. The task is in `_sums.py`; figures are on its held-out problems. Published shape, AIME 2024 pass@1: R1-Zero
-15.6 -> 71.0 (majority vote 86.7), R1 79.8, student 72.6 distilled and 47.0 by RL alone.
+`sft.train` or `grpo.train` on files in the run folder, and leaves the flags of that call in its config.json. The task
+is in `_sums.py`; figures are on its held-out problems. Published shape, AIME 2024 pass@1: R1-Zero 15.6 -> 71.0
+(majority vote 86.7), R1 79.8, student 72.6 distilled and 47.0 by RL alone.
 
 Source: DeepSeek-AI 2025, https://arxiv.org/abs/2501.12948
 Run:    burnish r1
@@ -17,15 +17,16 @@ Run:    burnish r1
 
 import json
 import random
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from statistics import mean, median
 
 import torch
-import tyro
 
 from ..model.checkpoint import load_model, save_model
 from ..model.config import ModelConfig
@@ -34,7 +35,8 @@ from ..model.generate import generate
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from . import _report, grpo, sft
-from ._loop import default_device, new_run_folder
+from ._command import run_command
+from ._loop import check_flags, default_device, new_run_folder
 from ._sums import accuracy, answer_of, demonstration_row, form, make_tokenizer, prompt_row, split_problems
 
 
@@ -86,8 +88,8 @@ def train(cfg: Config) -> Path:
     """Returns the path of the report."""
     torch.set_num_threads(1)  # a second thread costs more than it gives on models this small
     started = time.perf_counter()
-    if cfg.output.exists() and any(cfg.output.iterdir()):
-        raise InputError(f"--output {cfg.output}: expected a new or empty folder, found one in use")
+    counts = [name for name, value in vars(cfg).items() if isinstance(value, int)]
+    check_flags(cfg, **{name: (1, inf) for name in counts})
     folders = [cfg.output / f"seed-{seed}" for seed in range(cfg.seeds)]
     recipes = [Recipe(cfg, folder, seed).run() for seed, folder in enumerate(folders)]
     table = {
@@ -109,7 +111,7 @@ def train(cfg: Config) -> Path:
         header=["stage", "pass@1", "vote", "greedy", "form", "published"],
         rows={stage: [*vars(score).values(), PUBLISHED.get(stage)] for stage, score in table.items()},
         note=f"pass@1, vote and form over {cfg.evaluation_samples} samples a problem at temperature 1. published: "
-        "DeepSeek's pass@1 on AIME 2024 (arXiv 2501.12948), another task: compare the shape, not the numbers.",
+        "DeepSeek's pass@1 on AIME 2024 (arXiv 2501.12948; R1-Zero's vote: 86.7), another task: compare the shape.",
         curves=[recipe.curves() for recipe in recipes],
         curve_note="Share of right samples on training problems in each GRPO step, a mean over five steps.",
         transcripts=recipes[0].transcripts,
@@ -234,6 +236,10 @@ class Recipe:
                 t for t, r in zip(texts, accuracy(texts, [row["answer"]] * len(texts)), strict=True) if r
             ]
             kept += [{"prompt": row["prompt"], "completion": text} for text in sorted(set(right))]
+        if not kept:
+            raise InputError(
+                f"{model}: none of its samples is right, so there is nothing to learn from; train it longer"
+            )
         return kept
 
     def measure(self, stage: str, model: Path) -> None:
@@ -278,4 +284,4 @@ def print_row(stage: str, score: Score) -> None:
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Config))
+    sys.exit(run_command("r1", sys.modules[__name__], train, sys.argv[1:]))

@@ -12,22 +12,26 @@ Source: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155
 Run:    burnish sft --model DIR --data FILE.jsonl
 """
 
+import sys
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from torch import Tensor
 
 from ..model.checkpoint import load_model
 from ..model.packed import pack
 from ..model.tokenizer import Tokenizer
+from ._command import run_command
 from ._data import best_fit, read_rows, sft_examples
 from ._loop import (
     Run,
     Schedule,
     autocast,
+    check_flags,
+    check_model,
     default_device,
     epochs,
     make_optimizer,
@@ -76,12 +80,26 @@ LOSSES = {"nll": sft_loss, "dft": dft_loss}
 
 def train(cfg: Config) -> Path:
     """Returns the folder of the trained model."""
+    check_flags(
+        cfg,
+        max_length=(2, inf),
+        steps=(1, inf),
+        batch_size=(1, inf),
+        micro_batch_tokens=(1, inf),
+        learning_rate=(0, inf),
+        warmup_steps=(0, inf),
+        weight_decay=(0, inf),
+        max_grad_norm=(1e-12, inf),
+        save_every=(0, inf),
+        seed=(0, 2**63 - 1),
+    )
     tokenizer = Tokenizer.load(cfg.model, cfg.chat_template)
     examples, counts = sft_examples(
         read_rows(cfg.data), tokenizer, max_length=cfg.max_length, train_on=cfg.train_on
     )
     report_counts(cfg.data, counts)
     model = load_model(cfg.model, device=cfg.device)
+    check_model(model, tokenizer, max(len(example.tokens) for example in examples))
     model.checkpoint_activations = cfg.checkpoint_activations
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
     batches = epochs(len(examples), cfg.batch_size, cfg.seed)
@@ -110,4 +128,4 @@ def train(cfg: Config) -> Path:
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Config))
+    sys.exit(run_command("sft", sys.modules[__name__], train, sys.argv[1:]))

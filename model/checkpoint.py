@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MODEL_FILES = (  # what a save may replace
+    *("config.json", "generation_config.json", "*.safetensors", INDEX),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+)
 
 
 def load_model(
@@ -168,10 +173,12 @@ def _write_json(file: Path, value: dict[str, Any]) -> None:
 
 
 def _holds_a_model(folder: Path) -> bool:
+    """Empty, or a config.json and nothing but files that a model folder has: anything else would be lost."""
     if not folder.is_dir():
         return False
-    entries = list(folder.iterdir())
-    return not entries or ((folder / "config.json").is_file() and all(entry.is_file() for entry in entries))
+    names = [entry.name for entry in folder.iterdir()]
+    ours = all(any(fnmatch(name, pattern) for pattern in MODEL_FILES) for name in names)
+    return not names or ("config.json" in names and ours)
 
 
 @contextmanager

@@ -219,6 +219,14 @@ _INERT = {  # keys that no number depends on; the tensors say their own dtype
         "is_llama_config",
         "max_window_layers",
     ),
+    *(
+        "tokenizer_class",
+        "name_or_path",
+        "auto_map",
+        "is_decoder",
+        "output_attentions",
+        "output_hidden_states",
+    ),
     *("do_sample", "temperature", "top_k", "top_p", "max_length", "unsloth_fixed", "unsloth_version"),
 }
 _ROPE_KEYS = {  # rope_type -> keys it needs, keys it may have, beside rope_type and rope_theta

@@ -158,7 +158,10 @@ class Tokenizer:
         continues: the text goes on where other tokens end, so a tokenizer that starts every text with a space does not.
         """
         backend = self._continuing if continues else self.backend
-        return backend.encode(text, add_special_tokens=False).ids
+        try:
+            return backend.encode(text, add_special_tokens=False).ids
+        except TypeError:  # what the package raises for half of a surrogate pair
+            raise InputError(f"expected text in valid Unicode, got {text[:40]!a}") from None
 
     def encode_text(self, text: str) -> list[int]:
         """A text from its beginning: one bos in front if the tokenizer wants it, also where the text spells it out."""

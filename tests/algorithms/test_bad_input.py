@@ -99,6 +99,81 @@ def test_a_failing_reward_function(model_folder, prompts, tmp_path, capsys, body
     assert message in capsys.readouterr().err and not (tmp_path / "out" / "model").exists()
 
 
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *[("--batch-size", "-1"), ("--steps", "0"), ("--max-length", "-3"), ("--micro-batch-tokens", "0")],
+        *[
+            ("--learning-rate", "-1e-3"),
+            ("--learning-rate", "nan"),
+            ("--max-grad-norm", "-1"),
+            ("--seed", "-1"),
+        ],
+        *[("--warmup-steps", "-5"), ("--save-every", "-1"), ("--weight-decay", "-1"), ("--device", "mps")],
+    ],
+)
+def test_an_impossible_flag_of_sft(model_folder, demonstrations, tmp_path, capsys, flag, value):
+    arguments = ["--model", model_folder, "--data", demonstrations, "--output", tmp_path / "out"]
+    assert main(["sft", *map(str, arguments), flag, value]) == 1
+    assert f"burnish sft: {flag}: expected" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *[
+            ("--prompts-per-step", "0"),
+            ("--group-size", "1"),
+            ("--temperature", "0"),
+            ("--temperature", "nan"),
+        ],
+        *[
+            ("--top-p", "0"),
+            ("--top-p", "1.5"),
+            ("--top-k", "0"),
+            ("--max-new-tokens", "0"),
+            ("--clip-low", "5"),
+        ],
+        *[("--clip-high", "nan"), ("--kl-coefficient", "-1"), ("--updates-per-rollout", "0")],
+        *[("--sampling-batch-size", "0"), ("--reward-weights", "nan")],
+    ],
+)
+def test_an_impossible_flag_of_grpo(model_folder, prompts, tmp_path, capsys, flag, value):
+    arguments = ["--model", model_folder, "--data", prompts, "--reward", "burnish.algorithms._sums:form"]
+    assert main(["grpo", *map(str, arguments), "--output", str(tmp_path / "out"), flag, value]) == 1
+    assert f"burnish grpo: {flag}: expected" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_an_output_that_cannot_be_written(model_folder, demonstrations, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    arguments = ["--model", model_folder, "--data", demonstrations, "--output", tmp_path / "file" / "out"]
+    assert main(["sft", *map(str, arguments)]) == 1
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_tokenizer_with_more_ids_than_the_model(model_folder, demonstrations, tmp_path, capsys):
+    tokenizer = json.loads((model_folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["zebra"] = 17
+    (model_folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    arguments = ["--model", model_folder, "--data", demonstrations, "--output", tmp_path / "out"]
+    assert main(["sft", *map(str, arguments)]) == 1
+    assert "the tokenizer has 18 ids, the model's vocabulary 17" in capsys.readouterr().err
+
+
+def test_one_file_as_a_command_says_the_same(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "burnish.algorithms.sft",
+        "--model",
+        str(tmp_path / "nowhere"),
+        "--data",
+        "x",
+    ]
+    run = subprocess.run([*command, "--output", str(tmp_path / "out")], capture_output=True, text=True)
+    assert run.returncode == 1 and "nowhere" in run.stderr and "Traceback" not in run.stderr
+
+
 def test_an_interrupt_leaves_whole_files(model_folder, demonstrations, tmp_path):
     output = tmp_path / "out"
     command = [sys.executable, "-m", "burnish.algorithms", "sft", "--model", str(model_folder)]

@@ -125,6 +125,17 @@ def test_a_sample_without_a_judgement_changes_nothing(advantages):
     torch.testing.assert_close(found[~with_holes.isnan()], advantages(rewards).flatten())
 
 
+@pytest.mark.parametrize("value", [0.1, 1000.1, 1e6 + 0.3])
+@pytest.mark.parametrize(
+    "advantages", [group_advantages, mean_advantages, rloo_advantages, batch_std_advantages]
+)
+def test_equal_rewards_give_exactly_no_advantage(advantages, value):
+    """Their mean, rounded, is not the reward itself."""
+    rewards = torch.full((2, 8), value)
+    rewards[1, 3] = NAN
+    assert not advantages(rewards).any()
+
+
 def test_a_group_of_one_has_no_advantage():
     for advantages in (group_advantages, mean_advantages, rloo_advantages):
         assert advantages(torch.tensor([[2.0]])).item() == 0

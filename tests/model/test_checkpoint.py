@@ -469,3 +469,14 @@ def test_generation_config_is_carried_along(folder, tmp_path):
     assert (saved["eos_token_id"], saved["temperature"]) == ([2, 7], 0.6)
     save_model(Transformer(replace(TINY, eos_token_id=5)), tmp_path / "new")
     assert json.loads((tmp_path / "new" / "generation_config.json").read_text()) == {"eos_token_id": 5}
+
+
+def test_a_folder_with_anything_but_a_model_is_not_replaced(tmp_path):
+    """A config.json alone does not make a folder ours: what else lies there would be lost."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    model = Transformer(ModelConfig(8, 8, 8, 1, 1))
+    with pytest.raises(InputError):
+        save_model(model, tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"

@@ -1,0 +1,27 @@
+"""How a Config and a function become a command: flags by tyro, one message for wrong input, an exit status."""
+
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import tyro
+
+from ..model.errors import InputError
+
+
+def run_command(
+    name: str, module: ModuleType, function: Callable[[Any], object], arguments: Sequence[str]
+) -> int:
+    """Returns the exit status: 0, 1 for wrong input, 130 when interrupted. Wrong usage exits with 2 in tyro."""
+    summary = (module.__doc__ or "").splitlines()[0]
+    config = tyro.cli(module.Config, prog=name, args=arguments, description=summary)
+    try:
+        function(config)
+    except InputError as error:
+        print(f"\n{name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; what was saved until now is whole", file=sys.stderr)
+        return 130
+    return 0
