@@ -62,8 +62,9 @@ def _attend(
     """q (B, H, D), k (B, S, G, D), v (B, S, G, Dv), visible (B, S) to (B, H, Dv); zeros where nothing is visible."""
     wide = torch.promote_types(q.dtype, torch.float32)
     G, n = k.shape[2], q.shape[1] // k.shape[2]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    s = scale * torch.einsum("bgnd,bsgd->bgns", q.to(wide).unflatten(1, (G, n)), k.to(wide))  # (B, G, n, S)
+    s = (q.shape[-1] ** -0.5 if scale is None else scale) * torch.einsum(
+        "bgnd,bsgd->bgns", q.to(wide).unflatten(1, (G, n)), k.to(wide)
+    )  # (B, G, n, S)
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
     s = s.masked_fill(~visible[:, None, None], -torch.inf)
@@ -175,19 +176,20 @@ def _decode_pieces(
     B, window, skip, inner, cap,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PREFIX: tl.constexpr, PRECISION: tl.constexpr,
-    PIECE: tl.constexpr, SHARE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr, PIECE: tl.constexpr, SHARE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # A program: one key head, SHARE sequences, every num_programs(1)-th piece of the cache row that they share. The
-    # sequences that do not share it come after, in the same way. Partial results are (pieces, B, H, Dv), the prefix's
-    # from piece `skip` on. Scores live in units of log2; m starts at a finite number, so a row that has seen nothing
-    # yet needs no special case: exp2(-inf - m) is 0.
-    key_head, worker, first = tl.program_id(0), tl.program_id(1), tl.program_id(2) * SHARE
+    # A program: GROUP heads of one key head, SHARE sequences, every num_programs(1)-th piece of the cache row that they
+    # share. The sequences that do not share it come after, in the same way. SPLIT such groups have the same key head.
+    # Partial results are (pieces, B, H, Dv), the prefix's from piece `skip` on. Scores live in units of log2; m starts
+    # at a finite number, so a row that has seen nothing yet needs no special case: exp2(-inf - m) is 0.
+    group, worker, first = tl.program_id(0), tl.program_id(1), tl.program_id(2) * SHARE
+    key_head = tl.cast(group // SPLIT, tl.int64)
     r, n = tl.arange(0, ROWS), tl.arange(0, BLOCK_N)
     d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     H = tl.num_programs(0) * GROUP
     b = first + r // GROUP  # [ROWS]
     inside = (r < SHARE * GROUP) & (b < B)
-    q_ptr += tl.cast(first, tl.int64) * stride_qb + tl.cast(key_head, tl.int64) * GROUP * stride_qh
+    q_ptr += tl.cast(first, tl.int64) * stride_qb + tl.cast(group, tl.int64) * GROUP * stride_qh
     q_at = q_ptr + (r // GROUP * stride_qb + r % GROUP * stride_qh)[:, None] + d[None, :]
     query = tl.load(q_at, inside[:, None] & (d < D)[None, :], other=0.0)  # [ROWS, BLOCK_D]
     row = r // GROUP * H + r % GROUP  # [ROWS], from the first row on
@@ -209,8 +211,8 @@ def _decode_pieces(
             else:
                 start = tl.maximum(end - window, 0)
         pieces = tl.where(served, 0, tl.cdiv(end - start, PIECE))
-        keys = k_ptr + slot.to(tl.int64) * stride_ks + tl.cast(key_head, tl.int64) * stride_kh
-        values = v_ptr + slot.to(tl.int64) * stride_vs + tl.cast(key_head, tl.int64) * stride_vh
+        keys = k_ptr + slot.to(tl.int64) * stride_ks + key_head * stride_kh
+        values = v_ptr + slot.to(tl.int64) * stride_vs + key_head * stride_vh
         for piece in range(worker, pieces, tl.num_programs(1)):
             lo = start + piece * PIECE
             hi = tl.minimum(lo + PIECE, end)
@@ -238,7 +240,7 @@ def _decode_pieces(
                 m = m_new
             some = norm > 0
             norm = tl.where(some, norm, 1.0)
-            top = (tl.cast(skip + piece, tl.int64) * B + first) * H + key_head * GROUP
+            top = (tl.cast(skip + piece, tl.int64) * B + first) * H + group * GROUP
             tl.store(lse_ptr + top + row, tl.where(some, m + tl.log2(norm), float("-inf")), together)
             partial_at = partial_ptr + top * DV + row[:, None] * DV + e[None, :]
             tl.store(partial_at, acc / norm[:, None], together[:, None] & (e < DV)[None, :])
@@ -291,12 +293,13 @@ def _decode_merge(
 LOG2E = 1.4426950408889634
 PIECE = 256  # keys
 ROWS = 16  # of the tile of sequences that share a prefix, where a group of heads has not more
+MOST = 32  # heads to a tile; a larger group is split
 PROGRAMS = 16  # on each multiprocessor, at least, where there are as many pieces
 
 # by the wider head dimension, padded: BLOCK_N, warps, stages; the first entry that is wide enough
 TILES = {
     "half": {64: (64, 4, 3), 128: (32, 4, 3), 256: (16, 4, 3)},
-    "fp32": {64: (64, 4, 2), 128: (32, 4, 2), 256: (16, 4, 2)},
+    "fp32": {64: (64, 8, 2), 128: (32, 8, 2), 256: (16, 8, 2)},
     "interpreted": {256: (16, 4, 1)},
 }
 
@@ -331,22 +334,25 @@ def _decode(
     BLOCK_N, warps, stages = next(tile for width, tile in table.items() if max(BLOCK_D, BLOCK_DV) <= width)
     piece = 32 if interpreted else PIECE
     pieces = max(1, cdiv(S_max, piece))
+    group = H // G
+    split = next(n for n in range(1, group + 1) if group % n == 0 and group // n <= MOST)
+    group //= split
     parts = [(slot, length, 1, False)]  # the own rows, then the prefixes'
     if prefix_slot is not None and prefix_length is not None:
-        parts.append((prefix_slot, prefix_length, max(1, ROWS // (H // G)), True))
+        parts.append((prefix_slot, prefix_length, max(1, ROWS // group), True))
     partial = torch.empty(pieces * len(parts), B, H, DV, device=q.device, dtype=torch.float32)
     lse = torch.empty(pieces * len(parts), B, H, device=q.device, dtype=torch.float32)
     inner, cap = (scale * LOG2E, 1.0) if softcap is None else (2 * LOG2E * scale / softcap, softcap * LOG2E)
     for rows, ends, SHARE, PREFIX in parts:
         chunks = cdiv(B, SHARE)
-        workers = min(pieces, cdiv(PROGRAMS * multiprocessors(q), G * chunks))
-        _decode_pieces[G, workers, chunks](
+        workers = min(pieces, cdiv(PROGRAMS * multiprocessors(q), G * split * chunks))
+        _decode_pieces[G * split, workers, chunks](
             q, k, v, rows, ends, length, partial, lse, *q.stride()[:2], *k.stride()[:3], *v.stride()[:3],
             B, window or 0, pieces if PREFIX else 0, inner, cap,
-            GROUP=H // G, D=D, DV=DV, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV,
+            GROUP=group, D=D, DV=DV, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV,
             WINDOW=window is not None, SOFTCAP=softcap is not None, PREFIX=PREFIX,
             PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
-            PIECE=piece, SHARE=SHARE, ROWS=_pad(SHARE * (H // G)), BLOCK_N=BLOCK_N,
+            SPLIT=split, PIECE=piece, SHARE=SHARE, ROWS=_pad(SHARE * group), BLOCK_N=BLOCK_N,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
     _decode_merge[H, B](
