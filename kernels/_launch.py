@@ -58,6 +58,11 @@ def multiprocessors(x: Tensor) -> int:
     return _multiprocessors(x.device) if x.is_cuda else 2 if INTERPRET else 132
 
 
+def most_warps() -> int:
+    """A block has at most 1,024 threads: 32 warps of 32 on NVIDIA, 16 of 64 on AMD's MI300X."""
+    return 16 if torch.version.hip or TARGET == (9, 4) else 32
+
+
 def register(
     name: str,
     launch: Callable[..., Any],

@@ -24,7 +24,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv, check_dtype, check_shape, multiprocessors, next_power_of_2, register, use_triton
+from ._launch import (
+    cdiv,
+    check_dtype,
+    check_shape,
+    most_warps,
+    multiprocessors,
+    next_power_of_2,
+    register,
+    use_triton,
+)
 
 # ---- reference
 
@@ -246,20 +255,20 @@ def _tile(N: int, elements: int) -> dict[str, int]:
 
 
 @cache
-def _forward_config(N: int) -> dict[str, int]:
+def _forward_config(N: int, most_warps: int) -> dict[str, int]:
     if N <= 1024:
         warps = 4  # every width within 2 % of its best
     elif N <= 8192:
         warps = 8  # 2048: 46.0 us, 47.0 with 4 warps; 5120: 46.2 us, 49.1 with 16
     else:
-        warps = 32  # 16384: 47.0 us, 50.8 with 16
+        warps = most_warps  # 16384: 47.0 us with 32, 50.8 with 16
     return {**_tile(N, 2048), "num_warps": warps}
 
 
 @cache
-def _backward_config(N: int) -> dict[str, int]:
+def _backward_config(N: int, most_warps: int) -> dict[str, int]:
     """The tile of _rms_norm_bwd, and that of its programs for columns."""
-    warps = 4 if N <= 1024 else 8 if N <= 4096 else 16
+    warps = 4 if N <= 1024 else 8 if N <= 4096 else 16 if N <= 8192 else most_warps
     return {**_tile(N, 2048), "RELOAD": N > 4096, "DW_BLOCK_R": 128, "DW_BLOCK_N": 32, "num_warps": warps}
 
 
@@ -305,7 +314,7 @@ def _forward(
     if N > WIDEST:
         _rms_norm_fwd_wide[(R,)](x, residual, weight, y, h, rstd, N, eps, add, unit_offset, **WIDE)
     else:
-        config = _forward_config(N)
+        config = _forward_config(N, most_warps())
         grid = (cdiv(R, config["BLOCK_R"]),)
         _rms_norm_fwd[grid](x, residual, weight, y, h, rstd, R, N, eps, add, unit_offset, **config)
     return y, h, rstd
@@ -334,7 +343,7 @@ def _backward(
             _weight_grad_wide[grid](dy, h, rstd, partial, R, N, **WIDE_WEIGHT_GRAD)
             _add_up(partial, dw)
     elif not with_dw or multiprocessors(h) * FEW_ROWS >= R:
-        config = _backward_config(N)
+        config = _backward_config(N, most_warps())
         programs = cdiv(R, config["BLOCK_R"]) + (cdiv(N, config["DW_BLOCK_N"]) if with_dw else 0)
         _rms_norm_bwd[(programs,)](dy, h, weight, rstd, dh, dx, dw, R, N, add, unit_offset, with_dw, **config)
     else:
