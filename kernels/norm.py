@@ -9,7 +9,8 @@ w is the weight, or 1 + weight with `unit_offset` (Gemma). Per-head normalisatio
 
 Memory, in elements of an (R, N) input: forward reads RN and writes RN + R, where eager moves about 7RN; with the
 residual it reads 2RN and writes 2RN + R. Backward reads 2RN and writes RN (3RN and RN with the residual); dw costs
-PN more, written and read once in fp32, P being the number of programs. All of it is bandwidth-bound.
+PN more, written and read once in fp32, P being the number of programs, or 2RN read again where rows are few. All of it
+is bandwidth-bound.
 
 Source: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467, equation 4
 """
