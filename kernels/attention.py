@@ -20,14 +20,18 @@ What a query sees, by logical positions: position i of a query, j of a key.
                                                  c  x x x . . x .
                                                  c  x x x . . x x
 
-Memory, in elements of one head and batch: forward reads q once and k, v once for each block of queries (from L2, mostly),
-writes TDv + T; saved are q, k, v, out and lse. Backward reads them and dout twice, once for dQ and once for dK/dV, and
-writes q, k, v again and T for delta. Eager writes and reads the T * S scores, forward and backward. Work: 4D operations for
-each pair in sight forward, 14D backward where 10D are counted: the scores and dp are computed twice, for
-the two kernels have no atomics between them and give the same bits every run.
+Memory, in elements of one head and sequence: forward reads TD for q, S(D + Dv) for k and v once for each block of
+queries (from L2, mostly), and writes TDv + T. q, k, v, out and lse are saved. Backward reads all of it and dout
+twice, for dQ and for dK/dV, and writes the gradients and T for delta. Eager writes and reads TS scores, forward and
+backward. Work: 2(D + Dv) operations for each pair in sight forward; backward 8D + 6Dv where 6D + 4Dv are counted: dQ
+and dK/dV each compute the scores and dp, so that no sum is shared between programs, there are no atomics, and every
+run gives the same bits.
 
 Source: Dao et al. 2022, https://arxiv.org/abs/2205.14135; Dao 2023, https://arxiv.org/abs/2307.08691
 """
+
+# A launch passes numbers where the kernel is annotated tl.constexpr:
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from dataclasses import dataclass
 from typing import Any
@@ -244,13 +248,13 @@ def _parent(cu_ptr, parents_ptr, segment):
 
 
 @triton.jit
-def _children(cu_ptr, parents_ptr, segments, segment):
-    # the children stand directly after their parent: their rows are one range, from start to end
+def _with_children(cu_ptr, parents_ptr, segments, segment):
+    # the children stand directly after their parent: how many rows they and it are
     count = 0
     for first in range(0, segments, 256):
         i = first + tl.arange(0, 256)
         count += tl.sum((tl.load(parents_ptr + i, i < segments, other=-1) == segment).to(tl.int32), 0)
-    return tl.load(cu_ptr + segment + 1), tl.load(cu_ptr + segment + 1 + count)
+    return tl.load(cu_ptr + segment + 1 + count) - tl.load(cu_ptr + segment)
 
 
 @triton.jit
@@ -406,7 +410,7 @@ def _dots(x_ptr, stride_x, y_ptr, stride_y, left, ROWS: tl.constexpr, D: tl.cons
     # row by row, sum(x * y), a few columns at a time: registers are short
     r = tl.arange(0, ROWS)[:, None]
     total = tl.zeros([ROWS], tl.float32)
-    for column in tl.range(0, D, 32):
+    for column in tl.static_range(0, D, 32):
         d = column + tl.arange(0, 32)[None, :]
         mask = (r < left) & (d < D)
         x = tl.load(x_ptr + r * stride_x + d, mask, other=0.0).to(tl.float32)
@@ -495,18 +499,15 @@ def _flash_dkdv(
     T, S, rows, segments, window, scale, inner, cap,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    PACKED: tl.constexpr, PARENTS: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, PARENTS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     # Everything transposed, [keys, queries]: the probabilities are then a left operand as they are. A key past the end
     # fills only its own rows of dk and dv, which are not stored; a query past the end has lse = +inf.
     block, key_head = tl.program_id(0), tl.program_id(1)
-    child_start, child_end = 0, 0
     if PACKED:
         segment, k_start, keys, n0 = _locate(cu_ptr, segments, block, BLOCK_N)
         q_start, queries, shift = k_start, keys, 0
-        if PARENTS:
-            child_start, child_end = _children(cu_ptr, parents_ptr, segments, segment)
     else:
         k_start, keys, n0 = tl.program_id(2) * S, S, block * BLOCK_N
         q_start, queries, shift = tl.program_id(2) * T, T, S - T
@@ -522,20 +523,19 @@ def _flash_dkdv(
         lo = tl.maximum(n0 - shift, 0)
     if WINDOW:
         hi = tl.maximum(tl.minimum(queries, n0 + BLOCK_N - 1 + window - shift), 0)
-    own = tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_M)
-    blocks = own
-    if PARENTS:  # a child sees every key of its parent: no mask, unless there is a window
-        blocks += tl.cdiv(child_end - child_start, BLOCK_M)
-    for step in tl.range(0, GROUP * blocks):
-        head = key_head * GROUP + step // blocks
-        index = step % blocks
-        row, left = q_start + lo + index * BLOCK_M, hi - lo - index * BLOCK_M
-        if PARENTS:
-            child = index >= own
-            child_row = child_start + (index - own) * BLOCK_M
-            row = tl.where(child, child_row, row)
-            left = tl.where(child, child_end - child_row, left)
-        i = tl.arange(0, BLOCK_M)
+    if PARENTS:  # its children's queries follow its own, and stand after all of its keys
+        family = _with_children(cu_ptr, parents_ptr, segments, segment)
+        hi = tl.where(family > keys, family, hi)
+    blocks = tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_M)
+    steps = GROUP * blocks
+    if SPLIT:  # a program to each query head, and the sum of them outside: a parent's keys have long columns
+        steps = blocks
+    for step in tl.range(0, steps):
+        head, index = key_head * GROUP + (tl.program_id(2) if SPLIT else step // blocks), step
+        if not SPLIT:
+            index = step % blocks
+        m0 = lo + index * BLOCK_M
+        row, left, i = q_start + m0, hi - m0, tl.arange(0, BLOCK_M)
         query = _tile(q, head, row, left, stride_qt, stride_qh, BLOCK_M, D, BLOCK_D, TMA)
         do = _tile(dout, head, row, left, stride_dt, stride_dh, BLOCK_M, DV, BLOCK_DV, TMA)
         at = tl.cast(head, tl.int64) * rows + row + i
@@ -544,20 +544,18 @@ def _flash_dkdv(
         s = _capped(qk, inner, cap) if SOFTCAP else qk * inner
         p = tl.exp2(s - lse[None, :])
         if WINDOW:
-            position = lo + index * BLOCK_M + shift + i
-            if PARENTS:
-                position = tl.where(child, tl.load(position_ptr + row + i, i < left, other=0), position)
+            position = m0 + shift + i
+            if PARENTS:  # each child counts on from the parent's length
+                position = tl.where(
+                    position < keys, position, tl.load(position_ptr + row + i, i < left, other=0)
+                )
             mask = (n0 + local)[:, None] <= position[None, :]
             mask &= (n0 + local)[:, None] > position[None, :] - window
             p = tl.where(mask, p, 0.0)
         elif CAUSAL:
-            position = lo + index * BLOCK_M + shift
-            if PARENTS:
-                position = tl.where(child, keys, position)
-            if (
-                position < n0 + BLOCK_N - 1
-            ):  # a branch for the few blocks on the diagonal is cheaper than their mask
-                p = tl.where((n0 + local)[:, None] <= (position + i)[None, :], p, 0.0)
+            diagonal = m0 + shift < n0 + BLOCK_N - 1  # few blocks are: a branch is cheaper than their mask
+            if diagonal:
+                p = tl.where((n0 + local)[:, None] <= (m0 + shift + i)[None, :], p, 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(value, tl.trans(do), input_precision=PRECISION)
         delta = tl.load(delta_ptr + at, i < left, other=0.0)  # late: a thread holds it for many columns
@@ -566,12 +564,15 @@ def _flash_dkdv(
             ds *= 1 - (s / cap) * (s / cap)
         dk = tl.dot(ds.to(query.dtype), query, dk, input_precision=PRECISION)
     inside = (n0 + local < keys)[:, None]
-    heads = tl.num_programs(1)
-    base = tl.cast(k_start + n0, tl.int64) * heads + key_head
+    key_heads = tl.num_programs(1)
+    base = tl.cast(k_start + n0, tl.int64)
+    if SPLIT:
+        base += tl.cast(tl.program_id(2), tl.int64) * rows
+    base = base * key_heads + key_head
     d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    pointers = dk_ptr + base * D + local[:, None] * (heads * D) + d[None, :]
+    pointers = dk_ptr + base * D + local[:, None] * (key_heads * D) + d[None, :]
     tl.store(pointers, (dk * scale).to(dk_ptr.dtype.element_ty), inside & (d[None, :] < D))
-    pointers = dv_ptr + base * DV + local[:, None] * (heads * DV) + e[None, :]
+    pointers = dv_ptr + base * DV + local[:, None] * (key_heads * DV) + e[None, :]
     tl.store(pointers, dv.to(dv_ptr.dtype.element_ty), inside & (e[None, :] < DV))
 
 
@@ -609,6 +610,9 @@ class _Tiles:
     fwd: tuple[int, int, int, int]
     dq: tuple[int, int, int, int]
     dkdv: tuple[int, int, int, int]
+    dkdv_packed: tuple[int, int, int, int] | None = (
+        None  # where the rest of a packed call's registers are too many
+    )
 
 
 # By chip, then by the wider head dimension, padded: the first row that is wide enough. None of them spills at these
@@ -624,9 +628,9 @@ TILES = {
     # Timed on an H100. At D=64 and 128 two blocks of one warpgroup share a multiprocessor: one takes exponentials while
     # the other multiplies. At 256 only one block fits, and two warpgroups make up for it.
     "sm_90": {
-        64: _Tiles((64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 4, 2)),
+        64: _Tiles((64, 128, 4, 2), (64, 64, 4, 3), (128, 64, 4, 2), (64, 64, 4, 2)),
         128: _Tiles((64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 2)),
-        256: _Tiles((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2)),
+        256: _Tiles((128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 8, 2)),
     },
     "sm_100": {
         64: _Tiles((128, 64, 4, 3), (128, 64, 4, 3), (64, 128, 8, 3)),
@@ -788,15 +792,20 @@ def _backward_launch(
         dout, out, lse, dlse, dq, delta, *tables, *strides, **common,
         DLSE=dlse is not None, BLOCK_M=M, BLOCK_N=N, TMA=tma, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    M, N, warps, stages = tiles.dkdv
+    M, N, warps, stages = tiles.dkdv if cu_seqlens is None else tiles.dkdv_packed or tiles.dkdv
     position = None
     if cu_seqlens is not None and parents is not None and window is not None:
         position = _positions(cu_seqlens, parents, q.shape[0])[1].to(torch.int32)
-    _flash_dkdv[shape.blocks(N, shape.S), k.shape[1], shape.B](
+    split = parents is not None and q.shape[1] > k.shape[1]
+    heads = q.shape[1] // k.shape[1] if split else shape.B
+    parts = [x.new_empty(heads, *x.shape, dtype=torch.float32) if split else x for x in (dk, dv)]
+    _flash_dkdv[shape.blocks(N, shape.S), k.shape[1], heads](
         *((_described(q, M), k, v, _described(dout, M)) if tma else (q, k, v, dout)),
-        lse, delta, dk, dv, *tables, position, *strides, **common,
-        BLOCK_M=M, BLOCK_N=N, TMA=tma, num_warps=warps, num_stages=stages,
+        lse, delta, *parts, *tables, position, *strides, **common,
+        SPLIT=split, BLOCK_M=M, BLOCK_N=N, TMA=tma, num_warps=warps, num_stages=stages,
     )  # fmt: skip
+    if split:
+        dk, dv = (part.sum(0).to(k.dtype) for part in parts)
     if sinks is not None:  # a sink is a key whose value is 0: ds = -p * delta
         p = torch.exp2(sinks.float()[:, None] * LOG2E - lse)
         dsinks = -(p * delta).sum(1).to(sinks.dtype)
