@@ -31,7 +31,7 @@ Source: Dao et al. 2022, https://arxiv.org/abs/2205.14135; Dao 2023, https://arx
 """
 
 # A launch passes numbers where the kernel is annotated tl.constexpr:
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 from dataclasses import dataclass
 from typing import Any
@@ -80,8 +80,8 @@ def _attend(
     wide = torch.promote_types(q.dtype, torch.float32)  # fp64 stays fp64, for finite differences
     G, n = k.shape[2], q.shape[2] // k.shape[2]
     query = q.to(wide).unflatten(2, (G, n))  # (B, T, G, n, D)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    s = scale * torch.einsum("btgnd,bsgd->bgnts", query, k.to(wide))  # (B, G, n, T, S)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    s = factor * torch.einsum("btgnd,bsgd->bgnts", query, k.to(wide))  # (B, G, n, T, S)
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
     s = s.masked_fill(~visible, -torch.inf)
