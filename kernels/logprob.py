@@ -11,10 +11,10 @@
 With a recorded support (the ids that a truncating sampler kept), the sums over j run over that row's support.
 
 Memory, in elements: eager code writes (tokens, V) logits, their softmax and its gradient, and reads them again for
-each of the head's products: about 8 tokens V. Here a block of them exists at a time. The vocabulary is walked in
-chunks, a row's statistics are merged chunk by chunk, and the backward computes each block again: a fourth product.
-A chunk of the vocabulary, unlike a chunk of tokens, owns its rows of dW: they come out of one product, accumulated in
-fp32, and no second copy of dW is kept.
+each of the head's products: about 8 tokens V. Here the forward keeps of each tile of logits four numbers a row, merged
+as in the online softmax; the backward computes the logits again, a fourth product, and writes their gradient a chunk
+of the vocabulary at a time: 3 tokens V. A chunk of the vocabulary, unlike a chunk of tokens, owns its rows of dW: they
+come out of one product, accumulated in fp32, and no second copy of dW is kept.
 
 Source: the online softmax of Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867
 """
@@ -247,9 +247,7 @@ def _gathered_fwd(h_ptr, w_ptr, ids_ptr, z_ptr, K, C, BLOCK_K: tl.constexpr, BLO
         cols = block + tl.arange(0, BLOCK_C)
         h = tl.load(h_ptr + row * C + cols, cols < C, other=0.0).to(tl.float32)  # [BLOCK_C]
         mask = (ids >= 0)[:, None] & (cols < C)[None, :]
-        w = tl.load(w_ptr + ids[:, None] * C + cols[None, :], mask, other=0.0).to(
-            tl.float32
-        )  # [BLOCK_K, BLOCK_C]
+        w = tl.load(w_ptr + ids[:, None] * C + cols[None, :], mask, other=0.0).to(tl.float32)  # [K, C]
         z += tl.sum(w * h[None, :], 1)
     tl.store(z_ptr + row * K + ks, z, ks < K)
 
@@ -264,9 +262,7 @@ def _gathered_dhidden(dz_ptr, w_ptr, ids_ptr, dh_ptr, K, C, BLOCK_K: tl.constexp
         ids = tl.load(ids_ptr + row * K + ks, ks < K, other=-1).to(tl.int64)  # [BLOCK_K]
         dz = tl.load(dz_ptr + row * K + ks, ids >= 0, other=0.0)
         mask = (ids >= 0)[:, None] & (cols < C)[None, :]
-        w = tl.load(w_ptr + ids[:, None] * C + cols[None, :], mask, other=0.0).to(
-            tl.float32
-        )  # [BLOCK_K, BLOCK_C]
+        w = tl.load(w_ptr + ids[:, None] * C + cols[None, :], mask, other=0.0).to(tl.float32)  # [K, C]
         dh += tl.sum(w * dz[:, None], 0)
     tl.store(dh_ptr + row * C + cols, dh, cols < C)
 
@@ -348,29 +344,28 @@ def _tile(h: Tensor) -> dict[str, int]:
         return {"GROUP": 8, "BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
     if not _has_tma(h):
         return {"GROUP": 8, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
-    if capability(h) >= (10, 0):
+    if capability(h)[0] == 10:
         return {"GROUP": 8, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
     return {"GROUP": 8, "BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
 
 
 def _has_tma(h: Tensor) -> bool:
-    """Half precision in rows of whole 16 bytes, on a chip that has descriptors (gfx942 calls itself 9.4)."""
-    return h.itemsize == 2 and h.shape[1] % 8 == 0 and capability(h) >= (9, 0) and capability(h) != (9, 4)
+    """Half precision in rows of whole 16 bytes, on Hopper or a data centre's Blackwell (gfx942 calls itself 9.4)."""
+    return h.itemsize == 2 and h.shape[1] % 8 == 0 and capability(h)[0] in (9, 10) and capability(h) != (9, 4)
 
 
 def _described(x: Tensor, block: list[int], tma: bool) -> Tensor | TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block) if tma else x
 
 
-def _precision(h: Tensor) -> str:
+def _precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _grid(h: Tensor, N: int, tile: dict[str, int], tma: bool) -> tuple[int]:
+    """One program a processor walks the tiles where a tile of 128x256 fills it; elsewhere one program a tile."""
     tiles = triton.cdiv(h.shape[0], tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"])
-    return (
-        min(tiles, multiprocessors(h)) if tma or INTERPRET else tiles,
-    )  # a tile of 128x256 fills its processor
+    return (min(tiles, multiprocessors(h)) if tma or INTERPRET else tiles,)
 
 
 def _summarise_triton(h, w, bias, targets, start, temperatures, temperature, softcap, target_u):
@@ -383,7 +378,7 @@ def _summarise_triton(h, w, bias, targets, start, temperatures, temperature, sof
         _token_logprobs_fwd[_grid(h, N, tile, tma)](
             _described(h, h_tile, tma), _described(w, w_tile, tma), bias, targets, temperatures, parts, target_u,
             T, N, C, h.stride(0), w.stride(0), start, temperature, softcap or 1.0,
-            bias is not None, softcap is not None, temperatures is not None, tma, _precision(h), **tile,
+            bias is not None, softcap is not None, temperatures is not None, tma, _precision(), **tile,
         )  # fmt: skip
     return parts
 
@@ -401,7 +396,7 @@ def _dlogits_triton(h, w, bias, targets, start, temperatures, temperature, softc
         bias, targets, temperatures, lse, entropy, gain, level, dentropy, db,
         T, N, C, h.stride(0), w.stride(0), dz.stride(0), start, temperature, softcap or 1.0,
         bias is not None, softcap is not None, temperatures is not None, dentropy is not None, with_dbias,
-        tma, _precision(h), **tile,
+        tma, _precision(), **tile,
     )  # fmt: skip
     return db.sum(0)
 
@@ -584,9 +579,10 @@ def _backward_fake(
 
 
 def _operand(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """x as the products take it: contiguous, and fp32 on the CPU, whose half precision is ten times slower."""
+    """x as the products take it: rows on end, and fp32 on the CPU, whose half precision is ten times slower."""
     wide = x.dtype if use_triton(x) else torch.promote_types(x.dtype, torch.float32)
-    return x.to(dtype or wide).contiguous()
+    x = x.to(dtype or wide).contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()  # a descriptor starts at 16 bytes
 
 
 def _buffer(h: Tensor, row_blocks: list[slice], chunks: list[slice]) -> Tensor:

@@ -322,7 +322,7 @@ from burnish.kernels import token_logprobs
 torch.set_num_threads(1)
 T, C, V = map(int, sys.argv[1:4])
 def resident(field):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) / 1024
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024 / 1e6
 def step(hidden, weight, targets):
     scores = token_logprobs(hidden, weight, targets, support=None)
     (scores[0].sum() + 0.1 * scores[2].sum()).backward()
@@ -346,7 +346,7 @@ def grown(T, C, V):
 
 @pytest.mark.skipif(INTERPRET or sys.platform != "linux", reason="measures the CPU path by Linux's counters")
 def test_memory_does_not_hold_the_logits():
-    logits, dweight = 4 * 1024 * 32_768 / 2**20, 4 * 32_768 * 16 / 2**20
+    logits, dweight = 4 * 1024 * 32_768 / 1e6, 4 * 32_768 * 16 / 1e6
     assert grown(1024, 16, 32_768) < dweight + 30 < logits / 3
 
 
