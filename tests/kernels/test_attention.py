@@ -172,6 +172,10 @@ def assert_as_accurate(tensors, options, with_lse=True, slack=2.0):
             continue
         usual_error = (e - t).abs().nan_to_num(0.0).max()  # eager's own gradient of an empty softmax is NaN
         allowed = slack * usual_error + 1e-5 * (1 + t.abs().max())
+        if (
+            t.numel() < 64
+        ):  # eager is exact by luck on a few numbers: a unit in the last place is always allowed
+            allowed += torch.finfo(tensors["q"].dtype).eps * t.abs().max()
         error = (f - t).abs().max()
         assert error <= allowed, f"{name}: error {error:.2e} > allowed {allowed:.2e}"
 
