@@ -19,6 +19,9 @@ come out of one product, accumulated in fp32, and no second copy of dW is kept.
 Source: the online softmax of Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867
 """
 
+# Triton's launches and tuples are opaque to pyright
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
 import math
 
 import torch
@@ -365,7 +368,7 @@ def _precision() -> str:
 def _grid(h: Tensor, N: int, tile: dict[str, int], tma: bool) -> tuple[int]:
     """One program a processor walks the tiles where a tile of 128x256 fills it; elsewhere one program a tile."""
     tiles = triton.cdiv(h.shape[0], tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"])
-    return (min(tiles, multiprocessors(h)) if tma or INTERPRET else tiles,)
+    return (min(tiles, multiprocessors(h)) if tma or INTERPRET else tiles,)  # pyright: ignore[reportReturnType]
 
 
 def _summarise_triton(h, w, bias, targets, start, temperatures, temperature, softcap, target_u):
@@ -422,7 +425,8 @@ def _summarise(h, w, bias, targets, start, temperatures, temperature, softcap, t
 
 def _dlogits(h, w, bias, targets, start, temperatures, temperature, softcap, saved, dz, with_dbias):
     """As _dlogits_triton."""
-    lse, entropy, gain, level, dentropy = (None if x is None else x[:, None] for x in saved)
+    lse, entropy, gain, level = (x[:, None] for x in saved[:4])
+    dentropy = None if saved[4] is None else saved[4][:, None]
     z = torch.mm(h, w.T, out=dz)
     u = _scaled_(z, bias, temperatures, temperature, softcap)
     divisor = temperature if temperatures is None else temperatures[:, None]
@@ -436,7 +440,7 @@ def _dlogits(h, w, bias, targets, start, temperatures, temperature, softcap, sav
         du.div_(divisor)
     if capped is not None:
         du.mul_(capped.square_().neg_().add_(1))
-    return dz.sum(0) if with_dbias else None
+    return dz.sum(0) if with_dbias else dz.new_empty(0)
 
 
 def _scaled_(z, bias, temperatures, temperature, softcap):
