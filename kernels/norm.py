@@ -269,7 +269,7 @@ def _forward_config(N: int, most_warps: int) -> dict[str, int]:
 @cache
 def _backward_config(N: int, most_warps: int) -> dict[str, int]:
     """The tile of _rms_norm_bwd, and that of its programs for columns."""
-    warps = 4 if N <= 1024 else 8 if N <= 4096 else 16 if N <= 8192 else most_warps
+    warps = 4 if N <= 1024 else 8 if N <= 2048 else 16 if N <= 8192 else most_warps
     return {**_tile(N, 2048), "RELOAD": N > 4096, "DW_BLOCK_R": 128, "DW_BLOCK_N": 32, "num_warps": warps}
 
 
