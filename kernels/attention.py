@@ -531,9 +531,9 @@ def _flash_dkdv(
     if SPLIT:  # a program to each query head, and the sum of them outside: a parent's keys have long columns
         steps = blocks
     for step in tl.range(0, steps):
-        head, index = key_head * GROUP + (tl.program_id(2) if SPLIT else step // blocks), step
-        if not SPLIT:
-            index = step % blocks
+        head, index = key_head * GROUP + step // blocks, step % blocks
+        if SPLIT:
+            head, index = key_head * GROUP + tl.program_id(2), step
         m0 = lo + index * BLOCK_M
         row, left, i = q_start + m0, hi - m0, tl.arange(0, BLOCK_M)
         query = _tile(q, head, row, left, stride_qt, stride_qh, BLOCK_M, D, BLOCK_D, TMA)
