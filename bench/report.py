@@ -145,6 +145,29 @@ def speed() -> str:
     return "\n".join(p for p in parts if p) or "No results yet.\n"
 
 
+def headlines() -> str:
+    """The largest shape of each case, beside the fastest peer; the whole table is `speed`."""
+    parts = []
+    for path, result in newest_results().items():
+        largest = {
+            key[0::2]: (key[1], providers) for key, providers in groups(result).items()
+        }  # small shapes first
+        rows = []
+        for (case, which), (shape, providers) in largest.items():
+            peers = {n: best(r)[1] for n, r in providers.items() if n not in ("burnish", "eager")}
+            rival = min(peers, key=lambda n: peers[n], default=None)
+            ours = best(providers["burnish"])[1]
+            share, beside = (
+                f"{providers['burnish']['share']:.0%}",
+                f"{peers[rival] / ours:.2f}x {rival}" if rival else "",
+            )
+            rows.append([f"`{case}`", shape, which, f"{ours:.4g} us", share, beside])
+        head = ["case", "shape", "pass", "time", "of the roofline", "beside the fastest peer"]
+        parts.append(f"{result['machine']['device']}, {result['date']}, from `{path}`:\n")
+        parts.append(markdown(head, rows))
+    return "\n".join(parts) or "No results yet.\n"
+
+
 # ---- what holds without a measurement
 
 
@@ -330,7 +353,7 @@ def static_page(figures: dict[str, Any]) -> str:
 
 # ---- documents
 
-SECTIONS = {"speed": speed, "static": static, "floors": floors, "pictures": gallery}
+SECTIONS = {"headlines": headlines, "speed": speed, "static": static, "floors": floors, "pictures": gallery}
 
 
 def fill(text: str) -> str:
