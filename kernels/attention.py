@@ -637,6 +637,12 @@ TILES = {
         128: _Tiles((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
         256: _Tiles((128, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
     },
+    # 64 KB of shared memory; compiled, never run. dK/dV spills at 128
+    "gfx942": {
+        64: _Tiles((128, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 3)),
+        128: _Tiles((128, 32, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2)),
+        256: _Tiles((64, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
+    },
     # no tensor cores, and each thread holds a whole row of an operand: it spills from D=64 on, and is for tests
     "fp32": {
         64: _Tiles((64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
@@ -654,6 +660,8 @@ def _tiles(q: Tensor, width: int) -> tuple[_Tiles, bool]:
         name = "interpreted"
     elif q.dtype == torch.float32:
         name = "fp32"
+    elif chip == (9, 4):
+        name = "gfx942"
     else:
         name = "sm_100" if descriptors and chip[0] >= 10 else "sm_90" if descriptors else "sm_80"
     return next(tiles for widest, tiles in TILES[name].items() if width <= widest), descriptors

@@ -129,10 +129,10 @@ def _products(
 
 
 @triton.jit
-def _quarter(z, i: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _quarter(z, INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     # an epilogue on a quarter of the tile at a time: 128x256 then fits into sm_90's registers without spills
-    half = tl.split(tl.permute(tl.reshape(z, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))[i // 2]
-    return tl.split(tl.permute(tl.reshape(half, (BLOCK_M, 2, BLOCK_N // 4)), (0, 2, 1)))[i % 2]
+    half = tl.split(tl.permute(tl.reshape(z, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))[INDEX // 2]
+    return tl.split(tl.permute(tl.reshape(half, (BLOCK_M, 2, BLOCK_N // 4)), (0, 2, 1)))[INDEX % 2]
 
 
 @triton.jit

@@ -222,7 +222,6 @@ _INERT = {  # keys that no number depends on; the tensors say their own dtype
     *(
         "tokenizer_class",
         "name_or_path",
-        "auto_map",
         "is_decoder",
         "output_attentions",
         "output_hidden_states",
