@@ -59,7 +59,7 @@ def test_reward_rises(cfg):
     first, last = (sum(line["reward"] for line in part) / 5 for part in (metrics[:5], metrics[-5:]))
     assert first < 0.8 and last > first + 0.15
     assert metrics[0]["ratio"] == 1 and metrics[0]["clip_fraction"] == 0
-    assert all(line.get("mismatch", 0) < 1e-4 for line in metrics)
+    assert max(line["mismatch"] for line in metrics if "mismatch" in line) < 1e-4
 
 
 @pytest.mark.parametrize(
