@@ -92,6 +92,11 @@ def best(row: dict[str, Any]) -> list[float]:
     return row["device_us"] or row["eager_us"]
 
 
+def accurate_peers(providers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Those that hold to the accuracy rule: one that computes something else is no contestant."""
+    return {n: r for n, r in providers.items() if n not in ("burnish", "eager") and r["accurate"]}
+
+
 def speed() -> str:
     parts = []
     for path, result in newest_results().items():
@@ -111,7 +116,7 @@ def speed() -> str:
         rows = []
         for (case, shape, which), providers in groups(result).items():
             ours, eager = providers["burnish"], providers.get("eager")  # eager may run out of memory
-            peers = {n: r for n, r in providers.items() if n not in ("burnish", "eager")}
+            peers = accurate_peers(providers)
             rival = min(peers, key=lambda n: best(peers[n])[1], default=None)
             p20, p50, p80 = best(ours)
             rows.append(
@@ -154,7 +159,7 @@ def headlines() -> str:
         }  # small shapes first
         rows = []
         for (case, which), (shape, providers) in largest.items():
-            peers = {n: best(r)[1] for n, r in providers.items() if n not in ("burnish", "eager")}
+            peers = {n: best(r)[1] for n, r in accurate_peers(providers).items()}
             rival = min(peers, key=lambda n: peers[n], default=None)
             ours = best(providers["burnish"])[1]
             share, beside = (
