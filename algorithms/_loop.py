@@ -1,6 +1,7 @@
 """What every training loop needs around its three lines (loss, backward, step): a run folder, an optimizer, a schedule.
 
-A run folder holds config.json, metrics.jsonl (one JSON object a step), and checkpoints as Hugging Face folders.
+A run folder holds config.json, metrics.jsonl (one JSON object a step), models as Hugging Face folders, and, where
+--save-every asks for it, checkpoint.safetensors, from which --resume goes on to the same bits.
 """
 
 import contextlib
@@ -21,7 +22,15 @@ from ..model.checkpoint import save_model
 from ..model.errors import InputError
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
+from ._checkpoint import Part, read_checkpoint, write_checkpoint
 
+CHECKPOINT = "checkpoint.safetensors"
+MAY_DIFFER = (
+    "output",
+    "resume",
+    "save_every",
+    "steps",
+)  # flags of a resumed run; a longer run is a common wish
 Schedule = Literal["constant", "linear", "cosine"]
 
 
@@ -32,7 +41,8 @@ def default_device() -> str:
 def check_flags(config: Any, **bounds: tuple[float, float]) -> None:
     """check_flags(cfg, steps=(1, inf)) raises InputError where a flag is set and outside its bounds, or NaN.
 
-    Also checks what every run has: a device that torch can use, and an output folder that no other run uses.
+    Also checks what every run has: a device that torch can use, and an output folder that no other run uses, or with
+    --resume one that holds a checkpoint of a run with the same flags.
     """
     for name, (low, high) in bounds.items():
         value = getattr(config, name)
@@ -44,8 +54,28 @@ def check_flags(config: Any, **bounds: tuple[float, float]) -> None:
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {config.device}: torch finds no CUDA device; use --device cpu")
     folder = config.output
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if getattr(config, "resume", False):  # compositions have no such flag
+        _check_resumable(folder, config)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"--output {folder}: expected a new or empty folder, found one in use")
+
+
+def _check_resumable(folder: Path, config: Any) -> None:
+    if not (folder / CHECKPOINT).is_file():
+        raise InputError(f"--resume: {folder} holds no {CHECKPOINT}: name the run to go on with by --output")
+    try:
+        earlier = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"--resume: {folder / 'config.json'}: not readable as JSON: {error}") from error
+    for name, value in json.loads(_flags(config)).items():
+        if name not in MAY_DIFFER and earlier.get(name) != value:
+            raise InputError(
+                f"--resume: --{name.replace('_', '-')} is {value!r}, but the run in {folder} had {earlier.get(name)!r}"
+            )
+
+
+def _flags(config: Any) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
 
 
 def check_model(model: Transformer, tokenizer: Tokenizer, longest: int) -> None:
@@ -74,40 +104,58 @@ def report_counts(source: Path, counts: Mapping[str, int]) -> None:
 
 
 class Run:
-    """A run folder with its metrics and progress bar.
+    """A run folder with its metrics and progress bar, and the checkpoints of what the run trains.
 
-    with Run(folder, config) as run:
-        for step in run.steps(1000):
+    with Run(config, model=model, optimizer=optimizer) as run:
+        batches = epochs(len(rows), config.batch_size, config.seed, skip=run.start)
+        for step in run.steps():
             ...
             run.log({"loss": loss}, tokens=num_tokens)
+            run.save_step(model, tokenizer)
         run.save(model, tokenizer)
+
+    start: steps done before, 0 unless --resume; the parts, modules and optimizers, then have the state of that step.
+    values: numbers that a checkpoint keeps beside them, for an algorithm's own use.
     """
 
-    def __init__(self, folder: Path, config: Any):
-        self.folder = Path(folder)
+    def __init__(self, config: Any, **parts: Part):
+        self.folder = Path(config.output)
+        self.start, self.values = 0, {}
+        self._config, self._parts = config, parts
+        if config.resume:
+            self.values = read_checkpoint(self.folder / CHECKPOINT, parts)
+            self.start = self.values.pop("step")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            flags = json.dumps(dataclasses.asdict(config), indent=2, default=str)
-            (self.folder / "config.json").write_text(flags + "\n")
-            self._metrics = open(self.folder / "metrics.jsonl", "w")  # noqa: SIM115 (open as long as the run)
+            metrics = self.folder / "metrics.jsonl"
+            done = metrics.read_text().splitlines(keepends=True)[: self.start] if self.start else []
+            _replace(self.folder / "config.json", _flags(config))
+            _replace(metrics, "".join(done))  # what was logged after the checkpoint is done again
+            self._metrics = open(metrics, "a")  # noqa: SIM115 (open as long as the run)
         except OSError as error:
             raise InputError(f"--output {self.folder}: cannot be written: {error}") from error
         self._bar: tqdm | None = None
-        self._step, self._clock = 0, time.perf_counter()
+        self._step, self._clock = self.start, time.perf_counter()
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._metrics.close()
+        with contextlib.suppress(OSError):  # log() has flushed every line, or said why not
+            self._metrics.close()
         if self._bar is not None:
             self._bar.close()
 
-    def steps(self, count: int) -> Iterator[int]:
-        self._bar = tqdm(total=count, desc=self.folder.name, unit="step", dynamic_ncols=True)
+    def steps(self) -> Iterator[int]:
+        """The steps that are left: from `start` to the config's number of steps."""
+        total = self._config.steps
+        self._bar = tqdm(
+            total=total, initial=self.start, desc=self.folder.name, unit="step", dynamic_ncols=True
+        )
         self._clock = time.perf_counter()
-        for self._step in range(count):
-            yield self._step
+        for step in range(self.start, total):
+            self._step = step
+            yield step
             self._bar.update()
 
     def log(self, metrics: dict[str, float | Tensor], tokens: int) -> None:
@@ -123,8 +171,11 @@ class Run:
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
         }
-        self._metrics.write(json.dumps(line) + "\n")
-        self._metrics.flush()
+        try:
+            self._metrics.write(json.dumps(line) + "\n")
+            self._metrics.flush()
+        except OSError as error:
+            raise InputError(f"{self.folder / 'metrics.jsonl'}: cannot be written: {error}") from error
         if self._bar is not None:
             shown = {name: f"{value:.3g}" for name, value in list(values.items())[:3] if value is not None}
             self._bar.set_postfix(shown, refresh=False)
@@ -133,6 +184,20 @@ class Run:
         """Write model and tokenizer as a Hugging Face folder inside the run folder, complete or not at all."""
         save_model(model, self.folder / name, tokenizer)
         return self.folder / name
+
+    def save_step(self, model: Transformer, tokenizer: Tokenizer) -> None:
+        """Every --save-every steps: the model as step-N, and the checkpoint, which replaces the one before."""
+        done = self._step + 1
+        if self._config.save_every and done % self._config.save_every == 0:
+            self.save(model, tokenizer, f"step-{done}")
+            write_checkpoint(self.folder / CHECKPOINT, self._parts, {"step": done, **self.values})
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a file whole: a crash leaves the earlier one."""
+    beside = file.with_name(f".{file.name}.partial")
+    beside.write_text(text)
+    beside.replace(file)
 
 
 def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
@@ -186,13 +251,17 @@ def autocast(device: str) -> contextlib.AbstractContextManager:
     return torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else contextlib.nullcontext()
 
 
-def epochs(count: int, batch_size: int, seed: int) -> Iterator[list[int]]:
+def epochs(count: int, batch_size: int, seed: int, skip: int = 0) -> Iterator[list[int]]:
     """Indices 0..count-1 in batches for ever: each index once an epoch, in a new order each time, from `seed`.
 
-    The last batch of an epoch is smaller where batch_size does not divide count.
+    The last batch of an epoch is smaller where batch_size does not divide count. skip: batches left out at the start,
+    which a resumed run has had.
     """
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(count, generator=generator).tolist()
         for start in range(0, count, batch_size):
+            if skip:
+                skip -= 1
+                continue
             yield order[start : start + batch_size]

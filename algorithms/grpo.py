@@ -88,7 +88,8 @@ class Config:
     warmup_steps: int = 0  # of linear rise to learning_rate
     weight_decay: float = 0.0  # of matrices; vectors have none
     max_grad_norm: float = 1.0  # gradients are scaled down to it
-    save_every: int = 0  # steps between checkpoints; 0 saves once, at the end
+    save_every: int = 0  # steps between checkpoints; 0 saves the model once, at the end
+    resume: bool = False  # go on from the last checkpoint in --output
     checkpoint_activations: bool = False  # run each layer again in the backward: less memory, more time
     seed: int = 0  # of the order of rows, and of sampling
     device: str = field(default_factory=default_device)
@@ -175,9 +176,9 @@ def train(cfg: Config) -> Path:
     model.checkpoint_activations = cfg.checkpoint_activations
     reference = copy.deepcopy(model).requires_grad_(False) if cfg.kl_coefficient else None
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
-    batches = epochs(len(prompts), cfg.prompts_per_step, cfg.seed)
-    with Run(cfg.output, cfg) as run:
-        for step in run.steps(cfg.steps):
+    with Run(cfg, model=model, optimizer=optimizer) as run:
+        batches = epochs(len(prompts), cfg.prompts_per_step, cfg.seed, skip=run.start)
+        for step in run.steps():
             started = time.perf_counter()
             groups, judged = sample_groups(
                 model,
@@ -255,8 +256,7 @@ def train(cfg: Config) -> Path:
                 },
                 tokens=int(lengths.sum()),
             )
-            if cfg.save_every and (step + 1) % cfg.save_every == 0:
-                run.save(model, tokenizer, f"step-{step + 1}")
+            run.save_step(model, tokenizer)
         return run.save(model, tokenizer)
 
 

@@ -59,7 +59,8 @@ class Config:
     warmup_steps: int = 20  # of linear rise to learning_rate
     weight_decay: float = 0.0  # of matrices; vectors have none
     max_grad_norm: float = 1.0  # gradients are scaled down to it
-    save_every: int = 0  # steps between checkpoints; 0 saves once, at the end
+    save_every: int = 0  # steps between checkpoints; 0 saves the model once, at the end
+    resume: bool = False  # go on from the last checkpoint in --output
     checkpoint_activations: bool = False  # run each layer again in the backward: less memory, more time
     seed: int = 0  # of the order of rows
     device: str = field(default_factory=default_device)
@@ -102,9 +103,9 @@ def train(cfg: Config) -> Path:
     check_model(model, tokenizer, max(len(example.tokens) for example in examples))
     model.checkpoint_activations = cfg.checkpoint_activations
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
-    batches = epochs(len(examples), cfg.batch_size, cfg.seed)
-    with Run(cfg.output, cfg) as run:
-        for step in run.steps(cfg.steps):
+    with Run(cfg, model=model, optimizer=optimizer) as run:
+        batches = epochs(len(examples), cfg.batch_size, cfg.seed, skip=run.start)
+        for step in run.steps():
             batch = [examples[i] for i in next(batches)]
             num_tokens = sum(sum(example.mask) for example in batch)
             total_loss = 0.0
@@ -122,8 +123,7 @@ def train(cfg: Config) -> Path:
                 {"loss": total_loss, "grad_norm": norm, "learning_rate": rate, "trained_tokens": num_tokens},
                 tokens=sum(len(example.tokens) for example in batch),
             )
-            if cfg.save_every and (step + 1) % cfg.save_every == 0:
-                run.save(model, tokenizer, f"step-{step + 1}")
+            run.save_step(model, tokenizer)
         return run.save(model, tokenizer)
 
 

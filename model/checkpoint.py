@@ -208,6 +208,6 @@ def _replacing(folder: Path) -> Iterator[Path]:
     except BaseException as error:
         if beside is not None:
             shutil.rmtree(beside, ignore_errors=True)
-        if isinstance(error, OSError):
+        if isinstance(error, (OSError, SafetensorError)):
             raise InputError(f"{folder}: cannot be written: {error}") from error
         raise

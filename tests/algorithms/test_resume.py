@@ -1,0 +1,191 @@
+"""A run that was stopped and goes on ends with the same bits as one that was not; saving never harms what was saved."""
+
+import dataclasses
+import json
+import resource
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from burnish.algorithms import grpo, sft
+from burnish.algorithms._checkpoint import read_checkpoint, write_checkpoint
+from burnish.algorithms._loop import CHECKPOINT, epochs, make_optimizer
+from burnish.model.checkpoint import load_model
+from burnish.model.errors import InputError
+from torch import nn
+
+COMMON = {"steps": 4, "save_every": 2, "learning_rate": 1e-2, "device": "cpu"}
+
+
+@pytest.fixture
+def configs(model_folder, demonstrations, prompts, tmp_path):
+    """Every trainer on a small task, with each of its states that a checkpoint has to keep."""
+    reward = tmp_path / "reward.py"
+    reward.write_text(
+        "def ones(completion_ids, **_):\n    return [float(sum(i % 2 for i in ids)) for ids in completion_ids]\n"
+    )
+    return {
+        "sft": sft.Config(model=model_folder, data=demonstrations, batch_size=24, **COMMON),
+        "grpo": grpo.Config(
+            model=model_folder,
+            data=prompts,
+            reward=(f"{reward}:ones",),
+            prompts_per_step=5,
+            group_size=4,
+            max_new_tokens=8,
+            kl_coefficient=0.1,
+            updates_per_rollout=2,
+            **COMMON,
+        ),
+    }
+
+
+TRAINERS = {"sft": sft, "grpo": grpo}
+TIMES = ("seconds", "sampling_seconds", "update_seconds", "tokens_per_second")
+
+
+def metrics_of(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+def stopped_after(monkeypatch, module, cfg, step):
+    """Run until the log of `step`, then end as a crash would, before anything more is saved."""
+
+    class Crash(BaseException):
+        pass
+
+    log = module.Run.log
+
+    def log_or_crash(self, metrics, tokens):
+        log(self, metrics, tokens)
+        if self._step == step:
+            raise Crash
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module.Run, "log", log_or_crash)
+        with pytest.raises(Crash):
+            module.train(cfg)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_resumed_equals_uninterrupted(configs, name, tmp_path, monkeypatch):
+    module, cfg = TRAINERS[name], configs[name]
+    whole = dataclasses.replace(cfg, output=tmp_path / "whole")
+    cut = dataclasses.replace(cfg, output=tmp_path / "cut")
+    trained = module.train(whole)
+    stopped_after(monkeypatch, module, cut, step=2)  # one step after the checkpoint: done again
+    assert len(metrics_of(cut.output)) == 3 and not (cut.output / "model").exists()
+    resumed = module.train(dataclasses.replace(cut, resume=True))
+    assert metrics_of(cut.output) == metrics_of(whole.output)
+    assert [line["step"] for line in metrics_of(cut.output)] == [0, 1, 2, 3]
+    for one, other in zip(load_model(trained).parameters(), load_model(resumed).parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_resume_wants_the_same_flags(configs, tmp_path):
+    cfg = dataclasses.replace(configs["sft"], output=tmp_path / "out")
+    sft.train(cfg)
+    with pytest.raises(InputError, match=r"--batch-size is 23, but the run in .* had 24"):
+        sft.train(dataclasses.replace(cfg, resume=True, batch_size=23))
+    assert len(metrics_of(cfg.output)) == 4
+    sft.train(dataclasses.replace(cfg, resume=True, steps=6))  # a longer run is no contradiction
+    assert [line["step"] for line in metrics_of(cfg.output)] == [0, 1, 2, 3, 4, 5]
+
+
+def test_resume_without_a_checkpoint(configs, tmp_path):
+    cfg = dataclasses.replace(configs["sft"], output=tmp_path / "out", save_every=0)
+    with pytest.raises(InputError, match=f"holds no {CHECKPOINT}"):
+        sft.train(dataclasses.replace(cfg, resume=True))
+    assert not cfg.output.exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "other model"])
+def test_a_broken_checkpoint_is_named(configs, tmp_path, damage):
+    cfg = dataclasses.replace(configs["sft"], output=tmp_path / "out", steps=2)
+    sft.train(cfg)
+    file = cfg.output / CHECKPOINT
+    if damage == "other model":
+        write_checkpoint(file, {"model": nn.Linear(2, 2)}, {"step": 1})
+    else:
+        file.write_bytes(file.read_bytes()[: 200 if damage == "truncated" else 0])
+    with pytest.raises(InputError, match=CHECKPOINT):
+        sft.train(dataclasses.replace(cfg, resume=True))
+    assert len(metrics_of(cfg.output)) == 2
+
+
+def _frozen_and_trained():
+    frozen, trained = nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 2)
+    return frozen, trained, make_optimizer(trained, 1e-2)
+
+
+def test_a_checkpoint_holds_what_is_trained_and_no_more(tmp_path):
+    frozen, trained, optimizer = _frozen_and_trained()
+    model = nn.Sequential(frozen, trained)
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    file = tmp_path / CHECKPOINT
+    write_checkpoint(file, {"model": model, "optimizer": optimizer}, {"step": 1, "kl_coefficient": 0.1})
+    assert (
+        file.stat().st_size < 3 * 8 * 4 + 1200
+    )  # the second layer's 8 numbers and Adam's two moments of them
+    other_frozen, other_trained, moments = _frozen_and_trained()
+    values = read_checkpoint(
+        file, {"model": nn.Sequential(other_frozen, other_trained), "optimizer": moments}
+    )
+    assert values == {"step": 1, "kl_coefficient": 0.1}
+    assert torch.equal(other_trained.weight, trained.weight)
+    assert not torch.equal(other_frozen.weight, frozen.weight)
+    for one, other in zip(optimizer.state.values(), moments.state.values(), strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in ("step", "exp_avg", "exp_avg_sq"))
+
+
+def test_skipped_batches_are_those_that_were_had():
+    whole, rest = epochs(7, 3, seed=1), epochs(7, 3, seed=1, skip=4)
+    first = [next(whole) for _ in range(10)]
+    assert [next(rest) for _ in range(6)] == first[4:]
+
+
+WRITER = """
+import sys, torch
+from pathlib import Path
+from burnish.algorithms._checkpoint import write_checkpoint
+model = torch.nn.Linear(500, 500)
+step = 0
+while True:
+    torch.nn.init.constant_(model.weight, step)
+    write_checkpoint(Path(sys.argv[1]), {"model": model}, {"step": step})
+    step += 1
+    print(step, flush=True)
+"""
+
+
+def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path):
+    file, model = tmp_path / CHECKPOINT, nn.Linear(500, 500)
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(file)], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        reported = [int(writer.stdout.readline()) for _ in range(5)][-1]
+        time.sleep(0.02)
+        writer.kill()
+    values = read_checkpoint(file, {"model": model})
+    assert values["step"] >= reported - 1 and (model.weight == values["step"]).all()
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_bytes(file.read_bytes()[:25_000])  # as a kill leaves it
+    write_checkpoint(file, {"model": model}, {"step": 7})
+    assert read_checkpoint(file, {"model": model}) == {"step": 7} and not partial.exists()
+
+
+def test_a_full_disk_is_one_clear_error(configs, tmp_path):
+    """The limit on a file's size stands for a disk that fills up while the second checkpoint is written."""
+    file, model = tmp_path / CHECKPOINT, nn.Linear(200, 200)
+    write_checkpoint(file, {"model": model}, {"step": 1})
+    before, limits = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match="cannot be written, the earlier checkpoint is kept"):
+            write_checkpoint(file, {"model": nn.Linear(200, 200)}, {"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_bytes() == before and [path.name for path in tmp_path.glob(".*")] == []
