@@ -15,6 +15,11 @@ COMMANDS = {  # name: (module with a Config, its function of a Config, one line)
         "supervised fine-tuning on conversations, completions or text",
     ),
     "grpo": ("burnish.algorithms.grpo", "train", "reinforcement learning from a reward function of yours"),
+    "evaluate": (
+        "burnish.algorithms.evaluate",
+        "evaluate",
+        "accuracy, pass@k and majority vote under a verifier of yours, or perplexity",
+    ),
     "chat": ("burnish.algorithms.chat", "main", "talk to a model"),
     "convert": ("burnish.model.convert", "main", "turn a GGUF file into a Hugging Face folder"),
 }

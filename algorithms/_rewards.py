@@ -25,21 +25,21 @@ from ..model.errors import InputError
 RewardFunction = Callable[..., Sequence[float | None]]
 
 
-def load_reward(specification: str) -> RewardFunction:
-    """FILE.py:function, or package.module:function."""
+def load_reward(specification: str, flag: str = "reward") -> RewardFunction:
+    """FILE.py:function, or package.module:function. flag: what a message names."""
     source, _, name = specification.rpartition(":")
     if not source:
-        raise InputError(f"--reward {specification}: expected FILE.py:function or package.module:function")
+        raise InputError(f"--{flag} {specification}: expected FILE.py:function or package.module:function")
     if source.endswith(".py") and not Path(source).is_file():
-        raise InputError(f"--reward {specification}: no file {source}")
+        raise InputError(f"--{flag} {specification}: no file {source}")
     try:
         module = _load_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
     except (Exception, SystemExit) as error:  # whatever a user's file raises is the user's to read
-        message = f"--reward {specification}: {source} cannot be imported: {type(error).__name__}: {error}"
+        message = f"--{flag} {specification}: {source} cannot be imported: {type(error).__name__}: {error}"
         raise InputError(message) from error
     function: RewardFunction | None = getattr(module, name, None)
     if not callable(function):
-        raise InputError(f"--reward {specification}: {source} has no function '{name}'")
+        raise InputError(f"--{flag} {specification}: {source} has no function '{name}'")
     return function
 
 

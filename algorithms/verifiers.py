@@ -1,0 +1,63 @@
+"""Verifiers of short answers, in the form of reward functions: 1.0 for a right completion, 0.0 for a wrong one.
+
+    burnish grpo     --reward burnish.algorithms.verifiers:gsm8k ...
+    burnish evaluate --reward burnish.algorithms.verifiers:last_number --answer burnish.algorithms.verifiers:number ...
+
+The row's `answer` column holds the reference solution; what stands after its last "####", or all of it, is the answer.
+A function named by --answer gives each completion's answer for the majority vote, None where it has none.
+
+Source: GSM8K's answer format: Cobbe et al. 2021, https://arxiv.org/abs/2110.14168
+"""
+
+import re
+from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
+
+from ..model.tokenizer import Message
+
+NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
+MARKED = re.compile(r"####\s*(" + NUMBER.pattern + ")")
+Completion = str | list[Message]
+
+
+def gsm8k(completions: Sequence[Completion], answer: Sequence[str], **_: object) -> list[float]:
+    """Right where the number behind the completion's last "####" equals the reference's."""
+    return _right([_marked(_text(completion)) for completion in completions], answer)
+
+
+def last_number(completions: Sequence[Completion], answer: Sequence[str], **_: object) -> list[float]:
+    """Right where the last number of the completion, wherever it stands, equals the reference's."""
+    return _right([_last(_text(completion)) for completion in completions], answer)
+
+
+def number(completions: Sequence[Completion], **_: object) -> list[str | None]:
+    """Each completion's answer: the number behind its last "####", else its last number."""
+    numbers = [_marked(text) or _last(text) for text in map(_text, completions)]
+    return [None if value is None else str(value) for value in numbers]
+
+
+def _right(given: Sequence[Decimal | None], answers: Sequence[str]) -> list[float]:
+    wanted = [_last(str(answer).rpartition("####")[2]) for answer in answers]
+    return [float(one is not None and one == other) for one, other in zip(given, wanted, strict=True)]
+
+
+def _text(completion: Completion) -> str:
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
+def _marked(text: str) -> Decimal | None:
+    found = MARKED.findall(text)
+    return _decimal(found[-1]) if found else None
+
+
+def _last(text: str) -> Decimal | None:
+    found = NUMBER.findall(text)
+    return _decimal(found[-1]) if found else None
+
+
+def _decimal(digits: str) -> Decimal | None:
+    try:
+        value = Decimal(digits.replace(",", "").replace("$", ""))
+    except InvalidOperation:
+        return None
+    return value.normalize() + 0  # 18.0 and 18 alike, and no -0

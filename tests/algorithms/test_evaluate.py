@@ -1,0 +1,152 @@
+"""`burnish evaluate` on a tiny model, its figures against enumeration, and the verifiers on real solutions."""
+
+import dataclasses
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from burnish.algorithms import evaluate
+from burnish.algorithms._data import read_rows, sft_examples
+from burnish.algorithms.verifiers import gsm8k, last_number, number
+from burnish.model.checkpoint import load_model
+from burnish.model.errors import InputError
+from burnish.model.packed import pack
+from burnish.model.tokenizer import Tokenizer
+
+
+@pytest.mark.parametrize("num_right", range(6))
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_pass_at_k_is_the_share_of_all_subsets(num_right, k):
+    samples = [i < num_right for i in range(5)]
+    subsets = list(itertools.combinations(samples, k))
+    assert evaluate.pass_at_k(5, num_right, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_majority_vote():
+    assert evaluate.majority_is_right(["7", "8", "7"], [True, False, True])
+    assert not evaluate.majority_is_right(["8", "8", "7"], [False, False, True])
+    assert evaluate.majority_is_right([None, None, "7"], [False, False, True])  # no answer casts no vote
+    assert not evaluate.majority_is_right([None, None], [False, False])
+    assert evaluate.majority_is_right(["7", "8"], [True, False])  # the earliest of equally frequent ones
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "strict", "flexible"),
+    [
+        ("so #### 18", "It is 9 * 2 = <<9*2=18>>18\n#### 18", 1.0, 1.0),
+        ("#### 1,234.50", "#### 1234.5", 1.0, 1.0),
+        ("#### $18", "18", 1.0, 1.0),
+        ("#### -3", "#### -3", 1.0, 1.0),
+        ("#### 3", "#### -3", 0.0, 0.0),
+        ("The answer is 18.", "#### 18", 0.0, 1.0),
+        ("18, and then 5 more", "#### 18", 0.0, 0.0),
+        ("#### 18 eggs in 7 days", "#### 18", 1.0, 0.0),
+        ("#### 17\n#### 18", "#### 18", 1.0, 1.0),
+        ("no number", "#### 18", 0.0, 0.0),
+        ("", "#### 18", 0.0, 0.0),
+    ],
+)
+def test_verifiers(text, reference, strict, flexible):
+    message = [{"role": "assistant", "content": text}]
+    for completion in (text, message):
+        assert gsm8k([completion], answer=[reference]) == [strict]
+        assert last_number([completion], answer=[reference]) == [flexible]
+
+
+def test_an_answer_is_what_is_behind_the_mark():
+    assert number(["#### 18.0 in 7 days", "in 7 days 18", "none"]) == ["18", "18", None]
+
+
+def test_verifier_agrees_with_graded_real_solutions(shared_data):
+    graded = [
+        json.loads(line)
+        for line in (shared_data / "gsm8k" / "example_model_solutions.jsonl").read_text().splitlines()
+    ]
+    solutions = [
+        (row[name]["solution"], row["ground_truth"], row[name]["is_correct"])
+        for row in graded
+        for name in row
+        if isinstance(row[name], dict)
+    ]
+    texts, references, labels = zip(*solutions, strict=True)
+    given = last_number(list(texts), answer=list(references))
+    agreeing = sum(bool(verdict) == label for verdict, label in zip(given, labels, strict=True))
+    assert len(labels) == 4 * 1319 and agreeing / len(labels) > 0.99
+
+
+@pytest.fixture
+def cfg(model_folder, prompts, tmp_path):
+    return evaluate.Config(
+        model=model_folder,
+        data=prompts,
+        reward=("burnish.algorithms._sums:accuracy", "burnish.algorithms._sums:form"),
+        output=tmp_path / "out",
+        samples=4,
+        k=(1, 2, 4, 8),
+        max_new_tokens=6,
+        device="cpu",
+    )
+
+
+def test_answers_are_judged_and_written(cfg, tmp_path, capsys):
+    answers = tmp_path / "answers.py"
+    answers.write_text(
+        "def first(completions, **_):\n    return [text[:1] or None for text in completions]\n"
+        "def starts_even(completions, **_):\n    return [float(text[:1] in tuple('02468')) for text in completions]\n"
+    )
+    cfg = dataclasses.replace(cfg, reward=(f"{answers}:starts_even",), answer=f"{answers}:first")
+    figures = evaluate.evaluate(cfg)
+    records = [json.loads(line) for line in (cfg.output / "samples.jsonl").read_text().splitlines()]
+    greedy, sampled = records[:32], records[32:]
+    assert (
+        len(sampled) == 32 * 4 and all(r["greedy"] for r in greedy) and not any(r["greedy"] for r in sampled)
+    )
+    assert figures["greedy"] == pytest.approx(100 * sum(r["right"] for r in greedy) / 32)
+    assert figures["pass@1"] == pytest.approx(100 * sum(r["right"] for r in sampled) / 128)
+    groups = [sampled[i : i + 4] for i in range(0, 128, 4)]
+    assert figures["pass@4"] == pytest.approx(100 * sum(any(r["right"] for r in g) for g in groups) / 32)
+    shares = [100 * sum(r["right"] for r in g) / 4 for g in groups]
+    assert figures["pass@1_error"] == pytest.approx(torch.tensor(shares).std().item() / math.sqrt(32))
+    assert 0 < figures["pass@1"] < figures["pass@2"] < figures["pass@4"] < 100
+    assert "pass@8" not in figures and 0 <= figures["majority"] <= 100
+    assert all(r["right"] == (r["completion"][:1] in tuple("02468")) for r in records)
+    result = json.loads((cfg.output / "result.json").read_text())
+    assert result["figures"] == figures and result["config"]["samples"] == 4
+    assert "pass@4" in capsys.readouterr().out
+
+
+def test_the_same_seed_gives_the_same_figures(cfg, tmp_path):
+    again = dataclasses.replace(cfg, output=tmp_path / "again", batch_size=7)
+    assert evaluate.evaluate(cfg) == evaluate.evaluate(again)
+
+
+def test_perplexity_is_that_of_the_trained_tokens(cfg, demonstrations):
+    cfg = dataclasses.replace(cfg, reward=(), data=demonstrations, micro_batch_tokens=50)
+    figures = evaluate.evaluate(cfg)
+    tokenizer, model = Tokenizer.load(cfg.model), load_model(cfg.model)
+    examples, _ = sft_examples(read_rows(demonstrations), tokenizer, max_length=64, train_on="completion")
+    nats, tokens = 0.0, 0
+    with torch.no_grad():
+        for example in examples:
+            logprobs = model.logits(model(pack([example.tokens]))).double().log_softmax(-1)
+            for t in range(1, len(example.tokens)):
+                if example.mask[t]:
+                    nats -= logprobs[t - 1, example.tokens[t]].item()
+                    tokens += 1
+    assert figures["tokens"] == tokens
+    assert figures["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+    records = [json.loads(line) for line in (cfg.output / "samples.jsonl").read_text().splitlines()]
+    assert len(records) == 64 and sum(record["tokens"] for record in records) == tokens
+
+
+def test_wrong_flags_are_named(cfg, tmp_path):
+    with pytest.raises(InputError, match="--answer: expected --reward"):
+        evaluate.evaluate(dataclasses.replace(cfg, reward=(), answer="x.py:f"))
+    with pytest.raises(InputError, match="--k: expected numbers of at least 1"):
+        evaluate.evaluate(dataclasses.replace(cfg, k=(0,)))
+    short = tmp_path / "short.py"
+    short.write_text("def f(completions, **_):\n    return completions[1:]\n")
+    with pytest.raises(InputError, match="--answer: expected 32 answers"):
+        evaluate.evaluate(dataclasses.replace(cfg, answer=f"{short}:f"))
