@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ..model.checkpoint import save_model
 from ..model.errors import InputError
+from ..model.scalar import ScalarModel
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from ._checkpoint import Part, read_checkpoint, write_checkpoint
@@ -78,7 +79,7 @@ def _flags(config: Any) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
 
 
-def check_model(model: Transformer, tokenizer: Tokenizer, longest: int) -> None:
+def check_model(model: Transformer | ScalarModel, tokenizer: Tokenizer, longest: int) -> None:
     """Refuse a tokenizer with more ids than the model; warn of sequences longer than the model was trained on."""
     if tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(
@@ -180,12 +181,12 @@ class Run:
             shown = {name: f"{value:.3g}" for name, value in list(values.items())[:3] if value is not None}
             self._bar.set_postfix(shown, refresh=False)
 
-    def save(self, model: Transformer, tokenizer: Tokenizer, name: str = "model") -> Path:
+    def save(self, model: Transformer | ScalarModel, tokenizer: Tokenizer, name: str = "model") -> Path:
         """Write model and tokenizer as a Hugging Face folder inside the run folder, complete or not at all."""
         save_model(model, self.folder / name, tokenizer)
         return self.folder / name
 
-    def save_step(self, model: Transformer, tokenizer: Tokenizer) -> None:
+    def save_step(self, model: Transformer | ScalarModel, tokenizer: Tokenizer) -> None:
         """Every --save-every steps: the model as step-N, and the checkpoint, which replaces the one before."""
         done = self._step + 1
         if self._config.save_every and done % self._config.save_every == 0:
