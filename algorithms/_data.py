@@ -27,7 +27,7 @@ SHAPES = {  # what the columns of a row mean to SFT: the first shape that a row 
     "Alpaca": ("instruction", "output"),
     "self-instruct": ("instruction", "instances"),
 }
-PROMPT_COLUMNS = ("prompt", "question", "instruction", "messages", "conversations")  # for RL, in this order
+PROMPT_COLUMNS = ("prompt", "question", "instruction", "messages", "conversations")  # in this order
 RESERVED_COLUMNS = (
     "prompt",
     "prompts",
@@ -161,7 +161,7 @@ def _row(value: Any, where: str) -> Row:
     return row
 
 
-def _where(row: dict[str, Any], index: int) -> str:
+def place_of(row: dict[str, Any], index: int) -> str:
     return row.where if isinstance(row, Row) else f"row {index + 1}"
 
 
@@ -188,15 +188,15 @@ def sft_examples(
     first_drop = ""
     known = "; ".join(f"{name} ({', '.join(columns)})" for name, columns in SHAPES.items())
     for index, row in enumerate(rows):
-        where = _where(row, index)
+        where = place_of(row, index)
         found = _shape(row)
         if found is None:
             raise InputError(
-                f"{where}: no shape that SFT reads has the columns {_names(row)}; known are {known}"
+                f"{where}: no shape that SFT reads has the columns {column_names(row)}; known are {known}"
             )
         if found != shape:
             raise InputError(
-                f"{where}: is of the shape '{found}', {_where(rows[0], 0)} is '{shape}'; one file has one shape"
+                f"{where}: is of the shape '{found}', {place_of(rows[0], 0)} is '{shape}'; one file has one shape"
             )
         try:
             encoded = list(
@@ -236,16 +236,20 @@ def _encode_row(
         if not completion.strip():
             continue
         given = tokenizer.encode_text(prompt) if prompt else []
-        written = (
-            tokenizer.encode(completion, continues=True) if prompt else tokenizer.encode_text(completion)
-        )
+        written = encode_completion(completion, tokenizer, continues=bool(prompt))
         if not written:
             continue
-        if written[-1] not in tokenizer.stop_ids:
-            if tokenizer.eos_id is None:
-                raise InputError("the tokenizer names no eos_token, so a completion cannot be ended")
-            written.append(tokenizer.eos_id)
         yield given + written, [train_on == "all"] * len(given) + [True] * len(written)
+
+
+def encode_completion(text: str, tokenizer: Tokenizer, *, continues: bool) -> list[int]:
+    """The ids of a text and its end token; none where the text has none. continues: it stands behind a prompt."""
+    written = tokenizer.encode(text, continues=True) if continues else tokenizer.encode_text(text)
+    if written and written[-1] not in tokenizer.stop_ids:
+        if tokenizer.eos_id is None:
+            raise InputError("the tokenizer names no eos_token, so a completion cannot be ended")
+        written.append(tokenizer.eos_id)
+    return written
 
 
 def _encode_conversation(
@@ -278,39 +282,44 @@ def _encode_conversation(
 def _units(row: dict[str, Any], shape: str, has_template: bool) -> Iterator[str | Pair | Conversation]:
     """What there is to train in a row. A question or instruction is a user's turn where there is a chat template."""
     if shape == "text":
-        yield _text(row, "text")
+        yield read_text(row, "text")
     elif shape in ("messages", "ShareGPT"):
-        yield Conversation(_messages(row, "messages" if shape == "messages" else "conversations"), 0)
+        yield Conversation(read_messages(row, "messages" if shape == "messages" else "conversations"), 0)
     elif shape == "prompt and completion" and isinstance(row["prompt"], list):
-        prompt, completion = _messages(row, "prompt"), _messages(row, "completion")
+        prompt, completion = read_messages(row, "prompt"), read_messages(row, "completion")
         if completion and completion[0]["role"] != "assistant":
             raise InputError(
                 f"completion: expected to begin with the assistant, got role '{completion[0]['role']}'"
             )
         yield Conversation(prompt + completion, len(prompt))
     elif shape == "prompt and completion":
-        yield Pair(_text(row, "prompt"), _text(row, "completion"))
+        yield Pair(read_text(row, "prompt"), read_text(row, "completion"))
     else:
         instances = row["instances"] if shape == "self-instruct" else [row]
         if not isinstance(instances, list) or not all(isinstance(instance, dict) for instance in instances):
             raise InputError(f"instances: expected a list of objects, got {instances!r:.60}")
         for instance in instances:
             question = _question(row | instance, has_template)
-            answer = _text(instance, "answer" if shape == "question and answer" else "output")
+            answer = read_text(instance, "answer" if shape == "question and answer" else "output")
             if not has_template:
-                yield Pair(question, " " + answer if question.endswith(":") else answer)
+                yield Pair(question, answer_text(question, answer))
             elif answer.strip():
                 turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
                 yield Conversation(turns, 0)
 
 
+def answer_text(question: str, answer: str) -> str:
+    """What a base model writes behind a question's text: one that ends in a colon is followed by a space."""
+    return " " + answer if question.endswith(":") else answer
+
+
 def _question(row: dict[str, Any], has_template: bool) -> str:
     """A row's question or instruction as a user's turn, or as the text that has a base model go on with the answer."""
     if row.get("question") is not None:
-        question = _text(row, "question")
+        question = read_text(row, "question")
         return question if has_template else f"Question: {question}\nAnswer:"
-    instruction = _text(row, "instruction")
-    more = _text(row, "input") if row.get("input") else ""
+    instruction = read_text(row, "instruction")
+    more = read_text(row, "input") if row.get("input") else ""
     if has_template:
         return f"{instruction}\n\n{more}" if more else instruction
     task = ALPACA_TASK.format(and_input=ALPACA_INPUT if more else "")
@@ -324,13 +333,13 @@ def _shape(row: dict[str, Any]) -> str | None:
     )
 
 
-def _text(row: dict[str, Any], column: str) -> str:
+def read_text(row: dict[str, Any], column: str) -> str:
     if not isinstance(value := row.get(column), str):
         raise InputError(f"{column}: expected text, got {value!r:.60}")
     return value
 
 
-def _messages(row: dict[str, Any], column: str) -> list[Message]:
+def read_messages(row: dict[str, Any], column: str) -> list[Message]:
     """Messages as templates know them; ShareGPT's from and value become role and content."""
     values = row.get(column)
     if not isinstance(values, list):
@@ -376,18 +385,18 @@ def rl_prompts(
     if column is None and rows:
         expected = ", ".join(PROMPT_COLUMNS)
         raise InputError(
-            f"{_where(rows[0], 0)}: no prompt among columns {_names(rows[0])}; expected one of {expected}"
+            f"{place_of(rows[0], 0)}: no prompt among columns {column_names(rows[0])}; expected one of {expected}"
         )
     columns = dict.fromkeys(name for row in rows for name in row if name not in RESERVED_COLUMNS)
     for index, row in enumerate(rows):
         try:
-            text = _prompt_text(row, str(column), tokenizer.chat_template is not None)
+            text = read_prompt(row, str(column), tokenizer.chat_template is not None)
             if isinstance(text, str):
                 tokens = tokenizer.encode_text(text) if text.strip() else []
             else:
                 tokens = tokenizer.encode_chat(text, add_generation_prompt=True) if text else []
         except InputError as error:
-            raise InputError(f"{_where(row, index)}: {error}") from error
+            raise InputError(f"{place_of(row, index)}: {error}") from error
         if not tokens:
             counts["dropped: empty prompt"] += 1
         elif len(tokens) > max_length:
@@ -403,21 +412,21 @@ def rl_prompts(
     return prompts, counts
 
 
-def _prompt_text(row: dict[str, Any], column: str, has_template: bool) -> str | list[Message]:
+def read_prompt(row: dict[str, Any], column: str, has_template: bool) -> str | list[Message]:
     if column not in row:
-        raise InputError(f"expected a prompt in column '{column}', got columns {_names(row)}")
+        raise InputError(f"expected a prompt in column '{column}', got columns {column_names(row)}")
     if isinstance(row[column], list):
-        messages = _messages(row, column)
+        messages = read_messages(row, column)
         if messages and messages[-1]["role"] == "assistant":
             raise InputError(f"{column}: ends with the assistant's turn, so nothing is left to answer")
         return messages
     if column == "prompt":
-        return _text(row, column)
-    text = _question(row, has_template) if column in ("question", "instruction") else _text(row, column)
+        return read_text(row, column)
+    text = _question(row, has_template) if column in ("question", "instruction") else read_text(row, column)
     return [{"role": "user", "content": text}] if has_template and text.strip() else text
 
 
-def _names(row: dict[str, Any]) -> str:
+def column_names(row: dict[str, Any]) -> str:
     return ", ".join(row) or "(none)"
 
 

@@ -1,0 +1,291 @@
+"""Rows of judged answers -> a prompt and completions to compare, and how they lie in one forward pass.
+
+    chosen and rejected        with a prompt in a column of its own (text, question, instruction, messages), or as two
+                               conversations that begin alike (HH-RLHF's "\\n\\nHuman: ...\\n\\nAssistant: ..." is one)
+    completion and label       with a prompt, for KTO: label is true where the completion is wanted
+
+Nothing is cut: half an answer is another answer, so what is longer than max_length is dropped and counted.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..model.errors import InputError
+from ..model.packed import Packed, pack
+from ..model.tokenizer import Message, Tokenizer
+from ._data import (
+    PROMPT_COLUMNS,
+    answer_text,
+    best_fit,
+    column_names,
+    encode_completion,
+    place_of,
+    read_messages,
+    read_prompt,
+    read_text,
+)
+
+Item = TypeVar("Item")
+
+HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What follows a prompt. mask: which tokens are the assistant's; the last one always is, and ends its turn."""
+
+    tokens: list[int]
+    mask: list[bool]
+
+
+@dataclass(frozen=True)
+class Preference:
+    prompt: list[int]
+    chosen: Completion
+    rejected: Completion
+    margin: float = 0.0  # the row's own number for how much better chosen is
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt) + len(self.chosen.tokens) + len(self.rejected.tokens)
+
+
+@dataclass(frozen=True)
+class Judged:
+    prompt: list[int]
+    completion: Completion
+    label: bool  # wanted
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt) + len(self.completion.tokens)
+
+
+# ---- rows
+
+
+def preferences(
+    rows: Sequence[dict[str, Any]], tokenizer: Tokenizer, *, max_length: int
+) -> tuple[list[Preference], Counter[str]]:
+    """Rows of chosen and rejected. max_length: of the prompt with either completion, in tokens.
+
+    Returns the pairs, and how many rows and pairs there are and how many were dropped, and why. Raises InputError
+    naming the row that is of another shape or impossible to mask, and where no pair is left.
+    """
+
+    def read(row: dict[str, Any]) -> tuple[list[Preference], str]:
+        if row.get("chosen") is None or row.get("rejected") is None:
+            raise InputError(f"expected the columns chosen and rejected, got {column_names(row)}")
+        prompt, chosen, rejected = _pair(row, tokenizer)
+        if not chosen.tokens or not rejected.tokens:
+            return [], "dropped: empty completion"
+        if chosen == rejected:
+            return [], "dropped: chosen is rejected"
+        if len(prompt) + max(len(chosen.tokens), len(rejected.tokens)) > max_length:
+            return [], "dropped: longer than max_length"
+        return [Preference(prompt, chosen, rejected, _margin(row))], ""
+
+    return _read_all(rows, read, "pairs")
+
+
+def judged_completions(
+    rows: Sequence[dict[str, Any]], tokenizer: Tokenizer, *, max_length: int
+) -> tuple[list[Judged], Counter[str]]:
+    """Rows of a prompt, completion and label; or of chosen and rejected, each row two completions. As `preferences`."""
+
+    def read(row: dict[str, Any]) -> tuple[list[Judged], str]:
+        if row.get("chosen") is not None and row.get("rejected") is not None:
+            prompt, chosen, rejected = _pair(row, tokenizer)
+            judged = [Judged(prompt, chosen, True), Judged(prompt, rejected, False)]
+        else:
+            if row.get("completion") is None or row.get("label") is None:
+                raise InputError(f"expected the columns completion and label, got {column_names(row)}")
+            if row["label"] not in (0, 1):  # also False and True
+                raise InputError(f"label: expected true or false, got {row['label']!r:.60}")
+            prompt, answer = _prompt_and_answers(row, ("completion",), tokenizer)
+            judged = [Judged(prompt, answer[0], bool(row["label"]))]
+        if not all(one.completion.tokens for one in judged):
+            return [], "dropped: empty completion"
+        if max(one.num_tokens for one in judged) > max_length:
+            return [], "dropped: longer than max_length"
+        return judged, ""
+
+    return _read_all(rows, read, "completions")
+
+
+def _read_all(
+    rows: Sequence[dict[str, Any]], read: Callable[[dict[str, Any]], tuple[list[Item], str]], name: str
+) -> tuple[list[Item], Counter[str]]:
+    found: list[Item] = []
+    counts = Counter({"rows": len(rows), name: 0})
+    for index, row in enumerate(rows):
+        try:
+            items, dropped = read(row)
+        except InputError as error:
+            raise InputError(f"{place_of(row, index)}: {error}") from error
+        found += items
+        counts[dropped or name] += len(items) or 1
+    if not found:
+        raise InputError(
+            "no " + name + " to train on: " + ", ".join(f"{n} {why}" for why, n in counts.items())
+        )
+    return found, counts
+
+
+def _margin(row: dict[str, Any]) -> float:
+    margin = row.get("margin", 0.0)
+    if isinstance(margin, bool) or not isinstance(margin, int | float):
+        raise InputError(f"margin: expected a number, got {margin!r:.60}")
+    return float(margin)
+
+
+def _pair(row: dict[str, Any], tokenizer: Tokenizer) -> tuple[list[int], Completion, Completion]:
+    prompt, (chosen, rejected) = _prompt_and_answers(row, ("chosen", "rejected"), tokenizer)
+    return prompt, chosen, rejected
+
+
+def _prompt_and_answers(
+    row: dict[str, Any], columns: tuple[str, ...], tokenizer: Tokenizer
+) -> tuple[list[int], list[Completion]]:
+    """The prompt's ids and the completion in each of `columns`; empty ones where there is nothing to train."""
+    has_template = tokenizer.chat_template is not None
+    name = next((name for name in PROMPT_COLUMNS if row.get(name) is not None), None)
+    given = read_prompt(row, name, has_template) if name else []
+    if isinstance(given, str) and all(isinstance(row[column], str) for column in columns):
+        if not given.strip():
+            raise InputError(f"{name}: empty")
+        answers = [read_text(row, column) for column in columns]
+        if name != "prompt":
+            answers = [answer_text(given, answer) for answer in answers]
+        tokens = [encode_completion(a, tokenizer, continues=True) if a.strip() else [] for a in answers]
+        return tokenizer.encode_text(given), [Completion(t, [True] * len(t)) for t in tokens]
+    if isinstance(given, str):  # the answers are messages
+        given = [{"role": "user", "content": given}]
+    talks = [_conversation(row, column, given) for column in columns]
+    shared = _shared_turns(talks) if len(given) == 0 or len(talks) > 1 else len(given)
+    if shared < len(given):
+        raise InputError(f"{' and '.join(columns)}: expected to begin with the assistant, behind the prompt")
+    if shared == 0:
+        raise InputError(
+            f"{' and '.join(columns)}: no prompt: expected a column for it, or a shared beginning"
+        )
+    prompt = tokenizer.encode_chat(talks[0][:shared], add_generation_prompt=True)
+    return prompt, [_completion(talk, shared, prompt, tokenizer) for talk in talks]
+
+
+def _conversation(row: dict[str, Any], column: str, given: list[Message]) -> list[Message]:
+    """The messages of the prompt and of row[column], which may repeat the prompt."""
+    value = row[column]
+    if isinstance(value, str):
+        parts = HH_TURN.split(value)
+        if not given and len(parts) > 1 and not parts[0]:
+            roles = {"Human": "user", "Assistant": "assistant"}
+            return [
+                {"role": roles[speaker], "content": text.strip()}
+                for speaker, text in zip(parts[1::2], parts[2::2], strict=True)
+            ]
+        if not given:
+            raise InputError(
+                f"{column}: a text without a prompt; expected a prompt column, messages, or HH-RLHF's "
+                f"'\\n\\nHuman: ...\\n\\nAssistant: ...', got {value!r:.60}"
+            )
+        return [*given, {"role": "assistant", "content": value}]
+    messages = read_messages(row | {column: [value] if isinstance(value, dict) else value}, column)
+    return messages if messages[: len(given)] == given else [*given, *messages]
+
+
+def _shared_turns(talks: Sequence[list[Message]]) -> int:
+    """How many messages all begin with, before a turn of the assistant in each."""
+    alike = len(list(takewhile(lambda turn: all(one == turn[0] for one in turn), zip(*talks, strict=False))))
+    return next(
+        (
+            count
+            for count in range(min(alike, *map(len, talks)), 0, -1)
+            if all(talk[count : count + 1] and talk[count]["role"] == "assistant" for talk in talks)
+        ),
+        0,
+    )
+
+
+def _completion(talk: list[Message], shared: int, prompt: list[int], tokenizer: Tokenizer) -> Completion:
+    """The tokens of talk[shared:] up to the end of the assistant's last turn, what others said in it unmasked."""
+    turns = [i for i in range(shared, len(talk)) if talk[i]["role"] == "assistant"]
+    if not turns or not all(str(talk[i].get("content") or "").strip() for i in turns):
+        return Completion([], [])
+    tokens, mask = tokenizer.encode_chat_with_mask(talk[: turns[-1] + 1], last_turn_only=len(turns) == 1)
+    if tokens[: len(prompt)] != prompt:
+        raise InputError(
+            "the chat template's generation prompt does not begin its rendering of the completion"
+        )
+    end = max(i for i, trained in enumerate(mask) if trained) + 1
+    return Completion(tokens[len(prompt) : end], mask[len(prompt) : end])
+
+
+# ---- packing
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Prompts with their completions, packed. members: the index of each prompt among the items of the step."""
+
+    packed: Packed
+    members: list[int]
+    last: Tensor  # (completions,) int64: the row of each completion's last token, in the order of the items
+    rows: Tensor  # (tokens,) int64: the rows of the completions' trained tokens
+    sequence: Tensor  # (tokens,) int64: the completion that each of them belongs to
+
+    def sums(self, logprob: Tensor) -> tuple[Tensor, Tensor]:
+        """logprob (tokens,) of `rows` -> its sum over each completion, and the number of tokens, (completions,)."""
+        zeros = torch.zeros(self.last.numel(), dtype=logprob.dtype, device=logprob.device)
+        counts = zeros.index_add(0, self.sequence, torch.ones_like(logprob.detach()))
+        return zeros.index_add(0, self.sequence, logprob), counts
+
+
+def micro_batches(
+    items: Sequence[Preference] | Sequence[Judged], capacity: int, device: str
+) -> list[MicroBatch]:
+    """Items in micro-batches of about `capacity` tokens: [prompt][chosen][rejected], the prompt being their parent.
+
+    A preference has two completions, 2i and 2i + 1; a judged completion is one.
+    """
+    return [
+        _micro_batch([items[i] for i in members], members, device)
+        for members in best_fit([item.num_tokens for item in items], capacity)
+    ]
+
+
+def _micro_batch(items: Sequence[Preference | Judged], members: list[int], device: str) -> MicroBatch:
+    sequences: list[list[int]] = []
+    parents: list[int] = []
+    trained: list[bool] = []
+    owners: list[int] = []  # of each token, its completion; of a prompt's, anything
+    ends: list[int] = []
+    for item in items:
+        both = isinstance(item, Preference)
+        completions = [item.chosen, item.rejected] if both else [item.completion]
+        parent = len(sequences)
+        sequences.append(item.prompt)
+        parents.append(-1)
+        trained += [False] * len(item.prompt)
+        owners += [0] * len(item.prompt)
+        for completion in completions:
+            sequences.append(completion.tokens)
+            parents.append(parent)
+            trained += completion.mask
+            owners += [len(ends)] * len(completion.tokens)
+            ends.append(len(trained) - 1)
+    rows = torch.tensor(trained).nonzero().squeeze(1)
+    return MicroBatch(
+        packed=pack(sequences, parents, device),
+        members=members,
+        last=torch.tensor(ends, device=device),
+        rows=rows.to(device),
+        sequence=torch.tensor(owners)[rows].to(device),
+    )
