@@ -14,6 +14,8 @@ COMMANDS = {  # name: (module with a Config, its function of a Config, one line)
         "train",
         "supervised fine-tuning on conversations, completions or text",
     ),
+    "reward": ("burnish.algorithms.reward", "train", "a reward model from preferences"),
+    "dpo": ("burnish.algorithms.dpo", "train", "preference optimization: DPO, IPO, SimPO, ORPO and more"),
     "grpo": ("burnish.algorithms.grpo", "train", "reinforcement learning from a reward function of yours"),
     "evaluate": (
         "burnish.algorithms.evaluate",

@@ -7,11 +7,13 @@
 Nothing is cut: half an answer is another answer, so what is longer than max_length is dropped and counted.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -29,8 +31,10 @@ from ._data import (
     place_of,
     read_messages,
     read_prompt,
+    read_rows,
     read_text,
 )
+from ._loop import report_counts
 
 Item = TypeVar("Item")
 
@@ -53,8 +57,8 @@ class Preference:
     margin: float = 0.0  # the row's own number for how much better chosen is
 
     @property
-    def num_tokens(self) -> int:
-        return len(self.prompt) + len(self.chosen.tokens) + len(self.rejected.tokens)
+    def completions(self) -> list[Completion]:
+        return [self.chosen, self.rejected]
 
 
 @dataclass(frozen=True)
@@ -64,11 +68,23 @@ class Judged:
     label: bool  # wanted
 
     @property
-    def num_tokens(self) -> int:
-        return len(self.prompt) + len(self.completion.tokens)
+    def completions(self) -> list[Completion]:
+        return [self.completion]
+
+
+def num_tokens(item: Preference | Judged) -> int:
+    """With the prompt once, as it is packed."""
+    return len(item.prompt) + sum(len(completion.tokens) for completion in item.completions)
 
 
 # ---- rows
+
+
+def load_pairs(path: Path, tokenizer: Tokenizer, max_length: int) -> list[Preference]:
+    """The pairs of a file, after saying what became of its rows."""
+    pairs, counts = preferences(read_rows(path), tokenizer, max_length=max_length)
+    report_counts(path, counts)
+    return pairs
 
 
 def preferences(
@@ -113,7 +129,7 @@ def judged_completions(
             judged = [Judged(prompt, answer[0], bool(row["label"]))]
         if not all(one.completion.tokens for one in judged):
             return [], "dropped: empty completion"
-        if max(one.num_tokens for one in judged) > max_length:
+        if max(map(num_tokens, judged)) > max_length:
             return [], "dropped: longer than max_length"
         return judged, ""
 
@@ -238,26 +254,22 @@ class MicroBatch:
     packed: Packed
     members: list[int]
     last: Tensor  # (completions,) int64: the row of each completion's last token, in the order of the items
-    rows: Tensor  # (tokens,) int64: the rows of the completions' trained tokens
-    sequence: Tensor  # (tokens,) int64: the completion that each of them belongs to
+    rows: Tensor  # (tokens,) int64: the rows of the completions' trained tokens, completion by completion
+    lengths: Tensor  # (completions,) int64: how many of them each completion has
 
-    def sums(self, logprob: Tensor) -> tuple[Tensor, Tensor]:
-        """logprob (tokens,) of `rows` -> its sum over each completion, and the number of tokens, (completions,)."""
-        zeros = torch.zeros(self.last.numel(), dtype=logprob.dtype, device=logprob.device)
-        counts = zeros.index_add(0, self.sequence, torch.ones_like(logprob.detach()))
-        return zeros.index_add(0, self.sequence, logprob), counts
+    def sums(self, logprob: Tensor) -> Tensor:
+        """logprob (tokens,) of `rows` -> its sum over each completion, (completions,)."""
+        return torch.segment_reduce(logprob, "sum", lengths=self.lengths)
 
 
-def micro_batches(
-    items: Sequence[Preference] | Sequence[Judged], capacity: int, device: str
-) -> list[MicroBatch]:
+def micro_batches(items: Sequence[Preference | Judged], capacity: int, device: str) -> list[MicroBatch]:
     """Items in micro-batches of about `capacity` tokens: [prompt][chosen][rejected], the prompt being their parent.
 
     A preference has two completions, 2i and 2i + 1; a judged completion is one.
     """
     return [
         _micro_batch([items[i] for i in members], members, device)
-        for members in best_fit([item.num_tokens for item in items], capacity)
+        for members in best_fit([num_tokens(item) for item in items], capacity)
     ]
 
 
@@ -265,27 +277,59 @@ def _micro_batch(items: Sequence[Preference | Judged], members: list[int], devic
     sequences: list[list[int]] = []
     parents: list[int] = []
     trained: list[bool] = []
-    owners: list[int] = []  # of each token, its completion; of a prompt's, anything
+    lengths: list[int] = []
     ends: list[int] = []
     for item in items:
-        both = isinstance(item, Preference)
-        completions = [item.chosen, item.rejected] if both else [item.completion]
         parent = len(sequences)
         sequences.append(item.prompt)
         parents.append(-1)
         trained += [False] * len(item.prompt)
-        owners += [0] * len(item.prompt)
-        for completion in completions:
+        for completion in item.completions:
             sequences.append(completion.tokens)
             parents.append(parent)
             trained += completion.mask
-            owners += [len(ends)] * len(completion.tokens)
+            lengths.append(sum(completion.mask))
             ends.append(len(trained) - 1)
-    rows = torch.tensor(trained).nonzero().squeeze(1)
     return MicroBatch(
         packed=pack(sequences, parents, device),
         members=members,
         last=torch.tensor(ends, device=device),
-        rows=rows.to(device),
-        sequence=torch.tensor(owners)[rows].to(device),
+        rows=torch.tensor(trained).nonzero().squeeze(1).to(device),
+        lengths=torch.tensor(lengths, device=device),
     )
+
+
+def pair_metrics(chosen: Tensor, rejected: Tensor, num_pairs: int) -> dict[str, float]:
+    """What two scores (pairs,) of a micro-batch add to the means over the step's num_pairs pairs."""
+    chosen, rejected = chosen.detach(), rejected.detach()
+    values = {
+        "accuracy": (chosen > rejected).float(),
+        "margin": chosen - rejected,
+        "chosen": chosen,
+        "rejected": rejected,
+    }
+    return {name: value.sum().item() / num_pairs for name, value in values.items()}
+
+
+# ---- held-out pairs
+
+
+def report_held_out(folder: Path, **scores: Tensor) -> None:
+    """Print accuracy and margin of scores (pairs, 2), and keep them in held_out.json: one entry a keyword.
+
+    The standard error of an accuracy p over n pairs is sqrt(p (1 - p) / n).
+    """
+    results = {}
+    for name, both in scores.items():
+        chosen, rejected = both.unbind(1)
+        p, n = (chosen > rejected).float().mean().item(), len(both)
+        error = (p * (1 - p) / n) ** 0.5
+        margin = (chosen - rejected).mean().item()
+        results[name] = {"accuracy": p, "standard_error": error, "margin": margin, "pairs": n}
+        print(
+            f"held out, {name}: accuracy {100 * p:.1f} ± {100 * error:.1f} %, margin {margin:.3g}, {n} pairs"
+        )
+    try:
+        (folder / "held_out.json").write_text(json.dumps(results, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"{folder / 'held_out.json'}: cannot be written: {error}") from error

@@ -1,0 +1,157 @@
+"""Reward model from preferences.
+
+    loss = sum over pairs [-log sigmoid(r_w - r_l - margin) + c (r_w + r_l)^2] / N
+
+over the N pairs of the whole optimizer step: the model of Bradley and Terry, in which r_w - r_l are the log-odds that
+the chosen completion beats the rejected one. r is a linear head on the last token of a completion, its end token: the
+token itself is looked up, not the one before the first padding, which a pad token equal to eos would move.
+margin is the row's own number, where it has one; c holds the scores near 0, which the loss alone leaves free: it knows
+only differences. For the same reason the scores are shifted at the end, so that those of chosen completions average 0.
+
+A pair is one forward pass: chosen and rejected continue the same prompt.
+
+Metrics: loss, accuracy (share of pairs with r_w > r_l), margin (mean of r_w - r_l), chosen, rejected (mean scores,
+before the final shift), grad_norm (before clipping), learning_rate.
+
+Source: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, eq. 1
+        margin: Touvron et al. 2023, https://arxiv.org/abs/2307.09288, eq. 2
+        centering: Eisenstein et al. 2023, https://arxiv.org/abs/2312.09244
+        shift: Stiennon et al. 2020, https://arxiv.org/abs/2009.01325, section 3.4
+Run:    burnish reward --model DIR --data FILE.jsonl
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import inf
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..model.checkpoint import load_scalar_model
+from ..model.scalar import ScalarModel
+from ..model.tokenizer import Tokenizer
+from ._command import run_command
+from ._loop import (
+    Run,
+    Schedule,
+    autocast,
+    check_flags,
+    check_model,
+    default_device,
+    epochs,
+    make_optimizer,
+    new_run_folder,
+    optimizer_step,
+    scheduled,
+)
+from ._preferences import Preference, load_pairs, micro_batches, num_tokens, pair_metrics, report_held_out
+
+REFERENCES = 512  # chosen completions whose mean score becomes 0
+
+
+@dataclass(frozen=True)
+class Config:
+    model: Path  # Hugging Face folder to start from: a language model, or an earlier reward model
+    data: Path  # rows of chosen and rejected, perhaps prompt and margin: .jsonl, .json or .parquet
+    held_out: Path | None = None  # such rows, to report the accuracy on before and after
+    output: Path = field(default_factory=lambda: new_run_folder("reward"))  # new folder: metrics, model
+    chat_template: str | None = None  # a jinja file, or plain, in place of the model's own
+    centering: float = 0.0  # c: 0.01 keeps scores near 0 while training
+    max_length: int = 1024  # tokens of a prompt with either completion; longer rows are dropped and counted
+    steps: int = 1000  # optimizer steps
+    batch_size: int = 64  # pairs in one optimizer step
+    micro_batch_tokens: int = 8192  # tokens in one forward and backward; gradients add up over micro-batches
+    learning_rate: float = 1e-5  # AdamW's, at its peak
+    schedule: Schedule = "cosine"
+    warmup_steps: int = 20  # of linear rise to learning_rate
+    weight_decay: float = 0.0  # of matrices; vectors have none
+    max_grad_norm: float = 1.0  # gradients are scaled down to it
+    save_every: int = 0  # steps between checkpoints; 0 saves the model once, at the end
+    resume: bool = False  # go on from the last checkpoint in --output
+    checkpoint_activations: bool = False  # run each layer again in the backward: less memory, more time
+    seed: int = 0  # of the order of rows, and of a fresh head
+    device: str = field(default_factory=default_device)
+
+
+def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float, num_pairs: int) -> Tensor:
+    """chosen, rejected (pairs,): scores. margin: scalar or (pairs,), by how much the first should exceed the second.
+
+    num_pairs: of the whole optimizer step.
+    """
+    return -F.logsigmoid(chosen - rejected - margin).sum() / num_pairs
+
+
+def centering_loss(chosen: Tensor, rejected: Tensor, num_pairs: int) -> Tensor:
+    """Square of the sum of a pair's scores: least where they lie on either side of 0. Arguments as above."""
+    return (chosen + rejected).square().sum() / num_pairs
+
+
+def train(cfg: Config) -> Path:
+    """Returns the folder of the trained model."""
+    check_flags(
+        cfg,
+        centering=(0, inf),
+        max_length=(2, inf),
+        steps=(1, inf),
+        batch_size=(1, inf),
+        micro_batch_tokens=(1, inf),
+        learning_rate=(0, inf),
+        warmup_steps=(0, inf),
+        weight_decay=(0, inf),
+        max_grad_norm=(1e-12, inf),
+        save_every=(0, inf),
+        seed=(0, 2**63 - 1),
+    )
+    tokenizer = Tokenizer.load(cfg.model, cfg.chat_template)
+    pairs = load_pairs(cfg.data, tokenizer, cfg.max_length)
+    held_out = load_pairs(cfg.held_out, tokenizer, cfg.max_length) if cfg.held_out else []
+    model = load_scalar_model(cfg.model, device=cfg.device, seed=cfg.seed)
+    check_model(model, tokenizer, max(num_tokens(pair) for pair in pairs))
+    model.body.checkpoint_activations = cfg.checkpoint_activations
+    optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
+    before = score(model, held_out, cfg)
+    with Run(cfg, model=model, optimizer=optimizer) as run:
+        batches = epochs(len(pairs), cfg.batch_size, cfg.seed, skip=run.start)
+        for step in run.steps():
+            batch = [pairs[i] for i in next(batches)]
+            sums: dict[str, float] = {}
+            for micro in micro_batches(batch, cfg.micro_batch_tokens, cfg.device):
+                with autocast(cfg.device):
+                    values = model.values(micro.packed, micro.last)
+                chosen, rejected = values.view(-1, 2).unbind(1)  # (pairs,)
+                margin = torch.tensor([batch[i].margin for i in micro.members], device=cfg.device)
+                loss = bradley_terry_loss(chosen, rejected, margin, len(batch))
+                if cfg.centering:
+                    loss = loss + cfg.centering * centering_loss(chosen, rejected, len(batch))
+                loss.backward()
+                added = {"loss": loss.item(), **pair_metrics(chosen, rejected, len(batch))}
+                sums = {name: sums.get(name, 0.0) + value for name, value in added.items()}
+            rate = scheduled(cfg.learning_rate, step, cfg.steps, cfg.warmup_steps, cfg.schedule)
+            norm = optimizer_step(model, optimizer, sums["loss"], rate, cfg.max_grad_norm)
+            run.log(
+                {**sums, "grad_norm": norm, "learning_rate": rate},
+                tokens=sum(num_tokens(pair) for pair in batch),
+            )
+            run.save_step(model, tokenizer)
+        model.bias -= score(model, pairs[:REFERENCES], cfg)[:, 0].mean().item()
+        if held_out:
+            report_held_out(run.folder, before=before, after=score(model, held_out, cfg))
+        return run.save(model, tokenizer)
+
+
+@torch.no_grad()
+def score(model: ScalarModel, pairs: Sequence[Preference], cfg: Config) -> Tensor:
+    """The scores of chosen and rejected, (pairs, 2) fp32 on the CPU."""
+    scores = torch.empty(len(pairs), 2)
+    for micro in micro_batches(pairs, cfg.micro_batch_tokens, cfg.device):
+        with autocast(cfg.device):
+            values = model.values(micro.packed, micro.last)
+        scores[micro.members] = values.view(-1, 2).float().cpu()
+    return scores
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("reward", sys.modules[__name__], train, sys.argv[1:]))
