@@ -22,6 +22,7 @@ from torch import Tensor
 from ..model.errors import InputError
 from ..model.packed import Packed, pack
 from ..model.tokenizer import Message, Tokenizer
+from ..model.transformer import Transformer
 from ._data import (
     PROMPT_COLUMNS,
     answer_text,
@@ -34,7 +35,7 @@ from ._data import (
     read_rows,
     read_text,
 )
-from ._loop import report_counts
+from ._loop import autocast, report_counts
 
 Item = TypeVar("Item")
 
@@ -297,6 +298,22 @@ def _micro_batch(items: Sequence[Preference | Judged], members: list[int], devic
         rows=torch.tensor(trained).nonzero().squeeze(1).to(device),
         lengths=torch.tensor(lengths, device=device),
     )
+
+
+@torch.no_grad()
+def completion_logprobs(
+    model: Transformer, items: Sequence[Preference | Judged], capacity: int, device: str
+) -> Tensor:
+    """Sums over the completions' tokens, (items, completions of each) fp32 on the CPU. Dropout is off."""
+    training = model.training
+    model.eval()
+    found = torch.empty(len(items), len(items[0].completions) if items else 0)
+    for micro in micro_batches(items, capacity, device):
+        with autocast(device):
+            logprob, _, _ = model.score(micro.packed, micro.rows)
+        found[micro.members] = micro.sums(logprob).view(len(micro.members), -1).cpu()
+    model.train(training)
+    return found
 
 
 def pair_metrics(chosen: Tensor, rejected: Tensor, num_pairs: int) -> dict[str, float]:

@@ -29,7 +29,7 @@ Run:    burnish dpo --model DIR --data FILE.jsonl
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import ceil, inf
 from pathlib import Path
@@ -42,7 +42,6 @@ from torch import Tensor
 from ..model.checkpoint import load_model
 from ..model.errors import InputError
 from ..model.tokenizer import Tokenizer
-from ..model.transformer import Transformer
 from ._command import run_command
 from ._loop import (
     Run,
@@ -57,7 +56,15 @@ from ._loop import (
     optimizer_step,
     scheduled,
 )
-from ._preferences import Preference, load_pairs, micro_batches, num_tokens, pair_metrics, report_held_out
+from ._preferences import (
+    Preference,
+    completion_logprobs,
+    load_pairs,
+    micro_batches,
+    num_tokens,
+    pair_metrics,
+    report_held_out,
+)
 
 Loss = Literal[
     "dpo", "cdpo", "robust", "hinge", "ipo", "ipo_sum", "apo_zero", "apo_down", "cpo", "simpo", "orpo"
@@ -222,13 +229,17 @@ def train(cfg: Config) -> Path:
     check_model(model, tokenizer, max(num_tokens(pair) for pair in pairs))
     model.checkpoint_activations = cfg.checkpoint_activations
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
+
+    def logprobs(pairs: list[Preference]) -> Tensor:  # of chosen and rejected, (pairs, 2)
+        return completion_logprobs(model, pairs, cfg.micro_batch_tokens, cfg.device)
+
     reference = torch.zeros(len(pairs), 2)
     if variant.reference:
         first_epoch = epochs(len(pairs), cfg.batch_size, cfg.seed)
         for _ in range(min(cfg.steps, ceil(len(pairs) / cfg.batch_size))):
             members = next(first_epoch)
-            reference[members] = logprobs(model, [pairs[i] for i in members], cfg)
-    before = logprobs(model, held_out, cfg)
+            reference[members] = logprobs([pairs[i] for i in members])
+    before = logprobs(held_out)
     with Run(cfg, model=model, optimizer=optimizer) as run:
         batches = epochs(len(pairs), cfg.batch_size, cfg.seed, skip=run.start)
         for step in run.steps():
@@ -262,22 +273,11 @@ def train(cfg: Config) -> Path:
             )
             run.save_step(model, tokenizer)
         if held_out:
-            after = logprobs(model, held_out, cfg)
+            after = logprobs(held_out)
             lengths = torch.tensor([[sum(c.mask) for c in pair.completions] for pair in held_out])
             scores = variant.beta * variant.scores(after, before, lengths)
             report_held_out(run.folder, logprob_before=before, logprob_after=after, score_after=scores)
         return run.save(model, tokenizer)
-
-
-@torch.no_grad()
-def logprobs(model: Transformer, pairs: Sequence[Preference], cfg: Config) -> Tensor:
-    """Of chosen and rejected, (pairs, 2) fp32 on the CPU."""
-    found = torch.empty(len(pairs), 2)
-    for micro in micro_batches(pairs, cfg.micro_batch_tokens, cfg.device):
-        with autocast(cfg.device):
-            logprob, _, _ = model.score(micro.packed, micro.rows)
-        found[micro.members] = micro.sums(logprob).view(-1, 2).cpu()
-    return found
 
 
 def _variant(cfg: Config) -> Variant:

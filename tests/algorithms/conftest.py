@@ -1,6 +1,7 @@
 """A model small enough to train in a test, on the task of `r1`, as files like those a user has."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,17 @@ def prompts(tmp_path: Path) -> Path:
     return write_rows(
         tmp_path / "prompts.jsonl", [prompt_row(problem) for problem in split_problems(0)[0][:32]]
     )
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """64 rows of a right completion, and of one with a plus for its digits that every fourth time is twice as long."""
+    rows = []
+    for i, problem in enumerate(split_problems(0)[0][:64]):
+        row = demonstration_row(problem)
+        wrong = re.sub(r"\d", "+", row["completion"]) * (2 if i % 4 == 0 else 1)
+        rows.append({"prompt": row["prompt"], "chosen": row["completion"], "rejected": wrong})
+    return write_rows(tmp_path / "pairs.jsonl", rows)
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:

@@ -674,9 +674,8 @@ def test_micro_batches_of_pairs():
     assert one.members == [0, 1] and one.packed.tokens.tolist() == [1, 2, 3, 9, 4, 5, 6, 7, 8, 7]
     assert one.packed.parents is not None and one.packed.parents.tolist() == [-1, 0, 0, -1, 3, 3]
     assert one.last.tolist() == [4, 5, 8, 9]
-    assert one.rows.tolist() == [2, 4, 5, 7, 8, 9] and one.sequence.tolist() == [0, 0, 1, 2, 2, 3]
-    total, count = one.sums(torch.tensor([1.0, 2, 4, 8, 16, 32]))
-    assert total.tolist() == [3, 4, 24, 32] and count.tolist() == [2, 1, 2, 1]
+    assert one.rows.tolist() == [2, 4, 5, 7, 8, 9] and one.lengths.tolist() == [2, 1, 2, 1]
+    assert one.sums(torch.tensor([1.0, 2, 4, 8, 16, 32])).tolist() == [3, 4, 24, 32]
     assert [batch.members for batch in micro_batches(pairs, 1, "cpu")] == [[0], [1]]
     (judged,) = micro_batches([Judged([1], completion(2, 3), True)], 9, "cpu")
-    assert judged.last.tolist() == [2] and judged.sequence.tolist() == [0, 0]
+    assert judged.last.tolist() == [2] and judged.lengths.tolist() == [2]
