@@ -260,6 +260,19 @@ def test_it_learns(cfg, name, pairs):
     assert set(held_out) == {"logprob_before", "logprob_after", "score_after"}
 
 
+def test_labels_without_a_preference_teach_none(cfg, pairs, tmp_path):
+    """Control: where every second pair is turned round, the margin on the pairs as they were stays near 0."""
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    for row in rows[::2]:
+        row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    (tmp_path / "both.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    margins = []
+    for name, data in (("true", pairs), ("both", tmp_path / "both.jsonl")):
+        dpo.train(dataclasses.replace(cfg, data=data, held_out=pairs, steps=20, output=tmp_path / name))
+        margins.append(json.loads((tmp_path / name / "held_out.json").read_text())["score_after"]["margin"])
+    assert margins[0] > 0.3 and abs(margins[1]) < 0.3 * margins[0]
+
+
 @pytest.mark.parametrize("name", ["dpo", "ipo", "orpo"])
 @pytest.mark.parametrize("micro_batch_tokens", [1, 90])
 def test_gradients_do_not_depend_on_micro_batches(cfg, tmp_path, name, micro_batch_tokens):

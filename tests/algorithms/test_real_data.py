@@ -1,5 +1,6 @@
 """A real trained Llama on real text, as a user would run it. The model and the data are not part of this repository."""
 
+import gzip
 import json
 import shutil
 
@@ -90,3 +91,66 @@ def test_grpo_with_a_reward_of_the_users(stories, shared_data, tmp_path):
     metrics = metrics_of(tmp_path / "out")
     assert sum(line["reward"] for line in metrics[-3:]) > sum(line["reward"] for line in metrics[:3])
     assert max(line["mismatch"] for line in metrics if "mismatch" in line) < 1e-4
+
+
+def right_and_wrong(shared_data, target, rows):
+    """Pairs of a right and a wrong graded solution, the `rows` shortest."""
+    pairs = []
+    with open(shared_data / "gsm8k" / "example_model_solutions.jsonl", encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line)
+            graded = [value for value in row.values() if isinstance(value, dict)]
+            right = [one["solution"] for one in graded if one["is_correct"]]
+            wrong = [one["solution"] for one in graded if not one["is_correct"]]
+            if right and wrong:
+                pairs.append({"question": row["question"], "chosen": right[0], "rejected": wrong[0]})
+    pairs.sort(key=lambda pair: sum(map(len, pair.values())))
+    target.write_text("".join(json.dumps(pair) + "\n" for pair in pairs[:rows]))
+    return target
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command, rate", [("reward", 1e-3), ("dpo", 1e-3), ("kto", 1e-4)])
+def test_preferences_of_right_over_wrong_solutions(stories, shared_data, tmp_path, command, rate):
+    """Eight pairs are learned by heart: the margin grows, and with it the order on the same pairs."""
+    data = right_and_wrong(shared_data, tmp_path / "pairs.jsonl", 8)
+    arguments = ["--model", stories, "--data", data, "--output", tmp_path / "out", "--steps", "16"]
+    arguments += [
+        "--batch-size",
+        "8",
+        "--micro-batch-tokens",
+        "800",
+        "--learning-rate",
+        rate,
+        "--warmup-steps",
+        "2",
+    ]
+    assert main([command, *map(str, arguments)]) == 0
+    metrics = metrics_of(tmp_path / "out")
+    margins = [line["margin"] for line in metrics if line["margin"] is not None]
+    assert sum(margins[-3:]) / 3 > sum(margins[:3]) / 3 + 0.5
+    assert sum(line["loss"] for line in metrics[-3:]) < sum(line["loss"] for line in metrics[:3])
+
+
+@pytest.mark.slow
+def test_pairs_of_hh(stories, shared_data, tmp_path, capsys):
+    with gzip.open(
+        shared_data / "preference" / "hh_harmless_base_test.jsonl.gz", "rt", encoding="utf-8"
+    ) as file:
+        (tmp_path / "hh.jsonl").write_text("".join(line for _, line in zip(range(40), file, strict=False)))
+    arguments = [
+        "--model",
+        stories,
+        "--data",
+        tmp_path / "hh.jsonl",
+        "--output",
+        tmp_path / "out",
+        "--steps",
+        "3",
+    ]
+    arguments += ["--batch-size", "8", "--micro-batch-tokens", "800", "--max-length", "400"]
+    assert main(["reward", *map(str, arguments)]) == 1  # a base model has no chat template, and says so
+    assert "--chat-template FILE.jinja, or plain" in capsys.readouterr().err
+    assert main(["reward", *map(str, arguments), "--chat-template", "plain"]) == 0
+    assert "40 rows" in (shown := capsys.readouterr().out) and "dropped: longer than max_length" in shown
+    assert all(0 <= line["accuracy"] <= 1 and line["loss"] < 3 for line in metrics_of(tmp_path / "out"))

@@ -100,6 +100,26 @@ def test_transformers_reads_the_same_scores(data, tmp_path, architecture):
     )
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_transformers_padding_changes_nothing(data, tmp_path, side):
+    """Here there is none; there the score of a padded row is read at its last real token, on either side."""
+    transformers = pytest.importorskip("transformers")
+    model = load_scalar_model(data / "tiny-hf" / "llama")
+    save_model(model, tmp_path / "ours")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "ours", pad_token_id=0
+    )
+    sequences = [[5, 6, 7, 8, 9], [10, 11]]
+    padding = [[0] * (5 - len(ids)) for ids in sequences]
+    padded = [p + ids if side == "left" else ids + p for p, ids in zip(padding, sequences, strict=True)]
+    tokens = torch.tensor(padded)
+    with torch.no_grad():
+        scores = theirs(tokens, attention_mask=(tokens != 0).long()).logits[:, 0]
+    packed = pack(sequences)
+    values = model.values(packed, packed.cu_seqlens[1:].long() - 1)
+    torch.testing.assert_close(scores, values, atol=1e-5, rtol=0)
+
+
 def test_refusals(tmp_path):
     save_model(ScalarModel(TINY), tmp_path / "scalar")
     with pytest.raises(InputError, match="expected a language model, found a LlamaForSequenceClassification"):
