@@ -78,6 +78,11 @@ def num_tokens(item: Preference | Judged) -> int:
     return len(item.prompt) + sum(len(completion.tokens) for completion in item.completions)
 
 
+def longest(item: Preference | Judged) -> int:
+    """Tokens of the prompt with its longest completion."""
+    return len(item.prompt) + max(len(completion.tokens) for completion in item.completions)
+
+
 # ---- rows
 
 
@@ -105,9 +110,8 @@ def preferences(
             return [], "dropped: empty completion"
         if chosen == rejected:
             return [], "dropped: chosen is rejected"
-        if len(prompt) + max(len(chosen.tokens), len(rejected.tokens)) > max_length:
-            return [], "dropped: longer than max_length"
-        return [Preference(prompt, chosen, rejected, _margin(row))], ""
+        pair = Preference(prompt, chosen, rejected, _margin(row))
+        return ([], "dropped: longer than max_length") if longest(pair) > max_length else ([pair], "")
 
     return _read_all(rows, read, "pairs")
 
@@ -130,7 +134,7 @@ def judged_completions(
             judged = [Judged(prompt, answer[0], bool(row["label"]))]
         if not all(one.completion.tokens for one in judged):
             return [], "dropped: empty completion"
-        if max(map(num_tokens, judged)) > max_length:
+        if max(map(longest, judged)) > max_length:
             return [], "dropped: longer than max_length"
         return judged, ""
 
