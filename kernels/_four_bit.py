@@ -1,0 +1,78 @@
+"""What nf4.py and lora.py share: a weight in 4 bits, and how it is multiplied out. The format is told in nf4.py."""
+
+# A launch passes numbers where the kernel is annotated tl.constexpr:
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+from dataclasses import dataclass, fields, replace
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NESTED = 256  # blocks whose absmax share a nested absmax; also the size of the nested code
+
+
+@dataclass(frozen=True)
+class NF4Weight:
+    """A weight of any shape in 4 bits. The tensors lie on one device; `to` moves them together."""
+
+    packed: Tensor  # uint8 (numel / 2,), rounded up
+    absmax: Tensor  # fp32 (blocks,), or uint8 where it is quantised itself
+    code: Tensor  # fp32 (16,)
+    shape: tuple[int, ...]
+    dtype: torch.dtype  # of the weight before, and of what dequantize_nf4 returns
+    blocksize: int = 64
+    nested_absmax: Tensor | None = None  # fp32 (blocks / 256,), rounded up
+    nested_code: Tensor | None = None  # fp32 (256,)
+    offset: Tensor | None = None  # fp32, 0-d
+
+    @property
+    def quant_type(self) -> str:
+        """ "nf4" or "fp4". It reads the code: on a GPU, the host waits."""
+        return "fp4" if self.code[0] == 0 else "nf4"
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """With the tables: 64 bytes, and 1,028 more where absmax is quantised."""
+        return sum(t.nbytes for t in self.tensors() if t is not None)
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.packed, self.absmax, self.code, self.nested_absmax, self.nested_code, self.offset
+
+    def to(self, device: torch.device | str) -> "NF4Weight":
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{n: t.to(device) for n, t in held.items() if isinstance(t, Tensor)})
+
+
+def _lookup(packed: Tensor, code: Tensor, absmax: Tensor, numel: int, blocksize: int) -> Tensor:
+    """The CPU path: two values at a time, from a table of 256 bytes. (numel,) fp32."""
+    nibbles = torch.arange(256)
+    pairs = code[torch.stack((nibbles >> 4, nibbles & 15), -1)]  # (256, 2)
+    values = F.embedding(packed.int(), pairs).flatten()  # (2 numel', )
+    whole = numel // blocksize * blocksize
+    values[:whole].view(-1, blocksize).mul_(absmax[: whole // blocksize, None])
+    if whole < numel:
+        values[whole:].mul_(absmax[-1])
+    return values[:numel]
+
+
+def dequantize(
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    shape: list[int],
+    blocksize: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    if nested_absmax is not None and nested_code is not None and offset is not None:
+        nested = nested_absmax.repeat_interleave(NESTED)[: absmax.numel()]
+        absmax = nested_code[absmax.int()].mul_(nested).add_(offset)
+    return _lookup(packed, code, absmax, prod(shape), blocksize).to(dtype).view(shape)

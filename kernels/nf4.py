@@ -1,0 +1,206 @@
+"""Weights in 4 bits, in the format of bitsandbytes, and the product with them.
+
+    w = code[nibble] * absmax[i // blocksize]                i the weight's place in row-major order
+    absmax = nested_code[byte] * nested_absmax[block // 256] + offset        where absmax is quantised itself
+    nibble = the place of w / absmax among the midpoints of the sorted code; on a midpoint, the smaller value
+
+    y = x W^T + bias        dx = dy W        db = sum over rows of dy        W is frozen
+
+NF4's code is 16 quantiles of a normal distribution, FP4's is 1 sign, 2 exponent and 1 mantissa bits. Two weights share
+a byte, the first in the high nibble. Storage with blocks of 64: 4 + 8 / 64 + 32 / 16384 = 4.127 bits a weight.
+
+Memory, in bytes for n weights: dequantising reads 0.516 n and writes 2 n in half precision. The product with few rows
+(M <= 64) reads 0.516 n and writes nothing of W; with more rows W is written once and read by a plain matrix product:
+2.5 n bytes on the way there, nothing beside the product's operations. See docs/nf4.md.
+
+Source: QLoRA, Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, section 3 and appendix E; the constants and the
+        layout: https://github.com/bitsandbytes-foundation/bitsandbytes 0.50.2
+"""
+
+# A launch passes numbers where the kernel is annotated tl.constexpr:
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._four_bit import NESTED, NF4Weight, dequantize
+from ._launch import check_dtype, check_shape
+
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+# bit for bit what the files hold: the quantiles as defined differ by up to 2e-7
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+FP4 = tuple(v / 12 for v in (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3))
+# the nibbles by value. The two zeros: bitsandbytes 0.50.2 has 0 before 8 on a CPU, its CUDA code the sign of the weight
+ORDER = {"nf4": tuple(range(16)), "fp4": (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)}
+
+
+# ---- reference
+
+
+def quantize_nf4_reference(
+    weight: Tensor, *, blocksize: int = 64, quant_type: str = "nf4", double_quant: bool = True
+) -> NF4Weight:
+    code = _code(quant_type, weight.device)
+    packed, absmax = _quantize_torch(weight, code, quant_type, blocksize)
+    return _held(weight, packed, absmax, code, blocksize, double_quant)
+
+
+def dequantize_nf4_reference(weight: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
+    absmax = weight.absmax
+    if weight.nested_absmax is not None:
+        assert weight.nested_code is not None and weight.offset is not None
+        nested = weight.nested_absmax.repeat_interleave(NESTED)[: absmax.numel()]
+        absmax = weight.nested_code[absmax.int()] * nested + weight.offset
+    nibbles = torch.stack((weight.packed >> 4, weight.packed & 15), -1).flatten()[: weight.numel]
+    values = weight.code[nibbles.int()] * absmax.repeat_interleave(weight.blocksize)[: weight.numel]
+    return values.to(dtype or weight.dtype).view(weight.shape)
+
+
+def nf4_linear_reference(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x, dequantize_nf4_reference(weight, x.dtype), bias)
+
+
+@cache
+def _code(quant_type: str, device: torch.device) -> Tensor:
+    """(16,)"""
+    return torch.tensor(NF4 if quant_type == "nf4" else FP4, device=device)
+
+
+@cache
+def _nested_code(device: torch.device) -> Tensor:
+    """(256,) sorted: 0, 1, and for each power of ten from 1e-6 to 1 twice as many even steps as for the one before.
+
+    Source: Dettmers 2016, https://arxiv.org/abs/1511.04561, the dynamic tree of 8 bits
+    """
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        means = (edges[:-1] + edges[1:]) / 2
+        scaled = 10.0 ** (exponent - 6) * means
+        values += scaled.tolist() + (-scaled).tolist()
+    return torch.tensor(sorted(values), device=device)
+
+
+@cache
+def _bounds(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The 15 midpoints of the sorted code, and the nibble of each place among them."""
+    order = torch.tensor(ORDER[quant_type], device=device)
+    code = _code(quant_type, device)[order]
+    return (code[:-1] + code[1:]) / 2, order.to(torch.uint8)
+
+
+def _quantize_torch(weight: Tensor, code: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
+    """packed (numel / 2,) and absmax (blocks,)."""
+    flat = weight.detach().reshape(-1).float()
+    whole = flat.numel() // blocksize * blocksize
+    blocks, rest = flat[:whole].view(-1, blocksize), flat[whole:]
+    absmax = blocks.abs().amax(1)
+    # a product with the reciprocal, but a quotient in the last block if it is cut short: that is the format's rounding
+    scaled = (blocks * (1 / absmax.clamp(min=1e-38))[:, None]).flatten()
+    if rest.numel():
+        most = rest.abs().amax().clamp(min=1e-38)
+        absmax, scaled = torch.cat((absmax, most[None])), torch.cat((scaled, rest / most))
+    bounds, order = _bounds(quant_type, weight.device)
+    nibbles = order[torch.bucketize(scaled.clamp(-1, 1), bounds, out_int32=True)]
+    if nibbles.numel() % 2:  # the nibble of 0 fills the last byte
+        nibbles = torch.cat((nibbles, order[torch.bucketize(torch.zeros_like(scaled[:1]), bounds)]))
+    return (nibbles[::2] << 4) | nibbles[1::2], absmax
+
+
+def _held(
+    weight: Tensor, packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, double_quant: bool
+) -> NF4Weight:
+    held = NF4Weight(packed, absmax, code, tuple(weight.shape), weight.dtype, blocksize)
+    if not double_quant:
+        return held
+    offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
+    centred, nested_code = absmax - offset, _nested_code(weight.device)
+    padded = F.pad(centred, (0, -centred.numel() % NESTED)).view(-1, NESTED)
+    most = padded.abs().amax(1)
+    scaled = (padded * (1 / most)[:, None]).nan_to_num(-1).clamp(-1, 1)  # a block of zeros: byte 0
+    if not weight.is_cuda:  # bitsandbytes on a CPU looks the byte up by 16 bits of the number
+        scaled = ((scaled + 1) * 32767.5 + 0.5).int() / 32767.5 - 1
+    bytes_ = torch.bucketize(scaled, (nested_code[:-1] + nested_code[1:]) / 2, out_int32=True)
+    return replace(
+        held,
+        absmax=bytes_.flatten()[: absmax.numel()].to(torch.uint8),
+        nested_absmax=most,
+        nested_code=nested_code,
+        offset=offset,
+    )
+
+
+# ---- kernels
+
+
+# ---- autograd
+
+
+class _NF4LinearTorch(torch.autograd.Function):
+    """The CPU path: the weight is multiplied out for each product and not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, dequantize_nf4(weight, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        dx = dy @ dequantize_nf4(ctx.weight, dy.dtype) if ctx.needs_input_grad[0] else None
+        return dx, None, dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+
+
+# ---- public op
+
+
+def quantize_nf4(
+    weight: Tensor, *, blocksize: int = 64, quant_type: str = "nf4", double_quant: bool = True
+) -> NF4Weight:
+    """Round to 4 bits, in bitsandbytes' format and to its bits (fp4: which of two zeros may differ from its CUDA code).
+
+    weight: any shape, fp32, bf16 or fp16; blocks run over it in row-major order
+    blocksize: weights that share an absmax, a power of two from 32 to 4096    quant_type: "nf4" or "fp4"
+    double_quant: absmax in 8 bits, too
+    """
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(f"blocksize: expected one of {BLOCKSIZES}, got {blocksize}")
+    if quant_type not in ORDER:
+        raise ValueError(f"quant_type: expected one of {tuple(ORDER)}, got {quant_type!r}")
+    check_dtype("weight", weight)
+    return quantize_nf4_reference(
+        weight, blocksize=blocksize, quant_type=quant_type, double_quant=double_quant
+    )
+
+
+def dequantize_nf4(weight: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight in `dtype`, or in the one that it had: code[nibble] * absmax in fp32, rounded once. No gradient."""
+    if dtype is not None and dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"dtype: expected float32, float16 or bfloat16, got {dtype}")
+    return dequantize(*weight.tensors(), list(weight.shape), weight.blocksize, dtype or weight.dtype)
+
+
+def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias, W frozen; what is saved for the backward is W in its 4 bits.
+
+    x: (..., in)    weight: shape (out, in)    bias: (out,)
+    Returns (..., out) in x's dtype, in which W is multiplied out.
+    """
+    if len(weight.shape) != 2:
+        raise ValueError(f"weight: expected shape (out, in), got {weight.shape}")
+    N, K = weight.shape
+    if x.ndim == 0 or x.shape[-1] != K:
+        raise ValueError(f"x: expected shape (..., in={K}), got {tuple(x.shape)}")
+    if bias is not None:
+        check_shape("bias", bias, out=N)
+    return _NF4LinearTorch.apply(x, weight, bias)
