@@ -246,6 +246,9 @@ def _completion(talk: list[Message], shared: int, prompt: list[int], tokenizer: 
             "the chat template's generation prompt does not begin its rendering of the completion"
         )
     end = max(i for i, trained in enumerate(mask) if trained) + 1
+    last_turn = max((i + 1 for i in range(end) if not mask[i]), default=0)
+    stops = (i + 1 for i in range(last_turn, end) if tokens[i] in tokenizer.stop_ids)
+    end = next(stops, end)  # a template's marks may go on behind the token where sampling stops
     return Completion(tokens[len(prompt) : end], mask[len(prompt) : end])
 
 

@@ -590,6 +590,20 @@ def test_only_the_assistant_is_trained_where_conversations_part_early(chat):
         assert whole[: len(pair.prompt) + len(completion.tokens)] == pair.prompt + completion.tokens
 
 
+def test_a_completion_ends_where_sampling_stops(folder, tmp_path):
+    """Though the template marks the newline behind it as the assistant's, too."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}<|im_end|>\n{% endgeneration %}"
+        "{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    (tmp_path / "marked.jinja").write_text(template)
+    marked = Tokenizer.load(folder, tmp_path / "marked.jinja")
+    (pair,), _ = preferences([{"prompt": [USER], "chosen": "yes", "rejected": "no"}], marked, max_length=100)
+    assert decoded(marked, pair.chosen) == ("yes<|im_end|>", "yes<|im_end|>")
+
+
 def test_every_pair_is_accounted_for(chat):
     rows = [
         {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 2},
