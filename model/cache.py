@@ -38,6 +38,7 @@ class Cache:
         self.capacity = capacity
         self.length = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens that each slot holds
         self.slot = torch.arange(slots, device=device)
+        self.adapter: Tensor | None = None  # (slots,) int32, where the model has several: Packed.adapter
         self.source: Tensor | None = None  # the rows of the running pass to store, None for all of them
         self.target = self.slot[:0]  # and where to: slot * capacity + position
 
@@ -56,6 +57,13 @@ class Cache:
             lengths += [end - start] * len(copies)
         device = self.length.device
         self.length[torch.tensor(opened, device=device)] = torch.tensor(lengths, device=device)
+        if packed.adapter is not None:
+            if self.adapter is None:
+                self.adapter = torch.full_like(self.slot, -1, dtype=torch.int32)
+            lasts = [end - 1 for copies, end in zip(slots, starts[1:], strict=True) for _ in copies]
+            self.adapter[torch.tensor(opened, device=device)] = packed.adapter[
+                torch.tensor(lasts, device=device)
+            ]
         self.source, self.target = torch.tensor(source, device=device), torch.tensor(target, device=device)
 
     def grow(self, slots: int) -> Tensor:
@@ -84,3 +92,5 @@ class Cache:
         for held in (*self.keys, *self.values):
             held[:n, :longest] = held[slots, :longest]
         self.length[:n] = self.length[slots]
+        if self.adapter is not None:
+            self.adapter[:n] = self.adapter[slots]

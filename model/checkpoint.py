@@ -1,7 +1,8 @@
 """Hugging Face folders, read and written: config.json, generation_config.json and safetensors; nothing is unpickled.
 
 On disk a tensor has its parameter's name behind "model.", but for score.weight, and lm_head.weight, which is left out
-where it is tied.
+where it is tied. A folder may also hold 4-bit weights (bnb.py), or no model but an adapter (peft.py): the model is then
+the one that its base_model_name_or_path names, with the adapter on it.
 """
 
 import json
@@ -19,6 +20,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..kernels import quantize_nf4
+from . import bnb, peft
+from .adapter import (
+    Adapter,
+    adapters,
+    give_adapter,
+    hf_name,
+    linears,
+    lora_config,
+    merge_lora,
+    take_adapter,
+)
 from .config import ModelConfig
 from .errors import InputError
 from .scalar import ScalarModel
@@ -32,18 +45,30 @@ SCALAR, SCORE_BIAS = "ForSequenceClassification", "score_bias"
 MODEL_FILES = (  # what a save may replace
     *("config.json", "generation_config.json", "*.safetensors", INDEX),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    peft.CONFIG,
 )
+FOUR_BIT = "base_4bit"  # in an adapter's metadata: its base was quantised from the folder that is named
 
 
 def load_model(
-    folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    folder: str | os.PathLike[str],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    base_4bit: bool = False,
 ) -> Transformer:
-    """The model in a Hugging Face folder, its weights in `dtype` whatever the files hold.
+    """The model in a Hugging Face folder, its weights in `dtype` whatever the files hold; or an adapter on its base.
 
+    base_4bit: quantise the linear layers as they are read, also done for an adapter that was trained on such a base.
+    The weights of a 4-bit folder stay in 4 bits. Parameters that an adapter trains are fp32, the others then frozen.
     Raises InputError naming the file, and the key or tensor, where one is missing, broken, unexpected or of the wrong
     shape, and where config.json asks for an architecture or option that this transformer would compute differently.
     """
     folder = Path(folder)
+    if is_adapter(folder):
+        adapter, metadata = read_adapter(folder)
+        model = load_model(base_of(folder), dtype, device, base_4bit or FOUR_BIT in metadata)
+        give_adapter(model, adapter, str(folder))
+        return model
     raw = _read_config(folder)
     if _is_scalar(raw):
         raise InputError(
@@ -52,7 +77,7 @@ def load_model(
     config = _model_config(raw, folder)
     model = Transformer(config, device="meta")
     also = ("lm_head.weight",) if config.tie_word_embeddings else ()
-    state = _read_tensors(folder, model, dtype, device, also)
+    state = _read_tensors(folder, model, dtype, device, also, base_4bit)
     head = state.pop("lm_head.weight") if also and "lm_head.weight" in state else None
     _assign(model, state)
     if head is not None and not torch.equal(head, state["model.embed_tokens.weight"]):
@@ -67,21 +92,38 @@ def load_scalar_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    base_4bit: bool = False,
 ) -> ScalarModel:
-    """The reward model or critic in a *ForSequenceClassification folder with one label; or the body of the language
-    model in `folder` under a fresh head, drawn from `seed`. Raises InputError as `load_model` does.
+    """The reward model or critic in a *ForSequenceClassification folder with one label, or its adapter on its base; or
+    the body of the language model in `folder`, an adapter merged, under a fresh head that is drawn from `seed`.
+
+    base_4bit as in `load_model`. Raises InputError as it does.
     """
     folder = Path(folder)
+    if is_adapter(folder):
+        adapter, metadata = read_adapter(folder)
+        if "score.weight" not in adapter.tensors:
+            language = load_model(folder, dtype, device, base_4bit)
+            merge_lora(language)
+            language.lm_head = None
+            model = ScalarModel(language.config, device="meta")
+            model.body = language
+            model.draw_head(seed, dtype, device)
+            return model
+        model = load_scalar_model(base_of(folder), dtype, device, seed, base_4bit or FOUR_BIT in metadata)
+        give_adapter(model, adapter, str(folder))
+        model.bias = float(metadata.get(SCORE_BIAS, model.bias))
+        return model
     raw = _read_config(folder)
     bias = raw.pop(SCORE_BIAS, 0.0)
     if not isinstance(bias, int | float):
         raise InputError(f"{folder / 'config.json'}: {SCORE_BIAS}: expected a number, got {bias!r}")
     model = ScalarModel(_model_config(raw, folder), device="meta")
     if _is_scalar(raw):
-        _assign(model, _read_tensors(folder, model, dtype, device))
+        _assign(model, _read_tensors(folder, model, dtype, device, base_4bit=base_4bit))
         model.bias = float(bias)
         return model
-    state = _read_tensors(folder, model.body, dtype, device, also=("lm_head.weight",))
+    state = _read_tensors(folder, model.body, dtype, device, ("lm_head.weight",), base_4bit)
     state.pop("lm_head.weight", None)
     _assign(model.body, state)
     model.draw_head(seed, dtype, device)
@@ -95,6 +137,8 @@ def save_model(
 ) -> None:
     """Write a folder that load_model (load_scalar_model) and transformers read. It appears whole or not at all.
 
+    A model with an adapter is saved as the adapter alone, which PEFT reads, too; merge_lora before for the whole. What
+    is in 4 bits is written so, as bitsandbytes does.
     An earlier model in `folder` is replaced, with all its files. Raises InputError where `folder` holds something else,
     or cannot be written.
     """
@@ -103,15 +147,24 @@ def save_model(
         raise InputError(
             f"{folder}: expected a new folder or an earlier model, found something else: not replaced"
         )
-    config = model.config
-    state = {
-        _on_disk(name): weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()
-    }
+    if adapters(model) and lora_config(model) is None:
+        raise InputError(
+            f"{folder}: several adapters side by side are not saved; each has a folder of its own"
+        )
+    if lora_config(model) is not None:
+        return _save_adapter(model, folder, tokenizer)
+    config, layers = model.config, linears(model)
+    state = {hf_name(name): weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
+    four_bit = {name: layer.four_bit for name, layer in layers.items() if layer.four_bit is not None}
+    for name, weight in four_bit.items():
+        state |= bnb.tensors(f"{name}.weight", weight)
     dtype = state["model.embed_tokens.weight"].dtype
     raw = {**config.to_hf(), "dtype": str(dtype).removeprefix("torch.")}
     if isinstance(model, ScalarModel):
         raw["architectures"] = [name.replace("ForCausalLM", SCALAR) for name in raw["architectures"]]
         raw |= {"id2label": {"0": "score"}, "label2id": {"score": 0}, SCORE_BIAS: model.bias}
+    if four_bit:
+        raw["quantization_config"] = bnb.config(next(iter(four_bit.values())), raw["dtype"])
     ids = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw[key] is not None}
     with _replacing(folder) as beside:
         _write_json(beside / "config.json", raw)
@@ -119,6 +172,63 @@ def save_model(
         if tokenizer is not None:
             tokenizer.save(beside)
         save_file(state, beside / WEIGHTS, metadata={"format": "pt"})
+
+
+# ---- adapters
+
+
+def is_adapter(folder: str | os.PathLike[str]) -> bool:
+    """Does the folder hold an adapter, not a whole model?"""
+    folder = Path(folder)
+    return (folder / peft.CONFIG).is_file() and not (folder / "config.json").exists()
+
+
+def base_of(folder: str | os.PathLike[str]) -> Path:
+    """The folder of the model that an adapter belongs to: its config names it from here, or from its own folder."""
+    file = Path(folder) / peft.CONFIG
+    named = _read_json(file).get("base_model_name_or_path")
+    for base in (Path(named), file.parent / named) if isinstance(named, str) else ():
+        if base.is_dir() and base.resolve() != file.parent.resolve():
+            return base.resolve()
+    raise InputError(
+        f"{file}: base_model_name_or_path: expected a model folder, found none at {named!r}: write its path there"
+    )
+
+
+def read_adapter(folder: str | os.PathLike[str]) -> tuple[Adapter, dict[str, str]]:
+    """The adapter in a PEFT folder, and its file's metadata. Raises InputError naming the file and the key."""
+    folder = Path(folder)
+    raw = _read_json(folder / peft.CONFIG)
+    config = peft.read_config(
+        raw | {"base_model_name_or_path": str(base_of(folder))}, str(folder / peft.CONFIG)
+    )
+    if not (folder / peft.WEIGHTS).exists() and [*folder.glob("adapter_model.bin")]:
+        raise InputError(f"{folder}: expected {peft.WEIGHTS}, found a pickled file, which is not read")
+    with _opened(folder / peft.WEIGHTS) as tensors:
+        found = {name: tensors.get_tensor(name).float() for name in tensors.keys()}  # noqa: SIM118 (not a dict)
+        metadata = tensors.metadata() or {}
+    wrong = next((name for name in found if not name.startswith(peft.PREFIX)), None)
+    if wrong is not None:
+        raise InputError(f"{folder / peft.WEIGHTS}: {wrong}: expected a name that begins {peft.PREFIX}")
+    return Adapter(
+        config, {name.removeprefix(peft.PREFIX): tensor for name, tensor in found.items()}
+    ), metadata
+
+
+def _save_adapter(model: Transformer | ScalarModel, folder: Path, tokenizer: "Tokenizer | None") -> None:
+    adapter = take_adapter(model)
+    state = {f"{peft.PREFIX}{name}": tensor.cpu().contiguous() for name, tensor in adapter.tensors.items()}
+    metadata = {"format": "pt"}
+    if any(layer.four_bit is not None for layer in linears(model).values()):
+        metadata[FOUR_BIT] = "nf4"
+    if isinstance(model, ScalarModel):
+        metadata[SCORE_BIAS] = repr(model.bias)
+    task = "SEQ_CLS" if isinstance(model, ScalarModel) else "CAUSAL_LM"
+    with _replacing(folder) as beside:
+        _write_json(beside / peft.CONFIG, {**peft.write_config(adapter.config), "task_type": task})
+        if tokenizer is not None:
+            tokenizer.save(beside)
+        save_file(state, beside / peft.WEIGHTS, metadata=metadata)
 
 
 # ---- reading
@@ -141,6 +251,7 @@ def _is_scalar(raw: dict[str, Any]) -> bool:
 def _model_config(raw: dict[str, Any], folder: Path) -> ModelConfig:
     generation_file = folder / "generation_config.json"
     generation = _read_json(generation_file) if generation_file.exists() else {}
+    raw = {key: value for key, value in raw.items() if key != "quantization_config"}  # which bnb.py reads
     return ModelConfig.from_hf(raw, str(folder / "config.json"), generation)
 
 
@@ -150,9 +261,16 @@ def _read_tensors(
     dtype: torch.dtype,
     device: torch.device | str,
     also: tuple[str, ...] = (),
+    base_4bit: bool = False,
 ) -> dict[str, Tensor]:
-    """Name on disk -> tensor: those of `model`, and the names in `also` where the files hold them."""
-    wanted = {_on_disk(name): weight.shape for name, weight in model.state_dict().items()}
+    """Name on disk -> tensor: those of `model`, and the names in `also` where the files hold them.
+
+    Weights in 4 bits, or to be put into them, go to their layers at once, and are not in the result.
+    """
+    wanted = {hf_name(name): weight.shape for name, weight in model.state_dict().items()}
+    layers = {f"{name}.weight": layer for name, layer in linears(model).items() if name != "lm_head"}
+    quantized = bnb.is_4bit(_read_config(folder), str(folder / "config.json"))
+    parts: dict[str, dict[str, Tensor]] = {}  # by weight: what a 4-bit one is made of
     state: dict[str, Tensor] = {}
     for file, names in _files(folder).items():
         with _opened(file) as tensors:
@@ -162,18 +280,31 @@ def _read_tensors(
                     raise InputError(f"{file}: {name}: missing, although {INDEX} says that it is there")
                 if name.endswith("rotary_emb.inv_freq"):  # a constant that old checkpoints carry
                     continue
+                weight, _, part = name.partition(".weight.")
+                if quantized and f"{weight}.weight" in layers and part:
+                    parts.setdefault(f"{weight}.weight", {})[part] = tensors.get_tensor(name)
+                    continue
                 if name not in wanted and name not in also:
                     raise InputError(
                         f"{file}: {name}: unexpected for this config.json, which has no such tensor"
                     )
                 tensor = tensors.get_tensor(name)
+                if quantized and name in layers and tensor.dtype == torch.uint8:
+                    parts.setdefault(name, {})["packed"] = tensor
+                    continue
                 if name in wanted and tensor.shape != wanted[name]:
                     raise InputError(
                         f"{file}: {name}: expected shape {tuple(wanted[name])}, got {tuple(tensor.shape)}"
                     )
                 if not tensor.is_floating_point():
                     raise InputError(f"{file}: {name}: expected floating point, got {tensor.dtype}")
+                if base_4bit and name in layers:
+                    layers[name].hold(quantize_nf4(tensor.to(device, dtype), double_quant=True))
+                    del wanted[name]
+                    continue
                 state[name] = tensor.to(device, dtype, copy=True)  # a copy: the file may change while mapped
+    for name, made_of in parts.items():
+        layers[name].hold(bnb.weight(name, made_of, wanted.pop(name), str(folder)).to(device))
     missing = [name for name in wanted if name not in state]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -182,14 +313,10 @@ def _read_tensors(
 
 
 def _assign(model: nn.Module, state: dict[str, Tensor]) -> None:
-    model.load_state_dict({name: state[_on_disk(name)] for name in model.state_dict()}, assign=True)
+    model.load_state_dict({name: state[hf_name(name)] for name in model.state_dict()}, assign=True)
 
 
 # ---- names and files
-
-
-def _on_disk(name: str) -> str:
-    return name if name.startswith(("lm_head.", "score.")) else f"model.{name.removeprefix('body.')}"
 
 
 def _files(folder: Path) -> dict[Path, list[str] | None]:
@@ -247,12 +374,12 @@ def _write_json(file: Path, value: dict[str, Any]) -> None:
 
 
 def _holds_a_model(folder: Path) -> bool:
-    """Empty, or a config.json and nothing but files that a model folder has: anything else would be lost."""
+    """Empty, or a model's or adapter's config and nothing but files of such folders: anything else would be lost."""
     if not folder.is_dir():
         return False
     names = [entry.name for entry in folder.iterdir()]
     ours = all(any(fnmatch(name, pattern) for pattern in MODEL_FILES) for name in names)
-    return not names or ("config.json" in names and ours)
+    return not names or (ours and ("config.json" in names or peft.CONFIG in names))
 
 
 @contextmanager

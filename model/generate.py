@@ -58,6 +58,7 @@ def generate(
     seed: int = 0,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    adapters: Sequence[int] | None = None,
 ) -> list[Sample]:
     """Samples in the order of the prompts, those of prompt 0 first.
 
@@ -65,6 +66,7 @@ def generate(
     batch_size: sequences at a time, all by default; the cache has room for batch_size * (longest prompt +
         max_new_tokens) tokens.
     progress: called with (samples ended, samples in all) when some leave the batch.
+    adapters: for each prompt, which of the model's stacked adapters answers it, -1 for none.
     Raises InputError for an empty prompt and for an id outside the vocabulary, ValueError for a number out of range.
     """
     for name, value, least in (
@@ -91,7 +93,9 @@ def generate(
         return []
     rows = min(batch_size or total, total)
     draw = _Draw(temperature, top_k, None if top_p == 1 else top_p, vocabulary)
-    batch = _Batch(model, prompts, samples_per_prompt, max_new_tokens, rows, draw.width is not None, seed)
+    batch = _Batch(
+        model, prompts, adapters, samples_per_prompt, max_new_tokens, rows, draw.width is not None, seed
+    )
     stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=model.device)
     samples: dict[int, Sample] = {}
     while len(samples) < total:
@@ -169,13 +173,14 @@ class _Batch:
         self,
         model: Transformer,
         prompts: Sequence[Sequence[int]],
+        adapters: Sequence[int] | None,
         samples_per_prompt: int,
         max_new_tokens: int,
         rows: int,
         truncates: bool,
         seed: int,
     ):
-        self.model, self.prompts, self.seed = model, prompts, seed
+        self.model, self.prompts, self.adapters, self.seed = model, prompts, adapters, seed
         self.rows, self.live, self.max_new_tokens = rows, 0, max_new_tokens
         self.waiting = deque(  # (prompt, its samples that enter together)
             (prompt, range(first, min(first + rows, (prompt + 1) * samples_per_prompt)))
@@ -204,7 +209,7 @@ class _Batch:
     def admit(self) -> None:
         """Run the prompts of as many waiting samples as there is room for."""
         while self.waiting and len(self.waiting[0][1]) <= self.rows - self.live:
-            segments: dict[tuple[int, ...], int] = {}
+            segments: dict[tuple[int, tuple[int, ...]], int] = {}  # (adapter, ids)
             slots: list[list[int]] = []
             entering: list[int] = []
             tokens = 0
@@ -214,17 +219,20 @@ class _Batch:
                 if first + len(samples) > self.rows:
                     break
                 self.waiting.popleft()
-                ids = tuple(self.prompts[prompt])
-                if ids not in segments:
-                    segments[ids] = len(slots)
+                key = (-1 if self.adapters is None else self.adapters[prompt], tuple(self.prompts[prompt]))
+                if key not in segments:
+                    segments[key] = len(slots)
                     slots.append([])
-                    tokens += len(ids)
-                slots[segments[ids]] += range(first, first + len(samples))
+                    tokens += len(key[1])
+                slots[segments[key]] += range(first, first + len(samples))
                 entering += samples
             self._prefill(list(segments), slots, entering)
 
-    def _prefill(self, prompts: list[tuple[int, ...]], slots: list[list[int]], entering: list[int]) -> None:
-        packed = pack(prompts, device=self.model.device)
+    def _prefill(
+        self, segments: list[tuple[int, tuple[int, ...]]], slots: list[list[int]], entering: list[int]
+    ) -> None:
+        adapters = None if self.adapters is None else [adapter for adapter, _ in segments]
+        packed = pack([ids for _, ids in segments], device=self.model.device, adapters=adapters)
         self.cache.open(packed, slots)
         last = self.model(packed, self.cache)[packed.cu_seqlens[1:].long() - 1]  # (segments, C)
         segment = {slot: i for i, copies in enumerate(slots) for slot in copies}

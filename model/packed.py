@@ -25,6 +25,7 @@ class Packed:
     cu_seqlens: Tensor  # (segments + 1,) int32, where each segment starts, and the total
     parents: Tensor | None  # (segments,) int32, -1 for a segment of its own; None where all are
     predictors: Tensor  # (total,) int64, the row that scores each token; -1 where none does
+    adapter: Tensor | None = None  # (total,) int32, which of several adapters each token has, -1 for none
 
     @property
     def num_segments(self) -> int:
@@ -35,9 +36,11 @@ def pack(
     sequences: Sequence[Sequence[int]],
     parents: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
+    adapters: Sequence[int] | None = None,
 ) -> Packed:
     """Lay `sequences` (each a list of token ids) end to end. parents: an index into `sequences`, or -1, for each.
 
+    adapters: for each sequence, which of the model's stacked adapters it has, -1 for none; a child has its parent's.
     Raises ValueError where a parent is itself a child, is empty, or does not stand directly before its children.
     """
     if parents is None:
@@ -68,6 +71,18 @@ def pack(
         positions += range(first_position, first_position + length)
         predictors += [first_predictor, *range(start, start + length - 1)][:length]
         starts.append(start + length)
+    adapter = None
+    if adapters is not None:
+        if len(adapters) != len(sequences):
+            raise ValueError(
+                f"adapters: expected one for each of {len(sequences)} sequences, got {len(adapters)}"
+            )
+        if any(parent != -1 and adapters[i] != adapters[parent] for i, parent in enumerate(parents)):
+            raise ValueError(
+                "adapters: a child sees what its parent's adapter made, so both have the same one"
+            )
+        lengths = torch.tensor([len(sequence) for sequence in sequences])
+        adapter = torch.tensor(adapters, dtype=torch.int32).repeat_interleave(lengths).to(device)
     has_parents = any(parent != -1 for parent in parents)
     return Packed(
         tokens=torch.tensor(tokens, dtype=torch.int64, device=device),
@@ -75,4 +90,5 @@ def pack(
         cu_seqlens=torch.tensor(starts, dtype=torch.int32, device=device),
         parents=torch.tensor(parents, dtype=torch.int32, device=device) if has_parents else None,
         predictors=torch.tensor(predictors, dtype=torch.int64, device=device),
+        adapter=adapter,
     )

@@ -28,6 +28,7 @@ import tokenizers
 from jinja2 import nodes
 from jinja2.parser import Parser
 
+from .checkpoint import base_of, is_adapter
 from .errors import InputError
 
 Message = dict[str, Any]  # role, content, and whatever else the template reads
@@ -100,6 +101,8 @@ class Tokenizer:
                 f"{folder}: no such folder; expected a Hugging Face folder with a tokenizer.json"
             )
         file = folder / "tokenizer.json"
+        if not file.is_file() and is_adapter(folder):  # it may leave the tokenizer to its base
+            return cls.load(base_of(folder), chat_template)
         if not file.is_file():
             raise InputError(f"{file}: not found; only tokenizers with a tokenizer.json can be read")
         try:

@@ -28,6 +28,7 @@ from ..kernels import (
 )
 from .cache import Cache
 from .config import ModelConfig, Rope
+from .linear import Linear, LoraConfig
 from .packed import Packed
 
 # ---- rope
@@ -85,6 +86,7 @@ class Pass:
     cu_seqlens: Tensor | None = None  # None: one new token for each of the cache's first slots
     parents: Tensor | None = None
     cache: Cache | None = None
+    adapter: Tensor | None = None  # (total,) which of several adapters each token has, -1 for none
 
 
 class Norm(nn.Module):
@@ -100,10 +102,10 @@ class Attention(nn.Module):
         super().__init__()
         C, D = config.hidden_size, config.head_dim
         H, G = config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = nn.Linear(C, H * D, config.qkv_bias)
-        self.k_proj = nn.Linear(C, G * D, config.qkv_bias)
-        self.v_proj = nn.Linear(C, G * D, config.qkv_bias)
-        self.o_proj = nn.Linear(H * D, C, config.output_bias)
+        self.q_proj = Linear(C, H * D, config.qkv_bias)
+        self.k_proj = Linear(C, G * D, config.qkv_bias)
+        self.v_proj = Linear(C, G * D, config.qkv_bias)
+        self.o_proj = Linear(H * D, C, config.output_bias)
         self.q_norm = Norm(D) if config.qk_norm else None
         self.k_norm = Norm(D) if config.qk_norm else None
         self.H, self.G, self.D = H, G, D
@@ -111,9 +113,9 @@ class Attention(nn.Module):
         self.rotate, self.window = config.rope_layers[layer], config.windows[layer]
 
     def forward(self, x: Tensor, now: Pass) -> Tensor:
-        q = self.q_proj(x).view(-1, self.H, self.D)  # (total, H, D)
-        k = self.k_proj(x).view(-1, self.G, self.D)  # (total, G, D)
-        v = self.v_proj(x).view(-1, self.G, self.D)
+        q = self.q_proj(x, now.adapter).view(-1, self.H, self.D)  # (total, H, D)
+        k = self.k_proj(x, now.adapter).view(-1, self.G, self.D)  # (total, G, D)
+        v = self.v_proj(x, now.adapter).view(-1, self.G, self.D)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = rms_norm(q, self.q_norm.weight, self.eps), rms_norm(k, self.k_norm.weight, self.eps)
         if self.rotate:
@@ -125,19 +127,20 @@ class Attention(nn.Module):
         else:
             out = flash_attention(q, k, v, window=self.window, cu_seqlens=now.cu_seqlens, parents=now.parents)
         assert isinstance(out, Tensor)
-        return self.o_proj(out.flatten(1))  # (total, C)
+        return self.o_proj(out.flatten(1), now.adapter)  # (total, C)
 
 
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         C, F_ = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(C, F_, config.mlp_bias)
-        self.up_proj = nn.Linear(C, F_, config.mlp_bias)
-        self.down_proj = nn.Linear(F_, C, config.mlp_bias)
+        self.gate_proj = Linear(C, F_, config.mlp_bias)
+        self.up_proj = Linear(C, F_, config.mlp_bias)
+        self.down_proj = Linear(F_, C, config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+    def forward(self, x: Tensor, now: Pass) -> Tensor:
+        gate, up = self.gate_proj(x, now.adapter), self.up_proj(x, now.adapter)  # (total, F)
+        return self.down_proj(swiglu(gate, up), now.adapter)
 
 
 class Layer(nn.Module):
@@ -152,7 +155,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, now: Pass) -> Tensor:
         y = self.self_attn(rms_norm(x, self.input_layernorm.weight, self.eps), now)
         y, h = add_rms_norm(y, x, self.post_attention_layernorm.weight, self.eps)
-        return h + self.mlp(y)
+        return h + self.mlp(y, now)
 
 
 # ---- model
@@ -168,12 +171,16 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False
+        self.adapter: LoraConfig | None = None  # what adapter.py has added
+        self.replaced: dict[
+            str, Tensor
+        ] = {}  # the base's own values of what an adapter trains whole, by name
         with torch.device("meta"):
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
             self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
             self.norm = Norm(config.hidden_size)
             tied = config.tie_word_embeddings
-            self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, bias=False)
         if torch.device(device).type == "meta":
             return
         self.to_empty(device=device)
@@ -193,7 +200,7 @@ class Transformer(nn.Module):
     @property
     def head(self) -> Tensor:
         """(V, C): the embedding itself where the two are tied."""
-        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.merged()
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions (total,) to cos and sin, (total, D/2) fp32."""
@@ -205,7 +212,7 @@ class Transformer(nn.Module):
     def forward(self, packed: Packed, cache: Cache | None = None) -> Tensor:
         """Hidden states after the final norm, (total, C). A cache takes the keys and values as its `open` said."""
         cos, sin = self._angles(packed.positions)
-        now = Pass(cos, sin, packed.cu_seqlens, packed.parents, cache)
+        now = Pass(cos, sin, packed.cu_seqlens, packed.parents, cache, packed.adapter)
         x = self.embed_tokens(packed.tokens)  # (total, C)
         for layer in self.layers:
             if self.checkpoint_activations and torch.is_grad_enabled():
@@ -217,7 +224,8 @@ class Transformer(nn.Module):
     def decode(self, tokens: Tensor, cache: Cache) -> Tensor:
         """One further token (B,) for each of the cache's first B slots to hidden states (B, C)."""
         cos, sin = self._angles(cache.grow(tokens.numel()))
-        now = Pass(cos, sin, cache=cache)
+        adapter = None if cache.adapter is None else cache.adapter[: tokens.numel()]
+        now = Pass(cos, sin, cache=cache, adapter=adapter)
         x = self.embed_tokens(tokens)
         for layer in self.layers:
             x = layer(x, now)

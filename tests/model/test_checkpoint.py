@@ -239,7 +239,10 @@ def test_a_config_that_its_architecture_cannot_spell_is_not_written():
         ({"attention_dropout": 0.1}, "attention_dropout: expected 0.0"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1.0"),
         ({"rope_interleaved": True}, "rope_interleaved: expected False"),
-        ({"quantization_config": {"load_in_4bit": True}}, "quantization_config: not supported for llama"),
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            "quantization_config: not supported, expected bitsandbytes",
+        ),
         ({"sliding_window": 8}, "sliding_window: not supported for llama, got 8"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping: not supported"),
         ({"auto_map": {"AutoModel": "x.py"}}, "auto_map: not supported"),

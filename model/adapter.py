@@ -1,0 +1,269 @@
+"""Adapters on a model: train a few numbers beside frozen weights, switch them off, fold them in.
+
+    add_lora(model, rank=16)             every weight is frozen but the new adapter's, which changes nothing yet
+    quantize_base(model)                 the frozen weights of the linear layers to 4 bits: QLoRA
+    with adapter_disabled(model): ...    the model as it was before
+    reference = frozen_copy(model)       the policy that training starts from; what is frozen is shared, not copied
+    merge_lora(model)                    the adapter folded into the weights: a plain model again
+    stack_adapters(model, several)       one batch, each sequence with an adapter of its own, which `pack` is told
+
+Files are checkpoint.py's. Names of modules are those of a Hugging Face model, as in LoraConfig.
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import quantize_nf4
+from .errors import InputError
+from .linear import Linear, Lora, LoraConfig
+from .scalar import ScalarModel
+from .transformer import Transformer
+
+Model = Transformer | ScalarModel
+SUFFIXES = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+
+
+# ---- what a model holds
+
+
+def hf_name(name: str) -> str:
+    """A module's or parameter's name as a Hugging Face folder has it."""
+    ours = name.split(".")[0] in ("lm_head", "score")
+    return name if ours else f"model.{name.removeprefix('body.')}"
+
+
+def linears(model: nn.Module) -> dict[str, Linear]:
+    """By name."""
+    return {hf_name(name): layer for name, layer in model.named_modules() if isinstance(layer, Linear)}
+
+
+def adapters(model: Model) -> dict[str, Lora]:
+    """By the names of their linear layers."""
+    return {name: layer.lora for name, layer in linears(model).items() if layer.lora is not None}
+
+
+def lora_config(model: Model) -> LoraConfig | None:
+    """The shape of the model's adapter, None where it has none."""
+    return _body(model).adapter
+
+
+def is_fresh(model: Model) -> bool:
+    """Does the adapter still change nothing, as add_lora made it?"""
+    fresh = lora_config(model) is not None and not any(
+        bool(lora.b.any()) for lora in adapters(model).values()
+    )
+    parameters = dict(model.named_parameters())
+    replaced = _body(model).replaced.items()
+    return fresh and all(torch.equal(parameters[name], base.float()) for name, base in replaced)
+
+
+def _body(model: Model) -> Transformer:
+    return model.body if isinstance(model, ScalarModel) else model
+
+
+# ---- adding, switching off, folding in
+
+
+def add_lora(model: Model, rank: int, alpha: float | None = None, *, seed: int = 0, **options: Any) -> None:
+    """Freeze the model and add a fresh adapter: A uniform in +-1/sqrt(K) from `seed`, B zero.
+
+    alpha: 2 * rank by default. options: further fields of LoraConfig. Raises InputError where nothing matches.
+    """
+    place_adapter(model, LoraConfig(rank, 2.0 * rank if alpha is None else alpha, **options), "add_lora")
+    generator, layers = torch.Generator().manual_seed(seed), linears(model)
+    with torch.no_grad():
+        for name, lora in adapters(model).items():
+            bound = 1 / math.sqrt(lora.a.shape[1])
+            drawn = torch.empty(lora.a.shape).uniform_(
+                -bound, bound, generator=generator
+            )  # alike on every device
+            lora.a.copy_(drawn)
+            if lora.magnitude is not None:
+                lora.magnitude.copy_(layers[name].dense().float().norm(dim=1))
+
+
+def place_adapter(model: Model, config: LoraConfig, source: str) -> None:
+    """Freeze the model and give it the modules that `config` names, A and B zero. source: what a message names."""
+    body = _body(model)
+    if body.adapter is not None or adapters(model):
+        raise InputError(f"{source}: the model has an adapter already; merge_lora folds it in")
+    targets = {name: layer for name, layer in linears(model).items() if config.targeted(name)}
+    parameters = dict(model.named_parameters())
+    whole = [name for name in parameters if config.whole(hf_name(name).rpartition(".")[0])]
+    if not targets:
+        raise InputError(f"{source}: target_modules: {config.targets!r} names no linear layer of the model")
+    for name in config.modules_to_save:
+        if not any(replace(config, modules_to_save=(name,)).whole(hf_name(parameter)) for parameter in whole):
+            raise InputError(f"{source}: modules_to_save: the model has no module {name!r}")
+    if model is body and body.lm_head is None and "embed_tokens.weight" in whole:
+        raise InputError(
+            f"{source}: modules_to_save: embed_tokens is also the head: this needs untied weights"
+        )
+    if "lm_head" in targets and (config.dropout or config.dora):
+        raise InputError(f"{source}: lm_head: an adapter of the head has neither dropout nor DoRA here")
+    model.requires_grad_(False)
+    for name, layer in targets.items():
+        rank, (N, K), device = config.rank_of(name), (layer.out_features, layer.in_features), model.device
+        layer.lora = Lora(
+            torch.zeros(rank, K, device=device),
+            torch.zeros(N, rank, device=device),
+            config.scaling_of(name),
+            config.dropout,
+            torch.ones(N, device=device) if config.dora else None,
+        )
+    for name in whole:
+        parameter = parameters[name]
+        body.replaced[name] = parameter.detach().clone()
+        parameter.data = parameter.data.float()  # like all that is trained
+        parameter.requires_grad_()
+    body.adapter = config
+
+
+def merge_lora(model: Model) -> None:
+    """Fold the adapter into the weights, all of which can then be trained. A 4-bit base becomes a dense one."""
+    with torch.no_grad():
+        for layer in linears(model).values():
+            if layer.lora is not None or layer.four_bit is not None:
+                weight = layer.merged()
+                layer.four_bit, layer.lora = None, None
+                layer.weight = nn.Parameter(weight)
+    parameters = dict(model.named_parameters())
+    for name, base in _body(model).replaced.items():
+        parameters[name].data = parameters[name].data.to(base.dtype)
+    _body(model).adapter = None
+    _body(model).replaced.clear()
+    model.requires_grad_()
+
+
+@contextmanager
+def adapter_disabled(model: Model) -> Iterator[None]:
+    """The base alone, without gradient: a backward pass outside of the block would see the adapter."""
+    parameters = dict(model.named_parameters())
+    trained = {name: parameters[name].data for name in _body(model).replaced}
+    for lora in adapters(model).values():
+        lora.enabled = False
+    for name, base in _body(model).replaced.items():
+        parameters[name].data = base
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for lora in adapters(model).values():
+            lora.enabled = True
+        for name, data in trained.items():
+            parameters[name].data = data
+
+
+def frozen_copy(model: Model) -> Model:
+    """The model as it is now, without gradient or dropout: it shares what `model` does not train.
+
+    A fresh adapter, which changes nothing, is left out: such a copy costs neither memory nor time for it.
+    """
+    shared: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
+    shared |= {id(q): q for q in (layer.four_bit for layer in linears(model).values()) if q is not None}
+    fresh = is_fresh(model)
+    frozen = copy.deepcopy(model, shared).requires_grad_(False).eval()
+    if fresh:
+        for layer in linears(frozen).values():
+            layer.lora = None
+        _body(frozen).adapter = None
+        _body(frozen).replaced.clear()
+    return frozen
+
+
+def quantize_base(model: Model, double_quant: bool = True) -> None:
+    """The linear layers' weights to NF4; the head, the embedding and what is trained stay.
+
+    double_quant: each block's scale in a byte, 4.127 bits a weight in place of 4.5.
+    """
+    trained = _trained(model)
+    for name, layer in linears(model).items():
+        if name != "lm_head" and layer.four_bit is None and f"{name}.weight" not in trained:
+            layer.hold(quantize_nf4(layer.dense().detach(), double_quant=double_quant))
+
+
+# ---- adapters as tensors
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter apart from a model. tensors: under their names in PEFT's files, less "base_model.model."."""
+
+    config: LoraConfig
+    tensors: dict[str, Tensor]
+
+
+def _trained(model: Model) -> dict[str, nn.Parameter]:
+    parts = {
+        f"{name}.{SUFFIXES[part]}": parameter
+        for name, lora in adapters(model).items()
+        for part, parameter in lora.named_parameters()
+    }
+    parameters = dict(model.named_parameters())
+    return parts | {hf_name(name): parameters[name] for name in _body(model).replaced}
+
+
+def take_adapter(model: Model) -> Adapter:
+    """The model's adapter as it is now; the tensors are the model's own."""
+    config = lora_config(model)
+    if config is None:
+        raise InputError("the model has no adapter")
+    return Adapter(config, {name: parameter.detach() for name, parameter in _trained(model).items()})
+
+
+def give_adapter(model: Model, adapter: Adapter, source: str) -> None:
+    """Place the adapter on a model without one. Raises InputError naming `source` and the tensor that does not fit."""
+    place_adapter(model, adapter.config, source)
+    wanted, found = _trained(model), adapter.tensors
+    for name in [*found, *wanted]:
+        if name not in wanted:
+            raise InputError(
+                f"{source}: {name}: unexpected, the adapter's config names no such module of this model"
+            )
+        if name not in found:
+            raise InputError(f"{source}: {name}: missing, although the adapter's config names its module")
+        if found[name].shape != wanted[name].shape:
+            expected, got = tuple(wanted[name].shape), tuple(found[name].shape)
+            raise InputError(f"{source}: {name}: expected shape {expected}, got {got}")
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(found[name])
+
+
+def stack_adapters(model: Transformer, several: Sequence[Adapter]) -> None:
+    """Place several adapters side by side; `pack` says which of them each sequence has. For use, not for training.
+
+    Ranks are padded with zeros to the largest, scalings multiplied into B. Raises InputError for DoRA, for modules
+    that an adapter has whole, and for an adapter of the head.
+    """
+    for i, adapter in enumerate(several):
+        config = adapter.config
+        if config.dora or config.modules_to_save or config.targeted("lm_head"):
+            raise InputError(
+                f"adapter {i}: with DoRA, modules_to_save or lm_head it shares no batch with others"
+            )
+        give_adapter(model, adapter, f"adapter {i}")  # refuses what does not fit
+        for layer in linears(model).values():
+            layer.lora = None
+        model.adapter = None
+    for name, layer in linears(model).items():
+        having = [i for i, adapter in enumerate(several) if adapter.config.targeted(name)]
+        if not having:
+            continue
+        rank = max(several[i].config.rank_of(name) for i in having)
+        a = torch.zeros(len(several), rank, layer.in_features, device=model.device)
+        b = torch.zeros(len(several), layer.out_features, rank, device=model.device)
+        for i in having:
+            config, tensors = several[i].config, several[i].tensors
+            R = config.rank_of(name)
+            a[i, :R] = tensors[f"{name}.{SUFFIXES['a']}"]
+            b[i, :, :R] = config.scaling_of(name) * tensors[f"{name}.{SUFFIXES['b']}"]
+        layer.lora = Lora(a, b, scaling=1.0)
+    model.requires_grad_(False)

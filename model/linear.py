@@ -1,0 +1,148 @@
+"""A linear layer whose weight may be 4-bit, and to which adapters may add.
+
+    y = x W^T + bias                                       W (N, K) a parameter, or frozen in 4 bits
+    y = x W^T + scaling dropout(x) A^T B^T + bias          with an adapter: A (R, K), B (N, R)
+    y = m / |W + scaling B A| * (...) + bias               with DoRA, m (N,), the norm of each row without gradient
+
+Source: LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685; DoRA, https://arxiv.org/abs/2402.09353;
+        rsLoRA, https://arxiv.org/abs/2312.03732; QLoRA, https://arxiv.org/abs/2305.14314
+"""
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import NF4Weight, dequantize_nf4, lora_linear, nf4_linear
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """One adapter's shape. Module names are those of a Hugging Face model: model.layers.0.self_attn.q_proj."""
+
+    rank: int  # R
+    alpha: float
+    targets: tuple[str, ...] | str = LINEARS  # ends of module names, or a regular expression of whole names
+    exclude: tuple[str, ...] | str = ()  # likewise, of modules that have none although `targets` says so
+    layers: tuple[int, ...] | None = None  # only in these
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, hash=False
+    )  # by regular expression of names' ends
+    alpha_pattern: dict[str, float] = field(default_factory=dict, hash=False)
+    rslora: bool = False  # scaling alpha / sqrt(R) in place of alpha / R
+    dora: bool = False
+    dropout: float = 0.0  # share of x that an adapter does not see in training
+    modules_to_save: tuple[str, ...] = ()  # ends of names of modules that are trained whole
+    base: str | None = None  # the folder of the model that the adapter belongs to
+
+    def targeted(self, module: str) -> bool:
+        """Does this linear layer have an adapter?"""
+        if _named(self.exclude, module) or self.whole(module) or not _named(self.targets, module):
+            return False
+        layer = re.match(r".*?\.layers\.(\d+)\.", module)
+        return self.layers is None or (layer is not None and int(layer.group(1)) in self.layers)
+
+    def whole(self, module: str) -> bool:
+        """Is this module, or one around it, trained whole? The end of a name need not be a word: as PEFT has it."""
+        return any(re.match(rf".*{re.escape(name)}($|\.)", module) for name in self.modules_to_save)
+
+    def rank_of(self, module: str) -> int:
+        return _by_pattern(self.rank_pattern, module, self.rank)
+
+    def scaling_of(self, module: str) -> float:
+        rank = self.rank_of(module)
+        alpha = _by_pattern(self.alpha_pattern, module, self.alpha)
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+
+def _named(names: tuple[str, ...] | str, module: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _by_pattern(pattern: dict[str, Any], module: str, default: Any) -> Any:
+    """The value of the first key that, as a regular expression, is the end of the name: as PEFT has it."""
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+class Lora(nn.Module):
+    """The adapter of one linear layer: a (R, K), b (N, R), fp32 whatever the base is.
+
+    Stacked, for a batch of several: a (adapters, R, K), b (adapters, N, R) with the scalings multiplied in.
+    """
+
+    def __init__(
+        self, a: Tensor, b: Tensor, scaling: float, dropout: float = 0.0, magnitude: Tensor | None = None
+    ):
+        super().__init__()
+        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+        self.magnitude = None if magnitude is None else nn.Parameter(magnitude)  # (N,)
+        self.scaling, self.dropout = scaling, dropout
+        self.enabled = True
+
+
+class Linear(nn.Linear):
+    """(..., K) to (..., N). Where the weight is in 4 bits, `four_bit` holds it and `weight` is None."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True):
+        super().__init__(in_features, out_features, bias)
+        self.four_bit: NF4Weight | None = None
+        self.lora: Lora | None = None
+
+    def forward(self, x: Tensor, adapter: Tensor | None = None) -> Tensor:
+        """adapter: (...) int, which of several adapters each row has, -1 for none."""
+        lora = self.lora
+        if lora is None or not lora.enabled:
+            if self.four_bit is None:
+                return F.linear(x, self.weight, self.bias)
+            return nf4_linear(_computed_in(x), self.four_bit, self.bias)
+        dropout = lora.dropout if self.training and torch.is_grad_enabled() else 0.0
+        return lora_linear(
+            x,
+            self.weight if self.four_bit is None else self.four_bit,
+            lora.a,
+            lora.b,
+            lora.scaling,
+            bias=self.bias,
+            magnitude=lora.magnitude,
+            adapter=adapter,
+            dropout=dropout,
+            seed=torch.empty((), dtype=torch.int64, device=x.device).random_() if dropout else None,
+        )
+
+    def dense(self) -> Tensor:
+        """The base's weight (N, K), multiplied out of 4 bits where it is in them."""
+        return self.weight if self.four_bit is None else dequantize_nf4(self.four_bit)
+
+    def merged(self) -> Tensor:
+        """The weight (N, K) that acts as base and adapter do without dropout, in the base's dtype."""
+        lora, weight = self.lora, self.dense()
+        if lora is None or not lora.enabled:
+            return weight
+        merged = weight.float() + lora.scaling * (lora.b @ lora.a)
+        if lora.magnitude is not None:
+            merged = merged * (lora.magnitude / merged.detach().norm(dim=1))[:, None]
+        return merged.to(weight.dtype)
+
+    def hold(self, four_bit: NF4Weight) -> None:
+        """Take this as the weight, frozen."""
+        self.weight = None  # pyright: ignore[reportAttributeAccessIssue]
+        self.four_bit = four_bit
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Linear":
+        """model.to(device) takes the 4-bit weight along; model.to(dtype) leaves it as it is."""
+        if self.four_bit is not None:
+            self.four_bit = self.four_bit.to(fn(self.four_bit.packed).device)
+        return super()._apply(fn, recurse)
+
+
+def _computed_in(x: Tensor) -> Tensor:
+    """x in the dtype that autocast, which does not know our ops, would give a matmul."""
+    return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
