@@ -1,0 +1,97 @@
+"""How much memory does training take? Counted from the shapes of a config, without any weights.
+
+    full       fp32 weights, their gradients and AdamW's two moments: 16 bytes a parameter; bf16 comes from autocast
+    LoRA       bf16 weights, 2 bytes a parameter, and 16 bytes for each parameter of the adapter
+    QLoRA      the layers' matrices in NF4, 4.127 bits a parameter (docs/nf4.md), embedding and head in bf16
+
+Activations are those that stay until the backward pass with checkpoint_activations: each layer's input. What one layer
+needs while it runs, and the head's chunk of logits, come on top.
+
+Run:    python -m burnish.model.memory          the table of docs/lora.md
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .adapter import linears, place_adapter
+from .config import ModelConfig
+from .linear import LoraConfig
+from .transformer import Transformer
+
+TABLE_TOKENS = 4096  # in one micro-batch
+SHAPES = {  # of real models: https://huggingface.co/HuggingFaceTB/SmolLM2-135M, arXiv 2407.21783, arXiv 2302.13971
+    "SmolLM2 135M": ModelConfig(49_152, 576, 1536, 30, 9, 3, tie_word_embeddings=True),
+    "Llama 3.1 8B": ModelConfig(128_256, 4096, 14_336, 32, 32, 8),
+    "LLaMA 65B": ModelConfig(32_000, 8192, 22_016, 80, 64),
+    "Llama 3.1 70B": ModelConfig(128_256, 8192, 28_672, 80, 64, 8),
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes."""
+
+    weights: int  # the frozen ones, and the trained ones where there is no adapter
+    adapter: int
+    gradients: int
+    optimizer: int  # AdamW's moments
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.adapter + self.gradients + self.optimizer + self.activations
+
+
+def training_memory(
+    config: ModelConfig,
+    lora: LoraConfig | None = None,
+    base_4bit: bool = False,
+    tokens: int = TABLE_TOKENS,
+    frozen_dtype: torch.dtype = torch.bfloat16,
+) -> Memory:
+    """What training takes: every weight, or with `lora` that adapter. tokens: in one micro-batch.
+
+    frozen_dtype: of the weights under an adapter, as far as they are not in 4 bits.
+    """
+    model = Transformer(config, device="meta")
+    if lora is not None:
+        place_adapter(model, lora, "training_memory")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    width = 4 if lora is None else frozen_dtype.itemsize
+    quantized = [layer for name, layer in linears(model).items() if base_4bit and name != "lm_head"]
+    packed = sum(nf4_bytes(layer.in_features * layer.out_features) for layer in quantized)
+    adapter = 0 if lora is None else 4 * trained
+    dense = sum(p.numel() for name, p in model.named_parameters() if ".lora." not in name)
+    dense -= sum(layer.in_features * layer.out_features for layer in quantized)
+    return Memory(
+        weights=width * dense + packed,
+        adapter=adapter,
+        gradients=4 * trained,
+        optimizer=8 * trained,
+        activations=config.num_hidden_layers * tokens * config.hidden_size * width,
+    )
+
+
+def nf4_bytes(numel: int, blocksize: int = 64) -> int:
+    """Of a doubly quantised weight: nibbles, a byte a block, fp32 for 256 of these, offset, and the two tables."""
+    blocks = -(-numel // blocksize)
+    return -(-numel // 2) + blocks + 4 * -(-blocks // 256) + 4 + 4 * 16 + 4 * 256
+
+
+def table(rank: int = 16) -> str:
+    """Markdown: each shape in each mode, in GB of 1e9 bytes."""
+    lora = LoraConfig(rank, 2 * rank)
+    modes = {"full": (None, False), f"LoRA {rank}": (lora, False), f"QLoRA {rank}": (lora, True)}
+    columns = ("weights", "adapter", "gradients", "optimizer", "activations", "total")
+    lines = [f"| model | mode | {' | '.join(columns)} |", "|---|---|" + "---:|" * len(columns)]
+    for name, config in SHAPES.items():
+        for mode, (adapter, base_4bit) in modes.items():
+            memory = training_memory(config, adapter, base_4bit)
+            figures = " | ".join(f"{getattr(memory, column) / 1e9:.2f}" for column in columns)
+            lines.append(f"| {name} | {mode} | {figures} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())
