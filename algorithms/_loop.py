@@ -156,6 +156,9 @@ class Run:
         self._clock = time.perf_counter()
         for step in range(self.start, total):
             self._step = step
+            torch.manual_seed(
+                (self._config.seed + step * 0x9E3779B97F4A7C15) % 2**63
+            )  # dropout's, resumed or not
             yield step
             self._bar.update()
 

@@ -27,7 +27,7 @@ from ._loop import default_device
 
 @dataclass(frozen=True)
 class Config:
-    model: Path  # Hugging Face folder
+    model: Path  # Hugging Face folder, or an adapter's
     prompt: str | None = None  # answer this and end, instead of reading prompts
     system: str | None = None  # system message, where the model has a chat template
     chat_template: str | None = None  # a jinja file, or plain, in place of the model's own

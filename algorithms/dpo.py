@@ -39,9 +39,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.checkpoint import load_model
 from ..model.errors import InputError
 from ..model.tokenizer import Tokenizer
+from ._adapter import ADAPTER_BOUNDS, load_trainee
 from ._command import run_command
 from ._loop import (
     Run,
@@ -60,6 +60,7 @@ from ._preferences import (
     Preference,
     completion_logprobs,
     load_pairs,
+    longest,
     micro_batches,
     num_tokens,
     pair_metrics,
@@ -73,16 +74,14 @@ Loss = Literal[
 
 @dataclass(frozen=True)
 class Config:
-    model: Path  # Hugging Face folder to start from; also the reference policy
+    model: Path  # Hugging Face folder, or an adapter's, to start from; also the reference policy
     data: Path  # rows of chosen and rejected, perhaps prompt: .jsonl, .json or .parquet
     held_out: Path | None = None  # such rows, to report the accuracy on at the end
     output: Path = field(default_factory=lambda: new_run_folder("dpo"))  # new folder: metrics, model
     chat_template: str | None = None  # a jinja file, or plain, in place of the model's own
-    loss: Loss = "dpo"
+    loss: Loss = "dpo"  # the table in algorithms/dpo.py says what each is
     beta: float | None = None  # by default 0.1; simpo 2
-    label_smoothing: float | None = (
-        None  # e of cdpo and robust, by default 0.1: share of labels that are wrong
-    )
+    label_smoothing: float | None = None  # e of cdpo and robust, by default 0.1: share of wrong labels
     gamma: float | None = None  # of simpo, by default 1: the margin that it asks for
     nll_weight: float | None = None  # of the NLL in cpo and orpo, by default 1
     max_length: int = 1024  # tokens of a prompt with either completion; longer rows are dropped and counted
@@ -94,6 +93,10 @@ class Config:
     warmup_steps: int = 20  # of linear rise to learning_rate
     weight_decay: float = 0.0  # of matrices; vectors have none
     max_grad_norm: float = 1.0  # gradients are scaled down to it
+    lora_rank: int = 0  # train an adapter of this rank in place of the weights; 0 trains the weights
+    lora_alpha: float | None = None  # the adapter's scale is alpha / rank; 2 * rank by default
+    lora_dropout: float = 0.0  # share of its inputs that the adapter does not see in training
+    base_4bit: bool = False  # hold the frozen weights in 4 bits (NF4): QLoRA
     save_every: int = 0  # steps between checkpoints; 0 saves the model once, at the end
     resume: bool = False  # go on from the last checkpoint in --output
     checkpoint_activations: bool = False  # run each layer again in the backward: less memory, more time
@@ -218,6 +221,8 @@ def train(cfg: Config) -> Path:
         warmup_steps=(0, inf),
         weight_decay=(0, inf),
         max_grad_norm=(1e-12, inf),
+        **ADAPTER_BOUNDS,
+        lora_dropout=(0, 0.99),
         save_every=(0, inf),
         seed=(0, 2**63 - 1),
     )
@@ -225,8 +230,8 @@ def train(cfg: Config) -> Path:
     tokenizer = Tokenizer.load(cfg.model, cfg.chat_template)
     pairs = load_pairs(cfg.data, tokenizer, cfg.max_length)
     held_out = load_pairs(cfg.held_out, tokenizer, cfg.max_length) if cfg.held_out else []
-    model = load_model(cfg.model, device=cfg.device)
-    check_model(model, tokenizer, max(num_tokens(pair) for pair in pairs))
+    model = load_trainee(cfg)
+    check_model(model, tokenizer, max(map(longest, pairs)))
     model.checkpoint_activations = cfg.checkpoint_activations
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
 

@@ -43,7 +43,7 @@ from ._rollout import completion
 
 @dataclass(frozen=True)
 class Config:
-    model: Path  # Hugging Face folder
+    model: Path  # Hugging Face folder, or an adapter's
     data: (
         Path  # prompts with any further columns for the verifier, or rows to score: .jsonl, .json or .parquet
     )

@@ -22,7 +22,6 @@ Source: Shao et al. 2024, https://arxiv.org/abs/2402.03300, eq. 3 and 4
 Run:    burnish grpo --model DIR --data FILE.jsonl --reward FILE.py:function
 """
 
-import copy
 import sys
 import time
 from dataclasses import dataclass, field
@@ -33,9 +32,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..model.checkpoint import load_model
+from ..model.adapter import frozen_copy
 from ..model.errors import InputError
 from ..model.tokenizer import Tokenizer
+from ._adapter import ADAPTER_BOUNDS, load_trainee
 from ._advantages import batch_std_advantages, group_advantages, mean_advantages, rloo_advantages
 from ._command import run_command
 from ._data import read_rows, rl_prompts
@@ -60,7 +60,7 @@ from ._tokens import constant_length, sequence_mean, token_mean
 
 @dataclass(frozen=True)
 class Config:
-    model: Path  # Hugging Face folder to start from; also the reference policy where kl_coefficient > 0
+    model: Path  # Hugging Face folder, or an adapter's, to start from; the reference policy, too, where there is one
     data: Path  # prompts, with any further columns for the reward functions: .jsonl, .json or .parquet
     reward: tuple[str, ...]  # FILE.py:function or package.module:function, one or more
     reward_weights: tuple[float, ...] = ()  # one a reward function; all 1 where none are given
@@ -88,6 +88,9 @@ class Config:
     warmup_steps: int = 0  # of linear rise to learning_rate
     weight_decay: float = 0.0  # of matrices; vectors have none
     max_grad_norm: float = 1.0  # gradients are scaled down to it
+    lora_rank: int = 0  # train an adapter of this rank in place of the weights; 0 trains the weights
+    lora_alpha: float | None = None  # the adapter's scale is alpha / rank; 2 * rank by default
+    base_4bit: bool = False  # hold the frozen weights in 4 bits (NF4): QLoRA
     save_every: int = 0  # steps between checkpoints; 0 saves the model once, at the end
     resume: bool = False  # go on from the last checkpoint in --output
     checkpoint_activations: bool = False  # run each layer again in the backward: less memory, more time
@@ -155,6 +158,7 @@ def train(cfg: Config) -> Path:
         warmup_steps=(0, inf),
         weight_decay=(0, inf),
         max_grad_norm=(1e-12, inf),
+        **ADAPTER_BOUNDS,
         save_every=(0, inf),
         seed=(0, 2**31 - 1),
     )
@@ -171,10 +175,10 @@ def train(cfg: Config) -> Path:
         read_rows(cfg.data), tokenizer, max_length=cfg.max_prompt_length, prompt_column=cfg.prompt_column
     )
     report_counts(cfg.data, counts)
-    model = load_model(cfg.model, device=cfg.device)
+    model = load_trainee(cfg)
     check_model(model, tokenizer, max(len(prompt.tokens) for prompt in prompts) + cfg.max_new_tokens)
     model.checkpoint_activations = cfg.checkpoint_activations
-    reference = copy.deepcopy(model).requires_grad_(False) if cfg.kl_coefficient else None
+    reference = frozen_copy(model) if cfg.kl_coefficient else None
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
     with Run(cfg, model=model, optimizer=optimizer) as run:
         batches = epochs(len(prompts), cfg.prompts_per_step, cfg.seed, skip=run.start)

@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..model.checkpoint import load_model
 from ..model.tokenizer import Tokenizer
+from ._adapter import ADAPTER_BOUNDS, load_trainee
 from ._command import run_command
 from ._data import read_rows
 from ._loop import (
@@ -43,12 +43,12 @@ from ._loop import (
     report_counts,
     scheduled,
 )
-from ._preferences import Judged, completion_logprobs, judged_completions, micro_batches, num_tokens
+from ._preferences import Judged, completion_logprobs, judged_completions, longest, micro_batches, num_tokens
 
 
 @dataclass(frozen=True)
 class Config:
-    model: Path  # Hugging Face folder to start from; also the reference policy
+    model: Path  # Hugging Face folder, or an adapter's, to start from; also the reference policy
     data: Path  # rows of prompt, completion and label, or of chosen and rejected: .jsonl, .json or .parquet
     output: Path = field(default_factory=lambda: new_run_folder("kto"))  # new folder: metrics, model
     chat_template: str | None = None  # a jinja file, or plain, in place of the model's own
@@ -66,6 +66,10 @@ class Config:
     warmup_steps: int = 20  # of linear rise to learning_rate
     weight_decay: float = 0.0  # of matrices; vectors have none
     max_grad_norm: float = 1.0  # gradients are scaled down to it
+    lora_rank: int = 0  # train an adapter of this rank in place of the weights; 0 trains the weights
+    lora_alpha: float | None = None  # the adapter's scale is alpha / rank; 2 * rank by default
+    lora_dropout: float = 0.0  # share of its inputs that the adapter does not see in training
+    base_4bit: bool = False  # hold the frozen weights in 4 bits (NF4): QLoRA
     save_every: int = 0  # steps between checkpoints; 0 saves the model once, at the end
     resume: bool = False  # go on from the last checkpoint in --output
     checkpoint_activations: bool = False  # run each layer again in the backward: less memory, more time
@@ -106,6 +110,8 @@ def train(cfg: Config) -> Path:
         warmup_steps=(0, inf),
         weight_decay=(0, inf),
         max_grad_norm=(1e-12, inf),
+        **ADAPTER_BOUNDS,
+        lora_dropout=(0, 0.99),
         save_every=(0, inf),
         seed=(0, 2**63 - 1),
     )
@@ -116,8 +122,8 @@ def train(cfg: Config) -> Path:
     others = [  # each prompt with a completion of another
         replace(one, completion=judged[(i + half) % len(judged)].completion) for i, one in enumerate(judged)
     ]
-    model = load_model(cfg.model, device=cfg.device)
-    check_model(model, tokenizer, max(num_tokens(one) for one in judged))
+    model = load_trainee(cfg)
+    check_model(model, tokenizer, max(map(longest, judged)))
     model.checkpoint_activations = cfg.checkpoint_activations
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
 

@@ -30,9 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.checkpoint import load_scalar_model
 from ..model.scalar import ScalarModel
 from ..model.tokenizer import Tokenizer
+from ._adapter import ADAPTER_BOUNDS, load_scalar_trainee
 from ._command import run_command
 from ._loop import (
     Run,
@@ -47,14 +47,22 @@ from ._loop import (
     optimizer_step,
     scheduled,
 )
-from ._preferences import Preference, load_pairs, micro_batches, num_tokens, pair_metrics, report_held_out
+from ._preferences import (
+    Preference,
+    load_pairs,
+    longest,
+    micro_batches,
+    num_tokens,
+    pair_metrics,
+    report_held_out,
+)
 
-REFERENCES = 512  # chosen completions whose mean score becomes 0
+REFERENCES = 128  # chosen completions whose mean score becomes 0
 
 
 @dataclass(frozen=True)
 class Config:
-    model: Path  # Hugging Face folder to start from: a language model, or an earlier reward model
+    model: Path  # Hugging Face folder, or an adapter's, to start from: a language model, or an earlier reward model
     data: Path  # rows of chosen and rejected, perhaps prompt and margin: .jsonl, .json or .parquet
     held_out: Path | None = None  # such rows, to report the accuracy on before and after
     output: Path = field(default_factory=lambda: new_run_folder("reward"))  # new folder: metrics, model
@@ -69,6 +77,10 @@ class Config:
     warmup_steps: int = 20  # of linear rise to learning_rate
     weight_decay: float = 0.0  # of matrices; vectors have none
     max_grad_norm: float = 1.0  # gradients are scaled down to it
+    lora_rank: int = 0  # train an adapter of this rank in place of the weights; 0 trains the weights
+    lora_alpha: float | None = None  # the adapter's scale is alpha / rank; 2 * rank by default
+    lora_dropout: float = 0.0  # share of its inputs that the adapter does not see in training
+    base_4bit: bool = False  # hold the frozen weights in 4 bits (NF4): QLoRA
     save_every: int = 0  # steps between checkpoints; 0 saves the model once, at the end
     resume: bool = False  # go on from the last checkpoint in --output
     checkpoint_activations: bool = False  # run each layer again in the backward: less memory, more time
@@ -102,14 +114,16 @@ def train(cfg: Config) -> Path:
         warmup_steps=(0, inf),
         weight_decay=(0, inf),
         max_grad_norm=(1e-12, inf),
+        **ADAPTER_BOUNDS,
+        lora_dropout=(0, 0.99),
         save_every=(0, inf),
         seed=(0, 2**63 - 1),
     )
     tokenizer = Tokenizer.load(cfg.model, cfg.chat_template)
     pairs = load_pairs(cfg.data, tokenizer, cfg.max_length)
     held_out = load_pairs(cfg.held_out, tokenizer, cfg.max_length) if cfg.held_out else []
-    model = load_scalar_model(cfg.model, device=cfg.device, seed=cfg.seed)
-    check_model(model, tokenizer, max(num_tokens(pair) for pair in pairs))
+    model = load_scalar_trainee(cfg, cfg.model)
+    check_model(model, tokenizer, max(map(longest, pairs)))
     model.body.checkpoint_activations = cfg.checkpoint_activations
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
     before = score(model, held_out, cfg)
@@ -144,12 +158,15 @@ def train(cfg: Config) -> Path:
 
 @torch.no_grad()
 def score(model: ScalarModel, pairs: Sequence[Preference], cfg: Config) -> Tensor:
-    """The scores of chosen and rejected, (pairs, 2) fp32 on the CPU."""
+    """The scores of chosen and rejected, (pairs, 2) fp32 on the CPU. Dropout is off."""
+    training = model.training
+    model.eval()
     scores = torch.empty(len(pairs), 2)
     for micro in micro_batches(pairs, cfg.micro_batch_tokens, cfg.device):
         with autocast(cfg.device):
             values = model.values(micro.packed, micro.last)
         scores[micro.members] = values.view(-1, 2).float().cpu()
+    model.train(training)
     return scores
 
 

@@ -21,9 +21,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..model.checkpoint import load_model
 from ..model.packed import pack
 from ..model.tokenizer import Tokenizer
+from ._adapter import ADAPTER_BOUNDS, load_trainee
 from ._command import run_command
 from ._data import best_fit, read_rows, sft_examples
 from ._loop import (
@@ -44,7 +44,7 @@ from ._loop import (
 
 @dataclass(frozen=True)
 class Config:
-    model: Path  # Hugging Face folder to start from
+    model: Path  # Hugging Face folder to start from, or an adapter's, which training goes on with
     data: Path  # rows of messages, prompt and completion, text, Alpaca or ShareGPT: .jsonl, .json or .parquet
     output: Path = field(default_factory=lambda: new_run_folder("sft"))  # new folder: metrics, model
     chat_template: str | None = None  # a jinja file, or plain, in place of the model's own
@@ -59,6 +59,10 @@ class Config:
     warmup_steps: int = 20  # of linear rise to learning_rate
     weight_decay: float = 0.0  # of matrices; vectors have none
     max_grad_norm: float = 1.0  # gradients are scaled down to it
+    lora_rank: int = 0  # train an adapter of this rank in place of the weights; 0 trains the weights
+    lora_alpha: float | None = None  # the adapter's scale is alpha / rank; 2 * rank by default
+    lora_dropout: float = 0.0  # share of its inputs that the adapter does not see in training
+    base_4bit: bool = False  # hold the frozen weights in 4 bits (NF4): QLoRA
     save_every: int = 0  # steps between checkpoints; 0 saves the model once, at the end
     resume: bool = False  # go on from the last checkpoint in --output
     checkpoint_activations: bool = False  # run each layer again in the backward: less memory, more time
@@ -91,6 +95,8 @@ def train(cfg: Config) -> Path:
         warmup_steps=(0, inf),
         weight_decay=(0, inf),
         max_grad_norm=(1e-12, inf),
+        **ADAPTER_BOUNDS,
+        lora_dropout=(0, 0.99),
         save_every=(0, inf),
         seed=(0, 2**63 - 1),
     )
@@ -99,7 +105,7 @@ def train(cfg: Config) -> Path:
         read_rows(cfg.data), tokenizer, max_length=cfg.max_length, train_on=cfg.train_on
     )
     report_counts(cfg.data, counts)
-    model = load_model(cfg.model, device=cfg.device)
+    model = load_trainee(cfg)
     check_model(model, tokenizer, max(len(example.tokens) for example in examples))
     model.checkpoint_activations = cfg.checkpoint_activations
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)

@@ -1,0 +1,224 @@
+"""`--lora-rank` and `--base-4bit`: what is trained, saved, resumed and refused, the same in every algorithm."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from burnish.algorithms import dpo, grpo, kto, reward, sft
+from burnish.algorithms.__main__ import main
+from burnish.algorithms._loop import CHECKPOINT
+from burnish.model.adapter import adapters, linears, lora_config
+from burnish.model.checkpoint import load_model, load_scalar_model
+from burnish.model.errors import InputError
+from burnish.model.packed import pack
+from burnish.model.tokenizer import Tokenizer
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+
+def metrics_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def losses_of(folder):
+    return [line["loss"] for line in metrics_of(folder)]
+
+
+@pytest.fixture
+def configs(model_folder, demonstrations, prompts, tmp_path):
+    """Every algorithm on a small task, with an adapter."""
+    pairs = [
+        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": row["completion"][::-1]}
+        for row in map(json.loads, demonstrations.read_text().splitlines())
+    ]
+    preferences = write_rows(tmp_path / "preferences.jsonl", pairs)
+    (tmp_path / "reward.py").write_text(
+        "def ones(completion_ids, **_):\n    return [float(sum(i % 2 for i in ids)) for ids in completion_ids]\n"
+    )
+    common = {"steps": 2, "learning_rate": 1e-2, "device": "cpu", "lora_rank": 2, "model": model_folder}
+    rl = {"data": prompts, "reward": (f"{tmp_path / 'reward.py'}:ones",), "max_new_tokens": 8}
+    return {
+        "sft": sft.Config(data=demonstrations, batch_size=24, **common),
+        "dpo": dpo.Config(data=preferences, batch_size=8, **common),
+        "kto": kto.Config(data=preferences, batch_size=8, **common),
+        "reward": reward.Config(data=preferences, batch_size=8, **common),
+        "grpo": grpo.Config(
+            prompts_per_step=5, group_size=4, kl_coefficient=0.1, updates_per_rollout=2, **rl, **common
+        ),
+    }
+
+
+TRAINERS = {"sft": sft, "dpo": dpo, "kto": kto, "reward": reward, "grpo": grpo}
+
+
+@pytest.mark.parametrize("base_4bit", [False, True], ids=["lora", "qlora"])
+@pytest.mark.parametrize("name", TRAINERS)
+def test_every_algorithm_trains_an_adapter(configs, name, base_4bit, tmp_path):
+    """What it writes loads back; a KL or a reference that is not the base would show at the first step."""
+    cfg = dataclasses.replace(configs[name], base_4bit=base_4bit, output=tmp_path / "out")
+    trained = TRAINERS[name].train(cfg)
+    model = (load_scalar_model if name == "reward" else load_model)(trained)
+    assert all(bool(lora.b.any()) for lora in adapters(model).values())
+    assert (linears(model)["model.layers.0.mlp.up_proj"].four_bit is not None) == base_4bit
+    first = metrics_of(cfg.output)[0]
+    if name == "dpo":
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    if name == "grpo":
+        assert first["ratio"] == pytest.approx(1, abs=0.2) and 0 < first["kl"] < 1
+    again = dataclasses.replace(cfg, lora_rank=0, model=trained, output=tmp_path / "again", base_4bit=False)
+    went_on = TRAINERS[name].train(again)
+    assert lora_config((load_scalar_model if name == "reward" else load_model)(went_on)) == lora_config(model)
+    if name == "dpo":
+        assert metrics_of(again.output)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.fixture
+def cfg(model_folder, demonstrations, tmp_path):
+    return sft.Config(
+        model=model_folder,
+        data=demonstrations,
+        output=tmp_path / "out",
+        steps=4,
+        batch_size=16,
+        learning_rate=1e-2,
+        warmup_steps=0,
+        lora_rank=4,
+        device="cpu",
+    )
+
+
+def test_training_makes_an_adapter_that_loads_back_on_its_base(cfg):
+    before = {path.name: path.read_bytes() for path in cfg.model.iterdir()}
+    trained = sft.train(dataclasses.replace(cfg, steps=40))
+    assert losses_of(cfg.output)[-1] < 0.95 * losses_of(cfg.output)[0]
+    assert {path.name: path.read_bytes() for path in cfg.model.iterdir()} == before
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in trained.iterdir()}
+    assert not (trained / "config.json").exists()
+    config = json.loads((trained / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 8)
+    assert Path(config["base_model_name_or_path"]) == cfg.model.resolve()
+    model, base = load_model(trained), load_model(cfg.model)
+    for name, weight in base.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight)
+    assert all(bool(lora.b.any()) for lora in adapters(model).values())
+    assert Tokenizer.load(trained).encode("1+2") == Tokenizer.load(cfg.model).encode("1+2")
+
+
+def test_only_the_adapter_is_trained_and_kept(cfg):
+    sft.train(dataclasses.replace(cfg, save_every=4))
+    with safe_open(cfg.output / CHECKPOINT, "pt") as file:
+        names = list(file.keys())
+    assert sum(name.startswith("model/") for name in names) == 2 * 7 * 2  # A and B of 7 linears in 2 layers
+    assert all(".lora." in name for name in names if name.startswith("model/"))
+    assert sum("exp_avg_sq" in name for name in names) == 2 * 7 * 2
+    assert (cfg.output / "step-4" / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"lora_dropout": 0.3}, {"base_4bit": True}], ids=["lora", "dropout", "4 bits"]
+)
+def test_resumed_equals_uninterrupted(cfg, tmp_path, flags):
+    cfg = dataclasses.replace(cfg, save_every=2, schedule="constant", **flags)
+    whole = sft.train(cfg)
+    cut = dataclasses.replace(cfg, output=tmp_path / "cut", steps=2)
+    sft.train(cut)
+    resumed = sft.train(dataclasses.replace(cut, steps=4, resume=True))
+    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (whole, resumed))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert losses_of(cfg.output) == losses_of(tmp_path / "cut")
+
+
+def test_training_goes_on_with_a_saved_adapter(cfg, tmp_path):
+    first = sft.train(cfg)
+    again = dataclasses.replace(cfg, model=first, lora_rank=0, output=tmp_path / "again")
+    second = sft.train(again)
+    assert losses_of(again.output)[0] < losses_of(cfg.output)[0]
+    config, before = (lora_config(load_model(folder)) for folder in (second, first))
+    assert config == before
+
+
+def test_dropout_is_only_in_training(cfg, tmp_path):
+    plain, dropped = (
+        sft.train(dataclasses.replace(cfg, output=tmp_path / str(p), lora_dropout=p)) for p in (0.0, 0.5)
+    )
+    assert losses_of(tmp_path / "0.0") != losses_of(tmp_path / "0.5")
+    assert json.loads((dropped / "adapter_config.json").read_text())["lora_dropout"] == 0.5
+    assert load_model(plain).adapter is not None
+
+
+def test_reinforcement_learning_has_no_dropout(configs, tmp_path):
+    """Not even that of an adapter it goes on with: the first ratio is of the policy that sampled."""
+    first = sft.train(dataclasses.replace(configs["sft"], lora_dropout=0.5, output=tmp_path / "sft"))
+    cfg = dataclasses.replace(configs["grpo"], model=first, lora_rank=0, output=tmp_path / "grpo")
+    trained = grpo.train(cfg)
+    assert metrics_of(cfg.output)[0]["mismatch"] < 1e-5
+    assert load_model(trained).adapter.dropout == 0.5
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"lora_rank": -1}, "--lora-rank: expected a number between 0 and 256, got -1"),
+        ({"lora_alpha": 0.0}, "--lora-alpha: expected a number at least 1e-06"),
+        ({"lora_dropout": 1.0}, "--lora-dropout: expected a number between 0 and 0.99"),
+        ({"lora_rank": 0, "lora_alpha": 8.0}, "--lora-alpha: expected --lora-rank beside it"),
+        ({"lora_rank": 0, "lora_dropout": 0.1}, "--lora-dropout: expected --lora-rank beside it"),
+        ({"lora_rank": 0, "base_4bit": True}, "--base-4bit: 4-bit weights are frozen: expected --lora-rank"),
+    ],
+)
+def test_a_flag_that_would_be_ignored_is_refused(cfg, flags, message):
+    with pytest.raises(InputError, match=message):
+        sft.train(dataclasses.replace(cfg, **flags))
+    assert not cfg.output.exists()
+
+
+def test_a_rank_beside_an_adapter_is_refused(cfg, tmp_path):
+    first = sft.train(cfg)
+    with pytest.raises(
+        InputError, match=r"--lora-rank: .* is an adapter, with which training goes on as it is"
+    ):
+        sft.train(dataclasses.replace(cfg, model=first, output=tmp_path / "again"))
+
+
+def test_chat_and_evaluate_take_an_adapter(cfg, tmp_path, capsys):
+    trained = str(sft.train(cfg))
+    assert main(["chat", "--model", trained, "--prompt", "1+2+3=", "--max-new-tokens", "4"]) == 0
+    data, output = str(cfg.data), str(tmp_path / "evaluation")
+    assert main(["evaluate", "--model", trained, "--data", data, "--output", output, "--device", "cpu"]) == 0
+    assert "perplexity" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["sft", "reward"])
+def test_merged_it_is_a_plain_model(configs, name, tmp_path):
+    trained = TRAINERS[name].train(
+        dataclasses.replace(configs[name], output=tmp_path / "out", base_4bit=True)
+    )
+    merged = tmp_path / "merged"
+    assert main(["merge", "--model", str(trained), "--output", str(merged)]) == 0
+    packed, rows = pack([[1, 2, 3, 4, 5]]), torch.tensor([1, 2, 4])
+    load = load_scalar_model if name == "reward" else load_model
+    whole, adapted = load(merged), load(trained)
+    assert lora_config(whole) is None and all(layer.four_bit is None for layer in linears(whole).values())
+    with torch.no_grad():
+        figures = [
+            m.values(packed, rows) if name == "reward" else m.score(packed, rows)[0] for m in (whole, adapted)
+        ]
+    torch.testing.assert_close(*figures, atol=1e-5, rtol=1e-5)
+    assert Tokenizer.load(merged).encode("1+2") == Tokenizer.load(trained).encode("1+2")
+    assert main(["merge", "--model", str(merged), "--output", str(tmp_path / "again")]) == 1
+
+
+def test_a_base_that_has_gone_is_named(cfg, tmp_path, capsys):
+    trained = sft.train(cfg)
+    cfg.model.rename(tmp_path / "elsewhere")
+    assert main(["chat", "--model", str(trained), "--prompt", "1"]) == 1
+    message = capsys.readouterr().err
+    assert "adapter_config.json: base_model_name_or_path: expected a model folder, found none at" in message
