@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from burnish.algorithms import dpo, kto
+from burnish.algorithms.__main__ import main
 from burnish.algorithms._data import read_rows
 from burnish.algorithms._preferences import (
     Completion,
@@ -348,6 +349,24 @@ def test_a_flag_that_the_loss_would_ignore_is_refused(cfg):
     with pytest.raises(InputError, match=r"--label-smoothing: expected a number between 0 and 0\.499"):
         dpo.train(dataclasses.replace(cfg, loss="robust", label_smoothing=0.5))
     assert not cfg.output.exists()
+
+
+@pytest.mark.parametrize("command", ["reward", "dpo", "kto"])
+def test_wrong_input_is_one_line_and_leaves_nothing(cfg, tmp_path, capsys, command):
+    good = {"prompt": "1+1+1=", "chosen": "3", "rejected": "4"}
+    (tmp_path / "bad.jsonl").write_text(json.dumps(good) + "\n" + json.dumps({"prompt": "1+1+1="}) + "\n")
+    arguments = ["--model", cfg.model, "--data", tmp_path / "bad.jsonl", "--output", tmp_path / "none"]
+    assert main([command, *map(str, arguments)]) == 1
+    assert (
+        f"bad.jsonl line 2: expected the columns {'completion' if command == 'kto' else 'chosen'}"
+        in capsys.readouterr().err
+    )
+    arguments[3] = cfg.data
+    assert main([command, *map(str, arguments), "--batch-size", "0"]) == 1
+    assert "--batch-size: expected a number at least 1" in capsys.readouterr().err
+    assert main([command, *map(str, arguments), "--max-length", "5"]) == 1
+    assert "64 dropped: longer than max_length" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 # ---- KTO
