@@ -8,9 +8,14 @@ from math import prod
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from ._launch import cdiv, use_triton
+
 NESTED = 256  # blocks whose absmax share a nested absmax; also the size of the nested code
+TILE = 4096  # bytes that one program multiplies out, 16 a thread
 
 
 @dataclass(frozen=True)
@@ -49,11 +54,44 @@ class NF4Weight:
         return replace(self, **{n: t.to(device) for n, t in held.items() if isinstance(t, Tensor)})
 
 
+@triton.jit
+def absmax_of(
+    absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, blocks, mask, DOUBLE: tl.constexpr
+):  # fmt: skip
+    """The absmax of these blocks of weights, fp32."""
+    absmax = tl.load(absmax_ptr + blocks, mask, other=0)
+    if DOUBLE:
+        nested = tl.load(nested_absmax_ptr + blocks // 256, mask, other=0.0)
+        absmax = tl.load(nested_code_ptr + absmax.to(tl.int32)) * nested + tl.load(offset_ptr)
+    return absmax
+
+
+@triton.jit
+def _dequantize_fwd(
+    packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, out_ptr, numel, blocks,
+    DOUBLE: tl.constexpr, HALF: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    # a row of the tile is a block of weights, HALF bytes; a thread takes 16 bytes and has one absmax for them
+    rows = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    absmax = absmax_of(
+        absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, rows, rows < blocks, DOUBLE
+    )  # fmt: skip
+    places = rows[:, None] * HALF + tl.arange(0, HALF)[None, :]  # [BLOCKS, HALF]
+    pairs = tl.load(packed_ptr + places, 2 * places < numel, other=0, eviction_policy="evict_first")
+    code = tl.load(code_ptr + tl.arange(0, 16))
+    pairs = tl.reshape(pairs, [BLOCKS * HALF]).to(tl.int32)
+    first = tl.reshape(tl.gather(code, pairs >> 4, 0), [BLOCKS, HALF]) * absmax[:, None]
+    second = tl.reshape(tl.gather(code, pairs & 15, 0), [BLOCKS, HALF]) * absmax[:, None]
+    values = tl.reshape(tl.join(first, second), [BLOCKS, 2 * HALF])
+    places = rows[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
+    tl.store(out_ptr + places, values.to(out_ptr.dtype.element_ty), places < numel)
+
+
 def _lookup(packed: Tensor, code: Tensor, absmax: Tensor, numel: int, blocksize: int) -> Tensor:
     """The CPU path: two values at a time, from a table of 256 bytes. (numel,) fp32."""
     nibbles = torch.arange(256)
     pairs = code[torch.stack((nibbles >> 4, nibbles & 15), -1)]  # (256, 2)
-    values = F.embedding(packed.int(), pairs).flatten()  # (2 numel', )
+    values = F.embedding(packed.int(), pairs).flatten()
     whole = numel // blocksize * blocksize
     values[:whole].view(-1, blocksize).mul_(absmax[: whole // blocksize, None])
     if whole < numel:
@@ -72,6 +110,17 @@ def dequantize(
     blocksize: int,
     dtype: torch.dtype,
 ) -> Tensor:
+    """The weight of `shape` in `dtype`: one launch, or on a CPU table lookups."""
+    if use_triton(packed):
+        out = packed.new_empty(shape, dtype=dtype)
+        if out.numel():
+            half = blocksize // 2
+            rows = max(1, TILE // half)
+            _dequantize_fwd[(cdiv(absmax.numel(), rows),)](
+                packed, absmax, code, nested_absmax, nested_code, offset, out, out.numel(), absmax.numel(),
+                nested_absmax is not None, half, rows, num_warps=8, enable_fp_fusion=False,
+            )  # fmt: skip
+        return out
     if nested_absmax is not None and nested_code is not None and offset is not None:
         nested = nested_absmax.repeat_interleave(NESTED)[: absmax.numel()]
         absmax = nested_code[absmax.int()].mul_(nested).add_(offset)

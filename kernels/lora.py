@@ -24,10 +24,21 @@ Source: LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685, equation 3; DoRA
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ._four_bit import NF4Weight, dequantize
-from ._launch import check_shape, register
+from ._launch import (
+    capability,
+    cdiv,
+    check_dtype,
+    check_shape,
+    multiprocessors,
+    next_power_of_2,
+    register,
+    use_triton,
+)
 
 # ---- reference
 
@@ -95,7 +106,325 @@ def _threshold(dropout: float) -> int:
 # ---- kernels
 
 
+@triton.jit
+def _mix32(h):
+    # _mix, on uint32
+    h = h ^ (h >> 16)
+    h = h * 0x7FEB352D
+    h = h ^ (h >> 15)
+    h = h * 0x846CA68B
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def _kept(seed_ptr, rows, columns, threshold):
+    # [rows, columns]: True where an element is not dropped
+    seed = tl.load(seed_ptr)
+    low = _mix32(seed.to(tl.uint32))
+    high = _mix32((seed >> 32).to(tl.uint32) ^ 0x2545F491)
+    row, column = _mix32(rows.to(tl.uint32) ^ low), _mix32(columns.to(tl.uint32) ^ high)
+    return (_mix32(row[:, None] ^ column[None, :]) >> 8).to(tl.int32) >= threshold
+
+
+@triton.jit
+def _span(adapter_ptr, rows, M, ADAPTERS: tl.constexpr):
+    # each row's adapter, and the first and one past the last of them all: rows of one sequence lie together
+    mine, first, last = tl.zeros_like(rows).to(tl.int32), 0, 1
+    if ADAPTERS:
+        mine = tl.load(adapter_ptr + rows, rows < M, other=-1).to(tl.int32)
+        first, last = tl.min(tl.where(mine < 0, 2147483647, mine), 0), tl.max(mine, 0) + 1
+    return mine, first, last
+
+
+@triton.jit
+def _shrink_fwd(
+    x_ptr, a_ptr, adapter_ptr, seed_ptr, s_ptr, M, K, R, threshold, keep_scale,
+    ADAPTERS: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    # S = drop(x) A^T, each row with its adapter's A
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    low = tl.arange(0, BLOCK_R)
+    mine, first, last = _span(adapter_ptr, rows, M, ADAPTERS)
+    acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    for e in range(first, last):
+        part = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+        for k in range(0, K, BLOCK_K):
+            cols = k + tl.arange(0, BLOCK_K)
+            live = (rows < M)[:, None] & (cols < K)[None, :]
+            x = tl.load(x_ptr + rows[:, None] * K + cols[None, :], live, other=0.0)
+            if DROPOUT:
+                x = tl.where(_kept(seed_ptr, rows, cols, threshold), x * keep_scale, 0.0).to(x.dtype)
+            places = (tl.cast(e, tl.int64) * R + low)[None, :] * K + cols[:, None]  # [BLOCK_K, BLOCK_R]
+            a = tl.load(a_ptr + places, (low < R)[None, :] & (cols < K)[:, None], other=0.0)
+            part = tl.dot(x, a, part, input_precision="ieee")
+        acc = tl.where((mine == e)[:, None], part, acc)
+    places = rows[:, None] * R + low[None, :]
+    tl.store(s_ptr + places, acc.to(s_ptr.dtype.element_ty), (rows < M)[:, None] & (low < R)[None, :])
+
+
+@triton.jit
+def _low_rank(
+    s_ptr, b_ptr, adapter_ptr, rows, cols, M, N, R, stride_e, stride_n, stride_r,
+    ADAPTERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    # S B^T on one tile, each row with its adapter's B
+    low = tl.arange(0, BLOCK_R)
+    s = tl.load(s_ptr + rows[:, None] * R + low[None, :], (rows < M)[:, None] & (low < R)[None, :], other=0.0)
+    mine, first, last = _span(adapter_ptr, rows, M, ADAPTERS)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for e in range(first, last):
+        places = tl.cast(e, tl.int64) * stride_e + low[:, None] * stride_r + cols[None, :] * stride_n
+        b = tl.load(b_ptr + places, (low < R)[:, None] & (cols < N)[None, :], other=0.0)
+        part = tl.dot(s, b, input_precision="ieee")
+        acc = tl.where((mine == e)[:, None], part, acc)
+    return acc
+
+
+@triton.jit
+def _expand_fwd(
+    out_ptr, s_ptr, b_ptr, adapter_ptr, seed_ptr, gain_ptr, bias_ptr, M, N, R, stride_e, stride_n, stride_r,
+    scaling, threshold, keep_scale,
+    ADAPTERS: tl.constexpr, DROPOUT: tl.constexpr, GAIN: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    # out = gain (out + drop(scaling S B^T)) + bias, in place: what follows a product of cuBLAS
+    blocks = tl.cdiv(N, BLOCK_N)
+    rows = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = _low_rank(
+        s_ptr, b_ptr, adapter_ptr, rows, cols, M, N, R, stride_e, stride_n, stride_r,
+        ADAPTERS, BLOCK_M, BLOCK_N, BLOCK_R,
+    )  # fmt: skip
+    if DROPOUT:
+        acc = tl.where(_kept(seed_ptr, rows, cols, threshold), acc * keep_scale, 0.0)
+    live = (rows < M)[:, None] & (cols < N)[None, :]
+    places = out_ptr + rows[:, None] * N + cols[None, :]
+    out = tl.load(places, live, other=0.0).to(tl.float32) + scaling * acc
+    if GAIN:
+        out *= tl.load(gain_ptr + cols, cols < N, other=0.0)[None, :]
+    if BIAS:
+        out += tl.load(bias_ptr + cols, cols < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(places, out.to(out_ptr.dtype.element_ty), live)
+
+
+@triton.jit
+def _lora_fwd(
+    x_ptr, w_ptr, s_ptr, b_ptr, adapter_ptr, gain_ptr, bias_ptr, out_ptr, M, N, K, R, stride_e, stride_n, stride_r,
+    scaling, ADAPTERS: tl.constexpr, GAIN: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    # the base's product, its accumulator started from the adapter's; GROUP rows of tiles share a column of W in L2
+    blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    band = tl.program_id(0) // (GROUP * blocks_n)
+    height = tl.minimum(blocks_m - band * GROUP, GROUP)
+    inside = tl.program_id(0) % (GROUP * blocks_n)
+    rows = (band * GROUP + inside % height).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = (inside // height).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = scaling * _low_rank(
+        s_ptr, b_ptr, adapter_ptr, rows, cols, M, N, R, stride_e, stride_n, stride_r,
+        ADAPTERS, BLOCK_M, BLOCK_N, BLOCK_R,
+    )  # fmt: skip
+    for k in range(0, K, BLOCK_K):
+        deep = k + tl.arange(0, BLOCK_K)
+        x_live, w_live = (rows < M)[:, None] & (deep < K)[None, :], (deep < K)[:, None] & (cols < N)[None, :]
+        x = tl.load(x_ptr + rows[:, None] * K + deep[None, :], x_live, other=0.0)
+        w = tl.load(w_ptr + cols[None, :] * K + deep[:, None], w_live, other=0.0)  # [BLOCK_K, BLOCK_N]
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    if GAIN:
+        acc *= tl.load(gain_ptr + cols, cols < N, other=0.0)[None, :]
+    if BIAS:
+        acc += tl.load(bias_ptr + cols, cols < N, other=0.0).to(tl.float32)[None, :]
+    live = (rows < M)[:, None] & (cols < N)[None, :]
+    tl.store(out_ptr + rows[:, None] * N + cols[None, :], acc.to(out_ptr.dtype.element_ty), live)
+
+
+@triton.jit
+def _dora_norm_fwd(
+    w_ptr, a_ptr, b_ptr, norm_ptr, N, K, R, scaling,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    # |W + scaling B A| of each row, without the sum in memory
+    cols, low = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
+    b = tl.load(b_ptr + cols[:, None] * R + low[None, :], (cols < N)[:, None] & (low < R)[None, :], other=0.0)
+    squares = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        deep = k + tl.arange(0, BLOCK_K)
+        a = tl.load(
+            a_ptr + low[:, None] * K + deep[None, :], (low < R)[:, None] & (deep < K)[None, :], other=0.0
+        )
+        live = (cols < N)[:, None] & (deep < K)[None, :]
+        w = tl.load(w_ptr + cols[:, None] * K + deep[None, :], live, other=0.0).to(tl.float32)
+        w += scaling * tl.dot(b, a, input_precision="ieee")
+        squares += w * w
+    tl.store(norm_ptr + cols, tl.sqrt(tl.sum(squares, 1)), cols < N)
+
+
+@triton.jit
+def _lora_bwd(
+    dout_ptr, s_ptr, b_ptr, ds_ptr, db_ptr, M, N, R, scaling,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    # One pass over dout: dS of BLOCK_M rows, and these rows' share of dB, which is added up afterwards in a fixed order
+    rows, low = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
+    s_live = (rows < M)[:, None] & (low < R)[None, :]
+    s = tl.load(s_ptr + rows[:, None] * R + low[None, :], s_live, other=0.0)
+    ds = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    for n in range(0, N, BLOCK_N):
+        cols = n + tl.arange(0, BLOCK_N)
+        live = (rows < M)[:, None] & (cols < N)[None, :]
+        dout = tl.load(dout_ptr + rows[:, None] * N + cols[None, :], live, other=0.0)
+        b_live = (cols < N)[:, None] & (low < R)[None, :]
+        places = cols[:, None] * R + low[None, :]
+        b = tl.load(b_ptr + places, b_live, other=0.0)
+        ds = tl.dot(dout, b, ds, input_precision="ieee")
+        db = scaling * tl.dot(tl.trans(dout), s, input_precision="ieee")  # [BLOCK_N, BLOCK_R]
+        tl.store(db_ptr + tl.program_id(0).to(tl.int64) * N * R + places, db, b_live)
+    tl.store(ds_ptr + rows[:, None] * R + low[None, :], (scaling * ds).to(ds_ptr.dtype.element_ty), s_live)
+
+
+@triton.jit
+def _lora_a_bwd(
+    ds_ptr, x_ptr, adapter_ptr, seed_ptr, partial_ptr, M, K, R, tiles, threshold, keep_scale,
+    ADAPTERS: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    # Program (i, j, e): columns of block i of dA of adapter e, summed over the share j of the rows
+    cols, low = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
+    e = tl.program_id(2)
+    acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+    first = tl.program_id(1) * tiles
+    for tile in range(first, tl.minimum(first + tiles, tl.cdiv(M, BLOCK_M))):
+        rows = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        own = rows < M
+        if ADAPTERS:
+            own = own & (tl.load(adapter_ptr + rows, own, other=-1).to(tl.int32) == e)
+        ds = tl.load(ds_ptr + rows[None, :] * R + low[:, None], own[None, :] & (low < R)[:, None], other=0.0)
+        x = tl.load(x_ptr + rows[:, None] * K + cols[None, :], own[:, None] & (cols < K)[None, :], other=0.0)
+        if DROPOUT:
+            x = tl.where(_kept(seed_ptr, rows, cols, threshold), x * keep_scale, 0.0).to(x.dtype)
+        acc = tl.dot(ds, x, acc, input_precision="ieee")
+    share = (tl.program_id(1) * tl.num_programs(2) + e).to(tl.int64) * R
+    places = (share + low)[:, None] * K + cols[None, :]
+    tl.store(partial_ptr + places, acc, (low < R)[:, None] & (cols < K)[None, :])
+
+
 # ---- autograd
+
+# Which path takes a plain product, by shape. "cublas": F.linear, then addmm in place, the very calls of the baseline.
+# "epilogue": F.linear, then _expand_fwd. "fused": _lora_fwd. No shape has been measured yet: "cublas" everywhere.
+# `python -m burnish.bench lora_linear --peers` times the three side by side.
+MEASURED: dict[tuple[tuple[int, int], int, int, int], str] = {}  # (capability, N, K, R) -> path
+PATH: str | None = None  # set by bench/peers.py and by tests alone: this path for every shape
+PATHS = ("cublas", "epilogue", "fused")
+
+
+def _path(x: Tensor, N: int, R: int) -> str:
+    """What is more than a product (dropout, several adapters, DoRA) has its kernel around cuBLAS' product."""
+    return PATH or MEASURED.get((capability(x), N, x.shape[1], R), "cublas")
+
+
+def _drop_arguments(seed: Tensor | None, dropout: float) -> tuple[int, float]:
+    return (_threshold(dropout), 1 / (1 - dropout)) if seed is not None else (0, 1.0)
+
+
+def _ranks(R: int) -> int:
+    return max(16, next_power_of_2(R))
+
+
+def _shrink(x: Tensor, a: Tensor, adapter: Tensor | None, seed: Tensor | None, dropout: float) -> Tensor:
+    """drop(x) A^T (M, R), one pass over x."""
+    (M, K), R = x.shape, a.shape[-2]
+    S = x.new_empty(M, R)
+    if S.numel():
+        block_m = 32 if R > 64 or 64 * multiprocessors(x) > M else 64
+        _shrink_fwd[(cdiv(M, block_m),)](
+            x, a, adapter, seed, S, M, K, R, *_drop_arguments(seed, dropout),
+            adapter is not None, seed is not None, block_m, 64, _ranks(R), num_warps=4, num_stages=3,
+        )  # fmt: skip
+    return S
+
+
+def _expand_(
+    out: Tensor,
+    S: Tensor,
+    b: Tensor,
+    scaling: float,
+    adapter: Tensor | None = None,
+    seed: Tensor | None = None,
+    dropout: float = 0.0,
+    gain: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> None:
+    """out = gain (out + drop(scaling S b^T)) + bias, in place. b: (N, R) or (adapters, N, R), any strides."""
+    M, N = out.shape
+    R = S.shape[1]
+    if out.numel():
+        block_n = 64 if R > 64 else 128
+        _expand_fwd[(cdiv(M, 64) * cdiv(N, block_n),)](
+            out, S, b, adapter, seed, gain, bias, M, N, R, b.stride(0), b.stride(-2), b.stride(-1),
+            scaling, *_drop_arguments(seed, dropout),
+            adapter is not None, seed is not None, gain is not None, bias is not None, 64, block_n, _ranks(R),
+            num_warps=4 if R <= 64 else 8, num_stages=1,
+        )  # fmt: skip
+
+
+def _fused(
+    x: Tensor,
+    W: Tensor,
+    S: Tensor,
+    b: Tensor,
+    scaling: float,
+    adapter: Tensor | None,
+    gain: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    (M, K), (N, R) = x.shape, b.shape[-2:]
+    out = x.new_empty(M, N)
+    if out.numel():
+        tile = _fused_tile(x, R)
+        _lora_fwd[(cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]),)](
+            x, W, S, b, adapter, gain, bias, out, M, N, K, R, b.stride(0), b.stride(-2), b.stride(-1), scaling,
+            adapter is not None, gain is not None, bias is not None, BLOCK_R=_ranks(R), GROUP=8, **tile,
+        )  # fmt: skip
+    return out
+
+
+def _fused_tile(x: Tensor, R: int) -> dict[str, int]:
+    if x.dtype == torch.float32 or R > 64:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+    if capability(x)[0] >= 9 and capability(x) != (9, 4):
+        return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+    return {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+
+
+def _a_grad(
+    dS: Tensor, x: Tensor, a: Tensor, adapter: Tensor | None, seed: Tensor | None, dropout: float
+) -> Tensor:
+    """dS^T drop(x), one pass over x for each adapter, in a's shape."""
+    (M, K), R = x.shape, dS.shape[1]
+    adapters, block_k = a.shape[0] if adapter is not None else 1, 64
+    splits = max(1, min(cdiv(M, 512), cdiv(2 * multiprocessors(x), cdiv(K, block_k))))
+    tiles = cdiv(cdiv(M, 32), splits)
+    partial = x.new_zeros(splits, adapters, R, K, dtype=torch.float32)
+    if M * K:
+        _lora_a_bwd[(cdiv(K, block_k), splits, adapters)](
+            dS, x, adapter, seed, partial, M, K, R, tiles, *_drop_arguments(seed, dropout),
+            adapter is not None, seed is not None, 32, block_k, _ranks(R), num_warps=4, num_stages=2,
+        )  # fmt: skip
+    return partial.sum(0).to(x.dtype).view(a.shape)
+
+
+def _dout_once(g: Tensor, S: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """dS (M, R) and dB (N, R), from one pass over g."""
+    (M, N), R = g.shape, S.shape[1]
+    dS, block_m = torch.empty_like(S), 64 if R > 64 else 128
+    partial = g.new_zeros(max(1, cdiv(M, block_m)), N, R, dtype=torch.float32)
+    if M:
+        _lora_bwd[(cdiv(M, block_m),)](
+            g, S, b, dS, partial, M, N, R, scaling, block_m, 32, _ranks(R), num_warps=8, num_stages=2
+        )
+    return dS, partial.sum(0).to(g.dtype)
 
 
 def _stacked(S: Tensor, adapter: Tensor | None, adapters: int) -> Tensor:
@@ -136,6 +465,23 @@ def _forward(
     """x: (M, K). Returns out (M, N), S (M, R), and the norm (N,) of DoRA, empty without it."""
     W = _dense(x, weight, absmax, code, nested_absmax, nested_code, offset, blocksize, lora_b)
     A, B = _flat(lora_a, lora_b)
+    if use_triton(x):
+        path = _path(x, *lora_b.shape[-2:])
+        norm = x.new_empty(0 if magnitude is None else W.shape[0], dtype=torch.float32)
+        if magnitude is not None and norm.numel():
+            _norm_triton(W, A, B, scaling, norm)
+        gain = None if magnitude is None else magnitude / norm
+        plain = seed is None and adapter is None
+        S = x @ A.T if plain and path == "cublas" else _shrink(x, lora_a, adapter, seed, dropout)
+        if path == "fused":
+            return _fused(x, W, S, lora_b, scaling, adapter, gain, bias), S, norm
+        first = bias if gain is None else None
+        out = F.linear(x, W, first)
+        if gain is None and adapter is None and path == "cublas":
+            out.addmm_(S, B.T, alpha=scaling)
+        else:
+            _expand_(out, S, lora_b, scaling, adapter, gain=gain, bias=None if gain is None else bias)
+        return out, S, norm
     adapters = lora_a.shape[0] if adapter is not None else 1
     dropped = x if seed is None else _drop(x, dropout, seed)
     S = _picked(dropped @ A.T, adapter, adapters)
@@ -181,6 +527,13 @@ def _norm(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     return torch.addmm(W.to(wide), B.to(wide), A.to(wide), alpha=scaling).norm(dim=1)
 
 
+def _norm_triton(W: Tensor, A: Tensor, B: Tensor, scaling: float, norm: Tensor) -> None:
+    (N, K), R = W.shape, A.shape[0]
+    _dora_norm_fwd[(cdiv(N, 32),)](
+        W, A, B, norm, N, K, R, scaling, 32, 64, _ranks(R), num_warps=4, num_stages=2
+    )
+
+
 def _backward(
     dout: Tensor,
     x: Tensor,
@@ -222,21 +575,31 @@ def _backward(
             before = F.linear(x, W).addmm_(_stacked(S, adapter, adapters), B.T, alpha=scaling)
             dm = (dout.to(wide) * before).sum(0) / norm
         g = dout * (magnitude / norm).to(dout.dtype)
-    dS = _stacked(_picked(g @ B, adapter, adapters).mul_(scaling), adapter, adapters)  # (M, adapters R)
+    fused = use_triton(x)
+    once = fused and with_dlora and adapter is None and _path(x, *lora_b.shape[-2:]) != "cublas"
+    if once:
+        dS, db = _dout_once(g, S, lora_b, scaling)
+    else:
+        dS = _picked(g @ B, adapter, adapters).mul_(scaling)  # (M, R)
+        if with_dlora:
+            db = (g.T @ _stacked(S, adapter, adapters)).mul_(scaling)  # (N, adapters R)
+            if lora_b.ndim == 3:
+                db = db.view(db.shape[0], adapters, -1).transpose(0, 1).contiguous()
     if with_dlora:
-        dropped = x if seed is None else _drop(x, dropout, seed)
-        da = (dS.T @ dropped).view(lora_a.shape)
-        db = g.T @ _stacked(S, adapter, adapters)  # (N, adapters R)
-        db = db.mul_(scaling)
-        if lora_b.ndim == 3:
-            db = db.view(db.shape[0], adapters, -1).transpose(0, 1).contiguous()
+        if fused and not (seed is None and adapter is None):
+            da = _a_grad(dS, x, lora_a, adapter, seed, dropout)
+        else:
+            dropped = x if seed is None else _drop(x, dropout, seed)
+            da = (_stacked(dS, adapter, adapters).T @ dropped).view(lora_a.shape)
     if with_dx:
         assert W is not None
         dx = g @ W
-        if seed is None:
-            dx.addmm_(dS, A)
+        if fused and not (seed is None and adapter is None):
+            _expand_(dx, dS, lora_a.transpose(-2, -1), 1.0, adapter, seed, dropout)
+        elif seed is None:
+            dx.addmm_(_stacked(dS, adapter, adapters), A)
         else:
-            dx.add_(_drop(dS @ A, dropout, seed))
+            dx.add_(_drop(_stacked(dS, adapter, adapters) @ A, dropout, seed))
     return dx, da, db, dbias, dm
 
 
@@ -330,6 +693,12 @@ def lora_linear(
     R = lora_a.shape[-2] if lora_a.ndim > 1 else -1
     check_shape("lora_a", lora_a, **stack, rank=R, **{"in": K})
     check_shape("lora_b", lora_b, **stack, out=N, rank=R)
+    if use_triton(x):
+        check_dtype("x", x)
+        if R > 256:
+            raise NotImplementedError(
+                f"lora_a: expected rank 1 to 256, got {R}; merge the adapter into the weight"
+            )
     for name, vector in (("bias", bias), ("magnitude", magnitude)):
         if vector is not None:
             check_shape(name, vector, out=N)

@@ -22,14 +22,15 @@ Source: QLoRA, Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, section 3
 
 from dataclasses import replace
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from ._four_bit import NESTED, NF4Weight, dequantize
-from ._launch import check_dtype, check_shape
+from ._four_bit import NESTED, TILE, NF4Weight, absmax_of, dequantize
+from ._launch import cdiv, check_dtype, check_shape, multiprocessors, next_power_of_2, register, use_triton
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -144,21 +145,191 @@ def _held(
 # ---- kernels
 
 
+@triton.jit
+def _quantize_fwd(
+    w_ptr, bounds_ptr, order_ptr, packed_ptr, absmax_ptr, numel, blocks,
+    HALF: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    places = rows[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]  # [BLOCKS, 2 HALF]
+    w = tl.load(w_ptr + places, places < numel, other=0.0).to(tl.float32)
+    absmax = tl.max(tl.abs(w), 1)
+    short = (rows + 1) * (2 * HALF) > numel  # the last block: a quotient there, elsewhere a product
+    tl.store(absmax_ptr + rows, tl.where(short & (absmax == 0), 1e-38, absmax), rows < blocks)
+    divisor = tl.where(absmax == 0, 1.0, absmax)
+    scaled = tl.where(
+        short[:, None],
+        tl.div_rn(w, tl.broadcast_to(divisor[:, None], [BLOCKS, 2 * HALF])),
+        w * tl.div_rn(tl.full([BLOCKS], 1.0, tl.float32), divisor)[:, None],
+    )
+    place = tl.zeros([BLOCKS, 2 * HALF], tl.int32)
+    for i in tl.static_range(15):
+        place += (scaled > tl.load(bounds_ptr + i)).to(tl.int32)
+    order = tl.load(order_ptr + tl.arange(0, 16)).to(tl.int32)
+    nibbles = tl.gather(order, tl.reshape(place, [BLOCKS * 2 * HALF]), 0)
+    first, second = tl.split(tl.reshape(nibbles, [BLOCKS, HALF, 2]))
+    places = rows[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    tl.store(packed_ptr + places, ((first << 4) | second).to(tl.uint8), 2 * places < numel)
+
+
+@triton.jit
+def _few_rows_fwd(
+    x_ptr, packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, partial_ptr,
+    M, N, K, steps, DOUBLE: tl.constexpr, BLOCKSIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # Program (i, j): columns of block i of the result, the share j of K. Even and odd weights are multiplied apart,
+    # so nothing is interleaved; a step stays inside one block of weights, so absmax scales the step's sum.
+    rows, cols = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live, seen = (rows < M)[:, None], (cols < N)[:, None]
+    code = tl.load(code_ptr + tl.arange(0, 16)).to(x_ptr.dtype.element_ty)
+    starts = cols.to(tl.int64) * K  # the places of the rows of W
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(tl.program_id(1) * steps, tl.minimum((tl.program_id(1) + 1) * steps, K // (2 * BLOCK_K))):
+        bytes_ = starts[:, None] // 2 + k * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]  # [BLOCK_N, BLOCK_K]
+        pairs = tl.load(packed_ptr + bytes_, seen, other=0, eviction_policy="evict_first").to(tl.int32)
+        pairs = tl.reshape(pairs, [BLOCK_N * BLOCK_K])
+        first = tl.reshape(tl.gather(code, pairs >> 4, 0), [BLOCK_N, BLOCK_K])
+        second = tl.reshape(tl.gather(code, pairs & 15, 0), [BLOCK_N, BLOCK_K])
+        even = x_ptr + rows[:, None] * K + 2 * (k * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
+        step = tl.dot(tl.load(even, live, other=0.0), tl.trans(first), input_precision="ieee")
+        step = tl.dot(tl.load(even + 1, live, other=0.0), tl.trans(second), step, input_precision="ieee")
+        blocks = (starts + 2 * k * BLOCK_K) // BLOCKSIZE
+        acc += step * absmax_of(
+            absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, blocks, cols < N, DOUBLE
+        )[None, :]  # fmt: skip
+    places = (tl.program_id(1) * M + rows).to(tl.int64)[:, None] * N + cols[None, :]
+    tl.store(partial_ptr + places, acc, live & (cols < N)[None, :])
+
+
+@triton.jit
+def _add_splits(
+    partial_ptr, bias_ptr, y_ptr, numel, N, SPLITS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in range(SPLITS):
+        total += tl.load(partial_ptr + tl.cast(split, tl.int64) * numel + places, places < numel, other=0.0)
+    if BIAS:
+        total += tl.load(bias_ptr + places % N, places < numel, other=0.0).to(tl.float32)
+    tl.store(y_ptr + places, total.to(y_ptr.dtype.element_ty), places < numel)
+
+
 # ---- autograd
 
+FEW_ROWS = 64  # up to here the product reads W in its 4 bits; beyond, W is multiplied out and cuBLAS takes it
 
-class _NF4LinearTorch(torch.autograd.Function):
-    """The CPU path: the weight is multiplied out for each product and not kept."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
-        ctx.weight = weight
-        return F.linear(x, dequantize_nf4(weight, x.dtype), bias)
+def _quantize(
+    weight: Tensor, bounds: Tensor, order: Tensor, blocksize: int
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    packed, absmax = _quantize_fake(weight, bounds, order, blocksize)
+    if absmax.numel():
+        half = blocksize // 2
+        rows = max(1, TILE // blocksize)
+        _quantize_fwd[(cdiv(absmax.numel(), rows),)](
+            weight, bounds, order, packed, absmax, weight.numel(), absmax.numel(), half, rows, num_warps=8
+        )
+    return packed, absmax
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        dx = dy @ dequantize_nf4(ctx.weight, dy.dtype) if ctx.needs_input_grad[0] else None
-        return dx, None, dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+
+def _quantize_fake(weight, bounds, order, blocksize):
+    n = weight.numel()
+    absmax = weight.new_empty(cdiv(n, blocksize), dtype=torch.float32)
+    return weight.new_empty(cdiv(n, 2), dtype=torch.uint8), absmax
+
+
+def _dequantize_fake(packed, absmax, code, nested_absmax, nested_code, offset, shape, blocksize, dtype):
+    return packed.new_empty(shape, dtype=dtype)
+
+
+def _linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    N: int,
+    blocksize: int,
+) -> Tensor:
+    """x: (M, K), contiguous. The 4-bit weight is (N, K)."""
+    M, K = x.shape
+    four_bit = packed, absmax, code, nested_absmax, nested_code, offset
+    step = min(blocksize, 64)
+    if not use_triton(x) or M > FEW_ROWS or K % blocksize or 0 in (M, N, K):
+        return F.linear(x, dequantize(*four_bit, [N, K], blocksize, x.dtype), bias)
+    columns = cdiv(N, BLOCK_N)
+    splits = max(1, min(cdiv(4 * multiprocessors(x), columns), K // step, 64))
+    steps = cdiv(K // step, splits)
+    splits = cdiv(K // step, steps)
+    partial = x.new_empty(splits, M, N, dtype=torch.float32)
+    _few_rows_fwd[(columns, splits)](
+        x, *four_bit, partial, M, N, K, steps, nested_absmax is not None, blocksize,
+        max(16, next_power_of_2(M)), BLOCK_N, step // 2, num_warps=4, num_stages=4,
+    )  # fmt: skip
+    y = x.new_empty(M, N)
+    _add_splits[(cdiv(M * N, 256),)](partial, bias, y, M * N, N, splits, bias is not None, 256, num_warps=4)
+    return y
+
+
+BLOCK_N = 64
+
+
+def _linear_fake(x, packed, absmax, code, nested_absmax, nested_code, offset, bias, N, blocksize):
+    return x.new_empty(x.shape[0], N)
+
+
+def _linear_backward(
+    dy: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    K: int,
+    blocksize: int,
+    with_dx: bool,
+    with_dbias: bool,
+) -> tuple[Tensor, Tensor]:
+    """dx and dbias, each empty where it is not asked for."""
+    dx, dbias = dy.new_empty(0), dy.new_empty(0)
+    if with_dx:
+        shape = [dy.shape[1], K]
+        dx = dy @ dequantize(
+            packed, absmax, code, nested_absmax, nested_code, offset, shape, blocksize, dy.dtype
+        )
+    if with_dbias:
+        dbias = dy.sum(0)
+    return dx, dbias
+
+
+def _linear_backward_fake(
+    dy, packed, absmax, code, nested_absmax, nested_code, offset, K, blocksize, with_dx, with_dbias
+):  # fmt: skip
+    M, N = dy.shape
+    return dy.new_empty((M, K) if with_dx else 0), dy.new_empty(N if with_dbias else 0)
+
+
+def _save(ctx, inputs, output):
+    x, *four_bit, _bias, _N, blocksize = inputs
+    ctx.save_for_backward(*four_bit)
+    ctx.numbers = x.shape[1], blocksize
+
+
+def _differentiate(ctx, dy: Tensor):
+    with_dx, with_dbias = ctx.needs_input_grad[0], ctx.needs_input_grad[7]
+    dx, dbias = _nf4_backward(dy.contiguous(), *ctx.saved_tensors, *ctx.numbers, with_dx, with_dbias)
+    return dx if with_dx else None, *[None] * 6, dbias if with_dbias else None, None, None
+
+
+_nf4_backward = register("nf4_linear_backward", _linear_backward, _linear_backward_fake)
+_nf4 = register("nf4_linear", _linear, _linear_fake, _save, _differentiate)
+_dequantize = register("dequantize_nf4", dequantize, _dequantize_fake)
+_quantize_4bit = register("quantize_nf4", _quantize, _quantize_fake)
 
 
 # ---- public op
@@ -178,16 +349,20 @@ def quantize_nf4(
     if quant_type not in ORDER:
         raise ValueError(f"quant_type: expected one of {tuple(ORDER)}, got {quant_type!r}")
     check_dtype("weight", weight)
-    return quantize_nf4_reference(
-        weight, blocksize=blocksize, quant_type=quant_type, double_quant=double_quant
-    )
+    if not use_triton(weight):
+        return quantize_nf4_reference(
+            weight, blocksize=blocksize, quant_type=quant_type, double_quant=double_quant
+        )
+    flat = weight.detach().contiguous()
+    packed, absmax = _quantize_4bit(flat, *_bounds(quant_type, weight.device), blocksize)
+    return _held(weight, packed, absmax, _code(quant_type, weight.device), blocksize, double_quant)
 
 
 def dequantize_nf4(weight: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
     """The weight in `dtype`, or in the one that it had: code[nibble] * absmax in fp32, rounded once. No gradient."""
     if dtype is not None and dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"dtype: expected float32, float16 or bfloat16, got {dtype}")
-    return dequantize(*weight.tensors(), list(weight.shape), weight.blocksize, dtype or weight.dtype)
+    return _dequantize(*weight.tensors(), list(weight.shape), weight.blocksize, dtype or weight.dtype)
 
 
 def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
@@ -203,4 +378,8 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
         raise ValueError(f"x: expected shape (..., in={K}), got {tuple(x.shape)}")
     if bias is not None:
         check_shape("bias", bias, out=N)
-    return _NF4LinearTorch.apply(x, weight, bias)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    y = _nf4(x.reshape(-1, K).contiguous(), *weight.tensors(), bias, N, weight.blocksize)
+    return y.view(*x.shape[:-1], N)
