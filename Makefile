@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 test test-slow: export OMP_NUM_THREADS = 1
 
-.PHONY: help demo chat test test-slow lint format bench static gpu docs clean
+.PHONY: help demo demo-chat chat test test-slow lint format bench static gpu docs clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -19,6 +19,10 @@ $(READY): setup.py pyproject.toml constraints.txt
 
 demo: $(READY) ## DeepSeek-R1's recipe in miniature, from a base model to a report (about 4 minutes on 2 cores)
 	$(BIN)/burnish r1
+
+MODE ?= lora
+demo-chat: models/SmolLM2-135M-Instruct ## GRPO on a real chat model: MODE=full, lora or qlora (at most 15 minutes on 2 cores)
+	$(BIN)/burnish chat-demo --mode $(MODE)
 
 models/SmolLM2-135M-Instruct: $(READY)
 	$(BIN)/pip install --quiet --constraint constraints.txt gguf

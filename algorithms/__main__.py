@@ -23,6 +23,8 @@ COMMANDS = {  # name: (module with a Config, its function of a Config, one line)
         "evaluate",
         "accuracy, pass@k and majority vote under a verifier of yours, or perplexity",
     ),
+    "chat-demo": ("burnish.algorithms.chat_demo", "train", "GRPO on a real chat model: whole, LoRA or QLoRA"),
+    "merge": ("burnish.algorithms.merge", "merge", "fold an adapter into its model"),
     "chat": ("burnish.algorithms.chat", "main", "talk to a model"),
     "convert": ("burnish.model.convert", "main", "turn a GGUF file into a Hugging Face folder"),
 }
