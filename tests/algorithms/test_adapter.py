@@ -136,6 +136,19 @@ def test_resumed_equals_uninterrupted(cfg, tmp_path, flags):
     assert losses_of(cfg.output) == losses_of(tmp_path / "cut")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("base_4bit", [False, True], ids=["lora", "qlora"])
+def test_a_gpu_trains_what_a_cpu_trains(cfg, tmp_path, base_4bit):
+    """There the base is bf16, and so are the products."""
+    for device in ("cpu", "cuda"):
+        run = dataclasses.replace(cfg, output=tmp_path / device, base_4bit=base_4bit, device=device)
+        trained = sft.train(run)
+    assert losses_of(tmp_path / "cuda") == pytest.approx(losses_of(tmp_path / "cpu"), abs=0.02)
+    model = load_model(trained, torch.bfloat16, "cuda")
+    assert {lora.a.dtype for lora in adapters(model).values()} == {torch.float32}
+    assert model.embed_tokens.weight.dtype == torch.bfloat16
+
+
 def test_training_goes_on_with_a_saved_adapter(cfg, tmp_path):
     first = sft.train(cfg)
     again = dataclasses.replace(cfg, model=first, lora_rank=0, output=tmp_path / "again")
