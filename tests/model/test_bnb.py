@@ -8,7 +8,7 @@ import pytest
 import torch
 from burnish.kernels import dequantize_nf4
 from burnish.model import InputError, ModelConfig, Transformer, pack
-from burnish.model.adapter import add_lora, linears, merge_lora, quantize_base
+from burnish.model.adapter import add_lora, frozen_copy, linears, merge_lora, quantize_base
 from burnish.model.checkpoint import load_model, load_scalar_model, save_model
 from safetensors.torch import load_file, save_file
 
@@ -111,6 +111,9 @@ def test_an_adapter_remembers_that_its_base_was_in_4_bits(tmp_path):
     again = load_model(tmp_path / "adapter")
     assert again.layers[0].mlp.up_proj.four_bit is not None
     assert torch.equal(logits_of(again, packed), logits_of(model, packed))
+    reference = frozen_copy(again)
+    assert reference.layers[0].mlp.up_proj.four_bit is again.layers[0].mlp.up_proj.four_bit
+    assert torch.equal(logits_of(reference, packed), logits_of(again, packed))
     merge_lora(again)
     assert again.layers[0].mlp.up_proj.four_bit is None
     torch.testing.assert_close(logits_of(again, packed), logits_of(model, packed), atol=1e-4, rtol=1e-4)
