@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import attention, decode, glu, logprob, norm, rope
+from ..kernels import attention, decode, glu, logprob, moe, norm, rope
 
 Dims = dict[str, int]  # a shape by the house's letters: {"B": 2, "T": 5, "C": 100}
 Tensors = dict[str, Tensor | None]  # by the name of the op's argument
@@ -591,6 +591,75 @@ _LOGPROB_BENCH = {
 }
 
 
+# ---- moe
+
+
+def _moe_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    """The last expert is empty where there are several."""
+    T, C, F_, E, K = (dims[letter] for letter in "TCFEK")
+    logits = torch.randn(T, E, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    logits[:, -1] -= 100.0 * (E > K)
+    weights, indices = logits.softmax(-1).topk(K, -1)
+    return {
+        "x": _randn((T, C), dtype, device),
+        "gate_up": _randn((E, 2 * F_, C), dtype, device) / C**0.5,
+        "down": _randn((E, C, F_), dtype, device) / F_**0.5,
+        "weights": weights,
+        "indices": indices,
+    }
+
+
+def _moe_features(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    E, C, F_ = dims["E"], dims["C"], dims["F"]
+    biases = {
+        "gate_up_bias": _randn((E, 2 * F_), dtype, device),
+        "down_bias": _randn((E, C), dtype, device),
+    }
+    return _moe_inputs(dims, dtype, device) | biases
+
+
+def _moe_relu2(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    tensors = _moe_inputs(dims, dtype, device)
+    gate_up = _tensor(tensors, "gate_up")
+    return tensors | {"gate_up": gate_up[:, : dims["F"]].contiguous()}
+
+
+def _moe_eager(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    *,
+    activation: str = "swiglu",
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """The loop over experts that model code has."""
+    out = torch.zeros_like(x)
+    for e in range(gate_up.shape[0]):
+        token, choice = torch.where(indices == e)
+        h = F.linear(x[token], gate_up[e], None if gate_up_bias is None else gate_up_bias[e])
+        if activation == "relu2":
+            a = h.relu().square()
+        elif activation == "swiglu":
+            a = _swiglu_eager(*h.chunk(2, -1))
+        else:
+            a = _clamped_swiglu_eager(*h.chunk(2, -1))
+        y = F.linear(a, down[e], None if down_bias is None else down_bias[e])
+        out = out.index_add(0, token, (y * weights[token, choice, None].to(y.dtype)).to(out.dtype))
+    return out
+
+
+def _moe_work(dims: Dims, size: int) -> tuple[Work, Work]:
+    T, C, F_, E, K = (dims[letter] for letter in "TCFEK")
+    experts, rows = 3 * E * F_ * C, 2 * T * K * F_
+    return (
+        Work(6 * T * K * C * F_, (experts + 2 * T * C + rows) * size),
+        Work(12 * T * K * C * F_, (2 * experts + 3 * T * C + rows) * size),
+    )
+
+
 # ---- shared by the families
 
 
@@ -755,6 +824,32 @@ def _logprob_case(family: str, **changes: Any) -> Case:
     )
 
 
+def _moe_case(family: str, **changes: Any) -> Case:
+    return Case(
+        **{
+            "op": "moe_mlp",
+            "family": family,
+            "inputs": _moe_inputs,
+            "fused": moe.moe_mlp,
+            "reference": moe.moe_mlp_reference,
+            "eager": _moe_eager,
+            "work": _moe_work,
+            "formula": "6TKCF operations; 12TKCF",
+            "shapes": ({"T": 1, "C": 1, "F": 1, "E": 1, "K": 1}, {"T": 37, "C": 20, "F": 35, "E": 5, "K": 2}),
+            "empty": ({"T": 0, "C": 8, "F": 8, "E": 3, "K": 2},),
+            "bench": {},
+            "configurations": (),
+            "activations": ("x",),
+            "half_scales": (1e-3,),
+            "reads_values": True,
+            "check": lambda dims: (
+                dims | {"T": min(dims["T"], 1024)}
+            ),  # the reference runs every expert on every token
+        }
+        | changes
+    )
+
+
 _PACKED = {"T": 41, "H": 2, "G": 1, "D": 16}
 _SHARED = {"T": 45, "P": 13, "R": 9, "H": 2, "G": 1, "D": 16}
 
@@ -827,4 +922,22 @@ CASES: tuple[Case, ...] = (
         empty=(),
         configurations=({"T": 64, "C": 1024, "V": 4096, "K": 64},),
     ),
+    _moe_case(
+        "swiglu",
+        bench={
+            "cuda": tuple({"T": t, "C": 2048, "F": 768, "E": 128, "K": 8} for t in (32768, 4096)),
+            "cpu": ({"T": 512, "C": 128, "F": 256, "E": 8, "K": 2},),
+        },
+        configurations=(
+            {"T": 256, "C": 128, "F": 128, "E": 2, "K": 2},
+            {"T": 64, "C": 128, "F": 128, "E": 8, "K": 1},
+        ),
+    ),
+    _moe_case(
+        "clamped, biases",
+        inputs=_moe_features,
+        options={"activation": "clamped_swiglu"},
+        configurations=({"T": 256, "C": 128, "F": 128, "E": 2, "K": 2},),
+    ),
+    _moe_case("relu2", inputs=_moe_relu2, options={"activation": "relu2"}),
 )

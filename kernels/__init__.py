@@ -8,6 +8,8 @@ from .glu import geglu as geglu
 from .glu import swiglu as swiglu
 from .logprob import token_logprobs as token_logprobs
 from .lora import lora_linear as lora_linear
+from .moe import moe_mlp as moe_mlp
+from .moe import moe_route as moe_route
 from .nf4 import dequantize_nf4 as dequantize_nf4
 from .nf4 import nf4_linear as nf4_linear
 from .nf4 import quantize_nf4 as quantize_nf4
