@@ -6,7 +6,7 @@ over the N pairs of the whole optimizer step. With h = w - l, and s = log pi(y|x
 
     --loss     score                 f                                                     source
     dpo        s - s_ref             -log sigmoid(beta h)                                  2305.18290, eq. 7
-    cdpo       s - s_ref             the same on labels of which a share e is flipped      2305.18290's first author
+    cdpo       s - s_ref             the same on labels of which a share e is flipped      ericmitchell.ai/cdpo.pdf
     robust     s - s_ref             the same, made unbiased again                         2403.00409
     hinge      s - s_ref             max(0, 1 - beta h)                                    2309.06657
     ipo        (s - s_ref) / length  (h - 1 / (2 beta))^2                                  2310.12036, eq. 17

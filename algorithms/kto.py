@@ -13,7 +13,7 @@ The reference is the model that training starts from; its log-probabilities are 
 Metrics: loss, kl (z), chosen, rejected (means of beta r over wanted and unwanted completions), margin (their
 difference), grad_norm (before clipping), learning_rate. A step without completions of one kind has null there.
 
-Source: Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306, eq. 8 and section 4.1
+Source: Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306, eq. 7 and 8
 Run:    burnish kto --model DIR --data FILE.jsonl
 """
 
