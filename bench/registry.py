@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import attention, decode, glu, logprob, moe, norm, rope
+from ..kernels import NF4Weight, attention, decode, glu, logprob, lora, moe, nf4, norm, rope
 
 Dims = dict[str, int]  # a shape by the house's letters: {"B": 2, "T": 5, "C": 100}
 Tensors = dict[str, Tensor | None]  # by the name of the op's argument
@@ -660,6 +660,200 @@ def _moe_work(dims: Dims, size: int) -> tuple[Work, Work]:
     )
 
 
+# ---- lora, nf4
+
+_FOUR_BIT = ("packed", "absmax", "code", "nested_absmax", "nested_code", "offset")
+
+
+def _lora_eager(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    *,
+    bias: Tensor | None = None,
+    magnitude: Tensor | None = None,
+    adapter: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+) -> Tensor:
+    """F.linear, then addmm in place: the leanest that torch users write. The mask is our own hash's."""
+    rows = x.flatten(0, -2)
+    dropped = lora._drop(rows, dropout, torch.tensor(seed, device=x.device)) if dropout else rows
+    a, b = (t if t.dtype == weight.dtype else t.to(weight.dtype) for t in (lora_a, lora_b))
+    low_bias = bias if magnitude is None else None
+    out = F.linear(rows, weight, low_bias)
+    if adapter is None:
+        out = torch.addmm(out, F.linear(dropped, a).to(out.dtype), b.T.to(out.dtype), alpha=scaling)
+    else:
+        for e in range(a.shape[0]):
+            mine = (adapter.flatten() == e)[:, None]
+            out = out + mine * scaling * F.linear(F.linear(dropped, a[e]), b[e])
+    if magnitude is not None:
+        norm = (weight + scaling * (b @ a)).detach().norm(dim=1)
+        out = out * (magnitude / norm)
+        out = out if bias is None else out + bias
+    return out.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+def _held(tensors: Tensors, K: int, dtype: torch.dtype) -> NF4Weight:
+    """The NF4Weight (out, K) of a case's flat tensors."""
+    four_bit = {n: tensors[n] for n in _FOUR_BIT}
+    shape = (2 * _tensor(tensors, "packed").numel() // max(K, 1), K)
+    return NF4Weight(shape=shape, dtype=dtype, **four_bit)  # pyright: ignore[reportArgumentType]
+
+
+def _four_bit(op: Callable[..., Any]) -> Callable[..., Any]:
+    """An op that takes (x, weight, ...), for a case that has x and a 4-bit weight's tensors."""
+
+    def linear(x: Tensor, **tensors: Any) -> Tensor:
+        others = {n: t for n, t in tensors.items() if n not in _FOUR_BIT}
+        return op(x, _held(tensors, x.shape[-1], x.dtype), **others)
+
+    linear.__module__ = op.__module__
+    return linear
+
+
+def _eager_four_bit(op: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, the weight multiplied out by torch."""
+
+    def linear(x: Tensor, weight: NF4Weight, **others: Any) -> Tensor:
+        dtype = _operand_dtype(x)
+        return op(x, nf4.dequantize_nf4_reference(weight, dtype), **others).to(x.dtype)
+
+    return _four_bit(linear)
+
+
+def _operand_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _multiplied_out(op: Callable[..., Any]) -> Callable[..., Any]:
+    def dequantize(like: Tensor, **tensors: Any) -> Tensor:
+        return op(_held(tensors, like.shape[-1], like.dtype), like.dtype)
+
+    dequantize.__module__ = op.__module__
+    return dequantize
+
+
+def _absmax(op: Callable[..., Any]) -> Callable[..., Any]:
+    """The nibbles are compared in tests/kernels/test_nf4.py: they are no numbers to hold to a rule on errors."""
+
+    def quantize(weight: Tensor) -> Tensor:
+        return op(weight, double_quant=False).absmax
+
+    quantize.__module__ = op.__module__
+    return quantize
+
+
+def _by_path(path: str) -> Callable[..., Any]:
+    def linear(*args: Any, **options: Any) -> Tensor:
+        return lora._lora_linear(*args, **options, path=path)
+
+    linear.__module__ = lora.__name__
+    return linear
+
+
+def _lora_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    """Weights such that base and adapter are of unit scale. E: that many stacked adapters, -1 among the rows' own."""
+    T, C, F_, R, E = dims["T"], dims["C"], dims["F"], dims["R"], dims.get("E", 0)
+    stack = (E,) if E else ()
+    tensors: Tensors = {
+        "x": _randn((T, C), dtype, device),
+        "weight": _randn((F_, C), dtype, device) * C**-0.5,
+        "lora_a": _randn((*stack, R, C), dtype, device) * C**-0.5,
+        "lora_b": _randn((*stack, F_, R), dtype, device) * R**-0.5,
+    }
+    return tensors | ({"adapter": torch.arange(T, device=device) // 3 % (E + 1) - 1} if E else {})
+
+
+def _lora_bias_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    return _lora_inputs(dims, dtype, device) | {"bias": _randn((dims["F"],), dtype, device)}
+
+
+def _dora_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    return _lora_bias_inputs(dims, dtype, device) | {"magnitude": _randn((dims["F"],), dtype, device)}
+
+
+def _four_bit_tensors(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    weight = torch.randn(dims["F"], dims["C"], device=device) * dims["C"] ** -0.5
+    return dict(zip(_FOUR_BIT, nf4.quantize_nf4_reference(weight).tensors(), strict=True))
+
+
+def _qlora_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    tensors = _lora_inputs(dims, dtype, device)
+    del tensors["weight"]
+    return tensors | _four_bit_tensors(dims, dtype, device)
+
+
+def _nf4_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    bias = _randn((dims["F"],), dtype, device)
+    return {"x": _randn((dims["T"], dims["C"]), dtype, device), "bias": bias} | _four_bit_tensors(
+        dims, dtype, device
+    )
+
+
+def _dequantize_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    like = _randn((1, dims["C"]), dtype, device)
+    return {"like": like} | _four_bit_tensors(dims, dtype, device)
+
+
+def _lora_work(dims: Dims, size: int) -> tuple[Work, Work]:
+    T, C, F_, R = dims["T"], dims["C"], dims["F"], dims["R"]
+    low, held = T * R * (C + F_), (F_ * C + R * (C + F_)) * size
+    forward = Work(2 * T * C * F_ + 2 * low, T * (C + F_) * size + held)
+    return forward, Work(2 * T * C * F_ + 4 * low, T * (2 * C + F_) * size + held + R * (C + F_) * size)
+
+
+def _packed_bytes(dims: Dims) -> int:
+    n = dims["C"] * dims["F"]
+    return n // 2 + n // 64 + n // 4096
+
+
+def _nf4_work(dims: Dims, size: int) -> tuple[Work, Work]:
+    T, C, F_ = dims["T"], dims["C"], dims["F"]
+    one = Work(2 * T * C * F_, T * (C + F_) * size + _packed_bytes(dims))
+    return one, one
+
+
+def _dequantize_work(dims: Dims, size: int) -> tuple[Work, Work]:
+    n = dims["C"] * dims["F"]
+    return Work(n, _packed_bytes(dims) + n * size), Work(0, 0)
+
+
+def _quantize_work(dims: Dims, size: int) -> tuple[Work, Work]:
+    n = dims["C"] * dims["F"]
+    return Work(20 * n, n // 2 + n // 16 + n * size), Work(0, 0)
+
+
+_LORA_SHAPES = (
+    {"T": 1, "C": 1, "F": 1, "R": 1},
+    {"T": 37, "C": 67, "F": 41, "R": 3},
+    {"T": 5, "C": 32, "F": 130, "R": 16},  # more columns than a tile
+)
+_LORA_EMPTY = ({"T": 0, "C": 8, "F": 16, "R": 4},)
+_LORA_BENCH = {
+    "cuda": tuple(
+        {"T": t, "C": c, "F": f, "R": r}
+        for t, c, f, r in (
+            (8192, 4096, 4096, 16), (8192, 4096, 14336, 16), (4096, 4096, 4096, 64), (1024, 4096, 4096, 16),
+        )
+    ),
+    "cpu": ({"T": 256, "C": 576, "F": 1536, "R": 16}, {"T": 256, "C": 576, "F": 576, "R": 16}),
+}  # fmt: skip
+_LORA_TILES = tuple({"T": 256, "C": 256, "F": 256, "R": r} for r in (16, 64, 256))
+_NF4_BENCH = {
+    "cuda": tuple({"T": t, "C": 4096, "F": 14336} for t in (1, 16, 64, 4096)),
+    "cpu": ({"T": 1, "C": 1024, "F": 1024}, {"T": 128, "C": 1024, "F": 1024}),
+}
+_NF4_SIZES = {
+    "cuda": ({"C": 4096, "F": 14336}, {"C": 4096, "F": 4096}),
+    "cpu": ({"C": 1024, "F": 1024},),
+}
+
+
 # ---- shared by the families
 
 
@@ -850,6 +1044,46 @@ def _moe_case(family: str, **changes: Any) -> Case:
     )
 
 
+def _lora_case(family: str, **changes: Any) -> Case:
+    return Case(
+        **{
+            "op": "lora_linear",
+            "family": family,
+            "inputs": _lora_bias_inputs,
+            "fused": lora.lora_linear,
+            "reference": lora.lora_linear_reference,
+            "eager": _lora_eager,
+            "work": _lora_work,
+            "formula": "2TCF + 2TR(C + F) operations; 2TCF + 4TR(C + F)",
+            "shapes": _LORA_SHAPES[1:2],
+            "empty": (),
+            "bench": {},
+            "configurations": (),
+            "activations": ("x",),
+            "fixed": ("weight",),
+            "options": {"scaling": 0.5},
+            "half_scales": (30,),
+        }
+        | changes
+    )
+
+
+def _nf4_case(op: str, family: str, **changes: Any) -> Case:
+    return Case(
+        **{
+            "op": op,
+            "family": family,
+            "work": _dequantize_work,
+            "shapes": ({"C": 2, "F": 1}, {"C": 66, "F": 33}, {"C": 128, "F": 130}),
+            "empty": (),
+            "bench": _NF4_SIZES,
+            "configurations": ({"C": 256, "F": 256},),
+            "activations": (),
+        }
+        | changes
+    )
+
+
 _PACKED = {"T": 41, "H": 2, "G": 1, "D": 16}
 _SHARED = {"T": 45, "P": 13, "R": 9, "H": 2, "G": 1, "D": 16}
 
@@ -940,4 +1174,70 @@ CASES: tuple[Case, ...] = (
         configurations=({"T": 256, "C": 128, "F": 128, "E": 2, "K": 2},),
     ),
     _moe_case("relu2", inputs=_moe_relu2, options={"activation": "relu2"}),
+    _lora_case("dense", shapes=_LORA_SHAPES, empty=_LORA_EMPTY, bench=_LORA_BENCH),
+    _lora_case("fused", fused=_by_path("fused"), shapes=_LORA_SHAPES, configurations=_LORA_TILES),
+    _lora_case(
+        "epilogue",
+        fused=_by_path("epilogue"),
+        shapes=_LORA_SHAPES,
+        empty=_LORA_EMPTY,
+        configurations=_LORA_TILES,
+    ),
+    _lora_case("DoRA", inputs=_dora_inputs, configurations=_LORA_TILES[:1]),
+    _lora_case(
+        "dropout", options={"scaling": 0.5, "dropout": 0.3, "seed": 1 << 40 | 7}, configurations=_LORA_TILES
+    ),
+    _lora_case(
+        "several adapters",
+        inputs=_lora_inputs,
+        shapes=({"T": 37, "C": 35, "F": 41, "R": 3, "E": 3},),
+        configurations=({"T": 256, "C": 256, "F": 256, "R": 16, "E": 4},),
+    ),
+    _lora_case(
+        "4-bit base",
+        inputs=_qlora_inputs,
+        fused=_four_bit(lora.lora_linear),
+        reference=_four_bit(lora.lora_linear_reference),
+        eager=_eager_four_bit(_lora_eager),
+        shapes=({"T": 7, "C": 66, "F": 33, "R": 8},),
+        fixed=_FOUR_BIT,
+    ),
+    _nf4_case(
+        "nf4_linear",
+        "bias",
+        inputs=_nf4_inputs,
+        fused=_four_bit(nf4.nf4_linear),
+        reference=_four_bit(nf4.nf4_linear_reference),
+        eager=_eager_four_bit(F.linear),
+        work=_nf4_work,
+        formula="2TCF operations, or 0.516 CF bytes; the same backward",
+        shapes=({"T": 1, "C": 2, "F": 1}, {"T": 3, "C": 128, "F": 67}, {"T": 70, "C": 64, "F": 33}),
+        empty=({"T": 0, "C": 64, "F": 16},),
+        bench=_NF4_BENCH,
+        configurations=tuple({"T": t, "C": 256, "F": 256} for t in (1, 64)),
+        activations=("x",),
+        fixed=_FOUR_BIT,
+        half_scales=(30,),
+    ),
+    _nf4_case(
+        "dequantize_nf4",
+        "absmax quantised",
+        inputs=_dequantize_inputs,
+        fused=_multiplied_out(nf4.dequantize_nf4),
+        reference=_multiplied_out(nf4.dequantize_nf4_reference),
+        eager=_multiplied_out(nf4.dequantize_nf4_reference),
+        formula="reads 0.516 CF bytes, writes CF elements; no backward",
+        fixed=("like", *_FOUR_BIT),
+    ),
+    _nf4_case(
+        "quantize_nf4",
+        "absmax",
+        inputs=lambda dims, dtype, device: {"weight": _randn((dims["F"], dims["C"]), dtype, device)},
+        fused=_absmax(nf4.quantize_nf4),
+        reference=_absmax(nf4.quantize_nf4_reference),
+        eager=_absmax(nf4.quantize_nf4_reference),
+        work=_quantize_work,
+        formula="reads CF elements, writes 0.56 CF bytes; no backward",
+        fixed=("weight",),
+    ),
 )

@@ -57,7 +57,8 @@ def lora_linear_reference(
     seed: int | Tensor | None = None,
 ) -> Tensor:
     W = weight if isinstance(weight, Tensor) else _multiplied_out(weight, x.dtype)
-    rows = x.reshape(-1, x.shape[-1])
+    wide = torch.promote_types(x.dtype, W.dtype)
+    rows, W, lora_a, lora_b = (t.to(wide) for t in (x.reshape(-1, x.shape[-1]), W, lora_a, lora_b))
     dropped = _drop(rows, dropout, _seed(seed, x)) if dropout else rows
     if adapter is None:
         low = dropped @ lora_a.T @ lora_b.T
@@ -145,7 +146,7 @@ def _shrink_fwd(
     # S = drop(x) A^T, each row with its adapter's A
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     low = tl.arange(0, BLOCK_R)
-    mine, first, last = _span(adapter_ptr, rows, M, ADAPTERS)
+    mine, first, last = _span(adapter_ptr, rows, M, ADAPTERS)  # pyright: ignore[reportGeneralTypeIssues]
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     for e in range(first, last):
         part = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
@@ -171,7 +172,7 @@ def _low_rank(
     # S B^T on one tile, each row with its adapter's B
     low = tl.arange(0, BLOCK_R)
     s = tl.load(s_ptr + rows[:, None] * R + low[None, :], (rows < M)[:, None] & (low < R)[None, :], other=0.0)
-    mine, first, last = _span(adapter_ptr, rows, M, ADAPTERS)
+    mine, first, last = _span(adapter_ptr, rows, M, ADAPTERS)  # pyright: ignore[reportGeneralTypeIssues]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for e in range(first, last):
         places = tl.cast(e, tl.int64) * stride_e + low[:, None] * stride_r + cols[None, :] * stride_n
@@ -315,13 +316,11 @@ def _lora_a_bwd(
 # "epilogue": F.linear, then _expand_fwd. "fused": _lora_fwd. No shape has been measured yet: "cublas" everywhere.
 # `python -m burnish.bench lora_linear --peers` times the three side by side.
 MEASURED: dict[tuple[tuple[int, int], int, int, int], str] = {}  # (capability, N, K, R) -> path
-PATH: str | None = None  # set by bench/peers.py and by tests alone: this path for every shape
 PATHS = ("cublas", "epilogue", "fused")
 
 
 def _path(x: Tensor, N: int, R: int) -> str:
-    """What is more than a product (dropout, several adapters, DoRA) has its kernel around cuBLAS' product."""
-    return PATH or MEASURED.get((capability(x), N, x.shape[1], R), "cublas")
+    return MEASURED.get((capability(x), N, x.shape[-1], R), "cublas") if use_triton(x) else "cublas"
 
 
 def _drop_arguments(seed: Tensor | None, dropout: float) -> tuple[int, float]:
@@ -461,12 +460,12 @@ def _forward(
     seed: Tensor | None,
     scaling: float,
     dropout: float,
+    path: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x: (M, K). Returns out (M, N), S (M, R), and the norm (N,) of DoRA, empty without it."""
     W = _dense(x, weight, absmax, code, nested_absmax, nested_code, offset, blocksize, lora_b)
     A, B = _flat(lora_a, lora_b)
     if use_triton(x):
-        path = _path(x, *lora_b.shape[-2:])
         norm = x.new_empty(0 if magnitude is None else W.shape[0], dtype=torch.float32)
         if magnitude is not None and norm.numel():
             _norm_triton(W, A, B, scaling, norm)
@@ -475,8 +474,7 @@ def _forward(
         S = x @ A.T if plain and path == "cublas" else _shrink(x, lora_a, adapter, seed, dropout)
         if path == "fused":
             return _fused(x, W, S, lora_b, scaling, adapter, gain, bias), S, norm
-        first = bias if gain is None else None
-        out = F.linear(x, W, first)
+        out = F.linear(x, W, bias.to(x.dtype) if bias is not None and gain is None else None)
         if gain is None and adapter is None and path == "cublas":
             out.addmm_(S, B.T, alpha=scaling)
         else:
@@ -485,12 +483,12 @@ def _forward(
     adapters = lora_a.shape[0] if adapter is not None else 1
     dropped = x if seed is None else _drop(x, dropout, seed)
     S = _picked(dropped @ A.T, adapter, adapters)
-    out = F.linear(x, W, bias if magnitude is None else None)
+    out = F.linear(x, W, bias.to(x.dtype) if bias is not None and magnitude is None else None)
     out.addmm_(_stacked(S, adapter, adapters), B.T, alpha=scaling)
     norm = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
     if magnitude is not None:
         norm = _norm(W, A, B, scaling)
-        out.mul_((magnitude / norm).to(out.dtype))
+        out.mul_(magnitude / norm)
         if bias is not None:
             out.add_(bias)
     return out, S, norm
@@ -498,7 +496,7 @@ def _forward(
 
 def _forward_fake(
     x, weight, absmax, code, nested_absmax, nested_code, offset, blocksize, lora_a, lora_b, bias, magnitude,
-    adapter, seed, scaling, dropout,
+    adapter, seed, scaling, dropout, path,
 ):  # fmt: skip
     N, R = lora_b.shape[-2:]
     norm = x.new_empty(0 if magnitude is None else N, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -524,7 +522,8 @@ def _flat(lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
 def _norm(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """(N,) |W + scaling B A|, at least in fp32."""
     wide = torch.promote_types(W.dtype, torch.float32)
-    return torch.addmm(W.to(wide), B.to(wide), A.to(wide), alpha=scaling).norm(dim=1)
+    with torch.autocast(W.device.type, enabled=False):
+        return torch.addmm(W.to(wide), B.to(wide), A.to(wide), alpha=scaling).norm(dim=1)
 
 
 def _norm_triton(W: Tensor, A: Tensor, B: Tensor, scaling: float, norm: Tensor) -> None:
@@ -553,6 +552,7 @@ def _backward(
     seed: Tensor | None,
     scaling: float,
     dropout: float,
+    path: str,
     with_dx: bool,
     with_dlora: bool,
     with_dbias: bool,
@@ -562,21 +562,21 @@ def _backward(
     A, B = _flat(lora_a, lora_b)
     adapters = lora_a.shape[0] if adapter is not None else 1
     wide = norm.dtype
-    dx, da, db, dbias, dm = (x.new_empty(0, dtype=t) for t in (x.dtype, x.dtype, x.dtype, x.dtype, wide))
+    dx, da, db, dbias, dm = (x.new_empty(0, dtype=t) for t in (x.dtype, x.dtype, x.dtype, wide, wide))
     W = None
     if with_dx or with_dmagnitude:
         W = _dense(x, weight, absmax, code, nested_absmax, nested_code, offset, blocksize, lora_b)
     g = dout
     if with_dbias:
-        dbias = dout.sum(0)
+        dbias = dout.sum(0, dtype=wide)
     if magnitude is not None:
         if with_dmagnitude:
             assert W is not None
             before = F.linear(x, W).addmm_(_stacked(S, adapter, adapters), B.T, alpha=scaling)
             dm = (dout.to(wide) * before).sum(0) / norm
-        g = dout * (magnitude / norm).to(dout.dtype)
+        g = (dout * (magnitude / norm)).to(dout.dtype)
     fused = use_triton(x)
-    once = fused and with_dlora and adapter is None and _path(x, *lora_b.shape[-2:]) != "cublas"
+    once = fused and with_dlora and adapter is None and path != "cublas"
     if once:
         dS, db = _dout_once(g, S, lora_b, scaling)
     else:
@@ -605,37 +605,37 @@ def _backward(
 
 def _backward_fake(
     dout, x, S, norm, weight, absmax, code, nested_absmax, nested_code, offset, blocksize, lora_a, lora_b, magnitude,
-    adapter, seed, scaling, dropout, with_dx, with_dlora, with_dbias, with_dmagnitude,
+    adapter, seed, scaling, dropout, path, with_dx, with_dlora, with_dbias, with_dmagnitude,
 ):  # fmt: skip
     N = lora_b.shape[-2]
     return (
         x.new_empty(x.shape if with_dx else 0),
         lora_a.new_empty(lora_a.shape if with_dlora else 0),
         lora_b.new_empty(lora_b.shape if with_dlora else 0),
-        x.new_empty(N if with_dbias else 0),
+        norm.new_empty(N if with_dbias else 0),
         norm.new_empty(N if with_dmagnitude else 0),
     )
 
 
 def _save(ctx, inputs, output):
-    x, *four_bit, lora_a, lora_b, _bias, magnitude, adapter, seed, scaling, dropout = inputs
+    *four_bit, lora_a, lora_b, bias, magnitude, adapter, seed = inputs[:-3]
     _out, S, norm = output
-    *tensors, blocksize = four_bit
+    x, *tensors, blocksize = four_bit
     ctx.save_for_backward(x, S, norm, *tensors, lora_a, lora_b, magnitude, adapter, seed)
-    ctx.numbers = blocksize, scaling, dropout
+    ctx.numbers, ctx.bias_dtype = (blocksize, *inputs[-3:]), None if bias is None else bias.dtype
     ctx.mark_non_differentiable(S, norm)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, dout: Tensor | None, _dS: Tensor | None, _dnorm: Tensor | None):
     if dout is None:
-        return (None,) * 16
+        return (None,) * 17
     *tensors, lora_a, lora_b, magnitude, adapter, seed = ctx.saved_tensors
-    blocksize, scaling, dropout = ctx.numbers
+    blocksize, *numbers = ctx.numbers
     needs = ctx.needs_input_grad
     with_dx, with_da, with_db, with_dbias, with_dm = needs[0], needs[8], needs[9], needs[10], needs[11]
     dx, da, db, dbias, dm = _lora_backward(
-        dout.contiguous(), *tensors, blocksize, lora_a, lora_b, magnitude, adapter, seed, scaling, dropout,
+        dout.contiguous(), *tensors, blocksize, lora_a, lora_b, magnitude, adapter, seed, *numbers,
         with_dx, with_da or with_db, with_dbias, with_dm,
     )  # fmt: skip
     return (
@@ -643,14 +643,72 @@ def _differentiate(ctx, dout: Tensor | None, _dS: Tensor | None, _dnorm: Tensor 
         *[None] * 7,
         da if with_da else None,
         db if with_db else None,
-        dbias if with_dbias else None,
+        dbias.to(ctx.bias_dtype) if with_dbias else None,
         dm.to(magnitude.dtype) if with_dm else None,
-        *[None] * 4,
+        *[None] * 5,
     )
 
 
 _lora_backward = register("lora_linear_backward", _backward, _backward_fake)
 _lora = register("lora_linear", _forward, _forward_fake, _save, _differentiate)
+
+
+def _lora_linear(
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    *,
+    bias: Tensor | None = None,
+    magnitude: Tensor | None = None,
+    adapter: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
+    path: str | None = None,
+) -> Tensor:
+    """lora_linear by one of PATHS, which the benchmark and the tests choose themselves."""
+    if len(weight.shape) != 2:
+        raise ValueError(f"weight: expected shape (out, in), got {tuple(weight.shape)}")
+    N, K = weight.shape
+    if x.ndim == 0 or x.shape[-1] != K:
+        raise ValueError(f"x: expected shape (..., in={K}), got {tuple(x.shape)}")
+    if isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError("weight: it gets no gradient here; pass weight.detach()")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout: expected a share from 0 to below 1, got {dropout}")
+    stack = {} if adapter is None else {"adapters": lora_a.shape[0]}
+    R = lora_a.shape[-2] if lora_a.ndim > 1 else -1
+    check_shape("lora_a", lora_a, **stack, rank=R, **{"in": K})
+    check_shape("lora_b", lora_b, **stack, out=N, rank=R)
+    if use_triton(x):
+        check_dtype("x", x)
+        if R > 256:
+            raise NotImplementedError(
+                f"lora_a: expected rank 1 to 256, got {R}; merge the adapter into the weight"
+            )
+    for name, vector in (("bias", bias), ("magnitude", magnitude)):
+        if vector is not None:
+            check_shape(name, vector, out=N)
+    if adapter is not None:
+        check_shape("adapter", adapter, **{f"x.shape[{i}]": size for i, size in enumerate(x.shape[:-1])})
+        if magnitude is not None:
+            raise NotImplementedError("magnitude: not with several adapters; call lora_linear for each")
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if isinstance(weight, Tensor):
+        held = (weight.to(x.dtype).contiguous(), *[None] * 5, 0)
+    else:
+        held = (*weight.tensors(), weight.blocksize)
+    packed, absmax, code, nested_absmax, nested_code, offset, blocksize = held
+    out, _, _ = _lora(
+        x.reshape(-1, K).contiguous(), packed, absmax, code, nested_absmax, nested_code, offset, blocksize,
+        lora_a.to(x.dtype).contiguous(), lora_b.to(x.dtype).contiguous(),
+        None if bias is None else bias.contiguous(), None if magnitude is None else magnitude.contiguous(),
+        None if adapter is None else adapter.reshape(-1).contiguous(),
+        _seed(seed, x) if dropout else None, float(scaling), float(dropout), path or _path(x, N, R),
+    )  # fmt: skip
+    return out.view(*x.shape[:-1], N)
 
 
 # ---- public op
@@ -680,43 +738,7 @@ def lora_linear(
     Returns (..., out) in x's dtype, which the products are computed in. With lora_b = 0 the result on a CPU has the
     bits of F.linear(x, weight, bias).
     """
-    if len(weight.shape) != 2:
-        raise ValueError(f"weight: expected shape (out, in), got {tuple(weight.shape)}")
-    N, K = weight.shape
-    if x.ndim == 0 or x.shape[-1] != K:
-        raise ValueError(f"x: expected shape (..., in={K}), got {tuple(x.shape)}")
-    if isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError("weight: it gets no gradient here; pass weight.detach()")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout: expected a share from 0 to below 1, got {dropout}")
-    stack = {} if adapter is None else {"adapters": lora_a.shape[0]}
-    R = lora_a.shape[-2] if lora_a.ndim > 1 else -1
-    check_shape("lora_a", lora_a, **stack, rank=R, **{"in": K})
-    check_shape("lora_b", lora_b, **stack, out=N, rank=R)
-    if use_triton(x):
-        check_dtype("x", x)
-        if R > 256:
-            raise NotImplementedError(
-                f"lora_a: expected rank 1 to 256, got {R}; merge the adapter into the weight"
-            )
-    for name, vector in (("bias", bias), ("magnitude", magnitude)):
-        if vector is not None:
-            check_shape(name, vector, out=N)
-    if adapter is not None:
-        check_shape("adapter", adapter, **{f"x.shape[{i}]": size for i, size in enumerate(x.shape[:-1])})
-        if magnitude is not None:
-            raise NotImplementedError("magnitude: not with several adapters; call lora_linear for each")
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    held = (weight.to(x.dtype), *[None] * 5, 0)
-    if not isinstance(weight, Tensor):
-        held = (*weight.tensors(), weight.blocksize)
-    packed, absmax, code, nested_absmax, nested_code, offset, blocksize = held
-    out, _, _ = _lora(
-        x.reshape(-1, K).contiguous(), packed, absmax, code, nested_absmax, nested_code, offset, blocksize,
-        lora_a.to(x.dtype).contiguous(), lora_b.to(x.dtype).contiguous(),
-        None if bias is None else bias.to(x.dtype), magnitude,
-        None if adapter is None else adapter.reshape(-1).contiguous(),
-        _seed(seed, x) if dropout else None, float(scaling), float(dropout),
+    return _lora_linear(
+        x, weight, lora_a, lora_b, scaling,
+        bias=bias, magnitude=magnitude, adapter=adapter, dropout=dropout, seed=seed,
     )  # fmt: skip
-    return out.view(*x.shape[:-1], N)

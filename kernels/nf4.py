@@ -69,7 +69,8 @@ def dequantize_nf4_reference(weight: NF4Weight, dtype: torch.dtype | None = None
 
 
 def nf4_linear_reference(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
-    return F.linear(x, dequantize_nf4_reference(weight, x.dtype), bias)
+    y = x @ dequantize_nf4_reference(weight, x.dtype).T
+    return (y if bias is None else y + bias).to(x.dtype)
 
 
 @cache
@@ -260,7 +261,8 @@ def _linear(
     four_bit = packed, absmax, code, nested_absmax, nested_code, offset
     step = min(blocksize, 64)
     if not use_triton(x) or M > FEW_ROWS or K % blocksize or 0 in (M, N, K):
-        return F.linear(x, dequantize(*four_bit, [N, K], blocksize, x.dtype), bias)
+        b = None if bias is None else bias.to(x.dtype)
+        return F.linear(x, dequantize(*four_bit, [N, K], blocksize, x.dtype), b)
     columns = cdiv(N, BLOCK_N)
     splits = max(1, min(cdiv(4 * multiprocessors(x), columns), K // step, 64))
     steps = cdiv(K // step, splits)
@@ -296,14 +298,15 @@ def _linear_backward(
     with_dbias: bool,
 ) -> tuple[Tensor, Tensor]:
     """dx and dbias, each empty where it is not asked for."""
-    dx, dbias = dy.new_empty(0), dy.new_empty(0)
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    dx, dbias = dy.new_empty(0), dy.new_empty(0, dtype=wide)
     if with_dx:
         shape = [dy.shape[1], K]
         dx = dy @ dequantize(
             packed, absmax, code, nested_absmax, nested_code, offset, shape, blocksize, dy.dtype
         )
     if with_dbias:
-        dbias = dy.sum(0)
+        dbias = dy.sum(0, dtype=wide)
     return dx, dbias
 
 
@@ -311,19 +314,20 @@ def _linear_backward_fake(
     dy, packed, absmax, code, nested_absmax, nested_code, offset, K, blocksize, with_dx, with_dbias
 ):  # fmt: skip
     M, N = dy.shape
-    return dy.new_empty((M, K) if with_dx else 0), dy.new_empty(N if with_dbias else 0)
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    return dy.new_empty((M, K) if with_dx else 0), dy.new_empty(N if with_dbias else 0, dtype=wide)
 
 
 def _save(ctx, inputs, output):
-    x, *four_bit, _bias, _N, blocksize = inputs
+    x, *four_bit, bias, _N, blocksize = inputs
     ctx.save_for_backward(*four_bit)
-    ctx.numbers = x.shape[1], blocksize
+    ctx.numbers, ctx.bias_dtype = (x.shape[1], blocksize), None if bias is None else bias.dtype
 
 
 def _differentiate(ctx, dy: Tensor):
     with_dx, with_dbias = ctx.needs_input_grad[0], ctx.needs_input_grad[7]
     dx, dbias = _nf4_backward(dy.contiguous(), *ctx.saved_tensors, *ctx.numbers, with_dx, with_dbias)
-    return dx if with_dx else None, *[None] * 6, dbias if with_dbias else None, None, None
+    return dx if with_dx else None, *[None] * 6, dbias.to(ctx.bias_dtype) if with_dbias else None, None, None
 
 
 _nf4_backward = register("nf4_linear_backward", _linear_backward, _linear_backward_fake)
@@ -380,6 +384,6 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
         check_shape("bias", bias, out=N)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    bias = None if bias is None else bias.contiguous()
     y = _nf4(x.reshape(-1, K).contiguous(), *weight.tensors(), bias, N, weight.blocksize)
     return y.view(*x.shape[:-1], N)
