@@ -31,7 +31,8 @@ class Cache:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ):
-        shape = (config.num_hidden_layers, slots, capacity, config.num_key_value_heads, config.head_dim)
+        heads = config.num_attention_heads if config.latent else config.num_key_value_heads
+        shape = (config.num_hidden_layers, slots, capacity, heads, config.head_dim)
         # zeros, not empty: a masked key meets a probability of 0, and 0 * NaN is NaN
         self.keys = torch.zeros(shape, dtype=dtype, device=device).unbind()
         self.values = torch.zeros(shape, dtype=dtype, device=device).unbind()
@@ -79,11 +80,20 @@ class Cache:
         self.keys[layer].flatten(0, 1).index_copy_(0, self.target, k)
         self.values[layer].flatten(0, 1).index_copy_(0, self.target, v)
 
-    def attend(self, layer: int, q: Tensor, window: int | None) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        window: int | None,
+        scale: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
         """q (B, H, D), the newest token of each of the first B slots, to (B, H, D)."""
         B = q.shape[0]
         keys, values = self.keys[layer][:B], self.values[layer][:B]
-        return decode_attention(q, keys, values, self.slot[:B], self.length[:B], window=window)
+        return decode_attention(
+            q, keys, values, self.slot[:B], self.length[:B], window=window, scale=scale, sinks=sinks
+        )
 
     def keep(self, slots: Tensor) -> None:
         """Move these slots (n,), ascending, to the front; the others are free again."""

@@ -34,6 +34,7 @@ from .adapter import (
 )
 from .config import ModelConfig
 from .errors import InputError
+from .moe import disk_name, from_disk, to_disk
 from .scalar import ScalarModel
 from .transformer import Transformer
 
@@ -155,9 +156,10 @@ def save_model(
         return _save_adapter(model, folder, tokenizer)
     config, layers = model.config, linears(model)
     state = {hf_name(name): weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
+    state = to_disk(config, state)
     four_bit = {name: layer.four_bit for name, layer in layers.items() if layer.four_bit is not None}
     for name, weight in four_bit.items():
-        state |= bnb.tensors(f"{name}.weight", weight)
+        state |= bnb.tensors(disk_name(config, f"{name}.weight"), weight)
     dtype = state["model.embed_tokens.weight"].dtype
     raw = {**config.to_hf(), "dtype": str(dtype).removeprefix("torch.")}
     if isinstance(model, ScalarModel):
@@ -257,7 +259,7 @@ def _model_config(raw: dict[str, Any], folder: Path) -> ModelConfig:
 
 def _read_tensors(
     folder: Path,
-    model: nn.Module,
+    model: Transformer | ScalarModel,
     dtype: torch.dtype,
     device: torch.device | str,
     also: tuple[str, ...] = (),
@@ -267,8 +269,14 @@ def _read_tensors(
 
     Weights in 4 bits, or to be put into them, go to their layers at once, and are not in the result.
     """
-    wanted = {hf_name(name): weight.shape for name, weight in model.state_dict().items()}
-    layers = {f"{name}.weight": layer for name, layer in linears(model).items() if name != "lm_head"}
+    config = model.config
+    ours = {hf_name(name): weight for name, weight in model.state_dict().items()}
+    wanted = {name: weight.shape for name, weight in to_disk(config, ours).items()}
+    layers = {
+        disk_name(config, f"{name}.weight"): layer
+        for name, layer in linears(model).items()
+        if name != "lm_head"
+    }
     quantized = bnb.is_4bit(_read_config(folder), str(folder / "config.json"))
     parts: dict[str, dict[str, Tensor]] = {}  # by weight: what a 4-bit one is made of
     state: dict[str, Tensor] = {}
@@ -309,7 +317,7 @@ def _read_tensors(
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"{folder}: {missing[0]}{more}: missing from the safetensors files")
-    return state
+    return from_disk(config, state, ours)
 
 
 def _assign(model: nn.Module, state: dict[str, Tensor]) -> None:

@@ -7,6 +7,7 @@ transformers 4 wrote `rope_theta`, `rope_scaling` and `torch_dtype`, transformer
 `dtype`. A key that is absent takes the value that transformers gives it for that architecture.
 """
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
@@ -32,6 +33,41 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The mixture of experts that stands in place of the feed-forward layer."""
+
+    num_experts: int  # E
+    top_k: int  # K
+    intermediate_size: int  # F of each expert
+    layers: tuple[bool, ...]  # a layer: does it have experts?
+    score: str = "softmax"  # or sigmoid, whose choice a bias of each expert corrects
+    groups: int = 1
+    top_groups: int = 1
+    renormalize: bool = False
+    scale: float = 1.0
+    shared_size: int = 0  # F of the expert that every token goes to; 0: there is none
+    shared_gate: bool = False  # does a sigmoid of the token weigh it?
+    clamped: bool = (
+        False  # gpt-oss: clamped SwiGLU, biases of router and experts, gate and up interleaved on disk
+    )
+    alpha: float = 1.702
+    limit: float = 7.0
+    balance_coefficient: float = 0.0  # of the load-balance loss in training
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention: keys and values are linear in a narrow vector. DeepSeek-V2, arXiv 2405.04434."""
+
+    kv_rank: int
+    nope_dim: int  # dimensions of a query and key that are not rotated
+    rope_dim: int  # and those that are; the keys' are shared by all heads
+    value_dim: int
+    q_rank: int = 0  # 0: queries are linear in the input
+    interleaved: bool = True
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The shape of one decoder. Names are config.json's where the meaning is the same."""
 
@@ -47,6 +83,13 @@ class ModelConfig:
     rope_layers: tuple[bool, ...] = ()  # a layer: are its queries and keys rotated? () stands for all
     windows: tuple[int | None, ...] = ()  # a layer: its sliding window W, or None; () stands for no windows
     qk_norm: bool = False  # RMSNorm over D of every query and key head, before the rotation
+    qk_norm_whole: bool = False  # RMSNorm over all heads of the queries, and of the keys
+    local_rope: Rope | None = None  # of the layers with a window, where theirs differs
+    attention_scale: float | None = None  # None: 1 / sqrt(D)
+    sinks: bool = False  # a learned logit of each head in the softmax's denominator
+    latent: Latent | None = None
+    experts: Experts | None = None
+    gemma: bool = False  # norms times 1 + w, two more around each branch; embedding times sqrt(C); GeGLU
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
@@ -76,7 +119,7 @@ class ModelConfig:
                 f"num_attention_heads: expected a multiple of num_key_value_heads={self.num_key_value_heads}, "
                 f"got {self.num_attention_heads}"
             )
-        if self.head_dim % 2 and any(self.rope_layers):
+        if self.rotary_dim % 2 and any(self.rope_layers):
             raise ValueError(
                 f"head_dim: expected an even number, since rope rotates pairs, got {self.head_dim}"
             )
@@ -85,6 +128,10 @@ class ModelConfig:
                 raise ValueError(
                     f"{name}: expected one for each of {layers} layers, got {len(getattr(self, name))}"
                 )
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.latent.rope_dim if self.latent else self.head_dim
 
     @classmethod
     def from_hf(
@@ -109,7 +156,7 @@ class ModelConfig:
             "model_type": self.model_type,
             **{key: getattr(self, key) for key in (*_SIZES, *_NUMBERS, *_TOKEN_IDS, "tie_word_embeddings")},
             "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
-            "rope_parameters": {key: value for key, value in vars(self.rope).items() if value is not None},
+            "rope_parameters": _rope_to_hf(self.rope),
             "hidden_act": "silu",
             "attention_dropout": 0.0,
             "use_cache": True,
@@ -122,12 +169,71 @@ class ModelConfig:
             "use_sliding_window": window is not None,
             "layer_types": ["full_attention" if w is None else "sliding_attention" for w in self.windows],
         }
+        own |= self._experts_to_hf() | self._attention_to_hf()
         raw |= {key: value for key, value in own.items() if key in architecture.keys}
+        if self.latent:
+            raw["head_dim"] = self.latent.rope_dim  # transformers rotates this much
+        if self.gemma:
+            del raw["hidden_act"]
+            kinds = ("full_attention", self.rope), ("sliding_attention", self.local_rope or self.rope)
+            raw["rope_parameters"] = {kind: _rope_to_hf(rope) for kind, rope in kinds}
         again = ModelConfig.from_hf(raw, generation=self.generation)
         lost = [f.name for f in fields(self) if getattr(self, f.name) != getattr(again, f.name)]
         if lost:
             raise ValueError(f"{', '.join(lost)}: {self.model_type}'s config.json cannot say this: {self}")
         return raw
+
+    def _experts_to_hf(self) -> dict[str, Any]:
+        experts = self.experts
+        if experts is None:
+            return {}
+        return {
+            **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), experts.num_experts),
+            "num_experts_per_tok": experts.top_k,
+            "moe_intermediate_size": experts.intermediate_size,
+            "norm_topk_prob": experts.renormalize,
+            "router_aux_loss_coef": experts.balance_coefficient,
+            "routed_scaling_factor": experts.scale,
+            "n_group": experts.groups,
+            "topk_group": experts.top_groups,
+            "shared_expert_intermediate_size": experts.shared_size,
+            "n_shared_experts": experts.shared_size // experts.intermediate_size,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [i for i, has in enumerate(experts.layers) if not has],
+            "first_k_dense_replace": (*experts.layers, True).index(True),
+            "swiglu_alpha": experts.alpha,
+            "swiglu_limit": experts.limit,
+        }
+
+    def _attention_to_hf(self) -> dict[str, Any]:
+        scale = self.attention_scale
+        own: dict[str, Any] = {
+            "qkv_bias": self.qkv_bias,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": round(scale**-2) if scale else self.head_dim,
+        }
+        if self.latent:
+            own |= {
+                "q_lora_rank": self.latent.q_rank or None,
+                "kv_lora_rank": self.latent.kv_rank,
+                "qk_nope_head_dim": self.latent.nope_dim,
+                "qk_rope_head_dim": self.latent.rope_dim,
+                "qk_head_dim": self.latent.nope_dim + self.latent.rope_dim,
+                "v_head_dim": self.latent.value_dim,
+                "rope_interleave": self.latent.interleaved,
+            }
+        return own
+
+
+def yarn_factor(rope: Rope) -> float:
+    """What DeepSeek multiplies the scores' scale with, squared, where the positions are stretched."""
+    if rope.rope_type == "default" or not rope.mscale_all_dim or (rope.factor or 1) <= 1:
+        return 1.0
+    return 0.1 * rope.mscale_all_dim * math.log(rope.factor or 1) + 1.0
+
+
+def _rope_to_hf(rope: Rope) -> dict[str, Any]:
+    return {key: value for key, value in vars(rope).items() if value is not None}
 
 
 # ---- architectures
@@ -175,6 +281,138 @@ ARCHITECTURES = {
     ),
 }
 
+_EXPERTS = {"num_experts_per_tok", "router_aux_loss_coef"}
+_SOME_LAYERS = {"moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"}
+
+ARCHITECTURES |= {
+    "mixtral": Architecture(
+        "MixtralForCausalLM",
+        frozenset({"sliding_window", "num_local_experts", *_EXPERTS}),
+        defaults={
+            "max_position_embeddings": 131_072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+        },
+    ),
+    "qwen2_moe": Architecture(
+        "Qwen2MoeForCausalLM",
+        frozenset(
+            {
+                "qkv_bias",
+                "num_experts",
+                "shared_expert_intermediate_size",
+                *_EXPERTS,
+                *_SOME_LAYERS,
+                *_SLIDING,
+            }
+        ),
+        defaults={
+            "sliding_window": 4096,
+            "num_key_value_heads": 16,
+            "qkv_bias": True,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+        },
+    ),
+    "qwen3_moe": Architecture(
+        "Qwen3MoeForCausalLM",
+        frozenset(
+            {"attention_bias", "num_experts", "num_local_experts", *_EXPERTS, *_SOME_LAYERS, *_SLIDING}
+        ),
+        fixed={"qk_norm": True},
+        defaults={
+            "sliding_window": 4096,
+            "num_key_value_heads": 4,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
+    ),
+    "olmoe": Architecture(
+        "OlmoeForCausalLM",
+        frozenset({"attention_bias", "num_experts", "norm_topk_prob", *_EXPERTS}),
+        fixed={"qk_norm_whole": True},
+        defaults={
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "num_key_value_heads": None,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "router_aux_loss_coef": 0.01,
+        },
+    ),
+    "deepseek_v3": Architecture(
+        "DeepseekV3ForCausalLM",
+        frozenset(
+            {
+                *("attention_bias", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
+                *("n_routed_experts", "n_shared_experts", "first_k_dense_replace", "routed_scaling_factor"),
+                *(
+                    "n_group",
+                    "topk_group",
+                    "q_lora_rank",
+                    "kv_lora_rank",
+                    "qk_nope_head_dim",
+                    "qk_rope_head_dim",
+                ),
+                *("qk_head_dim", "v_head_dim", "rope_interleave"),
+            }
+        ),
+        defaults={
+            "num_key_value_heads": None,
+            "max_position_embeddings": 4096,
+            "n_routed_experts": 256,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 2048,
+            "norm_topk_prob": True,
+            "q_lora_rank": 1536,
+        },
+    ),
+    "gpt_oss": Architecture(
+        "GptOssForCausalLM",
+        frozenset(
+            {"attention_bias", "sliding_window", "layer_types", "num_local_experts", *_EXPERTS}
+            | {"swiglu_alpha", "swiglu_limit"}
+        ),
+        fixed={"sinks": True},
+        defaults={
+            "max_position_embeddings": 131_072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 150_000.0,
+            "attention_bias": True,
+            "sliding_window": 128,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 4,
+            "norm_topk_prob": True,
+        },
+    ),
+    "gemma3_text": Architecture(
+        "Gemma3ForCausalLM",
+        frozenset(
+            {"attention_bias", "sliding_window", "layer_types", "query_pre_attn_scalar", "hidden_activation"}
+            | {"rope_local_base_freq"}
+        ),
+        fixed={"qk_norm": True, "gemma": True},
+        defaults={
+            "max_position_embeddings": 131_072,
+            "sliding_window": 4096,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "tie_word_embeddings": True,
+            "rope_theta": 1e6,
+        },
+    ),
+}
+_SLIDING_PATTERN = {"gpt_oss": 2, "gemma3_text": 6}  # every so many layers one sees everything
+
 _SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "max_position_embeddings"),
@@ -186,6 +424,10 @@ _ONLY = {  # keys of which one value is built
     "attention_dropout": (0.0, None),
     "partial_rotary_factor": (1.0, None),
     "rope_interleaved": (False, None),
+    "hidden_activation": ("gelu_pytorch_tanh",),
+    "scoring_func": ("sigmoid",),
+    "topk_method": ("noaux_tc",),
+    "moe_layer_freq": (1,),
 }
 _DEFAULTS: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
@@ -198,9 +440,31 @@ _DEFAULTS: dict[str, Any] = {
     "use_sliding_window": False,
     "max_window_layers": 28,
     "no_rope_layer_interval": 4,
+    "router_aux_loss_coef": 0.001,
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 3,
+    "routed_scaling_factor": 2.5,
+    "n_group": 8,
+    "topk_group": 4,
+    "swiglu_alpha": 1.702,
+    "swiglu_limit": 7.0,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "rope_interleave": True,
+    "query_pre_attn_scalar": 256,
+    "rope_local_base_freq": 10_000.0,
     **dict.fromkeys(("head_dim", "sliding_window", "layer_types", "no_rope_layers", *_TOKEN_IDS)),
 }
-_NULLABLE = {"num_key_value_heads", *(key for key, value in _DEFAULTS.items() if value is None)}
+_NULLABLE = {
+    "num_key_value_heads",
+    "q_lora_rank",
+    *(key for key, value in _DEFAULTS.items() if value is None),
+}
 _COMMON = {
     *("model_type", "tie_word_embeddings", "rope_parameters", "rope_scaling", "rope_theta"),
     *_SIZES,
@@ -217,6 +481,11 @@ _INERT = {  # keys that no number depends on; the tensors say their own dtype
         "label2id",
         "num_labels",
         "is_llama_config",
+        "output_router_logits",
+        "router_jitter_noise",
+        "initial_context_length",
+        "ep_size",
+        "num_nextn_predict_layers",  # transformers leaves the layers that predict further tokens out, too
         "max_window_layers",
     ),
     *(
@@ -287,19 +556,29 @@ class _Reader:
         self.refuse_what_is_not_built()
         layers = self.size("num_hidden_layers")
         rope_layers = self.rope_layers(layers)
+        rope = self.rope()
+        latent = self.latent()
         values = {
             **{key: self.size(key) or 0 for key in _SIZES},
             **{key: self.number(key) for key in _NUMBERS},
             **{key: self.token_id(key) for key in _TOKEN_IDS},
-            "rope": self.rope(),
+            "rope": rope,
             "rope_layers": rope_layers,
             "windows": self.windows(layers, rope_layers),
-            "qkv_bias": self.flag("attention_bias"),
+            "qkv_bias": self.flag("attention_bias") or self.flag("qkv_bias"),
             "output_bias": self.flag("attention_bias"),
             "mlp_bias": self.flag("mlp_bias"),
             "tie_word_embeddings": self.flag("tie_word_embeddings"),
+            "experts": self.experts(layers),
+            "latent": latent,
             **self.architecture.fixed,
         }
+        if latent is not None:
+            values["head_dim"] = latent.nope_dim + latent.rope_dim
+            values["attention_scale"] = values["head_dim"] ** -0.5 * yarn_factor(rope) ** 2
+        if self.model_type == "gemma3_text":
+            values["local_rope"] = self.rope("sliding_attention")
+            values["attention_scale"] = self.size("query_pre_attn_scalar") ** -0.5
         try:
             return ModelConfig(**values, model_type=self.raw["model_type"], generation=generation)
         except ValueError as error:
@@ -310,7 +589,9 @@ class _Reader:
         for key, value in self.raw.items():
             if key in _ONLY and value not in _ONLY[key]:
                 self.refuse(key, f"{_ONLY[key][0]!r}, nothing else is built", value)
-            known = key in _COMMON | _INERT | self.architecture.keys or key.startswith("_")
+            known = key in (
+                _COMMON - {"hidden_activation"}
+            ) | _INERT | self.architecture.keys or key.startswith("_")
             if not known and value not in (None, False, 0, "", [], {}):
                 raise InputError(f"{self.source}: {key}: not supported for {self.model_type}, got {value!r}")
 
@@ -322,16 +603,81 @@ class _Reader:
             self.refuse(key, "a token id", value)
         return tuple(value)
 
-    def rope(self) -> Rope:
+    def latent(self) -> Latent | None:
+        if "kv_lora_rank" not in self.architecture.keys:
+            return None
+        return Latent(
+            kv_rank=self.size("kv_lora_rank"),
+            nope_dim=self.size("qk_nope_head_dim"),
+            rope_dim=self.size("qk_rope_head_dim"),
+            value_dim=self.size("v_head_dim"),
+            q_rank=self.size("q_lora_rank") or 0,
+            interleaved=self.flag("rope_interleave"),
+        )
+
+    def experts(self, layers: int) -> Experts | None:
+        keys = self.architecture.keys
+        name = next((k for k in ("num_experts", "num_local_experts", "n_routed_experts") if k in keys), None)
+        if name is None:
+            return None
+        spelled = next((k for k in (name, "num_experts", "num_local_experts") if k in self.raw), name)
+        deepseek, gpt_oss = self.model_type == "deepseek_v3", self.model_type == "gpt_oss"
+        own_size = "moe_intermediate_size" in keys
+        size = self.size("moe_intermediate_size" if own_size else "intermediate_size")
+        options: dict[str, Any] = {}
+        if deepseek:
+            first = self.get("first_k_dense_replace", int, "an integer >= 0", least=0)
+            has = tuple(i >= first for i in range(layers))
+            options |= {
+                "score": "sigmoid",
+                "groups": self.size("n_group"),
+                "top_groups": self.size("topk_group"),
+            }
+            options |= {"scale": self.number("routed_scaling_factor")}
+            options |= {"shared_size": size * self.get("n_shared_experts", int, "an integer >= 0", least=0)}
+        else:
+            dense, step = [], 1
+            if "mlp_only_layers" in keys:
+                dense, step = (
+                    self.get("mlp_only_layers", list, "a list of layers"),
+                    self.size("decoder_sparse_step"),
+                )
+            has = tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
+            options |= {"balance_coefficient": self.number("router_aux_loss_coef")}
+        if "shared_expert_intermediate_size" in keys:
+            options |= {"shared_size": self.size("shared_expert_intermediate_size"), "shared_gate": True}
+        if gpt_oss:
+            options |= {
+                "clamped": True,
+                "alpha": self.number("swiglu_alpha"),
+                "limit": self.number("swiglu_limit"),
+            }
+        return Experts(
+            num_experts=self.size(spelled),
+            top_k=self.size("num_experts_per_tok"),
+            intermediate_size=size,
+            layers=has,
+            renormalize=bool(self.get("norm_topk_prob", bool, "true or false")),
+            **options,
+        )
+
+    def rope(self, kind: str = "full_attention") -> Rope:
+        """kind: which layers', where the file keeps them apart."""
         key = "rope_scaling" if self.raw.get("rope_scaling") else "rope_parameters"
         parameters = self.raw.get(key) or {}
         if not isinstance(parameters, dict):
             self.refuse(key, "an object", parameters)
+        theta = "rope_theta"
+        apart = "rope_local_base_freq" in self.architecture.keys
+        if apart and isinstance(parameters.get(kind), dict):
+            key, parameters = f"{key}.{kind}", parameters[kind]
+        elif kind != "full_attention":
+            theta, parameters = "rope_local_base_freq", {}
         rope_type = parameters.get("rope_type", parameters.get("type", "default"))
         if rope_type not in _ROPE_KEYS:
             self.refuse(f"{key}.rope_type", f"one of {', '.join(_ROPE_KEYS)}", rope_type)
         needed, possible = _ROPE_KEYS[rope_type]
-        values: dict[str, Any] = {"rope_theta": self.number("rope_theta")}
+        values: dict[str, Any] = {"rope_theta": self.number(theta)}
         if "original_max_position_embeddings" in possible:
             values["original_max_position_embeddings"] = self.size("max_position_embeddings")
         for name, value in parameters.items():
@@ -366,14 +712,17 @@ class _Reader:
     def windows(self, layers: int, rope_layers: tuple[bool, ...]) -> tuple[int | None, ...]:
         if "sliding_window" not in self.architecture.keys:
             return (None,) * layers
-        window = self.size("sliding_window")
+        unused = self.raw.get("sliding_window") == 0 and not self.raw.get("use_sliding_window")
+        window = None if unused else self.size("sliding_window")
         if "layer_types" not in self.architecture.keys:
             return (window,) * layers
-        if not self.flag("use_sliding_window"):
+        if "use_sliding_window" in self.architecture.keys and not self.flag("use_sliding_window"):
             window = None
         kinds = self.get("layer_types", list, "a list of attention kinds")
         if kinds is None:
-            if "no_rope_layers" in self.architecture.keys:
+            if self.model_type in _SLIDING_PATTERN:
+                slides = [(i + 1) % _SLIDING_PATTERN[self.model_type] != 0 for i in range(layers)]
+            elif "no_rope_layers" in self.architecture.keys:
                 slides = [not rotated for rotated in rope_layers]
             else:
                 first = self.get("max_window_layers", int, "an integer >= 0", least=0)

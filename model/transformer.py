@@ -10,8 +10,9 @@ Face checkpoint, without the leading "model.".
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +23,16 @@ from ..kernels import (
     add_rms_norm,
     apply_rope,
     flash_attention,
+    geglu,
     rms_norm,
     swiglu,
     token_logprobs,
 )
+from ..kernels.moe import RouteStatistics
 from .cache import Cache
 from .config import ModelConfig, Rope
 from .linear import Linear, LoraConfig
+from .moe import MoE
 from .packed import Packed
 
 # ---- rope
@@ -87,6 +91,8 @@ class Pass:
     parents: Tensor | None = None
     cache: Cache | None = None
     adapter: Tensor | None = None  # (total,) which of several adapters each token has, -1 for none
+    local: tuple[Tensor, Tensor] | None = None  # cos and sin of the layers with a window, where theirs differ
+    routed: list[RouteStatistics] = field(default_factory=list)  # by layer, filled as they run
 
 
 class Norm(nn.Module):
@@ -106,56 +112,146 @@ class Attention(nn.Module):
         self.k_proj = Linear(C, G * D, config.qkv_bias)
         self.v_proj = Linear(C, G * D, config.qkv_bias)
         self.o_proj = Linear(H * D, C, config.output_bias)
-        self.q_norm = Norm(D) if config.qk_norm else None
-        self.k_norm = Norm(D) if config.qk_norm else None
+        whole = config.qk_norm_whole
+        self.q_norm = Norm(H * D if whole else D) if whole or config.qk_norm else None
+        self.k_norm = Norm(G * D if whole else D) if whole or config.qk_norm else None
+        self.sinks = nn.Parameter(torch.empty(H)) if config.sinks else None
         self.H, self.G, self.D = H, G, D
         self.layer, self.eps = layer, config.rms_norm_eps
         self.rotate, self.window = config.rope_layers[layer], config.windows[layer]
+        self.scale, self.whole, self.unit_offset = config.attention_scale, whole, config.gemma
 
     def forward(self, x: Tensor, now: Pass) -> Tensor:
         q = self.q_proj(x, now.adapter).view(-1, self.H, self.D)  # (total, H, D)
         k = self.k_proj(x, now.adapter).view(-1, self.G, self.D)  # (total, G, D)
         v = self.v_proj(x, now.adapter).view(-1, self.G, self.D)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = rms_norm(q, self.q_norm.weight, self.eps), rms_norm(k, self.k_norm.weight, self.eps)
+            q, k = self._norm(q, self.q_norm), self._norm(k, self.k_norm)
         if self.rotate:
-            q, k = apply_rope(q, k, now.cos, now.sin)
-        if now.cache is not None:
-            now.cache.write(self.layer, k, v)
-        if now.cache is not None and now.cu_seqlens is None:
-            out = now.cache.attend(self.layer, q, self.window)
+            cos, sin = now.local if now.local and self.window else (now.cos, now.sin)
+            q, k = apply_rope(q, k, cos, sin)
+        out = attend(q, k, v, now, self.layer, self.window, self.scale, self.sinks)
+        return self.o_proj(out.flatten(1), now.adapter)  # (total, C)
+
+    def _norm(self, x: Tensor, norm: "Norm") -> Tensor:
+        if self.whole:  # over all heads at once
+            return rms_norm(x.flatten(1), norm.weight, self.eps).view_as(x)
+        return rms_norm(x, norm.weight, self.eps, unit_offset=self.unit_offset)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    now: Pass,
+    layer: int,
+    window: int | None,
+    scale: float | None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """q (total, H, D), k and v (total, G, D) to (total, H, D), among themselves or with what the cache holds."""
+    sinks = None if sinks is None else sinks.to(q.dtype)
+    if now.cache is not None:
+        now.cache.write(layer, k, v)
+    if now.cache is not None and now.cu_seqlens is None:
+        return now.cache.attend(layer, q, window, scale, sinks)
+    out = flash_attention(
+        q, k, v, window=window, cu_seqlens=now.cu_seqlens, parents=now.parents, scale=scale, sinks=sinks
+    )
+    assert isinstance(out, Tensor)
+    return out
+
+
+class LatentAttention(nn.Module):
+    """Keys and values from a vector of kv_rank numbers, and rope_dim rotated ones that all heads share.
+
+    The cache holds them multiplied out, values padded to the width of the keys.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        latent = config.latent
+        assert latent is not None
+        C, H, D = config.hidden_size, config.num_attention_heads, config.head_dim
+        if latent.q_rank:
+            self.q_a_proj = Linear(C, latent.q_rank, config.qkv_bias)
+            self.q_a_layernorm = Norm(latent.q_rank)
+            self.q_b_proj = Linear(latent.q_rank, H * D, bias=False)
         else:
-            out = flash_attention(q, k, v, window=self.window, cu_seqlens=now.cu_seqlens, parents=now.parents)
-        assert isinstance(out, Tensor)
+            self.q_proj = Linear(C, H * D, bias=False)
+        self.kv_a_proj_with_mqa = Linear(C, latent.kv_rank + latent.rope_dim, config.qkv_bias)
+        self.kv_a_layernorm = Norm(latent.kv_rank)
+        self.kv_b_proj = Linear(latent.kv_rank, H * (latent.nope_dim + latent.value_dim), bias=False)
+        self.o_proj = Linear(H * latent.value_dim, C, config.output_bias)
+        self.latent, self.H, self.layer, self.eps = latent, H, layer, 1e-6
+        self.scale, self.window = config.attention_scale, config.windows[layer]
+
+    def forward(self, x: Tensor, now: Pass) -> Tensor:
+        latent, H = self.latent, self.H
+        if latent.q_rank:
+            q = rms_norm(self.q_a_proj(x, now.adapter), self.q_a_layernorm.weight, self.eps)
+            q = self.q_b_proj(q, now.adapter)
+        else:
+            q = self.q_proj(x, now.adapter)
+        q = q.unflatten(1, (H, -1))  # (total, H, nope + rope)
+        narrow, k_rope = self.kv_a_proj_with_mqa(x, now.adapter).split([latent.kv_rank, latent.rope_dim], 1)
+        kv = self.kv_b_proj(rms_norm(narrow, self.kv_a_layernorm.weight, self.eps), now.adapter)
+        k, v = kv.unflatten(1, (H, -1)).split([latent.nope_dim, latent.value_dim], 2)  # (total, H, ...)
+        q_rope, k_rope = apply_rope(
+            q[..., latent.nope_dim :], k_rope[:, None], now.cos, now.sin, interleaved=latent.interleaved
+        )
+        q = torch.cat([q[..., : latent.nope_dim], q_rope], -1)
+        k = torch.cat([k, k_rope.expand(-1, H, -1)], -1)
+        v = F.pad(v, (0, k.shape[-1] - latent.value_dim))
+        out = attend(q, k, v, now, self.layer, self.window, self.scale)[..., : latent.value_dim]
         return self.o_proj(out.flatten(1), now.adapter)  # (total, C)
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, size: int | None = None):
         super().__init__()
-        C, F_ = config.hidden_size, config.intermediate_size
+        C, F_ = config.hidden_size, size or config.intermediate_size
+        self.activation = geglu if config.gemma else swiglu
         self.gate_proj = Linear(C, F_, config.mlp_bias)
         self.up_proj = Linear(C, F_, config.mlp_bias)
         self.down_proj = Linear(F_, C, config.mlp_bias)
 
     def forward(self, x: Tensor, now: Pass) -> Tensor:
         gate, up = self.gate_proj(x, now.adapter), self.up_proj(x, now.adapter)  # (total, F)
-        return self.down_proj(swiglu(gate, up), now.adapter)
+        return self.down_proj(self.activation(gate, up), now.adapter)
 
 
 class Layer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.input_layernorm = Norm(config.hidden_size)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = (LatentAttention if config.latent else Attention)(config, layer)
         self.post_attention_layernorm = Norm(config.hidden_size)
-        self.mlp = MLP(config)
+        self.pre_feedforward_layernorm = Norm(config.hidden_size) if config.gemma else None
+        self.post_feedforward_layernorm = Norm(config.hidden_size) if config.gemma else None
+        experts = config.experts
+        if experts is not None and experts.layers[layer]:
+            self.mlp = MoE(config, experts, MLP(config, experts.shared_size) if experts.shared_size else None)
+        else:
+            self.mlp = MLP(config)
         self.eps = config.rms_norm_eps
 
     def forward(self, x: Tensor, now: Pass) -> Tensor:
+        if self.pre_feedforward_layernorm is not None:
+            return self._gemma(x, now)
         y = self.self_attn(rms_norm(x, self.input_layernorm.weight, self.eps), now)
         y, h = add_rms_norm(y, x, self.post_attention_layernorm.weight, self.eps)
         return h + self.mlp(y, now)
+
+    def _gemma(self, x: Tensor, now: Pass) -> Tensor:
+        """Each branch is also normalised before it is added."""
+        assert self.pre_feedforward_layernorm is not None and self.post_feedforward_layernorm is not None
+        y = self.self_attn(rms_norm(x, self.input_layernorm.weight, self.eps, unit_offset=True), now)
+        y = rms_norm(y, self.post_attention_layernorm.weight, self.eps, unit_offset=True)
+        y, h = add_rms_norm(y, x, self.pre_feedforward_layernorm.weight, self.eps, unit_offset=True)
+        return h + rms_norm(
+            self.mlp(y, now), self.post_feedforward_layernorm.weight, self.eps, unit_offset=True
+        )
 
 
 # ---- model
@@ -172,6 +268,7 @@ class Transformer(nn.Module):
         self.config = config
         self.checkpoint_activations = False
         self.adapter: LoraConfig | None = None  # what adapter.py has added
+        self.routing: tuple[RouteStatistics, ...] = ()  # of the latest forward pass, by layer with experts
         self.replaced: dict[
             str, Tensor
         ] = {}  # the base's own values of what an adapter trains whole, by name
@@ -187,11 +284,16 @@ class Transformer(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, weight in self.named_parameters():
-                if weight.dim() == 2:  # drawn on the CPU: the same weights on every device
+                if weight.dim() >= 2 and not name.endswith(
+                    "bias"
+                ):  # drawn on the CPU: the same weights on every device
                     drawn = torch.empty(weight.shape).normal_(generator=generator)
                     weight.copy_(drawn * config.initializer_range)
                 else:
-                    weight.fill_(0.0 if name.endswith("bias") else 1.0)
+                    zero = name.endswith(("bias", "sinks")) or config.gemma
+                    weight.fill_(0.0 if zero else 1.0)
+            for buffer in self.buffers():
+                buffer.zero_()
 
     @property
     def device(self) -> torch.device:
@@ -202,34 +304,59 @@ class Transformer(nn.Module):
         """(V, C): the embedding itself where the two are tied."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.merged()
 
-    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def _pass(self, positions: Tensor, **more: Any) -> Pass:
+        local = self.config.local_rope
+        cos, sin = self._angles(positions)
+        return Pass(cos, sin, local=None if local is None else self._angles(positions, local), **more)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        x = self.embed_tokens(tokens)
+        return x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype) if self.config.gemma else x
+
+    def _final(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.norm.weight, self.config.rms_norm_eps, unit_offset=self.config.gemma)
+
+    def balance_loss(self) -> Tensor:
+        """How uneven the experts' load was in the latest forward pass, averaged over layers, times its coefficient."""
+        experts = self.config.experts
+        if experts is None or not self.routing:
+            return torch.zeros((), device=self.device)
+        return experts.balance_coefficient * torch.stack([routed.balance for routed in self.routing]).mean()
+
+    def _angles(self, positions: Tensor, rope: Rope | None = None) -> tuple[Tensor, Tensor]:
         """positions (total,) to cos and sin, (total, D/2) fp32."""
-        inv_freq, factor = rope_frequencies(self.config.rope, self.config.head_dim, positions.device)
+        rope = self.config.rope if rope is None else rope
+        inv_freq, factor = rope_frequencies(rope, self.config.rotary_dim, positions.device)
         angle = positions[:, None].float() * inv_freq
         cos, sin = angle.cos(), angle.sin()
         return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
 
     def forward(self, packed: Packed, cache: Cache | None = None) -> Tensor:
         """Hidden states after the final norm, (total, C). A cache takes the keys and values as its `open` said."""
-        cos, sin = self._angles(packed.positions)
-        now = Pass(cos, sin, packed.cu_seqlens, packed.parents, cache, packed.adapter)
-        x = self.embed_tokens(packed.tokens)  # (total, C)
+        now = self._pass(
+            packed.positions,
+            cu_seqlens=packed.cu_seqlens,
+            parents=packed.parents,
+            cache=cache,
+            adapter=packed.adapter,
+        )
+        x = self._embed(packed.tokens)  # (total, C)
         for layer in self.layers:
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(layer, x, now, use_reentrant=False)
             else:
                 x = layer(x, now)
-        return rms_norm(x, self.norm.weight, self.config.rms_norm_eps)
+        self.routing = tuple(now.routed)
+        return self._final(x)
 
     def decode(self, tokens: Tensor, cache: Cache) -> Tensor:
         """One further token (B,) for each of the cache's first B slots to hidden states (B, C)."""
-        cos, sin = self._angles(cache.grow(tokens.numel()))
         adapter = None if cache.adapter is None else cache.adapter[: tokens.numel()]
-        now = Pass(cos, sin, cache=cache, adapter=adapter)
-        x = self.embed_tokens(tokens)
+        now = self._pass(cache.grow(tokens.numel()), cache=cache, adapter=adapter)
+        x = self._embed(tokens)
         for layer in self.layers:
             x = layer(x, now)
-        return rms_norm(x, self.norm.weight, self.config.rms_norm_eps)
+        return self._final(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) to (..., V) in fp32 (fp64 from fp64), from the inputs and with the precision that `score` uses."""

@@ -11,7 +11,10 @@ from burnish.model.checkpoint import load_model
 from burnish.model.generate import TOP_P_WIDTH, _Draw, _mix, _signed, generate, uniform
 from safetensors.torch import load_file
 
-ARCHITECTURES = ["llama", "llama-tied-llama3rope", "llama-yarn", "qwen2", "qwen3", "mistral-sw", "smollm3"]
+ARCHITECTURES = [
+    *("llama", "llama-tied-llama3rope", "llama-yarn", "qwen2", "qwen3", "mistral-sw", "smollm3"),
+    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "gemma3_text"),
+]
 everywhere = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 TINY = ModelConfig(

@@ -11,7 +11,10 @@ from burnish.model import ModelConfig, Rope, Transformer, pack, transformer
 from burnish.model.checkpoint import load_model
 from safetensors.torch import load_file
 
-ARCHITECTURES = ["llama", "llama-tied-llama3rope", "llama-yarn", "qwen2", "qwen3", "mistral-sw", "smollm3"]
+ARCHITECTURES = [
+    *("llama", "llama-tied-llama3rope", "llama-yarn", "qwen2", "qwen3", "mistral-sw", "smollm3"),
+    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "gemma3_text"),
+]
 everywhere = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 TINY = ModelConfig(
@@ -59,7 +62,7 @@ def test_logits_are_those_of_transformers(model, golden):
     torch.testing.assert_close(model.logits(model(packed)), expected, atol=1e-5, rtol=0)
 
 
-def padded_attention(mask, q, k, v, *, window, cu_seqlens, parents):
+def padded_attention(mask, q, k, v, *, window, cu_seqlens, parents, scale, sinks):
     """What transformers' eager attention does with left padding: a padded query weighs every key alike."""
     (B, T), D = mask.shape, q.shape[-1]
     q, k, v = (x.view(B, T, -1, D).transpose(1, 2) for x in (q, k, v))  # (B, H or G, T, D)
@@ -69,7 +72,10 @@ def padded_attention(mask, q, k, v, *, window, cu_seqlens, parents):
     mask = torch.zeros(()).masked_fill(
         ~visible, torch.finfo(q.dtype).min
     )  # added: masked scores keep their gradient
-    return ((q @ k.transpose(2, 3) / D**0.5 + mask).softmax(-1) @ v).transpose(1, 2).flatten(0, 1)
+    scores = q @ k.transpose(2, 3) * (scale or D**-0.5) + mask
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(B, -1, T, 1)], -1)
+    return (scores.softmax(-1)[..., :T] @ v).transpose(1, 2).flatten(0, 1)
 
 
 @everywhere
