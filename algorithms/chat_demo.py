@@ -5,8 +5,8 @@
 
 The problems are all sums of two numbers from 1 to 20, a quarter of them held out; the one rule reward says whether the
 last number of an answer of at most 16 tokens is the sum. A held-out problem is answered once, before and after, at the
-temperature of training, so the standard error of the share is over problems. The model or adapter is then asked the
-first of them again from the folder that it was saved in.
+temperature of training, so the standard error of the share is over problems. After training it is the saved folder,
+the model or the adapter on its base, that is asked the same prompts again.
 
 Source: GRPO, Shao et al. 2024, https://arxiv.org/abs/2402.03300; the model, https://arxiv.org/abs/2502.02737
 Run:    burnish chat-demo --mode lora
@@ -184,9 +184,10 @@ def train(cfg: Config) -> Path:
         facts=facts,
     )
     print("\n" + "\n".join(f"{name}: {value}" for name, value in facts.items()))
-    print(
-        f"\nbefore:  {before.answers[0]}\nasked again, from {trained}:\n         {after.answers[0]}\n\nreport: {report}"
-    )
+    print(f"\nThe first four again, from {trained}:")
+    for was, now in zip(before.answers[:4], after.answers, strict=False):
+        print(f"    before  {was}\n    after   {now}")
+    print(f"\nreport: {report}")
     return report
 
 
