@@ -68,8 +68,8 @@ def absmax_of(
 
 @triton.jit
 def _dequantize_fwd(
-    packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, out_ptr, numel, blocks,
-    DOUBLE: tl.constexpr, HALF: tl.constexpr, BLOCKS: tl.constexpr,
+    packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, out_ptr,
+    numel, pairs_numel, blocks, DOUBLE: tl.constexpr, HALF: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     # a row of the tile is a block of weights, HALF bytes; a thread takes 16 bytes and has one absmax for them
     rows = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
@@ -77,7 +77,7 @@ def _dequantize_fwd(
         absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, rows, rows < blocks, DOUBLE
     )  # fmt: skip
     places = rows[:, None] * HALF + tl.arange(0, HALF)[None, :]  # [BLOCKS, HALF]
-    pairs = tl.load(packed_ptr + places, 2 * places < numel, other=0, eviction_policy="evict_first")
+    pairs = tl.load(packed_ptr + places, places < pairs_numel, other=0, eviction_policy="evict_first")
     code = tl.load(code_ptr + tl.arange(0, 16))
     pairs = tl.reshape(pairs, [BLOCKS * HALF]).to(tl.int32)
     first = tl.reshape(tl.gather(code, pairs >> 4, 0), [BLOCKS, HALF]) * absmax[:, None]
@@ -117,7 +117,8 @@ def dequantize(
             half = blocksize // 2
             rows = max(1, TILE // half)
             _dequantize_fwd[(cdiv(absmax.numel(), rows),)](
-                packed, absmax, code, nested_absmax, nested_code, offset, out, out.numel(), absmax.numel(),
+                packed, absmax, code, nested_absmax, nested_code, offset, out,
+                out.numel(), packed.numel(), absmax.numel(),
                 nested_absmax is not None, half, rows, num_warps=8, enable_fp_fusion=False,
             )  # fmt: skip
         return out

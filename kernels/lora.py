@@ -143,9 +143,9 @@ def _shrink_fwd(
     ADAPTERS: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    # S = drop(x) A^T, each row with its adapter's A
+    # S = drop(x) A^T, each row with its adapter's A. Program (i, j): rows of block i, the share j of the rank
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    low = tl.arange(0, BLOCK_R)
+    low = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     mine, first, last = _span(adapter_ptr, rows, M, ADAPTERS)  # pyright: ignore[reportGeneralTypeIssues]
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     for e in range(first, last):
@@ -170,14 +170,17 @@ def _low_rank(
     ADAPTERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     # S B^T on one tile, each row with its adapter's B
-    low = tl.arange(0, BLOCK_R)
-    s = tl.load(s_ptr + rows[:, None] * R + low[None, :], (rows < M)[:, None] & (low < R)[None, :], other=0.0)
     mine, first, last = _span(adapter_ptr, rows, M, ADAPTERS)  # pyright: ignore[reportGeneralTypeIssues]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for e in range(first, last):
-        places = tl.cast(e, tl.int64) * stride_e + low[:, None] * stride_r + cols[None, :] * stride_n
-        b = tl.load(b_ptr + places, (low < R)[:, None] & (cols < N)[None, :], other=0.0)
-        part = tl.dot(s, b, input_precision="ieee")
+        part = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for r in range(0, R, BLOCK_R):
+            low = r + tl.arange(0, BLOCK_R)
+            live = (rows < M)[:, None] & (low < R)[None, :]
+            s = tl.load(s_ptr + rows[:, None] * R + low[None, :], live, other=0.0)
+            places = tl.cast(e, tl.int64) * stride_e + low[:, None] * stride_r + cols[None, :] * stride_n
+            b = tl.load(b_ptr + places, (low < R)[:, None] & (cols < N)[None, :], other=0.0)
+            part = tl.dot(s, b, part, input_precision="ieee")
         acc = tl.where((mine == e)[:, None], part, acc)
     return acc
 
@@ -246,17 +249,21 @@ def _dora_norm_fwd(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     # |W + scaling B A| of each row, without the sum in memory
-    cols, low = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
-    b = tl.load(b_ptr + cols[:, None] * R + low[None, :], (cols < N)[:, None] & (low < R)[None, :], other=0.0)
+    cols = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     squares = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for k in range(0, K, BLOCK_K):
         deep = k + tl.arange(0, BLOCK_K)
-        a = tl.load(
-            a_ptr + low[:, None] * K + deep[None, :], (low < R)[:, None] & (deep < K)[None, :], other=0.0
-        )
+        product = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        for r in range(0, R, BLOCK_R):
+            low = r + tl.arange(0, BLOCK_R)
+            b_live = (cols < N)[:, None] & (low < R)[None, :]
+            b = tl.load(b_ptr + cols[:, None] * R + low[None, :], b_live, other=0.0)
+            a_live = (low < R)[:, None] & (deep < K)[None, :]
+            a = tl.load(a_ptr + low[:, None] * K + deep[None, :], a_live, other=0.0)
+            product = tl.dot(b, a, product, input_precision="ieee")
         live = (cols < N)[:, None] & (deep < K)[None, :]
         w = tl.load(w_ptr + cols[:, None] * K + deep[None, :], live, other=0.0).to(tl.float32)
-        w += scaling * tl.dot(b, a, input_precision="ieee")
+        w += scaling * product
         squares += w * w
     tl.store(norm_ptr + cols, tl.sqrt(tl.sum(squares, 1)), cols < N)
 
@@ -266,8 +273,10 @@ def _lora_bwd(
     dout_ptr, s_ptr, b_ptr, ds_ptr, db_ptr, M, N, R, scaling,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    # One pass over dout: dS of BLOCK_M rows, and these rows' share of dB, which is added up afterwards in a fixed order
-    rows, low = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
+    # One pass over dout for each BLOCK_R of the rank: dS of BLOCK_M rows, and these rows' share of dB, which is added
+    # up afterwards in a fixed order
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    low = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     s_live = (rows < M)[:, None] & (low < R)[None, :]
     s = tl.load(s_ptr + rows[:, None] * R + low[None, :], s_live, other=0.0)
     ds = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
@@ -290,9 +299,11 @@ def _lora_a_bwd(
     ADAPTERS: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    # Program (i, j, e): columns of block i of dA of adapter e, summed over the share j of the rows
-    cols, low = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
-    e = tl.program_id(2)
+    # Program (i, j, k): columns of block i of dA, summed over the share j of the rows; k: adapter and share of the rank
+    blocks_r = tl.cdiv(R, BLOCK_R)
+    e, adapters = tl.program_id(2) // blocks_r, tl.num_programs(2) // blocks_r
+    cols = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    low = tl.program_id(2) % blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)
     acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     first = tl.program_id(1) * tiles
     for tile in range(first, tl.minimum(first + tiles, tl.cdiv(M, BLOCK_M))):
@@ -305,7 +316,7 @@ def _lora_a_bwd(
         if DROPOUT:
             x = tl.where(_kept(seed_ptr, rows, cols, threshold), x * keep_scale, 0.0).to(x.dtype)
         acc = tl.dot(ds, x, acc, input_precision="ieee")
-    share = (tl.program_id(1) * tl.num_programs(2) + e).to(tl.int64) * R
+    share = (tl.program_id(1) * adapters + e).to(tl.int64) * R
     places = (share + low)[:, None] * K + cols[None, :]
     tl.store(partial_ptr + places, acc, (low < R)[:, None] & (cols < K)[None, :])
 
@@ -327,8 +338,13 @@ def _drop_arguments(seed: Tensor | None, dropout: float) -> tuple[int, float]:
     return (_threshold(dropout), 1 / (1 - dropout)) if seed is not None else (0, 1.0)
 
 
-def _ranks(R: int) -> int:
-    return max(16, next_power_of_2(R))
+def _ranks(R: int, most: int) -> int:
+    """BLOCK_R. At most what registers hold: 64, in fp32, which is multiplied without matrix units, 16."""
+    return min(max(16, next_power_of_2(R)), most)
+
+
+def _most_ranks(x: Tensor) -> int:
+    return 16 if x.dtype == torch.float32 else 64
 
 
 def _shrink(x: Tensor, a: Tensor, adapter: Tensor | None, seed: Tensor | None, dropout: float) -> Tensor:
@@ -336,10 +352,10 @@ def _shrink(x: Tensor, a: Tensor, adapter: Tensor | None, seed: Tensor | None, d
     (M, K), R = x.shape, a.shape[-2]
     S = x.new_empty(M, R)
     if S.numel():
-        block_m = 32 if R > 64 or 64 * multiprocessors(x) > M else 64
-        _shrink_fwd[(cdiv(M, block_m),)](
+        block_m, block_r = 32 if 64 * multiprocessors(x) > M else 64, _ranks(R, 64)
+        _shrink_fwd[(cdiv(M, block_m), cdiv(R, block_r))](
             x, a, adapter, seed, S, M, K, R, *_drop_arguments(seed, dropout),
-            adapter is not None, seed is not None, block_m, 64, _ranks(R), num_warps=4, num_stages=3,
+            adapter is not None, seed is not None, block_m, 64, block_r, num_warps=4, num_stages=3,
         )  # fmt: skip
     return S
 
@@ -359,12 +375,12 @@ def _expand_(
     M, N = out.shape
     R = S.shape[1]
     if out.numel():
-        block_n = 64 if R > 64 else 128
+        block_n = 64 if out.dtype == torch.float32 else 128
         _expand_fwd[(cdiv(M, 64) * cdiv(N, block_n),)](
             out, S, b, adapter, seed, gain, bias, M, N, R, b.stride(0), b.stride(-2), b.stride(-1),
             scaling, *_drop_arguments(seed, dropout),
-            adapter is not None, seed is not None, gain is not None, bias is not None, 64, block_n, _ranks(R),
-            num_warps=4 if R <= 64 else 8, num_stages=1,
+            adapter is not None, seed is not None, gain is not None, bias is not None, 64, block_n,
+            _ranks(R, _most_ranks(out)), num_warps=4, num_stages=1,
         )  # fmt: skip
 
 
@@ -381,16 +397,16 @@ def _fused(
     (M, K), (N, R) = x.shape, b.shape[-2:]
     out = x.new_empty(M, N)
     if out.numel():
-        tile = _fused_tile(x, R)
+        tile, block_r = _fused_tile(x), _ranks(R, 16 if x.dtype == torch.float32 else 32)
         _lora_fwd[(cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]),)](
             x, W, S, b, adapter, gain, bias, out, M, N, K, R, b.stride(0), b.stride(-2), b.stride(-1), scaling,
-            adapter is not None, gain is not None, bias is not None, BLOCK_R=_ranks(R), GROUP=8, **tile,
+            adapter is not None, gain is not None, bias is not None, BLOCK_R=block_r, GROUP=8, **tile,
         )  # fmt: skip
     return out
 
 
-def _fused_tile(x: Tensor, R: int) -> dict[str, int]:
-    if x.dtype == torch.float32 or R > 64:
+def _fused_tile(x: Tensor) -> dict[str, int]:
+    if x.dtype == torch.float32:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
     if capability(x)[0] >= 9 and capability(x) != (9, 4):
         return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
@@ -402,14 +418,14 @@ def _a_grad(
 ) -> Tensor:
     """dS^T drop(x), one pass over x for each adapter, in a's shape."""
     (M, K), R = x.shape, dS.shape[1]
-    adapters, block_k = a.shape[0] if adapter is not None else 1, 64
+    adapters, block_k, block_r = a.shape[0] if adapter is not None else 1, 64, _ranks(R, _most_ranks(x))
     splits = max(1, min(cdiv(M, 512), cdiv(2 * multiprocessors(x), cdiv(K, block_k))))
     tiles = cdiv(cdiv(M, 32), splits)
     partial = x.new_zeros(splits, adapters, R, K, dtype=torch.float32)
     if M * K:
-        _lora_a_bwd[(cdiv(K, block_k), splits, adapters)](
+        _lora_a_bwd[(cdiv(K, block_k), splits, adapters * cdiv(R, block_r))](
             dS, x, adapter, seed, partial, M, K, R, tiles, *_drop_arguments(seed, dropout),
-            adapter is not None, seed is not None, 32, block_k, _ranks(R), num_warps=4, num_stages=2,
+            adapter is not None, seed is not None, 32, block_k, block_r, num_warps=4, num_stages=2,
         )  # fmt: skip
     return partial.sum(0).to(x.dtype).view(a.shape)
 
@@ -417,11 +433,11 @@ def _a_grad(
 def _dout_once(g: Tensor, S: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """dS (M, R) and dB (N, R), from one pass over g."""
     (M, N), R = g.shape, S.shape[1]
-    dS, block_m = torch.empty_like(S), 64 if R > 64 else 128
+    dS, block_m, block_r = torch.empty_like(S), 128, _ranks(R, _most_ranks(g))
     partial = g.new_zeros(max(1, cdiv(M, block_m)), N, R, dtype=torch.float32)
     if M:
-        _lora_bwd[(cdiv(M, block_m),)](
-            g, S, b, dS, partial, M, N, R, scaling, block_m, 32, _ranks(R), num_warps=8, num_stages=2
+        _lora_bwd[(cdiv(M, block_m), cdiv(R, block_r))](
+            g, S, b, dS, partial, M, N, R, scaling, block_m, 32, block_r, num_warps=8, num_stages=2
         )
     return dS, partial.sum(0).to(g.dtype)
 
@@ -529,7 +545,7 @@ def _norm(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
 def _norm_triton(W: Tensor, A: Tensor, B: Tensor, scaling: float, norm: Tensor) -> None:
     (N, K), R = W.shape, A.shape[0]
     _dora_norm_fwd[(cdiv(N, 32),)](
-        W, A, B, norm, N, K, R, scaling, 32, 64, _ranks(R), num_warps=4, num_stages=2
+        W, A, B, norm, N, K, R, scaling, 32, 64, _ranks(R, _most_ranks(W)), num_warps=4, num_stages=2
     )
 
 

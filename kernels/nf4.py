@@ -263,21 +263,19 @@ def _linear(
     if not use_triton(x) or M > FEW_ROWS or K % blocksize or 0 in (M, N, K):
         b = None if bias is None else bias.to(x.dtype)
         return F.linear(x, dequantize(*four_bit, [N, K], blocksize, x.dtype), b)
-    columns = cdiv(N, BLOCK_N)
+    block_n = 32 if x.dtype == torch.float32 else 64
+    columns = cdiv(N, block_n)
     splits = max(1, min(cdiv(4 * multiprocessors(x), columns), K // step, 64))
     steps = cdiv(K // step, splits)
     splits = cdiv(K // step, steps)
     partial = x.new_empty(splits, M, N, dtype=torch.float32)
     _few_rows_fwd[(columns, splits)](
         x, *four_bit, partial, M, N, K, steps, nested_absmax is not None, blocksize,
-        max(16, next_power_of_2(M)), BLOCK_N, step // 2, num_warps=4, num_stages=4,
+        max(16, next_power_of_2(M)), block_n, step // 2, num_warps=4, num_stages=4,
     )  # fmt: skip
     y = x.new_empty(M, N)
     _add_splits[(cdiv(M * N, 256),)](partial, bias, y, M * N, N, splits, bias is not None, 256, num_warps=4)
     return y
-
-
-BLOCK_N = 64
 
 
 def _linear_fake(x, packed, absmax, code, nested_absmax, nested_code, offset, bias, N, blocksize):

@@ -1,0 +1,214 @@
+"""What an adapter means, beyond the accuracy that test_cases.py holds every op to."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from burnish.kernels import dequantize_nf4, lora_linear, quantize_nf4
+from burnish.kernels._launch import INTERPRET
+from burnish.kernels.lora import PATHS, _drop, _expand_, _lora_linear, lora_linear_reference
+from torch.autograd.graph import saved_tensors_hooks
+
+TRITON = INTERPRET or torch.cuda.is_available()
+close = torch.testing.assert_close
+SEED = 5 << 40 | 11
+
+
+def adapter(N, K, R, device, stack=()):
+    a = torch.randn(*stack, R, K, device=device) * K**-0.5
+    return a.requires_grad_(), (torch.randn(*stack, N, R, device=device) * R**-0.5).requires_grad_()
+
+
+def gradients(y, *tensors, upstream=None):
+    return torch.autograd.grad(y, tensors, torch.ones_like(y) if upstream is None else upstream)
+
+
+@pytest.mark.parametrize("path", PATHS if TRITON else PATHS[:1])
+@pytest.mark.parametrize("R", [1, 3, 8, 16, 64, 256])
+def test_any_rank(R, path, device):
+    x, bias = torch.randn(19, 33, device=device, requires_grad=True), torch.randn(21, device=device)
+    W, (a, b) = torch.randn(21, 33, device=device), adapter(21, 33, R, device)
+    upstream = torch.randn(19, 21, device=device)
+    for options in ({}, {"dropout": 0.3, "seed": SEED}) if path == "cublas" else ({},):
+        y = _lora_linear(x, W, a, b, 0.5, bias=bias, path=path, **options)
+        truth = lora_linear_reference(x, W, a, b, 0.5, bias=bias, **options)
+        close(y, truth, rtol=1e-5, atol=3e-5)
+        for mine, true in zip(*(gradients(t, x, a, b, upstream=upstream) for t in (y, truth)), strict=True):
+            close(mine, true, rtol=1e-5, atol=5e-5)
+
+
+def test_fresh_adapter_has_the_bits_of_the_base(device):
+    if device == "cuda" or INTERPRET:
+        pytest.skip("on CUDA the accuracy rule holds, not the bits")
+    x, W, bias = torch.randn(7, 33), torch.randn(21, 33), torch.randn(21)
+    a, _ = adapter(21, 33, 4, device)
+    for weight in (W, quantize_nf4(W)):
+        dense = W if weight is W else dequantize_nf4(quantize_nf4(W))
+        assert torch.equal(
+            lora_linear(x, weight, a, torch.zeros(21, 4), 2.0, bias=bias), F.linear(x, dense, bias)
+        )
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_merged_equals_unmerged(dora, device):
+    x, W = torch.randn(7, 33, device=device), torch.randn(21, 33, device=device)
+    a, b = adapter(21, 33, 4, device)
+    merged = W + 0.5 * b @ a
+    magnitude = torch.rand(21, device=device) if dora else None
+    if magnitude is not None:
+        merged = merged * (magnitude / merged.norm(dim=1))[:, None]
+    close(lora_linear(x, W, a, b, 0.5, magnitude=magnitude), F.linear(x, merged), rtol=1e-5, atol=1e-5)
+
+
+def test_dora_of_the_base_norm_changes_nothing(device):
+    x, W = torch.randn(7, 33, device=device), torch.randn(21, 33, device=device)
+    a, _ = adapter(21, 33, 4, device)
+    y = lora_linear(x, W, a, torch.zeros(21, 4, device=device), 0.5, magnitude=W.norm(dim=1))
+    close(y, F.linear(x, W), rtol=1e-5, atol=1e-5)
+
+
+# ---- dropout
+
+
+def masks(x, W, a, b, dropout, seed):
+    """The mask of the forward and of the backward, read from the op: with W = 0, a = I and b = I both are drop(1)."""
+    y = lora_linear(x, W, a, b, 1.0, dropout=dropout, seed=seed)
+    (dx,) = gradients(y, x)
+    return y.detach(), dx
+
+
+def test_one_mask_forward_backward_and_everywhere(device):
+    K = 40
+    eye, x = torch.eye(K, device=device), torch.ones(33, K, device=device, requires_grad=True)
+    forward, backward = masks(x, torch.zeros(K, K, device=device), eye, eye, 0.3, SEED)
+    expected = _drop(torch.ones(33, K), 0.3, torch.tensor(SEED)).to(device)
+    close(forward, expected)
+    close(backward, expected)
+    a = eye.clone().requires_grad_()
+    (da,) = gradients(
+        lora_linear(x, torch.zeros(K, K, device=device), a, eye, 1.0, dropout=0.3, seed=SEED), a
+    )
+    close(da[0], expected.sum(0), rtol=1e-5, atol=1e-5)
+
+
+def test_another_seed_another_mask(device):
+    x = torch.ones(64, 64)
+    first, *others = (
+        _drop(x, 0.5, torch.tensor(s)) != 0
+        for s in (SEED, SEED + 1, SEED + (1 << 32), SEED + (1 << 40), -SEED)
+    )
+    for other in others:
+        assert 0.45 < (first == other).float().mean() < 0.55
+
+
+@pytest.mark.parametrize("dropout", [0.05, 0.5, 0.9])
+def test_expectation_and_variance(dropout):
+    """Kept elements, by the whole, by row, by column and among neighbours: within four standard errors."""
+    M, K = 512, 768
+    kept = (_drop(torch.ones(M, K), dropout, torch.tensor(SEED)) != 0).double()
+    share, deviation = 1 - dropout, (dropout * (1 - dropout)) ** 0.5
+    assert abs(kept.mean() - share) < 4 * deviation / (M * K) ** 0.5
+    for dim, n in ((0, M), (1, K)):
+        lines = (kept.mean(dim) - share) / (deviation / n**0.5)  # standard normal
+        assert abs(lines.var() - 1) < 4 * (2 / len(lines)) ** 0.5 and lines.abs().max() < 5
+    centred = kept - share
+    for shifted in ((centred[1:] * centred[:-1]), (centred[:, 1:] * centred[:, :-1])):
+        assert abs(shifted.mean()) < 4 * deviation**2 / shifted.numel() ** 0.5
+    scaled = _drop(torch.full((M, K), 3.0), dropout, torch.tensor(SEED))
+    assert abs(scaled.mean() - 3) < 4 * 3 * (dropout / share / (M * K)) ** 0.5
+
+
+def test_saves_x_and_s_but_no_mask(device):
+    """Nor the weight multiplied out. What is saved beside the inputs is S, (rows, R), and an empty norm."""
+    x, (a, b) = torch.randn(40, 64, device=device, requires_grad=True), adapter(48, 64, 8, device)
+    four_bit = quantize_nf4(torch.randn(48, 64, device=device))
+    inputs = {t.data_ptr() for t in (x, a, b, *four_bit.tensors()) if t is not None}
+    saved = []
+    with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        lora_linear(x, four_bit, a, b, 0.5, dropout=0.5, seed=torch.tensor(SEED, device=device))
+    own = [t for t in saved if t.data_ptr() not in inputs and t.numel() > 1]
+    assert [tuple(t.shape) for t in own] == [(40, 8)]
+
+
+def test_seed_as_a_number_or_a_tensor(device):
+    x, W = torch.randn(7, 33, device=device), torch.randn(21, 33, device=device)
+    a, b = adapter(21, 33, 4, device)
+    first, second = (
+        lora_linear(x, W, a, b, 0.5, dropout=0.5, seed=s) for s in (SEED, torch.tensor(SEED, device=device))
+    )
+    assert torch.equal(first, second)
+
+
+# ---- several adapters
+
+
+def test_rows_have_their_own_adapter(device):
+    x, W = torch.randn(2, 9, 33, device=device, requires_grad=True), torch.randn(21, 33, device=device)
+    a, b = adapter(21, 33, 4, device, stack=(3,))
+    which = torch.tensor(
+        [[0] * 4 + [2] * 5, [-1] * 3 + [2, 0, 2, -1, 0, 0]], device=device
+    )  # nobody has adapter 1
+    y = lora_linear(x, W, a, b, 0.5, adapter=which)
+    for e in (-1, 0, 2):
+        alone = F.linear(x, W) if e < 0 else lora_linear(x, W, a[e], b[e], 0.5)
+        close(y[which == e], alone[which == e], rtol=1e-5, atol=1e-5)
+    da, db = gradients(y, a, b)
+    assert not da[1].any() and not db[1].any()
+    rows = x[which == 2]
+    ea, eb = gradients(lora_linear(rows, W, a[2], b[2], 0.5), a, b)
+    close(da[2], ea[2], rtol=1e-5, atol=1e-4)
+    close(db[2], eb[2], rtol=1e-5, atol=1e-4)
+
+
+# ---- the base
+
+
+def test_the_base_gets_no_gradient(device):
+    W, (a, b) = torch.randn(21, 33, device=device), adapter(21, 33, 4, device)
+    x = torch.randn(7, 33, device=device)
+    lora_linear(x, W, a, b, 0.5).sum().backward()
+    assert W.grad is None and a.grad is not None and b.grad is not None
+    with pytest.raises(ValueError, match=r"weight: it gets no gradient here; pass weight\.detach\(\)"):
+        lora_linear(x, W.requires_grad_(), a, b, 0.5)
+
+
+def test_only_what_is_asked_for(device):
+    W, (a, b) = torch.randn(21, 33, device=device), adapter(21, 33, 4, device)
+    x = torch.randn(7, 33, device=device, requires_grad=True)
+    (dx,) = gradients(lora_linear(x, W, a.detach(), b.detach(), 0.5), x)
+    close(dx, torch.ones(7, 21, device=device) @ (W + 0.5 * b @ a), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(not TRITON, reason="the kernel alone")
+def test_rows_past_2_31_elements(device):
+    """The epilogue's addresses, on a strided view of a small allocation's worth of touched pages."""
+    if device == "cpu":
+        pytest.skip("torch's product on the CPU would need the whole matrix; on a GPU this takes 4.3 GB")
+    M, N = (1 << 31) // 4096 + 64, 4096
+    out = torch.zeros(M, N, device=device, dtype=torch.float16)
+    S = torch.zeros(M, 16, device=device, dtype=torch.float16)
+    S[-1] = 1
+    b = torch.ones(N, 16, device=device, dtype=torch.float16)
+    _expand_(out, S, b, 1.0)
+    assert (out[-1] == 16).all() and not out[:-1].any()
+
+
+def test_refusals(device):
+    x, W = torch.zeros(3, 8, device=device), torch.zeros(4, 8, device=device)
+    a, b = torch.zeros(2, 8, device=device), torch.zeros(4, 2, device=device)
+    with pytest.raises(ValueError, match=r"x: expected shape \(..., in=8\), got \(3, 4\)"):
+        lora_linear(x[:, :4], W, a, b, 1.0)
+    with pytest.raises(ValueError, match=r"lora_b: expected shape \(out=4, rank=2\), got \(2, 4\)"):
+        lora_linear(x, W, a, b.T, 1.0)
+    with pytest.raises(ValueError, match=r"magnitude: expected shape \(out=4\), got \(3,\)"):
+        lora_linear(x, W, a, b, 1.0, magnitude=torch.zeros(3, device=device))
+    with pytest.raises(ValueError, match="seed: expected an int or a 0-d int64 tensor"):
+        lora_linear(x, W, a, b, 1.0, dropout=0.5)
+    with pytest.raises(ValueError, match="dropout: expected a share from 0 to below 1, got 1"):
+        lora_linear(x, W, a, b, 1.0, dropout=1.0, seed=0)
+    stacked = {"adapter": torch.zeros(3, dtype=torch.int32, device=device)}
+    with pytest.raises(
+        ValueError, match=r"lora_b: expected shape \(adapters=5, out=4, rank=2\), got \(4, 2\)"
+    ):
+        lora_linear(x, W, a.expand(5, 2, 8), b, 1.0, **stacked)
+    with pytest.raises(NotImplementedError, match="magnitude: not with several adapters"):
+        lora_linear(x, W, a[None], b[None], 1.0, magnitude=torch.zeros(4, device=device), **stacked)
