@@ -8,16 +8,25 @@ CPU path.
 import importlib.util
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from burnish.bench import registry
 from burnish.bench.registry import CASES, Case, assert_accurate, make_inputs
-from burnish.kernels import _launch
+from burnish.kernels import _launch, lora
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 TRITON = _launch.INTERPRET or torch.cuda.is_available()
+
+
+WRAPPED = {  # ops on an NF4Weight, for Cases whose inputs are tensors
+    "nf4_linear": registry._four_bit,
+    "dequantize_nf4": registry._multiplied_out,
+    "quantize_nf4": registry._absmax,
+}
 
 
 class Fault(NamedTuple):
@@ -237,6 +246,83 @@ FAULTS = [
         "before = 0 * tl.where(",
         "decode_attention/shared prefix",
     ),
+    Fault(
+        "dB not scaled",
+        "lora",
+        "scaling * tl.dot(tl.trans(dout)",
+        "tl.dot(tl.trans(dout)",
+        "lora_linear/fused",
+    ),
+    Fault("dS not scaled", "lora", "(scaling * ds)", "ds", "lora_linear/fused"),
+    Fault(
+        "bias dropped", "lora", "acc += tl.load(bias_ptr", "acc += 0 * tl.load(bias_ptr", "lora_linear/fused"
+    ),
+    Fault("adapter dropped", "lora", "+ scaling * acc", "+ 0 * acc", "lora_linear/epilogue"),
+    Fault("norm of the base", "lora", "w += scaling * product", "w += 0 * product", "lora_linear/DoRA", 0),
+    Fault(
+        "another mask",
+        "lora",
+        "rows.to(tl.uint32) ^ low",
+        "rows.to(tl.uint32) ^ high",
+        "lora_linear/dropout",
+        0,
+    ),
+    Fault("not divided by 1 - p", "lora", "x * keep_scale", "x", "lora_linear/dropout", 0),
+    Fault(
+        "last adapter",
+        "lora",
+        "(mine == e)[:, None], part",
+        "(mine <= e)[:, None], part",
+        "lora_linear/several adapters",
+        0,
+    ),
+    Fault(
+        "dA of other rows",
+        "lora",
+        ".to(tl.int32) == e)",
+        ".to(tl.int32) >= e)",
+        "lora_linear/several adapters",
+        0,
+    ),
+    Fault(
+        "dS not scaled", "lora", ".mul_(scaling)  # (M, R)", "  # (M, R)", "lora_linear/dense", triton=False
+    ),
+    Fault(
+        "no mask in dx",
+        "lora",
+        "dx.add_(_drop(",
+        "dx.add_((lambda t, *_: t)(",
+        "lora_linear/dropout",
+        0,
+        triton=False,
+    ),
+    Fault(
+        "first nibble twice",
+        "nf4",
+        "tl.gather(code, pairs & 15",
+        "tl.gather(code, pairs >> 4",
+        "nf4_linear/bias",
+    ),
+    Fault("last share of K", "nf4", "(tl.program_id(1) + 1) * steps", "steps", "nf4_linear/bias"),
+    Fault("one absmax for a row", "nf4", "(starts + 2 * k * BLOCK_K) //", "starts //", "nf4_linear/bias"),
+    Fault("absmax of one sign", "nf4", "tl.max(tl.abs(w), 1)", "tl.max(w, 1)", "quantize_nf4/absmax"),
+    Fault("sign of dx", "nf4", "dx = dy @ ", "dx = -dy @ ", "nf4_linear/bias", triton=False),
+    Fault(
+        "offset dropped",
+        "_four_bit",
+        " * nested + tl.load(offset_ptr)",
+        " * nested",
+        "dequantize_nf4/absmax quantised",
+    ),
+    Fault("nibbles swapped", "_four_bit", "pairs >> 4", "pairs & 15", "dequantize_nf4/absmax quantised"),
+    Fault(
+        "last block",
+        "_four_bit",
+        ".mul_(absmax[-1])",
+        ".mul_(absmax[0])",
+        "dequantize_nf4/absmax quantised",
+        triton=False,
+    ),
 ]
 
 
@@ -260,7 +346,13 @@ def copy_of(file: str, folder: Path, monkeypatch: pytest.MonkeyPatch, old: str =
 
 def case_of(name: str, module) -> Case:
     case = next(c for c in CASES if c.name == name)
-    return replace(case, fused=getattr(module, case.op))
+    if case.op == "lora_linear" and case.family in lora.PATHS:
+        return replace(case, fused=partial(module._lora_linear, path=case.family))
+    if hasattr(module, "dequantize"):  # nf4 has it from _four_bit
+        module.dequantize_nf4 = lambda w, dtype: module.dequantize(
+            *w.tensors(), [*w.shape], w.blocksize, dtype
+        )
+    return replace(case, fused=WRAPPED.get(case.op, lambda op: op)(getattr(module, case.op)))
 
 
 @pytest.mark.parametrize(
