@@ -390,31 +390,34 @@ def _activation_bwd(
         w = tl.load(w_ptr + expert * C * F + offsets, inside[:, None] & (cols < F)[None, :], other=0.0)
         acc = tl.dot(dout, w, acc, input_precision=PRECISION)  # dA before its weight
     mask = live[:, None] & (cols < F)[None, :]
-    at = rows[:, None].to(tl.int64)
+    # from the tile's first row on, 32 bits reach: half the registers
+    base = tl.load(tile_row_ptr + tile).to(tl.int64) * F
+    at = tl.arange(0, BLOCK_M)[:, None]
     weight = tl.load(weights_ptr + choice, live, other=0.0)[:, None]
     if GATED:
         h_at = at * (2 * F) + cols[None, :]
-        g = tl.load(h_ptr + h_at, mask, other=0.0).to(tl.float32)
-        u = tl.load(h_ptr + h_at + F, mask, other=0.0).to(tl.float32)
-        a = _activated(g, u, alpha, limit, ACTIVATION)
+        g = tl.load(h_ptr + 2 * base + h_at, mask, other=0.0).to(tl.float32)
+        u = tl.load(h_ptr + 2 * base + h_at + F, mask, other=0.0).to(tl.float32)
         da = acc * weight
         if ACTIVATION == "swiglu":
             p = tl.sigmoid(g)
+            a = g * p * u
             dg = da * u * p * (1 + g * (1 - p))
             du = da * g * p
         else:
             gc = tl.where(g > limit, limit, g)
             uc = tl.where(u > limit, limit, tl.where(u < -limit, -limit, u))
             p = tl.sigmoid(alpha * gc)
+            a = (uc + 1) * gc * p
             dg = tl.where(g > limit, 0.0, da * (uc + 1) * p * (1 + alpha * gc * (1 - p)))
             du = tl.where((u > limit) | (u < -limit), 0.0, da * gc * p)
-        tl.store(dh_ptr + h_at, dg, mask)
-        tl.store(dh_ptr + h_at + F, du, mask)
+        tl.store(dh_ptr + 2 * base + h_at, dg, mask)
+        tl.store(dh_ptr + 2 * base + h_at + F, du, mask)
     else:
-        u = tl.load(h_ptr + at * F + cols[None, :], mask, other=0.0).to(tl.float32)
+        u = tl.load(h_ptr + base + at * F + cols[None, :], mask, other=0.0).to(tl.float32)
         a = _activated(u, u, alpha, limit, ACTIVATION)
-        tl.store(dh_ptr + at * F + cols[None, :], acc * weight * 2 * tl.where(u < 0, 0.0, u), mask)
-    tl.store(wa_ptr + at * F + cols[None, :], a * weight, mask)
+        tl.store(dh_ptr + base + at * F + cols[None, :], acc * weight * 2 * tl.where(u < 0, 0.0, u), mask)
+    tl.store(wa_ptr + base + at * F + cols[None, :], a * weight, mask)
     tl.store(partial_ptr + choice.to(tl.int64) * blocks + block, tl.sum(acc * a, 1), live)
 
 
@@ -477,7 +480,7 @@ def _block_m(rows: int, E: int) -> int:
 
 
 def _tile(x: Tensor, block_m: int, accumulators: int) -> dict[str, int]:
-    """[BLOCK_M, BLOCK_N] for each accumulator."""
+    """accumulators: tiles [BLOCK_M, BLOCK_N] that are held at once."""
     if x.dtype == torch.float32:
         return {
             "BLOCK_M": min(block_m, 64),
@@ -635,7 +638,8 @@ def _backward(
         return [grad.zero_() for grad in grads]
     starts, row, choice, tile_expert, tile_row = rows
     tiles, precision = tile_expert.numel(), _precision()
-    tile = _tile(x, block_m, 2)  # the epilogue holds gate and up beside the accumulator
+    # the epilogue holds gate and up beside the accumulator, clamped ones twice
+    tile = _tile(x, block_m, 4 if activation == "clamped_swiglu" else 2)
     blocks = cdiv(F, tile["BLOCK_N"])
     dh, wa = torch.empty_like(h), x.new_empty(T * K, F)
     partial = weights.new_zeros(T * K, blocks)  # zeros: a dropped choice has no row

@@ -323,6 +323,58 @@ FAULTS = [
         "dequantize_nf4/absmax quantised",
         triton=False,
     ),
+    Fault("last choice", "moe", "for k in range(0, K):", "for k in range(0, K - 1):", "moe_mlp/swiglu"),
+    Fault(
+        "activation not recomputed",
+        "moe",
+        "a = g * p * u",
+        "a = 0 * p * u",
+        "moe_mlp/swiglu",
+    ),
+    Fault("slope of silu", "moe", "u * p * (1 + g * (1 - p))", "u * p", "moe_mlp/swiglu"),
+    Fault("weight dropped from dA", "moe", "da = acc * weight", "da = acc", "moe_mlp/swiglu"),
+    Fault(
+        "gradient past the clamp",
+        "moe",
+        "tl.where(g > limit, 0.0, da",
+        "tl.where(g > limit, da, da",
+        "moe_mlp/clamped, biases",
+        scale=30,
+    ),
+    Fault(
+        "weights not in the sum",
+        "moe",
+        "y *= tl.load(weights_ptr",
+        "y *= 1 + 0 * tl.load(weights_ptr",
+        "moe_mlp/swiglu",
+    ),
+    Fault(
+        "bias of the wrong expert",
+        "moe",
+        "bias_ptr + expert * N + cols",
+        "bias_ptr + cols",
+        "moe_mlp/clamped, biases",
+    ),
+    Fault("bias not in dw", "moe", "dweights += along", "dweights += 0 * along", "moe_mlp/clamped, biases"),
+    Fault(
+        "db without its weight",
+        "moe",
+        "wide *= tl.load(weights_ptr",
+        "wide *= 1 + 0 * tl.load(weights_ptr",
+        "moe_mlp/clamped, biases",
+    ),
+    Fault(
+        "first row of an expert", "moe", "tl.range(start, end", "tl.range(start + 1, end", "moe_mlp/swiglu"
+    ),
+    Fault("slope of relu2", "moe", "weight * 2 * tl.where(u < 0, 0.0, u)", "weight * 2 * u", "moe_mlp/relu2"),
+    Fault(
+        "sum without weights",
+        "moe",
+        "weights[..., None]).sum(1)",
+        "weights[..., None].square()).sum(1)",
+        "moe_mlp/swiglu",
+        triton=False,
+    ),
 ]
 
 
