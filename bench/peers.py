@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from ..kernels import lora
 from .registry import Case
 
 
@@ -184,6 +185,69 @@ def _cut_cross_entropy(case: Case) -> Callable[..., Any]:
     return lambda hidden, weight, targets: -linear_cross_entropy(hidden, weight, targets, reduction="none")
 
 
+def _lora_path(path: str) -> Callable[[Case], Callable[..., Any]]:
+    """One of our own: what kernels/lora.py's table chooses among."""
+
+    def build(case: Case) -> Callable[..., Any]:
+        if case.family != "dense":
+            raise Unsuitable("a plain product only")
+        return lambda *args, **options: lora._lora_linear(*args, **options, path=path)
+
+    return build
+
+
+def _peft_lora(case: Case) -> Callable[..., Any]:
+    """The modules' forward as PEFT composes it: two linear layers, a product with the scaling, a sum."""
+    if case.family != "dense":
+        raise Unsuitable("a plain product only")
+
+    def peer(
+        x: Tensor,
+        weight: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scaling: float,
+        *,
+        bias: Tensor | None = None,
+    ):
+        return F.linear(x, weight, bias) + F.linear(F.linear(x, lora_a), lora_b) * scaling
+
+    return peer
+
+
+def _bitsandbytes(case: Case) -> Callable[..., Any]:
+    """Its 4-bit product or its dequantisation, on the very bytes of ours: the formats are one."""
+    from bitsandbytes import functional, matmul_4bit  # pyright: ignore[reportMissingImports]
+
+    def state(tensors: dict[str, Any], K: int, dtype: torch.dtype) -> Any:
+        inner = functional.QuantState(
+            absmax=tensors["nested_absmax"], code=tensors["nested_code"], blocksize=256, dtype=torch.float32
+        )
+        return functional.QuantState(
+            absmax=tensors["absmax"],
+            shape=torch.Size((2 * tensors["packed"].numel() // K, K)),
+            dtype=dtype,
+            blocksize=64,
+            code=tensors["code"],
+            quant_type="nf4",
+            offset=tensors["offset"],
+            state2=inner,
+        )
+
+    def linear(x: Tensor, *, bias: Tensor | None = None, **tensors: Any) -> Tensor:
+        packed = tensors["packed"].view(-1, 1)
+        return matmul_4bit(x, packed.t(), state(tensors, x.shape[-1], x.dtype), bias=bias)
+
+    def dequantize(like: Tensor, **tensors: Any) -> Tensor:
+        packed = tensors["packed"].view(-1, 1)
+        return functional.dequantize_4bit(packed, state(tensors, like.shape[-1], like.dtype))
+
+    def quantize(weight: Tensor) -> Tensor:
+        return functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")[1].absmax
+
+    return {"nf4_linear": linear, "dequantize_nf4": dequantize, "quantize_nf4": quantize}[case.op]
+
+
 PEERS: dict[str, dict[str, Callable[[Case], Callable[..., Any]]]] = {
     "rms_norm": {"torch.compile": _compiled, "F.rms_norm": _torch_rms_norm, "liger-kernel": _liger_rms_norm},
     "add_rms_norm": {
@@ -207,4 +271,13 @@ PEERS: dict[str, dict[str, Callable[[Case], Callable[..., Any]]]] = {
         "liger-kernel": _liger_cross_entropy,
         "cut-cross-entropy": _cut_cross_entropy,
     },
+    "lora_linear": {
+        "torch.compile": _compiled,
+        "PEFT's pattern": _peft_lora,
+        "burnish, epilogue": _lora_path("epilogue"),
+        "burnish, fused": _lora_path("fused"),
+    },
+    "nf4_linear": {"bitsandbytes": _bitsandbytes},
+    "dequantize_nf4": {"bitsandbytes": _bitsandbytes},
+    "quantize_nf4": {"bitsandbytes": _bitsandbytes},
 }

@@ -678,7 +678,7 @@ def _lora_eager(
     dropout: float = 0.0,
     seed: int | None = None,
 ) -> Tensor:
-    """F.linear, then addmm in place: the leanest that torch users write. The mask is our own hash's."""
+    """F.linear, then addmm: the leanest that torch users write. The mask is our own hash's."""
     rows = x.flatten(0, -2)
     dropped = lora._drop(rows, dropout, torch.tensor(seed, device=x.device)) if dropout else rows
     a, b = (t if t.dtype == weight.dtype else t.to(weight.dtype) for t in (lora_a, lora_b))
