@@ -34,6 +34,7 @@ from torch import Tensor
 
 from ..model.adapter import frozen_copy
 from ..model.errors import InputError
+from ..model.moe import routing_metrics
 from ..model.tokenizer import Tokenizer
 from ._adapter import ADAPTER_BOUNDS, load_trainee
 from ._advantages import batch_std_advantages, group_advantages, mean_advantages, rloo_advantages
@@ -235,14 +236,15 @@ def train(cfg: Config) -> Path:
                             ref_logprob, _, _ = reference.score(micro.packed, micro.rows, **score)
                         kl_loss, kl_metrics = k3_loss(logprob, ref_logprob, micro.denominator)
                         loss, metrics = loss + cfg.kl_coefficient * kl_loss, metrics | kl_metrics
-                    loss.backward()
+                    share = micro.rows.numel() / num_tokens
+                    (loss + share * model.balance_loss()).backward()  # of experts, where the model has some
                     total_loss += loss.item()
                     metrics["entropy"] = entropy.detach().mean()
                     if update == 0:
                         metrics["mismatch"] = (old_logprobs[i] - micro.sampled_logprob).abs().mean()
                     for name, value in metrics.items():  # means over the last update's tokens
-                        share = value.item() * micro.rows.numel() / num_tokens
-                        sums[name] = share if i == 0 else sums[name] + share
+                        part = value.item() * share
+                        sums[name] = part if i == 0 else sums[name] + part
                 sums["grad_norm"] = optimizer_step(model, optimizer, total_loss, rate, cfg.max_grad_norm)
                 sums["loss"] = total_loss
             ended = [sample.ended for group in groups for sample in group.samples]
@@ -252,6 +254,7 @@ def train(cfg: Config) -> Path:
                     "length": lengths.float().mean(),
                     **sums,
                     **judged,
+                    **routing_metrics(model.routing if micros else ()),
                     "flat_groups": (advantage.view(reward.shape) == 0).all(dim=1).float().mean(),
                     "ended": sum(ended) / len(ended),
                     "learning_rate": rate,

@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..model.moe import routing_metrics
 from ..model.packed import pack
 from ..model.tokenizer import Tokenizer
 from ._adapter import ADAPTER_BOUNDS, load_trainee
@@ -121,12 +122,14 @@ def train(cfg: Config) -> Path:
                 with autocast(cfg.device):
                     logprob, _, _ = model.score(packed, trained.nonzero().squeeze(1).to(cfg.device))
                 loss = LOSSES[cfg.loss](logprob, num_tokens)
-                loss.backward()
+                share = packed.tokens.numel() / sum(len(example.tokens) for example in batch)
+                (loss + share * model.balance_loss()).backward()  # of experts, where the model has some
                 total_loss += loss.item()
             rate = scheduled(cfg.learning_rate, step, cfg.steps, cfg.warmup_steps, cfg.schedule)
             norm = optimizer_step(model, optimizer, total_loss, rate, cfg.max_grad_norm)
             run.log(
-                {"loss": total_loss, "grad_norm": norm, "learning_rate": rate, "trained_tokens": num_tokens},
+                {"loss": total_loss, "grad_norm": norm, "learning_rate": rate, "trained_tokens": num_tokens}
+                | routing_metrics(model.routing),
                 tokens=sum(len(example.tokens) for example in batch),
             )
             run.save_step(model, tokenizer)

@@ -9,7 +9,7 @@ are three tensors for each expert, or with gpt-oss two of all experts, transpose
 Source: https://arxiv.org/abs/2401.04088 (Mixtral), 2409.02060 (OLMoE), 2412.19437 (DeepSeek-V3), 2508.10925 (gpt-oss)
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import moe_mlp, moe_route
+from ..kernels.moe import RouteStatistics
 from .config import Experts, Latent, ModelConfig
 from .linear import Linear
 
@@ -97,6 +98,24 @@ class MoE(nn.Module):
         if self.shared_expert_gate is not None:
             shared = self.shared_expert_gate(x, now.adapter).sigmoid() * shared
         return out + shared
+
+
+def routing_metrics(routing: Sequence[RouteStatistics]) -> dict[str, float]:
+    """Of one forward pass, empty without experts: means over layers, and the busiest expert of all layers.
+
+    balance: K where the load is even.    busiest_expert: its share of the tokens over the even one, 1 where all are.
+    dropped: choices that found their expert full.
+    """
+    if not routing:
+        return {}
+    loads = torch.stack(
+        [said.counts * said.counts.numel() / said.counts.sum().clamp(min=1) for said in routing]
+    )
+    return {
+        "balance": torch.stack([said.balance.detach() for said in routing]).mean().item(),
+        "busiest_expert": loads.max().item(),
+        "dropped": float(torch.stack([said.dropped for said in routing]).sum()),
+    }
 
 
 # ---- names on disk

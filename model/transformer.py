@@ -295,6 +295,9 @@ class Transformer(nn.Module):
             for buffer in self.buffers():
                 buffer.zero_()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"routing": ()}  # its tensors have a graph, which a copy of the model has not
+
     @property
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device

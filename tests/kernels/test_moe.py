@@ -153,7 +153,13 @@ def test_routing_refuses(arguments, message):
 
 
 @pytest.mark.parametrize(
-    "T, C, F, E, K", [(1, 5, 3, 1, 1), (7, 16, 8, 3, 3), (33, 17, 19, 4, 2), (9, 4, 4, 2048, 2)]
+    "T, C, F, E, K",
+    [
+        (1, 5, 3, 1, 1),
+        (7, 16, 8, 3, 3),
+        (33, 17, 19, 4, 2),
+        pytest.param(9, 4, 4, 2048, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_dense_masked_loop_gives_the_same(T, C, F, E, K, device):
     assert_close(*both(operands(T, C, F, E, K, device)))
@@ -196,7 +202,8 @@ def test_frozen_experts_have_no_gradient_and_cost_none(device):
 
 @pytest.mark.skipif(not TRITON, reason="the device's dispatch")
 @pytest.mark.parametrize(
-    "T, K, E, block_m", [(1, 1, 1, 16), (200, 3, 5, 16), (300, 1, 70, 64), (16, 4, 2048, 16)]
+    "T, K, E, block_m",
+    [(1, 1, 1, 16), (200, 3, 5, 16), (300, 1, 70, 64), pytest.param(16, 4, 2048, 16, marks=pytest.mark.slow)],
 )
 def test_every_kept_choice_lands_exactly_once(T, K, E, block_m, device):
     indices = torch.randint(-1, E + 1, (T, K), device=device)
