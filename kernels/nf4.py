@@ -271,7 +271,7 @@ def _linear(
     partial = x.new_empty(splits, M, N, dtype=torch.float32)
     _few_rows_fwd[(columns, splits)](
         x, *four_bit, partial, M, N, K, steps, nested_absmax is not None, blocksize,
-        max(16, next_power_of_2(M)), block_n, step // 2, num_warps=4, num_stages=4,
+        max(16, next_power_of_2(M)), block_n, step // 2, num_warps=8 if x.dtype == torch.float32 else 4, num_stages=4,
     )  # fmt: skip
     y = x.new_empty(M, N)
     _add_splits[(cdiv(M * N, 256),)](partial, bias, y, M * N, N, splits, bias is not None, 256, num_warps=4)
