@@ -4,7 +4,7 @@ Each distinct prompt is run once when its samples enter the batch, and its keys 
 on a step runs one token of every live sequence. Sequences that have ended leave when they are an eighth of the batch.
 
     u = logits / temperature, on the support: all ids, or the top_k most likely, and of these the fewest whose
-        probability reaches top_p
+        probability reaches top_p, less those below min_p times the most likely one's
     next token: the id at which the cumulative softmax of u passes a uniform number
 
 That number is a hash of (seed, sample, step) and of nothing else: neither the batch size nor the other prompts change
@@ -25,7 +25,7 @@ from .packed import pack
 from .transformer import Transformer
 
 TOP_P_WIDTH = (
-    1024  # a support is recorded, so it has a bound: top_p without top_k chooses among this many ids
+    1024  # a support is recorded, so it has a bound: top_p and min_p without top_k choose among this many ids
 )
 PREFILL_TOKENS = 16_384  # prompts are run in portions of about this many tokens
 LEAVING = 8  # a batch is compacted when one in this many sequences has ended
@@ -54,6 +54,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
     stop_ids: Collection[int] = frozenset(),
     seed: int = 0,
     batch_size: int | None = None,
@@ -62,7 +63,7 @@ def generate(
 ) -> list[Sample]:
     """Samples in the order of the prompts, those of prompt 0 first.
 
-    temperature: 0 takes the most likely id, whatever top_k and top_p say, and records no support.
+    temperature: 0 takes the most likely id, whatever top_k, top_p and min_p say, and records no support.
     batch_size: sequences at a time, all by default; the cache has room for batch_size * (longest prompt +
         max_new_tokens) tokens.
     progress: called with (samples ended, samples in all) when some leave the batch.
@@ -80,6 +81,8 @@ def generate(
             raise ValueError(f"{name}: expected at least {least}, got {value}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
+    if min_p is not None and not 0 <= min_p <= 1:
+        raise ValueError(f"min_p: expected a number in [0, 1], got {min_p}")
     vocabulary = model.config.vocab_size
     for i, prompt in enumerate(prompts):
         if not prompt:
@@ -92,7 +95,7 @@ def generate(
     if not total:
         return []
     rows = min(batch_size or total, total)
-    draw = _Draw(temperature, top_k, None if top_p == 1 else top_p, vocabulary)
+    draw = _Draw(temperature, top_k, None if top_p == 1 else top_p, vocabulary, min_p or None)
     batch = _Batch(
         model, prompts, adapters, samples_per_prompt, max_new_tokens, rows, draw.width is not None, seed
     )
@@ -117,9 +120,16 @@ def generate(
 class _Draw:
     """logits (B, V) and noise (B,) in [0, 1) to ids (B,), log-probabilities (B,), and support (B, width) or None."""
 
-    def __init__(self, temperature: float, top_k: int | None, top_p: float | None, vocabulary: int):
-        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
-        truncates = temperature > 0 and (top_k is not None or top_p is not None)
+    def __init__(
+        self,
+        temperature: float,
+        top_k: int | None,
+        top_p: float | None,
+        vocabulary: int,
+        min_p: float | None = None,
+    ):
+        self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
+        truncates = temperature > 0 and any(rule is not None for rule in (top_k, top_p, min_p))
         self.width = min(top_k or TOP_P_WIDTH, vocabulary) if truncates else None
 
     def __call__(self, logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -133,6 +143,9 @@ class _Draw:
             if self.top_p is not None:
                 p = (u - (whole if self.top_k is None else u).logsumexp(-1, keepdim=True)).exp()
                 dropped = p.cumsum(-1) - p >= self.top_p  # where the ids before this one suffice
+                u, ids = u.masked_fill(dropped, -torch.inf), ids.masked_fill(dropped, -1)
+            if self.min_p is not None:
+                dropped = (u - u[:, :1]).exp() < self.min_p
                 u, ids = u.masked_fill(dropped, -torch.inf), ids.masked_fill(dropped, -1)
         log_p = u.log_softmax(-1)
         reached = log_p.exp().cumsum(-1, dtype=torch.float64)

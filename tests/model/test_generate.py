@@ -224,6 +224,8 @@ def test_checkpointed_training_does_not_reach_sampling(tiny):
         ({"top_k": 0}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
+        ({"min_p": -0.1}, "min_p"),
+        ({"min_p": 1.1}, "min_p"),
         ({"temperature": -1.0}, "temperature"),
     ],
 )
@@ -275,6 +277,26 @@ def test_ids_are_drawn_as_often_as_they_are_likely(temperature, top_k, top_p):
     assert counts[ids].sum() == n
     error = (counts[ids] - n * weights).abs()
     assert (error <= 5 * (n * weights * (1 - weights)).sqrt() + 1).all()
+
+
+def test_min_p_keeps_what_is_likely_beside_the_most_likely():
+    p = torch.tensor([[0.05, 0.4, 0.3, 0.15, 0.1]])
+    _, logprob, support = _Draw(1.0, None, None, 5, 0.3)(p.log(), torch.tensor([0.4], dtype=torch.float64))
+    assert support is not None and support.tolist() == [[1, 2, 3, -1, -1]]
+    torch.testing.assert_close(logprob, torch.tensor([0.4 / 0.85]).log())
+
+
+def test_min_p_log_probabilities_are_the_scorers(tiny):
+    for sample in generate(tiny, PROMPTS, max_new_tokens=8, temperature=1.3, top_k=12, min_p=0.1, seed=2):
+        assert (sample.logprobs - score(tiny, sample, 1.3)).abs().max() < 1e-4
+
+
+def test_greedy_tokens_and_log_probabilities_are_those_without_neighbours(tiny):
+    together = generate(tiny, PROMPTS, max_new_tokens=12, temperature=0, batch_size=2)  # slots are reused
+    for sample, prompt in zip(together, PROMPTS, strict=True):
+        (alone,) = generate(tiny, [prompt], max_new_tokens=12, temperature=0)
+        assert sample.tokens == alone.tokens
+        torch.testing.assert_close(sample.logprobs, alone.logprobs, rtol=0, atol=1e-5)
 
 
 def test_top_p_alone_chooses_among_a_bounded_number_of_ids():
