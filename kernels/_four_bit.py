@@ -55,7 +55,7 @@ class NF4Weight:
 
 
 @triton.jit
-def absmax_of(
+def _absmax_of(
     absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, blocks, mask, DOUBLE: tl.constexpr
 ):  # fmt: skip
     """The absmax of these blocks of weights, fp32."""
@@ -73,7 +73,7 @@ def _dequantize_fwd(
 ):  # fmt: skip
     # a row of the tile is a block of weights, HALF bytes; a thread takes 16 bytes and has one absmax for them
     rows = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    absmax = absmax_of(
+    absmax = _absmax_of(
         absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, rows, rows < blocks, DOUBLE
     )  # fmt: skip
     places = rows[:, None] * HALF + tl.arange(0, HALF)[None, :]  # [BLOCKS, HALF]

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._four_bit import NESTED, TILE, NF4Weight, absmax_of, dequantize
+from ._four_bit import NESTED, TILE, NF4Weight, _absmax_of, dequantize
 from ._launch import cdiv, check_dtype, check_shape, multiprocessors, next_power_of_2, register, use_triton
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -196,7 +196,7 @@ def _few_rows_fwd(
         step = tl.dot(tl.load(even, live, other=0.0), tl.trans(first), input_precision="ieee")
         step = tl.dot(tl.load(even + 1, live, other=0.0), tl.trans(second), step, input_precision="ieee")
         blocks = (starts + 2 * k * BLOCK_K) // BLOCKSIZE
-        acc += step * absmax_of(
+        acc += step * _absmax_of(
             absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, blocks, cols < N, DOUBLE
         )[None, :]  # fmt: skip
     places = (tl.program_id(1) * M + rows).to(tl.int64)[:, None] * N + cols[None, :]
