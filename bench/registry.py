@@ -1029,7 +1029,7 @@ def _moe_case(family: str, **changes: Any) -> Case:
             "eager": _moe_eager,
             "work": _moe_work,
             "formula": "6TKCF operations; 12TKCF",
-            "shapes": ({"T": 1, "C": 1, "F": 1, "E": 1, "K": 1}, {"T": 37, "C": 20, "F": 35, "E": 5, "K": 2}),
+            "shapes": ({"T": 1, "C": 1, "F": 1, "E": 1, "K": 1}, {"T": 19, "C": 20, "F": 35, "E": 3, "K": 2}),
             "empty": ({"T": 0, "C": 8, "F": 8, "E": 3, "K": 2},),
             "bench": {},
             "configurations": (),
