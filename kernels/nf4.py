@@ -30,7 +30,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ._four_bit import NESTED, TILE, NF4Weight, _absmax_of, dequantize
-from ._launch import cdiv, check_dtype, check_shape, multiprocessors, next_power_of_2, register, use_triton
+from ._launch import (
+    capability,
+    cdiv,
+    check_dtype,
+    check_shape,
+    multiprocessors,
+    next_power_of_2,
+    register,
+    use_triton,
+)
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -263,7 +272,8 @@ def _linear(
     if not use_triton(x) or M > FEW_ROWS or K % blocksize or 0 in (M, N, K):
         b = None if bias is None else bias.to(x.dtype)
         return F.linear(x, dequantize(*four_bit, [N, K], blocksize, x.dtype), b)
-    block_n = 32 if x.dtype == torch.float32 else 64
+    block_n, warps = (32, 8) if x.dtype == torch.float32 else (64, 4)
+    stages = 1 if capability(x) == (9, 4) else 4  # Triton 3.6 fails to pipeline this loop for an MI300X
     columns = cdiv(N, block_n)
     splits = max(1, min(cdiv(4 * multiprocessors(x), columns), K // step, 64))
     steps = cdiv(K // step, splits)
@@ -271,7 +281,7 @@ def _linear(
     partial = x.new_empty(splits, M, N, dtype=torch.float32)
     _few_rows_fwd[(columns, splits)](
         x, *four_bit, partial, M, N, K, steps, nested_absmax is not None, blocksize,
-        max(16, next_power_of_2(M)), block_n, step // 2, num_warps=8 if x.dtype == torch.float32 else 4, num_stages=4,
+        max(16, next_power_of_2(M)), block_n, step // 2, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     y = x.new_empty(M, N)
     _add_splits[(cdiv(M * N, 256),)](partial, bias, y, M * N, N, splits, bias is not None, 256, num_warps=4)
