@@ -65,6 +65,27 @@ def load_rewards(specifications: Sequence[str]) -> dict[str, RewardFunction]:
     }
 
 
+def check_weights(weights: Sequence[float], count: int) -> tuple[float, ...]:
+    """The weights of `count` reward functions, all 1 where none are given."""
+    if weights and len(weights) != count:
+        raise InputError(f"--reward-weights: expected {count}, one a reward function, got {len(weights)}")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise InputError(f"--reward-weights: expected finite numbers, got {weights}")
+    return tuple(weights) or (1.0,) * count
+
+
+def overlong_punishment(max_length: int, buffer: int) -> RewardFunction:
+    """DAPO's soft punishment of long answers, a reward function: 0 up to max_length - buffer tokens, then down to -1.
+
+    Source: https://arxiv.org/abs/2503.14476, eq. 13
+    """
+
+    def punishment(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [max(-1.0, min(0.0, (max_length - buffer - len(ids)) / buffer)) for ids in completion_ids]
+
+    return punishment
+
+
 def _number(value: Any) -> float | None:
     """A reward as fp32 holds it, NaN for None; None where it is no finite number. numpy's and torch's numbers count."""
     if value is None:

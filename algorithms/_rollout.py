@@ -4,8 +4,11 @@ A group is one prompt and its samples. For training it is packed as [prompt][sam
 the samples' parent: P + sum(n_i) tokens through the layers instead of G*P + sum(n_i).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +27,14 @@ from ._rewards import RewardFunction, judge
 class Group:
     prompt: Prompt
     samples: list[Sample]
-    rewards: Tensor  # (samples,) fp32; NaN where no reward function judged
+    rewards: Tensor  # (samples,) fp32, the weighted sum; NaN where no reward function judged
+    parts: dict[str, Tensor] = field(default_factory=dict)  # each function's own, (samples,)
+
+    @property
+    def varied(self) -> bool:
+        """Do the rewards differ? Otherwise no sample has an advantage over another."""
+        judged = self.rewards[~self.rewards.isnan()]
+        return bool((judged != judged[:1]).any())
 
 
 def sample_groups(
@@ -32,52 +42,119 @@ def sample_groups(
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     rewards: dict[str, RewardFunction],
-    reward_weights: Sequence[float],
-    *,
-    group_size: int,
-    max_new_tokens: int,
-    batch_size: int | None,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
+    weights: Sequence[float],
+    cfg: Any,
     seed: int,
-) -> tuple[list[Group], dict[str, float]]:
-    """Returns a group a prompt, and the mean of each reward function over the samples that it judged."""
-    with autocast(model.device.type):  # in the precision that scores
+    seconds: dict[str, float],
+) -> list[Group]:
+    """A group a prompt. Without reward functions, all rewards are 0.
+
+    cfg: of its flags those of sampling are read: group_size, max_new_tokens, sampling_batch_size, temperature, top_k,
+        top_p. seconds: sampling_seconds and scoring_seconds are added to.
+    """
+    with (
+        timed(seconds, "sampling_seconds", model.device),
+        autocast(model.device.type),
+    ):  # in the precision that scores
         samples = generate(
             model,
             [prompt.tokens for prompt in prompts],
-            samples_per_prompt=group_size,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
+            samples_per_prompt=cfg.group_size,
+            max_new_tokens=cfg.max_new_tokens,
+            temperature=cfg.temperature,
+            top_k=cfg.top_k,
+            top_p=cfg.top_p,
             stop_ids=tokenizer.stop_ids,
             seed=seed,
-            batch_size=batch_size,
+            batch_size=cfg.sampling_batch_size,
         )
     if not all(sample.logprobs.isfinite().all() for sample in samples):
         raise InputError(
             "sampling: the model's probabilities are not finite: its weights hold NaN or have diverged"
         )
     asked = [prompts[sample.prompt_index] for sample in samples]
-    total, parts = judge(
-        rewards,
-        reward_weights,
-        [prompt.text for prompt in asked],
-        [completion(tokenizer, prompt, sample) for prompt, sample in zip(asked, samples, strict=True)],
-        [sample.tokens for sample in samples],
-        {name: [prompt.columns[name] for prompt in asked] for name in prompts[0].columns},
-    )
-    groups = [
-        Group(
-            prompt,
-            samples[i * group_size : (i + 1) * group_size],
-            total[i * group_size : (i + 1) * group_size],
-        )
-        for i, prompt in enumerate(prompts)
+    total, parts = torch.zeros(len(samples)), {}
+    if rewards:
+        with timed(seconds, "scoring_seconds", "cpu"):
+            total, parts = judge(
+                rewards,
+                weights,
+                [prompt.text for prompt in asked],
+                [
+                    completion(tokenizer, prompt, sample)
+                    for prompt, sample in zip(asked, samples, strict=True)
+                ],
+                [sample.tokens for sample in samples],
+                {name: [prompt.columns[name] for prompt in asked] for name in prompts[0].columns},
+            )
+    of = [slice(i * cfg.group_size, (i + 1) * cfg.group_size) for i in range(len(prompts))]
+    return [
+        Group(prompt, samples[own], total[own], {name: part[own] for name, part in parts.items()})
+        for prompt, own in zip(prompts, of, strict=True)
     ]
-    return groups, {f"reward/{name}": part.nanmean().item() for name, part in parts.items()}
+
+
+def sample_varied_groups(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    batches: Iterator[list[Prompt]],
+    rewards: dict[str, RewardFunction],
+    weights: Sequence[float],
+    cfg: Any,
+    seed: int,
+    seconds: dict[str, float],
+) -> tuple[list[Group], list[Group], int]:
+    """DAPO's dynamic sampling: draw batches of prompts until cfg.prompts_per_step groups have rewards that differ.
+
+    At most cfg.max_draws batches; with one, nothing is left out. seed: of the first, the next ones have those after it.
+    Returns the groups to train on, all groups, and how many batches were drawn. The first may be fewer than asked for.
+    Source: https://arxiv.org/abs/2503.14476, section 3.2
+    """
+    groups: list[Group] = []
+    varied: list[Group] = []
+    draws = 0
+    while draws < cfg.max_draws and len(varied) < cfg.prompts_per_step:
+        drawn = sample_groups(model, tokenizer, next(batches), rewards, weights, cfg, seed + draws, seconds)
+        draws += 1
+        groups += drawn
+        varied += [group for group in drawn if group.varied]
+    return groups if cfg.max_draws == 1 else varied[: cfg.prompts_per_step], groups, draws
+
+
+def lengths_of(groups: Sequence[Group]) -> Tensor:
+    """Sampled tokens of each sample, (samples,) int64."""
+    counts = [len(sample.tokens) for group in groups for sample in group.samples]
+    return torch.tensor(counts, dtype=torch.int64)
+
+
+def ended(groups: Sequence[Group]) -> Tensor:
+    """Which samples ended by one of the stop tokens, whichever, (samples,) bool."""
+    return torch.tensor([sample.ended for group in groups for sample in group.samples], dtype=torch.bool)
+
+
+def rollout_metrics(groups: Sequence[Group]) -> dict[str, float | Tensor]:
+    """Means over the samples: reward, length, ended, and each reward function's own over those that it judged."""
+    parts = {name: torch.cat([group.parts[name] for group in groups]) for name in groups[0].parts}
+    return {
+        "reward": torch.cat([group.rewards for group in groups]).nanmean(),
+        "length": lengths_of(groups).float().mean(),
+        "ended": ended(groups).float().mean(),
+        **{f"reward/{name}": part.nanmean() for name, part in parts.items()},
+    }
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str, device: torch.device | str) -> Iterator[None]:
+    """Add the time of the block to seconds[name], with what it started on a GPU."""
+    started = _now(device)
+    yield
+    seconds[name] = seconds.get(name, 0.0) + _now(device) - started
+
+
+def _now(device: torch.device | str) -> float:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def completion(tokenizer: Tokenizer, prompt: Prompt, sample: Sample) -> str | list[dict[str, str]]:
@@ -92,34 +169,35 @@ class MicroBatch:
 
     packed: Packed
     rows: Tensor  # (tokens,) int64, into packed.tokens: the samples' tokens
-    advantage: Tensor  # (tokens,) fp32, each sample's repeated for its tokens
-    denominator: Tensor  # (tokens,) fp32
+    samples: Tensor  # (sequences,) int64, which of all samples these are
+    lengths: Tensor  # (sequences,) int64, their tokens
+    positions: Tensor  # (tokens,) int64, into the tokens of all samples in order
     sampled_logprob: Tensor  # (tokens,) fp32, the sampler's own
     support: Tensor | None  # (tokens, K_max) int32, the ids that the sampler kept
 
+    def per_token(self, values: Tensor) -> Tensor:
+        """A number a sample, (all samples,), as one a token, (tokens,)."""
+        return values.to(self.rows.device)[self.samples].repeat_interleave(self.lengths)
+
 
 def micro_batches(
-    groups: Sequence[Group],
-    needed: Tensor,
-    advantages: Tensor,
-    denominators: Tensor,
-    capacity: int,
-    device: str,
+    groups: Sequence[Group], needed: Tensor, capacity: int, device: torch.device | str
 ) -> list[MicroBatch]:
     """Pack groups into micro-batches of at most `capacity` tokens; a larger group is split, its prompt repeated.
 
-    needed, advantages, denominators: (samples,) over all groups in order; samples that are not needed are left out.
+    needed: (samples,) bool over all groups in order; samples that are not needed are left out.
     """
     batches: list[MicroBatch] = []
     sequences: list[list[int]] = []
     parents: list[int] = []
     chosen: list[tuple[int, Sample]] = []
+    starts = lengths_of(groups).cumsum(0) - lengths_of(groups)  # (samples,)
     room = capacity
 
     def close() -> None:
         nonlocal sequences, parents, chosen, room
         if chosen:
-            batches.append(_micro_batch(sequences, parents, chosen, advantages, denominators, device))
+            batches.append(_micro_batch(sequences, parents, chosen, starts, device))
         sequences, parents, chosen, room = [], [], [], capacity
 
     index = -1
@@ -149,20 +227,19 @@ def _micro_batch(
     sequences: list[list[int]],
     parents: list[int],
     chosen: list[tuple[int, Sample]],
-    advantages: Tensor,
-    denominators: Tensor,
-    device: str,
+    starts: Tensor,
+    device: torch.device | str,
 ) -> MicroBatch:
     packed = pack(sequences, parents, device)
     segment = torch.tensor(parents).repeat_interleave(torch.tensor([len(s) for s in sequences]))  # (total,)
-    indices = torch.tensor([index for index, _ in chosen])
-    lengths = torch.tensor([len(sample.tokens) for _, sample in chosen])
     supports = [sample.support for _, sample in chosen if sample.support is not None]
+    positions = [torch.arange(len(sample.tokens)) + starts[index] for index, sample in chosen]
     return MicroBatch(
         packed=packed,
         rows=(segment != -1).nonzero().squeeze(1).to(device),
-        advantage=advantages[indices].repeat_interleave(lengths).to(device),
-        denominator=denominators[indices].repeat_interleave(lengths).to(device),
+        samples=torch.tensor([index for index, _ in chosen], device=device),
+        lengths=torch.tensor([len(sample.tokens) for _, sample in chosen], device=device),
+        positions=torch.cat(positions).to(device),
         sampled_logprob=torch.cat([sample.logprobs for _, sample in chosen]).to(device),
         support=_stack_supports(supports).to(device) if supports else None,
     )

@@ -1,31 +1,35 @@
-"""Group relative policy optimization.
+"""Group relative policy optimization, and its family.
 
-    loss = sum_t [-min(rho_t A, clip(rho_t, 1 - lo, 1 + hi) A) + beta k3_t] / N_t
+    loss = sum_t [policy_t + beta kl_t] / N_t        A = (r - mean of the group) / (std of the group + eps)
 
-    rho_t = pi(y_t) / pi_old(y_t)        A = (r - mean of the group) / (std of the group + eps)
-    k3_t  = exp(-d) + d - 1  with  d = log pi(y_t) - log pi_ref(y_t)
+    --loss   policy_t                                            rho_t = pi(y_t) / pi_old(y_t)
+    grpo     -min(rho_t A, clip(rho_t, 1 - lo, 1 + hi) A)        2402.03300, eq. 3; hi > lo: DAPO, 2503.14476
+    gspo     the same with s = exp(mean_t log rho_t) for rho_t   2507.18071, eq. 5
+    cispo    -sg(min(rho_t, 1 + hi)) A log pi(y_t)               2506.13585, eq. 4
 
-over sampled tokens, the end token included. N_t is the denominator: by default the sampled tokens of the whole
-optimizer step (DAPO), not the paper's mean of sequence means, under which a token of a long answer weighs less;
---aggregation and --advantage choose others. k3 in the loss is the paper's; its fixed point is that of the forward KL,
-not DPO's. Scoring uses the sampling temperature, and the ids that top-k or top-p kept, so the scored distribution is
-the sampled one.
+over sampled tokens, the end token included; `_policy.py` has these losses and the KL estimators. N_t is the
+denominator: by default the sampled tokens of the whole optimizer step (DAPO), not the paper's mean of sequence means,
+under which a token of a long answer weighs less; --aggregation and --advantage choose others. kl_t is k3 by default, as
+in the paper; its fixed point is that of the forward KL, not DPO's; k2 and rho_k3 have the reverse KL's gradient.
+Scoring uses the sampling temperature, and the ids that top-k or top-p kept, so the scored distribution is the sampled
+one; --mismatch-weights corrects what still differs. With --max-draws, groups whose rewards are all equal are replaced
+(DAPO's dynamic sampling); --mask-truncated and --overlong-buffer are its two ways with answers that do not end.
 
-Metrics: reward (mean), reward/<function>, flat_groups (share whose rewards are all equal: they teach nothing), length
-(tokens), ended (share that ended by a stop token), entropy (nats), ratio, clip_fraction, kl, mismatch (mean of
-|sampler's - trainer's log-probability|), sampling_seconds, update_seconds. entropy, ratio, clip_fraction, kl and
-mismatch are over the tokens that the update saw: without a KL term, samples whose advantage is 0 have no gradient and
-are not scored.
+Metrics: reward (mean over all samples drawn), reward/<function>, length (tokens), ended (share that ended by a stop
+token), flat_groups (share whose rewards are all equal: they teach nothing), draws (batches of prompts), groups (trained
+on), entropy (nats), ratio, clip_fraction, kl, mismatch (mean of |sampler's - trainer's log-probability|), weight (mean
+of --mismatch-weights), loss, grad_norm (before clipping), learning_rate, sampling_seconds, scoring_seconds (reward
+functions, reference), update_seconds. entropy to weight are over the tokens that the update saw: without a KL term,
+samples whose advantage is 0 have no gradient and are not scored.
 
-Source: Shao et al. 2024, https://arxiv.org/abs/2402.03300, eq. 3 and 4
-        DAPO: Yu et al. 2025, https://arxiv.org/abs/2503.14476
+Source: Shao et al. 2024, https://arxiv.org/abs/2402.03300, eq. 3 and 4; the other papers are at arxiv.org/abs/NUMBER
 Run:    burnish grpo --model DIR --data FILE.jsonl --reward FILE.py:function
 """
 
 import sys
 import time
 from dataclasses import dataclass, field
-from math import inf, isfinite
+from math import inf
 from pathlib import Path
 from typing import Literal
 
@@ -54,8 +58,18 @@ from ._loop import (
     report_counts,
     scheduled,
 )
-from ._rewards import load_rewards
-from ._rollout import micro_batches, sample_groups
+from ._policy import (
+    cispo_loss,
+    clipped_loss,
+    gspo_loss,
+    k2_loss,
+    k3_loss,
+    masked_weights,
+    rho_k3_loss,
+    truncated_weights,
+)
+from ._rewards import check_weights, load_rewards, overlong_punishment
+from ._rollout import ended, lengths_of, micro_batches, rollout_metrics, sample_varied_groups, timed
 from ._tokens import constant_length, sequence_mean, token_mean
 
 
@@ -77,12 +91,23 @@ class Config:
     temperature: float = 1.0  # of sampling, and of scoring
     top_k: int | None = None  # sample among the k most likely ids only
     top_p: float | None = None  # sample among the fewest ids with this much probability, at most 1,024
+    max_draws: int = 1  # batches of prompts in search of groups whose rewards differ; 1 takes what comes
+    mask_truncated: bool = False  # samples that did not end leave numerator, denominator and the group's mean
+    overlong_buffer: int = 0  # the reward falls by up to 1 over this many tokens below max_new_tokens
     updates_per_rollout: int = 1  # optimizer steps on each rollout; from the second on, rho differs from 1
     advantage: Literal["group", "mean", "batch_std", "rloo"] = "group"  # baseline and scale of rewards
     aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = "token_mean"  # what weighs alike
-    clip_low: float = 0.2  # rho below 1 - clip_low has no gradient where A < 0
-    clip_high: float = 0.2  # rho above 1 + clip_high has none where A > 0; DAPO: 0.28
+    loss: Literal["grpo", "gspo", "cispo"] = "grpo"
+    clip_low: float | None = None  # rho below 1 - clip_low has no gradient where A < 0; 0.2, gspo 3e-4
+    clip_high: float | None = (
+        None  # rho above 1 + clip_high has none where A > 0; 0.2, gspo 4e-4, cispo 4; DAPO: 0.28
+    )
     kl_coefficient: float = 0.0  # beta, of the KL to the model that training started from
+    kl_estimator: Literal["k3", "k2", "rho_k3"] = "k3"  # of that KL
+    mismatch_weights: Literal["none", "truncated", "masked"] = (
+        "none"  # pi_old / pi_sampler on each token's advantage
+    )
+    mismatch_cap: float = 2.0  # where such a weight is cut off, or its token left out
     micro_batch_tokens: int = 16384  # tokens in one forward and backward; gradients add up over micro-batches
     learning_rate: float = 1e-6  # AdamW's, at its peak
     schedule: Schedule = "constant"
@@ -99,42 +124,13 @@ class Config:
     device: str = field(default_factory=default_device)
 
 
-def grpo_loss(
-    logprob: Tensor,
-    old_logprob: Tensor,
-    advantage: Tensor,
-    denominator: Tensor | float,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clipped policy gradient. logprob, old_logprob, advantage (tokens,), in nats; old_logprob without gradient.
-
-    denominator: scalar or (tokens,), of the whole optimizer step (`_tokens.py`).
-    """
-    ratio = (logprob - old_logprob).clamp(-20, 20).exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    loss = -(
-        torch.min(ratio * advantage, clipped * advantage) / denominator
-    ).sum()  # eq. 3 without its KL term
-    is_clipped = (clipped * advantage < ratio * advantage).float()
-    return loss, {"ratio": ratio.detach().mean(), "clip_fraction": is_clipped.mean()}
-
-
-def k3_loss(
-    logprob: Tensor, ref_logprob: Tensor, denominator: Tensor | float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """KL(pi||ref) estimated by exp(-d) + d - 1 on sampled tokens, d = logprob - ref_logprob, each (tokens,): eq. 4."""
-    log_ratio = (logprob - ref_logprob).clamp(-20, 20)
-    k3 = (-log_ratio).exp() + log_ratio - 1
-    return (k3 / denominator).sum(), {"kl": k3.detach().mean()}
-
-
 ADVANTAGES = {
     "group": group_advantages,
     "mean": mean_advantages,
     "batch_std": batch_std_advantages,
     "rloo": rloo_advantages,
 }
+MISMATCH_WEIGHTS = {"truncated": truncated_weights, "masked": masked_weights}
 
 
 def train(cfg: Config) -> Path:
@@ -146,6 +142,8 @@ def train(cfg: Config) -> Path:
         group_size=(2, inf),
         max_prompt_length=(1, inf),
         max_new_tokens=(1, inf),
+        max_draws=(1, inf),
+        overlong_buffer=(0, cfg.max_new_tokens),
         sampling_batch_size=(1, inf),
         temperature=(1e-3, 1e3),
         top_k=(1, inf),
@@ -154,6 +152,7 @@ def train(cfg: Config) -> Path:
         clip_low=(0, 1),
         clip_high=(0, inf),
         kl_coefficient=(0, inf),
+        mismatch_cap=(0, inf),
         micro_batch_tokens=(1, inf),
         learning_rate=(0, inf),
         warmup_steps=(0, inf),
@@ -163,14 +162,13 @@ def train(cfg: Config) -> Path:
         save_every=(0, inf),
         seed=(0, 2**31 - 1),
     )
-    weights = cfg.reward_weights or (1.0,) * len(cfg.reward)
-    if len(weights) != len(cfg.reward):
-        raise InputError(
-            f"--reward-weights: expected {len(cfg.reward)}, one a reward function, got {len(weights)}"
-        )
-    if not all(isfinite(weight) for weight in weights):
-        raise InputError(f"--reward-weights: expected finite numbers, got {weights}")
+    if cfg.loss == "cispo" and cfg.clip_low is not None:
+        raise InputError("--clip-low: --loss cispo has no lower bound: leave the flag out")
     rewards = load_rewards(cfg.reward)
+    reward_weights = check_weights(cfg.reward_weights, len(rewards))
+    if cfg.overlong_buffer:  # no function of Python's has a hyphen in its name
+        rewards["overlong-punishment"] = overlong_punishment(cfg.max_new_tokens, cfg.overlong_buffer)
+        reward_weights += (1.0,)
     tokenizer = Tokenizer.load(cfg.model, cfg.chat_template)
     prompts, counts = rl_prompts(
         read_rows(cfg.data), tokenizer, max_length=cfg.max_prompt_length, prompt_column=cfg.prompt_column
@@ -182,34 +180,32 @@ def train(cfg: Config) -> Path:
     reference = frozen_copy(model) if cfg.kl_coefficient else None
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
     with Run(cfg, model=model, optimizer=optimizer) as run:
-        batches = epochs(len(prompts), cfg.prompts_per_step, cfg.seed, skip=run.start)
+        run.values.setdefault("draws", run.start)
+        order = epochs(len(prompts), cfg.prompts_per_step, cfg.seed, skip=run.values["draws"])
+        batches = ([prompts[i] for i in batch] for batch in order)
         for step in run.steps():
             started = time.perf_counter()
-            groups, judged = sample_groups(
-                model,
-                tokenizer,
-                [prompts[i] for i in next(batches)],
-                rewards,
-                weights,
-                group_size=cfg.group_size,
-                max_new_tokens=cfg.max_new_tokens,
-                batch_size=cfg.sampling_batch_size,
-                temperature=cfg.temperature,
-                top_k=cfg.top_k,
-                top_p=cfg.top_p,
-                seed=(cfg.seed << 32) + step,
+            seconds = {"sampling_seconds": 0.0, "scoring_seconds": 0.0}
+            seed = (cfg.seed << 32) + run.values["draws"]
+            groups, drawn, draws = sample_varied_groups(
+                model, tokenizer, batches, rewards, reward_weights, cfg, seed, seconds
             )
-            sampled = time.perf_counter()
-            reward = torch.stack(
-                [group.rewards for group in groups]
-            )  # (prompts, group), NaN where none judged
-            advantage = ADVANTAGES[cfg.advantage](reward).flatten()  # (samples,)
-            lengths = torch.tensor([len(sample.tokens) for group in groups for sample in group.samples])
-            counted = ~reward.flatten().isnan()  # the others leave numerator and denominator
+            run.values["draws"] += draws
+            reward = torch.cat([torch.empty(0), *(group.rewards for group in groups)])  # (samples,)
+            if cfg.mask_truncated:
+                reward = reward.masked_fill(~ended(groups), torch.nan)
+            counted = ~reward.isnan()  # the others, not judged, leave numerator and denominator
+            advantage = ADVANTAGES[cfg.advantage](reward.view(-1, cfg.group_size)).flatten()  # (samples,)
             denominator = torch.ones_like(advantage)
-            denominator[counted] = _denominators(cfg, lengths[counted])
+            denominator[counted] = _denominators(cfg, lengths_of(groups)[counted])
             needed = counted if reference is not None else counted & (advantage != 0)
-            micros = micro_batches(groups, needed, advantage, denominator, cfg.micro_batch_tokens, cfg.device)
+            micros = micro_batches(groups, needed, cfg.micro_batch_tokens, cfg.device)
+            scores = [{"temperature": cfg.temperature, "support": micro.support} for micro in micros]
+            ref_logprobs: list[Tensor] = []
+            if reference is not None:
+                with timed(seconds, "scoring_seconds", cfg.device), torch.no_grad(), autocast(cfg.device):
+                    for micro, score in zip(micros, scores, strict=True):
+                        ref_logprobs.append(reference.score(micro.packed, micro.rows, **score)[0])
 
             sums: dict[str, float] = {}
             old_logprobs: list[Tensor] = []
@@ -218,53 +214,68 @@ def train(cfg: Config) -> Path:
             for update in range(cfg.updates_per_rollout if micros else 0):
                 total_loss = 0.0
                 for i, micro in enumerate(micros):
-                    score = {"temperature": cfg.temperature, "support": micro.support}
                     with autocast(cfg.device):
-                        logprob, _, entropy = model.score(micro.packed, micro.rows, **score)
+                        logprob, _, entropy = model.score(micro.packed, micro.rows, **scores[i])
                     if update == 0:  # the model is still the one that sampled
                         old_logprobs.append(logprob.detach())
-                    loss, metrics = grpo_loss(
-                        logprob,
-                        old_logprobs[i],
-                        micro.advantage,
-                        micro.denominator,
-                        cfg.clip_low,
-                        cfg.clip_high,
-                    )
-                    if reference is not None:
-                        with torch.no_grad(), autocast(cfg.device):
-                            ref_logprob, _, _ = reference.score(micro.packed, micro.rows, **score)
-                        kl_loss, kl_metrics = k3_loss(logprob, ref_logprob, micro.denominator)
-                        loss, metrics = loss + cfg.kl_coefficient * kl_loss, metrics | kl_metrics
+                    old_logprob, num = old_logprobs[i], micro.per_token(denominator)
+                    weighted, weights = micro.per_token(advantage), None
+                    if cfg.mismatch_weights != "none":
+                        weigh = MISMATCH_WEIGHTS[cfg.mismatch_weights]
+                        weights = weigh(old_logprob, micro.sampled_logprob, cfg.mismatch_cap)
+                        weighted = weighted * weights
+                    loss, metrics = _policy_term(cfg, logprob, old_logprob, weighted, micro.lengths, num)
+                    if ref_logprobs:
+                        kl_loss, kl = _kl_term(cfg, logprob, old_logprob, ref_logprobs[i], num)
+                        loss, metrics = loss + cfg.kl_coefficient * kl_loss, metrics | kl
                     share = micro.rows.numel() / num_tokens
                     (loss + share * model.balance_loss()).backward()  # of experts, where the model has some
                     total_loss += loss.item()
                     metrics["entropy"] = entropy.detach().mean()
                     if update == 0:
-                        metrics["mismatch"] = (old_logprobs[i] - micro.sampled_logprob).abs().mean()
+                        metrics["mismatch"] = (old_logprob - micro.sampled_logprob).abs().mean()
+                    if weights is not None:
+                        metrics["weight"] = weights.mean()
                     for name, value in metrics.items():  # means over the last update's tokens
                         part = value.item() * share
                         sums[name] = part if i == 0 else sums[name] + part
                 sums["grad_norm"] = optimizer_step(model, optimizer, total_loss, rate, cfg.max_grad_norm)
                 sums["loss"] = total_loss
-            ended = [sample.ended for group in groups for sample in group.samples]
             run.log(
                 {
-                    "reward": reward.nanmean(),
-                    "length": lengths.float().mean(),
+                    **rollout_metrics(drawn),
                     **sums,
-                    **judged,
                     **routing_metrics(model.routing if micros else ()),
-                    "flat_groups": (advantage.view(reward.shape) == 0).all(dim=1).float().mean(),
-                    "ended": sum(ended) / len(ended),
+                    "flat_groups": sum(not group.varied for group in drawn) / len(drawn),
+                    "draws": draws,
+                    "groups": len(groups),
                     "learning_rate": rate,
-                    "sampling_seconds": sampled - started,
-                    "update_seconds": time.perf_counter() - sampled,
+                    **seconds,
+                    "update_seconds": time.perf_counter() - started - sum(seconds.values()),
                 },
-                tokens=int(lengths.sum()),
+                tokens=int(lengths_of(drawn).sum()),
             )
             run.save_step(model, tokenizer)
         return run.save(model, tokenizer)
+
+
+def _policy_loss(
+    cfg: Config, logprob: Tensor, old_logprob: Tensor, advantage: Tensor, lengths: Tensor, num: Tensor
+):
+    given = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high}
+    clips = {
+        name: value for name, value in given.items() if value is not None
+    }  # the others are the loss's own
+    if cfg.loss == "gspo":
+        return gspo_loss(logprob, old_logprob, advantage, lengths, num, **clips)
+    loss = {"grpo": clipped_loss, "cispo": cispo_loss}[cfg.loss]
+    return loss(logprob, old_logprob, advantage, num, **clips)
+
+
+def _kl_term(cfg: Config, logprob: Tensor, old_logprob: Tensor, ref_logprob: Tensor, num: Tensor):
+    if cfg.kl_estimator == "rho_k3":
+        return rho_k3_loss(logprob, old_logprob, ref_logprob, num)
+    return {"k2": k2_loss, "k3": k3_loss}[cfg.kl_estimator](logprob, ref_logprob, num)
 
 
 def _denominators(cfg: Config, lengths: Tensor) -> Tensor:

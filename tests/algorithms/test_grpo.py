@@ -110,14 +110,14 @@ def test_micro_batches_share_the_prompt_and_keep_every_sample_once():
         Group(Prompt([7], "b", {}), [sample(1, [8, 8, 8]), sample(1, [9])], torch.zeros(2)),
     ]
     needed = torch.tensor([True, True, False, True, True])
-    advantages, denominators = torch.arange(5.0), torch.arange(5.0) + 10
-    (whole,) = micro_batches(groups, needed, advantages, denominators, 1000, "cpu")
+    (whole,) = micro_batches(groups, needed, 1000, "cpu")
     assert whole.packed.tokens.tolist() == [1, 2, 3, 4, 5, 5, 7, 8, 8, 8, 9]
     assert whole.packed.tokens[whole.rows].tolist() == [4, 5, 5, 8, 8, 8, 9]
-    assert whole.advantage.tolist() == [0, 1, 1, 3, 3, 3, 4]
-    assert whole.denominator.tolist() == [10, 11, 11, 13, 13, 13, 14]
+    assert whole.per_token(torch.arange(5.0)).tolist() == [0, 1, 1, 3, 3, 3, 4]
+    assert whole.lengths.tolist() == [1, 2, 3, 1]
+    assert whole.positions.tolist() == [0, 1, 2, 4, 5, 6, 7]  # the third sample's token is the fourth of all
     assert whole.sampled_logprob.tolist() == [0, 0, 1, 0, 1, 2, 0]
-    cut = micro_batches(groups, needed, advantages, denominators, 5, "cpu")
+    cut = micro_batches(groups, needed, 5, "cpu")
     assert [batch.packed.tokens.tolist() for batch in cut] == [[1, 2, 3, 4], [1, 2, 3, 5, 5], [7, 8, 8, 8, 9]]
     assert all(batch.packed.parents is not None for batch in cut)
 

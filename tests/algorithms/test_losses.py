@@ -10,8 +10,8 @@ from burnish.algorithms._advantages import (
     mean_advantages,
     rloo_advantages,
 )
+from burnish.algorithms._policy import clipped_loss, k3_loss
 from burnish.algorithms._tokens import constant_length, sequence_mean, token_mean
-from burnish.algorithms.grpo import grpo_loss, k3_loss
 from burnish.algorithms.sft import dft_loss, sft_loss
 
 NAN = float("nan")
@@ -42,10 +42,10 @@ def test_dft_gradient_is_minus_the_probability():
     torch.testing.assert_close(grad, -logprob.detach().exp() / 5)
 
 
-def test_grpo_loss_by_finite_differences():
+def test_clipped_loss_by_finite_differences():
     old, advantage = logprobs(9), torch.randn(9, dtype=torch.float64)
     logprob = (old + 0.3 * torch.randn(9, dtype=torch.float64)).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: grpo_loss(x, old, advantage, 9.0)[0], logprob)
+    assert torch.autograd.gradcheck(lambda x: clipped_loss(x, old, advantage, 9.0)[0], logprob)
     assert torch.autograd.gradcheck(lambda x: k3_loss(x, old, 9.0)[0], logprob)
 
 
@@ -53,7 +53,7 @@ def test_grpo_clips_each_sign_of_advantage_on_its_own_side():
     ratio = torch.tensor([0.5, 0.5, 1.5, 1.5])
     advantage = torch.tensor([1.0, -1.0, 1.0, -1.0])
     logprob = ratio.log().requires_grad_()
-    loss, metrics = grpo_loss(logprob, torch.zeros(4), advantage, 1.0, clip_low=0.2, clip_high=0.28)
+    loss, metrics = clipped_loss(logprob, torch.zeros(4), advantage, 1.0, clip_low=0.2, clip_high=0.28)
     assert loss.item() == pytest.approx(-(0.5 - 0.8 + 1.28 - 1.5))
     (grad,) = torch.autograd.grad(loss, logprob)
     assert grad.tolist() == pytest.approx(
@@ -68,20 +68,20 @@ def test_grpo_first_step_identities():
     advantage = torch.tensor([1.5, -0.5, -0.5, -0.5], dtype=torch.float64)
     logprob = logprobs(10).requires_grad_()
     per_token = advantage.repeat_interleave(lengths)
-    loss, metrics = grpo_loss(
+    loss, metrics = clipped_loss(
         logprob, logprob.detach(), per_token, token_mean(lengths).repeat_interleave(lengths)
     )
     assert loss.item() == pytest.approx(-(advantage * lengths).sum().item() / 10)
     assert metrics["ratio"].item() == 1 and k3_loss(logprob, logprob.detach(), 10.0)[0].item() == 0
     assert torch.autograd.grad(loss, logprob)[0].abs().sum() > 0
-    paper, _ = grpo_loss(
+    paper, _ = clipped_loss(
         logprob, logprob.detach(), per_token, sequence_mean(lengths).repeat_interleave(lengths)
     )
     assert paper.item() == pytest.approx(0, abs=1e-7)
 
 
 def test_log_ratios_are_bounded_before_exp():
-    loss, _ = grpo_loss(torch.tensor([0.0]), torch.tensor([-1e4]), torch.tensor([-1.0]), 1.0)
+    loss, _ = clipped_loss(torch.tensor([0.0]), torch.tensor([-1e4]), torch.tensor([-1.0]), 1.0)
     assert loss.item() == pytest.approx(math.exp(20))
 
 

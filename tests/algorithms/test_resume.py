@@ -45,7 +45,7 @@ def configs(model_folder, demonstrations, prompts, pairs, tmp_path):
 
 
 TRAINERS = {"sft": sft, "reward": reward, "dpo": dpo, "kto": kto, "grpo": grpo}
-TIMES = ("seconds", "sampling_seconds", "update_seconds", "tokens_per_second")
+TIMES = ("seconds", "sampling_seconds", "scoring_seconds", "update_seconds", "tokens_per_second")
 
 
 def metrics_of(folder):
