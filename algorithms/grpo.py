@@ -259,23 +259,21 @@ def train(cfg: Config) -> Path:
         return run.save(model, tokenizer)
 
 
-def _policy_loss(
-    cfg: Config, logprob: Tensor, old_logprob: Tensor, advantage: Tensor, lengths: Tensor, num: Tensor
+def _policy_term(
+    cfg: Config, logprob: Tensor, old_logprob: Tensor, advantage: Tensor, lengths: Tensor, denominator: Tensor
 ):
-    given = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high}
-    clips = {
-        name: value for name, value in given.items() if value is not None
-    }  # the others are the loss's own
+    given = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high}  # each loss has its own where not set
+    clips = {name: value for name, value in given.items() if value is not None}
     if cfg.loss == "gspo":
-        return gspo_loss(logprob, old_logprob, advantage, lengths, num, **clips)
+        return gspo_loss(logprob, old_logprob, advantage, lengths, denominator, **clips)
     loss = {"grpo": clipped_loss, "cispo": cispo_loss}[cfg.loss]
-    return loss(logprob, old_logprob, advantage, num, **clips)
+    return loss(logprob, old_logprob, advantage, denominator, **clips)
 
 
-def _kl_term(cfg: Config, logprob: Tensor, old_logprob: Tensor, ref_logprob: Tensor, num: Tensor):
+def _kl_term(cfg: Config, logprob: Tensor, old_logprob: Tensor, ref_logprob: Tensor, denominator: Tensor):
     if cfg.kl_estimator == "rho_k3":
-        return rho_k3_loss(logprob, old_logprob, ref_logprob, num)
-    return {"k2": k2_loss, "k3": k3_loss}[cfg.kl_estimator](logprob, ref_logprob, num)
+        return rho_k3_loss(logprob, old_logprob, ref_logprob, denominator)
+    return {"k2": k2_loss, "k3": k3_loss}[cfg.kl_estimator](logprob, ref_logprob, denominator)
 
 
 def _denominators(cfg: Config, lengths: Tensor) -> Tensor:
