@@ -260,7 +260,7 @@ def bench_shape(
     forward, backward = case.work(dims, dtype.itemsize)
     for name in PASSES if one.wanted else PASSES[:1]:
         both = name == "forward+backward"
-        floor = ceilings.floor(forward) + (ceilings.floor(backward) if both else 0)
+        floor_us = round(1e6 * (ceilings.floor(forward) + (ceilings.floor(backward) if both else 0)), 2)
         time_row(case, sets, entrants, device, both)
         for c in entrants:
             device_us, eager_us = percentiles(c.device), percentiles(c.eager)
@@ -274,9 +274,9 @@ def bench_shape(
                     "provider": c.name,
                     "device_us": device_us,
                     "eager_us": eager_us,
-                    "floor_us": round(floor * 1e6, 2),
+                    "floor_us": floor_us,
                     "binds": ceilings.binds(forward),
-                    "share": round(floor * 1e6 / best, 3) if best else None,
+                    "share": round(floor_us / best, 3) if best else None,
                     "memory_bytes": c.memory,
                     "compile_s": round(c.compile, 3),
                     "accurate": c.accurate,
