@@ -17,6 +17,11 @@ COMMANDS = {  # name: (module with a Config, its function of a Config, one line)
     "reward": ("burnish.algorithms.reward", "train", "a reward model from preferences"),
     "dpo": ("burnish.algorithms.dpo", "train", "preference optimization: DPO, IPO, SimPO, ORPO and more"),
     "kto": ("burnish.algorithms.kto", "train", "preference optimization from single judged completions"),
+    "ppo": (
+        "burnish.algorithms.ppo",
+        "train",
+        "reinforcement learning with a critic, from a reward model or function",
+    ),
     "grpo": ("burnish.algorithms.grpo", "train", "reinforcement learning from a reward function of yours"),
     "evaluate": (
         "burnish.algorithms.evaluate",

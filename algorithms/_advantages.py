@@ -1,10 +1,15 @@
-"""From rewards to advantages. rewards (prompts, group): one row for the samples of one prompt.
+"""From rewards to advantages.
 
-NaN marks a sample that no reward function judged: it gets advantage 0 and counts in no statistic.
+Of samples: rewards (prompts, group), one row for the samples of one prompt. NaN marks a sample that no reward function
+judged: it gets advantage 0 and counts in no statistic.
+Of tokens: rewards, values and mask (samples, length), where mask is False on padding and on tokens that the policy did
+not choose, such as a tool's output.
 """
 
 import torch
 from torch import Tensor
+
+# ---- of samples
 
 
 def _centred(rewards: Tensor) -> Tensor:
@@ -48,3 +53,37 @@ def rloo_advantages(rewards: Tensor) -> Tensor:
     """
     judged = (~rewards.isnan()).sum(dim=1, keepdim=True)
     return _centred(rewards) * judged / (judged - 1).clamp(min=1)
+
+
+# ---- of tokens
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
+    """sum_k (gamma lam)^k delta_(t+k) over real tokens, delta_t = r_t + gamma V_(t+1) - V_t; V after the last is 0.
+
+    Masked tokens do not exist: what follows them comes right after what precedes them, their rewards and values are not
+    read, and their advantage is 0. With values 0 and lam 1 it is the discounted sum of the rewards to come.
+    Source: https://arxiv.org/abs/1506.02438, eq. 16
+    """
+    advantages = torch.zeros_like(rewards)
+    value, advantage = (
+        torch.zeros_like(rewards[:, 0]),
+        torch.zeros_like(rewards[:, 0]),
+    )  # of the real token after t
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * value - values[:, t]
+        advantage = torch.where(mask[:, t], delta + gamma * lam * advantage, advantage)
+        value = torch.where(mask[:, t], values[:, t], value)
+        advantages[:, t] = advantage.masked_fill(~mask[:, t], 0.0)
+    return advantages
+
+
+def whiten(values: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
+    """(x - mean) / std over the real tokens of the whole batch (ddof 0); 0 elsewhere. Any shape."""
+    real = values[mask]
+    return ((values - real.mean()) / (real.var(correction=0) + eps).sqrt()).masked_fill(~mask, 0.0)
+
+
+def scale(values: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
+    """x / std over the real tokens of the whole batch; 0 elsewhere. No mean is taken off: it would pay for length."""
+    return (values / (values[mask].var(correction=0) + eps).sqrt()).masked_fill(~mask, 0.0)

@@ -204,14 +204,16 @@ def _replace(file: Path, text: str) -> None:
     beside.replace(file)
 
 
-def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
+def make_optimizer(
+    model: nn.Module, learning_rate: float, weight_decay: float = 0.0, eps: float = 1e-8
+) -> torch.optim.AdamW:
     """AdamW whose weight decay spares vectors (norms and biases)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=eps, fused=True)
 
 
 def scheduled(peak: float, step: int, steps: int, warmup_steps: int, schedule: Schedule) -> float:

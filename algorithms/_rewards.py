@@ -20,7 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..model.checkpoint import has_score, load_scalar_model
 from ..model.errors import InputError
+from ..model.scalar import ScalarModel
+from ..model.tokenizer import Tokenizer
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
@@ -72,6 +75,20 @@ def check_weights(weights: Sequence[float], count: int) -> tuple[float, ...]:
     if not all(math.isfinite(weight) for weight in weights):
         raise InputError(f"--reward-weights: expected finite numbers, got {weights}")
     return tuple(weights) or (1.0,) * count
+
+
+def load_reward_model(folder: Path, tokenizer: Tokenizer, device: str) -> ScalarModel:
+    """Frozen. Raises InputError where `folder` has no score head, or another tokenizer than the policy's."""
+    if not has_score(folder):
+        raise InputError(
+            f"--reward-model {folder}: expected a reward model (burnish reward), got a model without a score"
+        )
+    if Tokenizer.load(folder).backend.get_vocab() != tokenizer.backend.get_vocab():
+        raise InputError(
+            f"--reward-model {folder}: its tokenizer is not the policy's: it would score other tokens"
+        )
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    return load_scalar_model(folder, dtype, device).requires_grad_(False).eval()
 
 
 def overlong_punishment(max_length: int, buffer: int) -> RewardFunction:

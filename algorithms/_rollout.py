@@ -5,9 +5,10 @@ the samples' parent: P + sum(n_i) tokens through the layers instead of G*P + sum
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import torch
@@ -16,11 +17,42 @@ from torch import Tensor
 from ..model.errors import InputError
 from ..model.generate import Sample, generate
 from ..model.packed import Packed, pack
+from ..model.scalar import ScalarModel
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
-from ._data import Prompt
-from ._loop import autocast
+from ._adapter import ADAPTER_BOUNDS
+from ._data import Prompt, read_rows, rl_prompts
+from ._loop import autocast, report_counts
 from ._rewards import RewardFunction, judge
+
+RL_BOUNDS = {  # for check_flags: of the flags that PPO and GRPO share
+    "steps": (1, inf),
+    "prompts_per_step": (1, inf),
+    "max_prompt_length": (1, inf),
+    "max_new_tokens": (1, inf),
+    "sampling_batch_size": (1, inf),
+    "temperature": (1e-3, 1e3),
+    "top_k": (1, inf),
+    "top_p": (1e-9, 1),
+    "kl_coefficient": (0, inf),
+    "micro_batch_tokens": (1, inf),
+    "learning_rate": (0, inf),
+    "warmup_steps": (0, inf),
+    "weight_decay": (0, inf),
+    "max_grad_norm": (1e-12, inf),
+    "save_every": (0, inf),
+    "seed": (0, 2**31 - 1),
+    **ADAPTER_BOUNDS,
+}
+
+
+def load_prompts(cfg: Any, tokenizer: Tokenizer) -> list[Prompt]:
+    """The prompts of --data, after saying what became of its rows."""
+    prompts, counts = rl_prompts(
+        read_rows(cfg.data), tokenizer, max_length=cfg.max_prompt_length, prompt_column=cfg.prompt_column
+    )
+    report_counts(cfg.data, counts)
+    return prompts
 
 
 @dataclass(frozen=True)
@@ -179,6 +211,18 @@ class MicroBatch:
         """A number a sample, (all samples,), as one a token, (tokens,)."""
         return values.to(self.rows.device)[self.samples].repeat_interleave(self.lengths)
 
+    def score(self, policy: Any, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        """(logprob, lse, entropy), each (tokens,), under the distribution that was sampled."""
+        return policy.score(self.packed, self.rows, temperature=temperature, support=self.support)
+
+    def values(self, critic: ScalarModel) -> Tensor:
+        """Of what stands before each token, (tokens,): the state in which it was chosen."""
+        return critic.values(self.packed, self.packed.predictors[self.rows])
+
+    def scores(self, reward_model: ScalarModel) -> Tensor:
+        """Of what ends with each token, (tokens,)."""
+        return reward_model.values(self.packed, self.rows)
+
 
 def micro_batches(
     groups: Sequence[Group], needed: Tensor, capacity: int, device: torch.device | str
@@ -221,6 +265,26 @@ def micro_batches(
             room -= need
     close()
     return batches
+
+
+@torch.no_grad()
+def over_tokens(
+    micros: Sequence[MicroBatch], function: Callable[[MicroBatch], tuple[Tensor, ...]], real: Tensor
+) -> tuple[Tensor, ...]:
+    """What `function` returns, each (tokens,) of a micro-batch, laid out as `real`: (samples, length), fp32.
+
+    real: which of its places are the samples' tokens. 0 at the others, and for samples in no micro-batch.
+    """
+    found: list[list[Tensor]] = []
+    for micro in micros:
+        with autocast(real.device.type):
+            found.append([result.float() for result in function(micro)])
+    positions = torch.cat([micro.positions for micro in micros])
+    places = real.flatten().nonzero().squeeze(1)[positions]
+    laid = [torch.zeros(real.shape, device=real.device) for _ in found[0]]
+    for out, results in zip(laid, zip(*found, strict=True), strict=True):
+        out.view(-1)[places] = torch.cat(results)
+    return tuple(laid)
 
 
 def _micro_batch(

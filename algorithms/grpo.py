@@ -40,10 +40,9 @@ from ..model.adapter import frozen_copy
 from ..model.errors import InputError
 from ..model.moe import routing_metrics
 from ..model.tokenizer import Tokenizer
-from ._adapter import ADAPTER_BOUNDS, load_trainee
+from ._adapter import load_trainee
 from ._advantages import batch_std_advantages, group_advantages, mean_advantages, rloo_advantages
 from ._command import run_command
-from ._data import read_rows, rl_prompts
 from ._loop import (
     Run,
     Schedule,
@@ -55,7 +54,6 @@ from ._loop import (
     make_optimizer,
     new_run_folder,
     optimizer_step,
-    report_counts,
     scheduled,
 )
 from ._policy import (
@@ -69,7 +67,16 @@ from ._policy import (
     truncated_weights,
 )
 from ._rewards import check_weights, load_rewards, overlong_punishment
-from ._rollout import ended, lengths_of, micro_batches, rollout_metrics, sample_varied_groups, timed
+from ._rollout import (
+    RL_BOUNDS,
+    ended,
+    lengths_of,
+    load_prompts,
+    micro_batches,
+    rollout_metrics,
+    sample_varied_groups,
+    timed,
+)
 from ._tokens import constant_length, sequence_mean, token_mean
 
 
@@ -137,30 +144,14 @@ def train(cfg: Config) -> Path:
     """Returns the folder of the trained model."""
     check_flags(
         cfg,
-        steps=(1, inf),
-        prompts_per_step=(1, inf),
+        **RL_BOUNDS,
         group_size=(2, inf),
-        max_prompt_length=(1, inf),
-        max_new_tokens=(1, inf),
         max_draws=(1, inf),
         overlong_buffer=(0, cfg.max_new_tokens),
-        sampling_batch_size=(1, inf),
-        temperature=(1e-3, 1e3),
-        top_k=(1, inf),
-        top_p=(1e-9, 1),
         updates_per_rollout=(1, inf),
         clip_low=(0, 1),
         clip_high=(0, inf),
-        kl_coefficient=(0, inf),
         mismatch_cap=(0, inf),
-        micro_batch_tokens=(1, inf),
-        learning_rate=(0, inf),
-        warmup_steps=(0, inf),
-        weight_decay=(0, inf),
-        max_grad_norm=(1e-12, inf),
-        **ADAPTER_BOUNDS,
-        save_every=(0, inf),
-        seed=(0, 2**31 - 1),
     )
     if cfg.loss == "cispo" and cfg.clip_low is not None:
         raise InputError("--clip-low: --loss cispo has no lower bound: leave the flag out")
@@ -170,10 +161,7 @@ def train(cfg: Config) -> Path:
         rewards["overlong-punishment"] = overlong_punishment(cfg.max_new_tokens, cfg.overlong_buffer)
         reward_weights += (1.0,)
     tokenizer = Tokenizer.load(cfg.model, cfg.chat_template)
-    prompts, counts = rl_prompts(
-        read_rows(cfg.data), tokenizer, max_length=cfg.max_prompt_length, prompt_column=cfg.prompt_column
-    )
-    report_counts(cfg.data, counts)
+    prompts = load_prompts(cfg, tokenizer)
     model = load_trainee(cfg)
     check_model(model, tokenizer, max(len(prompt.tokens) for prompt in prompts) + cfg.max_new_tokens)
     model.checkpoint_activations = cfg.checkpoint_activations
@@ -200,12 +188,10 @@ def train(cfg: Config) -> Path:
             denominator[counted] = _denominators(cfg, lengths_of(groups)[counted])
             needed = counted if reference is not None else counted & (advantage != 0)
             micros = micro_batches(groups, needed, cfg.micro_batch_tokens, cfg.device)
-            scores = [{"temperature": cfg.temperature, "support": micro.support} for micro in micros]
             ref_logprobs: list[Tensor] = []
             if reference is not None:
                 with timed(seconds, "scoring_seconds", cfg.device), torch.no_grad(), autocast(cfg.device):
-                    for micro, score in zip(micros, scores, strict=True):
-                        ref_logprobs.append(reference.score(micro.packed, micro.rows, **score)[0])
+                    ref_logprobs = [micro.score(reference, cfg.temperature)[0] for micro in micros]
 
             sums: dict[str, float] = {}
             old_logprobs: list[Tensor] = []
@@ -215,7 +201,7 @@ def train(cfg: Config) -> Path:
                 total_loss = 0.0
                 for i, micro in enumerate(micros):
                     with autocast(cfg.device):
-                        logprob, _, entropy = model.score(micro.packed, micro.rows, **scores[i])
+                        logprob, _, entropy = micro.score(model, cfg.temperature)
                     if update == 0:  # the model is still the one that sampled
                         old_logprobs.append(logprob.detach())
                     old_logprob, num = old_logprobs[i], micro.per_token(denominator)

@@ -131,6 +131,13 @@ def load_scalar_model(
     return model
 
 
+def has_score(folder: str | os.PathLike[str]) -> bool:
+    """Does the folder hold a head of one number, a reward model's? load_scalar_model draws one where it does not."""
+    if is_adapter(Path(folder)):
+        return "score.weight" in read_adapter(Path(folder))[0].tensors
+    return _is_scalar(_read_config(Path(folder)))
+
+
 def save_model(
     model: Transformer | ScalarModel,
     folder: str | os.PathLike[str],

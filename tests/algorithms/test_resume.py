@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from burnish.algorithms import dpo, grpo, kto, reward, sft
+from burnish.algorithms import dpo, grpo, kto, ppo, reward, sft
 from burnish.algorithms._checkpoint import read_checkpoint, write_checkpoint
 from burnish.algorithms._loop import CHECKPOINT, epochs, make_optimizer
 from burnish.model.errors import InputError
@@ -39,12 +39,24 @@ def configs(model_folder, demonstrations, prompts, pairs, tmp_path):
             max_new_tokens=8,
             kl_coefficient=0.1,
             updates_per_rollout=2,
+            max_draws=2,
+            **COMMON,
+        ),
+        "ppo": ppo.Config(
+            model=model_folder,
+            data=prompts,
+            reward=(f"{odd}:ones",),
+            prompts_per_step=10,
+            max_new_tokens=8,
+            kl_target=0.01,
+            kl_horizon=20,
+            critic_learning_rate=1e-2,
             **COMMON,
         ),
     }
 
 
-TRAINERS = {"sft": sft, "reward": reward, "dpo": dpo, "kto": kto, "grpo": grpo}
+TRAINERS = {"sft": sft, "reward": reward, "dpo": dpo, "kto": kto, "grpo": grpo, "ppo": ppo}
 TIMES = ("seconds", "sampling_seconds", "scoring_seconds", "update_seconds", "tokens_per_second")
 
 
