@@ -49,6 +49,7 @@ LONG, LARGE = (
     4 << 30,
 )  # seconds, bytes: a graph would add little to such a call but a second copy of its memory
 PASSES = ("forward", "forward+backward")
+FAILED: list[torch.cuda.CUDAGraph] = []  # torch's allocator goes on looking at a graph whose capture failed
 
 
 @dataclass
@@ -114,16 +115,32 @@ def host_seconds(work: Callable[[], Any], device: str) -> float:
 
 
 def capture(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
-    """One graph of all calls. Their results stay alive inside it, so that each call writes to memory of its own."""
+    """One graph of all calls. Their results stay alive inside it, so that each call writes to memory of its own.
+
+    RuntimeError where a call waits for the host. That is found before a capture begins: one that fails leaves torch's
+    generator and its current stream in the capture, and the next random number ends the run.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(2):
+        calls[0]()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
             calls[0]()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [once() for once in calls]
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    untouched = generator.clone_state()
+    try:
+        with torch.cuda.graph(graph):
+            kept = [once() for once in calls]
+    except RuntimeError:
+        FAILED.append(graph)
+        torch.cuda.set_stream(stream)
+        generator.graphsafe_set_state(untouched)
+        raise
     del kept
     return graph
 
@@ -403,8 +420,12 @@ def main(argv: list[str] | None = None) -> int:
         if time.perf_counter() - begun > args.budget:
             report["absent"][f"{case.name} {label(dims)}"] = "out of time"
             continue
-        torch.manual_seed(0)
-        bench_shape(case, dims, args.dtype, device, ceilings, args.peers, report)
+        try:
+            torch.manual_seed(0)
+            bench_shape(case, dims, args.dtype, device, ceilings, args.peers, report)
+        except Exception as error:  # the other shapes are still worth having
+            report["red"].append(f"{case.name} {label(dims)}: {type(error).__name__}: {error}")
+            print(f"RED, not timed: {report['red'][-1]}")
         if path:
             write_whole(path, json.dumps(report, indent=1) + "\n")
     report["clocks_after"] = clocks(device)

@@ -4,6 +4,7 @@ A builder takes the Case and returns a callable with the op's signature. It rais
 installed, which the benchmark lists as such, and Unsuitable where the peer has no such feature.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -127,6 +128,40 @@ def _sdpa(backend: str) -> Callable[[Case], Callable[..., Any]]:
     return build
 
 
+def _varlen_attn(case: Case) -> Callable[..., Any]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    if case.family != "packed":
+        raise Unsuitable("packed batches only")
+    named = inspect.signature(varlen_attn).parameters  # torch 2.10 had is_causal
+    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in named else {"is_causal": True}
+    longest: list[int] = []
+
+    def peer(q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor) -> Tensor:
+        if not longest:  # read once: a graph cannot wait for the host
+            longest.append(int(cu_seqlens.diff().max()))
+        grouped: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest[0], longest[0], **causal, **grouped)
+        assert isinstance(out, Tensor)  # nothing beside it was asked for
+        return out
+
+    return peer
+
+
+def _sdpa_decode(case: Case) -> Callable[..., Any]:
+    """What a generation loop without a kernel of its own has: gathered caches and a mask of lengths."""
+    if case.family != "own cache":
+        raise Unsuitable("one cache per sequence only")
+
+    def peer(q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, length: Tensor) -> Tensor:
+        keys, values = (cache[slot].transpose(1, 2) for cache in (k_cache, v_cache))  # (B, G, S, D)
+        seen = torch.arange(keys.shape[2], device=q.device) < length[:, None]  # (B, S)
+        mask = seen[:, None, None]
+        return F.scaled_dot_product_attention(q[:, :, None], keys, values, mask, enable_gqa=True)[:, :, 0]
+
+    return peer
+
+
 def _flex_attention(case: Case) -> Callable[..., Any]:
     if case.family != "causal":
         raise Unsuitable("not written for it")
@@ -183,6 +218,23 @@ def _cut_cross_entropy(case: Case) -> Callable[..., Any]:
     if case.family != "target only":
         raise Unsuitable("log-probabilities of the target only")
     return lambda hidden, weight, targets: -linear_cross_entropy(hidden, weight, targets, reduction="none")
+
+
+def _grouped_mm(case: Case) -> Callable[..., Any]:
+    """What transformers runs for a mixture on a GPU: sort by expert, two grouped products, back into order."""
+    if case.family != "swiglu":
+        raise Unsuitable("swiglu without biases only")
+
+    def peer(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        (T, K), E = indices.shape, gate_up.shape[0]
+        expert, order = indices.flatten().sort(stable=True)
+        ends = torch.searchsorted(expert, torch.arange(E, device=x.device), right=True).int()
+        gate, up = F.grouped_mm(x[order // K], gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
+        y = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)  # (T K, C), sorted
+        y = y * weights.flatten()[order, None].to(y.dtype)
+        return y[order.argsort()].unflatten(0, (T, K)).sum(1)
+
+    return peer
 
 
 def _lora_path(path: str) -> Callable[[Case], Callable[..., Any]]:
@@ -264,14 +316,17 @@ PEERS: dict[str, dict[str, Callable[[Case], Callable[..., Any]]]] = {
         "SDPA cuDNN": _sdpa("CUDNN_ATTENTION"),
         "SDPA efficient": _sdpa("EFFICIENT_ATTENTION"),
         "flex_attention": _flex_attention,
+        "varlen_attn": _varlen_attn,
     },
+    "decode_attention": {"SDPA": _sdpa_decode},
     "token_logprobs": {
         "torch.compile": _compiled,
         "chunked": _chunked_cross_entropy,
         "liger-kernel": _liger_cross_entropy,
         "cut-cross-entropy": _cut_cross_entropy,
     },
-    "lora_linear": {
+    "moe_mlp": {"grouped_mm": _grouped_mm},
+    "lora_linear": {  # eager is F.linear, then addmm
         "torch.compile": _compiled,
         "PEFT's pattern": _peft_lora,
         "burnish, epilogue": _lora_path("epilogue"),

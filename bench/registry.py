@@ -13,6 +13,7 @@ Adding an op is one kernel file and its Cases here.
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -393,10 +394,13 @@ def _sinks_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
     return _attention_inputs(dims, dtype, device) | {"sinks": _randn((dims["H"],), dtype, device)}
 
 
-def _packed_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+def _packed_ends(T: int) -> list[int]:
     """Four segments, one of them empty."""
-    T = dims["T"]
-    ends = torch.tensor([0, T // 5, T // 5, T // 2, T], dtype=torch.int32, device=device)
+    return [0, T // 5, T // 5, T // 2, T]
+
+
+def _packed_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    ends = torch.tensor(_packed_ends(dims["T"]), dtype=torch.int32, device=device)
     return _attention_inputs(dims, dtype, device) | {"cu_seqlens": ends}
 
 
@@ -413,6 +417,8 @@ def _shared_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
 
 def _pairs(dims: Dims) -> int:
     """(query, key) pairs in sight, over the batch: causal, S >= T."""
+    if "B" not in dims and "P" not in dims:
+        return sum(n * (n + 1) // 2 for n in (b - a for a, b in pairwise(_packed_ends(dims["T"]))))
     if "P" not in dims:
         T, S = dims["T"], dims.get("S", dims["T"])
         return dims.get("B", 1) * (T * (T + 1) // 2 + T * (S - T))
@@ -645,7 +651,8 @@ def _moe_eager(
         elif activation == "swiglu":
             a = _swiglu_eager(*h.chunk(2, -1))
         else:
-            a = _clamped_swiglu_eager(*h.chunk(2, -1))
+            gate, up = h.chunk(2, -1)
+            a = _clamped_swiglu_eager(gate, up)
         y = F.linear(a, down[e], None if down_bias is None else down_bias[e])
         out = out.index_add(0, token, (y * weights[token, choice, None].to(y.dtype)).to(out.dtype))
     return out
@@ -653,10 +660,10 @@ def _moe_eager(
 
 def _moe_work(dims: Dims, size: int) -> tuple[Work, Work]:
     T, C, F_, E, K = (dims[letter] for letter in "TCFEK")
-    experts, rows = 3 * E * F_ * C, 2 * T * K * F_
+    experts, choices = 3 * E * F_ * C * size, 12 * T * K  # a weight in fp32, an index in int64
     return (
-        Work(6 * T * K * C * F_, (experts + 2 * T * C + rows) * size),
-        Work(12 * T * K * C * F_, (2 * experts + 3 * T * C + rows) * size),
+        Work(6 * T * K * C * F_, experts + 2 * T * C * size + choices),
+        Work(12 * T * K * C * F_, 2 * experts + 3 * T * C * size + choices),
     )
 
 
@@ -1116,7 +1123,7 @@ CASES: tuple[Case, ...] = (
         reads_values=True,
         shapes=(_PACKED,),
         empty=(),
-        options={"return_lse": True},
+        bench={"cuda": ({"T": 8192, "H": 16, "G": 16, "D": 128},)},
         configurations=({"T": 256, "H": 2, "G": 1, "D": 128},),
     ),
     _attention_case(

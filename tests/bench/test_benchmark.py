@@ -1,13 +1,16 @@
 """The benchmark's own honesty, on a case small enough to time in a test."""
 
 import json
+import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from burnish.bench import __main__ as bench
 from burnish.bench import roofline
-from burnish.bench.registry import CASES, Work
+from burnish.bench.peers import PEERS, Unsuitable
+from burnish.bench.registry import CASES, Work, assert_accurate, make_inputs
 from burnish.kernels._launch import INTERPRET
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="interpreted kernels have no speed")
@@ -16,6 +19,10 @@ CASE = next(c for c in CASES if c.name == "swiglu/elementwise")
 SMALL = replace(
     CASE, bench={d: ({"B": 1, "T": 8, "F": 64}, {"B": 1, "T": 16, "F": 64}) for d in ("cpu", "cuda")}
 )
+PEERS_SHAPES = {
+    "flash_attention/shared prompt": {"T": 31, "P": 13, "R": 9, "H": 2, "G": 1, "D": 16},  # whole completions
+    "moe_mlp/swiglu": {"T": 19, "C": 32, "F": 16, "E": 3, "K": 2},  # grouped_mm: rows of 16 bytes
+}
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +81,84 @@ def test_peers_that_are_absent_or_wrong_are_shown(monkeypatch: pytest.MonkeyPatc
     assert report["absent"] == {"missing": "not installed"}
     assert {r["accurate"] for r in report["rows"] if r["provider"] == "wrong"} == {False}
     assert "outside the accuracy rule" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("op, name", [(op, name) for op, peers in PEERS.items() for name in peers])
+def test_a_peer_computes_what_the_op_does(op: str, name: str, device: str):
+    """On a CPU those that have a path for one; they are held to the rule that the op is held to."""
+    if name in ("torch.compile", "flex_attention") and device == "cpu":
+        pytest.skip("compiled C++ takes longer than this test may")
+    ran = 0
+    for case in (c for c in CASES if c.op == op):
+        try:
+            peer = PEERS[op][name](case)
+            torch.manual_seed(0)
+            dims = PEERS_SHAPES.get(case.name) or case.shapes[min(1, len(case.shapes) - 1)]
+            assert_accurate(
+                replace(case, fused=peer), make_inputs(case, case.check(dims), torch.float32, device)
+            )
+        except ImportError as error:
+            pytest.skip(str(error))
+        except Unsuitable:
+            continue
+        except RuntimeError as error:
+            if device == "cpu" and re.search("No viable backend|from the 'CPU' backend", str(error)):
+                pytest.skip("no path on a CPU")
+            raise
+        ran += 1
+    assert ran > 0
+
+
+def test_what_cannot_be_captured_is_noted_and_ends_nothing(monkeypatch: pytest.MonkeyPatch):
+    def broken(calls):
+        if calls[0]() is WAITS:
+            raise RuntimeError("called a synchronizing CUDA operation\nand more")
+        return SimpleNamespace(replay=calls[0])
+
+    WAITS = object()
+    monkeypatch.setattr(bench, "capture", broken)
+    monkeypatch.setattr(bench.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(bench, "sync", lambda device: None)
+    monkeypatch.setattr(bench, "peak_growth", lambda work, device: 0)
+    monkeypatch.setattr(bench, "event_seconds", lambda work: 1e-3)
+    monkeypatch.setattr(bench, "call", lambda op, case, inputs, backward: op())
+    entrants = [bench.Contestant("peer", lambda: WAITS), bench.Contestant("burnish", lambda: None)]
+    sets = [bench.prepare(SMALL, SMALL.bench["cpu"][0], torch.float32, "cpu")]
+    bench.time_row(SMALL, sets, entrants, "cuda", backward=False)
+    peer, ours = entrants
+    assert peer.note == "not capturable: called a synchronizing CUDA operation" and peer.eager
+    assert peer.device == [] and ours.device and ours.note == ""
+
+
+def test_a_shape_that_breaks_is_red_and_the_others_are_timed(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    prepare = bench.prepare
+
+    def breaks(case, dims, dtype, device):
+        if dims["T"] == 8:
+            raise RuntimeError("out of memory")
+        return prepare(case, dims, dtype, device)
+
+    monkeypatch.setattr(bench, "prepare", breaks)
+    assert bench.main(["--json", str(tmp_path / "r.json")]) == 1
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["red"] == ["swiglu/elementwise B=1 T=8 F=64: RuntimeError: out of memory"]
+    assert {row["dims"]["T"] for row in report["rows"]} == {16}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a graph is captured on a GPU")
+def test_a_capture_that_fails_leaves_the_machine_as_it_was():
+    x = torch.ones(8, device="cuda")
+    with pytest.raises(RuntimeError, match="synchroniz"):
+        bench.capture([lambda: x.sum().item()])
+    passes = iter([True, True])  # through the trials, not through the capture itself
+    with pytest.raises(RuntimeError):
+        bench.capture([lambda: x.sum() if next(passes, False) else x.sum().item()])
+    assert torch.randn(8, device="cuda").isfinite().all()
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    y = torch.empty_like(x)
+    bench.capture([lambda: y.copy_(x * 2)]).replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, x * 2)
 
 
 def test_a_budget_ends_the_run_with_what_it_has(tmp_path):
