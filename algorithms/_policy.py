@@ -63,7 +63,9 @@ def gspo_loss(
     Source: https://arxiv.org/abs/2507.18071, eq. 5, 7, 13 and 14; the clip's defaults from its sec. 5.1
     """
     log_ratio = (logprob - old_logprob).detach()
-    log_mean = torch.segment_reduce(log_ratio, "mean", lengths=lengths, initial=0)  # (sequences,)
+    log_mean = torch.segment_reduce(
+        log_ratio, "mean", lengths=lengths, initial=0, unsafe=True
+    )  # (sequences,)
     ratio = _exp(log_mean).repeat_interleave(lengths) * (logprob - logprob.detach()).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = -(torch.min(ratio * advantage, clipped * advantage) / denominator).sum()
