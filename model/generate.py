@@ -276,7 +276,7 @@ class _Batch:
             return int(done.sum()) * LEAVING >= self.live
         leaving, kept = torch.stack([done.sum(), (support >= 0).sum(1).max()]).tolist()
         if kept > self.supports.shape[2]:
-            self.supports = F.pad(self.supports, (0, 2 * kept - self.supports.shape[2]))
+            self.supports = F.pad(self.supports, (0, 2 * kept - self.supports.shape[2]), value=-1)
         self.supports[rows, column] = -1
         self.supports[rows, column, :kept] = support[:, :kept].int()
         return leaving * LEAVING >= self.live
