@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
-from burnish.algorithms import grpo, sft
+from burnish.algorithms import _rollout, grpo, sft
 from burnish.algorithms._data import Prompt
+from burnish.algorithms._rewards import overlong_punishment
 from burnish.algorithms._rollout import Group, micro_batches
 from burnish.model.checkpoint import load_model
 from burnish.model.errors import InputError
@@ -64,7 +66,15 @@ def test_reward_rises(cfg):
 
 @pytest.mark.parametrize(
     "change",
-    [{}, {"kl_coefficient": 0.1}, {"aggregation": "sequence_mean"}, {"top_k": 5, "temperature": 0.8}],
+    [
+        {},
+        {"kl_coefficient": 0.1},
+        {"kl_coefficient": 0.1, "kl_estimator": "rho_k3"},
+        {"aggregation": "sequence_mean"},
+        {"top_k": 5, "temperature": 0.8},
+        {"loss": "gspo", "aggregation": "sequence_mean", "clip_low": 0.1, "clip_high": 0.1},
+        {"loss": "cispo", "mismatch_weights": "truncated", "mask_truncated": True},
+    ],
     ids=str,
 )
 def test_gradients_do_not_depend_on_micro_batches(cfg, tmp_path, change):
@@ -137,3 +147,136 @@ def test_a_group_trains_on_its_prompt_once(cfg, monkeypatch):
     for step, line in enumerate(metrics_of(cfg.output)):
         sampled = line["length"] * cfg.prompts_per_step * cfg.group_size
         assert trained[step] == pytest.approx(cfg.prompts_per_step * 6 + sampled)  # prompts are 6 tokens
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"temperature": 0.7}, {"top_k": 4}, {"top_p": 0.8, "temperature": 1.3}], ids=str
+)
+def test_the_sampler_is_the_scorer(cfg, change):
+    """In fp32, with the support that truncation kept: the sampler's log-probabilities are the trainer's."""
+    grpo.train(dataclasses.replace(cfg, kl_coefficient=0.01, steps=2, **change))
+    assert all(0 <= line["mismatch"] < 1e-4 for line in metrics_of(cfg.output))
+
+
+def test_mismatch_weights_are_one_where_the_sampler_is_the_trainer(cfg, tmp_path):
+    plain = grpo.train(dataclasses.replace(cfg, steps=1))
+    for name in ("truncated", "masked"):
+        weighted = grpo.train(
+            dataclasses.replace(cfg, steps=1, mismatch_weights=name, output=tmp_path / name)
+        )
+        same_weights(plain, weighted, 5e-5)
+        assert metrics_of(tmp_path / name)[0]["weight"] == pytest.approx(1, abs=1e-4)
+
+
+def test_a_mismatch_changes_the_weights(cfg, tmp_path, monkeypatch):
+    """A sampler that says half of its probabilities: pi_old / pi_sampler is 2."""
+    generate = _rollout.generate
+    halved = lambda *a, **k: [
+        dataclasses.replace(s, logprobs=s.logprobs - math.log(2)) for s in generate(*a, **k)
+    ]
+    monkeypatch.setattr(_rollout, "generate", halved)
+    for name, cap, expected in (("truncated", 1.5, 1.5), ("masked", 1.5, 0.0), ("masked", 3.0, 2.0)):
+        output = tmp_path / f"{name}-{cap}"
+        trained = grpo.train(
+            dataclasses.replace(cfg, steps=1, mismatch_weights=name, mismatch_cap=cap, output=output)
+        )
+        (line,) = metrics_of(output)
+        assert line["weight"] == pytest.approx(expected, abs=1e-3)
+        assert line["mismatch"] == pytest.approx(math.log(2), abs=1e-3)
+        if expected == 0:  # every token is left out: nothing moves
+            same_weights(cfg.model, trained, 0)
+
+
+def test_dynamic_sampling_replaces_flat_groups(cfg, tmp_path, monkeypatch):
+    """Only the prompts that begin with an even digit have rewards that differ."""
+    (tmp_path / "even.py").write_text(
+        "def even(prompts, completion_ids, **_):\n"
+        "    return [float(i % 2) if int(p[0]) % 2 == 0 else 1.0 for i, p in enumerate(prompts)]\n"
+    )
+    seen, whole = [], grpo.micro_batches
+    monkeypatch.setattr(
+        grpo,
+        "micro_batches",
+        lambda groups, *a: seen.append([g.prompt.text for g in groups]) or whole(groups, *a),
+    )
+    cfg = dataclasses.replace(cfg, reward=(f"{tmp_path}/even.py:even",), max_draws=6)
+    grpo.train(cfg)
+    lines = metrics_of(cfg.output)
+    for line, texts in zip(lines, seen, strict=True):
+        assert len(texts) == line["groups"] == 8 and all(int(text[0]) % 2 == 0 for text in texts)
+        assert 1 < line["draws"] <= 6 and line["flat_groups"] > 0
+        assert line["tokens"] == pytest.approx(line["length"] * line["draws"] * 8 * 4)  # all that was sampled
+    grpo.train(dataclasses.replace(cfg, max_draws=1, output=tmp_path / "one"))
+    assert all(line["draws"] == 1 and line["groups"] == 8 for line in metrics_of(tmp_path / "one"))
+    flat = tmp_path / "flat"
+    (tmp_path / "same.py").write_text("def same(completions, **_):\n    return [1.0] * len(completions)\n")
+    trained = grpo.train(
+        dataclasses.replace(cfg, reward=(f"{tmp_path}/same.py:same",), max_draws=3, output=flat, steps=1)
+    )
+    same_weights(cfg.model, trained, 0)  # the tries are bounded, and without a group nothing is trained
+    assert metrics_of(flat)[0]["draws"] == 3 and metrics_of(flat)[0]["groups"] == 0
+
+
+def test_truncated_samples_leave_numerator_and_denominator(cfg, monkeypatch):
+    """And the mean of their group: what is left is a step on the others alone."""
+    seen, whole = [], grpo.micro_batches
+
+    def recorded(groups, needed, *a):
+        seen.append((groups, needed))
+        return whole(groups, needed, *a)
+
+    monkeypatch.setattr(grpo, "micro_batches", recorded)
+    losses, clipped = [], grpo.clipped_loss
+    monkeypatch.setattr(grpo, "clipped_loss", lambda *a, **k: losses.append(a) or clipped(*a, **k))
+    cfg = dataclasses.replace(cfg, steps=1, max_new_tokens=8, mask_truncated=True, kl_coefficient=0.1)
+    grpo.train(dataclasses.replace(cfg, temperature=1.3))
+    (groups, needed), (_, _, advantage, denominator) = seen[0], losses[0]
+    ended = torch.tensor([sample.ended for group in groups for sample in group.samples])
+    assert not ended.all() and torch.equal(needed, ended)
+    lengths = torch.tensor([len(sample.tokens) for group in groups for sample in group.samples])
+    assert (denominator == lengths[ended].sum()).all() and len(advantage) == lengths[ended].sum()
+    per_sample = torch.zeros(len(lengths))
+    starts = lengths[ended].cumsum(0) - lengths[ended]
+    per_sample[ended] = advantage[starts]
+    assert per_sample.view(-1, 4).sum(1).abs().max() < 1e-3  # centred on those that ended
+
+
+def test_the_overlong_punishment_is_one_more_reward(cfg):
+    grpo.train(dataclasses.replace(cfg, overlong_buffer=6, temperature=1.5))
+    for line in metrics_of(cfg.output):
+        assert -1 <= line["reward/overlong-punishment"] < 0
+        assert line["reward"] == pytest.approx(
+            line["reward/form"] + line["reward/overlong-punishment"], abs=1e-5
+        )
+    punish = overlong_punishment(12, 6)
+    assert punish(completion_ids=[[1] * n for n in (1, 6, 9, 12)]) == [0, 0, -0.5, -1]
+
+
+def test_the_end_token_is_trained(cfg, monkeypatch):
+    rows, score = [], Transformer.score
+
+    def recorded(model, packed, at, **k):
+        rows.append(packed.tokens[at].tolist())
+        return score(model, packed, at, **k)
+
+    monkeypatch.setattr(Transformer, "score", recorded)
+    grpo.train(dataclasses.replace(cfg, steps=1, kl_coefficient=0.1))
+    (line,) = metrics_of(cfg.output)
+    assert rows[1].count(0) == round(line["ended"] * 32) > 0 and len(rows[1]) == line["tokens"]
+
+
+def test_cispo_has_no_lower_bound(cfg):
+    with pytest.raises(InputError, match="--clip-low: --loss cispo has no lower bound"):
+        grpo.train(dataclasses.replace(cfg, loss="cispo", clip_low=0.1))
+
+
+def test_time_is_told_apart(cfg, tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import time\n"
+        "def slow(completions, **_):\n    time.sleep(0.2)\n    return [float(i) for i in range(len(completions))]\n"
+    )
+    grpo.train(dataclasses.replace(cfg, reward=(f"{tmp_path}/slow.py:slow",), steps=2))
+    for line in metrics_of(cfg.output):
+        parts = [line[f"{name}_seconds"] for name in ("sampling", "scoring", "update")]
+        assert min(parts) > 0 and 0.2 < parts[1] < 0.4
+        assert sum(parts) <= line["seconds"] + 0.01

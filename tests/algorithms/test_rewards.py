@@ -3,7 +3,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from burnish.algorithms._rewards import judge, load_reward, load_rewards
+from burnish.algorithms._rewards import check_weights, judge, load_reward, load_rewards
 from burnish.model.errors import InputError
 
 ARGUMENTS = (["p", "p"], ["a", "bb"], [[1], [2, 3]], {"answer": ["a", "b"]})
@@ -118,3 +118,12 @@ def test_a_file_may_use_dataclasses_and_the_modules_beside_it(tmp_path):
         "def f(completions, **_):\n    return [Score().value for _ in completions]\n"
     )
     assert judge({"f": load_reward(f"{tmp_path}/reward.py:f")}, [1.0], *ARGUMENTS)[0].tolist() == [3.0, 3.0]
+
+
+def test_weights_of_reward_functions():
+    assert check_weights((), 2) == (1.0, 1.0) and check_weights((0.5, -2.0), 2) == (0.5, -2.0)
+    assert check_weights((), 0) == ()
+    with pytest.raises(InputError, match="expected 2, one a reward function, got 1"):
+        check_weights((1.0,), 2)
+    with pytest.raises(InputError, match="expected finite numbers"):
+        check_weights((1.0, float("nan")), 2)
