@@ -207,7 +207,7 @@ _NORM_SHAPES = (
 _HEAD_SHAPES = ({"B": 1, "T": 1, "H": 1, "D": 3}, {"B": 2, "T": 5, "H": 3, "D": 65})
 _NORM_EMPTY = ({"B": 0, "T": 5, "C": 8}, {"B": 2, "T": 0, "C": 8})
 _WIDTHS = tuple(  # 256 rows make dw by columns, 600 by walking over rows
-    {"B": 1, "T": t, "C": c} for c in (4096, 128, 16384, 1024, 8192, 2048, 32768) for t in (600, 256)
+    {"B": 1, "T": t, "C": c} for c in (4096, 128, 16384, 1024, 8192, 2048, 5120, 32768) for t in (600, 256)
 )[:-1]
 _NORM_BENCH = {
     "cuda": tuple(
@@ -284,7 +284,7 @@ _ROPE_BENCH = {
     "cuda": tuple({"B": 1, "T": t, "H": 32, "G": 8, "D": 128} for t in (8192, 1024, 32768)),
     "cpu": ({"B": 1, "T": 512, "H": 8, "G": 2, "D": 64},),
 }
-_ROPE_TILES = tuple({"B": 1, "T": 256, "H": 8, "G": 2, "D": d} for d in (128, 64, 256))
+_ROPE_TILES = tuple({"B": 1, "T": 256, "H": 8, "G": 2, "D": d} for d in (128, 64, 256, 80))
 
 
 # ---- glu
@@ -509,7 +509,12 @@ _ATTENTION_BENCH = {
     "cuda": tuple({"B": 16384 // t, "T": t, "H": 16, "G": 16, "D": 128} for t in (4096, 1024, 16384)),
     "cpu": ({"B": 2, "T": 256, "H": 8, "G": 2, "D": 64},),
 }
-_ATTENTION_TILES = tuple({"B": 1, "T": 256, "H": 2, "G": 1, "D": d} for d in (128, 64, 256))
+_ATTENTION_TILES = tuple({"B": 1, "T": 256, "H": 2, "G": 1, "D": d} for d in (128, 64, 256, 80))
+_PACKED_TILES, _SHARED_TILES = (  # a shared prompt's keys are a program for each query head
+    tuple({"T": 256, **prompt, "H": 2, "G": 1, "D": d} for d in (128, 64, 256))
+    for prompt in ({}, {"P": 64, "R": 64})
+)
+_DECODE_TILES = tuple({"B": 2, "S": 256, "H": 4, "G": 2, "D": d} for d in (128, 64, 256))
 
 
 # ---- logprob
@@ -1116,6 +1121,7 @@ CASES: tuple[Case, ...] = (
         inputs=_sinks_inputs,
         shapes=_ATTENTION_SHAPES,
         options={"window": 9, "softcap": 5.0, "return_lse": True},
+        configurations=_ATTENTION_TILES,
     ),
     _attention_case(
         "packed",
@@ -1124,7 +1130,7 @@ CASES: tuple[Case, ...] = (
         shapes=(_PACKED,),
         empty=(),
         bench={"cuda": ({"T": 8192, "H": 16, "G": 16, "D": 128},)},
-        configurations=({"T": 256, "H": 2, "G": 1, "D": 128},),
+        configurations=_PACKED_TILES,
     ),
     _attention_case(
         "shared prompt",
@@ -1133,7 +1139,7 @@ CASES: tuple[Case, ...] = (
         shapes=(_SHARED,),
         empty=(),
         bench={"cuda": ({"T": 10240, "P": 2048, "R": 512, "H": 16, "G": 4, "D": 128},)},
-        configurations=({"T": 256, "P": 64, "R": 64, "H": 2, "G": 1, "D": 128},),
+        configurations=_SHARED_TILES,
     ),
     _decode_case(
         "own cache",
@@ -1142,9 +1148,9 @@ CASES: tuple[Case, ...] = (
             "cuda": tuple({"B": b, "S": 4096, "H": 32, "G": 8, "D": 128} for b in (64, 1)),
             "cpu": ({"B": 4, "S": 512, "H": 8, "G": 2, "D": 64},),
         },
-        configurations=({"B": 2, "S": 256, "H": 4, "G": 2, "D": 128},),
+        configurations=_DECODE_TILES,
     ),
-    _decode_case("shared prefix", _decode_prefix_inputs),
+    _decode_case("shared prefix", _decode_prefix_inputs, configurations=_DECODE_TILES),
     _logprob_case("dense", bench=_LOGPROB_BENCH, configurations=({"T": 64, "C": 128, "V": 4096},)),
     _logprob_case(
         "target only",

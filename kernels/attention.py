@@ -610,27 +610,28 @@ class _Tiles:
     fwd: tuple[int, int, int, int]
     dq: tuple[int, int, int, int]
     dkdv: tuple[int, int, int, int]
-    dkdv_packed: tuple[int, int, int, int] | None = (
-        None  # where the rest of a packed call's registers are too many
-    )
+    # where what packing, or a window or a softcap, holds in registers is too much for the tile above
+    dkdv_packed: tuple[int, int, int, int] | None = None
+    dkdv_features: tuple[int, int, int, int] | None = None
 
 
-# By chip, then by the wider head dimension, padded: the first row that is wide enough. None of them spills at these
-# widths (python -m burnish.bench.static); those of sm_80 and sm_100 are picked by that alone, and never timed.
+# By chip, then by the wider head dimension, padded: the first row that is wide enough. On NVIDIA none of them spills,
+# whatever is combined (tests/bench/test_static.py); those of sm_80 and sm_100 are picked by that alone, never timed.
 TILES = {
     "sm_80": {
-        64: _Tiles(
-            (128, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 3)
-        ),  # dK/dV: 32 keys, three blocks fit; 64 spill
-        128: _Tiles((128, 32, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2)),
+        # dQ: with 64 keys a softcap spills. dK/dV: with 64 keys any call does, with 32 three blocks fit
+        64: _Tiles((128, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 3)),
+        128: _Tiles((128, 32, 4, 3), (64, 32, 4, 2), (64, 64, 8, 2)),
         256: _Tiles((64, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
     },
     # Timed on an H100. At D=64 and 128 two blocks of one warpgroup share a multiprocessor: one takes exponentials while
-    # the other multiplies. At 256 only one block fits, and two warpgroups make up for it.
+    # the other multiplies. At 256 only one block fits, and two warpgroups make up for it. dK/dV keeps 64 keys
+    # throughout, the rows of a warpgroup's product, and takes fewer queries where registers are short; those were never
+    # timed at 256, nor with a window or a softcap.
     "sm_90": {
-        64: _Tiles((64, 128, 4, 2), (64, 64, 4, 3), (128, 64, 4, 2), (64, 64, 4, 2)),
-        128: _Tiles((64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 2)),
-        256: _Tiles((128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 8, 2)),
+        64: _Tiles((64, 128, 4, 2), (64, 64, 4, 3), (128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        128: _Tiles((64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 2), None, (32, 64, 4, 2)),
+        256: _Tiles((128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 8, 2), (32, 64, 8, 2), (16, 64, 8, 2)),
     },
     "sm_100": {
         64: _Tiles((128, 64, 4, 3), (128, 64, 4, 3), (64, 128, 8, 3)),
@@ -800,7 +801,9 @@ def _backward_launch(
         dout, out, lse, dlse, dq, delta, *tables, *strides, **common,
         DLSE=dlse is not None, BLOCK_M=M, BLOCK_N=N, TMA=tma, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    M, N, warps, stages = tiles.dkdv if cu_seqlens is None else tiles.dkdv_packed or tiles.dkdv
+    with_packing = tiles.dkdv if cu_seqlens is None else tiles.dkdv_packed or tiles.dkdv
+    plain = window is None and softcap is None
+    M, N, warps, stages = with_packing if plain else tiles.dkdv_features or with_packing
     position = None
     if cu_seqlens is not None and parents is not None and window is not None:
         position = _positions(cu_seqlens, parents, q.shape[0])[1].to(torch.int32)
