@@ -30,7 +30,7 @@ from .roofline import CHIPS, datasheet
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 PICTURES = ROOT / "docs" / "pictures"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+DOCUMENTS = tuple(ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/trainers.md"))
 MARK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- /generated -->)", re.DOTALL)
 INK = "#808080"  # reads on white and on black
 COLOURS = {"burnish": "#e4572e", "eager": "#808080", "torch.compile": "#4c9be8", "liger-kernel": "#5fad56"}
@@ -71,6 +71,8 @@ def newest_results() -> dict[str, dict[str, Any]]:
     found: dict[str, tuple[str, dict[str, Any]]] = {}
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text())
+        if "kind" in result:  # whole runs, which have tables of their own
+            continue
         device = result["machine"]["device"]
         if device not in found or result["date"] >= found[device][1]["date"]:
             found[device] = (str(path.relative_to(ROOT)), result)
@@ -358,7 +360,49 @@ def static_page(figures: dict[str, Any]) -> str:
 
 # ---- documents
 
-SECTIONS = {"headlines": headlines, "speed": speed, "static": static, "floors": floors, "pictures": gallery}
+
+def trainers() -> str:
+    """The newest run of trainers.py."""
+    path = max(RESULTS.glob("trainers-*.json"))
+    result = json.loads(path.read_text())
+    m = result["machine"]
+    facts = f"{m['device']}, one thread, torch {m['torch']}, trl {m['trl']}, transformers {m['transformers']}"
+    rows = []
+    for row in result["rows"]:
+        ours, theirs = row["burnish"], row["trl"]
+        difference = row.get("loss_difference")
+        rows.append(
+            [
+                f"`{row['task']}`",
+                f"{ours['tokens_per_second']:,.0f} / {theirs['tokens_per_second']:,.0f}",
+                f"{row['speed_ratio']:.2f}x [{min(row['speed_ratios']):.2f}, {max(row['speed_ratios']):.2f}]",
+                f"{ours['growth_bytes'] / 1e6:,.0f} / {theirs['growth_bytes'] / 1e6:,.0f} MB",
+                f"{row['growth_ratio']:.2f}x",
+                f"{ours['import_seconds']:.1f} / {theirs['import_seconds']:.1f} s",
+                "" if difference is None else f"{difference:.0e}",
+            ]
+        )
+    head = (
+        "trainer",
+        "tokens/s, ours / TRL",
+        "ratio",
+        "memory growth",
+        "ratio",
+        "import",
+        "losses differ by",
+    )
+    source = f"`{result['command']}` at commit {result['commit']}, {result['date']}, from `{path.relative_to(ROOT)}`"
+    return f"{facts}. {source}; medians of {result['rows'][0]['rounds']} rounds.\n\n{markdown(head, rows)}"
+
+
+SECTIONS = {
+    "trainers": trainers,
+    "headlines": headlines,
+    "speed": speed,
+    "static": static,
+    "floors": floors,
+    "pictures": gallery,
+}
 
 
 def fill(text: str) -> str:
