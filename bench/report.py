@@ -363,7 +363,9 @@ def static_page(figures: dict[str, Any]) -> str:
 
 def trainers() -> str:
     """The newest run of trainers.py."""
-    path = max(RESULTS.glob("trainers-*.json"))
+    path = max(RESULTS.glob("trainers-*.json"), default=None)
+    if path is None:
+        return "No run is kept in `bench/results` yet.\n"
     result = json.loads(path.read_text())
     m = result["machine"]
     facts = f"{m['device']}, one thread, torch {m['torch']}, trl {m['trl']}, transformers {m['transformers']}"

@@ -68,6 +68,10 @@ def test_a_stale_part_is_found_and_made_anew(results, tmp_path, monkeypatch: pyt
     assert report.main(["--check"]) == 0
 
 
+def test_without_a_run_of_the_trainers_the_table_says_so(results):
+    assert report.trainers() == "No run is kept in `bench/results` yet.\n"
+
+
 def test_an_unknown_part_is_refused():
     with pytest.raises(ValueError, match=r"generated: expected one of .*, got nothing"):
         report.fill("<!-- generated: nothing -->\n<!-- /generated -->")
