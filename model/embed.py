@@ -1,0 +1,354 @@
+"""Burnish's ops under a model of transformers 5, in place and reversibly: for trainers that already run.
+
+    from burnish.model import embed
+
+    model = AutoModelForCausalLM.from_pretrained(folder)       or the PEFT model around one
+    embed.apply(model)                                          its modules, names and state_dict stay what they were
+    ...
+    embed.remove(model)
+
+A part is a keyword of `apply`, so that each can be left out:
+
+    attention   flash_attention and decode_attention, through AttentionInterface and AttentionMaskInterface
+    rope        apply_rope, in the forward of each attention layer
+    norm        rms_norm, in the forward of each norm
+    swiglu      swiglu, in the forward of each dense feed-forward layer
+    experts     moe_mlp, through ALL_EXPERTS_FUNCTIONS
+    head        token_logprobs: the loss of a training step without its logits, and TRL's per-token log-probabilities
+
+Only these three registries are written to beside the model itself: a forward is replaced on the instance. What a part
+does not know it refuses by name. docs/embedding.md has the masks, the costs and the limits.
+
+Source: the sources of transformers 5.22.2 and trl 1.16.0, whose signatures these are
+"""
+
+import importlib
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import apply_rope, decode_attention, flash_attention, rms_norm, swiglu
+from .errors import InputError
+
+NAME = "burnish"  # under which the registries know us
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "smollm3")
+_STATE = "_burnish"  # the attribute of a model that holds what remove() needs
+
+
+@dataclass
+class _Embedded:
+    attention: str | None = None  # the implementations that were set before
+    forwards: list[tuple[nn.Module, Any, Any]] = field(default_factory=list)  # module, its own forward, ours
+
+
+# ---- attention
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Tensor] | None = None,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **more: Any,
+) -> Tensor | None:
+    """What transformers asks of AttentionMaskInterface, once a forward pass. All layers of a kind get the answer.
+
+    None                            causal, the last query on the last key
+    int32 (1, 1, 1, segments + 1)   the first T keys are the queries' own: cu_seqlens of the B T tokens laid end to end.
+                                    A run of padding is a segment, too, so nothing is moved and no length is read
+    int64 (B, 1, 1, T or T + S)     a cache: how many keys each query sees, then, where some of a row's keys are
+                                    padding, the order that puts them last
+
+    Four dimensions, because transformers hands such a tensor through and calls everything else a padding mask.
+    """
+    if use_vmap or "allow_is_bidirectional_skip" in more:
+        which = "or_mask_function or and_mask_function" if use_vmap else "bidirectional attention"
+        raise NotImplementedError(
+            f"attention mask: {which} is not built; embed.apply(model, attention=False)"
+        )
+    traced = torch.compiler.is_compiling()
+    first = q_offset - kv_offset  # the key that the first query stands on
+    if isinstance(first, Tensor) and not traced:
+        first = int(first)
+    real = None  # (B, S): is this key a token?
+    if attention_mask is not None:
+        missing = kv_offset + kv_length - attention_mask.shape[1]
+        real = F.pad(attention_mask, (0, max(missing, 0)))[:, kv_offset : kv_offset + kv_length]
+        if not traced and bool(real[:, : first + q_length].all()):
+            real = None
+    if isinstance(first, int) and first == 0:
+        if real is None and allow_is_causal_skip and kv_length == q_length:
+            return None
+        return _segments(batch_size, q_length, mask_function, real, traced, device)
+    if real is None and isinstance(first, int) and first + q_length == kv_length:
+        return None
+    seen = first + torch.arange(q_length, device=device)  # (T,) the key that each query stands on
+    if real is None:
+        return (seen + 1).expand(batch_size, q_length)[:, None, None]
+    if local_size is not None:
+        _expect(_runs(real) <= 1, "holes between tokens cannot be told from a sliding window's edge", traced)
+    counts = real.long().cumsum(1)[:, seen]  # (B, T)
+    order = (~real).long().argsort(dim=1, stable=True)  # (B, S)
+    return torch.cat([counts, order], 1)[:, None, None]
+
+
+def _segments(
+    batch_size: int,
+    T: int,
+    mask_function: Callable[..., Tensor] | None,
+    real: Tensor | None,
+    traced: bool,
+    device: torch.device | str,
+) -> Tensor:
+    """(1, 1, 1, segments + 1): a segment ends where a token does not see the one before, and where padding does."""
+    starts = torch.ones(batch_size, T, dtype=torch.bool, device=device)
+    if T > 1 and mask_function is not None:
+        row, token = torch.arange(batch_size, device=device), torch.arange(1, T, device=device)
+        zero = torch.zeros((), dtype=torch.long, device=device)
+        starts[:, 1:] = ~mask_function(row[:, None], zero, token[None], token[None] - 1)
+    if real is not None:
+        real = real[:, :T]
+        _expect(_runs(real) <= 1, "a row has padding between tokens", traced)
+        starts[:, 1:] |= real[:, 1:] != real[:, :-1]
+    total = batch_size * T
+    if (
+        traced
+    ):  # as many as there can be: the number of segments would be read on the host; the last ones are empty
+        at = torch.where(starts.flatten(), torch.arange(total, device=device), total).sort().values
+    else:
+        at = starts.flatten().nonzero()[:, 0]
+    return F.pad(at, (0, 1), value=total).int()[None, None, None]
+
+
+def _runs(real: Tensor) -> Tensor:
+    """(B, S) to (): how many runs of tokens the row with the most of them has."""
+    return (real & ~F.pad(real, (1, 0))[:, :-1]).sum(1).max()
+
+
+def _expect(holds: Tensor, otherwise: str, traced: bool) -> None:
+    message = f"attention_mask: {otherwise}; embed.apply(model, attention=False)"
+    if traced:
+        torch.ops.aten._assert_async.msg(holds, message)
+    elif not holds:
+        raise NotImplementedError(message)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """query (B, H, T, D), key and value (B, G, S, D) to (B, T, H, D); the mask is `_mask`'s."""
+    if dropout:
+        raise NotImplementedError(
+            f"attention_dropout: expected 0, got {dropout}; embed.apply(model, attention=False)"
+        )
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (B, T, H, D), (B, S, G, D)
+    if torch.is_autocast_enabled(q.device.type):  # which does not know our ops
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    (B, T), S = q.shape[:2], k.shape[1]
+    sinks = None if s_aux is None else s_aux.to(q.dtype)
+    if attention_mask is None:
+        out = flash_attention(q, k, v, scale=scaling, window=sliding_window, sinks=sinks)
+    elif attention_mask.dtype == torch.int32:
+        q, k, v = q.flatten(0, 1), k[:, :T].flatten(0, 1), v[:, :T].flatten(0, 1)  # (B T, H, D)
+        cu_seqlens = attention_mask.flatten()
+        out = flash_attention(
+            q, k, v, scale=scaling, window=sliding_window, sinks=sinks, cu_seqlens=cu_seqlens
+        )
+        assert isinstance(out, Tensor)
+        out = out.unflatten(0, (B, T))
+    elif attention_mask.dtype == torch.int64 and attention_mask.shape[1:3] == (1, 1):
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+            raise NotImplementedError(
+                "past_key_values: keys before the queries' own have no gradient where some are padding or the cache "
+                "is static; use_cache=False, torch.no_grad() or embed.apply(model, attention=False)"
+            )
+        counts, order = attention_mask[:, 0, 0].split([T, attention_mask.shape[-1] - T], 1)
+        if order.shape[1]:
+            order = order[:, :, None, None]
+            k, v = (x.gather(1, order.expand(-1, -1, *x.shape[2:])) for x in (k, v))
+        slot = torch.arange(B, device=q.device).repeat_interleave(T)
+        out = decode_attention(
+            q.flatten(0, 1), k, v, slot, counts.flatten(), scale=scaling, window=sliding_window, sinks=sinks
+        )
+        out = out.unflatten(0, (B, T))
+    else:
+        raise NotImplementedError(
+            f"attention_mask: expected (B, S) or none, got {tuple(attention_mask.shape)} {attention_mask.dtype}; "
+            f"embed.apply(model, attention=False) for T={T} queries and S={S} keys under a mask of your own"
+        )
+    assert isinstance(out, Tensor)
+    return out, None
+
+
+def _attention_forward(home: Any, halves: bool) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The forward of an attention layer of the module `home`, with apply_rope.
+
+    halves: are cos and sin (B, T, D), each half of D the same?  gpt-oss has (B, T, D/2).
+    """
+    interfaces, eager = home.ALL_ATTENTION_FUNCTIONS, home.eager_attention_forward
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q = self.q_proj(hidden_states).view(heads)  # (B, T, H, D)
+        k = self.k_proj(hidden_states).view(heads)  # (B, T, G, D)
+        v = self.v_proj(hidden_states).view(heads)
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        if getattr(self, "use_rope", True):
+            q, k = _rotate(q, k, *position_embeddings, halves)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        # llama has no window; mistral and mixtral read theirs from the config, the others keep the layer's
+        if hasattr(self, "sliding_window"):
+            kwargs["sliding_window"] = self.sliding_window
+        elif self.config.model_type in ("mistral", "mixtral"):
+            kwargs["sliding_window"] = self.config.sliding_window
+        if hasattr(self, "sinks"):
+            kwargs["s_aux"] = self.sinks
+        attend = interfaces.get_interface(self.config._attn_implementation, eager)
+        dropout = self.attention_dropout if self.training else 0.0
+        out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+
+    return forward
+
+
+def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, halves: bool) -> tuple[Tensor, Tensor]:
+    """q (B, T, H, D), k (B, T, G, D); cos, sin (B or 1, T, D or D/2) are a table with a row for each token."""
+    if halves:
+        half = cos.shape[-1] // 2
+        cos, sin = cos[..., :half], sin[..., :half]
+    if cos.shape[0] == 1:
+        return apply_rope(q, k, cos[0], sin[0])
+    B = q.shape[0]
+    q, k = apply_rope(q.flatten(0, 1), k.flatten(0, 1), cos.flatten(0, 1), sin.flatten(0, 1))  # (B T, H, D)
+    return q.unflatten(0, (B, -1)), k.unflatten(0, (B, -1))
+
+
+# ---- norm, feed-forward
+
+
+def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
+    return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+def _mlp_forward(self: Any, x: Tensor) -> Tensor:
+    return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+def _silu(module: nn.Module) -> bool:
+    return type(module).__name__ in ("SiLU", "SiLUActivation")
+
+
+# ---- apply and remove
+
+
+def _base(hf_model: Any) -> tuple[Any, Any, Any]:
+    """The transformers model, its decoder, and the module that defines its layers. InputError: none that we know."""
+    base = hf_model.get_base_model() if hasattr(hf_model, "get_base_model") else hf_model  # of a PeftModel
+    model_type = getattr(getattr(base, "config", None), "model_type", None)
+    if model_type not in ARCHITECTURES:
+        raise InputError(
+            f"hf_model: expected a transformers model of {', '.join(ARCHITECTURES)}, got {type(base).__name__}"
+            + (f" ({model_type})" if model_type else "")
+        )
+    home = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    decoder = base.base_model  # itself, where there is no head around it
+    for layer in getattr(decoder, "layers", [decoder]):
+        if _known(layer, home) is None:
+            raise InputError(f"hf_model: expected layers of {home.__name__}, got {type(layer).__qualname__}")
+    return base, decoder, home
+
+
+def _known(module: nn.Module, home: Any) -> str | None:
+    """The name of the class in `home` that a module is of, also under FSDP2, which derives a class."""
+    return next((cls.__name__ for cls in type(module).__mro__ if cls.__module__ == home.__name__), None)
+
+
+def apply(
+    hf_model: Any,
+    *,
+    attention: bool = True,
+    rope: bool = True,
+    norm: bool = True,
+    swiglu: bool = True,
+) -> None:
+    """Put Burnish's ops under hf_model, in place.
+
+    hf_model: a transformers model, with a head or without, or a PEFT model around one, of ARCHITECTURES.
+    attention, rope, norm, swiglu: which parts; what the model does not have is passed over.
+    Raises InputError for a model, layer or activation that it does not know, and for a model that has it already.
+    """
+    base, decoder, home = _base(hf_model)
+    if _STATE in base.__dict__:
+        raise InputError("hf_model: burnish is applied already; call embed.remove(hf_model) first")
+    config = base.config
+    if not getattr(config, "is_causal", True):
+        raise InputError("config.is_causal: expected True, got False")
+    state = _Embedded()
+    replacements: list[tuple[nn.Module, Callable[..., Any]]] = []
+    attention_forward = _attention_forward(home, halves=config.model_type != "gpt_oss")
+    for name, module in decoder.named_modules():
+        kind = _known(module, home) or ""
+        if rope and kind.endswith("Attention"):
+            replacements.append((module, attention_forward))
+        elif norm and kind.endswith("RMSNorm"):
+            replacements.append((module, _norm_forward))
+        elif swiglu and kind.endswith("MLP") and hasattr(module, "gate_proj"):
+            if not _silu(module.act_fn):
+                raise InputError(f"{name}.act_fn: expected SiLU, got {module.act_fn}; pass swiglu=False")
+            replacements.append((module, _mlp_forward))
+    if attention:
+        transformers = importlib.import_module("transformers")
+        transformers.AttentionInterface.register(NAME, _attention)
+        transformers.AttentionMaskInterface.register(NAME, _mask)  # without it padding would be seen
+        state.attention = config._attn_implementation
+        base.set_attn_implementation(NAME)
+    for module, forward in replacements:
+        state.forwards.append((module, module.__dict__.get("forward"), forward))
+        module.forward = types.MethodType(forward, module)
+    base.__dict__[_STATE] = state
+
+
+def remove(hf_model: Any) -> None:
+    """Take off what `apply` put on. Raises InputError where it has not been applied."""
+    base, _, _ = _base(hf_model)
+    state: _Embedded | None = base.__dict__.pop(_STATE, None)
+    if state is None:
+        raise InputError("hf_model: burnish is not applied")
+    for module, own, _ in state.forwards:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.forward = own
+    if state.attention is not None:
+        base.set_attn_implementation(state.attention)

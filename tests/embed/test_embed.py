@@ -1,0 +1,396 @@
+"""An embedded model computes what it computed before, with our ops; taken off again, to the bit."""
+
+import copy
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from burnish.model import InputError, embed
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+DENSE = ["llama", "llama-tied-llama3rope", "llama-yarn", "qwen2", "qwen3", "mistral-sw", "smollm3"]
+WINDOWS = {
+    "mistral-sw": {},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+}
+WINDOWS["qwen2"]["layer_types"] = ["full_attention", "sliding_attention", "sliding_attention"]
+OPS = {
+    "attention": ["flash_attention", "decode_attention"],
+    "rope": ["apply_rope"],
+    "norm": ["rms_norm"],
+    "swiglu": ["swiglu"],
+}
+
+
+def close(got, want):
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5)
+
+
+def train(model, ids, keep, **inputs):
+    """The logits at the positions to keep, and the gradients of their mean log-probability of the next token."""
+    model.zero_grad()
+    logits = model(ids, use_cache=False, **inputs).logits
+    scored = keep[:, :-1] & keep[:, 1:]
+    loss = F.cross_entropy(logits[:, :-1][scored], ids[:, 1:][scored])
+    loss.backward()
+    return [logits[keep].detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+def both(model, run, **parts):
+    """The same run before and after apply()."""
+    before = run()
+    embed.apply(model, **parts)
+    return run(), before
+
+
+# ---- the same numbers
+
+
+@pytest.mark.parametrize("where", ["none", "left", "right"])
+@pytest.mark.parametrize("name", DENSE)
+def test_logits_and_gradients(load, ids, padding, name, where):
+    model, mask = load(name, **WINDOWS.get(name, {})), padding[where]
+    close(*both(model, lambda: train(model, ids, mask.bool(), attention_mask=mask)))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral-sw"])
+def test_packed_positions(load, ids, name):
+    model = load(name, **WINDOWS.get(name, {}))
+    lengths = [[4, 7, 2], [1, 1, 11], [13]]
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    everything = torch.ones_like(ids).bool()
+    got, want = both(model, lambda: train(model, ids, everything, position_ids=positions))
+    close(got, want)
+    alone = model(ids[:1, 4:11]).logits[0]
+    torch.testing.assert_close(got[0][4:11], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["none", "left", "right"])
+@pytest.mark.parametrize("cache", ["dynamic", "bare", "static"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral-sw"])
+def test_caches(load, ids, padding, name, cache, where):
+    model, mask = load(name, **WINDOWS.get(name, {})), padding[where]
+    make = {
+        "dynamic": lambda: transformers.DynamicCache(config=model.config),
+        "bare": transformers.DynamicCache,  # keeps everything, also of layers with a window
+        "static": lambda: transformers.StaticCache(config=model.config, max_cache_len=16),
+    }[cache]
+
+    @torch.no_grad()
+    def run():
+        past, out = make(), []
+        for start, end in ((0, 6), (6, 7), (7, 10), (10, 13)):
+            logits = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=past).logits
+            out.append(logits[mask[:, start:end].bool()])
+        return out
+
+    close(*both(model, run))
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("name", DENSE)
+def test_generate(load, ids, padding, name, cache):
+    model = load(name, **WINDOWS.get(name, {}))
+
+    def run():
+        out = model.generate(
+            ids,
+            attention_mask=padding["left"],
+            max_new_tokens=8,
+            do_sample=False,
+            pad_token_id=0,
+            cache_implementation=cache,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        return [out.sequences, *out.logits]
+
+    close(*both(model, run))
+
+
+def test_beams_and_samples(load, ids, padding):
+    model = load("qwen3")
+
+    def run():
+        torch.manual_seed(0)
+        shape = {"attention_mask": padding["left"], "max_new_tokens": 5, "pad_token_id": 0}
+        beams = model.generate(ids, num_beams=3, do_sample=False, **shape)
+        return [beams, model.generate(ids, do_sample=True, top_k=20, num_return_sequences=2, **shape)]
+
+    close(*both(model, run))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(load, ids, padding, dtype):
+    """Under autocast norms are fp32, projections are not: our ops take one dtype."""
+    model, mask = load("qwen3"), padding["left"]
+    eager = train(model, ids, mask.bool(), attention_mask=mask)[0]
+
+    def run():
+        with torch.autocast("cpu", dtype=dtype):
+            return train(model, ids, mask.bool(), attention_mask=mask)
+
+    got, want = both(model, run)
+    assert got[0].dtype == want[0].dtype
+    assert (got[0] - eager).abs().max() < 2 * (want[0] - eager).abs().max()
+
+
+def test_gradient_checkpointing(load, ids, padding):
+    model, mask = load("llama"), padding["left"]
+    model.train().gradient_checkpointing_enable()
+    close(*both(model, lambda: train(model, ids, mask.bool(), attention_mask=mask)))
+
+
+# ---- which ops run
+
+
+def count(monkeypatch):
+    calls = {op: 0 for ops in OPS.values() for op in ops}
+
+    def counted(op, original):
+        def call(*args, **kwargs):
+            calls[op] += 1
+            return original(*args, **kwargs)
+
+        return call
+
+    for op in calls:
+        monkeypatch.setattr(embed, op, counted(op, getattr(embed, op)))
+    return calls
+
+
+@pytest.mark.parametrize("part", [*OPS, None])
+def test_each_part_can_be_left_out_and_stand_alone(load, ids, padding, monkeypatch, part):
+    calls = count(monkeypatch)
+    model, mask = load("qwen3"), padding["left"]
+
+    def run():
+        with torch.no_grad():
+            generated = model.generate(
+                ids, attention_mask=mask, max_new_tokens=2, do_sample=False, pad_token_id=0
+            )
+        return [*train(model, ids, mask.bool(), attention_mask=mask), generated]
+
+    want = run()
+    assert not any(calls.values())
+    for alone in (True, False):
+        calls.update(dict.fromkeys(calls, 0))
+        embed.apply(model, **{name: (name == part) == alone for name in OPS})
+        close(run(), want)
+        for name, ops in OPS.items():
+            for op in ops:
+                assert bool(calls[op]) == ((name == part) == alone), op
+        embed.remove(model)
+
+
+def test_without_the_mask_interface_padding_is_seen(load, ids, padding, monkeypatch):
+    """The control of the tests above: they fail when a mask is lost."""
+    monkeypatch.setattr(embed, "_mask", lambda *_, **__: None)
+    model, mask = load("llama"), padding["left"]
+    got, want = both(model, lambda: train(model, ids, mask.bool(), attention_mask=mask))
+    assert (got[0] - want[0]).abs().max() > 1e-3
+
+
+# ---- what stays as it was
+
+
+def test_remove_restores(load, ids, padding):
+    model, mask = load("qwen3"), padding["left"]
+    own = types.MethodType(lambda self, x: type(self).forward(self, x), model.model.norm)
+    model.model.norm.forward = own
+    members = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    config, state = model.config.to_dict(), {k: v.clone() for k, v in model.state_dict().items()}
+    want = train(model, ids, mask.bool(), attention_mask=mask)
+    embed.apply(model)
+    assert model.model.norm.forward is not own
+    assert list(model.state_dict()) == list(state)
+    embed.remove(model)
+    assert model.model.norm.forward is own
+    for name, module in model.named_modules():
+        assert module.__dict__.keys() == members[name].keys()
+    assert model.config.to_dict() == config and model.config._attn_implementation == "sdpa"
+    got = train(model, ids, mask.bool(), attention_mask=mask)
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_another_model_of_the_class_is_left_alone(load, ids, monkeypatch):
+    calls = count(monkeypatch)
+    embed.apply(load("llama"))
+    load("llama")(ids)
+    assert not any(calls.values())
+
+
+def test_a_copy_is_embedded_and_independent(load, ids):
+    model = load("llama")
+    embed.apply(model)
+    again = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in again.parameters():
+            p.zero_()
+    assert model(ids).logits.abs().max() > 0 and again(ids).logits.abs().max() == 0
+    embed.remove(again)
+    assert again.config._attn_implementation == "sdpa" and model.config._attn_implementation == embed.NAME
+
+
+def test_saved_files_are_the_same(load, tmp_path):
+    model = load("llama")
+    model.save_pretrained(tmp_path / "before")
+    embed.apply(model)
+    model.save_pretrained(tmp_path / "after")
+    for file in (tmp_path / "before").iterdir():
+        assert file.read_bytes() == (tmp_path / "after" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("first", ["peft", "embed"])
+def test_peft(load, ids, padding, first):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model, mask = load("llama"), padding["left"]
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+
+    def run(wrapped):
+        wrapped.zero_grad()
+        logits = wrapped(ids, attention_mask=mask, use_cache=False).logits
+        logits[mask.bool()].square().mean().backward()
+        gradients = [p.grad.clone() for p in wrapped.parameters() if p.requires_grad]
+        with wrapped.disable_adapter():
+            plain = wrapped(ids, attention_mask=mask).logits[mask.bool()].detach()
+        generated = wrapped.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+        return [logits[mask.bool()].detach(), *gradients, plain, generated]
+
+    if first == "embed":
+        embed.apply(model)
+    torch.manual_seed(0)
+    wrapped = peft.get_peft_model(model, lora)
+    if first == "peft":
+        embed.apply(wrapped)
+    got = run(wrapped)
+    embed.remove(wrapped)
+    close(got, run(wrapped))
+    assert len(got) == 3 + 2 * 3 * 7  # two matrices for each of seven layers in three blocks
+
+
+# ---- torch.compile
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral-sw"])
+def test_a_block_compiles_whole(load, name):
+    model = load(name)
+    embed.apply(model)
+    block, x = model.model.layers[0], torch.randn(2, 11, 32, requires_grad=True)
+    angles = model.model.rotary_emb(x, torch.arange(11)[None])
+
+    def run(block):
+        out = block(x, position_embeddings=angles)
+        return [out.detach(), *torch.autograd.grad(out.square().mean(), [x, *block.parameters()])]
+
+    close(run(torch.compile(block, fullgraph=True, backend="aot_eager")), run(block))
+
+
+def test_masks_compile_whole(load, ids, padding):
+    """On a GPU a padded block compiles, too; here only its mask can: the packed CPU path reads lengths."""
+    traced = torch.compile(embed._mask, fullgraph=True, backend="eager")
+    causal = transformers.masking_utils.causal_mask_function
+    for mask in padding.values():
+        arguments = {"mask_function": causal, "attention_mask": mask.bool()}
+        eager, whole = (f(3, 13, 13, **arguments) for f in (embed._mask, traced))
+        whole = whole.flatten().unique()
+        want = torch.arange(0, 40, 13) if eager is None else eager.flatten().unique()
+        assert torch.equal(whole, want.int())
+        cached = {**arguments, "q_offset": 12}
+        eager, whole = (f(3, 1, 13, **cached) for f in (embed._mask, traced))
+        assert eager is None or torch.equal(eager, whole)
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "olmoe", "deepseek_v3"])
+def test_unknown_architectures_are_named(load, name):
+    model = load(name)
+    with pytest.raises(InputError, match=type(model).__name__):
+        embed.apply(model)
+    with pytest.raises(InputError, match="Linear"):
+        embed.apply(torch.nn.Linear(2, 2))
+
+
+def test_unknown_layers_are_named(load):
+    model = load("llama")
+
+    class Odd(torch.nn.Module):
+        pass
+
+    model.model.layers[1] = Odd()
+    with pytest.raises(InputError, match="Odd"):
+        embed.apply(model)
+
+
+def test_other_activations_are_named(load, ids):
+    model = load("llama", hidden_act="gelu")
+    with pytest.raises(InputError, match=r"layers\.0\.mlp\.act_fn.*swiglu=False"):
+        embed.apply(model)
+    assert model.config._attn_implementation == "sdpa"
+    close(*both(model, lambda: [model(ids).logits], swiglu=False))
+
+
+def test_twice_and_not_at_all(load):
+    model = load("llama")
+    with pytest.raises(InputError, match="not applied"):
+        embed.remove(model)
+    embed.apply(model)
+    with pytest.raises(InputError, match="applied already"):
+        embed.apply(model)
+
+
+def test_masks_that_cannot_be_expressed_are_named(load, ids, padding):
+    model = load("mistral-sw")
+    embed.apply(model)
+    holes = padding["none"].clone()
+    holes[1, 5] = 0
+    square = torch.ones(3, 1, 13, 13, dtype=torch.bool).tril()
+    with pytest.raises(NotImplementedError, match="padding between tokens"):
+        model(ids, attention_mask=holes)
+    with pytest.raises(NotImplementedError, match=r"\(3, 1, 13, 13\) torch.bool"):
+        model(ids, attention_mask=square)
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="sliding window"):
+        past = transformers.DynamicCache()
+        model(ids[:, :5], past_key_values=past)
+        model(ids[:, 5:], attention_mask=holes, past_key_values=past)
+    with pytest.raises(NotImplementedError, match="no gradient"):
+        past = transformers.DynamicCache()
+        model(ids[:, :9], attention_mask=padding["left"][:, :9], past_key_values=past)
+        model(ids[:, 9:], attention_mask=padding["left"], past_key_values=past)
+    create = transformers.masking_utils.create_causal_mask
+    with pytest.raises(NotImplementedError, match="and_mask_function"):
+        inputs = torch.zeros(3, 13, 32)
+        create(model.config, inputs, None, None, and_mask_function=lambda b, h, i, j: i - j < 3)
+    model.config.is_causal = False
+    with pytest.raises(NotImplementedError, match="bidirectional"):
+        model(ids)
+
+
+def test_attention_dropout_is_named(load, ids):
+    model = load("llama", attention_dropout=0.1).train()
+    embed.apply(model)
+    with pytest.raises(NotImplementedError, match="attention_dropout"):
+        model(ids)
+    model.eval()(ids)
+
+
+def test_nothing_optional_is_imported():
+    modules = (
+        "kernels",
+        "model.embed",
+        "model.checkpoint",
+        "algorithms.sft",
+        "algorithms.grpo",
+        "bench.registry",
+    )
+    code = f"import sys, {', '.join(f'burnish.{m}' for m in modules)}\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"transformers", "peft", "trl", "accelerate", "datasets"} & set(done.stdout.split())
