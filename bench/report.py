@@ -30,7 +30,9 @@ from .roofline import CHIPS, datasheet
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 PICTURES = ROOT / "docs" / "pictures"
-DOCUMENTS = tuple(ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/trainers.md"))
+DOCUMENTS = tuple(
+    ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/conformance.md", "docs/trainers.md")
+)
 MARK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- /generated -->)", re.DOTALL)
 INK = "#808080"  # reads on white and on black
 COLOURS = {"burnish": "#e4572e", "eager": "#808080", "torch.compile": "#4c9be8", "liger-kernel": "#5fad56"}
@@ -377,7 +379,10 @@ def trainers() -> str:
             [
                 f"`{row['task']}`",
                 f"{ours['tokens_per_second']:,.0f} / {theirs['tokens_per_second']:,.0f}",
-                f"{row['speed_ratio']:.2f}x [{min(row['speed_ratios']):.2f}, {max(row['speed_ratios']):.2f}]",
+                *(
+                    f"{row[ratio]:.2f}x [{min(row[ratio + 's']):.2f}, {max(row[ratio + 's']):.2f}]"
+                    for ratio in ("speed_ratio", "cpu_ratio")
+                ),
                 f"{ours['growth_bytes'] / 1e6:,.0f} / {theirs['growth_bytes'] / 1e6:,.0f} MB",
                 f"{row['growth_ratio']:.2f}x",
                 f"{ours['import_seconds']:.1f} / {theirs['import_seconds']:.1f} s",
@@ -388,6 +393,7 @@ def trainers() -> str:
         "trainer",
         "tokens/s, ours / TRL",
         "ratio",
+        "by CPU time",
         "memory growth",
         "ratio",
         "import",
@@ -397,8 +403,34 @@ def trainers() -> str:
     return f"{facts}. {source}; medians of {result['rows'][0]['rounds']} rounds.\n\n{markdown(head, rows)}"
 
 
+def conformance() -> str:
+    """The newest run of conformance.py."""
+    from .conformance import (
+        CHECKS,  # which needs tokenizers; what a GPU machine runs needs only torch and triton
+    )
+
+    path = max(RESULTS.glob("conformance-*.json"), default=None)
+    if path is None:
+        return "No run is kept in `bench/results` yet.\n"
+    result = json.loads(path.read_text())
+    names = [f"{trainer['name']} {trainer['version']}" for trainer in result["trainers"]]
+    rows, notes = [], []
+    for check, (_, statement, _) in CHECKS.items():
+        cells = []
+        for name, trainer in zip(names, result["trainers"], strict=True):
+            status, detail = trainer["outcomes"].get(check, ("not run", ""))
+            if detail:
+                notes.append(f"{len(notes) + 1}. {name}, {check}: {detail}")
+                status += f" ({len(notes)})"
+            cells.append(status)
+        rows.append([check, statement, *cells])
+    source = f"`{result['command']}` at commit {result['commit']}, {result['date']}, from `{path.relative_to(ROOT)}`.\n"
+    return "\n".join([source, markdown(["check", "statement", *names], rows), *notes, ""])
+
+
 SECTIONS = {
     "trainers": trainers,
+    "conformance": conformance,
     "headlines": headlines,
     "speed": speed,
     "static": static,

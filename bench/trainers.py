@@ -5,7 +5,8 @@
 Each measurement is a process of its own, ours and TRL's in turn (A B A B), so that neither warms the other's memory.
 The model has 4 layers of width 256 and 4,096 words; an epoch is one batch, so that every step of both trains the same
 rows, and the losses of both can be compared step by step. Steps are timed from the end of one to the end of the next,
-the first two left out; growth is the peak of resident memory over that of the process with its imports done.
+the first two left out; CPU time is that of the whole run, which other work on the machine does not change. Growth is
+the peak of resident memory over that of the process with its imports done.
 
 TRL needs transformers, trl and accelerate beside Burnish in one Python. Its defaults hold but for these: no activation
 checkpointing (slower, and ours does none either), no shuffling, a constant learning rate, AdamW's betas (0.9, 0.95).
@@ -133,6 +134,10 @@ def train_trl(task: str, folder: Path) -> Callable[[], list[dict[str, float]]]:
     datasets, transformers, trl = map(importlib.import_module, ("datasets", "transformers", "trl"))
     transformers.logging.set_verbosity_error()
     name = {"sft": "SFT", "dpo": "DPO", "grpo": "GRPO"}[task]
+    Trainer = getattr(
+        trl, f"{name}Trainer"
+    )  # these packages import upon first use: here, before the clock starts
+    Tokenizer, Model = transformers.PreTrainedTokenizerFast, transformers.LlamaForCausalLM
     rows = [json.loads(line) for line in (folder / f"{task}.jsonl").read_text().splitlines()]
     common = {
         "output_dir": tempfile.mkdtemp(dir=folder),
@@ -173,12 +178,12 @@ def train_trl(task: str, folder: Path) -> Callable[[], list[dict[str, float]]]:
                 self.clock = now
 
     def run() -> list[dict[str, float]]:
-        tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer = Tokenizer(
             tokenizer_file=str(folder / "model" / "tokenizer.json"), eos_token="<eos>", pad_token="<pad>"
         )
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+        model = Model.from_pretrained(folder / "model", dtype=torch.float32)
         extra = {"reward_funcs": even_words} if task == "grpo" else {}
-        trainer = getattr(trl, f"{name}Trainer")(
+        trainer = Trainer(
             model=model,
             args=arguments,
             train_dataset=datasets.Dataset.from_list(rows),
@@ -204,8 +209,9 @@ def worker(side: str, task: str, folder: Path) -> None:
     torch.set_num_threads(1)
     run = {"burnish": train_burnish, "trl": train_trl}[side](task, folder)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = resident("VmRSS")
+    before, started = resident("VmRSS"), time.process_time()
     steps = run()
+    seconds = time.process_time() - started
     if task == "grpo":
         tokens = [step["length"] * 8 * GROUP_SIZE for step in steps]
     else:
@@ -213,6 +219,7 @@ def worker(side: str, task: str, folder: Path) -> None:
     speeds = [n / step["seconds"] for n, step in zip(tokens, steps, strict=True)]
     result = {
         "tokens_per_second": median(speeds[LEFT_OUT:]),
+        "tokens_per_cpu_second": sum(tokens) / seconds,
         "growth_bytes": resident("VmHWM") - before,
         "losses": [step["loss"] for step in steps],
     }
@@ -232,12 +239,13 @@ def count_tokens(task: str, folder: Path) -> int:
 
 
 def import_seconds(side: str, task: str) -> float:
-    """Of a fresh process, torch's own import included."""
+    """CPU time of a fresh process, torch's own import included."""
     trainer = {"sft": "SFT", "dpo": "DPO", "grpo": "GRPO"}[task]
     code = f"import burnish.algorithms.{task}" if side == "burnish" else f"from trl import {trainer}Trainer"
-    started = time.perf_counter()
+    before = os.times()
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-    return time.perf_counter() - started
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
 
 
 def measure(task: str, rounds: int) -> dict[str, Any]:
@@ -268,14 +276,14 @@ def measure(task: str, rounds: int) -> dict[str, Any]:
     row: dict[str, Any] = {"task": task, "steps": STEPS, "rounds": rounds}
     for side, results in runs.items():
         row[side] = {
-            key: median(result[key] for result in results) for key in ("tokens_per_second", "growth_bytes")
+            key: median(result[key] for result in results)
+            for key in ("tokens_per_second", "tokens_per_cpu_second", "growth_bytes")
         }
         row[side]["import_seconds"] = median(import_seconds(side, task) for _ in range(3))
-    ratios = [
-        ours["tokens_per_second"] / theirs["tokens_per_second"]
-        for ours, theirs in zip(runs["burnish"], runs["trl"], strict=True)
-    ]
-    row["speed_ratio"], row["speed_ratios"] = median(ratios), ratios
+    for ratio, key in (("speed", "tokens_per_second"), ("cpu", "tokens_per_cpu_second")):
+        pairs = zip(runs["burnish"], runs["trl"], strict=True)
+        ratios = [ours[key] / theirs[key] for ours, theirs in pairs]
+        row[f"{ratio}_ratio"], row[f"{ratio}_ratios"] = median(ratios), ratios
     row["growth_ratio"] = row["burnish"]["growth_bytes"] / row["trl"]["growth_bytes"]
     if task != "grpo":  # each side of GRPO draws its own samples
         pairs = zip(runs["burnish"][0]["losses"], runs["trl"][0]["losses"], strict=True)
@@ -298,6 +306,7 @@ def main() -> None:
         print(
             f"{row['task']:<5} {row['speed_ratio']:.2f}x TRL's tokens/s "
             f"({row['burnish']['tokens_per_second']:,.0f} beside {row['trl']['tokens_per_second']:,.0f}), "
+            f"{row['cpu_ratio']:.2f}x by CPU time, "
             f"{row['growth_ratio']:.2f}x its memory growth "
             f"({row['burnish']['growth_bytes'] / 1e6:.0f} beside {row['trl']['growth_bytes'] / 1e6:.0f} MB), "
             f"imports {row['burnish']['import_seconds']:.1f} beside {row['trl']['import_seconds']:.1f} s"

@@ -1,6 +1,7 @@
 """Generated parts are as their sources, and the generator says what it cannot make."""
 
 import json
+import re
 
 import pytest
 from burnish.bench import report
@@ -70,6 +71,25 @@ def test_a_stale_part_is_found_and_made_anew(results, tmp_path, monkeypatch: pyt
 
 def test_without_a_run_of_the_trainers_the_table_says_so(results):
     assert report.trainers() == "No run is kept in `bench/results` yet.\n"
+
+
+def test_a_conformance_run_is_quoted_with_what_was_found(results):
+    assert report.conformance() == "No run is kept in `bench/results` yet.\n"
+    outcomes = {"packing": ["does not hold", "off by 2"], "sharding": ["holds", ""]}
+    trainer = {"name": "T", "version": "1", "outcomes": outcomes}
+    result = {
+        "kind": "conformance",
+        "commit": "abc",
+        "date": "2026-01-03",
+        "command": "run",
+        "trainers": [trainer],
+    }
+    report.write_whole(report.RESULTS / "conformance-2026-01-03.json", json.dumps(result))
+    text = report.conformance()
+    assert "| check | statement | T 1 |" in text and "1. T 1, packing: off by 2" in text
+    assert re.search(r"\| packing \| .* \| does not hold \(1\) \|", text)
+    assert re.search(r"\| sharding \| .* \| holds \|", text)
+    assert report.newest_results().keys() == {"bench/results/gpu-2026-01-02.json"}  # it is no kernel's
 
 
 def test_an_unknown_part_is_refused():
