@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from tokenizers import Tokenizer as WordTokenizer
@@ -437,7 +437,7 @@ def kl_gradient(theta: Tensor, ref: Tensor, which: str) -> Tensor:
     "kl",
     "A KL term of the loss has, in expectation over the policy's samples, the gradient of the KL it names.",
 )
-def kl_in_the_loss(terms: dict[str, KL], *_) -> None:
+def kl_term(terms: dict[str, KL], *_) -> None:
     for name, term in terms.items():
         theta, ref = policies()
         log_p = theta.log_softmax(0)
@@ -512,7 +512,8 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         toy = make_toy(Path(folder))
         for specification in options.adapters:
-            trainer = load_reward(specification, "adapter")()
+            adapter: Any = load_reward(specification, "adapter")
+            trainer: Trainer = adapter()
             outcomes = run(trainer, toy)
             found.append({"name": trainer.name, "version": trainer.version, "outcomes": outcomes})
             print(f"{trainer.name} {trainer.version}")

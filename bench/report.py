@@ -423,7 +423,7 @@ def conformance() -> str:
                 notes.append(f"{len(notes) + 1}. {name}, {check}: {detail}")
                 status += f" ({len(notes)})"
             cells.append(status)
-        rows.append([check, statement, *cells])
+        rows.append([check, statement.replace("|", "\\|"), *cells])
     source = f"`{result['command']}` at commit {result['commit']}, {result['date']}, from `{path.relative_to(ROOT)}`.\n"
     return "\n".join([source, markdown(["check", "statement", *names], rows), *notes, ""])
 

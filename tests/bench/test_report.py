@@ -88,6 +88,7 @@ def test_a_conformance_run_is_quoted_with_what_was_found(results):
     text = report.conformance()
     assert "| check | statement | T 1 |" in text and "1. T 1, packing: off by 2" in text
     assert re.search(r"\| packing \| .* \| does not hold \(1\) \|", text)
+    assert "of KL(pi \\|\\| ref)" in text  # a bar would end the cell
     assert re.search(r"\| sharding \| .* \| holds \|", text)
     assert report.newest_results().keys() == {"bench/results/gpu-2026-01-02.json"}  # it is no kernel's
 
