@@ -43,7 +43,7 @@ setup(
             "gguf",
             "pyarrow",
             "pytest",
-            "pytest-benchmark",
+            "pytest-benchmark[histogram]",
             "pytest-timeout",
             "pytest-xdist",
             "ruff",

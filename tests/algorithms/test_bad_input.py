@@ -187,7 +187,15 @@ def test_an_interrupt_leaves_whole_files(model_folder, demonstrations, tmp_path)
         "--save-every",
         "2",
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a shell's background jobs ignore it
+    )
     for _ in range(600):
         if (output / "step-4").exists():
             break
