@@ -103,6 +103,10 @@ def train(cfg: Config) -> Path:
     }
     seconds = time.perf_counter() - started
     print_table(table, cfg.seeds)
+    curves = [recipe.curves() for recipe in recipes]
+    scores = {stage: vars(score) | {"published": PUBLISHED.get(stage)} for stage, score in table.items()}
+    figures = {"seeds": cfg.seeds, "seconds": round(seconds), "scores": scores, "curves": curves}
+    (cfg.output / "figures.json").write_text(json.dumps(figures) + "\n")
     report = _report.write(
         cfg.output / "report.html",
         title="DeepSeek-R1's recipe in miniature",
@@ -112,7 +116,7 @@ def train(cfg: Config) -> Path:
         rows={stage: [*vars(score).values(), PUBLISHED.get(stage)] for stage, score in table.items()},
         note=f"pass@1, vote and form over {cfg.evaluation_samples} samples a problem at temperature 1. published: "
         "DeepSeek's pass@1 on AIME 2024 (arXiv 2501.12948; R1-Zero's vote: 86.7), another task: compare the shape.",
-        curves=[recipe.curves() for recipe in recipes],
+        curves=curves,
         curve_note="Share of right samples on training problems in each GRPO step, a mean over five steps.",
         transcripts=recipes[0].transcripts,
         facts={"seeds": cfg.seeds, "wall time": f"{seconds:.0f} s", "folder": cfg.output},

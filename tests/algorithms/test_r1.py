@@ -1,6 +1,7 @@
 """The recipe: every stage runs and is reported (short), and reaches what it must (slow)."""
 
 import dataclasses
+import json
 import re
 
 import pytest
@@ -87,7 +88,11 @@ def test_every_stage_runs_and_is_reported(short, capsys, monkeypatch):
     for stage in STAGES:
         assert stage in page and stage in printed
     assert "<svg" in page and not re.search(r"<script|(src|href)=\"http", page)
-    assert sorted(path.name for path in short.output.iterdir()) == ["report.html", "seed-0", "seed-1"]
+    names = ["figures.json", "report.html", "seed-0", "seed-1"]
+    assert sorted(path.name for path in short.output.iterdir()) == names
+    figures = json.loads((short.output / "figures.json").read_text())
+    assert list(figures["scores"]) == STAGES and figures["scores"]["R1"]["published"] == 79.8
+    assert [len(curves["zero"]) for curves in figures["curves"]] == [2, 2]
     for stage in (
         "base",
         "zero",
