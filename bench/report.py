@@ -1,6 +1,6 @@
 """Tables and pictures from measured and accepted figures; no number in README or docs is typed by hand.
 
-    python -m burnish.bench.report [--check]
+    python -m burnish.bench.report [--check] [--keep-r1 RUN]
 
 A Markdown file asks for a table by a pair of marks, between which everything is generated:
 
@@ -8,7 +8,8 @@ A Markdown file asks for a table by a pair of marks, between which everything is
     <!-- /generated -->
 
 speed is the newest file of bench/results for each machine, static is bench/static.json, floors are the registry's
-formulas on the datasheets of roofline.py, pictures are those in docs/pictures, drawn from the same.
+formulas on the datasheets of roofline.py, pictures are those in docs/pictures, drawn from the same. trainers,
+conformance and r1 are the newest runs of that kind in bench/results; --keep-r1 puts one of `burnish r1` there.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,8 @@ DOCUMENTS = tuple(
 )
 MARK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- /generated -->)", re.DOTALL)
 INK = "#808080"  # reads on white and on black
+NO_RUN = "No run is kept in `bench/results` yet.\n"
+PASSES = ("forward", "forward+backward")
 COLOURS = {"burnish": "#e4572e", "eager": "#808080", "torch.compile": "#4c9be8", "liger-kernel": "#5fad56"}
 OTHER_COLOURS = ("#b18fcf", "#d9a441", "#2a9d8f", "#c75b7a")
 STATIC_COLUMNS = (
@@ -158,23 +162,32 @@ def headlines() -> str:
     """The largest shape of each case, beside the fastest peer; the whole table is `speed`."""
     parts = []
     for path, result in newest_results().items():
-        largest = {
-            key[0::2]: (key[1], providers) for key, providers in groups(result).items()
-        }  # small shapes first
+        largest: dict[str, dict[str, tuple[str, dict[str, dict[str, Any]]]]] = {}
+        for (case, shape, which), providers in groups(result).items():  # small shapes first
+            largest.setdefault(case, {})[which] = (shape, providers)
         rows = []
-        for (case, which), (shape, providers) in largest.items():
-            peers = {n: best(r)[1] for n, r in accurate_peers(providers).items()}
-            rival = min(peers, key=lambda n: peers[n], default=None)
-            ours = best(providers["burnish"])[1]
-            share, beside = (
-                f"{providers['burnish']['share']:.0%}",
-                f"{peers[rival] / ours:.2f}x {rival}" if rival else "",
-            )
-            rows.append([f"`{case}`", shape, which, f"{ours:.4g} us", share, beside])
-        head = ["case", "shape", "pass", "time", "of the roofline", "beside the fastest peer"]
+        for case, passes in largest.items():
+            cells = [cell for which in PASSES for cell in headline(passes.get(which))]
+            rows.append([f"`{case}`", passes["forward"][0], *cells])
+        head = ["case", "shape", *(name for which in PASSES for name in (which, "fastest peer"))]
         parts.append(f"{result['machine']['device']}, {result['date']}, from `{path}`:\n")
         parts.append(markdown(head, rows))
     return "\n".join(parts) or "No results yet.\n"
+
+
+def headline(measured: tuple[str, dict[str, dict[str, Any]]] | None) -> tuple[str, str]:
+    """Time with its share of the roofline, and how many times as long the fastest peer takes."""
+    if measured is None:
+        return "", ""
+    _, providers = measured
+    peers = {name: best(row)[1] for name, row in accurate_peers(providers).items()}
+    rival = min(peers, key=lambda name: peers[name], default=None)
+    ours = best(providers["burnish"])[1]
+    time = f"{ours / 1e3:.3g} ms" if ours >= 1e3 else f"{ours:.3g} us"
+    return (
+        f"{time}, {providers['burnish']['share']:.0%}",
+        f"{peers[rival] / ours:.2f}x {rival}" if rival else "",
+    )
 
 
 # ---- what holds without a measurement
@@ -190,6 +203,25 @@ def static() -> str:
         f"From `bench/static.json`, Triton {accepted['triton']}. Bytes of shared memory, bits of a load.\n\n"
     )
     return source + markdown(STATIC_COLUMNS, [[f"`{r[0]}`", *r[1:]] for r in sorted(rows)])
+
+
+def proven() -> str:
+    """Each op in one line: how many of its configurations spill in bf16 on each chip; the whole table is `static`."""
+    accepted = json.loads((ROOT / "bench" / "static.json").read_text())
+    by_op: dict[str, dict[str, dict[tuple[str, ...], dict[str, Any]]]] = {}
+    for key, builds in accepted["builds"].items():
+        case, _, dtype, chip = key.split(" | ")
+        if dtype == "bf16":
+            of_chip = by_op.setdefault(case.split("/")[0], {}).setdefault(chip, {})
+            of_chip.update({static_row(key, b): b for b in builds})
+    rows = []
+    for op, chips in sorted(by_op.items()):
+        every = [b for builds in chips.values() for b in builds.values()]
+        cells = [f"{sum(b['spills'] > 0 for b in chips[c].values())} of {len(chips[c])}" for c in CHIPS]
+        matrix = "yes" if any(b["matrix"] for b in every) else "no products"
+        rows.append([f"`{op}`", str(len({b["kernel"] for b in every})), *cells, matrix])
+    head = ["op", "kernels", *(f"spill on {chip.name}" for chip in CHIPS.values()), "matrix instructions"]
+    return f"In bf16, Triton {accepted['triton']}, from `bench/static.json`:\n\n{markdown(head, rows)}"
 
 
 def static_row(key: str, b: dict[str, Any]) -> tuple[str, ...]:
@@ -300,6 +332,9 @@ def pictures() -> list[Picture]:
         {"case": name, "flops": work.flops, "bytes": work.bytes} for name, work in headline_works().items()
     ]
     made = [Picture(PICTURES / "roofline.svg", "bench/registry.py", works, roofline_picture)]
+    if run := newest_run("r1"):
+        path, result = run
+        made.append(Picture(PICTURES / "r1.svg", path, [result], partial(r1_picture, result)))
     for path, result in newest_results().items():
         if "driver" not in result["machine"]:
             continue
@@ -346,6 +381,42 @@ def roofline_picture() -> str:
     return svg(fig)
 
 
+def r1_picture(result: dict[str, Any]) -> str:
+    """pass@1 of each stage beside DeepSeek's, and the learning curves of the stages by RL."""
+    fig, (left, right) = figure(9, 3.2, 2)
+    stages = list(result["scores"])
+    scores = [result["scores"][stage] for stage in stages]
+    left.barh(stages, [score["pass_at_1"] for score in scores], color=COLOURS["burnish"], height=0.6)
+    known = [
+        (score["published"], stage) for stage, score in zip(stages, scores, strict=True) if score["published"]
+    ]
+    left.plot(
+        *zip(*known, strict=True), "D", color=COLOURS["torch.compile"], label="DeepSeek-R1's paper, AIME 2024"
+    )
+    left.invert_yaxis()
+    left.set(xlabel="pass@1 on held-out problems, %", xlim=(0, 100))
+    left.legend(frameon=False, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.4, 1.16))
+    names = {
+        "zero": "R1-Zero",
+        "first-rl": "R1: cold start, RL",
+        "r1": "R1",
+        "student-rl": "student, RL alone",
+    }
+    colours = (COLOURS["burnish"], *OTHER_COLOURS)
+    for seed, curves in enumerate(result["curves"]):
+        for (stage, values), color in zip(curves.items(), colours, strict=False):
+            label = names[stage] if seed == 0 else None
+            right.plot(running_mean(values), color=color, linewidth=1.2, label=label)
+    right.set(xlabel="GRPO step", ylabel="share of right samples", ylim=(0, 1.02))
+    right.legend(frameon=False, labelcolor=INK, loc="lower right")
+    return svg(fig)
+
+
+def running_mean(values: list[float], window: int = 5) -> list[float]:
+    parts = [values[max(0, i - window + 1) : i + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
+
+
 def static_page(figures: dict[str, Any]) -> str:
     rows = dict.fromkeys(static_row(key, b) for key, builds in figures.items() for b in builds)
     cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>\n" for row in rows)
@@ -365,10 +436,9 @@ def static_page(figures: dict[str, Any]) -> str:
 
 def trainers() -> str:
     """The newest run of trainers.py."""
-    path = max(RESULTS.glob("trainers-*.json"), default=None)
-    if path is None:
-        return "No run is kept in `bench/results` yet.\n"
-    result = json.loads(path.read_text())
+    if (run := newest_run("trainers")) is None:
+        return NO_RUN
+    path, result = run
     m = result["machine"]
     facts = f"{m['device']}, one thread, torch {m['torch']}, trl {m['trl']}, transformers {m['transformers']}"
     rows = []
@@ -399,8 +469,14 @@ def trainers() -> str:
         "import",
         "losses differ by",
     )
-    source = f"`{result['command']}` at commit {result['commit']}, {result['date']}, from `{path.relative_to(ROOT)}`"
+    source = f"`{result['command']}` at commit {result['commit']}, {result['date']}, from `{path}`"
     return f"{facts}. {source}; medians of {result['rows'][0]['rounds']} rounds.\n\n{markdown(head, rows)}"
+
+
+def newest_run(kind: str) -> tuple[str, dict[str, Any]] | None:
+    """The newest file of a kind of whole runs, and its path below the root."""
+    path = max(RESULTS.glob(f"{kind}-*.json"), default=None)
+    return None if path is None else (str(path.relative_to(ROOT)), json.loads(path.read_text()))
 
 
 def conformance() -> str:
@@ -409,10 +485,9 @@ def conformance() -> str:
         CHECKS,  # which needs tokenizers; what a GPU machine runs needs only torch and triton
     )
 
-    path = max(RESULTS.glob("conformance-*.json"), default=None)
-    if path is None:
-        return "No run is kept in `bench/results` yet.\n"
-    result = json.loads(path.read_text())
+    if (run := newest_run("conformance")) is None:
+        return NO_RUN
+    path, result = run
     names = [f"{trainer['name']} {trainer['version']}" for trainer in result["trainers"]]
     rows, notes = [], []
     for check, (_, statement, _) in CHECKS.items():
@@ -424,14 +499,50 @@ def conformance() -> str:
                 status += f" ({len(notes)})"
             cells.append(status)
         rows.append([check, statement.replace("|", "\\|"), *cells])
-    source = f"`{result['command']}` at commit {result['commit']}, {result['date']}, from `{path.relative_to(ROOT)}`.\n"
+    source = f"`{result['command']}` at commit {result['commit']}, {result['date']}, from `{path}`.\n"
     return "\n".join([source, markdown(["check", "statement", *names], rows), *notes, ""])
 
 
+def r1() -> str:
+    """The newest kept run of `burnish r1`."""
+    if (run := newest_run("r1")) is None:
+        return NO_RUN
+    path, result = run
+    rows = [
+        [stage, *("" if value is None else f"{value:.1f}" for name, value in score.items() if name != "form")]
+        for stage, score in result["scores"].items()
+    ]
+    head = ["stage", "pass@1", "majority vote", "greedy", "DeepSeek's pass@1, AIME 2024"]
+    seeds = f", medians of {result['seeds']} seeds" if result["seeds"] > 1 else ", one seed"
+    source = (
+        f"Percent of 200 held-out problems{seeds}; `{result['command']}` at commit {result['commit']}, "
+        f"{result['date']}, "
+        f"{result['machine']['device']}, from `{path}`. The published column is another task: its shape is the point.\n"
+    )
+    return markdown(head, rows) + "\n" + source
+
+
+def keep_r1(folder: Path) -> None:
+    """Copy a run's figures to bench/results."""
+    from .__main__ import machine, run_text  # which imports this file
+
+    figures = json.loads((folder / "figures.json").read_text())
+    result = {
+        "kind": "r1",
+        "date": date.today().isoformat(),
+        "commit": run_text("git", "rev-parse", "--short", "HEAD"),
+        "machine": machine("cpu"),
+        "command": "burnish r1" + (f" --seeds {figures['seeds']}" if figures["seeds"] > 1 else ""),
+    }
+    write_whole(RESULTS / f"r1-{result['date']}.json", json.dumps(result | figures, indent=1) + "\n")
+
+
 SECTIONS = {
+    "r1": r1,
     "trainers": trainers,
     "conformance": conformance,
     "headlines": headlines,
+    "proven": proven,
     "speed": speed,
     "static": static,
     "floors": floors,
@@ -471,7 +582,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--check", action="store_true", help="write nothing; status 1 and a list where a part is stale"
     )
+    parser.add_argument("--keep-r1", type=Path, metavar="RUN", help="the folder of a run of `burnish r1`")
     args = parser.parse_args(argv)
+    if args.keep_r1:
+        keep_r1(args.keep_r1)
     if args.check:
         late = stale()
         print("\n".join(f"stale: {name}" for name in late), file=sys.stderr)

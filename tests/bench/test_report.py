@@ -12,6 +12,11 @@ ROW = {
     "accurate": True, "sets": 3, "note": "",
 }  # fmt: skip
 
+BUILD = {
+    "kernel": "_k", "tile": "BLOCK=64", "registers": 1, "spills": 0, "stack": 0, "shared": 0, "blocks": 1,
+    "matrix": 0, "matrix_kind": "", "load_bits": 128, "asynchronous": 0,
+}  # fmt: skip
+
 
 @pytest.fixture
 def results(tmp_path, monkeypatch: pytest.MonkeyPatch):
@@ -53,6 +58,41 @@ def test_the_newest_file_is_quoted_and_named(results):
         in text
     )
     assert "Not measured: x: not installed." in text
+
+
+def test_the_headline_is_the_largest_shape_with_both_passes(results):
+    assert (
+        "| `swiglu/elementwise` | T=3 | 10 us, 80% | 2.00x peer | 10 us, 80% | 2.00x peer |"
+        in report.headlines()
+    )
+
+
+def test_each_op_has_a_line_with_what_spills(results):
+    builds = {f"swiglu/case | T=1 | bf16 | {chip}": [BUILD] for chip in report.CHIPS}
+    builds["swiglu/other | T=2 | bf16 | sm_90"] = [BUILD, BUILD | {"kernel": "_k2", "spills": 3}]
+    report.write_whole(report.ROOT / "bench" / "static.json", json.dumps({"triton": "3", "builds": builds}))
+    assert "| `swiglu` | 2 | 0 of 1 | 1 of 2 | 0 of 1 | 0 of 1 | no products |" in report.proven()
+
+
+def test_a_run_of_r1_is_kept_quoted_and_drawn(results, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    assert report.r1() == report.NO_RUN
+    score = {"pass_at_1": 18.6, "majority": 5.5, "greedy": 0.0, "form": 99.9, "published": 15.6}
+    figures = {
+        "seeds": 2,
+        "seconds": 9,
+        "scores": {"base": score, "R1-Zero": score | {"published": None}},
+        "curves": [{"zero": [0.1, 0.5]}, {"zero": [0.2, 0.6]}],
+    }
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "figures.json").write_text(json.dumps(figures))
+    monkeypatch.setattr(report, "DOCUMENTS", ())
+    assert report.main(["--keep-r1", str(tmp_path / "run")]) == 0
+    text = report.r1()
+    assert "| base | 18.6 | 5.5 | 0.0 | 15.6 |" in text and "| R1-Zero | 18.6 | 5.5 | 0.0 |  |" in text
+    assert "medians of 2 seeds; `burnish r1 --seeds 2` at commit" in text
+    picture = (report.PICTURES / "r1.svg").read_text()
+    assert "R1-Zero" in picture and "AIME 2024" in picture
+    assert report.main(["--check"]) == 0
 
 
 def test_a_stale_part_is_found_and_made_anew(results, tmp_path, monkeypatch: pytest.MonkeyPatch):
@@ -99,9 +139,5 @@ def test_an_unknown_part_is_refused():
 
 
 def test_the_page_holds_the_table_and_the_picture():
-    build = {
-        "kernel": "_k", "tile": "BLOCK=64", "registers": 1, "spills": 0, "stack": 0, "shared": 0, "blocks": 1,
-        "matrix": 0, "matrix_kind": "", "load_bits": 128, "asynchronous": 0,
-    }  # fmt: skip
-    page = report.static_page({"op/case | T=1 | bf16 | sm_90": [build]})
+    page = report.static_page({"op/case | T=1 | bf16 | sm_90": [BUILD]})
     assert "<td>_k</td>" in page and "<svg" in page and "H100" in page
