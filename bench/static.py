@@ -8,8 +8,8 @@ specialisations and all. The machine code then says what the source cannot: regi
 blocks per multiprocessor, matrix instructions, the widest global load, asynchronous copies. bench/static.json holds the
 accepted figures; --check names what got worse, --accept writes them anew.
 
-Without --all only the selection runs that `make test` affords, in bf16: for sm_90 the first two configurations of each
-case, for the other chips the first one of each kernel file.
+Without --all only the selection runs that `make test` affords, in bf16: for sm_90 the first configuration of each case,
+for the other chips the first one of each kernel file.
 """
 
 import argparse
@@ -149,7 +149,7 @@ def selection(ops: list[str], everything: bool) -> list[Job]:
         if ops and case.op not in ops:
             continue
         for chip in TARGETS:
-            few = 2 if chip == "sm_90" else int(bool(first_of_file))
+            few = int(chip == "sm_90" or bool(first_of_file))
             for dims in case.configurations if everything else case.configurations[:few]:
                 for dtype in ("bf16", "fp32") if everything and chip == "sm_90" else ("bf16",):
                     jobs.append(Job(case.name, tuple(dims.items()), dtype, chip))
