@@ -2,8 +2,8 @@
 
     python -m burnish.bench.trainers [sft grpo ...] [--rounds 5] [--json]
 
-Each measurement is a process of its own, ours and TRL's in turn (A B A B), so that neither warms the other's memory.
-The model has 4 layers of width 256 and 4,096 words; an epoch is one batch, so that every step of both trains the same
+Each measurement is a process of its own, ours and TRL's in turn (A B A B), so that neither warms the other's memory: a
+fork of this one, which has imported both and has run nothing. The model has 4 layers of width 256 and 4,096 words; an epoch is one batch, so that every step of both trains the same
 rows, and the losses of both can be compared step by step. Steps are timed from the end of one to the end of the next,
 the first two left out; CPU time is that of the whole run, which other work on the machine does not change. Growth is
 the peak of resident memory over that of the process with its imports done.
@@ -13,8 +13,11 @@ checkpointing (slower, and ours does none either), no shuffling, a constant lear
 """
 
 import argparse
+import contextlib
 import importlib
+import io
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -33,7 +36,9 @@ import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LEFT_OUT = 2  # steps, while allocators and caches warm up
-STEPS, LEARNING_RATE = 8, 1e-3
+STEPS, LEARNING_RATE = 5, 1e-3
+TRAINERS = {"sft": "SFT", "dpo": "DPO", "grpo": "GRPO"}  # TRL's names
+ROWS = {"sft": 16, "dpo": 8, "grpo": 4}  # of one step
 VOCABULARY, GROUP_SIZE, NEW_TOKENS = 4096, 8, 64
 SHAPE = {
     "model_type": "llama",
@@ -75,14 +80,14 @@ def write_model(folder: Path) -> None:
 
 
 def write_rows(file: Path, task: str) -> None:
-    """16 rows with a prompt of 32 to 64 words and, for SFT and DPO, answers of 32 to 192; 8 prompts for GRPO."""
+    """Rows with a prompt of 32 to 64 words and, for SFT and DPO, answers of 32 to 192."""
     draw = random.Random(0)
 
     def words(least: int, most: int) -> str:
         return " ".join(f"w{draw.randrange(2, VOCABULARY)}" for _ in range(draw.randint(least, most)))
 
     rows = []
-    for _ in range(8 if task == "grpo" else 16):
+    for _ in range(ROWS[task]):
         row = {"prompt": words(32, 64)}
         # the blank belongs to the answer: both sides then tokenise prompt and answer apart to the same ids
         for column in {"sft": ("completion",), "dpo": ("chosen", "rejected"), "grpo": ()}[task]:
@@ -96,7 +101,7 @@ def even_words(completion_ids: list[list[int]], **_: object) -> list[float]:
     return [sum(i % 2 == 0 for i in ids) / max(1, len(ids)) for ids in completion_ids]
 
 
-# ---- one process: train, and report
+# ---- one process: train, and measure
 
 
 def train_burnish(task: str, folder: Path) -> Callable[[], list[dict[str, float]]]:
@@ -112,11 +117,11 @@ def train_burnish(task: str, folder: Path) -> Callable[[], list[dict[str, float]
         "device": "cpu",
     }
     own = {
-        "sft": {"batch_size": 16},
-        "dpo": {"batch_size": 16},
+        "sft": {"batch_size": ROWS["sft"]},
+        "dpo": {"batch_size": ROWS["dpo"]},
         "grpo": {
             "reward": ("burnish.bench.trainers:even_words",),
-            "prompts_per_step": 8,
+            "prompts_per_step": ROWS["grpo"],
             "group_size": GROUP_SIZE,
             "max_new_tokens": NEW_TOKENS,
         },
@@ -133,10 +138,8 @@ def train_burnish(task: str, folder: Path) -> Callable[[], list[dict[str, float]
 def train_trl(task: str, folder: Path) -> Callable[[], list[dict[str, float]]]:
     datasets, transformers, trl = map(importlib.import_module, ("datasets", "transformers", "trl"))
     transformers.logging.set_verbosity_error()
-    name = {"sft": "SFT", "dpo": "DPO", "grpo": "GRPO"}[task]
-    Trainer = getattr(
-        trl, f"{name}Trainer"
-    )  # these packages import upon first use: here, before the clock starts
+    name = TRAINERS[task]
+    Trainer = getattr(trl, f"{name}Trainer")  # imported upon first use: here, before the clock starts
     Tokenizer, Model = transformers.PreTrainedTokenizerFast, transformers.LlamaForCausalLM
     rows = [json.loads(line) for line in (folder / f"{task}.jsonl").read_text().splitlines()]
     common = {
@@ -197,6 +200,16 @@ def train_trl(task: str, folder: Path) -> Callable[[], list[dict[str, float]]]:
     return run
 
 
+def import_both() -> None:
+    """What every fork would otherwise import again."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    transformers, trl, _ = map(importlib.import_module, ("transformers", "trl", "datasets"))
+    _ = transformers.PreTrainedTokenizerFast, transformers.LlamaForCausalLM
+    for task, name in TRAINERS.items():
+        importlib.import_module(f"burnish.algorithms.{task}")
+        _ = getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")
+
+
 def resident(name: str) -> int:
     """VmRSS or VmHWM of this process, bytes. Source: proc(5)."""
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
@@ -204,26 +217,40 @@ def resident(name: str) -> int:
     return 1024 * int(found[1])
 
 
-def worker(side: str, task: str, folder: Path) -> None:
-    """Train once and print one line of JSON."""
-    torch.set_num_threads(1)
+def worker(side: str, task: str, folder: Path) -> dict[str, Any]:
+    """Train once."""
     run = {"burnish": train_burnish, "trl": train_trl}[side](task, folder)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before, started = resident("VmRSS"), time.process_time()
-    steps = run()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        steps = run()
     seconds = time.process_time() - started
     if task == "grpo":
-        tokens = [step["length"] * 8 * GROUP_SIZE for step in steps]
+        tokens = [step["length"] * ROWS["grpo"] * GROUP_SIZE for step in steps]
     else:
         tokens = [float(count_tokens(task, folder))] * len(steps)
     speeds = [n / step["seconds"] for n, step in zip(tokens, steps, strict=True)]
-    result = {
+    return {
         "tokens_per_second": median(speeds[LEFT_OUT:]),
         "tokens_per_cpu_second": sum(tokens) / seconds,
         "growth_bytes": resident("VmHWM") - before,
         "losses": [step["loss"] for step in steps],
     }
-    print("\n" + json.dumps(result), flush=True)
+
+
+def forked(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What `function` returns in a fork of this process."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=lambda: sender.send(function(*arguments)))
+    child.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise SystemExit(f"{function.__name__}{arguments} failed, as said above") from None
+    finally:
+        child.join()
 
 
 def count_tokens(task: str, folder: Path) -> int:
@@ -240,8 +267,8 @@ def count_tokens(task: str, folder: Path) -> int:
 
 def import_seconds(side: str, task: str) -> float:
     """CPU time of a fresh process, torch's own import included."""
-    trainer = {"sft": "SFT", "dpo": "DPO", "grpo": "GRPO"}[task]
-    code = f"import burnish.algorithms.{task}" if side == "burnish" else f"from trl import {trainer}Trainer"
+    theirs = f"from trl import {TRAINERS[task]}Trainer"
+    code = f"import burnish.algorithms.{task}" if side == "burnish" else theirs
     before = os.times()
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     after = os.times()
@@ -257,20 +284,7 @@ def measure(task: str, rounds: int) -> dict[str, Any]:
         runs: dict[str, list[dict[str, Any]]] = {"burnish": [], "trl": []}
         for index in range(rounds):
             for side, results in runs.items():
-                command = [
-                    sys.executable,
-                    "-m",
-                    "burnish.bench.trainers",
-                    "--worker",
-                    side,
-                    task,
-                    str(folder),
-                ]
-                environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-                done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
-                if done.returncode:
-                    raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-                results.append(json.loads(done.stdout.splitlines()[-1]))
+                results.append(forked(worker, side, task, folder))
                 speed = results[-1]["tokens_per_second"]
                 print(f"{task} round {index + 1}: {side:<8} {speed:9,.0f} tokens/s", flush=True)
     row: dict[str, Any] = {"task": task, "steps": STEPS, "rounds": rounds}
@@ -279,7 +293,7 @@ def measure(task: str, rounds: int) -> dict[str, Any]:
             key: median(result[key] for result in results)
             for key in ("tokens_per_second", "tokens_per_cpu_second", "growth_bytes")
         }
-        row[side]["import_seconds"] = median(import_seconds(side, task) for _ in range(3))
+        row[side]["import_seconds"] = import_seconds(side, task)
     for ratio, key in (("speed", "tokens_per_second"), ("cpu", "tokens_per_cpu_second")):
         pairs = zip(runs["burnish"], runs["trl"], strict=True)
         ratios = [ours[key] / theirs[key] for ours, theirs in pairs]
@@ -296,12 +310,10 @@ def main() -> None:
     parser.add_argument("tasks", nargs="*", default=[], help="sft, dpo, grpo; all by default")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="write bench/results/trainers-<date>.json")
-    parser.add_argument("--worker", nargs=3, metavar=("SIDE", "TASK", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.worker:
-        side, task, folder = options.worker
-        return worker(side, task, Path(folder))
-    rows = [measure(task, options.rounds) for task in options.tasks or ("sft", "dpo", "grpo")]
+    torch.set_num_threads(1)
+    import_both()
+    rows = [measure(task, options.rounds) for task in options.tasks or TRAINERS]
     for row in rows:
         print(
             f"{row['task']:<5} {row['speed_ratio']:.2f}x TRL's tokens/s "
