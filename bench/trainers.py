@@ -3,10 +3,11 @@
     python -m burnish.bench.trainers [sft grpo ...] [--rounds 5] [--json]
 
 Each measurement is a process of its own, ours and TRL's in turn (A B A B), so that neither warms the other's memory: a
-fork of this one, which has imported both and has run nothing. The model has 4 layers of width 256 and 4,096 words; an epoch is one batch, so that every step of both trains the same
-rows, and the losses of both can be compared step by step. Steps are timed from the end of one to the end of the next,
-the first two left out; CPU time is that of the whole run, which other work on the machine does not change. Growth is
-the peak of resident memory over that of the process with its imports done.
+fork of this one, which has imported both and has run nothing. The model has 4 layers of width 256 and 4,096 words; an
+epoch is one batch, so that every step of both trains the same rows, and the losses of both can be compared step by
+step. Steps are timed from the end of one to the end of the next, the first two left out; CPU time is that of the whole
+run, which other work on the machine does not change. Growth is the peak of resident memory over that of the process
+with its imports done.
 
 TRL needs transformers, trl and accelerate beside Burnish in one Python. Its defaults hold but for these: no activation
 checkpointing (slower, and ours does none either), no shuffling, a constant learning rate, AdamW's betas (0.9, 0.95).

@@ -43,7 +43,7 @@ def test_a_measurement_is_of_a_process_of_its_own(folder):
 
 
 def test_a_measurement_that_fails_says_why(folder, capfd):
-    with pytest.raises(SystemExit, match="worker.*sft.* failed"):
+    with pytest.raises(SystemExit, match=r"worker.*sft.* failed"):
         trainers.forked(trainers.worker, "burnish", "sft", folder)
     assert "sft.jsonl: no such file" in capfd.readouterr().err
 
