@@ -441,8 +441,12 @@ def decode_attention(
         raise NotImplementedError(
             "decode_attention: has no gradient; call it under torch.no_grad(), train through flash_attention"
         )
-    arguments = q, k_cache, v_cache, slot, length, prefix_slot, prefix_length
     if not use_triton(q):
-        return _decode_cpu(*arguments, scale, window, softcap, sinks)
+        return _decode_cpu(
+            q, k_cache, v_cache, slot, length, prefix_slot, prefix_length, scale, window, softcap, sinks
+        )
     check_dtype("q", q)
-    return _decode_op(*arguments, D**-0.5 if scale is None else scale, window, softcap, sinks)
+    *tables, sinks = (None if x is None else x.contiguous() for x in (*numbers.values(), sinks))
+    return _decode_op(
+        q, k_cache, v_cache, *tables, D**-0.5 if scale is None else scale, window, softcap, sinks
+    )

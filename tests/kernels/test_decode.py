@@ -156,12 +156,14 @@ def test_any_width_and_group(shape, device):
 
 @triton_path
 def test_any_strides_and_integers(device):
-    arguments = make(["prefix", "window"], device=device, integers=torch.int32)
+    arguments = make(["prefix", "window", "sinks"], device=device, integers=torch.int32)
     spread, turned = {}, {}
+    for name, x in arguments.items():
+        if torch.is_tensor(x):
+            wide = x.new_full((*x.shape, 2), float("nan") if x.is_floating_point() else 0)
+            wide[..., 0] = x
+            spread[name] = wide[..., 0]
     for name in ("q", "k_cache", "v_cache"):
-        wide = arguments[name].new_full((*arguments[name].shape, 2), float("nan"))
-        wide[..., 0] = arguments[name]
-        spread[name] = wide[..., 0]
         turned[name] = arguments[name].transpose(0, 1).contiguous().transpose(0, 1)
     want = decode_attention(**arguments)
     assert torch.equal(decode_attention(**arguments | spread), want)
