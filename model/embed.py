@@ -22,7 +22,9 @@ does not know it refuses by name. docs/embedding.md has the masks, the costs and
 Source: the sources of transformers 5.22.2 and trl 1.16.0, whose signatures these are
 """
 
+import functools
 import importlib
+import math
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,18 +34,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import apply_rope, decode_attention, flash_attention, rms_norm, swiglu
+from ..kernels import (
+    apply_rope,
+    decode_attention,
+    flash_attention,
+    moe_mlp,
+    rms_norm,
+    swiglu,
+    token_logprobs,
+)
 from .errors import InputError
 
 NAME = "burnish"  # under which the registries know us
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "smollm3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "smollm3", "mixtral", "qwen3_moe", "gpt_oss")
+_LOOK = 1 << 22  # logits in memory at a time, where TRL asks for the likeliest token
 _STATE = "_burnish"  # the attribute of a model that holds what remove() needs
 
 
 @dataclass
 class _Embedded:
-    attention: str | None = None  # the implementations that were set before
-    forwards: list[tuple[nn.Module, Any, Any]] = field(default_factory=list)  # module, its own forward, ours
+    """What remove() needs. The implementations are those that were set before, None where it was left alone."""
+
+    attention: str | None = None
+    experts: str | None = None
+    head: Callable[..., Any] | None = None  # the model's forward
+    forwards: list[tuple[nn.Module, Any]] = field(
+        default_factory=list
+    )  # a module and its own forward, if any
 
 
 # ---- attention
@@ -269,6 +286,181 @@ def _silu(module: nn.Module) -> bool:
     return type(module).__name__ in ("SiLU", "SiLUActivation")
 
 
+# ---- experts
+
+
+def _experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """hidden_states (T, C), top_k_index and top_k_weights (T, K) to (T, C); index E is no expert and is passed over."""
+    clamped = hasattr(self, "alpha") and hasattr(self, "limit")  # gpt-oss
+    if not (self.has_gate and (clamped or _silu(self.act_fn))) or self.has_post_expert_norm:
+        raise InputError(
+            f"{type(self).__name__}: expected experts with SwiGLU and no norm after them; pass experts=False"
+        )
+    gate_up, down = self.gate_up_proj, self.down_proj
+    biases = (self.gate_up_proj_bias, self.down_proj_bias) if self.has_bias else (None, None)
+    if self.is_transposed:
+        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)  # (E, 2F, C), (E, C, F)
+    if not self.is_concatenated:  # rows of gate and up in turn
+        gate_up, biases = _apart(gate_up), (None if biases[0] is None else _apart(biases[0]), biases[1])
+    device = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else gate_up.dtype
+    gate_up_bias, down_bias = (None if b is None else b.to(dtype) for b in biases)
+    out = moe_mlp(
+        hidden_states.to(dtype), gate_up.to(dtype), down.to(dtype), top_k_weights, top_k_index,
+        activation="clamped_swiglu" if clamped else "swiglu", gate_up_bias=gate_up_bias, down_bias=down_bias,
+        **({"alpha": self.alpha, "limit": self.limit} if clamped else {}),
+    )  # fmt: skip
+    return out.to(hidden_states.dtype)
+
+
+def _apart(x: Tensor) -> Tensor:
+    """(E, 2F, ...), gate and up in turn, to the same with all of the gate first. A copy."""
+    return torch.cat([x[:, ::2], x[:, 1::2]], 1)
+
+
+# ---- head
+
+
+def _head_forward(home: Any, base: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a causal language model whose training loss does not need its logits; else it is `original`."""
+    fused = _fused_head(original)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = self.__dict__.get(_STATE)
+        if state is None or state.head is not forward:  # removed, with a trainer's forward over this one
+            return original(self, *args, **kwargs)
+        if fused is not None and kwargs.get("fused_lm_head"):
+            return fused(self, *args, **kwargs)
+        whole = "logits_to_keep" in kwargs or kwargs.get("return_dict") is False
+        if whole or kwargs.get("labels") is None or not self.training:
+            return original(self, *args, **kwargs)
+        return _train(self, home, *args, **kwargs)
+
+    return functools.wraps(type(base).forward)(forward)  # generate() and Trainer read its signature
+
+
+def _train(
+    self: Any,
+    home: Any,
+    *args: Any,
+    labels: Tensor,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    **kwargs: Any,
+) -> Any:
+    """A forward pass with labels (B, T) as transformers' own, its `logits` None."""
+    routed = hasattr(home, "load_balancing_loss_func")
+    if routed and kwargs.get("output_router_logits") is None:
+        kwargs["output_router_logits"] = self.config.output_router_logits
+    outputs = self.base_model(*args, **kwargs)
+    targets = F.pad(labels[:, 1:], (0, 1), value=ignore_index) if shift_labels is None else shift_labels
+    targets = targets.flatten().to(outputs.last_hidden_state.device)
+    hidden = outputs.last_hidden_state.flatten(0, 1)  # (B T, C)
+    trained = targets != ignore_index
+    if not torch.compiler.is_compiling():
+        hidden, targets = hidden[trained], targets[trained]
+    head = self.get_output_embeddings()
+    _check_head(head)
+    logprob, _, _ = _score(hidden, head.weight, head.bias, targets, ignore_index=ignore_index)
+    loss = -logprob.sum() / (trained.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+    kept = {key: outputs.get(key) for key in ("past_key_values", "hidden_states", "attentions")}
+    if not routed:
+        return home.CausalLMOutputWithPast(loss=loss, **kept)
+    balance = None
+    if kwargs["output_router_logits"]:
+        mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        balance = home.load_balancing_loss_func(
+            outputs.router_logits, self.num_experts, self.num_experts_per_tok, mask
+        )
+        loss = loss + self.router_aux_loss_coef * balance
+    return home.MoeCausalLMOutputWithPast(
+        loss=loss, aux_loss=balance, router_logits=outputs.get("router_logits"), **kept
+    )
+
+
+def _check_head(head: Any) -> None:
+    if not isinstance(head, nn.Linear):
+        raise InputError(f"lm_head: expected torch.nn.Linear, got {type(head).__qualname__}; pass head=False")
+
+
+def _score(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """token_logprobs with the inputs that autocast, which does not know our ops, would give the head."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    with torch.autocast(device, enabled=False):
+        bias = None if bias is None else bias.to(dtype)
+        return token_logprobs(hidden.to(dtype), weight.to(dtype), targets, bias=bias, **options)
+
+
+def _fused_head(forward: Callable[..., Any]) -> Callable[..., Any] | None:
+    """TRL's forward with token_logprobs in place of its own function; None where `forward` is not TRL's.
+
+    Its trainers put one on their model (trl.trainer.utils.add_fused_lm_head) and call it with fused_lm_head=True. What
+    it does around the head, shifts, masks and the balance loss, stays TRL's: its code runs with two names exchanged.
+    """
+    code = getattr(forward, "__code__", None)
+    if code is None or code.co_name != "_fused_forward":
+        return None
+    missing = {"_ChunkedLogProbFunction", "_use_triton"} - set(code.co_names)
+    if missing:
+        raise InputError(f"trl: expected the head of version 1.16, which has {', '.join(sorted(missing))}")
+    names = {
+        "_ChunkedLogProbFunction": _TokenLogprobs,
+        "_use_triton": lambda device: True,
+    }  # score trained rows alone
+    again = types.FunctionType(
+        code, forward.__globals__ | names, code.co_name, forward.__defaults__, forward.__closure__
+    )
+    again.__kwdefaults__ = forward.__kwdefaults__
+    return again
+
+
+class _TokenLogprobs:
+    """Called as trl.kernels.ChunkedLogProbFunction is."""
+
+    @staticmethod
+    def apply(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        softcap: float | None,
+        logit_scale: float,
+        outputs: tuple[str, ...],
+    ) -> tuple[Tensor | None, ...]:
+        """hidden (N, C), weight (V, C), targets (N,) to log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1.
+
+        Each (N,), None where `outputs` does not name it; the last three without a gradient. chunk_size is TRL's.
+        """
+        if softcap is not None or logit_scale != 1:
+            raise InputError(f"lm_head: expected plain logits, got softcap={softcap}, scale={logit_scale}")
+        logprob, lse, entropy = _score(hidden, weight, bias, targets, temperature=temperature)
+        squares = mean = top = None
+        with torch.no_grad():
+            if "log_sum_sq_probs" in outputs:  # sum p^2 = sum exp(2 u) / exp(2 lse)
+                squares = _score(hidden, weight, bias, targets, temperature=temperature / 2)[1] - 2 * lse
+            if "mean_logits" in outputs:  # the mean of products is the product with the mean
+                mean = hidden.float() @ weight.float().mean(0) + (0 if bias is None else bias.float().mean())
+                mean = mean / temperature
+            if "is_top1" in outputs:
+                top = _is_top(hidden, weight, bias, targets, logprob)
+        return logprob, entropy if "entropy" in outputs else None, squares, mean, top
+
+
+def _is_top(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, logprob: Tensor) -> Tensor:
+    """(N,) bool: is the target the likeliest token? Above one half it is; else its row of logits is looked at."""
+    top = logprob > math.log(0.5)
+    rows = (~top).nonzero()[:, 0]
+    for some in rows.split(max(1, _LOOK // weight.shape[0])):
+        top[some] = F.linear(hidden[some], weight, bias).argmax(-1) == targets[some]
+    return top
+
+
 # ---- apply and remove
 
 
@@ -301,12 +493,15 @@ def apply(
     rope: bool = True,
     norm: bool = True,
     swiglu: bool = True,
+    experts: bool = True,
+    head: bool = True,
 ) -> None:
     """Put Burnish's ops under hf_model, in place.
 
-    hf_model: a transformers model, with a head or without, or a PEFT model around one, of ARCHITECTURES.
-    attention, rope, norm, swiglu: which parts; what the model does not have is passed over.
-    Raises InputError for a model, layer or activation that it does not know, and for a model that has it already.
+    hf_model: a transformers model, with a head or without, or a PEFT model around one, of ARCHITECTURES. A trainer of
+        TRL has to be built before: it puts a head of its own over the model's forward, and over ours.
+    attention, rope, norm, swiglu, experts, head: which parts; one that the model does not have is passed over.
+    Raises InputError for a model, layer, activation or head that it does not know, and for a model that has it already.
     """
     base, decoder, home = _base(hf_model)
     if _STATE in base.__dict__:
@@ -317,8 +512,10 @@ def apply(
     state = _Embedded()
     replacements: list[tuple[nn.Module, Callable[..., Any]]] = []
     attention_forward = _attention_forward(home, halves=config.model_type != "gpt_oss")
+    sparse = False
     for name, module in decoder.named_modules():
         kind = _known(module, home) or ""
+        sparse |= kind.endswith("Experts")
         if rope and kind.endswith("Attention"):
             replacements.append((module, attention_forward))
         elif norm and kind.endswith("RMSNorm"):
@@ -327,14 +524,27 @@ def apply(
             if not _silu(module.act_fn):
                 raise InputError(f"{name}.act_fn: expected SiLU, got {module.act_fn}; pass swiglu=False")
             replacements.append((module, _mlp_forward))
+        elif experts and kind.endswith("Experts") and not (hasattr(module, "alpha") or _silu(module.act_fn)):
+            raise InputError(f"{name}.act_fn: expected SiLU, got {module.act_fn}; pass experts=False")
+    if head and hasattr(base, "lm_head"):
+        _check_head(base.lm_head)
+        own = base.__dict__.get("forward")
+        state.head = _head_forward(home, base, type(base).forward if own is None else own.__func__)
+        replacements.append((base, state.head))
     if attention:
         transformers = importlib.import_module("transformers")
         transformers.AttentionInterface.register(NAME, _attention)
         transformers.AttentionMaskInterface.register(NAME, _mask)  # without it padding would be seen
         state.attention = config._attn_implementation
         base.set_attn_implementation(NAME)
+    if experts and sparse:
+        importlib.import_module("transformers.integrations.moe").ALL_EXPERTS_FUNCTIONS.register(
+            NAME, _experts
+        )
+        state.experts = config._experts_implementation
+        base.set_experts_implementation(NAME)
     for module, forward in replacements:
-        state.forwards.append((module, module.__dict__.get("forward"), forward))
+        state.forwards.append((module, module.__dict__.get("forward")))
         module.forward = types.MethodType(forward, module)
     base.__dict__[_STATE] = state
 
@@ -345,10 +555,14 @@ def remove(hf_model: Any) -> None:
     state: _Embedded | None = base.__dict__.pop(_STATE, None)
     if state is None:
         raise InputError("hf_model: burnish is not applied")
-    for module, own, _ in state.forwards:
+    for module, own in state.forwards:
+        if module is base and getattr(base.forward, "__func__", None) is not state.head:
+            continue  # a trainer has put its forward over ours, which now passes its calls on
         if own is None:
             del module.__dict__["forward"]
         else:
             module.forward = own
     if state.attention is not None:
         base.set_attn_implementation(state.attention)
+    if state.experts is not None:
+        base.set_experts_implementation(state.experts)

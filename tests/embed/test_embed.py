@@ -13,16 +13,21 @@ from burnish.model import InputError, embed
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 DENSE = ["llama", "llama-tied-llama3rope", "llama-yarn", "qwen2", "qwen3", "mistral-sw", "smollm3"]
-WINDOWS = {
-    "mistral-sw": {},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+ROUTED = ["mixtral", "qwen3_moe", "gpt_oss"]
+WINDOWS = {  # what gives a model sliding windows that its files do not
+    "qwen2": {
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+    }
 }
-WINDOWS["qwen2"]["layer_types"] = ["full_attention", "sliding_attention", "sliding_attention"]
 OPS = {
     "attention": ["flash_attention", "decode_attention"],
     "rope": ["apply_rope"],
     "norm": ["rms_norm"],
     "swiglu": ["swiglu"],
+    "experts": ["moe_mlp"],
+    "head": ["token_logprobs"],
 }
 
 
@@ -52,7 +57,7 @@ def both(model, run, **parts):
 
 
 @pytest.mark.parametrize("where", ["none", "left", "right"])
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", DENSE + ROUTED)
 def test_logits_and_gradients(load, ids, padding, name, where):
     model, mask = load(name, **WINDOWS.get(name, {})), padding[where]
     close(*both(model, lambda: train(model, ids, mask.bool(), attention_mask=mask)))
@@ -72,7 +77,7 @@ def test_packed_positions(load, ids, name):
 
 @pytest.mark.parametrize("where", ["none", "left", "right"])
 @pytest.mark.parametrize("cache", ["dynamic", "bare", "static"])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral-sw"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral-sw", "gpt_oss"])
 def test_caches(load, ids, padding, name, cache, where):
     model, mask = load(name, **WINDOWS.get(name, {})), padding[where]
     make = {
@@ -93,7 +98,7 @@ def test_caches(load, ids, padding, name, cache, where):
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", DENSE + ROUTED)
 def test_generate(load, ids, padding, name, cache):
     model = load(name, **WINDOWS.get(name, {}))
 
@@ -146,6 +151,78 @@ def test_gradient_checkpointing(load, ids, padding):
     close(*both(model, lambda: train(model, ids, mask.bool(), attention_mask=mask)))
 
 
+# ---- the loss of a training step
+
+
+def step(model, *args, **kwargs):
+    model.train().zero_grad()
+    out = model(*args, **kwargs)
+    out.loss.backward()
+    return [out.loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)], out
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied-llama3rope", *ROUTED])
+@pytest.mark.parametrize("how", ["labels", "num_items_in_batch", "shift_labels", "output_router_logits"])
+def test_loss_without_logits(load, ids, padding, name, how):
+    model, mask = load(name), padding["right"]
+    labels = ids.masked_fill(mask == 0, -100)
+    more = {
+        "labels": {},
+        "num_items_in_batch": {"num_items_in_batch": torch.tensor(50)},
+        "shift_labels": {"shift_labels": F.pad(labels[:, 2:], (0, 2), value=-100)},
+        "output_router_logits": {"output_router_logits": True},
+    }[how]
+    if how == "output_router_logits" and name not in ROUTED:
+        pytest.skip(f"{name} has no router")
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels, **more}
+    (got, ours), (want, theirs) = both(model, lambda: step(model, **inputs))
+    close(got, want)
+    assert ours.logits is None and type(ours) is type(theirs) and theirs.keys() - ours.keys() == {"logits"}
+    if "aux_loss" in theirs:
+        torch.testing.assert_close(ours.aux_loss, theirs.aux_loss, rtol=1e-5, atol=1e-5)
+
+
+def test_loss_where_the_logits_are_asked_for(load, ids):
+    model = load("llama")
+    want = model(ids, labels=ids)
+    embed.apply(model)
+    for got in (model(ids, labels=ids), model.train()(ids, labels=ids, return_dict=False)):
+        close(got[:2], want[:2])
+    assert model(ids, None, None, None, None, ids).logits is not None  # labels by place
+
+
+def test_loss_of_nothing_is_zero(load, ids):
+    model = load("llama")
+    embed.apply(model)
+    got, _ = step(model, ids, labels=torch.full_like(ids, -100))
+    assert all(bool((g == 0).all()) for g in got)
+
+
+# ---- experts
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_an_index_past_the_experts_is_skipped(load, name):
+    model = load(name)
+    experts = next(m for m in model.modules() if type(m).__name__.endswith("Experts"))
+    x, weights = torch.randn(7, 32), torch.rand(7, 2)
+    index = torch.randint(0, experts.num_experts, (7, 2))
+    skipped = torch.rand(7, 2) < 0.4
+    want = experts(x, index, weights.masked_fill(skipped, 0))
+    embed.apply(model)
+    close([experts(x, index.masked_fill(skipped, experts.num_experts), weights)], [want])
+
+
+def test_other_experts_are_named(load):
+    model = load("mixtral", hidden_act="gelu")
+    with pytest.raises(InputError, match=r"experts\.act_fn.*experts=False"):
+        embed.apply(model)
+    embed.apply(model, experts=False)
+    experts = model.model.layers[0].mlp.experts
+    with pytest.raises(InputError, match=r"MixtralExperts.*experts=False"):
+        embed._experts(experts, torch.randn(2, 32), torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1))
+
+
 # ---- which ops run
 
 
@@ -167,14 +244,15 @@ def count(monkeypatch):
 @pytest.mark.parametrize("part", [*OPS, None])
 def test_each_part_can_be_left_out_and_stand_alone(load, ids, padding, monkeypatch, part):
     calls = count(monkeypatch)
-    model, mask = load("qwen3"), padding["left"]
+    model, mask = load("qwen3_moe"), padding["left"]  # one of its layers has experts
 
     def run():
-        with torch.no_grad():
-            generated = model.generate(
-                ids, attention_mask=mask, max_new_tokens=2, do_sample=False, pad_token_id=0
-            )
-        return [*train(model, ids, mask.bool(), attention_mask=mask), generated]
+        model.eval()
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, pad_token_id=0)
+        model.train()
+        right = padding["right"]
+        loss = model(ids, attention_mask=right, labels=ids.masked_fill(right == 0, -100)).loss.detach()
+        return [*train(model, ids, mask.bool(), attention_mask=mask), out, loss]
 
     want = run()
     assert not any(calls.values())
@@ -278,17 +356,22 @@ def test_peft(load, ids, padding, first):
 # ---- torch.compile
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral-sw"])
-def test_a_block_compiles_whole(load, name):
+@pytest.mark.parametrize(
+    "name, part", [("qwen3", ""), ("mistral-sw", ""), ("gpt_oss", "self_attn")], ids=lambda x: x
+)
+def test_a_block_compiles_whole(load, name, part):
+    """But for experts: on a CPU both sides' read how many tokens each has. On a GPU ours do not."""
     model = load(name)
     embed.apply(model)
-    block, x = model.model.layers[0], torch.randn(2, 11, 32, requires_grad=True)
+    block, x = model.model.layers[0].get_submodule(part), torch.randn(2, 11, 32, requires_grad=True)
     angles = model.model.rotary_emb(x, torch.arange(11)[None])
 
     def run(block):
-        out = block(x, position_embeddings=angles)
+        out = block(x, position_embeddings=angles, attention_mask=None)
+        out = out[0] if part else out
         return [out.detach(), *torch.autograd.grad(out.square().mean(), [x, *block.parameters()])]
 
+    torch._dynamo.reset()
     close(run(torch.compile(block, fullgraph=True, backend="aot_eager")), run(block))
 
 
@@ -336,6 +419,19 @@ def test_other_activations_are_named(load, ids):
         embed.apply(model)
     assert model.config._attn_implementation == "sdpa"
     close(*both(model, lambda: [model(ids).logits], swiglu=False))
+
+
+def test_a_head_with_an_adapter_is_named(load, ids):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    wrapped = peft.get_peft_model(load("llama"), peft.LoraConfig(target_modules=["lm_head", "q_proj"]))
+    with pytest.raises(InputError, match=r"lm_head: expected torch\.nn\.Linear.*head=False"):
+        embed.apply(wrapped)
+    embed.apply(wrapped, head=False)
+    assert wrapped(input_ids=ids, labels=ids).logits is not None
+    late = load("llama").train()
+    embed.apply(late)
+    with pytest.raises(InputError, match="lm_head"):
+        peft.get_peft_model(late, peft.LoraConfig(target_modules=["lm_head"]))(input_ids=ids, labels=ids)
 
 
 def test_twice_and_not_at_all(load):

@@ -1,0 +1,215 @@
+"""TRL's trainers on an embedded model: every figure that they log over three steps is what it was."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from burnish.model import InputError, embed
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+trl = pytest.importorskip("trl", reason="trl is not installed")
+datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+import transformers  # noqa: E402
+
+CLOCK = ("runtime", "per_second", "time", "flops", "mfu")  # what a log line says of the machine
+
+
+@pytest.fixture
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, 96)}
+    plain = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<eos>", pad_token="<pad>")
+
+
+@pytest.fixture
+def rows():
+    draw = random.Random(0)
+
+    def words(least, most):
+        return " ".join(f"w{draw.randrange(2, 96)}" for _ in range(draw.randint(least, most)))
+
+    return [
+        {"prompt": words(2, 6), "completion": words(2, 8), "chosen": words(2, 8), "rejected": words(2, 8)}
+        for _ in range(12)
+    ]
+
+
+def even(completion_ids, **_):
+    return [sum(i % 2 == 0 for i in ids) / max(1, len(ids)) for ids in completion_ids]
+
+
+def train(folder, model, rows, tokenizer, output, embedded, **more):
+    """What `folder` ("SFT", ...) logs in each of three steps, and the trainer."""
+    columns = {
+        "SFT": ["prompt", "completion"],
+        "DPO": ["prompt", "chosen", "rejected"],
+        "GRPO": ["prompt"],
+        "Reward": ["chosen", "rejected"],
+    }[folder]
+    own = {"GRPO": {"num_generations": 4, "max_completion_length": 6}}.get(folder, {})
+    arguments = getattr(trl, f"{folder}Config")(
+        output_dir=str(output),
+        max_steps=3,
+        per_device_train_batch_size=4,
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        **own,
+        **more,
+    )
+    torch.manual_seed(0)
+    trainer = getattr(trl, f"{folder}Trainer")(
+        model=model,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list([{c: row[c] for c in columns} for row in rows]),
+        processing_class=tokenizer,
+        **({"reward_funcs": even} if folder == "GRPO" else {}),
+    )
+    if embedded:
+        embed.apply(trainer.model)
+        if getattr(trainer, "ref_model", None) is not None:
+            embed.apply(trainer.ref_model)
+    trainer.train()
+    logged = [line for line in trainer.state.log_history if "loss" in line]
+    return [
+        {k: v for k, v in line.items() if not any(word in k for word in CLOCK)} for line in logged
+    ], trainer
+
+
+def same(got, want):
+    assert len(got) == len(want) == 3
+    for g, w in zip(got, want, strict=True):
+        assert g == pytest.approx(w, rel=1e-5, abs=1e-5)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    calls = SimpleNamespace(token_logprobs=0, flash_attention=0)
+
+    def counted(op, original):
+        def call(*args, **kwargs):
+            setattr(calls, op, getattr(calls, op) + 1)
+            return original(*args, **kwargs)
+
+        return call
+
+    for op in vars(calls):
+        monkeypatch.setattr(embed, op, counted(op, getattr(embed, op)))
+    return calls
+
+
+@pytest.mark.parametrize(
+    "name, folder, more",
+    [
+        ("llama", "SFT", {}),
+        ("qwen3", "SFT", {"packing": True, "max_length": 16}),
+        ("qwen3_moe", "SFT", {"router_aux_loss_coef": 0.1}),
+        ("llama", "DPO", {}),
+        ("mistral-sw", "DPO", {"use_weighting": True}),
+        ("llama", "GRPO", {"beta": 0.04, "temperature": 0.8}),
+        ("gpt_oss", "GRPO", {}),
+    ],
+)
+def test_logged_figures(load, rows, tokenizer, tmp_path, calls, name, folder, more):
+    want, _ = train(folder, load(name), rows, tokenizer, tmp_path, embedded=False, **more)
+    assert calls.token_logprobs == calls.flash_attention == 0
+    got, trainer = train(folder, load(name), rows, tokenizer, tmp_path, embedded=True, **more)
+    same(got, want)
+    assert calls.flash_attention and calls.token_logprobs >= 3 * (1 + (folder == "DPO"))
+    assert want[0]["loss"] != want[2]["loss"]
+    embed.remove(trainer.model)
+
+
+@pytest.mark.parametrize("folder", ["SFT", "DPO", "GRPO"])
+def test_adapters(load, rows, tokenizer, tmp_path, calls, folder):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+
+    def model():
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        return peft.get_peft_model(load("llama"), config)
+
+    more = {"GRPO": {"beta": 0.1}}.get(folder, {})
+    want, _ = train(folder, model(), rows, tokenizer, tmp_path, embedded=False, **more)
+    got, _ = train(folder, model(), rows, tokenizer, tmp_path, embedded=True, **more)
+    same(got, want)
+    assert calls.token_logprobs >= 3
+
+
+def test_reward_model(data, rows, tokenizer, tmp_path, calls):
+    def model():
+        torch.manual_seed(0)
+        make = transformers.AutoModelForSequenceClassification.from_pretrained
+        return make(data / "tiny-hf" / "llama", num_labels=1, dtype=torch.float32)
+
+    want, _ = train("Reward", model(), rows, tokenizer, tmp_path, embedded=False)
+    got, _ = train("Reward", model(), rows, tokenizer, tmp_path, embedded=True)
+    same(got, want)
+    assert calls.flash_attention and not calls.token_logprobs
+
+
+def test_built_on_an_embedded_model(load, rows, tokenizer, tmp_path, calls):
+    """The trainer then lays its own head over ours; remove() takes off what lies below and leaves that."""
+    want, _ = train("SFT", load("llama"), rows, tokenizer, tmp_path, embedded=False)
+    model = load("llama")
+    embed.apply(model)
+    got, trainer = train("SFT", model, rows, tokenizer, tmp_path, embedded=False)
+    same(got, want)
+    assert calls.flash_attention and not calls.token_logprobs
+    embed.remove(trainer.model)
+    seen = calls.flash_attention
+    ids = torch.arange(2, 12)[None]
+    model.train()
+    assert model(ids, labels=ids).logits is not None
+    assert calls.flash_attention == seen and not calls.token_logprobs
+    embed.apply(model)
+    assert model(ids, labels=ids).logits is None and calls.token_logprobs == 1
+    out = model(ids, labels=ids, fused_lm_head=True)
+    assert out.log_probs.shape == (1, 9) and calls.token_logprobs == 2
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_per_token_figures(load, ids, temperature):
+    """All five of TRL's, with labels that are the likeliest token and labels that are not."""
+    model = load("llama").train()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(5)  # some tokens above one half
+        labels = ids.clone()
+        labels[:, 1::3] = model(ids).logits.argmax(-1)[:, 0::3][:, : labels[:, 1::3].shape[1]]
+        labels[0, :5], labels[2] = -100, -100
+    names = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    trl.trainer.utils.add_fused_lm_head(model, temperature=temperature, outputs=names)
+
+    def run():
+        model.zero_grad()
+        out = model(ids, labels=labels, fused_lm_head=True)
+        (out.loss + out.entropy.square().mean()).backward()
+        assert 0 < out.is_top1.sum() < out.label_mask.sum()
+        gradients = [p.grad.clone() for p in model.parameters()]
+        return [out.loss.detach(), *(getattr(out, name).detach() for name in names), *gradients]
+
+    want = run()
+    embed.apply(model, attention=False, rope=False, norm=False, swiglu=False)
+    for g, w in zip(run(), want, strict=True):
+        torch.testing.assert_close(g.to(w.dtype), w, rtol=1e-5, atol=1e-5)
+
+
+def test_another_version_of_the_head_is_named(load):
+    model = load("llama")
+
+    def _fused_forward(self, *args, **kwargs):
+        return None
+
+    model.forward = _fused_forward.__get__(model)
+    with pytest.raises(InputError, match=r"trl: expected the head of version 1\.16"):
+        embed.apply(model)
