@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 import types
+from itertools import product
 
 import pytest
 import torch
@@ -43,7 +44,8 @@ def train(model, ids, keep, **inputs):
     scored = keep[:, :-1] & keep[:, 1:]
     loss = F.cross_entropy(logits[:, :-1][scored], ids[:, 1:][scored])
     loss.backward()
-    return [logits[keep].detach(), *(p.grad.clone() for p in model.parameters())]
+    gradients = (torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters())
+    return [logits[keep].detach(), *gradients]
 
 
 def both(model, run, **parts):
@@ -161,8 +163,15 @@ def step(model, *args, **kwargs):
     return [out.loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)], out
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied-llama3rope", *ROUTED])
-@pytest.mark.parametrize("how", ["labels", "num_items_in_batch", "shift_labels", "output_router_logits"])
+@pytest.mark.parametrize(
+    "name, how",
+    [
+        *product(
+            ["llama", "llama-tied-llama3rope", *ROUTED], ["labels", "num_items_in_batch", "shift_labels"]
+        ),
+        *product(ROUTED, ["output_router_logits"]),
+    ],
+)
 def test_loss_without_logits(load, ids, padding, name, how):
     model, mask = load(name), padding["right"]
     labels = ids.masked_fill(mask == 0, -100)
@@ -172,8 +181,6 @@ def test_loss_without_logits(load, ids, padding, name, how):
         "shift_labels": {"shift_labels": F.pad(labels[:, 2:], (0, 2), value=-100)},
         "output_router_logits": {"output_router_logits": True},
     }[how]
-    if how == "output_router_logits" and name not in ROUTED:
-        pytest.skip(f"{name} has no router")
     inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels, **more}
     (got, ours), (want, theirs) = both(model, lambda: step(model, **inputs))
     close(got, want)
@@ -196,6 +203,39 @@ def test_loss_of_nothing_is_zero(load, ids):
     embed.apply(model)
     got, _ = step(model, ids, labels=torch.full_like(ids, -100))
     assert all(bool((g == 0).all()) for g in got)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_trainer(load, ids, tmp_path, name):
+    """transformers' own Trainer, whose loss is divided by the trained tokens of two micro-batches."""
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    rows = [
+        {"input_ids": row, "labels": row.masked_fill(torch.arange(13) < i, -100)} for i, row in enumerate(ids)
+    ]
+
+    def run(apply):
+        model = load(name)
+        if apply:
+            embed.apply(model)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=3,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-3,
+            logging_steps=1,
+            report_to="none",
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        trainer = transformers.Trainer(model, arguments, train_dataset=rows * 2)
+        trainer.train()
+        return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+    want, got = run(False), run(True)
+    assert len(got) == 3 and got == pytest.approx(want, abs=1e-5)
 
 
 # ---- experts
@@ -266,12 +306,47 @@ def test_each_part_can_be_left_out_and_stand_alone(load, ids, padding, monkeypat
         embed.remove(model)
 
 
-def test_without_the_mask_interface_padding_is_seen(load, ids, padding, monkeypatch):
-    """The control of the tests above: they fail when a mask is lost."""
-    monkeypatch.setattr(embed, "_mask", lambda *_, **__: None)
-    model, mask = load("llama"), padding["left"]
-    got, want = both(model, lambda: train(model, ids, mask.bool(), attention_mask=mask))
-    assert (got[0] - want[0]).abs().max() > 1e-3
+def without(op, name):
+    return lambda *args, **kwargs: op(*args, **{**kwargs, name: None})
+
+
+FAULTS = {
+    "the mask is lost, as without AttentionMaskInterface": (
+        "llama",
+        "_mask",
+        lambda _: lambda *_, **__: None,
+    ),
+    "the window is lost": ("mistral-sw", "flash_attention", lambda op: without(op, "window")),
+    "the window is lost beside a cache": ("mistral-sw", "decode_attention", lambda op: without(op, "window")),
+    "the sinks are lost": ("gpt_oss", "flash_attention", lambda op: without(op, "sinks")),
+    "gate and up are not taken apart": ("gpt_oss", "_apart", lambda _: lambda x: x),
+    "the experts' biases are lost": ("gpt_oss", "moe_mlp", lambda op: without(op, "down_bias")),
+    "rotated backwards": (
+        "llama",
+        "_rotate",
+        lambda op: lambda q, k, cos, sin, halves: op(q, k, cos, -sin, halves),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(load, ids, padding, monkeypatch, fault):
+    """The control of the tests above: they fail where the adapters between transformers and the ops are wrong."""
+    name, function, plant = FAULTS[fault]
+    model, mask = load(name), padding["left"]
+
+    def run():
+        past = transformers.DynamicCache()  # keeps more than a window
+        with torch.no_grad():
+            model(ids[:, :10], attention_mask=mask[:, :10], past_key_values=past)
+            last = model(ids[:, 10:], attention_mask=mask, past_key_values=past).logits
+        return [*train(model, ids, mask.bool(), attention_mask=mask), last]
+
+    want = run()
+    monkeypatch.setattr(embed, function, plant(getattr(embed, function)))
+    embed.apply(model)
+    with pytest.raises(AssertionError, match="not close"):
+        close(run(), want)
 
 
 # ---- what stays as it was
