@@ -407,10 +407,8 @@ def _fused_head(forward: Callable[..., Any]) -> Callable[..., Any] | None:
     missing = {"_ChunkedLogProbFunction", "_use_triton"} - set(code.co_names)
     if missing:
         raise InputError(f"trl: expected the head of version 1.16, which has {', '.join(sorted(missing))}")
-    names = {
-        "_ChunkedLogProbFunction": _TokenLogprobs,
-        "_use_triton": lambda device: True,
-    }  # score trained rows alone
+    # where TRL believes that Triton runs, it scores the trained rows alone: ours does everywhere
+    names = {"_ChunkedLogProbFunction": _TokenLogprobs, "_use_triton": lambda device: True}
     again = types.FunctionType(
         code, forward.__globals__ | names, code.co_name, forward.__defaults__, forward.__closure__
     )
@@ -528,9 +526,13 @@ def apply(
             raise InputError(f"{name}.act_fn: expected SiLU, got {module.act_fn}; pass experts=False")
     if head and hasattr(base, "lm_head"):
         _check_head(base.lm_head)
-        own = base.__dict__.get("forward")
-        state.head = _head_forward(home, base, type(base).forward if own is None else own.__func__)
+        own = getattr(base.forward, "__func__", None) or (
+            lambda _, *args, call=base.forward, **more: call(*args, **more)
+        )
+        state.head = _head_forward(home, base, own)
         replacements.append((base, state.head))
+    if any(hasattr(module, "_hf_hook") for module, _ in replacements):
+        raise InputError("hf_model: expected one device, got accelerate's hooks of a device_map over several")
     if attention:
         transformers = importlib.import_module("transformers")
         transformers.AttentionInterface.register(NAME, _attention)

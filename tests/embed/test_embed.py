@@ -509,6 +509,26 @@ def test_a_head_with_an_adapter_is_named(load, ids):
         peft.get_peft_model(late, peft.LoraConfig(target_modules=["lm_head"]))(input_ids=ids, labels=ids)
 
 
+def test_hooks_are_named(load):
+    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
+    model = load("llama")
+    hooks.add_hook_to_module(model.model.layers[0].mlp, hooks.AlignDevicesHook("cpu"))
+    with pytest.raises(InputError, match="device_map"):
+        embed.apply(model)
+    embed.apply(model, swiglu=False)
+
+
+def test_a_forward_that_is_no_method_is_passed_on_to(load, ids):
+    model = load("llama")
+    want, plain = model(ids).logits, model.forward
+    model.forward = lambda *args, **kwargs: plain(*args, **kwargs)
+    own = model.forward
+    embed.apply(model)
+    close([model(ids).logits], [want])
+    embed.remove(model)
+    assert model.forward is own
+
+
 def test_twice_and_not_at_all(load):
     model = load("llama")
     with pytest.raises(InputError, match="not applied"):
