@@ -9,6 +9,11 @@ COMMANDS = {  # name: (module with a Config, its function of a Config, one line)
         "train",
         "DeepSeek-R1's recipe in miniature, from random weights to a report",
     ),
+    "instruct": (
+        "burnish.algorithms.instruct",
+        "train",
+        "InstructGPT's recipe in miniature: SFT, reward model, PPO, DPO",
+    ),
     "sft": (
         "burnish.algorithms.sft",
         "train",
@@ -26,7 +31,7 @@ COMMANDS = {  # name: (module with a Config, its function of a Config, one line)
     "evaluate": (
         "burnish.algorithms.evaluate",
         "evaluate",
-        "accuracy, pass@k and majority vote under a verifier of yours, or perplexity",
+        "accuracy, pass@k and majority vote under a verifier of yours, perplexity, or a reward model on pairs",
     ),
     "chat-demo": ("burnish.algorithms.chat_demo", "train", "GRPO on a real chat model: whole, LoRA or QLoRA"),
     "merge": ("burnish.algorithms.merge", "merge", "fold an adapter into its model"),

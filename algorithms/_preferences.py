@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..model.errors import InputError
 from ..model.packed import Packed, pack
+from ..model.scalar import ScalarModel
 from ..model.tokenizer import Message, Tokenizer
 from ..model.transformer import Transformer
 from ._data import (
@@ -307,18 +308,37 @@ def _micro_batch(items: Sequence[Preference | Judged], members: list[int], devic
     )
 
 
-@torch.no_grad()
 def completion_logprobs(
     model: Transformer, items: Sequence[Preference | Judged], capacity: int, device: str
 ) -> Tensor:
     """Sums over the completions' tokens, (items, completions of each) fp32 on the CPU. Dropout is off."""
+    return _over_completions(
+        model, items, lambda m: m.sums(model.score(m.packed, m.rows)[0]), capacity, device
+    )
+
+
+def completion_scores(
+    model: ScalarModel, items: Sequence[Preference | Judged], capacity: int, device: str
+) -> Tensor:
+    """A reward model's, (items, completions of each) fp32 on the CPU. Dropout is off."""
+    return _over_completions(model, items, lambda m: model.values(m.packed, m.last), capacity, device)
+
+
+@torch.no_grad()
+def _over_completions(
+    model: Transformer | ScalarModel,
+    items: Sequence[Preference | Judged],
+    function: Callable[[MicroBatch], Tensor],
+    capacity: int,
+    device: str,
+) -> Tensor:
     training = model.training
     model.eval()
     found = torch.empty(len(items), len(items[0].completions) if items else 0)
     for micro in micro_batches(items, capacity, device):
         with autocast(device):
-            logprob, _, _ = model.score(micro.packed, micro.rows)
-        found[micro.members] = micro.sums(logprob).view(len(micro.members), -1).cpu()
+            values = function(micro)  # (completions,)
+        found[micro.members] = values.view(len(micro.members), -1).float().cpu()
     model.train(training)
     return found
 

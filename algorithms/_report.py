@@ -1,9 +1,10 @@
-"""One self-contained HTML page of an `r1` run: table, learning curves, transcripts. No scripts, no network."""
+"""One self-contained HTML page of a recipe's run: table, figure, transcripts. No scripts, no network."""
 
 import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import jinja2
 import matplotlib
@@ -11,6 +12,8 @@ from markupsafe import Markup
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -28,19 +31,19 @@ PAGE = """<!doctype html>
 </style></head><body>
 <h1>{{ title }}</h1>
 <p class="quiet">{{ subtitle }}</p>
-<h2>Held-out problems, percent</h2>
+<h2>{{ heading }}</h2>
 <table><thead><tr>{% for name in header %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
 {% for stage, values in rows.items() %}<tr><td>{{ stage }}</td>{% for value in values %}
 <td>{% if value is not none %}{% if loop.first %}
-<span class="bar" style="width: {{ value * 0.06 }}rem"></span>{% endif %}
-<span class="number">{{ '%.1f' | format(value) }}</span>{% endif %}</td>{% endfor %}</tr>
+<span class="bar" style="width: {{ 6 * [value, 0] | max / full_bar }}rem"></span>{% endif %}
+<span class="number">{{ format % value }}</span>{% endif %}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table>
 <p class="quiet">{{ note }}</p>
-<h2>Learning curves</h2>
-<p>{{ curve_note }}</p>
+<h2>{{ figure_heading }}</h2>
+<p>{{ figure_note }}</p>
 {{ figure }}
 <h2>Transcripts</h2>
-<p>The first held-out problems, one sample each.</p>
+<p>{{ transcript_note }}</p>
 {% for stage, lines in transcripts.items() %}<b>{{ stage }}</b><pre>{% for line in lines %}{{ line }}
 {% endfor %}</pre>{% endfor %}
 <h2>This run</h2>
@@ -54,15 +57,20 @@ def write(
     *,
     title: str,
     subtitle: str,
+    heading: str,
     header: Sequence[str],
     rows: Mapping[str, Sequence[float | None]],
     note: str,
-    curves: Sequence[Mapping[str, Sequence[float]]],
-    curve_note: str,
+    figure: str,
+    figure_note: str,
     transcripts: Mapping[str, Sequence[str]],
     facts: Mapping[str, object],
+    full_bar: float = 100,
+    format: str = "%.1f",
+    figure_heading: str = "Learning curves",
+    transcript_note: str = "The first held-out problems, one sample each.",
 ) -> Path:
-    """rows: numbers a stage, the first drawn as a bar of 0 to 100. curves: by stage, one mapping a seed.
+    """rows: numbers a stage, the first drawn as a bar, full at `full_bar`. figure: SVG text, as `draw_steps` gives it.
 
     The page is written beside `path` and renamed, so a reader never finds half of it.
     """
@@ -70,11 +78,16 @@ def write(
     page = template.render(
         title=title,
         subtitle=subtitle,
+        heading=heading,
         header=header,
         rows=rows,
+        full_bar=full_bar,
+        format=format,
         note=note,
-        curve_note=curve_note,
-        figure=Markup(draw(curves)),
+        figure_heading=figure_heading,
+        figure_note=figure_note,
+        figure=Markup(figure),
+        transcript_note=transcript_note,
         transcripts=transcripts,
         facts=facts,
     )
@@ -84,20 +97,44 @@ def write(
     return path
 
 
-def draw(curves: Sequence[Mapping[str, Sequence[float]]], window: int = 5) -> str:
-    """SVG text: a running mean over `window` steps for each stage, one thin line a seed."""
+def smooth(values: Sequence[float], window: int = 5) -> list[float]:
+    """Mean of each value and those before it, `window` in all."""
+    spans = [values[max(0, i - window + 1) : i + 1] for i in range(len(values))]
+    return [sum(span) / len(span) for span in spans]
+
+
+def draw_steps(curves: Sequence[Mapping[str, Sequence[float]]]) -> str:
+    """SVG text: the smoothed share of right samples by GRPO step for each stage, one thin line a seed."""
     figure, axes = plt.subplots(figsize=(9, 3.6))
     for index, stage in enumerate(curves[0]):
         for seed, stages in enumerate(curves):
-            values = stages[stage]
-            smooth = [
-                sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))
-            ]
-            axes.plot(smooth, color=f"C{index}", linewidth=1.6, alpha=0.9, label=stage if seed == 0 else None)
+            label = stage if seed == 0 else None
+            axes.plot(smooth(stages[stage]), color=f"C{index}", linewidth=1.6, alpha=0.9, label=label)
     axes.set(xlabel="GRPO step", ylabel="share of right samples", ylim=(0, 1.02))
+    return _finish(figure, axes, "lower right")
+
+
+def draw_rewards(
+    paths: Sequence[Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]]],
+) -> str:
+    """SVG text: by stage KL, gold and proxy reward of each step, smoothed; one line a seed, a mark for one step."""
+    figure, axes = plt.subplots(figsize=(9, 4.2))
+    for index, stage in enumerate(paths[0]):
+        for seed, stages in enumerate(paths):
+            kl, *rewards = (smooth(values) for values in stages[stage])
+            distance = [max(0.0, value) ** 0.5 for value in kl]
+            for values, name, line, marker in zip(rewards, ("gold", "proxy"), ("-", ":"), "os", strict=True):
+                label = f"{stage}, {name}" if seed == 0 else None
+                mark = marker if len(values) == 1 else ""
+                axes.plot(distance, values, line, marker=mark, color=f"C{index}", linewidth=1.6, label=label)
+    axes.set(xlabel="distance from SFT: square root of the KL divergence", ylabel="reward")
+    return _finish(figure, axes, "best")
+
+
+def _finish(figure: Figure, axes: Axes, legend: Literal["lower right", "best"]) -> str:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc=legend)
     text = io.StringIO()
     figure.savefig(text, format="svg", bbox_inches="tight")
     plt.close(figure)

@@ -36,6 +36,7 @@ from ..model.tokenizer import Tokenizer
 from . import _report, grpo
 from ._command import run_command
 from ._loop import check_flags, default_device, new_run_folder
+from ._recipe import read_metric, write_rows
 
 LARGEST = 20
 MAX_NEW_TOKENS = 16
@@ -132,9 +133,7 @@ def train(cfg: Config) -> Path:
     held_out = held_out[: cfg.held_out]
     before = measure(cfg, cfg.model, held_out)
     print_score("before", before)
-    data = cfg.output / "problems.jsonl"
-    data.parent.mkdir(parents=True, exist_ok=True)
-    data.write_text("".join(json.dumps(row) + "\n" for row in training))
+    data = write_rows(cfg.output / "problems.jsonl", training)
     clock, cpu = time.perf_counter(), time.process_time()
     trained = grpo.train(
         grpo.Config(
@@ -170,16 +169,16 @@ def train(cfg: Config) -> Path:
         "whole run": f"{time.perf_counter() - started:.0f} s, {time.process_time() - cpu_before:.0f} s of CPU time",
         "saved in": trained,
     }
-    metrics = (cfg.output / "grpo" / "metrics.jsonl").read_text().splitlines()
     report = _report.write(
         cfg.output / "report.html",
         title="A chat model learns to get sums right",
         subtitle=f"GRPO on {cfg.model.name}: the reward is 1 where the last number of the answer is the sum.",
+        heading="Held-out problems, percent",
         header=["", "right", "standard error", "ended"],
         rows={name: [s.right, s.error, s.ended] for name, s in (("before", before), ("after", after))},
         note=f"{len(held_out)} held-out sums, one answer to each at temperature {cfg.temperature:g}.",
-        curves=[{cfg.mode: [json.loads(line)["reward"] for line in metrics]}],
-        curve_note="Share of right samples on training problems in each GRPO step, a mean over five steps.",
+        figure=_report.draw_steps([{cfg.mode: read_metric(cfg.output / "grpo", "reward")}]),
+        figure_note="Share of right samples on training problems in each GRPO step, a mean over five steps.",
         transcripts={"before": before.answers, "after": after.answers},
         facts=facts,
     )

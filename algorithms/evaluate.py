@@ -1,14 +1,18 @@
-"""Evaluate a model: answers that a verifier judges, or the perplexity of given text.
+"""Evaluate a model: answers that a verifier judges, the perplexity of given text, or a reward model's judgement.
 
     pass@k     = mean over prompts of 1 - C(n - c, k) / C(n, k), with c of n samples right: the unbiased estimate
     majority   = share of prompts whose most frequent answer among n samples is right
     perplexity = exp(-sum_t log pi(y_t) / tokens)
+    accuracy   = share of pairs whose chosen completion scores above the rejected one; a tie is wrong
 
 With --reward the model answers the file's prompts, once greedily and --samples times at --temperature; a sample is
-right where the first reward function gives it at least --right-at. Without, the completions in the file are scored.
+right where the first reward function gives it at least --right-at. Without, the completions in the file are scored. A
+reward model (burnish reward) judges the file's pairs of chosen and rejected.
 
 Figures: greedy, pass@k, majority (percent), each with its standard error over prompts; reward/<function> (mean over the
-samples); length (tokens), ended (percent); nats (mean -log pi a token), its standard error over rows, perplexity.
+samples); length (tokens), ended (percent); nats (mean -log pi a token), its standard error over rows, perplexity;
+of a reward model accuracy (percent) and margin (mean of chosen's score less rejected's), each with its standard error
+over pairs, and how many pairs.
 
 Source: pass@k: Chen et al. 2021, https://arxiv.org/abs/2107.03374, eq. 1
         majority: Wang et al. 2022, https://arxiv.org/abs/2203.11171
@@ -28,25 +32,25 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from ..model.checkpoint import load_model
+from ..model.checkpoint import has_score, load_model, load_scalar_model
 from ..model.errors import InputError
 from ..model.generate import Sample, generate
 from ..model.packed import pack
+from ..model.scalar import ScalarModel
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from ._command import run_command
 from ._data import Prompt, best_fit, read_rows, rl_prompts, sft_examples
 from ._loop import autocast, check_flags, check_model, default_device, new_run_folder, report_counts
+from ._preferences import completion_scores, longest, preferences
 from ._rewards import RewardFunction, judge, load_reward, load_rewards
 from ._rollout import completion
 
 
 @dataclass(frozen=True)
 class Config:
-    model: Path  # Hugging Face folder, or an adapter's
-    data: (
-        Path  # prompts with any further columns for the verifier, or rows to score: .jsonl, .json or .parquet
-    )
+    model: Path  # Hugging Face folder, or an adapter's; a language model or a reward model
+    data: Path  # prompts and any columns for the verifier, rows to score, or pairs: .jsonl, .json or .parquet
     reward: tuple[str, ...] = ()  # FILE.py:function or package.module:function; the first says what is right
     answer: str | None = None  # FILE.py:function that gives each completion's answer, for the majority vote
     output: Path = field(default_factory=lambda: new_run_folder("evaluate"))  # new folder: figures, samples
@@ -63,8 +67,8 @@ class Config:
     max_new_tokens: int = 256  # cap on a completion's length
     batch_size: int = 64  # samples at a time, which bounds the cache
     train_on: Literal["completion", "all"] = "completion"  # which tokens of a row perplexity is over
-    max_length: int = 1024  # tokens; longer rows are truncated and counted, for perplexity
-    micro_batch_tokens: int = 8192  # tokens in one forward, for perplexity
+    max_length: int = 1024  # tokens; longer rows are truncated, longer pairs dropped, and counted
+    micro_batch_tokens: int = 8192  # tokens in one forward, for perplexity and pairs
     seed: int = 0  # of sampling
     device: str = field(default_factory=default_device)
 
@@ -100,14 +104,24 @@ def evaluate(cfg: Config) -> dict[str, float]:
         raise InputError(f"--k: expected numbers of at least 1, got {cfg.k}")
     if cfg.answer and not cfg.reward:
         raise InputError("--answer: expected --reward, which says what answer is right, beside it")
+    judges_pairs = has_score(cfg.model)
+    if judges_pairs and cfg.reward:
+        raise InputError(
+            f"--reward: {cfg.model} is a reward model, which answers nothing: leave the flag out"
+        )
     rewards = load_rewards(cfg.reward) if cfg.reward else {}
     answers: Any = load_reward(cfg.answer, "answer") if cfg.answer else None
     tokenizer = Tokenizer.load(cfg.model, cfg.chat_template)
     rows = read_rows(cfg.data)[: cfg.limit]
-    model = load_model(cfg.model, device=cfg.device).eval()
-    if rewards:
+    if judges_pairs:
+        figures, records = evaluate_pairs(
+            cfg, load_scalar_model(cfg.model, device=cfg.device), tokenizer, rows
+        )
+    elif rewards:
+        model = load_model(cfg.model, device=cfg.device).eval()
         figures, records = evaluate_answers(cfg, model, tokenizer, rows, rewards, answers)
     else:
+        model = load_model(cfg.model, device=cfg.device).eval()
         figures, records = evaluate_text(cfg, model, tokenizer, rows)
     print_figures(figures)
     print(f"\nwritten: {write(cfg, figures, records)}")
@@ -239,8 +253,21 @@ def evaluate_text(
     return {"nats": nats, "nats_error": error, "perplexity": exp(min(nats, 700)), "tokens": tokens}, records
 
 
+def evaluate_pairs(
+    cfg: Config, model: ScalarModel, tokenizer: Tokenizer, rows: Sequence[dict[str, Any]]
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Returns the figures of a reward model, and one record a pair."""
+    pairs, counts = preferences(rows, tokenizer, max_length=cfg.max_length)
+    report_counts(cfg.data, counts)
+    check_model(model, tokenizer, max(map(longest, pairs)))
+    scores = completion_scores(model, pairs, cfg.micro_batch_tokens, cfg.device).tolist()  # (pairs, 2)
+    figures = with_error("accuracy", [100.0 * (chosen > rejected) for chosen, rejected in scores])
+    figures |= with_error("margin", [chosen - rejected for chosen, rejected in scores])
+    return figures | {"pairs": len(pairs)}, [{"chosen": c, "rejected": r, "right": c > r} for c, r in scores]
+
+
 def with_error(name: str, values: Sequence[float]) -> dict[str, float]:
-    """Mean, and the standard error of the mean, of one value a prompt."""
+    """Mean, and the standard error of the mean, of one value a prompt or pair."""
     error = stdev(values) / sqrt(len(values)) if len(values) > 1 else 0.0
     return {name: fmean(values), f"{name}_error": error}
 

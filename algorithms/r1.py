@@ -28,15 +28,14 @@ from statistics import mean, median
 
 import torch
 
-from ..model.checkpoint import load_model, save_model
-from ..model.config import ModelConfig
+from ..model.checkpoint import load_model
 from ..model.errors import InputError
 from ..model.generate import generate
 from ..model.tokenizer import Tokenizer
-from ..model.transformer import Transformer
 from . import _report, grpo, sft
 from ._command import run_command
 from ._loop import check_flags, default_device, new_run_folder
+from ._recipe import random_model, read_metric, write_rows
 from ._sums import accuracy, answer_of, demonstration_row, form, make_tokenizer, prompt_row, split_problems
 
 
@@ -112,12 +111,13 @@ def train(cfg: Config) -> Path:
         title="DeepSeek-R1's recipe in miniature",
         subtitle="The last digit of a sum of three digits, reasoned out as running sums: "
         "R1-Zero, R1 and a distilled student, each trained here from random weights.",
+        heading="Held-out problems, percent",
         header=["stage", "pass@1", "vote", "greedy", "form", "published"],
         rows={stage: [*vars(score).values(), PUBLISHED.get(stage)] for stage, score in table.items()},
         note=f"pass@1, vote and form over {cfg.evaluation_samples} samples a problem at temperature 1. published: "
         "DeepSeek's pass@1 on AIME 2024 (arXiv 2501.12948; R1-Zero's vote: 86.7), another task: compare the shape.",
-        curves=curves,
-        curve_note="Share of right samples on training problems in each GRPO step, a mean over five steps.",
+        figure=_report.draw_steps(curves),
+        figure_note="Share of right samples on training problems in each GRPO step, a mean over five steps.",
         transcripts=recipes[0].transcripts,
         facts={"seeds": cfg.seeds, "wall time": f"{seconds:.0f} s", "folder": cfg.output},
     )
@@ -165,23 +165,10 @@ class Recipe:
         return self
 
     def random_model(self, size: str) -> Path:
-        shape = {"model_type": "llama", "vocab_size": 17, "max_position_embeddings": 64, "rms_norm_eps": 1e-6}
-        shape |= {
-            "tie_word_embeddings": True,
-            "hidden_act": "silu",
-            "eos_token_id": 0,
-            "initializer_range": 0.1,
-        }
-        config = ModelConfig.from_hf(shape | SIZES[size], "r1")
-        folder = self.folder / f"{size}-random"
-        save_model(Transformer(config, seed=self.seed), folder, Tokenizer(make_tokenizer(), eos="<eos>"))
-        return folder
+        return random_model(self.folder / f"{size}-random", make_tokenizer(), self.seed, **SIZES[size])
 
     def write(self, name: str, rows: Iterable[dict[str, str]]) -> Path:
-        path = self.folder / "data" / f"{name}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return path
+        return write_rows(self.folder / "data" / f"{name}.jsonl", rows)
 
     def sft(self, name: str, model: Path, data: Path, steps: int, learning_rate: float) -> Path:
         return sft.train(
@@ -268,11 +255,7 @@ class Recipe:
 
     def curves(self) -> dict[str, list[float]]:
         """Reward per GRPO step, by stage."""
-        lines = {
-            name: (folder / "metrics.jsonl").read_text().splitlines()
-            for name, folder in self.rl_stages.items()
-        }
-        return {name: [json.loads(line)["reward/accuracy"] for line in text] for name, text in lines.items()}
+        return {name: read_metric(folder, "reward/accuracy") for name, folder in self.rl_stages.items()}
 
 
 def print_table(table: dict[str, Score], seeds: int) -> None:

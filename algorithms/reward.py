@@ -21,7 +21,6 @@ Run:    burnish reward --model DIR --data FILE.jsonl
 """
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
@@ -30,7 +29,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.scalar import ScalarModel
 from ..model.tokenizer import Tokenizer
 from ._adapter import ADAPTER_BOUNDS, load_scalar_trainee
 from ._command import run_command
@@ -49,6 +47,7 @@ from ._loop import (
 )
 from ._preferences import (
     Preference,
+    completion_scores,
     load_pairs,
     longest,
     micro_batches,
@@ -126,7 +125,11 @@ def train(cfg: Config) -> Path:
     check_model(model, tokenizer, max(map(longest, pairs)))
     model.body.checkpoint_activations = cfg.checkpoint_activations
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
-    before = score(model, held_out, cfg)
+
+    def scores(pairs: list[Preference]) -> Tensor:  # of chosen and rejected, (pairs, 2)
+        return completion_scores(model, pairs, cfg.micro_batch_tokens, cfg.device)
+
+    before = scores(held_out)
     with Run(cfg, model=model, optimizer=optimizer) as run:
         batches = epochs(len(pairs), cfg.batch_size, cfg.seed, skip=run.start)
         for step in run.steps():
@@ -150,24 +153,10 @@ def train(cfg: Config) -> Path:
                 tokens=sum(num_tokens(pair) for pair in batch),
             )
             run.save_step(model, tokenizer)
-        model.bias -= score(model, pairs[:REFERENCES], cfg)[:, 0].mean().item()
+        model.bias -= scores(pairs[:REFERENCES])[:, 0].mean().item()
         if held_out:
-            report_held_out(run.folder, before=before, after=score(model, held_out, cfg))
+            report_held_out(run.folder, before=before, after=scores(held_out))
         return run.save(model, tokenizer)
-
-
-@torch.no_grad()
-def score(model: ScalarModel, pairs: Sequence[Preference], cfg: Config) -> Tensor:
-    """The scores of chosen and rejected, (pairs, 2) fp32 on the CPU. Dropout is off."""
-    training = model.training
-    model.eval()
-    scores = torch.empty(len(pairs), 2)
-    for micro in micro_batches(pairs, cfg.micro_batch_tokens, cfg.device):
-        with autocast(cfg.device):
-            values = model.values(micro.packed, micro.last)
-        scores[micro.members] = values.view(-1, 2).float().cpu()
-    model.train(training)
-    return scores
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def chosen_scores_average_zero(module: ModuleType, place: Place) -> None:
     cfg = config(module, place)
     model = load_scalar_model(module.train(cfg))
     pairs = module.load_pairs(place.data, Tokenizer.load(place.model), 64)
-    same(module.score(model, pairs, cfg)[:, 0].mean().item(), 0)
+    same(module.completion_scores(model, pairs, 10**6, "cpu")[:, 0].mean().item(), 0)
 
 
 def pairs_lie_as_they_should(module: ModuleType, place: Place) -> None:
@@ -215,7 +215,7 @@ FAULTS = [
     Fault("another's reference", "kto", "[[members[i] for i in micro.members]]", "[micro.members]", START),
     Fault("reference moves", "dpo", "ref = ref", "ref = total.detach().cpu() + 0 * ref", the_reference_stays),
     Fault("shifted up", "reward", "model.bias -=", "model.bias +=", chosen_scores_average_zero),
-    Fault("rejected at 0", "reward", "cfg)[:, 0].mean", "cfg)[:, 1].mean", chosen_scores_average_zero),
+    Fault("rejected at 0", "reward", "[:, 0].mean()", "[:, 1].mean()", chosen_scores_average_zero),
     *(
         Fault(name, PREFERENCES, old, new, check)
         for name, old, new, check in [

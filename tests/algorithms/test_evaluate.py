@@ -10,7 +10,7 @@ import torch
 from burnish.algorithms import evaluate
 from burnish.algorithms._data import read_rows, sft_examples
 from burnish.algorithms.verifiers import gsm8k, last_number, number
-from burnish.model.checkpoint import load_model
+from burnish.model.checkpoint import load_model, load_scalar_model, save_model
 from burnish.model.errors import InputError
 from burnish.model.packed import pack
 from burnish.model.tokenizer import Tokenizer
@@ -139,6 +139,59 @@ def test_perplexity_is_that_of_the_trained_tokens(cfg, demonstrations):
     assert figures["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
     records = [json.loads(line) for line in (cfg.output / "samples.jsonl").read_text().splitlines()]
     assert len(records) == 64 and sum(record["tokens"] for record in records) == tokens
+
+
+@pytest.fixture
+def reward_model(model_folder, tmp_path):
+    save_model(
+        load_scalar_model(model_folder, seed=1), tmp_path / "reward-model", Tokenizer.load(model_folder)
+    )
+    return tmp_path / "reward-model"
+
+
+def test_a_reward_model_is_judged_on_pairs(cfg, reward_model, pairs, tmp_path, capsys):
+    cfg = dataclasses.replace(cfg, model=reward_model, data=pairs, reward=(), micro_batch_tokens=100)
+    figures = evaluate.evaluate(cfg)
+    model, tokenizer = load_scalar_model(reward_model), Tokenizer.load(reward_model)
+    right, margins = [], []
+    for row in map(json.loads, pairs.read_text().splitlines()):
+        texts = (
+            tokenizer.encode(row["prompt"] + row[name]) + [tokenizer.eos_id]
+            for name in ("chosen", "rejected")
+        )
+        chosen, rejected = (model.values(pack([t]), torch.tensor([len(t) - 1])).item() for t in texts)
+        right.append(float(chosen > rejected))
+        margins.append(chosen - rejected)
+    p = sum(right) / 64
+    assert 0 < p < 1 and figures["pairs"] == 64
+    assert figures["accuracy"] == pytest.approx(100 * p)
+    assert figures["accuracy_error"] == pytest.approx(100 * math.sqrt(p * (1 - p) / 63))
+    assert figures["margin"] == pytest.approx(sum(margins) / 64, abs=1e-5)
+    assert figures["margin_error"] == pytest.approx(torch.tensor(margins).std().item() / 8, abs=1e-5)
+    records = [json.loads(line) for line in (cfg.output / "samples.jsonl").read_text().splitlines()]
+    assert [record["right"] for record in records] == right
+    assert json.loads((cfg.output / "result.json").read_text())["figures"] == figures
+    assert "accuracy" in capsys.readouterr().out
+    swapped = [json.loads(line) for line in pairs.read_text().splitlines()]
+    swapped = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in swapped]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in swapped))
+    again = evaluate.evaluate(dataclasses.replace(cfg, output=tmp_path / "swapped"))
+    assert again["accuracy"] == pytest.approx(100 * (1 - p)) and again["margin"] == pytest.approx(
+        -figures["margin"]
+    )
+
+
+def test_a_reward_model_that_always_says_the_same_is_never_right(cfg, reward_model, pairs):
+    model = load_scalar_model(reward_model)
+    torch.nn.init.zeros_(model.score.weight)
+    save_model(model, reward_model, Tokenizer.load(reward_model))
+    figures = evaluate.evaluate(dataclasses.replace(cfg, model=reward_model, data=pairs, reward=()))
+    assert figures["accuracy"] == 0 and figures["margin"] == 0
+
+
+def test_a_reward_model_answers_no_prompts(cfg, reward_model):
+    with pytest.raises(InputError, match=r"--reward: .*reward-model is a reward model"):
+        evaluate.evaluate(dataclasses.replace(cfg, model=reward_model))
 
 
 def test_wrong_flags_are_named(cfg, tmp_path):

@@ -9,7 +9,13 @@ import torch
 from burnish.algorithms import reward
 from burnish.algorithms._data import read_rows
 from burnish.algorithms._loop import make_optimizer
-from burnish.algorithms._preferences import Preference, micro_batches, pair_metrics, preferences
+from burnish.algorithms._preferences import (
+    Preference,
+    completion_scores,
+    micro_batches,
+    pair_metrics,
+    preferences,
+)
 from burnish.algorithms.reward import bradley_terry_loss, centering_loss
 from burnish.model import pack
 from burnish.model.checkpoint import load_scalar_model
@@ -103,7 +109,7 @@ def test_the_score_stands_on_the_end_token(cfg):
     pairs, _ = preferences(read_rows(cfg.data), tokenizer, max_length=64)
     (micro,) = micro_batches(pairs, 10**6, "cpu")
     assert (micro.packed.tokens[micro.last] == tokenizer.eos_id).all()
-    scores = reward.score(load_scalar_model(cfg.model), pairs, cfg)
+    scores = completion_scores(load_scalar_model(cfg.model), pairs, 10**6, "cpu")
     model = load_scalar_model(cfg.model)
     for pair, both in zip(pairs[:6], scores, strict=False):
         for completion, expected in zip(pair.completions, both, strict=True):  # alone, its prompt not shared
@@ -158,7 +164,7 @@ def test_it_learns_and_the_chosen_average_zero(cfg, capsys):
     assert "held out, after: accuracy" in capsys.readouterr().out
     model, tokenizer = load_scalar_model(trained), Tokenizer.load(trained)
     pairs, _ = preferences(read_rows(cfg.data), tokenizer, max_length=64)
-    assert reward.score(model, pairs, cfg)[:, 0].mean().item() == pytest.approx(0, abs=1e-5)
+    assert completion_scores(model, pairs, 10**6, "cpu")[:, 0].mean().item() == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 90])
@@ -183,9 +189,8 @@ def test_centering_and_margins_are_heard(cfg, pairs, tmp_path):
     reward.train(dataclasses.replace(cfg, centering=2.0, output=tmp_path / "centered"))
     (centered,) = metrics_of(tmp_path / "centered")
     tokenizer = Tokenizer.load(cfg.model)
-    scores = reward.score(
-        load_scalar_model(cfg.model), preferences(read_rows(pairs), tokenizer, max_length=64)[0], cfg
-    )
+    items, _ = preferences(read_rows(pairs), tokenizer, max_length=64)
+    scores = completion_scores(load_scalar_model(cfg.model), items, 10**6, "cpu")
     assert centered["loss"] - plain["loss"] == pytest.approx(
         2 * scores.sum(1).square().mean().item(), abs=1e-5
     )

@@ -1,0 +1,40 @@
+"""What recipes share: a small random model to begin with, and files of rows."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import tokenizers
+
+from ..model.checkpoint import save_model
+from ..model.config import ModelConfig
+from ..model.tokenizer import Tokenizer
+from ..model.transformer import Transformer
+
+
+def random_model(folder: Path, tokenizer: tokenizers.Tokenizer, seed: int, **shape: int) -> Path:
+    """A Llama with random weights. shape: hidden_size, intermediate_size, num_hidden_layers, num_attention_heads."""
+    fixed = {
+        "model_type": "llama",
+        "vocab_size": tokenizer.get_vocab_size(),
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+        "eos_token_id": 0,
+        "initializer_range": 0.1,
+    }
+    config = ModelConfig.from_hf(fixed | shape, str(folder))
+    save_model(Transformer(config, seed=seed), folder, Tokenizer(tokenizer, eos="<eos>"))
+    return folder
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read_metric(run: Path, name: str) -> list[float]:
+    """One value a step of a run."""
+    return [json.loads(line)[name] for line in (run / "metrics.jsonl").read_text().splitlines()]
