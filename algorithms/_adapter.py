@@ -18,6 +18,7 @@ from ..model.checkpoint import is_adapter, load_model, load_scalar_model, read_a
 from ..model.errors import InputError
 from ..model.scalar import ScalarModel
 from ..model.transformer import Transformer
+from ._distributed import world
 
 ADAPTER_BOUNDS = {"lora_rank": (0, 256), "lora_alpha": (1e-6, inf)}  # for check_flags
 
@@ -25,7 +26,9 @@ ADAPTER_BOUNDS = {"lora_rank": (0, 256), "lora_alpha": (1e-6, inf)}  # for check
 def load_trainee(cfg: Any) -> Transformer:
     """The language model of --model, ready to be trained as the flags say."""
     continued = is_adapter(cfg.model)
-    model = load_model(cfg.model, _dtype(cfg, cfg.model, continued), cfg.device, cfg.base_4bit)
+    device = "cpu" if world() > 1 and not cfg.base_4bit else cfg.device  # `shard` moves a part to each GPU
+    model = load_model(cfg.model, _dtype(cfg, cfg.model, continued), device, cfg.base_4bit)
+    model.checkpoint_activations = cfg.checkpoint_activations
     _add(model, cfg, cfg.model)
     if not hasattr(
         cfg, "lora_dropout"

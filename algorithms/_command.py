@@ -8,6 +8,7 @@ from typing import Any
 import tyro
 
 from ..model.errors import InputError
+from ._distributed import processes
 
 
 def run_command(
@@ -17,7 +18,8 @@ def run_command(
     summary = (module.__doc__ or "").splitlines()[0]
     config = tyro.cli(module.Config, prog=name, args=arguments, description=summary)
     try:
-        function(config)
+        with processes(name.split()[-1], getattr(config, "device", "cpu")):
+            function(config)
     except InputError as error:
         print(f"\n{name}: {error}", file=sys.stderr)
         return 1

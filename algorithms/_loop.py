@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -20,10 +21,12 @@ from tqdm import tqdm
 
 from ..model.checkpoint import save_model
 from ..model.errors import InputError
+from ..model.linear import whole
 from ..model.scalar import ScalarModel
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from ._checkpoint import Part, read_checkpoint, write_checkpoint
+from ._distributed import from_rank_0, rank
 
 CHECKPOINT = "checkpoint.safetensors"
 MAY_DIFFER = (
@@ -57,7 +60,7 @@ def check_flags(config: Any, **bounds: tuple[float, float]) -> None:
     folder = config.output
     if getattr(config, "resume", False):  # compositions have no such flag
         _check_resumable(folder, config)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif rank() == 0 and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"--output {folder}: expected a new or empty folder, found one in use")
 
 
@@ -86,7 +89,7 @@ def check_model(model: Transformer | ScalarModel, tokenizer: Tokenizer, longest:
             f"the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary {model.config.vocab_size}: "
             "they do not belong together"
         )
-    if longest > model.config.max_position_embeddings:
+    if longest > model.config.max_position_embeddings and rank() == 0:
         limit = model.config.max_position_embeddings
         print(
             f"warning: sequences of up to {longest} tokens; the model was trained on up to {limit}",
@@ -120,23 +123,26 @@ class Run:
     """
 
     def __init__(self, config: Any, **parts: Part):
-        self.folder = Path(config.output)
+        self.folder = Path(from_rank_0(str(config.output)))  # by default its name tells the time
         self.start, self.values = 0, {}
         self._config, self._parts = config, parts
         if config.resume:
             self.values = read_checkpoint(self.folder / CHECKPOINT, parts)
             self.start = self.values.pop("step")
+        self._bar: tqdm | None = None
+        self._step, self._clock = self.start, time.perf_counter()
+        if rank():
+            self._metrics = open(os.devnull, "a")  # noqa: SIM115 (open as long as the run)
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             metrics = self.folder / "metrics.jsonl"
             done = metrics.read_text().splitlines(keepends=True)[: self.start] if self.start else []
             _replace(self.folder / "config.json", _flags(config))
             _replace(metrics, "".join(done))  # what was logged after the checkpoint is done again
-            self._metrics = open(metrics, "a")  # noqa: SIM115 (open as long as the run)
+            self._metrics = open(metrics, "a")  # noqa: SIM115
         except OSError as error:
             raise InputError(f"--output {self.folder}: cannot be written: {error}") from error
-        self._bar: tqdm | None = None
-        self._step, self._clock = self.start, time.perf_counter()
 
     def __enter__(self) -> "Run":
         return self
@@ -151,18 +157,23 @@ class Run:
         """The steps that are left: from `start` to the config's number of steps."""
         total = self._config.steps
         self._bar = tqdm(
-            total=total, initial=self.start, desc=self.folder.name, unit="step", dynamic_ncols=True
+            total=total,
+            initial=self.start,
+            desc=self.folder.name,
+            unit="step",
+            dynamic_ncols=True,
+            disable=rank() > 0,
         )
         self._clock = time.perf_counter()
         for step in range(self.start, total):
             self._step = step
-            torch.manual_seed(
-                (self._config.seed + step * 0x9E3779B97F4A7C15) % 2**63
-            )  # dropout's, resumed or not
+            torch.manual_seed(  # dropout's, resumed or not; another one on every process
+                (self._config.seed + step * 0x9E3779B97F4A7C15 + rank() * 0xBF58476D1CE4E5B9) % 2**63
+            )
             yield step
             self._bar.update()
 
-    def log(self, metrics: dict[str, float | Tensor], tokens: int) -> None:
+    def log(self, metrics: Mapping[str, float | Tensor], tokens: int) -> None:
         """Write one step's metrics, null for NaN. tokens: of the step's sequences; tokens_per_second is theirs, too."""
         now = time.perf_counter()
         values = {name: float(value) for name, value in metrics.items()}
@@ -186,7 +197,7 @@ class Run:
 
     def save(self, model: Transformer | ScalarModel, tokenizer: Tokenizer, name: str = "model") -> Path:
         """Write model and tokenizer as a Hugging Face folder inside the run folder, complete or not at all."""
-        save_model(model, self.folder / name, tokenizer)
+        save_model(model, self.folder / name, tokenizer, write=rank() == 0)
         return self.folder / name
 
     def save_step(self, model: Transformer | ScalarModel, tokenizer: Tokenizer) -> None:
@@ -239,7 +250,7 @@ def optimizer_step(
 
     loss is the whole step's. Raises InputError where it or the norm is not finite; the weights are then as before.
     """
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
+    norm = whole(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise InputError(
             f"loss is {loss}, gradient norm {norm}: training has diverged and stopped before this update. "

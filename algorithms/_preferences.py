@@ -27,7 +27,6 @@ from ..model.transformer import Transformer
 from ._data import (
     PROMPT_COLUMNS,
     answer_text,
-    best_fit,
     column_names,
     encode_completion,
     place_of,
@@ -36,6 +35,7 @@ from ._data import (
     read_rows,
     read_text,
 )
+from ._distributed import IDLE, rank, reshard, shares, sum_over_processes
 from ._loop import autocast, report_counts
 
 Item = TypeVar("Item")
@@ -268,17 +268,18 @@ class MicroBatch:
 
     def sums(self, logprob: Tensor) -> Tensor:
         """logprob (tokens,) of `rows` -> its sum over each completion, (completions,)."""
-        return torch.segment_reduce(logprob, "sum", lengths=self.lengths)
+        return torch.segment_reduce(logprob, "sum", lengths=self.lengths, unsafe=True)
 
 
 def micro_batches(items: Sequence[Preference | Judged], capacity: int, device: str) -> list[MicroBatch]:
     """Items in micro-batches of about `capacity` tokens: [prompt][chosen][rejected], the prompt being their parent.
+    Those of this process, the last perhaps without an item.
 
     A preference has two completions, 2i and 2i + 1; a judged completion is one.
     """
     return [
         _micro_batch([items[i] for i in members], members, device)
-        for members in best_fit([num_tokens(item) for item in items], capacity)
+        for members in shares([num_tokens(item) for item in items], capacity)
     ]
 
 
@@ -300,11 +301,11 @@ def _micro_batch(items: Sequence[Preference | Judged], members: list[int], devic
             lengths.append(sum(completion.mask))
             ends.append(len(trained) - 1)
     return MicroBatch(
-        packed=pack(sequences, parents, device),
+        packed=pack(sequences or IDLE, parents or None, device),
         members=members,
-        last=torch.tensor(ends, device=device),
+        last=torch.tensor(ends, dtype=torch.int64, device=device),
         rows=torch.tensor(trained).nonzero().squeeze(1).to(device),
-        lengths=torch.tensor(lengths, device=device),
+        lengths=torch.tensor(lengths, dtype=torch.int64, device=device),
     )
 
 
@@ -334,13 +335,14 @@ def _over_completions(
 ) -> Tensor:
     training = model.training
     model.eval()
-    found = torch.empty(len(items), len(items[0].completions) if items else 0)
+    found = torch.zeros(len(items), len(items[0].completions) if items else 0)
     for micro in micro_batches(items, capacity, device):
         with autocast(device):
             values = function(micro)  # (completions,)
         found[micro.members] = values.view(len(micro.members), -1).float().cpu()
     model.train(training)
-    return found
+    reshard(model)
+    return sum_over_processes(found)
 
 
 def pair_metrics(chosen: Tensor, rejected: Tensor, num_pairs: int) -> dict[str, float]:
@@ -373,6 +375,8 @@ def report_held_out(folder: Path, **scores: Tensor) -> None:
         print(
             f"held out, {name}: accuracy {100 * p:.1f} ± {100 * error:.1f} %, margin {margin:.3g}, {n} pairs"
         )
+    if rank():
+        return
     try:
         (folder / "held_out.json").write_text(json.dumps(results, indent=2) + "\n")
     except OSError as error:

@@ -22,6 +22,7 @@ from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from ._adapter import ADAPTER_BOUNDS
 from ._data import Prompt, read_rows, rl_prompts
+from ._distributed import IDLE, gathered, most, parts, rank, unsharded, world
 from ._loop import autocast, report_counts
 from ._rewards import RewardFunction, judge
 
@@ -81,16 +82,19 @@ def sample_groups(
 ) -> list[Group]:
     """A group a prompt. Without reward functions, all rewards are 0.
 
+    Of several processes each samples and judges for a part of the prompts, as one would, and all are told.
     cfg: of its flags those of sampling are read: group_size, max_new_tokens, sampling_batch_size, temperature, top_k,
         top_p. seconds: sampling_seconds and scoring_seconds are added to.
     """
     with (
         timed(seconds, "sampling_seconds", model.device),
-        autocast(model.device.type),
-    ):  # in the precision that scores
+        autocast(model.device.type),  # in the precision that scores
+        unsharded(model),
+    ):
+        first, end = (len(prompts) * place // world() for place in (rank(), rank() + 1))
         samples = generate(
             model,
-            [prompt.tokens for prompt in prompts],
+            [prompt.tokens for prompt in prompts[first:end]],
             samples_per_prompt=cfg.group_size,
             max_new_tokens=cfg.max_new_tokens,
             temperature=cfg.temperature,
@@ -99,16 +103,17 @@ def sample_groups(
             stop_ids=tokenizer.stop_ids,
             seed=seed,
             batch_size=cfg.sampling_batch_size,
+            first_sample=first * cfg.group_size,
         )
     if not all(sample.logprobs.isfinite().all() for sample in samples):
         raise InputError(
             "sampling: the model's probabilities are not finite: its weights hold NaN or have diverged"
         )
-    asked = [prompts[sample.prompt_index] for sample in samples]
-    total, parts = torch.zeros(len(samples)), {}
-    if rewards:
+    asked = [prompts[first + sample.prompt_index] for sample in samples]
+    total, judged = torch.zeros(len(samples)), {name: torch.zeros(len(samples)) for name in rewards}
+    if rewards and samples:
         with timed(seconds, "scoring_seconds", "cpu"):
-            total, parts = judge(
+            total, judged = judge(
                 rewards,
                 weights,
                 [prompt.text for prompt in asked],
@@ -119,11 +124,44 @@ def sample_groups(
                 [sample.tokens for sample in samples],
                 {name: [prompt.columns[name] for prompt in asked] for name in prompts[0].columns},
             )
+    with timed(seconds, "sampling_seconds", model.device):
+        samples, total, judged = _told(samples, total, judged)
     of = [slice(i * cfg.group_size, (i + 1) * cfg.group_size) for i in range(len(prompts))]
     return [
-        Group(prompt, samples[own], total[own], {name: part[own] for name, part in parts.items()})
+        Group(prompt, samples[own], total[own], {name: part[own] for name, part in judged.items()})
         for prompt, own in zip(prompts, of, strict=True)
     ]
+
+
+def _told(
+    samples: list[Sample], rewards: Tensor, judged: dict[str, Tensor]
+) -> tuple[list[Sample], Tensor, dict[str, Tensor]]:
+    """The samples and rewards of all processes, by rank."""
+    if world() == 1:
+        return samples, rewards, judged
+    said = {"rewards": rewards, **{f"judged/{name}": part for name, part in judged.items()}}
+    said["counts"] = torch.tensor([len(sample.tokens) for sample in samples], dtype=torch.int64)
+    said["ended"] = torch.tensor([sample.ended for sample in samples], dtype=torch.bool)
+    said["tokens"] = torch.tensor([token for sample in samples for token in sample.tokens], dtype=torch.int64)
+    said["logprobs"] = torch.cat([torch.empty(0), *(sample.logprobs for sample in samples)])
+    supports = [sample.support for sample in samples if sample.support is not None]
+    if supports:
+        said["supports"] = _stack_supports(supports)
+    everyone = gathered(said)
+    all_samples: list[Sample] = []
+    for told in everyone:
+        counts = told["counts"].tolist()
+        own = range(len(counts))
+        tokens, logprobs = told["tokens"].split(counts), told["logprobs"].split(counts)
+        kept = told["supports"].split(counts) if "supports" in told else [None for _ in own]
+        all_samples += [
+            Sample(-1, tokens[i].tolist(), logprobs[i], kept[i], bool(told["ended"][i])) for i in own
+        ]
+    return (
+        all_samples,
+        torch.cat([told["rewards"] for told in everyone]),
+        {name: torch.cat([told[f"judged/{name}"] for told in everyone]) for name in judged},
+    )
 
 
 def sample_varied_groups(
@@ -230,7 +268,9 @@ def micro_batches(
     """Pack groups into micro-batches of at most `capacity` tokens; a larger group is split, its prompt repeated.
 
     needed: (samples,) bool over all groups in order; samples that are not needed are left out.
+    Of several processes each has a part of the groups, and as many micro-batches as the others, some without a token.
     """
+    needed = needed & _share(groups, needed)
     batches: list[MicroBatch] = []
     sequences: list[list[int]] = []
     parents: list[int] = []
@@ -264,7 +304,22 @@ def micro_batches(
             chosen.append((index, sample))
             room -= need
     close()
-    return batches
+    idle = most(len(batches)) - len(batches)
+    return batches + [_micro_batch(IDLE, [-1], [], starts, device) for _ in range(idle)]
+
+
+def _share(groups: Sequence[Group], needed: Tensor) -> Tensor:
+    """Which samples this process trains on, (samples,) bool: groups are whole, and the processes' tokens about even."""
+    if world() == 1:
+        return torch.ones_like(needed)
+    trained = [of.tolist() for of in (lengths_of(groups) * needed).split([len(g.samples) for g in groups])]
+    lengths = [
+        len(group.prompt.tokens) * any(own) + sum(own) for group, own in zip(groups, trained, strict=True)
+    ]
+    mine = set(parts(lengths, world())[rank()])
+    return torch.tensor(
+        [i in mine for i, group in enumerate(groups) for _ in group.samples], dtype=torch.bool
+    )
 
 
 @torch.no_grad()
@@ -301,10 +356,10 @@ def _micro_batch(
     return MicroBatch(
         packed=packed,
         rows=(segment != -1).nonzero().squeeze(1).to(device),
-        samples=torch.tensor([index for index, _ in chosen], device=device),
-        lengths=torch.tensor([len(sample.tokens) for _, sample in chosen], device=device),
-        positions=torch.cat(positions).to(device),
-        sampled_logprob=torch.cat([sample.logprobs for _, sample in chosen]).to(device),
+        samples=torch.tensor([index for index, _ in chosen], dtype=torch.int64, device=device),
+        lengths=torch.tensor([len(sample.tokens) for _, sample in chosen], dtype=torch.int64, device=device),
+        positions=torch.cat([starts[:0], *positions]).to(device),
+        sampled_logprob=torch.cat([torch.empty(0), *(sample.logprobs for _, sample in chosen)]).to(device),
         support=_stack_supports(supports).to(device) if supports else None,
     )
 

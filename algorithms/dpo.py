@@ -43,6 +43,7 @@ from ..model.errors import InputError
 from ..model.tokenizer import Tokenizer
 from ._adapter import ADAPTER_BOUNDS, load_trainee
 from ._command import run_command
+from ._distributed import shard, summed
 from ._loop import (
     Run,
     Schedule,
@@ -232,7 +233,7 @@ def train(cfg: Config) -> Path:
     held_out = load_pairs(cfg.held_out, tokenizer, cfg.max_length) if cfg.held_out else []
     model = load_trainee(cfg)
     check_model(model, tokenizer, max(map(longest, pairs)))
-    model.checkpoint_activations = cfg.checkpoint_activations
+    shard(model)
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
 
     def logprobs(pairs: list[Preference]) -> Tensor:  # of chosen and rejected, (pairs, 2)
@@ -270,12 +271,11 @@ def train(cfg: Config) -> Path:
                     "rejected_logprob": mean[1].item(),
                 }
                 sums = {name: sums.get(name, 0.0) + value for name, value in added.items()}
+            sums = summed(sums)
             rate = scheduled(cfg.learning_rate, step, cfg.steps, cfg.warmup_steps, cfg.schedule)
             norm = optimizer_step(model, optimizer, sums["loss"], rate, cfg.max_grad_norm)
-            run.log(
-                {**sums, "grad_norm": norm, "learning_rate": rate},
-                tokens=sum(num_tokens(pair) for pair in batch),
-            )
+            sums |= {"grad_norm": norm, "learning_rate": rate}
+            run.log(sums, tokens=sum(num_tokens(pair) for pair in batch))
             run.save_step(model, tokenizer)
         if held_out:
             after = logprobs(held_out)

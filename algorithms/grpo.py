@@ -43,6 +43,7 @@ from ..model.tokenizer import Tokenizer
 from ._adapter import load_trainee
 from ._advantages import batch_std_advantages, group_advantages, mean_advantages, rloo_advantages
 from ._command import run_command
+from ._distributed import reshard, shard, summed
 from ._loop import (
     Run,
     Schedule,
@@ -164,8 +165,9 @@ def train(cfg: Config) -> Path:
     prompts = load_prompts(cfg, tokenizer)
     model = load_trainee(cfg)
     check_model(model, tokenizer, max(len(prompt.tokens) for prompt in prompts) + cfg.max_new_tokens)
-    model.checkpoint_activations = cfg.checkpoint_activations
     reference = frozen_copy(model) if cfg.kl_coefficient else None
+    for policy in (model, reference) if reference is not None else (model,):
+        shard(policy)
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
     with Run(cfg, model=model, optimizer=optimizer) as run:
         run.values.setdefault("draws", run.start)
@@ -192,11 +194,12 @@ def train(cfg: Config) -> Path:
             if reference is not None:
                 with timed(seconds, "scoring_seconds", cfg.device), torch.no_grad(), autocast(cfg.device):
                     ref_logprobs = [micro.score(reference, cfg.temperature)[0] for micro in micros]
+                    reshard(reference)
 
             sums: dict[str, float] = {}
             old_logprobs: list[Tensor] = []
             rate = scheduled(cfg.learning_rate, step, cfg.steps, cfg.warmup_steps, cfg.schedule)
-            num_tokens = sum(micro.rows.numel() for micro in micros)
+            num_tokens = int(lengths_of(groups)[needed].sum())
             for update in range(cfg.updates_per_rollout if micros else 0):
                 total_loss = 0.0
                 for i, micro in enumerate(micros):
@@ -223,10 +226,10 @@ def train(cfg: Config) -> Path:
                     if weights is not None:
                         metrics["weight"] = weights.mean()
                     for name, value in metrics.items():  # means over the last update's tokens
-                        part = value.item() * share
+                        part = value.item() * share if share else 0.0
                         sums[name] = part if i == 0 else sums[name] + part
-                sums["grad_norm"] = optimizer_step(model, optimizer, total_loss, rate, cfg.max_grad_norm)
-                sums["loss"] = total_loss
+                sums = summed({**sums, "loss": total_loss})
+                sums["grad_norm"] = optimizer_step(model, optimizer, sums["loss"], rate, cfg.max_grad_norm)
             run.log(
                 {
                     **rollout_metrics(drawn),

@@ -124,7 +124,6 @@ def train(cfg: Config) -> Path:
     ]
     model = load_trainee(cfg)
     check_model(model, tokenizer, max(map(longest, judged)))
-    model.checkpoint_activations = cfg.checkpoint_activations
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
 
     def logprobs(items: list[Judged]) -> Tensor:  # (completions,)

@@ -179,7 +179,6 @@ def train(cfg: Config) -> Path:
     reward_model = load_reward_model(cfg.reward_model, tokenizer, cfg.device) if cfg.reward_model else None
     model = load_trainee(cfg)
     check_model(model, tokenizer, max(len(prompt.tokens) for prompt in prompts) + cfg.max_new_tokens)
-    model.checkpoint_activations = cfg.checkpoint_activations
     reference = frozen_copy(model)
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay, eps=1e-5)
     parts, critic, critic_optimizer = {"model": model, "optimizer": optimizer}, None, None

@@ -26,7 +26,8 @@ from ..model.packed import pack
 from ..model.tokenizer import Tokenizer
 from ._adapter import ADAPTER_BOUNDS, load_trainee
 from ._command import run_command
-from ._data import best_fit, read_rows, sft_examples
+from ._data import read_rows, sft_examples
+from ._distributed import IDLE, shard, shares, summed
 from ._loop import (
     Run,
     Schedule,
@@ -108,29 +109,31 @@ def train(cfg: Config) -> Path:
     report_counts(cfg.data, counts)
     model = load_trainee(cfg)
     check_model(model, tokenizer, max(len(example.tokens) for example in examples))
-    model.checkpoint_activations = cfg.checkpoint_activations
+    shard(model)
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
     with Run(cfg, model=model, optimizer=optimizer) as run:
         batches = epochs(len(examples), cfg.batch_size, cfg.seed, skip=run.start)
         for step in run.steps():
             batch = [examples[i] for i in next(batches)]
             num_tokens = sum(sum(example.mask) for example in batch)
+            lengths = [len(example.tokens) for example in batch]
             total_loss = 0.0
-            for members in best_fit([len(example.tokens) for example in batch], cfg.micro_batch_tokens):
-                packed = pack([batch[i].tokens for i in members], device=cfg.device)
+            for members in shares(lengths, cfg.micro_batch_tokens):
+                packed = pack([batch[i].tokens for i in members] or IDLE, device=cfg.device)
                 trained = torch.tensor([m for i in members for m in batch[i].mask])  # (total,)
                 with autocast(cfg.device):
                     logprob, _, _ = model.score(packed, trained.nonzero().squeeze(1).to(cfg.device))
                 loss = LOSSES[cfg.loss](logprob, num_tokens)
-                share = packed.tokens.numel() / sum(len(example.tokens) for example in batch)
+                share = sum(lengths[i] for i in members) / sum(lengths)
                 (loss + share * model.balance_loss()).backward()  # of experts, where the model has some
                 total_loss += loss.item()
+            total_loss = summed({"loss": total_loss})["loss"]
             rate = scheduled(cfg.learning_rate, step, cfg.steps, cfg.warmup_steps, cfg.schedule)
             norm = optimizer_step(model, optimizer, total_loss, rate, cfg.max_grad_norm)
             run.log(
                 {"loss": total_loss, "grad_norm": norm, "learning_rate": rate, "trained_tokens": num_tokens}
                 | routing_metrics(model.routing),
-                tokens=sum(len(example.tokens) for example in batch),
+                tokens=sum(lengths),
             )
             run.save_step(model, tokenizer)
         return run.save(model, tokenizer)

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -34,6 +35,7 @@ from .adapter import (
 )
 from .config import ModelConfig
 from .errors import InputError
+from .linear import whole
 from .moe import disk_name, from_disk, to_disk
 from .scalar import ScalarModel
 from .transformer import Transformer
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+FILE_BYTES = 5_000_000_000  # of weights in one file
 SCALAR, SCORE_BIAS = "ForSequenceClassification", "score_bias"
 MODEL_FILES = (  # what a save may replace
     *("config.json", "generation_config.json", "*.safetensors", INDEX),
@@ -142,6 +145,8 @@ def save_model(
     model: Transformer | ScalarModel,
     folder: str | os.PathLike[str],
     tokenizer: "Tokenizer | None" = None,
+    *,
+    write: bool = True,
 ) -> None:
     """Write a folder that load_model (load_scalar_model) and transformers read. It appears whole or not at all.
 
@@ -149,9 +154,12 @@ def save_model(
     is in 4 bits is written so, as bitsandbytes does.
     An earlier model in `folder` is replaced, with all its files. Raises InputError where `folder` holds something else,
     or cannot be written.
+
+    Files hold up to FILE_BYTES; no more than one of them is in memory at a time beside the model.
+    write: where processes share the model, every one of them calls this, with False but for one.
     """
     folder = Path(folder).resolve()
-    if folder.exists() and not _holds_a_model(folder):
+    if write and folder.exists() and not _holds_a_model(folder):
         raise InputError(
             f"{folder}: expected a new folder or an earlier model, found something else: not replaced"
         )
@@ -160,27 +168,83 @@ def save_model(
             f"{folder}: several adapters side by side are not saved; each has a folder of its own"
         )
     if lora_config(model) is not None:
-        return _save_adapter(model, folder, tokenizer)
-    config, layers = model.config, linears(model)
-    state = {hf_name(name): weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
-    state = to_disk(config, state)
-    four_bit = {name: layer.four_bit for name, layer in layers.items() if layer.four_bit is not None}
-    for name, weight in four_bit.items():
-        state |= bnb.tensors(disk_name(config, f"{name}.weight"), weight)
-    dtype = state["model.embed_tokens.weight"].dtype
-    raw = {**config.to_hf(), "dtype": str(dtype).removeprefix("torch.")}
+        return _save_adapter(model, folder, tokenizer, write)
+    tensors = _on_disk(model)
+    if not write:
+        deque(tensors, maxlen=0)
+        return
+    config = model.config
+    four_bit = [layer.four_bit for layer in linears(model).values() if layer.four_bit is not None]
+    body = model.body if isinstance(model, ScalarModel) else model
+    raw = {**config.to_hf(), "dtype": str(body.embed_tokens.weight.dtype).removeprefix("torch.")}
     if isinstance(model, ScalarModel):
         raw["architectures"] = [name.replace("ForCausalLM", SCALAR) for name in raw["architectures"]]
         raw |= {"id2label": {"0": "score"}, "label2id": {"score": 0}, SCORE_BIAS: model.bias}
     if four_bit:
-        raw["quantization_config"] = bnb.config(next(iter(four_bit.values())), raw["dtype"])
+        raw["quantization_config"] = bnb.config(four_bit[0], raw["dtype"])
     ids = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw[key] is not None}
     with _replacing(folder) as beside:
         _write_json(beside / "config.json", raw)
         _write_json(beside / "generation_config.json", config.generation or ids)
         if tokenizer is not None:
             tokenizer.save(beside)
-        save_file(state, beside / WEIGHTS, metadata={"format": "pt"})
+        _write_files(beside, tensors)
+
+
+def stream_weights(model: Transformer | ScalarModel) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a plain model, for an engine that samples: an adapter merged in, 4 bits multiplied out, experts
+    one by one, under the names of a Hugging Face folder. The bits are those that merge_lora and save_model would write.
+
+    One parameter at a time is whole, on the model's device. Where processes share the model, all of them go through it.
+    """
+    body, layers = model.body if isinstance(model, ScalarModel) else model, linears(model)
+    dtypes = {hf_name(name): base.dtype for name, base in body.replaced.items()}
+    state = {hf_name(name): tensor for name, tensor in model.state_dict().items() if ".lora." not in name}
+    quantized = [f"{name}.weight" for name, layer in layers.items() if layer.four_bit is not None]
+    with torch.no_grad():
+        for name in [*state, *quantized]:
+            layer = layers.get(name.removesuffix(".weight"))
+            tensor = whole(state[name]) if layer is None else layer.merged()
+            tensor = tensor.detach().to(dtypes.get(name, tensor.dtype))
+            yield from to_disk(model.config, {name: tensor}).items()
+
+
+def _on_disk(model: Transformer | ScalarModel) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor on the CPU) of a model without an adapter, 4 bits as they are."""
+    for name, weight in model.state_dict().items():
+        state = {hf_name(name): whole(weight).detach().cpu().contiguous()}
+        yield from to_disk(model.config, state).items()
+    for name, layer in linears(model).items():
+        if layer.four_bit is not None:
+            yield from bnb.tensors(disk_name(model.config, f"{name}.weight"), layer.four_bit).items()
+
+
+def _write_files(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """One file, or several and an index where there is more than FILE_BYTES."""
+    files: list[list[str]] = []  # the names in each
+    held: dict[str, Tensor] = {}
+    total = 0
+
+    def close() -> None:
+        save_file(held, folder / f"{len(files)}.safetensors", metadata={"format": "pt"})
+        files.append([*held])
+        held.clear()
+
+    for name, tensor in tensors:
+        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > FILE_BYTES:
+            close()
+        held[name] = tensor
+        total += tensor.nbytes
+    close()
+    if len(files) == 1:
+        (folder / "0.safetensors").rename(folder / WEIGHTS)
+        return
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(files):
+        file = f"model-{i + 1:05}-of-{len(files):05}.safetensors"
+        (folder / f"{i}.safetensors").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 # ---- adapters
@@ -224,9 +288,15 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[Adapter, dict[str, str
     ), metadata
 
 
-def _save_adapter(model: Transformer | ScalarModel, folder: Path, tokenizer: "Tokenizer | None") -> None:
+def _save_adapter(
+    model: Transformer | ScalarModel, folder: Path, tokenizer: "Tokenizer | None", write: bool
+) -> None:
     adapter = take_adapter(model)
-    state = {f"{peft.PREFIX}{name}": tensor.cpu().contiguous() for name, tensor in adapter.tensors.items()}
+    state = {
+        f"{peft.PREFIX}{name}": whole(tensor).cpu().contiguous() for name, tensor in adapter.tensors.items()
+    }
+    if not write:
+        return
     metadata = {"format": "pt"}
     if any(layer.four_bit is not None for layer in linears(model).values()):
         metadata[FOUR_BIT] = "nf4"

@@ -60,6 +60,7 @@ def generate(
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     adapters: Sequence[int] | None = None,
+    first_sample: int = 0,
 ) -> list[Sample]:
     """Samples in the order of the prompts, those of prompt 0 first.
 
@@ -68,6 +69,7 @@ def generate(
         max_new_tokens) tokens.
     progress: called with (samples ended, samples in all) when some leave the batch.
     adapters: for each prompt, which of the model's stacked adapters answers it, -1 for none.
+    first_sample: where these are a part of more samples, how many stand before: they are then drawn as among those.
     Raises InputError for an empty prompt and for an id outside the vocabulary, ValueError for a number out of range.
     """
     for name, value, least in (
@@ -96,8 +98,9 @@ def generate(
         return []
     rows = min(batch_size or total, total)
     draw = _Draw(temperature, top_k, None if top_p == 1 else top_p, vocabulary, min_p or None)
+    truncates = draw.width is not None
     batch = _Batch(
-        model, prompts, adapters, samples_per_prompt, max_new_tokens, rows, draw.width is not None, seed
+        model, prompts, adapters, samples_per_prompt, max_new_tokens, rows, truncates, seed, first_sample
     )
     stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=model.device)
     samples: dict[int, Sample] = {}
@@ -192,8 +195,10 @@ class _Batch:
         rows: int,
         truncates: bool,
         seed: int,
+        first_sample: int,
     ):
-        self.model, self.prompts, self.adapters, self.seed = model, prompts, adapters, seed
+        self.model, self.prompts, self.adapters = model, prompts, adapters
+        self.seed, self.first_sample = seed, first_sample
         self.rows, self.live, self.max_new_tokens = rows, 0, max_new_tokens
         self.waiting = deque(  # (prompt, its samples that enter together)
             (prompt, range(first, min(first + rows, (prompt + 1) * samples_per_prompt)))
@@ -253,7 +258,7 @@ class _Batch:
         rows = torch.tensor([segment[slot] for slot in range(new.start, new.stop)], device=last.device)
         self.hidden = torch.cat([self.hidden.to(last.dtype), last[rows]])
         self.index[new] = torch.tensor(entering, device=last.device)
-        self.noises[new] = uniform(self.seed, self.index[new, None], self.steps)
+        self.noises[new] = uniform(self.seed, self.index[new, None] + self.first_sample, self.steps)
         self.count[new] = 0
         self.done[new] = False
         self.live = new.stop

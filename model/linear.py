@@ -72,6 +72,12 @@ def _by_pattern(pattern: dict[str, Any], module: str, default: Any) -> Any:
     return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which this process may hold a part: then every process has to call it, in the same order."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
 class Lora(nn.Module):
     """The adapter of one linear layer: a (R, K), b (N, R), fp32 whatever the base is.
 
@@ -123,12 +129,12 @@ class Linear(nn.Linear):
 
     def merged(self) -> Tensor:
         """The weight (N, K) that acts as base and adapter do without dropout, in the base's dtype."""
-        lora, weight = self.lora, self.dense()
+        lora, weight = self.lora, whole(self.dense())
         if lora is None or not lora.enabled:
             return weight
-        merged = weight.float() + lora.scaling * (lora.b @ lora.a)
+        merged = weight.float() + lora.scaling * (whole(lora.b) @ whole(lora.a))
         if lora.magnitude is not None:
-            merged = merged * (lora.magnitude / merged.detach().norm(dim=1))[:, None]
+            merged = merged * (whole(lora.magnitude) / merged.detach().norm(dim=1))[:, None]
         return merged.to(weight.dtype)
 
     def hold(self, four_bit: NF4Weight) -> None:

@@ -37,10 +37,12 @@ class Memory:
     gradients: int
     optimizer: int  # AdamW's moments
     activations: int
+    gathered: int = 0  # whole while they are used: what is outside of layers, and two layers
 
     @property
     def total(self) -> int:
-        return self.weights + self.adapter + self.gradients + self.optimizer + self.activations
+        kept = self.weights + self.adapter + self.gradients + self.optimizer
+        return kept + self.activations + self.gathered
 
 
 def training_memory(
@@ -49,10 +51,12 @@ def training_memory(
     base_4bit: bool = False,
     tokens: int = TABLE_TOKENS,
     frozen_dtype: torch.dtype = torch.bfloat16,
+    processes: int = 1,
 ) -> Memory:
     """What training takes: every weight, or with `lora` that adapter. tokens: in one micro-batch.
 
     frozen_dtype: of the weights under an adapter, as far as they are not in 4 bits.
+    processes: that share the model; what is said is then of each one. 4-bit weights are not shared.
     """
     model = Transformer(config, device="meta")
     if lora is not None:
@@ -64,11 +68,20 @@ def training_memory(
     adapter = 0 if lora is None else 4 * trained
     dense = sum(p.numel() for name, p in model.named_parameters() if ".lora." not in name)
     dense -= sum(layer.in_features * layer.out_features for layer in quantized)
+    per_layer = {id(p) for p in model.layers.parameters()}
+    outside = sum(
+        p.numel() * (width + 4 * p.requires_grad) for p in model.parameters() if id(p) not in per_layer
+    )
+    layer = [p for name, p in model.layers[-1].named_parameters()]
+    whole_layer = sum(p.numel() * (4 if p.requires_grad else width) for p in layer)
+    whole_layer -= width * sum(q.in_features * q.out_features for q in quantized) // config.num_hidden_layers
+    layer_gradients = 4 * sum(p.numel() for p in layer if p.requires_grad)
     return Memory(
-        weights=width * dense + packed,
-        adapter=adapter,
-        gradients=4 * trained,
-        optimizer=8 * trained,
+        weights=width * dense // processes + packed,
+        adapter=adapter // processes,
+        gradients=4 * trained // processes,
+        optimizer=8 * trained // processes,
+        gathered=0 if processes == 1 else outside + 2 * whole_layer + layer_gradients,
         activations=config.num_hidden_layers * tokens * config.hidden_size * width,
     )
 

@@ -10,6 +10,7 @@ Face checkpoint, without the leading "model.".
 """
 
 import math
+from collections import deque
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -92,7 +93,8 @@ class Pass:
     cache: Cache | None = None
     adapter: Tensor | None = None  # (total,) which of several adapters each token has, -1 for none
     local: tuple[Tensor, Tensor] | None = None  # cos and sin of the layers with a window, where theirs differ
-    routed: list[RouteStatistics] = field(default_factory=list)  # by layer, filled as they run
+    # by layer, filled as they run; no list, which FSDP would copy for each layer, as its tensors have a gradient
+    routed: deque[RouteStatistics] = field(default_factory=deque)
 
 
 class Norm(nn.Module):

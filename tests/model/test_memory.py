@@ -75,3 +75,25 @@ def test_the_table_in_the_docs_is_the_calculators():
     assert table() in docs.read_text(), (
         "run `python -m burnish.model.memory` and put its table into docs/lora.md"
     )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_processes_share_what_is_kept_but_for_four_bits(mode):
+    lora, base_4bit = MODES[mode]
+    one, four = (training_memory(SMALL, lora, base_4bit, processes=count) for count in (1, 4))
+    for part in ("adapter", "gradients", "optimizer"):
+        assert getattr(four, part) == getattr(one, part) // 4
+    model = Transformer(SMALL)
+    packed = 0
+    if base_4bit:
+        quantize_base(model)
+        packed = sum(layer.four_bit.nbytes for layer in linears(model).values() if layer.four_bit)
+    assert four.weights == (one.weights - packed) // 4 + packed
+    assert four.activations == one.activations and one.gathered == 0
+
+
+def test_what_is_whole_while_it_is_used():
+    model = Transformer(SMALL)
+    outside = nbytes(p for name, p in model.named_parameters() if not name.startswith("layers."))
+    layer = nbytes(model.layers[0].parameters())
+    assert training_memory(SMALL, processes=4).gathered == 2 * outside + 3 * layer  # weights and gradients

@@ -1,0 +1,362 @@
+"""Two processes train as one does: the same gradients, losses and weights, checkpoints that either goes on from.
+
+Run as a script, which torchrun does, this file is what the processes do; a test compares it with one process.
+"""
+
+import dataclasses
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from burnish.algorithms import _distributed, dpo, grpo, sft
+from burnish.algorithms._distributed import parts, processes, rank, shard, world
+from burnish.model.adapter import adapters, add_lora, merge_lora, quantize_base
+from burnish.model.checkpoint import load_model, save_model, stream_weights
+from burnish.model.config import Experts
+from burnish.model.errors import InputError
+from burnish.model.linear import whole
+from burnish.model.tokenizer import Tokenizer
+from burnish.model.transformer import Transformer
+from safetensors.torch import load_file, save_file
+
+MODULES = {"sft": sft, "dpo": dpo, "grpo": grpo}
+TIMES = ("seconds", "tokens_per_second", "sampling_seconds", "scoring_seconds", "update_seconds")
+EXPERTS = Experts(4, 2, 24, (True, True), renormalize=True, balance_coefficient=0.01)
+SHAPES = {
+    "tied": {},
+    "untied": {"tie_word_embeddings": False},
+    "experts": {"model_type": "mixtral", "experts": EXPERTS},
+}
+COMMON = {"steps": 3, "learning_rate": 3e-3, "schedule": "constant", "warmup_steps": 0, "device": "cpu"}
+SFT = {"batch_size": 24, "micro_batch_tokens": 100}  # a few rounds
+RL = {
+    "prompts_per_step": 5,
+    "group_size": 4,
+    "max_new_tokens": 8,
+    "updates_per_rollout": 2,
+    "micro_batch_tokens": 80,
+}
+CASES = {  # name: (algorithm, shape of the model, flags)
+    "sft": ("sft", "tied", {**SFT, "weight_decay": 0.1, "checkpoint_activations": True}),
+    "sft-lora": ("sft", "untied", {**SFT, "lora_rank": 3}),
+    "sft-experts": (
+        "sft",
+        "experts",
+        {"batch_size": 5, "micro_batch_tokens": 1},
+    ),  # each row alone: the same balance
+    "dpo": ("dpo", "untied", {**SFT, "batch_size": 25, "held_out": "pairs.jsonl", "beta": 1.0}),
+    "dpo-qlora": ("dpo", "tied", {**SFT, "lora_rank": 4, "base_4bit": True}),
+    "grpo": ("grpo", "tied", {**RL, "kl_coefficient": 0.1, "max_draws": 2, "top_k": 9}),
+    "grpo-lora": ("grpo", "untied", {**RL, "lora_rank": 4, "kl_coefficient": 0.1, "loss": "gspo"}),
+    "grpo-experts": (
+        "grpo",
+        "experts",
+        {**RL, "prompts_per_step": 1},
+    ),  # one of the processes has nothing to do
+}
+
+
+def config(name: str, folder: Path, **changes):
+    algorithm, shape, flags = CASES[name]
+    data = {"sft": "demonstrations", "dpo": "pairs", "grpo": "prompts"}[algorithm]
+    given = {"model": folder / shape, "data": folder / f"{data}.jsonl", **COMMON, **flags, **changes}
+    if "held_out" in given:
+        given["held_out"] = folder / given["held_out"]
+    if algorithm == "grpo":
+        given["reward"] = (f"{folder}/odd.py:odd",)
+    return MODULES[algorithm].Config(**given)
+
+
+@contextmanager
+def kept_gradients(module, file: Path):
+    """The first step's, whole, in `file`."""
+    step = module.optimizer_step
+
+    def keep(model, *rest):
+        if not file.exists():
+            found = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+            if rank() == 0:
+                save_file(found, file)
+            found.clear()
+        return step(model, *rest)
+
+    module.optimizer_step = keep
+    try:
+        yield
+    finally:
+        module.optimizer_step = step
+
+
+def train(name: str, folder: Path, output: str) -> None:
+    cfg = config(name, folder, output=folder / output / name)
+    module = MODULES[CASES[name][0]]
+    cfg.output.parent.mkdir(exist_ok=True)
+    with kept_gradients(module, folder / output / f"{name}.safetensors"):
+        module.train(cfg)
+
+
+def checkpointed(folder: Path, output: str, **changes) -> Path:
+    return sft.train(
+        config("sft-lora", folder, output=folder / output, save_every=2, **{"steps": 4} | changes)
+    )
+
+
+def trained_adapter(folder: Path) -> Transformer:
+    """A model of which an adapter and the head are trained, both by random numbers."""
+    model = load_model(folder / "untied")
+    quantize_base(model)
+    add_lora(model, 3, dora=True, modules_to_save=("lm_head",))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for lora in adapters(model).values():
+            lora.b.normal_(std=0.1, generator=generator)
+        model.lm_head.weight.normal_(generator=generator)
+    return model
+
+
+def work(folder: Path) -> None:
+    """All that two processes do for the tests below, in one start."""
+    torch.set_num_threads(1)
+    with processes("sft", "cpu"):
+        assert world() == 2
+        for name in CASES:
+            train(name, folder, "two")
+        checkpointed(folder, "whole")
+        checkpointed(folder, "cut", steps=2)
+        if rank() == 0:
+            shutil.copytree(folder / "cut", folder / "cut-for-one")
+        checkpointed(folder, "cut", resume=True)
+        checkpointed(folder, "cut-by-one", resume=True)
+        model = trained_adapter(folder)
+        shard(model)
+        streamed = dict(stream_weights(model))
+        if rank() == 0:
+            save_file(streamed, folder / "streamed.safetensors")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Models and rows, what one process makes of them, and what two do."""
+    return tmp_path_factory.mktemp("several")
+
+
+@pytest.fixture
+def inputs(folder, model_folder, demonstrations, prompts, pairs):
+    if not (folder / "odd.py").exists():
+        for rows in (demonstrations, prompts, pairs):
+            shutil.copy(rows, folder)
+        tied = load_model(model_folder).config
+        for shape, changes in SHAPES.items():
+            model = Transformer(dataclasses.replace(tied, **changes), seed=0)
+            save_model(model, folder / shape, Tokenizer.load(model_folder))
+        (folder / "odd.py").write_text(
+            "def odd(completion_ids, **_):\n    return [float(sum(i % 2 for i in ids)) for ids in completion_ids]\n"
+        )
+    return folder
+
+
+def torchrun(*arguments, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    return subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, timeout=300, **options
+    )
+
+
+@pytest.fixture
+def done(inputs):
+    if not (inputs / "streamed.safetensors").exists():
+        checkpointed(inputs, "cut-by-one", steps=2)
+        ran = torchrun(__file__, inputs)
+        assert ran.returncode == 0, ran.stderr[-4000:]
+    return inputs
+
+
+def metrics_of(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+def close(got: dict, expected: dict, tolerance: float) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            got[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_train_as_one(done, name):
+    train(name, done, "one")
+    one, two = done / "one", done / "two"
+    close(load_file(two / f"{name}.safetensors"), load_file(one / f"{name}.safetensors"), 1e-6)
+    lines, expected = metrics_of(two / name), metrics_of(one / name)
+    assert len(lines) == len(expected) == 3
+    busiest = (
+        "balance",
+        "busiest_expert",
+        "dropped",
+    )  # of the latest forward pass, which is not the same one
+    for got, line in zip(lines, expected, strict=True):
+        close(*({k: v for k, v in values.items() if k not in busiest} for values in (got, line)), 1e-5)
+    close(weights_of(two / name / "model"), weights_of(one / name / "model"), 1e-4)
+    if name == "dpo":
+        results = [
+            json.loads((run / name / "held_out.json").read_text())["score_after"] for run in (one, two)
+        ]
+        close(results[1], results[0], 1e-4)
+
+
+@pytest.mark.slow
+def test_resumed_on_as_many_processes_to_the_bit(done):
+    assert metrics_of(done / "cut") == metrics_of(done / "whole")
+    weights, expected = weights_of(done / "cut" / "model"), weights_of(done / "whole" / "model")
+    assert weights.keys() == expected.keys() and all(
+        torch.equal(weights[name], expected[name]) for name in weights
+    )
+    names = sorted(file.name for file in (done / "cut").glob("checkpoint*"))
+    assert names == ["checkpoint-4-1-of-2.safetensors", "checkpoint.safetensors"]  # step 2's are gone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", ["cut-by-one", "cut-for-one"])
+def test_resumed_on_another_number_of_processes(done, cut):
+    if cut == "cut-for-one":
+        shutil.copytree(done / cut, done / "one-resumed")
+        checkpointed(done, "one-resumed", resume=True)
+        assert [file.name for file in (done / "one-resumed").glob("checkpoint*")] == [
+            "checkpoint.safetensors"
+        ]
+        cut = "one-resumed"
+    for got, line in zip(metrics_of(done / cut), metrics_of(done / "whole"), strict=True):
+        close(got, line, 1e-5)
+    close(weights_of(done / cut / "model"), weights_of(done / "whole" / "model"), 1e-5)
+
+
+@pytest.mark.slow
+def test_a_missing_shard_is_named(done, tmp_path):
+    shutil.copytree(done / "cut-for-one", tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-2-1-of-2.safetensors").unlink()
+    with pytest.raises(InputError, match="checkpoint-2-1-of-2"):
+        checkpointed(done, tmp_path / "run", resume=True)
+
+
+@pytest.mark.slow
+def test_a_sharded_model_streams_what_a_merged_one_saves(done, tmp_path):
+    model = trained_adapter(done)
+    merge_lora(model)
+    save_model(model, tmp_path / "merged")
+    streamed, saved = load_file(done / "streamed.safetensors"), weights_of(tmp_path / "merged")
+    assert streamed.keys() == saved.keys() and all(torch.equal(streamed[name], saved[name]) for name in saved)
+
+
+@pytest.mark.slow
+def test_a_mean_in_place_of_the_sum_is_caught(done, tmp_path):
+    """The planted fault: FSDP's own average over processes."""
+    name, folder = "sft", tmp_path / "faulty"
+    shutil.copytree(done, folder, ignore=shutil.ignore_patterns("one", "two", "cut*", "whole"))
+    script = tmp_path / "faulty.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import test_distributed as t\n"
+        "from torch.distributed.fsdp import FSDPModule\n"
+        "FSDPModule.set_gradient_divide_factor = lambda self, factor: None\n"
+        f"with t.processes('sft', 'cpu'):\n    t.train({name!r}, t.Path({str(folder)!r}), 'two')\n"
+    )
+    ran = torchrun(script)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    train(name, folder, "one")
+    with pytest.raises(AssertionError):
+        close(
+            load_file(folder / "two" / f"{name}.safetensors"),
+            load_file(folder / "one" / f"{name}.safetensors"),
+            1e-6,
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("death", ["exception", "kill"])
+def test_a_process_that_dies_ends_the_job(inputs, tmp_path, death):
+    """The command line, of which the reward function fails on rank 1 in the second step."""
+    last_words = (
+        "raise KeyError('planted')" if death == "exception" else "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    (tmp_path / "fails.py").write_text(
+        "import os, signal\ncalls = []\n\n\ndef fails(completions, **_):\n    calls.append(1)\n"
+        f"    if os.environ['RANK'] == '1' and len(calls) > 1:\n        {last_words}\n"
+        "    return [float(len(c)) for c in completions]\n"
+    )
+    flags = {
+        "model": inputs / "tied",
+        "data": inputs / "prompts.jsonl",
+        "reward": f"{tmp_path}/fails.py:fails",
+    }
+    flags |= {
+        "output": tmp_path / "run",
+        "steps": 3,
+        "prompts-per-step": 4,
+        "group-size": 2,
+        "max-new-tokens": 4,
+    }
+    given = [word for flag, value in flags.items() for word in (f"--{flag}", value)]
+    started = time.monotonic()
+    ran = torchrun("-m", "burnish.algorithms.grpo", *given, "--device", "cpu")
+    assert ran.returncode == 1 and time.monotonic() - started < 120
+    if death == "exception":
+        assert "planted" in ran.stderr and "grpo: process 1 of 2" in ran.stderr
+    else:
+        assert f"Signal {signal.SIGKILL.value}" in ran.stderr and "rank      : 1" in ran.stderr
+    assert len(metrics_of(tmp_path / "run")) == 1 and not (tmp_path / "run" / "model").exists()
+    assert ran.stdout.count("32 prompts") == 1  # rank 0 alone prints
+
+
+@pytest.mark.slow
+def test_what_runs_on_one_process_says_so(inputs, tmp_path):
+    ran = torchrun(
+        "-m", "burnish.algorithms.kto", "--model", inputs / "tied", "--data", inputs / "pairs.jsonl"
+    )
+    assert ran.returncode == 1 and "kto runs on one process" in ran.stderr
+
+
+# ---- on one process
+
+
+def test_parts_are_even_and_whole():
+    lengths = [5, 90, 7, 30, 61, 8, 44, 12, 3]
+    for count in (1, 2, 4, 12):
+        found = parts(lengths, count)
+        assert sorted(i for part in found for i in part) == [*range(len(lengths))] and len(found) == count
+        loads = [sum(lengths[i] for i in part) for part in found]
+        assert loads == sorted(loads, reverse=True) and max(loads) <= max(90, 4 / 3 * sum(lengths) / count)
+
+
+@pytest.mark.parametrize("several", [2, 3])
+def test_shares_are_the_batch_in_as_many_rounds(monkeypatch, several):
+    lengths = [5, 90, 7, 30, 61, 8, 44, 12, 3, 200]
+    monkeypatch.setattr(_distributed, "world", lambda: several)
+    by_rank = []
+    for place in range(several):
+        monkeypatch.setattr(_distributed, "rank", lambda place=place: place)
+        by_rank.append(_distributed.shares(lengths, 100))
+    assert len({len(rounds) for rounds in by_rank}) == 1
+    members = [part for rounds in by_rank for part in rounds]
+    assert sorted(i for part in members for i in part) == [*range(len(lengths))]
+    assert all(
+        sum(lengths[i] for i in part) <= 200 for part in members
+    )  # the longest, which is beyond the capacity
+    assert _distributed.shares([3], 100) == [[]]  # of the last rank, with nothing to do
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))
