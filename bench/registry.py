@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import NF4Weight, attention, decode, glu, logprob, lora, moe, nf4, norm, rope
+from ..kernels import NF4Weight, attention, decode, divergence, glu, logprob, lora, moe, nf4, norm, rope, topk
 
 Dims = dict[str, int]  # a shape by the house's letters: {"B": 2, "T": 5, "C": 100}
 Tensors = dict[str, Tensor | None]  # by the name of the op's argument
@@ -526,6 +526,9 @@ def _token_logprobs_eager(
     targets: Tensor,
     *,
     bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 1.0,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     support: Tensor | None = None,
@@ -534,9 +537,9 @@ def _token_logprobs_eager(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits in the input's dtype, then fp32, as the trainers have it."""
     logits = F.linear(hidden, weight, bias)
-    logits = softcap * torch.tanh(logits / softcap) if softcap is not None else logits
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    logits = logits / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
+    if lora_a is not None and lora_b is not None:
+        logits = logits + scaling * F.linear(F.linear(hidden, lora_a), lora_b)
+    logits = _in_fp32(logits, temperature, softcap)
     if support is not None:
         kept = torch.zeros(logits.shape[0], logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
         kept = kept.scatter(1, torch.where(support < 0, logits.shape[1], support).long(), True)[:, :-1]
@@ -546,6 +549,13 @@ def _token_logprobs_eager(
     logprob = log_p.gather(1, targets.masked_fill(~trained, 0).long()[:, None])[:, 0]
     entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1)  # 0 log 0 = 0
     return tuple(torch.where(trained, t, 0) for t in (logprob, torch.logsumexp(logits, -1), entropy))  # pyright: ignore
+
+
+def _in_fp32(logits: Tensor, temperature: float | Tensor, softcap: float | None) -> Tensor:
+    """Logits in the input's dtype, capped, then scaled in fp32."""
+    logits = softcap * torch.tanh(logits / softcap) if softcap is not None else logits
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
 
 
 def _logprob_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
@@ -578,6 +588,16 @@ def _logprob_support(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
     return tensors | {"support": ids}
 
 
+def _with_adapter(inputs: Callable[[Dims, torch.dtype, str], Tensors]) -> Callable[..., Tensors]:
+    def adapted(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+        return inputs(dims, dtype, device) | {
+            "lora_a": _randn((dims["R"], dims["C"]), dtype, device) * dims["C"] ** -0.5,
+            "lora_b": _randn((dims["V"], dims["R"]), dtype, device),
+        }
+
+    return adapted
+
+
 def _logprob_work(dims: Dims, size: int) -> tuple[Work, Work]:
     T, C, V = dims["T"], dims["C"], dims["V"]
     operands = (T + V) * C * size
@@ -599,6 +619,151 @@ _LOGPROB_BENCH = {
         {"T": 1024, "C": 4096, "V": 151936},
     ),
     "cpu": ({"T": 512, "C": 256, "V": 32768},),
+}
+
+
+# ---- divergence, topk
+
+
+def _token_divergence_eager(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    beta: float = 0.0,
+    temperature: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    mask: Tensor | None = None,
+    memory_budget: int | None = None,
+) -> Tensor:
+    """Both logits, and F.kl_div of their logarithms, as the trainers of GKD have it."""
+    log_s = _in_fp32(F.linear(hidden, weight, bias), temperature, softcap).log_softmax(-1)
+    with torch.no_grad():
+        teacher_logits = F.linear(teacher_hidden, teacher_weight, teacher_bias)
+        log_t = _in_fp32(teacher_logits, temperature, teacher_softcap).log_softmax(-1)
+    return _kl_div(log_t, log_s, beta, mask)
+
+
+def _kl_div(log_t: Tensor, log_s: Tensor, beta: float, mask: Tensor | None) -> Tensor:
+    def kl(log_q: Tensor, log_p: Tensor) -> Tensor:
+        return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+
+    if 0 < beta < 1:
+        weights = torch.tensor([beta, 1 - beta], dtype=log_s.dtype, device=log_s.device).log()
+        log_m = torch.logsumexp(torch.stack((log_t + weights[0], log_s + weights[1])), 0)
+        divergence = beta * kl(log_m, log_t) + (1 - beta) * kl(log_m, log_s)
+    else:
+        divergence = kl(log_t, log_s) if beta else kl(log_s, log_t)
+    return divergence if mask is None else torch.where(mask, divergence, 0)
+
+
+def _topk_divergence_eager(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    *,
+    beta: float = 0.0,
+    temperature: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    memory_budget: int | None = None,
+) -> Tensor:
+    """Gathered from the whole log_softmax; padding is given probability 0."""
+    log_s = _in_fp32(F.linear(hidden, weight, bias), temperature, softcap).log_softmax(-1)
+    padding = teacher_ids < 0
+    listed = torch.zeros(log_s.shape[0], log_s.shape[1] + 1, dtype=torch.bool, device=log_s.device)
+    listed = listed.scatter(1, torch.where(padding, log_s.shape[1], teacher_ids).long(), True)[:, :-1]
+    rest = log_s.masked_fill(listed, -1e30).logsumexp(-1, keepdim=True)
+    log_s = log_s.gather(1, teacher_ids.clamp(min=0).long()).masked_fill(padding, -1e30)
+    log_t = teacher_logprobs.to(log_s.dtype).masked_fill(padding, -1e30)
+    tail = (1 - log_t.exp().sum(-1, keepdim=True)).clamp(min=2.0**-24).log()
+    log_t = torch.cat((log_t, tail), -1).log_softmax(-1)
+    return _kl_div(log_t, torch.cat((log_s, rest), -1), beta, mask)
+
+
+def _topk_logprobs_eager(
+    hidden: Tensor, weight: Tensor, k: int, *, memory_budget: int | None = None
+) -> tuple[Tensor, Tensor]:
+    logprobs, ids = _in_fp32(F.linear(hidden, weight), 1.0, None).log_softmax(-1).topk(k, -1)
+    return ids, logprobs
+
+
+def _second(op: Callable[..., Any]) -> Callable[..., Any]:
+    """Ids that tie stand in any order: their log-probabilities alone."""
+
+    def logprobs(*args: Any, **kwargs: Any) -> Tensor:
+        return op(*args, **kwargs)[1]
+
+    return logprobs
+
+
+def _head_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    weight = torch.randn(dims["V"], dims["C"], dtype=dtype, device=device) * dims["C"] ** -0.5
+    return {"hidden": _randn((dims["T"], dims["C"]), dtype, device), "weight": weight}
+
+
+def _divergence_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    """The teacher's head is of its own width."""
+    teacher = _head_inputs(dims | {"C": dims["teacher"]}, dtype, device)
+    return _head_inputs(dims, dtype, device) | {f"teacher_{n}": t for n, t in teacher.items()}
+
+
+def _divergence_features(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    T, V = dims["T"], dims["V"]
+    return _divergence_inputs(dims, dtype, device) | {
+        "bias": _randn((V,), dtype, device),
+        "teacher_bias": _randn((V,), dtype, device),
+        "temperature": torch.linspace(0.5, 2, T, device=device),
+        "mask": torch.arange(T, device=device) % 7 != 3,
+    }
+
+
+def _topk_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    """Every second row lists half of the ids; every seventh does not count."""
+    T, V, K = dims["T"], dims["V"], dims["K"]
+    logprobs, ids = torch.randn(T, V, device=device).log_softmax(-1).topk(K, -1)
+    ids[::2, (K + 1) // 2 :] = -1
+    return _head_inputs(dims, dtype, device) | {
+        "teacher_ids": ids.int(),
+        "teacher_logprobs": logprobs,
+        "bias": _randn((V,), dtype, device),
+        "temperature": torch.linspace(0.5, 2, T, device=device),
+        "mask": torch.arange(T, device=device) % 7 != 3,
+    }
+
+
+def _divergence_work(dims: Dims, size: int) -> tuple[Work, Work]:
+    T, C, D, V = dims["T"], dims["C"], dims["teacher"], dims["V"]
+    operands = (T + V) * C * size
+    return (
+        Work(2 * T * (C + D) * V, operands + (T + V) * D * size + 4 * T),
+        Work(4 * T * C * V, 2 * operands + 4 * T),
+    )
+
+
+def _topk_work(dims: Dims, size: int) -> tuple[Work, Work]:
+    forward, backward = _logprob_work(dims, size)
+    stored = 8 * dims["T"] * dims["K"]
+    return Work(forward.flops, forward.bytes + stored), Work(backward.flops, backward.bytes + stored)
+
+
+_DIVERGENCE_SHAPES = (
+    {"T": 1, "C": 1, "teacher": 2, "V": 2},
+    {"T": 11, "C": 33, "teacher": 17, "V": 101},
+    {"T": 5, "C": 16, "teacher": 24, "V": 1031},
+)
+_DIVERGENCE_BENCH = {
+    "cuda": (
+        {"T": 8192, "C": 2048, "teacher": 4096, "V": 151936},
+        {"T": 1024, "C": 2048, "teacher": 4096, "V": 151936},
+    ),
+    "cpu": ({"T": 256, "C": 128, "teacher": 256, "V": 32768},),
 }
 
 
@@ -1006,6 +1171,57 @@ def _decode_case(family: str, inputs: Any, **changes: Any) -> Case:
     )
 
 
+_DIVERGENCE_TILES = ({"T": 64, "C": 128, "teacher": 256, "V": 4096},)
+
+
+def _divergence_case(family: str, **changes: Any) -> Case:
+    return Case(
+        **{
+            "op": "token_divergence",
+            "family": family,
+            "inputs": _divergence_inputs,
+            "fused": divergence.token_divergence,
+            "reference": divergence.token_divergence_reference,
+            "eager": _token_divergence_eager,
+            "work": _divergence_work,
+            "formula": "2T(C+D)V operations, D the teacher's width; 4TCV",
+            "shapes": _DIVERGENCE_SHAPES,
+            "empty": ({"T": 0, "C": 8, "teacher": 4, "V": 16},),
+            "bench": {},
+            "configurations": (),
+            "activations": ("hidden", "teacher_hidden"),
+            "fixed": ("teacher_hidden", "teacher_weight", "teacher_bias", "temperature"),
+            "check": lambda dims: dims | {"T": min(dims["T"], 1024)},  # the reference holds all logits
+            "half_scales": (1e-3,),
+        }
+        | changes
+    )
+
+
+def _topk_case(family: str, **changes: Any) -> Case:
+    return Case(
+        **{
+            "op": "topk_divergence",
+            "family": family,
+            "inputs": _topk_inputs,
+            "fused": topk.topk_divergence,
+            "reference": topk.topk_divergence_reference,
+            "eager": _topk_divergence_eager,
+            "work": _topk_work,
+            "formula": "2TCV operations; 4TCV",
+            "shapes": tuple(dims | {"K": 7} for dims in _LOGPROB_SHAPES[1:]),
+            "empty": ({"T": 0, "C": 8, "V": 16, "K": 3},),
+            "bench": {},
+            "configurations": (),
+            "activations": ("hidden",),
+            "fixed": ("teacher_logprobs", "temperature"),
+            "reads_values": True,
+            "half_scales": (1e-3,),
+        }
+        | changes
+    )
+
+
 def _logprob_case(family: str, **changes: Any) -> Case:
     return Case(
         **{
@@ -1168,6 +1384,55 @@ CASES: tuple[Case, ...] = (
         shapes=({"T": 11, "C": 33, "V": 101, "K": 7},),
         empty=(),
         configurations=({"T": 64, "C": 1024, "V": 4096, "K": 64},),
+    ),
+    _logprob_case(
+        "adapter",
+        inputs=_with_adapter(_logprob_inputs),
+        options={"scaling": 0.5},
+        shapes=tuple(dims | {"R": 5} for dims in _LOGPROB_SHAPES),
+        empty=(),
+        configurations=({"T": 64, "C": 128, "V": 4096, "R": 16},),
+    ),
+    _logprob_case(
+        "adapter, support",
+        inputs=_with_adapter(_logprob_support),
+        options={"scaling": 0.5},
+        reads_values=True,
+        shapes=({"T": 11, "C": 33, "V": 101, "K": 7, "R": 5},),
+        empty=(),
+    ),
+    _divergence_case("forward KL", bench=_DIVERGENCE_BENCH, configurations=_DIVERGENCE_TILES),
+    _divergence_case("reverse KL", options={"beta": 1.0}, configurations=_DIVERGENCE_TILES),
+    _divergence_case(
+        "JSD",
+        options={"beta": 0.3},
+        bench={device: shapes[:1] for device, shapes in _DIVERGENCE_BENCH.items()},
+        configurations=_DIVERGENCE_TILES,
+    ),
+    _divergence_case("chunks", options={"beta": 0.3, "memory_budget": 1 << 12}),
+    *(
+        _divergence_case(
+            f"features, beta {beta}",
+            inputs=_divergence_features,
+            options={"beta": beta, "softcap": 5.0, "teacher_softcap": 4.0, "memory_budget": 1 << 13},
+            configurations=_DIVERGENCE_TILES if beta == 0.3 else (),
+        )
+        for beta in (0.0, 0.3, 1.0)
+    ),
+    *(
+        _topk_case(f"beta {beta}", options={"beta": beta, "softcap": 5.0, "memory_budget": 1 << 13})
+        for beta in (0.0, 0.3, 1.0)
+    ),
+    _topk_case(
+        "likeliest",
+        op="topk_logprobs",
+        inputs=_head_inputs,
+        fused=_second(topk.topk_logprobs),
+        reference=_second(topk.topk_logprobs_reference),
+        eager=_second(_topk_logprobs_eager),
+        options={"k": 2, "memory_budget": 1 << 13},
+        fixed=("hidden", "weight"),
+        reads_values=False,
     ),
     _moe_case(
         "swiglu",

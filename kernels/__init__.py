@@ -3,6 +3,7 @@
 from ._four_bit import NF4Weight as NF4Weight
 from .attention import flash_attention as flash_attention
 from .decode import decode_attention as decode_attention
+from .divergence import token_divergence as token_divergence
 from .glu import clamped_swiglu as clamped_swiglu
 from .glu import geglu as geglu
 from .glu import swiglu as swiglu
@@ -16,3 +17,5 @@ from .nf4 import quantize_nf4 as quantize_nf4
 from .norm import add_rms_norm as add_rms_norm
 from .norm import rms_norm as rms_norm
 from .rope import apply_rope as apply_rope
+from .topk import topk_divergence as topk_divergence
+from .topk import topk_logprobs as topk_logprobs

@@ -22,15 +22,41 @@ Source: the online softmax of Milakov and Gimelshein 2018, https://arxiv.org/abs
 # Triton's launches and tuples are opaque to pyright
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._launch import INTERPRET, capability, check_dtype, check_shape, multiprocessors, register, use_triton
+from ._head import (
+    _place,
+    _products,
+    _quarter,
+    _scaled,
+    _sharpness,
+    block_of,
+    blocks_of,
+    buffer_of,
+    bytes_of,
+    cast,
+    check_adapter,
+    check_budget,
+    check_head,
+    check_temperature,
+    described,
+    grid_of,
+    has_tma,
+    head_gradients,
+    head_gradients_fake,
+    locate,
+    operand,
+    precision,
+    rows_of,
+    scaled_,
+    slices,
+    split_temperature,
+    tile_of,
+)
+from ._launch import check_shape, register, use_triton
 
 # ---- reference
 
@@ -42,6 +68,9 @@ def token_logprobs_reference(
     targets: Tensor,
     *,
     bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 1.0,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     support: Tensor | None = None,
@@ -52,6 +81,8 @@ def token_logprobs_reference(
         hidden.dtype, torch.float32
     )  # fp64 stays fp64: gradients are checked by finite differences
     z = hidden.to(wide) @ weight.to(wide).T  # (tokens, vocabulary)
+    if lora_a is not None and lora_b is not None:
+        z = z + scaling * (hidden.to(wide) @ lora_a.to(wide).T) @ lora_b.to(wide).T
     kept = None
     if support is not None:
         columns = torch.where(
@@ -90,67 +121,6 @@ def _score(
 
 
 # ---- kernels
-
-
-@triton.jit
-def _place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
-    # GROUP blocks of tokens stay in L2 while the vocabulary passes by
-    group = tile // (GROUP * tiles_n)
-    rows = tl.minimum(tiles_m - group * GROUP, GROUP)
-    place = tile % (GROUP * tiles_n)
-    return group * GROUP + place % rows, place // rows
-
-
-@triton.jit
-def _products(
-    h, w, m, n, T, N, C, h_stride, w_stride,
-    TMA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    # h and w are descriptors with TMA, pointers without; what lies outside is 0
-    z = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if TMA:
-        for k in range(0, C, BLOCK_K):
-            z = tl.dot(h.load([m * BLOCK_M, k]), w.load([n * BLOCK_N, k]).T, z, input_precision=PRECISION)
-    else:
-        rows = m * BLOCK_M + tl.arange(0, BLOCK_M)
-        cols = n * BLOCK_N + tl.arange(0, BLOCK_N)
-        a_ptr = h + rows.to(tl.int64)[:, None] * h_stride
-        b_ptr = w + cols.to(tl.int64)[None, :] * w_stride
-        for k in range(0, C, BLOCK_K):
-            ks = k + tl.arange(0, BLOCK_K)
-            a = tl.load(
-                a_ptr + ks[None, :], (rows < T)[:, None] & (ks < C)[None, :], other=0.0
-            )  # [BLOCK_M, BLOCK_K]
-            b = tl.load(
-                b_ptr + ks[:, None], (cols < N)[None, :] & (ks < C)[:, None], other=0.0
-            )  # [BLOCK_K, BLOCK_N]
-            z = tl.dot(a, b, z, input_precision=PRECISION)
-    return z
-
-
-@triton.jit
-def _quarter(z, INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    # an epilogue on a quarter of the tile at a time: 128x256 then fits into sm_90's registers without spills
-    half = tl.split(tl.permute(tl.reshape(z, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))[INDEX // 2]
-    return tl.split(tl.permute(tl.reshape(half, (BLOCK_M, 2, BLOCK_N // 4)), (0, 2, 1)))[INDEX % 2]
-
-
-@triton.jit
-def _scaled(z, bias_ptr, cols, N, sharpness, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    if HAS_BIAS:
-        z += tl.load(bias_ptr + cols, cols < N, other=0.0).to(tl.float32)[None, :]
-    if HAS_SOFTCAP:
-        z = softcap - 2 * softcap / (tl.exp(z * (2 / softcap)) + 1)  # tanh
-    return z * sharpness
-
-
-@triton.jit
-def _sharpness(temperature_ptr, rows, T, temperature, HAS_TEMPERATURES: tl.constexpr):
-    if HAS_TEMPERATURES:
-        sharpness = 1 / tl.load(temperature_ptr + rows, rows < T, other=1.0)[:, None]  # [BLOCK_M, 1]
-    else:
-        sharpness = 1 / temperature
-    return sharpness
 
 
 @triton.jit
@@ -289,99 +259,17 @@ def _gathered_dweight(
     tl.store(dw_ptr + row * C + cols, dw, cols < C)
 
 
-# ---- blocks of logits
-
-CPU_BUDGET = 2**23  # bytes; a block that stays in the caches: larger ones are slower
-GPU_BUDGET = 2**28  # 16k columns of bf16 gradients at 8k tokens: on an H100, wider ones gain nothing
-CPU_NARROWEST = 256  # columns, below which the products slow down; then fewer rows make a block
-GPU_NARROWEST = 4096
-
-
-def _blocks(hidden: Tensor, vocabulary: int, memory_budget: int) -> tuple[list[slice], list[slice]]:
-    """Rows and columns of the blocks: all rows if their block is wide enough, and blocks of equal width."""
-    tokens = hidden.shape[0]
-    # Triton writes the logits' gradient alone; torch needs the logits and two temporaries
-    elements = memory_budget // (hidden.itemsize if use_triton(hidden) else 3 * max(4, hidden.itemsize))
-    narrowest = GPU_NARROWEST if hidden.is_cuda else CPU_NARROWEST
-    columns = min(vocabulary, max(narrowest, elements // max(tokens, 1)))
-    columns = math.ceil(vocabulary / math.ceil(vocabulary / columns))
-    columns = min(vocabulary, _aligned(columns))
-    return _slices(tokens, max(1, elements // columns)), _slices(vocabulary, columns)
-
-
-def _aligned(columns: int) -> int:
-    """The stride of a block's rows: whole cache lines, which the matrix units load, whatever the vocabulary."""
-    return (columns + 63) // 64 * 64
-
-
-def _slices(length: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a b into out, which may be wider than a and b."""
-    if out.dtype == a.dtype:
-        return torch.mm(a, b, out=out)
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=out.dtype, out=out)
-    return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
-
-
-def _accumulate(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """out + a b into out, which may be wider than a and b."""
-    if out.dtype != a.dtype and a.is_cuda:
-        return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    return out.addmm_(a.to(out.dtype), b.to(out.dtype))
-
-
-# ---- blocks on a GPU
-
-
-def _tile(h: Tensor) -> dict[str, int]:
-    """What a program computes, by architecture; on none of them does an epilogue spill (bench/static.json)."""
-    if INTERPRET:
-        return {"GROUP": 2, "BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 32}
-    if h.dtype == torch.float32:
-        return {"GROUP": 8, "BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
-    if capability(h) == (9, 4):
-        return {"GROUP": 8, "BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
-    if not _has_tma(h):
-        return {"GROUP": 8, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
-    if capability(h)[0] == 10:
-        return {"GROUP": 8, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
-    return {"GROUP": 8, "BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
-
-
-def _has_tma(h: Tensor) -> bool:
-    """Half precision in rows of whole 16 bytes, on Hopper or a data centre's Blackwell (gfx942 calls itself 9.4)."""
-    return h.itemsize == 2 and h.shape[1] % 8 == 0 and capability(h)[0] in (9, 10) and capability(h) != (9, 4)
-
-
-def _described(x: Tensor, block: list[int], tma: bool) -> Tensor | TensorDescriptor:
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block) if tma else x
-
-
-def _precision() -> str:
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-def _grid(h: Tensor, N: int, tile: dict[str, int], tma: bool) -> tuple[int]:
-    """One program a processor walks the tiles where a tile of 128x256 fills it; elsewhere one program a tile."""
-    tiles = triton.cdiv(h.shape[0], tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"])
-    return (min(tiles, multiprocessors(h)) if tma or INTERPRET else tiles,)  # pyright: ignore[reportReturnType]
-
-
 def _summarise_triton(h, w, bias, targets, start, temperatures, temperature, softcap, target_u):
     """parts (pieces, 3, tokens) of a chunk of the vocabulary; target_u where the target is in it."""
     (T, C), N = h.shape, w.shape[0]
-    tile, tma = _tile(h), _has_tma(h)
+    tile, tma = tile_of(h), has_tma(h)
     parts = h.new_empty(triton.cdiv(N, tile["BLOCK_N"]), 3, T, dtype=torch.float32)
     if T:
         h_tile, w_tile = [tile["BLOCK_M"], tile["BLOCK_K"]], [tile["BLOCK_N"], tile["BLOCK_K"]]
-        _token_logprobs_fwd[_grid(h, N, tile, tma)](
-            _described(h, h_tile, tma), _described(w, w_tile, tma), bias, targets, temperatures, parts, target_u,
+        _token_logprobs_fwd[grid_of(h, N, tile, tma)](
+            described(h, h_tile, tma), described(w, w_tile, tma), bias, targets, temperatures, parts, target_u,
             T, N, C, h.stride(0), w.stride(0), start, temperature, softcap or 1.0,
-            bias is not None, softcap is not None, temperatures is not None, tma, _precision(), **tile,
+            bias is not None, softcap is not None, temperatures is not None, tma, precision(), **tile,
         )  # fmt: skip
     return parts
 
@@ -390,30 +278,32 @@ def _dlogits_triton(h, w, bias, targets, start, temperatures, temperature, softc
     """dz (rows, N) of a block, filled; returns its sum over the rows, in fp32 as it was before rounding."""
     (T, C), N = h.shape, w.shape[0]
     lse, entropy, gain, level, dentropy = saved
-    tile, tma = _tile(h), _has_tma(h)
+    tile, tma = tile_of(h), has_tma(h)
     h_tile, w_tile = [tile["BLOCK_M"], tile["BLOCK_K"]], [tile["BLOCK_N"], tile["BLOCK_K"]]
     z_tile = [tile["BLOCK_M"], tile["BLOCK_N"] // 4]
     db = h.new_empty(triton.cdiv(T, tile["BLOCK_M"]) if with_dbias else 0, N, dtype=torch.float32)
-    _token_logprobs_bwd[_grid(h, N, tile, tma)](
-        _described(h, h_tile, tma), _described(w, w_tile, tma), _described(dz, z_tile, tma),
+    _token_logprobs_bwd[grid_of(h, N, tile, tma)](
+        described(h, h_tile, tma), described(w, w_tile, tma), described(dz, z_tile, tma),
         bias, targets, temperatures, lse, entropy, gain, level, dentropy, db,
         T, N, C, h.stride(0), w.stride(0), dz.stride(0), start, temperature, softcap or 1.0,
         bias is not None, softcap is not None, temperatures is not None, dentropy is not None, with_dbias,
-        tma, _precision(), **tile,
+        tma, precision(), **tile,
     )  # fmt: skip
     return db.sum(0)
 
 
 # ---- blocks on a CPU
 
+COPIES = 3  # of a block: the logits and two temporaries
+
 
 def _summarise(h, w, bias, targets, start, temperatures, temperature, softcap, target_u, row_blocks, buffer):
     """As _summarise_triton, with the logits of one block of rows at a time in buffer; one piece."""
     parts = h.new_empty(1, 3, h.shape[0])
     for rows in row_blocks:
-        z = torch.mm(h[rows], w.T, out=_block(buffer, rows, w.shape[0]))
-        u = _scaled_(z, bias, None if temperatures is None else temperatures[rows], temperature, softcap)
-        column, here = _locate(targets[rows], start, u.shape[1])
+        z = torch.mm(h[rows], w.T, out=block_of(buffer, rows, w.shape[0]))
+        u = scaled_(z, bias, None if temperatures is None else temperatures[rows], temperature, softcap)
+        column, here = locate(targets[rows], start, u.shape[1])
         target_u[rows] = torch.where(here, u.gather(1, column)[:, 0], target_u[rows])
         top, total, weighted = parts[0, :, rows]
         u -= torch.amax(u, -1, out=top)[:, None]
@@ -428,13 +318,13 @@ def _dlogits(h, w, bias, targets, start, temperatures, temperature, softcap, sav
     lse, entropy, gain, level = (x[:, None] for x in saved[:4])
     dentropy = None if saved[4] is None else saved[4][:, None]
     z = torch.mm(h, w.T, out=dz)
-    u = _scaled_(z, bias, temperatures, temperature, softcap)
+    u = scaled_(z, bias, temperatures, temperature, softcap)
     divisor = temperature if temperatures is None else temperatures[:, None]
     capped = None if softcap is None else (u * divisor).div_(softcap)
     u -= lse
     slope = level if dentropy is None else level - (u + entropy).mul_(dentropy)
     du = u.exp_().mul_(slope)
-    column, here = _locate(targets, start, u.shape[1])
+    column, here = locate(targets, start, u.shape[1])
     du.scatter_add_(1, column, gain * here[:, None])
     if temperatures is not None or temperature != 1:
         du.div_(divisor)
@@ -443,31 +333,13 @@ def _dlogits(h, w, bias, targets, start, temperatures, temperature, softcap, sav
     return dz.sum(0) if with_dbias else dz.new_empty(0)
 
 
-def _scaled_(z, bias, temperatures, temperature, softcap):
-    """u from raw products, in place."""
-    if bias is not None:
-        z += bias
-    if softcap is not None:
-        z.div_(softcap).tanh_().mul_(softcap)
-    if temperatures is not None:
-        z.div_(temperatures[:, None])
-    elif temperature != 1:
-        z.div_(temperature)
-    return z
-
-
-def _locate(targets: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
-    """The target's column (rows, 1) in a chunk of the vocabulary, and (rows,) whether it is in the chunk at all."""
-    column = targets - start
-    return column.clamp(0, width - 1)[:, None], (column >= 0) & (column < width)
-
-
 # ---- autograd
 
 
 def _forward(
     hidden: Tensor,
     weight: Tensor,
+    lora_b: Tensor | None,
     bias: Tensor | None,
     targets: Tensor,
     temperatures: Tensor | None,
@@ -476,18 +348,18 @@ def _forward(
     ignore_index: int,
     memory_budget: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    h = _operand(hidden)
+    h = operand(hidden)
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    row_blocks, chunks = _blocks(hidden, weight.shape[0], memory_budget)
-    if use_triton(h) and weight.dtype == h.dtype:
+    row_blocks, chunks = blocks_of(hidden, weight.shape[0], memory_budget, bytes_of(hidden, COPIES))
+    if use_triton(h) and weight.dtype == h.dtype and lora_b is None:
         chunks = [
             slice(0, weight.shape[0])
         ]  # no logits in memory, and no copy of the weight in another dtype
-    buffer = None if use_triton(h) else _buffer(h, row_blocks, chunks)
+    buffer = None if use_triton(h) else buffer_of(h, row_blocks, chunks)
     target_u = h.new_full((h.shape[0],), torch.nan, dtype=wide)  # stays NaN for an id outside the vocabulary
     parts = []
     for columns in chunks:
-        w, b = _operand(weight[columns], h.dtype), None if bias is None else bias[columns]
+        w, b = rows_of(weight, lora_b, columns, h.dtype), None if bias is None else bias[columns]
         block = h, w, b, targets, columns.start, temperatures, temperature, softcap, target_u
         parts.append(
             _summarise(*block, row_blocks, buffer) if buffer is not None else _summarise_triton(*block)
@@ -504,7 +376,7 @@ def _forward(
 
 
 def _forward_fake(
-    hidden, weight, bias, targets, temperatures, temperature, softcap, ignore_index, memory_budget
+    hidden, weight, lora_b, bias, targets, temperatures, temperature, softcap, ignore_index, memory_budget
 ):  # fmt: skip
     wide = torch.promote_types(hidden.dtype, torch.float32)
     return tuple(hidden.new_empty(hidden.shape[0], dtype=wide) for _ in range(3))
@@ -516,6 +388,7 @@ def _backward(
     dentropy: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
+    lora_b: Tensor | None,
     bias: Tensor | None,
     targets: Tensor,
     temperatures: Tensor | None,
@@ -527,86 +400,42 @@ def _backward(
     memory_budget: int,
     with_dhidden: bool,
     with_dweight: bool,
+    with_dlora_b: bool,
     with_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dhidden, dweight and dbias, each empty where it is not asked for."""
-    h, wide = _operand(hidden), lse.dtype
-    row_blocks, chunks = _blocks(hidden, weight.shape[0], memory_budget)
-    dhidden = hidden.new_zeros(hidden.shape if with_dhidden else 0, dtype=wide)
-    dweight = weight.new_empty(weight.shape if with_dweight else 0)
-    dbias = weight.new_zeros(weight.shape[0] if with_dbias else 0, dtype=wide)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dhidden, dweight, dlora_b and dbias, each empty where it is not asked for."""
     ignored = targets == ignore_index
-    lse = lse.masked_fill(ignored, torch.finfo(wide).max)  # p = 0 there, whatever the logits
+    lse = lse.masked_fill(ignored, torch.finfo(lse.dtype).max)  # p = 0 there, whatever the logits
     gain = torch.zeros_like(lse) if dlogprob is None else dlogprob.masked_fill(ignored, 0)
     level = -gain if dlse is None else dlse.masked_fill(ignored, 0) - gain
     dentropy = None if dentropy is None else dentropy.masked_fill(ignored, 0)
-    buffer = _buffer(h, row_blocks, chunks)
-    whole = len(row_blocks) == 1 and dweight.dtype in (
-        h.dtype,
-        wide,
-    )  # a chunk's dw then comes out of one product
-    dlogits = _dlogits_triton if use_triton(h) else _dlogits
-    for columns in chunks:
-        w, b = _operand(weight[columns], h.dtype), None if bias is None else bias[columns]
-        dw = (
-            dweight[columns] if whole or not with_dweight else h.new_zeros(w.shape, dtype=wide)
-        )  # (columns, hidden)
-        for rows in row_blocks:
-            dz = _block(buffer, rows, w.shape[0])
-            t = None if temperatures is None else temperatures[rows]
-            saved = [None if x is None else x[rows] for x in (lse, entropy, gain, level, dentropy)]
-            db = dlogits(
-                h[rows], w, b, targets[rows], columns.start, t, temperature, softcap, saved, dz, with_dbias
-            )
-            if with_dhidden:
-                _accumulate(dz, w, dhidden[rows])
-            if with_dweight:
-                (_product if whole else _accumulate)(dz.T, h[rows], dw)
-            if with_dbias:
-                dbias[columns] += db
-        if with_dweight and not whole:
-            dweight[columns] = dw
-    return dhidden.to(hidden.dtype), dweight, dbias if bias is None else dbias.to(bias.dtype)
+    dlogits = _dlogits_triton if use_triton(hidden) else _dlogits
+
+    def fill(rows, columns, h, w, b, dz):
+        t = None if temperatures is None else temperatures[rows]
+        saved = [None if x is None else x[rows] for x in (lse, entropy, gain, level, dentropy)]
+        return dlogits(h, w, b, targets[rows], columns.start, t, temperature, softcap, saved, dz, with_dbias)
+
+    needs = with_dhidden, with_dweight, with_dlora_b, with_dbias
+    return head_gradients(hidden, weight, lora_b, bias, memory_budget, bytes_of(hidden, COPIES), fill, needs)
 
 
 def _backward_fake(
-    dlogprob, dlse, dentropy, hidden, weight, bias, targets, temperatures, lse, entropy,
-    temperature, softcap, ignore_index, memory_budget, with_dhidden, with_dweight, with_dbias,
+    dlogprob, dlse, dentropy, hidden, weight, lora_b, bias, targets, temperatures, lse, entropy,
+    temperature, softcap, ignore_index, memory_budget, with_dhidden, with_dweight, with_dlora_b, with_dbias,
 ):  # fmt: skip
-    dhidden = hidden.new_empty(hidden.shape if with_dhidden else 0)
-    dweight = weight.new_empty(weight.shape if with_dweight else 0)
-    return (
-        dhidden,
-        dweight,
-        (weight if bias is None else bias).new_empty(weight.shape[0] if with_dbias else 0),
-    )
-
-
-def _operand(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """x as the products take it: rows on end, and fp32 on the CPU, whose half precision is ten times slower."""
-    wide = x.dtype if use_triton(x) else torch.promote_types(x.dtype, torch.float32)
-    x = x.to(dtype or wide).contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()  # a descriptor starts at 16 bytes
-
-
-def _buffer(h: Tensor, row_blocks: list[slice], chunks: list[slice]) -> Tensor:
-    """Room for the largest block."""
-    return h.new_empty(row_blocks[0].stop * _aligned(chunks[0].stop) if row_blocks else 0)
-
-
-def _block(buffer: Tensor, rows: slice, width: int) -> Tensor:
-    height, stride = rows.stop - rows.start, _aligned(width)
-    return buffer[: height * stride].view(height, stride)[:, :width]
+    needs = with_dhidden, with_dweight, with_dlora_b, with_dbias
+    return head_gradients_fake(hidden, weight, lora_b, bias, needs)
 
 
 def _save(ctx, inputs, output):
-    hidden, weight, bias, targets, temperatures, *ctx.constants = inputs
-    ctx.save_for_backward(hidden, weight, bias, targets, temperatures, *output[1:])
+    hidden, weight, lora_b, bias, targets, temperatures, *ctx.constants = inputs
+    ctx.save_for_backward(hidden, weight, lora_b, bias, targets, temperatures, *output[1:])
     ctx.set_materialize_grads(False)  # an output that no loss reads costs nothing in the backward
 
 
 def _differentiate(ctx, dlogprob, dlse, dentropy):
-    needs = ctx.needs_input_grad[:3]
+    needs = ctx.needs_input_grad[:4]
     gradients = _dense_backward(dlogprob, dlse, dentropy, *ctx.saved_tensors, *ctx.constants, *needs)
     return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *[None] * 6
 
@@ -638,7 +467,7 @@ def _gather_fake(hidden, weight, ids, memory_budget):
 
 
 def _gathered_blocks(ids: Tensor, C: int, itemsize: int, memory_budget: int) -> list[slice]:
-    return _slices(ids.shape[0], max(1, memory_budget // (2 * itemsize * ids.shape[1] * C)))
+    return slices(ids.shape[0], max(1, memory_budget // (2 * itemsize * ids.shape[1] * C)))
 
 
 def _gather_backward(
@@ -707,6 +536,9 @@ def token_logprobs(
     targets: Tensor,
     *,
     bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 1.0,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     support: Tensor | None = None,
@@ -716,68 +548,56 @@ def token_logprobs(
     """Score targets under softmax(softcap(hidden W^T + bias) / temperature), in nats, without the logits in memory.
 
     hidden: (tokens, hidden)    weight: (vocabulary, hidden)    targets: (tokens,) int    bias: (vocabulary,)
+    lora_a: (R, hidden)    lora_b: (vocabulary, R): of an adapter, W + scaling B A, never multiplied out.
     temperature: above 0, a number or (tokens,); it gets no gradient.
     support: (tokens, K_max) int, distinct ids padded with -1. The sums run over them alone; the target is one.
     ignore_index: a row with this target gives 0, 0, 0 and passes no gradient.
     memory_budget: bytes that logits and their gradients may take at any time.
 
     Returns logprob, lse, entropy, each (tokens,) in fp32 (fp64 for fp64), each with its own gradient to hidden,
-    weight and bias. A weight without requires_grad costs no product for dW.
+    weight, bias and the adapter. A weight without requires_grad costs no product for dW.
     Raises ValueError for shapes that disagree and, on the CPU, for a target outside the vocabulary or its support.
     On CUDA, where looking would stall the device, such a row gives NaN.
     """
-    if memory_budget is not None and memory_budget <= 0:
-        raise ValueError(f"memory_budget: expected bytes above 0, got {memory_budget}")
-    if hidden.ndim != 2:
-        raise ValueError(f"hidden: expected shape (tokens, hidden), got {tuple(hidden.shape)}")
+    budget = check_budget(hidden, memory_budget)
+    check_head(hidden, weight, bias, softcap)
+    check_adapter(hidden, weight, lora_a, lora_b)
     tokens = hidden.shape[0]
-    if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[1]:
-        raise ValueError(
-            f"weight: expected shape (vocabulary, hidden={hidden.shape[1]}), got {tuple(weight.shape)}"
-        )
     check_shape("targets", targets, tokens=tokens)
-    if bias is not None:
-        check_shape("bias", bias, vocabulary=weight.shape[0])
-    if isinstance(temperature, Tensor):
-        check_shape("temperature", temperature, tokens=tokens)
-        if temperature.requires_grad:
-            raise ValueError("temperature: it has no gradient here; pass temperature.detach()")
-    elif not temperature > 0:
-        raise ValueError(f"temperature: expected a number above 0, got {temperature}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: expected a number above 0, got {softcap}")
+    check_temperature(temperature, tokens)
     if support is not None and (support.ndim != 2 or support.shape[0] != tokens or support.shape[1] == 0):
         raise ValueError(f"support: expected shape (tokens={tokens}, K_max), got {tuple(support.shape)}")
     for name, x in (("targets", targets), ("support", support)):
         if x is not None and x.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"{name}: expected int32 or int64, got {x.dtype}")
-    if use_triton(hidden):
-        check_dtype("hidden", hidden)
     if not hidden.is_cuda and not torch.compiler.is_compiling():
         _check_ids(targets, support, weight.shape[0], ignore_index)
-    if torch.is_autocast_enabled(hidden.device.type):
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    budget = (GPU_BUDGET if hidden.is_cuda else CPU_BUDGET) if memory_budget is None else memory_budget
+    hidden = cast(hidden)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     if not use_triton(hidden) and 6 * wide.itemsize * tokens * weight.shape[0] <= budget:
         # autograd's own copies of such small logits fit: no need to compute them twice
         return token_logprobs_reference(
-            hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, support=support,
-            ignore_index=ignore_index,
+            hidden, weight, targets, bias=bias, lora_a=lora_a, lora_b=lora_b, scaling=scaling,
+            temperature=temperature, softcap=softcap, support=support, ignore_index=ignore_index,
         )  # fmt: skip
+    low = None  # what an adapter adds is more columns of hidden and weight: no W + scaling B A
+    if lora_a is not None:
+        low = scaling * (hidden @ lora_a.to(hidden.dtype).T)  # (tokens, R)
     targets = targets.long().contiguous()
     bias = None if bias is None else bias.contiguous()
     if support is not None:
         ids = support.contiguous()
         z = _supported(hidden.contiguous(), weight.contiguous(), ids, budget)  # (tokens, K_max)
+        if low is not None:
+            z = z + _supported(low.contiguous(), lora_b.contiguous(), ids, budget)
         trained = targets != ignore_index
         match = ids == targets[:, None]
         b = None if bias is None else bias.to(wide)[ids.clamp(min=0)]
         logprob, lse, entropy = _score(z, match.int().argmax(-1), trained, b, temperature, softcap, ids >= 0)
         return torch.where(match.any(-1) | ~trained, logprob, torch.nan), lse, entropy
-    temperatures = temperature.to(wide).contiguous() if isinstance(temperature, Tensor) else None
-    number = 1.0 if isinstance(temperature, Tensor) else float(temperature)
-    return _dense(hidden, weight, bias, targets, temperatures, number, softcap, ignore_index, budget)
+    temperatures, number = split_temperature(temperature, wide)
+    hidden = hidden if low is None else torch.cat((hidden, low), 1)  # (tokens, C + R)
+    return _dense(hidden, weight, lora_b, bias, targets, temperatures, number, softcap, ignore_index, budget)
 
 
 def _check_ids(targets: Tensor, support: Tensor | None, vocabulary: int, ignore_index: int) -> None:

@@ -216,8 +216,8 @@ FAULTS = [
     Fault(
         "temperature upside down",
         "logprob",
-        "1 / tl.load(temperature_ptr",
-        "tl.load(temperature_ptr",
+        "u, bias_ptr, cols, N, sharpness,",
+        "u, bias_ptr, cols, N, 1 / sharpness,",
         "token_logprobs/bias, softcap, temperatures",
     ),
     Fault(

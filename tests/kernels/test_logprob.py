@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from burnish.kernels import logprob, token_logprobs
+from burnish.kernels import _head, logprob, token_logprobs
 from burnish.kernels._launch import INTERPRET
 from burnish.kernels.logprob import token_logprobs_reference
 
@@ -141,7 +141,7 @@ def test_any_shape(shape, dtype, device):
 def test_a_large_vocabulary(dtype, device, monkeypatch):
     if INTERPRET:  # it pays for each tile
         tile = {"GROUP": 2, "BLOCK_M": 16, "BLOCK_N": 65_536, "BLOCK_K": 16}
-        monkeypatch.setattr(logprob, "_tile", lambda h: tile)
+        monkeypatch.setattr(logprob, "tile_of", lambda h: tile)
     assert_as_accurate(*make(2, 8, 262_145, device, dtype), memory_budget=2**22)
 
 
@@ -305,8 +305,8 @@ def test_a_frozen_head_costs_no_product(device, monkeypatch):
     def counted(product):
         return lambda *a: (products.append(1), product(*a))[1]
 
-    for name in ("_product", "_accumulate"):
-        monkeypatch.setattr(logprob, name, counted(getattr(logprob, name)))
+    for name in ("product", "accumulate"):
+        monkeypatch.setattr(_head, name, counted(getattr(_head, name)))
     counts = {}
     for frozen in (True, False):
         products.clear()
@@ -398,7 +398,8 @@ def test_registered_ops(device):
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
     temperatures = options["temperature"]
     torch.library.opcheck(
-        torch.ops.burnish.token_logprobs.default, (*leaves, targets, temperatures, 1.0, 3.0, -100, BLOCKS)
+        torch.ops.burnish.token_logprobs.default,
+        (*leaves[:2], None, leaves[2], targets, temperatures, 1.0, 3.0, -100, BLOCKS)
     )
     torch.library.opcheck(
         torch.ops.burnish.gathered_products.default, (*leaves[:2], options["support"], BLOCKS)
