@@ -1,0 +1,246 @@
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from burnish.bench.registry import _kl_div, _token_divergence_eager
+from burnish.kernels import divergence, token_divergence, token_logprobs, topk_divergence, topk_logprobs
+from burnish.kernels._launch import INTERPRET
+from burnish.kernels.divergence import token_divergence_reference
+from burnish.kernels.topk import topk_divergence_reference, topk_logprobs_reference
+
+BLOCKS = 20_000  # bytes: most shapes below fall into several blocks
+every_beta = pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+
+
+def make(T, C, V, device, dtype=torch.float32, teacher=6):
+    """hidden, weight, teacher_hidden, teacher_weight."""
+    shapes = (T, C), (V, C), (T, teacher), (V, teacher)
+    return [(torch.randn(*shape, device=device) * shape[1] ** -0.5).to(dtype) for shape in shapes]
+
+
+def run(op, tensors, upstream, **options):
+    """The divergence, and the gradients of the student's hidden states and head."""
+    leaves = [x.detach().requires_grad_() for x in tensors[:2]]
+    got = op(*leaves, *tensors[2:], **options)
+    return got.detach(), *torch.autograd.grad((got * upstream).sum(), leaves)
+
+
+def assert_as_accurate(tensors, **options):
+    """At most twice the eager composition's error in fp32, plus 1e-5 (1 + max|truth|)."""
+    upstream = torch.randn(len(tensors[0]), device=tensors[0].device)
+    truth = run(token_divergence_reference, [x.double() for x in tensors], upstream.double(), **options)
+    usual = run(_token_divergence_eager, tensors, upstream, **options)
+    ours = run(token_divergence, tensors, upstream, **options)
+    for t, u, o in zip(truth, usual, ours, strict=True):
+        allowed = 2 * (u.double() - t).abs().max() + 1e-5 * (1 + t.abs().max())
+        assert (o.double() - t).abs().max() <= allowed
+
+
+# ---- right
+
+
+@every_beta
+def test_a_large_vocabulary(beta, device, monkeypatch):
+    if INTERPRET:  # it pays for each tile
+        tile = {"GROUP": 2, "BLOCK_M": 16, "BLOCK_N": 65_536, "BLOCK_K": 16}
+        monkeypatch.setattr(divergence, "_tile", lambda h, th: tile)
+    assert_as_accurate(make(2, 8, 262_145, device), beta=beta, memory_budget=2**22)
+
+
+@every_beta
+@pytest.mark.parametrize("scale", [1e-3, 100])
+def test_tiny_and_huge_logits(scale, beta, device):
+    tensors = make(6, 16, 301, device)
+    tensors[0], tensors[2] = tensors[0] * scale, tensors[2] * scale
+    assert_as_accurate(tensors, beta=beta, memory_budget=BLOCKS)
+
+
+@every_beta
+def test_logits_in_the_thousands_stay_finite(beta, device):
+    """Distributions of one id each: the gradient, 0, is a difference of rounded numbers of this size."""
+    tensors = make(6, 16, 301, device)
+    tensors[0], tensors[2] = tensors[0] * 4e3, tensors[2] * 4e3
+    options = {"beta": beta, "memory_budget": BLOCKS}
+    got, *gradients = run(token_divergence, tensors, torch.ones(6, device=device), **options)
+    want = token_divergence_reference(*tensors, beta=beta)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+    assert all(x.isfinite().all() for x in gradients)
+
+
+@every_beta
+@pytest.mark.parametrize("memory_budget", [BLOCKS, None], ids=str)
+def test_all_masked_is_a_finite_zero_with_a_gradient_path(memory_budget, beta, device):
+    tensors = make(5, 8, 301, device)
+    tensors[0] = tensors[0] * 1e4
+    mask = torch.zeros(5, dtype=torch.bool, device=device)
+    options = {"beta": beta, "mask": mask, "memory_budget": memory_budget}
+    for x in run(token_divergence, tensors, torch.ones(5, device=device), **options):
+        assert torch.equal(x, torch.zeros_like(x))
+    ids, logprobs = topk_logprobs(*tensors[2:], 3)
+    for x in run(topk_divergence, [*tensors[:2], ids, logprobs], torch.ones(5, device=device), **options):
+        assert torch.equal(x, torch.zeros_like(x))
+
+
+@every_beta
+def test_the_same_distribution_is_no_distance(beta, device):
+    hidden, weight, *_ = make(5, 8, 301, device)
+    got = token_divergence(hidden, weight, hidden, weight, beta=beta, memory_budget=BLOCKS)
+    torch.testing.assert_close(got, torch.zeros_like(got), rtol=0, atol=3e-6)
+
+
+def test_the_ends_of_beta_are_the_two_kls(device):
+    hidden, weight, teacher_hidden, teacher_weight = make(5, 8, 301, device)
+    log_s, log_t = (hidden @ weight.T).log_softmax(-1), (teacher_hidden @ teacher_weight.T).log_softmax(-1)
+    student, teacher = (hidden, weight), (teacher_hidden, teacher_weight)
+
+    def of(a, b, beta):
+        return token_divergence(*a, *b, beta=beta, memory_budget=BLOCKS)
+
+    torch.testing.assert_close(of(student, teacher, 0.0), _kl_div(log_t, log_s, 0.0, None))
+    torch.testing.assert_close(of(student, teacher, 1.0), of(teacher, student, 0.0))
+    torch.testing.assert_close(of(student, teacher, 0.3), of(teacher, student, 0.7))
+    assert (of(student, teacher, 0.5) <= math.log(2)).all()  # as any Jensen-Shannon divergence
+
+
+@pytest.mark.skipif(INTERPRET, reason="the references are plain torch: once is enough")
+@every_beta
+def test_reference_gradients_by_finite_differences(beta):
+    tensors = make(3, 4, 7, "cpu", torch.float64)
+    options = {"beta": beta, "temperature": 0.7, "softcap": 3.0, "teacher_softcap": 2.0}
+    leaves = [x.requires_grad_() for x in tensors[:2]]
+    assert torch.autograd.gradcheck(
+        lambda h, w: token_divergence_reference(h, w, *tensors[2:], **options), leaves
+    )
+    stored = topk_logprobs_reference(*tensors[2:], 3)
+    assert torch.autograd.gradcheck(lambda h, w: topk_divergence_reference(h, w, *stored, beta=beta), leaves)
+
+
+# ---- top k
+
+
+@every_beta
+def test_a_tail_is_never_negative_and_has_a_gradient(beta, device):
+    """Where the student is sure of what the teacher is sure of, too, only the tails differ."""
+    hidden, weight, teacher_hidden, teacher_weight = make(6, 8, 301, device)
+    ids, logprobs = topk_logprobs(teacher_hidden * 3, teacher_weight, 4, memory_budget=BLOCKS)
+    got = run(topk_divergence, [hidden, weight, ids, logprobs], torch.ones(6, device=device), beta=beta)
+    exact = token_divergence(hidden, weight, teacher_hidden * 3, teacher_weight, beta=beta)
+    assert (got[0] >= -1e-6).all() and (got[0] <= exact + 1e-5).all()  # fewer buckets are never further apart
+    assert got[1].isfinite().all() and (got[2].abs().sum(1) > 0).all()  # each id of the tail
+
+
+def test_a_sure_student_keeps_the_digits_of_its_tail(device):
+    """A tail of e^-40, which 1 - sum of the listed probabilities would round to nothing."""
+    weight = torch.eye(4, device=device)
+    hidden = torch.tensor([[40.0, 0.0, -torch.inf, -torch.inf]], device=device).nan_to_num(neginf=-1e4)
+    ids, logprobs = torch.tensor([[0]], device=device), torch.tensor([[math.log(0.9)]], device=device)
+    got, dhidden, _ = run(topk_divergence, [hidden, weight, ids, logprobs], torch.ones(1, device=device))
+    want = 0.9 * math.log(0.9) + 0.1 * (math.log(0.1) + 40)
+    torch.testing.assert_close(got, torch.full_like(got, want))
+    torch.testing.assert_close(dhidden[0, :2], torch.tensor([0.1, -0.1], device=device))
+
+
+@every_beta
+def test_all_ids_are_no_tail(beta, device):
+    tensors = make(5, 8, 67, device)
+    stored = topk_logprobs(*tensors[2:], 67)
+    upstream = torch.randn(5, device=device)
+    want = run(token_divergence_reference, tensors, upstream, beta=beta)
+    got = run(topk_divergence, [*tensors[:2], *stored], upstream, beta=beta, memory_budget=5000)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_the_likeliest_ids_are_those_of_all_logits(device):
+    hidden, weight, *_ = make(5, 8, 601, device)
+    temperature = torch.rand(5, device=device) + 0.5
+    ids, logprobs = topk_logprobs(hidden, weight, 9, temperature=temperature, memory_budget=BLOCKS)
+    want_ids, want = topk_logprobs_reference(hidden, weight, 9, temperature=temperature)
+    assert ids.dtype == torch.int32 and torch.equal(ids, want_ids)
+    torch.testing.assert_close(logprobs, want)
+    scored = token_logprobs(hidden, weight, ids[:, 0], temperature=temperature)[0]
+    torch.testing.assert_close(logprobs[:, 0], scored)
+
+
+# ---- lean
+
+MEASURE = """
+import sys, torch
+from burnish.kernels import token_divergence
+torch.set_num_threads(1)
+def resident(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024 / 1e6
+T, C, V = 1024, 16, 32_768
+def step(T, V):
+    hidden, weight = torch.randn(T, C, requires_grad=True), torch.randn(V, C, requires_grad=True)
+    teacher = torch.randn(T, C), torch.randn(V, C)
+    open("/proc/self/clear_refs", "w").write("5")  # the peak is counted from here
+    before = resident("VmRSS")
+    token_divergence(hidden, weight, *teacher, beta=float(sys.argv[1])).sum().backward()
+    return resident("VmHWM") - before
+step(4, 999)  # warms up
+print(step(T, V))
+"""
+
+
+@pytest.mark.skipif(INTERPRET or sys.platform != "linux", reason="measures the CPU path by Linux's counters")
+def test_memory_does_not_hold_the_logits():
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # freed blocks go back, as in test_logprob.py
+    out = subprocess.run(
+        [sys.executable, "-c", MEASURE, "0.5"], capture_output=True, text=True, check=True, env=env
+    )
+    logits = 4 * 1024 * 32_768 / 1e6
+    assert float(out.stdout) < 40 < logits / 3
+
+
+def test_the_teacher_has_no_gradient(device):
+    leaves = [x.requires_grad_() for x in make(5, 8, 301, device)]
+    token_divergence(*leaves, memory_budget=BLOCKS).sum().backward()
+    assert [x.grad is None for x in leaves] == [False, False, True, True]
+
+
+# ---- refusals
+
+HEADS = [torch.zeros(3, 4), torch.zeros(9, 4), torch.zeros(3, 5), torch.zeros(9, 5)]
+
+
+@pytest.mark.parametrize(
+    "place, changed, options, message",
+    [
+        (1, torch.zeros(9, 5), {}, r"weight: expected shape \(vocabulary, hidden=4\), got \(9, 5\)"),
+        (2, torch.zeros(2, 5), {}, "teacher_hidden: expected 3 tokens, as hidden has, got 2"),
+        (3, torch.zeros(8, 5), {}, "teacher_weight: expected a vocabulary of 9, as weight has, got 8"),
+        (3, torch.zeros(9, 4), {}, r"teacher_weight: expected shape \(vocabulary, hidden=5\), got \(9, 4\)"),
+        (0, HEADS[0], {"beta": 1.5}, "beta: expected a number from 0 to 1, got 1.5"),
+        (0, HEADS[0], {"temperature": 0.0}, "temperature: expected a number above 0, got 0.0"),
+        (0, HEADS[0], {"teacher_softcap": -1.0}, "teacher_softcap: expected a number above 0, got -1.0"),
+        (0, HEADS[0], {"mask": torch.ones(3)}, "mask: expected bool, got torch.float32"),
+        (0, HEADS[0], {"memory_budget": 0}, "memory_budget: expected bytes above 0, got 0"),
+    ],
+    ids=str,
+)
+def test_refuses(place, changed, options, message):
+    tensors = list(HEADS)
+    tensors[place] = changed
+    with pytest.raises(ValueError, match=message):
+        token_divergence(*tensors, **options)
+
+
+@pytest.mark.parametrize(
+    "ids, logprobs, message",
+    [
+        (torch.zeros(2, 3).int(), torch.zeros(2, 3), r"teacher_ids: expected shape \(tokens=3, K\)"),
+        (torch.zeros(3, 2), torch.zeros(3, 2), "teacher_ids: expected int32 or int64, got torch.float32"),
+        (torch.zeros(3, 2).int(), torch.zeros(3, 4), r"teacher_logprobs: expected shape \(tokens=3, K=2\)"),
+        (torch.full((3, 2), 9), torch.zeros(3, 2), "teacher_ids: id 9 is outside a vocabulary of 9"),
+    ],
+    ids=str,
+)
+def test_top_k_refuses(ids, logprobs, message):
+    with pytest.raises(ValueError, match=message):
+        topk_divergence(*HEADS[:2], ids, logprobs)
+    with pytest.raises(ValueError, match="k: expected 1 to vocabulary=9, got 10"):
+        topk_logprobs(*HEADS[:2], 10)
