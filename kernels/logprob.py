@@ -588,7 +588,7 @@ def token_logprobs(
     if support is not None:
         ids = support.contiguous()
         z = _supported(hidden.contiguous(), weight.contiguous(), ids, budget)  # (tokens, K_max)
-        if low is not None:
+        if low is not None and lora_b is not None:
             z = z + _supported(low.contiguous(), lora_b.contiguous(), ids, budget)
         trained = targets != ignore_index
         match = ids == targets[:, None]

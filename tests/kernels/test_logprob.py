@@ -399,7 +399,7 @@ def test_registered_ops(device):
     temperatures = options["temperature"]
     torch.library.opcheck(
         torch.ops.burnish.token_logprobs.default,
-        (*leaves[:2], None, leaves[2], targets, temperatures, 1.0, 3.0, -100, BLOCKS)
+        (*leaves[:2], None, leaves[2], targets, temperatures, 1.0, 3.0, -100, BLOCKS),
     )
     torch.library.opcheck(
         torch.ops.burnish.gathered_products.default, (*leaves[:2], options["support"], BLOCKS)
