@@ -97,6 +97,14 @@ def check_model(model: Transformer | ScalarModel, tokenizer: Tokenizer, longest:
         )
 
 
+def check_tokenizer(folder: Path, tokenizer: Tokenizer, flag: str) -> None:
+    """Refuse a second model, named by --flag, whose ids mean other tokens than those of --model."""
+    if Tokenizer.load(folder).backend.get_vocab() != tokenizer.backend.get_vocab():
+        raise InputError(
+            f"--{flag} {folder}: its tokenizer is not that of --model: it would score other tokens"
+        )
+
+
 def new_run_folder(name: str) -> Path:
     """runs/<name>-<date>-<time>: every run gets a folder of its own, so none overwrites another."""
     return Path("runs") / time.strftime(f"{name}-%Y%m%d-%H%M%S")

@@ -24,6 +24,7 @@ from ..model.checkpoint import has_score, load_scalar_model
 from ..model.errors import InputError
 from ..model.scalar import ScalarModel
 from ..model.tokenizer import Tokenizer
+from ._loop import check_tokenizer
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
@@ -83,10 +84,7 @@ def load_reward_model(folder: Path, tokenizer: Tokenizer, device: str) -> Scalar
         raise InputError(
             f"--reward-model {folder}: expected a reward model (burnish reward), got a model without a score"
         )
-    if Tokenizer.load(folder).backend.get_vocab() != tokenizer.backend.get_vocab():
-        raise InputError(
-            f"--reward-model {folder}: its tokenizer is not the policy's: it would score other tokens"
-        )
+    check_tokenizer(folder, tokenizer, "reward-model")
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     return load_scalar_model(folder, dtype, device).requires_grad_(False).eval()
 

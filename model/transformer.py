@@ -390,11 +390,18 @@ class Transformer(nn.Module):
         Row i's own token is scored from packed.predictors[i], so that masks never shift. support: (n, K_max) int32, the
         ids kept by a truncating sampler, padded with -1. Raises ValueError where a row is the first of its sequence.
         """
+        hidden, head = self.before_head(packed, rows)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return token_logprobs(hidden, head, packed.tokens[rows], temperature=temperature, support=support)
+
+    def before_head(self, packed: Packed, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors of the logits that score the tokens at `rows` (n,): hidden states (n, C) and head (V, C).
+
+        Both in the dtype of their product. Raises ValueError where a row is the first of its sequence.
+        """
         predictors = packed.predictors[rows]
         if bool((predictors < 0).any()):
             raise ValueError(
                 "rows: the first token of a sequence without a parent has nothing to be scored from"
             )
-        hidden, head = self._head_inputs(self(packed)[predictors])  # (n, C), (V, C)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return token_logprobs(hidden, head, packed.tokens[rows], temperature=temperature, support=support)
+        return self._head_inputs(self(packed)[predictors])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from burnish.algorithms import dpo, grpo, kto, reward, sft
+from burnish.algorithms import dpo, grpo, kto, ppo, reward, sft
 from burnish.algorithms.__main__ import main
 from burnish.algorithms._loop import CHECKPOINT
 from burnish.model.adapter import adapters, linears, lora_config
@@ -53,10 +53,13 @@ def configs(model_folder, demonstrations, prompts, tmp_path):
         "grpo": grpo.Config(
             prompts_per_step=5, group_size=4, kl_coefficient=0.1, updates_per_rollout=2, **rl, **common
         ),
+        "ppo": ppo.Config(
+            prompts_per_step=8, epochs_per_rollout=1, critic_learning_rate=1e-2, **rl, **common
+        ),
     }
 
 
-TRAINERS = {"sft": sft, "dpo": dpo, "kto": kto, "reward": reward, "grpo": grpo}
+TRAINERS = {"sft": sft, "dpo": dpo, "kto": kto, "reward": reward, "grpo": grpo, "ppo": ppo}
 
 
 @pytest.mark.parametrize("base_4bit", [False, True], ids=["lora", "qlora"])
@@ -71,6 +74,10 @@ def test_every_algorithm_trains_an_adapter(configs, name, base_4bit, tmp_path):
     first = metrics_of(cfg.output)[0]
     if name == "dpo":
         assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    if name == "ppo":
+        assert first["kl"] == pytest.approx(0, abs=1e-5) and first["first_ratio"] == pytest.approx(
+            1, abs=1e-5
+        )
     if name == "grpo":
         assert first["ratio"] == pytest.approx(1, abs=0.2) and 0 < first["kl"] < 1
     again = dataclasses.replace(cfg, lora_rank=0, model=trained, output=tmp_path / "again", base_4bit=False)

@@ -3,6 +3,7 @@
 The checks are those of the tests beside this file in their smallest form. A faithful copy must pass them all.
 """
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -14,8 +15,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from burnish.model.checkpoint import load_scalar_model
+from burnish.model.checkpoint import load_model, load_scalar_model, save_model
+from burnish.model.packed import pack
 from burnish.model.tokenizer import Tokenizer
+from burnish.model.transformer import Transformer
 
 ALGORITHMS = Path(__file__).parents[2] / "algorithms"
 CHOSEN = torch.tensor([1.0, -0.5, 0.3], dtype=torch.float64)
@@ -171,6 +174,289 @@ def rows_are_read_as_they_should(module: ModuleType, place: Place) -> None:
     assert [one.label for one in judged] == [True, False], "expected chosen to be wanted"
 
 
+# ---- policies
+
+
+def rl_config(module: ModuleType, place: Place, **changes: Any) -> Any:
+    """A run of one step, with a reward that differs from sample to sample."""
+    folder = place.output.parent
+    rows = [{"prompt": row["prompt"]} for row in map(json.loads, place.data.read_text().splitlines())]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:8]))
+    (folder / "rewards.py").write_text(
+        "def odd(completion_ids, **_):\n    return [float(sum(i % 2 for i in ids)) for ids in completion_ids]\n"
+    )
+    common = {"model": place.model, "data": folder / "prompts.jsonl", "output": place.output, "device": "cpu"}
+    common |= {"reward": (f"{folder}/rewards.py:odd",), "max_new_tokens": 6, "learning_rate": 1e-2}
+    if hasattr(module, "value_loss"):
+        common |= {"epochs_per_rollout": 1, "minibatches": 1}
+    return module.Config(**{**common, "steps": 1, "prompts_per_step": 8, "group_size": 2, **changes})
+
+
+def rl_micro_batches_change_nothing(module: ModuleType, place: Place) -> None:
+    found = []
+    for tokens in (10**6, 40):
+        output = place.output / str(tokens)
+        module.train(rl_config(module, place, micro_batch_tokens=tokens, output=output))
+        found.append(metrics_of(output)[0])
+    for name in {"loss", "policy_loss", "value_loss", "grad_norm", "value_grad_norm"} & set(found[0]):
+        same(found[0][name], found[1][name], 1e-4)
+
+
+def rewards_and_values_of_tokens(module: ModuleType, place: Place) -> None:
+    """PPO's score stands on the last token, k1 on each; half of the larger square; the controller's direction."""
+    k1, lengths = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.0, 0.0]]), torch.tensor([3, 1])
+    found = module.token_rewards(torch.tensor([1.0, 2.0]), k1, lengths, 0.5)
+    for a, b in zip(found.flatten().tolist(), [-0.05, -0.1, 0.85, 1.8, 0, 0], strict=True):
+        same(a, b)
+    value, old, returns = torch.tensor([1.0, 0.1, -1.0]), torch.zeros(3), torch.ones(3)
+    same(module.value_loss(value, old, returns, 2, 0.2).item(), (0.64 + 0.81 + 4.0) / 4)
+    same(module.adapted(0.1, 6.6, 6.0, 100, 1000), 0.1 * 1.01)
+
+
+def returns_are_those_before_whitening(module: ModuleType, place: Place) -> None:
+    """With gamma = lambda = 1 every token's return is the score, and the advantages have mean 0 and variance 1."""
+    cfg = rl_config(module, place, gae_lambda=1.0)
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    reward = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, -2.0]])
+    advantage, returns = module._advantages(cfg, reward, torch.randn(2, 3) * mask, mask)
+    for a, b in zip(returns[mask].tolist(), [1.0, 1.0, -2.0, -2.0, -2.0], strict=True):
+        same(a, b)
+    same(advantage[mask].mean().item(), 0)
+    same(advantage[mask].var(correction=0).item(), 1, 1e-4)
+
+
+def ppo_starts_on_policy(module: ModuleType, place: Place) -> None:
+    module.train(rl_config(module, place, missing_end_penalty=0.7, temperature=1.4))
+    (line,) = metrics_of(place.output)
+    same(line["first_ratio"], 1)
+    same(line["kl"], 0)
+    same(line["mismatch"], 0, 1e-4)
+    assert 0 <= line["ended"] < 1, "expected samples without an end"
+    same(line["reward"], line["score"] - 0.7 * (1 - line["ended"]), 1e-4)
+
+
+def the_policy_leaves_its_reference(module: ModuleType, place: Place) -> None:
+    module.train(rl_config(module, place, steps=2, kl_coefficient=0.05))
+    first, second = metrics_of(place.output)
+    same(first["kl"], 0)
+    assert second["kl"] > 1e-4, f"expected a distance from the start, got {second['kl']}"
+
+
+def the_score_is_read_at_the_end(module: ModuleType, place: Place) -> None:
+    """Of a reward model, of rows of their own."""
+    scorer, folder = load_scalar_model(place.model, seed=3), place.output.parent / "scorer"
+    save_model(scorer, folder, Tokenizer.load(place.model))
+    seen, sample = [], module.sample_groups
+    module.sample_groups = lambda *a: seen.append(sample(*a)) or seen[-1]
+    module.train(rl_config(module, place, reward=(), reward_model=folder))
+    rows = [group.prompt.tokens + one.tokens for group in seen[0] for one in group.samples]
+    scores = [scorer.values(pack([row]), torch.tensor([len(row) - 1])).item() for row in rows]
+    same(metrics_of(place.output)[0]["score"], sum(scores) / len(scores))
+
+
+def a_stopped_run_goes_on(module: ModuleType, place: Place) -> None:
+    """With all that it had: what the third step logs is what it would have logged."""
+    make = rl_config if module.__name__.endswith("ppo") else distill_config
+    flags = {"kl_target": 0.01, "kl_horizon": 10} if make is rl_config else {}
+    whole = make(module, place, steps=3, save_every=2, output=place.output / "whole", **flags)
+    module.train(whole)
+    cut = dataclasses.replace(whole, steps=2, output=place.output / "cut")
+    module.train(cut)
+    module.train(dataclasses.replace(cut, steps=3, resume=True))
+    one, other = metrics_of(whole.output)[2], metrics_of(cut.output)[2]
+    for name in one:
+        if "second" not in name and isinstance(one[name], float):
+            same(one[name], other[name], 0)
+
+
+def grpo_starts_on_policy(module: ModuleType, place: Place) -> None:
+    """The sum of A n / N, which with the paper's denominator is 0; then two updates on one rollout."""
+    flags = {"aggregation": "sequence_mean", "kl_coefficient": 0.1, "temperature": 1.4}
+    module.train(rl_config(module, place, **flags))
+    (line,) = metrics_of(place.output)
+    for name, expected in (("loss", 0), ("kl", 0), ("ratio", 1), ("mismatch", 0)):
+        same(line[name], expected)
+    assert line["grad_norm"] > 1e-3, "expected a gradient"
+    module.train(rl_config(module, place, updates_per_rollout=2, output=place.output / "two"))
+    ratio = metrics_of(place.output / "two")[0]["ratio"]
+    assert abs(ratio - 1) > 1e-4, f"expected a ratio off 1 in a second update, got {ratio}"
+
+
+def unjudged_samples_leave_the_denominator(module: ModuleType, place: Place) -> None:
+    seen, term = [], module._policy_term
+    module._policy_term = lambda *a: seen.append(a) or term(*a)
+    module.train(rl_config(module, place, mask_truncated=True, temperature=1.3, prompts_per_step=8, steps=6))
+    assert seen, "expected samples that ended"
+    for _, logprob, _, _, lengths, denominator in seen:
+        assert lengths.sum() == len(logprob), "expected whole samples"
+        assert (denominator >= len(logprob)).all(), "expected the step's tokens"
+    line = metrics_of(place.output)[0]
+    counted = seen[0][5][0].item()
+    assert counted < line["tokens"], f"expected fewer than all {line['tokens']} tokens, got {counted}"
+
+
+def policy_losses_have_their_values(module: ModuleType, place: Place) -> None:
+    """By hand, for each side of the clip and each sign of the advantage; gradients where the loss stops one."""
+    ratio, advantage = torch.tensor([0.5, 0.5, 1.5, 1.5]), torch.tensor([1.0, -1.0, 1.0, -1.0])
+    logprob, zero = ratio.log().requires_grad_(), torch.zeros(4)
+    grad = lambda loss: torch.autograd.grad(loss, logprob)[0].tolist()
+
+    def agree(loss: torch.Tensor, value: float, gradient: list[float]) -> None:
+        same(loss.item(), value)
+        for found, expected in zip(grad(loss), gradient, strict=True):
+            same(found, expected)
+
+    clip = (0.2, 0.28)
+    agree(
+        module.clipped_loss(logprob, zero, advantage, 2, *clip)[0],
+        -(0.5 - 0.8 + 1.28 - 1.5) / 2,
+        [-0.25, 0, 0, 0.75],
+    )
+    dual = module.clipped_loss(logprob, zero, advantage, 1, *clip, 1.3)[0]
+    agree(dual, -(0.5 - 0.8 + 1.28 - 1.3), [-0.5, 0, 0, 0])
+    weighed = sum(
+        w * a * x for w, a, x in zip([0.5, 0.5, 1.4, 1.4], advantage.tolist(), logprob.tolist(), strict=True)
+    )
+    cispo = module.cispo_loss(logprob, zero, advantage, 1, clip_high=0.4)[0]
+    agree(cispo, -weighed, [-0.5, 0.5, -1.4, 1.4])
+    mean = (0.5 * 1.5) ** 0.5
+    gspo = module.gspo_loss(logprob, zero, torch.ones(4), torch.tensor([2, 2]), 4, 0.6, 1.0)[0]
+    agree(gspo, -(0.5 + 0.5 + 1.5 + 1.5) / 4, [-0.125, -0.125, -0.375, -0.375])
+    mixed = module.gspo_loss(logprob[1:3], zero[:2], torch.ones(2), torch.tensor([2]), 2, 0.6, 1.0)[0]
+    same(mixed.item(), -mean)
+    d = [math.log(x) for x in ratio.tolist()]
+    k3 = [math.exp(-x) + x - 1 for x in d]
+    agree(module.k2_loss(logprob, zero, 1)[0], sum(x * x for x in d) / 2, d)
+    agree(module.k3_loss(logprob, zero, 1)[0], sum(k3), [1 - math.exp(-x) for x in d])
+    same(
+        module.rho_k3_loss(logprob, zero, zero, 2)[0].item(),
+        sum(r * k for r, k in zip(ratio.tolist(), k3, strict=True)) / 2,
+    )
+    far = module.clipped_loss(torch.tensor([0.0]), torch.tensor([-1e4]), torch.tensor([-1.0]), 1.0)[0]
+    assert far.isfinite(), "expected a bounded weight"
+    old = torch.tensor([0.5, 2.5]).log()
+    assert module.truncated_weights(old, zero[:2], 2.0).tolist() == [0.5, 2], "expected weights of 0.5 and 2"
+    assert module.masked_weights(old, zero[:2], 2.0).tolist() == [0.5, 0], "expected weights of 0.5 and 0"
+
+
+def advantages_have_their_values(module: ModuleType, place: Place) -> None:
+    rewards = torch.tensor([[0.0, 1.0, 1.0, 1.0], [3.0, 3.0, 3.0, 3.0]])
+    for function, expected in (
+        (lambda r: module.group_advantages(r, 0.0)[:1], [-1.5, 0.5, 0.5, 0.5]),
+        (lambda r: module.group_advantages(r)[1:], [0, 0, 0, 0]),
+        (lambda r: module.mean_advantages(r)[:1], [-0.75, 0.25, 0.25, 0.25]),
+        (lambda r: module.rloo_advantages(r)[:1], [-1, 1 / 3, 1 / 3, 1 / 3]),
+    ):
+        for a, b in zip(function(rewards)[0].tolist(), expected, strict=True):
+            same(a, b)
+    mask = torch.tensor([[True, True, False, True, False]])
+    r, v = torch.tensor([[0.1, 0.2, 9.0, 1.0, 9.0]]), torch.tensor([[0.3, -0.2, 9.0, 0.5, 9.0]])
+    d = [0.1 + 0.9 * -0.2 - 0.3, 0.2 + 0.9 * 0.5 + 0.2, 1.0 - 0.5]
+    expected = [d[0] + 0.72 * d[1] + 0.72**2 * d[2], d[1] + 0.72 * d[2], 0, d[2], 0]
+    for a, b in zip(module.gae(r, v, mask, 0.9, 0.8)[0].tolist(), expected, strict=True):
+        same(a, b)
+    whitened, scaled = module.whiten(r, mask), module.scale(r, mask)
+    same(whitened[mask].mean().item(), 0)
+    same(whitened[mask].var(correction=0).item(), 1, 1e-4)
+    same((scaled[mask] / r[mask]).std().item(), 0)
+    same(scaled[mask].var(correction=0).item(), 1, 1e-4)
+    assert not whitened[~mask].any() and not scaled[~mask].any(), "expected nothing off the mask"
+
+
+def denominators_have_their_values(module: ModuleType, place: Place) -> None:
+    lengths, values = torch.tensor([1, 4]), torch.tensor([10.0, 1.0, 2.0, 3.0, 6.0])
+    for denominators, expected in (
+        (module.token_mean(lengths), 22 / 5),
+        (module.sequence_mean(lengths), (10 + 3) / 2),
+        (module.constant_length(lengths, 8), 22 / 16),
+    ):
+        same((values / denominators.repeat_interleave(lengths)).sum().item(), expected)
+
+
+def the_sampler_is_the_scorer(module: ModuleType, place: Place) -> None:
+    """Under truncation and a temperature, over all sampled tokens; values and scores stand where they should."""
+    model, tokenizer = load_model(place.model), Tokenizer.load(place.model)
+    prompts = [module.Prompt(tokenizer.encode(text), text, {}) for text in ("1+2+3=", "4+5+6=")]
+    drawn = module.generate(
+        model,
+        [prompt.tokens for prompt in prompts],
+        samples_per_prompt=4,
+        max_new_tokens=6,
+        temperature=0.7,
+        top_k=9,
+        stop_ids=tokenizer.stop_ids,
+    )
+    groups = [module.Group(prompts[i], drawn[4 * i : 4 * i + 4], torch.zeros(4)) for i in range(2)]
+    lengths, tokens = module.lengths_of(groups), [token for sample in drawn for token in sample.tokens]
+    (whole,) = module.micro_batches(groups, torch.ones(8, dtype=torch.bool), 10**6, "cpu")
+    assert whole.packed.tokens[whole.rows].tolist() == tokens, "expected every sampled token"
+    real = torch.arange(int(lengths.max())) < lengths[:, None]
+    laid = lambda micros, f: module.over_tokens(micros, f, real)[0]
+    sampled = laid([whole], lambda m: (m.sampled_logprob,))
+    cut = module.micro_batches(groups, torch.ones(8, dtype=torch.bool), 14, "cpu")
+    assert len(cut) > 2, "expected several micro-batches"
+    for micros in ([whole], cut):
+        off = (laid(micros, lambda m: m.score(model, 0.7)) - sampled).abs().max().item()
+        assert off < 1e-5, f"expected the sampler's log-probabilities, got one {off} away"
+    scorer = load_scalar_model(place.model, seed=3)
+    score, value = (
+        laid([whole], lambda m, name=name: (getattr(m, name)(scorer),)) for name in ("scores", "values")
+    )
+    row = pack([prompts[0].tokens + drawn[0].tokens])
+    at = torch.arange(len(prompts[0].tokens), row.tokens.numel())
+    n = len(drawn[0].tokens)
+    assert (score[0, :n] - scorer.values(row, at)).abs().max() < 1e-5, (
+        "expected scores of what ends with a token"
+    )
+    assert (value[0, :n] - scorer.values(row, at - 1)).abs().max() < 1e-5, (
+        "expected values of what stands before it"
+    )
+
+
+# ---- supervised fine-tuning and distillation
+
+
+def distill_config(module: ModuleType, place: Place, **changes: Any) -> Any:
+    folder = place.output.parent
+    rows = [json.loads(line) for line in place.data.read_text().splitlines()]
+    texts = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    common = {"model": place.model, "data": folder / "texts.jsonl", "output": place.output, "device": "cpu"}
+    if hasattr(module, "divergence_loss"):
+        common |= {"teacher": teacher_of(place)}
+    flags = {"steps": 1, "batch_size": 5, "learning_rate": 1e-2, "warmup_steps": 0, "schedule": "constant"}
+    return module.Config(**{**common, **flags, **changes})
+
+
+def teacher_of(place: Place) -> Path:
+    folder = place.output.parent / "teacher"
+    if not folder.exists():
+        config = dataclasses.replace(load_model(place.model).config, initializer_range=0.3)
+        save_model(Transformer(config, seed=7), folder, Tokenizer.load(place.model))
+    return folder
+
+
+def one_step_is_one_sum(module: ModuleType, place: Place) -> None:
+    """However it is cut up, on its rows or on the student's own samples."""
+    own = {"student_samples": 1.0, "max_new_tokens": 6} if hasattr(module, "divergence_loss") else {}
+    for i, flags in enumerate([{}, own]):
+        found = []
+        for tokens in (10**6, 20):
+            output = place.output / f"{i}-{tokens}"
+            module.train(distill_config(module, place, micro_batch_tokens=tokens, output=output, **flags))
+            found.append(metrics_of(output)[0])
+        for name in ("loss", "grad_norm"):
+            same(found[0][name], found[1][name], 1e-4)
+
+
+def sft_losses_have_their_values(module: ModuleType, place: Place) -> None:
+    logprob = torch.tensor([-0.5, -1.0, -2.0], requires_grad=True)
+    same(module.sft_loss(logprob, 4).item(), 3.5 / 4)
+    (gradient,) = torch.autograd.grad(module.dft_loss(logprob, 4), logprob)
+    for found, x in zip(gradient.tolist(), (-0.5, -1.0, -2.0), strict=True):
+        same(found, -math.exp(x) / 4)
+
+
 class Fault(NamedTuple):
     name: str
     file: str
@@ -227,6 +513,231 @@ FAULTS = [
             ("last turn alone", "last_turn_only=len(turns) == 1", "last_turn_only=True", READ),
             ("rejected is wanted", "Judged(prompt, rejected, False)", "Judged(prompt, rejected, True)", READ),
         ]
+    ),
+    *(
+        Fault(name, file, old, new, check)
+        for file, check, cases in [
+            (
+                "ppo",
+                rewards_and_values_of_tokens,
+                [
+                    (
+                        "score one early",
+                        "lengths[:, None] - 1, score",
+                        "(lengths[:, None] - 2).clamp(0), score",
+                    ),
+                    ("KL paid out", "(-kl_coefficient * k1)", "(kl_coefficient * k1)"),
+                    ("not half", "(2 * denominator)", "denominator"),
+                    ("smaller square", "torch.max((value", "torch.min((value"),
+                    ("adapted away", "kl / target - 1", "1 - kl / target"),
+                ],
+            ),
+            (
+                "ppo",
+                returns_are_those_before_whitening,
+                [("whitened returns", "advantage + value  #", "whiten(advantage, mask) + value  #")],
+            ),
+            (
+                "ppo",
+                ppo_starts_on_policy,
+                [
+                    (
+                        "reference at another temperature",
+                        "m.score(reference, cfg.temperature)",
+                        "m.score(reference, 1.0)",
+                    ),
+                    (
+                        "trained at another temperature",
+                        "micro.score(model, cfg.temperature)",
+                        "micro.score(model, 1.0)",
+                    ),
+                    ("ended ones pay", "* ~ended", "* ended"),
+                    ("paid for no end", "score - penalty", "score + penalty"),
+                ],
+            ),
+            (
+                "ppo",
+                rl_micro_batches_change_nothing,
+                [
+                    ("minibatch's denominator", "gain, num_tokens, *clips", "gain, len(gain), *clips"),
+                    ("critic's denominator", "goal, num_tokens, cfg", "goal, len(goal), cfg"),
+                    ("another's advantage", "advantage[real][places]", "advantage[real][: len(places)]"),
+                    ("another's value", "old_value[real][places]", "old_value[real][: len(places)]"),
+                ],
+            ),
+            ("ppo", the_policy_leaves_its_reference, [("reference moves", "frozen_copy(model)", "model")]),
+            (
+                "ppo",
+                the_score_is_read_at_the_end,
+                [
+                    (
+                        "read one early",
+                        "lengths[:, None] - 1).squeeze",
+                        "(lengths[:, None] - 2).clamp(0)).squeeze",
+                    )
+                ],
+            ),
+            (
+                "ppo",
+                a_stopped_run_goes_on,
+                [
+                    (
+                        "critic not kept",
+                        'parts |= {"critic": critic, "critic_optimizer": critic_optimizer}',
+                        "pass",
+                    ),
+                    (
+                        "beta not kept",
+                        'values.setdefault("kl_coefficient", ',
+                        'values.__setitem__("kl_coefficient", ',
+                    ),
+                    ("rows from the start", "skip=run.start", "skip=0"),
+                ],
+            ),
+            (
+                "grpo",
+                grpo_starts_on_policy,
+                [
+                    ("tokens weigh alike", '"sequence_mean": sequence_mean', '"sequence_mean": token_mean'),
+                    (
+                        "reference at another temperature",
+                        "score(reference, cfg.temperature)",
+                        "score(reference, 1.0)",
+                    ),
+                    (
+                        "trained at another temperature",
+                        "micro.score(model, cfg.temperature)",
+                        "micro.score(model, 1.0)",
+                    ),
+                    (
+                        "always on policy",
+                        "old_logprob, num = old_logprobs[i]",
+                        "old_logprob, num = logprob.detach()",
+                    ),
+                ],
+            ),
+            (
+                "grpo",
+                rl_micro_batches_change_nothing,
+                [("mean of a micro-batch", "micro.per_token(denominator)", "float(len(logprob))")],
+            ),
+            ("grpo", the_policy_leaves_its_reference, [("reference moves", "frozen_copy(model)", "model")]),
+            (
+                "grpo",
+                unjudged_samples_leave_the_denominator,
+                [
+                    (
+                        "all tokens count",
+                        "denominator[counted] = _denominators(cfg, lengths_of(groups)[counted])",
+                        "denominator = _denominators(cfg, lengths_of(groups))",
+                    )
+                ],
+            ),
+            (
+                "_policy",
+                policy_losses_have_their_values,
+                [
+                    ("the larger term", "torch.min(bounded * adv", "torch.max(bounded * adv"),
+                    (
+                        "no lower clip",
+                        "ratio.clamp(1 - clip_low, 1 + clip_high)\n    bounded",
+                        "ratio.clamp(max=1 + clip_high)\n    bounded",
+                    ),
+                    ("no dual clip", "bounded = ratio.clamp(max=dual_clip)", "bounded = ratio"),
+                    ("unbounded weights", "log_ratio.clamp(-20, 20).exp()", "log_ratio.exp()"),
+                    (
+                        "weight has a gradient",
+                        "ratio = _exp((logprob - old_logprob).detach())",
+                        "ratio = _exp(logprob - old_logprob)",
+                    ),
+                    ("no upper clip", "(ratio.clamp(max=1 + clip_high) * adv", "(ratio * adv"),
+                    ("sum for mean", '"mean", lengths', '"sum", lengths'),
+                    ("not half", ".square() / 2", ".square()"),
+                    ("k3 mirrored", "(-log_ratio).exp() + log_ratio", "log_ratio.exp() - log_ratio"),
+                    ("rho dropped", "_exp(logprob - old_logprob) * _k3", "1.0 * _k3"),
+                    ("no cap", "sampled_logprob).clamp(max=cap)", "sampled_logprob)"),
+                    ("kept beyond the cap", "weight > cap", "weight < 0"),
+                ],
+            ),
+            (
+                "_advantages",
+                advantages_have_their_values,
+                [
+                    ("ddof 0", "(judged - 1).clamp(min=1)).sqrt()", "judged).sqrt()"),
+                    (
+                        "no baseline",
+                        "centred = rewards - rewards.nanmean(dim=1, keepdim=True)",
+                        "centred = rewards",
+                    ),
+                    ("mean over all", "_centred(rewards) * judged / ", "_centred(rewards) * (judged - 1) / "),
+                    ("no lambda", "gamma * lam * advantage", "gamma * advantage"),
+                    ("no discount", "+ gamma * value", "+ value"),
+                    ("tool's values read", "torch.where(mask[:, t], values[:, t], value)", "values[:, t]"),
+                    ("padding whitened in", "real = values[mask]", "real = values"),
+                    ("padding scaled in", "values[mask].var", "values.var"),
+                ],
+            ),
+            (
+                "_tokens",
+                denominators_have_their_values,
+                [
+                    (
+                        "mean of a sequence",
+                        "lengths.sum().float().expand(lengths.shape[0])",
+                        "lengths.float()",
+                    ),
+                    ("sum of means", "(lengths * lengths.shape[0])", "lengths"),
+                    ("not the cap", "float(lengths.shape[0] * max_length)", "float(lengths.sum())"),
+                ],
+            ),
+            (
+                "_rollout",
+                the_sampler_is_the_scorer,
+                [
+                    ("whole vocabulary", "support=self.support)", "support=None)"),
+                    (
+                        "another temperature",
+                        "temperature=temperature, support=self",
+                        "temperature=1.0, support=self",
+                    ),
+                    (
+                        "end not trained",
+                        "(segment != -1).nonzero().squeeze(1).to",
+                        "(segment != -1).nonzero().squeeze(1)[:-1].to",
+                    ),
+                    ("prompt not seen", "parents.append(parent)", "parents.append(-1)"),
+                    (
+                        "value of the next state",
+                        "critic.values(self.packed, self.packed.predictors[self.rows])",
+                        "critic.values(self.packed, self.rows)",
+                    ),
+                    (
+                        "score one early",
+                        "reward_model.values(self.packed, self.rows)",
+                        "reward_model.values(self.packed, self.packed.predictors[self.rows])",
+                    ),
+                    (
+                        "laid in order",
+                        "nonzero().squeeze(1)[positions]",
+                        "nonzero().squeeze(1)[positions.sort(descending=True).values]",
+                    ),
+                ],
+            ),
+            (
+                "sft",
+                sft_losses_have_their_values,
+                [
+                    ("mean of a micro-batch", "-logprob.sum() / num_tokens", "-logprob.mean()"),
+                    ("weight has a gradient", "logprob.detach().exp()", "logprob.exp()"),
+                ],
+            ),
+            (
+                "sft",
+                one_step_is_one_sum,
+                [("step's denominator", "(logprob, num_tokens)\n", "(logprob, len(logprob))\n")],
+            ),
+        ]
+        for name, old, new in cases
     ),
 ]
 

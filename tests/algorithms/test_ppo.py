@@ -235,5 +235,5 @@ def test_wrong_flags_are_one_line(cfg, reward_model, model_folder, tmp_path):
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["8"], vocabulary["9"] = vocabulary["9"], vocabulary["8"]
     (reward_model / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert "its tokenizer is not the policy's" in refused(reward_model=reward_model)
+    assert "its tokenizer is not that of --model" in refused(reward_model=reward_model)
     assert not cfg.output.exists()
