@@ -28,6 +28,16 @@ COMMANDS = {  # name: (module with a Config, its function of a Config, one line)
         "reinforcement learning with a critic, from a reward model or function",
     ),
     "grpo": ("burnish.algorithms.grpo", "train", "reinforcement learning from a reward function of yours"),
+    "distill": (
+        "burnish.algorithms.distill",
+        "train",
+        "a student learns a teacher's distributions, on its rows or its own samples",
+    ),
+    "teach": (
+        "burnish.algorithms.teach",
+        "teach",
+        "keep a teacher's answers and top log-probabilities in a file for distill",
+    ),
     "evaluate": (
         "burnish.algorithms.evaluate",
         "evaluate",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from burnish.algorithms import dpo, grpo, kto, ppo, reward, sft
+from burnish.algorithms import distill, dpo, grpo, kto, ppo, reward, sft
 from burnish.algorithms.__main__ import main
 from burnish.algorithms._loop import CHECKPOINT
 from burnish.model.adapter import adapters, linears, lora_config
@@ -56,10 +56,27 @@ def configs(model_folder, demonstrations, prompts, tmp_path):
         "ppo": ppo.Config(
             prompts_per_step=8, epochs_per_rollout=1, critic_learning_rate=1e-2, **rl, **common
         ),
+        "distill": distill.Config(
+            data=demonstrations,
+            teacher=model_folder,
+            batch_size=8,
+            student_samples=0.5,
+            max_new_tokens=8,
+            temperature=2.0,
+            **common,
+        ),
     }
 
 
-TRAINERS = {"sft": sft, "dpo": dpo, "kto": kto, "reward": reward, "grpo": grpo, "ppo": ppo}
+TRAINERS = {
+    "sft": sft,
+    "dpo": dpo,
+    "kto": kto,
+    "reward": reward,
+    "grpo": grpo,
+    "ppo": ppo,
+    "distill": distill,
+}
 
 
 @pytest.mark.parametrize("base_4bit", [False, True], ids=["lora", "qlora"])
@@ -78,6 +95,8 @@ def test_every_algorithm_trains_an_adapter(configs, name, base_4bit, tmp_path):
         assert first["kl"] == pytest.approx(0, abs=1e-5) and first["first_ratio"] == pytest.approx(
             1, abs=1e-5
         )
+    if name == "distill" and not base_4bit:  # the teacher is the student's base
+        assert first["loss"] == pytest.approx(0, abs=1e-6)
     if name == "grpo":
         assert first["ratio"] == pytest.approx(1, abs=0.2) and 0 < first["kl"] < 1
     again = dataclasses.replace(cfg, lora_rank=0, model=trained, output=tmp_path / "again", base_4bit=False)

@@ -457,6 +457,86 @@ def sft_losses_have_their_values(module: ModuleType, place: Place) -> None:
         same(found, -math.exp(x) / 4)
 
 
+def the_divergence_is_that_of_the_models(module: ModuleType, place: Place) -> None:
+    """Of their whole distributions over each token of the completions, written out."""
+    student, teacher, tokenizer = (
+        load_model(place.model),
+        load_model(teacher_of(place)),
+        Tokenizer.load(place.model),
+    )
+    for i, (beta, temperature, squared) in enumerate(
+        [(0.0, 1.0, False), (1.0, 2.0, True), (0.3, 2.0, False)]
+    ):
+        output = place.output / str(i)
+        cfg = distill_config(
+            module,
+            place,
+            beta=beta,
+            temperature=temperature,
+            temperature_squared=squared,
+            batch_size=12,
+            output=output,
+        )
+        module.train(cfg)
+        total, count = 0.0, 0
+        for row in map(json.loads, cfg.data.read_text().splitlines()):
+            given = tokenizer.encode(row["prompt"])
+            tokens = given + tokenizer.encode(row["completion"], continues=True) + [tokenizer.eos_id]
+            packed = pack([tokens])
+            log_s, log_t = (
+                (model.logits(model(packed))[len(given) - 1 : -1] / temperature).log_softmax(-1)
+                for model in (student, teacher)
+            )
+            if beta in (0, 1):
+                one, other = (log_t, log_s) if beta == 0 else (log_s, log_t)
+                found = one.exp() * (one - other)
+            else:
+                log_m = (beta * log_t.exp() + (1 - beta) * log_s.exp()).log()
+                found = beta * log_t.exp() * (log_t - log_m) + (1 - beta) * log_s.exp() * (log_s - log_m)
+            total, count = total + found.sum().item(), count + len(log_s)
+        same(metrics_of(output)[0]["loss"], total / count * (temperature**2 if squared else 1), 1e-5)
+
+
+def the_gradient_points_to_the_teacher(module: ModuleType, place: Place) -> None:
+    logprob, teacher = torch.tensor([-1.0, -3.0], requires_grad=True), torch.tensor([-2.0, -1.0])
+    loss = module.policy_gradient_loss(logprob, teacher, 4)
+    same(loss.item(), (1.0 - 2.0) / 4)
+    for found, expected in zip(torch.autograd.grad(loss, logprob)[0].tolist(), (0.25, -0.5), strict=True):
+        same(found, expected)
+    same(module.sequence_loss(logprob, 4).item(), 1.0)
+
+
+def the_share_of_own_samples_is_kept(module: ModuleType, place: Place) -> None:
+    module.train(distill_config(module, place, student_samples=0.5, max_new_tokens=1, batch_size=1, steps=20))
+    share = sum(line["student_samples"] for line in metrics_of(place.output)) / 20
+    assert 0.2 < share < 0.8, f"expected about half of the steps on own samples, got {share}"
+
+
+def lessons_are_what_they_should_be(module: ModuleType, place: Place) -> None:
+    """Answers behind their prompts, trained to the end token; trained tokens beside what was stored for them."""
+    model, tokenizer = load_model(place.model), Tokenizer.load(place.model)
+    prompts = [tokenizer.encode("1+2+3="), tokenizer.encode("4+5=")]
+    flags = {"temperature": 1.0, "max_new_tokens": 30, "batch_size": None, "seed": 0}
+    lessons, ended = module.answered(model, tokenizer, prompts, **flags)
+    assert ended > 0, "expected an end"
+    for lesson, prompt in zip(lessons, prompts, strict=True):
+        assert lesson.prompt == prompt, "expected the prompt"
+        assert all(lesson.mask[len(prompt) :]), "expected all of the answer, and its end, to be trained"
+    ids = torch.arange(6).view(3, 2).int()
+    stored = [
+        module.Lesson([1, 2, 3], [False, True, True], ids[:2], -ids[:2].float()),
+        module.Lesson([4, 5], [False, True], ids[2:], -ids[2:].float()),
+    ]
+    file = place.output.with_suffix(".safetensors")
+    module.write_lessons(file, stored, tokenizer, 1.0)
+    back = module.read_lessons(file, tokenizer, 1.0)
+    (one,) = module.micro_batches(back, 100, "cpu")
+    assert one.packed.tokens[one.rows].tolist() == [2, 3, 5], "expected the trained tokens"
+    assert one.ids.tolist() == ids.tolist() and one.logprobs.tolist() == (-ids).tolist(), (
+        "expected what was stored"
+    )
+
+
 class Fault(NamedTuple):
     name: str
     file: str
@@ -735,6 +815,74 @@ FAULTS = [
                 "sft",
                 one_step_is_one_sum,
                 [("step's denominator", "(logprob, num_tokens)\n", "(logprob, len(logprob))\n")],
+            ),
+            (
+                "distill",
+                the_divergence_is_that_of_the_models,
+                [
+                    ("beta ignored", "cfg.beta or 0.0", "0.0"),
+                    ("the other KL", "cfg.beta or 0.0", "1 - (cfg.beta or 0.0)"),
+                    (
+                        "temperature ignored",
+                        "*others, beta=beta, temperature=T",
+                        "*others, beta=beta",
+                    ),
+                    (
+                        "squared unasked",
+                        "T**2 if cfg.temperature_squared else 1.0",
+                        "T**2",
+                    ),
+                    ("not squared", "scale * divergence.sum()", "divergence.sum()"),
+                ],
+            ),
+            (
+                "distill",
+                one_step_is_one_sum,
+                [("step's denominator", "micro, num_tokens)\n", "micro, micro.rows.numel())\n")],
+            ),
+            (
+                "distill",
+                the_gradient_points_to_the_teacher,
+                [
+                    (
+                        "away from the teacher",
+                        "teacher_logprob - logprob.detach()",
+                        "logprob.detach() - teacher_logprob",
+                    ),
+                    ("mean of a micro-batch", "advantage, num_tokens)[0]", "advantage, len(advantage))[0]"),
+                    ("mean of a sequence", "-logprob.sum() / num_tokens", "-logprob.mean()"),
+                ],
+            ),
+            (
+                "distill",
+                the_share_of_own_samples_is_kept,
+                [
+                    ("never", "random() < cfg.student_samples", "random() < 0"),
+                    ("one coin for all", "random.Random(seed)", "random.Random(cfg.seed)"),
+                ],
+            ),
+            ("distill", a_stopped_run_goes_on, [("rows from the start", "skip=run.start", "skip=0")]),
+            (
+                "_lessons",
+                lessons_are_what_they_should_be,
+                [
+                    (
+                        "end not trained",
+                        "[True] * len(sample.tokens)",
+                        "[True] * (len(sample.tokens) - 1) + [False]",
+                    ),
+                    (
+                        "prompt trained",
+                        "[False] * len(prompt) + [True]",
+                        "[False] + [True] * (len(prompt) - 1) + [True]",
+                    ),
+                    ("first token given", "self.mask.index(True)]", "self.mask.index(True) + 1]"),
+                    (
+                        "another's log-probabilities",
+                        "logprobs.split(counts)",
+                        "logprobs.flip(0).split(counts)",
+                    ),
+                ],
             ),
         ]
         for name, old, new in cases

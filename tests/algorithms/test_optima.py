@@ -3,12 +3,13 @@
 Completions are of one or two tokens, so the policy is a table that can be read off the model exactly.
 """
 
+import dataclasses
 import json
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from burnish.algorithms import grpo, ppo
+from burnish.algorithms import distill, grpo, ppo
 from burnish.algorithms._sums import VOCABULARY, make_tokenizer, prompt_row
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.config import ModelConfig
@@ -179,3 +180,50 @@ def test_random_rewards_improve_nothing(task, tmp_path, module):
     chance = successes(task.train(module, "chance", tmp_path / "chance", **flags)).mean()
     right = successes(task.train(module, "right", tmp_path / "right", **flags)).mean()
     assert before < 0.25 and right > 0.7 and abs(chance - before) < 0.12
+
+
+@pytest.fixture
+def teacher(task, tmp_path):
+    """A model that has preferences, as far from the student's as two draws are."""
+    model = load_model(task.common["model"])
+    config = dataclasses.replace(model.config, initializer_range=0.15)
+    folder = tmp_path / "teacher"
+    save_model(
+        Transformer(config, seed=task.common["seed"] + 100), folder, Tokenizer.load(task.common["model"])
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("seed", "flags"),
+    [
+        (0, {"beta": 0.0}),
+        *(pytest.param(seed, {"beta": beta}, marks=SLOW) for seed in (0, 1, 2) for beta in (0.5, 1.0)),
+        *(
+            pytest.param(seed, {"loss": "policy_gradient", "batch_size": 128}, marks=SLOW)
+            for seed in (0, 1, 2)
+        ),
+    ],
+    ids=str,
+)
+def test_a_student_becomes_its_teacher(task, teacher, tmp_path, flags):
+    """Both KLs, their mixture, and the policy gradient have one optimum where the student can be the teacher."""
+    target, prompts = table(teacher), tmp_path / "many.jsonl"
+    prompts.write_text("".join(json.dumps(prompt_row(problem)) + "\n" for problem in PROBLEMS * 64))
+    cfg = distill.Config(
+        model=task.common["model"],
+        teacher=teacher,
+        data=prompts,
+        student_samples=1.0,
+        max_new_tokens=2,
+        output=tmp_path / "out",
+        learning_rate=2e-2,
+        schedule="linear",
+        warmup_steps=0,
+        seed=task.common["seed"],
+        device="cpu",
+        **{"steps": 150, "batch_size": 16, **flags},
+    )
+    trained = table(distill.train(cfg))
+    assert kl(target, table(cfg.model)) > 0.2
+    assert kl(target, trained) < 0.01 and kl(trained, target) < 0.01

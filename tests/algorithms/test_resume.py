@@ -9,10 +9,13 @@ import time
 
 import pytest
 import torch
-from burnish.algorithms import dpo, grpo, kto, ppo, reward, sft
+from burnish.algorithms import distill, dpo, grpo, kto, ppo, reward, sft
 from burnish.algorithms._checkpoint import read_checkpoint, write_checkpoint
 from burnish.algorithms._loop import CHECKPOINT, epochs, make_optimizer
+from burnish.model.checkpoint import load_model, save_model
 from burnish.model.errors import InputError
+from burnish.model.tokenizer import Tokenizer
+from burnish.model.transformer import Transformer
 from torch import nn
 
 COMMON = {"steps": 4, "save_every": 2, "learning_rate": 1e-2, "device": "cpu"}
@@ -25,6 +28,9 @@ def configs(model_folder, demonstrations, prompts, pairs, tmp_path):
     odd.write_text(
         "def ones(completion_ids, **_):\n    return [float(sum(i % 2 for i in ids)) for ids in completion_ids]\n"
     )
+    other = tmp_path / "other"
+    config = load_model(model_folder).config
+    save_model(Transformer(config, seed=7), other, Tokenizer.load(model_folder))
     return {
         "sft": sft.Config(model=model_folder, data=demonstrations, batch_size=24, **COMMON),
         "reward": reward.Config(model=model_folder, data=pairs, batch_size=24, **COMMON),
@@ -53,10 +59,27 @@ def configs(model_folder, demonstrations, prompts, pairs, tmp_path):
             critic_learning_rate=1e-2,
             **COMMON,
         ),
+        "distill": distill.Config(
+            model=model_folder,
+            teacher=other,
+            data=demonstrations,
+            student_samples=0.5,
+            max_new_tokens=8,
+            batch_size=24,
+            **COMMON,
+        ),
     }
 
 
-TRAINERS = {"sft": sft, "reward": reward, "dpo": dpo, "kto": kto, "grpo": grpo, "ppo": ppo}
+TRAINERS = {
+    "sft": sft,
+    "reward": reward,
+    "dpo": dpo,
+    "kto": kto,
+    "grpo": grpo,
+    "ppo": ppo,
+    "distill": distill,
+}
 TIMES = ("seconds", "sampling_seconds", "scoring_seconds", "update_seconds", "tokens_per_second")
 
 

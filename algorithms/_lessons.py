@@ -1,0 +1,216 @@
+"""What a student learns from: rows, prompts that it answers itself, or a file of lessons that `teach` wrote.
+
+A file of lessons is one safetensors file:
+
+    tokens    (total,) int32         all sequences, end to end
+    trained   (total,) uint8         1 where a token is trained; n of them
+    lengths   (lessons,) int64       of each sequence
+    ids       (n, K) int32           the teacher's K most likely ids for each trained token, most likely first
+    logprobs  (n, K) fp32            their log-probabilities, in nats, of softmax(logits / temperature)
+
+What the K ids leave is one tail. ids and logprobs are absent where the sequences alone were kept. The metadata's
+`lessons` is JSON: temperature, and tokenizer, a hash of its ids. 8 K bytes a trained token: 512 with K = 64.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..model.errors import InputError
+from ..model.generate import generate
+from ..model.packed import Packed, pack
+from ..model.tokenizer import Tokenizer
+from ..model.transformer import Transformer
+from ._data import Example, best_fit, read_rows, rl_prompts, sft_examples
+from ._loop import autocast, report_counts
+
+
+@dataclass(frozen=True)
+class Lesson(Example):
+    """Without a trained token it is a prompt. n is the number of trained tokens."""
+
+    ids: Tensor | None = None  # (n, K) int32, the teacher's most likely ids
+    logprobs: Tensor | None = None  # (n, K) fp32
+
+    @property
+    def prompt(self) -> list[int]:
+        """What stands before the first trained token; at least the first token, which nothing predicts."""
+        return self.tokens[: self.mask.index(True)] if any(self.mask) else self.tokens
+
+
+def load_lessons(
+    data: Path, tokenizer: Tokenizer, *, max_length: int, prompts_alone: bool, temperature: float | None
+) -> list[Lesson]:
+    """The lessons of --data, after saying what became of its rows.
+
+    prompts_alone: rows need no completion. temperature: that of stored log-probabilities; None where they are not read.
+    """
+    if data.suffix == ".safetensors":
+        lessons = read_lessons(data, tokenizer, temperature)
+        counts = {"lessons": len(lessons), "trained tokens": sum(sum(lesson.mask) for lesson in lessons)}
+    elif prompts_alone:
+        prompts, counts = rl_prompts(read_rows(data), tokenizer, max_length=max_length)
+        lessons = [Lesson(prompt.tokens, [False] * len(prompt.tokens)) for prompt in prompts]
+    else:
+        examples, counts = sft_examples(read_rows(data), tokenizer, max_length=max_length)
+        lessons = [Lesson(example.tokens, example.mask) for example in examples]
+    report_counts(data, counts)
+    return lessons
+
+
+# ---- answers
+
+
+def answered(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    temperature: float,
+    max_new_tokens: int,
+    batch_size: int | None,
+    seed: int,
+    samples_per_prompt: int = 1,
+) -> tuple[list[Lesson], float]:
+    """Each prompt with what `model` says to it, all of it trained, the end token included; and the share that ended."""
+    with autocast(model.device.type):  # in the precision that scores
+        samples = generate(
+            model,
+            prompts,
+            samples_per_prompt=samples_per_prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            stop_ids=tokenizer.stop_ids,
+            seed=seed,
+            batch_size=batch_size,
+        )
+    if not all(sample.logprobs.isfinite().all() for sample in samples):
+        raise InputError(
+            "sampling: the model's probabilities are not finite: its weights hold NaN or have diverged"
+        )
+    lessons = []
+    for sample in samples:
+        prompt = list(prompts[sample.prompt_index])
+        mask = [False] * len(prompt) + [True] * len(sample.tokens)
+        lessons.append(Lesson(prompt + sample.tokens, mask))
+    return lessons, sum(sample.ended for sample in samples) / len(samples)
+
+
+# ---- micro-batches
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Lessons laid end to end. n is the number of their trained tokens."""
+
+    members: list[int]  # which lessons, by place
+    packed: Packed
+    rows: Tensor  # (n,) int64, into packed.tokens: the trained tokens
+    ids: Tensor | None  # (n, K) int32
+    logprobs: Tensor | None  # (n, K) fp32
+
+
+def micro_batches(lessons: Sequence[Lesson], capacity: int, device: torch.device | str) -> list[MicroBatch]:
+    """At most `capacity` tokens in each; a longer lesson has one of its own."""
+    batches = []
+    for members in best_fit([len(lesson.tokens) for lesson in lessons], capacity):
+        chosen = [lessons[i] for i in members]
+        trained = torch.tensor([m for lesson in chosen for m in lesson.mask])  # (total,)
+        ids = [lesson.ids for lesson in chosen if lesson.ids is not None]
+        logprobs = [lesson.logprobs for lesson in chosen if lesson.logprobs is not None]
+        batches.append(
+            MicroBatch(
+                members,
+                pack([lesson.tokens for lesson in chosen], device=device),
+                trained.nonzero().squeeze(1).to(device),
+                torch.cat(ids).to(device) if ids else None,
+                torch.cat(logprobs).to(device) if logprobs else None,
+            )
+        )
+    return batches
+
+
+# ---- the file
+
+
+def write_lessons(file: Path, lessons: Sequence[Lesson], tokenizer: Tokenizer, temperature: float) -> None:
+    """All lessons have ids and logprobs of the same width, or none has."""
+    tensors = {
+        "tokens": torch.tensor([token for lesson in lessons for token in lesson.tokens], dtype=torch.int32),
+        "trained": torch.tensor([m for lesson in lessons for m in lesson.mask], dtype=torch.uint8),
+        "lengths": torch.tensor([len(lesson.tokens) for lesson in lessons]),
+    }
+    stored = [(lesson.ids, lesson.logprobs) for lesson in lessons]
+    ids, logprobs = ([x for x in column if x is not None] for column in zip(*stored, strict=True))
+    if ids:
+        tensors |= {"ids": torch.cat(ids).contiguous(), "logprobs": torch.cat(logprobs).contiguous()}
+    about = {"temperature": temperature, "tokenizer": _fingerprint(tokenizer)}
+    beside = file.with_name(f".{file.name}.partial")
+    try:
+        save_file(tensors, beside, metadata={"lessons": json.dumps(about)})
+        beside.replace(file)
+    except (OSError, SafetensorError) as error:
+        beside.unlink(missing_ok=True)
+        raise InputError(f"{file}: cannot be written: {error}") from error
+
+
+def read_lessons(file: Path, tokenizer: Tokenizer, temperature: float | None) -> list[Lesson]:
+    """Raises InputError where the file is broken, of another tokenizer, or its log-probabilities of a temperature."""
+    if not file.is_file():
+        raise InputError(f"{file}: no such file")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            about = json.loads(opened.metadata()["lessons"])
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+        tokens, trained, lengths = (tensors[name].long() for name in ("tokens", "trained", "lengths"))
+        stored_at, made_for = about["temperature"], about["tokenizer"]
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{file}: not a file of lessons (burnish teach): {type(error).__name__}: {error}"
+        ) from error
+    if made_for != _fingerprint(tokenizer):
+        raise InputError(
+            f"{file}: its teacher's tokenizer is not that of --model: the ids are of other tokens"
+        )
+    ids, logprobs, total = tensors.get("ids"), tensors.get("logprobs"), int(lengths.sum())
+    shape = (int(trained.sum()), 0 if ids is None else ids.shape[-1])
+    if not (total == tokens.numel() == trained.numel() and lengths.numel()):
+        raise InputError(f"{file}: lengths sum to {total}, expected {tokens.numel()}, the number of tokens")
+    if (ids is None) != (logprobs is None) or any(
+        x is not None and tuple(x.shape) != shape for x in (ids, logprobs)
+    ):
+        found = [None if x is None else tuple(x.shape) for x in (ids, logprobs)]
+        raise InputError(f"{file}: ids and logprobs: expected (trained tokens, K) = {shape}, got {found}")
+    for name, x in (("tokens", tokens), ("ids", ids)):
+        if x is not None and x.numel() and not 0 <= int(x.min()) <= int(x.max()) < tokenizer.vocab_size:
+            raise InputError(
+                f"{file}: {name}: expected 0 to {tokenizer.vocab_size - 1}, got {int(x.min())} to {int(x.max())}"
+            )
+    if ids is not None and temperature not in (None, stored_at):
+        raise InputError(
+            f"{file}: its log-probabilities are at temperature {stored_at:g}, got --temperature {temperature:g}"
+        )
+    sizes = lengths.tolist()
+    counts = [int(part.sum()) for part in trained.split(sizes)]  # trained tokens of each
+    none = [None] * len(sizes)
+    parts = zip(
+        tokens.split(sizes),
+        trained.split(sizes),
+        none if ids is None else ids.split(counts),
+        none if logprobs is None else logprobs.split(counts),
+        strict=True,
+    )
+    return [Lesson(t.tolist(), m.bool().tolist(), i, p) for t, m, i, p in parts]
+
+
+def _fingerprint(tokenizer: Tokenizer) -> str:
+    """Of which id means which token."""
+    vocabulary = json.dumps(sorted(tokenizer.backend.get_vocab().items()))
+    return hashlib.sha256(vocabulary.encode()).hexdigest()

@@ -1,0 +1,116 @@
+"""A teacher's part of distillation, done beforehand: what it would say, kept in one file of lessons.
+
+Sequences are the rows' own, or with --samples what the teacher answers to their prompts. For each of their trained
+tokens the --top-k most likely ids and log-probabilities are kept, all the rest being one tail of known weight; with
+--top-k 0 the sequences alone, for sequence-level distillation. `_lessons.py` describes the file. The teacher is then
+needed no more, and its answers can be learned from many times.
+
+Source: sequence level: Kim and Rush 2016, https://arxiv.org/abs/1606.07947
+        what top-k targets lose: Anshumann et al. 2025, https://arxiv.org/abs/2503.16870
+Run:    burnish teach --model TEACHER --data FILE.jsonl
+"""
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass, field
+from math import inf
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..kernels import topk_logprobs
+from ..model.checkpoint import load_model
+from ..model.errors import InputError
+from ..model.tokenizer import Tokenizer
+from ._command import run_command
+from ._lessons import answered, load_lessons, micro_batches, write_lessons
+from ._loop import autocast, check_flags, check_model, default_device, new_run_folder
+
+LESSONS = "lessons.safetensors"
+
+
+@dataclass(frozen=True)
+class Config:
+    model: Path  # the teacher: Hugging Face folder, or an adapter's
+    data: Path  # rows as for SFT, or with --samples prompts: .jsonl, .json or .parquet
+    output: Path = field(default_factory=lambda: new_run_folder("teach"))  # new folder: lessons.safetensors
+    chat_template: str | None = None  # a jinja file, or plain, in place of the model's own
+    samples: int = 0  # answers to each prompt, in place of the rows' own completions; 0 keeps those
+    top_k: int = 64  # ids kept for each trained token; 0 keeps the sequences alone
+    temperature: float = 1.0  # of sampling, and of the log-probabilities
+    max_length: int = 1024  # tokens; longer rows are truncated, longer prompts dropped, and counted
+    max_new_tokens: int = 256  # cap on an answer's length
+    sampling_batch_size: int | None = None  # answers at a time, which bounds the cache; all by default
+    micro_batch_tokens: int = 8192  # tokens in one forward
+    base_4bit: bool = False  # hold the teacher's weights in 4 bits (NF4)
+    seed: int = 0  # of sampling
+    device: str = field(default_factory=default_device)
+
+
+def teach(cfg: Config) -> Path:
+    """Returns the file of lessons."""
+    check_flags(
+        cfg,
+        samples=(0, inf),
+        top_k=(0, inf),
+        temperature=(1e-3, 1e3),
+        max_length=(2, inf),
+        max_new_tokens=(1, inf),
+        sampling_batch_size=(1, inf),
+        micro_batch_tokens=(1, inf),
+        seed=(0, 2**31 - 1),
+    )
+    if not cfg.samples and not cfg.top_k:
+        raise InputError("--top-k 0: expected --samples beside it: the rows' own sequences are there already")
+    tokenizer = Tokenizer.load(cfg.model, cfg.chat_template)
+    if cfg.top_k > tokenizer.vocab_size:
+        raise InputError(f"--top-k: expected at most the vocabulary, {tokenizer.vocab_size}, got {cfg.top_k}")
+    lessons = load_lessons(
+        cfg.data,
+        tokenizer,
+        max_length=cfg.max_length,
+        prompts_alone=cfg.samples > 0,
+        temperature=cfg.temperature,
+    )
+    dtype = torch.bfloat16 if cfg.device.startswith("cuda") else torch.float32
+    model = load_model(cfg.model, dtype, cfg.device, cfg.base_4bit).requires_grad_(False).eval()
+    longest = max(len(lesson.tokens) for lesson in lessons) + (cfg.max_new_tokens if cfg.samples else 0)
+    check_model(model, tokenizer, longest)
+    if cfg.samples:
+        lessons, ended = answered(
+            model,
+            tokenizer,
+            [lesson.prompt for lesson in lessons],
+            temperature=cfg.temperature,
+            max_new_tokens=cfg.max_new_tokens,
+            batch_size=cfg.sampling_batch_size,
+            seed=cfg.seed,
+            samples_per_prompt=cfg.samples,
+        )
+        print(f"{len(lessons)} answers, {ended:.0%} ended by a stop token")
+    if cfg.top_k:
+        micros = micro_batches(lessons, cfg.micro_batch_tokens, cfg.device)
+        for micro in tqdm(micros, desc="teach", unit="batch", dynamic_ncols=True):
+            with torch.no_grad(), autocast(cfg.device):
+                hidden, head = model.before_head(micro.packed, micro.rows)
+                head = head[: tokenizer.vocab_size]  # rows beyond are padding, no tokens
+                ids, logprobs = topk_logprobs(hidden, head, cfg.top_k, temperature=cfg.temperature)
+            counts = [sum(lessons[i].mask) for i in micro.members]
+            parts = zip(micro.members, ids.cpu().split(counts), logprobs.cpu().split(counts), strict=True)
+            for i, own_ids, own_logprobs in parts:
+                lessons[i] = dataclasses.replace(lessons[i], ids=own_ids.int(), logprobs=own_logprobs)
+    try:
+        cfg.output.mkdir(parents=True, exist_ok=True)
+        (cfg.output / "config.json").write_text(
+            json.dumps(dataclasses.asdict(cfg), indent=2, default=str) + "\n"
+        )
+    except OSError as error:
+        raise InputError(f"--output {cfg.output}: cannot be written: {error}") from error
+    write_lessons(cfg.output / LESSONS, lessons, tokenizer, cfg.temperature)
+    return cfg.output / LESSONS
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("teach", sys.modules[__name__], teach, sys.argv[1:]))
