@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..kernels.logprob import CPU_BUDGET
+from ..kernels._head import CPU_BUDGET
 from .trainers import SHAPE, resident
 
 ROWS, LENGTH, VOCABULARY = 4, 512, 32_768
