@@ -1171,6 +1171,9 @@ def _decode_case(family: str, inputs: Any, **changes: Any) -> Case:
     )
 
 
+_DIVERGENCE_TILES = ({"T": 64, "C": 128, "teacher": 256, "V": 4096},)
+
+
 def _divergence_case(family: str, **changes: Any) -> Case:
     return Case(
         **{
@@ -1388,6 +1391,7 @@ CASES: tuple[Case, ...] = (
         options={"scaling": 0.5},
         shapes=tuple(dims | {"R": 5} for dims in _LOGPROB_SHAPES),
         empty=(),
+        configurations=({"T": 64, "C": 128, "V": 4096, "R": 16},),
     ),
     _logprob_case(
         "adapter, support",
@@ -1397,12 +1401,13 @@ CASES: tuple[Case, ...] = (
         shapes=({"T": 11, "C": 33, "V": 101, "K": 7, "R": 5},),
         empty=(),
     ),
-    _divergence_case("forward KL", bench=_DIVERGENCE_BENCH),
-    _divergence_case("reverse KL", options={"beta": 1.0}),
+    _divergence_case("forward KL", bench=_DIVERGENCE_BENCH, configurations=_DIVERGENCE_TILES),
+    _divergence_case("reverse KL", options={"beta": 1.0}, configurations=_DIVERGENCE_TILES),
     _divergence_case(
         "JSD",
         options={"beta": 0.3},
         bench={device: shapes[:1] for device, shapes in _DIVERGENCE_BENCH.items()},
+        configurations=_DIVERGENCE_TILES,
     ),
     _divergence_case("chunks", options={"beta": 0.3, "memory_budget": 1 << 12}),
     *(
@@ -1410,6 +1415,7 @@ CASES: tuple[Case, ...] = (
             f"features, beta {beta}",
             inputs=_divergence_features,
             options={"beta": beta, "softcap": 5.0, "teacher_softcap": 4.0, "memory_budget": 1 << 13},
+            configurations=_DIVERGENCE_TILES if beta == 0.3 else (),
         )
         for beta in (0.0, 0.3, 1.0)
     ),

@@ -258,8 +258,8 @@ def _token_divergence_bwd(
 # ---- blocks on a GPU
 
 
-def _tile(h: Tensor, th: Tensor) -> dict[str, int]:
-    """Two accumulators, so half of logprob's tile."""
+def _tile(h: Tensor, th: Tensor, beta: float) -> dict[str, int]:
+    """Two accumulators, so half of logprob's tile; on Hopper the mixture's logarithms take half of that again."""
     if INTERPRET:
         return {"GROUP": 2, "BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 32}
     if torch.float32 in (h.dtype, th.dtype):
@@ -268,7 +268,8 @@ def _tile(h: Tensor, th: Tensor) -> dict[str, int]:
         return {"GROUP": 8, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
     if not (has_tma(h) and has_tma(th)):
         return {"GROUP": 8, "BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
-    return {"GROUP": 8, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+    columns = 64 if capability(h)[0] == 9 and 0 < beta < 1 else 128
+    return {"GROUP": 8, "BLOCK_M": 128, "BLOCK_N": columns, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 
 
 def _operands(h, w, th, tw, tile, tma):
@@ -284,7 +285,7 @@ def _operands(h, w, th, tw, tile, tma):
 
 def _summarise_triton(h, w, bias, th, tw, teacher_bias, temperatures, temperature, caps, beta, norms):
     """parts (pieces, 5, tokens) of a chunk of the vocabulary; with norms, (pieces, 2, tokens)."""
-    tile, tma = _tile(h, th), has_tma(h) and has_tma(th)
+    tile, tma = _tile(h, th, beta), has_tma(h) and has_tma(th)
     parts = h.new_empty(triton.cdiv(w.shape[0], tile["BLOCK_N"]), 5, h.shape[0], dtype=torch.float32)
     if h.shape[0]:
         matrices, numbers = _operands(h, w, th, tw, tile, tma)
@@ -301,7 +302,7 @@ def _dlogits_triton(
     h, w, bias, th, tw, teacher_bias, temperatures, temperature, caps, beta, saved, dz, with_dbias
 ):  # fmt: skip
     """dz (rows, N) of a block, filled; returns its sum over the rows, in fp32 as it was before rounding."""
-    tile, tma = _tile(h, th), has_tma(h) and has_tma(th)
+    tile, tma = _tile(h, th, beta), has_tma(h) and has_tma(th)
     matrices, numbers = _operands(h, w, th, tw, tile, tma)
     db = h.new_empty(
         triton.cdiv(h.shape[0], tile["BLOCK_M"]) if with_dbias else 0, w.shape[0], dtype=torch.float32
