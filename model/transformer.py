@@ -32,7 +32,7 @@ from ..kernels import (
 from ..kernels.moe import RouteStatistics
 from .cache import Cache
 from .config import ModelConfig, Rope
-from .linear import Linear, LoraConfig
+from .linear import Linear, LoraConfig, whole
 from .moe import MoE
 from .packed import Packed
 
@@ -306,8 +306,16 @@ class Transformer(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """(V, C): the embedding itself where the two are tied."""
+        """(V, C): the embedding itself where the two are tied, an adapter multiplied in."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.merged()
+
+    def _head_parts(self) -> tuple[Tensor, dict[str, Any]]:
+        """The head without its adapter, and what token_logprobs takes of that: no sum of the two is ever in memory."""
+        lora = None if self.lm_head is None else self.lm_head.lora
+        if self.lm_head is None or lora is None or not lora.enabled:
+            return self.head, {}
+        adapter = {"lora_a": whole(lora.a), "lora_b": whole(lora.b), "scaling": lora.scaling}
+        return whole(self.lm_head.dense()), adapter
 
     def _pass(self, positions: Tensor, **more: Any) -> Pass:
         local = self.config.local_rope
@@ -365,17 +373,18 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) to (..., V) in fp32 (fp64 from fp64), from the inputs and with the precision that `score` uses."""
-        hidden, head = self._head_inputs(hidden)
+        hidden, head = self._computed_in(hidden, self.head)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.to(wide), head.to(wide))
 
-    def _head_inputs(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def _computed_in(hidden: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states and head in the dtype that autocast, which does not know our ops, would give a matmul."""
         if not torch.is_autocast_enabled(hidden.device.type):
-            return hidden, self.head
+            return hidden, head
         dtype = torch.get_autocast_dtype(hidden.device.type)
-        return hidden.to(dtype), self.head.to(dtype)
+        return hidden.to(dtype), head.to(dtype)
 
     def score(
         self,
@@ -390,18 +399,26 @@ class Transformer(nn.Module):
         Row i's own token is scored from packed.predictors[i], so that masks never shift. support: (n, K_max) int32, the
         ids kept by a truncating sampler, padded with -1. Raises ValueError where a row is the first of its sequence.
         """
-        hidden, head = self.before_head(packed, rows)
+        states = self._predicting(packed, rows)
+        weight, adapter = self._head_parts()
+        hidden, weight = self._computed_in(states, weight)
+        targets = packed.tokens[rows]
         with torch.autocast(hidden.device.type, enabled=False):
-            return token_logprobs(hidden, head, packed.tokens[rows], temperature=temperature, support=support)
+            return token_logprobs(
+                hidden, weight, targets, temperature=temperature, support=support, **adapter
+            )
 
     def before_head(self, packed: Packed, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The factors of the logits that score the tokens at `rows` (n,): hidden states (n, C) and head (V, C).
 
         Both in the dtype of their product. Raises ValueError where a row is the first of its sequence.
         """
+        return self._computed_in(self._predicting(packed, rows), self.head)
+
+    def _predicting(self, packed: Packed, rows: Tensor) -> Tensor:
         predictors = packed.predictors[rows]
         if bool((predictors < 0).any()):
             raise ValueError(
                 "rows: the first token of a sequence without a parent has nothing to be scored from"
             )
-        return self._head_inputs(self(packed)[predictors])
+        return self(packed)[predictors]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from burnish.kernels import token_logprobs
 from burnish.model import InputError, ModelConfig, Transformer, pack
 from burnish.model.adapter import (
     adapter_disabled,
@@ -23,7 +24,7 @@ from burnish.model.adapter import (
 )
 from burnish.model.checkpoint import load_model, load_scalar_model, read_adapter, save_model
 from burnish.model.generate import generate
-from burnish.model.linear import LoraConfig
+from burnish.model.linear import Linear, LoraConfig
 from burnish.model.scalar import ScalarModel
 from safetensors.torch import load_file, save_file
 
@@ -250,6 +251,30 @@ def test_a_broken_file_and_a_pickled_one_are_named(adapter_folder):
     weights.rename(folder / "adapter_model.bin")
     with pytest.raises(InputError, match="found a pickled file, which is not read"):
         load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "support", [None, torch.tensor([[2, 9], [3, -1], [5, 30], [8, 1]], dtype=torch.int32)]
+)
+def test_an_adapter_of_the_head_is_scored_without_being_merged(monkeypatch, support):
+    model = tiny(targets=("q_proj", "lm_head"))
+    torch.nn.init.normal_(model.lm_head.lora.b)
+    merged = token_logprobs(*model.before_head(PACKED, ROWS), PACKED.tokens[ROWS], support=support)
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad([part.sum() for part in merged], wanted, allow_unused=True)
+
+    def never(self):
+        raise AssertionError("the head's adapter was multiplied out")
+
+    monkeypatch.setattr(Linear, "merged", never)
+    found = model.score(PACKED, ROWS, support=support)
+    torch.testing.assert_close(found, merged)
+    torch.testing.assert_close(
+        torch.autograd.grad([part.sum() for part in found], wanted, allow_unused=True), expected
+    )
+    assert any(g is not None and g.abs().max() > 0 for g in expected)
+    with pytest.raises(AssertionError, match="multiplied out"), adapter_disabled(model):  # the patch is seen
+        model.score(PACKED, ROWS)
 
 
 def test_what_cannot_be_added_is_refused():
