@@ -325,6 +325,7 @@ PEERS: dict[str, dict[str, Callable[[Case], Callable[..., Any]]]] = {
         "liger-kernel": _liger_cross_entropy,
         "cut-cross-entropy": _cut_cross_entropy,
     },
+    "token_divergence": {"torch.compile": _compiled},  # Liger's has a mean over the tokens only
     "moe_mlp": {"grouped_mm": _grouped_mm},
     "lora_linear": {  # eager is F.linear, then addmm
         "torch.compile": _compiled,
