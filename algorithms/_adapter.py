@@ -16,10 +16,12 @@ import torch
 from ..model.adapter import adapters, add_lora, linears, lora_config
 from ..model.checkpoint import is_adapter, load_model, load_scalar_model, read_adapter
 from ..model.errors import InputError
+from ..model.linear import LINEARS
 from ..model.scalar import ScalarModel
 from ..model.transformer import Transformer
 from ._distributed import world
 
+EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 ADAPTER_BOUNDS = {"lora_rank": (0, 256), "lora_alpha": (1e-6, inf)}  # for check_flags
 
 
@@ -66,6 +68,11 @@ def _dtype(cfg: Any, folder: Path, continued: bool) -> torch.dtype:
 def _add(model: Transformer | ScalarModel, cfg: Any, folder: Path, **options: Any) -> None:
     if cfg.lora_rank:
         options |= {"dropout": getattr(cfg, "lora_dropout", 0.0), "base": str(folder.resolve())}
+        if (
+            model.config.experts is not None
+        ):  # names that the model has: PEFT would take others for experts' old names
+            held = {name.rpartition(".")[2] for name, layer in linears(model).items() if not layer.stack}
+            options |= {"targets": tuple(name for name in LINEARS if name in held), "parameters": EXPERTS}
         add_lora(model, cfg.lora_rank, cfg.lora_alpha, seed=cfg.seed, **options)
     elif lora_config(model) is None and any(layer.four_bit is not None for layer in linears(model).values()):
         raise InputError(

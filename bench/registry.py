@@ -800,6 +800,47 @@ def _moe_relu2(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
     return tensors | {"gate_up": gate_up[:, : dims["F"]].contiguous()}
 
 
+def _moe_adapters(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    C, F_, E, R = (dims[letter] for letter in "CFER")
+    return _moe_inputs(dims, dtype, device) | {
+        "gate_up_a": _randn((E, R, C), dtype, device) * C**-0.5,
+        "gate_up_b": _randn((E, 2 * F_, R), dtype, device) * R**-0.5,
+        "down_a": _randn((E, R, F_), dtype, device) * F_**-0.5,
+        "down_b": _randn((E, C, R), dtype, device) * R**-0.5,
+    }
+
+
+def _moe_4bit_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    """Experts of C F weights, a multiple of 64; their tensors as gate_up_packed and so on."""
+    tensors = _moe_adapters(dims, dtype, device)
+    for name in ("gate_up", "down"):
+        weight = nf4.quantize_nf4_reference(_tensor(tensors, name))
+        del tensors[name]
+        parts = zip(_FOUR_BIT, weight.tensors(), strict=True)
+        tensors |= {f"{name}_{part}": tensor for part, tensor in parts}
+    return tensors
+
+
+def _moe_4bit(op: Callable[..., Any]) -> Callable[..., Any]:
+    """An op on experts, for a case that has their 4-bit tensors."""
+
+    def mlp(x: Tensor, **tensors: Any) -> Tensor:
+        E, C, F_ = tensors["gate_up_a"].shape[0], x.shape[1], tensors["down_a"].shape[2]
+        experts = {}
+        for name, shape in (("gate_up", (E, 2 * F_, C)), ("down", (E, C, F_))):
+            parts = {part: tensors.pop(f"{name}_{part}") for part in _FOUR_BIT}
+            experts[name] = NF4Weight(shape=shape, dtype=x.dtype, **parts)
+        return op(x, **experts, **tensors)
+
+    mlp.__module__ = op.__module__
+    return mlp
+
+
+def _eager_moe_4bit(x: Tensor, *, gate_up: NF4Weight, down: NF4Weight, **others: Any) -> Tensor:
+    dense = (nf4.dequantize_nf4_reference(weight, _operand_dtype(x)) for weight in (gate_up, down))
+    return _moe_eager(x, *dense, **others)
+
+
 def _moe_eager(
     x: Tensor,
     gate_up: Tensor,
@@ -810,12 +851,18 @@ def _moe_eager(
     activation: str = "swiglu",
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    gate_up_a: Tensor | None = None,
+    gate_up_b: Tensor | None = None,
+    down_a: Tensor | None = None,
+    down_b: Tensor | None = None,
 ) -> Tensor:
     """The loop over experts that model code has."""
     out = torch.zeros_like(x)
     for e in range(gate_up.shape[0]):
         token, choice = torch.where(indices == e)
         h = F.linear(x[token], gate_up[e], None if gate_up_bias is None else gate_up_bias[e])
+        if gate_up_a is not None and gate_up_b is not None:
+            h = h + F.linear(F.linear(x[token], gate_up_a[e]), gate_up_b[e])
         if activation == "relu2":
             a = h.relu().square()
         elif activation == "swiglu":
@@ -824,6 +871,8 @@ def _moe_eager(
             gate, up = h.chunk(2, -1)
             a = _clamped_swiglu_eager(gate, up)
         y = F.linear(a, down[e], None if down_bias is None else down_bias[e])
+        if down_a is not None and down_b is not None:
+            y = y + F.linear(F.linear(a, down_a[e]), down_b[e])
         out = out.index_add(0, token, (y * weights[token, choice, None].to(y.dtype)).to(out.dtype))
     return out
 
@@ -834,6 +883,17 @@ def _moe_work(dims: Dims, size: int) -> tuple[Work, Work]:
     return (
         Work(6 * T * K * C * F_, experts + 2 * T * C * size + choices),
         Work(12 * T * K * C * F_, 2 * experts + 3 * T * C * size + choices),
+    )
+
+
+def _moe_adapter_work(dims: Dims, size: int) -> tuple[Work, Work]:
+    """The experts frozen: a product fewer in the backward; 8-bit absmax and nibbles are not counted apart."""
+    T, C, F_, E, K, R = (dims[letter] for letter in "TCFEKR")
+    forward, _ = _moe_work(dims, size)
+    low, held = 2 * T * K * R * (2 * C + 3 * F_), E * R * (2 * C + 3 * F_) * size
+    return (
+        Work(forward.flops + low, forward.bytes + held),
+        Work(forward.flops + 2 * low, forward.bytes + T * C * size + 2 * held),
     )
 
 
@@ -1452,6 +1512,37 @@ CASES: tuple[Case, ...] = (
         configurations=({"T": 256, "C": 128, "F": 128, "E": 2, "K": 2},),
     ),
     _moe_case("relu2", inputs=_moe_relu2, options={"activation": "relu2"}),
+    _moe_case(
+        "adapters",
+        inputs=_moe_adapters,
+        work=_moe_adapter_work,
+        formula="6TKCF + 2TKR(2C + 3F) operations; 6TKCF + 4TKR(2C + 3F)",
+        shapes=(
+            {"T": 5, "C": 17, "F": 9, "E": 2, "K": 1, "R": 1},
+            {"T": 19, "C": 20, "F": 35, "E": 3, "K": 2, "R": 3},
+        ),
+        empty=({"T": 0, "C": 8, "F": 8, "E": 3, "K": 2, "R": 3},),
+        configurations=(
+            {"T": 256, "C": 128, "F": 128, "E": 2, "K": 2, "R": 16},
+            {"T": 64, "C": 128, "F": 128, "E": 8, "K": 1, "R": 64},
+        ),
+        fixed=("gate_up", "down"),
+    ),
+    _moe_case(
+        "4-bit experts, adapters",
+        inputs=_moe_4bit_inputs,
+        fused=_moe_4bit(moe.moe_mlp),
+        reference=_moe_4bit(moe.moe_mlp_reference),
+        eager=_moe_4bit(_eager_moe_4bit),
+        work=_moe_adapter_work,
+        formula="6TKCF + 2TKR(2C + 3F) operations; 6TKCF + 4TKR(2C + 3F)",
+        shapes=(
+            {"T": 5, "C": 64, "F": 9, "E": 2, "K": 1, "R": 1},
+            {"T": 19, "C": 20, "F": 48, "E": 3, "K": 2, "R": 17},
+        ),
+        empty=(),
+        fixed=tuple(f"{name}_{part}" for name in ("gate_up", "down") for part in _FOUR_BIT),
+    ),
     _lora_case("dense", shapes=_LORA_SHAPES, empty=_LORA_EMPTY, bench=_LORA_BENCH),
     _lora_case("fused", fused=_by_path("fused"), shapes=_LORA_SHAPES, configurations=_LORA_TILES),
     _lora_case(

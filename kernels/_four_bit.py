@@ -99,6 +99,19 @@ def _lookup(packed: Tensor, code: Tensor, absmax: Tensor, numel: int, blocksize:
     return values[:numel]
 
 
+def unnested(
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+) -> Tensor:
+    """absmax in fp32, (blocks,)."""
+    if nested_absmax is None or nested_code is None or offset is None:
+        return absmax
+    nested = nested_absmax.repeat_interleave(NESTED)[: absmax.numel()]
+    return nested_code[absmax.int()].mul_(nested).add_(offset)
+
+
 def dequantize(
     packed: Tensor,
     absmax: Tensor,
@@ -122,7 +135,5 @@ def dequantize(
                 nested_absmax is not None, half, rows, num_warps=8, enable_fp_fusion=False,
             )  # fmt: skip
         return out
-    if nested_absmax is not None and nested_code is not None and offset is not None:
-        nested = nested_absmax.repeat_interleave(NESTED)[: absmax.numel()]
-        absmax = nested_code[absmax.int()].mul_(nested).add_(offset)
+    absmax = unnested(absmax, nested_absmax, nested_code, offset)
     return _lookup(packed, code, absmax, prod(shape), blocksize).to(dtype).view(shape)

@@ -26,7 +26,7 @@ def capability(x: Tensor) -> tuple[int, int]:
     return torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
 
 
-def check_shape(name: str, x: Tensor, **dims: int) -> None:
+def check_shape(name: str, x: Any, **dims: int) -> None:
     """check_shape("weight", w, hidden=4096) raises ValueError naming every dimension it expected."""
     if tuple(x.shape) != tuple(dims.values()):
         want = ", ".join(f"{dim}={size}" for dim, size in dims.items())

@@ -9,13 +9,18 @@
     dA = w dout W_d        dW_d = dout^T (w A)        dw_tk = (dout W_d) . A + dout . b_d
     dH = dA act'(H)        dW_gu = dH^T x             dx_t = sum over k of dH W_gu
 
+    adapters: W_gu + B_gu A_gu and W_d + B_d A_d, never added up: H gets S B_gu^T, S = x A_gu^T, Y likewise
+    dB_gu = dH^T S         dA_gu = (dH B_gu)^T x      dB_d = dout^T (w A A_d^T)      dA_d = (dout B_d)^T (w A)
+
 The rows (a token with one of its experts) are sorted by expert. Nothing is read on the host: grids have the size of
 their upper bound, T K / BLOCK_M + E tiles, and the tiles past the end return at once. x is gathered by the load of the
 product's operand; the products' rows lie contiguously by expert; the sum over k gathers, so there are no atomics. H,
-the pre-activation, is saved, A is computed again from it in the backward, and dw is a row sum there. See docs/moe.md.
+the pre-activation, is saved, A is computed again from it in the backward, and dw is a row sum there. Experts in 4 bits
+are multiplied out before the products, in the forward and again in the backward, and saved in 4 bits. See docs/moe.md.
 
 Operations: 6 T K C F forward, 12 T K C F backward. Memory beside the operands, in elements: forward writes H and A
-(3 T K F) and the experts' outputs (T K C); backward dH and w A (3 T K F) and dX (T K C).
+(3 T K F) and the experts' outputs (T K C); backward dH and w A (3 T K F) and dX (T K C). Adapters of rank R add
+2 T K R (2C + 3F) operations forward, twice that backward, and save T K R.
 
 Source: Shazeer et al. 2017, https://arxiv.org/abs/1701.06538; Switch, https://arxiv.org/abs/2101.03961, eq. 4-6;
         z-loss, https://arxiv.org/abs/2202.08906, eq. 5; sigmoid router with bias and groups: DeepSeek-V3,
@@ -27,7 +32,7 @@ Source: Shazeer et al. 2017, https://arxiv.org/abs/1701.06538; Switch, https://a
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +40,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import capability, cdiv, check_dtype, check_shape, register, use_triton
+from ._four_bit import NF4Weight, dequantize, unnested
+from ._launch import capability, cdiv, check_dtype, check_shape, next_power_of_2, register, use_triton
 
 Activation = Literal["swiglu", "clamped_swiglu", "relu2"]
 ACTIVATIONS: tuple[Activation, ...] = ("swiglu", "clamped_swiglu", "relu2")
@@ -116,22 +122,32 @@ def _place_in_expert(indices: Tensor, E: int) -> Tensor:
 
 def moe_mlp_reference(
     x: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Tensor | NF4Weight,
+    down: Tensor | NF4Weight,
     weights: Tensor,
     indices: Tensor,
     *,
     activation: Activation = "swiglu",
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    gate_up_a: Tensor | None = None,
+    gate_up_b: Tensor | None = None,
+    down_a: Tensor | None = None,
+    down_b: Tensor | None = None,
     alpha: float = 1.702,
     limit: float = 7.0,
 ) -> Tensor:
+    W_gu, W_d = (
+        dequantize(*w.tensors(), [*w.shape], w.blocksize, x.dtype) if isinstance(w, NF4Weight) else w
+        for w in (gate_up, down)
+    )
+    W_gu = W_gu if gate_up_a is None or gate_up_b is None else W_gu + gate_up_b @ gate_up_a
+    W_d = W_d if down_a is None or down_b is None else W_d + down_b @ down_a
     out = torch.zeros_like(x)
-    for e in range(gate_up.shape[0]):
-        h = F.linear(x, gate_up[e], None if gate_up_bias is None else gate_up_bias[e])
+    for e in range(W_gu.shape[0]):
+        h = F.linear(x, W_gu[e], None if gate_up_bias is None else gate_up_bias[e])
         y = F.linear(
-            _activate(h, activation, alpha, limit), down[e], None if down_bias is None else down_bias[e]
+            _activate(h, activation, alpha, limit), W_d[e], None if down_bias is None else down_bias[e]
         )
         weight = (weights * (indices == e)).sum(1, keepdim=True)  # (T, 1), zero where the token is elsewhere
         out = out + weight.to(x.dtype) * y
@@ -154,13 +170,17 @@ def _activate(h: Tensor, activation: Activation, alpha: float, limit: float) -> 
 
 def _mlp_cpu(
     x: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Tensor | NF4Weight,
+    down: Tensor | NF4Weight,
     weights: Tensor,
     indices: Tensor,
     activation: Activation,
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
+    gate_up_a: Tensor | None,
+    gate_up_b: Tensor | None,
+    down_a: Tensor | None,
+    down_b: Tensor | None,
     alpha: float,
     limit: float,
 ) -> Tensor:
@@ -171,22 +191,59 @@ def _mlp_cpu(
     order = ids.argsort(stable=True)
     counts = ids.bincount(minlength=E + 1)[:E].tolist()
     order = order[: sum(counts)]
-    # unbind, not [e]: the backward of each [e] would fill a gradient of all experts
-    first, second = gate_up.unbind(), down.unbind()
-    first_bias = [None] * E if gate_up_bias is None else gate_up_bias.unbind()
-    second_bias = [None] * E if down_bias is None else down_bias.unbind()
+    first = _apart(gate_up, gate_up_bias, gate_up_a, gate_up_b)
+    second = _apart(down, down_bias, down_a, down_b)
     parts = [
-        F.linear(
-            _activate(F.linear(rows, first[e], first_bias[e]), activation, alpha, limit),
-            second[e],
-            second_bias[e],
-        )
+        _expert_linear(_activate(_expert_linear(rows, *first[e]), activation, alpha, limit), *second[e])
         for e, rows in enumerate(x[order // K].split(counts))
         if rows.shape[0] or e == 0  # one at least: what no token reaches has a gradient, of zeros
     ]
     y = torch.cat(parts)
     y = y.new_zeros(T * K, C).index_copy(0, order, y).view(T, K, C)
     return (y.to(weights.dtype) * weights[..., None]).sum(1).to(x.dtype)
+
+
+def _apart(weight: Tensor | NF4Weight, *others: Tensor | None) -> list[tuple[Any, ...]]:
+    """For each expert its weight and the others."""
+    E = weight.shape[0]
+    # unbind, not [e]: the backward of each [e] would fill a gradient of all experts
+    weights = weight.unbind() if isinstance(weight, Tensor) else _apart_4bit(weight)
+    return [*zip(weights, *([None] * E if t is None else t.unbind() for t in others), strict=True)]
+
+
+def _apart_4bit(weight: NF4Weight) -> list[NF4Weight]:
+    E = weight.shape[0]
+    absmax = unnested(weight.absmax, weight.nested_absmax, weight.nested_code, weight.offset).view(E, -1)
+    packed = weight.packed.view(E, -1)
+    return [
+        NF4Weight(packed[e], absmax[e], weight.code, weight.shape[1:], weight.dtype, weight.blocksize)
+        for e in range(E)
+    ]
+
+
+class _FourBitLinear(torch.autograd.Function):
+    """What is kept for the backward is the weight in its 4 bits."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: NF4Weight) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, dequantize(*weight.tensors(), [*weight.shape], weight.blocksize, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        weight = ctx.weight
+        return dy @ dequantize(*weight.tensors(), [*weight.shape], weight.blocksize, dy.dtype), None
+
+
+def _expert_linear(
+    x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, a: Tensor | None, b: Tensor | None
+) -> Tensor:
+    if isinstance(weight, Tensor):
+        y = F.linear(x, weight, bias)
+    else:
+        y = _FourBitLinear.apply(x, weight)
+        y = y if bias is None else y + bias
+    return y if a is None or b is None else y + F.linear(F.linear(x, a), b)
 
 
 # ---- kernels
@@ -260,8 +317,9 @@ def _activated(g, u, alpha, limit, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _up_fwd(
-    x_ptr, w_ptr, bias_ptr, h_ptr, a_ptr, choice_ptr, starts_ptr, tile_expert_ptr, tile_row_ptr, K, C, F, alpha, limit,
-    ACTIVATION: tl.constexpr, BIAS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, w_ptr, bias_ptr, s_ptr, b_ptr, h_ptr, a_ptr, choice_ptr, starts_ptr, tile_expert_ptr, tile_row_ptr,
+    K, C, F, R, alpha, limit,
+    ACTIVATION: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     GATED: tl.constexpr = ACTIVATION != "relu2"
@@ -294,6 +352,20 @@ def _up_fwd(
             )
         else:
             up = tl.dot(x, tl.load(w_ptrs + first, mask, other=0.0), up, input_precision=PRECISION)
+    if RANK:
+        for first in range(0, R, RANK):
+            r = first + tl.arange(0, RANK)
+            s = tl.load(
+                s_ptr + rows[:, None].to(tl.int64) * R + r[None, :],
+                live[:, None] & (r < R)[None, :],
+                other=0.0,
+            )
+            b_ptrs = b_ptr + expert * width * R + cols[None, :].to(tl.int64) * R + r[:, None]
+            mask = (r < R)[:, None] & (cols < F)[None, :]
+            if GATED:
+                gate = tl.dot(s, tl.load(b_ptrs, mask, other=0.0), gate, input_precision=PRECISION)
+                b_ptrs += F.to(tl.int64) * R
+            up = tl.dot(s, tl.load(b_ptrs, mask, other=0.0), up, input_precision=PRECISION)
     if BIAS:
         bias_ptrs = bias_ptr + expert * width + cols
         if GATED:
@@ -317,10 +389,15 @@ def _up_fwd(
 
 @triton.jit
 def _rows_product(
-    a_ptr, w_ptr, bias_ptr, out_ptr, starts_ptr, tile_expert_ptr, tile_row_ptr, N, K, w_row, w_column,
-    BIAS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    a_ptr, w_ptr, bias_ptr, s_ptr, b_ptr, out_ptr, choice_ptr, starts_ptr, tile_expert_ptr, tile_row_ptr,
+    TOP_K, N, K, R, w_row, w_column, b_row, b_column,
+    BIAS: tl.constexpr, RANK: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out = a W^T + bias, each row with the weight (N, K) of its expert; w_row and w_column are W's strides."""
+    """out = a W^T + s B^T + bias, each row with the weights (N, K) and (N, R) of its expert, by their strides.
+
+    With GATHER a's rows are by token. RANK: a step through R, 0 without s and B.
+    """
     blocks = tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0) // blocks
     expert = tl.load(tile_expert_ptr + tile).to(tl.int64)
@@ -331,13 +408,21 @@ def _rows_product(
     cols = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     at = rows[:, None].to(tl.int64)
+    a_at = (tl.load(choice_ptr + rows, live, other=0) // TOP_K)[:, None].to(tl.int64) if GATHER else at
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in range(0, K, BLOCK_K):
         inside = k < K - first
-        a = tl.load(a_ptr + at * K + first + k[None, :], inside[None, :] & live[:, None], other=0.0)
+        a = tl.load(a_ptr + a_at * K + first + k[None, :], inside[None, :] & live[:, None], other=0.0)
         offsets = cols[None, :].to(tl.int64) * w_row + (first + k)[:, None].to(tl.int64) * w_column
         w = tl.load(w_ptr + expert * N * K + offsets, inside[:, None] & (cols < N)[None, :], other=0.0)
         acc = tl.dot(a, w, acc, input_precision=PRECISION)
+    if RANK:
+        for first in range(0, R, RANK):
+            r = first + tl.arange(0, RANK)
+            s = tl.load(s_ptr + at * R + r[None, :], live[:, None] & (r < R)[None, :], other=0.0)
+            offsets = cols[None, :].to(tl.int64) * b_row + r[:, None].to(tl.int64) * b_column
+            b = tl.load(b_ptr + expert * N * R + offsets, (r < R)[:, None] & (cols < N)[None, :], other=0.0)
+            acc = tl.dot(s, b, acc, input_precision=PRECISION)
     if BIAS:
         acc += tl.load(bias_ptr + expert * N + cols, cols < N, other=0.0).to(tl.float32)[None, :]
     tl.store(out_ptr + at * N + cols[None, :], acc, live[:, None] & (cols < N)[None, :])
@@ -362,9 +447,9 @@ def _combine(
 
 @triton.jit
 def _activation_bwd(
-    dout_ptr, w_ptr, h_ptr, weights_ptr, dh_ptr, wa_ptr, partial_ptr, choice_ptr, starts_ptr, tile_expert_ptr,
-    tile_row_ptr, K, C, F, alpha, limit,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    dout_ptr, w_ptr, p_ptr, lora_a_ptr, h_ptr, weights_ptr, dh_ptr, wa_ptr, partial_ptr, choice_ptr, starts_ptr,
+    tile_expert_ptr, tile_row_ptr, K, C, F, R, alpha, limit,
+    ACTIVATION: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dH, w A, and of each row's gradient of w one partial sum for each block of F."""
@@ -389,6 +474,19 @@ def _activation_bwd(
         offsets = (first + c)[:, None].to(tl.int64) * F + cols[None, :]
         w = tl.load(w_ptr + expert * C * F + offsets, inside[:, None] & (cols < F)[None, :], other=0.0)
         acc = tl.dot(dout, w, acc, input_precision=PRECISION)  # dA before its weight
+    if RANK:  # p = dout B_d
+        for first in range(0, R, RANK):
+            r = first + tl.arange(0, RANK)
+            p = tl.load(
+                p_ptr + rows[:, None].to(tl.int64) * R + r[None, :],
+                live[:, None] & (r < R)[None, :],
+                other=0.0,
+            )
+            offsets = r[:, None].to(tl.int64) * F + cols[None, :]
+            low = tl.load(
+                lora_a_ptr + expert * R * F + offsets, (r < R)[:, None] & (cols < F)[None, :], other=0.0
+            )
+            acc = tl.dot(p, low, acc, input_precision=PRECISION)
     mask = live[:, None] & (cols < F)[None, :]
     # from the tile's first row on, 32 bits reach: half the registers
     base = tl.load(tile_row_ptr + tile).to(tl.int64) * F
@@ -424,10 +522,10 @@ def _activation_bwd(
 @triton.jit
 def _weight_bwd(
     p_ptr, q_ptr, dw_ptr, db_ptr, weights_ptr, choice_ptr, starts_ptr, K, N, C,
-    GATHER_P: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    GATHER_P: tl.constexpr, GATHER_Q: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dW (N, C) = p^T q over the rows of each expert; with GATHER_P p is by token, else q.
+    """dW (N, C) = p^T q over the rows of each expert; what is gathered is by token.
 
     db = the sum of p's rows; gathered ones times their weight, which w A has in q.
     """
@@ -446,7 +544,7 @@ def _weight_bwd(
         token = (choice // K).to(tl.int64)
         row = rows.to(tl.int64)
         p_row = token if GATHER_P else row
-        q_row = row if GATHER_P else token
+        q_row = token if GATHER_Q else row
         p = tl.load(p_ptr + p_row[None, :] * N + n[:, None], live[None, :] & (n < N)[:, None], other=0.0)
         q = tl.load(q_ptr + q_row[:, None] * C + c[None, :], live[:, None] & (c < C)[None, :], other=0.0)
         acc = tl.dot(p, q, acc, input_precision=PRECISION)
@@ -506,11 +604,30 @@ def _tile(x: Tensor, block_m: int, accumulators: int) -> dict[str, int]:
     }
 
 
-def _weight_tile(x: Tensor) -> dict[str, int]:
+def _weight_tile(x: Tensor, N: int, C: int) -> dict[str, int]:
+    """Of a product (N, C), either of which may be a rank."""
+    most = 64 if x.dtype == torch.float32 else 128
+    tile = {"BLOCK_N": min(most, _covering(N)), "BLOCK_C": min(most, _covering(C))}
     if x.dtype == torch.float32:
-        return {"BLOCK_R": 32, "BLOCK_N": 64, "BLOCK_C": 64, "num_warps": 4, "num_stages": 2}
+        return {"BLOCK_R": 32, **tile, "num_warps": 4, "num_stages": 2}
     stages = 3 if capability(x) != (9, 4) else 2
-    return {"BLOCK_R": 64, "BLOCK_N": 128, "BLOCK_C": 128, "num_warps": 8, "num_stages": stages}
+    return {"BLOCK_R": 64, **tile, "num_warps": 8 if min(N, C) > 64 else 4, "num_stages": stages}
+
+
+def _rank_tile(x: Tensor, block_m: int, R: int) -> dict[str, int]:
+    """Of a product whose result is R wide."""
+    tile = _tile(x, block_m, 1)
+    return tile | {"BLOCK_N": min(tile["BLOCK_N"], _covering(R))}
+
+
+def _rank_step(x: Tensor, R: int) -> int:
+    """Of the loop over R in a kernel that adds an adapter."""
+    return min(32 if x.dtype == torch.float32 else 64, _covering(R))
+
+
+def _covering(size: int) -> int:
+    """A block for a dimension that may be small; 16 is the least that tl.dot takes."""
+    return max(16, next_power_of_2(size))
 
 
 def _precision() -> str:
@@ -550,63 +667,126 @@ def _forward(
     weights: Tensor,
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
-    starts: Tensor,
-    row: Tensor,
-    choice: Tensor,
-    tile_expert: Tensor,
-    tile_row: Tensor,
+    gate_up_a: Tensor | None,
+    gate_up_b: Tensor | None,
+    down_a: Tensor | None,
+    down_b: Tensor | None,
+    four_bit: list[Tensor | None],
+    blocksizes: list[int],
+    rows: list[Tensor],
     activation: str,
     alpha: float,
     limit: float,
     block_m: int,
     save: bool,
-) -> tuple[Tensor, Tensor]:
-    """Contiguous inputs, weights fp32. Returns out (T, C) and H (T K, 2F or F), which is empty unless save."""
-    (T, C), (T, K), F = x.shape, weights.shape, down.shape[2]
-    out, h = torch.empty_like(x), x.new_empty(T * K if save else 0, gate_up.shape[1])
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Contiguous inputs, weights fp32. Returns out (T, C), H (T K, 2F or F), S (T K, R); H and S empty unless save.
+
+    four_bit: what NF4Weight holds beside the packed bytes, five tensors of gate_up and five of down, which are then
+    flat; blocksizes: of both, 0 where it is dense.
+    """
+    out, h, s = _forward_fake(
+        x, gate_up, down, weights, gate_up_bias, down_bias, gate_up_a, gate_up_b, down_a, down_b, four_bit, blocksizes,
+        rows, activation, alpha, limit, block_m, save,
+    )  # fmt: skip
+    (T, C), (T, K), (E, width, F) = (
+        x.shape,
+        weights.shape,
+        _sizes(x, gate_up, down, rows, blocksizes, activation),
+    )
     if not out.numel() or not K:
-        return out.zero_(), h
-    tiles = tile_expert.numel()
+        return out.zero_(), h, s
+    gate_up, down = _dense(x, gate_up, down, E, width, F, four_bit, blocksizes)
+    starts, _, choice, tile_expert, tile_row = rows
+    places, tiles, precision = (choice, starts, tile_expert, tile_row), tile_expert.numel(), _precision()
     a, y = x.new_empty(T * K, F), x.new_empty(T * K, C)
+    R = 0 if gate_up_a is None else gate_up_a.shape[1]
+    if gate_up_a is not None:
+        s = s if save else x.new_empty(T * K, R)
+        _product(x, gate_up_a, s, rows, block_m, K, gather=True)
     tile = _tile(x, block_m, 2)
     _up_fwd[(tiles * cdiv(F, tile["BLOCK_N"]),)](
-        x, gate_up, gate_up_bias, h, a, choice, starts, tile_expert, tile_row, K, C, F, alpha, limit,
-        activation, gate_up_bias is not None, save, _precision(), **tile,
+        x, gate_up, gate_up_bias, s, gate_up_b, h, a, *places, K, C, F, R, alpha, limit,
+        activation, gate_up_bias is not None, _rank_step(x, R) if R else 0, save, precision, **tile,
     )  # fmt: skip
-    tile = _tile(x, block_m, 1)
-    _rows_product[(tiles * cdiv(C, tile["BLOCK_N"]),)](
-        a,
-        down,
-        down_bias,
-        y,
-        starts,
-        tile_expert,
-        tile_row,
-        C,
-        F,
-        F,
-        1,
-        down_bias is not None,
-        _precision(),
-        **tile,
+    low = None
+    if down_a is not None:
+        low = x.new_empty(T * K, down_a.shape[1])
+        _product(a, down_a, low, rows, block_m, K)
+    _product(a, down, y, rows, block_m, K, bias=down_bias, low=low, up=down_b)
+    _combine[(T, cdiv(C, 1024))](y, weights, rows[1], out, C, K, WEIGHTED=True, BLOCK_C=1024, num_warps=4)
+    return out, h, s if save else s.new_empty(0, R)
+
+
+def _forward_fake(
+    x, gate_up, down, weights, gate_up_bias, down_bias, gate_up_a, gate_up_b, down_a, down_b, four_bit, blocksizes,
+    rows, activation, alpha, limit, block_m, save,
+):  # fmt: skip
+    kept = weights.numel() if save else 0
+    width = _sizes(x, gate_up, down, rows, blocksizes, activation)[1]
+    R = 0 if gate_up_a is None else gate_up_a.shape[1]
+    return torch.empty_like(x), x.new_empty(kept, width), x.new_empty(kept if R else 0, R)
+
+
+def _sizes(x, gate_up, down, rows, blocksizes, activation) -> tuple[int, int, int]:
+    """E, the width of H, and F."""
+    if not blocksizes[1]:
+        E, _, F = down.shape
+    else:
+        E = rows[0].shape[0] - 1
+        F = 2 * down.numel() // (E * x.shape[1])
+    return E, F if activation == "relu2" else 2 * F, F
+
+
+def _dense(
+    x: Tensor, gate_up: Tensor, down: Tensor, E: int, width: int, F: int, four_bit: list[Tensor | None],
+    blocksizes: list[int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Both weights of all experts in x's dtype, those in 4 bits multiplied out: one launch each, freed after the op."""
+    C = x.shape[1]
+    held = (
+        (gate_up, four_bit[:5], [E, width, C], blocksizes[0]),
+        (down, four_bit[5:], [E, C, F], blocksizes[1]),
     )
-    _combine[(T, cdiv(C, 1024))](y, weights, row, out, C, K, WEIGHTED=True, BLOCK_C=1024, num_warps=4)
-    return out, h
+    first, second = (
+        dequantize(packed, *rest, shape, blocksize, x.dtype) if blocksize else packed
+        for packed, rest, shape, blocksize in held
+    )
+    return first, second
 
 
-def _forward_fake(x, gate_up, down, weights, *rest):
-    return torch.empty_like(x), x.new_empty(weights.numel() if rest[-1] else 0, gate_up.shape[1])
+def _product(
+    a: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    rows: list[Tensor],
+    block_m: int,
+    top_k: int,
+    *,
+    transposed: bool = False,
+    gather: bool = False,
+    bias: Tensor | None = None,
+    low: Tensor | None = None,
+    up: Tensor | None = None,
+) -> None:
+    """out = a W^T + low U^T + bias, W (E, N, K) and U (E, N, R), or transposed. gather: a is by token."""
+    starts, _, choice, tile_expert, tile_row = rows
+    N, K, R = out.shape[1], a.shape[1], 0 if low is None else low.shape[1]
+    strides = (1, N, 1, N) if transposed else (K, 1, R, 1)
+    tile = _tile(a, block_m, 1) if N > 64 else _rank_tile(a, block_m, N)
+    _rows_product[(tile_expert.numel() * cdiv(N, tile["BLOCK_N"]),)](
+        a, weight, bias, low, up, out, choice, starts, tile_expert, tile_row, top_k, N, K, R, *strides,
+        bias is not None, _rank_step(a, R) if R else 0, gather, _precision(), **tile,
+    )  # fmt: skip
 
 
 def _backward(
     dout: Tensor,
-    x: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    weights: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
+    operands: list[Tensor | None],
+    four_bit: list[Tensor | None],
+    blocksizes: list[int],
     h: Tensor,
+    s: Tensor,
     rows: list[Tensor],
     activation: str,
     alpha: float,
@@ -614,120 +794,107 @@ def _backward(
     block_m: int,
     needed: list[bool],
 ) -> list[Tensor]:
-    """Gradients of x, gate_up, down, weights, gate_up_bias, down_bias; empty where not needed."""
+    """Gradients of the ten operands of _forward, in their order; empty where not needed."""
     grads = _backward_fake(
-        dout,
-        x,
-        gate_up,
-        down,
-        weights,
-        gate_up_bias,
-        down_bias,
-        h,
-        rows,
-        activation,
-        alpha,
-        limit,
-        block_m,
-        needed,
+        dout, operands, four_bit, blocksizes, h, s, rows, activation, alpha, limit, block_m, needed
     )
-    dx, dgate_up, ddown, dweights, dgate_up_bias, ddown_bias = grads
-    (T, C), (E, width, _), (T, K) = x.shape, gate_up.shape, weights.shape
-    F = down.shape[2]
+    dx, dgate_up, ddown, dweights, dgate_up_bias, ddown_bias, dgate_up_a, dgate_up_b, ddown_a, ddown_b = grads
+    x, gate_up, down, weights, _, down_bias, gate_up_a, gate_up_b, down_a, down_b = operands
+    assert x is not None and gate_up is not None and down is not None and weights is not None
+    (T, C), (T, K) = x.shape, weights.shape
     if not x.numel() or not K:
         return [grad.zero_() for grad in grads]
+    E, width, F = _sizes(x, gate_up, down, rows, blocksizes, activation)
+    gate_up, down = _dense(x, gate_up, down, E, width, F, four_bit, blocksizes)
     starts, row, choice, tile_expert, tile_row = rows
     tiles, precision = tile_expert.numel(), _precision()
+
+    def weight_grad(p: Tensor, q: Tensor, dw: Tensor, db: Tensor | None, by_token: str) -> None:
+        N, width = p.shape[1], q.shape[1]
+        tile = _weight_tile(x, N, width)
+        _weight_bwd[(E * cdiv(N, tile["BLOCK_N"]) * cdiv(width, tile["BLOCK_C"]),)](
+            p, q, dw, db, weights, choice, starts, K, N, width,
+            by_token == "p", by_token == "q", db is not None, precision, **tile,
+        )  # fmt: skip
+
     # the epilogue holds gate and up beside the accumulator, clamped ones twice
     tile = _tile(x, block_m, 4 if activation == "clamped_swiglu" else 2)
     blocks = cdiv(F, tile["BLOCK_N"])
-    dh, wa = torch.empty_like(h), x.new_empty(T * K, F)
+    dh, wa = x.new_empty(T * K, width), x.new_empty(T * K, F)
     partial = weights.new_zeros(T * K, blocks)  # zeros: a dropped choice has no row
+    p, R = None, 0  # dout B_d
+    if down_a is not None and down_b is not None:
+        R = down_a.shape[1]
+        p = x.new_empty(T * K, R)
+        _product(dout, down_b, p, rows, block_m, K, transposed=True, gather=True)
     _activation_bwd[(tiles * blocks,)](
-        dout, down, h, weights, dh, wa, partial, choice, starts, tile_expert, tile_row, K, C, F, alpha, limit,
-        activation, precision, **tile,
+        dout, down, p, down_a, h, weights, dh, wa, partial, choice, starts, tile_expert, tile_row, K, C, F, R, alpha,
+        limit, activation, _rank_step(x, R) if R else 0, precision, **tile,
     )  # fmt: skip
-    tile = _tile(x, block_m, 1)
+    ds = None
+    if gate_up_b is not None and (needed[0] or needed[6]):
+        ds = x.new_empty(T * K, gate_up_b.shape[2])
+        _product(dh, gate_up_b, ds, rows, block_m, K, transposed=True)
     if needed[0]:
         dxs = x.new_empty(T * K, C)
-        _rows_product[(tiles * cdiv(C, tile["BLOCK_N"]),)](
-            dh, gate_up, None, dxs, starts, tile_expert, tile_row, C, width, 1, C, False, precision, **tile
-        )
+        _product(dh, gate_up, dxs, rows, block_m, K, transposed=True, low=ds, up=gate_up_a)
         _combine[(T, cdiv(C, 1024))](dxs, None, row, dx, C, K, WEIGHTED=False, BLOCK_C=1024, num_warps=4)
-    tile = _weight_tile(x)
     if needed[1] or needed[4]:
-        grid = (E * cdiv(width, tile["BLOCK_N"]) * cdiv(C, tile["BLOCK_C"]),)
         dw = dgate_up if needed[1] else torch.empty_like(gate_up)
-        _weight_bwd[grid](
-            dh,
-            x,
-            dw,
-            dgate_up_bias,
-            weights,
-            choice,
-            starts,
-            K,
-            width,
-            C,
-            False,
-            needed[4],
-            precision,
-            **tile,
-        )
+        weight_grad(dh, x, dw, dgate_up_bias if needed[4] else None, by_token="q")
     if needed[2] or needed[5]:
-        grid = (E * cdiv(C, tile["BLOCK_N"]) * cdiv(F, tile["BLOCK_C"]),)
         dw = ddown if needed[2] else torch.empty_like(down)
-        _weight_bwd[grid](
-            dout, wa, dw, ddown_bias, weights, choice, starts, K, C, F, True, needed[5], precision, **tile
-        )
+        weight_grad(dout, wa, dw, ddown_bias if needed[5] else None, by_token="p")
     if needed[3]:
         torch.sum(partial, 1, out=dweights.view(-1))
         if down_bias is not None:
             expert = torch.searchsorted(starts[1:], row, right=True).clamp_(max=E - 1)  # of each choice
             along = torch.mm(dout.float(), down_bias.float().t())  # (T, E)
             dweights += along.gather(1, expert.view(T, K)).masked_fill_(row.view(T, K) < 0, 0)
+    if needed[6]:
+        assert ds is not None
+        weight_grad(ds, x, dgate_up_a, None, by_token="q")
+    if needed[7]:
+        weight_grad(dh, s, dgate_up_b, None, by_token="")
+    if needed[8]:
+        assert p is not None
+        weight_grad(p, wa, ddown_a, None, by_token="")
+    if needed[9]:
+        assert down_a is not None
+        low = x.new_empty(T * K, R)
+        _product(wa, down_a, low, rows, block_m, K)
+        weight_grad(dout, low, ddown_b, None, by_token="p")
     return grads
 
 
 def _backward_fake(
-    dout,
-    x,
-    gate_up,
-    down,
-    weights,
-    gate_up_bias,
-    down_bias,
-    h,
-    rows,
-    activation,
-    alpha,
-    limit,
-    block_m,
-    needed,
-):
-    inputs = (x, gate_up, down, weights, gate_up_bias, down_bias)
+    dout, operands, four_bit, blocksizes, h, s, rows, activation, alpha, limit, block_m, needed
+):  # fmt: skip
     return [
-        torch.empty_like(t) if need and t is not None else x.new_empty(0)
-        for t, need in zip(inputs, needed, strict=True)
+        torch.empty_like(t) if need and t is not None else dout.new_empty(0)
+        for t, need in zip(operands, needed, strict=True)
     ]
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:11], output[1])
-    ctx.numbers = inputs[11:-1]  # activation, alpha, limit, block_m
-    ctx.mark_non_differentiable(output[1])
+    operands, (four_bit, blocksizes, rows, *numbers) = inputs[:10], inputs[10:]
+    _out, h, s = output
+    ctx.save_for_backward(*operands, *four_bit, *rows, h, s)
+    ctx.blocksizes, ctx.numbers = blocksizes, numbers[:-1]  # activation, alpha, limit, block_m
+    ctx.mark_non_differentiable(h, s)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, dout: Tensor | None, _dh: Tensor | None):
-    none = (None,) * 16
+def _differentiate(ctx, dout: Tensor | None, _dh: Tensor | None, _ds: Tensor | None):
+    none = (None,) * 8
     if dout is None:
-        return none
-    *saved, h = ctx.saved_tensors
-    operands, rows = saved[:6], saved[6:]
-    needed = list(ctx.needs_input_grad[:6])
-    grads = _mlp_backward(dout.contiguous(), *operands, h, rows, *ctx.numbers, needed)
-    return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), *none[6:]
+        return *(None,) * 10, *none
+    *saved, h, s = ctx.saved_tensors
+    needed = list(ctx.needs_input_grad[:10])
+    grads = _mlp_backward(
+        dout.contiguous(), saved[:10], saved[10:20], ctx.blocksizes, h, s, saved[20:], *ctx.numbers, needed
+    )
+    return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), *none
 
 
 _mlp_backward = register("moe_mlp_backward", _backward, _backward_fake)
@@ -794,34 +961,41 @@ def moe_route(
 
 def moe_mlp(
     x: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Tensor | NF4Weight,
+    down: Tensor | NF4Weight,
     weights: Tensor,
     indices: Tensor,
     *,
     activation: Activation = "swiglu",
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    gate_up_a: Tensor | None = None,
+    gate_up_b: Tensor | None = None,
+    down_a: Tensor | None = None,
+    down_b: Tensor | None = None,
     alpha: float = 1.702,
     limit: float = 7.0,
 ) -> Tensor:
     """Each token through its experts, weighted and summed: the formula at the top of this file. Dropless.
 
-    x: (T, C)    gate_up: (E, 2F, C), the gate's rows first; (E, F, C) for relu2    down: (E, C, F). One dtype.
+    x: (T, C)    gate_up: (E, 2F, C), the gate's rows first; (E, F, C) for relu2    down: (E, C, F). In x's dtype; or
+        in 4 bits, each expert a whole number of blocks, and frozen.
     weights: (T, K) floating point    indices: (T, K) int32 or int64; a choice outside of 0..E-1 is passed over.
     gate_up_bias: (E, 2F), (E, F) for relu2    down_bias: (E, C)    alpha, limit: of clamped_swiglu.
+    gate_up_a, gate_up_b: (E, R, C) and (E, 2F, R)    down_a, down_b: (E, R, F) and (E, C, R), adapters: each expert's
+        weight is W + B A. A scaling is multiplied into B before. Their ranks may differ; computed in x's dtype.
     Returns (T, C) in x's dtype. Differentiable in all but indices; frozen experts cost no weight gradient.
     Raises ValueError for shapes and dtypes other than these.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if x.dim() != 2 or down.dim() != 3 or weights.dim() != 2:
+    if x.dim() != 2 or len(down.shape) != 3 or weights.dim() != 2:
         got = ", ".join(str(tuple(t.shape)) for t in (x, down, weights))
         raise ValueError(f"x, down, weights: expected (T, C), (E, C, F), (T, K), got {got}")
     (T, C), (E, _, F), K = x.shape, down.shape, weights.shape[1]
     width = F if activation == "relu2" else 2 * F
-    check_shape("gate_up", gate_up, experts=E, width=width, hidden=C)
-    check_shape("down", down, experts=E, hidden=C, ffn=F)
+    _check_experts("gate_up", gate_up, x, experts=E, width=width, hidden=C)
+    _check_experts("down", down, x, experts=E, hidden=C, ffn=F)
     check_shape("weights", weights, tokens=T, top_k=K)
     check_shape("indices", indices, tokens=T, top_k=K)
     check_dtype("indices", indices, torch.int32, torch.int64)
@@ -829,18 +1003,50 @@ def moe_mlp(
         if bias is not None:
             check_shape(name, bias, experts=E, width=size)
             check_dtype(name, bias, x.dtype)
-    check_dtype("gate_up", gate_up, x.dtype)
-    check_dtype("down", down, x.dtype)
+    gate_up_a, gate_up_b = _adapter("gate_up", gate_up_a, gate_up_b, x.dtype, E, C, width)
+    down_a, down_b = _adapter("down", down_a, down_b, x.dtype, E, F, C)
     weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    others = gate_up_bias, down_bias, gate_up_a, gate_up_b, down_a, down_b
     if not use_triton(x):
-        return _mlp_cpu(x, gate_up, down, weights, indices, activation, gate_up_bias, down_bias, alpha, limit)
+        return _mlp_cpu(x, gate_up, down, weights, indices, activation, *others, alpha, limit)
     check_dtype("x", x)
-    operands = (x, gate_up, down, weights.float(), gate_up_bias, down_bias)
+    held = [(w, None) if isinstance(w, Tensor) else (w.packed, w) for w in (gate_up, down)]
+    four_bit = [t for _, w in held for t in ((None,) * 5 if w is None else w.tensors()[1:])]
+    blocksizes = [0 if w is None else w.blocksize for _, w in held]
+    operands = (x, *(packed for packed, _ in held), weights.float(), *others)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
     operands = [None if t is None else t.contiguous() for t in operands]
     block_m = _block_m(T * K, E)
     if x.dtype == torch.float32:
         block_m = min(block_m, 64)
     rows = _dispatched(indices.contiguous(), E, block_m)
-    out, _ = _mlp(*operands, *rows, activation, alpha, limit, block_m, save)
+    out, _, _ = _mlp(*operands, four_bit, blocksizes, rows, activation, alpha, limit, block_m, save)
     return out
+
+
+def _check_experts(name: str, weight: Tensor | NF4Weight, x: Tensor, **dims: int) -> None:
+    if isinstance(weight, Tensor):
+        check_shape(name, weight, **dims)
+        return check_dtype(name, weight, x.dtype)
+    check_shape(name, weight, **dims)
+    one = weight.numel // max(weight.shape[0], 1)
+    if one % weight.blocksize:
+        raise ValueError(
+            f"{name}: expected each expert a whole number of blocks of {weight.blocksize}, got {one} weights an expert"
+        )
+
+
+def _adapter(
+    name: str, a: Tensor | None, b: Tensor | None, dtype: torch.dtype, E: int, C: int, N: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """In x's dtype. C in, N out."""
+    if a is None and b is None:
+        return None, None
+    if a is None or b is None or a.dim() != 3 or not 1 <= a.shape[1] <= 256:
+        raise ValueError(
+            f"{name}_a, {name}_b: expected (E, R, in) and (E, out, R) with R from 1 to 256, got "
+            + " and ".join("none" if t is None else str(tuple(t.shape)) for t in (a, b))
+        )
+    check_shape(f"{name}_a", a, experts=E, rank=a.shape[1], **{"in": C})
+    check_shape(f"{name}_b", b, experts=E, out=N, rank=a.shape[1])
+    return a.to(dtype), b.to(dtype)

@@ -12,6 +12,7 @@ Files are checkpoint.py's. Names of modules are those of a Hugging Face model, a
 
 import copy
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 
 from ..kernels import quantize_nf4
 from .errors import InputError
-from .linear import Linear, Lora, LoraConfig
+from .linear import Adaptable, Lora, LoraConfig
+from .moe import to_halves, to_pairs
 from .scalar import ScalarModel
 from .transformer import Transformer
 
@@ -39,9 +41,9 @@ def hf_name(name: str) -> str:
     return name if ours else f"model.{name.removeprefix('body.')}"
 
 
-def linears(model: nn.Module) -> dict[str, Linear]:
-    """By name."""
-    return {hf_name(name): layer for name, layer in model.named_modules() if isinstance(layer, Linear)}
+def linears(model: nn.Module) -> dict[str, Adaptable]:
+    """By name, experts' matrices among them."""
+    return {hf_name(name): layer for name, layer in model.named_modules() if isinstance(layer, Adaptable)}
 
 
 def adapters(model: Model) -> dict[str, Lora]:
@@ -80,7 +82,7 @@ def add_lora(model: Model, rank: int, alpha: float | None = None, *, seed: int =
     generator, layers = torch.Generator().manual_seed(seed), linears(model)
     with torch.no_grad():
         for name, lora in adapters(model).items():
-            bound = 1 / math.sqrt(lora.a.shape[1])
+            bound = 1 / math.sqrt(lora.a.shape[-1])
             drawn = torch.empty(lora.a.shape).uniform_(
                 -bound, bound, generator=generator
             )  # alike on every device
@@ -108,12 +110,15 @@ def place_adapter(model: Model, config: LoraConfig, source: str) -> None:
         )
     if "lm_head" in targets and (config.dropout or config.dora):
         raise InputError(f"{source}: lm_head: an adapter of the head has neither dropout nor DoRA here")
+    experts = next((name for name, layer in targets.items() if layer.stack), None)
+    if experts is not None and (config.dropout or config.dora):
+        raise InputError(f"{source}: {experts}: an adapter of experts has neither dropout nor DoRA")
     model.requires_grad_(False)
     for name, layer in targets.items():
         rank, (N, K), device = config.rank_of(name), (layer.out_features, layer.in_features), model.device
         layer.lora = Lora(
-            torch.zeros(rank, K, device=device),
-            torch.zeros(N, rank, device=device),
+            torch.zeros(*layer.stack, rank, K, device=device),
+            torch.zeros(*layer.stack, N, rank, device=device),
             config.scaling_of(name),
             config.dropout,
             torch.ones(N, device=device) if config.dora else None,
@@ -211,17 +216,57 @@ def _trained(model: Model) -> dict[str, nn.Parameter]:
 
 
 def take_adapter(model: Model) -> Adapter:
-    """The model's adapter as it is now; the tensors are the model's own."""
+    """The model's adapter as it is now; the tensors are the model's own, but experts' ones in PEFT's layout."""
     config = lora_config(model)
     if config is None:
         raise InputError("the model has no adapter")
-    return Adapter(config, {name: parameter.detach() for name, parameter in _trained(model).items()})
+    return Adapter(config, _as_filed(model))
+
+
+_EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)\.(lora_[AB]\.weight)")
+
+
+def _as_filed(model: Model) -> dict[str, Tensor]:
+    trained = {name: parameter.detach() for name, parameter in _trained(model).items()}
+    return {_filed_name(name, trained): _filed(model, name, tensor) for name, tensor in trained.items()}
+
+
+def _filed_name(name: str, trained: dict[str, Any]) -> str:
+    """PEFT wraps the module of the experts once for each parameter, gate_up_proj first: the outer one is not named."""
+    found = _EXPERTS.fullmatch(name)
+    if found is None:
+        return name
+    at, which, suffix = found.groups()
+    inner = which == "gate_up_proj" and f"{at}.down_proj.{suffix}" in trained
+    return f"{at}.base_layer.{suffix}" if inner else f"{at}.{suffix}"
+
+
+def _filed(model: Model, name: str, tensor: Tensor) -> Tensor:
+    """Experts' A (E, R, K) as (E R, K), B (E, N, R) as (N, R E); what is not of experts stays."""
+    if _EXPERTS.fullmatch(name) is None:
+        return tensor
+    if "lora_A" in name:
+        return tensor.flatten(0, 1)
+    return (to_pairs(tensor) if _in_pairs(model, name) else tensor).permute(1, 2, 0).flatten(1)
+
+
+def _unfiled(model: Model, name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse, to `shape`."""
+    if _EXPERTS.fullmatch(name) is None or "lora_A" in name:
+        return tensor.view(shape)
+    E, N, R = shape
+    tensor = tensor.view(N, R, E).permute(2, 0, 1)
+    return to_halves(tensor) if _in_pairs(model, name) else tensor
+
+
+def _in_pairs(model: Model, name: str) -> bool:
+    return model.config.model_type == "gpt_oss" and ".gate_up_proj." in name
 
 
 def give_adapter(model: Model, adapter: Adapter, source: str) -> None:
     """Place the adapter on a model without one. Raises InputError naming `source` and the tensor that does not fit."""
     place_adapter(model, adapter.config, source)
-    wanted, found = _trained(model), adapter.tensors
+    wanted, found = _as_filed(model), adapter.tensors
     for name in [*found, *wanted]:
         if name not in wanted:
             raise InputError(
@@ -233,8 +278,9 @@ def give_adapter(model: Model, adapter: Adapter, source: str) -> None:
             expected, got = tuple(wanted[name].shape), tuple(found[name].shape)
             raise InputError(f"{source}: {name}: expected shape {expected}, got {got}")
     with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.copy_(found[name])
+        trained = _trained(model)
+        for name, parameter in trained.items():
+            parameter.copy_(_unfiled(model, name, found[_filed_name(name, trained)], parameter.shape))
 
 
 def stack_adapters(model: Transformer, several: Sequence[Adapter]) -> None:
@@ -245,9 +291,9 @@ def stack_adapters(model: Transformer, several: Sequence[Adapter]) -> None:
     """
     for i, adapter in enumerate(several):
         config = adapter.config
-        if config.dora or config.modules_to_save or config.targeted("lm_head"):
+        if config.dora or config.modules_to_save or config.parameters or config.targeted("lm_head"):
             raise InputError(
-                f"adapter {i}: with DoRA, modules_to_save or lm_head it shares no batch with others"
+                f"adapter {i}: with DoRA, modules_to_save, experts or lm_head it shares no batch with others"
             )
         give_adapter(model, adapter, f"adapter {i}")  # refuses what does not fit
         for layer in linears(model).values():

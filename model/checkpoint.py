@@ -175,6 +175,10 @@ def save_model(
         return
     config = model.config
     four_bit = [layer.four_bit for layer in linears(model).values() if layer.four_bit is not None]
+    if any(layer.stack and layer.four_bit is not None for layer in linears(model).values()):
+        raise InputError(
+            f"{folder}: experts in 4 bits have no place in a Hugging Face folder; merge_lora multiplies them out"
+        )
     body = model.body if isinstance(model, ScalarModel) else model
     raw = {**config.to_hf(), "dtype": str(body.embed_tokens.weight.dtype).removeprefix("torch.")}
     if isinstance(model, ScalarModel):
@@ -394,7 +398,11 @@ def _read_tensors(
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"{folder}: {missing[0]}{more}: missing from the safetensors files")
-    return from_disk(config, state, ours)
+    state = from_disk(config, state, ours)
+    for name, layer in linears(model).items() if base_4bit else ():
+        if layer.stack:  # on disk an expert is a tensor: quantised when all of a layer's stand together
+            layer.hold(quantize_nf4(state.pop(f"{name}.weight"), double_quant=True))
+    return state
 
 
 def _assign(model: nn.Module, state: dict[str, Tensor]) -> None:

@@ -29,6 +29,9 @@ class LoraConfig:
     rank: int  # R
     alpha: float
     targets: tuple[str, ...] | str = LINEARS  # ends of module names, or a regular expression of whole names
+    parameters: tuple[
+        str, ...
+    ] = ()  # ends of names of experts' weights, mlp.experts.down_proj: all experts at once
     exclude: tuple[str, ...] | str = ()  # likewise, of modules that have none although `targets` says so
     layers: tuple[int, ...] | None = None  # only in these
     rank_pattern: dict[str, int] = field(
@@ -42,7 +45,9 @@ class LoraConfig:
     base: str | None = None  # the folder of the model that the adapter belongs to
 
     def targeted(self, module: str) -> bool:
-        """Does this linear layer have an adapter?"""
+        """Does this linear layer, or do these experts, have an adapter? `exclude` and `layers` are of linear layers."""
+        if ".experts." in module:
+            return _named(self.parameters, module) and not self.whole(module)
         if _named(self.exclude, module) or self.whole(module) or not _named(self.targets, module):
             return False
         layer = re.match(r".*?\.layers\.(\d+)\.", module)
@@ -79,7 +84,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 class Lora(nn.Module):
-    """The adapter of one linear layer: a (R, K), b (N, R), fp32 whatever the base is.
+    """The adapter of one linear layer: a (R, K), b (N, R), fp32 whatever the base is; of experts (E, R, K), (E, N, R).
 
     Stacked, for a batch of several: a (adapters, R, K), b (adapters, N, R) with the scalings multiplied in.
     """
@@ -94,13 +99,53 @@ class Lora(nn.Module):
         self.enabled = True
 
 
-class Linear(nn.Linear):
-    """(..., K) to (..., N). Where the weight is in 4 bits, `four_bit` holds it and `weight` is None."""
+class Adaptable(nn.Module):
+    """What linear layers and experts share. Where the weight is in 4 bits, `four_bit` holds it and `weight` is None."""
+
+    weight: nn.Parameter  # (N, K); of experts (E, N, K)
+    four_bit: NF4Weight | None
+    lora: Lora | None
+    in_features: int
+    out_features: int
+    stack: tuple[int, ...] = ()  # (E,) of experts
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.stack) * self.in_features * self.out_features
+
+    def dense(self) -> Tensor:
+        """The base's weight, multiplied out of 4 bits where it is in them."""
+        return self.weight if self.four_bit is None else dequantize_nf4(self.four_bit)
+
+    def merged(self) -> Tensor:
+        """The weight that acts as base and adapter do without dropout, in the base's dtype."""
+        lora, weight = self.lora, whole(self.dense())
+        if lora is None or not lora.enabled:
+            return weight
+        merged = weight.float() + lora.scaling * (whole(lora.b) @ whole(lora.a))
+        if lora.magnitude is not None:
+            merged = merged * (whole(lora.magnitude) / merged.detach().norm(dim=1))[:, None]
+        return merged.to(weight.dtype)
+
+    def hold(self, four_bit: NF4Weight) -> None:
+        """Take this as the weight, frozen."""
+        self.weight = None  # pyright: ignore[reportAttributeAccessIssue]
+        self.four_bit = four_bit
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Adaptable":
+        """model.to(device) takes the 4-bit weight along; model.to(dtype) leaves it as it is."""
+        if self.four_bit is not None:
+            self.four_bit = self.four_bit.to(fn(self.four_bit.packed).device)
+        return super()._apply(fn, recurse)
+
+
+class Linear(Adaptable, nn.Linear):
+    """(..., K) to (..., N)."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
-        super().__init__(in_features, out_features, bias)
-        self.four_bit: NF4Weight | None = None
-        self.lora: Lora | None = None
+        nn.Linear.__init__(self, in_features, out_features, bias)
+        self.four_bit = None
+        self.lora = None
 
     def forward(self, x: Tensor, adapter: Tensor | None = None) -> Tensor:
         """adapter: (...) int, which of several adapters each row has, -1 for none."""
@@ -123,30 +168,24 @@ class Linear(nn.Linear):
             seed=torch.empty((), dtype=torch.int64, device=x.device).random_() if dropout else None,
         )
 
-    def dense(self) -> Tensor:
-        """The base's weight (N, K), multiplied out of 4 bits where it is in them."""
-        return self.weight if self.four_bit is None else dequantize_nf4(self.four_bit)
 
-    def merged(self) -> Tensor:
-        """The weight (N, K) that acts as base and adapter do without dropout, in the base's dtype."""
-        lora, weight = self.lora, whole(self.dense())
-        if lora is None or not lora.enabled:
-            return weight
-        merged = weight.float() + lora.scaling * (whole(lora.b) @ whole(lora.a))
-        if lora.magnitude is not None:
-            merged = merged * (whole(lora.magnitude) / merged.detach().norm(dim=1))[:, None]
-        return merged.to(weight.dtype)
+class ExpertLinear(Adaptable):
+    """The same matrix of all experts, (E, N, K); moe_mlp takes it whole."""
 
-    def hold(self, four_bit: NF4Weight) -> None:
-        """Take this as the weight, frozen."""
-        self.weight = None  # pyright: ignore[reportAttributeAccessIssue]
-        self.four_bit = four_bit
+    def __init__(self, experts: int, in_features: int, out_features: int):
+        super().__init__()
+        self.stack, self.in_features, self.out_features = (experts,), in_features, out_features
+        self.weight = nn.Parameter(torch.empty(experts, out_features, in_features))
+        self.four_bit = None
+        self.lora = None
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "Linear":
-        """model.to(device) takes the 4-bit weight along; model.to(dtype) leaves it as it is."""
-        if self.four_bit is not None:
-            self.four_bit = self.four_bit.to(fn(self.four_bit.packed).device)
-        return super()._apply(fn, recurse)
+    def operand(self, dtype: torch.dtype) -> Tensor | NF4Weight:
+        return self.weight.to(dtype) if self.four_bit is None else self.four_bit
+
+    def adapter(self) -> tuple[Tensor | None, Tensor | None]:
+        """A and B, the scaling in B."""
+        lora = self.lora
+        return (None, None) if lora is None or not lora.enabled else (lora.a, lora.scaling * lora.b)
 
 
 def _computed_in(x: Tensor) -> Tensor:

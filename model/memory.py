@@ -64,17 +64,17 @@ def training_memory(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     width = 4 if lora is None else frozen_dtype.itemsize
     quantized = [layer for name, layer in linears(model).items() if base_4bit and name != "lm_head"]
-    packed = sum(nf4_bytes(layer.in_features * layer.out_features) for layer in quantized)
+    packed = sum(nf4_bytes(layer.numel) for layer in quantized)
     adapter = 0 if lora is None else 4 * trained
     dense = sum(p.numel() for name, p in model.named_parameters() if ".lora." not in name)
-    dense -= sum(layer.in_features * layer.out_features for layer in quantized)
+    dense -= sum(layer.numel for layer in quantized)
     per_layer = {id(p) for p in model.layers.parameters()}
     outside = sum(
         p.numel() * (width + 4 * p.requires_grad) for p in model.parameters() if id(p) not in per_layer
     )
     layer = [p for name, p in model.layers[-1].named_parameters()]
     whole_layer = sum(p.numel() * (4 if p.requires_grad else width) for p in layer)
-    whole_layer -= width * sum(q.in_features * q.out_features for q in quantized) // config.num_hidden_layers
+    whole_layer -= width * sum(q.numel for q in quantized) // config.num_hidden_layers
     layer_gradients = 4 * sum(p.numel() for p in layer if p.requires_grad)
     return Memory(
         weights=width * dense // processes + packed,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..kernels import moe_mlp, moe_route
 from ..kernels.moe import RouteStatistics
 from .config import Experts, Latent, ModelConfig
-from .linear import Linear
+from .linear import ExpertLinear, Linear
 
 # ---- layers
 
@@ -47,8 +47,8 @@ class ExpertWeights(nn.Module):
     def __init__(self, config: ModelConfig, experts: Experts):
         super().__init__()
         E, F_, C = experts.num_experts, experts.intermediate_size, config.hidden_size
-        self.gate_up = nn.Parameter(torch.empty(E, 2 * F_, C))
-        self.down = nn.Parameter(torch.empty(E, C, F_))
+        self.gate_up_proj = ExpertLinear(E, C, 2 * F_)
+        self.down_proj = ExpertLinear(E, F_, C)
         self.gate_up_bias = nn.Parameter(torch.empty(E, 2 * F_)) if experts.clamped else None
         self.down_bias = nn.Parameter(torch.empty(E, C)) if experts.clamped else None
 
@@ -80,15 +80,21 @@ class MoE(nn.Module):
         now.routed.append(statistics)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        gate_up_a, gate_up_b = held.gate_up_proj.adapter()
+        down_a, down_b = held.down_proj.adapter()
         out = moe_mlp(
             x,
-            held.gate_up.to(x.dtype),
-            held.down.to(x.dtype),
+            held.gate_up_proj.operand(x.dtype),
+            held.down_proj.operand(x.dtype),
             weights,
             indices,
             activation="clamped_swiglu" if how.clamped else "swiglu",
             gate_up_bias=None if held.gate_up_bias is None else held.gate_up_bias.to(x.dtype),
             down_bias=None if held.down_bias is None else held.down_bias.to(x.dtype),
+            gate_up_a=gate_up_a,
+            gate_up_b=gate_up_b,
+            down_a=down_a,
+            down_b=down_b,
             alpha=how.alpha,
             limit=how.limit,
         )
@@ -136,6 +142,22 @@ def _parts(config: ModelConfig) -> tuple[str, str, str]:
     return ("w1", "w3", "w2") if config.model_type == "mixtral" else ("gate_proj", "up_proj", "down_proj")
 
 
+def _fused_name(which: str) -> str:
+    """gate_up_proj.weight -> gate_up_proj, down_bias -> down_proj_bias"""
+    return (
+        which.removesuffix(".weight") if which.endswith(".weight") else which.replace("_bias", "_proj_bias")
+    )
+
+
+def to_pairs(tensor: Tensor) -> Tensor:
+    """(E, 2F, ...), the gate's rows first, to gpt-oss' order: gate and up in turn."""
+    return tensor.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+
+
+def to_halves(tensor: Tensor) -> Tensor:
+    return tensor.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+
+
 def to_disk(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our names and tensors -> the file's."""
     files: dict[str, Tensor] = {}
@@ -147,11 +169,12 @@ def to_disk(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
         at = f"{disk_name(config, at + '.')}experts"
         if config.model_type == "gpt_oss":
-            if which.startswith("gate_up"):  # (E, 2F, ...), halves -> pairs
-                tensor = tensor.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
-            name = which.replace("gate_up", "gate_up_proj").replace("down", "down_proj")
-            files[f"{at}.{name}"] = (tensor if tensor.dim() == 2 else tensor.transpose(1, 2)).contiguous()
-        elif which == "gate_up":
+            if which.startswith("gate_up"):
+                tensor = to_pairs(tensor)
+            files[f"{at}.{_fused_name(which)}"] = (
+                tensor if tensor.dim() == 2 else tensor.transpose(1, 2)
+            ).contiguous()
+        elif which == "gate_up_proj.weight":
             for e, expert in enumerate(tensor):
                 gate, up = expert.chunk(2)
                 files[f"{at}.{e}.{gate_name}.weight"] = gate.contiguous()
@@ -174,17 +197,15 @@ def from_disk(config: ModelConfig, files: dict[str, Tensor], names: Iterable[str
             continue
         at = f"{disk_name(config, at + '.')}experts"
         if config.model_type == "gpt_oss":
-            tensor = files.pop(
-                f"{at}.{which.replace('gate_up', 'gate_up_proj').replace('down', 'down_proj')}"
-            )
+            tensor = files.pop(f"{at}.{_fused_name(which)}")
             tensor = tensor if tensor.dim() == 2 else tensor.transpose(1, 2)
             if which.startswith("gate_up"):
-                tensor = tensor.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+                tensor = to_halves(tensor)
             state[name] = tensor.contiguous()
             continue
         assert config.experts is not None
         experts = range(config.experts.num_experts)
-        if which == "gate_up":
+        if which == "gate_up_proj.weight":
             pairs = [
                 torch.cat([files.pop(f"{at}.{e}.{part}.weight") for part in (gate_name, up_name)])
                 for e in experts

@@ -3,6 +3,8 @@
     base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight                 (R, K)
     base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight                 (N, R)
     base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector         (N,), DoRA's
+    base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight           (E R, K), all experts' gate_up_proj
+    base_model.model.model.layers.0.mlp.experts.lora_B.weight                      (N, R E), all experts' down_proj
     base_model.model.lm_head.weight                                                a module trained whole
 
 Source: https://huggingface.co/docs/peft/developer_guides/checkpoint
@@ -70,6 +72,7 @@ def read_config(raw: dict[str, Any], source: str) -> LoraConfig:
     known = {*_INERT, "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern"}
     known |= {
         "alpha_pattern",
+        "target_parameters",
         "use_rslora",
         "use_dora",
         "modules_to_save",
@@ -82,7 +85,10 @@ def read_config(raw: dict[str, Any], source: str) -> LoraConfig:
     if raw.get("init_lora_weights") not in _DRAWN:
         refuse("init_lora_weights", "an initialisation that leaves the base's weights as they are")
     targets = names("target_modules")
-    if not targets:
+    parameters = names("target_parameters")
+    if isinstance(parameters, str):
+        refuse("target_parameters", "a list of parameter names")
+    if not targets and not parameters:
         refuse("target_modules", "module names or a regular expression")
     layers = raw.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
@@ -93,6 +99,7 @@ def read_config(raw: dict[str, Any], source: str) -> LoraConfig:
         rank=number("r", 8, 1, int),
         alpha=number("lora_alpha", 8, 0),
         targets=LINEARS if targets == "all-linear" else targets,
+        parameters=parameters,
         exclude=names("exclude_modules"),
         layers=None if not layers else tuple(layers),
         rank_pattern=pattern("rank_pattern", 1),
@@ -117,7 +124,8 @@ def write_config(config: LoraConfig) -> dict[str, Any]:
         "base_model_name_or_path": config.base,
         "r": config.rank,
         "lora_alpha": config.alpha,
-        "target_modules": listed(config.targets),
+        "target_modules": listed(config.targets) or [],
+        "target_parameters": listed(config.parameters),
         "exclude_modules": listed(config.exclude),
         "layers_to_transform": None if config.layers is None else list(config.layers),
         "rank_pattern": config.rank_pattern,

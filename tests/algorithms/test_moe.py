@@ -4,7 +4,9 @@ import dataclasses
 import json
 
 import pytest
+import torch
 from burnish.algorithms import grpo, sft
+from burnish.model.adapter import adapters, linears
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.config import Experts
 from burnish.model.tokenizer import Tokenizer
@@ -84,3 +86,34 @@ def test_an_adapter_on_a_mixture_of_experts(sparse, demonstrations, tmp_path):
     sft.train(sft_config(sparse, demonstrations, tmp_path / "lora", lora_rank=4))
     lines = metrics_of(tmp_path / "lora")
     assert lines[-1]["loss"] < 0.97 * lines[0]["loss"]
+
+
+def test_adapters_on_experts_in_4_bits(sparse, demonstrations, prompts, tmp_path):
+    """sft, then grpo with the adapter that it left: experts' adapters move, the base stays in 4 bits."""
+    flags = {"lora_rank": 4, "base_4bit": True, "steps": 20}
+    start = sft.train(sft_config(sparse, demonstrations, tmp_path / "sft", **flags))
+    lines = metrics_of(tmp_path / "sft")
+    assert lines[-1]["loss"] < 0.97 * lines[0]["loss"]
+    (tmp_path / "rewards.py").write_text(
+        "def length(completions, **_):\n    return [len(c) for c in completions]\n"
+    )
+    output = grpo.train(
+        grpo.Config(
+            model=start,
+            data=prompts,
+            reward=(f"{tmp_path}/rewards.py:length",),
+            output=tmp_path / "grpo",
+            steps=2,
+            prompts_per_step=4,
+            group_size=4,
+            max_new_tokens=8,
+            learning_rate=3e-3,
+            device="cpu",
+        )
+    )
+    before, after = load_model(start), load_model(output)
+    for model in (before, after):
+        assert all(layer.four_bit is not None for name, layer in linears(model).items() if name != "lm_head")
+    pairs = zip(adapters(before).items(), adapters(after).values(), strict=True)
+    moved = {name: not torch.equal(was.b, now.b) for (name, was), now in pairs}
+    assert len(moved) == 12 and all(moved.values())

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from burnish.kernels import moe, moe_mlp, moe_route
+from burnish.kernels import dequantize_nf4, moe, moe_mlp, moe_route, quantize_nf4
 from burnish.kernels._launch import INTERPRET
 from burnish.kernels.moe import moe_mlp_reference
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -255,9 +255,12 @@ def test_no_shape_hangs_on_the_values(monkeypatch, device):
         rows = moe._dispatch(given["indices"], 3, 16)
         held = [given[n] for n in ("x", "gate_up", "down", "weights")]
         biases = torch.zeros(3, 16), torch.zeros(3, 8)
-        out, h = moe._forward(*held, *biases, *rows, "swiglu", 0.0, 0.0, 16, True)
-        grads = moe._backward(out, *held, *biases, h, rows, "swiglu", 0.0, 0.0, 16, [True] * 6)
-        assert [g.shape for g in grads] == [t.shape for t in (*held, *biases)]
+        low = torch.zeros(3, 2, 8), torch.zeros(3, 16, 2), torch.zeros(3, 5, 8), torch.zeros(3, 8, 5)
+        inputs = [*held, *biases, *low]
+        four_bit, numbers = ([None] * 10, [0, 0]), ("swiglu", 0.0, 0.0, 16)
+        out, h, s = moe._forward(*inputs, *four_bit, rows, *numbers, True)
+        grads = moe._backward(out, inputs, *four_bit, h, s, rows, *numbers, [True] * 10)
+        assert [g.shape for g in grads] == [t.shape for t in inputs]
         with pytest.raises(Exception, match=r"data-dependent|DataDependent|_local_scalar"):
             given["weights"].sum().item()  # the control: such a read is seen
 
@@ -279,8 +282,79 @@ def test_a_token_has_the_same_bits_whatever_stands_beside_it(device):
         ({"down": torch.zeros(3, 4, 5, dtype=torch.float64)}, "down: expected dtype"),
         ({"down_bias": torch.zeros(3, 5)}, r"down_bias: expected shape \(experts=3, width=4\)"),
         ({"x": torch.zeros(4)}, r"x, down, weights: expected"),
+        ({"down_a": torch.zeros(3, 2, 5)}, r"down_a, down_b: expected .* got \(3, 2, 5\) and none"),
+        (
+            {"down_a": torch.zeros(3, 2, 4), "down_b": torch.zeros(3, 4, 2)},
+            r"down_a: expected shape \(experts=3, rank=2, in=5\)",
+        ),
+        (
+            {"down": quantize_nf4(torch.ones(3, 4, 5))},
+            "down: expected each expert a whole number of blocks of 64",
+        ),
     ],
 )
 def test_experts_refuse(change, message):
     with pytest.raises(ValueError, match=message):
         moe_mlp(**{**operands(6, 4, 5, 3, 2, "cpu"), **change})
+
+
+# ---- adapters and 4-bit experts
+
+
+def with_adapters(given, R, ranks=None):
+    (E, width, C), F = given["gate_up"].shape, given["down"].shape[2]
+    S = ranks or R
+    shapes = {"gate_up_a": (E, R, C), "gate_up_b": (E, width, R), "down_a": (E, S, F), "down_b": (E, C, S)}
+    return given | {n: torch.randn(s, device=given["x"].device) * s[-1] ** -0.5 for n, s in shapes.items()}
+
+
+@pytest.mark.parametrize("activation", moe.ACTIVATIONS)
+def test_adapters_equal_weights_added_up(activation, device):
+    """Ranks that differ and pass a block's edge, biases, dropped choices; the base trained, too."""
+    given = with_adapters(operands(37, 20, 24, 4, 2, device, activation=activation), 17, 3)
+    given["indices"][3, 1], given["indices"][4, 0] = 4, -1
+    given["gate_up_bias"] = torch.randn(given["gate_up"].shape[:2], device=device)
+    given["down_bias"] = torch.randn(4, 20, device=device)
+    assert_close(*both(given, activation=activation, limit=0.8), bound=5e-5)
+
+
+def test_an_adapter_on_one_of_the_two(device):
+    for names in (("gate_up_a", "gate_up_b"), ("down_a", "down_b")):
+        given = operands(20, 16, 8, 3, 2, device)
+        adapters = with_adapters(given, 4)
+        assert_close(*both(given | {n: adapters[n] for n in names}))
+
+
+def test_a_fresh_adapter_changes_no_bit(device):
+    given = operands(20, 16, 8, 3, 2, device)
+    fresh = with_adapters(given, 4)
+    fresh["gate_up_b"].zero_(), fresh["down_b"].zero_()
+    assert torch.equal(moe_mlp(**given), moe_mlp(**fresh))
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_experts_in_4_bits_are_the_dense_ones_multiplied_out(double_quant, device):
+    given = with_adapters(operands(30, 64, 24, 5, 2, device), 4)
+    packed = {n: quantize_nf4(given[n], double_quant=double_quant) for n in ("gate_up", "down")}
+    dense = {n: dequantize_nf4(w) for n, w in packed.items()}
+    wanted = ("x", "weights", "gate_up_a", "gate_up_b", "down_a", "down_b")
+    upstream, results = torch.randn(30, 64, device=device), []
+    for experts in (packed, dense):
+        leaves = {n: given[n].detach().requires_grad_() for n in wanted}
+        out = moe_mlp(**{**given, **leaves, **experts})
+        results.append([out, *torch.autograd.grad(out, list(leaves.values()), upstream)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_experts_in_4_bits_are_saved_in_4_bits(device):
+    given = operands(6, 64, 64, 8, 2, device)
+    packed = {n: quantize_nf4(given[n]) for n in ("gate_up", "down")}
+    saved: list[torch.Tensor] = []
+
+    def keep(t):
+        saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        moe_mlp(**{**given, **packed, "x": given["x"].requires_grad_()}).sum().backward()
+    assert all(t.numel() < given["down"].numel() for t in saved if t.is_floating_point())

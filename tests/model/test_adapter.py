@@ -500,3 +500,72 @@ def test_an_adapter_given_to_another_model():
     wide = Transformer(replace(TINY, intermediate_size=32))
     with pytest.raises(InputError, match=r"here: .*_proj.lora_.\.weight: expected shape"):
         give_adapter(wide, adapter, "here")
+
+
+# ---- on experts
+
+EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+
+@pytest.mark.parametrize("parameters", [EXPERTS, EXPERTS[1:]], ids=["both", "down"])
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss", "qwen3_moe"])
+def test_an_adapter_of_experts(data, tmp_path, architecture, parameters):
+    """Fresh, disabled, merged, copied, saved, loaded; and what PEFT, where it is installed, makes of the file."""
+    base = data / "tiny-hf" / architecture
+    model = load_model(base)
+    before = logits_of(model)
+    options = {
+        "targets": ("q_proj",),
+        "parameters": parameters,
+        "alpha_pattern": {r".*experts\.down_proj": 5},
+    }
+    add_lora(model, 3, base=str(base), **options)
+    assert torch.equal(logits_of(model), before) and is_fresh(model)
+    trained(model)
+    after = logits_of(model)
+    assert not torch.allclose(after, before, atol=1e-3)
+    with adapter_disabled(model):
+        assert torch.equal(logits_of(model), before)
+    reference = frozen_copy(model)
+    save_model(model, tmp_path / "adapter")
+    again = load_model(tmp_path / "adapter")
+    assert torch.equal(logits_of(again), after) and torch.equal(logits_of(reference), after)
+    merge_lora(again)
+    torch.testing.assert_close(logits_of(again), after, atol=1e-5, rtol=1e-5)
+    keys = load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
+    assert any("experts.base_layer.lora_A" in key for key in keys) == (len(parameters) == 2)
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(base)
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter")
+    ids = [1, 5, 9, 4, 7]
+    with torch.no_grad():
+        expected = theirs(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(logits_of(model, pack([ids])), expected, atol=1e-5, rtol=1e-5)
+    theirs.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits_of(load_model(tmp_path / "again"), pack([ids])), logits_of(model, pack([ids])))
+
+
+@pytest.mark.parametrize("options", [{"dropout": 0.1}, {"dora": True}])
+def test_experts_have_neither_dropout_nor_dora(data, options):
+    model = load_model(data / "tiny-hf" / "mixtral")
+    with pytest.raises(InputError, match=r"experts.*: an adapter of experts has neither dropout nor DoRA"):
+        add_lora(model, 3, parameters=EXPERTS, **options)
+
+
+def test_experts_in_4_bits_under_an_adapter(data, tmp_path):
+    base = data / "tiny-hf" / "qwen3_moe"
+    model = load_model(base, base_4bit=True)
+    experts = [layer for layer in linears(model).values() if layer.stack]
+    assert len(experts) == 4 and all(layer.four_bit is not None and layer.weight is None for layer in experts)
+    add_lora(model, 3, base=str(base), targets=("q_proj",), parameters=EXPERTS)
+    trained(model)
+    after = logits_of(model)
+    save_model(model, tmp_path / "adapter")
+    again = load_model(tmp_path / "adapter")  # which says that its base was quantised
+    assert torch.equal(logits_of(again), after)
+    merge_lora(again)
+    torch.testing.assert_close(logits_of(again), after, atol=1e-5, rtol=1e-5)
+    save_model(again, tmp_path / "merged")
+    assert torch.equal(logits_of(load_model(tmp_path / "merged")), logits_of(again))
+    with pytest.raises(InputError, match="experts in 4 bits have no place"):
+        save_model(load_model(base, base_4bit=True), tmp_path / "four")

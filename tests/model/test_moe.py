@@ -65,7 +65,7 @@ def test_a_forward_pass_says_how_it_routed():
     assert loss.item() == pytest.approx(0.5 * sum(r.balance.item() for r in model.routing) / 3)
     loss.backward()
     assert all(layer.mlp.gate.weight.grad.any() for layer in model.layers)
-    assert model.layers[2].mlp.experts.down.grad is None
+    assert model.layers[2].mlp.experts.down_proj.weight.grad is None
     plain = Transformer(replace(TINY, experts=None, model_type="llama"))
     plain(packed)
     assert plain.balance_loss() == 0 and hidden.shape == (8, 16)
