@@ -1518,14 +1518,10 @@ CASES: tuple[Case, ...] = (
         work=_moe_adapter_work,
         formula="6TKCF + 2TKR(2C + 3F) operations; 6TKCF + 4TKR(2C + 3F)",
         shapes=(
-            {"T": 5, "C": 17, "F": 9, "E": 2, "K": 1, "R": 1},
+            {"T": 40, "C": 17, "F": 9, "E": 2, "K": 2, "R": 1},
             {"T": 19, "C": 20, "F": 35, "E": 3, "K": 2, "R": 3},
         ),
         empty=({"T": 0, "C": 8, "F": 8, "E": 3, "K": 2, "R": 3},),
-        configurations=(
-            {"T": 256, "C": 128, "F": 128, "E": 2, "K": 2, "R": 16},
-            {"T": 64, "C": 128, "F": 128, "E": 8, "K": 1, "R": 64},
-        ),
         fixed=("gate_up", "down"),
     ),
     _moe_case(
@@ -1537,7 +1533,7 @@ CASES: tuple[Case, ...] = (
         work=_moe_adapter_work,
         formula="6TKCF + 2TKR(2C + 3F) operations; 6TKCF + 4TKR(2C + 3F)",
         shapes=(
-            {"T": 5, "C": 64, "F": 9, "E": 2, "K": 1, "R": 1},
+            {"T": 40, "C": 64, "F": 9, "E": 2, "K": 2, "R": 1},
             {"T": 19, "C": 20, "F": 48, "E": 3, "K": 2, "R": 17},
         ),
         empty=(),
