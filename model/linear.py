@@ -139,7 +139,7 @@ class Adaptable(nn.Module):
         return super()._apply(fn, recurse)
 
 
-class Linear(Adaptable, nn.Linear):
+class Linear(Adaptable, nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride]
     """(..., K) to (..., N)."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
