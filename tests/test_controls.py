@@ -423,6 +423,59 @@ FAULTS = [
     ),
     Fault("slope of relu2", "moe", "weight * 2 * tl.where(u < 0, 0.0, u)", "weight * 2 * u", "moe_mlp/relu2"),
     Fault(
+        "adapter of the gate alone",
+        "moe",
+        "b_ptrs += F.to(tl.int64) * R",
+        "b_ptrs += 0",
+        "moe_mlp/adapters",
+        shape=0,
+    ),
+    Fault(
+        "adapter not in dx", "moe", "low=ds, up=gate_up_a", "low=None, up=None", "moe_mlp/adapters", shape=0
+    ),
+    Fault(
+        "low rows without weights",
+        "moe",
+        "_product(wa, down_a",
+        "_product(wa * 2, down_a",
+        "moe_mlp/adapters",
+        shape=0,
+    ),
+    Fault(
+        "adapter of the first expert",
+        "moe",
+        "expert * R * F + offsets",
+        "offsets",
+        "moe_mlp/adapters",
+        shape=0,
+    ),
+    Fault(
+        "the experts' halves swapped in 4 bits",
+        "moe",
+        "four_bit[:5], [E, width, C]",
+        "four_bit[5:], [E, width, C]",
+        "moe_mlp/4-bit experts, adapters",
+        shape=0,
+    ),
+    Fault(
+        "adapter without the base",
+        "moe",
+        "y + F.linear(F.linear(x, a), b)",
+        "F.linear(F.linear(x, a), b)",
+        "moe_mlp/adapters",
+        shape=0,
+        triton=False,
+    ),
+    Fault(
+        "gradient past a 4-bit weight",
+        "moe",
+        "return dy @ dequantize",
+        "return 2 * dy @ dequantize",
+        "moe_mlp/4-bit experts, adapters",
+        shape=0,
+        triton=False,
+    ),
+    Fault(
         "sum without weights",
         "moe",
         "weights[..., None]).sum(1)",
@@ -459,6 +512,8 @@ def case_of(name: str, module) -> Case:
         module.dequantize_nf4 = lambda w, dtype: module.dequantize(
             *w.tensors(), [*w.shape], w.blocksize, dtype
         )
+    if case.op == "moe_mlp" and case.family.startswith("4-bit"):
+        return replace(case, fused=registry._moe_4bit(module.moe_mlp))
     return replace(case, fused=WRAPPED.get(case.op, lambda op: op)(getattr(module, case.op)))
 
 
