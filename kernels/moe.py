@@ -671,9 +671,22 @@ def _forward(
     gate_up_b: Tensor | None,
     down_a: Tensor | None,
     down_b: Tensor | None,
-    four_bit: list[Tensor | None],
+    gate_up_absmax: Tensor | None,
+    gate_up_code: Tensor | None,
+    gate_up_nested_absmax: Tensor | None,
+    gate_up_nested_code: Tensor | None,
+    gate_up_offset: Tensor | None,
+    down_absmax: Tensor | None,
+    down_code: Tensor | None,
+    down_nested_absmax: Tensor | None,
+    down_nested_code: Tensor | None,
+    down_offset: Tensor | None,
     blocksizes: list[int],
-    rows: list[Tensor],
+    starts: Tensor,
+    row: Tensor,
+    choice: Tensor,
+    tile_expert: Tensor,
+    tile_row: Tensor,
     activation: str,
     alpha: float,
     limit: float,
@@ -682,13 +695,13 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Contiguous inputs, weights fp32. Returns out (T, C), H (T K, 2F or F), S (T K, R); H and S empty unless save.
 
-    four_bit: what NF4Weight holds beside the packed bytes, five tensors of gate_up and five of down, which are then
-    flat; blocksizes: of both, 0 where it is dense.
+    *_absmax to *_offset: what NF4Weight holds beside the packed bytes, which gate_up and down then are; blocksizes: of
+    both, 0 where they are dense. Single arguments, for autograd takes a list of tensors for differentiable.
     """
-    out, h, s = _forward_fake(
-        x, gate_up, down, weights, gate_up_bias, down_bias, gate_up_a, gate_up_b, down_a, down_b, four_bit, blocksizes,
-        rows, activation, alpha, limit, block_m, save,
-    )  # fmt: skip
+    four_bit = [gate_up_absmax, gate_up_code, gate_up_nested_absmax, gate_up_nested_code, gate_up_offset,
+        down_absmax, down_code, down_nested_absmax, down_nested_code, down_offset]  # fmt: skip
+    rows = [starts, row, choice, tile_expert, tile_row]
+    out, h, s = _kept(x, gate_up, down, weights, gate_up_a, blocksizes, rows, activation, save)
     (T, C), (T, K), (E, width, F) = (
         x.shape,
         weights.shape,
@@ -697,7 +710,6 @@ def _forward(
     if not out.numel() or not K:
         return out.zero_(), h, s
     gate_up, down = _dense(x, gate_up, down, E, width, F, four_bit, blocksizes)
-    starts, _, choice, tile_expert, tile_row = rows
     places, tiles, precision = (choice, starts, tile_expert, tile_row), tile_expert.numel(), _precision()
     a, y = x.new_empty(T * K, F), x.new_empty(T * K, C)
     R = 0 if gate_up_a is None else gate_up_a.shape[1]
@@ -714,14 +726,17 @@ def _forward(
         low = x.new_empty(T * K, down_a.shape[1])
         _product(a, down_a, low, rows, block_m, K)
     _product(a, down, y, rows, block_m, K, bias=down_bias, low=low, up=down_b)
-    _combine[(T, cdiv(C, 1024))](y, weights, rows[1], out, C, K, WEIGHTED=True, BLOCK_C=1024, num_warps=4)
+    _combine[(T, cdiv(C, 1024))](y, weights, row, out, C, K, WEIGHTED=True, BLOCK_C=1024, num_warps=4)
     return out, h, s if save else s.new_empty(0, R)
 
 
-def _forward_fake(
-    x, gate_up, down, weights, gate_up_bias, down_bias, gate_up_a, gate_up_b, down_a, down_b, four_bit, blocksizes,
-    rows, activation, alpha, limit, block_m, save,
-):  # fmt: skip
+def _forward_fake(x, gate_up, down, weights, _bias, _other_bias, gate_up_a, *rest):
+    blocksizes, *rows, activation, _alpha, _limit, _block_m, save = rest[13:]
+    return _kept(x, gate_up, down, weights, gate_up_a, blocksizes, rows, activation, save)
+
+
+def _kept(x, gate_up, down, weights, gate_up_a, blocksizes, rows, activation, save):
+    """out, H and S."""
     kept = weights.numel() if save else 0
     width = _sizes(x, gate_up, down, rows, blocksizes, activation)[1]
     R = 0 if gate_up_a is None else gate_up_a.shape[1]
@@ -877,24 +892,37 @@ def _backward_fake(
 
 
 def _save(ctx, inputs, output):
-    operands, (four_bit, blocksizes, rows, *numbers) = inputs[:10], inputs[10:]
+    (
+        *tensors,
+        blocksizes,
+        starts,
+        row,
+        choice,
+        tile_expert,
+        tile_row,
+        activation,
+        alpha,
+        limit,
+        block_m,
+        _save,
+    ) = inputs
     _out, h, s = output
-    ctx.save_for_backward(*operands, *four_bit, *rows, h, s)
-    ctx.blocksizes, ctx.numbers = blocksizes, numbers[:-1]  # activation, alpha, limit, block_m
+    ctx.save_for_backward(*tensors, starts, row, choice, tile_expert, tile_row, h, s)
+    ctx.blocksizes, ctx.numbers = blocksizes, (activation, alpha, limit, block_m)
     ctx.mark_non_differentiable(h, s)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, dout: Tensor | None, _dh: Tensor | None, _ds: Tensor | None):
-    none = (None,) * 8
+    none = (None,) * 31
     if dout is None:
-        return *(None,) * 10, *none
+        return none
     *saved, h, s = ctx.saved_tensors
     needed = list(ctx.needs_input_grad[:10])
     grads = _mlp_backward(
         dout.contiguous(), saved[:10], saved[10:20], ctx.blocksizes, h, s, saved[20:], *ctx.numbers, needed
     )
-    return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), *none
+    return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), *none[10:]
 
 
 _mlp_backward = register("moe_mlp_backward", _backward, _backward_fake)
@@ -1020,7 +1048,7 @@ def moe_mlp(
     if x.dtype == torch.float32:
         block_m = min(block_m, 64)
     rows = _dispatched(indices.contiguous(), E, block_m)
-    out, _, _ = _mlp(*operands, four_bit, blocksizes, rows, activation, alpha, limit, block_m, save)
+    out, _, _ = _mlp(*operands, *four_bit, blocksizes, *rows, activation, alpha, limit, block_m, save)
     return out
 
 

@@ -258,7 +258,7 @@ def test_no_shape_hangs_on_the_values(monkeypatch, device):
         low = torch.zeros(3, 2, 8), torch.zeros(3, 16, 2), torch.zeros(3, 5, 8), torch.zeros(3, 8, 5)
         inputs = [*held, *biases, *low]
         four_bit, numbers = ([None] * 10, [0, 0]), ("swiglu", 0.0, 0.0, 16)
-        out, h, s = moe._forward(*inputs, *four_bit, rows, *numbers, True)
+        out, h, s = moe._forward(*inputs, *four_bit[0], four_bit[1], *rows, *numbers, True)
         grads = moe._backward(out, inputs, *four_bit, h, s, rows, *numbers, [True] * 10)
         assert [g.shape for g in grads] == [t.shape for t in inputs]
         with pytest.raises(Exception, match=r"data-dependent|DataDependent|_local_scalar"):
