@@ -1520,6 +1520,7 @@ CASES: tuple[Case, ...] = (
         shapes=({"T": 19, "C": 20, "F": 35, "E": 3, "K": 2, "R": 3},),
         empty=({"T": 0, "C": 8, "F": 8, "E": 3, "K": 2, "R": 3},),
         fixed=("gate_up", "down"),
+        configurations=({"T": 256, "C": 128, "F": 128, "E": 2, "K": 2, "R": 16},),
     ),
     _moe_case(
         "4-bit experts, adapters",

@@ -97,6 +97,9 @@ def test_what_got_worse_is_named():
     ):
         assert part in said
     assert "not in static.json" in compare({}, {key: [good]})[0]
+    wide = good | {"tile": "BLOCK=128 warps=4", "registers": 200, "blocks": 2}
+    assert compare({key: [good, wide]}, {key: [good, wide]}) == []  # one kernel at two tiles
+    assert "blocks 2 -> 1" in compare({key: [good, wide]}, {key: [good, wide | {"blocks": 1}]})[0]
     assert "does not fit" in limits({key: [good | {"blocks": 0}]})[0]
 
 
