@@ -8,17 +8,14 @@ Run:    burnish chat --model DIR
 """
 
 import sys
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from ..model.cache import Cache
 from ..model.checkpoint import load_model
 from ..model.errors import InputError
-from ..model.packed import pack
+from ..model.generate import stream
 from ..model.tokenizer import Message, Tokenizer
 from ..model.transformer import Transformer
 from ._command import run_command
@@ -38,43 +35,7 @@ class Config:
     device: str = field(default_factory=default_device)
 
 
-def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """logits (V,) fp32 to one id."""
-    if temperature == 0:
-        return int(logits.argmax())
-    p, ids = (logits / temperature).softmax(-1).sort(descending=True, stable=True)  # (V,), most likely first
-    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)  # where the ids before this one suffice
-    return int(ids[torch.multinomial(p, 1, generator=generator)])
-
-
-@torch.no_grad()
-def stream(
-    model: Transformer,
-    prompt: Sequence[int],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    stop_ids: frozenset[int],
-    generator: torch.Generator,
-) -> Iterator[int]:
-    """The ids of one answer as they are drawn, a stop id at the end where it comes to one."""
-    capacity = len(prompt) + max_new_tokens
-    cache = Cache(model.config, 1, capacity, model.embed_tokens.weight.dtype, model.device)
-    packed = pack([prompt], device=model.device)
-    cache.open(packed, [[0]])
-    hidden = model(packed, cache)[-1:]  # (1, C)
-    for i in range(max_new_tokens):
-        token = draw(model.logits(hidden)[0].cpu(), temperature, top_p, generator)
-        yield token
-        if token in stop_ids or i == max_new_tokens - 1:
-            return
-        hidden = model.decode(torch.tensor([token], device=model.device), cache)
-
-
-def answer(
-    cfg: Config, model: Transformer, tokenizer: Tokenizer, prompt: list[int], generator: torch.Generator
-) -> str:
+def answer(cfg: Config, model: Transformer, tokenizer: Tokenizer, prompt: list[int], seed: int) -> str:
     """Write the answer to standard output as it comes, and return it. Ctrl-C ends it early, unless --prompt asked."""
     ids: list[int] = []
     shown = ""
@@ -85,7 +46,7 @@ def answer(
         temperature=cfg.temperature,
         top_p=cfg.top_p,
         stop_ids=tokenizer.stop_ids,
-        generator=generator,
+        seed=seed,
     )
     try:
         for token in tokens:
@@ -114,7 +75,6 @@ def main(cfg: Config) -> None:
     model = load_model(
         cfg.model, torch.bfloat16 if cfg.device.startswith("cuda") else torch.float32, cfg.device
     )
-    generator = torch.Generator().manual_seed(cfg.seed)
     opening: list[Message] = [] if cfg.system is None else [{"role": "system", "content": cfg.system}]
     converses = tokenizer.chat_template is not None
     if opening and not converses:
@@ -123,6 +83,7 @@ def main(cfg: Config) -> None:
         )
 
     messages = list(opening)
+    answers = 0
     at_terminal = sys.stdin.isatty()
     if at_terminal and cfg.prompt is None:
         says = (
@@ -151,7 +112,8 @@ def main(cfg: Config) -> None:
                     f"(beyond the {limit} tokens that the model was trained for; /new starts anew)",
                     file=sys.stderr,
                 )
-            reply = answer(cfg, model, tokenizer, prompt, generator)
+            reply = answer(cfg, model, tokenizer, prompt, cfg.seed + answers)
+            answers += 1
             messages.append({"role": "assistant", "content": reply.strip()})
         if cfg.prompt is not None:
             return

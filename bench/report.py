@@ -33,7 +33,14 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 PICTURES = ROOT / "docs" / "pictures"
 DOCUMENTS = tuple(
-    ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/conformance.md", "docs/trainers.md")
+    ROOT / name
+    for name in (
+        "README.md",
+        "docs/benchmarks.md",
+        "docs/conformance.md",
+        "docs/rollouts.md",
+        "docs/trainers.md",
+    )
 )
 MARK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- /generated -->)", re.DOTALL)
 INK = "#808080"  # reads on white and on black
@@ -473,6 +480,38 @@ def trainers() -> str:
     return f"{facts}. {source}; medians of {result['rows'][0]['rounds']} rounds.\n\n{markdown(head, rows)}"
 
 
+def rollouts() -> str:
+    """The newest run of rollouts.py."""
+    if (run := newest_run("rollouts")) is None:
+        return NO_RUN
+    path, result = run
+    m = result["machine"]
+    facts = f"{m['device']}, one thread, torch {m['torch']}, transformers {m['transformers']}"
+    rows = []
+    for row in result["rows"]:
+        ours, theirs = (row["tokens_per_second"][side] for side in ("burnish", "transformers"))
+        rows.append(
+            [
+                row["model"],
+                row["work"],
+                f"{ours:,.0f} / {theirs:,.0f}",
+                f"{row['ratio']:.2f}x [{min(row['ratios']):.2f}, {max(row['ratios']):.2f}]",
+                f"{row['cache_bytes'] / 1e6:.1f} / {row['copied_cache_bytes'] / 1e6:.1f} MB",
+                "yes" if row["same_greedy_tokens"] else "no",
+            ]
+        )
+    head = (
+        "model",
+        "work",
+        "tokens/s, ours / theirs",
+        "ratio",
+        "cache, shared / copied",
+        "same greedy tokens",
+    )
+    source = f"`{result['command']}` at commit {result['commit']}, {result['date']}, from `{path}`"
+    return f"{facts}. {source}; medians of {result['rows'][0]['rounds']} rounds.\n\n{markdown(head, rows)}"
+
+
 def newest_run(kind: str) -> tuple[str, dict[str, Any]] | None:
     """The newest file of a kind of whole runs, and its path below the root."""
     path = max(RESULTS.glob(f"{kind}-*.json"), default=None)
@@ -538,6 +577,7 @@ def keep_r1(folder: Path) -> None:
 
 
 SECTIONS = {
+    "rollouts": rollouts,
     "r1": r1,
     "trainers": trainers,
     "conformance": conformance,

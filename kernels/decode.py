@@ -4,7 +4,7 @@
     out = sum_j exp(s_j) v_j / (sum_j exp(s_j) + exp(sink))                      the sink only where there is one
 
 A sequence of `length` tokens is a row of the cache. It may go on from a second row, its prefix, which many sequences
-share: a group of samples then holds its prompt once.
+share: a group of samples then holds its prompt once. Prefixes may lie in a cache of their own, as long as they are.
 
     position          0 1 2 3 4 5 6 7            prefix_length 5, length 3: the query stands at position 7
     prefix_slot 2     x x x x x
@@ -31,7 +31,6 @@ Source: Dao et al. 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -85,17 +84,20 @@ def decode_attention_reference(
     *,
     prefix_slot: Tensor | None = None,
     prefix_length: Tensor | None = None,
+    k_prefix: Tensor | None = None,
+    v_prefix: Tensor | None = None,
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
+    k_prefix, v_prefix = (k_cache, v_cache) if k_prefix is None or v_prefix is None else (k_prefix, v_prefix)
     out = q.new_empty(*q.shape[:2], v_cache.shape[-1])
     for b in range(q.shape[0]):
         k, v = k_cache[slot[b], : length[b]], v_cache[slot[b], : length[b]]  # (S, G, D), (S, G, Dv)
         if prefix_slot is not None and prefix_length is not None and prefix_slot[b] >= 0:
             before = prefix_slot[b], slice(prefix_length[b])
-            k, v = torch.cat([k_cache[before], k]), torch.cat([v_cache[before], v])
+            k, v = torch.cat([k_prefix[before], k]), torch.cat([v_prefix[before], v])
         if window is not None:
             k, v = k[-window:], v[-window:]
         seen = torch.ones(1, k.shape[0], dtype=torch.bool, device=q.device)
@@ -106,6 +108,42 @@ def decode_attention_reference(
 # ---- CPU path
 
 
+class _Rows:
+    """Which rows of a cache the sequences read on the CPU: row i of `places` is read by up to `shared` of them."""
+
+    def __init__(self, slot: Tensor, length: Tensor):
+        self.B, self.gathered = slot.numel(), None
+        self.longest = int(length.max())
+        self.places = int(slot[-1]) + 1  # the largest, where they ascend
+        self.shared = -(-self.B // self.places)
+        self.at = torch.arange(self.B)
+        self.even = self.places * self.shared == self.B and torch.equal(slot, self.at // self.shared)
+        if self.even:
+            return
+        counts = slot.bincount()
+        if counts.numel() > 2 * self.B:  # most rows are others': a copy of the own ones is less to read
+            self.gathered, slot, counts = slot.unique(return_inverse=True, return_counts=True)
+        self.places, self.shared = counts.numel(), int(counts.max())
+        order = slot.argsort(stable=True)
+        rank = self.at - (counts.cumsum(0) - counts)[slot[order]]
+        self.at = (slot * self.shared).index_add(0, order, rank)  # (B,) of (places * shared)
+
+    def take(self, cache: Tensor) -> Tensor:
+        """cache (slots, S_max, G, D) to (places * G, S, D): a view where the heads stand outside the positions."""
+        rows = cache[: self.places] if self.gathered is None else cache.index_select(0, self.gathered)
+        return rows[:, : self.longest].transpose(1, 2).flatten(0, 1)
+
+    def product(self, x: Tensor, y: Tensor) -> Tensor:
+        """x (B, G, n, K) times each sequence's own row of y (places * G, K, N): (B, G, n, N)."""
+        _, G, n, K = x.shape
+        if not self.even:
+            x = x.new_zeros(self.places * self.shared, G, n, K).index_copy(0, self.at, x)
+        x = x.unflatten(0, (self.places, self.shared)).transpose(1, 2)  # (places, G, shared, n, K)
+        out = torch.bmm(x.reshape(self.places * G, self.shared * n, K), y)
+        out = out.view(self.places, G, self.shared, n, -1).transpose(1, 2).flatten(0, 1)
+        return out if self.even else out.index_select(0, self.at)
+
+
 def _decode_cpu(
     q: Tensor,
     k_cache: Tensor,
@@ -114,44 +152,44 @@ def _decode_cpu(
     length: Tensor,
     prefix_slot: Tensor | None,
     prefix_length: Tensor | None,
-    scale: float | None,
+    k_prefix: Tensor,
+    v_prefix: Tensor,
+    scale: float,
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """One call over all sequences, padded to the longest: SDPA's, unless it lacks a feature asked for."""
-    B = q.shape[0]
+    """A batched product for all prefixes and one for all own rows, each padded to the longest, under one softmax."""
     if not q.numel():
         return q.new_empty(*q.shape[:2], v_cache.shape[-1])
-    own = torch.arange(int(length.max()))
-    key, value = k_cache[:, : own.numel()], v_cache[:, : own.numel()]
-    if k_cache.shape[0] != B or not torch.equal(slot, torch.arange(B, dtype=slot.dtype)):
-        # (B, S, G, D), a copy as dear as the attention
-        key, value = key.index_select(0, slot), value.index_select(0, slot)
-    position, end = own.expand(B, -1), length[:, None]
-    visible = position < end  # (B, S)
+    wide, G = torch.promote_types(q.dtype, torch.float32), k_cache.shape[2]
+    parts, start = [], torch.zeros_like(length)  # (B,), the position of a part's first key
     if prefix_slot is not None and prefix_length is not None:
-        prefix_length = torch.where(prefix_slot >= 0, prefix_length, 0)[:, None]  # (B, 1)
-        before = torch.arange(int(prefix_length.max()))
-        rows = prefix_slot.clamp(min=0)
-        prefix = (cache[:, : before.numel()].index_select(0, rows) for cache in (k_cache, v_cache))
-        key, value = (torch.cat(pair, 1) for pair in zip(prefix, (key, value), strict=True))
-        visible = torch.cat([before < prefix_length, visible], 1)  # (B, prefix + S)
-        position = torch.cat([before.expand(B, -1), position + prefix_length], 1)
-        end = end + prefix_length
-    if window is not None:
-        visible = visible & (position >= end - window)
-    if softcap is not None or sinks is not None or not visible.any(1).all():
-        return _attend(q, key, value, visible, scale, softcap, sinks)
-    out = F.scaled_dot_product_attention(
-        q.unsqueeze(2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        attn_mask=visible[:, None, None],
-        scale=scale,
-        enable_gqa=q.shape[1] != key.shape[2],
-    )
-    return out.squeeze(2)
+        start = torch.where(prefix_slot >= 0, prefix_length, 0)
+        parts.append((_Rows(prefix_slot.clamp(min=0), start), k_prefix, v_prefix, 0 * start, start))
+    end = start + length
+    parts.append((_Rows(slot, length), k_cache, v_cache, start, end))
+    scaled = (q.to(wide) * scale).unflatten(1, (G, -1))  # (B, G, n, D)
+    scores = [rows.product(scaled, rows.take(k).to(wide).mT) for rows, k, *_ in parts]
+    s = scores[0] if len(parts) == 1 else torch.cat(scores, -1)  # (B, G, n, S)
+    if softcap is not None:
+        s = softcap * torch.tanh(s / softcap)
+    hidden = []
+    for rows, _, _, first, last in parts:
+        position = torch.arange(rows.longest) + first[:, None]  # (B, S of the part)
+        out_of_sight = position >= last[:, None]
+        hidden.append(out_of_sight if window is None else out_of_sight | (position < end[:, None] - window))
+    s.masked_fill_(torch.cat(hidden, -1)[:, None, None], -torch.inf)
+    if sinks is not None:
+        s = torch.cat([s, sinks.to(wide).view(G, -1, 1).expand(*s.shape[:3], 1)], -1)
+    p = s.softmax(-1)
+    if sinks is None and not int(end.min()):
+        p = p.nan_to_num(0.0)  # of what sees nothing
+    shares = p.split([rows.longest for rows, *_ in parts] + [1] * (sinks is not None), -1)
+    outs = [
+        rows.product(x, rows.take(v).to(wide)) for x, (rows, _, v, *_) in zip(shares, parts, strict=False)
+    ]
+    return sum(outs[1:], outs[0]).flatten(1, 2).to(q.dtype)  # (B, H, Dv)
 
 
 # ---- kernels
@@ -316,39 +354,43 @@ def _decode(
     length: Tensor,
     prefix_slot: Tensor | None,
     prefix_length: Tensor | None,
+    k_prefix: Tensor,
+    v_prefix: Tensor,
     scale: float,
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    out = _decode_fake(
-        q, k_cache, v_cache, slot, length, prefix_slot, prefix_length, scale, window, softcap, sinks
-    )
+    out = q.new_empty(*q.shape[:2], v_cache.shape[-1])
     if not out.numel():
         return out
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_cache, v_cache))
-    (B, H, D), (_, S_max, G, DV) = q.shape, v.shape
+    q, k_cache, v_cache, k_prefix, v_prefix = (
+        x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_cache, v_cache, k_prefix, v_prefix)
+    )
+    (B, H, D), (_, S_max, G, DV) = q.shape, v_cache.shape
     BLOCK_D, BLOCK_DV = _pad(D), _pad(DV)
     interpreted = capability(q) == (0, 0)
     table = TILES["interpreted" if interpreted else "fp32" if q.dtype == torch.float32 else "half"]
     BLOCK_N, warps, stages = next(tile for width, tile in table.items() if max(BLOCK_D, BLOCK_DV) <= width)
     piece = 32 if interpreted else PIECE
-    pieces = max(1, cdiv(S_max, piece))
+    skip = max(1, cdiv(S_max, piece))  # where the prefixes' partial results begin
     group = H // G
     split = next(n for n in range(1, group + 1) if group % n == 0 and group // n <= MOST)
     group //= split
-    parts = [(slot, length, 1, False)]  # the own rows, then the prefixes'
+    parts = [(k_cache, v_cache, slot, length, skip, 1, False)]  # the own rows, then the prefixes'
     if prefix_slot is not None and prefix_length is not None:
-        parts.append((prefix_slot, prefix_length, max(1, ROWS // group), True))
-    partial = torch.empty(pieces * len(parts), B, H, DV, device=q.device, dtype=torch.float32)
-    lse = torch.empty(pieces * len(parts), B, H, device=q.device, dtype=torch.float32)
+        pieces, share = max(1, cdiv(k_prefix.shape[1], piece)), max(1, ROWS // group)
+        parts.append((k_prefix, v_prefix, prefix_slot, prefix_length, pieces, share, True))
+    total = sum(pieces for _, _, _, _, pieces, *_ in parts)
+    partial = torch.empty(total, B, H, DV, device=q.device, dtype=torch.float32)
+    lse = torch.empty(total, B, H, device=q.device, dtype=torch.float32)
     inner, cap = (scale * LOG2E, 1.0) if softcap is None else (2 * LOG2E * scale / softcap, softcap * LOG2E)
-    for rows, ends, SHARE, PREFIX in parts:
+    for k, v, rows, ends, pieces, SHARE, PREFIX in parts:
         chunks = cdiv(B, SHARE)
         workers = min(pieces, cdiv(PROGRAMS * multiprocessors(q), G * split * chunks))
         _decode_pieces[G * split, workers, chunks](
             q, k, v, rows, ends, length, partial, lse, *q.stride()[:2], *k.stride()[:3], *v.stride()[:3],
-            B, window or 0, pieces if PREFIX else 0, inner, cap,
+            B, window or 0, skip if PREFIX else 0, inner, cap,
             GROUP=group, D=D, DV=DV, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV,
             WINDOW=window is not None, SOFTCAP=softcap is not None, PREFIX=PREFIX,
             PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
@@ -356,7 +398,7 @@ def _decode(
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
     _decode_merge[H, B](
-        partial, lse, sinks, out, length, prefix_slot, prefix_length, B, window or 0, pieces,
+        partial, lse, sinks, out, length, prefix_slot, prefix_length, B, window or 0, skip,
         DV=DV, BLOCK_DV=BLOCK_DV, SINKS=sinks is not None, PREFIX=prefix_slot is not None,
         WINDOW=window is not None, PIECE=piece, BLOCK_P=16, num_warps=4,
     )  # fmt: skip
@@ -364,7 +406,19 @@ def _decode(
 
 
 def _decode_fake(
-    q, k_cache, v_cache, slot, length, prefix_slot, prefix_length, scale, window, softcap, sinks
+    q,
+    k_cache,
+    v_cache,
+    slot,
+    length,
+    prefix_slot,
+    prefix_length,
+    k_prefix,
+    v_prefix,
+    scale,
+    window,
+    softcap,
+    sinks,
 ) -> Tensor:
     return q.new_empty(*q.shape[:2], v_cache.shape[-1])
 
@@ -384,6 +438,8 @@ def decode_attention(
     *,
     prefix_slot: Tensor | None = None,
     prefix_length: Tensor | None = None,
+    k_prefix: Tensor | None = None,
+    v_prefix: Tensor | None = None,
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
@@ -397,6 +453,8 @@ def decode_attention(
     length: (B,) int32 or int64, how many keys of that row are its own: at most S_max, the query's included.
     prefix_slot, prefix_length: (B,) each, both or neither: the row and length of what comes before. Slot -1: nothing.
         Sequences with the same prefix are fastest when they stand together in the batch.
+    k_prefix, v_prefix: (prefixes, P_max, G, D) and (prefixes, P_max, G, Dv), where prefix_slot is a row of these and
+        not of the caches: rows for prompts need not be as long as rows for what follows, nor the other way round.
     scale: of the scores, by default 1 / sqrt(D).    softcap: c * tanh(scores / c).
     window: the last `window` positions are in sight, the query's own included, counted through the prefix.
     sinks: (H,) one logit per head that takes part in the softmax and has no value; neither scaled nor capped.
@@ -424,6 +482,17 @@ def decode_attention(
     check_shape("v_cache", v_cache, slots=slots, S_max=S_max, kv_heads=G, head_dim=v_cache.shape[-1])
     if (prefix_slot is None) != (prefix_length is None):
         raise ValueError("prefix_slot, prefix_length: expected both or neither, got one")
+    if k_prefix is None and v_prefix is None:
+        k_prefix, v_prefix = k_cache, v_cache
+    elif k_prefix is None or v_prefix is None or prefix_slot is None:
+        raise ValueError("k_prefix, v_prefix: expected both and a prefix_slot, or neither")
+    elif not k_prefix.dtype == v_prefix.dtype == q.dtype:
+        raise ValueError(f"k_prefix, v_prefix: expected {q.dtype}, got {k_prefix.dtype}, {v_prefix.dtype}")
+    else:
+        prefixes, P_max = k_prefix.shape[:2]
+        rows = {"prefixes": prefixes, "P_max": P_max, "kv_heads": G}
+        check_shape("k_prefix", k_prefix, **rows, head_dim=D)
+        check_shape("v_prefix", v_prefix, **rows, head_dim=v_cache.shape[-1])
     numbers = {"slot": slot, "length": length, "prefix_slot": prefix_slot, "prefix_length": prefix_length}
     for name, x in numbers.items():
         if x is not None:
@@ -436,17 +505,14 @@ def decode_attention(
     if sinks is not None:
         check_shape("sinks", sinks, heads=H)
     if torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (q, k_cache, v_cache, sinks)
+        x is not None and x.requires_grad for x in (q, k_cache, v_cache, k_prefix, v_prefix, sinks)
     ):
         raise NotImplementedError(
             "decode_attention: has no gradient; call it under torch.no_grad(), train through flash_attention"
         )
+    caches, scale = (k_prefix, v_prefix), D**-0.5 if scale is None else scale
     if not use_triton(q):
-        return _decode_cpu(
-            q, k_cache, v_cache, slot, length, prefix_slot, prefix_length, scale, window, softcap, sinks
-        )
+        return _decode_cpu(q, k_cache, v_cache, *numbers.values(), *caches, scale, window, softcap, sinks)
     check_dtype("q", q)
     *tables, sinks = (None if x is None else x.contiguous() for x in (*numbers.values(), sinks))
-    return _decode_op(
-        q, k_cache, v_cache, *tables, D**-0.5 if scale is None else scale, window, softcap, sinks
-    )
+    return _decode_op(q, k_cache, v_cache, *tables, *caches, scale, window, softcap, sinks)

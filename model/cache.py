@@ -1,10 +1,16 @@
-"""Keys and values of sequences that grow by a token a step.
+"""Keys and values of prompts, each held once, and of the tokens that its samples go on with.
 
-    prompts   cache.open(packed, slots); model(packed, cache)     each prompt run once, stored for all its samples
+    prompts   cache.open(packed, rows); model(packed, cache)      each prompt run once, into a row of its own
+    samples   cache.begin(slots, rows)                            new sequences, each after its prompt
     a step    model.decode(tokens, cache)                         one further token of slots 0, 1, ..., B - 1
-    an end    cache.keep(slots)                                   the survivors move to the front
+    an end    cache.keep(slots)                                   survivors and their prompts move to the front
 
-The slots in use are always the first ones, in order, so a step reads them in place instead of gathering them.
+    prompt rows     0 | p p p p p p . .      1 | p p p . . . . .          as long as the longest prompt
+    slots           0 | a a a . .   1 | b . . . .   2 | c c c c .         as long as the most new tokens
+    prompt            0               0               1                   slots 0 and 1 are samples of one prompt
+
+The slots in use are always the first ones, in order, so a step reads them in place instead of gathering them. Within a
+row the heads stand outside the positions, so that one head's keys are a matrix.
 """
 
 from collections.abc import Sequence
@@ -17,68 +23,99 @@ from .config import ModelConfig
 from .packed import Packed
 
 
-class Cache:
-    """For each layer keys and values (slots, capacity, G, D), and a length for each slot.
+def cache_bytes(
+    config: ModelConfig, prompts: int, prompt_capacity: int, slots: int, capacity: int, dtype: torch.dtype
+) -> int:
+    """What the keys and values of a Cache take: 2 L G D of them a token."""
+    layers, heads, width = _shape(config)
+    return (prompts * prompt_capacity + slots * capacity) * 2 * layers * heads * width * dtype.itemsize
 
-    A slot holds all of its sequence, also where a layer's window no longer reaches back.
+
+def _shape(config: ModelConfig) -> tuple[int, int, int]:
+    heads = config.num_attention_heads if config.latent else config.num_key_value_heads
+    return config.num_hidden_layers, heads, config.head_dim
+
+
+class Cache:
+    """For each layer keys and values (prompts, prompt_capacity, G, D) and (slots, capacity, G, D), and their lengths.
+
+    A row holds all of its tokens, also where a layer's window no longer reaches back.
     """
 
     def __init__(
         self,
         config: ModelConfig,
+        prompts: int,
+        prompt_capacity: int,
         slots: int,
         capacity: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ):
-        heads = config.num_attention_heads if config.latent else config.num_key_value_heads
-        shape = (config.num_hidden_layers, slots, capacity, heads, config.head_dim)
-        # zeros, not empty: a masked key meets a probability of 0, and 0 * NaN is NaN
-        self.keys = torch.zeros(shape, dtype=dtype, device=device).unbind()
-        self.values = torch.zeros(shape, dtype=dtype, device=device).unbind()
-        self.capacity = capacity
-        self.length = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens that each slot holds
-        self.slot = torch.arange(slots, device=device)
-        self.adapter: Tensor | None = None  # (slots,) int32, where the model has several: Packed.adapter
-        self.source: Tensor | None = None  # the rows of the running pass to store, None for all of them
-        self.target = self.slot[:0]  # and where to: slot * capacity + position
+        layers, heads, width = _shape(config)
 
-    def open(self, packed: Packed, slots: Sequence[Sequence[int]]) -> None:
-        """The next forward pass writes segment i of `packed` into each of slots[i], from position 0 on."""
-        starts = packed.cu_seqlens.tolist()
-        source: list[int] = []
-        target: list[int] = []
-        opened: list[int] = []
-        lengths: list[int] = []
-        for copies, start, end in zip(slots, starts[:-1], starts[1:], strict=True):
-            for slot in copies:
-                source += range(start, end)
-                target += range(slot * self.capacity, slot * self.capacity + end - start)
-            opened += copies
-            lengths += [end - start] * len(copies)
-        device = self.length.device
-        self.length[torch.tensor(opened, device=device)] = torch.tensor(lengths, device=device)
+        def rows(count: int, length: int) -> tuple[Tensor, ...]:
+            # zeros, not empty: a masked key meets a probability of 0, and 0 * NaN is NaN
+            held = torch.zeros(layers, count, heads, length, width, dtype=dtype, device=device)
+            return held.transpose(2, 3).unbind()
+
+        self.prompt_keys, self.prompt_values = rows(prompts, prompt_capacity), rows(prompts, prompt_capacity)
+        self.keys, self.values = rows(slots, capacity), rows(slots, capacity)
+        self.capacity = capacity
+        self.slot = torch.arange(slots, device=device)
+        self.length = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens that each slot holds
+        self.prompt = torch.zeros_like(self.slot)  # the row of the prompt before them
+        self.prompt_length = torch.zeros_like(self.slot)
+        self.row_length = torch.zeros(prompts, dtype=torch.int64, device=device)
+        self.adapter: Tensor | None = None  # (slots,) int32, where the model has several: Packed.adapter
+        self.row_adapter: Tensor | None = None  # (prompts,)
+        self.opening = False  # does the running pass write prompts?
+        self.target = self.slot[:0]  # where to: (row * G + head) * capacity of the row + position
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values."""
+        held = (*self.prompt_keys, *self.prompt_values, *self.keys, *self.values)
+        return sum(x.numel() * x.element_size() for x in held)
+
+    def open(self, packed: Packed, rows: Sequence[int]) -> None:
+        """The next forward pass writes segment i of `packed` into the prompt row rows[i], from position 0 on."""
+        row = torch.tensor(rows, device=self.slot.device)  # (segments,)
+        lengths = packed.cu_seqlens.diff().long()
+        self.row_length[row] = lengths
         if packed.adapter is not None:
-            if self.adapter is None:
+            if self.row_adapter is None:
+                self.row_adapter = torch.full_like(self.row_length, -1, dtype=torch.int32)
                 self.adapter = torch.full_like(self.slot, -1, dtype=torch.int32)
-            lasts = [end - 1 for copies, end in zip(slots, starts[1:], strict=True) for _ in copies]
-            self.adapter[torch.tensor(opened, device=device)] = packed.adapter[
-                torch.tensor(lasts, device=device)
-            ]
-        self.source, self.target = torch.tensor(source, device=device), torch.tensor(target, device=device)
+            self.row_adapter[row] = packed.adapter[packed.cu_seqlens[1:].long() - 1]
+        self.opening = True
+        self._aim(self.prompt_keys[0], row.repeat_interleave(lengths), packed.positions)
+
+    def begin(self, slots: slice, rows: Tensor) -> None:
+        """Empty these slots, each to go on from the prompt in its row of `rows` (slots,)."""
+        self.length[slots] = 0
+        self.prompt[slots], self.prompt_length[slots] = rows, self.row_length[rows]
+        if self.adapter is not None and self.row_adapter is not None:
+            self.adapter[slots] = self.row_adapter[rows]
 
     def grow(self, slots: int) -> Tensor:
         """Room for one token in each of the first slots; its position, (slots,). A full slot overwrites its last."""
-        position = self.length[:slots].add_(1).clamp_(max=self.capacity) - 1
-        self.source, self.target = None, self.slot[:slots] * self.capacity + position
-        return position
+        last = self.length[:slots].add_(1).clamp_(max=self.capacity) - 1
+        self.opening = False
+        self._aim(self.keys[0], self.slot[:slots], last)
+        return self.prompt_length[:slots] + last
+
+    def _aim(self, held: Tensor, row: Tensor, position: Tensor) -> None:
+        """Where `write` puts tokens: these rows and positions, (tokens,), of tensors shaped as `held`."""
+        _, length, G, _ = held.shape
+        head = torch.arange(G, device=row.device)
+        self.target = ((row[:, None] * G + head) * length + position[:, None]).flatten()  # (tokens * G,)
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Store k and v, (total, G, D), as `open` or `grow` said."""
-        if self.source is not None:
-            k, v = k[self.source], v[self.source]
-        self.keys[layer].flatten(0, 1).index_copy_(0, self.target, k)
-        self.values[layer].flatten(0, 1).index_copy_(0, self.target, v)
+        keys, values = (self.prompt_keys, self.prompt_values) if self.opening else (self.keys, self.values)
+        for held, new in ((keys[layer], k), (values[layer], v)):
+            held.transpose(1, 2).flatten(0, 2).index_copy_(0, self.target, new.reshape(-1, new.shape[-1]))
 
     def attend(
         self,
@@ -90,17 +127,47 @@ class Cache:
     ) -> Tensor:
         """q (B, H, D), the newest token of each of the first B slots, to (B, H, D)."""
         B = q.shape[0]
-        keys, values = self.keys[layer][:B], self.values[layer][:B]
         return decode_attention(
-            q, keys, values, self.slot[:B], self.length[:B], window=window, scale=scale, sinks=sinks
+            q,
+            self.keys[layer][:B],
+            self.values[layer][:B],
+            self.slot[:B],
+            self.length[:B],
+            prefix_slot=self.prompt[:B],
+            prefix_length=self.prompt_length[:B],
+            k_prefix=self.prompt_keys[layer],
+            v_prefix=self.prompt_values[layer],
+            window=window,
+            scale=scale,
+            sinks=sinks,
         )
 
-    def keep(self, slots: Tensor) -> None:
-        """Move these slots (n,), ascending, to the front; the others are free again."""
+    def keep(self, slots: Tensor, rows: Sequence[int] = ()) -> list[int]:
+        """Move these slots (n,), ascending, to the front; the others are free.
+
+        So do the prompts that they go on from and those in `rows`. Returns where these were, the first now in row 0.
+        """
         n = slots.numel()
-        longest = int(self.length[slots].max()) if n else 0
-        for held in (*self.keys, *self.values):
-            held[:n, :longest] = held[slots, :longest]
-        self.length[:n] = self.length[slots]
-        if self.adapter is not None:
-            self.adapter[:n] = self.adapter[slots]
+        needed = torch.cat([self.prompt[slots], self.prompt.new_tensor(rows)])
+        rows_kept, row = needed.unique(return_inverse=True)
+        _move((*self.keys, *self.values), slots, self.length)
+        _move((*self.prompt_keys, *self.prompt_values), rows_kept, self.row_length)
+        for state in (self.length, self.prompt_length, self.adapter):
+            if state is not None:
+                state[:n] = state[slots]
+        for state in (self.row_length, self.row_adapter):
+            if state is not None:
+                state[: rows_kept.numel()] = state[rows_kept]
+        self.prompt[:n] = row[:n]
+        return rows_kept.tolist()
+
+
+def _move(held: Sequence[Tensor], rows: Tensor, lengths: Tensor) -> None:
+    """Rows (n,) of each tensor to the front, as far as they are filled; those that stand there already stay."""
+    moved = (rows != torch.arange(rows.numel(), device=rows.device)).nonzero().squeeze(1)
+    if not moved.numel():
+        return
+    first, rows = int(moved[0]), rows[int(moved[0]) :]
+    longest = int(lengths[rows].max())
+    for x in held:
+        x[first : first + rows.numel(), :longest] = x[rows, :longest]

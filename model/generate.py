@@ -1,7 +1,7 @@
 """Sample continuations of prompts: a batch that shrinks as sequences end and fills up again, over one cache.
 
-Each distinct prompt is run once when its samples enter the batch, and its keys and values are copied to them. From then
-on a step runs one token of every live sequence. Sequences that have ended leave when they are an eighth of the batch.
+Each distinct prompt is run once and its keys and values are held once, for all of its samples. From then on a step runs
+one token of every live sequence. Sequences that have ended leave when they are an eighth of the batch.
 
     u = logits / temperature, on the support: all ids, or the top_k most likely, and of these the fewest whose
         probability reaches top_p, less those below min_p times the most likely one's
@@ -9,17 +9,19 @@ on a step runs one token of every live sequence. Sequences that have ended leave
 
 That number is a hash of (seed, sample, step) and of nothing else: neither the batch size nor the other prompts change
 what a sample draws. (Rounding in the logits may, where the number falls on the border between two ids.)
+
+On a GPU a step is two CUDA graphs, drawing and running what was drawn. Between them the host reads how many have ended.
 """
 
-from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cache import Cache
+from .cache import Cache, cache_bytes
 from .errors import InputError
 from .packed import pack
 from .transformer import Transformer
@@ -29,6 +31,12 @@ TOP_P_WIDTH = (
 )
 PREFILL_TOKENS = 16_384  # prompts are run in portions of about this many tokens
 LEAVING = 8  # a batch is compacted when one in this many sequences has ended
+MEMORY_BUDGET = 4 * 2**30  # bytes of cached keys and values
+BLOCK = 128  # ids whose probabilities are summed before an id is looked for among them
+
+Prompt = tuple[
+    int, tuple[int, ...]
+]  # (adapter, ids): what two samples must have in common to share a cache's row
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ def generate(
     stop_ids: Collection[int] = frozenset(),
     seed: int = 0,
     batch_size: int | None = None,
+    memory_budget: int = MEMORY_BUDGET,
     progress: Callable[[int, int], None] | None = None,
     adapters: Sequence[int] | None = None,
     first_sample: int = 0,
@@ -65,17 +74,80 @@ def generate(
     """Samples in the order of the prompts, those of prompt 0 first.
 
     temperature: 0 takes the most likely id, whatever top_k, top_p and min_p say, and records no support.
-    batch_size: sequences at a time, all by default; the cache has room for batch_size * (longest prompt +
-        max_new_tokens) tokens.
+    batch_size: sequences at a time, at most; as many as the budget allows by default.
+    memory_budget: bytes of the cache, which has room for max_new_tokens of each sequence at a time and, once, for each
+        prompt that these go on from; cache.cache_bytes is the sum.
     progress: called with (samples ended, samples in all) when some leave the batch.
     adapters: for each prompt, which of the model's stacked adapters answers it, -1 for none.
     first_sample: where these are a part of more samples, how many stand before: they are then drawn as among those.
-    Raises InputError for an empty prompt and for an id outside the vocabulary, ValueError for a number out of range.
+    Raises InputError for an empty prompt, for an id outside the vocabulary and for a budget below one sequence's cache,
+        ValueError for a number out of range.
     """
+    for name, value, least in (("samples_per_prompt", samples_per_prompt, 1), ("batch_size", batch_size, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    _check(model, prompts, max_new_tokens, temperature, top_k, top_p, min_p)
+    total = len(prompts) * samples_per_prompt
+    if not total:
+        return []
+    choose = _Draw(temperature, top_k, top_p, model.config.vocab_size, min_p)
+    batch = _Batch(
+        *(model, prompts, adapters, samples_per_prompt, max_new_tokens),
+        *(batch_size or total, memory_budget, choose, stop_ids, seed, first_sample),
+    )
+    samples: dict[int, Sample] = {}
+    while len(samples) < total:
+        batch.admit()
+        if batch.draw():
+            for index, tokens, logprobs, supports in batch.leave():
+                ended = tokens[-1] in stop_ids
+                samples[index] = Sample(index // samples_per_prompt, tokens, logprobs, supports, ended)
+            if progress is not None:
+                progress(len(samples), total)
+        batch.advance()
+    return [samples[index] for index in range(total)]
+
+
+def stream(
+    model: Transformer,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    stop_ids: Collection[int] = frozenset(),
+    seed: int = 0,
+) -> Iterator[int]:
+    """The ids of the one sample that `generate` would return, as they are drawn, a stop id at the end included."""
+    _check(model, [prompt], max_new_tokens, temperature, top_k, top_p, min_p)
+    choose = _Draw(temperature, top_k, top_p, model.config.vocab_size, min_p)
+    batch = _Batch(model, [prompt], None, 1, max_new_tokens, 1, MEMORY_BUDGET, choose, stop_ids, seed, 0)
+    with torch.no_grad():
+        batch.admit()
+    while True:
+        with torch.no_grad():  # not around the yield: what runs between two ids is not ours
+            ended = batch.draw()
+        yield int(batch.drawn[0])
+        if ended:
+            return
+        with torch.no_grad():
+            batch.advance()
+
+
+def _check(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+) -> None:
+    """Raise for what cannot be sampled."""
     for name, value, least in (
-        ("samples_per_prompt", samples_per_prompt, 1),
         ("max_new_tokens", max_new_tokens, 1),
-        ("batch_size", batch_size, 1),
         ("top_k", top_k, 1),
         ("temperature", temperature, 0),
     ):
@@ -93,28 +165,6 @@ def generate(
             raise InputError(
                 f"prompt {i}: expected token ids below {vocabulary}, got {min(prompt)} to {max(prompt)}"
             )
-    total = len(prompts) * samples_per_prompt
-    if not total:
-        return []
-    rows = min(batch_size or total, total)
-    draw = _Draw(temperature, top_k, None if top_p == 1 else top_p, vocabulary, min_p or None)
-    truncates = draw.width is not None
-    batch = _Batch(
-        model, prompts, adapters, samples_per_prompt, max_new_tokens, rows, truncates, seed, first_sample
-    )
-    stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=model.device)
-    samples: dict[int, Sample] = {}
-    while len(samples) < total:
-        batch.admit()
-        token, logprob, support = draw(model.logits(batch.hidden), batch.noise())
-        if batch.record(token, logprob, support, stops):
-            for index, tokens, logprobs, supports in batch.leave():
-                ended = tokens[-1] in stop_ids
-                samples[index] = Sample(index // samples_per_prompt, tokens, logprobs, supports, ended)
-            if progress is not None:
-                progress(len(samples), total)
-        batch.advance()
-    return [samples[index] for index in range(total)]
 
 
 # ---- drawing
@@ -131,31 +181,57 @@ class _Draw:
         vocabulary: int,
         min_p: float | None = None,
     ):
+        top_p, min_p = None if top_p == 1 else top_p, min_p or None
         self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
         truncates = temperature > 0 and any(rule is not None for rule in (top_k, top_p, min_p))
         self.width = min(top_k or TOP_P_WIDTH, vocabulary) if truncates else None
 
     def __call__(self, logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         if self.temperature == 0:
-            logprob, token = logits.log_softmax(-1).max(-1)
+            top, token = logits.max(-1)
+            return token, top - logits.logsumexp(-1), None
+        u = logits if self.temperature == 1 else logits / self.temperature
+        if self.width is None:
+            token, logprob = _invert(u, noise)
             return token, logprob, None
-        u, ids = logits / self.temperature, None
-        if self.width is not None:
-            whole = u
-            u, ids = u.topk(self.width)  # (B, width), most likely first
-            if self.top_p is not None:
-                p = (u - (whole if self.top_k is None else u).logsumexp(-1, keepdim=True)).exp()
-                dropped = p.cumsum(-1) - p >= self.top_p  # where the ids before this one suffice
-                u, ids = u.masked_fill(dropped, -torch.inf), ids.masked_fill(dropped, -1)
-            if self.min_p is not None:
-                dropped = (u - u[:, :1]).exp() < self.min_p
-                u, ids = u.masked_fill(dropped, -torch.inf), ids.masked_fill(dropped, -1)
-        log_p = u.log_softmax(-1)
-        reached = log_p.exp().cumsum(-1, dtype=torch.float64)
-        chosen = torch.searchsorted(reached, noise[:, None] * reached[:, -1:], right=True)  # (B, 1)
-        chosen = chosen.clamp_(max=u.shape[1] - 1)  # only NaN logits come here
-        token = chosen if ids is None else ids.gather(1, chosen)
-        return token.squeeze(1), log_p.gather(1, chosen).squeeze(1), ids
+        whole = u
+        u, ids = u.topk(self.width)  # (B, width), most likely first
+        if self.top_p is not None:
+            p = (u - (whole if self.top_k is None else u).logsumexp(-1, keepdim=True)).exp()
+            dropped = p.cumsum(-1) - p >= self.top_p  # where the ids before this one suffice
+            u, ids = u.masked_fill(dropped, -torch.inf), ids.masked_fill(dropped, -1)
+        if self.min_p is not None:
+            dropped = (u - u[:, :1]).exp() < self.min_p
+            u, ids = u.masked_fill(dropped, -torch.inf), ids.masked_fill(dropped, -1)
+        chosen, logprob = _invert(u, noise)
+        return ids.gather(1, chosen[:, None]).squeeze(1), logprob, ids
+
+
+def _invert(u: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the cumulative softmax of u (B, V) passes the noise (B,), and log softmax there, both (B,).
+
+    Looked for among the sums of blocks first: one pass over u instead of a cumulative sum of it.
+    """
+    (B, V), blocks = u.shape, -(-u.shape[1] // BLOCK)
+    top = u.amax(-1, keepdim=True)
+    e = u.new_zeros(B, blocks * BLOCK)
+    torch.exp(u - top, out=e[:, :V])
+    e = e.view(B, blocks, BLOCK)
+    sums = e.sum(-1).double()  # (B, blocks)
+    reached = sums.cumsum(-1)
+    total = reached[:, -1:]
+    target = noise[:, None] * total  # (B, 1)
+    # the first that passes has a sum above 0; only NaN logits pass nowhere
+    block = torch.searchsorted(reached, target, right=True).clamp_(max=blocks - 1)
+    inside = e.gather(1, block[:, :, None].expand(B, 1, BLOCK)).squeeze(1).cumsum(-1, dtype=torch.float64)
+    rest = target - (reached - sums).gather(1, block)
+    rest = torch.minimum(
+        rest, torch.nextafter(inside[:, -1:], torch.zeros_like(total))
+    )  # the sums were rounded
+    chosen = block * BLOCK + torch.searchsorted(inside, rest, right=True)
+    chosen = chosen.clamp_(max=V - 1)  # (B, 1)
+    logprob = u.gather(1, chosen) - top - total.log().to(u.dtype)
+    return chosen.squeeze(1), logprob.squeeze(1)
 
 
 def _signed(value: int) -> int:
@@ -183,7 +259,10 @@ def uniform(seed: int, sample: Tensor, step: Tensor) -> Tensor:
 
 
 class _Batch:
-    """Sequences in flight. Row r of every tensor and slot r of the cache are one sequence; live rows come first."""
+    """Sequences in flight. Row r of every tensor and slot r of the cache are one sequence; live rows come first.
+
+    Tensors keep their places, so that a graph can be recorded on them. Free rows count as done.
+    """
 
     def __init__(
         self,
@@ -192,99 +271,171 @@ class _Batch:
         adapters: Sequence[int] | None,
         samples_per_prompt: int,
         max_new_tokens: int,
-        rows: int,
-        truncates: bool,
+        batch_size: int,
+        memory_budget: int,
+        choose: _Draw,
+        stop_ids: Collection[int],
         seed: int,
         first_sample: int,
     ):
-        self.model, self.prompts, self.adapters = model, prompts, adapters
-        self.seed, self.first_sample = seed, first_sample
-        self.rows, self.live, self.max_new_tokens = rows, 0, max_new_tokens
-        self.waiting = deque(  # (prompt, its samples that enter together)
-            (prompt, range(first, min(first + rows, (prompt + 1) * samples_per_prompt)))
-            for prompt in range(len(prompts))
-            for first in range(prompt * samples_per_prompt, (prompt + 1) * samples_per_prompt, rows)
-        )
-        device, weight = model.device, model.embed_tokens.weight
-        dtype = weight.dtype
+        self.model, self.samples_per_prompt, self.max_new_tokens = model, samples_per_prompt, max_new_tokens
+        self.choose, self.seed, self.first_sample = choose, seed, first_sample
+        which = [-1] * len(prompts) if adapters is None else adapters
+        self.adapted = adapters is not None
+        self.prompts = [(adapter, tuple(ids)) for adapter, ids in zip(which, prompts, strict=True)]
+        self.held: dict[
+            tuple[int, tuple[int, ...]], int
+        ] = {}  # the row of each prompt in the cache, in order
+        self.waiting = range(len(prompts) * samples_per_prompt)
+        self.live = 0
+        device, dtype = model.device, model.embed_tokens.weight.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        capacity = max(len(prompt) for prompt in prompts) + max_new_tokens
-        self.cache = Cache(model.config, rows, capacity, dtype, device)
-        self.hidden = weight.new_empty(0, weight.shape[1])  # (live, C), what the next ids are drawn from
+        distinct, longest = len(set(self.prompts)), max(len(prompt) for prompt in prompts)
+
+        def shape(rows: int) -> tuple[int, int, int, int]:
+            # samples of twice as many prompts as fill the batch, for they do not end together
+            return min(distinct, rows, 2 * -(-rows // samples_per_prompt)), longest, rows, max_new_tokens
+
+        def needed(rows: int) -> int:
+            return cache_bytes(model.config, *shape(rows), dtype)
+
+        rows = bisect_right(range(1, min(batch_size, len(self.waiting)) + 1), memory_budget, key=needed)
+        if not rows:
+            raise InputError(
+                f"memory_budget: expected at least the {needed(1)} bytes that one sequence's cache takes, "
+                f"got {memory_budget}"
+            )
+        self.rows, self.prompt_rows = rows, shape(rows)[0]
+        self.cache = Cache(model.config, *shape(rows), dtype, device)
+        self.last: Tensor | None = None  # (prompt_rows, C), what a prompt's first ids are drawn from
+        self.hidden: Tensor | None = None  # (rows, C), what the next ids are drawn from
         self.index = torch.zeros(rows, dtype=torch.int64, device=device)  # of the sample
         self.count = torch.zeros(rows, dtype=torch.int64, device=device)  # ids drawn
-        self.done = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.done = torch.ones(rows, dtype=torch.bool, device=device)
+        self.drawn = torch.zeros(rows, dtype=torch.int64, device=device)  # the latest id
+        self.column = torch.zeros(
+            rows, dtype=torch.int64, device=device
+        )  # and where it stands among a sample's
         # one column more than needed: a sequence that is done, but has not left, writes there
         self.tokens = torch.zeros(rows, max_new_tokens + 1, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(rows, max_new_tokens + 1, device=device)
         self.noises = torch.zeros(rows, max_new_tokens + 1, dtype=torch.float64, device=device)
         self.steps = torch.arange(max_new_tokens + 1, device=device)
-        self.supports = None
-        if truncates:  # as wide as the widest support so far
-            self.supports = torch.empty(rows, max_new_tokens + 1, 0, dtype=torch.int32, device=device)
+        self.stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
+        self.ended = torch.zeros(
+            2, dtype=torch.int64, device=device
+        )  # rows that are done; the widest support
+        self.support = self.supports = None
+        if choose.width is not None:
+            self.support = torch.full(
+                (rows, choose.width), -1, dtype=torch.int32, device=device
+            )  # the latest
+            self.supports = self.support.new_empty(
+                rows, max_new_tokens + 1, 0
+            )  # as wide as the widest so far
+        self.graphs = _Graphs() if device.type == "cuda" else None
+
+    # -- entering
 
     def admit(self) -> None:
-        """Run the prompts of as many waiting samples as there is room for."""
-        while self.waiting and len(self.waiting[0][1]) <= self.rows - self.live:
-            segments: dict[tuple[int, tuple[int, ...]], int] = {}  # (adapter, ids)
-            slots: list[list[int]] = []
-            entering: list[int] = []
+        """Take in as many waiting samples as there is room for, and run their prompts unless the cache has them."""
+        while self.waiting and self.live < self.rows:
+            new: dict[Prompt, int] = {}
+            entering: list[tuple[Prompt, int]] = []  # with the sample's index
             tokens = 0
-            while self.waiting and tokens < PREFILL_TOKENS:
-                prompt, samples = self.waiting[0]
-                first = self.live + len(entering)
-                if first + len(samples) > self.rows:
-                    break
-                self.waiting.popleft()
-                key = (-1 if self.adapters is None else self.adapters[prompt], tuple(self.prompts[prompt]))
-                if key not in segments:
-                    segments[key] = len(slots)
-                    slots.append([])
-                    tokens += len(key[1])
-                slots[segments[key]] += range(first, first + len(samples))
-                entering += samples
-            self._prefill(list(segments), slots, entering)
+            for index in self.waiting[: self.rows - self.live]:
+                prompt = self.prompts[index // self.samples_per_prompt]
+                if prompt not in self.held and prompt not in new:
+                    if len(self.held) + len(new) == self.prompt_rows or tokens >= PREFILL_TOKENS:
+                        break
+                    new[prompt] = len(self.held) + len(new)
+                    tokens += len(prompt[1])
+                entering.append((prompt, index))
+            if not entering:
+                return
+            if new:
+                self._prefill(new)
+            self._enter(sorted(entering, key=lambda sample: self.held[sample[0]]))
 
-    def _prefill(
-        self, segments: list[tuple[int, tuple[int, ...]]], slots: list[list[int]], entering: list[int]
-    ) -> None:
-        adapters = None if self.adapters is None else [adapter for adapter, _ in segments]
-        packed = pack([ids for _, ids in segments], device=self.model.device, adapters=adapters)
-        self.cache.open(packed, slots)
-        last = self.model(packed, self.cache)[packed.cu_seqlens[1:].long() - 1]  # (segments, C)
-        segment = {slot: i for i, copies in enumerate(slots) for slot in copies}
-        new = slice(self.live, self.live + len(entering))
-        rows = torch.tensor([segment[slot] for slot in range(new.start, new.stop)], device=last.device)
-        self.hidden = torch.cat([self.hidden.to(last.dtype), last[rows]])
-        self.index[new] = torch.tensor(entering, device=last.device)
+    def _prefill(self, prompts: dict[Prompt, int]) -> None:
+        """prompts: with the row that each is to have, one after the other from the first free one."""
+        self.held |= prompts
+        rows = slice(len(self.held) - len(prompts), len(self.held))
+        adapters = [adapter for adapter, _ in prompts] if self.adapted else None
+        packed = pack([ids for _, ids in prompts], device=self.model.device, adapters=adapters)
+        self.cache.open(packed, list(prompts.values()))
+        last = self.model(packed, self.cache)[packed.cu_seqlens[1:].long() - 1]  # (prompts, C)
+        if self.last is None:
+            self.last = last.new_zeros(self.prompt_rows, last.shape[1])
+            self.hidden = last.new_zeros(self.rows, last.shape[1])
+        assert self.last is not None
+        self.last[rows] = last
+
+    def _enter(self, samples: list[tuple[Prompt, int]]) -> None:
+        """Samples of the same prompt stand together."""
+        assert self.last is not None and self.hidden is not None
+        new = slice(self.live, self.live + len(samples))
+        row = torch.tensor([self.held[prompt] for prompt, _ in samples], device=self.last.device)
+        self.cache.begin(new, row)
+        self.hidden[new] = self.last[row]
+        self.index[new] = torch.tensor([index for _, index in samples], device=row.device)
         self.noises[new] = uniform(self.seed, self.index[new, None] + self.first_sample, self.steps)
         self.count[new] = 0
         self.done[new] = False
-        self.live = new.stop
+        self.waiting, self.live = self.waiting[len(samples) :], new.stop
 
-    def noise(self) -> Tensor:
-        """(live,) for the ids that are drawn next."""
-        return self.noises[: self.live].gather(1, self.count[: self.live, None]).squeeze(1)
+    # -- a step
 
-    def record(self, token: Tensor, logprob: Tensor, support: Tensor | None, stops: Tensor) -> bool:
-        """Store what was drawn. True when enough sequences are done to let them leave: the step's one host read."""
-        live, rows = slice(self.live), self.cache.slot[: self.live]
-        column = self.count[live].clone()  # (live,)
-        self.drawn = token
-        self.tokens[rows, column] = token
-        self.logprobs[rows, column] = logprob.float()
-        done = self.done[live]
-        self.count[live] += ~done
-        done |= (token[:, None] == stops).any(1) | (self.count[live] >= self.max_new_tokens)
-        if self.supports is None or support is None:
-            return int(done.sum()) * LEAVING >= self.live
-        leaving, kept = torch.stack([done.sum(), (support >= 0).sum(1).max()]).tolist()
-        if kept > self.supports.shape[2]:
-            self.supports = F.pad(self.supports, (0, 2 * kept - self.supports.shape[2]), value=-1)
-        self.supports[rows, column] = -1
-        self.supports[rows, column, :kept] = support[:, :kept].int()
-        return leaving * LEAVING >= self.live
+    def draw(self) -> bool:
+        """Draw an id for every live sequence. True when enough are done to let them leave: the step's one host read."""
+        rows = self._run(self._draw)
+        done, kept = self.ended.tolist()
+        if self.support is not None and self.supports is not None:
+            if kept > self.supports.shape[2]:
+                self.supports = F.pad(self.supports, (0, 2 * kept - self.supports.shape[2]), value=-1)
+            place = self.cache.slot[: self.live], self.column[: self.live]
+            self.supports[place] = -1
+            self.supports[(*place, slice(kept))] = self.support[: self.live, :kept]
+        return (done - (rows - self.live)) * LEAVING >= self.live
+
+    def advance(self) -> None:
+        """Run the ids just drawn."""
+        if self.live:
+            self._run(self._advance)
+
+    def _run(self, function: Callable[[int], None]) -> int:
+        """Call it for the live rows; on a GPU for a few free ones, too: a graph for every power of two is enough."""
+        if self.graphs is None:
+            function(self.live)
+            return self.live
+        rows = min(self.rows, 1 << (self.live - 1).bit_length())
+        self.graphs(function, rows)
+        return rows
+
+    def _draw(self, rows: int) -> None:
+        """For the first rows: nothing here may look at a value on the host, nor have a shape that depends on one."""
+        assert self.hidden is not None
+        slot, count, done, column = (x[:rows] for x in (self.cache.slot, self.count, self.done, self.column))
+        noise = self.noises[:rows].gather(1, count[:, None]).squeeze(1)
+        token, logprob, support = self.choose(self.model.logits(self.hidden[:rows]), noise)
+        column.copy_(count)
+        self.drawn[:rows] = token
+        self.tokens[slot, column] = token
+        self.logprobs[slot, column] = logprob.float()
+        if self.support is not None and support is not None:
+            self.support[:rows] = support
+            self.ended[1] = ((support >= 0).sum(1) * ~done).max()
+        count += ~done
+        done |= (token[:, None] == self.stops).any(1) | (count >= self.max_new_tokens)
+        self.ended[0] = done.sum()
+
+    def _advance(self, rows: int) -> None:
+        """As _draw."""
+        assert self.hidden is not None
+        self.hidden[:rows] = self.model.decode(self.drawn[:rows], self.cache)
+
+    # -- leaving
 
     def leave(self) -> list[tuple[int, list[int], Tensor, Tensor | None]]:
         """Take the sequences that are done out: (sample, tokens, logprobs, support) of each."""
@@ -306,6 +457,7 @@ class _Batch:
             self.index,
             self.count,
             self.done,
+            self.drawn,
             self.tokens,
             self.logprobs,
             self.noises,
@@ -313,13 +465,35 @@ class _Batch:
         ):
             if state is not None:
                 state[: self.live] = state[stay]
-        self.drawn = self.drawn[stay]
-        self.cache.keep(stay)
+        self.done[self.live :] = True
+        upcoming = self.prompts[self.waiting[0] // self.samples_per_prompt] if self.waiting else None
+        rows = self.cache.keep(stay, [self.held[upcoming]] if upcoming in self.held else [])
+        held = list(self.held)
+        self.held = {held[row]: i for i, row in enumerate(rows)}
+        if self.last is not None:
+            self.last[: len(rows)] = self.last[rows]
         return left
 
-    def advance(self) -> None:
-        """Run the ids just drawn."""
-        if self.live:
-            self.hidden = self.model.decode(self.drawn, self.cache)
-        else:
-            self.hidden = self.hidden[:0]
+
+class _Graphs:
+    """Functions of a number of rows, as CUDA graphs: replayed from the third call with a number on.
+
+    The first call runs as it is, for it compiles kernels and allocates workspaces; the second records.
+
+    Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+    """
+
+    def __init__(self):
+        self.recorded: dict[tuple[Callable[[int], None], int], torch.cuda.CUDAGraph | None] = {}
+
+    def __call__(self, function: Callable[[int], None], rows: int) -> None:
+        key = function, rows
+        if key not in self.recorded:
+            self.recorded[key] = None
+            return function(rows)
+        graph = self.recorded[key]
+        if graph is None:
+            graph = self.recorded[key] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                function(rows)
+        graph.replay()

@@ -1,10 +1,9 @@
 """A conversation at the keyboard, played from a list: what is asked, what the model sees, and how it ends."""
 
 import pytest
-import torch
 from burnish.algorithms import chat
 from burnish.algorithms.__main__ import main as command
-from burnish.algorithms.chat import Config, draw, main, stream
+from burnish.algorithms.chat import Config, main
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.config import ModelConfig
 from burnish.model.errors import InputError
@@ -63,36 +62,6 @@ def replies(monkeypatch, tokenizer):
     return answer_with
 
 
-def test_the_stream_is_what_generate_samples_greedily(folder, tokenizer):
-    model, generator = load_model(folder), torch.Generator()
-    prompt = tokenizer.encode_chat([USER], add_generation_prompt=True)
-    options = {"max_new_tokens": 20, "temperature": 0.0}
-    (whole,) = generate(model, [prompt], **options)
-    assert (
-        list(stream(model, prompt, top_p=1.0, stop_ids=frozenset(), generator=generator, **options))
-        == whole.tokens
-    )
-    stop = frozenset({whole.tokens[5]})
-    stopped = list(stream(model, prompt, top_p=1.0, stop_ids=stop, generator=generator, **options))
-    assert stopped == whole.tokens[: whole.tokens.index(whole.tokens[5]) + 1]
-
-
-def test_drawing_follows_temperature_and_top_p():
-    logits = torch.tensor([0.1, 0.5, 0.2, 0.2]).log()
-    generator = torch.Generator().manual_seed(0)
-
-    def share(temperature, top_p):
-        ids = torch.tensor([draw(logits, temperature, top_p, generator) for _ in range(1500)])
-        return ids.bincount(minlength=4) / 1500
-
-    torch.testing.assert_close(share(1.0, 1.0), logits.exp(), atol=0.06, rtol=0)
-    squared = logits.exp() ** 2 / (logits.exp() ** 2).sum()
-    torch.testing.assert_close(share(0.5, 1.0), squared, atol=0.06, rtol=0)
-    kept = torch.tensor([0, 5 / 9, 2 / 9, 2 / 9])  # 0.5 + 0.2 is short of 0.8, and 0.5 + 0.2 + 0.2 reaches it
-    torch.testing.assert_close(share(1.0, 0.8), kept, atol=0.06, rtol=0)
-    assert share(0, 1.0)[1] == 1 and share(1.0, 0.3)[1] == 1
-
-
 def test_a_conversation_remembers_and_starts_anew(folder, keyboard, replies, capsys):
     keyboard("The License", "", "and more", "/new", "again")
     prompts = replies("one<|im_end|>", "two<|im_end|>", "three<|im_end|>")
@@ -126,6 +95,13 @@ def test_the_same_seed_gives_the_same_answer(folder, capsys):
         return capsys.readouterr().out
 
     assert answers(0) == answers(0) != answers(1)
+
+
+def test_another_answer_draws_anew(folder, keyboard, capsys):
+    keyboard("The", "/new", "The")
+    main(Config(folder, temperature=1.0, top_p=1.0, max_new_tokens=12, device="cpu"))
+    first, second = capsys.readouterr().out.strip().split("\n", 1)
+    assert first != second
 
 
 def test_characters_of_several_tokens_are_shown_whole(folder, replies, capsys, monkeypatch):

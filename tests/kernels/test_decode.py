@@ -224,6 +224,39 @@ def test_a_prefix_is_the_same_as_its_copy(device):
     )
 
 
+def test_prefixes_may_lie_in_a_cache_of_their_own(device):
+    """Of another length, with rows in another order, heads outside positions; every feature on."""
+    arguments = make(["prefix", "window", "softcap", "sinks"], device=device)
+    want = decode_attention(**arguments)
+    moved = torch.tensor([3, 1], device=device)  # row 0 of the new cache was row 3
+    arguments["prefix_slot"] = torch.tensor([1, 1, -1, 0, 1], device=device)
+    for name, cache in (("k_prefix", "k_cache"), ("v_prefix", "v_cache")):
+        rows = arguments[cache][moved, : arguments["prefix_length"].max()]
+        arguments[name] = rows.transpose(1, 2).contiguous().transpose(1, 2)
+        arguments[cache] = arguments[cache].clone()
+        arguments[cache][[1, 3]] = float("nan")  # no sequence's own rows
+    close = {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(decode_attention_reference(**arguments), want, **close)
+    torch.testing.assert_close(decode_attention(**arguments), want, **close)
+
+
+@cpu_path
+@pytest.mark.parametrize("slots", [[0, 0, 1, 1], [1, 0, 2, 0], [900, 900, 5, 7], [3, 3, 3, 3]], ids=str)
+def test_cpu_path_shares_rows_in_any_arrangement(slots):
+    arguments = {
+        "q": torch.randn(4, 4, 8),
+        "slot": torch.tensor([0, 1, 2, 3]),
+        "length": torch.tensor([3, 1, 2, 5]),
+    }
+    arguments |= {"k_cache": torch.randn(4, 6, 2, 8), "v_cache": torch.randn(4, 6, 2, 5)}
+    arguments |= {"k_prefix": torch.randn(901, 9, 2, 8), "v_prefix": torch.randn(901, 9, 2, 5)}
+    arguments |= {"prefix_slot": torch.tensor(slots), "prefix_length": torch.tensor([9, 2, 5, 7])}
+    arguments = convert(arguments, torch.float64)
+    torch.testing.assert_close(
+        decode_attention(**arguments), decode_attention_reference(**arguments), rtol=1e-12, atol=1e-12
+    )
+
+
 def test_empty_batch_and_empty_sequences(device):
     arguments = make(["prefix"], device=device)
     none = {name: x[:0] for name, x in arguments.items() if "cache" not in name}
@@ -247,6 +280,15 @@ REFUSALS = {
     "slot: expected dtype torch.int32 or torch.int64, got torch.float32": {"slot": torch.zeros(2)},
     "length: expected shape (batch=2), got (1,)": {"length": torch.ones(1, dtype=torch.int64)},
     "prefix_slot, prefix_length: expected both or neither, got one": {"prefix_slot": torch.zeros(2, dtype=torch.int64)},
+    "k_prefix, v_prefix: expected both and a prefix_slot, or neither": {"k_prefix": (1, 5, 2, 8)},
+    "k_prefix: expected shape (prefixes=1, P_max=4, kv_heads=2, head_dim=8), got (1, 4, 3, 8)": {
+        "k_prefix": (1, 4, 3, 8), "v_prefix": (1, 4, 2, 8),
+        "prefix_slot": torch.zeros(2, dtype=torch.int64), "prefix_length": torch.zeros(2, dtype=torch.int64),
+    },
+    "k_prefix, v_prefix: expected torch.float32, got torch.float32, torch.float16": {
+        "k_prefix": (1, 4, 2, 8), "v_prefix": torch.zeros(1, 4, 2, 8, dtype=torch.float16),
+        "prefix_slot": torch.zeros(2, dtype=torch.int64), "prefix_length": torch.zeros(2, dtype=torch.int64),
+    },
     "window: expected at least 1, got 0": {"window": 0},
     "softcap: expected a positive number, got -1.0": {"softcap": -1.0},
     "sinks: expected shape (heads=4), got (2,)": {"sinks": torch.zeros(2)},
@@ -274,10 +316,11 @@ def test_refuses_a_gradient(device):
 
 @triton_path
 def test_registration(device):
-    options = dict.fromkeys(["prefix_slot", "prefix_length"]) | {"scale": 0.25}
-    options |= dict.fromkeys(["window", "softcap", "sinks"])
+    options = dict.fromkeys(["prefix_slot", "prefix_length"])
     arguments = make(FEATURES, device=device, unit=1)
     tensors = [arguments.pop(name) for name in ("q", "k_cache", "v_cache", "slot", "length")]
+    options |= {"k_prefix": tensors[1], "v_prefix": tensors[2], "scale": 0.25}
+    options |= dict.fromkeys(["window", "softcap", "sinks"])
     torch.library.opcheck(torch.ops.burnish.decode_attention, (*tensors, *(options | arguments).values()))
 
 

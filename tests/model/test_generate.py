@@ -5,11 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from burnish.bench.static import compile_only
 from burnish.kernels import token_logprobs
 from burnish.model import Cache, InputError, ModelConfig, Transformer, pack
+from burnish.model.cache import cache_bytes
 from burnish.model.checkpoint import load_model
-from burnish.model.generate import TOP_P_WIDTH, _Draw, _mix, _signed, generate, uniform
+from burnish.model.generate import TOP_P_WIDTH, _Batch, _Draw, _mix, _signed, generate, stream, uniform
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ARCHITECTURES = [
     *("llama", "llama-tied-llama3rope", "llama-yarn", "qwen2", "qwen3", "mistral-sw", "smollm3"),
@@ -81,14 +85,15 @@ def test_cached_decoding_is_uncached_decoding(data, architecture):
     model = load_model(data / "tiny-hf" / architecture)
     sequences = [[5, 6, 7, 8, 9, 10, 11, 30], [5, 6, 7, 8, 9, 10, 12, 31], [40, 41, 42, 43]]
     packed = pack([sequences[0][:2], sequences[2][:1]])
-    cache = Cache(model.config, slots=3, capacity=8, dtype=torch.float32)
-    cache.open(packed, [[0, 1], [2]])
+    cache = Cache(model.config, prompts=2, prompt_capacity=3, slots=3, capacity=6, dtype=torch.float32)
+    cache.open(packed, [1, 0])
     with torch.no_grad():
         model(packed, cache)
+        cache.begin(slice(3), torch.tensor([1, 1, 0]))
         for step in range(3):
             tokens = [sequences[0][2 + step], sequences[1][2 + step], sequences[2][1 + step]]
             hidden = model.decode(torch.tensor(tokens), cache)
-        cache.keep(torch.tensor([1]))
+        assert cache.keep(torch.tensor([1])) == [1]
         for token in sequences[1][5:]:
             last = model.decode(torch.tensor([token]), cache)
         uncached = [model(pack([sequence[:n]]))[-1] for sequence, n in zip(sequences, (5, 5, 4), strict=True)]
@@ -120,11 +125,12 @@ def test_a_group_runs_its_prompt_once(tiny, monkeypatch):
 
 def test_sequences_that_ended_leave_and_the_batch_fills_up_again(tiny, monkeypatch):
     prefills, steps = calls(monkeypatch, tiny, "forward"), calls(monkeypatch, tiny, "decode")
-    samples = generate(tiny, PROMPTS * 8, max_new_tokens=30, stop_ids=set(range(4)), batch_size=8)
+    prompts = [[*prompt, i] for i in range(8) for prompt in PROMPTS]
+    samples = generate(tiny, prompts, max_new_tokens=30, stop_ids=set(range(4)), batch_size=8)
     assert max(steps) == 8 and len(prefills) > 4
     drawn = sum(len(sample.tokens) for sample in samples)
     assert drawn - 32 <= sum(steps) < 1.2 * drawn  # few steps are spent on sequences that have ended
-    every = generate(tiny, PROMPTS * 8, max_new_tokens=30, stop_ids=set(range(4)))
+    every = generate(tiny, prompts, max_new_tokens=30, stop_ids=set(range(4)))
     assert [sample.tokens for sample in samples] == [sample.tokens for sample in every]
 
 
@@ -136,6 +142,44 @@ def test_large_prefills_are_cut_into_portions(tiny, monkeypatch):
         s.tokens for s in whole
     ]
     assert prefills == [5, 4, 2]
+
+
+def test_a_batch_of_one_at_a_time_runs_each_prompt_once(tiny, monkeypatch):
+    prefills = calls(monkeypatch, tiny, "forward")
+    generate(tiny, PROMPTS, samples_per_prompt=3, max_new_tokens=2, batch_size=1)
+    assert prefills == [len(prompt) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "deepseek_v3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_computed_is_what_the_cache_takes(data, architecture, dtype):
+    config = load_model(data / "tiny-hf" / architecture).config
+    cache = Cache(config, 3, 7, 5, 11, dtype)
+    allocated = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in cache.keys}
+    for held in (cache.values, cache.prompt_keys, cache.prompt_values):
+        allocated |= {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held}
+    assert cache_bytes(config, 3, 7, 5, 11, dtype) == sum(allocated.values()) == cache.nbytes
+
+
+def test_the_budget_sizes_the_cache_and_changes_no_sample(tiny, monkeypatch):
+    options = {"samples_per_prompt": 4, "max_new_tokens": 6, "stop_ids": {1, 2, 3}}
+    reference = generate(tiny, PROMPTS, **options)
+    sizes: list[int] = []
+    monkeypatch.setattr(
+        "burnish.model.generate.Cache",
+        lambda *a: sizes.append((cache := Cache(*a)).nbytes) or cache,
+    )
+    token = cache_bytes(TINY, 0, 0, 1, 1, torch.float32)
+    least = (5 + 6) * token  # the longest prompt, and one answer
+    for budget in (least, 3 * least, 10**9):
+        samples = generate(tiny, PROMPTS, memory_budget=budget, **options)
+        assert [s.tokens for s in samples] == [s.tokens for s in reference]
+    # 2 slots with 2 prompts would be 22 tokens, 3 with 2 prompts 28, 4 with 2 prompts 34 and one too many
+    assert sizes == [least, 28 * token, (4 * 5 + 16 * 6) * token]
+    with pytest.raises(
+        InputError, match=rf"memory_budget: expected at least the {least} bytes .* got {least - 1}"
+    ):
+        generate(tiny, PROMPTS, memory_budget=least - 1, **options)
 
 
 # ---- what is returned
@@ -232,6 +276,80 @@ def test_checkpointed_training_does_not_reach_sampling(tiny):
 def test_what_cannot_be_sampled_is_refused(tiny, change, message):
     with pytest.raises(InputError if "prompts" in change else ValueError, match=message):
         generate(tiny, **{"prompts": PROMPTS, "max_new_tokens": 4, **change})
+
+
+def test_the_stream_is_the_sample_as_it_comes(tiny):
+    for how in ({"temperature": 0}, {"seed": 4}, {"seed": 5, "top_p": 0.7}, {"temperature": 2.0, "top_k": 9}):
+        for stop_ids in (frozenset(), frozenset(range(5))):
+            (sample,) = generate(tiny, PROMPTS[:1], max_new_tokens=15, stop_ids=stop_ids, **how)
+            drawn = stream(tiny, PROMPTS[0], max_new_tokens=15, stop_ids=stop_ids, **how)
+            first = next(drawn)
+            assert torch.is_grad_enabled()  # between two ids, too
+            assert [first, *drawn] == sample.tokens
+    with pytest.raises(InputError, match="prompt 0: expected at least one token"):
+        next(stream(tiny, [], max_new_tokens=4))
+
+
+# ---- a step on a GPU, without one
+
+
+class NoHostRead(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}, func
+        return func(*args, **(kwargs or {}))
+
+
+WAYS = [(0.0, None, None), (0.7, None, None), (1.0, None, 0.9), (1.0, 5, 0.9)]  # temperature, top_k, top_p
+OTHERS = ["mistral-sw", "qwen3_moe", "deepseek_v3", "gpt_oss", "gemma3_text"]
+
+
+@pytest.mark.parametrize(
+    "architecture, how", [*(("llama", how) for how in WAYS), *((name, WAYS[-1]) for name in OTHERS)], ids=str
+)
+def test_a_step_can_be_recorded_as_a_graph(data, architecture, how):
+    """The GPU's path on tensors without values: what asks for one, or has a shape that depends on one, raises."""
+    model = load_model(data / "tiny-hf" / architecture)
+    config = model.config
+    with compile_only("sm_90"), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        choose = _Draw(*how, config.vocab_size)
+        batch = _Batch(model, PROMPTS, None, 2, 5, 8, 10**9, choose, {1, 2}, 0, 0)
+        batch.last = torch.zeros(4, config.hidden_size)
+        batch.hidden = torch.zeros(8, config.hidden_size)
+        held = {name: x for name, x in vars(batch).items() if isinstance(x, torch.Tensor)}
+        with NoHostRead():
+            for rows in (4, 8):
+                batch._draw(rows)
+                batch._advance(rows)
+        assert all(getattr(batch, name) is x for name, x in held.items())  # where the graph will find them
+        with pytest.raises(Exception, match=r"aten\._local_scalar_dense"):
+            batch.draw()  # the host's read, which is not part of it
+
+
+def test_free_rows_in_a_step_change_nothing(tiny, monkeypatch):
+    """A GPU runs powers of two: the rows behind the live ones hold what has left, or nothing yet."""
+    options = {"samples_per_prompt": 3, "max_new_tokens": 9, "stop_ids": {1, 2, 3, 4}, "top_k": 20}
+    reference = generate(tiny, PROMPTS, **options)
+    rounded: list[int] = []
+    recorded: dict = {}
+
+    def run(self, function, rows):
+        rounded.append(rows)
+        recorded[function.__name__, rows] = None
+        function(rows)
+
+    init = _Batch.__init__
+
+    def with_graphs(self, *arguments):
+        init(self, *arguments)
+        self.graphs = lambda function, rows: run(self, function, rows)
+
+    monkeypatch.setattr(_Batch, "__init__", with_graphs)
+    for batch_size in (None, 7):
+        samples = generate(tiny, PROMPTS, batch_size=batch_size, **options)
+        for a, b in zip(samples, reference, strict=True):
+            assert a.tokens == b.tokens and torch.equal(a.support, b.support)
+            torch.testing.assert_close(a.logprobs, b.logprobs, atol=1e-5, rtol=0)
+    assert {4, 7, 8, 12} <= set(rounded) <= {1, 2, 4, 7, 8, 12}
 
 
 # ---- the distribution

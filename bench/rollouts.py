@@ -1,0 +1,204 @@
+"""Generation beside transformers' `generate`: the same weights, prompts and lengths, one thread, in one process.
+
+    python -m burnish.bench.rollouts [--model DIR] [--rounds 5] [--json]
+
+The model has 4 layers of width 256 and 4,096 words (bench/trainers.py's); --model adds a Hugging Face folder. Of each
+shape of work both run a round in turn (A B A B); speed is tokens of the answers over CPU seconds of the process, which
+other work on the machine disturbs less than the wall's; a ratio is that of one pair, and what is kept is the median.
+
+    ragged prompts    32 prompts of 16 to 256 tokens, 64 new tokens each
+    ragged answers    64 of the same, 32 at a time; answers end at one of a few ids, on average after 40 of 128 tokens
+    groups            4 prompts of 192 to 256 tokens, 8 samples of 64 tokens for each
+
+transformers has the prompts padded on the left, one row a sample, 32 rows a call, and its default cache; rows that have
+ended run on as padding until all have. Greedy tokens are compared, then both sample at temperature 1 from all ids.
+"""
+
+import argparse
+import importlib
+import json
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from ..model.cache import cache_bytes
+from ..model.checkpoint import load_model
+from ..model.generate import generate
+from ..model.transformer import Transformer
+from .trainers import RESULTS, write_model
+
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Work:
+    name: str
+    prompts: int
+    samples: int  # of each
+    shortest: int
+    longest: int  # tokens of a prompt
+    new_tokens: int
+    mean_length: int | None = (
+        None  # of an answer without the limit of new_tokens; None: no answer ends before it
+    )
+
+    def draw_prompts(self, vocabulary: int) -> list[list[int]]:
+        draw = random.Random(0)
+        return [
+            [draw.randrange(2, vocabulary) for _ in range(draw.randint(self.shortest, self.longest))]
+            for _ in range(self.prompts)
+        ]
+
+    def stop_ids(self, vocabulary: int) -> list[int]:
+        """As many as make an answer of a model that likes all ids alike as long as asked for."""
+        count = 0 if self.mean_length is None else vocabulary // self.mean_length
+        return random.Random(1).sample(range(2, vocabulary), count)
+
+
+SMALL = (
+    Work("ragged prompts", BATCH, 1, 16, 256, 64),
+    Work("ragged answers", 2 * BATCH, 1, 16, 256, 128, 40),
+    Work("groups", BATCH // 8, 8, 192, 256, 64),
+)
+REAL = (
+    Work("ragged prompts", BATCH, 1, 16, 256, 32),
+    Work("groups", BATCH // 8, 8, 192, 256, 32),
+)  # of --model
+
+
+# ---- the two sides: a call gives the new tokens of each sequence
+
+
+def ours(model: Transformer, work: Work, greedy: bool) -> list[list[int]]:
+    samples = generate(
+        model,
+        work.draw_prompts(model.config.vocab_size),
+        samples_per_prompt=work.samples,
+        max_new_tokens=work.new_tokens,
+        temperature=0.0 if greedy else 1.0,
+        stop_ids=work.stop_ids(model.config.vocab_size),
+        batch_size=BATCH,
+    )
+    return [sample.tokens for sample in samples]
+
+
+def theirs(model: Any, work: Work, greedy: bool) -> list[list[int]]:
+    stops = work.stop_ids(model.config.vocab_size)
+    every = [prompt for prompt in work.draw_prompts(model.config.vocab_size) for _ in range(work.samples)]
+    answers = []
+    for prompts in (every[i : i + BATCH] for i in range(0, len(every), BATCH)):
+        width = max(map(len, prompts))
+        out = model.generate(
+            torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts]),
+            attention_mask=torch.tensor([[int(i >= width - len(p)) for i in range(width)] for p in prompts]),
+            max_new_tokens=work.new_tokens,
+            do_sample=not greedy,
+            temperature=None if greedy else 1.0,
+            top_k=None if greedy else 0,
+            top_p=None if greedy else 1.0,
+            eos_token_id=stops or None,
+            pad_token_id=0,
+        )
+        answers += [until(row, stops) for row in out[:, width:].tolist()]
+    return answers
+
+
+def until(tokens: list[int], stops: list[int]) -> list[int]:
+    """As far as the first stop id, it included."""
+    ends = [i + 1 for i, token in enumerate(tokens) if token in stops]
+    return tokens[: ends[0]] if ends else tokens
+
+
+def speed(run: Callable[[], list[list[int]]]) -> float:
+    """Tokens of the answers a CPU second."""
+    started = time.process_time()
+    answers = run()
+    return sum(map(len, answers)) / (time.process_time() - started)
+
+
+# ---- the comparison
+
+
+def measure(name: str, folder: Path, work: Work, rounds: int) -> dict[str, Any]:
+    transformers = importlib.import_module("transformers")  # which the tests do without
+    model = load_model(folder)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    peer.generation_config = transformers.GenerationConfig()  # nothing of the folder's own
+    same = ours(model, work, True) == theirs(peer, work, True)
+    runs: dict[str, list[float]] = {"burnish": [], "transformers": []}
+    for index in range(rounds):
+        runs["burnish"].append(speed(lambda: ours(model, work, False)))
+        runs["transformers"].append(speed(lambda: theirs(peer, work, False)))
+        pair = f"{runs['burnish'][-1]:9,.0f} beside {runs['transformers'][-1]:9,.0f} tokens/s"
+        print(f"{name}, {work.name}, round {index + 1}: {pair}", flush=True)
+    ratios = [a / b for a, b in zip(runs["burnish"], runs["transformers"], strict=True)]
+    sizes = [len(prompt) for prompt in work.draw_prompts(model.config.vocab_size)]
+    caches = [
+        cache_bytes(model.config, rows, max(sizes), BATCH, capacity, torch.float32)
+        for rows, capacity in (
+            (min(BATCH, work.prompts), work.new_tokens),
+            (0, max(sizes) + work.new_tokens),
+        )
+    ]
+    return {
+        "model": name,
+        "work": work.name,
+        "rounds": rounds,
+        "tokens_per_second": {side: median(speeds) for side, speeds in runs.items()},
+        "ratio": median(ratios),
+        "ratios": ratios,
+        "same_greedy_tokens": same,
+        "cache_bytes": caches[0],
+        "copied_cache_bytes": caches[1],  # with a copy of the prompt for each of its samples
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, help="a Hugging Face folder, measured too")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", action="store_true", help="write bench/results/rollouts-<date>.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        write_model(Path(name))
+        rows = [measure("4 layers of 256", Path(name), work, options.rounds) for work in SMALL]
+    if options.model is not None:
+        rows += [measure(options.model.name, options.model, work, options.rounds) for work in REAL]
+    for row in rows:
+        a, b = row["tokens_per_second"].values()
+        print(
+            f"{row['model']}, {row['work']}: {row['ratio']:.2f}x transformers' tokens/s ({a:,.0f} beside {b:,.0f}), "
+            f"cache {row['cache_bytes'] / 1e6:.1f} MB, "
+            f"greedy tokens {'are the same' if row['same_greedy_tokens'] else 'differ'}"
+        )
+    if options.json:
+        from .__main__ import machine, run_text
+
+        command = ["python -m burnish.bench.rollouts"]
+        if options.model is not None:
+            command.append(f"--model {options.model.name}")
+        result = {
+            "kind": "rollouts",
+            "date": date.today().isoformat(),
+            "commit": run_text("git", "rev-parse", "--short", "HEAD"),
+            "machine": machine("cpu") | {name: version(name) for name in ("torch", "transformers")},
+            "command": " ".join([*command, f"--rounds {options.rounds} --json"]),
+            "rows": rows,
+        }
+        path = RESULTS / f"rollouts-{result['date']}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()
