@@ -244,7 +244,9 @@ def compare(accepted: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if key not in accepted:
             complaints.append(f"{key}: not in {BASELINE.name}; look at its figures, then --accept")
             continue
-        before: dict[str, list[Any]] = {}  # an op may launch one kernel at several tiles: in its order of launches
+        before: dict[
+            str, list[Any]
+        ] = {}  # an op may launch one kernel at several tiles: in its order of launches
         for b in accepted[key]:
             before.setdefault(b["kernel"], []).append(b)
         for b in builds:

@@ -10,7 +10,8 @@ one token of every live sequence. Sequences that have ended leave when they are 
 That number is a hash of (seed, sample, step) and of nothing else: neither the batch size nor the other prompts change
 what a sample draws. (Rounding in the logits may, where the number falls on the border between two ids.)
 
-On a GPU a step is two CUDA graphs, drawing and running what was drawn. Between them the host reads how many have ended.
+With CUDA_GRAPHS a step on a GPU is two graphs, drawing and running what was drawn. Between them the host reads how
+many have ended.
 """
 
 from bisect import bisect_right
@@ -32,6 +33,9 @@ TOP_P_WIDTH = (
 PREFILL_TOKENS = 16_384  # prompts are run in portions of about this many tokens
 LEAVING = 8  # a batch is compacted when one in this many sequences has ended
 MEMORY_BUDGET = 4 * 2**30  # bytes of cached keys and values
+CUDA_GRAPHS = (
+    False  # TODO: on once tests/model/test_generate.py has passed on a GPU, where no graph was recorded yet
+)
 BLOCK = 128  # ids whose probabilities are summed before an id is looked for among them
 
 Prompt = tuple[
@@ -334,7 +338,7 @@ class _Batch:
             self.supports = self.support.new_empty(
                 rows, max_new_tokens + 1, 0
             )  # as wide as the widest so far
-        self.graphs = _Graphs() if device.type == "cuda" else None
+        self.graphs = _Graphs() if CUDA_GRAPHS and device.type == "cuda" else None
 
     # -- entering
 
