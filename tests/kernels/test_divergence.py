@@ -46,7 +46,7 @@ def assert_as_accurate(tensors, **options):
 def test_a_large_vocabulary(beta, device, monkeypatch):
     if INTERPRET:  # it pays for each tile
         tile = {"GROUP": 2, "BLOCK_M": 16, "BLOCK_N": 65_536, "BLOCK_K": 16}
-        monkeypatch.setattr(divergence, "_tile", lambda h, th: tile)
+        monkeypatch.setattr(divergence, "_tile", lambda h, th, beta: tile)
     assert_as_accurate(make(2, 8, 262_145, device), beta=beta, memory_budget=2**22)
 
 
