@@ -1,0 +1,48 @@
+"""The comparison with transformers: both sides answer the same prompts, and what is counted is what was drawn."""
+
+import importlib.util
+
+import pytest
+from burnish.bench import rollouts, trainers
+from burnish.model.checkpoint import load_model
+
+WORK = rollouts.Work("ragged", 5, 2, 3, 9, 6, mean_length=8)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainers, "SHAPE", trainers.SHAPE | {"hidden_size": 32, "num_hidden_layers": 1})
+    trainers.write_model(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_prompts_and_stop_ids_are_drawn_alike_each_time():
+    prompts = WORK.draw_prompts(100)
+    assert prompts == WORK.draw_prompts(100) and len(prompts) == 5
+    assert all(3 <= len(prompt) <= 9 and min(prompt) >= 2 and max(prompt) < 100 for prompt in prompts)
+    assert len({len(prompt) for prompt in prompts}) > 1
+    assert len(set(WORK.stop_ids(100))) == 100 // 8
+
+
+def test_an_answer_ends_with_its_first_stop_id():
+    assert rollouts.until([5, 7, 9, 7], [7]) == [5, 7]
+    assert rollouts.until([5, 9], [7]) == [5, 9]
+
+
+def test_our_answers_are_what_is_counted(folder, monkeypatch):
+    model = load_model(folder)
+    answers = rollouts.ours(model, WORK, greedy=True)
+    stops = set(WORK.stop_ids(model.config.vocab_size))
+    assert len(answers) == 10
+    assert all(len(answer) == 6 or answer[-1] in stops for answer in answers)
+    assert answers[0] == answers[1]  # two samples of one prompt, greedily
+    clock = iter([10.0, 12.0])
+    monkeypatch.setattr(rollouts.time, "process_time", lambda: next(clock))
+    assert rollouts.speed(lambda: answers) == sum(map(len, answers)) / 2
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
+def test_both_sides_draw_the_same_greedy_tokens(folder):
+    row = rollouts.measure("tiny", folder, WORK, rounds=1)
+    assert row["same_greedy_tokens"] and row["ratio"] > 0
+    assert row["cache_bytes"] < row["copied_cache_bytes"]
