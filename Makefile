@@ -17,7 +17,7 @@ $(READY): setup.py pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
 
-demo: $(READY) ## DeepSeek-R1's recipe in miniature, from a base model to a report (about 4 minutes on 2 cores)
+demo: $(READY) ## DeepSeek-R1's recipe in miniature, from a base model to a report (about 3 minutes on 2 cores)
 	$(BIN)/burnish r1
 
 MODE ?= lora

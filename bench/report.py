@@ -32,16 +32,7 @@ from .roofline import CHIPS, datasheet
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 PICTURES = ROOT / "docs" / "pictures"
-DOCUMENTS = tuple(
-    ROOT / name
-    for name in (
-        "README.md",
-        "docs/benchmarks.md",
-        "docs/conformance.md",
-        "docs/rollouts.md",
-        "docs/trainers.md",
-    )
-)
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 MARK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- /generated -->)", re.DOTALL)
 INK = "#808080"  # reads on white and on black
 NO_RUN = "No run is kept in `bench/results` yet.\n"
