@@ -1,7 +1,7 @@
 """The registry through pytest-benchmark, for its statistics, saved runs and comparisons.
 
     pytest tests/bench/speed.py --benchmark-autosave
-    pytest tests/bench/speed.py --benchmark-compare --benchmark-group-by=param:case
+    pytest tests/bench/speed.py --benchmark-compare --benchmark-group-by=param:case --benchmark-histogram
 
 Host time with the device synchronised, forward and backward, a row for each case, shape and contestant. The first call
 of each is its accuracy check: what is wrong fails and is not timed.
