@@ -615,8 +615,8 @@ class _Tiles:
     dkdv_features: tuple[int, int, int, int] | None = None
 
 
-# By chip, then by the wider head dimension, padded: the first row that is wide enough. On NVIDIA none of them spills,
-# whatever is combined (tests/bench/test_static.py); those of sm_80 and sm_100 are picked by that alone, never timed.
+# By chip, then by the wider head dimension, padded: the first row that is wide enough. On NVIDIA none in half precision
+# spills, whatever is combined (tests/bench/test_static.py); those of sm_80 and sm_100 are picked by that, untimed.
 TILES = {
     "sm_80": {
         # dQ: with 64 keys a softcap spills. dK/dV: with 64 keys any call does, with 32 three blocks fit
