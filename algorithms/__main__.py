@@ -1,6 +1,7 @@
 """The `burnish` command: `burnish COMMAND --help` lists a command's flags."""
 
 import importlib
+import os
 import sys
 
 COMMANDS = {  # name: (module with a Config, its function of a Config, one line)
@@ -78,6 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nburnish {name}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who read our output has read enough, like `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails, too
+        return 1
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ specialisations and all. The machine code then says what the source cannot: regi
 blocks per multiprocessor, matrix instructions, the widest global load, asynchronous copies. bench/static.json holds the
 accepted figures; --check names what got worse, --accept writes them anew.
 
-Without --all only the selection runs that `make test` affords, in bf16: for sm_90 the first configuration of each case,
-for the other chips the first one of each kernel file.
+Without --all only the selection runs that `make test` affords: the first configuration of each case, in bf16 on sm_90.
 """
 
 import argparse
@@ -139,18 +138,13 @@ def compile_job(job: Job) -> list[Build]:
 
 
 def selection(ops: list[str], everything: bool) -> list[Job]:
-    """--all is every configuration on every chip in bf16, and on sm_90 in fp32, too."""
+    """Each case's first configuration on sm_90; --all is every one on every chip in bf16, and on sm_90 in fp32, too."""
     jobs: list[Job] = []
-    files: set[str] = set()
     for case in CASES:
-        first_of_file = case.configurations and case.fused.__module__ not in files
-        if case.configurations:
-            files.add(case.fused.__module__)
         if ops and case.op not in ops:
             continue
         for chip in TARGETS:
-            few = int(chip == "sm_90" or bool(first_of_file))
-            for dims in case.configurations if everything else case.configurations[:few]:
+            for dims in case.configurations if everything else case.configurations[: chip == "sm_90"]:
                 for dtype in ("bf16", "fp32") if everything and chip == "sm_90" else ("bf16",):
                     jobs.append(Job(case.name, tuple(dims.items()), dtype, chip))
     return jobs
