@@ -45,6 +45,12 @@ WIDE = {
 }  # parameters and tables stay in fp32 under autocast
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+FIRST = {c.op: c for c in reversed(CASES)}
+each_op = pytest.mark.parametrize(  # its other cases would take minutes under the interpreter
+    "case",
+    [pytest.param(c, marks=[] if c is FIRST[c.op] else pytest.mark.slow) for c in CASES],
+    ids=lambda c: c.name,
+)
 every_shape = pytest.mark.parametrize(
     "case, dims", [pytest.param(c, d, id=f"{c.name}-{label(d)}") for c in CASES for d in c.shapes]
 )
@@ -116,7 +122,7 @@ def test_autocast(case: Case, device: str):
     assert_accurate(case, tensors, under=lambda: torch.autocast(device, HALF))
 
 
-@every_case
+@each_op
 def test_activation_checkpointing(case: Case, device: str):
     tensors = make_inputs(case, case.shapes[1 % len(case.shapes)], torch.float32, device)
     upstream = make_upstream(case, tensors)
@@ -129,7 +135,7 @@ def test_activation_checkpointing(case: Case, device: str):
         assert torch.equal(plain[name], recomputed[name]), name
 
 
-@every_case
+@each_op
 def test_compiles_as_one_graph(case: Case, device: str):
     if case.reads_values and not TRITON:
         pytest.skip("the CPU path looks into integer tensors")
@@ -152,7 +158,7 @@ class Record(TorchDispatchMode):
 
 
 @pytest.mark.skipif(not TRITON, reason="on a CPU the ops are plain torch")
-@every_case
+@each_op
 def test_registration(case: Case, device: str):
     tensors = make_inputs(case, case.shapes[1 % len(case.shapes)], torch.float32, device)
     with Record() as record:
