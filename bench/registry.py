@@ -53,7 +53,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     fixed: tuple[str, ...] = ()  # float tensors that have no gradient
     half_scales: tuple[float, ...] = (1e-3, 30)  # those at which the eager composition is finite in fp16
-    reads_values: bool = False  # the CPU path looks into integer tensors, which a compiled graph cannot
+    reads_values: bool = False  # the CPU path looks into integer tensors, which those on meta do not have
     check: Callable[[Dims], Dims] = dict  # the shape at which a benchmark shape is checked before it is timed
 
     @property

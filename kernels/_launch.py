@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey, _SetExcludeDispatchKeyGuard
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read once: @triton.jit reads it at import, too
@@ -91,9 +92,58 @@ def register(
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         direct = type(name, (torch.autograd.Function,), members).apply
 
-    def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-            return registered(*args)
-        return direct(*args)
+    return lambda *args: (registered if _recorded() else direct)(*args)
 
-    return call
+
+def _recorded() -> bool:
+    """Does somebody want to see the registered ops?"""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+
+
+def register_path(
+    name: str, path: Callable[..., Tensor | tuple[Tensor, ...]], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Make a CPU path that reads numbers of its tensors, which no graph can hold, one op in a graph: burnish::name.
+
+    path: plain torch, annotated as a custom op is, whose outputs are no views of its arguments; no lists of tensors.
+    An eager call is `path` itself, which autograd records. The backward of the registered op runs it again.
+    """
+    schema = torch.library.infer_schema(path, mutates_args=())
+    arguments = schema[1 : schema.rindex(") ->")]
+
+    def derive(grads: list[Tensor], needed: list[int], *arguments: Any) -> list[Tensor]:
+        given = list(arguments)
+        for place in needed:
+            given[place] = arguments[place].detach().requires_grad_()
+        leaves = [given[place] for place in needed]
+        with torch.enable_grad(), _SetExcludeDispatchKeyGuard(DispatchKey.AutogradFunctionality, False):
+            outs = path(*given)
+            outs = outs if isinstance(outs, tuple) else (outs,)
+            live = [i for i, out in enumerate(outs) if out.requires_grad]
+            outs, upstream = ([x[i] for i in live] for x in (outs, grads))
+            found = torch.autograd.grad(outs, leaves, upstream, materialize_grads=True)
+        return [torch.empty_like(leaf).copy_(d) for leaf, d in zip(leaves, found, strict=True)]
+
+    backward = torch.library.custom_op(
+        f"burnish::{name}_backward",
+        derive,
+        mutates_args=(),
+        schema=f"(Tensor[] grads, SymInt[] needed, {arguments}) -> Tensor[]",
+    )
+    backward.register_fake(lambda grads, needed, *arguments: [torch.empty_like(arguments[i]) for i in needed])
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+        ctx.others = [None if isinstance(x, Tensor) else (x,) for x in inputs]
+
+    def differentiate(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = iter(ctx.saved_tensors)
+        arguments = [next(tensors) if other is None else other[0] for other in ctx.others]
+        needed = [place for place, need in enumerate(ctx.needs_input_grad) if need]
+        found = dict(zip(needed, backward(list(grads), needed, *arguments), strict=True))
+        return tuple(found.get(place) for place in range(len(arguments)))
+
+    registered = torch.library.custom_op(f"burnish::{name}", path, mutates_args=())
+    registered.register_fake(fake)
+    registered.register_autograd(differentiate, setup_context=save)
+    return lambda *args: (registered if _recorded() else path)(*args)

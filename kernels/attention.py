@@ -43,7 +43,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._launch import capability, cdiv, check_dtype, check_shape, next_power_of_2, register, use_triton
+from ._launch import (
+    capability,
+    cdiv,
+    check_dtype,
+    check_shape,
+    next_power_of_2,
+    register,
+    register_path,
+    use_triton,
+)
 
 # ---- reference
 
@@ -166,11 +175,16 @@ def _packed_cpu(
     cu_seqlens: Tensor,
     parents: Tensor | None,
     return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """Segments padded to one call; with parents to two, the children's with their parent's keys in front.
 
-    Padding is on the right, so a causal root needs no mask; padded queries always see a key, and are dropped.
+    Padding is on the right, so a causal root needs no mask; padded queries always see a key, and are dropped. lse is
+    empty where it is not asked for.
     """
+    if parents is None:
+        cu_seqlens = (
+            cu_seqlens.unique_consecutive()
+        )  # without the empty ones, of which a traced mask has many
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()  # (segments,)
     total, segments = q.shape[0], lengths.numel()
     if cu_seqlens[-1] != total:
@@ -210,7 +224,15 @@ def _packed_cpu(
         for x in zip(*outs, strict=True)
     )
     assert out is not None
-    return out, lse
+    return out, lse if lse is not None and return_lse else out.new_empty(0)
+
+
+def _packed_fake(
+    q, k, v, causal, scale, window, softcap, sinks, cu_seqlens, parents, return_lse
+) -> tuple[Tensor, Tensor]:
+    out = q.new_empty(*q.shape[:2], v.shape[-1])
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return out, out.new_empty(q.shape[:2], dtype=wide) if return_lse else out.new_empty(0)
 
 
 # ---- kernels
@@ -847,6 +869,7 @@ def _backward(ctx, dout: Tensor | None, dlse: Tensor | None):
 
 
 _flash = register("flash_attention", _forward, _forward_fake, _save, _backward)
+_packed = register_path("packed_attention_cpu", _packed_cpu, _packed_fake)
 
 
 # ---- public op
@@ -949,9 +972,7 @@ def flash_attention(
         lse = lse.t() / LOG2E  # (rows, H)
         return out, lse if packed else lse.unflatten(0, q.shape[:2])
     if cu_seqlens is not None:
-        out, lse = _packed_cpu(
-            q, k, v, causal, scale, window, softcap, sinks, cu_seqlens, parents, return_lse
-        )
+        out, lse = _packed(q, k, v, causal, scale, window, softcap, sinks, cu_seqlens, parents, return_lse)
     else:
         T, S = q.shape[1], k.shape[1]
         visible = None

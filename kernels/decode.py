@@ -424,6 +424,7 @@ def _decode_fake(
 
 
 _decode_op = register("decode_attention", _decode, _decode_fake)
+_decode_on_cpu = register("decode_attention_cpu", _decode_cpu, _decode_fake)  # it reads lengths on the host
 
 
 # ---- public op
@@ -512,7 +513,7 @@ def decode_attention(
         )
     caches, scale = (k_prefix, v_prefix), D**-0.5 if scale is None else scale
     if not use_triton(q):
-        return _decode_cpu(q, k_cache, v_cache, *numbers.values(), *caches, scale, window, softcap, sinks)
+        return _decode_on_cpu(q, k_cache, v_cache, *numbers.values(), *caches, scale, window, softcap, sinks)
     check_dtype("q", q)
     *tables, sinks = (None if x is None else x.contiguous() for x in (*numbers.values(), sinks))
     return _decode_op(q, k_cache, v_cache, *tables, *caches, scale, window, softcap, sinks)

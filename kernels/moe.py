@@ -41,7 +41,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ._four_bit import NF4Weight, dequantize, unnested
-from ._launch import capability, cdiv, check_dtype, check_shape, next_power_of_2, register, use_triton
+from ._launch import (
+    capability,
+    cdiv,
+    check_dtype,
+    check_shape,
+    next_power_of_2,
+    register,
+    register_path,
+    use_triton,
+)
 
 Activation = Literal["swiglu", "clamped_swiglu", "relu2"]
 ACTIVATIONS: tuple[Activation, ...] = ("swiglu", "clamped_swiglu", "relu2")
@@ -154,7 +163,7 @@ def moe_mlp_reference(
     return out
 
 
-def _activate(h: Tensor, activation: Activation, alpha: float, limit: float) -> Tensor:
+def _activate(h: Tensor, activation: str, alpha: float, limit: float) -> Tensor:
     """(rows, 2F), or (rows, F) for relu2, to (rows, F)."""
     if activation == "relu2":
         return h.relu().square()
@@ -174,7 +183,7 @@ def _mlp_cpu(
     down: Tensor | NF4Weight,
     weights: Tensor,
     indices: Tensor,
-    activation: Activation,
+    activation: str,
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
     gate_up_a: Tensor | None,
@@ -225,8 +234,11 @@ class _FourBitLinear(torch.autograd.Function):
     """What is kept for the backward is the weight in its 4 bits."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: NF4Weight) -> Tensor:
-        ctx.weight = weight
+    def setup_context(ctx: Any, inputs: tuple[Tensor, NF4Weight], output: Tensor) -> None:
+        ctx.weight = inputs[1]
+
+    @staticmethod
+    def forward(x: Tensor, weight: NF4Weight) -> Tensor:
         return F.linear(x, dequantize(*weight.tensors(), [*weight.shape], weight.blocksize, x.dtype))
 
     @staticmethod
@@ -244,6 +256,47 @@ def _expert_linear(
         y = _FourBitLinear.apply(x, weight)
         y = y if bias is None else y + bias
     return y if a is None or b is None else y + F.linear(F.linear(x, a), b)
+
+
+def _mlp_path(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    gate_up_a: Tensor | None,
+    gate_up_b: Tensor | None,
+    down_a: Tensor | None,
+    down_b: Tensor | None,
+    gate_up_absmax: Tensor | None,
+    gate_up_code: Tensor | None,
+    gate_up_nested_absmax: Tensor | None,
+    gate_up_nested_code: Tensor | None,
+    gate_up_offset: Tensor | None,
+    down_absmax: Tensor | None,
+    down_code: Tensor | None,
+    down_nested_absmax: Tensor | None,
+    down_nested_code: Tensor | None,
+    down_offset: Tensor | None,
+    blocksizes: list[int],
+    sizes: list[int],
+    indices: Tensor,
+    activation: str,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    """`_mlp_cpu` with the arguments of `_forward`. sizes: E, the width of H, and F."""
+    (E, width, F), C = sizes, x.shape[1]
+    first = gate_up_absmax, gate_up_code, gate_up_nested_absmax, gate_up_nested_code, gate_up_offset
+    second = down_absmax, down_code, down_nested_absmax, down_nested_code, down_offset
+    held = ((gate_up, first, blocksizes[0], (E, width, C)), (down, second, blocksizes[1], (E, C, F)))
+    experts = (
+        NF4Weight(weight, *rest[:2], shape, x.dtype, size, *rest[2:]) if size else weight
+        for weight, rest, size, shape in held
+    )
+    others = gate_up_bias, down_bias, gate_up_a, gate_up_b, down_a, down_b
+    return _mlp_cpu(x, *experts, weights, indices, activation, *others, alpha, limit)
 
 
 # ---- kernels
@@ -928,6 +981,7 @@ def _differentiate(ctx, dout: Tensor | None, _dh: Tensor | None, _ds: Tensor | N
 _mlp_backward = register("moe_mlp_backward", _backward, _backward_fake)
 _mlp = register("moe_mlp", _forward, _forward_fake, _save, _differentiate)
 _dispatched = register("moe_dispatch", _dispatch, _dispatch_fake)
+_mlp_on_cpu = register_path("moe_mlp_cpu", _mlp_path, lambda x, *_: torch.empty_like(x))
 
 
 # ---- public op
@@ -1033,15 +1087,16 @@ def moe_mlp(
             check_dtype(name, bias, x.dtype)
     gate_up_a, gate_up_b = _adapter("gate_up", gate_up_a, gate_up_b, x.dtype, E, C, width)
     down_a, down_b = _adapter("down", down_a, down_b, x.dtype, E, F, C)
-    weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    wide = torch.float32 if use_triton(x) else torch.promote_types(weights.dtype, torch.float32)
     others = gate_up_bias, down_bias, gate_up_a, gate_up_b, down_a, down_b
-    if not use_triton(x):
-        return _mlp_cpu(x, gate_up, down, weights, indices, activation, *others, alpha, limit)
-    check_dtype("x", x)
     held = [(w, None) if isinstance(w, Tensor) else (w.packed, w) for w in (gate_up, down)]
     four_bit = [t for _, w in held for t in ((None,) * 5 if w is None else w.tensors()[1:])]
     blocksizes = [0 if w is None else w.blocksize for _, w in held]
-    operands = (x, *(packed for packed, _ in held), weights.float(), *others)
+    operands = (x, *(packed for packed, _ in held), weights.to(wide), *others)
+    if not use_triton(x):
+        options = (indices, activation, alpha, limit)
+        return _mlp_on_cpu(*operands, *four_bit, blocksizes, [E, width, F], *options)
+    check_dtype("x", x)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
     operands = [None if t is None else t.contiguous() for t in operands]
     block_m = _block_m(T * K, E)

@@ -49,6 +49,7 @@ NAME = "burnish"  # under which the registries know us
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "smollm3", "mixtral", "qwen3_moe", "gpt_oss")
 _LOOK = 1 << 22  # logits in memory at a time, where TRL asks for the likeliest token
 _STATE = "_burnish"  # the attribute of a model that holds what remove() needs
+_HEAD = "burnish_head"  # the keyword by which `_hand_over` reaches our forward
 
 
 @dataclass
@@ -58,6 +59,7 @@ class _Embedded:
     attention: str | None = None
     experts: str | None = None
     head: Callable[..., Any] | None = None  # the model's forward
+    hook: Any = None  # the handle of `_hand_over`
     forwards: list[tuple[nn.Module, Any]] = field(
         default_factory=list
     )  # a module and its own forward, if any
@@ -323,13 +325,14 @@ def _apart(x: Tensor) -> Tensor:
 
 def _head_forward(home: Any, base: Any, original: Callable[..., Any]) -> Callable[..., Any]:
     """The forward of a causal language model whose training loss does not need its logits; else it is `original`."""
-    fused = _fused_head(original)
+    below = _fused_head(original)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         state = self.__dict__.get(_STATE)
         if state is None or state.head is not forward:  # removed, with a trainer's forward over this one
             return original(self, *args, **kwargs)
-        if fused is not None and kwargs.get("fused_lm_head"):
+        fused = kwargs.pop(_HEAD, below if kwargs.get("fused_lm_head") else None)
+        if fused is not None:
             return fused(self, *args, **kwargs)
         whole = "logits_to_keep" in kwargs or kwargs.get("return_dict") is False
         if whole or kwargs.get("labels") is None or not self.training:
@@ -393,6 +396,22 @@ def _score(
     with torch.autocast(device, enabled=False):
         bias = None if bias is None else bias.to(dtype)
         return token_logprobs(hidden.to(dtype), weight.to(dtype), targets, bias=bias, **options)
+
+
+def _hand_over(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A forward pre-hook: where TRL's forward lies over ours, it is asked for the plain one, which is ours.
+
+    accelerate may have laid its own over TRL's: each names the one below `__wrapped__`.
+    """
+    forward = module.forward if kwargs.get("fused_lm_head") else None
+    while forward is not None:
+        forward = getattr(forward, "__func__", forward)
+        fused = _fused_head(forward)
+        if fused is not None:
+            asked = functools.partial(fused, fused_lm_head=True)
+            return args, {**kwargs, "fused_lm_head": False, _HEAD: asked}
+        forward = getattr(forward, "__wrapped__", None)
+    return args, kwargs
 
 
 def _fused_head(forward: Callable[..., Any]) -> Callable[..., Any] | None:
@@ -496,8 +515,8 @@ def apply(
 ) -> None:
     """Put Burnish's ops under hf_model, in place.
 
-    hf_model: a transformers model, with a head or without, or a PEFT model around one, of ARCHITECTURES. A trainer of
-        TRL has to be built before: it puts a head of its own over the model's forward, and over ours.
+    hf_model: a transformers model, with a head or without, or a PEFT model around one, of ARCHITECTURES; before a
+        trainer is built around it or after.
     attention, rope, norm, swiglu, experts, head: which parts; one that the model does not have is passed over.
     Raises InputError for a model, layer, activation or head that it does not know, and for a model that has it already.
     """
@@ -533,6 +552,8 @@ def apply(
         replacements.append((base, state.head))
     if any(hasattr(module, "_hf_hook") for module, _ in replacements):
         raise InputError("hf_model: expected one device, got accelerate's hooks of a device_map over several")
+    if state.head is not None:
+        state.hook = base.register_forward_pre_hook(_hand_over, with_kwargs=True)
     if attention:
         transformers = importlib.import_module("transformers")
         transformers.AttentionInterface.register(NAME, _attention)
@@ -557,6 +578,8 @@ def remove(hf_model: Any) -> None:
     state: _Embedded | None = base.__dict__.pop(_STATE, None)
     if state is None:
         raise InputError("hf_model: burnish is not applied")
+    if state.hook is not None:
+        state.hook.remove()
     for module, own in state.forwards:
         if module is base and getattr(base.forward, "__func__", None) is not state.head:
             continue  # a trainer has put its forward over ours, which now passes its calls on

@@ -42,8 +42,13 @@ def even(completion_ids, **_):
     return [sum(i % 2 == 0 for i in ids) / max(1, len(ids)) for ids in completion_ids]
 
 
-def train(folder, model, rows, tokenizer, output, embedded, **more):
-    """What `folder` ("SFT", ...) logs in each of three steps, and the trainer."""
+def train(folder, model, rows, tokenizer, output, embedded=None, peft_config=None, **more):
+    """What `folder` ("SFT", ...) logs in each of three steps, and the trainer.
+
+    embedded: "before" the trainer is built, "after", or not at all. A reference that it makes is there after.
+    """
+    if embedded == "before":
+        embed.apply(model)
     columns = {
         "SFT": ["prompt", "completion"],
         "DPO": ["prompt", "chosen", "rejected"],
@@ -60,12 +65,10 @@ def train(folder, model, rows, tokenizer, output, embedded, **more):
         save_strategy="no",
         report_to="none",
         use_cpu=True,
-        bf16=False,
         gradient_checkpointing=False,
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        **own,
-        **more,
+        **own | {"bf16": False} | more,
     )
     torch.manual_seed(0)
     trainer = getattr(trl, f"{folder}Trainer")(
@@ -73,12 +76,13 @@ def train(folder, model, rows, tokenizer, output, embedded, **more):
         args=arguments,
         train_dataset=datasets.Dataset.from_list([{c: row[c] for c in columns} for row in rows]),
         processing_class=tokenizer,
+        peft_config=peft_config,
         **({"reward_funcs": even} if folder == "GRPO" else {}),
     )
-    if embedded:
+    if embedded == "after":
         embed.apply(trainer.model)
-        if getattr(trainer, "ref_model", None) is not None:
-            embed.apply(trainer.ref_model)
+    if embedded and getattr(trainer, "ref_model", None) is not None:
+        embed.apply(trainer.ref_model)
     trainer.train()
     logged = [line for line in trainer.state.log_history if "loss" in line]
     return [
@@ -109,40 +113,39 @@ def calls(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, folder, more",
+    "name, folder, more, embedded",
     [
-        ("llama", "SFT", {}),
-        ("qwen3", "SFT", {"packing": True, "max_length": 16}),
-        ("qwen3_moe", "SFT", {"router_aux_loss_coef": 0.1}),
-        ("llama", "DPO", {}),
-        ("mistral-sw", "DPO", {"use_weighting": True}),
-        ("llama", "GRPO", {"beta": 0.04, "temperature": 0.8}),
-        ("gpt_oss", "GRPO", {}),
+        ("llama", "SFT", {}, "before"),
+        ("qwen3", "SFT", {"packing": True, "max_length": 16}, "after"),
+        ("qwen3_moe", "SFT", {"router_aux_loss_coef": 0.1}, "before"),
+        ("llama", "DPO", {}, "after"),
+        ("mistral-sw", "DPO", {"use_weighting": True}, "before"),
+        ("llama", "GRPO", {"beta": 0.04, "temperature": 0.8}, "after"),
+        ("gpt_oss", "GRPO", {"temperature": 0.8}, "before"),
     ],
 )
-def test_logged_figures(load, rows, tokenizer, tmp_path, calls, name, folder, more):
-    want, _ = train(folder, load(name), rows, tokenizer, tmp_path, embedded=False, **more)
+def test_logged_figures(load, rows, tokenizer, tmp_path, calls, name, folder, more, embedded):
+    want, _ = train(folder, load(name), rows, tokenizer, tmp_path, **more)
     assert calls.token_logprobs == calls.flash_attention == 0
-    got, trainer = train(folder, load(name), rows, tokenizer, tmp_path, embedded=True, **more)
+    got, trainer = train(folder, load(name), rows, tokenizer, tmp_path, embedded, **more)
     same(got, want)
     assert calls.flash_attention and calls.token_logprobs >= 3 * (1 + (folder == "DPO"))
     assert want[0]["loss"] != want[2]["loss"]
     embed.remove(trainer.model)
 
 
-@pytest.mark.parametrize("folder", ["SFT", "DPO", "GRPO"])
-def test_adapters(load, rows, tokenizer, tmp_path, calls, folder):
+@pytest.mark.parametrize("folder, embedded", [("SFT", "before"), ("DPO", "after"), ("GRPO", "before")])
+def test_adapters(load, rows, tokenizer, tmp_path, calls, folder, embedded):
+    """The trainer puts the adapter on: before it is built the model is transformers' own, after it PEFT's."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
-
-    def model():
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    more = {"peft_config": lora} | ({"beta": 0.1} if folder == "GRPO" else {})
+    runs = []
+    for how in (None, embedded):
         torch.manual_seed(0)
-        config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-        return peft.get_peft_model(load("llama"), config)
-
-    more = {"GRPO": {"beta": 0.1}}.get(folder, {})
-    want, _ = train(folder, model(), rows, tokenizer, tmp_path, embedded=False, **more)
-    got, _ = train(folder, model(), rows, tokenizer, tmp_path, embedded=True, **more)
-    same(got, want)
+        runs.append(train(folder, load("llama"), rows, tokenizer, tmp_path, how, **more)[0])
+        assert bool(how) == bool(calls.token_logprobs)
+    same(runs[1], runs[0])
     assert calls.token_logprobs >= 3
 
 
@@ -152,41 +155,53 @@ def test_reward_model(data, rows, tokenizer, tmp_path, calls):
         make = transformers.AutoModelForSequenceClassification.from_pretrained
         return make(data / "tiny-hf" / "llama", num_labels=1, dtype=torch.float32)
 
-    want, _ = train("Reward", model(), rows, tokenizer, tmp_path, embedded=False)
-    got, _ = train("Reward", model(), rows, tokenizer, tmp_path, embedded=True)
+    want, _ = train("Reward", model(), rows, tokenizer, tmp_path)
+    got, _ = train("Reward", model(), rows, tokenizer, tmp_path, "before")
     same(got, want)
     assert calls.flash_attention and not calls.token_logprobs
 
 
-def test_built_on_an_embedded_model(load, rows, tokenizer, tmp_path, calls):
-    """The trainer then lays its own head over ours; remove() takes off what lies below and leaves that."""
-    want, _ = train("SFT", load("llama"), rows, tokenizer, tmp_path, embedded=False)
+def test_mixed_precision(load, rows, tokenizer, tmp_path, calls):
+    """accelerate lays a forward of its own, autocast, over TRL's, which lies over ours."""
+    want, got = (
+        train("SFT", load("llama"), rows, tokenizer, tmp_path, how, bf16=True)[0] for how in (None, "before")
+    )
+    assert calls.token_logprobs == 3
+    for g, w in zip(got, want, strict=True):
+        assert g["loss"] == pytest.approx(w["loss"], abs=2e-2)
+
+
+def test_removed_below_a_trainer(load, rows, tokenizer, tmp_path, calls):
+    """remove() takes off what lies below TRL's forward and leaves that; apply() then goes over it."""
     model = load("llama")
-    embed.apply(model)
-    got, trainer = train("SFT", model, rows, tokenizer, tmp_path, embedded=False)
-    same(got, want)
-    assert calls.flash_attention and not calls.token_logprobs
-    embed.remove(trainer.model)
-    seen = calls.flash_attention
+    _, trainer = train("SFT", model, rows, tokenizer, tmp_path, "before")
+    assert trainer.model is model and calls.token_logprobs == 3
+    embed.remove(model)
+    seen = vars(calls).copy()
     ids = torch.arange(2, 12)[None]
     model.train()
     assert model(ids, labels=ids).logits is not None
-    assert calls.flash_attention == seen and not calls.token_logprobs
+    want = model(ids, labels=ids, fused_lm_head=True).log_probs
+    assert vars(calls) == seen
     embed.apply(model)
-    assert model(ids, labels=ids).logits is None and calls.token_logprobs == 1
-    out = model(ids, labels=ids, fused_lm_head=True)
-    assert out.log_probs.shape == (1, 9) and calls.token_logprobs == 2
+    assert model(ids, labels=ids).logits is None
+    torch.testing.assert_close(model(ids, labels=ids, fused_lm_head=True).log_probs, want)
+    assert calls.token_logprobs == seen["token_logprobs"] + 2
 
 
+@pytest.mark.parametrize("embedded", ["before", "after"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_per_token_figures(load, ids, temperature):
+def test_per_token_figures(load, ids, calls, temperature, embedded):
     """All five of TRL's, with labels that are the likeliest token and labels that are not."""
     model = load("llama").train()
+    parts = dict.fromkeys(("attention", "rope", "norm", "swiglu"), False)
     with torch.no_grad():
         model.lm_head.weight.mul_(5)  # some tokens above one half
         labels = ids.clone()
         labels[:, 1::3] = model(ids).logits.argmax(-1)[:, 0::3][:, : labels[:, 1::3].shape[1]]
         labels[0, :5], labels[2] = -100, -100
+    if embedded == "before":
+        embed.apply(model, **parts)
     names = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
     trl.trainer.utils.add_fused_lm_head(model, temperature=temperature, outputs=names)
 
@@ -198,10 +213,16 @@ def test_per_token_figures(load, ids, temperature):
         gradients = [p.grad.clone() for p in model.parameters()]
         return [out.loss.detach(), *(getattr(out, name).detach() for name in names), *gradients]
 
-    want = run()
-    embed.apply(model, attention=False, rope=False, norm=False, swiglu=False)
-    for g, w in zip(run(), want, strict=True):
-        torch.testing.assert_close(g.to(w.dtype), w, rtol=1e-5, atol=1e-5)
+    if embedded == "before":
+        ours = run()
+        embed.remove(model)
+    theirs = run()
+    if embedded == "after":
+        embed.apply(model, **parts)
+        ours = run()
+    assert calls.token_logprobs == 2  # the sum of p^2 is one more
+    for got, want in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got.to(want.dtype), want, rtol=1e-5, atol=1e-5)
 
 
 def test_another_version_of_the_head_is_named(load):

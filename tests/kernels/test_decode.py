@@ -342,5 +342,5 @@ class NoHostRead(TorchDispatchMode):
 def test_reads_no_tensor_on_the_host():
     with compile_only("sm_90"), NoHostRead():
         decode_attention(**make(["prefix", "window"], torch.float16))
-    with NoHostRead(), pytest.raises(AssertionError):  # the CPU path does
-        decode_attention(**make())
+    with NoHostRead(), pytest.raises(AssertionError):
+        int(make()["length"].max())
