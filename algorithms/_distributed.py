@@ -79,6 +79,16 @@ def processes(command: str, device: str) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def check_joined() -> None:
+    """Raises InputError under torchrun outside of `processes`: a trainer would train a whole model on each process."""
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != world():
+        raise InputError(
+            f"torchrun has started {started} processes, {world()} of them joined: expected "
+            f"`torchrun -m burnish.algorithms.{TRAINERS[0]}`, or `with processes(...)` around the call of a trainer"
+        )
+
+
 # ---- weights
 
 

@@ -26,7 +26,7 @@ from ..model.scalar import ScalarModel
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from ._checkpoint import Part, read_checkpoint, write_checkpoint
-from ._distributed import from_rank_0, rank
+from ._distributed import check_joined, from_rank_0, rank
 
 CHECKPOINT = "checkpoint.safetensors"
 MAY_DIFFER = (
@@ -45,9 +45,10 @@ def default_device() -> str:
 def check_flags(config: Any, **bounds: tuple[float, float]) -> None:
     """check_flags(cfg, steps=(1, inf)) raises InputError where a flag is set and outside its bounds, or NaN.
 
-    Also checks what every run has: a device that torch can use, and an output folder that no other run uses, or with
-    --resume one that holds a checkpoint of a run with the same flags.
+    Also checks what every run has: a device that torch can use, processes that have joined, and an output folder that
+    no other run uses, or with --resume one that holds a checkpoint of a run with the same flags.
     """
+    check_joined()
     for name, (low, high) in bounds.items():
         value = getattr(config, name)
         if value is not None and not low <= value <= high:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from burnish.algorithms import _distributed, dpo, grpo, sft
+from burnish.algorithms.__main__ import COMMANDS
 from burnish.algorithms._distributed import parts, processes, rank, shard, world
 from burnish.model.adapter import adapters, add_lora, merge_lora, quantize_base
 from burnish.model.checkpoint import load_model, save_model, stream_weights
@@ -51,8 +52,14 @@ CASES = {  # name: (algorithm, shape of the model, flags)
         "experts",
         {"batch_size": 5, "micro_batch_tokens": 1},
     ),  # each row alone: the same balance
+    "sft-experts-lora": ("sft", "experts", {"batch_size": 5, "micro_batch_tokens": 1, "lora_rank": 3}),
     "dpo": ("dpo", "untied", {**SFT, "batch_size": 25, "held_out": "pairs.jsonl", "beta": 1.0}),
     "dpo-qlora": ("dpo", "tied", {**SFT, "lora_rank": 4, "base_4bit": True}),
+    "dpo-experts-qlora": (
+        "dpo",
+        "experts",
+        {"batch_size": 4, "micro_batch_tokens": 1, "lora_rank": 3, "base_4bit": True},
+    ),
     "grpo": ("grpo", "tied", {**RL, "kl_coefficient": 0.1, "max_draws": 2, "top_k": 9}),
     "grpo-lora": ("grpo", "untied", {**RL, "lora_rank": 4, "kl_coefficient": 0.1, "loss": "gspo"}),
     "grpo-experts": (
@@ -210,6 +217,10 @@ def test_two_processes_train_as_one(done, name):
     )  # of the latest forward pass, which is not the same one
     for got, line in zip(lines, expected, strict=True):
         close(*({k: v for k, v in values.items() if k not in busiest} for values in (got, line)), 1e-5)
+    files = [{file.name: file for file in (run / name / "model").iterdir()} for run in (one, two)]
+    assert files[0].keys() == files[1].keys()  # the same Hugging Face folder
+    for file in files[0].keys() - {"model.safetensors", "adapter_model.safetensors"}:
+        assert files[0][file].read_bytes() == files[1][file].read_bytes(), file
     close(weights_of(two / name / "model"), weights_of(one / name / "model"), 1e-4)
     if name == "dpo":
         results = [
@@ -330,6 +341,25 @@ def test_what_runs_on_one_process_says_so(inputs, tmp_path):
 
 
 # ---- on one process
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - _distributed.TRAINERS))
+def test_other_commands_refuse_torchrun(monkeypatch, command):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with (
+        pytest.raises(InputError, match=f"{command} runs on one process"),
+        processes(command, "cpu"),
+    ):
+        raise AssertionError("it ran")
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "grpo"])
+def test_processes_that_have_not_joined_do_not_train(monkeypatch, inputs, name):
+    """train() called by a script of the user's under torchrun: each process would train a model of its own."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="2 processes, 1 of them joined"):
+        train(name, inputs, "unjoined")
+    assert not (inputs / "unjoined" / name).exists()
 
 
 def test_parts_are_even_and_whole():

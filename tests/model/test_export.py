@@ -86,6 +86,27 @@ def test_experts_are_streamed_one_by_one():
     )
 
 
+@pytest.mark.parametrize("four_bit", [False, True])
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "mixtral", "gpt_oss"])
+def test_the_stream_has_the_names_of_the_published_folder(data, tmp_path, name, four_bit):
+    """With adapters on the experts, too: nothing fused, nothing missing, nothing of the adapter."""
+    model = load_model(data / "tiny-hf" / name)
+    if four_bit:
+        quantize_base(model)
+    experts = {} if name == "llama" else {"parameters": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")}
+    trained_adapter(model, **experts)
+    streamed = {key: tensor.clone() for key, tensor in stream_weights(model)}
+    published = load_file(data / "tiny-hf" / name / "model.safetensors")
+    assert {key: t.shape for key, t in streamed.items()} == {key: t.shape for key, t in published.items()}
+    merge_lora(model)
+    save_model(model, tmp_path / "merged")
+    saved = load_file(tmp_path / "merged" / "model.safetensors")
+    assert all(torch.equal(streamed[key], saved[key]) for key in published)
+    for key, tensor in published.items():
+        adapted = ("_proj" in key or ".experts." in key) and "bias" not in key
+        assert torch.equal(streamed[key].float(), tensor.float()) != adapted, key
+
+
 @pytest.mark.parametrize("made", [plain, experts_lora, four_bit_alone, scalar_lora])
 def test_several_files_are_the_model_of_one(made, tmp_path, monkeypatch):
     model = made()
