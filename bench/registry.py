@@ -10,7 +10,7 @@ dtype. An op is held to what its users would otherwise have had; NaN never passe
 Adding an op is one kernel file and its Cases here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -993,6 +993,63 @@ def _by_path(path: str) -> Callable[..., Any]:
     return linear
 
 
+_BESIDE = ("weight", "lora_a", "lora_b", "bias")  # what each of several linear layers has
+
+
+def _several(op: Callable[..., Any]) -> Callable[..., Any]:
+    """An op on sequences, for a case whose tensors are numbered: weight_0, weight_1, ..."""
+
+    def linears(
+        x: Tensor, *, scaling: float, adapter: Tensor | None = None, **tensors: Any
+    ) -> tuple[Tensor, ...]:
+        each = {n: [t for key, t in tensors.items() if key[: -len("_0")] == n] for n in _BESIDE}
+        scalings = [scaling * (i + 1) for i in range(len(each["weight"]))]
+        return tuple(
+            op(
+                x, each["weight"], each["lora_a"], each["lora_b"], scalings,
+                biases=each["bias"],
+            )
+        )  # fmt: skip
+
+    linears.__module__ = op.__module__
+    return linears
+
+
+def _lora_eager_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scalings: Sequence[float],
+    *,
+    biases: Sequence[Tensor],
+) -> list[Tensor]:
+    each = zip(weights, lora_a, lora_b, scalings, biases, strict=True)
+    return [_lora_eager(x, W, a, b, s, bias=bias) for W, a, b, s, bias in each]
+
+
+def _lora_several_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    """q, k and v: F columns, G and G, with an adapter of rank R, R + 1 and R + 2."""
+    T, C, F_, G, R = (dims[letter] for letter in "TCFGR")
+    parts = [
+        _lora_bias_inputs({"T": T, "C": C, "F": n, "R": R + i}, dtype, device)
+        for i, n in enumerate((F_, G, G))
+    ]
+    numbered = {f"{n}_{i}": t for i, part in enumerate(parts) for n, t in part.items() if n != "x"}
+    return {"x": parts[0]["x"]} | numbered
+
+
+def _lora_several_work(dims: Dims, size: int) -> tuple[Work, Work]:
+    """x is read once, dx written once."""
+    T, C, F_, G, R = (dims[letter] for letter in "TCFGR")
+    works = [_lora_work({"T": T, "C": C, "F": n, "R": R + i}, size) for i, n in enumerate((F_, G, G))]
+    forward, backward = (Work(*map(sum, zip(*w, strict=True))) for w in zip(*works, strict=True))
+    return (
+        Work(forward.flops, forward.bytes - 2 * T * C * size),
+        Work(backward.flops, backward.bytes - 4 * T * C * size),
+    )
+
+
 def _lora_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
     """Weights such that base and adapter are of unit scale. E: that many stacked adapters, -1 among the rows' own."""
     T, C, F_, R, E = dims["T"], dims["C"], dims["F"], dims["R"], dims.get("E", 0)
@@ -1080,6 +1137,15 @@ _LORA_BENCH = {
     ),
     "cpu": ({"T": 256, "C": 576, "F": 1536, "R": 16}, {"T": 256, "C": 576, "F": 576, "R": 16}),
 }  # fmt: skip
+_LORA_SEVERAL_SHAPES = (
+    {"T": 7, "C": 9, "F": 11, "G": 5, "R": 3},
+    {"T": 37, "C": 67, "F": 41, "G": 17, "R": 16},
+)
+_LORA_SEVERAL_EMPTY = ({"T": 0, "C": 8, "F": 16, "G": 4, "R": 4},)
+_LORA_SEVERAL_BENCH = {
+    "cuda": ({"T": 8192, "C": 4096, "F": 4096, "G": 1024, "R": 16},),
+    "cpu": ({"T": 256, "C": 576, "F": 576, "G": 192, "R": 16},),
+}
 _LORA_TILES = tuple({"T": 256, "C": 256, "F": 256, "R": r} for r in (16, 64, 256))
 _NF4_BENCH = {
     "cuda": tuple({"T": t, "C": 4096, "F": 14336} for t in (1, 16, 64, 4096)),
@@ -1561,6 +1627,20 @@ CASES: tuple[Case, ...] = (
         eager=_eager_four_bit(_lora_eager),
         shapes=({"T": 7, "C": 66, "F": 33, "R": 8},),
         fixed=_FOUR_BIT,
+    ),
+    _lora_case(
+        "q, k, v",
+        op="lora_linears",
+        inputs=_lora_several_inputs,
+        fused=_several(lora.lora_linears),
+        reference=_several(lora.lora_linears_reference),
+        eager=_several(_lora_eager_linears),
+        work=_lora_several_work,
+        formula="2TC(F + 2G) + 2TR(3C + F + 2G) operations; 2TC(F + 2G) + 4TR(3C + F + 2G)",
+        shapes=_LORA_SEVERAL_SHAPES,
+        empty=_LORA_SEVERAL_EMPTY,
+        bench=_LORA_SEVERAL_BENCH,
+        fixed=tuple(f"weight_{i}" for i in range(3)),
     ),
     _nf4_case(
         "nf4_linear",

@@ -9,6 +9,7 @@ from .glu import geglu as geglu
 from .glu import swiglu as swiglu
 from .logprob import token_logprobs as token_logprobs
 from .lora import lora_linear as lora_linear
+from .lora import lora_linears as lora_linears
 from .moe import moe_mlp as moe_mlp
 from .moe import moe_route as moe_route
 from .nf4 import dequantize_nf4 as dequantize_nf4

@@ -1,7 +1,7 @@
 """What every kernel file needs before it launches: which path, on what chip, what it accepts, how torch knows it."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -25,6 +25,16 @@ def capability(x: Tensor) -> tuple[int, int]:
     if TARGET is not None:
         return TARGET
     return torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
+
+
+@cache
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
+
+
+def device_name(x: Tensor) -> str:
+    """What picks from what was measured on one device alone; "" where nothing is launched on any."""
+    return _device_name(x.device) if x.is_cuda else ""
 
 
 def check_shape(name: str, x: Any, **dims: int) -> None:
@@ -64,18 +74,36 @@ def most_warps() -> int:
     return 16 if torch.version.hip or TARGET == (9, 4) else 32
 
 
+def _flattened(values: Iterable[Any]) -> tuple[list[Any], list[int | None]]:
+    """Lists of tensors laid out flat, and how long each was; None for what is no such list."""
+    flat, lengths = [], []
+    for value in values:
+        is_list = isinstance(value, list) and all(t is None or isinstance(t, Tensor) for t in value)
+        flat += value if is_list else [value]
+        lengths.append(len(value) if is_list else None)
+    return flat, lengths
+
+
+def _nested(flat: Iterable[Any], lengths: list[int | None]) -> list[Any]:
+    """The inverse."""
+    rest = iter(flat)
+    return [next(rest) if length is None else [next(rest) for _ in range(length)] for length in lengths]
+
+
 def register(
     name: str,
     launch: Callable[..., Any],
     fake: Callable[..., Any],
     save: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    lists: bool = False,
 ) -> Callable[..., Any]:
     """Make `launch` known to torch as burnish::name and return what the public op calls.
 
     fake: the same signature, shapes and dtypes only. save(ctx, inputs, output) and backward(ctx, *grads) are those of
     torch.autograd.Function. torch.compile and dispatch modes (FakeTensor, selective checkpointing) see the registered
     op; an eager call goes by an autograd.Function around the same three functions, which costs half as much.
+    lists: the op takes and returns lists of tensors. An autograd.Function knows none: they pass it flat.
     """
     registered = torch.library.custom_op(f"burnish::{name}", launch, mutates_args=())
     registered.register_fake(fake)
@@ -88,9 +116,25 @@ def register(
             save(ctx, args, output)
             return output
 
+        def forward_lists(ctx: Any, lengths: list[int | None], returned: list[Any], *flat: Any) -> Any:
+            output = forward(ctx, *_nested(flat, lengths))
+            flat_output, ctx.returned = _flattened(output)
+            returned += ctx.returned
+            return tuple(flat_output)
+
+        def backward_lists(ctx: Any, *grads: Any) -> Any:
+            return None, None, *_flattened(backward(ctx, *_nested(grads, ctx.returned)))[0]
+
         # without a setup_context of its own, for which torch would inspect the signature anew on each call
-        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        direct = type(name, (torch.autograd.Function,), members).apply
+        pair = (forward_lists, backward_lists) if lists else (forward, backward)
+        members = {"forward": staticmethod(pair[0]), "backward": staticmethod(pair[1])}
+        direct = apply = type(name, (torch.autograd.Function,), members).apply
+        if lists:
+
+            def direct(*args: Any) -> Any:
+                flat, lengths = _flattened(args)
+                returned: list[int | None] = []
+                return _nested(apply(lengths, returned, *flat), returned)
 
     return lambda *args: (registered if _recorded() else direct)(*args)
 

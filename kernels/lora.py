@@ -22,18 +22,23 @@ Source: LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685, equation 3; DoRA
 # A launch passes numbers where the kernel is annotated tl.constexpr:
 # pyright: reportArgumentType=false, reportCallIssue=false
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _lora_paths
 from ._four_bit import NF4Weight, dequantize
 from ._launch import (
     capability,
     cdiv,
     check_dtype,
     check_shape,
+    device_name,
     multiprocessors,
     next_power_of_2,
     register,
@@ -70,6 +75,29 @@ def lora_linear_reference(
     if magnitude is not None:
         out = out * (magnitude / (W + scaling * (lora_b @ lora_a)).detach().norm(dim=1))
     return (out if bias is None else out + bias).to(x.dtype).view(*x.shape[:-1], W.shape[0])
+
+
+def lora_linears_reference(
+    x: Tensor,
+    weights: Sequence[Tensor | NF4Weight],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scalings: Sequence[float],
+    *,
+    biases: Sequence[Tensor] | None = None,
+    magnitudes: Sequence[Tensor] | None = None,
+    adapter: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> list[Tensor]:
+    nothing = [None] * len(weights)
+    each = zip(weights, lora_a, lora_b, scalings, biases or nothing, magnitudes or nothing, strict=True)
+    return [
+        lora_linear_reference(
+            x, W, a, b, s, bias=bias, magnitude=magnitude, adapter=adapter, dropout=dropout, seed=seed
+        )
+        for W, a, b, s, bias, magnitude in each
+    ]
 
 
 def _multiplied_out(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
@@ -323,15 +351,18 @@ def _lora_a_bwd(
 
 # ---- autograd
 
-# Which path takes a plain product, by shape. "cublas": F.linear, then addmm in place, the very calls of the baseline.
-# "epilogue": F.linear, then _expand_fwd. "fused": _lora_fwd. No shape has been measured yet: "cublas" everywhere.
-# `python -m burnish.bench lora_linear --peers` times the three side by side.
-MEASURED: dict[tuple[tuple[int, int], int, int, int], str] = {}  # (capability, N, K, R) -> path
+# "cublas": F.linear, then addmm in place, the very calls of the baseline. "epilogue": F.linear, then _expand_fwd.
+# "fused": _lora_fwd. _lora_paths.py says which was the fastest where all were measured; elsewhere "cublas" is taken,
+# which is never slower than the baseline.
 PATHS = ("cublas", "epilogue", "fused")
 
 
 def _path(x: Tensor, N: int, R: int) -> str:
-    return MEASURED.get((capability(x), N, x.shape[-1], R), "cublas") if use_triton(x) else "cublas"
+    """x: (M, K)."""
+    M, K = x.shape
+    rows = 1 << max(M, 1).bit_length() - 1  # rounded down to a power of two, as those that are measured
+    dtype = str(x.dtype).removeprefix("torch.")
+    return _lora_paths.PATHS.get((device_name(x), dtype, rows, N, K, R), "cublas")
 
 
 def _drop_arguments(seed: Tensor | None, dropout: float) -> tuple[int, float]:
@@ -480,34 +511,53 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x: (M, K). Returns out (M, N), S (M, R), and the norm (N,) of DoRA, empty without it."""
     W = _dense(x, weight, absmax, code, nested_absmax, nested_code, offset, blocksize, lora_b)
-    A, B = _flat(lora_a, lora_b)
-    if use_triton(x):
-        norm = x.new_empty(0 if magnitude is None else W.shape[0], dtype=torch.float32)
-        if magnitude is not None and norm.numel():
-            _norm_triton(W, A, B, scaling, norm)
-        gain = None if magnitude is None else magnitude / norm
-        plain = seed is None and adapter is None
-        S = x @ A.T if plain and path == "cublas" else _shrink(x, lora_a, adapter, seed, dropout)
-        if path == "fused":
-            return _fused(x, W, S, lora_b, scaling, adapter, gain, bias), S, norm
-        out = F.linear(x, W, bias.to(x.dtype) if bias is not None and gain is None else None)
-        if gain is None and adapter is None and path == "cublas":
-            out.addmm_(S, B.T, alpha=scaling)
-        else:
-            _expand_(out, S, lora_b, scaling, adapter, gain=gain, bias=None if gain is None else bias)
-        return out, S, norm
-    adapters = lora_a.shape[0] if adapter is not None else 1
+    path = path or _path(x, W.shape[0], lora_a.shape[-2])
+    S = _down(x, lora_a, adapter, seed, dropout, path)
+    out, norm = _up(x, W, S, lora_a, lora_b, bias, magnitude, adapter, scaling, path)
+    return out, S, norm
+
+
+def _down(
+    x: Tensor, lora_a: Tensor, adapter: Tensor | None, seed: Tensor | None, dropout: float, path: str
+) -> Tensor:
+    """S (M, R)."""
+    if use_triton(x) and not (seed is None and adapter is None and path == "cublas"):
+        return _shrink(x, lora_a, adapter, seed, dropout)
     dropped = x if seed is None else _drop(x, dropout, seed)
-    S = _picked(dropped @ A.T, adapter, adapters)
-    out = F.linear(x, W, bias.to(x.dtype) if bias is not None and magnitude is None else None)
+    return _picked(dropped @ _end_to_end(lora_a).T, adapter, lora_a.shape[0])
+
+
+def _up(
+    x: Tensor,
+    W: Tensor,
+    S: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    magnitude: Tensor | None,
+    adapter: Tensor | None,
+    scaling: float,
+    path: str,
+) -> tuple[Tensor, Tensor]:
+    """out (M, N), and the norm (N,) of DoRA, empty without it."""
+    adapters, B = lora_b.shape[0], _side_by_side(lora_b)
+    if magnitude is None:
+        norm = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
+    else:
+        norm = _norm(W, lora_a, lora_b, scaling)
+    gain = None if magnitude is None else magnitude / norm
+    if use_triton(x) and path == "fused":
+        return _fused(x, W, S, lora_b, scaling, adapter, gain, bias), norm
+    out = F.linear(x, W, bias.to(x.dtype) if bias is not None and gain is None else None)
+    if use_triton(x) and not (gain is None and adapter is None and path == "cublas"):
+        _expand_(out, S, lora_b, scaling, adapter, gain=gain, bias=None if gain is None else bias)
+        return out, norm
     out.addmm_(_stacked(S, adapter, adapters), B.T, alpha=scaling)
-    norm = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
-    if magnitude is not None:
-        norm = _norm(W, A, B, scaling)
-        out.mul_(magnitude / norm)
+    if gain is not None:
+        out.mul_(gain)
         if bias is not None:
             out.add_(bias)
-    return out, S, norm
+    return out, norm
 
 
 def _forward_fake(
@@ -528,25 +578,29 @@ def _dense(x, weight, absmax, code, nested_absmax, nested_code, offset, blocksiz
     )  # fmt: skip
 
 
-def _flat(lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Stacked adapters end to end: (adapters R, K) and (N, adapters R)."""
-    if lora_a.ndim == 2:
-        return lora_a, lora_b
-    return lora_a.flatten(0, 1), lora_b.transpose(0, 1).flatten(1)
+def _end_to_end(lora_a: Tensor) -> Tensor:
+    """Stacked adapters' A as one, (adapters R, K)."""
+    return lora_a if lora_a.ndim == 2 else lora_a.flatten(0, 1)
+
+
+def _side_by_side(lora_b: Tensor) -> Tensor:
+    """Stacked adapters' B as one, (N, adapters R)."""
+    return lora_b if lora_b.ndim == 2 else lora_b.transpose(0, 1).flatten(1)
 
 
 def _norm(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """(N,) |W + scaling B A|, at least in fp32."""
     wide = torch.promote_types(W.dtype, torch.float32)
-    with torch.autocast(W.device.type, enabled=False):
-        return torch.addmm(W.to(wide), B.to(wide), A.to(wide), alpha=scaling).norm(dim=1)
-
-
-def _norm_triton(W: Tensor, A: Tensor, B: Tensor, scaling: float, norm: Tensor) -> None:
+    if not use_triton(W):
+        with torch.autocast(W.device.type, enabled=False):
+            return torch.addmm(W.to(wide), B.to(wide), A.to(wide), alpha=scaling).norm(dim=1)
     (N, K), R = W.shape, A.shape[0]
-    _dora_norm_fwd[(cdiv(N, 32),)](
-        W, A, B, norm, N, K, R, scaling, 32, 64, _ranks(R, _most_ranks(W)), num_warps=4, num_stages=2
-    )
+    norm = W.new_empty(N, dtype=torch.float32)
+    if N:
+        _dora_norm_fwd[(cdiv(N, 32),)](
+            W, A, B, norm, N, K, R, scaling, 32, 64, _ranks(R, _most_ranks(W)), num_warps=4, num_stages=2
+        )
+    return norm
 
 
 def _backward(
@@ -575,48 +629,82 @@ def _backward(
     with_dmagnitude: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dlora_a, dlora_b, dbias, dmagnitude, each empty where it is not asked for."""
-    A, B = _flat(lora_a, lora_b)
-    adapters = lora_a.shape[0] if adapter is not None else 1
     wide = norm.dtype
-    dx, da, db, dbias, dm = (x.new_empty(0, dtype=t) for t in (x.dtype, x.dtype, x.dtype, wide, wide))
+    dx, da, dbias = (x.new_empty(0, dtype=dtype) for dtype in (x.dtype, x.dtype, wide))
     W = None
     if with_dx or with_dmagnitude:
         W = _dense(x, weight, absmax, code, nested_absmax, nested_code, offset, blocksize, lora_b)
-    g = dout
     if with_dbias:
         dbias = dout.sum(0, dtype=wide)
-    if magnitude is not None:
-        if with_dmagnitude:
-            assert W is not None
-            before = F.linear(x, W).addmm_(_stacked(S, adapter, adapters), B.T, alpha=scaling)
-            dm = (dout.to(wide) * before).sum(0) / norm
-        g = (dout * (magnitude / norm)).to(dout.dtype)
-    fused = use_triton(x)
-    once = fused and with_dlora and adapter is None and path != "cublas"
-    if once:
-        dS, db = _dout_once(g, S, lora_b, scaling)
-    else:
-        dS = _picked(g @ B, adapter, adapters).mul_(scaling)  # (M, R)
-        if with_dlora:
-            db = (g.T @ _stacked(S, adapter, adapters)).mul_(scaling)  # (N, adapters R)
-            if lora_b.ndim == 3:
-                db = db.view(db.shape[0], adapters, -1).transpose(0, 1).contiguous()
+    path = path or _path(x, lora_b.shape[-2], lora_b.shape[-1])
+    g, dS, db, dm = _up_backward(
+        dout, x, S, norm, W, lora_b, magnitude, adapter, scaling, path, with_dlora, with_dmagnitude
+    )
     if with_dlora:
-        if fused and not (seed is None and adapter is None):
-            da = _a_grad(dS, x, lora_a, adapter, seed, dropout)
-        else:
-            dropped = x if seed is None else _drop(x, dropout, seed)
-            da = (_stacked(dS, adapter, adapters).T @ dropped).view(lora_a.shape)
+        da = _down_backward(dS, x, lora_a, adapter, seed, dropout)
     if with_dx:
         assert W is not None
         dx = g @ W
-        if fused and not (seed is None and adapter is None):
-            _expand_(dx, dS, lora_a.transpose(-2, -1), 1.0, adapter, seed, dropout)
-        elif seed is None:
-            dx.addmm_(_stacked(dS, adapter, adapters), A)
-        else:
-            dx.add_(_drop(_stacked(dS, adapter, adapters) @ A, dropout, seed))
+        _add_low_(dx, dS, lora_a, adapter, seed, dropout)
     return dx, da, db, dbias, dm
+
+
+def _up_backward(
+    dout: Tensor,
+    x: Tensor,
+    S: Tensor,
+    norm: Tensor,
+    W: Tensor | None,
+    lora_b: Tensor,
+    magnitude: Tensor | None,
+    adapter: Tensor | None,
+    scaling: float,
+    path: str,
+    with_dlora: bool,
+    with_dmagnitude: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """g (M, N), dS (M, R), and dlora_b and dmagnitude, each empty where it is not asked for."""
+    adapters, B = lora_b.shape[0], _side_by_side(lora_b)
+    db, dm, g = x.new_empty(0), norm.new_empty(0), dout
+    if magnitude is not None:
+        if with_dmagnitude:
+            assert W is not None
+            before = F.linear(x, W).addmm_(S, B.T, alpha=scaling)
+            dm = (dout.to(norm.dtype) * before).sum(0) / norm
+        g = (dout * (magnitude / norm)).to(dout.dtype)
+    if use_triton(x) and with_dlora and adapter is None and path != "cublas":
+        dS, db = _dout_once(g, S, lora_b, scaling)
+        return g, dS, db, dm
+    dS = _picked(g @ B, adapter, adapters).mul_(scaling)  # (M, R)
+    if with_dlora:
+        db = (g.T @ _stacked(S, adapter, adapters)).mul_(scaling)  # (N, adapters R)
+        if lora_b.ndim == 3:
+            db = db.view(db.shape[0], adapters, -1).transpose(0, 1).contiguous()
+    return g, dS, db, dm
+
+
+def _down_backward(
+    dS: Tensor, x: Tensor, lora_a: Tensor, adapter: Tensor | None, seed: Tensor | None, dropout: float
+) -> Tensor:
+    """dlora_a."""
+    if use_triton(x) and not (seed is None and adapter is None):
+        return _a_grad(dS, x, lora_a, adapter, seed, dropout)
+    dropped = x if seed is None else _drop(x, dropout, seed)
+    return (_stacked(dS, adapter, lora_a.shape[0]).T @ dropped).view(lora_a.shape)
+
+
+def _add_low_(
+    dx: Tensor, dS: Tensor, lora_a: Tensor, adapter: Tensor | None, seed: Tensor | None, dropout: float
+) -> None:
+    """dx += drop(dS A), in place."""
+    if use_triton(dx) and not (seed is None and adapter is None):
+        _expand_(dx, dS, lora_a.transpose(-2, -1), 1.0, adapter, seed, dropout)
+        return
+    stacked, A = _stacked(dS, adapter, lora_a.shape[0]), _end_to_end(lora_a)
+    if seed is None:
+        dx.addmm_(stacked, A)
+    else:
+        dx.add_(_drop(stacked @ A, dropout, seed))
 
 
 def _backward_fake(
@@ -669,21 +757,16 @@ _lora_backward = register("lora_linear_backward", _backward, _backward_fake)
 _lora = register("lora_linear", _forward, _forward_fake, _save, _differentiate)
 
 
-def _lora_linear(
+def _check(
     x: Tensor,
     weight: Tensor | NF4Weight,
     lora_a: Tensor,
     lora_b: Tensor,
-    scaling: float,
-    *,
-    bias: Tensor | None = None,
-    magnitude: Tensor | None = None,
-    adapter: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: int | Tensor | None = None,
-    path: str | None = None,
-) -> Tensor:
-    """lora_linear by one of PATHS, which the benchmark and the tests choose themselves."""
+    bias: Tensor | None,
+    magnitude: Tensor | None,
+    adapter: Tensor | None,
+    dropout: float,
+) -> None:
     if len(weight.shape) != 2:
         raise ValueError(f"weight: expected shape (out, in), got {tuple(weight.shape)}")
     N, K = weight.shape
@@ -710,6 +793,25 @@ def _lora_linear(
         check_shape("adapter", adapter, **{f"x.shape[{i}]": size for i, size in enumerate(x.shape[:-1])})
         if magnitude is not None:
             raise NotImplementedError("magnitude: not with several adapters; call lora_linear for each")
+
+
+def _lora_linear(
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    *,
+    bias: Tensor | None = None,
+    magnitude: Tensor | None = None,
+    adapter: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
+    path: str = "",
+) -> Tensor:
+    """lora_linear by one of PATHS, which the benchmark and the tests choose themselves; "": as measured."""
+    _check(x, weight, lora_a, lora_b, bias, magnitude, adapter, dropout)
+    N, K = weight.shape
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if isinstance(weight, Tensor):
@@ -722,9 +824,167 @@ def _lora_linear(
         lora_a.to(x.dtype).contiguous(), lora_b.to(x.dtype).contiguous(),
         None if bias is None else bias.contiguous(), None if magnitude is None else magnitude.contiguous(),
         None if adapter is None else adapter.reshape(-1).contiguous(),
-        _seed(seed, x) if dropout else None, float(scaling), float(dropout), path or _path(x, N, R),
+        _seed(seed, x) if dropout else None, float(scaling), float(dropout), path,
     )  # fmt: skip
     return out.view(*x.shape[:-1], N)
+
+
+def _all_forward(
+    x: Tensor,
+    weights: list[Tensor],
+    held: list[Tensor],
+    blocksize: int,
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    biases: list[Tensor],
+    magnitudes: list[Tensor],
+    adapter: Tensor | None,
+    seed: Tensor | None,
+    scalings: list[float],
+    dropout: float,
+) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    """x: (M, K). held: of 4-bit weights, the tensors beside the packed ones, of each in turn; empty for dense ones.
+
+    Returns each out (M, N), S (M, sum of R), and each norm (N,) of DoRA, none without it.
+    """
+    ranks = [b.shape[-1] for b in lora_b]
+    paths = [_path(x, b.shape[-2], b.shape[-1]) for b in lora_b]
+    S = _down(x, torch.cat(lora_a, -2), adapter, seed, dropout, paths[0])
+    outs, norms = [], []
+    for i, (path, mine) in enumerate(zip(paths, S.split(ranks, 1), strict=True)):
+        out, norm = _up(
+            x, _dense_of(i, x, weights, held, blocksize, lora_b), mine.contiguous(), lora_a[i], lora_b[i],
+            _at(biases, i), _at(magnitudes, i), adapter, scalings[i], path,
+        )  # fmt: skip
+        outs.append(out)
+        norms += [norm] if magnitudes else []
+    return outs, S, norms
+
+
+def _all_forward_fake(
+    x, weights, held, blocksize, lora_a, lora_b, biases, magnitudes, adapter, seed, scalings, dropout
+):  # fmt: skip
+    M, wide = x.shape[0], torch.promote_types(x.dtype, torch.float32)
+    outs = [x.new_empty(M, b.shape[-2]) for b in lora_b]
+    norms = [x.new_empty(b.shape[-2], dtype=wide) for b in lora_b] if magnitudes else []
+    return outs, x.new_empty(M, sum(b.shape[-1] for b in lora_b)), norms
+
+
+def _at(tensors: list[Tensor], i: int) -> Tensor | None:
+    return tensors[i] if tensors else None
+
+
+def _dense_of(
+    i: int, x: Tensor, weights: list[Tensor], held: list[Tensor], blocksize: int, lora_b: list[Tensor]
+) -> Tensor:
+    each = len(held) // len(weights)
+    mine = [*held[i * each : (i + 1) * each], *[None] * (5 - each)]
+    return _dense(x, weights[i], *mine, blocksize, lora_b[i])
+
+
+def _all_backward(
+    douts: list[Tensor],
+    x: Tensor,
+    S: Tensor,
+    norms: list[Tensor],
+    weights: list[Tensor],
+    held: list[Tensor],
+    blocksize: int,
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    magnitudes: list[Tensor],
+    adapter: Tensor | None,
+    seed: Tensor | None,
+    scalings: list[float],
+    dropout: float,
+    with_dx: bool,
+    with_dlora: bool,
+    with_dbias: bool,
+    with_dmagnitude: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """dx, and of each layer dlora_a, dlora_b, dbias, dmagnitude: empty where it is not asked for."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    ranks, dx, dS = [b.shape[-1] for b in lora_b], x.new_empty(0), []
+    das, dbs, dbiases, dms = [], [], [], []
+    for i, mine in enumerate(S.split(ranks, 1)):
+        dout, W = douts[i], None
+        if with_dx or with_dmagnitude:
+            W = _dense_of(i, x, weights, held, blocksize, lora_b)
+        path = _path(x, lora_b[i].shape[-2], ranks[i])
+        g, low, db, dm = _up_backward(
+            dout, x, mine.contiguous(), norms[i] if norms else dout.new_empty(0, dtype=wide), W, lora_b[i],
+            _at(magnitudes, i), adapter, scalings[i], path, with_dlora, with_dmagnitude,
+        )  # fmt: skip
+        if with_dx:
+            assert W is not None
+            dx = g @ W if i == 0 else dx.addmm_(g, W)
+        dS.append(low)
+        dbs.append(db)
+        dms.append(dm)
+        dbiases.append(dout.sum(0, dtype=wide) if with_dbias else dout.new_empty(0, dtype=wide))
+    A, low = torch.cat(lora_a, -2), torch.cat(dS, 1)
+    if with_dlora:
+        da = _down_backward(low, x, A, adapter, seed, dropout)
+        das = [part.clone() for part in da.split(ranks, -2)]  # what an op returns may share no memory
+    else:
+        das = [x.new_empty(0) for _ in lora_a]
+    if with_dx:
+        _add_low_(dx, low, A, adapter, seed, dropout)
+    return dx, das, dbs, dbiases, dms
+
+
+def _all_backward_fake(
+    douts, x, S, norms, weights, held, blocksize, lora_a, lora_b, magnitudes, adapter, seed, scalings, dropout,
+    with_dx, with_dlora, with_dbias, with_dmagnitude,
+):  # fmt: skip
+    wide = torch.promote_types(x.dtype, torch.float32)
+    vectors = [
+        [x.new_empty(b.shape[-2] if wanted else 0, dtype=wide) for b in lora_b]
+        for wanted in (with_dbias, with_dmagnitude)
+    ]
+    matrices = [[x.new_empty(t.shape if with_dlora else 0) for t in stack] for stack in (lora_a, lora_b)]
+    return x.new_empty(x.shape if with_dx else 0), *matrices, *vectors
+
+
+def _save_all(ctx, inputs, output):
+    x, weights, held, blocksize, lora_a, lora_b, biases, magnitudes, adapter, seed, scalings, dropout = inputs
+    _outs, S, norms = output
+    lists = norms, weights, held, lora_a, lora_b, magnitudes
+    ctx.save_for_backward(x, S, adapter, seed, *(t for tensors in lists for t in tensors))
+    ctx.lengths, ctx.numbers = [len(tensors) for tensors in lists], (blocksize, scalings, dropout)
+    ctx.bias_dtypes = [bias.dtype for bias in biases]
+    ctx.wanted = [[t.requires_grad for t in ts] for ts in ([x], lora_a, lora_b, biases, magnitudes)]
+    ctx.mark_non_differentiable(S, *norms)
+
+
+def _differentiate_all(ctx, douts: list[Tensor], _dS: Tensor, _dnorms: list[Tensor]):
+    x, S, adapter, seed, *rest = ctx.saved_tensors
+    norms, weights, held, lora_a, lora_b, magnitudes = (
+        [rest.pop(0) for _ in range(length)] for length in ctx.lengths
+    )
+    blocksize, scalings, dropout = ctx.numbers
+    (with_dx,), want_a, want_b, want_bias, want_m = ctx.wanted
+    dx, das, dbs, dbiases, dms = _lora_all_backward(
+        [dout.contiguous() for dout in douts], x, S, norms, weights, held, blocksize, lora_a, lora_b, magnitudes,
+        adapter, seed, scalings, dropout, with_dx, any(want_a) or any(want_b), any(want_bias), any(want_m),
+    )  # fmt: skip
+    return (
+        dx if with_dx else None,
+        [None] * len(weights),
+        [None] * len(held),
+        None,
+        [da if wanted else None for da, wanted in zip(das, want_a, strict=True)],
+        [db if wanted else None for db, wanted in zip(dbs, want_b, strict=True)],
+        [db.to(t) if w else None for db, t, w in zip(dbiases, ctx.bias_dtypes, want_bias, strict=False)],
+        [dm.to(m.dtype) if w else None for dm, m, w in zip(dms, magnitudes, want_m, strict=False)],
+        *[None] * 4,
+    )
+
+
+_lora_all_backward = register("lora_linears_backward", _all_backward, _all_backward_fake)
+_lora_all = register(
+    "lora_linears", _all_forward, _all_forward_fake, _save_all, _differentiate_all, lists=True
+)
 
 
 # ---- public op
@@ -758,3 +1018,56 @@ def lora_linear(
         x, weight, lora_a, lora_b, scaling,
         bias=bias, magnitude=magnitude, adapter=adapter, dropout=dropout, seed=seed,
     )  # fmt: skip
+
+
+def lora_linears(
+    x: Tensor,
+    weights: Sequence[Tensor | NF4Weight],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scalings: Sequence[float],
+    *,
+    biases: Sequence[Tensor] | None = None,
+    magnitudes: Sequence[Tensor] | None = None,
+    adapter: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> list[Tensor]:
+    """[lora_linear(x, ...) for each layer], whose adapters read x once: q, k and v, or gate and up.
+
+    One entry of each sequence for each layer, as in lora_linear; ranks may differ. weights: all of them tensors, or all
+    4-bit and of one format. With dropout, all adapters see the same part of x.
+    """
+    count = len(weights)
+    for name, given in (("lora_a", lora_a), ("lora_b", lora_b), ("scalings", scalings)):
+        if len(given) != count:
+            raise ValueError(f"{name}: expected one for each of {count} weights, got {len(given)}")
+    for name, given in (("biases", biases), ("magnitudes", magnitudes)):
+        if given is not None and len(given) != count:
+            raise ValueError(f"{name}: expected none, or one for each of {count} weights, got {len(given)}")
+    biases, magnitudes = biases or [], magnitudes or []
+    formats: set[Any] = set()
+    for i, weight in enumerate(weights):
+        bias, magnitude = _at([*biases], i), _at([*magnitudes], i)
+        _check(x, weight, lora_a[i], lora_b[i], bias, magnitude, adapter, dropout)
+        formats.add(None if isinstance(weight, Tensor) else (weight.blocksize, weight.offset is None))
+    if len(formats) != 1:
+        raise ValueError(f"weights: expected some, all dense or all 4-bit of one format, got {count}")
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    packed, held, blocksize = [], [], 0
+    for weight in weights:
+        if isinstance(weight, Tensor):
+            packed.append(weight.to(x.dtype).contiguous())
+        else:
+            packed.append(weight.packed)
+            held += [part for part in weight.tensors()[1:] if part is not None]
+            blocksize = weight.blocksize
+    outs, _, _ = _lora_all(
+        x.reshape(-1, x.shape[-1]).contiguous(), packed, held, blocksize,
+        [a.to(x.dtype).contiguous() for a in lora_a], [b.to(x.dtype).contiguous() for b in lora_b],
+        [bias.contiguous() for bias in biases], [magnitude.contiguous() for magnitude in magnitudes],
+        None if adapter is None else adapter.reshape(-1).contiguous(),
+        _seed(seed, x) if dropout else None, [float(s) for s in scalings], float(dropout),
+    )  # fmt: skip
+    return [out.view(*x.shape[:-1], out.shape[1]) for out in outs]

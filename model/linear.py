@@ -10,6 +10,7 @@ Source: LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685; DoRA, https://ar
 
 import math
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import NF4Weight, dequantize_nf4, lora_linear, nf4_linear
+from ..kernels import NF4Weight, dequantize_nf4, lora_linear, lora_linears, nf4_linear
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -154,7 +155,7 @@ class Linear(Adaptable, nn.Linear):  # pyright: ignore[reportIncompatibleVariabl
             if self.four_bit is None:
                 return F.linear(x, self.weight, self.bias)
             return nf4_linear(_computed_in(x), self.four_bit, self.bias)
-        dropout = lora.dropout if self.training and torch.is_grad_enabled() else 0.0
+        dropout = self.dropout
         return lora_linear(
             x,
             self.weight if self.four_bit is None else self.four_bit,
@@ -165,8 +166,50 @@ class Linear(Adaptable, nn.Linear):  # pyright: ignore[reportIncompatibleVariabl
             magnitude=lora.magnitude,
             adapter=adapter,
             dropout=dropout,
-            seed=torch.empty((), dtype=torch.int64, device=x.device).random_() if dropout else None,
+            seed=_drawn_seed(x) if dropout else None,
         )
+
+    @property
+    def dropout(self) -> float:
+        """Of the adapter, now: there is none where no gradient is taken."""
+        return self.lora.dropout if self.lora and self.training and torch.is_grad_enabled() else 0.0
+
+    @property
+    def form(self) -> tuple[Any, ...] | None:
+        """What is alike in layers whose adapters may read x together; None without an adapter."""
+        lora, held = self.lora, self.four_bit
+        if lora is None or not lora.enabled:
+            return None
+        kind = None if held is None else (held.blocksize, held.offset is None)
+        return kind, self.bias is None, lora.magnitude is None, self.dropout
+
+
+def linears_of(layers: Sequence[Linear], x: Tensor, adapter: Tensor | None = None) -> list[Tensor]:
+    """Each layer's output for the same x (..., K), which their adapters, where all are of one form, read once."""
+    form, loras = layers[0].form, [layer.lora for layer in layers if layer.lora is not None]
+    if form is None or any(layer.form != form for layer in layers):
+        return [layer(x, adapter) for layer in layers]
+    dropout = layers[0].dropout
+    return lora_linears(
+        x,
+        [layer.weight if layer.four_bit is None else layer.four_bit for layer in layers],
+        [lora.a for lora in loras],
+        [lora.b for lora in loras],
+        [lora.scaling for lora in loras],
+        biases=_all_or_none(layer.bias for layer in layers),
+        magnitudes=_all_or_none(lora.magnitude for lora in loras),
+        adapter=adapter,
+        dropout=dropout,
+        seed=_drawn_seed(x) if dropout else None,
+    )
+
+
+def _all_or_none(tensors: Iterable[Tensor | None]) -> list[Tensor] | None:
+    return [t for t in tensors if t is not None] or None
+
+
+def _drawn_seed(x: Tensor) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device=x.device).random_()
 
 
 class ExpertLinear(Adaptable):

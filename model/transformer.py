@@ -32,7 +32,7 @@ from ..kernels import (
 from ..kernels.moe import RouteStatistics
 from .cache import Cache
 from .config import ModelConfig, Rope
-from .linear import Linear, LoraConfig, whole
+from .linear import Linear, LoraConfig, linears_of, whole
 from .moe import MoE
 from .packed import Packed
 
@@ -124,9 +124,8 @@ class Attention(nn.Module):
         self.scale, self.whole, self.unit_offset = config.attention_scale, whole, config.gemma
 
     def forward(self, x: Tensor, now: Pass) -> Tensor:
-        q = self.q_proj(x, now.adapter).view(-1, self.H, self.D)  # (total, H, D)
-        k = self.k_proj(x, now.adapter).view(-1, self.G, self.D)  # (total, G, D)
-        v = self.v_proj(x, now.adapter).view(-1, self.G, self.D)
+        q, k, v = linears_of((self.q_proj, self.k_proj, self.v_proj), x, now.adapter)
+        q, k, v = (t.view(-1, heads, self.D) for t, heads in ((q, self.H), (k, self.G), (v, self.G)))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self._norm(q, self.q_norm), self._norm(k, self.k_norm)
         if self.rotate:
@@ -190,13 +189,12 @@ class LatentAttention(nn.Module):
 
     def forward(self, x: Tensor, now: Pass) -> Tensor:
         latent, H = self.latent, self.H
+        first = self.q_a_proj if latent.q_rank else self.q_proj
+        q, narrow = linears_of((first, self.kv_a_proj_with_mqa), x, now.adapter)
         if latent.q_rank:
-            q = rms_norm(self.q_a_proj(x, now.adapter), self.q_a_layernorm.weight, self.eps)
-            q = self.q_b_proj(q, now.adapter)
-        else:
-            q = self.q_proj(x, now.adapter)
+            q = self.q_b_proj(rms_norm(q, self.q_a_layernorm.weight, self.eps), now.adapter)
         q = q.unflatten(1, (H, -1))  # (total, H, nope + rope)
-        narrow, k_rope = self.kv_a_proj_with_mqa(x, now.adapter).split([latent.kv_rank, latent.rope_dim], 1)
+        narrow, k_rope = narrow.split([latent.kv_rank, latent.rope_dim], 1)
         kv = self.kv_b_proj(rms_norm(narrow, self.kv_a_layernorm.weight, self.eps), now.adapter)
         k, v = kv.unflatten(1, (H, -1)).split([latent.nope_dim, latent.value_dim], 2)  # (total, H, ...)
         q_rope, k_rope = apply_rope(
@@ -219,7 +217,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(F_, C, config.mlp_bias)
 
     def forward(self, x: Tensor, now: Pass) -> Tensor:
-        gate, up = self.gate_proj(x, now.adapter), self.up_proj(x, now.adapter)  # (total, F)
+        gate, up = linears_of((self.gate_proj, self.up_proj), x, now.adapter)  # (total, F)
         return self.down_proj(self.activation(gate, up), now.adapter)
 
 

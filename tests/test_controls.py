@@ -352,6 +352,30 @@ FAULTS = [
         triton=False,
     ),
     Fault(
+        "one scaling for all layers",
+        "lora",
+        "scalings[i]",
+        "scalings[0]",
+        "lora_linears/q, k, v",
+        triton=False,
+    ),
+    Fault(
+        "dx of the first layer alone",
+        "lora",
+        "dx.addmm_(g, W)\n",
+        "dx.addmm_(g, W, alpha=0)\n",
+        "lora_linears/q, k, v",
+        triton=False,
+    ),
+    Fault(
+        "dA of another layer",
+        "lora",
+        "das = [part.clone() for part in da.split(ranks, -2)]",
+        "das = [part.clone() for part in da.split(ranks, -2)]\n        das = [das[0], das[0][[0] * ranks[1]], das[2]]",
+        "lora_linears/q, k, v",
+        triton=False,
+    ),
+    Fault(
         "first nibble twice",
         "nf4",
         "tl.gather(code, pairs & 15",
@@ -514,6 +538,8 @@ def case_of(name: str, module) -> Case:
         )
     if case.op == "moe_mlp" and case.family.startswith("4-bit"):
         return replace(case, fused=registry._moe_4bit(module.moe_mlp))
+    if case.op == "lora_linears":
+        return replace(case, fused=registry._several(module.lora_linears))
     return replace(case, fused=WRAPPED.get(case.op, lambda op: op)(getattr(module, case.op)))
 
 

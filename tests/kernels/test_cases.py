@@ -169,12 +169,19 @@ def test_registration(case: Case, device: str):
     differentiable = {id(t) for n, t in tensors.items() if n in leaves(case, tensors)}
     for op, (args, kwargs) in record.calls.items():
         first_order = "backward" not in op.name()
-        args = tuple(
-            a.detach().clone().requires_grad_(first_order and (id(a) in differentiable or a.requires_grad))
-            if isinstance(a, Tensor) and a.is_floating_point()
-            else a
-            for a in args
-        )
+
+        def fresh(a, first_order=first_order):
+            if isinstance(a, list):
+                return [fresh(one) for one in a]
+            if not isinstance(a, Tensor) or not a.is_floating_point():
+                return a
+            return (
+                a.detach()
+                .clone()
+                .requires_grad_(first_order and (id(a) in differentiable or a.requires_grad))
+            )
+
+        args = tuple(fresh(a) for a in args)
         torch.library.opcheck(op, args, kwargs)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from burnish.kernels import dequantize_nf4, lora_linear, quantize_nf4
+from burnish.kernels import _lora_paths, dequantize_nf4, lora, lora_linear, lora_linears, quantize_nf4
 from burnish.kernels._launch import INTERPRET
 from burnish.kernels.lora import PATHS, _drop, _expand_, _lora_linear, lora_linear_reference
 from torch.autograd.graph import saved_tensors_hooks
@@ -157,6 +157,135 @@ def test_rows_have_their_own_adapter(device):
     ea, eb = gradients(lora_linear(rows, W, a[2], b[2], 0.5), a, b)
     close(da[2], ea[2], rtol=1e-5, atol=1e-4)
     close(db[2], eb[2], rtol=1e-5, atol=1e-4)
+
+
+# ---- several layers of one x
+
+WIDTHS, RANKS = (21, 7, 7), (3, 8, 3)
+TOGETHER = {
+    "plain": {},
+    "bias": {"biases": True},
+    "dropout": {"dropout": 0.3, "seed": SEED},
+    "DoRA": {"magnitudes": True, "biases": True},
+    "4 bits": {"four_bit": True},
+    "several adapters": {"adapter": torch.arange(19) % 4 - 1, "dropout": 0.3, "seed": SEED},
+}
+
+
+def layers(device, *, four_bit=False, biases=False, magnitudes=False, **options):
+    """x, the arguments of lora_linears, and every tensor that has a gradient."""
+    stack = (3,) if "adapter" in options else ()
+    x = torch.randn(19, 64, device=device, requires_grad=True)
+    weights = [torch.randn(N, 64, device=device) for N in WIDTHS]
+    weights = [quantize_nf4(W) for W in weights] if four_bit else weights
+    a, b = zip(*(adapter(N, 64, R, device, stack) for N, R in zip(WIDTHS, RANKS, strict=True)), strict=True)
+    vectors = {
+        name: [torch.rand(N, device=device, requires_grad=True) for N in WIDTHS]
+        for name, given in (("biases", biases), ("magnitudes", magnitudes))
+        if given
+    }
+    options = {n: t.to(device) if isinstance(t, torch.Tensor) else t for n, t in options.items()}
+    wanted = [x, *a, *b, *(t for given in vectors.values() for t in given)]
+    return (x, weights, a, b, (0.5, 1.0, 2.0)), vectors | options, wanted
+
+
+@pytest.mark.parametrize("features", TOGETHER)
+def test_together_as_each_alone(features, device):
+    """Outputs and every gradient; the mask of a seed is one for all."""
+    (x, *each), options, wanted = layers(device, **TOGETHER[features])
+    upstream = [torch.randn(19, N, device=device) for N in WIDTHS]
+    together = lora_linears(x, *each, **options)
+    vectors = [options.pop(name, [None] * 3) for name in ("biases", "magnitudes")]
+    alone = [
+        lora_linear(x, W, a, b, s, bias=bias, magnitude=m, **options)
+        for W, a, b, s, bias, m in zip(*each, *vectors, strict=True)
+    ]
+    for mine, true in zip(together, alone, strict=True):
+        close(mine, true, rtol=1e-5, atol=1e-5)
+    found, expected = (torch.autograd.grad(outs, wanted, upstream) for outs in (together, alone))
+    for mine, true in zip(found, expected, strict=True):
+        close(mine, true, rtol=1e-5, atol=1e-4)
+
+
+def test_together_x_is_read_once(monkeypatch, device):
+    """Forward by one S, backward by one dA: with dropout each would hash x anew; S is saved as one."""
+    reads = []
+    for name in ("_down", "_down_backward", "_add_low_"):
+        whole = getattr(lora, name)
+        monkeypatch.setattr(
+            lora, name, lambda *args, name=name, whole=whole: reads.append(name) or whole(*args)
+        )
+    (x, *each), options, wanted = layers(device, dropout=0.3, seed=SEED, four_bit=True)
+    inputs = {t.data_ptr() for t in (*wanted, *(p for W in each[0] for p in W.tensors()))}
+    saved = []
+    with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        outs = lora_linears(x, *each, **options)
+    assert [t.shape for t in saved if t.data_ptr() not in inputs and t.numel() > 1] == [(19, sum(RANKS))]
+    torch.autograd.grad(outs, wanted, [torch.ones_like(out) for out in outs])
+    assert reads == ["_down", "_down_backward", "_add_low_"]
+
+
+def test_together_only_what_is_asked_for(device):
+    (x, W, a, b, s), _, _ = layers(device)
+    a = [t.detach() for t in a]
+    b = [b[0], b[1].detach(), b[2]]
+    outs = lora_linears(x.detach(), W, a, b, s)
+    assert [out.requires_grad for out in outs] == [True] * 3
+    sum(out.sum() for out in outs).backward()
+    assert b[0].grad is not None and b[2].grad is not None and b[1].grad is None and x.grad is None
+
+
+def test_together_refusals(device):
+    (x, W, a, b, s), _, _ = layers(device)
+    with pytest.raises(ValueError, match="lora_b: expected one for each of 3 weights, got 2"):
+        lora_linears(x, W, a, b[:2], s)
+    with pytest.raises(ValueError, match="biases: expected none, or one for each of 3 weights, got 1"):
+        lora_linears(x, W, a, b, s, biases=[torch.zeros(21, device=device)])
+    with pytest.raises(
+        ValueError, match="weights: expected some, all dense or all 4-bit of one format, got 3"
+    ):
+        lora_linears(x, [quantize_nf4(W[0]), *W[1:]], a, b, s)
+    with pytest.raises(ValueError, match=r"lora_a: expected shape \(rank=3, in=64\), got \(3, 8\)"):
+        lora_linears(x, W, [t[:, :8] for t in a], b, s)
+
+
+# ---- which path
+
+
+def test_the_path_is_the_measured_one(monkeypatch, device):
+    """By device, dtype and shape, up to twice as many rows; elsewhere the baseline's own calls."""
+    x = torch.randn(37, 33, device=device)
+    key = ("chip", "float32", 32, 21, 33, 4)
+    monkeypatch.setitem(_lora_paths.PATHS, key, "fused")
+    assert lora._path(x, 21, 4) == "cublas"  # another device
+    monkeypatch.setattr(lora, "device_name", lambda _: "chip")
+    rows = {M: lora._path(x[:1].expand(M, -1), 21, 4) for M in (16, 31, 32, 63, 64)}
+    assert rows == {16: "cublas", 31: "cublas", 32: "fused", 63: "fused", 64: "cublas"}
+    assert [lora._path(x, 22, 4), lora._path(x, 21, 3), lora._path(x.half(), 21, 4)] == ["cublas"] * 3
+
+
+@pytest.mark.skipif(not TRITON, reason="a CPU has one path")
+@pytest.mark.parametrize("path", PATHS)
+def test_the_op_takes_the_measured_path(path, monkeypatch, device):
+    a, b = adapter(21, 33, 4, device)
+    x, W = torch.randn(37, 33, device=device), torch.randn(21, 33, device=device)
+    called = []
+    for name in ("_fused", "_expand_", "_dout_once"):
+        whole = getattr(lora, name)
+        monkeypatch.setattr(
+            lora,
+            name,
+            lambda *args, name=name, whole=whole, **more: called.append(name) or whole(*args, **more),
+        )
+    monkeypatch.setattr(lora, "device_name", lambda _: "chip")
+    monkeypatch.setitem(_lora_paths.PATHS, ("chip", "float32", 32, 21, 33, 4), path)
+    expected = {"cublas": [], "epilogue": ["_expand_", "_dout_once"], "fused": ["_fused", "_dout_once"]}
+    for op in (lora_linear, lambda x, W, a, b, s: lora_linears(x, [W], [a], [b], [s])[0]):
+        called.clear()
+        y = op(x, W, a, b, 0.5)
+        gradients(y, a, b)
+        assert called == expected[path]
+        close(y, lora_linear_reference(x, W, a, b, 0.5), rtol=1e-5, atol=1e-5)
 
 
 # ---- the base
