@@ -63,6 +63,7 @@ gpu: ## the compiled tests, then the benchmark with its peers into bench/results
 	export PYTHONPATH="$(CURDIR)/build/link" PYTHONSAFEPATH=1; status=0; \
 	timeout 210 $(GPU_PYTHON) -m pytest -q tests/kernels || status=$$?; \
 	$(GPU_PYTHON) -m burnish.bench --peers --json --budget 240 || status=$$?; \
+	$(GPU_PYTHON) -m burnish.bench.paths || status=$$?; \
 	exit $$status
 
 docs: $(READY) ## write the generated tables of README.md and docs/ anew

@@ -238,7 +238,7 @@ def _grouped_mm(case: Case) -> Callable[..., Any]:
 
 
 def _lora_path(path: str) -> Callable[[Case], Callable[..., Any]]:
-    """One of our own: what kernels/lora.py's table chooses among."""
+    """One of our own: paths.py says which is taken."""
 
     def build(case: Case) -> Callable[..., Any]:
         if case.family != "dense":
@@ -330,8 +330,7 @@ PEERS: dict[str, dict[str, Callable[[Case], Callable[..., Any]]]] = {
     "lora_linear": {  # eager is F.linear, then addmm
         "torch.compile": _compiled,
         "PEFT's pattern": _peft_lora,
-        "burnish, epilogue": _lora_path("epilogue"),
-        "burnish, fused": _lora_path("fused"),
+        **{f"burnish, {path}": _lora_path(path) for path in lora.PATHS},
     },
     "nf4_linear": {"bitsandbytes": _bitsandbytes},
     "dequantize_nf4": {"bitsandbytes": _bitsandbytes},

@@ -100,7 +100,7 @@ def best(row: dict[str, Any]) -> list[float]:
 
 def accurate_peers(providers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Those that hold to the accuracy rule: one that computes something else is no contestant."""
-    return {n: r for n, r in providers.items() if n not in ("burnish", "eager") and r["accurate"]}
+    return {n: r for n, r in providers.items() if not n.startswith(("burnish", "eager")) and r["accurate"]}
 
 
 def speed() -> str:
@@ -503,6 +503,13 @@ def rollouts() -> str:
     return f"{facts}. {source}; medians of {result['rows'][0]['rounds']} rounds.\n\n{markdown(head, rows)}"
 
 
+def paths() -> str:
+    """Which path of lora_linear is taken where."""
+    from .paths import table  # which imports this file
+
+    return table()
+
+
 def newest_run(kind: str) -> tuple[str, dict[str, Any]] | None:
     """The newest file of a kind of whole runs, and its path below the root."""
     path = max(RESULTS.glob(f"{kind}-*.json"), default=None)
@@ -568,6 +575,7 @@ def keep_r1(folder: Path) -> None:
 
 
 SECTIONS = {
+    "paths": paths,
     "rollouts": rollouts,
     "r1": r1,
     "trainers": trainers,

@@ -6,6 +6,9 @@
     dx = g W + drop(dS A)               dm = sum over rows of dout (x W^T + scaling S B^T) / |W + scaling B A|
     dbias = sum over rows of dout       W has no gradient, nor, as DoRA has it, the norm in the gain
 
+Several layers of one x, as q, k and v, have their A in one: S = drop(x) [A1; A2; A3]^T, dA = dS^T drop(x), and the dS A
+that is added to the sum of the g W. Their adapters read x once forward and once backward, and write dx once.
+
 drop(x) = x / (1 - p) where a hash of (seed, row, column) says so, else 0: computed again in the backward, so that no
 mask is kept. Saved are x, S and two vectors of DoRA; a base in 4 bits is multiplied out again for dx. With several
 adapters, row i has the A and B that `adapter` names.
@@ -359,10 +362,13 @@ PATHS = ("cublas", "epilogue", "fused")
 
 def _path(x: Tensor, N: int, R: int) -> str:
     """x: (M, K)."""
+    device = device_name(x)
+    if not device:
+        return "cublas"
     M, K = x.shape
     rows = 1 << max(M, 1).bit_length() - 1  # rounded down to a power of two, as those that are measured
     dtype = str(x.dtype).removeprefix("torch.")
-    return _lora_paths.PATHS.get((device_name(x), dtype, rows, N, K, R), "cublas")
+    return _lora_paths.PATHS.get((device, dtype, rows, N, K, R), "cublas")
 
 
 def _drop_arguments(seed: Tensor | None, dropout: float) -> tuple[int, float]:
@@ -814,19 +820,23 @@ def _lora_linear(
     N, K = weight.shape
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    dtype, rows = x.dtype, x if x.ndim == 2 else x.reshape(-1, K)
     if isinstance(weight, Tensor):
-        held = (weight.to(x.dtype).contiguous(), *[None] * 5, 0)
+        held = (_operand(weight, dtype), *[None] * 5, 0)
     else:
         held = (*weight.tensors(), weight.blocksize)
-    packed, absmax, code, nested_absmax, nested_code, offset, blocksize = held
     out, _, _ = _lora(
-        x.reshape(-1, K).contiguous(), packed, absmax, code, nested_absmax, nested_code, offset, blocksize,
-        lora_a.to(x.dtype).contiguous(), lora_b.to(x.dtype).contiguous(),
+        rows.contiguous(), *held, _operand(lora_a, dtype), _operand(lora_b, dtype),
         None if bias is None else bias.contiguous(), None if magnitude is None else magnitude.contiguous(),
         None if adapter is None else adapter.reshape(-1).contiguous(),
         _seed(seed, x) if dropout else None, float(scaling), float(dropout), path,
     )  # fmt: skip
-    return out.view(*x.shape[:-1], N)
+    return out if x.ndim == 2 else out.view(*x.shape[:-1], N)
+
+
+def _operand(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t.to(dtype).contiguous(), but without the microseconds where both change nothing."""
+    return (t if t.dtype == dtype else t.to(dtype)).contiguous()
 
 
 def _all_forward(
@@ -1058,14 +1068,14 @@ def lora_linears(
     packed, held, blocksize = [], [], 0
     for weight in weights:
         if isinstance(weight, Tensor):
-            packed.append(weight.to(x.dtype).contiguous())
+            packed.append(_operand(weight, x.dtype))
         else:
             packed.append(weight.packed)
             held += [part for part in weight.tensors()[1:] if part is not None]
             blocksize = weight.blocksize
     outs, _, _ = _lora_all(
         x.reshape(-1, x.shape[-1]).contiguous(), packed, held, blocksize,
-        [a.to(x.dtype).contiguous() for a in lora_a], [b.to(x.dtype).contiguous() for b in lora_b],
+        [_operand(a, x.dtype) for a in lora_a], [_operand(b, x.dtype) for b in lora_b],
         [bias.contiguous() for bias in biases], [magnitude.contiguous() for magnitude in magnitudes],
         None if adapter is None else adapter.reshape(-1).contiguous(),
         _seed(seed, x) if dropout else None, [float(s) for s in scalings], float(dropout),
