@@ -7,9 +7,10 @@ A Markdown file asks for a table by a pair of marks, between which everything is
     <!-- generated: speed -->
     <!-- /generated -->
 
-speed is the newest file of bench/results for each machine, static is bench/static.json, floors are the registry's
-formulas on the datasheets of roofline.py, pictures are those in docs/pictures, drawn from the same. trainers,
-conformance and r1 are the newest runs of that kind in bench/results; --keep-r1 puts one of `burnish r1` there.
+speed is the newest file of bench/results for each machine, static is bench/static.json, candidates is
+bench/candidates.json, floors are the registry's formulas on the datasheets of roofline.py, pictures are those in
+docs/pictures, drawn from the same. trainers, conformance and r1 are the newest runs of that kind in bench/results;
+--keep-r1 puts one of `burnish r1` there.
 """
 
 import argparse
@@ -236,6 +237,41 @@ def static_row(key: str, b: dict[str, Any]) -> tuple[str, ...]:
         b["asynchronous"],
     )
     return (b["kernel"], f"{dtype} {b['tile']}", chip, *map(str, figures))
+
+
+def candidates() -> str:
+    """The best tiles of each entry by tune.py's ranking, the place of the shipped one, and the fastest where timed."""
+    accepted = json.loads((ROOT / "bench" / "candidates.json").read_text())
+    times: dict[
+        str, dict[str, list[float]]
+    ] = {}  # entry -> tile -> its time over the shipped one's, by shape
+    sources = []
+    for chip in CHIPS:
+        if run := newest_run(f"tune-{chip}"):
+            sources.append(f"{run[1]['machine']['device']} from `{run[0]}`")
+            for row in run[1]["rows"]:
+                if "us" in row:
+                    by_tile = times.setdefault(row["entry"], {})
+                    by_tile.setdefault(tile_name(row["tile"]), []).append(row["us"] / row["shipped_us"])
+    rows = []
+    for key, ranked in accepted["entries"].items():
+        entry, width, chip = key.split(" | ")
+        cells = [f"{tile_name(c['tile'])} ({c['registers']}, {c['blocks']})" for c in ranked]
+        place = next(n for n, c in enumerate(ranked) if c["shipped"])
+        means = {tile: sum(shares) / len(shares) for tile, shares in times.get(key, {}).items()}
+        fastest = min(means, key=lambda tile: means[tile], default=None)
+        timed = f"{fastest}: {means[fastest]:.3f}" if fastest else "not timed"
+        best_two = (cells + [""])[:2]
+        rows.append([f"`{entry}`", width, chip, *best_two, f"{place + 1}: {cells[place]}", timed])
+    head = ["entry", "row", "chip", "first", "second", "shipped", "fastest, over shipped"]
+    source = f"From `bench/candidates.json`, Triton {accepted['triton']}, bf16"
+    return f"{source}; timed on {', '.join(sources) or 'no GPU yet'}.\n\n{markdown(head, rows)}"
+
+
+def tile_name(tile: Sequence[int]) -> str:
+    """(64, 128, 4, 3) is 64 by 128 with 4 warps and 3 stages."""
+    *sides, warps, stages = tile
+    return f"{'x'.join(map(str, sides))} w{warps} s{stages}"
 
 
 def floors() -> str:
@@ -584,6 +620,7 @@ SECTIONS = {
     "proven": proven,
     "speed": speed,
     "static": static,
+    "candidates": candidates,
     "floors": floors,
     "pictures": gallery,
 }

@@ -103,14 +103,19 @@ class _Driver:
 
 
 @contextmanager
-def compile_only(chip: str) -> Iterator[list[Any]]:
-    """Inside, a launch compiles for `chip` and runs nothing. Yields the growing list of what was compiled."""
+def compile_only(chip: str, kernel: str | None = None) -> Iterator[list[Any]]:
+    """Inside, a launch compiles for `chip` (of every kernel, or of the one named) and runs nothing.
+
+    Yields the growing list of what was compiled.
+    """
     if _launch.INTERPRET:
         raise ValueError("TRITON_INTERPRET: expected unset, the interpreter compiles nothing")
     launches: list[Any] = []
     launch, active, target = JITFunction.run, driver._active, _launch.TARGET
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        if kernel not in (None, self.__name__):
+            return None
         compiled = launch(self, *args, grid=grid, warmup=True, **kwargs)
         launches.append(compiled)
         return compiled

@@ -637,8 +637,9 @@ class _Tiles:
     dkdv_features: tuple[int, int, int, int] | None = None
 
 
-# By chip, then by the wider head dimension, padded: the first row that is wide enough. On NVIDIA none in half precision
-# spills, whatever is combined (tests/bench/test_static.py); those of sm_80 and sm_100 are picked by that, untimed.
+# By chip, then by the wider head dimension, padded: the first row that is wide enough. On NVIDIA none spills, whatever
+# is combined (tests/bench/test_static.py); those of sm_80 and sm_100 are picked by that, untimed. What else could stand
+# here: bench/candidates.json.
 TILES = {
     "sm_80": {
         # dQ: with 64 keys a softcap spills. dK/dV: with 64 keys any call does, with 32 three blocks fit
@@ -660,16 +661,18 @@ TILES = {
         128: _Tiles((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
         256: _Tiles((128, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
     },
-    # 64 KB of shared memory; compiled, never run. dK/dV spills at 128
+    # 64 KB of shared memory; compiled, never run. dK/dV spills at 128 and 256, dQ at 256
     "gfx942": {
         64: _Tiles((128, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 3)),
         128: _Tiles((128, 32, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2)),
         256: _Tiles((64, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
     },
-    # no tensor cores, and each thread holds a whole row of an operand: it spills from D=64 on, and is for tests
+    # Products without matrix units: a thread holds whole rows of its operands, so tiles are small, and a second stage
+    # keeps dQ's two from being held across the loop.
     "fp32": {
-        64: _Tiles((64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
-        256: _Tiles((32, 16, 8, 1), (32, 16, 8, 1), (16, 32, 8, 1)),
+        64: _Tiles((64, 32, 8, 2), (32, 32, 4, 2), (32, 64, 8, 2)),
+        128: _Tiles((32, 16, 8, 1), (16, 32, 8, 2), (16, 32, 8, 1)),
+        256: _Tiles((32, 16, 8, 1), (16, 16, 8, 2), (16, 32, 8, 1)),
     },
     "interpreted": {256: _Tiles((32, 16, 4, 1), (32, 16, 4, 1), (16, 32, 4, 1))},
 }
@@ -678,10 +681,11 @@ TILES = {
 def _tiles(q: Tensor, width: int) -> tuple[_Tiles, bool]:
     """The row of the table, and whether the chip has tensor descriptors."""
     chip = capability(q)
-    descriptors = torch.version.hip is None and (chip == (9, 0) or chip[0] >= 10)
+    half = q.dtype != torch.float32  # without matrix units a descriptor's tile is held by rows, and spills
+    descriptors = half and torch.version.hip is None and (chip == (9, 0) or chip[0] >= 10)
     if chip == (0, 0):
         name = "interpreted"
-    elif q.dtype == torch.float32:
+    elif not half:
         name = "fp32"
     elif chip == (9, 4):
         name = "gfx942"

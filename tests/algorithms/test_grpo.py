@@ -13,7 +13,7 @@ from burnish.algorithms._rollout import Group, micro_batches
 from burnish.model.checkpoint import load_model
 from burnish.model.errors import InputError
 from burnish.model.generate import Sample
-from burnish.model.transformer import Transformer
+from burnish.model.transformer import Layer, Transformer
 
 REWARD = "burnish.algorithms._sums:form"
 
@@ -135,18 +135,21 @@ def test_micro_batches_share_the_prompt_and_keep_every_sample_once():
 def test_a_group_trains_on_its_prompt_once(cfg, monkeypatch):
     """P + sum(n_i) tokens go through the layers, not G * P + sum(n_i)."""
     trained = []
-    forward = Transformer.forward
+    forward = Layer.forward
 
-    def counted(model, packed, cache=None):
+    def counted(layer, x, now):
         if torch.is_grad_enabled():
-            trained.append(packed.tokens.numel())
-        return forward(model, packed, cache)
+            trained.append(len(x))
+        return forward(layer, x, now)
 
-    monkeypatch.setattr(Transformer, "forward", counted)
+    monkeypatch.setattr(Layer, "forward", counted)
     grpo.train(dataclasses.replace(cfg, kl_coefficient=0.1))  # with a KL term every sample is scored
-    for step, line in enumerate(metrics_of(cfg.output)):
-        sampled = line["length"] * cfg.prompts_per_step * cfg.group_size
-        assert trained[step] == pytest.approx(cfg.prompts_per_step * 6 + sampled)  # prompts are 6 tokens
+    lines = metrics_of(cfg.output)
+    layers = len(load_model(cfg.model).layers)
+    assert len(trained) == len(lines) * layers
+    for n, tokens in enumerate(trained):
+        sampled = lines[n // layers]["length"] * cfg.prompts_per_step * cfg.group_size
+        assert tokens == pytest.approx(cfg.prompts_per_step * 6 + sampled)  # prompts are 6 tokens
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from burnish.bench import static
+from burnish.bench import static, tune
 from burnish.bench.static import Job, accepted_figures, compare, compile_job, compile_only, limits, selection
 from burnish.kernels import _launch
 
@@ -26,6 +26,21 @@ def test_shipped_configuration_is_as_accepted(job: Job):
     if json.loads(static.BASELINE.read_text())["triton"] == triton.__version__:
         assert compare(accepted, figures) == []
     assert limits(figures) == []
+
+
+def test_attention_spills_nowhere_on_nvidia():
+    """Of the accepted figures, which the test above compares with: each chip at D = 64, 128, 256, the three kernels."""
+    found = set()
+    for key, builds in accepted_figures().items():
+        case, dims, dtype, chip = key.split(" | ")
+        if case.startswith("flash_attention/") and chip != "gfx942":
+            for b in builds:
+                assert b["spills"] == b["stack"] == 0, f"{key}: {b['kernel']} {b['tile']}"
+                assert b["matrix_kind"] == {"fp32": ""}.get(dtype, tune.OWN[chip]), f"{key}: {b['kernel']}"
+                found.add((b["kernel"], dims.split("D=")[1], dtype, chip))
+    kernels = "_flash_fwd", "_flash_dq", "_flash_dkdv"
+    for chip, dtype in (("sm_80", "bf16"), ("sm_90", "bf16"), ("sm_90", "fp32"), ("sm_100", "bf16")):
+        assert {(k, d, dtype, chip) for k in kernels for d in ("64", "128", "256")} <= found
 
 
 @triton.jit

@@ -1,7 +1,9 @@
 import random
+from dataclasses import replace
 
 import pytest
 import torch
+from burnish.bench import tune
 from burnish.kernels import attention, flash_attention
 from burnish.kernels._launch import INTERPRET
 from burnish.kernels.attention import (
@@ -270,6 +272,26 @@ def test_tensor_descriptors(name, monkeypatch):
 
 
 @compiled_or_interpreted
+@pytest.mark.skipif(not INTERPRET, reason="compiled, `python -m burnish.bench.tune` does it")
+def test_candidate_tiles_are_checked_and_timed(monkeypatch):
+    """Small ones of dQ and of dK/dV; one with which the scale is lost is refused."""
+    monkeypatch.setattr(tune, "ROUNDS", 1)
+    dims = {"B": 1, "T": 21, "H": 2, "G": 1, "D": 16}
+    sound, wrong = (16, 16, 4, 1), (16, 32, 4, 1)
+    for slot in tune.SLOTS[1:3]:
+        tiles, kernel = attention.TILES["interpreted"][256], getattr(attention, slot.kernel)
+        slot = replace(slot, timed=lambda slot, width: [(tune._case("flash_attention/causal"), dims)])
+        rows = list(tune.measure(slot, 16, [sound], getattr(tiles, slot.name), torch.float32, "cpu"))
+        assert [row["tile"] for row in rows] == [list(sound)] and rows[0]["us"] > 0, rows
+        assert getattr(attention, slot.kernel) is kernel
+    common = attention._common
+    lost = lambda *args: common(*args) | {"inner": 1.0}
+    monkeypatch.setattr(attention, "_common", lost)
+    (row,) = tune.measure(slot, 16, [wrong], sound, torch.float32, "cpu")
+    assert row["refused"].startswith("AssertionError: flash_attention/causal: output 0: error")
+
+
+@compiled_or_interpreted
 def test_the_same_bits_twice(device):
     tensors, options = make("parents, all", torch.float16, device)
     out = flash_attention(**tensors, **options)
@@ -370,11 +392,12 @@ def test_a_query_that_sees_nothing_is_zero_with_zero_gradients(device):
         draw(1, 2, 1, 16, device=device),
     )
     for op in (flash_attention, flash_attention_reference):
-        out, lse, dq, *_ = grads(
+        out, lse, dq, dk, dv = grads(
             op, {"q": q, "k": k, "v": v}, {}, torch.ones_like(q), torch.ones(1, 5, 2, device=device)
         )
         assert (out[:, :3] == 0).all() and (lse[:, :3] == -torch.inf).all() and (dq[:, :3] == 0).all()
         assert out[:, 3:].isfinite().all() and (dq[:, 4] != 0).any()
+        assert dk.isfinite().all() and dv.isfinite().all() and (dk != 0).any()
 
 
 def test_lse_of_a_query_that_sees_only_the_sink(device):

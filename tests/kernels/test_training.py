@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import torch
+from burnish.kernels import attention
 from burnish.kernels._launch import INTERPRET
 from burnish.model.config import ModelConfig
 from burnish.model.packed import pack
@@ -25,7 +26,9 @@ def train(steps: int, device: str) -> tuple[list[float], list[torch.Tensor]]:
         initializer_range=0.2,
     )
     model = Transformer(config, seed=1, device=device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.3
+    )  # Adam would hide a gradient that is off by a factor
     generator = torch.Generator().manual_seed(0)
     lengths = (9, 4, 7, 1, 20)
     sequences = [torch.randint(0, 53, (n,), generator=generator).tolist() for n in lengths]
@@ -42,18 +45,44 @@ def train(steps: int, device: str) -> tuple[list[float], list[torch.Tensor]]:
     return losses, [parameter.detach() for parameter in model.parameters()]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not (INTERPRET or torch.cuda.is_available()), reason="both runs would be torch's")
-def test_a_model_trains_alike_on_both_paths(device, monkeypatch):
-    losses, weights = train(3, device)
+def assert_alike(found, expected) -> None:
+    (losses, weights), (expected_losses, expected_weights) = found, expected
+    assert losses == pytest.approx(expected_losses, abs=1e-5) and losses[-1] < losses[0]
+    for weight, expected_weight in zip(weights, expected_weights, strict=True):
+        torch.testing.assert_close(weight.cpu(), expected_weight, atol=1e-5, rtol=0)
+
+
+def on_torch(steps: int, monkeypatch: pytest.MonkeyPatch) -> tuple[list[float], list[torch.Tensor]]:
     if INTERPRET:  # elsewhere the device alone decides
         for name in KERNEL_FILES:
             monkeypatch.setattr(
                 importlib.import_module(f"burnish.kernels.{name}"), "use_triton", lambda _: False
             )
-    expected_losses, expected_weights = train(3, "cpu")
-    assert losses == pytest.approx(expected_losses, abs=1e-5) and losses[2] < losses[0]
-    for weight, expected in zip(
-        weights, expected_weights, strict=True
-    ):  # Adam magnifies tiny gradients at first
-        torch.testing.assert_close(weight.cpu(), expected, atol=2e-4, rtol=0)
+    return train(steps, "cpu")
+
+
+both_paths = pytest.mark.skipif(
+    not (INTERPRET or torch.cuda.is_available()), reason="both runs would be torch's"
+)
+
+
+@pytest.mark.slow
+@both_paths
+def test_a_model_trains_alike_on_both_paths(device, monkeypatch):
+    found = train(3, device)
+    assert_alike(found, on_torch(3, monkeypatch))
+
+
+@pytest.mark.slow
+@both_paths
+@pytest.mark.parametrize("gradient", ["q", "k"])
+def test_a_fault_of_one_percent_in_a_gradient_is_seen(device, gradient, monkeypatch):
+    backward = attention._flash_backward
+
+    def faulty(*args):
+        return [g * 1.01 if name == gradient else g for name, g in zip("qkvs", backward(*args), strict=True)]
+
+    monkeypatch.setattr(attention, "_flash_backward", faulty)
+    found = train(2, device)
+    with pytest.raises(AssertionError):
+        assert_alike(found, on_torch(2, monkeypatch))
