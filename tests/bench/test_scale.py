@@ -1,0 +1,17 @@
+"""The step whose memory docs/scale.md tells, in small: what one process holds is what the calculator counts."""
+
+import pytest
+from burnish.bench import scale
+from burnish.model import ModelConfig
+
+
+@pytest.mark.parametrize("mode", scale.MODES)
+def test_what_is_held_is_what_is_counted(monkeypatch, mode):
+    small = ModelConfig(96, 32, 64, 2, 2, 2)
+    monkeypatch.setattr(scale, "SHAPE", small)
+    monkeypatch.setattr(scale, "LENGTH", 16)
+    found = scale.step(mode)
+    said = scale.counted(mode, 1)
+    assert found["held"] == said["held"] and found["growth"] >= 0 and 3 < found["loss"] < 7
+    assert scale.counted(mode, 2)["held"] < said["held"]
+    assert scale.table({(mode, 1): found}).count("\n") == 2
