@@ -102,7 +102,8 @@ def register(
 
     fake: the same signature, shapes and dtypes only. save(ctx, inputs, output) and backward(ctx, *grads) are those of
     torch.autograd.Function. torch.compile and dispatch modes (FakeTensor, selective checkpointing) see the registered
-    op; an eager call goes by an autograd.Function around the same three functions, which costs half as much.
+    op; an eager call goes by an autograd.Function around the same three functions, which costs half as much, or where
+    gradients are off straight to `launch`.
     lists: the op takes and returns lists of tensors. An autograd.Function knows none: they pass it flat.
     """
     registered = torch.library.custom_op(f"burnish::{name}", launch, mutates_args=())
@@ -136,7 +137,12 @@ def register(
                 returned: list[int | None] = []
                 return _nested(apply(lengths, returned, *flat), returned)
 
-    return lambda *args: (registered if _recorded() else direct)(*args)
+    def call(*args: Any) -> Any:
+        if _recorded():
+            return registered(*args)
+        return direct(*args) if torch.is_grad_enabled() else launch(*args)
+
+    return call
 
 
 def _recorded() -> bool:

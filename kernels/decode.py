@@ -30,7 +30,12 @@ Source: Dao et al. 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html
 # A launch passes numbers where the kernel is annotated tl.constexpr:
 # pyright: reportArgumentType=false, reportCallIssue=false
 
+from functools import lru_cache
+from itertools import chain
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -107,41 +112,123 @@ def decode_attention_reference(
 
 # ---- CPU path
 
+CALL = 2**19  # what one more call costs, in bytes read: 50 us, and 9 GB/s, of a core of an AMD EPYC
+QUERY = 0.25  # and the product of a query and a key, in readings of the key
 
-class _Rows:
-    """Which rows of a cache the sequences read on the CPU: row i of `places` is read by up to `shared` of them."""
 
-    def __init__(self, slot: Tensor, length: Tensor):
-        self.B, self.gathered = slot.numel(), None
-        self.longest = int(length.max())
-        self.places = int(slot[-1]) + 1  # the largest, where they ascend
-        self.shared = -(-self.B // self.places)
-        self.at = torch.arange(self.B)
-        self.even = self.places * self.shared == self.B and torch.equal(slot, self.at // self.shared)
-        if self.even:
-            return
-        counts = slot.bincount()
-        if counts.numel() > 2 * self.B:  # most rows are others': a copy of the own ones is less to read
-            self.gathered, slot, counts = slot.unique(return_inverse=True, return_counts=True)
-        self.places, self.shared = counts.numel(), int(counts.max())
-        order = slot.argsort(stable=True)
-        rank = self.at - (counts.cumsum(0) - counts)[slot[order]]
-        self.at = (slot * self.shared).index_add(0, order, rank)  # (B,) of (places * shared)
+class Bucket(NamedTuple):
+    """Neighbouring rows of a cache that one call reads, each for as many sequences as has the one with the most."""
 
-    def take(self, cache: Tensor) -> Tensor:
-        """cache (slots, S_max, G, D) to (places * G, S, D): a view where the heads stand outside the positions."""
-        rows = cache[: self.places] if self.gathered is None else cache.index_select(0, self.gathered)
-        return rows[:, : self.longest].transpose(1, 2).flatten(0, 1)
+    rows: slice
+    keys: slice  # all that one of its sequences sees
+    readers: int  # places to a row
+    mask: Tensor | None  # (rows, 1, 1 or queries to a row, keys), added to the scores; None: all is in sight
 
-    def product(self, x: Tensor, y: Tensor) -> Tensor:
-        """x (B, G, n, K) times each sequence's own row of y (places * G, K, N): (B, G, n, N)."""
-        _, G, n, K = x.shape
-        if not self.even:
-            x = x.new_zeros(self.places * self.shared, G, n, K).index_copy(0, self.at, x)
-        x = x.unflatten(0, (self.places, self.shared)).transpose(1, 2)  # (places, G, shared, n, K)
-        out = torch.bmm(x.reshape(self.places * G, self.shared * n, K), y)
-        out = out.view(self.places, G, self.shared, n, -1).transpose(1, 2).flatten(0, 1)
-        return out if self.even else out.index_select(0, self.at)
+
+class Part(NamedTuple):
+    """How the sequences read one cache."""
+
+    buckets: list[Bucket]
+    source: (
+        Tensor | None
+    )  # the sequence that stands in each place; None: the sequences themselves, as they come
+    place: Tensor | None  # (B,), where each sequence stands
+    blind: Tensor | None  # (B,) bool: those that see nothing here
+
+
+def _flags(flags: list[bool]) -> Tensor | None:
+    return torch.tensor(flags) if any(flags) else None
+
+
+@lru_cache(
+    maxsize=16
+)  # all layers of a step read alike, and most steps read the prefixes as the step before did
+def _part(
+    rows: tuple[int, ...],
+    first: tuple[int, ...],
+    last: tuple[int, ...],
+    G: int,
+    n: int,
+    width: int,
+    dtype: torch.dtype,
+) -> Part | None:
+    """Sequence b sees the keys first[b] to last[b] - 1 of the row rows[b]. None: nobody sees anything.
+
+    Each of the G key heads has n query heads, and a key with its value `width` bytes.
+    """
+    B = len(rows)
+    readers: dict[int, list[int]] = {}  # of each row
+    for b in sorted(range(B), key=rows.__getitem__):
+        if first[b] < last[b]:
+            readers.setdefault(rows[b], []).append(b)
+
+    def cost(rows: int, keys: int, readers: int) -> float:
+        return rows * keys * G * width * (1 + QUERY * readers * n)
+
+    groups: list[tuple[list[int], int, int, int]] = []  # of each bucket: rows, keys from and to, readers
+    needed = 0.0
+    for row, members in readers.items():
+        lo, hi, most = min(first[b] for b in members), max(last[b] for b in members), len(members)
+        own = cost(1, hi - lo, most)
+        if groups and groups[-1][0][-1] + 1 == row:
+            held, *edges = groups[-1]
+            joint = min(lo, edges[0]), max(hi, edges[1]), max(most, edges[2])
+            if cost(len(held) + 1, joint[1] - joint[0], joint[2]) <= needed + own + CALL:
+                groups[-1], needed = ([*held, row], *joint), needed + own
+                continue
+        groups.append(([row], lo, hi, most))
+        needed = own
+    if not groups:
+        return None
+    buckets, source = [], []
+    for held, lo, hi, most in groups:
+        places = [(readers[row] * most)[:most] for row in held]  # repeated, where a row has fewer
+        inside = [[(first[b], last[b]) for b in members] for members in places]
+        mask = None
+        if any(seen != (lo, hi) for ranges in inside for seen in ranges):
+            alike = all(len(set(ranges)) == 1 for ranges in inside)
+            edges = torch.tensor([ranges[:1] for ranges in inside] if alike else inside)[:, None, :, None]
+            position = torch.arange(lo, hi)  # edges: (rows, 1, readers or 1, 1, 2)
+            hidden = (position < edges[..., 0]) | (position >= edges[..., 1])  # (rows, 1, readers or 1, keys)
+            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+            mask = mask if alike else mask.repeat_interleave(n, 2)
+        buckets.append(Bucket(slice(held[0], held[-1] + 1), slice(lo, hi), most, mask))
+        source += chain.from_iterable(places)
+    blind = _flags([i >= j for i, j in zip(first, last, strict=True)])
+    if source == list(range(B)):
+        return Part(buckets, None, None, blind)
+    place = dict(zip(source, range(len(source)), strict=True))
+    return Part(buckets, torch.tensor(source), torch.tensor([place.get(b, 0) for b in range(B)]), blind)
+
+
+def _read(part: Part, q: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """q (B, G, n, D) over what the sequences see of one cache: (B, G, n, Dv) and log-sum-exp (B, G, n)."""
+    n, D, Dv = *q.shape[2:], values.shape[-1]
+    q = q if part.source is None else q.index_select(0, part.source)
+    q = F.pad(q, (0, max(Dv - D, 0)))
+    outs, start = [], 0
+    for rows, seen, readers, mask in part.buckets:
+        k, v = keys[rows, seen].transpose(1, 2), values[rows, seen].transpose(1, 2)  # (rows, G, keys, D)
+        if Dv != D:  # the call takes one width
+            k, v = F.pad(k, (0, max(Dv - D, 0))), F.pad(v, (0, max(D - Dv, 0)))
+        end = start + k.shape[0] * readers
+        x = q[start:end]
+        if readers > 1:
+            x = x.unflatten(0, (-1, readers)).transpose(1, 2).flatten(2, 3)  # (rows, G, readers * n, D)
+        # what scaled_dot_product_attention calls on a CPU; by that name there is no log-sum-exp
+        both = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            x, k, v, attn_mask=mask, scale=scale
+        )
+        if readers > 1:
+            both = [y.unflatten(2, (readers, n)).transpose(1, 2).flatten(0, 1) for y in both]
+        outs.append(both)
+        start = end
+    out, lse = outs[0] if len(outs) == 1 else map(torch.cat, zip(*outs, strict=True))
+    if part.place is not None:
+        out, lse = out.index_select(0, part.place), lse.index_select(0, part.place)
+    if part.blind is not None:  # its lse is 0 where all is masked
+        lse = lse.masked_fill(part.blind[:, None, None], -torch.inf)
+    return out[..., :Dv], lse
 
 
 def _decode_cpu(
@@ -159,37 +246,47 @@ def _decode_cpu(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """A batched product for all prefixes and one for all own rows, each padded to the longest, under one softmax."""
-    if not q.numel():
-        return q.new_empty(*q.shape[:2], v_cache.shape[-1])
+    """A call for each bucket of prefixes and of own rows, put together by the log-sum-exps as the kernels do it."""
+    if softcap is not None:  # which torch's fused attention has not
+        return decode_attention_reference(
+            *(q, k_cache, v_cache, slot, length),
+            **{"prefix_slot": prefix_slot, "prefix_length": prefix_length},
+            **{"k_prefix": k_prefix, "v_prefix": v_prefix},
+            **{"scale": scale, "window": window, "softcap": softcap, "sinks": sinks},
+        )
     wide, G = torch.promote_types(q.dtype, torch.float32), k_cache.shape[2]
-    parts, start = [], torch.zeros_like(length)  # (B,), the position of a part's first key
+    shape = G, q.shape[1] // G, (q.shape[2] + v_cache.shape[3]) * q.element_size(), q.dtype
+    own = length.tolist()
+    rows = before = [0] * len(own)  # of the prefixes, and how many tokens they have
     if prefix_slot is not None and prefix_length is not None:
-        start = torch.where(prefix_slot >= 0, prefix_length, 0)
-        parts.append((_Rows(prefix_slot.clamp(min=0), start), k_prefix, v_prefix, 0 * start, start))
-    end = start + length
-    parts.append((_Rows(slot, length), k_cache, v_cache, start, end))
-    scaled = (q.to(wide) * scale).unflatten(1, (G, -1))  # (B, G, n, D)
-    scores = [rows.product(scaled, rows.take(k).to(wide).mT) for rows, k, *_ in parts]
-    s = scores[0] if len(parts) == 1 else torch.cat(scores, -1)  # (B, G, n, S)
-    if softcap is not None:
-        s = softcap * torch.tanh(s / softcap)
-    hidden = []
-    for rows, _, _, first, last in parts:
-        position = torch.arange(rows.longest) + first[:, None]  # (B, S of the part)
-        out_of_sight = position >= last[:, None]
-        hidden.append(out_of_sight if window is None else out_of_sight | (position < end[:, None] - window))
-    s.masked_fill_(torch.cat(hidden, -1)[:, None, None], -torch.inf)
-    if sinks is not None:
-        s = torch.cat([s, sinks.to(wide).view(G, -1, 1).expand(*s.shape[:3], 1)], -1)
-    p = s.softmax(-1)
-    if sinks is None and not int(end.min()):
-        p = p.nan_to_num(0.0)  # of what sees nothing
-    shares = p.split([rows.longest for rows, *_ in parts] + [1] * (sinks is not None), -1)
-    outs = [
-        rows.product(x, rows.take(v).to(wide)) for x, (rows, _, v, *_) in zip(shares, parts, strict=False)
+        rows = prefix_slot.tolist()
+        before = [n if row >= 0 else 0 for row, n in zip(rows, prefix_length.tolist(), strict=True)]
+    both = [n + m for n, m in zip(before, own, strict=True)]
+    hidden = [0 if window is None else max(n - window, 0) for n in both]  # positions before the window
+    first = [max(i - n, 0) for i, n in zip(hidden, before, strict=True)]
+    x = q.unflatten(1, (G, -1))  # (B, G, n, D)
+    read = [
+        _read(part, x, keys, values, scale)
+        for part, keys, values in (
+            (_part(tuple(rows), tuple(hidden), tuple(before), *shape), k_prefix, v_prefix),
+            (_part(tuple(slot.tolist()), tuple(first), tuple(own), *shape), k_cache, v_cache),
+        )
+        if part is not None
     ]
-    return sum(outs[1:], outs[0]).flatten(1, 2).to(q.dtype)  # (B, H, Dv)
+    if not read:
+        return q.new_zeros(*q.shape[:2], v_cache.shape[-1])
+    out, lse = read[0]
+    out = out.to(wide)  # (B, G, n, Dv)
+    if len(read) == 2:
+        further, own_lse = read[1]
+        out = torch.lerp(out, further.to(wide), torch.sigmoid(own_lse - lse)[..., None])
+        lse = lse if sinks is None else torch.logaddexp(lse, own_lse)
+    if sinks is not None:
+        out = out * torch.sigmoid(lse - sinks.to(wide).view(G, -1))[..., None]
+    empty = _flags([n == 0 for n in both])
+    if empty is not None:
+        out = out.masked_fill(empty[:, None, None, None], 0.0)
+    return out.flatten(1, 2).to(q.dtype)  # (B, H, Dv)
 
 
 # ---- kernels

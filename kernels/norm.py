@@ -399,14 +399,19 @@ _rms_norm_backward = register("rms_norm_backward", _backward, _backward_fake)
 _rms_norm = register("rms_norm", _forward, _forward_fake, _save, _differentiate)
 
 
+def _normalise(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    rstd = torch.rsqrt(x.square().mean(-1, keepdim=True).add_(eps))
+    return (x * rstd).mul_(w), rstd
+
+
 class _RMSNormTorch(torch.autograd.Function):
     """The CPU path in fp32: autograd through the reference would keep every intermediate."""
 
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor, eps: float) -> Tensor:
-        rstd = torch.rsqrt(x.square().mean(-1, keepdim=True).add_(eps))
+        y, rstd = _normalise(x, w, eps)
         ctx.save_for_backward(x, w, rstd)
-        return (x * rstd).mul_(w)
+        return y
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -435,7 +440,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, unit_offset: bool 
         check_dtype("x", x)
         return _rms_norm(x.contiguous(), None, weight.contiguous(), eps, unit_offset)[0]
     if x.dtype == weight.dtype == torch.float32:
-        return _RMSNormTorch.apply(x, weight + 1 if unit_offset else weight, eps)
+        w = weight + 1 if unit_offset else weight
+        return _RMSNormTorch.apply(x, w, eps) if torch.is_grad_enabled() else _normalise(x, w, eps)[0]
     return rms_norm_reference(x, weight, eps, unit_offset=unit_offset)
 
 

@@ -185,19 +185,28 @@ def _rows(x: Tensor) -> Tensor:
 _rotate = register("apply_rope", _launch, _fake, _save, _differentiate)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """One tensor on the CPU: (..., T, H, D) by tables (..., T, rotary/2) of at least fp32."""
+def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """On the CPU: (..., T, H, D) and (..., T, G, D) by tables (..., T, rotary/2) of at least fp32."""
     half = cos.shape[-1]
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    wide = x[..., : 2 * half].to(cos.dtype)
     if interleaved:
-        wide = wide.clone(memory_format=torch.contiguous_format)  # a complex view starts at an even address
-        product = torch.view_as_complex(wide.unflatten(-1, (half, 2))) * torch.complex(cos, sin)
-        out = torch.view_as_real(product).flatten(-2)
-    else:  # a roll by half a head swaps the two halves: long inner loops where slices would have short ones
-        out = (wide * torch.cat((cos, cos), -1)).addcmul_(wide.roll(half, -1), torch.cat((-sin, sin), -1))
-    out = out.to(x.dtype)
-    return out if x.shape[-1] == 2 * half else torch.cat((out, x[..., 2 * half :]), -1)
+        turns = torch.complex(cos, sin)  # (..., T, 1, rotary/2)
+    else:
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+    def turn(x: Tensor) -> Tensor:
+        wide = x[..., : 2 * half].to(cos.dtype)
+        if interleaved:
+            wide = wide.clone(
+                memory_format=torch.contiguous_format
+            )  # a complex view starts at an even address
+            out = torch.view_as_real(torch.view_as_complex(wide.unflatten(-1, (half, 2))) * turns).flatten(-2)
+        else:  # a roll by half a head swaps the two halves: long inner loops where slices would have short ones
+            out = (wide * cos).addcmul_(wide.roll(half, -1), sin)
+        out = out.to(x.dtype)
+        return out if x.shape[-1] == 2 * half else torch.cat((out, x[..., 2 * half :]), -1)
+
+    return turn(q), turn(k)
 
 
 class _RopeTorch(torch.autograd.Function):
@@ -207,19 +216,12 @@ class _RopeTorch(torch.autograd.Function):
     def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool):
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
-        return _turn(q, cos, sin, interleaved), _turn(k, cos, sin, interleaved)
+        return _turn(q, k, cos, sin, interleaved)
 
     @staticmethod
     def backward(ctx, dq: Tensor, dk: Tensor):
         cos, sin = ctx.saved_tensors
-        minus = -sin
-        return (
-            _turn(dq, cos, minus, ctx.interleaved),
-            _turn(dk, cos, minus, ctx.interleaved),
-            None,
-            None,
-            None,
-        )
+        return *_turn(dq, dk, cos, -sin, ctx.interleaved), None, None, None
 
 
 # ---- public op
@@ -268,4 +270,5 @@ def apply_rope(
         return q_out.view(q.shape), k_out.view(k.shape)
     rows = slice(T) if positions is None else positions
     wide = torch.promote_types(q.dtype, torch.float32)
-    return _RopeTorch.apply(q, k, cos[rows].to(wide), sin[rows].to(wide), interleaved)
+    turn = _RopeTorch.apply if torch.is_grad_enabled() else _turn
+    return turn(q, k, cos[rows].to(wide), sin[rows].to(wide), interleaved)

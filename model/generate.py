@@ -30,7 +30,8 @@ from .transformer import Transformer
 TOP_P_WIDTH = (
     1024  # a support is recorded, so it has a bound: top_p and min_p without top_k choose among this many ids
 )
-PREFILL_TOKENS = 16_384  # prompts are run in portions of about this many tokens
+# prompts are run in portions of about this many tokens: on a CPU what a layer makes of them stays in a core's cache
+PREFILL_TOKENS = {"cuda": 16_384, "cpu": 1_024}
 LEAVING = 8  # a batch is compacted when one in this many sequences has ended
 MEMORY_BUDGET = 4 * 2**30  # bytes of cached keys and values
 CUDA_GRAPHS = (
@@ -217,25 +218,23 @@ def _invert(u: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     Looked for among the sums of blocks first: one pass over u instead of a cumulative sum of it.
     """
     (B, V), blocks = u.shape, -(-u.shape[1] // BLOCK)
-    top = u.amax(-1, keepdim=True)
-    e = u.new_zeros(B, blocks * BLOCK)
-    torch.exp(u - top, out=e[:, :V])
-    e = e.view(B, blocks, BLOCK)
-    sums = e.sum(-1).double()  # (B, blocks)
+    p = u.softmax(-1)
+    p = (F.pad(p, (0, blocks * BLOCK - V)) if V % BLOCK else p).view(B, blocks, BLOCK)
+    sums = p.sum(-1).double()  # (B, blocks)
     reached = sums.cumsum(-1)
     total = reached[:, -1:]
     target = noise[:, None] * total  # (B, 1)
     # the first that passes has a sum above 0; only NaN logits pass nowhere
     block = torch.searchsorted(reached, target, right=True).clamp_(max=blocks - 1)
-    inside = e.gather(1, block[:, :, None].expand(B, 1, BLOCK)).squeeze(1).cumsum(-1, dtype=torch.float64)
+    inside = p.gather(1, block[:, :, None].expand(B, 1, BLOCK)).squeeze(1).cumsum(-1, dtype=torch.float64)
     rest = target - (reached - sums).gather(1, block)
     rest = torch.minimum(
         rest, torch.nextafter(inside[:, -1:], torch.zeros_like(total))
     )  # the sums were rounded
     chosen = block * BLOCK + torch.searchsorted(inside, rest, right=True)
     chosen = chosen.clamp_(max=V - 1)  # (B, 1)
-    logprob = u.gather(1, chosen) - top - total.log().to(u.dtype)
-    return chosen.squeeze(1), logprob.squeeze(1)
+    logprob = (p.flatten(1).gather(1, chosen) / total).log()
+    return chosen.squeeze(1), logprob.to(u.dtype).squeeze(1)
 
 
 def _signed(value: int) -> int:
@@ -292,6 +291,7 @@ class _Batch:
         ] = {}  # the row of each prompt in the cache, in order
         self.waiting = range(len(prompts) * samples_per_prompt)
         self.live = 0
+        self.prefill_tokens = PREFILL_TOKENS[model.device.type]
         device, dtype = model.device, model.embed_tokens.weight.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
@@ -344,37 +344,42 @@ class _Batch:
 
     def admit(self) -> None:
         """Take in as many waiting samples as there is room for, and run their prompts unless the cache has them."""
-        while self.waiting and self.live < self.rows:
-            new: dict[Prompt, int] = {}
-            entering: list[tuple[Prompt, int]] = []  # with the sample's index
-            tokens = 0
-            for index in self.waiting[: self.rows - self.live]:
-                prompt = self.prompts[index // self.samples_per_prompt]
-                if prompt not in self.held and prompt not in new:
-                    if len(self.held) + len(new) == self.prompt_rows or tokens >= PREFILL_TOKENS:
-                        break
-                    new[prompt] = len(self.held) + len(new)
-                    tokens += len(prompt[1])
-                entering.append((prompt, index))
-            if not entering:
-                return
-            if new:
-                self._prefill(new)
-            self._enter(sorted(entering, key=lambda sample: self.held[sample[0]]))
+        new: set[Prompt] = set()
+        entering: list[tuple[Prompt, int]] = []  # with the sample's index
+        for index in self.waiting[: self.rows - self.live]:
+            prompt = self.prompts[index // self.samples_per_prompt]
+            if prompt not in self.held and prompt not in new:
+                if len(self.held) + len(new) == self.prompt_rows:
+                    break
+                new.add(prompt)
+            entering.append((prompt, index))
+        if not entering:
+            return
+        portion: list[Prompt] = []
+        for prompt in sorted(
+            new, key=lambda prompt: (len(prompt[1]), prompt)
+        ):  # neighbours of about one length
+            portion.append(prompt)
+            if sum(len(ids) for _, ids in portion) >= self.prefill_tokens:
+                self._prefill(portion)
+                portion = []
+        if portion:
+            self._prefill(portion)
+        self._enter(sorted(entering, key=lambda sample: self.held[sample[0]]))
 
-    def _prefill(self, prompts: dict[Prompt, int]) -> None:
-        """prompts: with the row that each is to have, one after the other from the first free one."""
-        self.held |= prompts
-        rows = slice(len(self.held) - len(prompts), len(self.held))
+    def _prefill(self, prompts: list[Prompt]) -> None:
+        """Into the first free rows."""
+        rows = range(len(self.held), len(self.held) + len(prompts))
+        self.held |= zip(prompts, rows, strict=True)
         adapters = [adapter for adapter, _ in prompts] if self.adapted else None
         packed = pack([ids for _, ids in prompts], device=self.model.device, adapters=adapters)
-        self.cache.open(packed, list(prompts.values()))
+        self.cache.open(packed, rows)
         last = self.model(packed, self.cache)[packed.cu_seqlens[1:].long() - 1]  # (prompts, C)
         if self.last is None:
             self.last = last.new_zeros(self.prompt_rows, last.shape[1])
             self.hidden = last.new_zeros(self.rows, last.shape[1])
         assert self.last is not None
-        self.last[rows] = last
+        self.last[rows.start : rows.stop] = last
 
     def _enter(self, samples: list[tuple[Prompt, int]]) -> None:
         """Samples of the same prompt stand together."""

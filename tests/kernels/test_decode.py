@@ -1,3 +1,4 @@
+import sys
 from itertools import product
 
 import pytest
@@ -7,6 +8,7 @@ from burnish.kernels._launch import INTERPRET
 from burnish.kernels.decode import decode_attention, decode_attention_reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
+decode = sys.modules[decode_attention.__module__]
 TRITON = INTERPRET or torch.cuda.is_available()
 DTYPES = [torch.float32, torch.float16] if INTERPRET else [torch.float32, torch.float16, torch.bfloat16]
 FEATURES = ["prefix", "window", "softcap", "sinks"]
@@ -257,6 +259,31 @@ def test_cpu_path_shares_rows_in_any_arrangement(slots):
     )
 
 
+@cpu_path
+@pytest.mark.parametrize("call", [0, 2**14, 2**40])
+@pytest.mark.parametrize("window", [None, 4, 9])
+def test_cpu_path_in_any_buckets(call, window, monkeypatch):
+    """One call a row, a few, and one for all of them: uneven groups, gaps, prefixes out of sight, repeated numbers."""
+    monkeypatch.setattr(decode, "CALL", call)
+    decode._part.cache_clear()
+    draw = torch.Generator().manual_seed(1)
+    for _ in range(6):
+        B = int(torch.randint(1, 14, (), generator=draw))
+        arguments = {"q": torch.randn(B, 6, 8), "k_cache": torch.randn(20, 12, 2, 8)}
+        arguments |= {"v_cache": torch.randn(20, 12, 2, 8), "k_prefix": torch.randn(9, 15, 2, 8)}
+        arguments |= {"v_prefix": torch.randn(9, 15, 2, 8), "slot": torch.randperm(20, generator=draw)[:B]}
+        arguments |= {"length": torch.randint(0, 13, (B,), generator=draw), "window": window}
+        arguments |= {"prefix_slot": torch.randint(-1, 9, (B,), generator=draw).sort().values}
+        arguments |= {"prefix_length": torch.randint(0, 16, (9,), generator=draw)[arguments["prefix_slot"]]}
+        arguments = convert(arguments, torch.float64)
+        want = decode_attention_reference(**arguments)
+        for _ in range(2):  # the second time by what the first found out
+            torch.testing.assert_close(decode_attention(**arguments), want, rtol=1e-12, atol=1e-12)
+        arguments["length"] = (arguments["length"] + 1).clamp(max=12)
+        want = decode_attention_reference(**arguments)
+        torch.testing.assert_close(decode_attention(**arguments), want, rtol=1e-12, atol=1e-12)
+
+
 def test_empty_batch_and_empty_sequences(device):
     arguments = make(["prefix"], device=device)
     none = {name: x[:0] for name, x in arguments.items() if "cache" not in name}
@@ -340,7 +367,8 @@ class NoHostRead(TorchDispatchMode):
 
 @cpu_path
 def test_reads_no_tensor_on_the_host():
+    arguments = make(["prefix", "window"], torch.float16)
     with compile_only("sm_90"), NoHostRead():
-        decode_attention(**make(["prefix", "window"], torch.float16))
+        decode_attention(**arguments)
     with NoHostRead(), pytest.raises(AssertionError):
-        int(make()["length"].max())
+        int(arguments["length"].max())

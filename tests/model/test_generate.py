@@ -138,11 +138,11 @@ def test_sequences_that_ended_leave_and_the_batch_fills_up_again(tiny, monkeypat
 def test_large_prefills_are_cut_into_portions(tiny, monkeypatch):
     whole = generate(tiny, PROMPTS, samples_per_prompt=2, max_new_tokens=4)
     prefills = calls(monkeypatch, tiny, "forward")
-    monkeypatch.setattr("burnish.model.generate.PREFILL_TOKENS", 4)
+    monkeypatch.setattr("burnish.model.generate.PREFILL_TOKENS", {"cpu": 4})
     assert [s.tokens for s in generate(tiny, PROMPTS, samples_per_prompt=2, max_new_tokens=4)] == [
         s.tokens for s in whole
     ]
-    assert prefills == [5, 4, 2]
+    assert prefills == [1 + 2 + 3, 5]  # the shortest first: what runs together is of about one length
 
 
 def test_a_batch_of_one_at_a_time_runs_each_prompt_once(tiny, monkeypatch):
