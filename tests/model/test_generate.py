@@ -9,6 +9,7 @@ import torch
 from burnish.bench.static import compile_only
 from burnish.kernels import token_logprobs
 from burnish.model import Cache, InputError, ModelConfig, Transformer, pack
+from burnish.model.adapter import add_lora, quantize_base
 from burnish.model.cache import cache_bytes
 from burnish.model.checkpoint import load_model
 from burnish.model.generate import TOP_P_WIDTH, _Batch, _Draw, _mix, _signed, generate, stream, uniform
@@ -289,6 +290,42 @@ def test_the_stream_is_the_sample_as_it_comes(tiny):
             assert [first, *drawn] == sample.tokens
     with pytest.raises(InputError, match="prompt 0: expected at least one token"):
         next(stream(tiny, [], max_new_tokens=4))
+
+
+# ---- adapters and 4 bits
+
+
+@pytest.mark.parametrize(
+    "four_bit, options", [(True, None), (True, {}), (False, {"rslora": True}), (False, {"dora": True})]
+)
+def test_adapters_and_four_bits_through_the_cache(four_bit, options):
+    """Shared prompts, and slots that others take over: the tokens and log-probabilities of whole forward passes."""
+    config = replace(TINY, hidden_size=64, intermediate_size=128, initializer_range=0.2)
+    model = Transformer(config, seed=4)
+    if four_bit:
+        quantize_base(model)
+    if options is not None:
+        plain = generate(model, PROMPTS, max_new_tokens=9)
+        add_lora(model, 3, **options)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("lora.b"):
+                    parameter.normal_(generator=torch.Generator().manual_seed(len(name)), std=0.3)
+        adapted = generate(model, PROMPTS, max_new_tokens=9)
+        assert [s.tokens for s in plain] != [s.tokens for s in adapted]
+    every = {"samples_per_prompt": 3, "max_new_tokens": 9, "stop_ids": {1, 2, 3, 4, 5}}
+    for temperature in (0.0, 1.0):
+        samples = generate(model, PROMPTS, temperature=temperature, batch_size=5, **every)
+        together = generate(model, PROMPTS, temperature=temperature, **every)
+        assert [s.tokens for s in samples] == [s.tokens for s in together]
+        for sample in samples:
+            torch.testing.assert_close(sample.logprobs, score(model, sample), atol=1e-5, rtol=0)
+    assert len({len(sample.tokens) for sample in samples}) > 3  # they left at different times
+    (greedy,) = generate(model, PROMPTS[:1], max_new_tokens=9, temperature=0)
+    rows = pack([PROMPTS[0] + greedy.tokens])
+    with torch.no_grad():
+        likely = model.logits(model(rows)).argmax(-1).tolist()
+    assert likely[len(PROMPTS[0]) - 1 : -1] == greedy.tokens
 
 
 # ---- a step on a GPU, without one
