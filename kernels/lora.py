@@ -15,7 +15,7 @@ adapters, row i has the A and B that `adapter` names.
 
 Memory, in elements, x (M, K), out (M, N): the base's product reads MK + NK and writes MN. Beside it, forward, the
 adapter reads MK, reads and writes MN; backward it reads MN and MK twice, and reads and writes MK. Fused into the base's
-product it would read and write nothing: at rank 16 and M = K = N = 4096 that is at most 15 % of the product's time.
+product it would read and write nothing: at M = K = N = 4096 that is at most 22 % of the product's time on an H100.
 
 Source: LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685, equation 3; DoRA, Liu et al. 2024,
         https://arxiv.org/abs/2402.09353, equations 5 and 11; the hash: lowbias32 of

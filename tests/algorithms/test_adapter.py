@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -104,6 +105,61 @@ def test_every_algorithm_trains_an_adapter(configs, name, base_4bit, tmp_path):
     assert lora_config((load_scalar_model if name == "reward" else load_model)(went_on)) == lora_config(model)
     if name == "dpo":
         assert metrics_of(again.output)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+VARIANTS = {  # beside the defaults
+    "dpo": [{"loss": loss} for loss in get_args(dpo.Loss) if loss != "dpo"],
+    "sft": [{"loss": "dft"}],
+    "grpo": [{"loss": "gspo"}, {"loss": "cispo"}],
+    "ppo": [{"advantage": advantage, "group_size": 2} for advantage in ("rloo", "reinforce_pp")],
+    "distill": [
+        {"loss": "policy_gradient", "student_samples": 1.0},
+        {"loss": "sequence", "student_samples": 0.0, "temperature": 1.0, "teacher": None},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        pytest.param(name, changes, id=" ".join([name, *map(str, changes.values())]), marks=marks)
+        for name in TRAINERS
+        for changes in ({}, *VARIANTS.get(name, ()))
+        for marks in [() if name in ("dpo", "ppo") and not changes else pytest.mark.slow]
+    ],
+)
+def test_rank_16_on_a_4_bit_base_by_flags(configs, name, changes, tmp_path):
+    """From the command line; optimizer state is of adapters alone, and of a head; what is written loads back."""
+    cfg = dataclasses.replace(configs[name], output=tmp_path / "out", save_every=2, **changes)
+    cfg = dataclasses.replace(cfg, lora_rank=16, base_4bit=True)
+    without_critic = "advantage" in changes
+    if without_critic:
+        cfg = dataclasses.replace(cfg, critic_learning_rate=ppo.Config.critic_learning_rate)
+    command = [name]
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if value is True:
+            command.append(f"--{field.name.replace('_', '-')}")
+        elif value != field.default:
+            values = value if isinstance(value, tuple) else (value,)
+            command += [f"--{field.name.replace('_', '-')}", *map(str, values)]
+    assert {"--lora-rank", "16", "--base-4bit"} <= set(command)
+    assert main(command) == 0
+    with safe_open(cfg.output / CHECKPOINT, "pt") as file:
+        names = list(file.keys())
+    parts = {"model": "optimizer"}
+    if name == "ppo" and not without_critic:
+        parts["critic"] = "critic_optimizer"
+    for part, optimizer in parts.items():
+        held = [key for key in names if key.startswith(f"{part}/")]
+        moments = [key for key in names if key.startswith(f"{optimizer}/") and "exp_avg_sq" in key]
+        assert len(held) == len(moments) > 0
+        assert all(".lora." in key or key == f"{part}/score.weight" for key in held)
+    model = (load_scalar_model if name == "reward" else load_model)(cfg.output / "model")
+    config = lora_config(model)
+    assert config is not None and config.rank == 16
+    assert linears(model)["model.layers.0.mlp.up_proj"].four_bit is not None
+    assert all(bool(lora.b.any()) for lora in adapters(model).values())
 
 
 @pytest.fixture

@@ -25,14 +25,18 @@ def gradients(y, *tensors, upstream=None):
 @pytest.mark.parametrize("path", PATHS if TRITON else PATHS[:1])
 @pytest.mark.parametrize("R", [1, 3, 8, 16, 64, 256])
 def test_any_rank(R, path, device):
+    """The gradients of x, A, B, the bias and DoRA's magnitude."""
     x, bias = torch.randn(19, 33, device=device, requires_grad=True), torch.randn(21, device=device)
     W, (a, b) = torch.randn(21, 33, device=device), adapter(21, 33, R, device)
-    upstream = torch.randn(19, 21, device=device)
-    for options in ({}, {"dropout": 0.3, "seed": SEED}) if path == "cublas" else ({},):
+    magnitude = torch.rand(21, device=device, requires_grad=True)
+    upstream, bias = torch.randn(19, 21, device=device), bias.requires_grad_()
+    dropout = {"dropout": 0.3, "seed": SEED}
+    for options in ({}, {"magnitude": magnitude}, *([dropout] if path == "cublas" else [])):
         y = _lora_linear(x, W, a, b, 0.5, bias=bias, path=path, **options)
         truth = lora_linear_reference(x, W, a, b, 0.5, bias=bias, **options)
         close(y, truth, rtol=1e-5, atol=3e-5)
-        for mine, true in zip(*(gradients(t, x, a, b, upstream=upstream) for t in (y, truth)), strict=True):
+        wanted = x, a, b, bias, *([magnitude] if "magnitude" in options else [])
+        for mine, true in zip(*(gradients(t, *wanted, upstream=upstream) for t in (y, truth)), strict=True):
             close(mine, true, rtol=1e-5, atol=5e-5)
 
 

@@ -1,6 +1,7 @@
 """What 4 bits mean, to the bit, beyond the accuracy that test_cases.py holds every op to."""
 
 import json
+from itertools import product
 from math import prod
 
 import pytest
@@ -10,6 +11,7 @@ from burnish.kernels import NF4Weight, dequantize_nf4, nf4_linear, quantize_nf4
 from burnish.kernels._four_bit import NESTED
 from burnish.kernels._launch import INTERPRET
 from burnish.kernels.nf4 import (
+    BLOCKSIZES,
     FEW_ROWS,
     FP4,
     NF4,
@@ -91,25 +93,38 @@ def test_equals_the_files_of_bitsandbytes(name, data, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_equals_bitsandbytes(quant_type, dtype):
     functional = pytest.importorskip("bitsandbytes").functional
-    for shape in ((64, 64), (7, 33), (3, 5, 130), (1, 1), (257, 256)):
-        w = (torch.randn(shape) * 10 ** torch.randn(1).item()).to(dtype)
-        w.view(-1)[64:128] = 0
-        for blocksize in (32, 64, 4096):
-            for double in (False, True):
-                packed, state = functional.quantize_4bit(
-                    w, blocksize=blocksize, quant_type=quant_type, compress_statistics=double
-                )
-                mine = quantize_nf4_reference(
-                    w, blocksize=blocksize, quant_type=quant_type, double_quant=double
-                )
-                assert torch.equal(mine.packed, packed.flatten()) and torch.equal(mine.absmax, state.absmax)
-                if double:
-                    assert torch.equal(mine.offset, state.offset)
-                    assert torch.equal(mine.nested_absmax, state.state2.absmax)
-                if shape[-1] % 2 == 0:  # bitsandbytes keeps a byte too many in the others
-                    assert torch.equal(
-                        dequantize_nf4_reference(mine), functional.dequantize_4bit(packed, state)
-                    )
+    for shape, blocksize, double in product(SHAPES, BLOCKSIZES, (False, True)):
+        w = with_ties(shape, blocksize, quant_type).to(dtype)
+        packed, state = functional.quantize_4bit(
+            w, blocksize=blocksize, quant_type=quant_type, compress_statistics=double
+        )
+        mine = quantize_nf4_reference(w, blocksize=blocksize, quant_type=quant_type, double_quant=double)
+        assert torch.equal(mine.packed, packed.flatten()) and torch.equal(mine.code, state.code)
+        assert torch.equal(mine.absmax, state.absmax)
+        if double:
+            assert torch.equal(mine.offset, state.offset)
+            assert torch.equal(mine.nested_absmax, state.state2.absmax)
+            assert torch.equal(mine.nested_code, state.state2.code)
+        if shape[-1] % 2 == 0:  # bitsandbytes keeps a byte too many in the others
+            assert torch.equal(dequantize_nf4_reference(mine), functional.dequantize_4bit(packed, state))
+
+
+SHAPES = ((64, 64), (7, 33), (3, 5, 130), (1, 1), (257, 256), (2, 3, 2048))  # odd, cut short, experts
+
+
+def with_ties(shape, blocksize, quant_type):
+    """Random weights; a block of zeros; in some blocks the code itself, its midpoints and their neighbours, scaled."""
+    code = torch.tensor(NF4 if quant_type == "nf4" else FP4)[list(ORDER[quant_type])]
+    middle, one = (code[:-1] + code[1:]) / 2, torch.ones(())
+    ties = torch.cat((code, middle, torch.nextafter(middle, one), torch.nextafter(middle, -one)))
+    w = torch.randn(prod(shape)) * 10 ** torch.randn(1).item()
+    for i, start in enumerate(range(0, w.numel() - blocksize, 5 * blocksize)):
+        most = (1.0, 0.37, 3.0)[i % 3]
+        some = torch.cat((one[None], ties[torch.randperm(len(ties))]))[:blocksize]
+        w[start : start + blocksize] = 0
+        w[start : start + len(some)] = most * some
+    w[64:128] = 0
+    return w.view(shape)
 
 
 @pytest.mark.skipif(not TRITON, reason="the CPU path is the reference")

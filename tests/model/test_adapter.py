@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from burnish.kernels import token_logprobs
-from burnish.model import InputError, ModelConfig, Transformer, pack
+from burnish.kernels import lora_linears, token_logprobs
+from burnish.model import InputError, ModelConfig, Transformer, linear, pack, transformer
 from burnish.model.adapter import (
     adapter_disabled,
     adapters,
@@ -369,6 +369,30 @@ def test_dropout_acts_where_a_gradient_is_taken_and_nowhere_else():
     assert torch.equal(model(PACKED), one)  # a function of the generator: a resumed run drops the same
     with torch.no_grad():
         assert torch.equal(model.logits(model(PACKED)), quiet)
+
+
+def test_layers_of_one_x_go_together(monkeypatch):
+    """q, k and v; gate and up: where all have an adapter, of one form. The numbers are those of each alone."""
+    groups = []
+    monkeypatch.setattr(linear, "lora_linears", lambda x, weights, *rest, **more: (
+        groups.append(len(weights)) or lora_linears(x, weights, *rest, **more)
+    ))  # fmt: skip
+    models = [tiny(rank_pattern={"k_proj": 5}), tiny(dora=True), tiny(targets=("q_proj", "gate_proj"))]
+    together = []
+    for model in models:
+        trained(model)
+        together.append(logits_of(model))
+    assert groups == [3, 2] * 4
+    with adapter_disabled(models[0]):
+        logits_of(models[0])
+    linears(models[0])["model.layers.0.self_attn.q_proj"].lora.dropout = 0.5  # unlike its neighbours: alone
+    models[0].score(PACKED, ROWS)
+    assert groups[8:] == [2, 3, 2]
+    monkeypatch.setattr(
+        transformer, "linears_of", lambda layers, x, adapter: [one(x, adapter) for one in layers]
+    )
+    for model, expected in zip(models, together, strict=True):
+        torch.testing.assert_close(logits_of(model), expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
