@@ -1,0 +1,214 @@
+"""Negative controls: faults planted in what adapters and 4-bit weights do to a model, each caught by the named check.
+
+A fault is put into the running function itself, since these call one another by name.
+"""
+
+import inspect
+import shutil
+import textwrap
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from burnish.model import ModelConfig, Transformer, adapter, bnb, linear, memory, pack, peft
+from burnish.model.adapter import (
+    adapter_disabled,
+    add_lora,
+    frozen_copy,
+    merge_lora,
+    stack_adapters,
+    take_adapter,
+)
+from burnish.model.checkpoint import load_model, save_model
+from burnish.model.linear import LoraConfig
+from safetensors.torch import load_file
+
+TINY = ModelConfig(
+    vocab_size=31,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    initializer_range=0.2,
+)
+PACKED = pack([[1, 2, 3, 4, 5], [6, 7, 8]], device="cpu")
+PEFT_MODELS = ("qwen3-rslora", "qwen3-rank_pattern")
+
+
+class Fault(NamedTuple):
+    name: str
+    function: Any
+    old: str
+    new: str
+    check: Callable[..., None]
+
+
+def plant(function: Any, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    function = inspect.unwrap(function)
+    source = textwrap.dedent(inspect.getsource(function))
+    assert old in source, f"{function.__name__} no longer has `{old}`: plant this control anew"
+    planted = compile(source.replace(old, new), "planted", "exec")
+    (code,) = (c for c in planted.co_consts if inspect.iscode(c) and c.co_name == function.__name__)
+    monkeypatch.setattr(function, "__code__", code)
+
+
+@torch.no_grad()
+def logits_of(model, packed=PACKED) -> torch.Tensor:
+    return model.logits(model(packed))
+
+
+def same(found: torch.Tensor, expected: torch.Tensor, bound: float = 1e-5) -> None:
+    assert found.shape == expected.shape and (found - expected).abs().max() <= bound
+
+
+def trained(**options) -> Transformer:
+    model = Transformer(TINY, seed=1)
+    add_lora(model, 3, **options)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+# ---- the checks
+
+
+def logits_are_those_of_peft(data, tmp_path):
+    for name in PEFT_MODELS:
+        shutil.copytree(data / "tiny-hf" / "qwen3", tmp_path / "qwen3", dirs_exist_ok=True)
+        folder = shutil.copytree(data / "tiny-peft" / name, tmp_path / name)
+        config = folder / "adapter_config.json"
+        named = '"base_model_name_or_path": '
+        before, _, after = config.read_text().partition(named)
+        config.write_text(f'{before}{named}"../qwen3"{after[after.index(",") :]}')
+        golden = load_file(data / "tiny-hf" / "qwen3" / "expected.safetensors")
+        expected = load_file(data / "tiny-peft" / name / "expected.safetensors")["logits"]
+        mask = golden["attention_mask"] == 1
+        packed = pack([row[m].tolist() for row, m in zip(golden["input_ids"], mask, strict=True)])
+        same(logits_of(load_model(folder), packed), expected[mask])
+
+
+def merged_equals_unmerged(data, tmp_path):
+    model = trained(dora=True, alpha_pattern={"k_proj": 11})
+    before = logits_of(model)
+    merge_lora(model)
+    same(logits_of(model), before)
+
+
+def disabled_is_the_base(data, tmp_path):
+    model = trained(modules_to_save=("lm_head",))
+    with adapter_disabled(model):
+        same(logits_of(model), logits_of(Transformer(TINY, seed=1)), 0)
+
+
+def the_reference_keeps_a_loaded_adapter(data, tmp_path):
+    model = trained()
+    same(logits_of(frozen_copy(model)), logits_of(model), 0)
+
+
+def the_base_gets_no_gradient(data, tmp_path):
+    model = trained()
+    model.score(PACKED, torch.tensor([1, 2]))[0].sum().backward()
+    assert all((p.grad is None) == (".lora." not in name) for name, p in model.named_parameters())
+
+
+def nothing_is_dropped_without_a_gradient(data, tmp_path):
+    model = trained(dropout=0.5)
+    same(logits_of(model), logits_of(frozen_copy(model)), 0)
+
+
+def what_is_saved_is_what_acts(data, tmp_path):
+    save_model(Transformer(TINY, seed=1), tmp_path / "base")
+    model = trained(base=str(tmp_path / "base"), rslora=True, rank_pattern={"k_proj": 2})
+    save_model(model, tmp_path / "adapter")
+    same(logits_of(load_model(tmp_path / "adapter")), logits_of(model), 0)
+
+
+def several_act_as_each_alone(data, tmp_path):
+    one, other = trained(), trained(alpha=1)
+    stacked = Transformer(TINY, seed=1)
+    stack_adapters(stacked, [take_adapter(one), take_adapter(other)])
+    found = logits_of(stacked, pack([[1, 2, 3], [1, 2, 3]], adapters=[1, 0]))
+    same(found, torch.cat([logits_of(m, pack([[1, 2, 3]])) for m in (other, one)]))
+
+
+def a_4_bit_folder_holds_its_weights(data, tmp_path):
+    model = load_model(data / "tiny-bnb" / "qwen3-nf4-dq")
+    save_model(model, tmp_path / "saved")
+    same(logits_of(load_model(tmp_path / "saved")), logits_of(model), 0)
+
+
+def counted_is_held(data, tmp_path):
+    model = trained()
+    found = memory.training_memory(TINY, LoraConfig(3, 6), frozen_dtype=torch.float32)
+    held = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    assert (found.adapter, found.gradients, found.optimizer) == (held, held, 2 * held)
+
+
+FAULTS = [
+    Fault("rsLoRA as LoRA", LoraConfig.scaling_of, "math.sqrt(rank)", "rank", logits_are_those_of_peft),
+    Fault(
+        "scaled by one rank",
+        LoraConfig.scaling_of,
+        "self.rank_of(module)",
+        "self.rank",
+        logits_are_those_of_peft,
+    ),
+    Fault("not scaled", linear.Adaptable.merged, "lora.scaling *", "1.0 *", merged_equals_unmerged),
+    Fault(
+        "one scaling", linear.linears_of, "lora.scaling for", "loras[0].scaling for", merged_equals_unmerged
+    ),
+    Fault(
+        "magnitude lost",
+        linear.linears_of,
+        "magnitudes=_all",
+        "magnitudes=None and _all",
+        merged_equals_unmerged,
+    ),
+    Fault("still on", adapter_disabled, "lora.enabled = False", "pass", disabled_is_the_base),
+    Fault(
+        "the trained head", adapter_disabled, ".data = base", ".data = trained[name]", disabled_is_the_base
+    ),
+    Fault(
+        "taken for fresh",
+        frozen_copy,
+        "fresh = is_fresh(model)",
+        "fresh = True",
+        the_reference_keeps_a_loaded_adapter,
+    ),
+    Fault(
+        "not frozen",
+        adapter.place_adapter,
+        "model.requires_grad_(False)",
+        "[layer.requires_grad_(False) for layer in targets.values()]",
+        the_base_gets_no_gradient,
+    ),
+    Fault(
+        "in sampling, too",
+        linear.Linear.dropout.fget,
+        "and torch.is_grad_enabled() ",
+        "",
+        nothing_is_dropped_without_a_gradient,
+    ),
+    Fault("rsLoRA unsaid", peft.write_config, ": config.rslora", ": False", what_is_saved_is_what_acts),
+    Fault(
+        "scaling left out", stack_adapters, "config.scaling_of(name) *", "1.0 *", several_act_as_each_alone
+    ),
+    Fault("offset lost", bnb.tensors, "weight.offset.item()", "0.0", a_4_bit_folder_holds_its_weights),
+    Fault("one moment", memory.training_memory, "8 * trained", "4 * trained", counted_is_held),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f"{f.check.__name__}: {f.name}")
+def test_fault_is_caught(fault, data, tmp_path, monkeypatch):
+    plant(fault.function, fault.old, fault.new, monkeypatch)
+    with pytest.raises(AssertionError):
+        fault.check(data, tmp_path)
+
+
+@pytest.mark.parametrize("check", dict.fromkeys(f.check for f in FAULTS), ids=lambda c: c.__name__)
+def test_without_a_fault_the_check_passes(check, data, tmp_path):
+    check(data, tmp_path)
