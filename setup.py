@@ -35,6 +35,7 @@ setup(
             "trl==1.16.0",
             "accelerate==1.15.0",
             "datasets==5.2.0",
+            "bitsandbytes==0.50.2",
             "pytest",
             "pytest-timeout",
             "pytest-xdist",

@@ -359,21 +359,24 @@ def test_a_planted_fault_is_found(load, ids, padding, monkeypatch, fault):
 # ---- what stays as it was
 
 
-def test_remove_restores(load, ids, padding):
-    model, mask = load("qwen3"), padding["left"]
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe", "gpt_oss"])
+def test_remove_restores(load, ids, padding, name):
+    model, mask = load(name), padding["left"]
     own = types.MethodType(lambda self, x: type(self).forward(self, x), model.model.norm)
     model.model.norm.forward = own
     members = {name: dict(module.__dict__) for name, module in model.named_modules()}
     config, state = model.config.to_dict(), {k: v.clone() for k, v in model.state_dict().items()}
+    implementations = lambda: (model.config._attn_implementation, model.config._experts_implementation)
+    set_before = implementations()
     want = train(model, ids, mask.bool(), attention_mask=mask)
     embed.apply(model)
-    assert model.model.norm.forward is not own
+    assert model.model.norm.forward is not own and implementations()[0] == embed.NAME
     assert list(model.state_dict()) == list(state)
     embed.remove(model)
     assert model.model.norm.forward is own
     for name, module in model.named_modules():
         assert module.__dict__.keys() == members[name].keys()
-    assert model.config.to_dict() == config and model.config._attn_implementation == "sdpa"
+    assert model.config.to_dict() == config and set_before == implementations()
     got = train(model, ids, mask.bool(), attention_mask=mask)
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
@@ -440,6 +443,28 @@ def test_peft(load, ids, padding, name, first):
     close(got, run(wrapped))
     targets = 7 if name == "llama" else 4
     assert len(got) == 3 + 2 * targets * model.config.num_hidden_layers  # two matrices each
+
+
+def test_peft_on_four_bits(data, ids, padding):
+    """QLoRA as PEFT does it: bitsandbytes' layers stay, our ops go between them."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    packed = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        data / "tiny-hf" / "llama", dtype=torch.float32, quantization_config=packed
+    )
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    model, mask = peft.get_peft_model(base, lora), padding["left"]
+
+    def run():
+        model.zero_grad()
+        logits = model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+        logits.square().mean().backward()
+        return [logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    got, want = both(model, run)
+    close(got, want)
+    assert len(got) == 1 + 2 * 7 * base.config.num_hidden_layers
 
 
 # ---- torch.compile

@@ -65,10 +65,9 @@ def train(folder, model, rows, tokenizer, output, embedded=None, peft_config=Non
         save_strategy="no",
         report_to="none",
         use_cpu=True,
-        gradient_checkpointing=False,
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        **own | {"bf16": False} | more,
+        **own | {"bf16": False, "gradient_checkpointing": False} | more,
     )
     torch.manual_seed(0)
     trainer = getattr(trl, f"{folder}Trainer")(
@@ -117,7 +116,7 @@ def calls(monkeypatch):
     [
         ("llama", "SFT", {}, "before"),
         ("qwen3", "SFT", {"packing": True, "max_length": 16}, "after"),
-        ("qwen3_moe", "SFT", {"router_aux_loss_coef": 0.1}, "before"),
+        ("qwen3_moe", "SFT", {"router_aux_loss_coef": 0.1, "gradient_checkpointing": True}, "before"),
         ("llama", "DPO", {}, "after"),
         ("mistral-sw", "DPO", {"use_weighting": True}, "before"),
         ("llama", "GRPO", {"beta": 0.04, "temperature": 0.8}, "after"),
