@@ -23,7 +23,7 @@ def gradients(y, *tensors, upstream=None):
 
 
 @pytest.mark.parametrize("path", PATHS if TRITON else PATHS[:1])
-@pytest.mark.parametrize("R", [1, 3, 8, 16, 64, 256])
+@pytest.mark.parametrize("R", [1, 3, 8, 16, 64, pytest.param(256, marks=pytest.mark.slow)])
 def test_any_rank(R, path, device):
     """The gradients of x, A, B, the bias and DoRA's magnitude."""
     x, bias = torch.randn(19, 33, device=device, requires_grad=True), torch.randn(21, device=device)
@@ -47,9 +47,10 @@ def test_fresh_adapter_has_the_bits_of_the_base(device):
     a, _ = adapter(21, 33, 4, device)
     for weight in (W, quantize_nf4(W)):
         dense = W if weight is W else dequantize_nf4(quantize_nf4(W))
-        assert torch.equal(
-            lora_linear(x, weight, a, torch.zeros(21, 4), 2.0, bias=bias), F.linear(x, dense, bias)
-        )
+        expected, b = F.linear(x, dense, bias), torch.zeros(21, 4)
+        assert torch.equal(lora_linear(x, weight, a, b, 2.0, bias=bias), expected)
+        for out in lora_linears(x, [weight] * 2, [a, a], [b, b], [2.0, 2.0], biases=[bias, bias]):
+            assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("dora", [False, True])

@@ -68,6 +68,7 @@ def test_65b_in_4_bits_trains_on_a_card_of_48_gb():
     assert parameters == pytest.approx(65.2e9, rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_table_in_the_docs_is_the_calculators():
     docs = Path(__file__).parents[2] / "docs" / "lora.md"
     assert table() in docs.read_text(), (
