@@ -415,6 +415,10 @@ def _shared_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
     return _attention_inputs(dims, dtype, device) | {"cu_seqlens": cu_seqlens, "parents": whose}
 
 
+def _shared_sinks_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    return _shared_inputs(dims, dtype, device) | {"sinks": _randn((dims["H"],), dtype, device)}
+
+
 def _pairs(dims: Dims) -> int:
     """(query, key) pairs in sight, over the batch: causal, S >= T."""
     if "B" not in dims and "P" not in dims:
@@ -1481,6 +1485,18 @@ CASES: tuple[Case, ...] = (
         shapes=(_SHARED,),
         empty=(),
         bench={"cuda": ({"T": 10240, "P": 2048, "R": 512, "H": 16, "G": 4, "D": 128},)},
+        configurations=_SHARED_TILES,
+    ),
+    _attention_case(
+        "shared prompt, window, softcap, sinks",
+        inputs=_shared_sinks_inputs,
+        reads_values=True,
+        shapes=(
+            {"T": 45, "P": 37, "R": 4, "H": 1, "G": 1, "D": 16},
+        ),  # its first keys are in no child's window
+        empty=(),
+        options={"window": 5, "softcap": 5.0, "return_lse": True},
+        half_scales=(),
         configurations=_SHARED_TILES,
     ),
     _decode_case(

@@ -547,7 +547,12 @@ def _flash_dkdv(
         hi = tl.maximum(tl.minimum(queries, n0 + BLOCK_N - 1 + window - shift), 0)
     if PARENTS:  # its children's queries follow its own, and stand after all of its keys
         family = _with_children(cu_ptr, parents_ptr, segments, segment)
-        hi = tl.where(family > keys, family, hi)
+        reached = family > keys
+        if (
+            WINDOW
+        ):  # their positions start at `keys`: early keys of a long prompt are out of every child's window
+            reached &= n0 + BLOCK_N - 1 + window > keys
+        hi = tl.where(reached, family, hi)
     blocks = tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_M)
     steps = GROUP * blocks
     if SPLIT:  # a program to each query head, and the sum of them outside: a parent's keys have long columns
@@ -642,10 +647,11 @@ class _Tiles:
 # here: bench/candidates.json.
 TILES = {
     "sm_80": {
-        # dQ: with 64 keys a softcap spills. dK/dV: with 64 keys any call does, with 32 three blocks fit
+        # dQ: with 64 keys a softcap spills. dK/dV: with 64 keys any call does, with 32 three blocks fit; at 256 a
+        # window, a softcap and a parent together do with 32 queries
         64: _Tiles((128, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 3)),
         128: _Tiles((128, 32, 4, 3), (64, 32, 4, 2), (64, 64, 8, 2)),
-        256: _Tiles((64, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
+        256: _Tiles((64, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2), None, (16, 64, 8, 2)),
     },
     # Timed on an H100. At D=64 and 128 two blocks of one warpgroup share a multiprocessor: one takes exponentials while
     # the other multiplies. At 256 only one block fits, and two warpgroups make up for it. dK/dV keeps 64 keys

@@ -179,6 +179,14 @@ FAULTS = [
         0,
     ),
     Fault(
+        "a window's last children",
+        "attention",
+        "n0 + BLOCK_N - 1 + window > keys",
+        "n0 + window > keys",
+        "flash_attention/shared prompt, window, softcap, sinks",
+        0,
+    ),
+    Fault(
         "not causal",
         "attention",
         "is_causal=visible is None",

@@ -272,6 +272,7 @@ def test_tensor_descriptors(name, monkeypatch):
 
 
 @compiled_or_interpreted
+@pytest.mark.slow
 @pytest.mark.skipif(not INTERPRET, reason="compiled, `python -m burnish.bench.tune` does it")
 def test_candidate_tiles_are_checked_and_timed(monkeypatch):
     """Small ones of dQ and of dK/dV; one with which the scale is lost is refused."""
