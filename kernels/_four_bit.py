@@ -1,4 +1,4 @@
-"""What nf4.py and lora.py share: a weight in 4 bits, and how it is multiplied out. The format is told in nf4.py."""
+"""What nf4.py and lora.py share: a weight in 4 bits, multiplied out or in a product. The format is told in nf4.py."""
 
 # A launch passes numbers where the kernel is annotated tl.constexpr:
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv, use_triton
+from ._launch import capability, cdiv, multiprocessors, next_power_of_2, use_triton
 
 NESTED = 256  # blocks whose absmax share a nested absmax; also the size of the nested code
+FEW_ROWS = 64  # up to here a product reads W in its 4 bits; beyond, W is multiplied out and cuBLAS takes it
 TILE = 4096  # bytes that one program multiplies out, 16 a thread
 
 
@@ -64,6 +65,49 @@ def _absmax_of(
         nested = tl.load(nested_absmax_ptr + blocks // 256, mask, other=0.0)
         absmax = tl.load(nested_code_ptr + absmax.to(tl.int32)) * nested + tl.load(offset_ptr)
     return absmax
+
+
+@triton.jit
+def _few_rows_fwd(
+    x_ptr, packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, partial_ptr,
+    M, N, K, steps, DOUBLE: tl.constexpr, BLOCKSIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # Program (i, j): columns of block i of the result, the share j of K. Even and odd weights are multiplied apart,
+    # so nothing is interleaved; a step stays inside one block of weights, so absmax scales the step's sum.
+    rows, cols = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live, seen = (rows < M)[:, None], (cols < N)[:, None]
+    code = tl.load(code_ptr + tl.arange(0, 16)).to(x_ptr.dtype.element_ty)
+    starts = cols.to(tl.int64) * K  # the places of the rows of W
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(tl.program_id(1) * steps, tl.minimum((tl.program_id(1) + 1) * steps, K // (2 * BLOCK_K))):
+        bytes_ = starts[:, None] // 2 + k * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]  # [BLOCK_N, BLOCK_K]
+        pairs = tl.load(packed_ptr + bytes_, seen, other=0, eviction_policy="evict_first").to(tl.int32)
+        pairs = tl.reshape(pairs, [BLOCK_N * BLOCK_K])
+        first = tl.reshape(tl.gather(code, pairs >> 4, 0), [BLOCK_N, BLOCK_K])
+        second = tl.reshape(tl.gather(code, pairs & 15, 0), [BLOCK_N, BLOCK_K])
+        even = x_ptr + rows[:, None] * K + 2 * (k * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
+        step = tl.dot(tl.load(even, live, other=0.0), tl.trans(first), input_precision="ieee")
+        step = tl.dot(tl.load(even + 1, live, other=0.0), tl.trans(second), step, input_precision="ieee")
+        blocks = (starts + 2 * k * BLOCK_K) // BLOCKSIZE
+        acc += step * _absmax_of(
+            absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, blocks, cols < N, DOUBLE
+        )[None, :]  # fmt: skip
+    places = (tl.program_id(1) * M + rows).to(tl.int64)[:, None] * N + cols[None, :]
+    tl.store(partial_ptr + places, acc, live & (cols < N)[None, :])
+
+
+@triton.jit
+def _add_splits(
+    partial_ptr, bias_ptr, y_ptr, numel, N, SPLITS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in range(SPLITS):
+        total += tl.load(partial_ptr + tl.cast(split, tl.int64) * numel + places, places < numel, other=0.0)
+    if BIAS:
+        total += tl.load(bias_ptr + places % N, places < numel, other=0.0).to(tl.float32)
+    tl.store(y_ptr + places, total.to(y_ptr.dtype.element_ty), places < numel)
 
 
 @triton.jit
@@ -137,3 +181,38 @@ def dequantize(
         return out
     absmax = unnested(absmax, nested_absmax, nested_code, offset)
     return _lookup(packed, code, absmax, prod(shape), blocksize).to(dtype).view(shape)
+
+
+def product(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    N: int,
+    blocksize: int,
+) -> Tensor:
+    """x W^T + bias (M, N), for x (M, K), contiguous, and W (N, K): few rows read W in its 4 bits."""
+    M, K = x.shape
+    four_bit = packed, absmax, code, nested_absmax, nested_code, offset
+    step = min(blocksize, 64)
+    if not use_triton(x) or M > FEW_ROWS or K % blocksize or 0 in (M, N, K):
+        b = None if bias is None else bias.to(x.dtype)
+        return F.linear(x, dequantize(*four_bit, [N, K], blocksize, x.dtype), b)
+    block_n, warps = (32, 8) if x.dtype == torch.float32 else (64, 4)
+    stages = 1 if capability(x) == (9, 4) else 4  # Triton 3.6 fails to pipeline this loop for an MI300X
+    columns = cdiv(N, block_n)
+    splits = max(1, min(cdiv(4 * multiprocessors(x), columns), K // step, 64))
+    steps = cdiv(K // step, splits)
+    splits = cdiv(K // step, steps)
+    partial = x.new_empty(splits, M, N, dtype=torch.float32)
+    _few_rows_fwd[(columns, splits)](
+        x, *four_bit, partial, M, N, K, steps, nested_absmax is not None, blocksize,
+        max(16, next_power_of_2(M)), block_n, step // 2, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    y = x.new_empty(M, N)
+    _add_splits[(cdiv(M * N, 256),)](partial, bias, y, M * N, N, splits, bias is not None, 256, num_warps=4)
+    return y

@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _lora_paths
-from ._four_bit import NF4Weight, dequantize
+from ._four_bit import FEW_ROWS, NF4Weight, dequantize, product
 from ._launch import (
     capability,
     cdiv,
@@ -516,10 +516,10 @@ def _forward(
     path: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x: (M, K). Returns out (M, N), S (M, R), and the norm (N,) of DoRA, empty without it."""
-    W = _dense(x, weight, absmax, code, nested_absmax, nested_code, offset, blocksize, lora_b)
-    path = path or _path(x, W.shape[0], lora_a.shape[-2])
+    path = path or _path(x, lora_b.shape[-2], lora_a.shape[-2])
     S = _down(x, lora_a, adapter, seed, dropout, path)
-    out, norm = _up(x, W, S, lora_a, lora_b, bias, magnitude, adapter, scaling, path)
+    held = weight, absmax, code, nested_absmax, nested_code, offset
+    out, norm = _up(x, held, blocksize, S, lora_a, lora_b, bias, magnitude, adapter, scaling, path)
     return out, S, norm
 
 
@@ -535,7 +535,8 @@ def _down(
 
 def _up(
     x: Tensor,
-    W: Tensor,
+    held: Sequence[Any],
+    blocksize: int,
     S: Tensor,
     lora_a: Tensor,
     lora_b: Tensor,
@@ -546,15 +547,21 @@ def _up(
     path: str,
 ) -> tuple[Tensor, Tensor]:
     """out (M, N), and the norm (N,) of DoRA, empty without it."""
-    adapters, B = lora_b.shape[0], _side_by_side(lora_b)
+    adapters, B, N = lora_b.shape[0], _side_by_side(lora_b), lora_b.shape[-2]
+    in_4_bits = held[1] is not None and x.shape[0] <= FEW_ROWS and magnitude is None and path != "fused"
+    W = None if in_4_bits and use_triton(x) else _dense(x, *held, blocksize, lora_b)
     if magnitude is None:
         norm = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
     else:
+        assert W is not None
         norm = _norm(W, lora_a, lora_b, scaling)
     gain = None if magnitude is None else magnitude / norm
-    if use_triton(x) and path == "fused":
+    if W is None:
+        out = product(x, *held, bias, N, blocksize)
+    elif use_triton(x) and path == "fused":
         return _fused(x, W, S, lora_b, scaling, adapter, gain, bias), norm
-    out = F.linear(x, W, bias.to(x.dtype) if bias is not None and gain is None else None)
+    else:
+        out = F.linear(x, W, bias.to(x.dtype) if bias is not None and gain is None else None)
     if use_triton(x) and not (gain is None and adapter is None and path == "cublas"):
         _expand_(out, S, lora_b, scaling, adapter, gain=gain, bias=None if gain is None else bias)
         return out, norm
@@ -863,7 +870,7 @@ def _all_forward(
     outs, norms = [], []
     for i, (path, mine) in enumerate(zip(paths, S.split(ranks, 1), strict=True)):
         out, norm = _up(
-            x, _dense_of(i, x, weights, held, blocksize, lora_b), mine.contiguous(), lora_a[i], lora_b[i],
+            x, _held_of(i, weights, held), blocksize, mine.contiguous(), lora_a[i], lora_b[i],
             _at(biases, i), _at(magnitudes, i), adapter, scalings[i], path,
         )  # fmt: skip
         outs.append(out)
@@ -884,12 +891,11 @@ def _at(tensors: list[Tensor], i: int) -> Tensor | None:
     return tensors[i] if tensors else None
 
 
-def _dense_of(
-    i: int, x: Tensor, weights: list[Tensor], held: list[Tensor], blocksize: int, lora_b: list[Tensor]
-) -> Tensor:
+def _held_of(i: int, weights: list[Tensor], held: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """One weight's tensors, as lora_linear's op takes them."""
     each = len(held) // len(weights)
-    mine = [*held[i * each : (i + 1) * each], *[None] * (5 - each)]
-    return _dense(x, weights[i], *mine, blocksize, lora_b[i])
+    mine = held[i * each : (i + 1) * each]
+    return weights[i], *mine, *[None] * (5 - each)
 
 
 def _all_backward(
@@ -919,7 +925,7 @@ def _all_backward(
     for i, mine in enumerate(S.split(ranks, 1)):
         dout, W = douts[i], None
         if with_dx or with_dmagnitude:
-            W = _dense_of(i, x, weights, held, blocksize, lora_b)
+            W = _dense(x, *_held_of(i, weights, held), blocksize, lora_b[i])
         path = _path(x, lora_b[i].shape[-2], ranks[i])
         g, low, db, dm = _up_backward(
             dout, x, mine.contiguous(), norms[i] if norms else dout.new_empty(0, dtype=wide), W, lora_b[i],

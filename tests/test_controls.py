@@ -11,12 +11,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
 from burnish.bench import registry
 from burnish.bench.registry import CASES, Case, assert_accurate, make_inputs
-from burnish.kernels import _launch, lora
+from burnish.kernels import _launch, lora, nf4
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 TRITON = _launch.INTERPRET or torch.cuda.is_available()
@@ -385,13 +386,15 @@ FAULTS = [
     ),
     Fault(
         "first nibble twice",
-        "nf4",
+        "_four_bit",
         "tl.gather(code, pairs & 15",
         "tl.gather(code, pairs >> 4",
         "nf4_linear/bias",
     ),
-    Fault("last share of K", "nf4", "(tl.program_id(1) + 1) * steps", "steps", "nf4_linear/bias"),
-    Fault("one absmax for a row", "nf4", "(starts + 2 * k * BLOCK_K) //", "starts //", "nf4_linear/bias"),
+    Fault("last share of K", "_four_bit", "(tl.program_id(1) + 1) * steps", "steps", "nf4_linear/bias"),
+    Fault(
+        "one absmax for a row", "_four_bit", "(starts + 2 * k * BLOCK_K) //", "starts //", "nf4_linear/bias"
+    ),
     Fault("absmax of one sign", "nf4", "tl.max(tl.abs(w), 1)", "tl.max(w, 1)", "quantize_nf4/absmax"),
     Fault("sign of dx", "nf4", "dx = dy @ ", "dx = -dy @ ", "nf4_linear/bias", triton=False),
     Fault(
@@ -540,6 +543,13 @@ def case_of(name: str, module) -> Case:
     case = next(c for c in CASES if c.name == name)
     if case.op == "lora_linear" and case.family in lora.PATHS:
         return replace(case, fused=partial(module._lora_linear, path=case.family))
+    if case.op == "nf4_linear" and not hasattr(module, case.op):  # nf4 has the product from _four_bit
+
+        def planted(x, weight, bias):
+            with patch.object(nf4, "product", module.product):
+                return nf4.nf4_linear(x, weight, bias)
+
+        return replace(case, fused=registry._four_bit(planted))
     if hasattr(module, "dequantize"):  # nf4 has it from _four_bit
         module.dequantize_nf4 = lambda w, dtype: module.dequantize(
             *w.tensors(), [*w.shape], w.blocksize, dtype

@@ -164,6 +164,29 @@ def test_rows_have_their_own_adapter(device):
     close(db[2], eb[2], rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.skipif(not TRITON, reason="a CPU multiplies the base out at any number of rows")
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.3, "seed": SEED}, {"adapter": True}], ids=str)
+def test_few_rows_read_the_base_in_4_bits(options, monkeypatch, device):
+    """As nf4_linear does; the backward, and more rows, multiply it out."""
+    calls = []
+    whole = lora.dequantize
+    monkeypatch.setattr(lora, "dequantize", lambda *args: calls.append(1) or whole(*args))
+    four_bit, bias = quantize_nf4(torch.randn(21, 64, device=device)), torch.randn(21, device=device)
+    a, b = adapter(21, 64, 4, device, stack=(3,) if "adapter" in options else ())
+    for M, forward in ((19, 0), (65, 1)):
+        x = torch.randn(M, 64, device=device, requires_grad=True)
+        given = options | (
+            {"adapter": torch.arange(M, device=device) % 4 - 1} if "adapter" in options else {}
+        )
+        calls.clear()
+        y = lora_linear(x, four_bit, a, b, 0.5, bias=bias, **given)
+        assert len(calls) == forward
+        truth = lora_linear_reference(x, four_bit, a, b, 0.5, bias=bias, **given)
+        close(y, truth, rtol=1e-5, atol=3e-5)
+        for mine, true in zip(*(gradients(t, x, a, b) for t in (y, truth)), strict=True):
+            close(mine, true, rtol=1e-5, atol=1e-4)
+
+
 # ---- several layers of one x
 
 WIDTHS, RANKS = (21, 7, 7), (3, 8, 3)
