@@ -129,9 +129,7 @@ class Part(NamedTuple):
     """How the sequences read one cache."""
 
     buckets: list[Bucket]
-    source: (
-        Tensor | None
-    )  # the sequence that stands in each place; None: the sequences themselves, as they come
+    source: Tensor | None  # the sequence in each place; None: the sequences themselves, as they come
     place: Tensor | None  # (B,), where each sequence stands
     blind: Tensor | None  # (B,) bool: those that see nothing here
 
@@ -140,9 +138,7 @@ def _flags(flags: list[bool]) -> Tensor | None:
     return torch.tensor(flags) if any(flags) else None
 
 
-@lru_cache(
-    maxsize=16
-)  # all layers of a step read alike, and most steps read the prefixes as the step before did
+@lru_cache(maxsize=16)  # all layers of a step read alike, and prefixes are read as the step before did
 def _part(
     rows: tuple[int, ...],
     first: tuple[int, ...],
@@ -206,6 +202,7 @@ def _read(part: Part, q: Tensor, keys: Tensor, values: Tensor, scale: float) -> 
     n, D, Dv = *q.shape[2:], values.shape[-1]
     q = q if part.source is None else q.index_select(0, part.source)
     q = F.pad(q, (0, max(Dv - D, 0)))
+    q, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, keys, values))
     outs, start = [], 0
     for rows, seen, readers, mask in part.buckets:
         k, v = keys[rows, seen].transpose(1, 2), values[rows, seen].transpose(1, 2)  # (rows, G, keys, D)

@@ -356,9 +356,7 @@ class _Batch:
         if not entering:
             return
         portion: list[Prompt] = []
-        for prompt in sorted(
-            new, key=lambda prompt: (len(prompt[1]), prompt)
-        ):  # neighbours of about one length
+        for prompt in sorted(new, key=lambda prompt: (len(prompt[1]), prompt)):  # neighbours are alike
             portion.append(prompt)
             if sum(len(ids) for _, ids in portion) >= self.prefill_tokens:
                 self._prefill(portion)

@@ -156,7 +156,6 @@ def test_any_width_and_group(shape, device):
     assert_as_accurate(make(["prefix", "window"], torch.float16, device, shape))
 
 
-@triton_path
 def test_any_strides_and_integers(device):
     arguments = make(["prefix", "window", "sinks"], device=device, integers=torch.int32)
     spread, turned = {}, {}
