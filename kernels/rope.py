@@ -189,9 +189,8 @@ def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> 
     """On the CPU: (..., T, H, D) and (..., T, G, D) by tables (..., T, rotary/2) of at least fp32."""
     half = cos.shape[-1]
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    if interleaved:
-        turns = torch.complex(cos, sin)  # (..., T, 1, rotary/2)
-    else:
+    turns = torch.complex(cos, sin) if interleaved else cos  # (..., T, 1, rotary/2)
+    if not interleaved:
         cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
     def turn(x: Tensor) -> Tensor:
