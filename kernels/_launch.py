@@ -166,6 +166,7 @@ def register_path(
         for place in needed:
             given[place] = arguments[place].detach().requires_grad_()
         leaves = [given[place] for place in needed]
+        # inside of an op autograd is off; torch.func.vjp, which would turn it on, crashes under a dispatch mode
         with torch.enable_grad(), _SetExcludeDispatchKeyGuard(DispatchKey.AutogradFunctionality, False):
             outs = path(*given)
             outs = outs if isinstance(outs, tuple) else (outs,)

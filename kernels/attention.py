@@ -181,10 +181,8 @@ def _packed_cpu(
     Padding is on the right, so a causal root needs no mask; padded queries always see a key, and are dropped. lse is
     empty where it is not asked for.
     """
-    if parents is None:
-        cu_seqlens = (
-            cu_seqlens.unique_consecutive()
-        )  # without the empty ones, of which a traced mask has many
+    if parents is None:  # without the empty ones, of which a traced mask has many
+        cu_seqlens = cu_seqlens.unique_consecutive()
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()  # (segments,)
     total, segments = q.shape[0], lengths.numel()
     if cu_seqlens[-1] != total:
