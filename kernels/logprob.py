@@ -33,6 +33,7 @@ from ._head import (
     _quarter,
     _scaled,
     _sharpness,
+    _store_gradient,
     block_of,
     blocks_of,
     buffer_of,
@@ -43,11 +44,13 @@ from ._head import (
     check_head,
     check_temperature,
     described,
+    exponential,
     grid_of,
     has_tma,
     head_gradients,
     head_gradients_fake,
     locate,
+    low_rank,
     operand,
     precision,
     rows_of,
@@ -166,7 +169,8 @@ def _token_logprobs_fwd(
 
 @triton.jit
 def _token_logprobs_bwd(
-    h, w, dz, bias_ptr, target_ptr, temperature_ptr, lse_ptr, entropy_ptr, gain_ptr, level_ptr, dentropy_ptr, db_ptr,
+    h, w, dz, bias_ptr, target_ptr, temperature_ptr,
+    highest_ptr, log_ptr, entropy_ptr, gain_ptr, level_ptr, dentropy_ptr, db_ptr,
     T, N, C, h_stride, w_stride, dz_stride, start, temperature, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURES: tl.constexpr,
     HAS_ENTROPY: tl.constexpr, WITH_DBIAS: tl.constexpr,
@@ -180,34 +184,27 @@ def _token_logprobs_bwd(
         rows = m * BLOCK_M + tl.arange(0, BLOCK_M)
         sharpness = _sharpness(temperature_ptr, rows, T, temperature, HAS_TEMPERATURES)
         y = (tl.load(target_ptr + rows, rows < T, other=-1) - start).to(tl.int32)
-        lse = tl.load(lse_ptr + rows, rows < T, other=0.0)[:, None]
+        highest = tl.load(highest_ptr + rows, rows < T, other=0.0)[:, None]
+        log = tl.load(log_ptr + rows, rows < T, other=0.0)[:, None]
         gain = tl.load(gain_ptr + rows, rows < T, other=0.0)[:, None]
         level = tl.load(level_ptr + rows, rows < T, other=0.0)[:, None]
         for i in tl.static_range(4):
             cols = n * BLOCK_N + i * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
             u = _quarter(z, i, BLOCK_M, BLOCK_N)  # [BLOCK_M, BLOCK_N / 4]
             u = _scaled(u, bias_ptr, cols, N, sharpness, softcap, HAS_BIAS, HAS_SOFTCAP)
+            log_p = u - highest - log
             slope = level
             if HAS_ENTROPY:
                 entropy = tl.load(entropy_ptr + rows, rows < T, other=0.0)[:, None]
-                slope = level - tl.load(dentropy_ptr + rows, rows < T, other=0.0)[:, None] * (
-                    u - lse + entropy
-                )
-            d = (tl.exp(u - lse) * slope + tl.where(cols[None, :] == y[:, None], gain, 0.0)) * sharpness
+                slope = level - tl.load(dentropy_ptr + rows, rows < T, other=0.0)[:, None] * (log_p + entropy)
+            d = (tl.exp(log_p) * slope + tl.where(cols[None, :] == y[:, None], gain, 0.0)) * sharpness
             if HAS_SOFTCAP:
                 s = u / (sharpness * softcap)
                 d = d * (1 - s * s)
-            if WITH_DBIAS:
-                tl.store(
-                    db_ptr + m.to(tl.int64) * N + cols,
-                    tl.sum(tl.where((rows < T)[:, None], d, 0.0), 0),
-                    cols < N,
-                )
-            if TMA:
-                dz.store([m * BLOCK_M, n * BLOCK_N + i * (BLOCK_N // 4)], d.to(dz.dtype))
-            else:
-                at = dz + rows.to(tl.int64)[:, None] * dz_stride + cols[None, :]
-                tl.store(at, d.to(dz.dtype.element_ty), (rows < T)[:, None] & (cols < N)[None, :])
+            first = n * BLOCK_N + i * (BLOCK_N // 4)
+            _store_gradient(
+                d, dz, db_ptr, m, first, rows, cols, T, N, dz_stride, WITH_DBIAS, TMA, BLOCK_M
+            )  # fmt: skip
 
 
 @triton.jit
@@ -277,14 +274,14 @@ def _summarise_triton(h, w, bias, targets, start, temperatures, temperature, sof
 def _dlogits_triton(h, w, bias, targets, start, temperatures, temperature, softcap, saved, dz, with_dbias):
     """dz (rows, N) of a block, filled; returns its sum over the rows, in fp32 as it was before rounding."""
     (T, C), N = h.shape, w.shape[0]
-    lse, entropy, gain, level, dentropy = saved
+    highest, log, entropy, gain, level, dentropy = saved
     tile, tma = tile_of(h), has_tma(h)
     h_tile, w_tile = [tile["BLOCK_M"], tile["BLOCK_K"]], [tile["BLOCK_N"], tile["BLOCK_K"]]
     z_tile = [tile["BLOCK_M"], tile["BLOCK_N"] // 4]
     db = h.new_empty(triton.cdiv(T, tile["BLOCK_M"]) if with_dbias else 0, N, dtype=torch.float32)
     _token_logprobs_bwd[grid_of(h, N, tile, tma)](
         described(h, h_tile, tma), described(w, w_tile, tma), described(dz, z_tile, tma),
-        bias, targets, temperatures, lse, entropy, gain, level, dentropy, db,
+        bias, targets, temperatures, highest, log, entropy, gain, level, dentropy, db,
         T, N, C, h.stride(0), w.stride(0), dz.stride(0), start, temperature, softcap or 1.0,
         bias is not None, softcap is not None, temperatures is not None, dentropy is not None, with_dbias,
         tma, precision(), **tile,
@@ -307,7 +304,7 @@ def _summarise(h, w, bias, targets, start, temperatures, temperature, softcap, t
         target_u[rows] = torch.where(here, u.gather(1, column)[:, 0], target_u[rows])
         top, total, weighted = parts[0, :, rows]
         u -= torch.amax(u, -1, out=top)[:, None]
-        p = torch.exp(u)
+        p = exponential(u)
         torch.sum(p, -1, out=total)
         torch.sum(p.mul_(u), -1, out=weighted)
     return parts
@@ -315,15 +312,15 @@ def _summarise(h, w, bias, targets, start, temperatures, temperature, softcap, t
 
 def _dlogits(h, w, bias, targets, start, temperatures, temperature, softcap, saved, dz, with_dbias):
     """As _dlogits_triton."""
-    lse, entropy, gain, level = (x[:, None] for x in saved[:4])
-    dentropy = None if saved[4] is None else saved[4][:, None]
+    highest, log, entropy, gain, level = (x[:, None] for x in saved[:5])
+    dentropy = None if saved[5] is None else saved[5][:, None]
     z = torch.mm(h, w.T, out=dz)
     u = scaled_(z, bias, temperatures, temperature, softcap)
     divisor = temperature if temperatures is None else temperatures[:, None]
     capped = None if softcap is None else (u * divisor).div_(softcap)
-    u -= lse
+    u.sub_(highest).sub_(log)  # their sum, rounded at the size of the logits, would be wrong for a whole row
     slope = level if dentropy is None else level - (u + entropy).mul_(dentropy)
-    du = u.exp_().mul_(slope)
+    du = exponential(u, out=u).mul_(slope)
     column, here = locate(targets, start, u.shape[1])
     du.scatter_add_(1, column, gain * here[:, None])
     if temperatures is not None or temperature != 1:
@@ -347,7 +344,9 @@ def _forward(
     softcap: float | None,
     ignore_index: int,
     memory_budget: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logprob, lse, entropy, and norms (2, tokens): the highest logit, and the logarithm of the sum of exponentials
+    below it."""
     h = operand(hidden)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     row_blocks, chunks = blocks_of(hidden, weight.shape[0], memory_budget, bytes_of(hidden, COPIES))
@@ -369,17 +368,18 @@ def _forward(
     shift = tops - top
     total = (shift.exp() * totals).sum(0)
     mean = (shift.exp() * (weighted + shift * totals)).sum(0) / total  # of u - top, under p
-    lse = top + total.log()
+    log = total.log()
     ignored = targets == ignore_index
-    logprob, entropy = target_u - lse, total.log() - mean
-    return logprob.masked_fill_(ignored, 0), lse.masked_fill_(ignored, 0), entropy.masked_fill_(ignored, 0)
+    scores = target_u - top - log, top + log, log - mean
+    return *(x.masked_fill_(ignored, 0) for x in scores), torch.stack((top, log))
 
 
 def _forward_fake(
     hidden, weight, lora_b, bias, targets, temperatures, temperature, softcap, ignore_index, memory_budget
 ):  # fmt: skip
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    return tuple(hidden.new_empty(hidden.shape[0], dtype=wide) for _ in range(3))
+    scores = (hidden.new_empty(hidden.shape[0], dtype=wide) for _ in range(3))
+    return *scores, hidden.new_empty(2, hidden.shape[0], dtype=wide)
 
 
 def _backward(
@@ -392,8 +392,8 @@ def _backward(
     bias: Tensor | None,
     targets: Tensor,
     temperatures: Tensor | None,
-    lse: Tensor,
     entropy: Tensor,
+    norms: Tensor,
     temperature: float,
     softcap: float | None,
     ignore_index: int,
@@ -405,15 +405,16 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dhidden, dweight, dlora_b and dbias, each empty where it is not asked for."""
     ignored = targets == ignore_index
-    lse = lse.masked_fill(ignored, torch.finfo(lse.dtype).max)  # p = 0 there, whatever the logits
-    gain = torch.zeros_like(lse) if dlogprob is None else dlogprob.masked_fill(ignored, 0)
+    highest, log = norms
+    highest = highest.masked_fill(ignored, torch.finfo(highest.dtype).max)  # p = 0 there, whatever the logits
+    gain = torch.zeros_like(highest) if dlogprob is None else dlogprob.masked_fill(ignored, 0)
     level = -gain if dlse is None else dlse.masked_fill(ignored, 0) - gain
     dentropy = None if dentropy is None else dentropy.masked_fill(ignored, 0)
     dlogits = _dlogits_triton if use_triton(hidden) else _dlogits
 
     def fill(rows, columns, h, w, b, dz):
         t = None if temperatures is None else temperatures[rows]
-        saved = [None if x is None else x[rows] for x in (lse, entropy, gain, level, dentropy)]
+        saved = [None if x is None else x[rows] for x in (highest, log, entropy, gain, level, dentropy)]
         return dlogits(h, w, b, targets[rows], columns.start, t, temperature, softcap, saved, dz, with_dbias)
 
     needs = with_dhidden, with_dweight, with_dlora_b, with_dbias
@@ -421,7 +422,7 @@ def _backward(
 
 
 def _backward_fake(
-    dlogprob, dlse, dentropy, hidden, weight, lora_b, bias, targets, temperatures, lse, entropy,
+    dlogprob, dlse, dentropy, hidden, weight, lora_b, bias, targets, temperatures, entropy, norms,
     temperature, softcap, ignore_index, memory_budget, with_dhidden, with_dweight, with_dlora_b, with_dbias,
 ):  # fmt: skip
     needs = with_dhidden, with_dweight, with_dlora_b, with_dbias
@@ -430,11 +431,11 @@ def _backward_fake(
 
 def _save(ctx, inputs, output):
     hidden, weight, lora_b, bias, targets, temperatures, *ctx.constants = inputs
-    ctx.save_for_backward(hidden, weight, lora_b, bias, targets, temperatures, *output[1:])
+    ctx.save_for_backward(hidden, weight, lora_b, bias, targets, temperatures, *output[2:])
     ctx.set_materialize_grads(False)  # an output that no loss reads costs nothing in the backward
 
 
-def _differentiate(ctx, dlogprob, dlse, dentropy):
+def _differentiate(ctx, dlogprob, dlse, dentropy, _):
     needs = ctx.needs_input_grad[:4]
     gradients = _dense_backward(dlogprob, dlse, dentropy, *ctx.saved_tensors, *ctx.constants, *needs)
     return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *[None] * 6
@@ -582,7 +583,7 @@ def token_logprobs(
         )  # fmt: skip
     low = None  # what an adapter adds is more columns of hidden and weight: no W + scaling B A
     if lora_a is not None:
-        low = scaling * (hidden @ lora_a.to(hidden.dtype).T)  # (tokens, R)
+        low = low_rank(hidden, lora_a, scaling)
     targets = targets.long().contiguous()
     bias = None if bias is None else bias.contiguous()
     if support is not None:
@@ -597,7 +598,8 @@ def token_logprobs(
         return torch.where(match.any(-1) | ~trained, logprob, torch.nan), lse, entropy
     temperatures, number = split_temperature(temperature, wide)
     hidden = hidden if low is None else torch.cat((hidden, low), 1)  # (tokens, C + R)
-    return _dense(hidden, weight, lora_b, bias, targets, temperatures, number, softcap, ignore_index, budget)
+    options = number, softcap, ignore_index, budget
+    return _dense(hidden, weight, lora_b, bias, targets, temperatures, *options)[:3]
 
 
 def _check_ids(targets: Tensor, support: Tensor | None, vocabulary: int, ignore_index: int) -> None:

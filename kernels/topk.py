@@ -32,18 +32,22 @@ from ._head import (
     blocks_of,
     buffer_of,
     cast,
+    check_adapter,
     check_budget,
     check_head,
     check_mask,
     check_temperature,
     divergence_of,
+    exponential,
     head_gradients,
     head_gradients_fake,
     operand,
     product,
     rows_of,
     scaled_,
+    scaled_logits,
     split_temperature,
+    widened,
 )
 from ._launch import check_shape, register, use_triton
 
@@ -61,11 +65,17 @@ def topk_logprobs_reference(
     k: int,
     *,
     bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 1.0,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     memory_budget: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    u = _logits(hidden, weight, bias, temperature, softcap)
+    u = scaled_logits(
+        hidden, weight, lora_a=lora_a, lora_b=lora_b, scaling=scaling, bias=bias,
+        temperature=temperature, softcap=softcap,
+    )  # fmt: skip
     logprobs, ids = torch.log_softmax(u, -1).topk(k, -1)
     return ids.int(), logprobs
 
@@ -80,11 +90,17 @@ def topk_divergence_reference(
     beta: float = 0.0,
     temperature: float | Tensor = 1.0,
     bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 1.0,
     softcap: float | None = None,
     mask: Tensor | None = None,
     memory_budget: int | None = None,
 ) -> Tensor:
-    u = _logits(hidden, weight, bias, temperature, softcap)
+    u = scaled_logits(
+        hidden, weight, lora_a=lora_a, lora_b=lora_b, scaling=scaling, bias=bias,
+        temperature=temperature, softcap=softcap,
+    )  # fmt: skip
     V = u.shape[1]
     columns = torch.where(teacher_ids < 0, V, teacher_ids).long()  # padding falls into one column too many
     listed = torch.zeros(u.shape[0], V + 1, dtype=torch.bool, device=u.device).scatter_(1, columns, True)
@@ -94,20 +110,11 @@ def topk_divergence_reference(
     )
 
 
-def _logits(hidden, weight, bias, temperature, softcap):
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    z = hidden.to(wide) @ weight.to(wide).T  # (tokens, vocabulary)
-    if bias is not None:
-        z = z + bias.to(wide)
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    return z / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
-
-
 def _over_buckets(
     u: Tensor, rest: Tensor, ids: Tensor, logprobs: Tensor, vocabulary: int, beta: float, mask: Tensor | None
 ) -> Tensor:
-    """u (tokens, K): the student's logits of the listed ids; rest (tokens,): the log-sum-exp of all others."""
+    """u (tokens, K): the student's logits of the listed ids; rest (tokens,): the log-sum-exp of all others. Both may be
+    shifted alike."""
     padding = ids < 0
     whole = (~padding).sum(-1) == vocabulary  # (tokens,): no other ids are left
     log_t = logprobs.detach().to(u.dtype).masked_fill(padding, NOTHING)  # (tokens, K)
@@ -126,13 +133,13 @@ def _size(hidden: Tensor) -> int:
     return COPIES * max(4, hidden.itemsize)
 
 
-def _walk(hidden, weight, bias, temperatures, temperature, softcap, memory_budget):
+def _walk(hidden, weight, lora_b, bias, temperatures, temperature, softcap, memory_budget):
     """(rows, columns, u) of every block, u (rows, columns) in one buffer that the next block overwrites."""
     h, wide = operand(hidden), torch.promote_types(hidden.dtype, torch.float32)
     row_blocks, chunks = blocks_of(hidden, weight.shape[0], memory_budget, _size(hidden))
     buffer = buffer_of(h.new_empty(0, dtype=wide), row_blocks, chunks)
     for columns in chunks:
-        w, b = rows_of(weight, None, columns, h.dtype), None if bias is None else bias[columns]
+        w, b = rows_of(weight, lora_b, columns, h.dtype), None if bias is None else bias[columns]
         for rows in row_blocks:
             z = product(h[rows], w.T, block_of(buffer, rows, w.shape[0]))
             yield (
@@ -142,11 +149,15 @@ def _walk(hidden, weight, bias, temperatures, temperature, softcap, memory_budge
             )
 
 
-def _merge(lse: Tensor, u: Tensor) -> None:
-    """lse (rows,) becomes that of what it was of and of u (rows, columns), which is spent."""
-    top = torch.maximum(lse, u.amax(-1))
-    total = (lse - top).exp_() + u.sub_(top[:, None]).exp_().sum(-1)
-    lse.copy_(total.log_().add_(top))
+def _merge(top: Tensor, total: Tensor, u: Tensor) -> None:
+    """The highest (rows,) and the sum of exponentials below it, of what they were of and of u (rows, columns), spent.
+
+    Not one number, the log-sum-exp: with logits in the thousands its rounding would be that of every probability.
+    """
+    highest = torch.maximum(top, u.amax(-1))
+    u -= highest[:, None]
+    total.mul_((top - highest).exp_()).add_(exponential(u, out=u).sum(-1))
+    top.copy_(highest)
 
 
 def _find(ids: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
@@ -168,6 +179,7 @@ def _hide(u: Tensor, at: Tensor, here: Tensor) -> Tensor:
 def _topk(
     hidden: Tensor,
     weight: Tensor,
+    lora_b: Tensor | None,
     bias: Tensor | None,
     temperatures: Tensor | None,
     k: int,
@@ -175,20 +187,24 @@ def _topk(
     softcap: float | None,
     memory_budget: int,
 ) -> tuple[Tensor, Tensor]:
-    ids, found = _topk_fake(hidden, weight, bias, temperatures, k, temperature, softcap, memory_budget)
+    ids, found = _topk_fake(
+        hidden, weight, lora_b, bias, temperatures, k, temperature, softcap, memory_budget
+    )
     ids.zero_()
     found.fill_(-torch.inf)
-    lse = found.new_full((hidden.shape[0],), NOTHING)
-    for rows, columns, u in _walk(hidden, weight, bias, temperatures, temperature, softcap, memory_budget):
+    top, total = found.new_full((hidden.shape[0],), NOTHING), found.new_zeros(hidden.shape[0])
+    for rows, columns, u in _walk(
+        hidden, weight, lora_b, bias, temperatures, temperature, softcap, memory_budget
+    ):
         best, at = u.topk(min(k, u.shape[1]), -1)
         best, order = torch.cat((found[rows], best), 1).topk(k, -1)
         ids[rows] = torch.cat((ids[rows], at.int() + columns.start), 1).gather(1, order)
         found[rows] = best
-        _merge(lse[rows], u)
-    return ids, found - lse[:, None]
+        _merge(top[rows], total[rows], u)
+    return ids, (found - top[:, None]).sub_(total.log_()[:, None])
 
 
-def _topk_fake(hidden, weight, bias, temperatures, k, temperature, softcap, memory_budget):
+def _topk_fake(hidden, weight, lora_b, bias, temperatures, k, temperature, softcap, memory_budget):
     shape, wide = (hidden.shape[0], k), torch.promote_types(hidden.dtype, torch.float32)
     return hidden.new_empty(shape, dtype=torch.int32), hidden.new_empty(shape, dtype=wide)
 
@@ -199,27 +215,39 @@ _topk_logprobs = register("topk_logprobs", _topk, _topk_fake)
 def _forward(
     hidden: Tensor,
     weight: Tensor,
+    lora_b: Tensor | None,
     bias: Tensor | None,
     ids: Tensor,
     temperatures: Tensor | None,
     temperature: float,
     softcap: float | None,
     memory_budget: int,
-) -> tuple[Tensor, Tensor]:
-    """u (tokens, K) of the listed ids, NaN for one that is not in the vocabulary, and rest (tokens,)."""
-    listed, rest = _forward_fake(hidden, weight, bias, ids, temperatures, temperature, softcap, memory_budget)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """u - top (tokens, K) of the listed ids, NaN for one that is not in the vocabulary, rest - top (tokens,), and top.
+
+    top (tokens,), the highest of the others, is no more than a shift, of which softmax knows nothing.
+    """
+    listed, rest, top = _forward_fake(
+        hidden, weight, lora_b, bias, ids, temperatures, temperature, softcap, memory_budget
+    )
     listed.fill_(torch.nan).masked_fill_(ids < 0, 0)
-    rest.fill_(NOTHING)
-    for rows, columns, u in _walk(hidden, weight, bias, temperatures, temperature, softcap, memory_budget):
+    rest.zero_()
+    top.fill_(NOTHING)
+    for rows, columns, u in _walk(
+        hidden, weight, lora_b, bias, temperatures, temperature, softcap, memory_budget
+    ):
         at, here = _find(ids[rows], columns)
         listed[rows] = torch.where(here, u.gather(1, at), listed[rows])
-        _merge(rest[rows], _hide(u, at, here))
-    return listed, rest
+        _merge(top[rows], rest[rows], _hide(u, at, here))
+    top.masked_fill_(top == NOTHING, 0)  # there are no others
+    return listed.sub_(top[:, None]), rest.log_(), top
 
 
-def _forward_fake(hidden, weight, bias, ids, temperatures, temperature, softcap, memory_budget):
+def _forward_fake(hidden, weight, lora_b, bias, ids, temperatures, temperature, softcap, memory_budget):
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    return hidden.new_empty(ids.shape, dtype=wide), hidden.new_empty(hidden.shape[0], dtype=wide)
+    return hidden.new_empty(ids.shape, dtype=wide), *(
+        hidden.new_empty(len(hidden), dtype=wide) for _ in range(2)
+    )
 
 
 def _backward(
@@ -227,18 +255,21 @@ def _backward(
     drest: Tensor,
     hidden: Tensor,
     weight: Tensor,
+    lora_b: Tensor | None,
     bias: Tensor | None,
     ids: Tensor,
     temperatures: Tensor | None,
     rest: Tensor,
+    top: Tensor,
     temperature: float,
     softcap: float | None,
     memory_budget: int,
     with_dhidden: bool,
     with_dweight: bool,
+    with_dlora_b: bool,
     with_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dhidden, dweight and dbias, each empty where it is not asked for."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dhidden, dweight, dlora_b and dbias, each empty where it is not asked for."""
 
     def fill(rows, columns, h, w, b, dz):
         at, here = _find(ids[rows], columns)
@@ -247,7 +278,8 @@ def _backward(
         z = dz if dz.dtype == rest.dtype else dz.new_empty(dz.shape, dtype=rest.dtype)
         u = scaled_(product(h, w.T, z), b, t, temperature, softcap)
         slope = None if softcap is None else (u * divisor).div_(softcap).square_().neg_().add_(1)
-        du = _hide(u, at, here).sub_(rest[rows, None]).exp_().mul_(drest[rows, None])
+        du = _hide(u, at, here).sub_(top[rows, None]).sub_(rest[rows, None])
+        exponential(du, out=du).mul_(drest[rows, None])
         du.scatter_add_(1, at, torch.where(here, dlisted[rows], 0)).div_(divisor)
         if slope is not None:
             du.mul_(slope)
@@ -255,30 +287,26 @@ def _backward(
             dz.copy_(du)
         return du.sum(0) if with_dbias else du.new_empty(0)
 
-    needs = with_dhidden, with_dweight, False, with_dbias
-    dhidden, dweight, _, dbias = head_gradients(
-        hidden, weight, None, bias, memory_budget, _size(hidden), fill, needs
-    )
-    return dhidden, dweight, dbias
+    needs = with_dhidden, with_dweight, with_dlora_b, with_dbias
+    return head_gradients(hidden, weight, lora_b, bias, memory_budget, _size(hidden), fill, needs)
 
 
 def _backward_fake(
-    dlisted, drest, hidden, weight, bias, ids, temperatures, rest, temperature, softcap, memory_budget,
-    with_dhidden, with_dweight, with_dbias,
+    dlisted, drest, hidden, weight, lora_b, bias, ids, temperatures, rest, top, temperature, softcap, memory_budget,
+    with_dhidden, with_dweight, with_dlora_b, with_dbias,
 ):  # fmt: skip
-    needs = with_dhidden, with_dweight, False, with_dbias
-    dhidden, dweight, _, dbias = head_gradients_fake(hidden, weight, None, bias, needs)
-    return dhidden, dweight, dbias
+    needs = with_dhidden, with_dweight, with_dlora_b, with_dbias
+    return head_gradients_fake(hidden, weight, lora_b, bias, needs)
 
 
 def _save(ctx, inputs, output):
     *tensors, temperature, softcap, memory_budget = inputs
     ctx.constants = temperature, softcap, memory_budget
-    ctx.save_for_backward(*tensors, output[1])
+    ctx.save_for_backward(*tensors, *output[1:])
 
 
-def _differentiate(ctx, dlisted, drest):
-    needs = ctx.needs_input_grad[:3]
+def _differentiate(ctx, dlisted, drest, _):
+    needs = ctx.needs_input_grad[:4]
     gradients = _listed_backward(dlisted, drest, *ctx.saved_tensors, *ctx.constants, *needs)
     return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *[None] * 5
 
@@ -296,6 +324,9 @@ def topk_logprobs(
     k: int,
     *,
     bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 1.0,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     memory_budget: int | None = None,
@@ -303,6 +334,7 @@ def topk_logprobs(
     """The k likeliest ids of each token, most likely first, and their log-probabilities in nats. No gradient.
 
     hidden: (tokens, hidden)    weight: (vocabulary, hidden)    bias: (vocabulary,)    k: 1 to vocabulary
+    lora_a: (R, hidden)    lora_b: (vocabulary, R): of an adapter, W + scaling B A, never multiplied out.
     temperature: above 0, a number or (tokens,).    memory_budget: bytes that logits may take at any time.
 
     Returns ids (tokens, k) int32 and logprobs (tokens, k) in fp32 (fp64 for fp64). Ids that tie stand in any order.
@@ -310,13 +342,15 @@ def topk_logprobs(
     """
     budget = check_budget(hidden, memory_budget)
     check_head(hidden, weight, bias, softcap)
+    check_adapter(hidden, weight, lora_a, lora_b)
     check_temperature(temperature, hidden.shape[0])
     if not 1 <= k <= weight.shape[0]:
         raise ValueError(f"k: expected 1 to vocabulary={weight.shape[0]}, got {k}")
     hidden = cast(hidden)
     temperatures, number = split_temperature(temperature, torch.promote_types(hidden.dtype, torch.float32))
     with torch.no_grad():
-        return _topk_logprobs(hidden, weight, bias, temperatures, k, number, softcap, budget)
+        hidden = widened(hidden, lora_a, scaling)
+        return _topk_logprobs(hidden, weight, lora_b, bias, temperatures, k, number, softcap, budget)
 
 
 def topk_divergence(
@@ -328,6 +362,9 @@ def topk_divergence(
     beta: float = 0.0,
     temperature: float | Tensor = 1.0,
     bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 1.0,
     softcap: float | None = None,
     mask: Tensor | None = None,
     memory_budget: int | None = None,
@@ -337,14 +374,16 @@ def topk_divergence(
     hidden: (tokens, hidden)    weight: (vocabulary, hidden)    bias: (vocabulary,)
     teacher_ids: (tokens, K) int, distinct, padded with -1.    teacher_logprobs: (tokens, K), as `topk_logprobs` gives
         them, at this temperature; no gradient.
+    lora_a: (R, hidden)    lora_b: (vocabulary, R): of the student's adapter, W + scaling B A, never multiplied out.
     beta, temperature, mask, memory_budget: as `token_divergence` has them; temperature is of the student's logits.
 
-    Returns (tokens,) in fp32 (fp64 for fp64), with gradients to hidden, weight and bias.
+    Returns (tokens,) in fp32 (fp64 for fp64), with gradients to hidden, weight, bias and the adapter.
     Raises ValueError for shapes that disagree and, on the CPU, for an id outside the vocabulary. On CUDA, where looking
     would stall the device, such a row gives NaN.
     """
     budget = check_budget(hidden, memory_budget)
     check_head(hidden, weight, bias, softcap)
+    check_adapter(hidden, weight, lora_a, lora_b)
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     check_temperature(temperature, tokens)
     check_mask(mask, tokens)
@@ -363,8 +402,9 @@ def topk_divergence(
         # autograd's own copies of such small logits fit: no need to compute them twice
         return topk_divergence_reference(
             hidden, weight, teacher_ids, teacher_logprobs, beta=beta, temperature=temperature, bias=bias,
-            softcap=softcap, mask=mask,
+            lora_a=lora_a, lora_b=lora_b, scaling=scaling, softcap=softcap, mask=mask,
         )  # fmt: skip
     temperatures, number = split_temperature(temperature, wide)
-    u, rest = _listed(hidden, weight, bias, teacher_ids, temperatures, number, softcap, budget)
+    hidden = widened(hidden, lora_a, scaling)
+    u, rest, _ = _listed(hidden, weight, lora_b, bias, teacher_ids, temperatures, number, softcap, budget)
     return _over_buckets(u, rest, teacher_ids, teacher_logprobs, vocabulary, beta, mask)

@@ -308,7 +308,7 @@ class Transformer(nn.Module):
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.merged()
 
     def _head_parts(self) -> tuple[Tensor, dict[str, Any]]:
-        """The head without its adapter, and what token_logprobs takes of that: no sum of the two is ever in memory."""
+        """The head without its adapter, and what ops on a head take of that: no sum of the two is ever in memory."""
         lora = None if self.lm_head is None else self.lm_head.lora
         if self.lm_head is None or lora is None or not lora.enabled:
             return self.head, {}
@@ -397,21 +397,28 @@ class Transformer(nn.Module):
         Row i's own token is scored from packed.predictors[i], so that masks never shift. support: (n, K_max) int32, the
         ids kept by a truncating sampler, padded with -1. Raises ValueError where a row is the first of its sequence.
         """
-        states = self._predicting(packed, rows)
-        weight, adapter = self._head_parts()
-        hidden, weight = self._computed_in(states, weight)
+        hidden, weight, adapter = self.before_head(packed, rows)
         targets = packed.tokens[rows]
         with torch.autocast(hidden.device.type, enabled=False):
             return token_logprobs(
                 hidden, weight, targets, temperature=temperature, support=support, **adapter
             )
 
-    def before_head(self, packed: Packed, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The factors of the logits that score the tokens at `rows` (n,): hidden states (n, C) and head (V, C).
+    def before_head(
+        self, packed: Packed, rows: Tensor, vocabulary: int | None = None
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """What the logits that score the tokens at `rows` (n,) are made of: hidden states (n, C), head (V, C), adapter.
 
-        Both in the dtype of their product. Raises ValueError where a row is the first of its sequence.
+        The first two in the dtype of their product; the third is what ops on a head take of an adapter, often nothing.
+        vocabulary: the first ids alone. Raises ValueError where a row is the first of its sequence.
         """
-        return self._computed_in(self._predicting(packed, rows), self.head)
+        states = self._predicting(packed, rows)
+        weight, adapter = self._head_parts()
+        hidden, weight = self._computed_in(states, weight)
+        if vocabulary is not None and vocabulary < len(weight):  # a slice's gradient is a copy: not in vain
+            weight = weight[:vocabulary]
+            adapter = adapter | {"lora_b": adapter["lora_b"][:vocabulary]} if adapter else adapter
+        return hidden, weight, adapter
 
     def _predicting(self, packed: Packed, rows: Tensor) -> Tensor:
         predictors = packed.predictors[rows]

@@ -259,7 +259,8 @@ def test_a_broken_file_and_a_pickled_one_are_named(adapter_folder):
 def test_an_adapter_of_the_head_is_scored_without_being_merged(monkeypatch, support):
     model = tiny(targets=("q_proj", "lm_head"))
     torch.nn.init.normal_(model.lm_head.lora.b)
-    merged = token_logprobs(*model.before_head(PACKED, ROWS), PACKED.tokens[ROWS], support=support)
+    hidden = model(PACKED)[PACKED.predictors[ROWS]]
+    merged = token_logprobs(hidden, model.head, PACKED.tokens[ROWS], support=support)
     wanted = [p for p in model.parameters() if p.requires_grad]
     expected = torch.autograd.grad([part.sum() for part in merged], wanted, allow_unused=True)
 
