@@ -235,7 +235,8 @@ def _term(
     theirs, their_adapter = None, {}
     if teacher is not None:
         with torch.no_grad():
-            *theirs, their_adapter = teacher.before_head(micro.packed, micro.rows, width)
+            their_hidden, their_head, their_adapter = teacher.before_head(micro.packed, micro.rows, width)
+        theirs = their_hidden, their_head
     with torch.autocast(hidden.device.type, enabled=False):
         if cfg.loss == "divergence":
             if theirs is not None:

@@ -95,8 +95,8 @@ def teach(cfg: Config) -> Path:
         for micro in tqdm(micros, desc="teach", unit="batch", dynamic_ncols=True):
             with torch.no_grad(), autocast(cfg.device):
                 # rows of the head beyond are padding, no tokens
-                *head, adapter = model.before_head(micro.packed, micro.rows, tokenizer.vocab_size)
-                ids, logprobs = topk_logprobs(*head, cfg.top_k, temperature=cfg.temperature, **adapter)
+                hidden, head, adapter = model.before_head(micro.packed, micro.rows, tokenizer.vocab_size)
+                ids, logprobs = topk_logprobs(hidden, head, cfg.top_k, temperature=cfg.temperature, **adapter)
             counts = [sum(lessons[i].mask) for i in micro.members]
             parts = zip(micro.members, ids.cpu().split(counts), logprobs.cpu().split(counts), strict=True)
             for i, own_ids, own_logprobs in parts:

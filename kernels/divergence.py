@@ -14,9 +14,12 @@ The two KLs are the ends by definition: the limit of the mixture's formula there
 logprob.py: dz, dhidden, dW, dbias.
 
 Memory, in elements: eager code writes (tokens, V) logits of both, their logarithms and the gradient, and reads them
-again: about 14 tokens V. Here the forward keeps of each tile five numbers a row, and the backward, which computes both
+again: about 14 tokens V. Here the forward keeps of each tile six numbers a row, and the backward, which computes both
 heads' logits again, writes the student's gradient a chunk of the vocabulary at a time: 3 tokens V. A mixture cannot be
-taken before both normalisers are known: its forward passes over the vocabulary twice.
+taken before both normalisers are known: its forward writes both logits of some rows, and reads them: 4 tokens V more.
+
+With logits in the thousands, r and its mean are differences of such numbers and du is small or 0: both are kept
+relative to what they are at the row's likeliest id, and normalisers as a highest logit and the logarithm below it.
 
 Source: GKD, Agarwal et al. 2023, https://arxiv.org/abs/2306.13649, eq. 1
 """

@@ -370,8 +370,10 @@ def _forward(
     mean = (shift.exp() * (weighted + shift * totals)).sum(0) / total  # of u - top, under p
     log = total.log()
     ignored = targets == ignore_index
-    scores = target_u - top - log, top + log, log - mean
-    return *(x.masked_fill_(ignored, 0) for x in scores), torch.stack((top, log))
+    logprob, lse, entropy = (
+        x.masked_fill_(ignored, 0) for x in (target_u - top - log, top + log, log - mean)
+    )
+    return logprob, lse, entropy, torch.stack((top, log))
 
 
 def _forward_fake(
