@@ -640,8 +640,8 @@ class _Tiles:
     dkdv_features: tuple[int, int, int, int] | None = None
 
 
-# By chip, then by the wider head dimension, padded: the first row that is wide enough. On NVIDIA none spills, whatever
-# is combined (tests/bench/test_static.py); those of sm_80 and sm_100 are picked by that, untimed. What else could stand
+# By chip, then by the wider head dimension, padded: the first row that is wide enough. None spills, whatever is
+# combined (tests/bench/test_static.py); those of sm_80 and sm_100 are picked by that, untimed. What else could stand
 # here: bench/candidates.json.
 TILES = {
     "sm_80": {
@@ -665,11 +665,11 @@ TILES = {
         128: _Tiles((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
         256: _Tiles((128, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
     },
-    # 64 KB of shared memory; compiled, never run. dK/dV spills at 128 and 256, dQ at 256
+    # 64 KB of shared memory; compiled, never run: they are picked because they do not spill
     "gfx942": {
-        64: _Tiles((128, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 3)),
-        128: _Tiles((128, 32, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2)),
-        256: _Tiles((64, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
+        64: _Tiles((128, 64, 4, 3), (64, 64, 4, 3), (32, 64, 4, 1)),
+        128: _Tiles((128, 32, 4, 3), (64, 64, 4, 2), (32, 64, 8, 1)),
+        256: _Tiles((64, 32, 8, 2), (64, 16, 8, 1), (16, 32, 8, 1)),
     },
     # Products without matrix units: a thread holds whole rows of its operands, so tiles are small, and a second stage
     # keeps dQ's two from being held across the loop.
