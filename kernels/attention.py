@@ -640,9 +640,9 @@ class _Tiles:
     dkdv_features: tuple[int, int, int, int] | None = None
 
 
-# By chip, then by the wider head dimension, padded: the first row that is wide enough. None spills, whatever is
-# combined (tests/bench/test_static.py); those of sm_80 and sm_100 are picked by that, untimed. What else could stand
-# here: bench/candidates.json.
+# By chip, then by the wider head dimension, padded: the first row that is wide enough. None spills in bf16, whatever
+# is combined, nor in fp32 on sm_90 (tests/bench/test_static.py); those of sm_80 and sm_100 are picked by that, untimed.
+# What else could stand here: bench/candidates.json.
 TILES = {
     "sm_80": {
         # dQ: with 64 keys a softcap spills. dK/dV: with 64 keys any call does, with 32 three blocks fit; at 256 a
