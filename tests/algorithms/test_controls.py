@@ -824,8 +824,8 @@ FAULTS = [
                     ("the other KL", "cfg.beta or 0.0", "1 - (cfg.beta or 0.0)"),
                     (
                         "temperature ignored",
-                        "*others, beta=beta, temperature=T",
-                        "*others, beta=beta",
+                        "*theirs, beta=beta, temperature=T",
+                        "*theirs, beta=beta",
                     ),
                     (
                         "squared unasked",
