@@ -15,11 +15,10 @@ FEATURES = ["prefix", "window", "softcap", "sinks"]
 SHAPES = [(4, 2, 16, 16), (6, 2, 8, 12), (3, 1, 24, 5), (4, 4, 3, 33)]  # H, G, D, Dv
 
 
-def make(features=(), dtype=torch.float32, device="cpu", shape=SHAPES[0], integers=torch.int64, unit=None):
-    """Arguments. Lengths are given in `unit`s, of which eight are just over a piece: 256 keys, 32 interpreted."""
+def make(features=(), dtype=torch.float32, device="cpu", shape=SHAPES[0], integers=torch.int64):
+    """Arguments. Lengths are given in units, of which eight are just over a piece: 256 keys, 32 interpreted."""
     H, G, D, Dv = shape
-    if unit is None:
-        unit = 33 if device == "cuda" else 5
+    unit = 33 if device == "cuda" else 5
 
     def draw(*shape):
         return torch.randn(shape).to(device, dtype)
@@ -338,24 +337,6 @@ def test_refuses_a_gradient(device):
         decode_attention(**arguments)
     with torch.no_grad():
         assert decode_attention(**arguments).isfinite().all()
-
-
-@triton_path
-def test_registration(device):
-    options = dict.fromkeys(["prefix_slot", "prefix_length"])
-    arguments = make(FEATURES, device=device, unit=1)
-    tensors = [arguments.pop(name) for name in ("q", "k_cache", "v_cache", "slot", "length")]
-    options |= {"k_prefix": tensors[1], "v_prefix": tensors[2], "scale": 0.25}
-    options |= dict.fromkeys(["window", "softcap", "sinks"])
-    torch.library.opcheck(torch.ops.burnish.decode_attention, (*tensors, *(options | arguments).values()))
-
-
-@triton_path
-def test_compiles_as_one_graph(device):
-    torch.compiler.reset()
-    arguments = make(["prefix", "window"], device=device, unit=1)
-    compiled = torch.compile(decode_attention, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(**arguments), decode_attention(**arguments))
 
 
 class NoHostRead(TorchDispatchMode):

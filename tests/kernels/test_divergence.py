@@ -49,7 +49,7 @@ def assert_as_accurate(tensors, **options):
 # ---- right
 
 
-@every_beta
+@pytest.mark.parametrize("beta", [0.0, pytest.param(0.3, marks=pytest.mark.slow), 1.0])
 def test_a_large_vocabulary(beta, device, monkeypatch):
     if INTERPRET:  # it pays for each tile
         tile = {"GROUP": 2, "BLOCK_M": 16, "BLOCK_N": 65_536, "BLOCK_K": 16}

@@ -283,19 +283,6 @@ def test_any_strides(device):
     assert_as_accurate(strided, targets, {**spread, "support": None})
 
 
-@pytest.mark.parametrize("support", [0, 6])
-def test_same_bits_twice(support, device):
-    leaves, targets, options = make(
-        9, 16, 67 if support else 601, device, torch.float16, bias=True, support=support
-    )
-    upstream = torch.randn(3, 9, device=device)
-    first, second = (
-        run(token_logprobs, leaves, targets, {**options, "memory_budget": BLOCKS}, upstream) for _ in range(2)
-    )
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
-
-
 def test_a_wide_head_has_a_wide_gradient(device):
     leaves, targets, options = make(6, 16, 300, device, torch.float16)
     leaves[1] = leaves[1].float()
@@ -386,34 +373,6 @@ def test_gpu_memory_holds_to_its_budget(memory_budget):
 
 
 # ---- torch
-
-
-@pytest.mark.parametrize("support", [0, 6])
-def test_compiles_to_one_graph(support, device):
-    leaves, targets, options = make(
-        5, 8, 67 if support else 600, device, bias=True, ignored=True, support=support
-    )
-    upstream = torch.randn(3, 5, device=device)
-    options["memory_budget"] = BLOCKS
-    compiled = torch.compile(token_logprobs, fullgraph=True, backend="aot_eager")
-    want, got = (run(op, leaves, targets, options, upstream) for op in (token_logprobs, compiled))
-    for name, x in want.items():
-        assert torch.equal(got[name], x), name
-
-
-def test_registered_ops(device):
-    (hidden, weight, bias), targets, options = make(
-        3, 4, 300, device, bias=True, support=4, temperature="each"
-    )
-    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
-    temperatures = options["temperature"]
-    torch.library.opcheck(
-        torch.ops.burnish.token_logprobs.default,
-        (*leaves[:2], None, leaves[2], targets, temperatures, 1.0, 3.0, -100, BLOCKS),
-    )
-    torch.library.opcheck(
-        torch.ops.burnish.gathered_products.default, (*leaves[:2], options["support"], BLOCKS)
-    )
 
 
 def test_autocast_takes_products_in_its_dtype(device):
