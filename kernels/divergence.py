@@ -380,10 +380,9 @@ def _ratios(d: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     return top.add_(log).neg_(), d.sub_(log)
 
 
-def _summarise(h, w, bias, th, tw, teacher_bias, temperatures, temperature, caps, reverse, outs, keep):
-    """As _summarise_triton; one piece. Without `keep`, the buffers are spent."""
+def _summarise(h, w, bias, th, tw, teacher_bias, temperatures, temperature, caps, reverse, outs, keep, part):
+    """As _summarise_triton; one piece, into part (6, rows). Without `keep`, the buffers are spent."""
     u, t = _scaled_products(h, w, bias, th, tw, teacher_bias, temperatures, temperature, caps, *outs)
-    part = u.new_empty(6, len(u))
     total, teacher_total, top, teacher_top, apart, reference = part
     d = t - u
     at = torch.max(u if reverse else t, -1)[1][:, None]
@@ -398,7 +397,6 @@ def _summarise(h, w, bias, th, tw, teacher_bias, temperatures, temperature, caps
         apart.zero_()
     else:
         torch.sum(d.sub_(reference[:, None]).mul_(p if reverse else q), -1, out=apart)
-    return part[None]
 
 
 def _mixture(u, t, norms, beta, blocks):
@@ -482,7 +480,6 @@ def _forward(
     (tokens, _), V, wide = hidden.shape, weight.shape[0], torch.promote_types(hidden.dtype, torch.float32)
     divergence, norms = hidden.new_empty(tokens, dtype=wide), hidden.new_empty(6, tokens, dtype=wide)
     mixture, on_gpu = 0 < beta < 1, use_triton(h)
-    summarise = _summarise_triton if on_gpu else _summarise
     height, budget = tokens, memory_budget
     if (
         mixture
@@ -503,19 +500,21 @@ def _forward(
             ):
                 chunks = [slice(0, V)]  # no logits in memory, and no copy of a weight in another dtype
         buffers = [] if on_gpu or mixture else [buffer_of(x, row_blocks, chunks) for x in (h, th)]
-        parts = []
-        for columns in chunks:
+        # on a CPU made before the blocks: small tensors left between these keep their memory from being used again
+        parts = [] if on_gpu else [norms.new_empty(len(chunks), 6, band.stop - band.start)]
+        for i, columns in enumerate(chunks):
             w = rows_of(weight, lora_b, columns, h.dtype)
             tw = rows_of(teacher_weight, teacher_lora_b, columns, th.dtype)
             b, tb = (None if x is None else x[columns] for x in (bias, teacher_bias))
-            pieces = []
             for rows in row_blocks:
                 at = slice(band.start + rows.start, band.start + rows.stop)
                 t = None if temperatures is None else temperatures[at]
                 outs = kept[:, rows, columns] if mixture else [block_of(x, rows, w.shape[0]) for x in buffers]
                 block = h[at], w, b, th[at], tw, tb, t, temperature, caps, beta > 0, outs, mixture
-                pieces.append(summarise(*block))
-            parts.append(torch.cat(pieces, 2))
+                if on_gpu:
+                    parts.append(_summarise_triton(*block))
+                else:
+                    _summarise(*block, parts[0][i, :, rows])
         merged = _merged(torch.cat(parts), beta > 0)
         highest, log, teacher_highest, teacher_log, mean, beyond = merged
         beyond = beyond + (highest - teacher_highest) + (log - teacher_log)  # log p_T - log p_S there

@@ -294,20 +294,20 @@ def _dlogits_triton(h, w, bias, targets, start, temperatures, temperature, softc
 COPIES = 3  # of a block: the logits and two temporaries
 
 
-def _summarise(h, w, bias, targets, start, temperatures, temperature, softcap, target_u, row_blocks, buffer):
-    """As _summarise_triton, with the logits of one block of rows at a time in buffer; one piece."""
-    parts = h.new_empty(1, 3, h.shape[0])
+def _summarise(
+    h, w, bias, targets, start, temperatures, temperature, softcap, target_u, row_blocks, buffer, part
+):  # fmt: skip
+    """As _summarise_triton, with the logits of one block of rows at a time in buffer; one piece, into part."""
     for rows in row_blocks:
         z = torch.mm(h[rows], w.T, out=block_of(buffer, rows, w.shape[0]))
         u = scaled_(z, bias, None if temperatures is None else temperatures[rows], temperature, softcap)
         column, here = locate(targets[rows], start, u.shape[1])
         target_u[rows] = torch.where(here, u.gather(1, column)[:, 0], target_u[rows])
-        top, total, weighted = parts[0, :, rows]
+        top, total, weighted = part[:, rows]
         u -= torch.amax(u, -1, out=top)[:, None]
         p = exponential(u)
         torch.sum(p, -1, out=total)
         torch.sum(p.mul_(u), -1, out=weighted)
-    return parts
 
 
 def _dlogits(h, w, bias, targets, start, temperatures, temperature, softcap, saved, dz, with_dbias):
@@ -356,13 +356,15 @@ def _forward(
         ]  # no logits in memory, and no copy of the weight in another dtype
     buffer = None if use_triton(h) else buffer_of(h, row_blocks, chunks)
     target_u = h.new_full((h.shape[0],), torch.nan, dtype=wide)  # stays NaN for an id outside the vocabulary
-    parts = []
-    for columns in chunks:
+    # on a CPU made before the blocks: small tensors left between these keep their memory from being used again
+    parts = [] if buffer is None else [target_u.new_empty(len(chunks), 3, h.shape[0])]
+    for i, columns in enumerate(chunks):
         w, b = rows_of(weight, lora_b, columns, h.dtype), None if bias is None else bias[columns]
         block = h, w, b, targets, columns.start, temperatures, temperature, softcap, target_u
-        parts.append(
-            _summarise(*block, row_blocks, buffer) if buffer is not None else _summarise_triton(*block)
-        )
+        if buffer is None:
+            parts.append(_summarise_triton(*block))
+        else:
+            _summarise(*block, row_blocks, buffer, parts[0][i])
     tops, totals, weighted = torch.cat(parts).unbind(1)  # (pieces, tokens) each
     top = tops.amax(0)
     shift = tops - top
