@@ -205,22 +205,6 @@ def _dequantize_fake(packed, absmax, code, nested_absmax, nested_code, offset, s
     return packed.new_empty(shape, dtype=dtype)
 
 
-def _linear(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    code: Tensor,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    N: int,
-    blocksize: int,
-) -> Tensor:
-    """x: (M, K), contiguous. The 4-bit weight is (N, K)."""
-    return product(x, packed, absmax, code, nested_absmax, nested_code, offset, bias, N, blocksize)
-
-
 def _linear_fake(x, packed, absmax, code, nested_absmax, nested_code, offset, bias, N, blocksize):
     return x.new_empty(x.shape[0], N)
 
@@ -272,7 +256,7 @@ def _differentiate(ctx, dy: Tensor):
 
 
 _nf4_backward = register("nf4_linear_backward", _linear_backward, _linear_backward_fake)
-_nf4 = register("nf4_linear", _linear, _linear_fake, _save, _differentiate)
+_nf4 = register("nf4_linear", product, _linear_fake, _save, _differentiate)
 _dequantize = register("dequantize_nf4", dequantize, _dequantize_fake)
 _quantize_4bit = register("quantize_nf4", _quantize, _quantize_fake)
 

@@ -588,9 +588,10 @@ def case_of(name: str, module) -> Case:
     if case.op == "lora_linear" and case.family in lora.PATHS:
         return replace(case, fused=partial(module._lora_linear, path=case.family))
     if case.op == "nf4_linear" and not hasattr(module, case.op):  # nf4 has the product from _four_bit
+        op = _launch.register("nf4_linear", module.product, nf4._linear_fake, nf4._save, nf4._differentiate)
 
         def planted(x, weight, bias):
-            with patch.object(nf4, "product", module.product):
+            with patch.object(nf4, "_nf4", op):
                 return nf4.nf4_linear(x, weight, bias)
 
         return replace(case, fused=registry._four_bit(planted))

@@ -10,7 +10,7 @@ from burnish.model import InputError, embed
 pytest.importorskip("transformers", reason="transformers is not installed")
 trl = pytest.importorskip("trl", reason="trl is not installed")
 datasets = pytest.importorskip("datasets", reason="datasets is not installed")
-import transformers  # noqa: E402
+import transformers  # noqa: E402 (skipped above where it is missing)
 
 CLOCK = ("runtime", "per_second", "time", "flops", "mfu")  # what a log line says of the machine
 
