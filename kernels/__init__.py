@@ -18,5 +18,6 @@ from .nf4 import quantize_nf4 as quantize_nf4
 from .norm import add_rms_norm as add_rms_norm
 from .norm import rms_norm as rms_norm
 from .rope import apply_rope as apply_rope
+from .sample import sample_tokens as sample_tokens
 from .topk import topk_divergence as topk_divergence
 from .topk import topk_logprobs as topk_logprobs

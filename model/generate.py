@@ -3,9 +3,8 @@
 Each distinct prompt is run once and its keys and values are held once, for all of its samples. From then on a step runs
 one token of every live sequence. Sequences that have ended leave when they are an eighth of the batch.
 
-    u = logits / temperature, on the support: all ids, or the top_k most likely, and of these the fewest whose
-        probability reaches top_p, less those below min_p times the most likely one's
-    next token: the id at which the cumulative softmax of u passes a uniform number
+    next token: the id at which the cumulative softmax of logits / temperature, on the ids that top_k, top_p and min_p
+        keep, passes a uniform number                                                        (kernels/sample.py)
 
 That number is a hash of (seed, sample, step) and of nothing else: neither the batch size nor the other prompts change
 what a sample draws. (Rounding in the logits may, where the number falls on the border between two ids.)
@@ -17,19 +16,18 @@ many have ended.
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels import sample_tokens
 from .cache import Cache, cache_bytes
 from .errors import InputError
 from .packed import pack
 from .transformer import Transformer
 
-TOP_P_WIDTH = (
-    1024  # a support is recorded, so it has a bound: top_p and min_p without top_k choose among this many ids
-)
 # prompts are run in portions of about this many tokens: on a CPU what a layer makes of them stays in a core's cache
 PREFILL_TOKENS = {"cuda": 16_384, "cpu": 1_024}
 LEAVING = 8  # a batch is compacted when one in this many sequences has ended
@@ -37,8 +35,10 @@ MEMORY_BUDGET = 4 * 2**30  # bytes of cached keys and values
 CUDA_GRAPHS = (
     False  # TODO: on once tests/model/test_generate.py has passed on a GPU, where no graph was recorded yet
 )
-BLOCK = 128  # ids whose probabilities are summed before an id is looked for among them
 
+Choose = Callable[
+    [Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]
+]  # sample_tokens, but for its options
 Prompt = tuple[
     int, tuple[int, ...]
 ]  # (adapter, ids): what two samples must have in common to share a cache's row
@@ -95,7 +95,7 @@ def generate(
     total = len(prompts) * samples_per_prompt
     if not total:
         return []
-    choose = _Draw(temperature, top_k, top_p, model.config.vocab_size, min_p)
+    choose = partial(sample_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     batch = _Batch(
         *(model, prompts, adapters, samples_per_prompt, max_new_tokens),
         *(batch_size or total, memory_budget, choose, stop_ids, seed, first_sample),
@@ -127,7 +127,7 @@ def stream(
 ) -> Iterator[int]:
     """The ids of the one sample that `generate` would return, as they are drawn, a stop id at the end included."""
     _check(model, [prompt], max_new_tokens, temperature, top_k, top_p, min_p)
-    choose = _Draw(temperature, top_k, top_p, model.config.vocab_size, min_p)
+    choose = partial(sample_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     batch = _Batch(model, [prompt], None, 1, max_new_tokens, 1, MEMORY_BUDGET, choose, stop_ids, seed, 0)
     with torch.no_grad():
         batch.admit()
@@ -172,69 +172,7 @@ def _check(
             )
 
 
-# ---- drawing
-
-
-class _Draw:
-    """logits (B, V) and noise (B,) in [0, 1) to ids (B,), log-probabilities (B,), and support (B, width) or None."""
-
-    def __init__(
-        self,
-        temperature: float,
-        top_k: int | None,
-        top_p: float | None,
-        vocabulary: int,
-        min_p: float | None = None,
-    ):
-        top_p, min_p = None if top_p == 1 else top_p, min_p or None
-        self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
-        truncates = temperature > 0 and any(rule is not None for rule in (top_k, top_p, min_p))
-        self.width = min(top_k or TOP_P_WIDTH, vocabulary) if truncates else None
-
-    def __call__(self, logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        if self.temperature == 0:
-            top, token = logits.max(-1)
-            return token, top - logits.logsumexp(-1), None
-        u = logits if self.temperature == 1 else logits / self.temperature
-        if self.width is None:
-            token, logprob = _invert(u, noise)
-            return token, logprob, None
-        whole = u
-        u, ids = u.topk(self.width)  # (B, width), most likely first
-        if self.top_p is not None:
-            p = (u - (whole if self.top_k is None else u).logsumexp(-1, keepdim=True)).exp()
-            dropped = p.cumsum(-1) - p >= self.top_p  # where the ids before this one suffice
-            u, ids = u.masked_fill(dropped, -torch.inf), ids.masked_fill(dropped, -1)
-        if self.min_p is not None:
-            dropped = (u - u[:, :1]).exp() < self.min_p
-            u, ids = u.masked_fill(dropped, -torch.inf), ids.masked_fill(dropped, -1)
-        chosen, logprob = _invert(u, noise)
-        return ids.gather(1, chosen[:, None]).squeeze(1), logprob, ids
-
-
-def _invert(u: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the cumulative softmax of u (B, V) passes the noise (B,), and log softmax there, both (B,).
-
-    Looked for among the sums of blocks first: one pass over u instead of a cumulative sum of it.
-    """
-    (B, V), blocks = u.shape, -(-u.shape[1] // BLOCK)
-    p = u.softmax(-1)
-    p = (F.pad(p, (0, blocks * BLOCK - V)) if V % BLOCK else p).view(B, blocks, BLOCK)
-    sums = p.sum(-1).double()  # (B, blocks)
-    reached = sums.cumsum(-1)
-    total = reached[:, -1:]
-    target = noise[:, None] * total  # (B, 1)
-    # the first that passes has a sum above 0; only NaN logits pass nowhere
-    block = torch.searchsorted(reached, target, right=True).clamp_(max=blocks - 1)
-    inside = p.gather(1, block[:, :, None].expand(B, 1, BLOCK)).squeeze(1).cumsum(-1, dtype=torch.float64)
-    rest = target - (reached - sums).gather(1, block)
-    rest = torch.minimum(
-        rest, torch.nextafter(inside[:, -1:], torch.zeros_like(total))
-    )  # the sums were rounded
-    chosen = block * BLOCK + torch.searchsorted(inside, rest, right=True)
-    chosen = chosen.clamp_(max=V - 1)  # (B, 1)
-    logprob = (p.flatten(1).gather(1, chosen) / total).log()
-    return chosen.squeeze(1), logprob.to(u.dtype).squeeze(1)
+# ---- noise
 
 
 def _signed(value: int) -> int:
@@ -276,7 +214,7 @@ class _Batch:
         max_new_tokens: int,
         batch_size: int,
         memory_budget: int,
-        choose: _Draw,
+        choose: Choose,
         stop_ids: Collection[int],
         seed: int,
         first_sample: int,
@@ -331,10 +269,10 @@ class _Batch:
             2, dtype=torch.int64, device=device
         )  # rows that are done; the widest support
         self.support = self.supports = None
-        if choose.width is not None:
-            self.support = torch.full(
-                (rows, choose.width), -1, dtype=torch.int32, device=device
-            )  # the latest
+        none = torch.empty(0, model.config.vocab_size, device=device)
+        _, _, support = choose(none, self.noises[:0, 0])
+        if support is not None:
+            self.support = support.new_full((rows, support.shape[1]), -1)  # the latest
             self.supports = self.support.new_empty(
                 rows, max_new_tokens + 1, 0
             )  # as wide as the widest so far

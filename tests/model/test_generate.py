@@ -3,16 +3,17 @@
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from burnish.bench.static import compile_only
-from burnish.kernels import token_logprobs
+from burnish.kernels import sample_tokens
 from burnish.model import Cache, InputError, ModelConfig, Transformer, pack
 from burnish.model.adapter import add_lora, quantize_base
 from burnish.model.cache import cache_bytes
 from burnish.model.checkpoint import load_model
-from burnish.model.generate import TOP_P_WIDTH, _Batch, _Draw, _mix, _signed, generate, stream, uniform
+from burnish.model.generate import _Batch, _mix, _signed, generate, stream, uniform
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -349,7 +350,8 @@ def test_a_step_can_be_recorded_as_a_graph(data, architecture, how):
     model = load_model(data / "tiny-hf" / architecture)
     config = model.config
     with compile_only("sm_90"), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        choose = _Draw(*how, config.vocab_size)
+        temperature, top_k, top_p = how
+        choose = partial(sample_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
         batch = _Batch(model, PROMPTS, None, 2, 5, 8, 10**9, choose, {1, 2}, 0, 0)
         batch.last = torch.zeros(4, config.hidden_size)
         batch.hidden = torch.zeros(8, config.hidden_size)
@@ -405,55 +407,6 @@ def test_cuda_graphs_change_nothing(monkeypatch):
 # ---- the distribution
 
 
-def kept(logits, temperature, top_k, top_p) -> list[int]:
-    """Ids that truncation keeps of one row, by its definition."""
-    p = (logits / temperature).softmax(-1).tolist()
-    order = sorted(range(len(p)), key=lambda i: -p[i])[:top_k]
-    total = sum(p[i] for i in order) if top_k else 1.0
-    ids, mass = [], 0.0
-    for i in order:
-        if top_p is not None and mass >= top_p:
-            break
-        ids.append(i)
-        mass += p[i] / total
-    return ids
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize(
-    "top_k, top_p", [(None, None), (3, None), (None, 0.7), (5, 0.7), (1, None), (None, 1e-9), (50, 0.999)]
-)
-def test_ids_are_drawn_as_often_as_they_are_likely(temperature, top_k, top_p):
-    logits, n = torch.tensor([[0.3, 2.0, -1.0, 1.1, -40.0, 0.9, 1.9]]), 100_000
-    noise = uniform(0, torch.arange(n), torch.zeros(n, dtype=torch.int64))
-    token, logprob, support = _Draw(temperature, top_k, top_p, 7)(logits.expand(n, 7), noise)
-    ids = kept(logits[0], temperature, top_k, top_p)
-    if support is None:
-        assert (top_k, top_p) == (None, None)
-    else:
-        assert [i for i in support[0].tolist() if i >= 0] == ids
-    expected, _, _ = token_logprobs(
-        logits[:, :1].new_ones(n, 1),
-        logits.T.contiguous(),
-        token,
-        temperature=temperature,
-        support=None if support is None else support.int(),
-    )
-    torch.testing.assert_close(logprob, expected, atol=1e-5, rtol=0)
-    weights = (logits[0, ids] / temperature).softmax(-1)
-    counts = token.bincount(minlength=7)
-    assert counts[ids].sum() == n
-    error = (counts[ids] - n * weights).abs()
-    assert (error <= 5 * (n * weights * (1 - weights)).sqrt() + 1).all()
-
-
-def test_min_p_keeps_what_is_likely_beside_the_most_likely():
-    p = torch.tensor([[0.05, 0.4, 0.3, 0.15, 0.1]])
-    _, logprob, support = _Draw(1.0, None, None, 5, 0.3)(p.log(), torch.tensor([0.4], dtype=torch.float64))
-    assert support is not None and support.tolist() == [[1, 2, 3, -1, -1]]
-    torch.testing.assert_close(logprob, torch.tensor([0.4 / 0.85]).log())
-
-
 def test_min_p_log_probabilities_are_the_scorers(tiny):
     for sample in generate(tiny, PROMPTS, max_new_tokens=8, temperature=1.3, top_k=12, min_p=0.1, seed=2):
         assert (sample.logprobs - score(tiny, sample, 1.3)).abs().max() < 1e-4
@@ -465,16 +418,6 @@ def test_greedy_tokens_and_log_probabilities_are_those_without_neighbours(tiny):
         (alone,) = generate(tiny, [prompt], max_new_tokens=12, temperature=0)
         assert sample.tokens == alone.tokens
         torch.testing.assert_close(sample.logprobs, alone.logprobs, rtol=0, atol=1e-5)
-
-
-def test_top_p_alone_chooses_among_a_bounded_number_of_ids():
-    logits = torch.zeros(1, 3 * TOP_P_WIDTH)
-    token, logprob, support = _Draw(1.0, None, 0.99, 3 * TOP_P_WIDTH)(
-        logits, torch.tensor([0.5], dtype=torch.float64)
-    )
-    assert support is not None and support.shape == (1, TOP_P_WIDTH) and (support >= 0).all()
-    assert logprob.item() == pytest.approx(-torch.tensor(float(TOP_P_WIDTH)).log().item(), abs=1e-5)
-    assert token.item() in support
 
 
 def test_noise_is_a_pure_function_and_uniform():

@@ -1,0 +1,256 @@
+"""Drawing tokens: against the reference, by hand, and the distribution that is asked for."""
+
+import pytest
+import torch
+from burnish.kernels import sample_tokens, token_logprobs
+from burnish.kernels._launch import INTERPRET
+from burnish.kernels.sample import TOP_P_WIDTH, sample_tokens_reference
+
+TRITON = INTERPRET or torch.cuda.is_available()
+DTYPES = [torch.float32, torch.float16] if INTERPRET else [torch.float32, torch.float16, torch.bfloat16]
+WAYS = [
+    {},
+    {"temperature": 0.0, "top_k": 3},
+    {"temperature": 0.7},
+    {"top_k": 1},
+    {"top_k": 5, "temperature": 2.0},
+    {"top_k": 40, "top_p": 0.7},
+    {"top_p": 0.9, "temperature": 0.5},
+    {"top_p": 1e-9},
+    {"min_p": 0.1},
+    {"top_k": 33, "top_p": 0.9, "min_p": 0.05, "temperature": 1.3},
+    {"top_k": 1500, "top_p": 0.999},
+    {"top_k": 10**6, "top_p": 1.0, "min_p": 0.0},
+]
+SIZES = [1, 2, 7, 1031, 4096, 5003]
+
+
+def make(B, V, dtype=torch.float32, device="cpu"):
+    return 3 * torch.randn(B, V, device=device).to(dtype), torch.rand(B, dtype=torch.float64, device=device)
+
+
+def place(ids, token):
+    """Where in the order that cumulative probabilities follow."""
+    return token if ids is None else (ids == token[:, None]).int().argmax(1)
+
+
+def assert_drawn(logits, noise, **how):
+    """As the reference draws in fp64; where the number falls within 1e-6 of a border, on either side of it."""
+    token, logprob, support = sample_tokens(logits, noise, **how)
+    wide = logits.double()
+    (_, _, ids), *around = (
+        sample_tokens_reference(wide, (noise + shift).clamp(0, 1 - 2**-53), **how)
+        for shift in (0, -1e-6, 1e-6)
+    )
+    low, high = (place(ids, token) for token, _, _ in around)
+    at = place(support, token)
+    assert token.dtype == torch.int64 and ((low <= at) & (at <= high)).all()
+    if ids is None:
+        assert support is None
+        kept = torch.ones_like(wide, dtype=torch.bool)
+    else:
+        assert support is not None and support.dtype == torch.int32 and support.shape == ids.shape
+        assert torch.equal(support < 0, ids < 0)
+        if logits.is_cuda or INTERPRET:
+            assert torch.equal(support, ids)
+        most, want = (wide.gather(1, x.clamp(min=0).long()) for x in (support, ids))
+        assert torch.equal(most[ids >= 0], want[ids >= 0])  # on a CPU ties are kept in any order
+        columns = torch.where(support < 0, logits.shape[1], support).long()
+        kept = torch.zeros(len(wide), logits.shape[1] + 1, dtype=torch.bool, device=wide.device)
+        kept = kept.scatter_(1, columns, True)[:, :-1]
+        assert torch.equal(kept.sum(1), (support >= 0).sum(1))  # each once
+    u = (wide / (how.get("temperature", 1.0) or 1.0)).masked_fill(~kept, -torch.inf)
+    want = u.log_softmax(-1).gather(1, token[:, None]).squeeze(1)
+    assert logprob.dtype == torch.promote_types(logits.dtype, torch.float32)
+    torch.testing.assert_close(logprob.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("V", SIZES)
+@pytest.mark.parametrize("how", WAYS, ids=str)
+def test_draws_as_the_reference_does(how, V, device):
+    for dtype in DTYPES if V == 1031 else DTYPES[:1]:
+        assert_drawn(*make(6, V, dtype, device), **how)
+
+
+def kept(logits, temperature, top_k, top_p) -> list[int]:
+    """Ids that truncation keeps of one row, by its definition."""
+    p = (logits / temperature).softmax(-1).tolist()
+    order = sorted(range(len(p)), key=lambda i: -p[i])[:top_k]
+    total = sum(p[i] for i in order) if top_k else 1.0
+    ids, mass = [], 0.0
+    for i in order:
+        if top_p is not None and mass >= top_p:
+            break
+        ids.append(i)
+        mass += p[i] / total
+    return ids
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize(
+    "top_k, top_p", [(None, None), (3, None), (None, 0.7), (5, 0.7), (1, None), (None, 1e-9), (50, 0.999)]
+)
+def test_ids_are_drawn_as_often_as_they_are_likely(temperature, top_k, top_p, device):
+    """A regular grid of numbers: each id is drawn as often as it is likely, to one number at each of its borders."""
+    n = 64 if INTERPRET else 10_000
+    logits = torch.tensor([[0.3, 2.0, -1.0, 1.1, -40.0, 0.9, 1.9]], device=device)
+    noise = (torch.arange(n, dtype=torch.float64, device=device) + 0.5) / n
+    token, logprob, support = sample_tokens(
+        logits.expand(n, 7), noise, temperature=temperature, top_k=top_k, top_p=top_p
+    )
+    ids = kept(logits[0], temperature, top_k, top_p)
+    if support is None:
+        assert (top_k, top_p) == (None, None)
+    else:
+        assert [i for i in support[0].tolist() if i >= 0] == ids
+    expected, _, _ = token_logprobs(
+        logits[:, :1].new_ones(n, 1),
+        logits.T.contiguous(),
+        token,
+        temperature=temperature,
+        support=support,
+    )
+    torch.testing.assert_close(logprob, expected, atol=1e-5, rtol=0)
+    weights = (logits[0, ids] / temperature).softmax(-1)
+    counts = token.bincount(minlength=7)
+    assert counts[ids].sum() == n
+    assert ((counts[ids] - n * weights).abs() <= 1 + 1e-6 * n).all()
+
+
+def test_min_p_keeps_what_is_likely_beside_the_most_likely(device):
+    p, noise = (
+        torch.tensor([[0.05, 0.4, 0.3, 0.15, 0.1]]).to(device),
+        torch.tensor([0.4], dtype=torch.float64),
+    )
+    _, logprob, support = sample_tokens(p.log(), noise.to(device), min_p=0.3)
+    assert support is not None and support.tolist() == [[1, 2, 3, -1, -1]]
+    torch.testing.assert_close(logprob.cpu(), torch.tensor([0.4 / 0.85]).log())
+
+
+def test_the_example_of_the_file(device):
+    p, noise = (
+        torch.tensor([[0.05, 0.4, 0.3, 0.15, 0.1]]).to(device),
+        torch.tensor([0.6], dtype=torch.float64),
+    )
+    for op in (sample_tokens, sample_tokens_reference):
+        token, logprob, support = op(p.log(), noise.to(device), top_p=0.8)
+        assert support is not None and support.tolist() == [[1, 2, 3, -1, -1]] and token.tolist() == [2]
+        torch.testing.assert_close(logprob.cpu(), torch.tensor([0.3 / 0.85]).log())
+
+
+def test_top_p_alone_chooses_among_a_bounded_number_of_ids(device):
+    logits, noise = torch.zeros(1, 3 * TOP_P_WIDTH, device=device), torch.tensor([0.5], dtype=torch.float64)
+    token, logprob, support = sample_tokens(logits, noise.to(device), top_p=0.99)
+    assert support is not None and support.shape == (1, TOP_P_WIDTH) and (support >= 0).all()
+    assert logprob.item() == pytest.approx(-torch.tensor(float(TOP_P_WIDTH)).log().item(), abs=1e-5)
+    assert token.item() in support
+
+
+@pytest.mark.parametrize("how", WAYS, ids=str)
+def test_of_equally_likely_ids_the_lower_comes_first(how, device):
+    logits, noise = make(4, 300, device=device)
+    logits = logits.round()  # twenty values
+    if TRITON or how.get("temperature") == 0.0:
+        want = sample_tokens_reference(logits, noise, **how)
+        for a, b in zip(sample_tokens(logits, noise, **how), want, strict=True):
+            if a is None or b is None or not a.is_floating_point():
+                assert a is b or torch.equal(a, b)
+    assert_drawn(logits, noise, **how)
+
+
+@pytest.mark.parametrize("how", WAYS, ids=str)
+def test_what_is_impossible_is_never_drawn(how, device):
+    """Numbers at both ends and on the borders, where ids of probability 0 stand first, last and between."""
+    logits = torch.full((7, 1000), -torch.inf, device=device)
+    logits[:, [3, 130, 131, 999 - 130]] = 1.5
+    noise = torch.tensor([0, 0.25, 0.5, 0.75, 1 - 2**-53, 0.25 - 2**-54, 2**-60], dtype=torch.float64)
+    token, logprob, _ = sample_tokens(logits, noise.to(device), **how)
+    assert (logits.gather(1, token[:, None]) == 1.5).all() and logprob.isfinite().all()
+    if not how:
+        assert token.tolist() == [3, 130, 131, 869, 869, 3, 3]
+
+
+@pytest.mark.parametrize("how", WAYS, ids=str)
+def test_logits_as_large_as_they_get(how, device):
+    for dtype, largest in ((torch.float16, 6e4), (torch.float32, 3e37)):
+        logits = torch.full((3, 70), -largest, dtype=dtype, device=device)
+        logits[:, 66], logits[1, 5] = largest, largest
+        noise = torch.tensor([0.3, 0.7, 0.999], dtype=torch.float64, device=device)
+        token, logprob, _ = sample_tokens(logits, noise, **how)
+        one = how.get("top_k") == 1 or how.get("top_p") == 1e-9  # and of two either, on a CPU
+        first = {5} if one or how.get("temperature") == 0.0 else {66}
+        assert token[0] == token[2] == 66 and int(token[1]) in (first if TRITON else {5, 66})
+        want = [0.0, 0.0 if one else -0.6931472, 0]
+        torch.testing.assert_close(logprob.cpu(), torch.tensor(want), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("how", WAYS, ids=str)
+def test_a_row_that_is_no_distribution_gives_an_id_and_leaves_the_others_alone(how, device):
+    logits, noise = make(7, 1031, device=device)
+    want = sample_tokens(logits, noise, **how)
+    logits[1], logits[2, 500], logits[3], logits[4], logits[5, 7] = (
+        *(float("nan"), float("nan"), -torch.inf, torch.inf, torch.inf),
+    )
+    got = sample_tokens(logits, noise, **how)
+    assert ((got[0] >= 0) & (got[0] < 1031)).all()
+    for a, b in zip(got, want, strict=True):
+        assert a is b or torch.equal(a[[0, 6]], b[[0, 6]])
+
+
+@pytest.mark.parametrize("how", WAYS, ids=str)
+def test_same_bits_twice_and_on_any_strides(how, device):
+    logits, noise = make(5, 700, device=device)
+    wide = logits.new_full((5, 700, 2), torch.nan)
+    wide[..., 0] = logits
+    want = sample_tokens(logits, noise, **how)
+    for x in (logits, wide[..., 0], logits.T.contiguous().T):
+        for a, b in zip(sample_tokens(x, noise, **how), want, strict=True):
+            assert a is b or torch.equal(a, b)
+
+
+def test_an_empty_batch_says_how_wide_a_support_is(device):
+    logits, noise = torch.empty(0, 2000, device=device), torch.empty(0, dtype=torch.float64, device=device)
+    for how, width in (
+        ({}, None),
+        ({"top_k": 7}, 7),
+        ({"top_p": 0.5}, TOP_P_WIDTH),
+        ({"temperature": 0, "top_k": 7}, None),
+    ):
+        token, logprob, support = sample_tokens(logits, noise, **how)
+        assert (
+            token.shape == logprob.shape == (0,) and (None if support is None else support.shape[1]) == width
+        )
+
+
+REFUSALS = {
+    "logits: expected (B, V) with V at least 1, got (3,)": {"logits": torch.zeros(3)},
+    "logits: expected (B, V) with V at least 1, got (2, 0)": {"logits": torch.zeros(2, 0)},
+    "logits: expected dtype torch.float32 or": {"logits": torch.zeros(2, 5, dtype=torch.int64)},
+    "noise: expected shape (B=2), got (3,)": {"noise": torch.zeros(3, dtype=torch.float64)},
+    "noise: expected dtype torch.float64, got torch.float32": {"noise": torch.zeros(2)},
+    "temperature: expected at least 0, got -1.0": {"temperature": -1.0},
+    "temperature: expected at least 0, got nan": {"temperature": float("nan")},
+    "top_k: expected at least 1, got 0": {"top_k": 0},
+    "top_p: expected a number in (0, 1], got 0.0": {"top_p": 0.0},
+    "top_p: expected a number in (0, 1], got 1.5": {"top_p": 1.5},
+    "min_p: expected a number in [0, 1], got -0.1": {"min_p": -0.1},
+}
+
+
+@pytest.mark.parametrize("message", REFUSALS)
+def test_refuses(message):
+    arguments = {"logits": torch.zeros(2, 5), "noise": torch.zeros(2, dtype=torch.float64)} | REFUSALS[
+        message
+    ]
+    with pytest.raises(ValueError) as caught:
+        sample_tokens(**arguments)
+    assert message in str(caught.value)
+
+
+def test_refuses_a_gradient(device):
+    logits, noise = make(2, 5, device=device)
+    logits.requires_grad_()
+    with pytest.raises(NotImplementedError, match="train through token_logprobs"):
+        sample_tokens(logits, noise)
+    with torch.no_grad():
+        sample_tokens(logits, noise)
