@@ -32,8 +32,9 @@ from torch import Tensor
 
 from ..kernels._launch import INTERPRET
 from . import roofline
+from .case import Case, Dims, Tensors, assert_accurate, label, leaves, make_inputs, make_upstream
 from .peers import PEERS, Unsuitable
-from .registry import CASES, Case, Dims, Tensors, assert_accurate, label, leaves, make_inputs, make_upstream
+from .registry import CASES
 from .report import RESULTS, write_whole
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels import lora
-from .registry import Case
+from .case import Case
 
 
 class Unsuitable(Exception):

@@ -27,7 +27,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .registry import CASES, Work, label
+from .case import Work, label
+from .registry import CASES
 from .roofline import CHIPS, datasheet
 
 ROOT = Path(__file__).resolve().parents[1]

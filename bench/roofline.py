@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .registry import Work
+from .case import Work
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from ..kernels import _launch
-from .registry import CASES, Case, Dims, label, make_inputs, make_upstream, run
+from .case import Case, Dims, label, make_inputs, make_upstream, run
+from .registry import CASES
 from .report import STATIC_COLUMNS, static_page, static_row, write_whole
 from .roofline import CHIPS, datasheet
 

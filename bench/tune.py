@@ -38,7 +38,8 @@ import triton
 from ..kernels import _launch, attention
 from . import static
 from .__main__ import ROUNDS, call, capture, clocks, event_seconds, host_seconds, machine, prepare, run_text
-from .registry import CASES, Case, Dims, assert_accurate, label, make_inputs, make_upstream, run
+from .case import Case, Dims, assert_accurate, label, make_inputs, make_upstream, run
+from .registry import CASES
 from .report import RESULTS, tile_name, write_whole
 from .roofline import CHIPS
 
@@ -108,7 +109,7 @@ def _attention_placed(slot: Slot, tile: Tile) -> Iterator[None]:
 
 
 def _attention_timed(slot: Slot, width: int) -> list[tuple[Case, Dims]]:
-    """16,384 tokens and 2048 / D heads, as docs/attention.md has them; packed and shared as bench/registry.py has."""
+    """16,384 tokens and 2048 / D heads, as docs/attention.md has them; packed and shared as its Cases have."""
     heads = 2048 // width
     dense = [{"B": 16384 // T, "T": T, "H": heads, "G": heads, "D": width} for T in (4096, 16384, 1024)]
     packed = {"T": 8192, "H": heads, "G": heads, "D": width}

@@ -15,8 +15,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from burnish.bench import registry
-from burnish.bench.registry import CASES, Case, assert_accurate, make_inputs
+from burnish.bench.case import Case, assert_accurate, make_inputs
+from burnish.bench.cases_lora import several
+from burnish.bench.cases_moe import with_4bit_experts
+from burnish.bench.cases_nf4 import absmax_alone, four_bit, multiplied_out
+from burnish.bench.registry import CASES
 from burnish.kernels import _launch, lora, nf4
 
 KERNELS = Path(__file__).parents[1] / "kernels"
@@ -24,9 +27,9 @@ TRITON = _launch.INTERPRET or torch.cuda.is_available()
 
 
 WRAPPED = {  # ops on an NF4Weight, for Cases whose inputs are tensors
-    "nf4_linear": registry._four_bit,
-    "dequantize_nf4": registry._multiplied_out,
-    "quantize_nf4": registry._absmax,
+    "nf4_linear": four_bit,
+    "dequantize_nf4": multiplied_out,
+    "quantize_nf4": absmax_alone,
 }
 
 
@@ -594,15 +597,15 @@ def case_of(name: str, module) -> Case:
             with patch.object(nf4, "_nf4", op):
                 return nf4.nf4_linear(x, weight, bias)
 
-        return replace(case, fused=registry._four_bit(planted))
+        return replace(case, fused=four_bit(planted))
     if hasattr(module, "dequantize"):  # nf4 has it from _four_bit
         module.dequantize_nf4 = lambda w, dtype: module.dequantize(
             *w.tensors(), [*w.shape], w.blocksize, dtype
         )
     if case.op == "moe_mlp" and case.family.startswith("4-bit"):
-        return replace(case, fused=registry._moe_4bit(module.moe_mlp))
+        return replace(case, fused=with_4bit_experts(module.moe_mlp))
     if case.op == "lora_linears":
-        return replace(case, fused=registry._several(module.lora_linears))
+        return replace(case, fused=several(module.lora_linears))
     return replace(case, fused=WRAPPED.get(case.op, lambda op: op)(getattr(module, case.op)))
 
 

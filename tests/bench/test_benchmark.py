@@ -9,8 +9,9 @@ import pytest
 import torch
 from burnish.bench import __main__ as bench
 from burnish.bench import roofline
+from burnish.bench.case import Work, assert_accurate, make_inputs
 from burnish.bench.peers import PEERS, Unsuitable
-from burnish.bench.registry import CASES, Work, assert_accurate, make_inputs
+from burnish.bench.registry import CASES
 from burnish.kernels._launch import INTERPRET
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="interpreted kernels have no speed")

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from burnish import kernels
-from burnish.bench.registry import CASES, Case, Dims, label, leaves, make_inputs, run
+from burnish.bench import registry
+from burnish.bench.case import Case, Dims, label, leaves, make_inputs, run
+from burnish.bench.registry import CASES
 from torch.fx.experimental import _config as meta
 
 
@@ -12,6 +14,13 @@ def test_every_public_op_has_a_case():
     assert ops - {"moe_route", "sample_tokens"} == {
         c.op for c in CASES
     }  # that one is plain torch, its own reference
+
+
+def test_cases_stand_under_the_name_of_their_kernel_file():
+    for name, file in vars(registry).items():
+        if name.startswith("cases_"):
+            homes = {getattr(kernels, case.op).__module__ for case in file.CASES}
+            assert homes == {f"burnish.kernels.{name.removeprefix('cases_')}"}
 
 
 def test_names_are_unique():

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from burnish.bench.registry import (
-    CASES,
+from burnish.bench.case import (
     Case,
     Dims,
     assert_accurate,
@@ -15,6 +14,7 @@ from burnish.bench.registry import (
     make_upstream,
     run,
 )
+from burnish.bench.registry import CASES
 from burnish.kernels._launch import INTERPRET
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -4,7 +4,8 @@ import sys
 
 import pytest
 import torch
-from burnish.bench.registry import _kl_div, _token_divergence_eager, _topk_divergence_eager
+from burnish.bench.cases_divergence import kl_div, token_divergence_eager
+from burnish.bench.cases_topk import topk_divergence_eager
 from burnish.kernels import (
     _launch,
     divergence,
@@ -39,7 +40,7 @@ def assert_as_accurate(tensors, **options):
     """At most twice the eager composition's error in fp32, plus 1e-5 (1 + max|truth|)."""
     upstream = torch.randn(len(tensors[0]), device=tensors[0].device)
     truth = run(token_divergence_reference, [x.double() for x in tensors], upstream.double(), **options)
-    usual = run(_token_divergence_eager, tensors, upstream, **options)
+    usual = run(token_divergence_eager, tensors, upstream, **options)
     ours = run(token_divergence, tensors, upstream, **options)
     for t, u, o in zip(truth, usual, ours, strict=True):
         allowed = 2 * (u.double() - t).abs().max() + 1e-5 * (1 + t.abs().max())
@@ -93,7 +94,7 @@ def test_stored_logits_of_any_size(scale, beta, device):
     exactly = [hidden.double(), weight.double(), ids, logprobs.double()]
     truth = run(topk_divergence_reference, exactly, upstream.double(), **options)
     tensors = [hidden, weight, ids, logprobs]
-    usual, ours = (run(op, tensors, upstream, **options) for op in (_topk_divergence_eager, topk_divergence))
+    usual, ours = (run(op, tensors, upstream, **options) for op in (topk_divergence_eager, topk_divergence))
     for t, u, o in zip(truth, usual, ours, strict=True):
         assert (o.double() - t).abs().max() <= 2 * (u.double() - t).abs().max() + 1e-5 * (1 + t.abs().max())
 
@@ -127,7 +128,7 @@ def test_the_ends_of_beta_are_the_two_kls(device):
     def of(a, b, beta):
         return token_divergence(*a, *b, beta=beta, memory_budget=BLOCKS)
 
-    torch.testing.assert_close(of(student, teacher, 0.0), _kl_div(log_t, log_s, 0.0, None))
+    torch.testing.assert_close(of(student, teacher, 0.0), kl_div(log_t, log_s, 0.0, None))
     torch.testing.assert_close(of(student, teacher, 1.0), of(teacher, student, 0.0))
     torch.testing.assert_close(of(student, teacher, 0.3), of(teacher, student, 0.7))
     assert (of(student, teacher, 0.5) <= math.log(2)).all()  # as any Jensen-Shannon divergence
