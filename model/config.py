@@ -11,6 +11,18 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
+from .architectures import (
+    ARCHITECTURES,
+    COMMON,
+    DEFAULTS,
+    INERT,
+    NULLABLE,
+    NUMBERS,
+    ONLY,
+    ROPE_KEYS,
+    SIZES,
+    TOKEN_IDS,
+)
 from .errors import InputError
 
 
@@ -47,9 +59,8 @@ class Experts:
     scale: float = 1.0
     shared_size: int = 0  # F of the expert that every token goes to; 0: there is none
     shared_gate: bool = False  # does a sigmoid of the token weigh it?
-    clamped: bool = (
-        False  # gpt-oss: clamped SwiGLU, biases of router and experts, gate and up interleaved on disk
-    )
+    # gpt-oss: clamped SwiGLU, biases of router and experts, gate and up interleaved on disk
+    clamped: bool = False
     alpha: float = 1.702
     limit: float = 7.0
     balance_coefficient: float = 0.0  # of the load-balance loss in training
@@ -100,9 +111,8 @@ class ModelConfig:
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
     model_type: str = "llama"  # the architecture under whose keys to_hf writes the fields
-    generation: dict[str, Any] = field(
-        default_factory=dict, hash=False
-    )  # generation_config.json, carried along
+    # generation_config.json, carried along
+    generation: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         layers = self.num_hidden_layers
@@ -154,7 +164,7 @@ class ModelConfig:
         raw: dict[str, Any] = {
             "architectures": [architecture.class_name],
             "model_type": self.model_type,
-            **{key: getattr(self, key) for key in (*_SIZES, *_NUMBERS, *_TOKEN_IDS, "tie_word_embeddings")},
+            **{key: getattr(self, key) for key in (*SIZES, *NUMBERS, *TOKEN_IDS, "tie_word_embeddings")},
             "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
             "rope_parameters": _rope_to_hf(self.rope),
             "hidden_act": "silu",
@@ -236,281 +246,6 @@ def _rope_to_hf(rope: Rope) -> dict[str, Any]:
     return {key: value for key, value in vars(rope).items() if value is not None}
 
 
-# ---- architectures
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """How one `model_type` spells the fields."""
-
-    class_name: str  # in transformers
-    keys: frozenset[str]  # of config.json, beside those that all share
-    fixed: dict[str, Any] = field(default_factory=dict)  # fields of ModelConfig that no key sets
-    defaults: dict[str, Any] = field(default_factory=dict)  # of absent keys, where not _DEFAULTS'
-
-
-_SLIDING = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
-
-ARCHITECTURES = {
-    "llama": Architecture(
-        "LlamaForCausalLM",
-        frozenset({"attention_bias", "mlp_bias"}),
-        defaults={"num_key_value_heads": None, "max_position_embeddings": 2048},
-    ),
-    "mistral": Architecture(
-        "MistralForCausalLM",
-        frozenset({"sliding_window"}),
-        defaults={"sliding_window": 4096, "max_position_embeddings": 131_072},
-    ),
-    "qwen2": Architecture(
-        "Qwen2ForCausalLM",
-        frozenset(_SLIDING),
-        fixed={"qkv_bias": True},
-        defaults={"sliding_window": 4096},
-    ),
-    "qwen3": Architecture(
-        "Qwen3ForCausalLM",
-        frozenset({"attention_bias", *_SLIDING}),
-        fixed={"qk_norm": True},
-        defaults={"sliding_window": 4096, "head_dim": 128},
-    ),
-    "smollm3": Architecture(
-        "SmolLM3ForCausalLM",
-        frozenset({"attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval", *_SLIDING}),
-        defaults={"tie_word_embeddings": True, "rope_theta": 2e6},
-    ),
-}
-
-_EXPERTS = {"num_experts_per_tok", "router_aux_loss_coef"}
-_SOME_LAYERS = {"moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"}
-
-ARCHITECTURES |= {
-    "mixtral": Architecture(
-        "MixtralForCausalLM",
-        frozenset({"sliding_window", "num_local_experts", *_EXPERTS}),
-        defaults={
-            "max_position_embeddings": 131_072,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 1e6,
-            "num_key_value_heads": 8,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-            "norm_topk_prob": True,
-        },
-    ),
-    "qwen2_moe": Architecture(
-        "Qwen2MoeForCausalLM",
-        frozenset(
-            {
-                "qkv_bias",
-                "num_experts",
-                "shared_expert_intermediate_size",
-                *_EXPERTS,
-                *_SOME_LAYERS,
-                *_SLIDING,
-            }
-        ),
-        defaults={
-            "sliding_window": 4096,
-            "num_key_value_heads": 16,
-            "qkv_bias": True,
-            "num_experts": 60,
-            "num_experts_per_tok": 4,
-            "moe_intermediate_size": 1408,
-            "shared_expert_intermediate_size": 5632,
-        },
-    ),
-    "qwen3_moe": Architecture(
-        "Qwen3MoeForCausalLM",
-        frozenset(
-            {"attention_bias", "num_experts", "num_local_experts", *_EXPERTS, *_SOME_LAYERS, *_SLIDING}
-        ),
-        fixed={"qk_norm": True},
-        defaults={
-            "sliding_window": 4096,
-            "num_key_value_heads": 4,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "moe_intermediate_size": 768,
-        },
-    ),
-    "olmoe": Architecture(
-        "OlmoeForCausalLM",
-        frozenset({"attention_bias", "num_experts", "norm_topk_prob", *_EXPERTS}),
-        fixed={"qk_norm_whole": True},
-        defaults={
-            "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-5,
-            "num_key_value_heads": None,
-            "num_experts": 64,
-            "num_experts_per_tok": 8,
-            "router_aux_loss_coef": 0.01,
-        },
-    ),
-    "deepseek_v3": Architecture(
-        "DeepseekV3ForCausalLM",
-        frozenset(
-            {
-                *("attention_bias", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
-                *("n_routed_experts", "n_shared_experts", "first_k_dense_replace", "routed_scaling_factor"),
-                *(
-                    "n_group",
-                    "topk_group",
-                    "q_lora_rank",
-                    "kv_lora_rank",
-                    "qk_nope_head_dim",
-                    "qk_rope_head_dim",
-                ),
-                *("qk_head_dim", "v_head_dim", "rope_interleave"),
-            }
-        ),
-        defaults={
-            "num_key_value_heads": None,
-            "max_position_embeddings": 4096,
-            "n_routed_experts": 256,
-            "num_experts_per_tok": 8,
-            "moe_intermediate_size": 2048,
-            "norm_topk_prob": True,
-            "q_lora_rank": 1536,
-        },
-    ),
-    "gpt_oss": Architecture(
-        "GptOssForCausalLM",
-        frozenset(
-            {"attention_bias", "sliding_window", "layer_types", "num_local_experts", *_EXPERTS}
-            | {"swiglu_alpha", "swiglu_limit"}
-        ),
-        fixed={"sinks": True},
-        defaults={
-            "max_position_embeddings": 131_072,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 150_000.0,
-            "attention_bias": True,
-            "sliding_window": 128,
-            "num_key_value_heads": 8,
-            "head_dim": 64,
-            "num_local_experts": 128,
-            "num_experts_per_tok": 4,
-            "norm_topk_prob": True,
-        },
-    ),
-    "gemma3_text": Architecture(
-        "Gemma3ForCausalLM",
-        frozenset(
-            {"attention_bias", "sliding_window", "layer_types", "query_pre_attn_scalar", "hidden_activation"}
-            | {"rope_local_base_freq"}
-        ),
-        fixed={"qk_norm": True, "gemma": True},
-        defaults={
-            "max_position_embeddings": 131_072,
-            "sliding_window": 4096,
-            "num_key_value_heads": 4,
-            "head_dim": 256,
-            "tie_word_embeddings": True,
-            "rope_theta": 1e6,
-        },
-    ),
-}
-_SLIDING_PATTERN = {"gpt_oss": 2, "gemma3_text": 6}  # every so many layers one sees everything
-
-_SIZES = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "max_position_embeddings"),
-)
-_NUMBERS = ("rms_norm_eps", "initializer_range")
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_ONLY = {  # keys of which one value is built
-    "hidden_act": ("silu", "swish"),
-    "attention_dropout": (0.0, None),
-    "partial_rotary_factor": (1.0, None),
-    "rope_interleaved": (False, None),
-    "hidden_activation": ("gelu_pytorch_tanh",),
-    "scoring_func": ("sigmoid",),
-    "topk_method": ("noaux_tc",),
-    "moe_layer_freq": (1,),
-}
-_DEFAULTS: dict[str, Any] = {
-    "rms_norm_eps": 1e-6,
-    "initializer_range": 0.02,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 32_768,
-    "rope_theta": 10_000.0,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_sliding_window": False,
-    "max_window_layers": 28,
-    "no_rope_layer_interval": 4,
-    "router_aux_loss_coef": 0.001,
-    "norm_topk_prob": False,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 3,
-    "routed_scaling_factor": 2.5,
-    "n_group": 8,
-    "topk_group": 4,
-    "swiglu_alpha": 1.702,
-    "swiglu_limit": 7.0,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "rope_interleave": True,
-    "query_pre_attn_scalar": 256,
-    "rope_local_base_freq": 10_000.0,
-    **dict.fromkeys(("head_dim", "sliding_window", "layer_types", "no_rope_layers", *_TOKEN_IDS)),
-}
-_NULLABLE = {
-    "num_key_value_heads",
-    "q_lora_rank",
-    *(key for key, value in _DEFAULTS.items() if value is None),
-}
-_COMMON = {
-    *("model_type", "tie_word_embeddings", "rope_parameters", "rope_scaling", "rope_theta"),
-    *_SIZES,
-    *_NUMBERS,
-    *_TOKEN_IDS,
-    *_ONLY,
-}
-_INERT = {  # keys that no number depends on; the tensors say their own dtype
-    *("architectures", "dtype", "torch_dtype", "transformers_version", "transformers.js_config", "use_cache"),
-    *(
-        "pretraining_tp",
-        "return_dict",
-        "id2label",
-        "label2id",
-        "num_labels",
-        "is_llama_config",
-        "output_router_logits",
-        "router_jitter_noise",
-        "initial_context_length",
-        "ep_size",
-        "num_nextn_predict_layers",  # transformers leaves the layers that predict further tokens out, too
-        "max_window_layers",
-    ),
-    *(
-        "tokenizer_class",
-        "name_or_path",
-        "is_decoder",
-        "output_attentions",
-        "output_hidden_states",
-    ),
-    *("do_sample", "temperature", "top_k", "top_p", "max_length", "unsloth_fixed", "unsloth_version"),
-}
-_ROPE_KEYS = {  # rope_type -> keys it needs, keys it may have, beside rope_type and rope_theta
-    "default": ((), ()),
-    "linear": (("factor",), ()),
-    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
-    "yarn": (
-        ("factor",),
-        (
-            *("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
-            *("mscale", "mscale_all_dim", "truncate"),
-        ),
-    ),
-}
-
-
 # ---- reading
 
 
@@ -523,7 +258,7 @@ class _Reader:
         if self.model_type not in ARCHITECTURES:
             self.refuse("model_type", f"one of {', '.join(ARCHITECTURES)}", self.model_type)
         self.architecture = ARCHITECTURES[self.model_type]
-        self.defaults = _DEFAULTS | self.architecture.defaults
+        self.defaults = DEFAULTS | self.architecture.defaults
 
     def refuse(self, key: str, expected: str, got: Any) -> NoReturn:
         raise InputError(f"{self.source}: {key}: expected {expected}, got {got!r}")
@@ -534,7 +269,7 @@ class _Reader:
             raise InputError(f"{self.source}: {key}: missing, expected {expected}")
         value = self.raw.get(key, self.defaults.get(key))
         if value is None:
-            return None if key in _NULLABLE else self.refuse(key, expected, value)
+            return None if key in NULLABLE else self.refuse(key, expected, value)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             self.refuse(key, expected, value)
         if least is not None and not value >= least:  # NaN included
@@ -549,19 +284,16 @@ class _Reader:
 
     def flag(self, key: str) -> bool:
         """False also where the architecture does not have the key."""
-        shared = key in _COMMON
-        return (shared or key in self.architecture.keys) and self.get(key, bool, "true or false")
+        return key in COMMON | self.architecture.keys and self.get(key, bool, "true or false")
 
     def read(self, generation: dict[str, Any]) -> ModelConfig:
         self.refuse_what_is_not_built()
         layers = self.size("num_hidden_layers")
-        rope_layers = self.rope_layers(layers)
-        rope = self.rope()
-        latent = self.latent()
+        rope_layers, rope, latent = self.rope_layers(layers), self.rope(), self.latent()
         values = {
-            **{key: self.size(key) or 0 for key in _SIZES},
-            **{key: self.number(key) for key in _NUMBERS},
-            **{key: self.token_id(key) for key in _TOKEN_IDS},
+            **{key: self.size(key) or 0 for key in SIZES},
+            **{key: self.number(key) for key in NUMBERS},
+            **{key: self.token_id(key) for key in TOKEN_IDS},
             "rope": rope,
             "rope_layers": rope_layers,
             "windows": self.windows(layers, rope_layers),
@@ -587,12 +319,11 @@ class _Reader:
     def refuse_what_is_not_built(self) -> None:
         """A key that nobody reads may change the numbers, unless its value switches it off."""
         for key, value in self.raw.items():
-            if key in _ONLY and value not in _ONLY[key]:
-                self.refuse(key, f"{_ONLY[key][0]!r}, nothing else is built", value)
-            known = key in (
-                _COMMON - {"hidden_activation"}
-            ) | _INERT | self.architecture.keys or key.startswith("_")
-            if not known and value not in (None, False, 0, "", [], {}):
+            if key in ONLY and value not in ONLY[key]:
+                self.refuse(key, f"{ONLY[key][0]!r}, nothing else is built", value)
+            known = COMMON - {"hidden_activation"} | INERT | self.architecture.keys
+            unknown = key not in known and not key.startswith("_")
+            if unknown and value not in (None, False, 0, "", [], {}):
                 raise InputError(f"{self.source}: {key}: not supported for {self.model_type}, got {value!r}")
 
     def token_id(self, key: str) -> int | tuple[int, ...] | None:
@@ -621,32 +352,28 @@ class _Reader:
         if name is None:
             return None
         spelled = next((k for k in (name, "num_experts", "num_local_experts") if k in self.raw), name)
-        deepseek, gpt_oss = self.model_type == "deepseek_v3", self.model_type == "gpt_oss"
-        own_size = "moe_intermediate_size" in keys
-        size = self.size("moe_intermediate_size" if own_size else "intermediate_size")
+        size = self.size("moe_intermediate_size" if "moe_intermediate_size" in keys else "intermediate_size")
         options: dict[str, Any] = {}
-        if deepseek:
+        if self.model_type == "deepseek_v3":
             first = self.get("first_k_dense_replace", int, "an integer >= 0", least=0)
             has = tuple(i >= first for i in range(layers))
             options |= {
                 "score": "sigmoid",
                 "groups": self.size("n_group"),
                 "top_groups": self.size("topk_group"),
+                "scale": self.number("routed_scaling_factor"),
+                "shared_size": size * self.get("n_shared_experts", int, "an integer >= 0", least=0),
             }
-            options |= {"scale": self.number("routed_scaling_factor")}
-            options |= {"shared_size": size * self.get("n_shared_experts", int, "an integer >= 0", least=0)}
         else:
             dense, step = [], 1
             if "mlp_only_layers" in keys:
-                dense, step = (
-                    self.get("mlp_only_layers", list, "a list of layers"),
-                    self.size("decoder_sparse_step"),
-                )
+                dense = self.get("mlp_only_layers", list, "a list of layers")
+                step = self.size("decoder_sparse_step")
             has = tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
-            options |= {"balance_coefficient": self.number("router_aux_loss_coef")}
+            options["balance_coefficient"] = self.number("router_aux_loss_coef")
         if "shared_expert_intermediate_size" in keys:
             options |= {"shared_size": self.size("shared_expert_intermediate_size"), "shared_gate": True}
-        if gpt_oss:
+        if self.model_type == "gpt_oss":
             options |= {
                 "clamped": True,
                 "alpha": self.number("swiglu_alpha"),
@@ -657,7 +384,7 @@ class _Reader:
             top_k=self.size("num_experts_per_tok"),
             intermediate_size=size,
             layers=has,
-            renormalize=bool(self.get("norm_topk_prob", bool, "true or false")),
+            renormalize=self.get("norm_topk_prob", bool, "true or false"),
             **options,
         )
 
@@ -674,9 +401,9 @@ class _Reader:
         elif kind != "full_attention":
             theta, parameters = "rope_local_base_freq", {}
         rope_type = parameters.get("rope_type", parameters.get("type", "default"))
-        if rope_type not in _ROPE_KEYS:
-            self.refuse(f"{key}.rope_type", f"one of {', '.join(_ROPE_KEYS)}", rope_type)
-        needed, possible = _ROPE_KEYS[rope_type]
+        if rope_type not in ROPE_KEYS:
+            self.refuse(f"{key}.rope_type", f"one of {', '.join(ROPE_KEYS)}", rope_type)
+        needed, possible = ROPE_KEYS[rope_type]
         values: dict[str, Any] = {"rope_theta": self.number(theta)}
         if "original_max_position_embeddings" in possible:
             values["original_max_position_embeddings"] = self.size("max_position_embeddings")
@@ -699,9 +426,8 @@ class _Reader:
     def rope_layers(self, layers: int) -> tuple[bool, ...]:
         if "no_rope_layers" not in self.architecture.keys:
             return (True,) * layers
-        rotated = self.get(
-            "no_rope_layers", list, "a list of 0 and 1"
-        )  # 1 where rope is used, in spite of the name
+        # 1 where rope is used, in spite of the name
+        rotated = self.get("no_rope_layers", list, "a list of 0 and 1")
         if rotated is None:
             interval = self.size("no_rope_layer_interval")
             return tuple((i + 1) % interval != 0 for i in range(layers))
@@ -720,8 +446,8 @@ class _Reader:
             window = None
         kinds = self.get("layer_types", list, "a list of attention kinds")
         if kinds is None:
-            if self.model_type in _SLIDING_PATTERN:
-                slides = [(i + 1) % _SLIDING_PATTERN[self.model_type] != 0 for i in range(layers)]
+            if period := self.architecture.period:
+                slides = [(i + 1) % period != 0 for i in range(layers)]
             elif "no_rope_layers" in self.architecture.keys:
                 slides = [not rotated for rotated in rope_layers]
             else:
