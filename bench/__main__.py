@@ -14,10 +14,8 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,29 +25,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..kernels._launch import INTERPRET
 from . import roofline
 from .case import Case, Dims, Tensors, assert_accurate, label, leaves, make_inputs, make_upstream
 from .peers import PEERS, Unsuitable
+from .record import PASSES, RESULTS, clocks, machine, run_text, write_whole
 from .registry import CASES
-from .report import RESULTS, write_whole
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROUNDS = 5
-COLD_BYTES = {
-    "cuda": 200 << 20,
-    "cpu": 64 << 20,
-}  # beyond any L2 cache, on a CPU beyond one core's share of L3
+# beyond any L2 cache, on a CPU beyond one core's share of L3
+COLD_BYTES = {"cuda": 200 << 20, "cpu": 64 << 20}
 MOST_SETS = 64
 SLICE = 0.006  # seconds that one contestant is timed for in one round
-LONG, LARGE = (
-    0.02,
-    4 << 30,
-)  # seconds, bytes: a graph would add little to such a call but a second copy of its memory
-PASSES = ("forward", "forward+backward")
+# seconds, bytes: a graph would add little to such a call but a second copy of its memory
+LONG, LARGE = 0.02, 4 << 30
 FAILED: list[torch.cuda.CUDAGraph] = []  # torch's allocator goes on looking at a graph whose capture failed
 
 
@@ -325,47 +317,6 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
             f"  {r['provider']:16} device {device:28} eager {eager:28} share {share}  "
             f"memory {r['memory_bytes'] / 1e6:8.1f} MB  compile {r['compile_s']:5.1f} s{verdict}"
         )
-
-
-# ---- the machine
-
-
-def machine(device: str) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-    }
-    if device == "cuda":
-        facts |= {"device": torch.cuda.get_device_name(), "driver": query("driver_version")}
-    else:
-        facts |= {"device": cpu_name(), "threads": torch.get_num_threads()}
-    return facts
-
-
-def query(fields: str) -> str:
-    """nvidia-smi only asks; nothing here changes a clock."""
-    return run_text("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
-
-
-def run_text(*command: str) -> str:
-    try:
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def clocks(device: str) -> str:
-    return query("clocks.sm,clocks.mem,temperature.gpu,power.draw") if device == "cuda" else ""
 
 
 def main(argv: list[str] | None = None) -> int:

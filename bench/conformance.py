@@ -11,14 +11,12 @@ transformers'.
 """
 
 import argparse
-import json
 import math
 import random
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -34,8 +32,8 @@ from ..model.config import ModelConfig
 from ..model.packed import pack
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
+from .record import keep
 
-RESULTS = Path(__file__).resolve().parent / "results"
 EOS, PAD, VOCABULARY = 0, 1, 24
 Row = dict[str, str]  # prompt and completion, or prompt, chosen and rejected: words with blanks between them
 
@@ -520,21 +518,8 @@ def main(argv: list[str] | None = None) -> int:
             for name, (status, detail) in outcomes.items():
                 print(f"  {name:<26} {status}" + (f": {detail}" if detail else ""))
     if options.json:
-        from .__main__ import run_text
-        from .report import write_whole
-
-        result = {
-            "kind": "conformance",
-            "date": date.today().isoformat(),
-            "commit": run_text("git", "rev-parse", "--short", "HEAD"),
-            "command": " ".join(
-                ["python -m burnish.bench.conformance", *(sys.argv[1:] if argv is None else argv)]
-            ),
-            "trainers": found,
-        }
-        path = RESULTS / f"conformance-{result['date']}.json"
-        write_whole(path, json.dumps(result, indent=1) + "\n")
-        print(f"written: {path}")
+        words = sys.argv[1:] if argv is None else argv
+        keep("conformance", " ".join(["python -m burnish.bench.conformance", *words]), trainers=found)
     return 0
 
 

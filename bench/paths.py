@@ -14,9 +14,9 @@ import sys
 from typing import Any
 
 from ..kernels.lora import PATHS
-from . import report
+from . import record
 
-MODULE = report.ROOT / "kernels" / "_lora_paths.py"
+MODULE = record.ROOT / "kernels" / "_lora_paths.py"
 CASE, BASELINE = "lora_linear/dense", "eager"
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 HEAD = (
@@ -36,7 +36,7 @@ def provider(path: str) -> str:
 def measured() -> dict[str, tuple[str, dict[Key, Times]]]:
     """device -> where from, and the times of what is accurate; from the newest file in which every path was timed."""
     found: dict[str, tuple[str, str, dict[Key, Times]]] = {}
-    for path in sorted(report.RESULTS.glob("*.json")):
+    for path in sorted(record.RESULTS.glob("*.json")):
         result = json.loads(path.read_text())
         device = result.get("machine", {}).get("device", "")
         if "kind" in result or "driver" not in result["machine"]:  # whole runs, and what ran on a CPU
@@ -46,12 +46,12 @@ def measured() -> dict[str, tuple[str, dict[Key, Times]]]:
             if row["case"] == CASE and row["accurate"]:
                 d = row["dims"]
                 key = (device, DTYPES[row["dtype"]], d["T"], d["F"], d["C"], d["R"])
-                shapes.setdefault(key, {}).setdefault(row["provider"], {})[row["pass"]] = report.best(row)
+                shapes.setdefault(key, {}).setdefault(row["provider"], {})[row["pass"]] = record.best(row)
         shapes = {
             key: times for key, times in shapes.items() if {BASELINE, provider("cublas")} <= times.keys()
         }
         if shapes and (device not in found or result["date"] >= found[device][0]):
-            where = f"{path.relative_to(report.ROOT)}, commit {result['commit']}, {result['date']}"
+            where = f"{path.relative_to(record.ROOT)}, commit {result['commit']}, {result['date']}"
             found[device] = (result["date"], where, shapes)
     return {device: (where, shapes) for device, (_, where, shapes) in sorted(found.items())}
 
@@ -64,11 +64,11 @@ def choose(times: Times) -> str:
         for path in PATHS
         if (mine := times.get(provider(path))) and all(_faster(mine, rival) for rival in rivals)
     ]
-    return min(better, key=lambda path: times[provider(path)][report.PASSES[1]][1], default="cublas")
+    return min(better, key=lambda path: times[provider(path)][record.PASSES[1]][1], default="cublas")
 
 
 def _faster(mine: dict[str, list[float]], rival: dict[str, list[float]]) -> bool:
-    return all(mine[which][2] < rival[which][0] for which in report.PASSES)
+    return all(mine[which][2] < rival[which][0] for which in record.PASSES)
 
 
 def module() -> str:
@@ -118,12 +118,12 @@ def table() -> str:
             "taken",
         ]
         parts.append(f"{device}, from `{where}`. Forward and backward, p50 in microseconds.\n\n")
-        parts.append(report.markdown(head, rows))
+        parts.append(record.markdown(head, rows))
     return "".join(parts) or "No device has been measured yet: all take `cublas`.\n"
 
 
 def _cell(times: dict[str, Any] | None) -> str:
-    return "not accurate" if times is None else f"{times[report.PASSES[1]][1]:.4g}"
+    return "not accurate" if times is None else f"{times[record.PASSES[1]][1]:.4g}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -135,9 +135,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     if parser.parse_args(argv).check:
         current = MODULE.read_text() == module()
-        print("" if current else f"stale: {MODULE.relative_to(report.ROOT)}", end="", file=sys.stderr)
+        print("" if current else f"stale: {MODULE.relative_to(record.ROOT)}", end="", file=sys.stderr)
         return 0 if current else 1
-    report.write_whole(MODULE, module())
+    record.write_whole(MODULE, module())
     return 0
 
 

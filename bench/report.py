@@ -14,76 +14,30 @@ docs/pictures, drawn from the same. trainers, conformance and r1 are the newest 
 """
 
 import argparse
-import hashlib
-import html
-import io
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import date
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .case import Work, label
+from . import record
+from .case import label
+from .conformance import CHECKS
+from .paths import table as paths
+from .pictures import pictures
+from .record import PASSES, best, markdown, newest_results, newest_run, write_whole
 from .registry import CASES
 from .roofline import CHIPS, datasheet
+from .static import COLUMNS, static_row
+from .tune import tile_name
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results"
-PICTURES = ROOT / "docs" / "pictures"
-DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+DOCUMENTS = (record.ROOT / "README.md", *sorted((record.ROOT / "docs").glob("*.md")))
 MARK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- /generated -->)", re.DOTALL)
-INK = "#808080"  # reads on white and on black
 NO_RUN = "No run is kept in `bench/results` yet.\n"
-PASSES = ("forward", "forward+backward")
-COLOURS = {"burnish": "#e4572e", "eager": "#808080", "torch.compile": "#4c9be8", "liger-kernel": "#5fad56"}
-OTHER_COLOURS = ("#b18fcf", "#d9a441", "#2a9d8f", "#c75b7a")
-STATIC_COLUMNS = (
-    "kernel",
-    "tile",
-    "chip",
-    "regs",
-    "spills",
-    "stack",
-    "shared",
-    "blocks",
-    "matrix",
-    "load",
-    "async",
-)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Beside, then renamed: a run cut short leaves the old file whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text)
-    beside.replace(path)
-
-
-def markdown(head: Sequence[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
 # ---- what was measured
-
-
-def newest_results() -> dict[str, dict[str, Any]]:
-    """The newest file for each machine, by its path below the root; GPUs first."""
-    found: dict[str, tuple[str, dict[str, Any]]] = {}
-    for path in sorted(RESULTS.glob("*.json")):
-        result = json.loads(path.read_text())
-        if "kind" in result:  # whole runs, which have tables of their own
-            continue
-        device = result["machine"]["device"]
-        if device not in found or result["date"] >= found[device][1]["date"]:
-            found[device] = (str(path.relative_to(ROOT)), result)
-    ordered = sorted(found.values(), key=lambda entry: "driver" not in entry[1]["machine"])
-    return dict(ordered)
 
 
 def groups(result: dict[str, Any]) -> dict[tuple[str, str, str], dict[str, dict[str, Any]]]:
@@ -95,14 +49,13 @@ def groups(result: dict[str, Any]) -> dict[tuple[str, str, str], dict[str, dict[
     return grouped
 
 
-def best(row: dict[str, Any]) -> list[float]:
-    """Device time where it was measured, else the host's."""
-    return row["device_us"] or row["eager_us"]
-
-
 def accurate_peers(providers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Those that hold to the accuracy rule: one that computes something else is no contestant."""
     return {n: r for n, r in providers.items() if not n.startswith(("burnish", "eager")) and r["accurate"]}
+
+
+def whence(path: str, result: dict[str, Any]) -> str:
+    return f"`{result['command']}` at commit {result['commit']}, {result['date']}, from `{path}`"
 
 
 def speed() -> str:
@@ -118,7 +71,7 @@ def speed() -> str:
         bandwidth, rate = c["bandwidth_bytes_per_s"] / 1e12, c["rate_per_s"] / 1e12
         parts.append(
             f"{facts}; a copy reached {bandwidth:.3g} TB/s, a {c['dtype']} product {rate:.3g} TFLOP/s. "
-            f"`{result['command']}` at commit {result['commit']}, {result['date']}, from `{path}`. "
+            f"{whence(path, result)}. "
             f"Times are p50 [p20, p80] in microseconds, {'device' if 'driver' in m else 'host'} clock.\n"
         )
         rows = []
@@ -141,17 +94,10 @@ def speed() -> str:
                     + (f" / {eager['memory_bytes'] / 1e6:.4g}" if eager else ""),
                 ]
             )
-        head = [
-            "case",
-            "shape",
-            "pass",
-            "burnish",
-            "eager",
-            "fastest peer",
-            "over eager",
-            "of roofline",
+        head = (
+            *("case", "shape", "pass", "burnish", "eager", "fastest peer", "over eager", "of roofline"),
             "MB ours / eager",
-        ]
+        )
         parts.append(markdown(head, rows))
         absent = [f"{what}: {why}" for what, why in result["absent"].items()]
         parts.append(f"Not measured: {'; '.join(absent)}.\n" if absent else "")
@@ -194,7 +140,7 @@ def headline(measured: tuple[str, dict[str, dict[str, Any]]] | None) -> tuple[st
 
 
 def static() -> str:
-    accepted = json.loads((ROOT / "bench" / "static.json").read_text())
+    accepted = json.loads((record.ROOT / "bench" / "static.json").read_text())
     rows: dict[tuple[str, ...], None] = {}
     for key, builds in accepted["builds"].items():
         for b in builds:
@@ -202,12 +148,12 @@ def static() -> str:
     source = (
         f"From `bench/static.json`, Triton {accepted['triton']}. Bytes of shared memory, bits of a load.\n\n"
     )
-    return source + markdown(STATIC_COLUMNS, [[f"`{r[0]}`", *r[1:]] for r in sorted(rows)])
+    return source + markdown(COLUMNS, [[f"`{r[0]}`", *r[1:]] for r in sorted(rows)])
 
 
 def proven() -> str:
     """Each op in one line: how many of its configurations spill in bf16 on each chip; the whole table is `static`."""
-    accepted = json.loads((ROOT / "bench" / "static.json").read_text())
+    accepted = json.loads((record.ROOT / "bench" / "static.json").read_text())
     by_op: dict[str, dict[str, dict[tuple[str, ...], dict[str, Any]]]] = {}
     for key, builds in accepted["builds"].items():
         case, _, dtype, chip = key.split(" | ")
@@ -224,28 +170,11 @@ def proven() -> str:
     return f"In bf16, Triton {accepted['triton']}, from `bench/static.json`:\n\n{markdown(head, rows)}"
 
 
-def static_row(key: str, b: dict[str, Any]) -> tuple[str, ...]:
-    dtype, chip = key.split(" | ")[-2:]
-    matrix = f"{b['matrix']} {b['matrix_kind']}" if b["matrix"] else "none"
-    figures = (
-        b["registers"],
-        b["spills"],
-        b["stack"],
-        b["shared"],
-        b["blocks"],
-        matrix,
-        b["load_bits"],
-        b["asynchronous"],
-    )
-    return (b["kernel"], f"{dtype} {b['tile']}", chip, *map(str, figures))
-
-
 def candidates() -> str:
     """The best tiles of each entry by tune.py's ranking, the place of the shipped one, and the fastest where timed."""
-    accepted = json.loads((ROOT / "bench" / "candidates.json").read_text())
-    times: dict[
-        str, dict[str, list[float]]
-    ] = {}  # entry -> tile -> its time over the shipped one's, by shape
+    accepted = json.loads((record.ROOT / "bench" / "candidates.json").read_text())
+    # entry -> tile -> its time over the shipped one's, by shape
+    times: dict[str, dict[str, list[float]]] = {}
     sources = []
     for chip in CHIPS:
         if run := newest_run(f"tune-{chip}"):
@@ -269,12 +198,6 @@ def candidates() -> str:
     return f"{source}; timed on {', '.join(sources) or 'no GPU yet'}.\n\n{markdown(head, rows)}"
 
 
-def tile_name(tile: Sequence[int]) -> str:
-    """(64, 128, 4, 3) is 64 by 128 with 4 warps and 3 stages."""
-    *sides, warps, stages = tile
-    return f"{'x'.join(map(str, sides))} w{warps} s{stages}"
-
-
 def floors() -> str:
     """Bytes over bandwidth or operations over rate, whichever is longer, for the largest benchmark shape in bf16."""
     rows = []
@@ -293,180 +216,7 @@ def floors() -> str:
     return "Forward / backward in microseconds, bf16, on the datasheet chip.\n\n" + markdown(head, rows)
 
 
-# ---- pictures
-
-
-def figure(width: float, height: float, columns: int = 1):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "burnish", "font.size": 9})
-    for part in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"):
-        matplotlib.rcParams[part] = INK
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
-    for ax in axes[0]:
-        ax.grid(True, which="major", color=INK, alpha=0.25, linewidth=0.5)
-    return fig, list(axes[0])
-
-
-def svg(fig: Any) -> str:
-    import matplotlib.pyplot as plt
-
-    out = io.StringIO()
-    fig.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    plt.close(fig)
-    return out.getvalue()
-
-
-def colour(provider: str, others: list[str]) -> str:
-    return COLOURS.get(provider) or OTHER_COLOURS[others.index(provider) % len(OTHER_COLOURS)]
-
-
-def speed_picture(case: str, which: str, rows: list[dict[str, Any]]) -> str:
-    """Latency, and share of the measured roofline, against the bytes that the op must move."""
-    fig, (left, right) = figure(8, 3, 2)
-    providers = list(dict.fromkeys(r["provider"] for r in rows))
-    others = [p for p in providers if p not in COLOURS]
-    for provider in providers:
-        mine = sorted((r for r in rows if r["provider"] == provider), key=lambda r: r["floor_us"])
-        size = [r["floor_us"] for r in mine]
-        style: dict[str, Any] = {
-            "color": colour(provider, others),
-            "marker": "o",
-            "markersize": 3,
-            "label": provider,
-        }
-        left.plot(size, [best(r)[1] for r in mine], **style)
-        right.plot(size, [r["share"] * 100 for r in mine], **style)
-    left.set(xscale="log", yscale="log", xlabel="floor, us", ylabel="time, us", title=f"{case}, {which}")
-    right.set(xscale="log", xlabel="floor, us", ylabel="share of the measured roofline, %", ylim=(0, 105))
-    left.legend(frameon=False, labelcolor=INK)
-    return svg(fig)
-
-
-@dataclass(frozen=True)
-class Picture:
-    """What a file in docs/pictures is drawn from. Its stamp, kept in the file, tells whether that has changed."""
-
-    path: Path
-    source: str
-    rows: list[dict[str, Any]]
-    draw: Callable[[], str]
-
-    @property
-    def stamp(self) -> str:
-        digest = hashlib.sha256(json.dumps(self.rows, sort_keys=True).encode()).hexdigest()[:16]
-        return f"<!-- {self.source} {digest} -->"
-
-
-def pictures() -> list[Picture]:
-    """The roofs, and every case that was measured on a GPU at three shapes or more."""
-    works = [
-        {"case": name, "flops": work.flops, "bytes": work.bytes} for name, work in headline_works().items()
-    ]
-    made = [Picture(PICTURES / "roofline.svg", "bench/registry.py", works, roofline_picture)]
-    if run := newest_run("r1"):
-        path, result = run
-        made.append(Picture(PICTURES / "r1.svg", path, [result], partial(r1_picture, result)))
-    for path, result in newest_results().items():
-        if "driver" not in result["machine"]:
-            continue
-        by_case: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for row in result["rows"]:
-            by_case.setdefault((row["case"], row["pass"]), []).append(row)
-        for (case, which), rows in by_case.items():
-            if len({label(r["dims"]) for r in rows}) >= 3:
-                name = re.sub(r"\W+", "-", f"{case} {which}") + ".svg"
-                made.append(Picture(PICTURES / name, path, rows, partial(speed_picture, case, which, rows)))
-    return made
-
-
-def gallery() -> str:
-    """Every picture, for a document in docs/."""
-    return "\n".join(f"![{p.path.stem}](pictures/{p.path.name})" for p in pictures()) + "\n"
-
-
-def headline_works() -> dict[str, Work]:
-    """The forward work of each case's first benchmark shape, in bf16."""
-    return {c.name: c.work(c.bench["cuda"][0], 2)[0] for c in CASES if c.bench.get("cuda")}
-
-
-def roofline_picture() -> str:
-    """The four datasheet roofs, and each op's first benchmark shape on the H100's."""
-    fig, (ax,) = figure(8, 4.5)
-    intensities = [2.0**e for e in range(-3, 15)]
-    for chip in CHIPS.values():
-        top = datasheet(chip, "bf16")
-        roof = [min(top.rate, i * top.bandwidth) / 1e12 for i in intensities]
-        ax.plot(intensities, roof, label=chip.name, linewidth=1)
-    top = datasheet(CHIPS["sm_90"], "bf16")
-    works = headline_works()
-    anchor, stacked = (0.0, 0.0), 0
-    for name, work in sorted(works.items(), key=lambda item: item[1].flops / item[1].bytes):
-        place = (work.flops / work.bytes, work.flops / top.floor(work) / 1e12)
-        stacked = stacked + 1 if place[0] < 10 * anchor[0] else 0  # neighbours' names stand under one another
-        anchor = anchor if stacked else place
-        ax.plot(*place, "o", markersize=4, color=COLOURS["burnish"])
-        shift = (6, -14 - 9 * stacked)
-        ax.annotate(name, anchor, fontsize=7, xytext=shift, textcoords="offset points", annotation_clip=False)
-    ax.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="TFLOP/s at the roof, bf16")
-    ax.legend(frameon=False, labelcolor=INK)
-    return svg(fig)
-
-
-def r1_picture(result: dict[str, Any]) -> str:
-    """pass@1 of each stage beside DeepSeek's, and the learning curves of the stages by RL."""
-    fig, (left, right) = figure(9, 3.2, 2)
-    stages = list(result["scores"])
-    scores = [result["scores"][stage] for stage in stages]
-    left.barh(stages, [score["pass_at_1"] for score in scores], color=COLOURS["burnish"], height=0.6)
-    known = [
-        (score["published"], stage) for stage, score in zip(stages, scores, strict=True) if score["published"]
-    ]
-    left.plot(
-        *zip(*known, strict=True), "D", color=COLOURS["torch.compile"], label="DeepSeek-R1's paper, AIME 2024"
-    )
-    left.invert_yaxis()
-    left.set(xlabel="pass@1 on held-out problems, %", xlim=(0, 100))
-    left.legend(frameon=False, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.4, 1.16))
-    names = {
-        "zero": "R1-Zero",
-        "first-rl": "R1: cold start, RL",
-        "r1": "R1",
-        "student-rl": "student, RL alone",
-    }
-    colours = (COLOURS["burnish"], *OTHER_COLOURS)
-    for seed, curves in enumerate(result["curves"]):
-        for (stage, values), color in zip(curves.items(), colours, strict=False):
-            label = names[stage] if seed == 0 else None
-            right.plot(running_mean(values), color=color, linewidth=1.2, label=label)
-    right.set(xlabel="GRPO step", ylabel="share of right samples", ylim=(0, 1.02))
-    right.legend(frameon=False, labelcolor=INK, loc="lower right")
-    return svg(fig)
-
-
-def running_mean(values: list[float], window: int = 5) -> list[float]:
-    parts = [values[max(0, i - window + 1) : i + 1] for i in range(len(values))]
-    return [sum(part) / len(part) for part in parts]
-
-
-def static_page(figures: dict[str, Any]) -> str:
-    rows = dict.fromkeys(static_row(key, b) for key, builds in figures.items() for b in builds)
-    cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>\n" for row in rows)
-    head = "".join(f"<th>{c}</th>" for c in STATIC_COLUMNS)
-    picture = roofline_picture()
-    return (
-        "<!doctype html><html><head><meta charset='utf-8'><title>Burnish: the static proof</title><style>"
-        ":root{color-scheme:light dark}body{font:14px system-ui;margin:2em}table{border-collapse:collapse}"
-        "td,th{padding:2px 10px;text-align:left;border-bottom:1px solid #8884;font-variant-numeric:tabular-nums}"
-        f"</style></head><body><h1>The static proof</h1>{picture[picture.index('<svg') :]}"
-        f"<table><thead><tr>{head}</tr></thead><tbody>\n{cells}</tbody></table></body></html>\n"
-    )
-
-
-# ---- documents
+# ---- whole runs
 
 
 def trainers() -> str:
@@ -495,17 +245,11 @@ def trainers() -> str:
             ]
         )
     head = (
-        "trainer",
-        "tokens/s, ours / TRL",
-        "ratio",
-        "by CPU time",
-        "memory growth",
-        "ratio",
-        "import",
+        *("trainer", "tokens/s, ours / TRL", "ratio", "by CPU time", "memory growth", "ratio", "import"),
         "losses differ by",
     )
-    source = f"`{result['command']}` at commit {result['commit']}, {result['date']}, from `{path}`"
-    return f"{facts}. {source}; medians of {result['rows'][0]['rounds']} rounds.\n\n{markdown(head, rows)}"
+    rounds = f"medians of {result['rows'][0]['rounds']} rounds"
+    return f"{facts}. {whence(path, result)}; {rounds}.\n\n{markdown(head, rows)}"
 
 
 def rollouts() -> str:
@@ -536,29 +280,12 @@ def rollouts() -> str:
         "cache, shared / copied",
         "same greedy tokens",
     )
-    source = f"`{result['command']}` at commit {result['commit']}, {result['date']}, from `{path}`"
-    return f"{facts}. {source}; medians of {result['rows'][0]['rounds']} rounds.\n\n{markdown(head, rows)}"
-
-
-def paths() -> str:
-    """Which path of lora_linear is taken where."""
-    from .paths import table  # which imports this file
-
-    return table()
-
-
-def newest_run(kind: str) -> tuple[str, dict[str, Any]] | None:
-    """The newest file of a kind of whole runs, and its path below the root."""
-    path = max(RESULTS.glob(f"{kind}-*.json"), default=None)
-    return None if path is None else (str(path.relative_to(ROOT)), json.loads(path.read_text()))
+    rounds = f"medians of {result['rows'][0]['rounds']} rounds"
+    return f"{facts}. {whence(path, result)}; {rounds}.\n\n{markdown(head, rows)}"
 
 
 def conformance() -> str:
     """The newest run of conformance.py."""
-    from .conformance import (
-        CHECKS,  # which needs tokenizers; what a GPU machine runs needs only torch and triton
-    )
-
     if (run := newest_run("conformance")) is None:
         return NO_RUN
     path, result = run
@@ -573,8 +300,9 @@ def conformance() -> str:
                 status += f" ({len(notes)})"
             cells.append(status)
         rows.append([check, statement.replace("|", "\\|"), *cells])
-    source = f"`{result['command']}` at commit {result['commit']}, {result['date']}, from `{path}`.\n"
-    return "\n".join([source, markdown(["check", "statement", *names], rows), *notes, ""])
+    return "\n".join(
+        [f"{whence(path, result)}.\n", markdown(["check", "statement", *names], rows), *notes, ""]
+    )
 
 
 def r1() -> str:
@@ -598,20 +326,19 @@ def r1() -> str:
 
 def keep_r1(folder: Path) -> None:
     """Copy a run's figures to bench/results."""
-    from .__main__ import machine, run_text  # which imports this file
-
     figures = json.loads((folder / "figures.json").read_text())
-    result = {
-        "kind": "r1",
-        "date": date.today().isoformat(),
-        "commit": run_text("git", "rev-parse", "--short", "HEAD"),
-        "machine": machine("cpu"),
-        "command": "burnish r1" + (f" --seeds {figures['seeds']}" if figures["seeds"] > 1 else ""),
-    }
-    write_whole(RESULTS / f"r1-{result['date']}.json", json.dumps(result | figures, indent=1) + "\n")
+    command = "burnish r1" + (f" --seeds {figures['seeds']}" if figures["seeds"] > 1 else "")
+    record.keep("r1", command, machine=record.machine("cpu"), **figures)
 
 
-SECTIONS = {
+def gallery() -> str:
+    """Every picture, for a document in docs/."""
+    return "\n".join(f"![{p.path.stem}](pictures/{p.path.name})" for p in pictures()) + "\n"
+
+
+# ---- documents
+
+SECTIONS: dict[str, Callable[[], str]] = {
     "paths": paths,
     "rollouts": rollouts,
     "r1": r1,
@@ -644,11 +371,13 @@ def fill(text: str) -> str:
 def stale() -> list[str]:
     """Which generated parts differ from their sources."""
     late = [
-        str(p.relative_to(ROOT)) for p in DOCUMENTS if p.exists() and fill(p.read_text()) != p.read_text()
+        str(p.relative_to(record.ROOT))
+        for p in DOCUMENTS
+        if p.exists() and fill(p.read_text()) != p.read_text()
     ]
     for picture in pictures():
         if not picture.path.exists() or picture.stamp not in picture.path.read_text():
-            late.append(str(picture.path.relative_to(ROOT)))
+            late.append(str(picture.path.relative_to(record.ROOT)))
     return late
 
 

@@ -16,13 +16,11 @@ ended run on as padding until all have. Greedy tokens are compared, then both sa
 
 import argparse
 import importlib
-import json
 import random
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -34,7 +32,8 @@ from ..model.cache import cache_bytes
 from ..model.checkpoint import load_model
 from ..model.generate import generate
 from ..model.transformer import Transformer
-from .trainers import RESULTS, write_model
+from .record import keep, machine
+from .trainers import write_model
 
 BATCH = 32
 
@@ -182,22 +181,12 @@ def main() -> None:
             f"greedy tokens {'are the same' if row['same_greedy_tokens'] else 'differ'}"
         )
     if options.json:
-        from .__main__ import machine, run_text
-
         command = ["python -m burnish.bench.rollouts"]
         if options.model is not None:
             command.append(f"--model {options.model.name}")
-        result = {
-            "kind": "rollouts",
-            "date": date.today().isoformat(),
-            "commit": run_text("git", "rev-parse", "--short", "HEAD"),
-            "machine": machine("cpu") | {name: version(name) for name in ("torch", "transformers")},
-            "command": " ".join([*command, f"--rounds {options.rounds} --json"]),
-            "rows": rows,
-        }
-        path = RESULTS / f"rollouts-{result['date']}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"written: {path}")
+        command.append(f"--rounds {options.rounds} --json")
+        facts = machine("cpu") | {name: version(name) for name in ("torch", "transformers")}
+        keep("rollouts", " ".join(command), machine=facts, rows=rows)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ Without --all only the selection runs that `make test` affords: the first config
 """
 
 import argparse
+import html
 import json
 import os
 import re
@@ -34,8 +35,9 @@ from triton.runtime.jit import JITFunction
 
 from ..kernels import _launch
 from .case import Case, Dims, label, make_inputs, make_upstream, run
+from .pictures import roofline_picture
+from .record import write_whole
 from .registry import CASES
-from .report import STATIC_COLUMNS, static_page, static_row, write_whole
 from .roofline import CHIPS, datasheet
 
 BASELINE = Path(__file__).with_name("static.json")
@@ -308,16 +310,40 @@ def floors(case: Case, dims: Dims, dtype: str) -> dict[str, tuple[float, float]]
 
 # ---- output
 
+COLUMNS = ("kernel", "tile", "chip", "regs", "spills", "stack", "shared", "blocks", "matrix", "load", "async")
+
+
+def static_row(key: str, b: dict[str, Any]) -> tuple[str, ...]:
+    dtype, chip = key.split(" | ")[-2:]
+    matrix = f"{b['matrix']} {b['matrix_kind']}" if b["matrix"] else "none"
+    counts = (b[name] for name in ("registers", "spills", "stack", "shared", "blocks"))
+    figures = (*counts, matrix, b["load_bits"], b["asynchronous"])
+    return (b["kernel"], f"{dtype} {b['tile']}", chip, *map(str, figures))
+
 
 def table(figures: dict[str, Any]) -> str:
     """A line for each distinct kernel; several configurations may share one."""
     rows = [
-        STATIC_COLUMNS,
+        COLUMNS,
         *dict.fromkeys(static_row(key, b) for key, builds in figures.items() for b in builds),
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def static_page(figures: dict[str, Any]) -> str:
+    rows = dict.fromkeys(static_row(key, b) for key, builds in figures.items() for b in builds)
+    cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>\n" for row in rows)
+    head = "".join(f"<th>{c}</th>" for c in COLUMNS)
+    picture = roofline_picture()
+    return (
+        "<!doctype html><html><head><meta charset='utf-8'><title>Burnish: the static proof</title><style>"
+        ":root{color-scheme:light dark}body{font:14px system-ui;margin:2em}table{border-collapse:collapse}"
+        "td,th{padding:2px 10px;text-align:left;border-bottom:1px solid #8884;font-variant-numeric:tabular-nums}"
+        f"</style></head><body><h1>The static proof</h1>{picture[picture.index('<svg') :]}"
+        f"<table><thead><tr>{head}</tr></thead><tbody>\n{cells}</tbody></table></body></html>\n"
     )
 
 

@@ -27,7 +27,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -35,7 +34,8 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).resolve().parent / "results"
+from .record import keep, machine
+
 LEFT_OUT = 2  # steps, while allocators and caches warm up
 STEPS, LEARNING_RATE = 5, 1e-3
 TRAINERS = {"sft": "SFT", "dpo": "DPO", "grpo": "GRPO"}  # TRL's names
@@ -326,20 +326,10 @@ def main() -> None:
             + (f", losses differ by {row['loss_difference']:.1e}" if "loss_difference" in row else "")
         )
     if options.json:
-        from .__main__ import machine, run_text
-
         packages = ("torch", "transformers", "trl", "accelerate")
-        result = {
-            "kind": "trainers",
-            "date": date.today().isoformat(),
-            "commit": run_text("git", "rev-parse", "--short", "HEAD"),
-            "machine": machine("cpu") | {name: version(name) for name in packages},
-            "command": " ".join(["python -m burnish.bench.trainers", *sys.argv[1:]]),
-            "rows": rows,
-        }
-        path = RESULTS / f"trainers-{result['date']}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"written: {path}")
+        facts = machine("cpu") | {name: version(name) for name in packages}
+        command = " ".join(["python -m burnish.bench.trainers", *sys.argv[1:]])
+        keep("trainers", command, machine=facts, rows=rows)
 
 
 if __name__ == "__main__":

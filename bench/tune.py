@@ -37,10 +37,10 @@ import triton
 
 from ..kernels import _launch, attention
 from . import static
-from .__main__ import ROUNDS, call, capture, clocks, event_seconds, host_seconds, machine, prepare, run_text
+from .__main__ import ROUNDS, call, capture, event_seconds, host_seconds, prepare
 from .case import Case, Dims, assert_accurate, label, make_inputs, make_upstream, run
+from .record import RESULTS, clocks, machine, run_text, write_whole
 from .registry import CASES
-from .report import RESULTS, tile_name, write_whole
 from .roofline import CHIPS
 
 Tile = tuple[int, ...]
@@ -305,6 +305,12 @@ def keep(entries: dict[str, list[dict[str, Any]]]) -> None:
         for key, ranked in whole.items()
     )
     write_whole(KEPT, f'{{"triton": "{triton.__version__}", "entries": {{\n{text}\n}}}}\n')
+
+
+def tile_name(tile: Tile) -> str:
+    """(64, 128, 4, 3) is 64 by 128 with 4 warps and 3 stages."""
+    *sides, warps, stages = tile
+    return f"{'x'.join(map(str, sides))} w{warps} s{stages}"
 
 
 def print_ranking(key: str, ranked: list[dict[str, Any]]) -> None:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from burnish.bench import paths, report
+from burnish.bench import paths, record
 from burnish.bench.registry import CASES
 from burnish.kernels import _lora_paths, lora
 
@@ -23,7 +23,7 @@ def write_results(name: str, date: str, rows: list[dict], **machine) -> None:
         "commit": "abc",
         "rows": rows,
     }
-    report.write_whole(report.RESULTS / name, json.dumps(result))
+    record.write_whole(record.RESULTS / name, json.dumps(result))
 
 
 def rows(forward: dict[str, float], both: dict[str, float], dims=SHAPE, **changes) -> list[dict]:
@@ -47,8 +47,8 @@ EQUAL = {"burnish": 10.0, "eager": 10, "burnish, cublas": 10, "burnish, epilogue
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "kernels").mkdir()
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    monkeypatch.setattr(report, "RESULTS", tmp_path / "bench" / "results")
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "bench" / "results")
     monkeypatch.setattr(paths, "MODULE", tmp_path / "kernels" / "_lora_paths.py")
     return tmp_path
 
@@ -116,7 +116,7 @@ def test_the_newest_file_of_each_device_that_timed_the_paths_is_read_and_named()
     write_results("gpu-3.json", "2026-01-03", rows({"eager": 1, "burnish": 1}, {"eager": 1, "burnish": 1}))
     write_results("other.json", "2026-01-01", rows(EQUAL, EQUAL), device="other GPU")
     write_results("cpu.json", "2026-01-04", rows(fast, fast), device="CPU", driver=None)
-    file = report.RESULTS / "cpu.json"
+    file = record.RESULTS / "cpu.json"
     file.write_text(file.read_text().replace('"driver": null, ', "").replace(', "driver": null', ""))
     names = written()
     assert names["SOURCES"] == {

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from burnish.bench import report
+from burnish.bench import pictures, record, report, static
 
 ROW = {
     "case": "swiglu/elementwise", "dtype": "bf16", "provider": "burnish", "device_us": [9, 10, 11],
@@ -21,9 +21,9 @@ BUILD = {
 @pytest.fixture
 def results(tmp_path, monkeypatch: pytest.MonkeyPatch):
     """One GPU with an old and a new file, three shapes each."""
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    monkeypatch.setattr(report, "RESULTS", tmp_path / "bench" / "results")
-    monkeypatch.setattr(report, "PICTURES", tmp_path / "docs" / "pictures")
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "bench" / "results")
+    monkeypatch.setattr(pictures, "PICTURES", tmp_path / "docs" / "pictures")
     for date, p50 in (("2026-01-01", 99), ("2026-01-02", 10)):
         rows = [
             ROW
@@ -43,7 +43,7 @@ def results(tmp_path, monkeypatch: pytest.MonkeyPatch):
             "ceilings": {"bandwidth_bytes_per_s": 3e12, "rate_per_s": 8e14, "dtype": "bf16"},
             "absent": {"x": "not installed"},
         }
-        report.write_whole(report.RESULTS / f"gpu-{date}.json", json.dumps(result))
+        record.write_whole(record.RESULTS / f"gpu-{date}.json", json.dumps(result))
 
 
 def test_what_is_committed_is_current():
@@ -70,7 +70,7 @@ def test_the_headline_is_the_largest_shape_with_both_passes(results):
 def test_each_op_has_a_line_with_what_spills(results):
     builds = {f"swiglu/case | T=1 | bf16 | {chip}": [BUILD] for chip in report.CHIPS}
     builds["swiglu/other | T=2 | bf16 | sm_90"] = [BUILD, BUILD | {"kernel": "_k2", "spills": 3}]
-    report.write_whole(report.ROOT / "bench" / "static.json", json.dumps({"triton": "3", "builds": builds}))
+    record.write_whole(record.ROOT / "bench" / "static.json", json.dumps({"triton": "3", "builds": builds}))
     assert "| `swiglu` | 2 | 0 of 1 | 1 of 2 | 0 of 1 | 0 of 1 | no products |" in report.proven()
 
 
@@ -90,7 +90,7 @@ def test_a_run_of_r1_is_kept_quoted_and_drawn(results, tmp_path, monkeypatch: py
     text = report.r1()
     assert "| base | 18.6 | 5.5 | 0.0 | 15.6 |" in text and "| R1-Zero | 18.6 | 5.5 | 0.0 |  |" in text
     assert "medians of 2 seeds; `burnish r1 --seeds 2` at commit" in text
-    picture = (report.PICTURES / "r1.svg").read_text()
+    picture = (pictures.PICTURES / "r1.svg").read_text()
     assert "R1-Zero" in picture and "AIME 2024" in picture
     assert report.main(["--check"]) == 0
 
@@ -104,7 +104,7 @@ def test_a_stale_part_is_found_and_made_anew(results, tmp_path, monkeypatch: pyt
     assert report.stale() == []
     text = document.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    for picture in report.PICTURES.glob("swiglu*.svg"):
+    for picture in pictures.PICTURES.glob("swiglu*.svg"):
         assert "peer" in picture.read_text()
     assert report.main(["--check"]) == 0
 
@@ -124,13 +124,13 @@ def test_a_conformance_run_is_quoted_with_what_was_found(results):
         "command": "run",
         "trainers": [trainer],
     }
-    report.write_whole(report.RESULTS / "conformance-2026-01-03.json", json.dumps(result))
+    record.write_whole(record.RESULTS / "conformance-2026-01-03.json", json.dumps(result))
     text = report.conformance()
     assert "| check | statement | T 1 |" in text and "1. T 1, packing: off by 2" in text
     assert re.search(r"\| packing \| .* \| does not hold \(1\) \|", text)
     assert "of KL(pi \\|\\| ref)" in text  # a bar would end the cell
     assert re.search(r"\| sharding \| .* \| holds \|", text)
-    assert report.newest_results().keys() == {"bench/results/gpu-2026-01-02.json"}  # it is no kernel's
+    assert record.newest_results().keys() == {"bench/results/gpu-2026-01-02.json"}  # it is no kernel's
 
 
 def test_an_unknown_part_is_refused():
@@ -139,5 +139,5 @@ def test_an_unknown_part_is_refused():
 
 
 def test_the_page_holds_the_table_and_the_picture():
-    page = report.static_page({"op/case | T=1 | bf16 | sm_90": [BUILD]})
+    page = static.static_page({"op/case | T=1 | bf16 | sm_90": [BUILD]})
     assert "<td>_k</td>" in page and "<svg" in page and "H100" in page

@@ -15,7 +15,7 @@ import pytest
 import torch
 from burnish.algorithms import dpo as dpo_module
 from burnish.algorithms._rewards import load_reward
-from burnish.bench import conformance
+from burnish.bench import conformance, record
 from burnish.bench.conformance import CHECKS, KL, ROWS, Batch, Outcome, Step, Toy, Trainer, distributions, run
 from burnish.model.adapter import adapter_disabled
 
@@ -45,7 +45,7 @@ def test_burnish(name: str, toy: Toy, burnish: Trainer):
 )
 def test_trl_is_as_the_kept_table_says(toy: Toy):
     trl = load_reward(f"{HERE / 'trl_adapter.py'}:adapter")()
-    kept = json.loads(max(conformance.RESULTS.glob("conformance-*.json")).read_text())["trainers"]
+    kept = json.loads(max(record.RESULTS.glob("conformance-*.json")).read_text())["trainers"]
     by_name = {trainer["name"]: trainer for trainer in kept}
     if trl.version != by_name["TRL"]["version"]:
         pytest.skip(f"the kept table is of TRL {by_name['TRL']['version']}, installed is {trl.version}")
@@ -293,7 +293,7 @@ def test_outcomes_are_kept_as_json(toy: Toy, tmp_path: Path, monkeypatch: pytest
         "    absent = {'sft': 'nothing here'}\n"
         "    return Trainer('Small', '1', advantages=lambda rewards, mask: rewards, absent=absent)\n"
     )
-    monkeypatch.setattr(conformance, "RESULTS", tmp_path)
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
     conformance.main([f"{adapter}:adapter", "--json"])
     (path,) = tmp_path.glob("conformance-*.json")
     (trainer,) = json.loads(path.read_text())["trainers"]

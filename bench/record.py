@@ -1,0 +1,106 @@
+"""What is kept of a run in bench/results, and on which machine it ran; underneath everything that writes or reads one.
+
+The benchmark keeps <machine>-<date>.json, a whole run (of the trainers, of rollouts, of a recipe) <kind>-<date>.json.
+"""
+
+import json
+import platform
+import subprocess
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+PASSES = ("forward", "forward+backward")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Beside, then renamed: a run cut short leaves the old file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+def keep(kind: str, command: str, **figures: Any) -> None:
+    """The figures of a whole run, with its day and its commit."""
+    today = date.today().isoformat()
+    commit = run_text("git", "rev-parse", "--short", "HEAD")
+    result = {"kind": kind, "date": today, "commit": commit, "command": command, **figures}
+    path = RESULTS / f"{kind}-{today}.json"
+    write_whole(path, json.dumps(result, indent=1) + "\n")
+    print(f"written: {path}")
+
+
+def newest_run(kind: str) -> tuple[str, dict[str, Any]] | None:
+    """The newest file of a kind of whole runs, and its path below the root."""
+    path = max(RESULTS.glob(f"{kind}-*.json"), default=None)
+    return None if path is None else (str(path.relative_to(ROOT)), json.loads(path.read_text()))
+
+
+def newest_results() -> dict[str, dict[str, Any]]:
+    """The newest file for each machine, by its path below the root; GPUs first."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        result = json.loads(path.read_text())
+        if "kind" in result:  # whole runs, which have tables of their own
+            continue
+        device = result["machine"]["device"]
+        if device not in found or result["date"] >= found[device][1]["date"]:
+            found[device] = (str(path.relative_to(ROOT)), result)
+    ordered = sorted(found.values(), key=lambda entry: "driver" not in entry[1]["machine"])
+    return dict(ordered)
+
+
+def best(row: dict[str, Any]) -> list[float]:
+    """Device time where it was measured, else the host's."""
+    return row["device_us"] or row["eager_us"]
+
+
+def markdown(head: Sequence[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+# ---- the machine
+
+
+def machine(device: str) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+    if device == "cuda":
+        facts |= {"device": torch.cuda.get_device_name(), "driver": query("driver_version")}
+    else:
+        facts |= {"device": cpu_name(), "threads": torch.get_num_threads()}
+    return facts
+
+
+def query(fields: str) -> str:
+    """nvidia-smi only asks; nothing here changes a clock."""
+    return run_text("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def run_text(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+        return done.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def clocks(device: str) -> str:
+    return query("clocks.sm,clocks.mem,temperature.gpu,power.draw") if device == "cuda" else ""
