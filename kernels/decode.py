@@ -201,7 +201,7 @@ def _read(part: Part, q: Tensor, keys: Tensor, values: Tensor, scale: float) -> 
     """q (B, G, n, D) over what the sequences see of one cache: (B, G, n, Dv) and log-sum-exp (B, G, n)."""
     n, D, Dv = *q.shape[2:], values.shape[-1]
     q = q if part.source is None else q.index_select(0, part.source)
-    q = F.pad(q, (0, max(Dv - D, 0)))
+    q = F.pad(q, (0, Dv - D)) if Dv > D else q
     q, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, keys, values))
     outs, start = [], 0
     for rows, seen, readers, mask in part.buckets:
@@ -259,8 +259,10 @@ def _decode_cpu(
         rows = prefix_slot.tolist()
         before = [n if row >= 0 else 0 for row, n in zip(rows, prefix_length.tolist(), strict=True)]
     both = [n + m for n, m in zip(before, own, strict=True)]
-    hidden = [0 if window is None else max(n - window, 0) for n in both]  # positions before the window
-    first = [max(i - n, 0) for i, n in zip(hidden, before, strict=True)]
+    hidden = first = [0] * len(own)  # what the window hides: of all positions, and of the own ones
+    if window is not None:
+        hidden = [max(n - window, 0) for n in both]
+        first = [max(i - n, 0) for i, n in zip(hidden, before, strict=True)]
     x = q.unflatten(1, (G, -1))  # (B, G, n, D)
     read = [
         _read(part, x, keys, values, scale)

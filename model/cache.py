@@ -1,9 +1,9 @@
 """Keys and values of prompts, each held once, and of the tokens that its samples go on with.
 
-    prompts   cache.open(packed, rows); model(packed, cache)      each prompt run once, into a row of its own
-    samples   cache.begin(slots, rows)                            new sequences, each after its prompt
-    a step    model.decode(tokens, cache)                         one further token of slots 0, 1, ..., B - 1
-    an end    cache.keep(slots)                                   survivors and their prompts move to the front
+    prompts   cache.open(packed, rows); model.prefill(packed, cache)    each prompt run once, into a row of its own
+    samples   cache.begin(slots, rows)                                  new sequences, each after its prompt
+    a step    model.decode(tokens, cache)                               one further token of slots 0, 1, ..., B - 1
+    an end    cache.keep(slots)                                         survivors and their prompts move to the front
 
     prompt rows     0 | p p p p p p . .      1 | p p p . . . . .          as long as the longest prompt
     slots           0 | a a a . .   1 | b . . . .   2 | c c c c .         as long as the most new tokens

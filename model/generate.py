@@ -29,7 +29,7 @@ from .packed import pack
 from .transformer import Transformer
 
 # prompts are run in portions of about this many tokens: on a CPU what a layer makes of them stays in a core's cache
-PREFILL_TOKENS = {"cuda": 16_384, "cpu": 1_024}
+PREFILL_TOKENS = {"cuda": 16_384, "cpu": 512}
 LEAVING = 8  # a batch is compacted when one in this many sequences has ended
 MEMORY_BUDGET = 4 * 2**30  # bytes of cached keys and values
 CUDA_GRAPHS = (
@@ -310,7 +310,7 @@ class _Batch:
         adapters = [adapter for adapter, _ in prompts] if self.adapted else None
         packed = pack([ids for _, ids in prompts], device=self.model.device, adapters=adapters)
         self.cache.open(packed, rows)
-        last = self.model(packed, self.cache)[packed.cu_seqlens[1:].long() - 1]  # (prompts, C)
+        last = self.model.prefill(packed, self.cache)  # (prompts, C)
         if self.last is None:
             self.last = last.new_zeros(self.prompt_rows, last.shape[1])
             self.hidden = last.new_zeros(self.rows, last.shape[1])

@@ -11,7 +11,7 @@ Face checkpoint, without the leading "model.".
 
 import math
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -236,22 +236,31 @@ class Layer(nn.Module):
             self.mlp = MLP(config)
         self.eps = config.rms_norm_eps
 
-    def forward(self, x: Tensor, now: Pass) -> Tensor:
+    def forward(self, x: Tensor, now: Pass, rows: Tensor | None = None) -> Tensor:
+        """x (total, C) to (total, C), or with `rows` (n,) to these alone: the others are only attended to."""
         if self.pre_feedforward_layernorm is not None:
-            return self._gemma(x, now)
+            return self._gemma(x, now, rows)
         y = self.self_attn(rms_norm(x, self.input_layernorm.weight, self.eps), now)
+        x, y, now = _narrow(x, y, now, rows)
         y, h = add_rms_norm(y, x, self.post_attention_layernorm.weight, self.eps)
         return h + self.mlp(y, now)
 
-    def _gemma(self, x: Tensor, now: Pass) -> Tensor:
+    def _gemma(self, x: Tensor, now: Pass, rows: Tensor | None) -> Tensor:
         """Each branch is also normalised before it is added."""
         assert self.pre_feedforward_layernorm is not None and self.post_feedforward_layernorm is not None
         y = self.self_attn(rms_norm(x, self.input_layernorm.weight, self.eps, unit_offset=True), now)
+        x, y, now = _narrow(x, y, now, rows)
         y = rms_norm(y, self.post_attention_layernorm.weight, self.eps, unit_offset=True)
         y, h = add_rms_norm(y, x, self.pre_feedforward_layernorm.weight, self.eps, unit_offset=True)
         return h + rms_norm(
             self.mlp(y, now), self.post_feedforward_layernorm.weight, self.eps, unit_offset=True
         )
+
+
+def _narrow(x: Tensor, y: Tensor, now: Pass, rows: Tensor | None) -> tuple[Tensor, Tensor, Pass]:
+    if rows is None:
+        return x, y, now
+    return x[rows], y[rows], replace(now, adapter=None if now.adapter is None else now.adapter[rows])
 
 
 # ---- model
@@ -320,6 +329,15 @@ class Transformer(nn.Module):
         cos, sin = self._angles(positions)
         return Pass(cos, sin, local=None if local is None else self._angles(positions, local), **more)
 
+    def _packed_pass(self, packed: Packed, cache: Cache | None = None) -> Pass:
+        return self._pass(
+            packed.positions,
+            cu_seqlens=packed.cu_seqlens,
+            parents=packed.parents,
+            cache=cache,
+            adapter=packed.adapter,
+        )
+
     def _embed(self, tokens: Tensor) -> Tensor:
         x = self.embed_tokens(tokens)
         return x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype) if self.config.gemma else x
@@ -342,16 +360,9 @@ class Transformer(nn.Module):
         cos, sin = angle.cos(), angle.sin()
         return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
 
-    def forward(self, packed: Packed, cache: Cache | None = None) -> Tensor:
-        """Hidden states after the final norm, (total, C). A cache takes the keys and values as its `open` said."""
-        now = self._pass(
-            packed.positions,
-            cu_seqlens=packed.cu_seqlens,
-            parents=packed.parents,
-            cache=cache,
-            adapter=packed.adapter,
-        )
-        x = self._embed(packed.tokens)  # (total, C)
+    def forward(self, packed: Packed) -> Tensor:
+        """Hidden states after the final norm, (total, C)."""
+        x, now = self._embed(packed.tokens), self._packed_pass(packed)  # (total, C)
         for layer in self.layers:
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(layer, x, now, use_reentrant=False)
@@ -359,6 +370,14 @@ class Transformer(nn.Module):
                 x = layer(x, now)
         self.routing = tuple(now.routed)
         return self._final(x)
+
+    def prefill(self, packed: Packed, cache: Cache) -> Tensor:
+        """Write the cache as its `open` said. Returns hidden states of each segment's last token, (segments, C)."""
+        x, now = self._embed(packed.tokens), self._packed_pass(packed, cache)
+        *layers, final = self.layers
+        for layer in layers:
+            x = layer(x, now)
+        return self._final(final(x, now, packed.cu_seqlens[1:].long() - 1))
 
     def decode(self, tokens: Tensor, cache: Cache) -> Tensor:
         """One further token (B,) for each of the cache's first B slots to hidden states (B, C)."""

@@ -137,10 +137,10 @@ def test_a_group_trains_on_its_prompt_once(cfg, monkeypatch):
     trained = []
     forward = Layer.forward
 
-    def counted(layer, x, now):
+    def counted(layer, x, now, rows=None):
         if torch.is_grad_enabled():
             trained.append(len(x))
-        return forward(layer, x, now)
+        return forward(layer, x, now, rows)
 
     monkeypatch.setattr(Layer, "forward", counted)
     grpo.train(dataclasses.replace(cfg, kl_coefficient=0.1))  # with a KL term every sample is scored

@@ -91,7 +91,8 @@ def test_cached_decoding_is_uncached_decoding(data, architecture):
     cache = Cache(model.config, prompts=2, prompt_capacity=3, slots=3, capacity=6, dtype=torch.float32)
     cache.open(packed, [1, 0])
     with torch.no_grad():
-        model(packed, cache)
+        whole = model(packed)
+        torch.testing.assert_close(model.prefill(packed, cache), whole[[1, 2]], atol=1e-5, rtol=0)
         cache.begin(slice(3), torch.tensor([1, 1, 0]))
         for step in range(3):
             tokens = [sequences[0][2 + step], sequences[1][2 + step], sequences[2][1 + step]]
@@ -120,14 +121,14 @@ def test_log_probabilities_are_the_scorers(data, architecture, how):
 
 
 def test_a_group_runs_its_prompt_once(tiny, monkeypatch):
-    prefills, steps = calls(monkeypatch, tiny, "forward"), calls(monkeypatch, tiny, "decode")
+    prefills, steps = calls(monkeypatch, tiny, "prefill"), calls(monkeypatch, tiny, "decode")
     generate(tiny, [*PROMPTS, PROMPTS[0]], samples_per_prompt=4, max_new_tokens=3)
     assert prefills == [sum(map(len, PROMPTS))]  # the repeated prompt is not run again either
     assert steps == [20, 20]  # the last id drawn is not run
 
 
 def test_sequences_that_ended_leave_and_the_batch_fills_up_again(tiny, monkeypatch):
-    prefills, steps = calls(monkeypatch, tiny, "forward"), calls(monkeypatch, tiny, "decode")
+    prefills, steps = calls(monkeypatch, tiny, "prefill"), calls(monkeypatch, tiny, "decode")
     prompts = [[*prompt, i] for i in range(8) for prompt in PROMPTS]
     samples = generate(tiny, prompts, max_new_tokens=30, stop_ids=set(range(4)), batch_size=8)
     assert max(steps) == 8 and len(prefills) > 4
@@ -139,7 +140,7 @@ def test_sequences_that_ended_leave_and_the_batch_fills_up_again(tiny, monkeypat
 
 def test_large_prefills_are_cut_into_portions(tiny, monkeypatch):
     whole = generate(tiny, PROMPTS, samples_per_prompt=2, max_new_tokens=4)
-    prefills = calls(monkeypatch, tiny, "forward")
+    prefills = calls(monkeypatch, tiny, "prefill")
     monkeypatch.setattr("burnish.model.generate.PREFILL_TOKENS", {"cpu": 4})
     assert [s.tokens for s in generate(tiny, PROMPTS, samples_per_prompt=2, max_new_tokens=4)] == [
         s.tokens for s in whole
@@ -148,7 +149,7 @@ def test_large_prefills_are_cut_into_portions(tiny, monkeypatch):
 
 
 def test_a_batch_of_one_at_a_time_runs_each_prompt_once(tiny, monkeypatch):
-    prefills = calls(monkeypatch, tiny, "forward")
+    prefills = calls(monkeypatch, tiny, "prefill")
     generate(tiny, PROMPTS, samples_per_prompt=3, max_new_tokens=2, batch_size=1)
     assert prefills == [len(prompt) for prompt in PROMPTS]
 
