@@ -183,6 +183,10 @@ def dequantize(
     return _lookup(packed, code, absmax, prod(shape), blocksize).to(dtype).view(shape)
 
 
+def multiplied_out(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
+    return dequantize(*weight.tensors(), [*weight.shape], weight.blocksize, dtype)
+
+
 def product(
     x: Tensor,
     packed: Tensor,

@@ -235,13 +235,8 @@ def _packed_fake(
 
 # ---- kernels
 
-RAGGED = [
-    "T",
-    "S",
-    "rows",
-    "segments",
-    "window",
-]  # differ from batch to batch: no new compilation for a multiple of 16
+# differ from batch to batch: no new compilation for a multiple of 16
+RAGGED = ["T", "S", "rows", "segments", "window"]
 
 
 @triton.jit
@@ -546,9 +541,8 @@ def _flash_dkdv(
     if PARENTS:  # its children's queries follow its own, and stand after all of its keys
         family = _with_children(cu_ptr, parents_ptr, segments, segment)
         reached = family > keys
-        if (
-            WINDOW
-        ):  # their positions start at `keys`: early keys of a long prompt are out of every child's window
+        if WINDOW:
+            # their positions start at `keys`: early keys of a long prompt are out of every child's window
             reached &= n0 + BLOCK_N - 1 + window > keys
         hi = tl.where(reached, family, hi)
     blocks = tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_M)

@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _lora_paths
-from ._four_bit import FEW_ROWS, NF4Weight, dequantize, product
+from ._four_bit import FEW_ROWS, NF4Weight, dequantize, multiplied_out, product
 from ._launch import (
     capability,
     cdiv,
@@ -64,7 +64,7 @@ def lora_linear_reference(
     dropout: float = 0.0,
     seed: int | Tensor | None = None,
 ) -> Tensor:
-    W = weight if isinstance(weight, Tensor) else _multiplied_out(weight, x.dtype)
+    W = weight if isinstance(weight, Tensor) else multiplied_out(weight, x.dtype)
     wide = torch.promote_types(x.dtype, W.dtype)
     rows, W, lora_a, lora_b = (t.to(wide) for t in (x.reshape(-1, x.shape[-1]), W, lora_a, lora_b))
     dropped = _drop(rows, dropout, _seed(seed, x)) if dropout else rows
@@ -101,10 +101,6 @@ def lora_linears_reference(
         )
         for W, a, b, s, bias, magnitude in each
     ]
-
-
-def _multiplied_out(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
-    return dequantize(*weight.tensors(), list(weight.shape), weight.blocksize, dtype)
 
 
 def _seed(seed: int | Tensor | None, x: Tensor) -> Tensor:
@@ -586,9 +582,7 @@ def _dense(x, weight, absmax, code, nested_absmax, nested_code, offset, blocksiz
     if absmax is None:
         return weight
     shape = [lora_b.shape[-2], x.shape[1]]
-    return dequantize(
-        weight, absmax, code, nested_absmax, nested_code, offset, shape, blocksize, x.dtype
-    )  # fmt: skip
+    return dequantize(weight, absmax, code, nested_absmax, nested_code, offset, shape, blocksize, x.dtype)
 
 
 def _end_to_end(lora_a: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._four_bit import NF4Weight, dequantize, unnested
+from ._four_bit import NF4Weight, dequantize, multiplied_out, unnested
 from ._launch import (
     capability,
     cdiv,
@@ -146,18 +146,14 @@ def moe_mlp_reference(
     alpha: float = 1.702,
     limit: float = 7.0,
 ) -> Tensor:
-    W_gu, W_d = (
-        dequantize(*w.tensors(), [*w.shape], w.blocksize, x.dtype) if isinstance(w, NF4Weight) else w
-        for w in (gate_up, down)
-    )
+    W_gu, W_d = (multiplied_out(w, x.dtype) if isinstance(w, NF4Weight) else w for w in (gate_up, down))
     W_gu = W_gu if gate_up_a is None or gate_up_b is None else W_gu + gate_up_b @ gate_up_a
     W_d = W_d if down_a is None or down_b is None else W_d + down_b @ down_a
     out = torch.zeros_like(x)
     for e in range(W_gu.shape[0]):
         h = F.linear(x, W_gu[e], None if gate_up_bias is None else gate_up_bias[e])
-        y = F.linear(
-            _activate(h, activation, alpha, limit), W_d[e], None if down_bias is None else down_bias[e]
-        )
+        a = _activate(h, activation, alpha, limit)
+        y = F.linear(a, W_d[e], None if down_bias is None else down_bias[e])
         weight = (weights * (indices == e)).sum(1, keepdim=True)  # (T, 1), zero where the token is elsewhere
         out = out + weight.to(x.dtype) * y
     return out
@@ -239,12 +235,11 @@ class _FourBitLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: NF4Weight) -> Tensor:
-        return F.linear(x, dequantize(*weight.tensors(), [*weight.shape], weight.blocksize, x.dtype))
+        return F.linear(x, multiplied_out(weight, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        weight = ctx.weight
-        return dy @ dequantize(*weight.tensors(), [*weight.shape], weight.blocksize, dy.dtype), None
+        return dy @ multiplied_out(ctx.weight, dy.dtype), None
 
 
 def _expert_linear(
@@ -633,28 +628,12 @@ def _block_m(rows: int, E: int) -> int:
 def _tile(x: Tensor, block_m: int, accumulators: int) -> dict[str, int]:
     """accumulators: tiles [BLOCK_M, BLOCK_N] that are held at once."""
     if x.dtype == torch.float32:
-        return {
-            "BLOCK_M": min(block_m, 64),
-            "BLOCK_N": 64 // accumulators,
-            "BLOCK_K": 32,
-            "num_warps": 4,
-            "num_stages": 2,
-        }
-    if block_m < 64:
-        return {
-            "BLOCK_M": block_m,
-            "BLOCK_N": 128 // accumulators,
-            "BLOCK_K": 64,
-            "num_warps": 4,
-            "num_stages": 3,
-        }
-    return {
-        "BLOCK_M": block_m,
-        "BLOCK_N": 128 // (1 if capability(x)[0] >= 9 and accumulators == 1 else accumulators),
-        "BLOCK_K": 64,
-        "num_warps": 8,
-        "num_stages": 3 if capability(x) != (9, 4) else 2,
-    }
+        M, N, K, warps, stages = min(block_m, 64), 64 // accumulators, 32, 4, 2
+    elif block_m < 64:
+        M, N, K, warps, stages = block_m, 128 // accumulators, 64, 4, 3
+    else:
+        M, N, K, warps, stages = block_m, 128 // accumulators, 64, 8, 3 if capability(x) != (9, 4) else 2
+    return {"BLOCK_M": M, "BLOCK_N": N, "BLOCK_K": K, "num_warps": warps, "num_stages": stages}
 
 
 def _weight_tile(x: Tensor, N: int, C: int) -> dict[str, int]:
@@ -755,11 +734,8 @@ def _forward(
         down_absmax, down_code, down_nested_absmax, down_nested_code, down_offset]  # fmt: skip
     rows = [starts, row, choice, tile_expert, tile_row]
     out, h, s = _kept(x, gate_up, down, weights, gate_up_a, blocksizes, rows, activation, save)
-    (T, C), (T, K), (E, width, F) = (
-        x.shape,
-        weights.shape,
-        _sizes(x, gate_up, down, rows, blocksizes, activation),
-    )
+    (T, C), K = x.shape, weights.shape[1]
+    E, width, F = _sizes(x, gate_up, down, rows, blocksizes, activation)
     if not out.numel() or not K:
         return out.zero_(), h, s
     gate_up, down = _dense(x, gate_up, down, E, width, F, four_bit, blocksizes)
@@ -945,23 +921,10 @@ def _backward_fake(
 
 
 def _save(ctx, inputs, output):
-    (
-        *tensors,
-        blocksizes,
-        starts,
-        row,
-        choice,
-        tile_expert,
-        tile_row,
-        activation,
-        alpha,
-        limit,
-        block_m,
-        _save,
-    ) = inputs
+    tensors, blocksizes, rows, numbers = inputs[:20], inputs[20], inputs[21:26], inputs[26:30]
     _out, h, s = output
-    ctx.save_for_backward(*tensors, starts, row, choice, tile_expert, tile_row, h, s)
-    ctx.blocksizes, ctx.numbers = blocksizes, (activation, alpha, limit, block_m)
+    ctx.save_for_backward(*tensors, *rows, h, s)
+    ctx.blocksizes, ctx.numbers = blocksizes, numbers
     ctx.mark_non_differentiable(h, s)
     ctx.set_materialize_grads(False)
 
@@ -1029,16 +992,9 @@ def moe_route(
     if capacity_factor is not None and not capacity_factor > 0:
         raise ValueError(f"capacity_factor: expected a positive number, got {capacity_factor}")
     return moe_route_reference(
-        logits,
-        top_k,
-        score=score,
-        bias=bias,
-        groups=groups,
-        top_groups=top_groups,
-        renormalize=renormalize,
-        scale=scale,
-        capacity_factor=capacity_factor,
-    )
+        logits, top_k, score=score, bias=bias, groups=groups, top_groups=top_groups, renormalize=renormalize,
+        scale=scale, capacity_factor=capacity_factor,
+    )  # fmt: skip
 
 
 def moe_mlp(
@@ -1108,10 +1064,9 @@ def moe_mlp(
 
 
 def _check_experts(name: str, weight: Tensor | NF4Weight, x: Tensor, **dims: int) -> None:
-    if isinstance(weight, Tensor):
-        check_shape(name, weight, **dims)
-        return check_dtype(name, weight, x.dtype)
     check_shape(name, weight, **dims)
+    if isinstance(weight, Tensor):
+        return check_dtype(name, weight, x.dtype)
     one = weight.numel // max(weight.shape[0], 1)
     if one % weight.blocksize:
         raise ValueError(

@@ -551,8 +551,8 @@ FAULTS = [
     Fault(
         "gradient past a 4-bit weight",
         "moe",
-        "return dy @ dequantize",
-        "return 2 * dy @ dequantize",
+        "return dy @ multiplied_out",
+        "return 2 * dy @ multiplied_out",
         "moe_mlp/4-bit experts, adapters",
         shape=0,
         triton=False,
