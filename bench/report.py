@@ -253,12 +253,15 @@ def trainers() -> str:
 
 
 def rollouts() -> str:
-    """The newest run of rollouts.py."""
-    if (run := newest_run("rollouts")) is None:
-        return NO_RUN
-    path, result = run
+    """The newest runs of rollouts.py: a GPU's, where there is one, and a CPU's."""
+    runs = [run for kind in ("gpu-rollouts", "rollouts") if (run := newest_run(kind)) is not None]
+    return "\n\n".join(_rollouts(*run) for run in runs) or NO_RUN
+
+
+def _rollouts(path: str, result: dict[str, Any]) -> str:
     m = result["machine"]
-    facts = f"{m['device']}, one thread, torch {m['torch']}, transformers {m['transformers']}"
+    threads = "" if "driver" in m else ", one thread"
+    facts = f"{m['device']}{threads}, torch {m['torch']}, transformers {m['transformers']}"
     rows = []
     for row in result["rows"]:
         ours, theirs = (row["tokens_per_second"][side] for side in ("burnish", "transformers"))
@@ -269,7 +272,7 @@ def rollouts() -> str:
                 f"{ours:,.0f} / {theirs:,.0f}",
                 f"{row['ratio']:.2f}x [{min(row['ratios']):.2f}, {max(row['ratios']):.2f}]",
                 f"{row['cache_bytes'] / 1e6:.1f} / {row['copied_cache_bytes'] / 1e6:.1f} MB",
-                "yes" if row["same_greedy_tokens"] else "no",
+                f"{row['same_greedy_answers']:.0%}",
             ]
         )
     head = (
@@ -278,7 +281,7 @@ def rollouts() -> str:
         "tokens/s, ours / theirs",
         "ratio",
         "cache, shared / copied",
-        "same greedy tokens",
+        "same greedy answers",
     )
     rounds = f"medians of {result['rows'][0]['rounds']} rounds"
     return f"{facts}. {whence(path, result)}; {rounds}.\n\n{markdown(head, rows)}"

@@ -62,7 +62,8 @@ SHAPE = {
 # ---- what both train
 
 
-def write_model(folder: Path) -> None:
+def write_model(folder: Path, **changes: Any) -> None:
+    """A random model of this SHAPE, or with changes to it, and a tokenizer of words."""
     from tokenizers import Tokenizer as WordTokenizer
     from tokenizers import models, pre_tokenizers
 
@@ -75,9 +76,8 @@ def write_model(folder: Path) -> None:
     tokenizer = WordTokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<eos>", "<pad>"])
-    save_model(
-        Transformer(ModelConfig.from_hf(SHAPE, "trainers"), seed=0), folder, Tokenizer(tokenizer, eos="<eos>")
-    )
+    config = ModelConfig.from_hf(SHAPE | changes, "trainers")
+    save_model(Transformer(config, seed=0), folder, Tokenizer(tokenizer, eos="<eos>"))
 
 
 def write_rows(file: Path, task: str) -> None:

@@ -3,7 +3,8 @@
 import importlib.util
 
 import pytest
-from burnish.bench import rollouts, trainers
+from burnish.bench import record, report, rollouts, trainers
+from burnish.model import ModelConfig, Transformer
 from burnish.model.checkpoint import load_model
 
 WORK = rollouts.Work("ragged", 5, 2, 3, 9, 6, mean_length=8)
@@ -38,11 +39,34 @@ def test_our_answers_are_what_is_counted(folder, monkeypatch):
     assert answers[0] == answers[1]  # two samples of one prompt, greedily
     clock = iter([10.0, 12.0])
     monkeypatch.setattr(rollouts.time, "process_time", lambda: next(clock))
-    assert rollouts.speed(lambda: answers) == sum(map(len, answers)) / 2
+    assert rollouts.speed(lambda: answers, "cpu") == sum(map(len, answers)) / 2
+
+
+def test_the_gpus_model_has_a_billion_parameters():
+    config = ModelConfig.from_hf(trainers.SHAPE | rollouts.SETTINGS["cuda"].changes, "test")
+    assert 1.2e9 < sum(p.numel() for p in Transformer(config, device="meta").parameters()) < 1.3e9
+
+
+def test_a_gpus_run_is_reported_before_a_cpus(tmp_path, monkeypatch):
+    row = {"model": "m", "work": "w", "rounds": 1, "ratio": 6.0, "ratios": [6.0], "same_greedy_answers": 0.75}
+    row |= {"tokens_per_second": {"burnish": 60.0, "transformers": 10.0}}
+    row |= {"cache_bytes": 1_000_000, "copied_cache_bytes": 2_000_000}
+    facts = {"torch": "2", "transformers": "5"}
+    machines = {
+        "rollouts": facts | {"device": "a CPU"},
+        "gpu-rollouts": facts | {"device": "a GPU", "driver": "1"},
+    }
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "bench" / "results")
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    for kind, machine in machines.items():
+        record.keep(kind, "command", machine=machine, rows=[row])
+    text = report.rollouts()
+    assert text.index("a GPU, torch 2") < text.index("a CPU, one thread, torch 2")
+    assert text.count("| 75% |") == 2 and "6.00x" in text
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
 def test_both_sides_draw_the_same_greedy_tokens(folder):
-    row = rollouts.measure("tiny", folder, WORK, rounds=1)
-    assert row["same_greedy_tokens"] and row["ratio"] > 0
+    row = rollouts.measure("tiny", folder, WORK, 1, "cpu")
+    assert row["same_greedy_answers"] == 1 and row["ratio"] > 0
     assert row["cache_bytes"] < row["copied_cache_bytes"]
