@@ -14,6 +14,7 @@ from . import (
     cases_nf4,
     cases_norm,
     cases_rope,
+    cases_sample,
     cases_topk,
 )
 from .case import Case
@@ -27,6 +28,7 @@ CASES: tuple[Case, ...] = (
     *cases_logprob.CASES,
     *cases_divergence.CASES,
     *cases_topk.CASES,
+    *cases_sample.CASES,
     *cases_moe.CASES,
     *cases_lora.CASES,
     *cases_nf4.CASES,

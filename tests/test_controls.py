@@ -19,6 +19,7 @@ from burnish.bench.case import Case, assert_accurate, make_inputs
 from burnish.bench.cases_lora import several
 from burnish.bench.cases_moe import with_4bit_experts
 from burnish.bench.cases_nf4 import absmax_alone, four_bit, multiplied_out
+from burnish.bench.cases_sample import logprob_alone
 from burnish.bench.registry import CASES
 from burnish.kernels import _launch, lora, nf4
 
@@ -26,10 +27,11 @@ KERNELS = Path(__file__).parents[1] / "kernels"
 TRITON = _launch.INTERPRET or torch.cuda.is_available()
 
 
-WRAPPED = {  # ops on an NF4Weight, for Cases whose inputs are tensors
+WRAPPED = {  # ops on an NF4Weight, for Cases whose inputs are tensors, and what a Case has of an op's outputs
     "nf4_linear": four_bit,
     "dequantize_nf4": multiplied_out,
     "quantize_nf4": absmax_alone,
+    "sample_tokens": logprob_alone,
 }
 
 
@@ -563,6 +565,69 @@ FAULTS = [
         "weights[..., None]).sum(1)",
         "weights[..., None].square()).sum(1)",
         "moe_mlp/swiglu",
+        triton=False,
+    ),
+    Fault(
+        "pieces as high as one another",
+        "sample",
+        "scale)\n    return top, mass",
+        "0)\n    return top, mass",
+        "sample_tokens/all ids",
+        2,
+    ),
+    Fault(
+        "log-probability not scaled",
+        "sample",
+        "(chosen - highest) * scale",
+        "(chosen - highest)",
+        "sample_tokens/all ids",
+    ),
+    Fault(
+        "order of negative numbers", "sample", "bits ^ 0xFFFFFFFF, bits", "bits, bits", "sample_tokens/top_p"
+    ),
+    Fault(
+        "what reaches top_p dropped",
+        "sample",
+        "before >= top_p * total",
+        "before + weight >= top_p * total",
+        "sample_tokens/top_p",
+    ),
+    Fault("top_p of nothing", "sample", "elif TOP_P:", "elif P < 0:", "sample_tokens/top_k"),
+    Fault("min_p ignored", "sample", "weight < min_p", "weight < 0 * min_p", "sample_tokens/top_k"),
+    Fault(
+        "least likely first",
+        "sample",
+        "tl.sort(keys, descending=True)",
+        "tl.sort(keys)",
+        "sample_tokens/top_k",
+    ),
+    Fault(
+        "sum of what was dropped", "sample", "tl.where(k < n, weight, 0.0)", "weight", "sample_tokens/top_p"
+    ),
+    Fault(
+        "first id of a block",
+        "sample",
+        "rest = (target -",
+        "rest = (0 * target -",
+        "sample_tokens/all ids",
+        triton=False,
+    ),
+    Fault(
+        "blocks before",
+        "sample",
+        "(reached - sums).gather",
+        "(0 * sums).gather",
+        "sample_tokens/all ids",
+        2,
+        triton=False,
+    ),
+    Fault("min_p ignored", "sample", "exp() < min_p", "exp() < 0", "sample_tokens/top_k", triton=False),
+    Fault(
+        "what reaches top_p dropped",
+        "sample",
+        "p.cumsum(-1) - p >= top_p",
+        "p.cumsum(-1) >= top_p",
+        "sample_tokens/top_p",
         triton=False,
     ),
 ]
