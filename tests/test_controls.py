@@ -639,10 +639,12 @@ def copy_of(file: str, folder: Path, monkeypatch: pytest.MonkeyPatch, old: str =
     assert old in source, f"{file}.py no longer has `{old}`: plant this control anew"
     path = folder / f"control_{file}.py"
     path.write_text(source.replace(old, new) if old else source)
-    register = _launch.register
+    # under a name of their own: an op that is registered anew frees the one that others still call
+    register, register_path = _launch.register, _launch.register_path
     monkeypatch.setattr(
         _launch, "register", lambda name, *rest, **more: register(f"control_{name}", *rest, **more)
     )
+    monkeypatch.setattr(_launch, "register_path", lambda name, *rest: register_path(f"control_{name}", *rest))
     spec = importlib.util.spec_from_file_location(f"burnish.kernels.control_{file}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
