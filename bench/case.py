@@ -40,10 +40,11 @@ class Case:
     work: Callable[[Dims, int], tuple[Work, Work]]  # (dims, bytes per element) -> forward, backward
     formula: str  # the traffic in work, in words: elements forward; elements backward
     shapes: tuple[Dims, ...]  # tests: one, odd, prime, just over a tile
-    empty: tuple[Dims, ...]
-    bench: dict[str, tuple[Dims, ...]]  # by device, "cuda" or "cpu"; the one to know first
-    configurations: tuple[Dims, ...]  # what the static proof compiles: each row of the kernel's tile table
     activations: tuple[str, ...]  # what is scaled by 30; the other tensors are parameters
+    empty: tuple[Dims, ...] = ()
+    # by device, "cuda" or "cpu"; the one to know first
+    bench: dict[str, tuple[Dims, ...]] = field(default_factory=dict)
+    configurations: tuple[Dims, ...] = ()  # for the static proof: one for each row of the kernel's tile table
     options: dict[str, Any] = field(default_factory=dict)
     fixed: tuple[str, ...] = ()  # float tensors that have no gradient
     half_scales: tuple[float, ...] = (1e-3, 30)  # those at which the eager composition is finite in fp16

@@ -1,5 +1,6 @@
 """Cases of kernels/attention.py: attention over whole sequences, packed rows and shared prompts."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -149,43 +150,37 @@ _PACKED_TILES, _SHARED_TILES = (  # a shared prompt's keys are a program for eac
     for prompt in ({}, {"P": 64, "R": 64})
 )
 
-
-def _case(family: str, **changes: Any) -> Case:
-    return Case(
-        **{
-            "op": "flash_attention",
-            "family": family,
-            "inputs": _inputs,
-            "fused": attention.flash_attention,
-            "reference": attention.flash_attention_reference,
-            "eager": _eager,
-            "work": _work,
-            "formula": "4D operations for each pair in sight and head; 10D",
-            "shapes": _SHAPES,
-            "empty": ({"B": 0, "T": 3, "H": 2, "G": 1, "D": 8}, {"B": 1, "T": 0, "H": 2, "G": 1, "D": 8}),
-            "bench": {},
-            "configurations": (),
-            # k stays at 1: both at 30 make scores of thousands, whose last bit in fp32 is all that exp(s - lse) sees
-            "activations": ("q", "v"),
-            "half_scales": (1e-3,),
-            "check": _fewer_heads,
-        }
-        | changes
-    )
-
+_CASE = Case(
+    op="flash_attention",
+    family="causal",
+    inputs=_inputs,
+    fused=attention.flash_attention,
+    reference=attention.flash_attention_reference,
+    eager=_eager,
+    work=_work,
+    formula="4D operations for each pair in sight and head; 10D",
+    shapes=_SHAPES,
+    empty=({"B": 0, "T": 3, "H": 2, "G": 1, "D": 8}, {"B": 1, "T": 0, "H": 2, "G": 1, "D": 8}),
+    # k stays at 1: both at 30 make scores of thousands, whose last bit in fp32 is all that exp(s - lse) sees
+    activations=("q", "v"),
+    half_scales=(1e-3,),
+    check=_fewer_heads,
+)
 
 CASES = (
-    _case("causal", bench=_BENCH, configurations=_TILES),
-    _case("full", shapes=_SHAPES[:3], options={"causal": False, "return_lse": True}),
-    _case(
-        "window, softcap, sinks",
+    replace(_CASE, bench=_BENCH, configurations=_TILES),
+    replace(_CASE, family="full", shapes=_SHAPES[:3], options={"causal": False, "return_lse": True}),
+    replace(
+        _CASE,
+        family="window, softcap, sinks",
         inputs=_sinks_inputs,
         shapes=_SHAPES,
         options={"window": 9, "softcap": 5.0, "return_lse": True},
         configurations=_TILES,
     ),
-    _case(
-        "packed",
+    replace(
+        _CASE,
+        family="packed",
         inputs=_packed_inputs,
         reads_values=True,
         shapes=(_PACKED,),
@@ -193,8 +188,9 @@ CASES = (
         bench={"cuda": ({"T": 8192, "H": 16, "G": 16, "D": 128},)},
         configurations=_PACKED_TILES,
     ),
-    _case(
-        "shared prompt",
+    replace(
+        _CASE,
+        family="shared prompt",
         inputs=_shared_inputs,
         reads_values=True,
         shapes=(_SHARED,),
@@ -202,8 +198,9 @@ CASES = (
         bench={"cuda": ({"T": 10240, "P": 2048, "R": 512, "H": 16, "G": 4, "D": 128},)},
         configurations=_SHARED_TILES,
     ),
-    _case(
-        "shared prompt, window, softcap, sinks",
+    replace(
+        _CASE,
+        family="shared prompt, window, softcap, sinks",
         inputs=_shared_sinks_inputs,
         reads_values=True,
         shapes=(

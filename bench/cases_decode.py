@@ -1,6 +1,6 @@
 """Cases of kernels/decode.py: attention of one new token to a cache."""
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -64,43 +64,34 @@ def _work(dims: Dims, size: int) -> tuple[Work, Work]:
 
 _TILES = tuple({"B": 2, "S": 256, "H": 4, "G": 2, "D": d} for d in (128, 64, 256))
 
-
-def _case(family: str, inputs: Any, **changes: Any) -> Case:
-    return Case(
-        **{
-            "op": "decode_attention",
-            "family": family,
-            "inputs": inputs,
-            "fused": decode.decode_attention,
-            "reference": decode.decode_attention_reference,
-            "eager": _eager,
-            "work": _work,
-            "formula": "reads the cached keys and values: 2BSGD; no backward",
-            "shapes": (
-                {"B": 1, "S": 1, "H": 1, "G": 1, "D": 1},
-                {"B": 3, "S": 67, "H": 2, "G": 1, "D": 17},
-                {"B": 1, "S": 131, "H": 2, "G": 2, "D": 16},
-            ),
-            "empty": ({"B": 0, "S": 5, "H": 2, "G": 1, "D": 8},),
-            "bench": {},
-            "configurations": (),
-            "activations": ("q", "v_cache"),
-            "fixed": ("q", "k_cache", "v_cache"),
-            "reads_values": True,
-        }
-        | changes
-    )
-
+_CASE = Case(
+    op="decode_attention",
+    family="own cache",
+    inputs=_inputs,
+    fused=decode.decode_attention,
+    reference=decode.decode_attention_reference,
+    eager=_eager,
+    work=_work,
+    formula="reads the cached keys and values: 2BSGD; no backward",
+    shapes=(
+        {"B": 1, "S": 1, "H": 1, "G": 1, "D": 1},
+        {"B": 3, "S": 67, "H": 2, "G": 1, "D": 17},
+        {"B": 1, "S": 131, "H": 2, "G": 2, "D": 16},
+    ),
+    empty=({"B": 0, "S": 5, "H": 2, "G": 1, "D": 8},),
+    activations=("q", "v_cache"),
+    fixed=("q", "k_cache", "v_cache"),
+    reads_values=True,
+)
 
 CASES = (
-    _case(
-        "own cache",
-        _inputs,
+    replace(
+        _CASE,
         bench={
             "cuda": tuple({"B": b, "S": 4096, "H": 32, "G": 8, "D": 128} for b in (64, 1)),
             "cpu": ({"B": 4, "S": 512, "H": 8, "G": 2, "D": 64},),
         },
         configurations=_TILES,
     ),
-    _case("shared prefix", _prefix_inputs, configurations=_TILES),
+    replace(_CASE, family="shared prefix", inputs=_prefix_inputs, configurations=_TILES),
 )

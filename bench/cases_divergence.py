@@ -1,6 +1,6 @@
 """Cases of kernels/divergence.py: divergences of two heads over the whole vocabulary."""
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -100,55 +100,50 @@ _BENCH = {
 }
 _TILES = ({"T": 64, "C": 128, "teacher": 256, "V": 4096},)
 
-
-def _case(family: str, **changes: Any) -> Case:
-    return Case(
-        **{
-            "op": "token_divergence",
-            "family": family,
-            "inputs": _inputs,
-            "fused": divergence.token_divergence,
-            "reference": divergence.token_divergence_reference,
-            "eager": token_divergence_eager,
-            "work": _work,
-            "formula": "2T(C+D)V operations, D the teacher's width; 4TCV",
-            "shapes": _SHAPES,
-            "empty": ({"T": 0, "C": 8, "teacher": 4, "V": 16},),
-            "bench": {},
-            "configurations": (),
-            "activations": ("hidden", "teacher_hidden"),
-            "fixed": (
-                *("teacher_hidden", "teacher_weight", "teacher_bias"),
-                *("teacher_lora_a", "teacher_lora_b", "temperature"),
-            ),
-            "check": lambda dims: dims | {"T": min(dims["T"], 1024)},  # the reference holds all logits
-            "half_scales": (1e-3,),
-        }
-        | changes
-    )
-
+_CASE = Case(
+    op="token_divergence",
+    family="forward KL",
+    inputs=_inputs,
+    fused=divergence.token_divergence,
+    reference=divergence.token_divergence_reference,
+    eager=token_divergence_eager,
+    work=_work,
+    formula="2T(C+D)V operations, D the teacher's width; 4TCV",
+    shapes=_SHAPES,
+    empty=({"T": 0, "C": 8, "teacher": 4, "V": 16},),
+    activations=("hidden", "teacher_hidden"),
+    fixed=(
+        *("teacher_hidden", "teacher_weight", "teacher_bias"),
+        *("teacher_lora_a", "teacher_lora_b", "temperature"),
+    ),
+    check=lambda dims: dims | {"T": min(dims["T"], 1024)},  # the reference holds all logits
+    half_scales=(1e-3,),
+)
 
 CASES = (
-    _case("forward KL", bench=_BENCH, configurations=_TILES),
-    _case("reverse KL", options={"beta": 1.0}, configurations=_TILES),
-    _case(
-        "JSD",
+    replace(_CASE, bench=_BENCH, configurations=_TILES),
+    replace(_CASE, family="reverse KL", options={"beta": 1.0}, configurations=_TILES),
+    replace(
+        _CASE,
+        family="JSD",
         options={"beta": 0.3},
         bench={device: shapes[:1] for device, shapes in _BENCH.items()},
         configurations=_TILES,
     ),
-    _case("chunks", options={"beta": 0.3, "memory_budget": 1 << 15}),
+    replace(_CASE, family="chunks", options={"beta": 0.3, "memory_budget": 1 << 15}),
     *(
-        _case(
-            f"features, beta {beta}",
+        replace(
+            _CASE,
+            family=f"features, beta {beta}",
             inputs=_features,
             options={"beta": beta, "softcap": 5.0, "teacher_softcap": 4.0, "memory_budget": 1 << 15},
             configurations=_TILES if beta == 0.3 else (),
         )
         for beta in (0.0, 0.3, 1.0)
     ),
-    _case(
-        "adapters",
+    replace(
+        _CASE,
+        family="adapters",
         inputs=_adapters,
         options={"scaling": 0.5, "teacher_scaling": 2.0, "memory_budget": 1 << 12},
         shapes=tuple(dims | {"R": 5} for dims in _SHAPES[1:2]),  # one token is one rounding

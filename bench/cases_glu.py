@@ -1,7 +1,7 @@
 """Cases of kernels/glu.py: gated activations."""
 
+from dataclasses import replace
 from math import prod
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,27 +46,31 @@ _BENCH = {
     "cpu": ({"B": 1, "T": 512, "F": 2048},),
 }
 
-
-def _case(op: str, fused: Any, reference: Any, eager: Any) -> Case:
-    return Case(
-        op=op,
-        family="elementwise",
-        inputs=_inputs,
-        fused=fused,
-        reference=reference,
-        eager=eager,
-        work=_work,
-        formula="reads gate and up, writes y: 3TF; reads both and dy, writes two gradients: 5TF",
-        shapes=_SHAPES,
-        empty=_EMPTY,
-        bench=_BENCH if op == "swiglu" else {device: shapes[:1] for device, shapes in _BENCH.items()},
-        configurations=({"B": 1, "T": 256, "F": 14336},),
-        activations=("gate", "up"),
-    )
-
+_CASE = Case(
+    op="swiglu",
+    family="elementwise",
+    inputs=_inputs,
+    fused=glu.swiglu,
+    reference=glu.swiglu_reference,
+    eager=swiglu_eager,
+    work=_work,
+    formula="reads gate and up, writes y: 3TF; reads both and dy, writes two gradients: 5TF",
+    shapes=_SHAPES,
+    activations=("gate", "up"),
+    empty=_EMPTY,
+    bench=_BENCH,
+    configurations=({"B": 1, "T": 256, "F": 14336},),
+)
+_OTHER = replace(_CASE, bench={device: shapes[:1] for device, shapes in _BENCH.items()})
 
 CASES = (
-    _case("swiglu", glu.swiglu, glu.swiglu_reference, swiglu_eager),
-    _case("geglu", glu.geglu, glu.geglu_reference, _geglu_eager),
-    _case("clamped_swiglu", glu.clamped_swiglu, glu.clamped_swiglu_reference, clamped_swiglu_eager),
+    _CASE,
+    replace(_OTHER, op="geglu", fused=glu.geglu, reference=glu.geglu_reference, eager=_geglu_eager),
+    replace(
+        _OTHER,
+        op="clamped_swiglu",
+        fused=glu.clamped_swiglu,
+        reference=glu.clamped_swiglu_reference,
+        eager=clamped_swiglu_eager,
+    ),
 )

@@ -1,6 +1,7 @@
 """Cases of kernels/logprob.py: log-probabilities of tokens; what every op behind a head shares."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -129,60 +130,56 @@ _BENCH = {
     "cpu": ({"T": 512, "C": 256, "V": 32768},),
 }
 
-
-def _case(family: str, **changes: Any) -> Case:
-    return Case(
-        **{
-            "op": "token_logprobs",
-            "family": family,
-            "inputs": _inputs,
-            "fused": logprob.token_logprobs,
-            "reference": logprob.token_logprobs_reference,
-            "eager": _eager,
-            "work": logprob_work,
-            "formula": "2TCV operations; 4TCV",
-            "shapes": LOGPROB_SHAPES,
-            "empty": ({"T": 0, "C": 8, "V": 16},),
-            "bench": {},
-            "configurations": (),
-            "activations": ("hidden",),
-            "fixed": ("temperature",),
-            "check": lambda dims: dims | {"T": min(dims["T"], 2048)},  # the reference holds all logits
-            "half_scales": (1e-3,),
-        }
-        | changes
-    )
-
+_CASE = Case(
+    op="token_logprobs",
+    family="dense",
+    inputs=_inputs,
+    fused=logprob.token_logprobs,
+    reference=logprob.token_logprobs_reference,
+    eager=_eager,
+    work=logprob_work,
+    formula="2TCV operations; 4TCV",
+    shapes=LOGPROB_SHAPES,
+    empty=({"T": 0, "C": 8, "V": 16},),
+    activations=("hidden",),
+    fixed=("temperature",),
+    check=lambda dims: dims | {"T": min(dims["T"], 2048)},  # the reference holds all logits
+    half_scales=(1e-3,),
+)
 
 CASES = (
-    _case("dense", bench=_BENCH, configurations=({"T": 64, "C": 128, "V": 4096},)),
-    _case(
-        "target only",
+    replace(_CASE, bench=_BENCH, configurations=({"T": 64, "C": 128, "V": 4096},)),
+    replace(
+        _CASE,
+        family="target only",
         fused=output(0, logprob.token_logprobs),
         reference=output(0, logprob.token_logprobs_reference),
         eager=output(0, _eager),
         bench={device: shapes[:1] for device, shapes in _BENCH.items()},
     ),
-    _case("chunks", options={"memory_budget": 1 << 12}),
-    _case("bias, softcap, temperatures", inputs=_features, options={"softcap": 5.0}),
-    _case(
-        "support",
+    replace(_CASE, family="chunks", options={"memory_budget": 1 << 12}),
+    replace(_CASE, family="bias, softcap, temperatures", inputs=_features, options={"softcap": 5.0}),
+    replace(
+        _CASE,
+        family="support",
         inputs=_support,
         reads_values=True,
         shapes=({"T": 11, "C": 33, "V": 101, "K": 7},),
         empty=(),
         configurations=({"T": 64, "C": 1024, "V": 4096, "K": 64},),
     ),
-    _case(
-        "adapter",
+    replace(
+        _CASE,
+        family="adapter",
         inputs=with_adapter(_inputs),
         options={"scaling": 0.5},
         shapes=tuple(dims | {"R": 5} for dims in LOGPROB_SHAPES),
         empty=(),
         configurations=({"T": 64, "C": 128, "V": 4096, "R": 16},),
     ),
-    _case(
-        "adapter, support",
+    replace(
+        _CASE,
+        family="adapter, support",
         inputs=with_adapter(_support),
         options={"scaling": 0.5},
         reads_values=True,

@@ -1,6 +1,7 @@
 """Cases of kernels/lora.py: a linear layer with an adapter, alone, by each path, and several on one input."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -166,51 +167,50 @@ _SEVERAL_BENCH = {
 }
 _TILES = tuple({"T": 256, "C": 256, "F": 256, "R": r} for r in (16, 64, 256))
 
-
-def _case(family: str, **changes: Any) -> Case:
-    return Case(
-        **{
-            "op": "lora_linear",
-            "family": family,
-            "inputs": _bias_inputs,
-            "fused": lora.lora_linear,
-            "reference": lora.lora_linear_reference,
-            "eager": _eager,
-            "work": _work,
-            "formula": "2TCF + 2TR(C + F) operations; 2TCF + 4TR(C + F)",
-            "shapes": _SHAPES[1:2],
-            "empty": (),
-            "bench": {},
-            "configurations": (),
-            "activations": ("x",),
-            "fixed": ("weight",),
-            "options": {"scaling": 0.5},
-            "half_scales": (30,),
-        }
-        | changes
-    )
-
+_CASE = Case(
+    op="lora_linear",
+    family="dense",
+    inputs=_bias_inputs,
+    fused=lora.lora_linear,
+    reference=lora.lora_linear_reference,
+    eager=_eager,
+    work=_work,
+    formula="2TCF + 2TR(C + F) operations; 2TCF + 4TR(C + F)",
+    shapes=_SHAPES[1:2],
+    activations=("x",),
+    fixed=("weight",),
+    options={"scaling": 0.5},
+    half_scales=(30,),
+)
 
 CASES = (
-    _case("dense", shapes=_SHAPES, empty=_EMPTY, bench=_BENCH),
-    _case("fused", fused=_by_path("fused"), shapes=_SHAPES, configurations=_TILES),
-    _case(
-        "epilogue",
+    replace(_CASE, shapes=_SHAPES, empty=_EMPTY, bench=_BENCH),
+    replace(_CASE, family="fused", fused=_by_path("fused"), shapes=_SHAPES, configurations=_TILES),
+    replace(
+        _CASE,
+        family="epilogue",
         fused=_by_path("epilogue"),
         shapes=_SHAPES,
         empty=_EMPTY,
         configurations=_TILES,
     ),
-    _case("DoRA", inputs=_dora_inputs, configurations=_TILES[:1]),
-    _case("dropout", options={"scaling": 0.5, "dropout": 0.3, "seed": 1 << 40 | 7}, configurations=_TILES),
-    _case(
-        "several adapters",
+    replace(_CASE, family="DoRA", inputs=_dora_inputs, configurations=_TILES[:1]),
+    replace(
+        _CASE,
+        family="dropout",
+        options={"scaling": 0.5, "dropout": 0.3, "seed": 1 << 40 | 7},
+        configurations=_TILES,
+    ),
+    replace(
+        _CASE,
+        family="several adapters",
         inputs=_inputs,
         shapes=({"T": 37, "C": 35, "F": 41, "R": 3, "E": 3},),
         configurations=({"T": 256, "C": 256, "F": 256, "R": 16, "E": 4},),
     ),
-    _case(
-        "4-bit base",
+    replace(
+        _CASE,
+        family="4-bit base",
         inputs=_qlora_inputs,
         fused=four_bit(lora.lora_linear),
         reference=four_bit(lora.lora_linear_reference),
@@ -218,8 +218,9 @@ CASES = (
         shapes=({"T": 7, "C": 66, "F": 33, "R": 8},),
         fixed=FOUR_BIT,
     ),
-    _case(
-        "q, k, v",
+    replace(
+        _CASE,
+        family="q, k, v",
         op="lora_linears",
         inputs=_several_inputs,
         fused=several(lora.lora_linears),

@@ -1,6 +1,7 @@
 """Cases of kernels/moe.py: mixtures of experts, with adapters, and with experts in 4 bits."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -139,34 +140,27 @@ def _adapter_work(dims: Dims, size: int) -> tuple[Work, Work]:
     )
 
 
-def _case(family: str, **changes: Any) -> Case:
-    return Case(
-        **{
-            "op": "moe_mlp",
-            "family": family,
-            "inputs": _inputs,
-            "fused": moe.moe_mlp,
-            "reference": moe.moe_mlp_reference,
-            "eager": _eager,
-            "work": _work,
-            "formula": "6TKCF operations; 12TKCF",
-            "shapes": ({"T": 1, "C": 1, "F": 1, "E": 1, "K": 1}, {"T": 19, "C": 20, "F": 35, "E": 3, "K": 2}),
-            "empty": ({"T": 0, "C": 8, "F": 8, "E": 3, "K": 2},),
-            "bench": {},
-            "configurations": (),
-            "activations": ("x",),
-            "half_scales": (1e-3,),
-            "reads_values": True,
-            # the reference runs every expert on every token
-            "check": lambda dims: dims | {"T": min(dims["T"], 1024)},
-        }
-        | changes
-    )
-
+_CASE = Case(
+    op="moe_mlp",
+    family="swiglu",
+    inputs=_inputs,
+    fused=moe.moe_mlp,
+    reference=moe.moe_mlp_reference,
+    eager=_eager,
+    work=_work,
+    formula="6TKCF operations; 12TKCF",
+    shapes=({"T": 1, "C": 1, "F": 1, "E": 1, "K": 1}, {"T": 19, "C": 20, "F": 35, "E": 3, "K": 2}),
+    empty=({"T": 0, "C": 8, "F": 8, "E": 3, "K": 2},),
+    activations=("x",),
+    half_scales=(1e-3,),
+    reads_values=True,
+    # the reference runs every expert on every token
+    check=lambda dims: dims | {"T": min(dims["T"], 1024)},
+)
 
 CASES = (
-    _case(
-        "swiglu",
+    replace(
+        _CASE,
         bench={
             "cuda": tuple({"T": t, "C": 2048, "F": 768, "E": 128, "K": 8} for t in (32768, 4096)),
             "cpu": ({"T": 512, "C": 128, "F": 256, "E": 8, "K": 2},),
@@ -176,15 +170,17 @@ CASES = (
             {"T": 64, "C": 128, "F": 128, "E": 8, "K": 1},
         ),
     ),
-    _case(
-        "clamped, biases",
+    replace(
+        _CASE,
+        family="clamped, biases",
         inputs=_features,
         options={"activation": "clamped_swiglu"},
         configurations=({"T": 256, "C": 128, "F": 128, "E": 2, "K": 2},),
     ),
-    _case("relu2", inputs=_relu2, options={"activation": "relu2"}),
-    _case(
-        "adapters",
+    replace(_CASE, family="relu2", inputs=_relu2, options={"activation": "relu2"}),
+    replace(
+        _CASE,
+        family="adapters",
         inputs=_adapters,
         work=_adapter_work,
         formula="6TKCF + 2TKR(2C + 3F) operations; 6TKCF + 4TKR(2C + 3F)",
@@ -193,8 +189,9 @@ CASES = (
         fixed=("gate_up", "down"),
         configurations=({"T": 256, "C": 128, "F": 128, "E": 2, "K": 2, "R": 16},),
     ),
-    _case(
-        "4-bit experts, adapters",
+    replace(
+        _CASE,
+        family="4-bit experts, adapters",
         inputs=_4bit_inputs,
         fused=with_4bit_experts(moe.moe_mlp),
         reference=with_4bit_experts(moe.moe_mlp_reference),

@@ -1,6 +1,7 @@
 """Cases of kernels/nf4.py, and how any Case carries a weight in 4 bits: as the tensors of FOUR_BIT."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -108,27 +109,26 @@ _SIZES = {
     "cpu": ({"C": 1024, "F": 1024},),
 }
 
-
-def _case(op: str, family: str, **changes: Any) -> Case:
-    return Case(
-        **{
-            "op": op,
-            "family": family,
-            "work": _dequantize_work,
-            "shapes": ({"C": 2, "F": 1}, {"C": 66, "F": 33}, {"C": 128, "F": 130}),
-            "empty": (),
-            "bench": _SIZES,
-            "configurations": ({"C": 256, "F": 256},),
-            "activations": (),
-        }
-        | changes
-    )
-
+_DEQUANTIZE = Case(
+    op="dequantize_nf4",
+    family="absmax quantised",
+    inputs=_dequantize_inputs,
+    fused=multiplied_out(nf4.dequantize_nf4),
+    reference=multiplied_out(nf4.dequantize_nf4_reference),
+    eager=multiplied_out(nf4.dequantize_nf4_reference),
+    work=_dequantize_work,
+    formula="reads 0.516 CF bytes, writes CF elements; no backward",
+    shapes=({"C": 2, "F": 1}, {"C": 66, "F": 33}, {"C": 128, "F": 130}),
+    activations=(),
+    bench=_SIZES,
+    configurations=({"C": 256, "F": 256},),
+    fixed=("like", *FOUR_BIT),
+)
 
 CASES = (
-    _case(
-        "nf4_linear",
-        "bias",
+    Case(
+        op="nf4_linear",
+        family="bias",
         inputs=_inputs,
         fused=four_bit(nf4.nf4_linear),
         reference=four_bit(nf4.nf4_linear_reference),
@@ -136,26 +136,18 @@ CASES = (
         work=_work,
         formula="2TCF operations, or 0.516 CF bytes; the same backward",
         shapes=({"T": 1, "C": 2, "F": 1}, {"T": 3, "C": 128, "F": 67}, {"T": 70, "C": 64, "F": 33}),
+        activations=("x",),
         empty=({"T": 0, "C": 64, "F": 16},),
         bench=_BENCH,
         configurations=tuple({"T": t, "C": 256, "F": 256} for t in (1, 64)),
-        activations=("x",),
         fixed=FOUR_BIT,
         half_scales=(30,),
     ),
-    _case(
-        "dequantize_nf4",
-        "absmax quantised",
-        inputs=_dequantize_inputs,
-        fused=multiplied_out(nf4.dequantize_nf4),
-        reference=multiplied_out(nf4.dequantize_nf4_reference),
-        eager=multiplied_out(nf4.dequantize_nf4_reference),
-        formula="reads 0.516 CF bytes, writes CF elements; no backward",
-        fixed=("like", *FOUR_BIT),
-    ),
-    _case(
-        "quantize_nf4",
-        "absmax",
+    _DEQUANTIZE,
+    replace(
+        _DEQUANTIZE,
+        op="quantize_nf4",
+        family="absmax",
         inputs=lambda dims, dtype, device: {"weight": randn((dims["F"], dims["C"]), dtype, device)},
         fused=absmax_alone(nf4.quantize_nf4),
         reference=absmax_alone(nf4.quantize_nf4_reference),

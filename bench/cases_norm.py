@@ -1,7 +1,7 @@
 """Cases of kernels/norm.py: root-mean-square normalization, alone and behind a residual sum."""
 
+from dataclasses import replace
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,46 +74,40 @@ _HEAD_BENCH = {
     "cpu": ({"B": 1, "T": 512, "H": 8, "D": 64},),
 }
 
+_CASE = Case(
+    op="rms_norm",
+    family="hidden",
+    inputs=_inputs,
+    fused=norm.rms_norm,
+    reference=norm.rms_norm_reference,
+    eager=_rms_norm_eager,
+    work=_work,
+    formula="reads x, writes y: 2RN; reads x and dy, writes dx: 3RN",
+    shapes=_SHAPES,
+    empty=_EMPTY,
+    bench=_BENCH,
+    configurations=_WIDTHS,
+    activations=("x",),
+    half_scales=(30,),
+)
 
-def _case(family: str, **changes: Any) -> Case:
-    return Case(
-        **{
-            "op": "rms_norm",
-            "family": family,
-            "inputs": _inputs,
-            "fused": norm.rms_norm,
-            "reference": norm.rms_norm_reference,
-            "eager": _rms_norm_eager,
-            "work": _work,
-            "formula": "reads x, writes y: 2RN; reads x and dy, writes dx: 3RN",
-            "shapes": _SHAPES,
-            "empty": _EMPTY,
-            "bench": _BENCH,
-            "configurations": _WIDTHS,
-            "activations": ("x",),
-            "half_scales": (30,),
-        }
-        | changes
-    )
-
-
-_ADD_NORM: dict[str, Any] = {
-    "op": "add_rms_norm",
-    "inputs": _add_inputs,
-    "fused": norm.add_rms_norm,
-    "reference": norm.add_rms_norm_reference,
-    "eager": _add_rms_norm_eager,
-    "work": _add_work,
-    "formula": "reads x and the residual, writes y and the sum: 4RN; reads the sum and two gradients, writes one: 4RN",
-    "activations": ("x", "residual"),
-    "bench": _ADD_BENCH,
-}
-
+_ADD = replace(
+    _CASE,
+    op="add_rms_norm",
+    inputs=_add_inputs,
+    fused=norm.add_rms_norm,
+    reference=norm.add_rms_norm_reference,
+    eager=_add_rms_norm_eager,
+    work=_add_work,
+    formula="reads x and the residual, writes y and the sum: 4RN; reads the sum and two gradients, writes one: 4RN",
+    activations=("x", "residual"),
+    bench=_ADD_BENCH,
+)
 
 CASES = (
-    _case("hidden"),
-    _case("unit offset", options={"unit_offset": True}, bench={}, configurations=()),
-    _case("heads", shapes=_HEAD_SHAPES, empty=(), bench=_HEAD_BENCH, configurations=()),
-    _case("hidden", **_ADD_NORM),
-    _case("unit offset", **_ADD_NORM | {"bench": {}}, options={"unit_offset": True}, configurations=()),
+    _CASE,
+    replace(_CASE, family="unit offset", options={"unit_offset": True}, bench={}, configurations=()),
+    replace(_CASE, family="heads", shapes=_HEAD_SHAPES, empty=(), bench=_HEAD_BENCH, configurations=()),
+    _ADD,
+    replace(_ADD, family="unit offset", options={"unit_offset": True}, bench={}, configurations=()),
 )

@@ -1,6 +1,6 @@
 """Cases of kernels/rope.py: rotary positions."""
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -69,32 +69,29 @@ _BENCH = {
 }
 _TILES = tuple({"B": 1, "T": 256, "H": 8, "G": 2, "D": d} for d in (128, 64, 256, 80))
 
-
-def _case(family: str, **changes: Any) -> Case:
-    return Case(
-        **{
-            "op": "apply_rope",
-            "family": family,
-            "inputs": _inputs,
-            "fused": rope.apply_rope,
-            "reference": rope.apply_rope_reference,
-            "eager": _eager,
-            "work": _work,
-            "formula": "reads and writes q and k: 2T(H + G)D; the same backward",
-            "shapes": _SHAPES,
-            "empty": _EMPTY,
-            "bench": {},
-            "configurations": (),
-            "activations": ("q", "k"),
-            "fixed": ("cos", "sin"),
-        }
-        | changes
-    )
-
+_CASE = Case(
+    op="apply_rope",
+    family="half",
+    inputs=_inputs,
+    fused=rope.apply_rope,
+    reference=rope.apply_rope_reference,
+    eager=_eager,
+    work=_work,
+    formula="reads and writes q and k: 2T(H + G)D; the same backward",
+    shapes=_SHAPES,
+    empty=_EMPTY,
+    activations=("q", "k"),
+    fixed=("cos", "sin"),
+)
 
 CASES = (
-    _case("half", bench=_BENCH, configurations=_TILES),
-    _case("interleaved", options={"interleaved": True}, configurations=_TILES[:1]),
-    _case("partial", shapes=({"B": 2, "T": 5, "H": 3, "G": 1, "D": 34, "rotary": 10},)),
-    _case("packed", shapes=({"T": 19, "H": 3, "G": 1, "D": 16},), empty=({"T": 0, "H": 3, "G": 1, "D": 16},)),
+    replace(_CASE, bench=_BENCH, configurations=_TILES),
+    replace(_CASE, family="interleaved", options={"interleaved": True}, configurations=_TILES[:1]),
+    replace(_CASE, family="partial", shapes=({"B": 2, "T": 5, "H": 3, "G": 1, "D": 34, "rotary": 10},)),
+    replace(
+        _CASE,
+        family="packed",
+        shapes=({"T": 19, "H": 3, "G": 1, "D": 16},),
+        empty=({"T": 0, "H": 3, "G": 1, "D": 16},),
+    ),
 )

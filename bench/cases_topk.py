@@ -1,6 +1,6 @@
 """Cases of kernels/topk.py: a teacher's likeliest tokens, and the divergence from them."""
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -76,44 +76,41 @@ def _work(dims: Dims, size: int) -> tuple[Work, Work]:
     return Work(forward.flops, forward.bytes + stored), Work(backward.flops, backward.bytes + stored)
 
 
-def _case(family: str, **changes: Any) -> Case:
-    return Case(
-        **{
-            "op": "topk_divergence",
-            "family": family,
-            "inputs": _inputs,
-            "fused": topk.topk_divergence,
-            "reference": topk.topk_divergence_reference,
-            "eager": topk_divergence_eager,
-            "work": _work,
-            "formula": "2TCV operations; 4TCV",
-            "shapes": tuple(dims | {"K": 7} for dims in LOGPROB_SHAPES[1:]),
-            "empty": ({"T": 0, "C": 8, "V": 16, "K": 3},),
-            "bench": {},
-            "configurations": (),
-            "activations": ("hidden",),
-            "fixed": ("teacher_logprobs", "temperature"),
-            "reads_values": True,
-            "half_scales": (1e-3,),
-        }
-        | changes
-    )
-
+_CASE = Case(
+    op="topk_divergence",
+    family="beta 0.0",
+    inputs=_inputs,
+    fused=topk.topk_divergence,
+    reference=topk.topk_divergence_reference,
+    eager=topk_divergence_eager,
+    work=_work,
+    formula="2TCV operations; 4TCV",
+    shapes=tuple(dims | {"K": 7} for dims in LOGPROB_SHAPES[1:]),
+    empty=({"T": 0, "C": 8, "V": 16, "K": 3},),
+    activations=("hidden",),
+    fixed=("teacher_logprobs", "temperature"),
+    reads_values=True,
+    half_scales=(1e-3,),
+)
 
 CASES = (
     *(
-        _case(f"beta {beta}", options={"beta": beta, "softcap": 5.0, "memory_budget": 1 << 13})
+        replace(
+            _CASE, family=f"beta {beta}", options={"beta": beta, "softcap": 5.0, "memory_budget": 1 << 13}
+        )
         for beta in (0.0, 0.3, 1.0)
     ),
-    _case(
-        "adapter",
+    replace(
+        _CASE,
+        family="adapter",
         inputs=with_adapter(_inputs),
         options={"beta": 0.3, "scaling": 0.5, "memory_budget": 1 << 13},
         shapes=({"T": 11, "C": 33, "V": 101, "K": 7, "R": 5},),
         empty=(),
     ),
-    _case(
-        "likeliest",  # ids that tie stand in any order: their log-probabilities alone
+    replace(
+        _CASE,
+        family="likeliest",  # ids that tie stand in any order: their log-probabilities alone
         op="topk_logprobs",
         inputs=head_inputs,
         fused=output(1, topk.topk_logprobs),
