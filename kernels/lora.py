@@ -840,7 +840,7 @@ def _operand(t: Tensor, dtype: torch.dtype) -> Tensor:
     return (t if t.dtype == dtype else t.to(dtype)).contiguous()
 
 
-# Several layers at once. One layer has an op of its own above: as a list of one, a row by 576 x 576 takes 1.7 times as
+# Several layers at once. One layer has an op of its own above: as a list of one, a row by 576 x 576 takes 1.6 times as
 # long on a CPU, for lists are laid out flat and back.
 
 
