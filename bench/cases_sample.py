@@ -95,12 +95,13 @@ CASES = (
     _case(
         "top_p",
         options={"top_p": 0.9},
+        shapes=({"B": 1, "V": 1}, {"B": 2, "V": 67}),
         bench={"cuda": ({"B": 8, "V": 262144}, {"B": 64, "V": 151936}), "cpu": ({"B": 8, "V": 32768},)},
     ),
     _case(
         "top_k",
         options={"temperature": 0.7, "top_k": 20, "top_p": 0.99, "min_p": 0.05},
-        shapes=({"B": 1, "V": 2}, {"B": 2, "V": 67}),
+        shapes=({"B": 1, "V": 67},),
         bench={"cuda": ({"B": 64, "V": 151936},), "cpu": ({"B": 8, "V": 32768},)},
     ),
 )

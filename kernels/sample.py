@@ -102,21 +102,20 @@ def _sample_cpu(
     x = logits.to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
     if temperature == 0:
         top, token = x.max(-1)  # the first
-        return token, -(x - top[:, None]).logsumexp(-1), None
+        return token, -(x - top[:, None]).exp_().sum(-1).log(), None
     width = _width(x.shape[1], temperature, top_k, top_p, min_p)
     if width is None:
         return *_invert(x if temperature == 1 else x / temperature, noise), None
     most, ids = x.topk(width)  # (B, width), most likely first
-    u, support = most / temperature, ids.int()
+    u = (most - most[:, :1]) / temperature
+    likely = u.exp()  # beside the most likely
+    dropped = likely < (min_p or 0.0)
     if top_p is not None:
-        p = ((x / temperature).softmax(-1).gather(1, ids) if top_k is None else u.softmax(-1)).double()
-        dropped = p.cumsum(-1) - p >= top_p
-        u, support = u.masked_fill(dropped, -torch.inf), support.masked_fill(dropped, -1)
-    if min_p is not None:
-        dropped = (u - u[:, :1]).exp() < min_p
-        u, support = u.masked_fill(dropped, -torch.inf), support.masked_fill(dropped, -1)
-    chosen, logprob = _invert(u, noise)
-    return ids.gather(1, chosen[:, None]).squeeze(1), logprob, support
+        among = likely if top_k is not None else (x - most[:, :1]).div_(temperature).exp_()
+        p = (likely / among.sum(-1, keepdim=True)).double()
+        dropped |= p.cumsum(-1) - p >= top_p
+    chosen, logprob = _invert(u.masked_fill(dropped, -torch.inf), noise)
+    return ids.gather(1, chosen[:, None]).squeeze(1), logprob, ids.masked_fill(dropped, -1).int()
 
 
 def _invert(u: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,7 +240,7 @@ def _sample_select(logits_ptr, keys_ptr, stride, V, width, BLOCK: tl.constexpr, 
     least, room = tl.full((), 0, tl.uint32), width
     for byte in tl.static_range(BYTES):
         least, room = _next_byte(row_ptr, V, least, room, 24 - 8 * byte, BLOCK)
-    if BYTES < 4:  # the other bits of a number that was half as wide
+    if BYTES < 4:  # the bits that only a wider number would have
         least |= tl.where(least >= 0x80000000, 0, (1 << 32 - 8 * BYTES) - 1).to(tl.uint32)
     larger, equal = 0, 0  # so far
     for start in range(0, V, BLOCK):
@@ -343,14 +342,9 @@ LOG2E = 1.4426950408889634
 PIECE = 4096  # logits
 SELECT = 4096  # logits at a time
 KEPT = 1024  # candidates at a time
-SORTED = (
-    32 if INTERPRET else 1024
-)  # keys that one program sorts (interpreted that takes seconds); torch sorts more
-BYTES = {
-    torch.float32: 4,
-    torch.float16: 3,
-    torch.bfloat16: 2,
-}  # of a number's image in fp32 that its dtype resolves
+SORTED = 32 if INTERPRET else 1024  # keys that one program sorts; torch sorts more
+# of a number's image, what its dtype resolves
+BYTES = {torch.float32: 4, torch.float16: 3, torch.bfloat16: 2}
 
 
 def _sample(
@@ -374,7 +368,7 @@ def _sample(
     whole = top_p is not None and top_k is None
     top = sums = None
     if width is None or whole:
-        top, sums = (torch.empty(B, pieces, device=logits.device) for _ in range(2))
+        top, sums = (logprob.new_empty(B, pieces) for _ in range(2))
         _sample_pieces[B, pieces](logits, top, sums, logits.stride(0), V, scale, PIECE=PIECE, num_warps=8)
     if width is None:
         _sample_whole[B,](
@@ -382,7 +376,7 @@ def _sample(
             GREEDY=temperature == 0, PIECE=PIECE, BLOCK_P=block_p, num_warps=8,
         )  # fmt: skip
         return token, logprob, support
-    keys = torch.empty(B, width, device=logits.device, dtype=torch.int64)
+    keys = token.new_empty(B, width)
     _sample_select[B,](
         logits, keys, logits.stride(0), V, width, BLOCK=SELECT, BYTES=BYTES[logits.dtype], num_warps=8
     )

@@ -592,14 +592,15 @@ FAULTS = [
         "before + weight >= top_p * total",
         "sample_tokens/top_p",
     ),
-    Fault("top_p of nothing", "sample", "elif TOP_P:", "elif P < 0:", "sample_tokens/top_k"),
-    Fault("min_p ignored", "sample", "weight < min_p", "weight < 0 * min_p", "sample_tokens/top_k"),
+    Fault("top_p of nothing", "sample", "elif TOP_P:", "elif P < 0:", "sample_tokens/top_k", 0),
+    Fault("min_p ignored", "sample", "weight < min_p", "weight < 0 * min_p", "sample_tokens/top_k", 0),
     Fault(
         "least likely first",
         "sample",
         "tl.sort(keys, descending=True)",
         "tl.sort(keys)",
         "sample_tokens/top_k",
+        0,
     ),
     Fault(
         "sum of what was dropped", "sample", "tl.where(k < n, weight, 0.0)", "weight", "sample_tokens/top_p"
@@ -621,7 +622,15 @@ FAULTS = [
         2,
         triton=False,
     ),
-    Fault("min_p ignored", "sample", "exp() < min_p", "exp() < 0", "sample_tokens/top_k", triton=False),
+    Fault(
+        "min_p ignored",
+        "sample",
+        "likely < (min_p or 0.0)",
+        "likely < 0.0",
+        "sample_tokens/top_k",
+        0,
+        triton=False,
+    ),
     Fault(
         "what reaches top_p dropped",
         "sample",

@@ -29,10 +29,12 @@ WAYS = [
 ]
 SIZES = [1, 2, 7, 1031, 4096, 5003]  # a piece is 4,096
 slow = [pytest.mark.slow] if INTERPRET else []  # a tenth of a second for each row
-every_way = pytest.mark.parametrize(
-    "how",
-    [pytest.param(how, marks=slow if i not in (0, 9) else [], id=str(how)) for i, how in enumerate(WAYS)],
-)
+
+
+def every_way(*fast):
+    """Those at the places `fast` wherever tests run."""
+    ways = [pytest.param(how, marks=[] if i in fast else slow, id=str(how)) for i, how in enumerate(WAYS)]
+    return pytest.mark.parametrize("how", ways)
 
 
 def make(B, V, dtype=torch.float32, device="cpu"):
@@ -164,7 +166,7 @@ def test_top_p_alone_chooses_among_a_bounded_number_of_ids(device):
     assert token.item() in support
 
 
-@every_way
+@every_way(0, 9)
 def test_of_equally_likely_ids_the_lower_comes_first(how, device):
     logits, noise = make(4, 300, device=device)
     logits = logits.round()  # twenty values
@@ -176,7 +178,7 @@ def test_of_equally_likely_ids_the_lower_comes_first(how, device):
     assert_drawn(logits, noise, **how)
 
 
-@every_way
+@every_way(0)
 def test_what_is_impossible_is_never_drawn(how, device):
     """Numbers at both ends and on the borders, where ids of probability 0 stand first, last and between."""
     logits = torch.full((7, 1000), -torch.inf, device=device)
@@ -188,7 +190,7 @@ def test_what_is_impossible_is_never_drawn(how, device):
         assert token.tolist() == [3, 130, 131, 869, 869, 3, 3]
 
 
-@every_way
+@every_way(0)
 def test_logits_as_large_as_they_get(how, device):
     for dtype, largest in ((torch.float16, 6e4), (torch.float32, 3e37)):
         logits = torch.full((3, 70), -largest, dtype=dtype, device=device)
@@ -203,7 +205,7 @@ def test_logits_as_large_as_they_get(how, device):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@every_way
+@every_way(0, 9)
 def test_a_row_that_is_no_distribution_gives_an_id_and_leaves_the_others_alone(how, device):
     logits, noise = torch.randn(7, 1031, device=device), torch.rand(7, device=device).double()
     want = sample_tokens(logits, noise, **how)
@@ -216,7 +218,7 @@ def test_a_row_that_is_no_distribution_gives_an_id_and_leaves_the_others_alone(h
         assert a is b or torch.equal(a[[0, 6]], b[[0, 6]])
 
 
-@every_way
+@every_way(0)
 def test_same_bits_twice_and_on_any_strides(how, device):
     logits, noise = make(5, 700, device=device)
     wide = logits.new_full((*logits.shape, 2), torch.nan)
@@ -228,7 +230,7 @@ def test_same_bits_twice_and_on_any_strides(how, device):
 
 
 @pytest.mark.skipif(not TRITON, reason="what is promised of the Triton path")
-@every_way
+@every_way(0)
 def test_same_bits_alone_and_in_any_batch(how, device):
     logits, noise = make(5, 1500, device=device)
     together = sample_tokens(logits, noise, **how)
@@ -245,7 +247,7 @@ class NoHostRead(TorchDispatchMode):
 
 
 @pytest.mark.skipif(INTERPRET, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("how", [{}, {"top_p": 0.9}], ids=str)
+@pytest.mark.parametrize("how", [{"top_p": 0.9}, pytest.param({}, marks=pytest.mark.slow)], ids=str)
 def test_reads_no_tensor_on_the_host(how):
     logits, noise = make(2, 2000, torch.float16)
     how = {name: how.get(name) for name in ("top_k", "top_p", "min_p")}
