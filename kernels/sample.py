@@ -88,6 +88,7 @@ def sample_tokens_reference(
 # ---- CPU path
 
 BLOCK = 128  # on a CPU: ids whose probabilities are summed before an id is looked for among them
+NARROW = 1024  # ids; fewer are added up one by one
 
 
 def _sample_cpu(
@@ -121,10 +122,15 @@ def _sample_cpu(
 def _invert(u: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Where the cumulative softmax of u (B, V) passes the noise (B,), and log softmax there, both (B,).
 
-    Looked for among the sums of blocks first: one pass over u instead of a cumulative sum of it.
+    Looked for among the sums of blocks first, where u is wide: one pass over it instead of a cumulative sum of it.
     """
-    (B, V), blocks = u.shape, -(-u.shape[1] // BLOCK)
+    (B, V), blocks = u.shape, cdiv(u.shape[1], BLOCK)
     p = u.softmax(-1)
+    if V <= NARROW:
+        reached = p.cumsum(-1, dtype=torch.float64)
+        total = reached[:, -1:]
+        chosen = torch.searchsorted(reached, noise[:, None] * total, right=True).clamp_(max=V - 1)
+        return chosen.squeeze(1), (p.gather(1, chosen) / total).log().to(u.dtype).squeeze(1)
     p = (F.pad(p, (0, blocks * BLOCK - V)) if V % BLOCK else p).view(B, blocks, BLOCK)
     sums = p.sum(-1).double()  # (B, blocks)
     reached = sums.cumsum(-1)

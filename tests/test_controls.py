@@ -611,6 +611,7 @@ FAULTS = [
         "rest = (target -",
         "rest = (0 * target -",
         "sample_tokens/all ids",
+        2,
         triton=False,
     ),
     Fault(
