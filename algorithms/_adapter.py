@@ -19,7 +19,7 @@ from ..model.errors import InputError
 from ..model.linear import LINEARS
 from ..model.scalar import ScalarModel
 from ..model.transformer import Transformer
-from ._distributed import world
+from ._distributed import host
 
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 ADAPTER_BOUNDS = {"lora_rank": (0, 256), "lora_alpha": (1e-6, inf)}  # for check_flags
@@ -28,8 +28,7 @@ ADAPTER_BOUNDS = {"lora_rank": (0, 256), "lora_alpha": (1e-6, inf)}  # for check
 def load_trainee(cfg: Any) -> Transformer:
     """The language model of --model, ready to be trained as the flags say."""
     continued = is_adapter(cfg.model)
-    device = "cpu" if world() > 1 and not cfg.base_4bit else cfg.device  # `shard` moves a part to each GPU
-    model = load_model(cfg.model, _dtype(cfg, cfg.model, continued), device, cfg.base_4bit)
+    model = load_model(cfg.model, _dtype(cfg, cfg.model, continued), _device(cfg), cfg.base_4bit)
     model.checkpoint_activations = cfg.checkpoint_activations
     _add(model, cfg, cfg.model)
     if not hasattr(
@@ -44,9 +43,14 @@ def load_scalar_trainee(cfg: Any, folder: Path) -> ScalarModel:
     """A reward model or critic from `folder`, likewise; its head is trained whole beside an adapter."""
     continued = is_adapter(folder) and "score" in read_adapter(folder)[0].config.modules_to_save
     dtype = _dtype(cfg, folder, continued)
-    model = load_scalar_model(folder, dtype, cfg.device, cfg.seed, cfg.base_4bit)
+    model = load_scalar_model(folder, dtype, _device(cfg), cfg.seed, cfg.base_4bit)
     _add(model, cfg, folder, modules_to_save=("score",))
     return model
+
+
+def _device(cfg: Any) -> str:
+    """Where the weights are read; 4-bit ones stay whole on each GPU."""
+    return cfg.device if cfg.base_4bit else host(cfg.device)
 
 
 def _dtype(cfg: Any, folder: Path, continued: bool) -> torch.dtype:

@@ -27,9 +27,10 @@ from torch import Tensor
 
 from ..model.adapter import Model, linears
 from ..model.errors import InputError
+from ..model.scalar import ScalarModel
 from ._data import best_fit
 
-TRAINERS = ("sft", "dpo", "grpo")  # what runs on several processes
+TRAINERS = ("sft", "reward", "dpo", "grpo")  # what runs on several processes
 TIMEOUT = timedelta(minutes=30)  # a process waits as long for one that samples or judges, then ends the job
 IDLE = [[0]]  # the sequences of a micro-batch that has none: one token, of which nothing is scored
 
@@ -92,6 +93,11 @@ def check_joined() -> None:
 # ---- weights
 
 
+def host(device: str) -> str:
+    """Where weights are read: with several processes in the host's memory, from which `shard` takes each GPU its part."""
+    return device if world() == 1 else "cpu"
+
+
 def shard(model: Model) -> None:
     """Spread the model's weights over the processes, by rows. What is in 4 bits stays whole on each.
 
@@ -101,22 +107,28 @@ def shard(model: Model) -> None:
     if world() == 1:
         return
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh("cpu" if dist.get_backend() == "gloo" else "cuda", (world(),))
-    body: Any = model
     for layer in linears(model).values():
         if layer.four_bit is not None and mesh.device_type == "cuda":
             layer.four_bit = layer.four_bit.to(f"cuda:{torch.cuda.current_device()}")
-    for module in [*body.layers, body]:
+    for module in _groups(model):
         fully_shard(module, mesh=mesh, reshard_after_forward=module is not model)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other sum with a factor
+    if isinstance(model, ScalarModel):
+        register_fsdp_forward_method(model, "values")  # its head is read there
 
 
-def _sharded(model: Any) -> list[Any]:
+def _groups(model: Model) -> list[Any]:
+    """The modules whose tensors are whole together."""
+    return [*(model.body if isinstance(model, ScalarModel) else model).layers, model]
+
+
+def _sharded(model: Model) -> list[Any]:
     """The modules that `shard` has made groups of."""
-    return [*model.layers, model] if world() > 1 else []
+    return _groups(model) if world() > 1 else []
 
 
 def reshard(model: Model) -> None:

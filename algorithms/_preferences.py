@@ -339,7 +339,7 @@ def _over_completions(
     for micro in micro_batches(items, capacity, device):
         with autocast(device):
             values = function(micro)  # (completions,)
-        found[micro.members] = values.view(len(micro.members), -1).float().cpu()
+        found[micro.members] = values.view(-1, found.shape[1]).float().cpu()
     model.train(training)
     reshard(model)
     return sum_over_processes(found)

@@ -32,6 +32,7 @@ from torch import Tensor
 from ..model.tokenizer import Tokenizer
 from ._adapter import ADAPTER_BOUNDS, load_scalar_trainee
 from ._command import run_command
+from ._distributed import shard, summed
 from ._loop import (
     Run,
     Schedule,
@@ -124,6 +125,7 @@ def train(cfg: Config) -> Path:
     model = load_scalar_trainee(cfg, cfg.model)
     check_model(model, tokenizer, max(map(longest, pairs)))
     model.body.checkpoint_activations = cfg.checkpoint_activations
+    shard(model)
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
 
     def scores(pairs: list[Preference]) -> Tensor:  # of chosen and rejected, (pairs, 2)
@@ -146,6 +148,7 @@ def train(cfg: Config) -> Path:
                 loss.backward()
                 added = {"loss": loss.item(), **pair_metrics(chosen, rejected, len(batch))}
                 sums = {name: sums.get(name, 0.0) + value for name, value in added.items()}
+            sums = summed(sums)
             rate = scheduled(cfg.learning_rate, step, cfg.steps, cfg.warmup_steps, cfg.schedule)
             norm = optimizer_step(model, optimizer, sums["loss"], rate, cfg.max_grad_norm)
             run.log(
