@@ -30,7 +30,7 @@ from ..model.errors import InputError
 from ..model.scalar import ScalarModel
 from ._data import best_fit
 
-TRAINERS = ("sft", "reward", "dpo", "grpo")  # what runs on several processes
+TRAINERS = ("sft", "reward", "dpo", "kto", "grpo")  # what runs on several processes
 TIMEOUT = timedelta(minutes=30)  # a process waits as long for one that samples or judges, then ends the job
 IDLE = [[0]]  # the sequences of a micro-batch that has none: one token, of which nothing is scored
 
@@ -94,7 +94,7 @@ def check_joined() -> None:
 
 
 def host(device: str) -> str:
-    """Where weights are read: with several processes in the host's memory, from which `shard` takes each GPU its part."""
+    """Where weights are read; with several processes in the host's memory, from which `shard` moves the parts."""
     return device if world() == 1 else "cpu"
 
 

@@ -29,6 +29,7 @@ from ..model.tokenizer import Tokenizer
 from ._adapter import ADAPTER_BOUNDS, load_trainee
 from ._command import run_command
 from ._data import read_rows
+from ._distributed import shard, sum_over_processes, summed
 from ._loop import (
     Run,
     Schedule,
@@ -124,6 +125,7 @@ def train(cfg: Config) -> Path:
     ]
     model = load_trainee(cfg)
     check_model(model, tokenizer, max(map(longest, judged)))
+    shard(model)
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
 
     def logprobs(items: list[Judged]) -> Tensor:  # (completions,)
@@ -142,22 +144,23 @@ def train(cfg: Config) -> Path:
             batch = [judged[i] for i in members]
             drift = logprobs([others[i] for i in members]) - other_reference[members]
             kl = drift.mean().clamp(min=0).item()
-            total_loss, log_ratios = 0.0, torch.empty(len(batch))
+            labels = torch.tensor([one.label for one in batch])
+            total_loss, log_ratios = 0.0, torch.zeros(len(batch))
             for micro in micro_batches(batch, cfg.micro_batch_tokens, cfg.device):
                 with autocast(cfg.device):
                     logprob, _, _ = model.score(micro.packed, micro.rows)  # (tokens,)
                 ref = reference[[members[i] for i in micro.members]].to(cfg.device)
                 log_ratio = micro.sums(logprob) - ref  # (completions,)
-                wanted = torch.tensor([batch[i].label for i in micro.members], device=cfg.device)
+                wanted = labels[micro.members].to(cfg.device)
                 loss = kto_loss(
                     log_ratio, wanted, kl, len(batch), cfg.beta, cfg.wanted_weight, cfg.unwanted_weight
                 )
                 loss.backward()
                 total_loss += loss.item()
                 log_ratios[micro.members] = log_ratio.detach().cpu()
+            total_loss, log_ratios = summed({"loss": total_loss})["loss"], sum_over_processes(log_ratios)
             rate = scheduled(cfg.learning_rate, step, cfg.steps, cfg.warmup_steps, cfg.schedule)
             norm = optimizer_step(model, optimizer, total_loss, rate, cfg.max_grad_norm)
-            labels = torch.tensor([one.label for one in batch])
             chosen, rejected = (cfg.beta * log_ratios[side].mean() for side in (labels, ~labels))
             run.log(
                 {

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from burnish.algorithms import _distributed, dpo, grpo, reward, sft
+from burnish.algorithms import _distributed, dpo, grpo, kto, reward, sft
 from burnish.algorithms.__main__ import COMMANDS
 from burnish.algorithms._distributed import parts, processes, rank, shard, world
 from burnish.model.adapter import adapters, add_lora, merge_lora, quantize_base
@@ -28,7 +28,7 @@ from burnish.model.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
 from safetensors.torch import load_file, save_file
 
-MODULES = {"sft": sft, "reward": reward, "dpo": dpo, "grpo": grpo}
+MODULES = {"sft": sft, "reward": reward, "dpo": dpo, "kto": kto, "grpo": grpo}
 SHIFT = re.compile(rb'"score_bias": ([-+.e0-9]+)')  # a mean of scores, so within rounding
 TIMES = ("seconds", "tokens_per_second", "sampling_seconds", "scoring_seconds", "update_seconds")
 EXPERTS = Experts(4, 2, 24, (True, True), renormalize=True, balance_coefficient=0.01)
@@ -58,7 +58,13 @@ CASES = {  # name: (algorithm, shape of the model, flags)
     "reward": (
         "reward",
         "untied",
-        {**SFT, "batch_size": 25, "held_out": "pairs.jsonl", "centering": 0.1, "checkpoint_activations": True},
+        {
+            **SFT,
+            "batch_size": 25,
+            "held_out": "pairs.jsonl",
+            "centering": 0.1,
+            "checkpoint_activations": True,
+        },
     ),
     "reward-qlora": ("reward", "tied", {**SFT, "lora_rank": 4, "base_4bit": True}),
     "reward-experts": ("reward", "experts", {"batch_size": 1}),  # one of the processes has nothing to do
@@ -69,6 +75,9 @@ CASES = {  # name: (algorithm, shape of the model, flags)
         "experts",
         {"batch_size": 4, "micro_batch_tokens": 1, "lora_rank": 3, "base_4bit": True},
     ),
+    "kto": ("kto", "untied", {**SFT, "batch_size": 25, "beta": 1.0, "wanted_weight": 1.3}),
+    "kto-qlora": ("kto", "tied", {**SFT, "lora_rank": 4, "base_4bit": True}),
+    "kto-idle": ("kto", "tied", {"batch_size": 1}),  # one of the processes has nothing to do
     "grpo": ("grpo", "tied", {**RL, "kl_coefficient": 0.1, "max_draws": 2, "top_k": 9}),
     "grpo-lora": ("grpo", "untied", {**RL, "lora_rank": 4, "kl_coefficient": 0.1, "loss": "gspo"}),
     "grpo-experts": (
@@ -81,7 +90,7 @@ CASES = {  # name: (algorithm, shape of the model, flags)
 
 def config(name: str, folder: Path, **changes):
     algorithm, shape, flags = CASES[name]
-    data = {"sft": "demonstrations", "reward": "pairs", "dpo": "pairs", "grpo": "prompts"}[algorithm]
+    data = {"sft": "demonstrations", "kto": "judged", "grpo": "prompts"}.get(algorithm, "pairs")
     given = {"model": folder / shape, "data": folder / f"{data}.jsonl", **COMMON, **flags, **changes}
     if "held_out" in given:
         given["held_out"] = folder / given["held_out"]
@@ -118,10 +127,12 @@ def train(name: str, folder: Path, output: str) -> None:
         module.train(cfg)
 
 
-def checkpointed(folder: Path, output: str, **changes) -> Path:
-    return sft.train(
-        config("sft-lora", folder, output=folder / output, save_every=2, **{"steps": 4} | changes)
-    )
+RESUMED = ("sft-lora", "reward")
+
+
+def checkpointed(folder: Path, output: str, name: str = "sft-lora", **changes) -> Path:
+    cfg = config(name, folder, output=folder / output / name, save_every=2, **{"steps": 4} | changes)
+    return MODULES[CASES[name][0]].train(cfg)
 
 
 def trained_adapter(folder: Path) -> Transformer:
@@ -144,12 +155,14 @@ def work(folder: Path) -> None:
         assert world() == 2
         for name in CASES:
             train(name, folder, "two")
-        checkpointed(folder, "whole")
-        checkpointed(folder, "cut", steps=2)
+        for name in RESUMED:
+            checkpointed(folder, "whole", name)
+            checkpointed(folder, "cut", name, steps=2)
         if rank() == 0:
             shutil.copytree(folder / "cut", folder / "cut-for-one")
-        checkpointed(folder, "cut", resume=True)
-        checkpointed(folder, "cut-by-one", resume=True)
+        for name in RESUMED:
+            checkpointed(folder, "cut", name, resume=True)
+            checkpointed(folder, "cut-by-one", name, resume=True)
         model = trained_adapter(folder)
         shard(model)
         streamed = dict(stream_weights(model))
@@ -172,6 +185,9 @@ def inputs(folder, model_folder, demonstrations, prompts, pairs):
         for shape, changes in SHAPES.items():
             model = Transformer(dataclasses.replace(tied, **changes), seed=0)
             save_model(model, folder / shape, Tokenizer.load(model_folder))
+        rows = [json.loads(line) for line in demonstrations.read_text().splitlines()]
+        judged = [json.dumps(row | {"label": i % 4 > 0}) + "\n" for i, row in enumerate(rows)]
+        (folder / "judged.jsonl").write_text("".join(judged))  # mostly wanted: the KL baseline is not 0
         (folder / "odd.py").write_text(
             "def odd(completion_ids, **_):\n    return [float(sum(i % 2 for i in ids)) for ids in completion_ids]\n"
         )
@@ -188,7 +204,8 @@ def torchrun(*arguments, **options) -> subprocess.CompletedProcess:
 @pytest.fixture
 def done(inputs):
     if not (inputs / "streamed.safetensors").exists():
-        checkpointed(inputs, "cut-by-one", steps=2)
+        for name in RESUMED:
+            checkpointed(inputs, "cut-by-one", name, steps=2)
         ran = torchrun(__file__, inputs)
         assert ran.returncode == 0, ran.stderr[-4000:]
     return inputs
@@ -211,11 +228,8 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
-def test_two_processes_train_as_one(done, name):
-    train(name, done, "one")
-    one, two = done / "one", done / "two"
+def check_alike(two: Path, one: Path, name: str) -> None:
+    """The first step's gradients and three steps' metrics."""
     close(load_file(two / f"{name}.safetensors"), load_file(one / f"{name}.safetensors"), 1e-6)
     lines, expected = metrics_of(two / name), metrics_of(one / name)
     assert len(lines) == len(expected) == 3
@@ -226,6 +240,14 @@ def test_two_processes_train_as_one(done, name):
     )  # of the latest forward pass, which is not the same one
     for got, line in zip(lines, expected, strict=True):
         close(*({k: v for k, v in values.items() if k not in busiest} for values in (got, line)), 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_train_as_one(done, name):
+    train(name, done, "one")
+    one, two = done / "one", done / "two"
+    check_alike(two, one, name)
     files = [{file.name: file for file in (run / name / "model").iterdir()} for run in (one, two)]
     assert files[0].keys() == files[1].keys()  # the same Hugging Face folder
     for file in files[0].keys() - {"model.safetensors", "adapter_model.safetensors"}:
@@ -241,35 +263,38 @@ def test_two_processes_train_as_one(done, name):
 
 
 @pytest.mark.slow
-def test_resumed_on_as_many_processes_to_the_bit(done):
-    assert metrics_of(done / "cut") == metrics_of(done / "whole")
-    weights, expected = weights_of(done / "cut" / "model"), weights_of(done / "whole" / "model")
+@pytest.mark.parametrize("name", RESUMED)
+def test_resumed_on_as_many_processes_to_the_bit(done, name):
+    cut, whole = done / "cut" / name, done / "whole" / name
+    assert metrics_of(cut) == metrics_of(whole)
+    weights, expected = weights_of(cut / "model"), weights_of(whole / "model")
     assert weights.keys() == expected.keys() and all(
         torch.equal(weights[name], expected[name]) for name in weights
     )
-    names = sorted(file.name for file in (done / "cut").glob("checkpoint*"))
+    names = sorted(file.name for file in cut.glob("checkpoint*"))
     assert names == ["checkpoint-4-1-of-2.safetensors", "checkpoint.safetensors"]  # step 2's are gone
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", RESUMED)
 @pytest.mark.parametrize("cut", ["cut-by-one", "cut-for-one"])
-def test_resumed_on_another_number_of_processes(done, cut):
+def test_resumed_on_another_number_of_processes(done, cut, name):
     if cut == "cut-for-one":
-        shutil.copytree(done / cut, done / "one-resumed")
-        checkpointed(done, "one-resumed", resume=True)
-        assert [file.name for file in (done / "one-resumed").glob("checkpoint*")] == [
+        shutil.copytree(done / cut / name, done / "one-resumed" / name)
+        checkpointed(done, "one-resumed", name, resume=True)
+        assert [file.name for file in (done / "one-resumed" / name).glob("checkpoint*")] == [
             "checkpoint.safetensors"
         ]
         cut = "one-resumed"
-    for got, line in zip(metrics_of(done / cut), metrics_of(done / "whole"), strict=True):
+    for got, line in zip(metrics_of(done / cut / name), metrics_of(done / "whole" / name), strict=True):
         close(got, line, 1e-5)
-    close(weights_of(done / cut / "model"), weights_of(done / "whole" / "model"), 1e-5)
+    close(weights_of(done / cut / name / "model"), weights_of(done / "whole" / name / "model"), 1e-5)
 
 
 @pytest.mark.slow
 def test_a_missing_shard_is_named(done, tmp_path):
     shutil.copytree(done / "cut-for-one", tmp_path / "run")
-    (tmp_path / "run" / "checkpoint-2-1-of-2.safetensors").unlink()
+    (tmp_path / "run" / "sft-lora" / "checkpoint-2-1-of-2.safetensors").unlink()
     with pytest.raises(InputError, match="checkpoint-2-1-of-2"):
         checkpointed(done, tmp_path / "run", resume=True)
 
@@ -283,28 +308,32 @@ def test_a_sharded_model_streams_what_a_merged_one_saves(done, tmp_path):
     assert streamed.keys() == saved.keys() and all(torch.equal(streamed[name], saved[name]) for name in saved)
 
 
+FAULTS = {  # of a trainer: what is done before it starts
+    "sft": "from torch.distributed.fsdp import FSDPModule\n"  # FSDP's own mean over processes
+    "FSDPModule.set_gradient_divide_factor = lambda self, factor: None",
+    "kto": "from burnish.algorithms import _preferences\n"  # z from this process's own completions
+    "_preferences.sum_over_processes = lambda values: values",
+}
+
+
 @pytest.mark.slow
-def test_a_mean_in_place_of_the_sum_is_caught(done, tmp_path):
-    """The planted fault: FSDP's own average over processes."""
-    name, folder = "sft", tmp_path / "faulty"
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_missing_sum_over_processes_is_caught(done, tmp_path, name):
+    """The planted faults."""
+    folder = tmp_path / "faulty"
     shutil.copytree(done, folder, ignore=shutil.ignore_patterns("one", "two", "cut*", "whole"))
     script = tmp_path / "faulty.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "import test_distributed as t\n"
-        "from torch.distributed.fsdp import FSDPModule\n"
-        "FSDPModule.set_gradient_divide_factor = lambda self, factor: None\n"
+        f"{FAULTS[name]}\n"
         f"with t.processes('sft', 'cpu'):\n    t.train({name!r}, t.Path({str(folder)!r}), 'two')\n"
     )
     ran = torchrun(script)
     assert ran.returncode == 0, ran.stderr[-4000:]
     train(name, folder, "one")
     with pytest.raises(AssertionError):
-        close(
-            load_file(folder / "two" / f"{name}.safetensors"),
-            load_file(folder / "one" / f"{name}.safetensors"),
-            1e-6,
-        )
+        check_alike(folder / "two", folder / "one", name)
 
 
 @pytest.mark.slow
@@ -345,10 +374,9 @@ def test_a_process_that_dies_ends_the_job(inputs, tmp_path, death):
 
 @pytest.mark.slow
 def test_what_runs_on_one_process_says_so(inputs, tmp_path):
-    ran = torchrun(
-        "-m", "burnish.algorithms.kto", "--model", inputs / "tied", "--data", inputs / "pairs.jsonl"
-    )
-    assert ran.returncode == 1 and "kto runs on one process" in ran.stderr
+    flags = ("--model", inputs / "tied", "--data", inputs / "prompts.jsonl")
+    ran = torchrun("-m", "burnish.algorithms.evaluate", *flags, "--reward", f"{inputs}/odd.py:odd")
+    assert ran.returncode == 1 and "evaluate runs on one process" in ran.stderr
 
 
 # ---- on one process
@@ -364,7 +392,7 @@ def test_other_commands_refuse_torchrun(monkeypatch, command):
         raise AssertionError("it ran")
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo", "grpo"])
+@pytest.mark.parametrize("name", MODULES)
 def test_processes_that_have_not_joined_do_not_train(monkeypatch, inputs, name):
     """train() called by a script of the user's under torchrun: each process would train a model of its own."""
     monkeypatch.setenv("WORLD_SIZE", "2")
