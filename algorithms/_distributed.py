@@ -30,7 +30,7 @@ from ..model.errors import InputError
 from ..model.scalar import ScalarModel
 from ._data import best_fit
 
-TRAINERS = ("sft", "reward", "dpo", "kto", "grpo")  # what runs on several processes
+TRAINERS = ("sft", "reward", "dpo", "kto", "grpo", "distill")  # what runs on several processes
 TIMEOUT = timedelta(minutes=30)  # a process waits as long for one that samples or judges, then ends the job
 IDLE = [[0]]  # the sequences of a micro-batch that has none: one token, of which nothing is scored
 

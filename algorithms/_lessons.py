@@ -15,7 +15,7 @@ What the K ids leave is one tail. ids and logprobs are absent where the sequence
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,12 +24,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..model.errors import InputError
-from ..model.generate import generate
 from ..model.packed import Packed, pack
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
-from ._data import Example, best_fit, read_rows, rl_prompts, sft_examples
-from ._loop import autocast, report_counts
+from ._data import Example, read_rows, rl_prompts, sft_examples
+from ._distributed import IDLE, shares
+from ._loop import report_counts
+from ._rollout import own_samples, samples_of_all
 
 
 @dataclass(frozen=True)
@@ -80,22 +81,17 @@ def answered(
     samples_per_prompt: int = 1,
 ) -> tuple[list[Lesson], float]:
     """Each prompt with what `model` says to it, all of it trained, the end token included; and the share that ended."""
-    with autocast(model.device.type):  # in the precision that scores
-        samples = generate(
-            model,
-            prompts,
-            samples_per_prompt=samples_per_prompt,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            stop_ids=tokenizer.stop_ids,
-            seed=seed,
-            batch_size=batch_size,
-        )
-    if not all(sample.logprobs.isfinite().all() for sample in samples):
-        raise InputError(
-            "sampling: the model's probabilities are not finite: its weights hold NaN or have diverged"
-        )
-    lessons = []
+    own = own_samples(
+        model,
+        tokenizer,
+        prompts,
+        samples_per_prompt=samples_per_prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    samples, lessons = samples_of_all(own), []
     for sample in samples:
         prompt = list(prompts[sample.prompt_index])
         mask = [False] * len(prompt) + [True] * len(sample.tokens)
@@ -118,10 +114,12 @@ class MicroBatch:
 
 
 def micro_batches(lessons: Sequence[Lesson], capacity: int, device: torch.device | str) -> list[MicroBatch]:
-    """At most `capacity` tokens in each; a longer lesson has one of its own."""
-    batches = []
-    for members in best_fit([len(lesson.tokens) for lesson in lessons], capacity):
-        chosen = [lessons[i] for i in members]
+    """About `capacity` tokens in each: those of this process, the last perhaps without a lesson."""
+    batches, idle = [], replace(lessons[0], tokens=IDLE[0], mask=[False])
+    if idle.ids is not None and idle.logprobs is not None:
+        idle = replace(idle, ids=idle.ids[:0], logprobs=idle.logprobs[:0])
+    for members in shares([len(lesson.tokens) for lesson in lessons], capacity):
+        chosen = [lessons[i] for i in members] or [idle]
         trained = torch.tensor([m for lesson in chosen for m in lesson.mask])  # (total,)
         ids = [lesson.ids for lesson in chosen if lesson.ids is not None]
         logprobs = [lesson.logprobs for lesson in chosen if lesson.logprobs is not None]

@@ -7,7 +7,7 @@ the samples' parent: P + sum(n_i) tokens through the layers instead of G*P + sum
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
 
@@ -86,30 +86,20 @@ def sample_groups(
     cfg: of its flags those of sampling are read: group_size, max_new_tokens, sampling_batch_size, temperature, top_k,
         top_p. seconds: sampling_seconds and scoring_seconds are added to.
     """
-    with (
-        timed(seconds, "sampling_seconds", model.device),
-        autocast(model.device.type),  # in the precision that scores
-        unsharded(model),
-    ):
-        first, end = (len(prompts) * place // world() for place in (rank(), rank() + 1))
-        samples = generate(
+    with timed(seconds, "sampling_seconds", model.device):
+        samples = own_samples(
             model,
-            [prompt.tokens for prompt in prompts[first:end]],
+            tokenizer,
+            [prompt.tokens for prompt in prompts],
             samples_per_prompt=cfg.group_size,
             max_new_tokens=cfg.max_new_tokens,
             temperature=cfg.temperature,
             top_k=cfg.top_k,
             top_p=cfg.top_p,
-            stop_ids=tokenizer.stop_ids,
             seed=seed,
             batch_size=cfg.sampling_batch_size,
-            first_sample=first * cfg.group_size,
         )
-    if not all(sample.logprobs.isfinite().all() for sample in samples):
-        raise InputError(
-            "sampling: the model's probabilities are not finite: its weights hold NaN or have diverged"
-        )
-    asked = [prompts[first + sample.prompt_index] for sample in samples]
+    asked = [prompts[sample.prompt_index] for sample in samples]
     total, judged = torch.zeros(len(samples)), {name: torch.zeros(len(samples)) for name in rewards}
     if rewards and samples:
         with timed(seconds, "scoring_seconds", "cpu"):
@@ -125,7 +115,10 @@ def sample_groups(
                 {name: [prompt.columns[name] for prompt in asked] for name in prompts[0].columns},
             )
     with timed(seconds, "sampling_seconds", model.device):
-        samples, total, judged = _told(samples, total, judged)
+        samples = samples_of_all(samples)
+        told = gathered({"rewards": torch.stack([total, *judged.values()])})
+    total, *each = torch.cat([said["rewards"] for said in told], 1)  # (samples,)
+    judged = dict(zip(judged, each, strict=True))
     of = [slice(i * cfg.group_size, (i + 1) * cfg.group_size) for i in range(len(prompts))]
     return [
         Group(prompt, samples[own], total[own], {name: part[own] for name, part in judged.items()})
@@ -133,35 +126,59 @@ def sample_groups(
     ]
 
 
-def _told(
-    samples: list[Sample], rewards: Tensor, judged: dict[str, Tensor]
-) -> tuple[list[Sample], Tensor, dict[str, Tensor]]:
-    """The samples and rewards of all processes, by rank."""
+def own_samples(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    samples_per_prompt: int,
+    **options: Any,
+) -> list[Sample]:
+    """The samples of this process's part of the prompts, by `generate`, whose options these are; of all with one.
+
+    Sample i of all has the noise of sample i of one process. Raises InputError where probabilities are not finite.
+    """
+    first, end = (len(prompts) * place // world() for place in (rank(), rank() + 1))
+    with autocast(model.device.type), unsharded(model):  # in the precision that scores
+        samples = generate(
+            model,
+            prompts[first:end],
+            samples_per_prompt=samples_per_prompt,
+            stop_ids=tokenizer.stop_ids,
+            first_sample=first * samples_per_prompt,
+            **options,
+        )
+    if not all(sample.logprobs.isfinite().all() for sample in samples):
+        raise InputError(
+            "sampling: the model's probabilities are not finite: its weights hold NaN or have diverged"
+        )
+    return [replace(sample, prompt_index=first + sample.prompt_index) for sample in samples]
+
+
+def samples_of_all(samples: list[Sample]) -> list[Sample]:
+    """The samples of all processes, in the order of their prompts."""
     if world() == 1:
-        return samples, rewards, judged
-    said = {"rewards": rewards, **{f"judged/{name}": part for name, part in judged.items()}}
-    said["counts"] = torch.tensor([len(sample.tokens) for sample in samples], dtype=torch.int64)
-    said["ended"] = torch.tensor([sample.ended for sample in samples], dtype=torch.bool)
-    said["tokens"] = torch.tensor([token for sample in samples for token in sample.tokens], dtype=torch.int64)
-    said["logprobs"] = torch.cat([torch.empty(0), *(sample.logprobs for sample in samples)])
+        return samples
+    said = {
+        "prompts": torch.tensor([sample.prompt_index for sample in samples], dtype=torch.int64),
+        "counts": torch.tensor([len(sample.tokens) for sample in samples], dtype=torch.int64),
+        "ended": torch.tensor([sample.ended for sample in samples], dtype=torch.bool),
+        "tokens": torch.tensor([token for sample in samples for token in sample.tokens], dtype=torch.int64),
+        "logprobs": torch.cat([torch.empty(0), *(sample.logprobs for sample in samples)]),
+    }
     supports = [sample.support for sample in samples if sample.support is not None]
     if supports:
         said["supports"] = _stack_supports(supports)
-    everyone = gathered(said)
-    all_samples: list[Sample] = []
-    for told in everyone:
-        counts = told["counts"].tolist()
-        own = range(len(counts))
+    found: list[Sample] = []
+    for told in gathered(said):
+        counts, indices, ended = (told[name].tolist() for name in ("counts", "prompts", "ended"))
         tokens, logprobs = told["tokens"].split(counts), told["logprobs"].split(counts)
-        kept = told["supports"].split(counts) if "supports" in told else [None for _ in own]
-        all_samples += [
-            Sample(-1, tokens[i].tolist(), logprobs[i], kept[i], bool(told["ended"][i])) for i in own
+        kept = told["supports"].split(counts) if "supports" in told else [None] * len(counts)
+        found += [
+            Sample(index, tokens[i].tolist(), logprobs[i], kept[i], ended[i])
+            for i, index in enumerate(indices)
         ]
-    return (
-        all_samples,
-        torch.cat([told["rewards"] for told in everyone]),
-        {name: torch.cat([told[f"judged/{name}"] for told in everyone]) for name in judged},
-    )
+    return found
 
 
 def sample_varied_groups(

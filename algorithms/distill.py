@@ -47,6 +47,7 @@ from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from ._adapter import ADAPTER_BOUNDS, load_trainee
 from ._command import run_command
+from ._distributed import host, reshard, shard, summed
 from ._lessons import MicroBatch, answered, load_lessons, micro_batches
 from ._loop import (
     Run,
@@ -161,7 +162,9 @@ def train(cfg: Config) -> Path:
     if cfg.teacher is not None:
         check_tokenizer(cfg.teacher, tokenizer, "teacher")
         dtype = torch.bfloat16 if cfg.device.startswith("cuda") else torch.float32
-        teacher = load_model(cfg.teacher, dtype, cfg.device).requires_grad_(False).eval()
+        teacher = load_model(cfg.teacher, dtype, host(cfg.device)).requires_grad_(False).eval()
+        shard(teacher)
+    shard(model)
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
     with Run(cfg, model=model, optimizer=optimizer) as run:
         batches = epochs(len(lessons), cfg.batch_size, cfg.seed, skip=run.start)
@@ -186,10 +189,13 @@ def train(cfg: Config) -> Path:
             for micro in micro_batches(batch, cfg.micro_batch_tokens, cfg.device):
                 with autocast(cfg.device):
                     loss, metrics = _term(cfg, model, teacher, micro, num_tokens)
-                balance = micro.packed.tokens.numel() / num_all * model.balance_loss()  # of experts, if any
-                (loss + balance).backward()
+                share = sum(len(batch[i].tokens) for i in micro.members) / num_all
+                (loss + share * model.balance_loss()).backward()  # of experts, where the model has some
                 for name, value in ({"loss": loss} | metrics).items():
                     sums[name] += value.item()
+            if teacher is not None:
+                reshard(teacher)
+            sums = summed(sums)
             rate = scheduled(cfg.learning_rate, step, cfg.steps, cfg.warmup_steps, cfg.schedule)
             sums["grad_norm"] = optimizer_step(model, optimizer, sums["loss"], rate, cfg.max_grad_norm)
             facts = {"learning_rate": rate, "trained_tokens": num_tokens, "student_samples": float(own)}

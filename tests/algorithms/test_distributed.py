@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from burnish.algorithms import _distributed, dpo, grpo, kto, reward, sft
+from burnish.algorithms import _distributed, distill, dpo, grpo, kto, reward, sft, teach
 from burnish.algorithms.__main__ import COMMANDS
 from burnish.algorithms._distributed import parts, processes, rank, shard, world
 from burnish.model.adapter import adapters, add_lora, merge_lora, quantize_base
@@ -28,7 +28,7 @@ from burnish.model.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
 from safetensors.torch import load_file, save_file
 
-MODULES = {"sft": sft, "reward": reward, "dpo": dpo, "kto": kto, "grpo": grpo}
+MODULES = {"sft": sft, "reward": reward, "dpo": dpo, "kto": kto, "grpo": grpo, "distill": distill}
 SHIFT = re.compile(rb'"score_bias": ([-+.e0-9]+)')  # a mean of scores, so within rounding
 TIMES = ("seconds", "tokens_per_second", "sampling_seconds", "scoring_seconds", "update_seconds")
 EXPERTS = Experts(4, 2, 24, (True, True), renormalize=True, balance_coefficient=0.01)
@@ -85,15 +85,39 @@ CASES = {  # name: (algorithm, shape of the model, flags)
         "experts",
         {**RL, "prompts_per_step": 1},
     ),  # one of the processes has nothing to do
+    "distill": (
+        "distill",
+        "tied",
+        {**SFT, "teacher": "untied", "student_samples": 0.5, "max_new_tokens": 8, "beta": 0.3, "seed": 1},
+    ),
+    "distill-experts": (  # each row alone: the same balance
+        "distill",
+        "experts",
+        {
+            "batch_size": 5,
+            "micro_batch_tokens": 1,
+            "teacher": "tied",
+            "student_samples": 1.0,
+            "max_new_tokens": 8,
+            "loss": "policy_gradient",
+        },
+    ),
+    "distill-qlora": (
+        "distill",
+        "untied",
+        {**SFT, "teacher": "experts", "lora_rank": 4, "base_4bit": True, "checkpoint_activations": True},
+    ),
+    "distill-stored": ("distill", "tied", {"batch_size": 1, "data": "lessons.safetensors"}),  # one is idle
 }
 
 
 def config(name: str, folder: Path, **changes):
     algorithm, shape, flags = CASES[name]
-    data = {"sft": "demonstrations", "kto": "judged", "grpo": "prompts"}.get(algorithm, "pairs")
-    given = {"model": folder / shape, "data": folder / f"{data}.jsonl", **COMMON, **flags, **changes}
-    if "held_out" in given:
-        given["held_out"] = folder / given["held_out"]
+    data = {"sft": "demonstrations", "kto": "judged", "grpo": "prompts", "distill": "demonstrations"}.get(
+        algorithm, "pairs"
+    )
+    given = {"model": folder / shape, "data": f"{data}.jsonl", **COMMON, **flags, **changes}
+    given |= {flag: folder / given[flag] for flag in ("data", "held_out", "teacher") if flag in given}
     if algorithm == "grpo":
         given["reward"] = (f"{folder}/odd.py:odd",)
     return MODULES[algorithm].Config(**given)
@@ -127,7 +151,7 @@ def train(name: str, folder: Path, output: str) -> None:
         module.train(cfg)
 
 
-RESUMED = ("sft-lora", "reward")
+RESUMED = ("sft-lora", "reward", "distill")
 
 
 def checkpointed(folder: Path, output: str, name: str = "sft-lora", **changes) -> Path:
@@ -185,6 +209,9 @@ def inputs(folder, model_folder, demonstrations, prompts, pairs):
         for shape, changes in SHAPES.items():
             model = Transformer(dataclasses.replace(tied, **changes), seed=0)
             save_model(model, folder / shape, Tokenizer.load(model_folder))
+        taught = {"model": folder / "untied", "data": folder / "demonstrations.jsonl", "device": "cpu"}
+        lessons = teach.teach(teach.Config(output=folder / "taught", top_k=4, **taught))
+        shutil.copy(lessons, folder)
         rows = [json.loads(line) for line in demonstrations.read_text().splitlines()]
         judged = [json.dumps(row | {"label": i % 4 > 0}) + "\n" for i, row in enumerate(rows)]
         (folder / "judged.jsonl").write_text("".join(judged))  # mostly wanted: the KL baseline is not 0
