@@ -44,6 +44,7 @@ def load_scalar_trainee(cfg: Any, folder: Path) -> ScalarModel:
     continued = is_adapter(folder) and "score" in read_adapter(folder)[0].config.modules_to_save
     dtype = _dtype(cfg, folder, continued)
     model = load_scalar_model(folder, dtype, _device(cfg), cfg.seed, cfg.base_4bit)
+    model.body.checkpoint_activations = cfg.checkpoint_activations
     _add(model, cfg, folder, modules_to_save=("score",))
     return model
 

@@ -30,7 +30,7 @@ from ..model.errors import InputError
 from ..model.scalar import ScalarModel
 from ._data import best_fit
 
-TRAINERS = ("sft", "reward", "dpo", "kto", "grpo", "distill")  # what runs on several processes
+TRAINERS = ("sft", "reward", "dpo", "kto", "ppo", "grpo", "distill")  # what runs on several processes
 TIMEOUT = timedelta(minutes=30)  # a process waits as long for one that samples or judges, then ends the job
 IDLE = [[0]]  # the sequences of a micro-batch that has none: one token, of which nothing is scored
 
@@ -98,11 +98,11 @@ def host(device: str) -> str:
     return device if world() == 1 else "cpu"
 
 
-def shard(model: Model) -> None:
-    """Spread the model's weights over the processes, by rows. What is in 4 bits stays whole on each.
+def shard(*models: Model | None) -> None:
+    """Spread each model's weights over the processes, by rows. What is in 4 bits stays whole on each.
 
-    A layer is whole only while it runs; what is outside of layers from a forward to the end of its backward, because
-    `score` reads the head between the two. Gradients are summed, not averaged.
+    None stands for one that the run does without. A layer is whole only while it runs; what is outside of layers from a
+    forward to the end of its backward, because `score` reads the head between the two. Gradients are sums, not means.
     """
     if world() == 1:
         return
@@ -110,15 +110,16 @@ def shard(model: Model) -> None:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh("cpu" if dist.get_backend() == "gloo" else "cuda", (world(),))
-    for layer in linears(model).values():
-        if layer.four_bit is not None and mesh.device_type == "cuda":
-            layer.four_bit = layer.four_bit.to(f"cuda:{torch.cuda.current_device()}")
-    for module in _groups(model):
-        fully_shard(module, mesh=mesh, reshard_after_forward=module is not model)
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # gloo knows no other sum with a factor
-    if isinstance(model, ScalarModel):
-        register_fsdp_forward_method(model, "values")  # its head is read there
+    for model in filter(None, models):
+        for layer in linears(model).values():
+            if layer.four_bit is not None and mesh.device_type == "cuda":
+                layer.four_bit = layer.four_bit.to(f"cuda:{torch.cuda.current_device()}")
+        for module in _groups(model):
+            fully_shard(module, mesh=mesh, reshard_after_forward=module is not model)
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other sum with a factor
+        if isinstance(model, ScalarModel):
+            register_fsdp_forward_method(model, "values")  # its head is read there
 
 
 def _groups(model: Model) -> list[Any]:
@@ -131,10 +132,11 @@ def _sharded(model: Model) -> list[Any]:
     return _groups(model) if world() > 1 else []
 
 
-def reshard(model: Model) -> None:
+def reshard(*models: Model | None) -> None:
     """Let go of what a forward without a backward has left whole."""
-    for module in _sharded(model):
-        module.reshard()
+    for model in filter(None, models):
+        for module in _sharded(model):
+            module.reshard()
 
 
 @contextlib.contextmanager

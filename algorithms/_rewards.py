@@ -24,6 +24,7 @@ from ..model.checkpoint import has_score, load_scalar_model
 from ..model.errors import InputError
 from ..model.scalar import ScalarModel
 from ..model.tokenizer import Tokenizer
+from ._distributed import host
 from ._loop import check_tokenizer
 
 RewardFunction = Callable[..., Sequence[float | None]]
@@ -86,7 +87,7 @@ def load_reward_model(folder: Path, tokenizer: Tokenizer, device: str) -> Scalar
         )
     check_tokenizer(folder, tokenizer, "reward-model")
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    return load_scalar_model(folder, dtype, device).requires_grad_(False).eval()
+    return load_scalar_model(folder, dtype, host(device)).requires_grad_(False).eval()
 
 
 def overlong_punishment(max_length: int, buffer: int) -> RewardFunction:

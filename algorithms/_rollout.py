@@ -22,7 +22,7 @@ from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from ._adapter import ADAPTER_BOUNDS
 from ._data import Prompt, read_rows, rl_prompts
-from ._distributed import IDLE, gathered, most, parts, rank, unsharded, world
+from ._distributed import IDLE, gathered, most, parts, rank, sum_over_processes, unsharded, world
 from ._loop import autocast, report_counts
 from ._rewards import RewardFunction, judge
 
@@ -346,6 +346,7 @@ def over_tokens(
     """What `function` returns, each (tokens,) of a micro-batch, laid out as `real`: (samples, length), fp32.
 
     real: which of its places are the samples' tokens. 0 at the others, and for samples in no micro-batch.
+    Of several processes each has its own micro-batches, and all are told.
     """
     found: list[list[Tensor]] = []
     for micro in micros:
@@ -356,7 +357,7 @@ def over_tokens(
     laid = [torch.zeros(real.shape, device=real.device) for _ in found[0]]
     for out, results in zip(laid, zip(*found, strict=True), strict=True):
         out.view(-1)[places] = torch.cat(results)
-    return tuple(laid)
+    return tuple(sum_over_processes(out) for out in laid)  # a token is in one process's micro-batches
 
 
 def _micro_batch(

@@ -163,8 +163,7 @@ def train(cfg: Config) -> Path:
         check_tokenizer(cfg.teacher, tokenizer, "teacher")
         dtype = torch.bfloat16 if cfg.device.startswith("cuda") else torch.float32
         teacher = load_model(cfg.teacher, dtype, host(cfg.device)).requires_grad_(False).eval()
-        shard(teacher)
-    shard(model)
+    shard(model, teacher)
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
     with Run(cfg, model=model, optimizer=optimizer) as run:
         batches = epochs(len(lessons), cfg.batch_size, cfg.seed, skip=run.start)
@@ -193,8 +192,7 @@ def train(cfg: Config) -> Path:
                 (loss + share * model.balance_loss()).backward()  # of experts, where the model has some
                 for name, value in ({"loss": loss} | metrics).items():
                     sums[name] += value.item()
-            if teacher is not None:
-                reshard(teacher)
+            reshard(teacher)
             sums = summed(sums)
             rate = scheduled(cfg.learning_rate, step, cfg.steps, cfg.warmup_steps, cfg.schedule)
             sums["grad_norm"] = optimizer_step(model, optimizer, sums["loss"], rate, cfg.max_grad_norm)

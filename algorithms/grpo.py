@@ -166,8 +166,7 @@ def train(cfg: Config) -> Path:
     model = load_trainee(cfg)
     check_model(model, tokenizer, max(len(prompt.tokens) for prompt in prompts) + cfg.max_new_tokens)
     reference = frozen_copy(model) if cfg.kl_coefficient else None
-    for policy in (model, reference) if reference is not None else (model,):
-        shard(policy)
+    shard(model, reference)
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
     with Run(cfg, model=model, optimizer=optimizer) as run:
         run.values.setdefault("draws", run.start)

@@ -46,6 +46,7 @@ from ..model.tokenizer import Tokenizer
 from ._adapter import load_scalar_trainee, load_trainee
 from ._advantages import gae, rloo_advantages, scale, whiten
 from ._command import run_command
+from ._distributed import reshard, shard, summed
 from ._loop import (
     Run,
     Schedule,
@@ -179,12 +180,13 @@ def train(cfg: Config) -> Path:
     reward_model = load_reward_model(cfg.reward_model, tokenizer, cfg.device) if cfg.reward_model else None
     model = load_trainee(cfg)
     check_model(model, tokenizer, max(len(prompt.tokens) for prompt in prompts) + cfg.max_new_tokens)
-    reference = frozen_copy(model)
-    optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay, eps=1e-5)
-    parts, critic, critic_optimizer = {"model": model, "optimizer": optimizer}, None, None
+    reference, critic, critic_optimizer = frozen_copy(model), None, None
     if cfg.advantage == "gae":
         critic = load_scalar_trainee(cfg, cfg.critic or cfg.reward_model or cfg.model)
-        critic.body.checkpoint_activations = cfg.checkpoint_activations
+    shard(model, reference, reward_model, critic)
+    optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay, eps=1e-5)
+    parts = {"model": model, "optimizer": optimizer}
+    if critic is not None:
         critic_optimizer = make_optimizer(critic, cfg.critic_learning_rate, cfg.weight_decay, eps=1e-5)
         parts |= {"critic": critic, "critic_optimizer": critic_optimizer}
     with Run(cfg, **parts) as run:
@@ -212,6 +214,7 @@ def train(cfg: Config) -> Path:
                 if reward_model is not None:  # read at the last token
                     (scores,) = over_tokens(micros, lambda m: (m.scores(reward_model),), real)
                     score = score + scores.gather(1, lengths[:, None] - 1).squeeze(1)
+                reshard(model, reference, reward_model, critic)
             mask, beta = real & judged[:, None], run.values["kl_coefficient"]
             k1 = old_logprob - ref_logprob  # (samples, length), 0 where not real
             penalty = cfg.missing_end_penalty * ~ended(groups).to(cfg.device)
@@ -239,7 +242,7 @@ def train(cfg: Config) -> Path:
                         sums["policy_loss"] += loss.item()
                         metrics["approx_kl"] = (logprob.detach() - old).square().mean() / 2
                         for name, value in metrics.items():
-                            sums[name] += value.item() * share
+                            sums[name] += value.item() * share if share else 0.0
                         if critic is not None:
                             with autocast(cfg.device):
                                 value = micro.values(critic)
@@ -247,8 +250,8 @@ def train(cfg: Config) -> Path:
                             loss = value_loss(value, was, goal, num_tokens, cfg.value_clip)
                             loss.backward()
                             sums["value_loss"] += loss.item()
-                    loss, limit = sums["policy_loss"], cfg.max_grad_norm
-                    sums["grad_norm"] = optimizer_step(model, optimizer, loss, rate, limit)
+                    sums, limit = summed(sums), cfg.max_grad_norm
+                    sums["grad_norm"] = optimizer_step(model, optimizer, sums["policy_loss"], rate, limit)
                     if critic is not None and critic_optimizer is not None:
                         steps = (critic, critic_optimizer, sums["value_loss"], critic_rate, limit)
                         sums["value_grad_norm"] = optimizer_step(*steps)

@@ -124,7 +124,6 @@ def train(cfg: Config) -> Path:
     held_out = load_pairs(cfg.held_out, tokenizer, cfg.max_length) if cfg.held_out else []
     model = load_scalar_trainee(cfg, cfg.model)
     check_model(model, tokenizer, max(map(longest, pairs)))
-    model.body.checkpoint_activations = cfg.checkpoint_activations
     shard(model)
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
 

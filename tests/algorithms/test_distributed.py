@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from burnish.algorithms import _distributed, distill, dpo, grpo, kto, reward, sft, teach
+from burnish.algorithms import _distributed, distill, dpo, grpo, kto, ppo, reward, sft, teach
 from burnish.algorithms.__main__ import COMMANDS
 from burnish.algorithms._distributed import parts, processes, rank, shard, world
 from burnish.model.adapter import adapters, add_lora, merge_lora, quantize_base
@@ -24,11 +24,30 @@ from burnish.model.checkpoint import load_model, save_model, stream_weights
 from burnish.model.config import Experts
 from burnish.model.errors import InputError
 from burnish.model.linear import whole
+from burnish.model.scalar import ScalarModel
 from burnish.model.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
 from safetensors.torch import load_file, save_file
 
-MODULES = {"sft": sft, "reward": reward, "dpo": dpo, "kto": kto, "grpo": grpo, "distill": distill}
+MODULES = {
+    "sft": sft,
+    "reward": reward,
+    "dpo": dpo,
+    "kto": kto,
+    "ppo": ppo,
+    "grpo": grpo,
+    "distill": distill,
+}
+DATA = {
+    "sft": "demonstrations",
+    "reward": "pairs",
+    "dpo": "pairs",
+    "kto": "judged",
+    "ppo": "prompts",
+    "grpo": "prompts",
+    "distill": "demonstrations",
+}
+FOLDERS = ("data", "held_out", "teacher", "critic", "reward_model")  # flags that name a file or a folder
 SHIFT = re.compile(rb'"score_bias": ([-+.e0-9]+)')  # a mean of scores, so within rounding
 TIMES = ("seconds", "tokens_per_second", "sampling_seconds", "scoring_seconds", "update_seconds")
 EXPERTS = Experts(4, 2, 24, (True, True), renormalize=True, balance_coefficient=0.01)
@@ -45,6 +64,15 @@ RL = {
     "max_new_tokens": 8,
     "updates_per_rollout": 2,
     "micro_batch_tokens": 80,
+    "reward": "odd.py:odd",
+}
+PPO = {
+    "prompts_per_step": 9,
+    "group_size": 2,
+    "max_new_tokens": 8,
+    "epochs_per_rollout": 2,
+    "minibatches": 2,
+    "micro_batch_tokens": 60,
 }
 CASES = {  # name: (algorithm, shape of the model, flags)
     "sft": ("sft", "tied", {**SFT, "weight_decay": 0.1, "checkpoint_activations": True}),
@@ -85,6 +113,30 @@ CASES = {  # name: (algorithm, shape of the model, flags)
         "experts",
         {**RL, "prompts_per_step": 1},
     ),  # one of the processes has nothing to do
+    "ppo": (
+        "ppo",
+        "tied",
+        {
+            **PPO,
+            "reward_model": "scores",
+            "kl_target": 0.01,
+            "kl_horizon": 20,
+            "whiten_rewards": True,
+            "missing_end_penalty": 0.5,
+            "critic_learning_rate": 3e-3,
+            "checkpoint_activations": True,
+        },
+    ),
+    "ppo-lora": (
+        "ppo",
+        "untied",
+        {**PPO, "reward": "odd.py:odd", "lora_rank": 4, "critic": "tied", "top_k": 9},
+    ),
+    "ppo-experts": (
+        "ppo",
+        "experts",
+        {**PPO, "reward": "odd.py:odd", "advantage": "rloo", "prompts_per_step": 1, "minibatches": 1},
+    ),
     "distill": (
         "distill",
         "tied",
@@ -113,27 +165,24 @@ CASES = {  # name: (algorithm, shape of the model, flags)
 
 def config(name: str, folder: Path, **changes):
     algorithm, shape, flags = CASES[name]
-    data = {"sft": "demonstrations", "kto": "judged", "grpo": "prompts", "distill": "demonstrations"}.get(
-        algorithm, "pairs"
-    )
-    given = {"model": folder / shape, "data": f"{data}.jsonl", **COMMON, **flags, **changes}
-    given |= {flag: folder / given[flag] for flag in ("data", "held_out", "teacher") if flag in given}
-    if algorithm == "grpo":
-        given["reward"] = (f"{folder}/odd.py:odd",)
+    given = {"model": folder / shape, "data": f"{DATA[algorithm]}.jsonl", **COMMON, **flags, **changes}
+    given |= {flag: folder / given[flag] for flag in FOLDERS if flag in given}
+    if "reward" in given:
+        given["reward"] = (f"{folder}/{given['reward']}",)
     return MODULES[algorithm].Config(**given)
 
 
 @contextmanager
 def kept_gradients(module, file: Path):
-    """The first step's, whole, in `file`."""
-    step = module.optimizer_step
+    """The first step's of each model, whole, in `file`."""
+    step, found, models = module.optimizer_step, {}, []
 
     def keep(model, *rest):
-        if not file.exists():
-            found = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-            if rank() == 0:
-                save_file(found, file)
-            found.clear()
+        if not any(model is earlier for earlier in models):
+            models.append(model)
+            for name, p in model.named_parameters():
+                if p.grad is not None:
+                    found[f"{len(models)}/{name}"] = whole(p.grad).clone()
         return step(model, *rest)
 
     module.optimizer_step = keep
@@ -141,6 +190,8 @@ def kept_gradients(module, file: Path):
         yield
     finally:
         module.optimizer_step = step
+    if rank() == 0:
+        save_file(found, file)
 
 
 def train(name: str, folder: Path, output: str) -> None:
@@ -151,7 +202,7 @@ def train(name: str, folder: Path, output: str) -> None:
         module.train(cfg)
 
 
-RESUMED = ("sft-lora", "reward", "distill")
+RESUMED = ("sft-lora", "reward", "distill", "ppo")
 
 
 def checkpointed(folder: Path, output: str, name: str = "sft-lora", **changes) -> Path:
@@ -209,6 +260,7 @@ def inputs(folder, model_folder, demonstrations, prompts, pairs):
         for shape, changes in SHAPES.items():
             model = Transformer(dataclasses.replace(tied, **changes), seed=0)
             save_model(model, folder / shape, Tokenizer.load(model_folder))
+        save_model(ScalarModel(tied, seed=5), folder / "scores", Tokenizer.load(model_folder))
         taught = {"model": folder / "untied", "data": folder / "demonstrations.jsonl", "device": "cpu"}
         lessons = teach.teach(teach.Config(output=folder / "taught", top_k=4, **taught))
         shutil.copy(lessons, folder)
@@ -282,7 +334,8 @@ def test_two_processes_train_as_one(done, name):
         assert SHIFT.sub(b"", got) == SHIFT.sub(b"", expected), file
         shifts = [[float(number) for number in SHIFT.findall(text)] for text in (got, expected)]
         torch.testing.assert_close(*shifts, rtol=1e-4, atol=1e-4)
-    close(weights_of(two / name / "model"), weights_of(one / name / "model"), 1e-4)
+    for trained in {"model", "critic"} & {folder.name for folder in (one / name).iterdir()}:
+        close(weights_of(two / name / trained), weights_of(one / name / trained), 1e-4)
     if "held_out" in CASES[name][2]:
         after = "score_after" if name == "dpo" else "after"
         results = [json.loads((run / name / "held_out.json").read_text())[after] for run in (one, two)]
@@ -340,6 +393,8 @@ FAULTS = {  # of a trainer: what is done before it starts
     "FSDPModule.set_gradient_divide_factor = lambda self, factor: None",
     "kto": "from burnish.algorithms import _preferences\n"  # z from this process's own completions
     "_preferences.sum_over_processes = lambda values: values",
+    "ppo": "from burnish.algorithms import _rollout\n"  # advantages whitened over this process's own tokens
+    "_rollout.sum_over_processes = lambda values: values",
 }
 
 
