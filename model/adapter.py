@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..kernels import quantize_nf4
 from .errors import InputError
-from .linear import Adaptable, Lora, LoraConfig
+from .linear import Adaptable, Lora, LoraConfig, whole
 from .moe import to_halves, to_pairs
 from .scalar import ScalarModel
 from .transformer import Transformer
@@ -98,13 +98,13 @@ def place_adapter(model: Model, config: LoraConfig, source: str) -> None:
         raise InputError(f"{source}: the model has an adapter already; merge_lora folds it in")
     targets = {name: layer for name, layer in linears(model).items() if config.targeted(name)}
     parameters = dict(model.named_parameters())
-    whole = [name for name in parameters if config.whole(hf_name(name).rpartition(".")[0])]
+    saved = [name for name in parameters if config.whole(hf_name(name).rpartition(".")[0])]
     if not targets:
         raise InputError(f"{source}: target_modules: {config.targets!r} names no linear layer of the model")
     for name in config.modules_to_save:
-        if not any(replace(config, modules_to_save=(name,)).whole(hf_name(parameter)) for parameter in whole):
+        if not any(replace(config, modules_to_save=(name,)).whole(hf_name(parameter)) for parameter in saved):
             raise InputError(f"{source}: modules_to_save: the model has no module {name!r}")
-    if model is body and body.lm_head is None and "embed_tokens.weight" in whole:
+    if model is body and body.lm_head is None and "embed_tokens.weight" in saved:
         raise InputError(
             f"{source}: modules_to_save: embed_tokens is also the head: this needs untied weights"
         )
@@ -123,7 +123,7 @@ def place_adapter(model: Model, config: LoraConfig, source: str) -> None:
             config.dropout,
             torch.ones(N, device=device) if config.dora else None,
         )
-    for name in whole:
+    for name in saved:
         parameter = parameters[name]
         body.replaced[name] = parameter.detach().clone()
         parameter.data = parameter.data.float()  # like all that is trained
@@ -245,6 +245,7 @@ def _filed(model: Model, name: str, tensor: Tensor) -> Tensor:
     """Experts' A (E, R, K) as (E R, K), B (E, N, R) as (N, R E); what is not of experts stays."""
     if _EXPERTS.fullmatch(name) is None:
         return tensor
+    tensor = whole(tensor)  # shares of different sizes cannot be flattened
     if "lora_A" in name:
         return tensor.flatten(0, 1)
     return (to_pairs(tensor) if _in_pairs(model, name) else tensor).permute(1, 2, 0).flatten(1)

@@ -51,7 +51,7 @@ DATA = {
 FOLDERS = ("data", "held_out", "teacher", "critic", "reward_model")  # flags that name a file or a folder
 SHIFT = re.compile(rb'"score_bias": ([-+.e0-9]+)')  # a mean of scores, so within rounding
 TIMES = ("seconds", "tokens_per_second", "sampling_seconds", "scoring_seconds", "update_seconds")
-EXPERTS = Experts(4, 2, 24, (True, True), renormalize=True, balance_coefficient=0.01)
+EXPERTS = Experts(3, 2, 24, (True, True), renormalize=True, balance_coefficient=0.01)  # 3: uneven shares
 SHAPES = {
     "tied": {},
     "untied": {"tie_word_embeddings": False},
@@ -128,10 +128,10 @@ CASES = {  # name: (algorithm, shape of the model, flags)
             "checkpoint_activations": True,
         },
     ),
-    "ppo-lora": (
+    "ppo-qlora": (
         "ppo",
         "untied",
-        {**PPO, "reward": "odd.py:odd", "lora_rank": 4, "critic": "tied", "top_k": 9},
+        {**PPO, "reward": "odd.py:odd", "lora_rank": 4, "base_4bit": True, "critic": "tied", "top_k": 9},
     ),
     "ppo-experts": (
         "ppo",
