@@ -6,9 +6,9 @@
     logprob = log softmax(u) there, of the distribution that was sampled
 
 The order is that of the ids without truncation; with it the most likely id comes first, and of equally likely ones the
-lower. A support is recorded, so it has a bound: top_p and min_p without top_k choose among the 1,024 most likely ids,
-where top_p's probabilities are of the whole vocabulary; after top_k they are of what it left. Temperature 0 is the most
-likely id, with its log-probability at temperature 1.
+lower (on a CPU as torch.topk has them). A support is recorded, so it has a bound: top_p and min_p without top_k choose
+among the 1,024 most likely ids, where top_p's probabilities are of the whole vocabulary; after top_k they are of what
+it left. Temperature 0 is the most likely id, with its log-probability at temperature 1.
 
     p            0.05 0.4 0.3 0.15 0.1        top_p=0.8: 0.4 + 0.3 + 0.15 is the first sum to reach it
     support      1 2 3 -1 -1                  number 0.6: 0.4 / 0.85 < 0.6 < 0.7 / 0.85, so token 2

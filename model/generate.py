@@ -32,16 +32,13 @@ from .transformer import Transformer
 PREFILL_TOKENS = {"cuda": 16_384, "cpu": 512}
 LEAVING = 8  # a batch is compacted when one in this many sequences has ended
 MEMORY_BUDGET = 4 * 2**30  # bytes of cached keys and values
-CUDA_GRAPHS = (
-    False  # TODO: on once tests/model/test_generate.py has passed on a GPU, where no graph was recorded yet
-)
+# TODO: on once tests/model/test_generate.py has passed on a GPU, where no graph was recorded yet
+CUDA_GRAPHS = False
 
-Choose = Callable[
-    [Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]
-]  # sample_tokens, but for its options
-Prompt = tuple[
-    int, tuple[int, ...]
-]  # (adapter, ids): what two samples must have in common to share a cache's row
+# sample_tokens, but for its options
+Choose = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
+# (adapter, ids): what two samples must have in common to share a cache's row
+Prompt = tuple[int, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -51,9 +48,8 @@ class Sample:
     prompt_index: int
     tokens: list[int]  # the stop token included
     logprobs: Tensor  # (n,) fp32
-    support: (
-        Tensor | None
-    )  # (n, K_max) int32, the ids that truncation kept, padded with -1; None without truncation
+    # (n, K_max) int32, the ids that truncation kept, padded with -1; None without truncation
+    support: Tensor | None
     ended: bool  # by a stop token, not by max_new_tokens
 
 
