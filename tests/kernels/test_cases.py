@@ -71,7 +71,7 @@ def test_accuracy_at_scale(case: Case, scale: float, dtype: torch.dtype, device:
     assert_accurate(case, make_inputs(case, case.shapes[1 % len(case.shapes)], dtype, device, scale))
 
 
-@every_case
+@each_op
 def test_same_bits_twice(case: Case, device: str):
     tensors = make_inputs(case, case.shapes[1 % len(case.shapes)], HALF, device)
     upstream = make_upstream(case, tensors)
