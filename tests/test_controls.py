@@ -696,6 +696,7 @@ def test_fault_is_caught(fault: Fault, device: str, tmp_path: Path, monkeypatch:
         assert_accurate(case, tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", sorted({f.file for f in FAULTS}))
 def test_a_faithful_copy_passes(file: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Without this, a copy that does not even run would count as a fault caught."""

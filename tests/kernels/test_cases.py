@@ -46,11 +46,18 @@ WIDE = {
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 FIRST = {c.op: c for c in reversed(CASES)}
-each_op = pytest.mark.parametrize(  # its other cases would take minutes under the interpreter
-    "case",
-    [pytest.param(c, marks=[] if c is FIRST[c.op] else pytest.mark.slow) for c in CASES],
-    ids=lambda c: c.name,
-)
+
+
+def each_op(interpreted: bool = True) -> pytest.MarkDecorator:
+    """One case of it; the others, which would take minutes under the interpreter, are slow.
+
+    interpreted=False: under the interpreter all are slow.
+    """
+    quick = [] if INTERPRET and not interpreted else list(FIRST.values())
+    marked = [pytest.param(c, marks=[] if any(c is q for q in quick) else pytest.mark.slow) for c in CASES]
+    return pytest.mark.parametrize("case", marked, ids=lambda c: c.name)
+
+
 every_shape = pytest.mark.parametrize(
     "case, dims", [pytest.param(c, d, id=f"{c.name}-{label(d)}") for c in CASES for d in c.shapes]
 )
@@ -71,7 +78,7 @@ def test_accuracy_at_scale(case: Case, scale: float, dtype: torch.dtype, device:
     assert_accurate(case, make_inputs(case, case.shapes[1 % len(case.shapes)], dtype, device, scale))
 
 
-@each_op
+@each_op()
 def test_same_bits_twice(case: Case, device: str):
     tensors = make_inputs(case, case.shapes[1 % len(case.shapes)], HALF, device)
     upstream = make_upstream(case, tensors)
@@ -122,7 +129,7 @@ def test_autocast(case: Case, device: str):
     assert_accurate(case, tensors, under=lambda: torch.autocast(device, HALF))
 
 
-@each_op
+@each_op(interpreted=False)
 def test_activation_checkpointing(case: Case, device: str):
     tensors = make_inputs(case, case.shapes[1 % len(case.shapes)], torch.float32, device)
     upstream = make_upstream(case, tensors)
@@ -135,7 +142,7 @@ def test_activation_checkpointing(case: Case, device: str):
         assert torch.equal(plain[name], recomputed[name]), name
 
 
-@each_op
+@each_op(interpreted=False)
 def test_compiles_as_one_graph(case: Case, device: str):
     torch.compiler.reset()
     compiled = replace(case, fused=torch.compile(case.fused, fullgraph=True, backend=BACKEND))
@@ -158,7 +165,7 @@ class Record(TorchDispatchMode):
 ON_CPU = ("moe_mlp", "decode_attention", "flash_attention")  # whose CPU paths are ops, where they read values
 
 
-@each_op
+@each_op()
 def test_registration(case: Case, device: str):
     if not TRITON and not (case.reads_values and case.op in ON_CPU):
         pytest.skip("on a CPU the op is plain torch")
