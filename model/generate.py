@@ -87,14 +87,14 @@ def generate(
     for name, value, least in (("samples_per_prompt", samples_per_prompt, 1), ("batch_size", batch_size, 1)):
         if value is not None and value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
-    _check(model, prompts, max_new_tokens, temperature, top_k, top_p, min_p)
+    choose = partial(sample_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    width = _check(model, prompts, max_new_tokens, choose)
     total = len(prompts) * samples_per_prompt
     if not total:
         return []
-    choose = partial(sample_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     batch = _Batch(
         *(model, prompts, adapters, samples_per_prompt, max_new_tokens),
-        *(batch_size or total, memory_budget, choose, stop_ids, seed, first_sample),
+        *(batch_size or total, memory_budget, choose, width, stop_ids, seed, first_sample),
     )
     samples: dict[int, Sample] = {}
     while len(samples) < total:
@@ -122,9 +122,12 @@ def stream(
     seed: int = 0,
 ) -> Iterator[int]:
     """The ids of the one sample that `generate` would return, as they are drawn, a stop id at the end included."""
-    _check(model, [prompt], max_new_tokens, temperature, top_k, top_p, min_p)
     choose = partial(sample_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    batch = _Batch(model, [prompt], None, 1, max_new_tokens, 1, MEMORY_BUDGET, choose, stop_ids, seed, 0)
+    width = _check(model, [prompt], max_new_tokens, choose)
+    batch = _Batch(
+        *(model, [prompt], None, 1, max_new_tokens),
+        *(1, MEMORY_BUDGET, choose, width, stop_ids, seed, 0),
+    )
     with torch.no_grad():
         batch.admit()
     while True:
@@ -138,27 +141,14 @@ def stream(
 
 
 def _check(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-) -> None:
-    """Raise for what cannot be sampled."""
-    for name, value, least in (
-        ("max_new_tokens", max_new_tokens, 1),
-        ("top_k", top_k, 1),
-        ("temperature", temperature, 0),
-    ):
-        if value is not None and value < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
-    if min_p is not None and not 0 <= min_p <= 1:
-        raise ValueError(f"min_p: expected a number in [0, 1], got {min_p}")
+    model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, choose: Choose
+) -> int | None:
+    """How many ids a support has room for, None without one. Raises for what cannot be sampled."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
     vocabulary = model.config.vocab_size
+    # no row asks for the options alone: the op refuses those out of range, and knows the width
+    *_, support = choose(torch.empty(0, vocabulary), torch.empty(0, dtype=torch.float64))
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise InputError(f"prompt {i}: expected at least one token, got none")
@@ -166,6 +156,7 @@ def _check(
             raise InputError(
                 f"prompt {i}: expected token ids below {vocabulary}, got {min(prompt)} to {max(prompt)}"
             )
+    return None if support is None else support.shape[1]
 
 
 # ---- noise
@@ -211,6 +202,7 @@ class _Batch:
         batch_size: int,
         memory_budget: int,
         choose: Choose,
+        width: int | None,
         stop_ids: Collection[int],
         seed: int,
         first_sample: int,
@@ -220,9 +212,7 @@ class _Batch:
         which = [-1] * len(prompts) if adapters is None else adapters
         self.adapted = adapters is not None
         self.prompts = [(adapter, tuple(ids)) for adapter, ids in zip(which, prompts, strict=True)]
-        self.held: dict[
-            tuple[int, tuple[int, ...]], int
-        ] = {}  # the row of each prompt in the cache, in order
+        self.held: dict[Prompt, int] = {}  # the row of each prompt in the cache, in order
         self.waiting = range(len(prompts) * samples_per_prompt)
         self.live = 0
         self.prefill_tokens = PREFILL_TOKENS[model.device.type]
@@ -252,26 +242,21 @@ class _Batch:
         self.count = torch.zeros(rows, dtype=torch.int64, device=device)  # ids drawn
         self.done = torch.ones(rows, dtype=torch.bool, device=device)
         self.drawn = torch.zeros(rows, dtype=torch.int64, device=device)  # the latest id
-        self.column = torch.zeros(
-            rows, dtype=torch.int64, device=device
-        )  # and where it stands among a sample's
+        # and where it stands among a sample's
+        self.column = torch.zeros(rows, dtype=torch.int64, device=device)
         # one column more than needed: a sequence that is done, but has not left, writes there
         self.tokens = torch.zeros(rows, max_new_tokens + 1, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(rows, max_new_tokens + 1, device=device)
         self.noises = torch.zeros(rows, max_new_tokens + 1, dtype=torch.float64, device=device)
         self.steps = torch.arange(max_new_tokens + 1, device=device)
         self.stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
-        self.ended = torch.zeros(
-            2, dtype=torch.int64, device=device
-        )  # rows that are done; the widest support
+        # rows that are done; the widest support
+        self.ended = torch.zeros(2, dtype=torch.int64, device=device)
         self.support = self.supports = None
-        none = torch.empty(0, model.config.vocab_size, device=device)
-        _, _, support = choose(none, self.noises[:0, 0])
-        if support is not None:
-            self.support = support.new_full((rows, support.shape[1]), -1)  # the latest
-            self.supports = self.support.new_empty(
-                rows, max_new_tokens + 1, 0
-            )  # as wide as the widest so far
+        if width is not None:
+            self.support = torch.full((rows, width), -1, dtype=torch.int32, device=device)  # the latest
+            # as wide as the widest so far
+            self.supports = self.support.new_empty(rows, max_new_tokens + 1, 0)
         self.graphs = _Graphs() if CUDA_GRAPHS and device.type == "cuda" else None
 
     # -- entering

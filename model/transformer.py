@@ -258,6 +258,7 @@ class Layer(nn.Module):
 
 
 def _narrow(x: Tensor, y: Tensor, now: Pass, rows: Tensor | None) -> tuple[Tensor, Tensor, Pass]:
+    """What is left of x and y (total, C), and of what their tokens share, at `rows`."""
     if rows is None:
         return x, y, now
     return x[rows], y[rows], replace(now, adapter=None if now.adapter is None else now.adapter[rows])

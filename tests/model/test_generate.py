@@ -13,7 +13,7 @@ from burnish.model import Cache, InputError, ModelConfig, Transformer, pack
 from burnish.model.adapter import add_lora, quantize_base
 from burnish.model.cache import cache_bytes
 from burnish.model.checkpoint import load_model
-from burnish.model.generate import _Batch, _mix, _signed, generate, stream, uniform
+from burnish.model.generate import _Batch, _check, _mix, _signed, generate, stream, uniform
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -353,7 +353,8 @@ def test_a_step_can_be_recorded_as_a_graph(data, architecture, how):
     with compile_only("sm_90"), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         temperature, top_k, top_p = how
         choose = partial(sample_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
-        batch = _Batch(model, PROMPTS, None, 2, 5, 8, 10**9, choose, {1, 2}, 0, 0)
+        width = _check(model, PROMPTS, 5, choose)
+        batch = _Batch(model, PROMPTS, None, 2, 5, 8, 10**9, choose, width, {1, 2}, 0, 0)
         batch.last = torch.zeros(4, config.hidden_size)
         batch.hidden = torch.zeros(8, config.hidden_size)
         held = {name: x for name, x in vars(batch).items() if isinstance(x, torch.Tensor)}
