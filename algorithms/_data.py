@@ -5,18 +5,26 @@ Tokens are joined, so a prompt's ids are those that generation starts from; the 
 max_length cuts does not get one.
 """
 
-import gzip
-import json
 from bisect import bisect_left, insort
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 from ..model.errors import InputError
 from ..model.tokenizer import Message, Tokenizer, TurnRewritten
+from ._messages import (
+    Talk,
+    Turn,
+    answered,
+    asked,
+    no_assistant,
+    prompt_of,
+    read_messages,
+    refuse_without_template,
+    talk_of,
+    with_system,
+)
+from ._rows import Row, Tally, as_rows
 
 SHAPES = {  # what the columns of a row mean to SFT: the first shape that a row has all columns of
     "messages": ("messages",),
@@ -36,27 +44,11 @@ RESERVED_COLUMNS = (
     "completion_ids",
 )  # a reward function's own
 
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-}
-
 ALPACA_TASK = (  # for a base model, as https://github.com/tatsu-lab/stanford_alpaca trains it
     "Below is an instruction that describes a task{and_input}. "
     "Write a response that appropriately completes the request."
 )
 ALPACA_INPUT = ", paired with an input that provides further context"
-
-
-class Row(dict[str, Any]):
-    """A row that knows its file and line, for messages."""
-
-    where = ""
 
 
 @dataclass(frozen=True)
@@ -75,94 +67,9 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Conversation:
-    messages: list[Message]
-    given: int  # the messages before this one are the prompt, and not trained
-
-
-@dataclass(frozen=True)
 class Pair:
     prompt: str
     completion: str
-
-
-# ---- files
-
-
-def read_rows(path: Path | str) -> list[Row]:
-    """path: .jsonl or .json (a list, or JSONL by another name), either also .gz; or .parquet, which needs pyarrow.
-
-    Blank lines are no rows. Raises InputError for a file that is missing, broken or empty, naming the line.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    kinds = [suffix for suffix in path.suffixes if suffix != ".gz"]
-    kind = kinds[-1] if kinds else ""
-    if kind == ".parquet":
-        rows = _read_parquet(path)
-    elif kind in (".jsonl", ".json"):
-        opener = gzip.open if path.suffix == ".gz" else open
-        try:
-            with opener(path, "rt", encoding="utf-8-sig") as file:
-                rows = list(_read_json(path, file, may_be_list=kind == ".json"))
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: not UTF-8 text: {error}") from error
-        except (EOFError, gzip.BadGzipFile) as error:
-            raise InputError(f"{path}: not a whole gzip file: {error}") from error
-    else:
-        raise InputError(f"{path}: expected .jsonl, .json, .jsonl.gz, .json.gz or .parquet")
-    if not rows:
-        raise InputError(f"{path}: has no rows")
-    return rows
-
-
-def _read_json(path: Path, file: TextIO, may_be_list: bool) -> Iterator[Row]:
-    first = file.readline() if may_be_list else ""
-    if may_be_list and first.lstrip()[:1] in ("[", ""):
-        try:
-            values = json.loads(first + file.read())
-        except ValueError as error:
-            raise InputError(f"{path}: not JSON: {error}") from error
-        if not isinstance(values, list):
-            raise InputError(f"{path}: expected a list of objects, got {type(values).__name__}")
-        for i, value in enumerate(values):
-            yield _row(value, f"{path} entry {i + 1}")
-        return
-    for i, line in enumerate(chain([first] if may_be_list else [], file)):
-        if not line.strip():
-            continue
-        where = f"{path} line {i + 1}"
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{where}: not JSON: {error}; the line begins {line.strip()[:60]!r}") from error
-        yield _row(value, where)
-
-
-def _read_parquet(path: Path) -> list[Row]:
-    try:
-        import pyarrow  # pyright: ignore[reportMissingImports]
-        import pyarrow.parquet  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise InputError(f"{path}: reading parquet needs pyarrow: pip install 'burnish[parquet]'") from error
-    try:
-        values = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a parquet file that can be read: {error}") from error
-    return [_row(value, f"{path} row {i + 1}") for i, value in enumerate(values)]
-
-
-def _row(value: Any, where: str) -> Row:
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: expected an object with named columns, got {value!r:.60}")
-    row = Row({name: cell for name, cell in value.items() if cell is not None})
-    row.where = where
-    return row
-
-
-def place_of(row: dict[str, Any], index: int) -> str:
-    return row.where if isinstance(row, Row) else f"row {index + 1}"
 
 
 # ---- supervised fine-tuning
@@ -174,7 +81,7 @@ def sft_examples(
     *,
     max_length: int,
     train_on: Literal["completion", "all"] = "completion",
-) -> tuple[list[Example], Counter[str]]:
+) -> tuple[list[Example], Tally]:
     """Returns the examples, and how many rows and examples there are and what was truncated or dropped, and why.
 
     A row is one example, except that self-instruct rows have one an instance, and a conversation whose template
@@ -182,55 +89,60 @@ def sft_examples(
     Raises InputError naming the row: of another shape than the first, of no known shape, or impossible to mask; and
     where no example is left.
     """
+    rows = as_rows(rows)
     examples: list[Example] = []
-    counts = Counter(rows=len(rows), examples=0)
-    shape = _shape(rows[0]) if rows else None
+    counts = Tally(rows=len(rows), examples=0)
     first_drop = ""
-    known = "; ".join(f"{name} ({', '.join(columns)})" for name, columns in SHAPES.items())
-    for index, row in enumerate(rows):
-        where = place_of(row, index)
-        found = _shape(row)
-        if found is None:
-            raise InputError(
-                f"{where}: no shape that SFT reads has the columns {column_names(row)}; known are {known}"
-            )
-        if found != shape:
-            raise InputError(
-                f"{where}: is of the shape '{found}', {place_of(rows[0], 0)} is '{shape}'; one file has one shape"
-            )
+    for row in rows:
         try:
-            encoded = list(
-                _encode_row(_units(row, found, tokenizer.chat_template is not None), tokenizer, train_on)
-            )
+            shape = _shape_as_in(row, rows[0])
+            encoded = list(_encode_row(_units(row, shape, tokenizer), tokenizer, train_on))
         except InputError as error:
-            raise InputError(f"{where}: {error}") from error
-        counts["from conversations split by turn"] += (
-            len(encoded) if len(encoded) > 1 and found != "self-instruct" else 0
-        )
+            raise InputError(f"{row.where}: {error}") from error
+        if len(encoded) > 1 and shape != "self-instruct":
+            counts["from conversations split by turn"] += len(encoded)
         for tokens, mask in encoded or [([], [])]:
             tokens, mask, cut = tokens[:max_length], [False, *mask[1:max_length]], len(tokens) > max_length
             if any(mask):
                 examples.append(Example(tokens, mask))
-                counts["examples"] += 1
-                counts["truncated"] += cut
+                counts.update(["examples", "truncated"] if cut else ["examples"])
             else:
-                counts[
-                    "dropped: no trained token within max_length" if cut else "dropped: no token to train on"
-                ] += 1
-                first_drop = first_drop or where
+                why = "no trained token within max_length" if cut else "no token to train on"
+                counts[f"dropped: {why}"] += 1
+                first_drop = first_drop or row.where
+    counts.close(rows)
     if not examples:
+        reasons = ", ".join(f"{n} {why}" for why, n in counts.items() if n and why != "rows")
+        first = f" (the first: {first_drop}): {reasons}" if first_drop else ""
+        first += f"; max_length is {max_length}" if "within max_length" in reasons else ""
+        raise InputError(f"no row has a token to train on{first}")
+    check_rendered(rows, tokenizer)
+    return examples, counts
+
+
+def _shape_as_in(row: Row, first: Row) -> str:
+    """The shape of a row. Raises InputError where it has none, or another than the first row."""
+    found = _shape(row)
+    if found is None:
+        known = "; ".join(f"{name} ({', '.join(columns)})" for name, columns in SHAPES.items())
+        raise InputError(f"no shape that SFT reads has the columns {row.columns()}; known are {known}")
+    if found != _shape(first):
         raise InputError(
-            f"no row has a token to train on{f' (the first: {first_drop})' if first_drop else ''}"
+            f"is of the shape '{found}', {first.where} is '{_shape(first)}'; one file has one shape"
         )
-    return examples, +counts
+    return found
+
+
+def _shape(row: Row) -> str | None:
+    return next((shape for shape, names in SHAPES.items() if all(name in row for name in names)), None)
 
 
 def _encode_row(
-    units: Iterable[str | Pair | Conversation], tokenizer: Tokenizer, train_on: Literal["completion", "all"]
+    units: Iterable[str | Pair | Talk], tokenizer: Tokenizer, train_on: Literal["completion", "all"]
 ) -> Iterator[tuple[list[int], list[bool]]]:
     for unit in units:
-        if isinstance(unit, Conversation):
-            yield from _encode_conversation(unit, tokenizer, train_on)
+        if isinstance(unit, Talk):
+            yield from _encode_talk(unit, tokenizer, train_on)
             continue
         prompt, completion = (unit.prompt, unit.completion) if isinstance(unit, Pair) else ("", unit)
         if not completion.strip():
@@ -252,25 +164,23 @@ def encode_completion(text: str, tokenizer: Tokenizer, *, continues: bool) -> li
     return written
 
 
-def _encode_conversation(
-    unit: Conversation, tokenizer: Tokenizer, train_on: Literal["completion", "all"]
+def _encode_talk(
+    talk: Talk, tokenizer: Tokenizer, train_on: Literal["completion", "all"]
 ) -> Iterator[tuple[list[int], list[bool]]]:
-    messages = unit.messages
-    turns = [i for i, m in enumerate(messages) if i >= unit.given and m["role"] == "assistant"]
-    if not turns:
+    if not talk.trained:
         return
     if train_on == "all":
-        tokens = tokenizer.encode_chat(messages)
-        yield tokens, [True] * len(tokens)
+        yield _encode_whole(talk, tokenizer)
         return
     try:
-        tokens, mask = tokenizer.encode_chat_with_mask(messages)
+        tokens, mask = tokenizer.encode_chat_with_mask(talk.messages, turns=talk.trained, **talk.variables)
     except TurnRewritten:
-        for turn in turns:
-            yield tokenizer.encode_chat_with_mask(messages[: turn + 1], last_turn_only=True)
+        for turn in talk.trained:
+            before = talk.messages[: turn + 1]
+            yield tokenizer.encode_chat_with_mask(before, turns=[turn], **talk.variables)
         return
-    if unit.given:
-        given = tokenizer.encode_chat(messages[: unit.given], add_generation_prompt=True)
+    if talk.given:
+        given = talk.ids(tokenizer, talk.given)
         if tokens[: len(given)] != given:
             raise InputError(
                 "the chat template's generation prompt does not begin its rendering of the completion"
@@ -279,33 +189,64 @@ def _encode_conversation(
     yield tokens, mask
 
 
-def _units(row: dict[str, Any], shape: str, has_template: bool) -> Iterator[str | Pair | Conversation]:
+def _encode_whole(talk: Talk, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    """All of a conversation is trained, but for the assistant's turns that say they are not to be."""
+    if not talk.left_out:
+        tokens = tokenizer.encode_chat(talk.messages, **talk.variables)
+        return tokens, [True] * len(tokens)
+    tokens, mask = tokenizer.encode_chat_with_mask(talk.messages, turns=talk.left_out, **talk.variables)
+    return tokens, [not untrained for untrained in mask]
+
+
+def _units(row: Row, shape: str, tokenizer: Tokenizer) -> Iterator[str | Pair | Talk]:
     """What there is to train in a row. A question or instruction is a user's turn where there is a chat template."""
     if shape == "text":
-        yield read_text(row, "text")
+        yield row.text("text")
     elif shape in ("messages", "ShareGPT"):
-        yield Conversation(read_messages(row, "messages" if shape == "messages" else "conversations"), 0)
+        turns = read_messages(row, "messages" if shape == "messages" else "conversations")
+        yield _talk(row, turns, tokenizer)
     elif shape == "prompt and completion" and isinstance(row["prompt"], list):
         prompt, completion = read_messages(row, "prompt"), read_messages(row, "completion")
         if completion and completion[0]["role"] != "assistant":
             raise InputError(
                 f"completion: expected to begin with the assistant, got role '{completion[0]['role']}'"
             )
-        yield Conversation(prompt + completion, len(prompt))
+        yield _talk(row, prompt + completion, tokenizer, len(completion))
     elif shape == "prompt and completion":
-        yield Pair(read_text(row, "prompt"), read_text(row, "completion"))
+        yield Pair(row.text("prompt"), row.text("completion"))
     else:
-        instances = row["instances"] if shape == "self-instruct" else [row]
-        if not isinstance(instances, list) or not all(isinstance(instance, dict) for instance in instances):
-            raise InputError(f"instances: expected a list of objects, got {instances!r:.60}")
-        for instance in instances:
-            question = _question(row | instance, has_template)
-            answer = read_text(instance, "answer" if shape == "question and answer" else "output")
-            if not has_template:
-                yield Pair(question, answer_text(question, answer))
-            elif answer.strip():
-                turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-                yield Conversation(turns, 0)
+        yield from _answers(row, shape, tokenizer)
+
+
+def _talk(row: Row, turns: list[Turn], tokenizer: Tokenizer, last: int | None = None) -> Talk:
+    """last: how many turns at the end are the completion; all by default."""
+    turns = with_system(row, turns)
+    given = 0 if last is None else len(turns) - last
+    no_assistant(turns[given:])
+    return talk_of(row, turns, tokenizer, given)
+
+
+def _answers(row: Row, shape: str, tokenizer: Tokenizer) -> Iterator[Pair | Talk]:
+    """A question with its answer; of self-instruct one an instance."""
+    column = "answer" if shape == "question and answer" else "output"
+    for instance in _instances(row) if shape == "self-instruct" else [row]:
+        question = read_question(instance, tokenizer)
+        answer = instance.text(column)
+        if isinstance(question, str):
+            yield Pair(question, answer_text(question, answer))
+        elif answer.strip():
+            yield talk_of(row, with_system(row, [*question, answered(answer, column)]), tokenizer)
+
+
+def _instances(row: Row) -> Iterator[Row]:
+    instances = row.take("instances")
+    if not isinstance(instances, list) or not all(isinstance(instance, dict) for instance in instances):
+        raise InputError(f"instances: expected a list of objects, got {instances!r:.60}")
+    for instance in instances:
+        one = Row(row | instance, row.where)
+        yield one
+        row.used |= one.used - instance.keys()
+        row.ignored |= {f"instances.{name}" for name in instance if name not in one.used}
 
 
 def answer_text(question: str, answer: str) -> str:
@@ -313,121 +254,109 @@ def answer_text(question: str, answer: str) -> str:
     return " " + answer if question.endswith(":") else answer
 
 
-def _question(row: dict[str, Any], has_template: bool) -> str:
+def read_question(row: Row, tokenizer: Tokenizer) -> str | list[Turn]:
     """A row's question or instruction as a user's turn, or as the text that has a base model go on with the answer."""
-    if row.get("question") is not None:
-        question = read_text(row, "question")
-        return question if has_template else f"Question: {question}\nAnswer:"
-    instruction = read_text(row, "instruction")
-    more = read_text(row, "input") if row.get("input") else ""
-    if has_template:
-        return f"{instruction}\n\n{more}" if more else instruction
-    task = ALPACA_TASK.format(and_input=ALPACA_INPUT if more else "")
-    context = f"### Input:\n{more}\n\n" if more else ""
-    return f"{task}\n\n### Instruction:\n{instruction}\n\n{context}### Response:\n"
+    if "question" in row:
+        column, question = "question", row.text("question")
+        text = f"Question: {question}\nAnswer:"
+    else:
+        column, question = "instruction", row.text("instruction")
+        more = row.text("input") if row.take("input") else ""
+        task = ALPACA_TASK.format(and_input=ALPACA_INPUT if more else "")
+        context = f"### Input:\n{more}\n\n" if more else ""
+        text = f"{task}\n\n### Instruction:\n{question}\n\n{context}### Response:\n"
+        question = f"{question}\n\n{more}" if more else question
+    if tokenizer.chat_template is not None:
+        return asked(row, question, column)
+    refuse_without_template(row)
+    return text
 
 
-def _shape(row: dict[str, Any]) -> str | None:
-    return next(
-        (shape for shape, names in SHAPES.items() if all(row.get(name) is not None for name in names)), None
-    )
-
-
-def read_text(row: dict[str, Any], column: str) -> str:
-    if not isinstance(value := row.get(column), str):
-        raise InputError(f"{column}: expected text, got {value!r:.60}")
-    return value
-
-
-def read_messages(row: dict[str, Any], column: str) -> list[Message]:
-    """Messages as templates know them; ShareGPT's from and value become role and content."""
-    values = row.get(column)
-    if not isinstance(values, list):
-        raise InputError(f"{column}: expected a list of messages, got {values!r:.60}")
-    messages = []
-    if column == "conversations" and isinstance(system := row.get("system"), str):
-        messages.append({"role": "system", "content": system})
-    for i, value in enumerate(values):
-        if isinstance(value, dict) and "from" in value and "value" in value:
-            if value["from"] not in SHAREGPT_ROLES:
-                known = ", ".join(SHAREGPT_ROLES)
-                raise InputError(
-                    f"{column}, message {i + 1}: unknown 'from' {value['from']!r:.60}; known are {known}"
-                )
-            value = {"role": SHAREGPT_ROLES[value["from"]], "content": value["value"]}
-        if not isinstance(value, dict) or not isinstance(value.get("role"), str):
-            raise InputError(
-                f"{column}, message {i + 1}: expected an object with a role and content, got {value!r:.60}"
-            )
-        messages.append(value)
-    return messages
+def check_rendered(rows: Sequence[Row], tokenizer: Tokenizer) -> None:
+    """Raises InputError where --chat-template-kwargs would have no effect."""
+    if tokenizer.variables and not any(row.rendered for row in rows):
+        raise InputError("--chat-template-kwargs: the rows are texts, which no chat template renders")
 
 
 # ---- reinforcement learning
 
 
 def rl_prompts(
-    rows: Sequence[dict[str, Any]], tokenizer: Tokenizer, *, max_length: int, prompt_column: str | None = None
-) -> tuple[list[Prompt], Counter[str]]:
+    rows: Sequence[dict[str, Any]],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    prompt_column: str | None = None,
+    takes: Callable[[str], bool] = lambda column: False,
+) -> tuple[list[Prompt], Tally]:
     """Returns the prompts, and how many rows and prompts there are and how many were dropped, and why.
 
     prompt_column: where the prompt stands; by default the first of PROMPT_COLUMNS that the first row has. A list of
     messages goes through the chat template; so does a question, an instruction, or the text of a column that was named,
     as a user's turn, where the model has a template. The text of a `prompt` column is taken as it is.
+    takes: whether a reward function reads a column.
     Every prompt has the same columns, None where its row lacks one. Raises InputError naming the row without a usable
     prompt, and where no prompt is left.
     """
+    rows = as_rows(rows)
     prompts: list[Prompt] = []
-    counts = Counter(rows=len(rows), prompts=0)
-    column = prompt_column or next(
-        (name for name in PROMPT_COLUMNS if rows and rows[0].get(name) is not None), None
-    )
+    counts = Tally(rows=len(rows), prompts=0)
+    column = prompt_column or next((name for name in PROMPT_COLUMNS if rows and name in rows[0]), None)
     if column is None and rows:
         expected = ", ".join(PROMPT_COLUMNS)
         raise InputError(
-            f"{place_of(rows[0], 0)}: no prompt among columns {column_names(rows[0])}; expected one of {expected}"
+            f"{rows[0].where}: no prompt among columns {rows[0].columns()}; expected one of {expected}"
         )
-    columns = dict.fromkeys(name for row in rows for name in row if name not in RESERVED_COLUMNS)
-    for index, row in enumerate(rows):
+    columns = dict.fromkeys(name for row in rows for name in row.original if name not in RESERVED_COLUMNS)
+    for row in rows:
         try:
-            text = read_prompt(row, str(column), tokenizer.chat_template is not None)
-            if isinstance(text, str):
-                tokens = tokenizer.encode_text(text) if text.strip() else []
-            else:
-                tokens = tokenizer.encode_chat(text, add_generation_prompt=True) if text else []
+            text, tokens = _asked(row, str(column), tokenizer)
         except InputError as error:
-            raise InputError(f"{place_of(row, index)}: {error}") from error
+            raise InputError(f"{row.where}: {error}") from error
         if not tokens:
             counts["dropped: empty prompt"] += 1
         elif len(tokens) > max_length:
             counts["dropped: prompt longer than max_length"] += 1
         else:
-            prompts.append(Prompt(tokens, text, {name: row.get(name) for name in columns}))
+            prompts.append(Prompt(tokens, text, {name: row.original.get(name) for name in columns}))
             counts["prompts"] += 1
+    counts.close(rows, lambda name: name not in RESERVED_COLUMNS and takes(name))
     if not prompts:
         reasons = ", ".join(
             f"{count} {reason}" for reason, count in counts.items() if count and reason != "rows"
         )
         raise InputError(f"no prompt to sample from: {len(rows)} rows{f', {reasons}' if reasons else ''}")
+    check_rendered(rows, tokenizer)
     return prompts, counts
 
 
-def read_prompt(row: dict[str, Any], column: str, has_template: bool) -> str | list[Message]:
+def _asked(row: Row, column: str, tokenizer: Tokenizer) -> tuple[str | list[Message], list[int]]:
+    """A row's prompt as a reward function sees it, and its ids; none where it is empty."""
+    given = read_prompt(row, column, tokenizer)
+    if isinstance(given, str):
+        return given, tokenizer.encode_text(given) if given.strip() else []
+    turns = with_system(row, given)
+    if not turns:
+        return [], []
+    return [dict(turn) for turn in turns], prompt_of(row, turns, tokenizer).ids(tokenizer)
+
+
+def read_prompt(row: Row, column: str, tokenizer: Tokenizer) -> str | list[Turn]:
+    """The prompt in a column, a text or turns, without the system message of a column of its own."""
     if column not in row:
-        raise InputError(f"expected a prompt in column '{column}', got columns {column_names(row)}")
+        raise InputError(f"expected a prompt in column '{column}', got columns {row.columns()}")
     if isinstance(row[column], list):
-        messages = read_messages(row, column)
-        if messages and messages[-1]["role"] == "assistant":
+        turns = read_messages(row, column)
+        if turns and turns[-1]["role"] == "assistant":
             raise InputError(f"{column}: ends with the assistant's turn, so nothing is left to answer")
-        return messages
+        return turns
     if column == "prompt":
-        return read_text(row, column)
-    text = _question(row, has_template) if column in ("question", "instruction") else read_text(row, column)
-    return [{"role": "user", "content": text}] if has_template and text.strip() else text
-
-
-def column_names(row: dict[str, Any]) -> str:
-    return ", ".join(row) or "(none)"
+        return row.text(column)
+    if column in ("question", "instruction"):
+        question = read_question(row, tokenizer)
+        return question if isinstance(question, str) or question[-1]["content"].strip() else ""
+    text = row.text(column)
+    return asked(row, text, column) if tokenizer.chat_template is not None and text.strip() else text
 
 
 # ---- packing

@@ -27,10 +27,11 @@ from ..model.errors import InputError
 from ..model.packed import Packed, pack
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
-from ._data import Example, read_rows, rl_prompts, sft_examples
+from ._data import Example, rl_prompts, sft_examples
 from ._distributed import IDLE, shares
 from ._loop import report_counts
 from ._rollout import own_samples, samples_of_all
+from ._rows import read_rows
 
 
 @dataclass(frozen=True)
@@ -47,20 +48,29 @@ class Lesson(Example):
 
 
 def load_lessons(
-    data: Path, tokenizer: Tokenizer, *, max_length: int, prompts_alone: bool, temperature: float | None
+    data: Path,
+    tokenizer: Tokenizer,
+    *,
+    row_template: Path | None,
+    max_length: int,
+    prompts_alone: bool,
+    temperature: float | None,
 ) -> list[Lesson]:
     """The lessons of --data, after saying what became of its rows.
 
     prompts_alone: rows need no completion. temperature: that of stored log-probabilities; None where they are not read.
     """
     if data.suffix == ".safetensors":
+        for flag, given in (("row-template", row_template), ("chat-template-kwargs", tokenizer.variables)):
+            if given:
+                raise InputError(f"--{flag}: {data} holds sequences, not rows: leave the flag out")
         lessons = read_lessons(data, tokenizer, temperature)
         counts = {"lessons": len(lessons), "trained tokens": sum(sum(lesson.mask) for lesson in lessons)}
     elif prompts_alone:
-        prompts, counts = rl_prompts(read_rows(data), tokenizer, max_length=max_length)
+        prompts, counts = rl_prompts(read_rows(data, row_template), tokenizer, max_length=max_length)
         lessons = [Lesson(prompt.tokens, [False] * len(prompt.tokens)) for prompt in prompts]
     else:
-        examples, counts = sft_examples(read_rows(data), tokenizer, max_length=max_length)
+        examples, counts = sft_examples(read_rows(data, row_template), tokenizer, max_length=max_length)
         lessons = [Lesson(example.tokens, example.mask) for example in examples]
     report_counts(data, counts)
     return lessons

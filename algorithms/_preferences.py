@@ -8,8 +8,8 @@ Nothing is cut: half an answer is another answer, so what is longer than max_len
 """
 
 import json
+import math
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -22,21 +22,22 @@ from torch import Tensor
 from ..model.errors import InputError
 from ..model.packed import Packed, pack
 from ..model.scalar import ScalarModel
-from ..model.tokenizer import Message, Tokenizer
+from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
-from ._data import (
-    PROMPT_COLUMNS,
-    answer_text,
-    column_names,
-    encode_completion,
-    place_of,
-    read_messages,
-    read_prompt,
-    read_rows,
-    read_text,
-)
+from ._data import PROMPT_COLUMNS, answer_text, check_rendered, encode_completion, read_prompt
 from ._distributed import IDLE, rank, reshard, shares, sum_over_processes
 from ._loop import autocast, report_counts
+from ._messages import (
+    Talk,
+    Turn,
+    answered,
+    asked,
+    messages_in,
+    says_something,
+    talk_of,
+    with_system,
+)
+from ._rows import Row, Tally, as_rows, read_rows
 
 Item = TypeVar("Item")
 
@@ -87,49 +88,61 @@ def longest(item: Preference | Judged) -> int:
 # ---- rows
 
 
-def load_pairs(path: Path, tokenizer: Tokenizer, max_length: int) -> list[Preference]:
-    """The pairs of a file, after saying what became of its rows."""
-    pairs, counts = preferences(read_rows(path), tokenizer, max_length=max_length)
+def load_pairs(
+    path: Path | None,
+    tokenizer: Tokenizer,
+    max_length: int,
+    *,
+    row_template: Path | None = None,
+    margins: bool = False,
+) -> list[Preference]:
+    """The pairs of a file, none without one, after saying what became of its rows. margins: read that column."""
+    if path is None:
+        return []
+    rows = read_rows(path, row_template)
+    pairs, counts = preferences(rows, tokenizer, max_length=max_length, margins=margins)
     report_counts(path, counts)
     return pairs
 
 
 def preferences(
-    rows: Sequence[dict[str, Any]], tokenizer: Tokenizer, *, max_length: int
-) -> tuple[list[Preference], Counter[str]]:
+    rows: Sequence[dict[str, Any]], tokenizer: Tokenizer, *, max_length: int, margins: bool = True
+) -> tuple[list[Preference], Tally]:
     """Rows of chosen and rejected. max_length: of the prompt with either completion, in tokens.
 
-    Returns the pairs, and how many rows and pairs there are and how many were dropped, and why. Raises InputError
-    naming the row that is of another shape or impossible to mask, and where no pair is left.
+    margins: read the column; otherwise all are 0. Returns the pairs, and how many rows and pairs there are and how many
+    were dropped, and why. Raises InputError naming the row that is of another shape or impossible to mask, and where no
+    pair is left.
     """
 
-    def read(row: dict[str, Any]) -> tuple[list[Preference], str]:
-        if row.get("chosen") is None or row.get("rejected") is None:
-            raise InputError(f"expected the columns chosen and rejected, got {column_names(row)}")
-        prompt, chosen, rejected = _pair(row, tokenizer)
+    def read(row: Row) -> tuple[list[Preference], str]:
+        if "chosen" not in row or "rejected" not in row:
+            raise InputError(f"expected the columns chosen and rejected, got {row.columns()}")
+        prompt, (chosen, rejected) = _prompt_and_answers(row, ("chosen", "rejected"), tokenizer)
+        margin = _margin(row) if margins else 0.0
         if not chosen.tokens or not rejected.tokens:
             return [], "dropped: empty completion"
         if chosen == rejected:
             return [], "dropped: chosen is rejected"
-        pair = Preference(prompt, chosen, rejected, _margin(row))
+        pair = Preference(prompt, chosen, rejected, margin)
         return ([], "dropped: longer than max_length") if longest(pair) > max_length else ([pair], "")
 
-    return _read_all(rows, read, "pairs")
+    return _read_all(rows, read, "pairs", tokenizer)
 
 
 def judged_completions(
     rows: Sequence[dict[str, Any]], tokenizer: Tokenizer, *, max_length: int
-) -> tuple[list[Judged], Counter[str]]:
+) -> tuple[list[Judged], Tally]:
     """Rows of a prompt, completion and label; or of chosen and rejected, each row two completions. As `preferences`."""
 
-    def read(row: dict[str, Any]) -> tuple[list[Judged], str]:
-        if row.get("chosen") is not None and row.get("rejected") is not None:
-            prompt, chosen, rejected = _pair(row, tokenizer)
+    def read(row: Row) -> tuple[list[Judged], str]:
+        if "chosen" in row and "rejected" in row:
+            prompt, (chosen, rejected) = _prompt_and_answers(row, ("chosen", "rejected"), tokenizer)
             judged = [Judged(prompt, chosen, True), Judged(prompt, rejected, False)]
         else:
-            if row.get("completion") is None or row.get("label") is None:
-                raise InputError(f"expected the columns completion and label, got {column_names(row)}")
-            if row["label"] not in (0, 1):  # also False and True
+            if "completion" not in row or "label" not in row:
+                raise InputError(f"expected the columns completion and label, got {row.columns()}")
+            if row.take("label") not in (0, 1):  # also False and True
                 raise InputError(f"label: expected true or false, got {row['label']!r:.60}")
             prompt, answer = _prompt_and_answers(row, ("completion",), tokenizer)
             judged = [Judged(prompt, answer[0], bool(row["label"]))]
@@ -139,57 +152,59 @@ def judged_completions(
             return [], "dropped: longer than max_length"
         return judged, ""
 
-    return _read_all(rows, read, "completions")
+    return _read_all(rows, read, "completions", tokenizer)
 
 
 def _read_all(
-    rows: Sequence[dict[str, Any]], read: Callable[[dict[str, Any]], tuple[list[Item], str]], name: str
-) -> tuple[list[Item], Counter[str]]:
+    rows: Sequence[dict[str, Any]],
+    read: Callable[[Row], tuple[list[Item], str]],
+    name: str,
+    tokenizer: Tokenizer,
+) -> tuple[list[Item], Tally]:
+    rows = as_rows(rows)
     found: list[Item] = []
-    counts = Counter({"rows": len(rows), name: 0})
-    for index, row in enumerate(rows):
+    counts = Tally({"rows": len(rows), name: 0})
+    for row in rows:
         try:
             items, dropped = read(row)
         except InputError as error:
-            raise InputError(f"{place_of(row, index)}: {error}") from error
+            raise InputError(f"{row.where}: {error}") from error
         found += items
         counts[dropped or name] += len(items) or 1
+    counts.close(rows)
     if not found:
         raise InputError(
             "no " + name + " to train on: " + ", ".join(f"{n} {why}" for why, n in counts.items())
         )
+    check_rendered(rows, tokenizer)
     return found, counts
 
 
-def _margin(row: dict[str, Any]) -> float:
-    margin = row.get("margin", 0.0)
-    if isinstance(margin, bool) or not isinstance(margin, int | float):
+def _margin(row: Row) -> float:
+    margin = row.take("margin") if "margin" in row else 0.0
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
         raise InputError(f"margin: expected a number, got {margin!r:.60}")
     return float(margin)
 
 
-def _pair(row: dict[str, Any], tokenizer: Tokenizer) -> tuple[list[int], Completion, Completion]:
-    prompt, (chosen, rejected) = _prompt_and_answers(row, ("chosen", "rejected"), tokenizer)
-    return prompt, chosen, rejected
-
-
 def _prompt_and_answers(
-    row: dict[str, Any], columns: tuple[str, ...], tokenizer: Tokenizer
+    row: Row, columns: tuple[str, ...], tokenizer: Tokenizer
 ) -> tuple[list[int], list[Completion]]:
     """The prompt's ids and the completion in each of `columns`; empty ones where there is nothing to train."""
-    has_template = tokenizer.chat_template is not None
-    name = next((name for name in PROMPT_COLUMNS if row.get(name) is not None), None)
-    given = read_prompt(row, name, has_template) if name else []
-    if isinstance(given, str) and all(isinstance(row[column], str) for column in columns):
+    name = next((name for name in PROMPT_COLUMNS if name in row), None)
+    given = read_prompt(row, name, tokenizer) if name else []
+    if isinstance(given, str) and (
+        all(isinstance(row[column], str) for column in columns) or not given.strip()
+    ):
         if not given.strip():
             raise InputError(f"{name}: empty")
-        answers = [read_text(row, column) for column in columns]
+        answers = [row.text(column) for column in columns]
         if name != "prompt":
             answers = [answer_text(given, answer) for answer in answers]
         tokens = [encode_completion(a, tokenizer, continues=True) if a.strip() else [] for a in answers]
         return tokenizer.encode_text(given), [Completion(t, [True] * len(t)) for t in tokens]
     if isinstance(given, str):  # the answers are messages
-        given = [{"role": "user", "content": given}]
+        given = asked(row, given, str(name))
     talks = [_conversation(row, column, given) for column in columns]
     shared = _shared_turns(talks) if len(given) == 0 or len(talks) > 1 else len(given)
     if shared < len(given):
@@ -198,32 +213,33 @@ def _prompt_and_answers(
         raise InputError(
             f"{' and '.join(columns)}: no prompt: expected a column for it, or a shared beginning"
         )
-    prompt = tokenizer.encode_chat(talks[0][:shared], add_generation_prompt=True)
-    return prompt, [_completion(talk, shared, prompt, tokenizer) for talk in talks]
+    whole = [with_system(row, talk) for talk in talks]
+    shared += len(whole[0]) - len(talks[0])
+    said = [talk_of(row, talk, tokenizer, shared) for talk in whole]
+    prompt = said[0].ids(tokenizer, shared)
+    return prompt, [_completion(talk, prompt, tokenizer) for talk in said]
 
 
-def _conversation(row: dict[str, Any], column: str, given: list[Message]) -> list[Message]:
+def _conversation(row: Row, column: str, given: list[Turn]) -> list[Turn]:
     """The messages of the prompt and of row[column], which may repeat the prompt."""
-    value = row[column]
+    value = row.take(column)
     if isinstance(value, str):
         parts = HH_TURN.split(value)
         if not given and len(parts) > 1 and not parts[0]:
             roles = {"Human": "user", "Assistant": "assistant"}
-            return [
-                {"role": roles[speaker], "content": text.strip()}
-                for speaker, text in zip(parts[1::2], parts[2::2], strict=True)
-            ]
+            turns = zip(parts[1::2], parts[2::2], strict=True)
+            return messages_in([{"role": roles[who], "content": text.strip()} for who, text in turns], column)
         if not given:
             raise InputError(
                 f"{column}: a text without a prompt; expected a prompt column, messages, or HH-RLHF's "
                 f"'\\n\\nHuman: ...\\n\\nAssistant: ...', got {value!r:.60}"
             )
-        return [*given, {"role": "assistant", "content": value}]
-    messages = read_messages(row | {column: [value] if isinstance(value, dict) else value}, column)
-    return messages if messages[: len(given)] == given else [*given, *messages]
+        return [*given, answered(value, column)]
+    turns = messages_in([value] if isinstance(value, dict) else value, column)
+    return turns if turns[: len(given)] == given else [*given, *turns]
 
 
-def _shared_turns(talks: Sequence[list[Message]]) -> int:
+def _shared_turns(talks: Sequence[list[Turn]]) -> int:
     """How many messages all begin with, before a turn of the assistant in each."""
     alike = len(list(takewhile(lambda turn: all(one == turn[0] for one in turn), zip(*talks, strict=False))))
     return next(
@@ -236,12 +252,13 @@ def _shared_turns(talks: Sequence[list[Message]]) -> int:
     )
 
 
-def _completion(talk: list[Message], shared: int, prompt: list[int], tokenizer: Tokenizer) -> Completion:
-    """The tokens of talk[shared:] up to the end of the assistant's last turn, what others said in it unmasked."""
-    turns = [i for i in range(shared, len(talk)) if talk[i]["role"] == "assistant"]
-    if not turns or not all(str(talk[i].get("content") or "").strip() for i in turns):
+def _completion(talk: Talk, prompt: list[int], tokenizer: Tokenizer) -> Completion:
+    """The tokens behind the prompt up to the end of the assistant's last turn, what others said in it unmasked."""
+    own = [i for i in range(talk.given, len(talk.messages)) if talk.messages[i]["role"] == "assistant"]
+    if not talk.trained or not all(says_something(talk.messages[i]) for i in own):
         return Completion([], [])
-    tokens, mask = tokenizer.encode_chat_with_mask(talk[: turns[-1] + 1], last_turn_only=len(turns) == 1)
+    messages = talk.messages[: talk.trained[-1] + 1]
+    tokens, mask = tokenizer.encode_chat_with_mask(messages, turns=talk.trained, **talk.variables)
     if tokens[: len(prompt)] != prompt:
         raise InputError(
             "the chat template's generation prompt does not begin its rendering of the completion"

@@ -9,6 +9,7 @@ columns the row's other columns, each a list with one entry a completion. None: 
 import copy
 import importlib
 import importlib.util
+import inspect
 import math
 import numbers
 import sys
@@ -57,6 +58,16 @@ def _load_file(path: Path) -> ModuleType:
     sys.path.append(str(path.resolve().parent))
     spec.loader.exec_module(module)
     return module
+
+
+def takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function takes an argument of this name, by name or by **kwargs."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some of Python's own have no signature
+        return True
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return any(p.kind == p.VAR_KEYWORD or (p.name == name and p.kind in named) for p in parameters)
 
 
 def load_rewards(specifications: Sequence[str]) -> dict[str, RewardFunction]:

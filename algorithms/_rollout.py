@@ -21,10 +21,11 @@ from ..model.scalar import ScalarModel
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from ._adapter import ADAPTER_BOUNDS
-from ._data import Prompt, read_rows, rl_prompts
+from ._data import Prompt, rl_prompts
 from ._distributed import IDLE, gathered, most, parts, rank, sum_over_processes, unsharded, world
 from ._loop import autocast, report_counts
-from ._rewards import RewardFunction, judge
+from ._rewards import RewardFunction, judge, takes
+from ._rows import read_rows
 
 RL_BOUNDS = {  # for check_flags: of the flags that PPO and GRPO share
     "steps": (1, inf),
@@ -47,10 +48,14 @@ RL_BOUNDS = {  # for check_flags: of the flags that PPO and GRPO share
 }
 
 
-def load_prompts(cfg: Any, tokenizer: Tokenizer) -> list[Prompt]:
-    """The prompts of --data, after saying what became of its rows."""
+def load_prompts(cfg: Any, tokenizer: Tokenizer, rewards: dict[str, RewardFunction]) -> list[Prompt]:
+    """The prompts of --data, after saying what became of its rows. rewards: who reads their other columns."""
     prompts, counts = rl_prompts(
-        read_rows(cfg.data), tokenizer, max_length=cfg.max_prompt_length, prompt_column=cfg.prompt_column
+        read_rows(cfg.data, cfg.row_template),
+        tokenizer,
+        max_length=cfg.max_prompt_length,
+        prompt_column=cfg.prompt_column,
+        takes=lambda column: any(takes(function, column) for function in rewards.values()),
     )
     report_counts(cfg.data, counts)
     return prompts

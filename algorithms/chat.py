@@ -10,6 +10,7 @@ Run:    burnish chat --model DIR
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,14 +21,18 @@ from ..model.tokenizer import Message, Tokenizer
 from ..model.transformer import Transformer
 from ._command import run_command
 from ._loop import default_device
+from ._messages import load_tokenizer, messages_in, prompt_of
+from ._rows import Row
 
 
 @dataclass(frozen=True)
 class Config:
     model: Path  # Hugging Face folder, or an adapter's
+    tools: Path | None = None  # a JSON file with the list of tools that the chat template describes
     prompt: str | None = None  # answer this and end, instead of reading prompts
     system: str | None = None  # system message, where the model has a chat template
     chat_template: str | None = None  # a jinja file, or plain, in place of the model's own
+    chat_template_kwargs: str | None = None  # JSON object of variables for it: '{"enable_thinking": false}'
     max_new_tokens: int = 512  # of one answer
     temperature: float = 0.2  # 0 takes the most likely token
     top_p: float = 0.9  # sample from the fewest tokens that have this probability together
@@ -63,6 +68,35 @@ def answer(cfg: Config, model: Transformer, tokenizer: Tokenizer, prompt: list[i
     return text
 
 
+def _checked_opening(cfg: Config, tokenizer: Tokenizer, opening: list[Message]) -> dict[str, Any]:
+    """What the chat template is given beside messages. Raises InputError where it leaves out a flag."""
+    flag = "system" if opening else "tools"
+    if (opening or cfg.tools) and tokenizer.chat_template is None:
+        raise InputError(
+            f"--{flag}: the model has no chat template that could place it; name one with --chat-template"
+        )
+    if cfg.tools is None:
+        row = Row({}, "--system")
+    elif "tools" not in tokenizer.template_variables:
+        raise InputError("--tools: the chat template reads none")
+    else:
+        row = Row({"tools": read_tools(cfg.tools)}, f"--tools {cfg.tools}")
+    if not opening and cfg.tools is None:
+        return {}
+    try:
+        turns = messages_in([*opening, {"role": "user", "content": "Hello"}], "messages")
+        return prompt_of(row, turns, tokenizer).variables
+    except InputError as error:
+        raise InputError(f"--{flag}: {error}") from error
+
+
+def read_tools(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--tools {file}: cannot be read: {error}") from error
+
+
 def main(cfg: Config) -> None:
     for flag, value, right, expected in (
         ("max-new-tokens", cfg.max_new_tokens, cfg.max_new_tokens >= 1, "at least 1"),
@@ -71,17 +105,13 @@ def main(cfg: Config) -> None:
     ):
         if not right:
             raise InputError(f"--{flag}: expected {expected}, got {value}")
-    tokenizer = Tokenizer.load(cfg.model, cfg.chat_template)
+    tokenizer = load_tokenizer(cfg)
     model = load_model(
         cfg.model, torch.bfloat16 if cfg.device.startswith("cuda") else torch.float32, cfg.device
     )
-    opening: list[Message] = [] if cfg.system is None else [{"role": "system", "content": cfg.system}]
+    opening = [] if cfg.system is None else [{"role": "system", "content": cfg.system}]
     converses = tokenizer.chat_template is not None
-    if opening and not converses:
-        raise InputError(
-            "--system: the model has no chat template that could place it; name one with --chat-template"
-        )
-
+    tools = _checked_opening(cfg, tokenizer, opening)
     messages = list(opening)
     answers = 0
     at_terminal = sys.stdin.isatty()
@@ -103,7 +133,7 @@ def main(cfg: Config) -> None:
         elif text.strip():
             messages.append({"role": "user", "content": text})
             prompt = (
-                tokenizer.encode_chat(messages, add_generation_prompt=True)
+                tokenizer.encode_chat(messages, add_generation_prompt=True, **tools)
                 if converses
                 else tokenizer.encode_text(text)
             )

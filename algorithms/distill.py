@@ -43,7 +43,6 @@ from ..kernels import token_divergence, token_logprobs, topk_divergence
 from ..model.checkpoint import load_model
 from ..model.errors import InputError
 from ..model.moe import routing_metrics
-from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from ._adapter import ADAPTER_BOUNDS, load_trainee
 from ._command import run_command
@@ -63,6 +62,7 @@ from ._loop import (
     optimizer_step,
     scheduled,
 )
+from ._messages import load_tokenizer
 from ._policy import clipped_loss
 from ._rollout import timed
 
@@ -74,6 +74,8 @@ class Config:
     teacher: Path | None = None  # folder of a model with the same tokenizer; none beside lessons
     output: Path = field(default_factory=lambda: new_run_folder("distill"))  # new folder: metrics, model
     chat_template: str | None = None  # a jinja file, or plain, in place of the model's own
+    chat_template_kwargs: str | None = None  # JSON object of variables for it: '{"enable_thinking": false}'
+    row_template: Path | None = None  # a jinja file that makes prompt and completion, or messages, of a row
     loss: Literal["divergence", "policy_gradient", "sequence"] = "divergence"
     beta: float | None = None  # of divergence: 0 forward KL, which is the default; 1 reverse KL; between: JSD
     temperature: float = 1.0  # of both distributions, and of sampling
@@ -143,10 +145,11 @@ def train(cfg: Config) -> Path:
         seed=(0, 2**31 - 1),
     )
     _check_choices(cfg)
-    tokenizer = Tokenizer.load(cfg.model, cfg.chat_template)
+    tokenizer = load_tokenizer(cfg)
     lessons = load_lessons(
         cfg.data,
         tokenizer,
+        row_template=cfg.row_template,
         max_length=cfg.max_length,
         prompts_alone=cfg.student_samples == 1,
         temperature=cfg.temperature if cfg.teacher is None and cfg.loss == "divergence" else None,

@@ -40,7 +40,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..model.errors import InputError
-from ..model.tokenizer import Tokenizer
 from ._adapter import ADAPTER_BOUNDS, load_trainee
 from ._command import run_command
 from ._distributed import shard, summed
@@ -57,6 +56,7 @@ from ._loop import (
     optimizer_step,
     scheduled,
 )
+from ._messages import load_tokenizer
 from ._preferences import (
     Preference,
     completion_logprobs,
@@ -80,6 +80,8 @@ class Config:
     held_out: Path | None = None  # such rows, to report the accuracy on at the end
     output: Path = field(default_factory=lambda: new_run_folder("dpo"))  # new folder: metrics, model
     chat_template: str | None = None  # a jinja file, or plain, in place of the model's own
+    chat_template_kwargs: str | None = None  # JSON object of variables for it: '{"enable_thinking": false}'
+    row_template: Path | None = None  # a jinja file that makes prompt and completion, or messages, of a row
     loss: Loss = "dpo"  # the table in algorithms/dpo.py says what each is
     beta: float | None = None  # by default 0.1; simpo 2
     label_smoothing: float | None = None  # e of cdpo and robust, by default 0.1: share of wrong labels
@@ -228,9 +230,11 @@ def train(cfg: Config) -> Path:
         seed=(0, 2**63 - 1),
     )
     variant = _variant(cfg)
-    tokenizer = Tokenizer.load(cfg.model, cfg.chat_template)
-    pairs = load_pairs(cfg.data, tokenizer, cfg.max_length)
-    held_out = load_pairs(cfg.held_out, tokenizer, cfg.max_length) if cfg.held_out else []
+    tokenizer = load_tokenizer(cfg)
+    pairs, held_out = (
+        load_pairs(path, tokenizer, cfg.max_length, row_template=cfg.row_template)
+        for path in (cfg.data, cfg.held_out)
+    )
     model = load_trainee(cfg)
     check_model(model, tokenizer, max(map(longest, pairs)))
     shard(model)

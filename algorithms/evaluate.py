@@ -40,11 +40,13 @@ from ..model.scalar import ScalarModel
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from ._command import run_command
-from ._data import Prompt, best_fit, read_rows, rl_prompts, sft_examples
+from ._data import Prompt, best_fit, rl_prompts, sft_examples
 from ._loop import autocast, check_flags, check_model, default_device, new_run_folder, report_counts
+from ._messages import load_tokenizer
 from ._preferences import completion_scores, longest, preferences
-from ._rewards import RewardFunction, judge, load_reward, load_rewards
+from ._rewards import RewardFunction, judge, load_reward, load_rewards, takes
 from ._rollout import completion
+from ._rows import read_rows
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Config:
     answer: str | None = None  # FILE.py:function that gives each completion's answer, for the majority vote
     output: Path = field(default_factory=lambda: new_run_folder("evaluate"))  # new folder: figures, samples
     chat_template: str | None = None  # a jinja file, or plain, in place of the model's own
+    chat_template_kwargs: str | None = None  # JSON object of variables for it: '{"enable_thinking": false}'
+    row_template: Path | None = None  # a jinja file that makes prompt and completion, or messages, of a row
     limit: int | None = None  # the first so many prompts or rows
     right_at: float = 1.0  # the least value of the first reward function that counts as right
     samples: int = 8  # a prompt, beside the greedy one; 0 for that one alone
@@ -111,8 +115,8 @@ def evaluate(cfg: Config) -> dict[str, float]:
         )
     rewards = load_rewards(cfg.reward) if cfg.reward else {}
     answers: Any = load_reward(cfg.answer, "answer") if cfg.answer else None
-    tokenizer = Tokenizer.load(cfg.model, cfg.chat_template)
-    rows = read_rows(cfg.data)[: cfg.limit]
+    tokenizer = load_tokenizer(cfg)
+    rows = read_rows(cfg.data, cfg.row_template)[: cfg.limit]
     if judges_pairs:
         figures, records = evaluate_pairs(
             cfg, load_scalar_model(cfg.model, device=cfg.device), tokenizer, rows
@@ -137,8 +141,13 @@ def evaluate_answers(
     answers: Callable[..., Sequence[str | None]] | None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Returns the figures, and one record a completion."""
+    functions = [*rewards.values(), *([] if answers is None else [answers])]
     prompts, counts = rl_prompts(
-        rows, tokenizer, max_length=cfg.max_prompt_length, prompt_column=cfg.prompt_column
+        rows,
+        tokenizer,
+        max_length=cfg.max_prompt_length,
+        prompt_column=cfg.prompt_column,
+        takes=lambda column: any(takes(function, column) for function in functions),
     )
     report_counts(cfg.data, counts)
     check_model(model, tokenizer, max(len(prompt.tokens) for prompt in prompts) + cfg.max_new_tokens)
@@ -257,7 +266,7 @@ def evaluate_pairs(
     cfg: Config, model: ScalarModel, tokenizer: Tokenizer, rows: Sequence[dict[str, Any]]
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Returns the figures of a reward model, and one record a pair."""
-    pairs, counts = preferences(rows, tokenizer, max_length=cfg.max_length)
+    pairs, counts = preferences(rows, tokenizer, max_length=cfg.max_length, margins=False)
     report_counts(cfg.data, counts)
     check_model(model, tokenizer, max(map(longest, pairs)))
     scores = completion_scores(model, pairs, cfg.micro_batch_tokens, cfg.device).tolist()  # (pairs, 2)

@@ -39,7 +39,6 @@ from torch import Tensor
 from ..model.adapter import frozen_copy
 from ..model.errors import InputError
 from ..model.moe import routing_metrics
-from ..model.tokenizer import Tokenizer
 from ._adapter import load_trainee
 from ._advantages import batch_std_advantages, group_advantages, mean_advantages, rloo_advantages
 from ._command import run_command
@@ -57,6 +56,7 @@ from ._loop import (
     optimizer_step,
     scheduled,
 )
+from ._messages import load_tokenizer
 from ._policy import (
     cispo_loss,
     clipped_loss,
@@ -89,6 +89,8 @@ class Config:
     reward_weights: tuple[float, ...] = ()  # one a reward function; all 1 where none are given
     output: Path = field(default_factory=lambda: new_run_folder("grpo"))  # new folder: metrics, model
     chat_template: str | None = None  # a jinja file, or plain, in place of the model's own
+    chat_template_kwargs: str | None = None  # JSON object of variables for it: '{"enable_thinking": false}'
+    row_template: Path | None = None  # a jinja file that makes prompt and completion, or messages, of a row
     steps: int = 200  # rollouts
     prompts_per_step: int = 16  # prompts in one rollout
     group_size: int = 8  # samples of one prompt
@@ -161,8 +163,8 @@ def train(cfg: Config) -> Path:
     if cfg.overlong_buffer:  # no function of Python's has a hyphen in its name
         rewards["overlong-punishment"] = overlong_punishment(cfg.max_new_tokens, cfg.overlong_buffer)
         reward_weights += (1.0,)
-    tokenizer = Tokenizer.load(cfg.model, cfg.chat_template)
-    prompts = load_prompts(cfg, tokenizer)
+    tokenizer = load_tokenizer(cfg)
+    prompts = load_prompts(cfg, tokenizer, rewards)
     model = load_trainee(cfg)
     check_model(model, tokenizer, max(len(prompt.tokens) for prompt in prompts) + cfg.max_new_tokens)
     reference = frozen_copy(model) if cfg.kl_coefficient else None

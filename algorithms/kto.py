@@ -25,10 +25,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..model.tokenizer import Tokenizer
 from ._adapter import ADAPTER_BOUNDS, load_trainee
 from ._command import run_command
-from ._data import read_rows
 from ._distributed import shard, sum_over_processes, summed
 from ._loop import (
     Run,
@@ -44,7 +42,9 @@ from ._loop import (
     report_counts,
     scheduled,
 )
+from ._messages import load_tokenizer
 from ._preferences import Judged, completion_logprobs, judged_completions, longest, micro_batches, num_tokens
+from ._rows import read_rows
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Config:
     data: Path  # rows of prompt, completion and label, or of chosen and rejected: .jsonl, .json or .parquet
     output: Path = field(default_factory=lambda: new_run_folder("kto"))  # new folder: metrics, model
     chat_template: str | None = None  # a jinja file, or plain, in place of the model's own
+    chat_template_kwargs: str | None = None  # JSON object of variables for it: '{"enable_thinking": false}'
+    row_template: Path | None = None  # a jinja file that makes prompt and completion, or messages, of a row
     beta: float = 0.1
     wanted_weight: float = (
         1.0  # lambda_D; the paper balances lambda_D n_D and lambda_U n_U to a ratio of 1 to 4/3
@@ -116,8 +118,10 @@ def train(cfg: Config) -> Path:
         save_every=(0, inf),
         seed=(0, 2**63 - 1),
     )
-    tokenizer = Tokenizer.load(cfg.model, cfg.chat_template)
-    judged, counts = judged_completions(read_rows(cfg.data), tokenizer, max_length=cfg.max_length)
+    tokenizer = load_tokenizer(cfg)
+    judged, counts = judged_completions(
+        read_rows(cfg.data, cfg.row_template), tokenizer, max_length=cfg.max_length
+    )
     report_counts(cfg.data, counts)
     half = len(judged) // 2
     others = [  # each prompt with a completion of another

@@ -42,7 +42,6 @@ from torch import Tensor
 from ..model.adapter import frozen_copy
 from ..model.errors import InputError
 from ..model.moe import routing_metrics
-from ..model.tokenizer import Tokenizer
 from ._adapter import load_scalar_trainee, load_trainee
 from ._advantages import gae, rloo_advantages, scale, whiten
 from ._command import run_command
@@ -60,6 +59,7 @@ from ._loop import (
     optimizer_step,
     scheduled,
 )
+from ._messages import load_tokenizer
 from ._policy import clipped_loss
 from ._rewards import check_weights, load_reward_model, load_rewards
 from ._rollout import (
@@ -87,6 +87,8 @@ class Config:
     )
     output: Path = field(default_factory=lambda: new_run_folder("ppo"))  # new folder: metrics, model, critic
     chat_template: str | None = None  # a jinja file, or plain, in place of the model's own
+    chat_template_kwargs: str | None = None  # JSON object of variables for it: '{"enable_thinking": false}'
+    row_template: Path | None = None  # a jinja file that makes prompt and completion, or messages, of a row
     steps: int = 200  # rollouts
     prompts_per_step: int = 64  # prompts in one rollout
     group_size: int = 1  # samples of one prompt; rloo needs two
@@ -175,8 +177,8 @@ def train(cfg: Config) -> Path:
         raise InputError(f"--critic: --advantage {cfg.advantage} has none: leave the flag out")
     rewards = load_rewards(cfg.reward) if cfg.reward else {}
     reward_weights = check_weights(cfg.reward_weights, len(rewards))
-    tokenizer = Tokenizer.load(cfg.model, cfg.chat_template)
-    prompts = load_prompts(cfg, tokenizer)
+    tokenizer = load_tokenizer(cfg)
+    prompts = load_prompts(cfg, tokenizer, rewards)
     reward_model = load_reward_model(cfg.reward_model, tokenizer, cfg.device) if cfg.reward_model else None
     model = load_trainee(cfg)
     check_model(model, tokenizer, max(len(prompt.tokens) for prompt in prompts) + cfg.max_new_tokens)

@@ -29,7 +29,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.tokenizer import Tokenizer
 from ._adapter import ADAPTER_BOUNDS, load_scalar_trainee
 from ._command import run_command
 from ._distributed import shard, summed
@@ -46,6 +45,7 @@ from ._loop import (
     optimizer_step,
     scheduled,
 )
+from ._messages import load_tokenizer
 from ._preferences import (
     Preference,
     completion_scores,
@@ -67,6 +67,8 @@ class Config:
     held_out: Path | None = None  # such rows, to report the accuracy on before and after
     output: Path = field(default_factory=lambda: new_run_folder("reward"))  # new folder: metrics, model
     chat_template: str | None = None  # a jinja file, or plain, in place of the model's own
+    chat_template_kwargs: str | None = None  # JSON object of variables for it: '{"enable_thinking": false}'
+    row_template: Path | None = None  # a jinja file that makes prompt and completion, or messages, of a row
     centering: float = 0.0  # c: 0.01 keeps scores near 0 while training
     max_length: int = 1024  # tokens of a prompt with either completion; longer rows are dropped and counted
     steps: int = 1000  # optimizer steps
@@ -119,9 +121,11 @@ def train(cfg: Config) -> Path:
         save_every=(0, inf),
         seed=(0, 2**63 - 1),
     )
-    tokenizer = Tokenizer.load(cfg.model, cfg.chat_template)
-    pairs = load_pairs(cfg.data, tokenizer, cfg.max_length)
-    held_out = load_pairs(cfg.held_out, tokenizer, cfg.max_length) if cfg.held_out else []
+    tokenizer = load_tokenizer(cfg)
+    pairs, held_out = (
+        load_pairs(path, tokenizer, cfg.max_length, row_template=cfg.row_template, margins=True)
+        for path in (cfg.data, cfg.held_out)
+    )
     model = load_scalar_trainee(cfg, cfg.model)
     check_model(model, tokenizer, max(map(longest, pairs)))
     shard(model)

@@ -23,10 +23,9 @@ from torch import Tensor
 
 from ..model.moe import routing_metrics
 from ..model.packed import pack
-from ..model.tokenizer import Tokenizer
 from ._adapter import ADAPTER_BOUNDS, load_trainee
 from ._command import run_command
-from ._data import read_rows, sft_examples
+from ._data import sft_examples
 from ._distributed import IDLE, shard, shares, summed
 from ._loop import (
     Run,
@@ -42,6 +41,8 @@ from ._loop import (
     report_counts,
     scheduled,
 )
+from ._messages import load_tokenizer
+from ._rows import read_rows
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Config:
     data: Path  # rows of messages, prompt and completion, text, Alpaca or ShareGPT: .jsonl, .json or .parquet
     output: Path = field(default_factory=lambda: new_run_folder("sft"))  # new folder: metrics, model
     chat_template: str | None = None  # a jinja file, or plain, in place of the model's own
+    chat_template_kwargs: str | None = None  # JSON object of variables for it: '{"enable_thinking": false}'
+    row_template: Path | None = None  # a jinja file that makes prompt and completion, or messages, of a row
     train_on: Literal["completion", "all"] = "completion"  # which tokens of a row are trained
     loss: Literal["nll", "dft"] = "nll"  # dft weighs tokens by their probability
     max_length: int = 1024  # tokens; longer rows are truncated and counted
@@ -102,10 +105,9 @@ def train(cfg: Config) -> Path:
         save_every=(0, inf),
         seed=(0, 2**63 - 1),
     )
-    tokenizer = Tokenizer.load(cfg.model, cfg.chat_template)
-    examples, counts = sft_examples(
-        read_rows(cfg.data), tokenizer, max_length=cfg.max_length, train_on=cfg.train_on
-    )
+    tokenizer = load_tokenizer(cfg)
+    rows = read_rows(cfg.data, cfg.row_template)
+    examples, counts = sft_examples(rows, tokenizer, max_length=cfg.max_length, train_on=cfg.train_on)
     report_counts(cfg.data, counts)
     model = load_trainee(cfg)
     check_model(model, tokenizer, max(len(example.tokens) for example in examples))

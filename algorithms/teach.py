@@ -23,10 +23,10 @@ from tqdm import tqdm
 from ..kernels import topk_logprobs
 from ..model.checkpoint import load_model
 from ..model.errors import InputError
-from ..model.tokenizer import Tokenizer
 from ._command import run_command
 from ._lessons import answered, load_lessons, micro_batches, write_lessons
 from ._loop import autocast, check_flags, check_model, default_device, new_run_folder
+from ._messages import load_tokenizer
 
 LESSONS = "lessons.safetensors"
 
@@ -37,6 +37,8 @@ class Config:
     data: Path  # rows as for SFT, or with --samples prompts: .jsonl, .json or .parquet
     output: Path = field(default_factory=lambda: new_run_folder("teach"))  # new folder: lessons.safetensors
     chat_template: str | None = None  # a jinja file, or plain, in place of the model's own
+    chat_template_kwargs: str | None = None  # JSON object of variables for it: '{"enable_thinking": false}'
+    row_template: Path | None = None  # a jinja file that makes prompt and completion, or messages, of a row
     samples: int = 0  # answers to each prompt, in place of the rows' own completions; 0 keeps those
     top_k: int = 64  # ids kept for each trained token; 0 keeps the sequences alone
     temperature: float = 1.0  # of sampling, and of the log-probabilities
@@ -64,12 +66,13 @@ def teach(cfg: Config) -> Path:
     )
     if not cfg.samples and not cfg.top_k:
         raise InputError("--top-k 0: expected --samples beside it: the rows' own sequences are there already")
-    tokenizer = Tokenizer.load(cfg.model, cfg.chat_template)
+    tokenizer = load_tokenizer(cfg)
     if cfg.top_k > tokenizer.vocab_size:
         raise InputError(f"--top-k: expected at most the vocabulary, {tokenizer.vocab_size}, got {cfg.top_k}")
     lessons = load_lessons(
         cfg.data,
         tokenizer,
+        row_template=cfg.row_template,
         max_length=cfg.max_length,
         prompts_alone=cfg.samples > 0,
         temperature=cfg.temperature,

@@ -2,7 +2,7 @@
 
 Reads `tokenizer.json` (the `tokenizers` package), the names of the special tokens in `tokenizer_config.json` and
 `special_tokens_map.json`, the chat template in `chat_template.jinja` or `tokenizer_config.json`, and the end tokens in
-`generation_config.json`. Templates are programs of strangers: they run in jinja2's immutable sandbox.
+`generation_config.json`. `template.py` runs the template.
 
 The mask of a conversation is exact or it is an error:
 
@@ -15,43 +15,18 @@ Tokens are joined, never re-read: where a token of the whole text would straddle
 """
 
 import json
-from collections.abc import Iterable, Sequence
-from datetime import datetime
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import tokenizers
-from jinja2 import nodes
-from jinja2.parser import Parser
 
 from .checkpoint import base_of, is_adapter
 from .errors import InputError
+from .template import OWN_NAMES, PLAIN_TEMPLATE, ChatTemplate, Message, Span, split_marks
 
-Message = dict[str, Any]  # role, content, and whatever else the template reads
-Span = tuple[int, int]
-
-SPAN_START, SPAN_END = "\ufdd0", "\ufdd1"  # Unicode noncharacters, which no text may interchange
-
-PLAIN_TEMPLATE = """\
-{{- bos_token }}
-{%- for message in messages %}
-    {{- message.role | capitalize + ':\\n' }}
-    {%- if message.role == 'assistant' %}
-        {%- generation %}{{ message.content + eos_token }}{% endgeneration %}
-    {%- else %}
-        {{- message.content }}
-    {%- endif %}
-    {{- '\\n\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- 'Assistant:\\n' }}
-{%- endif %}
-"""  # for a base model, which no conversation has taught another form
-
+__all__ = ["Message", "Tokenizer", "TurnRewritten"]
 
 WAY_OUT = "use a template with {% generation %} marks, or rows of prompt and completion text"
 
@@ -62,7 +37,7 @@ class TurnRewritten(InputError):
 
 class Tokenizer:
     """bos_id, eos_id, pad_id: int or None. stop_ids: every id that ends a generation. prefix_ids: what a text begins
-    with, bos or nothing. vocab_size counts the added tokens."""
+    with, bos or nothing. vocab_size counts the added tokens. variables: what the chat template is always given."""
 
     def __init__(
         self,
@@ -85,6 +60,7 @@ class Tokenizer:
         self.config = {"tokenizer_class": "PreTrainedTokenizerFast", **(config or {})}
         self.config |= {"bos_token": bos, "eos_token": eos, "pad_token": pad}
         self.chat_template = chat_template
+        self.variables: dict[str, Any] = {}
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.bos_id, self.eos_id, self.pad_id = self._id_of(bos), self._id_of(eos), self._id_of(pad)
         self.stop_ids = frozenset(stop_ids) | ({self.eos_id} if self.eos_id is not None else set())
@@ -185,31 +161,44 @@ class Tokenizer:
     def encode_chat(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = False, **variables: Any
     ) -> list[int]:
+        """The ids of `render_chat`."""
         return self.encode(self._render(messages, add_generation_prompt, variables))
 
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """The variables that the chat template reads, for instance `tools`. Empty without a template."""
+        return frozenset() if self._template is None else self._template.variables
+
+    @property
+    def message_keys(self) -> frozenset[str]:
+        """The keys of messages that the chat template reads; others may be among them. Empty without a template."""
+        return frozenset() if self._template is None else self._template.keys
+
     def encode_chat_with_mask(
-        self, messages: Sequence[Message], *, last_turn_only: bool = False, **variables: Any
+        self, messages: Sequence[Message], *, turns: Collection[int] | None = None, **variables: Any
     ) -> tuple[list[int], list[bool]]:
         """Returns (ids, mask), mask True on what the assistant wrote, its end-of-turn token included.
 
-        last_turn_only: of the assistant's turns only the last message, which must be one. Raises InputError where the
-        mask would be empty or cannot be exact; its subclass TurnRewritten where the template alters earlier turns.
+        turns: which messages, by index from 0, are masked in; by default every message of the assistant. Raises
+        InputError where one of these is not the assistant's, and where the mask would be empty or cannot be exact; its
+        subclass TurnRewritten where the template alters earlier turns.
         """
-        text, spans = _split_marks(self._render(messages, False, variables, marks=True))
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if not turns or (last_turn_only and turns[-1] != len(messages) - 1):
+        text, spans = split_marks(self._render(messages, False, variables, marks=True))
+        own = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        wanted = own if turns is None else sorted(turns)
+        if not wanted or not set(wanted) <= set(own):
             raise InputError("no assistant turn to train on")
-        if spans and len(spans) < len(turns):
+        if spans and len(spans) < len(own):
             raise InputError(
-                f"the chat template marks {len(spans)} of the {len(turns)} assistant turns: "
+                f"the chat template marks {len(spans)} of the {len(own)} assistant turns: "
                 "its {% generation %} block must enclose every one"
             )
-        if not spans:
-            wanted = turns[-1:] if last_turn_only else turns
-            spans = [self._turn_span(messages, i, text, variables) for i in wanted]
+        if spans:
+            if len(wanted) < len(own):
+                spans = self._spans_of(wanted, own, spans, messages, text, variables)
+            spans = [self._with_end(text, span) for span in spans if span[0] < span[1]]
         else:
-            wanted = spans[-1:] if last_turn_only else spans
-            spans = [self._with_end(text, span) for span in wanted if span[0] < span[1]]
+            spans = [self._turn_span(messages, i, text, variables) for i in wanted]
         pieces = self._encode_pieces(text, sorted({boundary for span in spans for boundary in span}))
         ids = [token for _, piece in pieces for token in piece]
         starts = {start for start, _ in spans}
@@ -217,6 +206,33 @@ class Tokenizer:
         if not any(mask):
             raise InputError("the assistant's turns are empty: no token to train on")
         return ids, mask
+
+    def _spans_of(
+        self,
+        wanted: Sequence[int],
+        own: Sequence[int],
+        spans: Sequence[Span],
+        messages: Sequence[Message],
+        text: str,
+        variables: dict[str, Any],
+    ) -> list[Span]:
+        """The marked spans that belong to the turns `wanted` of the assistant's, which are `own`."""
+        if len(spans) == len(own):
+            return [spans[own.index(turn)] for turn in wanted]
+        starts = {}  # of each turn in the text: a turn may have several spans, reasoning and answer
+        for turn in own:
+            before = self._render(messages[:turn], True, variables)
+            if not text.startswith(before):
+                raise InputError(
+                    f"the chat template marks {len(spans)} spans in the {len(own)} assistant turns, so which are "
+                    f"of message {turn + 1} is not known"
+                )
+            starts[turn] = len(before)
+        found = []
+        for span in spans:
+            turn = max((turn for turn in own if starts[turn] <= span[0]), default=own[0])
+            found += [span] if turn in wanted else []
+        return found
 
     def _with_end(self, text: str, span: Span) -> Span:
         """A marked span, and the special token right behind it where the mark stops short of the turn's end."""
@@ -300,7 +316,7 @@ class Tokenizer:
         self,
         messages: Sequence[Message],
         add_generation_prompt: bool,
-        variables: dict[str, Any],
+        variables: Mapping[str, Any],
         marks: bool = False,
     ) -> str:
         if self._template is None:
@@ -308,46 +324,18 @@ class Tokenizer:
                 "the model has no chat template: name one (--chat-template FILE.jinja, or plain), put a "
                 "chat_template.jinja into its folder, or use rows of prompt and completion text"
             )
-        for i, message in enumerate(messages):
-            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                raise InputError(
-                    f"message {i + 1}: expected an object with a role and content, got {message!r:.80}"
-                )
-            content = str(message.get("content"))
-            if SPAN_START in content or SPAN_END in content:
-                raise InputError(
-                    f"message {i + 1}: has the Unicode noncharacter U+FDD0 or U+FDD1, which marks spans here"
-                )
+        if reserved := OWN_NAMES & variables.keys():
+            raise InputError(f"the chat template's variable '{min(reserved)}' is set by Burnish itself")
         context = {name: token for name, token in self.config.items() if name.endswith("_token") and token}
-        context |= {
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-        } | variables
-        context |= {"span_start": SPAN_START, "span_end": SPAN_END} if marks else {}
-        try:
-            return self._template.render(messages=list(messages), **context)
-        except Exception as error:  # a template is a program: it may fail in any way
-            raise InputError(f"the chat template refuses the conversation: {error}") from error
+        context |= {"tools": None, "documents": None} | self.variables | dict(variables)
+        context["add_generation_prompt"] = add_generation_prompt
+        return self._template.render(messages, context, marks=marks)
 
     # ---- made once
 
     @cached_property
-    def _template(self) -> jinja2.Template | None:
-        if self.chat_template is None:
-            return None
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, jinja2.ext.loopcontrols]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-        try:
-            return environment.from_string(self.chat_template)
-        except jinja2.TemplateError as error:
-            raise InputError(
-                f"the chat template cannot be parsed: line {getattr(error, 'lineno', '?')}: {error}"
-            ) from error
+    def _template(self) -> ChatTemplate | None:
+        return None if self.chat_template is None else ChatTemplate(self.chat_template)
 
     @cached_property
     def _continuing(self) -> tokenizers.Tokenizer:
@@ -370,48 +358,6 @@ class Tokenizer:
         """tokenizer_config.json says so, or, where it is silent, tokenizer.json's post-processor does it."""
         setting = self.config.get("add_bos_token")
         return setting if setting is not None else self.backend.encode("").ids[:1] == [self.bos_id]
-
-
-class GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}` encloses what the assistant wrote: its text, between the marks that the
-    variables span_start and span_end hold, which are undefined and so empty unless a mask is asked for.
-    """
-
-    tags = {"generation"}  # noqa: RUF012 (jinja's own declaration)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        lineno = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        start, end = (nodes.Output([nodes.Name(name, "load")]) for name in ("span_start", "span_end"))
-        return nodes.Scope([start, *body, end]).set_lineno(lineno)
-
-
-def _split_marks(marked: str) -> tuple[str, list[Span]]:
-    """Text without its marks, and the spans between them."""
-    text, spans = "", []
-    for i, piece in enumerate(marked.split(SPAN_START)):
-        inside, _, after = piece.partition(SPAN_END) if i else ("", "", piece)
-        if i:
-            spans.append((len(text), len(text) + len(inside)))
-        text += inside + after
-    return text, spans
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own filter escapes <, > and & for HTML, which no model was trained on."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
 
 
 def _without_prefix_space(part: dict[str, Any] | None) -> dict[str, Any] | None:

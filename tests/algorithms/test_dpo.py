@@ -8,7 +8,6 @@ import pytest
 import torch
 from burnish.algorithms import dpo, kto
 from burnish.algorithms.__main__ import main
-from burnish.algorithms._data import read_rows
 from burnish.algorithms._preferences import (
     Completion,
     completion_logprobs,
@@ -16,6 +15,7 @@ from burnish.algorithms._preferences import (
     micro_batches,
     preferences,
 )
+from burnish.algorithms._rows import read_rows
 from burnish.algorithms.dpo import VARIANTS, cdpo_loss, dpo_loss, nll_loss
 from burnish.algorithms.kto import kto_loss
 from burnish.model import ModelConfig, Transformer, pack

@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 from burnish.algorithms import evaluate
-from burnish.algorithms._data import read_rows, sft_examples
+from burnish.algorithms._data import sft_examples
+from burnish.algorithms._rows import read_rows
 from burnish.algorithms.verifiers import gsm8k, last_number, number
 from burnish.model.checkpoint import load_model, load_scalar_model, save_model
 from burnish.model.errors import InputError

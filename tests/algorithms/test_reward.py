@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from burnish.algorithms import reward
-from burnish.algorithms._data import read_rows
 from burnish.algorithms._loop import make_optimizer
 from burnish.algorithms._preferences import (
     Preference,
@@ -16,6 +15,7 @@ from burnish.algorithms._preferences import (
     pair_metrics,
     preferences,
 )
+from burnish.algorithms._rows import read_rows
 from burnish.algorithms.reward import bradley_terry_loss, centering_loss
 from burnish.model import pack
 from burnish.model.checkpoint import load_scalar_model

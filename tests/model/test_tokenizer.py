@@ -230,7 +230,7 @@ def test_messages_that_are_none(make, messages, message):
 def test_exactly_the_assistants_text_and_its_end_token_are_trained(make, template):
     tokenizer = make(template)
     assert trained(tokenizer, CONVERSATION) == ["It is 4.<|im_end|>", "Still 4. 再见 🎉<|im_end|>"]
-    assert trained(tokenizer, CONVERSATION, last_turn_only=True) == ["Still 4. 再见 🎉<|im_end|>"]
+    assert trained(tokenizer, CONVERSATION, turns={len(CONVERSATION) - 1}) == ["Still 4. 再见 🎉<|im_end|>"]
     assert trained(tokenizer, CONVERSATION[:-1]) == ["It is 4.<|im_end|>"]
     assert tokenizer.encode_chat_with_mask(CONVERSATION)[0] == tokenizer.encode_chat(CONVERSATION)
 
@@ -314,8 +314,8 @@ def test_a_mask_that_cannot_be_exact_is_refused(make, template, messages, messag
 def test_a_turn_that_the_template_rewrites_can_be_trained_where_it_is_the_last(make):
     with pytest.raises(TurnRewritten):
         make(REWRITING).encode_chat_with_mask(TALK)
-    assert trained(make(REWRITING), TALK, last_turn_only=True) == ["4<|im_end|>"]
-    assert trained(make(REWRITING), TALK[:2], last_turn_only=True) == ["4<|im_end|>"]
+    assert trained(make(REWRITING), TALK, turns={3}) == ["4<|im_end|>"]
+    assert trained(make(REWRITING), TALK[:2], turns={1}) == ["4<|im_end|>"]
 
 
 def test_pieces_join_to_the_text_wherever_it_is_cut(make):
@@ -433,7 +433,7 @@ def test_real_templates_are_masked_exactly_or_refused(shared_data, model, templa
     else:
         with pytest.raises(expected):
             tokenizer.encode_chat_with_mask(CONVERSATION)
-        assert len(trained(tokenizer, CONVERSATION, last_turn_only=True)) == 1
+        assert len(trained(tokenizer, CONVERSATION, turns={len(CONVERSATION) - 1})) == 1
 
 
 VENDORS = {  # the special tokens that a template writes, the stop ids first; rstrip as Phi-3's swallow what follows
@@ -467,9 +467,12 @@ def test_vendors_templates_with_their_own_special_tokens(
         with pytest.raises(expected):
             tokenizer.encode_chat_with_mask(CONVERSATION)
         last = "<|channel|>final<|message|>Still 4. 再见 🎉<|return|>"
-        assert trained(tokenizer, CONVERSATION, last_turn_only=True) == [last]
+        assert trained(tokenizer, CONVERSATION, turns={len(CONVERSATION) - 1}) == [last]
     prompt = tokenizer.encode_chat(CONVERSATION[:4], add_generation_prompt=True)
-    assert tokenizer.encode_chat_with_mask(CONVERSATION, last_turn_only=True)[0][: len(prompt)] == prompt
+    assert (
+        tokenizer.encode_chat_with_mask(CONVERSATION, turns={len(CONVERSATION) - 1})[0][: len(prompt)]
+        == prompt
+    )
 
 
 @pytest.mark.parametrize("model", ["qwen3", "deepseek_v3"])

@@ -1,0 +1,378 @@
+"""Turns of a row -> a conversation as the chat template reads it, with everything that the row says about it.
+
+What is read, beside `role` and `content`, in the words of those who publish such rows:
+
+    from, value                      ShareGPT's; function_call is a call of the assistant, observation a tool's answer
+    tool_calls; function_call        OpenAI's, and its older name; arguments are an object or JSON text
+    weight: 0, train: false          a turn of the assistant that is context, and not trained
+    tools or functions               columns: a list, or JSON text
+    chat_template_kwargs             a column: variables of the template, an object or JSON text
+    system; history                  columns: what stands in front of the turns; pairs of question and answer
+
+A null of a message, a call or a part is absent. `_said.py` proves that the template renders what a message says.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..model.errors import InputError
+from ..model.template import OWN_NAMES
+from ..model.tokenizer import Message, Tokenizer
+from ._rows import Row
+from ._said import REASONING, Unsaid, all_said, is_parts, parse_object
+
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
+NOT_TRAINED = (
+    "system",
+    "developer",
+    "user",
+    "tool",
+)  # roles that need no explanation where nothing is trained
+FLAGS = ("weight", "train")  # of a turn: what the loss reads
+
+
+class Turn(dict[str, Any]):
+    """A message that knows its column and number, for errors."""
+
+    where = ""
+    column = ""
+
+
+@dataclass(frozen=True)
+class Talk:
+    """A conversation for the chat template. Turns by index, from 0."""
+
+    messages: list[Message]
+    variables: dict[str, Any]
+    given: int = 0  # the turns before this one are the prompt
+    trained: list[int] = field(default_factory=list)  # of the assistant's turns behind it
+    left_out: list[int] = field(default_factory=list)  # those of weight 0
+
+    def ids(self, tokenizer: Tokenizer, end: int | None = None) -> list[int]:
+        """Of the messages before `end`, with the generation prompt."""
+        return tokenizer.encode_chat(self.messages[:end], add_generation_prompt=True, **self.variables)
+
+
+def talk_of(row: Row, turns: Sequence[Turn], tokenizer: Tokenizer, given: int = 0) -> Talk:
+    """All turns from `given` on may be trained.
+
+    Raises InputError naming the message and the key that the chat template leaves out.
+    """
+    trained: list[int] = []
+    left_out: list[int] = []
+    for i, turn in enumerate(turns):
+        if turn["role"] != "assistant" or i < given:
+            _note_flags(row, turn)
+        elif not _is_trained(turn):
+            row.notes["turns that are not trained (weight 0, train false)"] += 1
+            left_out.append(i)
+        elif not says_something(turn):
+            row.notes["turns of the assistant without text, not trained"] += 1
+        else:
+            trained.append(i)
+    messages, variables = _rendered(row, turns, tokenizer, ask=False)
+    return Talk(messages, variables, given, trained, left_out)
+
+
+def prompt_of(row: Row, turns: Sequence[Turn], tokenizer: Tokenizer) -> Talk:
+    """What is to be answered: no turn is trained."""
+    for turn in turns:
+        _note_flags(row, turn)
+    messages, variables = _rendered(row, turns, tokenizer, ask=True)
+    return Talk(messages, variables)
+
+
+def _rendered(
+    row: Row, turns: Sequence[Turn], tokenizer: Tokenizer, ask: bool
+) -> tuple[list[Message], dict[str, Any]]:
+    variables = template_variables(row, tokenizer)
+    read = tokenizer.message_keys | {"role", "content", *FLAGS}
+    row.ignored |= {f"{turn.column}.{key}" for turn in turns for key in turn if key not in read}
+    messages = [{key: value for key, value in turn.items() if key not in FLAGS} for turn in turns]
+    try:
+        messages, left_out = all_said(messages, tokenizer, variables, ask=ask)
+    except Unsaid as error:
+        turn = turns[error.said.message]
+        raise InputError(
+            f"{turn.where} (role '{turn['role']}'): {error.said.key}: the chat template leaves it out; "
+            "use one that renders it (--chat-template), or take it out of the row"
+        ) from error
+    if left_out:
+        row.notes["turns whose reasoning the chat template drops, as others follow"] += left_out
+    return messages, variables
+
+
+def _note_flags(row: Row, turn: Turn) -> None:
+    """Weights are read of the assistant's turns alone: name them where they would train something else."""
+    row.ignored |= {f"{turn.column}.{name} of '{turn['role']}'" for name in FLAGS if turn.get(name)}
+
+
+def _is_trained(turn: Turn) -> bool:
+    return bool(turn.get("weight", 1)) and bool(turn.get("train", True))
+
+
+def says_something(turn: Message) -> bool:
+    content = turn.get("content")
+    if is_parts(content):
+        content = "".join(part["text"] for part in content)
+    texts = [content, *(turn.get(key) for key in REASONING)]
+    return bool(turn.get("tool_calls")) or any(
+        text.strip() if isinstance(text, str) else text for text in texts
+    )
+
+
+# ---- messages
+
+
+def read_messages(row: Row, column: str) -> list[Turn]:
+    """Messages as templates know them. Raises InputError naming the message and the key that is not as it should be."""
+    return messages_in(row.take(column), column)
+
+
+def messages_in(values: Any, column: str) -> list[Turn]:
+    if not isinstance(values, list):
+        raise InputError(f"{column}: expected a list of messages, got {values!r:.60}")
+    turns = []
+    for i, value in enumerate(values):
+        where = f"{column}, message {i + 1}"
+        turn = Turn(_message(value, where))
+        turn.where, turn.column = where, column
+        turns.append(turn)
+    return turns
+
+
+def _message(value: Any, where: str) -> Message:
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: expected an object with a role and content, got {value!r:.60}")
+    message = {name: field for name, field in value.items() if field is not None}
+    if "from" in value and "value" in value and "role" not in message:
+        message = _from_sharegpt(message, where)
+    if not isinstance(message.get("role"), str):
+        raise InputError(f"{where}: expected an object with a role and content, got {value!r:.60}")
+    if "function_call" in message:
+        message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
+    if message["role"] == "function":
+        message["role"] = "tool"
+    if "tool_calls" in message:
+        message["tool_calls"] = _calls(message["tool_calls"], where)
+        if not message["tool_calls"]:
+            del message["tool_calls"]
+    if message.get("weight", 1) not in (0, 1):
+        raise InputError(f"{where}: weight: expected 0 or 1, got {message['weight']!r:.60}")
+    if message.get("train", True) not in (False, True):
+        raise InputError(f"{where}: train: expected true or false, got {message['train']!r:.60}")
+    if "content" in message:
+        message["content"] = _content(message["content"], message["role"], where)
+    elif not says_something(message):
+        raise InputError(f"{where}: content: expected text, got {'null' if 'content' in value else 'none'}")
+    elif "content" in value:
+        message["content"] = None
+    return message
+
+
+def _from_sharegpt(message: Message, where: str) -> Message:
+    role = message.pop("from", None)
+    if not isinstance(role, str) or role not in SHAREGPT_ROLES:
+        known = ", ".join(SHAREGPT_ROLES)
+        raise InputError(f"{where}: unknown 'from' {role!r:.60}; known are {known}")
+    content = message.pop("value", None)
+    message = {"role": SHAREGPT_ROLES[role], "content": content} | message
+    if role == "function_call":
+        calls = parse_object(content) if isinstance(content, str) else content
+        calls = calls if isinstance(calls, list) else [calls]
+        if not all(isinstance(call, dict) and "name" in call for call in calls):
+            raise InputError(
+                f"{where}: function_call: expected JSON of a name and arguments, got {content!r:.60}"
+            )
+        message["content"] = ""
+        message["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+    return {name: field for name, field in message.items() if field is not None}
+
+
+def _calls(calls: Any, where: str) -> list[Any]:
+    if not isinstance(calls, list):
+        raise InputError(f"{where}: tool_calls: expected a list of calls, got {calls!r:.60}")
+    found = []
+    for call in calls:
+        inner = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+            raise InputError(f"{where}: tool_calls: expected a name and arguments, got {call!r:.60}")
+        call = {name: field for name, field in call.items() if field is not None}
+        if "function" in call:
+            call["function"] = {name: field for name, field in inner.items() if field is not None}
+        found.append(call)
+    return found
+
+
+def _content(content: Any, role: str, where: str) -> Any:
+    """Text, a list of text parts, or of a tool any object or list."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(
+        isinstance(p, str) or (isinstance(p, dict) and "type" in p) for p in content
+    ):
+        return [_part(part, f"{where}: content, part {i + 1}") for i, part in enumerate(content)]
+    if role == "tool" and isinstance(content, dict | list):
+        return content
+    raise InputError(f"{where}: content: expected text, got {content!r:.60}")
+
+
+def _part(part: Any, where: str) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if part["type"] != "text":
+        raise InputError(
+            f"{where}: expected type 'text', which alone can be trained, got {part['type']!r:.60}"
+        )
+    if not isinstance(part.get("text"), str):
+        raise InputError(f"{where}: expected text, got {part.get('text')!r:.60}")
+    return {name: field for name, field in part.items() if field is not None}
+
+
+def no_assistant(turns: Sequence[Turn]) -> None:
+    """Raises InputError where nothing of a conversation is trained because of a role that means nothing here."""
+    if any(turn["role"] == "assistant" for turn in turns):
+        return
+    for turn in turns:
+        if turn["role"] not in NOT_TRAINED:
+            raise InputError(
+                f"{turn.where}: role {turn['role']!r:.60}: no turn here is the assistant's: expected role "
+                "'assistant' for what is to be trained"
+            )
+
+
+# ---- what stands beside the messages
+
+
+def with_system(row: Row, turns: list[Turn]) -> list[Turn]:
+    """The turns behind the column `system`, where the row has one."""
+    if not (system := row.get("system")) or not turns:
+        return turns
+    if not isinstance(system, str):
+        raise InputError(f"system: expected text, got {system!r:.60}")
+    row.take("system")
+    if not system.strip():
+        return turns
+    if turns[0]["role"] in ("system", "developer"):
+        if turns[0].get("content") == system:
+            return turns
+        raise InputError(f"system: {turns[0].where} is a system message, too: expected one of the two")
+    return [_made("system", system, "system"), *turns]
+
+
+def asked(row: Row, question: str, column: str) -> list[Turn]:
+    """A question as the user's turn, behind the column `history`."""
+    return [*_history(row), _made("user", question, column)]
+
+
+def answered(answer: str, column: str) -> Turn:
+    return _made("assistant", answer, column)
+
+
+def _made(role: str, content: str, column: str) -> Turn:
+    turn = Turn(role=role, content=content)
+    turn.where = turn.column = column
+    return turn
+
+
+def _history(row: Row) -> list[Turn]:
+    """Earlier questions and answers: pairs of texts, as LLaMA-Factory's rows have them, or messages."""
+    if "history" not in row or not (history := row.take("history")):
+        return []
+    if isinstance(history, list) and all(isinstance(turn, dict) for turn in history):
+        return messages_in(history, "history")
+    turns: list[Turn] = []
+    for pair in history if isinstance(history, list) else [history]:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise InputError(f"history: expected pairs of a question and its answer, got {pair!r:.60}")
+        turns += [_made("user", pair[0], "history"), _made("assistant", pair[1], "history")]
+    return turns
+
+
+def refuse_without_template(row: Row) -> None:
+    """Raises InputError where a row has turns that stand in front of a question, and no template to place them."""
+    for column in ("system", "history"):
+        if row.get(column):
+            raise InputError(
+                f"{column}: the model has no chat template that could place it: name one (--chat-template)"
+            )
+
+
+def template_variables(row: Row, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the row gives the chat template beside messages: its tools, and its chat_template_kwargs."""
+    row.rendered = True
+    variables = _keywords(row, tokenizer)
+    column = next((name for name in ("tools", "functions") if name in row), None)
+    if column and "tools" in tokenizer.template_variables:
+        tools = _from_json(row.take(column), column)
+        if tools is not None and not isinstance(tools, list):
+            raise InputError(f"{column}: expected a list of tools, or JSON text of one, got {tools!r:.60}")
+        tools = [_from_json(tool, column) for tool in tools or []] if tools is not None else None
+        if column == "functions":
+            tools = [{"type": "function", "function": tool} for tool in tools or []]
+        variables["tools"] = tools
+    return variables
+
+
+def _keywords(row: Row, tokenizer: Tokenizer) -> dict[str, Any]:
+    column = "chat_template_kwargs"
+    if column not in row:
+        return {}
+    variables = _from_json(row.take(column), column)
+    if not isinstance(variables, dict | None):
+        raise InputError(f"{column}: expected an object, or JSON text of one, got {variables!r:.60}")
+    _check_names(variables or {}, column)
+    row.ignored |= {f"{column}.{name}" for name in (variables or {}).keys() - tokenizer.template_variables}
+    return dict(variables or {})
+
+
+def _check_names(variables: dict[str, Any], source: str) -> None:
+    """Raises InputError for a variable that is set otherwise."""
+    for name in variables:
+        if name in OWN_NAMES or name == "tools":
+            raise InputError(
+                f"{source}: '{name}' is not set here: tools have a column, the rest is Burnish's own"
+            )
+
+
+def load_tokenizer(cfg: Any) -> Tokenizer:
+    """The tokenizer of --model, with what --chat-template and --chat-template-kwargs say."""
+    flag, tokenizer = "--chat-template-kwargs", Tokenizer.load(cfg.model, cfg.chat_template)
+    variables = _from_json(cfg.chat_template_kwargs, flag)
+    if variables is None:
+        return tokenizer
+    if not isinstance(variables, dict):
+        raise InputError(f"{flag}: expected a JSON object, got {variables!r:.60}")
+    if tokenizer.chat_template is None:
+        raise InputError(
+            f"{flag}: the model has no chat template that could read it: name one (--chat-template)"
+        )
+    _check_names(variables, flag)
+    if unread := sorted(variables.keys() - tokenizer.template_variables):
+        known = ", ".join(sorted(tokenizer.template_variables - OWN_NAMES)) or "none"
+        raise InputError(f"{flag}: the chat template reads no variable '{unread[0]:.60}'; it reads {known}")
+    tokenizer.variables = variables
+    return tokenizer
+
+
+def _from_json(value: Any, column: str) -> Any:
+    """What a text is as JSON; what is no text is itself, an empty text nothing."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{column}: not JSON: {error}; it begins {value[:60]!r}") from error

@@ -1,0 +1,154 @@
+"""A chat template: a stranger's jinja program that turns messages into text, run in jinja2's immutable sandbox.
+
+A template reads `messages`, `add_generation_prompt`, the names of the special tokens, and whatever else it is given:
+`tools`, `enable_thinking`. What vendors' templates use is there: `raise_exception`, `strftime_now`, `tojson` without
+HTML escapes, `break` and `continue`, and `{% generation %}...{% endgeneration %}` around what the assistant wrote.
+
+Source: https://huggingface.co/docs/transformers/chat_templating_writing
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.meta
+import jinja2.sandbox
+from jinja2 import nodes
+from jinja2.parser import Parser
+
+from .errors import InputError
+
+Message = dict[str, Any]  # role, content, and whatever else the template reads
+Span = tuple[int, int]
+
+SPAN_START, SPAN_END = "\ufdd0", "\ufdd1"  # Unicode noncharacters, which no text may interchange
+
+OWN_NAMES = {"messages", "add_generation_prompt", "span_start", "span_end"}  # set for each rendering
+
+PLAIN_TEMPLATE = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {{- message.role | capitalize + ':\\n' }}
+    {%- if message.role == 'assistant' %}
+        {%- generation %}{{ message.content + eos_token }}{% endgeneration %}
+    {%- else %}
+        {{- message.content }}
+    {%- endif %}
+    {{- '\\n\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- 'Assistant:\\n' }}
+{%- endif %}
+"""  # for a base model, which no conversation has taught another form
+
+
+class ChatTemplate:
+    """Raises InputError where the source is no jinja template."""
+
+    def __init__(self, source: str):
+        self.source = source
+        try:
+            self._tree = ENVIRONMENT.parse(source)
+            self._program = ENVIRONMENT.from_string(source)
+        except jinja2.TemplateError as error:
+            line = getattr(error, "lineno", "?")
+            raise InputError(f"the chat template cannot be parsed: line {line}: {error}") from error
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """The names that it reads and does not set itself, for instance `tools`."""
+        names = jinja2.meta.find_undeclared_variables(self._tree)
+        return frozenset(names - {"span_start", "span_end"} - ENVIRONMENT.globals.keys())
+
+    @cached_property
+    def keys(self) -> frozenset[str]:
+        """The keys that it reads of messages or of anything in them, for instance `tool_calls`."""
+        named = {node.attr for node in self._tree.find_all(nodes.Getattr)}
+        constants = {node.value for node in self._tree.find_all(nodes.Const) if isinstance(node.value, str)}
+        return frozenset(named | constants)
+
+    def render(
+        self, messages: Sequence[Message], variables: Mapping[str, Any], *, marks: bool = False
+    ) -> str:
+        """marks: enclose the text of `{% generation %}` blocks in SPAN_START and SPAN_END.
+
+        Raises InputError for a message that is none, and where the template fails.
+        """
+        for i, message in enumerate(messages):
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+                raise InputError(
+                    f"message {i + 1}: expected an object with a role and content, got {message!r:.80}"
+                )
+            said = json.dumps(message, ensure_ascii=False, default=str)
+            if SPAN_START in said or SPAN_END in said:
+                raise InputError(
+                    f"message {i + 1}: has the Unicode noncharacter U+FDD0 or U+FDD1, which marks spans here"
+                )
+        spans = {"span_start": SPAN_START, "span_end": SPAN_END} if marks else {}
+        try:
+            return self._program.render(**{**variables, **spans, "messages": list(messages)})
+        except Exception as error:  # a template is a program: it may fail in any way
+            raise InputError(f"the chat template refuses the conversation: {error}") from error
+
+
+def split_marks(marked: str) -> tuple[str, list[Span]]:
+    """Text without its marks, and the spans between them."""
+    text, spans = "", []
+    for i, piece in enumerate(marked.split(SPAN_START)):
+        inside, _, after = piece.partition(SPAN_END) if i else ("", "", piece)
+        if i:
+            spans.append((len(text), len(text) + len(inside)))
+        text += inside + after
+    return text, spans
+
+
+# ---- the sandbox
+
+
+class GenerationBlock(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}` encloses what the assistant wrote: its text, between the marks that the
+    variables span_start and span_end hold, which are undefined and so empty unless a mask is asked for.
+    """
+
+    tags = {"generation"}  # noqa: RUF012 (jinja's own declaration)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        lineno = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        start, end = (nodes.Output([nodes.Name(name, "load")]) for name in ("span_start", "span_end"))
+        return nodes.Scope([start, *body, end]).set_lineno(lineno)
+
+
+def sandbox(**options: Any) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    """An environment for templates of strangers. options: jinja2.Environment's."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, jinja2.ext.loopcontrols], **options
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    return environment
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes <, > and & for HTML, which no model was trained on."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+ENVIRONMENT = sandbox()
