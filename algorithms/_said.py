@@ -27,7 +27,7 @@ SAYING = (
     "tool_plan",
     "refusal",
 )  # the keys of a message that say something
-TAG = re.compile(r"(<[^<>\s]{1,40}>)")
+TAG = re.compile(r"(</?[^\W\d][\w-]{0,40}>|<[|｜][^<>\s]{1,40}>)")  # </think>, <|channel|>
 FIRST_NUMBER = 70_000_001
 CACHED = 4096  # conversations of which no two have the same roles, keys and tags
 
@@ -94,7 +94,7 @@ def _renderer(tokenizer: Tokenizer, variables: Mapping[str, Any]) -> Render:
 def _first_form(messages: Sequence[Message], render: Render, ask: bool, replace: bool) -> Form:
     """The first form in which nothing is missing. replace: look for other words than the messages' own."""
     refusal: InputError | None = None
-    unsaid: Unsaid | None = None
+    least: list[Said] = []  # what is missing from the form that lacks least
     for changes in product(*(range(_alternatives(messages, forms)) for forms in FORMS)):
         marker = _Marker(replace)
         probe = marker.conversation(_changed(messages, changes))
@@ -111,8 +111,11 @@ def _first_form(messages: Sequence[Message], render: Render, ask: bool, replace:
         )
         if not wrong:
             return Form(changes, len({said.message for said in dropped}))
-        unsaid = unsaid or Unsaid(wrong[0])
-    raise unsaid or refusal or AssertionError("there is always one form")
+        least = wrong if not least or len(wrong) < len(least) else least
+    if least:
+        raise Unsaid(least[0])
+    assert refusal is not None, "there is always one form"
+    raise refusal
 
 
 def _dropped_by_design(said: Said, probe: list[Message], render: Render) -> bool:
@@ -261,6 +264,11 @@ def _joined(message: Message) -> Message:
     return message | {"content": "".join(p["text"] for p in content)} if is_parts(content) else message
 
 
+def _wrapped(message: Message) -> Message:
+    content = message.get("content")
+    return message | {"content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
 def _without_content(message: Message) -> Message:
     if message.get("content", "") is not None:
         return message
@@ -299,7 +307,7 @@ def _as_it_is(message: Message) -> Message:
 
 
 FORMS: tuple[tuple[Change, ...], ...] = (
-    (_as_it_is, _joined),  # content in parts
+    (_as_it_is, _joined, _wrapped),  # content in parts, or a text
     (_as_it_is, _without_content, _empty_content),  # content that is null or absent, beside tool calls
     (_as_it_is, _arguments(_parsed), _arguments(_dumped)),  # a call's arguments, an object or JSON text
 )
