@@ -51,7 +51,7 @@ def load_lessons(
     data: Path,
     tokenizer: Tokenizer,
     *,
-    row_template: Path | None,
+    row_template: Path | None = None,
     max_length: int,
     prompts_alone: bool,
     temperature: float | None,

@@ -315,10 +315,10 @@ def template_variables(row: Row, tokenizer: Tokenizer) -> dict[str, Any]:
     variables = _keywords(row, tokenizer)
     column = next((name for name in ("tools", "functions") if name in row), None)
     if column and "tools" in tokenizer.template_variables:
-        tools = _from_json(row.take(column), column)
+        tools = from_json(row.take(column), column)
         if tools is not None and not isinstance(tools, list):
             raise InputError(f"{column}: expected a list of tools, or JSON text of one, got {tools!r:.60}")
-        tools = [_from_json(tool, column) for tool in tools or []] if tools is not None else None
+        tools = [from_json(tool, column) for tool in tools or []] if tools is not None else None
         if column == "functions":
             tools = [{"type": "function", "function": tool} for tool in tools or []]
         variables["tools"] = tools
@@ -329,15 +329,15 @@ def _keywords(row: Row, tokenizer: Tokenizer) -> dict[str, Any]:
     column = "chat_template_kwargs"
     if column not in row:
         return {}
-    variables = _from_json(row.take(column), column)
+    variables = from_json(row.take(column), column)
     if not isinstance(variables, dict | None):
         raise InputError(f"{column}: expected an object, or JSON text of one, got {variables!r:.60}")
-    _check_names(variables or {}, column)
+    check_names(variables or {}, column)
     row.ignored |= {f"{column}.{name}" for name in (variables or {}).keys() - tokenizer.template_variables}
     return dict(variables or {})
 
 
-def _check_names(variables: dict[str, Any], source: str) -> None:
+def check_names(variables: dict[str, Any], source: str) -> None:
     """Raises InputError for a variable that is set otherwise."""
     for name in variables:
         if name in OWN_NAMES or name == "tools":
@@ -346,27 +346,7 @@ def _check_names(variables: dict[str, Any], source: str) -> None:
             )
 
 
-def load_tokenizer(cfg: Any) -> Tokenizer:
-    """The tokenizer of --model, with what --chat-template and --chat-template-kwargs say."""
-    flag, tokenizer = "--chat-template-kwargs", Tokenizer.load(cfg.model, cfg.chat_template)
-    variables = _from_json(cfg.chat_template_kwargs, flag)
-    if variables is None:
-        return tokenizer
-    if not isinstance(variables, dict):
-        raise InputError(f"{flag}: expected a JSON object, got {variables!r:.60}")
-    if tokenizer.chat_template is None:
-        raise InputError(
-            f"{flag}: the model has no chat template that could read it: name one (--chat-template)"
-        )
-    _check_names(variables, flag)
-    if unread := sorted(variables.keys() - tokenizer.template_variables):
-        known = ", ".join(sorted(tokenizer.template_variables - OWN_NAMES)) or "none"
-        raise InputError(f"{flag}: the chat template reads no variable '{unread[0]:.60}'; it reads {known}")
-    tokenizer.variables = variables
-    return tokenizer
-
-
-def _from_json(value: Any, column: str) -> Any:
+def from_json(value: Any, column: str) -> Any:
     """What a text is as JSON; what is no text is itself, an empty text nothing."""
     if not isinstance(value, str):
         return value

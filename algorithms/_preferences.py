@@ -89,18 +89,16 @@ def longest(item: Preference | Judged) -> int:
 
 
 def load_pairs(
-    path: Path | None,
-    tokenizer: Tokenizer,
-    max_length: int,
-    *,
-    row_template: Path | None = None,
-    margins: bool = False,
+    path: Path | None, tokenizer: Tokenizer, cfg: Any, *, margins: bool = False
 ) -> list[Preference]:
-    """The pairs of a file, none without one, after saying what became of its rows. margins: read that column."""
+    """The pairs of a file, none without one, after saying what became of its rows.
+
+    cfg: of its flags row_template and max_length are read. margins: read that column.
+    """
     if path is None:
         return []
-    rows = read_rows(path, row_template)
-    pairs, counts = preferences(rows, tokenizer, max_length=max_length, margins=margins)
+    rows = read_rows(path, cfg.row_template)
+    pairs, counts = preferences(rows, tokenizer, max_length=cfg.max_length, margins=margins)
     report_counts(path, counts)
     return pairs
 

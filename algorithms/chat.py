@@ -20,19 +20,18 @@ from ..model.generate import stream
 from ..model.tokenizer import Message, Tokenizer
 from ..model.transformer import Transformer
 from ._command import run_command
+from ._flags import TemplateFlags, load_tokenizer
 from ._loop import default_device
-from ._messages import load_tokenizer, messages_in, prompt_of
+from ._messages import messages_in, prompt_of
 from ._rows import Row
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(TemplateFlags):
     model: Path  # Hugging Face folder, or an adapter's
     tools: Path | None = None  # a JSON file with the list of tools that the chat template describes
     prompt: str | None = None  # answer this and end, instead of reading prompts
     system: str | None = None  # system message, where the model has a chat template
-    chat_template: str | None = None  # a jinja file, or plain, in place of the model's own
-    chat_template_kwargs: str | None = None  # JSON object of variables for it: '{"enable_thinking": false}'
     max_new_tokens: int = 512  # of one answer
     temperature: float = 0.2  # 0 takes the most likely token
     top_p: float = 0.9  # sample from the fewest tokens that have this probability together

@@ -47,6 +47,7 @@ from ..model.transformer import Transformer
 from ._adapter import ADAPTER_BOUNDS, load_trainee
 from ._command import run_command
 from ._distributed import host, reshard, shard, summed
+from ._flags import RowFlags, load_tokenizer
 from ._lessons import MicroBatch, answered, load_lessons, micro_batches
 from ._loop import (
     Run,
@@ -62,20 +63,16 @@ from ._loop import (
     optimizer_step,
     scheduled,
 )
-from ._messages import load_tokenizer
 from ._policy import clipped_loss
 from ._rollout import timed
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(RowFlags):
     model: Path  # the student: Hugging Face folder to start from, or an adapter's
     data: Path  # rows as for SFT, prompts with --student-samples 1, or a teacher's lessons.safetensors
     teacher: Path | None = None  # folder of a model with the same tokenizer; none beside lessons
     output: Path = field(default_factory=lambda: new_run_folder("distill"))  # new folder: metrics, model
-    chat_template: str | None = None  # a jinja file, or plain, in place of the model's own
-    chat_template_kwargs: str | None = None  # JSON object of variables for it: '{"enable_thinking": false}'
-    row_template: Path | None = None  # a jinja file that makes prompt and completion, or messages, of a row
     loss: Literal["divergence", "policy_gradient", "sequence"] = "divergence"
     beta: float | None = None  # of divergence: 0 forward KL, which is the default; 1 reverse KL; between: JSD
     temperature: float = 1.0  # of both distributions, and of sampling

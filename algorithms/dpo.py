@@ -43,6 +43,7 @@ from ..model.errors import InputError
 from ._adapter import ADAPTER_BOUNDS, load_trainee
 from ._command import run_command
 from ._distributed import shard, summed
+from ._flags import RowFlags, load_tokenizer
 from ._loop import (
     Run,
     Schedule,
@@ -56,7 +57,6 @@ from ._loop import (
     optimizer_step,
     scheduled,
 )
-from ._messages import load_tokenizer
 from ._preferences import (
     Preference,
     completion_logprobs,
@@ -74,14 +74,11 @@ Loss = Literal[
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(RowFlags):
     model: Path  # Hugging Face folder, or an adapter's, to start from; also the reference policy
     data: Path  # rows of chosen and rejected, perhaps prompt: .jsonl, .json or .parquet
     held_out: Path | None = None  # such rows, to report the accuracy on at the end
     output: Path = field(default_factory=lambda: new_run_folder("dpo"))  # new folder: metrics, model
-    chat_template: str | None = None  # a jinja file, or plain, in place of the model's own
-    chat_template_kwargs: str | None = None  # JSON object of variables for it: '{"enable_thinking": false}'
-    row_template: Path | None = None  # a jinja file that makes prompt and completion, or messages, of a row
     loss: Loss = "dpo"  # the table in algorithms/dpo.py says what each is
     beta: float | None = None  # by default 0.1; simpo 2
     label_smoothing: float | None = None  # e of cdpo and robust, by default 0.1: share of wrong labels
@@ -231,10 +228,7 @@ def train(cfg: Config) -> Path:
     )
     variant = _variant(cfg)
     tokenizer = load_tokenizer(cfg)
-    pairs, held_out = (
-        load_pairs(path, tokenizer, cfg.max_length, row_template=cfg.row_template)
-        for path in (cfg.data, cfg.held_out)
-    )
+    pairs, held_out = (load_pairs(path, tokenizer, cfg) for path in (cfg.data, cfg.held_out))
     model = load_trainee(cfg)
     check_model(model, tokenizer, max(map(longest, pairs)))
     shard(model)

@@ -41,8 +41,8 @@ from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from ._command import run_command
 from ._data import Prompt, best_fit, rl_prompts, sft_examples
+from ._flags import RowFlags, load_tokenizer
 from ._loop import autocast, check_flags, check_model, default_device, new_run_folder, report_counts
-from ._messages import load_tokenizer
 from ._preferences import completion_scores, longest, preferences
 from ._rewards import RewardFunction, judge, load_reward, load_rewards, takes
 from ._rollout import completion
@@ -50,15 +50,12 @@ from ._rows import read_rows
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(RowFlags):
     model: Path  # Hugging Face folder, or an adapter's; a language model or a reward model
     data: Path  # prompts and any columns for the verifier, rows to score, or pairs: .jsonl, .json or .parquet
     reward: tuple[str, ...] = ()  # FILE.py:function or package.module:function; the first says what is right
     answer: str | None = None  # FILE.py:function that gives each completion's answer, for the majority vote
     output: Path = field(default_factory=lambda: new_run_folder("evaluate"))  # new folder: figures, samples
-    chat_template: str | None = None  # a jinja file, or plain, in place of the model's own
-    chat_template_kwargs: str | None = None  # JSON object of variables for it: '{"enable_thinking": false}'
-    row_template: Path | None = None  # a jinja file that makes prompt and completion, or messages, of a row
     limit: int | None = None  # the first so many prompts or rows
     right_at: float = 1.0  # the least value of the first reward function that counts as right
     samples: int = 8  # a prompt, beside the greedy one; 0 for that one alone

@@ -43,6 +43,7 @@ from ._adapter import load_trainee
 from ._advantages import batch_std_advantages, group_advantages, mean_advantages, rloo_advantages
 from ._command import run_command
 from ._distributed import reshard, shard, summed
+from ._flags import RowFlags, load_tokenizer
 from ._loop import (
     Run,
     Schedule,
@@ -56,7 +57,6 @@ from ._loop import (
     optimizer_step,
     scheduled,
 )
-from ._messages import load_tokenizer
 from ._policy import (
     cispo_loss,
     clipped_loss,
@@ -82,15 +82,12 @@ from ._tokens import constant_length, sequence_mean, token_mean
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(RowFlags):
     model: Path  # Hugging Face folder, or an adapter's, to start from; the reference policy, too, where there is one
     data: Path  # prompts, with any further columns for the reward functions: .jsonl, .json or .parquet
     reward: tuple[str, ...]  # FILE.py:function or package.module:function, one or more
     reward_weights: tuple[float, ...] = ()  # one a reward function; all 1 where none are given
     output: Path = field(default_factory=lambda: new_run_folder("grpo"))  # new folder: metrics, model
-    chat_template: str | None = None  # a jinja file, or plain, in place of the model's own
-    chat_template_kwargs: str | None = None  # JSON object of variables for it: '{"enable_thinking": false}'
-    row_template: Path | None = None  # a jinja file that makes prompt and completion, or messages, of a row
     steps: int = 200  # rollouts
     prompts_per_step: int = 16  # prompts in one rollout
     group_size: int = 8  # samples of one prompt

@@ -28,6 +28,7 @@ from torch import Tensor
 from ._adapter import ADAPTER_BOUNDS, load_trainee
 from ._command import run_command
 from ._distributed import shard, sum_over_processes, summed
+from ._flags import RowFlags, load_tokenizer
 from ._loop import (
     Run,
     Schedule,
@@ -42,19 +43,15 @@ from ._loop import (
     report_counts,
     scheduled,
 )
-from ._messages import load_tokenizer
 from ._preferences import Judged, completion_logprobs, judged_completions, longest, micro_batches, num_tokens
 from ._rows import read_rows
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(RowFlags):
     model: Path  # Hugging Face folder, or an adapter's, to start from; also the reference policy
     data: Path  # rows of prompt, completion and label, or of chosen and rejected: .jsonl, .json or .parquet
     output: Path = field(default_factory=lambda: new_run_folder("kto"))  # new folder: metrics, model
-    chat_template: str | None = None  # a jinja file, or plain, in place of the model's own
-    chat_template_kwargs: str | None = None  # JSON object of variables for it: '{"enable_thinking": false}'
-    row_template: Path | None = None  # a jinja file that makes prompt and completion, or messages, of a row
     beta: float = 0.1
     wanted_weight: float = (
         1.0  # lambda_D; the paper balances lambda_D n_D and lambda_U n_U to a ratio of 1 to 4/3

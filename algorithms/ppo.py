@@ -46,6 +46,7 @@ from ._adapter import load_scalar_trainee, load_trainee
 from ._advantages import gae, rloo_advantages, scale, whiten
 from ._command import run_command
 from ._distributed import reshard, shard, summed
+from ._flags import RowFlags, load_tokenizer
 from ._loop import (
     Run,
     Schedule,
@@ -59,7 +60,6 @@ from ._loop import (
     optimizer_step,
     scheduled,
 )
-from ._messages import load_tokenizer
 from ._policy import clipped_loss
 from ._rewards import check_weights, load_reward_model, load_rewards
 from ._rollout import (
@@ -76,7 +76,7 @@ from ._rollout import (
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(RowFlags):
     model: Path  # Hugging Face folder, or an adapter's, to start from; the reference policy, too
     data: Path  # prompts, with any further columns for the reward functions: .jsonl, .json or .parquet
     reward_model: Path | None = None  # folder of a reward model with the same tokenizer
@@ -86,9 +86,6 @@ class Config:
         None  # folder that the critic starts from; the reward model's, or the model's, by default
     )
     output: Path = field(default_factory=lambda: new_run_folder("ppo"))  # new folder: metrics, model, critic
-    chat_template: str | None = None  # a jinja file, or plain, in place of the model's own
-    chat_template_kwargs: str | None = None  # JSON object of variables for it: '{"enable_thinking": false}'
-    row_template: Path | None = None  # a jinja file that makes prompt and completion, or messages, of a row
     steps: int = 200  # rollouts
     prompts_per_step: int = 64  # prompts in one rollout
     group_size: int = 1  # samples of one prompt; rloo needs two

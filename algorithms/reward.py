@@ -32,6 +32,7 @@ from torch import Tensor
 from ._adapter import ADAPTER_BOUNDS, load_scalar_trainee
 from ._command import run_command
 from ._distributed import shard, summed
+from ._flags import RowFlags, load_tokenizer
 from ._loop import (
     Run,
     Schedule,
@@ -45,7 +46,6 @@ from ._loop import (
     optimizer_step,
     scheduled,
 )
-from ._messages import load_tokenizer
 from ._preferences import (
     Preference,
     completion_scores,
@@ -61,14 +61,11 @@ REFERENCES = 128  # chosen completions whose mean score becomes 0
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(RowFlags):
     model: Path  # Hugging Face folder, or an adapter's, to start from: a language model, or an earlier reward model
     data: Path  # rows of chosen and rejected, perhaps prompt and margin: .jsonl, .json or .parquet
     held_out: Path | None = None  # such rows, to report the accuracy on before and after
     output: Path = field(default_factory=lambda: new_run_folder("reward"))  # new folder: metrics, model
-    chat_template: str | None = None  # a jinja file, or plain, in place of the model's own
-    chat_template_kwargs: str | None = None  # JSON object of variables for it: '{"enable_thinking": false}'
-    row_template: Path | None = None  # a jinja file that makes prompt and completion, or messages, of a row
     centering: float = 0.0  # c: 0.01 keeps scores near 0 while training
     max_length: int = 1024  # tokens of a prompt with either completion; longer rows are dropped and counted
     steps: int = 1000  # optimizer steps
@@ -122,10 +119,7 @@ def train(cfg: Config) -> Path:
         seed=(0, 2**63 - 1),
     )
     tokenizer = load_tokenizer(cfg)
-    pairs, held_out = (
-        load_pairs(path, tokenizer, cfg.max_length, row_template=cfg.row_template, margins=True)
-        for path in (cfg.data, cfg.held_out)
-    )
+    pairs, held_out = (load_pairs(path, tokenizer, cfg, margins=True) for path in (cfg.data, cfg.held_out))
     model = load_scalar_trainee(cfg, cfg.model)
     check_model(model, tokenizer, max(map(longest, pairs)))
     shard(model)

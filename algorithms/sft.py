@@ -27,6 +27,7 @@ from ._adapter import ADAPTER_BOUNDS, load_trainee
 from ._command import run_command
 from ._data import sft_examples
 from ._distributed import IDLE, shard, shares, summed
+from ._flags import RowFlags, load_tokenizer
 from ._loop import (
     Run,
     Schedule,
@@ -41,18 +42,14 @@ from ._loop import (
     report_counts,
     scheduled,
 )
-from ._messages import load_tokenizer
 from ._rows import read_rows
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(RowFlags):
     model: Path  # Hugging Face folder to start from, or an adapter's, which training goes on with
     data: Path  # rows of messages, prompt and completion, text, Alpaca or ShareGPT: .jsonl, .json or .parquet
     output: Path = field(default_factory=lambda: new_run_folder("sft"))  # new folder: metrics, model
-    chat_template: str | None = None  # a jinja file, or plain, in place of the model's own
-    chat_template_kwargs: str | None = None  # JSON object of variables for it: '{"enable_thinking": false}'
-    row_template: Path | None = None  # a jinja file that makes prompt and completion, or messages, of a row
     train_on: Literal["completion", "all"] = "completion"  # which tokens of a row are trained
     loss: Literal["nll", "dft"] = "nll"  # dft weighs tokens by their probability
     max_length: int = 1024  # tokens; longer rows are truncated and counted

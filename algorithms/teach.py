@@ -24,21 +24,18 @@ from ..kernels import topk_logprobs
 from ..model.checkpoint import load_model
 from ..model.errors import InputError
 from ._command import run_command
+from ._flags import RowFlags, load_tokenizer
 from ._lessons import answered, load_lessons, micro_batches, write_lessons
 from ._loop import autocast, check_flags, check_model, default_device, new_run_folder
-from ._messages import load_tokenizer
 
 LESSONS = "lessons.safetensors"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(RowFlags):
     model: Path  # the teacher: Hugging Face folder, or an adapter's
     data: Path  # rows as for SFT, or with --samples prompts: .jsonl, .json or .parquet
     output: Path = field(default_factory=lambda: new_run_folder("teach"))  # new folder: lessons.safetensors
-    chat_template: str | None = None  # a jinja file, or plain, in place of the model's own
-    chat_template_kwargs: str | None = None  # JSON object of variables for it: '{"enable_thinking": false}'
-    row_template: Path | None = None  # a jinja file that makes prompt and completion, or messages, of a row
     samples: int = 0  # answers to each prompt, in place of the rows' own completions; 0 keeps those
     top_k: int = 64  # ids kept for each trained token; 0 keeps the sequences alone
     temperature: float = 1.0  # of sampling, and of the log-probabilities

@@ -590,7 +590,7 @@ FAULTS = [
             ("mask ignored", "+= completion.mask", "+= [True] * len(completion.mask)", LAID),
             ("users' turns trained", "mask[len(prompt) : end])", "[True] * (end - len(prompt)))", READ),
             ("past the end", "if trained) + 1", "if trained) + 2", READ),
-            ("last turn alone", "last_turn_only=len(turns) == 1", "last_turn_only=True", READ),
+            ("last turn alone", "turns=talk.trained,", "turns=talk.trained[-1:],", READ),
             ("rejected is wanted", "Judged(prompt, rejected, False)", "Judged(prompt, rejected, True)", READ),
         ]
     ),

@@ -1,0 +1,39 @@
+"""Flags of every command that reads rows or renders conversations, and the tokenizer that they make."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..model.errors import InputError
+from ..model.template import OWN_NAMES
+from ..model.tokenizer import Tokenizer
+from ._messages import check_names, from_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemplateFlags:
+    chat_template: str | None = None  # a jinja file, or plain, in place of the model's own
+    chat_template_kwargs: str | None = None  # JSON object of its variables: '{"enable_thinking": false}'
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowFlags(TemplateFlags):
+    row_template: Path | None = None  # a jinja file that makes prompt and completion, or messages, of a row
+
+
+def load_tokenizer(cfg: Any) -> Tokenizer:
+    """The tokenizer of --model, with what --chat-template and --chat-template-kwargs say."""
+    flag, tokenizer = "--chat-template-kwargs", Tokenizer.load(cfg.model, cfg.chat_template)
+    variables = from_json(cfg.chat_template_kwargs, flag)
+    if variables is None:
+        return tokenizer
+    if not isinstance(variables, dict):
+        raise InputError(f"{flag}: expected a JSON object, got {variables!r:.60}")
+    if tokenizer.chat_template is None:
+        raise InputError(f"{flag}: the model has no chat template to read it: name one (--chat-template)")
+    check_names(variables, flag)
+    if unread := sorted(variables.keys() - tokenizer.template_variables):
+        known = ", ".join(sorted(tokenizer.template_variables - OWN_NAMES)) or "none"
+        raise InputError(f"{flag}: the chat template reads no variable '{unread[0]:.60}'; it reads {known}")
+    tokenizer.variables = variables
+    return tokenizer
