@@ -27,6 +27,7 @@ from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from ._checkpoint import Part, read_checkpoint, write_checkpoint
 from ._distributed import check_joined, from_rank_0, rank
+from ._rows import Tally
 
 CHECKPOINT = "checkpoint.safetensors"
 MAY_DIFFER = (
@@ -112,8 +113,10 @@ def new_run_folder(name: str) -> Path:
 
 
 def report_counts(source: Path, counts: Mapping[str, int]) -> None:
-    """Say what became of every row of a file: none is dropped silently."""
+    """Say what became of every row of a file, and which columns nothing used: none is dropped silently."""
     print(f"{source}: " + ", ".join(f"{count} {reason}" for reason, count in counts.items()))
+    if isinstance(counts, Tally) and counts.unused:
+        print(f"{source}: columns not used: {', '.join(counts.unused)}")
 
 
 class Run:

@@ -20,13 +20,8 @@ from ..model.errors import InputError
 from ..model.tokenizer import Message, Tokenizer
 
 REASONING = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "analysis")
-SAYING = (
-    "content",
-    *REASONING,
-    "tool_calls",
-    "tool_plan",
-    "refusal",
-)  # the keys of a message that say something
+# the keys of a message that say something
+SAYING = ("content", "tool_calls", "tool_plan", "refusal", *REASONING)
 TAG = re.compile(r"(</?[^\W\d][\w-]{0,40}>|<[|｜][^<>\s]{1,40}>)")  # </think>, <|channel|>
 FIRST_NUMBER = 70_000_001
 CACHED = 4096  # conversations of which no two have the same roles, keys and tags
@@ -42,6 +37,7 @@ class Said(NamedTuple):
     key: str
     word: str
     in_tags: bool = False  # between <think> and </think>
+    exact: bool = False  # not as JSON escapes it
 
 
 class Form(NamedTuple):
@@ -68,6 +64,7 @@ def all_said(
     the last message. Raises Unsaid where something is left out, InputError where the template refuses every form.
     """
     probe = json.dumps(_Marker().conversation(messages), default=repr)
+    render = _renderer(tokenizer, variables)
     try:
         form = _cached_form(tokenizer, probe, json.dumps(dict(variables), default=repr), ask)
     except Unsaid:
@@ -75,8 +72,12 @@ def all_said(
     except (
         InputError
     ):  # a template may refuse other words: then it is believed where it renders the real ones
-        form = _first_form(messages, _renderer(tokenizer, variables), ask, replace=False)
-    return _changed(messages, form.changes), form.left_out
+        form = _first_form(messages, render, ask, replace=False)
+    changed = _changed(messages, form.changes)
+    wrong, _ = _lacks(changed, render, ask, replace=False)  # a template may look at words, too
+    if wrong:
+        raise Unsaid(wrong[0])
+    return changed, form.left_out
 
 
 @lru_cache(CACHED)
@@ -96,26 +97,31 @@ def _first_form(messages: Sequence[Message], render: Render, ask: bool, replace:
     refusal: InputError | None = None
     least: list[Said] = []  # what is missing from the form that lacks least
     for changes in product(*(range(_alternatives(messages, forms)) for forms in FORMS)):
-        marker = _Marker(replace)
-        probe = marker.conversation(_changed(messages, changes))
         try:
-            text = render(probe, ask)
+            wrong, dropped = _lacks(_changed(messages, changes), render, ask, replace)
         except InputError as error:
             refusal = refusal or error
             continue
-        missing = [said for said in marker.said if said.word not in text and _escaped(said.word) not in text]
-        dropped = [said for said in missing if _dropped_by_design(said, probe, render)]
-        wrong = [said for said in missing if said not in dropped]
-        wrong += [said for said in marker.python if said.word in text] + _nulls_written(
-            probe, text, render, ask
-        )
         if not wrong:
-            return Form(changes, len({said.message for said in dropped}))
+            return Form(changes, dropped)
         least = wrong if not least or len(wrong) < len(least) else least
     if least:
         raise Unsaid(least[0])
     assert refusal is not None, "there is always one form"
     raise refusal
+
+
+def _lacks(messages: Sequence[Message], render: Render, ask: bool, replace: bool) -> tuple[list[Said], int]:
+    """What is missing from the rendering, and how many turns lose their reasoning by design. Raises InputError."""
+    marker = _Marker(replace)
+    probe = marker.conversation(messages)
+    text = render(probe, ask)
+    missing = [said for said in marker.said if not _stands(said, text)]
+    dropped = [said for said in missing if _dropped_by_design(said, probe, render)]
+    wrong = [said for said in missing if said not in dropped]
+    wrong += [said for said in marker.python if said.word in text]
+    wrong += _nulls_written(probe, text, render, ask)
+    return wrong, len({said.message for said in dropped})
 
 
 def _dropped_by_design(said: Said, probe: list[Message], render: Render) -> bool:
@@ -126,7 +132,7 @@ def _dropped_by_design(said: Said, probe: list[Message], render: Render) -> bool
     if said.in_tags and any(message["role"] == "user" for message in after):
         return True
     try:
-        return said.word in render(probe[: said.message + 1], False)
+        return _stands(said, render(probe[: said.message + 1], False))
     except InputError:
         return False
 
@@ -143,8 +149,10 @@ def _nulls_written(probe: list[Message], text: str, render: Render, ask: bool) -
     return [Said(nulls[0], "content", "None")] if text.count("None") > without.count("None") else []
 
 
-def _escaped(word: str) -> str:
-    return json.dumps(word, ensure_ascii=False)[1:-1]
+def _stands(said: Said, text: str) -> bool:
+    if said.word in text:
+        return True
+    return not said.exact and any(json.dumps(said.word, ensure_ascii=x)[1:-1] in text for x in (False, True))
 
 
 # ---- words that occur nowhere else
@@ -210,7 +218,7 @@ class _Marker:
             inner["arguments"] = json.dumps(self._data(parsed)) if self.replace else arguments
             del self.said[expected:]  # the text itself has to be found, without further quotes
             if parsed:
-                self.said.append(Said(self.message, self.key, inner["arguments"]))
+                self.said.append(Said(self.message, self.key, inner["arguments"], exact=True))
         elif arguments is not None:
             inner["arguments"] = self._data(arguments)
         return call | {"function": inner} if "function" in call else inner
@@ -238,9 +246,8 @@ class _Marker:
             )
             self._expect(json.dumps(value))
             return value
-        word = self._word() if self.replace else str(value)
-        self._expect(word)
-        return word
+        self._expect(self._word() if self.replace else str(value).strip())
+        return self.said[-1].word if self.replace else value
 
 
 # ---- forms of the same message

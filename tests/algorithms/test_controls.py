@@ -134,7 +134,7 @@ def the_reference_stays(module: ModuleType, place: Place) -> None:
 def chosen_scores_average_zero(module: ModuleType, place: Place) -> None:
     cfg = config(module, place)
     model = load_scalar_model(module.train(cfg))
-    pairs = module.load_pairs(place.data, Tokenizer.load(place.model), 64)
+    pairs = module.load_pairs(place.data, Tokenizer.load(place.model), config(module, place, max_length=64))
     same(module.completion_scores(model, pairs, 10**6, "cpu")[:, 0].mean().item(), 0)
 
 
