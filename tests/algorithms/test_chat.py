@@ -164,3 +164,62 @@ def test_wrong_flags_end_with_one_line(folder, capsys, flags, message):
 def test_a_folder_that_is_no_model_ends_with_one_line(tmp_path, capsys):
     assert command(["chat", "--model", str(tmp_path / "absent")]) == 1
     assert "no such folder" in capsys.readouterr().err
+
+
+TOOLS = '[{"name": "weather"}]'
+
+
+def test_tools_and_variables_reach_the_template(folder, tmp_path, keyboard, replies):
+    (tmp_path / "own.jinja").write_text(
+        "{{ tools | tojson }} {{ mood }} {% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+    )
+    (tmp_path / "tools.json").write_text(TOOLS)
+    keyboard("hello", "again")
+    prompts = replies("one", "two")
+    flags = {"chat_template": str(tmp_path / "own.jinja"), "chat_template_kwargs": '{"mood": "calm"}'}
+    main(Config(folder, tools=tmp_path / "tools.json", device="cpu", **flags))
+    assert prompts == [
+        f"{TOOLS} calm user hello ",
+        f"{TOOLS} calm user hello assistant one user again ",
+    ]
+
+
+@pytest.mark.parametrize(
+    "template, flags, message",
+    [
+        (
+            "{{ messages[-1].content }}",
+            {"system": "be brief"},
+            "--system: .*content: the chat template leaves it",
+        ),
+        ("{{ messages[-1].content }}", {"tools": "tools.json"}, "--tools: the chat template reads none"),
+        (
+            "{{ tools }}{{ messages[-1].content }}",
+            {"tools": "none.json"},
+            r"--tools .*none\.json: cannot be read",
+        ),
+        ("{{ tools }}{{ messages[-1].content }}", {"tools": "bad.json"}, "--tools: tools: not JSON"),
+        (None, {"tools": "tools.json"}, "--tools: the model has no chat template"),
+        (None, {"chat_template_kwargs": "{}"}, "--chat-template-kwargs: the model has no chat template"),
+        (
+            "{{ messages[-1].content }}",
+            {"chat_template_kwargs": '{"a": 1}'},
+            "reads no variable 'a'; it reads none",
+        ),
+    ],
+)
+def test_what_the_template_would_leave_out_is_refused(folder, tmp_path, template, flags, message):
+    (tmp_path / "tools.json").write_text(TOOLS)
+    (tmp_path / "bad.json").write_text("[")
+    model = folder
+    if template is None:
+        model = tmp_path / "base"
+        tokenizer = Tokenizer.load(folder)
+        save_model(load_model(folder), model, Tokenizer(tokenizer.backend, eos="<|im_end|>"))
+    else:
+        (tmp_path / "own.jinja").write_text(template)
+        flags = flags | {"chat_template": str(tmp_path / "own.jinja")}
+    if "tools" in flags:
+        flags = flags | {"tools": tmp_path / flags["tools"]}
+    with pytest.raises(InputError, match=message):
+        main(Config(model, prompt="hello", device="cpu", **flags))
