@@ -67,9 +67,10 @@ from ._policy import (
     rho_k3_loss,
     truncated_weights,
 )
-from ._rewards import check_weights, load_rewards, overlong_punishment
+from ._rewards import load_rewards, overlong_punishment, weighted_rewards
 from ._rollout import (
     RL_BOUNDS,
+    completion_records,
     ended,
     lengths_of,
     load_prompts,
@@ -87,6 +88,9 @@ class Config:
     data: Path  # prompts, with any further columns for the reward functions: .jsonl, .json or .parquet
     reward: tuple[str, ...]  # FILE.py:function or package.module:function, one or more
     reward_weights: tuple[float, ...] = ()  # one a reward function; all 1 where none are given
+    reward_timeout: float | None = (
+        None  # seconds that a call of the reward functions has; no limit by default
+    )
     output: Path = field(default_factory=lambda: new_run_folder("grpo"))  # new folder: metrics, model
     chat_template: str | None = None  # a jinja file, or plain, in place of the model's own
     steps: int = 200  # rollouts
@@ -156,28 +160,29 @@ def train(cfg: Config) -> Path:
     )
     if cfg.loss == "cispo" and cfg.clip_low is not None:
         raise InputError("--clip-low: --loss cispo has no lower bound: leave the flag out")
-    rewards = load_rewards(cfg.reward)
-    reward_weights = check_weights(cfg.reward_weights, len(rewards))
+    rewards = weighted_rewards(cfg, load_rewards(cfg.reward))
     if cfg.overlong_buffer:  # no function of Python's has a hyphen in its name
-        rewards["overlong-punishment"] = overlong_punishment(cfg.max_new_tokens, cfg.overlong_buffer)
-        reward_weights += (1.0,)
+        punishment = overlong_punishment(cfg.max_new_tokens, cfg.overlong_buffer)
+        rewards.functions["overlong-punishment"], rewards.weights = punishment, (*rewards.weights, 1.0)
     tokenizer = Tokenizer.load(cfg.model, cfg.chat_template)
     prompts = load_prompts(cfg, tokenizer)
+    rewards.check(prompts[0].columns)
     model = load_trainee(cfg)
     check_model(model, tokenizer, max(len(prompt.tokens) for prompt in prompts) + cfg.max_new_tokens)
     reference = frozen_copy(model) if cfg.kl_coefficient else None
     shard(model, reference)
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
     with Run(cfg, model=model, optimizer=optimizer) as run:
-        run.values.setdefault("draws", run.start)
+        run.values = {"draws": run.start, "judged": 0, "taught": 0} | run.values
         order = epochs(len(prompts), cfg.prompts_per_step, cfg.seed, skip=run.values["draws"])
         batches = ([prompts[i] for i in batch] for batch in order)
         for step in run.steps():
             started = time.perf_counter()
             seconds = {"sampling_seconds": 0.0, "scoring_seconds": 0.0}
             seed = (cfg.seed << 32) + run.values["draws"]
+            rewards.begin(cfg, step, run.values["draws"], len(prompts))
             groups, drawn, draws = sample_varied_groups(
-                model, tokenizer, batches, rewards, reward_weights, cfg, seed, seconds
+                model, tokenizer, batches, rewards, cfg, seed, seconds
             )
             run.values["draws"] += draws
             reward = torch.cat([torch.empty(0), *(group.rewards for group in groups)])  # (samples,)
@@ -185,6 +190,8 @@ def train(cfg: Config) -> Path:
                 reward = reward.masked_fill(~ended(groups), torch.nan)
             counted = ~reward.isnan()  # the others, not judged, leave numerator and denominator
             advantage = ADVANTAGES[cfg.advantage](reward.view(-1, cfg.group_size)).flatten()  # (samples,)
+            run.values["judged"] += sum(int((~group.rewards.isnan()).sum()) for group in drawn)
+            run.values["taught"] += int((advantage != 0).sum())
             denominator = torch.ones_like(advantage)
             denominator[counted] = _denominators(cfg, lengths_of(groups)[counted])
             needed = counted if reference is not None else counted & (advantage != 0)
@@ -232,6 +239,7 @@ def train(cfg: Config) -> Path:
             run.log(
                 {
                     **rollout_metrics(drawn),
+                    **rewards.metrics(),
                     **sums,
                     **routing_metrics(model.routing if micros else ()),
                     "flat_groups": sum(not group.varied for group in drawn) / len(drawn),
@@ -243,8 +251,13 @@ def train(cfg: Config) -> Path:
                 },
                 tokens=int(lengths_of(drawn).sum()),
             )
+            run.log_completions(completion_records(tokenizer, drawn))
             run.save_step(model, tokenizer)
-        return run.save(model, tokenizer)
+        trained = run.save(model, tokenizer)
+    if not run.values["taught"]:
+        flat = "no group's rewards ever differed" + " among samples that ended" * cfg.mask_truncated
+        print(f"{flat if run.values['judged'] else 'every reward was None'}: nothing was learned")
+    return trained
 
 
 def _policy_term(
