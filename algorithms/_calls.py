@@ -206,7 +206,7 @@ def _time_limit(seconds: float | None, message: str) -> Iterator[None]:
 
 def _late(calls: Sequence[Call], seconds: float | None) -> str:
     labels = " or ".join(call.label for call in calls)
-    return f"{labels}: expected to return within {seconds or 0:g} seconds (--reward-timeout), it did not"
+    return f"{labels}: expected to return within {seconds or 0:g} s (--reward-timeout), it did not"
 
 
 def _timed_out(message: str) -> InputError:

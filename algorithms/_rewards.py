@@ -37,9 +37,8 @@ from ._calls import Call, described, results, shown
 from ._distributed import gathered, host, rank
 from ._loop import check_tokenizer
 
-RewardFunction = Callable[
-    ..., Any
-]  # of a list of rewards, None for what it does not judge, or of an awaitable of one
+# of a list of rewards, None for what it does not judge, or of an awaitable of one
+RewardFunction = Callable[..., Any]
 
 
 @dataclass

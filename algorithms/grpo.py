@@ -15,12 +15,12 @@ Scoring uses the sampling temperature, and the ids that top-k or top-p kept, so 
 one; --mismatch-weights corrects what still differs. With --max-draws, groups whose rewards are all equal are replaced
 (DAPO's dynamic sampling); --mask-truncated and --overlong-buffer are its two ways with answers that do not end.
 
-Metrics: reward (mean over all samples drawn), reward/<function>, length (tokens), ended (share that ended by a stop
-token), flat_groups (share whose rewards are all equal: they teach nothing), draws (batches of prompts), groups (trained
-on), entropy (nats), ratio, clip_fraction, kl, mismatch (mean of |sampler's - trainer's log-probability|), weight (mean
-of --mismatch-weights), loss, grad_norm (before clipping), learning_rate, sampling_seconds, scoring_seconds (reward
-functions, reference), update_seconds. entropy to weight are over the tokens that the update saw: without a KL term,
-samples whose advantage is 0 have no gradient and are not scored.
+Metrics: reward (mean over all samples drawn), reward/<function>, metric/<name> (log_metric's), length (tokens), ended
+(share that ended by a stop token), flat_groups (share whose rewards are all equal: they teach nothing), draws (batches
+of prompts), groups (trained on), entropy (nats), ratio, clip_fraction, kl, mismatch (mean of |sampler's - trainer's
+log-probability|), weight (mean of --mismatch-weights), loss, grad_norm (before clipping), learning_rate,
+sampling_seconds, scoring_seconds (reward functions, reference), update_seconds. entropy to weight are over the tokens
+that the update saw: without a KL term, samples whose advantage is 0 have no gradient and are not scored.
 
 Source: Shao et al. 2024, https://arxiv.org/abs/2402.03300, eq. 3 and 4; the other papers are at arxiv.org/abs/NUMBER
 Run:    burnish grpo --model DIR --data FILE.jsonl --reward FILE.py:function

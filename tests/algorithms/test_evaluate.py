@@ -231,5 +231,5 @@ def test_wrong_flags_are_named(cfg, tmp_path):
     ):
         evaluate.evaluate(dataclasses.replace(cfg, answer=f"{short}:f"))
     short.write_text("import time\ndef f(completions):\n    time.sleep(60)\n")
-    with pytest.raises(InputError, match=r"--answer: expected to return within 0\.05 seconds"):
+    with pytest.raises(InputError, match=r"--answer: expected to return within 0\.05 s"):
         evaluate.evaluate(dataclasses.replace(cfg, answer=f"{short}:f", reward_timeout=0.05))

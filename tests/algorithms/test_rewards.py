@@ -451,7 +451,7 @@ async def async_deaf(**_):
 )
 def test_a_function_that_does_not_return_in_time(function):
     started = time.monotonic()
-    message = "reward f: expected to return within 0.1 seconds (--reward-timeout), it did not"
+    message = "reward f: expected to return within 0.1 s (--reward-timeout), it did not"
     assert refused(function, timeout=0.1) == message
     assert time.monotonic() - started < 5
     assert judge({"f": coroutine, "g": lambda **_: [0, 0]}, timeout=5.0).total.tolist() == [1.0, 2.0]
@@ -507,7 +507,7 @@ def test_the_process_ends_with_one_sentence_whatever_goes_on():
     ran = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120)
     assert ran.stdout.split() == ["status", "1"] * 3, ran.stderr
     lines = [line for line in ran.stderr.splitlines() if line]
-    late = "expected to return within 0.2 seconds (--reward-timeout), it did not"
+    late = "expected to return within 0.2 s (--reward-timeout), it did not"
     assert lines == [
         f"try: pool: {late}",
         f"deaf: {late}, nor did it end when interrupted",
