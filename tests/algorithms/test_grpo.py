@@ -98,16 +98,26 @@ def test_a_reward_that_never_differs_changes_no_weight(cfg, tmp_path, capsys):
     assert capsys.readouterr().out.endswith("no group's rewards ever differed: nothing was learned\n")
 
 
-def untrained(cfg, model_folder, **changes):
-    return dataclasses.replace(
-        cfg, model=model_folder, prompts_per_step=4, group_size=2, max_new_tokens=4, **changes
+@pytest.fixture
+def small(model_folder, prompts, tmp_path):
+    """From random weights."""
+    return grpo.Config(
+        model=model_folder,
+        data=prompts,
+        reward=(REWARD,),
+        output=tmp_path / "out",
+        steps=3,
+        prompts_per_step=4,
+        group_size=2,
+        max_new_tokens=4,
+        device="cpu",
     )
 
 
-def test_a_run_in_which_nothing_is_judged_says_so(cfg, model_folder, tmp_path, capsys):
+def test_a_run_in_which_nothing_is_judged_says_so(small, tmp_path, capsys):
     (tmp_path / "none.py").write_text("def none(completions, **_):\n    return [None for _ in completions]\n")
-    run = untrained(cfg, model_folder, reward=(f"{tmp_path}/none.py:none",), steps=2)
-    same_weights(model_folder, grpo.train(run), 0)
+    run = dataclasses.replace(small, reward=(f"{tmp_path}/none.py:none",), steps=2)
+    same_weights(run.model, grpo.train(run), 0)
     assert [line["reward"] for line in metrics_of(run.output)] == [None, None]
     assert capsys.readouterr().out.endswith("every reward was None: nothing was learned\n")
 
@@ -125,11 +135,11 @@ async def curious(completions, completion_ids, trainer_state, log_metric, log_ex
 """
 
 
-def test_what_an_async_function_logs_is_found_in_the_run(cfg, model_folder, tmp_path, capsys):
+def test_what_an_async_function_logs_is_found_in_the_run(small, tmp_path, capsys):
     """Resumed, too: the lines of the step after the checkpoint are written once."""
     (tmp_path / "curious.py").write_text(CURIOUS)
     reward = (f"{tmp_path}/curious.py:curious", REWARD)
-    run = untrained(cfg, model_folder, reward=reward, save_every=2, reward_timeout=60.0)
+    run = dataclasses.replace(small, reward=reward, save_every=2, reward_timeout=60.0)
     grpo.train(run)
     with open(run.output / "completions.jsonl", "a") as file:
         file.write('{"step": 3, "torn')  # as a crash leaves it
@@ -149,11 +159,11 @@ def test_what_an_async_function_logs_is_found_in_the_run(cfg, model_folder, tmp_
     assert "learned" not in capsys.readouterr().out
 
 
-def test_a_column_that_is_missing_is_named_before_anything_is_sampled(cfg, tmp_path):
+def test_a_column_that_is_missing_is_named_before_anything_is_sampled(small, tmp_path):
     (tmp_path / "wants.py").write_text("def wants(completions, solution):\n    return []\n")
     with pytest.raises(InputError, match="expected a column 'solution', which it takes; the data has answer"):
-        grpo.train(dataclasses.replace(cfg, reward=(f"{tmp_path}/wants.py:wants",)))
-    assert not cfg.output.exists()
+        grpo.train(dataclasses.replace(small, reward=(f"{tmp_path}/wants.py:wants",)))
+    assert not small.output.exists()
 
 
 def test_a_failing_reward_ends_the_run_and_leaves_no_model(cfg, tmp_path):
