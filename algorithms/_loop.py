@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,9 +30,11 @@ from ._distributed import check_joined, from_rank_0, rank
 from ._rows import Tally
 
 CHECKPOINT = "checkpoint.safetensors"
+COMPLETIONS = "completions.jsonl"
 MAY_DIFFER = (
     "output",
     "resume",
+    "reward_timeout",
     "save_every",
     "steps",
 )  # flags of a resumed run; a longer run is a common wish
@@ -152,6 +154,7 @@ class Run:
             done = metrics.read_text().splitlines(keepends=True)[: self.start] if self.start else []
             _replace(self.folder / "config.json", _flags(config))
             _replace(metrics, "".join(done))  # what was logged after the checkpoint is done again
+            _cut(self.folder / COMPLETIONS, self.start)
             self._metrics = open(metrics, "a")  # noqa: SIM115
         except OSError as error:
             raise InputError(f"--output {self.folder}: cannot be written: {error}") from error
@@ -207,6 +210,17 @@ class Run:
             shown = {name: f"{value:.3g}" for name, value in list(values.items())[:3] if value is not None}
             self._bar.set_postfix(shown, refresh=False)
 
+    def log_completions(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Add the step's records to completions.jsonl, where there are any."""
+        if not records or rank():
+            return
+        lines = [json.dumps({"step": self._step, **record}, ensure_ascii=False) + "\n" for record in records]
+        try:  # what UTF-8 cannot hold, half of a surrogate pair, is escaped as JSON does it
+            with open(self.folder / COMPLETIONS, "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write("".join(lines))
+        except OSError as error:
+            raise InputError(f"{self.folder / COMPLETIONS}: cannot be written: {error}") from error
+
     def save(self, model: Transformer | ScalarModel, tokenizer: Tokenizer, name: str = "model") -> Path:
         """Write model and tokenizer as a Hugging Face folder inside the run folder, complete or not at all."""
         save_model(model, self.folder / name, tokenizer, write=rank() == 0)
@@ -218,6 +232,19 @@ class Run:
         if self._config.save_every and done % self._config.save_every == 0:
             self.save(model, tokenizer, f"step-{done}")
             write_checkpoint(self.folder / CHECKPOINT, self._parts, {"step": done, **self.values})
+
+
+def _cut(file: Path, step: int) -> None:
+    """Leave a file of records as it was before `step`, if there is one."""
+    if not file.exists():
+        return
+    beside = file.with_name(f".{file.name}.partial")
+    with open(file, encoding="utf-8") as lines, open(beside, "w", encoding="utf-8") as kept:
+        for line in lines:
+            if not line.endswith("\n") or json.loads(line)["step"] >= step:  # or a crash has torn it
+                break
+            kept.write(line)
+    beside.replace(file)
 
 
 def _replace(file: Path, text: str) -> None:

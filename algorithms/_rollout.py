@@ -24,7 +24,7 @@ from ._adapter import ADAPTER_BOUNDS
 from ._data import Prompt, rl_prompts
 from ._distributed import IDLE, gathered, most, parts, rank, sum_over_processes, unsharded, world
 from ._loop import autocast, report_counts
-from ._rewards import RewardFunction, judge, takes
+from ._rewards import Rewards, Samples, judge, of_all_processes, takes, unjudged
 from ._rows import read_rows
 
 RL_BOUNDS = {  # for check_flags: of the flags that PPO and GRPO share
@@ -37,6 +37,7 @@ RL_BOUNDS = {  # for check_flags: of the flags that PPO and GRPO share
     "top_k": (1, inf),
     "top_p": (1e-9, 1),
     "kl_coefficient": (0, inf),
+    "reward_timeout": (1e-3, inf),
     "micro_batch_tokens": (1, inf),
     "learning_rate": (0, inf),
     "warmup_steps": (0, inf),
@@ -48,14 +49,14 @@ RL_BOUNDS = {  # for check_flags: of the flags that PPO and GRPO share
 }
 
 
-def load_prompts(cfg: Any, tokenizer: Tokenizer, rewards: dict[str, RewardFunction]) -> list[Prompt]:
+def load_prompts(cfg: Any, tokenizer: Tokenizer, rewards: Rewards) -> list[Prompt]:
     """The prompts of --data, after saying what became of its rows. rewards: who reads their other columns."""
     prompts, counts = rl_prompts(
         read_rows(cfg.data, cfg.row_template),
         tokenizer,
         max_length=cfg.max_prompt_length,
         prompt_column=cfg.prompt_column,
-        takes=lambda column: any(takes(function, column) for function in rewards.values()),
+        takes=lambda column: any(takes(function, column) for function in rewards.functions.values()),
     )
     report_counts(cfg.data, counts)
     return prompts
@@ -67,6 +68,7 @@ class Group:
     samples: list[Sample]
     rewards: Tensor  # (samples,) fp32, the weighted sum; NaN where no reward function judged
     parts: dict[str, Tensor] = field(default_factory=dict)  # each function's own, (samples,)
+    extras: dict[str, list[Any]] = field(default_factory=dict)  # by log_extra, one a sample
 
     @property
     def varied(self) -> bool:
@@ -79,13 +81,12 @@ def sample_groups(
     model: Transformer,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
-    rewards: dict[str, RewardFunction],
-    weights: Sequence[float],
+    rewards: Rewards,
     cfg: Any,
     seed: int,
     seconds: dict[str, float],
 ) -> list[Group]:
-    """A group a prompt. Without reward functions, all rewards are 0.
+    """A group a prompt. Without reward functions, all rewards are 0. What functions log as metrics goes into `rewards`.
 
     Of several processes each samples and judges for a part of the prompts, as one would, and all are told.
     cfg: of its flags those of sampling are read: group_size, max_new_tokens, sampling_batch_size, temperature, top_k,
@@ -105,30 +106,55 @@ def sample_groups(
             batch_size=cfg.sampling_batch_size,
         )
     asked = [prompts[sample.prompt_index] for sample in samples]
-    total, judged = torch.zeros(len(samples)), {name: torch.zeros(len(samples)) for name in rewards}
-    if rewards and samples:
+    judgement = unjudged(rewards, len(samples))
+    if rewards.functions and samples:
         with timed(seconds, "scoring_seconds", "cpu"):
-            total, judged = judge(
-                rewards,
-                weights,
-                [prompt.text for prompt in asked],
-                [
-                    completion(tokenizer, prompt, sample)
-                    for prompt, sample in zip(asked, samples, strict=True)
-                ],
-                [sample.tokens for sample in samples],
-                {name: [prompt.columns[name] for prompt in asked] for name in prompts[0].columns},
-            )
+            judgement = judge(rewards, as_asked(tokenizer, asked, samples))
     with timed(seconds, "sampling_seconds", model.device):
         samples = samples_of_all(samples)
-        told = gathered({"rewards": torch.stack([total, *judged.values()])})
-    total, *each = torch.cat([said["rewards"] for said in told], 1)  # (samples,)
-    judged = dict(zip(judged, each, strict=True))
+        judgement = of_all_processes(judgement)
+    rewards.add(judgement.logged)
     of = [slice(i * cfg.group_size, (i + 1) * cfg.group_size) for i in range(len(prompts))]
     return [
-        Group(prompt, samples[own], total[own], {name: part[own] for name, part in judged.items()})
+        Group(
+            prompt,
+            samples[own],
+            judgement.total[own],
+            {name: part[own] for name, part in judgement.parts.items()},
+            {column: values[own] for column, values in judgement.extras.items()},
+        )
         for prompt, own in zip(prompts, of, strict=True)
     ]
+
+
+def as_asked(tokenizer: Tokenizer, asked: Sequence[Prompt], samples: Sequence[Sample]) -> Samples:
+    """What reward functions see of each sample and its prompt."""
+    return Samples(
+        [prompt.text for prompt in asked],
+        [completion(tokenizer, *pair) for pair in zip(asked, samples, strict=True)],
+        [sample.tokens for sample in samples],
+        {name: [prompt.columns[name] for prompt in asked] for name in asked[0].columns},
+    )
+
+
+def completion_records(tokenizer: Tokenizer, groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """A record a sample where a reward function logged something of it by log_extra; otherwise none."""
+    return [
+        {
+            "prompt": group.prompt.text,
+            "completion": completion(tokenizer, group.prompt, sample),
+            "reward": _or_none(group.rewards[i]),
+            "rewards": {name: _or_none(part[i]) for name, part in group.parts.items()},
+            "extra": {column: values[i] for column, values in group.extras.items()},
+        }
+        for group in groups
+        if group.extras
+        for i, sample in enumerate(group.samples)
+    ]
+
+
+def _or_none(reward: Tensor) -> float | None:
+    return None if reward.isnan() else reward.item()
 
 
 def own_samples(
@@ -190,8 +216,7 @@ def sample_varied_groups(
     model: Transformer,
     tokenizer: Tokenizer,
     batches: Iterator[list[Prompt]],
-    rewards: dict[str, RewardFunction],
-    weights: Sequence[float],
+    rewards: Rewards,
     cfg: Any,
     seed: int,
     seconds: dict[str, float],
@@ -206,7 +231,7 @@ def sample_varied_groups(
     varied: list[Group] = []
     draws = 0
     while draws < cfg.max_draws and len(varied) < cfg.prompts_per_step:
-        drawn = sample_groups(model, tokenizer, next(batches), rewards, weights, cfg, seed + draws, seconds)
+        drawn = sample_groups(model, tokenizer, next(batches), rewards, cfg, seed + draws, seconds)
         draws += 1
         groups += drawn
         varied += [group for group in drawn if group.varied]

@@ -10,9 +10,9 @@ right where the first reward function gives it at least --right-at. Without, the
 reward model (burnish reward) judges the file's pairs of chosen and rejected.
 
 Figures: greedy, pass@k, majority (percent), each with its standard error over prompts; reward/<function> (mean over the
-samples); length (tokens), ended (percent); nats (mean -log pi a token), its standard error over rows, perplexity;
-of a reward model accuracy (percent) and margin (mean of chosen's score less rejected's), each with its standard error
-over pairs, and how many pairs.
+samples); metric/<name> (what functions log, mean over the calls); length (tokens), ended (percent); nats (mean -log pi
+a token), its standard error over rows, perplexity; of a reward model accuracy (percent) and margin (mean of chosen's
+score less rejected's), each with its standard error over pairs, and how many pairs.
 
 Source: pass@k: Chen et al. 2021, https://arxiv.org/abs/2107.03374, eq. 1
         majority: Wang et al. 2022, https://arxiv.org/abs/2203.11171
@@ -23,8 +23,8 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from math import comb, exp, inf, sqrt
+from dataclasses import asdict, dataclass, field, replace
+from math import comb, exp, inf, isnan, sqrt
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
@@ -44,8 +44,18 @@ from ._data import Prompt, best_fit, rl_prompts, sft_examples
 from ._flags import RowFlags, load_tokenizer
 from ._loop import autocast, check_flags, check_model, default_device, new_run_folder, report_counts
 from ._preferences import completion_scores, longest, preferences
-from ._rewards import RewardFunction, judge, load_reward, load_rewards, takes
-from ._rollout import completion
+from ._rewards import (
+    Rewards,
+    TrainerState,
+    answers,
+    check_weights,
+    judge,
+    load_reward,
+    load_rewards,
+    plain,
+    takes,
+)
+from ._rollout import as_asked
 from ._rows import read_rows
 
 
@@ -55,6 +65,7 @@ class Config(RowFlags):
     data: Path  # prompts and any columns for the verifier, rows to score, or pairs: .jsonl, .json or .parquet
     reward: tuple[str, ...] = ()  # FILE.py:function or package.module:function; the first says what is right
     answer: str | None = None  # FILE.py:function that gives each completion's answer, for the majority vote
+    reward_timeout: float | None = None  # seconds that a call of these functions has; no limit by default
     output: Path = field(default_factory=lambda: new_run_folder("evaluate"))  # new folder: figures, samples
     limit: int | None = None  # the first so many prompts or rows
     right_at: float = 1.0  # the least value of the first reward function that counts as right
@@ -79,7 +90,7 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
     return 1 - comb(num_samples - num_right, k) / comb(num_samples, k)
 
 
-def majority_is_right(answers: Sequence[str | None], right: Sequence[bool]) -> bool:
+def majority_is_right(answers: Sequence[Any], right: Sequence[bool]) -> bool:
     """Whether the most frequent answer is right, the earliest of equally frequent ones; None is no answer."""
     votes = Counter(answer for answer in answers if answer is not None)
     return bool(votes) and right[answers.index(votes.most_common(1)[0][0])]
@@ -89,6 +100,7 @@ def evaluate(cfg: Config) -> dict[str, float]:
     """Returns the figures, which it prints and writes as result.json, beside samples.jsonl."""
     check_flags(
         cfg,
+        reward_timeout=(1e-3, inf),
         limit=(1, inf),
         samples=(0, inf),
         temperature=(1e-3, 1e3),
@@ -110,21 +122,28 @@ def evaluate(cfg: Config) -> dict[str, float]:
         raise InputError(
             f"--reward: {cfg.model} is a reward model, which answers nothing: leave the flag out"
         )
-    rewards = load_rewards(cfg.reward) if cfg.reward else {}
-    answers: Any = load_reward(cfg.answer, "answer") if cfg.answer else None
+    functions = load_rewards(cfg.reward) if cfg.reward else {}
+    # a state in which training is over, for functions that change with its progress
+    rewards = Rewards(
+        functions, check_weights((), len(functions)), cfg.reward_timeout, TrainerState(1, 1, 1.0)
+    )
+    answer = load_reward(cfg.answer, "answer") if cfg.answer else None
     tokenizer = load_tokenizer(cfg)
     rows = read_rows(cfg.data, cfg.row_template)[: cfg.limit]
     if judges_pairs:
         figures, records = evaluate_pairs(
             cfg, load_scalar_model(cfg.model, device=cfg.device), tokenizer, rows
         )
-    elif rewards:
+    elif functions:
         model = load_model(cfg.model, device=cfg.device).eval()
-        figures, records = evaluate_answers(cfg, model, tokenizer, rows, rewards, answers)
+        figures, records = evaluate_answers(cfg, model, tokenizer, rows, rewards, answer)
     else:
         model = load_model(cfg.model, device=cfg.device).eval()
         figures, records = evaluate_text(cfg, model, tokenizer, rows)
     print_figures(figures)
+    for name in functions:
+        if isnan(figures[f"reward/{name}"]):
+            print(f"reward {name}: None for every sample: it has judged nothing")
     print(f"\nwritten: {write(cfg, figures, records)}")
     return figures
 
@@ -134,11 +153,11 @@ def evaluate_answers(
     model: Transformer,
     tokenizer: Tokenizer,
     rows: Sequence[dict[str, Any]],
-    rewards: dict[str, RewardFunction],
-    answers: Callable[..., Sequence[str | None]] | None,
+    rewards: Rewards,
+    answer: Callable[..., Any] | None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Returns the figures, and one record a completion."""
-    functions = [*rewards.values(), *([] if answers is None else [answers])]
+    functions = [*rewards.functions.values(), *([] if answer is None else [answer])]
     prompts, counts = rl_prompts(
         rows,
         tokenizer,
@@ -147,29 +166,31 @@ def evaluate_answers(
         takes=lambda column: any(takes(function, column) for function in functions),
     )
     report_counts(cfg.data, counts)
+    rewards.check(prompts[0].columns, answer)
     check_model(model, tokenizer, max(len(prompt.tokens) for prompt in prompts) + cfg.max_new_tokens)
-    greedy = judged(cfg, model, tokenizer, prompts, rewards, answers, 1, temperature=0.0)
+    once = replace(cfg, samples=1, temperature=0.0)
+    greedy = judged(once, model, tokenizer, prompts, rewards, answer)
     figures = with_error("greedy", [100.0 * record["right"] for record in greedy])
     sampled: list[dict[str, Any]] = []
     if cfg.samples:
-        sampled = judged(
-            cfg, model, tokenizer, prompts, rewards, answers, cfg.samples, temperature=cfg.temperature
-        )
+        rewards.logged = {}  # of the greedy ones
+        sampled = judged(cfg, model, tokenizer, prompts, rewards, answer)
         groups = [sampled[i : i + cfg.samples] for i in range(0, len(sampled), cfg.samples)]
         right = [sum(record["right"] for record in group) for group in groups]
         for k in sorted(k for k in set(cfg.k) if k <= cfg.samples):
             figures |= with_error(f"pass@{k}", [100 * pass_at_k(cfg.samples, c, k) for c in right])
-        if answers is not None:
+        if answer is not None:
             votes = [
                 majority_is_right([r["answer"] for r in group], [r["right"] for r in group])
                 for group in groups
             ]
             figures |= with_error("majority", [100.0 * vote for vote in votes])
     records = sampled or greedy
-    for name in rewards:
+    for name in rewards.functions:
         figures[f"reward/{name}"] = _mean(
             [r["rewards"][name] for r in records if r["rewards"][name] is not None]
         )
+    figures |= rewards.metrics()
     figures["length"] = _mean([record["length"] for record in records])
     figures["ended"] = _mean([100.0 * record["ended"] for record in records])
     return figures, greedy + sampled
@@ -180,14 +201,12 @@ def judged(
     model: Transformer,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
-    rewards: dict[str, RewardFunction],
-    answers: Callable[..., Sequence[str | None]] | None,
-    samples_per_prompt: int,
-    temperature: float,
+    rewards: Rewards,
+    answer: Callable[..., Any] | None,
 ) -> list[dict[str, Any]]:
     """Sample, verify, and describe: one record a completion, those of prompt 0 first."""
-    with tqdm(total=len(prompts) * samples_per_prompt, unit="sample", dynamic_ncols=True) as bar:
-        bar.set_description("samples" if temperature else "greedy")
+    with tqdm(total=len(prompts) * cfg.samples, unit="sample", dynamic_ncols=True) as bar:
+        bar.set_description("samples" if cfg.temperature else "greedy")
 
         def show(done: int, _: int) -> None:
             bar.update(done - bar.n)
@@ -196,9 +215,9 @@ def judged(
             samples: list[Sample] = generate(
                 model,
                 [prompt.tokens for prompt in prompts],
-                samples_per_prompt=samples_per_prompt,
+                samples_per_prompt=cfg.samples,
                 max_new_tokens=cfg.max_new_tokens,
-                temperature=temperature,
+                temperature=cfg.temperature,
                 top_k=cfg.top_k,
                 top_p=cfg.top_p,
                 stop_ids=tokenizer.stop_ids,
@@ -207,31 +226,29 @@ def judged(
                 progress=show,
             )
     asked = [prompts[sample.prompt_index] for sample in samples]
-    completions = [
-        completion(tokenizer, prompt, sample) for prompt, sample in zip(asked, samples, strict=True)
-    ]
-    texts = [prompt.text for prompt in asked]
-    ids = [sample.tokens for sample in samples]
-    columns = {name: [prompt.columns[name] for prompt in asked] for name in prompts[0].columns}
-    _, parts = judge(rewards, [1.0] * len(rewards), texts, completions, ids, columns)
-    verdict = next(iter(parts.values()))  # NaN, not judged, is not right
-    voted: list[str | None] = [None] * len(samples)
-    if answers is not None:
-        voted = list(answers(prompts=texts, completions=completions, completion_ids=ids, **columns))
-    if len(voted) != len(samples):
-        raise InputError(f"--answer: expected {len(samples)} answers, one a completion, got {len(voted)}")
+    judging = as_asked(tokenizer, asked, samples)
+    judgement = judge(rewards, judging)
+    rewards.add(judgement.logged)
+    verdict = next(iter(judgement.parts.values()))  # NaN, not judged, is not right
+    voted, extras = [None] * len(samples), judgement.extras
+    if answer is not None:
+        voted, more = answers(answer, rewards, judging)
+        extras = extras | more
     return [
         {
             "prompt": prompt.text,
             "completion": text,
-            "greedy": temperature == 0,
+            "greedy": cfg.temperature == 0,
             "right": bool(verdict[i] >= cfg.right_at),
             "answer": voted[i],
-            "rewards": {name: None if part[i].isnan() else part[i].item() for name, part in parts.items()},
+            "rewards": {
+                name: None if part[i].isnan() else part[i].item() for name, part in judgement.parts.items()
+            },
             "length": len(sample.tokens),
             "ended": sample.ended,
+            **({"extra": {column: values[i] for column, values in extras.items()}} if extras else {}),
         }
-        for i, (prompt, text, sample) in enumerate(zip(asked, completions, samples, strict=True))
+        for i, (prompt, text, sample) in enumerate(zip(asked, judging.completions, samples, strict=True))
     ]
 
 
@@ -289,9 +306,12 @@ def print_figures(figures: dict[str, float]) -> None:
 def write(cfg: Config, figures: dict[str, float], records: Sequence[dict[str, Any]]) -> Path:
     try:
         cfg.output.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-        (cfg.output / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
-        result = {"figures": figures, "config": asdict(cfg)}
+        lines = [json.dumps(plain(record), ensure_ascii=False) + "\n" for record in records]
+        # what UTF-8 cannot hold, half of a surrogate pair, is escaped as JSON does it
+        samples = "".join(lines).encode("utf-8", "backslashreplace")
+        (cfg.output / "samples.jsonl").write_bytes(samples)
+        known = {name: None if isnan(value) else value for name, value in figures.items()}
+        result = {"figures": known, "config": asdict(cfg)}
         (cfg.output / "result.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
     except OSError as error:
         raise InputError(f"--output {cfg.output}: cannot be written: {error}") from error

@@ -15,12 +15,12 @@ Scoring uses the sampling temperature, and the ids that top-k or top-p kept, so 
 one; --mismatch-weights corrects what still differs. With --max-draws, groups whose rewards are all equal are replaced
 (DAPO's dynamic sampling); --mask-truncated and --overlong-buffer are its two ways with answers that do not end.
 
-Metrics: reward (mean over all samples drawn), reward/<function>, length (tokens), ended (share that ended by a stop
-token), flat_groups (share whose rewards are all equal: they teach nothing), draws (batches of prompts), groups (trained
-on), entropy (nats), ratio, clip_fraction, kl, mismatch (mean of |sampler's - trainer's log-probability|), weight (mean
-of --mismatch-weights), loss, grad_norm (before clipping), learning_rate, sampling_seconds, scoring_seconds (reward
-functions, reference), update_seconds. entropy to weight are over the tokens that the update saw: without a KL term,
-samples whose advantage is 0 have no gradient and are not scored.
+Metrics: reward (mean over all samples drawn), reward/<function>, metric/<name> (log_metric's), length (tokens), ended
+(share that ended by a stop token), flat_groups (share whose rewards are all equal: they teach nothing), draws (batches
+of prompts), groups (trained on), entropy (nats), ratio, clip_fraction, kl, mismatch (mean of |sampler's - trainer's
+log-probability|), weight (mean of --mismatch-weights), loss, grad_norm (before clipping), learning_rate,
+sampling_seconds, scoring_seconds (reward functions, reference), update_seconds. entropy to weight are over the tokens
+that the update saw: without a KL term, samples whose advantage is 0 have no gradient and are not scored.
 
 Source: Shao et al. 2024, https://arxiv.org/abs/2402.03300, eq. 3 and 4; the other papers are at arxiv.org/abs/NUMBER
 Run:    burnish grpo --model DIR --data FILE.jsonl --reward FILE.py:function
@@ -67,9 +67,10 @@ from ._policy import (
     rho_k3_loss,
     truncated_weights,
 )
-from ._rewards import check_weights, load_rewards, overlong_punishment
+from ._rewards import load_rewards, overlong_punishment, weighted_rewards
 from ._rollout import (
     RL_BOUNDS,
+    completion_records,
     ended,
     lengths_of,
     load_prompts,
@@ -87,6 +88,9 @@ class Config(RowFlags):
     data: Path  # prompts, with any further columns for the reward functions: .jsonl, .json or .parquet
     reward: tuple[str, ...]  # FILE.py:function or package.module:function, one or more
     reward_weights: tuple[float, ...] = ()  # one a reward function; all 1 where none are given
+    reward_timeout: float | None = (
+        None  # seconds that a call of the reward functions has; no limit by default
+    )
     output: Path = field(default_factory=lambda: new_run_folder("grpo"))  # new folder: metrics, model
     steps: int = 200  # rollouts
     prompts_per_step: int = 16  # prompts in one rollout
@@ -155,28 +159,29 @@ def train(cfg: Config) -> Path:
     )
     if cfg.loss == "cispo" and cfg.clip_low is not None:
         raise InputError("--clip-low: --loss cispo has no lower bound: leave the flag out")
-    rewards = load_rewards(cfg.reward)
-    reward_weights = check_weights(cfg.reward_weights, len(rewards))
+    rewards = weighted_rewards(cfg, load_rewards(cfg.reward))
     if cfg.overlong_buffer:  # no function of Python's has a hyphen in its name
-        rewards["overlong-punishment"] = overlong_punishment(cfg.max_new_tokens, cfg.overlong_buffer)
-        reward_weights += (1.0,)
+        punishment = overlong_punishment(cfg.max_new_tokens, cfg.overlong_buffer)
+        rewards.functions["overlong-punishment"], rewards.weights = punishment, (*rewards.weights, 1.0)
     tokenizer = load_tokenizer(cfg)
     prompts = load_prompts(cfg, tokenizer, rewards)
+    rewards.check(prompts[0].columns)
     model = load_trainee(cfg)
     check_model(model, tokenizer, max(len(prompt.tokens) for prompt in prompts) + cfg.max_new_tokens)
     reference = frozen_copy(model) if cfg.kl_coefficient else None
     shard(model, reference)
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
     with Run(cfg, model=model, optimizer=optimizer) as run:
-        run.values.setdefault("draws", run.start)
+        run.values = {"draws": run.start, "judged": 0, "taught": 0} | run.values
         order = epochs(len(prompts), cfg.prompts_per_step, cfg.seed, skip=run.values["draws"])
         batches = ([prompts[i] for i in batch] for batch in order)
         for step in run.steps():
             started = time.perf_counter()
             seconds = {"sampling_seconds": 0.0, "scoring_seconds": 0.0}
             seed = (cfg.seed << 32) + run.values["draws"]
+            rewards.begin(cfg, step, run.values["draws"], len(prompts))
             groups, drawn, draws = sample_varied_groups(
-                model, tokenizer, batches, rewards, reward_weights, cfg, seed, seconds
+                model, tokenizer, batches, rewards, cfg, seed, seconds
             )
             run.values["draws"] += draws
             reward = torch.cat([torch.empty(0), *(group.rewards for group in groups)])  # (samples,)
@@ -184,6 +189,8 @@ def train(cfg: Config) -> Path:
                 reward = reward.masked_fill(~ended(groups), torch.nan)
             counted = ~reward.isnan()  # the others, not judged, leave numerator and denominator
             advantage = ADVANTAGES[cfg.advantage](reward.view(-1, cfg.group_size)).flatten()  # (samples,)
+            run.values["judged"] += sum(int((~group.rewards.isnan()).sum()) for group in drawn)
+            run.values["taught"] += int((advantage != 0).sum())
             denominator = torch.ones_like(advantage)
             denominator[counted] = _denominators(cfg, lengths_of(groups)[counted])
             needed = counted if reference is not None else counted & (advantage != 0)
@@ -231,6 +238,7 @@ def train(cfg: Config) -> Path:
             run.log(
                 {
                     **rollout_metrics(drawn),
+                    **rewards.metrics(),
                     **sums,
                     **routing_metrics(model.routing if micros else ()),
                     "flat_groups": sum(not group.varied for group in drawn) / len(drawn),
@@ -242,8 +250,13 @@ def train(cfg: Config) -> Path:
                 },
                 tokens=int(lengths_of(drawn).sum()),
             )
+            run.log_completions(completion_records(tokenizer, drawn))
             run.save_step(model, tokenizer)
-        return run.save(model, tokenizer)
+        trained = run.save(model, tokenizer)
+    if not run.values["taught"]:
+        flat = "no group's rewards ever differed" + " among samples that ended" * cfg.mask_truncated
+        print(f"{flat if run.values['judged'] else 'every reward was None'}: nothing was learned")
+    return trained
 
 
 def _policy_term(

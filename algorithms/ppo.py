@@ -15,12 +15,7 @@ is a model of its own, from --critic, else the reward model, else --model under 
 
 Departures: --whiten-rewards divides by the standard deviation and takes no mean off; dual clip is on by default.
 
-Metrics of a rollout: score (mean, before the penalty), reward (mean of a sample's summed r), reward/<function>, kl
-(mean of a sample's summed k1), kl_coefficient (beta), entropy (nats), length (tokens), ended (share that ended by a
-stop token), mismatch (mean of |sampler's - trainer's log-probability|), explained_variance (of R by V_old; 1 is best).
-Means over its updates: ratio (rho), clip_fraction, approx_kl (k2 of pi and pi_old), policy_loss, value_loss, grad_norm,
-value_grad_norm (before clipping); first_ratio is that of the first minibatch of the first epoch: 1. learning_rate;
-sampling_seconds, scoring_seconds (rewards, log-probabilities, values), update_seconds.
+Metrics: docs/ppo.md.
 
 Source: Schulman et al. 2017, https://arxiv.org/abs/1707.06347, eq. 7; GAE, https://arxiv.org/abs/1506.02438
         KL in the reward and its controller: Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, eq. 2 and sec. 2.2
@@ -61,9 +56,10 @@ from ._loop import (
     scheduled,
 )
 from ._policy import clipped_loss
-from ._rewards import check_weights, load_reward_model, load_rewards
+from ._rewards import load_reward_model, load_rewards, note_range, say_if_flat, weighted_rewards
 from ._rollout import (
     RL_BOUNDS,
+    completion_records,
     ended,
     lengths_of,
     load_prompts,
@@ -82,9 +78,10 @@ class Config(RowFlags):
     reward_model: Path | None = None  # folder of a reward model with the same tokenizer
     reward: tuple[str, ...] = ()  # FILE.py:function or package.module:function, any number
     reward_weights: tuple[float, ...] = ()  # one a reward function; all 1 where none are given
-    critic: Path | None = (
-        None  # folder that the critic starts from; the reward model's, or the model's, by default
+    reward_timeout: float | None = (
+        None  # seconds that a call of the reward functions has; no limit by default
     )
+    critic: Path | None = None  # folder the critic starts from; by default the reward model's, or --model's
     output: Path = field(default_factory=lambda: new_run_folder("ppo"))  # new folder: metrics, model, critic
     steps: int = 200  # rollouts
     prompts_per_step: int = 64  # prompts in one rollout
@@ -154,28 +151,23 @@ def train(cfg: Config) -> Path:
     check_flags(
         cfg,
         **RL_BOUNDS,
+        **dict.fromkeys(("gamma", "gae_lambda", "clip_low"), (0, 1)),
+        **dict.fromkeys(("missing_end_penalty", "clip_high", "value_clip", "critic_learning_rate"), (0, inf)),
         group_size=(2 if cfg.advantage == "rloo" else 1, inf),
-        missing_end_penalty=(0, inf),
         kl_target=(1e-9, inf),
         kl_horizon=(1, inf),
-        gamma=(0, 1),
-        gae_lambda=(0, 1),
         epochs_per_rollout=(1, inf),
         minibatches=(1, inf),
-        clip_low=(0, 1),
-        clip_high=(0, inf),
         dual_clip=(1 + cfg.clip_high, inf),
-        value_clip=(0, inf),
-        critic_learning_rate=(0, inf),
     )
     if not cfg.reward and cfg.reward_model is None:
         raise InputError("expected --reward-model DIR or --reward FILE.py:function, got neither")
     if cfg.critic is not None and cfg.advantage != "gae":
         raise InputError(f"--critic: --advantage {cfg.advantage} has none: leave the flag out")
-    rewards = load_rewards(cfg.reward) if cfg.reward else {}
-    reward_weights = check_weights(cfg.reward_weights, len(rewards))
+    rewards = weighted_rewards(cfg, load_rewards(cfg.reward) if cfg.reward else {})
     tokenizer = load_tokenizer(cfg)
     prompts = load_prompts(cfg, tokenizer, rewards)
+    rewards.check(prompts[0].columns)
     reward_model = load_reward_model(cfg.reward_model, tokenizer, cfg.device) if cfg.reward_model else None
     model = load_trainee(cfg)
     check_model(model, tokenizer, max(len(prompt.tokens) for prompt in prompts) + cfg.max_new_tokens)
@@ -195,7 +187,8 @@ def train(cfg: Config) -> Path:
             started = time.perf_counter()
             seconds = {"sampling_seconds": 0.0, "scoring_seconds": 0.0}
             seed, batch = (cfg.seed << 32) + step, [prompts[i] for i in next(batches)]
-            groups = sample_groups(model, tokenizer, batch, rewards, reward_weights, cfg, seed, seconds)
+            rewards.begin(cfg, step, step, len(prompts))
+            groups = sample_groups(model, tokenizer, batch, rewards, cfg, seed, seconds)
             lengths = lengths_of(groups).to(cfg.device)
             real = torch.arange(int(lengths.max()), device=cfg.device) < lengths[:, None]  # (samples, length)
             score = torch.cat([group.rewards for group in groups]).to(cfg.device)  # (samples,)
@@ -217,6 +210,7 @@ def train(cfg: Config) -> Path:
             mask, beta = real & judged[:, None], run.values["kl_coefficient"]
             k1 = old_logprob - ref_logprob  # (samples, length), 0 where not real
             penalty = cfg.missing_end_penalty * ~ended(groups).to(cfg.device)
+            note_range(run.values, (score - penalty)[judged])
             reward = token_rewards(score - penalty, k1, lengths, beta)
             advantage, returns = _advantages(cfg, reward, old_value, mask)
 
@@ -262,6 +256,7 @@ def train(cfg: Config) -> Path:
             run.log(
                 {
                     **rollout_metrics(groups),
+                    **rewards.metrics(),
                     "score": score.nanmean(),
                     "reward": reward[mask].sum() / len(samples),
                     "kl": kl,
@@ -278,9 +273,11 @@ def train(cfg: Config) -> Path:
                 },
                 tokens=int(lengths.sum()),
             )
+            run.log_completions(completion_records(tokenizer, groups))
             run.save_step(model, tokenizer)
         if critic is not None:
             run.save(critic, tokenizer, "critic")
+        say_if_flat(run.values)
         return run.save(model, tokenizer)
 
 

@@ -135,7 +135,7 @@ def test_an_impossible_flag_of_sft(model_folder, demonstrations, tmp_path, capsy
             ("--clip-low", "5"),
         ],
         *[("--clip-high", "nan"), ("--kl-coefficient", "-1"), ("--updates-per-rollout", "0")],
-        *[("--sampling-batch-size", "0"), ("--reward-weights", "nan")],
+        *[("--sampling-batch-size", "0"), ("--reward-weights", "nan"), ("--reward-timeout", "0")],
     ],
 )
 def test_an_impossible_flag_of_grpo(model_folder, prompts, tmp_path, capsys, flag, value):

@@ -3,11 +3,14 @@
 The checks are those of the tests beside this file in their smallest form. A faithful copy must pass them all.
 """
 
+import asyncio
 import dataclasses
 import importlib.util
+import inspect
 import json
 import math
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -537,6 +540,64 @@ def lessons_are_what_they_should_be(module: ModuleType, place: Place) -> None:
     )
 
 
+def calls_are_awaited_and_timed(module: ModuleType, place: Place) -> None:
+    """Two functions of which each waits for the other, then functions that need longer than they have."""
+    here: list[int] = []
+
+    async def meet(number: int) -> list[int]:
+        here.append(number)
+        while len(here) < 2:
+            await asyncio.sleep(0.001)
+        return [number]
+
+    async def late() -> list[int]:
+        await asyncio.sleep(0.3)
+        return [0]
+
+    def ended(functions: list[Callable[[], Any]]) -> str | list[Any]:
+        calls = [module.Call(f"call {i}", f, {}, "numbers", 1) for i, f in enumerate(functions)]
+        try:
+            return module.results(calls, 0.15)
+        except ValueError as error:
+            return str(error)
+
+    found = ended([lambda: [3], lambda: meet(0), lambda: meet(1)])
+    for coroutine in filter(inspect.iscoroutine, found):
+        coroutine.close()
+    assert found == [[3], [0], [1]], f"expected the results of all, got {found}"
+    for function in (late, lambda: time.sleep(0.3) or [0]):
+        found = ended([lambda: [3], function])
+        assert "call 1: expected to return within" in found, f"expected its time to be over, got {found}"
+    found = ended([lambda: [3, 4]])
+    assert "expected 1 numbers" in found, f"expected the wrong count to be named, got {found}"
+
+
+def functions_are_called_as_documented(module: ModuleType, place: Place) -> None:
+    assert not module.takes(lambda answer: 0, "level"), "expected only what stands in the signature"
+    assert module.takes(lambda **_: 0, "level"), "expected **kwargs to take all"
+    samples = module.Samples(["p", "q"], ["a", "b"], [[1], [2]], {"answer": ["x", "y"]})
+
+    def edits(answer, completion_ids, log_metric, trainer_state):
+        answer.clear()
+        completion_ids[0].clear()
+        log_metric("step", trainer_state.global_step)
+        log_metric("step", 4)
+        return [1, None]
+
+    rewards = module.Rewards({"f": edits}, (2.0,), state=module.TrainerState(2, 10))
+    found = module.of_all_processes(module.judge(rewards, samples))
+    assert samples.columns["answer"] and samples.completion_ids[0], "expected what it edits to be its own"
+    assert found.total[0] == 2 and found.total[1].isnan(), f"expected 2 and NaN, got {found.total}"
+    rewards.add(found.logged)
+    same(rewards.metrics()["metric/step"], 3)
+    try:
+        module.answers(lambda: ["x", ["y"]], rewards, samples)
+    except ValueError as error:
+        assert "completion 1" in str(error), f"expected the list to be named, got {error}"
+    else:
+        raise AssertionError("expected a list to be no answer")
+
+
 class Fault(NamedTuple):
     name: str
     file: str
@@ -737,6 +798,31 @@ FAULTS = [
                     ("rho dropped", "_exp(logprob - old_logprob) * _k3", "1.0 * _k3"),
                     ("no cap", "sampled_logprob).clamp(max=cap)", "sampled_logprob)"),
                     ("kept beyond the cap", "weight > cap", "weight < 0"),
+                ],
+            ),
+            (
+                "_calls",
+                calls_are_awaited_and_timed,
+                [
+                    ("not awaited", "    if waiting:", "    if False:"),
+                    ("no limit", "signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)", "pass"),
+                    ("no limit on async ones", "wait([future], seconds).done", "wait([future]).done"),
+                    ("any count", "if len(entries) != call.count:", "if False:"),
+                ],
+            ),
+            (
+                "_rewards",
+                functions_are_called_as_documented,
+                [
+                    ("edits are seen", "copy.deepcopy(value)", "value"),
+                    ("None is 0", "        return math.nan\n", "        return 0.0\n"),
+                    ("the last call alone", ".setdefault(name, []).append(number)", "[name] = [number]"),
+                    ("all arguments", "if parameters is None or any(", "if parameters is None or not any("),
+                    (
+                        "unhashable answers",
+                        "isinstance(value, str | int | float)",
+                        "isinstance(value, object)",
+                    ),
                 ],
             ),
             (

@@ -118,6 +118,28 @@ def test_answers_are_judged_and_written(cfg, tmp_path, capsys):
     assert "pass@4" in capsys.readouterr().out
 
 
+def test_what_functions_log_is_beside_the_samples(cfg, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        "async def mine(completions, log_metric, log_extra, trainer_state):\n"
+        "    log_metric('completions', len(completions) * trainer_state.global_step / trainer_state.max_steps)\n"
+        "    log_extra('first', [text[:1] or None for text in completions])\n"
+        "    return [None for _ in completions]\n"
+        "async def answer(completions, log_extra):\n"
+        "    log_extra('length', map(len, completions))\n"
+        "    return [float('nan') if not text else (text[0], len(text)) for text in completions]\n"
+    )
+    mine = f"{tmp_path}/mine.py"
+    figures = evaluate.evaluate(dataclasses.replace(cfg, reward=(f"{mine}:mine",), answer=f"{mine}:answer"))
+    assert figures["metric/completions"] == 32 * 4 and figures["majority"] == 0
+    for record in map(json.loads, (cfg.output / "samples.jsonl").read_text().splitlines()):
+        text = record["completion"]
+        assert record["extra"] == {"first": text[:1] or None, "length": len(text)}
+        assert record["answer"] == ([text[0], len(text)] if text else None)
+    assert "reward mine: None for every sample: it has judged nothing" in capsys.readouterr().out
+    result = (cfg.output / "result.json").read_text()
+    assert json.loads(result)["figures"]["reward/mine"] is None and "NaN" not in result
+
+
 def test_the_same_seed_gives_the_same_figures(cfg, tmp_path):
     again = dataclasses.replace(cfg, output=tmp_path / "again", batch_size=7)
     assert evaluate.evaluate(cfg) == evaluate.evaluate(again)
@@ -204,3 +226,11 @@ def test_wrong_flags_are_named(cfg, tmp_path):
     short.write_text("def f(completions, **_):\n    return completions[1:]\n")
     with pytest.raises(InputError, match="--answer: expected 32 answers"):
         evaluate.evaluate(dataclasses.replace(cfg, answer=f"{short}:f"))
+    short.write_text("def f(completions, solution):\n    return completions\n")
+    with pytest.raises(
+        InputError, match="--answer: expected a column 'solution', which it takes; the data has ans"
+    ):
+        evaluate.evaluate(dataclasses.replace(cfg, answer=f"{short}:f"))
+    short.write_text("import time\ndef f(completions):\n    time.sleep(60)\n")
+    with pytest.raises(InputError, match=r"--answer: expected to return within 0\.05 s"):
+        evaluate.evaluate(dataclasses.replace(cfg, answer=f"{short}:f", reward_timeout=0.05))

@@ -90,11 +90,80 @@ def test_a_kl_term_needs_every_sample_and_starts_at_zero(cfg):
     assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6) and metrics[-1]["kl"] > 0
 
 
-def test_a_reward_that_never_differs_changes_no_weight(cfg, tmp_path):
+def test_a_reward_that_never_differs_changes_no_weight(cfg, tmp_path, capsys):
     (tmp_path / "flat.py").write_text("def flat(completions, **_):\n    return [1.0] * len(completions)\n")
     trained = grpo.train(dataclasses.replace(cfg, reward=(f"{tmp_path}/flat.py:flat",)))
     same_weights(cfg.model, trained, 0)
     assert metrics_of(cfg.output)[0]["flat_groups"] == 1
+    assert capsys.readouterr().out.endswith("no group's rewards ever differed: nothing was learned\n")
+
+
+@pytest.fixture
+def small(model_folder, prompts, tmp_path):
+    """From random weights."""
+    return grpo.Config(
+        model=model_folder,
+        data=prompts,
+        reward=(REWARD,),
+        output=tmp_path / "out",
+        steps=3,
+        prompts_per_step=4,
+        group_size=2,
+        max_new_tokens=4,
+        device="cpu",
+    )
+
+
+def test_a_run_in_which_nothing_is_judged_says_so(small, tmp_path, capsys):
+    (tmp_path / "none.py").write_text("def none(completions, **_):\n    return [None for _ in completions]\n")
+    run = dataclasses.replace(small, reward=(f"{tmp_path}/none.py:none",), steps=2)
+    same_weights(run.model, grpo.train(run), 0)
+    assert [line["reward"] for line in metrics_of(run.output)] == [None, None]
+    assert capsys.readouterr().out.endswith("every reward was None: nothing was learned\n")
+
+
+CURIOUS = """
+import asyncio
+
+
+async def curious(completions, completion_ids, trainer_state, log_metric, log_extra):
+    await asyncio.sleep(0)
+    log_metric("progress", trainer_state.global_step / trainer_state.max_steps)
+    log_metric("reward", trainer_state.epoch)
+    log_extra("number", list(range(len(completions))))
+    return [float(sum(i % 2 for i in ids)) for ids in completion_ids]
+"""
+
+
+def test_what_an_async_function_logs_is_found_in_the_run(small, tmp_path, capsys):
+    """Resumed, too: the lines of the step after the checkpoint are written once."""
+    (tmp_path / "curious.py").write_text(CURIOUS)
+    reward = (f"{tmp_path}/curious.py:curious", REWARD)
+    run = dataclasses.replace(small, reward=reward, save_every=2, reward_timeout=60.0)
+    grpo.train(run)
+    with open(run.output / "completions.jsonl", "a") as file:
+        file.write('{"step": 3, "torn')  # as a crash leaves it
+    grpo.train(dataclasses.replace(run, resume=True, steps=4, reward_timeout=None))
+    lines = metrics_of(run.output)
+    # the epoch has 8 batches; a metric of theirs hides none of ours
+    assert [line["metric/progress"] for line in lines] == [0, 1 / 3, 1 / 2, 3 / 4]
+    assert [line["metric/reward"] for line in lines] == [0, 1 / 8, 2 / 8, 3 / 8]
+    records = [json.loads(line) for line in (run.output / "completions.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [step for step in range(4) for _ in range(8)]
+    assert [record["extra"]["number"] for record in records] == [*range(8)] * 4
+    for record in records:
+        assert record["reward"] == record["rewards"]["curious"] + record["rewards"]["form"]
+    mean = sum(record["reward"] for record in records[-8:]) / 8
+    assert mean == pytest.approx(lines[-1]["reward"])
+    assert isinstance(records[0]["prompt"], str) and isinstance(records[0]["completion"], str)
+    assert "learned" not in capsys.readouterr().out
+
+
+def test_a_column_that_is_missing_is_named_before_anything_is_sampled(small, tmp_path):
+    (tmp_path / "wants.py").write_text("def wants(completions, solution):\n    return []\n")
+    with pytest.raises(InputError, match="expected a column 'solution', which it takes; the data has answer"):
+        grpo.train(dataclasses.replace(small, reward=(f"{tmp_path}/wants.py:wants",)))
+    assert not small.output.exists()
 
 
 def test_a_failing_reward_ends_the_run_and_leaves_no_model(cfg, tmp_path):

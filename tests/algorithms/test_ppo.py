@@ -201,6 +201,24 @@ def test_a_sample_without_a_judgement_is_left_out(cfg, tmp_path, monkeypatch):
         ppo.train(dataclasses.replace(cfg, reward=(f"{tmp_path}/some.py:none",), output=tmp_path / "none"))
 
 
+def test_scores_that_never_differ_are_said(cfg, tmp_path, capsys):
+    (tmp_path / "flat.py").write_text(
+        "def flat(completions, log_metric, log_extra, trainer_state):\n"
+        "    log_metric('step', trainer_state.global_step)\n"
+        "    log_extra('half', ['\\ud800'] * len(completions))\n"
+        "    return [0.5] * len(completions)\n"
+    )
+    run = dataclasses.replace(cfg, reward=(f"{tmp_path}/flat.py:flat",), reward_timeout=60.0)
+    ppo.train(run)
+    assert "every sample of the run scored 0.5: the rewards taught nothing\n" in capsys.readouterr().out
+    assert [line["metric/step"] for line in metrics_of(run.output)] == [0, 1]
+    records = [json.loads(line) for line in (run.output / "completions.jsonl").read_text().splitlines()]
+    assert len(records) == 32 and records[-1]["extra"] == {"half": "\ud800"} and records[-1]["step"] == 1
+    ppo.train(dataclasses.replace(cfg, output=tmp_path / "varied"))
+    assert "taught nothing" not in capsys.readouterr().out
+    assert not (tmp_path / "varied" / "completions.jsonl").exists()
+
+
 @pytest.mark.parametrize("advantage", ["rloo", "reinforce_pp"])
 def test_without_a_critic_there_is_none(cfg, advantage):
     ppo.train(dataclasses.replace(cfg, advantage=advantage, group_size=2))

@@ -1,12 +1,46 @@
+"""Users' functions: what they get, what they may return, and one sentence for whatever else they do."""
+
+import asyncio
+import contextlib
+import functools
+import json
+import os
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
-from burnish.algorithms._rewards import check_weights, judge, load_reward, load_rewards
+from burnish.algorithms import _rewards
+from burnish.algorithms._calls import Call, described, results
+from burnish.algorithms._rewards import (
+    Rewards,
+    Samples,
+    TrainerState,
+    answers,
+    check_weights,
+    load_reward,
+    load_rewards,
+    takes,
+    unjudged,
+)
 from burnish.model.errors import InputError
 
-ARGUMENTS = (["p", "p"], ["a", "bb"], [[1], [2, 3]], {"answer": ["a", "b"]})
+SAMPLES = Samples(["p", "p"], ["a", "bb"], [[1], [2, 3]], {"answer": ["a", "b"]})
+
+
+def judge(functions, weights=None, samples=SAMPLES, **rest):
+    rewards = Rewards(functions, weights or (1.0,) * len(functions), **rest)
+    return _rewards.judge(rewards, samples)
+
+
+def refused(function, **rest):
+    with pytest.raises(InputError) as error:
+        judge({"f": function}, **rest)
+    message = str(error.value)
+    assert message.isprintable() and len(message) < 400
+    return message
 
 
 def test_a_function_from_a_file_gets_the_columns(tmp_path):
@@ -15,37 +49,531 @@ def test_a_function_from_a_file_gets_the_columns(tmp_path):
         "    return [float(c == a) + len(i) for c, a, i in zip(completions, answer, completion_ids)]\n"
     )
     function = load_reward(f"{tmp_path}/mine.py:right")
-    total, parts = judge({"right": function}, [0.5], *ARGUMENTS)
-    assert total.tolist() == [1.0, 1.0] and parts["right"].tolist() == [2.0, 2.0]
+    found = judge({"right": function}, [0.5])
+    assert found.total.tolist() == [1.0, 1.0] and found.parts["right"].tolist() == [2.0, 2.0]
+    assert found.total.dtype == found.parts["right"].dtype == torch.float32
 
 
 def test_none_means_not_judged():
     functions = {"a": lambda **_: [1.0, None], "b": lambda **_: [None, None], "c": lambda **_: [2, None]}
-    total, parts = judge(functions, [1.0, 1.0, 10.0], *ARGUMENTS)
+    total, parts, _, _ = judge(functions, [1.0, 1.0, 10.0])
     assert total[0] == 21 and total[1].isnan()
     assert parts["b"].isnan().all() and torch.equal(parts["a"].isnan(), torch.tensor([False, True]))
+
+
+# ---- arguments
+
+
+def test_all_that_trl_passes_arrives():
+    seen = {}
+    judge({"f": lambda **given: seen.update(given) or [0, 0]}, state=TrainerState(3, 10, 0.5))
+    names = ["answer", "prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra"]
+    assert list(seen) == names  # TRL passes environments only where there are some
+    state = seen["trainer_state"]
+    assert (state.global_step, state.max_steps, state.epoch) == (3, 10, 0.5) and state.is_world_process_zero
+
+
+def test_a_function_gets_what_its_signature_takes():
+    assert judge({"f": lambda answer: [len(a) for a in answer]}).total.tolist() == [1, 1]
+    assert judge({"f": lambda environments, completions: [environments is None] * 2}).total.tolist() == [1, 1]
+    assert judge({"f": lambda environments="default": [environments == "default"] * 2}).total[0] == 1
+    assert judge({"f": lambda: [1, 2]}).total.tolist() == [1, 2]
+    columns = {"trainer_state": ["x", "x"], "prompts": ["x", "x"]}  # a column hides nothing of these names
+    shadow = lambda prompts, trainer_state: [prompts[0] == "p", trainer_state.global_step]
+    assert judge({"f": shadow}, samples=SAMPLES._replace(columns=columns)).total.tolist() == [1, 0]
+
+
+def test_a_missing_column_is_named_beside_those_there_are():
+    message = "expected a column 'solution', which it takes; the data has answer"
+    assert refused(lambda completions, solution: [0, 0]) == f"reward f: {message}"
+    with pytest.raises(InputError, match=f"reward f: {message}"):
+        Rewards({"f": lambda solution: []}, (1.0,)).check(["answer"])
+    with pytest.raises(InputError, match=f"--answer: {message}"):
+        Rewards({}, ()).check(["answer"], lambda solution: [])
+    Rewards({"f": lambda answer, log_metric, trainer_state, environments, **_: []}, (1.0,)).check(["answer"])
+    assert "by name, got 'completions' by position only" in refused(lambda completions, /: [0, 0])
+
+
+class Scorer:
+    def __call__(self, completions, answer):
+        return [0.0 for _ in completions]
+
+
+class AsyncScorer:
+    async def __call__(self, completions):
+        return [1.0, 2.0]
+
+
+async def coroutine(completions, level=None):
+    return [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("function", "taken"),
+    [
+        (lambda completions, answer: 0, {"completions", "answer"}),
+        (lambda completions, *, level=1: 0, {"completions", "level"}),
+        (lambda completions, **_: 0, {"completions", "answer", "level"}),
+        (lambda completions, /, level=1: 0, {"level"}),
+        (lambda *completions: 0, set()),
+        (
+            functools.partial(lambda completions, answer, level: 0, level=3),
+            {"completions", "answer", "level"},
+        ),
+        (Scorer(), {"completions", "answer"}),
+        (AsyncScorer(), {"completions"}),
+        (coroutine, {"completions", "level"}),
+        (max, {"completions", "answer", "level"}),  # a builtin that does not say what it takes
+    ],
+)
+def test_what_a_function_takes(function, taken):
+    assert {name for name in ("completions", "answer", "level") if takes(function, name)} == taken
+
+
+# ---- async functions
+
+
+@pytest.mark.parametrize(
+    "function",
+    [coroutine, functools.partial(coroutine, level=2), AsyncScorer(), lambda **_: coroutine([])],
+    ids=["function", "partial", "object", "what returns one"],
+)
+def test_async_functions_are_awaited(function):
+    assert judge({"f": function, "g": lambda **_: [1, None]}).total.tolist() == [2.0, 2.0]
+
+
+def test_async_functions_run_at_the_same_time_on_one_loop():
+    """Each waits for the other; a client that is bound to its loop lives from step to step."""
+    here, loops = [], []
+
+    async def meet(name):
+        loops.append(asyncio.get_running_loop())
+        here.append(name)
+        while len(set(here)) < 2:
+            await asyncio.sleep(0.001)
+        return [0, 0]
+
+    functions = {"f": lambda: meet("f"), "g": lambda: meet("g")}
+    for _ in range(2):
+        here.clear()
+        judge(functions, timeout=5.0)
+    assert len(loops) == 4 and len(set(loops)) == 1
+
+
+def test_what_async_functions_do_wrong_is_named():
+    async def fails(**_):
+        await asyncio.sleep(0)
+        raise KeyError("planted")
+
+    async def leaves(**_):
+        sys.exit(3)
+
+    async def slow(**_):
+        await asyncio.sleep(60)
+
+    async def gives_itself_up(**_):
+        raise asyncio.CancelledError
+
+    assert refused(fails).startswith("reward f raised KeyError: 'planted' (test_rewards.py:")
+    assert refused(leaves).startswith("reward f raised SystemExit: 3")
+    assert refused(gives_itself_up).startswith("reward f raised CancelledError")
+    started = time.monotonic()
+    with pytest.raises(InputError, match="reward bad raised KeyError"):  # without waiting for the other
+        judge({"slow": slow, "bad": fails})
+    assert time.monotonic() - started < 5
+    assert judge({"f": coroutine}).total.tolist() == [1.0, 2.0]  # the loop is none the worse
+
+
+# ---- results
+
+
+class Odd:
+    def __repr__(self):
+        raise RuntimeError
+
+    def item(self):
+        raise RuntimeError
+
+
+async def one_score():
+    return 1.0
+
+
+EXPECTED = "reward f: expected a list of 2 rewards, one a completion, got "
+NUMBER = "reward f: expected a finite number or None for completion "
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, EXPECTED + "None"),
+        (0.5, EXPECTED + "float 0.5"),
+        ("high\n", EXPECTED + "str 'high\\n'"),
+        ({"a": 1, "b": 2}, EXPECTED + "dict {'a': 1, 'b': 2}"),
+        ({0.1, 0.2}, EXPECTED + "set {0."),
+        (Odd(), EXPECTED + "Odd a value of Odd"),
+        (np.zeros((2, 1)), EXPECTED + "an array of shape (2, 1)"),
+        (torch.tensor(1.0), EXPECTED + "an array of shape ()"),
+        ([1.0], "reward f: expected 2 rewards, one a completion, got 1"),
+        (np.zeros(3), "reward f: expected 2 rewards, one a completion, got 3"),
+        ((x for x in range(5)), "reward f: expected 2 rewards, one a completion, got more than 2"),
+        ((x for x in range(1)), "reward f: expected 2 rewards, one a completion, got 1"),
+        ([[1.0], [2.0]], NUMBER + "0, got [1.0]"),
+        ([1.0, "x"], NUMBER + "1, got 'x'"),
+        ([1.0, Odd()], NUMBER + "1, got a value of Odd"),
+        ([1.0, "x" * 999], NUMBER + "1, got '" + "x" * 56 + "..."),
+        ([1.0, torch.ones(2, 2)], NUMBER + "1, got tensor([[1., 1.], [1., 1.]])"),
+        ([float("nan"), 1.0], NUMBER + "0, got nan"),
+        ([1.0, 1e39], NUMBER + "1, got 1e+39"),
+        ([1.0, 10**400], NUMBER + "1, got 1000"),
+        ([1.0, 10**5000], NUMBER + "1, got a value of int"),
+    ],
+)
+def test_what_a_function_returns_is_named_for_what_it_is(value, message):
+    assert refused(lambda **_: value).startswith(message)
+
+
+@pytest.mark.filterwarnings("error")
+def test_coroutines_in_a_list_are_named_and_let_go():
+    assert refused(lambda: [one_score(), one_score()]).endswith(
+        "got coroutines in it: await them with asyncio.gather"
+    )
+
+
+@pytest.mark.parametrize(
+    "value", [(1, 2), iter([1, 2]), range(1, 3), {1: 0, 2: 0}.keys() - {3}, np.array([1, 2])]
+)
+def test_what_can_be_listed_is_fine(value):
+    if isinstance(value, set):
+        value = sorted(value)
+    assert judge({"f": lambda: value}).total.tolist() == [1.0, 2.0]
+
+
+def raises(error):
+    def f(**_):
+        raise error
+
+    return f
+
+
+class Wordless(Exception):
+    def __str__(self):
+        raise RuntimeError
 
 
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda **_: [1.0], "reward f: expected 2 rewards, one a completion, got 1"),
-        (lambda **_: 1 / 0, "reward f raised ZeroDivisionError: division by zero"),
-        (lambda **_: [1.0, "x"], "reward f: expected a finite number or None for completion 1, got 'x'"),
+        (lambda **_: 1 / 0, "reward f raised ZeroDivisionError: division by zero (test_rewards.py:"),
+        (lambda **_: json.loads("{"), "reward f raised JSONDecodeError: Expecting property name enclosed"),
+        (raises(SystemExit(0)), "reward f raised SystemExit: 0"),
         (
-            lambda **_: [float("nan"), 1.0],
-            "reward f: expected a finite number or None for completion 0, got nan",
+            raises(ValueError("two\nlines \x1b[31m\x00")),
+            "reward f raised ValueError: two lines [31m (test_rew",
         ),
-        (lambda **_: [1.0, 1e39], "reward f: expected a finite number or None for completion 1, got 1e+39"),
-        (lambda **_: [1.0, 10**400], "reward f: expected a finite number or None for completion 1, got 1000"),
-        (lambda **_: sys.exit(0), "reward f raised SystemExit: 0"),
-        (lambda **_: None, "reward f raised TypeError: 'NoneType' object is not iterable"),
+        (
+            raises(ValueError("x" * 9999)),
+            "reward f raised ValueError: " + "x" * 197 + "... (test_rewards.py:",
+        ),
+        (raises(AssertionError()), "reward f raised AssertionError (test_rewards.py:"),
+        (raises(Wordless()), "reward f raised Wordless (test_rewards.py:"),
+        (raises(GeneratorExit()), "reward f raised GeneratorExit"),
+        (
+            lambda **_: (1 / x for x in [1, 0]),
+            "reward f raised ZeroDivisionError: division by zero (test_rew",
+        ),
     ],
 )
-def test_what_a_function_does_wrong_is_named(function, message):
+def test_what_a_function_raises_is_named(function, message):
+    assert refused(function).startswith(message)
+
+
+def test_an_exception_has_its_place_in_the_users_file(tmp_path):
+    (tmp_path / "reward.py").write_text(
+        "import json\n\n\ndef f(**_):\n    x = 1\n    return json.loads('{')\n"
+    )
+    function = load_reward(f"{tmp_path}/reward.py:f")
+    assert refused(function).endswith("(char 1) (reward.py:6)")
+    (tmp_path / "broken.py").write_text("x = 1\n1 / 0\n")
+    with pytest.raises(InputError, match=r"ZeroDivisionError: division by zero \(broken.py:2\)"):
+        load_reward(f"{tmp_path}/broken.py:f")
+    assert described(ValueError("never raised")) == "ValueError: never raised"
+
+
+def test_an_interrupt_interrupts():
+    with pytest.raises(KeyboardInterrupt):
+        judge({"f": raises(KeyboardInterrupt())})
+
+
+# ---- what functions log
+
+
+def test_metrics_are_means_over_the_calls_of_a_step():
+    def f(log_metric, completions):
+        log_metric("length", 2)
+        log_metric("length", np.float32(4))
+        log_metric("broken", float("nan"))
+        return [0, 0]
+
+    rewards = Rewards(
+        {"f": f, "g": lambda log_metric: log_metric("length", torch.tensor(9)) or [0, 0]}, (1.0, 1.0)
+    )
+    rewards.add(_rewards.judge(rewards, SAMPLES).logged)
+    rewards.add({"length": [1.0]})
+    found = rewards.metrics()
+    assert found["metric/length"] == 4.0 and np.isnan(found["metric/broken"])
+    cfg = type("Config", (), {"prompts_per_step": 4, "steps": 9, "save_every": 2})
+    rewards.begin(cfg, 3, 5, 10)
+    assert rewards.metrics() == {} and rewards.state == TrainerState(3, 9, 5 / 3, save_steps=2)
+
+
+def test_extras_are_one_value_a_completion():
+    def f(log_extra):
+        log_extra("parsed", (1, None))
+        for value in np.arange(2.0):  # TRL's goes on, too
+            log_extra("piecewise", [value])
+        log_extra("odd", [{"a": {float("inf")}}, Scorer])
+        return [0, 0]
+
+    extras = judge({"f": f}).extras
+    assert extras["parsed"] == [1, None] and extras["piecewise"] == [0.0, 1.0]
+    assert extras["odd"] == [{"a": ["inf"]}, str(Scorer)] and json.dumps(extras)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (
+            lambda log_extra: log_extra("x", [1]) or [0, 0],
+            "log_extra: expected 2 values as 'x', one a completion, got 1",
+        ),
+        (lambda log_extra: log_extra("x", "ab"), "log_extra: expected a list as 'x', got 'ab'"),
+        (lambda log_extra: log_extra("x", 1), "log_extra: expected a list as 'x', got 1"),
+        (lambda log_extra: log_extra(1, []), "log_extra: expected a column's name, got 1"),
+        (lambda log_metric: log_metric("x", "high"), "log_metric: expected a number as 'x', got 'high'"),
+        (lambda log_metric: log_metric(None, 1), "log_metric: expected a name, got None"),
+    ],
+)
+def test_wrong_use_of_the_log_is_named(function, message):
+    assert refused(function) == f"reward f: {message}"
+
+
+def test_two_functions_do_not_share_a_column():
+    f = lambda log_extra: log_extra("x", [1, 2]) or [0, 0]
+    with pytest.raises(InputError, match="reward g: log_extra: column 'x' is that of reward f"):
+        judge({"f": f, "g": f})
+
+
+def test_what_several_processes_log_comes_together(monkeypatch):
+    """Sums over calls, and None where a process has not logged a column, or has nothing to judge."""
+    rewards = Rewards({"f": lambda **_: []}, (1.0,))
+    parts = [
+        judge({"f": lambda log_metric: log_metric("a", 1) or [1.0, 2.0]}),
+        judge(
+            {
+                "f": lambda log_metric, log_extra: (
+                    log_metric("a", 4) or log_extra("x", ["u", "v"]) or [3.0, None]
+                )
+            }
+        ),
+        unjudged(rewards, 0),
+        judge({"f": lambda log_metric: log_metric("a", 4) or log_metric("b", 7) or [5.0, 6.0]}),
+    ]
+    sent = []
+    monkeypatch.setattr(_rewards, "gathered", lambda tensors: sent.append(tensors) or [tensors])
+    for part in parts:
+        _rewards.of_all_processes(part)
+    monkeypatch.setattr(_rewards, "gathered", lambda tensors: sent)
+    whole = _rewards.of_all_processes(parts[1])
+    torch.testing.assert_close(whole.total, torch.tensor([1, 2, 3, torch.nan, 5, 6]), equal_nan=True)
+    torch.testing.assert_close(whole.parts["f"], whole.total, equal_nan=True)
+    rewards.add(whole.logged)
+    assert rewards.metrics() == {"metric/a": 3.0, "metric/b": 7.0}
+    assert whole.extras == {"x": [None, None, "u", "v", None, None]}
+
+
+# ---- the time limit
+
+
+def spin(**_):
+    while True:
+        pass
+
+
+def read(**_):
+    return os.read(os.pipe()[0], 1)
+
+
+def backtrack(**_):
+    import re
+
+    return re.match("(a+)+$", "a" * 40 + "b")
+
+
+def deaf(completions, **_):
+    scores = []
+    for _ in completions:
+        try:
+            time.sleep(60)
+        except BaseException:
+            scores.append(0.0)
+            return [0.0, 0.0]
+
+
+async def async_sleep(**_):
+    await asyncio.sleep(60)
+
+
+async def async_block(**_):
+    time.sleep(1)
+    return [0, 0]
+
+
+async def async_deaf(**_):
+    while True:
+        with contextlib.suppress(BaseException):
+            await asyncio.sleep(60)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [spin, lambda **_: time.sleep(60), read, backtrack, deaf, async_sleep, async_block, async_deaf],
+    ids=[
+        "loop",
+        "sleep",
+        "read",
+        "regular expression",
+        "deaf",
+        "async",
+        "async that blocks",
+        "async and deaf",
+    ],
+)
+def test_a_function_that_does_not_return_in_time(function):
+    started = time.monotonic()
+    message = "reward f: expected to return within 0.1 s (--reward-timeout), it did not"
+    assert refused(function, timeout=0.1) == message
+    assert time.monotonic() - started < 5
+    assert judge({"f": coroutine, "g": lambda **_: [0, 0]}, timeout=5.0).total.tolist() == [1.0, 2.0]
+
+
+def test_the_late_one_of_several_is_named():
+    with pytest.raises(InputError, match="reward g: expected to return within"):
+        judge({"f": coroutine, "g": async_sleep}, timeout=0.1)
+
+
+PROGRAM = """'A command.'
+
+import concurrent.futures, os, sys, threading, time
+from dataclasses import dataclass
+from burnish.algorithms import _calls
+from burnish.algorithms._command import run_command
+
+
+@dataclass
+class Config:
+    device: str = "cpu"
+
+
+def pool():  # whose threads Python would wait for
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return list(pool.map(time.sleep, [1000, 1000]))
+
+
+def deaf():
+    while True:
+        try:
+            time.sleep(1000)
+        except BaseException:
+            pass
+
+
+async def blocks():
+    time.sleep(1000)
+
+
+_calls.PATIENCE = 2.5
+for function in (pool, deaf, blocks):
+    if (child := os.fork()) == 0:
+        call = _calls.Call(function.__name__, function, {}, "rewards", 2)
+        sys.exit(run_command("try", sys.modules["__main__"], lambda _: _calls.results([call], 0.2), []))
+    print("status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def test_the_process_ends_with_one_sentence_whatever_goes_on():
+    """One start of Python for three that never return, each in a process of its own."""
+    started = time.monotonic()
+    ran = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120)
+    assert ran.stdout.split() == ["status", "1"] * 3, ran.stderr
+    lines = [line for line in ran.stderr.splitlines() if line]
+    late = "expected to return within 0.2 s (--reward-timeout), it did not"
+    assert lines == [
+        f"try: pool: {late}",
+        f"deaf: {late}, nor did it end when interrupted",
+        f"try: blocks: {late}",
+    ]
+    assert time.monotonic() - started < 60
+
+
+def test_someone_elses_alarm_comes_back():
+    import signal
+
+    before, handler = signal.getitimer(signal.ITIMER_REAL), signal.getsignal(signal.SIGALRM)
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    signal.setitimer(signal.ITIMER_REAL, 1000)
+    try:
+        results([Call("f", lambda: [1], {}, "rewards", 1)], 5.0)
+        assert 990 < signal.getitimer(signal.ITIMER_REAL)[0] <= 1000
+        assert signal.getsignal(signal.SIGALRM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *before)
+
+
+# ---- answers
+
+
+def answered(function):
+    return answers(function, Rewards({}, ()), SAMPLES)[0]
+
+
+def test_answers_are_what_can_be_compared():
+    assert answered(lambda answer: answer) == ["a", "b"]
+    assert answered(lambda: [(1, "x"), True]) == [(1, "x"), True]
+    assert answered(lambda: np.array([1.5, np.nan])) == [1.5, None]  # NaN equals nothing
+    assert type(answered(lambda: torch.tensor([1, 2]))[0]) is int
+
+    async def later(completions):
+        return completions
+
+    assert answered(later) == ["a", "bb"]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda: None, "--answer: expected a list of 2 answers, one a completion, got None"),
+        (lambda: ["x"], "--answer: expected 2 answers, one a completion, got 1"),
+        (lambda: "xy", "--answer: expected a list of 2 answers, one a completion, got str 'xy'"),
+        (
+            lambda: ["x", ["y"]],
+            "--answer: expected text, a number, a tuple or None for completion 1, got ['y']",
+        ),
+        (
+            lambda: [("x", []), "y"],
+            "--answer: expected text, a number, a tuple or None for completion 0, got ('x', [])",
+        ),
+        (lambda: 1 / 0, "--answer raised ZeroDivisionError: division by zero (test_rewards.py:"),
+    ],
+)
+def test_what_is_no_answer_is_named(function, message):
     with pytest.raises(InputError) as error:
-        judge({"f": function}, [1.0], *ARGUMENTS)
+        answered(function)
     assert str(error.value).startswith(message)
+
+
+# ---- functions from files
 
 
 @pytest.mark.parametrize(
@@ -78,7 +606,7 @@ def test_a_name_without_a_function_is_refused():
 
 def test_numbers_of_numpy_and_torch_are_numbers():
     functions = {"a": lambda **_: np.array([1.5, 2.0], np.float32), "b": lambda **_: torch.tensor([1, 2])}
-    assert judge(functions, [1.0, 1.0], *ARGUMENTS)[0].tolist() == [2.5, 4.0]
+    assert judge(functions).total.tolist() == [2.5, 4.0]
 
 
 def test_what_a_function_edits_is_its_own():
@@ -94,9 +622,9 @@ def test_what_a_function_edits_is_its_own():
         seen.update(completions=completions, ids=completion_ids, answer=answer)
         return [0.0, 0.0]
 
-    judge({"vandal": vandal, "witness": witness}, [1.0, 1.0], *ARGUMENTS)
+    judge({"vandal": vandal, "witness": witness})
     assert seen == {"completions": ["a", "bb"], "ids": [[1], [2, 3]], "answer": ["a", "b"]}
-    assert ARGUMENTS[2] == [[1], [2, 3]]
+    assert SAMPLES.completion_ids == [[1], [2, 3]]
 
 
 def test_functions_of_one_name_are_kept_apart(tmp_path):
@@ -117,7 +645,7 @@ def test_a_file_may_use_dataclasses_and_the_modules_beside_it(tmp_path):
         "@dataclass\nclass Score:\n    value: float = VALUE\n"
         "def f(completions, **_):\n    return [Score().value for _ in completions]\n"
     )
-    assert judge({"f": load_reward(f"{tmp_path}/reward.py:f")}, [1.0], *ARGUMENTS)[0].tolist() == [3.0, 3.0]
+    assert judge({"f": load_reward(f"{tmp_path}/reward.py:f")}).total.tolist() == [3.0, 3.0]
 
 
 def test_weights_of_reward_functions():
