@@ -36,13 +36,10 @@ SHAPES = {  # what the columns of a row mean to SFT: the first shape that a row 
     "self-instruct": ("instruction", "instances"),
 }
 PROMPT_COLUMNS = ("prompt", "question", "instruction", "messages", "conversations")  # in this order
-RESERVED_COLUMNS = (
-    "prompt",
-    "prompts",
-    "completion",
-    "completions",
-    "completion_ids",
-)  # a reward function's own
+RESERVED_COLUMNS = (  # names that a reward function gets something else under
+    *("prompt", "prompts", "completion", "completions", "completion_ids"),
+    *("trainer_state", "log_metric", "log_extra"),
+)
 
 ALPACA_TASK = (  # for a base model, as https://github.com/tatsu-lab/stanford_alpaca trains it
     "Below is an instruction that describes a task{and_input}. "
