@@ -24,7 +24,7 @@ REASONING = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts"
 SAYING = ("content", "tool_calls", "tool_plan", "refusal", *REASONING)
 TAG = re.compile(r"(</?[^\W\d][\w-]{0,40}>|<[|｜][^<>\s]{1,40}>)")  # </think>, <|channel|>
 FIRST_NUMBER = 70_000_001
-CACHED = 4096  # conversations of which no two have the same roles, keys and tags
+CACHED = 1024  # conversations of which no two have the same roles, keys and tags
 
 Change = Callable[[Message], Message]
 Render = Callable[[list[Message], bool], str]

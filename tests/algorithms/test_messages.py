@@ -550,6 +550,7 @@ def test_two_system_messages_are_one_or_an_error(chat):
     with pytest.raises(InputError, match="row 1: system: messages, message 1 is a system message, too"):
         sft(chat, {"messages": talk, "system": "be long"})
     assert sft(chat, ROWS["messages"] | {"system": ""}) == sft(chat, ROWS["messages"])
+    assert read("sft", [ROWS["messages"] | {"system": ""}], chat).unused == []
 
 
 def test_history_is_earlier_turns(chat):

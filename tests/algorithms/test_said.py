@@ -326,7 +326,7 @@ def test_a_planted_fault_is_caught(tmp_path, monkeypatch, make, name, old, new, 
 
 
 def test_a_faithful_copy_passes(tmp_path, monkeypatch, make):
-    module = copy_of(tmp_path, monkeypatch, "CACHED = 4096", "CACHED = 4096")
+    module = copy_of(tmp_path, monkeypatch, "CACHED = 1024", "CACHED = 1024")
     for holds_true in (
         believes,
         misses_what_is_taken_out,
