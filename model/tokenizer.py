@@ -30,6 +30,7 @@ from jinja2.parser import Parser
 
 from .checkpoint import base_of, is_adapter
 from .errors import InputError
+from .vocabulary import Vocabulary
 
 Message = dict[str, Any]  # role, content, and whatever else the template reads
 Span = tuple[int, int]
@@ -62,7 +63,7 @@ class TurnRewritten(InputError):
 
 class Tokenizer:
     """bos_id, eos_id, pad_id: int or None. stop_ids: every id that ends a generation. prefix_ids: what a text begins
-    with, bos or nothing. vocab_size counts the added tokens."""
+    with, bos or nothing."""
 
     def __init__(
         self,
@@ -85,7 +86,6 @@ class Tokenizer:
         self.config = {"tokenizer_class": "PreTrainedTokenizerFast", **(config or {})}
         self.config |= {"bos_token": bos, "eos_token": eos, "pad_token": pad}
         self.chat_template = chat_template
-        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.bos_id, self.eos_id, self.pad_id = self._id_of(bos), self._id_of(eos), self._id_of(pad)
         self.stop_ids = frozenset(stop_ids) | ({self.eos_id} if self.eos_id is not None else set())
         self.prefix_ids = [self.bos_id] if self.bos_id is not None and self._adds_bos() else []
@@ -331,6 +331,11 @@ class Tokenizer:
             raise InputError(f"the chat template refuses the conversation: {error}") from error
 
     # ---- made once
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The ids that it has, those of added tokens included: a count of them may leave ids in the middle out."""
+        return Vocabulary.of(self.backend.get_vocab(with_added_tokens=True).values())
 
     @cached_property
     def _template(self) -> jinja2.Template | None:
