@@ -338,7 +338,7 @@ class NoHostRead(TorchDispatchMode):
 
 
 WAYS = [(0.0, None, None), (0.7, None, None), (1.0, None, 0.9), (1.0, 5, 0.9)]  # temperature, top_k, top_p
-VOCABULARIES = [Vocabulary(90), Vocabulary.of([*range(7), *range(9, 90)])]
+VOCABULARIES = {"padded": Vocabulary(90), "holes": Vocabulary.of([*range(7), *range(9, 90)])}
 OTHERS = ["mistral-sw", "qwen3_moe", "deepseek_v3", "gpt_oss", "gemma3_text"]
 
 
@@ -358,7 +358,7 @@ def test_a_step_can_be_recorded_as_a_graph(data, architecture, how, vocabulary):
     with compile_only("sm_90"), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         temperature, top_k, top_p = how
         choose, width = _chooser(
-            model, vocabulary, {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+            model, VOCABULARIES.get(vocabulary), {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         )
         batch = _Batch(model, PROMPTS, None, 2, 5, 8, 10**9, choose, width, {1, 2}, 0, 0)
         batch.last = torch.zeros(4, config.hidden_size)
