@@ -27,6 +27,7 @@ from ..model.errors import InputError
 from ..model.packed import Packed, pack
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
+from ..model.vocabulary import Vocabulary
 from ._data import Example, rl_prompts, sft_examples
 from ._distributed import IDLE, shares
 from ._loop import report_counts
@@ -40,6 +41,7 @@ class Lesson(Example):
 
     ids: Tensor | None = None  # (n, K) int32, the teacher's most likely ids
     logprobs: Tensor | None = None  # (n, K) fp32
+    vocabulary: Vocabulary | None = None  # the ids that a model's own answer was drawn from
 
     @property
     def prompt(self) -> list[int]:
@@ -101,11 +103,11 @@ def answered(
         seed=seed,
         batch_size=batch_size,
     )
-    samples, lessons = samples_of_all(own), []
+    samples, lessons = samples_of_all(own, tokenizer.vocabulary), []
     for sample in samples:
         prompt = list(prompts[sample.prompt_index])
         mask = [False] * len(prompt) + [True] * len(sample.tokens)
-        lessons.append(Lesson(prompt + sample.tokens, mask))
+        lessons.append(Lesson(prompt + sample.tokens, mask, vocabulary=sample.vocabulary))
     return lessons, sum(sample.ended for sample in samples) / len(samples)
 
 
@@ -121,10 +123,13 @@ class MicroBatch:
     rows: Tensor  # (n,) int64, into packed.tokens: the trained tokens
     ids: Tensor | None  # (n, K) int32
     logprobs: Tensor | None  # (n, K) fp32
+    vocabulary: Vocabulary | None  # the ids that the answers were drawn from, None where they were given
 
 
 def micro_batches(lessons: Sequence[Lesson], capacity: int, device: torch.device | str) -> list[MicroBatch]:
     """About `capacity` tokens in each: those of this process, the last perhaps without a lesson."""
+    vocabulary = lessons[0].vocabulary
+    vocabulary = None if vocabulary is None else vocabulary.to(device)
     batches, idle = [], replace(lessons[0], tokens=IDLE[0], mask=[False])
     if idle.ids is not None and idle.logprobs is not None:
         idle = replace(idle, ids=idle.ids[:0], logprobs=idle.logprobs[:0])
@@ -140,6 +145,7 @@ def micro_batches(lessons: Sequence[Lesson], capacity: int, device: torch.device
                 trained.nonzero().squeeze(1).to(device),
                 torch.cat(ids).to(device) if ids else None,
                 torch.cat(logprobs).to(device) if logprobs else None,
+                vocabulary,
             )
         )
     return batches
@@ -197,10 +203,9 @@ def read_lessons(file: Path, tokenizer: Tokenizer, temperature: float | None) ->
         found = [None if x is None else tuple(x.shape) for x in (ids, logprobs)]
         raise InputError(f"{file}: ids and logprobs: expected (trained tokens, K) = {shape}, got {found}")
     for name, x in (("tokens", tokens), ("ids", ids)):
-        if x is not None and x.numel() and not 0 <= int(x.min()) <= int(x.max()) < tokenizer.vocab_size:
-            raise InputError(
-                f"{file}: {name}: expected 0 to {tokenizer.vocab_size - 1}, got {int(x.min())} to {int(x.max())}"
-            )
+        if x is not None and not (known := tokenizer.vocabulary.has(x)).all():
+            end, wrong = tokenizer.vocabulary.end, int(x[~known][0])
+            raise InputError(f"{file}: {name}: expected the tokenizer's ids, 0 to {end - 1}, got {wrong}")
     if ids is not None and temperature not in (None, stored_at):
         raise InputError(
             f"{file}: its log-probabilities are at temperature {stored_at:g}, got --temperature {temperature:g}"

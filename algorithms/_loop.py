@@ -87,11 +87,11 @@ def _flags(config: Any) -> str:
 
 
 def check_model(model: Transformer | ScalarModel, tokenizer: Tokenizer, longest: int) -> None:
-    """Refuse a tokenizer with more ids than the model; warn of sequences longer than the model was trained on."""
-    if tokenizer.vocab_size > model.config.vocab_size:
+    """Refuse a tokenizer with ids that the model has not; warn of sequences longer than the model was trained on."""
+    end, rows = tokenizer.vocabulary.end, model.config.vocab_size
+    if end > rows:
         raise InputError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary {model.config.vocab_size}: "
-            "they do not belong together"
+            f"the tokenizer's ids go up to {end - 1}, the model's to {rows - 1}: they do not belong together"
         )
     if longest > model.config.max_position_embeddings and rank() == 0:
         limit = model.config.max_position_embeddings

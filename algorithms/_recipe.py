@@ -14,9 +14,10 @@ from ..model.transformer import Transformer
 
 def random_model(folder: Path, tokenizer: tokenizers.Tokenizer, seed: int, **shape: int) -> Path:
     """A Llama with random weights. shape: hidden_size, intermediate_size, num_hidden_layers, num_attention_heads."""
+    ours = Tokenizer(tokenizer, eos="<eos>")
     fixed = {
         "model_type": "llama",
-        "vocab_size": tokenizer.get_vocab_size(),
+        "vocab_size": ours.vocabulary.end,
         "max_position_embeddings": 64,
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": True,
@@ -25,7 +26,7 @@ def random_model(folder: Path, tokenizer: tokenizers.Tokenizer, seed: int, **sha
         "initializer_range": 0.1,
     }
     config = ModelConfig.from_hf(fixed | shape, str(folder))
-    save_model(Transformer(config, seed=seed), folder, Tokenizer(tokenizer, eos="<eos>"))
+    save_model(Transformer(config, seed=seed), folder, ours)
     return folder
 
 

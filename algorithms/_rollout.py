@@ -20,6 +20,7 @@ from ..model.packed import Packed, pack
 from ..model.scalar import ScalarModel
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
+from ..model.vocabulary import Vocabulary
 from ._adapter import ADAPTER_BOUNDS
 from ._data import Prompt, rl_prompts
 from ._distributed import IDLE, gathered, most, parts, rank, sum_over_processes, unsharded, world
@@ -111,7 +112,7 @@ def sample_groups(
         with timed(seconds, "scoring_seconds", "cpu"):
             judgement = judge(rewards, as_asked(tokenizer, asked, samples))
     with timed(seconds, "sampling_seconds", model.device):
-        samples = samples_of_all(samples)
+        samples = samples_of_all(samples, tokenizer.vocabulary)
         judgement = of_all_processes(judgement)
     rewards.add(judgement.logged)
     of = [slice(i * cfg.group_size, (i + 1) * cfg.group_size) for i in range(len(prompts))]
@@ -167,7 +168,8 @@ def own_samples(
 ) -> list[Sample]:
     """The samples of this process's part of the prompts, by `generate`, whose options these are; of all with one.
 
-    Sample i of all has the noise of sample i of one process. Raises InputError where probabilities are not finite.
+    Sample i of all has the noise of sample i of one process. No id is drawn that the tokenizer has not.
+    Raises InputError where probabilities are not finite.
     """
     first, end = (len(prompts) * place // world() for place in (rank(), rank() + 1))
     with autocast(model.device.type), unsharded(model):  # in the precision that scores
@@ -175,6 +177,7 @@ def own_samples(
             model,
             prompts[first:end],
             samples_per_prompt=samples_per_prompt,
+            vocabulary=tokenizer.vocabulary,
             stop_ids=tokenizer.stop_ids,
             first_sample=first * samples_per_prompt,
             **options,
@@ -186,8 +189,8 @@ def own_samples(
     return [replace(sample, prompt_index=first + sample.prompt_index) for sample in samples]
 
 
-def samples_of_all(samples: list[Sample]) -> list[Sample]:
-    """The samples of all processes, in the order of their prompts."""
+def samples_of_all(samples: list[Sample], vocabulary: Vocabulary) -> list[Sample]:
+    """The samples of all processes, in the order of their prompts; all were drawn from the vocabulary."""
     if world() == 1:
         return samples
     said = {
@@ -206,7 +209,7 @@ def samples_of_all(samples: list[Sample]) -> list[Sample]:
         tokens, logprobs = told["tokens"].split(counts), told["logprobs"].split(counts)
         kept = told["supports"].split(counts) if "supports" in told else [None] * len(counts)
         found += [
-            Sample(index, tokens[i].tolist(), logprobs[i], kept[i], ended[i])
+            Sample(index, tokens[i].tolist(), logprobs[i], kept[i], ended[i], vocabulary)
             for i, index in enumerate(indices)
         ]
     return found
@@ -291,6 +294,7 @@ class MicroBatch:
     positions: Tensor  # (tokens,) int64, into the tokens of all samples in order
     sampled_logprob: Tensor  # (tokens,) fp32, the sampler's own
     support: Tensor | None  # (tokens, K_max) int32, the ids that the sampler kept
+    vocabulary: Vocabulary | None  # the ids that it drew from
 
     def per_token(self, values: Tensor) -> Tensor:
         """A number a sample, (all samples,), as one a token, (tokens,)."""
@@ -298,7 +302,8 @@ class MicroBatch:
 
     def score(self, policy: Any, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         """(logprob, lse, entropy), each (tokens,), under the distribution that was sampled."""
-        return policy.score(self.packed, self.rows, temperature=temperature, support=self.support)
+        drawn_from = {"support": self.support, "vocabulary": self.vocabulary}
+        return policy.score(self.packed, self.rows, temperature=temperature, **drawn_from)
 
     def values(self, critic: ScalarModel) -> Tensor:
         """Of what stands before each token, (tokens,): the state in which it was chosen."""
@@ -400,6 +405,7 @@ def _micro_batch(
     packed = pack(sequences, parents, device)
     segment = torch.tensor(parents).repeat_interleave(torch.tensor([len(s) for s in sequences]))  # (total,)
     supports = [sample.support for _, sample in chosen if sample.support is not None]
+    vocabulary = chosen[0][1].vocabulary if chosen else None
     positions = [torch.arange(len(sample.tokens)) + starts[index] for index, sample in chosen]
     return MicroBatch(
         packed=packed,
@@ -409,6 +415,7 @@ def _micro_batch(
         positions=torch.cat([starts[:0], *positions]).to(device),
         sampled_logprob=torch.cat([torch.empty(0), *(sample.logprobs for _, sample in chosen)]).to(device),
         support=_stack_supports(supports).to(device) if supports else None,
+        vocabulary=None if vocabulary is None else vocabulary.to(device),
     )
 
 

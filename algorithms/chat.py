@@ -49,6 +49,7 @@ def answer(cfg: Config, model: Transformer, tokenizer: Tokenizer, prompt: list[i
         max_new_tokens=cfg.max_new_tokens,
         temperature=cfg.temperature,
         top_p=cfg.top_p,
+        vocabulary=tokenizer.vocabulary,
         stop_ids=tokenizer.stop_ids,
         seed=seed,
     )

@@ -104,6 +104,7 @@ def measure(cfg: Config, folder: Path, rows: list[dict[str, str]]) -> Score:
         [tokenizer.encode_chat(messages, add_generation_prompt=True) for messages in asked],
         max_new_tokens=MAX_NEW_TOKENS,
         temperature=cfg.temperature,
+        vocabulary=tokenizer.vocabulary,
         stop_ids=tokenizer.stop_ids,
         seed=cfg.seed,
     )

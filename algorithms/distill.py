@@ -44,6 +44,7 @@ from ..model.checkpoint import load_model
 from ..model.errors import InputError
 from ..model.moe import routing_metrics
 from ..model.transformer import Transformer
+from ..model.vocabulary import Vocabulary
 from ._adapter import ADAPTER_BOUNDS, load_trainee
 from ._command import run_command
 from ._distributed import host, reshard, shard, summed
@@ -163,6 +164,7 @@ def train(cfg: Config) -> Path:
         check_tokenizer(cfg.teacher, tokenizer, "teacher")
         dtype = torch.bfloat16 if cfg.device.startswith("cuda") else torch.float32
         teacher = load_model(cfg.teacher, dtype, host(cfg.device)).requires_grad_(False).eval()
+        check_model(teacher, tokenizer, longest)
     shard(model, teacher)
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
     with Run(cfg, model=model, optimizer=optimizer) as run:
@@ -232,14 +234,18 @@ def _term(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Of one micro-batch: its part of the loss, and of the metrics."""
     targets, T, beta = micro.packed.tokens[micro.rows], cfg.temperature, cfg.beta or 0.0
-    width = None
-    if teacher is not None and cfg.loss == "divergence":  # ids that only one has are padding, no tokens
-        width = min(model.config.vocab_size, teacher.config.vocab_size)
-    hidden, head, adapter = model.before_head(micro.packed, micro.rows, width)  # (n, C), (V, C)
+    vocabulary = micro.vocabulary
+    if vocabulary is not None:
+        targets = vocabulary.rows_of(targets)
+    elif teacher is not None and cfg.loss == "divergence":  # ids that only one has are padding, no tokens
+        vocabulary = Vocabulary(min(model.config.vocab_size, teacher.config.vocab_size))
+    hidden, head, adapter = model.before_head(micro.packed, micro.rows, vocabulary)  # (n, C), (V, C)
     theirs, their_adapter = None, {}
     if teacher is not None:
         with torch.no_grad():
-            their_hidden, their_head, their_adapter = teacher.before_head(micro.packed, micro.rows, width)
+            their_hidden, their_head, their_adapter = teacher.before_head(
+                micro.packed, micro.rows, vocabulary
+            )
         theirs = their_hidden, their_head
     with torch.autocast(hidden.device.type, enabled=False):
         if cfg.loss == "divergence":

@@ -220,6 +220,7 @@ def judged(
                 temperature=cfg.temperature,
                 top_k=cfg.top_k,
                 top_p=cfg.top_p,
+                vocabulary=tokenizer.vocabulary,
                 stop_ids=tokenizer.stop_ids,
                 seed=cfg.seed,
                 batch_size=cfg.batch_size,

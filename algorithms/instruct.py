@@ -200,6 +200,7 @@ class Recipe:
             [self.tokenizer.encode(prompt_row(letter)["prompt"]) for letter in LETTERS],
             samples_per_prompt=samples,
             max_new_tokens=MAX_NEW_TOKENS,
+            vocabulary=self.tokenizer.vocabulary,
             stop_ids=self.tokenizer.stop_ids,
             seed=(self.seed << 8) + seed,  # another for every use
         )

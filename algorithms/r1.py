@@ -210,6 +210,7 @@ class Recipe:
             samples_per_prompt=samples,
             max_new_tokens=12,
             temperature=temperature,
+            vocabulary=tokenizer.vocabulary,
             stop_ids=tokenizer.stop_ids,
             seed=self.seed,
         )

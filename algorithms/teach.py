@@ -64,8 +64,9 @@ def teach(cfg: Config) -> Path:
     if not cfg.samples and not cfg.top_k:
         raise InputError("--top-k 0: expected --samples beside it: the rows' own sequences are there already")
     tokenizer = load_tokenizer(cfg)
-    if cfg.top_k > tokenizer.vocab_size:
-        raise InputError(f"--top-k: expected at most the vocabulary, {tokenizer.vocab_size}, got {cfg.top_k}")
+    vocabulary = tokenizer.vocabulary.to(cfg.device)
+    if cfg.top_k > vocabulary.size:
+        raise InputError(f"--top-k: expected at most the vocabulary, {vocabulary.size}, got {cfg.top_k}")
     lessons = load_lessons(
         cfg.data,
         tokenizer,
@@ -94,9 +95,11 @@ def teach(cfg: Config) -> Path:
         micros = micro_batches(lessons, cfg.micro_batch_tokens, cfg.device)
         for micro in tqdm(micros, desc="teach", unit="batch", dynamic_ncols=True):
             with torch.no_grad(), autocast(cfg.device):
-                # rows of the head beyond are padding, no tokens
-                hidden, head, adapter = model.before_head(micro.packed, micro.rows, tokenizer.vocab_size)
-                ids, logprobs = topk_logprobs(hidden, head, cfg.top_k, temperature=cfg.temperature, **adapter)
+                hidden, head, adapter = model.before_head(micro.packed, micro.rows, vocabulary)
+                rows, logprobs = topk_logprobs(
+                    hidden, head, cfg.top_k, temperature=cfg.temperature, **adapter
+                )
+                ids = vocabulary.ids_of(rows)
             counts = [sum(lessons[i].mask) for i in micro.members]
             parts = zip(micro.members, ids.cpu().split(counts), logprobs.cpu().split(counts), strict=True)
             for i, own_ids, own_logprobs in parts:

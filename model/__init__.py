@@ -11,3 +11,4 @@ from .errors import InputError as InputError
 from .packed import Packed as Packed
 from .packed import pack as pack
 from .transformer import Transformer as Transformer
+from .vocabulary import Vocabulary as Vocabulary

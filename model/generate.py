@@ -6,7 +6,8 @@ one token of every live sequence. Sequences that have ended leave when they are 
     next token: the id at which the cumulative softmax of logits / temperature, on the ids that top_k, top_p and min_p
         keep, passes a uniform number                                                        (kernels/sample.py)
 
-That number is a hash of (seed, sample, step) and of nothing else: neither the batch size nor the other prompts change
+With a vocabulary (vocabulary.py) the softmax is over its ids alone: rows of the head that no token has are never drawn.
+The number is a hash of (seed, sample, step) and of nothing else: neither the batch size nor the other prompts change
 what a sample draws. (Rounding in the logits may, where the number falls on the border between two ids.)
 
 With CUDA_GRAPHS a step on a GPU is two graphs, drawing and running what was drawn. Between them the host reads how
@@ -17,6 +18,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,7 @@ from .cache import Cache, cache_bytes
 from .errors import InputError
 from .packed import pack
 from .transformer import Transformer
+from .vocabulary import Vocabulary
 
 # prompts are run in portions of about this many tokens: on a CPU what a layer makes of them stays in a core's cache
 PREFILL_TOKENS = {"cuda": 16_384, "cpu": 512}
@@ -51,6 +54,7 @@ class Sample:
     # (n, K_max) int32, the ids that truncation kept, padded with -1; None without truncation
     support: Tensor | None
     ended: bool  # by a stop token, not by max_new_tokens
+    vocabulary: Vocabulary | None = None  # the ids that it was drawn from; None for the whole head
 
 
 @torch.no_grad()
@@ -64,6 +68,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
+    vocabulary: Vocabulary | None = None,
     stop_ids: Collection[int] = frozenset(),
     seed: int = 0,
     batch_size: int | None = None,
@@ -75,6 +80,7 @@ def generate(
     """Samples in the order of the prompts, those of prompt 0 first.
 
     temperature: 0 takes the most likely id, whatever top_k, top_p and min_p say, and records no support.
+    vocabulary: the ids to draw from, a tokenizer's; all rows of the head by default. Prompts may hold other ids.
     batch_size: sequences at a time, at most; as many as the budget allows by default.
     memory_budget: bytes of the cache, which has room for max_new_tokens of each sequence at a time and, once, for each
         prompt that these go on from; cache.cache_bytes is the sum.
@@ -87,8 +93,9 @@ def generate(
     for name, value, least in (("samples_per_prompt", samples_per_prompt, 1), ("batch_size", batch_size, 1)):
         if value is not None and value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
-    choose = partial(sample_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    width = _check(model, prompts, max_new_tokens, choose)
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    choose, width = _chooser(model, vocabulary, options)
+    _check(model, prompts, max_new_tokens)
     total = len(prompts) * samples_per_prompt
     if not total:
         return []
@@ -102,7 +109,9 @@ def generate(
         if batch.draw():
             for index, tokens, logprobs, supports in batch.leave():
                 ended = tokens[-1] in stop_ids
-                samples[index] = Sample(index // samples_per_prompt, tokens, logprobs, supports, ended)
+                samples[index] = Sample(
+                    index // samples_per_prompt, tokens, logprobs, supports, ended, vocabulary
+                )
             if progress is not None:
                 progress(len(samples), total)
         batch.advance()
@@ -118,12 +127,14 @@ def stream(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
+    vocabulary: Vocabulary | None = None,
     stop_ids: Collection[int] = frozenset(),
     seed: int = 0,
 ) -> Iterator[int]:
     """The ids of the one sample that `generate` would return, as they are drawn, a stop id at the end included."""
-    choose = partial(sample_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    width = _check(model, [prompt], max_new_tokens, choose)
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    choose, width = _chooser(model, vocabulary, options)
+    _check(model, [prompt], max_new_tokens)
     batch = _Batch(
         *(model, [prompt], None, 1, max_new_tokens),
         *(1, MEMORY_BUDGET, choose, width, stop_ids, seed, 0),
@@ -140,15 +151,33 @@ def stream(
             batch.advance()
 
 
-def _check(
-    model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, choose: Choose
-) -> int | None:
-    """How many ids a support has room for, None without one. Raises for what cannot be sampled."""
+def _chooser(
+    model: Transformer, vocabulary: Vocabulary | None, options: dict[str, Any]
+) -> tuple[Choose, int | None]:
+    """sample_tokens among the vocabulary's ids; and how many ids a support has room for, None without one."""
+    choose, rows = partial(sample_tokens, **options), model.config.vocab_size
+    tokens = None if vocabulary is None else vocabulary.within(rows)
+    # no row asks for the options alone: the op refuses those out of range, and knows the width
+    *_, support = choose(
+        torch.empty(0, rows if tokens is None else tokens.size), torch.empty(0, dtype=torch.float64)
+    )
+    width = None if support is None else support.shape[1]
+    return choose if tokens is None else partial(_choose_among, choose, tokens.to(model.device)), width
+
+
+def _choose_among(
+    choose: Choose, tokens: Vocabulary, logits: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """logits (B, V) of the whole head. Part of a step: it reads no value on the host."""
+    row, logprob, support = choose(tokens.select(logits, 1), noise)
+    return tokens.ids_of(row), logprob, None if support is None else tokens.ids_of(support)
+
+
+def _check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Raise for what cannot be sampled."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
     vocabulary = model.config.vocab_size
-    # no row asks for the options alone: the op refuses those out of range, and knows the width
-    *_, support = choose(torch.empty(0, vocabulary), torch.empty(0, dtype=torch.float64))
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise InputError(f"prompt {i}: expected at least one token, got none")
@@ -156,7 +185,6 @@ def _check(
             raise InputError(
                 f"prompt {i}: expected token ids below {vocabulary}, got {min(prompt)} to {max(prompt)}"
             )
-    return None if support is None else support.shape[1]
 
 
 # ---- noise

@@ -25,6 +25,7 @@ import tokenizers
 from .checkpoint import base_of, is_adapter
 from .errors import InputError
 from .template import OWN_NAMES, PLAIN_TEMPLATE, ChatTemplate, Message, Span, split_marks
+from .vocabulary import Vocabulary
 
 __all__ = ["Message", "Tokenizer", "TurnRewritten"]
 
@@ -37,7 +38,7 @@ class TurnRewritten(InputError):
 
 class Tokenizer:
     """bos_id, eos_id, pad_id: int or None. stop_ids: every id that ends a generation. prefix_ids: what a text begins
-    with, bos or nothing. vocab_size counts the added tokens. variables: what the chat template is always given."""
+    with, bos or nothing. variables: what the chat template is always given."""
 
     def __init__(
         self,
@@ -61,7 +62,6 @@ class Tokenizer:
         self.config |= {"bos_token": bos, "eos_token": eos, "pad_token": pad}
         self.chat_template = chat_template
         self.variables: dict[str, Any] = {}
-        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.bos_id, self.eos_id, self.pad_id = self._id_of(bos), self._id_of(eos), self._id_of(pad)
         self.stop_ids = frozenset(stop_ids) | ({self.eos_id} if self.eos_id is not None else set())
         self.prefix_ids = [self.bos_id] if self.bos_id is not None and self._adds_bos() else []
@@ -332,6 +332,11 @@ class Tokenizer:
         return self._template.render(messages, context, marks=marks)
 
     # ---- made once
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The ids that it has, those of added tokens included: a count of them may leave ids in the middle out."""
+        return Vocabulary.of(self.backend.get_vocab(with_added_tokens=True).values())
 
     @cached_property
     def _template(self) -> ChatTemplate | None:

@@ -35,6 +35,7 @@ from .config import ModelConfig, Rope
 from .linear import Linear, LoraConfig, linears_of, whole
 from .moe import MoE
 from .packed import Packed
+from .vocabulary import Vocabulary
 
 # ---- rope
 
@@ -411,33 +412,39 @@ class Transformer(nn.Module):
         *,
         temperature: float | Tensor = 1.0,
         support: Tensor | None = None,
+        vocabulary: Vocabulary | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """How likely are the tokens at `rows` (n,), given what stands before them?  (logprob, lse, entropy), each (n,).
 
         Row i's own token is scored from packed.predictors[i], so that masks never shift. support: (n, K_max) int32, the
-        ids kept by a truncating sampler, padded with -1. Raises ValueError where a row is the first of its sequence.
+        ids kept by a truncating sampler, padded with -1. vocabulary: the ids that a sampler drew from, on the model's
+        device; None for the whole head. Raises ValueError where a row is the first of its sequence.
         """
-        hidden, weight, adapter = self.before_head(packed, rows)
+        vocabulary = vocabulary if support is None else None  # a support holds nothing but tokens
+        hidden, weight, adapter = self.before_head(packed, rows, vocabulary)
         targets = packed.tokens[rows]
+        targets = targets if vocabulary is None else vocabulary.rows_of(targets)
         with torch.autocast(hidden.device.type, enabled=False):
             return token_logprobs(
                 hidden, weight, targets, temperature=temperature, support=support, **adapter
             )
 
     def before_head(
-        self, packed: Packed, rows: Tensor, vocabulary: int | None = None
+        self, packed: Packed, rows: Tensor, vocabulary: Vocabulary | None = None
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """What the logits that score the tokens at `rows` (n,) are made of: hidden states (n, C), head (V, C), adapter.
 
         The first two in the dtype of their product; the third is what ops on a head take of an adapter, often nothing.
-        vocabulary: the first ids alone. Raises ValueError where a row is the first of its sequence.
+        vocabulary: of the head these ids' rows alone, which rows_of counts. Raises ValueError where a row is the first
+        of its sequence.
         """
         states = self._predicting(packed, rows)
         weight, adapter = self._head_parts()
         hidden, weight = self._computed_in(states, weight)
-        if vocabulary is not None and vocabulary < len(weight):  # a slice's gradient is a copy: not in vain
-            weight = weight[:vocabulary]
-            adapter = adapter | {"lora_b": adapter["lora_b"][:vocabulary]} if adapter else adapter
+        tokens = None if vocabulary is None else vocabulary.within(len(weight))
+        if tokens is not None:  # a slice's gradient is a copy: not in vain
+            weight = tokens.select(weight)
+            adapter = adapter | {"lora_b": tokens.select(adapter["lora_b"])} if adapter else adapter
         return hidden, weight, adapter
 
     def _predicting(self, packed: Packed, rows: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def test_no_problem_is_both_held_out_and_trained_on_and_every_answer_is_right():
 def cfg(data, tmp_path):
     tokenizer = Tokenizer.load(data / "tokenizer")
     config = ModelConfig(
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=tokenizer.vocabulary.end,
         hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=1,

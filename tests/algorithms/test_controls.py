@@ -860,11 +860,11 @@ FAULTS = [
                 "_rollout",
                 the_sampler_is_the_scorer,
                 [
-                    ("whole vocabulary", "support=self.support)", "support=None)"),
+                    ("whole vocabulary", '"support": self.support', '"support": None'),
                     (
                         "another temperature",
-                        "temperature=temperature, support=self",
-                        "temperature=1.0, support=self",
+                        "temperature=temperature, **drawn_from",
+                        "temperature=1.0, **drawn_from",
                     ),
                     (
                         "end not trained",

@@ -34,7 +34,7 @@ def teacher(model_folder, tmp_path):
     """Wider than the student, and drawn so that it has preferences."""
     tokenizer = Tokenizer.load(model_folder)
     config = ModelConfig(
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=tokenizer.vocabulary.end,
         hidden_size=24,
         intermediate_size=24,
         num_hidden_layers=1,
@@ -389,8 +389,8 @@ def damaged(lessons, change):
         (lambda t, a: a.update(temperature=2.0), "at temperature 2, got --temperature 1"),
         (lambda t, a: t.update(lengths=t["lengths"][1:]), "the number of tokens"),
         (lambda t, a: t.update(ids=t["ids"][1:]), "ids and logprobs: expected (trained tokens, K)"),
-        (lambda t, a: t["ids"].fill_(17), "ids: expected 0 to 16, got 17 to 17"),
-        (lambda t, a: t["tokens"][:1].fill_(-1), "tokens: expected 0 to 16, got -1 to"),
+        (lambda t, a: t["ids"].fill_(17), "ids: expected the tokenizer's ids, 0 to 16, got 17"),
+        (lambda t, a: t["tokens"][:1].fill_(-1), "tokens: expected the tokenizer's ids, 0 to 16, got -1"),
         (lambda t, a: t.pop("logprobs"), "ids and logprobs: expected (trained tokens, K)"),
     ],
 )

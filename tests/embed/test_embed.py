@@ -445,26 +445,53 @@ def test_peft(load, ids, padding, name, first):
     assert len(got) == 3 + 2 * targets * model.config.num_hidden_layers  # two matrices each
 
 
-def test_peft_on_four_bits(data, ids, padding):
+@pytest.fixture
+def in_four_bits(tmp_path):
+    """A llama in bitsandbytes' layers, whose CPU code wants rows of whole blocks (64), and tiles of 32 rows."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    sizes = {"vocab_size": 96, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        dtype=torch.float32,
+        quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    )
+
+
+def test_peft_on_four_bits(in_four_bits, ids, padding):
     """QLoRA as PEFT does it: bitsandbytes' layers stay, our ops go between them."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    packed = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    base = transformers.AutoModelForCausalLM.from_pretrained(
-        data / "tiny-hf" / "llama", dtype=torch.float32, quantization_config=packed
-    )
     lora = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-    model, mask = peft.get_peft_model(base, lora), padding["left"]
+    model, mask = peft.get_peft_model(in_four_bits, lora), padding["left"]
 
     def run():
-        model.zero_grad()
+        model.train().zero_grad()
         logits = model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
         logits.square().mean().backward()
         return [logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
     got, want = both(model, run)
     close(got, want)
-    assert len(got) == 1 + 2 * 7 * base.config.num_hidden_layers
+    assert len(got) == 1 + 2 * 7 * in_four_bits.config.num_hidden_layers
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_answers_in_four_bits(in_four_bits, ids, padding, monkeypatch, has_bf16):
+    """bitsandbytes repacks the weights for inference where the CPU has AVX512-BF16, and multiplies in bf16 then."""
+    layers = [m for m in in_four_bits.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    assert len(layers) == 7 * in_four_bits.config.num_hidden_layers
+    if has_bf16 and not layers[0].support_avx512bf16_for_cpu:
+        pytest.skip("this CPU has no AVX512-BF16")
+    for layer in layers:
+        monkeypatch.setattr(layer, "support_avx512bf16_for_cpu", has_bf16)
+    mask = padding["left"]
+    got, want = both(in_four_bits.eval(), lambda: in_four_bits(ids, attention_mask=mask).logits[mask.bool()])
+    # where x is rounded the other way, an output is off by a rounding of bf16
+    bound = {"rtol": 0, "atol": 2**-7 * want.abs().max().item()} if has_bf16 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(got, want, **bound)
 
 
 # ---- torch.compile

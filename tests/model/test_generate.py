@@ -3,17 +3,15 @@
 import json
 import sys
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 from burnish.bench.static import compile_only
-from burnish.kernels import sample_tokens
-from burnish.model import Cache, InputError, ModelConfig, Transformer, pack
+from burnish.model import Cache, InputError, ModelConfig, Transformer, Vocabulary, pack
 from burnish.model.adapter import add_lora, quantize_base
 from burnish.model.cache import cache_bytes
 from burnish.model.checkpoint import load_model
-from burnish.model.generate import _Batch, _check, _mix, _signed, generate, stream, uniform
+from burnish.model.generate import _Batch, _chooser, _mix, _signed, generate, stream, uniform
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -340,20 +338,28 @@ class NoHostRead(TorchDispatchMode):
 
 
 WAYS = [(0.0, None, None), (0.7, None, None), (1.0, None, 0.9), (1.0, 5, 0.9)]  # temperature, top_k, top_p
+VOCABULARIES = {"padded": Vocabulary(90), "holes": Vocabulary.of([*range(7), *range(9, 90)])}
 OTHERS = ["mistral-sw", "qwen3_moe", "deepseek_v3", "gpt_oss", "gemma3_text"]
 
 
 @pytest.mark.parametrize(
-    "architecture, how", [*(("llama", how) for how in WAYS), *((name, WAYS[-1]) for name in OTHERS)], ids=str
+    "architecture, how, vocabulary",
+    [
+        *(("llama", how, None) for how in WAYS),
+        *((name, WAYS[-1], None) for name in OTHERS),
+        *(("llama", how, vocabulary) for how in WAYS[1::2] for vocabulary in VOCABULARIES),
+    ],
+    ids=str,
 )
-def test_a_step_can_be_recorded_as_a_graph(data, architecture, how):
+def test_a_step_can_be_recorded_as_a_graph(data, architecture, how, vocabulary):
     """The GPU's path on tensors without values: what asks for one, or has a shape that depends on one, raises."""
     model = load_model(data / "tiny-hf" / architecture)
     config = model.config
     with compile_only("sm_90"), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         temperature, top_k, top_p = how
-        choose = partial(sample_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
-        width = _check(model, PROMPTS, 5, choose)
+        choose, width = _chooser(
+            model, VOCABULARIES.get(vocabulary), {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        )
         batch = _Batch(model, PROMPTS, None, 2, 5, 8, 10**9, choose, width, {1, 2}, 0, 0)
         batch.last = torch.zeros(4, config.hidden_size)
         batch.hidden = torch.zeros(8, config.hidden_size)

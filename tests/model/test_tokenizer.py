@@ -89,7 +89,7 @@ def test_decoding_gives_the_text_back(data, text):
 def test_special_tokens_are_recognised_counted_and_skipped(data):
     tokenizer = Tokenizer.load(data / "tokenizer")
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (None, 2, 0)
-    assert tokenizer.stop_ids == {0, 2} and tokenizer.vocab_size == 512
+    assert tokenizer.stop_ids == {0, 2} and tokenizer.vocabulary.end == tokenizer.vocabulary.size == 512
     assert tokenizer.encode("a<|im_end|>")[-1] == 2
     assert tokenizer.decode(tokenizer.encode("a<|im_end|>b")) == "ab"
 
