@@ -32,10 +32,11 @@ class Largest(TorchDispatchMode):
 
 @pytest.fixture
 def configs(model_folder, demonstrations, prompts, pairs, tmp_path):
-    """One step of each, on a model whose vocabulary is far larger than its tokenizer's."""
+    """One step of each, with far more words than tokens in a step; RL scores among the tokenizer's words alone."""
     folder = tmp_path / "wide"
-    narrow = load_model(model_folder).config
-    save_model(Transformer(replace(narrow, vocab_size=V), seed=0), folder, Tokenizer.load(model_folder))
+    narrow, tokenizer = load_model(model_folder).config, Tokenizer.load(model_folder)
+    tokenizer.backend.add_tokens([f"<unused{i}>" for i in range(V - narrow.vocab_size)])
+    save_model(Transformer(replace(narrow, vocab_size=V), seed=0), folder, tokenizer)
     (tmp_path / "reward.py").write_text(
         "def odd(completion_ids, **_):\n    return [float(sum(i % 2 for i in ids)) for ids in completion_ids]\n"
     )
