@@ -7,6 +7,7 @@ import string
 from pathlib import Path
 
 import pytest
+from burnish.algorithms import _data, _messages, _rows
 from burnish.algorithms._data import rl_prompts, sft_examples
 from burnish.algorithms._flags import load_tokenizer
 from burnish.algorithms._loop import report_counts
@@ -571,3 +572,57 @@ def test_a_base_model_refuses_what_it_cannot_place(make, more):
     with pytest.raises(InputError, match=f"row 1: {name}: the model has no chat template"):
         sft(base, row | more)
     assert sft(base, row | {name: ""}) == sft(base, row)
+
+
+# ---- planted faults: each must be caught by the test beside it
+
+
+def nothing_is_unused(self, rows, used=None):
+    for row in rows:
+        self.update(row.notes)
+
+
+FAULTS = {
+    "columns not named": (_rows.Tally, "close", nothing_is_unused, "column"),
+    "every column taken": (
+        _rows.Row,
+        "take",
+        lambda row, name: row.used.update(row) or row.get(name),
+        "column",
+    ),
+    "nulls of Arrow kept": (_rows, "without_nulls", lambda value: value, "parquet"),
+    "weights not read": (_messages, "_is_trained", lambda turn: True, "weight"),
+    "empty turns trained": (_messages, "says_something", lambda turn: True, "empty"),
+    "tools left behind": (_messages, "template_variables", lambda row, tokenizer: {}, "tools"),
+    "system left behind": (_data, "with_system", lambda row, turns: turns, "system"),
+    "history left behind": (_messages, "_history", lambda row: [], "history"),
+    "any content taken": (_messages, "_content", lambda content, role, where: content, "content"),
+    "any role taken": (_data, "no_assistant", lambda turns: None, "role"),
+    "nothing has to be said": (_messages, "all_said", lambda messages, *_, **__: (list(messages), 0), "role"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_caught(monkeypatch, tmp_path, folder, make, chat, name):
+    where, attribute, fault, check = FAULTS[name]
+    checks = {
+        "column": lambda: test_a_column_that_nothing_reads_is_named(chat, "sft", "messages"),
+        "parquet": lambda: test_parquet_and_jsonl_of_the_same_rows_train_the_same_text(
+            make, chat, tmp_path, 0
+        ),
+        "weight": lambda: test_a_turn_of_weight_0_is_context(make, {"weight": 0}, False),
+        "empty": lambda: test_an_empty_turn_and_an_empty_completion_are_both_not_trained_and_counted(
+            chat, ""
+        ),
+        "tools": lambda: test_tools_reach_the_template_from_every_shape(chat, TOOLS, "sft", "question"),
+        "system": lambda: test_a_system_column_stands_in_front(chat),
+        "history": lambda: test_history_is_earlier_turns(chat),
+        "content": lambda: test_a_message_of_a_wrong_kind_is_refused_by_file_line_and_key(
+            chat, folder, tmp_path, True, {"role": "user", "content": 3}, "content: expected text, got 3"
+        ),
+        "role": lambda: test_a_role_that_means_nothing_is_named(chat, make, "bot"),
+    }
+    checks[check]()
+    monkeypatch.setattr(where, attribute, fault)
+    with pytest.raises((AssertionError, InputError, pytest.fail.Exception)):
+        checks[check]()
