@@ -29,6 +29,7 @@ from .vocabulary import Vocabulary
 
 __all__ = ["Message", "Tokenizer", "TurnRewritten"]
 
+TOOL_TEMPLATE_FILE = "additional_chat_templates/tool_use.jinja"  # as transformers names it
 WAY_OUT = "use a template with {% generation %} marks, or rows of prompt and completion text"
 
 
@@ -49,9 +50,11 @@ class Tokenizer:
         pad: str | None = None,
         stop_ids: Iterable[int] = (),
         chat_template: str | None = None,
+        tool_template: str | None = None,
         config: dict[str, Any] | None = None,
     ):
-        """config: further keys of tokenizer_config.json, among them other special tokens that a template may name.
+        """tool_template: where tools are given, in place of chat_template. config: further keys of
+        tokenizer_config.json, among them other special tokens that a template may name.
 
         Raises InputError where a special token is not in the vocabulary.
         """
@@ -60,7 +63,7 @@ class Tokenizer:
         self.backend = backend
         self.config = {"tokenizer_class": "PreTrainedTokenizerFast", **(config or {})}
         self.config |= {"bos_token": bos, "eos_token": eos, "pad_token": pad}
-        self.chat_template = chat_template
+        self.chat_template, self.tool_template = chat_template, tool_template
         self.variables: dict[str, Any] = {}
         self.bos_id, self.eos_id, self.pad_id = self._id_of(bos), self._id_of(eos), self._id_of(pad)
         self.stop_ids = frozenset(stop_ids) | ({self.eos_id} if self.eos_id is not None else set())
@@ -87,29 +90,25 @@ class Tokenizer:
             raise InputError(f"{file}: not a tokenizer.json that `tokenizers` can read: {error}") from error
         config = _read_json(folder / "tokenizer_config.json")
         names = _special_tokens(_read_json(folder / "special_tokens_map.json")) | _special_tokens(config)
-        template = config.pop("chat_template", None)
-        template_file = folder / "chat_template.jinja" if chat_template is None else Path(chat_template)
-        if str(chat_template) == "plain":
-            template = PLAIN_TEMPLATE
-        elif template_file.is_file():
-            template = template_file.read_text(encoding="utf-8")
-        elif chat_template is not None:
-            raise InputError(f"{chat_template}: no such chat template: expected a jinja file, or 'plain'")
+        own = config.pop("chat_template", None)
+        templates = {} if chat_template is None else _template_at(chat_template)
         try:
+            templates = templates or _templates_of(folder, own)
             return cls(
                 backend,
                 bos=names.pop("bos_token", None),
                 eos=names.pop("eos_token", None),
                 pad=names.pop("pad_token", None),
                 stop_ids=_stop_ids(folder),
-                chat_template=_default_template(template),
+                chat_template=templates.get("default"),
+                tool_template=templates.get("tool_use"),
                 config=config | names,
             )
         except InputError as error:
             raise InputError(f"{folder}: {error}") from error
 
     def save(self, folder: Path | str) -> None:
-        """Write tokenizer.json, tokenizer_config.json, generation_config.json's end tokens, and chat_template.jinja."""
+        """Write tokenizer.json, tokenizer_config.json, generation_config.json's end tokens, and chat templates."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         generation_file = folder / "generation_config.json"
@@ -126,6 +125,9 @@ class Tokenizer:
         }
         if self.chat_template is not None:
             files["chat_template.jinja"] = self.chat_template
+        if self.tool_template is not None:
+            files[TOOL_TEMPLATE_FILE] = self.tool_template
+            (folder / TOOL_TEMPLATE_FILE).parent.mkdir(exist_ok=True)
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8")
 
@@ -167,12 +169,14 @@ class Tokenizer:
     @property
     def template_variables(self) -> frozenset[str]:
         """The variables that the chat template reads, for instance `tools`. Empty without a template."""
-        return frozenset() if self._template is None else self._template.variables
+        return frozenset().union(
+            *(template.variables for template in (self._template, self._tools) if template)
+        )
 
     @property
     def message_keys(self) -> frozenset[str]:
         """The keys of messages that the chat template reads; others may be among them. Empty without a template."""
-        return frozenset() if self._template is None else self._template.keys
+        return frozenset().union(*(template.keys for template in (self._template, self._tools) if template))
 
     def encode_chat_with_mask(
         self, messages: Sequence[Message], *, turns: Collection[int] | None = None, **variables: Any
@@ -319,7 +323,10 @@ class Tokenizer:
         variables: Mapping[str, Any],
         marks: bool = False,
     ) -> str:
-        if self._template is None:
+        template = self._template
+        if self._tools is not None and variables.get("tools") is not None:
+            template = self._tools
+        if template is None:
             raise InputError(
                 "the model has no chat template: name one (--chat-template FILE.jinja, or plain), put a "
                 "chat_template.jinja into its folder, or use rows of prompt and completion text"
@@ -329,7 +336,7 @@ class Tokenizer:
         context = {name: token for name, token in self.config.items() if name.endswith("_token") and token}
         context |= {"tools": None, "documents": None} | self.variables | dict(variables)
         context["add_generation_prompt"] = add_generation_prompt
-        return self._template.render(messages, context, marks=marks)
+        return template.render(messages, context, marks=marks)
 
     # ---- made once
 
@@ -341,6 +348,10 @@ class Tokenizer:
     @cached_property
     def _template(self) -> ChatTemplate | None:
         return None if self.chat_template is None else ChatTemplate(self.chat_template)
+
+    @cached_property
+    def _tools(self) -> ChatTemplate | None:
+        return None if self.tool_template is None else ChatTemplate(self.tool_template)
 
     @cached_property
     def _continuing(self) -> tokenizers.Tokenizer:
@@ -417,11 +428,26 @@ def _stop_ids(folder: Path) -> list[int]:
     return []
 
 
-def _default_template(value: Any) -> str | None:
-    """A template, or the one called "default" of several: [{"name": ..., "template": ...}]."""
-    if isinstance(value, list):
-        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
-        value = named.get("default")
-    if value is not None and not isinstance(value, str):
-        raise InputError(f"chat_template: expected a text, got {type(value).__name__}")
-    return value
+def _templates_of(folder: Path, own: Any) -> dict[str, Any]:
+    """A folder's chat templates by name, `default` among them; own: tokenizer_config.json's, a text or a list.
+
+    Of the others `tool_use` is read, which transformers takes where tools are given.
+    """
+    named = {"default": own} if own is not None else {}
+    if isinstance(own, list):  # [{"name": ..., "template": ...}]
+        named = {str(entry.get("name")): entry.get("template") for entry in own if isinstance(entry, dict)}
+    for name, file in (("default", "chat_template.jinja"), ("tool_use", TOOL_TEMPLATE_FILE)):
+        if (folder / file).is_file():
+            named[name] = (folder / file).read_text(encoding="utf-8")
+    for name in ("default", "tool_use"):
+        if not isinstance(named.get(name, ""), str):
+            raise InputError(f"chat_template: expected a text, got {type(named[name]).__name__}")
+    return named
+
+
+def _template_at(chat_template: Path | str) -> dict[str, str]:
+    if str(chat_template) == "plain":
+        return {"default": PLAIN_TEMPLATE}
+    if not Path(chat_template).is_file():
+        raise InputError(f"{chat_template}: no such chat template: expected a jinja file, or 'plain'")
+    return {"default": Path(chat_template).read_text(encoding="utf-8")}

@@ -280,9 +280,8 @@ class Transformer(nn.Module):
         self.checkpoint_activations = False
         self.adapter: LoraConfig | None = None  # what adapter.py has added
         self.routing: tuple[RouteStatistics, ...] = ()  # of the latest forward pass, by layer with experts
-        self.replaced: dict[
-            str, Tensor
-        ] = {}  # the base's own values of what an adapter trains whole, by name
+        # the base's own values of what an adapter trains whole, by name
+        self.replaced: dict[str, Tensor] = {}
         with torch.device("meta"):
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
             self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
@@ -295,9 +294,8 @@ class Transformer(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, weight in self.named_parameters():
-                if weight.dim() >= 2 and not name.endswith(
-                    "bias"
-                ):  # drawn on the CPU: the same weights on every device
+                if weight.dim() >= 2 and not name.endswith("bias"):
+                    # drawn on the CPU: the same weights on every device
                     drawn = torch.empty(weight.shape).normal_(generator=generator)
                     weight.copy_(drawn * config.initializer_range)
                 else:

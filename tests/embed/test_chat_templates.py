@@ -73,6 +73,19 @@ def test_every_template_renders_what_transformers_renders(monkeypatch):
     assert len(compared) > 60 and set(compared.values()) == {4}, compared
 
 
+def test_a_template_of_its_own_for_tools(tmp_path):
+    """A folder with several templates: transformers takes tool_use where there are tools, and reads what we save."""
+    ours = Tokenizer.load(TESTS / "data" / "tokenizer")
+    ours.tool_template = "{{ tools | tojson }}" + str(ours.chat_template)
+    ours.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    talk = [{"role": "user", "content": "a"}]
+    for tools in (None, [{"name": "f"}]):
+        ids = theirs.apply_chat_template(talk, tools=tools, return_dict=False)
+        assert Tokenizer.load(tmp_path).encode_chat(talk, tools=tools) == ids
+    assert theirs.apply_chat_template(talk, return_dict=False) != ids
+
+
 def test_a_tool_conversation_under_qwen3(shared_data):
     """Each of the assistant's turns is the sequence that generation would see, its tools in front."""
     folder = shared_data / "tokenizers" / "qwen3"

@@ -176,6 +176,28 @@ def test_template_from_its_file_the_config_a_list_or_the_caller(folder, tmp_path
         Tokenizer.load(folder, tmp_path / "absent.jinja")
 
 
+def test_a_template_for_tools_is_taken_where_tools_are_given(folder, tmp_path):
+    """Named in tokenizer_config.json, or in transformers' own folder; also once saved."""
+    (folder / "chat_template.jinja").unlink()
+    named = {
+        "default": "plain",
+        "tool_use": "tools {{ tools }} {{ date }} {{ messages[0].name }}",
+        "rag": "rag",
+    }
+    edit(
+        folder / "tokenizer_config.json",
+        chat_template=[{"name": name, "template": text} for name, text in named.items()],
+    )
+    first = Tokenizer.load(folder)
+    first.save(tmp_path / "saved")
+    for tokenizer in (first, Tokenizer.load(tmp_path / "saved")):
+        assert tokenizer.render_chat([USER]) == tokenizer.render_chat([USER], tools=None) == "plain"
+        assert tokenizer.render_chat([USER], tools=[1]) == "tools [1]  "
+        assert tokenizer.template_variables >= {"tools", "date"} and "name" in tokenizer.message_keys
+    (tmp_path / "own.jinja").write_text("own")
+    assert Tokenizer.load(folder, tmp_path / "own.jinja").render_chat([USER], tools=[1]) == "own"
+
+
 def test_templates_have_the_variables_and_functions_that_vendors_use(make):
     template = (
         "{{ eos_token }}|{{ bos_token is defined }}|{{ {'a': '<b> é'} | tojson }}|{{ tools is none }}|{{ extra }}|"
