@@ -20,11 +20,10 @@ from ._messages import (
     no_assistant,
     prompt_of,
     read_messages,
-    refuse_without_template,
     talk_of,
     with_system,
 )
-from ._rows import Row, Tally, as_rows
+from ._rows import Row, Tally, opened
 
 SHAPES = {  # what the columns of a row mean to SFT: the first shape that a row has all columns of
     "messages": ("messages",),
@@ -86,9 +85,8 @@ def sft_examples(
     Raises InputError naming the row: of another shape than the first, of no known shape, or impossible to mask; and
     where no example is left.
     """
-    rows = as_rows(rows)
+    rows, counts = opened(rows, "examples")
     examples: list[Example] = []
-    counts = Tally(rows=len(rows), examples=0)
     first_drop = ""
     for row in rows:
         try:
@@ -265,14 +263,18 @@ def read_question(row: Row, tokenizer: Tokenizer) -> str | list[Turn]:
         question = f"{question}\n\n{more}" if more else question
     if tokenizer.chat_template is not None:
         return asked(row, question, column)
-    refuse_without_template(row)
     return text
 
 
 def check_rendered(rows: Sequence[Row], tokenizer: Tokenizer) -> None:
-    """Raises InputError where --chat-template-kwargs would have no effect."""
+    """Raises InputError where --chat-template-kwargs has no effect."""
     if tokenizer.variables and not any(row.rendered for row in rows):
         raise InputError("--chat-template-kwargs: the rows are texts, which no chat template renders")
+    read = {name for row in rows for name in row.read_variables}
+    for name in tokenizer.variables.keys() - read:
+        raise InputError(
+            f"--chat-template-kwargs: '{name:.60}' changes nothing that the chat template renders"
+        )
 
 
 # ---- reinforcement learning
@@ -295,16 +297,15 @@ def rl_prompts(
     Every prompt has the same columns, None where its row lacks one. Raises InputError naming the row without a usable
     prompt, and where no prompt is left.
     """
-    rows = as_rows(rows)
+    (rows, counts), total = opened(rows, "prompts"), len(rows)
     prompts: list[Prompt] = []
-    counts = Tally(rows=len(rows), prompts=0)
     column = prompt_column or next((name for name in PROMPT_COLUMNS if rows and name in rows[0]), None)
     if column is None and rows:
         expected = ", ".join(PROMPT_COLUMNS)
         raise InputError(
             f"{rows[0].where}: no prompt among columns {rows[0].columns()}; expected one of {expected}"
         )
-    columns = dict.fromkeys(name for row in rows for name in row.original if name not in RESERVED_COLUMNS)
+    columns = dict.fromkeys(n for row in rows for n in row.of_file() if n not in RESERVED_COLUMNS)
     for row in rows:
         try:
             text, tokens = _asked(row, str(column), tokenizer)
@@ -315,14 +316,14 @@ def rl_prompts(
         elif len(tokens) > max_length:
             counts["dropped: prompt longer than max_length"] += 1
         else:
-            prompts.append(Prompt(tokens, text, {name: row.original.get(name) for name in columns}))
+            prompts.append(Prompt(tokens, text, {name: row.of_file().plain(name) for name in columns}))
             counts["prompts"] += 1
     counts.close(rows, lambda name: name not in RESERVED_COLUMNS and takes(name))
     if not prompts:
         reasons = ", ".join(
             f"{count} {reason}" for reason, count in counts.items() if count and reason != "rows"
         )
-        raise InputError(f"no prompt to sample from: {len(rows)} rows{f', {reasons}' if reasons else ''}")
+        raise InputError(f"no prompt to sample from: {total} rows{f', {reasons}' if reasons else ''}")
     check_rendered(rows, tokenizer)
     return prompts, counts
 

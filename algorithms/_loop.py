@@ -25,12 +25,14 @@ from ..model.linear import whole
 from ..model.scalar import ScalarModel
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
+from ._calls import brief
 from ._checkpoint import Part, read_checkpoint, write_checkpoint
 from ._distributed import check_joined, from_rank_0, rank
 from ._rows import Tally
 
 CHECKPOINT = "checkpoint.safetensors"
 COMPLETIONS = "completions.jsonl"
+NAMED = 30  # columns that a line names
 MAY_DIFFER = (
     "output",
     "resume",
@@ -118,7 +120,9 @@ def report_counts(source: Path, counts: Mapping[str, int]) -> None:
     """Say what became of every row of a file, and which columns nothing used: none is dropped silently."""
     print(f"{source}: " + ", ".join(f"{count} {reason}" for reason, count in counts.items()))
     if isinstance(counts, Tally) and counts.unused:
-        print(f"{source}: columns not used: {', '.join(counts.unused)}")
+        names = [brief(name, 60) for name in counts.unused]
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        print(f"{source}: columns not used: {', '.join(names[:NAMED])}{more}")
 
 
 class Run:

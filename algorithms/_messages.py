@@ -21,7 +21,7 @@ from ..model.errors import InputError
 from ..model.template import OWN_NAMES
 from ..model.tokenizer import Message, Tokenizer
 from ._rows import Row
-from ._said import REASONING, Unsaid, all_said, is_parts, parse_object
+from ._said import REASONING, Unsaid, all_said, changes_text, is_parts, parse_json
 
 SHAREGPT_ROLES = {
     "human": "user",
@@ -71,6 +71,7 @@ def talk_of(row: Row, turns: Sequence[Turn], tokenizer: Tokenizer, given: int = 
     """
     trained: list[int] = []
     left_out: list[int] = []
+    variables = template_variables(row, tokenizer)
     for i, turn in enumerate(turns):
         if turn["role"] != "assistant" or i < given:
             _note_flags(row, turn)
@@ -78,10 +79,12 @@ def talk_of(row: Row, turns: Sequence[Turn], tokenizer: Tokenizer, given: int = 
             row.notes["turns that are not trained (weight 0, train false)"] += 1
             left_out.append(i)
         elif not says_something(turn):
-            row.notes["turns of the assistant without text, not trained"] += 1
+            row.notes["turns of the assistant without text"] += 1
         else:
             trained.append(i)
-    messages, variables = _rendered(row, turns, tokenizer, ask=False)
+    if not trained:
+        return Talk([], variables)
+    messages = _rendered(row, turns, tokenizer, variables, ask=False)
     return Talk(messages, variables, given, trained, left_out)
 
 
@@ -89,28 +92,34 @@ def prompt_of(row: Row, turns: Sequence[Turn], tokenizer: Tokenizer) -> Talk:
     """What is to be answered: no turn is trained."""
     for turn in turns:
         _note_flags(row, turn)
-    messages, variables = _rendered(row, turns, tokenizer, ask=True)
-    return Talk(messages, variables)
+    variables = template_variables(row, tokenizer)
+    return Talk(_rendered(row, turns, tokenizer, variables, ask=True), variables)
 
 
 def _rendered(
-    row: Row, turns: Sequence[Turn], tokenizer: Tokenizer, ask: bool
-) -> tuple[list[Message], dict[str, Any]]:
-    variables = template_variables(row, tokenizer)
-    read = tokenizer.message_keys | {"role", "content", *FLAGS}
-    row.ignored |= {f"{turn.column}.{key}" for turn in turns for key in turn if key not in read}
+    row: Row, turns: Sequence[Turn], tokenizer: Tokenizer, variables: dict[str, Any], ask: bool
+) -> list[Message]:
+    """The messages in the form in which the template says all; what it does not read is noted with the row."""
     messages = [{key: value for key, value in turn.items() if key not in FLAGS} for turn in turns]
     try:
-        messages, left_out = all_said(messages, tokenizer, variables, ask=ask)
+        messages, form = all_said(messages, tokenizer, variables, ask=ask)
     except Unsaid as error:
         turn = turns[error.said.message]
         raise InputError(
             f"{turn.where} (role '{turn['role']}'): {error.said.key}: the chat template leaves it out; "
             "use one that renders it (--chat-template), or take it out of the row"
         ) from error
-    if left_out:
-        row.notes["turns whose reasoning the chat template drops, as others follow"] += left_out
-    return messages, variables
+    except RecursionError as error:
+        raise InputError(f"{turns[0].column}: nested too deeply to be read") from error
+    if form.dropped:
+        row.notes["turns whose reasoning the chat template drops, as others follow"] += form.dropped
+    row.ignored |= {f"{turns[i].column}.{path}" for i, path in form.unread}
+    for name in (tokenizer.variables | variables).keys() - {"tools"}:
+        if changes_text(name, messages, tokenizer, variables):
+            row.read_variables.add(name)
+        elif name in variables:
+            row.ignored.add(f"chat_template_kwargs.{name}")
+    return messages
 
 
 def _note_flags(row: Row, turn: Turn) -> None:
@@ -122,10 +131,22 @@ def _is_trained(turn: Turn) -> bool:
     return bool(turn.get("weight", 1)) and bool(turn.get("train", True))
 
 
-def says_something(turn: Message) -> bool:
+def _text(turn: Message) -> Any:
+    """The content, its parts joined."""
     content = turn.get("content")
-    if is_parts(content):
-        content = "".join(part["text"] for part in content)
+    return "".join(part["text"] for part in content) if is_parts(content) else content
+
+
+def same_turn(one: Message, other: Message) -> bool:
+    """Whether two turns say the same: what else is written beside them is no part of it."""
+    texts = [text.strip() if isinstance(text, str) else text for text in map(_text, (one, other))]
+    calls = [turn.get("tool_calls") for turn in (one, other)]
+    return one["role"] == other["role"] and texts[0] == texts[1] and calls[0] == calls[1]
+
+
+def says_something(turn: Message) -> bool:
+    """Whether there is anything in a turn of the assistant."""
+    content = _text(turn)
     texts = [content, *(turn.get(key) for key in REASONING)]
     return bool(turn.get("tool_calls")) or any(
         text.strip() if isinstance(text, str) else text for text in texts
@@ -160,25 +181,26 @@ def _message(value: Any, where: str) -> Message:
         message = _from_sharegpt(message, where)
     if not isinstance(message.get("role"), str):
         raise InputError(f"{where}: expected an object with a role and content, got {value!r:.60}")
-    if "function_call" in message:
-        message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
+    message = _with_calls(message, where)
     if message["role"] == "function":
         message["role"] = "tool"
-    if "tool_calls" in message:
-        message["tool_calls"] = _calls(message["tool_calls"], where)
-        if not message["tool_calls"]:
-            del message["tool_calls"]
+    if message["role"] == "assistant":
+        _check_flags(message, where)
+    if "content" in message:
+        message["content"] = _content(message["content"], message["role"], where)
+    elif not says_something(message):
+        got = "null" if "content" in value or "value" in value else "none"
+        raise InputError(f"{where}: content: expected text, got {got}")
+    elif "content" in value:
+        message["content"] = None
+    return message
+
+
+def _check_flags(message: Message, where: str) -> None:
     if message.get("weight", 1) not in (0, 1):
         raise InputError(f"{where}: weight: expected 0 or 1, got {message['weight']!r:.60}")
     if message.get("train", True) not in (False, True):
         raise InputError(f"{where}: train: expected true or false, got {message['train']!r:.60}")
-    if "content" in message:
-        message["content"] = _content(message["content"], message["role"], where)
-    elif not says_something(message):
-        raise InputError(f"{where}: content: expected text, got {'null' if 'content' in value else 'none'}")
-    elif "content" in value:
-        message["content"] = None
-    return message
 
 
 def _from_sharegpt(message: Message, where: str) -> Message:
@@ -187,9 +209,11 @@ def _from_sharegpt(message: Message, where: str) -> Message:
         known = ", ".join(SHAREGPT_ROLES)
         raise InputError(f"{where}: unknown 'from' {role!r:.60}; known are {known}")
     content = message.pop("value", None)
+    if "content" in message:
+        raise InputError(f"{where}: expected 'value' or 'content', got both")
     message = {"role": SHAREGPT_ROLES[role], "content": content} | message
     if role == "function_call":
-        calls = parse_object(content) if isinstance(content, str) else content
+        calls = parse_json(content) if isinstance(content, str) else content
         calls = calls if isinstance(calls, list) else [calls]
         if not all(isinstance(call, dict) and "name" in call for call in calls):
             raise InputError(
@@ -200,31 +224,41 @@ def _from_sharegpt(message: Message, where: str) -> Message:
     return {name: field for name, field in message.items() if field is not None}
 
 
-def _calls(calls: Any, where: str) -> list[Any]:
+def _with_calls(message: Message, where: str) -> Message:
+    """The message with its calls under tool_calls, where it has some; function_call is the older name for one."""
+    calls = message.get("tool_calls", [])
+    if "function_call" in message:
+        if calls:
+            raise InputError(f"{where}: expected 'tool_calls' or 'function_call', got both")
+        calls = [{"type": "function", "function": message["function_call"]}]
     if not isinstance(calls, list):
         raise InputError(f"{where}: tool_calls: expected a list of calls, got {calls!r:.60}")
-    found = []
-    for call in calls:
-        inner = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
-            raise InputError(f"{where}: tool_calls: expected a name and arguments, got {call!r:.60}")
-        call = {name: field for name, field in call.items() if field is not None}
-        if "function" in call:
-            call["function"] = {name: field for name, field in inner.items() if field is not None}
-        found.append(call)
-    return found
+    message = {key: value for key, value in message.items() if key not in ("tool_calls", "function_call")}
+    return message | {"tool_calls": [_call(call, where) for call in calls]} if calls else message
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    """A call without nulls; one without arguments has an empty object of them."""
+    inner = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+        raise InputError(f"{where}: tool_calls: expected a name and arguments, got {call!r:.60}")
+    found = {name: field for name, field in inner.items() if field is not None}
+    arguments = found.get("arguments", {})
+    found["arguments"] = {} if isinstance(arguments, str) and not arguments.strip() else arguments
+    if inner is call:
+        return found
+    return {name: field for name, field in call.items() if field is not None} | {"function": found}
 
 
 def _content(content: Any, role: str, where: str) -> Any:
-    """Text, a list of text parts, or of a tool any object or list."""
+    """Text, a list of text parts, or of a tool whatever JSON holds."""
     if isinstance(content, str):
         return content
-    if isinstance(content, list) and all(
-        isinstance(p, str) or (isinstance(p, dict) and "type" in p) for p in content
-    ):
-        return [_part(part, f"{where}: content, part {i + 1}") for i, part in enumerate(content)]
-    if role == "tool" and isinstance(content, dict | list):
-        return content
+    if role == "tool" and not (content and is_parts(content)):
+        return content if content and isinstance(content, dict | list) else json.dumps(content)
+    parts = content if isinstance(content, list) else [None]
+    if all(isinstance(part, str) or (isinstance(part, dict) and "type" in part) for part in parts):
+        return [_part(part, f"{where}: content, part {i + 1}") for i, part in enumerate(parts)]
     raise InputError(f"{where}: content: expected text, got {content!r:.60}")
 
 
@@ -257,7 +291,7 @@ def no_assistant(turns: Sequence[Turn]) -> None:
 
 def with_system(row: Row, turns: list[Turn]) -> list[Turn]:
     """The turns behind the column `system`, where the row has one."""
-    if "system" not in row or not turns:
+    if not isinstance(row.get("system"), str) or not turns:
         return turns
     system = row.text("system")
     if not system.strip():
@@ -298,32 +332,32 @@ def _history(row: Row) -> list[Turn]:
     return turns
 
 
-def refuse_without_template(row: Row) -> None:
-    """Raises InputError where a row has turns that stand in front of a question, and no template to place them."""
-    for column in ("system", "history"):
-        if column in row and row.take(column):
-            raise InputError(
-                f"{column}: the model has no chat template that could place it: name one (--chat-template)"
-            )
-
-
 def template_variables(row: Row, tokenizer: Tokenizer) -> dict[str, Any]:
     """What the row gives the chat template beside messages: its tools, and its chat_template_kwargs."""
     row.rendered = True
-    variables = _keywords(row, tokenizer)
-    column = next((name for name in ("tools", "functions") if name in row), None)
+    variables = _keywords(row)
+    column = "tools" if "tools" in row else "functions" if isinstance(row.get("functions"), list) else None
     if column and "tools" in tokenizer.template_variables:
-        tools = from_json(row.take(column), column)
-        if tools is not None and not isinstance(tools, list):
-            raise InputError(f"{column}: expected a list of tools, or JSON text of one, got {tools!r:.60}")
-        tools = [from_json(tool, column) for tool in tools or []] if tools is not None else None
-        if column == "functions":
-            tools = [{"type": "function", "function": tool} for tool in tools or []]
-        variables["tools"] = tools
+        variables["tools"] = _tools(row.take(column), column)
     return variables
 
 
-def _keywords(row: Row, tokenizer: Tokenizer) -> dict[str, Any]:
+def _tools(cell: Any, column: str) -> list[Any] | None:
+    tools = from_json(cell, column)
+    if tools is None:
+        return None
+    if not isinstance(tools, list):
+        raise InputError(f"{column}: expected a list of tools, or JSON text of one, got {tools!r:.60}")
+    tools = [from_json(tool, column) for tool in tools]
+    if column == "tools":
+        return tools
+    bare = [isinstance(tool, dict) and "function" not in tool for tool in tools]
+    return [
+        {"type": "function", "function": t} if is_bare else t for t, is_bare in zip(tools, bare, strict=True)
+    ]
+
+
+def _keywords(row: Row) -> dict[str, Any]:
     column = "chat_template_kwargs"
     if column not in row:
         return {}
@@ -331,7 +365,6 @@ def _keywords(row: Row, tokenizer: Tokenizer) -> dict[str, Any]:
     if not isinstance(variables, dict | None):
         raise InputError(f"{column}: expected an object, or JSON text of one, got {variables!r:.60}")
     check_names(variables or {}, column)
-    row.ignored |= {f"{column}.{name}" for name in (variables or {}).keys() - tokenizer.template_variables}
     return dict(variables or {})
 
 

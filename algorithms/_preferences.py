@@ -8,7 +8,6 @@ Nothing is cut: half an answer is another answer, so what is longer than max_len
 """
 
 import json
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,11 +32,12 @@ from ._messages import (
     answered,
     asked,
     messages_in,
+    same_turn,
     says_something,
     talk_of,
     with_system,
 )
-from ._rows import Row, Tally, as_rows, read_rows
+from ._rows import Row, Tally, opened, read_rows
 
 Item = TypeVar("Item")
 
@@ -159,9 +159,8 @@ def _read_all(
     name: str,
     tokenizer: Tokenizer,
 ) -> tuple[list[Item], Tally]:
-    rows = as_rows(rows)
+    rows, counts = opened(rows, name)
     found: list[Item] = []
-    counts = Tally({"rows": len(rows), name: 0})
     for row in rows:
         try:
             items, dropped = read(row)
@@ -180,7 +179,9 @@ def _read_all(
 
 def _margin(row: Row) -> float:
     margin = row.take("margin") if "margin" in row else 0.0
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+    if (
+        isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) < 1e38
+    ):  # fp32's range
         raise InputError(f"margin: expected a number, got {margin!r:.60}")
     return float(margin)
 
@@ -211,9 +212,14 @@ def _prompt_and_answers(
         raise InputError(
             f"{' and '.join(columns)}: no prompt: expected a column for it, or a shared beginning"
         )
-    whole = [with_system(row, talk) for talk in talks]
+    whole = [with_system(row, [*talks[0][:shared], *talk[shared:]]) for talk in talks]
     shared += len(whole[0]) - len(talks[0])
+    for column, talk in zip(columns, whole, strict=True):
+        if talk[-1]["role"] != "assistant":
+            row.ignored.add(f"{column}: what stands behind the last answer")
     said = [talk_of(row, talk, tokenizer, shared) for talk in whole]
+    if not all(talk.trained for talk in said):
+        return [], [Completion([], []) for _ in said]
     prompt = said[0].ids(tokenizer, shared)
     return prompt, [_completion(talk, prompt, tokenizer) for talk in said]
 
@@ -234,12 +240,20 @@ def _conversation(row: Row, column: str, given: list[Turn]) -> list[Turn]:
             )
         return [*given, answered(value, column)]
     turns = messages_in([value] if isinstance(value, dict) else value, column)
-    return turns if turns[: len(given)] == given else [*given, *turns]
+    for start in range(len(turns)):  # the prompt, repeated; perhaps behind a system message
+        repeated = turns[start : start + len(given)]
+        if len(repeated) == len(given) > 0 and all(map(same_turn, repeated, given)):
+            return turns
+        if turns[start]["role"] not in ("system", "developer"):
+            break
+    return [*given, *turns]
 
 
 def _shared_turns(talks: Sequence[list[Turn]]) -> int:
     """How many messages all begin with, before a turn of the assistant in each."""
-    alike = len(list(takewhile(lambda turn: all(one == turn[0] for one in turn), zip(*talks, strict=False))))
+    alike = len(
+        list(takewhile(lambda turn: all(same_turn(one, turn[0]) for one in turn), zip(*talks, strict=False)))
+    )
     return next(
         (
             count
@@ -253,7 +267,7 @@ def _shared_turns(talks: Sequence[list[Turn]]) -> int:
 def _completion(talk: Talk, prompt: list[int], tokenizer: Tokenizer) -> Completion:
     """The tokens behind the prompt up to the end of the assistant's last turn, what others said in it unmasked."""
     own = [i for i in range(talk.given, len(talk.messages)) if talk.messages[i]["role"] == "assistant"]
-    if not talk.trained or not all(says_something(talk.messages[i]) for i in own):
+    if not all(says_something(talk.messages[i]) for i in own):
         return Completion([], [])
     messages = talk.messages[: talk.trained[-1] + 1]
     tokens, mask = tokenizer.encode_chat_with_mask(messages, turns=talk.trained, **talk.variables)

@@ -8,6 +8,7 @@ It reads the row's columns by name. What it writes is one of these:
     a text without              the prompt: for reinforcement learning, or beside the columns chosen and rejected
     a JSON list                 messages, each an object with a role: use `tojson` for their content
     a JSON object               a row of its own, of any shape
+    nothing                     no row: it is dropped and counted
 
 Columns that the template does not read stay in the row, as do those that a reward function takes. A ||| in a cell
 separates nothing. The template runs in the sandbox of chat templates; a column that no row has is an error, and so is
@@ -16,54 +17,73 @@ printing a cell that is null.
 Source: Bach et al. 2022, https://arxiv.org/abs/2202.01279, section 3
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import jinja2.meta
+from jinja2 import nodes
 
 from ..model.errors import InputError
 from ..model.template import sandbox
-from ._rows import Row
-from ._said import parse_object
+from ._rows import Row, without_nulls
+from ._said import dumped, parse_json
 
-SEPARATOR, MARK = "|||", "\ufdd2"  # a noncharacter stands for it while the template runs: no cell holds one
+SEPARATOR, MARK = "|||", "\ufdd2"  # a noncharacter stands for it while the template runs
 SHAPING = (  # columns that say what a row is: those of the file give way to what the template writes
     *("messages", "conversations", "prompt", "completion", "text", "question", "instruction", "instances"),
 )
 
 
+class Null(jinja2.Undefined):
+    """A cell that is null: it may be tested for, and printing it is an error."""
+
+    def __str__(self) -> str:
+        raise jinja2.TemplateError(f"'{self._undefined_name}' is null: test for it with {{% if ... %}}")
+
+
 def shaped(rows: Sequence[Row], file: Path) -> list[Row]:
-    """The rows that the template makes. Raises InputError naming the row for which it fails or writes nothing."""
+    """The rows that the template makes; an empty row where it writes nothing.
+
+    Raises InputError naming the row for which it fails.
+    """
+    template, names = _compiled(file)
+    columns = dict.fromkeys(column for row in rows for column in row)
+    nulls = {column: Null(name=column) for column in columns}
+    found = []
+    for row in rows:
+        cells = {name: without_nulls(cell) if row.from_arrow else cell for name, cell in row.items()}
+        try:
+            text = template.render(**{**nulls, **cells})
+            if MARK in dumped(cells):
+                raise InputError("a cell has the Unicode noncharacter U+FDD2")
+        except Exception as error:  # a template is a program: it may fail in any way
+            raise InputError(f"{row.where}: --row-template {file} fails: {error}") from error
+        found.append(_row(row, _cells(text, row.where, file), names & columns.keys()))
+    return found
+
+
+def _compiled(file: Path) -> tuple[jinja2.Template, set[str]]:
+    """The template, and the names that it reads."""
     try:
         source = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--row-template {file}: cannot be read: {error}") from error
-    environment = sandbox(undefined=jinja2.StrictUndefined, finalize=_printed)
+    environment = sandbox(undefined=jinja2.StrictUndefined, trim_blocks=False, lstrip_blocks=False)
     environment.globals |= {"zip": zip, "enumerate": enumerate}
+    environment.tests["none"] = lambda value: value is None or isinstance(value, Null)
     try:
         tree = environment.parse(source)
-        template = environment.from_string(source.replace(SEPARATOR, MARK))
+        for text in tree.find_all(nodes.TemplateData):  # not what stands inside of an expression
+            text.data = text.data.replace(SEPARATOR, MARK)
+        template = environment.from_string(tree)
     except jinja2.TemplateError as error:
         line = getattr(error, "lineno", "?")
         raise InputError(f"--row-template {file}: cannot be parsed: line {line}: {error}") from error
-    columns = dict.fromkeys(column for row in rows for column in row)
-    read = jinja2.meta.find_undeclared_variables(tree) & columns.keys()
-    found = []
-    for row in rows:
-        try:
-            text = template.render(**{**dict.fromkeys(columns), **row})
-        except Exception as error:  # a template is a program: it may fail in any way
-            raise InputError(f"{row.where}: --row-template {file} fails: {error}") from error
-        found.append(_row(row, _cells(text, row.where, file), read))
-    return found
-
-
-def _printed(value: Any) -> Any:
-    if value is None:
-        raise jinja2.TemplateError("it prints a cell that is null: test for it with {% if ... %}")
-    return value
+    loaded = {node.name for node in tree.find_all(nodes.Name) if node.ctx == "load"}
+    return template, jinja2.meta.find_undeclared_variables(tree) | (loaded & environment.globals.keys())
 
 
 def _cells(text: str, where: str, file: Path) -> dict[str, Any]:
@@ -72,19 +92,24 @@ def _cells(text: str, where: str, file: Path) -> dict[str, Any]:
         return {"prompt": parts[0], "completion": parts[1]}
     if len(parts) > 2:
         raise InputError(f"{where}: --row-template {file}: expected one {SEPARATOR}, got {len(parts) - 1}")
-    value = parse_object(parts[0]) if parts[0][:1] in ("[", "{") else None
-    if isinstance(value, dict):
-        return value
-    if isinstance(value, list) and all(isinstance(message, dict) for message in value):
-        return {"messages": value}
     if not parts[0]:
-        raise InputError(f"{where}: --row-template {file}: expected a prompt, messages or a row, got nothing")
+        return {}
+    value = parse_json(parts[0]) if parts[0][0] in "[{" else None
+    if isinstance(value, dict) and value:
+        return value
+    if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
+        return {"messages": value}
+    if value is None and re.match(r"\[\s*\{|\{\s*[\"']", parts[0]):
+        raise InputError(
+            f"{where}: --row-template {file}: expected JSON, got {parts[0]!r:.60}: write texts with `tojson`"
+        )
     return {"prompt": parts[0]}
 
 
 def _row(row: Row, cells: dict[str, Any], read: set[str]) -> Row:
-    kept = {name: cell for name, cell in row.items() if name not in read and name not in SHAPING}
+    kept = (
+        {name: cell for name, cell in row.items() if name not in (*read, *SHAPING, *cells)} if cells else {}
+    )
     made = Row(kept | cells, row.where, row.from_arrow)
-    made.original = row
-    made.used |= read
+    made.original, made.read, made.kept = row, read, kept.keys()
     return made

@@ -9,7 +9,7 @@ A reader takes what it uses of a row by `Row.take`. What no reader took of any r
 import gzip
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,21 +20,29 @@ from ..model.errors import InputError
 class Row(dict[str, Any]):
     """A row that knows its file and line, and keeps account of what was read of it.
 
-    original: what a reward function sees; another row than this one behind a row template.
+    original: the file's row, where a row template has made this one of it. read: the columns of that which the template
+    has read. kept: those that stand here as they were.
     """
 
     def __init__(self, cells: dict[str, Any], where: str, from_arrow: bool = False):
         super().__init__({name: cell for name, cell in cells.items() if cell is not None})
         self.where, self.from_arrow = where, from_arrow
-        self.original: dict[str, Any] = self
+        self.original: Row | None = None
+        self.read: Set[str] = frozenset()
+        self.kept: Set[str] = self.keys()
         self.used: set[str] = set()  # columns
         self.ignored: set[str] = set()  # what lies inside of a column that was read, and was not read itself
-        self.rendered = False  # by a chat template
         self.notes: Counter[str] = Counter()  # what happened to its turns
+        self.rendered = False  # by a chat template
+        self.read_variables: set[str] = set()  # of the chat template, which change what it renders
 
     def take(self, column: str) -> Any:
         """The cell, None where there is none; of parquet without the nulls that Arrow fills in."""
         self.used.add(column)
+        return self.plain(column)
+
+    def plain(self, column: str) -> Any:
+        """As `take`, without an account of it."""
         cell = self.get(column)
         return without_nulls(cell) if self.from_arrow else cell
 
@@ -45,6 +53,10 @@ class Row(dict[str, Any]):
 
     def columns(self) -> str:
         return ", ".join(self) or "(none)"
+
+    def of_file(self) -> "Row":
+        """The file's row, which reward functions see."""
+        return self if self.original is None else self.original
 
 
 class Tally(Counter[str]):
@@ -58,10 +70,14 @@ class Tally(Counter[str]):
         """Add what was noted of the rows. used: whether somebody else, a reward function, reads a column."""
         for row in rows:
             self.update(row.notes)
-        taken = {column for row in rows for column in row.used}
-        columns = dict.fromkeys(column for row in rows for column in row.original)
-        inside = sorted({name for row in rows for name in row.ignored})
-        self.unused = [name for name in columns if name not in taken and not used(name)] + inside
+        columns = dict.fromkeys(name for row in rows for name in row.of_file())
+        taken = {name for row in rows for name in (row.used & row.kept) | row.read}
+        written = dict.fromkeys(name for row in rows for name in row if name not in row.kept)
+        found = {name for row in rows for name in row.used - row.kept}
+        inside = {name for row in rows for name in row.ignored}
+        self.unused = [name for name in columns if name not in taken and not used(name)]
+        self.unused += [f"{name} (of the row template)" for name in written if name not in found]
+        self.unused += sorted(inside)
 
 
 def without_nulls(value: Any) -> Any:
@@ -74,16 +90,20 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def as_rows(rows: Sequence[dict[str, Any]]) -> list[Row]:
-    """Rows with nothing read of them yet; those of no file are named by their number."""
+def opened(rows: Sequence[dict[str, Any]], made: str) -> tuple[list[Row], Tally]:
+    """Rows with nothing read of them yet, those of no file named by their number; and an account of what is made."""
+    counts = Tally({"rows": len(rows), made: 0})
     fresh = []
     for i, row in enumerate(rows):
-        known = isinstance(row, Row)
-        fresh.append(Row(row, row.where if known else f"row {i + 1}", known and row.from_arrow))
-        if known:
-            fresh[-1].original = row.original
-            fresh[-1].used |= row.used if row.original is not row else set()
-    return fresh
+        one = Row(row, row.where if isinstance(row, Row) else f"row {i + 1}")
+        if isinstance(row, Row):
+            one.from_arrow = row.from_arrow
+            one.original, one.read, one.kept = row.original, row.read, row.kept
+        if one.original is not None and not one:
+            counts["dropped: the row template wrote nothing"] += 1
+        else:
+            fresh.append(one)
+    return fresh, counts
 
 
 # ---- files

@@ -41,10 +41,15 @@ class Said(NamedTuple):
 
 
 class Form(NamedTuple):
-    """How messages are to be changed, and how many turns lose their reasoning to later ones."""
+    """How messages are to be changed, and what the template makes of the rest.
 
-    changes: tuple[int, ...]  # one for each of FORMS
-    left_out: int = 0
+    changes: one for each of FORMS. dropped: turns whose reasoning is not rendered because others follow. unread: keys
+    that say nothing, as (message, path); without them the text is the same.
+    """
+
+    changes: tuple[int, ...]
+    dropped: int = 0
+    unread: tuple[tuple[int, str], ...] = ()
 
 
 class Unsaid(InputError):
@@ -57,32 +62,65 @@ class Unsaid(InputError):
 
 def all_said(
     messages: Sequence[Message], tokenizer: Tokenizer, variables: Mapping[str, Any], *, ask: bool
-) -> tuple[list[Message], int]:
-    """The messages in a form of which the chat template leaves nothing out, and how many turns lose their reasoning.
+) -> tuple[list[Message], Form]:
+    """The messages in a form of which the chat template leaves nothing out, and which form that is.
 
     Reasoning of earlier turns, which templates drop by design, may be missing. ask: for the generation prompt behind
     the last message. Raises Unsaid where something is left out, InputError where the template refuses every form.
     """
-    probe = json.dumps(_Marker().conversation(messages), default=repr)
+    probe = dumped(_Marker().conversation(messages))
     render = _renderer(tokenizer, variables)
     try:
-        form = _cached_form(tokenizer, probe, json.dumps(dict(variables), default=repr), ask)
+        form = _cached_form(tokenizer, probe, dumped(tokenizer.variables | dict(variables)), ask)
     except Unsaid:
         raise
-    except (
-        InputError
-    ):  # a template may refuse other words: then it is believed where it renders the real ones
+    except InputError:
+        # a template may refuse other words: then it is believed where it renders the real ones
         form = _first_form(messages, render, ask, replace=False)
     changed = _changed(messages, form.changes)
     wrong, _ = _lacks(changed, render, ask, replace=False)  # a template may look at words, too
     if wrong:
         raise Unsaid(wrong[0])
-    return changed, form.left_out
+    return changed, form
+
+
+def changes_text(
+    name: str, messages: Sequence[Message], tokenizer: Tokenizer, variables: Mapping[str, Any]
+) -> bool:
+    """Whether some value of a variable of the template changes its rendering of such a conversation."""
+    if name not in tokenizer.template_variables:
+        return False
+    probe = dumped(_Marker().conversation(messages))
+    return _cached_change(tokenizer, name, probe, dumped(tokenizer.variables | dict(variables)))
 
 
 @lru_cache(CACHED)
 def _cached_form(tokenizer: Tokenizer, probe: str, variables: str, ask: bool) -> Form:
     return _first_form(json.loads(probe), _renderer(tokenizer, json.loads(variables)), ask, replace=True)
+
+
+@lru_cache(CACHED)
+def _cached_change(tokenizer: Tokenizer, name: str, probe: str, variables: str) -> bool:
+    others = json.loads(variables)
+    given = [others.pop(name)] if name in others else []
+    for ask in (True, False):
+        texts = set()
+        for value in [*given, "zq", False, True, 1, ["zq"]]:
+            try:
+                texts.add(_renderer(tokenizer, others | {name: value})(json.loads(probe), ask))
+            except InputError:
+                texts.add("")
+            if len(texts) > 1:
+                return True
+    return False
+
+
+def dumped(value: Any) -> str:
+    """The value as JSON, what JSON does not know as its repr. Raises InputError where it is nested too deeply."""
+    try:
+        return json.dumps(value, ensure_ascii=False, default=repr)
+    except RecursionError as error:
+        raise InputError("nested too deeply to be read") from error
 
 
 def _renderer(tokenizer: Tokenizer, variables: Mapping[str, Any]) -> Render:
@@ -103,7 +141,7 @@ def _first_form(messages: Sequence[Message], render: Render, ask: bool, replace:
             refusal = refusal or error
             continue
         if not wrong:
-            return Form(changes, dropped)
+            return Form(changes, dropped, _unread(messages, changes, render, ask))
         least = wrong if not least or len(wrong) < len(least) else least
     if least:
         raise Unsaid(least[0])
@@ -119,15 +157,23 @@ def _lacks(messages: Sequence[Message], render: Render, ask: bool, replace: bool
     missing = [said for said in marker.said if not _stands(said, text)]
     dropped = [said for said in missing if _dropped_by_design(said, probe, render)]
     wrong = [said for said in missing if said not in dropped]
-    wrong += [said for said in marker.python if said.word in text]
+    if replace:  # these are no words of the messages' own
+        wrong += [said for said in marker.python if said.word in text]
     wrong += _nulls_written(probe, text, render, ask)
     return wrong, len({said.message for said in dropped})
 
 
 def _dropped_by_design(said: Said, probe: list[Message], render: Render) -> bool:
     """Whether a turn of the assistant loses this only because others follow."""
-    after = probe[said.message + 1 :]
-    if probe[said.message]["role"] != "assistant" or not after:
+    turn, after = probe[said.message], probe[said.message + 1 :]
+    if turn["role"] != "assistant" or not after:
+        return False
+    # gpt-oss takes what stands beside a call for its reasoning
+    if (
+        said.key not in REASONING
+        and not said.in_tags
+        and not (said.key == "content" and "tool_calls" in turn)
+    ):
         return False
     if said.in_tags and any(message["role"] == "user" for message in after):
         return True
@@ -147,6 +193,47 @@ def _nulls_written(probe: list[Message], text: str, render: Render, ask: bool) -
     except InputError:
         return []
     return [Said(nulls[0], "content", "None")] if text.count("None") > without.count("None") else []
+
+
+def _unread(
+    messages: Sequence[Message], changes: tuple[int, ...], render: Render, ask: bool
+) -> tuple[tuple[int, str], ...]:
+    """The keys without which the text is the same, beside those that say something: as (message, path)."""
+    places: dict[tuple[str, str], list[int]] = {}  # messages by role and path
+    for i, message in enumerate(messages):
+        for path in _further_paths(message):
+            places.setdefault((message["role"], path), []).append(i)
+    text = render(_changed(messages, changes), ask) if places else ""
+    unread = []
+    for (_, path), members in places.items():
+        without = [_without(m, path.split(".")) if i in members else m for i, m in enumerate(messages)]
+        try:
+            same = render(_changed(without, changes), ask) == text
+        except InputError:
+            same = False
+        unread += [(i, path) for i in members if same]
+    return tuple(unread)
+
+
+def _further_paths(message: Message) -> set[str]:
+    paths = {key for key in message.keys() - {"role", "content", "tool_calls"} if not _says(message, key)}
+    for call in message.get("tool_calls", []):
+        inner = call.get("function", call)
+        paths |= {f"tool_calls.{key}" for key in call.keys() - {"function", "name", "arguments", "type"}}
+        if inner is not call:
+            paths |= {f"tool_calls.function.{key}" for key in inner.keys() - {"name", "arguments"}}
+    if is_parts(message.get("content")):
+        paths |= {f"content.{key}" for part in message["content"] for key in part.keys() - {"type", "text"}}
+    return paths
+
+
+def _without(value: Any, path: Sequence[str]) -> Any:
+    """A copy of an object, or of a list of them, without what stands at the path."""
+    if isinstance(value, list):
+        return [_without(item, path) for item in value]
+    if len(path) == 1 or not isinstance(value, dict):
+        return {key: field for key, field in value.items() if key != path[0]}
+    return value | {path[0]: _without(value[path[0]], path[1:])} if path[0] in value else value
 
 
 def _stands(said: Said, text: str) -> bool:
@@ -170,7 +257,7 @@ class _Marker:
         for self.message, message in enumerate(messages):
             copy = dict(message)
             for self.key in SAYING:
-                if copy.get(self.key) is not None:
+                if self.key in copy and _says(message, self.key):
                     copy[self.key] = self._value(copy[self.key])
             marked.append(copy)
         return marked
@@ -182,9 +269,11 @@ class _Marker:
             return self._words(value)
         if is_parts(value):
             parts = [part | {"text": self._words(part["text"])} for part in value]
-            self._must_not_stand(*map(repr, parts), *map(json.dumps, parts))  # a template that takes no list
+            self._must_not_stand(*map(repr, parts), *map(dumped, parts))  # a template that takes no list
             return parts
-        return self._data(value)
+        data = self._data(value)
+        self._expect(dumped(data))  # as JSON
+        return data
 
     def _word(self) -> str:
         self.count += 1
@@ -213,12 +302,16 @@ class _Marker:
         inner = call.get("function", call)
         inner = inner | {"name": self._leaf(inner["name"])}
         arguments = inner.get("arguments")
-        if isinstance(arguments, str) and isinstance(parsed := parse_object(arguments), dict):
+        if isinstance(arguments, str) and isinstance(parsed := parse_json(arguments), dict | list):
             expected = len(self.said)
-            inner["arguments"] = json.dumps(self._data(parsed)) if self.replace else arguments
+            if self.replace:
+                # a text with quotes in it, which are escaped where it is encoded twice
+                data = self._data(parsed)
+                inner["arguments"] = dumped(
+                    [self._word(), data] if isinstance(data, list) or not data else data
+                )
             del self.said[expected:]  # the text itself has to be found, without further quotes
-            if parsed:
-                self.said.append(Said(self.message, self.key, inner["arguments"], exact=True))
+            self.said.append(Said(self.message, self.key, inner["arguments"], exact=True))
         elif arguments is not None:
             inner["arguments"] = self._data(arguments)
         return call | {"function": inner} if "function" in call else inner
@@ -226,7 +319,7 @@ class _Marker:
     def _data(self, value: Any) -> Any:
         """Objects and lists, which a template writes as JSON; Python's notation is that of one that expects text."""
         data = self._leaf(value)
-        if isinstance(data, dict | list) and repr(data) != json.dumps(data):
+        if isinstance(data, dict | list) and repr(data) != dumped(data):
             self._must_not_stand(repr(data))
         return data
 
@@ -244,7 +337,7 @@ class _Marker:
                 if self.replace
                 else value
             )
-            self._expect(json.dumps(value))
+            self._expect(dumped(value))
             return value
         self._expect(self._word() if self.replace else str(value).strip())
         return self.said[-1].word if self.replace else value
@@ -258,7 +351,14 @@ def is_parts(content: Any) -> TypeGuard[list[dict[str, Any]]]:
     return isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content)
 
 
-def parse_object(text: str) -> Any:
+def _says(message: Message, key: str) -> bool:
+    """Whether the key is one that says something; reasoning is text of the assistant."""
+    if key in ("content", "tool_calls"):
+        return message[key] is not None
+    return key in SAYING and message["role"] == "assistant" and isinstance(message[key], str)
+
+
+def parse_json(text: str) -> Any:
     """What a text is as JSON, None where it is none."""
     try:
         return json.loads(text)
@@ -276,8 +376,20 @@ def _wrapped(message: Message) -> Message:
     return message | {"content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
+def _written(message: Message) -> Message:
+    """What a tool answers, as JSON text."""
+    content = message.get("content")
+    if isinstance(content, dict | list) and not is_parts(content):
+        return message | {"content": json.dumps(content, ensure_ascii=False, default=repr)}
+    return message
+
+
+def _null_content(message: Message) -> Message:
+    return message | {"content": None} if "tool_calls" in message and not message.get("content") else message
+
+
 def _without_content(message: Message) -> Message:
-    if message.get("content", "") is not None:
+    if "tool_calls" not in message or message.get("content"):
         return message
     return {name: value for name, value in message.items() if name != "content"}
 
@@ -301,12 +413,12 @@ def _arguments(change: Callable[[Any], Any]) -> Change:
 
 
 def _parsed(arguments: Any) -> Any:
-    value = parse_object(arguments) if isinstance(arguments, str) else arguments
-    return value if isinstance(value, dict) else arguments
+    value = parse_json(arguments) if isinstance(arguments, str) else arguments
+    return value if isinstance(value, dict | list) else arguments
 
 
 def _dumped(arguments: Any) -> Any:
-    return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
+    return dumped(arguments) if isinstance(arguments, dict | list) else arguments
 
 
 def _as_it_is(message: Message) -> Message:
@@ -315,7 +427,8 @@ def _as_it_is(message: Message) -> Message:
 
 FORMS: tuple[tuple[Change, ...], ...] = (
     (_as_it_is, _joined, _wrapped),  # content in parts, or a text
-    (_as_it_is, _without_content, _empty_content),  # content that is null or absent, beside tool calls
+    (_as_it_is, _written),  # a tool's answer that is no text
+    (_as_it_is, _null_content, _without_content, _empty_content),  # beside tool calls
     (_as_it_is, _arguments(_parsed), _arguments(_dumped)),  # a call's arguments, an object or JSON text
 )
 

@@ -64,13 +64,6 @@ class ChatTemplate:
         names = jinja2.meta.find_undeclared_variables(self._tree)
         return frozenset(names - {"span_start", "span_end"} - ENVIRONMENT.globals.keys())
 
-    @cached_property
-    def keys(self) -> frozenset[str]:
-        """The keys that it reads of messages or of anything in them, for instance `tool_calls`."""
-        named = {node.attr for node in self._tree.find_all(nodes.Getattr)}
-        constants = {node.value for node in self._tree.find_all(nodes.Const) if isinstance(node.value, str)}
-        return frozenset(named | constants)
-
     def render(
         self, messages: Sequence[Message], variables: Mapping[str, Any], *, marks: bool = False
     ) -> str:
@@ -125,8 +118,9 @@ class GenerationBlock(jinja2.ext.Extension):
 
 def sandbox(**options: Any) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     """An environment for templates of strangers. options: jinja2.Environment's."""
+    trimmed = {"trim_blocks": True, "lstrip_blocks": True} | options
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, jinja2.ext.loopcontrols], **options
+        extensions=[GenerationBlock, jinja2.ext.loopcontrols], **trimmed
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception

@@ -138,11 +138,7 @@ class Tokenizer:
 
         continues: the text goes on where other tokens end, so a tokenizer that starts every text with a space does not.
         """
-        backend = self._continuing if continues else self.backend
-        try:
-            return backend.encode(text, add_special_tokens=False).ids
-        except TypeError:  # what the package raises for half of a surrogate pair
-            raise InputError(f"expected text in valid Unicode, got {text[:40]!a}") from None
+        return _encoding(self._continuing if continues else self.backend, text).ids
 
     def encode_text(self, text: str) -> list[int]:
         """A text from its beginning: one bos in front if the tokenizer wants it, also where the text spells it out."""
@@ -173,11 +169,6 @@ class Tokenizer:
             *(template.variables for template in (self._template, self._tools) if template)
         )
 
-    @property
-    def message_keys(self) -> frozenset[str]:
-        """The keys of messages that the chat template reads; others may be among them. Empty without a template."""
-        return frozenset().union(*(template.keys for template in (self._template, self._tools) if template))
-
     def encode_chat_with_mask(
         self, messages: Sequence[Message], *, turns: Collection[int] | None = None, **variables: Any
     ) -> tuple[list[int], list[bool]]:
@@ -198,8 +189,8 @@ class Tokenizer:
                 "its {% generation %} block must enclose every one"
             )
         if spans:
-            if len(wanted) < len(own):
-                spans = self._spans_of(wanted, own, spans, messages, text, variables)
+            of_turn = self._spans_of(own, spans, messages, variables)
+            spans = [span for turn in wanted for span in of_turn[turn]]
             spans = [self._with_end(text, span) for span in spans if span[0] < span[1]]
         else:
             spans = [self._turn_span(messages, i, text, variables) for i in wanted]
@@ -213,29 +204,24 @@ class Tokenizer:
 
     def _spans_of(
         self,
-        wanted: Sequence[int],
         own: Sequence[int],
         spans: Sequence[Span],
         messages: Sequence[Message],
-        text: str,
         variables: dict[str, Any],
-    ) -> list[Span]:
-        """The marked spans that belong to the turns `wanted` of the assistant's, which are `own`."""
-        if len(spans) == len(own):
-            return [spans[own.index(turn)] for turn in wanted]
-        starts = {}  # of each turn in the text: a turn may have several spans, reasoning and answer
+    ) -> dict[int, Sequence[Span]]:
+        """The marked spans of each of the assistant's turns `own`: reasoning and answer may have one each."""
+        if len(own) == 1:
+            return {own[0]: spans}
+        counts = [0]  # of the spans up to each turn
         for turn in own:
-            before = self._render(messages[:turn], True, variables)
-            if not text.startswith(before):
-                raise InputError(
-                    f"the chat template marks {len(spans)} spans in the {len(own)} assistant turns, so which are "
-                    f"of message {turn + 1} is not known"
-                )
-            starts[turn] = len(before)
-        found = []
-        for span in spans:
-            turn = max((turn for turn in own if starts[turn] <= span[0]), default=own[0])
-            found += [span] if turn in wanted else []
+            up_to = self._render(messages[: turn + 1], False, variables, marks=True)
+            counts.append(len(split_marks(up_to)[1]))
+        found = {turn: spans[counts[i] : counts[i + 1]] for i, turn in enumerate(own)}
+        if counts[-1] != len(spans) or not all(found.values()):
+            raise InputError(
+                f"the chat template marks {[len(of) for of in found.values()]} spans in the {len(own)} assistant "
+                "turns: its {% generation %} block must enclose every one"
+            )
         return found
 
     def _with_end(self, text: str, span: Span) -> Span:
@@ -259,7 +245,7 @@ class Tokenizer:
                 f"{name}: the chat template renders no answer behind its own generation prompt {prompt[-40:]!r}, "
                 f"so the mask cannot be exact; {WAY_OUT}"
             )
-        written = self.backend.encode(answered[len(prompt) :], add_special_tokens=False)
+        written = _encoding(self.backend, answered[len(prompt) :])
         added = self._spelled_out(written, answered, len(prompt))
         stops = [end for i, (_, end) in added if written.ids[i] in self.stop_ids]
         ends = stops[:1] or [end for i, (_, end) in added if self._added[written.ids[i]].special][-1:]
@@ -284,7 +270,7 @@ class Tokenizer:
 
         def read(origin: int) -> tuple[list[int], list[tuple[int, Span]]]:
             reader = self._continuing if origin else self.backend
-            encoding = reader.encode(text[origin:], add_special_tokens=False)
+            encoding = _encoding(reader, text[origin:])
             return encoding.ids, self._spelled_out(encoding, text, origin)
 
         pieces: list[tuple[int, list[int]]] = []
@@ -295,7 +281,7 @@ class Tokenizer:
             for i, (opens, closes) in added:
                 if i >= taken - 1 and closes <= boundary:
                     start, first, window = opens, i, self.backend
-            head = ids[:first] + window.encode(text[start:boundary], add_special_tokens=False).ids
+            head = ids[:first] + _encoding(window, text[start:boundary]).ids
             pieces.append((last, head[taken:]))
             last, taken = boundary, len(head)
             if ids[:taken] != head:
@@ -374,6 +360,13 @@ class Tokenizer:
         """tokenizer_config.json says so, or, where it is silent, tokenizer.json's post-processor does it."""
         setting = self.config.get("add_bos_token")
         return setting if setting is not None else self.backend.encode("").ids[:1] == [self.bos_id]
+
+
+def _encoding(backend: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+    try:
+        return backend.encode(text, add_special_tokens=False)
+    except TypeError:  # what the package raises for half of a surrogate pair
+        raise InputError(f"expected text in valid Unicode, got {text[:40]!a}") from None
 
 
 def _without_prefix_space(part: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -4,6 +4,8 @@ import json
 import random
 import re
 import string
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from burnish.algorithms._loop import report_counts
 from burnish.algorithms._preferences import judged_completions, preferences
 from burnish.algorithms._rewards import takes
 from burnish.algorithms._rows import read_rows
+from burnish.algorithms._said import Form
 from burnish.algorithms.sft import Config
 from burnish.model.errors import InputError
 from burnish.model.tokenizer import Tokenizer
@@ -381,21 +384,18 @@ def test_a_message_of_a_wrong_kind_is_refused_by_file_line_and_key(
     assert f"a.jsonl line 1: messages, message 2: {expected}" in str(error.value)
 
 
-def test_a_tools_answer_may_be_an_object(chat, make):
-    row = {"messages": [USER, CALL, {"role": "tool", "content": {"rain": [1, "x"]}}, ASSISTANT]}
-    with pytest.raises(
-        InputError, match=r"message 3 \(role 'tool'\): content: the chat template leaves it out"
-    ):
-        sft(chat, row)
-    dumping = make(
-        TEMPLATE.replace(
-            "{%- if m.content is string -%}{{- m.content -}}{%- endif -%}", "{{ m.content | tojson }}"
-        )
+@pytest.mark.parametrize(
+    "answer", [{"rain": [1, "x"]}, ["Oslo", "Bergen"], [{"type": "book"}], {}, [], [True], 7, False]
+)
+def test_a_tools_answer_may_be_anything(chat, make, answer):
+    """It is written as JSON, by the template or for it."""
+    row = {"messages": [USER, CALL, {"role": "tool", "content": answer}, ASSISTANT]}
+    writing = TEMPLATE.replace(
+        "{%- if m.content is string -%}{{- m.content -}}{%- endif -%}",
+        "{{ m.content | tojson if m.role == 'tool' and m.content is not string else m.content }}",
     )
-    assert (
-        '{"rain": [1, "x"]}'
-        in sft(dumping, row | {"messages": [*row["messages"][2:3], USER, ASSISTANT]})[0][0]
-    )
+    for tokenizer in (chat, make(writing)):
+        assert turn("tool", json.dumps(answer)) in sft(tokenizer, row)[0][0]
 
 
 # ---- which turns are trained
@@ -439,7 +439,7 @@ def test_an_empty_turn_and_an_empty_completion_are_both_not_trained_and_counted(
     blank = {"role": "assistant", "content": empty}
     examples, counts = sft_examples([{"messages": [USER, blank, USER, ASSISTANT]}], chat, max_length=4096)
     assert texts(chat, examples)[0][1] == "an answer<|im_end|>"
-    assert counts["turns of the assistant without text, not trained"] == 1
+    assert counts["turns of the assistant without text"] == 1
     rows = [{"messages": [USER, blank]}, ROWS["messages"], {"messages": [USER, CALL]}]
     _, counts = sft_examples(rows, chat, max_length=4096)
     assert counts["dropped: no token to train on"] == 1 and counts["examples"] == 2
@@ -564,14 +564,215 @@ def test_history_is_earlier_turns(chat):
             sft(chat, row | {"history": wrong})
 
 
-@pytest.mark.parametrize("more", [{"system": "s"}, {"history": [["d", "e"]]}])
-def test_a_base_model_refuses_what_it_cannot_place(make, more):
-    base = make(None)
-    row = {"instruction": "b", "output": "c"}
-    (name,) = more
-    with pytest.raises(InputError, match=f"row 1: {name}: the model has no chat template"):
-        sft(base, row | more)
-    assert sft(base, row | {name: ""}) == sft(base, row)
+@pytest.mark.parametrize("more", [{"system": "s"}, {"history": [["d", "e"]]}, {"tools": TOOLS}])
+def test_a_base_model_names_what_it_cannot_place(make, more):
+    base, row = make(None), {"instruction": "b", "output": "c"}
+    assert read("sft", [row | more], base).unused == list(more)
+    assert sft(base, row | more) == sft(base, row)
+
+
+def test_a_system_column_that_is_no_text_is_named(chat):
+    assert read("sft", [ROWS["messages"] | {"system": {"os": 1}}], chat).unused == ["system"]
+
+
+# ---- what is read is found by looking at the text
+
+
+def test_keys_that_a_template_does_not_read_are_named_wherever_they_stand(chat, make):
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}, "result": 2}}
+    messages = [
+        USER | {"name": "Bob", "content": [{"type": "text", "text": "hi", "annotations": 1}]},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        RESULT | {"name": "f"},
+        ASSISTANT | {"analysis": {"lang": "en"}},
+    ]
+    found = read("sft", [{"messages": messages}], chat).unused
+    inside = ["content.annotations", "name", "tool_calls.function.result", "tool_calls.id"]
+    assert found == [f"messages.{name}" for name in ["analysis", *inside]]
+    naming = make(
+        TEMPLATE.replace("{{- '<|im_start|>' + m.role", "{{- '<|im_start|>' + (m.name or '') + m.role")
+    )
+    assert "messages.name" not in read("sft", [{"messages": messages}], naming).unused
+    of_tools = make(TEMPLATE.replace("+ m.role", "+ m.role + (m.name if m.role == 'tool' else '')"))
+    assert "messages.name" in read("sft", [{"messages": messages}], of_tools).unused  # the user's
+
+
+def test_variables_that_a_template_sets_itself_are_not_read(make, folder, tmp_path):
+    setting = (
+        "{%- for m in messages -%}{%- set mood = m.role -%}{%- if mood == '' -%}x{%- endif -%}{%- endfor -%}"
+    )
+    own = make(setting + TEMPLATE.replace("mood", "calm"))
+    row = ROWS["messages"] | {"chat_template_kwargs": {"mood": "x", "calm": "y", "noise": "z"}}
+    assert read("sft", [row], own).unused == ["chat_template_kwargs.mood", "chat_template_kwargs.noise"]
+    (tmp_path / "own.jinja").write_text(own.chat_template)
+    cfg = Config(
+        folder, tmp_path, chat_template=str(tmp_path / "own.jinja"), chat_template_kwargs='{"mood": 1}'
+    )
+    with pytest.raises(InputError, match="--chat-template-kwargs: 'mood' changes nothing"):
+        sft(load_tokenizer(cfg), ROWS["messages"])
+
+
+def test_a_variable_counts_as_read_whatever_its_value(make):
+    off = make(
+        TEMPLATE + "{% if add_generation_prompt and think is defined and think is false %}no{% endif %}"
+    )
+    for value in (True, False, None, "x"):
+        row = {"messages": [USER], "chat_template_kwargs": {"think": value}}
+        assert read("prompts", [row], off).unused == []
+
+
+# ---- words that look like something else
+
+
+@pytest.mark.parametrize("quoted", ["{'city': 'Oslo'}", "{'a': 1}", '{"city": "Oslo"}', "None", "['x']"])
+def test_a_text_may_quote_any_notation(chat, quoted):
+    talk = [
+        {"role": "user", "content": f"call it with {quoted}"},
+        CALL,
+        {"role": "tool", "content": {"a": 1}},
+        ASSISTANT,
+    ]
+    assert quoted in sft(chat, {"messages": talk})[0][0]
+
+
+@pytest.mark.parametrize(
+    "arguments, written",
+    [
+        ("{}", "{}"),
+        ({}, "{}"),
+        (" ", "{}"),
+        (None, "{}"),
+        ("[1, 2]", "[1, 2]"),
+        ('{"a": true}', '{"a": true}'),
+    ],
+)
+def test_arguments_are_encoded_once_whatever_they_hold(chat, make, arguments, written):
+    adding = make(
+        TEMPLATE.replace("{{- call.function.arguments | tojson -}}", "{{- call.function.arguments + '' -}}")
+    )
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    row = {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]}
+    for tokenizer in (chat, adding):
+        assert f"<call>f{written}<|im_end|>" in sft(tokenizer, row)[0][0]
+
+
+def test_functions_that_are_tools_already_stay_as_they_are(chat):
+    assert sft(chat, ROWS["messages"] | {"functions": TOOLS}) == sft(
+        chat, ROWS["messages"] | {"tools": TOOLS}
+    )
+    assert read("sft", [ROWS["messages"] | {"functions": "none"}], chat).unused == ["functions"]
+
+
+@pytest.mark.parametrize(
+    "message, expected",
+    [
+        ({"from": "gpt", "value": "a", "content": "b"}, "expected 'value' or 'content', got both"),
+        (CALL | {"function_call": {"name": "g"}}, "expected 'tool_calls' or 'function_call', got both"),
+        ({"from": "gpt", "value": None}, "content: expected text, got null"),
+    ],
+)
+def test_what_is_said_twice_is_refused(chat, message, expected):
+    with pytest.raises(InputError, match=f"row 1: messages, message 2: {expected}"):
+        sft(chat, {"messages": [USER, message]})
+
+
+def test_a_null_content_is_found_for_a_template_that_asks_for_one(make, tmp_path):
+    asking = make(
+        TEMPLATE.replace(
+            "for call in m.tool_calls", "for call in (m.tool_calls if m.content is none else [])"
+        )
+    )
+    for content in ({"content": None}, {"content": ""}, {}):
+        message = {key: value for key, value in CALL.items() if key != "content"} | content
+        assert "<call>weather" in sft(asking, {"messages": [USER, message]})[0][0]
+
+
+def test_only_reasoning_may_be_dropped_from_earlier_turns(make):
+    last = make(
+        TEMPLATE.replace(
+            "m.content is string", "m.content is string and (loop.last or m.role != 'assistant')"
+        )
+    )
+    talk = [USER, ASSISTANT | {"content": "important"}, USER]
+    with pytest.raises(
+        InputError, match=r"message 2 \(role 'assistant'\): content: the chat template leaves it out"
+    ):
+        rl_prompts([{"prompt": talk}], last, max_length=4096)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [datetime(2026, 1, 2), b"x", Decimal("1.5"), {"a": datetime(2026, 1, 2)}],
+    ids=["day", "bytes", "decimal", "in"],
+)
+def test_what_json_does_not_know_is_refused_in_a_sentence(chat, arguments):
+    call = {"function": {"name": "f", "arguments": {"x": arguments}}}
+    with pytest.raises(InputError, match="row 1: the chat template refuses the conversation: Object of type"):
+        sft(chat, {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]})
+
+
+def test_what_is_nested_too_deeply_and_half_a_character_are_refused(chat):
+    deep: dict = {}
+    for _ in range(3000):
+        deep = {"a": deep}
+    call = {"function": {"name": "f", "arguments": deep}}
+    for row in (
+        {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]},
+        ROWS["messages"] | {"tools": [deep]},
+        ROWS["messages"] | {"chat_template_kwargs": {"mood": deep}},
+        {"messages": [USER, ASSISTANT | {"content": "x \ud83d"}]},
+    ):
+        with pytest.raises(InputError, match="row 1: "):
+            sft(chat, row)
+
+
+def test_rows_without_anything_to_train_are_counted_not_refused(make, chat):
+    asking = make("{{ messages[0].content }}" + TEMPLATE)
+    for empty in ({"messages": []}, {"messages": [{"role": "system", "content": "s"}]}):
+        _, counts = sft_examples([empty, ROWS["messages"]], asking, max_length=4096)
+        assert counts["dropped: no token to train on"] == 1 and counts["examples"] == 1
+    user = USER | {"analysis": {"lang": "en"}, "weight": 3}
+    assert read("sft", [{"messages": [user, ASSISTANT]}], chat).unused == [
+        "messages.analysis",
+        "messages.weight of 'user'",
+    ]
+
+
+# ---- preferences
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        [USER | {"timestamp": 1}],
+        [USER | {"content": "a question "}],
+        [{"role": "user", "content": PARTS}],
+        [{"role": "system", "content": "s"}, USER],
+    ],
+)
+def test_a_prompt_that_the_answers_repeat_stands_once(chat, first):
+    row = {
+        "prompt": "a question",
+        "chosen": [*first, ASSISTANT],
+        "rejected": [*first, ASSISTANT | {"content": "no"}],
+    }
+    ((pair,), _) = preferences([row], chat, max_length=4096)
+    assert chat.decode(pair.prompt, False).count("<|im_start|>user") == 1
+    row["rejected"] = [*first[:-1], USER, ASSISTANT | {"content": "no"}]
+    assert len(preferences([row | {"prompt": None}], chat, max_length=4096)[0]) == 1
+
+
+def test_what_stands_behind_the_last_answer_is_named(chat):
+    row = {"chosen": [USER, ASSISTANT, USER], "rejected": [USER, ASSISTANT | {"content": "no"}]}
+    assert read("preferences", [row], chat).unused == ["chosen: what stands behind the last answer"]
+
+
+def test_the_line_of_columns_is_one_line(chat, capsys):
+    row = ROWS["messages"] | {f"k{i}\x1b[31m\n": 1 for i in range(3000)}
+    report_counts(Path("rows.jsonl"), read("sft", [row], chat))
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) == 2 and "\x1b" not in printed and len(printed) < 1000
+    assert printed.endswith(" and 2970 more\n")
 
 
 # ---- planted faults: each must be caught by the test beside it
@@ -598,7 +799,12 @@ FAULTS = {
     "history left behind": (_messages, "_history", lambda row: [], "history"),
     "any content taken": (_messages, "_content", lambda content, role, where: content, "content"),
     "any role taken": (_data, "no_assistant", lambda turns: None, "role"),
-    "nothing has to be said": (_messages, "all_said", lambda messages, *_, **__: (list(messages), 0), "role"),
+    "nothing has to be said": (
+        _messages,
+        "all_said",
+        lambda messages, *_, **__: (list(messages), Form((0,))),
+        "role",
+    ),
 }
 
 

@@ -96,10 +96,16 @@ def test_templates_of_promptsource(shaped):
     "template, message",
     [
         ("{{ premis }} ||| x", "line 1: --row-template .*shape.jinja fails: 'premis' is undefined"),
-        ("{{ extra }} ||| x", "line 1: --row-template .*fails: it prints a cell that is null"),
+        ("{{ extra }} ||| x", "line 1: --row-template .*fails: 'extra' is null"),
         ("{{ premise.__class__.__mro__ }}", "line 1: .*unsafe"),
         ("{{ premise }}|||a|||b", r"line 1: .*expected one \|\|\|, got 2"),
-        ("  ", "line 1: .*expected a prompt, messages or a row, got nothing"),
+        ("{{ 'q' ~ extra }}", "line 1: .*fails: 'extra' is null"),
+        ("{{ extra | upper }}", "line 1: .*fails: 'extra' is null"),
+        ("{{ [premise, extra] | join }}", "line 1: .*fails: 'extra' is null"),
+        (
+            '[{"role": "user", "content": "{{ premise }}"x}]',
+            "line 1: .*expected JSON, got .*write texts with `tojson`",
+        ),
         ("{% if %}", "shape.jinja: cannot be parsed: line 1"),
         ("{{ 1 // label }}", "line 1: .*fails: .*by zero"),
     ],
@@ -107,6 +113,63 @@ def test_templates_of_promptsource(shaped):
 def test_a_template_that_fails_names_the_row(shaped, template, message):
     with pytest.raises(InputError, match=message):
         shaped(template, [ROWS[0] | {"extra": None}, ROWS[1] | {"extra": "x"}])
+
+
+def test_what_is_null_may_be_tested(shaped):
+    rows = [{"a": 1, "b": None}, {"a": 2, "b": "x"}]
+    for test in ("b", "b is not none", "b is defined"):
+        template = f"{{% if {test} %}}{{{{ b }}}}{{% else %}}{{{{ a }}}}{{% endif %}}|||y"
+        assert [row["prompt"] for row in shaped(template, rows)] == ["1", "x"]
+
+
+def test_a_row_for_which_nothing_is_written_is_dropped_and_counted(shaped, chat):
+    rows = shaped("{% if label %}{{ premise }}|||{{ hypothesis }}{% endif %}")
+    examples, counts = sft_examples(rows, chat, max_length=100)
+    assert (
+        len(examples) == 1 and counts["dropped: the row template wrote nothing"] == 1 and counts["rows"] == 2
+    )
+    assert sft_examples(rows[::-1], chat, max_length=100)[1] == counts
+    prompts, counts = rl_prompts(rows, chat, max_length=100)
+    assert len(prompts) == 1 and counts["dropped: the row template wrote nothing"] == 1
+
+
+def test_columns_are_told_apart_from_those_that_the_template_writes(shaped, chat):
+    row = {"prompt": "p", "completion": "c", "a": "x", "b": "y"}
+    assert sft_examples(shaped("{{ a }}|||{{ b }}", [row]), chat, max_length=9)[1].unused == [
+        "prompt",
+        "completion",
+    ]
+    written = '{"prompt": "p", "completion": "c", "sytem": "s"}'
+    unused = sft_examples(shaped(written + "{# {{ a }} #}", [row]), chat, max_length=9)[1].unused
+    assert unused == ["prompt", "completion", "a", "b", "sytem (of the row template)"]
+    unused = rl_prompts(shaped("{{ a }}|||{{ b }}", [row]), chat, max_length=9)[1].unused
+    assert unused == ["prompt", "completion", "completion (of the row template)"]
+    assert sft_examples(shaped("{{ range }}|||x", [{"range": "q"}]), chat, max_length=9)[1].unused == []
+
+
+def test_cells_and_expressions_may_hold_the_separator(shaped):
+    rows = [{"a": "one ||| two"}]
+    assert shaped("{{ a.split('|||')[1] }}|||x", rows)[0]["prompt"] == "two"
+    with pytest.raises(InputError, match=r"line 1: .*U\+FDD2"):
+        shaped("{{ a }}|||x", [{"a": "\ufdd2"}])
+
+
+def test_lines_stay_as_jinja_leaves_them(shaped):
+    assert (
+        shaped("Q: {{ a }}\n{% if a %}\nhint\n{% endif %}\nA:", [{"a": "x"}])[0]["prompt"]
+        == "Q: x\n\nhint\n\nA:"
+    )
+
+
+def test_nulls_of_parquet_do_not_reach_the_template(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{"m": {"a": 1}}, {"m": {"b": 2}}]), tmp_path / "a.parquet"
+    )
+    (tmp_path / "shape.jinja").write_text("{{ m | tojson }}|||x")
+    rows = read_rows(tmp_path / "a.parquet", tmp_path / "shape.jinja")
+    assert [row["prompt"] for row in rows] == ['{"a": 1}', '{"b": 2}']
 
 
 def test_a_template_that_is_no_file(shaped, tmp_path):

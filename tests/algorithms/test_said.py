@@ -60,8 +60,8 @@ def check(tokenizer, messages=TALK, module=_said):
 
 
 def test_a_template_that_says_all_is_believed(make):
-    messages, left_out = check(make(TEMPLATE))
-    assert messages == TALK and left_out == 1  # reasoning of the turn that is not the last
+    messages, form = check(make(TEMPLATE))
+    assert messages == TALK and form == ((0, 0, 0, 0), 1, ())  # reasoning of the turn that is not the last
 
 
 def outputs() -> list[str]:
@@ -125,7 +125,7 @@ def test_a_template_that_refuses_other_words_is_asked_with_the_real_ones(make):
     answer = "m.content if m.content in ('yes', 'no') else raise_exception('what?')"
     strict = make(f"{{% for m in messages %}}{{{{ {answer} }}}}{{% endfor %}}")
     talk = [{"role": "user", "content": "yes"}, {"role": "assistant", "content": "no"}]
-    assert check(strict, talk) == (talk, 0)
+    assert check(strict, talk) == (talk, ((0, 0, 0, 0), 0, ()))
     half = make(strict.chat_template.replace("for m in messages", "for m in messages[1:]"))
     with pytest.raises(Unsaid) as error:
         check(half, talk)
@@ -185,6 +185,12 @@ def said_words(turns: list[dict]) -> tuple[set[str], set[str]]:
     return every, may_miss
 
 
+def named_words(turns: list[dict], unused: list[str]) -> set[str]:
+    """Those of keys that the printed line names: what others than the assistant are said to think."""
+    keys = [name.removeprefix("messages.") for name in unused]
+    return {turn[key] for turn in turns if turn["role"] != "assistant" for key in keys if key in turn}
+
+
 def holds(tokenizer: Tokenizer, turns: list[dict]) -> bool:
     """Whether a conversation was read, and then all that it says stands in the text."""
     try:
@@ -194,7 +200,7 @@ def holds(tokenizer: Tokenizer, turns: list[dict]) -> bool:
         return False
     text = tokenizer.decode(examples[0].tokens, False)
     every, may_miss = said_words(turns)
-    missing = {one for one in every if one not in text}
+    missing = {one for one in every if one not in text} - named_words(turns, counts.unused)
     assert missing <= may_miss, f"{missing - may_miss} of {turns}\n{text}"
     assert not missing or counts["turns whose reasoning the chat template drops, as others follow"]
     assert "{'" not in text and "None" not in text, f"Python's notation: {turns}\n{text}"
@@ -240,7 +246,7 @@ def copy_of(folder: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str) -
 
 
 def believes(module: ModuleType, make) -> None:
-    assert check(make(TEMPLATE), module=module) == (TALK, 1)
+    assert check(make(TEMPLATE), module=module) == (TALK, ((0, 0, 0, 0), 1, ()))
 
 
 def misses_what_is_taken_out(module: ModuleType, make) -> None:
@@ -297,7 +303,7 @@ FAULTS = [
         the_same_word_elsewhere,
     ),
     ("words believed", "raise Unsaid(wrong[0])\n    return", "pass\n    return", misses_words),
-    ("none may drop", 'probe[said.message]["role"] != "assistant" or not after', "True", believes),
+    ("none may drop", 'turn["role"] != "assistant" or not after', "True", believes),
     (
         "all may drop",
         '"assistant" or not after:\n        return False',

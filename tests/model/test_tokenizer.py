@@ -193,7 +193,7 @@ def test_a_template_for_tools_is_taken_where_tools_are_given(folder, tmp_path):
     for tokenizer in (first, Tokenizer.load(tmp_path / "saved")):
         assert tokenizer.render_chat([USER]) == tokenizer.render_chat([USER], tools=None) == "plain"
         assert tokenizer.render_chat([USER], tools=[1]) == "tools [1]  "
-        assert tokenizer.template_variables >= {"tools", "date"} and "name" in tokenizer.message_keys
+        assert tokenizer.template_variables >= {"tools", "date"}
     (tmp_path / "own.jinja").write_text("own")
     assert Tokenizer.load(folder, tmp_path / "own.jinja").render_chat([USER], tools=[1]) == "own"
 
@@ -284,6 +284,26 @@ def test_one_end_token_behind_a_mark_is_trained_and_no_second(make):
     assert trained(make(twice, eos="<|endoftext|>"), CONVERSATION)[0] == "It is 4.<|im_end|>"
     inside = "{% generation %}4<|im_end|>\n{% endgeneration %}<|endoftext|>"
     assert trained(make(inside, stop_ids=[0]), TALK[1:2]) == ["4<|im_end|>\n"]
+
+
+def test_marked_spans_belong_to_the_turn_in_which_they_stand(make):
+    """Reasoning and answer have one each; a turn that has none is refused, whatever the sum."""
+    inner = "{% if m.why %}{% generation %}{{ m.why }}{% endgeneration %} {% endif %}"
+    answer = "{% if m.quiet %}{{ m.content }}{% else %}{% generation %}{{ m.content }}{% endgeneration %}{% endif %}"
+    two = MARKED.replace("{% generation %}{{ m.content }}{% endgeneration %}", inner + answer)
+    talk = [
+        USER,
+        {"role": "assistant", "content": "4", "why": "hm"},
+        USER,
+        {"role": "assistant", "content": "5"},
+    ]
+    assert trained(make(two), talk) == ["hm", "4<|im_end|>", "5<|im_end|>"]
+    assert trained(make(two), talk, turns=[1]) == ["hm", "4<|im_end|>"]
+    assert trained(make(two), talk, turns=[3]) == ["5<|im_end|>"]
+    talk[3]["quiet"] = True
+    for turns in ([1], [3], None):
+        with pytest.raises(InputError, match=r"marks \[2, 0\] spans in the 2 assistant turns"):
+            make(two).encode_chat_with_mask(talk, turns=turns)
 
 
 def test_marks_are_taken_as_they_are(make):
