@@ -8,6 +8,7 @@ from ..model.errors import InputError
 from ..model.template import OWN_NAMES
 from ..model.tokenizer import Tokenizer
 from ._messages import check_names, from_json
+from ._said import changes_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,9 @@ def load_tokenizer(cfg: Any) -> Tokenizer:
         raise InputError(f"{flag}: the model has no chat template to read it: name one (--chat-template)")
     check_names(variables, flag)
     if unread := sorted(variables.keys() - tokenizer.template_variables):
-        known = ", ".join(sorted(tokenizer.template_variables - OWN_NAMES)) or "none"
+        asked = [{"role": "user", "content": "Hello"}]
+        names = sorted(tokenizer.template_variables - OWN_NAMES)
+        known = ", ".join(name for name in names if changes_text(name, asked, tokenizer, {})) or "none"
         raise InputError(f"{flag}: the chat template reads no variable '{unread[0]:.60}'; it reads {known}")
     tokenizer.variables = variables
     return tokenizer

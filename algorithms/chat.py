@@ -20,6 +20,7 @@ from ..model.generate import stream
 from ..model.tokenizer import Message, Tokenizer
 from ..model.transformer import Transformer
 from ._command import run_command
+from ._data import check_rendered
 from ._flags import TemplateFlags, load_tokenizer
 from ._loop import default_device
 from ._messages import messages_in, prompt_of
@@ -81,13 +82,15 @@ def _checked_opening(cfg: Config, tokenizer: Tokenizer, opening: list[Message]) 
         raise InputError("--tools: the chat template reads none")
     else:
         row = Row({"tools": read_tools(cfg.tools)}, f"--tools {cfg.tools}")
-    if not opening and cfg.tools is None:
+    if not opening and cfg.tools is None and not tokenizer.variables:
         return {}
     try:
         turns = messages_in([*opening, {"role": "user", "content": "Hello"}], "messages")
-        return prompt_of(row, turns, tokenizer).variables
+        variables = prompt_of(row, turns, tokenizer).variables
     except InputError as error:
         raise InputError(f"--{flag}: {error}") from error
+    check_rendered([row], tokenizer)
+    return variables
 
 
 def read_tools(file: Path) -> str:

@@ -608,8 +608,27 @@ def test_variables_that_a_template_sets_itself_are_not_read(make, folder, tmp_pa
     cfg = Config(
         folder, tmp_path, chat_template=str(tmp_path / "own.jinja"), chat_template_kwargs='{"mood": 1}'
     )
-    with pytest.raises(InputError, match="--chat-template-kwargs: 'mood' changes nothing"):
-        sft(load_tokenizer(cfg), ROWS["messages"])
+    with pytest.raises(
+        InputError, match="--chat-template-kwargs: the chat template reads no variable 'mood'"
+    ):
+        load_tokenizer(cfg)
+
+
+def test_a_variable_of_vendors_templates_that_changes_nothing_is_refused(folder, tmp_path, shared_data):
+    """Jinja's own list of what a template reads has names in it that the template sets first."""
+    file = shared_data / "chat_templates" / "qwen3.jinja"
+    for name, works in {"enable_thinking": True, "content": False, "reasoning_content": False}.items():
+        cfg = Config(folder, tmp_path, chat_template=str(file), chat_template_kwargs=json.dumps({name: True}))
+        tokenizer = load_tokenizer(cfg)
+        assert name in tokenizer.template_variables
+        if works:
+            sft(tokenizer, ROWS["messages"])
+            continue
+        with pytest.raises(InputError, match=f"--chat-template-kwargs: '{name}' changes nothing"):
+            sft(tokenizer, ROWS["messages"])
+    cfg = Config(folder, tmp_path, chat_template=str(file), chat_template_kwargs='{"thinking": true}')
+    with pytest.raises(InputError, match="reads no variable 'thinking'; it reads enable_thinking, tools"):
+        load_tokenizer(cfg)
 
 
 def test_a_variable_counts_as_read_whatever_its_value(make):
