@@ -189,7 +189,7 @@ class Tokenizer:
                 "its {% generation %} block must enclose every one"
             )
         if spans:
-            of_turn = self._spans_of(own, spans, messages, variables)
+            of_turn = self._spans_of(wanted, own, spans, messages, text, variables)
             spans = [span for turn in wanted for span in of_turn[turn]]
             spans = [self._with_end(text, span) for span in spans if span[0] < span[1]]
         else:
@@ -204,20 +204,33 @@ class Tokenizer:
 
     def _spans_of(
         self,
+        wanted: Sequence[int],
         own: Sequence[int],
         spans: Sequence[Span],
         messages: Sequence[Message],
+        text: str,
         variables: dict[str, Any],
-    ) -> dict[int, Sequence[Span]]:
-        """The marked spans of each of the assistant's turns `own`: reasoning and answer may have one each."""
-        if len(own) == 1:
-            return {own[0]: spans}
-        counts = [0]  # of the spans up to each turn
-        for turn in own:
-            up_to = self._render(messages[: turn + 1], False, variables, marks=True)
-            counts.append(len(split_marks(up_to)[1]))
-        found = {turn: spans[counts[i] : counts[i + 1]] for i, turn in enumerate(own)}
-        if counts[-1] != len(spans) or not all(found.values()):
+    ) -> dict[int, list[Span]]:
+        """The marked spans of each of the assistant's turns `own`: reasoning and answer may have one each.
+
+        Raises InputError where a turn has none, unless the template writes what stands before it otherwise once it
+        follows, and all turns are wanted: then they only change places.
+        """
+        starts, exact = {own[0]: 0}, True  # where what stands before each turn ends
+        for turn in own[1:]:
+            before = self._render(messages[:turn], True, variables)
+            starts[turn] = _shared(before, text)
+            # what it renders otherwise once the turn is there may be no more than the generation prompt
+            exact &= starts[turn] >= _shared(before, self._render(messages[:turn], False, variables))
+        found: dict[int, list[Span]] = {turn: [] for turn in own}
+        for begin, end in spans:  # a mark may begin within the generation prompt
+            found[max(turn for turn in own if starts[turn] < max(end, begin + 1))].append((begin, end))
+        if not exact and len(wanted) < len(own):
+            raise InputError(
+                "the chat template writes earlier turns otherwise once others follow, so which marks are of the turns "
+                "to be trained is not known"
+            )
+        if exact and not all(found.values()):
             raise InputError(
                 f"the chat template marks {[len(of) for of in found.values()]} spans in the {len(own)} assistant "
                 "turns: its {% generation %} block must enclose every one"
@@ -360,6 +373,13 @@ class Tokenizer:
         """tokenizer_config.json says so, or, where it is silent, tokenizer.json's post-processor does it."""
         setting = self.config.get("add_bos_token")
         return setting if setting is not None else self.backend.encode("").ids[:1] == [self.bos_id]
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters both begin with."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
 
 
 def _encoding(backend: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
