@@ -33,12 +33,8 @@ SHAREGPT_ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
-NOT_TRAINED = (
-    "system",
-    "developer",
-    "user",
-    "tool",
-)  # roles that need no explanation where nothing is trained
+# roles that need no explanation where nothing is trained
+NOT_TRAINED = ("system", "developer", "user", "tool")
 FLAGS = ("weight", "train")  # of a turn: what the loss reads
 
 

@@ -47,11 +47,13 @@ class Row(dict[str, Any]):
         return without_nulls(cell) if self.from_arrow else cell
 
     def text(self, column: str) -> str:
+        """The cell, which has to be text."""
         if not isinstance(cell := self.take(column), str):
             raise InputError(f"{column}: expected text, got {cell!r:.60}")
         return cell
 
     def columns(self) -> str:
+        """Their names, for messages."""
         return ", ".join(self) or "(none)"
 
     def of_file(self) -> "Row":
@@ -74,7 +76,8 @@ class Tally(Counter[str]):
         taken = {name for row in rows for name in (row.used & row.kept) | row.read}
         written = dict.fromkeys(name for row in rows for name in row if name not in row.kept)
         found = {name for row in rows for name in row.used - row.kept}
-        inside = {name for row in rows for name in row.ignored}
+        read = {f"chat_template_kwargs.{name}" for row in rows for name in row.read_variables}
+        inside = {name for row in rows for name in row.ignored} - read  # in some row they may change nothing
         self.unused = [name for name in columns if name not in taken and not used(name)]
         self.unused += [f"{name} (of the row template)" for name in written if name not in found]
         self.unused += sorted(inside)
