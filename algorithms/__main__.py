@@ -63,6 +63,12 @@ def usage() -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0, 1 for wrong input, 2 for wrong usage, 130 when interrupted."""
     is_program, arguments = arguments is None, sys.argv[1:] if arguments is None else arguments
+    status = _status(arguments)
+    calls = sys.modules.get(f"{__package__}._calls")  # where users' functions were called
+    return calls.left(status) if is_program and calls else status
+
+
+def _status(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else 2
@@ -72,11 +78,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     module_name, function, _ = COMMANDS[name]
     try:
-        from ._command import left, run_command  # imports torch, which help does without
+        from ._command import run_command  # imports torch, which help does without
 
         module = importlib.import_module(module_name)
-        status = run_command(f"burnish {name}", module, getattr(module, function), arguments[1:])
-        return left(status) if is_program else status
+        return run_command(f"burnish {name}", module, getattr(module, function), arguments[1:])
     except KeyboardInterrupt:
         print(f"\nburnish {name}: interrupted", file=sys.stderr)
         return 130

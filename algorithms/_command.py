@@ -8,7 +8,7 @@ from typing import Any
 import tyro
 
 from ..model.errors import InputError
-from ._calls import GIVEN_UP, leave
+from ._calls import left
 from ._distributed import processes
 
 
@@ -18,13 +18,6 @@ def run_command(
     """Returns the exit status: 0, 1 for wrong input, 130 when interrupted. Wrong usage exits with 2 in tyro."""
     status = _status(name, module, function, arguments)
     return left(status) if module.__name__ == "__main__" else status
-
-
-def left(status: int) -> int:
-    """The status, or the end of the process where a function was given up: what it runs would be waited for."""
-    if GIVEN_UP.is_set():
-        leave(status)
-    return status
 
 
 def _status(

@@ -6,7 +6,7 @@ A file of lessons is one safetensors file:
     trained   (total,) uint8         1 where a token is trained; n of them
     lengths   (lessons,) int64       of each sequence
     ids       (n, K) int32           the teacher's K most likely ids for each trained token, most likely first
-    logprobs  (n, K) fp32            their log-probabilities, in nats, of softmax(logits / temperature)
+    logprobs  (n, K) fp32            their log-probabilities, in nats, over the whole head at the temperature
 
 What the K ids leave is one tail. ids and logprobs are absent where the sequences alone were kept. The metadata's
 `lessons` is JSON: temperature, and tokenizer, a hash of its ids. 8 K bytes a trained token: 512 with K = 64.
@@ -205,7 +205,10 @@ def read_lessons(file: Path, tokenizer: Tokenizer, temperature: float | None) ->
     for name, x in (("tokens", tokens), ("ids", ids)):
         if x is not None and not (known := tokenizer.vocabulary.has(x)).all():
             end, wrong = tokenizer.vocabulary.end, int(x[~known][0])
-            raise InputError(f"{file}: {name}: expected the tokenizer's ids, 0 to {end - 1}, got {wrong}")
+            hole = ", which is none of them" if 0 <= wrong < end else ""
+            raise InputError(
+                f"{file}: {name}: expected the tokenizer's ids, 0 to {end - 1}, got {wrong}{hole}"
+            )
     if ids is not None and temperature not in (None, stored_at):
         raise InputError(
             f"{file}: its log-probabilities are at temperature {stored_at:g}, got --temperature {temperature:g}"

@@ -142,7 +142,8 @@ class Run:
 
     def __init__(self, config: Any, **parts: Part):
         self.folder = Path(from_rank_0(str(config.output)))  # by default its name tells the time
-        self.start, self.values = 0, {}
+        self.start = 0
+        self.values: dict[str, Any] = {}
         self._config, self._parts = config, parts
         if config.resume:
             self.values = read_checkpoint(self.folder / CHECKPOINT, parts)
@@ -243,12 +244,22 @@ def _cut(file: Path, step: int) -> None:
     if not file.exists():
         return
     beside = file.with_name(f".{file.name}.partial")
-    with open(file, encoding="utf-8") as lines, open(beside, "w", encoding="utf-8") as kept:
-        for line in lines:
-            if not line.endswith("\n") or json.loads(line)["step"] >= step:  # or a crash has torn it
+    with open(file, encoding="utf-8", errors="replace") as lines, open(beside, "w", encoding="utf-8") as kept:
+        for i, line in enumerate(lines):
+            if (
+                not line.endswith("\n") or _step_of(line, f"{file} line {i + 1}") >= step
+            ):  # or a crash has torn it
                 break
             kept.write(line)
     beside.replace(file)
+
+
+def _step_of(line: str, where: str) -> int:
+    """Raises InputError where the line is no record of a step."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise InputError(f"{where}: expected an object with its step, got {line[:60]!r}") from error
 
 
 def _replace(file: Path, text: str) -> None:

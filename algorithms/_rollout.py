@@ -38,7 +38,7 @@ RL_BOUNDS = {  # for check_flags: of the flags that PPO and GRPO share
     "top_k": (1, inf),
     "top_p": (1e-9, 1),
     "kl_coefficient": (0, inf),
-    "reward_timeout": (1e-3, inf),
+    "reward_timeout": (1e-3, 1e6),
     "micro_batch_tokens": (1, inf),
     "learning_rate": (0, inf),
     "warmup_steps": (0, inf),
@@ -252,14 +252,18 @@ def ended(groups: Sequence[Group]) -> Tensor:
     return torch.tensor([sample.ended for group in groups for sample in group.samples], dtype=torch.bool)
 
 
+def parts_of(groups: Sequence[Group]) -> dict[str, Tensor]:
+    """Each reward function's own rewards, (samples,)."""
+    return {name: torch.cat([group.parts[name] for group in groups]) for name in groups[0].parts}
+
+
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float | Tensor]:
     """Means over the samples: reward, length, ended, and each reward function's own over those that it judged."""
-    parts = {name: torch.cat([group.parts[name] for group in groups]) for name in groups[0].parts}
     return {
         "reward": torch.cat([group.rewards for group in groups]).nanmean(),
         "length": lengths_of(groups).float().mean(),
         "ended": ended(groups).float().mean(),
-        **{f"reward/{name}": part.nanmean() for name, part in parts.items()},
+        **{f"reward/{name}": part.nanmean() for name, part in parts_of(groups).items()},
     }
 
 

@@ -39,12 +39,15 @@ from ..model.packed import pack
 from ..model.scalar import ScalarModel
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
+from ._calls import brief
 from ._command import run_command
 from ._data import Prompt, best_fit, rl_prompts, sft_examples
 from ._flags import RowFlags, load_tokenizer
 from ._loop import autocast, check_flags, check_model, default_device, new_run_folder, report_counts
 from ._preferences import completion_scores, longest, preferences
 from ._rewards import (
+    ANSWER,
+    NOTHING,
     Rewards,
     TrainerState,
     answers,
@@ -100,7 +103,7 @@ def evaluate(cfg: Config) -> dict[str, float]:
     """Returns the figures, which it prints and writes as result.json, beside samples.jsonl."""
     check_flags(
         cfg,
-        reward_timeout=(1e-3, inf),
+        reward_timeout=(1e-3, 1e6),
         limit=(1, inf),
         samples=(0, inf),
         temperature=(1e-3, 1e3),
@@ -140,11 +143,12 @@ def evaluate(cfg: Config) -> dict[str, float]:
     else:
         model = load_model(cfg.model, device=cfg.device).eval()
         figures, records = evaluate_text(cfg, model, tokenizer, rows)
+    written = write(cfg, figures, records)
     print_figures(figures)
     for name in functions:
         if isnan(figures[f"reward/{name}"]):
-            print(f"reward {name}: None for every sample: it has judged nothing")
-    print(f"\nwritten: {write(cfg, figures, records)}")
+            print(f"reward {brief(name, 100)}: {NOTHING}")
+    print(f"\nwritten: {written}")
     return figures
 
 
@@ -234,6 +238,10 @@ def judged(
     voted, extras = [None] * len(samples), judgement.extras
     if answer is not None:
         voted, more = answers(answer, rewards, judging)
+        if shared := sorted(extras.keys() & more.keys()):
+            raise InputError(
+                f"{ANSWER}: log_extra: column '{shared[0]}' is that of a reward: expected another"
+            )
         extras = extras | more
     return [
         {
@@ -298,10 +306,13 @@ def with_error(name: str, values: Sequence[float]) -> dict[str, float]:
 
 def print_figures(figures: dict[str, float]) -> None:
     print()
+    errors = {f"{name}_error": name for name in figures if "/" not in name}  # users' names have a slash
     for name, value in figures.items():
-        if not name.endswith("_error"):
-            error = figures.get(f"{name}_error")
-            print(f"{name:<24}{value:>12.4g}" + (f"  +- {error:.2g}" if error is not None else ""))
+        if name not in errors:
+            error = None if "/" in name else figures.get(f"{name}_error")
+            print(
+                f"{brief(name, 100):<24}{value:>12.4g}" + (f"  +- {error:.2g}" if error is not None else "")
+            )
 
 
 def write(cfg: Config, figures: dict[str, float], records: Sequence[dict[str, Any]]) -> Path:

@@ -75,6 +75,7 @@ from ._rollout import (
     lengths_of,
     load_prompts,
     micro_batches,
+    parts_of,
     rollout_metrics,
     sample_varied_groups,
     timed,
@@ -172,7 +173,7 @@ def train(cfg: Config) -> Path:
     shard(model, reference)
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
     with Run(cfg, model=model, optimizer=optimizer) as run:
-        run.values = {"draws": run.start, "judged": 0, "taught": 0} | run.values
+        run.values = {"draws": run.start} | (run.values if run.start else {"varied": 0})
         order = epochs(len(prompts), cfg.prompts_per_step, cfg.seed, skip=run.values["draws"])
         batches = ([prompts[i] for i in batch] for batch in order)
         for step in run.steps():
@@ -189,8 +190,7 @@ def train(cfg: Config) -> Path:
                 reward = reward.masked_fill(~ended(groups), torch.nan)
             counted = ~reward.isnan()  # the others, not judged, leave numerator and denominator
             advantage = ADVANTAGES[cfg.advantage](reward.view(-1, cfg.group_size)).flatten()  # (samples,)
-            run.values["judged"] += sum(int((~group.rewards.isnan()).sum()) for group in drawn)
-            run.values["taught"] += int((advantage != 0).sum())
+            rewards.count(run.values, parts_of(drawn), reward.view(-1, cfg.group_size))
             denominator = torch.ones_like(advantage)
             denominator[counted] = _denominators(cfg, lengths_of(groups)[counted])
             needed = counted if reference is not None else counted & (advantage != 0)
@@ -253,9 +253,8 @@ def train(cfg: Config) -> Path:
             run.log_completions(completion_records(tokenizer, drawn))
             run.save_step(model, tokenizer)
         trained = run.save(model, tokenizer)
-    if not run.values["taught"]:
-        flat = "no group's rewards ever differed" + " among samples that ended" * cfg.mask_truncated
-        print(f"{flat if run.values['judged'] else 'every reward was None'}: nothing was learned")
+    among = " among samples that ended" * cfg.mask_truncated
+    rewards.say_what_taught_nothing(run.values, in_groups=True, among=among)
     return trained
 
 

@@ -56,7 +56,7 @@ from ._loop import (
     scheduled,
 )
 from ._policy import clipped_loss
-from ._rewards import load_reward_model, load_rewards, note_range, say_if_flat, weighted_rewards
+from ._rewards import load_reward_model, load_rewards, weighted_rewards
 from ._rollout import (
     RL_BOUNDS,
     completion_records,
@@ -65,6 +65,7 @@ from ._rollout import (
     load_prompts,
     micro_batches,
     over_tokens,
+    parts_of,
     rollout_metrics,
     sample_groups,
     timed,
@@ -182,6 +183,7 @@ def train(cfg: Config) -> Path:
         parts |= {"critic": critic, "critic_optimizer": critic_optimizer}
     with Run(cfg, **parts) as run:
         run.values.setdefault("kl_coefficient", cfg.kl_coefficient)
+        run.values |= {} if run.start else {"varied": 0}
         batches = epochs(len(prompts), cfg.prompts_per_step, cfg.seed, skip=run.start)
         for step in run.steps():
             started = time.perf_counter()
@@ -210,7 +212,7 @@ def train(cfg: Config) -> Path:
             mask, beta = real & judged[:, None], run.values["kl_coefficient"]
             k1 = old_logprob - ref_logprob  # (samples, length), 0 where not real
             penalty = cfg.missing_end_penalty * ~ended(groups).to(cfg.device)
-            note_range(run.values, (score - penalty)[judged])
+            rewards.count(run.values, parts_of(groups), (score - penalty).view(-1, cfg.group_size))
             reward = token_rewards(score - penalty, k1, lengths, beta)
             advantage, returns = _advantages(cfg, reward, old_value, mask)
 
@@ -277,8 +279,9 @@ def train(cfg: Config) -> Path:
             run.save_step(model, tokenizer)
         if critic is not None:
             run.save(critic, tokenizer, "critic")
-        say_if_flat(run.values)
-        return run.save(model, tokenizer)
+        trained = run.save(model, tokenizer)
+    rewards.say_what_taught_nothing(run.values, in_groups=cfg.advantage == "rloo")
+    return trained
 
 
 def _advantages(cfg: Config, reward: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

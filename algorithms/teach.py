@@ -3,7 +3,8 @@
 Sequences are the rows' own, or with --samples what the teacher answers to their prompts. For each of their trained
 tokens the --top-k most likely ids and log-probabilities are kept, all the rest being one tail of known weight; with
 --top-k 0 the sequences alone, for sequence-level distillation. `_lessons.py` describes the file. The teacher is then
-needed no more, and its answers can be learned from many times.
+needed no more, and its answers can be learned from many times. The ids are tokens; their log-probabilities are over the
+whole head, its padding included, as the student scores what it is given.
 
 Source: sequence level: Kim and Rush 2016, https://arxiv.org/abs/1606.07947
         what top-k targets lose: Anshumann et al. 2025, https://arxiv.org/abs/2503.16870
@@ -16,16 +17,20 @@ import sys
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from ..kernels import topk_logprobs
+from ..kernels import token_logprobs, topk_logprobs
 from ..model.checkpoint import load_model
 from ..model.errors import InputError
+from ..model.transformer import Transformer
+from ..model.vocabulary import Vocabulary
 from ._command import run_command
 from ._flags import RowFlags, load_tokenizer
-from ._lessons import answered, load_lessons, micro_batches, write_lessons
+from ._lessons import MicroBatch, answered, load_lessons, micro_batches, write_lessons
 from ._loop import autocast, check_flags, check_model, default_device, new_run_folder
 
 LESSONS = "lessons.safetensors"
@@ -95,11 +100,7 @@ def teach(cfg: Config) -> Path:
         micros = micro_batches(lessons, cfg.micro_batch_tokens, cfg.device)
         for micro in tqdm(micros, desc="teach", unit="batch", dynamic_ncols=True):
             with torch.no_grad(), autocast(cfg.device):
-                hidden, head, adapter = model.before_head(micro.packed, micro.rows, vocabulary)
-                rows, logprobs = topk_logprobs(
-                    hidden, head, cfg.top_k, temperature=cfg.temperature, **adapter
-                )
-                ids = vocabulary.ids_of(rows)
+                ids, logprobs = most_likely(model, micro, vocabulary, cfg)
             counts = [sum(lessons[i].mask) for i in micro.members]
             parts = zip(micro.members, ids.cpu().split(counts), logprobs.cpu().split(counts), strict=True)
             for i, own_ids, own_logprobs in parts:
@@ -113,6 +114,24 @@ def teach(cfg: Config) -> Path:
         raise InputError(f"--output {cfg.output}: cannot be written: {error}") from error
     write_lessons(cfg.output / LESSONS, lessons, tokenizer, cfg.temperature)
     return cfg.output / LESSONS
+
+
+def most_likely(
+    model: Transformer, micro: MicroBatch, vocabulary: Vocabulary, cfg: Config
+) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens and their log-probabilities over the whole head, as a student scores them: each (n, K)."""
+    hidden, head, adapter = model.before_head(micro.packed, micro.rows)
+    of_tokens, part = vocabulary.within(len(head)), head
+    its_adapter: dict[str, Any] = adapter
+    if of_tokens is not None:
+        part = of_tokens.select(head)
+        its_adapter = adapter | {"lora_b": of_tokens.select(adapter["lora_b"])} if adapter else adapter
+    rows, logprobs = topk_logprobs(hidden, part, cfg.top_k, temperature=cfg.temperature, **its_adapter)
+    ids = vocabulary.ids_of(rows)
+    if of_tokens is not None:  # less by what the other rows have
+        first, _, _ = token_logprobs(hidden, head, ids[:, 0].long(), temperature=cfg.temperature, **adapter)
+        logprobs = logprobs + (first - logprobs[:, 0])[:, None]
+    return ids, logprobs
 
 
 if __name__ == "__main__":

@@ -122,6 +122,8 @@ def test_what_functions_log_is_beside_the_samples(cfg, tmp_path, capsys):
     (tmp_path / "mine.py").write_text(
         "async def mine(completions, log_metric, log_extra, trainer_state):\n"
         "    log_metric('completions', len(completions) * trainer_state.global_step / trainer_state.max_steps)\n"
+        "    log_metric('loss', 5)\n"
+        "    log_metric('loss_error', 7)\n"
         "    log_extra('first', [text[:1] or None for text in completions])\n"
         "    return [None for _ in completions]\n"
         "async def answer(completions, log_extra):\n"
@@ -135,7 +137,10 @@ def test_what_functions_log_is_beside_the_samples(cfg, tmp_path, capsys):
         text = record["completion"]
         assert record["extra"] == {"first": text[:1] or None, "length": len(text)}
         assert record["answer"] == ([text[0], len(text)] if text else None)
-    assert "reward mine: None for every sample: it has judged nothing" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "reward mine: None for every sample: it has judged nothing" in printed
+    lines = [line.split() for line in printed.splitlines()]
+    assert ["metric/loss", "5"] in lines and ["metric/loss_error", "7"] in lines
     result = (cfg.output / "result.json").read_text()
     assert json.loads(result)["figures"]["reward/mine"] is None and "NaN" not in result
 
@@ -231,6 +236,16 @@ def test_wrong_flags_are_named(cfg, tmp_path):
         InputError, match="--answer: expected a column 'solution', which it takes; the data has ans"
     ):
         evaluate.evaluate(dataclasses.replace(cfg, answer=f"{short}:f"))
+    short.write_text(
+        "def f(completions, log_extra):\n"
+        "    log_extra('x', completions)\n"
+        "    return [0 for _ in completions]\n"
+    )
+    both = {"reward": (f"{short}:f",), "answer": f"{short}:f"}
+    with pytest.raises(InputError, match="--answer: log_extra: column 'x' is that of a reward"):
+        evaluate.evaluate(dataclasses.replace(cfg, **both))
+    with pytest.raises(InputError, match="--reward-timeout: expected a number between"):
+        evaluate.evaluate(dataclasses.replace(cfg, reward_timeout=math.inf))
     short.write_text("import time\ndef f(completions):\n    time.sleep(60)\n")
     with pytest.raises(InputError, match=r"--answer: expected to return within 0\.05 s"):
         evaluate.evaluate(dataclasses.replace(cfg, answer=f"{short}:f", reward_timeout=0.05))

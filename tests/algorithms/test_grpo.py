@@ -95,7 +95,7 @@ def test_a_reward_that_never_differs_changes_no_weight(cfg, tmp_path, capsys):
     trained = grpo.train(dataclasses.replace(cfg, reward=(f"{tmp_path}/flat.py:flat",)))
     same_weights(cfg.model, trained, 0)
     assert metrics_of(cfg.output)[0]["flat_groups"] == 1
-    assert capsys.readouterr().out.endswith("no group's rewards ever differed: nothing was learned\n")
+    assert capsys.readouterr().out.endswith("no group's rewards ever differed: the rewards taught nothing\n")
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_a_run_in_which_nothing_is_judged_says_so(small, tmp_path, capsys):
     run = dataclasses.replace(small, reward=(f"{tmp_path}/none.py:none",), steps=2)
     same_weights(run.model, grpo.train(run), 0)
     assert [line["reward"] for line in metrics_of(run.output)] == [None, None]
-    assert capsys.readouterr().out.endswith("every reward was None: nothing was learned\n")
+    assert capsys.readouterr().out.endswith("every reward was None: the rewards taught nothing\n")
 
 
 CURIOUS = """
@@ -133,6 +133,20 @@ async def curious(completions, completion_ids, trainer_state, log_metric, log_ex
     log_extra("number", list(range(len(completions))))
     return [float(sum(i % 2 for i in ids)) for ids in completion_ids]
 """
+
+
+def test_a_damaged_file_of_completions_is_named(small, tmp_path):
+    (tmp_path / "curious.py").write_text(CURIOUS)
+    run = dataclasses.replace(small, reward=(f"{tmp_path}/curious.py:curious",), steps=1, save_every=1)
+    grpo.train(run)
+    file = run.output / "completions.jsonl"
+    whole = file.read_text().splitlines()
+    for damaged in ("{", "[1]", '{"step": null}', "{}", "[" * 100_000):
+        file.write_text("\n".join([whole[0], damaged, *whole[2:], ""]))
+        with pytest.raises(
+            InputError, match=r"completions.jsonl line 2: expected an object with its step, got '"
+        ):
+            grpo.train(dataclasses.replace(run, resume=True, steps=2))
 
 
 def test_what_an_async_function_logs_is_found_in_the_run(small, tmp_path, capsys):
@@ -156,7 +170,7 @@ def test_what_an_async_function_logs_is_found_in_the_run(small, tmp_path, capsys
     mean = sum(record["reward"] for record in records[-8:]) / 8
     assert mean == pytest.approx(lines[-1]["reward"])
     assert isinstance(records[0]["prompt"], str) and isinstance(records[0]["completion"], str)
-    assert "learned" not in capsys.readouterr().out
+    assert "taught nothing" not in capsys.readouterr().out
 
 
 def test_a_column_that_is_missing_is_named_before_anything_is_sampled(small, tmp_path):

@@ -340,7 +340,15 @@ def teach_is_the_twins(place: Place) -> None:
     for name in ("tokens", "ids"):
         expected = torch.tensor(place.twins.ids)[dense[name].long()]
         assert torch.equal(other[name].long(), expected), "expected the twin's lessons"
-    same(other["logprobs"].flatten().tolist(), dense["logprobs"].flatten().tolist())
+    model, start = load_model(place.twins.other), 0
+    for tokens, trained in zip(
+        *(other[name].split(other["lengths"].tolist()) for name in ("tokens", "trained")), strict=True
+    ):  # ids are tokens, log-probabilities over the whole head
+        logprobs = model.logits(model(pack([tokens.tolist()]))).log_softmax(-1)[trained.nonzero()[:, 0] - 1]
+        end = start + len(logprobs)
+        expected = logprobs.gather(1, other["ids"][start:end].long())
+        same((other["logprobs"][start:end] - expected).abs().max().item(), 0)
+        start = end
 
 
 def evaluate_is_the_twins(place: Place) -> None:
@@ -380,6 +388,21 @@ def test_teach(place):
     teach_is_the_twins(place)
 
 
+@pytest.mark.parametrize("samples", [0, 2], ids=["given text", "own answers"])
+@pytest.mark.parametrize("top_k", [3, TOKENS])
+def test_a_model_has_nothing_to_learn_from_its_own_lessons(place, demonstrations, samples, top_k):
+    """Whatever rows of its head are no tokens."""
+    model, device = place.twins.other, "cpu"
+    data = place.prompts if samples else demonstrations
+    flags = {"samples": samples, "top_k": top_k, "max_new_tokens": 5}
+    taught = teach.Config(model=model, data=data, output=place.folder / "taught", device=device, **flags)
+    lessons, output = teach.teach(taught), place.folder / "out"
+    own = distill.Config(model=model, data=lessons, output=output, steps=1, warmup_steps=0, device=device)
+    distill.train(own)
+    (line,) = metrics_of(output)
+    assert abs(line["divergence"]) < 1e-6 and line["grad_norm"] < 1e-4
+
+
 def test_evaluate(place):
     evaluate_is_the_twins(place)
 
@@ -405,15 +428,24 @@ def test_lessons_with_an_id_that_is_missing_are_refused(tmp_path):
     tokenizer, file = tokenizer_of(IDS["holes"]), tmp_path / "lessons.safetensors"
     lesson = Lesson([0, 5], [False, True], torch.tensor([[5, 3]]).int(), torch.tensor([[-0.5, -1.0]]))
     write_lessons(file, [lesson], tokenizer, 1.0)
-    with pytest.raises(InputError, match="ids: expected the tokenizer's ids, 0 to 19, got 3"):
+    with pytest.raises(
+        InputError, match="ids: expected the tokenizer's ids, 0 to 19, got 3, which is none of them"
+    ):
         read_lessons(file, tokenizer, 1.0)
 
 
 # ---- controls
 
 
-def _over_the_whole_head(before_head):
-    return lambda model, packed, rows, vocabulary=None: before_head(model, packed, rows)
+def _over_the_tokens_alone(token_logprobs):
+    """As the likeliest token is scored there."""
+    tokens = torch.tensor(IDS["holes"])
+
+    def fault(hidden, head, ids, **options):
+        rows = torch.searchsorted(tokens, ids)
+        return token_logprobs(hidden, head[tokens], rows, **options)
+
+    return fault
 
 
 def _given_text(micro_batches):
@@ -447,7 +479,7 @@ FAULTS = [
     ("an id is taken for its row", Vocabulary, "rows_of", _unmapped, policy_gradient_is_the_twins),
     ("taken for given text", distill, "micro_batches", _given_text, policy_gradient_is_the_twins),
     ("taken for given text", distill, "micro_batches", _given_text, distill_is_the_twins),
-    ("stored over the whole head", Transformer, "before_head", _over_the_whole_head, teach_is_the_twins),
+    ("stored over the tokens alone", teach, "token_logprobs", _over_the_tokens_alone, teach_is_the_twins),
     ("sampled from the whole head", evaluate, "generate", _from_the_whole_head, evaluate_is_the_twins),
     ("sampled from the whole head", chat, "stream", _from_the_whole_head, chat_is_the_twins),
 ]

@@ -216,6 +216,10 @@ def test_scores_that_never_differ_are_said(cfg, tmp_path, capsys):
     assert len(records) == 32 and records[-1]["extra"] == {"half": "\ud800"} and records[-1]["step"] == 1
     ppo.train(dataclasses.replace(cfg, output=tmp_path / "varied"))
     assert "taught nothing" not in capsys.readouterr().out
+    (tmp_path / "flat.py").write_text("def flat(prompts):\n    return [len(set(p)) for p in prompts]\n")
+    by_prompt = {"advantage": "rloo", "group_size": 2, "output": tmp_path / "by-prompt", "steps": 1}
+    ppo.train(dataclasses.replace(run, **by_prompt))
+    assert capsys.readouterr().out.endswith("no group's rewards ever differed: the rewards taught nothing\n")
     assert not (tmp_path / "varied" / "completions.jsonl").exists()
 
 

@@ -3,11 +3,16 @@
 import asyncio
 import contextlib
 import functools
+import itertools
 import json
+import numbers
 import os
+import signal
 import subprocess
 import sys
 import time
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -91,7 +96,38 @@ def test_a_missing_column_is_named_beside_those_there_are():
     with pytest.raises(InputError, match=f"--answer: {message}"):
         Rewards({}, ()).check(["answer"], lambda solution: [])
     Rewards({"f": lambda answer, log_metric, trainer_state, environments, **_: []}, (1.0,)).check(["answer"])
-    assert "by name, got 'completions' by position only" in refused(lambda completions, /: [0, 0])
+    for function in (lambda completions, /: [0, 0], lambda completions, /, **_: [0, 0]):
+        assert "by name, got 'completions' by position only" in refused(function)
+    for name in ("prompt", "completion"):
+        function = eval(f"lambda {name}: [0, 0]")
+        expected = f"expected '{name}s', as the {name}s of all samples arrive, got '{name}'"
+        assert refused(function) == f"reward f: {expected}"
+    columns = {"a\x1b[31m" * 200: ["x", "x"]}
+    assert len(refused(lambda solution: [], samples=SAMPLES._replace(columns=columns))) < 300
+
+
+def wrapping(function):
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return function(*args, client=3.0, **kwargs)
+
+    return wrapper
+
+
+def test_what_a_decorator_adds_is_no_missing_column():
+    assert judge({"f": wrapping(lambda completions, client: [client, 1.0])}).total.tolist() == [3.0, 1.0]
+    assert judge({"f": wrapping(lambda completions, client, **_: [client, 1.0])}).total[0] == 3
+
+    @functools.wraps(lambda completions, solution: 0)
+    def by_itself(completions, answer):
+        return [len(answer), 1.0]
+
+    assert judge({"f": by_itself}).total.tolist() == [2.0, 1.0]
+
+
+class Unhashable(str):
+    def __hash__(self):
+        raise ValueError
 
 
 class Scorer:
@@ -174,9 +210,13 @@ def test_what_async_functions_do_wrong_is_named():
     async def gives_itself_up(**_):
         raise asyncio.CancelledError
 
+    async def is_thrown_away(**_):
+        raise GeneratorExit
+
     assert refused(fails).startswith("reward f raised KeyError: 'planted' (test_rewards.py:")
     assert refused(leaves).startswith("reward f raised SystemExit: 3")
     assert refused(gives_itself_up).startswith("reward f raised CancelledError")
+    assert refused(is_thrown_away).startswith("reward f raised GeneratorExit")
     started = time.monotonic()
     with pytest.raises(InputError, match="reward bad raised KeyError"):  # without waiting for the other
         judge({"slow": slow, "bad": fails})
@@ -193,6 +233,37 @@ class Odd:
 
     def item(self):
         raise RuntimeError
+
+
+class Unreal:
+    def __float__(self):
+        raise ValueError("no float")
+
+    def __repr__(self):
+        raise SystemExit(3)
+
+
+numbers.Real.register(Unreal)
+
+
+class Nothing:
+    """Whatever a reader asks of it, it raises."""
+
+    def __getattr__(self, name):
+        raise AttributeError if name.startswith("__") else SystemExit(9)  # pytest asks for its __name__
+
+    def __repr__(self):
+        raise GeneratorExit
+
+
+class Indexed:
+    """A sequence without __iter__."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        return [1.0, 2.0][i]
 
 
 async def one_score():
@@ -227,6 +298,10 @@ NUMBER = "reward f: expected a finite number or None for completion "
         ([1.0, 1e39], NUMBER + "1, got 1e+39"),
         ([1.0, 10**400], NUMBER + "1, got 1000"),
         ([1.0, 10**5000], NUMBER + "1, got a value of int"),
+        ([1.0, Unreal()], NUMBER + "1, got a value of Unreal"),
+        ([1.0, Decimal("sNaN")], NUMBER + "1, got Decimal('sNaN')"),
+        ([1.0, Nothing()], NUMBER + "1, got a value of Nothing"),
+        (Nothing(), "reward f raised SystemExit: 9 (test_rewards.py:"),
     ],
 )
 def test_what_a_function_returns_is_named_for_what_it_is(value, message):
@@ -241,7 +316,16 @@ def test_coroutines_in_a_list_are_named_and_let_go():
 
 
 @pytest.mark.parametrize(
-    "value", [(1, 2), iter([1, 2]), range(1, 3), {1: 0, 2: 0}.keys() - {3}, np.array([1, 2])]
+    "value",
+    [
+        (1, 2),
+        iter([1, 2]),
+        range(1, 3),
+        {1: 0, 2: 0}.keys() - {3},
+        np.array([1, 2]),
+        Indexed(),
+        [Decimal(1), Fraction(4, 2)],
+    ],
 )
 def test_what_can_be_listed_is_fine(value):
     if isinstance(value, set):
@@ -324,7 +408,7 @@ def test_metrics_are_means_over_the_calls_of_a_step():
     assert found["metric/length"] == 4.0 and np.isnan(found["metric/broken"])
     cfg = type("Config", (), {"prompts_per_step": 4, "steps": 9, "save_every": 2})
     rewards.begin(cfg, 3, 5, 10)
-    assert rewards.metrics() == {} and rewards.state == TrainerState(3, 9, 5 / 3, save_steps=2)
+    assert rewards.metrics() == {} and rewards.state == TrainerState(3, 9, 5 / 3, 3, save_steps=2)
 
 
 def test_extras_are_one_value_a_completion():
@@ -340,6 +424,27 @@ def test_extras_are_one_value_a_completion():
     assert extras["odd"] == [{"a": ["inf"]}, str(Scorer)] and json.dumps(extras)
 
 
+def test_any_value_can_be_logged():
+    nested = []
+    for _ in range(5000):
+        nested = [nested]
+    found = judge({"f": lambda log_extra: log_extra("x", [10**5000, nested]) or [0, 0]}).extras["x"]
+    assert found[0] == "a value of int" and json.dumps(found).endswith('"a value of list"' + "]" * 21)
+    assert _rewards.plain([Nothing(), Unhashable("a")]) == ["a value of Nothing", "a"]
+    assert type(_rewards.plain(Unhashable("a"))) is str
+
+
+def test_what_a_function_sets_for_all_of_torch_is_put_back():
+    def f(trainer_state):
+        torch.set_grad_enabled(False)
+        torch.set_default_dtype(torch.float64)
+        trainer_state.global_step += 1
+        return [trainer_state.global_step, 0]
+
+    assert judge({"f": f, "g": f}).total.tolist() == [2.0, 0.0]  # the state, too, is each function's own
+    assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
@@ -347,11 +452,29 @@ def test_extras_are_one_value_a_completion():
             lambda log_extra: log_extra("x", [1]) or [0, 0],
             "log_extra: expected 2 values as 'x', one a completion, got 1",
         ),
+        (
+            lambda log_extra: log_extra("x", itertools.count()) or [0, 0],
+            "log_extra: expected 2 values as 'x', one a completion, got more than 2",
+        ),
+        (
+            lambda log_metric: log_metric("a\x1b[31m", 1),
+            "log_metric: expected a name of 1 to 100 printable characters, got 'a\\x1b[31m'",
+        ),
+        (
+            lambda log_extra: log_extra("a" * 101, []),
+            f"log_extra: expected a name of 1 to 100 printable characters, got '{'a' * 56}...",
+        ),
         (lambda log_extra: log_extra("x", "ab"), "log_extra: expected a list as 'x', got 'ab'"),
         (lambda log_extra: log_extra("x", 1), "log_extra: expected a list as 'x', got 1"),
-        (lambda log_extra: log_extra(1, []), "log_extra: expected a column's name, got 1"),
+        (
+            lambda log_extra: log_extra(1, []),
+            "log_extra: expected a name of 1 to 100 printable characters, got 1",
+        ),
         (lambda log_metric: log_metric("x", "high"), "log_metric: expected a number as 'x', got 'high'"),
-        (lambda log_metric: log_metric(None, 1), "log_metric: expected a name, got None"),
+        (
+            lambda log_metric: log_metric(None, 1),
+            "log_metric: expected a name of 1 to 100 printable characters, got None",
+        ),
     ],
 )
 def test_wrong_use_of_the_log_is_named(function, message):
@@ -380,6 +503,7 @@ def test_what_several_processes_log_comes_together(monkeypatch):
         judge({"f": lambda log_metric: log_metric("a", 4) or log_metric("b", 7) or [5.0, 6.0]}),
     ]
     sent = []
+    monkeypatch.setattr(_rewards, "world", lambda: 2)
     monkeypatch.setattr(_rewards, "gathered", lambda tensors: sent.append(tensors) or [tensors])
     for part in parts:
         _rewards.of_all_processes(part)
@@ -420,6 +544,23 @@ def deaf(completions, **_):
             return [0.0, 0.0]
 
 
+class Endless:
+    """Its methods do not return: they are called when results are read, and when they are shown."""
+
+    def item(self):
+        spin()
+
+    __repr__ = __str__ = __float__ = item
+
+
+class Shown:
+    __repr__ = Endless.item
+
+
+class EndlessError(Exception):
+    __str__ = Endless.item
+
+
 async def async_sleep(**_):
     await asyncio.sleep(60)
 
@@ -437,7 +578,10 @@ async def async_deaf(**_):
 
 @pytest.mark.parametrize(
     "function",
-    [spin, lambda **_: time.sleep(60), read, backtrack, deaf, async_sleep, async_block, async_deaf],
+    [
+        *(spin, lambda **_: time.sleep(60), read, backtrack, deaf, async_sleep, async_block, async_deaf),
+        *(lambda **_: [Endless()] * 2, lambda **_: [Shown()] * 2, lambda **_: raises(EndlessError())()),
+    ],
     ids=[
         "loop",
         "sleep",
@@ -447,6 +591,9 @@ async def async_deaf(**_):
         "async",
         "async that blocks",
         "async and deaf",
+        "a result",
+        "what shows it",
+        "an exception",
     ],
 )
 def test_a_function_that_does_not_return_in_time(function):
@@ -464,7 +611,7 @@ def test_the_late_one_of_several_is_named():
 
 PROGRAM = """'A command.'
 
-import concurrent.futures, os, sys, threading, time
+import concurrent.futures, itertools, os, re, sys, threading, time
 from dataclasses import dataclass
 from burnish.algorithms import _calls
 from burnish.algorithms._command import run_command
@@ -492,33 +639,65 @@ async def blocks():
     time.sleep(1000)
 
 
-_calls.PATIENCE = 2.5
-for function in (pool, deaf, blocks):
+async def backtracks():  # with the interpreter's lock, as what follows
+    re.match("(a+)+$", "a" * 60 + "b")
+
+
+def counts():
+    sum(itertools.repeat(1))
+
+
+class Slow:
+    def item(self):
+        return sum(itertools.repeat(1))
+
+
+def slow():
+    return [Slow(), 1.0]
+
+
+def leaves_a_thread():
+    threading.Thread(target=time.sleep, args=(1000,)).start()
+    return [1, 2]
+
+
+for function in (pool, deaf, blocks, backtracks, counts, slow, leaves_a_thread):
+    _calls.PATIENCE = 2.5 if function is pool else 0.5  # a pool needs two interruptions
     if (child := os.fork()) == 0:
-        call = _calls.Call(function.__name__, function, {}, "rewards", 2)
+        read = lambda value: value.item() if hasattr(value, "item") else value
+        call = _calls.Call(function.__name__, function, {}, "rewards", 2, read)
         sys.exit(run_command("try", sys.modules["__main__"], lambda _: _calls.results([call], 0.2), []))
     print("status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
 def test_the_process_ends_with_one_sentence_whatever_goes_on():
-    """One start of Python for three that never return, each in a process of its own."""
+    """One start of Python for those that never return, each in a process of its own."""
     started = time.monotonic()
     ran = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120)
-    assert ran.stdout.split() == ["status", "1"] * 3, ran.stderr
+    assert ran.stdout.split() == ["status", "1"] * 6 + ["status", "0"], ran.stderr
     lines = [line for line in ran.stderr.splitlines() if line]
     late = "expected to return within 0.2 s (--reward-timeout), it did not"
     assert lines == [
         f"try: pool: {late}",
-        f"deaf: {late}, nor did it end when interrupted",
+        f"deaf: {late}, nor within 0.5 s more",
         f"try: blocks: {late}",
+        *(f"{name}: {late}, nor within 0.5 s more" for name in ("backtracks", "counts", "slow")),
     ]
     assert time.monotonic() - started < 60
 
 
-def test_someone_elses_alarm_comes_back():
-    import signal
+def test_a_function_that_takes_the_alarm_is_told_how_long_it_took():
+    def f():
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        time.sleep(0.3)
+        return [0, 0]
 
+    expected = "it did not: it took 0.3 s, and what uses SIGALRM itself is not interrupted"
+    assert refused(f, timeout=0.05).endswith(expected)
+
+
+def test_someone_elses_alarm_comes_back():
     before, handler = signal.getitimer(signal.ITIMER_REAL), signal.getsignal(signal.SIGALRM)
     signal.signal(signal.SIGALRM, signal.SIG_IGN)
     signal.setitimer(signal.ITIMER_REAL, 1000)
@@ -543,6 +722,8 @@ def test_answers_are_what_can_be_compared():
     assert answered(lambda: [(1, "x"), True]) == [(1, "x"), True]
     assert answered(lambda: np.array([1.5, np.nan])) == [1.5, None]  # NaN equals nothing
     assert type(answered(lambda: torch.tensor([1, 2]))[0]) is int
+    assert answered(lambda: [(np.int64(1), np.str_("x")), Fraction(1, 2)]) == [(1, "x"), 0.5]
+    assert {type(value) for value in answered(lambda: [Unhashable("a"), 10**5000])} == {str, int}
 
     async def later(completions):
         return completions
@@ -563,6 +744,10 @@ def test_answers_are_what_can_be_compared():
         (
             lambda: [("x", []), "y"],
             "--answer: expected text, a number, a tuple or None for completion 0, got ('x', [])",
+        ),
+        (
+            lambda: [functools.reduce(lambda inner, _: (inner,), range(100_000), ()), "y"],
+            "--answer: expected text, a number, a tuple or None for completion 0, got a value of tuple",
         ),
         (lambda: 1 / 0, "--answer raised ZeroDivisionError: division by zero (test_rewards.py:"),
     ],
@@ -589,6 +774,8 @@ def test_what_is_no_answer_is_named(function, message):
         ("import sys; sys.exit(3)", "f", "cannot be imported: SystemExit: 3"),
         ("1 / 0", "f", "cannot be imported: ZeroDivisionError"),
         ("f = 1", "f", "has no function 'f'"),
+        ("raise BaseException('x')", "f", "cannot be imported: BaseException: x"),
+        ("def __getattr__(name): raise ValueError(name)", "f", "cannot be imported: ValueError: f"),
     ],
 )
 def test_what_cannot_be_loaded_is_named(tmp_path, source, name, message):
@@ -597,6 +784,18 @@ def test_what_cannot_be_loaded_is_named(tmp_path, source, name, message):
         path.write_text(source)
     with pytest.raises(InputError, match=message):
         load_reward(f"{path}:{name}")
+
+
+def test_a_name_that_no_file_can_have_is_refused():
+    with pytest.raises(InputError) as error:
+        load_reward(f"{'x' * 5000}.py:f")
+    assert "no file xxx" in str(error.value) and len(str(error.value)) < 400
+
+
+def test_a_signature_that_is_none_takes_all():
+    function = Scorer()
+    function.__signature__ = 5
+    assert takes(function, "anything")
 
 
 def test_a_name_without_a_function_is_refused():
@@ -655,3 +854,30 @@ def test_weights_of_reward_functions():
         check_weights((1.0,), 2)
     with pytest.raises(InputError, match="expected finite numbers"):
         check_weights((1.0, float("nan")), 2)
+
+
+# ---- what a run says at its end
+
+
+def test_a_run_says_what_taught_nothing(capsys):
+    rewards = Rewards({"f": len, "g": len}, (1.0, 1.0))
+    nan = torch.nan
+
+    def said(values, *steps, in_groups=True):
+        for f, g in steps:
+            f, g = torch.tensor(f), torch.tensor(g)
+            scores = torch.stack([f, g]).nansum(0).masked_fill(f.isnan() & g.isnan(), nan)
+            rewards.count(values, {"f": f, "g": g}, scores.view(2, 2))
+        rewards.say_what_taught_nothing(values, in_groups=in_groups)
+        return capsys.readouterr().out
+
+    none, flat, apart, varied = [nan] * 4, [0.5] * 4, [0.0, 0.0, 1.0, 1.0], [0.0, nan, 1.0, 2.0]
+    nothing = "the rewards taught nothing\n"
+    silent = "reward g: None for every sample: it has judged nothing\n"
+    assert said({"varied": 0}, (none, none)) == f"every reward was None: {nothing}"
+    assert said({"varied": 0}, (apart, none)) == f"{silent}no group's rewards ever differed: {nothing}"
+    assert said({"varied": 0}, (flat, apart), (apart, none)) == f"no group's rewards ever differed: {nothing}"
+    assert said({"varied": 0}, (none, none), (varied, none)) == silent
+    assert said({"varied": 0}, (flat, none), in_groups=False).endswith(f"the run scored 0.5: {nothing}")
+    assert said({"varied": 0}, (apart, none), in_groups=False) == silent
+    assert said({}, (none, none)) == ""  # a checkpoint of before there were counts
