@@ -270,7 +270,7 @@ def ragged_rows(draw: random.Random) -> list[dict]:
     return rows
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_parquet_and_jsonl_of_the_same_rows_train_the_same_text(make, chat, tmp_path, seed):
     """Arrow gives every object the fields of all, null where a row has none. Those that it has keep one order."""
     pyarrow = pytest.importorskip("pyarrow")

@@ -227,7 +227,7 @@ def test_what_a_message_says_stands_in_the_text_or_the_row_is_refused(shared_dat
     tokenizer.config["bos_token"] = "<|im_start|>"
     draw = random.Random(f"{name} {seed}")
     read = [holds(tokenizer, conversation(draw)) for _ in range(count)]
-    assert 0.1 <= sum(read) / count <= 0.95, f"{sum(read)} of {count}: too few, or too many to be true"
+    assert 2 <= sum(read) <= 0.95 * count, f"{sum(read)} of {count}: too few, or too many to be true"
 
 
 # ---- planted faults
