@@ -33,6 +33,9 @@ def test_the_golden_ids_are_still_what_transformers_gives(monkeypatch, shared_da
     monkeypatch.setenv("TRL_TEMPLATES", str(shared_data / "chat_templates"))
     stored = json.loads((TESTS / "data" / "chat.json").read_text(encoding="utf-8"))
     assert module(TESTS / "data" / "make_chat_golden.py").compute() == stored
+    ours = module(TESTS / "algorithms" / "test_chat_golden.py").test_rows_have_the_ids_of_transformers
+    for entry in stored:  # those whose template comes with trl, too
+        ours(shared_data, monkeypatch, entry)
 
 
 def test_every_template_renders_what_transformers_renders(monkeypatch):
