@@ -179,9 +179,8 @@ def _read_all(
 
 def _margin(row: Row) -> float:
     margin = row.take("margin") if "margin" in row else 0.0
-    if (
-        isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) < 1e38
-    ):  # fp32's range
+    is_number = isinstance(margin, int | float) and not isinstance(margin, bool)
+    if not is_number or not abs(margin) < 1e38:  # what fp32 holds
         raise InputError(f"margin: expected a number, got {margin!r:.60}")
     return float(margin)
 
@@ -205,7 +204,7 @@ def _prompt_and_answers(
     if isinstance(given, str):  # the answers are messages
         given = asked(row, given, str(name))
     talks = [_conversation(row, column, given) for column in columns]
-    shared = _shared_turns(talks) if len(given) == 0 or len(talks) > 1 else len(given)
+    shared = _shared_turns(talks) if len(given) == 0 or len(talks) > 1 else _end_of(given, talks[0])
     if shared < len(given):
         raise InputError(f"{' and '.join(columns)}: expected to begin with the assistant, behind the prompt")
     if shared == 0:
@@ -240,13 +239,18 @@ def _conversation(row: Row, column: str, given: list[Turn]) -> list[Turn]:
             )
         return [*given, answered(value, column)]
     turns = messages_in([value] if isinstance(value, dict) else value, column)
-    for start in range(len(turns)):  # the prompt, repeated; perhaps behind a system message
-        repeated = turns[start : start + len(given)]
-        if len(repeated) == len(given) > 0 and all(map(same_turn, repeated, given)):
-            return turns
-        if turns[start]["role"] not in ("system", "developer"):
+    return turns if given and _end_of(given, turns) else [*given, *turns]
+
+
+def _end_of(given: list[Turn], talk: list[Turn]) -> int:
+    """How many turns of a talk stand before its answer: the prompt, perhaps behind a system message; 0 without it."""
+    for start, turn in enumerate(talk):
+        repeated = talk[start : start + len(given)]
+        if len(repeated) == len(given) and all(map(same_turn, repeated, given)):
+            return start + len(given)
+        if turn["role"] not in ("system", "developer"):
             break
-    return [*given, *turns]
+    return 0
 
 
 def _shared_turns(talks: Sequence[list[Turn]]) -> int:

@@ -380,7 +380,7 @@ def _written(message: Message) -> Message:
     """What a tool answers, as JSON text."""
     content = message.get("content")
     if isinstance(content, dict | list) and not is_parts(content):
-        return message | {"content": json.dumps(content, ensure_ascii=False, default=repr)}
+        return message | {"content": dumped(content)}
     return message
 
 

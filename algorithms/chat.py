@@ -71,17 +71,17 @@ def answer(cfg: Config, model: Transformer, tokenizer: Tokenizer, prompt: list[i
 
 def _checked_opening(cfg: Config, tokenizer: Tokenizer, opening: list[Message]) -> dict[str, Any]:
     """What the chat template is given beside messages. Raises InputError where it leaves out a flag."""
-    flag = "system" if opening else "tools"
+    flag = "system" if opening else "tools" if cfg.tools else "chat-template-kwargs"
     if (opening or cfg.tools) and tokenizer.chat_template is None:
         raise InputError(
             f"--{flag}: the model has no chat template that could place it; name one with --chat-template"
         )
     if cfg.tools is None:
-        row = Row({}, "--system")
+        row = Row({}, f"--{flag}")
     elif "tools" not in tokenizer.template_variables:
         raise InputError("--tools: the chat template reads none")
     else:
-        row = Row({"tools": read_tools(cfg.tools)}, f"--tools {cfg.tools}")
+        row = Row({"tools": _read_tools(cfg.tools)}, f"--tools {cfg.tools}")
     if not opening and cfg.tools is None and not tokenizer.variables:
         return {}
     try:
@@ -93,7 +93,7 @@ def _checked_opening(cfg: Config, tokenizer: Tokenizer, opening: list[Message]) 
     return variables
 
 
-def read_tools(file: Path) -> str:
+def _read_tools(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

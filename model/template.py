@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -27,6 +28,7 @@ Span = tuple[int, int]
 
 SPAN_START, SPAN_END = "\ufdd0", "\ufdd1"  # Unicode noncharacters, which no text may interchange
 
+TOOL_TEMPLATE_FILE = "additional_chat_templates/tool_use.jinja"  # as transformers names it
 OWN_NAMES = {"messages", "add_generation_prompt", "span_start", "span_end"}  # set for each rendering
 
 PLAIN_TEMPLATE = """\
@@ -97,6 +99,35 @@ def split_marks(marked: str) -> tuple[str, list[Span]]:
             spans.append((len(text), len(text) + len(inside)))
         text += inside + after
     return text, spans
+
+
+# ---- where templates lie
+
+
+def templates_of(folder: Path, own: Any) -> dict[str, Any]:
+    """A folder's chat templates by name, `default` among them; own: tokenizer_config.json's, a text or a list.
+
+    Of the others `tool_use` is read, which transformers takes where tools are given.
+    """
+    named = {"default": own} if own is not None else {}
+    if isinstance(own, list):  # [{"name": ..., "template": ...}]
+        named = {str(entry.get("name")): entry.get("template") for entry in own if isinstance(entry, dict)}
+    for name, file in (("default", "chat_template.jinja"), ("tool_use", TOOL_TEMPLATE_FILE)):
+        if (folder / file).is_file():
+            named[name] = (folder / file).read_text(encoding="utf-8")
+    for name in ("default", "tool_use"):
+        if not isinstance(named.get(name, ""), str):
+            raise InputError(f"chat_template: expected a text, got {type(named[name]).__name__}")
+    return named
+
+
+def template_at(chat_template: Path | str) -> dict[str, str]:
+    """The template of a jinja file, or "plain", named `default`. Raises InputError where there is no such file."""
+    if str(chat_template) == "plain":
+        return {"default": PLAIN_TEMPLATE}
+    if not Path(chat_template).is_file():
+        raise InputError(f"{chat_template}: no such chat template: expected a jinja file, or 'plain'")
+    return {"default": Path(chat_template).read_text(encoding="utf-8")}
 
 
 # ---- the sandbox

@@ -24,12 +24,20 @@ import tokenizers
 
 from .checkpoint import base_of, is_adapter
 from .errors import InputError
-from .template import OWN_NAMES, PLAIN_TEMPLATE, ChatTemplate, Message, Span, split_marks
+from .template import (
+    OWN_NAMES,
+    TOOL_TEMPLATE_FILE,
+    ChatTemplate,
+    Message,
+    Span,
+    split_marks,
+    template_at,
+    templates_of,
+)
 from .vocabulary import Vocabulary
 
 __all__ = ["Message", "Tokenizer", "TurnRewritten"]
 
-TOOL_TEMPLATE_FILE = "additional_chat_templates/tool_use.jinja"  # as transformers names it
 WAY_OUT = "use a template with {% generation %} marks, or rows of prompt and completion text"
 
 
@@ -91,9 +99,9 @@ class Tokenizer:
         config = _read_json(folder / "tokenizer_config.json")
         names = _special_tokens(_read_json(folder / "special_tokens_map.json")) | _special_tokens(config)
         own = config.pop("chat_template", None)
-        templates = {} if chat_template is None else _template_at(chat_template)
+        templates = {} if chat_template is None else template_at(chat_template)
         try:
-            templates = templates or _templates_of(folder, own)
+            templates = templates or templates_of(folder, own)
             return cls(
                 backend,
                 bos=names.pop("bos_token", None),
@@ -439,28 +447,3 @@ def _stop_ids(folder: Path) -> list[int]:
                 )
             return stop_ids
     return []
-
-
-def _templates_of(folder: Path, own: Any) -> dict[str, Any]:
-    """A folder's chat templates by name, `default` among them; own: tokenizer_config.json's, a text or a list.
-
-    Of the others `tool_use` is read, which transformers takes where tools are given.
-    """
-    named = {"default": own} if own is not None else {}
-    if isinstance(own, list):  # [{"name": ..., "template": ...}]
-        named = {str(entry.get("name")): entry.get("template") for entry in own if isinstance(entry, dict)}
-    for name, file in (("default", "chat_template.jinja"), ("tool_use", TOOL_TEMPLATE_FILE)):
-        if (folder / file).is_file():
-            named[name] = (folder / file).read_text(encoding="utf-8")
-    for name in ("default", "tool_use"):
-        if not isinstance(named.get(name, ""), str):
-            raise InputError(f"chat_template: expected a text, got {type(named[name]).__name__}")
-    return named
-
-
-def _template_at(chat_template: Path | str) -> dict[str, str]:
-    if str(chat_template) == "plain":
-        return {"default": PLAIN_TEMPLATE}
-    if not Path(chat_template).is_file():
-        raise InputError(f"{chat_template}: no such chat template: expected a jinja file, or 'plain'")
-    return {"default": Path(chat_template).read_text(encoding="utf-8")}

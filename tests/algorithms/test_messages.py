@@ -781,6 +781,15 @@ def test_a_prompt_that_the_answers_repeat_stands_once(chat, first):
     assert len(preferences([row | {"prompt": None}], chat, max_length=4096)[0]) == 1
 
 
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "s"}]])
+def test_a_single_answer_may_repeat_its_prompt_too(chat, system):
+    """And go on with further turns."""
+    row = {"prompt": [USER], "completion": [*system, USER, ASSISTANT, USER, ASSISTANT], "label": True}
+    ((judged,), _) = judged_completions([row], chat, max_length=4096)
+    assert judged.prompt == chat.encode_chat([*system, USER], add_generation_prompt=True)
+    assert texts(chat, [judged.completion])[0][1] == "an answer<|im_end|>" * 2
+
+
 def test_what_stands_behind_the_last_answer_is_named(chat):
     row = {"chosen": [USER, ASSISTANT, USER], "rejected": [USER, ASSISTANT | {"content": "no"}]}
     assert read("preferences", [row], chat).unused == ["chosen: what stands behind the last answer"]
