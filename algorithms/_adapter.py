@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from ..model.adapter import adapters, add_lora, linears, lora_config
-from ..model.checkpoint import is_adapter, load_model, load_scalar_model, read_adapter
+from ..model.checkpoint import load_model, load_scalar_model, read_adapter
 from ..model.errors import InputError
+from ..model.folder import is_adapter
 from ..model.linear import LINEARS
 from ..model.scalar import ScalarModel
 from ..model.transformer import Transformer

@@ -11,8 +11,9 @@ from typing import Literal
 import torch
 
 from ..model.adapter import merge_lora
-from ..model.checkpoint import is_adapter, load_model, load_scalar_model, read_adapter, save_model
+from ..model.checkpoint import load_model, load_scalar_model, read_adapter, save_model
 from ..model.errors import InputError
+from ..model.folder import is_adapter
 from ..model.tokenizer import Tokenizer
 from ._command import run_command
 

@@ -5,19 +5,13 @@ where it is tied. A folder may also hold 4-bit weights (bnb.py), or no model but
 the one that its base_model_name_or_path names, with the adapter on it.
 """
 
-import json
 import os
-import shutil
-import tempfile
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -35,6 +29,17 @@ from .adapter import (
 )
 from .config import ModelConfig
 from .errors import InputError
+from .folder import (
+    INDEX,
+    WEIGHTS,
+    base_of,
+    holds_a_model,
+    is_adapter,
+    opened,
+    read_json,
+    replacing,
+    write_json,
+)
 from .linear import whole
 from .moe import disk_name, from_disk, to_disk
 from .scalar import ScalarModel
@@ -43,14 +48,8 @@ from .transformer import Transformer
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FILE_BYTES = 5_000_000_000  # of weights in one file
 SCALAR, SCORE_BIAS = "ForSequenceClassification", "score_bias"
-MODEL_FILES = (  # what a save may replace
-    *("config.json", "generation_config.json", "*.safetensors", INDEX),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
-    peft.CONFIG,
-)
 FOUR_BIT = "base_4bit"  # in an adapter's metadata: its base was quantised from the folder that is named
 
 
@@ -159,7 +158,7 @@ def save_model(
     write: where processes share the model, every one of them calls this, with False but for one.
     """
     folder = Path(folder).resolve()
-    if write and folder.exists() and not _holds_a_model(folder):
+    if write and folder.exists() and not holds_a_model(folder):
         raise InputError(
             f"{folder}: expected a new folder or an earlier model, found something else: not replaced"
         )
@@ -187,9 +186,9 @@ def save_model(
     if four_bit:
         raw["quantization_config"] = bnb.config(four_bit[0], raw["dtype"])
     ids = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw[key] is not None}
-    with _replacing(folder) as beside:
-        _write_json(beside / "config.json", raw)
-        _write_json(beside / "generation_config.json", config.generation or ids)
+    with replacing(folder) as beside:
+        write_json(beside / "config.json", raw)
+        write_json(beside / "generation_config.json", config.generation or ids)
         if tokenizer is not None:
             tokenizer.save(beside)
         _write_files(beside, tensors)
@@ -248,40 +247,22 @@ def _write_files(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
         file = f"model-{i + 1:05}-of-{len(files):05}.safetensors"
         (folder / f"{i}.safetensors").rename(folder / file)
         weight_map |= dict.fromkeys(names, file)
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 # ---- adapters
 
 
-def is_adapter(folder: str | os.PathLike[str]) -> bool:
-    """Does the folder hold an adapter, not a whole model?"""
-    folder = Path(folder)
-    return (folder / peft.CONFIG).is_file() and not (folder / "config.json").exists()
-
-
-def base_of(folder: str | os.PathLike[str]) -> Path:
-    """The folder of the model that an adapter belongs to: its config names it from here, or from its own folder."""
-    file = Path(folder) / peft.CONFIG
-    named = _read_json(file).get("base_model_name_or_path")
-    for base in (Path(named), file.parent / named) if isinstance(named, str) else ():
-        if base.is_dir() and base.resolve() != file.parent.resolve():
-            return base.resolve()
-    raise InputError(
-        f"{file}: base_model_name_or_path: expected a model folder, found none at {named!r}: write its path there"
-    )
-
-
 def read_adapter(folder: str | os.PathLike[str]) -> tuple[Adapter, dict[str, str]]:
     """The adapter in a PEFT folder, and its file's metadata. Raises InputError naming the file and the key."""
     folder = Path(folder)
-    raw = _read_json(folder / peft.CONFIG)
+    raw = read_json(folder / peft.CONFIG)
     config = peft.read_config(
         raw | {"base_model_name_or_path": str(base_of(folder))}, str(folder / peft.CONFIG)
     )
     if not (folder / peft.WEIGHTS).exists() and [*folder.glob("adapter_model.bin")]:
         raise InputError(f"{folder}: expected {peft.WEIGHTS}, found a pickled file, which is not read")
-    with _opened(folder / peft.WEIGHTS) as tensors:
+    with opened(folder / peft.WEIGHTS) as tensors:
         found = {name: tensors.get_tensor(name).float() for name in tensors.keys()}  # noqa: SIM118 (not a dict)
         metadata = tensors.metadata() or {}
     wrong = next((name for name in found if not name.startswith(peft.PREFIX)), None)
@@ -307,8 +288,8 @@ def _save_adapter(
     if isinstance(model, ScalarModel):
         metadata[SCORE_BIAS] = repr(model.bias)
     task = "SEQ_CLS" if isinstance(model, ScalarModel) else "CAUSAL_LM"
-    with _replacing(folder) as beside:
-        _write_json(beside / peft.CONFIG, {**peft.write_config(adapter.config), "task_type": task})
+    with replacing(folder) as beside:
+        write_json(beside / peft.CONFIG, {**peft.write_config(adapter.config), "task_type": task})
         if tokenizer is not None:
             tokenizer.save(beside)
         save_file(state, beside / peft.WEIGHTS, metadata=metadata)
@@ -322,7 +303,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{folder}: expected a model folder, found {'a file' if folder.exists() else 'nothing'}"
         )
-    return _read_json(folder / "config.json")
+    return read_json(folder / "config.json")
 
 
 def _is_scalar(raw: dict[str, Any]) -> bool:
@@ -333,7 +314,7 @@ def _is_scalar(raw: dict[str, Any]) -> bool:
 
 def _model_config(raw: dict[str, Any], folder: Path) -> ModelConfig:
     generation_file = folder / "generation_config.json"
-    generation = _read_json(generation_file) if generation_file.exists() else {}
+    generation = read_json(generation_file) if generation_file.exists() else {}
     raw = {key: value for key, value in raw.items() if key != "quantization_config"}  # which bnb.py reads
     return ModelConfig.from_hf(raw, str(folder / "config.json"), generation)
 
@@ -362,7 +343,7 @@ def _read_tensors(
     parts: dict[str, dict[str, Tensor]] = {}  # by weight: what a 4-bit one is made of
     state: dict[str, Tensor] = {}
     for file, names in _files(folder).items():
-        with _opened(file) as tensors:
+        with opened(file) as tensors:
             held = dict.fromkeys(tensors.keys())
             for name in held if names is None else names:
                 if name not in held:
@@ -424,7 +405,7 @@ def _files(folder: Path) -> dict[Path, list[str] | None]:
             else ""
         )
         raise InputError(f"{folder}: expected {WEIGHTS} or {INDEX}, found neither{pickled}")
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: weight_map: expected an object from tensor to file, got {weight_map!r}")
     files: dict[Path, list[str] | None] = {}
@@ -437,71 +418,3 @@ def _files(folder: Path) -> dict[Path, list[str] | None]:
         assert names is not None
         names.append(name)
     return files
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    if not file.is_file():
-        raise InputError(f"{file}: missing")
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            yield tensors
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file}: not a whole safetensors file: {error}") from error
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{file}: missing") from None
-    except (OSError, ValueError) as error:  # ValueError: broken UTF-8 or JSON
-        raise InputError(f"{file}: not readable as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{file}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _write_json(file: Path, value: dict[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _holds_a_model(folder: Path) -> bool:
-    """Empty, or a model's or adapter's config and nothing but files of such folders: anything else would be lost."""
-    if not folder.is_dir():
-        return False
-    names = [entry.name for entry in folder.iterdir()]
-    ours = all(any(fnmatch(name, pattern) for pattern in MODEL_FILES) for name in names)
-    return not names or (ours and ("config.json" in names or peft.CONFIG in names))
-
-
-@contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, which takes its place once the block has ended without an exception."""
-    beside = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-        umask = os.umask(0)
-        os.umask(umask)
-        beside.chmod(0o777 & ~umask)  # mkdtemp's folders are private, as are safetensors' files
-        yield beside
-        for file in beside.iterdir():
-            file.chmod(0o666 & ~umask)
-        if folder.exists():
-            earlier = beside.with_suffix(".earlier")
-            folder.rename(earlier)
-            try:
-                beside.rename(folder)
-            except BaseException:
-                earlier.rename(folder)
-                raise
-            shutil.rmtree(earlier)
-        else:
-            beside.rename(folder)
-    except BaseException as error:
-        if beside is not None:
-            shutil.rmtree(beside, ignore_errors=True)
-        if isinstance(error, (OSError, SafetensorError)):
-            raise InputError(f"{folder}: cannot be written: {error}") from error
-        raise

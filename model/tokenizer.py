@@ -22,8 +22,8 @@ from typing import Any
 
 import tokenizers
 
-from .checkpoint import base_of, is_adapter
 from .errors import InputError
+from .folder import base_of, is_adapter
 from .template import (
     OWN_NAMES,
     TOOL_TEMPLATE_FILE,

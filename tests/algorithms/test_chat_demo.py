@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 from burnish.algorithms import chat_demo
 from burnish.algorithms.chat_demo import MODES, problems, right
-from burnish.model.checkpoint import is_adapter, load_model, save_model
+from burnish.model.checkpoint import load_model, save_model
 from burnish.model.config import ModelConfig
 from burnish.model.errors import InputError
+from burnish.model.folder import is_adapter
 from burnish.model.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
 
