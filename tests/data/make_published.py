@@ -1,0 +1,765 @@
+"""Make folders as they are published: every key of the hub's config.json, tiny weights in the hub's layout.
+
+    make("google/gemma-3-1b-it", FOLDER)        what tests call: torch, safetensors and tokenizers, no network
+    python tests/data/make_published.py         published.json anew: the logits that transformers gives them
+
+Sizes are shrunk and nothing else: keys, values, tensor names and dtypes are those of the repositories that PUBLISHED
+names, read in November 2026. Weights are small integers over 1024: exact in bfloat16, alike on any machine.
+The logits are of transformers 5.22.2, torch 2.13.0 and bitsandbytes 0.50.2, on a CPU.
+"""
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+IDS = [
+    5,
+    17,
+    60,
+    8,
+    33,
+    90,
+    41,
+    2,
+    77,
+    12,
+    64,
+    7,
+    51,
+    29,
+    83,
+    6,
+    44,
+    70,
+    11,
+    38,
+]  # longer than the tiny windows
+ROWS = 96  # of the embedding
+
+# ---- config.json
+
+
+def moe_of_qwen(
+    layers: int, dense: int, experts: int, expert: int, active: int, theta: float
+) -> dict[str, Any]:
+    return {
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "decoder_sparse_step": 1,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": dense,
+        "max_window_layers": layers,
+        "moe_intermediate_size": expert,
+        "num_experts": experts,
+        "num_experts_per_tok": active,
+        "num_hidden_layers": layers,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": theta,
+        "router_aux_loss_coef": 0.001,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    }
+
+
+def deepseek(**own: Any) -> dict[str, Any]:
+    return {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "auto_map": {
+            "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+            "AutoModel": "modeling_deepseek.DeepseekV3Model",
+            "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
+        },
+        "aux_loss_alpha": 0.001,
+        "ep_size": 1,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "kv_lora_rank": 512,
+        "model_type": "deepseek_v3",
+        "moe_layer_freq": 1,
+        "norm_topk_prob": True,
+        "pretraining_tp": 1,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "scoring_func": "sigmoid",
+        "seq_aux": True,
+        "tie_word_embeddings": False,
+        "topk_method": "noaux_tc",
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "v_head_dim": 128,
+        **own,
+    }
+
+
+GEMMA3 = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attn_logit_softcapping": None,
+    "bos_token_id": 2,
+    "cache_implementation": "hybrid",
+    "eos_token_id": [1, 106],
+    "final_logit_softcapping": None,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 1152,
+    "initializer_range": 0.02,
+    "intermediate_size": 6912,
+    "max_position_embeddings": 32768,
+    "model_type": "gemma3_text",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "rope_local_base_freq": 10000,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.50.0.dev0",
+    "use_cache": True,
+    "vocab_size": 262144,
+}
+GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"],
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "eos_token_id": 200002,
+    "experts_per_token": 4,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "initial_context_length": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "max_position_embeddings": 131072,
+    "model_type": "gpt_oss",
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 8,
+    "num_local_experts": 32,
+    "output_router_logits": False,
+    "pad_token_id": 199999,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "router_aux_loss_coef": 0.9,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "transformers_version": "4.55.0.dev0",
+    "use_cache": True,
+    "vocab_size": 201088,
+}
+MXFP4 = {
+    "modules_to_not_convert": [
+        *("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"),
+    ],
+    "quant_method": "mxfp4",
+}
+DEEPSEEK_V3 = deepseek(
+    bos_token_id=0,
+    eos_token_id=1,
+    first_k_dense_replace=3,
+    hidden_size=7168,
+    intermediate_size=18432,
+    max_position_embeddings=163840,
+    moe_intermediate_size=2048,
+    n_group=8,
+    n_routed_experts=256,
+    n_shared_experts=1,
+    num_attention_heads=128,
+    num_experts_per_tok=8,
+    num_hidden_layers=61,
+    num_key_value_heads=128,
+    num_nextn_predict_layers=1,
+    q_lora_rank=1536,
+    rms_norm_eps=1e-06,
+    rope_scaling={
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    rope_theta=10000,
+    routed_scaling_factor=2.5,
+    topk_group=4,
+    transformers_version="4.33.1",
+    vocab_size=129280,
+)
+FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+MOONLIGHT = deepseek(
+    bos_token_id=163584,
+    eos_token_id=163585,
+    first_k_dense_replace=1,
+    hidden_size=2048,
+    intermediate_size=11264,
+    max_position_embeddings=8192,
+    moe_intermediate_size=1408,
+    n_group=1,
+    n_routed_experts=64,
+    n_shared_experts=2,
+    num_attention_heads=16,
+    num_experts_per_tok=6,
+    num_hidden_layers=27,
+    num_key_value_heads=16,
+    num_nextn_predict_layers=0,
+    pad_token_id=163838,
+    q_lora_rank=None,
+    rms_norm_eps=1e-05,
+    rope_scaling=None,
+    rope_theta=50000.0,
+    routed_scaling_factor=2.446,
+    topk_group=1,
+    transformers_version="4.48.3",
+    vocab_size=163840,
+)
+QWEN3_MOE = moe_of_qwen(48, 6144, 128, 768, 8, 1000000.0) | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "rope_scaling": None,
+    "sliding_window": None,
+    "transformers_version": "4.51.0",
+}
+QWEN2_MOE = moe_of_qwen(24, 5632, 60, 1408, 4, 1000000.0) | {
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "eos_token_id": 151643,
+    "max_position_embeddings": 8192,
+    "max_window_layers": 21,
+    "model_type": "qwen2_moe",
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "shared_expert_intermediate_size": 5632,
+    "sliding_window": 32768,
+    "transformers_version": "4.39.0.dev0",
+}
+LLAMA_2 = {
+    "_name_or_path": "meta-llama/Llama-2-7b-hf",
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "transformers_version": "4.38.0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+LLAMA_3_2 = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": 128009,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "pad_token_id": 128004,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.52.0.dev0",
+    "unsloth_fixed": True,
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+BNB = {
+    "_load_in_4bit": True,
+    "_load_in_8bit": False,
+    "bnb_4bit_compute_dtype": "bfloat16",
+    "bnb_4bit_quant_storage": "uint8",
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "llm_int8_enable_fp32_cpu_offload": False,
+    "llm_int8_has_fp16_weight": False,
+    "llm_int8_threshold": 6.0,
+    "load_in_4bit": True,
+    "load_in_8bit": False,
+    "quant_method": "bitsandbytes",
+}
+SKIPPED = [  # of unsloth's "dynamic" folders; names of other models stand among them
+    *("lm_head", "multi_modal_projector", "merger", "modality_projection"),
+    *("model.layers.1.self_attn", "model.layers.0.mlp"),
+]
+GPTQ = {
+    "bits": 4,
+    "damp_percent": 0.01,
+    "desc_act": False,
+    "group_size": 128,
+    "quant_method": "gptq",
+    "sym": True,
+    "true_sequential": True,
+}
+AWQ = {
+    "bits": 4,
+    "group_size": 128,
+    "modules_to_not_convert": None,
+    "quant_method": "awq",
+    "version": "gemm",
+    "zero_point": True,
+}
+
+# ---- weights
+
+
+class Draw:
+    """Random tensors in one dtype, from a seed."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype, self.generator = dtype, torch.Generator().manual_seed(len(str(dtype)))
+
+    def __call__(self, *shape: int) -> Tensor:
+        whole = torch.randint(-120, 121, shape, generator=self.generator)
+        return (whole / 1024).to(self.dtype)
+
+    def norm(self, width: int) -> Tensor:
+        return 1 + 4 * self(width)
+
+    def bytes(self, *shape: int) -> Tensor:
+        return torch.randint(0, 256, shape, generator=self.generator).to(torch.uint8)
+
+
+def attention(at: str, config: dict[str, Any], draw: Draw) -> Iterator[tuple[str, Tensor]]:
+    C, H, G = (config[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+    D, kind = config.get("head_dim") or C // H, config["model_type"]
+    for name, rows, columns in (("q", H * D, C), ("k", G * D, C), ("v", G * D, C), ("o", C, H * D)):
+        yield f"{at}.self_attn.{name}_proj.weight", draw(rows, columns)
+        if kind == "gpt_oss" or (kind == "qwen2_moe" and name != "o"):
+            yield f"{at}.self_attn.{name}_proj.bias", draw(rows)
+    if kind in ("gemma3_text", "qwen3_moe"):
+        yield f"{at}.self_attn.q_norm.weight", draw.norm(D)
+        yield f"{at}.self_attn.k_norm.weight", draw.norm(D)
+    if kind == "gpt_oss":
+        yield f"{at}.self_attn.sinks", draw(H)
+
+
+def latent_attention(at: str, config: dict[str, Any], draw: Draw) -> Iterator[tuple[str, Tensor]]:
+    C, H, rank, kv_rank = (
+        config[key] for key in ("hidden_size", "num_attention_heads", "q_lora_rank", "kv_lora_rank")
+    )
+    nope, rope, wide = (config[key] for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    if rank:
+        yield f"{at}.self_attn.q_a_proj.weight", draw(rank, C)
+        yield f"{at}.self_attn.q_a_layernorm.weight", draw.norm(rank)
+        yield f"{at}.self_attn.q_b_proj.weight", draw(H * (nope + rope), rank)
+    else:
+        yield f"{at}.self_attn.q_proj.weight", draw(H * (nope + rope), C)
+    yield f"{at}.self_attn.kv_a_proj_with_mqa.weight", draw(kv_rank + rope, C)
+    yield f"{at}.self_attn.kv_a_layernorm.weight", draw.norm(kv_rank)
+    yield f"{at}.self_attn.kv_b_proj.weight", draw(H * (nope + wide), kv_rank)
+    yield f"{at}.self_attn.o_proj.weight", draw(C, H * wide)
+
+
+def mlp(at: str, C: int, F: int, draw: Draw) -> Iterator[tuple[str, Tensor]]:
+    yield f"{at}.gate_proj.weight", draw(F, C)
+    yield f"{at}.up_proj.weight", draw(F, C)
+    yield f"{at}.down_proj.weight", draw(C, F)
+
+
+def experts(at: str, config: dict[str, Any], draw: Draw) -> Iterator[tuple[str, Tensor]]:
+    """The layer's experts, one tensor each, with the router and what every token goes to."""
+    C, F = config["hidden_size"], config["moe_intermediate_size"]
+    E = config.get("num_experts") or config["n_routed_experts"]
+    yield f"{at}.gate.weight", draw(E, C)
+    if "scoring_func" in config:
+        yield f"{at}.gate.e_score_correction_bias", draw(E).float()
+    for e in range(E):
+        yield from mlp(f"{at}.experts.{e}", C, F, draw)
+    if "n_shared_experts" in config:
+        yield from mlp(f"{at}.shared_experts", C, F * config["n_shared_experts"], draw)
+    if "shared_expert_intermediate_size" in config:
+        yield from mlp(f"{at}.shared_expert", C, config["shared_expert_intermediate_size"], draw)
+        yield f"{at}.shared_expert_gate.weight", draw(1, C)
+
+
+def fused_experts(at: str, config: dict[str, Any], draw: Draw) -> Iterator[tuple[str, Tensor]]:
+    """gpt-oss': all experts in one tensor, transposed."""
+    E, C, F = (config[key] for key in ("num_local_experts", "hidden_size", "intermediate_size"))
+    yield f"{at}.router.weight", draw(E, C)
+    yield f"{at}.router.bias", draw(E)
+    for name, rows, columns in (("gate_up_proj", C, 2 * F), ("down_proj", F, C)):
+        if "quantization_config" in config:
+            yield f"{at}.experts.{name}_blocks", draw.bytes(E, columns, rows // 32, 16)
+            yield f"{at}.experts.{name}_scales", draw.bytes(E, columns, rows // 32)
+        else:
+            yield f"{at}.experts.{name}", draw(E, rows, columns)
+        yield f"{at}.experts.{name}_bias", draw(E, columns)
+
+
+def layer(at: str, i: int, config: dict[str, Any], draw: Draw) -> Iterator[tuple[str, Tensor]]:
+    C = config["hidden_size"]
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    if config["model_type"] == "gemma3_text":
+        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    for name in norms:
+        yield f"{at}.{name}.weight", draw.norm(C)
+    yield from (latent_attention if "kv_lora_rank" in config else attention)(at, config, draw)
+    if "num_local_experts" in config:
+        yield from fused_experts(f"{at}.mlp", config, draw)
+    elif "moe_intermediate_size" in config and i >= config.get("first_k_dense_replace", 0):
+        yield from experts(f"{at}.mlp", config, draw)
+    else:
+        yield from mlp(f"{at}.mlp", C, config["intermediate_size"], draw)
+
+
+def weights(config: dict[str, Any], draw: Draw) -> Iterator[tuple[str, Tensor]]:
+    C, layers = config["hidden_size"], config["num_hidden_layers"]
+    yield "model.embed_tokens.weight", draw(ROWS, C)
+    for i in range(layers):
+        yield from layer(f"model.layers.{i}", i, config, draw)
+    for i in range(layers, layers + config.get("num_nextn_predict_layers", 0)):
+        at = f"model.layers.{i}"  # DeepSeek-V3's layer that predicts one token further
+        yield from layer(at, i, config, draw)
+        yield f"{at}.embed_tokens.weight", draw(ROWS, C)
+        yield f"{at}.enorm.weight", draw.norm(C)
+        yield f"{at}.hnorm.weight", draw.norm(C)
+        yield f"{at}.eh_proj.weight", draw(C, 2 * C)
+        yield f"{at}.shared_head.norm.weight", draw.norm(C)
+        yield f"{at}.shared_head.head.weight", draw(ROWS, C)
+    yield "model.norm.weight", draw.norm(C)
+    if not config.get("tie_word_embeddings", config["model_type"] == "gemma3_text"):
+        yield "lm_head.weight", draw(ROWS, C)
+
+
+def is_linear(name: str) -> bool:
+    return name.endswith("_proj.weight") or name.endswith("_mqa.weight")
+
+
+def in_fp8(tensors: Iterator[tuple[str, Tensor]], draw: Draw) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors:
+        if not is_linear(name):
+            yield name, tensor
+            continue
+        blocks = [math.ceil(size / 128) for size in tensor.shape]
+        yield name, tensor.to(torch.float8_e4m3fn)
+        yield f"{name}_scale_inv", draw.norm(math.prod(blocks)).float().view(blocks)
+
+
+def in_int4(
+    tensors: Iterator[tuple[str, Tensor]], draw: Draw, rows: int, columns: int
+) -> Iterator[tuple[str, Tensor]]:
+    """GPTQ's (K / rows, N) or AWQ's (K, N / columns) int32 words of eight weights."""
+    for name, tensor in tensors:
+        if not is_linear(name):
+            yield name, tensor
+            continue
+        (N, K), at = tensor.shape, name.removesuffix(".weight")
+        yield f"{at}.qweight", draw.bytes(K // rows, N // columns).int()
+        yield f"{at}.qzeros", draw.bytes(1, N // 8).int()
+        yield f"{at}.scales", draw.norm(N).view(1, N).half()
+        if rows > 1:
+            yield f"{at}.g_idx", torch.zeros(K, dtype=torch.int32)
+
+
+def in_gptq(tensors: Iterator[tuple[str, Tensor]], draw: Draw) -> Iterator[tuple[str, Tensor]]:
+    return in_int4(tensors, draw, 8, 1)
+
+
+def in_awq(tensors: Iterator[tuple[str, Tensor]], draw: Draw) -> Iterator[tuple[str, Tensor]]:
+    return in_int4(tensors, draw, 1, 8)
+
+
+# the sixteen values of NF4, https://arxiv.org/abs/2305.14314, appendix E
+NF4 = [
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941),
+    *(0.7229568362236023, 1.0),
+]
+
+
+def in_nf4(
+    skipped: list[str],
+) -> Callable[[Iterator[tuple[str, Tensor]], Draw], Iterator[tuple[str, Tensor]]]:
+    """bitsandbytes', absmax in 8 bits: every byte is a valid pair of weights, so they are drawn."""
+
+    def pack(tensors: Iterator[tuple[str, Tensor]], draw: Draw) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors:
+            if not is_linear(name) or any(f"{module}." in name for module in skipped):
+                yield name, tensor
+                continue
+            count = tensor.numel()
+            blocks = math.ceil(count / 64)
+            state = {
+                "quant_type": "nf4",
+                "blocksize": 64,
+                "dtype": "bfloat16",
+                "shape": list(tensor.shape),
+                "nested_blocksize": 256,
+                "nested_dtype": "float32",
+                "nested_offset": 0.125,
+            }
+            yield name, draw.bytes(count // 2, 1)
+            yield f"{name}.absmax", draw.bytes(blocks)
+            yield f"{name}.quant_map", torch.tensor(NF4)
+            yield f"{name}.nested_absmax", draw.norm(math.ceil(blocks / 256)).float() / 16
+            yield f"{name}.nested_quant_map", torch.arange(-128, 128) / 128
+            data = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+            yield f"{name}.quant_state.bitsandbytes__nf4", data
+
+    return pack
+
+
+# ---- folders
+
+TINY = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": ROWS}
+TINY_MOE = TINY | {"moe_intermediate_size": 24, "num_hidden_layers": 2, "num_experts_per_tok": 2}
+TINY_LATENT = TINY_MOE | {
+    "n_routed_experts": 8,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 1,
+    "num_hidden_layers": 3,
+}
+TINY_OSS = TINY | {
+    "intermediate_size": 32,
+    "head_dim": 16,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "num_local_experts": 8,
+    "sliding_window": 8,
+}
+TINY_LLAMA_2 = TINY | {"num_key_value_heads": 4, "num_hidden_layers": 2}
+TINY_LLAMA_3 = TINY | {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "head_dim": 16,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def shrunk(config: dict[str, Any], sizes: dict[str, Any], **also: Any) -> dict[str, Any]:
+    """The config with smaller values under the keys that it has."""
+    small = {**sizes, **SPECIAL, **also}
+    return {key: small.get(key, value) for key, value in config.items()}
+
+
+def plain(tensors: Iterator[tuple[str, Tensor]], draw: Draw) -> Iterator[tuple[str, Tensor]]:
+    return tensors
+
+
+def quantized(config: dict[str, Any], how: dict[str, Any]) -> dict[str, Any]:
+    return {**config, "quantization_config": how}
+
+
+# repository -> config.json, how linear weights are packed, files, ids that the tokenizer has beyond the rows
+PUBLISHED: dict[str, tuple[dict[str, Any], Callable, int, int]] = {
+    "google/gemma-3-1b-it": (
+        shrunk(
+            GEMMA3,
+            TINY | {"head_dim": 16, "num_hidden_layers": 7, "query_pre_attn_scalar": 16, "sliding_window": 6},
+            eos_token_id=[2, 3],
+        ),
+        *(plain, 1, 1),
+    ),
+    "unsloth/gpt-oss-20b-BF16": (shrunk(GPT_OSS, TINY_OSS) | {"torch_dtype": "bfloat16"}, plain, 2, 0),
+    "openai/gpt-oss-20b": (quantized(shrunk(GPT_OSS, TINY_OSS), MXFP4), plain, 2, 0),
+    "unsloth/DeepSeek-V3-bf16": (
+        shrunk(DEEPSEEK_V3, TINY_LATENT, n_group=4, topk_group=2, q_lora_rank=24),
+        *(plain, 3, 0),
+    ),
+    "deepseek-ai/DeepSeek-V3": (
+        quantized(shrunk(DEEPSEEK_V3, TINY_LATENT, n_group=4, topk_group=2, q_lora_rank=24), FP8),
+        *(in_fp8, 3, 0),
+    ),
+    "moonshotai/Moonlight-16B-A3B-Instruct": (shrunk(MOONLIGHT, TINY_LATENT), plain, 2, 0),
+    "Qwen/Qwen3-30B-A3B": (
+        shrunk(QWEN3_MOE, TINY_MOE | {"head_dim": 16, "num_key_value_heads": 2, "num_experts": 8}),
+        *(plain, 2, 0),
+    ),
+    "Qwen/Qwen1.5-MoE-A2.7B": (
+        shrunk(
+            QWEN2_MOE,
+            TINY_MOE | {"num_key_value_heads": 4, "num_experts": 6, "shared_expert_intermediate_size": 40},
+        ),
+        *(plain, 2, 0),
+    ),
+    "meta-llama/Llama-2-7b-chat-hf": (shrunk(LLAMA_2, TINY_LLAMA_2), plain, 2, 1),
+    "unsloth/Llama-3.2-1B-Instruct-bnb-4bit": (
+        quantized(shrunk(LLAMA_3_2, TINY_LLAMA_3), BNB | {"llm_int8_skip_modules": None}),
+        *(in_nf4([]), 1, 0),
+    ),
+    "unsloth/Llama-3.2-1B-Instruct-unsloth-bnb-4bit": (
+        quantized(shrunk(LLAMA_3_2, TINY_LLAMA_3), BNB | {"llm_int8_skip_modules": SKIPPED}),
+        *(in_nf4(SKIPPED), 1, 0),
+    ),
+    "TheBloke/Llama-2-7B-Chat-GPTQ": (
+        quantized(shrunk(LLAMA_2, TINY_LLAMA_2), GPTQ),
+        *(in_gptq, 1, 0),
+    ),
+    "TheBloke/Llama-2-7B-Chat-AWQ": (
+        quantized(shrunk(LLAMA_2, TINY_LLAMA_2), AWQ),
+        *(in_awq, 1, 0),
+    ),
+}
+REFUSED = {  # repository -> the format that a refusal names
+    "openai/gpt-oss-20b": "mxfp4",
+    "deepseek-ai/DeepSeek-V3": "fp8",
+    "TheBloke/Llama-2-7B-Chat-GPTQ": "gptq",
+    "TheBloke/Llama-2-7B-Chat-AWQ": "awq",
+}
+LOADED = [name for name in PUBLISHED if name not in REFUSED]
+
+
+def make(name: str, folder: Path) -> Path:
+    """Write the repository `name` of PUBLISHED into a new folder, which is returned."""
+    config, pack, files, beyond = PUBLISHED[name]
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    draw = Draw(getattr(torch, config.get("torch_dtype", "bfloat16")))
+    tensors = {name: tensor.contiguous() for name, tensor in pack(weights(config, draw), draw)}
+    if (
+        config["model_type"] == "llama" and "quantization_config" not in config
+    ):  # a constant in folders of 2023
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    write_shards(folder, tensors, files)
+    write_tokenizer(folder, ROWS + beyond)
+    return folder
+
+
+def write_shards(folder: Path, tensors: dict[str, Tensor], files: int) -> None:
+    if files == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    names = [*tensors]
+    per_file = math.ceil(len(names) / files)
+    weight_map: dict[str, str] = {}
+    for i in range(files):
+        file = f"model-{i + 1:05}-of-{files:05}.safetensors"
+        shard = {name: tensors[name] for name in names[i * per_file : (i + 1) * per_file]}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_tokenizer(folder: Path, size: int) -> None:
+    """A word an id: <pad>, <s>, </s>, <unk>, then w4, w5, ...; ids beyond the rows are special tokens."""
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(4, ROWS))]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    more = ["<image_soft_token>", "<extra>"][: size - ROWS]
+    backend.add_special_tokens([*words[:4], *more])
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    config |= {
+        "pad_token": more[-1] if more and "gemma" not in folder.name else "<pad>",
+        "unk_token": "<unk>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+# ---- golden logits
+
+
+def logits(name: str, folder: Path) -> Tensor:
+    """What transformers computes in fp32 for IDS, (T, V); 4-bit weights are multiplied out first."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        make(name, folder), dtype=torch.float32, attn_implementation="eager"
+    )
+    if "quantization_config" in PUBLISHED[name][0]:
+        for module in model.modules():
+            if type(module).__name__ == "Linear4bit":  # not rounded to the bf16 that its state names
+                module.weight.quant_state.dtype = torch.float32
+        model.dequantize(dtype=torch.float32)
+        model.float()
+    with torch.no_grad():
+        return model(torch.tensor([IDS])).logits[0]
+
+
+if __name__ == "__main__":
+    import transformers
+
+    golden = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in LOADED:
+            values = logits(name, Path(folder, name))[[1, len(IDS) // 2, -1]]
+            golden[name] = [[round(value, 6) for value in row] for row in values.tolist()]
+    made_by = f"python tests/data/make_published.py, transformers {transformers.__version__}"
+    file = Path(__file__).parent / "published.json"
+    file.write_text(json.dumps({"made_by": made_by, "golden": golden}) + "\n")
