@@ -7,7 +7,7 @@ from pathlib import Path
 import tokenizers
 
 from ..model.checkpoint import save_model
-from ..model.config import ModelConfig
+from ..model.config_json import read_config
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 
@@ -25,7 +25,7 @@ def random_model(folder: Path, tokenizer: tokenizers.Tokenizer, seed: int, **sha
         "eos_token_id": 0,
         "initializer_range": 0.1,
     }
-    config = ModelConfig.from_hf(fixed | shape, str(folder))
+    config = read_config(fixed | shape, str(folder))
     save_model(Transformer(config, seed=seed), folder, ours)
     return folder
 
