@@ -22,6 +22,7 @@ def random_model(folder: Path, tokenizer: tokenizers.Tokenizer, seed: int, **sha
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": True,
         "hidden_act": "silu",
+        "bos_token_id": None,
         "eos_token_id": 0,
         "initializer_range": 0.1,
     }

@@ -54,6 +54,7 @@ SHAPE = {
     "tie_word_embeddings": False,
     "hidden_act": "silu",
     "initializer_range": 0.02,
+    "bos_token_id": None,
     "eos_token_id": 0,
     "pad_token_id": 1,
 }

@@ -125,6 +125,11 @@ class ModelConfig:
     def rotary_dim(self) -> int:
         return self.latent.rope_dim if self.latent else self.head_dim
 
+    @property
+    def attention_width(self) -> int:
+        """D of queries, keys and values as attention takes them, the narrower ones padded."""
+        return max(self.head_dim, self.latent.value_dim) if self.latent else self.head_dim
+
 
 def yarn_factor(rope: Rope) -> float:
     """What DeepSeek multiplies the scores' scale with, squared, where the positions are stretched."""

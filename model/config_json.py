@@ -7,22 +7,21 @@ transformers 4 wrote `rope_theta`, `rope_scaling` and `torch_dtype`, transformer
 `dtype`. A key that is absent takes the value that transformers gives it for that architecture.
 """
 
+import sys
 from dataclasses import fields
-from typing import Any, NoReturn
+from typing import Any
 
 from .architectures import (
     ARCHITECTURES,
-    COMMON,
-    DEFAULTS,
-    INERT,
-    NULLABLE,
     NUMBERS,
-    ONLY,
     ROPE_KEYS,
+    ROPE_MAY_BE_NULL,
+    ROPE_MAY_BE_ZERO,
     SIZES,
     TOKEN_IDS,
 )
 from .config import Experts, Latent, ModelConfig, Rope, yarn_factor
+from .config_keys import Keys
 from .errors import InputError
 
 
@@ -46,6 +45,8 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     """
     architecture = ARCHITECTURES[config.model_type]
     window = next((window for window in config.windows if window is not None), None)
+    if window is None and architecture.slides == "period":
+        window = architecture.defaults["sliding_window"]  # transformers wants one, though no layer has it
     eos = config.eos_token_id
     raw: dict[str, Any] = {
         "architectures": [architecture.class_name],
@@ -53,7 +54,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         **{key: getattr(config, key) for key in (*SIZES, *NUMBERS, *TOKEN_IDS, "tie_word_embeddings")},
         "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
         "rope_parameters": _rope_keys(config.rope),
-        "hidden_act": "silu",
+        **({"hidden_activation": "gelu_pytorch_tanh"} if config.gemma else {"hidden_act": "silu"}),
         "attention_dropout": 0.0,
         "use_cache": True,
     }
@@ -69,8 +70,8 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     raw |= {key: value for key, value in own.items() if key in architecture.keys}
     if config.latent:
         raw["head_dim"] = config.latent.rope_dim  # transformers rotates this much
+        raw["qk_head_dim"] = config.latent.nope_dim + config.latent.rope_dim
     if config.gemma:
-        del raw["hidden_act"]
         kinds = ("full_attention", config.rope), ("sliding_attention", config.local_rope or config.rope)
         raw["rope_parameters"] = {kind: _rope_keys(rope) for kind, rope in kinds}
     again = read_config(raw, generation=config.generation)
@@ -107,7 +108,6 @@ def _attention_keys(config: ModelConfig) -> dict[str, Any]:
     scale = config.attention_scale
     own: dict[str, Any] = {
         "qkv_bias": config.qkv_bias,
-        "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": round(scale**-2) if scale else config.head_dim,
     }
     if config.latent:
@@ -116,7 +116,6 @@ def _attention_keys(config: ModelConfig) -> dict[str, Any]:
             "kv_lora_rank": config.latent.kv_rank,
             "qk_nope_head_dim": config.latent.nope_dim,
             "qk_rope_head_dim": config.latent.rope_dim,
-            "qk_head_dim": config.latent.nope_dim + config.latent.rope_dim,
             "v_head_dim": config.latent.value_dim,
             "rope_interleave": config.latent.interleaved,
         }
@@ -130,42 +129,8 @@ def _rope_keys(rope: Rope) -> dict[str, Any]:
 # ---- reading
 
 
-class _Reader:
-    """One config.json: every look at a key checks it, and every refusal names it."""
-
-    def __init__(self, raw: dict[str, Any], source: str):
-        self.raw, self.source = raw, source
-        self.model_type = raw.get("model_type")
-        if self.model_type not in ARCHITECTURES:
-            self.refuse("model_type", f"one of {', '.join(ARCHITECTURES)}", self.model_type)
-        self.architecture = ARCHITECTURES[self.model_type]
-        self.defaults = DEFAULTS | self.architecture.defaults
-
-    def refuse(self, key: str, expected: str, got: Any) -> NoReturn:
-        raise InputError(f"{self.source}: {key}: expected {expected}, got {got!r}")
-
-    def get(self, key: str, kind: type | tuple[type, ...], expected: str, least: float | None = None) -> Any:
-        """The value of a key, or its default. None comes only from keys that may be null."""
-        if key not in self.raw and key not in self.defaults:
-            raise InputError(f"{self.source}: {key}: missing, expected {expected}")
-        value = self.raw.get(key, self.defaults.get(key))
-        if value is None:
-            return None if key in NULLABLE else self.refuse(key, expected, value)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            self.refuse(key, expected, value)
-        if least is not None and not value >= least:  # NaN included
-            self.refuse(key, expected, value)
-        return value
-
-    def size(self, key: str) -> Any:
-        return self.get(key, int, "a positive integer", least=1)
-
-    def number(self, key: str) -> float:
-        return float(self.get(key, (int, float), "a number >= 0", least=0))
-
-    def flag(self, key: str) -> bool:
-        """False also where the architecture does not have the key."""
-        return key in COMMON | self.architecture.keys and self.get(key, bool, "true or false")
+class _Reader(Keys):
+    """One config.json: what it says as the fields of ModelConfig."""
 
     def read(self, generation: dict[str, Any]) -> ModelConfig:
         self.refuse_what_is_not_built()
@@ -186,37 +151,32 @@ class _Reader:
             "latent": latent,
             **self.architecture.fixed,
         }
+
         if latent is not None:
+            heads, shared = values["num_attention_heads"], values["num_key_value_heads"]
+            if shared not in (0, heads):
+                self.refuse("num_key_value_heads", f"num_attention_heads={heads}", shared)
             values["head_dim"] = latent.nope_dim + latent.rope_dim
             values["attention_scale"] = values["head_dim"] ** -0.5 * yarn_factor(rope) ** 2
-        if self.model_type == "gemma3_text":
+        if self.has("query_pre_attn_scalar"):
             values["local_rope"] = self.rope("sliding_attention")
             values["attention_scale"] = self.size("query_pre_attn_scalar") ** -0.5
+
         try:
             return ModelConfig(**values, model_type=self.raw["model_type"], generation=generation)
         except ValueError as error:
             raise InputError(f"{self.source}: {error}") from None
 
-    def refuse_what_is_not_built(self) -> None:
-        """A key that nobody reads may change the numbers, unless its value switches it off."""
-        for key, value in self.raw.items():
-            if key in ONLY and value not in ONLY[key]:
-                self.refuse(key, f"{ONLY[key][0]!r}, nothing else is built", value)
-            known = COMMON - {"hidden_activation"} | INERT | self.architecture.keys
-            unknown = key not in known and not key.startswith("_")
-            if unknown and value not in (None, False, 0, "", [], {}):
-                raise InputError(f"{self.source}: {key}: not supported for {self.model_type}, got {value!r}")
-
     def token_id(self, key: str) -> int | tuple[int, ...] | None:
         value = self.get(key, (int, list), "a token id")
         if not isinstance(value, list):
             return value
-        if key != "eos_token_id" or not all(isinstance(token, int) for token in value):
+        if key != "eos_token_id" or not all(type(token) is int for token in value):
             self.refuse(key, "a token id", value)
         return tuple(value)
 
     def latent(self) -> Latent | None:
-        if "kv_lora_rank" not in self.architecture.keys:
+        if not self.has("kv_lora_rank"):
             return None
         return Latent(
             kv_rank=self.size("kv_lora_rank"),
@@ -227,114 +187,188 @@ class _Reader:
             interleaved=self.flag("rope_interleave"),
         )
 
+    # ---- experts
+
     def experts(self, layers: int) -> Experts | None:
-        keys = self.architecture.keys
-        name = next((k for k in ("num_experts", "num_local_experts", "n_routed_experts") if k in keys), None)
+        name = next(
+            (k for k in ("num_experts", "num_local_experts", "n_routed_experts") if self.has(k)), None
+        )
         if name is None:
             return None
-        spelled = next((k for k in (name, "num_experts", "num_local_experts") if k in self.raw), name)
-        size = self.size("moe_intermediate_size" if "moe_intermediate_size" in keys else "intermediate_size")
+        E, K = self.size(name), self.size("num_experts_per_tok")
+        if K > E:
+            self.refuse("num_experts_per_tok", f"at most {name}={E}", K)
+        size = self.size(
+            "moe_intermediate_size" if self.has("moe_intermediate_size") else "intermediate_size"
+        )
         options: dict[str, Any] = {}
-        if self.model_type == "deepseek_v3":
-            first = self.get("first_k_dense_replace", int, "an integer >= 0", least=0)
-            has = tuple(i >= first for i in range(layers))
-            options |= {
-                "score": "sigmoid",
-                "groups": self.size("n_group"),
-                "top_groups": self.size("topk_group"),
-                "scale": self.number("routed_scaling_factor"),
-                "shared_size": size * self.get("n_shared_experts", int, "an integer >= 0", least=0),
-            }
-        else:
-            dense, step = [], 1
-            if "mlp_only_layers" in keys:
-                dense = self.get("mlp_only_layers", list, "a list of layers")
-                step = self.size("decoder_sparse_step")
-            has = tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
+        if self.has("n_group"):
+            options = self.grouped(name, E, K, size)
+        if self.has("router_aux_loss_coef"):
             options["balance_coefficient"] = self.number("router_aux_loss_coef")
-        if "shared_expert_intermediate_size" in keys:
+        if self.has("shared_expert_intermediate_size"):
             options |= {"shared_size": self.size("shared_expert_intermediate_size"), "shared_gate": True}
-        if self.model_type == "gpt_oss":
+        if self.has("swiglu_limit"):
             options |= {
                 "clamped": True,
                 "alpha": self.number("swiglu_alpha"),
                 "limit": self.number("swiglu_limit"),
             }
         return Experts(
-            num_experts=self.size(spelled),
-            top_k=self.size("num_experts_per_tok"),
+            num_experts=E,
+            top_k=K,
             intermediate_size=size,
-            layers=has,
-            renormalize=self.get("norm_topk_prob", bool, "true or false"),
+            layers=self.layers_with_experts(layers),
+            renormalize=self.flag("norm_topk_prob") if self.has("norm_topk_prob") else True,
             **options,
         )
 
+    def layers_with_experts(self, layers: int) -> tuple[bool, ...]:
+        if self.has("first_k_dense_replace"):
+            first = self.count("first_k_dense_replace")
+            return tuple(i >= first for i in range(layers))
+        if not self.has("mlp_only_layers"):
+            return (True,) * layers
+        step = self.size("decoder_sparse_step")
+        dense = self.get("mlp_only_layers", list, "a list of layers") or []
+        if any(type(i) is not int for i in dense):
+            self.refuse("mlp_only_layers", "a list of layers", dense)
+        return tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
+
+    def grouped(self, name: str, E: int, K: int, size: int) -> dict[str, Any]:
+        """DeepSeek's choice: a group is worth its two best experts, and experts come from the best groups alone."""
+        groups, kept = self.size("n_group"), self.size("topk_group")
+        if E % groups or E // groups < 2:
+            self.refuse("n_group", f"groups of equal size, two or more of {name}={E} experts in each", groups)
+        if kept > groups:
+            self.refuse("topk_group", f"at most n_group={groups}", kept)
+        if kept * (E // groups) < K:
+            self.refuse(
+                "num_experts_per_tok", f"at most the {kept * (E // groups)} experts of {kept} groups", K
+            )
+        return {
+            "score": "sigmoid",
+            "groups": groups,
+            "top_groups": kept,
+            "scale": self.number("routed_scaling_factor"),
+            "shared_size": size * self.count("n_shared_experts"),
+        }
+
+    # ---- rope
+
     def rope(self, kind: str = "full_attention") -> Rope:
         """kind: which layers', where the file keeps them apart."""
-        key = "rope_scaling" if self.raw.get("rope_scaling") else "rope_parameters"
-        parameters = self.raw.get(key) or {}
-        if not isinstance(parameters, dict):
-            self.refuse(key, "an object", parameters)
-        theta = "rope_theta"
-        apart = "rope_local_base_freq" in self.architecture.keys
-        if apart and isinstance(parameters.get(kind), dict):
-            key, parameters = f"{key}.{kind}", parameters[kind]
-        elif kind != "full_attention":
-            theta, parameters = "rope_local_base_freq", {}
+        key, parameters, theta = self.rope_parameters(kind)
         rope_type = parameters.get("rope_type", parameters.get("type", "default"))
-        if rope_type not in ROPE_KEYS:
+        if not isinstance(rope_type, str) or rope_type not in ROPE_KEYS:
             self.refuse(f"{key}.rope_type", f"one of {', '.join(ROPE_KEYS)}", rope_type)
         needed, possible = ROPE_KEYS[rope_type]
-        values: dict[str, Any] = {"rope_theta": self.number(theta)}
+        for name in needed:
+            if name not in parameters:
+                raise InputError(f"{self.source}: {key}.{name}: missing, rope_type {rope_type} needs it")
+
+        values: dict[str, Any] = {"rope_theta": theta}
         if "original_max_position_embeddings" in possible:
             values["original_max_position_embeddings"] = self.size("max_position_embeddings")
         for name, value in parameters.items():
-            if name in ("rope_type", "type") or (name, value) == ("partial_rotary_factor", 1.0):
-                continue
-            if name not in ("rope_theta", *needed, *possible):
+            if name in ("rope_theta", *needed, *possible):
+                values |= self.rope_value(f"{key}.{name}", name, value)
+            elif name == "partial_rotary_factor":
+                if value != 1 or isinstance(value, bool):
+                    self.refuse(f"{key}.{name}", "1.0, nothing else is built", value)
+            elif name not in ("rope_type", "type") and value is not None:
                 raise InputError(
                     f"{self.source}: {key}.{name}: not supported for rope_type {rope_type}, got {value!r}"
                 )
-            if not isinstance(value, int | float) and (value is not None or name in needed):
-                self.refuse(f"{key}.{name}", "a number", value)
-            if value is not None:
-                values[name] = value
-        for name in needed:
-            if name not in values:
-                raise InputError(f"{self.source}: {key}.{name}: missing, rope_type {rope_type} needs it")
+        if values["rope_theta"] <= 1:
+            self.refuse(f"{key}.rope_theta", "a number above 1", values["rope_theta"])
+        if rope_type == "llama3" and not values["high_freq_factor"] > values["low_freq_factor"]:
+            low = values["low_freq_factor"]
+            self.refuse(
+                f"{key}.high_freq_factor", f"more than low_freq_factor={low}", values["high_freq_factor"]
+            )
         return Rope(rope_type=rope_type, **values)
 
+    def rope_parameters(self, kind: str) -> tuple[str, dict[str, Any], float]:
+        """(the key that holds them, the parameters, the base where they name none)"""
+        scaling, parameters = self.raw.get("rope_scaling"), self.raw.get("rope_parameters")
+        for key, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
+            if value is not None and not isinstance(value, dict):
+                self.refuse(key, "an object", value)
+
+        if not self.has("rope_local_base_freq"):
+            key = "rope_scaling" if scaling else "rope_parameters"
+            found = {**(scaling or (self.architecture.rope if parameters is None else parameters))}
+            if "original_max_position_embeddings" in self.raw:
+                found["original_max_position_embeddings"] = self.raw["original_max_position_embeddings"]
+                if found.get("rope_type", found.get("type", "default")) not in ("llama3", "yarn"):
+                    del found["original_max_position_embeddings"]  # read by these two alone
+            return key, found, self.number("rope_theta")
+
+        kinds = ("full_attention", "sliding_attention")
+        if flat := [name for name in parameters or {} if name not in kinds]:
+            self.refuse(f"rope_parameters.{flat[0]}", f"{' or '.join(kinds)}", (parameters or {})[flat[0]])
+        own = (parameters or {}).get(kind) or {}
+        key = f"rope_parameters.{kind}"
+        if not isinstance(own, dict):
+            self.refuse(key, "an object", own)
+        if kind == "full_attention" and scaling is not None:
+            # without rope_type it is the default's, whatever `type` says
+            key, own = "rope_scaling", {"rope_type": "default"} | own | scaling
+        if own.get("truncate", True) is not True:
+            self.refuse(
+                f"{key}.truncate", "true, nothing else is built for ropes of two kinds", own["truncate"]
+            )
+        return key, own, self.number("rope_theta" if kind == "full_attention" else "rope_local_base_freq")
+
+    def rope_value(self, key: str, name: str, value: Any) -> dict[str, Any]:
+        """{name: value}, checked, without what null leaves to the rule."""
+        if name == "truncate":
+            if value is not None and not isinstance(value, bool):
+                self.refuse(key, "true or false", value)
+            return {name: bool(value)}
+        if value is None and name in ROPE_MAY_BE_NULL:
+            return {}
+        zero = name in ROPE_MAY_BE_ZERO
+        expected = "a number >= 0" if zero else "a number above 0"
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or not 0 <= value <= sys.float_info.max
+        ):
+            self.refuse(key, expected, value)
+        if value == 0 and not zero:
+            self.refuse(key, expected, value)
+        return {name: value}
+
     def rope_layers(self, layers: int) -> tuple[bool, ...]:
-        if "no_rope_layers" not in self.architecture.keys:
+        if not self.has("no_rope_layers"):
             return (True,) * layers
         # 1 where rope is used, in spite of the name
         rotated = self.get("no_rope_layers", list, "a list of 0 and 1")
+        interval = self.size("no_rope_layer_interval")
         if rotated is None:
-            interval = self.size("no_rope_layer_interval")
             return tuple((i + 1) % interval != 0 for i in range(layers))
         if len(rotated) < layers or any(value not in (0, 1) for value in rotated):
             self.refuse("no_rope_layers", f"0 or 1 for each of {layers} layers", rotated)
         return tuple(bool(value) for value in rotated[:layers])
 
+    # ---- windows
+
     def windows(self, layers: int, rope_layers: tuple[bool, ...]) -> tuple[int | None, ...]:
-        if "sliding_window" not in self.architecture.keys:
+        if not self.has("sliding_window"):
             return (None,) * layers
-        unused = self.raw.get("sliding_window") == 0 and not self.raw.get("use_sliding_window")
-        window = None if unused else self.size("sliding_window")
-        if "layer_types" not in self.architecture.keys:
-            return (window,) * layers
-        if "use_sliding_window" in self.architecture.keys and not self.flag("use_sliding_window"):
-            window = None
-        kinds = self.get("layer_types", list, "a list of attention kinds")
+        used = self.flag("use_sliding_window") if self.has("use_sliding_window") else True
+        window = self.size("sliding_window") if used else None
+        if used and window is None and self.architecture.slides in ("early", "period"):
+            self.refuse("sliding_window", "a positive integer", window)
+        kinds = (
+            self.get("layer_types", list, "a list of attention kinds") if self.has("layer_types") else None
+        )
         if kinds is None:
-            if period := self.architecture.period:
-                slides = [(i + 1) % period != 0 for i in range(layers)]
-            elif "no_rope_layers" in self.architecture.keys:
-                slides = [not rotated for rotated in rope_layers]
-            else:
-                first = self.get("max_window_layers", int, "an integer >= 0", least=0)
-                slides = [i >= first for i in range(layers)]
+            slides = self.slides(layers, rope_layers)
             return tuple(window if slide else None for slide in slides)
+
         if len(kinds) != layers or any(kind not in ("full_attention", "sliding_attention") for kind in kinds):
             self.refuse(
                 "layer_types", f"full_attention or sliding_attention for each of {layers} layers", kinds
@@ -344,3 +378,20 @@ class _Reader:
                 "sliding_window", "a window, and use_sliding_window, since layer_types slides", window
             )
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+    def slides(self, layers: int, rope_layers: tuple[bool, ...]) -> list[bool]:
+        """Which layers have the window, by the architecture's own rule."""
+        match self.architecture.slides:
+            case "late":
+                first = self.count("max_window_layers")
+                return [i >= first for i in range(layers)]
+            case "early":
+                last = self.count("max_window_layers")
+                return [i % 2 == 0 and i < last for i in range(layers)]
+            case "period":
+                period = self.size("sliding_window_pattern")
+                return [(i + 1) % period != 0 for i in range(layers)]
+            case "unrotated":
+                return [not rotated for rotated in rope_layers]
+            case _:
+                return [True] * layers

@@ -266,7 +266,7 @@ def test_a_config_that_its_architecture_cannot_spell_is_not_written():
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor: missing, rope_type linear needs it"),
         (
             {"rope_scaling": {"type": "linear", "factor": "2"}},
-            "rope_scaling.factor: expected a number, got '2'",
+            "rope_scaling.factor: expected a number above 0, got '2'",
         ),
         (
             {"rope_parameters": {"mrope_section": [1]}},
