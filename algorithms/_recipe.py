@@ -7,7 +7,7 @@ from pathlib import Path
 import tokenizers
 
 from ..model.checkpoint import save_model
-from ..model.config import ModelConfig
+from ..model.config_json import read_config
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 
@@ -22,10 +22,11 @@ def random_model(folder: Path, tokenizer: tokenizers.Tokenizer, seed: int, **sha
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": True,
         "hidden_act": "silu",
+        "bos_token_id": None,
         "eos_token_id": 0,
         "initializer_range": 0.1,
     }
-    config = ModelConfig.from_hf(fixed | shape, str(folder))
+    config = read_config(fixed | shape, str(folder))
     save_model(Transformer(config, seed=seed), folder, ours)
     return folder
 

@@ -28,7 +28,7 @@ from typing import Any, Literal
 import torch
 
 from ..model.checkpoint import load_model
-from ..model.config import ModelConfig
+from ..model.config_json import read_config
 from ..model.generate import generate
 from ..model.linear import LoraConfig
 from ..model.memory import training_memory
@@ -194,7 +194,7 @@ def train(cfg: Config) -> Path:
 def counted(cfg: Config, mode: str) -> str:
     """What weights, gradients and optimizer of a mode take, in fp32 as on a CPU."""
     file = cfg.model / "config.json"
-    config = ModelConfig.from_hf(json.loads(file.read_text()), str(file))
+    config = read_config(json.loads(file.read_text()), str(file))
     rank = MODES[mode].get("lora_rank")
     lora = LoraConfig(rank, 2 * rank) if rank else None
     memory = training_memory(config, lora, "base_4bit" in MODES[mode], tokens=0, frozen_dtype=torch.float32)

@@ -54,6 +54,7 @@ SHAPE = {
     "tie_word_embeddings": False,
     "hidden_act": "silu",
     "initializer_range": 0.02,
+    "bos_token_id": None,
     "eos_token_id": 0,
     "pad_token_id": 1,
 }
@@ -68,7 +69,7 @@ def write_model(folder: Path, **changes: Any) -> None:
     from tokenizers import models, pre_tokenizers
 
     from ..model.checkpoint import save_model
-    from ..model.config import ModelConfig
+    from ..model.config_json import read_config
     from ..model.tokenizer import Tokenizer
     from ..model.transformer import Transformer
 
@@ -76,7 +77,7 @@ def write_model(folder: Path, **changes: Any) -> None:
     tokenizer = WordTokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<eos>", "<pad>"])
-    config = ModelConfig.from_hf(SHAPE | changes, "trainers")
+    config = read_config(SHAPE | changes, "trainers")
     save_model(Transformer(config, seed=0), folder, Tokenizer(tokenizer, eos="<eos>"))
 
 

@@ -1,10 +1,12 @@
 """What each architecture's config.json may say: its keys, what an absent one stands for, and what all of them share.
 
-A `model_type` is a row of ARCHITECTURES; config.py reads and writes by these tables, and refuses a key that is in none.
+A `model_type` is a row of ARCHITECTURES; config_keys.py and config_json.py go by these tables. Every key is read (`keys`,
+COMMON), has one value that is built (`only`, ONLY), or is inert (`inert`, INERT): it changes no number, for the reason
+that stands beside it. Any other key is refused by name, unless it is null.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -12,46 +14,85 @@ class Architecture:
     """How one `model_type` spells the fields."""
 
     class_name: str  # in transformers
+    special: str  # what sets it apart, for those who read a table
     keys: frozenset[str]  # of config.json, beside those that all share
     fixed: dict[str, Any] = field(default_factory=dict)  # fields of ModelConfig that no key sets
     defaults: dict[str, Any] = field(default_factory=dict)  # of absent keys, where not DEFAULTS'
-    period: int = 0  # every so many layers one sees everything, where no layer_types says which
+    only: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # keys of which these values are built
+    inert: dict[str, str] = field(default_factory=dict)  # key -> why it changes no number
+    aliases: dict[str, str] = field(default_factory=dict)  # another name of a key -> the key
+    repeats: dict[str, str] = field(default_factory=dict)  # a key that says another's value once more
+    rope: dict[str, Any] = field(default_factory=dict)  # where no key speaks of rope
+    # which layers have the window where no layer_types says: all; late and early, by max_window_layers (early: every
+    # other one); period, all but each sliding_window_pattern-th; unrotated, those without rope
+    slides: Literal["all", "late", "early", "period", "unrotated"] = "all"
 
 
 _SLIDING = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
 _EXPERTS = {"num_experts_per_tok", "router_aux_loss_coef"}
 _SOME_LAYERS = {"moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"}
+_NO_BIAS = {"attention_bias": (False,)}
+_LLAMA_IDS = {"bos_token_id": 1, "eos_token_id": 2}
+_NO_WINDOW_LAYERS = {"max_window_layers": "left over from Qwen2's config: no layer is chosen by it"}
 
 ARCHITECTURES = {
     "llama": Architecture(
         "LlamaForCausalLM",
+        "the plain one; rope of Llama 3",
         frozenset({"attention_bias", "mlp_bias"}),
-        defaults={"num_key_value_heads": None, "max_position_embeddings": 2048},
+        defaults={"num_key_value_heads": None, "max_position_embeddings": 2048, **_LLAMA_IDS},
     ),
     "mistral": Architecture(
         "MistralForCausalLM",
+        "a sliding window in every layer",
         frozenset({"sliding_window"}),
-        defaults={"sliding_window": 4096, "max_position_embeddings": 131_072},
+        defaults={
+            "sliding_window": 4096,
+            "max_position_embeddings": 131_072,
+            "num_key_value_heads": 8,
+            **_LLAMA_IDS,
+        },
+        only=_NO_BIAS,
     ),
     "qwen2": Architecture(
         "Qwen2ForCausalLM",
+        "biases of queries, keys and values; a window in late layers",
         frozenset(_SLIDING),
         fixed={"qkv_bias": True},
-        defaults={"sliding_window": 4096},
+        defaults={"sliding_window": 4096, "num_key_value_heads": 32},
+        slides="late",
     ),
     "qwen3": Architecture(
         "Qwen3ForCausalLM",
+        "norms of query and key heads; a window in late layers",
         frozenset({"attention_bias", *_SLIDING}),
         fixed={"qk_norm": True},
-        defaults={"sliding_window": 4096, "head_dim": 128},
+        defaults={"sliding_window": 4096, "num_key_value_heads": 32, "head_dim": 128},
+        slides="late",
     ),
     "smollm3": Architecture(
         "SmolLM3ForCausalLM",
-        frozenset({"attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval", *_SLIDING}),
-        defaults={"tie_word_embeddings": True, "rope_theta": 2e6},
+        "layers without rope",
+        frozenset(
+            {
+                *("attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval"),
+                *(_SLIDING - {"max_window_layers"}),
+            }
+        ),
+        defaults={
+            "tie_word_embeddings": True,
+            "rope_theta": 2e6,
+            "num_key_value_heads": 4,
+            "bos_token_id": 128_000,
+            "eos_token_id": 128_001,
+            "pad_token_id": 128_004,
+        },
+        inert=_NO_WINDOW_LAYERS,
+        slides="unrotated",
     ),
     "mixtral": Architecture(
         "MixtralForCausalLM",
+        "experts in every layer",
         frozenset({"sliding_window", "num_local_experts", *_EXPERTS}),
         defaults={
             "max_position_embeddings": 131_072,
@@ -60,11 +101,15 @@ ARCHITECTURES = {
             "num_key_value_heads": 8,
             "num_local_experts": 8,
             "num_experts_per_tok": 2,
-            "norm_topk_prob": True,
+            **_LLAMA_IDS,
         },
+        # the noise is of training alone
+        only={"router_jitter_noise": (0.0,), "norm_topk_prob": (True,), **_NO_BIAS},
+        aliases={"num_experts": "num_local_experts"},
     ),
     "qwen2_moe": Architecture(
         "Qwen2MoeForCausalLM",
+        "experts, and one with a gate that every token goes to",
         frozenset(
             {
                 *("qkv_bias", "num_experts", "shared_expert_intermediate_size"),
@@ -80,11 +125,22 @@ ARCHITECTURES = {
             "moe_intermediate_size": 1408,
             "shared_expert_intermediate_size": 5632,
         },
+        slides="early",
     ),
     "qwen3_moe": Architecture(
         "Qwen3MoeForCausalLM",
+        "experts in some layers; norms of query and key heads; a window in every layer",
         frozenset(
-            {"attention_bias", "num_experts", "num_local_experts", *_EXPERTS, *_SOME_LAYERS, *_SLIDING}
+            {
+                *(
+                    "attention_bias",
+                    "num_experts",
+                    "num_local_experts",
+                    "sliding_window",
+                    "use_sliding_window",
+                ),
+                *(*_EXPERTS, *_SOME_LAYERS),
+            }
         ),
         fixed={"qk_norm": True},
         defaults={
@@ -94,9 +150,12 @@ ARCHITECTURES = {
             "num_experts_per_tok": 8,
             "moe_intermediate_size": 768,
         },
+        inert=_NO_WINDOW_LAYERS,
+        aliases={"num_local_experts": "num_experts"},
     ),
     "olmoe": Architecture(
         "OlmoeForCausalLM",
+        "experts in every layer; norms over all query and all key heads",
         frozenset({"attention_bias", "num_experts", "norm_topk_prob", *_EXPERTS}),
         fixed={"qk_norm_whole": True},
         defaults={
@@ -106,16 +165,21 @@ ARCHITECTURES = {
             "num_experts": 64,
             "num_experts_per_tok": 8,
             "router_aux_loss_coef": 0.01,
+            "eos_token_id": 50_279,
+            "pad_token_id": 1,
         },
+        only={"clip_qkv": (None,)},
+        aliases={"num_local_experts": "num_experts"},
     ),
     "deepseek_v3": Architecture(
         "DeepseekV3ForCausalLM",
+        "latent attention; experts in groups, chosen by sigmoids, and one for every token",
         frozenset(
             {
                 *("attention_bias", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
                 *("n_routed_experts", "n_shared_experts", "first_k_dense_replace", "routed_scaling_factor"),
                 *("n_group", "topk_group", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim"),
-                *("qk_rope_head_dim", "qk_head_dim", "v_head_dim", "rope_interleave"),
+                *("qk_rope_head_dim", "v_head_dim", "rope_interleave"),
             }
         ),
         defaults={
@@ -126,10 +190,28 @@ ARCHITECTURES = {
             "moe_intermediate_size": 2048,
             "norm_topk_prob": True,
             "q_lora_rank": 1536,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
         },
+        only={"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,)},
+        inert={
+            "auto_map": "names DeepSeek's own code for what transformers computes by itself",
+            "aux_loss_alpha": "weight of a balance loss that transformers does not have for this architecture",
+            "seq_aux": "says how that balance loss is averaged",
+            "ep_size": "spread of the experts over devices",
+            **dict.fromkeys(
+                ("num_nextn_predict_layers", "num_mtp_layers"),
+                "layers that predict further tokens: transformers leaves them out, too",
+            ),
+            **dict.fromkeys(
+                ("head_dim", "qk_head_dim"), "follows from qk_nope_head_dim and qk_rope_head_dim"
+            ),
+        },
+        aliases={"num_local_experts": "n_routed_experts"},
     ),
     "gpt_oss": Architecture(
         "GptOssForCausalLM",
+        "sinks; experts with biases and a clamped SwiGLU; every other layer has a window",
         frozenset(
             {
                 *("attention_bias", "sliding_window", "layer_types", "num_local_experts"),
@@ -137,7 +219,6 @@ ARCHITECTURES = {
             }
         ),
         fixed={"sinks": True},
-        period=2,
         defaults={
             "max_position_embeddings": 131_072,
             "rms_norm_eps": 1e-5,
@@ -148,19 +229,32 @@ ARCHITECTURES = {
             "head_dim": 64,
             "num_local_experts": 128,
             "num_experts_per_tok": 4,
-            "norm_topk_prob": True,
+            "sliding_window_pattern": 2,
         },
+        only={"norm_topk_prob": (True,)},
+        inert={"initial_context_length": "rope's parameters say it as original_max_position_embeddings"},
+        aliases={"num_experts": "num_local_experts"},
+        repeats={"experts_per_token": "num_experts_per_tok"},
+        rope={
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        slides="period",
     ),
     "gemma3_text": Architecture(
         "Gemma3ForCausalLM",
+        "norms around each branch; GeGLU; a rope of its own in the layers with a window, five of six",
         frozenset(
             {
                 *("attention_bias", "sliding_window", "layer_types", "query_pre_attn_scalar"),
-                *("hidden_activation", "rope_local_base_freq"),
+                *("rope_local_base_freq", "sliding_window_pattern"),
             }
         ),
         fixed={"qk_norm": True, "gemma": True},
-        period=6,
         defaults={
             "max_position_embeddings": 131_072,
             "sliding_window": 4096,
@@ -168,7 +262,22 @@ ARCHITECTURES = {
             "head_dim": 256,
             "tie_word_embeddings": True,
             "rope_theta": 1e6,
+            "sliding_window_pattern": 6,
+            "bos_token_id": 2,
+            "eos_token_id": 1,
+            "pad_token_id": 0,
         },
+        only={
+            "hidden_activation": ("gelu_pytorch_tanh",),
+            "final_logit_softcapping": (None,),
+            "attn_logit_softcapping": (None,),
+            "use_bidirectional_attention": (False, None),
+        },
+        inert={
+            "hidden_act": "the activation is hidden_activation",
+            "cache_implementation": "how keys and values are kept while sampling",
+        },
+        slides="period",
     ),
 }
 
@@ -178,15 +287,18 @@ SIZES = (
 )
 NUMBERS = ("rms_norm_eps", "initializer_range")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-ONLY = {  # keys of which one value is built
+ONLY: dict[str, tuple[Any, ...]] = {  # keys of which these values are built, the first by name
     "hidden_act": ("silu", "swish"),
     "attention_dropout": (0.0, None),
     "partial_rotary_factor": (1.0, None),
+    "is_causal": (True,),  # null and false let tokens see what comes after them
+    "mlp_bias": (False,),
+    # nothing reads these; what else they might say would be another model
     "rope_interleaved": (False, None),
-    "hidden_activation": ("gelu_pytorch_tanh",),
-    "scoring_func": ("sigmoid",),
-    "topk_method": ("noaux_tc",),
-    "moe_layer_freq": (1,),
+    "use_mrope": (False, None),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "pruned_heads": ({}, None),
 }
 DEFAULTS: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
@@ -202,7 +314,6 @@ DEFAULTS: dict[str, Any] = {
     "router_aux_loss_coef": 0.001,
     "norm_topk_prob": False,
     "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
     "n_shared_experts": 1,
     "first_k_dense_replace": 3,
     "routed_scaling_factor": 2.5,
@@ -217,7 +328,9 @@ DEFAULTS: dict[str, Any] = {
     "rope_interleave": True,
     "query_pre_attn_scalar": 256,
     "rope_local_base_freq": 10_000.0,
-    **dict.fromkeys(("head_dim", "sliding_window", "layer_types", "no_rope_layers", *TOKEN_IDS)),
+    **dict.fromkeys(
+        (*("head_dim", "sliding_window", "layer_types", "no_rope_layers", "mlp_only_layers", *TOKEN_IDS),)
+    ),
 }
 NULLABLE = {
     "num_key_value_heads",
@@ -226,25 +339,50 @@ NULLABLE = {
 }
 COMMON = {
     *("model_type", "tie_word_embeddings", "rope_parameters", "rope_scaling", "rope_theta"),
-    *SIZES,
-    *NUMBERS,
-    *TOKEN_IDS,
-    *ONLY,
+    *("original_max_position_embeddings", *SIZES, *NUMBERS, *TOKEN_IDS),
 }
-INERT = {  # keys that no number depends on; the tensors say their own dtype
-    *("architectures", "dtype", "torch_dtype", "transformers_version", "transformers.js_config", "use_cache"),
-    *("pretraining_tp", "return_dict", "id2label", "label2id", "num_labels", "is_llama_config"),
-    *(
-        "output_router_logits",
-        "router_jitter_noise",
-        "initial_context_length",
-        "ep_size",
-        "max_window_layers",
+_REASONS: dict[str, tuple[str, ...]] = {
+    "a name, a version, or a note of the program that wrote the file": (
+        *(
+            "architectures",
+            "transformers_version",
+            "transformers.js_config",
+            "tokenizer_class",
+            "name_or_path",
+        ),
+        *("is_llama_config", "unsloth_fixed", "unsloth_version"),
     ),
-    "num_nextn_predict_layers",  # transformers leaves the layers that predict further tokens out, too
-    *("tokenizer_class", "name_or_path", "is_decoder", "output_attentions", "output_hidden_states"),
-    *("do_sample", "temperature", "top_k", "top_p", "max_length", "unsloth_fixed", "unsloth_version"),
+    "the tensors say their own dtype": ("dtype", "torch_dtype", "use_bfloat16"),
+    "what a forward pass hands out, not what it computes": (
+        *("use_cache", "return_dict", "use_return_dict", "output_attentions", "output_hidden_states"),
+        *("output_router_logits", "torchscript"),
+    ),
+    "which of several ways to the same numbers": (
+        *("attn_implementation", "gradient_checkpointing", "chunk_size_feed_forward", "pretraining_tp"),
+    ),
+    "names of a classifier's outputs, or of its task": (
+        *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params"),
+    ),
+    "of models with an encoder": (
+        *("is_decoder", "tie_encoder_decoder", "cross_attention_hidden_size", "decoder_start_token_id"),
+    ),
+    "how a caller samples, which generation_config.json says": (
+        *("max_length", "min_length", "max_new_tokens", "do_sample", "early_stopping", "num_beams"),
+        *("num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "prefix"),
+        *("repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
+        *(
+            "bad_words_ids",
+            "num_return_sequences",
+            "output_scores",
+            "return_dict_in_generate",
+            "sep_token_id",
+        ),
+        *("forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "suppress_tokens"),
+        *("exponential_decay_length_penalty", "begin_suppress_tokens"),
+    ),
 }
+# key -> why it changes no number, whatever the architecture
+INERT = {key: reason for reason, keys in _REASONS.items() for key in keys}
 ROPE_KEYS = {  # rope_type -> keys it needs, keys it may have, beside rope_type and rope_theta
     "default": ((), ()),
     "linear": (("factor",), ()),
@@ -257,3 +395,10 @@ ROPE_KEYS = {  # rope_type -> keys it needs, keys it may have, beside rope_type 
         ),
     ),
 }
+ROPE_MAY_BE_NULL = {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
+ROPE_MAY_BE_ZERO = {"attention_factor", "mscale", "mscale_all_dim"}
+
+
+def loadable() -> list[tuple[str, str, str]]:
+    """What loads, a row for each architecture: its model_type, transformers' class, what sets it apart."""
+    return [(name, a.class_name, a.special) for name, a in ARCHITECTURES.items()]

@@ -33,7 +33,7 @@ def cache_bytes(
 
 def _shape(config: ModelConfig) -> tuple[int, int, int]:
     heads = config.num_attention_heads if config.latent else config.num_key_value_heads
-    return config.num_hidden_layers, heads, config.head_dim
+    return config.num_hidden_layers, heads, config.attention_width
 
 
 class Cache:

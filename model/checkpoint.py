@@ -28,6 +28,7 @@ from .adapter import (
     take_adapter,
 )
 from .config import ModelConfig
+from .config_json import read_config, write_config
 from .errors import InputError
 from .folder import (
     INDEX,
@@ -179,7 +180,7 @@ def save_model(
             f"{folder}: experts in 4 bits have no place in a Hugging Face folder; merge_lora multiplies them out"
         )
     body = model.body if isinstance(model, ScalarModel) else model
-    raw = {**config.to_hf(), "dtype": str(body.embed_tokens.weight.dtype).removeprefix("torch.")}
+    raw = {**write_config(config), "dtype": str(body.embed_tokens.weight.dtype).removeprefix("torch.")}
     if isinstance(model, ScalarModel):
         raw["architectures"] = [name.replace("ForCausalLM", SCALAR) for name in raw["architectures"]]
         raw |= {"id2label": {"0": "score"}, "label2id": {"score": 0}, SCORE_BIAS: model.bias}
@@ -316,7 +317,7 @@ def _model_config(raw: dict[str, Any], folder: Path) -> ModelConfig:
     generation_file = folder / "generation_config.json"
     generation = read_json(generation_file) if generation_file.exists() else {}
     raw = {key: value for key, value in raw.items() if key != "quantization_config"}  # which bnb.py reads
-    return ModelConfig.from_hf(raw, str(folder / "config.json"), generation)
+    return read_config(raw, str(folder / "config.json"), generation)
 
 
 def _read_tensors(

@@ -25,7 +25,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from .checkpoint import save_model
-from .config import ModelConfig
+from .config_json import read_config
 from .errors import InputError
 from .tokenizer import Tokenizer
 from .transformer import Transformer
@@ -62,7 +62,7 @@ def convert_gguf(gguf_file: Path | str, folder: Path | str, dtype: torch.dtype =
     """
     fields, tensors = _read(Path(gguf_file))
     source = str(gguf_file)
-    config = ModelConfig.from_hf(_config(fields, tensors, source), source)
+    config = read_config(_config(fields, tensors, source), source)
     tokenizer = _tokenizer(fields, source)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     state: dict[str, Tensor] = {}

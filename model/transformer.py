@@ -167,7 +167,7 @@ def attend(
 class LatentAttention(nn.Module):
     """Keys and values from a vector of kv_rank numbers, and rope_dim rotated ones that all heads share.
 
-    The cache holds them multiplied out, values padded to the width of the keys.
+    The cache holds them multiplied out, the narrower of keys and values padded to the width of the wider.
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -187,6 +187,7 @@ class LatentAttention(nn.Module):
         self.o_proj = Linear(H * latent.value_dim, C, config.output_bias)
         self.latent, self.H, self.layer, self.eps = latent, H, layer, 1e-6
         self.scale, self.window = config.attention_scale, config.windows[layer]
+        self.width = config.attention_width
 
     def forward(self, x: Tensor, now: Pass) -> Tensor:
         latent, H = self.latent, self.H
@@ -203,7 +204,7 @@ class LatentAttention(nn.Module):
         )
         q = torch.cat([q[..., : latent.nope_dim], q_rope], -1)
         k = torch.cat([k, k_rope.expand(-1, H, -1)], -1)
-        v = F.pad(v, (0, k.shape[-1] - latent.value_dim))
+        q, k, v = (F.pad(t, (0, self.width - t.shape[-1])) for t in (q, k, v))
         out = attend(q, k, v, now, self.layer, self.window, self.scale)[..., : latent.value_dim]
         return self.o_proj(out.flatten(1), now.adapter)  # (total, C)
 
