@@ -150,13 +150,13 @@ def _state(name: str, parts: dict[str, Stored], shape: torch.Size, source: str) 
     try:
         state = json.loads(bytes(stored.read().flatten().tolist()))
         quant_type, blocksize = state["quant_type"], int(state["blocksize"])
-        found, dtype = [*state["shape"]], getattr(torch, state["dtype"])
+        found, dtype = [*state["shape"]], state["dtype"]
         nested_size, offset = int(state.get("nested_blocksize", 256)), float(state.get("nested_offset", 0.0))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(
             f"{where}: expected a quantisation state as JSON, got {type(error).__name__}: {str(error)[:200]}"
         ) from error
-    if dtype not in FLOATS or not isfinite(offset):
+    if dtype not in [str(known).removeprefix("torch.") for known in FLOATS] or not isfinite(offset):
         raise InputError(f"{where}: expected a quantisation state as JSON, with a dtype and a finite offset")
     if found != [*shape]:
         raise InputError(f"{where}: expected shape {[*shape]}, got {str(found)[:200]}")

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from . import peft
-from .errors import InputError
+from .errors import InputError, shown
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MODEL_FILES = (  # what a save may replace
@@ -63,9 +63,9 @@ def opened(file: Path) -> Iterator[Any]:
 
 
 def _open(file: Path) -> Any:
-    if not file.is_file():
-        raise InputError(f"{file}: missing")
     try:
+        if not file.is_file():
+            raise InputError(f"{file}: missing")
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file}: not a whole safetensors file: {error}") from error
@@ -112,13 +112,15 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
             if weight_map.get(name, file) != file:
                 continue  # a copy, which the index says is not the one
             if name in found:
-                raise InputError(f"{folder / file}: {name}: stands in {found[name].file.name}, too")
+                raise InputError(f"{folder / file}: {shown(name)}: stands in {found[name].file.name}, too")
             header = tensors.get_slice(name)
             dtype, shape = str(header.get_dtype()), torch.Size(header.get_shape())
             found[name] = Stored(folder / file, name, DTYPES.get(dtype, dtype), shape, tensors)
     for name, file in weight_map.items():
         if name not in found:
-            raise InputError(f"{folder / file}: {name}: missing, although {INDEX} says that it is there")
+            raise InputError(
+                f"{folder / file}: {shown(name)}: missing, although {INDEX} says that it is there"
+            )
     return found
 
 
@@ -137,11 +139,13 @@ def _weight_map(folder: Path) -> dict[str, str]:
         raise InputError(f"{folder}: expected {WEIGHTS} or {INDEX}, found neither{why}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index}: weight_map: expected an object from tensor to file, got {weight_map!r}")
+        raise InputError(
+            f"{index}: weight_map: expected an object from tensor to file, got {weight_map!r:.200}"
+        )
     for name, file in weight_map.items():
         if not isinstance(file, str) or file != os.path.basename(file) or not file.endswith(".safetensors"):
             raise InputError(
-                f"{index}: {name}: expected a .safetensors file of the same folder, got {file!r}"
+                f"{index}: {shown(name)}: expected a .safetensors file of the same folder, got {file!r:.200}"
             )
     return weight_map
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .errors import InputError
+from .errors import InputError, shown
 from .folder import Stored
 
 CONFIG = "quantization_config"
@@ -89,12 +89,6 @@ def refuse_tensor(tensor: Stored, name: str) -> NoReturn:
         f"{tensor.file}: {shown(tensor.name)}: expected weights as config.json has them, which names no quantisation, "
         f"got {name}: {WAY_OUT}"
     )
-
-
-def shown(value: Any) -> str:
-    """In a message: short, on one line; a name of ordinary length as it is."""
-    text = value if isinstance(value, str) and value.isprintable() else repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _name(quantization: dict[str, Any], method: Any, in_8_bits: bool) -> str:

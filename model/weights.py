@@ -15,15 +15,15 @@ from torch import Tensor
 from ..kernels import dequantize_nf4, quantize_nf4
 from . import bnb, formats
 from .adapter import hf_name, linears
-from .errors import InputError
+from .errors import InputError, shown
 from .experts import ONE_BY_ONE, from_disk, fused_on_disk, pieces_of
 from .folder import FLOATS, Stored, stored_tensors
-from .formats import is_bnb_4bit, shown
+from .formats import is_bnb_4bit
 from .linear import Adaptable
 from .scalar import ScalarModel
 from .transformer import Transformer
 
-FURTHER = "num_nextn_predict_layers"
+FURTHER = ("num_nextn_predict_layers", "num_mtp_layers")  # what DeepSeek, and transformers, call their number
 Piece = Stored | bnb.Packed
 
 
@@ -141,9 +141,12 @@ def _to_be_read(source: Source, layers: int, unread: tuple[str, ...]) -> dict[st
 
     They are the layers that predict further tokens behind the last one (DeepSeek), and a constant of old checkpoints.
     """
-    further = source.raw.get(FURTHER)
+    key = next((key for key in FURTHER if key in source.raw), FURTHER[0])
+    further = source.raw.get(
+        key, 1 if source.raw.get("model_type") == "deepseek_v3" else 0
+    )  # as in transformers
     if further is not None and (not isinstance(further, int) or isinstance(further, bool) or further < 0):
-        raise InputError(f"{source.config}: {FURTHER}: expected an integer >= 0, got {shown(further)}")
+        raise InputError(f"{source.config}: {key}: expected an integer >= 0, got {further!r:.200}")
 
     def passed_over(name: str) -> bool:
         layer = re.match(r"model\.layers\.(\d{1,18})\.", name)

@@ -418,41 +418,58 @@ FURTHER = (
 )
 
 
-def further_layer(layer: int) -> dict[str, torch.Tensor]:
-    return {f"model.layers.{layer}.{name}": torch.ones(3, 5) for name in FURTHER}
+def further_layers(*layers: int) -> dict[str, torch.Tensor]:
+    return {f"model.layers.{layer}.{name}": torch.ones(3, 5) for layer in layers for name in FURTHER}
 
 
-def test_layers_that_predict_further_tokens_are_never_read(folder, monkeypatch):
-    expected, read = logits_of(load_model(folder)), []
-    edit(folder / "config.json", num_nextn_predict_layers=2)
+@pytest.fixture
+def deepseek(data, tmp_path) -> Path:
+    """Of 3 layers."""
+    return Path(shutil.copytree(data / "tiny-hf" / "deepseek_v3", tmp_path / "deepseek"))
+
+
+@pytest.mark.parametrize("key", ["num_nextn_predict_layers", "num_mtp_layers"])
+def test_layers_that_predict_further_tokens_are_never_read(deepseek, monkeypatch, key):
+    expected, tensors, read = logits_of(load_model(deepseek)), tensors_in(deepseek), []
+    raw = json.loads((deepseek / "config.json").read_text())
+    del raw["num_nextn_predict_layers"]
+    (deepseek / "config.json").write_text(json.dumps(raw | {key: 2}))
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}
-    scale = {"model.layers.3.mlp.up_proj.weight_scale_inv": torch.ones(3)}  # of another format, even
-    rewrite(folder, tensors_in(folder) | further_layer(2) | further_layer(3) | old | scale)
+    scale = {"model.layers.4.mlp.up_proj.weight_scale_inv": torch.ones(3)}  # of another format, even
+    rewrite(deepseek, tensors | further_layers(3, 4) | old | scale)
     original = Stored.read
     monkeypatch.setattr(Stored, "read", lambda self: (read.append(self.name), original(self))[1])
-    assert torch.equal(logits_of(load_model(folder)), expected)
-    assert len(read) == len({*read}) == 2 * 9 + 3
-    assert not any(
-        name.startswith(("model.layers.2", "model.layers.3")) or "inv_freq" in name for name in read
-    )
+    assert torch.equal(logits_of(load_model(deepseek)), expected)
+    assert sorted(read) == sorted(tensors)
 
 
-@pytest.mark.parametrize("layers, further", [([2], 0), ([2], None), ([3], 1), ([2, 3, 4], 2), ([12], 2)])
-def test_any_other_layer_is_refused(folder, layers, further):
-    edit(folder / "config.json", num_nextn_predict_layers=further)
-    tensors = tensors_in(folder)
-    for layer in layers:
-        tensors |= further_layer(layer)
-    rewrite(folder, tensors)
+@pytest.mark.parametrize(
+    ("layers", "further"), [([3], 0), ([3], None), ([4], 1), ([4], ...), ([3, 4, 5], 2), ([13], 2)]
+)
+def test_any_other_layer_is_refused(deepseek, layers, further):
+    raw = json.loads((deepseek / "config.json").read_text()) | {"num_nextn_predict_layers": further}
+    (deepseek / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not ...}))
+    rewrite(deepseek, tensors_in(deepseek) | further_layers(*layers))
     with pytest.raises(InputError, match=rf"model\.layers\.{layers[-1]}\.\S+: unexpected"):
+        load_model(deepseek)
+
+
+def test_one_further_layer_is_passed_over_where_config_json_does_not_say_it(deepseek, folder):
+    raw = json.loads((deepseek / "config.json").read_text())
+    raw.pop("num_nextn_predict_layers")
+    (deepseek / "config.json").write_text(json.dumps(raw))
+    rewrite(deepseek, tensors_in(deepseek) | further_layers(3))
+    load_model(deepseek)
+    rewrite(folder, tensors_in(folder) | further_layers(2))  # no other architecture has any
+    with pytest.raises(InputError, match=r"model\.layers\.2\.\S+: unexpected"):
         load_model(folder)
 
 
-@pytest.mark.parametrize("value", [-1, True, "1", 1.0, [1], {}])
-def test_a_number_of_further_layers_is_an_integer(folder, value):
-    edit(folder / "config.json", num_nextn_predict_layers=value)
+@pytest.mark.parametrize("value", [-1, True, "1", 1.0, [1], {"a": 1}])
+def test_a_number_of_further_layers_is_an_integer(deepseek, value):
+    edit(deepseek / "config.json", num_nextn_predict_layers=value)
     with pytest.raises(InputError, match=r"config\.json: num_nextn_predict_layers: expected an integer >= 0"):
-        load_model(folder)
+        load_model(deepseek)
 
 
 def test_sizes_are_compared_before_anything_is_read(folder, monkeypatch):
