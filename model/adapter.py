@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from ..kernels import quantize_nf4
 from .errors import InputError
+from .experts import to_halves, to_pairs
 from .linear import Adaptable, Lora, LoraConfig, whole
-from .moe import to_halves, to_pairs
 from .scalar import ScalarModel
 from .transformer import Transformer
 

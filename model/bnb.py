@@ -1,43 +1,46 @@
 """4-bit weights on disk, as bitsandbytes and transformers keep them: one weight is several tensors.
 
-    X.weight                                   uint8 (N K / 2, 1), two weights a byte, the first in the high nibble
+    X.weight                                   (N K / 2, 1) uint8, two weights a byte, the first in the high nibble; or
+                                               the same bytes as numbers of another dtype (bnb_4bit_quant_storage)
     X.weight.absmax                            fp32 (blocks,); where it is quantised itself, uint8
     X.weight.quant_map                         fp32 (16,), the value of each nibble
     X.weight.nested_absmax, .nested_quant_map  fp32 (blocks / 256,) and (256,), where absmax is quantised
     X.weight.quant_state.bitsandbytes__nf4     JSON as bytes: blocksize, dtype, shape, nested_offset
 
+Any layer may be dense beside them: transformers then wants its name in llm_int8_skip_modules.
+
 Source: https://github.com/bitsandbytes-foundation/bitsandbytes (functional.py, QuantState)
 """
 
 import json
-from math import prod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite, prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels import NF4Weight
+from ..kernels._four_bit import unnested
+from ..kernels.nf4 import BLOCKSIZES
 from .errors import InputError
+from .folder import FLOATS, Stored
 
-CONFIG = "quantization_config"
 STATE = "quant_state.bitsandbytes__"
+STATE_BYTES = 10_000  # of its JSON, at most; bitsandbytes writes about 200
+STORAGE = (torch.uint8, torch.int8, *FLOATS)
 
 
-def is_4bit(raw: dict[str, Any], source: str) -> bool:
-    """Says a parsed config.json that weights are in 4 bits? Raises InputError for any other quantisation."""
-    quantization = raw.get(CONFIG)
-    if not quantization:
-        return False
-    wanted = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    if not isinstance(quantization, dict) or wanted.items() - quantization.items():
-        raise InputError(
-            f"{source}: {CONFIG}: not supported, expected bitsandbytes in 4 bits, got {quantization!r}"
-        )
-    return True
+# ---- writing
 
 
-def config(weight: NF4Weight, compute_dtype: str) -> dict[str, Any]:
-    """quantization_config of config.json for weights like this one."""
+def config(weight: NF4Weight, compute_dtype: str, dense: Sequence[str] = ()) -> dict[str, Any]:
+    """quantization_config of config.json for weights like this one.
+
+    dense: names of linear modules that are not in 4 bits. Without any, transformers leaves but the head dense.
+    """
+    skipped = {"llm_int8_skip_modules": [*dense]} if dense else {}
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -46,6 +49,7 @@ def config(weight: NF4Weight, compute_dtype: str) -> dict[str, Any]:
         "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_quant_type": weight.quant_type,
         "bnb_4bit_use_double_quant": weight.nested_absmax is not None,
+        **skipped,
     }
 
 
@@ -68,48 +72,118 @@ def tensors(name: str, weight: NF4Weight) -> dict[str, Tensor]:
     return {name: weight.packed.cpu().reshape(-1, 1), **found}
 
 
-def weight(name: str, parts: dict[str, Tensor], shape: torch.Size, source: str) -> NF4Weight:
+# ---- reading
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight in 4 bits as it lies in a folder: sizes are checked, its large tensors are not read yet."""
+
+    parts: dict[str, Stored]  # by their names less "X.weight.", and "packed"
+    shape: torch.Size
+    blocksize: int
+    offset: float
+
+    def read(self, dtype: torch.dtype) -> NF4Weight:
+        """dtype: of what it is multiplied out to."""
+        found = {part: tensor.read().flatten() for part, tensor in self.parts.items()}
+        found["packed"] = found["packed"].view(torch.uint8)
+        held = {part: tensor.clone() for part, tensor in found.items()}  # the file may change while mapped
+        nested = "nested_absmax" in held
+        return NF4Weight(
+            packed=held["packed"],
+            absmax=held["absmax"],
+            code=held["quant_map"],
+            shape=tuple(self.shape),
+            dtype=dtype,
+            blocksize=self.blocksize,
+            nested_absmax=held.get("nested_absmax"),
+            nested_code=held.get("nested_quant_map"),
+            offset=torch.tensor(self.offset) if nested else None,
+        )
+
+
+def packed(name: str, parts: dict[str, Stored], shape: torch.Size, source: str) -> Packed:
     """The weight of `parts`, by their names less "X.weight.", and "packed". Raises InputError naming the part."""
-
-    def refuse(part: str, expected: str, got: Any) -> InputError:
-        where = name if part == "packed" else f"{name}.{part}"
-        return InputError(f"{source}: {where}: expected {expected}, got {got}")
-
-    def take(part: str, dtype: torch.dtype, count: int) -> Tensor:
-        if part not in parts:
-            raise InputError(f"{source}: {name}.{part}: missing, although the weight is in 4 bits")
-        tensor = parts[part]
-        if tensor.dtype != dtype or tensor.numel() != count:
-            raise refuse(part, f"{count} numbers of {dtype}", f"{tensor.numel()} of {tensor.dtype}")
-        return tensor.flatten().clone()  # a copy: the file may change while mapped
-
-    known = ("packed", "absmax", "quant_map", "nested_absmax", "nested_quant_map")
+    sizes: dict[str, tuple[torch.dtype, int]] = {"quant_map": (torch.float32, 16)}
+    nested = "nested_absmax" in parts
     for part in parts:
+        known = ("packed", "absmax", "quant_map", "nested_absmax", "nested_quant_map")
         if part not in known and not part.startswith(STATE):
             raise InputError(f"{source}: {name}.{part}: unexpected, it is no part of a weight in 4 bits")
-    key = next((part for part in parts if part.startswith(STATE)), None)
-    if key is None:
+    blocksize, offset = _state(name, parts, shape, source)
+
+    blocks = -(-prod(shape) // blocksize)
+    sizes["absmax"] = (torch.uint8 if nested else torch.float32, blocks)
+    if nested:
+        sizes |= {
+            "nested_absmax": (torch.float32, -(-blocks // 256)),
+            "nested_quant_map": (torch.float32, 256),
+        }
+    for part, (dtype, count) in sizes.items():
+        if part not in parts:
+            raise InputError(f"{source}: {name}.{part}: missing, although the weight is in 4 bits")
+        found = parts[part]
+        if found.dtype != dtype or found.numel != count:
+            raise InputError(
+                f"{source}: {name}.{part}: expected {count} numbers of {dtype}, got {found.numel} of {found.dtype}"
+            )
+    if "packed" not in parts:
+        raise InputError(f"{source}: {name}: missing, although its parts are there")
+    whole, count = parts["packed"], -(-prod(shape) // 2)
+    if whole.dtype not in STORAGE or whole.nbytes != count:
+        raise InputError(
+            f"{source}: {name}: expected {count} bytes for a weight {tuple(shape)} in 4 bits, "
+            f"got {tuple(whole.shape)} of {whole.dtype}"
+        )
+    return Packed({part: parts[part] for part in ("packed", *sizes)}, shape, blocksize, offset)
+
+
+def _state(name: str, parts: dict[str, Stored], shape: torch.Size, source: str) -> tuple[int, float]:
+    """blocksize and offset, from the JSON beside the weight, which also says what the shape is."""
+    keys = [part for part in parts if part.startswith(STATE)]
+    if not keys:
         raise InputError(f"{source}: {name}.{STATE}nf4: missing, although the weight is in 4 bits")
+    where, stored = f"{source}: {name}.{keys[0]}", parts[keys[0]]
+    if len(keys) > 1 or stored.dtype != torch.uint8 or stored.numel > STATE_BYTES:
+        raise InputError(f"{where}: expected one quantisation state as JSON, got more, or something else")
     try:
-        state = json.loads(bytes(parts[key].tolist()))
+        state = json.loads(bytes(stored.read().flatten().tolist()))
         quant_type, blocksize = state["quant_type"], int(state["blocksize"])
-        stored, dtype = torch.Size(state["shape"]), getattr(torch, state["dtype"])
+        found, dtype = [*state["shape"]], state["dtype"]
         nested_size, offset = int(state.get("nested_blocksize", 256)), float(state.get("nested_offset", 0.0))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise refuse(key, "a quantisation state as JSON", f"{type(error).__name__}: {error}") from error
-    if stored != shape:
-        raise refuse(key, f"shape {list(shape)}", list(stored))
-    if quant_type not in ("nf4", "fp4") or nested_size != 256 or blocksize < 1:
-        raise refuse(key, "nf4 or fp4, a blocksize, and nested blocks of 256", state)
-    blocks, nested = -(-prod(shape) // blocksize), "nested_absmax" in parts
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise InputError(
+            f"{where}: expected a quantisation state as JSON, got {type(error).__name__}: {str(error)[:200]}"
+        ) from error
+    if dtype not in [str(known).removeprefix("torch.") for known in FLOATS] or not isfinite(offset):
+        raise InputError(f"{where}: expected a quantisation state as JSON, with a dtype and a finite offset")
+    if found != [*shape]:
+        raise InputError(f"{where}: expected shape {[*shape]}, got {str(found)[:200]}")
+    if quant_type not in ("nf4", "fp4") or nested_size != 256 or blocksize not in BLOCKSIZES:
+        raise InputError(
+            f"{where}: expected nf4 or fp4, a blocksize of {BLOCKSIZES[0]} to {BLOCKSIZES[-1]}, and nested blocks of "
+            f"256, got {str(state)[:200]}"
+        )
+    return blocksize, offset
+
+
+def stack(weights: Sequence[NF4Weight], shape: torch.Size) -> NF4Weight | None:
+    """One weight of several that lie one behind the other, to the bit; None where a block would cross two of them.
+
+    Each scale is then in fp32: those of several weights have no common offset.
+    """
+    first = weights[0]
+    for weight in weights:
+        alike = weight.blocksize == first.blocksize and torch.equal(weight.code, first.code)
+        if not alike or weight.numel % weight.blocksize:
+            return None
+    scales = [unnested(w.absmax, w.nested_absmax, w.nested_code, w.offset) for w in weights]
     return NF4Weight(
-        packed=take("packed", torch.uint8, -(-prod(shape) // 2)),
-        absmax=take("absmax", torch.uint8 if nested else torch.float32, blocks),
-        code=take("quant_map", torch.float32, 16),
+        packed=torch.cat([weight.packed for weight in weights]),
+        absmax=torch.cat(scales),
+        code=first.code,
         shape=tuple(shape),
-        dtype=dtype,
-        blocksize=blocksize,
-        nested_absmax=take("nested_absmax", torch.float32, -(-blocks // 256)) if nested else None,
-        nested_code=take("nested_quant_map", torch.float32, 256) if nested else None,
-        offset=torch.tensor(offset) if nested else None,
+        dtype=first.dtype,
+        blocksize=first.blocksize,
     )

@@ -15,8 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..kernels import quantize_nf4
-from . import bnb, peft
+from . import bnb, formats, peft
 from .adapter import (
     Adapter,
     adapters,
@@ -30,6 +29,7 @@ from .adapter import (
 from .config import ModelConfig
 from .config_json import read_config, write_config
 from .errors import InputError
+from .experts import disk_name, to_disk
 from .folder import (
     INDEX,
     WEIGHTS,
@@ -42,9 +42,9 @@ from .folder import (
     write_json,
 )
 from .linear import whole
-from .moe import disk_name, from_disk, to_disk
 from .scalar import ScalarModel
 from .transformer import Transformer
+from .weights import Source, read_weights
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -63,7 +63,8 @@ def load_model(
     """The model in a Hugging Face folder, its weights in `dtype` whatever the files hold; or an adapter on its base.
 
     base_4bit: quantise the linear layers as they are read, also done for an adapter that was trained on such a base.
-    The weights of a 4-bit folder stay in 4 bits. Parameters that an adapter trains are fp32, the others then frozen.
+    What a 4-bit folder has in 4 bits stays so, but for a head, and what it has dense stays dense. Parameters that an
+    adapter trains are fp32, the others then frozen.
     Raises InputError naming the file, and the key or tensor, where one is missing, broken, unexpected or of the wrong
     shape, and where config.json asks for an architecture or option that this transformer would compute differently.
     """
@@ -80,9 +81,9 @@ def load_model(
         )
     config = _model_config(raw, folder)
     model = Transformer(config, device="meta")
-    also = ("lm_head.weight",) if config.tie_word_embeddings else ()
-    state = _read_tensors(folder, model, dtype, device, also, base_4bit)
-    head = state.pop("lm_head.weight") if also and "lm_head.weight" in state else None
+    also = {"lm_head.weight": model.head.shape} if config.tie_word_embeddings else {}
+    state = read_weights(Source(folder, raw, dtype, device, base_4bit), model, also)
+    head = state.pop("lm_head.weight", None) if also else None
     _assign(model, state)
     if head is not None and not torch.equal(head, state["model.embed_tokens.weight"]):
         raise InputError(
@@ -123,13 +124,12 @@ def load_scalar_model(
     if not isinstance(bias, int | float):
         raise InputError(f"{folder / 'config.json'}: {SCORE_BIAS}: expected a number, got {bias!r}")
     model = ScalarModel(_model_config(raw, folder), device="meta")
+    source = Source(folder, raw, dtype, device, base_4bit)
     if _is_scalar(raw):
-        _assign(model, _read_tensors(folder, model, dtype, device, base_4bit=base_4bit))
+        _assign(model, read_weights(source, model))
         model.bias = float(bias)
         return model
-    state = _read_tensors(folder, model.body, dtype, device, ("lm_head.weight",), base_4bit)
-    state.pop("lm_head.weight", None)
-    _assign(model.body, state)
+    _assign(model.body, read_weights(source, model.body, unread=("lm_head.",)))
     model.draw_head(seed, dtype, device)
     return model
 
@@ -174,7 +174,6 @@ def save_model(
         deque(tensors, maxlen=0)
         return
     config = model.config
-    four_bit = [layer.four_bit for layer in linears(model).values() if layer.four_bit is not None]
     if any(layer.stack and layer.four_bit is not None for layer in linears(model).values()):
         raise InputError(
             f"{folder}: experts in 4 bits have no place in a Hugging Face folder; merge_lora multiplies them out"
@@ -184,8 +183,7 @@ def save_model(
     if isinstance(model, ScalarModel):
         raw["architectures"] = [name.replace("ForCausalLM", SCALAR) for name in raw["architectures"]]
         raw |= {"id2label": {"0": "score"}, "label2id": {"score": 0}, SCORE_BIAS: model.bias}
-    if four_bit:
-        raw["quantization_config"] = bnb.config(four_bit[0], raw["dtype"])
+    raw |= _quantization(model, raw["dtype"])
     ids = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw[key] is not None}
     with replacing(folder) as beside:
         write_json(beside / "config.json", raw)
@@ -221,6 +219,18 @@ def _on_disk(model: Transformer | ScalarModel) -> Iterator[tuple[str, Tensor]]:
     for name, layer in linears(model).items():
         if layer.four_bit is not None:
             yield from bnb.tensors(disk_name(model.config, f"{name}.weight"), layer.four_bit).items()
+
+
+def _quantization(model: Transformer | ScalarModel, dtype: str) -> dict[str, Any]:
+    """What config.json says of the model's weights in 4 bits. The names are those of transformers' linear modules."""
+    layers = {name: layer for name, layer in linears(model).items() if not layer.stack}
+    four_bit = [layer.four_bit for layer in layers.values() if layer.four_bit is not None]
+    if not four_bit:
+        return {}
+    head = "score" if isinstance(model, ScalarModel) else "lm_head"  # dense in both, by default
+    dense = [name for name, layer in layers.items() if layer.four_bit is None and name != head]
+    named = [disk_name(model.config, name) for name in dense]
+    return {formats.CONFIG: bnb.config(four_bit[0], dtype, [*named, head] if named else ())}
 
 
 def _write_files(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
@@ -316,106 +326,10 @@ def _is_scalar(raw: dict[str, Any]) -> bool:
 def _model_config(raw: dict[str, Any], folder: Path) -> ModelConfig:
     generation_file = folder / "generation_config.json"
     generation = read_json(generation_file) if generation_file.exists() else {}
-    raw = {key: value for key, value in raw.items() if key != "quantization_config"}  # which bnb.py reads
+    formats.is_bnb_4bit(raw, folder / "config.json")  # refuses other formats, before the keys that they bring
+    raw = {key: value for key, value in raw.items() if key != formats.CONFIG}
     return read_config(raw, str(folder / "config.json"), generation)
-
-
-def _read_tensors(
-    folder: Path,
-    model: Transformer | ScalarModel,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    also: tuple[str, ...] = (),
-    base_4bit: bool = False,
-) -> dict[str, Tensor]:
-    """Name on disk -> tensor: those of `model`, and the names in `also` where the files hold them.
-
-    Weights in 4 bits, or to be put into them, go to their layers at once, and are not in the result.
-    """
-    config = model.config
-    ours = {hf_name(name): weight for name, weight in model.state_dict().items()}
-    wanted = {name: weight.shape for name, weight in to_disk(config, ours).items()}
-    layers = {
-        disk_name(config, f"{name}.weight"): layer
-        for name, layer in linears(model).items()
-        if name != "lm_head"
-    }
-    quantized = bnb.is_4bit(_read_config(folder), str(folder / "config.json"))
-    parts: dict[str, dict[str, Tensor]] = {}  # by weight: what a 4-bit one is made of
-    state: dict[str, Tensor] = {}
-    for file, names in _files(folder).items():
-        with opened(file) as tensors:
-            held = dict.fromkeys(tensors.keys())
-            for name in held if names is None else names:
-                if name not in held:
-                    raise InputError(f"{file}: {name}: missing, although {INDEX} says that it is there")
-                if name.endswith("rotary_emb.inv_freq"):  # a constant that old checkpoints carry
-                    continue
-                weight, _, part = name.partition(".weight.")
-                if quantized and f"{weight}.weight" in layers and part:
-                    parts.setdefault(f"{weight}.weight", {})[part] = tensors.get_tensor(name)
-                    continue
-                if name not in wanted and name not in also:
-                    raise InputError(
-                        f"{file}: {name}: unexpected for this config.json, which has no such tensor"
-                    )
-                tensor = tensors.get_tensor(name)
-                if quantized and name in layers and tensor.dtype == torch.uint8:
-                    parts.setdefault(name, {})["packed"] = tensor
-                    continue
-                if name in wanted and tensor.shape != wanted[name]:
-                    raise InputError(
-                        f"{file}: {name}: expected shape {tuple(wanted[name])}, got {tuple(tensor.shape)}"
-                    )
-                if not tensor.is_floating_point():
-                    raise InputError(f"{file}: {name}: expected floating point, got {tensor.dtype}")
-                if base_4bit and name in layers:
-                    layers[name].hold(quantize_nf4(tensor.to(device, dtype), double_quant=True))
-                    del wanted[name]
-                    continue
-                state[name] = tensor.to(device, dtype, copy=True)  # a copy: the file may change while mapped
-    for name, made_of in parts.items():
-        layers[name].hold(bnb.weight(name, made_of, wanted.pop(name), str(folder)).to(device))
-    missing = [name for name in wanted if name not in state]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise InputError(f"{folder}: {missing[0]}{more}: missing from the safetensors files")
-    state = from_disk(config, state, ours)
-    for name, layer in linears(model).items() if base_4bit else ():
-        if layer.stack:  # on disk an expert is a tensor: quantised when all of a layer's stand together
-            layer.hold(quantize_nf4(state.pop(f"{name}.weight"), double_quant=True))
-    return state
 
 
 def _assign(model: nn.Module, state: dict[str, Tensor]) -> None:
     model.load_state_dict({name: state[hf_name(name)] for name in model.state_dict()}, assign=True)
-
-
-# ---- names and files
-
-
-def _files(folder: Path) -> dict[Path, list[str] | None]:
-    """Safetensors file -> the tensors to take from it, None for all."""
-    if (folder / WEIGHTS).exists():
-        return {folder / WEIGHTS: None}
-    index = folder / INDEX
-    if not index.exists():
-        pickled = (
-            " (pickled .bin and .pt files are not read)"
-            if [*folder.glob("*.bin"), *folder.glob("*.pt*")]
-            else ""
-        )
-        raise InputError(f"{folder}: expected {WEIGHTS} or {INDEX}, found neither{pickled}")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index}: weight_map: expected an object from tensor to file, got {weight_map!r}")
-    files: dict[Path, list[str] | None] = {}
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or file != os.path.basename(file) or not file.endswith(".safetensors"):
-            raise InputError(
-                f"{index}: {name}: expected a .safetensors file of the same folder, got {file!r}"
-            )
-        names = files.setdefault(folder / file, [])
-        assert names is not None
-        names.append(name)
-    return files

@@ -6,3 +6,9 @@ class InputError(ValueError):
 
     The command line prints it as one line and exits with status 1; anything else is a bug and keeps its traceback.
     """
+
+
+def shown(value: object) -> str:
+    """What a file says, in a message: on one line, and short; a name of ordinary length as it is."""
+    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -9,14 +9,18 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatch
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from . import peft
-from .errors import InputError
+from .errors import InputError, shown
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MODEL_FILES = (  # what a save may replace
@@ -24,6 +28,11 @@ MODEL_FILES = (  # what a save may replace
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
     peft.CONFIG,
 )
+DTYPES: dict[str, torch.dtype] = {  # as a header spells them; any other, float8 among them, stays a string
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"U8": torch.uint8, "I8": torch.int8},
+}
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def is_adapter(folder: str | os.PathLike[str]) -> bool:
@@ -46,13 +55,99 @@ def base_of(folder: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
-    if not file.is_file():
-        raise InputError(f"{file}: missing")
     try:
-        with safe_open(file, framework="pt") as tensors:
+        with _open(file) as tensors:
             yield tensors
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file}: not a whole safetensors file: {error}") from error
+
+
+def _open(file: Path) -> Any:
+    try:
+        if not file.is_file():
+            raise InputError(f"{file}: missing")
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: not a whole safetensors file: {error}") from error
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a safetensors file: what the file's header says of it, until it is read."""
+
+    file: Path
+    name: str
+    dtype: torch.dtype | str
+    shape: torch.Size
+    tensors: Any  # the open file
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize if isinstance(self.dtype, torch.dtype) else 0
+
+    def read(self) -> Tensor:
+        """The tensor, mapped from the file: copy what is kept, since the file may change."""
+        try:
+            return self.tensors.get_tensor(self.name)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{self.file}: not a whole safetensors file: {error}") from error
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Name -> tensor, of model.safetensors or else of the files that the index names; no other file is looked at.
+
+    As transformers does, tensors of these files that the index does not name are taken, too. Only headers are read.
+    Raises InputError naming the file, and the tensor that is missing or in two places.
+    """
+    weight_map = _weight_map(folder)
+    files = dict.fromkeys(weight_map.values()) if weight_map else (WEIGHTS,)
+    found: dict[str, Stored] = {}
+    for file in files:
+        tensors = _open(folder / file)
+        for name in tensors.keys():  # noqa: SIM118 (not a dict)
+            if weight_map.get(name, file) != file:
+                continue  # a copy, which the index says is not the one
+            if name in found:
+                raise InputError(f"{folder / file}: {shown(name)}: stands in {found[name].file.name}, too")
+            header = tensors.get_slice(name)
+            dtype, shape = str(header.get_dtype()), torch.Size(header.get_shape())
+            found[name] = Stored(folder / file, name, DTYPES.get(dtype, dtype), shape, tensors)
+    for name, file in weight_map.items():
+        if name not in found:
+            raise InputError(
+                f"{folder / file}: {shown(name)}: missing, although {INDEX} says that it is there"
+            )
+    return found
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Tensor -> file, of the index; empty where one file holds everything."""
+    if (folder / WEIGHTS).exists():
+        return {}
+    index = folder / INDEX
+    if not index.exists():
+        others = {  # pattern -> why such a file is of no use
+            "*.bin": "pickled .bin and .pt files are not read",
+            "*.pt*": "pickled .bin and .pt files are not read",
+            "consolidated*.safetensors": "consolidated.safetensors has other names for everything",
+        }
+        why = next((f" ({why})" for pattern, why in others.items() if any(folder.glob(pattern))), "")
+        raise InputError(f"{folder}: expected {WEIGHTS} or {INDEX}, found neither{why}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(
+            f"{index}: weight_map: expected an object from tensor to file, got {weight_map!r:.200}"
+        )
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or file != os.path.basename(file) or not file.endswith(".safetensors"):
+            raise InputError(
+                f"{index}: {shown(name)}: expected a .safetensors file of the same folder, got {file!r:.200}"
+            )
+    return weight_map
 
 
 def read_json(file: Path) -> dict[str, Any]:

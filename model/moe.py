@@ -1,15 +1,15 @@
-"""Experts in place of the feed-forward layer, their names on disk, and how many parameters a model has.
+"""Experts in place of the feed-forward layer, and how many parameters a model has.
 
     weights, indices = moe_route(x W_gate^T)          which experts each token goes to
     out = moe_mlp(x, ...)  (+ shared_expert(x), which every token goes to; with a gate times sigmoid(x w))
 
-In memory a layer's experts are two tensors, gate_up (E, 2F, C), the gate's rows first, and down (E, C, F). On disk they
-are three tensors for each expert, or with gpt-oss two of all experts, transposed, gate and up interleaved.
+A layer's experts are two tensors, gate_up (E, 2F, C), the gate's rows first, and down (E, C, F); what they are in a
+folder stands in experts.py.
 
 Source: https://arxiv.org/abs/2401.04088 (Mixtral), 2409.02060 (OLMoE), 2412.19437 (DeepSeek-V3), 2508.10925 (gpt-oss)
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,100 +122,6 @@ def routing_metrics(routing: Sequence[RouteStatistics]) -> dict[str, float]:
         "busiest_expert": loads.max().item(),
         "dropped": float(torch.stack([said.dropped for said in routing]).sum()),
     }
-
-
-# ---- names on disk
-
-
-def disk_name(config: ModelConfig, name: str) -> str:
-    """A parameter's name as transformers has it, from ours; those of experts' weights are `to_disk`'s."""
-    if config.model_type == "mixtral":
-        return name.replace(".mlp.", ".block_sparse_moe.")
-    if config.model_type == "gpt_oss":
-        return name.replace(".mlp.gate.", ".mlp.router.")
-    if config.model_type == "deepseek_v3":
-        return name.replace(".mlp.shared_expert.", ".mlp.shared_experts.")
-    return name
-
-
-def _parts(config: ModelConfig) -> tuple[str, str, str]:
-    return ("w1", "w3", "w2") if config.model_type == "mixtral" else ("gate_proj", "up_proj", "down_proj")
-
-
-def _fused_name(which: str) -> str:
-    """gate_up_proj.weight -> gate_up_proj, down_bias -> down_proj_bias"""
-    return (
-        which.removesuffix(".weight") if which.endswith(".weight") else which.replace("_bias", "_proj_bias")
-    )
-
-
-def to_pairs(tensor: Tensor) -> Tensor:
-    """(E, 2F, ...), the gate's rows first, to gpt-oss' order: gate and up in turn."""
-    return tensor.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
-
-
-def to_halves(tensor: Tensor) -> Tensor:
-    return tensor.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
-
-
-def to_disk(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our names and tensors -> the file's."""
-    files: dict[str, Tensor] = {}
-    gate_name, up_name, down_name = _parts(config)
-    for name, tensor in state.items():
-        at, _, which = name.rpartition(".experts.")
-        if not at:
-            files[disk_name(config, name)] = tensor
-            continue
-        at = f"{disk_name(config, at + '.')}experts"
-        if config.model_type == "gpt_oss":
-            if which.startswith("gate_up"):
-                tensor = to_pairs(tensor)
-            files[f"{at}.{_fused_name(which)}"] = (
-                tensor if tensor.dim() == 2 else tensor.transpose(1, 2)
-            ).contiguous()
-        elif which == "gate_up_proj.weight":
-            for e, expert in enumerate(tensor):
-                gate, up = expert.chunk(2)
-                files[f"{at}.{e}.{gate_name}.weight"] = gate.contiguous()
-                files[f"{at}.{e}.{up_name}.weight"] = up.contiguous()
-        else:
-            for e, expert in enumerate(tensor):
-                files[f"{at}.{e}.{down_name}.weight"] = expert.contiguous()
-    return files
-
-
-def from_disk(config: ModelConfig, files: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """The inverse of to_disk for our `names`; what none of them is made of stays. Empties `files`."""
-    state: dict[str, Tensor] = {}
-    gate_name, up_name, down_name = _parts(config)
-    for name in names:
-        at, _, which = name.rpartition(".experts.")
-        if not at:
-            if disk_name(config, name) in files:
-                state[name] = files.pop(disk_name(config, name))
-            continue
-        at = f"{disk_name(config, at + '.')}experts"
-        if config.model_type == "gpt_oss":
-            tensor = files.pop(f"{at}.{_fused_name(which)}")
-            tensor = tensor if tensor.dim() == 2 else tensor.transpose(1, 2)
-            if which.startswith("gate_up"):
-                tensor = to_halves(tensor)
-            state[name] = tensor.contiguous()
-            continue
-        assert config.experts is not None
-        experts = range(config.experts.num_experts)
-        if which == "gate_up_proj.weight":
-            pairs = [
-                torch.cat([files.pop(f"{at}.{e}.{part}.weight") for part in (gate_name, up_name)])
-                for e in experts
-            ]
-            state[name] = torch.stack(pairs)
-        else:
-            state[name] = torch.stack([files.pop(f"{at}.{e}.{down_name}.weight") for e in experts])
-    state |= files
-    files.clear()
-    return state
 
 
 # ---- parameters

@@ -11,8 +11,8 @@ import torch
 from burnish.algorithms import distill, dpo, grpo, kto, ppo, reward, sft
 from burnish.algorithms.__main__ import main
 from burnish.algorithms._loop import CHECKPOINT
-from burnish.model.adapter import adapters, linears, lora_config
-from burnish.model.checkpoint import load_model, load_scalar_model
+from burnish.model.adapter import adapters, linears, lora_config, quantize_base
+from burnish.model.checkpoint import load_model, load_scalar_model, save_model
 from burnish.model.errors import InputError
 from burnish.model.packed import pack
 from burnish.model.tokenizer import Tokenizer
@@ -175,6 +175,30 @@ def cfg(model_folder, demonstrations, tmp_path):
         lora_rank=4,
         device="cpu",
     )
+
+
+def test_a_folder_in_4_bits_is_trained_by_an_adapter_alone(cfg, tmp_path, capsys):
+    """As published: some layers dense, and named so. They are dense again under the adapter that is saved."""
+    model = load_model(cfg.model)
+    quantize_base(model)
+    dense = "model.layers.0.mlp.up_proj"
+    linears(model)[dense].four_bit, linears(model)[dense].weight = (
+        None,
+        linears(load_model(cfg.model))[dense].weight,
+    )
+    save_model(model, tmp_path / "four", Tokenizer.load(cfg.model))
+    assert dense in (tmp_path / "four" / "config.json").read_text()
+    flags = ["--model", str(tmp_path / "four"), "--data", str(cfg.data), "--output", str(cfg.output)]
+    flags += ["--steps", "3", "--batch-size", "16", "--learning-rate", "0.01", "--device", "cpu"]
+    assert main(["sft", *flags]) == 1
+    assert "its weights are in 4 bits, which are frozen: expected --lora-rank" in capsys.readouterr().err
+
+    assert main(["sft", *flags, "--lora-rank", "8"]) == 0
+    trained = load_model(cfg.output / "model")
+    assert all(bool(lora.b.any()) for lora in adapters(trained).values())
+    in_4_bits = {name for name, layer in linears(trained).items() if layer.four_bit is not None}
+    assert in_4_bits == linears(trained).keys() - {dense, "lm_head"}
+    assert losses_of(cfg.output)[-1] < losses_of(cfg.output)[0]
 
 
 def test_training_makes_an_adapter_that_loads_back_on_its_base(cfg):

@@ -1,9 +1,10 @@
-"""Negative controls: faults planted in what adapters and 4-bit weights do to a model, each caught by the named check.
+"""Negative controls: faults planted in adapters, 4-bit weights and what is read of a folder, caught by the named check.
 
 A fault is put into the running function itself, since these call one another by name.
 """
 
 import inspect
+import json
 import shutil
 import textwrap
 from collections.abc import Callable
@@ -11,18 +12,32 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from burnish.model import ModelConfig, Transformer, adapter, bnb, linear, memory, pack, peft
+from burnish.model import (
+    ModelConfig,
+    Transformer,
+    adapter,
+    bnb,
+    checkpoint,
+    experts,
+    linear,
+    memory,
+    pack,
+    peft,
+    weights,
+)
 from burnish.model.adapter import (
     adapter_disabled,
     add_lora,
     frozen_copy,
     merge_lora,
+    quantize_base,
     stack_adapters,
     take_adapter,
 )
 from burnish.model.checkpoint import load_model, save_model
+from burnish.model.errors import InputError
 from burnish.model.linear import LoraConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 TINY = ModelConfig(
     vocab_size=31,
@@ -33,6 +48,7 @@ TINY = ModelConfig(
     initializer_range=0.2,
 )
 PACKED = pack([[1, 2, 3, 4, 5], [6, 7, 8]], device="cpu")
+EXPERTS = "model.layers.1.mlp.experts"
 PEFT_MODELS = ("qwen3-rslora", "qwen3-rank_pattern")
 
 
@@ -141,6 +157,50 @@ def a_4_bit_folder_holds_its_weights(data, tmp_path):
     same(logits_of(load_model(tmp_path / "saved")), logits_of(model), 0)
 
 
+def skipped_modules_stay_dense(data, tmp_path):
+    model = Transformer(TINY, seed=1)
+    dense = model.layers[0].mlp.up_proj.weight
+    quantize_base(model)
+    model.layers[0].mlp.up_proj.weight, model.layers[0].mlp.up_proj.four_bit = dense, None
+    save_model(model, tmp_path / "saved")
+    raw = json.loads((tmp_path / "saved" / "config.json").read_text())
+    skipped = raw["quantization_config"].get("llm_int8_skip_modules")
+    assert skipped == ["model.layers.0.mlp.up_proj", "lm_head"]
+    again = load_model(tmp_path / "saved", base_4bit=True)
+    assert again.layers[0].mlp.up_proj.four_bit is None
+    same(logits_of(again), logits_of(model), 0)
+
+
+def experts_are_in_their_places(data, tmp_path):
+    source, fused = data / "tiny-hf" / "qwen3_moe", tmp_path / "fused"
+    model, tensors = load_model(source), load_file(source / "model.safetensors")
+    gate, up = (
+        tensors.pop(name) for name in (f"{EXPERTS}.2.gate_proj.weight", f"{EXPERTS}.2.up_proj.weight")
+    )
+    same(model.layers[1].mlp.experts.gate_up_proj.weight[2], torch.cat((gate, up)), 0)
+    tensors = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    for name, tensor in model.state_dict().items():
+        if ".experts." in name:
+            tensors[f"model.{name}".removesuffix(".weight")] = tensor
+    shutil.copytree(source, fused)
+    save_file(tensors, fused / "model.safetensors")
+    same(logits_of(load_model(fused)), logits_of(model), 0)
+
+
+def only_layers_behind_the_last_are_passed_over(data, tmp_path):
+    source, folder = data / "tiny-hf" / "deepseek_v3", tmp_path / "further"
+    expected, tensors = logits_of(load_model(source)), load_file(source / "model.safetensors")
+    for layer, refused in ((3, False), (4, True)):
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+        save_file(tensors | {f"model.layers.{layer}.x": torch.ones(1)}, folder / "model.safetensors")
+        try:
+            same(logits_of(load_model(folder)), expected, 0)
+        except InputError:
+            assert refused
+        else:
+            assert not refused
+
+
 def counted_is_held(data, tmp_path):
     model = trained()
     found = memory.training_memory(TINY, LoraConfig(3, 6), frozen_dtype=torch.float32)
@@ -198,6 +258,31 @@ FAULTS = [
         "scaling left out", stack_adapters, "config.scaling_of(name) *", "1.0 *", several_act_as_each_alone
     ),
     Fault("offset lost", bnb.tensors, "weight.offset.item()", "0.0", a_4_bit_folder_holds_its_weights),
+    Fault(
+        "dense unsaid",
+        checkpoint._quantization,
+        "if named else ()",
+        "if False else ()",
+        skipped_modules_stay_dense,
+    ),
+    Fault("skipped in vain", weights.read_weights, " and not in_4_bits", "", skipped_modules_stay_dense),
+    Fault(
+        "up before gate",
+        experts.pieces_of,
+        "(gate_name, up_name)]",
+        "(up_name, gate_name)]",
+        experts_are_in_their_places,
+    ),
+    Fault(
+        "one too many",
+        weights._to_be_read,
+        "(further or 0)",
+        "(further or 0) + 1",
+        only_layers_behind_the_last_are_passed_over,
+    ),
+    Fault(
+        "never any", weights._to_be_read, "(further or 0)", "0", only_layers_behind_the_last_are_passed_over
+    ),
     Fault("one moment", memory.training_memory, "8 * trained", "4 * trained", counted_is_held),
 ]
 

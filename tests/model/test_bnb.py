@@ -137,7 +137,7 @@ def test_a_dtype_does_not_reach_the_4_bit_weight(tmp_path):
         (lambda t: t.pop(f"{WEIGHT}.quant_state.bitsandbytes__nf4"), "bitsandbytes__nf4: missing"),
         (
             lambda t: t.update({WEIGHT: t[WEIGHT][:-1].clone()}),
-            "up_proj.weight: expected 768 numbers of torch.uint8",
+            "up_proj.weight: expected 768 bytes for a weight",
         ),
         (
             lambda t: t.update({f"{WEIGHT}.absmax": torch.ones(24)}),

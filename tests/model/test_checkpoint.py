@@ -251,7 +251,7 @@ def test_a_config_that_its_architecture_cannot_spell_is_not_written():
         ({"rope_interleaved": True}, "rope_interleaved: expected False"),
         (
             {"quantization_config": {"quant_method": "gptq"}},
-            "quantization_config: not supported, expected bitsandbytes",
+            "quantization_config: expected .* bitsandbytes in 4 bits, got GPTQ, which is not read",
         ),
         ({"sliding_window": 8}, "sliding_window: not supported for llama, got 8"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping: not supported"),

@@ -1,0 +1,196 @@
+"""The weights of a Hugging Face folder, read into a model: each of its parameters from the tensors that it is made of.
+
+All that can be wrong with a folder is found in its files' headers, before a weight is allocated or read. Then one
+parameter at a time is read; what stays in 4 bits goes to its layer, and the dense model is never in memory.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import dequantize_nf4, quantize_nf4
+from . import bnb, formats
+from .adapter import hf_name, linears
+from .errors import InputError, shown
+from .experts import ONE_BY_ONE, from_disk, fused_on_disk, pieces_of
+from .folder import FLOATS, Stored, stored_tensors
+from .formats import is_bnb_4bit
+from .linear import Adaptable
+from .scalar import ScalarModel
+from .transformer import Transformer
+
+FURTHER = ("num_nextn_predict_layers", "num_mtp_layers")  # what DeepSeek, and transformers, call their number
+Piece = Stored | bnb.Packed
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder whose weights are read, and how: see `checkpoint.load_model`."""
+
+    folder: Path
+    raw: dict[str, Any]  # its config.json
+    dtype: torch.dtype
+    device: torch.device | str
+    base_4bit: bool = False
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "config.json"
+
+
+def read_weights(
+    source: Source,
+    model: Transformer | ScalarModel,
+    also: dict[str, torch.Size] | None = None,
+    unread: tuple[str, ...] = (),
+) -> dict[str, Tensor]:
+    """Name -> tensor, of the parameters and buffers of `model`, as a Hugging Face folder names them.
+
+    Weights in 4 bits, or to be put into them, go to their linear layers and are not in the result; elsewhere, in the
+    head, the score, the router, they are multiplied out. also: further tensors, read where the folder has them.
+    unread: those that are passed over. Raises InputError naming the file and the tensor.
+    """
+    layers = {f"{name}.weight": layer for name, layer in linears(model).items() if name != "lm_head"}
+    buffers = {hf_name(name) for name, _ in model.named_buffers()}
+    in_4_bits, state = is_bnb_4bit(source.raw, source.config), dict[str, Tensor]()
+    for name, pieces in _plan(source, model, also or {}, unread).items():
+        layer = layers.get(name)
+        if layer is not None and (four_bit := _four_bit(layer, pieces, source)) is not None:
+            layer.hold(four_bit)
+            continue
+        # an expert's correction decides which is chosen: as transformers has it, no dtype rounds it
+        dtype = torch.promote_types(source.dtype, torch.float32) if name in buffers else source.dtype
+        tensor = _dense(model, name, pieces, dtype, source.device)
+        if layer is not None and source.base_4bit and not in_4_bits:
+            layer.hold(quantize_nf4(tensor, double_quant=True))
+        else:
+            state[name] = tensor
+    return state
+
+
+def _four_bit(layer: Adaptable, pieces: list[Piece], source: Source) -> Any:
+    """The NF4Weight of a layer whose pieces all are in 4 bits; None where it is to be dense."""
+    if not all(isinstance(piece, bnb.Packed) for piece in pieces):
+        return None
+    weights = [piece.read(source.dtype) for piece in pieces if isinstance(piece, bnb.Packed)]
+    whole = bnb.stack(weights, _shape(layer)) if layer.stack else weights[0]
+    return None if whole is None else whole.to(source.device)
+
+
+def _shape(layer: Adaptable) -> torch.Size:
+    return torch.Size((*layer.stack, layer.out_features, layer.in_features))
+
+
+def _dense(
+    model: Transformer | ScalarModel,
+    name: str,
+    pieces: list[Piece],
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Tensor:
+    """Our parameter `name`; several pieces are copied to their places one by one."""
+    if len(pieces) == 1:
+        tensor = from_disk(model.config, name, _multiplied_out(pieces[0], dtype))
+        return tensor.to(device, dtype, copy=True)  # a copy: the file may change while mapped
+    whole = torch.empty(len(pieces), *pieces[0].shape, dtype=dtype, device=device)
+    for part, piece in zip(whole, pieces, strict=True):
+        part.copy_(_multiplied_out(piece, dtype))
+    experts = model.config.experts
+    assert experts is not None
+    return whole.view(experts.num_experts, -1, whole.shape[-1])  # (E, 2F, C) or (E, C, F)
+
+
+def _multiplied_out(piece: Piece, dtype: torch.dtype) -> Tensor:
+    return piece.read() if isinstance(piece, Stored) else dequantize_nf4(piece.read(dtype))
+
+
+# ---- which tensor goes where
+
+
+def _plan(
+    source: Source, model: Transformer | ScalarModel, also: dict[str, torch.Size], unread: tuple[str, ...]
+) -> dict[str, list[Piece]]:
+    """Our name of each parameter -> what is stored of it, in order: everything of the right size, nothing left over."""
+    stored = _to_be_read(source, model.config.num_hidden_layers, unread)
+    fused = fused_on_disk(model.config, stored)
+    shapes = {hf_name(name): tensor.shape for name, tensor in model.state_dict().items()}
+    shapes |= {name: shape for name, shape in also.items() if name in stored}
+    places = {name: pieces_of(model.config, name, shape, fused) for name, shape in shapes.items()}
+    wanted = {piece: shape for names, shape in places.values() for piece in names}
+
+    parts: dict[str, dict[str, Stored]] = {}  # by weight: what a 4-bit one is made of
+    if is_bnb_4bit(source.raw, source.config):
+        parts = _parts(stored, wanted)
+    packed = {f"{name}.{part}" for name, several in parts.items() for part in several} | parts.keys()
+    rest = {name: tensor for name, tensor in stored.items() if name not in packed}
+    _check(source, rest, {name: shape for name, shape in wanted.items() if name not in parts}, fused)
+
+    pieces: dict[str, Piece] = {
+        **rest,
+        **{n: bnb.packed(n, several, wanted[n], str(source.folder)) for n, several in parts.items()},
+    }
+    return {name: [pieces[piece] for piece in names] for name, (names, _) in places.items()}
+
+
+def _to_be_read(source: Source, layers: int, unread: tuple[str, ...]) -> dict[str, Stored]:
+    """The folder's tensors less those that no model of this kind has, as transformers leaves them out, too.
+
+    They are the layers that predict further tokens behind the last one (DeepSeek), and a constant of old checkpoints.
+    """
+    key = next((key for key in FURTHER if key in source.raw), FURTHER[0])
+    further = source.raw.get(
+        key, 1 if source.raw.get("model_type") == "deepseek_v3" else 0
+    )  # as in transformers
+    if further is not None and (not isinstance(further, int) or isinstance(further, bool) or further < 0):
+        raise InputError(f"{source.config}: {key}: expected an integer >= 0, got {further!r:.200}")
+
+    def passed_over(name: str) -> bool:
+        layer = re.match(r"model\.layers\.(\d{1,18})\.", name)
+        behind = layer is not None and layers <= int(layer[1]) < layers + (further or 0)
+        return behind or name.endswith("rotary_emb.inv_freq") or name.startswith(unread)
+
+    return {name: t for name, t in stored_tensors(source.folder).items() if not passed_over(name)}
+
+
+def _parts(stored: dict[str, Stored], wanted: dict[str, torch.Size]) -> dict[str, dict[str, Stored]]:
+    """Weights in 4 bits among `wanted`: by their names, what they are made of."""
+    parts: dict[str, dict[str, Stored]] = {}
+    for name, tensor in stored.items():
+        weight, _, part = name.partition(".weight.")
+        if part and f"{weight}.weight" in wanted:
+            parts.setdefault(f"{weight}.weight", {})[part] = tensor
+        elif name in wanted and tensor.dtype == torch.uint8:
+            parts.setdefault(name, {})
+    for name, several in parts.items():
+        if name in stored:
+            several["packed"] = stored[name]
+    return parts
+
+
+def _check(source: Source, rest: dict[str, Stored], wanted: dict[str, torch.Size], fused: bool) -> None:
+    """Raises InputError where what is not in 4 bits is not what the model wants."""
+    odd = [t for name, t in rest.items() if name not in wanted or t.dtype not in FLOATS]
+    quantised = formats.of_tensors(odd)
+    if quantised is not None and not is_bnb_4bit(source.raw, source.config):
+        formats.refuse_tensor(*quantised)
+    for name, tensor in rest.items():
+        where = f"{tensor.file}: {shown(name)}"
+        if name not in wanted:
+            if fused and ONE_BY_ONE.fullmatch(name):
+                raise InputError(
+                    f"{where}: unexpected, other experts of this folder are fused: expected one form"
+                )
+            raise InputError(f"{where}: unexpected for this config.json, which has no such tensor")
+        if tensor.shape != wanted[name]:
+            expected, got = tuple(wanted[name]), tuple(tensor.shape)
+            raise InputError(f"{where}: expected shape {expected}, got {got}")
+        if tensor.dtype not in FLOATS:
+            raise InputError(f"{where}: expected floating point, got {tensor.dtype}")
+    missing = [name for name in wanted if name not in rest]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"{source.folder}: {missing[0]}{more}: missing from the safetensors files")
