@@ -10,7 +10,7 @@ A Markdown file asks for a table by a pair of marks, between which everything is
 speed is the newest file of bench/results for each machine, static is bench/static.json, candidates is
 bench/candidates.json, floors are the registry's formulas on the datasheets of roofline.py, pictures are those in
 docs/pictures, drawn from the same. trainers, conformance and r1 are the newest runs of that kind in bench/results;
---keep-r1 puts one of `burnish r1` there.
+--keep-r1 puts one of `burnish r1` there. loads is the table of architectures of model/architectures.py.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..model.architectures import loadable
 from . import record
 from .case import label
 from .conformance import CHECKS
@@ -334,6 +335,12 @@ def keep_r1(folder: Path) -> None:
     record.keep("r1", command, machine=record.machine("cpu"), **figures)
 
 
+def loads() -> str:
+    """The architectures whose folders are read and written."""
+    rows = [[f"`{name}`", f"`{class_name}`", special] for name, class_name, special in loadable()]
+    return markdown(["`model_type`", "class in transformers", "what sets it apart"], rows)
+
+
 def gallery() -> str:
     """Every picture, for a document in docs/."""
     return "\n".join(f"![{p.path.stem}](pictures/{p.path.name})" for p in pictures()) + "\n"
@@ -354,6 +361,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "candidates": candidates,
     "floors": floors,
     "pictures": gallery,
+    "loads": loads,
 }
 
 

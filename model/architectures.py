@@ -1,8 +1,8 @@
 """What each architecture's config.json may say: its keys, what an absent one stands for, and what all of them share.
 
-A `model_type` is a row of ARCHITECTURES; config_keys.py and config_json.py go by these tables. Every key is read (`keys`,
-COMMON), has one value that is built (`only`, ONLY), or is inert (`inert`, INERT): it changes no number, for the reason
-that stands beside it. Any other key is refused by name, unless it is null.
+A `model_type` is a row of ARCHITECTURES; config_keys.py and config_json.py go by these tables. Every key is read
+(`keys`, COMMON), has one value that is built (`only`, ONLY), or is inert (`inert`, INERT): it changes no number, for
+the reason that stands beside it. Any other key is refused by name, unless it is null.
 """
 
 from dataclasses import dataclass, field

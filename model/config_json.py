@@ -251,7 +251,7 @@ class _Reader(Keys):
             "groups": groups,
             "top_groups": kept,
             "scale": self.number("routed_scaling_factor"),
-            "shared_size": size * self.count("n_shared_experts"),
+            "shared_size": size * self.size("n_shared_experts"),
         }
 
     # ---- rope
