@@ -231,6 +231,37 @@ def test_4_bits_lie_in_numbers_of_any_dtype(folder, tmp_path, dtype, options):
         load_model(folder)
 
 
+@pytest.mark.parametrize(
+    "state",
+    [b"[", b"[" * 9000, b"null", b"\xff\xfe", b"{}", b"1" * 20_000, b'"s"', b'{"blocksize": Infinity}']
+    + [
+        json.dumps(
+            {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [128, 64]} | change
+        ).encode()
+        for change in (
+            {"blocksize": 10**30},
+            {"blocksize": float("inf")},
+            {"blocksize": 65},
+            {"dtype": "nn"},
+            {"dtype": ["float32"]},
+            {"shape": None},
+            {"shape": "x\n" * 2000},
+            {"quant_type": ["nf4"]},
+            {"nested_offset": float("nan")},
+            {"nested_blocksize": {}},
+        )
+    ],
+    ids=lambda state: repr(state[-30:]),
+)
+def test_a_state_that_is_none_ends_in_one_sentence(folder, state):
+    quantized(folder, lambda name: "_proj" in name, double_quant=False)
+    key = f"{UP}.weight.quant_state.bitsandbytes__nf4"
+    rewrite(folder, tensors_in(folder) | {key: torch.tensor(list(state), dtype=UINT8)})
+    with pytest.raises(InputError, match=re.escape(f"{key}: expected ")) as error:
+        load_model(folder)
+    assert str(error.value).isprintable() and len(str(error.value)) < 700
+
+
 SKIPPED = ["lm_head", "multi_modal_projector", "model.layers.0.self_attn", "model.layers.1.mlp"]
 
 
@@ -438,7 +469,9 @@ def test_layers_that_predict_further_tokens_are_never_read(deepseek, monkeypatch
     monkeypatch.setattr(Stored, "read", lambda self: (read.append(self.name), original(self))[1])
     assert torch.equal(logits_of(load_model(deepseek)), expected)
     assert sorted(read) == sorted(tensors)
-    source = weights.Source(deepseek, {"num_mtp_layers": 2}, torch.float32, "cpu")  # transformers' own name for it
+    source = weights.Source(
+        deepseek, {"num_mtp_layers": 2}, torch.float32, "cpu"
+    )  # transformers' own name for it
     assert weights._to_be_read(source, 3, ()).keys() == tensors.keys()
 
 
