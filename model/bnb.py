@@ -24,7 +24,7 @@ from torch import Tensor
 from ..kernels import NF4Weight
 from ..kernels._four_bit import unnested
 from ..kernels.nf4 import BLOCKSIZES
-from .errors import InputError
+from .errors import InputError, shown
 from .folder import FLOATS, Stored
 
 STATE = "quant_state.bitsandbytes__"
@@ -110,7 +110,9 @@ def packed(name: str, parts: dict[str, Stored], shape: torch.Size, source: str) 
     for part in parts:
         known = ("packed", "absmax", "quant_map", "nested_absmax", "nested_quant_map")
         if part not in known and not part.startswith(STATE):
-            raise InputError(f"{source}: {name}.{part}: unexpected, it is no part of a weight in 4 bits")
+            raise InputError(
+                f"{source}: {name}.{shown(part)}: unexpected, it is no part of a weight in 4 bits"
+            )
     blocksize, offset = _state(name, parts, shape, source)
 
     blocks = -(-prod(shape) // blocksize)
@@ -146,7 +148,7 @@ def _state(name: str, parts: dict[str, Stored], shape: torch.Size, source: str) 
         raise InputError(f"{source}: {name}.{STATE}nf4: missing, although the weight is in 4 bits")
     where, stored = f"{source}: {name}.{keys[0]}", parts[keys[0]]
     if len(keys) > 1 or stored.dtype != torch.uint8 or stored.numel > STATE_BYTES:
-        raise InputError(f"{where}: expected one quantisation state as JSON, got more, or something else")
+        raise InputError(f"{where}: expected one quantisation state as JSON, got several, or what is none")
     try:
         state = json.loads(bytes(stored.read().flatten().tolist()))
         quant_type, blocksize = state["quant_type"], int(state["blocksize"])

@@ -231,6 +231,37 @@ def test_4_bits_lie_in_numbers_of_any_dtype(folder, tmp_path, dtype, options):
         load_model(folder)
 
 
+@pytest.mark.parametrize(
+    "state",
+    [b"[", b"[" * 9000, b"null", b"\xff\xfe", b"{}", b"1" * 20_000, b'"s"', b'{"blocksize": Infinity}']
+    + [
+        json.dumps(
+            {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [128, 64]} | change
+        ).encode()
+        for change in (
+            {"blocksize": 10**30},
+            {"blocksize": float("inf")},
+            {"blocksize": 65},
+            {"dtype": "nn"},
+            {"dtype": ["float32"]},
+            {"shape": None},
+            {"shape": "x\n" * 2000},
+            {"quant_type": ["nf4"]},
+            {"nested_offset": float("nan")},
+            {"nested_blocksize": {}},
+        )
+    ],
+    ids=lambda state: repr(state[-30:]),
+)
+def test_a_state_that_is_none_ends_in_one_sentence(folder, state):
+    quantized(folder, lambda name: "_proj" in name, double_quant=False)
+    key = f"{UP}.weight.quant_state.bitsandbytes__nf4"
+    rewrite(folder, tensors_in(folder) | {key: torch.tensor(list(state), dtype=UINT8)})
+    with pytest.raises(InputError, match=re.escape(f"{key}: expected ")) as error:
+        load_model(folder)
+    assert str(error.value).isprintable() and len(str(error.value)) < 700
+
+
 SKIPPED = ["lm_head", "multi_modal_projector", "model.layers.0.self_attn", "model.layers.1.mlp"]
 
 
@@ -428,12 +459,9 @@ def deepseek(data, tmp_path) -> Path:
     return Path(shutil.copytree(data / "tiny-hf" / "deepseek_v3", tmp_path / "deepseek"))
 
 
-@pytest.mark.parametrize("key", ["num_nextn_predict_layers", "num_mtp_layers"])
-def test_layers_that_predict_further_tokens_are_never_read(deepseek, monkeypatch, key):
+def test_layers_that_predict_further_tokens_are_never_read(deepseek, monkeypatch):
     expected, tensors, read = logits_of(load_model(deepseek)), tensors_in(deepseek), []
-    raw = json.loads((deepseek / "config.json").read_text())
-    del raw["num_nextn_predict_layers"]
-    (deepseek / "config.json").write_text(json.dumps(raw | {key: 2}))
+    edit(deepseek / "config.json", num_nextn_predict_layers=2)
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}
     scale = {"model.layers.4.mlp.up_proj.weight_scale_inv": torch.ones(3)}  # of another format, even
     rewrite(deepseek, tensors | further_layers(3, 4) | old | scale)
@@ -441,6 +469,10 @@ def test_layers_that_predict_further_tokens_are_never_read(deepseek, monkeypatch
     monkeypatch.setattr(Stored, "read", lambda self: (read.append(self.name), original(self))[1])
     assert torch.equal(logits_of(load_model(deepseek)), expected)
     assert sorted(read) == sorted(tensors)
+    source = weights.Source(
+        deepseek, {"num_mtp_layers": 2}, torch.float32, "cpu"
+    )  # transformers' own name for it
+    assert weights._to_be_read(source, 3, ()).keys() == tensors.keys()
 
 
 @pytest.mark.parametrize(
