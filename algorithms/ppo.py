@@ -188,8 +188,7 @@ def train(cfg: Config) -> Path:
         run.values |= {} if run.start else {"varied": 0}
         batches = epochs(len(prompts), cfg.prompts_per_step, cfg.seed, skip=run.start)
         for step in run.steps():
-            started = time.perf_counter()
-            seconds = {"sampling_seconds": 0.0, "scoring_seconds": 0.0}
+            started, seconds = time.perf_counter(), {"sampling_seconds": 0.0, "scoring_seconds": 0.0}
             seed, batch = (cfg.seed << 32) + step, [prompts[i] for i in next(batches)]
             rewards.begin(cfg, step, step, len(prompts))
             groups = sample_groups(model, tokenizer, batch, rewards, cfg, seed, seconds)
