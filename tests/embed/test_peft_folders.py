@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from burnish.model import InputError, pack
-from burnish.model.adapter import adapter_disabled, merge_lora
+from burnish.model.adapter import adapter_disabled, merge_lora, place_adapter
 from burnish.model.checkpoint import load_model, save_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -44,16 +44,16 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 
 
-def trained(base: Path, seed: int = 0, **options: Any) -> Any:
+def trained(base: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """A PEFT model with an adapter that does something."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     config = peft.LoraConfig(r=2, lora_alpha=4, task_type="CAUSAL_LM", **options)
     model = peft.get_peft_model(model, config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
     return model
 
 
@@ -128,6 +128,27 @@ def test_its_gradient_is_that_of_peft(data, tmp_path, base, name):
         filed = filed.replace(".lora.magnitude", ".lora_magnitude_vector.weight")
         filed = f"base_model.model.{filed if filed.startswith('lm_head') else f'model.{filed}'}"
         torch.testing.assert_close(gradient, expected[filed], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("name", ["lora", "both whole", "tied"])
+def test_it_keeps_its_dtypes(data, tmp_path, base, name):
+    """On a bf16 base: adapters in fp32, what is trained whole in bf16. A fresh one of ours is written so, too."""
+    save_model(load_model(data / "tiny-hf" / base), tmp_path / "base", dtype=torch.bfloat16)
+    trained(tmp_path / "base", dtype=torch.bfloat16, **HEADS[name]).save_pretrained(tmp_path / "adapter")
+    model = load_model(tmp_path / "adapter")
+    save_model(model, tmp_path / "saved")
+    fresh = load_model(tmp_path / "base")
+    place_adapter(fresh, model.adapter, "here")
+    save_model(fresh, tmp_path / "fresh")
+    theirs, saved, ours = (
+        load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("adapter", "saved", "fresh")
+    )
+    assert {tensor.dtype for tensor in theirs.values()} == {torch.float32, torch.bfloat16}
+    assert saved.keys() == ours.keys() == {key for key in theirs if ".base_layer." not in key}
+    for key, tensor in saved.items():
+        assert tensor.dtype == ours[key].dtype == theirs[key].dtype and torch.equal(tensor, theirs[key]), key
 
 
 @pytest.mark.filterwarnings("ignore")
