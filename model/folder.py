@@ -41,7 +41,7 @@ def base_of(folder: str | os.PathLike[str]) -> Path:
     names its model from there, and is found from anywhere.
     """
     folder = Path(folder)
-    base = _named_base(folder)
+    first = base = _named_base(folder)
     seen = {folder.resolve()}
     while is_adapter(base):  # a reward model's base may be one
         if base in seen:
@@ -50,7 +50,7 @@ def base_of(folder: str | os.PathLike[str]) -> Path:
             )
         seen.add(base)
         base = _named_base(base)
-    return _named_base(folder)
+    return first
 
 
 def _named_base(folder: Path) -> Path:
@@ -59,7 +59,7 @@ def _named_base(folder: Path) -> Path:
     starts = (Path(), own, *own.parents) if isinstance(named, str) and named else ()
     for start in starts:
         base = start / str(named)
-        if base.is_dir() and base.resolve() != own:
+        if os.path.isdir(base) and base.resolve() != own:  # False for a name that no file can have, too
             return base.resolve()
     raise InputError(
         f"{file}: base_model_name_or_path: expected a model folder, found none at {named!r:.200}: write its path "

@@ -234,6 +234,8 @@ def test_peft_loads_what_we_save(data, tmp_path, architecture, options):
             {"base_model_name_or_path": None},
             "base_model_name_or_path: expected a model folder, found none at None",
         ),
+        ({"base_model_name_or_path": "x" * 5000}, "found none at 'xxx"),
+        ({"base_model_name_or_path": "a\0b"}, "found none at 'a"),
         ({"r": 5}, r"q_proj.lora_A.weight: expected shape \(5, 32\), got \(4, 32\)|expected shape \(5, 48\)"),
     ],
 )
