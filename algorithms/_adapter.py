@@ -32,11 +32,7 @@ def load_trainee(cfg: Any) -> Transformer:
     model = load_model(cfg.model, _dtype(cfg, cfg.model, continued), _device(cfg), cfg.base_4bit)
     model.checkpoint_activations = cfg.checkpoint_activations
     _add(model, cfg, cfg.model)
-    if not hasattr(
-        cfg, "lora_dropout"
-    ):  # RL: the policy that samples, without dropout, is the one that is trained
-        for lora in adapters(model).values():
-            lora.dropout = 0.0
+    _start_training(model, cfg)
     return model
 
 
@@ -47,7 +43,16 @@ def load_scalar_trainee(cfg: Any, folder: Path) -> ScalarModel:
     model = load_scalar_model(folder, dtype, _device(cfg), cfg.seed, cfg.base_4bit)
     model.body.checkpoint_activations = cfg.checkpoint_activations
     _add(model, cfg, folder, modules_to_save=("score",))
+    _start_training(model, cfg)
     return model
+
+
+def _start_training(model: Transformer | ScalarModel, cfg: Any) -> None:
+    """Dropout acts from here on; but in RL the policy that samples, without dropout, is the one that is trained."""
+    if not hasattr(cfg, "lora_dropout"):
+        for lora in adapters(model).values():
+            lora.dropout = 0.0
+    model.train()
 
 
 def _device(cfg: Any) -> str:
@@ -73,7 +78,7 @@ def _dtype(cfg: Any, folder: Path, continued: bool) -> torch.dtype:
 
 def _add(model: Transformer | ScalarModel, cfg: Any, folder: Path, **options: Any) -> None:
     if cfg.lora_rank:
-        options |= {"dropout": getattr(cfg, "lora_dropout", 0.0), "base": str(folder.resolve())}
+        options |= {"dropout": getattr(cfg, "lora_dropout", 0.0), "base": str(folder)}
         if (
             model.config.experts is not None
         ):  # names that the model has: PEFT would take others for experts' old names

@@ -13,13 +13,14 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..model.checkpoint import save_model
+from ..model.dtypes import TooLarge
 from ..model.errors import InputError
 from ..model.linear import whole
 from ..model.scalar import ScalarModel
@@ -37,10 +38,19 @@ MAY_DIFFER = (
     "output",
     "resume",
     "reward_timeout",
+    "save_dtype",
     "save_every",
     "steps",
 )  # flags of a resumed run; a longer run is a common wish
 Schedule = Literal["constant", "linear", "cosine"]
+SaveDtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def torch_dtype(name: str, flag: str = "save-dtype") -> torch.dtype | None:
+    """None for auto: as the folder has it that the model was read from."""
+    if name not in get_args(SaveDtype):
+        raise InputError(f"--{flag}: expected one of {', '.join(get_args(SaveDtype))}, got {name!r}")
+    return None if name == "auto" else getattr(torch, name)
 
 
 def default_device() -> str:
@@ -54,6 +64,7 @@ def check_flags(config: Any, **bounds: tuple[float, float]) -> None:
     no other run uses, or with --resume one that holds a checkpoint of a run with the same flags.
     """
     check_joined()
+    torch_dtype(getattr(config, "save_dtype", "auto"))
     for name, (low, high) in bounds.items():
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
@@ -227,9 +238,18 @@ class Run:
             raise InputError(f"{self.folder / COMPLETIONS}: cannot be written: {error}") from error
 
     def save(self, model: Transformer | ScalarModel, tokenizer: Tokenizer, name: str = "model") -> Path:
-        """Write model and tokenizer as a Hugging Face folder inside the run folder, complete or not at all."""
-        save_model(model, self.folder / name, tokenizer, write=rank() == 0)
-        return self.folder / name
+        """Write model and tokenizer as a Hugging Face folder inside the run folder, complete or not at all.
+
+        In the dtype that --save-dtype says, or in fp32, with a warning, where a number does not fit it.
+        """
+        folder, dtype = self.folder / name, torch_dtype(getattr(self._config, "save_dtype", "auto"))
+        try:
+            save_model(model, folder, tokenizer, dtype=dtype, write=rank() == 0)
+        except TooLarge as error:  # on every process: what was trained is not lost for that
+            if rank() == 0:
+                print(f"warning: {folder}: written in float32: {error}", file=sys.stderr)
+            save_model(model, folder, tokenizer, dtype=torch.float32, write=rank() == 0)
+        return folder
 
     def save_step(self, model: Transformer | ScalarModel, tokenizer: Tokenizer) -> None:
         """Every --save-every steps: the model as step-N, and the checkpoint, which replaces the one before."""

@@ -52,6 +52,7 @@ from ._flags import RowFlags, load_tokenizer
 from ._lessons import MicroBatch, answered, load_lessons, micro_batches
 from ._loop import (
     Run,
+    SaveDtype,
     Schedule,
     autocast,
     check_flags,
@@ -96,6 +97,7 @@ class Config(RowFlags):
     lora_alpha: float | None = None  # the adapter's scale is alpha / rank; 2 * rank by default
     base_4bit: bool = False  # hold the frozen weights in 4 bits (NF4): QLoRA
     save_every: int = 0  # steps between checkpoints; 0 saves the model once, at the end
+    save_dtype: SaveDtype = "auto"  # of what is written; auto: that of --model, tensor by tensor
     resume: bool = False  # go on from the last checkpoint in --output
     checkpoint_activations: bool = False  # run each layer again in the backward: less memory, more time
     seed: int = 0  # of the order of rows, and of sampling

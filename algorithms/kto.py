@@ -31,6 +31,7 @@ from ._distributed import shard, sum_over_processes, summed
 from ._flags import RowFlags, load_tokenizer
 from ._loop import (
     Run,
+    SaveDtype,
     Schedule,
     autocast,
     check_flags,
@@ -71,6 +72,7 @@ class Config(RowFlags):
     lora_dropout: float = 0.0  # share of its inputs that the adapter does not see in training
     base_4bit: bool = False  # hold the frozen weights in 4 bits (NF4): QLoRA
     save_every: int = 0  # steps between checkpoints; 0 saves the model once, at the end
+    save_dtype: SaveDtype = "auto"  # of what is written; auto: that of --model, tensor by tensor
     resume: bool = False  # go on from the last checkpoint in --output
     checkpoint_activations: bool = False  # run each layer again in the backward: less memory, more time
     seed: int = 0  # of the order of rows

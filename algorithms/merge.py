@@ -1,40 +1,53 @@
 """Fold an adapter into the model that it was trained on: a plain Hugging Face folder, for whatever reads no adapters.
 
+A plain folder is written in another dtype, or out of 4 bits.
+
 Run:    burnish merge --model ADAPTER --output DIR
+        burnish merge --model FOLDER --output DIR --dtype bfloat16
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import torch
-
-from ..model.adapter import merge_lora
-from ..model.checkpoint import load_model, load_scalar_model, read_adapter, save_model
+from ..model.adapter import linears, merge_lora
+from ..model.checkpoint import has_score, load_model, load_scalar_model, save_model
 from ..model.errors import InputError
-from ..model.folder import is_adapter
+from ..model.folder import base_of, is_adapter
 from ..model.tokenizer import Tokenizer
 from ._command import run_command
+from ._loop import SaveDtype, torch_dtype
 
 
 @dataclass(frozen=True)
 class Config:
-    model: Path  # an adapter's folder
+    model: Path  # an adapter's folder, or a plain one
     output: Path  # new folder
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights that are written
+    dtype: SaveDtype = "auto"  # of the weights that are written; auto: that of the base, tensor by tensor
+    base: Path | None = None  # the adapter's base, where its file names none that is found
 
 
 def merge(cfg: Config) -> Path:
     """Returns the new folder. A base that was in 4 bits is multiplied out: what was trained is what is written."""
-    if not is_adapter(cfg.model):
-        raise InputError(f"--model {cfg.model}: expected an adapter's folder, with an adapter_config.json")
-    scores = "score.weight" in read_adapter(cfg.model)[0].tensors
-    model = (load_scalar_model if scores else load_model)(cfg.model)
+    adapter, dtype = is_adapter(cfg.model), torch_dtype(cfg.dtype, "dtype")
+    if not adapter and cfg.base is not None:
+        raise InputError(f"--base: expected an adapter's folder as --model, got the whole model {cfg.model}")
+    tokenizer = Tokenizer.load(_tokenizers(cfg.model, cfg.base) if adapter else cfg.model)
+    model = (load_scalar_model if has_score(cfg.model) else load_model)(cfg.model, base=cfg.base)
+    four_bit = any(layer.four_bit is not None for layer in linears(model).values())
+    if not adapter and dtype is None and not four_bit:
+        raise InputError(
+            f"--model {cfg.model}: expected an adapter's folder, with an adapter_config.json, or --dtype"
+        )
     merge_lora(model)
-    save_model(model.to(getattr(torch, cfg.dtype)), cfg.output, Tokenizer.load(cfg.model))
+    save_model(model, cfg.output, tokenizer, dtype=dtype)
     print(f"written: {cfg.output}")
     return cfg.output
+
+
+def _tokenizers(adapter: Path, base: Path | None) -> Path:
+    """The folder of the tokenizer: the adapter's own, or its base's."""
+    return adapter if (adapter / "tokenizer.json").is_file() else base or base_of(adapter)
 
 
 if __name__ == "__main__":

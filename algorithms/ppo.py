@@ -44,6 +44,7 @@ from ._distributed import reshard, shard, summed
 from ._flags import RowFlags, load_tokenizer
 from ._loop import (
     Run,
+    SaveDtype,
     Schedule,
     autocast,
     check_flags,
@@ -119,6 +120,7 @@ class Config(RowFlags):
     lora_alpha: float | None = None  # an adapter's scale is alpha / rank; 2 * rank by default
     base_4bit: bool = False  # hold the frozen weights in 4 bits (NF4): QLoRA
     save_every: int = 0  # steps between checkpoints; 0 saves the models once, at the end
+    save_dtype: SaveDtype = "auto"  # of what is written; auto: that of --model, tensor by tensor
     resume: bool = False  # go on from the last checkpoint in --output
     checkpoint_activations: bool = False  # run each layer again in the backward: less memory, more time
     seed: int = 0  # of the order of rows, of sampling, and of a fresh head
@@ -186,8 +188,7 @@ def train(cfg: Config) -> Path:
         run.values |= {} if run.start else {"varied": 0}
         batches = epochs(len(prompts), cfg.prompts_per_step, cfg.seed, skip=run.start)
         for step in run.steps():
-            started = time.perf_counter()
-            seconds = {"sampling_seconds": 0.0, "scoring_seconds": 0.0}
+            started, seconds = time.perf_counter(), {"sampling_seconds": 0.0, "scoring_seconds": 0.0}
             seed, batch = (cfg.seed << 32) + step, [prompts[i] for i in next(batches)]
             rewards.begin(cfg, step, step, len(prompts))
             groups = sample_groups(model, tokenizer, batch, rewards, cfg, seed, seconds)

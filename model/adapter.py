@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from ..kernels import quantize_nf4
 from .errors import InputError
 from .experts import to_halves, to_pairs
-from .linear import Adaptable, Lora, LoraConfig, whole
+from .linear import Adaptable, Linear, Lora, LoraConfig, whole
 from .scalar import ScalarModel
 from .transformer import Transformer
 
 Model = Transformer | ScalarModel
+EMBEDDING = "model.embed_tokens"
 SUFFIXES = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
 
@@ -93,26 +94,13 @@ def add_lora(model: Model, rank: int, alpha: float | None = None, *, seed: int =
 
 def place_adapter(model: Model, config: LoraConfig, source: str) -> None:
     """Freeze the model and give it the modules that `config` names, A and B zero. source: what a message names."""
-    body = _body(model)
-    if body.adapter is not None or adapters(model):
-        raise InputError(f"{source}: the model has an adapter already; merge_lora folds it in")
+    body, splits = _body(model), _splits_the_head(model, config)
+    _check_placeable(model, config, source, splits)
+    if splits:
+        _split_the_head(body, config)
     targets = {name: layer for name, layer in linears(model).items() if config.targeted(name)}
     parameters = dict(model.named_parameters())
-    saved = [name for name in parameters if config.whole(hf_name(name).rpartition(".")[0])]
-    if not targets:
-        raise InputError(f"{source}: target_modules: {config.targets!r} names no linear layer of the model")
-    for name in config.modules_to_save:
-        if not any(replace(config, modules_to_save=(name,)).whole(hf_name(parameter)) for parameter in saved):
-            raise InputError(f"{source}: modules_to_save: the model has no module {name!r}")
-    if model is body and body.lm_head is None and "embed_tokens.weight" in saved:
-        raise InputError(
-            f"{source}: modules_to_save: embed_tokens is also the head: this needs untied weights"
-        )
-    if "lm_head" in targets and (config.dropout or config.dora):
-        raise InputError(f"{source}: lm_head: an adapter of the head has neither dropout nor DoRA here")
-    experts = next((name for name, layer in targets.items() if layer.stack), None)
-    if experts is not None and (config.dropout or config.dora):
-        raise InputError(f"{source}: {experts}: an adapter of experts has neither dropout nor DoRA")
+    saved = [name for name in parameters if _is_saved(model, config, name)]
     model.requires_grad_(False)
     for name, layer in targets.items():
         rank, (N, K), device = config.rank_of(name), (layer.out_features, layer.in_features), model.device
@@ -129,6 +117,62 @@ def place_adapter(model: Model, config: LoraConfig, source: str) -> None:
         parameter.data = parameter.data.float()  # like all that is trained
         parameter.requires_grad_()
     body.adapter = config
+
+
+def _check_placeable(model: Model, config: LoraConfig, source: str, splits: bool) -> None:
+    if _body(model).adapter is not None or adapters(model):
+        raise InputError(f"{source}: the model has an adapter already; merge_lora folds it in")
+    if config.targeted(EMBEDDING):
+        raise InputError(
+            f"{source}: target_modules: expected linear layers, got {config.targets!r}, of which one is embed_tokens: "
+            "an adapter of the embedding is not supported; merge it with PEFT, or train it whole (modules_to_save)"
+        )
+    layers = linears(model)
+    if not any(config.targeted(name) for name in [*layers, *(["lm_head"] if splits else [])]):
+        raise InputError(f"{source}: target_modules: {config.targets!r} names no linear layer of the model")
+    modules = {hf_name(name).rpartition(".")[0] for name, _ in model.named_parameters()}
+    modules |= {"lm_head"} if _has_tied_head(model) else set()
+    for name in config.modules_to_save:
+        if not any(replace(config, modules_to_save=(name,)).whole(module) for module in modules):
+            raise InputError(f"{source}: modules_to_save: the model has no module {name!r}")
+    if config.tied and _has_tied_head(model) and config.targeted("lm_head"):
+        raise InputError(
+            f"{source}: ensure_weight_tying: expected false beside an adapter of lm_head, for it puts one on the "
+            "embedding, too, which is not supported; merge it with PEFT"
+        )
+    experts = next((name for name, layer in layers.items() if layer.stack and config.targeted(name)), None)
+    if experts is not None and (config.dropout or config.dora):
+        raise InputError(f"{source}: {experts}: an adapter of experts has neither dropout nor DoRA")
+
+
+def _has_tied_head(model: Model) -> bool:
+    return isinstance(model, Transformer) and model.lm_head is None
+
+
+def _is_saved(model: Model, config: LoraConfig, name: str) -> bool:
+    """Is our parameter trained whole? A tied matrix that stays one is so, whichever of its modules is named."""
+    also = config.tied and _has_tied_head(model) and name == "embed_tokens.weight"
+    return config.whole(hf_name(name).rpartition(".")[0]) or (also and config.whole("lm_head"))
+
+
+def _splits_the_head(model: Model, config: LoraConfig) -> bool:
+    """Do the head and the embedding, one matrix in the base, become two? An adapter of the head acts on its product
+    alone, and what is trained whole are copies, as PEFT has it."""
+    if not _has_tied_head(model):
+        return False
+    trained = config.whole("lm_head") or config.whole(EMBEDDING)
+    return config.targeted("lm_head") or (trained and not config.tied)
+
+
+def _split_the_head(body: Transformer, config: LoraConfig) -> None:
+    """Put a head of its own on a tied model. The weight stays shared where an adapter leaves it as it is."""
+    shared = body.embed_tokens.weight
+    V, C = shared.shape
+    with torch.device("meta"):
+        body.lm_head = Linear(C, V, bias=False).train(body.training)
+    trained = config.whole("lm_head") or config.whole(EMBEDDING)
+    body.lm_head.weight = nn.Parameter(shared.detach().clone()) if trained else shared  # pyright: ignore
+    body.config = replace(body.config, tie_word_embeddings=False)
 
 
 def merge_lora(model: Model) -> None:
@@ -199,10 +243,14 @@ def quantize_base(model: Model, double_quant: bool = True) -> None:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter apart from a model. tensors: under their names in PEFT's files, less "base_model.model."."""
+    """An adapter apart from a model. tensors: under their names in PEFT's files, less "base_model.model.", in fp32.
+
+    dtypes: those that they have in their file, if it was one.
+    """
 
     config: LoraConfig
     tensors: dict[str, Tensor]
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
 
 def _trained(model: Model) -> dict[str, nn.Parameter]:
@@ -228,7 +276,10 @@ _EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)\.(lora_[AB]\.wei
 
 def _as_filed(model: Model) -> dict[str, Tensor]:
     trained = {name: parameter.detach() for name, parameter in _trained(model).items()}
-    return {_filed_name(name, trained): _filed(model, name, tensor) for name, tensor in trained.items()}
+    filed = {_filed_name(name, trained): _filed(model, name, tensor) for name, tensor in trained.items()}
+    if _has_tied_head(model) and f"{EMBEDDING}.weight" in filed:  # one matrix under both of its names
+        filed["lm_head.weight"] = filed[f"{EMBEDDING}.weight"]
+    return filed
 
 
 def _filed_name(name: str, trained: dict[str, Any]) -> str:
@@ -266,6 +317,7 @@ def _in_pairs(model: Model, name: str) -> bool:
 
 def give_adapter(model: Model, adapter: Adapter, source: str) -> None:
     """Place the adapter on a model without one. Raises InputError naming `source` and the tensor that does not fit."""
+    adapter = _without_copies(model, adapter, source)
     place_adapter(model, adapter.config, source)
     wanted, found = _as_filed(model), adapter.tensors
     for name in [*found, *wanted]:
@@ -278,10 +330,71 @@ def give_adapter(model: Model, adapter: Adapter, source: str) -> None:
         if found[name].shape != wanted[name].shape:
             expected, got = tuple(wanted[name].shape), tuple(found[name].shape)
             raise InputError(f"{source}: {name}: expected shape {expected}, got {got}")
+    if _has_tied_head(model) and not torch.equal(*_both_names(found)):
+        raise InputError(
+            f"{source}: lm_head.weight: expected the values of {EMBEDDING}.weight, with which it is tied, got others"
+        )
     with torch.no_grad():
         trained = _trained(model)
         for name, parameter in trained.items():
             parameter.copy_(_unfiled(model, name, found[_filed_name(name, trained)], parameter.shape))
+
+
+def _both_names(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """A tied matrix that is trained whole, under its two names; where it is not, nothing twice."""
+    none = torch.empty(0)
+    return tensors.get(f"{EMBEDDING}.weight", none), tensors.get("lm_head.weight", none)
+
+
+def _without_copies(model: Model, adapter: Adapter, source: str) -> Adapter:
+    """The adapter without the copies of the base's head and embedding that PEFT writes beside an adapter of lm_head, or
+    where it was told to (save_embedding_layers). It reads them over the base, so one with other values is read as a
+    module that was trained whole. Raises InputError for a resized one, and for one under an adapter, which is both.
+    """
+    if not isinstance(model, Transformer):
+        return adapter
+    config, tensors = adapter.config, dict(adapter.tensors)
+    embedding, head = model.embed_tokens.weight, model.lm_head
+    bases = {"lm_head": embedding if head is None else head.dense(), EMBEDDING: embedding}
+    if config.tied and head is None and any(config.whole(module) for module in bases):
+        return adapter  # the matrix that is trained whole, under both of its names
+    trained: dict[str, Tensor] = {}
+    for module, base in bases.items():
+        for name in (f"{module}.weight", f"{module}.base_layer.weight"):
+            if name not in tensors or config.whole(module):
+                continue
+            copy = tensors.pop(name)
+            if copy.shape != base.shape:
+                raise InputError(
+                    f"{source}: {name}: expected the base's shape {tuple(base.shape)}, got {tuple(copy.shape)}: the "
+                    "adapter belongs to a model whose vocabulary was resized: save that model and name it as the base"
+                )
+            if _is_copy(base, copy, adapter.dtypes.get(name)):
+                continue
+            if config.targeted(module) or module in trained:
+                raise InputError(
+                    f"{source}: {name}: expected a copy of the base's, got other values: the adapter was trained on "
+                    "another base: name that one"
+                )
+            trained[module] = copy
+    if not trained:
+        return Adapter(config, tensors, adapter.dtypes)
+    if head is None:  # read over the base, one of them is both
+        one = trained.get("lm_head", trained.get(EMBEDDING))
+        assert one is not None
+        trained = {"lm_head": one, EMBEDDING: trained.get(EMBEDDING, one)}
+        config = replace(config, tied=True)
+    names = tuple(module.rpartition(".")[2] for module in trained)
+    config = replace(config, modules_to_save=(*config.modules_to_save, *names))
+    tensors |= {f"{module}.weight": tensor for module, tensor in trained.items()}
+    return Adapter(config, tensors, adapter.dtypes)
+
+
+def _is_copy(base: Tensor, copy: Tensor, dtype: torch.dtype | None) -> bool:
+    """The same values, but for the rounding to the dtype of either."""
+    base, copy = base.detach(), copy.to(base.device)
+    rounded = base if dtype is None else base.to(dtype)
+    return torch.equal(rounded.float(), copy.float()) or torch.equal(base, copy.to(base.dtype))
 
 
 def stack_adapters(model: Transformer, several: Sequence[Adapter]) -> None:

@@ -8,6 +8,7 @@ the one that its base_model_name_or_path names, with the adapter on it.
 import os
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from .adapter import (
 )
 from .config import ModelConfig
 from .config_json import read_config, write_config
+from .dtypes import cast, read_dtypes
 from .errors import InputError
 from .experts import disk_name, to_disk
 from .folder import (
@@ -39,6 +41,7 @@ from .folder import (
     opened,
     read_json,
     replacing,
+    stored_tensors,
     write_json,
 )
 from .linear import whole
@@ -59,9 +62,12 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     base_4bit: bool = False,
+    base: str | os.PathLike[str] | None = None,
 ) -> Transformer:
     """The model in a Hugging Face folder, its weights in `dtype` whatever the files hold; or an adapter on its base.
 
+    It is in evaluation mode: call train() before training with an adapter's dropout. base: the folder of an adapter's
+    base, where its file names none that is found.
     base_4bit: quantise the linear layers as they are read, also done for an adapter that was trained on such a base.
     What a 4-bit folder has in 4 bits stays so, but for a head, and what it has dense stays dense. Parameters that an
     adapter trains are fp32, the others then frozen.
@@ -71,9 +77,10 @@ def load_model(
     folder = Path(folder)
     if is_adapter(folder):
         adapter, metadata = read_adapter(folder)
-        model = load_model(base_of(folder), dtype, device, base_4bit or FOUR_BIT in metadata)
-        give_adapter(model, adapter, str(folder))
+        model = load_model(base or base_of(folder), dtype, device, base_4bit or FOUR_BIT in metadata)
+        _give(model, adapter, folder)
         return model
+    _check_no_base(folder, base)
     raw = _read_config(folder)
     if _is_scalar(raw):
         raise InputError(
@@ -89,7 +96,8 @@ def load_model(
         raise InputError(
             f"{folder}: lm_head.weight: differs from model.embed_tokens.weight although tie_word_embeddings is true"
         )
-    return model
+    model.dtypes = read_dtypes(stored_tensors(folder))
+    return model.eval()
 
 
 def load_scalar_model(
@@ -98,27 +106,30 @@ def load_scalar_model(
     device: torch.device | str = "cpu",
     seed: int = 0,
     base_4bit: bool = False,
+    base: str | os.PathLike[str] | None = None,
 ) -> ScalarModel:
     """The reward model or critic in a *ForSequenceClassification folder with one label, or its adapter on its base; or
     the body of the language model in `folder`, an adapter merged, under a fresh head that is drawn from `seed`.
 
-    base_4bit as in `load_model`. Raises InputError as it does.
+    base_4bit, base and evaluation mode as in `load_model`. Raises InputError as it does.
     """
     folder = Path(folder)
     if is_adapter(folder):
         adapter, metadata = read_adapter(folder)
         if "score.weight" not in adapter.tensors:
-            language = load_model(folder, dtype, device, base_4bit)
+            language = load_model(folder, dtype, device, base_4bit, base)
             merge_lora(language)
             language.lm_head = None
             model = ScalarModel(language.config, device="meta")
             model.body = language
             model.draw_head(seed, dtype, device)
-            return model
-        model = load_scalar_model(base_of(folder), dtype, device, seed, base_4bit or FOUR_BIT in metadata)
-        give_adapter(model, adapter, str(folder))
+            return model.eval()
+        base_4bit = base_4bit or FOUR_BIT in metadata
+        model = load_scalar_model(base or base_of(folder), dtype, device, seed, base_4bit)
+        _give(model, adapter, folder)
         model.bias = float(metadata.get(SCORE_BIAS, model.bias))
         return model
+    _check_no_base(folder, base)
     raw = _read_config(folder)
     bias = raw.pop(SCORE_BIAS, 0.0)
     if not isinstance(bias, int | float):
@@ -128,10 +139,12 @@ def load_scalar_model(
     if _is_scalar(raw):
         _assign(model, read_weights(source, model))
         model.bias = float(bias)
-        return model
+        model.body.dtypes = read_dtypes(stored_tensors(folder))
+        return model.eval()
     _assign(model.body, read_weights(source, model.body, unread=("lm_head.",)))
     model.draw_head(seed, dtype, device)
-    return model
+    model.body.dtypes = read_dtypes(stored_tensors(folder))
+    return model.eval()
 
 
 def has_score(folder: str | os.PathLike[str]) -> bool:
@@ -146,10 +159,14 @@ def save_model(
     folder: str | os.PathLike[str],
     tokenizer: "Tokenizer | None" = None,
     *,
+    dtype: torch.dtype | None = None,
     write: bool = True,
 ) -> None:
     """Write a folder that load_model (load_scalar_model) and transformers read. It appears whole or not at all.
 
+    dtype: of all that is written. None: what is in fp32, as in training, as the folder had it that the model was read
+    from, tensor by tensor; what is in another dtype, or was made from scratch, as it is. A new adapter is in fp32, one
+    that was read as in its file, a module trained whole as the base. Raises TooLarge where a number does not fit.
     A model with an adapter is saved as the adapter alone, which PEFT reads, too; merge_lora before for the whole. What
     is in 4 bits is written so, as bitsandbytes does.
     An earlier model in `folder` is replaced, with all its files. Raises InputError where `folder` holds something else,
@@ -168,8 +185,8 @@ def save_model(
             f"{folder}: several adapters side by side are not saved; each has a folder of its own"
         )
     if lora_config(model) is not None:
-        return _save_adapter(model, folder, tokenizer, write)
-    tensors = _on_disk(model)
+        return _save_adapter(model, folder, tokenizer, dtype, write)
+    tensors = _on_disk(model, dtype)
     if not write:
         deque(tensors, maxlen=0)
         return
@@ -178,8 +195,9 @@ def save_model(
         raise InputError(
             f"{folder}: experts in 4 bits have no place in a Hugging Face folder; merge_lora multiplies them out"
         )
-    body = model.body if isinstance(model, ScalarModel) else model
-    raw = {**write_config(config), "dtype": str(body.embed_tokens.weight.dtype).removeprefix("torch.")}
+    body = _body(model)
+    usual = dtype or _written_in(body, "", body.embed_tokens.weight.dtype)
+    raw = {**write_config(config), "dtype": str(usual).removeprefix("torch.")}
     if isinstance(model, ScalarModel):
         raw["architectures"] = [name.replace("ForCausalLM", SCALAR) for name in raw["architectures"]]
         raw |= {"id2label": {"0": "score"}, "label2id": {"score": 0}, SCORE_BIAS: model.bias}
@@ -199,7 +217,7 @@ def stream_weights(model: Transformer | ScalarModel) -> Iterator[tuple[str, Tens
 
     One parameter at a time is whole, on the model's device. Where processes share the model, all of them go through it.
     """
-    body, layers = model.body if isinstance(model, ScalarModel) else model, linears(model)
+    body, layers = _body(model), linears(model)
     dtypes = {hf_name(name): base.dtype for name, base in body.replaced.items()}
     state = {hf_name(name): tensor for name, tensor in model.state_dict().items() if ".lora." not in name}
     quantized = [f"{name}.weight" for name, layer in layers.items() if layer.four_bit is not None]
@@ -208,17 +226,33 @@ def stream_weights(model: Transformer | ScalarModel) -> Iterator[tuple[str, Tens
             layer = layers.get(name.removesuffix(".weight"))
             tensor = whole(state[name]) if layer is None else layer.merged()
             tensor = tensor.detach().to(dtypes.get(name, tensor.dtype))
-            yield from to_disk(model.config, {name: tensor}).items()
+            for filed, part in to_disk(model.config, {name: tensor}).items():
+                yield filed, cast(filed, part, _written_in(body, filed, part.dtype))
 
 
-def _on_disk(model: Transformer | ScalarModel) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor on the CPU) of a model without an adapter, 4 bits as they are."""
+def _on_disk(
+    model: Transformer | ScalarModel, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor on the CPU) of a model without an adapter, 4 bits as they are; a dtype is their state's, too."""
+    body = _body(model)
     for name, weight in model.state_dict().items():
         state = {hf_name(name): whole(weight).detach().cpu().contiguous()}
-        yield from to_disk(model.config, state).items()
+        for filed, tensor in to_disk(model.config, state).items():
+            yield filed, cast(filed, tensor, dtype or _written_in(body, filed, tensor.dtype))
     for name, layer in linears(model).items():
         if layer.four_bit is not None:
-            yield from bnb.tensors(disk_name(model.config, f"{name}.weight"), layer.four_bit).items()
+            filed = disk_name(model.config, f"{name}.weight")
+            weight = replace(layer.four_bit, dtype=dtype or _written_in(body, filed, layer.four_bit.dtype))
+            yield from bnb.tensors(filed, weight).items()
+
+
+def _written_in(body: Transformer, name: str, dtype: torch.dtype) -> torch.dtype:
+    """What a tensor that the model has in `dtype` is written in. name: that on disk; an unknown one is as most are."""
+    return body.dtypes.of(name) if body.dtypes is not None and dtype == torch.float32 else dtype
+
+
+def _body(model: Transformer | ScalarModel) -> Transformer:
+    return model.body if isinstance(model, ScalarModel) else model
 
 
 def _quantization(model: Transformer | ScalarModel, dtype: str) -> dict[str, Any]:
@@ -268,29 +302,47 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[Adapter, dict[str, str
     """The adapter in a PEFT folder, and its file's metadata. Raises InputError naming the file and the key."""
     folder = Path(folder)
     raw = read_json(folder / peft.CONFIG)
-    config = peft.read_config(
-        raw | {"base_model_name_or_path": str(base_of(folder))}, str(folder / peft.CONFIG)
-    )
+    config = peft.read_config(raw, str(folder / peft.CONFIG))
     if not (folder / peft.WEIGHTS).exists() and [*folder.glob("adapter_model.bin")]:
         raise InputError(f"{folder}: expected {peft.WEIGHTS}, found a pickled file, which is not read")
     with opened(folder / peft.WEIGHTS) as tensors:
-        found = {name: tensors.get_tensor(name).float() for name in tensors.keys()}  # noqa: SIM118 (not a dict)
+        found = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
         metadata = tensors.metadata() or {}
     wrong = next((name for name in found if not name.startswith(peft.PREFIX)), None)
     if wrong is not None:
         raise InputError(f"{folder / peft.WEIGHTS}: {wrong}: expected a name that begins {peft.PREFIX}")
-    return Adapter(
-        config, {name.removeprefix(peft.PREFIX): tensor for name, tensor in found.items()}
-    ), metadata
+    found = {name.removeprefix(peft.PREFIX): tensor for name, tensor in found.items()}
+    dtypes = {name: tensor.dtype for name, tensor in found.items()}
+    return Adapter(config, {name: tensor.float() for name, tensor in found.items()}, dtypes), metadata
+
+
+def _give(model: Transformer | ScalarModel, adapter: Adapter, folder: Path) -> None:
+    """The adapter of a folder, which is then remembered as the base's folder is."""
+    give_adapter(model, adapter, str(folder))
+    body = _body(model)
+    assert body.dtypes is not None
+    own = {f"{peft.PREFIX}{name}": dtype for name, dtype in adapter.dtypes.items()}
+    body.dtypes = replace(body.dtypes, others=body.dtypes.others | own)
+    model.eval()
 
 
 def _save_adapter(
-    model: Transformer | ScalarModel, folder: Path, tokenizer: "Tokenizer | None", write: bool
+    model: Transformer | ScalarModel,
+    folder: Path,
+    tokenizer: "Tokenizer | None",
+    dtype: torch.dtype | None,
+    write: bool,
 ) -> None:
-    adapter = take_adapter(model)
-    state = {
-        f"{peft.PREFIX}{name}": whole(tensor).cpu().contiguous() for name, tensor in adapter.tensors.items()
-    }
+    adapter, body = take_adapter(model), _body(model)
+    state: dict[str, Tensor] = {}
+    for name, tensor in adapter.tensors.items():
+        filed, tensor = f"{peft.PREFIX}{name}", whole(tensor).cpu().contiguous()
+        known = None if body.dtypes is None else body.dtypes.others.get(filed)
+        if known is None and ".lora_" not in name:  # trained whole: as the base
+            known = _written_in(body, disk_name(model.config, name), tensor.dtype)
+        state[filed] = cast(
+            filed, tensor, dtype or known or tensor.dtype
+        ).clone()  # tied ones: one matrix twice
     if not write:
         return
     metadata = {"format": "pt"}
@@ -307,6 +359,11 @@ def _save_adapter(
 
 
 # ---- reading
+
+
+def _check_no_base(folder: Path, base: str | os.PathLike[str] | None) -> None:
+    if base is not None:
+        raise InputError(f"{folder}: expected an adapter's folder beside a base, got a whole model")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

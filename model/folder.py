@@ -36,20 +36,43 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def is_adapter(folder: str | os.PathLike[str]) -> bool:
-    """Does the folder hold an adapter, not a whole model?"""
+    """Does the folder hold an adapter? Other trainers write the base's config.json beside it: then an adapter's weights
+    decide, also where a whole model's stand beside them, as transformers has it."""
     folder = Path(folder)
-    return (folder / peft.CONFIG).is_file() and not (folder / "config.json").exists()
+    weights = any((folder / name).exists() for name in (peft.WEIGHTS, "adapter_model.bin"))
+    return (folder / peft.CONFIG).is_file() and (weights or not (folder / "config.json").exists())
 
 
 def base_of(folder: str | os.PathLike[str]) -> Path:
-    """The folder of the model that an adapter belongs to: its config names it from here, or from its own folder."""
-    file = Path(folder) / peft.CONFIG
+    """The folder of the model that an adapter belongs to. Raises InputError where none is found, or only itself.
+
+    Its config names it from here, from the adapter's folder, or from one around that: a run inside a folder of work
+    names its model from there, and is found from anywhere.
+    """
+    folder = Path(folder)
+    first = base = _named_base(folder)
+    seen = {folder.resolve()}
+    while is_adapter(base):  # a reward model's base may be one
+        if base in seen:
+            raise InputError(
+                f"{folder / peft.CONFIG}: base_model_name_or_path: leads back to {base}, an adapter"
+            )
+        seen.add(base)
+        base = _named_base(base)
+    return first
+
+
+def _named_base(folder: Path) -> Path:
+    file, own = folder / peft.CONFIG, folder.resolve()
     named = read_json(file).get("base_model_name_or_path")
-    for base in (Path(named), file.parent / named) if isinstance(named, str) else ():
-        if base.is_dir() and base.resolve() != file.parent.resolve():
+    starts = (Path(), own, *own.parents) if isinstance(named, str) and named else ()
+    for start in starts:
+        base = start / str(named)
+        if os.path.isdir(base) and base.resolve() != own:  # False for a name that no file can have, too
             return base.resolve()
     raise InputError(
-        f"{file}: base_model_name_or_path: expected a model folder, found none at {named!r}: write its path there"
+        f"{file}: base_model_name_or_path: expected a model folder, found none at {named!r:.200}: write its path "
+        "there, or merge the adapter (burnish merge --base FOLDER)"
     )
 
 

@@ -35,6 +35,7 @@ class LoraConfig:
     ] = ()  # ends of names of experts' weights, mlp.experts.down_proj: all experts at once
     exclude: tuple[str, ...] | str = ()  # likewise, of modules that have none although `targets` says so
     layers: tuple[int, ...] | None = None  # only in these
+    layers_pattern: tuple[str, ...] = ()  # what stands before a layer's number in a name; by default anything
     rank_pattern: dict[str, int] = field(
         default_factory=dict, hash=False
     )  # by regular expression of names' ends
@@ -43,7 +44,8 @@ class LoraConfig:
     dora: bool = False
     dropout: float = 0.0  # share of x that an adapter does not see in training
     modules_to_save: tuple[str, ...] = ()  # ends of names of modules that are trained whole
-    base: str | None = None  # the folder of the model that the adapter belongs to
+    tied: bool = False  # on a base with one matrix for embedding and head, what is trained whole is still one
+    base: str | None = None  # the model that the adapter belongs to, as it was named
 
     def targeted(self, module: str) -> bool:
         """Does this linear layer, or do these experts, have an adapter? `exclude` and `layers` are of linear layers."""
@@ -51,8 +53,17 @@ class LoraConfig:
             return _named(self.parameters, module) and not self.whole(module)
         if _named(self.exclude, module) or self.whole(module) or not _named(self.targets, module):
             return False
-        layer = re.match(r".*?\.layers\.(\d+)\.", module)
-        return self.layers is None or (layer is not None and int(layer.group(1)) in self.layers)
+        in_full = (
+            not isinstance(self.targets, str) and module in self.targets
+        )  # whatever its layer: as PEFT has it
+        return self.layers is None or in_full or self._layer_of(module) in self.layers
+
+    def _layer_of(self, module: str) -> int | None:
+        for pattern in self.layers_pattern or (r"[^.]*",):
+            found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module)
+            if found is not None:
+                return int(found.group(1))
+        return None
 
     def whole(self, module: str) -> bool:
         """Is this module, or one around it, trained whole? The end of a name need not be a word: as PEFT has it."""
@@ -173,6 +184,24 @@ class Linear(Adaptable, nn.Linear):  # pyright: ignore[reportIncompatibleVariabl
     def dropout(self) -> float:
         """Of the adapter, now: there is none where no gradient is taken."""
         return self.lora.dropout if self.lora and self.training and torch.is_grad_enabled() else 0.0
+
+    def as_one_product(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (n, K + R) and a weight (N, K + R) whose product is what x (n, K) becomes, dropout included.
+
+        For an op that takes one matrix. Both are copies, and the copy of the weight has a gradient.
+        """
+        lora, weight = self.lora, whole(self.dense())
+        assert lora is not None
+        narrow = F.dropout(x, self.dropout) @ whole(lora.a).to(x.dtype).T  # (n, R)
+        wide = torch.cat([weight, (lora.scaling * whole(lora.b)).to(weight.dtype)], 1)
+        if lora.magnitude is not None:
+            norm = (
+                (wide[:, : x.shape[1]].float() + lora.scaling * (whole(lora.b) @ whole(lora.a)))
+                .detach()
+                .norm(dim=1)
+            )
+            wide = (wide.float() * (whole(lora.magnitude) / norm)[:, None]).to(weight.dtype)
+        return torch.cat([x, narrow.to(x.dtype)], 1), wide
 
     @property
     def form(self) -> tuple[Any, ...] | None:

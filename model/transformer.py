@@ -13,7 +13,7 @@ import math
 from collections import deque
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,9 @@ from .linear import Linear, LoraConfig, linears_of, whole
 from .moe import MoE
 from .packed import Packed
 from .vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from .dtypes import Dtypes
 
 # ---- rope
 
@@ -283,6 +286,7 @@ class Transformer(nn.Module):
         self.routing: tuple[RouteStatistics, ...] = ()  # of the latest forward pass, by layer with experts
         # the base's own values of what an adapter trains whole, by name
         self.replaced: dict[str, Tensor] = {}
+        self.dtypes: Dtypes | None = None  # of the folder that the weights were read from
         with torch.device("meta"):
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
             self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
@@ -317,13 +321,20 @@ class Transformer(nn.Module):
         """(V, C): the embedding itself where the two are tied, an adapter multiplied in."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.merged()
 
-    def _head_parts(self) -> tuple[Tensor, dict[str, Any]]:
-        """The head without its adapter, and what ops on a head take of that: no sum of the two is ever in memory."""
+    def _head_parts(self, x: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """x (n, C), the head without its adapter, and what ops on a head take of that: no sum of the two is in memory.
+
+        But for DoRA, which scales the sum; and with dropout, which the adapter's half of x alone has, x is wider.
+        """
         lora = None if self.lm_head is None else self.lm_head.lora
         if self.lm_head is None or lora is None or not lora.enabled:
-            return self.head, {}
+            return x, self.head, {}
+        if self.lm_head.dropout:
+            return *self.lm_head.as_one_product(x), {}
+        if lora.magnitude is not None:
+            return x, self.head, {}
         adapter = {"lora_a": whole(lora.a), "lora_b": whole(lora.b), "scaling": lora.scaling}
-        return whole(self.lm_head.dense()), adapter
+        return x, whole(self.lm_head.dense()), adapter
 
     def _pass(self, positions: Tensor, **more: Any) -> Pass:
         local = self.config.local_rope
@@ -433,13 +444,12 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """What the logits that score the tokens at `rows` (n,) are made of: hidden states (n, C), head (V, C), adapter.
 
-        The first two in the dtype of their product; the third is what ops on a head take of an adapter, often nothing.
-        vocabulary: of the head these ids' rows alone, which rows_of counts. Raises ValueError where a row is the first
-        of its sequence.
+        The first two in the dtype of their product, C wider where the head's adapter has dropout; the third is what ops
+        on a head take of an adapter, often nothing. vocabulary: of the head these ids' rows alone, which rows_of
+        counts. Raises ValueError where a row is the first of its sequence.
         """
-        states = self._predicting(packed, rows)
-        weight, adapter = self._head_parts()
-        hidden, weight = self._computed_in(states, weight)
+        hidden, weight, adapter = self._head_parts(self._predicting(packed, rows))
+        hidden, weight = self._computed_in(hidden, weight)
         tokens = None if vocabulary is None else vocabulary.within(len(weight))
         if tokens is not None:  # a slice's gradient is a copy: not in vain
             weight = tokens.select(weight)

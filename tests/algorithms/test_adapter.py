@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import get_args
 
@@ -14,10 +15,13 @@ from burnish.algorithms._loop import CHECKPOINT
 from burnish.model.adapter import adapters, linears, lora_config, quantize_base
 from burnish.model.checkpoint import load_model, load_scalar_model, save_model
 from burnish.model.errors import InputError
+from burnish.model.folder import is_adapter
 from burnish.model.packed import pack
 from burnish.model.tokenizer import Tokenizer
+from burnish.model.transformer import Transformer
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
 
 def metrics_of(folder):
@@ -341,3 +345,156 @@ def test_a_base_that_has_gone_is_named(cfg, tmp_path, capsys):
     assert main(["chat", "--model", str(trained), "--prompt", "1"]) == 1
     message = capsys.readouterr().err
     assert "adapter_config.json: base_model_name_or_path: expected a model folder, found none at" in message
+
+
+# ---- what is written
+
+
+def dtypes_in(folder):
+    (file,) = folder.glob("*model.safetensors")
+    return {tensor.dtype for tensor in load_file(file).values()}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_bf16_model_comes_back_as_one(configs, name, tmp_path):
+    """Trained in fp32, to the same numbers whatever is written; an adapter is fp32, and merged as its base is."""
+    base = tmp_path / "bf16"
+    save_model(
+        load_model(configs[name].model), base, Tokenizer.load(configs[name].model), dtype=torch.bfloat16
+    )
+    cfg = dataclasses.replace(configs[name], model=base, steps=1)
+    if name == "distill":
+        cfg = dataclasses.replace(cfg, teacher=base)
+    written = {}
+    for dtype in ("auto", "float32"):
+        run = dataclasses.replace(cfg, lora_rank=0, output=tmp_path / dtype, save_dtype=dtype)
+        written[dtype] = TRAINERS[name].train(run)
+        folders = [written[dtype], *([run.output / "critic"] if name == "ppo" else [])]
+        expected = torch.bfloat16 if dtype == "auto" else torch.float32
+        for folder in folders:
+            assert dtypes_in(folder) == {expected}
+            assert json.loads((folder / "config.json").read_text())["dtype"] == str(expected)[6:]
+    rounded, exact = (load_file(folder / "model.safetensors") for folder in written.values())
+    assert all(torch.equal(rounded[key], exact[key].bfloat16()) for key in exact)
+    assert any(not torch.equal(rounded[key].float(), exact[key]) for key in exact)  # something was trained
+
+    adapter = TRAINERS[name].train(dataclasses.replace(cfg, output=tmp_path / "adapter"))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    assert {t.dtype for key, t in tensors.items() if ".lora_" in key} == {torch.float32}
+    assert main(["merge", "--model", str(adapter), "--output", str(tmp_path / "merged")]) == 0
+    assert dtypes_in(tmp_path / "merged") == {torch.bfloat16}
+
+
+def test_merge_writes_a_plain_folder_in_another_dtype(cfg, tmp_path, capsys):
+    for dtype in ("bfloat16", "float16", "float32"):
+        output = tmp_path / dtype
+        assert main(["merge", "--model", str(cfg.model), "--output", str(output), "--dtype", dtype]) == 0
+        assert dtypes_in(output) == {getattr(torch, dtype)}
+    assert main(["merge", "--model", str(cfg.model), "--output", str(tmp_path / "auto")]) == 1
+    assert "expected an adapter's folder, with an adapter_config.json, or --dtype" in capsys.readouterr().err
+    model = load_model(cfg.model)
+    torch.nn.init.constant_(model.norm.weight, 1e5)
+    save_model(model, tmp_path / "large", Tokenizer.load(cfg.model))
+    command = ["merge", "--model", str(tmp_path / "large"), "--output", str(tmp_path / "half"), "--dtype"]
+    assert main([*command, "float16"]) == 1 and not (tmp_path / "half").exists()
+    assert "model.norm.weight: expected numbers up to 65504" in capsys.readouterr().err
+
+
+def test_what_a_run_has_trained_is_not_lost_for_a_dtype(cfg, tmp_path, capsys):
+    model = load_model(cfg.model)
+    torch.nn.init.constant_(model.norm.weight, 1e5)
+    save_model(model, tmp_path / "large", Tokenizer.load(cfg.model))
+    cfg = dataclasses.replace(cfg, model=tmp_path / "large", lora_rank=0, steps=1, save_dtype="float16")
+    assert dtypes_in(sft.train(cfg)) == {torch.float32}
+    assert "written in float32: model.norm.weight: expected numbers up to" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"--save-dtype: expected one of auto, float32, .*got 'int8'"):
+        sft.train(dataclasses.replace(cfg, output=tmp_path / "other", save_dtype="int8"))
+
+
+def test_a_resumed_run_writes_the_same_bf16_bits(cfg, tmp_path):
+    base = tmp_path / "bf16"
+    save_model(load_model(cfg.model), base, Tokenizer.load(cfg.model), dtype=torch.bfloat16)
+    cfg = dataclasses.replace(cfg, model=base, lora_rank=0, save_every=2, schedule="constant")
+    whole = sft.train(cfg)
+    cut = dataclasses.replace(cfg, output=tmp_path / "cut", steps=2)
+    sft.train(cut)
+    assert dtypes_in(tmp_path / "cut" / "step-2") == {torch.bfloat16}
+    state = load_file(tmp_path / "cut" / CHECKPOINT)
+    assert {t.dtype for t in state.values() if t.is_floating_point()} == {torch.float32}
+    resumed = sft.train(dataclasses.replace(cut, steps=4, resume=True))
+    one, other = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ---- what is loaded
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "kto", "reward"])
+def test_dropout_acts_in_training(configs, name, tmp_path):
+    """Also that of an adapter with which training goes on: a model is loaded in evaluation mode."""
+    cfg = dataclasses.replace(configs[name], lora_dropout=0.5, output=tmp_path / "first")
+    first = TRAINERS[name].train(cfg)
+    load = load_scalar_model if name == "reward" else load_model
+    assert not load(first).training and not load(cfg.model).training
+    losses = []
+    for dropout in (0.5, 0.0):
+        file = first / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_dropout": dropout}))
+        on = dataclasses.replace(
+            cfg, model=first, lora_rank=0, lora_dropout=0.0, steps=1, output=tmp_path / str(dropout)
+        )
+        TRAINERS[name].train(on)
+        losses.append(losses_of(on.output)[0])
+    assert losses[0] != losses[1]
+
+
+def test_a_forgotten_train_is_caught(configs, tmp_path, monkeypatch):
+    monkeypatch.setattr(Transformer, "train", lambda self, mode=True: nn.Module.train(self, False))
+    with pytest.raises(AssertionError):
+        test_dropout_acts_in_training(configs, "sft", tmp_path)
+
+
+def test_the_base_keeps_the_name_that_it_was_called_by(cfg, tmp_path, monkeypatch, capsys):
+    """Found from where the run was started, from anywhere by the folders around the run, and by --base."""
+    monkeypatch.chdir(cfg.model.parent)
+    relative = Path(cfg.model.name)
+    first = sft.train(dataclasses.replace(cfg, model=relative, output=Path("runs/first"))).resolve()
+    named = lambda folder: json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named(first) == relative.name
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(elsewhere)
+    again = dataclasses.replace(cfg, model=first, lora_rank=0, output=tmp_path / "again")
+    assert named(sft.train(again)) == relative.name
+
+    far = first.rename(tmp_path.parent / f"{tmp_path.name}-far")
+    file = far / "adapter_config.json"
+    hub = "someone/Model-1B"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": hub}))
+    assert main(["merge", "--model", str(far), "--output", "merged"]) == 1
+    assert "found none at 'someone/Model-1B': write its path there, or merge" in capsys.readouterr().err
+    assert main(["merge", "--model", str(far), "--output", "merged", "--base", str(cfg.model)]) == 0
+    model = load_model(far, base=cfg.model)
+    assert lora_config(model).base == hub
+    with pytest.raises(InputError, match="expected an adapter's folder beside a base, got a whole model"):
+        load_model("merged", base=cfg.model)
+
+
+def test_a_config_beside_an_adapter_is_passed_over(cfg, tmp_path):
+    """Other trainers write the base's config.json there; what decides is whose weights are there."""
+    trained = sft.train(cfg)
+    (trained / "config.json").write_bytes((cfg.model / "config.json").read_bytes())
+    assert is_adapter(trained) and adapters(load_model(trained))
+    assert main(["merge", "--model", str(trained), "--output", str(tmp_path / "merged")]) == 0
+    save_model(load_model(cfg.model), tmp_path / "plain")
+    (tmp_path / "plain" / "adapter_config.json").write_text("{}")
+    assert not is_adapter(tmp_path / "plain")
+
+
+def test_adapters_that_are_each_others_base_are_refused(cfg, tmp_path):
+    one = sft.train(cfg)
+    other = Path(shutil.copytree(one, tmp_path / "other"))
+    for folder, base in ((one, other), (other, one)):
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(base)}))
+    with pytest.raises(InputError, match=r"base_model_name_or_path: leads back to .*, an adapter"):
+        load_model(one)

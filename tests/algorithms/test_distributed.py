@@ -78,6 +78,8 @@ PPO = {
 CASES = {  # name: (algorithm, shape of the model, flags)
     "sft": ("sft", "tied", {**SFT, "weight_decay": 0.1, "checkpoint_activations": True}),
     "sft-lora": ("sft", "untied", {**SFT, "lora_rank": 3}),
+    "sft-head": ("sft", "adapted-head", SFT),  # the base's embedding is also the head under an adapter
+    "grpo-head": ("grpo", "adapted-head", {**RL, "kl_coefficient": 0.1}),
     "sft-experts": (
         "sft",
         "experts",
@@ -279,6 +281,10 @@ def inputs(folder, model_folder, demonstrations, prompts, pairs):
             model = Transformer(dataclasses.replace(tied, **changes), seed=0)
             save_model(model, folder / shape, Tokenizer.load(model_folder))
         save_model(ScalarModel(tied, seed=5), folder / "scores", Tokenizer.load(model_folder))
+        adapted = load_model(folder / "tied")
+        add_lora(adapted, 3, targets=("q_proj", "lm_head"), base=str(folder / "tied"))
+        torch.nn.init.normal_(adapters(adapted)["lm_head"].b, std=0.1)
+        save_model(adapted, folder / "adapted-head", Tokenizer.load(model_folder))
         taught = {"model": folder / "untied", "data": folder / "demonstrations.jsonl", "device": "cpu"}
         lessons = teach.teach(teach.Config(output=folder / "taught", top_k=4, **taught))
         shutil.copy(lessons, folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from burnish.kernels import lora_linears, token_logprobs
-from burnish.model import InputError, ModelConfig, Transformer, linear, pack, transformer
+from burnish.model import InputError, ModelConfig, Transformer, linear, pack, peft, transformer
 from burnish.model.adapter import (
     adapter_disabled,
     adapters,
@@ -106,7 +106,7 @@ def test_what_is_saved_is_what_was_loaded(adapter_folder, tmp_path, name):
     now, before = (
         json.loads((at / "adapter_config.json").read_text()) for at in (tmp_path / "saved", source)
     )
-    assert Path(now.pop("base_model_name_or_path")) == tmp_path / "qwen3"
+    assert now["base_model_name_or_path"] == "../qwen3"
     assert now.items() <= before.items()
     assert torch.equal(logits_of(load_model(tmp_path / "saved")), logits_of(model))
 
@@ -141,6 +141,9 @@ def test_which_modules_a_config_names():
     assert some(targets=("q_proj",), layers=(1,)) == [q1]
     assert some(targets=("q_proj",), exclude=("layers.0.self_attn.q_proj",)) == [q1]
     assert some(targets=r".*\.1\..*q_proj") == [q1]
+    assert some(targets=("q_proj",), layers=(1,), layers_pattern=("h", "layers")) == [q1]
+    assert some(targets=("q_proj",), layers=(1,), layers_pattern=("h",)) == []
+    assert some(targets=(q0, "v_proj", "lm_head"), layers=(1,)) == [q0, q1.replace("q_", "v_"), "lm_head"]
     assert some(targets=("q_proj", "lm_head"), modules_to_save=("lm_head",)) == [q0, q1]
     config = LoraConfig(4, 8, rank_pattern={"0.self_attn.q_proj": 16}, alpha_pattern={"q_proj": 32})
     assert [config.rank_of(name) for name in (q0, q1)] == [16, 4]
@@ -166,13 +169,13 @@ def test_which_modules_a_config_names():
     ids=["lora", "rslora", "dora", "patterns", "expression"],
 )
 def test_peft_loads_what_we_save(data, tmp_path, architecture, options):
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    library, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     base = data / "tiny-hf" / architecture
     model = load_model(base)
     add_lora(model, 3, base=str(base), **options)
     trained(model)
     save_model(model, tmp_path / "adapter")
-    theirs = peft.PeftModel.from_pretrained(
+    theirs = library.PeftModel.from_pretrained(
         transformers.AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter"
     )
     ids = [1, 5, 9, 4, 7]
@@ -191,9 +194,35 @@ def test_peft_loads_what_we_save(data, tmp_path, architecture, options):
     [
         ({"peft_type": "IA3"}, "peft_type: expected LORA, got 'IA3'"),
         ({"r": 0}, "r: expected a number of at least 1, got 0"),
-        ({"lora_bias": True}, "lora_bias: not supported, got True"),
-        ({"bias": "all"}, "bias: not supported, got 'all'"),
+        (
+            {"lora_bias": True},
+            "lora_bias: expected null or false, for what it asks for is not supported, got",
+        ),
+        ({"bias": "all"}, 'bias: expected null or "none", for what it asks for is not supported, got'),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: expected an initialisation"),
+        ({"use_of_tomorrow": False}, "use_of_tomorrow: expected null, for the key is not known .*got False"),
+        ({"use_of_tomorrow": 0}, "use_of_tomorrow: expected null, .*got 0"),
+        ({"lora_bias": 0}, "lora_bias: expected null or false, .*got 0"),
+        ({"enable_lora": False}, "enable_lora: expected null, .*got False"),
+        ({"enable_lora": [True, False, True]}, "enable_lora: expected null"),
+        ({"trainable_token_indices": {"embed_tokens": [3]}}, "trainable_token_indices: expected null"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication: expected null"),
+        ({"megatron_config": {"tensor": 2}}, "megatron_config: expected null"),
+        ({"alora_invocation_tokens": [4]}, "alora_invocation_tokens: expected null"),
+        ({"arrow_config": {"top_k": 3}}, "arrow_config: expected null"),
+        ({"use_qalora": True}, "use_qalora: expected null or false"),
+        ({"init_lora_weights": "corda", "corda_config": {}}, "init_lora_weights: expected an initialisation"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "an adapter of the embedding is not supported"),
+        ({"lora_alpha": float("inf")}, "lora_alpha: expected a number of at least 0, got inf"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save: expected a list of names, got 'lm_head'"),
+        (
+            {"layers_to_transform": [0], "layers_pattern": "lay("},
+            "layers_pattern: expected what stands before",
+        ),
+        (
+            {"layers_to_transform": [0], "target_modules": ".*q_proj"},
+            "layers_to_transform: expected null beside a regular expression",
+        ),
         ({"target_modules": "q_proj("}, r"target_modules: expected a regular expression, got 'q_proj\('"),
         ({"target_modules": ["w_proj"]}, "target_modules: .*names no linear layer"),
         ({"modules_to_save": ["heads"]}, "modules_to_save: the model has no module 'heads'"),
@@ -205,6 +234,8 @@ def test_peft_loads_what_we_save(data, tmp_path, architecture, options):
             {"base_model_name_or_path": None},
             "base_model_name_or_path: expected a model folder, found none at None",
         ),
+        ({"base_model_name_or_path": "x" * 5000}, "found none at 'xxx"),
+        ({"base_model_name_or_path": "a\0b"}, "found none at 'a"),
         ({"r": 5}, r"q_proj.lora_A.weight: expected shape \(5, 32\), got \(4, 32\)|expected shape \(5, 48\)"),
     ],
 )
@@ -213,6 +244,61 @@ def test_a_config_that_does_not_fit_is_refused_by_name(adapter_folder, changes, 
     edit(folder, **changes)
     with pytest.raises(InputError, match=f"qwen3-lora.*{message}"):
         load_model(folder)
+
+
+def of_version(version: str) -> dict:
+    """adapter_config.json as PEFT of that version writes it, for the same adapter."""
+    config = {
+        **{
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": "x",
+            "inference_mode": True,
+        },
+        **{"r": 4, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]},
+        **{"fan_in_fan_out": False, "bias": "none", "modules_to_save": None},
+    }
+    added = {
+        "0.2": {"enable_lora": None, "merge_weights": False},
+        "0.3": {"init_lora_weights": True},
+        "0.4": {"revision": None, "auto_mapping": None, "layers_to_transform": None, "layers_pattern": None},
+        "0.6": {"rank_pattern": {}, "alpha_pattern": {}, "loftq_config": {}},
+        "0.8": {"megatron_config": None, "megatron_core": "megatron.core", "use_rslora": False},
+        "0.10": {"use_dora": False, "layer_replication": None},
+        "0.14": {"eva_config": None, "exclude_modules": None, "lora_bias": False},
+        "0.15": {"corda_config": None, "trainable_token_indices": None},
+        "0.18": {
+            **{
+                "target_parameters": None,
+                "use_qalora": False,
+                "qalora_group_size": 16,
+                "peft_version": "0.18.0",
+            },
+            **{"alora_invocation_tokens": None, "arrow_config": None, "ensure_weight_tying": False},
+        },
+        "0.21": {
+            **{"use_bdlora": None, "lora_ga_config": None, "kasa_config": None, "velora_config": None},
+            "monteclora_config": None,
+        },
+    }
+    for name, keys in added.items():
+        if version != "0.2" and name == "0.2":
+            continue
+        config |= keys
+        if name == version:
+            return config
+    raise KeyError(version)
+
+
+@pytest.mark.parametrize(
+    "version", ["0.2", "0.3", "0.4", "0.6", "0.8", "0.10", "0.14", "0.15", "0.18", "0.21"]
+)
+def test_every_version_of_a_config_is_read(version):
+    expected = LoraConfig(4, 16, targets=("q_proj", "v_proj"), base="x")
+    raw = of_version(version)
+    assert peft.read_config(raw, "here") == expected
+    begun = {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}, "loftq_config": {"loftq_bits": 4}}
+    assert peft.read_config(raw | begun | {"fan_in_fan_out": True}, "here") == expected
 
 
 KEY = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
@@ -278,13 +364,38 @@ def test_an_adapter_of_the_head_is_scored_without_being_merged(monkeypatch, supp
         model.score(PACKED, ROWS)
 
 
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_dropout_on_an_adapter_of_the_head(monkeypatch, tied, dora):
+    """It acts in training, is what it is without where nothing is dropped, and leaves the base's half of x whole."""
+    model = Transformer(replace(TINY, initializer_range=0.2, tie_word_embeddings=tied), seed=1)
+    add_lora(model, 3, targets=("q_proj", "lm_head"), dora=dora, dropout=0.5)
+    trained(model)
+    quiet = frozen_copy(model)
+    with torch.no_grad():
+        assert torch.equal(model.score(PACKED, ROWS)[0], quiet.score(PACKED, ROWS)[0])
+    model.layers[0].self_attn.q_proj.lora.dropout = model.layers[1].self_attn.q_proj.lora.dropout = 0.0
+    one, other = (model.score(PACKED, ROWS)[0] for _ in range(2))
+    assert not torch.equal(one, other)
+    monkeypatch.setattr(linear.F, "dropout", lambda x, p: x)  # nothing is dropped
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    dropped = model.score(PACKED, ROWS)
+    found = torch.autograd.grad(dropped[0].sum(), wanted)
+    for module in linears(model).values():
+        if module.lora is not None:
+            module.lora.dropout = 0.0
+    whole = model.score(PACKED, ROWS)
+    torch.testing.assert_close(dropped, whole)
+    torch.testing.assert_close(found, torch.autograd.grad(whole[0].sum(), wanted))
+
+
 def test_what_cannot_be_added_is_refused():
     tied = Transformer(replace(TINY, tie_word_embeddings=True))
-    with pytest.raises(InputError, match="embed_tokens is also the head"):
-        add_lora(tied, 2, modules_to_save=("embed_tokens",))
-    assert all(parameter.requires_grad for parameter in tied.parameters())
-    with pytest.raises(InputError, match="lm_head: an adapter of the head has neither dropout nor DoRA"):
-        add_lora(Transformer(TINY), 2, targets=("lm_head",), dora=True)
+    with pytest.raises(InputError, match=r"target_modules: .* embed_tokens: an adapter of the embedding"):
+        add_lora(tied, 2, targets=("q_proj", "embed_tokens"))
+    with pytest.raises(InputError, match="ensure_weight_tying: expected false beside an adapter of lm_head"):
+        add_lora(tied, 2, targets=("lm_head",), tied=True)
+    assert all(parameter.requires_grad for parameter in tied.parameters()) and tied.lm_head is None
     with pytest.raises(InputError, match="has an adapter already"):
         add_lora(tiny(), 2)
 

@@ -8,6 +8,7 @@ import json
 import shutil
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,6 +19,7 @@ from burnish.model import (
     adapter,
     bnb,
     checkpoint,
+    dtypes,
     experts,
     linear,
     memory,
@@ -208,7 +210,93 @@ def counted_is_held(data, tmp_path):
     assert (found.adapter, found.gradients, found.optimizer) == (held, held, 2 * held)
 
 
+def dtypes_come_back(data, tmp_path):
+    save_model(Transformer(TINY, seed=1), tmp_path / "base", dtype=torch.bfloat16)
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    model = load_model(tmp_path / "base")
+    save_model(model, tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert {name: t.dtype for name, t in saved.items()} == {name: t.dtype for name, t in tensors.items()}
+    assert '"dtype": "bfloat16"' in (tmp_path / "saved" / "config.json").read_text()
+
+
+def too_large_is_refused(data, tmp_path):
+    model = Transformer(TINY, seed=1)
+    torch.nn.init.constant_(model.norm.weight, 1e5)
+    try:
+        save_model(model, tmp_path / "saved", dtype=torch.float16)
+    except InputError:
+        return
+    raise AssertionError("written")
+
+
+def a_tied_head_is_adapted_alone(data, tmp_path):
+    """As in PEFT the embedding stays; merged, the two are apart."""
+    tied = replace(TINY, tie_word_embeddings=True)
+    save_model(Transformer(tied, seed=1), tmp_path / "base")
+    model = load_model(tmp_path / "base")
+    add_lora(model, 3, targets=("lm_head",), base=str(tmp_path / "base"))
+    torch.nn.init.normal_(model.lm_head.lora.b)
+    with torch.no_grad():
+        same(model(PACKED), load_model(tmp_path / "base")(PACKED), 0)
+    expected = logits_of(model)
+    merge_lora(model)
+    save_model(model, tmp_path / "merged")
+    same(logits_of(load_model(tmp_path / "merged")), expected)
+
+
+def copies_are_the_bases(data, tmp_path):
+    """What PEFT writes beside an adapter of the head: passed over where it is the base's, refused where not."""
+    save_model(Transformer(TINY, seed=1), tmp_path / "base")
+    model = load_model(tmp_path / "base")
+    add_lora(model, 3, targets=("lm_head",), base=str(tmp_path / "base"))
+    save_model(model, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors, copy = load_file(file), model.lm_head.weight.detach().bfloat16()
+    for offset in (0, 1e-2):
+        more = {"base_model.model.lm_head.base_layer.weight": copy + offset}
+        save_file(tensors | more, file, metadata={"format": "pt"})
+        try:
+            same(logits_of(load_model(tmp_path / "adapter")), logits_of(model), 0)
+        except InputError:
+            assert offset
+        else:
+            assert not offset
+
+
+def loaded_it_does_not_train(data, tmp_path):
+    save_model(Transformer(TINY, seed=1), tmp_path / "base")
+    model = load_model(tmp_path / "base")
+    add_lora(model, 3, dropout=0.5, base=str(tmp_path / "base"))
+    torch.nn.init.normal_(linear_of(model).lora.b)
+    save_model(model, tmp_path / "adapter")
+    again = load_model(tmp_path / "adapter")
+    same(again(PACKED), again(PACKED), 0)
+    again.train()
+    assert not torch.equal(again(PACKED), again(PACKED))
+
+
+def linear_of(model):
+    return adapter.linears(model)["model.layers.0.self_attn.q_proj"]
+
+
 FAULTS = [
+    Fault("the rarest", dtypes.read_dtypes, "max(numbers", "min(numbers", dtypes_come_back),
+    Fault("not one by one", dtypes.read_dtypes, "if dtype != usual", "if False", dtypes_come_back),
+    Fault("not remembered", checkpoint._written_in, "body.dtypes.of(name)", "dtype", dtypes_come_back),
+    Fault("not looked for", dtypes.cast, "result.isinf() & ", "result.isnan() & ", too_large_is_refused),
+    Fault(
+        "one matrix",
+        adapter._split_the_head,
+        "tie_word_embeddings=False",
+        "bos_token_id=1",
+        a_tied_head_is_adapted_alone,
+    ),
+    Fault("never equal", adapter._is_copy, "base.to(dtype)", "base", copies_are_the_bases),
+    Fault("always equal", adapter._is_copy, "return torch", "return True or torch", copies_are_the_bases),
+    Fault("still training", checkpoint._give, "model.eval()", "model.train()", loaded_it_does_not_train),
     Fault("rsLoRA as LoRA", LoraConfig.scaling_of, "math.sqrt(rank)", "rank", logits_are_those_of_peft),
     Fault(
         "scaled by one rank",
@@ -290,7 +378,7 @@ FAULTS = [
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f"{f.check.__name__}: {f.name}")
 def test_fault_is_caught(fault, data, tmp_path, monkeypatch):
     plant(fault.function, fault.old, fault.new, monkeypatch)
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, InputError)):
         fault.check(data, tmp_path)
 
 
