@@ -354,7 +354,7 @@ _REASONS: dict[str, tuple[str, ...]] = {
     ),
     "the tensors say their own dtype": ("dtype", "torch_dtype", "use_bfloat16"),
     "what a forward pass hands out, not what it computes": (
-        *("use_cache", "return_dict", "use_return_dict", "output_attentions", "output_hidden_states"),
+        *("use_cache", "return_dict", "output_attentions", "output_hidden_states"),
         *("output_router_logits", "torchscript"),
     ),
     "which of several ways to the same numbers": (
