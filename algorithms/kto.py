@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from ._adapter import ADAPTER_BOUNDS, load_trainee
+from ._balance import Balance
 from ._command import run_command
 from ._distributed import shard, sum_over_processes, summed
-from ._flags import RowFlags, load_tokenizer
+from ._flags import TrainingFlags, load_tokenizer
 from ._loop import (
     Run,
     Schedule,
@@ -48,7 +49,7 @@ from ._rows import read_rows
 
 
 @dataclass(frozen=True)
-class Config(RowFlags):
+class Config(TrainingFlags):
     model: Path  # Hugging Face folder, or an adapter's, to start from; also the reference policy
     data: Path  # rows of prompt, completion and label, or of chosen and rejected: .jsonl, .json or .parquet
     output: Path = field(default_factory=lambda: new_run_folder("kto"))  # new folder: metrics, model
@@ -125,7 +126,8 @@ def train(cfg: Config) -> Path:
         replace(one, completion=judged[(i + half) % len(judged)].completion) for i, one in enumerate(judged)
     ]
     model = load_trainee(cfg)
-    check_model(model, tokenizer, max(map(longest, judged)))
+    check_model(model, tokenizer, judged, max(map(longest, judged)))
+    balance = Balance(cfg, model)
     shard(model)
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
 
@@ -156,7 +158,7 @@ def train(cfg: Config) -> Path:
                 loss = kto_loss(
                     log_ratio, wanted, kl, len(batch), cfg.beta, cfg.wanted_weight, cfg.unwanted_weight
                 )
-                loss.backward()
+                (loss + balance.loss(micro.share)).backward()  # of experts, where the model has some
                 total_loss += loss.item()
                 log_ratios[micro.members] = log_ratio.detach().cpu()
             total_loss, log_ratios = summed({"loss": total_loss})["loss"], sum_over_processes(log_ratios)
@@ -172,6 +174,7 @@ def train(cfg: Config) -> Path:
                     "rejected": rejected,
                     "grad_norm": norm,
                     "learning_rate": rate,
+                    **balance.metrics(),
                 },
                 tokens=sum(num_tokens(one) for one in batch),
             )

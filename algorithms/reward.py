@@ -30,9 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._adapter import ADAPTER_BOUNDS, load_scalar_trainee
+from ._balance import Balance
 from ._command import run_command
 from ._distributed import shard, summed
-from ._flags import RowFlags, load_tokenizer
+from ._flags import TrainingFlags, load_tokenizer
 from ._loop import (
     Run,
     Schedule,
@@ -61,7 +62,7 @@ REFERENCES = 128  # chosen completions whose mean score becomes 0
 
 
 @dataclass(frozen=True)
-class Config(RowFlags):
+class Config(TrainingFlags):
     model: Path  # Hugging Face folder, or an adapter's, to start from: a language model, or an earlier reward model
     data: Path  # rows of chosen and rejected, perhaps prompt and margin: .jsonl, .json or .parquet
     held_out: Path | None = None  # such rows, to report the accuracy on before and after
@@ -121,7 +122,8 @@ def train(cfg: Config) -> Path:
     tokenizer = load_tokenizer(cfg)
     pairs, held_out = (load_pairs(path, tokenizer, cfg, margins=True) for path in (cfg.data, cfg.held_out))
     model = load_scalar_trainee(cfg, cfg.model)
-    check_model(model, tokenizer, max(map(longest, pairs)))
+    check_model(model, tokenizer, [*pairs, *held_out], max(map(longest, pairs)))
+    balance = Balance(cfg, model)
     shard(model)
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
 
@@ -142,14 +144,14 @@ def train(cfg: Config) -> Path:
                 loss = bradley_terry_loss(chosen, rejected, margin, len(batch))
                 if cfg.centering:
                     loss = loss + cfg.centering * centering_loss(chosen, rejected, len(batch))
-                loss.backward()
+                (loss + balance.loss(micro.share)).backward()  # of experts, where the model has some
                 added = {"loss": loss.item(), **pair_metrics(chosen, rejected, len(batch))}
                 sums = {name: sums.get(name, 0.0) + value for name, value in added.items()}
             sums = summed(sums)
             rate = scheduled(cfg.learning_rate, step, cfg.steps, cfg.warmup_steps, cfg.schedule)
             norm = optimizer_step(model, optimizer, sums["loss"], rate, cfg.max_grad_norm)
             run.log(
-                {**sums, "grad_norm": norm, "learning_rate": rate},
+                {**sums, "grad_norm": norm, "learning_rate": rate, **balance.metrics()},
                 tokens=sum(num_tokens(pair) for pair in batch),
             )
             run.save_step(model, tokenizer)
