@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 
 FILE_BYTES = 5_000_000_000  # of weights in one file
 SCALAR, SCORE_BIAS = "ForSequenceClassification", "score_bias"
+# transformers' Gemma3ForSequenceClassification is that of the multimodal model
+SCALAR_CLASS = {"Gemma3ForCausalLM": f"Gemma3Text{SCALAR}"}
 FOUR_BIT = "base_4bit"  # in an adapter's metadata: its base was quantised from the folder that is named
 
 
@@ -181,7 +183,8 @@ def save_model(
     body = model.body if isinstance(model, ScalarModel) else model
     raw = {**config.to_hf(), "dtype": str(body.embed_tokens.weight.dtype).removeprefix("torch.")}
     if isinstance(model, ScalarModel):
-        raw["architectures"] = [name.replace("ForCausalLM", SCALAR) for name in raw["architectures"]]
+        names = raw["architectures"]
+        raw["architectures"] = [SCALAR_CLASS.get(n, n.replace("ForCausalLM", SCALAR)) for n in names]
         raw |= {"id2label": {"0": "score"}, "label2id": {"score": 0}, SCORE_BIAS: model.bias}
     if four_bit:
         raw["quantization_config"] = bnb.config(four_bit[0], raw["dtype"])
