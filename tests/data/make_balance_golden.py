@@ -1,6 +1,6 @@
 """Write balance.json: transformers' balance loss of router logits: `python tests/data/make_balance_golden.py`.
 
-Made with transformers 5.22.2, torch 2.13.0, on a CPU: load_balancing_loss_func of mixtral, which every architecture with
+Made with transformers 5.22.2, torch 2.13.0: load_balancing_loss_func of mixtral, which every architecture with
 experts shares, and its gradient, with and without padding.
 """
 
