@@ -11,7 +11,7 @@ from typing import Protocol
 from ..model.errors import InputError
 from ..model.tokenizer import Tokenizer
 
-FOREIGN = 0.05  # share of a tokenizer's ids beyond the rows from which on it is called another model's
+FOREIGN = 0.1  # share of a tokenizer's ids beyond the rows from which on it is called another model's
 
 
 class Item(Protocol):
