@@ -20,7 +20,7 @@ a flag of its own. GKD draws lambda once a batch; so do we, from the seed and th
 
 Metrics: loss; divergence (nats a token, without T^2); trained_tokens (N); student_samples (1 where the student wrote
 this step's completions); length and ended of those: their tokens and the share that a stop token ended; entropy (nats,
-the student's; policy_gradient and sequence); grad_norm (before clipping); learning_rate; sampling_seconds.
+the student's; policy_gradient and sequence); grad_norm (before clipping); learning_rate; sampling_seconds; moe.md's.
 
 Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531, section 2
         GKD: Agarwal et al. 2023, https://arxiv.org/abs/2306.13649, eq. 1 and algorithm 1

@@ -22,7 +22,7 @@ first epoch: the same sums in the same order, so at the start h is exactly 0 and
 pass: both completions continue the same prompt, and their first tokens are scored from its last row.
 
 Metrics: loss, accuracy (share of pairs with w > l), margin, chosen, rejected (means of beta h, beta w, beta l),
-chosen_logprob, rejected_logprob (means of s), grad_norm (before clipping), learning_rate.
+chosen_logprob, rejected_logprob (means of s), grad_norm (before clipping), learning_rate; with experts, docs/moe.md's.
 
 Source: Rafailov et al. 2023, https://arxiv.org/abs/2305.18290; the other papers are at https://arxiv.org/abs/NUMBER
 Run:    burnish dpo --model DIR --data FILE.jsonl

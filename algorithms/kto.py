@@ -11,7 +11,8 @@ stands half the file away, the same in each epoch.
 The reference is the model that training starts from; its log-probabilities are computed once, as in dpo.py.
 
 Metrics: loss, kl (z), chosen, rejected (means of beta r over wanted and unwanted completions), margin (their
-difference), grad_norm (before clipping), learning_rate. A step without completions of one kind has null there.
+difference), grad_norm (before clipping), learning_rate; with experts, docs/moe.md's. A step without completions of one
+kind has null there.
 
 Source: Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306, eq. 7 and 8
 Run:    burnish kto --model DIR --data FILE.jsonl

@@ -11,7 +11,7 @@ only differences. For the same reason the scores are shifted at the end, so that
 A pair is one forward pass: chosen and rejected continue the same prompt.
 
 Metrics: loss, accuracy (share of pairs with r_w > r_l), margin (mean of r_w - r_l), chosen, rejected (mean scores,
-before the final shift), grad_norm (before clipping), learning_rate.
+before the final shift), grad_norm (before clipping), learning_rate; with experts, docs/moe.md's.
 
 Source: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, eq. 1
         margin: Touvron et al. 2023, https://arxiv.org/abs/2307.09288, eq. 2

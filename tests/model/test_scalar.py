@@ -81,35 +81,6 @@ def test_what_is_saved_is_what_is_loaded(data, tmp_path, architecture):
     assert raw["architectures"][0].endswith("ForSequenceClassification") and len(raw["id2label"]) == 1
 
 
-@everywhere
-def test_transformers_reads_the_same_scores(data, tmp_path, architecture):
-    transformers = pytest.importorskip("transformers")
-    model = load_scalar_model(data / "tiny-hf" / architecture)
-    model.bias = 0.5
-    save_model(model, tmp_path / "ours")
-    named = json.loads((tmp_path / "ours" / "config.json").read_text())["architectures"]
-    if (
-        architecture == "olmoe"
-    ):  # it has no such class: the name follows the pattern, and only we read the folder
-        assert not hasattr(transformers, *named)
-        return
-    theirs, loading = transformers.AutoModelForSequenceClassification.from_pretrained(
-        tmp_path / "ours", output_loading_info=True
-    )
-    assert [type(theirs).__name__] == named and not any(loading.values())
-    assert theirs.config.num_labels == 1
-    tokens = torch.arange(3, 12)
-    with torch.no_grad():
-        score = theirs(tokens[None]).logits
-    values = model.values(pack([tokens.tolist()]), torch.tensor([8]))
-    torch.testing.assert_close(score[0] + 0.5, values, atol=1e-5, rtol=0)
-    theirs.save_pretrained(tmp_path / "theirs")
-    back = load_scalar_model(tmp_path / "theirs")
-    torch.testing.assert_close(
-        back.values(pack([tokens.tolist()]), torch.tensor([8])), values, atol=1e-5, rtol=0
-    )
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_transformers_padding_changes_nothing(data, tmp_path, side):
     """Here there is none; there the score of a padded row is read at its last real token, on either side."""
