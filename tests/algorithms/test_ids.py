@@ -298,6 +298,8 @@ def test_generate_says_it_in_one_sentence(place):
             generate(model, [[1], wrong], max_new_tokens=2)
         with pytest.raises(ValueError, match=rf"prompt 0: expected token ids below {ROWS}, got"):
             next(stream(model, wrong, max_new_tokens=2))
+    (sample,) = generate(model, [[1]], max_new_tokens=3, stop_ids={ROWS, 10**30, -1})
+    assert len(sample.tokens) == 3 and not sample.ended
     wide = load_model(save(place / "wide", ROWS + 3))
     kept = Vocabulary.of([*range(ROWS), ROWS + 1]).below(ROWS)
     drawn = generate(wide, [[1]], samples_per_prompt=20, max_new_tokens=3, vocabulary=kept)
