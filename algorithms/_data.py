@@ -7,7 +7,7 @@ max_length cuts does not get one.
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..model.errors import InputError
@@ -53,6 +53,12 @@ class Example:
 
     tokens: list[int]
     mask: list[bool]  # which tokens are trained
+    where: str = field(default="", kw_only=True, compare=False)  # its file and line
+
+    @property
+    def sequences(self) -> list[list[int]]:
+        """All ids that a model is to read of it."""
+        return [self.tokens]
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,12 @@ class Prompt:
     tokens: list[int]
     text: str | list[Message]  # what a reward function sees
     columns: dict[str, Any]  # the row's other columns
+    where: str = field(default="", kw_only=True, compare=False)  # its file and line
+
+    @property
+    def sequences(self) -> list[list[int]]:
+        """All ids that a model is to read of it."""
+        return [self.tokens]
 
 
 @dataclass(frozen=True)
@@ -99,7 +111,7 @@ def sft_examples(
         for tokens, mask in encoded or [([], [])]:
             tokens, mask, cut = tokens[:max_length], [False, *mask[1:max_length]], len(tokens) > max_length
             if any(mask):
-                examples.append(Example(tokens, mask))
+                examples.append(Example(tokens, mask, where=row.where))
                 counts.update(["examples", "truncated"] if cut else ["examples"])
             else:
                 why = "no trained token within max_length" if cut else "no token to train on"
@@ -316,7 +328,8 @@ def rl_prompts(
         elif len(tokens) > max_length:
             counts["dropped: prompt longer than max_length"] += 1
         else:
-            prompts.append(Prompt(tokens, text, {name: row.of_file().plain(name) for name in columns}))
+            others = {name: row.of_file().plain(name) for name in columns}
+            prompts.append(Prompt(tokens, text, others, where=row.where))
             counts["prompts"] += 1
     counts.close(rows, lambda name: name not in RESERVED_COLUMNS and takes(name))
     if not prompts:

@@ -1,8 +1,8 @@
-"""Flags of every command that reads rows or renders conversations, and the tokenizer that they make."""
+"""Flags of every command that reads rows, renders conversations or trains, and the tokenizer that they make."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..model.errors import InputError
 from ..model.template import OWN_NAMES
@@ -20,6 +20,12 @@ class TemplateFlags:
 @dataclass(frozen=True, kw_only=True)
 class RowFlags(TemplateFlags):
     row_template: Path | None = None  # a jinja file that makes prompt and completion, or messages, of a row
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingFlags(RowFlags):
+    router_aux_loss_coef: float | None = None  # weight of the experts' balance loss; config.json's by default
+    balance: Literal["pooled", "layer"] = "pooled"  # over all layers at once, or the mean of each layer's own
 
 
 def load_tokenizer(cfg: Any) -> Tokenizer:

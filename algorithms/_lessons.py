@@ -44,6 +44,11 @@ class Lesson(Example):
     vocabulary: Vocabulary | None = None  # the ids that a model's own answer was drawn from
 
     @property
+    def sequences(self) -> list[list[int]]:
+        """All ids that a model is to read of it, or to score."""
+        return [self.tokens, *([] if self.ids is None else [self.ids.flatten().tolist()])]
+
+    @property
     def prompt(self) -> list[int]:
         """What stands before the first trained token; at least the first token, which nothing predicts."""
         return self.tokens[: self.mask.index(True)] if any(self.mask) else self.tokens
@@ -70,10 +75,10 @@ def load_lessons(
         counts = {"lessons": len(lessons), "trained tokens": sum(sum(lesson.mask) for lesson in lessons)}
     elif prompts_alone:
         prompts, counts = rl_prompts(read_rows(data, row_template), tokenizer, max_length=max_length)
-        lessons = [Lesson(prompt.tokens, [False] * len(prompt.tokens)) for prompt in prompts]
+        lessons = [Lesson(p.tokens, [False] * len(p.tokens), where=p.where) for p in prompts]
     else:
         examples, counts = sft_examples(read_rows(data, row_template), tokenizer, max_length=max_length)
-        lessons = [Lesson(example.tokens, example.mask) for example in examples]
+        lessons = [Lesson(e.tokens, e.mask, where=e.where) for e in examples]
     report_counts(data, counts)
     return lessons
 
@@ -223,7 +228,10 @@ def read_lessons(file: Path, tokenizer: Tokenizer, temperature: float | None) ->
         none if logprobs is None else logprobs.split(counts),
         strict=True,
     )
-    return [Lesson(t.tolist(), m.bool().tolist(), i, p) for t, m, i, p in parts]
+    return [
+        Lesson(t.tolist(), m.bool().tolist(), i, p, where=f"{file} lesson {n + 1}")
+        for n, (t, m, i, p) in enumerate(parts)
+    ]
 
 
 def _fingerprint(tokenizer: Tokenizer) -> str:

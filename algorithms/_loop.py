@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -29,6 +29,7 @@ from ..model.transformer import Transformer
 from ._calls import brief
 from ._checkpoint import Part, read_checkpoint, write_checkpoint
 from ._distributed import check_joined, from_rank_0, rank
+from ._ids import Item, check_ids
 from ._rows import Tally
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -65,6 +66,8 @@ def check_flags(config: Any, **bounds: tuple[float, float]) -> None:
     """
     check_joined()
     torch_dtype(getattr(config, "save_dtype", "auto"))
+    if hasattr(config, "router_aux_loss_coef"):
+        bounds |= {"router_aux_loss_coef": (0, 1e9)}
     for name, (low, high) in bounds.items():
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
@@ -99,12 +102,25 @@ def _flags(config: Any) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
 
 
-def check_model(model: Transformer | ScalarModel, tokenizer: Tokenizer, longest: int) -> None:
-    """Refuse a tokenizer with ids that the model has not; warn of sequences longer than the model was trained on."""
-    end, rows = tokenizer.vocabulary.end, model.config.vocab_size
-    if end > rows:
-        raise InputError(
-            f"the tokenizer's ids go up to {end - 1}, the model's to {rows - 1}: they do not belong together"
+def check_model(
+    model: Transformer | ScalarModel,
+    tokenizer: Tokenizer,
+    items: Iterable[Item],
+    longest: int,
+    name: str = "the model",
+) -> None:
+    """Refuse items with ids that the model, called `name`, has no row for; no such id is drawn from then on.
+
+    Says so where a stop token is one, and where sequences are longer than the model was trained on.
+    """
+    rows = model.config.vocab_size
+    check_ids(items, tokenizer, rows, name)
+    tokenizer.keep_below(rows)
+    stops = sorted(token for token in tokenizer.stop_ids if token >= rows)
+    if stops and rank() == 0:
+        print(
+            f"warning: {name} has no row for the stop ids {stops}, only for ids below {rows}: none ends a generation",
+            file=sys.stderr,
         )
     if longest > model.config.max_position_embeddings and rank() == 0:
         limit = model.config.max_position_embeddings

@@ -10,7 +10,7 @@ Nothing is cut: half an answer is another answer, so what is longer than max_len
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,8 +39,6 @@ from ._messages import (
 )
 from ._rows import Row, Tally, opened, read_rows
 
-Item = TypeVar("Item")
-
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -58,10 +56,16 @@ class Preference:
     chosen: Completion
     rejected: Completion
     margin: float = 0.0  # the row's own number for how much better chosen is
+    where: str = field(default="", kw_only=True, compare=False)  # its file and line
 
     @property
     def completions(self) -> list[Completion]:
         return [self.chosen, self.rejected]
+
+    @property
+    def sequences(self) -> list[list[int]]:
+        """All ids that a model is to read of it."""
+        return [self.prompt, self.chosen.tokens, self.rejected.tokens]
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,19 @@ class Judged:
     prompt: list[int]
     completion: Completion
     label: bool  # wanted
+    where: str = field(default="", kw_only=True, compare=False)  # its file and line
 
     @property
     def completions(self) -> list[Completion]:
         return [self.completion]
+
+    @property
+    def sequences(self) -> list[list[int]]:
+        """All ids that a model is to read of it."""
+        return [self.prompt, self.completion.tokens]
+
+
+Item = TypeVar("Item", Preference, Judged)
 
 
 def num_tokens(item: Preference | Judged) -> int:
@@ -166,7 +179,7 @@ def _read_all(
             items, dropped = read(row)
         except InputError as error:
             raise InputError(f"{row.where}: {error}") from error
-        found += items
+        found += [replace(item, where=row.where) for item in items]
         counts[dropped or name] += len(items) or 1
     counts.close(rows)
     if not found:
@@ -298,6 +311,7 @@ class MicroBatch:
     last: Tensor  # (completions,) int64: the row of each completion's last token, in the order of the items
     rows: Tensor  # (tokens,) int64: the rows of the completions' trained tokens, completion by completion
     lengths: Tensor  # (completions,) int64: how many of them each completion has
+    share: float  # of the step's tokens
 
     def sums(self, logprob: Tensor) -> Tensor:
         """logprob (tokens,) of `rows` -> its sum over each completion, (completions,)."""
@@ -310,13 +324,17 @@ def micro_batches(items: Sequence[Preference | Judged], capacity: int, device: s
 
     A preference has two completions, 2i and 2i + 1; a judged completion is one.
     """
-    return [
-        _micro_batch([items[i] for i in members], members, device)
-        for members in shares([num_tokens(item) for item in items], capacity)
-    ]
+    lengths = [num_tokens(item) for item in items]
+    batches = []
+    for members in shares(lengths, capacity):
+        share = sum(lengths[i] for i in members) / sum(lengths)
+        batches.append(_micro_batch([items[i] for i in members], members, share, device))
+    return batches
 
 
-def _micro_batch(items: Sequence[Preference | Judged], members: list[int], device: str) -> MicroBatch:
+def _micro_batch(
+    items: Sequence[Preference | Judged], members: list[int], share: float, device: str
+) -> MicroBatch:
     sequences: list[list[int]] = []
     parents: list[int] = []
     trained: list[bool] = []
@@ -339,6 +357,7 @@ def _micro_batch(items: Sequence[Preference | Judged], members: list[int], devic
         last=torch.tensor(ends, dtype=torch.int64, device=device),
         rows=torch.tensor(trained).nonzero().squeeze(1).to(device),
         lengths=torch.tensor(lengths, dtype=torch.int64, device=device),
+        share=share,
     )
 
 

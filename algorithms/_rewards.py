@@ -37,7 +37,8 @@ from ..model.scalar import ScalarModel
 from ..model.tokenizer import Tokenizer
 from ._calls import PASSES, Call, brief, described, results, shown
 from ._distributed import gathered, host, rank, world
-from ._loop import check_tokenizer
+from ._ids import Item
+from ._loop import check_model, check_tokenizer
 
 ANSWER = "--answer"
 NOTHING = "None for every sample: it has judged nothing"
@@ -206,15 +207,21 @@ def weighted_rewards(cfg: Any, functions: dict[str, RewardFunction]) -> Rewards:
     return Rewards(functions, check_weights(cfg.reward_weights, len(functions)), cfg.reward_timeout)
 
 
-def load_reward_model(folder: Path, tokenizer: Tokenizer, device: str) -> ScalarModel:
-    """Frozen. Raises InputError where `folder` has no score head, or another tokenizer than the policy's."""
+def load_reward_model(cfg: Any, tokenizer: Tokenizer, prompts: Sequence[Item]) -> ScalarModel:
+    """That of --reward-model, frozen; no id is drawn from then on that it has no row for.
+
+    Raises InputError where it has no score head, another tokenizer than the policy's, or no row for a prompt's id.
+    """
+    folder = cfg.reward_model
     if not has_score(folder):
         raise InputError(
             f"--reward-model {folder}: expected a reward model (burnish reward), got a model without a score"
         )
     check_tokenizer(folder, tokenizer, "reward-model")
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    return load_scalar_model(folder, dtype, host(device)).requires_grad_(False).eval()
+    dtype = torch.bfloat16 if cfg.device.startswith("cuda") else torch.float32
+    model = load_scalar_model(folder, dtype, host(cfg.device)).requires_grad_(False).eval()
+    check_model(model, tokenizer, prompts, 0, f"--reward-model {folder}")
+    return model
 
 
 def overlong_punishment(max_length: int, buffer: int) -> RewardFunction:

@@ -22,6 +22,7 @@ from ..model.transformer import Transformer
 from ._command import run_command
 from ._data import check_rendered
 from ._flags import TemplateFlags, load_tokenizer
+from ._ids import check_sequence
 from ._loop import default_device
 from ._messages import messages_in, prompt_of
 from ._rows import Row
@@ -145,6 +146,7 @@ def main(cfg: Config) -> None:
                     f"(beyond the {limit} tokens that the model was trained for; /new starts anew)",
                     file=sys.stderr,
                 )
+            check_sequence("what was said", prompt, tokenizer, model.config.vocab_size, str(cfg.model))
             reply = answer(cfg, model, tokenizer, prompt, cfg.seed + answers)
             answers += 1
             messages.append({"role": "assistant", "content": reply.strip()})

@@ -20,7 +20,7 @@ a flag of its own. GKD draws lambda once a batch; so do we, from the seed and th
 
 Metrics: loss; divergence (nats a token, without T^2); trained_tokens (N); student_samples (1 where the student wrote
 this step's completions); length and ended of those: their tokens and the share that a stop token ended; entropy (nats,
-the student's; policy_gradient and sequence); grad_norm (before clipping); learning_rate; sampling_seconds.
+the student's; policy_gradient and sequence); grad_norm (before clipping); learning_rate; sampling_seconds; moe.md's.
 
 Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531, section 2
         GKD: Agarwal et al. 2023, https://arxiv.org/abs/2306.13649, eq. 1 and algorithm 1
@@ -42,13 +42,13 @@ from torch import Tensor
 from ..kernels import token_divergence, token_logprobs, topk_divergence
 from ..model.checkpoint import load_model
 from ..model.errors import InputError
-from ..model.moe import routing_metrics
 from ..model.transformer import Transformer
 from ..model.vocabulary import Vocabulary
 from ._adapter import ADAPTER_BOUNDS, load_trainee
+from ._balance import Balance
 from ._command import run_command
 from ._distributed import host, reshard, shard, summed
-from ._flags import RowFlags, load_tokenizer
+from ._flags import TrainingFlags, load_tokenizer
 from ._lessons import MicroBatch, answered, load_lessons, micro_batches
 from ._loop import (
     Run,
@@ -70,7 +70,7 @@ from ._rollout import timed
 
 
 @dataclass(frozen=True)
-class Config(RowFlags):
+class Config(TrainingFlags):
     model: Path  # the student: Hugging Face folder to start from, or an adapter's
     data: Path  # rows as for SFT, prompts with --student-samples 1, or a teacher's lessons.safetensors
     teacher: Path | None = None  # folder of a model with the same tokenizer; none beside lessons
@@ -160,13 +160,14 @@ def train(cfg: Config) -> Path:
     longest = max(len(lesson.tokens) for lesson in lessons) + (
         cfg.max_new_tokens if cfg.student_samples else 0
     )
-    check_model(model, tokenizer, longest)
+    check_model(model, tokenizer, lessons, longest)
     teacher = None
     if cfg.teacher is not None:
         check_tokenizer(cfg.teacher, tokenizer, "teacher")
         dtype = torch.bfloat16 if cfg.device.startswith("cuda") else torch.float32
         teacher = load_model(cfg.teacher, dtype, host(cfg.device)).requires_grad_(False).eval()
-        check_model(teacher, tokenizer, longest)
+        check_model(teacher, tokenizer, lessons, longest, f"--teacher {cfg.teacher}")
+    balance = Balance(cfg, model)
     shard(model, teacher)
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
     with Run(cfg, model=model, optimizer=optimizer) as run:
@@ -193,7 +194,7 @@ def train(cfg: Config) -> Path:
                 with autocast(cfg.device):
                     loss, metrics = _term(cfg, model, teacher, micro, num_tokens)
                 share = sum(len(batch[i].tokens) for i in micro.members) / num_all
-                (loss + share * model.balance_loss()).backward()  # of experts, where the model has some
+                (loss + balance.loss(share)).backward()  # of experts, where the model has some
                 for name, value in ({"loss": loss} | metrics).items():
                     sums[name] += value.item()
             reshard(teacher)
@@ -201,7 +202,7 @@ def train(cfg: Config) -> Path:
             rate = scheduled(cfg.learning_rate, step, cfg.steps, cfg.warmup_steps, cfg.schedule)
             sums["grad_norm"] = optimizer_step(model, optimizer, sums["loss"], rate, cfg.max_grad_norm)
             facts = {"learning_rate": rate, "trained_tokens": num_tokens, "student_samples": float(own)}
-            run.log(sums | facts | sampled | seconds | routing_metrics(model.routing), tokens=num_all)
+            run.log(sums | facts | sampled | seconds | balance.metrics(), tokens=num_all)
             run.save_step(model, tokenizer)
         return run.save(model, tokenizer)
 

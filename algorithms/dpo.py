@@ -22,7 +22,7 @@ first epoch: the same sums in the same order, so at the start h is exactly 0 and
 pass: both completions continue the same prompt, and their first tokens are scored from its last row.
 
 Metrics: loss, accuracy (share of pairs with w > l), margin, chosen, rejected (means of beta h, beta w, beta l),
-chosen_logprob, rejected_logprob (means of s), grad_norm (before clipping), learning_rate.
+chosen_logprob, rejected_logprob (means of s), grad_norm (before clipping), learning_rate; with experts, docs/moe.md's.
 
 Source: Rafailov et al. 2023, https://arxiv.org/abs/2305.18290; the other papers are at https://arxiv.org/abs/NUMBER
 Run:    burnish dpo --model DIR --data FILE.jsonl
@@ -41,9 +41,10 @@ from torch import Tensor
 
 from ..model.errors import InputError
 from ._adapter import ADAPTER_BOUNDS, load_trainee
+from ._balance import Balance
 from ._command import run_command
 from ._distributed import shard, summed
-from ._flags import RowFlags, load_tokenizer
+from ._flags import TrainingFlags, load_tokenizer
 from ._loop import (
     Run,
     SaveDtype,
@@ -75,7 +76,7 @@ Loss = Literal[
 
 
 @dataclass(frozen=True)
-class Config(RowFlags):
+class Config(TrainingFlags):
     model: Path  # Hugging Face folder, or an adapter's, to start from; also the reference policy
     data: Path  # rows of chosen and rejected, perhaps prompt: .jsonl, .json or .parquet
     held_out: Path | None = None  # such rows, to report the accuracy on at the end
@@ -213,15 +214,11 @@ def train(cfg: Config) -> Path:
         cfg,
         beta=(1e-9, inf),
         label_smoothing=(0, 0.499),
-        gamma=(0, inf),
-        nll_weight=(0, inf),
+        **dict.fromkeys(("gamma", "nll_weight", "learning_rate", "warmup_steps", "weight_decay"), (0, inf)),
         max_length=(2, inf),
         steps=(1, inf),
         batch_size=(1, inf),
         micro_batch_tokens=(1, inf),
-        learning_rate=(0, inf),
-        warmup_steps=(0, inf),
-        weight_decay=(0, inf),
         max_grad_norm=(1e-12, inf),
         **ADAPTER_BOUNDS,
         lora_dropout=(0, 0.99),
@@ -232,7 +229,8 @@ def train(cfg: Config) -> Path:
     tokenizer = load_tokenizer(cfg)
     pairs, held_out = (load_pairs(path, tokenizer, cfg) for path in (cfg.data, cfg.held_out))
     model = load_trainee(cfg)
-    check_model(model, tokenizer, max(map(longest, pairs)))
+    check_model(model, tokenizer, [*pairs, *held_out], max(map(longest, pairs)))
+    balance = Balance(cfg, model)
     shard(model)
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
 
@@ -262,7 +260,7 @@ def train(cfg: Config) -> Path:
                 loss = variant.loss(chosen, rejected, len(batch), **variant.flags())
                 if variant.nll_weight:
                     loss = loss + variant.nll_weight * nll_loss(total[:, 0], num_chosen)
-                loss.backward()
+                (loss + balance.loss(micro.share)).backward()  # of experts, where the model has some
                 mean = total.detach().sum(0) / len(batch)
                 added = {
                     "loss": loss.item(),
@@ -274,7 +272,7 @@ def train(cfg: Config) -> Path:
             sums = summed(sums)
             rate = scheduled(cfg.learning_rate, step, cfg.steps, cfg.warmup_steps, cfg.schedule)
             norm = optimizer_step(model, optimizer, sums["loss"], rate, cfg.max_grad_norm)
-            sums |= {"grad_norm": norm, "learning_rate": rate}
+            sums |= {"grad_norm": norm, "learning_rate": rate, **balance.metrics()}
             run.log(sums, tokens=sum(num_tokens(pair) for pair in batch))
             run.save_step(model, tokenizer)
         if held_out:

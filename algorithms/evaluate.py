@@ -171,7 +171,8 @@ def evaluate_answers(
     )
     report_counts(cfg.data, counts)
     rewards.check(prompts[0].columns, answer)
-    check_model(model, tokenizer, max(len(prompt.tokens) for prompt in prompts) + cfg.max_new_tokens)
+    most = max(len(prompt.tokens) for prompt in prompts) + cfg.max_new_tokens
+    check_model(model, tokenizer, prompts, most)
     once = replace(cfg, samples=1, temperature=0.0)
     greedy = judged(once, model, tokenizer, prompts, rewards, answer)
     figures = with_error("greedy", [100.0 * record["right"] for record in greedy])
@@ -267,7 +268,7 @@ def evaluate_text(
     """Returns the figures, and one record an example."""
     examples, counts = sft_examples(rows, tokenizer, max_length=cfg.max_length, train_on=cfg.train_on)
     report_counts(cfg.data, counts)
-    check_model(model, tokenizer, max(len(example.tokens) for example in examples))
+    check_model(model, tokenizer, examples, max(len(example.tokens) for example in examples))
     records: list[dict[str, Any]] = [{} for _ in examples]
     for members in tqdm(best_fit([len(e.tokens) for e in examples], cfg.micro_batch_tokens), unit="batch"):
         trained = [torch.tensor(examples[i].mask) for i in members]
@@ -291,7 +292,7 @@ def evaluate_pairs(
     """Returns the figures of a reward model, and one record a pair."""
     pairs, counts = preferences(rows, tokenizer, max_length=cfg.max_length, margins=False)
     report_counts(cfg.data, counts)
-    check_model(model, tokenizer, max(map(longest, pairs)))
+    check_model(model, tokenizer, pairs, max(map(longest, pairs)))
     scores = completion_scores(model, pairs, cfg.micro_batch_tokens, cfg.device).tolist()  # (pairs, 2)
     figures = with_error("accuracy", [100.0 * (chosen > rejected) for chosen, rejected in scores])
     figures |= with_error("margin", [chosen - rejected for chosen, rejected in scores])

@@ -38,12 +38,12 @@ from torch import Tensor
 
 from ..model.adapter import frozen_copy
 from ..model.errors import InputError
-from ..model.moe import routing_metrics
 from ._adapter import load_trainee
 from ._advantages import batch_std_advantages, group_advantages, mean_advantages, rloo_advantages
+from ._balance import Balance
 from ._command import run_command
 from ._distributed import reshard, shard, summed
-from ._flags import RowFlags, load_tokenizer
+from ._flags import TrainingFlags, load_tokenizer
 from ._loop import (
     Run,
     SaveDtype,
@@ -85,7 +85,7 @@ from ._tokens import constant_length, sequence_mean, token_mean
 
 
 @dataclass(frozen=True)
-class Config(RowFlags):
+class Config(TrainingFlags):
     model: Path  # Hugging Face folder, or an adapter's, to start from; the reference policy, too, where there is one
     data: Path  # prompts, with any further columns for the reward functions: .jsonl, .json or .parquet
     reward: tuple[str, ...]  # FILE.py:function or package.module:function, one or more
@@ -170,7 +170,9 @@ def train(cfg: Config) -> Path:
     prompts = load_prompts(cfg, tokenizer, rewards)
     rewards.check(prompts[0].columns)
     model = load_trainee(cfg)
-    check_model(model, tokenizer, max(len(prompt.tokens) for prompt in prompts) + cfg.max_new_tokens)
+    longest = max(len(prompt.tokens) for prompt in prompts) + cfg.max_new_tokens
+    check_model(model, tokenizer, prompts, longest)
+    balance = Balance(cfg, model)
     reference = frozen_copy(model) if cfg.kl_coefficient else None
     shard(model, reference)
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
@@ -225,7 +227,7 @@ def train(cfg: Config) -> Path:
                         kl_loss, kl = _kl_term(cfg, logprob, old_logprob, ref_logprobs[i], num)
                         loss, metrics = loss + cfg.kl_coefficient * kl_loss, metrics | kl
                     share = micro.rows.numel() / num_tokens
-                    (loss + share * model.balance_loss()).backward()  # of experts, where the model has some
+                    (loss + balance.loss(share)).backward()  # of experts, where the model has some
                     total_loss += loss.item()
                     metrics["entropy"] = entropy.detach().mean()
                     if update == 0:
@@ -242,7 +244,7 @@ def train(cfg: Config) -> Path:
                     **rollout_metrics(drawn),
                     **rewards.metrics(),
                     **sums,
-                    **routing_metrics(model.routing if micros else ()),
+                    **balance.metrics(),
                     "flat_groups": sum(not group.varied for group in drawn) / len(drawn),
                     "draws": draws,
                     "groups": len(groups),

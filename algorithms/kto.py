@@ -11,7 +11,8 @@ stands half the file away, the same in each epoch.
 The reference is the model that training starts from; its log-probabilities are computed once, as in dpo.py.
 
 Metrics: loss, kl (z), chosen, rejected (means of beta r over wanted and unwanted completions), margin (their
-difference), grad_norm (before clipping), learning_rate. A step without completions of one kind has null there.
+difference), grad_norm (before clipping), learning_rate; with experts, docs/moe.md's. A step without completions of one
+kind has null there.
 
 Source: Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306, eq. 7 and 8
 Run:    burnish kto --model DIR --data FILE.jsonl
@@ -26,9 +27,10 @@ import torch
 from torch import Tensor
 
 from ._adapter import ADAPTER_BOUNDS, load_trainee
+from ._balance import Balance
 from ._command import run_command
 from ._distributed import shard, sum_over_processes, summed
-from ._flags import RowFlags, load_tokenizer
+from ._flags import TrainingFlags, load_tokenizer
 from ._loop import (
     Run,
     SaveDtype,
@@ -49,7 +51,7 @@ from ._rows import read_rows
 
 
 @dataclass(frozen=True)
-class Config(RowFlags):
+class Config(TrainingFlags):
     model: Path  # Hugging Face folder, or an adapter's, to start from; also the reference policy
     data: Path  # rows of prompt, completion and label, or of chosen and rejected: .jsonl, .json or .parquet
     output: Path = field(default_factory=lambda: new_run_folder("kto"))  # new folder: metrics, model
@@ -127,7 +129,8 @@ def train(cfg: Config) -> Path:
         replace(one, completion=judged[(i + half) % len(judged)].completion) for i, one in enumerate(judged)
     ]
     model = load_trainee(cfg)
-    check_model(model, tokenizer, max(map(longest, judged)))
+    check_model(model, tokenizer, judged, max(map(longest, judged)))
+    balance = Balance(cfg, model)
     shard(model)
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
 
@@ -158,7 +161,7 @@ def train(cfg: Config) -> Path:
                 loss = kto_loss(
                     log_ratio, wanted, kl, len(batch), cfg.beta, cfg.wanted_weight, cfg.unwanted_weight
                 )
-                loss.backward()
+                (loss + balance.loss(micro.share)).backward()  # of experts, where the model has some
                 total_loss += loss.item()
                 log_ratios[micro.members] = log_ratio.detach().cpu()
             total_loss, log_ratios = summed({"loss": total_loss})["loss"], sum_over_processes(log_ratios)
@@ -174,6 +177,7 @@ def train(cfg: Config) -> Path:
                     "rejected": rejected,
                     "grad_norm": norm,
                     "learning_rate": rate,
+                    **balance.metrics(),
                 },
                 tokens=sum(num_tokens(one) for one in batch),
             )

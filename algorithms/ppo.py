@@ -36,12 +36,12 @@ from torch import Tensor
 
 from ..model.adapter import frozen_copy
 from ..model.errors import InputError
-from ..model.moe import routing_metrics
 from ._adapter import load_scalar_trainee, load_trainee
 from ._advantages import gae, rloo_advantages, scale, whiten
+from ._balance import Balance
 from ._command import run_command
 from ._distributed import reshard, shard, summed
-from ._flags import RowFlags, load_tokenizer
+from ._flags import TrainingFlags, load_tokenizer
 from ._loop import (
     Run,
     SaveDtype,
@@ -74,15 +74,13 @@ from ._rollout import (
 
 
 @dataclass(frozen=True)
-class Config(RowFlags):
+class Config(TrainingFlags):
     model: Path  # Hugging Face folder, or an adapter's, to start from; the reference policy, too
     data: Path  # prompts, with any further columns for the reward functions: .jsonl, .json or .parquet
     reward_model: Path | None = None  # folder of a reward model with the same tokenizer
     reward: tuple[str, ...] = ()  # FILE.py:function or package.module:function, any number
     reward_weights: tuple[float, ...] = ()  # one a reward function; all 1 where none are given
-    reward_timeout: float | None = (
-        None  # seconds that a call of the reward functions has; no limit by default
-    )
+    reward_timeout: float | None = None  # seconds that a call of the reward functions has; none: no limit
     critic: Path | None = None  # folder the critic starts from; by default the reward model's, or --model's
     output: Path = field(default_factory=lambda: new_run_folder("ppo"))  # new folder: metrics, model, critic
     steps: int = 200  # rollouts
@@ -155,12 +153,10 @@ def train(cfg: Config) -> Path:
         cfg,
         **RL_BOUNDS,
         **dict.fromkeys(("gamma", "gae_lambda", "clip_low"), (0, 1)),
+        **dict.fromkeys(("kl_horizon", "epochs_per_rollout", "minibatches"), (1, inf)),
         **dict.fromkeys(("missing_end_penalty", "clip_high", "value_clip", "critic_learning_rate"), (0, inf)),
         group_size=(2 if cfg.advantage == "rloo" else 1, inf),
         kl_target=(1e-9, inf),
-        kl_horizon=(1, inf),
-        epochs_per_rollout=(1, inf),
-        minibatches=(1, inf),
         dual_clip=(1 + cfg.clip_high, inf),
     )
     if not cfg.reward and cfg.reward_model is None:
@@ -171,12 +167,14 @@ def train(cfg: Config) -> Path:
     tokenizer = load_tokenizer(cfg)
     prompts = load_prompts(cfg, tokenizer, rewards)
     rewards.check(prompts[0].columns)
-    reward_model = load_reward_model(cfg.reward_model, tokenizer, cfg.device) if cfg.reward_model else None
+    reward_model = load_reward_model(cfg, tokenizer, prompts) if cfg.reward_model else None
     model = load_trainee(cfg)
-    check_model(model, tokenizer, max(len(prompt.tokens) for prompt in prompts) + cfg.max_new_tokens)
+    check_model(model, tokenizer, prompts, max(len(p.tokens) for p in prompts) + cfg.max_new_tokens)
+    balance = Balance(cfg, model)
     reference, critic, critic_optimizer = frozen_copy(model), None, None
     if cfg.advantage == "gae":
         critic = load_scalar_trainee(cfg, cfg.critic or cfg.reward_model or cfg.model)
+        check_model(critic, tokenizer, prompts, 0, "the critic")
     shard(model, reference, reward_model, critic)
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay, eps=1e-5)
     parts = {"model": model, "optimizer": optimizer}
@@ -234,7 +232,7 @@ def train(cfg: Config) -> Path:
                         with autocast(cfg.device):
                             logprob, _, _ = micro.score(model, cfg.temperature)
                         loss, metrics = clipped_loss(logprob, old, gain, num_tokens, *clips)
-                        (loss + share * model.balance_loss()).backward()  # of experts, where there are some
+                        (loss + balance.loss(share)).backward()  # of experts, where there are some
                         sums["policy_loss"] += loss.item()
                         metrics["approx_kl"] = (logprob.detach() - old).square().mean() / 2
                         for name, value in metrics.items():
@@ -244,7 +242,7 @@ def train(cfg: Config) -> Path:
                                 value = micro.values(critic)
                             was, goal = old_value[real][places], returns[real][places]
                             loss = value_loss(value, was, goal, num_tokens, cfg.value_clip)
-                            loss.backward()
+                            (loss + balance.loss(share, critic)).backward()
                             sums["value_loss"] += loss.item()
                     sums, limit = summed(sums), cfg.max_grad_norm
                     sums["grad_norm"] = optimizer_step(model, optimizer, sums["policy_loss"], rate, limit)
@@ -269,7 +267,7 @@ def train(cfg: Config) -> Path:
                     **({} if critic is None else {"explained_variance": explained}),
                     "first_ratio": updates[0]["ratio"],
                     **{name: sum(update[name] for update in updates) / len(updates) for name in updates[0]},
-                    **routing_metrics(model.routing),
+                    **balance.metrics(),
                     "learning_rate": rate,
                     **seconds,
                     "update_seconds": time.perf_counter() - started - sum(seconds.values()),

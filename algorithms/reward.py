@@ -11,7 +11,7 @@ only differences. For the same reason the scores are shifted at the end, so that
 A pair is one forward pass: chosen and rejected continue the same prompt.
 
 Metrics: loss, accuracy (share of pairs with r_w > r_l), margin (mean of r_w - r_l), chosen, rejected (mean scores,
-before the final shift), grad_norm (before clipping), learning_rate.
+before the final shift), grad_norm (before clipping), learning_rate; with experts, docs/moe.md's.
 
 Source: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, eq. 1
         margin: Touvron et al. 2023, https://arxiv.org/abs/2307.09288, eq. 2
@@ -30,9 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._adapter import ADAPTER_BOUNDS, load_scalar_trainee
+from ._balance import Balance
 from ._command import run_command
 from ._distributed import shard, summed
-from ._flags import RowFlags, load_tokenizer
+from ._flags import TrainingFlags, load_tokenizer
 from ._loop import (
     Run,
     SaveDtype,
@@ -62,7 +63,7 @@ REFERENCES = 128  # chosen completions whose mean score becomes 0
 
 
 @dataclass(frozen=True)
-class Config(RowFlags):
+class Config(TrainingFlags):
     model: Path  # Hugging Face folder, or an adapter's, to start from: a language model, or an earlier reward model
     data: Path  # rows of chosen and rejected, perhaps prompt and margin: .jsonl, .json or .parquet
     held_out: Path | None = None  # such rows, to report the accuracy on before and after
@@ -123,7 +124,8 @@ def train(cfg: Config) -> Path:
     tokenizer = load_tokenizer(cfg)
     pairs, held_out = (load_pairs(path, tokenizer, cfg, margins=True) for path in (cfg.data, cfg.held_out))
     model = load_scalar_trainee(cfg, cfg.model)
-    check_model(model, tokenizer, max(map(longest, pairs)))
+    check_model(model, tokenizer, [*pairs, *held_out], max(map(longest, pairs)))
+    balance = Balance(cfg, model)
     shard(model)
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
 
@@ -144,14 +146,14 @@ def train(cfg: Config) -> Path:
                 loss = bradley_terry_loss(chosen, rejected, margin, len(batch))
                 if cfg.centering:
                     loss = loss + cfg.centering * centering_loss(chosen, rejected, len(batch))
-                loss.backward()
+                (loss + balance.loss(micro.share)).backward()  # of experts, where the model has some
                 added = {"loss": loss.item(), **pair_metrics(chosen, rejected, len(batch))}
                 sums = {name: sums.get(name, 0.0) + value for name, value in added.items()}
             sums = summed(sums)
             rate = scheduled(cfg.learning_rate, step, cfg.steps, cfg.warmup_steps, cfg.schedule)
             norm = optimizer_step(model, optimizer, sums["loss"], rate, cfg.max_grad_norm)
             run.log(
-                {**sums, "grad_norm": norm, "learning_rate": rate},
+                {**sums, "grad_norm": norm, "learning_rate": rate, **balance.metrics()},
                 tokens=sum(num_tokens(pair) for pair in batch),
             )
             run.save_step(model, tokenizer)

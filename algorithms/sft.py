@@ -21,13 +21,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..model.moe import routing_metrics
 from ..model.packed import pack
 from ._adapter import ADAPTER_BOUNDS, load_trainee
+from ._balance import Balance
 from ._command import run_command
 from ._data import sft_examples
 from ._distributed import IDLE, shard, shares, summed
-from ._flags import RowFlags, load_tokenizer
+from ._flags import TrainingFlags, load_tokenizer
 from ._loop import (
     Run,
     SaveDtype,
@@ -47,7 +47,7 @@ from ._rows import read_rows
 
 
 @dataclass(frozen=True)
-class Config(RowFlags):
+class Config(TrainingFlags):
     model: Path  # Hugging Face folder to start from, or an adapter's, which training goes on with
     data: Path  # rows of messages, prompt and completion, text, Alpaca or ShareGPT: .jsonl, .json or .parquet
     output: Path = field(default_factory=lambda: new_run_folder("sft"))  # new folder: metrics, model
@@ -109,7 +109,8 @@ def train(cfg: Config) -> Path:
     examples, counts = sft_examples(rows, tokenizer, max_length=cfg.max_length, train_on=cfg.train_on)
     report_counts(cfg.data, counts)
     model = load_trainee(cfg)
-    check_model(model, tokenizer, max(len(example.tokens) for example in examples))
+    check_model(model, tokenizer, examples, max(len(example.tokens) for example in examples))
+    balance = Balance(cfg, model)
     shard(model)
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
     with Run(cfg, model=model, optimizer=optimizer) as run:
@@ -126,14 +127,14 @@ def train(cfg: Config) -> Path:
                     logprob, _, _ = model.score(packed, trained.nonzero().squeeze(1).to(cfg.device))
                 loss = LOSSES[cfg.loss](logprob, num_tokens)
                 share = sum(lengths[i] for i in members) / sum(lengths)
-                (loss + share * model.balance_loss()).backward()  # of experts, where the model has some
+                (loss + balance.loss(share)).backward()  # of experts, where the model has some
                 total_loss += loss.item()
             total_loss = summed({"loss": total_loss})["loss"]
             rate = scheduled(cfg.learning_rate, step, cfg.steps, cfg.warmup_steps, cfg.schedule)
             norm = optimizer_step(model, optimizer, total_loss, rate, cfg.max_grad_norm)
             run.log(
                 {"loss": total_loss, "grad_norm": norm, "learning_rate": rate, "trained_tokens": num_tokens}
-                | routing_metrics(model.routing),
+                | balance.metrics(),
                 tokens=sum(lengths),
             )
             run.save_step(model, tokenizer)

@@ -69,9 +69,6 @@ def teach(cfg: Config) -> Path:
     if not cfg.samples and not cfg.top_k:
         raise InputError("--top-k 0: expected --samples beside it: the rows' own sequences are there already")
     tokenizer = load_tokenizer(cfg)
-    vocabulary = tokenizer.vocabulary.to(cfg.device)
-    if cfg.top_k > vocabulary.size:
-        raise InputError(f"--top-k: expected at most the vocabulary, {vocabulary.size}, got {cfg.top_k}")
     lessons = load_lessons(
         cfg.data,
         tokenizer,
@@ -83,7 +80,10 @@ def teach(cfg: Config) -> Path:
     dtype = torch.bfloat16 if cfg.device.startswith("cuda") else torch.float32
     model = load_model(cfg.model, dtype, cfg.device, cfg.base_4bit).requires_grad_(False).eval()
     longest = max(len(lesson.tokens) for lesson in lessons) + (cfg.max_new_tokens if cfg.samples else 0)
-    check_model(model, tokenizer, longest)
+    check_model(model, tokenizer, lessons, longest)
+    vocabulary = tokenizer.vocabulary.to(cfg.device)
+    if cfg.top_k > vocabulary.size:
+        raise InputError(f"--top-k: expected at most the vocabulary, {vocabulary.size}, got {cfg.top_k}")
     if cfg.samples:
         lessons, ended = answered(
             model,

@@ -63,6 +63,7 @@ class RouteStatistics(NamedTuple):
     z_loss: Tensor  # (), differentiable
     counts: Tensor  # (E,) int64, how many tokens chose each expert
     dropped: Tensor  # () int64, how many choices found their expert full
+    probability: Tensor  # (E,), differentiable: each expert's, a mean over the tokens
 
 
 # ---- reference
@@ -101,7 +102,8 @@ def moe_route_reference(
     counts = _counts(indices, E)
     share = probability if score == "softmax" else probability / (probability.sum(-1, keepdim=True) + 1e-20)
     tokens = max(T, 1)
-    balance = E * (counts.to(z.dtype) / tokens * (share.sum(0) / tokens)).sum()
+    mean_share = share.sum(0) / tokens  # (E,)
+    balance = E * (counts.to(z.dtype) / tokens * mean_share).sum()
     z_loss = z.logsumexp(-1).square().sum() / tokens
     dropped = counts.new_zeros(())
     if capacity_factor is not None:
@@ -109,7 +111,7 @@ def moe_route_reference(
         full = _place_in_expert(indices, E) >= capacity
         indices, weights = indices.masked_fill(full, E), weights.masked_fill(full, 0)
         dropped = full.sum()
-    return weights, indices, RouteStatistics(balance, z_loss, counts, dropped)
+    return weights, indices, RouteStatistics(balance, z_loss, counts, dropped, mean_share)
 
 
 def _counts(indices: Tensor, E: int) -> Tensor:

@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 
 FILE_BYTES = 5_000_000_000  # of weights in one file
 SCALAR, SCORE_BIAS = "ForSequenceClassification", "score_bias"
+# transformers' Gemma3ForSequenceClassification is that of the multimodal model
+SCALAR_CLASS = {"Gemma3ForCausalLM": f"Gemma3Text{SCALAR}"}
 FOUR_BIT = "base_4bit"  # in an adapter's metadata: its base was quantised from the folder that is named
 
 
@@ -199,7 +201,8 @@ def save_model(
     usual = dtype or _written_in(body, "", body.embed_tokens.weight.dtype)
     raw = {**write_config(config), "dtype": str(usual).removeprefix("torch.")}
     if isinstance(model, ScalarModel):
-        raw["architectures"] = [name.replace("ForCausalLM", SCALAR) for name in raw["architectures"]]
+        names = raw["architectures"]
+        raw["architectures"] = [SCALAR_CLASS.get(n, n.replace("ForCausalLM", SCALAR)) for n in names]
         raw |= {"id2label": {"0": "score"}, "label2id": {"score": 0}, SCORE_BIAS: model.bias}
     raw |= _quantization(model, raw["dtype"])
     ids = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw[key] is not None}

@@ -43,6 +43,11 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+READ = {  # keys of the metadata, behind "llama."
+    *("vocab_size", "embedding_length", "feed_forward_length", "block_count", "context_length"),
+    *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
+    *("attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base"),
+}
 NAMES = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
 
 
@@ -91,10 +96,37 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     try:
         reader = gguf.GGUFReader(file)
         fields = {name: field.contents() for name, field in reader.fields.items()}
+        spans = [(t.name, int(t.data_offset), int(t.n_bytes)) for t in reader.tensors]
+        _check_layout(file, spans, int(reader.data_offset), int(reader.alignment))
         tensors = {t.name: gguf.dequantize(t.data, t.tensor_type).astype(np.float32) for t in reader.tensors}
-    except (ValueError, IndexError, KeyError, NotImplementedError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # the package raises whatever numpy does with bytes that it misreads
         raise InputError(f"{file}: not a whole GGUF file: {error}") from error
     return fields, tensors
+
+
+def _check_layout(file: Path, spans: list[tuple[str, int, int]], start: int, alignment: int) -> None:
+    """Raises InputError where tensors, (name, offset, bytes) of each, do not fill the file from `start` to its end.
+
+    Each begins where the one before ends, rounded up to the alignment, and behind the last there is at most the rest of
+    such a round: bytes that were cut out, or put in between, would shift all weights that follow.
+    """
+    end = start
+    for name, offset, size in sorted(spans, key=lambda span: span[1]):
+        expected = -(-end // alignment) * alignment
+        if offset != expected:
+            raise InputError(
+                f"{file}: tensor {name!r:.60} begins at byte {offset}, expected {expected}, where the one before ends: "
+                "the file is damaged, download it again"
+            )
+        end = offset + size
+    length = file.stat().st_size
+    if not end <= length <= -(-end // alignment) * alignment:
+        raise InputError(
+            f"{file}: {length} bytes, expected {end}, where its last tensor ends: bytes are missing or were put in, "
+            "download it again"
+        )
 
 
 def _get(fields: dict[str, Any], key: str, source: str) -> Any:
@@ -103,32 +135,82 @@ def _get(fields: dict[str, Any], key: str, source: str) -> Any:
     return fields[key]
 
 
+def _number(fields: dict[str, Any], key: str, source: str, default: float | None = None) -> float:
+    """The metadata's, which has to be there where there is no default."""
+    value = _get(fields, key, source) if default is None else fields.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not np.isfinite(value):
+        raise InputError(f"{source}: {key}: expected a number, got {value!r:.60}")
+    return float(value)
+
+
+def _size(fields: dict[str, Any], key: str, source: str, default: int | None = None) -> int:
+    value = _number(fields, key, source, default)
+    if value != int(value) or value < 1:
+        raise InputError(f"{source}: {key}: expected an integer of at least 1, got {value:g}")
+    return int(value)
+
+
 def _config(fields: dict[str, Any], tensors: dict[str, np.ndarray], source: str) -> dict[str, Any]:
-    """config.json of the file's metadata."""
+    """config.json of the file's metadata, with the specification's defaults for keys that may be absent."""
     if (architecture := _get(fields, "general.architecture", source)) != "llama":
         raise InputError(f"{source}: general.architecture: expected 'llama', got {architecture!r}")
-    if scaling := [key for key in fields if key.startswith("llama.rope.scaling")]:
-        raise InputError(f"{source}: {scaling[0]}: scaled rotary frequencies are not read from GGUF")
-    shape = {
-        "vocab_size": "vocab_size",
-        "hidden_size": "embedding_length",
-        "intermediate_size": "feed_forward_length",
-        "num_hidden_layers": "block_count",
-        "num_attention_heads": "attention.head_count",
-        "num_key_value_heads": "attention.head_count_kv",
-        "head_dim": "rope.dimension_count",
-        "max_position_embeddings": "context_length",
-    }
+    _check_keys(fields, source)
+    if "rope_freqs.weight" in tensors:
+        raise InputError(
+            f"{source}: rope_freqs.weight: Llama 3's scaled rotary frequencies are not read from GGUF: "
+            "take the folder with safetensors that the file was made of"
+        )
+    hidden, heads = (
+        _size(fields, f"llama.{key}", source) for key in ("embedding_length", "attention.head_count")
+    )
+    if hidden % heads and "llama.attention.key_length" not in fields:
+        raise InputError(
+            f"{source}: llama.attention.head_count: expected a divisor of embedding_length {hidden}, got {heads}"
+        )
+    head_dim = _size(fields, "llama.attention.key_length", source, hidden // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if (found := _size(fields, f"llama.{key}", source, head_dim)) != head_dim:
+            raise InputError(f"{source}: llama.{key}: expected {head_dim}, the heads' width, got {found}")
+    tokens = len(_get(fields, "tokenizer.ggml.tokens", source))
     return {
         "model_type": "llama",
-        **{name: int(_get(fields, f"llama.{key}", source)) for name, key in shape.items()},
-        "rms_norm_eps": _decimal(_get(fields, "llama.attention.layer_norm_rms_epsilon", source)),
-        "rope_theta": _decimal(_get(fields, "llama.rope.freq_base", source)),
+        "vocab_size": _size(fields, "llama.vocab_size", source, tokens),
+        "hidden_size": hidden,
+        "intermediate_size": _size(fields, "llama.feed_forward_length", source),
+        "num_hidden_layers": _size(fields, "llama.block_count", source),
+        "num_attention_heads": heads,
+        "num_key_value_heads": _size(fields, "llama.attention.head_count_kv", source, heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": _size(fields, "llama.context_length", source),
+        "rms_norm_eps": _decimal(_number(fields, "llama.attention.layer_norm_rms_epsilon", source)),
+        "rope_theta": _decimal(_number(fields, "llama.rope.freq_base", source, 10_000.0)),
         "tie_word_embeddings": "output.weight" not in tensors,
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
         "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
     }
+
+
+def _check_keys(fields: dict[str, Any], source: str) -> None:
+    """Raises InputError for a key of the architecture that might change the numbers and is not read."""
+    scaled = fields.get("llama.rope.scaling.type", "linear") != "none"  # the specification's default
+    for key in fields:
+        name, value = key.removeprefix("llama."), fields[key]
+        if name == key or name in READ:
+            continue
+        if name == "rope.scaling.type":
+            off = value in ("none", "linear")  # linear scales by the factor, which is looked at by itself
+        elif name.startswith("rope.scal"):
+            off = (
+                not scaled
+                or value in (0, 1, False)
+                or name.endswith((".original_context_length", ".finetuned"))
+            )
+        else:
+            off = value in (0, False)
+        if not off:
+            what = "scaled rotary frequencies are" if name.startswith("rope.scal") else "the key is"
+            raise InputError(f"{source}: {key} = {value!r:.60}: {what} not read from GGUF")
 
 
 def _decimal(value: float) -> float:
@@ -142,19 +224,30 @@ def _tokenizer(fields: dict[str, Any], source: str) -> Tokenizer:
             raise InputError(f"{source}: {key}: expected {expected!r}, got {value!r}")
     tokens = _get(fields, "tokenizer.ggml.tokens", source)
     merges = [tuple(merge.split(" ")) for merge in _get(fields, "tokenizer.ggml.merges", source)]
-    backend = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    try:
+        backend = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    except Exception as error:  # the package raises bare Exception
+        raise InputError(f"{source}: tokenizer.ggml.merges: {error}") from error
     # "smollm": digits one by one, the rest by GPT-2's pattern
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     backend.decoder = decoders.ByteLevel()
     types = _get(fields, "tokenizer.ggml.token_type", source)
+    if len(types) != len(tokens):
+        raise InputError(
+            f"{source}: tokenizer.ggml.token_type: expected {len(tokens)} numbers, got {len(types)}"
+        )
     control = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL]
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
 
     def token_of(name: str) -> str | None:
-        index = fields.get(f"tokenizer.ggml.{name}_token_id")
-        return None if index is None else tokens[index]
+        key = f"tokenizer.ggml.{name}_token_id"
+        if (index := fields.get(key)) is None:
+            return None
+        if index not in range(len(tokens)):
+            raise InputError(f"{source}: {key}: expected an id below {len(tokens)}, got {index!r:.60}")
+        return tokens[index]
 
     return Tokenizer(
         backend,

@@ -277,7 +277,10 @@ class _Batch:
         self.logprobs = torch.zeros(rows, max_new_tokens + 1, device=device)
         self.noises = torch.zeros(rows, max_new_tokens + 1, dtype=torch.float64, device=device)
         self.steps = torch.arange(max_new_tokens + 1, device=device)
-        self.stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
+        stops = sorted(
+            token for token in stop_ids if 0 <= token < model.config.vocab_size
+        )  # no other is drawn
+        self.stops = torch.tensor(stops, dtype=torch.int64, device=device)
         # rows that are done; the widest support
         self.ended = torch.zeros(2, dtype=torch.int64, device=device)
         self.support = self.supports = None

@@ -106,22 +106,21 @@ class MoE(nn.Module):
         return out + shared
 
 
-def routing_metrics(routing: Sequence[RouteStatistics]) -> dict[str, float]:
-    """Of one forward pass, empty without experts: means over layers, and the busiest expert of all layers.
+def pooled_balance(routing: Sequence[RouteStatistics], top_k: int) -> Tensor:
+    """E sum_e (how often a token chose e)(mean probability of e), both means over the tokens of all layers at once.
 
-    balance: K where the load is even.    busiest_expert: its share of the tokens over the even one, 1 where all are.
-    dropped: choices that found their expert full.
+    (), differentiable; K where the load is even. routing: the layers of one forward pass, at least one. As transformers
+    has it (load_balancing_loss_func): an expert that one layer overworks and another spares costs nothing.
     """
-    if not routing:
-        return {}
-    loads = torch.stack(
-        [said.counts * said.counts.numel() / said.counts.sum().clamp(min=1) for said in routing]
-    )
-    return {
-        "balance": torch.stack([said.balance.detach() for said in routing]).mean().item(),
-        "busiest_expert": loads.max().item(),
-        "dropped": float(torch.stack([said.dropped for said in routing]).sum()),
-    }
+    counts = torch.stack([said.counts for said in routing]).sum(0)  # (E,)
+    probability = torch.stack([said.probability for said in routing]).mean(0)  # (E,)
+    share = counts.to(probability.dtype) / counts.sum().clamp(min=1)
+    return probability.numel() * top_k * (share * probability).sum()
+
+
+def layer_balance(routing: Sequence[RouteStatistics]) -> Tensor:
+    """The mean over layers of each one's own balance: every layer's load is to be even by itself. As above."""
+    return torch.stack([said.balance for said in routing]).mean()
 
 
 # ---- parameters

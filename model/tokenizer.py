@@ -156,6 +156,10 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
+    def keep_below(self, rows: int) -> None:
+        """Leave ids of `rows` or more out of `vocabulary`: a model that reads what is drawn has no row for them."""
+        self.vocabulary = self.vocabulary.below(rows)
+
     # ---- conversations
 
     def render_chat(

@@ -33,7 +33,7 @@ from ..kernels.moe import RouteStatistics
 from .cache import Cache
 from .config import ModelConfig, Rope
 from .linear import Linear, LoraConfig, linears_of, whole
-from .moe import MoE
+from .moe import MoE, layer_balance, pooled_balance
 from .packed import Packed
 from .vocabulary import Vocabulary
 
@@ -357,12 +357,18 @@ class Transformer(nn.Module):
     def _final(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.norm.weight, self.config.rms_norm_eps, unit_offset=self.config.gemma)
 
-    def balance_loss(self) -> Tensor:
-        """How uneven the experts' load was in the latest forward pass, averaged over layers, times its coefficient."""
+    def balance_loss(self, coefficient: float | None = None, *, pooled: bool = True) -> Tensor:
+        """How uneven the experts' load was in the latest forward pass, times a coefficient: config.json's by default.
+
+        () with a gradient, 0 without experts. pooled: over the tokens of all layers at once, as transformers has it;
+        otherwise the mean of each layer's own.
+        """
         experts = self.config.experts
         if experts is None or not self.routing:
             return torch.zeros((), device=self.device)
-        return experts.balance_coefficient * torch.stack([routed.balance for routed in self.routing]).mean()
+        coefficient = experts.balance_coefficient if coefficient is None else coefficient
+        balance = pooled_balance(self.routing, experts.top_k) if pooled else layer_balance(self.routing)
+        return coefficient * balance
 
     def _angles(self, positions: Tensor, rope: Rope | None = None) -> tuple[Tensor, Tensor]:
         """positions (total,) to cos and sin, (total, D/2) fp32."""

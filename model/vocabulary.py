@@ -44,6 +44,12 @@ class Vocabulary:
             return self
         return Vocabulary.of(self.ids[self.ids < rows].tolist()).to(self.ids.device).within(rows)
 
+    def below(self, rows: int) -> "Vocabulary":
+        """The tokens among the first `rows` ids."""
+        if self.end <= rows:
+            return self
+        return Vocabulary(rows) if self.ids is None else Vocabulary.of(self.ids[self.ids < rows].tolist())
+
     def select(self, x: Tensor, dim: int = 0) -> Tensor:
         """The tokens' part of x, which has a place for each id along dim: a view, or with holes a copy."""
         return x.narrow(dim, 0, self.end) if self.ids is None else x.index_select(dim, self.ids)

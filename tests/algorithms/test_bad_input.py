@@ -153,11 +153,16 @@ def test_an_output_that_cannot_be_written(model_folder, demonstrations, tmp_path
 
 def test_a_tokenizer_with_more_ids_than_the_model(model_folder, demonstrations, tmp_path, capsys):
     tokenizer = json.loads((model_folder / "tokenizer.json").read_text())
-    tokenizer["model"]["vocab"]["zebra"] = 17
+    tokenizer["model"]["vocab"]["z"] = 17
     (model_folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with open(demonstrations, "a") as file:
+        file.write(json.dumps({"prompt": "1+2=", "completion": "3z"}) + "\n")
     arguments = ["--model", model_folder, "--data", demonstrations, "--output", tmp_path / "out"]
     assert main(["sft", *map(str, arguments)]) == 1
-    assert "the tokenizer's ids go up to 17, the model's to 16: they do not belong" in capsys.readouterr().err
+    expected = (
+        "demonstrations.jsonl line 65: token 'z': the model has no row for its id 17, expected ids below 17"
+    )
+    assert expected in capsys.readouterr().err
 
 
 def test_one_file_as_a_command_says_the_same(tmp_path):

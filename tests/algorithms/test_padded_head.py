@@ -17,7 +17,6 @@ import pytest
 import torch
 from burnish.algorithms import _rollout, chat, distill, evaluate, grpo, ppo, teach
 from burnish.algorithms._lessons import Lesson, read_lessons, write_lessons
-from burnish.algorithms._loop import check_model
 from burnish.algorithms._sums import VOCABULARY, make_tokenizer
 from burnish.model.adapter import add_lora
 from burnish.model.checkpoint import load_model, save_model
@@ -120,13 +119,6 @@ def test_the_ids_are_the_tokenizers_added_ones_included():
     backend.add_special_tokens(["<extra>"])
     assert backend.get_vocab_size(with_added_tokens=False) == 17
     assert Tokenizer(backend, eos="<eos>").vocabulary.end == 18
-
-
-def test_a_tokenizer_belongs_to_a_model_by_its_highest_id():
-    tokenizer = tokenizer_of(IDS["holes"])  # 17 ids, up to 19
-    check_model(Transformer(dataclasses.replace(CONFIG, vocab_size=20)), tokenizer, 1)
-    with pytest.raises(InputError, match="ids go up to 19, the model's to 18: they do not belong together"):
-        check_model(Transformer(dataclasses.replace(CONFIG, vocab_size=19)), tokenizer, 1)
 
 
 # ---- drawn, and scored

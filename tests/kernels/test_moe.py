@@ -79,6 +79,8 @@ def test_balance_and_z_loss():
     assert said.counts.tolist() == [4, 4, 4]
     assert said.balance.item() == pytest.approx(K, rel=1e-4)
     assert said.z_loss.item() == pytest.approx(math.log(3) ** 2, rel=1e-3)
+    torch.testing.assert_close(said.probability, even.softmax(-1).mean(0))
+    torch.testing.assert_close(E * (said.counts / T * said.probability).sum(), said.balance)
     _, _, worst = moe_route(torch.tensor([[50.0, 25.0, 0.0]] * T), K)
     assert worst.balance.item() == pytest.approx(E)  # all probability on one of the experts that all chose
 
@@ -116,7 +118,7 @@ def test_gradient_through_the_weights_by_finite_differences(options):
 
     def outputs(z):
         weights, _, said = moe_route(z, 2, **options)
-        return weights, said.balance, said.z_loss
+        return weights, said.balance, said.z_loss, said.probability
 
     assert torch.autograd.gradcheck(outputs, logits)
 

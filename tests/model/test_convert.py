@@ -126,7 +126,28 @@ def test_another_dtype_and_an_untied_head(given, tmp_path):
         ({"llama.block_count": 3}, r"small\.gguf: layers\.2\.\S+: expected shape \(.*\), got None"),
         ({"llama.block_count": 1}, r"small\.gguf: layers\.1\.\S+: expected shape None, got"),
         ({"llama.feed_forward_length": 95}, r"gate_proj.weight: expected shape \(95, 64\), got \(96, 64\)"),
-        ({"llama.rope.scaling.factor": 2.0}, r"llama\.rope\.scaling\.factor"),
+        (
+            {"llama.rope.scaling.factor": 2.0},
+            r"rope\.scaling\.factor = 2\.0: scaled rotary frequencies are not",
+        ),
+        (
+            {"llama.rope.scaling.type": "yarn"},
+            r"rope\.scaling\.type = 'yarn': scaled rotary frequencies are not",
+        ),
+        (
+            {"llama.rope.scale_linear": 4.0},
+            r"rope\.scale_linear = 4\.0: scaled rotary frequencies are not read",
+        ),
+        ({"llama.expert_count": 8}, r"llama\.expert_count = 8: the key is not read from GGUF"),
+        ({"llama.attention.sliding_window": 64}, r"attention\.sliding_window = 64: the key is not read"),
+        ({"llama.rope.dimension_count": 8}, r"rope\.dimension_count: expected 16, the heads' width, got 8"),
+        ({"llama.attention.value_length": 8}, r"value_length: expected 16, the heads' width, got 8"),
+        ({"llama.attention.head_count": [4, 4]}, r"attention\.head_count: expected a number, got \[4, 4\]"),
+        ({"llama.attention.head_count": 5}, r"head_count: expected a divisor of embedding_length 64, got 5"),
+        ({"llama.attention.head_count_kv": 0}, r"head_count_kv: expected an integer of at least 1, got 0"),
+        ({"llama.block_count": "two"}, r"llama\.block_count: expected a number, got 'two'"),
+        ({"llama.context_length": None}, r"metadata key 'llama\.context_length' is missing"),
+        ({"llama.embedding_length": None}, r"metadata key 'llama\.embedding_length' is missing"),
         ({"tokenizer.ggml.pre": "llama-bpe"}, r"tokenizer\.ggml\.pre: expected 'smollm', got 'llama-bpe'"),
         ({"tokenizer.ggml.merges": None}, r"metadata key 'tokenizer\.ggml\.merges' is missing"),
     ],
@@ -138,6 +159,60 @@ def test_a_file_that_is_not_understood_is_refused_and_nothing_is_left(given, tmp
     with pytest.raises(InputError, match=message):
         convert_gguf("small.gguf", tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+def config_of(given, folder, **changes):
+    """The config.json of the file with these keys, None for one that is absent."""
+    given[0].update(changes)
+    for key in [key for key, value in given[0].items() if value is None]:
+        del given[0][key]
+    convert_gguf("small.gguf", folder)
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_keys_that_may_be_absent_have_the_specifications_defaults(given, tmp_path):
+    keys = ("llama.rope.dimension_count", "llama.vocab_size", "llama.rope.freq_base")
+    whole = config_of(given, tmp_path / "whole")
+    assert config_of(given, tmp_path / "short", **dict.fromkeys(keys)) == whole
+    for key, values in given[1].items():
+        if key.endswith(("attn_k.weight", "attn_v.weight")):
+            given[1][key] = np.concatenate([values, values])
+    found = config_of(given, tmp_path / "heads", **{"llama.attention.head_count_kv": None})
+    assert found["num_key_value_heads"] == HEADS
+
+
+def test_a_key_length_is_the_width_of_the_heads(given, tmp_path):
+    given[0]["llama.attention.head_count"], given[0]["llama.attention.head_count_kv"] = 2, 1
+    wide = {"attention.key_length": 32, "attention.value_length": 32, "rope.dimension_count": 32}
+    found = config_of(given, tmp_path / "wide", **{f"llama.{key}": value for key, value in wide.items()})
+    assert found["head_dim"] == 32 and C // 2 == 32
+    for name, values in given[1].items():  # heads whose widths do not add up to the hidden size
+        if "attn_" in name and "norm" not in name:
+            axis = 1 if "output" in name else 0
+            given[1][name] = np.concatenate([values, values], axis)
+    wide = dict.fromkeys(wide, 64)
+    found = config_of(given, tmp_path / "wider", **{f"llama.{key}": value for key, value in wide.items()})
+    assert found["head_dim"] == 64 and load_model(tmp_path / "wider").layers[0].self_attn.D == 64
+
+
+def test_rotary_frequencies_that_are_not_scaled_are_read(given, tmp_path):
+    plain = config_of(given, tmp_path / "plain")
+    off = {
+        "llama.rope.scaling.type": "none",
+        "llama.rope.scaling.factor": 4.0,
+        "llama.rope.scaling.finetuned": True,
+    }
+    assert config_of(given, tmp_path / "none", **off) == plain
+    one = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 1.0, "llama.expert_count": 0}
+    assert config_of(given, tmp_path / "one", **one) == plain
+
+
+def test_llama_3s_frequencies_are_named(given, tmp_path):
+    given[1]["rope_freqs.weight"] = np.ones(8, dtype=np.float32)
+    with pytest.raises(
+        InputError, match=r"rope_freqs\.weight: Llama 3's scaled rotary frequencies are not read"
+    ):
+        convert_gguf("small.gguf", tmp_path / "model")
 
 
 def test_an_unknown_tensor_is_named(given, tmp_path):
@@ -158,10 +233,9 @@ def test_without_the_packages_the_way_out_is_named(tmp_path, monkeypatch):
         main(Config(tmp_path / "model", tmp_path / "small.gguf"))
 
 
-def test_a_file_is_read_and_its_blocks_multiplied_out(small, tmp_path):
-    gguf = pytest.importorskip("gguf")
+def written(gguf, small, file):
+    """`small` as a GGUF file with blocks of 4 and 8 bits."""
     fields, tensors, _ = small
-    file = tmp_path / "small.gguf"
     writer = gguf.GGUFWriter(file, "llama")
     for key, value in fields.items():
         if isinstance(value, str) and key != "general.architecture":
@@ -180,7 +254,13 @@ def test_a_file_is_read_and_its_blocks_multiplied_out(small, tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return file
 
+
+def test_a_file_is_read_and_its_blocks_multiplied_out(small, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    fields, tensors, _ = small
+    file = written(gguf, small, tmp_path / "small.gguf")
     read_fields, read_tensors = convert._read(file)
     assert {key: read_fields[key] for key in fields} == fields
     blocks = tensors["blk.0.ffn_up.weight"].reshape(-1, 32)
@@ -200,6 +280,46 @@ def test_a_file_is_read_and_its_blocks_multiplied_out(small, tmp_path):
     assert not (tmp_path / "other").exists()
     with pytest.raises(InputError, match="no such file"):
         convert_gguf(tmp_path / "absent.gguf", tmp_path / "other")
+
+
+def test_bytes_put_in_or_cut_out_anywhere_are_refused(small, tmp_path):
+    """Wherever they are: otherwise every weight behind them is a wrong one, without a word."""
+    gguf = pytest.importorskip("gguf")
+    file = written(gguf, small, tmp_path / "small.gguf")
+    whole, reader = file.read_bytes(), gguf.GGUFReader(file)
+    data, places = int(reader.data_offset), [int(t.data_offset) for t in reader.tensors]
+    for at in (30, data - 1, data, places[3], places[3] + 7, places[-1], len(whole)):
+        for size in (1, 32):
+            for changed in (whole[:at] + bytes(size) + whole[at:], whole[:at] + whole[at + size :]):
+                if changed == whole:
+                    continue
+                file.write_bytes(changed)
+                with pytest.raises(InputError, match=r"small\.gguf: "):
+                    convert._read(file)
+    file.write_bytes(whole[:data] + bytes(64) + whole[data:])
+    with pytest.raises(
+        InputError, match=rf"gguf: {len(whole) + 64} bytes, expected {len(whole)}, where its last"
+    ):
+        convert._read(file)
+
+
+def test_tensors_that_overlap_or_leave_room_are_refused(tmp_path):
+    file = tmp_path / "small.gguf"
+    file.write_bytes(bytes(256))
+    spans = [("b", 160, 96), ("a", 64, 90)]  # 90 bytes, then 6 up to the alignment
+    convert._check_layout(file, spans, 64, 32)
+    for changed, message in (
+        (
+            [("b", 128, 96), ("a", 64, 90)],
+            "tensor 'b' begins at byte 128, expected 160, where the one before ends",
+        ),
+        ([("b", 192, 64), ("a", 64, 90)], "tensor 'b' begins at byte 192, expected 160"),
+        ([("b", 160, 96), ("a", 96, 58)], "tensor 'a' begins at byte 96, expected 64"),
+        ([("b", 160, 97), ("a", 64, 90)], "256 bytes, expected 257, where its last tensor ends"),
+        ([("b", 160, 64), ("a", 64, 90)], "256 bytes, expected 224, where its last tensor ends"),
+    ):
+        with pytest.raises(InputError, match=message):
+            convert._check_layout(file, changed, 64, 32)
 
 
 @pytest.mark.slow

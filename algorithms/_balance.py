@@ -1,0 +1,76 @@
+"""The balance loss of a mixture of experts in a run: what a micro-batch adds to its loss, and what a step logs.
+
+    loss of the step + coefficient * sum over micro-batches (its share of the tokens) (its balance)
+
+A balance is a product of two means, so that of a batch is not the mean of its parts': each micro-batch of each process
+has its own, as in transformers and TRL, which weigh all micro-batches alike. docs/moe.md says which tokens count.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model.errors import InputError
+from ..model.moe import pooled_balance
+from ..model.scalar import ScalarModel
+from ..model.transformer import Transformer
+from ._distributed import sum_over_processes
+
+
+class Balance:
+    """balance = Balance(cfg, model)              Raises InputError for flags that a model without experts ignores.
+
+    (loss + balance.loss(share)).backward()    behind every forward pass that is trained
+    run.log(metrics | balance.metrics())       once a step
+    """
+
+    def __init__(self, cfg: Any, model: Transformer | ScalarModel):
+        self.model = model
+        self.coefficient, self.pooled = cfg.router_aux_loss_coef, cfg.balance == "pooled"
+        experts = model.config.experts
+        layers = 0 if experts is None else sum(experts.layers)
+        flags = {"router-aux-loss-coef": self.coefficient is not None, "balance": not self.pooled}
+        for flag in (name for name, given in flags.items() if given and not layers):
+            raise InputError(f"--{flag}: {cfg.model} has no experts to balance: leave the flag out")
+        width = experts.num_experts if experts else 0
+        self.counts = torch.zeros(layers, width, dtype=torch.int64, device=cfg.device)
+        self.sums = torch.zeros(
+            3, dtype=torch.float64, device=cfg.device
+        )  # of share, share * balance, dropped
+
+    def loss(self, share: float, other: ScalarModel | None = None) -> Tensor:
+        """Of the model's latest forward pass, times the coefficient and the share of the step's tokens that were in it.
+
+        other: a second model that is trained, a critic; its balance is in no metric.
+        """
+        body = self.model if other is None else other
+        body = body.body if isinstance(body, ScalarModel) else body
+        experts = body.config.experts
+        if experts is not None and body.routing and share and other is None:
+            self.counts += torch.stack([said.counts for said in body.routing])
+            balance = pooled_balance(body.routing, experts.top_k).detach().double()
+            dropped = torch.stack([said.dropped for said in body.routing]).sum().double()
+            self.sums += torch.stack([torch.full_like(balance, share), share * balance, dropped])
+        return share * body.balance_loss(self.coefficient, pooled=self.pooled)
+
+    def metrics(self) -> dict[str, float]:
+        """Of what was trained since the latest call, on all processes; empty where nothing or without experts.
+
+        balance: pooled over layers, whichever is trained; K where the load is even. busiest_expert: of all layers, its
+        share of the choices over the even one, 1 where all are. dropped: choices that found their expert full.
+        """
+        if not self.counts.numel():
+            return {}
+        counts, (shares, balance, dropped) = self._over_processes()
+        if not shares:
+            return {}
+        loads = counts * counts.shape[1] / counts.sum(1, keepdim=True).clamp(min=1)
+        return {"balance": balance / shares, "busiest_expert": loads.max().item(), "dropped": dropped}
+
+    def _over_processes(self) -> tuple[Tensor, list[float]]:
+        """The counts and sums so far, which begin anew."""
+        totals = sum_over_processes(torch.cat([self.sums, self.counts.flatten().double()]).cpu())
+        self.counts.zero_()
+        self.sums.zero_()
+        return totals[3:].view(self.counts.shape), totals[:3].tolist()

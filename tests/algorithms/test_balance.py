@@ -1,0 +1,169 @@
+"""The balance loss in every trainer: it is added, by the flags or config.json, logged, and refused without experts."""
+
+import dataclasses
+import importlib.util
+import inspect
+import json
+import sys
+
+import pytest
+import torch
+from burnish.algorithms import distill, dpo, grpo, kto, ppo, reward, sft
+from burnish.algorithms._balance import Balance
+from burnish.algorithms._sums import demonstration_row, prompt_row, split_problems
+from burnish.model.checkpoint import load_model, save_model
+from burnish.model.config import Experts
+from burnish.model.errors import InputError
+from burnish.model.packed import pack
+from burnish.model.tokenizer import Tokenizer
+from burnish.model.transformer import Transformer
+
+TRAINERS = {m.__name__.rpartition(".")[2]: m for m in (sft, dpo, reward, kto, grpo, ppo, distill)}
+GATES = [f"layers.{i}.mlp.gate.weight" for i in range(2)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def place(model_folder, tmp_path):
+    """A model with four experts in each layer, two for a token, that prefers some of them; and rows of every shape."""
+    dense = load_model(model_folder).config
+    config = dataclasses.replace(
+        dense, model_type="mixtral", initializer_range=0.3,
+        experts=Experts(4, 2, 24, (True, True), renormalize=True, balance_coefficient=0.05),
+    )  # fmt: skip
+    save_model(Transformer(config, seed=3), tmp_path / "sparse", Tokenizer.load(model_folder))
+    problems = split_problems(0)[0][:8]
+    rows = [demonstration_row(problem) for problem in problems]
+    shapes = {
+        "sft": rows,
+        "dpo": [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": "9"} for r in rows],
+        "kto": [row | {"label": i % 2 == 0} for i, row in enumerate(rows)],
+        "grpo": [prompt_row(problem) for problem in problems],
+    }
+    shapes |= {"reward": shapes["dpo"], "ppo": shapes["grpo"], "distill": shapes["sft"]}
+    for name, made in shapes.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    (tmp_path / "rewards.py").write_text(
+        "def length(completions, **_):\n    return [float(len(c) + i) for i, c in enumerate(completions)]\n"
+    )
+    return tmp_path
+
+
+def step_of(name, module, place, **more):
+    """The gradients of one step, by name behind the number of the model; and what it logged."""
+    found, models = {}, []
+    step = module.optimizer_step
+
+    def keep(model, *rest):
+        if not any(model is earlier for earlier in models):
+            models.append(model)
+            grads = {n.removeprefix("body."): p.grad for n, p in model.named_parameters()}
+            found.update(
+                {f"{len(models)}/{n}": grad.clone() for n, grad in grads.items() if grad is not None}
+            )
+        return step(model, *rest)
+
+    if name in ("grpo", "ppo"):
+        flags = {"reward": (f"{place}/rewards.py:length",), "prompts_per_step": 4, "group_size": 2}
+        flags |= {"max_new_tokens": 4, "micro_batch_tokens": 4000}
+        flags |= {"minibatches": 1, "epochs_per_rollout": 1} if name == "ppo" else {}
+    else:
+        flags = {"batch_size": 8, **({"teacher": place / "sparse"} if name == "distill" else {})}
+    output = place / f"out-{len(list(place.iterdir()))}"
+    common = {"model": place / "sparse", "data": place / f"{name}.jsonl", "output": output, "device": "cpu"}
+    module.optimizer_step = keep
+    try:
+        module.train(module.Config(**common | {"steps": 1, "learning_rate": 1e-4} | flags | more))
+    finally:
+        module.optimizer_step = step
+    return found, json.loads((output / "metrics.jsonl").read_text())
+
+
+def adds_its_balance(name, module, place):
+    """The coefficient's share of the routers' gradients, in proportion, and no other's."""
+    runs = [step_of(name, module, place, router_aux_loss_coef=c) for c in (0.0, 1.0, 2.0)]
+    none, one, two = (grads for grads, _ in runs)
+    for model in ("1/", "2/") if name == "ppo" else ("1/",):
+        for gate in GATES:
+            added = one[model + gate] - none[model + gate]
+            assert added.abs().max() > 1e-4, gate
+            torch.testing.assert_close(
+                two[model + gate] - none[model + gate], 2 * added, rtol=1e-3, atol=1e-6
+            )
+    losses = {line.get("loss", line.get("policy_loss")) for _, line in runs}
+    assert len(losses) == 1  # what is logged as the loss is without it
+    assert all(1.9 < line["balance"] < 4 and line["dropped"] == 0 for _, line in runs)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_every_trainer_adds_it(place, name):
+    adds_its_balance(name, TRAINERS[name], place)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_the_check_can_fail(place, name, monkeypatch):
+    source = inspect.getsource(TRAINERS[name])
+    assert "loss + balance.loss(" in source, "plant this control anew"
+    file = place / f"control_{name}.py"
+    file.write_text(source.replace("loss + balance.loss(", "loss + 0 * balance.loss("))
+    spec = importlib.util.spec_from_file_location(f"burnish.algorithms.control_{name}", file)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    with pytest.raises(AssertionError):
+        adds_its_balance(name, module, place)
+
+
+def test_config_json_has_the_coefficient_and_a_flag_the_pooling(place):
+    given = step_of("sft", sft, place, router_aux_loss_coef=0.05)
+    config, _ = step_of("sft", sft, place)
+    layer, line = step_of("sft", sft, place, balance="layer")
+    assert all(torch.equal(config[key], grad) for key, grad in given[0].items())
+    assert all((layer[f"1/{gate}"] - config[f"1/{gate}"]).abs().max() > 1e-5 for gate in GATES)
+    assert line["balance"] == given[1]["balance"]  # pooled, whichever is trained
+
+
+@pytest.mark.parametrize(
+    "flags, name",
+    [({"router_aux_loss_coef": 0.0}, "router-aux-loss-coef"), ({"balance": "layer"}, "balance")],
+)
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_model_without_experts_refuses_the_flags(place, model_folder, trainer, flags, name):
+    more = {"teacher": model_folder} if trainer == "distill" else {}
+    with pytest.raises(
+        InputError, match=f"--{name}: .*random-model has no experts to balance: leave the flag out"
+    ):
+        step_of(trainer, TRAINERS[trainer], place, model=model_folder, **more, **flags)
+
+
+@pytest.mark.parametrize("wrong", [-0.1, float("nan"), float("inf")])
+def test_a_coefficient_is_a_number_of_at_least_0(place, wrong):
+    with pytest.raises(InputError, match="--router-aux-loss-coef: expected a number between 0 and"):
+        step_of("sft", sft, place, router_aux_loss_coef=wrong)
+
+
+def test_micro_batches_weigh_by_their_tokens(place):
+    """Each has its own balance; the step's figure is their mean, and busiest_expert is of all their tokens."""
+    cfg = sft.Config(model=place / "sparse", data=place / "sft.jsonl", device="cpu")
+    model = load_model(place / "sparse")
+    balance, parts, counts = Balance(cfg, model), [], 0
+    for ids, share in (([[1, 2, 3]], 0.75), ([[4]], 0.25)):
+        model(pack(ids))
+        loss = balance.loss(share)
+        alone = model.balance_loss(1.0)
+        torch.testing.assert_close(loss, share * 0.05 * alone)
+        parts.append(share * alone.item())
+        counts = counts + torch.stack([said.counts for said in model.routing])
+    model(pack([[0]]))
+    assert balance.loss(0.0) == 0  # a process without a sequence: its one token is not counted
+    found = balance.metrics()
+    assert found["balance"] == pytest.approx(sum(parts))
+    assert found["busiest_expert"] == pytest.approx((counts * 4 / counts.sum(1, keepdim=True)).max().item())
+    assert balance.metrics() == {}
