@@ -4,7 +4,7 @@
     python tests/data/make_published.py         published.json anew: the logits that transformers gives them
 
 Sizes are shrunk and nothing else: keys, values, tensor names and dtypes are those of the repositories that PUBLISHED
-names, read in November 2026. Weights are small integers over 1024: exact in bfloat16, alike on any machine.
+names. Weights are small integers over 1024: exact in bfloat16, alike on any machine.
 The logits are of transformers 5.22.2, torch 2.13.0 and bitsandbytes 0.50.2, on a CPU.
 """
 
@@ -20,320 +20,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-IDS = [
-    5,
-    17,
-    60,
-    8,
-    33,
-    90,
-    41,
-    2,
-    77,
-    12,
-    64,
-    7,
-    51,
-    29,
-    83,
-    6,
-    44,
-    70,
-    11,
-    38,
-]  # longer than the tiny windows
+IDS = [*range(5, 92, 7), *range(3, 60, 9)]  # 20 tokens: longer than the tiny windows
 ROWS = 96  # of the embedding
 
-# ---- config.json
+HERE = Path(__file__).parent
+CONFIGS = json.loads((HERE / "published_configs.json").read_text())  # repository -> its config.json
 
+# ---- quantization_config
 
-def moe_of_qwen(
-    layers: int, dense: int, experts: int, expert: int, active: int, theta: float
-) -> dict[str, Any]:
-    return {
-        "attention_dropout": 0.0,
-        "bos_token_id": 151643,
-        "decoder_sparse_step": 1,
-        "hidden_act": "silu",
-        "hidden_size": 2048,
-        "initializer_range": 0.02,
-        "intermediate_size": dense,
-        "max_window_layers": layers,
-        "moe_intermediate_size": expert,
-        "num_experts": experts,
-        "num_experts_per_tok": active,
-        "num_hidden_layers": layers,
-        "output_router_logits": False,
-        "rms_norm_eps": 1e-06,
-        "rope_theta": theta,
-        "router_aux_loss_coef": 0.001,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "use_cache": True,
-        "use_sliding_window": False,
-        "vocab_size": 151936,
-    }
-
-
-def deepseek(**own: Any) -> dict[str, Any]:
-    return {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "auto_map": {
-            "AutoConfig": "configuration_deepseek.DeepseekV3Config",
-            "AutoModel": "modeling_deepseek.DeepseekV3Model",
-            "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
-        },
-        "aux_loss_alpha": 0.001,
-        "ep_size": 1,
-        "hidden_act": "silu",
-        "initializer_range": 0.02,
-        "kv_lora_rank": 512,
-        "model_type": "deepseek_v3",
-        "moe_layer_freq": 1,
-        "norm_topk_prob": True,
-        "pretraining_tp": 1,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "scoring_func": "sigmoid",
-        "seq_aux": True,
-        "tie_word_embeddings": False,
-        "topk_method": "noaux_tc",
-        "torch_dtype": "bfloat16",
-        "use_cache": True,
-        "v_head_dim": 128,
-        **own,
-    }
-
-
-GEMMA3 = {
-    "architectures": ["Gemma3ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "attn_logit_softcapping": None,
-    "bos_token_id": 2,
-    "cache_implementation": "hybrid",
-    "eos_token_id": [1, 106],
-    "final_logit_softcapping": None,
-    "head_dim": 256,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "hidden_size": 1152,
-    "initializer_range": 0.02,
-    "intermediate_size": 6912,
-    "max_position_embeddings": 32768,
-    "model_type": "gemma3_text",
-    "num_attention_heads": 4,
-    "num_hidden_layers": 26,
-    "num_key_value_heads": 1,
-    "pad_token_id": 0,
-    "query_pre_attn_scalar": 256,
-    "rms_norm_eps": 1e-06,
-    "rope_local_base_freq": 10000,
-    "rope_scaling": None,
-    "rope_theta": 1000000,
-    "sliding_window": 512,
-    "sliding_window_pattern": 6,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.50.0.dev0",
-    "use_cache": True,
-    "vocab_size": 262144,
-}
-GPT_OSS = {
-    "architectures": ["GptOssForCausalLM"],
-    "attention_bias": True,
-    "attention_dropout": 0.0,
-    "eos_token_id": 200002,
-    "experts_per_token": 4,
-    "head_dim": 64,
-    "hidden_act": "silu",
-    "hidden_size": 2880,
-    "initial_context_length": 4096,
-    "initializer_range": 0.02,
-    "intermediate_size": 2880,
-    "layer_types": ["sliding_attention", "full_attention"] * 12,
-    "max_position_embeddings": 131072,
-    "model_type": "gpt_oss",
-    "num_attention_heads": 64,
-    "num_experts_per_tok": 4,
-    "num_hidden_layers": 24,
-    "num_key_value_heads": 8,
-    "num_local_experts": 32,
-    "output_router_logits": False,
-    "pad_token_id": 199999,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": {
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "factor": 32.0,
-        "original_max_position_embeddings": 4096,
-        "rope_type": "yarn",
-        "truncate": False,
-    },
-    "rope_theta": 150000,
-    "router_aux_loss_coef": 0.9,
-    "sliding_window": 128,
-    "swiglu_limit": 7.0,
-    "tie_word_embeddings": False,
-    "transformers_version": "4.55.0.dev0",
-    "use_cache": True,
-    "vocab_size": 201088,
-}
 MXFP4 = {
     "modules_to_not_convert": [
         *("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"),
     ],
     "quant_method": "mxfp4",
 }
-DEEPSEEK_V3 = deepseek(
-    bos_token_id=0,
-    eos_token_id=1,
-    first_k_dense_replace=3,
-    hidden_size=7168,
-    intermediate_size=18432,
-    max_position_embeddings=163840,
-    moe_intermediate_size=2048,
-    n_group=8,
-    n_routed_experts=256,
-    n_shared_experts=1,
-    num_attention_heads=128,
-    num_experts_per_tok=8,
-    num_hidden_layers=61,
-    num_key_value_heads=128,
-    num_nextn_predict_layers=1,
-    q_lora_rank=1536,
-    rms_norm_eps=1e-06,
-    rope_scaling={
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "factor": 40,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-        "original_max_position_embeddings": 4096,
-        "type": "yarn",
-    },
-    rope_theta=10000,
-    routed_scaling_factor=2.5,
-    topk_group=4,
-    transformers_version="4.33.1",
-    vocab_size=129280,
-)
 FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
-MOONLIGHT = deepseek(
-    bos_token_id=163584,
-    eos_token_id=163585,
-    first_k_dense_replace=1,
-    hidden_size=2048,
-    intermediate_size=11264,
-    max_position_embeddings=8192,
-    moe_intermediate_size=1408,
-    n_group=1,
-    n_routed_experts=64,
-    n_shared_experts=2,
-    num_attention_heads=16,
-    num_experts_per_tok=6,
-    num_hidden_layers=27,
-    num_key_value_heads=16,
-    num_nextn_predict_layers=0,
-    pad_token_id=163838,
-    q_lora_rank=None,
-    rms_norm_eps=1e-05,
-    rope_scaling=None,
-    rope_theta=50000.0,
-    routed_scaling_factor=2.446,
-    topk_group=1,
-    transformers_version="4.48.3",
-    vocab_size=163840,
-)
-QWEN3_MOE = moe_of_qwen(48, 6144, 128, 768, 8, 1000000.0) | {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "attention_bias": False,
-    "eos_token_id": 151645,
-    "head_dim": 128,
-    "max_position_embeddings": 40960,
-    "mlp_only_layers": [],
-    "model_type": "qwen3_moe",
-    "norm_topk_prob": True,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "rope_scaling": None,
-    "sliding_window": None,
-    "transformers_version": "4.51.0",
-}
-QWEN2_MOE = moe_of_qwen(24, 5632, 60, 1408, 4, 1000000.0) | {
-    "architectures": ["Qwen2MoeForCausalLM"],
-    "eos_token_id": 151643,
-    "max_position_embeddings": 8192,
-    "max_window_layers": 21,
-    "model_type": "qwen2_moe",
-    "norm_topk_prob": False,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "shared_expert_intermediate_size": 5632,
-    "sliding_window": 32768,
-    "transformers_version": "4.39.0.dev0",
-}
-LLAMA_2 = {
-    "_name_or_path": "meta-llama/Llama-2-7b-hf",
-    "architectures": ["LlamaForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "initializer_range": 0.02,
-    "intermediate_size": 11008,
-    "max_position_embeddings": 4096,
-    "model_type": "llama",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 32,
-    "pretraining_tp": 1,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": None,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "float16",
-    "transformers_version": "4.38.0",
-    "use_cache": True,
-    "vocab_size": 32000,
-}
-LLAMA_3_2 = {
-    "architectures": ["LlamaForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 128000,
-    "eos_token_id": 128009,
-    "head_dim": 64,
-    "hidden_act": "silu",
-    "hidden_size": 2048,
-    "initializer_range": 0.02,
-    "intermediate_size": 8192,
-    "max_position_embeddings": 131072,
-    "mlp_bias": False,
-    "model_type": "llama",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 16,
-    "num_key_value_heads": 8,
-    "pad_token_id": 128004,
-    "pretraining_tp": 1,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": {
-        "factor": 32.0,
-        "high_freq_factor": 4.0,
-        "low_freq_factor": 1.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.52.0.dev0",
-    "unsloth_fixed": True,
-    "use_cache": True,
-    "vocab_size": 128256,
-}
 BNB = {
     "_load_in_4bit": True,
     "_load_in_8bit": False,
@@ -626,49 +327,71 @@ def quantized(config: dict[str, Any], how: dict[str, Any]) -> dict[str, Any]:
 PUBLISHED: dict[str, tuple[dict[str, Any], Callable, int, int]] = {
     "google/gemma-3-1b-it": (
         shrunk(
-            GEMMA3,
+            CONFIGS["google/gemma-3-1b-it"],
             TINY | {"head_dim": 16, "num_hidden_layers": 7, "query_pre_attn_scalar": 16, "sliding_window": 6},
             eos_token_id=[2, 3],
         ),
         *(plain, 1, 1),
     ),
-    "unsloth/gpt-oss-20b-BF16": (shrunk(GPT_OSS, TINY_OSS) | {"torch_dtype": "bfloat16"}, plain, 2, 0),
-    "openai/gpt-oss-20b": (quantized(shrunk(GPT_OSS, TINY_OSS), MXFP4), plain, 2, 0),
+    "unsloth/gpt-oss-20b-BF16": (
+        shrunk(CONFIGS["openai/gpt-oss-20b"], TINY_OSS) | {"torch_dtype": "bfloat16"},
+        plain,
+        2,
+        0,
+    ),
+    "openai/gpt-oss-20b": (quantized(shrunk(CONFIGS["openai/gpt-oss-20b"], TINY_OSS), MXFP4), plain, 2, 0),
     "unsloth/DeepSeek-V3-bf16": (
-        shrunk(DEEPSEEK_V3, TINY_LATENT, n_group=4, topk_group=2, q_lora_rank=24),
+        shrunk(CONFIGS["deepseek-ai/DeepSeek-V3"], TINY_LATENT, n_group=4, topk_group=2, q_lora_rank=24),
         *(plain, 3, 0),
     ),
     "deepseek-ai/DeepSeek-V3": (
-        quantized(shrunk(DEEPSEEK_V3, TINY_LATENT, n_group=4, topk_group=2, q_lora_rank=24), FP8),
+        quantized(
+            shrunk(CONFIGS["deepseek-ai/DeepSeek-V3"], TINY_LATENT, n_group=4, topk_group=2, q_lora_rank=24),
+            FP8,
+        ),
         *(in_fp8, 3, 0),
     ),
-    "moonshotai/Moonlight-16B-A3B-Instruct": (shrunk(MOONLIGHT, TINY_LATENT), plain, 2, 0),
+    "moonshotai/Moonlight-16B-A3B": (
+        shrunk(CONFIGS["moonshotai/Moonlight-16B-A3B"], TINY_LATENT),
+        plain,
+        2,
+        0,
+    ),
     "Qwen/Qwen3-30B-A3B": (
-        shrunk(QWEN3_MOE, TINY_MOE | {"head_dim": 16, "num_key_value_heads": 2, "num_experts": 8}),
+        shrunk(
+            CONFIGS["Qwen/Qwen3-30B-A3B"],
+            TINY_MOE | {"head_dim": 16, "num_key_value_heads": 2, "num_experts": 8},
+        ),
         *(plain, 2, 0),
     ),
     "Qwen/Qwen1.5-MoE-A2.7B": (
         shrunk(
-            QWEN2_MOE,
+            CONFIGS["Qwen/Qwen1.5-MoE-A2.7B"],
             TINY_MOE | {"num_key_value_heads": 4, "num_experts": 6, "shared_expert_intermediate_size": 40},
         ),
         *(plain, 2, 0),
     ),
-    "meta-llama/Llama-2-7b-chat-hf": (shrunk(LLAMA_2, TINY_LLAMA_2), plain, 2, 1),
+    "meta-llama/Llama-2-7b-hf": (shrunk(CONFIGS["meta-llama/Llama-2-7b-hf"], TINY_LLAMA_2), plain, 2, 1),
     "unsloth/Llama-3.2-1B-Instruct-bnb-4bit": (
-        quantized(shrunk(LLAMA_3_2, TINY_LLAMA_3), BNB | {"llm_int8_skip_modules": None}),
+        quantized(
+            shrunk(CONFIGS["unsloth/Llama-3.2-1B-Instruct"], TINY_LLAMA_3),
+            BNB | {"llm_int8_skip_modules": None},
+        ),
         *(in_nf4([]), 1, 0),
     ),
     "unsloth/Llama-3.2-1B-Instruct-unsloth-bnb-4bit": (
-        quantized(shrunk(LLAMA_3_2, TINY_LLAMA_3), BNB | {"llm_int8_skip_modules": SKIPPED}),
+        quantized(
+            shrunk(CONFIGS["unsloth/Llama-3.2-1B-Instruct"], TINY_LLAMA_3),
+            BNB | {"llm_int8_skip_modules": SKIPPED},
+        ),
         *(in_nf4(SKIPPED), 1, 0),
     ),
     "TheBloke/Llama-2-7B-Chat-GPTQ": (
-        quantized(shrunk(LLAMA_2, TINY_LLAMA_2), GPTQ),
+        quantized(shrunk(CONFIGS["meta-llama/Llama-2-7b-hf"], TINY_LLAMA_2), GPTQ),
         *(in_gptq, 1, 0),
     ),
     "TheBloke/Llama-2-7B-Chat-AWQ": (
-        quantized(shrunk(LLAMA_2, TINY_LLAMA_2), AWQ),
+        quantized(shrunk(CONFIGS["meta-llama/Llama-2-7b-hf"], TINY_LLAMA_2), AWQ),
         *(in_awq, 1, 0),
     ),
 }
@@ -761,5 +484,5 @@ if __name__ == "__main__":
             values = logits(name, Path(folder, name))[[1, len(IDS) // 2, -1]]
             golden[name] = [[round(value, 6) for value in row] for row in values.tolist()]
     made_by = f"python tests/data/make_published.py, transformers {transformers.__version__}"
-    file = Path(__file__).parent / "published.json"
+    file = HERE / "published.json"
     file.write_text(json.dumps({"made_by": made_by, "golden": golden}) + "\n")
