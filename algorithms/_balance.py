@@ -35,30 +35,29 @@ class Balance:
             raise InputError(f"--{flag}: {cfg.model} has no experts to balance: leave the flag out")
         width = experts.num_experts if experts else 0
         self.counts = torch.zeros(layers, width, dtype=torch.int64, device=cfg.device)
-        self.sums = torch.zeros(
-            3, dtype=torch.float64, device=cfg.device
-        )  # of share, share * balance, dropped
+        # share, share * balance, dropped
+        self.sums = torch.zeros(3, dtype=torch.float64, device=cfg.device)
 
     def loss(self, share: float, other: ScalarModel | None = None) -> Tensor:
-        """Of the model's latest forward pass, times the coefficient and the share of the step's tokens that were in it.
+        """The balance of the model's latest forward pass, times the coefficient and its share of the step's tokens.
 
-        other: a second model that is trained, a critic; its balance is in no metric.
+        other: a second model that is trained, a critic. Its balance is in no metric.
         """
         body = self.model if other is None else other
         body = body.body if isinstance(body, ScalarModel) else body
         experts = body.config.experts
         if experts is not None and body.routing and share and other is None:
-            self.counts += torch.stack([said.counts for said in body.routing])
+            self.counts += torch.stack([layer.counts for layer in body.routing])  # (layers, E)
             balance = pooled_balance(body.routing, experts.top_k).detach().double()
-            dropped = torch.stack([said.dropped for said in body.routing]).sum().double()
+            dropped = torch.stack([layer.dropped for layer in body.routing]).sum().double()
             self.sums += torch.stack([torch.full_like(balance, share), share * balance, dropped])
         return share * body.balance_loss(self.coefficient, pooled=self.pooled)
 
     def metrics(self) -> dict[str, float]:
-        """Of what was trained since the latest call, on all processes; empty where nothing or without experts.
+        """Means over what was trained since the latest call, on all processes; empty without that or without experts.
 
-        balance: pooled over layers, whichever is trained; K where the load is even. busiest_expert: of all layers, its
-        share of the choices over the even one, 1 where all are. dropped: choices that found their expert full.
+        balance: pooled over layers, whichever of the two is trained; K where the load is even. busiest_expert: the
+        largest load of one in any layer over the even load, 1 where it is even. dropped: choices whose expert was full.
         """
         if not self.counts.numel():
             return {}
@@ -69,7 +68,7 @@ class Balance:
         return {"balance": balance / shares, "busiest_expert": loads.max().item(), "dropped": dropped}
 
     def _over_processes(self) -> tuple[Tensor, list[float]]:
-        """The counts and sums so far, which begin anew."""
+        """The counts (layers, E) and the three sums so far, which begin anew."""
         totals = sum_over_processes(torch.cat([self.sums, self.counts.flatten().double()]).cpu())
         self.counts.zero_()
         self.sums.zero_()
