@@ -23,22 +23,12 @@ TRAINERS = {m.__name__.rpartition(".")[2]: m for m in (sft, dpo, reward, kto, gr
 GATES = [f"layers.{i}.mlp.gate.weight" for i in range(2)]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def place(model_folder, tmp_path):
     """A model with four experts in each layer, two for a token, that prefers some of them; and rows of every shape."""
     dense = load_model(model_folder).config
-    config = dataclasses.replace(
-        dense, model_type="mixtral", initializer_range=0.3,
-        experts=Experts(4, 2, 24, (True, True), renormalize=True, balance_coefficient=0.05),
-    )  # fmt: skip
+    experts = Experts(4, 2, 24, (True, True), renormalize=True, balance_coefficient=0.05)
+    config = dataclasses.replace(dense, model_type="mixtral", initializer_range=0.3, experts=experts)
     save_model(Transformer(config, seed=3), tmp_path / "sparse", Tokenizer.load(model_folder))
     problems = split_problems(0)[0][:8]
     rows = [demonstration_row(problem) for problem in problems]
