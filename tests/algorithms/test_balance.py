@@ -171,6 +171,15 @@ def test_a_model_without_experts_refuses_the_flags(place, model_folder, trainer,
         step_of(trainer, TRAINERS[trainer], place, model=model_folder, **more, **flags)
 
 
+def test_the_flags_reach_a_critic_with_experts_beside_a_model_without(place, model_folder):
+    models = {"model": model_folder, "critic": place / "sparse"}
+    runs = [step_of("ppo", ppo, place, **models, router_aux_loss_coef=c) for c in (0.0, 1.0)]
+    assert all((runs[1][0][f"2/{gate}"] - runs[0][0][f"2/{gate}"]).abs().max() > 1e-4 for gate in GATES)
+    assert "balance" not in runs[1][1]  # the critic's is in no metric
+    with pytest.raises(InputError, match="has no experts to balance: leave the flag out"):
+        step_of("ppo", ppo, place, **models | {"critic": model_folder}, balance="layer")
+
+
 @pytest.mark.parametrize("wrong", [-0.1, float("nan"), float("inf")])
 def test_a_coefficient_is_a_number_of_at_least_0(place, wrong):
     with pytest.raises(InputError, match="--router-aux-loss-coef: expected a number between 0 and"):
