@@ -19,46 +19,46 @@ from ._distributed import sum_over_processes
 
 
 class Balance:
-    """balance = Balance(cfg, model)              Raises InputError for flags that a model without experts ignores.
+    """balance = Balance(cfg, model)              Raises InputError for flags that models without experts ignore.
 
     (loss + balance.loss(share)).backward()    behind every forward pass that is trained
     run.log(metrics | balance.metrics())       once a step
+
+    critic: a second model that is trained. Its balance is in no metric.
     """
 
-    def __init__(self, cfg: Any, model: Transformer | ScalarModel):
+    def __init__(self, cfg: Any, model: Transformer | ScalarModel, critic: ScalarModel | None = None):
         self.model = model
         self.coefficient, self.pooled = cfg.router_aux_loss_coef, cfg.balance == "pooled"
-        experts = model.config.experts
-        layers = 0 if experts is None else sum(experts.layers)
+        layers, width = _layers_and_experts(model)
         flags = {"router-aux-loss-coef": self.coefficient is not None, "balance": not self.pooled}
-        for flag in (name for name, given in flags.items() if given and not layers):
-            raise InputError(f"--{flag}: {cfg.model} has no experts to balance: leave the flag out")
-        width = experts.num_experts if experts else 0
+        if not layers and (critic is None or not _layers_and_experts(critic)[0]):
+            for flag in (name for name, given in flags.items() if given):
+                raise InputError(f"--{flag}: {cfg.model} has no experts to balance: leave the flag out")
         self.counts = torch.zeros(layers, width, dtype=torch.int64, device=cfg.device)
-        self.sums = torch.zeros(
-            3, dtype=torch.float64, device=cfg.device
-        )  # of share, share * balance, dropped
+        # share, share * balance, dropped
+        self.sums = torch.zeros(3, dtype=torch.float64, device=cfg.device)
 
-    def loss(self, share: float, other: ScalarModel | None = None) -> Tensor:
-        """Of the model's latest forward pass, times the coefficient and the share of the step's tokens that were in it.
+    def loss(self, share: float, critic: ScalarModel | None = None) -> Tensor:
+        """The balance of the latest forward pass, times the coefficient and that pass's share of the step's tokens.
 
-        other: a second model that is trained, a critic; its balance is in no metric.
+        Of the model's pass, or of the critic's where one is given.
         """
-        body = self.model if other is None else other
+        body = self.model if critic is None else critic
         body = body.body if isinstance(body, ScalarModel) else body
         experts = body.config.experts
-        if experts is not None and body.routing and share and other is None:
-            self.counts += torch.stack([said.counts for said in body.routing])
+        if experts is not None and body.routing and share and critic is None:
+            self.counts += torch.stack([layer.counts for layer in body.routing])  # (layers, E)
             balance = pooled_balance(body.routing, experts.top_k).detach().double()
-            dropped = torch.stack([said.dropped for said in body.routing]).sum().double()
+            dropped = torch.stack([layer.dropped for layer in body.routing]).sum().double()
             self.sums += torch.stack([torch.full_like(balance, share), share * balance, dropped])
         return share * body.balance_loss(self.coefficient, pooled=self.pooled)
 
     def metrics(self) -> dict[str, float]:
-        """Of what was trained since the latest call, on all processes; empty where nothing or without experts.
+        """Means over what was trained since the latest call, on all processes; empty without that or without experts.
 
-        balance: pooled over layers, whichever is trained; K where the load is even. busiest_expert: of all layers, its
-        share of the choices over the even one, 1 where all are. dropped: choices that found their expert full.
+        balance: pooled over layers, whichever of the two is trained; K where the load is even. busiest_expert: the
+        largest load of one in any layer over the even load, 1 where it is even. dropped: choices whose expert was full.
         """
         if not self.counts.numel():
             return {}
@@ -69,8 +69,14 @@ class Balance:
         return {"balance": balance / shares, "busiest_expert": loads.max().item(), "dropped": dropped}
 
     def _over_processes(self) -> tuple[Tensor, list[float]]:
-        """The counts and sums so far, which begin anew."""
+        """The counts (layers, E) and the three sums so far, which begin anew."""
         totals = sum_over_processes(torch.cat([self.sums, self.counts.flatten().double()]).cpu())
         self.counts.zero_()
         self.sums.zero_()
         return totals[3:].view(self.counts.shape), totals[:3].tolist()
+
+
+def _layers_and_experts(model: Transformer | ScalarModel) -> tuple[int, int]:
+    """How many layers have experts, and how many each of them has."""
+    experts = model.config.experts
+    return (0, 0) if experts is None else (sum(experts.layers), experts.num_experts)

@@ -34,7 +34,7 @@ def check_ids(items: Iterable[Item], tokenizer: Tokenizer, rows: int, name: str 
 
 
 def check_sequence(where: str, ids: Sequence[int], tokenizer: Tokenizer, rows: int, name: str) -> None:
-    """The same of one sequence, which stands at `where`."""
+    """Raises InputError where `ids`, the sequence that stands at `where`, hold one of `rows` or more."""
     wrong = next((token for token in ids if token >= rows), None)
     if wrong is None:
         return

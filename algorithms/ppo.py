@@ -170,11 +170,11 @@ def train(cfg: Config) -> Path:
     reward_model = load_reward_model(cfg, tokenizer, prompts) if cfg.reward_model else None
     model = load_trainee(cfg)
     check_model(model, tokenizer, prompts, max(len(p.tokens) for p in prompts) + cfg.max_new_tokens)
-    balance = Balance(cfg, model)
     reference, critic, critic_optimizer = frozen_copy(model), None, None
     if cfg.advantage == "gae":
         critic = load_scalar_trainee(cfg, cfg.critic or cfg.reward_model or cfg.model)
         check_model(critic, tokenizer, prompts, 0, "the critic")
+    balance = Balance(cfg, model, critic)
     shard(model, reference, reward_model, critic)
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay, eps=1e-5)
     parts = {"model": model, "optimizer": optimizer}

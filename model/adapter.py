@@ -150,13 +150,13 @@ def _has_tied_head(model: Model) -> bool:
 
 
 def _is_saved(model: Model, config: LoraConfig, name: str) -> bool:
-    """Is our parameter trained whole? A tied matrix that stays one is so, whichever of its modules is named."""
+    """Whether our parameter is trained whole. A tied matrix that stays one is so, whichever of its modules is named."""
     also = config.tied and _has_tied_head(model) and name == "embed_tokens.weight"
     return config.whole(hf_name(name).rpartition(".")[0]) or (also and config.whole("lm_head"))
 
 
 def _splits_the_head(model: Model, config: LoraConfig) -> bool:
-    """Do the head and the embedding, one matrix in the base, become two? An adapter of the head acts on its product
+    """Whether head and embedding, one matrix in the base, become two. An adapter of the head acts on its product
     alone, and what is trained whole are copies, as PEFT has it."""
     if not _has_tied_head(model):
         return False

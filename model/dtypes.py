@@ -20,7 +20,7 @@ class TooLarge(InputError):
 
 @dataclass(frozen=True)
 class Dtypes:
-    """Of a folder's tensors. usual: of most of its numbers. others: of tensors in another dtype, by name on disk."""
+    """Dtypes of a folder's tensors. usual: of most of its numbers. others: the tensors in another, by name on disk."""
 
     usual: torch.dtype
     others: dict[str, torch.dtype] = field(default_factory=dict)

@@ -22,7 +22,7 @@ ONE_BY_ONE = re.compile(r".*\.experts\.\d+\..*")
 
 
 def fused_on_disk(config: ModelConfig, names: Iterable[str]) -> bool:
-    """Are the experts of `config`, which are published one by one, fused in a folder of tensors with these names?"""
+    """Whether the experts of `config`, published one by one, are fused in a folder of tensors with these names."""
     split = config.experts is not None and config.model_type != "gpt_oss"
     return split and any(FUSED.fullmatch(name) for name in names)
 

@@ -36,8 +36,11 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def is_adapter(folder: str | os.PathLike[str]) -> bool:
-    """Does the folder hold an adapter? Other trainers write the base's config.json beside it: then an adapter's weights
-    decide, also where a whole model's stand beside them, as transformers has it."""
+    """Whether the folder holds an adapter.
+
+    Other trainers write the base's config.json beside it: then an adapter's weights decide, also where a whole model's
+    stand beside them, as transformers has it.
+    """
     folder = Path(folder)
     weights = any((folder / name).exists() for name in (peft.WEIGHTS, "adapter_model.bin"))
     return (folder / peft.CONFIG).is_file() and (weights or not (folder / "config.json").exists())

@@ -52,7 +52,7 @@ TENSORS = (  # the first that matches a name tells the format
 
 
 def is_bnb_4bit(raw: dict[str, Any], source: Path) -> bool:
-    """Are weights in bitsandbytes' 4 bits, by a parsed config.json? Which ones, and how, is what the tensors say.
+    """Whether weights are in bitsandbytes' 4 bits, by a parsed config.json. Which ones, and how, the tensors say.
 
     Raises InputError that names any other format.
     """

@@ -277,9 +277,8 @@ class _Batch:
         self.logprobs = torch.zeros(rows, max_new_tokens + 1, device=device)
         self.noises = torch.zeros(rows, max_new_tokens + 1, dtype=torch.float64, device=device)
         self.steps = torch.arange(max_new_tokens + 1, device=device)
-        stops = sorted(
-            token for token in stop_ids if 0 <= token < model.config.vocab_size
-        )  # no other is drawn
+        # no other id is ever drawn
+        stops = sorted(token for token in stop_ids if 0 <= token < model.config.vocab_size)
         self.stops = torch.tensor(stops, dtype=torch.int64, device=device)
         # rows that are done; the widest support
         self.ended = torch.zeros(2, dtype=torch.int64, device=device)

@@ -53,9 +53,8 @@ class LoraConfig:
             return _named(self.parameters, module) and not self.whole(module)
         if _named(self.exclude, module) or self.whole(module) or not _named(self.targets, module):
             return False
-        in_full = (
-            not isinstance(self.targets, str) and module in self.targets
-        )  # whatever its layer: as PEFT has it
+        # a name in full is adapted whatever its layer: as PEFT has it
+        in_full = not isinstance(self.targets, str) and module in self.targets
         return self.layers is None or in_full or self._layer_of(module) in self.layers
 
     def _layer_of(self, module: str) -> int | None:

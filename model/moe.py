@@ -112,15 +112,15 @@ def pooled_balance(routing: Sequence[RouteStatistics], top_k: int) -> Tensor:
     (), differentiable; K where the load is even. routing: the layers of one forward pass, at least one. As transformers
     has it (load_balancing_loss_func): an expert that one layer overworks and another spares costs nothing.
     """
-    counts = torch.stack([said.counts for said in routing]).sum(0)  # (E,)
-    probability = torch.stack([said.probability for said in routing]).mean(0)  # (E,)
+    counts = torch.stack([layer.counts for layer in routing]).sum(0)  # (E,)
+    probability = torch.stack([layer.probability for layer in routing]).mean(0)  # (E,)
     share = counts.to(probability.dtype) / counts.sum().clamp(min=1)
     return probability.numel() * top_k * (share * probability).sum()
 
 
 def layer_balance(routing: Sequence[RouteStatistics]) -> Tensor:
-    """The mean over layers of each one's own balance: every layer's load is to be even by itself. As above."""
-    return torch.stack([said.balance for said in routing]).mean()
+    """The mean over layers of each one's own balance: every layer's load is to be even by itself."""
+    return torch.stack([layer.balance for layer in routing]).mean()
 
 
 # ---- parameters

@@ -182,7 +182,7 @@ def cfg(model_folder, demonstrations, tmp_path):
 
 
 def test_a_folder_in_4_bits_is_trained_by_an_adapter_alone(cfg, tmp_path, capsys):
-    """As published: some layers dense, and named so. They are dense again under the adapter that is saved."""
+    """A published one names layers that are dense. They are dense again under the adapter that is saved."""
     model = load_model(cfg.model)
     quantize_base(model)
     dense = "model.layers.0.mlp.up_proj"

@@ -14,6 +14,7 @@ from burnish.algorithms._sums import demonstration_row, prompt_row, split_proble
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.config import Experts
 from burnish.model.errors import InputError
+from burnish.model.moe import pooled_balance
 from burnish.model.packed import pack
 from burnish.model.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
@@ -22,22 +23,12 @@ TRAINERS = {m.__name__.rpartition(".")[2]: m for m in (sft, dpo, reward, kto, gr
 GATES = [f"layers.{i}.mlp.gate.weight" for i in range(2)]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def place(model_folder, tmp_path):
     """A model with four experts in each layer, two for a token, that prefers some of them; and rows of every shape."""
     dense = load_model(model_folder).config
-    config = dataclasses.replace(
-        dense, model_type="mixtral", initializer_range=0.3,
-        experts=Experts(4, 2, 24, (True, True), renormalize=True, balance_coefficient=0.05),
-    )  # fmt: skip
+    experts = Experts(4, 2, 24, (True, True), renormalize=True, balance_coefficient=0.05)
+    config = dataclasses.replace(dense, model_type="mixtral", initializer_range=0.3, experts=experts)
     save_model(Transformer(config, seed=3), tmp_path / "sparse", Tokenizer.load(model_folder))
     problems = split_problems(0)[0][:8]
     rows = [demonstration_row(problem) for problem in problems]
@@ -121,6 +112,43 @@ def test_the_check_can_fail(place, name, monkeypatch):
         adds_its_balance(name, module, place)
 
 
+@pytest.mark.parametrize(
+    "name, flags",
+    [
+        ("dpo", {}),
+        ("kto", {}),
+        ("grpo", {"updates_per_rollout": 3, "kl_coefficient": 0.1}),
+        ("grpo", {"updates_per_rollout": 3, "kl_coefficient": 0.1, "lora_rank": 2}),
+        ("ppo", {"epochs_per_rollout": 3}),
+        ("distill", {"student_samples": 1.0, "max_new_tokens": 4}),
+    ],
+)
+def test_only_passes_with_a_gradient_are_logged(place, name, flags, monkeypatch):
+    """No reference's, no teacher's, no critic's, none that scores or samples. A micro-batch is a whole step."""
+    passes, policies = [], []
+    forward, loss = Transformer.forward, Balance.loss
+
+    def recorded(model, packed):
+        hidden = forward(model, packed)
+        passes.append((model, torch.is_grad_enabled(), model.routing))
+        return hidden
+
+    def remembered(balance, *arguments):
+        policies.append(balance.model)
+        return loss(balance, *arguments)
+
+    monkeypatch.setattr(Transformer, "forward", recorded)
+    monkeypatch.setattr(Balance, "loss", remembered)
+    _, line = step_of(name, TRAINERS[name], place, learning_rate=0.02, warmup_steps=0, **flags)
+    trained = [routing for model, graded, routing in passes if model is policies[0] and graded]
+    assert len(trained) == flags.get("updates_per_rollout", flags.get("epochs_per_rollout", 1)) < len(passes)
+    values = [pooled_balance(routing, 2).item() for routing in trained]
+    assert line["balance"] == pytest.approx(sum(values) / len(values), rel=1e-5)
+    counts = sum(torch.stack([layer.counts for layer in routing]) for routing in trained)
+    busiest = (counts * 4 / counts.sum(1, keepdim=True)).max().item()
+    assert line["busiest_expert"] == pytest.approx(busiest, rel=1e-5)
+
+
 def test_config_json_has_the_coefficient_and_a_flag_the_pooling(place):
     given = step_of("sft", sft, place, router_aux_loss_coef=0.05)
     config, _ = step_of("sft", sft, place)
@@ -143,6 +171,15 @@ def test_a_model_without_experts_refuses_the_flags(place, model_folder, trainer,
         step_of(trainer, TRAINERS[trainer], place, model=model_folder, **more, **flags)
 
 
+def test_the_flags_reach_a_critic_with_experts_beside_a_model_without(place, model_folder):
+    models = {"model": model_folder, "critic": place / "sparse"}
+    runs = [step_of("ppo", ppo, place, **models, router_aux_loss_coef=c) for c in (0.0, 1.0)]
+    assert all((runs[1][0][f"2/{gate}"] - runs[0][0][f"2/{gate}"]).abs().max() > 1e-4 for gate in GATES)
+    assert "balance" not in runs[1][1]  # the critic's is in no metric
+    with pytest.raises(InputError, match="has no experts to balance: leave the flag out"):
+        step_of("ppo", ppo, place, **models | {"critic": model_folder}, balance="layer")
+
+
 @pytest.mark.parametrize("wrong", [-0.1, float("nan"), float("inf")])
 def test_a_coefficient_is_a_number_of_at_least_0(place, wrong):
     with pytest.raises(InputError, match="--router-aux-loss-coef: expected a number between 0 and"):
@@ -160,7 +197,7 @@ def test_micro_batches_weigh_by_their_tokens(place):
         alone = model.balance_loss(1.0)
         torch.testing.assert_close(loss, share * 0.05 * alone)
         parts.append(share * alone.item())
-        counts = counts + torch.stack([said.counts for said in model.routing])
+        counts = counts + torch.stack([layer.counts for layer in model.routing])
     model(pack([[0]]))
     assert balance.loss(0.0) == 0  # a process without a sequence: its one token is not counted
     found = balance.metrics()

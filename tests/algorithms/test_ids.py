@@ -48,14 +48,6 @@ def save(folder, rows=ROWS, scalar=False, tokenizer=None):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def place(tmp_path):
     save(tmp_path / "model")
@@ -203,11 +195,8 @@ def test_a_stop_token_without_a_row_is_said(place, capsys):
     backend = make_tokenizer()
     backend.add_special_tokens([IMAGE])
     save(place / "stops", tokenizer=Tokenizer(backend, eos="<eos>", stop_ids=[ROWS]))
-    run = grpo.Config(
-        model=place / "stops", data=rows_in(place, "p", "prompts"), output=place / "o", group_size=2,
-        **rewarded(place), **ROLL,
-    )  # fmt: skip
-    grpo.train(run)
+    data, flags = rows_in(place, "p", "prompts"), {"group_size": 2, **rewarded(place), **ROLL}
+    grpo.train(grpo.Config(model=place / "stops", data=data, output=place / "o", **flags))
     assert (
         "warning: the model has no row for the stop ids [17], only for ids below 17"
         in capsys.readouterr().err
@@ -229,18 +218,11 @@ def test_nothing_is_drawn_that_the_reward_model_or_critic_has_no_row_for(place):
         ppo.train(
             ppo.Config(model=place / "wide", data=data, output=output, minibatches=1, **changes, **ROLL)
         )
-    bad = rows_in(place, "bad", "prompts", "prompt")
+    bad = {"model": place / "wide", "data": rows_in(place, "bad", "prompts", "prompt"), "output": place / "o"}
     with pytest.raises(InputError, match=rf"line 3: token '{IMAGE}': --reward-model .*scores has no row"):
-        ppo.train(
-            ppo.Config(
-                model=place / "wide", data=bad, output=place / "o", reward_model=place / "scores", **ROLL
-            )
-        )
+        ppo.train(ppo.Config(**bad, **ROLL, reward_model=place / "scores"))
     with pytest.raises(InputError, match=rf"line 3: token '{IMAGE}': the critic has no row"):
-        ppo.train(
-            ppo.Config(model=place / "wide", data=bad, output=place / "o", critic=place / "model",
-                       **rewarded(place), **ROLL)
-        )  # fmt: skip
+        ppo.train(ppo.Config(**bad, **ROLL, **rewarded(place), critic=place / "model"))
 
 
 def test_without_the_bound_the_others_would_read_such_ids(place, monkeypatch):

@@ -17,11 +17,6 @@ ROWS = [{"prompt": f"w{i} w{i + 1}", "completion": f" w{i + 2} w{i + 3}"} for i 
 PAIRS = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": " w90 w91"} for row in ROWS]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def write_rows(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

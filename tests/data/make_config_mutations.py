@@ -20,12 +20,8 @@ FOLDERS = [
 ]
 LENGTH = 24  # tokens: more than three times the widest window in tiny-hf
 MISSING = "(missing)"
-ROPES = (
-    "llama",
-    "deepseek_v3",
-    "gpt_oss",
-    "gemma3_text",
-)  # every kind of rope is tried: the others share llama's code
+# every kind of rope is tried: the others share llama's code
+ROPES = ("llama", "deepseek_v3", "gpt_oss", "gemma3_text")
 YARN = {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 32}
 LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
 TYPES = ["sliding_attention", "full_attention", "sliding_attention"]

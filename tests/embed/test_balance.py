@@ -296,8 +296,8 @@ def test_grpo(make, monkeypatch, name, layers):
     folder = make(name, layers)
     draw = torch.Generator().manual_seed(4)
     sampled = [torch.randint(2, 60, (5,), generator=draw).tolist() for _ in range(4)]
-    told = [0.0, 1.0, 1.0, 0.5]
-    (folder / "score.py").write_text(f"def score(completions, **_):\n    return {told}\n")
+    scores = [0.0, 1.0, 1.0, 0.5]
+    (folder / "score.py").write_text(f"def score(completions, **_):\n    return {scores}\n")
     rows = [{"prompt": prompt} for prompt, *_ in EVEN[:2]]
 
     def given(model, prompts, **options):
@@ -315,7 +315,7 @@ def test_grpo(make, monkeypatch, name, layers):
         **{"micro_batch_tokens": 1, "router_aux_loss_coef": COEFFICIENT, "seed": 0},
     )
 
-    advantages = group_advantages(torch.tensor(told).view(2, 2)).flatten()
+    advantages = group_advantages(torch.tensor(scores).view(2, 2)).flatten()
     arguments = trl.GRPOConfig(
         output_dir=str(folder / "out"),
         **{
@@ -360,7 +360,7 @@ def our_prompt(rows, sample):
 
 
 def test_a_model_without_experts_refuses_the_coefficient(tmp_path, monkeypatch):
-    """As TRL does."""
+    """TRL refuses it, too."""
     rows = [{"prompt": "w2", "completion": " w3"}]
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.LlamaConfig(vocab_size=60, num_key_value_heads=2, **sizes)

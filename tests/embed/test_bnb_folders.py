@@ -98,7 +98,7 @@ def test_both_read_what_either_writes(make, tmp_path, options):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("options", [{}, {"llm_int8_skip_modules": ["lm_head", "up_proj"]}])
 def test_bf16_folders(make, tmp_path, tied, options):
-    """As they are published, bf16 beside the 4 bits: off by no more than transformers is off in bf16, twice."""
+    """Published folders are bf16 beside the 4 bits: off by no more than twice what transformers is off in bf16."""
     theirs, folder = make(
         transformers.Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=tied),
         torch.bfloat16,

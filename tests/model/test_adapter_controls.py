@@ -233,7 +233,7 @@ def too_large_is_refused(data, tmp_path):
 
 
 def a_tied_head_is_adapted_alone(data, tmp_path):
-    """As in PEFT the embedding stays; merged, the two are apart."""
+    """The embedding stays, as in PEFT; merged, head and embedding are two matrices."""
     tied = replace(TINY, tie_word_embeddings=True)
     save_model(Transformer(tied, seed=1), tmp_path / "base")
     model = load_model(tmp_path / "base")

@@ -26,7 +26,7 @@ ROWS = [[1, 2, 3, 4, 5], [6, 7, 8]]
 
 
 def is_transformers(balance, data) -> None:
-    """Of the rows without their padding, which is not there in packed tokens."""
+    """Rows without their padding: packed tokens have none."""
     stored = json.loads((data / "balance.json").read_text())
     for case in stored["cases"]:
         logits = torch.tensor(case["logits"]).requires_grad_()  # (layers, tokens, E)
@@ -75,7 +75,7 @@ def test_pooled_is_no_mean_of_layers_unless_there_is_one():
     routing = [moe_route(3 * torch.randn(9, 4, generator=generator), 2)[2] for _ in range(6)]
     assert abs(pooled_balance(routing, 2) - layer_balance(routing)) > 0.05
     torch.testing.assert_close(pooled_balance(routing[:1], 2), routing[0].balance)
-    torch.testing.assert_close(layer_balance(routing), sum(said.balance for said in routing) / 6)
+    torch.testing.assert_close(layer_balance(routing), sum(layer.balance for layer in routing) / 6)
     even = [moe_route(torch.eye(4).repeat(3, 1), 1)[2] for _ in range(2)]
     torch.testing.assert_close(pooled_balance(even, 1), torch.tensor(1.0))  # K where the load is even
 
@@ -104,10 +104,10 @@ def test_activation_checkpointing_counts_no_routing_twice(pooled):
         model = Transformer(TINY, seed=1).double()
         model.checkpoint_activations = again
         logprob, _, _ = model.score(pack(ROWS), torch.tensor([1, 2, 6]))
-        counts = [said.counts.clone() for said in model.routing]
+        counts = [layer.counts.clone() for layer in model.routing]
         loss = model.balance_loss(pooled=pooled)
         (loss - logprob.mean()).backward()
-        assert all(torch.equal(said.counts, n) for said, n in zip(model.routing, counts, strict=True))
+        assert all(torch.equal(layer.counts, n) for layer, n in zip(model.routing, counts, strict=True))
         found.append({"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()})
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, atol=1e-14, rtol=0, msg=name)

@@ -15,13 +15,8 @@ from safetensors.torch import load_file, save_file
 TINY = ModelConfig(31, 16, 24, 2, 2, eos_token_id=0)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 MODELS = ["llama", "qwen2", "qwen3_moe", "gpt_oss", "deepseek_v3"]
-WIDE = (
-    "norm.weight",
-    "correction_bias",
-    "gate.weight",
-    "router.weight",
-    "sinks",
-)  # ends of names that stay fp32
+# ends of names that stay fp32
+WIDE = ("norm.weight", "correction_bias", "gate.weight", "router.weight", "sinks")
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ def golden(data):
 
 
 def logits_of(folder: Path) -> torch.Tensor:
-    """Of the rows that published.json holds, (3, V)."""
+    """Logits (3, V) of the rows that published.json holds."""
     model = load_model(folder)
     packed = pack([IDS])
     with torch.no_grad():

@@ -340,7 +340,7 @@ def test_a_score_in_4_bits_is_multiplied_out(tmp_path):
 
 
 def fuse(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As save_original_format=False has them, from one by one: stacked, the gate's rows before the up's."""
+    """Experts one by one to what save_original_format=False writes: stacked, the gate's rows before the up's."""
     found: dict[str, torch.Tensor] = {}
     experts: dict[str, dict[int, torch.Tensor]] = {}
     for name, tensor in tensors.items():
@@ -404,7 +404,7 @@ def test_a_fused_tensor_of_another_shape_is_refused(data, tmp_path):
 
 @pytest.mark.parametrize("blocksize", [64, 4096])
 def test_experts_in_4_bits_each_are_one_weight(tmp_path, blocksize):
-    """As transformers 4 wrote them, the router in 4 bits, too. 4096: a block for half an expert."""
+    """Transformers 4 wrote such, the router in 4 bits, too. 4096: a block for half an expert."""
     folder = tmp_path / "mixtral"
     save_model(Transformer(MIXTRAL, seed=3), folder)
     meant = quantized(folder, lambda name: "_proj" in name or "block_sparse" in name, blocksize=blocksize)
@@ -455,7 +455,7 @@ def further_layers(*layers: int) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def deepseek(data, tmp_path) -> Path:
-    """Of 3 layers."""
+    """A folder of 3 layers."""
     return Path(shutil.copytree(data / "tiny-hf" / "deepseek_v3", tmp_path / "deepseek"))
 
 
@@ -469,9 +469,8 @@ def test_layers_that_predict_further_tokens_are_never_read(deepseek, monkeypatch
     monkeypatch.setattr(Stored, "read", lambda self: (read.append(self.name), original(self))[1])
     assert torch.equal(logits_of(load_model(deepseek)), expected)
     assert sorted(read) == sorted(tensors)
-    source = weights.Source(
-        deepseek, {"num_mtp_layers": 2}, torch.float32, "cpu"
-    )  # transformers' own name for it
+    # transformers' own name for num_nextn_predict_layers
+    source = weights.Source(deepseek, {"num_mtp_layers": 2}, torch.float32, "cpu")
     assert weights._to_be_read(source, 3, ()).keys() == tensors.keys()
 
 
