@@ -1,5 +1,6 @@
 """Adapters: against golden files of PEFT 0.21.2, and against the model that they are on."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -366,6 +367,28 @@ def test_an_adapter_of_the_head_is_scored_without_being_merged(monkeypatch, supp
 
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_of_the_head_is_sampled_from_without_being_merged(monkeypatch, tied, dora):
+    """Merging makes a matrix of all words for every token that is drawn."""
+    model = Transformer(replace(TINY, initializer_range=0.2, tie_word_embeddings=tied), seed=1)
+    add_lora(model, 3, targets=("q_proj", "lm_head"), dora=dora, dropout=0.5)
+    trained(model)
+    model.eval()
+    merged = copy.deepcopy(model)
+    merge_lora(merged)
+    expected, greedy = logits_of(merged), generate(merged, [[1, 2]], max_new_tokens=6, temperature=0.0)
+
+    def never(self):
+        raise AssertionError("the head's adapter was multiplied out")
+
+    monkeypatch.setattr(Linear, "merged", never)
+    torch.testing.assert_close(logits_of(model), expected, atol=1e-5, rtol=1e-5)
+    assert generate(model, [[1, 2]], max_new_tokens=6, temperature=0.0)[0].tokens == greedy[0].tokens
+    with adapter_disabled(model):
+        assert not torch.allclose(logits_of(model), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
 def test_dropout_on_an_adapter_of_the_head(monkeypatch, tied, dora):
     """It acts in training, is what it is without where nothing is dropped, and leaves the base's half of x whole."""
     model = Transformer(replace(TINY, initializer_range=0.2, tie_word_embeddings=tied), seed=1)
@@ -558,7 +581,7 @@ def test_a_reward_models_adapter_holds_its_head(tmp_path):
     assert json.loads((tmp_path / "reward" / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
     again = load_scalar_model(tmp_path / "reward")
     assert torch.equal(again.values(PACKED, ROWS), model.values(PACKED, ROWS))
-    with pytest.raises(InputError, match="score"):
+    with pytest.raises(InputError, match="expected a language model, found an adapter of a reward model"):
         load_model(tmp_path / "reward")
 
 
@@ -573,6 +596,15 @@ def test_a_reward_model_starts_from_a_language_models_adapter(tmp_path):
         torch.testing.assert_close(model.body(PACKED), language(PACKED), atol=1e-5, rtol=1e-5)
     assert torch.equal(model.score.weight, load_scalar_model(tmp_path / "base", seed=3).score.weight)
     assert not adapters(model) and all(parameter.requires_grad for parameter in model.parameters())
+
+    # in 4 bits what is frozen, the adapter in it: again so under an adapter of its own
+    four = load_scalar_model(tmp_path / "language", seed=3, base_4bit=True)
+    assert all(layer.four_bit is not None for layer in linears(four).values())
+    add_lora(four, 2, modules_to_save=("score",), base=str(tmp_path / "language"))
+    trained(four)
+    save_model(four, tmp_path / "reward")
+    again = load_scalar_model(tmp_path / "reward")
+    assert torch.equal(again.values(PACKED, ROWS), four.eval().values(PACKED, ROWS))
 
 
 # ---- several adapters in one batch
@@ -623,6 +655,10 @@ def test_several_adapters_answer_in_one_batch():
 def test_what_shares_no_batch_is_refused():
     with pytest.raises(InputError, match="adapter 1: with DoRA"):
         stack_adapters(Transformer(TINY), [take_adapter(tiny()), take_adapter(tiny(dora=True))])
+    given = take_adapter(tiny())
+    matrix = {"model.embed_tokens.weight": torch.ones(TINY.vocab_size, TINY.hidden_size)}  # not the base's
+    with pytest.raises(InputError, match="adapter 1: with DoRA, modules_to_save"):
+        stack_adapters(Transformer(TINY), [given, replace(given, tensors=given.tensors | matrix)])
     with pytest.raises(ValueError, match="a child sees what its parent's adapter made"):
         pack([[1], [2]], [-1, 0], adapters=[0, 1])
     with pytest.raises(ValueError, match="expected one for each of 2 sequences, got 1"):
