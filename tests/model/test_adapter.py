@@ -215,6 +215,7 @@ def test_peft_loads_what_we_save(data, tmp_path, architecture, options):
         ({"init_lora_weights": "corda", "corda_config": {}}, "init_lora_weights: expected an initialisation"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "an adapter of the embedding is not supported"),
         ({"lora_alpha": float("inf")}, "lora_alpha: expected a number of at least 0, got inf"),
+        ({"lora_dropout": 1.0}, "lora_dropout: expected a number of at least 0 and below 1, got 1.0"),
         ({"modules_to_save": "lm_head"}, "modules_to_save: expected a list of names, got 'lm_head'"),
         (
             {"layers_to_transform": [0], "layers_pattern": "lay("},
@@ -300,6 +301,7 @@ def test_every_version_of_a_config_is_read(version):
     assert peft.read_config(raw, "here") == expected
     begun = {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}, "loftq_config": {"loftq_bits": 4}}
     assert peft.read_config(raw | begun | {"fan_in_fan_out": True}, "here") == expected
+    assert peft.read_config(raw | {"layers_pattern": ""}, "here") == expected
 
 
 KEY = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
