@@ -37,12 +37,16 @@ def load_trainee(cfg: Any) -> Transformer:
 
 
 def load_scalar_trainee(cfg: Any, folder: Path) -> ScalarModel:
-    """A reward model or critic from `folder`, likewise; its head is trained whole beside an adapter."""
+    """A reward model or critic from `folder`, likewise; its head is trained whole beside an adapter.
+
+    A critic that is an adapter goes on with it, whether or not --lora-rank gives the policy a new one.
+    """
     continued = is_adapter(folder) and "score" in read_adapter(folder)[0].config.modules_to_save
     dtype = _dtype(cfg, folder, continued)
     model = load_scalar_model(folder, dtype, _device(cfg), cfg.seed, cfg.base_4bit)
     model.body.checkpoint_activations = cfg.checkpoint_activations
-    _add(model, cfg, folder, modules_to_save=("score",))
+    if not continued:
+        _add(model, cfg, folder, modules_to_save=("score",))
     _start_training(model, cfg)
     return model
 
@@ -63,7 +67,7 @@ def _device(cfg: Any) -> str:
 def _dtype(cfg: Any, folder: Path, continued: bool) -> torch.dtype:
     """Of the weights. continued: is `folder` an adapter that is trained further? Raises InputError for a flag that
     would be ignored."""
-    if continued and cfg.lora_rank:
+    if continued and cfg.lora_rank and folder == cfg.model:
         raise InputError(
             f"--lora-rank: {folder} is an adapter, with which training goes on as it is: leave the flag out"
         )

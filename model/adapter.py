@@ -133,6 +133,8 @@ def _check_placeable(model: Model, config: LoraConfig, source: str, splits: bool
     modules = {hf_name(name).rpartition(".")[0] for name, _ in model.named_parameters()}
     modules |= {"lm_head"} if _has_tied_head(model) else set()
     for name in config.modules_to_save:
+        if name == "classifier" and isinstance(model, ScalarModel):
+            continue  # PEFT names it beside score, whichever of the two a model has
         if not any(replace(config, modules_to_save=(name,)).whole(module) for module in modules):
             raise InputError(f"{source}: modules_to_save: the model has no module {name!r}")
     if config.tied and _has_tied_head(model) and config.targeted("lm_head"):
@@ -403,6 +405,7 @@ def stack_adapters(model: Transformer, several: Sequence[Adapter]) -> None:
     Ranks are padded with zeros to the largest, scalings multiplied into B. Raises InputError for DoRA, for modules
     that an adapter has whole, and for an adapter of the head.
     """
+    several = [_without_copies(model, adapter, f"adapter {i}") for i, adapter in enumerate(several)]
     for i, adapter in enumerate(several):
         config = adapter.config
         if config.dora or config.modules_to_save or config.parameters or config.targeted("lm_head"):

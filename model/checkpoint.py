@@ -25,6 +25,7 @@ from .adapter import (
     linears,
     lora_config,
     merge_lora,
+    quantize_base,
     take_adapter,
 )
 from .config import ModelConfig
@@ -56,6 +57,7 @@ FILE_BYTES = 5_000_000_000  # of weights in one file
 SCALAR, SCORE_BIAS = "ForSequenceClassification", "score_bias"
 # transformers' Gemma3ForSequenceClassification is that of the multimodal model
 SCALAR_CLASS = {"Gemma3ForCausalLM": f"Gemma3Text{SCALAR}"}
+_SCORE = "score.weight"  # the head of a reward model
 FOUR_BIT = "base_4bit"  # in an adapter's metadata: its base was quantised from the folder that is named
 
 
@@ -79,6 +81,10 @@ def load_model(
     folder = Path(folder)
     if is_adapter(folder):
         adapter, metadata = read_adapter(folder)
+        if _SCORE in adapter.tensors:
+            raise InputError(
+                f"{folder}: expected a language model, found an adapter of a reward model: it scores text"
+            )
         model = load_model(base or base_of(folder), dtype, device, base_4bit or FOUR_BIT in metadata)
         _give(model, adapter, folder)
         return model
@@ -118,9 +124,11 @@ def load_scalar_model(
     folder = Path(folder)
     if is_adapter(folder):
         adapter, metadata = read_adapter(folder)
-        if "score.weight" not in adapter.tensors:
-            language = load_model(folder, dtype, device, base_4bit, base)
+        if _SCORE not in adapter.tensors:
+            language = load_model(folder, dtype, device, base=base)
             merge_lora(language)
+            if base_4bit:  # what is frozen from now on, the adapter in it
+                quantize_base(language)
             language.lm_head = None
             model = ScalarModel(language.config, device="meta")
             model.body = language
@@ -152,7 +160,7 @@ def load_scalar_model(
 def has_score(folder: str | os.PathLike[str]) -> bool:
     """Does the folder hold a head of one number, a reward model's? load_scalar_model draws one where it does not."""
     if is_adapter(Path(folder)):
-        return "score.weight" in read_adapter(Path(folder))[0].tensors
+        return _SCORE in read_adapter(Path(folder))[0].tensors
     return _is_scalar(_read_config(Path(folder)))
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -47,10 +47,11 @@ def is_adapter(folder: str | os.PathLike[str]) -> bool:
 
 
 def base_of(folder: str | os.PathLike[str]) -> Path:
-    """The folder of the model that an adapter belongs to. Raises InputError where none is found, or only itself.
+    """The folder of the model that an adapter belongs to. Raises InputError where none is found, only itself, or two.
 
     Its config names it from here, from the adapter's folder, or from one around that: a run inside a folder of work
-    names its model from there, and is found from anywhere.
+    names its model from there, and is found from anywhere. An adapter on the same base, as a run's folders are, is not
+    the base.
     """
     folder = Path(folder)
     first = base = _named_base(folder)
@@ -68,15 +69,33 @@ def base_of(folder: str | os.PathLike[str]) -> Path:
 def _named_base(folder: Path) -> Path:
     file, own = folder / peft.CONFIG, folder.resolve()
     named = read_json(file).get("base_model_name_or_path")
-    starts = (Path(), own, *own.parents) if isinstance(named, str) and named else ()
-    for start in starts:
-        base = start / str(named)
-        if os.path.isdir(base) and base.resolve() != own:  # False for a name that no file can have, too
-            return base.resolve()
-    raise InputError(
-        f"{file}: base_model_name_or_path: expected a model folder, found none at {named!r:.200}: write its path "
-        "there, or merge the adapter (burnish merge --base FOLDER)"
+    name = named if isinstance(named, str) and named else None
+    here, there = (
+        [] if name is None else _bases(name, own, starts) for starts in ([Path()], [own, *own.parents])
     )
+    if here and there and here[0] != there[0]:
+        raise InputError(
+            f"{file}: base_model_name_or_path: expected one model folder, found {here[0]} and {there[0]} at "
+            f"{named!r:.200}: write the path of one there"
+        )
+    if not here and not there:
+        raise InputError(
+            f"{file}: base_model_name_or_path: expected a model folder, found none at {named!r:.200}: write its path "
+            "there, or merge the adapter (burnish merge --base FOLDER)"
+        )
+    return [*here, *there][0]
+
+
+def _bases(name: str, own: Path, starts: Iterable[Path]) -> list[Path]:
+    """The folders called `name` at each of `starts` that may be the base of the adapter in the folder `own`."""
+    found: list[Path] = []
+    for start in starts:
+        base = start / name
+        if not os.path.isdir(base) or base.resolve() == own:  # False for a name that no file can have, too
+            continue
+        if not is_adapter(base) or read_json(base / peft.CONFIG).get("base_model_name_or_path") != name:
+            found.append(base.resolve())
+    return found
 
 
 @contextmanager

@@ -88,7 +88,7 @@ def read_config(raw: dict[str, Any], source: str) -> LoraConfig:
         alpha_pattern=keys.pattern("alpha_pattern", 0),
         rslora=keys.flag("use_rslora"),
         dora=keys.flag("use_dora"),
-        dropout=keys.number("lora_dropout", 0.0, 0),
+        dropout=keys.number("lora_dropout", 0.0, 0, below=1),
         modules_to_save=keys.list_of_names("modules_to_save"),
         tied=keys.flag("ensure_weight_tying"),
         base=base if isinstance(base, str) else None,
@@ -120,11 +120,18 @@ class _Keys:
             self.refuse("init_lora_weights", "an initialisation that leaves the base's weights as they are")
 
     def number(
-        self, key: str, default: Any, least: float, kind: type | tuple[type, ...] = (int, float)
+        self,
+        key: str,
+        default: Any,
+        least: float,
+        kind: type | tuple[type, ...] = (int, float),
+        below: float = inf,
     ) -> Any:
         value = self.raw.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < inf:
-            self.refuse(key, f"a number of at least {least}")
+        if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < below:
+            self.refuse(
+                key, f"a number of at least {least}" + ("" if below == inf else f" and below {below}")
+            )
         return value
 
     def flag(self, key: str) -> bool:
@@ -159,7 +166,9 @@ class _Keys:
         layers = [layers] if isinstance(layers, int) else layers
         if layers is not None and not (isinstance(layers, list) and all(isinstance(i, int) for i in layers)):
             self.refuse("layers_to_transform", "layer numbers")
-        patterns = (before,) if isinstance(before, str) and before else self.list_of_names("layers_pattern")
+        patterns = (
+            tuple(filter(None, [before])) if isinstance(before, str) else self.list_of_names("layers_pattern")
+        )
         if not all(map(_compiles, patterns)):
             self.refuse("layers_pattern", "what stands before a layer's number, as a regular expression")
         return tuple(layers) if layers else None, patterns

@@ -25,6 +25,7 @@ from ..kernels import (
     apply_rope,
     flash_attention,
     geglu,
+    lora_linear,
     rms_norm,
     swiglu,
     token_logprobs,
@@ -407,11 +408,20 @@ class Transformer(nn.Module):
         return self._final(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., C) to (..., V) in fp32 (fp64 from fp64), from the inputs and with the precision that `score` uses."""
-        hidden, head = self._computed_in(hidden, self.head)
+        """(..., C) to (..., V) in fp32 (fp64 from fp64), from the inputs and with the precision that `score` uses.
+
+        An adapter of the head, without its dropout, comes on top: sampling would multiply it out for every token.
+        """
+        lora = None if self.lm_head is None else self.lm_head.lora
+        head = self.embed_tokens.weight if self.lm_head is None else whole(self.lm_head.dense())
+        hidden, head = self._computed_in(hidden, head)
         wide = torch.promote_types(hidden.dtype, torch.float32)
+        hidden, head = hidden.to(wide), head.to(wide)
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.to(wide), head.to(wide))
+            if lora is None or not lora.enabled:
+                return F.linear(hidden, head)
+            magnitude = None if lora.magnitude is None else whole(lora.magnitude)
+            return lora_linear(hidden, head, whole(lora.a), whole(lora.b), lora.scaling, magnitude=magnitude)
 
     @staticmethod
     def _computed_in(hidden: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from burnish.algorithms._loop import CHECKPOINT
 from burnish.model.adapter import adapters, linears, lora_config, quantize_base
 from burnish.model.checkpoint import load_model, load_scalar_model, save_model
 from burnish.model.errors import InputError
-from burnish.model.folder import is_adapter
+from burnish.model.folder import base_of, is_adapter
 from burnish.model.packed import pack
 from burnish.model.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
@@ -477,6 +477,35 @@ def test_the_base_keeps_the_name_that_it_was_called_by(cfg, tmp_path, monkeypatc
     assert lora_config(model).base == hub
     with pytest.raises(InputError, match="expected an adapter's folder beside a base, got a whole model"):
         load_model("merged", base=cfg.model)
+
+
+def test_a_relative_name_is_of_one_base(cfg, tmp_path, monkeypatch):
+    """A base called as a run calls its own folder is told from that; another of that name, where one stands, is not."""
+    project = tmp_path / "project"
+    shutil.copytree(cfg.model, project / "model")
+    monkeypatch.chdir(project)
+    sft.train(dataclasses.replace(cfg, model=Path("model"), output=Path("out"), save_every=2))
+    step = project / "out" / "step-2"
+    for start in (project, project / "out", step, tmp_path):
+        monkeypatch.chdir(start)
+        assert base_of(step) == base_of(project / "out" / "model") == project / "model"
+
+    shutil.copytree(cfg.model, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        InputError, match=r"expected one model folder, found .*/model and .*/project/model at 'model'"
+    ):
+        load_model(step)
+    assert adapters(load_model(step, base=project / "model"))
+
+
+def test_a_critic_goes_on_with_its_adapter_beside_a_new_one(configs, tmp_path):
+    scorer = reward.train(dataclasses.replace(configs["reward"], output=tmp_path / "reward"))
+    cfg = dataclasses.replace(
+        configs["ppo"], reward=(), reward_model=scorer, lora_rank=3, output=tmp_path / "ppo"
+    )
+    assert lora_config(load_model(ppo.train(cfg))).rank == 3
+    assert lora_config(load_scalar_model(cfg.output / "critic")).rank == 2
 
 
 def test_a_config_beside_an_adapter_is_passed_over(cfg, tmp_path):

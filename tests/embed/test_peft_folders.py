@@ -11,7 +11,7 @@ import pytest
 import torch
 from burnish.model import InputError, pack
 from burnish.model.adapter import adapter_disabled, merge_lora, place_adapter
-from burnish.model.checkpoint import load_model, save_model
+from burnish.model.checkpoint import load_model, load_scalar_model, save_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -44,10 +44,15 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 
 
-def trained(base: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """A PEFT model with an adapter that does something."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    config = peft.LoraConfig(r=2, lora_alpha=4, task_type="CAUSAL_LM", **options)
+def trained(
+    base: Path, seed: int = 0, dtype: torch.dtype = torch.float32, kind: Any = None, **options: Any
+) -> Any:
+    """A PEFT model with an adapter that does something. kind: its class, a language model's by default."""
+    if kind is None:
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    else:
+        model = one_label(base, kind)
+    config = peft.LoraConfig(r=2, lora_alpha=4, **{"task_type": "CAUSAL_LM", **options})
     model = peft.get_peft_model(model, config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -55,6 +60,10 @@ def trained(base: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **opt
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
     return model
+
+
+def one_label(base: Path, kind: Any) -> Any:
+    return kind.from_pretrained(base, num_labels=1, dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -170,6 +179,25 @@ def test_embeddings_that_were_trained_beside_it_are_read_over_the_base(data, tmp
     torch.testing.assert_close(ours_of(model), expected, atol=1e-5, rtol=0)
     save_model(model, tmp_path / "saved")
     torch.testing.assert_close(logits_of(read_by_peft(base, tmp_path / "saved")), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("base", BASES)
+def test_a_reward_model_of_theirs_is_read_and_saved(data, tmp_path, base):
+    """PEFT names score and classifier, whichever the model has; the base is a language model under a fresh head."""
+    base = data / "tiny-hf" / base
+    kind = transformers.AutoModelForSequenceClassification
+    theirs = trained(base, kind=kind, task_type="SEQ_CLS", target_modules=["q_proj", "down_proj"])
+    expected = theirs(IDS).logits[0, 0]
+    theirs.save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert sorted(config["modules_to_save"]) == ["classifier", "score"]
+
+    model, last = load_scalar_model(tmp_path / "adapter"), torch.tensor([IDS.shape[1] - 1])
+    torch.testing.assert_close(model.values(pack(IDS.tolist()), last)[0], expected, atol=1e-5, rtol=1e-5)
+    save_model(model, tmp_path / "saved")
+    again = peft.PeftModel.from_pretrained(one_label(base, kind), tmp_path / "saved").eval()
+    torch.testing.assert_close(again(IDS).logits[0, 0], expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,5 +1,6 @@
 """Adapters: against golden files of PEFT 0.21.2, and against the model that they are on."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -214,6 +215,7 @@ def test_peft_loads_what_we_save(data, tmp_path, architecture, options):
         ({"init_lora_weights": "corda", "corda_config": {}}, "init_lora_weights: expected an initialisation"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "an adapter of the embedding is not supported"),
         ({"lora_alpha": float("inf")}, "lora_alpha: expected a number of at least 0, got inf"),
+        ({"lora_dropout": 1.0}, "lora_dropout: expected a number of at least 0 and below 1, got 1.0"),
         ({"modules_to_save": "lm_head"}, "modules_to_save: expected a list of names, got 'lm_head'"),
         (
             {"layers_to_transform": [0], "layers_pattern": "lay("},
@@ -299,6 +301,7 @@ def test_every_version_of_a_config_is_read(version):
     assert peft.read_config(raw, "here") == expected
     begun = {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}, "loftq_config": {"loftq_bits": 4}}
     assert peft.read_config(raw | begun | {"fan_in_fan_out": True}, "here") == expected
+    assert peft.read_config(raw | {"layers_pattern": ""}, "here") == expected
 
 
 KEY = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
@@ -362,6 +365,28 @@ def test_an_adapter_of_the_head_is_scored_without_being_merged(monkeypatch, supp
     assert any(g is not None and g.abs().max() > 0 for g in expected)
     with pytest.raises(AssertionError, match="multiplied out"), adapter_disabled(model):  # the patch is seen
         model.score(PACKED, ROWS)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_of_the_head_is_sampled_from_without_being_merged(monkeypatch, tied, dora):
+    """Merging makes a matrix of all words for every token that is drawn."""
+    model = Transformer(replace(TINY, initializer_range=0.2, tie_word_embeddings=tied), seed=1)
+    add_lora(model, 3, targets=("q_proj", "lm_head"), dora=dora, dropout=0.5)
+    trained(model)
+    model.eval()
+    merged = copy.deepcopy(model)
+    merge_lora(merged)
+    expected, greedy = logits_of(merged), generate(merged, [[1, 2]], max_new_tokens=6, temperature=0.0)
+
+    def never(self):
+        raise AssertionError("the head's adapter was multiplied out")
+
+    monkeypatch.setattr(Linear, "merged", never)
+    torch.testing.assert_close(logits_of(model), expected, atol=1e-5, rtol=1e-5)
+    assert generate(model, [[1, 2]], max_new_tokens=6, temperature=0.0)[0].tokens == greedy[0].tokens
+    with adapter_disabled(model):
+        assert not torch.allclose(logits_of(model), expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -558,7 +583,7 @@ def test_a_reward_models_adapter_holds_its_head(tmp_path):
     assert json.loads((tmp_path / "reward" / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
     again = load_scalar_model(tmp_path / "reward")
     assert torch.equal(again.values(PACKED, ROWS), model.values(PACKED, ROWS))
-    with pytest.raises(InputError, match="score"):
+    with pytest.raises(InputError, match="expected a language model, found an adapter of a reward model"):
         load_model(tmp_path / "reward")
 
 
@@ -573,6 +598,15 @@ def test_a_reward_model_starts_from_a_language_models_adapter(tmp_path):
         torch.testing.assert_close(model.body(PACKED), language(PACKED), atol=1e-5, rtol=1e-5)
     assert torch.equal(model.score.weight, load_scalar_model(tmp_path / "base", seed=3).score.weight)
     assert not adapters(model) and all(parameter.requires_grad for parameter in model.parameters())
+
+    # in 4 bits what is frozen, the adapter in it: again so under an adapter of its own
+    four = load_scalar_model(tmp_path / "language", seed=3, base_4bit=True)
+    assert all(layer.four_bit is not None for layer in linears(four).values())
+    add_lora(four, 2, modules_to_save=("score",), base=str(tmp_path / "language"))
+    trained(four)
+    save_model(four, tmp_path / "reward")
+    again = load_scalar_model(tmp_path / "reward")
+    assert torch.equal(again.values(PACKED, ROWS), four.eval().values(PACKED, ROWS))
 
 
 # ---- several adapters in one batch
@@ -623,6 +657,10 @@ def test_several_adapters_answer_in_one_batch():
 def test_what_shares_no_batch_is_refused():
     with pytest.raises(InputError, match="adapter 1: with DoRA"):
         stack_adapters(Transformer(TINY), [take_adapter(tiny()), take_adapter(tiny(dora=True))])
+    given = take_adapter(tiny())
+    matrix = {"model.embed_tokens.weight": torch.ones(TINY.vocab_size, TINY.hidden_size)}  # not the base's
+    with pytest.raises(InputError, match="adapter 1: with DoRA, modules_to_save"):
+        stack_adapters(Transformer(TINY), [given, replace(given, tensors=given.tensors | matrix)])
     with pytest.raises(ValueError, match="a child sees what its parent's adapter made"):
         pack([[1], [2]], [-1, 0], adapters=[0, 1])
     with pytest.raises(ValueError, match="expected one for each of 2 sequences, got 1"):
