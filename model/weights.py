@@ -57,7 +57,9 @@ def read_weights(
     layers = {f"{name}.weight": layer for name, layer in linears(model).items() if name != "lm_head"}
     buffers = {hf_name(name) for name, _ in model.named_buffers()}
     in_4_bits, state = is_bnb_4bit(source.raw, source.config), dict[str, Tensor]()
-    for name, pieces in _plan(source, model, also or {}, unread).items():
+    plan = _plan(source, model, also or {}, unread)
+    for name in [*plan]:
+        pieces = plan.pop(name)  # with the last one of a file its mapping goes, and what was read of it
         layer = layers.get(name)
         if layer is not None and (four_bit := _four_bit(layer, pieces, source)) is not None:
             layer.hold(four_bit)

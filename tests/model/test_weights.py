@@ -11,7 +11,7 @@ import pytest
 import torch
 from burnish.kernels import dequantize_nf4, quantize_nf4
 from burnish.model import InputError, ModelConfig, Transformer, bnb, pack, weights
-from burnish.model.adapter import add_lora, linears, merge_lora
+from burnish.model.adapter import add_lora, hf_name, linears, merge_lora
 from burnish.model.checkpoint import load_model, load_scalar_model, save_model
 from burnish.model.config import Experts
 from burnish.model.experts import to_disk
@@ -515,6 +515,31 @@ def test_sizes_are_compared_before_anything_is_read(folder, monkeypatch):
         rewrite(folder, tensors | changed)
         with pytest.raises(InputError):
             load_model(folder)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux' list of mapped files")
+def test_a_file_that_is_read_is_mapped_no_longer(folder, monkeypatch):
+    """What was read would otherwise stay in memory beside the model, until the last file is through."""
+    tensors, shards = {name: tensor.clone() for name, tensor in tensors_in(folder).items()}, 5
+    names = [hf_name(name) for name in Transformer(TINY, device="meta").state_dict()]
+    for file in folder.glob("model*.safetensors"):
+        file.unlink()
+    place = {name: f"model-{i * shards // len(names)}.safetensors" for i, name in enumerate(names)}
+    for file in dict.fromkeys(place.values()):
+        save_file({name: tensors[name] for name in names if place[name] == file}, folder / file)
+    (folder / INDEX).write_text(json.dumps({"weight_map": place}))
+
+    mapped, dense = [], weights._dense
+
+    def counted(*args):
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        mapped.append(len({line.split()[-1] for line in lines if str(folder) in line}))
+        return dense(*args)
+
+    monkeypatch.setattr(weights, "_dense", counted)
+    load_model(folder)
+    assert mapped == sorted(mapped, reverse=True) and mapped[0] == shards
+    assert mapped[-1] <= 2
 
 
 # ---- which files
