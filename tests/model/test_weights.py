@@ -472,7 +472,8 @@ def test_layers_that_predict_further_tokens_are_never_read(deepseek, monkeypatch
     source = weights.Source(
         deepseek, {"num_mtp_layers": 2}, torch.float32, "cpu"
     )  # transformers' own name for it
-    assert weights._to_be_read(source, 3, ()).keys() == tensors.keys()
+    config = load_model(deepseek).config
+    assert weights._to_be_read(source, config, ()).keys() == tensors.keys()
 
 
 @pytest.mark.parametrize(
@@ -578,6 +579,41 @@ def test_a_file_that_the_index_names_is_read_whole(folder):
         load_model(folder)
     edit(folder / INDEX, weight_map=weight_map)  # which says whose is the one
     assert torch.equal(logits_of(load_model(folder)), expected)
+
+
+@pytest.mark.parametrize("name", ["llama-tied-llama3rope", "gemma3_text"])
+def test_a_tied_matrix_may_stand_under_the_heads_name_alone(data, tmp_path, name):
+    folder = Path(shutil.copytree(data / "tiny-hf" / name, tmp_path / name))
+    expected, scalar = logits_of(load_model(folder)), load_scalar_model(folder).state_dict()
+    tensors = tensors_in(folder)
+    rewrite(folder, tensors | {"lm_head.weight": tensors.pop("model.embed_tokens.weight")})
+    assert torch.equal(logits_of(load_model(folder)), expected)
+    again = load_scalar_model(folder).state_dict()
+    assert again.keys() == scalar.keys() and all(torch.equal(again[key], scalar[key]) for key in scalar)
+
+
+@pytest.mark.parametrize("file", ["a" * 5000 + ".safetensors", "a\0.safetensors", "a\n.safetensors"])
+def test_a_file_name_that_none_can_have_is_refused(folder, file):
+    (folder / SINGLE).rename(folder / "other.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": file}}))
+    with pytest.raises(InputError, match=r"a: expected a \.safetensors file of the same folder") as caught:
+        load_model(folder)
+    assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_json_that_is_nested_without_end_is_no_json(folder, file):
+    (folder / file).write_text('{"a": ' + "[" * 100_000)
+    with pytest.raises(InputError, match=f"{file}: not readable as JSON"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("value", ["x", True, float("nan"), 10**400, [1.0]])
+def test_the_bias_of_a_score_is_a_number(tmp_path, value):
+    save_model(ScalarModel(TINY), tmp_path / "reward")
+    edit(tmp_path / "reward" / "config.json", score_bias=value)
+    with pytest.raises(InputError, match=r"config\.json: score_bias: expected a number, got"):
+        load_scalar_model(tmp_path / "reward")
 
 
 def test_files_of_another_layout_alone_are_named(folder):
