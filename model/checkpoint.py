@@ -136,7 +136,9 @@ def load_scalar_model(
     raw = _read_config(folder)
     bias = raw.pop(SCORE_BIAS, 0.0)
     if not isinstance(bias, int | float) or isinstance(bias, bool) or not abs(bias) <= sys.float_info.max:
-        raise InputError(f"{folder / 'config.json'}: {SCORE_BIAS}: expected a number, got {shown(bias)}")
+        raise InputError(
+            f"{folder / 'config.json'}: {SCORE_BIAS}: expected a number, got {shown(repr(bias))}"
+        )
     model = ScalarModel(_model_config(raw, folder), device="meta")
     source = Source(folder, raw, dtype, device, base_4bit)
     if _is_scalar(raw):
