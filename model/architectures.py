@@ -33,6 +33,9 @@ _EXPERTS = {"num_experts_per_tok", "router_aux_loss_coef"}
 _SOME_LAYERS = {"moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"}
 _NO_BIAS = {"attention_bias": (False,)}
 _LLAMA_IDS = {"bos_token_id": 1, "eos_token_id": 2}
+_LONG_CONTEXT = {
+    "dual_chunk_attention_config": "how vLLM attends beyond the trained length: transformers passes over it"
+}
 _NO_WINDOW_LAYERS = {"max_window_layers": "left over from Qwen2's config: no layer is chosen by it"}
 
 ARCHITECTURES = {
@@ -60,6 +63,7 @@ ARCHITECTURES = {
         frozenset(_SLIDING),
         fixed={"qkv_bias": True},
         defaults={"sliding_window": 4096, "num_key_value_heads": 32},
+        inert=_LONG_CONTEXT,
         slides="late",
     ),
     "qwen3": Architecture(
@@ -150,7 +154,9 @@ ARCHITECTURES = {
             "num_experts_per_tok": 8,
             "moe_intermediate_size": 768,
         },
-        inert=_NO_WINDOW_LAYERS,
+        # Qwen3-Coder's files say these
+        only={"use_qk_norm": (True,), "qkv_bias": (False,), "shared_expert_intermediate_size": (0, None)},
+        inert=_NO_WINDOW_LAYERS | _LONG_CONTEXT,
         aliases={"num_local_experts": "num_experts"},
     ),
     "olmoe": Architecture(
@@ -350,8 +356,9 @@ _REASONS: dict[str, tuple[str, ...]] = {
             "tokenizer_class",
             "name_or_path",
         ),
-        *("is_llama_config", "unsloth_fixed", "unsloth_version"),
+        *("is_llama_config", "model_name", "unsloth_fixed", "unsloth_version"),
     ),
+    "a length that nothing stops at": ("max_sequence_length", "model_max_length"),
     "the tensors say their own dtype": ("dtype", "torch_dtype", "use_bfloat16"),
     "what a forward pass hands out, not what it computes": (
         *("use_cache", "return_dict", "output_attentions", "output_hidden_states"),
@@ -359,12 +366,14 @@ _REASONS: dict[str, tuple[str, ...]] = {
     ),
     "which of several ways to the same numbers": (
         *("attn_implementation", "gradient_checkpointing", "chunk_size_feed_forward", "pretraining_tp"),
+        *("use_flash_attention_2", "use_flash_attn"),
     ),
     "names of a classifier's outputs, or of its task": (
         *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params"),
     ),
     "of models with an encoder": (
         *("is_decoder", "tie_encoder_decoder", "cross_attention_hidden_size", "decoder_start_token_id"),
+        "tf_legacy_loss",
     ),
     "how a caller samples, which generation_config.json says": (
         *("max_length", "min_length", "max_new_tokens", "do_sample", "early_stopping", "num_beams"),
@@ -376,6 +385,7 @@ _REASONS: dict[str, tuple[str, ...]] = {
             "output_scores",
             "return_dict_in_generate",
             "sep_token_id",
+            "unk_token_id",
         ),
         *("forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "suppress_tokens"),
         *("exponential_decay_length_penalty", "begin_suppress_tokens"),
@@ -395,8 +405,14 @@ ROPE_KEYS = {  # rope_type -> keys it needs, keys it may have, beside rope_type 
         ),
     ),
 }
+# key beside them -> why transformers computes the same without it
+ROPE_INERT = {
+    "attn_factor": "what vLLM and llama.cpp scale yarn's attention_factor with: transformers passes over it",
+    "finetuned": "a note of yarn's authors that the stretched model was trained further",
+}
 ROPE_MAY_BE_NULL = {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
 ROPE_MAY_BE_ZERO = {"attention_factor", "mscale", "mscale_all_dim"}
+ROPE_LEAST, ROPE_MOST = 1e-9, 1e15  # of a number there that is not 0: further out frequencies are not finite
 
 
 def loadable() -> list[tuple[str, str, str]]:

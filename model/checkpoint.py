@@ -6,6 +6,7 @@ the one that its base_model_name_or_path names, with the adapter on it.
 """
 
 import os
+import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
@@ -31,7 +32,7 @@ from .adapter import (
 from .config import ModelConfig
 from .config_json import read_config, write_config
 from .dtypes import cast, read_dtypes
-from .errors import InputError
+from .errors import InputError, shown
 from .experts import disk_name, to_disk
 from .folder import (
     INDEX,
@@ -92,7 +93,7 @@ def load_model(
     raw = _read_config(folder)
     if _is_scalar(raw):
         raise InputError(
-            f"{folder}: expected a language model, found a {raw['architectures'][0]}: it scores text"
+            f"{folder}: expected a language model, found a {shown(raw['architectures'][0])}: it scores text"
         )
     config = _model_config(raw, folder)
     model = Transformer(config, device="meta")
@@ -142,8 +143,10 @@ def load_scalar_model(
     _check_no_base(folder, base)
     raw = _read_config(folder)
     bias = raw.pop(SCORE_BIAS, 0.0)
-    if not isinstance(bias, int | float):
-        raise InputError(f"{folder / 'config.json'}: {SCORE_BIAS}: expected a number, got {bias!r}")
+    if not isinstance(bias, int | float) or isinstance(bias, bool) or not abs(bias) <= sys.float_info.max:
+        raise InputError(
+            f"{folder / 'config.json'}: {SCORE_BIAS}: expected a number, got {shown(repr(bias))}"
+        )
     model = ScalarModel(_model_config(raw, folder), device="meta")
     source = Source(folder, raw, dtype, device, base_4bit)
     if _is_scalar(raw):

@@ -7,22 +7,24 @@ transformers 4 wrote `rope_theta`, `rope_scaling` and `torch_dtype`, transformer
 `dtype`. A key that is absent takes the value that transformers gives it for that architecture.
 """
 
-import sys
 from dataclasses import fields
 from typing import Any
 
 from .architectures import (
     ARCHITECTURES,
     NUMBERS,
+    ROPE_INERT,
     ROPE_KEYS,
+    ROPE_LEAST,
     ROPE_MAY_BE_NULL,
     ROPE_MAY_BE_ZERO,
+    ROPE_MOST,
     SIZES,
     TOKEN_IDS,
 )
 from .config import Experts, Latent, ModelConfig, Rope, yarn_factor
-from .config_keys import Keys
-from .errors import InputError
+from .config_keys import MOST_LAYERS, Keys
+from .errors import InputError, shown
 
 
 def read_config(
@@ -134,7 +136,7 @@ class _Reader(Keys):
 
     def read(self, generation: dict[str, Any]) -> ModelConfig:
         self.refuse_what_is_not_built()
-        layers = self.size("num_hidden_layers")
+        layers = self.size("num_hidden_layers", MOST_LAYERS)
         rope_layers, rope, latent = self.rope_layers(layers), self.rope(), self.latent()
         values = {
             **{key: self.size(key) or 0 for key in SIZES},
@@ -276,12 +278,13 @@ class _Reader(Keys):
             elif name == "partial_rotary_factor":
                 if value != 1 or isinstance(value, bool):
                     self.refuse(f"{key}.{name}", "1.0, nothing else is built", value)
-            elif name not in ("rope_type", "type") and value is not None:
+            elif name not in ("rope_type", "type") and value is not None and name not in ROPE_INERT:
                 raise InputError(
-                    f"{self.source}: {key}.{name}: not supported for rope_type {rope_type}, got {value!r}"
+                    f"{self.source}: {key}.{shown(name)}: not supported for rope_type {rope_type}, "
+                    f"got {shown(repr(value))}"
                 )
-        if values["rope_theta"] <= 1:
-            self.refuse(f"{key}.rope_theta", "a number above 1", values["rope_theta"])
+        if not 1 < values["rope_theta"] <= ROPE_MOST:
+            self.refuse(f"{key}.rope_theta", f"a number above 1, up to {ROPE_MOST:g}", values["rope_theta"])
         if rope_type == "llama3" and not values["high_freq_factor"] > values["low_freq_factor"]:
             low = values["low_freq_factor"]
             self.refuse(
@@ -307,7 +310,9 @@ class _Reader(Keys):
 
         kinds = ("full_attention", "sliding_attention")
         if flat := [name for name in parameters or {} if name not in kinds]:
-            self.refuse(f"rope_parameters.{flat[0]}", f"{' or '.join(kinds)}", (parameters or {})[flat[0]])
+            self.refuse(
+                f"rope_parameters.{shown(flat[0])}", f"{' or '.join(kinds)}", (parameters or {})[flat[0]]
+            )
         own = (parameters or {}).get(kind) or {}
         key = f"rope_parameters.{kind}"
         if not isinstance(own, dict):
@@ -331,14 +336,12 @@ class _Reader(Keys):
             return {}
         zero = name in ROPE_MAY_BE_ZERO
         expected = "a number >= 0" if zero else "a number above 0"
-        if (
-            not isinstance(value, int | float)
-            or isinstance(value, bool)
-            or not 0 <= value <= sys.float_info.max
-        ):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
             self.refuse(key, expected, value)
         if value == 0 and not zero:
             self.refuse(key, expected, value)
+        if value and not ROPE_LEAST <= value <= ROPE_MOST:
+            self.refuse(key, f"a number from {ROPE_LEAST:g} to {ROPE_MOST:g}", value)
         return {name: value}
 
     def rope_layers(self, layers: int) -> tuple[bool, ...]:

@@ -4,7 +4,10 @@ import sys
 from typing import Any, NoReturn
 
 from .architectures import ARCHITECTURES, COMMON, DEFAULTS, INERT, NULLABLE, ONLY
-from .errors import InputError
+from .errors import InputError, shown
+
+MOST = 2**31 - 1  # of any size: no model has more, and products of two still fit an int64
+MOST_LAYERS = 10_000
 
 
 class Keys:
@@ -19,10 +22,10 @@ class Keys:
         self.defaults = DEFAULTS | self.architecture.defaults
         for alias, key in self.architecture.aliases.items():
             if alias in raw and self.raw.setdefault(key, raw[alias]) != raw[alias]:
-                self.refuse(alias, f"{raw[key]!r}, as {key} says", raw[alias])
+                self.refuse(alias, f"{shown(repr(self.raw[key]))}, as {key} says", raw[alias])
 
     def refuse(self, key: str, expected: str, got: Any) -> NoReturn:
-        raise InputError(f"{self.source}: {key}: expected {expected}, got {got!r}")
+        raise InputError(f"{self.source}: {key}: expected {expected}, got {shown(repr(got))}")
 
     def get(self, key: str, kind: type | tuple[type, ...], expected: str, least: float | None = None) -> Any:
         """The value of a key, or its default. None comes only from keys that may be null."""
@@ -41,8 +44,11 @@ class Keys:
         """Whether the architecture has the key, in the file or not."""
         return key in self.architecture.keys
 
-    def size(self, key: str) -> Any:
-        return self.get(key, int, "a positive integer", least=1)
+    def size(self, key: str, most: int = MOST) -> Any:
+        value = self.get(key, int, "a positive integer", least=1)
+        if value is not None and value > most:
+            self.refuse(key, f"at most {most}", value)
+        return value
 
     def count(self, key: str) -> Any:
         return self.get(key, int, "an integer >= 0", least=0)
@@ -73,6 +79,6 @@ class Keys:
                 and value is not None
             ):
                 raise InputError(
-                    f"{self.source}: {key}: not supported for {self.model_type}, got {value!r}; "
+                    f"{self.source}: {shown(key)}: not supported for {self.model_type}, got {shown(repr(value))}; "
                     "it may be taken out where the model computes the same without it"
                 )

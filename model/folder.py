@@ -188,7 +188,8 @@ def _weight_map(folder: Path) -> dict[str, str]:
             f"{index}: weight_map: expected an object from tensor to file, got {weight_map!r:.200}"
         )
     for name, file in weight_map.items():
-        if not isinstance(file, str) or file != os.path.basename(file) or not file.endswith(".safetensors"):
+        plain = isinstance(file, str) and file == os.path.basename(file) and file.isprintable()
+        if not plain or not file.endswith(".safetensors") or len(file) > 255:
             raise InputError(
                 f"{index}: {shown(name)}: expected a .safetensors file of the same folder, got {file!r:.200}"
             )
@@ -200,7 +201,7 @@ def read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{file}: missing") from None
-    except (OSError, ValueError) as error:  # ValueError: broken UTF-8 or JSON
+    except (OSError, ValueError, RecursionError) as error:  # broken UTF-8, broken or endlessly nested JSON
         raise InputError(f"{file}: not readable as JSON: {error}") from error
     if not isinstance(value, dict):
         raise InputError(f"{file}: expected a JSON object, got {type(value).__name__}")

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..kernels import dequantize_nf4, quantize_nf4
 from . import bnb, formats
 from .adapter import hf_name, linears
+from .config import ModelConfig
 from .errors import InputError, shown
 from .experts import ONE_BY_ONE, from_disk, fused_on_disk, pieces_of
 from .folder import FLOATS, Stored, stored_tensors
@@ -24,6 +25,7 @@ from .scalar import ScalarModel
 from .transformer import Transformer
 
 FURTHER = ("num_nextn_predict_layers", "num_mtp_layers")  # what DeepSeek, and transformers, call their number
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Piece = Stored | bnb.Packed
 
 
@@ -57,7 +59,9 @@ def read_weights(
     layers = {f"{name}.weight": layer for name, layer in linears(model).items() if name != "lm_head"}
     buffers = {hf_name(name) for name, _ in model.named_buffers()}
     in_4_bits, state = is_bnb_4bit(source.raw, source.config), dict[str, Tensor]()
-    for name, pieces in _plan(source, model, also or {}, unread).items():
+    plan = _plan(source, model, also or {}, unread)
+    for name in [*plan]:
+        pieces = plan.pop(name)  # with the last one of a file its mapping goes, and what was read of it
         layer = layers.get(name)
         if layer is not None and (four_bit := _four_bit(layer, pieces, source)) is not None:
             layer.hold(four_bit)
@@ -115,7 +119,7 @@ def _plan(
     source: Source, model: Transformer | ScalarModel, also: dict[str, torch.Size], unread: tuple[str, ...]
 ) -> dict[str, list[Piece]]:
     """Our name of each parameter -> what is stored of it, in order: everything of the right size, nothing left over."""
-    stored = _to_be_read(source, model.config.num_hidden_layers, unread)
+    stored = _to_be_read(source, model.config, unread)
     fused = fused_on_disk(model.config, stored)
     shapes = {hf_name(name): tensor.shape for name, tensor in model.state_dict().items()}
     shapes |= {name: shape for name, shape in also.items() if name in stored}
@@ -136,11 +140,15 @@ def _plan(
     return {name: [pieces[piece] for piece in names] for name, (names, _) in places.items()}
 
 
-def _to_be_read(source: Source, layers: int, unread: tuple[str, ...]) -> dict[str, Stored]:
+def _to_be_read(source: Source, config: ModelConfig, unread: tuple[str, ...]) -> dict[str, Stored]:
     """The folder's tensors less those that no model of this kind has, as transformers leaves them out, too.
 
     They are the layers that predict further tokens behind the last one (DeepSeek), and a constant of old checkpoints.
+    A tied matrix may stand under the head's name alone: programs that drop copies keep the name that sorts first.
     """
+    stored, layers = stored_tensors(source.folder), config.num_hidden_layers
+    if config.tie_word_embeddings and EMBEDDING not in stored and HEAD in stored:
+        stored[EMBEDDING] = stored.pop(HEAD)
     key = next((key for key in FURTHER if key in source.raw), FURTHER[0])
     further = source.raw.get(
         key, 1 if source.raw.get("model_type") == "deepseek_v3" else 0
@@ -153,7 +161,7 @@ def _to_be_read(source: Source, layers: int, unread: tuple[str, ...]) -> dict[st
         behind = layer is not None and layers <= int(layer[1]) < layers + (further or 0)
         return behind or name.endswith("rotary_emb.inv_freq") or name.startswith(unread)
 
-    return {name: t for name, t in stored_tensors(source.folder).items() if not passed_over(name)}
+    return {name: tensor for name, tensor in stored.items() if not passed_over(name)}
 
 
 def _parts(stored: dict[str, Stored], wanted: dict[str, torch.Size]) -> dict[str, dict[str, Stored]]:
@@ -187,7 +195,7 @@ def _check(source: Source, rest: dict[str, Stored], wanted: dict[str, torch.Size
             raise InputError(f"{where}: unexpected for this config.json, which has no such tensor")
         if tensor.shape != wanted[name]:
             expected, got = tuple(wanted[name]), tuple(tensor.shape)
-            raise InputError(f"{where}: expected shape {expected}, got {got}")
+            raise InputError(f"{where}: expected shape {expected}, got {shown(got)}")
         if tensor.dtype not in FLOATS:
             raise InputError(f"{where}: expected floating point, got {tensor.dtype}")
     missing = [name for name in wanted if name not in rest]

@@ -177,7 +177,7 @@ def shrunk(raw: dict[str, Any]) -> dict[str, Any]:
         "shared_expert_intermediate_size": 40,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": heads if raw["num_key_value_heads"] == raw["num_attention_heads"] else 2,
+        "num_key_value_heads": heads if raw.get("num_key_value_heads") == raw["num_attention_heads"] else 2,
         "head_dim": 16,
         "sliding_window": 5,
         "q_lora_rank": 24,
@@ -189,7 +189,7 @@ def shrunk(raw: dict[str, Any]) -> dict[str, Any]:
         **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 16),
         **dict.fromkeys(("num_experts_per_tok", "experts_per_token"), 3),
     }
-    new = raw | {key: value for key, value in small.items() if raw.get(key) is not None}
+    new = raw | {key: value for key, value in small.items() if raw.get(key)}
     return new | {key: raw[key][:layers] for key in ("layer_types", "no_rope_layers") if key in raw}
 
 

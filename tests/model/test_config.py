@@ -7,7 +7,7 @@ import textwrap
 import pytest
 import torch
 from burnish.model import InputError, Transformer, config_json, pack
-from burnish.model.architectures import ARCHITECTURES, INERT, loadable
+from burnish.model.architectures import ARCHITECTURES, INERT, ROPE_INERT, loadable
 from burnish.model.checkpoint import load_model
 from burnish.model.config import Latent, ModelConfig
 from burnish.model.config_json import read_config, write_config
@@ -186,12 +186,49 @@ def test_another_model_than_the_decoder_is_refused(model_type, change):
             {"rope_scaling": {"type": "linear", "factor": 0}},
             "factor: expected a number above 0, got 0",
         ),
+        (
+            "llama",
+            {"rope_scaling": {"type": "linear", "factor": 10**30}},
+            "factor: expected a number from 1e-09 to 1e[+]15",
+        ),
+        (
+            "llama",
+            {"rope_theta": 1e300},
+            "rope_theta: expected a number above 1, up to 1e[+]15, got 1e[+]300",
+        ),
+        ("llama", {"hidden_size": 2**63}, "hidden_size: expected at most 2147483647"),
+        ("llama", {"num_hidden_layers": 10**30}, "num_hidden_layers: expected at most 10000"),
+        (
+            "olmoe",
+            {"num_local_experts": float("nan")},
+            "num_local_experts: expected nan, as num_experts says",
+        ),
+        ("qwen3_moe", {"shared_expert_intermediate_size": 8}, "expected 0, nothing else is built, got 8"),
+        ("qwen3_moe", {"use_qk_norm": False}, "use_qk_norm: expected True, nothing else is built"),
         ("llama", {"model_type": ["llama"]}, "model_type: expected one of"),
     ],
 )
 def test_what_cannot_be_computed_is_said_at_loading(model_type, keys, message):
     with pytest.raises(InputError, match=message):
         read_config({"model_type": model_type, **MINIMAL, **keys})
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "layer_types", "rope_scaling", "k" * 5000, "bos_token_id"])
+@pytest.mark.parametrize("value", ["v" * 5000, [0] * 5000, {"k" * 5000: 1}, "two\nlines"])
+def test_a_refusal_is_one_short_line(key, value):
+    with pytest.raises(InputError) as caught:
+        read_config({"model_type": "llama", **MINIMAL, key: value})
+    assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ROPE_INERT)
+def test_inert_keys_of_rope_change_no_field(key):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    plain, noted = (
+        read_config({"model_type": "llama", **MINIMAL, "rope_scaling": rope})
+        for rope in (yarn, yarn | {key: 0.9})
+    )
+    assert plain == noted
 
 
 def test_absent_windows_and_ropes_are_those_of_transformers():

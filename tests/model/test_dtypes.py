@@ -10,6 +10,7 @@ import torch
 from burnish.model import InputError, ModelConfig, Transformer
 from burnish.model.adapter import add_lora, merge_lora
 from burnish.model.checkpoint import load_model, load_scalar_model, save_model, stream_weights
+from burnish.model.dtypes import TooLarge, cast
 from safetensors.torch import load_file, save_file
 
 TINY = ModelConfig(31, 16, 24, 2, 2, eos_token_id=0)
@@ -90,6 +91,19 @@ def test_nothing_becomes_infinite(tmp_path, value):
     assert not (tmp_path / "saved").exists()
     save_model(model, tmp_path / "saved", dtype=BF16)
     assert all(tensor.isfinite().all() for tensor in tensors_of(tmp_path / "saved").values())
+
+
+@pytest.mark.parametrize(
+    "values, overflows",
+    [([7e4, float("nan")], True), ([float("inf"), -7e4], True), ([float("inf"), 1.0], False), ([], False)],
+)
+def test_numbers_that_are_not_finite_hide_none_that_becomes_infinite(values, overflows):
+    tensor = torch.tensor(values)
+    if overflows:
+        with pytest.raises(TooLarge, match="x: expected numbers up to 65504"):
+            cast("x", tensor, FP16)
+    else:
+        assert torch.equal(cast("x", tensor, FP16), tensor.half())
 
 
 def test_a_score_follows_the_body(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from burnish.kernels import dequantize_nf4, quantize_nf4
 from burnish.model import InputError, ModelConfig, Transformer, bnb, pack, weights
-from burnish.model.adapter import add_lora, linears, merge_lora
+from burnish.model.adapter import add_lora, hf_name, linears, merge_lora
 from burnish.model.checkpoint import load_model, load_scalar_model, save_model
 from burnish.model.config import Experts
 from burnish.model.experts import to_disk
@@ -471,7 +471,8 @@ def test_layers_that_predict_further_tokens_are_never_read(deepseek, monkeypatch
     assert sorted(read) == sorted(tensors)
     # transformers' own name for num_nextn_predict_layers
     source = weights.Source(deepseek, {"num_mtp_layers": 2}, torch.float32, "cpu")
-    assert weights._to_be_read(source, 3, ()).keys() == tensors.keys()
+    config = load_model(deepseek).config
+    assert weights._to_be_read(source, config, ()).keys() == tensors.keys()
 
 
 @pytest.mark.parametrize(
@@ -516,6 +517,31 @@ def test_sizes_are_compared_before_anything_is_read(folder, monkeypatch):
             load_model(folder)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux' list of mapped files")
+def test_a_file_that_is_read_is_mapped_no_longer(folder, monkeypatch):
+    """What was read would otherwise stay in memory beside the model, until the last file is through."""
+    tensors, shards = {name: tensor.clone() for name, tensor in tensors_in(folder).items()}, 5
+    names = [hf_name(name) for name in Transformer(TINY, device="meta").state_dict()]
+    for file in folder.glob("model*.safetensors"):
+        file.unlink()
+    place = {name: f"model-{i * shards // len(names)}.safetensors" for i, name in enumerate(names)}
+    for file in dict.fromkeys(place.values()):
+        save_file({name: tensors[name] for name in names if place[name] == file}, folder / file)
+    (folder / INDEX).write_text(json.dumps({"weight_map": place}))
+
+    mapped, dense = [], weights._dense
+
+    def counted(*args):
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        mapped.append(len({line.split()[-1] for line in lines if str(folder) in line}))
+        return dense(*args)
+
+    monkeypatch.setattr(weights, "_dense", counted)
+    load_model(folder)
+    assert mapped == sorted(mapped, reverse=True) and mapped[0] == shards
+    assert mapped[-1] <= 2
+
+
 # ---- which files
 
 
@@ -552,6 +578,41 @@ def test_a_file_that_the_index_names_is_read_whole(folder):
         load_model(folder)
     edit(folder / INDEX, weight_map=weight_map)  # which says whose is the one
     assert torch.equal(logits_of(load_model(folder)), expected)
+
+
+@pytest.mark.parametrize("name", ["llama-tied-llama3rope", "gemma3_text"])
+def test_a_tied_matrix_may_stand_under_the_heads_name_alone(data, tmp_path, name):
+    folder = Path(shutil.copytree(data / "tiny-hf" / name, tmp_path / name))
+    expected, scalar = logits_of(load_model(folder)), load_scalar_model(folder).state_dict()
+    tensors = tensors_in(folder)
+    rewrite(folder, tensors | {"lm_head.weight": tensors.pop("model.embed_tokens.weight")})
+    assert torch.equal(logits_of(load_model(folder)), expected)
+    again = load_scalar_model(folder).state_dict()
+    assert again.keys() == scalar.keys() and all(torch.equal(again[key], scalar[key]) for key in scalar)
+
+
+@pytest.mark.parametrize("file", ["a" * 5000 + ".safetensors", "a\0.safetensors", "a\n.safetensors"])
+def test_a_file_name_that_none_can_have_is_refused(folder, file):
+    (folder / SINGLE).rename(folder / "other.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": file}}))
+    with pytest.raises(InputError, match=r"a: expected a \.safetensors file of the same folder") as caught:
+        load_model(folder)
+    assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_json_that_is_nested_without_end_is_no_json(folder, file):
+    (folder / file).write_text('{"a": ' + "[" * 100_000)
+    with pytest.raises(InputError, match=f"{file}: not readable as JSON"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("value", ["x", True, float("nan"), 10**400, [1.0]])
+def test_the_bias_of_a_score_is_a_number(tmp_path, value):
+    save_model(ScalarModel(TINY), tmp_path / "reward")
+    edit(tmp_path / "reward" / "config.json", score_bias=value)
+    with pytest.raises(InputError, match=r"config\.json: score_bias: expected a number, got"):
+        load_scalar_model(tmp_path / "reward")
 
 
 def test_files_of_another_layout_alone_are_named(folder):
