@@ -145,7 +145,8 @@ class Stored:
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Name -> tensor, of model.safetensors or else of the files that the index names; no other file is looked at.
 
-    As transformers does, tensors of these files that the index does not name are taken, too. Only headers are read.
+    As transformers does, tensors of these files that the index does not name are taken, too, and those of a model that
+    was saved without its head, embed_tokens.weight, are called model.embed_tokens.weight. Only headers are read.
     Raises InputError naming the file, and the tensor that is missing or in two places.
     """
     weight_map = _weight_map(folder)
@@ -166,6 +167,10 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
             raise InputError(
                 f"{folder / file}: {shown(name)}: missing, although {INDEX} says that it is there"
             )
+
+    if "embed_tokens.weight" in found:
+        heads = ("lm_head.", "score.")
+        found = {name if name.startswith(heads) else f"model.{name}": t for name, t in found.items()}
     return found
 
 

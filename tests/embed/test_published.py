@@ -42,3 +42,12 @@ def test_transformers_reads_what_we_write_of_it(name, tmp_path):
         expected = theirs(torch.tensor([IDS])).logits[0]
     bound = 2e-2 if "quantization_config" in PUBLISHED[name][0] else 2e-5  # bitsandbytes rounds to bfloat16
     torch.testing.assert_close(ours(folder), expected, atol=bound, rtol=0)
+
+
+def test_a_model_that_was_saved_without_its_head(tmp_path):
+    folder = make("google/gemma-3-1b-it", tmp_path / "whole")
+    transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).save_pretrained(tmp_path / "body")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "body", dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs(torch.tensor([IDS])).logits[0]
+    torch.testing.assert_close(ours(tmp_path / "body"), expected, atol=2e-5, rtol=0)

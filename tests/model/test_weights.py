@@ -437,6 +437,26 @@ def test_the_correction_of_experts_is_kept_in_fp32(data):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
+# ---- names
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama", "qwen3_moe", "deepseek_v3"])
+def test_a_model_saved_without_its_head_has_shorter_names(data, tmp_path, name):
+    """As AutoModel writes it, and embedding models are published; the head, where there is one, stands beside it."""
+    source = Path(shutil.copytree(data / "tiny-hf" / name, tmp_path / name))
+    expected, tensors = logits_of(load_model(source)), tensors_in(source)
+    rewrite(source, {key.removeprefix("model."): tensor for key, tensor in tensors.items()}, shards=2)
+    assert torch.equal(logits_of(load_model(source)), expected)
+    save_model(load_model(source), tmp_path / "saved")
+    assert tensors_in(tmp_path / "saved").keys() == tensors.keys()
+    if "lm_head.weight" in tensors:
+        rewrite(
+            source, {key.removeprefix("model."): t for key, t in tensors.items() if key != "lm_head.weight"}
+        )
+        with pytest.raises(InputError, match=r"lm_head\.weight: missing from the safetensors files"):
+            load_model(source)
+
+
 # ---- what is passed over
 
 
