@@ -136,7 +136,9 @@ class _Keys:
 
     def flag(self, key: str) -> bool:
         value = self.raw.get(key)
-        return value if isinstance(value, bool) else self.refuse(key, "true or false") if value else False
+        if value is not None and not isinstance(value, bool):
+            self.refuse(key, "true or false")
+        return bool(value)
 
     def list_of_names(self, key: str) -> tuple[str, ...]:
         value = self.raw.get(key)
@@ -153,7 +155,8 @@ class _Keys:
         )
 
     def pattern(self, key: str, least: float) -> dict[str, Any]:
-        value = self.raw.get(key) or {}
+        value = self.raw.get(key)
+        value = {} if value is None else value
         fits = isinstance(value, dict) and all(
             _compiles(k) and isinstance(v, int | float) and not isinstance(v, bool) and least <= v < inf
             for k, v in value.items()
@@ -163,8 +166,8 @@ class _Keys:
     def layers(self) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
         """The layers that have an adapter, None for all; and what stands before their numbers."""
         layers, before = self.raw.get("layers_to_transform"), self.raw.get("layers_pattern")
-        layers = [layers] if isinstance(layers, int) else layers
-        if layers is not None and not (isinstance(layers, list) and all(isinstance(i, int) for i in layers)):
+        layers = [layers] if type(layers) is int else layers  # false is no layer 0
+        if layers is not None and not (isinstance(layers, list) and all(type(i) is int for i in layers)):
             self.refuse("layers_to_transform", "layer numbers")
         patterns = (
             tuple(filter(None, [before])) if isinstance(before, str) else self.list_of_names("layers_pattern")

@@ -216,6 +216,11 @@ def test_peft_loads_what_we_save(data, tmp_path, architecture, options):
         ({"target_modules": ["q_proj", "embed_tokens"]}, "an adapter of the embedding is not supported"),
         ({"lora_alpha": float("inf")}, "lora_alpha: expected a number of at least 0, got inf"),
         ({"lora_dropout": 1.0}, "lora_dropout: expected a number of at least 0 and below 1, got 1.0"),
+        ({"use_dora": 0}, "use_dora: expected true or false, got 0"),
+        ({"use_rslora": ""}, "use_rslora: expected true or false, got ''"),
+        ({"rank_pattern": False}, "rank_pattern: expected numbers of at least 1, by module, got False"),
+        ({"layers_to_transform": False}, "layers_to_transform: expected layer numbers, got False"),
+        ({"layers_to_transform": [True]}, r"layers_to_transform: expected layer numbers, got \[True\]"),
         ({"modules_to_save": "lm_head"}, "modules_to_save: expected a list of names, got 'lm_head'"),
         (
             {"layers_to_transform": [0], "layers_pattern": "lay("},
