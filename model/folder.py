@@ -23,10 +23,11 @@ from . import peft
 from .errors import InputError, shown
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+TEMPLATES = "additional_chat_templates"  # the only folder in it, transformers' own
 MODEL_FILES = (  # what a save may replace
     *("config.json", "generation_config.json", "*.safetensors", INDEX),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
-    peft.CONFIG,
+    *(f"{TEMPLATES}/*.jinja", peft.CONFIG),
 )
 DTYPES: dict[str, torch.dtype] = {  # as a header spells them; any other, float8 among them, stays a string
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
@@ -221,7 +222,10 @@ def holds_a_model(folder: Path) -> bool:
     """Empty, or a model's or adapter's config and nothing but files of such folders: anything else would be lost."""
     if not folder.is_dir():
         return False
-    names = [entry.name for entry in folder.iterdir()]
+    templates = folder / TEMPLATES
+    entries = [entry for entry in folder.iterdir() if entry != templates or not entry.is_dir()]
+    entries += [*templates.iterdir()] if templates.is_dir() else []
+    names = [entry.relative_to(folder).as_posix() for entry in entries]
     ours = all(any(fnmatch(name, pattern) for pattern in MODEL_FILES) for name in names)
     return not names or (ours and ("config.json" in names or peft.CONFIG in names))
 
@@ -237,8 +241,8 @@ def replacing(folder: Path) -> Iterator[Path]:
         os.umask(umask)
         beside.chmod(0o777 & ~umask)  # mkdtemp's folders are private, as are safetensors' files
         yield beside
-        for file in beside.iterdir():
-            file.chmod(0o666 & ~umask)
+        for entry in beside.rglob("*"):
+            entry.chmod((0o777 if entry.is_dir() else 0o666) & ~umask)
         if folder.exists():
             earlier = beside.with_suffix(".earlier")
             folder.rename(earlier)

@@ -8,6 +8,8 @@ import shutil
 from datetime import datetime
 
 import pytest
+from burnish.model import ModelConfig, Transformer
+from burnish.model.checkpoint import save_model
 from burnish.model.errors import InputError
 from burnish.model.tokenizer import Tokenizer, TurnRewritten
 from tokenizers import AddedToken, models, normalizers, processors
@@ -196,6 +198,21 @@ def test_a_template_for_tools_is_taken_where_tools_are_given(folder, tmp_path):
         assert tokenizer.template_variables >= {"tools", "date"}
     (tmp_path / "own.jinja").write_text("own")
     assert Tokenizer.load(folder, tmp_path / "own.jinja").render_chat([USER], tools=[1]) == "own"
+
+
+def test_a_model_is_saved_with_its_template_for_tools_and_replaced(folder, tmp_path):
+    """The template's folder can be entered by others, and stays a model's; what else lies there is not lost."""
+    tokenizer, model = Tokenizer.load(folder), Transformer(ModelConfig(8, 4, 4, 1, 1))
+    tokenizer.tool_template = "tools {{ tools }}"
+    (tmp_path / "plain").mkdir()
+    for _ in range(2):
+        save_model(model, tmp_path / "saved", tokenizer)
+    templates = tmp_path / "saved" / "additional_chat_templates"
+    assert templates.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert Tokenizer.load(tmp_path / "saved").render_chat([USER], tools=[1]) == "tools [1]"
+    (templates / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="found something else: not replaced"):
+        save_model(model, tmp_path / "saved", tokenizer)
 
 
 def test_templates_have_the_variables_and_functions_that_vendors_use(make):
