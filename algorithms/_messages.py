@@ -19,9 +19,10 @@ from typing import Any
 
 from ..model.errors import InputError
 from ..model.template import OWN_NAMES
+from ..model.text_files import parse_json
 from ..model.tokenizer import Message, Tokenizer
 from ._rows import Row
-from ._said import REASONING, Unsaid, all_said, changes_text, is_parts, parse_json
+from ._said import REASONING, Unsaid, all_said, changes_text, is_parts, json_or_none
 
 SHAREGPT_ROLES = {
     "human": "user",
@@ -209,7 +210,7 @@ def _from_sharegpt(message: Message, where: str) -> Message:
         raise InputError(f"{where}: expected 'value' or 'content', got both")
     message = {"role": SHAREGPT_ROLES[role], "content": content} | message
     if role == "function_call":
-        calls = parse_json(content) if isinstance(content, str) else content
+        calls = json_or_none(content) if isinstance(content, str) else content
         calls = calls if isinstance(calls, list) else [calls]
         if not all(isinstance(call, dict) and "name" in call for call in calls):
             raise InputError(
@@ -380,6 +381,6 @@ def from_json(value: Any, column: str) -> Any:
     if not value.strip():
         return None
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{column}: not JSON: {error}; it begins {value[:60]!r}") from error
+        return parse_json(value, column)
+    except InputError as error:
+        raise InputError(f"{error}; it begins {value[:60]!r}") from None

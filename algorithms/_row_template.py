@@ -28,8 +28,9 @@ from jinja2 import nodes
 
 from ..model.errors import InputError
 from ..model.template import sandbox
+from ..model.text_files import read_text
 from ._rows import Row, without_nulls
-from ._said import dumped, parse_json
+from ._said import dumped, json_or_none
 
 SEPARATOR, MARK = "|||", "\ufdd2"  # a noncharacter stands for it while the template runs
 SHAPING = (  # columns that say what a row is: those of the file give way to what the template writes
@@ -68,9 +69,9 @@ def shaped(rows: Sequence[Row], file: Path) -> list[Row]:
 def _compiled(file: Path) -> tuple[jinja2.Template, set[str]]:
     """The template, and the names that it reads."""
     try:
-        source = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--row-template {file}: cannot be read: {error}") from error
+        source = read_text(file)
+    except InputError as error:
+        raise InputError(f"--row-template {error}") from None
     environment = sandbox(undefined=jinja2.StrictUndefined, trim_blocks=False, lstrip_blocks=False)
     environment.globals |= {"zip": zip, "enumerate": enumerate}
     environment.tests["none"] = lambda value: value is None or isinstance(value, Null)
@@ -94,7 +95,7 @@ def _cells(text: str, where: str, file: Path) -> dict[str, Any]:
         raise InputError(f"{where}: --row-template {file}: expected one {SEPARATOR}, got {len(parts) - 1}")
     if not parts[0]:
         return {}
-    value = parse_json(parts[0]) if parts[0][0] in "[{" else None
+    value = json_or_none(parts[0]) if parts[0][0] in "[{" else None
     if isinstance(value, dict) and value:
         return value
     if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):

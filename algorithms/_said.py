@@ -17,6 +17,7 @@ from itertools import product
 from typing import Any, NamedTuple, TypeGuard
 
 from ..model.errors import InputError
+from ..model.text_files import parse_json
 from ..model.tokenizer import Message, Tokenizer
 
 REASONING = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "analysis")
@@ -302,7 +303,7 @@ class _Marker:
         inner = call.get("function", call)
         inner = inner | {"name": self._leaf(inner["name"])}
         arguments = inner.get("arguments")
-        if isinstance(arguments, str) and isinstance(parsed := parse_json(arguments), dict | list):
+        if isinstance(arguments, str) and isinstance(parsed := json_or_none(arguments), dict | list):
             expected = len(self.said)
             if self.replace:
                 # a text with quotes in it, which are escaped where it is encoded twice
@@ -358,11 +359,11 @@ def _says(message: Message, key: str) -> bool:
     return key in SAYING and message["role"] == "assistant" and isinstance(message[key], str)
 
 
-def parse_json(text: str) -> Any:
+def json_or_none(text: str) -> Any:
     """What a text is as JSON, None where it is none."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_json(text, "")
+    except InputError:
         return None
 
 
@@ -413,7 +414,7 @@ def _arguments(change: Callable[[Any], Any]) -> Change:
 
 
 def _parsed(arguments: Any) -> Any:
-    value = parse_json(arguments) if isinstance(arguments, str) else arguments
+    value = json_or_none(arguments) if isinstance(arguments, str) else arguments
     return value if isinstance(value, dict | list) else arguments
 
 

@@ -17,6 +17,7 @@ import torch
 from ..model.checkpoint import load_model
 from ..model.errors import InputError
 from ..model.generate import stream
+from ..model.text_files import read_text
 from ..model.tokenizer import Message, Tokenizer
 from ..model.transformer import Transformer
 from ._command import run_command
@@ -96,9 +97,9 @@ def _checked_opening(cfg: Config, tokenizer: Tokenizer, opening: list[Message]) 
 
 def _read_tools(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--tools {file}: cannot be read: {error}") from error
+        return read_text(file)
+    except InputError as error:
+        raise InputError(f"--tools {error}") from None
 
 
 def main(cfg: Config) -> None:

@@ -12,7 +12,6 @@ Source: GRPO, Shao et al. 2024, https://arxiv.org/abs/2402.03300; the model, htt
 Run:    burnish chat-demo --mode lora
 """
 
-import json
 import random
 import re
 import resource
@@ -32,6 +31,7 @@ from ..model.config_json import read_config
 from ..model.generate import generate
 from ..model.linear import LoraConfig
 from ..model.memory import training_memory
+from ..model.text_files import read_object
 from ..model.tokenizer import Tokenizer
 from . import _report, grpo
 from ._command import run_command
@@ -194,7 +194,7 @@ def train(cfg: Config) -> Path:
 def counted(cfg: Config, mode: str) -> str:
     """What weights, gradients and optimizer of a mode take, in fp32 as on a CPU."""
     file = cfg.model / "config.json"
-    config = read_config(json.loads(file.read_text()), str(file))
+    config = read_config(read_object(file), str(file))
     rank = MODES[mode].get("lora_rank")
     lora = LoraConfig(rank, 2 * rank) if rank else None
     memory = training_memory(config, lora, "base_4bit" in MODES[mode], tokens=0, frozen_dtype=torch.float32)

@@ -41,13 +41,13 @@ from .folder import (
     holds_a_model,
     is_adapter,
     opened,
-    read_json,
     replacing,
     stored_tensors,
     write_json,
 )
 from .linear import whole
 from .scalar import ScalarModel
+from .text_files import read_object
 from .transformer import Transformer
 from .weights import Source, read_weights
 
@@ -315,7 +315,7 @@ def _write_files(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
 def read_adapter(folder: str | os.PathLike[str]) -> tuple[Adapter, dict[str, str]]:
     """The adapter in a PEFT folder, and its file's metadata. Raises InputError naming the file and the key."""
     folder = Path(folder)
-    raw = read_json(folder / peft.CONFIG)
+    raw = read_object(folder / peft.CONFIG)
     config = peft.read_config(raw, str(folder / peft.CONFIG))
     if not (folder / peft.WEIGHTS).exists() and [*folder.glob("adapter_model.bin")]:
         raise InputError(f"{folder}: expected {peft.WEIGHTS}, found a pickled file, which is not read")
@@ -385,7 +385,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{folder}: expected a model folder, found {'a file' if folder.exists() else 'nothing'}"
         )
-    return read_json(folder / "config.json")
+    return read_object(folder / "config.json")
 
 
 def _is_scalar(raw: dict[str, Any]) -> bool:
@@ -396,7 +396,7 @@ def _is_scalar(raw: dict[str, Any]) -> bool:
 
 def _model_config(raw: dict[str, Any], folder: Path) -> ModelConfig:
     generation_file = folder / "generation_config.json"
-    generation = read_json(generation_file) if generation_file.exists() else {}
+    generation = read_object(generation_file) if generation_file.exists() else {}
     formats.is_bnb_4bit(raw, folder / "config.json")  # refuses other formats, before the keys that they bring
     raw = {key: value for key, value in raw.items() if key != formats.CONFIG}
     return read_config(raw, str(folder / "config.json"), generation)

@@ -1,14 +1,39 @@
 """The one exception that means: the input is at fault, not the program."""
 
+MOST_CHARACTERS = 600  # of a message; what is longer loses its middle
+
 
 class InputError(ValueError):
     """A file, a row, a flag or a user's function is wrong. The message names it, what was expected and what came.
 
-    The command line prints it as one line and exits with status 1; anything else is a bug and keeps its traceback.
+    It is one line without control characters, whatever a file, or another library, put into it. The command line prints
+    it and exits with status 1; anything else is a bug and keeps its traceback.
     """
+
+    def __init__(self, message: str):
+        super().__init__(_short(_one_line(message), MOST_CHARACTERS, MOST_CHARACTERS // 3))
 
 
 def shown(value: object) -> str:
     """What a file says, in a message: on one line, and short; a name of ordinary length as it is."""
-    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+    text = value if isinstance(value, str) and value.isprintable() else _repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _repr(value: object) -> str:
+    try:
+        return repr(value)
+    except (RecursionError, ValueError):  # too deep, or an integer of too many digits
+        return f"a {type(value).__name__}"
+
+
+def _one_line(text: str) -> str:
+    lines = " ".join(line.strip() for line in text.splitlines() if line.strip())
+    if lines.isprintable():
+        return lines
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in lines)
+
+
+def _short(text: str, most: int, end: int) -> str:
+    """Its beginning and its last `end` characters, where it is longer than `most`."""
+    return text if len(text) <= most else f"{text[: most - end - 5]} ... {text[-end:]}"

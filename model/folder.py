@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import peft
 from .errors import InputError, shown
+from .text_files import read_object
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TEMPLATES = "additional_chat_templates"  # the only folder in it, transformers' own
@@ -69,7 +70,7 @@ def base_of(folder: str | os.PathLike[str]) -> Path:
 
 def _named_base(folder: Path) -> Path:
     file, own = folder / peft.CONFIG, folder.resolve()
-    named = read_json(file).get("base_model_name_or_path")
+    named = read_object(file).get("base_model_name_or_path")
     name = named if isinstance(named, str) and named else None
     here, there = (
         [] if name is None else _bases(name, own, starts) for starts in ([Path()], [own, *own.parents])
@@ -94,7 +95,7 @@ def _bases(name: str, own: Path, starts: Iterable[Path]) -> list[Path]:
         base = start / name
         if not os.path.isdir(base) or base.resolve() == own:  # False for a name that no file can have, too
             continue
-        if not is_adapter(base) or read_json(base / peft.CONFIG).get("base_model_name_or_path") != name:
+        if not is_adapter(base) or read_object(base / peft.CONFIG).get("base_model_name_or_path") != name:
             found.append(base.resolve())
     return found
 
@@ -188,7 +189,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
         }
         why = next((f" ({why})" for pattern, why in others.items() if any(folder.glob(pattern))), "")
         raise InputError(f"{folder}: expected {WEIGHTS} or {INDEX}, found neither{why}")
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(
             f"{index}: weight_map: expected an object from tensor to file, got {weight_map!r:.200}"
@@ -200,18 +201,6 @@ def _weight_map(folder: Path) -> dict[str, str]:
                 f"{index}: {shown(name)}: expected a .safetensors file of the same folder, got {file!r:.200}"
             )
     return weight_map
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{file}: missing") from None
-    except (OSError, ValueError, RecursionError) as error:  # broken UTF-8, broken or endlessly nested JSON
-        raise InputError(f"{file}: not readable as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{file}: expected a JSON object, got {type(value).__name__}")
-    return value
 
 
 def write_json(file: Path, value: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from jinja2 import nodes
 from jinja2.parser import Parser
 
 from .errors import InputError
+from .text_files import read_text
 
 Message = dict[str, Any]  # role, content, and whatever else the template reads
 Span = tuple[int, int]
@@ -114,7 +115,7 @@ def templates_of(folder: Path, own: Any) -> dict[str, Any]:
         named = {str(entry.get("name")): entry.get("template") for entry in own if isinstance(entry, dict)}
     for name, file in (("default", "chat_template.jinja"), ("tool_use", TOOL_TEMPLATE_FILE)):
         if (folder / file).is_file():
-            named[name] = (folder / file).read_text(encoding="utf-8")
+            named[name] = read_text(folder / file)
     for name in ("default", "tool_use"):
         if not isinstance(named.get(name, ""), str):
             raise InputError(f"chat_template: expected a text, got {type(named[name]).__name__}")
@@ -127,7 +128,7 @@ def template_at(chat_template: Path | str) -> dict[str, str]:
         return {"default": PLAIN_TEMPLATE}
     if not Path(chat_template).is_file():
         raise InputError(f"{chat_template}: no such chat template: expected a jinja file, or 'plain'")
-    return {"default": Path(chat_template).read_text(encoding="utf-8")}
+    return {"default": read_text(Path(chat_template))}
 
 
 # ---- the sandbox

@@ -15,6 +15,7 @@ Tokens are joined, never re-read: where a token of the whole text would straddle
 """
 
 import json
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +35,7 @@ from .template import (
     template_at,
     templates_of,
 )
+from .text_files import read_object, read_text
 from .vocabulary import Vocabulary
 
 __all__ = ["Message", "Tokenizer", "TurnRewritten"]
@@ -93,7 +95,9 @@ class Tokenizer:
         if not file.is_file():
             raise InputError(f"{file}: not found; only tokenizers with a tokenizer.json can be read")
         try:
-            backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+            backend = tokenizers.Tokenizer.from_str(read_text(file))
+        except InputError:
+            raise
         except Exception as error:  # the package raises bare Exception
             raise InputError(f"{file}: not a tokenizer.json that `tokenizers` can read: {error}") from error
         config = _read_json(folder / "tokenizer_config.json")
@@ -418,15 +422,7 @@ def _without_prefix_space(part: dict[str, Any] | None) -> dict[str, Any] | None:
 
 def _read_json(file: Path) -> dict[str, Any]:
     """An absent file is an empty one: all but tokenizer.json are optional."""
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{file}: expected a JSON object, got {type(value).__name__}")
-    return value
+    return read_object(file) if os.path.lexists(file) else {}
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
