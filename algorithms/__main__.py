@@ -1,8 +1,9 @@
 """The `burnish` command: `burnish COMMAND --help` lists a command's flags."""
 
 import importlib
-import os
 import sys
+
+from ._streams import run_program
 
 COMMANDS = {  # name: (module with a Config, its function of a Config, one line)
     "r1": (
@@ -62,10 +63,11 @@ def usage() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0, 1 for wrong input, 2 for wrong usage, 130 when interrupted."""
-    is_program, arguments = arguments is None, sys.argv[1:] if arguments is None else arguments
-    status = _status(arguments)
+    if arguments is not None:
+        return _status(arguments)
+    status = run_program("burnish", lambda: _status(sys.argv[1:]))
     calls = sys.modules.get(f"{__package__}._calls")  # where users' functions were called
-    return calls.left(status) if is_program and calls else status
+    return calls.left(status) if calls else status
 
 
 def _status(arguments: list[str]) -> int:
@@ -85,9 +87,6 @@ def _status(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"\nburnish {name}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # who read our output has read enough, like `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails, too
-        return 1
 
 
 if __name__ == "__main__":

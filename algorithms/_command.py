@@ -5,19 +5,24 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
+import torch
 import tyro
 
 from ..model.errors import InputError
-from ._calls import left
+from ._calls import brief, left
 from ._distributed import processes
+from ._streams import run_program
+
+CPU_IS_FULL = "can't allocate memory"  # what torch's RuntimeError says
 
 
 def run_command(
     name: str, module: ModuleType, function: Callable[[Any], object], arguments: Sequence[str]
 ) -> int:
     """Returns the exit status: 0, 1 for wrong input, 130 when interrupted. Wrong usage exits with 2 in tyro."""
-    status = _status(name, module, function, arguments)
-    return left(status) if module.__name__ == "__main__" else status
+    if module.__name__ != "__main__":
+        return _status(name, module, function, arguments)
+    return left(run_program(name, lambda: _status(name, module, function, arguments)))
 
 
 def _status(
@@ -30,6 +35,11 @@ def _status(
             function(config)
     except InputError as error:
         print(f"\n{name}: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and CPU_IS_FULL not in str(error):
+            raise
+        print(f"\n{name}: not enough memory: {brief(str(error), 200) or 'of the host'}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted; what was saved until now is whole", file=sys.stderr)

@@ -27,6 +27,7 @@ from ._ids import check_sequence
 from ._loop import default_device
 from ._messages import messages_in, prompt_of
 from ._rows import Row
+from ._streams import is_lost
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def main(cfg: Config) -> None:
             reply = answer(cfg, model, tokenizer, prompt, cfg.seed + answers)
             answers += 1
             messages.append({"role": "assistant", "content": reply.strip()})
-        if cfg.prompt is not None:
+        if cfg.prompt is not None or is_lost(sys.stdout):
             return
 
 

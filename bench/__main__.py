@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..algorithms._streams import run_program
 from ..kernels._launch import INTERPRET
 from . import roofline
 from .case import Case, Dims, Tensors, assert_accurate, label, leaves, make_inputs, make_upstream
@@ -391,4 +392,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("python -m burnish.bench", main))

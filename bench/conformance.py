@@ -26,6 +26,7 @@ from tokenizers import models, pre_tokenizers
 from torch import Tensor
 
 from ..algorithms._rewards import load_reward
+from ..algorithms._streams import run_program
 from ..model.adapter import adapters, add_lora
 from ..model.checkpoint import load_model, save_model
 from ..model.config import ModelConfig
@@ -526,4 +527,4 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     from . import conformance  # the module that adapters import: `NotApplicable` is then one class
 
-    sys.exit(conformance.main())
+    sys.exit(run_program("python -m burnish.bench.conformance", conformance.main))

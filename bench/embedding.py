@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from ..algorithms._streams import run_program
 from ..kernels._head import CPU_BUDGET
 from .trainers import SHAPE, resident
 
@@ -119,4 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("python -m burnish.bench.embedding", main))

@@ -13,6 +13,7 @@ import json
 import sys
 from typing import Any
 
+from ..algorithms._streams import run_program
 from ..kernels.lora import PATHS
 from . import record
 
@@ -142,4 +143,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("python -m burnish.bench.paths", main))

@@ -23,6 +23,7 @@ have ended run on as padding until all have. Greedy tokens are compared, then bo
 import argparse
 import importlib
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from typing import Any
 
 import torch
 
+from ..algorithms._streams import run_program
 from ..model.cache import cache_bytes
 from ..model.checkpoint import load_model
 from ..model.generate import generate
@@ -248,4 +250,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("python -m burnish.bench.rollouts", main))

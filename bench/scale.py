@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..algorithms._distributed import gathered, processes, rank, shard, summed, world
 from ..algorithms._loop import make_optimizer
+from ..algorithms._streams import run_program
 from ..model.adapter import add_lora, linears, quantize_base
 from ..model.config import ModelConfig
 from ..model.linear import LoraConfig
@@ -140,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("python -m burnish.bench.scale", main))

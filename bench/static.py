@@ -33,6 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from ..algorithms._streams import run_program
 from ..kernels import _launch
 from .case import Case, Dims, label, make_inputs, make_upstream, run
 from .pictures import roofline_picture
@@ -396,4 +397,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("python -m burnish.bench.static", main))

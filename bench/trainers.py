@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 
+from ..algorithms._streams import run_program
 from .record import keep, machine
 
 LEFT_OUT = 2  # steps, while allocators and caches warm up
@@ -334,4 +335,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("python -m burnish.bench.trainers", main))

@@ -35,6 +35,7 @@ from typing import Any
 import torch
 import triton
 
+from ..algorithms._streams import run_program
 from ..kernels import _launch, attention
 from . import static
 from .__main__ import ROUNDS, call, capture, event_seconds, host_seconds, prepare
@@ -449,4 +450,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("python -m burnish.bench.tune", main))

@@ -20,7 +20,6 @@ from typing import Any, Literal
 import numpy as np
 import tokenizers
 import torch
-import tyro
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from torch import Tensor
 
@@ -296,7 +295,3 @@ def main(cfg: Config) -> None:
     file = cfg.gguf or _bundled_gguf()
     convert_gguf(file, cfg.output, getattr(torch, cfg.dtype))
     print(f"{cfg.output}: {file.name} in {cfg.dtype}; talk to it with: burnish chat --model {cfg.output}")
-
-
-if __name__ == "__main__":
-    main(tyro.cli(Config))

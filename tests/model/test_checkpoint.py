@@ -326,7 +326,7 @@ def test_a_folder_that_is_not_there(tmp_path):
 @pytest.mark.parametrize("content", [b'{"model_type": ', b"\xff\xfe", b"[]"])
 def test_broken_json_is_named(folder, name, content):
     (folder / name).write_bytes(content)
-    with pytest.raises(InputError, match=rf"llama/{name}: (not readable as JSON|expected a JSON object)"):
+    with pytest.raises(InputError, match=rf"llama/{name}: (not JSON|not UTF-8|expected a JSON object)"):
         load_model(folder)
 
 
@@ -335,7 +335,7 @@ def test_missing_files_are_named(folder):
     with pytest.raises(InputError, match=r"expected model\.safetensors or .*found neither \(pickled"):
         load_model(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(InputError, match=r"config\.json: missing"):
+    with pytest.raises(InputError, match=r"config\.json: no such file"):
         load_model(folder)
 
 

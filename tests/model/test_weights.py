@@ -623,7 +623,7 @@ def test_a_file_name_that_none_can_have_is_refused(folder, file):
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
 def test_json_that_is_nested_without_end_is_no_json(folder, file):
     (folder / file).write_text('{"a": ' + "[" * 100_000)
-    with pytest.raises(InputError, match=f"{file}: not readable as JSON"):
+    with pytest.raises(InputError, match=f"{file}: not JSON"):
         load_model(folder)
 
 

@@ -1,0 +1,77 @@
+"""Standard streams that close, fill up, or were never open: no traceback, and what is trained is not lost."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import sys
+from burnish.algorithms._streams import is_lost, run_program
+
+def main():
+    for i in range(3000):
+        print("some text of a run, \\u2192 with a character that ASCII lacks \\ud800", i, flush=i % 7 == 0)
+        sys.stderr.write("progress;")
+    sys.stdin.read()
+    open(sys.argv[1], "w").write(f"done {is_lost(sys.stdout)}")
+    return int(sys.argv[2])
+
+sys.exit(run_program("program", main))
+"""
+SENTENCE = "program: standard output cannot be written: No space left on device\n"
+STREAMS = {  # what the shell does: (status, what stdout still shows, what stderr says beside progress)
+    "": (0, "\\u2192", ""),
+    ">/dev/full": (1, None, SENTENCE),
+    "2>/dev/full": (0, "\\u2192", None),
+    ">/dev/full 2>/dev/full": (1, None, None),
+    ">&-": (0, None, ""),
+    "2>&-": (0, "\\u2192", None),
+    "<&- >&- 2>&-": (0, None, None),
+    "| head -n 1": (1, "\\u2192", ""),
+    "2>&1 | head -n 1": (1, "\\u2192", None),
+}
+
+
+def shell(script: str, *arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    words = ["bash", "-c", f"set -o pipefail; {script}", "bash", *map(str, arguments)]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    return subprocess.run(words, input=stdin, capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize("streams", STREAMS)
+def test_a_program_ends_as_it_would(tmp_path, streams):
+    status, output, says = STREAMS[streams]
+    (tmp_path / "program.py").write_text(PROGRAM)
+    done = shell(f'"$1" "$2" "$3" 0 {streams}', sys.executable, tmp_path / "program.py", tmp_path / "done")
+    lost = streams.startswith((">/dev/full", "| head", "2>&1"))
+    assert (tmp_path / "done").read_text() == f"done {lost}", "the run has gone on to its end"
+    assert done.returncode == status
+    if output is not None:
+        assert output in done.stdout
+    if says is not None:
+        assert done.stderr.replace("progress;", "") == says
+    assert "Traceback" not in done.stderr + done.stdout and "Exception" not in done.stderr
+
+
+def test_a_status_of_its_own_stays(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    for streams in ("", ">/dev/full", "| head -n 1"):
+        line = f'"$1" "$2" "$3" 3 {streams}'
+        done = shell(line, sys.executable, tmp_path / "program.py", tmp_path / "done")
+        assert done.returncode == 3
+
+
+def test_help_that_nobody_reads():
+    for streams, status in (("| true", 1), (">/dev/full", 1), (">&-", 0), ("2>&-", 0)):
+        done = shell(f'"$1" -m burnish.algorithms --help {streams}', sys.executable)
+        assert "Traceback" not in done.stderr and "Exception" not in done.stderr and done.returncode == status
+
+
+def test_a_run_is_not_lost_with_its_terminal(model_folder, demonstrations, tmp_path):
+    line = '"$1" -m burnish.algorithms sft --model "$2" --data "$3" --output "$4" --steps 2 --batch-size 4 '
+    line += "--max-length 20 --device cpu 2>&1 >/dev/full | true"
+    done = shell(line, sys.executable, model_folder, demonstrations, tmp_path / "out")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
+    assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
