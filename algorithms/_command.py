@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import tyro
 
-from ..model.errors import InputError
+from ..model.errors import InputError, shown
 from ._calls import brief, left
 from ._distributed import processes
 from ._streams import run_program
@@ -35,6 +35,10 @@ def _status(
             function(config)
     except InputError as error:
         print(f"\n{name}: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # a name that is too long, a device that is full, a folder that nobody may enter
+        where = "" if error.filename is None else f"{shown(error.filename)}: "
+        print(f"\n{name}: {InputError(f'{where}{error.strerror or error}')}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and CPU_IS_FULL not in str(error):

@@ -230,9 +230,9 @@ def gathered(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def from_rank_0(text: str) -> str:
-    """The text of rank 0, on every process."""
-    said = gathered({"text": torch.tensor(list(text.encode()), dtype=torch.uint8)})[0]["text"]
-    return bytes(said.tolist()).decode()
+    """The text of rank 0, a path for instance, on every process."""
+    said = gathered({"text": torch.tensor(list(os.fsencode(text)), dtype=torch.uint8)})[0]["text"]
+    return os.fsdecode(bytes(said.tolist()))
 
 
 def _device() -> torch.device:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ..model.checkpoint import save_model
 from ..model.dtypes import TooLarge
-from ..model.errors import InputError
+from ..model.errors import InputError, shown
 from ..model.linear import whole
 from ..model.scalar import ScalarModel
 from ..model.tokenizer import Tokenizer
@@ -35,6 +35,9 @@ from ._rows import Tally
 CHECKPOINT = "checkpoint.safetensors"
 COMPLETIONS = "completions.jsonl"
 NAMED = 30  # columns that a line names
+LIMITS = {"max_grad_norm", "clip_high", "dual_clip", "value_clip", "mismatch_cap"}  # inf switches them off
+LARGEST = 2**53  # of a count: what counts sum up to still fits
+MOST_SAMPLES = 2**16  # of one prompt: each is held until all are judged
 MAY_DIFFER = (
     "output",
     "resume",
@@ -70,9 +73,13 @@ def check_flags(config: Any, **bounds: tuple[float, float]) -> None:
         bounds |= {"router_aux_loss_coef": (0, 1e9)}
     for name, (low, high) in bounds.items():
         value = getattr(config, name)
+        if name not in LIMITS:
+            high = min(high, LARGEST if isinstance(value, int) else sys.float_info.max)
         if value is not None and not low <= value <= high:
-            expected = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-            raise InputError(f"--{name.replace('_', '-')}: expected a number {expected}, got {value}")
+            expected = f"at most {high:g}" if value > high else f"at least {low:g}"
+            expected = f"between {low:g} and {high:g}" if high < LARGEST else expected
+            got = shown(value)  # an integer may have more digits than Python writes
+            raise InputError(f"--{name.replace('_', '-')}: expected a number {expected}, got {got}")
     if config.device.partition(":")[0] not in ("cpu", "cuda"):
         raise InputError(f"--device: expected cpu or cuda, got {config.device}")
     if config.device.startswith("cuda") and not torch.cuda.is_available():

@@ -35,7 +35,7 @@ from ..model.text_files import read_object
 from ..model.tokenizer import Tokenizer
 from . import _report, grpo
 from ._command import run_command
-from ._loop import check_flags, default_device, new_run_folder
+from ._loop import MOST_SAMPLES, check_flags, default_device, new_run_folder
 from ._recipe import read_metric, write_rows
 
 LARGEST = 20
@@ -126,7 +126,7 @@ def train(cfg: Config) -> Path:
     check_flags(
         cfg,
         **least,
-        group_size=(2, inf),
+        group_size=(2, MOST_SAMPLES),
         temperature=(1e-3, 1e3),
         held_out=(2, len(held_out)),
         seed=(0, 2**31 - 1),

@@ -43,7 +43,15 @@ from ._calls import brief
 from ._command import run_command
 from ._data import Prompt, best_fit, rl_prompts, sft_examples
 from ._flags import RowFlags, load_tokenizer
-from ._loop import autocast, check_flags, check_model, default_device, new_run_folder, report_counts
+from ._loop import (
+    MOST_SAMPLES,
+    autocast,
+    check_flags,
+    check_model,
+    default_device,
+    new_run_folder,
+    report_counts,
+)
 from ._preferences import completion_scores, longest, preferences
 from ._rewards import (
     ANSWER,
@@ -105,7 +113,7 @@ def evaluate(cfg: Config) -> dict[str, float]:
         cfg,
         reward_timeout=(1e-3, 1e6),
         limit=(1, inf),
-        samples=(0, inf),
+        samples=(0, MOST_SAMPLES),
         temperature=(1e-3, 1e3),
         top_k=(1, inf),
         top_p=(1e-9, 1),

@@ -45,6 +45,7 @@ from ._command import run_command
 from ._distributed import reshard, shard, summed
 from ._flags import TrainingFlags, load_tokenizer
 from ._loop import (
+    MOST_SAMPLES,
     Run,
     SaveDtype,
     Schedule,
@@ -152,7 +153,7 @@ def train(cfg: Config) -> Path:
     check_flags(
         cfg,
         **RL_BOUNDS,
-        group_size=(2, inf),
+        group_size=(2, MOST_SAMPLES),
         max_draws=(1, inf),
         overlong_buffer=(0, cfg.max_new_tokens),
         updates_per_rollout=(1, inf),

@@ -43,6 +43,7 @@ from ._command import run_command
 from ._distributed import reshard, shard, summed
 from ._flags import TrainingFlags, load_tokenizer
 from ._loop import (
+    MOST_SAMPLES,
     Run,
     SaveDtype,
     Schedule,
@@ -155,7 +156,7 @@ def train(cfg: Config) -> Path:
         **dict.fromkeys(("gamma", "gae_lambda", "clip_low"), (0, 1)),
         **dict.fromkeys(("kl_horizon", "epochs_per_rollout", "minibatches"), (1, inf)),
         **dict.fromkeys(("missing_end_penalty", "clip_high", "value_clip", "critic_learning_rate"), (0, inf)),
-        group_size=(2 if cfg.advantage == "rloo" else 1, inf),
+        group_size=(2 if cfg.advantage == "rloo" else 1, MOST_SAMPLES),
         kl_target=(1e-9, inf),
         dual_clip=(1 + cfg.clip_high, inf),
     )

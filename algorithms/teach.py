@@ -31,7 +31,7 @@ from ..model.vocabulary import Vocabulary
 from ._command import run_command
 from ._flags import RowFlags, load_tokenizer
 from ._lessons import MicroBatch, answered, load_lessons, micro_batches, write_lessons
-from ._loop import autocast, check_flags, check_model, default_device, new_run_folder
+from ._loop import MOST_SAMPLES, autocast, check_flags, check_model, default_device, new_run_folder
 
 LESSONS = "lessons.safetensors"
 
@@ -57,7 +57,7 @@ def teach(cfg: Config) -> Path:
     """Returns the file of lessons."""
     check_flags(
         cfg,
-        samples=(0, inf),
+        samples=(0, MOST_SAMPLES),
         top_k=(0, inf),
         temperature=(1e-3, 1e3),
         max_length=(2, inf),

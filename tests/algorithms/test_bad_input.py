@@ -110,6 +110,12 @@ def test_a_failing_reward_function(model_folder, prompts, tmp_path, capsys, body
             ("--seed", "-1"),
         ],
         *[("--warmup-steps", "-5"), ("--save-every", "-1"), ("--weight-decay", "-1"), ("--device", "mps")],
+        *[
+            ("--batch-size", "9" * 30),
+            ("--steps", "9" * 20),
+            ("--learning-rate", "inf"),
+            ("--seed", "9" * 30),
+        ],
     ],
 )
 def test_an_impossible_flag_of_sft(model_folder, demonstrations, tmp_path, capsys, flag, value):
@@ -136,12 +142,32 @@ def test_an_impossible_flag_of_sft(model_folder, demonstrations, tmp_path, capsy
         ],
         *[("--clip-high", "nan"), ("--kl-coefficient", "-1"), ("--updates-per-rollout", "0")],
         *[("--sampling-batch-size", "0"), ("--reward-weights", "nan"), ("--reward-timeout", "0")],
+        *[("--group-size", "2147483648"), ("--max-new-tokens", "9" * 30)],
     ],
 )
 def test_an_impossible_flag_of_grpo(model_folder, prompts, tmp_path, capsys, flag, value):
     arguments = ["--model", model_folder, "--data", prompts, "--reward", "burnish.algorithms._sums:form"]
     assert main(["grpo", *map(str, arguments), "--output", str(tmp_path / "out"), flag, value]) == 1
     assert f"burnish grpo: {flag}: expected" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", ["x" * 5000, "\x1b[31mred\n", "x/" * 3000, ""], ids=ascii)
+@pytest.mark.parametrize("flag", ["--model", "--data", "--output", "--chat-template", "--row-template"])
+def test_a_name_that_no_file_can_have(
+    model_folder, demonstrations, tmp_path, capsys, monkeypatch, flag, value
+):
+    monkeypatch.chdir(tmp_path)  # "" is this folder
+    flags = {"--model": model_folder, "--data": demonstrations, "--output": tmp_path / "out", flag: value}
+    status = main(["sft", *(str(word) for pair in flags.items() for word in pair), "--steps", "1"])
+    message = capsys.readouterr().err.strip().removeprefix("burnish sft: ")
+    if (flag, status) != ("--output", 0):  # a name with control characters is one
+        assert status == 1 and message.isprintable() and len(message) <= 600
+
+
+def test_a_folder_may_have_any_name(model_folder, demonstrations, tmp_path):
+    output = tmp_path / "caf\udce9"  # Latin-1, as some archives unpack
+    arguments = ["--model", model_folder, "--data", demonstrations, "--output", output, "--steps", "1"]
+    assert main(["sft", *map(str, arguments)]) == 0 and (output / "model" / "config.json").is_file()
 
 
 def test_an_output_that_cannot_be_written(model_folder, demonstrations, tmp_path, capsys):

@@ -454,7 +454,7 @@ def test_a_teacher_of_another_tokenizer_is_refused(cfg):
     [
         ({"top_k": 18}, "--top-k: expected at most the vocabulary, 17, got 18"),
         ({"top_k": 0}, "--top-k 0: expected --samples beside it"),
-        ({"samples": -1}, "--samples: expected a number at least 0"),
+        ({"samples": -1}, "--samples: expected a number between 0 and 65536"),
         ({"temperature": math.nan}, "--temperature: expected a number between"),
     ],
 )

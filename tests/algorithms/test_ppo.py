@@ -249,7 +249,7 @@ def test_wrong_flags_are_one_line(cfg, reward_model, model_folder, tmp_path):
 
     assert "expected --reward-model DIR or --reward" in refused(reward=())
     assert "--critic: --advantage rloo has none" in refused(critic=cfg.model, advantage="rloo", group_size=2)
-    assert "--group-size: expected a number at least 2" in refused(advantage="rloo")
+    assert "--group-size: expected a number between 2 and 65536" in refused(advantage="rloo")
     assert "got a model without a score" in refused(reward_model=cfg.model)
     assert "--dual-clip" in refused(dual_clip=1.1)
     assert "--reward-weights: expected 1, one a reward function, got 2" in refused(reward_weights=(1.0, 2.0))
