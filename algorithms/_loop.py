@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -73,22 +74,27 @@ def check_flags(config: Any, **bounds: tuple[float, float]) -> None:
         bounds |= {"router_aux_loss_coef": (0, 1e9)}
     for name, (low, high) in bounds.items():
         value = getattr(config, name)
-        if name not in LIMITS:
-            high = min(high, LARGEST if isinstance(value, int) else sys.float_info.max)
+        if value != math.inf or name not in LIMITS:
+            high = min(high, LARGEST if isinstance(value, int) else torch.finfo(torch.float32).max)
         if value is not None and not low <= value <= high:
             expected = f"at most {high:g}" if value > high else f"at least {low:g}"
             expected = f"between {low:g} and {high:g}" if high < LARGEST else expected
             got = shown(value)  # an integer may have more digits than Python writes
             raise InputError(f"--{name.replace('_', '-')}: expected a number {expected}, got {got}")
-    if config.device.partition(":")[0] not in ("cpu", "cuda"):
-        raise InputError(f"--device: expected cpu or cuda, got {config.device}")
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {config.device}: torch finds no CUDA device; use --device cpu")
+    check_device(config.device)
     folder = config.output
     if getattr(config, "resume", False):  # compositions have no such flag
         _check_resumable(folder, config)
     elif rank() == 0 and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"--output {folder}: expected a new or empty folder, found one in use")
+
+
+def check_device(device: str) -> None:
+    """Raises InputError where --device is none that torch can use here."""
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):
+        raise InputError(f"--device: expected cpu, cuda or cuda:N, got {shown(device)}")
+    if device != "cpu" and int(device[5:] or 0) >= (found := torch.cuda.device_count()):
+        raise InputError(f"--device {device}: torch finds {found} CUDA devices; use --device cpu")
 
 
 def _check_resumable(folder: Path, config: Any) -> None:

@@ -24,7 +24,7 @@ from ._command import run_command
 from ._data import check_rendered
 from ._flags import TemplateFlags, load_tokenizer
 from ._ids import check_sequence
-from ._loop import default_device
+from ._loop import check_device, default_device
 from ._messages import messages_in, prompt_of
 from ._rows import Row
 from ._streams import is_lost
@@ -111,6 +111,7 @@ def main(cfg: Config) -> None:
     ):
         if not right:
             raise InputError(f"--{flag}: expected {expected}, got {value}")
+    check_device(cfg.device)
     tokenizer = load_tokenizer(cfg)
     model = load_model(
         cfg.model, torch.bfloat16 if cfg.device.startswith("cuda") else torch.float32, cfg.device
