@@ -6,10 +6,13 @@ without the characters of a model's answer: none of them is a reason to lose wha
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TextIO
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Output:
@@ -41,6 +44,11 @@ class Output:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def harmless(text: str) -> str:
+    """What a model wrote, for a terminal: control characters are escaped, but for line breaks and tabs."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def is_lost(stream: object) -> bool:

@@ -27,7 +27,7 @@ from ._ids import check_sequence
 from ._loop import check_device, default_device
 from ._messages import messages_in, prompt_of
 from ._rows import Row
-from ._streams import is_lost
+from ._streams import harmless, is_lost
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Config(TemplateFlags):
 def answer(cfg: Config, model: Transformer, tokenizer: Tokenizer, prompt: list[int], seed: int) -> str:
     """Write the answer to standard output as it comes, and return it. Ctrl-C ends it early, unless --prompt asked."""
     ids: list[int] = []
-    shown = ""
+    shown, visible = "", harmless if sys.stdout.isatty() else str
     tokens = stream(
         model,
         prompt,
@@ -62,13 +62,13 @@ def answer(cfg: Config, model: Transformer, tokenizer: Tokenizer, prompt: list[i
             ids.append(token)
             text = tokenizer.decode(ids)
             if not text.endswith("\ufffd"):  # a character whose last bytes are still to come
-                print(text[len(shown) :], end="", flush=True)
+                print(visible(text[len(shown) :]), end="", flush=True)
                 shown = text
     except KeyboardInterrupt:
         if cfg.prompt is not None:
             raise
     text = tokenizer.decode(ids)
-    print(text[len(shown) :], flush=True)
+    print(visible(text[len(shown) :]), flush=True)
     return text
 
 

@@ -37,6 +37,7 @@ from . import _report, grpo
 from ._command import run_command
 from ._loop import MOST_SAMPLES, check_flags, default_device, new_run_folder
 from ._recipe import read_metric, write_rows
+from ._streams import harmless
 
 LARGEST = 20
 MAX_NEW_TOKENS = 16
@@ -186,7 +187,7 @@ def train(cfg: Config) -> Path:
     print("\n" + "\n".join(f"{name}: {value}" for name, value in facts.items()))
     print(f"\nThe first four again, from {trained}:")
     for was, now in zip(before.answers[:4], after.answers, strict=False):
-        print(f"    before  {was}\n    after   {now}")
+        print(f"    before  {harmless(was)}\n    after   {harmless(now)}")
     print(f"\nreport: {report}")
     return report
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from burnish.algorithms._streams import harmless
 
 PROGRAM = """
 import sys
@@ -53,6 +54,13 @@ def test_a_program_ends_as_it_would(tmp_path, streams):
     if says is not None:
         assert done.stderr.replace("progress;", "") == says
     assert "Traceback" not in done.stderr + done.stdout and "Exception" not in done.stderr
+
+
+def test_a_model_does_not_write_to_a_terminal_what_moves_it():
+    assert (
+        harmless("a\x1b[2J\r\x9b\x07 b\n\tcaf\u00e9 \U0001f600")
+        == r"a\x1b[2J\r\x9b\x07 b" + "\n\tcaf\u00e9 \U0001f600"
+    )
 
 
 def test_a_status_of_its_own_stays(tmp_path):
