@@ -26,7 +26,9 @@ from pathlib import Path
 from burnish.model.errors import InputError
 
 LONGEST = 600  # characters of a message
-OURS = re.compile(r"^(warning: .*|burnish.*|.*\d+%\|.*|.*\d+step.*|.*\d+/\d+ \[.*|)$")  # and a progress bar's
+OURS = re.compile(
+    r"^(warning: .*|\(beyond the .*|burnish.*|.*\d+%\|.*|.*\d+step.*|.*\d+/\d+ \[.*|)$"
+)  # and a progress bar's
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Outcome:
         return not self.digest.endswith("not finite")
 
 
-def outcome_of(read: Callable[[Path], str], folder: Path, limits: Limits = Limits()) -> Outcome:  # noqa: B008
+def outcome_of(read: Callable[[Path], str], folder: Path, limits: Limits = Limits()) -> Outcome:
     """read: what returns a digest of what it read in `folder`. Its standard streams are the null device."""
     result, pipe = os.pipe()
     noise = os.memfd_create("stderr")
