@@ -108,9 +108,11 @@ SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 def of_layers(d: Difference) -> bool:
     """The list of layers, or one of its entries."""
     check = LAYERS.get(str(d.path[0]))
-    return check is not None and both(
-        lambda v: all(map(check, v if isinstance(v, list) else [v])), d, None, ABSENT
-    )
+    if check is None or len(d.path) > 2:
+        return False
+    if len(d.path) == 2:
+        return both(check, d)
+    return both(lambda v: isinstance(v, list) and all(map(check, v)), d, None, ABSENT)
 
 
 def of_ids(d: Difference) -> bool:
@@ -202,9 +204,9 @@ GGUF_FREE = (  # no size of a tensor
 
 
 def of_field(d: Difference) -> bool:
-    """A value of the type that it had."""
+    """A value of the type that it had, which stands first."""
     return (
-        d.path[0] == "fields" and d.path[1] in GGUF_NUMBERS + GGUF_FREE and len(d.path) == 3 and d.path[2] > 0
+        len(d.path) == 3 and d.path[1] in GGUF_NUMBERS + GGUF_FREE and d.path[0] == "fields" and d.path[2] > 0
     )
 
 

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from mutations import at, dumped, header_of
+from mutations import DTYPES, at, dumped, header_of
 from programs import fields_of
 
 
@@ -25,6 +25,7 @@ class _Absent:
 
 ABSENT = _Absent()
 FORMATS = {"F64": "<d", "F32": "<f", "F16": "<e"}  # BF16 is the upper half of an F32
+BROKEN = (OSError, EOFError, zlib.error, struct.error)
 ROWS = ("lines", "list", "gzip", "parquet")
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -67,18 +68,7 @@ def differences(holds: str, whole: bytes, changed: bytes) -> list[Difference] | 
     try:
         one, other = (_VALUES[holds](data) for data in (whole, changed))
         return [*(_between_rows(one, other) if holds in ROWS else _between(one, other, ()))]
-    except (
-        ValueError,
-        RecursionError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        OSError,
-        EOFError,
-        zlib.error,
-    ):
-        return None
-    except struct.error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, *BROKEN):
         return None
 
 
@@ -167,11 +157,14 @@ def _tensors(data: bytes) -> dict[str, Any]:
             found["metadata"][key] = json_of(text)
         except ValueError:
             found["metadata"][key] = text
-    for name, entry in header.items():
-        a, b = entry["data_offsets"]
-        found[name] = Numbers(
-            entry["dtype"], tuple(entry["shape"]), body[a:b], _floats(entry["dtype"], body[a:b])
-        )
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        (a, b), dtype, shape = entry["data_offsets"], entry["dtype"], tuple(entry["shape"])
+        if a != end or b - a != math.prod(shape) * DTYPES[dtype]:
+            raise ValueError(f"{name}: its bytes are not those of its shape")
+        found[name], end = Numbers(dtype, shape, body[a:b], _floats(dtype, body[a:b])), b
+    if end != len(body):
+        raise ValueError("bytes that no tensor has")
     return found
 
 
