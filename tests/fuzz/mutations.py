@@ -305,13 +305,13 @@ def _dtype(header: dict[str, Any], body: bytes, name: str, draw: Random) -> tupl
 
 
 def _retyped(header: dict[str, Any], body: bytes, name: str, draw: Random) -> tuple[bytes, str]:
-    """The same shape in another dtype, the bytes and all offsets behind it made to fit."""
+    """The same shape in another dtype; zeros where that takes more or fewer bytes, and the offsets behind are moved."""
     dtype = draw.choice([*DTYPES])
     a, b = header[name]["data_offsets"]
     count = 1
     for size in header[name]["shape"]:
         count *= size
-    held = bytes(count * DTYPES[dtype])
+    held = body[a:b] if b - a == count * DTYPES[dtype] else bytes(count * DTYPES[dtype])
     for entry in header.values():
         if "data_offsets" in entry and entry["data_offsets"][0] >= b:
             entry["data_offsets"] = [offset + len(held) - (b - a) for offset in entry["data_offsets"]]

@@ -11,6 +11,7 @@ noise        something that no code of ours prints stood on standard error, a pa
 left         a refused reader left a file behind that is not whole
 """
 
+import faulthandler
 import json
 import os
 import re
@@ -70,6 +71,7 @@ def outcome_of(read: Callable[[Path], str], folder: Path, limits: Limits = Limit
 
 
 def _in_fork(read: Callable[[Path], str], folder: Path, limits: Limits, pipe: int, noise: int) -> None:
+    faulthandler.disable()  # a test run's would write past our standard error
     null = os.open(os.devnull, os.O_RDWR)
     for stream, target in ((0, null), (1, null), (2, noise)):
         os.dup2(target, stream)

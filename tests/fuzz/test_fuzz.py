@@ -261,7 +261,7 @@ NEAR = (  # reader, path, what stands there, what else may, and what may not
     ("rows/text/lines", "cell.text", "a", "b", ("\ud800", 1, None, ABSENT, ["b"])),
     ("rows/preferences/lines", "cell.margin", 0.5, 1, (NAN, "1", True, INF)),
     ("rows/judged/lines", "cell.label", True, 0, (2, "yes", None, 0.5)),
-    ("rows/messages/lines", "cell.messages", [], TURNS, ("x", [], [1], [{"role": 1}])),
+    ("rows/messages/lines", "cell.messages", [], TURNS, ("x", [1], [{"role": 1}])),
     ("rows/tools/lines", "cell.tools", [], "[]", ("x", {}, 1)),
     ("gguf", "fields", {}, {}, (None, {"llama.block_count": [4, b"\2"]})),
 )

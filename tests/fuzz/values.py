@@ -56,25 +56,12 @@ TEXTS = (
     "system",
 )
 TALKS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")
-OPTIONAL = ("input", "system", "history", "tools", "functions", "chat_template_kwargs", "margin")
-ABOUT = ("tools", "functions", "chat_template_kwargs", "system", "history")
-SFT = (
-    *(
-        "messages",
-        "conversations",
-        "prompt",
-        "completion",
-        "text",
-        "question",
-        "answer",
-        "instruction",
-        "output",
-    ),
-    *("input", "instances"),
-)
-READ = {  # rows of a kind -> the columns that its reader looks at; of plain texts no template says more
-    **dict.fromkeys(("completions", "text"), SFT),
-    **dict.fromkeys(("messages", "tools"), SFT + ABOUT),
+OPTIONAL = ("tools", "functions", "chat_template_kwargs", "system", "margin")
+ABOUT = ("tools", "functions", "chat_template_kwargs", "system")  # what a row says about its messages
+READ = {  # rows of a kind -> the columns that their reader looks at, or would, were they there
+    "completions": ("messages", "conversations", "prompt", "completion"),
+    "text": ("messages", "conversations", "text"),
+    **dict.fromkeys(("messages", "tools"), ("messages", *ABOUT)),
     "prompts": ("prompt",),
     "preferences": ("prompt", "chosen", "rejected", "margin"),
     "judged": ("prompt", "completion", "label", "chosen", "rejected"),
@@ -89,23 +76,19 @@ def is_cell(kind: str, column: str, value: Any, absent: Any) -> bool:
         return column in OPTIONAL
     if column in TEXTS and is_text(value):
         return True
-    if column in TALKS:
-        return isinstance(value, list) and bool(value) and all(map(is_message, value))
+    if column in TALKS:  # one without a turn is dropped, and counted
+        return isinstance(value, list) and all(map(is_message, value))
     match column:
         case "label":
             return isinstance(value, int) and value in (0, 1)
         case "margin":
             return is_number(value, -1e300)
-        case "tools" | "functions":
+        case "tools":
             return is_json(value) and isinstance(of_text(value), list | NoneType)
+        case "functions":  # tools where they are a list, and else a column of another's
+            return not isinstance(value, list) or is_json(value)
         case "chat_template_kwargs":
             return is_json(value) and isinstance(of_text(value), dict | NoneType)
-        case "history":
-            return isinstance(value, list) and all(
-                isinstance(pair, list) and len(pair) == 2 for pair in value
-            )
-        case "instances":
-            return isinstance(value, list) and all(isinstance(instance, dict) for instance in value)
     return False
 
 
