@@ -14,42 +14,45 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
-from campaign import FINE, Result, chosen, run_all, warm_up
+from campaign import FINE, Result, chosen, results_of, warm_up
 from inputs import make_inputs
 from readers import Reader, readers
 
 
-def _work(arguments: tuple[list[Reader], Path, Path, int, int, Any]) -> None:
-    *rest, queue = arguments
-    for result in run_all(*rest):
-        queue.put(result)
-    queue.put(None)
+def _cases(reader: Reader, inputs: Path, seed: int, count: int) -> list[Result]:
+    """In a process of the pool, with a folder of its own."""
+    return list(results_of(reader, inputs, inputs.with_name(f"work-{os.getpid()}"), seed, count))
 
 
 def results(found: list[Reader], inputs: Path, flags: argparse.Namespace) -> Iterator[Result]:
-    """Of all processes, as they come. Every process has readers of its own, the slow ones shared out."""
-    context = get_context("fork")
-    queue, jobs = context.Queue(), min(flags.jobs, len(found))
-    for job in range(jobs):
-        own, count = found[job::jobs], 0
-        count = sum(len(range(i, flags.count, len(found))) for i in range(job, len(found), jobs))
-        work = inputs.with_name(f"work-{job}")
-        work.mkdir()
-        context.Process(
-            target=_work, args=((own, inputs, work, flags.seed, count, queue),), daemon=False
-        ).start()
-    left = jobs
-    while left:
-        result = queue.get()
-        if result is None:
-            left -= 1
-        else:
-            yield result
+    """--count cases in all, shared evenly among the readers, as they come."""
+    with ProcessPoolExecutor(flags.jobs, mp_context=get_context("fork")) as pool:
+        counts = [len(range(i, flags.count, len(found))) for i in range(len(found))]
+        tasks = [
+            pool.submit(_cases, r, inputs, flags.seed, n) for r, n in zip(found, counts, strict=True) if n
+        ]
+        for done in as_completed(tasks):
+            yield from done.result()
+
+
+def print_results(counts: dict[str, Counter[str]], failures: list[Result]) -> None:
+    for reader in sorted(counts):
+        print(f"{reader:34}", ", ".join(f"{n} {kind}" for kind, n in sorted(counts[reader].items())))
+    total = sum(counts.values(), Counter())
+    print(", ".join(f"{total[kind]} {kind}" for kind in (*FINE, *sorted(total.keys() - set(FINE)))))
+
+    alike: dict[tuple[str, ...], list[Result]] = defaultdict(list)
+    for result in failures:
+        alike[result.kind, result.reader.partition("/")[0], result.where or result.why].append(result)
+    for (kind, _, where), several in sorted(alike.items()):
+        first = several[0]
+        print(f"\n{kind} ({len(several)}): {first.reader} {first.file} number {first.number}: {first.what}")
+        print(f"    {where} {first.message[:300]!r}")
 
 
 def main() -> int:
@@ -65,36 +68,27 @@ def main() -> int:
 
     torch.set_num_threads(1)
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
-        inputs, warm = Path(folder) / "inputs", Path(folder) / "warm"
-        for own in (inputs, warm):
-            own.mkdir()
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    failures: list[Result] = []
+    with (
+        tempfile.TemporaryDirectory(prefix="fuzz-") as folder,
+        open(flags.report or os.devnull, "w") as report,
+    ):
+        inputs = Path(folder) / "inputs"
         make_inputs(inputs)
         found = chosen(readers(inputs), flags.readers)
         if not found:
             parser.error(f"no such reader: {' '.join(flags.readers)}")
-        warm_up(found, inputs, warm)
-        counts: dict[str, Counter[str]] = defaultdict(Counter)
-        failures: dict[tuple[str, ...], list[Result]] = defaultdict(list)
-        report = open(flags.report or os.devnull, "w")  # noqa: SIM115 (open to the end)
+        warm_up(found, inputs, Path(folder))
         for result in results(found, inputs, flags):
             counts[result.reader][result.kind] += 1
             report.write(json.dumps(vars(result)) + "\n")
             if not result.fine:
-                failures[result.kind, result.reader.partition("/")[0], result.where or result.why].append(
-                    result
-                )
-        report.close()
+                failures.append(result)
 
-    for reader in sorted(counts):
-        print(f"{reader:34}", ", ".join(f"{n} {kind}" for kind, n in sorted(counts[reader].items())))
-    total = sum(counts.values(), Counter())
-    print(f"{total.total()} mutations, seed {flags.seed}, {time.monotonic() - started:.0f} s:")
-    print(", ".join(f"{total[kind]} {kind}" for kind in (*FINE, *sorted(total.keys() - set(FINE)))))
-    for (kind, _, where), several in sorted(failures.items()):
-        first = several[0]
-        print(f"\n{kind} ({len(several)}): {first.reader} {first.file} number {first.number}: {first.what}")
-        print(f"    {where}\n    {first.message[:300]!r}")
+    print_results(counts, failures)
+    mutations, seconds = sum(counts.values(), Counter()).total(), time.monotonic() - started
+    print(f"{mutations} mutations, seed {flags.seed}, {len(failures)} failures, {seconds:.0f} s")
     return 1 if failures else 0
 
 

@@ -143,19 +143,16 @@ def warm_up(readers: Sequence[Reader], inputs: Path, work: Path) -> None:
     gc.freeze()  # or a collection in a fork copies every page
 
 
-def run_all(
-    readers: Sequence[Reader],
+def results_of(
+    reader: Reader,
     inputs: Path,
     work: Path,
     seed: int,
     count: int,
     limits: Limits = Limits(),  # noqa: B008
 ) -> Iterator[Result]:
-    """`count` mutations in all, shared evenly among the readers."""
-    for i, reader in enumerate(readers):
-        own = len(range(i, count, len(readers)))
-        if own:
-            bench = Bench(reader, inputs, work, limits)
-            for number in range(own):
-                yield bench.run(seed, number)
-            shutil.rmtree(bench.folder)
+    """Cases 0 to count - 1 of a reader."""
+    bench = Bench(reader, inputs, work, limits)
+    for number in range(count):
+        yield bench.run(seed, number)
+    shutil.rmtree(bench.folder)

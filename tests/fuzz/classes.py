@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from differences import ABSENT, FLOATS, Difference, Numbers, differences
 from values import (
+    READ,
     is_cell,
     is_id,
     is_json,
@@ -21,16 +22,20 @@ from values import (
 
 
 class Class(NamedTuple):
-    """reader: how its name begins. holds: of a difference."""
+    """reader: the first words of its name, or of several. holds: of a difference."""
 
     name: str
     reader: str | tuple[str, ...]
     holds: Callable[[Difference], bool]
     why: str
 
+    def reads(self, reader: str) -> bool:
+        names = (self.reader,) if isinstance(self.reader, str) else self.reader
+        return any(f"{reader}/".startswith(f"{name}/") for name in names)
+
 
 def class_of(reader: str, difference: Difference) -> str | None:
-    return next((c.name for c in CLASSES if reader.startswith(c.reader) and c.holds(difference)), None)
+    return next((c.name for c in CLASSES if c.reads(reader) and c.holds(difference)), None)
 
 
 def unexplained(reader: str, holds: str, whole: bytes, changed: bytes) -> list[Difference] | None:
@@ -63,7 +68,7 @@ def is_flag(value: Any) -> bool:
 
 # ---- configs
 
-CONFIGS = ("config/", "reward/config", "4bit/config")
+CONFIGS = ("config", "reward/config", "4bit/config")
 ROPE = (
     *(
         "rope_theta",
@@ -82,7 +87,6 @@ SCALES = (
 COUNTS = (
     *(
         "num_experts_per_tok",
-        "sliding_window",
         "max_window_layers",
         "first_k_dense_replace",
         "n_group",
@@ -252,99 +256,60 @@ def of_cells(kind: str) -> Callable[[Difference], bool]:
     return lambda d: len(d.path) == 2 and d.path[0] == "cell" and is_cell(kind, d.path[1], d.after, ABSENT)
 
 
+def of_any_json(d: Difference) -> bool:
+    return d.after is ABSENT or is_json(d.after)
+
+
+def of_ids_of_lessons(d: Difference) -> bool:
+    return d.path != ("logprobs",) and of_same_dtype(d)
+
+
+TOKENIZER, SETTINGS, MOE = (
+    "tokenizer/tokenizer",
+    "tokenizer/tokenizer_config",
+    ("config/qwen2_moe", "config/qwen3_moe"),
+)
+OF_SCORE_BIAS = keys(("score_bias",), lambda value: is_number(value, -1e300), ABSENT)
 CLASSES = (
     Class("number", CONFIGS, keys(SCALES, is_number, ABSENT), "another finite scale is another model"),
-    Class(
-        "rope", CONFIGS, keys(ROPE, is_in_rope, None, ABSENT), "other frequencies; absent is the rule's own"
-    ),
-    Class("rope type", CONFIGS, of_rope_kind, "another rule for the frequencies, whose numbers are there"),
-    Class(
-        "no rope",
-        "config/",
-        of_rope_whole,
-        "without an object the architecture's own rule holds, as in transformers",
-    ),
-    Class(
-        "count",
-        "config/",
-        keys(COUNTS, is_whole, None, ABSENT),
-        "sizes that no tensor has: how many experts, how far",
-    ),
-    Class(
-        "switch", CONFIGS, keys(SWITCHES, is_flag, ABSENT), "true and false are two models, both are built"
-    ),
-    Class(
-        "layers",
-        "config/",
-        of_layers,
-        "which layers slide, rotate or have experts, each of a kind that is built",
-    ),
-    Class("ids", CONFIGS, of_ids, "another end or padding; a model may name an id that it has no row for"),
-    Class("tied", CONFIGS, keys(("tie_word_embeddings",), is_flag, ABSENT), "the file holds a head, or none"),
+    Class("rope", CONFIGS, keys(ROPE, is_in_rope, None, ABSENT), "other frequencies; absent is the rule's"),
+    Class("rope type", CONFIGS, of_rope_kind, "another rule for the frequencies, with its numbers"),
+    Class("no rope", CONFIGS, of_rope_whole, "without an object the architecture's own rule holds"),
+    Class("count", CONFIGS, keys(COUNTS, is_whole, ABSENT), "no tensor's size: how many experts, how far"),
+    Class("window", CONFIGS, keys(("sliding_window",), is_whole, None, ABSENT), "how far a token sees"),
+    Class("no dense layer", MOE, keys(("intermediate_size",), is_whole, ABSENT), "no tensor has it"),
+    Class("switch", CONFIGS, keys(SWITCHES, is_flag, ABSENT), "true and false are two models, both built"),
+    Class("layers", CONFIGS, of_layers, "which layers slide, rotate or have experts"),
+    Class("ids", CONFIGS, of_ids, "another end or padding, perhaps one that the model has no row for"),
+    Class("tied", CONFIGS, keys(("tie_word_embeddings",), is_flag, ABSENT), "the file has a head, or none"),
     Class("ids", "generation", of_ids, "another end or padding"),
     Class("carried", "generation", of_carried, "not ours to read: written again as it stands"),
-    Class(
-        "bias", "reward/config", keys(("score_bias",), lambda v: is_number(v, -1e300), ABSENT), "a constant"
-    ),
-    Class("weights", "weights/", of_weights, "other numbers are another model; NaN is loaded as it stands"),
+    Class("bias", "reward/config", OF_SCORE_BIAS, "a constant"),
+    Class("weights", "weights", of_weights, "other numbers are another model; NaN is loaded as it stands"),
     Class("weights", "reward/weights", of_weights, "other numbers are another model"),
-    Class("weights", "4bit/weights", of_weights, "other codes, scales and tables of codes are other weights"),
+    Class("weights", "4bit/weights", of_weights, "other codes, scales and tables are other weights"),
     Class("packing", "4bit/weights", of_state, "the mean of the scales is a number in the state"),
-    Class("weights", "adapter/", of_weights, "other numbers are another adapter"),
-    Class("alpha", "adapter/", keys(("lora_alpha",), is_number, ABSENT), "another scale"),
-    Class("alpha", "adapter/", of_patterns, "a module's own scale"),
-    Class("rsLoRA", "adapter/", keys(("use_rslora",), is_flag, None, ABSENT), "another rule for the scale"),
+    Class("weights", "adapter", of_weights, "other numbers are another adapter"),
+    Class("alpha", "adapter", keys(("lora_alpha",), is_number, ABSENT), "another scale"),
+    Class("alpha", "adapter", of_patterns, "a module's own scale"),
+    Class("rsLoRA", "adapter", keys(("use_rslora",), is_flag, None, ABSENT), "another rule for the scale"),
     Class("field", "gguf", of_field, "a value that no tensor's size depends on, or a text"),
     Class("weights", "gguf", of_same_dtype, "other numbers are another model"),
-    Class("vocabulary", "tokenizer/tokenizer", of_vocabulary, "a token more, less, or on another id"),
-    Class("merges", "tokenizer/tokenizer", of_merges, "other merges of tokens that exist"),
-    Class(
-        "added tokens", "tokenizer/tokenizer", of_added_tokens, "an added token spelled or marked otherwise"
-    ),
-    Class(
-        "stages", "tokenizer/tokenizer", of_stages, "what `tokenizers` reads as a stage of another pipeline"
-    ),
-    Class(
-        "special tokens",
-        "tokenizer/",
-        of_special_tokens,
-        "another token of the vocabulary begins, ends or pads",
-    ),
-    Class(
-        "begins",
-        "tokenizer/",
-        keys(("add_bos_token",), is_flag, None, ABSENT),
-        "whether a text begins with bos",
-    ),
+    Class("vocabulary", TOKENIZER, of_vocabulary, "a token more, less, or on another id"),
+    Class("merges", TOKENIZER, of_merges, "other merges of tokens that exist"),
+    Class("added tokens", TOKENIZER, of_added_tokens, "an added token spelled or marked otherwise"),
+    Class("stages", TOKENIZER, of_stages, "another pipeline, of stages that `tokenizers` reads"),
+    Class("special tokens", "tokenizer", of_special_tokens, "another token begins, ends or pads"),
+    Class("begins", SETTINGS, keys(("add_bos_token",), is_flag, None, ABSENT), "texts begin with bos or not"),
+    Class("template", SETTINGS, keys(("chat_template",), is_text), "another program"),
     Class("ids", "tokenizer/generation_config", of_ids, "other ids end a generation"),
-    Class("template", "tokenizer/tokenizer_config", keys(("chat_template",), is_text), "another program"),
-    Class("program", "template/", lambda d: both(is_text, d), "another program writes another text"),
-    Class(
-        "variables",
-        "flags/kwargs",
-        lambda d: d.after is ABSENT or is_json(d.after),
-        "variables are whatever JSON can say",
-    ),
-    Class(
-        "tools",
-        "flags/tools",
-        lambda d: is_json(d.after) or d.after is ABSENT,
-        "tools are rendered as they stand",
-    ),
-    Class("rows", "rows/", of_rows, "a row less or more is an example less or more, and counted"),
-    *(
-        Class("cells", f"rows/{kind}/", of_cells(kind), "another text is another example")
-        for kind in ("completions", "messages", "tools", "text", "prompts", "preferences", "judged")
-    ),
-    Class(
-        "state", "run/checkpoint", of_same_dtype, "other numbers are another state: the file has no checksum"
-    ),
+    Class("program", "template", lambda d: both(is_text, d), "another program writes another text"),
+    Class("variables", "flags/kwargs", of_any_json, "a variable is whatever JSON can say"),
+    Class("tools", "flags/tools", of_any_json, "tools are rendered as they stand"),
+    Class("rows", "rows", of_rows, "a row less or more is an example less or more, and counted"),
+    *(Class("cells", f"rows/{kind}", of_cells(kind), "another text is another example") for kind in READ),
+    Class("state", "run/checkpoint", of_same_dtype, "another state: the file has no checksum"),
     Class("step", "run/checkpoint", of_step, "the run goes on from the step that the file names"),
-    Class(
-        "ids",
-        "lessons",
-        lambda d: d.path != ("logprobs",) and of_same_dtype(d),
-        "other ids, of the tokenizer's",
-    ),
+    Class("ids", "lessons", of_ids_of_lessons, "other ids, of the tokenizer's"),
     Class("log-probabilities", "lessons", of_logprobs, "another teacher, as far as it can be one"),
 )

@@ -4,13 +4,14 @@ import json
 import os
 import time
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
 from burnish.model import checkpoint
 from burnish.model.errors import InputError
-from campaign import Bench, chosen, run_all, warm_up
+from campaign import Bench, chosen, results_of, warm_up
 from classes import class_of
 from differences import ABSENT, Difference, Numbers
 from inputs import make_inputs
@@ -46,7 +47,7 @@ def inputs(tmp_path_factory) -> Path:
 def failures(area: str, inputs: Path, work: Path, each: int) -> str:
     found = chosen(readers(inputs), [area])
     warm_up(found, inputs, work)
-    results = run_all(found, inputs, work, SEED, each * len(found))
+    results = chain.from_iterable(results_of(reader, inputs, work, SEED, each) for reader in found)
     return "\n".join(
         f"{r.kind}: {r.reader} number {r.number}: {r.what}: {r.where}{r.why} {r.message[:200]!r}"
         for r in results
@@ -239,6 +240,7 @@ NEAR = (  # reader, path, what stands there, what else may, and what may not
     ("reward/config", "rope_parameters.rope_theta", 1e4, 1e6, (NAN, -1, 1e30, "1e6", [])),
     ("config/llama", "hidden_size", 64, 64, (32, 1, None)),
     ("config/qwen3_moe", "num_experts_per_tok", 2, 3, (-1, 2.0, True, 2**40, "3")),
+    ("4bit/config/qwen3-fp4", "max_position_embeddings", 256, 128, (None, 0.5, -1, "256", True)),
     ("config/qwen3_moe", "norm_topk_prob", True, False, (0, 1, "false", None)),
     ("config/qwen2", "layer_types.0", "full_attention", "sliding_attention", ("full", 1, None)),
     ("config/llama", "eos_token_id", 2, [2, 3], (-1, [-1], [], "2", 2**40, 1.0)),

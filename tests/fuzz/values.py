@@ -40,21 +40,7 @@ def is_json(value: Any) -> bool:
 
 # ---- cells of rows
 
-TEXTS = (
-    *(
-        "prompt",
-        "completion",
-        "text",
-        "chosen",
-        "rejected",
-        "question",
-        "answer",
-        "instruction",
-        "output",
-        "input",
-    ),
-    "system",
-)
+TEXTS = ("prompt", "completion", "text", "chosen", "rejected", "system")
 TALKS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")
 OPTIONAL = ("tools", "functions", "chat_template_kwargs", "system", "margin")
 ABOUT = ("tools", "functions", "chat_template_kwargs", "system")  # what a row says about its messages
