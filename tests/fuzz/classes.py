@@ -10,15 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from differences import ABSENT, FLOATS, Difference, Numbers, differences
-from values import (
-    READ,
-    is_cell,
-    is_id,
-    is_json,
-    is_number,
-    is_text,
-    is_whole,
-)
+from values import READ, is_cell, is_id, is_json, is_number, is_text, is_whole
 
 
 class Class(NamedTuple):
@@ -70,14 +62,8 @@ def is_flag(value: Any) -> bool:
 
 CONFIGS = ("config", "reward/config", "4bit/config")
 ROPE = (
-    *(
-        "rope_theta",
-        "rope_local_base_freq",
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "attention_factor",
-    ),
+    *("rope_theta", "rope_local_base_freq", "factor", "low_freq_factor", "high_freq_factor"),
+    "attention_factor",
     *("beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
 )
 SCALES = (
@@ -85,19 +71,9 @@ SCALES = (
     "swiglu_alpha",
 )
 COUNTS = (
-    *(
-        "num_experts_per_tok",
-        "max_window_layers",
-        "first_k_dense_replace",
-        "n_group",
-        "topk_group",
-    ),
-    *(
-        "max_position_embeddings",
-        "original_max_position_embeddings",
-        "query_pre_attn_scalar",
-        "decoder_sparse_step",
-    ),
+    *("num_experts_per_tok", "max_window_layers", "first_k_dense_replace", "n_group", "topk_group"),
+    *("max_position_embeddings", "original_max_position_embeddings", "query_pre_attn_scalar"),
+    "decoder_sparse_step",
     *("sliding_window_pattern", "no_rope_layer_interval"),
 )
 SWITCHES = ("norm_topk_prob", "use_sliding_window", "rope_interleave", "truncate")
@@ -198,12 +174,8 @@ def of_step(d: Difference) -> bool:
 GGUF_NUMBERS = ("llama.rope.freq_base", "llama.attention.layer_norm_rms_epsilon")
 GGUF_FREE = (  # no size of a tensor
     *("llama.context_length", "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id"),
-    *(
-        "tokenizer.chat_template",
-        "tokenizer.ggml.tokens",
-        "tokenizer.ggml.merges",
-        "tokenizer.ggml.token_type",
-    ),
+    *("tokenizer.chat_template", "tokenizer.ggml.tokens", "tokenizer.ggml.merges"),
+    "tokenizer.ggml.token_type",
 )
 
 

@@ -54,16 +54,8 @@ TOOLS = [
     {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 ]
 STEPS = (
-    "--steps",
-    "3",
-    "--save-every",
-    "2",
-    "--batch-size",
-    "2",
-    "--learning-rate",
-    "1e-3",
-    "--device",
-    "cpu",
+    *("--steps", "3", "--save-every", "2", "--batch-size", "2", "--learning-rate", "1e-3"),
+    *("--device", "cpu"),
 )
 
 

@@ -20,34 +20,14 @@ SPECIAL = ("fifo", "directory", "empty", "link to itself", "dangling link", "/de
 ODD = (  # of every type
     *(None, True, False, 0, -1, 1, 2, 3, 7, 10**3, 10**6, 2**31 - 1, 2**31, 2**63, 10**18, 10**30, -(10**9)),
     *(0.5, -0.5, 1e308, 1e-308, 1e20, float("nan"), float("inf"), float("-inf")),
-    *(
-        "",
-        " ",
-        "x",
-        "0",
-        "nan",
-        "null",
-        "true",
-        "\x00",
-        "\x1b[2J\n",
-        "\ud800",
-        "\u202e",
-        "../x",
-        "/etc/passwd",
-    ),
+    *("", " ", "x", "0", "nan", "null", "true", "\x00", "\x1b[2J\n", "\ud800", "\u202e", "../x"),
+    "/etc/passwd",
     *("x" * LONG, "(a+)+$", [], {}, [[]], [1], [-1], ["x"], [None], {"a": 1}, {"": None}),
 )
 BACKTRACKING = (  # regular expressions that take exponential time on a name that almost fits
     *(r"(.+)+\!", r"(.*)*\!", r"(\w|\.|_)*\!", r"(model\.|layers\.|.)*x\!", r"(([a-z_])+.)+\!", r"(.*.*)*\!"),
-    *(
-        r"^(?:[a-z0-9_]+\.?)+\!$",
-        r"(.?){30}.{30}\!",
-        "(" * 200 + ")" * 200,
-        "(",
-        "[",
-        "*",
-        r"(?P<a>x)(?P<a>y)",
-    ),
+    *(r"^(?:[a-z0-9_]+\.?)+\!$", r"(.?){30}.{30}\!", "(" * 200 + ")" * 200, "(", "[", "*"),
+    r"(?P<a>x)(?P<a>y)",
 )
 
 
@@ -341,16 +321,7 @@ def _metadata(header: dict[str, Any], body: bytes, name: str, draw: Random) -> t
         what = ""
     if not what or draw.random() < 0.3:
         choices = (
-            "",
-            "x",
-            "null",
-            "[]",
-            "{}",
-            "1e999",
-            "NaN",
-            "1",
-            nested(DEEP),
-            nested(SHALLOW),
+            *("", "x", "null", "[]", "{}", "1e999", "NaN", "1", nested(DEEP), nested(SHALLOW)),
             "9" * 5000,
         )
         text = what = draw.choice(choices)

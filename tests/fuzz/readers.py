@@ -164,10 +164,7 @@ def of_run(folder: Path) -> str:
 def of_gguf_file(folder: Path) -> str:
     convert_gguf(folder / "model.gguf", folder / "out")
     names = (
-        "model.safetensors",
-        "config.json",
-        "generation_config.json",
-        "tokenizer.json",
+        *("model.safetensors", "config.json", "generation_config.json", "tokenizer.json"),
         "tokenizer_config.json",
     )
     return digest(*((folder / "out" / name).read_bytes() for name in names))
@@ -201,18 +198,8 @@ def of_tools(folder: Path) -> str:
 # ---- the table
 
 ARCHITECTURES = (
-    *(
-        "llama",
-        "mistral-sw",
-        "mixtral",
-        "olmoe",
-        "qwen2",
-        "qwen2_moe",
-        "qwen3",
-        "qwen3_moe",
-        "smollm3",
-        "gemma3_text",
-    ),
+    *("llama", "mistral-sw", "mixtral", "olmoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
+    *("smollm3", "gemma3_text"),
     *("gpt_oss", "deepseek_v3", "llama-yarn", "llama-tied-llama3rope"),
 )
 ROWS: dict[str, Callable[..., Any]] = {

@@ -21,18 +21,8 @@ from readers import of_model, readers
 
 SEED = 20
 AREAS = (
-    *(
-        "config",
-        "weights",
-        "index",
-        "generation",
-        "reward",
-        "4bit",
-        "adapter",
-        "tokenizer",
-        "template",
-        "flags",
-    ),
+    *("config", "weights", "index", "generation", "reward", "4bit", "adapter", "tokenizer"),
+    *("template", "flags"),
     *("rows", "run", "lessons", "gguf"),
 )
 
