@@ -40,11 +40,12 @@ def results(found: list[Reader], inputs: Path, flags: argparse.Namespace) -> Ite
             yield from done.result()
 
 
-def print_results(counts: dict[str, Counter[str]], failures: list[Result]) -> None:
+def print_results(counts: dict[str, Counter[str]], classes: Counter[str], failures: list[Result]) -> None:
     for reader in sorted(counts):
         print(f"{reader:34}", ", ".join(f"{n} {kind}" for kind, n in sorted(counts[reader].items())))
     total = sum(counts.values(), Counter())
     print(", ".join(f"{total[kind]} {kind}" for kind in (*FINE, *sorted(total.keys() - set(FINE)))))
+    print("differs by class:", ", ".join(f"{n} {name}" for name, n in classes.most_common()))
 
     alike: dict[tuple[str, ...], list[Result]] = defaultdict(list)
     for result in failures:
@@ -69,6 +70,7 @@ def main() -> int:
     torch.set_num_threads(1)
     started = time.monotonic()
     counts: dict[str, Counter[str]] = defaultdict(Counter)
+    classes: Counter[str] = Counter()
     failures: list[Result] = []
     with (
         tempfile.TemporaryDirectory(prefix="fuzz-") as folder,
@@ -85,8 +87,10 @@ def main() -> int:
             report.write(json.dumps(vars(result)) + "\n")
             if not result.fine:
                 failures.append(result)
+            elif result.why:
+                classes[result.why] += 1
 
-    print_results(counts, failures)
+    print_results(counts, classes, failures)
     mutations, seconds = sum(counts.values(), Counter()).total(), time.monotonic() - started
     print(f"{mutations} mutations, seed {flags.seed}, {len(failures)} failures, {seconds:.0f} s")
     return 1 if failures else 0

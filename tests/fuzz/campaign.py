@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from classes import unexplained
-from differences import Difference, differences, with_difference
+from classes import explained
+from differences import Difference, with_difference
 from mutations import Mutation, of_special, put
 from outcomes import Limits, Outcome, outcome_of
 from readers import MUTATIONS, Reader
@@ -28,7 +28,7 @@ SPECIAL_SHARE = 0.03  # of all mutations: no regular file stands in the file's p
 
 @dataclass
 class Result:
-    """kind: one of FINE, or a failure. why: the class that explains a difference, or what is not explained."""
+    """kind: one of FINE, or a failure. why: the classes of the differences, or the first that has none."""
 
     reader: str
     file: str
@@ -80,22 +80,22 @@ class Bench:
             return outcome.kind, ""
         if outcome.digest == self.digest:
             return "accepted, same", ""
-        left = self._unexplained(file, mutation)
-        if left is None:
+        found = self._explained(file, mutation)
+        if not found or mutation.special not in ("", "empty"):
             return "unexplained", "it is not known what the file says"
+        left = [difference for difference, name in found if name is None]
         if left:
             return "unexplained", str(left[0])
-        return "accepted, differs" if outcome.finite else "accepted, not finite", ""
+        names = ", ".join(sorted({name for _, name in found if name}))
+        return "accepted, differs" if outcome.finite else "accepted, not finite", names
 
-    def _unexplained(self, file: str, mutation: Mutation) -> list[Difference] | None:
-        """Without those of JSON that alone change nothing: a second change has been explained."""
+    def _explained(self, file: str, mutation: Mutation) -> list[tuple[Difference, str | None]]:
+        """Of several differences in JSON without those that alone change nothing: the others have been explained."""
         holds = self.reader.files[file]
-        left = unexplained(self.reader.name, holds, self.whole[file], mutation.data)
-        if not left or mutation.special or holds not in ("json", "adapter config"):
-            return left
-        if len(differences(holds, self.whole[file], mutation.data) or ()) == 1:
-            return left
-        return [d for d in left if self._alone(file, d) != self.digest]
+        found = explained(self.reader.name, holds, self.whole[file], mutation.data)
+        if holds not in ("json", "adapter config") or len(found) == 1:
+            return found
+        return [(d, name) for d, name in found if name or self._alone(file, d) != self.digest]
 
     def _alone(self, file: str, difference: Difference) -> str:
         (self.folder / file).write_bytes(with_difference(self.whole[file], difference))

@@ -30,10 +30,9 @@ def class_of(reader: str, difference: Difference) -> str | None:
     return next((c.name for c in CLASSES if c.reads(reader) and c.holds(difference)), None)
 
 
-def unexplained(reader: str, holds: str, whole: bytes, changed: bytes) -> list[Difference] | None:
-    """The differences that are in no class; None where it is not known what the file says."""
-    found = differences(holds, whole, changed)
-    return [d for d in found if class_of(reader, d) is None] if found else None
+def explained(reader: str, holds: str, whole: bytes, changed: bytes) -> list[tuple[Difference, str | None]]:
+    """Each difference with its class. Empty where it is not known what the file says."""
+    return [(d, class_of(reader, d)) for d in differences(holds, whole, changed) or ()]
 
 
 def keys(names: tuple[str, ...], check: Callable[[Any], bool], *also: Any) -> Callable[[Difference], bool]:

@@ -25,17 +25,21 @@ def is_text(value: Any) -> bool:
 
 
 def is_json(value: Any) -> bool:
-    """Without numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return all(is_text(key) and is_json(item) for key, item in value.items())
-    if isinstance(value, list):
-        return all(map(is_json, value))
-    return (
-        value is None
-        or is_text(value)
-        or isinstance(value, int)
-        or (type(value) is float and math.isfinite(value))
-    )
+    """However deep, without numbers that JSON does not have."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            left += [*value.keys(), *value.values()]
+        elif isinstance(value, list):
+            left += value
+        elif not (value is None or isinstance(value, int) or is_text(value) or _is_finite(value)):
+            return False
+    return True
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
 
 
 # ---- cells of rows
