@@ -62,7 +62,7 @@ class Bench:
         """The file that is changed, and how: functions of the reader, the seed and the number alone."""
         draw = Random(f"{self.reader.name} {seed} {number}")
         file = draw.choice([*self.reader.files])
-        if draw.random() < SPECIAL_SHARE:
+        if draw.random() < SPECIAL_SHARE and not self.reader.is_flag:
             return file, of_special(draw)
         return file, MUTATIONS[self.reader.files[file]](self.whole[file], draw)
 

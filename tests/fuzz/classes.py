@@ -6,6 +6,7 @@ cannot compute) is in none, so that its acceptance is a failure.
 """
 
 import json
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -153,7 +154,7 @@ def of_state(d: Difference) -> bool:
     except ValueError:
         return False
     changed = {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
-    return changed <= {"nested_offset"} and is_number(other.get("nested_offset"), -1e300)
+    return changed <= {"nested_offset"} and is_number(other.get("nested_offset"), -sys.float_info.max)
 
 
 def of_weights(d: Difference) -> bool:
@@ -240,7 +241,7 @@ TOKENIZER, SETTINGS, MOE = (
     "tokenizer/tokenizer_config",
     ("config/qwen2_moe", "config/qwen3_moe"),
 )
-OF_SCORE_BIAS = keys(("score_bias",), lambda value: is_number(value, -1e300), ABSENT)
+OF_SCORE_BIAS = keys(("score_bias",), lambda value: is_number(value, -sys.float_info.max), ABSENT)
 CLASSES = (
     Class("number", CONFIGS, keys(SCALES, is_number, ABSENT), "another finite scale is another model"),
     Class("rope", CONFIGS, keys(ROPE, is_in_rope, None, ABSENT), "other frequencies; absent is the rule's"),

@@ -54,6 +54,7 @@ class Reader:
     files: dict[str, str]
     read: Callable[[Path], str]
     writes: bool = False  # into its folder
+    is_flag: bool = False  # what the file holds is given as a flag: nothing else can stand in its place
 
 
 def digest(*values: Any) -> str:
@@ -236,7 +237,7 @@ def readers(inputs: Path) -> list[Reader]:
     found += [
         Reader("lessons", "lessons", lessons, partial(of_lessons, inputs)),
         Reader("gguf", "gguf", {"model.gguf": "gguf"}, of_gguf_file, True),
-        Reader("flags/kwargs", "small", {"kwargs.json": "json"}, of_kwargs),
+        Reader("flags/kwargs", "small", {"kwargs.json": "json"}, of_kwargs, is_flag=True),
         Reader("flags/tools", "small", {"tools.json": "json"}, of_tools),
     ]
     return found

@@ -2,13 +2,14 @@
 
 import json
 import math
+import sys
 from types import NoneType
 from typing import Any
 
 MOST = 2**31 - 1  # of sizes and ids
 
 
-def is_number(value: Any, least: float = 0, most: float = 1e300) -> bool:
+def is_number(value: Any, least: float = 0, most: float = sys.float_info.max) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
 
 
@@ -54,7 +55,7 @@ READ = {  # rows of a kind -> the columns that their reader looks at, or would, 
     **dict.fromkeys(("messages", "tools"), ("messages", *ABOUT)),
     "prompts": ("prompt",),
     "preferences": ("prompt", "chosen", "rejected", "margin"),
-    "judged": ("prompt", "completion", "label", "chosen", "rejected"),
+    "judged": ("prompt", "completion", "label"),
 }
 
 
@@ -72,7 +73,7 @@ def is_cell(kind: str, column: str, value: Any, absent: Any) -> bool:
         case "label":
             return isinstance(value, int) and value in (0, 1)
         case "margin":
-            return is_number(value, -1e300)
+            return is_number(value, -sys.float_info.max)
         case "tools":
             return is_json(value) and isinstance(of_text(value), list | NoneType)
         case "functions":  # tools where they are a list, and else a column of another's
