@@ -1,0 +1,287 @@
+"""Why a changed file may be read, and give another result: a class for each reason, with its argument.
+
+An acceptance is explained where every difference between the two files is in a class. The predicates look at values,
+never at how they came about. What Burnish ought to refuse (a wrong type, a number out of range, a key twice, what it
+cannot compute) is in none, so that its acceptance is a failure.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from differences import ABSENT, FLOATS, Difference, Numbers, differences
+from values import READ, is_cell, is_id, is_json, is_number, is_text, is_whole
+
+
+class Class(NamedTuple):
+    """reader: the first words of its name, or of several. holds: of a difference."""
+
+    name: str
+    reader: str | tuple[str, ...]
+    holds: Callable[[Difference], bool]
+    why: str
+
+    def reads(self, reader: str) -> bool:
+        names = (self.reader,) if isinstance(self.reader, str) else self.reader
+        return any(f"{reader}/".startswith(f"{name}/") for name in names)
+
+
+def class_of(reader: str, difference: Difference) -> str | None:
+    return next((c.name for c in CLASSES if c.reads(reader) and c.holds(difference)), None)
+
+
+def explained(reader: str, holds: str, whole: bytes, changed: bytes) -> list[tuple[Difference, str | None]]:
+    """Each difference with its class. Empty where it is not known what the file says."""
+    return [(d, class_of(reader, d)) for d in differences(holds, whole, changed) or ()]
+
+
+def keys(names: tuple[str, ...], check: Callable[[Any], bool], *also: Any) -> Callable[[Difference], bool]:
+    """Differences at one of the keys `names` where both values pass the check or are one of `also`."""
+
+    def holds(d: Difference) -> bool:
+        return bool(d.path) and d.path[-1] in names and both(check, d, *also)
+
+    return holds
+
+
+def both(check: Callable[[Any], bool], d: Difference, *also: Any) -> bool:
+    return all(any(value is other for other in also) or check(value) for value in (d.before, d.after))
+
+
+def is_in_rope(value: Any) -> bool:
+    """A number that frequencies stay finite with."""
+    return is_number(value) and (value == 0 or 1e-9 <= value <= 1e15)
+
+
+def is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+# ---- configs
+
+CONFIGS = ("config", "reward/config", "4bit/config")
+ROPE = (
+    *("rope_theta", "rope_local_base_freq", "factor", "low_freq_factor", "high_freq_factor"),
+    "attention_factor",
+    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+)
+SCALES = (
+    *("rms_norm_eps", "initializer_range", "router_aux_loss_coef", "routed_scaling_factor", "swiglu_limit"),
+    "swiglu_alpha",
+)
+COUNTS = (
+    *("num_experts_per_tok", "max_window_layers", "first_k_dense_replace", "n_group", "topk_group"),
+    *("max_position_embeddings", "original_max_position_embeddings", "query_pre_attn_scalar"),
+    "decoder_sparse_step",
+    *("sliding_window_pattern", "no_rope_layer_interval"),
+)
+SWITCHES = ("norm_topk_prob", "use_sliding_window", "rope_interleave", "truncate")
+LAYERS = {
+    "layer_types": lambda kind: kind in ("full_attention", "sliding_attention"),
+    "no_rope_layers": lambda kind: is_whole(kind) and kind < 2,
+    "mlp_only_layers": is_whole,
+}
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def of_layers(d: Difference) -> bool:
+    """The list of layers, or one of its entries."""
+    check = LAYERS.get(str(d.path[0]))
+    if check is None or len(d.path) > 2:
+        return False
+    if len(d.path) == 2:
+        return both(check, d)
+    return both(lambda v: isinstance(v, list) and all(map(check, v)), d, None, ABSENT)
+
+
+def of_ids(d: Difference) -> bool:
+    """One id, or several that end a text; none is a model without."""
+    if d.path[0] not in SPECIAL_IDS:
+        return False
+    several = lambda v: v if isinstance(v, list) and v and d.path == ("eos_token_id",) else [v]
+    none = (-1,) if d.path[0] == "pad_token_id" else ()  # as the first Llama has it
+    return both(lambda v: v in none or all(map(is_id, several(v))), d, None, ABSENT)
+
+
+def of_carried(d: Difference) -> bool:
+    """A key of generation_config.json that is not ours."""
+    return d.path[0] not in SPECIAL_IDS and (d.after is ABSENT or is_json(d.after))
+
+
+def of_rope_kind(d: Difference) -> bool:
+    kinds = ("default", "linear", "llama3", "yarn")
+    return d.path[-1] in ("rope_type", "type") and both(lambda v: v in kinds, d, ABSENT)
+
+
+def of_rope_whole(d: Difference) -> bool:
+    """No object of frequencies: the rule is the architecture's own."""
+    return d.path[-1] in ("rope_parameters", "rope_scaling", "full_attention", "sliding_attention") and (
+        d.after is None or d.after is ABSENT or d.after == {}
+    )
+
+
+def of_patterns(d: Difference) -> bool:
+    """A module's own alpha. A rank of its own is that of its tensors."""
+    return d.path[0] == "alpha_pattern" and (d.after == {} or both(is_number, d, ABSENT, None))
+
+
+# ---- tensors
+
+
+def of_numbers(d: Difference) -> bool:
+    """The same shape, in the same dtype or another one of floats; NaN and infinity as they stand."""
+    one, other = d.before, d.after
+    if not isinstance(one, Numbers) or not isinstance(other, Numbers) or one.shape != other.shape:
+        return False
+    return one.dtype == other.dtype or (one.dtype in FLOATS and other.dtype in FLOATS)
+
+
+def of_same_dtype(d: Difference) -> bool:
+    return of_numbers(d) and d.before.dtype == d.after.dtype
+
+
+def of_logprobs(d: Difference) -> bool:
+    return d.path == ("logprobs",) and of_same_dtype(d) and d.after.finite is True and d.after.most <= 0
+
+
+def of_state(d: Difference) -> bool:
+    """How bitsandbytes packed a weight is JSON in a tensor of bytes: an offset is a number in it."""
+    if "quant_state" not in str(d.path[0]) or not of_same_dtype(d):
+        return False
+    try:
+        one, other = json.loads(d.before.raw), json.loads(d.after.raw)
+    except ValueError:
+        return False
+    changed = {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
+    return changed <= {"nested_offset"} and is_number(other.get("nested_offset"), -sys.float_info.max)
+
+
+def of_weights(d: Difference) -> bool:
+    return "quant_state" not in str(d.path[0]) and (of_same_dtype(d) if _is_packed(d) else of_numbers(d))
+
+
+def _is_packed(d: Difference) -> bool:
+    return isinstance(d.before, Numbers) and d.before.dtype not in FLOATS
+
+
+def of_step(d: Difference) -> bool:
+    return d.path == ("metadata", "values", "step") and both(is_whole, d)
+
+
+# ---- GGUF
+
+GGUF_NUMBERS = ("llama.rope.freq_base", "llama.attention.layer_norm_rms_epsilon")
+GGUF_FREE = (  # no size of a tensor
+    *("llama.context_length", "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id"),
+    *("tokenizer.chat_template", "tokenizer.ggml.tokens", "tokenizer.ggml.merges"),
+    "tokenizer.ggml.token_type",
+)
+
+
+def of_field(d: Difference) -> bool:
+    """A value of the type that it had, which stands first."""
+    return (
+        len(d.path) == 3 and d.path[1] in GGUF_NUMBERS + GGUF_FREE and d.path[0] == "fields" and d.path[2] > 0
+    )
+
+
+# ---- tokenizers
+
+STAGES = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+TOKEN_FLAGS = ("special", "single_word", "lstrip", "rstrip", "normalized")
+
+
+def of_vocabulary(d: Difference) -> bool:
+    return d.path[:2] == ("model", "vocab") and len(d.path) == 3 and both(is_id, d, ABSENT)
+
+
+def of_merges(d: Difference) -> bool:
+    return d.path[:2] == ("model", "merges") and (d.path == ("model", "merges") or both(is_text, d))
+
+
+def of_added_tokens(d: Difference) -> bool:
+    if d.path == ("added_tokens",):
+        return isinstance(d.after, list)
+    checks = {"content": is_text, "id": is_id, **dict.fromkeys(TOKEN_FLAGS, is_flag)}
+    return d.path[0] == "added_tokens" and len(d.path) == 3 and both(checks.get(d.path[2], bool), d)
+
+
+def of_stages(d: Difference) -> bool:
+    return d.path[0] in STAGES and (d.after is ABSENT or is_json(d.after))
+
+
+def of_special_tokens(d: Difference) -> bool:
+    """Written as a text, or as an object with the text as `content`."""
+    check = lambda v: is_text(v) or (isinstance(v, dict) and is_text(v.get("content")))
+    return str(d.path[0]).endswith("_token") and both(check, d, None, ABSENT)
+
+
+# ---- rows
+
+
+def of_rows(d: Difference) -> bool:
+    return d.path == ("number of rows",)
+
+
+def of_cells(kind: str) -> Callable[[Difference], bool]:
+    return lambda d: len(d.path) == 2 and d.path[0] == "cell" and is_cell(kind, d.path[1], d.after, ABSENT)
+
+
+def of_any_json(d: Difference) -> bool:
+    return d.after is ABSENT or is_json(d.after)
+
+
+def of_ids_of_lessons(d: Difference) -> bool:
+    return d.path != ("logprobs",) and of_same_dtype(d)
+
+
+TOKENIZER, SETTINGS, MOE = (
+    "tokenizer/tokenizer",
+    "tokenizer/tokenizer_config",
+    ("config/qwen2_moe", "config/qwen3_moe"),
+)
+OF_SCORE_BIAS = keys(("score_bias",), lambda value: is_number(value, -sys.float_info.max), ABSENT)
+CLASSES = (
+    Class("number", CONFIGS, keys(SCALES, is_number, ABSENT), "another finite scale is another model"),
+    Class("rope", CONFIGS, keys(ROPE, is_in_rope, None, ABSENT), "other frequencies; absent is the rule's"),
+    Class("rope type", CONFIGS, of_rope_kind, "another rule for the frequencies, with its numbers"),
+    Class("no rope", CONFIGS, of_rope_whole, "without an object the architecture's own rule holds"),
+    Class("count", CONFIGS, keys(COUNTS, is_whole, ABSENT), "no tensor's size: how many experts, how far"),
+    Class("window", CONFIGS, keys(("sliding_window",), is_whole, None, ABSENT), "how far a token sees"),
+    Class("no dense layer", MOE, keys(("intermediate_size",), is_whole, ABSENT), "no tensor has it"),
+    Class("switch", CONFIGS, keys(SWITCHES, is_flag, ABSENT), "true and false are two models, both built"),
+    Class("layers", CONFIGS, of_layers, "which layers slide, rotate or have experts"),
+    Class("ids", CONFIGS, of_ids, "another end or padding, perhaps one that the model has no row for"),
+    Class("tied", CONFIGS, keys(("tie_word_embeddings",), is_flag, ABSENT), "the file has a head, or none"),
+    Class("ids", "generation", of_ids, "another end or padding"),
+    Class("carried", "generation", of_carried, "not ours to read: written again as it stands"),
+    Class("bias", "reward/config", OF_SCORE_BIAS, "a constant"),
+    Class("weights", "weights", of_weights, "other numbers are another model; NaN is loaded as it stands"),
+    Class("weights", "reward/weights", of_weights, "other numbers are another model"),
+    Class("weights", "4bit/weights", of_weights, "other codes, scales and tables are other weights"),
+    Class("packing", "4bit/weights", of_state, "the mean of the scales is a number in the state"),
+    Class("weights", "adapter", of_weights, "other numbers are another adapter"),
+    Class("alpha", "adapter", keys(("lora_alpha",), is_number, ABSENT), "another scale"),
+    Class("alpha", "adapter", of_patterns, "a module's own scale"),
+    Class("rsLoRA", "adapter", keys(("use_rslora",), is_flag, None, ABSENT), "another rule for the scale"),
+    Class("field", "gguf", of_field, "a value that no tensor's size depends on, or a text"),
+    Class("weights", "gguf", of_same_dtype, "other numbers are another model"),
+    Class("vocabulary", TOKENIZER, of_vocabulary, "a token more, less, or on another id"),
+    Class("merges", TOKENIZER, of_merges, "other merges of tokens that exist"),
+    Class("added tokens", TOKENIZER, of_added_tokens, "an added token spelled or marked otherwise"),
+    Class("stages", TOKENIZER, of_stages, "another pipeline, of stages that `tokenizers` reads"),
+    Class("special tokens", "tokenizer", of_special_tokens, "another token begins, ends or pads"),
+    Class("begins", SETTINGS, keys(("add_bos_token",), is_flag, None, ABSENT), "texts begin with bos or not"),
+    Class("template", SETTINGS, keys(("chat_template",), is_text), "another program"),
+    Class("ids", "tokenizer/generation_config", of_ids, "other ids end a generation"),
+    Class("program", "template", lambda d: both(is_text, d), "another program writes another text"),
+    Class("variables", "flags/kwargs", of_any_json, "a variable is whatever JSON can say"),
+    Class("tools", "flags/tools", of_any_json, "tools are rendered as they stand"),
+    Class("rows", "rows", of_rows, "a row less or more is an example less or more, and counted"),
+    *(Class("cells", f"rows/{kind}", of_cells(kind), "another text is another example") for kind in READ),
+    Class("state", "run/checkpoint", of_same_dtype, "another state: the file has no checksum"),
+    Class("step", "run/checkpoint", of_step, "the run goes on from the step that the file names"),
+    Class("ids", "lessons", of_ids_of_lessons, "other ids, of the tokenizer's"),
+    Class("log-probabilities", "lessons", of_logprobs, "another teacher, as far as it can be one"),
+)
