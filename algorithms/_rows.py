@@ -21,10 +21,11 @@ from ..model.errors import InputError, shown
 from ..model.text_files import check_regular, parse_json
 
 MOST_LINE = 64 * 2**20  # bytes of one line: a row of more text than any model reads
-FREE_BYTES, MOST_RATIO = 16 * 2**20, 100  # what may come out of packed bytes, and times their number
-FREE_ROWS = 1_000_000  # of a parquet file, beyond which it has no more rows than bytes
+FREE_BYTES, MOST_RATIO = 4 * 2**20, 100  # what may come out of packed bytes: so much, and times their number
+FREE_TABLE, TABLE_RATIO = 16 * 2**20, 400  # of parquet, which holds the tools that all rows have once
+FREE_ROWS = 300_000  # of parquet, beyond which a file has no more rows than bytes
 BATCH_ROWS = 64  # of a parquet file that are unpacked before their size is known
-MOST_NESTED = 50  # types of a column in one another
+MOST_NESTED = 25  # types of a column in one another
 ACCOUNT: dict[str, Callable[[], Any]] = {"used": set, "ignored": set, "notes": Counter, "read_variables": set}
 
 
@@ -269,9 +270,9 @@ def _read_parquet(path: Path) -> list[Row]:
                 raise InputError(f"{path}: column {shown(twice[0])}: expected once, stands there twice")
             for batch in file.iter_batches(BATCH_ROWS):
                 found += batch.nbytes
-                if found > FREE_BYTES + MOST_RATIO * size:
+                if found > FREE_TABLE + TABLE_RATIO * size:
                     raise InputError(
-                        f"{path}: unpacks to more than {MOST_RATIO} times its size: expected rows"
+                        f"{path}: unpacks to more than {TABLE_RATIO} times its size: expected rows"
                     )
                 batch.validate(full=True)
                 columns = [
@@ -296,8 +297,8 @@ def _check_footer(path: Path, footer: Any) -> None:
     if footer.num_rows > max(FREE_ROWS, size):
         raise InputError(f"{path}: expected no more rows than the file's {size} bytes, got {footer.num_rows}")
     unpacked = sum(max(g.column(i).total_uncompressed_size, 0) for g in groups for i in range(g.num_columns))
-    if unpacked > FREE_BYTES + MOST_RATIO * size:
-        raise InputError(f"{path}: unpacks to more than {MOST_RATIO} times its size: expected rows")
+    if unpacked > FREE_TABLE + TABLE_RATIO * size:
+        raise InputError(f"{path}: unpacks to more than {TABLE_RATIO} times its size: expected rows")
 
 
 def _check_type(where: str, type_: Any, depth: int = 0) -> None:
