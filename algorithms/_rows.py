@@ -261,7 +261,7 @@ def _read_parquet(path: Path) -> list[Row]:
         raise InputError(f"{path}: reading parquet needs pyarrow: pip install 'burnish[parquet]'") from error
     rows: list[Row] = []
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
             _check_footer(path, file.metadata)
             for field in file.schema_arrow:
                 _check_type(f"{path}: column {shown(field.name)}", field.type)
