@@ -41,6 +41,7 @@ GIVEN_UP = threading.Event()  # a function's time was over: threads that it has 
 PATHS = sysconfig.get_paths()
 LIBRARIES = (*(PATHS[name] + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")), "<")
 OURS = (__file__, str(Path(__file__).with_name("_rewards.py")))
+CLASS_NAME = type.__dict__["__name__"]
 
 
 class Expired(BaseException):
@@ -112,7 +113,7 @@ def _entries(call: Call, value: Any) -> list[Any]:
     iterator = _iterator(value)
     if iterator is None:
         _close([value])
-        got = "None" if value is None else f"{type(value).__name__} {shown(value)}"
+        got = "None" if value is None else f"{class_name(value)} {shown(value)}"
         raise InputError(f"{expected}, got {got}")
     entries = list(itertools.islice(iterator, call.count + 1))  # a generator may have no end
     if len(entries) != call.count:
@@ -345,7 +346,12 @@ def described(error: BaseException) -> str:
     places = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     places = [(file, line) for file, line in places if not file.startswith(LIBRARIES) and file not in OURS]
     place = f" ({Path(places[-1][0]).name}:{places[-1][1]})" if places else ""
-    return f"{type(error).__name__}{': ' if message else ''}{message}{place}"
+    return f"{class_name(error)}{': ' if message else ''}{message}{place}"
+
+
+def class_name(value: object) -> str:
+    """What Python calls its class, whatever the class says of itself."""
+    return CLASS_NAME.__get__(type(value))
 
 
 def shown(value: Any) -> str:
@@ -355,7 +361,7 @@ def shown(value: Any) -> str:
     except PASSES:
         raise
     except BaseException:  # a __repr__ of the user's, or an int of too many digits
-        return f"a value of {type(value).__name__}"
+        return f"a value of {class_name(value)}"
 
 
 def brief(text: str, length: int) -> str:

@@ -14,17 +14,21 @@ What the K ids leave is one tail. ids and logprobs are absent where the sequence
 
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..model.errors import InputError
+from ..model.errors import InputError, shown
 from ..model.packed import Packed, pack
+from ..model.text_files import check_regular, parse_json
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from ..model.vocabulary import Vocabulary
@@ -33,6 +37,9 @@ from ._distributed import IDLE, shares
 from ._loop import report_counts
 from ._rollout import own_samples, samples_of_all
 from ._rows import read_rows
+
+DTYPES = {"tokens": "I32", "trained": "U8", "lengths": "I64", "ids": "I32", "logprobs": "F32"}
+ROUNDING = 1e-3  # of a log-probability: that of a sure token may come out above 0
 
 
 @dataclass(frozen=True)
@@ -182,31 +189,15 @@ def write_lessons(file: Path, lessons: Sequence[Lesson], tokenizer: Tokenizer, t
 
 def read_lessons(file: Path, tokenizer: Tokenizer, temperature: float | None) -> list[Lesson]:
     """Raises InputError where the file is broken, of another tokenizer, or its log-probabilities of a temperature."""
-    if not file.is_file():
-        raise InputError(f"{file}: no such file")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            about = json.loads(opened.metadata()["lessons"])
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-        tokens, trained, lengths = (tensors[name].long() for name in ("tokens", "trained", "lengths"))
-        stored_at, made_for = about["temperature"], about["tokenizer"]
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{file}: not a file of lessons (burnish teach): {type(error).__name__}: {error}"
-        ) from error
-    if made_for != _fingerprint(tokenizer):
+    tensors, about = _read_file(file)
+    if about["tokenizer"] != _fingerprint(tokenizer):
         raise InputError(
             f"{file}: its teacher's tokenizer is not that of --model: the ids are of other tokens"
         )
-    ids, logprobs, total = tensors.get("ids"), tensors.get("logprobs"), int(lengths.sum())
-    shape = (int(trained.sum()), 0 if ids is None else ids.shape[-1])
-    if not (total == tokens.numel() == trained.numel() and lengths.numel()):
-        raise InputError(f"{file}: lengths sum to {total}, expected {tokens.numel()}, the number of tokens")
-    if (ids is None) != (logprobs is None) or any(
-        x is not None and tuple(x.shape) != shape for x in (ids, logprobs)
-    ):
-        found = [None if x is None else tuple(x.shape) for x in (ids, logprobs)]
-        raise InputError(f"{file}: ids and logprobs: expected (trained tokens, K) = {shape}, got {found}")
+    sizes = _check_sequences(file, tensors)
+    tokens, trained = tensors["tokens"].long(), tensors["trained"].long()
+    ids, logprobs = tensors.get("ids"), tensors.get("logprobs")
+    _check_most_likely(file, ids, logprobs, int(trained.sum()))
     for name, x in (("tokens", tokens), ("ids", ids)):
         if x is not None and not (known := tokenizer.vocabulary.has(x)).all():
             end, wrong = tokenizer.vocabulary.end, int(x[~known][0])
@@ -214,11 +205,11 @@ def read_lessons(file: Path, tokenizer: Tokenizer, temperature: float | None) ->
             raise InputError(
                 f"{file}: {name}: expected the tokenizer's ids, 0 to {end - 1}, got {wrong}{hole}"
             )
-    if ids is not None and temperature not in (None, stored_at):
+    if ids is not None and temperature not in (None, about["temperature"]):
         raise InputError(
-            f"{file}: its log-probabilities are at temperature {stored_at:g}, got --temperature {temperature:g}"
+            f"{file}: its log-probabilities are at temperature {about['temperature']:g}, got --temperature "
+            f"{temperature:g}"
         )
-    sizes = lengths.tolist()
     counts = [int(part.sum()) for part in trained.split(sizes)]  # trained tokens of each
     none = [None] * len(sizes)
     parts = zip(
@@ -232,6 +223,65 @@ def read_lessons(file: Path, tokenizer: Tokenizer, temperature: float | None) ->
         Lesson(t.tolist(), m.bool().tolist(), i, p, where=f"{file} lesson {n + 1}")
         for n, (t, m, i, p) in enumerate(parts)
     ]
+
+
+def _read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors, of the dtypes that `write_lessons` gives them, and what the metadata say."""
+    check_regular(file)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            about = parse_json(opened.metadata()["lessons"], f"{file}: metadata: lessons")
+            stored_at, made_for = about["temperature"], about["tokenizer"]
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                if name not in DTYPES:
+                    raise InputError(f"{file}: {shown(name)}: expected one of {', '.join(DTYPES)} alone")
+                if (dtype := str(opened.get_slice(name).get_dtype())) != DTYPES[name]:
+                    raise InputError(f"{file}: {name}: expected the dtype {DTYPES[name]}, got {dtype}")
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        for name in ("tokens", "trained", "lengths"):
+            if tensors[name].ndim != 1:
+                raise InputError(f"{file}: {name}: expected one dimension, got {tuple(tensors[name].shape)}")
+    except InputError:
+        raise
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{file}: not a file of lessons (burnish teach): {type(error).__name__}: {error}"
+        ) from error
+    is_number = isinstance(stored_at, int | float) and not isinstance(stored_at, bool)
+    if not is_number or not 0 < stored_at <= sys.float_info.max:
+        raise InputError(f"{file}: metadata: temperature: expected a number above 0, got {shown(stored_at)}")
+    if not isinstance(made_for, str):
+        raise InputError(f"{file}: metadata: tokenizer: expected text, got {shown(made_for)}")
+    return tensors, about
+
+
+def _check_sequences(file: Path, tensors: dict[str, Tensor]) -> list[int]:
+    """The lengths of the sequences, which share out all tokens; the first of each is not trained."""
+    total, trained = tensors["tokens"].numel(), tensors["trained"]
+    sizes: list[int] = tensors["lengths"].tolist()
+    if wrong := [size for size in sizes if not 1 <= size <= total]:
+        raise InputError(f"{file}: lengths: expected 1 to {total}, the number of tokens, got {wrong[0]}")
+    if not (sum(sizes) == total == trained.numel() and sizes):
+        raise InputError(f"{file}: lengths sum to {sum(sizes)}, expected {total}, the number of tokens")
+    if (trained > 1).any():
+        raise InputError(f"{file}: trained: expected 0 or 1, got {int(trained.max())}")
+    first = torch.tensor([0, *accumulate(sizes[:-1])])
+    if trained[first].any():
+        lesson = int(trained[first].nonzero()[0]) + 1
+        raise InputError(
+            f"{file}: trained: lesson {lesson}: expected 0 for its first token, which nothing predicts"
+        )
+    return sizes
+
+
+def _check_most_likely(file: Path, ids: Tensor | None, logprobs: Tensor | None, count: int) -> None:
+    shape = (count, 0 if ids is None else ids.shape[-1] if ids.ndim else 0)
+    found = [None if x is None else tuple(x.shape) for x in (ids, logprobs)]
+    if found != [None, None] and (found != [shape, shape] or shape[1] == 0):
+        raise InputError(f"{file}: ids and logprobs: expected (trained tokens, K) = {shape}, got {found}")
+    if logprobs is not None and not ((logprobs <= ROUNDING) & logprobs.isfinite()).all():
+        wrong = logprobs[~((logprobs <= ROUNDING) & logprobs.isfinite())][0].item()
+        raise InputError(f"{file}: logprobs: expected finite numbers of at most 0, got {wrong:g}")
 
 
 def _fingerprint(tokenizer: Tokenizer) -> str:

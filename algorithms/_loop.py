@@ -25,6 +25,7 @@ from ..model.dtypes import TooLarge
 from ..model.errors import InputError, shown
 from ..model.linear import whole
 from ..model.scalar import ScalarModel
+from ..model.text_files import check_regular, parse_json, read_object
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from ._calls import brief
@@ -34,7 +35,7 @@ from ._ids import Item, check_ids
 from ._rows import Tally
 
 CHECKPOINT = "checkpoint.safetensors"
-COMPLETIONS = "completions.jsonl"
+METRICS, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
 NAMED = 30  # columns that a line names
 LIMITS = {"max_grad_norm", "clip_high", "dual_clip", "value_clip", "mismatch_cap"}  # inf switches them off
 LARGEST = 2**53  # of a count: what counts sum up to still fits
@@ -85,7 +86,7 @@ def check_flags(config: Any, **bounds: tuple[float, float]) -> None:
     folder = config.output
     if getattr(config, "resume", False):  # compositions have no such flag
         _check_resumable(folder, config)
-    elif rank() == 0 and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif rank() == 0 and _is_used(folder):
         raise InputError(f"--output {folder}: expected a new or empty folder, found one in use")
 
 
@@ -97,17 +98,25 @@ def check_device(device: str) -> None:
         raise InputError(f"--device {device}: torch finds {found} CUDA devices; use --device cpu")
 
 
+def _is_used(folder: Path) -> bool:
+    try:
+        return os.path.lexists(folder) and not (os.path.isdir(folder) and not os.listdir(folder))
+    except OSError as error:
+        raise InputError(f"--output {folder}: cannot be read: {error.strerror}") from error
+
+
 def _check_resumable(folder: Path, config: Any) -> None:
-    if not (folder / CHECKPOINT).is_file():
+    if not os.path.isfile(folder / CHECKPOINT):  # False also for a name that no file can have
         raise InputError(f"--resume: {folder} holds no {CHECKPOINT}: name the run to go on with by --output")
     try:
-        earlier = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"--resume: {folder / 'config.json'}: not readable as JSON: {error}") from error
+        earlier = read_object(folder / "config.json")
+    except InputError as error:
+        raise InputError(f"--resume: {error}") from error
     for name, value in json.loads(_flags(config)).items():
         if name not in MAY_DIFFER and earlier.get(name) != value:
+            had = shown(repr(earlier[name])) if name in earlier else "none"
             raise InputError(
-                f"--resume: --{name.replace('_', '-')} is {value!r}, but the run in {folder} had {earlier.get(name)!r}"
+                f"--resume: --{name.replace('_', '-')} is {shown(repr(value))}, but the run in {folder} had {had}"
             )
 
 
@@ -188,6 +197,7 @@ class Run:
         if config.resume:
             self.values = read_checkpoint(self.folder / CHECKPOINT, parts)
             self.start = self.values.pop("step")
+            _check_progress(self.folder / CHECKPOINT, config, self.start, self.values)
         self._bar: tqdm | None = None
         self._step, self._clock = self.start, time.perf_counter()
         if rank():
@@ -195,11 +205,14 @@ class Run:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            metrics = self.folder / "metrics.jsonl"
-            done = metrics.read_text().splitlines(keepends=True)[: self.start] if self.start else []
+            metrics, completions = self.folder / METRICS, self.folder / COMPLETIONS
+            ends = [  # of what was logged before the checkpoint; all else is done again
+                _end_of_steps(file, self.start, a_line_a_step=file == metrics)
+                for file in (metrics, completions)
+            ]
             _replace(self.folder / "config.json", _flags(config))
-            _replace(metrics, "".join(done))  # what was logged after the checkpoint is done again
-            _cut(self.folder / COMPLETIONS, self.start)
+            _cut(metrics, ends[0])
+            _cut(completions, ends[1])
             self._metrics = open(metrics, "a")  # noqa: SIM115
         except OSError as error:
             raise InputError(f"--output {self.folder}: cannot be written: {error}") from error
@@ -250,10 +263,10 @@ class Run:
             self._metrics.write(json.dumps(line) + "\n")
             self._metrics.flush()
         except OSError as error:
-            raise InputError(f"{self.folder / 'metrics.jsonl'}: cannot be written: {error}") from error
+            raise InputError(f"{self.folder / METRICS}: cannot be written: {error}") from error
         if self._bar is not None:
-            shown = {name: f"{value:.3g}" for name, value in list(values.items())[:3] if value is not None}
-            self._bar.set_postfix(shown, refresh=False)
+            newest = {name: f"{value:.3g}" for name, value in list(values.items())[:3] if value is not None}
+            self._bar.set_postfix(newest, refresh=False)
 
     def log_completions(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Add the step's records to completions.jsonl, where there are any."""
@@ -288,34 +301,73 @@ class Run:
             write_checkpoint(self.folder / CHECKPOINT, self._parts, {"step": done, **self.values})
 
 
-def _cut(file: Path, step: int) -> None:
-    """Leave a file of records as it was before `step`, if there is one."""
-    if not file.exists():
-        return
-    beside = file.with_name(f".{file.name}.partial")
-    with open(file, encoding="utf-8", errors="replace") as lines, open(beside, "w", encoding="utf-8") as kept:
+def _check_progress(file: Path, config: Any, start: int, values: Mapping[str, float]) -> None:
+    """Raises InputError where a checkpoint has done more than the run is to do, or has drawn more than it could."""
+    if start > config.steps:
+        raise InputError(f"--steps: expected at least {start}, which {file} has done, got {config.steps}")
+    most = start * getattr(config, "max_draws", 1)
+    if values.get("draws", 0) > most:
+        raise InputError(f"{file}: draws: expected at most {most} in {start} steps, got {values['draws']}")
+
+
+def _end_of_steps(file: Path, step: int, a_line_a_step: bool) -> int:
+    """How many bytes of a file of records are of the steps before `step`; 0 without the file.
+
+    The lines stay as they are, broken bytes in them included: nothing but people reads them again. A line that does
+    not tell its step is that of its place where there is a line a step. Raises InputError naming it where there is not.
+    """
+    if not os.path.lexists(file):
+        return 0
+    check_regular(file)
+    end = unread = count = 0
+    with open(file, "rb") as lines:
         for i, line in enumerate(lines):
-            if (
-                not line.endswith("\n") or _step_of(line, f"{file} line {i + 1}") >= step
-            ):  # or a crash has torn it
+            found = _step_of(line)
+            if found is None and not line.endswith(b"\n"):  # a crash has torn it
                 break
-            kept.write(line)
-    beside.replace(file)
+            if found is None and not a_line_a_step:
+                got = line[:60].decode("utf-8", "replace")
+                raise InputError(f"{file} line {i + 1}: expected an object with its step, got {got!r}")
+            if (i if found is None else found) >= step:
+                break
+            end, count, unread = end + len(line), count + 1, unread + (found is None)
+    if a_line_a_step and (unread or count != step):
+        print(
+            f"warning: {file}: {count - unread} of the first {step} steps can be read; it goes on as it is",
+            file=sys.stderr,
+        )
+    return end
 
 
-def _step_of(line: str, where: str) -> int:
-    """Raises InputError where the line is no record of a step."""
+def _step_of(line: bytes) -> int | None:
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise InputError(f"{where}: expected an object with its step, got {line[:60]!r}") from error
+        record = parse_json(line.decode("utf-8", "replace"), "")
+    except InputError:
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if isinstance(step, int) and step >= 0 else None
+
+
+def _cut(file: Path, end: int) -> None:
+    """Leave the first `end` bytes of a file, if there is one, and the end of a line behind them."""
+    if not os.path.lexists(file):
+        return
+    os.truncate(file, end)
+    with open(file, "rb+") as opened:
+        opened.seek(max(end - 1, 0))
+        if opened.read(1) not in (b"", b"\n"):
+            opened.write(b"\n")
 
 
 def _replace(file: Path, text: str) -> None:
     """Write a file whole: a crash leaves the earlier one."""
     beside = file.with_name(f".{file.name}.partial")
-    beside.write_text(text)
-    beside.replace(file)
+    try:
+        beside.write_text(text)
+        beside.replace(file)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def make_optimizer(

@@ -8,6 +8,7 @@ import tokenizers
 
 from ..model.checkpoint import save_model
 from ..model.config_json import read_config
+from ..model.errors import InputError
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 
@@ -32,8 +33,16 @@ def random_model(folder: Path, tokenizer: tokenizers.Tokenizer, seed: int, **sha
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Raises InputError where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error}") from error
     return path
 
 

@@ -15,6 +15,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ._recipe import write_text
+
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title>
@@ -91,8 +93,7 @@ def write(
         transcripts=transcripts,
         facts=facts,
     )
-    beside = path.with_suffix(".partial")
-    beside.write_text(page, encoding="utf-8")
+    beside = write_text(path.with_suffix(".partial"), page)
     os.replace(beside, path)
     return path
 

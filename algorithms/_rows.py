@@ -4,17 +4,29 @@
 
 A reader takes what it uses of a row by `Row.take`. What no reader took of any row is named in one printed line
 (`Tally.unused`).
+
+A small file may hold a great deal: gzip makes a megabyte of a kilobyte, parquet writes a value once for a million rows.
+What comes out of a file is therefore bounded by what the file is, while it is read: `Bound`.
 """
 
 import gzip
-import json
+import os
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
-from itertools import chain
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
-from ..model.errors import InputError
+from ..model.errors import InputError, shown
+from ..model.text_files import check_regular, parse_json
+
+MOST_LINE = 64 * 2**20  # bytes of one line: a row of more text than any model reads
+FREE_BYTES, MOST_RATIO = 4 * 2**20, 100  # what may come out of packed bytes: so much, and times their number
+FREE_TABLE, TABLE_RATIO = 16 * 2**20, 400  # of parquet, which holds the tools that all rows have once
+FREE_ROWS = 300_000  # of parquet, beyond which a file has no more rows than bytes
+BATCH_ROWS = 64  # of a parquet file that are unpacked before their size is known
+MOST_NESTED = 25  # types of a column in one another
+ACCOUNT: dict[str, Callable[[], Any]] = {"used": set, "ignored": set, "notes": Counter, "read_variables": set}
 
 
 class Row(dict[str, Any]):
@@ -22,7 +34,16 @@ class Row(dict[str, Any]):
 
     original: the file's row, where a row template has made this one of it. read: the columns of that which the template
     has read. kept: those that stand here as they were.
+
+    used: columns. ignored: what lies inside of a column that was read, and was not read itself. notes: what happened to
+    its turns. rendered: by a chat template. read_variables: of that, which change what it renders.
     """
+
+    __slots__ = ("from_arrow", "kept", "original", "read", "rendered", "where", *ACCOUNT)
+    used: set[str]
+    ignored: set[str]
+    notes: Counter[str]
+    read_variables: set[str]
 
     def __init__(self, cells: dict[str, Any], where: str, from_arrow: bool = False):
         super().__init__({name: cell for name, cell in cells.items() if cell is not None})
@@ -30,11 +51,14 @@ class Row(dict[str, Any]):
         self.original: Row | None = None
         self.read: Set[str] = frozenset()
         self.kept: Set[str] = self.keys()
-        self.used: set[str] = set()  # columns
-        self.ignored: set[str] = set()  # what lies inside of a column that was read, and was not read itself
-        self.notes: Counter[str] = Counter()  # what happened to its turns
-        self.rendered = False  # by a chat template
-        self.read_variables: set[str] = set()  # of the chat template, which change what it renders
+        self.rendered = False
+
+    def __getattr__(self, name: str) -> Any:
+        """Begin an account where it is first asked for: most of a file's rows, and many accounts, stay without."""
+        if name not in ACCOUNT:
+            raise AttributeError(name)
+        setattr(self, name, ACCOUNT[name]())
+        return getattr(self, name)
 
     def take(self, column: str) -> Any:
         """The cell, None where there is none; of parquet without the nulls that Arrow fills in."""
@@ -126,21 +150,13 @@ def read_rows(path: Path | str, row_template: Path | None = None) -> list[Row]:
 
 
 def _read_file(path: Path) -> list[Row]:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+    check_regular(path)
     kinds = [suffix for suffix in path.suffixes if suffix != ".gz"]
-    kind = kinds[-1] if kinds else ""
-    if kind == ".parquet":
+    kind, packed = kinds[-1] if kinds else "", path.suffix == ".gz"
+    if kind == ".parquet" and not packed:
         rows = _read_parquet(path)
     elif kind in (".jsonl", ".json"):
-        opener = gzip.open if path.suffix == ".gz" else open
-        try:
-            with opener(path, "rt", encoding="utf-8-sig") as file:
-                rows = list(_read_json(path, file, may_be_list=kind == ".json"))
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: not UTF-8 text: {error}") from error
-        except (EOFError, gzip.BadGzipFile) as error:
-            raise InputError(f"{path}: not a whole gzip file: {error}") from error
+        rows = _read_json(path, packed, may_be_list=kind == ".json")
     else:
         raise InputError(f"{path}: expected .jsonl, .json, .jsonl.gz, .json.gz or .parquet")
     if not rows:
@@ -148,27 +164,93 @@ def _read_file(path: Path) -> list[Row]:
     return rows
 
 
-def _read_json(path: Path, file: TextIO, may_be_list: bool) -> Iterator[Row]:
-    first = file.readline() if may_be_list else ""
-    if may_be_list and first.lstrip()[:1] in ("[", ""):
-        try:
-            values = json.loads(first + file.read())
-        except ValueError as error:
-            raise InputError(f"{path}: not JSON: {error}") from error
-        if not isinstance(values, list):
-            raise InputError(f"{path}: expected a list of objects, got {type(values).__name__}")
-        for i, value in enumerate(values):
-            yield _row(value, f"{path} entry {i + 1}")
+def _row(value: Any, where: str, from_arrow: bool = False) -> Row:
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: expected an object with named columns, got {value!r:.60}")
+    return Row(value, where, from_arrow)
+
+
+# ---- JSON
+
+
+def _read_json(path: Path, packed: bool, may_be_list: bool) -> list[Row]:
+    try:
+        with open(path, "rb") as raw:
+            if packed:
+                with gzip.open(raw) as file:
+                    return list(_json_rows(path, file, Bound(path, raw), may_be_list))
+            return list(_json_rows(path, raw, None, may_be_list))
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}: not a whole gzip file: {error}") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+class Bound:
+    """How much may come out of a packed file: so much for each of the bytes that were read of it until then."""
+
+    def __init__(self, path: Path, raw: BinaryIO):
+        self.path, self.raw, self.found = path, raw, 0
+
+    def add(self, count: int) -> None:
+        self.found += count
+        if self.found > FREE_BYTES + MOST_RATIO * self.raw.tell():
+            raise InputError(
+                f"{self.path}: unpacks to more than {MOST_RATIO} times its size: expected rows; unpack it "
+                "(gunzip) if they are"
+            )
+
+
+def _json_rows(path: Path, file: Any, bound: Bound | None, may_be_list: bool) -> Iterator[Row]:
+    """file: its bytes, unpacked."""
+    if may_be_list and file.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
+        yield from _entries(path, file, bound)
         return
-    for i, line in enumerate(chain([first] if may_be_list else [], file)):
+    for i, line in enumerate(_lines(path, file, bound)):
         if not line.strip():
             continue
         where = f"{path} line {i + 1}"
         try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{where}: not JSON: {error}; the line begins {line.strip()[:60]!r}") from error
+            value = parse_json(line, where)
+        except InputError as error:
+            raise InputError(f"{error}; the line begins {line.strip()[:60]!r}") from error
         yield _row(value, where)
+
+
+def _lines(path: Path, file: Any, bound: Bound | None) -> Iterator[str]:
+    """Lines of UTF-8, which end as in text files of any system."""
+    number = 0
+    while line := file.readline(MOST_LINE + 1):
+        if bound is not None:
+            bound.add(len(line))
+        if len(line) > MOST_LINE:
+            raise InputError(f"{path} line {number + 1}: expected at most {MOST_LINE} bytes in a line")
+        for part in line.rstrip(b"\r\n").split(b"\r") if b"\r" in line else (line,):
+            number += 1
+            try:
+                yield part.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(f"{path}: not UTF-8 text: line {number}: {error}") from error
+
+
+def _entries(path: Path, file: Any, bound: Bound | None) -> Iterator[Row]:
+    """The rows of a file that is one list."""
+    pieces = []
+    while piece := file.read(2**20):
+        pieces.append(piece)
+        if bound is not None:
+            bound.add(len(piece))
+    try:
+        values = parse_json(b"".join(pieces).decode("utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text: {error}") from error
+    if not isinstance(values, list):
+        raise InputError(f"{path}: expected a list of objects, got {type(values).__name__}")
+    for i, value in enumerate(values):
+        yield _row(value, f"{path} entry {i + 1}")
+
+
+# ---- parquet
 
 
 def _read_parquet(path: Path) -> list[Row]:
@@ -177,14 +259,74 @@ def _read_parquet(path: Path) -> list[Row]:
         import pyarrow.parquet  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError(f"{path}: reading parquet needs pyarrow: pip install 'burnish[parquet]'") from error
+    rows: list[Row] = []
     try:
-        values = pyarrow.parquet.read_table(path).to_pylist(maps_as_pydicts="strict")
-    except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            _check_footer(path, file.metadata)
+            for field in file.schema_arrow:
+                _check_type(f"{path}: column {shown(field.name)}", field.type)
+            names, size, found = file.schema_arrow.names, os.path.getsize(path), 0
+            if twice := [name for name, count in Counter(names).items() if count > 1]:
+                raise InputError(f"{path}: column {shown(twice[0])}: expected once, stands there twice")
+            for batch in file.iter_batches(BATCH_ROWS):
+                found += batch.nbytes
+                if found > FREE_TABLE + TABLE_RATIO * size:
+                    raise InputError(
+                        f"{path}: unpacks to more than {TABLE_RATIO} times its size: expected rows"
+                    )
+                batch.validate(full=True)
+                columns = [
+                    _cells(path, name, cells) for name, cells in zip(names, batch.columns, strict=True)
+                ]
+                for cells in zip(*columns, strict=True):
+                    value = dict(zip(names, cells, strict=True))
+                    rows.append(_row(value, f"{path} row {len(rows) + 1}", from_arrow=True))
+    except InputError:
+        raise
+    except Exception as error:  # pyarrow's, and of whatever reads its values: there is no common kind
         raise InputError(f"{path}: not a parquet file that can be read: {error}") from error
-    return [_row(value, f"{path} row {i + 1}", from_arrow=True) for i, value in enumerate(values)]
+    return rows
 
 
-def _row(value: Any, where: str, from_arrow: bool = False) -> Row:
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: expected an object with named columns, got {value!r:.60}")
-    return Row(value, where, from_arrow)
+def _check_footer(path: Path, footer: Any) -> None:
+    """Refuse counts that the file is too small for, before anything is made for them."""
+    size = os.path.getsize(path)
+    groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
+    if footer.num_rows != sum(group.num_rows for group in groups) or any(g.num_rows < 0 for g in groups):
+        raise InputError(f"{path}: not a parquet file that can be read: its counts of rows differ")
+    if footer.num_rows > max(FREE_ROWS, size):
+        raise InputError(f"{path}: expected no more rows than the file's {size} bytes, got {footer.num_rows}")
+    unpacked = sum(max(g.column(i).total_uncompressed_size, 0) for g in groups for i in range(g.num_columns))
+    if unpacked > FREE_TABLE + TABLE_RATIO * size:
+        raise InputError(f"{path}: unpacks to more than {TABLE_RATIO} times its size: expected rows")
+
+
+def _check_type(where: str, type_: Any, depth: int = 0) -> None:
+    """Refuse types so deep in one another that what walks their values fails."""
+    if depth > MOST_NESTED:
+        raise InputError(f"{where}: expected at most {MOST_NESTED} types in one another")
+    for i in range(type_.num_fields):
+        _check_type(where, type_.field(i).type, depth + 1)
+
+
+def _cells(path: Path, name: str, cells: Any) -> list[Any]:
+    """The values of a column: maps of texts as objects, others as lists of pairs, which JSON has no object for."""
+    import pyarrow  # pyright: ignore[reportMissingImports]
+
+    try:
+        return cells.to_pylist(
+            maps_as_pydicts="strict" if _maps_are_of_text(cells.type, pyarrow.types) else None
+        )
+    except (
+        Exception
+    ) as error:  # a key of a map that stands twice, a date beyond Python's, text that is no UTF-8
+        raise InputError(
+            f"{path}: column {shown(name)}: {cells.type} that cannot be read: {type(error).__name__}: {error}; "
+            "leave the column out, or write it as text"
+        ) from error
+
+
+def _maps_are_of_text(type_: Any, types: Any) -> bool:
+    if types.is_map(type_) and not (types.is_string(type_.key_type) or types.is_large_string(type_.key_type)):
+        return False
+    return all(_maps_are_of_text(type_.field(i).type, types) for i in range(type_.num_fields))

@@ -35,7 +35,7 @@ from ..model.tokenizer import Tokenizer
 from . import _report, grpo, sft
 from ._command import run_command
 from ._loop import check_flags, default_device, new_run_folder
-from ._recipe import random_model, read_metric, write_rows
+from ._recipe import random_model, read_metric, write_rows, write_text
 from ._sums import accuracy, answer_of, demonstration_row, form, make_tokenizer, prompt_row, split_problems
 
 
@@ -105,7 +105,7 @@ def train(cfg: Config) -> Path:
     curves = [recipe.curves() for recipe in recipes]
     scores = {stage: vars(score) | {"published": PUBLISHED.get(stage)} for stage, score in table.items()}
     figures = {"seeds": cfg.seeds, "seconds": round(seconds), "scores": scores, "curves": curves}
-    (cfg.output / "figures.json").write_text(json.dumps(figures) + "\n")
+    write_text(cfg.output / "figures.json", json.dumps(figures) + "\n")
     report = _report.write(
         cfg.output / "report.html",
         title="DeepSeek-R1's recipe in miniature",

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..algorithms._streams import run_program
 from ..kernels.lora import PATHS
+from ..model.text_files import read_object
 from . import record
 
 MODULE = record.ROOT / "kernels" / "_lora_paths.py"
@@ -38,23 +39,32 @@ def measured() -> dict[str, tuple[str, dict[Key, Times]]]:
     """device -> where from, and the times of what is accurate; from the newest file in which every path was timed."""
     found: dict[str, tuple[str, str, dict[Key, Times]]] = {}
     for path in sorted(record.RESULTS.glob("*.json")):
-        result = json.loads(path.read_text())
-        device = result.get("machine", {}).get("device", "")
-        if "kind" in result or "driver" not in result["machine"]:  # whole runs, and what ran on a CPU
+        result = read_object(path)
+        if "kind" in result:  # whole runs
             continue
-        shapes: dict[Key, Times] = {}
-        for row in result["rows"]:
-            if row["case"] == CASE and row["accurate"]:
-                d = row["dims"]
-                key = (device, DTYPES[row["dtype"]], d["T"], d["F"], d["C"], d["R"])
-                shapes.setdefault(key, {}).setdefault(row["provider"], {})[row["pass"]] = record.best(row)
-        shapes = {
-            key: times for key, times in shapes.items() if {BASELINE, provider("cublas")} <= times.keys()
-        }
-        if shapes and (device not in found or result["date"] >= found[device][0]):
-            where = f"{path.relative_to(record.ROOT)}, commit {result['commit']}, {result['date']}"
-            found[device] = (result["date"], where, shapes)
+        with record.reading(path):
+            device = result["machine"]["device"]
+            shapes = {} if "driver" not in result["machine"] else _shapes(device, result["rows"])
+            if shapes and (device not in found or result["date"] >= found[device][0]):
+                where = f"{path.relative_to(record.ROOT)}, commit {result['commit']}, {result['date']}"
+                found[device] = (result["date"], where, shapes)
     return {device: (where, shapes) for device, (_, where, shapes) in sorted(found.items())}
+
+
+def _shapes(device: str, rows: list[dict[str, Any]]) -> dict[Key, Times]:
+    """Those at which every path was timed."""
+    shapes: dict[Key, Times] = {}
+    for row in rows:
+        if row["case"] == CASE and row["accurate"]:
+            d = row["dims"]
+            key = (device, DTYPES[row["dtype"]], d["T"], d["F"], d["C"], d["R"])
+            shapes.setdefault(key, {}).setdefault(row["provider"], {})[row["pass"]] = _quantiles(row)
+    return {key: times for key, times in shapes.items() if {BASELINE, provider("cublas")} <= times.keys()}
+
+
+def _quantiles(row: dict[str, Any]) -> list[float]:
+    p20, p50, p80 = (float(value) for value in record.best(row))
+    return [p20, p50, p80]
 
 
 def choose(times: Times) -> str:
@@ -127,6 +137,7 @@ def _cell(times: dict[str, Any] | None) -> str:
     return "not accurate" if times is None else f"{times[record.PASSES[1]][1]:.4g}"
 
 
+@record.as_command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m burnish.bench.paths", description=(__doc__ or "").split("\n")[0]

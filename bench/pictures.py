@@ -50,15 +50,20 @@ def pictures() -> list[Picture]:
         path, result = run
         made.append(Picture(PICTURES / "r1.svg", path, [result], partial(r1_picture, result)))
     for path, result in record.newest_results().items():
-        if "driver" not in result["machine"]:
-            continue
-        by_case: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for row in result["rows"]:
-            by_case.setdefault((row["case"], row["pass"]), []).append(row)
-        for (case, which), rows in by_case.items():
-            if len({label(r["dims"]) for r in rows}) >= 3:
-                name = re.sub(r"\W+", "-", f"{case} {which}") + ".svg"
-                made.append(Picture(PICTURES / name, path, rows, partial(speed_picture, case, which, rows)))
+        with record.reading(path):
+            made += _speed_pictures(path, result) if "driver" in result["machine"] else []
+    return made
+
+
+def _speed_pictures(path: str, result: dict[str, Any]) -> list[Picture]:
+    by_case: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        by_case.setdefault((row["case"], row["pass"]), []).append(row)
+    made = []
+    for (case, which), rows in by_case.items():
+        if len({label(r["dims"]) for r in rows}) >= 3:
+            name = re.sub(r"\W+", "-", f"{case} {which}") + ".svg"
+            made.append(Picture(PICTURES / name, path, rows, partial(speed_picture, case, which, rows)))
     return made
 
 

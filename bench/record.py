@@ -3,20 +3,27 @@
 The benchmark keeps <machine>-<date>.json, a whole run (of the trainers, of rollouts, of a recipe) <kind>-<date>.json.
 """
 
+import functools
 import json
 import platform
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 import triton
 
+from ..model.errors import InputError
+from ..model.text_files import read_object
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 PASSES = ("forward", "forward+backward")
+Arguments = ParamSpec("Arguments")
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -37,22 +44,60 @@ def keep(kind: str, command: str, **figures: Any) -> None:
     print(f"written: {path}")
 
 
+@contextmanager
+def reading(path: Path | str) -> Iterator[None]:
+    """Where the block finds no figures as the benchmark keeps them, it ends in one sentence that names the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, StopIteration) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path}: expected figures as the benchmark keeps them, got {found}") from error
+
+
+def as_command(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
+    """A command whose InputError is one line and status 1."""
+
+    @functools.wraps(main)
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except InputError as error:
+            print(error, file=sys.stderr)
+            return 1
+
+    return run
+
+
+def kept_part(file: Path, name: str) -> dict[str, list[dict[str, Any]]]:
+    """What a file of bench/ keeps under a name, a list of objects by key; nothing where there is no file."""
+    if not file.exists():
+        return {}
+    with reading(file):
+        part: dict[str, list[dict[str, Any]]] = read_object(file)[name]
+        if not all(isinstance(entry, dict) for entries in part.values() for entry in entries):
+            raise ValueError(f"{name}: something that is no object")
+    return part
+
+
 def newest_run(kind: str) -> tuple[str, dict[str, Any]] | None:
     """The newest file of a kind of whole runs, and its path below the root."""
     path = max(RESULTS.glob(f"{kind}-*.json"), default=None)
-    return None if path is None else (str(path.relative_to(ROOT)), json.loads(path.read_text()))
+    return None if path is None else (str(path.relative_to(ROOT)), read_object(path))
 
 
 def newest_results() -> dict[str, dict[str, Any]]:
     """The newest file for each machine, by its path below the root; GPUs first."""
     found: dict[str, tuple[str, dict[str, Any]]] = {}
     for path in sorted(RESULTS.glob("*.json")):
-        result = json.loads(path.read_text())
+        result = read_object(path)
         if "kind" in result:  # whole runs, which have tables of their own
             continue
-        device = result["machine"]["device"]
-        if device not in found or result["date"] >= found[device][1]["date"]:
-            found[device] = (str(path.relative_to(ROOT)), result)
+        with reading(path):
+            device = result["machine"]["device"]
+            if device not in found or result["date"] >= found[device][1]["date"]:
+                found[device] = (str(path.relative_to(ROOT)), result)
     ordered = sorted(found.values(), key=lambda entry: "driver" not in entry[1]["machine"])
     return dict(ordered)
 

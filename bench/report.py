@@ -14,7 +14,6 @@ docs/pictures, drawn from the same. trainers, conformance and r1 are the newest 
 """
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -23,12 +22,13 @@ from typing import Any
 
 from ..algorithms._streams import run_program
 from ..model.architectures import loadable
+from ..model.text_files import read_object
 from . import record
 from .case import label
 from .conformance import CHECKS
 from .paths import table as paths
 from .pictures import pictures
-from .record import PASSES, best, markdown, newest_results, newest_run, write_whole
+from .record import PASSES, as_command, best, markdown, newest_results, newest_run, reading, write_whole
 from .registry import CASES
 from .roofline import CHIPS, datasheet
 from .static import COLUMNS, static_row
@@ -37,6 +37,48 @@ from .tune import tile_name
 DOCUMENTS = (record.ROOT / "README.md", *sorted((record.ROOT / "docs").glob("*.md")))
 MARK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- /generated -->)", re.DOTALL)
 NO_RUN = "No run is kept in `bench/results` yet.\n"
+
+
+# ---- what is read
+
+
+def of_run(kind: str) -> Callable[[Callable[[str, dict[str, Any]], str]], Callable[[], str]]:
+    """A section from the newest run of a kind: make(path, result)."""
+
+    def section(make: Callable[[str, dict[str, Any]], str]) -> Callable[[], str]:
+        def made() -> str:
+            if (run := newest_run(kind)) is None:
+                return NO_RUN
+            with reading(run[0]):
+                return make(*run)
+
+        return made
+
+    return section
+
+
+def of_kept(name: str) -> Callable[[Callable[[dict[str, Any]], str]], Callable[[], str]]:
+    """A section from a file of bench/."""
+
+    def section(make: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
+        def made() -> str:
+            file = record.ROOT / "bench" / name
+            accepted = read_object(file)
+            with reading(file):
+                return make(accepted)
+
+        return made
+
+    return section
+
+
+def of_machines(make: Callable[[str, dict[str, Any]], list[str]]) -> list[str]:
+    """The parts that make(path, result) makes of each machine's newest results."""
+    parts = []
+    for path, result in newest_results().items():
+        with reading(path):
+            parts += make(path, result)
+    return parts
 
 
 # ---- what was measured
@@ -61,66 +103,70 @@ def whence(path: str, result: dict[str, Any]) -> str:
 
 
 def speed() -> str:
+    return "\n".join(p for p in of_machines(_speed) if p) or "No results yet.\n"
+
+
+def _speed(path: str, result: dict[str, Any]) -> list[str]:
     parts = []
-    for path, result in newest_results().items():
-        m, c = result["machine"], result["ceilings"]
-        facts = f"{m['device']}, torch {m['torch']}, Triton {m['triton']}"
-        facts += (
-            f", driver {m['driver']}"
-            if "driver" in m
-            else f", {m['threads']} thread{'s' * (m['threads'] > 1)}"
+    m, c = result["machine"], result["ceilings"]
+    facts = f"{m['device']}, torch {m['torch']}, Triton {m['triton']}"
+    facts += (
+        f", driver {m['driver']}" if "driver" in m else f", {m['threads']} thread{'s' * (m['threads'] > 1)}"
+    )
+    bandwidth, rate = c["bandwidth_bytes_per_s"] / 1e12, c["rate_per_s"] / 1e12
+    parts.append(
+        f"{facts}; a copy reached {bandwidth:.3g} TB/s, a {c['dtype']} product {rate:.3g} TFLOP/s. "
+        f"{whence(path, result)}. "
+        f"Times are p50 [p20, p80] in microseconds, {'device' if 'driver' in m else 'host'} clock.\n"
+    )
+    rows = []
+    for (case, shape, which), providers in groups(result).items():
+        ours, eager = providers["burnish"], providers.get("eager")  # eager may run out of memory
+        peers = accurate_peers(providers)
+        rival = min(peers, key=lambda n: best(peers[n])[1], default=None)
+        p20, p50, p80 = best(ours)
+        rows.append(
+            [
+                f"`{case}`",
+                shape,
+                which,
+                f"{p50:.4g} [{p20:.4g}, {p80:.4g}]",
+                f"{best(eager)[1]:.4g}" if eager else "out of memory",
+                f"{best(peers[rival])[1]:.4g} ({rival})" if rival else "",
+                f"{best(eager)[1] / p50:.2f}x" if eager else "",
+                f"{ours['share']:.0%}",
+                f"{ours['memory_bytes'] / 1e6:.4g}"
+                + (f" / {eager['memory_bytes'] / 1e6:.4g}" if eager else ""),
+            ]
         )
-        bandwidth, rate = c["bandwidth_bytes_per_s"] / 1e12, c["rate_per_s"] / 1e12
-        parts.append(
-            f"{facts}; a copy reached {bandwidth:.3g} TB/s, a {c['dtype']} product {rate:.3g} TFLOP/s. "
-            f"{whence(path, result)}. "
-            f"Times are p50 [p20, p80] in microseconds, {'device' if 'driver' in m else 'host'} clock.\n"
-        )
-        rows = []
-        for (case, shape, which), providers in groups(result).items():
-            ours, eager = providers["burnish"], providers.get("eager")  # eager may run out of memory
-            peers = accurate_peers(providers)
-            rival = min(peers, key=lambda n: best(peers[n])[1], default=None)
-            p20, p50, p80 = best(ours)
-            rows.append(
-                [
-                    f"`{case}`",
-                    shape,
-                    which,
-                    f"{p50:.4g} [{p20:.4g}, {p80:.4g}]",
-                    f"{best(eager)[1]:.4g}" if eager else "out of memory",
-                    f"{best(peers[rival])[1]:.4g} ({rival})" if rival else "",
-                    f"{best(eager)[1] / p50:.2f}x" if eager else "",
-                    f"{ours['share']:.0%}",
-                    f"{ours['memory_bytes'] / 1e6:.4g}"
-                    + (f" / {eager['memory_bytes'] / 1e6:.4g}" if eager else ""),
-                ]
-            )
-        head = (
-            *("case", "shape", "pass", "burnish", "eager", "fastest peer", "over eager", "of roofline"),
-            "MB ours / eager",
-        )
-        parts.append(markdown(head, rows))
-        absent = [f"{what}: {why}" for what, why in result["absent"].items()]
-        parts.append(f"Not measured: {'; '.join(absent)}.\n" if absent else "")
-    return "\n".join(p for p in parts if p) or "No results yet.\n"
+    head = (
+        *("case", "shape", "pass", "burnish", "eager", "fastest peer", "over eager", "of roofline"),
+        "MB ours / eager",
+    )
+    parts.append(markdown(head, rows))
+    absent = [f"{what}: {why}" for what, why in result["absent"].items()]
+    parts.append(f"Not measured: {'; '.join(absent)}.\n" if absent else "")
+    return parts
 
 
 def headlines() -> str:
     """The largest shape of each case, beside the fastest peer; the whole table is `speed`."""
+    return "\n".join(of_machines(_headlines)) or "No results yet.\n"
+
+
+def _headlines(path: str, result: dict[str, Any]) -> list[str]:
     parts = []
-    for path, result in newest_results().items():
-        largest: dict[str, dict[str, tuple[str, dict[str, dict[str, Any]]]]] = {}
-        for (case, shape, which), providers in groups(result).items():  # small shapes first
-            largest.setdefault(case, {})[which] = (shape, providers)
-        rows = []
-        for case, passes in largest.items():
-            cells = [cell for which in PASSES for cell in headline(passes.get(which))]
-            rows.append([f"`{case}`", passes["forward"][0], *cells])
-        head = ["case", "shape", *(name for which in PASSES for name in (which, "fastest peer"))]
-        parts.append(f"{result['machine']['device']}, {result['date']}, from `{path}`:\n")
-        parts.append(markdown(head, rows))
-    return "\n".join(parts) or "No results yet.\n"
+    largest: dict[str, dict[str, tuple[str, dict[str, dict[str, Any]]]]] = {}
+    for (case, shape, which), providers in groups(result).items():  # small shapes first
+        largest.setdefault(case, {})[which] = (shape, providers)
+    rows = []
+    for case, passes in largest.items():
+        cells = [cell for which in PASSES for cell in headline(passes.get(which))]
+        rows.append([f"`{case}`", passes["forward"][0], *cells])
+    head = ["case", "shape", *(name for which in PASSES for name in (which, "fastest peer"))]
+    parts.append(f"{result['machine']['device']}, {result['date']}, from `{path}`:\n")
+    parts.append(markdown(head, rows))
+    return parts
 
 
 def headline(measured: tuple[str, dict[str, dict[str, Any]]] | None) -> tuple[str, str]:
@@ -141,8 +187,8 @@ def headline(measured: tuple[str, dict[str, dict[str, Any]]] | None) -> tuple[st
 # ---- what holds without a measurement
 
 
-def static() -> str:
-    accepted = json.loads((record.ROOT / "bench" / "static.json").read_text())
+@of_kept("static.json")
+def static(accepted: dict[str, Any]) -> str:
     rows: dict[tuple[str, ...], None] = {}
     for key, builds in accepted["builds"].items():
         for b in builds:
@@ -153,9 +199,9 @@ def static() -> str:
     return source + markdown(COLUMNS, [[f"`{r[0]}`", *r[1:]] for r in sorted(rows)])
 
 
-def proven() -> str:
+@of_kept("static.json")
+def proven(accepted: dict[str, Any]) -> str:
     """Each op in one line: how many of its configurations spill in bf16 on each chip; the whole table is `static`."""
-    accepted = json.loads((record.ROOT / "bench" / "static.json").read_text())
     by_op: dict[str, dict[str, dict[tuple[str, ...], dict[str, Any]]]] = {}
     for key, builds in accepted["builds"].items():
         case, _, dtype, chip = key.split(" | ")
@@ -172,19 +218,20 @@ def proven() -> str:
     return f"In bf16, Triton {accepted['triton']}, from `bench/static.json`:\n\n{markdown(head, rows)}"
 
 
-def candidates() -> str:
+@of_kept("candidates.json")
+def candidates(accepted: dict[str, Any]) -> str:
     """The best tiles of each entry by tune.py's ranking, the place of the shipped one, and the fastest where timed."""
-    accepted = json.loads((record.ROOT / "bench" / "candidates.json").read_text())
     # entry -> tile -> its time over the shipped one's, by shape
     times: dict[str, dict[str, list[float]]] = {}
     sources = []
     for chip in CHIPS:
         if run := newest_run(f"tune-{chip}"):
-            sources.append(f"{run[1]['machine']['device']} from `{run[0]}`")
-            for row in run[1]["rows"]:
-                if "us" in row:
-                    by_tile = times.setdefault(row["entry"], {})
-                    by_tile.setdefault(tile_name(row["tile"]), []).append(row["us"] / row["shipped_us"])
+            with reading(run[0]):
+                sources.append(f"{run[1]['machine']['device']} from `{run[0]}`")
+                for row in run[1]["rows"]:
+                    if "us" in row:
+                        by_tile = times.setdefault(row["entry"], {})
+                        by_tile.setdefault(tile_name(row["tile"]), []).append(row["us"] / row["shipped_us"])
     rows = []
     for key, ranked in accepted["entries"].items():
         entry, width, chip = key.split(" | ")
@@ -221,11 +268,9 @@ def floors() -> str:
 # ---- whole runs
 
 
-def trainers() -> str:
+@of_run("trainers")
+def trainers(path: str, result: dict[str, Any]) -> str:
     """The newest run of trainers.py."""
-    if (run := newest_run("trainers")) is None:
-        return NO_RUN
-    path, result = run
     m = result["machine"]
     facts = f"{m['device']}, one thread, torch {m['torch']}, trl {m['trl']}, transformers {m['transformers']}"
     rows = []
@@ -257,7 +302,11 @@ def trainers() -> str:
 def rollouts() -> str:
     """The newest runs of rollouts.py: a GPU's, where there is one, and a CPU's."""
     runs = [run for kind in ("gpu-rollouts", "rollouts") if (run := newest_run(kind)) is not None]
-    return "\n\n".join(_rollouts(*run) for run in runs) or NO_RUN
+    parts = []
+    for path, result in runs:
+        with reading(path):
+            parts.append(_rollouts(path, result))
+    return "\n\n".join(parts) or NO_RUN
 
 
 def _rollouts(path: str, result: dict[str, Any]) -> str:
@@ -289,11 +338,9 @@ def _rollouts(path: str, result: dict[str, Any]) -> str:
     return f"{facts}. {whence(path, result)}; {rounds}.\n\n{markdown(head, rows)}"
 
 
-def conformance() -> str:
+@of_run("conformance")
+def conformance(path: str, result: dict[str, Any]) -> str:
     """The newest run of conformance.py."""
-    if (run := newest_run("conformance")) is None:
-        return NO_RUN
-    path, result = run
     names = [f"{trainer['name']} {trainer['version']}" for trainer in result["trainers"]]
     rows, notes = [], []
     for check, (_, statement, _) in CHECKS.items():
@@ -310,11 +357,9 @@ def conformance() -> str:
     )
 
 
-def r1() -> str:
+@of_run("r1")
+def r1(path: str, result: dict[str, Any]) -> str:
     """The newest kept run of `burnish r1`."""
-    if (run := newest_run("r1")) is None:
-        return NO_RUN
-    path, result = run
     rows = [
         [stage, *("" if value is None else f"{value:.1f}" for name, value in score.items() if name != "form")]
         for stage, score in result["scores"].items()
@@ -331,8 +376,9 @@ def r1() -> str:
 
 def keep_r1(folder: Path) -> None:
     """Copy a run's figures to bench/results."""
-    figures = json.loads((folder / "figures.json").read_text())
-    command = "burnish r1" + (f" --seeds {figures['seeds']}" if figures["seeds"] > 1 else "")
+    figures = read_object(folder / "figures.json")
+    with reading(folder / "figures.json"):
+        command = "burnish r1" + (f" --seeds {figures['seeds']}" if figures["seeds"] > 1 else "")
     record.keep("r1", command, machine=record.machine("cpu"), **figures)
 
 
@@ -393,6 +439,7 @@ def stale() -> list[str]:
     return late
 
 
+@as_command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m burnish.bench.report", description=(__doc__ or "").split("\n")[0]
@@ -412,7 +459,9 @@ def main(argv: list[str] | None = None) -> int:
         if path.exists():
             write_whole(path, fill(path.read_text()))
     for picture in pictures():
-        write_whole(picture.path, f"{picture.draw()}{picture.stamp}\n")
+        with reading(picture.source):
+            drawn = picture.draw()
+        write_whole(picture.path, f"{drawn}{picture.stamp}\n")
     return 0
 
 

@@ -37,7 +37,7 @@ from ..algorithms._streams import run_program
 from ..kernels import _launch
 from .case import Case, Dims, label, make_inputs, make_upstream, run
 from .pictures import roofline_picture
-from .record import write_whole
+from .record import as_command, kept_part, reading, write_whole
 from .registry import CASES
 from .roofline import CHIPS, datasheet
 
@@ -288,7 +288,7 @@ def _matrix(build: dict[str, Any]) -> str:
 
 
 def accepted_figures() -> dict[str, Any]:
-    return json.loads(BASELINE.read_text())["builds"] if BASELINE.exists() else {}
+    return kept_part(BASELINE, "builds")
 
 
 def compile_all(jobs: list[Job], processes: int) -> dict[str, Any]:
@@ -359,6 +359,7 @@ def floor_table(ops: list[str]) -> str:
     return "\n".join(lines)
 
 
+@as_command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m burnish.bench.static", description=(__doc__ or "").split("\n")[0]
@@ -390,7 +391,8 @@ def main(argv: list[str] | None = None) -> int:
         write_whole(
             BASELINE, json.dumps(stamp | {"builds": dict(sorted((kept | figures).items()))}, indent=1) + "\n"
         )
-    complaints = limits(figures) + (compare(accepted_figures(), figures) if args.check else [])
+    with reading(BASELINE):
+        complaints = limits(figures) + (compare(accepted_figures(), figures) if args.check else [])
     for complaint in complaints:
         print(f"worse: {complaint}", file=sys.stderr)
     return 1 if complaints else 0

@@ -40,7 +40,7 @@ from ..kernels import _launch, attention
 from . import static
 from .__main__ import ROUNDS, call, capture, event_seconds, host_seconds, prepare
 from .case import Case, Dims, assert_accurate, label, make_inputs, make_upstream, run
-from .record import RESULTS, clocks, machine, run_text, write_whole
+from .record import RESULTS, as_command, clocks, kept_part, machine, reading, run_text, write_whole
 from .registry import CASES
 from .roofline import CHIPS
 
@@ -295,7 +295,7 @@ def measure(
 
 
 def kept() -> dict[str, list[dict[str, Any]]]:
-    return json.loads(KEPT.read_text())["entries"] if KEPT.exists() else {}
+    return kept_part(KEPT, "entries")
 
 
 def keep(entries: dict[str, list[dict[str, Any]]]) -> None:
@@ -359,11 +359,12 @@ def time_kept(slots: list[Slot], chip: str, args: argparse.Namespace) -> None:
     path = RESULTS / f"tune-{chip}-{today}.json" if args.json == "" else args.json and Path(args.json)
     turns = [(slot, width) for width in WIDTHS for slot in slots if slot.key(chip, width) in entries]
     with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
+        with reading(KEPT):
+            kept_tiles = {
+                turn: [tuple(c["tile"]) for c in entries[turn[0].key(chip, turn[1])]] for turn in turns
+            }
         jobs = {
-            (slot.name, width): [
-                pool.submit(examine, slot, chip, width, tuple(c["tile"]))
-                for c in entries[slot.key(chip, width)]
-            ]
+            (slot.name, width): [pool.submit(examine, slot, chip, width, t) for t in kept_tiles[slot, width]]
             for slot, width in turns
         }
         for slot, width in turns:
@@ -391,6 +392,7 @@ def time_kept(slots: list[Slot], chip: str, args: argparse.Namespace) -> None:
         print(f"written: {os.path.relpath(path)}")
 
 
+@as_command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m burnish.bench.tune", description=(__doc__ or "").split("\n")[0]
@@ -437,7 +439,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.chip or not torch.cuda.is_available():
         for key, ranked in kept().items():
             if any(key.startswith(f"{s.op} ") for s in slots) and key.split(" | ")[-1] in chips:
-                print_ranking(key, ranked)
+                with reading(KEPT):
+                    print_ranking(key, ranked)
         print("\nby the static proof alone: nothing was timed")
         return 0
     here = torch.cuda.get_device_capability()

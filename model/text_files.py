@@ -56,7 +56,7 @@ def parse_json(text: str | bytes, where: str) -> Any:
     """The value of a JSON text that stands at `where`. Raises InputError where it is none."""
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
-        value = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_object)
+        value = DECODER.decode(text.removeprefix("\ufeff"))
         if text.count("[") + text.count("{") > MOST_DEPTH and _deeper_than(MOST_DEPTH, value):
             raise RecursionError
         if SURROGATE.search(text):
@@ -83,7 +83,15 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _deeper_than(most: int, value: Any) -> bool:
     level = [value]
-    for _ in range(most + 1):
-        parents = [each for each in level if isinstance(each, dict | list)]
-        level = [child for each in parents for child in (each.values() if isinstance(each, dict) else each)]
+    for _ in range(most):
+        level = [
+            child
+            for each in level
+            if isinstance(each, dict | list)
+            for child in (each.values() if isinstance(each, dict) else each)
+            if isinstance(child, dict | list)
+        ]
     return bool(level)
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object)  # made once: a row of a file takes less time than that

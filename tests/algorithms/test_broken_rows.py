@@ -1,0 +1,367 @@
+"""Whatever stands in a file of rows, reading it ends in rows or in one sentence, within little memory and time."""
+
+import gzip
+import importlib.util
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from burnish.algorithms import _rows
+from burnish.algorithms._data import rl_prompts, sft_examples
+from burnish.algorithms._preferences import judged_completions, preferences
+from burnish.algorithms._rows import Row, read_rows
+from burnish.model.errors import InputError
+from burnish.model.tokenizer import Tokenizer
+
+ROW = b'{"prompt": "1+2=", "completion": "3"}\n'
+DEEP = b"[" * 100_000 + b"]" * 100_000
+
+
+def refusal(file, read=read_rows) -> str:
+    """The sentence that reading ends in."""
+    try:
+        found = read(file)
+    except InputError as error:
+        message = str(error)
+        assert message.isprintable() and len(message) <= 600, f"expected one short line, got {message!r}"
+        return message
+    raise AssertionError(f"expected a refusal, got {len(found)} rows")
+
+
+def write(folder: Path, name: str, data: bytes) -> Path:
+    (folder / name).write_bytes(data)
+    return folder / name
+
+
+# ---- lines
+
+LINES = {
+    "deep lists": (b'{"a": ' + DEEP + b"}", "line 2: not JSON: objects and lists deeper than"),
+    "deep objects": (b'{"a":' * 5000 + b"1" + b"}" * 5000, "line 2: not JSON: objects and lists deeper than"),
+    "a key twice": (b'{"prompt": "1", "prompt": "2", "completion": "3"}', "line 2: prompt: expected once"),
+    "half of a pair": (b'{"prompt": "\\ud800", "completion": "1"}', "line 2: not valid Unicode"),
+    "no UTF-8": (b'{"prompt": "\xff"}', "not UTF-8 text: line 2"),
+    "UTF-16": ('{"prompt": "1"}'.encode("utf-16"), "not UTF-8 text: line 2"),
+    "digits": (b'{"n": ' + b"9" * 5000 + b"}", "line 2: not JSON"),
+    "NUL": (b"\x00", "line 2: not JSON"),
+    "a control character": (b'{"a": "\x1b[2J"}', "line 2: not JSON"),
+    "a tail": (b'{"prompt": "1"} \x1b[2J', "line 2: not JSON"),
+    "a list": (b"[]", "line 2: expected an object with named columns, got []"),
+    "text": (b'"x"', "line 2: expected an object with named columns, got 'x'"),
+    "null": (b"null", "line 2: expected an object with named columns, got None"),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+@pytest.mark.parametrize("ending", [b"\n", b"\r\n", b"\r"], ids=["LF", "CRLF", "CR"])
+def test_a_line_that_is_no_row_is_named(tmp_path, name, ending):
+    line, message = LINES[name]
+    data = ending.join([ROW.strip(), line, ROW.strip()])
+    for file in (write(tmp_path, "a.jsonl", data), write(tmp_path, "a.jsonl.gz", gzip.compress(data))):
+        found = refusal(file)
+        assert found.startswith(str(file)) and message in found
+
+
+def test_what_is_a_row_is_read(tmp_path):
+    odd = {
+        "text": "\u2028\u0085\x00 \U0001f600",
+        "": 1,
+        "n": 10**400,
+        "long": "1" * 300_000,
+        "deep": [[[{}]]],
+    }
+    text = "\ufeff" + json.dumps(odd) + "\r\r\n \n\u00a0\n" + json.dumps(odd, ensure_ascii=False)
+    for name in ("a.jsonl", "a.json"):
+        assert read_rows(write(tmp_path, name, text.encode())) == [odd, odd]
+    blank_first = "\n \n" + json.dumps([odd, odd])
+    assert read_rows(write(tmp_path, "a.json", blank_first.encode())) == [odd, odd]
+    rows = read_rows(write(tmp_path, "b.jsonl", b'{"x": NaN}\n{"x": 1e999}\n'))
+    assert rows[0]["x"] != rows[0]["x"] and rows[1]["x"] == float("inf")
+
+
+LISTS = {
+    "deep": (DEEP, "not JSON: objects and lists deeper"),
+    "open": (b'[{"a": 1}, ', "not JSON"),
+    "an entry": (b'[{"a": 1}, null]', "entry 2: expected an object"),
+    "a key twice": (b'[{"a": 1, "a": 2}]', "a: expected once, got 1 and 2"),
+    "no UTF-8": (b'[{"a": "\xff"}]', "not UTF-8 text"),
+    "nothing": (b"\n \n", "has no rows"),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_list_that_holds_no_rows_is_named(tmp_path, name):
+    data, message = LISTS[name]
+    for file in (write(tmp_path, "a.json", data), write(tmp_path, "a.json.gz", gzip.compress(data))):
+        assert message in refusal(file)
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "circle.jsonl").symlink_to(tmp_path / "circle.jsonl")
+    (tmp_path / "zero.json").symlink_to("/dev/zero")
+    for name in ("pipe.jsonl", "folder.jsonl", "circle.jsonl", "zero.json"):
+        assert refusal(tmp_path / name).endswith(f"{name}: not a regular file")
+    assert "no such file" in refusal(tmp_path / f"{'x' * 5000}.jsonl")
+    assert "expected .jsonl" in refusal(write(tmp_path, "a.parquet.gz", b"x"))
+
+
+# ---- gzip
+
+
+@pytest.mark.parametrize("place", range(0, 60, 3))
+def test_a_broken_byte_of_gzip_is_named(tmp_path, place):
+    whole = bytearray(gzip.compress(ROW * 50, mtime=0))
+    whole[place] ^= 0x55
+    try:
+        assert read_rows(write(tmp_path, "a.jsonl.gz", bytes(whole)))  # a name or a time in the header
+    except InputError as error:
+        assert str(error).startswith(str(tmp_path)) and str(error).isprintable()
+
+
+def test_a_cut_and_a_wrong_sum_of_gzip_are_named(tmp_path):
+    whole = gzip.compress(ROW * 50)
+    for data in (whole[:-1], whole[: len(whole) // 2], whole[:5], whole[:-8] + bytes(8), whole + b"tail"):
+        assert "not a whole gzip file" in refusal(write(tmp_path, "a.jsonl.gz", data))
+    assert len(read_rows(write(tmp_path, "a.jsonl.gz", whole + whole))) == 100  # two members are one file
+
+
+def packed(piece: bytes, times: int) -> bytes:
+    """Unpacks to piece * times, as several members are one file."""
+    return gzip.compress(piece, 9) * times
+
+
+def test_repeated_rows_are_no_bomb(tmp_path):
+    assert len(read_rows(write(tmp_path, "a.jsonl.gz", gzip.compress(ROW * 20_000)))) == 20_000
+
+
+def in_a_fork(function, gigabytes: float = 1.5, seconds: int = 10) -> str:
+    """The sentence that a function returns with so much more memory and so much time, in a process of its own."""
+    read_end, write_end = os.pipe()
+    if (child := os.fork()) == 0:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * resource.getpagesize() + int(gigabytes * 2**30)
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+        try:
+            said = function()
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"
+        os.write(write_end, said[:2000].encode())
+        os._exit(0)
+    os.close(write_end)
+    with os.fdopen(read_end, "rb") as pipe:
+        said = pipe.read().decode()
+    _, status = os.waitpid(child, 0)
+    return said or f"ended by signal {os.WTERMSIG(status)}"
+
+
+MEBIBYTE = 2**20
+BOMBS = {
+    "rows": (
+        "a.jsonl.gz",
+        lambda: packed((b'{"a": "' + b"0" * 1000 + b'"}\n') * 1000, 500),
+        "unpacks to more than 100 times",
+    ),
+    "one line": ("a.jsonl.gz", lambda: packed(b"[" * MEBIBYTE, 1000), "unpacks to more than 100 times"),
+    "one list": (
+        "a.json.gz",
+        lambda: packed(b"[{}," * (MEBIBYTE // 4), 1000),
+        "unpacks to more than 100 times",
+    ),
+    "a long line": (
+        "a.jsonl",
+        lambda: b" " * (65 * MEBIBYTE),
+        "line 1: expected at most 67108864 bytes in a line",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_small_file_stays_small(tmp_path, name):
+    file, data, message = BOMBS[name]
+    path = write(tmp_path, file, data())
+    assert message in in_a_fork(lambda: refusal(path))
+
+
+# ---- parquet
+
+
+def parquet(folder: Path, table, **options) -> Path:
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(table, folder / "a.parquet", **options)
+    return folder / "a.parquet"
+
+
+def test_parquet_bombs_stay_small(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    same = pyarrow.array(["x" * 100_000]).dictionary_encode()
+    indices = pyarrow.array([0] * 50_000, pyarrow.int32())
+    tables = {
+        "a text for all rows": pyarrow.table(
+            {"text": pyarrow.DictionaryArray.from_arrays(indices, same.dictionary)}
+        ),
+        "nulls": pyarrow.table({"n": pyarrow.nulls(1_000_000)}),
+        "lists": pyarrow.table(
+            {"l": pyarrow.ListArray.from_arrays([0, 5_000_000], pyarrow.array(np.zeros(5_000_000)))}
+        ),
+    }
+    for name, table in tables.items():
+        path = parquet(tmp_path, table, compression="zstd")
+        assert path.stat().st_size < 100_000, name
+        found = in_a_fork(lambda path=path: refusal(path))
+        assert "unpacks to more than" in found or "expected no more rows than" in found, (name, found)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_broken_bytes_of_parquet_are_named(tmp_path, seed):
+    pyarrow = pytest.importorskip("pyarrow")
+    import random
+
+    rows = [{"prompt": f"{i}+1=", "turns": [{"a": "x", "b": None}], "n": i} for i in range(50)]
+    whole, draw = parquet(tmp_path, pyarrow.Table.from_pylist(rows)).read_bytes(), random.Random(seed)
+
+    def read_all() -> str:
+        for _ in range(60):
+            data, i = bytearray(whole), draw.randrange(len(whole))
+            if draw.random() < 0.5:
+                i = len(whole) - 1 - draw.randrange(600)  # the footer
+            data[i : i + draw.choice((1, 1, 4, 8))] = draw.choice((b"\xff", b"", b"\x00" * 8, b"\x7f" * 4))
+            try:
+                read_rows(write(tmp_path, "b.parquet", bytes(data)))
+            except InputError as error:
+                message = str(error)
+                assert message.startswith(str(tmp_path)) and message.isprintable() and len(message) <= 600
+        return "done"
+
+    assert in_a_fork(read_all, gigabytes=3) == "done"
+
+
+def test_columns_of_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from datetime import date
+    from decimal import Decimal
+
+    one = lambda value, type_=None: pyarrow.table({"odd": pyarrow.array([value], type_), "text": ["x"]})
+    read = {  # what an unused column may be
+        "date": (one(date(2020, 1, 2)), date(2020, 1, 2)),
+        "decimal": (one(Decimal("1.5")), Decimal("1.5")),
+        "bytes": (one(b"\xff"), b"\xff"),
+        "map of texts": (one([("a", 1)], pyarrow.map_(pyarrow.string(), pyarrow.int64())), {"a": 1}),
+        "map of numbers": (one([(1, "a")], pyarrow.map_(pyarrow.int64(), pyarrow.string())), [(1, "a")]),
+    }
+    for name, (table, value) in read.items():
+        (row,) = read_rows(parquet(tmp_path, table))
+        assert row["odd"] == value, name
+        with pytest.raises(InputError, match="odd: expected text, got"):
+            row.text("odd")
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["x"])] * 2, names=["a" * 5000] * 2)
+    assert "expected once, stands there twice" in refusal(parquet(tmp_path, twice))
+    deep = pyarrow.array(["x"])
+    for _ in range(30):
+        deep = pyarrow.ListArray.from_arrays([0, 1], deep)
+    refused = {
+        "column odd: timestamp": one(10**15, pyarrow.timestamp("s")),
+        "column odd: map<string, int64": one(
+            [("a", 1), ("a", 2)], pyarrow.map_(pyarrow.string(), pyarrow.int64())
+        ),
+        "at most 25 types in one another": pyarrow.table({"deep": deep}),
+    }
+    for message, table in refused.items():
+        assert message in refusal(parquet(tmp_path, table)), message
+    assert len(read_rows(parquet(tmp_path, pyarrow.table({"": ["x"], "n": [1]})))) == 1
+
+
+# ---- numbers
+
+NO_NUMBERS = ["NaN", "Infinity", "-Infinity", "1e999", '"x"', "[]", "{}", "true", "9" * 400, '"1"', "[[1]]"]
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS)
+def test_what_is_no_number_is_named(tmp_path, model_folder, value):
+    tokenizer = Tokenizer.load(model_folder)
+
+    pair = f'{{"prompt": "1+2=", "chosen": "3", "rejected": "4", "margin": {value}}}'
+    judged = f'{{"prompt": "1+2=", "completion": "3", "label": {value}}}'
+    turn = f'{{"role": "assistant", "content": "2", "weight": {value}}}'
+    for reader, row, message in (
+        (preferences, pair, "margin: expected a number"),
+        (judged_completions, judged, "label: expected true or false"),
+        (sft_examples, f'{{"messages": [{turn}]}}', "messages, message 1: weight: expected 0 or 1"),
+    ):
+        if value == "true" and reader is not preferences:
+            continue  # it is 1
+        rows = read_rows(write(tmp_path, "a.jsonl", row.encode()))
+        found = refusal(rows, lambda rows, reader=reader: reader(rows, tokenizer, max_length=64))
+        assert f"a.jsonl line 1: {message}" in found
+
+
+def test_a_prompt_of_no_text_is_named(tmp_path, model_folder):
+    tokenizer = Tokenizer.load(model_folder)
+    for value in ("1", "1e999", "{}", "[1]", "[[]]", "true", '{"role": "user"}'):
+        rows = read_rows(write(tmp_path, "a.jsonl", f'{{"prompt": {value}}}'.encode()))
+        message = refusal(rows, lambda rows: rl_prompts(rows, tokenizer, max_length=64)[0])
+        assert "a.jsonl line 1: prompt" in message
+
+
+# ---- planted faults
+
+
+def copy_of(folder: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str):
+    """_rows.py as a module of its own, with one place changed."""
+    source = Path(_rows.__file__).read_text()
+    assert old in source, f"_rows.py no longer has `{old}`: plant this fault anew"
+    path = folder / "control_rows.py"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location("burnish.algorithms.control_rows", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def broken_files_are_named(module, folder: Path) -> None:
+    """Those of each kind that a planted fault below lets pass."""
+    bomb = write(folder, "bomb.jsonl.gz", packed(b'{"a":"' + b"0" * 100_000 + b'"}\n', 200))
+    broken = gzip.compress(ROW * 50, mtime=0)
+    broken = write(folder, "broken.jsonl.gz", broken[:3] + b"\x00" + broken[4:10] + b"\x00" * 8 + broken[18:])
+    twice = write(folder, "twice.jsonl", LINES["a key twice"][0])
+    latin = write(folder, "latin.jsonl", ROW + LINES["no UTF-8"][0])
+    for file, message in ((bomb, "unpacks"), (broken, "gzip"), (twice, "once"), (latin, "line 2")):
+        try:
+            found = refusal(file, module.read_rows)
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}"
+        assert message in found and "expected a refusal" not in found, f"expected {message}, got {found}"
+
+
+FAULTS = {
+    "no bound": ("if self.found > FREE_BYTES", "if False and self.found > FREE_BYTES"),
+    "another exception of gzip": ("(EOFError, zlib.error, gzip.BadGzipFile)", "(EOFError, gzip.BadGzipFile)"),
+    "another reader": ("value = parse_json(line, where)", "value = __import__('json').loads(line)"),
+    "no line": ("not UTF-8 text: line {number}: {error}", "not UTF-8 text: {error}"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_caught(tmp_path, monkeypatch, name):
+    module = copy_of(tmp_path, monkeypatch, *FAULTS[name])
+    with pytest.raises(AssertionError, match="expected"):
+        broken_files_are_named(module, tmp_path)
+
+
+def test_a_faithful_copy_passes(tmp_path, monkeypatch):
+    broken_files_are_named(copy_of(tmp_path, monkeypatch, "", ""), tmp_path)
+
+
+def test_a_row_is_small():
+    rows = [Row({"a": 1}, "x") for _ in range(1000)]
+    assert not any(hasattr(row, "__dict__") for row in rows)
+    assert sum(sys.getsizeof(row) for row in rows) < 400 * len(rows)
