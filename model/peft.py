@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any, NoReturn
 
+from .config_keys import MOST
 from .errors import InputError
 from .linear import LINEARS, LoraConfig
 
@@ -77,7 +78,7 @@ def read_config(raw: dict[str, Any], source: str) -> LoraConfig:
         keys.refuse("layers_to_transform", "null beside a regular expression of target_modules")
     base = raw.get("base_model_name_or_path")
     config = LoraConfig(
-        rank=keys.number("r", 8, 1, int),
+        rank=keys.number("r", 8, 1, int, MOST),
         alpha=keys.number("lora_alpha", 8, 0),
         targets=LINEARS if targets == "all-linear" else targets,
         parameters=parameters,
@@ -166,10 +167,10 @@ class _Keys:
     def pattern(self, key: str, least: float) -> dict[str, Any]:
         value = self.raw.get(key)
         value = {} if value is None else value
-        kind = int if key == "rank_pattern" else (int, float)
+        kind, below = (int, MOST) if key == "rank_pattern" else ((int, float), inf)
         self.check_length(key)
         fits = isinstance(value, dict) and all(
-            isinstance(v, kind) and not isinstance(v, bool) and least <= v < inf for v in value.values()
+            isinstance(v, kind) and not isinstance(v, bool) and least <= v < below for v in value.values()
         )
         what = "whole numbers" if kind is int else "numbers"
         return value if fits else self.refuse(key, f"{what} of at least {least}, by module")

@@ -194,7 +194,7 @@ def test_peft_loads_what_we_save(data, tmp_path, architecture, options):
     ("changes", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type: expected LORA, got 'IA3'"),
-        ({"r": 0}, "r: expected a number of at least 1, got 0"),
+        ({"r": 0}, "r: expected a number of at least 1 and below 2147483647, got 0"),
         (
             {"lora_bias": True},
             "lora_bias: expected null or false, for what it asks for is not supported, got",
