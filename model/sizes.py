@@ -20,11 +20,12 @@ from .errors import InputError, shown
 from .experts import disk_name, fused_on_disk, pieces_of
 from .folder import FLOATS, Stored
 
+LAYER = "model.layers.0."  # stands for all of them
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 class _Matrix(NamedTuple):
-    """name: behind "model.layers.0.", or in full. keys: of config.json, for each size."""
+    """name: on disk. keys: of config.json, for each size."""
 
     name: str
     shape: tuple[int, ...]
@@ -47,7 +48,7 @@ def check_sizes(
     matrices = {matrix.name: matrix for matrix in _matrices(config, fused_on_disk(config, stored))}
     seen: dict[str, dict[int, Stored]] = {}  # key -> the sizes that tensors have, each with one of them
     for name, tensor in stored.items():
-        matrix = matrices.get(_shortened(name))
+        matrix = matrices.get(_in_layer_0(name))
         dense = tensor.dtype in FLOATS and f"{name}.absmax" not in stored
         if matrix is not None and dense and len(tensor.shape) == len(matrix.shape):
             for key, size in zip(matrix.keys, tensor.shape, strict=True):
@@ -74,9 +75,9 @@ def _named(key: str, named: Mapping[str, str]) -> str:
     return " * ".join(named.get(part, part) for part in key.split(" * "))
 
 
-def _shortened(name: str) -> str:
-    """Without the number of the layer, and with 0 for that of the expert."""
-    return re.sub(r"\.experts\.\d+\.", ".experts.0.", re.sub(r"^model\.layers\.\d+\.", "", name))
+def _in_layer_0(name: str) -> str:
+    """The tensor's name in the first layer, and of the first expert."""
+    return re.sub(r"\.experts\.\d+\.", ".experts.0.", re.sub(r"^model\.layers\.\d+\.", LAYER, name))
 
 
 def _matrices(config: ModelConfig, fused: bool) -> Iterator[_Matrix]:
@@ -87,33 +88,37 @@ def _matrices(config: ModelConfig, fused: bool) -> Iterator[_Matrix]:
     if config.experts is not None:
         yield from _experts(config, config.experts, fused)
     if config.experts is None or not all(config.experts.layers):
-        yield from _feed_forward("mlp", F, C, "intermediate_size")
+        yield from _feed_forward(f"{LAYER}mlp", F, C, "intermediate_size")
 
 
 def _attention(config: ModelConfig) -> Iterator[_Matrix]:
     C, D = config.hidden_size, config.head_dim
     queries, keys = config.num_attention_heads * D, config.num_key_value_heads * D
     if config.qk_norm:
-        yield _Matrix("self_attn.q_norm.weight", (D,), ("head_dim",))
-    yield _Matrix("self_attn.q_proj.weight", (queries, C), ("num_attention_heads * head_dim", "hidden_size"))
-    yield _Matrix("self_attn.k_proj.weight", (keys, C), ("num_key_value_heads * head_dim", "hidden_size"))
+        yield _Matrix(f"{LAYER}self_attn.q_norm.weight", (D,), ("head_dim",))
+    yield _Matrix(
+        f"{LAYER}self_attn.q_proj.weight", (queries, C), ("num_attention_heads * head_dim", "hidden_size")
+    )
+    yield _Matrix(
+        f"{LAYER}self_attn.k_proj.weight", (keys, C), ("num_key_value_heads * head_dim", "hidden_size")
+    )
 
 
 def _latent(config: ModelConfig, latent: Latent) -> Iterator[_Matrix]:
     C, H = config.hidden_size, config.num_attention_heads
-    queries, q = H * config.head_dim, "num_attention_heads * qk_head_dim"
+    queries, q = H * config.head_dim, "num_attention_heads * (qk_nope_head_dim + qk_rope_head_dim)"
     if latent.q_rank:
-        yield _Matrix("self_attn.q_a_proj.weight", (latent.q_rank, C), ("q_lora_rank", "hidden_size"))
-        yield _Matrix("self_attn.q_b_proj.weight", (queries, latent.q_rank), (q, "q_lora_rank"))
+        yield _Matrix(f"{LAYER}self_attn.q_a_proj.weight", (latent.q_rank, C), ("q_lora_rank", "hidden_size"))
+        yield _Matrix(f"{LAYER}self_attn.q_b_proj.weight", (queries, latent.q_rank), (q, "q_lora_rank"))
     else:
-        yield _Matrix("self_attn.q_proj.weight", (queries, C), (q, "hidden_size"))
+        yield _Matrix(f"{LAYER}self_attn.q_proj.weight", (queries, C), (q, "hidden_size"))
     narrow, wide = latent.kv_rank + latent.rope_dim, H * (latent.nope_dim + latent.value_dim)
     key = "kv_lora_rank + qk_rope_head_dim"
-    yield _Matrix("self_attn.kv_a_proj_with_mqa.weight", (narrow, C), (key, "hidden_size"))
+    yield _Matrix(f"{LAYER}self_attn.kv_a_proj_with_mqa.weight", (narrow, C), (key, "hidden_size"))
     key = "num_attention_heads * (qk_nope_head_dim + v_head_dim)"
-    yield _Matrix("self_attn.kv_b_proj.weight", (wide, latent.kv_rank), (key, "kv_lora_rank"))
+    yield _Matrix(f"{LAYER}self_attn.kv_b_proj.weight", (wide, latent.kv_rank), (key, "kv_lora_rank"))
     key = "num_attention_heads * v_head_dim"
-    yield _Matrix("self_attn.o_proj.weight", (C, H * latent.value_dim), ("hidden_size", key))
+    yield _Matrix(f"{LAYER}self_attn.o_proj.weight", (C, H * latent.value_dim), ("hidden_size", key))
 
 
 def _experts(config: ModelConfig, experts: Experts, fused: bool) -> Iterator[_Matrix]:
@@ -121,17 +126,17 @@ def _experts(config: ModelConfig, experts: Experts, fused: bool) -> Iterator[_Ma
     keys = ARCHITECTURES[config.model_type].keys
     number = next(key for key in _EXPERTS if key in keys)
     width = "moe_intermediate_size" if "moe_intermediate_size" in keys else "intermediate_size"
-    yield _Matrix(disk_name(config, "mlp.gate.weight", fused), (E, C), (number, "hidden_size"))
+    yield _Matrix(disk_name(config, f"{LAYER}mlp.gate.weight", fused), (E, C), (number, "hidden_size"))
 
     one_by_one = not fused and config.model_type != "gpt_oss"
     whole = torch.Size((1 if one_by_one else E, C, F))
-    (name,), shape = pieces_of(config, "mlp.experts.down_proj.weight", whole, fused)
+    (name,), shape = pieces_of(config, f"{LAYER}mlp.experts.down_proj.weight", whole, fused)
     sizes = (width, "hidden_size") if config.model_type == "gpt_oss" else ("hidden_size", width)
     yield _Matrix(name, tuple(shape), sizes if one_by_one else (number, *sizes))
     if experts.shared_size:
         shared = "shared_expert_intermediate_size"
         shared = shared if shared in keys else f"n_shared_experts * {width}"
-        at = disk_name(config, "mlp.shared_expert.", fused).removesuffix(".")
+        at = disk_name(config, f"{LAYER}mlp.shared_expert.", fused).removesuffix(".")
         yield from _feed_forward(at, experts.shared_size, C, shared)
 
 
