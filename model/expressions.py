@@ -12,7 +12,7 @@ Source: Thompson 1968, https://doi.org/10.1145/363347.363387; the parse tree is 
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from math import inf
 from typing import Any
@@ -43,23 +43,30 @@ _CATEGORIES = {op.CATEGORY_DIGIT: str.isdecimal, op.CATEGORY_SPACE: str.isspace,
 class Steps:
     """What is left to several expressions together."""
 
-    left: int = MOST_STEPS
+    left: int = field(default_factory=lambda: MOST_STEPS)
 
 
 class Expression:
-    """`before`, `text` and `after` as one expression, of which `text` is what the file says.
+    """`before`, `text` and `after` as one expression, of which `text` is what the file says under `key`.
 
     Raises InputError where it is none, or has a part that cannot be followed: a reference back to a group, or a group
     that keeps its first match.
     """
 
-    def __init__(self, text: str, before: str = "", after: str = "", steps: Steps | None = None):
-        self.arguments = text, before, after
+    def __init__(
+        self,
+        text: str,
+        key: str = "expression",
+        before: str = "",
+        after: str = "",
+        steps: Steps | None = None,
+    ):
+        self.arguments, self.key = (text, key, before, after), key
         self.text, self.whole, self.steps = text, f"{before}{text}{after}", steps or Steps()
         self.known: dict[str, int] = {}  # name -> its ends
         self.fits: dict[tuple[int, int, str], bool] = {}  # (id of a node, flags, character)
         if len(text) > MOST_CHARACTERS:
-            raise InputError(f"expected at most {MOST_CHARACTERS} characters, got {len(text)}")
+            raise InputError(f"{key}: expected at most {MOST_CHARACTERS} characters, got {len(text)}")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -70,7 +77,9 @@ class Expression:
                 few = self.tree is None or _ways(self.tree) <= MOST_WAYS
                 self.pattern = re.compile(self.whole) if few else None
         except (re.error, OverflowError, RecursionError, ValueError) as error:
-            raise InputError(f"expected a regular expression, got {shown(repr(text))}: {error}") from None
+            raise InputError(
+                f"{key}: expected a regular expression, got {shown(repr(text))}: {error}"
+            ) from None
 
     def __reduce__(self) -> Any:  # in a copy of the tree nodes have other ids
         return Expression, self.arguments
@@ -93,7 +102,7 @@ class Expression:
         self.steps.left -= steps
         if self.steps.left < 0:
             raise InputError(
-                f"expected a regular expression that matches quickly, got {shown(repr(self.text))}"
+                f"{self.key}: expected a regular expression that matches quickly, got {shown(repr(self.text))}"
             )
 
     def takes(self, node: Any, character: str, flags: int) -> bool:

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import NF4Weight, dequantize_nf4, lora_linear, lora_linears, nf4_linear
-from .errors import InputError
 from .expressions import Expression, Steps
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -70,14 +69,8 @@ class LoraConfig:
         """Lists of names as sets, and expressions; all of them have one time to match. By the keys of PEFT's file."""
         steps = Steps()
 
-        def expression(key: str, text: str, before: str = "", after: str = "") -> Expression:
-            try:
-                return Expression(text, before, after, steps)
-            except InputError as error:
-                raise InputError(f"{key}: {error}") from None
-
         def names(key: str, value: tuple[str, ...] | str) -> Expression | frozenset[str]:
-            return expression(key, value) if isinstance(value, str) else frozenset(value)
+            return Expression(value, key, steps=steps) if isinstance(value, str) else frozenset(value)
 
         patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
         return {
@@ -86,12 +79,14 @@ class LoraConfig:
             "exclude_modules": names("exclude_modules", self.exclude),
             "layers": frozenset(self.layers or ()),
             "layers_pattern": [
-                expression("layers_pattern", text, r"(?:^|.*?\.)", r"\.")
+                Expression(text, "layers_pattern", r"(?:^|.*?\.)", r"\.", steps)
                 for text in self.layers_pattern or (r"[^.]*",)
             ],
             # a key is the end of a name: as PEFT has it
             **{
-                key: [(expression(key, end, r"(.*\.)?(", ")$"), value) for end, value in pattern.items()]
+                key: [
+                    (Expression(end, key, r"(.*\.)?(", ")$", steps), value) for end, value in pattern.items()
+                ]
                 for key, pattern in patterns.items()
             },
         }

@@ -122,20 +122,18 @@ def test_a_model_without_files_has_any_size():
     assert Transformer(ModelConfig(50_000_000, 4096, 16, 1, 2), device="meta").device.type == "meta"
 
 
-@pytest.mark.parametrize("key", ["max_position_embeddings", "max_window_layers", "first_k_dense_replace"])
-def test_a_number_that_allocates_nothing_may_be_large(data, tmp_path, key):
-    name = {"max_window_layers": "qwen2", "first_k_dense_replace": "deepseek_v3"}.get(key, "llama")
+@pytest.mark.parametrize(
+    ("name", "key"), [("llama", "max_position_embeddings"), ("qwen2", "max_window_layers")]
+)
+def test_a_number_that_allocates_nothing_may_be_large(data, tmp_path, name, key):
     copy = Path(shutil.copytree(data / "tiny-hf" / name, tmp_path / name))
     edit(copy / "config.json", **{key: 2**31 - 1})
-    if key == "first_k_dense_replace":  # then no layer has experts
-        assert "missing" in refusal(lambda: load_model(copy)) or True
-    else:
-        load_model(copy)
+    load_model(copy)
 
 
 # ---- types
 
-TYPES = [{}, {"a": 1}, [], [[]], [None], "", "x", "\x00", "a" * 5000, True, False, -1, 1.5, 10**30]
+TYPES = [{"a": 1}, [], [[]], [None], "\x00", "a" * 5000, True, -1, 1.5, 10**30]
 
 
 @pytest.mark.parametrize(
@@ -153,10 +151,10 @@ TYPES = [{}, {"a": 1}, [], [[]], [None], "", "x", "\x00", "a" * 5000, True, Fals
     ],
 )
 def test_a_value_of_any_type_is_read_or_refused_by_its_key(data, tmp_path, name, key):
-    copy = tmp_path / name
+    copy = Path(shutil.copytree(data / "tiny-hf" / name, tmp_path / name))
+    raw = json.loads((copy / "config.json").read_text())
     for value in TYPES:
-        shutil.copytree(data / "tiny-hf" / name, copy, dirs_exist_ok=True)
-        edit(copy / "config.json", **{key: value})
+        (copy / "config.json").write_text(json.dumps(raw | {key: value}))
         try:
             load_model(copy)
         except InputError as error:
@@ -164,13 +162,13 @@ def test_a_value_of_any_type_is_read_or_refused_by_its_key(data, tmp_path, name,
 
 
 @pytest.mark.parametrize("key", ["rope_type", "factor", "rope_theta", "type", "truncate"])
-@pytest.mark.parametrize("value", TYPES)
-def test_rope_parameters_of_any_type(folder, key, value):
-    edit(folder / "config.json", rope_parameters={"rope_type": "yarn", "factor": 2.0} | {key: value})
-    try:
-        load_model(folder)
-    except InputError as error:
-        assert "config.json: rope_parameters." in str(error)
+def test_rope_parameters_of_any_type(folder, key):
+    for value in TYPES:
+        edit(folder / "config.json", rope_parameters={"rope_type": "yarn", "factor": 2.0} | {key: value})
+        try:
+            load_model(folder)
+        except InputError as error:
+            assert "config.json: rope_parameters." in str(error)
 
 
 @pytest.mark.parametrize("key", ["quant_method", "load_in_4bit", "bits", "format", "weight_block_size"])
@@ -327,10 +325,10 @@ def test_adapters_that_are_each_others_base_are_refused(adapter, tmp_path):
         {"rank_pattern": {"q_proj": 10**9}},
         {"rank_pattern": {"q_proj": 2.0}},
         {"rank_pattern": dict.fromkeys(map(str, range(20_000)), 2)},
-        {"layers_to_transform": [0] * 1_000_000},
-        {"target_modules": ["q_proj"] * 1_000_000},
-        {"modules_to_save": [f"x{i}" for i in range(1_000_000)]},
-        {"layers_pattern": ["x"] * 1_000_000, "layers_to_transform": [0]},
+        {"layers_to_transform": [0] * 200_000},
+        {"target_modules": ["q_proj"] * 200_000},
+        {"modules_to_save": [f"x{i}" for i in range(200_000)]},
+        {"layers_pattern": ["x"] * 200_000, "layers_to_transform": [0]},
         {"layers_to_transform": [10**9]},
     ],
 )
