@@ -61,18 +61,25 @@ def write_header(file: Path, header: bytes, data: bytes) -> None:
     file.write_bytes(struct.pack("<Q", len(header)) + header + data)
 
 
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    save_model(Transformer(TINY, seed=3), tmp_path / "tiny")
-    return tmp_path / "tiny"
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A model and an adapter on it, once for all tests."""
+    folder = tmp_path_factory.mktemp("made")
+    model = Transformer(TINY, seed=3)
+    save_model(model, folder / "tiny")
+    add_lora(model, 2, base="tiny")
+    save_model(model, folder / "adapter")
+    return folder
 
 
 @pytest.fixture
-def adapter(folder, tmp_path) -> Path:
-    model = load_model(folder)
-    add_lora(model, 2, base=str(folder))
-    save_model(model, tmp_path / "adapter")
-    return tmp_path / "adapter"
+def folder(made, tmp_path) -> Path:
+    return Path(shutil.copytree(made / "tiny", tmp_path / "tiny"))
+
+
+@pytest.fixture
+def adapter(folder, made, tmp_path) -> Path:
+    return Path(shutil.copytree(made / "adapter", tmp_path / "adapter"))
 
 
 # ---- sizes
