@@ -125,6 +125,12 @@ def test_a_size_of_weights_in_4_bits_is_bounded_by_their_bytes(data, tmp_path, s
     assert "config.json: intermediate_size: expected " in refusal(lambda: load_model(copy))
 
 
+def test_a_last_layer_that_predicts_nothing_further_is_not_passed_over(data, tmp_path):
+    copy = Path(shutil.copytree(data / "tiny-hf" / "deepseek_v3", tmp_path / "deepseek_v3"))
+    edit(copy / "config.json", num_hidden_layers=2)
+    assert "model.layers.2." in refusal(lambda: load_model(copy))
+
+
 def test_a_model_without_files_has_any_size():
     assert Transformer(ModelConfig(50_000_000, 4096, 16, 1, 2), device="meta").device.type == "meta"
 
