@@ -59,9 +59,8 @@ def lora_config(model: Model) -> LoraConfig | None:
 
 def is_fresh(model: Model) -> bool:
     """Does the adapter still change nothing, as add_lora made it?"""
-    fresh = lora_config(model) is not None and not any(
-        bool(lora.b.any()) for lora in adapters(model).values()
-    )
+    changes = any(bool(lora.b.any()) for lora in adapters(model).values())
+    fresh = lora_config(model) is not None and not changes
     parameters = dict(model.named_parameters())
     replaced = _body(model).replaced.items()
     return fresh and all(torch.equal(parameters[name], base.float()) for name, base in replaced)
@@ -84,10 +83,8 @@ def add_lora(model: Model, rank: int, alpha: float | None = None, *, seed: int =
     with torch.no_grad():
         for name, lora in adapters(model).items():
             bound = 1 / math.sqrt(lora.a.shape[-1])
-            drawn = torch.empty(lora.a.shape).uniform_(
-                -bound, bound, generator=generator
-            )  # alike on every device
-            lora.a.copy_(drawn)
+            drawn = torch.empty(lora.a.shape)  # on the CPU: alike on every device
+            lora.a.copy_(drawn.uniform_(-bound, bound, generator=generator))
             if lora.magnitude is not None:
                 lora.magnitude.copy_(layers[name].dense().float().norm(dim=1))
 
@@ -120,13 +117,8 @@ def place_adapter(model: Model, config: LoraConfig, source: str) -> None:
 
 def _check_placeable(model: Model, config: LoraConfig, source: str) -> bool:
     """Whether a tied head becomes one of its own. Raises InputError where `config` does not fit the model."""
-    try:
-        splits = _splits_the_head(model, config)
-        for name in [*linears(model), "lm_head"]:
-            if config.targeted(name):
-                config.scaling_of(name)
-    except InputError as error:  # an expression's, which knows its key alone
-        raise InputError(f"{source}: {error}") from None
+    config.check([*linears(model), "lm_head"], source)
+    splits = _splits_the_head(model, config)
     if _body(model).adapter is not None or adapters(model):
         raise InputError(f"{source}: the model has an adapter already; merge_lora folds it in")
     if config.targeted(EMBEDDING):
@@ -334,9 +326,8 @@ def give_adapter(model: Model, adapter: Adapter, source: str) -> None:
     wanted, found = _as_filed(model), adapter.tensors
     for name in [*found, *wanted]:
         if name not in wanted:
-            raise InputError(
-                f"{source}: {name}: unexpected, the adapter's config names no such module of this model"
-            )
+            why = "unexpected, the adapter's config names no such module of this model"
+            raise InputError(f"{source}: {shown(name)}: {why}")
         if name not in found:
             raise InputError(f"{source}: {name}: missing, although the adapter's config names its module")
         if found[name].shape != wanted[name].shape:
@@ -355,9 +346,8 @@ def give_adapter(model: Model, adapter: Adapter, source: str) -> None:
 def _check_ranks(model: Model, adapter: Adapter, source: str) -> None:
     """Raises InputError where a rank is not its tensor's, before tensors of these ranks are made."""
     config, found = adapter.config, adapter.tensors
-    splits = _check_placeable(model, config, source)
     sizes = {name: (math.prod(layer.stack), layer.in_features) for name, layer in linears(model).items()}
-    sizes |= {"lm_head": (1, model.config.hidden_size)} if splits else {}
+    sizes |= {"lm_head": (1, model.config.hidden_size)} if _check_placeable(model, config, source) else {}
     trained = {f"{name}.{SUFFIXES['a']}": name for name in sizes if config.targeted(name)}
     for name, module in trained.items():
         filed, rank, (E, K) = _filed_name(name, trained), config.rank_of(module), sizes[module]
@@ -366,9 +356,8 @@ def _check_ranks(model: Model, adapter: Adapter, source: str) -> None:
         expected, got = (E * rank, K), tuple(found[filed].shape)
         if got != expected:
             key = "r" if rank == config.rank else "rank_pattern"
-            raise InputError(
-                f"{source}: {filed}: expected shape {expected}, got {shown(got)}: {key} says {rank}"
-            )
+            got = shown(got)
+            raise InputError(f"{source}: {filed}: expected shape {expected}, got {got}: {key} says {rank}")
 
 
 def _both_names(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

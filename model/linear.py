@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import NF4Weight, dequantize_nf4, lora_linear, lora_linears, nf4_linear
+from .errors import InputError
 from .expressions import Expression, Steps
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -115,9 +116,15 @@ class LoraConfig:
     def _by_pattern(self, key: str, module: str, default: Any) -> Any:
         return next((value for end, value in self._rules[key] if end.matches(module)), default)
 
-    def check(self) -> None:
-        """Raises InputError where an expression is none."""
-        assert self._rules
+    def check(self, modules: Iterable[str], source: str) -> None:
+        """Raises InputError where an expression is none, or takes too long on these. source: what a message names."""
+        try:
+            assert self._rules
+            for module in modules:
+                if self.targeted(module):
+                    self.scaling_of(module)
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from None
 
 
 def _named(names: Expression | frozenset[str], module: str) -> bool:

@@ -94,10 +94,7 @@ def read_config(raw: dict[str, Any], source: str) -> LoraConfig:
         tied=keys.flag("ensure_weight_tying"),
         base=base if isinstance(base, str) else None,
     )
-    try:
-        config.check()
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from None
+    config.check((), source)
     return config
 
 

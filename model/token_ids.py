@@ -28,7 +28,7 @@ def read_stop_ids(folder: Path, token_of: Callable[[int], str | None]) -> list[i
     ids = value if isinstance(value, list) else [value]
     if not all(is_token_id(token) for token in ids):
         raise InputError(
-            f"{file}: eos_token_id: expected a token id, or a list of them, got {shown(repr(value))}"
+            f"{file}: eos_token_id: expected a token's id or a list of them, got {shown(repr(value))}"
         )
 
     rows = raw[files[1]].get("vocab_size")

@@ -160,8 +160,8 @@ def _to_be_read(source: Source, config: ModelConfig, unread: tuple[str, ...]) ->
     def passed_over(name: str) -> bool:
         layer = re.match(r"model\.layers\.(\d{1,18})\.", name)
         behind = layer is not None and layers <= int(layer[1]) < layers + (further or 0)
-        behind = behind and f"{layer[0]}eh_proj.weight" in stored
-        return behind or name.endswith("rotary_emb.inv_freq") or name.startswith(unread)
+        predicts = layer is not None and f"{layer[0]}eh_proj.weight" in stored
+        return (behind and predicts) or name.endswith("rotary_emb.inv_freq") or name.startswith(unread)
 
     return {name: tensor for name, tensor in stored.items() if not passed_over(name)}
 

@@ -122,9 +122,9 @@ def test_what_is_no_expression_is_refused_by_its_key(key, text):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:
-            LoraConfig(2, 4, **{key: value}).check()
+            LoraConfig(2, 4, **{key: value}).check((), "a")
         except InputError as error:
-            assert re.match(r"(target|exclude)_modules: |(rank|alpha|layers)_pattern: ", str(error))
+            assert re.match(r"a: ((target|exclude)_modules|(rank|alpha|layers)_pattern): ", str(error))
             assert str(error).isprintable() and len(str(error)) <= 600
         else:
             assert text == "{" * 9  # which is text to `re`

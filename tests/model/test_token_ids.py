@@ -52,7 +52,7 @@ def test_end_tokens_that_nothing_has_are_refused(tmp_path, file, value):
 @pytest.mark.parametrize("file", [CONFIG, GENERATION])
 def test_end_tokens_of_another_type_are_refused(tmp_path, file, value):
     write(tmp_path, file, eos_token_id=value)
-    with pytest.raises(InputError, match=rf"{file}: eos_token_id: expected a token id, or a list") as error:
+    with pytest.raises(InputError, match=rf"{file}: eos_token_id: expected a token's id or a list") as error:
         read_stop_ids(tmp_path, known)
     assert str(error.value).isprintable()
 
