@@ -26,6 +26,7 @@ from ..model.errors import InputError, shown
 from ..model.linear import whole
 from ..model.scalar import ScalarModel
 from ..model.text_files import check_regular, parse_json, read_object
+from ..model.token_ids import say_what_never_ends
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from ._calls import brief
@@ -138,12 +139,7 @@ def check_model(
     rows = model.config.vocab_size
     check_ids(items, tokenizer, rows, name)
     tokenizer.keep_below(rows)
-    stops = sorted(token for token in tokenizer.stop_ids if token >= rows)
-    if stops and rank() == 0:
-        print(
-            f"warning: {name} has no row for the stop ids {stops}, only for ids below {rows}: none ends a generation",
-            file=sys.stderr,
-        )
+    say_what_never_ends(tokenizer.stop_ids, rows, name)
     if longest > model.config.max_position_embeddings and rank() == 0:
         limit = model.config.max_position_embeddings
         print(

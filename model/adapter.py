@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import quantize_nf4
-from .errors import InputError
+from .errors import InputError, shown
 from .experts import to_halves, to_pairs
 from .linear import Adaptable, Linear, Lora, LoraConfig, whole
 from .scalar import ScalarModel
@@ -59,9 +59,8 @@ def lora_config(model: Model) -> LoraConfig | None:
 
 def is_fresh(model: Model) -> bool:
     """Does the adapter still change nothing, as add_lora made it?"""
-    fresh = lora_config(model) is not None and not any(
-        bool(lora.b.any()) for lora in adapters(model).values()
-    )
+    changes = any(bool(lora.b.any()) for lora in adapters(model).values())
+    fresh = lora_config(model) is not None and not changes
     parameters = dict(model.named_parameters())
     replaced = _body(model).replaced.items()
     return fresh and all(torch.equal(parameters[name], base.float()) for name, base in replaced)
@@ -84,18 +83,15 @@ def add_lora(model: Model, rank: int, alpha: float | None = None, *, seed: int =
     with torch.no_grad():
         for name, lora in adapters(model).items():
             bound = 1 / math.sqrt(lora.a.shape[-1])
-            drawn = torch.empty(lora.a.shape).uniform_(
-                -bound, bound, generator=generator
-            )  # alike on every device
-            lora.a.copy_(drawn)
+            drawn = torch.empty(lora.a.shape)  # on the CPU: alike on every device
+            lora.a.copy_(drawn.uniform_(-bound, bound, generator=generator))
             if lora.magnitude is not None:
                 lora.magnitude.copy_(layers[name].dense().float().norm(dim=1))
 
 
 def place_adapter(model: Model, config: LoraConfig, source: str) -> None:
     """Freeze the model and give it the modules that `config` names, A and B zero. source: what a message names."""
-    body, splits = _body(model), _splits_the_head(model, config)
-    _check_placeable(model, config, source, splits)
+    body, splits = _body(model), _check_placeable(model, config, source)
     if splits:
         _split_the_head(body, config)
     targets = {name: layer for name, layer in linears(model).items() if config.targeted(name)}
@@ -119,7 +115,10 @@ def place_adapter(model: Model, config: LoraConfig, source: str) -> None:
     body.adapter = config
 
 
-def _check_placeable(model: Model, config: LoraConfig, source: str, splits: bool) -> None:
+def _check_placeable(model: Model, config: LoraConfig, source: str) -> bool:
+    """Whether a tied head becomes one of its own. Raises InputError where `config` does not fit the model."""
+    config.check([*linears(model), "lm_head"], source)
+    splits = _splits_the_head(model, config)
     if _body(model).adapter is not None or adapters(model):
         raise InputError(f"{source}: the model has an adapter already; merge_lora folds it in")
     if config.targeted(EMBEDDING):
@@ -135,7 +134,8 @@ def _check_placeable(model: Model, config: LoraConfig, source: str, splits: bool
     for name in config.modules_to_save:
         if name == "classifier" and isinstance(model, ScalarModel):
             continue  # PEFT names it beside score, whichever of the two a model has
-        if not any(replace(config, modules_to_save=(name,)).whole(module) for module in modules):
+        one = replace(config, modules_to_save=(name,))
+        if not any(one.whole(module) for module in modules):
             raise InputError(f"{source}: modules_to_save: the model has no module {name!r}")
     if config.tied and _has_tied_head(model) and config.targeted("lm_head"):
         raise InputError(
@@ -145,6 +145,7 @@ def _check_placeable(model: Model, config: LoraConfig, source: str, splits: bool
     experts = next((name for name, layer in layers.items() if layer.stack and config.targeted(name)), None)
     if experts is not None and (config.dropout or config.dora):
         raise InputError(f"{source}: {experts}: an adapter of experts has neither dropout nor DoRA")
+    return splits
 
 
 def _has_tied_head(model: Model) -> bool:
@@ -320,13 +321,13 @@ def _in_pairs(model: Model, name: str) -> bool:
 def give_adapter(model: Model, adapter: Adapter, source: str) -> None:
     """Place the adapter on a model without one. Raises InputError naming `source` and the tensor that does not fit."""
     adapter = _without_copies(model, adapter, source)
+    _check_ranks(model, adapter, source)
     place_adapter(model, adapter.config, source)
     wanted, found = _as_filed(model), adapter.tensors
     for name in [*found, *wanted]:
         if name not in wanted:
-            raise InputError(
-                f"{source}: {name}: unexpected, the adapter's config names no such module of this model"
-            )
+            why = "unexpected, the adapter's config names no such module of this model"
+            raise InputError(f"{source}: {shown(name)}: {why}")
         if name not in found:
             raise InputError(f"{source}: {name}: missing, although the adapter's config names its module")
         if found[name].shape != wanted[name].shape:
@@ -340,6 +341,23 @@ def give_adapter(model: Model, adapter: Adapter, source: str) -> None:
         trained = _trained(model)
         for name, parameter in trained.items():
             parameter.copy_(_unfiled(model, name, found[_filed_name(name, trained)], parameter.shape))
+
+
+def _check_ranks(model: Model, adapter: Adapter, source: str) -> None:
+    """Raises InputError where a rank is not its tensor's, before tensors of these ranks are made."""
+    config, found = adapter.config, adapter.tensors
+    sizes = {name: (math.prod(layer.stack), layer.in_features) for name, layer in linears(model).items()}
+    sizes |= {"lm_head": (1, model.config.hidden_size)} if _check_placeable(model, config, source) else {}
+    trained = {f"{name}.{SUFFIXES['a']}": name for name in sizes if config.targeted(name)}
+    for name, module in trained.items():
+        filed, rank, (E, K) = _filed_name(name, trained), config.rank_of(module), sizes[module]
+        if filed not in found:
+            raise InputError(f"{source}: {filed}: missing, although the adapter's config names its module")
+        expected, got = (E * rank, K), tuple(found[filed].shape)
+        if got != expected:
+            key = "r" if rank == config.rank else "rank_pattern"
+            got = shown(got)
+            raise InputError(f"{source}: {filed}: expected shape {expected}, got {got}: {key} says {rank}")
 
 
 def _both_names(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -13,10 +13,11 @@ Source: https://github.com/bitsandbytes-foundation/bitsandbytes (functional.py, 
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite, prod
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from ..kernels._four_bit import unnested
 from ..kernels.nf4 import BLOCKSIZES
 from .errors import InputError, shown
 from .folder import FLOATS, Stored
+from .text_files import parse_json
 
 STATE = "quant_state.bitsandbytes__"
 STATE_BYTES = 10_000  # of its JSON, at most; bitsandbytes writes about 200
@@ -141,33 +143,63 @@ def packed(name: str, parts: dict[str, Stored], shape: torch.Size, source: str) 
     return Packed({part: parts[part] for part in ("packed", *sizes)}, shape, blocksize, offset)
 
 
+class State(NamedTuple):
+    """What the JSON beside a weight says of it."""
+
+    blocksize: int
+    offset: float
+    dtype: torch.dtype  # of what it was, in the model that was quantised
+    shape: list[int]
+
+
+def read_state(stored: Stored) -> State:
+    """Raises InputError where it is not the state of a weight in nf4 or fp4, in blocks that are read."""
+    where = f"{stored.file}: {shown(stored.name)}"
+    expected = f"{where}: expected a quantisation state as JSON"
+    if stored.dtype != torch.uint8 or stored.numel > STATE_BYTES:
+        raise InputError(f"{expected}, got {stored.numel} numbers of {stored.dtype}")
+    state = parse_json(bytes(stored.read().flatten().tolist()), expected)
+    if not isinstance(state, dict):
+        raise InputError(f"{expected}, got {shown(state)}")
+
+    dtypes = {str(known).removeprefix("torch."): known for known in FLOATS}
+    offset, shape = state.get("nested_offset", 0.0), state.get("shape")
+    checks: dict[str, tuple[bool, str]] = {
+        "quant_type": (state.get("quant_type") in ("nf4", "fp4"), "nf4 or fp4"),
+        "blocksize": (
+            type(state.get("blocksize")) is int and state["blocksize"] in BLOCKSIZES,
+            f"a blocksize of {BLOCKSIZES[0]} to {BLOCKSIZES[-1]}",
+        ),
+        "nested_blocksize": (state.get("nested_blocksize", 256) == 256, "nested blocks of 256"),
+        "nested_offset": (
+            type(offset) in (int, float) and abs(offset) <= sys.float_info.max,
+            "a finite offset",
+        ),
+        "dtype": (
+            isinstance(state.get("dtype"), str) and state["dtype"] in dtypes,
+            f"one of {', '.join(dtypes)}",
+        ),
+        "shape": (isinstance(shape, list) and all(type(n) is int for n in shape), "a list of sizes"),
+    }
+    for key, (fits, what) in checks.items():
+        if not fits:
+            raise InputError(f"{where}: {key}: expected {what}, got {shown(repr(state.get(key)))}")
+    return State(state["blocksize"], float(offset), dtypes[state["dtype"]], state["shape"])
+
+
 def _state(name: str, parts: dict[str, Stored], shape: torch.Size, source: str) -> tuple[int, float]:
     """blocksize and offset, from the JSON beside the weight, which also says what the shape is."""
     keys = [part for part in parts if part.startswith(STATE)]
     if not keys:
         raise InputError(f"{source}: {name}.{STATE}nf4: missing, although the weight is in 4 bits")
-    where, stored = f"{source}: {name}.{keys[0]}", parts[keys[0]]
-    if len(keys) > 1 or stored.dtype != torch.uint8 or stored.numel > STATE_BYTES:
-        raise InputError(f"{where}: expected one quantisation state as JSON, got several, or what is none")
-    try:
-        state = json.loads(bytes(stored.read().flatten().tolist()))
-        quant_type, blocksize = state["quant_type"], int(state["blocksize"])
-        found, dtype = [*state["shape"]], state["dtype"]
-        nested_size, offset = int(state.get("nested_blocksize", 256)), float(state.get("nested_offset", 0.0))
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    if len(keys) > 1:
+        raise InputError(f"{source}: {name}: expected one quantisation state, got {shown(keys)}")
+    state = read_state(parts[keys[0]])
+    if state.shape != [*shape]:
         raise InputError(
-            f"{where}: expected a quantisation state as JSON, got {type(error).__name__}: {str(error)[:200]}"
-        ) from error
-    if dtype not in [str(known).removeprefix("torch.") for known in FLOATS] or not isfinite(offset):
-        raise InputError(f"{where}: expected a quantisation state as JSON, with a dtype and a finite offset")
-    if found != [*shape]:
-        raise InputError(f"{where}: expected shape {[*shape]}, got {str(found)[:200]}")
-    if quant_type not in ("nf4", "fp4") or nested_size != 256 or blocksize not in BLOCKSIZES:
-        raise InputError(
-            f"{where}: expected nf4 or fp4, a blocksize of {BLOCKSIZES[0]} to {BLOCKSIZES[-1]}, and nested blocks of "
-            f"256, got {str(state)[:200]}"
+            f"{source}: {name}.{keys[0]}: expected shape {[*shape]}, got {shown(repr(state.shape))}"
         )
-    return blocksize, offset
+    return state.blocksize, state.offset
 
 
 def stack(weights: Sequence[NF4Weight], shape: torch.Size) -> NF4Weight | None:

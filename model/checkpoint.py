@@ -10,6 +10,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +36,11 @@ from .dtypes import cast, read_dtypes
 from .errors import InputError, shown
 from .experts import disk_name, to_disk
 from .folder import (
+    DTYPES,
+    FLOATS,
     INDEX,
     WEIGHTS,
+    absolute,
     base_of,
     holds_a_model,
     is_adapter,
@@ -47,6 +51,7 @@ from .folder import (
 )
 from .linear import whole
 from .scalar import ScalarModel
+from .sizes import check_sizes
 from .text_files import read_object
 from .transformer import Transformer
 from .weights import Source, read_weights
@@ -96,6 +101,7 @@ def load_model(
             f"{folder}: expected a language model, found a {shown(raw['architectures'][0])}: it scores text"
         )
     config = _model_config(raw, folder)
+    check_sizes(config, stored_tensors(folder), str(folder / "config.json"))
     model = Transformer(config, device="meta")
     also = {"lm_head.weight": model.head.shape} if config.tie_word_embeddings else {}
     state = read_weights(Source(folder, raw, dtype, device, base_4bit), model, also)
@@ -147,7 +153,9 @@ def load_scalar_model(
         raise InputError(
             f"{folder / 'config.json'}: {SCORE_BIAS}: expected a number, got {shown(repr(bias))}"
         )
-    model = ScalarModel(_model_config(raw, folder), device="meta")
+    config = _model_config(raw, folder)
+    check_sizes(config, stored_tensors(folder), str(folder / "config.json"))
+    model = ScalarModel(config, device="meta")
     source = Source(folder, raw, dtype, device, base_4bit)
     if _is_scalar(raw):
         _assign(model, read_weights(source, model))
@@ -188,8 +196,8 @@ def save_model(
     Files hold up to FILE_BYTES; no more than one of them is in memory at a time beside the model.
     write: where processes share the model, every one of them calls this, with False but for one.
     """
-    folder = Path(folder).resolve()
-    if write and folder.exists() and not holds_a_model(folder):
+    folder = absolute(folder)
+    if write and os.path.exists(folder) and not holds_a_model(folder):
         raise InputError(
             f"{folder}: expected a new folder or an earlier model, found something else: not replaced"
         )
@@ -317,17 +325,35 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[Adapter, dict[str, str
     folder = Path(folder)
     raw = read_object(folder / peft.CONFIG)
     config = peft.read_config(raw, str(folder / peft.CONFIG))
-    if not (folder / peft.WEIGHTS).exists() and [*folder.glob("adapter_model.bin")]:
+    if not os.path.lexists(folder / peft.WEIGHTS) and os.path.lexists(folder / "adapter_model.bin"):
         raise InputError(f"{folder}: expected {peft.WEIGHTS}, found a pickled file, which is not read")
+    found: dict[str, Tensor] = {}
     with opened(folder / peft.WEIGHTS) as tensors:
-        found = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
+        for name in tensors.keys():  # noqa: SIM118 (not a dict)
+            where, dtype = f"{folder / peft.WEIGHTS}: {shown(name)}", tensors.get_slice(name).get_dtype()
+            if not name.startswith(peft.PREFIX):
+                raise InputError(f"{where}: expected a name that begins {peft.PREFIX}")
+            if DTYPES.get(dtype) not in FLOATS:
+                raise InputError(f"{where}: expected floating point, got {dtype}")
+            found[name] = tensors.get_tensor(name)
         metadata = tensors.metadata() or {}
-    wrong = next((name for name in found if not name.startswith(peft.PREFIX)), None)
-    if wrong is not None:
-        raise InputError(f"{folder / peft.WEIGHTS}: {wrong}: expected a name that begins {peft.PREFIX}")
+    _check_metadata(metadata, str(folder / peft.WEIGHTS))
     found = {name.removeprefix(peft.PREFIX): tensor for name, tensor in found.items()}
     dtypes = {name: tensor.dtype for name, tensor in found.items()}
     return Adapter(config, {name: tensor.float() for name, tensor in found.items()}, dtypes), metadata
+
+
+def _check_metadata(metadata: dict[str, str], source: str) -> None:
+    """Raises InputError where what we write into an adapter's metadata is there, but not as we write it."""
+    if metadata.get(FOUR_BIT, "nf4") != "nf4":
+        raise InputError(f"{source}: {FOUR_BIT}: expected nf4, got {shown(metadata[FOUR_BIT])}")
+    bias = metadata.get(SCORE_BIAS, "0")
+    try:
+        finite = isfinite(float(bias))
+    except ValueError:
+        finite = False
+    if not finite:
+        raise InputError(f"{source}: {SCORE_BIAS}: expected a finite number, got {shown(bias)}")
 
 
 def _give(model: Transformer | ScalarModel, adapter: Adapter, folder: Path) -> None:
@@ -381,9 +407,9 @@ def _check_no_base(folder: Path, base: str | os.PathLike[str] | None) -> None:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(
-            f"{folder}: expected a model folder, found {'a file' if folder.exists() else 'nothing'}"
+            f"{folder}: expected a model folder, found {'a file' if os.path.exists(folder) else 'nothing'}"
         )
     return read_object(folder / "config.json")
 
@@ -396,7 +422,7 @@ def _is_scalar(raw: dict[str, Any]) -> bool:
 
 def _model_config(raw: dict[str, Any], folder: Path) -> ModelConfig:
     generation_file = folder / "generation_config.json"
-    generation = read_object(generation_file) if generation_file.exists() else {}
+    generation = read_object(generation_file) if os.path.lexists(generation_file) else {}
     formats.is_bnb_4bit(raw, folder / "config.json")  # refuses other formats, before the keys that they bring
     raw = {key: value for key, value in raw.items() if key != formats.CONFIG}
     return read_config(raw, str(folder / "config.json"), generation)

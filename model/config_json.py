@@ -23,7 +23,7 @@ from .architectures import (
     TOKEN_IDS,
 )
 from .config import Experts, Latent, ModelConfig, Rope, yarn_factor
-from .config_keys import MOST_LAYERS, Keys
+from .config_keys import MOST, MOST_LAYERS, Keys, is_token_id
 from .errors import InputError, shown
 
 
@@ -171,11 +171,12 @@ class _Reader(Keys):
 
     def token_id(self, key: str) -> int | tuple[int, ...] | None:
         value = self.get(key, (int, list), "a token id")
-        if not isinstance(value, list):
-            return value
-        if key != "eos_token_id" or not all(type(token) is int for token in value):
-            self.refuse(key, "a token id", value)
-        return tuple(value)
+        if value is None:
+            return None
+        ids: list[Any] = value if isinstance(value, list) and key == "eos_token_id" else [value]
+        if not all(map(is_token_id, ids)):
+            self.refuse(key, f"a token id, up to {MOST}", value)
+        return tuple(ids) if ids is value else ids[0]
 
     def latent(self) -> Latent | None:
         if not self.has("kv_lora_rank"):

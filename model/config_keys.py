@@ -10,6 +10,11 @@ MOST = 2**31 - 1  # of any size: no model has more, and products of two still fi
 MOST_LAYERS = 10_000
 
 
+def is_token_id(value: object) -> bool:
+    """An integer that an id may be; or -1, which stands for none, as in early Llama folders."""
+    return type(value) is int and -1 <= value <= MOST
+
+
 class Keys:
     """raw: a parsed config.json; source: its name in errors."""
 

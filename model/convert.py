@@ -23,9 +23,13 @@ import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from .adapter import hf_name
 from .checkpoint import save_model
 from .config_json import read_config
-from .errors import InputError
+from .errors import InputError, shown
+from .folder import Stored
+from .gguf_header import check_header
+from .sizes import check_sizes
 from .tokenizer import Tokenizer
 from .transformer import Transformer
 
@@ -46,6 +50,15 @@ READ = {  # keys of the metadata, behind "llama."
     *("vocab_size", "embedding_length", "feed_forward_length", "block_count", "context_length"),
     *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
     *("attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base"),
+}
+KEYS = {  # of config.json -> GGUF's, where a message names them
+    "vocab_size": "llama.vocab_size",
+    "hidden_size": "llama.embedding_length",
+    "intermediate_size": "llama.feed_forward_length",
+    "num_hidden_layers": "llama.block_count",
+    "num_attention_heads": "llama.attention.head_count",
+    "num_key_value_heads": "llama.attention.head_count_kv",
+    "head_dim": "llama.attention.key_length",
 }
 NAMES = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
 
@@ -69,17 +82,27 @@ def convert_gguf(gguf_file: Path | str, folder: Path | str, dtype: torch.dtype =
     config = read_config(_config(fields, tensors, source), source)
     tokenizer = _tokenizer(fields, source)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    stored = {  # by our names with "model." before them
+        hf_name(_parameter(name, source)): Stored(
+            Path(gguf_file), name, torch.float32, torch.Size(values.shape), None
+        )
+        for name, values in tensors.items()
+    }
+    check_sizes(config, stored, source, KEYS)
+    model = Transformer(config, device="meta")
+    wanted = {hf_name(name): weight.shape for name, weight in model.state_dict().items()}
+    for name in wanted | stored:
+        expected, found = wanted.get(name), stored.get(name)
+        if expected is None or found is None or found.shape != expected:
+            shapes = [None if each is None else tuple(each) for each in (expected, found and found.shape)]
+            raise InputError(
+                f"{source}: {shown(name.removeprefix('model.'))}: expected shape {shapes[0]}, got {shapes[1]}"
+            )
     state: dict[str, Tensor] = {}
     for name, values in tensors.items():
-        parameter, part = _parameter(name, source), name.split(".")[-2]
-        weight = torch.from_numpy(values)
-        state[parameter] = (_halves(weight, heads[part]) if part in heads else weight).to(dtype)
-    model = Transformer(config, device="meta")
-    wanted = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    found = {name: tuple(weight.shape) for name, weight in state.items()}
-    for name in wanted | found:
-        if wanted.get(name) != found.get(name):
-            raise InputError(f"{source}: {name}: expected shape {wanted.get(name)}, got {found.get(name)}")
+        weight, part = torch.from_numpy(values), name.split(".")[-2]
+        halves = _halves(weight, heads[part]) if part in heads else weight
+        state[_parameter(name, source)] = halves.to(dtype)
     model.load_state_dict(state, assign=True)
     save_model(model, folder, tokenizer)
 
@@ -90,8 +113,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         import gguf  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError(f"{file}: reading GGUF needs the package gguf: pip install gguf") from error
-    if not file.is_file():
-        raise InputError(f"{file}: no such file")
+    check_header(file)
     try:
         reader = gguf.GGUFReader(file)
         fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -134,6 +156,13 @@ def _get(fields: dict[str, Any], key: str, source: str) -> Any:
     return fields[key]
 
 
+def _strings(fields: dict[str, Any], key: str, source: str) -> list[str]:
+    value = _get(fields, key, source)
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise InputError(f"{source}: {key}: expected an array of strings, got {shown(value)}")
+    return value
+
+
 def _number(fields: dict[str, Any], key: str, source: str, default: float | None = None) -> float:
     """The metadata's, which has to be there where there is no default."""
     value = _get(fields, key, source) if default is None else fields.get(key, default)
@@ -152,7 +181,7 @@ def _size(fields: dict[str, Any], key: str, source: str, default: int | None = N
 def _config(fields: dict[str, Any], tensors: dict[str, np.ndarray], source: str) -> dict[str, Any]:
     """config.json of the file's metadata, with the specification's defaults for keys that may be absent."""
     if (architecture := _get(fields, "general.architecture", source)) != "llama":
-        raise InputError(f"{source}: general.architecture: expected 'llama', got {architecture!r}")
+        raise InputError(f"{source}: general.architecture: expected 'llama', got {shown(repr(architecture))}")
     _check_keys(fields, source)
     if "rope_freqs.weight" in tensors:
         raise InputError(
@@ -170,7 +199,7 @@ def _config(fields: dict[str, Any], tensors: dict[str, np.ndarray], source: str)
     for key in ("attention.value_length", "rope.dimension_count"):
         if (found := _size(fields, f"llama.{key}", source, head_dim)) != head_dim:
             raise InputError(f"{source}: llama.{key}: expected {head_dim}, the heads' width, got {found}")
-    tokens = len(_get(fields, "tokenizer.ggml.tokens", source))
+    tokens = len(_strings(fields, "tokenizer.ggml.tokens", source))
     return {
         "model_type": "llama",
         "vocab_size": _size(fields, "llama.vocab_size", source, tokens),
@@ -220,11 +249,15 @@ def _decimal(value: float) -> float:
 def _tokenizer(fields: dict[str, Any], source: str) -> Tokenizer:
     for key, expected in (("tokenizer.ggml.model", "gpt2"), ("tokenizer.ggml.pre", "smollm")):
         if (value := _get(fields, key, source)) != expected:
-            raise InputError(f"{source}: {key}: expected {expected!r}, got {value!r}")
-    tokens = _get(fields, "tokenizer.ggml.tokens", source)
-    merges = [tuple(merge.split(" ")) for merge in _get(fields, "tokenizer.ggml.merges", source)]
+            raise InputError(f"{source}: {key}: expected {expected!r}, got {shown(repr(value))}")
+    tokens = _strings(fields, "tokenizer.ggml.tokens", source)
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    if len(vocabulary) < len(tokens):
+        twice = next(token for i, token in enumerate(tokens) if vocabulary[token] != i)
+        raise InputError(f"{source}: tokenizer.ggml.tokens: {shown(twice)}: expected once, got it twice")
+    merges: Any = [tuple(merge.split(" ")) for merge in _strings(fields, "tokenizer.ggml.merges", source)]
     try:
-        backend = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+        backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
     except Exception as error:  # the package raises bare Exception
         raise InputError(f"{source}: tokenizer.ggml.merges: {error}") from error
     # "smollm": digits one by one, the rest by GPT-2's pattern
@@ -233,18 +266,21 @@ def _tokenizer(fields: dict[str, Any], source: str) -> Tokenizer:
     )
     backend.decoder = decoders.ByteLevel()
     types = _get(fields, "tokenizer.ggml.token_type", source)
-    if len(types) != len(tokens):
-        raise InputError(
-            f"{source}: tokenizer.ggml.token_type: expected {len(tokens)} numbers, got {len(types)}"
-        )
+    if not isinstance(types, list) or len(types) != len(tokens):
+        got = len(types) if isinstance(types, list) else shown(types)
+        raise InputError(f"{source}: tokenizer.ggml.token_type: expected {len(tokens)} numbers, got {got}")
     control = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL]
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+
+    template = fields.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise InputError(f"{source}: tokenizer.chat_template: expected text, got {shown(template)}")
 
     def token_of(name: str) -> str | None:
         key = f"tokenizer.ggml.{name}_token_id"
         if (index := fields.get(key)) is None:
             return None
-        if index not in range(len(tokens)):
+        if type(index) is not int or index not in range(len(tokens)):
             raise InputError(f"{source}: {key}: expected an id below {len(tokens)}, got {index!r:.60}")
         return tokens[index]
 
@@ -253,12 +289,12 @@ def _tokenizer(fields: dict[str, Any], source: str) -> Tokenizer:
         bos=token_of("bos"),
         eos=token_of("eos"),
         pad=token_of("padding"),
-        chat_template=fields.get("tokenizer.chat_template"),
+        chat_template=template,
         config={
             "unk_token": token_of("unknown"),
             "add_bos_token": bool(fields.get("tokenizer.ggml.add_bos_token", False)),
             "clean_up_tokenization_spaces": False,
-            "model_max_length": int(_get(fields, "llama.context_length", source)),
+            "model_max_length": _size(fields, "llama.context_length", source),
         },
     )
 

@@ -2,7 +2,6 @@
 saved. Training holds fp32 weights whatever the files hold: a bf16 folder comes back as a bf16 folder.
 """
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .bnb import read_state
 from .errors import InputError
 from .folder import Stored
 
@@ -45,7 +45,7 @@ def read_dtypes(stored: Mapping[str, Stored]) -> Dtypes:
             stored_in = found.pop(weight, None)
             if stored_in is not None:
                 numbers[stored_in] -= stored[weight].numel
-            found[weight] = getattr(torch, json.loads(bytes(tensor.read().tolist()))["dtype"])
+            found[weight] = read_state(tensor).dtype
 
     usual = max(numbers, key=numbers.__getitem__, default=torch.float32)
     return Dtypes(usual, {name: dtype for name, dtype in found.items() if dtype != usual})

@@ -8,10 +8,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from math import prod
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from . import peft
 from .errors import InputError, shown
-from .text_files import read_object
+from .text_files import check_regular, parse_json, read_object
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TEMPLATES = "additional_chat_templates"  # the only folder in it, transformers' own
@@ -43,9 +44,9 @@ def is_adapter(folder: str | os.PathLike[str]) -> bool:
     Other trainers write the base's config.json beside it: then an adapter's weights decide, also where a whole model's
     stand beside them, as transformers has it.
     """
-    folder = Path(folder)
-    weights = any((folder / name).exists() for name in (peft.WEIGHTS, "adapter_model.bin"))
-    return (folder / peft.CONFIG).is_file() and (weights or not (folder / "config.json").exists())
+    folder = Path(folder)  # what is no file is found, too, and refused when it is read
+    weights = any(lexists(folder / name) for name in (peft.WEIGHTS, "adapter_model.bin"))
+    return lexists(folder / peft.CONFIG) and (weights or not lexists(folder / "config.json"))
 
 
 def base_of(folder: str | os.PathLike[str]) -> Path:
@@ -110,12 +111,20 @@ def opened(file: Path) -> Iterator[Any]:
 
 
 def _open(file: Path) -> Any:
+    """Raises InputError also for what safetensors lets through: a tensor described twice, a size that is no int64."""
+    check_regular(file)
     try:
-        if not file.is_file():
-            raise InputError(f"{file}: missing")
-        return safe_open(file, framework="pt")
+        tensors = safe_open(file, framework="pt")
+        with open(file, "rb") as raw:
+            header = parse_json(raw.read(int.from_bytes(raw.read(8), "little")), f"{file}: header")
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file}: not a whole safetensors file: {error}") from error
+    for name, described in header.items():
+        if name != "__metadata__" and not all(size < 2**63 for size in described["shape"]):
+            raise InputError(
+                f"{file}: {shown(name)}: expected sizes below 2^63, got {shown(described['shape'])}"
+            )
+    return tensors
 
 
 @dataclass(frozen=True)
@@ -178,10 +187,10 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 def _weight_map(folder: Path) -> dict[str, str]:
     """Tensor -> file, of the index; empty where one file holds everything."""
-    if (folder / WEIGHTS).exists():
+    if lexists(folder / WEIGHTS):
         return {}
     index = folder / INDEX
-    if not index.exists():
+    if not lexists(index):
         others = {  # pattern -> why such a file is of no use
             "*.bin": "pickled .bin and .pt files are not read",
             "*.pt*": "pickled .bin and .pt files are not read",
@@ -209,7 +218,7 @@ def write_json(file: Path, value: dict[str, Any]) -> None:
 
 def holds_a_model(folder: Path) -> bool:
     """Empty, or a model's or adapter's config and nothing but files of such folders: anything else would be lost."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return False
     templates = folder / TEMPLATES
     entries = [entry for entry in folder.iterdir() if entry != templates or not entry.is_dir()]
@@ -221,18 +230,23 @@ def holds_a_model(folder: Path) -> bool:
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, which takes its place once the block has ended without an exception."""
+    """A new folder beside `folder`, which takes its place once the block has ended without an exception.
+
+    Raises InputError where it cannot be written; then nothing is left of it, nor of the folders around it.
+    """
     beside = None
+    new = [each for each in folder.parents if not lexists(each)]  # the innermost first
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+        short = folder.name[:50]  # a file's name has at most 255 bytes
+        beside = Path(tempfile.mkdtemp(prefix=f".{short}.", suffix=".partial", dir=folder.parent))
         umask = os.umask(0)
         os.umask(umask)
         beside.chmod(0o777 & ~umask)  # mkdtemp's folders are private, as are safetensors' files
         yield beside
         for entry in beside.rglob("*"):
             entry.chmod((0o777 if entry.is_dir() else 0o666) & ~umask)
-        if folder.exists():
+        if os.path.isdir(folder):
             earlier = beside.with_suffix(".earlier")
             folder.rename(earlier)
             try:
@@ -246,6 +260,25 @@ def replacing(folder: Path) -> Iterator[Path]:
     except BaseException as error:
         if beside is not None:
             shutil.rmtree(beside, ignore_errors=True)
+        for each in new:
+            with suppress(OSError):  # not made, or another's files are in it
+                each.rmdir()
         if isinstance(error, (OSError, SafetensorError)):
-            raise InputError(f"{folder}: cannot be written: {error}") from error
+            raise InputError(f"{folder}: cannot be written: {_why(error)}") from error
         raise
+
+
+def _why(error: Exception) -> str:
+    """Without the name of the file that was written meanwhile."""
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
+def absolute(folder: str | os.PathLike[str]) -> Path:
+    """Its path with links followed. Raises InputError for a name that no folder can have, and for links in a circle."""
+    try:
+        found = Path(folder).resolve()
+        if lexists(found):
+            os.stat(found)  # Python 3.13 follows a circle to its start
+        return found
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"{folder}: expected a folder's name: {_why(error)}") from None

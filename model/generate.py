@@ -28,6 +28,7 @@ from ..kernels import sample_tokens
 from .cache import Cache, cache_bytes
 from .errors import InputError
 from .packed import pack
+from .token_ids import say_what_never_ends
 from .transformer import Transformer
 from .vocabulary import Vocabulary
 
@@ -278,6 +279,7 @@ class _Batch:
         self.noises = torch.zeros(rows, max_new_tokens + 1, dtype=torch.float64, device=device)
         self.steps = torch.arange(max_new_tokens + 1, device=device)
         # no other id is ever drawn
+        say_what_never_ends(stop_ids, model.config.vocab_size)
         stops = sorted(token for token in stop_ids if 0 <= token < model.config.vocab_size)
         self.stops = torch.tensor(stops, dtype=torch.int64, device=device)
         # rows that are done; the widest support

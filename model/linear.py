@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import NF4Weight, dequantize_nf4, lora_linear, lora_linears, nf4_linear
+from .errors import InputError
+from .expressions import Expression, Steps
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -48,44 +51,87 @@ class LoraConfig:
     base: str | None = None  # the model that the adapter belongs to, as it was named
 
     def targeted(self, module: str) -> bool:
-        """Does this linear layer, or do these experts, have an adapter? `exclude` and `layers` are of linear layers."""
+        """Does this linear layer, or do these experts, have an adapter? `exclude` and `layers` are of linear layers.
+
+        Raises InputError, as `rank_of` and `scaling_of` do, where an expression is none, or takes too long to match.
+        """
         if ".experts." in module:
-            return _named(self.parameters, module) and not self.whole(module)
-        if _named(self.exclude, module) or self.whole(module) or not _named(self.targets, module):
+            return _named(self._rules["target_parameters"], module) and not self.whole(module)
+        if _named(self._rules["exclude_modules"], module) or self.whole(module):
+            return False
+        if not _named(self._rules["target_modules"], module):
             return False
         # a name in full is adapted whatever its layer: as PEFT has it
-        in_full = not isinstance(self.targets, str) and module in self.targets
-        return self.layers is None or in_full or self._layer_of(module) in self.layers
+        in_full = not isinstance(self.targets, str) and module in self._rules["target_modules"]
+        return self.layers is None or in_full or self._layer_of(module) in self._rules["layers"]
+
+    @cached_property
+    def _rules(self) -> dict[str, Any]:
+        """Lists of names as sets, and expressions; all of them have one time to match. By the keys of PEFT's file."""
+        steps = Steps()
+
+        def names(key: str, value: tuple[str, ...] | str) -> Expression | frozenset[str]:
+            return Expression(value, key, steps=steps) if isinstance(value, str) else frozenset(value)
+
+        patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        return {
+            "target_modules": names("target_modules", self.targets),
+            "target_parameters": frozenset(self.parameters),
+            "exclude_modules": names("exclude_modules", self.exclude),
+            "layers": frozenset(self.layers or ()),
+            "layers_pattern": [
+                Expression(text, "layers_pattern", r"(?:^|.*?\.)", r"\.", steps)
+                for text in self.layers_pattern or (r"[^.]*",)
+            ],
+            # a key is the end of a name: as PEFT has it
+            **{
+                key: [
+                    (Expression(end, key, r"(.*\.)?(", ")$", steps), value) for end, value in pattern.items()
+                ]
+                for key, pattern in patterns.items()
+            },
+        }
 
     def _layer_of(self, module: str) -> int | None:
-        for pattern in self.layers_pattern or (r"[^.]*",):
-            found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module)
-            if found is not None:
-                return int(found.group(1))
+        """The number behind the first pattern that stands before one."""
+        numbers = [(found.start(), int(found[1])) for found in re.finditer(r"(?<=\.)(\d{1,18})\.", module)]
+        for pattern in self._rules["layers_pattern"]:
+            for start, number in numbers:
+                if pattern.ends(module) >> start & 1:
+                    return number
         return None
 
     def whole(self, module: str) -> bool:
         """Is this module, or one around it, trained whole? The end of a name need not be a word: as PEFT has it."""
-        return any(re.match(rf".*{re.escape(name)}($|\.)", module) for name in self.modules_to_save)
+        return any(f"{name}." in f"{module}." for name in self.modules_to_save)
 
     def rank_of(self, module: str) -> int:
-        return _by_pattern(self.rank_pattern, module, self.rank)
+        return self._by_pattern("rank_pattern", module, self.rank)
 
     def scaling_of(self, module: str) -> float:
         rank = self.rank_of(module)
-        alpha = _by_pattern(self.alpha_pattern, module, self.alpha)
+        alpha = self._by_pattern("alpha_pattern", module, self.alpha)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
+    def _by_pattern(self, key: str, module: str, default: Any) -> Any:
+        return next((value for end, value in self._rules[key] if end.matches(module)), default)
 
-def _named(names: tuple[str, ...] | str, module: str) -> bool:
-    if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in names)
+    def check(self, modules: Iterable[str], source: str) -> None:
+        """Raises InputError where an expression is none, or takes too long on these. source: what a message names."""
+        try:
+            assert self._rules
+            for module in modules:
+                if self.targeted(module):
+                    self.scaling_of(module)
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from None
 
 
-def _by_pattern(pattern: dict[str, Any], module: str, default: Any) -> Any:
-    """The value of the first key that, as a regular expression, is the end of the name: as PEFT has it."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+def _named(names: Expression | frozenset[str], module: str) -> bool:
+    """By an expression of whole names, or by names, each of which is the end of one."""
+    if isinstance(names, Expression):
+        return names.matches(module)
+    return any(module[i:] in names for i in (0, *(found.end() for found in re.finditer(r"\.", module))))
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ def read_text(file: Path, most_bytes: int = MOST_BYTES) -> str:
     check_regular(file)
     try:
         with open(file, "rb") as opened:
-            data = opened.read(most_bytes + 1)
+            # Python takes the memory for as much as is asked for
+            data = opened.read(min(os.fstat(opened.fileno()).st_size, most_bytes) + 1)
         if len(data) > most_bytes:
             raise InputError(f"{file}: expected at most {most_bytes} bytes, got {os.path.getsize(file)}")
         return data.decode("utf-8")

@@ -36,6 +36,7 @@ from .template import (
     templates_of,
 )
 from .text_files import read_object, read_text
+from .token_ids import read_stop_ids
 from .vocabulary import Vocabulary
 
 __all__ = ["Message", "Tokenizer", "TurnRewritten"]
@@ -111,7 +112,7 @@ class Tokenizer:
                 bos=names.pop("bos_token", None),
                 eos=names.pop("eos_token", None),
                 pad=names.pop("pad_token", None),
-                stop_ids=_stop_ids(folder),
+                stop_ids=read_stop_ids(folder, backend.id_to_token),
                 chat_template=templates.get("default"),
                 tool_template=templates.get("tool_use"),
                 config=config | names,
@@ -433,17 +434,3 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
         if name.endswith("_token") and isinstance(token, str):
             names[name] = token
     return names
-
-
-def _stop_ids(folder: Path) -> list[int]:
-    """eos_token_id of generation_config.json, else of config.json: a number or a list."""
-    for name in ("generation_config.json", "config.json"):
-        value = _read_json(folder / name).get("eos_token_id")
-        if value is not None:
-            stop_ids = value if isinstance(value, list) else [value]
-            if not all(isinstance(token, int) for token in stop_ids):
-                raise InputError(
-                    f"{folder / name}: eos_token_id: expected a number or a list of them, got {value!r}"
-                )
-            return stop_ids
-    return []

@@ -143,7 +143,8 @@ def _plan(
 def _to_be_read(source: Source, config: ModelConfig, unread: tuple[str, ...]) -> dict[str, Stored]:
     """The folder's tensors less those that no model of this kind has, as transformers leaves them out, too.
 
-    They are the layers that predict further tokens behind the last one (DeepSeek), and a constant of old checkpoints.
+    They are the layers that predict further tokens behind the last one (DeepSeek), each with an eh_proj, and a constant
+    of old checkpoints.
     A tied matrix may stand under the head's name alone: programs that drop copies keep the name that sorts first.
     """
     stored, layers = stored_tensors(source.folder), config.num_hidden_layers
@@ -159,7 +160,8 @@ def _to_be_read(source: Source, config: ModelConfig, unread: tuple[str, ...]) ->
     def passed_over(name: str) -> bool:
         layer = re.match(r"model\.layers\.(\d{1,18})\.", name)
         behind = layer is not None and layers <= int(layer[1]) < layers + (further or 0)
-        return behind or name.endswith("rotary_emb.inv_freq") or name.startswith(unread)
+        predicts = layer is not None and f"{layer[0]}eh_proj.weight" in stored
+        return (behind and predicts) or name.endswith("rotary_emb.inv_freq") or name.startswith(unread)
 
     return {name: tensor for name, tensor in stored.items() if not passed_over(name)}
 

@@ -194,7 +194,7 @@ def test_peft_loads_what_we_save(data, tmp_path, architecture, options):
     ("changes", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type: expected LORA, got 'IA3'"),
-        ({"r": 0}, "r: expected a number of at least 1, got 0"),
+        ({"r": 0}, "r: expected a number of at least 1 and below 2147483647, got 0"),
         (
             {"lora_bias": True},
             "lora_bias: expected null or false, for what it asks for is not supported, got",
@@ -218,13 +218,13 @@ def test_peft_loads_what_we_save(data, tmp_path, architecture, options):
         ({"lora_dropout": 1.0}, "lora_dropout: expected a number of at least 0 and below 1, got 1.0"),
         ({"use_dora": 0}, "use_dora: expected true or false, got 0"),
         ({"use_rslora": ""}, "use_rslora: expected true or false, got ''"),
-        ({"rank_pattern": False}, "rank_pattern: expected numbers of at least 1, by module, got False"),
+        ({"rank_pattern": False}, "rank_pattern: expected whole numbers of at least 1, by module, got False"),
         ({"layers_to_transform": False}, "layers_to_transform: expected layer numbers, got False"),
         ({"layers_to_transform": [True]}, r"layers_to_transform: expected layer numbers, got \[True\]"),
         ({"modules_to_save": "lm_head"}, "modules_to_save: expected a list of names, got 'lm_head'"),
         (
             {"layers_to_transform": [0], "layers_pattern": "lay("},
-            "layers_pattern: expected what stands before",
+            "layers_pattern: expected a regular expression",
         ),
         (
             {"layers_to_transform": [0], "target_modules": ".*q_proj"},

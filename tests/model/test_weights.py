@@ -257,7 +257,7 @@ def test_a_state_that_is_none_ends_in_one_sentence(folder, state):
     quantized(folder, lambda name: "_proj" in name, double_quant=False)
     key = f"{UP}.weight.quant_state.bitsandbytes__nf4"
     rewrite(folder, tensors_in(folder) | {key: torch.tensor(list(state), dtype=UINT8)})
-    with pytest.raises(InputError, match=re.escape(f"{key}: expected ")) as error:
+    with pytest.raises(InputError, match=re.escape(key) + r": (\w+: )?expected ") as error:
         load_model(folder)
     assert str(error.value).isprintable() and len(str(error.value)) < 700
 
@@ -623,7 +623,7 @@ def test_a_file_name_that_none_can_have_is_refused(folder, file):
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
 def test_json_that_is_nested_without_end_is_no_json(folder, file):
     (folder / file).write_text('{"a": ' + "[" * 100_000)
-    with pytest.raises(InputError, match=f"{file}: not JSON"):
+    with pytest.raises(InputError, match=f"{file}: not JSON: objects and lists deeper"):
         load_model(folder)
 
 

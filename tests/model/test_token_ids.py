@@ -1,0 +1,84 @@
+"""End tokens: which of those that a folder names can end a text, and what is said of the others."""
+
+import json
+from pathlib import Path
+
+import pytest
+from burnish.model import InputError, ModelConfig, Transformer, token_ids
+from burnish.model.generate import generate, stream
+from burnish.model.token_ids import read_stop_ids, say_what_never_ends
+from burnish.model.tokenizer import Tokenizer
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+
+
+@pytest.fixture(autouse=True)
+def nothing_said():
+    token_ids._say.cache_clear()
+
+
+def known(token: int) -> str | None:
+    return str(token) if token < 20 else None
+
+
+def write(folder: Path, file: str, **content) -> None:
+    (folder / file).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("value", "ids"), [(2, [2]), ([3, 2], [3, 2]), (25, [25]), (-1, []), ([-1, 2], [2]), ([], []), (None, [])]
+)
+def test_end_tokens_are_read(tmp_path, value, ids, capsys):
+    write(tmp_path, GENERATION, eos_token_id=value)
+    write(tmp_path, CONFIG, vocab_size=30)
+    assert read_stop_ids(tmp_path, known) == ids
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("file", [CONFIG, GENERATION])
+@pytest.mark.parametrize("value", [30, 10**9, 2**31 - 1, [30, 31]])
+def test_end_tokens_that_nothing_has_are_refused(tmp_path, file, value):
+    write(tmp_path, CONFIG, vocab_size=30)
+    write(tmp_path, file, **json.loads((tmp_path / CONFIG).read_text()) | {"eos_token_id": value})
+    with pytest.raises(
+        InputError, match=rf"{file}: eos_token_id: expected a token that ends a text.*head of 30 rows"
+    ):
+        read_stop_ids(tmp_path, known)
+
+
+@pytest.mark.parametrize(
+    "value", [True, 1.0, "2", [[2]], [True], {}, {"a": 2}, 2**31, -2, [2, 2**63], "\u202e"]
+)
+@pytest.mark.parametrize("file", [CONFIG, GENERATION])
+def test_end_tokens_of_another_type_are_refused(tmp_path, file, value):
+    write(tmp_path, file, eos_token_id=value)
+    with pytest.raises(InputError, match=rf"{file}: eos_token_id: expected a token's id or a list") as error:
+        read_stop_ids(tmp_path, known)
+    assert str(error.value).isprintable()
+
+
+def test_one_of_several_that_nothing_has_is_left_out_and_said_once(tmp_path, capsys):
+    write(tmp_path, GENERATION, eos_token_id=[2, 99])
+    for _ in range(3):
+        assert read_stop_ids(tmp_path, known) == [2]
+    said = capsys.readouterr().err
+    assert said == f"warning: {tmp_path / GENERATION}: eos_token_id: [99] is no token and ends nothing\n"
+
+
+def test_a_tokenizer_is_loaded_without_end_tokens_that_it_does_not_have(data, tmp_path):
+    for file in (data / "tokenizer").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    write(tmp_path, GENERATION, eos_token_id=10**9)
+    with pytest.raises(InputError, match="eos_token_id: expected a token that ends a text"):
+        Tokenizer.load(tmp_path)
+
+
+def test_generation_says_which_end_tokens_are_never_drawn(capsys):
+    model = Transformer(ModelConfig(31, 16, 24, 1, 2))
+    generate(model, [[1, 2]], max_new_tokens=2, stop_ids={3, 40})
+    list(stream(model, [1, 2], max_new_tokens=2, stop_ids={3, 40}))
+    say_what_never_ends({3, 40}, 31)
+    expected = (
+        "warning: the model has no row for the stop ids [40], only for ids below 31: none ends a generation\n"
+    )
+    assert capsys.readouterr().err == expected
