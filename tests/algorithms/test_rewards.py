@@ -345,9 +345,20 @@ class Wordless(Exception):
         raise RuntimeError
 
 
+class Nameless(type):
+    @property
+    def __name__(cls):
+        raise RuntimeError
+
+
+class Unnamed(Exception, metaclass=Nameless):
+    pass
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
+        (raises(Unnamed()), "reward f raised Unnamed (test_rewards.py:"),
         (lambda **_: 1 / 0, "reward f raised ZeroDivisionError: division by zero (test_rewards.py:"),
         (lambda **_: json.loads("{"), "reward f raised JSONDecodeError: Expecting property name enclosed"),
         (raises(SystemExit(0)), "reward f raised SystemExit: 0"),
