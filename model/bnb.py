@@ -15,7 +15,7 @@ Source: https://github.com/bitsandbytes-foundation/bitsandbytes (functional.py, 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite, prod
+from math import prod
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from torch import Tensor
 from ..kernels import NF4Weight
 from ..kernels._four_bit import unnested
 from ..kernels.nf4 import BLOCKSIZES
+from .config_keys import LARGEST
+from .dtypes import check_finite
 from .errors import InputError, shown
 from .folder import FLOATS, Stored
 
@@ -88,6 +90,8 @@ class Packed:
         """dtype: of what it is multiplied out to."""
         found = {part: tensor.read().flatten() for part, tensor in self.parts.items()}
         found["packed"] = found["packed"].view(torch.uint8)
+        for part, tensor in found.items():
+            check_finite(f"{self.parts[part].file}: {shown(self.parts[part].name)}", tensor)
         held = {part: tensor.clone() for part, tensor in found.items()}  # the file may change while mapped
         nested = "nested_absmax" in held
         return NF4Weight(
@@ -158,7 +162,7 @@ def _state(name: str, parts: dict[str, Stored], shape: torch.Size, source: str) 
         raise InputError(
             f"{where}: expected a quantisation state as JSON, got {type(error).__name__}: {str(error)[:200]}"
         ) from error
-    if dtype not in [str(known).removeprefix("torch.") for known in FLOATS] or not isfinite(offset):
+    if dtype not in [str(known).removeprefix("torch.") for known in FLOATS] or not abs(offset) <= LARGEST:
         raise InputError(f"{where}: expected a quantisation state as JSON, with a dtype and a finite offset")
     if found != [*shape]:
         raise InputError(f"{where}: expected shape {[*shape]}, got {str(found)[:200]}")

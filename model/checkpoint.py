@@ -6,10 +6,10 @@ the one that its base_model_name_or_path names, with the adapter on it.
 """
 
 import os
-import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,8 @@ from .adapter import (
 )
 from .config import ModelConfig
 from .config_json import read_config, write_config
-from .dtypes import cast, read_dtypes
+from .config_keys import LARGEST
+from .dtypes import cast, check_finite, read_dtypes
 from .errors import InputError, shown
 from .experts import disk_name, to_disk
 from .folder import (
@@ -138,12 +139,12 @@ def load_scalar_model(
         base_4bit = base_4bit or FOUR_BIT in metadata
         model = load_scalar_model(base or base_of(folder), dtype, device, seed, base_4bit)
         _give(model, adapter, folder)
-        model.bias = float(metadata.get(SCORE_BIAS, model.bias))
+        model.bias = _bias_of_adapter(folder, metadata.get(SCORE_BIAS), model.bias)
         return model
     _check_no_base(folder, base)
     raw = _read_config(folder)
     bias = raw.pop(SCORE_BIAS, 0.0)
-    if not isinstance(bias, int | float) or isinstance(bias, bool) or not abs(bias) <= sys.float_info.max:
+    if not isinstance(bias, int | float) or isinstance(bias, bool) or not abs(bias) <= LARGEST:
         raise InputError(
             f"{folder / 'config.json'}: {SCORE_BIAS}: expected a number, got {shown(repr(bias))}"
         )
@@ -322,12 +323,25 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[Adapter, dict[str, str
     with opened(folder / peft.WEIGHTS) as tensors:
         found = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
         metadata = tensors.metadata() or {}
+    for name, tensor in found.items():
+        check_finite(f"{folder / peft.WEIGHTS}: {shown(name)}", tensor, torch.float32)
     wrong = next((name for name in found if not name.startswith(peft.PREFIX)), None)
     if wrong is not None:
         raise InputError(f"{folder / peft.WEIGHTS}: {wrong}: expected a name that begins {peft.PREFIX}")
     found = {name.removeprefix(peft.PREFIX): tensor for name, tensor in found.items()}
     dtypes = {name: tensor.dtype for name, tensor in found.items()}
     return Adapter(config, {name: tensor.float() for name, tensor in found.items()}, dtypes), metadata
+
+
+def _bias_of_adapter(folder: Path, text: str | None, default: float) -> float:
+    """What an adapter's file says of the score's bias, in its metadata, which are strings."""
+    try:
+        bias = default if text is None else float(text)
+    except ValueError:
+        bias = nan
+    if not abs(bias) <= LARGEST:
+        raise InputError(f"{folder / peft.WEIGHTS}: {SCORE_BIAS}: expected a number, got {shown(text)}")
+    return bias
 
 
 def _give(model: Transformer | ScalarModel, adapter: Adapter, folder: Path) -> None:

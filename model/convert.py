@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .checkpoint import save_model
 from .config_json import read_config
+from .dtypes import check_finite
 from .errors import InputError
 from .tokenizer import Tokenizer
 from .transformer import Transformer
@@ -73,7 +74,7 @@ def convert_gguf(gguf_file: Path | str, folder: Path | str, dtype: torch.dtype =
     state: dict[str, Tensor] = {}
     for name, values in tensors.items():
         parameter, part = _parameter(name, source), name.split(".")[-2]
-        weight = torch.from_numpy(values)
+        weight = check_finite(f"{source}: {name}", torch.from_numpy(values), dtype)
         state[parameter] = (_halves(weight, heads[part]) if part in heads else weight).to(dtype)
     model = Transformer(config, device="meta")
     wanted = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any, NoReturn
 
+from .config_keys import LARGEST
 from .errors import InputError
 from .linear import LINEARS, LoraConfig
 
@@ -128,7 +129,12 @@ class _Keys:
         below: float = inf,
     ) -> Any:
         value = self.raw.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < below:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, kind)
+            or not least <= value < below
+            or value > LARGEST
+        ):
             self.refuse(
                 key, f"a number of at least {least}" + ("" if below == inf else f" and below {below}")
             )
@@ -158,7 +164,7 @@ class _Keys:
         value = self.raw.get(key)
         value = {} if value is None else value
         fits = isinstance(value, dict) and all(
-            _compiles(k) and isinstance(v, int | float) and not isinstance(v, bool) and least <= v < inf
+            _compiles(k) and isinstance(v, int | float) and not isinstance(v, bool) and least <= v <= LARGEST
             for k, v in value.items()
         )
         return value if fits else self.refuse(key, f"numbers of at least {least}, by module")

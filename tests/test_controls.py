@@ -200,7 +200,7 @@ FAULTS = [
     Fault(
         "not causal",
         "attention",
-        "is_causal=visible is None",
+        "is_causal=mask is None",
         "is_causal=False",
         "flash_attention/causal",
         triton=False,
