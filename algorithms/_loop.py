@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..model.checkpoint import save_model
-from ..model.dtypes import TooLarge
 from ..model.errors import InputError, shown
+from ..model.finite import TooLarge
 from ..model.linear import whole
 from ..model.scalar import ScalarModel
 from ..model.text_files import check_regular, parse_json, read_object
@@ -403,9 +403,13 @@ def optimizer_step(
     """
     norm = whole(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
+        cause = f"Try a learning rate below {learning_rate:g}, or look for broken rows in the data"
+        if not optimizer.state:  # weights were finite when they were read
+            cause = (
+                "No update came before it, so the learning rate is not why: look for broken rows in the data"
+            )
         raise InputError(
-            f"loss is {loss}, gradient norm {norm}: training has diverged and stopped before this update. "
-            f"Try a learning rate below {learning_rate:g}, or look for broken rows in the data"
+            f"loss is {loss}, gradient norm {norm}: training has diverged and stopped before this update. {cause}"
         )
     for group in optimizer.param_groups:
         group["lr"] = learning_rate

@@ -12,6 +12,9 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read once: @triton.jit reads it at import, too
 TARGET: tuple[int, int] | None = None  # set by bench/static.py alone: launches only compile, for this chip
+# of a CPU's attention, a vector of floats: of fewer, torch makes zeros of a row of scores that all are NaN, but under a
+# mask. tests/kernels/test_nan.py
+FEW_KEYS = 16
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

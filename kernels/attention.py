@@ -44,6 +44,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._launch import (
+    FEW_KEYS,
     capability,
     cdiv,
     check_dtype,
@@ -99,7 +100,7 @@ def _attend(
     top = s.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(wide).min)  # finite where nothing is seen
     e = torch.exp(s - top)
     total = e.sum(-1, keepdim=True)
-    some = total > 0
+    some = total != 0  # NaN is not nothing
     total = torch.where(some, total, 1.0)
     out = torch.einsum("bgnts,bsgd->btgnd", (e / total)[..., :-1], v.to(wide))
     lse = torch.where(some, top + torch.log(total), -torch.inf).squeeze(-1)  # (B, G, n, T)
@@ -149,16 +150,19 @@ def _attend_cpu(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """As `_attend`, with visible None for causal and T = S. One SDPA call unless it lacks a feature asked for."""
+    T = q.shape[1]
     if softcap is None and sinks is None and not return_lse and q.numel() and k.numel():
         query, key, value = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
         mask = visible if visible is None or visible.dim() == 2 else visible.squeeze(1)  # or (B, 1, T, S)
+        if mask is None and T < FEW_KEYS:
+            mask = q.new_full((T, T), -torch.inf).triu(1)
         gqa = q.shape[2] != k.shape[2]
         out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=visible is None, scale=scale, enable_gqa=gqa
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa
         )
         return out.transpose(1, 2), None
     if visible is None:
-        row = torch.arange(q.shape[1])
+        row = torch.arange(T)
         visible = _visible(row, row, True, None)
     return _attend(q, k, v, visible, scale, softcap, sinks)
 
@@ -395,7 +399,7 @@ def _flash_fwd(
         value = _tile(v, key_head, row, j_end - j, stride_vt, stride_vh, BLOCK_N, DV, BLOCK_DV, TMA)
         acc = tl.dot(p.to(value.dtype), value, acc, input_precision=PRECISION)
         m = m_new
-    seen = norm > 0
+    seen = norm != 0  # a NaN, too
     norm = tl.where(seen, norm, 1.0)
     lse = tl.where(seen, m + tl.log2(norm), float("-inf"))
     inside = m0 + local < queries
@@ -933,6 +937,10 @@ def flash_attention(
         children; a table that breaks this gives wrong numbers (`model.packed.pack` checks it).
     Returns (B, T, H, Dv) or (total, H, Dv) in q's dtype; with return_lse also lse (B, T, H) or (total, H) fp32 (fp64
         of fp64): the natural log of each softmax's denominator, sink included, -inf where empty; differentiable.
+    NaN comes out: of a query, a key that a query sees, or a sink in the query's whole row and its lse; of a value at
+        least in its channel; and in the gradients of all that such a query sees. More may be NaN, since 0 * NaN is:
+        rows near by, also of the sequence before. A score of +inf gives NaN, one of -inf weighs nothing, and an
+        infinite value comes out infinite or NaN in its channel.
     Raises ValueError for shapes, dtypes and combinations other than these.
     """
     packed = cu_seqlens is not None

@@ -41,6 +41,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import (
+    FEW_KEYS,
     capability,
     cdiv,
     check_dtype,
@@ -122,7 +123,8 @@ class Bucket(NamedTuple):
     rows: slice
     keys: slice  # all that one of its sequences sees
     readers: int  # places to a row
-    mask: Tensor | None  # (rows, 1, 1 or queries to a row, keys), added to the scores; None: all is in sight
+    # (rows, 1, 1 or queries to a row, keys), added to the scores; None: all is in sight, FEW_KEYS or more
+    mask: Tensor | None
 
 
 class Part(NamedTuple):
@@ -181,7 +183,7 @@ def _part(
         places = [(readers[row] * most)[:most] for row in held]  # repeated, where a row has fewer
         inside = [[(first[b], last[b]) for b in members] for members in places]
         mask = None
-        if any(seen != (lo, hi) for ranges in inside for seen in ranges):
+        if hi - lo < FEW_KEYS or any(seen != (lo, hi) for ranges in inside for seen in ranges):
             alike = all(len(set(ranges)) == 1 for ranges in inside)
             edges = torch.tensor([ranges[:1] for ranges in inside] if alike else inside)[:, None, :, None]
             position = torch.arange(lo, hi)  # edges: (rows, 1, readers or 1, 1, 2)
@@ -223,8 +225,9 @@ def _read(part: Part, q: Tensor, keys: Tensor, values: Tensor, scale: float) -> 
     out, lse = outs[0] if len(outs) == 1 else map(torch.cat, zip(*outs, strict=True))
     if part.place is not None:
         out, lse = out.index_select(0, part.place), lse.index_select(0, part.place)
-    if part.blind is not None:  # its lse is 0 where all is masked
-        lse = lse.masked_fill(part.blind[:, None, None], -torch.inf)
+    if part.blind is not None:  # its lse is 0 where all is masked, its row another's where it has no place
+        blind = part.blind[:, None, None]
+        out, lse = out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -torch.inf)
     return out[..., :Dv], lse
 
 
@@ -372,7 +375,7 @@ def _decode_pieces(
                 value = _rows(values + at * stride_vt, stride_vt, there, BLOCK_N, DV, BLOCK_DV)
                 acc = tl.dot(p.to(value.dtype), value, acc * alpha[:, None], input_precision=PRECISION)
                 m = m_new
-            some = norm > 0
+            some = norm != 0  # a NaN, too
             norm = tl.where(some, norm, 1.0)
             top = (tl.cast(skip + piece, tl.int64) * B + first) * H + group * GROUP
             tl.store(lse_ptr + top + row, tl.where(some, m + tl.log2(norm), float("-inf")), together)
@@ -418,7 +421,7 @@ def _decode_merge(
         norm = norm * alpha + tl.sum(weight, 0)
         acc = acc * alpha + tl.sum(weight[:, None] * partial, 0)
         m = m_new
-    acc = acc / tl.where(norm > 0, norm, 1.0)
+    acc = acc / tl.where(norm != 0, norm, 1.0)  # NaN where the norm is
     tl.store(out_ptr + index * DV + e, acc.to(out_ptr.dtype.element_ty), e < DV)
 
 
@@ -557,6 +560,8 @@ def decode_attention(
     sinks: (H,) one logit per head that takes part in the softmax and has no value; neither scaled nor capped.
     Returns (B, H, Dv) in q's dtype; zeros where a sequence is empty. On a GPU each sequence has the same bits whatever
         else is in the batch; on the CPU its last bits may depend on the longest beside it, which sets the padding.
+    NaN comes out: of a query, a key in its sight or a sink in its whole row, of a value at least in its channel. It may
+        come out of a sequence that has the same row or prefix and does not see it, as 0 * NaN.
     Slots and lengths are not checked against the cache: that would read them on the host.
     Raises ValueError for shapes and dtypes other than these, NotImplementedError where a gradient is asked for.
     """

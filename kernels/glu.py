@@ -24,6 +24,7 @@ https://arxiv.org/abs/1606.08415, section 2; the clamped form: gpt-oss model car
 import math
 from functools import lru_cache
 
+import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
@@ -43,7 +44,8 @@ def geglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def clamped_swiglu_reference(gate: Tensor, up: Tensor, alpha: float = 1.702, limit: float = 7.0) -> Tensor:
-    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    gate = torch.where(gate > limit, limit, gate)  # clamp gives NaN the gradient 0
+    up = torch.where(up > limit, limit, torch.where(up < -limit, -limit, up))
     return (up + 1) * (gate * (alpha * gate).sigmoid())
 
 

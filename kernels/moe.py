@@ -168,7 +168,8 @@ def _activate(h: Tensor, activation: str, alpha: float, limit: float) -> Tensor:
     gate, up = h.chunk(2, -1)
     if activation == "swiglu":
         return F.silu(gate) * up
-    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    gate = torch.where(gate > limit, limit, gate)  # clamp gives NaN the gradient 0
+    up = torch.where(up > limit, limit, torch.where(up < -limit, -limit, up))
     return (up + 1) * (gate * (alpha * gate).sigmoid())
 
 

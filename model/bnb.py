@@ -13,7 +13,6 @@ Source: https://github.com/bitsandbytes-foundation/bitsandbytes (functional.py, 
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -25,7 +24,9 @@ from torch import Tensor
 from ..kernels import NF4Weight
 from ..kernels._four_bit import unnested
 from ..kernels.nf4 import BLOCKSIZES
+from .config_keys import LARGEST
 from .errors import InputError, shown
+from .finite import check_finite
 from .folder import FLOATS, Stored
 from .text_files import parse_json
 
@@ -90,6 +91,8 @@ class Packed:
         """dtype: of what it is multiplied out to."""
         found = {part: tensor.read().flatten() for part, tensor in self.parts.items()}
         found["packed"] = found["packed"].view(torch.uint8)
+        for part, tensor in found.items():
+            check_finite(f"{self.parts[part].file}: {shown(self.parts[part].name)}", tensor)
         held = {part: tensor.clone() for part, tensor in found.items()}  # the file may change while mapped
         nested = "nested_absmax" in held
         return NF4Weight(
@@ -172,7 +175,7 @@ def read_state(stored: Stored) -> State:
         ),
         "nested_blocksize": (state.get("nested_blocksize", 256) == 256, "nested blocks of 256"),
         "nested_offset": (
-            type(offset) in (int, float) and abs(offset) <= sys.float_info.max,
+            type(offset) in (int, float) and abs(offset) <= LARGEST,
             "a finite offset",
         ),
         "dtype": (

@@ -6,11 +6,9 @@ the one that its base_model_name_or_path names, with the adapter on it.
 """
 
 import os
-import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +30,11 @@ from .adapter import (
 )
 from .config import ModelConfig
 from .config_json import read_config, write_config
-from .dtypes import cast, read_dtypes
+from .config_keys import LARGEST
+from .dtypes import read_dtypes
 from .errors import InputError, shown
 from .experts import disk_name, to_disk
+from .finite import cast, check_finite
 from .folder import (
     DTYPES,
     FLOATS,
@@ -149,7 +149,7 @@ def load_scalar_model(
     _check_no_base(folder, base)
     raw = _read_config(folder)
     bias = raw.pop(SCORE_BIAS, 0.0)
-    if not isinstance(bias, int | float) or isinstance(bias, bool) or not abs(bias) <= sys.float_info.max:
+    if not isinstance(bias, int | float) or isinstance(bias, bool) or not abs(bias) <= LARGEST:
         raise InputError(
             f"{folder / 'config.json'}: {SCORE_BIAS}: expected a number, got {shown(repr(bias))}"
         )
@@ -338,6 +338,8 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[Adapter, dict[str, str
             found[name] = tensors.get_tensor(name)
         metadata = tensors.metadata() or {}
     _check_metadata(metadata, str(folder / peft.WEIGHTS))
+    for name, tensor in found.items():
+        check_finite(f"{folder / peft.WEIGHTS}: {shown(name)}", tensor, torch.float32)
     found = {name.removeprefix(peft.PREFIX): tensor for name, tensor in found.items()}
     dtypes = {name: tensor.dtype for name, tensor in found.items()}
     return Adapter(config, {name: tensor.float() for name, tensor in found.items()}, dtypes), metadata
@@ -349,11 +351,11 @@ def _check_metadata(metadata: dict[str, str], source: str) -> None:
         raise InputError(f"{source}: {FOUR_BIT}: expected nf4, got {shown(metadata[FOUR_BIT])}")
     bias = metadata.get(SCORE_BIAS, "0")
     try:
-        finite = isfinite(float(bias))
+        fits = abs(float(bias)) <= LARGEST
     except ValueError:
-        finite = False
-    if not finite:
-        raise InputError(f"{source}: {SCORE_BIAS}: expected a finite number, got {shown(bias)}")
+        fits = False
+    if not fits:
+        raise InputError(f"{source}: {SCORE_BIAS}: expected a number, got {shown(bias)}")
 
 
 def _give(model: Transformer | ScalarModel, adapter: Adapter, folder: Path) -> None:

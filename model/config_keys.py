@@ -1,6 +1,5 @@
 """The keys of one config.json, looked at one by one: each look checks, and every refusal names the file and the key."""
 
-import sys
 from typing import Any, NoReturn
 
 from .architectures import ARCHITECTURES, COMMON, DEFAULTS, INERT, NULLABLE, ONLY
@@ -8,6 +7,7 @@ from .errors import InputError, shown
 
 MOST = 2**31 - 1  # of any size: no model has more, and products of two still fit an int64
 MOST_LAYERS = 10_000
+LARGEST = 3.4028234663852886e38  # of a number that is computed with: what fp32 holds
 
 
 def is_token_id(value: object) -> bool:
@@ -41,7 +41,7 @@ class Keys:
             return None if key in NULLABLE else self.refuse(key, expected, value)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             self.refuse(key, expected, value)
-        if least is not None and not least <= value <= sys.float_info.max:  # NaN included
+        if least is not None and not least <= value <= LARGEST:  # NaN included
             self.refuse(key, expected, value)
         return value
 

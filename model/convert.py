@@ -27,6 +27,7 @@ from .adapter import hf_name
 from .checkpoint import save_model
 from .config_json import read_config
 from .errors import InputError, shown
+from .finite import check_finite
 from .folder import Stored
 from .gguf_header import check_header
 from .sizes import check_sizes
@@ -100,7 +101,10 @@ def convert_gguf(gguf_file: Path | str, folder: Path | str, dtype: torch.dtype =
             )
     state: dict[str, Tensor] = {}
     for name, values in tensors.items():
-        weight, part = torch.from_numpy(values), name.split(".")[-2]
+        weight, part = (
+            check_finite(f"{source}: {shown(name)}", torch.from_numpy(values), dtype),
+            name.split(".")[-2],
+        )
         halves = _halves(weight, heads[part]) if part in heads else weight
         state[_parameter(name, source)] = halves.to(dtype)
     model.load_state_dict(state, assign=True)

@@ -7,15 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from .bnb import read_state
-from .errors import InputError
 from .folder import Stored
-
-
-class TooLarge(InputError):
-    """A tensor holds numbers that the dtype it is to be written in does not."""
 
 
 @dataclass(frozen=True)
@@ -49,23 +43,3 @@ def read_dtypes(stored: Mapping[str, Stored]) -> Dtypes:
 
     usual = max(numbers, key=numbers.__getitem__, default=torch.float32)
     return Dtypes(usual, {name: dtype for name, dtype in found.items() if dtype != usual})
-
-
-def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in `dtype`. Raises TooLarge where a finite number would become infinite."""
-    if not tensor.is_floating_point() or tensor.dtype == dtype:
-        return tensor
-    result = tensor.to(dtype)
-    if _may_hold_infinity(result) and bool((result.isinf() & tensor.isfinite()).any()):
-        most, largest = torch.finfo(dtype).max, tensor.abs().max().item()
-        short = str(dtype).removeprefix("torch.")
-        raise TooLarge(
-            f"{name}: expected numbers up to {most:g}, the most that {short} holds, got {largest:g}: "
-            "write it in bfloat16 or float32"
-        )
-    return result
-
-
-def _may_hold_infinity(tensor: Tensor) -> bool:
-    """In a sixtieth of the time that isinf takes, and without its memory; NaN hides an infinity, and counts as one."""
-    return tensor.numel() > 0 and not all(bool(end.isfinite()) for end in tensor.aminmax())

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any, NoReturn
 
-from .config_keys import MOST
+from .config_keys import LARGEST, MOST
 from .errors import InputError
 from .linear import LINEARS, LoraConfig
 
@@ -131,7 +131,12 @@ class _Keys:
         below: float = inf,
     ) -> Any:
         value = self.raw.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < below:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, kind)
+            or not least <= value < below
+            or value > LARGEST
+        ):
             self.refuse(
                 key, f"a number of at least {least}" + ("" if below == inf else f" and below {below}")
             )
@@ -164,10 +169,10 @@ class _Keys:
     def pattern(self, key: str, least: float) -> dict[str, Any]:
         value = self.raw.get(key)
         value = {} if value is None else value
-        kind, below = (int, MOST) if key == "rank_pattern" else ((int, float), inf)
+        kind, most = (int, MOST) if key == "rank_pattern" else ((int, float), LARGEST)
         self.check_length(key)
         fits = isinstance(value, dict) and all(
-            isinstance(v, kind) and not isinstance(v, bool) and least <= v < below for v in value.values()
+            isinstance(v, kind) and not isinstance(v, bool) and least <= v <= most for v in value.values()
         )
         what = "whole numbers" if kind is int else "numbers"
         return value if fits else self.refuse(key, f"{what} of at least {least}, by module")

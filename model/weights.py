@@ -18,6 +18,7 @@ from .adapter import hf_name, linears
 from .config import ModelConfig
 from .errors import InputError, shown
 from .experts import ONE_BY_ONE, from_disk, fused_on_disk, pieces_of
+from .finite import check_finite
 from .folder import FLOATS, Stored, stored_tensors
 from .formats import is_bnb_4bit
 from .linear import Adaptable
@@ -99,7 +100,7 @@ def _dense(
     """Our parameter `name`; several pieces are copied to their places one by one."""
     if len(pieces) == 1:
         tensor = from_disk(model.config, name, _multiplied_out(pieces[0], dtype))
-        return tensor.to(device, dtype, copy=True)  # a copy: the file may change while mapped
+        return tensor.to(device, dtype)  # a copy by now: the file may change while mapped
     whole = torch.empty(len(pieces), *pieces[0].shape, dtype=dtype, device=device)
     for part, piece in zip(whole, pieces, strict=True):
         part.copy_(_multiplied_out(piece, dtype))
@@ -109,7 +110,10 @@ def _dense(
 
 
 def _multiplied_out(piece: Piece, dtype: torch.dtype) -> Tensor:
-    return piece.read() if isinstance(piece, Stored) else dequantize_nf4(piece.read(dtype))
+    """What a piece holds; a copy in `dtype` unless that holds more. Raises InputError where a number is not finite."""
+    if isinstance(piece, Stored):
+        return check_finite(f"{piece.file}: {shown(piece.name)}", piece.read(), dtype)
+    return dequantize_nf4(piece.read(dtype))
 
 
 # ---- which tensor goes where

@@ -5,11 +5,10 @@ only the smallest case that it must break, on the path where it lies: the Triton
 CPU path.
 """
 
-import importlib.util
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -23,7 +22,6 @@ from burnish.bench.cases_sample import logprob_alone
 from burnish.bench.registry import CASES
 from burnish.kernels import _launch, lora, nf4
 
-KERNELS = Path(__file__).parents[1] / "kernels"
 TRITON = _launch.INTERPRET or torch.cuda.is_available()
 
 
@@ -202,7 +200,7 @@ FAULTS = [
     Fault(
         "not causal",
         "attention",
-        "is_causal=visible is None",
+        "is_causal=mask is None",
         "is_causal=False",
         "flash_attention/causal",
         triton=False,
@@ -643,26 +641,6 @@ FAULTS = [
 ]
 
 
-def copy_of(file: str, folder: Path, monkeypatch: pytest.MonkeyPatch, old: str = "", new: str = ""):
-    """The kernel file as a module of its own, its ops registered beside the real ones."""
-    source = (KERNELS / f"{file}.py").read_text()
-    assert old in source, f"{file}.py no longer has `{old}`: plant this control anew"
-    path = folder / f"control_{file}.py"
-    path.write_text(source.replace(old, new) if old else source)
-    # under a name of their own: an op that is registered anew frees the one that others still call
-    register, register_path = _launch.register, _launch.register_path
-    monkeypatch.setattr(
-        _launch, "register", lambda name, *rest, **more: register(f"control_{name}", *rest, **more)
-    )
-    monkeypatch.setattr(_launch, "register_path", lambda name, *rest: register_path(f"control_{name}", *rest))
-    spec = importlib.util.spec_from_file_location(f"burnish.kernels.control_{file}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
-
-
 def case_of(name: str, module) -> Case:
     case = next(c for c in CASES if c.name == name)
     if case.op == "lora_linear" and case.family in lora.PATHS:
@@ -689,8 +667,8 @@ def case_of(name: str, module) -> Case:
 @pytest.mark.parametrize(
     "fault", [f for f in FAULTS if f.triton == TRITON], ids=lambda f: f"{f.file}: {f.name}"
 )
-def test_fault_is_caught(fault: Fault, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    case = case_of(fault.case, copy_of(fault.file, tmp_path, monkeypatch, fault.old, fault.new))
+def test_fault_is_caught(fault: Fault, device: str, copy_of: Callable[..., ModuleType]):
+    case = case_of(fault.case, copy_of(fault.file, fault.old, fault.new))
     tensors = make_inputs(case, case.shapes[fault.shape], torch.float32, device, fault.scale)
     with pytest.raises(AssertionError, match=f"{case.name}: .*(error|differs|expected)"):
         assert_accurate(case, tensors)
@@ -698,9 +676,9 @@ def test_fault_is_caught(fault: Fault, device: str, tmp_path: Path, monkeypatch:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", sorted({f.file for f in FAULTS}))
-def test_a_faithful_copy_passes(file: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_faithful_copy_passes(file: str, device: str, copy_of: Callable[..., ModuleType]):
     """Without this, a copy that does not even run would count as a fault caught."""
-    module = copy_of(file, tmp_path, monkeypatch)
+    module = copy_of(file)
     for name, shape, scale in {
         (f.case, f.shape, f.scale) for f in FAULTS if f.file == file and f.triton == TRITON
     }:

@@ -627,7 +627,7 @@ def test_json_that_is_nested_without_end_is_no_json(folder, file):
         load_model(folder)
 
 
-@pytest.mark.parametrize("value", ["x", True, float("nan"), 10**400, [1.0]])
+@pytest.mark.parametrize("value", ["x", True, float("nan"), 1e300, 10**400, [1.0]])
 def test_the_bias_of_a_score_is_a_number(tmp_path, value):
     save_model(ScalarModel(TINY), tmp_path / "reward")
     edit(tmp_path / "reward" / "config.json", score_bias=value)
