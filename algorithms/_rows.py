@@ -10,6 +10,7 @@ What comes out of a file is therefore bounded by what the file is, while it is r
 """
 
 import gzip
+import io
 import os
 import zlib
 from collections import Counter
@@ -177,7 +178,7 @@ def _read_json(path: Path, packed: bool, may_be_list: bool) -> list[Row]:
     try:
         with open(path, "rb") as raw:
             if packed:
-                with gzip.open(raw) as file:
+                with io.BufferedReader(gzip.GzipFile(fileobj=raw), 2**16) as file:
                     return list(_json_rows(path, file, Bound(path, raw), may_be_list))
             return list(_json_rows(path, raw, None, may_be_list))
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -206,10 +207,10 @@ def _json_rows(path: Path, file: Any, bound: Bound | None, may_be_list: bool) ->
     if may_be_list and file.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
         yield from _entries(path, file, bound)
         return
-    for i, line in enumerate(_lines(path, file, bound)):
+    for number, line in _lines(path, file, bound):
         if not line.strip():
             continue
-        where = f"{path} line {i + 1}"
+        where = f"{path} line {number}"
         try:
             value = parse_json(line, where)
         except InputError as error:
@@ -217,18 +218,23 @@ def _json_rows(path: Path, file: Any, bound: Bound | None, may_be_list: bool) ->
         yield _row(value, where)
 
 
-def _lines(path: Path, file: Any, bound: Bound | None) -> Iterator[str]:
-    """Lines of UTF-8, which end as in text files of any system."""
-    number = 0
+def _lines(path: Path, file: Any, bound: Bound | None) -> Iterator[tuple[int, str]]:
+    """(number, text) of the lines that are not empty, in UTF-8; they end as in text files of any system."""
+    number = uncounted = 0
     while line := file.readline(MOST_LINE + 1):
-        if bound is not None:
-            bound.add(len(line))
+        uncounted += len(line)
+        if bound is not None and uncounted > 2**16:  # a file may have millions of empty lines
+            bound.add(uncounted)
+            uncounted = 0
+        if line == b"\n":
+            number += 1
+            continue
         if len(line) > MOST_LINE:
             raise InputError(f"{path} line {number + 1}: expected at most {MOST_LINE} bytes in a line")
         for part in line.rstrip(b"\r\n").split(b"\r") if b"\r" in line else (line,):
             number += 1
             try:
-                yield part.decode("utf-8")
+                yield number, part.decode("utf-8")
             except UnicodeDecodeError as error:
                 raise InputError(f"{path}: not UTF-8 text: line {number}: {error}") from error
 

@@ -100,8 +100,10 @@ def of_ids(d: Difference) -> bool:
     if d.path[0] not in SPECIAL_IDS:
         return False
     several = lambda v: v if isinstance(v, list) and v and d.path == ("eos_token_id",) else [v]
-    none = (-1,) if d.path[0] == "pad_token_id" else ()  # as the first Llama has it
-    return both(lambda v: v in none or all(map(is_id, several(v))), d, None, ABSENT)
+    is_any = lambda v: (
+        is_id(v) or (v == -1 and not isinstance(v, bool))
+    )  # -1 is none: the first Llama's padding
+    return both(lambda v: all(map(is_any, several(v))), d, None, ABSENT)
 
 
 def of_carried(d: Difference) -> bool:

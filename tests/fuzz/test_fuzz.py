@@ -233,7 +233,7 @@ NEAR = (  # reader, path, what stands there, what else may, and what may not
     ("4bit/config/qwen3-fp4", "max_position_embeddings", 256, 128, (None, 0.5, -1, "256", True)),
     ("config/qwen3_moe", "norm_topk_prob", True, False, (0, 1, "false", None)),
     ("config/qwen2", "layer_types.0", "full_attention", "sliding_attention", ("full", 1, None)),
-    ("config/llama", "eos_token_id", 2, [2, 3], (-1, [-1], [], "2", 2**40, 1.0)),
+    ("config/llama", "eos_token_id", 2, [2, 3], (-2, [-2], [], "2", 2**40, 1.0)),
     ("4bit/config/x", "hidden_act", "silu", "silu", ("gelu", None, ABSENT)),
     ("generation", "pad_token_id", 0, 1, ("x", [1], -7)),
     ("generation", "use_cache", True, False, (NAN,)),
