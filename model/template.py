@@ -17,11 +17,11 @@ from typing import Any
 import jinja2
 import jinja2.ext
 import jinja2.meta
-import jinja2.sandbox
 from jinja2 import nodes
 from jinja2.parser import Parser
 
 from .errors import InputError
+from .sandbox import BoundedEnvironment, OverBudget, check_written
 from .text_files import read_text
 
 Message = dict[str, Any]  # role, content, and whatever else the template reads
@@ -55,11 +55,9 @@ class ChatTemplate:
     def __init__(self, source: str):
         self.source = source
         try:
-            self._tree = ENVIRONMENT.parse(source)
-            self._program = ENVIRONMENT.from_string(source)
-        except jinja2.TemplateError as error:
-            line = getattr(error, "lineno", "?")
-            raise InputError(f"the chat template cannot be parsed: line {line}: {error}") from error
+            self._tree, self._program = ENVIRONMENT.compiled(source)
+        except InputError as error:
+            raise InputError(f"the chat template: {error}") from error
 
     @cached_property
     def variables(self) -> frozenset[str]:
@@ -72,21 +70,28 @@ class ChatTemplate:
     ) -> str:
         """marks: enclose the text of `{% generation %}` blocks in SPAN_START and SPAN_END.
 
-        Raises InputError for a message that is none, and where the template fails.
+        Raises InputError for a message that is none, and where the template fails; its subclass OverBudget where the
+        template has no end.
         """
+        given = 0
         for i, message in enumerate(messages):
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
                 raise InputError(
                     f"message {i + 1}: expected an object with a role and content, got {message!r:.80}"
                 )
             said = json.dumps(message, ensure_ascii=False, default=str)
+            given += len(said)
             if SPAN_START in said or SPAN_END in said:
                 raise InputError(
                     f"message {i + 1}: has the Unicode noncharacter U+FDD0 or U+FDD1, which marks spans here"
                 )
         spans = {"span_start": SPAN_START, "span_end": SPAN_END} if marks else {}
         try:
-            return self._program.render(**{**variables, **spans, "messages": list(messages)})
+            text = self._program.render(**{**variables, **spans, "messages": list(messages)})
+            check_written(text, lambda: given + len(str(variables)))
+            return text
+        except OverBudget as error:
+            raise OverBudget(f"the chat template {error}") from error
         except Exception as error:  # a template is a program: it may fail in any way
             raise InputError(f"the chat template refuses the conversation: {error}") from error
 
@@ -148,29 +153,19 @@ class GenerationBlock(jinja2.ext.Extension):
         return nodes.Scope([start, *body, end]).set_lineno(lineno)
 
 
-def sandbox(**options: Any) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+def sandbox(**options: Any) -> BoundedEnvironment:
     """An environment for templates of strangers. options: jinja2.Environment's."""
     trimmed = {"trim_blocks": True, "lstrip_blocks": True} | options
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        extensions=[GenerationBlock, jinja2.ext.loopcontrols], **trimmed
-    )
-    environment.filters["tojson"] = _tojson
+    environment = BoundedEnvironment(extensions=[GenerationBlock, jinja2.ext.loopcontrols], **trimmed)
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    environment.globals["strftime_now"] = _strftime_now
     return environment
 
 
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own filter escapes <, > and & for HTML, which no model was trained on."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+def _strftime_now(format: str) -> str:
+    if len(format) > 1000:
+        raise jinja2.TemplateError(f"strftime_now: expected at most 1,000 characters, got {len(format):,}")
+    return datetime.now().strftime(format)
 
 
 def _raise_exception(message: str) -> None:
