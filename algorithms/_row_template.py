@@ -27,7 +27,7 @@ import jinja2.meta
 from jinja2 import nodes
 
 from ..model.errors import InputError
-from ..model.sandbox import OverBudget, check_written
+from ..model.meter import OverBudget, check_written
 from ..model.template import sandbox
 from ..model.text_files import read_text
 from ._rows import Row, without_nulls

@@ -21,7 +21,8 @@ from jinja2 import nodes
 from jinja2.parser import Parser
 
 from .errors import InputError
-from .sandbox import BoundedEnvironment, OverBudget, check_written
+from .meter import OverBudget, check_written
+from .sandbox import BoundedEnvironment
 from .text_files import read_text
 
 Message = dict[str, Any]  # role, content, and whatever else the template reads

@@ -174,7 +174,7 @@ def test_nulls_of_parquet_do_not_reach_the_template(tmp_path):
 
 def test_a_template_that_is_no_file(shaped, tmp_path):
     shaped(NLI)
-    with pytest.raises(InputError, match=r"--row-template .*none\.jinja: cannot be read"):
+    with pytest.raises(InputError, match=r"--row-template .*none\.jinja: no such file"):
         read_rows(tmp_path / "rows.jsonl", tmp_path / "none.jinja")
 
 
