@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.meta
 from jinja2 import nodes
 
 from ..model.errors import InputError
@@ -86,10 +85,11 @@ def _compiled(file: Path) -> tuple[jinja2.Template, set[str]]:
 
     try:
         tree, template = environment.compiled(source, mark)
+        read = environment.undeclared(tree)
     except InputError as error:
         raise InputError(f"--row-template {file}: {error}") from error
     loaded = {node.name for node in tree.find_all(nodes.Name) if node.ctx == "load"}
-    return template, jinja2.meta.find_undeclared_variables(tree) | (loaded & environment.globals.keys())
+    return template, read | (loaded & environment.globals.keys())
 
 
 def _zip(*columns: Any) -> list[Any]:

@@ -8,7 +8,6 @@ import json
 import re
 import string
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial, wraps
 from typing import Any
 
 import jinja2
@@ -58,26 +57,24 @@ def _with_context(function: Callable[..., Any]) -> Callable[..., Any]:
 def bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """The filter under the rendering's budget."""
     inner = _with_context(function)
-    check = partial(_check_filter, name)
 
     @jinja2.pass_context
-    @wraps(function, assigned=("__doc__", "__name__"), updated=())
-    def bounded(context: MeteredContext, value: Any = "", *args: Any, **options: Any) -> Any:
+    def bounded(context: MeteredContext, value: Any, *args: Any, **options: Any) -> Any:
         meter = context.meter
         given = [*args, *options.values()]
         if name in LAZY:
             texts = args[:1] if name.endswith("attr") else [options.get("attribute")]
             if value and hasattr(type(value), "__iter__"):
-                value = _metered(meter, value, STEP * (16 + sum(map(meter.size, texts))))
+                value = _metered(meter, value, STEP * (16 + 4 * sum(map(meter.size, texts))))
         elif name in SHALLOW:
             meter.charge(4 * STEP + sum(map(meter.read, given)))
-            if name == "int" and isinstance(value, str) and given[1:]:
+            if name == "int" and isinstance(value, str) and (args[1:] or "base" in options):
                 check_growth(len(value) * 2**12)  # a number of any length, where a base is given
             if isinstance(value, SIZED):
                 meter.charge(len(value))
         else:
             value = settled(value)
-            check(meter, value, given)
+            _check_filter(name, meter, value, given)
         return meter.made(inner(context, value, *args, **options))
 
     return bounded
@@ -109,11 +106,11 @@ def bounded_test(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     inner = _with_context(function)
 
     @jinja2.pass_context
-    def bounded(context: MeteredContext, value: Any, *args: Any) -> Any:
-        for operand in (value, *args):
+    def bounded(context: MeteredContext, value: Any, *args: Any, **options: Any) -> Any:
+        for operand in (value, *args, *options.values()):
             if not (name == "in" and isinstance(operand, dict) and operand is not value):
                 context.meter.read(operand)
-        return inner(context, value, *args)
+        return inner(context, value, *args, **options)
 
     return bounded
 

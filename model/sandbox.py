@@ -19,6 +19,7 @@ from types import BuiltinMethodType
 from typing import Any
 
 import jinja2
+import jinja2.meta
 import jinja2.sandbox
 from jinja2 import nodes
 from jinja2.runtime import BlockReference, Context, LoopContext, Macro
@@ -37,7 +38,7 @@ from .bounded import (
 from .errors import InputError
 from .meter import ATOMS, CONTAINERS, STEP, Meter, MeteredContext, OverBudget, check_growth, refuse_steps
 
-MOST_SOURCE = 2**18  # characters of a template; the longest published ones have 2**15
+MOST_SOURCE = 2**17  # characters of a template; the longest published ones have 2**15
 MOST_BITS = 2**14  # of an integer
 
 
@@ -78,6 +79,13 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         except Exception as error:  # Python's own compiler reads what jinja makes of it
             raise InputError(f"cannot be parsed: {type(error).__name__}: {error}") from error
 
+    def undeclared(self, tree: nodes.Template) -> set[str]:
+        """The names that a template reads and does not set itself. Raises InputError where it is nested too deeply."""
+        try:
+            return jinja2.meta.find_undeclared_variables(tree)
+        except RecursionError:
+            raise InputError("cannot be parsed: nested too deeply") from None
+
     def _generate(self, source: nodes.Template, *args: Any, **options: Any) -> str:
         return super()._generate(_Charges().visit(source), *args, **options)
 
@@ -112,7 +120,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         meter: Meter = __context.meter  # type: ignore
-        meter.charge((32 if type(__obj) is BlockReference else 8) * STEP)
+        meter.charge(((32 if type(__obj) is BlockReference else 8) + 4 * len(args)) * STEP)
         if type(__obj) in (Macro, LoopContext, BlockReference):  # these charge for themselves
             return super().call(__context, __obj, *args, **kwargs)
         if args:

@@ -8,6 +8,7 @@ Source: https://huggingface.co/docs/transformers/chat_templating_writing
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -16,11 +17,10 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
-import jinja2.meta
 from jinja2 import nodes
 from jinja2.parser import Parser
 
-from .errors import InputError
+from .errors import InputError, shown
 from .meter import OverBudget, check_written
 from .sandbox import BoundedEnvironment
 from .text_files import read_text
@@ -50,6 +50,10 @@ PLAIN_TEMPLATE = """\
 """  # for a base model, which no conversation has taught another form
 
 
+class Refused(InputError):
+    """The template fails on the conversation: it may take another form of it."""
+
+
 class ChatTemplate:
     """Raises InputError where the source is no jinja template."""
 
@@ -63,7 +67,10 @@ class ChatTemplate:
     @cached_property
     def variables(self) -> frozenset[str]:
         """The names that it reads and does not set itself, for instance `tools`."""
-        names = jinja2.meta.find_undeclared_variables(self._tree)
+        try:
+            names = ENVIRONMENT.undeclared(self._tree)
+        except InputError as error:
+            raise InputError(f"the chat template: {error}") from error
         return frozenset(names - {"span_start", "span_end"} - ENVIRONMENT.globals.keys())
 
     def render(
@@ -71,8 +78,8 @@ class ChatTemplate:
     ) -> str:
         """marks: enclose the text of `{% generation %}` blocks in SPAN_START and SPAN_END.
 
-        Raises InputError for a message that is none, and where the template fails; its subclass OverBudget where the
-        template has no end.
+        Raises InputError for a message that is none; its subclass Refused where the template fails, and OverBudget
+        where it has no end.
         """
         given = 0
         for i, message in enumerate(messages):
@@ -90,17 +97,23 @@ class ChatTemplate:
         try:
             text = self._program.render(**{**variables, **spans, "messages": list(messages)})
             check_written(text, lambda: given + len(str(variables)))
+            if not marks and (SPAN_START in text or SPAN_END in text):
+                raise InputError(
+                    "it writes the Unicode noncharacter U+FDD0 or U+FDD1, which marks spans here"
+                )
             return text
         except OverBudget as error:
             raise OverBudget(f"the chat template {error}") from error
         except Exception as error:  # a template is a program: it may fail in any way
-            raise InputError(f"the chat template refuses the conversation: {error}") from error
+            raise Refused(f"the chat template refuses the conversation: {error}") from error
 
 
 def split_marks(marked: str) -> tuple[str, list[Span]]:
-    """Text without its marks, and the spans between them."""
+    """Text without its marks, and the spans between them. Raises InputError where one lies in another."""
     text, spans = "", []
     for i, piece in enumerate(marked.split(SPAN_START)):
+        if piece.count(SPAN_END) != bool(i):
+            raise InputError("the chat template has a {% generation %} block within another")
         inside, _, after = piece.partition(SPAN_END) if i else ("", "", piece)
         if i:
             spans.append((len(text), len(text) + len(inside)))
@@ -118,9 +131,14 @@ def templates_of(folder: Path, own: Any) -> dict[str, Any]:
     """
     named = {"default": own} if own is not None else {}
     if isinstance(own, list):  # [{"name": ..., "template": ...}]
-        named = {str(entry.get("name")): entry.get("template") for entry in own if isinstance(entry, dict)}
+        for entry in own:
+            if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+                raise InputError(
+                    f"chat_template: expected objects with a name and a template, got {shown(entry)}"
+                )
+        named = {entry["name"]: entry.get("template") for entry in own}
     for name, file in (("default", "chat_template.jinja"), ("tool_use", TOOL_TEMPLATE_FILE)):
-        if (folder / file).is_file():
+        if os.path.lexists(folder / file):
             named[name] = read_text(folder / file)
     for name in ("default", "tool_use"):
         if not isinstance(named.get(name, ""), str):
@@ -132,7 +150,7 @@ def template_at(chat_template: Path | str) -> dict[str, str]:
     """The template of a jinja file, or "plain", named `default`. Raises InputError where there is no such file."""
     if str(chat_template) == "plain":
         return {"default": PLAIN_TEMPLATE}
-    if not Path(chat_template).is_file():
+    if not os.path.isfile(chat_template):
         raise InputError(f"{chat_template}: no such chat template: expected a jinja file, or 'plain'")
     return {"default": read_text(Path(chat_template))}
 

@@ -15,6 +15,7 @@ Tokens are joined, never re-read: where a token of the whole text would straddle
 """
 
 import json
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -84,14 +85,14 @@ class Tokenizer:
     def load(cls, folder: Path | str, chat_template: Path | str | None = None) -> "Tokenizer":
         """folder: a Hugging Face folder. chat_template: a jinja file, or "plain", in place of the folder's own."""
         folder = Path(folder)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise InputError(
                 f"{folder}: no such folder; expected a Hugging Face folder with a tokenizer.json"
             )
         file = folder / "tokenizer.json"
-        if not file.is_file() and is_adapter(folder):  # it may leave the tokenizer to its base
+        if not os.path.lexists(file) and is_adapter(folder):  # it may leave the tokenizer to its base
             return cls.load(base_of(folder), chat_template)
-        if not file.is_file():
+        if not os.path.lexists(file):
             raise InputError(f"{file}: not found; only tokenizers with a tokenizer.json can be read")
         backend = read_backend(file)
         config = read_optional(folder / "tokenizer_config.json")
