@@ -12,7 +12,8 @@ from jinja2.utils import Namespace
 from .errors import InputError
 
 STEP = 16  # characters that are copied, or read, in less than the time of a step
-MOST_STEPS = 10_000_000  # of a rendering
+MOST_STEPS = 10_000_000  # of a rendering: about a second
+STEPS_EACH, MOST_STEPS_OF_ALL = 50_000, 50_000_000  # and for each message: some templates read all for each
 LARGEST = 2**24  # characters of one text, or STEP for each place of a list
 MOST_DEPTH = 200  # of lists and objects in one another: comparing and writing them recurses
 MOST_WRITTEN = 2**20  # characters of a rendering, and 100 for each character that it is given
@@ -29,15 +30,19 @@ class OverBudget(InputError):
 class Meter:
     """What is left of a rendering's budget, in characters."""
 
-    __slots__ = ("left",)
+    __slots__ = ("left", "steps")
 
-    def __init__(self) -> None:
-        self.left = MOST_STEPS * STEP
+    def __init__(self, messages: int = 0) -> None:
+        self.steps = min(MOST_STEPS + STEPS_EACH * messages, MOST_STEPS_OF_ALL)
+        self.left = self.steps * STEP
+
+    def refuse(self) -> NoReturn:
+        raise OverBudget(f"takes more than {self.steps:,} steps")
 
     def charge(self, characters: int) -> None:
         self.left -= characters
         if self.left < 0:
-            refuse_steps()
+            self.refuse()
 
     def size(self, value: Any) -> int:
         """The characters of a text; of a list or an object all that is in it. Raises OverBudget."""
@@ -60,7 +65,7 @@ class Meter:
                 elif isinstance(each, CONTAINERS):
                     children += each
                 if total + 2 * STEP * len(children) > self.left:
-                    refuse_steps()
+                    self.refuse()
             total += 2 * STEP * len(level)
             if not children:
                 return total
@@ -72,7 +77,7 @@ class Meter:
         size = len(value) if type(value) is str else self.size(value)
         self.left -= STEP + size
         if self.left < 0:
-            refuse_steps()
+            self.refuse()
         return size
 
     def made(self, value: Any, place: int = STEP) -> Any:
@@ -82,12 +87,8 @@ class Meter:
         elif isinstance(value, CONTAINERS):
             self.left -= place * len(value)
         if self.left < 0:
-            refuse_steps()
+            self.refuse()
         return value
-
-
-def refuse_steps() -> NoReturn:
-    raise OverBudget(f"takes more than {MOST_STEPS:,} steps")
 
 
 def check_growth(characters: int) -> None:
@@ -104,7 +105,8 @@ def check_written(text: str, given: Callable[[], int]) -> None:
 class MeteredContext(Context):
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
-        self.meter = Meter()
+        messages = self.parent.get("messages")
+        self.meter = Meter(len(messages) if isinstance(messages, list) else 0)
 
     def derived(self, locals: dict[str, Any] | None = None) -> "MeteredContext":
         context = super().derived(locals)

@@ -36,7 +36,7 @@ from .bounded import (
     tojson,
 )
 from .errors import InputError
-from .meter import ATOMS, CONTAINERS, STEP, Meter, MeteredContext, OverBudget, check_growth, refuse_steps
+from .meter import ATOMS, CONTAINERS, STEP, Meter, MeteredContext, OverBudget, check_growth
 
 MOST_SOURCE = 2**17  # characters of a template; the longest published ones have 2**15
 MOST_BITS = 2**14  # of an integer
@@ -231,7 +231,7 @@ def _step(context: MeteredContext, cost: int) -> bool:
     meter = context.meter
     meter.left -= cost
     if meter.left < 0:
-        refuse_steps()
+        meter.refuse()
     return True
 
 

@@ -111,7 +111,9 @@ def _check_ids(found: Any, file: Path) -> None:
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     ids = list(vocabulary.items()) if isinstance(vocabulary, dict) else []
     added = found.get("added_tokens") if isinstance(found, dict) else None
-    ids += [(t.get("content"), t.get("id")) for t in added or () if isinstance(t, dict)]
+    for token in added if isinstance(added, list) else ():
+        if isinstance(token, dict):
+            ids.append((token.get("content"), token.get("id")))
     for token, token_id in ids:
         if isinstance(token_id, int) and not 0 <= token_id < MOST_IDS:
             raise InputError(
