@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.meta
 from jinja2 import nodes
 
 from ..model.errors import InputError
+from ..model.meter import OverBudget, check_written
 from ..model.template import sandbox
 from ..model.text_files import read_text
 from ._rows import Row, without_nulls
@@ -58,8 +58,11 @@ def shaped(rows: Sequence[Row], file: Path) -> list[Row]:
         cells = {name: without_nulls(cell) if row.from_arrow else cell for name, cell in row.items()}
         try:
             text = template.render(**{**nulls, **cells})
-            if MARK in dumped(cells):
+            if MARK in (given := dumped(cells)):
                 raise InputError("a cell has the Unicode noncharacter U+FDD2")
+            check_written(text, lambda given=given: len(given))
+        except OverBudget as error:
+            raise OverBudget(f"{row.where}: --row-template {file} {error}") from error
         except Exception as error:  # a template is a program: it may fail in any way
             raise InputError(f"{row.where}: --row-template {file} fails: {error}") from error
         found.append(_row(row, _cells(text, row.where, file), names & columns.keys()))
@@ -73,18 +76,29 @@ def _compiled(file: Path) -> tuple[jinja2.Template, set[str]]:
     except InputError as error:
         raise InputError(f"--row-template {error}") from None
     environment = sandbox(undefined=jinja2.StrictUndefined, trim_blocks=False, lstrip_blocks=False)
-    environment.globals |= {"zip": zip, "enumerate": enumerate}
+    environment.globals |= {"zip": _zip, "enumerate": _enumerate}
     environment.tests["none"] = lambda value: value is None or isinstance(value, Null)
-    try:
-        tree = environment.parse(source)
+
+    def mark(tree: nodes.Template) -> None:
         for text in tree.find_all(nodes.TemplateData):  # not what stands inside of an expression
             text.data = text.data.replace(SEPARATOR, MARK)
-        template = environment.from_string(tree)
-    except jinja2.TemplateError as error:
-        line = getattr(error, "lineno", "?")
-        raise InputError(f"--row-template {file}: cannot be parsed: line {line}: {error}") from error
+
+    try:
+        tree, template = environment.compiled(source, mark)
+        read = environment.undeclared(tree)
+    except InputError as error:
+        raise InputError(f"--row-template {file}: {error}") from error
     loaded = {node.name for node in tree.find_all(nodes.Name) if node.ctx == "load"}
-    return template, jinja2.meta.find_undeclared_variables(tree) | (loaded & environment.globals.keys())
+    return template, read | (loaded & environment.globals.keys())
+
+
+def _zip(*columns: Any) -> list[Any]:
+    """A list, since an iterator of iterators ends in the C stack where they are many."""
+    return list(zip(*columns, strict=False))
+
+
+def _enumerate(column: Any, start: int = 0) -> list[Any]:
+    return list(enumerate(column, start))
 
 
 def _cells(text: str, where: str, file: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from itertools import product
 from typing import Any, NamedTuple, TypeGuard
 
 from ..model.errors import InputError
+from ..model.template import Refused
 from ..model.text_files import parse_json
 from ..model.tokenizer import Message, Tokenizer
 
@@ -73,9 +74,7 @@ def all_said(
     render = _renderer(tokenizer, variables)
     try:
         form = _cached_form(tokenizer, probe, dumped(tokenizer.variables | dict(variables)), ask)
-    except Unsaid:
-        raise
-    except InputError:
+    except Refused:
         # a template may refuse other words: then it is believed where it renders the real ones
         form = _first_form(messages, render, ask, replace=False)
     changed = _changed(messages, form.changes)
@@ -109,7 +108,7 @@ def _cached_change(tokenizer: Tokenizer, name: str, probe: str, variables: str) 
         for value in [*given, "zq", False, True, 1, ["zq"]]:
             try:
                 texts.add(_renderer(tokenizer, others | {name: value})(json.loads(probe), ask))
-            except InputError:
+            except Refused:
                 texts.add("")
             if len(texts) > 1:
                 return True
@@ -133,12 +132,12 @@ def _renderer(tokenizer: Tokenizer, variables: Mapping[str, Any]) -> Render:
 
 def _first_form(messages: Sequence[Message], render: Render, ask: bool, replace: bool) -> Form:
     """The first form in which nothing is missing. replace: look for other words than the messages' own."""
-    refusal: InputError | None = None
+    refusal: Refused | None = None
     least: list[Said] = []  # what is missing from the form that lacks least
     for changes in product(*(range(_alternatives(messages, forms)) for forms in FORMS)):
         try:
             wrong, dropped = _lacks(_changed(messages, changes), render, ask, replace)
-        except InputError as error:
+        except Refused as error:
             refusal = refusal or error
             continue
         if not wrong:
@@ -180,7 +179,7 @@ def _dropped_by_design(said: Said, probe: list[Message], render: Render) -> bool
         return True
     try:
         return _stands(said, render(probe[: said.message + 1], False))
-    except InputError:
+    except Refused:
         return False
 
 
@@ -191,7 +190,7 @@ def _nulls_written(probe: list[Message], text: str, render: Render, ask: bool) -
         return []
     try:
         without = render([_empty_content(message) for message in probe], ask)
-    except InputError:
+    except Refused:
         return []
     return [Said(nulls[0], "content", "None")] if text.count("None") > without.count("None") else []
 
@@ -210,7 +209,7 @@ def _unread(
         without = [_without(m, path.split(".")) if i in members else m for i, m in enumerate(messages)]
         try:
             same = render(_changed(without, changes), ask) == text
-        except InputError:
+        except Refused:
             same = False
         unread += [(i, path) for i in members if same]
     return tuple(unread)

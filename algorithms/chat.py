@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from ..model.checkpoint import load_model
-from ..model.errors import InputError
+from ..model.errors import InputError, shown
 from ..model.generate import stream
-from ..model.text_files import read_text
+from ..model.text_files import read_json
 from ..model.tokenizer import Message, Tokenizer
 from ..model.transformer import Transformer
 from ._command import run_command
@@ -96,11 +96,29 @@ def _checked_opening(cfg: Config, tokenizer: Tokenizer, opening: list[Message]) 
     return variables
 
 
-def _read_tools(file: Path) -> str:
+def _read_tools(file: Path) -> list[dict[str, Any]]:
     try:
-        return read_text(file)
+        tools = read_json(file)
     except InputError as error:
         raise InputError(f"--tools {error}") from None
+    if not isinstance(tools, list) or not tools or not all(isinstance(tool, dict) for tool in tools):
+        raise InputError(f"--tools {file}: expected a list of tools, each an object, got {shown(tools)}")
+    return tools
+
+
+def _next_prompt(at_terminal: bool) -> str | None:
+    """What is typed, None at its end. Raises InputError where standard input cannot be read."""
+    if sys.stdin is None:
+        raise InputError("standard input is closed: ask by --prompt TEXT")
+    try:
+        return input("\n> " if at_terminal else "")
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input: not UTF-8 text: {error}") from None
+    except OSError as error:
+        raise InputError(f"standard input: cannot be read: {error.strerror}") from None
 
 
 def main(cfg: Config) -> None:
@@ -121,8 +139,8 @@ def main(cfg: Config) -> None:
     tools = _checked_opening(cfg, tokenizer, opening)
     messages = list(opening)
     answers = 0
-    at_terminal = sys.stdin.isatty()
-    if at_terminal and cfg.prompt is None:
+    at_terminal = cfg.prompt is None and sys.stdin is not None and sys.stdin.isatty()
+    if at_terminal:
         says = (
             "/new starts a new conversation"
             if converses
@@ -130,10 +148,8 @@ def main(cfg: Config) -> None:
         )
         print(f"{cfg.model}: {says}; Ctrl-D ends")
     while True:
-        try:
-            text = cfg.prompt if cfg.prompt is not None else input("\n> " if at_terminal else "")
-        except (EOFError, KeyboardInterrupt):
-            print()
+        text = cfg.prompt if cfg.prompt is not None else _next_prompt(at_terminal)
+        if text is None:
             return
         if text.strip() == "/new":
             messages = list(opening)

@@ -8,6 +8,7 @@ Source: https://huggingface.co/docs/transformers/chat_templating_writing
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -16,12 +17,12 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
-import jinja2.meta
-import jinja2.sandbox
 from jinja2 import nodes
 from jinja2.parser import Parser
 
-from .errors import InputError
+from .errors import InputError, shown
+from .meter import OverBudget, check_written
+from .sandbox import BoundedEnvironment
 from .text_files import read_text
 
 Message = dict[str, Any]  # role, content, and whatever else the template reads
@@ -49,22 +50,27 @@ PLAIN_TEMPLATE = """\
 """  # for a base model, which no conversation has taught another form
 
 
+class Refused(InputError):
+    """The template fails on the conversation: it may take another form of it."""
+
+
 class ChatTemplate:
     """Raises InputError where the source is no jinja template."""
 
     def __init__(self, source: str):
         self.source = source
         try:
-            self._tree = ENVIRONMENT.parse(source)
-            self._program = ENVIRONMENT.from_string(source)
-        except jinja2.TemplateError as error:
-            line = getattr(error, "lineno", "?")
-            raise InputError(f"the chat template cannot be parsed: line {line}: {error}") from error
+            self._tree, self._program = ENVIRONMENT.compiled(source)
+        except InputError as error:
+            raise InputError(f"the chat template: {error}") from error
 
     @cached_property
     def variables(self) -> frozenset[str]:
         """The names that it reads and does not set itself, for instance `tools`."""
-        names = jinja2.meta.find_undeclared_variables(self._tree)
+        try:
+            names = ENVIRONMENT.undeclared(self._tree)
+        except InputError as error:
+            raise InputError(f"the chat template: {error}") from error
         return frozenset(names - {"span_start", "span_end"} - ENVIRONMENT.globals.keys())
 
     def render(
@@ -72,29 +78,42 @@ class ChatTemplate:
     ) -> str:
         """marks: enclose the text of `{% generation %}` blocks in SPAN_START and SPAN_END.
 
-        Raises InputError for a message that is none, and where the template fails.
+        Raises InputError for a message that is none; its subclass Refused where the template fails, and OverBudget
+        where it has no end.
         """
+        given = 0
         for i, message in enumerate(messages):
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
                 raise InputError(
                     f"message {i + 1}: expected an object with a role and content, got {message!r:.80}"
                 )
             said = json.dumps(message, ensure_ascii=False, default=str)
+            given += len(said)
             if SPAN_START in said or SPAN_END in said:
                 raise InputError(
                     f"message {i + 1}: has the Unicode noncharacter U+FDD0 or U+FDD1, which marks spans here"
                 )
         spans = {"span_start": SPAN_START, "span_end": SPAN_END} if marks else {}
         try:
-            return self._program.render(**{**variables, **spans, "messages": list(messages)})
+            text = self._program.render(**{**variables, **spans, "messages": list(messages)})
+            check_written(text, lambda: given + len(str(variables)))
+            if not marks and (SPAN_START in text or SPAN_END in text):
+                raise InputError(
+                    "it writes the Unicode noncharacter U+FDD0 or U+FDD1, which marks spans here"
+                )
+            return text
+        except OverBudget as error:
+            raise OverBudget(f"the chat template {error}") from error
         except Exception as error:  # a template is a program: it may fail in any way
-            raise InputError(f"the chat template refuses the conversation: {error}") from error
+            raise Refused(f"the chat template refuses the conversation: {error}") from error
 
 
 def split_marks(marked: str) -> tuple[str, list[Span]]:
-    """Text without its marks, and the spans between them."""
+    """Text without its marks, and the spans between them. Raises InputError where one lies in another."""
     text, spans = "", []
     for i, piece in enumerate(marked.split(SPAN_START)):
+        if piece.count(SPAN_END) != bool(i):
+            raise InputError("the chat template has a {% generation %} block within another")
         inside, _, after = piece.partition(SPAN_END) if i else ("", "", piece)
         if i:
             spans.append((len(text), len(text) + len(inside)))
@@ -112,9 +131,14 @@ def templates_of(folder: Path, own: Any) -> dict[str, Any]:
     """
     named = {"default": own} if own is not None else {}
     if isinstance(own, list):  # [{"name": ..., "template": ...}]
-        named = {str(entry.get("name")): entry.get("template") for entry in own if isinstance(entry, dict)}
+        for entry in own:
+            if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+                raise InputError(
+                    f"chat_template: expected objects with a name and a template, got {shown(entry)}"
+                )
+        named = {entry["name"]: entry.get("template") for entry in own}
     for name, file in (("default", "chat_template.jinja"), ("tool_use", TOOL_TEMPLATE_FILE)):
-        if (folder / file).is_file():
+        if os.path.lexists(folder / file):
             named[name] = read_text(folder / file)
     for name in ("default", "tool_use"):
         if not isinstance(named.get(name, ""), str):
@@ -126,7 +150,7 @@ def template_at(chat_template: Path | str) -> dict[str, str]:
     """The template of a jinja file, or "plain", named `default`. Raises InputError where there is no such file."""
     if str(chat_template) == "plain":
         return {"default": PLAIN_TEMPLATE}
-    if not Path(chat_template).is_file():
+    if not os.path.isfile(chat_template):
         raise InputError(f"{chat_template}: no such chat template: expected a jinja file, or 'plain'")
     return {"default": read_text(Path(chat_template))}
 
@@ -148,29 +172,19 @@ class GenerationBlock(jinja2.ext.Extension):
         return nodes.Scope([start, *body, end]).set_lineno(lineno)
 
 
-def sandbox(**options: Any) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+def sandbox(**options: Any) -> BoundedEnvironment:
     """An environment for templates of strangers. options: jinja2.Environment's."""
     trimmed = {"trim_blocks": True, "lstrip_blocks": True} | options
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        extensions=[GenerationBlock, jinja2.ext.loopcontrols], **trimmed
-    )
-    environment.filters["tojson"] = _tojson
+    environment = BoundedEnvironment(extensions=[GenerationBlock, jinja2.ext.loopcontrols], **trimmed)
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    environment.globals["strftime_now"] = _strftime_now
     return environment
 
 
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own filter escapes <, > and & for HTML, which no model was trained on."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+def _strftime_now(format: str) -> str:
+    if len(format) > 1000:
+        raise jinja2.TemplateError(f"strftime_now: expected at most 1,000 characters, got {len(format):,}")
+    return datetime.now().strftime(format)
 
 
 def _raise_exception(message: str) -> None:

@@ -3,14 +3,13 @@
 import sys
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from os.path import lexists
 from pathlib import Path
 
 import torch
 
 from .config_keys import is_token_id
 from .errors import InputError, shown
-from .text_files import read_object
+from .special_tokens import read_optional
 
 
 def read_stop_ids(folder: Path, token_of: Callable[[int], str | None]) -> list[int]:
@@ -20,7 +19,7 @@ def read_stop_ids(folder: Path, token_of: Callable[[int], str | None]) -> list[i
     is left, InputError is raised. -1 stands for none, as in early Llama folders.
     """
     files = [folder / name for name in ("generation_config.json", "config.json")]
-    raw = {file: read_object(file) if lexists(file) else {} for file in files}
+    raw = {file: read_optional(file) for file in files}
     file = next((file for file in files if raw[file].get("eos_token_id") is not None), None)
     if file is None:
         return []

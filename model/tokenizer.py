@@ -23,8 +23,9 @@ from typing import Any
 
 import tokenizers
 
-from .errors import InputError
+from .errors import InputError, shown
 from .folder import base_of, is_adapter
+from .special_tokens import read_optional, special_tokens
 from .template import (
     OWN_NAMES,
     TOOL_TEMPLATE_FILE,
@@ -35,8 +36,8 @@ from .template import (
     template_at,
     templates_of,
 )
-from .text_files import read_object, read_text
 from .token_ids import read_stop_ids
+from .tokenizer_file import continuing, encoding_of, plain, read_backend, text_of
 from .vocabulary import Vocabulary
 
 __all__ = ["Message", "Tokenizer", "TurnRewritten"]
@@ -69,8 +70,7 @@ class Tokenizer:
 
         Raises InputError where a special token is not in the vocabulary.
         """
-        backend.no_truncation()  # a tokenizer.json may carry either, and would then shorten or pad without a word
-        backend.no_padding()
+        plain(backend)
         self.backend = backend
         self.config = {"tokenizer_class": "PreTrainedTokenizerFast", **(config or {})}
         self.config |= {"bos_token": bos, "eos_token": eos, "pad_token": pad}
@@ -86,23 +86,20 @@ class Tokenizer:
     def load(cls, folder: Path | str, chat_template: Path | str | None = None) -> "Tokenizer":
         """folder: a Hugging Face folder. chat_template: a jinja file, or "plain", in place of the folder's own."""
         folder = Path(folder)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise InputError(
                 f"{folder}: no such folder; expected a Hugging Face folder with a tokenizer.json"
             )
         file = folder / "tokenizer.json"
-        if not file.is_file() and is_adapter(folder):  # it may leave the tokenizer to its base
+        if not os.path.lexists(file) and is_adapter(folder):  # it may leave the tokenizer to its base
             return cls.load(base_of(folder), chat_template)
-        if not file.is_file():
+        if not os.path.lexists(file):
             raise InputError(f"{file}: not found; only tokenizers with a tokenizer.json can be read")
-        try:
-            backend = tokenizers.Tokenizer.from_str(read_text(file))
-        except InputError:
-            raise
-        except Exception as error:  # the package raises bare Exception
-            raise InputError(f"{file}: not a tokenizer.json that `tokenizers` can read: {error}") from error
-        config = _read_json(folder / "tokenizer_config.json")
-        names = _special_tokens(_read_json(folder / "special_tokens_map.json")) | _special_tokens(config)
+        backend = read_backend(file)
+        config = read_optional(folder / "tokenizer_config.json")
+        tokens_map = folder / "special_tokens_map.json"
+        names = special_tokens(read_optional(tokens_map), tokens_map)
+        names |= special_tokens(config, folder / "tokenizer_config.json")
         own = config.pop("chat_template", None)
         templates = {} if chat_template is None else template_at(chat_template)
         try:
@@ -128,7 +125,7 @@ class Tokenizer:
         stops = sorted(self.stop_ids, key=lambda token: (token != self.eos_id, token))  # eos first
         end = stops[0] if len(stops) == 1 else stops or None
         ids = {"bos_token_id": self.bos_id, "eos_token_id": end, "pad_token_id": self.pad_id}
-        generation = _read_json(generation_file) | {
+        generation = read_optional(generation_file) | {
             name: value for name, value in ids.items() if value is not None
         }
         files = {
@@ -151,7 +148,7 @@ class Tokenizer:
 
         continues: the text goes on where other tokens end, so a tokenizer that starts every text with a space does not.
         """
-        return _encoding(self._continuing if continues else self.backend, text).ids
+        return encoding_of(self._continuing if continues else self.backend, text).ids
 
     def encode_text(self, text: str) -> list[int]:
         """A text from its beginning: one bos in front if the tokenizer wants it, also where the text spells it out."""
@@ -159,7 +156,7 @@ class Tokenizer:
         return ids if ids[:1] == self.prefix_ids else self.prefix_ids + ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text_of(self.backend, ids, skip_special_tokens)
 
     def keep_below(self, rows: int) -> None:
         """Leave ids of `rows` or more out of `vocabulary`: a model that reads what is drawn has no row for them."""
@@ -275,7 +272,7 @@ class Tokenizer:
                 f"{name}: the chat template renders no answer behind its own generation prompt {prompt[-40:]!r}, "
                 f"so the mask cannot be exact; {WAY_OUT}"
             )
-        written = _encoding(self.backend, answered[len(prompt) :])
+        written = encoding_of(self.backend, answered[len(prompt) :])
         added = self._spelled_out(written, answered, len(prompt))
         stops = [end for i, (_, end) in added if written.ids[i] in self.stop_ids]
         ends = stops[:1] or [end for i, (_, end) in added if self._added[written.ids[i]].special][-1:]
@@ -300,7 +297,7 @@ class Tokenizer:
 
         def read(origin: int) -> tuple[list[int], list[tuple[int, Span]]]:
             reader = self._continuing if origin else self.backend
-            encoding = _encoding(reader, text[origin:])
+            encoding = encoding_of(reader, text[origin:])
             return encoding.ids, self._spelled_out(encoding, text, origin)
 
         pieces: list[tuple[int, list[int]]] = []
@@ -311,7 +308,7 @@ class Tokenizer:
             for i, (opens, closes) in added:
                 if i >= taken - 1 and closes <= boundary:
                     start, first, window = opens, i, self.backend
-            head = ids[:first] + _encoding(window, text[start:boundary]).ids
+            head = ids[:first] + encoding_of(window, text[start:boundary]).ids
             pieces.append((last, head[taken:]))
             last, taken = boundary, len(head)
             if ids[:taken] != head:
@@ -371,25 +368,23 @@ class Tokenizer:
 
     @cached_property
     def _continuing(self) -> tokenizers.Tokenizer:
-        """The same tokenizer without the space that some put before every text."""
-        settings = json.loads(self.backend.to_str())
-        parts = {name: _without_prefix_space(settings[name]) for name in ("normalizer", "pre_tokenizer")}
-        if parts.items() <= settings.items():
-            return self.backend
-        return tokenizers.Tokenizer.from_str(json.dumps(settings | parts))
+        """The tokenizer for a text that goes on where another ended."""
+        return continuing(self.backend)
 
     def _id_of(self, token: str | None) -> int | None:
         if token is None:
             return None
         token_id = self.backend.token_to_id(token)
         if token_id is None:
-            raise InputError(f"special token {token!r} is not in the vocabulary of tokenizer.json")
+            raise InputError(f"special token {shown(token)!r} is not in the vocabulary of tokenizer.json")
         return token_id
 
     def _adds_bos(self) -> bool:
         """tokenizer_config.json says so, or, where it is silent, tokenizer.json's post-processor does it."""
         setting = self.config.get("add_bos_token")
-        return setting if setting is not None else self.backend.encode("").ids[:1] == [self.bos_id]
+        if setting is not None:
+            return setting
+        return encoding_of(self.backend, "", add_special_tokens=True).ids[:1] == [self.bos_id]
 
 
 def _shared(one: str, other: str) -> int:
@@ -397,40 +392,3 @@ def _shared(one: str, other: str) -> int:
     return next(
         (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
     )
-
-
-def _encoding(backend: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
-    try:
-        return backend.encode(text, add_special_tokens=False)
-    except TypeError:  # what the package raises for half of a surrogate pair
-        raise InputError(f"expected text in valid Unicode, got {text[:40]!a}") from None
-
-
-def _without_prefix_space(part: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A normalizer or pre-tokenizer of tokenizer.json that leaves the start of a text as it is."""
-    if part is None or part["type"] == "Prepend":
-        return None
-    part = dict(part)
-    for members in ("normalizers", "pretokenizers"):
-        if members in part:
-            part[members] = [kept for member in part[members] if (kept := _without_prefix_space(member))]
-    if part["type"] == "Metaspace":
-        part["prepend_scheme"] = "never"
-    if part["type"] == "ByteLevel":
-        part["add_prefix_space"] = False
-    return part
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """An absent file is an empty one: all but tokenizer.json are optional."""
-    return read_object(file) if os.path.lexists(file) else {}
-
-
-def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """bos_token, eos_token and the like, written as a string or as an object with `content`."""
-    names = {}
-    for name, value in config.items():
-        token = value.get("content") if isinstance(value, dict) else value
-        if name.endswith("_token") and isinstance(token, str):
-            names[name] = token
-    return names

@@ -1,0 +1,322 @@
+"""tokenizer.json and the names of special tokens: what loads can be used, saved and read again."""
+
+import base64
+import copy
+import json
+import os
+import random
+import resource
+import shutil
+
+import pytest
+from burnish.model import special_tokens, tokenizer_file
+from burnish.model.errors import InputError
+from burnish.model.tokenizer import Tokenizer
+
+TEXT = "Hello, wörld! 12  \n<|im_end|> 再见"
+REPLACE = {"type": "Replace", "pattern": {"String": ""}, "content": "xx"}
+STRIP = {"type": "Strip", "content": "H", "start": 3, "stop": 3}
+LONG_NAME = "\x1b" + "n" * 5000
+
+
+@pytest.fixture(scope="module")
+def settings(request):
+    """Our tokenizer with fewer merges, so that it loads sooner."""
+    file = request.path.parents[1] / "data" / "tokenizer" / "tokenizer.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    model = settings["model"]
+    kept = {token: i for token, i in model["vocab"].items() if i < 320}
+    model["vocab"], model["merges"] = kept, [m for m in model["merges"] if "".join(m) in kept]
+    return settings
+
+
+@pytest.fixture
+def folder(data, settings, tmp_path):
+    shutil.copytree(data / "tokenizer", tmp_path / "copy")
+    (tmp_path / "copy" / "tokenizer.json").write_text(json.dumps(settings), encoding="utf-8")
+    return tmp_path / "copy"
+
+
+def added(**changes):
+    token = {"id": 320, "content": "<new>", "single_word": False, "lstrip": False, "rstrip": False}
+    return lambda s: s["added_tokens"].append(token | {"normalized": False, "special": True} | changes)
+
+
+def vocabulary(token, token_id):
+    return lambda s: s["model"]["vocab"].update({token: token_id})
+
+
+def part(name, value):
+    return lambda s: s.update({name: value})
+
+
+def charsmap(raw):
+    return part("normalizer", {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(raw).decode()})
+
+
+REFUSED = {
+    "two tokens on one id": (vocabulary("zzz", 300), "the id 300 has two tokens, .* and zzz|zzz and"),
+    "a special token's id": (vocabulary("zzz", 2), r"the id 2 has two tokens, <\|im_end\|> and zzz"),
+    "an id of 2^31": (vocabulary("zzz", 2**31), "zzz: expected an id from 0 to 16777215, got 2147483648"),
+    "an id of 2^32 - 1": (vocabulary("zzz", 2**32 - 1), "expected an id from 0"),
+    "an id of 10^20": (vocabulary("zzz", 10**20), "expected an id from 0"),
+    "a negative id": (vocabulary("zzz", -1), "expected an id from 0"),
+    "an id with a fraction": (vocabulary("zzz", 1.5), "not a tokenizer.json"),
+    "a long name": (vocabulary(LONG_NAME, 2**31), "expected an id from 0"),
+    "an added id of 2^31": (added(id=2**31), "<new>: expected an id from 0"),
+    "an added id beyond the next": (added(id=400), "<new> has the id 400, and `tokenizers` makes it 320"),
+    "an added token on an id": (added(id=2), "<new> has the id 2, and"),
+    "an added token without text": (added(content=""), "has the id 320, and"),
+    "a normalizer that panics": (part("normalizer", REPLACE), "can read: index out of bounds"),
+    "a charsmap without end": (charsmap(b"\xff\xff\xff\xff\x00\x00\x00\x00"), "precompiled_charsmap"),
+    "a charsmap without a tree": (charsmap(b""), "precompiled_charsmap"),
+    "a decoder that panics": (part("decoder", STRIP), "can read: index out of bounds"),
+    "no such part": (part("pre_tokenizer", {"type": "Foo"}), "not a tokenizer.json"),
+    "a broken expression": (
+        part("normalizer", REPLACE | {"pattern": {"Regex": "("}}),
+        "not a tokenizer.json .*parenthesis",
+    ),
+    "a key twice": (lambda s: s.update({"version\x00": 1}), "not a tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_file_that_cannot_be_used_is_refused(folder, settings, kind, capfd):
+    """With one sentence, and without what Rust writes to standard error."""
+    change, message = REFUSED[kind]
+    changed = copy.deepcopy(settings)
+    change(changed)
+    (folder / "tokenizer.json").write_text(json.dumps(changed), encoding="utf-8")
+    with pytest.raises(InputError, match=rf"tokenizer\.json: .*{message}") as caught:
+        Tokenizer.load(folder)
+    assert len(str(caught.value)) <= 600 and str(caught.value).isprintable()
+    assert capfd.readouterr().err == ""
+
+
+def test_what_the_package_writes_without_a_panic_is_shown(capfd):
+    with tokenizer_file._without_panics():
+        os.write(2, b"a warning\n")
+    assert capfd.readouterr().err == "a warning\n"
+
+
+def test_an_id_may_be_missing_and_nothing_varies(folder, settings, tmp_path):
+    changed = copy.deepcopy(settings)
+    changed["model"] |= {"vocab": settings["model"]["vocab"] | {"zzz": 5000}, "dropout": 0.5}
+    changed["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 4}
+    (folder / "tokenizer.json").write_text(json.dumps(changed), encoding="utf-8")
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer.vocabulary.size == 321 and tokenizer.vocabulary.end == 5001
+    assert len({tuple(tokenizer.encode(TEXT * 3)) for _ in range(8)}) == 1
+    tokenizer.save(tmp_path / "saved")
+    assert Tokenizer.load(tmp_path / "saved").encode(TEXT * 3) == tokenizer.encode(TEXT * 3)
+
+
+def test_a_text_on_which_the_tokenizer_fails_is_named(folder, settings):
+    """A regular expression without end, and a word that is unknown where no token is for the unknown."""
+    changed = copy.deepcopy(settings)
+    pattern = {"Regex": "(a+)+$"}
+    changed["pre_tokenizer"] = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    (folder / "tokenizer.json").write_text(json.dumps(changed), encoding="utf-8")
+    with pytest.raises(InputError, match=r"the tokenizer fails on 'aaaa.*: Onig: .*retry-limit"):
+        Tokenizer.load(folder).encode("a" * 30 + "b")
+    changed["model"] = {"type": "WordLevel", "vocab": {"<|endoftext|>": 0, "a": 3}, "unk_token": "<unk>"}
+    changed["added_tokens"] = changed["added_tokens"][:1]
+    (folder / "tokenizer.json").write_text(json.dumps(changed), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert Tokenizer.load(folder).encode("a") == [3]
+    with pytest.raises(InputError, match=r"the tokenizer fails on 'b': .*Missing"):
+        Tokenizer.load(folder).encode("b")
+
+
+# ---- special tokens
+
+WRONG = [7, 1.5, True, ["<|im_end|>"], {}, {"content": None}, {"content": 3}, {"content": ""}, ""]
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("name", ["eos_token", "bos_token", "sep_token"])
+def test_a_special_token_of_a_wrong_type_is_refused(folder, file, name):
+    for value in WRONG:
+        (folder / file).write_text(json.dumps({name: value}))
+        with pytest.raises(InputError, match=rf"{file}: {name}: expected a token's text, .*got"):
+            Tokenizer.load(folder)
+    (folder / file).write_text(json.dumps({name: None}))
+    Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        *(("add_bos_token", value, "true, false or null") for value in (0, 1, "true", [True], {})),
+        *(("additional_special_tokens", value, "a list of tokens") for value in (1, "a", True)),
+        *(("additional_special_tokens", value, "a token's text") for value in ([1], [None], [""], [{}])),
+        ("extra_special_tokens", {"image_token": 3}, "a token's text"),
+        ("chat_template", [1], "objects with a name"),
+        ("chat_template", [{"template": "a"}], "objects with a name"),
+        ("chat_template", {"default": "a"}, "expected a text"),
+        ("eos_token", LONG_NAME, "is not in the vocabulary"),
+    ],
+)
+def test_other_keys_of_a_wrong_type_are_refused(folder, name, value, expected):
+    (folder / "chat_template.jinja").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({name: value}))
+    with pytest.raises(InputError, match=expected):
+        Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_a_stop_id_is_a_whole_number(folder, file):
+    for name in ("generation_config.json", "config.json"):
+        (folder / name).unlink(missing_ok=True)
+    for value in (True, -1, 1.0, 2**31, 2**63, 10**30, "2", [[2]], [2, False], [2, None], {}, float("nan")):
+        (folder / file).write_text(json.dumps({"eos_token_id": value}))
+        with pytest.raises(InputError, match=rf"{file}: eos_token_id: expected a token's id or a list"):
+            Tokenizer.load(folder)
+    (folder / file).write_text('{"eos_token_id": [2147483647, 0]}')
+    assert Tokenizer.load(folder).stop_ids == {0, 2, 2**31 - 1}
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja"],
+)
+def test_what_is_no_file_is_not_absent(folder, file):
+    (folder / file).unlink(missing_ok=True)
+    (folder / file).symlink_to("nowhere")
+    with pytest.raises(InputError, match=f"{file}: not a regular file"):
+        Tokenizer.load(folder)
+    (folder / file).unlink()
+    os.mkfifo(folder / file)
+    with pytest.raises(InputError, match=f"{file}: not a regular file"):
+        Tokenizer.load(folder)
+
+
+# ---- any file
+
+VALUES = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    3,
+    319,
+    2**31,
+    2**32 - 1,
+    10**9,
+    0.5,
+    "",
+    "x",
+    "<|im_end|>",
+    "▁",
+    "\x00",
+]
+VALUES += ["a" * 9000, [], {}, [[]], [1], ["a"], {"a": 1}, [None]]
+PARTS = [
+    {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": True},
+    {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, {"type": "NFC"}]},
+    {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}]},
+    {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}, STRIP]},
+    {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}},
+    *({"type": name} for name in ("NFC", "Whitespace", "Fuse", "ByteFallback", "BPE", "Lowercase")),
+    *(REPLACE, STRIP, REPLACE | {"content": ""}, {"type": "Prepend", "prepend": ""}),
+]
+
+
+def mutated(settings, draw):
+    """A copy with one to three places changed, mostly outside of the vocabulary."""
+    found = copy.deepcopy(settings)
+    for _ in range(draw.choice((1, 1, 2, 3))):
+        parent, key = found, draw.choice(list(found))
+        while isinstance(parent[key], dict | list) and parent[key] and draw.random() < 0.75:
+            parent = parent[key]
+            key = draw.choice(list(parent) if isinstance(parent, dict) else range(len(parent)))
+        kind = draw.choice(("set", "set", "part", "delete", "add", "copy"))
+        if kind == "set":
+            parent[key] = copy.deepcopy(draw.choice(VALUES))
+        elif kind == "part":
+            name = draw.choice(("normalizer", "pre_tokenizer", "post_processor", "decoder"))
+            found[name] = copy.deepcopy(draw.choice(PARTS))
+        elif kind == "delete":
+            del parent[key]
+        elif isinstance(parent, dict):
+            parent[f"{key}x" if kind == "add" else draw.choice(list(parent))] = copy.deepcopy(parent[key])
+        if not found:
+            return found
+    return found
+
+
+def in_a_fork(function):
+    """What it returns, as JSON; None where the process died."""
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with open("/proc/self/statm") as statm:
+            size = int(statm.read().split()[0]) * os.sysconf("SC_PAGE_SIZE") + 2**31
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+        resource.setrlimit(resource.RLIMIT_CPU, (60, 61))
+        try:
+            found = function()
+        except BaseException as error:
+            found = f"{type(error).__name__}: {error}"
+        os.write(write_end, json.dumps(found).encode())
+        os._exit(0)
+    os.close(write_end)
+    with open(read_end, encoding="utf-8") as pipe:
+        text = pipe.read()
+    os.waitpid(pid, 0)
+    return json.loads(text) if text else None
+
+
+def round_trips(settings, folder, count=300):
+    """How many of the mutations are used: these have the same ids once saved and loaded."""
+    used = 0
+    for seed in range(count):
+        text = json.dumps(mutated(settings, random.Random(seed)))
+        (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+        try:
+            first = Tokenizer.load(folder)
+        except InputError:
+            continue
+        first.save(folder / "saved")
+        second = Tokenizer.load(folder / "saved")
+        assert second.backend.get_vocab() == first.backend.get_vocab(), seed
+        for options in ({}, {"continues": True}):
+            try:
+                ids = first.encode(TEXT, **options)
+            except InputError:
+                continue
+            assert second.encode(TEXT, **options) == ids, seed
+            assert second.decode(ids) == first.decode(ids), seed
+        assert second.stop_ids == first.stop_ids and second.prefix_ids == first.prefix_ids, seed
+        used += 1
+    return used
+
+
+def test_whatever_loads_is_saved_and_loads_again(folder, settings):
+    used = in_a_fork(lambda: round_trips(settings, folder))
+    assert isinstance(used, int) and 50 < used < 250, used
+
+
+@pytest.mark.parametrize(
+    "owner, name, planted, change, message",
+    [
+        (tokenizer_file, "_check_distinct", lambda *_: None, vocabulary("zzz", 300), "two tokens"),
+        (tokenizer_file, "_check_ids", lambda *_: None, vocabulary("zzz", 2**24), "expected an id"),
+        (special_tokens, "_token", lambda value, *_: value, part("x", 1), "expected a token's text"),
+    ],
+    ids=["two tokens", "large ids", "wrong types"],
+)
+def test_planted_faults_are_caught(folder, settings, monkeypatch, owner, name, planted, change, message):
+    changed = copy.deepcopy(settings)
+    if owner is special_tokens:
+        (folder / "special_tokens_map.json").write_text('{"sep_token": 3}')
+    else:
+        change(changed)
+        (folder / "tokenizer.json").write_text(json.dumps(changed), encoding="utf-8")
+        monkeypatch.setattr(tokenizer_file, "SMALL", 1 if name == "_check_distinct" else 2**20)
+    with pytest.raises(InputError, match=message):
+        Tokenizer.load(folder)
+    monkeypatch.setattr(owner, name, planted)
+    Tokenizer.load(folder)
