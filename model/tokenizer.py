@@ -37,7 +37,7 @@ from .template import (
     templates_of,
 )
 from .token_ids import read_stop_ids
-from .tokenizer_file import continuing, encoding_of, plain, read_backend, text_of
+from .tokenizer_file import continuing, distinct_ids, encoding_of, plain, read_backend, text_of
 from .vocabulary import Vocabulary
 
 __all__ = ["Message", "Tokenizer", "TurnRewritten"]
@@ -95,7 +95,7 @@ class Tokenizer:
             return cls.load(base_of(folder), chat_template)
         if not os.path.lexists(file):
             raise InputError(f"{file}: not found; only tokenizers with a tokenizer.json can be read")
-        backend = read_backend(file)
+        backend, vocabulary = read_backend(file)
         config = read_optional(folder / "tokenizer_config.json")
         tokens_map = folder / "special_tokens_map.json"
         names = special_tokens(read_optional(tokens_map), tokens_map)
@@ -104,7 +104,7 @@ class Tokenizer:
         templates = {} if chat_template is None else template_at(chat_template)
         try:
             templates = templates or templates_of(folder, own)
-            return cls(
+            tokenizer = cls(
                 backend,
                 bos=names.pop("bos_token", None),
                 eos=names.pop("eos_token", None),
@@ -114,6 +114,8 @@ class Tokenizer:
                 tool_template=templates.get("tool_use"),
                 config=config | names,
             )
+            tokenizer.vocabulary = vocabulary
+            return tokenizer
         except InputError as error:
             raise InputError(f"{folder}: {error}") from error
 
@@ -356,7 +358,7 @@ class Tokenizer:
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """The ids that it has, those of added tokens included: a count of them may leave ids in the middle out."""
-        return Vocabulary.of(self.backend.get_vocab(with_added_tokens=True).values())
+        return distinct_ids(self.backend)
 
     @cached_property
     def _template(self) -> ChatTemplate | None:

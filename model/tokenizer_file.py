@@ -20,26 +20,30 @@ import tokenizers
 
 from .errors import InputError, shown
 from .text_files import parse_json, read_text
+from .vocabulary import Vocabulary
 
 MOST_IDS = 2**24  # the package makes a list of all ids up to the last one when it saves
 SMALL = 2**20  # characters of a file that is read a second time to be sure
 PROBE = "Hello, wörld! 12  \n\t再见 🎉 <a> "
 
 
-def read_backend(file: Path) -> tokenizers.Tokenizer:
-    """Raises InputError where the file is none, or where what it holds cannot be used, or saved and read again.
+def read_backend(file: Path) -> tuple[tokenizers.Tokenizer, Vocabulary]:
+    """The tokenizer, and which ids it has.
 
+    Raises InputError where the file is none, or where what it holds cannot be used, or saved and read again.
     Truncation, padding and dropout are switched off: they would change ids without a word.
     """
     text = read_text(file)
     if len(text) < SMALL or re.search(r'":\s*\d{8,}', text):
         _check_ids(parse_json(text, str(file)), file)
-    for charsmap in re.findall(r'"precompiled_charsmap"\s*:\s*"([^"\\]*)"', text):
-        _check_charsmap(charsmap, file)
+    if '"precompiled_charsmap"' in text:
+        for charsmap in re.findall(r'"precompiled_charsmap"\s*:\s*"([^"\\]*)"', text):
+            _check_charsmap(charsmap, file)
     with _without_panics():
         try:
             backend = tokenizers.Tokenizer.from_str(text)
             plain(backend)
+            found = distinct_ids(backend)
             _check_loaded(backend, text)
         except InputError as error:
             raise InputError(f"{file}: {error}") from None
@@ -47,7 +51,7 @@ def read_backend(file: Path) -> tokenizers.Tokenizer:
             raise InputError(
                 f"{file}: not a tokenizer.json that `tokenizers` can read: {_reason(error)}"
             ) from error
-    return backend
+    return backend, found
 
 
 def plain(backend: tokenizers.Tokenizer) -> None:
@@ -135,7 +139,6 @@ def _check_charsmap(encoded: str, file: Path) -> None:
 
 def _check_loaded(backend: tokenizers.Tokenizer, text: str) -> None:
     """Raises InputError, or what the package raises, where it cannot be used."""
-    _check_distinct(backend)
     found = re.search(r'"added_tokens"\s*:\s*(?=\[)', text)
     for token in json.JSONDecoder().raw_decode(text, found.end())[0] if found else ():
         if (token_id := backend.token_to_id(token["content"])) != token["id"]:
@@ -143,10 +146,10 @@ def _check_loaded(backend: tokenizers.Tokenizer, text: str) -> None:
                 f"added_tokens: {shown(token['content'])} has the id {token['id']}, "
                 f"and `tokenizers` makes it {token_id}: expected the id of the vocabulary, or the next one"
             )
-    for member in (backend, continuing(backend)):
-        ids = _probe(member)
+    ids = _probe(backend)
     backend.encode("")  # with what the post-processor adds
     if len(text) < SMALL:
+        _probe(continuing(backend))
         again = tokenizers.Tokenizer.from_str(backend.to_str())
         if _probe(again) != ids or again.get_vocab() != backend.get_vocab():
             raise InputError("`tokenizers` saves it with other tokens than it reads")
@@ -162,11 +165,14 @@ def _probe(backend: tokenizers.Tokenizer) -> list[int] | None:
     return ids
 
 
-def _check_distinct(backend: tokenizers.Tokenizer) -> None:
-    """No id has two tokens. Most files have the ids below their count, each with a token: then none has two."""
+def distinct_ids(backend: tokenizers.Tokenizer) -> Vocabulary:
+    """The ids that have a token, those of added tokens included. Raises InputError where one has two.
+
+    Most files have the ids below their count, each with a token: then none has two.
+    """
     count = backend.get_vocab_size(with_added_tokens=True)
     if all(backend.id_to_token(i) is not None for i in range(count)):
-        return
+        return Vocabulary(count)
     tokens: dict[int, str] = {}
     for token, token_id in sorted(backend.get_vocab(with_added_tokens=True).items()):
         if token_id in tokens:
@@ -174,6 +180,7 @@ def _check_distinct(backend: tokenizers.Tokenizer) -> None:
                 f"the id {token_id} has two tokens, {shown(tokens[token_id])} and {shown(token)}: expected one"
             )
         tokens[token_id] = token
+    return Vocabulary.of(tokens)
 
 
 # ---- panics

@@ -198,7 +198,7 @@ def test_tools_and_variables_reach_the_template(folder, tmp_path, keyboard, repl
             {"tools": "none.json"},
             r"--tools .*none\.json: no such file",
         ),
-        ("{{ tools }}{{ messages[-1].content }}", {"tools": "bad.json"}, "--tools: tools: not JSON"),
+        ("{{ tools }}{{ messages[-1].content }}", {"tools": "bad.json"}, r"--tools .*bad\.json: not JSON"),
         (None, {"tools": "tools.json"}, "--tools: the model has no chat template"),
         (None, {"chat_template_kwargs": "{}"}, "--chat-template-kwargs: the model has no chat template"),
         (

@@ -12,6 +12,7 @@ import pytest
 from burnish.model import special_tokens, tokenizer_file
 from burnish.model.errors import InputError
 from burnish.model.tokenizer import Tokenizer
+from burnish.model.vocabulary import Vocabulary
 
 TEXT = "Hello, wörld! 12  \n<|im_end|> 再见"
 REPLACE = {"type": "Replace", "pattern": {"String": ""}, "content": "xx"}
@@ -302,7 +303,7 @@ def test_whatever_loads_is_saved_and_loads_again(folder, settings):
 @pytest.mark.parametrize(
     "owner, name, planted, change, message",
     [
-        (tokenizer_file, "_check_distinct", lambda *_: None, vocabulary("zzz", 300), "two tokens"),
+        (tokenizer_file, "distinct_ids", lambda _: Vocabulary(320), vocabulary("zzz", 300), "two tokens"),
         (tokenizer_file, "_check_ids", lambda *_: None, vocabulary("zzz", 2**24), "expected an id"),
         (special_tokens, "_token", lambda value, *_: value, part("x", 1), "expected a token's text"),
     ],
@@ -315,7 +316,7 @@ def test_planted_faults_are_caught(folder, settings, monkeypatch, owner, name, p
     else:
         change(changed)
         (folder / "tokenizer.json").write_text(json.dumps(changed), encoding="utf-8")
-        monkeypatch.setattr(tokenizer_file, "SMALL", 1 if name == "_check_distinct" else 2**20)
+        monkeypatch.setattr(tokenizer_file, "SMALL", 1 if name == "distinct_ids" else 2**20)
     with pytest.raises(InputError, match=message):
         Tokenizer.load(folder)
     monkeypatch.setattr(owner, name, planted)
