@@ -21,6 +21,7 @@ from burnish.model import (
     checkpoint,
     dtypes,
     experts,
+    finite,
     linear,
     memory,
     pack,
@@ -288,7 +289,7 @@ FAULTS = [
     Fault("the rarest", dtypes.read_dtypes, "max(numbers", "min(numbers", dtypes_come_back),
     Fault("not one by one", dtypes.read_dtypes, "if dtype != usual", "if False", dtypes_come_back),
     Fault("not remembered", checkpoint._written_in, "body.dtypes.of(name)", "dtype", dtypes_come_back),
-    Fault("not looked for", dtypes.cast, "result.isinf() & ", "result.isnan() & ", too_large_is_refused),
+    Fault("not looked for", finite.cast, "result.isinf() & ", "result.isnan() & ", too_large_is_refused),
     Fault(
         "one matrix",
         adapter._split_the_head,

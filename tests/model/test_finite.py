@@ -11,9 +11,10 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from burnish.model import InputError, ModelConfig, Transformer, dtypes, pack
+from burnish.model import InputError, ModelConfig, Transformer, finite, pack
 from burnish.model.checkpoint import (
-    _bias_of_adapter,
+    SCORE_BIAS,
+    _check_metadata,
     load_model,
     load_scalar_model,
     read_adapter,
@@ -182,16 +183,16 @@ def test_a_number_of_adapter_config_json(adapter: Path, key: str, number: float)
 
 
 @pytest.mark.parametrize("text", ["nan", "-inf", "1e300", "x", ""])
-def test_the_bias_of_an_adapter(text: str, tmp_path: Path):
+def test_the_bias_of_an_adapter(text: str):
     with pytest.raises(InputError, match="score_bias: expected a number, got"):
-        _bias_of_adapter(tmp_path, text, 0.0)
+        _check_metadata({SCORE_BIAS: text}, "adapter_model.safetensors")
 
 
 # ---- planted faults
 
 
 def passes_over(check: Callable[..., None], *arguments: Any, **patches: Any) -> None:
-    with patch.multiple(dtypes, **patches), pytest.raises(BaseException, match="DID NOT RAISE"):
+    with patch.multiple(finite, **patches), pytest.raises(BaseException, match="DID NOT RAISE"):
         check(*arguments)
 
 
