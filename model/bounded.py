@@ -84,7 +84,6 @@ def _check_filter(name: str, meter: Meter, value: Any, given: list[Any]) -> None
     meter.charge(4 * STEP)
     size = meter.read(value)
     texts = sum(map(meter.read, given))
-    numbers = sum(abs(number) for number in given if isinstance(number, int))
     if name == "replace" and isinstance(value, str) and len(given) > 1:
         old, new = (str(text) for text in given[:2])
         check_growth(size + value.count(old) * len(new))
@@ -94,7 +93,7 @@ def _check_filter(name: str, meter: Meter, value: Any, given: list[Any]) -> None
         check_percent(meter, str(value), given)
     else:
         lines = value.count("\n") + 1 if isinstance(value, str) else 1
-        check_growth(grown := size * (1 + texts) + lines * numbers)
+        check_growth(grown := size * (1 + texts) + lines * _numbers(given))
         meter.charge(grown)
     if name not in FAST:
         meter.charge(size * (STEP + (size // 2**8 if name in QUADRATIC else 0)))
@@ -143,39 +142,41 @@ def tojson(
 
 # ---- methods and formats
 
+# these read a text from its end, or once for each of its characters
+READ_AGAIN = frozenset(("rfind", "rindex", "rsplit", "rpartition", "strip", "lstrip", "rstrip"))
+ANY_SIZE = frozenset(("to_bytes", "from_bytes", "fromhex"))
+
 
 def check_method(meter: Meter, receiver: Any, name: str, given: list[Any]) -> None:
     """A method of Python's own types. Raises OverBudget where its result would be too large."""
-    texts = sum(map(meter.read, given))
+    texts = sum([meter.read(value) for value in given])
     if isinstance(receiver, list | tuple):
         meter.read(receiver) if name in ("count", "index") else meter.charge(STEP * len(receiver))
-    if name in ("to_bytes", "from_bytes", "fromhex"):
+    elif isinstance(receiver, str | bytes):
+        _check_text_method(meter, receiver, name, given, texts)
+    if name in ANY_SIZE:
         raise OverBudget(f"calls {name}, which makes numbers and bytes of any size")
-    if not isinstance(receiver, str | bytes):
-        return
+
+
+def _check_text_method(meter: Meter, receiver: Any, name: str, given: list[Any], texts: int) -> None:
     length = len(receiver)
     meter.charge(length)
-    numbers = sum(abs(number) for number in given if isinstance(number, int))
-    if name in (
-        "rfind",
-        "rindex",
-        "rsplit",
-        "rpartition",
-        "strip",
-        "lstrip",
-        "rstrip",
-    ):  # read again and again
+    if name in READ_AGAIN:
         meter.charge(length * texts // 4)
     elif name in ("center", "ljust", "rjust", "zfill"):
-        check_growth(length + numbers)
+        check_growth(length + _numbers(given))
     elif name in ("expandtabs", "translate"):
-        check_growth(length * (1 + numbers + texts))
+        check_growth(length * (1 + _numbers(given) + texts))
     elif name == "replace" and len(given) > 1:
         check_growth(length + receiver.count(given[0]) * len(given[1]))
     elif name == "join" and given and isinstance(given[0], SIZED):
         check_growth(texts + length * len(given[0]))
     elif name in ("format", "format_map"):
         _check_format(receiver, texts)
+
+
+def _numbers(given: list[Any]) -> int:
+    return sum(abs(number) for number in given if isinstance(number, int))
 
 
 def _check_format(text: Any, given: int) -> None:

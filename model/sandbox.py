@@ -40,6 +40,8 @@ from .meter import ATOMS, CONTAINERS, STEP, Meter, MeteredContext, OverBudget, c
 
 MOST_SOURCE = 2**17  # characters of a template; the longest published ones have 2**15
 MOST_BITS = 2**14  # of an integer
+PLAIN = frozenset((str, dict, list, Namespace, LoopContext))
+CHARGING = frozenset((Macro, LoopContext, BlockReference))  # whose bodies have charges
 
 
 class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
@@ -50,6 +52,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def __init__(self, **options: Any):
         super().__init__(**options)
+        self.answers: dict[tuple[type, str], bool] = {}
         del self.globals["lipsum"]
         self.filters |= {name: bounded_filter(name, filter) for name, filter in self.filters.items()}
         self.filters |= HOOKS
@@ -95,9 +98,15 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super().call_filter(name, *args, **options)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        if type(obj) in (str, Namespace, LoopContext):  # jinja's own answer, sooner
-            return not attr.startswith("_")
-        return super().is_safe_attribute(obj, attr, value)
+        kind = type(obj)
+        if kind not in PLAIN:
+            return super().is_safe_attribute(obj, attr, value)
+        found = self.answers.get((kind, attr))
+        if found is None:  # jinja's answer, which for these types depends on nothing else
+            found = super().is_safe_attribute(obj, attr, value)
+            if len(self.answers) < 10_000:
+                self.answers[kind, attr] = found
+        return found
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         meter: Meter = context.meter  # type: ignore
@@ -120,14 +129,14 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         meter: Meter = __context.meter  # type: ignore
-        meter.charge(((32 if type(__obj) is BlockReference else 8) + 4 * len(args)) * STEP)
-        if type(__obj) in (Macro, LoopContext, BlockReference):  # these charge for themselves
+        kind = type(__obj)
+        meter.charge(((32 if kind is BlockReference else 8) + 4 * len(args)) * STEP)
+        if kind in CHARGING:
             return super().call(__context, __obj, *args, **kwargs)
-        if args:
-            args = tuple(map(settled, args))
-        given = list(args)
-        given += (value for name, value in kwargs.items() if name not in ("_loop_vars", "_block_vars"))
-        method = getattr(__obj, "__wrapped__", __obj)  # jinja wraps str.format
+        args = tuple([settled(value) for value in args])
+        given = [*args, *(kwargs[name] for name in kwargs if name not in ("_loop_vars", "_block_vars"))]
+        # jinja wraps str.format
+        method = __obj if kind is BuiltinMethodType else getattr(__obj, "__wrapped__", __obj)
         place = STEP
         if isinstance(method, BuiltinMethodType):
             check_method(meter, method.__self__, method.__name__, given)
