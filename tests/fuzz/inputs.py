@@ -53,8 +53,9 @@ ROW_TEMPLATE = "{% if prompt %}{{ prompt | trim }} is? ||| {{ completion }}{% en
 TOOLS = [
     {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 ]
-STEPS = (
-    *("--steps", "3", "--save-every", "2", "--batch-size", "2", "--learning-rate", "1e-3"),
+STEPS = 3  # of a run
+FLAGS = (
+    *("--steps", f"{STEPS}", "--save-every", "2", "--batch-size", "2", "--learning-rate", "1e-3"),
     *("--device", "cpu"),
 )
 
@@ -189,7 +190,7 @@ def _run(folder: Path) -> None:
     shutil.copytree(folder / "small", own / "base")
     shutil.copy(folder / "rows-completions" / "rows.jsonl", own)
     with chdir(own):
-        flags = ("--model", "base", "--data", "rows.jsonl", "--output", "out", *STEPS)
+        flags = ("--model", "base", "--data", "rows.jsonl", "--output", "out", *FLAGS)
         sft.train(tyro.cli(sft.Config, args=flags))
     records = [{"step": i // 2, "prompt": "1", "completion": "2", "reward": 0.5} for i in range(6)]
     (own / "out" / "completions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

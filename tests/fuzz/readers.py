@@ -23,9 +23,10 @@ from burnish.algorithms._preferences import judged_completions, preferences
 from burnish.algorithms._rows import read_rows
 from burnish.model.checkpoint import load_model, load_scalar_model
 from burnish.model.convert import convert_gguf
+from burnish.model.errors import InputError
 from burnish.model.packed import pack
 from burnish.model.tokenizer import Tokenizer
-from inputs import STEPS
+from inputs import FLAGS
 from mutations import Mutation, of_adapter_config, of_bytes, of_json, of_safetensors
 from programs import of_gguf, of_gzip, of_lines, of_list, of_parquet, of_template
 
@@ -106,9 +107,17 @@ def of_tokenizer(folder: Path) -> str:
     tokenizer = Tokenizer.load(folder)
     made = _of_texts(tokenizer)
     tokenizer.save(folder / "saved")
-    again = Tokenizer.load(folder / "saved")
-    assert _of_texts(again) == made, "saved and read again, it is another tokenizer"
+    again = saved(_of_texts, Tokenizer.load, folder / "saved")
+    assert again == made, "saved and read again, it is another tokenizer"
     return digest(made)
+
+
+def saved(look: Callable[[Any], Any], load: Callable[[Path], Any], folder: Path) -> Any:
+    """What was read has been saved by us: to refuse it now is a fault of ours."""
+    try:
+        return look(load(folder))
+    except InputError as error:
+        raise AssertionError(f"saved, it cannot be read again: {error}") from error
 
 
 def _of_texts(tokenizer: Tokenizer) -> list[Any]:
@@ -154,8 +163,8 @@ def of_lessons(inputs: Path, folder: Path) -> str:
 
 
 def of_run(folder: Path) -> str:
-    """The model that it ends with, and the losses that it wrote."""
-    flags = ("--model", "base", "--data", "rows.jsonl", "--output", "out", "--resume", *STEPS)
+    """The model that it ends with."""
+    flags = ("--model", "base", "--data", "rows.jsonl", "--output", "out", "--resume", *FLAGS)
     with chdir(folder):
         sft.train(tyro.cli(sft.Config, args=flags))
     weights = (folder / "out" / "model" / "model.safetensors").read_bytes()
@@ -168,6 +177,8 @@ def of_gguf_file(folder: Path) -> str:
         *("model.safetensors", "config.json", "generation_config.json", "tokenizer.json"),
         "tokenizer_config.json",
     )
+    saved(lambda tokenizer: tokenizer.stop_ids, Tokenizer.load, folder / "out")
+    saved(lambda model: model.config, load_model, folder / "out")
     return digest(*((folder / "out" / name).read_bytes() for name in names))
 
 
