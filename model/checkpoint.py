@@ -28,9 +28,10 @@ from .adapter import (
     quantize_base,
     take_adapter,
 )
+from .architectures import TOKEN_IDS
 from .config import ModelConfig
 from .config_json import read_config, write_config
-from .config_keys import LARGEST
+from .config_keys import LARGEST, is_token_id
 from .dtypes import read_dtypes
 from .errors import InputError, shown
 from .experts import disk_name, to_disk
@@ -425,6 +426,11 @@ def _is_scalar(raw: dict[str, Any]) -> bool:
 def _model_config(raw: dict[str, Any], folder: Path) -> ModelConfig:
     generation_file = folder / "generation_config.json"
     generation = read_object(generation_file) if os.path.lexists(generation_file) else {}
+    for key in TOKEN_IDS:  # the rest is carried along as it is
+        value = generation.get(key)
+        ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
+        if value is not None and not all(map(is_token_id, ids)):
+            raise InputError(f"{generation_file}: {key}: expected a token's id, got {shown(repr(value))}")
     formats.is_bnb_4bit(raw, folder / "config.json")  # refuses other formats, before the keys that they bring
     raw = {key: value for key, value in raw.items() if key != formats.CONFIG}
     return read_config(raw, str(folder / "config.json"), generation)

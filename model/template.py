@@ -187,8 +187,8 @@ def _strftime_now(format: str) -> str:
     return datetime.now().strftime(format)
 
 
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+def _raise_exception(message: object) -> None:
+    raise jinja2.TemplateError(str(message) or "it gives no reason")  # what is undefined fails here
 
 
 ENVIRONMENT = sandbox()

@@ -96,6 +96,10 @@ def test_templates_of_promptsource(shaped):
     "template, message",
     [
         ("{{ premis }} ||| x", "line 1: --row-template .*shape.jinja fails: 'premis' is undefined"),
+        (
+            "{{ raise_exception(messages) }}",
+            "line 1: --row-template .*shape.jinja fails: 'messages' is undefined",
+        ),
         ("{{ extra }} ||| x", "line 1: --row-template .*fails: 'extra' is null"),
         ("{{ premise.__class__.__mro__ }}", "line 1: .*unsafe"),
         ("{{ premise }}|||a|||b", r"line 1: .*expected one \|\|\|, got 2"),

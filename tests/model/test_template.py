@@ -532,3 +532,5 @@ def test_planted_faults_are_caught(fault, monkeypatch):
 def test_a_refusal_says_why():
     with pytest.raises(Refused, match="roles must alternate"):
         ChatTemplate("{{ raise_exception('roles must alternate') }}").render(TALK, {})
+    with pytest.raises(InputError, match="refuses the conversation: it gives no reason"):
+        ChatTemplate("{{ raise_exception(nothing) }}").render(TALK, {})

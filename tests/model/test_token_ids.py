@@ -1,14 +1,17 @@
 """End tokens: which of those that a folder names can end a text, and what is said of the others."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from burnish.model import InputError, ModelConfig, Transformer, token_ids
+from burnish.model.checkpoint import load_model
 from burnish.model.generate import generate, stream
 from burnish.model.token_ids import read_stop_ids, say_what_never_ends
 from burnish.model.tokenizer import Tokenizer
 
+DATA = Path(__file__).parents[1] / "data"
 CONFIG, GENERATION = "config.json", "generation_config.json"
 
 
@@ -82,3 +85,17 @@ def test_generation_says_which_end_tokens_are_never_drawn(capsys):
         "warning: the model has no row for the stop ids [40], only for ids below 31: none ends a generation\n"
     )
     assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id", "pad_token_id"])
+def test_a_token_of_generation_config_is_an_id(key, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(DATA / "tiny-hf" / "llama", folder)
+    file = folder / "generation_config.json"
+    for value in (2, 0, -1, None, *([[2, 3], []] if key == "eos_token_id" else [])):
+        file.write_text(json.dumps({key: value, "temperature": 0.7, "anything": {"at": ["all"]}}))
+        assert load_model(folder).config.generation[key] == value
+    for value in (-2, 2**31, 10**30, 1.0, 1e-308, True, "2", {}, {"x": []}, ["x"], [[2]], float("inf")):
+        file.write_text(json.dumps({key: value}))
+        with pytest.raises(InputError, match=rf"generation_config\.json: {key}: expected a token's id, got"):
+            load_model(folder)
