@@ -408,7 +408,12 @@ def every_broken_checkpoint_is_named(module, file: Path) -> None:
         assert message in found, f"{name}: expected {message}, got {found}"
 
 
-@pytest.mark.parametrize("name", FAULTS)
+QUICK = ("any file", "not finite")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in FAULTS]
+)
 def test_a_planted_fault_is_caught(checkpoint, tmp_path, monkeypatch, name):
     module = copy_of(tmp_path, monkeypatch, *FAULTS[name])
     with pytest.raises(AssertionError, match="expected"):

@@ -136,7 +136,7 @@ def of_ids(d: Difference) -> bool:
     """One id, or several that end a text; none is a model without."""
     if d.path[0] not in SPECIAL_IDS:
         return False
-    several = lambda v: v if isinstance(v, list) and v and d.path == ("eos_token_id",) else [v]
+    several = lambda v: v if isinstance(v, list) and d.path == ("eos_token_id",) else [v]
     is_any = lambda v: (
         is_id(v) or (v == -1 and not isinstance(v, bool))
     )  # -1 is none: the first Llama's padding
@@ -146,7 +146,7 @@ def of_ids(d: Difference) -> bool:
 def of_known_ids(d: Difference) -> bool:
     """Where the tokenizer ends a text: of several ids one at least is a token's."""
     ids = d.after if isinstance(d.after, list) else [d.after]
-    return of_ids(d) and (d.after in (None, ABSENT, -1) or any(token < TOKENS for token in ids))
+    return of_ids(d) and (d.after in (None, ABSENT, -1, []) or any(token < TOKENS for token in ids))
 
 
 def of_carried(d: Difference) -> bool:

@@ -129,6 +129,9 @@ def _small(folder: Path) -> None:
     tokenizer = Tokenizer.load(DATA / "tokenizer")
     tokenizer.chat_template = TEMPLATE
     save_model(Transformer(SMALL, seed=1), folder, tokenizer)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["pad_token"]  # what stands in both is read in this file
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
     special = {"eos_token": "<|im_end|>", "pad_token": {"content": "<|endoftext|>", "lstrip": False}}
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=1))
     (folder / "kwargs.json").write_text('{"enable_thinking": true}')
