@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -310,6 +311,22 @@ def test_a_refused_resume_changes_nothing(run):
     (run.output / "metrics.jsonl").rename(run.output / "kept")
     os.mkfifo(run.output / "metrics.jsonl")
     assert "metrics.jsonl: not a regular file" in refusal(lambda: sft.train(run))
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "completions.jsonl", ".config.json.partial", "model", "step-2"]
+)
+def test_a_link_in_a_run_folder_is_not_written_through(run, tmp_path, name):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "notes").write_text("mine\n" * 9)
+    place, is_folder = run.output / name, name in ("model", "step-2")
+    if place.is_dir():
+        shutil.rmtree(place)
+    place.unlink(missing_ok=True)
+    place.symlink_to(elsewhere if is_folder else elsewhere / "notes")
+    assert f"{name}: expected the run's own file, got a link" in refusal(lambda: sft.train(run))
+    assert (elsewhere / "notes").read_text() == "mine\n" * 9
 
 
 def test_broken_lines_of_metrics_are_kept_and_said(run, capsys):
