@@ -17,8 +17,10 @@ from burnish.model.adapter import add_lora
 from burnish.model.checkpoint import load_model, load_scalar_model, save_model
 from burnish.model.config import ModelConfig
 from burnish.model.scalar import ScalarModel
+from burnish.model.template import TOOL_TEMPLATE_FILE
 from burnish.model.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 DATA = Path(__file__).parents[1] / "data"
@@ -137,6 +139,11 @@ def _small(folder: Path) -> None:
     (folder / "kwargs.json").write_text('{"enable_thinking": true}')
     (folder / "tools.json").write_text(json.dumps(TOOLS))
 
+    own = folder.with_name("tool-template")
+    shutil.copytree(folder, own)
+    (own / TOOL_TEMPLATE_FILE).parent.mkdir()
+    (own / TOOL_TEMPLATE_FILE).write_text(TEMPLATE.replace("Tools: ", "Call one of: "))
+
 
 # ---- rows
 
@@ -199,6 +206,23 @@ def _run(folder: Path) -> None:
     (own / "out" / "completions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     for done in ("model", "step-2"):
         shutil.rmtree(own / "out" / done)
+    shutil.copytree(own, folder / "run-of-two")
+    _share_out(folder / "run-of-two" / "out" / "checkpoint.safetensors")
+
+
+def _share_out(file: Path) -> None:
+    """A checkpoint as two processes write it: each has half of the rows of what has rows."""
+    tensors = load_file(file)
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    other = file.with_name("checkpoint-2-1-of-2.safetensors")
+    half = {name: -(-len(tensor) // 2) for name, tensor in tensors.items() if tensor.dim()}
+    shared = metadata | {"others": json.dumps([other.name])}
+    first, second = (json.dumps(starts) for starts in (dict.fromkeys(half, 0), half))
+    save_file(
+        {n: t[: half.get(n)] if t.dim() else t for n, t in tensors.items()}, file, shared | {"starts": first}
+    )
+    save_file({n: tensors[n][start:] for n, start in half.items()}, other, shared | {"starts": second})
 
 
 def _lessons(folder: Path) -> None:

@@ -25,8 +25,9 @@ from burnish.model.checkpoint import load_model, load_scalar_model
 from burnish.model.convert import convert_gguf
 from burnish.model.errors import InputError
 from burnish.model.packed import pack
+from burnish.model.template import TOOL_TEMPLATE_FILE
 from burnish.model.tokenizer import Tokenizer
-from inputs import FLAGS
+from inputs import FLAGS, rows_of
 from mutations import Mutation, of_adapter_config, of_bytes, of_json, of_safetensors
 from programs import of_gguf, of_gzip, of_lines, of_list, of_parquet, of_template
 
@@ -138,6 +139,10 @@ def of_template_file(folder: Path) -> str:
     return digest(_of_texts(tokenizer), _without_places(*sft_examples(rows, tokenizer, max_length=200)))
 
 
+def of_tool_template(folder: Path) -> str:
+    return digest(_without_places(*sft_examples([*rows_of("tools")], Tokenizer.load(folder), max_length=200)))
+
+
 @cache
 def tokenizer_of_small(inputs: Path) -> Tokenizer:
     return Tokenizer.load(inputs / "small")
@@ -244,6 +249,8 @@ def readers(inputs: Path) -> list[Reader]:
     run = {"checkpoint.safetensors": "safetensors", "config.json": "json", "metrics.jsonl": "lines"}
     for name, kind in (run | {"completions.jsonl": "lines"}).items():
         found.append(Reader(f"run/{name.partition('.')[0]}", "run", {f"out/{name}": kind}, of_run, True))
+    shared = {f"out/{name}.safetensors": "safetensors" for name in ("checkpoint", "checkpoint-2-1-of-2")}
+    found.append(Reader("run/checkpoint/shared", "run-of-two", shared, of_run, True))
     lessons = {"lessons.safetensors": "safetensors"}
     found += [
         Reader("lessons", "lessons", lessons, partial(of_lessons, inputs)),
@@ -279,6 +286,7 @@ def _texts(inputs: Path) -> list[Reader]:
     return [
         *found,
         Reader("template/chat", "small", {"chat_template.jinja": "template"}, of_template_file),
+        Reader("template/tools", "tool-template", {TOOL_TEMPLATE_FILE: "template"}, of_tool_template),
         Reader("template/rows", "rows-completions", template, completions),
     ]
 
