@@ -240,8 +240,13 @@ GGUF = {  # no size of a tensor; how a number is packed, and what it may be
 
 def of_field(d: Difference) -> bool:
     """A value of the type that it had, which stands first; a tokenizer may have no token that begins or ends a text."""
-    if d.path[0] == "fields" and len(d.path) == 2 and str(d.path[1]).endswith("_token_id"):
-        return d.after is ABSENT
+    if d.path[0] == "fields" and len(d.path) == 2:
+        key = str(d.path[1])
+        if key.endswith("_token_id"):
+            return d.after is ABSENT
+        return (
+            d.before is ABSENT and key not in GGUF and not key.startswith(("llama.", "general."))
+        )  # nobody's
     if len(d.path) != 3 or d.path[0] != "fields" or d.path[1] not in GGUF or d.path[2] == 0:
         return False
     packed, check = GGUF[d.path[1]]

@@ -57,7 +57,7 @@ def test_every_area_is_tested(inputs):
     "area", ("config/llama", "weights/sharded", "index", "4bit/config/qwen3-nf4", "lessons")
 )
 def test_a_few_mutations(area, inputs, tmp_path):
-    assert not failures(area, inputs, tmp_path, 3)
+    assert not failures(area, inputs, tmp_path, 2)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_few_mutations(area, inputs, tmp_path):
     ("adapter/config/qwen3-dora", "tokenizer/tokenizer", "template/rows", "rows/messages/lines", "gguf"),
 )
 def test_a_few_mutations_of_texts(area, inputs, tmp_path):
-    assert not failures(area, inputs, tmp_path, 3)
+    assert not failures(area, inputs, tmp_path, 2)
 
 
 @pytest.mark.slow
@@ -353,7 +353,8 @@ NEAR = (  # reader, path, what stands there, what else may, and what may not
         [{"role": "tool", "content": 1}],
         ([{"role": "tool", "content": NAN}],),
     ),
-    ("gguf", "fields.tokenizer", {}, {}, (ABSENT,)),
+    ("gguf", "fields.bos_token_id", [4, b"\2"], ABSENT, ([4, b"\3"], [5, b"\2"])),
+    ("gguf", "fields.note", ABSENT, [4, b"\2"], ()),
     ("rows/tools/lines", "cell.tools", [], "[]", ("x", {}, 1)),
     ("gguf", "fields.x.1", b"\0" * 4, b"\0" * 4, (b"\1\0\0\0",)),
     ("gguf", "fields", {}, {}, (None, {"llama.block_count": [4, b"\2"]})),
