@@ -109,6 +109,11 @@ def _is_used(folder: Path) -> bool:
 def _check_resumable(folder: Path, config: Any) -> None:
     if not os.path.isfile(folder / CHECKPOINT):  # False also for a name that no file can have
         raise InputError(f"--resume: {folder} holds no {CHECKPOINT}: name the run to go on with by --output")
+    for entry in sorted(folder.iterdir()):
+        if entry.is_symlink():  # what it leads to would be cut, and written over
+            raise InputError(
+                f"--resume: {entry}: expected the run's own file, got a link: put the file itself there"
+            )
     try:
         earlier = read_object(folder / "config.json")
     except InputError as error:

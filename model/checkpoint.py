@@ -5,6 +5,7 @@ where it is tied. A folder may also hold 4-bit weights (bnb.py), or no model but
 the one that its base_model_name_or_path names, with the adapter on it.
 """
 
+import json
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -431,6 +432,10 @@ def _model_config(raw: dict[str, Any], folder: Path) -> ModelConfig:
         ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
         if value is not None and not all(map(is_token_id, ids)):
             raise InputError(f"{generation_file}: {key}: expected a token's id, got {shown(repr(value))}")
+    try:
+        json.dumps(generation, allow_nan=False)
+    except ValueError as error:
+        raise InputError(f"{generation_file}: expected numbers that JSON has: {error}") from None
     formats.is_bnb_4bit(raw, folder / "config.json")  # refuses other formats, before the keys that they bring
     raw = {key: value for key, value in raw.items() if key != formats.CONFIG}
     return read_config(raw, str(folder / "config.json"), generation)

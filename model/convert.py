@@ -280,6 +280,12 @@ def _tokenizer(fields: dict[str, Any], source: str) -> Tokenizer:
     if template is not None and not isinstance(template, str):
         raise InputError(f"{source}: tokenizer.chat_template: expected text, got {shown(template)}")
 
+    begins = fields.get("tokenizer.ggml.add_bos_token", False)
+    if not isinstance(begins, bool):
+        raise InputError(
+            f"{source}: tokenizer.ggml.add_bos_token: expected true or false, got {shown(begins)}"
+        )
+
     def token_of(name: str) -> str | None:
         key = f"tokenizer.ggml.{name}_token_id"
         if (index := fields.get(key)) is None:
@@ -296,7 +302,7 @@ def _tokenizer(fields: dict[str, Any], source: str) -> Tokenizer:
         chat_template=template,
         config={
             "unk_token": token_of("unknown"),
-            "add_bos_token": bool(fields.get("tokenizer.ggml.add_bos_token", False)),
+            "add_bos_token": begins,
             "clean_up_tokenization_spaces": False,
             "model_max_length": _size(fields, "llama.context_length", source),
         },

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -312,6 +313,22 @@ def test_a_refused_resume_changes_nothing(run):
     assert "metrics.jsonl: not a regular file" in refusal(lambda: sft.train(run))
 
 
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "completions.jsonl", ".config.json.partial", "model", "step-2"]
+)
+def test_a_link_in_a_run_folder_is_not_written_through(run, tmp_path, name):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "notes").write_text("mine\n" * 9)
+    place, is_folder = run.output / name, name in ("model", "step-2")
+    if place.is_dir():
+        shutil.rmtree(place)
+    place.unlink(missing_ok=True)
+    place.symlink_to(elsewhere if is_folder else elsewhere / "notes")
+    assert f"{name}: expected the run's own file, got a link" in refusal(lambda: sft.train(run))
+    assert (elsewhere / "notes").read_text() == "mine\n" * 9
+
+
 def test_broken_lines_of_metrics_are_kept_and_said(run, capsys):
     """Nothing but people reads them: a broken byte is no reason to lose a run."""
     metrics = run.output / "metrics.jsonl"
@@ -408,7 +425,12 @@ def every_broken_checkpoint_is_named(module, file: Path) -> None:
         assert message in found, f"{name}: expected {message}, got {found}"
 
 
-@pytest.mark.parametrize("name", FAULTS)
+QUICK = ("any file", "not finite")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in FAULTS]
+)
 def test_a_planted_fault_is_caught(checkpoint, tmp_path, monkeypatch, name):
     module = copy_of(tmp_path, monkeypatch, *FAULTS[name])
     with pytest.raises(AssertionError, match="expected"):

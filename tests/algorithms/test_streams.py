@@ -77,6 +77,7 @@ def test_help_that_nobody_reads():
         assert "Traceback" not in done.stderr and "Exception" not in done.stderr and done.returncode == status
 
 
+@pytest.mark.slow
 def test_a_run_is_not_lost_with_its_terminal(model_folder, demonstrations, tmp_path):
     line = '"$1" -m burnish.algorithms sft --model "$2" --data "$3" --output "$4" --steps 2 --batch-size 4 '
     line += "--max-length 20 --device cpu 2>&1 >/dev/full | true"

@@ -6,12 +6,15 @@ cannot compute) is in none, so that its acceptance is a failure.
 """
 
 import json
+import struct
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
-from differences import ABSENT, FLOATS, Difference, Numbers, differences
-from values import READ, is_cell, is_id, is_json, is_number, is_text, is_whole
+from differences import ABSENT, FLOATS, Difference, Numbers, differences, value_of
+from inputs import DATA, SMALL, STEPS
+from values import MOST, READ, is_cell, is_id, is_json, is_number, is_text, is_whole
 
 
 class Class(NamedTuple):
@@ -32,8 +35,14 @@ def class_of(reader: str, difference: Difference) -> str | None:
 
 
 def explained(reader: str, holds: str, whole: bytes, changed: bytes) -> list[tuple[Difference, str | None]]:
-    """Each difference with its class. Empty where it is not known what the file says."""
-    return [(d, class_of(reader, d)) for d in differences(holds, whole, changed) or ()]
+    """Each difference with its class. Empty where it is not known what the file says, or it contradicts itself."""
+    found = differences(holds, whole, changed) or []
+    checks = (
+        [check for name, check in CONSISTENT.items() if f"{reader}/".startswith(f"{name}/")] if found else []
+    )
+    if not all(check(value_of(holds, changed)) for check in checks):
+        return []
+    return [(d, class_of(reader, d)) for d in found]
 
 
 def keys(names: tuple[str, ...], check: Callable[[Any], bool], *also: Any) -> Callable[[Difference], bool]:
@@ -51,29 +60,53 @@ def both(check: Callable[[Any], bool], d: Difference, *also: Any) -> bool:
 
 def is_in_rope(value: Any) -> bool:
     """A number that frequencies stay finite with."""
-    return is_number(value) and (value == 0 or 1e-9 <= value <= 1e15)
+    return is_number(value, 1e-9, 1e15)
+
+
+def is_base(value: Any) -> bool:
+    """The longest wave is that many times the shortest."""
+    return is_in_rope(value) and value > 1
+
+
+def is_size(value: Any) -> bool:
+    return is_whole(value) and value > 0
 
 
 def is_flag(value: Any) -> bool:
     return isinstance(value, bool)
 
 
+TOKENS = SMALL.vocab_size  # of the tokenizer
+
+
+@cache
+def vocabulary() -> set[str]:
+    found = json.loads((DATA / "tokenizer" / "tokenizer.json").read_text())
+    return {*found["model"]["vocab"], *(token["content"] for token in found["added_tokens"])}
+
+
 # ---- configs
 
 CONFIGS = ("config", "reward/config", "4bit/config")
-ROPE = (
-    *("rope_theta", "rope_local_base_freq", "factor", "low_freq_factor", "high_freq_factor"),
-    "attention_factor",
-    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+ROPE_BASES, ROPE_FACTORS = (
+    ("rope_theta", "rope_local_base_freq"),
+    ("factor", "low_freq_factor", "high_freq_factor"),
 )
+ROPE_FREE = (
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+)  # null is the rule's own
 SCALES = (
     *("rms_norm_eps", "initializer_range", "router_aux_loss_coef", "routed_scaling_factor", "swiglu_limit"),
     "swiglu_alpha",
 )
-COUNTS = (
-    *("num_experts_per_tok", "max_window_layers", "first_k_dense_replace", "n_group", "topk_group"),
-    *("max_position_embeddings", "original_max_position_embeddings", "query_pre_attn_scalar"),
-    "decoder_sparse_step",
+COUNTS = ("max_window_layers", "first_k_dense_replace")
+NUMBERS_OF = (
+    *("num_experts_per_tok", "n_group", "topk_group", "decoder_sparse_step", "query_pre_attn_scalar"),
+    *("max_position_embeddings", "original_max_position_embeddings"),
     *("sliding_window_pattern", "no_rope_layer_interval"),
 )
 SWITCHES = ("norm_topk_prob", "use_sliding_window", "rope_interleave", "truncate")
@@ -92,6 +125,10 @@ def of_layers(d: Difference) -> bool:
         return False
     if len(d.path) == 2:
         return both(check, d)
+    one, other = d.before, d.after
+    has_entry_each = d.path[0] != "mlp_only_layers" and isinstance(one, list) and isinstance(other, list)
+    if has_entry_each and len(one) != len(other):
+        return False
     return both(lambda v: isinstance(v, list) and all(map(check, v)), d, None, ABSENT)
 
 
@@ -99,11 +136,17 @@ def of_ids(d: Difference) -> bool:
     """One id, or several that end a text; none is a model without."""
     if d.path[0] not in SPECIAL_IDS:
         return False
-    several = lambda v: v if isinstance(v, list) and v and d.path == ("eos_token_id",) else [v]
+    several = lambda v: v if isinstance(v, list) and d.path == ("eos_token_id",) else [v]
     is_any = lambda v: (
         is_id(v) or (v == -1 and not isinstance(v, bool))
     )  # -1 is none: the first Llama's padding
     return both(lambda v: all(map(is_any, several(v))), d, None, ABSENT)
+
+
+def of_known_ids(d: Difference) -> bool:
+    """Where the tokenizer ends a text: of several ids one at least is a token's."""
+    ids = d.after if isinstance(d.after, list) else [d.after]
+    return of_ids(d) and (d.after in (None, ABSENT, -1, []) or any(token < TOKENS for token in ids))
 
 
 def of_carried(d: Difference) -> bool:
@@ -132,9 +175,11 @@ def of_patterns(d: Difference) -> bool:
 
 
 def of_numbers(d: Difference) -> bool:
-    """The same shape, in the same dtype or another one of floats; NaN and infinity as they stand."""
+    """Finite ones, the same shape, in the same dtype or another one of floats."""
     one, other = d.before, d.after
     if not isinstance(one, Numbers) or not isinstance(other, Numbers) or one.shape != other.shape:
+        return False
+    if not other.finite:
         return False
     return one.dtype == other.dtype or (one.dtype in FLOATS and other.dtype in FLOATS)
 
@@ -144,7 +189,7 @@ def of_same_dtype(d: Difference) -> bool:
 
 
 def of_logprobs(d: Difference) -> bool:
-    return d.path == ("logprobs",) and of_same_dtype(d) and d.after.finite is True and d.after.most <= 0
+    return d.path == ("logprobs",) and of_same_dtype(d) and d.after.within(-sys.float_info.max, 0)
 
 
 def of_state(d: Difference) -> bool:
@@ -168,24 +213,45 @@ def _is_packed(d: Difference) -> bool:
 
 
 def of_step(d: Difference) -> bool:
-    return d.path == ("metadata", "values", "step") and both(is_whole, d)
+    return d.path == ("metadata", "values", "step") and both(lambda step: is_whole(step) and step <= STEPS, d)
+
+
+def of_training(d: Difference) -> bool:
+    """What AdamW holds of a parameter: how many steps, a mean, and a mean of squares."""
+    least = {"step": 1, "exp_avg_sq": 0}.get(str(d.path[0]).rpartition("/")[2], -sys.float_info.max)
+    return of_same_dtype(d) and d.after.within(least, sys.float_info.max)
 
 
 # ---- GGUF
 
-GGUF_NUMBERS = ("llama.rope.freq_base", "llama.attention.layer_norm_rms_epsilon")
-GGUF_FREE = (  # no size of a tensor
-    *("llama.context_length", "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id"),
-    *("tokenizer.chat_template", "tokenizer.ggml.tokens", "tokenizer.ggml.merges"),
-    "tokenizer.ggml.token_type",
-)
+GGUF = {  # no size of a tensor; how a number is packed, and what it may be
+    "llama.rope.freq_base": ("<f", is_base),
+    "llama.attention.layer_norm_rms_epsilon": ("<f", is_number),
+    "llama.context_length": ("<I", is_size),
+    **dict.fromkeys(
+        (f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos")), ("<I", lambda i: i < TOKENS)
+    ),
+    **dict.fromkeys(
+        ("tokenizer.chat_template", "tokenizer.ggml.tokens", "tokenizer.ggml.merges"), ("", is_text)
+    ),
+    "tokenizer.ggml.token_type": ("", lambda types: True),
+}
 
 
 def of_field(d: Difference) -> bool:
-    """A value of the type that it had, which stands first."""
-    return (
-        len(d.path) == 3 and d.path[1] in GGUF_NUMBERS + GGUF_FREE and d.path[0] == "fields" and d.path[2] > 0
-    )
+    """A value of the type that it had, which stands first; a tokenizer may have no token that begins or ends a text."""
+    if d.path[0] == "fields" and len(d.path) == 2:
+        key = str(d.path[1])
+        if key.endswith("_token_id"):
+            return d.after is ABSENT
+        return (
+            d.before is ABSENT and key not in GGUF and not key.startswith(("llama.", "general."))
+        )  # nobody's
+    if len(d.path) != 3 or d.path[0] != "fields" or d.path[1] not in GGUF or d.path[2] == 0:
+        return False
+    packed, check = GGUF[d.path[1]]
+    value = struct.unpack(packed, d.after)[0] if packed and len(d.after) == 4 else d.after
+    return check(value)
 
 
 # ---- tokenizers
@@ -206,17 +272,27 @@ def of_added_tokens(d: Difference) -> bool:
     if d.path == ("added_tokens",):
         return isinstance(d.after, list)
     checks = {"content": is_text, "id": is_id, **dict.fromkeys(TOKEN_FLAGS, is_flag)}
-    return d.path[0] == "added_tokens" and len(d.path) == 3 and both(checks.get(d.path[2], bool), d)
+    return (
+        d.path[0] == "added_tokens"
+        and len(d.path) == 3
+        and d.path[2] in checks
+        and both(checks[d.path[2]], d)
+    )
 
 
 def of_stages(d: Difference) -> bool:
-    return d.path[0] in STAGES and (d.after is ABSENT or is_json(d.after))
+    """A stage, or a part of one, which keeps its type."""
+    if d.path[0] not in STAGES or not is_json(d.after if d.after is not ABSENT else None):
+        return False
+    return len(d.path) == 1 or any(v in (None, ABSENT) for v in d[1:]) or type(d.before) is type(d.after)
 
 
 def of_special_tokens(d: Difference) -> bool:
-    """Written as a text, or as an object with the text as `content`."""
-    check = lambda v: is_text(v) or (isinstance(v, dict) and is_text(v.get("content")))
-    return str(d.path[0]).endswith("_token") and both(check, d, None, ABSENT)
+    """Written as a text, or as an object with the text as `content`; a token where it is one that Burnish uses."""
+    name, used = str(d.path[0]), ("bos_token", "eos_token", "pad_token")
+    of = lambda v: v.get("content") if isinstance(v, dict) else v
+    check = lambda v: is_text(of(v)) and (name not in used or of(v) in vocabulary())
+    return name.endswith("_token") and both(check, d, None, ABSENT)
 
 
 # ---- rows
@@ -234,8 +310,11 @@ def of_any_json(d: Difference) -> bool:
     return d.after is ABSENT or is_json(d.after)
 
 
+LESSONS = {"tokens": TOKENS - 1, "ids": TOKENS - 1, "trained": 1, "lengths": MOST}  # the largest
+
+
 def of_ids_of_lessons(d: Difference) -> bool:
-    return d.path != ("logprobs",) and of_same_dtype(d)
+    return d.path[0] in LESSONS and of_same_dtype(d) and d.after.within(0, LESSONS[d.path[0]])
 
 
 TOKENIZER, SETTINGS, MOE = (
@@ -243,15 +322,40 @@ TOKENIZER, SETTINGS, MOE = (
     "tokenizer/tokenizer_config",
     ("config/qwen2_moe", "config/qwen3_moe"),
 )
+
+
+# ---- what a whole file says
+
+
+def has_experts_enough(config: Any) -> bool:
+    """No token has more experts than there are."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    most = next((config[name] for name in names if name in config), MOST)
+    return config.get("num_experts_per_tok", 1) <= most
+
+
+def has_distinct_ids(tokenizer: Any) -> bool:
+    """No two tokens have one id, and no token has two."""
+    named = [*tokenizer["model"]["vocab"].items()]
+    named += [(token["content"], token["id"]) for token in tokenizer.get("added_tokens") or []]
+    found = set(named)
+    return len(found) == len({name for name, _ in found}) == len({token for _, token in found})
+
+
+CONSISTENT = {"config": has_experts_enough, "tokenizer/tokenizer": has_distinct_ids}
+
 OF_SCORE_BIAS = keys(("score_bias",), lambda value: is_number(value, -sys.float_info.max), ABSENT)
 CLASSES = (
     Class("number", CONFIGS, keys(SCALES, is_number, ABSENT), "another finite scale is another model"),
-    Class("rope", CONFIGS, keys(ROPE, is_in_rope, None, ABSENT), "other frequencies; absent is the rule's"),
+    Class("rope", CONFIGS, keys(ROPE_BASES, is_base, ABSENT), "other frequencies; absent is the rule's"),
+    Class("rope", CONFIGS, keys(ROPE_FACTORS, is_in_rope), "other frequencies"),
+    Class("rope", CONFIGS, keys(ROPE_FREE, lambda v: v == 0 or is_in_rope(v), None, ABSENT), "another scale"),
     Class("rope type", CONFIGS, of_rope_kind, "another rule for the frequencies, with its numbers"),
     Class("no rope", CONFIGS, of_rope_whole, "without an object the architecture's own rule holds"),
-    Class("count", CONFIGS, keys(COUNTS, is_whole, ABSENT), "no tensor's size: how many experts, how far"),
-    Class("window", CONFIGS, keys(("sliding_window",), is_whole, None, ABSENT), "how far a token sees"),
-    Class("no dense layer", MOE, keys(("intermediate_size",), is_whole, ABSENT), "no tensor has it"),
+    Class("count", CONFIGS, keys(COUNTS, is_whole, ABSENT), "where the kind of layer changes"),
+    Class("count", CONFIGS, keys(NUMBERS_OF, is_size, ABSENT), "no tensor's size: how many experts, how far"),
+    Class("window", CONFIGS, keys(("sliding_window",), is_size, None, ABSENT), "how far a token sees"),
+    Class("no dense layer", MOE, keys(("intermediate_size",), is_size, ABSENT), "no tensor has it"),
     Class("switch", CONFIGS, keys(SWITCHES, is_flag, ABSENT), "true and false are two models, both built"),
     Class("layers", CONFIGS, of_layers, "which layers slide, rotate or have experts"),
     Class("ids", CONFIGS, of_ids, "another end or padding, perhaps one that the model has no row for"),
@@ -259,7 +363,7 @@ CLASSES = (
     Class("ids", "generation", of_ids, "another end or padding"),
     Class("carried", "generation", of_carried, "not ours to read: written again as it stands"),
     Class("bias", "reward/config", OF_SCORE_BIAS, "a constant"),
-    Class("weights", "weights", of_weights, "other numbers are another model; NaN is loaded as it stands"),
+    Class("weights", "weights", of_weights, "other finite numbers are another model"),
     Class("weights", "reward/weights", of_weights, "other numbers are another model"),
     Class("weights", "4bit/weights", of_weights, "other codes, scales and tables are other weights"),
     Class("packing", "4bit/weights", of_state, "the mean of the scales is a number in the state"),
@@ -276,13 +380,13 @@ CLASSES = (
     Class("special tokens", "tokenizer", of_special_tokens, "another token begins, ends or pads"),
     Class("begins", SETTINGS, keys(("add_bos_token",), is_flag, None, ABSENT), "texts begin with bos or not"),
     Class("template", SETTINGS, keys(("chat_template",), is_text), "another program"),
-    Class("ids", "tokenizer/generation_config", of_ids, "other ids end a generation"),
+    Class("ids", "tokenizer/generation_config", of_known_ids, "other ids end a generation"),
     Class("program", "template", lambda d: both(is_text, d), "another program writes another text"),
     Class("variables", "flags/kwargs", of_any_json, "a variable is whatever JSON can say"),
     Class("tools", "flags/tools", of_any_json, "tools are rendered as they stand"),
     Class("rows", "rows", of_rows, "a row less or more is an example less or more, and counted"),
     *(Class("cells", f"rows/{kind}", of_cells(kind), "another text is another example") for kind in READ),
-    Class("state", "run/checkpoint", of_same_dtype, "another state: the file has no checksum"),
+    Class("state", "run/checkpoint", of_training, "another state: the file has no checksum"),
     Class("step", "run/checkpoint", of_step, "the run goes on from the step that the file names"),
     Class("ids", "lessons", of_ids_of_lessons, "other ids, of the tokenizer's"),
     Class("log-probabilities", "lessons", of_logprobs, "another teacher, as far as it can be one"),

@@ -24,7 +24,14 @@ class _Absent:
 
 
 ABSENT = _Absent()
-FORMATS = {"F64": "<d", "F32": "<f", "F16": "<e"}  # BF16 is the upper half of an F32
+FORMATS = {
+    "F64": "<d",
+    "F32": "<f",
+    "F16": "<e",
+    "I64": "<q",
+    "I32": "<i",
+    "U8": "<B",
+}  # BF16 is half of an F32
 BROKEN = (OSError, EOFError, zlib.error, struct.error)
 ROWS = ("lines", "list", "gzip", "parquet")
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -45,15 +52,14 @@ class Numbers(NamedTuple):
     dtype: str
     shape: tuple[Any, ...]
     raw: bytes
-    numbers: tuple[float, ...] = ()  # those of floats
+    numbers: tuple[float, ...] = ()  # where its dtype is one of FORMATS, or BF16
 
     @property
-    def finite(self) -> bool | None:
-        return all(map(math.isfinite, self.numbers)) if self.numbers else None
+    def finite(self) -> bool:
+        return all(map(math.isfinite, self.numbers))
 
-    @property
-    def most(self) -> float:
-        return max(self.numbers)
+    def within(self, least: float, most: float) -> bool:
+        return all(least <= number <= most for number in self.numbers)
 
     def __repr__(self) -> str:
         return f"{self.dtype} {self.shape} finite={self.finite}"
@@ -70,6 +76,10 @@ def differences(holds: str, whole: bytes, changed: bytes) -> list[Difference] | 
         return [*(_between_rows(one, other) if holds in ROWS else _between(one, other, ()))]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, *BROKEN):
         return None
+
+
+def value_of(holds: str, data: bytes) -> Any:
+    return _VALUES[holds](data)
 
 
 def with_difference(whole: bytes, difference: Difference) -> bytes:
@@ -162,13 +172,13 @@ def _tensors(data: bytes) -> dict[str, Any]:
         (a, b), dtype, shape = entry["data_offsets"], entry["dtype"], tuple(entry["shape"])
         if a != end or b - a != math.prod(shape) * DTYPES[dtype]:
             raise ValueError(f"{name}: its bytes are not those of its shape")
-        found[name], end = Numbers(dtype, shape, body[a:b], _floats(dtype, body[a:b])), b
+        found[name], end = Numbers(dtype, shape, body[a:b], _numbers(dtype, body[a:b])), b
     if end != len(body):
         raise ValueError("bytes that no tensor has")
     return found
 
 
-def _floats(dtype: str, raw: bytes) -> tuple[float, ...]:
+def _numbers(dtype: str, raw: bytes) -> tuple[float, ...]:
     if dtype == "BF16":
         raw, dtype = b"".join(b"\0\0" + raw[i : i + 2] for i in range(0, len(raw), 2)), "F32"
     if dtype not in FORMATS:
@@ -196,7 +206,7 @@ def _gguf(data: bytes) -> dict[str, Any]:
     start = -(-at // 32) * 32
     for name, shape, kind, offset in tensors:
         raw = data[start + offset : start + offset + 4 * math.prod(shape)]
-        found[name] = Numbers(f"{kind}", (*shape, offset), raw, _floats("F32", raw) if kind == 0 else ())
+        found[name] = Numbers(f"{kind}", (*shape, offset), raw, _numbers("F32", raw) if kind == 0 else ())
     return found
 
 

@@ -17,8 +17,10 @@ from burnish.model.adapter import add_lora
 from burnish.model.checkpoint import load_model, load_scalar_model, save_model
 from burnish.model.config import ModelConfig
 from burnish.model.scalar import ScalarModel
+from burnish.model.template import TOOL_TEMPLATE_FILE
 from burnish.model.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 DATA = Path(__file__).parents[1] / "data"
@@ -53,8 +55,9 @@ ROW_TEMPLATE = "{% if prompt %}{{ prompt | trim }} is? ||| {{ completion }}{% en
 TOOLS = [
     {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 ]
-STEPS = (
-    *("--steps", "3", "--save-every", "2", "--batch-size", "2", "--learning-rate", "1e-3"),
+STEPS = 3  # of a run
+FLAGS = (
+    *("--steps", f"{STEPS}", "--save-every", "2", "--batch-size", "2", "--learning-rate", "1e-3"),
     *("--device", "cpu"),
 )
 
@@ -128,10 +131,18 @@ def _small(folder: Path) -> None:
     tokenizer = Tokenizer.load(DATA / "tokenizer")
     tokenizer.chat_template = TEMPLATE
     save_model(Transformer(SMALL, seed=1), folder, tokenizer)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["pad_token"]  # what stands in both is read in this file
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
     special = {"eos_token": "<|im_end|>", "pad_token": {"content": "<|endoftext|>", "lstrip": False}}
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=1))
     (folder / "kwargs.json").write_text('{"enable_thinking": true}')
     (folder / "tools.json").write_text(json.dumps(TOOLS))
+
+    own = folder.with_name("tool-template")
+    shutil.copytree(folder, own)
+    (own / TOOL_TEMPLATE_FILE).parent.mkdir()
+    (own / TOOL_TEMPLATE_FILE).write_text(TEMPLATE.replace("Tools: ", "Call one of: "))
 
 
 # ---- rows
@@ -189,12 +200,29 @@ def _run(folder: Path) -> None:
     shutil.copytree(folder / "small", own / "base")
     shutil.copy(folder / "rows-completions" / "rows.jsonl", own)
     with chdir(own):
-        flags = ("--model", "base", "--data", "rows.jsonl", "--output", "out", *STEPS)
+        flags = ("--model", "base", "--data", "rows.jsonl", "--output", "out", *FLAGS)
         sft.train(tyro.cli(sft.Config, args=flags))
     records = [{"step": i // 2, "prompt": "1", "completion": "2", "reward": 0.5} for i in range(6)]
     (own / "out" / "completions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     for done in ("model", "step-2"):
         shutil.rmtree(own / "out" / done)
+    shutil.copytree(own, folder / "run-of-two")
+    _share_out(folder / "run-of-two" / "out" / "checkpoint.safetensors")
+
+
+def _share_out(file: Path) -> None:
+    """A checkpoint as two processes write it: each has half of the rows of what has rows."""
+    tensors = load_file(file)
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    other = file.with_name("checkpoint-2-1-of-2.safetensors")
+    half = {name: -(-len(tensor) // 2) for name, tensor in tensors.items() if tensor.dim()}
+    shared = metadata | {"others": json.dumps([other.name])}
+    first, second = (json.dumps(starts) for starts in (dict.fromkeys(half, 0), half))
+    save_file(
+        {n: t[: half.get(n)] if t.dim() else t for n, t in tensors.items()}, file, shared | {"starts": first}
+    )
+    save_file({n: tensors[n][start:] for n, start in half.items()}, other, shared | {"starts": second})
 
 
 def _lessons(folder: Path) -> None:

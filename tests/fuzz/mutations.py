@@ -131,7 +131,7 @@ def of_value(
         return draw.choice(ODD), "whole value"
     value, path = copy.deepcopy(value), draw.choice(found)
     parent, key = at(value, path[:-1]), path[-1]
-    kind = draw.choice(("set", "set", "set", "set", "number", "delete", "rename", "add", "swap", "wrap"))
+    kind = draw.choice((*("set", "number", "retype") * 2, "delete", "rename", "add", "swap"))
     what = f"{kind} {'.'.join(map(str, path))[:120]}"
     if kind == "delete":
         del parent[key]
@@ -142,8 +142,9 @@ def of_value(
     elif kind == "swap":
         parent[key] = copy.deepcopy(at(value, other := draw.choice(found)))
         what += f" from {'.'.join(map(str, other))[:120]}"
-    elif kind == "wrap":
-        parent[key] = draw.choice(([parent[key]], {"x": parent[key]}, str(parent[key])))
+    elif kind == "retype":
+        parent[key] = new = draw.choice(_retyped_values(parent[key]))
+        what += f" = {new!r:.60}"
     elif kind == "number" and isinstance(parent[key], int | float) and not isinstance(parent[key], bool):
         factor = draw.choice((-1, 2, 3, 0.5, 10**6))
         parent[key] = type(parent[key])(parent[key] * factor + draw.choice((-1, 0, 1)))
@@ -152,6 +153,22 @@ def of_value(
         parent[key] = new = draw.choice(ODD)
         what += f" = {new!r:.60}"
     return value, what
+
+
+def _retyped_values(value: Any) -> list[Any]:
+    """What a careless reader takes for the same."""
+    found = [[value], {"x": value}, str(value), str(value), bool(value)]
+    if isinstance(value, bool | int | float):
+        found += [int(value), float(value), value + 0.5]
+    elif isinstance(value, list):
+        found += [
+            value[1:],
+            value[:-1],
+            value + value[:1],
+            dict.fromkeys(map(str, value)),
+            value[0] if value else None,
+        ]
+    return found
 
 
 def dumped(value: Any) -> str:

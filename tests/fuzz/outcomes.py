@@ -4,11 +4,12 @@ accepted     it returned a digest of what it read
 clean        InputError: one line of at most 600 printable characters
 long         InputError of another form
 traceback    any other exception, which a user would see as one
-hang         no end within the time, of the processor or of the clock
-memory       more than the limit, held or asked for
+hang         no end within the time of the processor, or asleep for as long
+memory       more than the limit, held or asked for, also where the refusal became a message
 crash        a signal
-noise        something that no code of ours prints stood on standard error, a panic's text for instance
-left         a refused reader left a file behind that is not whole
+noise        a control character was printed, or something that no code of ours prints, a panic's text for instance
+reach        it began a program, used the network, unpickled, or opened a file that is none of its own
+left         a file stood there afterwards that is not whole
 """
 
 import faulthandler
@@ -18,15 +19,16 @@ import re
 import resource
 import select
 import signal
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from burnish.model.errors import InputError
+from reach import watched
 
 LONGEST = 600  # characters of a message
+AWAKE = 0.05  # of its seconds: what uses less of the processor while twice as many pass is asleep
 OURS = re.compile(
     r"^(warning: .*|\(beyond the .*|burnish.*|.*\d+%\|.*|.*\d+step.*|.*\d+/\d+ \[.*|)$"
 )  # and a progress bar's
@@ -54,26 +56,30 @@ class Outcome:
 def outcome_of(read: Callable[[Path], str], folder: Path, limits: Limits = Limits()) -> Outcome:
     """read: what returns a digest of what it read in `folder`. Its standard streams are the null device."""
     result, pipe = os.pipe()
-    noise = os.memfd_create("stderr")
+    streams = os.memfd_create("stdout"), os.memfd_create("stderr")
+    earlier = set(folder.iterdir())
     pid = os.fork()
     if pid == 0:
         try:
             os.close(result)
-            _in_fork(read, folder, limits, pipe, noise)
+            _in_fork(read, folder, limits, pipe, streams)
         finally:
             os._exit(0)
     os.close(pipe)
     found = _wait(pid, result, limits)
     if found.kind in ("accepted", "clean"):
-        found = _disturbed(noise, folder, found)
-    os.close(noise)
+        found = _disturbed(streams, found) or _left(folder, earlier, found) or found
+    for stream in streams:
+        os.close(stream)
     return found
 
 
-def _in_fork(read: Callable[[Path], str], folder: Path, limits: Limits, pipe: int, noise: int) -> None:
+def _in_fork(
+    read: Callable[[Path], str], folder: Path, limits: Limits, pipe: int, streams: tuple[int, int]
+) -> None:
     faulthandler.disable()  # a test run's would write past our standard error
     null = os.open(os.devnull, os.O_RDWR)
-    for stream, target in ((0, null), (1, null), (2, noise)):
+    for stream, target in ((0, null), *enumerate(streams, 1)):
         os.dup2(target, stream)
     signal.signal(signal.SIGXCPU, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CPU, (limits.seconds, limits.seconds + 1))
@@ -81,7 +87,10 @@ def _in_fork(read: Callable[[Path], str], folder: Path, limits: Limits, pipe: in
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + 2 * limits.bytes,) * 2)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    reached = watched(folder)
     found = _attempt(read, folder)
+    if reached():
+        found.kind, found.message = "reach", reached()
     found.grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
     if found.grown > limits.bytes:
         found.kind = "memory"
@@ -94,11 +103,21 @@ def _attempt(read: Callable[[Path], str], folder: Path) -> Outcome:
     except InputError as error:
         text = str(error)
         right = text.isprintable() and 0 < len(text) <= LONGEST
-        return Outcome("clean" if right else "long", message=text[: 2 * LONGEST], where=_place(error))
+        kind = "memory" if _asked_for_too_much(error) else "clean" if right else "long"
+        return Outcome(kind, message=text[: 2 * LONGEST], where=_place(error))
     except BaseException as error:
         text = f"{type(error).__name__}: {error}"
-        asked = isinstance(error, MemoryError) or re.search(r"(can't|cannot|Unable to) allocate", text)
-        return Outcome("memory" if asked else "traceback", message=text[: 2 * LONGEST], where=_place(error))
+        kind = "memory" if _asked_for_too_much(error) else "traceback"
+        return Outcome(kind, message=text[: 2 * LONGEST], where=_place(error))
+
+
+def _asked_for_too_much(error: BaseException | None) -> bool:
+    """Also where a message has been made of it: another machine would have had the memory."""
+    while error is not None:
+        if isinstance(error, MemoryError) or re.search(r"(can't|cannot|Unable to) allocate", str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _place(error: BaseException) -> str:
@@ -110,19 +129,19 @@ def _place(error: BaseException) -> str:
 
 
 def _wait(pid: int, result: int, limits: Limits) -> Outcome:
-    """The limit on the clock is twice that of the processor: machines are shared."""
-    pieces, end = [], time.monotonic() + 2 * limits.seconds
+    """The kernel ends what uses its processor time up; here ends what sleeps. Waiting for a busy machine is neither."""
+    pieces, used = [], 0.0
     with os.fdopen(result, "rb", buffering=0) as pipe:
-        while (left := end - time.monotonic()) > 0:
-            if not select.select([pipe], [], [], left)[0]:
+        while True:
+            if select.select([pipe], [], [], 2 * limits.seconds)[0]:
+                if not (piece := pipe.read(1 << 16)):
+                    break
+                pieces.append(piece)
+            elif (now := _processor_time(pid)) - used < AWAKE * limits.seconds:
+                os.kill(pid, signal.SIGKILL)
                 break
-            if not (piece := pipe.read(1 << 16)):
-                break
-            pieces.append(piece)
-        else:
-            left = 0
-    if left <= 0 or time.monotonic() >= end:
-        os.kill(pid, signal.SIGKILL)
+            else:
+                used = now
     _, status = os.waitpid(pid, 0)
     if pieces:
         return Outcome(**json.loads(b"".join(pieces)))
@@ -132,14 +151,25 @@ def _wait(pid: int, result: int, limits: Limits) -> Outcome:
     return Outcome("crash", message=f"signal {number}, status {status}")
 
 
-def _disturbed(noise: int, folder: Path, found: Outcome) -> Outcome:
-    """Whether it printed what is none of ours, or left something behind."""
-    os.lseek(noise, 0, os.SEEK_SET)
-    text = os.read(noise, 1 << 20).decode(errors="replace")
-    odd = [line for line in re.split(r"[\n\r]", text) if not OURS.match(line.strip())]
-    if odd:
-        return Outcome("noise", message=odd[0][: 2 * LONGEST], where=found.where)
+def _processor_time(pid: int) -> float:
+    """Seconds, of its user's and the kernel's."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _disturbed(streams: tuple[int, int], found: Outcome) -> Outcome | None:
+    """Whether it printed what no program prints to a terminal, or on standard error what is none of ours."""
+    for stream, may_stand in zip(streams, (re.compile(".*"), OURS), strict=True):
+        os.lseek(stream, 0, os.SEEK_SET)
+        for line in re.split(r"[\n\r]+", os.read(stream, 1 << 20).decode(errors="replace")):
+            if not line.isprintable() or not may_stand.match(line.strip()):
+                return Outcome("noise", message=line[: 2 * LONGEST], where=found.where)
+    return None
+
+
+def _left(folder: Path, earlier: set[Path], found: Outcome) -> Outcome | None:
+    """Whether something lies there that is not whole, or anything new although the file was refused."""
     left = [entry for entry in folder.rglob(".*") if entry.name.endswith((".partial", ".earlier"))]
-    if left:
-        return Outcome("left", message=str(left[0]), where=found.where)
-    return found
+    if found.kind == "clean":
+        left += set(folder.iterdir()) - earlier
+    return Outcome("left", message=str(left[0]), where=found.where) if left else None

@@ -23,9 +23,11 @@ from burnish.algorithms._preferences import judged_completions, preferences
 from burnish.algorithms._rows import read_rows
 from burnish.model.checkpoint import load_model, load_scalar_model
 from burnish.model.convert import convert_gguf
+from burnish.model.errors import InputError
 from burnish.model.packed import pack
+from burnish.model.template import TOOL_TEMPLATE_FILE
 from burnish.model.tokenizer import Tokenizer
-from inputs import STEPS
+from inputs import FLAGS, rows_of
 from mutations import Mutation, of_adapter_config, of_bytes, of_json, of_safetensors
 from programs import of_gguf, of_gzip, of_lines, of_list, of_parquet, of_template
 
@@ -106,9 +108,17 @@ def of_tokenizer(folder: Path) -> str:
     tokenizer = Tokenizer.load(folder)
     made = _of_texts(tokenizer)
     tokenizer.save(folder / "saved")
-    again = Tokenizer.load(folder / "saved")
-    assert _of_texts(again) == made, "saved and read again, it is another tokenizer"
+    again = saved(_of_texts, Tokenizer.load, folder / "saved")
+    assert again == made, "saved and read again, it is another tokenizer"
     return digest(made)
+
+
+def saved(look: Callable[[Any], Any], load: Callable[[Path], Any], folder: Path) -> Any:
+    """What was read has been saved by us: to refuse it now is a fault of ours."""
+    try:
+        return look(load(folder))
+    except InputError as error:
+        raise AssertionError(f"saved, it cannot be read again: {error}") from error
 
 
 def _of_texts(tokenizer: Tokenizer) -> list[Any]:
@@ -127,6 +137,10 @@ def of_template_file(folder: Path) -> str:
     tokenizer = Tokenizer.load(folder)
     rows = [{"messages": TALK}, {"messages": TALK[:2]}]
     return digest(_of_texts(tokenizer), _without_places(*sft_examples(rows, tokenizer, max_length=200)))
+
+
+def of_tool_template(folder: Path) -> str:
+    return digest(_without_places(*sft_examples([*rows_of("tools")], Tokenizer.load(folder), max_length=200)))
 
 
 @cache
@@ -154,8 +168,8 @@ def of_lessons(inputs: Path, folder: Path) -> str:
 
 
 def of_run(folder: Path) -> str:
-    """The model that it ends with, and the losses that it wrote."""
-    flags = ("--model", "base", "--data", "rows.jsonl", "--output", "out", "--resume", *STEPS)
+    """The model that it ends with."""
+    flags = ("--model", "base", "--data", "rows.jsonl", "--output", "out", "--resume", *FLAGS)
     with chdir(folder):
         sft.train(tyro.cli(sft.Config, args=flags))
     weights = (folder / "out" / "model" / "model.safetensors").read_bytes()
@@ -168,6 +182,8 @@ def of_gguf_file(folder: Path) -> str:
         *("model.safetensors", "config.json", "generation_config.json", "tokenizer.json"),
         "tokenizer_config.json",
     )
+    saved(lambda tokenizer: tokenizer.stop_ids, Tokenizer.load, folder / "out")
+    saved(lambda model: model.config, load_model, folder / "out")
     return digest(*((folder / "out" / name).read_bytes() for name in names))
 
 
@@ -233,6 +249,8 @@ def readers(inputs: Path) -> list[Reader]:
     run = {"checkpoint.safetensors": "safetensors", "config.json": "json", "metrics.jsonl": "lines"}
     for name, kind in (run | {"completions.jsonl": "lines"}).items():
         found.append(Reader(f"run/{name.partition('.')[0]}", "run", {f"out/{name}": kind}, of_run, True))
+    shared = {f"out/{name}.safetensors": "safetensors" for name in ("checkpoint", "checkpoint-2-1-of-2")}
+    found.append(Reader("run/checkpoint/shared", "run-of-two", shared, of_run, True))
     lessons = {"lessons.safetensors": "safetensors"}
     found += [
         Reader("lessons", "lessons", lessons, partial(of_lessons, inputs)),
@@ -268,6 +286,7 @@ def _texts(inputs: Path) -> list[Reader]:
     return [
         *found,
         Reader("template/chat", "small", {"chat_template.jinja": "template"}, of_template_file),
+        Reader("template/tools", "tool-template", {TOOL_TEMPLATE_FILE: "template"}, of_tool_template),
         Reader("template/rows", "rows-completions", template, completions),
     ]
 

@@ -92,12 +92,14 @@ def of_text(value: Any) -> Any:
 
 
 def is_message(value: Any) -> bool:
-    """A turn: a role, and content as text, as parts of text, or none where it calls tools."""
+    """A turn: a role, and content as text, as parts of text, or none where it calls tools; a tool says any JSON."""
     if not isinstance(value, dict) or not is_json(value):
         return False
     role, content = value.get("role", value.get("from")), value.get("content", value.get("value"))
     calls = value.get("tool_calls", value.get("function_call"))
-    if isinstance(content, list):
+    if role in ("tool", "observation", "function"):
+        said = True
+    elif isinstance(content, list):
         said = all(isinstance(part, dict) and is_text(part.get("text")) for part in content)
     else:
         said = is_text(content) or (content is None and bool(calls))

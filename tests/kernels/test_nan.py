@@ -20,7 +20,9 @@ from torch import Tensor
 
 # what the op's numbers do not depend on, or no number in [0, 1)
 LEFT_OUT = {("dequantize_nf4", "like"), ("sample_tokens", "noise")}
-SLOW_INTERPRETED = ("flash_attention", "moe_mlp", "token_divergence", "topk_divergence")
+SLOW_INTERPRETED = (  # attention has tests of its own below
+    *("flash_attention", "decode_attention", "moe_mlp", "token_divergence", "topk_divergence"),
+)
 
 
 Place = int | slice
@@ -56,7 +58,7 @@ def tables():
     """Each float tensor of each op. Quick are those of no case before; interpreted the first case's, as small as is."""
     seen, ops = set(), set()
     for case in CASES:
-        smallest = INTERPRET and case.op not in ("decode_attention", "sample_tokens")
+        smallest = INTERPRET and case.op != "sample_tokens"
         for index in (0, 1)[: len(case.shapes)]:
             for name, t in case.inputs(case.shapes[index], torch.float32, "cpu").items():
                 if t is None or not t.is_floating_point() or (case.op, name) in LEFT_OUT:
@@ -178,9 +180,17 @@ def test_an_infinite_score(sign: int, with_lse: bool, device: str):
         torch.testing.assert_close(out[:, 1:], flash_attention(q[:, 1:], k[:, 1:], v[:, 1:]))
 
 
-@pytest.mark.parametrize("broken", ["q", "k_cache", "v_cache", "sinks"])
-@pytest.mark.parametrize("length", [1, FEW_KEYS - 1, 40])
-@pytest.mark.parametrize("prefixed", [False, True], ids=["own", "prefix"])
+def decode_tables():
+    """Interpreted, quick are long prefixes of each tensor: few keys are a path of the CPU."""
+    for prefixed, length, broken in product(
+        (False, True), (1, FEW_KEYS - 1, 40), ("q", "k_cache", "v_cache", "sinks")
+    ):
+        marks = [] if not INTERPRET or (prefixed and length == 40) else [pytest.mark.slow]
+        name = f"{'prefix' if prefixed else 'own'}-{length}-{broken}"
+        yield pytest.param(prefixed, length, broken, id=name, marks=marks)
+
+
+@pytest.mark.parametrize("prefixed, length, broken", [*decode_tables()])
 def test_decode(prefixed: bool, length: int, broken: str, device: str):
     assert_decode(decode_attention, prefixed, length, broken, device)
 

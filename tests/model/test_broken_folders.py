@@ -146,7 +146,7 @@ def test_a_number_that_allocates_nothing_may_be_large(data, tmp_path, name, key)
 
 # ---- types
 
-TYPES = [{"a": 1}, [], [[]], [None], "\x00", "a" * 5000, True, -1, 1.5, 10**30]
+TYPES = [{"a": 1}, [None], "\x00" + "a" * 5000, True, -1, 10**30]
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_an_end_token_that_no_vocabulary_can_have(folder, value):
 
 
 def test_what_stands_in_generation_config_is_written_again(folder, tmp_path):
-    content = {"eos_token_id": [1, 2], "pad_token_id": [[None]], "x": {"y": "z"}, "top_p": "0.9"}
+    content = {"eos_token_id": [1, 2], "pad_token_id": -1, "x": {"y": "z"}, "top_p": "0.9"}
     (folder / "generation_config.json").write_text(json.dumps(content))
     save_model(load_model(folder), tmp_path / "again")
     assert json.loads((tmp_path / "again" / "generation_config.json").read_text()) == content

@@ -119,6 +119,7 @@ def test_another_dtype_and_an_untied_head(given, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
+        ({"tokenizer.ggml.add_bos_token": "false"}, "add_bos_token: expected true or false, got false"),
         (
             {"general.architecture": "qwen2"},
             r"small\.gguf: general\.architecture: expected 'llama', got 'qwen2'",

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -95,11 +96,15 @@ def breaking(file: Path, name: str, number: float, dtype: torch.dtype | None = N
     return f"{file}: {name}: "
 
 
-@pytest.mark.parametrize("number", [NAN, INF, -INF])
-@pytest.mark.parametrize(
-    "name", ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight"]
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def weights():
+    """Each dtype, name and number, quick in one combination with others."""
+    dtypes, numbers = (torch.float32, torch.bfloat16, torch.float16), (NAN, INF, -INF)
+    names = "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight"
+    for i, j, k in product(range(3), repeat=3):
+        yield pytest.param(names[i], numbers[j], dtypes[k], marks=[] if i == j == k else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name, number, dtype", [*weights()])
 def test_a_weight(folder: Path, name: str, number: float, dtype: torch.dtype):
     where = breaking(folder / "model.safetensors", name, number, dtype)
     for wanted in (torch.float32, torch.float16):

@@ -296,7 +296,7 @@ def test_a_long_conversation_has_a_larger_budget():
     """Some published templates read all messages for each of them."""
     inner = "{% for b in messages %}{% if a.content == b.content %}{% endif %}{% endfor %}"
     source = "{% for a in messages %}" + inner + "{% endfor %}"
-    assert ChatTemplate(source).render(TALK * 600, {}) == ""
+    assert ChatTemplate(source).render(TALK * 400, {}) == ""
 
 
 # ---- what is no attack stays as it is

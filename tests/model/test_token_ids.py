@@ -99,3 +99,11 @@ def test_a_token_of_generation_config_is_an_id(key, tmp_path):
         file.write_text(json.dumps({key: value}))
         with pytest.raises(InputError, match=rf"generation_config\.json: {key}: expected a token's id, got"):
             load_model(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), [{"y": float("-inf")}]])
+def test_a_number_that_is_not_finite_is_not_carried_along(value, tmp_path):
+    folder = shutil.copytree(DATA / "tiny-hf" / "llama", tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"temperature": value}))
+    with pytest.raises(InputError, match=r"generation_config\.json: expected numbers that JSON has"):
+        load_model(folder)
