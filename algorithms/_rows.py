@@ -22,10 +22,15 @@ from ..model.errors import InputError, shown
 from ..model.text_files import check_regular, parse_json
 
 MOST_LINE = 64 * 2**20  # bytes of one line: a row of more text than any model reads
-FREE_BYTES, MOST_RATIO = 4 * 2**20, 100  # what may come out of packed bytes: so much, and times their number
-FREE_TABLE, TABLE_RATIO = 16 * 2**20, 400  # of parquet, which holds the tools that all rows have once
+FREE_BYTES, MOST_RATIO = 16 * 2**20, 200  # what may come out of packed bytes: so much, and times their number
+ROW_BYTES, TEXT_OF_OBJECT = (
+    200,
+    16,
+)  # memory of a row however short it is; objects of less text count like rows
+FREE_TABLE, TABLE_RATIO = 16 * 2**20, 1000  # of parquet, which holds the tools that all rows have once
+VALUE_BYTES = 16  # that each value of parquet counts beside its own, which may be a bit
 FREE_ROWS = 300_000  # of parquet, beyond which a file has no more rows than bytes
-BATCH_ROWS = 64  # of a parquet file that are unpacked before their size is known
+BATCH_ROWS = 32  # of a parquet file that are unpacked before their size is known
 MOST_NESTED = 25  # types of a column in one another
 ACCOUNT: dict[str, Callable[[], Any]] = {"used": set, "ignored": set, "notes": Counter, "read_variables": set}
 
@@ -193,8 +198,9 @@ class Bound:
     def __init__(self, path: Path, raw: BinaryIO):
         self.path, self.raw, self.found = path, raw, 0
 
-    def add(self, count: int) -> None:
-        self.found += count
+    def add(self, text: bytes, lines: int) -> None:
+        objects = text.count(b"{") - len(text) // TEXT_OF_OBJECT
+        self.found += len(text) + ROW_BYTES * max(lines, objects)
         if self.found > FREE_BYTES + MOST_RATIO * self.raw.tell():
             raise InputError(
                 f"{self.path}: unpacks to more than {MOST_RATIO} times its size: expected rows; unpack it "
@@ -220,12 +226,10 @@ def _json_rows(path: Path, file: Any, bound: Bound | None, may_be_list: bool) ->
 
 def _lines(path: Path, file: Any, bound: Bound | None) -> Iterator[tuple[int, str]]:
     """(number, text) of the lines that are not empty, in UTF-8; they end as in text files of any system."""
-    number = uncounted = 0
+    number = 0
     while line := file.readline(MOST_LINE + 1):
-        uncounted += len(line)
-        if bound is not None and uncounted > 2**16:  # a file may have millions of empty lines
-            bound.add(uncounted)
-            uncounted = 0
+        if bound is not None:
+            bound.add(line, 1 + line.count(b"\r", 0, -2))
         if line == b"\n":
             number += 1
             continue
@@ -245,7 +249,7 @@ def _entries(path: Path, file: Any, bound: Bound | None) -> Iterator[Row]:
     while piece := file.read(2**20):
         pieces.append(piece)
         if bound is not None:
-            bound.add(len(piece))
+            bound.add(piece, 0)
     try:
         values = parse_json(b"".join(pieces).decode("utf-8"), str(path))
     except UnicodeDecodeError as error:
@@ -274,16 +278,18 @@ def _read_parquet(path: Path) -> list[Row]:
             names, size, found = file.schema_arrow.names, os.path.getsize(path), 0
             if twice := [name for name, count in Counter(names).items() if count > 1]:
                 raise InputError(f"{path}: column {shown(twice[0])}: expected once, stands there twice")
-            for batch in file.iter_batches(BATCH_ROWS):
-                found += batch.nbytes
+            first = next(file.iter_batches(1), None)  # of long rows fewer at a time
+            many = FREE_TABLE // max(first.nbytes if first else 1, 1)
+            for batch in file.iter_batches(min(max(many, 1), BATCH_ROWS)):
+                arrays = [_decoded(cells) for cells in batch.columns]
+                found += sum(cells.nbytes for cells in arrays)
                 if found > FREE_TABLE + TABLE_RATIO * size:
                     raise InputError(
                         f"{path}: unpacks to more than {TABLE_RATIO} times its size: expected rows"
                     )
-                batch.validate(full=True)
-                columns = [
-                    _cells(path, name, cells) for name, cells in zip(names, batch.columns, strict=True)
-                ]
+                for cells in arrays:
+                    cells.validate(full=True)
+                columns = [_cells(path, name, cells) for name, cells in zip(names, arrays, strict=True)]
                 for cells in zip(*columns, strict=True):
                     value = dict(zip(names, cells, strict=True))
                     rows.append(_row(value, f"{path} row {len(rows) + 1}", from_arrow=True))
@@ -302,7 +308,8 @@ def _check_footer(path: Path, footer: Any) -> None:
         raise InputError(f"{path}: not a parquet file that can be read: its counts of rows differ")
     if footer.num_rows > max(FREE_ROWS, size):
         raise InputError(f"{path}: expected no more rows than the file's {size} bytes, got {footer.num_rows}")
-    unpacked = sum(max(g.column(i).total_uncompressed_size, 0) for g in groups for i in range(g.num_columns))
+    columns = [group.column(i) for group in groups for i in range(group.num_columns)]
+    unpacked = sum(max(c.total_uncompressed_size, 0) + VALUE_BYTES * max(c.num_values, 0) for c in columns)
     if unpacked > FREE_TABLE + TABLE_RATIO * size:
         raise InputError(f"{path}: unpacks to more than {TABLE_RATIO} times its size: expected rows")
 
@@ -313,6 +320,11 @@ def _check_type(where: str, type_: Any, depth: int = 0) -> None:
         raise InputError(f"{where}: expected at most {MOST_NESTED} types in one another")
     for i in range(type_.num_fields):
         _check_type(where, type_.field(i).type, depth + 1)
+
+
+def _decoded(cells: Any) -> Any:
+    """A text for each row, where a column has each text once and numbers of them."""
+    return cells.dictionary_decode() if hasattr(cells, "dictionary_decode") else cells
 
 
 def _cells(path: Path, name: str, cells: Any) -> list[Any]:

@@ -12,7 +12,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -198,11 +198,11 @@ def _without_panics() -> Iterator[None]:
     """What Rust writes to standard error about a panic is not shown, if there is one; all else is."""
     try:
         sys.stderr.flush()
-        saved = os.dup(2)
-    except (OSError, ValueError, AttributeError):  # there is no standard error
+        written, saved = tempfile.TemporaryFile(), os.dup(2)  # noqa: SIM115 (closed below)
+    except (OSError, ValueError, AttributeError):  # there is no standard error, or no place for a file
         yield
         return
-    with tempfile.TemporaryFile() as written:
+    with written:
         os.dup2(written.fileno(), 2)
         failed = True
         try:
@@ -213,4 +213,5 @@ def _without_panics() -> Iterator[None]:
             os.close(saved)
             written.seek(0)
             if not failed:
-                os.write(2, written.read())
+                with suppress(OSError):  # standard error may be full, or a terminal that is no more
+                    os.write(2, written.read())

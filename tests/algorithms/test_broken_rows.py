@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import json
 import os
+import random
 import resource
 import sys
 from pathlib import Path
@@ -140,6 +141,17 @@ def test_repeated_rows_are_no_bomb(tmp_path):
     assert len(read_rows(write(tmp_path, "a.jsonl.gz", gzip.compress(ROW * 20_000)))) == 20_000
 
 
+def test_rows_that_differ_in_little_are_no_bomb(tmp_path):
+    """Generated problems behind one long prompt: 20 MB in 150 KB."""
+    draw, words = random.Random(0), [f"word{i * 7919 % 1000}" for i in range(1200)]
+    lines = (
+        json.dumps({"prompt": f"{' '.join(words)} {draw.randrange(100)} + {draw.randrange(100)}"})
+        for _ in range(2000)
+    )
+    data = gzip.compress("\n".join(lines).encode())
+    assert len(read_rows(write(tmp_path, "a.jsonl.gz", data))) == 2000
+
+
 def in_a_fork(function, gigabytes: float = 1.5, seconds: int = 10) -> str:
     """The sentence that a function returns with so much more memory and so much time, in a process of its own."""
     read_end, write_end = os.pipe()
@@ -165,14 +177,24 @@ MEBIBYTE = 2**20
 BOMBS = {
     "rows": (
         "a.jsonl.gz",
-        lambda: packed((b'{"a": "' + b"0" * 1000 + b'"}\n') * 1000, 500),
-        "unpacks to more than 100 times",
+        lambda: packed((b'{"a": "' + b"0" * 1000 + b'"}\n') * 20_000, 25),
+        "unpacks to more than 200 times",
     ),
-    "one line": ("a.jsonl.gz", lambda: packed(b"[" * MEBIBYTE, 1000), "unpacks to more than 100 times"),
+    "one line": ("a.jsonl.gz", lambda: packed(b"[" * MEBIBYTE, 1000), "unpacks to more than 200 times"),
     "one list": (
         "a.json.gz",
         lambda: packed(b"[{}," * (MEBIBYTE // 4), 1000),
-        "unpacks to more than 100 times",
+        "unpacks to more than 200 times",
+    ),
+    "rows of no text": (
+        "a.jsonl.gz",
+        lambda: packed(b"{}\r" * (10 * MEBIBYTE) + b"\n", 1),
+        "unpacks to more than 200 times",
+    ),
+    "a list of objects": (
+        "a.json.gz",
+        lambda: packed(b'{"":0},' * (2 * MEBIBYTE), 1),
+        "unpacks to more than 200 times",
     ),
     "a long line": (
         "a.jsonl",
@@ -202,20 +224,29 @@ def parquet(folder: Path, table, **options) -> Path:
 def bomb(name: str):
     import pyarrow
 
+    def in_one_list(numbers):
+        return pyarrow.table({"l": pyarrow.ListArray.from_arrays([0, len(numbers)], pyarrow.array(numbers))})
+
     match name:
         case "a text for all rows":
             text, indices = pyarrow.array(["x" * 100_000]), pyarrow.array([0] * 50_000, pyarrow.int32())
             return pyarrow.table({"text": pyarrow.DictionaryArray.from_arrays(indices, text)})
+        case "a long text for all rows":
+            text, indices = pyarrow.array(["x" * 15_000_000]), pyarrow.array([0] * 300, pyarrow.int32())
+            return pyarrow.table({"text": pyarrow.DictionaryArray.from_arrays(indices, text)})
         case "nulls":
             return pyarrow.table({"n": pyarrow.nulls(1_000_000)})
+        case "bits":
+            return in_one_list(np.zeros(3_000_000, bool))
         case _:
-            numbers = pyarrow.array(np.zeros(5_000_000))
-            return pyarrow.table({"l": pyarrow.ListArray.from_arrays([0, len(numbers)], numbers)})
+            return in_one_list(np.zeros(5_000_000))
 
 
-@pytest.mark.parametrize(
-    "name", ["a text for all rows", "nulls", pytest.param("a list", marks=pytest.mark.slow)]
-)
+SLOW = ("a list", "bits")
+PACKED = [pytest.param(name, marks=pytest.mark.slow) for name in SLOW]
+
+
+@pytest.mark.parametrize("name", ["a text for all rows", "a long text for all rows", "nulls", *PACKED])
 def test_parquet_bombs_stay_small(tmp_path, name):
     pytest.importorskip("pyarrow")
     path = parquet(tmp_path, bomb(name), compression="zstd")
@@ -227,8 +258,6 @@ def test_parquet_bombs_stay_small(tmp_path, name):
 @pytest.mark.parametrize("seed", range(3))
 def test_broken_bytes_of_parquet_are_named(tmp_path, seed):
     pyarrow = pytest.importorskip("pyarrow")
-    import random
-
     rows = [{"prompt": f"{i}+1=", "turns": [{"a": "x", "b": None}], "n": i} for i in range(50)]
     whole, draw = parquet(tmp_path, pyarrow.Table.from_pylist(rows)).read_bytes(), random.Random(seed)
 
@@ -283,6 +312,14 @@ def test_columns_of_parquet(tmp_path):
     assert len(read_rows(parquet(tmp_path, pyarrow.table({"": ["x"], "n": [1]})))) == 1
 
 
+def test_categories_of_parquet_count_as_the_texts_that_they_are(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    names = pyarrow.array([f"{i:04}" * 250 for i in range(2000)])  # 2 MB, which each batch shares
+    table = pyarrow.table({"text": pyarrow.DictionaryArray.from_arrays(pyarrow.array(range(2000)), names)})
+    rows = read_rows(parquet(tmp_path, table, compression="zstd"))
+    assert [row["text"] for row in rows] == names.to_pylist()
+
+
 # ---- numbers
 
 NO_NUMBERS = ["NaN", "Infinity", "-Infinity", "1e999", '"x"', "[]", "{}", "true", "9" * 400, '"1"', "[[1]]"]
@@ -334,7 +371,7 @@ def copy_of(folder: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str):
 
 def broken_files_are_named(module, folder: Path) -> None:
     """Those of each kind that a planted fault below lets pass."""
-    bomb = write(folder, "bomb.jsonl.gz", packed(b'{"a":"' + b"0" * 100_000 + b'"}\n', 200))
+    bomb = write(folder, "bomb.jsonl.gz", packed(b'{"a":"' + b"0" * 100_000 + b'"}\n', 400))
     broken = gzip.compress(ROW * 50, mtime=0)
     broken = write(folder, "broken.jsonl.gz", broken[:3] + b"\x00" + broken[4:10] + b"\x00" * 8 + broken[18:])
     twice = write(folder, "twice.jsonl", LINES["a key twice"][0])

@@ -99,7 +99,14 @@ def test_any_value_of_a_result_is_taken_or_named(folder, capsys):
     assert refused > len(results) / 2
 
 
-@pytest.mark.parametrize("kind", ["trainers", "conformance", "r1", "rollouts", "gpu-rollouts", "tune-sm_90"])
+KINDS = [
+    "trainers",
+    *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("conformance", "r1", "rollouts")),
+]
+KINDS += [pytest.param("gpu-rollouts", marks=pytest.mark.slow), "tune-sm_90"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_any_value_of_a_run_is_taken_or_named(folder, capsys, kind):
     name, run = (
         f"{kind}-2026-01-01.json",

@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import shutil
+import tempfile
 
 import pytest
 from burnish.model import special_tokens, tokenizer_file
@@ -98,6 +99,21 @@ def test_what_the_package_writes_without_a_panic_is_shown(capfd):
     with tokenizer_file._without_panics():
         os.write(2, b"a warning\n")
     assert capfd.readouterr().err == "a warning\n"
+
+
+def test_a_file_is_read_where_nothing_can_be_written(folder, monkeypatch):
+    """Neither beside it, in a temporary folder, nor to standard error."""
+    saved, full = os.dup(2), os.open("/dev/full", os.O_WRONLY)
+    try:
+        os.dup2(full, 2)
+        with tokenizer_file._without_panics():
+            os.write(2, b"a warning\n")
+        monkeypatch.setattr(tempfile, "tempdir", str(folder / "nowhere"))
+        Tokenizer.load(folder)
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(full)
 
 
 def test_an_id_may_be_missing_and_nothing_varies(folder, settings, tmp_path):
