@@ -131,18 +131,28 @@ def test_a_text_on_which_the_tokenizer_fails_is_named(folder, settings):
 
 # ---- special tokens
 
-WRONG = [7, 1.5, True, ["<|im_end|>"], {}, {"content": None}, {"content": 3}, {"content": ""}, ""]
+WRONG = [7, 1.5, True, ["<|im_end|>"], {}, {"content": None}, {"content": 3}]
+EMPTY = ["", {"content": ""}]
 
 
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
 @pytest.mark.parametrize("name", ["eos_token", "bos_token", "sep_token"])
 def test_a_special_token_of_a_wrong_type_is_refused(folder, file, name):
-    for value in WRONG:
+    absent = [None] if name == "eos_token" else [None, *EMPTY]
+    for value in WRONG + [value for value in EMPTY if value not in absent]:
         (folder / file).write_text(json.dumps({name: value}))
         with pytest.raises(InputError, match=rf"{file}: {name}: expected a token's text, .*got"):
             Tokenizer.load(folder)
-    (folder / file).write_text(json.dumps({name: None}))
-    Tokenizer.load(folder)
+    for value in absent:
+        (folder / file).write_text(json.dumps({name: value}))
+        Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize("name, value", [("num_image_token", 256), ("use_image_token", True), ("stop_token", ["a"])])
+def test_a_setting_whose_name_ends_like_a_token_is_no_token(folder, name, value):
+    (folder / "tokenizer_config.json").write_text(json.dumps({name: value, "image_token": "<image>"}))
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer.config[name] == value and tokenizer.config["image_token"] == "<image>"
 
 
 @pytest.mark.parametrize(
@@ -305,7 +315,7 @@ def test_whatever_loads_is_saved_and_loads_again(folder, settings):
     [
         (tokenizer_file, "distinct_ids", lambda _: Vocabulary(320), vocabulary("zzz", 300), "two tokens"),
         (tokenizer_file, "_check_ids", lambda *_: None, vocabulary("zzz", 2**24), "expected an id"),
-        (special_tokens, "_token", lambda value, *_: value, part("x", 1), "expected a token's text"),
+        (special_tokens, "_refuse", lambda *_: None, part("x", 1), "expected a token's text"),
     ],
     ids=["two tokens", "large ids", "wrong types"],
 )
