@@ -106,7 +106,9 @@ def _check_filter(name: str, meter: Meter, value: Any, given: list[Any]) -> None
         meter.charge(grown)
     if name not in FAST:
         meter.charge(size * (STEP + (size // 2**8 if name in QUADRATIC else 0)))
-    if name == "sum" and any(isinstance(start, list | tuple) for start in given):  # of lists, one behind the other
+    if name == "sum" and any(
+        isinstance(start, list | tuple) for start in given
+    ):  # of lists, one behind the other
         meter.charge(size * len(value) // 4)
 
 
@@ -188,7 +190,7 @@ def check_method(meter: Meter, receiver: Any, name: str, given: list[Any]) -> No
 
 def _check_format(meter: Meter, text: Any, given: int) -> None:
     """'{:>10}'.format(...)"""
-    meter.charge(8 * STEP * text.count("{"))
+    meter.charge(64 * STEP + 8 * STEP * text.count("{"))
     fields = widest = 0
     for _, field, width, _ in string.Formatter().parse(text):
         fields += field is not None

@@ -129,7 +129,8 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         meter: Meter = __context.meter  # type: ignore
-        meter.charge(((32 if type(__obj) is BlockReference else 16) + 4 * len(args)) * STEP)
+        slow = type(__obj) is BlockReference or __obj is Namespace
+        meter.charge(((32 if slow else 16) + 4 * len(args)) * STEP)
         if type(__obj) in (Macro, LoopContext, BlockReference):  # these charge for themselves
             return super().call(__context, __obj, *args, **kwargs)
         if args:
@@ -158,9 +159,9 @@ def _cost(node: nodes.Node) -> int:
         return STEP + (len(node.value) if isinstance(node.value, str) else 0)
     bodies = isinstance(node, nodes.For | nodes.Macro | nodes.CallBlock | nodes.Block)
     children = node.iter_child_nodes(exclude=("body",) if bodies else None)
-    return STEP * (4 if isinstance(node, nodes.Dict | nodes.List | nodes.Tuple) else 1) + sum(
-        map(_cost, children)
-    )
+    steps = 4 if isinstance(node, nodes.Dict | nodes.List | nodes.Tuple) else 1
+    steps = 32 if isinstance(node, nodes.Scope) else steps
+    return STEP * steps + sum(map(_cost, children))
 
 
 def _charge(hook: str, node: nodes.Expr, *args: Any) -> nodes.Filter:

@@ -5,7 +5,6 @@ import copy
 import json
 import os
 import random
-import resource
 import shutil
 
 import pytest
@@ -13,6 +12,7 @@ from burnish.model import special_tokens, tokenizer_file
 from burnish.model.errors import InputError
 from burnish.model.tokenizer import Tokenizer
 from burnish.model.vocabulary import Vocabulary
+from fork import in_a_fork
 
 TEXT = "Hello, wörld! 12  \n<|im_end|> 再见"
 REPLACE = {"type": "Replace", "pattern": {"String": ""}, "content": "xx"}
@@ -148,7 +148,9 @@ def test_a_special_token_of_a_wrong_type_is_refused(folder, file, name):
         Tokenizer.load(folder)
 
 
-@pytest.mark.parametrize("name, value", [("num_image_token", 256), ("use_image_token", True), ("stop_token", ["a"])])
+@pytest.mark.parametrize(
+    "name, value", [("num_image_token", 256), ("use_image_token", True), ("stop_token", ["a"])]
+)
 def test_a_setting_whose_name_ends_like_a_token_is_no_token(folder, name, value):
     (folder / "tokenizer_config.json").write_text(json.dumps({name: value, "image_token": "<image>"}))
     tokenizer = Tokenizer.load(folder)
@@ -256,28 +258,6 @@ def mutated(settings, draw):
         if not found:
             return found
     return found
-
-
-def in_a_fork(function):
-    """What it returns, as JSON; None where the process died."""
-    read_end, write_end = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        with open("/proc/self/statm") as statm:
-            size = int(statm.read().split()[0]) * os.sysconf("SC_PAGE_SIZE") + 2**31
-        resource.setrlimit(resource.RLIMIT_AS, (size, size))
-        resource.setrlimit(resource.RLIMIT_CPU, (60, 61))
-        try:
-            found = function()
-        except BaseException as error:
-            found = f"{type(error).__name__}: {error}"
-        os.write(write_end, json.dumps(found).encode())
-        os._exit(0)
-    os.close(write_end)
-    with open(read_end, encoding="utf-8") as pipe:
-        text = pipe.read()
-    os.waitpid(pid, 0)
-    return json.loads(text) if text else None
 
 
 def round_trips(settings, folder, count=300):
