@@ -311,3 +311,53 @@ def test_planted_faults_are_caught(folder, settings, monkeypatch, owner, name, p
         Tokenizer.load(folder)
     monkeypatch.setattr(owner, name, planted)
     Tokenizer.load(folder)
+
+
+# ---- texts that grow
+
+
+def replaced(found, content, key="String"):
+    return {"type": "Replace", "pattern": {key: found}, "content": content}
+
+
+def in_sequence(parts, key="normalizers"):
+    return {"type": "Sequence", key: parts}
+
+
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "a", "type_id": 0}}] * 20000,
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"a": {"id": "a", "ids": [1] * 2000, "tokens": ["b"] * 2000}},
+}
+GROWING = [
+    {"normalizer": in_sequence([replaced("l", "ll")] * 40)},
+    {"normalizer": in_sequence([replaced("", "l")] * 40)},
+    {"normalizer": in_sequence([replaced("x*", "l", "Regex")] * 40)},
+    {"normalizer": in_sequence([replaced(r"\p{L}", "ll", "Regex")] * 40)},
+    {"normalizer": in_sequence([in_sequence([replaced("l", "l" * 9000)])] * 3)},
+    {"normalizer": in_sequence([{"type": "Prepend", "prepend": "l" * 9000}, replaced("l", "l" * 9000)])},
+    {"decoder": in_sequence([{"type": "Fuse"}, *[replaced("l", "l" * 9000)] * 3], "decoders")},
+    {"post_processor": TEMPLATE},
+]
+
+
+@pytest.mark.parametrize("padding", [0, 2**20], ids=["small", "large"])
+def test_a_text_that_grows_and_grows_is_refused(folder, settings, padding):
+    """Each would take gigabytes, and did where the text is encoded."""
+    for change in GROWING:
+        changed = json.dumps({**settings, **change}) + " " * padding
+        (folder / "tokenizer.json").write_text(changed, encoding="utf-8")
+        found = in_a_fork(lambda: str(Tokenizer.load(folder)), seconds=10, gigabytes=1)
+        assert found is not None and "times as long" in found, (change, found)
+
+
+def test_normalizers_of_published_tokenizers_are_read(folder, settings):
+    parts = [
+        replaced(r" {2,}", "\u2581", "Regex"),
+        replaced("``", '"'),
+        replaced(" ", "\u2581"),
+        {"type": "NFKC"},
+    ] * 10
+    (folder / "tokenizer.json").write_text(json.dumps({**settings, "normalizer": in_sequence(parts)}))
+    assert Tokenizer.load(folder).encode("a")
