@@ -149,7 +149,8 @@ def _growth(part: Any) -> float:
         return 1.0
     grown = 1.0
     for name in ("normalizers", "pretokenizers", "processors", "decoders"):
-        for member in part.get(name) if isinstance(part.get(name), list) else ():
+        members = part.get(name)
+        for member in members if isinstance(members, list) else ():
             grown = min(grown * _growth(member), 2.0 * MOST_GROWTH)
     content, pattern = part.get("content"), part.get("pattern")
     if part.get("type") == "Replace" and isinstance(content, str):
