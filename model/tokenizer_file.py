@@ -43,9 +43,9 @@ def read_backend(file: Path) -> tuple[tokenizers.Tokenizer, Vocabulary]:
         starts = re.finditer(rf'"(?:{"|".join(PARTS)})"\s*:\s*(?=\{{)', text)
         parts = [_object_at(text, start.end()) for start in starts]
     for part in parts:
-        if _growth(part) > MOST_GROWTH:
+        if isinstance(part, dict) and _growth(part) > MOST_GROWTH:
             raise InputError(
-                f"{file}: {shown(part['type'])}: expected to make a text at most {MOST_GROWTH} times as long"
+                f"{file}: {shown(part.get('type'))}: expected to make a text at most {MOST_GROWTH} times as long"
             )
     if '"precompiled_charsmap"' in text:
         for charsmap in re.findall(r'"precompiled_charsmap"\s*:\s*"([^"\\]*)"', text):

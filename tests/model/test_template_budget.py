@@ -6,7 +6,7 @@ import pytest
 from burnish.model import meter
 from burnish.model.errors import MOST_CHARACTERS, InputError
 from burnish.model.template import ChatTemplate
-from fork import in_a_fork  # pyright: ignore[reportMissingImports]
+from fork import in_a_fork
 
 TURN = {"role": "user", "content": "a"}
 PRIME = "(2**61 - 1)"  # Python's hash of an integer is its remainder by this number

@@ -12,7 +12,7 @@ from burnish.model import special_tokens, tokenizer_file
 from burnish.model.errors import InputError
 from burnish.model.tokenizer import Tokenizer
 from burnish.model.vocabulary import Vocabulary
-from fork import in_a_fork  # pyright: ignore[reportMissingImports]
+from fork import in_a_fork
 
 TEXT = "Hello, wörld! 12  \n<|im_end|> 再见"
 REPLACE = {"type": "Replace", "pattern": {"String": ""}, "content": "xx"}
