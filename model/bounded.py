@@ -20,13 +20,14 @@ SHALLOW = frozenset(
     ("abs", "attr", "count", "length", "d", "default", "first", "float", "int", "items", "last", "list")
     + ("random", "reverse", "safe")
 )
+FLOAT_DIGITS = 400  # of a number that is written in full: 1e308
 LAZY = frozenset(("map", "select", "reject", "selectattr", "rejectattr"))
 FAST = frozenset(
     ("capitalize", "e", "escape", "forceescape", "lower", "replace", "string", "trim", "upper", "join")
 )
 QUADRATIC = frozenset(("pprint", "striptags", "urlize", "wordwrap"))  # in the length of the text
 CONSTANT_TESTS = frozenset(
-    ("odd", "even", "divisibleby", "defined", "undefined", "none", "boolean", "false", "true", "integer")
+    ("odd", "even", "defined", "undefined", "none", "boolean", "false", "true", "integer")
     + ("float", "string", "mapping", "number", "sequence", "iterable", "callable", "sameas", "escaped")
 )
 
@@ -62,6 +63,7 @@ def bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any
     def bounded(context: MeteredContext, value: Any, *args: Any, **options: Any) -> Any:
         meter = context.meter
         given = [*args, *options.values()]
+        place = STEP
         if name in LAZY:
             texts = args[:1] if name.endswith("attr") else [options.get("attribute")]
             if value and hasattr(type(value), "__iter__"):
@@ -72,16 +74,20 @@ def bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any
                 check_growth(len(value) * 2**12)  # a number of any length, where a base is given
             if isinstance(value, SIZED):
                 meter.charge(len(value))
+            if name == "list" and not isinstance(value, list | tuple):
+                place = 4 * STEP  # new texts or numbers
         else:
             value = settled(value)
+            if name == "replace":
+                given = [*args, *(options.get(key, "") for key in ("old", "new")[len(args) :])]
             _check_filter(name, meter, value, given)
-        return meter.made(inner(context, value, *args, **options))
+        return meter.made(inner(context, value, *args, **options), place)
 
     return bounded
 
 
 def _check_filter(name: str, meter: Meter, value: Any, given: list[Any]) -> None:
-    meter.charge(4 * STEP)
+    meter.charge((64 if name in QUADRATIC else 8) * STEP)
     size = meter.read(value)
     texts = sum(map(meter.read, given))
     if name == "replace" and isinstance(value, str) and len(given) > 1:
@@ -89,6 +95,8 @@ def _check_filter(name: str, meter: Meter, value: Any, given: list[Any]) -> None
         check_growth(size + value.count(old) * len(new))
     elif name == "join":
         check_growth(size + (len(value) if isinstance(value, SIZED) else 1) * texts)
+    elif name == "round":
+        check_growth(_numbers(given) * 2**12)  # 10 to this power
     elif name == "format":
         check_percent(meter, str(value), given)
     else:
@@ -97,7 +105,9 @@ def _check_filter(name: str, meter: Meter, value: Any, given: list[Any]) -> None
         meter.charge(grown)
     if name not in FAST:
         meter.charge(size * (STEP + (size // 2**8 if name in QUADRATIC else 0)))
-    if name == "sum" and given[1:]:  # of lists, one behind the other
+    if name == "sum" and any(
+        isinstance(start, list | tuple) for start in given
+    ):  # of lists, one behind the other
         meter.charge(size * len(value) // 4)
 
 
@@ -125,8 +135,8 @@ def tojson(
 ) -> str:
     """Jinja's own filter escapes <, > and & for HTML, which no model was trained on."""
     meter = context.meter
-    size = meter.read(value)
-    meter.charge(2 * size)
+    check_growth(size := meter.read(value))
+    meter.charge(32 * STEP + 2 * size)
     widths = (indent, *(separators or ()))
     if any(
         width > 64 if isinstance(width, int) else len(width) > 64 for width in widths if width is not None
@@ -172,21 +182,23 @@ def _check_text_method(meter: Meter, receiver: Any, name: str, given: list[Any],
     elif name == "join" and given and isinstance(given[0], SIZED):
         check_growth(texts + length * len(given[0]))
     elif name in ("format", "format_map"):
-        _check_format(receiver, texts)
+        _check_format(meter, receiver, texts)
 
 
 def _numbers(given: list[Any]) -> int:
     return sum(abs(number) for number in given if isinstance(number, int))
 
 
-def _check_format(text: Any, given: int) -> None:
+def _check_format(meter: Meter, text: Any, given: int) -> None:
     """'{:>10}'.format(...)"""
-    fields = 0
+    meter.charge(64 * STEP + 8 * STEP * text.count("{"))
+    fields = widest = 0
     for _, field, width, _ in string.Formatter().parse(text):
         fields += field is not None
         if width and ("{" in width or re.search(r"\d{5}", width)):
             raise OverBudget(f"writes a field of the width {shown(width)}")
-    check_growth(len(text) + fields * given)
+        widest = max(widest, _largest_number(width or ""))
+    check_growth(len(text) + fields * (given + widest + FLOAT_DIGITS))
 
 
 def check_percent(meter: Meter, text: Any, given: Any) -> None:
@@ -196,4 +208,10 @@ def check_percent(meter: Meter, text: Any, given: Any) -> None:
     meter.charge(len(plain))
     if re.search(r"[%)][-#0 +]*\d{5}|%[-#0 +]*\*|%[^%a-zA-Z]*\.(\*|\d{5})|\)[-#0 +\d]*\.\d{5}", plain):
         raise OverBudget("writes a field of more than 9,999 characters")
-    check_growth(len(plain) + plain.count("%") * size)
+    meter.charge(STEP * (fields := plain.count("%")))
+    check_growth(len(plain) + fields * (size + _largest_number(plain) + FLOAT_DIGITS))
+
+
+def _largest_number(text: str) -> int:
+    """What a width or a precision in it may be, up to 9,999."""
+    return max(map(int, re.findall(r"\d{1,4}", text)), default=0)

@@ -11,6 +11,9 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str):
+        message = _short(
+            message, 10 * MOST_CHARACTERS, 5 * MOST_CHARACTERS
+        )  # before its characters are looked at
         super().__init__(_short(_one_line(message), MOST_CHARACTERS, MOST_CHARACTERS // 3))
 
 

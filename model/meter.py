@@ -13,14 +13,15 @@ from .errors import InputError
 
 STEP = 16  # characters that are copied, or read, in less than the time of a step
 MOST_STEPS = 10_000_000  # of a rendering: about a second
-STEPS_EACH, MOST_STEPS_OF_ALL = 50_000, 50_000_000  # and for each message: some templates read all for each
+STEPS_EACH, MOST_STEPS_OF_ALL = 50_000, 20_000_000  # and for each message: some templates read all for each
+WIDE = 2**14  # for an integer of more than 64 bits: its digits, and Python's hash of it has no secret
 LARGEST = 2**24  # characters of one text, or STEP for each place of a list
 MOST_DEPTH = 200  # of lists and objects in one another: comparing and writing them recurses
 MOST_WRITTEN = 2**20  # characters of a rendering, and 100 for each character that it is given
 
 CONTAINERS = (list, tuple, dict, set, frozenset, range, type({}.keys()), type({}.values()), type({}.items()))
 SIZED = (str, bytes, *CONTAINERS)
-ATOMS = frozenset((int, bool, float, type(None)))
+ATOMS = frozenset((bool, float, type(None)))
 
 
 class OverBudget(InputError):
@@ -48,6 +49,8 @@ class Meter:
         """The characters of a text; of a list or an object all that is in it. Raises OverBudget."""
         if isinstance(value, str | bytes):
             return len(value)
+        if type(value) is int:
+            return WIDE if value.bit_length() > 64 else 0
         if type(value) in ATOMS:
             return 0
         total, level = 0, [value]
@@ -56,6 +59,8 @@ class Meter:
             for each in level:
                 if isinstance(each, str | bytes):
                     total += len(each)
+                elif type(each) is int:
+                    total += WIDE if each.bit_length() > 64 else 0
                 elif type(each) in ATOMS:
                     continue
                 elif isinstance(each, dict | Namespace):
@@ -81,11 +86,11 @@ class Meter:
         return size
 
     def made(self, value: Any, place: int = STEP) -> Any:
-        """Charge for a value that was made; place: for each place of a list."""
+        """Charge for a value that was made, by its memory; place: for each place of a list."""
         if type(value) is str or isinstance(value, str | bytes):
-            self.left -= len(value)
+            self.left -= len(value) if value.isascii() else 4 * len(value)
         elif isinstance(value, CONTAINERS):
-            self.left -= place * len(value)
+            self.left -= place * len(value) * (4 if isinstance(value, dict) else 1)
         if self.left < 0:
             self.refuse()
         return value

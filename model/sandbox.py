@@ -6,7 +6,7 @@ list. Text costs its length where it is made, read or written, and what can grow
     {% for %}, macros, blocks          a charge at the start of each body, for all of its nodes and its own text
     what is written, a ~ b, a[1:2]     a charge for its length; lists and objects are walked first
     a == b, a in b, {a: b}, a[b]       a charge for the operands, unless one is a short constant
-    + * ** %                           jinja's interception, which also keeps them from running while compiling
+    + - * ** // %                      jinja's interception, which also keeps them from running while compiling
     calls, filters, tests              a charge for what they read and return; those that can grow are bounded
 
 Charges stand in the compiled template as filters whose names no template can write. All filters take the context, so
@@ -25,6 +25,7 @@ from jinja2 import nodes
 from jinja2.runtime import BlockReference, Context, LoopContext, Macro
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
+from markupsafe import escape
 
 from .bounded import (
     CONSTANT_TESTS,
@@ -39,15 +40,18 @@ from .errors import InputError
 from .meter import ATOMS, CONTAINERS, STEP, Meter, MeteredContext, OverBudget, check_growth
 
 MOST_SOURCE = 2**17  # characters of a template; the longest published ones have 2**15
+MOST_SCOPES = 2**20  # of a template: blocks times names, all of which jinja copies for each block
 MOST_BITS = 2**14  # of an integer
 PLAIN = frozenset((str, dict, list, Namespace, LoopContext))
 CHARGING = frozenset((Macro, LoopContext, BlockReference))  # whose bodies have charges
+SCOPES = (nodes.If, nodes.For, nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.With, nodes.Block)
+SCOPES += (nodes.Scope, nodes.AssignBlock, nodes.ScopedEvalContextModifier)
 
 
 class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """Raises OverBudget, or InputError, where a template has no end, while it is compiled and while it runs."""
 
-    intercepted_binops = frozenset(("+", "*", "**", "%"))
+    intercepted_binops = frozenset(("+", "-", "*", "**", "//", "%"))
     context_class = MeteredContext
 
     def __init__(self, **options: Any):
@@ -69,6 +73,10 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             raise InputError(f"expected at most {MOST_SOURCE:,} characters, got {len(source):,}")
         try:
             tree = self.parse(source)
+            names = {node.name for node in tree.find_all(nodes.Name)}
+            blocks = sum(1 for _ in tree.find_all(SCOPES))
+            if len(names) * blocks > MOST_SCOPES:
+                raise jinja2.TemplateError(f"{blocks:,} blocks of {len(names):,} names are too many")
             if change is not None:
                 change(tree)
             with warnings.catch_warnings():
@@ -116,6 +124,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if operator == "%" and isinstance(left, str | bytes):
             check_percent(meter, left, right)
         elif isinstance(left, int) and isinstance(right, int):
+            meter.charge(meter.size(left) + meter.size(right))
             if operator == "**" and right > 0 and left.bit_length() * right > MOST_BITS:
                 raise OverBudget(f"makes a number of more than {MOST_BITS} bits")
             if left.bit_length() + right.bit_length() > MOST_BITS:
@@ -130,7 +139,8 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         meter: Meter = __context.meter  # type: ignore
         kind = type(__obj)
-        meter.charge(((32 if kind is BlockReference else 8) + 4 * len(args)) * STEP)
+        slow = kind is BlockReference or __obj is Namespace
+        meter.charge(((32 if slow else 16) + 4 * len(args)) * STEP)
         if kind in CHARGING:
             return super().call(__context, __obj, *args, **kwargs)
         args = tuple([settled(value) for value in args])
@@ -158,9 +168,9 @@ def _cost(node: nodes.Node) -> int:
         return STEP + (len(node.value) if isinstance(node.value, str) else 0)
     bodies = isinstance(node, nodes.For | nodes.Macro | nodes.CallBlock | nodes.Block)
     children = node.iter_child_nodes(exclude=("body",) if bodies else None)
-    return STEP * (4 if isinstance(node, nodes.Dict | nodes.List | nodes.Tuple) else 1) + sum(
-        map(_cost, children)
-    )
+    steps = 4 if isinstance(node, nodes.Dict | nodes.List | nodes.Tuple) else 1
+    steps = 32 if isinstance(node, nodes.Scope) else steps
+    return STEP * steps + sum(map(_cost, children))
 
 
 def _charge(hook: str, node: nodes.Expr, *args: Any) -> nodes.Filter:
@@ -203,7 +213,15 @@ class _Charges(NodeTransformer):
         ]
         return node
 
-    visit_Output = visit_Concat = _written
+    visit_Output = _written
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        return _charge("a part", self._written(node))  # of texts that are safe HTML it escapes the others
+
+    def visit_Const(self, node: nodes.Const) -> nodes.Const:
+        if isinstance(node.value, int) and node.value.bit_length() > MOST_BITS:
+            raise jinja2.TemplateSyntaxError(f"a number of more than {MOST_BITS} bits", node.lineno)
+        return node
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         self.generic_visit(node)
@@ -248,9 +266,12 @@ def _step(context: MeteredContext, cost: int) -> bool:
 def _text(context: MeteredContext, value: Any) -> Any:
     """What is written, or joined: a list or an object as its text."""
     meter = context.meter
+    meter.charge(2 * STEP)
     if type(value) is not str and isinstance(value, (*CONTAINERS, Namespace)):
-        meter.read(value)
+        check_growth(meter.read(value))
         value = str(value)
+    if context.eval_ctx.autoescape:
+        value = escape(value)
     meter.made(value)
     return value
 

@@ -182,8 +182,8 @@ def sandbox(**options: Any) -> BoundedEnvironment:
 
 
 def _strftime_now(format: str) -> str:
-    if len(format) > 1000:
-        raise jinja2.TemplateError(f"strftime_now: expected at most 1,000 characters, got {len(format):,}")
+    if len(format) > 200:
+        raise jinja2.TemplateError(f"strftime_now: expected at most 200 characters, got {len(format):,}")
     return datetime.now().strftime(format)
 
 

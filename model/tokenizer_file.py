@@ -24,6 +24,8 @@ from .vocabulary import Vocabulary
 
 MOST_IDS = 2**24  # the package makes a list of all ids up to the last one when it saves
 SMALL = 2**20  # characters of a file that is read a second time to be sure
+MOST_GROWTH = 1000  # times that a normalizer, or what else changes texts and ids, may make them longer
+PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 PROBE = "Hello, wörld! 12  \n\t再见 🎉 <a> "
 
 
@@ -35,7 +37,16 @@ def read_backend(file: Path) -> tuple[tokenizers.Tokenizer, Vocabulary]:
     """
     text = read_text(file)
     if len(text) < SMALL or re.search(r'":\s*\d{8,}', text):
-        _check_ids(parse_json(text, str(file)), file)
+        _check_ids(found := parse_json(text, str(file)), file)
+        parts = [found.get(name) for name in PARTS] if isinstance(found, dict) else []
+    else:
+        starts = re.finditer(rf'"(?:{"|".join(PARTS)})"\s*:\s*(?=\{{)', text)
+        parts = [_object_at(text, start.end()) for start in starts]
+    for part in parts:
+        if isinstance(part, dict) and _growth(part) > MOST_GROWTH:
+            raise InputError(
+                f"{file}: {shown(part.get('type'))}: expected to make a text at most {MOST_GROWTH} times as long"
+            )
     if '"precompiled_charsmap"' in text:
         for charsmap in re.findall(r'"precompiled_charsmap"\s*:\s*"([^"\\]*)"', text):
             _check_charsmap(charsmap, file)
@@ -43,7 +54,7 @@ def read_backend(file: Path) -> tuple[tokenizers.Tokenizer, Vocabulary]:
         try:
             backend = tokenizers.Tokenizer.from_str(text)
             plain(backend)
-            found = distinct_ids(backend)
+            vocabulary = distinct_ids(backend)
             _check_loaded(backend, text)
         except InputError as error:
             raise InputError(f"{file}: {error}") from None
@@ -51,7 +62,7 @@ def read_backend(file: Path) -> tuple[tokenizers.Tokenizer, Vocabulary]:
             raise InputError(
                 f"{file}: not a tokenizer.json that `tokenizers` can read: {_reason(error)}"
             ) from error
-    return backend, found
+    return backend, vocabulary
 
 
 def plain(backend: tokenizers.Tokenizer) -> None:
@@ -123,6 +134,54 @@ def _check_ids(found: Any, file: Path) -> None:
             raise InputError(
                 f"{file}: the token {shown(token)}: expected an id from 0 to {MOST_IDS - 1}, got {shown(token_id)}"
             )
+
+
+def _object_at(text: str, start: int) -> Any:
+    try:
+        return json.JSONDecoder().raw_decode(text, start)[0]
+    except (ValueError, RecursionError):  # the package says what is wrong
+        return None
+
+
+def _growth(part: Any) -> float:
+    """How many times as long a normalizer, a decoder or a post-processor makes what it is given, about and at most."""
+    if not isinstance(part, dict):
+        return 1.0
+    grown = 1.0
+    for name in ("normalizers", "pretokenizers", "processors", "decoders"):
+        members = part.get(name)
+        for member in members if isinstance(members, list) else ():
+            grown = min(grown * _growth(member), 2.0 * MOST_GROWTH)
+    content, pattern = part.get("content"), part.get("pattern")
+    if part.get("type") == "Replace" and isinstance(content, str):
+        found = pattern.get("String") if isinstance(pattern, dict) else None
+        least = len(found) if isinstance(found, str) else int(not _finds_nothing(pattern))
+        grown *= max(1.0, len(content) / least) if least else 1 + len(content)
+    if part.get("type") == "Prepend" and isinstance(part.get("prepend"), str):
+        grown *= 1 + len(part["prepend"]) / 100
+    if part.get("type") == "TemplateProcessing":
+        grown *= max(_pieces(part, "single"), _pieces(part, "pair"))
+    return grown
+
+
+def _finds_nothing(pattern: Any) -> bool:
+    """Whether an expression may match an empty text, and so adds to one; True where Python does not read it."""
+    try:
+        return re.search(pattern["Regex"], "") is not None
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError, re.error):
+        return True
+
+
+def _pieces(part: dict[str, Any], name: str) -> float:
+    """How often a template writes the text again, and a hundredth of the ids that it adds."""
+    tokens, written = part.get("special_tokens"), 0.0
+    for piece in part[name] if isinstance(part.get(name), list) else ():
+        added = piece.get("SpecialToken") if isinstance(piece, dict) else None
+        key = added.get("id") if isinstance(added, dict) else None
+        token = tokens.get(key) if isinstance(tokens, dict) and isinstance(key, str) else None
+        ids = token.get("ids") if isinstance(token, dict) else None
+        written += 1.0 if added is None else (len(ids) if isinstance(ids, list) else 1) / 100
+    return max(1.0, written)
 
 
 def _check_charsmap(encoded: str, file: Path) -> None:

@@ -152,27 +152,6 @@ def test_rows_that_differ_in_little_are_no_bomb(tmp_path):
     assert len(read_rows(write(tmp_path, "a.jsonl.gz", data))) == 2000
 
 
-def in_a_fork(function, gigabytes: float = 1.5, seconds: int = 10) -> str:
-    """The sentence that a function returns with so much more memory and so much time, in a process of its own."""
-    read_end, write_end = os.pipe()
-    if (child := os.fork()) == 0:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        most = pages * resource.getpagesize() + int(gigabytes * 2**30)
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-        try:
-            said = function()
-        except BaseException as error:
-            said = f"{type(error).__name__}: {error}"
-        os.write(write_end, said[:2000].encode())
-        os._exit(0)
-    os.close(write_end)
-    with os.fdopen(read_end, "rb") as pipe:
-        said = pipe.read().decode()
-    _, status = os.waitpid(child, 0)
-    return said or f"ended by signal {os.WTERMSIG(status)}"
-
-
 MEBIBYTE = 2**20
 BOMBS = {
     "rows": (

@@ -5,7 +5,6 @@ import copy
 import json
 import os
 import random
-import resource
 import shutil
 import tempfile
 
@@ -14,6 +13,7 @@ from burnish.model import special_tokens, tokenizer_file
 from burnish.model.errors import InputError
 from burnish.model.tokenizer import Tokenizer
 from burnish.model.vocabulary import Vocabulary
+from fork import in_a_fork
 
 TEXT = "Hello, wörld! 12  \n<|im_end|> 再见"
 REPLACE = {"type": "Replace", "pattern": {"String": ""}, "content": "xx"}
@@ -147,18 +147,30 @@ def test_a_text_on_which_the_tokenizer_fails_is_named(folder, settings):
 
 # ---- special tokens
 
-WRONG = [7, 1.5, True, ["<|im_end|>"], {}, {"content": None}, {"content": 3}, {"content": ""}, ""]
+WRONG = [7, 1.5, True, ["<|im_end|>"], {}, {"content": None}, {"content": 3}]
+EMPTY = ["", {"content": ""}]
 
 
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
 @pytest.mark.parametrize("name", ["eos_token", "bos_token", "sep_token"])
 def test_a_special_token_of_a_wrong_type_is_refused(folder, file, name):
-    for value in WRONG:
+    absent = [None] if name == "eos_token" else [None, *EMPTY]
+    for value in WRONG + [value for value in EMPTY if value not in absent]:
         (folder / file).write_text(json.dumps({name: value}))
         with pytest.raises(InputError, match=rf"{file}: {name}: expected a token's text, .*got"):
             Tokenizer.load(folder)
-    (folder / file).write_text(json.dumps({name: None}))
-    Tokenizer.load(folder)
+    for value in absent:
+        (folder / file).write_text(json.dumps({name: value}))
+        Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("num_image_token", 256), ("use_image_token", True), ("stop_token", ["a"])]
+)
+def test_a_setting_whose_name_ends_like_a_token_is_no_token(folder, name, value):
+    (folder / "tokenizer_config.json").write_text(json.dumps({name: value, "image_token": "<image>"}))
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer.config[name] == value and tokenizer.config["image_token"] == "<image>"
 
 
 @pytest.mark.parametrize(
@@ -264,28 +276,6 @@ def mutated(settings, draw):
     return found
 
 
-def in_a_fork(function):
-    """What it returns, as JSON; None where the process died."""
-    read_end, write_end = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        with open("/proc/self/statm") as statm:
-            size = int(statm.read().split()[0]) * os.sysconf("SC_PAGE_SIZE") + 2**31
-        resource.setrlimit(resource.RLIMIT_AS, (size, size))
-        resource.setrlimit(resource.RLIMIT_CPU, (60, 61))
-        try:
-            found = function()
-        except BaseException as error:
-            found = f"{type(error).__name__}: {error}"
-        os.write(write_end, json.dumps(found).encode())
-        os._exit(0)
-    os.close(write_end)
-    with open(read_end, encoding="utf-8") as pipe:
-        text = pipe.read()
-    os.waitpid(pid, 0)
-    return json.loads(text) if text else None
-
-
 def round_trips(settings, folder, count):
     """How many of the mutations are used: these have the same ids once saved and loaded."""
     used = 0
@@ -322,7 +312,7 @@ def test_whatever_loads_is_saved_and_loads_again(folder, settings, count):
     [
         (tokenizer_file, "distinct_ids", lambda _: Vocabulary(320), vocabulary("zzz", 300), "two tokens"),
         (tokenizer_file, "_check_ids", lambda *_: None, vocabulary("zzz", 2**24), "expected an id"),
-        (special_tokens, "_token", lambda value, *_: value, part("x", 1), "expected a token's text"),
+        (special_tokens, "_refuse", lambda *_: None, part("x", 1), "expected a token's text"),
     ],
     ids=["two tokens", "large ids", "wrong types"],
 )
@@ -338,3 +328,53 @@ def test_planted_faults_are_caught(folder, settings, monkeypatch, owner, name, p
         Tokenizer.load(folder)
     monkeypatch.setattr(owner, name, planted)
     Tokenizer.load(folder)
+
+
+# ---- texts that grow
+
+
+def replaced(found, content, key="String"):
+    return {"type": "Replace", "pattern": {key: found}, "content": content}
+
+
+def in_sequence(parts, key="normalizers"):
+    return {"type": "Sequence", key: parts}
+
+
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "a", "type_id": 0}}] * 20000,
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"a": {"id": "a", "ids": [1] * 2000, "tokens": ["b"] * 2000}},
+}
+GROWING = [
+    {"normalizer": in_sequence([replaced("l", "ll")] * 40)},
+    {"normalizer": in_sequence([replaced("", "l")] * 40)},
+    {"normalizer": in_sequence([replaced("x*", "l", "Regex")] * 40)},
+    {"normalizer": in_sequence([replaced(r"\p{L}", "ll", "Regex")] * 40)},
+    {"normalizer": in_sequence([in_sequence([replaced("l", "l" * 9000)])] * 3)},
+    {"normalizer": in_sequence([{"type": "Prepend", "prepend": "l" * 9000}, replaced("l", "l" * 9000)])},
+    {"decoder": in_sequence([{"type": "Fuse"}, *[replaced("l", "l" * 9000)] * 3], "decoders")},
+    {"post_processor": TEMPLATE},
+]
+
+
+@pytest.mark.parametrize("padding", [0, 2**20], ids=["small", "large"])
+def test_a_text_that_grows_and_grows_is_refused(folder, settings, padding):
+    """Each would take gigabytes, and did where the text is encoded."""
+    for change in GROWING:
+        changed = json.dumps({**settings, **change}) + " " * padding
+        (folder / "tokenizer.json").write_text(changed, encoding="utf-8")
+        found = in_a_fork(lambda: str(Tokenizer.load(folder)), seconds=10, gigabytes=1)
+        assert found is not None and "times as long" in found, (change, found)
+
+
+def test_normalizers_of_published_tokenizers_are_read(folder, settings):
+    parts = [
+        replaced(r" {2,}", "\u2581", "Regex"),
+        replaced("``", '"'),
+        replaced(" ", "\u2581"),
+        {"type": "NFKC"},
+    ] * 10
+    (folder / "tokenizer.json").write_text(json.dumps({**settings, "normalizer": in_sequence(parts)}))
+    assert Tokenizer.load(folder).encode("a")
