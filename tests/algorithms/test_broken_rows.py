@@ -5,7 +5,6 @@ import importlib.util
 import json
 import os
 import random
-import resource
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from burnish.algorithms._preferences import judged_completions, preferences
 from burnish.algorithms._rows import Row, read_rows
 from burnish.model.errors import InputError
 from burnish.model.tokenizer import Tokenizer
+from fork import in_a_fork
 
 ROW = b'{"prompt": "1+2=", "completion": "3"}\n'
 DEEP = b"[" * 100_000 + b"]" * 100_000
@@ -187,7 +187,7 @@ BOMBS = {
 def test_a_small_file_stays_small(tmp_path, name):
     file, data, message = BOMBS[name]
     path = write(tmp_path, file, data())
-    assert message in in_a_fork(lambda: refusal(path))
+    assert message in in_a_fork(lambda: refusal(path), seconds=10, gigabytes=1.5)
 
 
 # ---- parquet
@@ -230,7 +230,7 @@ def test_parquet_bombs_stay_small(tmp_path, name):
     pytest.importorskip("pyarrow")
     path = parquet(tmp_path, bomb(name), compression="zstd")
     assert path.stat().st_size < 100_000
-    found = in_a_fork(lambda: refusal(path))
+    found = in_a_fork(lambda: refusal(path), seconds=10, gigabytes=1.5)
     assert "unpacks to more than" in found or "expected no more rows than" in found, found
 
 
@@ -253,7 +253,7 @@ def test_broken_bytes_of_parquet_are_named(tmp_path, seed):
                 assert message.startswith(str(tmp_path)) and message.isprintable() and len(message) <= 600
         return "done"
 
-    assert in_a_fork(read_all, gigabytes=3) == "done"
+    assert in_a_fork(read_all, seconds=10, gigabytes=3) == "done"
 
 
 def test_columns_of_parquet(tmp_path):
