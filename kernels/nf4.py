@@ -160,9 +160,8 @@ def _quantize_fwd(
     rows = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     places = rows[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]  # [BLOCKS, 2 HALF]
     w = tl.load(w_ptr + places, places < numel, other=0.0).to(tl.float32)
-    bits = tl.abs(w).to(
-        tl.int32, bitcast=True
-    )  # in the numbers' order, NaN above all: a float's maximum passes over it
+    # in the numbers' order, NaN above all: a float's maximum passes over it
+    bits = tl.abs(w).to(tl.int32, bitcast=True)
     absmax = tl.max(bits, 1).to(tl.float32, bitcast=True)
     short = (rows + 1) * (2 * HALF) > numel  # the last block: a quotient there, elsewhere a product
     tl.store(absmax_ptr + rows, tl.where(short & (absmax == 0), 1e-38, absmax), rows < blocks)

@@ -442,7 +442,7 @@ FAULTS = [
     Fault(
         "one absmax for a row", "_four_bit", "(starts + 2 * k * BLOCK_K) //", "starts //", "nf4_linear/bias"
     ),
-    Fault("absmax of one sign", "nf4", "tl.max(tl.abs(w), 1)", "tl.max(w, 1)", "quantize_nf4/absmax"),
+    Fault("absmax of one sign", "nf4", "bits = tl.abs(w).to(", "bits = w.to(", "quantize_nf4/absmax"),
     Fault("sign of dx", "nf4", "dx = dy @ ", "dx = -dy @ ", "nf4_linear/bias", triton=False),
     Fault(
         "offset dropped",
