@@ -167,8 +167,10 @@ def of_rope_whole(d: Difference) -> bool:
 
 
 def of_patterns(d: Difference) -> bool:
-    """A module's own alpha. A rank of its own is that of its tensors."""
-    return d.path[0] == "alpha_pattern" and (d.after == {} or both(is_number, d, ABSENT, None))
+    """A module's own alpha, or none of any module. A rank of its own is that of its tensors."""
+    if d.path == ("alpha_pattern",):
+        return d.after is None or d.after is ABSENT or d.after == {}
+    return d.path[0] == "alpha_pattern" and both(is_number, d, ABSENT)
 
 
 # ---- tensors
