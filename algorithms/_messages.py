@@ -167,6 +167,7 @@ def messages_in(values: Any, column: str) -> list[Turn]:
         turn = Turn(_message(value, where))
         turn.where, turn.column = where, column
         turns.append(turn)
+    check_json(values, column)
     return turns
 
 
@@ -374,13 +375,24 @@ def check_names(variables: dict[str, Any], source: str) -> None:
             )
 
 
+def check_json(value: Any, where: str) -> Any:
+    """The value. Raises InputError for a number that JSON does not have, NaN or infinity: a template would print it."""
+    try:
+        json.dumps(value, allow_nan=False, default=str)
+    except RecursionError:
+        raise InputError(f"{where}: objects and lists too deep in one another") from None
+    except ValueError as error:
+        raise InputError(f"{where}: expected numbers that JSON has: {error}") from None
+    return value
+
+
 def from_json(value: Any, column: str) -> Any:
     """What a text is as JSON; what is no text is itself, an empty text nothing."""
     if not isinstance(value, str):
-        return value
+        return check_json(value, column)
     if not value.strip():
         return None
     try:
-        return parse_json(value, column)
+        return check_json(parse_json(value, column), column)
     except InputError as error:
         raise InputError(f"{error}; it begins {value[:60]!r}") from None

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 from ..model.errors import InputError, shown
 from ..model.text_files import check_regular, parse_json
+from ._parquet_footer import read_footer
 
 MOST_LINE = 64 * 2**20  # bytes of one line: a row of more text than any model reads
 FREE_BYTES, MOST_RATIO = 16 * 2**20, 200  # what may come out of packed bytes: so much, and times their number
@@ -271,8 +272,8 @@ def _read_parquet(path: Path) -> list[Row]:
         raise InputError(f"{path}: reading parquet needs pyarrow: pip install 'burnish[parquet]'") from error
     rows: list[Row] = []
     try:
+        _check_footer(path)
         with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
-            _check_footer(path, file.metadata)
             for field in file.schema_arrow:
                 _check_type(f"{path}: column {shown(field.name)}", field.type)
             names, size, found = file.schema_arrow.names, os.path.getsize(path), 0
@@ -300,17 +301,14 @@ def _read_parquet(path: Path) -> list[Row]:
     return rows
 
 
-def _check_footer(path: Path, footer: Any) -> None:
+def _check_footer(path: Path) -> None:
     """Refuse counts that the file is too small for, before anything is made for them."""
-    size = os.path.getsize(path)
-    groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
-    if footer.num_rows != sum(group.num_rows for group in groups) or any(g.num_rows < 0 for g in groups):
+    size, footer = os.path.getsize(path), read_footer(path)
+    if footer.rows != sum(footer.group_rows) or any(rows < 0 for rows in footer.group_rows):
         raise InputError(f"{path}: not a parquet file that can be read: its counts of rows differ")
-    if footer.num_rows > max(FREE_ROWS, size):
-        raise InputError(f"{path}: expected no more rows than the file's {size} bytes, got {footer.num_rows}")
-    columns = [group.column(i) for group in groups for i in range(group.num_columns)]
-    unpacked = sum(max(c.total_uncompressed_size, 0) + VALUE_BYTES * max(c.num_values, 0) for c in columns)
-    if unpacked > FREE_TABLE + TABLE_RATIO * size:
+    if footer.rows > max(FREE_ROWS, size):
+        raise InputError(f"{path}: expected no more rows than the file's {size} bytes, got {footer.rows}")
+    if footer.unpacked_bytes + VALUE_BYTES * footer.values > FREE_TABLE + TABLE_RATIO * size:
         raise InputError(f"{path}: unpacks to more than {TABLE_RATIO} times its size: expected rows")
 
 

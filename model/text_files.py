@@ -56,7 +56,10 @@ def read_object(file: Path) -> dict[str, Any]:
 def parse_json(text: str | bytes, where: str) -> Any:
     """The value of a JSON text that stands at `where`. Raises InputError where it is none."""
     try:
-        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        elif not text.isascii():
+            text.encode("utf-8")  # fails where it has half of a surrogate pair
         value = DECODER.decode(text.removeprefix("\ufeff"))
         if text.count("[") + text.count("{") > MOST_DEPTH and _deeper_than(MOST_DEPTH, value):
             raise RecursionError

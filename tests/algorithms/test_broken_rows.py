@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from burnish.algorithms import _rows
 from burnish.algorithms._data import rl_prompts, sft_examples
+from burnish.algorithms._parquet_footer import read_footer
 from burnish.algorithms._preferences import judged_completions, preferences
 from burnish.algorithms._rows import Row, read_rows
 from burnish.model.errors import InputError
@@ -386,3 +387,39 @@ def test_a_row_is_small():
     rows = [Row({"a": 1}, "x") for _ in range(1000)]
     assert not any(hasattr(row, "__dict__") for row in rows)
     assert sum(sys.getsizeof(row) for row in rows) < 400 * len(rows)
+
+
+def test_the_counts_of_a_footer_are_those_of_pyarrow(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    rows = [{"a": i, "l": [i] * (i % 3), "m": {"b": [{"c": "x"}]}, "n": None} for i in range(100)]
+    table = pyarrow.Table.from_pylist(rows)
+    for options in ({}, {"row_group_size": 7}, {"compression": "zstd", "write_page_index": True}):
+        path = parquet(tmp_path, table, **options)
+        metadata = pyarrow.parquet.ParquetFile(path).metadata
+        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+        columns = [group.column(i) for group in groups for i in range(group.num_columns)]
+        footer = read_footer(path)
+        assert (footer.rows, footer.group_rows) == (100, [group.num_rows for group in groups])
+        assert footer.values == sum(column.num_values for column in columns)
+        assert footer.unpacked_bytes == sum(column.total_uncompressed_size for column in columns)
+
+
+def test_a_broken_footer_ends_in_a_sentence(tmp_path):
+    """Every bit of it, in turn, among them those where pyarrow would end the process."""
+    pyarrow = pytest.importorskip("pyarrow")
+    path = parquet(tmp_path, pyarrow.Table.from_pylist([{"prompt": "1", "completion": "2"}] * 3))
+    whole = path.read_bytes()
+    start = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    for place in range(start, len(whole), 5):
+        broken = bytearray(whole)
+        broken[place] ^= 1 << place % 8
+        path.write_bytes(broken)
+        said = in_a_fork(lambda: outcome(path), seconds=10, gigabytes=2)
+        assert said is not None, f"ended by byte {place - start} of the footer"
+
+
+def outcome(path: Path) -> str:
+    try:
+        return f"{len(read_rows(path))} rows"
+    except InputError as error:
+        return str(error)

@@ -730,6 +730,20 @@ def test_what_json_does_not_know_is_refused_in_a_sentence(chat, arguments):
         sft(chat, {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]})
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), [{"deep": float("inf")}]])
+def test_a_number_that_json_lacks_is_in_no_conversation(chat, value):
+    """A template would print it. Elsewhere in a row it is another column's."""
+    call = {"function": {"name": "f", "arguments": {"a": value}}}
+    for row in (
+        {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]},
+        ROWS["messages"] | {"tools": [{"name": "f", "default": value}]},
+        ROWS["messages"] | {"chat_template_kwargs": {"mood": value}},
+    ):
+        with pytest.raises(InputError, match=r"row 1: .*expected numbers that JSON has"):
+            sft(chat, row)
+    sft(chat, ROWS["messages"] | {"score": value})
+
+
 def test_what_is_nested_too_deeply_and_half_a_character_are_refused(chat):
     deep: dict = {}
     for _ in range(3000):

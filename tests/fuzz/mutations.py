@@ -159,7 +159,7 @@ def _retyped_values(value: Any) -> list[Any]:
     """What a careless reader takes for the same."""
     found = [[value], {"x": value}, str(value), str(value), bool(value)]
     if isinstance(value, bool | int | float):
-        found += [int(value), float(value), value + 0.5]
+        found += [int(value), float(value), value + 0.5] if abs(value) < 1e300 else []  # NaN is not, either
     elif isinstance(value, list):
         found += [
             value[1:],

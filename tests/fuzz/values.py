@@ -84,7 +84,9 @@ def is_cell(kind: str, column: str, value: Any, absent: Any) -> bool:
 
 
 def of_text(value: Any) -> Any:
-    """Some rows hold JSON as text."""
+    """Some rows hold JSON as text; a blank one is nothing."""
+    if isinstance(value, str) and not value.strip():
+        return None
     try:
         return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
@@ -100,7 +102,7 @@ def is_message(value: Any) -> bool:
     if role in ("tool", "observation", "function"):
         said = True
     elif isinstance(content, list):
-        said = all(isinstance(part, dict) and is_text(part.get("text")) for part in content)
+        said = all(is_text(part.get("text") if isinstance(part, dict) else part) for part in content)
     else:
         said = is_text(content) or (content is None and bool(calls))
     flags = value.get("weight", 1) in (0, 1, None) and value.get("train", True) in (True, False, None)
