@@ -335,6 +335,8 @@ class _Reader(Keys):
             return {name: bool(value)}
         if value is None and name in ROPE_MAY_BE_NULL:
             return {}
+        if name == "original_max_position_embeddings" and (type(value) is not int or not 1 <= value <= MOST):
+            self.refuse(key, f"an integer above 0, up to {MOST}", value)
         zero = name in ROPE_MAY_BE_ZERO
         expected = "a number >= 0" if zero else "a number above 0"
         if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:

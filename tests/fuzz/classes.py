@@ -293,7 +293,8 @@ def of_special_tokens(d: Difference) -> bool:
     """Written as a text, or as an object with the text as `content`; a token where it is one that Burnish uses."""
     name, used = str(d.path[0]), ("bos_token", "eos_token", "pad_token")
     of = lambda v: v.get("content") if isinstance(v, dict) else v
-    check = lambda v: is_text(of(v)) and (name not in used or of(v) in vocabulary())
+    none = () if name == "eos_token" else ("",)
+    check = lambda v: is_text(of(v)) and (name not in used or of(v) in none or of(v) in vocabulary())
     return name.endswith("_token") and both(check, d, None, ABSENT)
 
 
@@ -319,6 +320,7 @@ def of_ids_of_lessons(d: Difference) -> bool:
     return d.path[0] in LESSONS and of_same_dtype(d) and d.after.within(0, LESSONS[d.path[0]])
 
 
+AFFIXES = ("end_of_word_suffix", "continuing_subword_prefix")
 TOKENIZER, SETTINGS, MOE = (
     "tokenizer/tokenizer",
     "tokenizer/tokenizer_config",
@@ -378,6 +380,7 @@ CLASSES = (
     Class("vocabulary", TOKENIZER, of_vocabulary, "a token more, less, or on another id"),
     Class("merges", TOKENIZER, of_merges, "other merges of tokens that exist"),
     Class("added tokens", TOKENIZER, of_added_tokens, "an added token spelled or marked otherwise"),
+    Class("affixes", TOKENIZER, keys(AFFIXES, is_text, None, ABSENT), "words are made of other pieces"),
     Class("stages", TOKENIZER, of_stages, "another pipeline, of stages that `tokenizers` reads"),
     Class("special tokens", "tokenizer", of_special_tokens, "another token begins, ends or pads"),
     Class("begins", SETTINGS, keys(("add_bos_token",), is_flag, None, ABSENT), "texts begin with bos or not"),

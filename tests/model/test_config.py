@@ -191,6 +191,14 @@ def test_another_model_than_the_decoder_is_refused(model_type, change):
             {"rope_scaling": {"type": "linear", "factor": 10**30}},
             "factor: expected a number from 1e-09 to 1e[+]15",
         ),
+        *(
+            (
+                "llama",
+                {"rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": size}},
+                "original_max_position_embeddings: expected an integer above 0, up to 2147483647, got",
+            )
+            for size in (0.5, 64.0, True, 0, 2**31)
+        ),
         (
             "llama",
             {"rope_theta": 1e30},
