@@ -175,6 +175,13 @@ def _number(fields: dict[str, Any], key: str, source: str, default: float | None
     return float(value)
 
 
+def _real(fields: dict[str, Any], key: str, source: str, default: float | None = None) -> float:
+    """A number that the specification has in floating point: as an integer it would be the bits of one."""
+    if isinstance(fields.get(key), int | np.integer):
+        raise InputError(f"{source}: {key}: expected a number in floating point, got {fields[key]!r:.60}")
+    return _number(fields, key, source, default)
+
+
 def _size(fields: dict[str, Any], key: str, source: str, default: int | None = None) -> int:
     value = _number(fields, key, source, default)
     if value != int(value) or value < 1:
@@ -214,8 +221,8 @@ def _config(fields: dict[str, Any], tensors: dict[str, np.ndarray], source: str)
         "num_key_value_heads": _size(fields, "llama.attention.head_count_kv", source, heads),
         "head_dim": head_dim,
         "max_position_embeddings": _size(fields, "llama.context_length", source),
-        "rms_norm_eps": _decimal(_number(fields, "llama.attention.layer_norm_rms_epsilon", source)),
-        "rope_theta": _decimal(_number(fields, "llama.rope.freq_base", source, 10_000.0)),
+        "rms_norm_eps": _decimal(_real(fields, "llama.attention.layer_norm_rms_epsilon", source)),
+        "rope_theta": _decimal(_real(fields, "llama.rope.freq_base", source, 10_000.0)),
         "tie_word_embeddings": "output.weight" not in tensors,
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),

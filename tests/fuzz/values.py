@@ -76,6 +76,8 @@ def is_cell(kind: str, column: str, value: Any, absent: Any) -> bool:
             return is_number(value, -sys.float_info.max)
         case "tools":
             return is_json(value) and isinstance(of_text(value), list | NoneType)
+        case "system":  # another's, and named, where it is no text
+            return not isinstance(value, str)
         case "functions":  # tools where they are a list, and else a column of another's
             return not isinstance(value, list) or is_json(value)
         case "chat_template_kwargs":

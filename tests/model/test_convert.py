@@ -149,6 +149,11 @@ def test_another_dtype_and_an_untied_head(given, tmp_path):
         ({"llama.attention.head_count": [4, 4]}, r"attention\.head_count: expected a number, got \[4, 4\]"),
         ({"llama.attention.head_count": 5}, r"head_count: expected a divisor of embedding_length 64, got 5"),
         ({"llama.attention.head_count_kv": 0}, r"head_count_kv: expected an integer of at least 1, got 0"),
+        (
+            {"llama.attention.layer_norm_rms_epsilon": 925353388},  # 1e-5 read as an integer
+            r"layer_norm_rms_epsilon: expected a number in floating point, got 925353388",
+        ),
+        ({"llama.rope.freq_base": 10_000}, r"freq_base: expected a number in floating point, got 10000"),
         ({"llama.block_count": "two"}, r"llama\.block_count: expected a number, got 'two'"),
         ({"llama.context_length": None}, r"metadata key 'llama\.context_length' is missing"),
         ({"llama.embedding_length": None}, r"metadata key 'llama\.embedding_length' is missing"),
