@@ -367,7 +367,7 @@ CLASSES = (
     Class("tied", CONFIGS, keys(("tie_word_embeddings",), is_flag, ABSENT), "the file has a head, or none"),
     Class("ids", "generation", of_ids, "another end or padding"),
     Class("carried", "generation", of_carried, "not ours to read: written again as it stands"),
-    Class("bias", "reward/config", OF_SCORE_BIAS, "a constant"),
+    Class("bias", ("reward/config", "adapter/on-adapter"), OF_SCORE_BIAS, "a constant"),
     Class("weights", "weights", of_weights, "other finite numbers are another model"),
     Class("weights", "reward/weights", of_weights, "other numbers are another model"),
     Class("weights", "4bit/weights", of_weights, "other codes, scales and tables are other weights"),
