@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..model.checkpoint import save_model
+from ..model.config_keys import LARGEST
 from ..model.errors import InputError, shown
 from ..model.finite import TooLarge
 from ..model.linear import whole
@@ -39,7 +40,7 @@ CHECKPOINT = "checkpoint.safetensors"
 METRICS, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
 NAMED = 30  # columns that a line names
 LIMITS = {"max_grad_norm", "clip_high", "dual_clip", "value_clip", "mismatch_cap"}  # inf switches them off
-LARGEST = 2**53  # of a count: what counts sum up to still fits
+MOST = 2**53  # of a count: what counts sum up to still fits
 MOST_SAMPLES = 2**16  # of one prompt: each is held until all are judged
 MAY_DIFFER = (
     "output",
@@ -77,10 +78,12 @@ def check_flags(config: Any, **bounds: tuple[float, float]) -> None:
     for name, (low, high) in bounds.items():
         value = getattr(config, name)
         if value != math.inf or name not in LIMITS:
-            high = min(high, LARGEST if isinstance(value, int) else torch.finfo(torch.float32).max)
+            high = min(high, MOST if isinstance(value, int) else LARGEST)
         if value is not None and not low <= value <= high:
-            expected = f"at most {high:g}" if value > high else f"at least {low:g}"
-            expected = f"between {low:g} and {high:g}" if high < LARGEST else expected
+            if high < MOST:
+                expected = f"between {low:g} and {high:g}"
+            else:
+                expected = f"at most {high:g}" if value > high else f"at least {low:g}"
             got = shown(value)  # an integer may have more digits than Python writes
             raise InputError(f"--{name.replace('_', '-')}: expected a number {expected}, got {got}")
     check_device(config.device)

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..model.errors import InputError
 from ..model.template import OWN_NAMES
-from ..model.text_files import parse_json
+from ..model.text_files import check_json, parse_json
 from ..model.tokenizer import Message, Tokenizer
 from ._rows import Row
 from ._said import REASONING, Unsaid, all_said, changes_text, is_parts, json_or_none
@@ -373,17 +373,6 @@ def check_names(variables: dict[str, Any], source: str) -> None:
             raise InputError(
                 f"{source}: '{name}' is not set here: tools have a column, the rest is Burnish's own"
             )
-
-
-def check_json(value: Any, where: str) -> Any:
-    """The value. Raises InputError for a number that JSON does not have, NaN or infinity: a template would print it."""
-    try:
-        json.dumps(value, allow_nan=False, default=str)
-    except RecursionError:
-        raise InputError(f"{where}: objects and lists too deep in one another") from None
-    except ValueError as error:
-        raise InputError(f"{where}: expected numbers that JSON has: {error}") from None
-    return value
 
 
 def from_json(value: Any, column: str) -> Any:

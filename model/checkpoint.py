@@ -5,7 +5,6 @@ where it is tied. A folder may also hold 4-bit weights (bnb.py), or no model but
 the one that its base_model_name_or_path names, with the adapter on it.
 """
 
-import json
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -54,7 +53,8 @@ from .folder import (
 from .linear import whole
 from .scalar import ScalarModel
 from .sizes import check_sizes
-from .text_files import read_object
+from .special_tokens import read_optional
+from .text_files import check_json, read_object
 from .transformer import Transformer
 from .weights import Source, read_weights
 
@@ -426,16 +426,13 @@ def _is_scalar(raw: dict[str, Any]) -> bool:
 
 def _model_config(raw: dict[str, Any], folder: Path) -> ModelConfig:
     generation_file = folder / "generation_config.json"
-    generation = read_object(generation_file) if os.path.lexists(generation_file) else {}
+    generation = read_optional(generation_file)
     for key in TOKEN_IDS:  # the rest is carried along as it is
         value = generation.get(key)
         ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
         if value is not None and not all(map(is_token_id, ids)):
             raise InputError(f"{generation_file}: {key}: expected a token's id, got {shown(repr(value))}")
-    try:
-        json.dumps(generation, allow_nan=False)
-    except ValueError as error:
-        raise InputError(f"{generation_file}: expected numbers that JSON has: {error}") from None
+    check_json(generation, str(generation_file))
     formats.is_bnb_4bit(raw, folder / "config.json")  # refuses other formats, before the keys that they bring
     raw = {key: value for key, value in raw.items() if key != formats.CONFIG}
     return read_config(raw, str(folder / "config.json"), generation)

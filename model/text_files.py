@@ -76,6 +76,17 @@ def parse_json(text: str | bytes, where: str) -> Any:
     return value
 
 
+def check_json(value: Any, where: str) -> Any:
+    """The value. Raises InputError for a number that JSON does not have, NaN or infinity."""
+    try:
+        json.dumps(value, allow_nan=False, default=str)
+    except RecursionError:
+        raise InputError(f"{where}: objects and lists too deep in one another") from None
+    except ValueError as error:
+        raise InputError(f"{where}: expected numbers that JSON has: {error}") from None
+    return value
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
