@@ -58,7 +58,7 @@ def read_backend(file: Path) -> tuple[tokenizers.Tokenizer, Vocabulary]:
             _check_loaded(backend, text)
         except InputError as error:
             raise InputError(f"{file}: {error}") from None
-        except BaseException as error:
+        except BaseException as error:  # a panic is one; `_reason` passes all others on
             raise InputError(
                 f"{file}: not a tokenizer.json that `tokenizers` can read: {_reason(error)}"
             ) from error
@@ -81,7 +81,7 @@ def encoding_of(
         return backend.encode(text, add_special_tokens=add_special_tokens)
     except TypeError:  # what the package raises for half of a surrogate pair
         raise InputError(f"expected text in valid Unicode, got {text[:40]!a}") from None
-    except BaseException as error:
+    except BaseException as error:  # a panic
         raise InputError(f"the tokenizer fails on {text[:40]!r}: {_reason(error)}") from error
 
 
@@ -89,7 +89,7 @@ def text_of(backend: tokenizers.Tokenizer, ids: Sequence[int], skip_special_toke
     """Raises InputError where the decoder fails."""
     try:
         return backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
-    except BaseException as error:
+    except BaseException as error:  # a panic
         raise InputError(f"the tokenizer's decoder fails on {list(ids[:8])}: {_reason(error)}") from error
 
 
@@ -218,7 +218,7 @@ def _probe(backend: tokenizers.Tokenizer) -> list[int] | None:
     """The ids of a text that can be decoded; None for a tokenizer that does not know all characters."""
     try:
         ids = backend.encode(PROBE, add_special_tokens=False).ids
-    except Exception:
+    except Exception:  # the package's own, of a text that the tokenizer has no ids for
         return None
     backend.decode(ids)
     return ids

@@ -1,7 +1,6 @@
 """Whatever stands in a file of rows, reading it ends in rows or in one sentence, within little memory and time."""
 
 import gzip
-import importlib.util
 import json
 import os
 import random
@@ -18,6 +17,7 @@ from burnish.algorithms._rows import Row, read_rows
 from burnish.model.errors import InputError
 from burnish.model.tokenizer import Tokenizer
 from fork import in_a_fork
+from planted import copy_of
 
 ROW = b'{"prompt": "1+2=", "completion": "3"}\n'
 DEEP = b"[" * 100_000 + b"]" * 100_000
@@ -335,20 +335,6 @@ def test_a_prompt_of_no_text_is_named(tmp_path, model_folder):
 # ---- planted faults
 
 
-def copy_of(folder: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str):
-    """_rows.py as a module of its own, with one place changed."""
-    source = Path(_rows.__file__).read_text()
-    assert old in source, f"_rows.py no longer has `{old}`: plant this fault anew"
-    path = folder / "control_rows.py"
-    path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location("burnish.algorithms.control_rows", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
-
-
 def broken_files_are_named(module, folder: Path) -> None:
     """Those of each kind that a planted fault below lets pass."""
     bomb = write(folder, "bomb.jsonl.gz", packed(b'{"a":"' + b"0" * 100_000 + b'"}\n', 400))
@@ -374,13 +360,13 @@ FAULTS = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_caught(tmp_path, monkeypatch, name):
-    module = copy_of(tmp_path, monkeypatch, *FAULTS[name])
+    module = copy_of(_rows, tmp_path, monkeypatch, *FAULTS[name])
     with pytest.raises(AssertionError, match="expected"):
         broken_files_are_named(module, tmp_path)
 
 
 def test_a_faithful_copy_passes(tmp_path, monkeypatch):
-    broken_files_are_named(copy_of(tmp_path, monkeypatch, "", ""), tmp_path)
+    broken_files_are_named(copy_of(_rows, tmp_path, monkeypatch), tmp_path)
 
 
 def test_a_row_is_small():

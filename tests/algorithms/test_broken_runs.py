@@ -1,12 +1,10 @@
 """Broken lessons, checkpoints and run folders: one sentence that names the thing, and a folder that is as it was."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import shutil
 import struct
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from burnish.algorithms._lessons import Lesson, read_lessons, write_lessons
 from burnish.algorithms._loop import CHECKPOINT, check_flags, make_optimizer
 from burnish.model.errors import InputError
 from burnish.model.tokenizer import Tokenizer
+from planted import copy_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -207,11 +206,20 @@ CHECKPOINTS = {
     "a parameter beyond": (rename(MOMENT, "optimizer/9/exp_avg_sq"), f"{MOMENT}: missing"),
     "a weight renamed": (rename("model/bias", "model/other"), "model/bias: missing"),
     "another part": (rename("model/bias", "critic/bias"), "model/bias: missing"),
-    "another shape": (lambda t, m: t.update({MOMENT: t[MOMENT].T}), "expected F32 of shape [2, 3], got F32 of"),
+    "another shape": (
+        lambda t, m: t.update({MOMENT: t[MOMENT].T}),
+        "expected F32 of shape [2, 3], got F32 of",
+    ),
     "no shape": (lambda t, m: t.update({MOMENT: torch.tensor(1.0)}), "got F32 of shape []"),
-    "a step with a shape": (lambda t, m: t.update({"optimizer/0/step": torch.ones(1)}), "expected F32 of shape []"),
+    "a step with a shape": (
+        lambda t, m: t.update({"optimizer/0/step": torch.ones(1)}),
+        "expected F32 of shape []",
+    ),
     "double": (lambda t, m: t.update({MOMENT: t[MOMENT].double()}), "got F64"),
-    "a weight NaN": (set_item("model/weight", NAN), "model/weight: expected finite numbers, got NaN or infinity"),
+    "a weight NaN": (
+        set_item("model/weight", NAN),
+        "model/weight: expected finite numbers, got NaN or infinity",
+    ),
     "a moment infinite": (set_item(MOMENT, INF), f"{MOMENT}: expected finite numbers"),
     "a moment below 0": (set_item(MOMENT, -1.0), f"{MOMENT}: expected numbers of at least 0, got -1"),
     "a step of 0": (lambda t, m: t["optimizer/0/step"].zero_(), "expected numbers of at least 1, got 0"),
@@ -221,11 +229,17 @@ CHECKPOINTS = {
     "others itself": (say("others", f'["{CHECKPOINT}"]'), OTHER),
     "others of numbers": (say("others", "[1]"), OTHER),
     "others of an object": (say("others", "{}"), OTHER),
-    "others missing": (say("others", '["checkpoint-3-1-of-2.safetensors"]'), "1-of-2.safetensors: no such file"),
+    "others missing": (
+        say("others", '["checkpoint-3-1-of-2.safetensors"]'),
+        "1-of-2.safetensors: no such file",
+    ),
     "starts of a list": (say("starts", "[]"), "metadata: starts: expected an object"),
     "starts later": (say("starts", '{"model/bias": 1}'), "model/bias: expected its rows from 0 on, got 1"),
-    "starts of text": (say("starts", '{"model/bias": "x"}'), "model/bias: expected its rows from 0 on, got x"),
-}  # fmt: skip
+    "starts of text": (
+        say("starts", '{"model/bias": "x"}'),
+        "model/bias: expected its rows from 0 on, got x",
+    ),
+}
 
 
 @pytest.fixture
@@ -399,20 +413,6 @@ FAULTS = {
 }
 
 
-def copy_of(folder: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str):
-    """_checkpoint.py as a module of its own, with one place changed."""
-    source = Path(_checkpoint.__file__).read_text()
-    assert old in source, f"_checkpoint.py no longer has `{old}`: plant this fault anew"
-    path = folder / "control_checkpoint.py"
-    path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location("burnish.algorithms.control_checkpoint", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
-
-
 def every_broken_checkpoint_is_named(module, file: Path) -> None:
     whole = file.read_bytes()
     for name, (edit, message) in CHECKPOINTS.items():
@@ -432,10 +432,10 @@ QUICK = ("any file", "not finite")
     "name", [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in FAULTS]
 )
 def test_a_planted_fault_is_caught(checkpoint, tmp_path, monkeypatch, name):
-    module = copy_of(tmp_path, monkeypatch, *FAULTS[name])
+    module = copy_of(_checkpoint, tmp_path, monkeypatch, *FAULTS[name])
     with pytest.raises(AssertionError, match="expected"):
         every_broken_checkpoint_is_named(module, checkpoint)
 
 
 def test_a_faithful_copy_passes(checkpoint, tmp_path, monkeypatch):
-    every_broken_checkpoint_is_named(copy_of(tmp_path, monkeypatch, "", ""), checkpoint)
+    every_broken_checkpoint_is_named(copy_of(_checkpoint, tmp_path, monkeypatch), checkpoint)

@@ -3,13 +3,9 @@
 A fault is put into the running function itself, since these call one another by name.
 """
 
-import inspect
 import json
 import shutil
-import textwrap
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -40,6 +36,7 @@ from burnish.model.adapter import (
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.errors import InputError
 from burnish.model.linear import LoraConfig
+from planted import Fault, plant
 from safetensors.torch import load_file, save_file
 
 TINY = ModelConfig(
@@ -53,23 +50,6 @@ TINY = ModelConfig(
 PACKED = pack([[1, 2, 3, 4, 5], [6, 7, 8]], device="cpu")
 EXPERTS = "model.layers.1.mlp.experts"
 PEFT_MODELS = ("qwen3-rslora", "qwen3-rank_pattern")
-
-
-class Fault(NamedTuple):
-    name: str
-    function: Any
-    old: str
-    new: str
-    check: Callable[..., None]
-
-
-def plant(function: Any, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    function = inspect.unwrap(function)
-    source = textwrap.dedent(inspect.getsource(function))
-    assert old in source, f"{function.__name__} no longer has `{old}`: plant this control anew"
-    planted = compile(source.replace(old, new), "planted", "exec")
-    (code,) = (c for c in planted.co_consts if inspect.iscode(c) and c.co_name == function.__name__)
-    monkeypatch.setattr(function, "__code__", code)
 
 
 @torch.no_grad()

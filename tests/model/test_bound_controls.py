@@ -1,12 +1,9 @@
 """Negative controls: faults planted in what bounds a folder's numbers, caught by the named check."""
 
-import inspect
 import json
 import re
 import struct
-import textwrap
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +13,7 @@ from burnish.model.checkpoint import load_model, save_model
 from burnish.model.errors import InputError
 from burnish.model.expressions import Expression
 from burnish.model.transformer import Transformer
+from planted import Fault, plant
 from safetensors.torch import load_file, save_file
 
 TINY = ModelConfig(
@@ -26,23 +24,6 @@ NAMES = [
     for i in range(3)
     for part in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
 ]
-
-
-class Fault(NamedTuple):
-    name: str
-    function: Any
-    old: str
-    new: str
-    check: Callable[..., None]
-
-
-def plant(function: Any, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    function = inspect.unwrap(function)
-    source = textwrap.dedent(inspect.getsource(function))
-    assert source.count(old) == 1, f"{function.__name__} no longer has `{old}` once: plant this control anew"
-    planted = compile(source.replace(old, new), "planted", "exec")
-    (code,) = (c for c in planted.co_consts if inspect.iscode(c) and c.co_name == function.__name__)
-    monkeypatch.setattr(function, "__code__", code)
 
 
 # ---- the checks
