@@ -5,11 +5,10 @@ The checks are those of the tests beside this file in their smallest form. A fai
 
 import asyncio
 import dataclasses
-import importlib.util
+import importlib
 import inspect
 import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from burnish.model.checkpoint import load_model, load_scalar_model, save_model
 from burnish.model.packed import pack
 from burnish.model.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
+from planted import copy_of
 
 ALGORITHMS = Path(__file__).parents[2] / "algorithms"
 CHOSEN = torch.tensor([1.0, -0.5, 0.3], dtype=torch.float64)
@@ -36,20 +36,8 @@ class Place(NamedTuple):
     output: Path
 
 
-def copy_of(
-    file: str, folder: Path, monkeypatch: pytest.MonkeyPatch, old: str = "", new: str = ""
-) -> ModuleType:
-    """The algorithm's file as a module of its own, with one line changed."""
-    source = (ALGORITHMS / f"{file}.py").read_text()
-    assert old in source, f"{file}.py no longer has `{old}`: plant this control anew"
-    path = folder / f"control_{file}.py"
-    path.write_text(source.replace(old, new) if old else source)
-    spec = importlib.util.spec_from_file_location(f"burnish.algorithms.control_{file}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
+def algorithm(name: str) -> ModuleType:
+    return importlib.import_module(f"burnish.algorithms.{name}")
 
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
@@ -986,7 +974,7 @@ def place(model_folder, pairs, tmp_path) -> Place:
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f"{f.file}: {f.name}")
 def test_fault_is_caught(fault: Fault, place: Place, tmp_path, monkeypatch):
-    module = copy_of(fault.file, tmp_path, monkeypatch, fault.old, fault.new)
+    module = copy_of(algorithm(fault.file), tmp_path, monkeypatch, fault.old, fault.new)
     with pytest.raises(AssertionError, match="expected"):
         fault.check(module, place)
 
@@ -994,6 +982,6 @@ def test_fault_is_caught(fault: Fault, place: Place, tmp_path, monkeypatch):
 @pytest.mark.parametrize("file", sorted({f.file for f in FAULTS}))
 def test_a_faithful_copy_passes(file: str, place: Place, tmp_path, monkeypatch):
     """Without this, a copy that does not even run would count as a fault caught."""
-    module = copy_of(file, tmp_path, monkeypatch)
+    module = copy_of(algorithm(file), tmp_path, monkeypatch)
     for i, check in enumerate(dict.fromkeys(f.check for f in FAULTS if f.file == file)):
         check(module, place._replace(output=tmp_path / f"out-{i}"))
