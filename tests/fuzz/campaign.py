@@ -68,12 +68,18 @@ class Bench:
 
     def run(self, seed: int, number: int) -> Result:
         file, mutation = self.mutation(seed, number)
-        put(mutation, self.folder / file)
-        outcome = outcome_of(self.reader.read, self.folder, self.limits)
-        self._restore(file)
+        outcome = self._outcome(file, mutation)
+        if outcome.kind == "hang":  # a fault hangs again; a machine that stood still meanwhile does not
+            outcome = self._outcome(file, mutation)
         kind, why = self.judged(file, mutation, outcome)
         what = mutation.what.encode("ascii", "backslashreplace").decode()
         return Result(self.reader.name, file, seed, number, what, kind, why, outcome.message, outcome.where)
+
+    def _outcome(self, file: str, mutation: Mutation) -> Outcome:
+        put(mutation, self.folder / file)
+        outcome = outcome_of(self.reader.read, self.folder, self.limits)
+        self._restore(file)
+        return outcome
 
     def judged(self, file: str, mutation: Mutation, outcome: Outcome) -> tuple[str, str]:
         if outcome.kind != "accepted":

@@ -4,7 +4,7 @@ accepted     it returned a digest of what it read
 clean        InputError: one line of at most 600 printable characters
 long         InputError of another form
 traceback    any other exception, which a user would see as one
-hang         no end within the time of the processor, or asleep for as long
+hang         no end within the time of the processor, or asleep for four times as long
 memory       more than the limit, held or asked for, also where the refusal became a message
 crash        a signal
 noise        a control character was printed, or something that no code of ours prints, a panic's text for instance
@@ -130,24 +130,27 @@ def _place(error: BaseException) -> str:
 
 def _wait(pid: int, result: int, limits: Limits) -> Outcome:
     """The kernel ends what uses its processor time up; here ends what sleeps. Waiting for a busy machine is neither."""
-    pieces, used = [], 0.0
+    pieces, used, asleep = [], 0.0, 0
     with os.fdopen(result, "rb", buffering=0) as pipe:
         while True:
             if select.select([pipe], [], [], 2 * limits.seconds)[0]:
                 if not (piece := pipe.read(1 << 16)):
                     break
                 pieces.append(piece)
-            elif (now := _processor_time(pid)) - used < AWAKE * limits.seconds:
+                continue
+            now = _processor_time(pid)
+            asleep = asleep + 1 if now - used < AWAKE * limits.seconds else 0
+            used = now
+            if asleep == 2:  # once may be a machine that stood still
                 os.kill(pid, signal.SIGKILL)
                 break
-            else:
-                used = now
     _, status = os.waitpid(pid, 0)
     if pieces:
         return Outcome(**json.loads(b"".join(pieces)))
     number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
     if number in (signal.SIGXCPU, signal.SIGKILL):
-        return Outcome("hang", message=f"no end within {limits.seconds} s")
+        why = f"asleep for {4 * limits.seconds} s" if asleep == 2 else f"no end within {limits.seconds} s"
+        return Outcome("hang", message=why)
     return Outcome("crash", message=f"signal {number}, status {status}")
 
 

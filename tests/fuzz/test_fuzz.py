@@ -1,6 +1,7 @@
 """A few mutations of every kind of file, a thousand where slow tests run; and faults that the fuzzer has to find."""
 
 import json
+import mmap
 import os
 import pickle
 import socket
@@ -226,6 +227,24 @@ def opens(path: str, mode: str = "rb"):
 )
 def test_outcome_of_a_planted_reader(kind, read, tmp_path):
     assert outcome_of(read, tmp_path, Limits(seconds=1, bytes=64 << 20)).kind == kind
+
+
+@pytest.mark.parametrize("times, kind", [(1, "accepted, same"), (2, "hang")])
+def test_a_hang_is_one_that_hangs_again(times, kind, inputs, tmp_path):
+    """A machine may stand still under a reader; under two attempts in turn it does not."""
+    (reader,) = chosen(readers(inputs), ["rows/text/lines"])
+    left = mmap.mmap(-1, 1)  # shared with the forks
+
+    def read(folder: Path) -> str:
+        left[0] -= left[0] > 0
+        while left[0]:
+            pass
+        return "digest"
+
+    left[0] = 1
+    bench = Bench(replace(reader, read=read), inputs, tmp_path, Limits(seconds=1))
+    left[0] = times + 1
+    assert bench.run(SEED, 0).kind == kind
 
 
 # ---- controls: readers that accept what means something else
