@@ -8,11 +8,10 @@ from math import prod
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ._launch import capability, cdiv, multiprocessors, next_power_of_2, use_triton
+from ._triton import tl, triton
 
 NESTED = 256  # blocks whose absmax share a nested absmax; also the size of the nested code
 FEW_ROWS = 64  # up to here a product reads W in its 4 bits; beyond, W is multiplied out and cuBLAS takes it

@@ -13,12 +13,18 @@ import math
 from collections.abc import Callable
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._launch import INTERPRET, capability, check_dtype, check_shape, multiprocessors, use_triton
+from ._launch import (
+    INTERPRET,
+    autocast_dtype,
+    capability,
+    check_dtype,
+    check_shape,
+    multiprocessors,
+    use_triton,
+)
+from ._triton import TensorDescriptor, tl, triton
 
 # ---- kernels
 
@@ -205,10 +211,6 @@ def has_tma(h: Tensor) -> bool:
 
 def described(x: Tensor, block: list[int], tma: bool) -> Tensor | TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block) if tma else x
-
-
-def precision() -> str:
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def grid_of(h: Tensor, N: int, tile: dict[str, int], tma: bool) -> tuple[int]:
@@ -400,9 +402,8 @@ def check_budget(hidden: Tensor, memory_budget: int | None, times: int = 1) -> i
 
 
 def cast(hidden: Tensor) -> Tensor:
-    """Hidden states in autocast's dtype, where it is on: it does not know our ops."""
-    device = hidden.device.type
-    return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
+    """Hidden states in autocast's dtype, where it is on."""
+    return hidden.to(autocast_dtype(hidden))
 
 
 def low_rank(hidden: Tensor, lora_a: Tensor, scaling: float) -> Tensor:

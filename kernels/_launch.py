@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -16,18 +16,56 @@ TARGET: tuple[int, int] | None = None  # set by bench/static.py alone: launches 
 # mask. tests/kernels/test_nan.py
 FEW_KEYS = 16
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# of our ops in torch.ops: a copy of this folder inside another package registers its own beside an installed Burnish
+NAMESPACE = "burnish" if __package__ == "burnish.kernels" else str(__package__).replace(".", "_")
 
 
 def use_triton(x: Tensor) -> bool:
-    """CUDA tensors take the Triton path, CPU tensors torch, unless Triton interprets or only compiles."""
-    return x.is_cuda or INTERPRET or TARGET is not None
+    """CUDA tensors take the Triton path, CPU tensors torch, unless Triton interprets or only compiles.
+
+    Raises ValueError for a GPU that is too old.
+    """
+    if x.is_cuda:
+        _capability(x.device)
+        return True
+    return INTERPRET or TARGET is not None
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    found = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and found < (8, 0):  # no bf16, 64 KB of shared memory
+        name = torch.cuda.get_device_name(device)
+        raise ValueError(
+            f"{device}: expected a GPU of compute capability 8.0 or newer, got {name} ({found[0]}.{found[1]})"
+        )
+    return found
 
 
 def capability(x: Tensor) -> tuple[int, int]:
     """What picks a tile from a table: (9, 0) on an H100, (9, 4) on an MI300X, (0, 0) when interpreted."""
     if TARGET is not None:
         return TARGET
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
+    return _capability(x.device) if x.is_cuda else (0, 0)
+
+
+def precision() -> str:
+    """How products of fp32 tensors are rounded, as torch's matmul on a GPU rounds them: "ieee", or "tf32".
+
+    The older getters raise once a process has used the newer setters, as transformers does.
+    """
+    found = torch.backends.cuda.matmul.fp32_precision
+    if found == "none":
+        found = torch.backends.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]
+    return "tf32" if found == "tf32" else "ieee"
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that autocast, which does not know our ops, would give x as an operand of a product."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
 
 
 @cache
@@ -48,9 +86,16 @@ def check_shape(name: str, x: Any, **dims: int) -> None:
 
 
 def check_dtype(name: str, x: Tensor, *allowed: torch.dtype) -> None:
-    """Raises ValueError where a Triton path is handed a dtype that it has not: fp64 is the references' alone."""
-    if x.dtype not in (allowed or DTYPES):
+    """Raises ValueError for another dtype than those allowed; by default the kernels', and fp64 on the torch path."""
+    if x.dtype not in (allowed or DTYPES) and (allowed or x.dtype != torch.float64 or use_triton(x)):
         raise ValueError(f"{name}: expected dtype {' or '.join(map(str, allowed or DTYPES))}, got {x.dtype}")
+
+
+def check_device(x: Tensor, **others: Tensor | None) -> None:
+    """Raises ValueError for an operand that is not where x is, of which a kernel would read another tensor's memory."""
+    for name, other in others.items():
+        if other is not None and other.device != x.device:
+            raise ValueError(f"{name}: expected on {x.device}, got on {other.device}")
 
 
 def cdiv(size: int, block: int) -> int:
@@ -93,6 +138,76 @@ def _nested(flat: Iterable[Any], lengths: list[int | None]) -> list[Any]:
     return [next(rest) if length is None else [next(rest) for _ in range(length)] for length in lengths]
 
 
+# ---- ops
+
+
+def _first(args: Iterable[Any]) -> Tensor | None:
+    """The first tensor among an op's arguments, of which some are lists and some None."""
+    for value in args:
+        if isinstance(value, Tensor):
+            return value
+        if isinstance(value, list) and (found := _first(value)) is not None:
+            return found
+    return None
+
+
+def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device and its stream: make them those of the arguments."""
+
+    @wraps(launch)
+    def guarded(*args: Any) -> Any:
+        first = _first(args)
+        if first is None or not first.is_cuda or first.get_device() == torch.cuda.current_device():
+            return launch(*args)
+        with torch.cuda.device(first.device):
+            return launch(*args)
+
+    return guarded
+
+
+class _FirstOrder(torch.autograd.Function):
+    """Gradients as they are, recorded as made of `origins`; they have none of their own."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, origins: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.name = name
+        return tensors[origins:]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            f"{ctx.name}: expected first derivatives alone, got the derivative of a gradient; references have it"
+        )
+
+
+class _Unpacked:
+    """A context whose saved tensors may be asked for twice: activation checkpointing hands them out once."""
+
+    def __init__(self, ctx: Any):
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
+def _first_order(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Under create_graph, which alone records a backward, what would be wrong without a word raises."""
+
+    def once(ctx: Any, *grads: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        ctx = _Unpacked(ctx)
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        origins = [
+            t for t in (*_flattened(grads)[0], *ctx.saved_tensors) if t is not None and t.requires_grad
+        ]
+        flat, lengths = _flattened(found if isinstance(found, tuple) else (found,))
+        return tuple(_nested(_FirstOrder.apply(name, len(origins), *origins, *flat), lengths))
+
+    return once
+
+
 def register(
     name: str,
     launch: Callable[..., Any],
@@ -103,16 +218,20 @@ def register(
 ) -> Callable[..., Any]:
     """Make `launch` known to torch as burnish::name and return what the public op calls.
 
-    fake: the same signature, shapes and dtypes only. save(ctx, inputs, output) and backward(ctx, *grads) are those of
-    torch.autograd.Function. torch.compile and dispatch modes (FakeTensor, selective checkpointing) see the registered
-    op; an eager call goes by an autograd.Function around the same three functions, which costs half as much, or where
-    gradients are off straight to `launch`.
+    launch: it runs on the device of its tensors.
+    fake: the same signature, shapes and dtypes only; it answers for tensors on "meta", too.
+    save(ctx, inputs, output) and backward(ctx, *grads): those of torch.autograd.Function, of first derivatives alone.
+    torch.compile and dispatch modes (FakeTensor, selective checkpointing) see the registered op; an eager call goes by
+    an autograd.Function around the same three functions, which costs half as much, or where gradients are off straight
+    to `launch`.
     lists: the op takes and returns lists of tensors. An autograd.Function knows none: they pass it flat.
     """
-    registered = torch.library.custom_op(f"burnish::{name}", launch, mutates_args=())
+    launch = _on_its_device(launch)
+    registered = torch.library.custom_op(f"{NAMESPACE}::{name}", launch, mutates_args=())
     registered.register_fake(fake)
     direct = launch
     if save is not None and backward is not None:
+        backward = _first_order(name, backward)
         registered.register_autograd(backward, setup_context=save)
 
         def forward(ctx: Any, *args: Any) -> Any:
@@ -127,6 +246,7 @@ def register(
             return tuple(flat_output)
 
         def backward_lists(ctx: Any, *grads: Any) -> Any:
+            assert backward is not None
             return None, None, *_flattened(backward(ctx, *_nested(grads, ctx.returned)))[0]
 
         # without a setup_context of its own, for which torch would inspect the signature anew on each call
@@ -141,16 +261,19 @@ def register(
                 return _nested(apply(lengths, returned, *flat), returned)
 
     def call(*args: Any) -> Any:
-        if _recorded():
+        if _recorded(args):
             return registered(*args)
         return direct(*args) if torch.is_grad_enabled() else launch(*args)
 
     return call
 
 
-def _recorded() -> bool:
-    """Does somebody want to see the registered ops?"""
-    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+def _recorded(args: tuple[Any, ...]) -> bool:
+    """Does somebody want to see the registered ops, or their shapes alone?"""
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return True
+    first = _first(args)
+    return first is not None and first.is_meta
 
 
 def register_path(
@@ -179,7 +302,7 @@ def register_path(
         return [torch.empty_like(leaf).copy_(d) for leaf, d in zip(leaves, found, strict=True)]
 
     backward = torch.library.custom_op(
-        f"burnish::{name}_backward",
+        f"{NAMESPACE}::{name}_backward",
         derive,
         mutates_args=(),
         schema=f"(Tensor[] grads, SymInt[] needed, {arguments}) -> Tensor[]",
@@ -197,7 +320,7 @@ def register_path(
         found = dict(zip(needed, backward(list(grads), needed, *arguments), strict=True))
         return tuple(found.get(place) for place in range(len(arguments)))
 
-    registered = torch.library.custom_op(f"burnish::{name}", path, mutates_args=())
+    registered = torch.library.custom_op(f"{NAMESPACE}::{name}", path, mutates_args=())
     registered.register_fake(fake)
-    registered.register_autograd(differentiate, setup_context=save)
-    return lambda *args: (registered if _recorded() else path)(*args)
+    registered.register_autograd(_first_order(name, differentiate), setup_context=save)
+    return lambda *args: (registered if _recorded(args) else path)(*args)

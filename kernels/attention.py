@@ -38,10 +38,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._launch import (
     FEW_KEYS,
@@ -50,10 +47,12 @@ from ._launch import (
     check_dtype,
     check_shape,
     next_power_of_2,
+    precision,
     register,
     register_path,
     use_triton,
 )
+from ._triton import TensorDescriptor, tl, triton
 
 # ---- reference
 
@@ -749,7 +748,7 @@ def _common(q, k, v, shape, packed, parents, causal, scale, window, softcap) -> 
         "SOFTCAP": softcap is not None,
         "PACKED": packed,
         "PARENTS": parents,
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        "PRECISION": precision(),
     }
 
 

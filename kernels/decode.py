@@ -36,8 +36,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ._launch import (
@@ -48,9 +46,11 @@ from ._launch import (
     check_shape,
     multiprocessors,
     next_power_of_2,
+    precision,
     register,
     use_triton,
 )
+from ._triton import tl, triton
 
 # ---- reference
 
@@ -492,7 +492,7 @@ def _decode(
             B, window or 0, skip if PREFIX else 0, inner, cap,
             GROUP=group, D=D, DV=DV, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV,
             WINDOW=window is not None, SOFTCAP=softcap is not None, PREFIX=PREFIX,
-            PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+            PRECISION=precision(),
             SPLIT=split, PIECE=piece, SHARE=SHARE, ROWS=_pad(SHARE * group), BLOCK_N=BLOCK_N,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip

@@ -28,8 +28,6 @@ Source: GKD, Agarwal et al. 2023, https://arxiv.org/abs/2306.13649, eq. 1
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ._head import (
@@ -58,7 +56,6 @@ from ._head import (
     head_gradients,
     head_gradients_fake,
     operand,
-    precision,
     rows_of,
     scaled_,
     scaled_logits,
@@ -66,7 +63,8 @@ from ._head import (
     split_temperature,
     widened,
 )
-from ._launch import INTERPRET, capability, register, use_triton
+from ._launch import INTERPRET, capability, precision, register, use_triton
+from ._triton import tl, triton
 
 # ---- reference
 

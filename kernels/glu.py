@@ -26,11 +26,10 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ._launch import cdiv, check_dtype, check_shape, register, use_triton
+from ._triton import tl, triton
 
 # ---- reference
 

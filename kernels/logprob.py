@@ -23,8 +23,6 @@ Source: the online softmax of Milakov and Gimelshein 2018, https://arxiv.org/abs
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ._head import (
@@ -52,14 +50,14 @@ from ._head import (
     locate,
     low_rank,
     operand,
-    precision,
     rows_of,
     scaled_,
     slices,
     split_temperature,
     tile_of,
 )
-from ._launch import check_shape, register, use_triton
+from ._launch import check_shape, precision, register, use_triton
+from ._triton import tl, triton
 
 # ---- reference
 

@@ -30,13 +30,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import _lora_paths
 from ._four_bit import FEW_ROWS, NF4Weight, dequantize, multiplied_out, product
 from ._launch import (
+    autocast_dtype,
     capability,
     cdiv,
     check_dtype,
@@ -47,6 +46,7 @@ from ._launch import (
     register,
     use_triton,
 )
+from ._triton import tl, triton
 
 # ---- reference
 
@@ -819,8 +819,7 @@ def _lora_linear(
     """lora_linear by one of PATHS, which the benchmark and the tests choose themselves; "": as measured."""
     _check(x, weight, lora_a, lora_b, bias, magnitude, adapter, dropout)
     N, K = weight.shape
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = x.to(autocast_dtype(x))
     dtype, rows = x.dtype, x if x.ndim == 2 else x.reshape(-1, K)
     if isinstance(weight, Tensor):
         held = (_operand(weight, dtype), *[None] * 5, 0)
@@ -1067,8 +1066,7 @@ def lora_linears(
         formats.add(None if isinstance(weight, Tensor) else (weight.blocksize, weight.offset is None))
     if len(formats) != 1:
         raise ValueError(f"weights: expected some, all dense or all 4-bit of one format, got {count}")
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = x.to(autocast_dtype(x))
     packed, held, blocksize = [], [], 0
     for weight in weights:
         if isinstance(weight, Tensor):

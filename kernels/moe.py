@@ -36,8 +36,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ._four_bit import NF4Weight, dequantize, multiplied_out, unnested
@@ -47,10 +45,12 @@ from ._launch import (
     check_dtype,
     check_shape,
     next_power_of_2,
+    precision,
     register,
     register_path,
     use_triton,
 )
+from ._triton import tl, triton
 
 Activation = Literal["swiglu", "clamped_swiglu", "relu2"]
 ACTIVATIONS: tuple[Activation, ...] = ("swiglu", "clamped_swiglu", "relu2")
@@ -665,10 +665,6 @@ def _covering(size: int) -> int:
     return max(16, next_power_of_2(size))
 
 
-def _precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
 def _dispatch(indices: Tensor, E: int, block_m: int) -> list[Tensor]:
     """indices (T, K) contiguous, int32 or int64, to the fields of _Rows."""
     starts, row, choice, tile_expert, tile_row = _dispatch_fake(indices, E, block_m)
@@ -742,7 +738,7 @@ def _forward(
     if not out.numel() or not K:
         return out.zero_(), h, s
     gate_up, down = _dense(x, gate_up, down, E, width, F, four_bit, blocksizes)
-    places, tiles, precision = (choice, starts, tile_expert, tile_row), tile_expert.numel(), _precision()
+    places, tiles, rounding = (choice, starts, tile_expert, tile_row), tile_expert.numel(), precision()
     a, y = x.new_empty(T * K, F), x.new_empty(T * K, C)
     R = 0 if gate_up_a is None else gate_up_a.shape[1]
     if gate_up_a is not None:
@@ -751,7 +747,7 @@ def _forward(
     tile = _tile(x, block_m, 2)
     _up_fwd[(tiles * cdiv(F, tile["BLOCK_N"]),)](
         x, gate_up, gate_up_bias, s, gate_up_b, h, a, *places, K, C, F, R, alpha, limit,
-        activation, gate_up_bias is not None, _rank_step(x, R) if R else 0, save, precision, **tile,
+        activation, gate_up_bias is not None, _rank_step(x, R) if R else 0, save, rounding, **tile,
     )  # fmt: skip
     low = None
     if down_a is not None:
@@ -823,7 +819,7 @@ def _product(
     tile = _tile(a, block_m, 1) if N > 64 else _rank_tile(a, block_m, N)
     _rows_product[(tile_expert.numel() * cdiv(N, tile["BLOCK_N"]),)](
         a, weight, bias, low, up, out, choice, starts, tile_expert, tile_row, top_k, N, K, R, *strides,
-        bias is not None, _rank_step(a, R) if R else 0, gather, _precision(), **tile,
+        bias is not None, _rank_step(a, R) if R else 0, gather, precision(), **tile,
     )  # fmt: skip
 
 
@@ -854,14 +850,14 @@ def _backward(
     E, width, F = _sizes(x, gate_up, down, rows, blocksizes, activation)
     gate_up, down = _dense(x, gate_up, down, E, width, F, four_bit, blocksizes)
     starts, row, choice, tile_expert, tile_row = rows
-    tiles, precision = tile_expert.numel(), _precision()
+    tiles, rounding = tile_expert.numel(), precision()
 
     def weight_grad(p: Tensor, q: Tensor, dw: Tensor, db: Tensor | None, by_token: str) -> None:
         N, width = p.shape[1], q.shape[1]
         tile = _weight_tile(x, N, width)
         _weight_bwd[(E * cdiv(N, tile["BLOCK_N"]) * cdiv(width, tile["BLOCK_C"]),)](
             p, q, dw, db, weights, choice, starts, K, N, width,
-            by_token == "p", by_token == "q", db is not None, precision, **tile,
+            by_token == "p", by_token == "q", db is not None, rounding, **tile,
         )  # fmt: skip
 
     # the epilogue holds gate and up beside the accumulator, clamped ones twice
@@ -876,7 +872,7 @@ def _backward(
         _product(dout, down_b, p, rows, block_m, K, transposed=True, gather=True)
     _activation_bwd[(tiles * blocks,)](
         dout, down, p, down_a, h, weights, dh, wa, partial, choice, starts, tile_expert, tile_row, K, C, F, R, alpha,
-        limit, activation, _rank_step(x, R) if R else 0, precision, **tile,
+        limit, activation, _rank_step(x, R) if R else 0, rounding, **tile,
     )  # fmt: skip
     ds = None
     if gate_up_b is not None and (needed[0] or needed[6]):

@@ -25,18 +25,19 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ._four_bit import NESTED, TILE, NF4Weight, dequantize, product
 from ._launch import (
+    DTYPES,
+    autocast_dtype,
     cdiv,
     check_dtype,
     check_shape,
     register,
     use_triton,
 )
+from ._triton import tl, triton
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -279,7 +280,7 @@ def quantize_nf4(
         raise ValueError(f"blocksize: expected one of {BLOCKSIZES}, got {blocksize}")
     if quant_type not in ORDER:
         raise ValueError(f"quant_type: expected one of {tuple(ORDER)}, got {quant_type!r}")
-    check_dtype("weight", weight)
+    check_dtype("weight", weight, *DTYPES)
     if not use_triton(weight):
         return quantize_nf4_reference(
             weight, blocksize=blocksize, quant_type=quant_type, double_quant=double_quant
@@ -309,8 +310,7 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
         raise ValueError(f"x: expected shape (..., in={K}), got {tuple(x.shape)}")
     if bias is not None:
         check_shape("bias", bias, out=N)
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = x.to(autocast_dtype(x))
     bias = None if bias is None else bias.contiguous()
     y = _nf4(x.reshape(-1, K).contiguous(), *weight.tensors(), bias, N, weight.blocksize)
     return y.view(*x.shape[:-1], N)

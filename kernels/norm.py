@@ -21,8 +21,6 @@ Source: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467, equation 4
 from functools import cache
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ._launch import (
@@ -35,6 +33,7 @@ from ._launch import (
     register,
     use_triton,
 )
+from ._triton import tl, triton
 
 # ---- reference
 

@@ -23,11 +23,10 @@ import math
 from functools import cache
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ._launch import cdiv, check_dtype, check_shape, next_power_of_2, register, use_triton
+from ._triton import tl, triton
 
 # ---- reference
 

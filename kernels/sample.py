@@ -32,11 +32,10 @@ https://arxiv.org/abs/2407.01082
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ._launch import INTERPRET, cdiv, check_dtype, check_shape, next_power_of_2, register, use_triton
+from ._triton import tl, triton
 
 TOP_P_WIDTH = 1024  # ids that top_p and min_p choose among without top_k
 

@@ -43,6 +43,7 @@ from ..kernels import (
     swiglu,
     token_logprobs,
 )
+from ..kernels._launch import autocast_dtype
 from .errors import InputError
 
 NAME = "burnish"  # under which the registries know us
@@ -182,8 +183,7 @@ def _attention(
             f"attention_dropout: expected 0, got {dropout}; embed.apply(model, attention=False)"
         )
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (B, T, H, D), (B, S, G, D)
-    if torch.is_autocast_enabled(q.device.type):  # which does not know our ops
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    q, k, v = (x.to(autocast_dtype(x)) for x in (q, k, v))
     (B, T), S = q.shape[:2], k.shape[1]
     sinks = None if s_aux is None else s_aux.to(q.dtype)
     if attention_mask is None:
@@ -304,8 +304,7 @@ def _experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weight
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)  # (E, 2F, C), (E, C, F)
     if not self.is_concatenated:  # rows of gate and up in turn
         gate_up, biases = _apart(gate_up), (None if biases[0] is None else _apart(biases[0]), biases[1])
-    device = hidden_states.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else gate_up.dtype
+    dtype = autocast_dtype(gate_up)
     gate_up_bias, down_bias = (None if b is None else b.to(dtype) for b in biases)
     out = moe_mlp(
         hidden_states.to(dtype), gate_up.to(dtype), down.to(dtype), top_k_weights, top_k_index,
@@ -391,9 +390,8 @@ def _score(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """token_logprobs with the inputs that autocast, which does not know our ops, would give the head."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    with torch.autocast(device, enabled=False):
+    dtype = autocast_dtype(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
         bias = None if bias is None else bias.to(dtype)
         return token_logprobs(hidden.to(dtype), weight.to(dtype), targets, bias=bias, **options)
 

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import sample_tokens
+from ..kernels._launch import autocast_dtype
 from .cache import Cache, cache_bytes
 from .errors import InputError
 from .packed import pack
@@ -245,9 +246,7 @@ class _Batch:
         self.waiting = range(len(prompts) * samples_per_prompt)
         self.live = 0
         self.prefill_tokens = PREFILL_TOKENS[model.device.type]
-        device, dtype = model.device, model.embed_tokens.weight.dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
+        device, dtype = model.device, autocast_dtype(model.embed_tokens.weight)
         distinct, longest = len(set(self.prompts)), max(len(prompt) for prompt in prompts)
 
         def shape(rows: int) -> tuple[int, int, int, int]:

@@ -210,7 +210,7 @@ class Linear(Adaptable, nn.Linear):  # pyright: ignore[reportIncompatibleVariabl
         if lora is None or not lora.enabled:
             if self.four_bit is None:
                 return F.linear(x, self.weight, self.bias)
-            return nf4_linear(_computed_in(x), self.four_bit, self.bias)
+            return nf4_linear(x, self.four_bit, self.bias)
         dropout = self.dropout
         return lora_linear(
             x,
@@ -303,8 +303,3 @@ class ExpertLinear(Adaptable):
         """A and B, the scaling in B."""
         lora = self.lora
         return (None, None) if lora is None or not lora.enabled else (lora.a, lora.scaling * lora.b)
-
-
-def _computed_in(x: Tensor) -> Tensor:
-    """x in the dtype that autocast, which does not know our ops, would give a matmul."""
-    return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import moe_mlp, moe_route
+from ..kernels._launch import autocast_dtype
 from ..kernels.moe import RouteStatistics
 from .config import Experts, Latent, ModelConfig
 from .linear import ExpertLinear, Linear
@@ -78,8 +79,7 @@ class MoE(nn.Module):
             scale=how.scale,
         )
         now.routed.append(statistics)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = x.to(autocast_dtype(x))
         gate_up_a, gate_up_b = held.gate_up_proj.adapter()
         down_a, down_b = held.down_proj.adapter()
         out = moe_mlp(

@@ -30,6 +30,7 @@ from ..kernels import (
     swiglu,
     token_logprobs,
 )
+from ..kernels._launch import autocast_dtype
 from ..kernels.moe import RouteStatistics
 from .cache import Cache
 from .config import ModelConfig, Rope
@@ -426,10 +427,7 @@ class Transformer(nn.Module):
     @staticmethod
     def _computed_in(hidden: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states and head in the dtype that autocast, which does not know our ops, would give a matmul."""
-        if not torch.is_autocast_enabled(hidden.device.type):
-            return hidden, head
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        return hidden.to(dtype), head.to(dtype)
+        return hidden.to(autocast_dtype(hidden)), head.to(autocast_dtype(head))
 
     def score(
         self,

@@ -1,0 +1,72 @@
+"""A wrong call of an op, and its answer on the torch path and on the Triton path."""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """on_torch, on_triton: the pattern of a ValueError, or a check of what comes out; on_triton None: the same.
+
+    A GPU may answer where a CPU raises, for it does not wait to look at numbers: with zeros, NaN, or numbers that
+    depend on its own operands alone.
+    """
+
+    name: str
+    call: Callable[[], Any]
+    on_torch: str | Callable[[Any], None]
+    on_triton: str | Callable[[Any], None] | None = None
+
+    def check(self, triton: bool) -> None:
+        expected = self.on_triton if triton and self.on_triton is not None else self.on_torch
+        if callable(expected):
+            expected(self.call())
+            return
+        with pytest.raises(ValueError) as raised:
+            self.call()
+        message = str(raised.value)
+        assert re.search(expected, message), f"{self.name}: expected {expected!r}, got {message!r}"
+        assert "\n" not in message and len(message) < 300
+
+
+def tensors_of(found: Any) -> list[Tensor]:
+    return [t for t in (found if isinstance(found, tuple | list) else [found]) if isinstance(t, Tensor)]
+
+
+def finite(found: Any) -> None:
+    assert all(t.isfinite().all() for t in tensors_of(found))
+
+
+def equals(*expected: float) -> Callable[[Any], None]:
+    """Every number of the first output is one of these; NaN is equal to itself."""
+
+    def check(found: Any) -> None:
+        first = tensors_of(found)[0].flatten().tolist()
+        wrong = [x for x in first if not any(x == e or (math.isnan(x) and math.isnan(e)) for e in expected)]
+        assert not wrong, f"expected {expected}, got {wrong[:5]}"
+
+    return check
+
+
+def shape(*sizes: int) -> Callable[[Any], None]:
+    """Of the first output: what a call on "meta" answers, or an empty one."""
+
+    def check(found: Any) -> None:
+        assert tuple(tensors_of(found)[0].shape) == sizes
+
+    return check
+
+
+def randn(*sizes: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*sizes, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
