@@ -17,7 +17,10 @@ KERNELS = Path(__file__).parents[1] / "kernels"
 torch.set_num_threads(1)  # two threads are slower than one on matrices this small
 
 if INTERPRET:
+    import guard
     from triton.runtime import interpreter
+
+    guard.install()
 
     def _dot(self, a, b, acc, *_):
         """A tile's product, rounded once. By NumPy's BLAS, a @ b and b.T @ a.T differ, on some processors more."""
