@@ -43,6 +43,7 @@ setup(
         ],
         "dev": [
             "gguf",
+            "ml_dtypes",
             "pyarrow",
             "pytest",
             "pytest-benchmark[histogram]",

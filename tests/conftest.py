@@ -17,9 +17,11 @@ KERNELS = Path(__file__).parents[1] / "kernels"
 torch.set_num_threads(1)  # two threads are slower than one on matrices this small
 
 if INTERPRET:
+    import bf16
     import guard
     from triton.runtime import interpreter
 
+    bf16.install()
     guard.install()
 
     def _dot(self, a, b, acc, *_):

@@ -8,7 +8,7 @@ from burnish.kernels import _head, logprob, token_logprobs
 from burnish.kernels._launch import INTERPRET
 from burnish.kernels.logprob import token_logprobs_reference
 
-# bf16 only when compiled: the interpreter's bf16 arithmetic is garbage
+# bf16 under the interpreter: tests/kernels/test_cases.py
 DTYPES = [torch.float32, torch.float16] if INTERPRET else [torch.float32, torch.float16, torch.bfloat16]
 BLOCKS = 8000  # bytes: some 700 logits at a time, so that most shapes below fall into several blocks
 OUTPUTS = ("logprob", "lse", "entropy")
