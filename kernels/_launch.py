@@ -15,6 +15,7 @@ TARGET: tuple[int, int] | None = None  # set by bench/static.py alone: launches 
 # of a CPU's attention, a vector of floats: of fewer, torch makes zeros of a row of scores that all are NaN, but under a
 # mask. tests/kernels/test_nan.py
 FEW_KEYS = 16
+KNOWN = (8, 9, 10, 12)  # NVIDIA's major compute capabilities that have tiles of their own
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # of our ops in torch.ops: a copy of this folder inside another package registers its own beside an installed Burnish
 NAMESPACE = "burnish" if __package__ == "burnish.kernels" else str(__package__).replace(".", "_")
@@ -33,13 +34,16 @@ def use_triton(x: Tensor) -> bool:
 
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:
+    """A device's own, or for one that no tile table knows that of the card whose tiles ask for least."""
+    if torch.version.hip is not None:
+        return 9, 4  # its 64 KB of shared memory are the least that AMD's cards have
     found = torch.cuda.get_device_capability(device)
-    if torch.version.hip is None and found < (8, 0):  # no bf16, 64 KB of shared memory
+    if found < (8, 0):  # no bf16, 64 KB of shared memory
         name = torch.cuda.get_device_name(device)
         raise ValueError(
             f"{device}: expected a GPU of compute capability 8.0 or newer, got {name} ({found[0]}.{found[1]})"
         )
-    return found
+    return found if found[0] in KNOWN else (12, 0)
 
 
 def capability(x: Tensor) -> tuple[int, int]:
