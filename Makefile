@@ -51,7 +51,7 @@ test-slow: $(READY) ## every feature combination, every compilation, learning ru
 test-embed: .venv-embed/.ready ## our ops inside transformers, PEFT and TRL, in an environment of their own
 	.venv-embed/bin/pytest -n 2 --dist worksteal tests/embed
 
-static: $(READY) ## compile every kernel for sm_80, sm_90, sm_100 and gfx942, and say what got worse
+static: $(READY) ## compile every kernel for the six chips, and say what got worse
 	$(BIN)/python -m burnish.bench.static --all --check
 
 bench: $(READY) ## time every op beside eager torch on this machine

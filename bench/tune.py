@@ -47,6 +47,7 @@ from .roofline import CHIPS
 Tile = tuple[int, ...]
 KEPT = Path(__file__).with_name("candidates.json")
 KEEP = 6  # of each entry
+# the matrix instruction of each chip that tiles are searched for
 OWN = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
 
 
@@ -427,7 +428,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.accept and not args.search:
         parser.error("--accept: expected --search beside it")
     slots = [slot for slot in SLOTS if not args.ops or slot.op in args.ops]
-    chips = [args.chip] if args.chip else list(CHIPS)
+    chips = [args.chip] if args.chip else list(OWN)
     if args.search:
         jobs = [(s.op, s.name, c, w) for c in chips for w in WIDTHS for s in slots]
         with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
@@ -444,9 +445,9 @@ def main(argv: list[str] | None = None) -> int:
         print("\nby the static proof alone: nothing was timed")
         return 0
     here = torch.cuda.get_device_capability()
-    chip = next((name for name, (_, capability) in static.TARGETS.items() if capability == here), None)
+    chip = next((name for name in OWN if static.TARGETS[name][1] == here), None)
     if chip is None:
-        print(f"no candidates for a GPU of compute capability {here}: they are kept for {', '.join(CHIPS)}")
+        print(f"no candidates for a GPU of compute capability {here}: they are kept for {', '.join(OWN)}")
         return 0
     time_kept(slots, chip, args)
     return 0
