@@ -110,7 +110,8 @@ def _fault(kind: str, text: str) -> NoReturn:
 
 
 def _guard(pointers: Any, mask: Any, values: NDArray[Any] | None = None) -> None:
-    mask = mask if isinstance(mask, np.ndarray) else mask.data  # a descriptor's is an array
+    # a descriptor's mask is an array; a conjunction of masks may come in integers
+    mask = np.asarray(mask if isinstance(mask, np.ndarray) else mask.data, bool)
     at: Addresses = (
         pointers.data.view(np.int64) if pointers.data.dtype == np.uint64 else pointers.data.astype(np.int64)
     )

@@ -50,6 +50,17 @@ def _count(y_ptr):
     tl.atomic_add(y_ptr, 1)
 
 
+@triton.jit
+def _picked(row_ptr, x_ptr, y_ptr, N, BLOCK: tl.constexpr):
+    """The row that is asked for, or zeros for -1."""
+    at, row = tl.arange(0, BLOCK), tl.load(row_ptr + tl.program_id(0))
+    tl.store(
+        y_ptr + tl.program_id(0) * N + at,
+        tl.load(x_ptr + row * N + at, (at < N) & (row >= 0), other=0.0),
+        at < N,
+    )
+
+
 def caught(kind: str):
     return pytest.raises(InterpreterError, match=f"AccessError.*{kind}: _")
 
@@ -62,6 +73,14 @@ def test_right_kernels_pass():
     assert torch.equal(y, x)
     _sum[(1,)](x, y, BLOCK=32)
     _pairs[(1,)](torch.ones(16), y, BLOCK=16)  # equal values
+
+
+def test_lanes_that_are_masked_may_point_anywhere():
+    x, y = torch.rand(2, 10), torch.ones(3, 10)
+    _picked[(3,)](torch.tensor([1, -1, 0]), x, y, 10, BLOCK=16)
+    assert torch.equal(y, torch.stack([x[1], torch.zeros(10), x[0]]))
+    with caught("outside"):
+        _picked[(1,)](torch.tensor([2]), x, y, 10, BLOCK=16)
 
 
 def test_a_mask_one_too_wide_is_caught():
