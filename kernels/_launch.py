@@ -10,7 +10,11 @@ from torch import Tensor
 from torch._C import DispatchKey, _SetExcludeDispatchKeyGuard
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from ._triton import expect_triton
+
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read once: @triton.jit reads it at import, too
+if INTERPRET:
+    expect_triton("TRITON_INTERPRET=1")
 TARGET: tuple[int, int] | None = None  # set by bench/static.py alone: launches only compile, for this chip
 # of a CPU's attention, a vector of floats: of fewer, torch makes zeros of a row of scores that all are NaN, but under a
 # mask. tests/kernels/test_nan.py
@@ -23,7 +27,7 @@ NAMESPACE = "burnish" if __package__ == "burnish.kernels" else str(__package__).
 def use_triton(x: Tensor) -> bool:
     """CUDA tensors take the Triton path, CPU tensors torch, unless Triton interprets or only compiles.
 
-    Raises ValueError for a GPU that is too old.
+    Raises ValueError for a GPU that is too old, ModuleNotFoundError for one without Triton.
     """
     if x.is_cuda:
         _capability(x.device)
@@ -33,6 +37,7 @@ def use_triton(x: Tensor) -> bool:
 
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:
+    expect_triton(str(device))
     found = torch.cuda.get_device_capability(device)
     if torch.version.hip is None and found < (8, 0):  # no bf16, 64 KB of shared memory
         name = torch.cuda.get_device_name(device)
