@@ -66,9 +66,10 @@ def precision() -> str:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that autocast, which does not know our ops, would give x as an operand of a product."""
+    """The dtype that autocast, which does not know our ops nor "meta", would give x as an operand of a product."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    cast = x.is_floating_point() and x.dtype != torch.float64 and not x.is_meta
+    if not cast or not torch.is_autocast_enabled(kind):
         return x.dtype
     return torch.get_autocast_dtype(kind)
 
@@ -156,7 +157,7 @@ def _first(args: Iterable[Any]) -> Tensor | None:
     return None
 
 
-def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
     """Triton launches on the current device and its stream: make them those of the arguments."""
 
     @wraps(launch)
@@ -231,7 +232,7 @@ def register(
     to `launch`.
     lists: the op takes and returns lists of tensors. An autograd.Function knows none: they pass it flat.
     """
-    launch = _on_its_device(launch)
+    launch = on_its_device(launch)
     registered = torch.library.custom_op(f"{NAMESPACE}::{name}", launch, mutates_args=())
     registered.register_fake(fake)
     direct = launch
