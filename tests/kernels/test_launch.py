@@ -161,3 +161,28 @@ def test_autocast_gives_an_operand_what_torch_gives_it(dtype, to):
         assert autocast_dtype(x.to("meta")) == dtype  # which has no autocast
         with torch.autocast("cpu", enabled=False):
             assert autocast_dtype(x) == dtype
+
+
+CAST = {  # the operands of a product that an op casts itself, as torch casts those of a matmul; others are their caller's
+    "lora_linear": ("x",),
+    "lora_linears": ("x",),
+    "nf4_linear": ("x",),
+    "token_logprobs": ("hidden",),
+    "token_divergence": ("hidden", "teacher_hidden"),
+    "topk_logprobs": ("hidden",),
+    "topk_divergence": ("hidden",),
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_an_op_casts_its_products_or_nothing_under_autocast(case, device):
+    """Bit for bit: on both paths an op returns what it would without autocast, its operands cast before."""
+    tensors = make_inputs(case, smallest(case), torch.float32, device)
+    expected = run(
+        case.fused, case, {n: t.half() if n in CAST.get(case.op, ()) else t for n, t in tensors.items()}
+    )
+    with torch.autocast(device, torch.float16):
+        found = run(case.fused, case, tensors)
+    for name in expected:
+        assert found[name].dtype == expected[name].dtype, name
+        assert torch.equal(found[name], expected[name]), name
