@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, ParamSpec
 
 import torch
-import triton
 
+from ..kernels._triton import triton
 from ..model.errors import InputError
 from ..model.text_files import read_object
 
@@ -57,13 +57,18 @@ def reading(path: Path | str) -> Iterator[None]:
 
 
 def as_command(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
-    """A command whose InputError is one line and status 1."""
+    """A command whose InputError, or whose want of Triton, is one line and status 1."""
 
     @functools.wraps(main)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> int:
         try:
             return main(*args, **kwargs)
         except InputError as error:
+            print(error, file=sys.stderr)
+            return 1
+        except ModuleNotFoundError as error:
+            if error.name != "triton":
+                raise
             print(error, file=sys.stderr)
             return 1
 

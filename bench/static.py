@@ -26,21 +26,25 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 from ..algorithms._streams import run_program
 from ..kernels import _launch
+from ..kernels._triton import INSTALLED, expect_triton, triton
 from .case import Case, Dims, label, make_inputs, make_upstream, run
 from .pictures import roofline_picture
 from .record import as_command, kept_part, reading, write_whole
 from .registry import CASES
 from .roofline import CHIPS, datasheet
+
+if TYPE_CHECKING or INSTALLED:
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+else:
+    GPUTarget = JITFunction = driver = triton
 
 BASELINE = Path(__file__).with_name("static.json")
 TARGETS = {
@@ -430,6 +434,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--html", metavar="FILE", help="write a page with the table and a roofline picture")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     args = parser.parse_args(argv)
+    expect_triton("python -m burnish.bench.static")
     unknown = set(args.ops) - {c.op for c in CASES}
     if unknown:
         parser.error(f"op: expected one of {sorted({c.op for c in CASES})}, got {sorted(unknown)}")

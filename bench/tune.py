@@ -33,10 +33,10 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-import triton
 
 from ..algorithms._streams import run_program
 from ..kernels import _launch, attention
+from ..kernels._triton import expect_triton, triton
 from . import static
 from .__main__ import ROUNDS, call, capture, event_seconds, host_seconds, prepare
 from .case import Case, Dims, assert_accurate, label, make_inputs, make_upstream, run
@@ -420,6 +420,7 @@ def main(argv: list[str] | None = None) -> int:
         "--commit", default=run_text("git", "describe", "--always", "--dirty"), help="where git is absent"
     )
     args = parser.parse_args(argv)
+    expect_triton("python -m burnish.bench.tune")
     args.words = sys.argv[1:] if argv is None else argv
     if _launch.INTERPRET:
         parser.error("TRITON_INTERPRET: expected unset, interpreted kernels have no speed")

@@ -10,7 +10,11 @@ from torch import Tensor
 from torch._C import DispatchKey, _SetExcludeDispatchKeyGuard
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from ._triton import expect_triton
+
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read once: @triton.jit reads it at import, too
+if INTERPRET:
+    expect_triton("TRITON_INTERPRET=1")
 TARGET: tuple[int, int] | None = None  # set by bench/static.py alone: launches only compile, for this chip
 # of a CPU's attention, a vector of floats: of fewer, torch makes zeros of a row of scores that all are NaN, but under a
 # mask. tests/kernels/test_nan.py
@@ -24,7 +28,7 @@ NAMESPACE = "burnish" if __package__ == "burnish.kernels" else str(__package__).
 def use_triton(x: Tensor) -> bool:
     """CUDA tensors take the Triton path, CPU tensors torch, unless Triton interprets or only compiles.
 
-    Raises ValueError for a GPU that is too old.
+    Raises ValueError for a GPU that is too old, ModuleNotFoundError for one without Triton.
     """
     if x.is_cuda:
         _capability(x.device)
@@ -35,6 +39,7 @@ def use_triton(x: Tensor) -> bool:
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:
     """A device's own, or for one that no tile table knows that of the card whose tiles ask for least."""
+    expect_triton(str(device))
     if torch.version.hip is not None:
         return 9, 4  # its 64 KB of shared memory are the least that AMD's cards have
     found = torch.cuda.get_device_capability(device)
@@ -65,9 +70,10 @@ def precision() -> str:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that autocast, which does not know our ops, would give x as an operand of a product."""
+    """The dtype that autocast, which does not know our ops nor "meta", would give x as an operand of a product."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    cast = x.is_floating_point() and x.dtype != torch.float64 and not x.is_meta
+    if not cast or not torch.is_autocast_enabled(kind):
         return x.dtype
     return torch.get_autocast_dtype(kind)
 
@@ -155,7 +161,7 @@ def _first(args: Iterable[Any]) -> Tensor | None:
     return None
 
 
-def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
     """Triton launches on the current device and its stream: make them those of the arguments."""
 
     @wraps(launch)
@@ -230,7 +236,7 @@ def register(
     to `launch`.
     lists: the op takes and returns lists of tensors. An autograd.Function knows none: they pass it flat.
     """
-    launch = _on_its_device(launch)
+    launch = on_its_device(launch)
     registered = torch.library.custom_op(f"{NAMESPACE}::{name}", launch, mutates_args=())
     registered.register_fake(fake)
     direct = launch

@@ -22,12 +22,14 @@ does not know it refuses by name. docs/embedding.md has the masks, the costs and
 Source: the sources of transformers 5.22.2 and trl 1.16.0, whose signatures these are
 """
 
+import copy
 import functools
 import importlib
 import math
 import types
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -50,20 +52,48 @@ NAME = "burnish"  # under which the registries know us
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "smollm3", "mixtral", "qwen3_moe", "gpt_oss")
 _LOOK = 1 << 22  # logits in memory at a time, where TRL asks for the likeliest token
 _STATE = "_burnish"  # the attribute of a model that holds what remove() needs
-_HEAD = "burnish_head"  # the keyword by which `_hand_over` reaches our forward
+_HEAD = "burnish_head"  # the keyword by which `_HandOver` reaches our forward
+
+
+class _Named(str):
+    """NAME in a model's config. Pickled it is the name of the implementation that was set before."""
+
+    def __new__(cls, name: str, before: str | None) -> "_Named":
+        named = super().__new__(cls, name)
+        named.before = before
+        return named
+
+    before: str | None
+
+    def __reduce__(self) -> Any:
+        return copy.copy, (self.before,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Named":
+        return self
 
 
 @dataclass
 class _Embedded:
-    """What remove() needs. The implementations are those that were set before, None where it was left alone."""
+    """What remove() needs. The implementations are those that were set before, None where it was left alone.
+
+    A pickled model is the plain one, which loads where there is no Burnish: what `apply` has put on it is pickled as
+    what was there before. Each of our forwards has the name `forward`, so pickle finds that of its module's class.
+    """
 
     attention: str | None = None
     experts: str | None = None
     head: Callable[..., Any] | None = None  # the model's forward
-    hook: Any = None  # the handle of `_hand_over`
+    hook: Any = None  # the handle of `_HandOver`
     forwards: list[tuple[nn.Module, Any]] = field(
         default_factory=list
     )  # a module and its own forward, if any
+
+    def __reduce__(self) -> Any:
+        return copy.copy, (None,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Embedded":
+        values = (copy.deepcopy(getattr(self, f.name), memo) for f in fields(self))
+        return _Embedded(*values)
 
 
 # ---- attention
@@ -396,20 +426,28 @@ def _score(
         return token_logprobs(hidden.to(dtype), weight.to(dtype), targets, bias=bias, **options)
 
 
-def _hand_over(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+class _HandOver:
     """A forward pre-hook: where TRL's forward lies over ours, it is asked for the plain one, which is ours.
 
     accelerate may have laid its own over TRL's: each names the one below `__wrapped__`.
     """
-    forward = module.forward if kwargs.get("fused_lm_head") else None
-    while forward is not None:
-        forward = getattr(forward, "__func__", forward)
-        fused = _fused_head(forward)
-        if fused is not None:
-            asked = functools.partial(fused, fused_lm_head=True)
-            return args, {**kwargs, "fused_lm_head": False, _HEAD: asked}
-        forward = getattr(forward, "__wrapped__", None)
-    return args, kwargs
+
+    def __call__(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        forward = module.forward if kwargs.get("fused_lm_head") else None
+        while forward is not None:
+            forward = getattr(forward, "__func__", forward)
+            fused = _fused_head(forward)
+            if fused is not None:
+                asked = functools.partial(fused, fused_lm_head=True)
+                return args, {**kwargs, "fused_lm_head": False, _HEAD: asked}
+            forward = getattr(forward, "__wrapped__", None)
+        return args, kwargs
+
+    def __reduce__(self) -> Any:  # pickled, a hook of the standard library that does nothing
+        return getattr, (nullcontext(), "__exit__")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_HandOver":
+        return self
 
 
 def _fused_head(forward: Callable[..., Any]) -> Callable[..., Any] | None:
@@ -519,7 +557,7 @@ def apply(
     Raises InputError for a model, layer, activation or head that it does not know, and for a model that has it already.
     """
     base, decoder, home = _base(hf_model)
-    if _STATE in base.__dict__:
+    if base.__dict__.get(_STATE):
         raise InputError("hf_model: burnish is applied already; call embed.remove(hf_model) first")
     config = base.config
     if not getattr(config, "is_causal", True):
@@ -551,20 +589,23 @@ def apply(
     if any(hasattr(module, "_hf_hook") for module, _ in replacements):
         raise InputError("hf_model: expected one device, got accelerate's hooks of a device_map over several")
     if state.head is not None:
-        state.hook = base.register_forward_pre_hook(_hand_over, with_kwargs=True)
+        state.hook = base.register_forward_pre_hook(_HandOver(), with_kwargs=True)
     if attention:
         transformers = importlib.import_module("transformers")
         transformers.AttentionInterface.register(NAME, _attention)
         transformers.AttentionMaskInterface.register(NAME, _mask)  # without it padding would be seen
         state.attention = config._attn_implementation
         base.set_attn_implementation(NAME)
+        config._attn_implementation_internal = _Named(NAME, state.attention)
     if experts and sparse:
         importlib.import_module("transformers.integrations.moe").ALL_EXPERTS_FUNCTIONS.register(
             NAME, _experts
         )
         state.experts = config._experts_implementation
         base.set_experts_implementation(NAME)
+        config._experts_implementation_internal = _Named(NAME, state.experts)
     for module, forward in replacements:
+        forward.__name__ = "forward"
         state.forwards.append((module, module.__dict__.get("forward")))
         module.forward = types.MethodType(forward, module)
     base.__dict__[_STATE] = state
@@ -574,7 +615,7 @@ def remove(hf_model: Any) -> None:
     """Take off what `apply` put on. Raises InputError where it has not been applied."""
     base, _, _ = _base(hf_model)
     state: _Embedded | None = base.__dict__.pop(_STATE, None)
-    if state is None:
+    if not state:
         raise InputError("hf_model: burnish is not applied")
     if state.hook is not None:
         state.hook.remove()
