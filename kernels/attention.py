@@ -528,18 +528,17 @@ def _flash_dq(
         return
     local = tl.arange(0, BLOCK_M)
     inside = m0 + local < queries
-    left = tl.where(owned, queries - m0, 0)  # rows that nobody owns are not read
     base = tl.cast(q_start + m0, tl.int64)
-    query = _tile(q, head, q_start + m0, left, stride_qt, stride_qh, BLOCK_M, D, BLOCK_D, TMA)
-    do = _tile(dout, head, q_start + m0, left, stride_dt, stride_dh, BLOCK_M, DV, BLOCK_DV, TMA)
+    query = _tile(q, head, q_start + m0, queries - m0, stride_qt, stride_qh, BLOCK_M, D, BLOCK_D, TMA)
+    do = _tile(dout, head, q_start + m0, queries - m0, stride_dt, stride_dh, BLOCK_M, DV, BLOCK_DV, TMA)
     heads = tl.num_programs(1)
     delta = _dots(
         out_ptr + (base * heads + head) * DV, heads * DV,
-        dout_ptr + base * stride_dt + tl.cast(head, tl.int64) * stride_dh, stride_dt, left, BLOCK_M, DV,
+        dout_ptr + base * stride_dt + tl.cast(head, tl.int64) * stride_dh, stride_dt, queries - m0, BLOCK_M, DV,
     )  # fmt: skip
     at = tl.cast(head, tl.int64) * rows + base + local
     if DLSE:
-        delta -= tl.load(dlse_ptr + at, local < left, other=0.0) * 1.4426950408889634
+        delta -= tl.load(dlse_ptr + at, inside, other=0.0) * 1.4426950408889634
     tl.store(delta_ptr + at, delta, inside)
     lse = _lse(lse_ptr, at, inside)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -1091,7 +1090,9 @@ def flash_attention(
     if use_triton(q):
         scale = D**-0.5 if scale is None else scale
         tables = (None if x is None else x.contiguous() for x in (sinks, cu_seqlens, parents))
+        q, k, v = (F.pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x for x in (q, k, v))
         out, lse = _flash(q, k, v, *tables, causal, scale, window, softcap)
+        out = out if out.shape[-1] == Dv else out[..., :Dv]
         if not return_lse:
             return out
         lse = lse.t() / LOG2E  # (rows, H)
