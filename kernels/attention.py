@@ -415,7 +415,7 @@ def _flash_fwd(
     parent_start, parent_keys = 0, 0
     if PACKED:
         segment, owned, q_start, queries, m0 = _locate(cu_ptr, sequences, rows, block, BLOCK_M)
-        k_start, keys, reach = q_start, tl.where(owned, queries, 0), m0
+        k_start, keys, reach = q_start, queries, m0
         if PARENTS:
             parent_start, parent_keys = _parent(cu_ptr, parents_ptr, sequences, rows, segment, owned)
     else:
@@ -436,6 +436,8 @@ def _flash_fwd(
         m = tl.full([BLOCK_M], -1.0e30, tl.float32)
         norm = tl.zeros([BLOCK_M], tl.float32)
     first, blocks = _span(reach, keys, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
+    if PACKED:
+        blocks = tl.where(owned, blocks, 0)
     parent_first, parent_blocks, parent_reach = 0, 0, m0 + parent_keys
     if PARENTS:
         parent_first, parent_blocks = _span(
@@ -517,7 +519,7 @@ def _flash_dq(
     parent_start, parent_keys = 0, 0
     if PACKED:
         segment, owned, q_start, queries, m0 = _locate(cu_ptr, sequences, rows, block, BLOCK_M)
-        k_start, keys, reach = q_start, tl.where(owned, queries, 0), m0
+        k_start, keys, reach = q_start, queries, m0
         if PARENTS:
             parent_start, parent_keys = _parent(cu_ptr, parents_ptr, sequences, rows, segment, owned)
     else:
@@ -543,6 +545,8 @@ def _flash_dq(
     lse = _lse(lse_ptr, at, inside)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     first, blocks = _span(reach, keys, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
+    if PACKED:
+        blocks = tl.where(owned, blocks, 0)
     parent_first, parent_blocks, parent_reach = 0, 0, m0 + parent_keys
     if PARENTS:
         parent_first, parent_blocks = _span(
@@ -1090,7 +1094,8 @@ def flash_attention(
     if use_triton(q):
         scale = D**-0.5 if scale is None else scale
         tables = (None if x is None else x.contiguous() for x in (sinks, cu_seqlens, parents))
-        q, k, v = (F.pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x for x in (q, k, v))
+        # descriptors want rows of whole 16 bytes; a width that is no multiple of 8 spills in some kernel
+        q, k, v = (F.pad(x, (0, -x.shape[-1] % 16)) if x.shape[-1] % 8 else x for x in (q, k, v))
         out, lse = _flash(q, k, v, *tables, causal, scale, window, softcap)
         out = out if out.shape[-1] == Dv else out[..., :Dv]
         if not return_lse:

@@ -66,6 +66,7 @@ POSITIVE = "expected a positive number, got"
 INTEGER = "window: expected an integer, got 2.5"
 TABLE = "cu_seqlens: expected "
 FALLS = f"{TABLE}no entry below"
+ONE = {"q": Q[:, :1], "k": K[:, :1], "v": K[:, :1]}
 LATE = int32(*[0] * 270, 9, 3, 12)  # a kernel reads 256 at a time
 PARENTS = "parents: expected -1, or a segment without a parent that stands directly before its children, got "
 
@@ -106,7 +107,7 @@ CALLS = (
     Wrong("attention: cu_seqlens all outside", derived(int32(50, 60)), f"{TABLE}entries from 0", zeros),
     Wrong("attention: cu_seqlens falls", derived(int32(0, 9, 4, 12)), rf"{TABLE}no entry below.* got \[9, 4\]", finite),
     Wrong("attention: cu_seqlens falls to -5", derived(int32(0, 9, -5, 12)), FALLS, finite),
-    Wrong("attention: cu_seqlens falls late", packed(q=Q[:, :1], k=K[:, :1], v=K[:, :1], cu_seqlens=LATE), FALLS, zeros),
+    Wrong("attention: cu_seqlens falls late", packed(**ONE, cu_seqlens=LATE), FALLS, zeros),
     Wrong("attention: parents int64", packed(parents=torch.tensor([-1])), "parents: expected torch.int32"),
     Wrong("attention: parents, not causal", packed(parents=int32(-1), causal=False), "parents: expected causal=True"),
     Wrong("attention: parents on meta", packed(parents=MCU[:1]), "parents: expected on cpu, got on meta"),
