@@ -144,7 +144,7 @@ _BENCH = {
     "cuda": tuple({"B": 16384 // t, "T": t, "H": 16, "G": 16, "D": 128} for t in (4096, 1024, 16384)),
     "cpu": ({"B": 2, "T": 256, "H": 8, "G": 2, "D": 64},),
 }
-_TILES = tuple({"B": 1, "T": 256, "H": 2, "G": 1, "D": d} for d in (128, 64, 256, 80))
+_TILES = tuple({"B": 1, "T": 256, "H": 2, "G": 1, "D": d} for d in (128, 64, 256, 80, 100))
 _PACKED_TILES, _SHARED_TILES = (  # a shared prompt's keys are a program for each query head
     tuple({"T": 256, **prompt, "H": 2, "G": 1, "D": d} for d in (128, 64, 256))
     for prompt in ({}, {"P": 64, "R": 64})

@@ -44,6 +44,7 @@ from ._launch import (
     FEW_KEYS,
     capability,
     cdiv,
+    check_device,
     check_dtype,
     check_shape,
     next_power_of_2,
@@ -65,13 +66,16 @@ def _visible(query_position: Tensor, key_position: Tensor, causal: bool, window:
 
 
 def _positions(cu_seqlens: Tensor, parents: Tensor | None, total: int) -> tuple[Tensor, Tensor]:
-    """(total,) int64 each: every row's segment, and its logical position."""
+    """(total,) int64 each: every row's segment, -1 for a row that none owns, and its logical position."""
     row = torch.arange(total, device=cu_seqlens.device)
-    segment = torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True, out_int32=False)
+    segments = cu_seqlens.numel() - 1
+    entries = torch.searchsorted(cu_seqlens, row, right=True)  # (total,) how many are at or before the row
+    segment = torch.where(entries > segments, 0, entries) - 1
     position = row - cu_seqlens[segment]
-    if parents is not None:
-        parent = parents[segment].long()
-        position = position + torch.where(parent >= 0, cu_seqlens.diff()[parent], 0)
+    if parents is not None:  # -1 picks what is padded on: no parent, and its length 0
+        parent = F.pad(parents, (0, 1), value=-1)[segment].long()
+        parent = torch.where(parent < segments, parent, -1).clamp(min=-1)
+        position = position + F.pad(cu_seqlens.diff(), (0, 1))[parent]
     return segment, position
 
 
@@ -127,12 +131,14 @@ def flash_attention_reference(
         out, lse = _attend(q, k, v, visible, scale, softcap, sinks)
         return (out, lse) if return_lse else out
     segment, position = _positions(cu_seqlens, parents, q.shape[0])
+    owned = segment >= 0
     related = segment[:, None] == segment  # (total, total)
     if parents is not None:
-        related = related | (parents[segment][:, None] == segment)
-    visible = related & _visible(position, position, causal, window)
+        related = related | (F.pad(parents, (0, 1), value=-1)[segment][:, None] == segment)
+    visible = related & owned & _visible(position, position, causal, window)
     out, lse = _attend(q[None], k[None], v[None], visible, scale, softcap, sinks)
-    return (out[0], lse[0]) if return_lse else out[0]
+    lse = lse[0].masked_fill(~owned[:, None], -torch.inf)
+    return (out[0], lse) if return_lse else out[0]
 
 
 # ---- CPU path
@@ -161,9 +167,35 @@ def _attend_cpu(
         )
         return out.transpose(1, 2), None
     if visible is None:
-        row = torch.arange(T)
+        row = torch.arange(T, device=q.device)
         visible = _visible(row, row, True, None)
     return _attend(q, k, v, visible, scale, softcap, sinks)
+
+
+def _check_tables(cu_seqlens: Tensor, parents: Tensor | None, total: int) -> None:
+    """Raises ValueError for tables that describe no packing: a GPU, on which nobody looks, then bounds them."""
+    falls = cu_seqlens.diff() < 0
+    if falls.any():
+        at = int(falls.long().argmax())
+        raise ValueError(
+            f"cu_seqlens: expected no entry below the one before it, got {cu_seqlens[at : at + 2].tolist()}"
+        )
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first < 0 or last > total:
+        raise ValueError(f"cu_seqlens: expected entries from 0 to total={total}, got {first} to {last}")
+    if parents is None:
+        return
+    segment, parent = torch.arange(parents.numel()), parents.long()
+    known = (parent >= 0) & (parent < segment)
+    before = segment.clamp(min=1) - 1
+    sound = known & (parent[parent * known] == -1) & ((parent == before) | (parent[before] == parent))
+    wrong = (parent != -1) & ~sound
+    if wrong.any():
+        at = int(wrong.long().argmax())
+        raise ValueError(
+            "parents: expected -1, or a segment without a parent that stands directly before its children, "
+            f"got {int(parent[at])} for segment {at}"
+        )
 
 
 def _packed_cpu(
@@ -184,12 +216,18 @@ def _packed_cpu(
     Padding is on the right, so a causal root needs no mask; padded queries always see a key, and are dropped. lse is
     empty where it is not asked for.
     """
+    _check_tables(cu_seqlens, parents, q.shape[0])
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if last - first < q.shape[0]:  # rows before and after, which no segment owns
+        outside = (0, 0, first, q.shape[0] - last)
+        q, k, v = (x[first:last] for x in (q, k, v))
+        options = causal, scale, window, softcap, sinks, cu_seqlens - first, parents, return_lse
+        out, lse = _packed_cpu(q, k, v, *options)
+        return F.pad(out, (0, 0, *outside)), F.pad(lse, outside, value=-torch.inf) if return_lse else lse
     if parents is None:  # without the empty ones, of which a traced mask has many
         cu_seqlens = cu_seqlens.unique_consecutive()
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()  # (segments,)
     total, segments = q.shape[0], lengths.numel()
-    if cu_seqlens[-1] != total:
-        raise ValueError(f"cu_seqlens: expected to end at total={total}, got {int(cu_seqlens[-1])}")
     child = torch.zeros(segments, dtype=torch.bool) if parents is None else parents >= 0
     roots = segments - int(child.sum())
     P, C = (int(F.pad(lengths[which], (1, 0)).max()) for which in (~child, child))  # the longest of each
@@ -239,40 +277,65 @@ def _packed_fake(
 # ---- kernels
 
 # differ from batch to batch: no new compilation for a multiple of 16
-RAGGED = ["T", "S", "rows", "segments", "window"]
+RAGGED = ["T", "S", "rows", "sequences", "window"]
 
 
 @triton.jit
-def _locate(cu_ptr, segments, block, BLOCK: tl.constexpr):
-    # Segment s owns the blocks from cu[s] // BLOCK + s on: always enough of them, and at most one too many. So a grid
-    # of total // BLOCK + segments covers every packing, and nobody has to read the lengths on the host.
-    s = -1
-    for first in range(0, segments, 256):
+def _entry(cu_ptr, at, total, mask):
+    # a cu_seqlens that is wrong names no row outside
+    return tl.minimum(tl.maximum(tl.load(cu_ptr + at, mask, other=0), 0), total)
+
+
+@triton.jit
+def _locate(cu_ptr, segments, total, block, BLOCK: tl.constexpr):
+    # Segment s owns the blocks from cu[s] // BLOCK + s + 1 on: always enough of them, and at most one too many. The
+    # rows before the first segment are segment -1, those after the last one segment `segments`: rows that nobody owns.
+    # So a grid of total // BLOCK + segments + 2 covers every packing, and nobody has to read the lengths on the host.
+    # Where cu decreases nobody owns any row: each row is written once, whatever cu holds.
+    count, falls = 0, 0
+    for first in range(0, segments + 1, 256):
         i = first + tl.arange(0, 256)
-        starts = tl.load(cu_ptr + i, i < segments, other=0)
-        s += tl.sum(((starts // BLOCK + i <= block) & (i < segments)).to(tl.int32), 0)
-    start, end = tl.load(cu_ptr + s), tl.load(cu_ptr + s + 1)
-    return s, start, end - start, (block - start // BLOCK - s) * BLOCK
+        start = _entry(cu_ptr, i, total, i <= segments)
+        before = (start // BLOCK + i < block) & (i <= segments)
+        falling = (i < segments) & (_entry(cu_ptr, i + 1, total, i < segments) < start)
+        both = tl.sum(
+            before.to(tl.int32) + falling.to(tl.int32) * 65536, 0
+        )  # one reduction, of 256 at most each
+        count += both % 65536
+        falls += both // 65536
+    s = tl.where(falls > 0, segments, count - 1)
+    owned = (s >= 0) & (s < segments)
+    start = _entry(cu_ptr, s, total, (s >= 0) & (falls == 0))
+    end = tl.where(s < segments, _entry(cu_ptr, s + 1, total, s < segments), total)
+    first = tl.where(falls > 0, 0, start // BLOCK + s + 1)
+    return s, owned, start, end - start, (block - first) * BLOCK
 
 
 @triton.jit
-def _parent(cu_ptr, parents_ptr, segment):
+def _parent(cu_ptr, parents_ptr, segments, total, segment, owned):
     # where the parent's keys start, and how many they are: none without a parent
-    parent = tl.load(parents_ptr + segment)
-    some = parent >= 0
-    parent = tl.maximum(parent, 0)
-    start, end = tl.load(cu_ptr + parent), tl.load(cu_ptr + parent + 1)
-    return tl.where(some, start, 0), tl.where(some, end - start, 0)
+    parent = tl.load(parents_ptr + segment, owned, other=-1)
+    some = (parent >= 0) & (parent < segments)
+    start, end = _entry(cu_ptr, parent, total, some), _entry(cu_ptr, parent + 1, total, some)
+    return start, end - start
 
 
 @triton.jit
-def _with_children(cu_ptr, parents_ptr, segments, segment):
+def _with_children(cu_ptr, parents_ptr, segments, total, segment, owned, start):
     # the children stand directly after their parent: how many rows they and it are
     count = 0
     for first in range(0, segments, 256):
         i = first + tl.arange(0, 256)
         count += tl.sum((tl.load(parents_ptr + i, i < segments, other=-1) == segment).to(tl.int32), 0)
-    return tl.load(cu_ptr + segment + 1 + count) - tl.load(cu_ptr + segment)
+    return _entry(cu_ptr, tl.minimum(segment + 1 + count, segments), total, owned) - start
+
+
+@triton.jit
+def _batch(block, length, B, BLOCK: tl.constexpr):
+    # a grid's third dimension ends at 65,535: of a larger batch the first one goes on (`_Shape.grid`)
+    blocks = tl.cdiv(length, BLOCK)
+    batch = block // blocks * tl.num_programs(2) + tl.program_id(2)
+    return batch, batch < B, block % blocks * BLOCK
 
 
 @triton.jit
@@ -339,7 +402,7 @@ def _capped(qk, inner, cap):
 def _flash_fwd(
     q, k, v, out_ptr, lse_ptr, sinks_ptr, cu_ptr, parents_ptr,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-    T, S, rows, segments, window, inner, cap,
+    T, S, rows, sequences, window, inner, cap,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
     PACKED: tl.constexpr, PARENTS: tl.constexpr, PRECISION: tl.constexpr,
@@ -351,13 +414,14 @@ def _flash_fwd(
     key_head = head // GROUP
     parent_start, parent_keys = 0, 0
     if PACKED:
-        segment, q_start, queries, m0 = _locate(cu_ptr, segments, block, BLOCK_M)
+        segment, owned, q_start, queries, m0 = _locate(cu_ptr, sequences, rows, block, BLOCK_M)
         k_start, keys, reach = q_start, queries, m0
         if PARENTS:
-            parent_start, parent_keys = _parent(cu_ptr, parents_ptr, segment)
+            parent_start, parent_keys = _parent(cu_ptr, parents_ptr, sequences, rows, segment, owned)
     else:
-        q_start, queries, m0 = tl.program_id(2) * T, T, block * BLOCK_M
-        k_start, keys, reach = tl.program_id(2) * S, S, m0 + S - T
+        batch, owned, m0 = _batch(block, T, sequences, BLOCK_M)
+        q_start, queries = batch * T, tl.where(owned, T, 0)
+        k_start, keys, reach = batch * S, S, m0 + S - T
     if m0 >= queries:
         return
     local = tl.arange(0, BLOCK_M)
@@ -365,12 +429,15 @@ def _flash_fwd(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if SINKS:
         sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
+        sink = tl.where(owned, sink, float("-inf"))
         m = tl.zeros([BLOCK_M], tl.float32) + tl.maximum(sink, -1.0e30)
         norm = tl.exp2(sink - m)
     else:
         m = tl.full([BLOCK_M], -1.0e30, tl.float32)
         norm = tl.zeros([BLOCK_M], tl.float32)
     first, blocks = _span(reach, keys, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
+    if PACKED:
+        blocks = tl.where(owned, blocks, 0)
     parent_first, parent_blocks, parent_reach = 0, 0, m0 + parent_keys
     if PARENTS:
         parent_first, parent_blocks = _span(
@@ -440,7 +507,7 @@ def _dots(x_ptr, stride_x, y_ptr, stride_y, left, ROWS: tl.constexpr, D: tl.cons
 def _flash_dq(
     q, k, v, dout, dout_ptr, out_ptr, lse_ptr, dlse_ptr, dq_ptr, delta_ptr, cu_ptr, parents_ptr,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dt, stride_dh,
-    T, S, rows, segments, window, scale, inner, cap,
+    T, S, rows, sequences, window, scale, inner, cap,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DLSE: tl.constexpr,
     PACKED: tl.constexpr, PARENTS: tl.constexpr, PRECISION: tl.constexpr,
@@ -451,13 +518,14 @@ def _flash_dq(
     key_head = head // GROUP
     parent_start, parent_keys = 0, 0
     if PACKED:
-        segment, q_start, queries, m0 = _locate(cu_ptr, segments, block, BLOCK_M)
+        segment, owned, q_start, queries, m0 = _locate(cu_ptr, sequences, rows, block, BLOCK_M)
         k_start, keys, reach = q_start, queries, m0
         if PARENTS:
-            parent_start, parent_keys = _parent(cu_ptr, parents_ptr, segment)
+            parent_start, parent_keys = _parent(cu_ptr, parents_ptr, sequences, rows, segment, owned)
     else:
-        q_start, queries, m0 = tl.program_id(2) * T, T, block * BLOCK_M
-        k_start, keys, reach = tl.program_id(2) * S, S, m0 + S - T
+        batch, owned, m0 = _batch(block, T, sequences, BLOCK_M)
+        q_start, queries = batch * T, tl.where(owned, T, 0)
+        k_start, keys, reach = batch * S, S, m0 + S - T
     if m0 >= queries:
         return
     local = tl.arange(0, BLOCK_M)
@@ -477,6 +545,8 @@ def _flash_dq(
     lse = _lse(lse_ptr, at, inside)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     first, blocks = _span(reach, keys, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
+    if PACKED:
+        blocks = tl.where(owned, blocks, 0)
     parent_first, parent_blocks, parent_reach = 0, 0, m0 + parent_keys
     if PARENTS:
         parent_first, parent_blocks = _span(
@@ -514,21 +584,22 @@ def _flash_dq(
 def _flash_dkdv(
     q, k, v, dout, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_ptr, parents_ptr, position_ptr,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dt, stride_dh,
-    T, S, rows, segments, window, scale, inner, cap,
+    T, S, rows, sequences, window, scale, inner, cap,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    PACKED: tl.constexpr, PARENTS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, PARENTS: tl.constexpr, SPLIT: tl.constexpr, SHARE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     # Everything transposed, [keys, queries]: the probabilities are then a left operand as they are. A key past the end
     # fills only its own rows of dk and dv, which are not stored; a query past the end has lse = +inf.
     block, key_head = tl.program_id(0), tl.program_id(1)
     if PACKED:
-        segment, k_start, keys, n0 = _locate(cu_ptr, segments, block, BLOCK_N)
-        q_start, queries, shift = k_start, keys, 0
+        segment, owned, k_start, keys, n0 = _locate(cu_ptr, sequences, rows, block, BLOCK_N)
+        q_start, queries, shift = k_start, tl.where(owned, keys, 0), 0
     else:
-        k_start, keys, n0 = tl.program_id(2) * S, S, block * BLOCK_N
-        q_start, queries, shift = tl.program_id(2) * T, T, S - T
+        batch, owned, n0 = _batch(block, S, sequences, BLOCK_N)
+        k_start, keys = batch * S, tl.where(owned, S, 0)
+        q_start, queries, shift = batch * T, T, S - T
     if n0 >= keys:
         return
     local = tl.arange(0, BLOCK_N)
@@ -542,20 +613,22 @@ def _flash_dkdv(
     if WINDOW:
         hi = tl.maximum(tl.minimum(queries, n0 + BLOCK_N - 1 + window - shift), 0)
     if PARENTS:  # its children's queries follow its own, and stand after all of its keys
-        family = _with_children(cu_ptr, parents_ptr, segments, segment)
-        reached = family > keys
+        family = _with_children(cu_ptr, parents_ptr, sequences, rows, segment, owned, k_start)
+        reached = owned & (family > keys)
         if WINDOW:
             # their positions start at `keys`: early keys of a long prompt are out of every child's window
             reached &= n0 + BLOCK_N - 1 + window > keys
         hi = tl.where(reached, family, hi)
     blocks = tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_M)
-    steps = GROUP * blocks
-    if SPLIT:  # a program to each query head, and the sum of them outside: a parent's keys have long columns
-        steps = blocks
-    for step in tl.range(0, steps):
-        head, index = key_head * GROUP + step // blocks, step % blocks
-        if SPLIT:
-            head, index = key_head * GROUP + tl.program_id(2), step
+    first_head = key_head * GROUP
+    if (
+        SPLIT
+    ):  # a program to SHARE query heads, and the sum of them outside: a parent's keys have long columns
+        first_head += tl.program_id(2) * SHARE
+    for step in tl.range(0, SHARE * blocks):
+        head, index = first_head, step
+        if SHARE > 1:
+            head, index = first_head + step // blocks, step % blocks
         m0 = lo + index * BLOCK_M
         row, left, i = q_start + m0, hi - m0, tl.arange(0, BLOCK_M)
         query = _tile(q, head, row, left, stride_qt, stride_qh, BLOCK_M, D, BLOCK_D, TMA)
@@ -604,25 +677,29 @@ def _flash_dkdv(
 LOG2E = 1.4426950408889634
 
 
+GRID = 65535  # the most of a grid's second and third dimension
+
+
 @dataclass(frozen=True)
 class _Shape:
-    """What the grids and kernels are told: packed is one batch of `segments`, T and S are then not used."""
+    """What the grids and kernels are told: a packed call is one batch of segments, and does not use T and S."""
 
-    B: int
     T: int
     S: int
-    segments: int
+    sequences: int  # segments, or the batch
     total: int | None  # rows of a packed call
 
     @staticmethod
     def of(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> "_Shape":
         if cu_seqlens is not None:
-            return _Shape(1, 0, 0, cu_seqlens.numel() - 1, q.shape[0])
-        return _Shape(q.shape[0], q.shape[1], k.shape[1], 0, None)
+            return _Shape(0, 0, cu_seqlens.numel() - 1, q.shape[0])
+        return _Shape(q.shape[1], k.shape[1], q.shape[0], None)
 
-    def blocks(self, block: int, length: int) -> int:
-        """The first dimension of a grid, `block` queries or keys to a program."""
-        return cdiv(length, block) if self.total is None else self.total // block + self.segments
+    def grid(self, block: int, length: int, heads: int, parts: int = 1) -> tuple[int, int, int]:
+        """`block` queries or keys of a head to a program; `parts` programs share a packed call's keys."""
+        if self.total is not None:
+            return self.total // block + self.sequences + 2, heads, parts
+        return cdiv(length, block) * cdiv(self.sequences, GRID), heads, min(self.sequences, GRID)
 
 
 @dataclass(frozen=True)
@@ -662,6 +739,17 @@ TILES = {
         128: _Tiles((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
         256: _Tiles((128, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
     },
+    # 99 KB of shared memory: RTX 30 and 40, A10, A40, L4, L40S, and RTX 50. Compiled, never run.
+    "sm_86": {
+        64: _Tiles((128, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 3)),
+        128: _Tiles((128, 32, 4, 3), (64, 32, 4, 2), (64, 64, 8, 2)),
+        256: _Tiles((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    },
+    "sm_120": {
+        64: _Tiles((128, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 3)),
+        128: _Tiles((128, 32, 8, 3), (64, 32, 4, 2), (64, 64, 8, 2)),
+        256: _Tiles((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    },
     # 64 KB of shared memory; compiled, never run: they are picked because they do not spill
     "gfx942": {
         64: _Tiles((128, 64, 4, 3), (64, 64, 4, 3), (32, 64, 4, 1)),
@@ -683,15 +771,19 @@ def _tiles(q: Tensor, width: int) -> tuple[_Tiles, bool]:
     """The row of the table, and whether the chip has tensor descriptors."""
     chip = capability(q)
     half = q.dtype != torch.float32  # without matrix units a descriptor's tile is held by rows, and spills
-    descriptors = half and torch.version.hip is None and (chip == (9, 0) or chip[0] >= 10)
+    descriptors = half and torch.version.hip is None and (chip == (9, 0) or chip[0] in (10, 11))
     if chip == (0, 0):
         name = "interpreted"
     elif not half:
         name = "fp32"
     elif chip == (9, 4):
         name = "gfx942"
+    elif descriptors:
+        name = "sm_90" if chip[0] == 9 else "sm_100"
+    elif chip[0] == 12:
+        name = "sm_120"
     else:
-        name = "sm_100" if descriptors and chip[0] >= 10 else "sm_90" if descriptors else "sm_80"
+        name = "sm_86" if chip in ((8, 6), (8, 9)) else "sm_80"
     return next(tiles for widest, tiles in TILES[name].items() if width <= widest), descriptors
 
 
@@ -699,20 +791,25 @@ def _pad(width: int) -> int:
     return max(16, next_power_of_2(width))
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(B, T, H, D) or (total, H, D) to (rows, H, D), copied where the strides do not allow it."""
+def _choice(q: Tensor, k: Tensor, v: Tensor) -> tuple[_Tiles, bool]:
+    """The tiles, and whether they come by descriptors, which want something to describe."""
+    tiles, descriptors = _tiles(q, max(_pad(q.shape[-1]), _pad(v.shape[-1])))
+    return tiles, descriptors and all(x.numel() > 0 for x in (q, k, v))
+
+
+def _rows(x: Tensor, tma: bool) -> Tensor:
+    """(B, T, H, D) or (total, H, D) to (rows, H, D), copied where the strides do not allow it.
+
+    A descriptor asks for rows at positive steps of 16 bytes. Without, the compiler knows of steps of 16 elements alone
+    that they are even; of others it takes narrow loads, which spill.
+    """
     x = x if x.dim() == 3 else x.flatten(0, 1)
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _describable(*tensors: Tensor) -> bool:
-    """A tensor descriptor wants 16-byte aligned rows and something to describe."""
-    return all(
-        x.numel() > 0
-        and x.data_ptr() % 16 == 0
-        and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
-        for x in tensors
-    )
+    unit = 16 // x.element_size() if tma else 16
+    even = all(step > 0 and step % unit == 0 for step in x.stride()[:-1])
+    if even and x.stride(-1) == 1 and x.data_ptr() % 16 == 0:
+        return x
+    width = x.shape[-1]
+    return x.new_empty(*x.shape[:-1], cdiv(width, 16) * 16)[..., :width].copy_(x)
 
 
 def _described(x: Tensor, block: int) -> TensorDescriptor:
@@ -720,6 +817,16 @@ def _described(x: Tensor, block: int) -> TensorDescriptor:
     rows, heads, width = x.shape
     strides = [x.stride(1), x.stride(0), 1]
     return TensorDescriptor(x, [heads, rows, width], strides, [1, block, _pad(width)])
+
+
+SHARES = (
+    2**28
+)  # bytes of the fp32 shares of dk and dv, of which the group's query heads give one each if they fit
+
+
+def _parts(group: int, size: int) -> int:
+    """Programs to a key head of a shared prompt; a share of dk and dv has `size` bytes."""
+    return next(n for n in range(group, 0, -1) if group % n == 0 and (n == 1 or n * size <= SHARES))
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -736,7 +843,7 @@ def _common(q, k, v, shape, packed, parents, causal, scale, window, softcap) -> 
         "T": shape.T,
         "S": shape.S,
         "rows": q.shape[0],
-        "segments": shape.segments,
+        "sequences": shape.sequences,
         "window": window or 0,
         "GROUP": q.shape[1] // k.shape[1],
         "D": q.shape[2],
@@ -770,13 +877,12 @@ def _forward(
     """
     out, lse = _forward_fake(q, k, v, sinks, cu_seqlens, parents, causal, scale, window, softcap)
     shape = _Shape.of(q, k, cu_seqlens)
-    q, k, v = _rows(q), _rows(k), _rows(v)
     tables = cu_seqlens, parents
+    tiles, tma = _choice(q, k, v)
+    q, k, v = (_rows(x, tma) for x in (q, k, v))
     common = _common(q, k, v, shape, *(x is not None for x in tables), causal, scale, window, softcap)
-    tiles, tma = _tiles(q, max(common["BLOCK_D"], common["BLOCK_DV"]))
     M, N, warps, stages = tiles.fwd
-    tma = tma and _describable(q, k, v)
-    _flash_fwd[shape.blocks(M, shape.T), q.shape[1], shape.B](
+    _flash_fwd[shape.grid(M, shape.T, q.shape[1])](
         *((_described(q, M), _described(k, N), _described(v, N)) if tma else (q, k, v)),
         out, lse, sinks, *tables, *_strides(q, k, v), **common, SINKS=sinks is not None,
         BLOCK_M=M, BLOCK_N=N, TMA=tma, num_warps=warps, num_stages=stages,
@@ -813,17 +919,16 @@ def _backward_launch(
         dout, dlse, out, lse, q, k, v, sinks, cu_seqlens, parents, causal, scale, window, softcap
     )
     shape = _Shape.of(q, k, cu_seqlens)
-    q, k, v, dout = _rows(q), _rows(k), _rows(v), _rows(dout)
     tables = cu_seqlens, parents
+    tiles, tma = _choice(q, k, v)
+    q, k, v, dout = (_rows(x, tma) for x in (q, k, v, dout))
     common = _common(q, k, v, shape, *(x is not None for x in tables), causal, scale, window, softcap)
     common["scale"] = scale
-    tiles, tma = _tiles(q, max(common["BLOCK_D"], common["BLOCK_DV"]))
-    tma = tma and _describable(q, k, v, dout)
     strides = _strides(q, k, v, dout)
     delta = torch.empty_like(lse)
     dlse = None if dlse is None else dlse.contiguous()
     M, N, warps, stages = tiles.dq
-    _flash_dq[shape.blocks(M, shape.T), q.shape[1], shape.B](
+    _flash_dq[shape.grid(M, shape.T, q.shape[1])](
         *((_described(q, M), _described(k, N), _described(v, N), _described(dout, M)) if tma else (q, k, v, dout)),
         dout, out, lse, dlse, dq, delta, *tables, *strides, **common,
         DLSE=dlse is not None, BLOCK_M=M, BLOCK_N=N, TMA=tma, num_warps=warps, num_stages=stages,
@@ -834,18 +939,19 @@ def _backward_launch(
     position = None
     if cu_seqlens is not None and parents is not None and window is not None:
         position = _positions(cu_seqlens, parents, q.shape[0])[1].to(torch.int32)
-    split = parents is not None and q.shape[1] > k.shape[1]
-    heads = q.shape[1] // k.shape[1] if split else shape.B
-    parts = [x.new_empty(heads, *x.shape, dtype=torch.float32) if split else x for x in (dk, dv)]
-    _flash_dkdv[shape.blocks(N, shape.S), k.shape[1], heads](
+    group = q.shape[1] // k.shape[1]
+    parts = 1 if parents is None else _parts(group, 4 * (dk.numel() + dv.numel()))
+    split = parts > 1
+    shares = [x.new_empty(parts, *x.shape, dtype=torch.float32) if split else x for x in (dk, dv)]
+    _flash_dkdv[shape.grid(N, shape.S, k.shape[1], parts)](
         *((_described(q, M), k, v, _described(dout, M)) if tma else (q, k, v, dout)),
-        lse, delta, *parts, *tables, position, *strides, **common,
-        SPLIT=split, BLOCK_M=M, BLOCK_N=N, TMA=tma, num_warps=warps, num_stages=stages,
+        lse, delta, *shares, *tables, position, *strides, **common,
+        SPLIT=split, SHARE=group // parts, BLOCK_M=M, BLOCK_N=N, TMA=tma, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if split:
-        dk, dv = (part.sum(0).to(k.dtype) for part in parts)
+        dk, dv = (share.sum(0).to(k.dtype) for share in shares)
     if sinks is not None:  # a sink is a key whose value is 0: ds = -p * delta
-        p = torch.exp2(sinks.float()[:, None] * LOG2E - lse)
+        p = torch.exp2(sinks.float()[:, None] * LOG2E - lse.masked_fill(lse == -torch.inf, torch.inf))
         dsinks = -(p * delta).sum(1).to(sinks.dtype)
     return dq, dk, dv, dsinks
 
@@ -880,16 +986,29 @@ _packed = register_path("packed_attention_cpu", _packed_cpu, _packed_fake)
 # ---- public op
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float | None,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> None:
+MOST_WINDOW = 2**30  # hides nothing, and is a 32-bit integer to a kernel
+
+
+def check_options(
+    scale: float | None, window: int | None, softcap: float | None, sinks: Tensor | None, heads: int
+) -> int | None:
+    """Returns the window; raises ValueError for what no attention, over sequences or a cache, is asked with."""
+    for name, number in (("scale", scale), ("softcap", softcap)):
+        if number is not None and not 0 < number < float("inf"):
+            raise ValueError(f"{name}: expected a positive number, got {number}")
+    if window is not None and not isinstance(window, int | torch.SymInt):
+        raise ValueError(f"window: expected an integer, got {window}")
+    if window is not None and window < 1:
+        raise ValueError(f"window: expected at least 1, got {window}")
+    if sinks is not None:
+        check_dtype("sinks", sinks)
+        check_shape("sinks", sinks, heads=heads)
+    return None if window is None else min(window, MOST_WINDOW)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     """A query is (..., H, D), keys and values (..., G, D) and (..., G, Dv)."""
+    check_dtype("q", q)
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     for name, x in (("q", q), ("v", v)):
@@ -898,14 +1017,6 @@ def _check(
     H, G = q.shape[-2], k.shape[-2]
     if G == 0 or H % G:
         raise ValueError(f"q: expected a multiple of the {G} key/value heads, got {H}")
-    if scale is not None and not scale > 0:
-        raise ValueError(f"scale: expected a positive number, got {scale}")
-    if window is not None and window < 1:
-        raise ValueError(f"window: expected at least 1, got {window}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: expected a positive number, got {softcap}")
-    if sinks is not None:
-        check_shape("sinks", sinks, heads=H)
 
 
 def flash_attention(
@@ -930,17 +1041,22 @@ def flash_attention(
     scale: of the scores, by default 1 / sqrt(D).    softcap: c * tanh(scores / c).
     window: query i sees the keys i - window < j <= i, itself included; causal only.
     sinks: (H,) one logit per head that takes part in the softmax and has no value; neither scaled nor capped.
-    cu_seqlens: (segments + 1,) int32, from 0 to total. A segment may be empty.
+    cu_seqlens: (segments + 1,) int32, where each segment starts and the last one ends, within 0..total. A segment may
+        be empty. Rows before the first and after the last, as those of a padded batch, have out 0, lse -inf and zero
+        gradients.
     parents: (segments,) int32, -1 or the segment that this one continues: it also sees the parent's tokens, and its
         positions go on from the parent's length. Causal only. A parent has parent -1 and stands directly before its
-        children; a table that breaks this gives wrong numbers (`model.packed.pack` checks it).
+        children.
     Returns (B, T, H, Dv) or (total, H, Dv) in q's dtype; with return_lse also lse (B, T, H) or (total, H) fp32 (fp64
         of fp64): the natural log of each softmax's denominator, sink included, -inf where empty; differentiable.
     NaN comes out: of a query, a key that a query sees, or a sink in the query's whole row and its lse; of a value at
         least in its channel; and in the gradients of all that such a query sees. More may be NaN, since 0 * NaN is:
         rows near by, also of the sequence before. A score of +inf gives NaN, one of -inf weighs nothing, and an
         infinite value comes out infinite or NaN in its channel.
-    Raises ValueError for shapes, dtypes and combinations other than these.
+    Raises ValueError for shapes, dtypes, devices and combinations other than these; on a CPU also for a cu_seqlens or
+        parents that break the rules above. On a GPU, where nobody reads them, entries count as within 0..total, a
+        parent that is none as -1, all rows as owned by no segment where cu_seqlens decreases, and other wrong parents
+        give wrong numbers: in none of these is memory read or written that is not the call's own.
     """
     packed = cu_seqlens is not None
     if q.dim() != (3 if packed else 4):
@@ -950,7 +1066,9 @@ def flash_attention(
         raise ValueError(
             f"k, v: expected {q.dim()} dimensions as q has, got {tuple(k.shape)} and {tuple(v.shape)}"
         )
-    _check(q, k, v, scale, window, softcap, sinks)
+    check_device(q, k=k, v=v, sinks=sinks, cu_seqlens=cu_seqlens, parents=parents)
+    _check(q, k, v)
+    window = check_options(scale, window, softcap, sinks, q.shape[-2])
     if window is not None and not causal:
         raise ValueError("window: expected causal=True, got causal=False")
     G, D, Dv = k.shape[-2], q.shape[-1], v.shape[-1]
@@ -965,6 +1083,8 @@ def flash_attention(
         if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or not cu_seqlens.numel():
             got = f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
             raise ValueError(f"cu_seqlens: expected (segments + 1,) torch.int32, got {got}")
+        if cu_seqlens.numel() == 1 and q.shape[0]:
+            raise ValueError(f"cu_seqlens: expected two entries or more for total={q.shape[0]}, got one")
         if parents is not None:
             if not causal:
                 raise ValueError("parents: expected causal=True, got causal=False")
@@ -972,10 +1092,12 @@ def flash_attention(
                 raise ValueError(f"parents: expected torch.int32, got {parents.dtype}")
             check_shape("parents", parents, segments=cu_seqlens.numel() - 1)
     if use_triton(q):
-        check_dtype("q", q)
         scale = D**-0.5 if scale is None else scale
         tables = (None if x is None else x.contiguous() for x in (sinks, cu_seqlens, parents))
+        # descriptors want rows of whole 16 bytes; a width that is no multiple of 8 spills in some kernel
+        q, k, v = (F.pad(x, (0, -x.shape[-1] % 16)) if x.shape[-1] % 8 else x for x in (q, k, v))
         out, lse = _flash(q, k, v, *tables, causal, scale, window, softcap)
+        out = out if out.shape[-1] == Dv else out[..., :Dv]
         if not return_lse:
             return out
         lse = lse.t() / LOG2E  # (rows, H)
@@ -986,7 +1108,8 @@ def flash_attention(
         T, S = q.shape[1], k.shape[1]
         visible = None
         if not (causal and T == S and window is None):
-            visible = _visible(torch.arange(S - T, S), torch.arange(S), causal, window)
+            row, column = (torch.arange(n, S, device=q.device) for n in (S - T, 0))
+            visible = _visible(row, column, causal, window)
         out, lse = _attend_cpu(q, k, v, visible, scale, softcap, sinks, return_lse)
     if not return_lse:
         return out

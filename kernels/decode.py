@@ -42,6 +42,7 @@ from ._launch import (
     FEW_KEYS,
     capability,
     cdiv,
+    check_device,
     check_dtype,
     check_shape,
     multiprocessors,
@@ -51,6 +52,7 @@ from ._launch import (
     use_triton,
 )
 from ._triton import tl, triton
+from .attention import check_options
 
 # ---- reference
 
@@ -231,6 +233,14 @@ def _read(part: Part, q: Tensor, keys: Tensor, values: Tensor, scale: float) -> 
     return out[..., :Dv], lse
 
 
+def _check_rows(cache: str, slots: str, slot: Tensor, lengths: str, length: Tensor, rows: Tensor) -> None:
+    """Raises ValueError for slots and lengths that `rows` (slots, S_max, ...) of that name do not have."""
+    for name, x, most in ((slots, slot, rows.shape[0] - 1), (lengths, length, rows.shape[1])):
+        if x.numel() and not 0 <= int(x.min()) <= int(x.max()) <= most:
+            found = f"{int(x.min())} to {int(x.max())}"
+            raise ValueError(f"{name}: expected 0 to {most} with {cache} {tuple(rows.shape)}, got {found}")
+
+
 def _decode_cpu(
     q: Tensor,
     k_cache: Tensor,
@@ -247,6 +257,11 @@ def _decode_cpu(
     sinks: Tensor | None,
 ) -> Tensor:
     """A call for each bucket of prefixes and of own rows, put together by the log-sum-exps as the kernels do it."""
+    _check_rows("k_cache", "slot", slot, "length", length, k_cache)
+    if prefix_slot is not None and prefix_length is not None:
+        some = prefix_slot != -1
+        prefixes = prefix_slot[some], "prefix_length", prefix_length[some]
+        _check_rows("k_prefix", "prefix_slot", *prefixes, k_prefix)
     if softcap is not None:  # which torch's fused attention has not
         return decode_attention_reference(
             *(q, k_cache, v_cache, slot, length),
@@ -293,7 +308,16 @@ def _decode_cpu(
 
 # ---- kernels
 
-RAGGED = ["B", "window", "skip"]  # change with the batch: no new compilation for a multiple of 16
+RAGGED = [
+    "B",
+    "window",
+    "skip",
+    "slots",
+    "longest",
+    "prefixes",
+    "own_longest",
+    "prefix_longest",
+]  # change with the batch: no new compilation for a multiple of 16
 
 
 @triton.jit
@@ -306,12 +330,19 @@ def _rows(pointers, stride, inside, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D
     return tl.load(pointers + (r * stride)[:, None] + d[None, :], mask, other=0.0)
 
 
+@triton.jit
+def _end(slot, length, slots, longest):
+    # how many keys are read of a row: none of one that the cache has not, never more than there are
+    return tl.where((slot >= 0) & (slot < slots), tl.minimum(tl.maximum(length, 0), longest), 0).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=RAGGED)
 def _decode_pieces(
     q_ptr, k_ptr, v_ptr, slot_ptr, end_ptr, length_ptr, partial_ptr, lse_ptr,
     stride_qb, stride_qh, stride_ks, stride_kt, stride_kh, stride_vs, stride_vt, stride_vh,
-    B, window, skip, inner, cap,
-    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    B, window, skip, slots, longest, own_longest, inner, cap,
+    GROUPS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PREFIX: tl.constexpr, PRECISION: tl.constexpr,
     SPLIT: tl.constexpr, PIECE: tl.constexpr, SHARE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -319,11 +350,11 @@ def _decode_pieces(
     # share. The sequences that do not share it come after, in the same way. SPLIT such groups have the same key head.
     # Partial results are (pieces, B, H, Dv), the prefix's from piece `skip` on. Scores live in units of log2; m starts
     # at a finite number, so a row that has seen nothing yet needs no special case: exp2(-inf - m) is 0.
-    group, worker, first = tl.program_id(0), tl.program_id(1), tl.program_id(2) * SHARE
+    group, worker, first = tl.program_id(0) % GROUPS, tl.program_id(1), tl.program_id(0) // GROUPS * SHARE
     key_head = tl.cast(group // SPLIT, tl.int64)
     r, n = tl.arange(0, ROWS), tl.arange(0, BLOCK_N)
     d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    H = tl.num_programs(0) * GROUP
+    H = GROUPS * GROUP
     b = first + r // GROUP  # [ROWS]
     inside = (r < SHARE * GROUP) & (b < B)
     q_ptr += tl.cast(first, tl.int64) * stride_qb + tl.cast(group, tl.int64) * GROUP * stride_qh
@@ -331,16 +362,16 @@ def _decode_pieces(
     query = tl.load(q_at, inside[:, None] & (d < D)[None, :], other=0.0)  # [ROWS, BLOCK_D]
     row = r // GROUP * H + r % GROUP  # [ROWS], from the first row on
     row_slot = tl.load(slot_ptr + b, inside, other=-1)
-    row_end = tl.load(end_ptr + b, inside, other=0)
+    row_end = _end(row_slot, tl.load(end_ptr + b, inside, other=0), slots, longest)
     in_sight = tl.zeros([ROWS], tl.int32)  # the first position that the row sees
     if PREFIX and WINDOW:
-        in_sight = (row_end + tl.load(length_ptr + b, inside, other=0) - window).to(tl.int32)
+        in_sight = row_end + _end(0, tl.load(length_ptr + b, inside, other=0), 1, own_longest) - window
     for i in range(SHARE):
         leader = first + i
         slot = tl.load(slot_ptr + leader, leader < B, other=-1)
-        end = tl.load(end_ptr + leader, leader < B, other=0).to(tl.int32)
+        end = _end(slot, tl.load(end_ptr + leader, leader < B, other=0), slots, longest)
         together = inside & (row_slot == slot) & (row_end == end)
-        served = (tl.min(tl.where(together, b, B), 0) < leader) | (slot < 0)  # or there is nothing to serve
+        served = tl.min(tl.where(together, b, B), 0) < leader
         start, nearest = 0, 0
         if WINDOW:
             if PREFIX:
@@ -385,22 +416,23 @@ def _decode_pieces(
 
 @triton.jit(do_not_specialize=RAGGED)
 def _decode_merge(
-    partial_ptr, lse_ptr, sinks_ptr, out_ptr, length_ptr, prefix_slot_ptr, prefix_length_ptr, B, window, skip,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, SINKS: tl.constexpr, PREFIX: tl.constexpr, WINDOW: tl.constexpr,
-    PIECE: tl.constexpr, BLOCK_P: tl.constexpr,
+    partial_ptr, lse_ptr, sinks_ptr, out_ptr, slot_ptr, length_ptr, prefix_slot_ptr, prefix_length_ptr,
+    window, skip, slots, longest, prefixes, prefix_longest,
+    H: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    SINKS: tl.constexpr, PREFIX: tl.constexpr, WINDOW: tl.constexpr, PIECE: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     # in the order of the positions: the prefix's pieces, then the own ones
-    head, b = tl.program_id(0), tl.program_id(1)
+    index = tl.cast(tl.program_id(0), tl.int64)  # of (B, H)
+    b, head = index // H, index % H
     e = tl.arange(0, BLOCK_DV)
-    index = tl.cast(b, tl.int64) * tl.num_programs(0) + head  # of (B, H)
-    length = tl.load(length_ptr + b).to(tl.int32)
+    length = _end(tl.load(slot_ptr + b), tl.load(length_ptr + b), slots, longest)
     if WINDOW:
         length = tl.minimum(length, window)
     own = tl.cdiv(length, PIECE)
     before = 0
     if PREFIX:
-        prefix_length = tl.load(prefix_length_ptr + b).to(tl.int32)
-        before = tl.where(tl.load(prefix_slot_ptr + b) >= 0, tl.cdiv(prefix_length, PIECE), 0)
+        prefix = tl.load(prefix_slot_ptr + b)
+        before = tl.cdiv(_end(prefix, tl.load(prefix_length_ptr + b), prefixes, prefix_longest), PIECE)
     m, norm = -1.0e30, 0.0
     if SINKS:
         sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
@@ -411,7 +443,7 @@ def _decode_merge(
         piece = start + tl.arange(0, BLOCK_P)
         there = piece < before + own
         piece = tl.where(piece < before, skip + piece, piece - before)
-        at = piece.to(tl.int64) * B * tl.num_programs(0) + index  # [BLOCK_P] of (pieces, B, H)
+        at = piece.to(tl.int64) * tl.num_programs(0) + index  # [BLOCK_P] of (pieces, B, H)
         lse = tl.load(lse_ptr + at, there, other=float("-inf"))
         partial = tl.load(
             partial_ptr + at[:, None] * DV + e[None, :], there[:, None] & (e < DV)[None, :], other=0.0
@@ -487,18 +519,19 @@ def _decode(
     for k, v, rows, ends, pieces, SHARE, PREFIX in parts:
         chunks = cdiv(B, SHARE)
         workers = min(pieces, cdiv(PROGRAMS * multiprocessors(q), G * split * chunks))
-        _decode_pieces[G * split, workers, chunks](
+        _decode_pieces[G * split * chunks, workers](
             q, k, v, rows, ends, length, partial, lse, *q.stride()[:2], *k.stride()[:3], *v.stride()[:3],
-            B, window or 0, skip if PREFIX else 0, inner, cap,
-            GROUP=group, D=D, DV=DV, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV,
+            B, window or 0, skip if PREFIX else 0, *k.shape[:2], S_max, inner, cap,
+            GROUPS=G * split, GROUP=group, D=D, DV=DV, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV,
             WINDOW=window is not None, SOFTCAP=softcap is not None, PREFIX=PREFIX,
             PRECISION=precision(),
             SPLIT=split, PIECE=piece, SHARE=SHARE, ROWS=_pad(SHARE * group), BLOCK_N=BLOCK_N,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
-    _decode_merge[H, B](
-        partial, lse, sinks, out, length, prefix_slot, prefix_length, B, window or 0, skip,
-        DV=DV, BLOCK_DV=BLOCK_DV, SINKS=sinks is not None, PREFIX=prefix_slot is not None,
+    _decode_merge[B * H,](
+        partial, lse, sinks, out, slot, length, prefix_slot, prefix_length,
+        window or 0, skip, *k_cache.shape[:2], *k_prefix.shape[:2],
+        H=H, DV=DV, BLOCK_DV=BLOCK_DV, SINKS=sinks is not None, PREFIX=prefix_slot is not None,
         WINDOW=window is not None, PIECE=piece, BLOCK_P=16, num_warps=4,
     )  # fmt: skip
     return out
@@ -562,14 +595,20 @@ def decode_attention(
         else is in the batch; on the CPU its last bits may depend on the longest beside it, which sets the padding.
     NaN comes out: of a query, a key in its sight or a sink in its whole row, of a value at least in its channel. It may
         come out of a sequence that has the same row or prefix and does not see it, as 0 * NaN.
-    Slots and lengths are not checked against the cache: that would read them on the host.
-    Raises ValueError for shapes and dtypes other than these, NotImplementedError where a gradient is asked for.
+    Raises ValueError for shapes, dtypes and devices other than these, NotImplementedError where a gradient is asked
+        for; on a CPU also ValueError for slots and lengths that the caches do not have. On a GPU, where nobody reads
+        them, such a slot counts as one of length 0, such a prefix as none, and a length as the nearest that there is.
     """
     if q.dim() != 3 or k_cache.dim() != 4 or v_cache.dim() != 4:
         got = ", ".join(str(tuple(x.shape)) for x in (q, k_cache, v_cache))
         raise ValueError(
             f"q, k_cache, v_cache: expected (B, H, D), (slots, S_max, G, D), (slots, S_max, G, Dv), got {got}"
         )
+    tables = {"slot": slot, "length": length, "prefix_slot": prefix_slot, "prefix_length": prefix_length}
+    check_device(
+        q, k_cache=k_cache, v_cache=v_cache, k_prefix=k_prefix, v_prefix=v_prefix, sinks=sinks, **tables
+    )
+    check_dtype("q", q)
     if not q.dtype == k_cache.dtype == v_cache.dtype:
         raise ValueError(
             f"q, k_cache, v_cache: expected one dtype, got {q.dtype}, {k_cache.dtype}, {v_cache.dtype}"
@@ -595,17 +634,11 @@ def decode_attention(
         rows = {"prefixes": prefixes, "P_max": P_max, "kv_heads": G}
         check_shape("k_prefix", k_prefix, **rows, head_dim=D)
         check_shape("v_prefix", v_prefix, **rows, head_dim=v_cache.shape[-1])
-    numbers = {"slot": slot, "length": length, "prefix_slot": prefix_slot, "prefix_length": prefix_length}
-    for name, x in numbers.items():
+    for name, x in tables.items():
         if x is not None:
             check_shape(name, x, batch=B)
             check_dtype(name, x, torch.int32, torch.int64)
-    if window is not None and window < 1:
-        raise ValueError(f"window: expected at least 1, got {window}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: expected a positive number, got {softcap}")
-    if sinks is not None:
-        check_shape("sinks", sinks, heads=H)
+    window = check_options(scale, window, softcap, sinks, H)
     if torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, k_cache, v_cache, k_prefix, v_prefix, sinks)
     ):
@@ -614,7 +647,6 @@ def decode_attention(
         )
     caches, scale = (k_prefix, v_prefix), D**-0.5 if scale is None else scale
     if not use_triton(q):
-        return _decode_on_cpu(q, k_cache, v_cache, *numbers.values(), *caches, scale, window, softcap, sinks)
-    check_dtype("q", q)
-    *tables, sinks = (None if x is None else x.contiguous() for x in (*numbers.values(), sinks))
-    return _decode_op(q, k_cache, v_cache, *tables, *caches, scale, window, softcap, sinks)
+        return _decode_on_cpu(q, k_cache, v_cache, *tables.values(), *caches, scale, window, softcap, sinks)
+    *numbers, sinks = (None if x is None else x.contiguous() for x in (*tables.values(), sinks))
+    return _decode_op(q, k_cache, v_cache, *numbers, *caches, scale, window, softcap, sinks)

@@ -176,21 +176,21 @@ FAULTS = [
     Fault("sink not in the sum", "attention", "norm = tl.exp2(sink - m)", "norm = 0 * m", FEATURES),
     Fault("sink's gradient", "attention", "dsinks = -(", "dsinks = (", FEATURES),
     Fault(
-        "first block of a segment", "attention", "+ i <= block)", "+ i < block)", "flash_attention/packed", 0
+        "first block of a segment", "attention", "+ i < block)", "+ i <= block)", "flash_attention/packed", 0
     ),
     Fault(
         "parent not seen",
         "attention",
-        "some = parent >= 0",
-        "some = parent > 0",
+        "some = (parent >= 0)",
+        "some = (parent > 0)",
         "flash_attention/shared prompt",
         0,
     ),
     Fault(
         "children not counted",
         "attention",
-        "segment + 1 + count)",
-        "segment + count)",
+        "segment + 1 + count,",
+        "segment + count,",
         "flash_attention/shared prompt",
         0,
     ),
