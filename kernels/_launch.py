@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import DispatchKey, _SetExcludeDispatchKeyGuard
+from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read once: @triton.jit reads it at import, too
@@ -61,9 +62,9 @@ def precision() -> str:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that autocast, which does not know our ops, would give x as an operand of a product."""
+    """The dtype that autocast, which does not know our ops nor "meta", would give x as an operand of a product."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if x.dtype == torch.float64 or x.is_meta or not torch.is_autocast_enabled(kind):
         return x.dtype
     return torch.get_autocast_dtype(kind)
 
@@ -96,6 +97,11 @@ def check_device(x: Tensor, **others: Tensor | None) -> None:
     for name, other in others.items():
         if other is not None and other.device != x.device:
             raise ValueError(f"{name}: expected on {x.device}, got on {other.device}")
+
+
+def readable(x: Tensor) -> bool:
+    """May the host look at numbers? Only on the torch path: a GPU would stall, and graphs and "meta" hold none."""
+    return not (use_triton(x) or x.is_meta or torch.compiler.is_compiling() or isinstance(x, FakeTensor))
 
 
 def cdiv(size: int, block: int) -> int:
