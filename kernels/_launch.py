@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import DispatchKey, _SetExcludeDispatchKeyGuard
+from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ._triton import expect_triton
@@ -129,6 +130,11 @@ def check_device(x: Tensor, **others: Tensor | None) -> None:
     for name, other in others.items():
         if other is not None and other.device != x.device:
             raise ValueError(f"{name}: expected on {x.device}, got on {other.device}")
+
+
+def readable(x: Tensor) -> bool:
+    """May the host look at numbers? Only on the torch path: a GPU would stall, and graphs and "meta" hold none."""
+    return not (use_triton(x) or x.is_meta or torch.compiler.is_compiling() or isinstance(x, FakeTensor))
 
 
 def cdiv(size: int, block: int) -> int:
