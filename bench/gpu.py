@@ -3,9 +3,9 @@
     python -m burnish.bench.gpu [--seconds S] [--steps tests bench tune] [--commit COMMIT] [-- ARGUMENT ...]
     python -m burnish.bench.gpu --rehearse CHIP [...]       without a GPU: the accuracy tests compile, and run nothing
 
-ARGUMENT: what pytest is to collect, tests/kernels by default.
+ARGUMENT: what pytest is to collect, by default tests/kernels and what samples with CUDA graphs.
 
-tests: the compiled tests of tests/kernels in processes of their own. A worker is handed one test at a time and answers
+tests: compiled, in processes of their own. A worker is handed one test at a time and answers
 with its end, which is printed, and kept in bench/results. One that dies or does not answer is replaced, and its test
 named with what the worker said last. One whose device answers no more after a test, as after an illegal access, names
 that test and is replaced, too: a context that is lost fails whatever runs in it later.
@@ -75,12 +75,15 @@ OPS = [
     "token_logprobs",
     "decode_attention",
 ]
+TESTS = ["tests/kernels", "tests/model/test_cuda_graphs.py"]
+REHEARSED = ["tests/kernels/test_cases.py", "-k", "accuracy"]
 PATIENCE = 90.0  # seconds for one test, or for a shape of the benchmark
 START = 180.0  # for a worker's imports and its collection
 STARTS = 3  # workers in a row that may fail to start
 GRACE = 20.0  # before a step's end: what is begun by then may end by itself
 STRAYS = 8  # times that a benchmark is started again
 LAST_WORDS = 3.0  # for a process that is about to end
+SAFE = {"PYTHONSAFEPATH": "1"}  # in the root, our kernels/ would hide Hugging Face's
 SERVE = "from burnish.bench.worker import serve; serve({})"
 TRACE = 1000  # characters of the interpreter's own trace, from its top
 
@@ -95,7 +98,7 @@ class Worker:
         self.log, self.ready = log, False
         self.test: Test | None = None
         self.pipe, theirs = Pipe()
-        environment = os.environ | {"PYTHONSAFEPATH": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        environment = os.environ | SAFE | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # as many as workers
         with log.open("wb") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", SERVE.format(theirs.fileno())],
@@ -146,7 +149,7 @@ def end_all(process: subprocess.Popen[Any]) -> None:
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     with suppress(subprocess.TimeoutExpired):
-        process.wait(5)
+        process.wait(1)
 
 
 class Plan:
@@ -335,7 +338,9 @@ def run_watched(words: list[str], end: float, written: Path | None = None) -> in
     """A command's status; None where it was killed, at `end` or because `written` has not changed for too long."""
     print(f"\n$ {shlex.join(['python', *words])}", flush=True)
     begun = time.time()
-    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, *words], cwd=ROOT, env=os.environ | SAFE, start_new_session=True
+    )
     try:
         while time.monotonic() < end:
             with suppress(subprocess.TimeoutExpired):
@@ -395,7 +400,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--seconds", type=float, default=480, help="for all steps together")
     parser.add_argument("--steps", nargs="+", choices=list(SHARES), default=list(SHARES))
-    parser.add_argument("tests", nargs="*", metavar="argument", help="for pytest, instead of tests/kernels")
+    parser.add_argument(
+        "tests", nargs="*", metavar="argument", help=f"for pytest, instead of {shlex.join(TESTS)}"
+    )
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--patience", type=float, default=PATIENCE, metavar="SECONDS", help="for one test")
     parser.add_argument(
@@ -430,9 +437,7 @@ def main(argv: list[str] | None = None) -> int:
         if step == "tests":
             path = args.json or (None if args.rehearse else results_file(here["device"], today, "tests"))
             verdict = Verdict(path, facts)
-            default = (
-                ["tests/kernels/test_cases.py", "-k", "accuracy"] if args.rehearse else ["tests/kernels"]
-            )
+            default = REHEARSED if args.rehearse else TESTS
             crew = Crew(verdict, args.rehearse, args.tests or default, args.processes, args.patience)
             crew.run(end)
             verdict.print_all()

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from burnish.bench import gpu
+from burnish.bench import gpu, record
 from burnish.bench.registry import CASES
 from burnish.bench.worker import RAN, placed
 from burnish.kernels._launch import INTERPRET
@@ -206,6 +206,31 @@ def test_without_a_gpu_it_says_what_to_do(capsys, monkeypatch: pytest.MonkeyPatc
     assert "--rehearse sm_90" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "statuses, expected", [((0, 0, 0), 0), ((3, 0, 0), 3), ((3, 1, 0), 1), ((0, 0, 1), 1)]
+)
+def test_every_step_counts(statuses, expected, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """On a machine that says it has a GPU; the steps are answered."""
+    outcome = {0: "passed", 3: "skipped"}[statuses[0]]
+
+    def run(crew, end):
+        crew.verdict.add(gpu.Test("a test", "moe", 0), gpu.End(outcome), 1.0)
+        crew.verdict.write(None)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "machine", lambda device: {"device": f"A {device} GPU"})
+    monkeypatch.setattr(gpu, "clocks", lambda device: "")
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu.Crew, "run", run)
+    monkeypatch.setattr(gpu, "benchmark", lambda end, path, commit: statuses[1])
+    monkeypatch.setattr(gpu, "tune", lambda end, commit: statuses[2])
+    assert gpu.main(["--commit", "abc"]) == expected
+    (file,) = tmp_path.glob("tests-a-cuda-gpu-*.json")
+    report = read_object(file)
+    assert report["kind"] == "tests" and report["ops"]["moe"][outcome] == 1 and report["commit"] == "abc"
+    assert gpu.main(["--steps", "tune", "--commit", "abc"]) == statuses[2]
+
+
 @pytest.mark.slow
 def test_torch_triton_numpy_and_pytest_are_enough():
     """All that `make gpu` runs is imported, tests included, where nothing else can be."""
@@ -214,7 +239,7 @@ import sys
 sys.modules |= dict.fromkeys({MISSING.split()})
 import pytest
 from burnish.bench import __main__, gpu, paths, static, tune, worker
-sys.exit(pytest.main(["-q", "--collect-only", "-p", "no:cacheprovider", "tests/kernels"]))
+sys.exit(pytest.main(["-q", "--collect-only", "-p", "no:cacheprovider", *gpu.TESTS]))
 """
     environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(
