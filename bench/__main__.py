@@ -15,6 +15,7 @@ bandwidth of a copy or operations over the rate of a matrix product, whichever i
 
 import argparse
 import datetime
+import hashlib
 import json
 import os
 import shlex
@@ -36,7 +37,7 @@ from ..model.text_files import read_object
 from . import roofline
 from .case import Case, Dims, Tensors, assert_accurate, label, leaves, make_inputs, make_upstream
 from .peers import PEERS, Unsuitable
-from .record import PASSES, as_command, clocks, machine, reading, results_file, run_text, write_whole
+from .record import PASSES, ROOT, as_command, clocks, machine, reading, results_file, run_text, write_whole
 from .registry import CASES
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -319,13 +320,20 @@ def lost(device: str) -> str:
     return ""
 
 
+def fingerprint() -> str:
+    """Of what is timed and what times it, but for the table that is written from the times."""
+    files = [*(ROOT / "kernels").glob("*.py"), *(ROOT / "bench").glob("*.py")]
+    sources = (path.read_bytes() for path in sorted(files) if path.name != "_lora_paths.py")
+    return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
+
+
 def kept_report(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
     """What an earlier process wrote of the same day, code and machine; red is the shape that it died at."""
     if not path.exists():
         return fresh
     with reading(path):
         report = read_object(path)
-        same = all(report[name] == fresh[name] for name in ("machine", "date", "commit"))
+        same = all(report.get(name) == fresh[name] for name in ("machine", "date", "code"))
         if not same or "begun" not in report or report["ceilings"]["dtype"] != fresh["ceilings"]["dtype"]:
             return fresh
         if running := report.pop("running", None):
@@ -386,6 +394,7 @@ def main(argv: list[str] | None = None) -> int:
         "machine": machine(device),
         "date": today,
         "commit": args.commit,
+        "code": fingerprint(),
         "command": shlex.join(["python", "-m", "burnish.bench", *(sys.argv[1:] if argv is None else argv)]),
         "ceilings": {"dtype": args.dtype},
         "clocks_before": clocks(device),
