@@ -34,6 +34,12 @@ def write_whole(path: Path, text: str) -> None:
     beside.replace(path)
 
 
+def results_file(device: str, day: str, kind: str = "") -> Path:
+    """<kind>-<machine>-<date>.json in bench/results, without a kind the benchmark's."""
+    name = "-".join(device.lower().replace("(r)", "").split())
+    return RESULTS / f"{kind + '-' if kind else ''}{name}-{day}.json"
+
+
 def keep(kind: str, command: str, **figures: Any) -> None:
     """The figures of a whole run, with its day and its commit."""
     today = date.today().isoformat()

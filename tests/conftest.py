@@ -30,6 +30,14 @@ if INTERPRET:
         return interpreter.TensorHandle(product.astype(acc.data.dtype), acc.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_dot = _dot
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def _patch_lang_tensor(tensor, scope):
+        """Triton 3.6 makes an integer of an array of one element, which NumPy refuses from 2.5 on; 3.7 does not."""
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = _patch_lang_tensor
 
 
 @pytest.fixture(autouse=True)

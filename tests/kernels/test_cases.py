@@ -15,7 +15,7 @@ from burnish.bench.case import (
     run,
 )
 from burnish.bench.registry import CASES
-from burnish.kernels._launch import INTERPRET
+from burnish.kernels._launch import INTERPRET, TARGET
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -89,6 +89,15 @@ def test_accuracy_at_scale(case: Case, scale: float, dtype: torch.dtype, device:
     if dtype == torch.float16 and scale not in case.half_scales:
         pytest.skip("the eager composition is not finite")
     assert_accurate(case, make_inputs(case, case.shapes[1 % len(case.shapes)], dtype, device, scale))
+
+
+@pytest.mark.skipif(not COMPILED and TARGET is None, reason="they are a GPU's tiles")
+@pytest.mark.parametrize(
+    "case, dims", [pytest.param(c, d, id=f"{c.name}-{label(d)}") for c in CASES for d in c.configurations]
+)
+def test_accuracy_in_shipped_tiles(case: Case, dims: Dims, device: str):
+    """The static proof's configurations: head dimensions that descriptors serve, hidden sizes of a row of the table."""
+    assert_accurate(case, make_inputs(case, dims, HALF, device))
 
 
 @each_op()
