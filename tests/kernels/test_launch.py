@@ -12,7 +12,7 @@ import torch
 from burnish.bench.case import Case, Dims, make_inputs, make_upstream, run, tensor
 from burnish.bench.registry import CASES
 from burnish.kernels import glu
-from burnish.kernels._launch import INTERPRET, on_its_device, autocast_dtype
+from burnish.kernels._launch import INTERPRET, autocast_dtype, on_its_device
 from torch import Tensor
 
 
@@ -163,7 +163,7 @@ def test_autocast_gives_an_operand_what_torch_gives_it(dtype, to):
             assert autocast_dtype(x) == dtype
 
 
-CAST = {  # the operands of a product that an op casts itself, as torch casts those of a matmul; others are their caller's
+CAST = {  # operands that an op casts itself, as torch casts those of a matmul; others are their caller's
     "lora_linear": ("x",),
     "lora_linears": ("x",),
     "nf4_linear": ("x",),
