@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._launch import capability, cdiv, multiprocessors, next_power_of_2, use_triton
+from ._launch import capability, cdiv, multiprocessors, next_power_of_2, on_its_device, use_triton
 from ._triton import tl, triton
 
 NESTED = 256  # blocks whose absmax share a nested absmax; also the size of the nested code
@@ -155,6 +155,7 @@ def unnested(
     return nested_code[absmax.int()].mul_(nested).add_(offset)
 
 
+@on_its_device  # references and CPU paths call it, too
 def dequantize(
     packed: Tensor,
     absmax: Tensor,
