@@ -10,7 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._launch import FLOATS, capability, cdiv, multiprocessors, next_power_of_2, precision, use_triton
+from ._launch import (
+    FLOATS,
+    capability,
+    cdiv,
+    multiprocessors,
+    next_power_of_2,
+    on_its_device,
+    precision,
+    use_triton,
+)
 from ._triton import tl, triton
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -190,6 +199,7 @@ def unnested(
     return nested_code[absmax.int()].mul_(nested).add_(offset)
 
 
+@on_its_device  # references and CPU paths call it, too
 def dequantize(
     packed: Tensor,
     absmax: Tensor,

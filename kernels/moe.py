@@ -179,6 +179,7 @@ def _activate(h: Tensor, activation: str, alpha: float, limit: float) -> Tensor:
 # ---- CPU path
 
 
+@torch.autocast("cpu", enabled=False)  # in x's dtype, as the kernels
 def _mlp_cpu(
     x: Tensor,
     gate_up: Tensor | NF4Weight,

@@ -362,6 +362,10 @@ def _head_forward(home: Any, base: Any, original: Callable[..., Any]) -> Callabl
             return original(self, *args, **kwargs)
         fused = kwargs.pop(_HEAD, below if kwargs.get("fused_lm_head") else None)
         if fused is not None:
+            if "lora_a" in _head_operands(self.get_output_embeddings()):
+                raise InputError(
+                    "lm_head: TRL scores without its adapter; do not target it, or list it in modules_to_save"
+                )
             return fused(self, *args, **kwargs)
         whole = "logits_to_keep" in kwargs or kwargs.get("return_dict") is False
         if whole or kwargs.get("labels") is None or not self.training:
@@ -392,9 +396,8 @@ def _train(
     trained = targets != ignore_index
     if not torch.compiler.is_compiling():
         hidden, targets = hidden[trained], targets[trained]
-    head = self.get_output_embeddings()
-    _check_head(head)
-    logprob, _, _ = _score(hidden, head.weight, head.bias, targets, ignore_index=ignore_index)
+    operands = _head_operands(self.get_output_embeddings())
+    logprob, _, _ = _score(hidden, targets, operands, ignore_index=ignore_index)
     loss = -logprob.sum() / (trained.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
     kept = {key: outputs.get(key) for key in ("past_key_values", "hidden_states", "attentions")}
     if not routed:
@@ -411,19 +414,67 @@ def _train(
     )
 
 
+def _whole_head(head: Any) -> Any:
+    """What stands in lm_head's place: of modules_to_save, PEFT keeps the trained copy beside the original."""
+    if not hasattr(head, "modules_to_save"):
+        return head
+    whole = head.disable_adapters or not head.active_adapters
+    return head.original_module if whole else head.modules_to_save[head.active_adapters[0]]
+
+
+def _adapters(head: Any) -> list[str]:
+    """The LoRA adapters that PEFT would add to the product with head, which is one of its layers."""
+    if head.disable_adapters or head.merged:
+        return []
+    return [name for name in head.active_adapters if name in head.lora_A]
+
+
+def _beyond_lora(head: Any) -> str:
+    """What one of PEFT's layers does beyond adding products of low rank."""
+    if not hasattr(head, "lora_A"):
+        return "an adapter that is no LoRA"
+    for name in _adapters(head):
+        if name in getattr(head, "lora_variant", ()):
+            return "DoRA, or another variant of LoRA"
+        if head.lora_B[name].bias is not None:
+            return "lora_bias"
+        if head.training and getattr(head.lora_dropout[name], "p", 0):
+            return "lora_dropout"
+    return ""
+
+
 def _check_head(head: Any) -> None:
-    if not isinstance(head, nn.Linear):
-        raise InputError(f"lm_head: expected torch.nn.Linear, got {type(head).__qualname__}; pass head=False")
+    """Raises InputError for a head whose product is not one with a weight and with adapters of low rank."""
+    head = _whole_head(head)
+    adapted = hasattr(head, "base_layer")
+    beyond = _beyond_lora(head) if adapted else ""
+    if beyond or not isinstance(head.base_layer if adapted else head, nn.Linear):
+        got = f"{type(head).__module__}.{type(head).__qualname__}" + (f" with {beyond}" if beyond else "")
+        raise InputError(
+            f"lm_head: expected torch.nn.Linear, or PEFT's plain LoRA on one, got {got}; pass head=False"
+        )
+
+
+def _head_operands(head: Any) -> dict[str, Any]:
+    """weight, bias and adapter, as token_logprobs takes them; several adapters lie side by side."""
+    _check_head(head)
+    head = _whole_head(head)
+    layer = getattr(head, "base_layer", head)
+    operands = {"weight": layer.weight, "bias": layer.bias}
+    if layer is not head and (names := _adapters(head)):
+        operands["lora_a"] = torch.cat([head.lora_A[name].weight for name in names])
+        operands["lora_b"] = torch.cat([head.lora_B[name].weight * head.scaling[name] for name in names], 1)
+    return operands
 
 
 def _score(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, **options: Any
+    hidden: Tensor, targets: Tensor, operands: dict[str, Any], **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """token_logprobs with the inputs that autocast, which does not know our ops, would give the head."""
     dtype = autocast_dtype(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        bias = None if bias is None else bias.to(dtype)
-        return token_logprobs(hidden.to(dtype), weight.to(dtype), targets, bias=bias, **options)
+        cast = {name: None if x is None else x.to(dtype) for name, x in operands.items()}
+        return token_logprobs(hidden.to(dtype), targets=targets, **cast, **options)
 
 
 class _HandOver:
@@ -492,11 +543,12 @@ class _TokenLogprobs:
         """
         if softcap is not None or logit_scale != 1:
             raise InputError(f"lm_head: expected plain logits, got softcap={softcap}, scale={logit_scale}")
-        logprob, lse, entropy = _score(hidden, weight, bias, targets, temperature=temperature)
+        operands = {"weight": weight, "bias": bias}
+        logprob, lse, entropy = _score(hidden, targets, operands, temperature=temperature)
         squares = mean = top = None
         with torch.no_grad():
             if "log_sum_sq_probs" in outputs:  # sum p^2 = sum exp(2 u) / exp(2 lse)
-                squares = _score(hidden, weight, bias, targets, temperature=temperature / 2)[1] - 2 * lse
+                squares = _score(hidden, targets, operands, temperature=temperature / 2)[1] - 2 * lse
             if "mean_logits" in outputs:  # the mean of products is the product with the mean
                 mean = hidden.float() @ weight.float().mean(0) + (0 if bias is None else bias.float().mean())
                 mean = mean / temperature
@@ -619,6 +671,7 @@ def remove(hf_model: Any) -> None:
         raise InputError("hf_model: burnish is not applied")
     if state.hook is not None:
         state.hook.remove()
+    ours = {getattr(m.forward, "__func__", None) for m, _ in state.forwards if m is not base} - {None}
     for module, own in state.forwards:
         if module is base and getattr(base.forward, "__func__", None) is not state.head:
             continue  # a trainer has put its forward over ours, which now passes its calls on
@@ -626,6 +679,9 @@ def remove(hf_model: Any) -> None:
             del module.__dict__["forward"]
         else:
             module.forward = own
+    for module in base.modules():  # copies that PEFT made of ours, for modules_to_save
+        if getattr(module.__dict__.get("forward"), "__func__", None) in ours:
+            del module.__dict__["forward"]
     if state.attention is not None:
         base.set_attn_implementation(state.attention)
     if state.experts is not None:

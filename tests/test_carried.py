@@ -171,9 +171,10 @@ def copy(folder: Path, name: str, factor: int) -> None:
         (home / file).write_text(source.replace(old, f"{factor} * {old}"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "op, interpret, gradient",
-    [("moe_mlp", "0", True), pytest.param("swiglu", "1", False, marks=pytest.mark.slow)],
+    [("moe_mlp", "0", True), ("swiglu", "1", False)],
     ids=["cpu", "triton"],
 )
 def test_copies_in_one_process_compute_their_own(tmp_path, op, interpret, gradient):
