@@ -290,7 +290,15 @@ def _tile(h: Tensor, th: Tensor, beta: float = 0.0) -> dict[str, int]:
     if capability(h) == (9, 4):
         return {"GROUP": 8, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
     if not (has_tma(h) and has_tma(th)):
-        return {"GROUP": 8, "BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
+        stages = 2 if capability(h)[0] == 12 else 3  # with three, GeForce's Blackwell spills
+        return {
+            "GROUP": 8,
+            "BLOCK_M": 128,
+            "BLOCK_N": 64,
+            "BLOCK_K": 32,
+            "num_warps": 8,
+            "num_stages": stages,
+        }
     columns = 64 if capability(h)[0] == 9 and 0 < beta < 1 else 128
     return {"GROUP": 8, "BLOCK_M": 128, "BLOCK_N": columns, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 
