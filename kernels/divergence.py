@@ -282,15 +282,27 @@ def _token_divergence_bwd(
 
 
 def _tile(h: Tensor, th: Tensor, beta: float = 0.0) -> dict[str, int]:
-    """Two accumulators, so half of logprob's tile; on Hopper the mixture's gradient takes half of that again."""
+    """Two accumulators, so half of logprob's tile; on Hopper the mixture's gradient takes half of that again.
+
+    GeForce's Blackwell has other stages than the rest: with theirs it spills.
+    """
     if INTERPRET:
         return {"GROUP": 2, "BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 32}
     if torch.float32 in (h.dtype, th.dtype):
-        return {"GROUP": 8, "BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
+        stages = 3 if capability(h)[0] == 12 else 2
+        return {"GROUP": 8, "BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": stages}
     if capability(h) == (9, 4):
         return {"GROUP": 8, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
     if not (has_tma(h) and has_tma(th)):
-        return {"GROUP": 8, "BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
+        stages = 2 if capability(h)[0] == 12 else 3
+        return {
+            "GROUP": 8,
+            "BLOCK_M": 128,
+            "BLOCK_N": 64,
+            "BLOCK_K": 32,
+            "num_warps": 8,
+            "num_stages": stages,
+        }
     columns = 64 if capability(h)[0] == 9 and 0 < beta < 1 else 128
     return {"GROUP": 8, "BLOCK_M": 128, "BLOCK_N": columns, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 

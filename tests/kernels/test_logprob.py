@@ -389,3 +389,26 @@ def test_autocast_takes_products_in_its_dtype(device):
 
 
 # ---- refusals
+
+
+ROWS = [  # a row that is wrong, and what in the kernels answers it
+    ("tl.where((y >= 0) & (y < N), y, -1)", "y", [2**32 + 1, 0], None),
+    ("tl.where((y >= 0) & (y < N), y, -1)", "tl.where(y >= 0, y, -1)", [2**40, 0], None),
+    ('tl.where(ids < V, z, float("nan"))', "z", [1, 0], [[1, 9], [0, 3]]),
+]
+
+
+@pytest.mark.skipif(
+    not (INTERPRET or torch.cuda.is_available()), reason="what is promised of the Triton path"
+)
+@pytest.mark.parametrize("old, new, targets, support", ROWS)
+def test_a_wrong_row_is_nan_and_not_without_its_line(old, new, targets, support, device, copy_of):
+    arguments = torch.ones(2, 4, device=device), torch.ones(9, 4, device=device)
+    targets = torch.tensor(targets, device=device)
+    support = None if support is None else torch.tensor(support, device=device)
+    found, planted = (
+        op(*arguments, targets, support=support)[0]
+        for op in (token_logprobs, copy_of("logprob", old, new).token_logprobs)
+    )
+    assert found.isnan().tolist() == [True, False]
+    assert planted.isnan().tolist() != [True, False]

@@ -147,6 +147,18 @@ def test_a_number_near_1_draws_what_is_likely(V, device):
     assert torch.equal(token, want) and (want < V - V // 3).all()
 
 
+def test_near_1_the_share_of_a_sum_is_what_counts(device, copy_of):
+    """The control: without the line that carries a number into a piece or a block, the same rows draw a last id."""
+    old, new = ("target *= tl.max(inside, 0)", "target *= here") if TRITON else ("rest *= ", "_ = ")
+    planted = copy_of("sample", old, new).sample_tokens
+    logits, at = (
+        torch.randn(8, 1500, device=device),
+        torch.full((8,), 1 - 1e-9, dtype=torch.float64, device=device),
+    )
+    logits[:, 1000:] = -30.0
+    assert (sample_tokens(logits, at)[0] < 1000).all() and (planted(logits, at)[0] >= 1000).any()
+
+
 def test_min_p_keeps_what_is_likely_beside_the_most_likely(device):
     p, noise = (
         torch.tensor([[0.05, 0.4, 0.3, 0.15, 0.1]]).to(device),

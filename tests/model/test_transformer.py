@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from burnish.kernels import token_logprobs
+from burnish.kernels import _head, token_logprobs
 from burnish.model import ModelConfig, Rope, Transformer, pack, transformer
+from burnish.model.adapter import add_lora
 from burnish.model.checkpoint import load_model
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ARCHITECTURES = [
     *("llama", "llama-tied-llama3rope", "llama-yarn", "qwen2", "qwen3", "mistral-sw", "smollm3"),
@@ -208,6 +210,14 @@ def test_the_first_token_of_a_sequence_cannot_be_scored():
         Transformer(TINY).score(pack([[1, 2], [3, 4]]), torch.tensor([1, 2]))
 
 
+def test_where_numbers_cannot_be_read_it_is_scored_as_nan(monkeypatch):
+    model, packed, rows = Transformer(TINY), pack([[1, 2], [3, 4]]), torch.tensor([1, 3])
+    want = model.score(packed, rows)
+    monkeypatch.setattr(transformer, "readable", lambda x: False)
+    for found, right in zip(model.score(packed, torch.tensor([1, 2, 3])), want, strict=True):
+        assert found[1].isnan() and torch.equal(found[[0, 2]], right)
+
+
 # ---- weights
 
 
@@ -271,3 +281,56 @@ def test_autocast_keeps_fp32_weights_and_comes_close(model, golden):
     gradient = model.embed_tokens.weight.grad
     assert gradient.dtype == torch.float32
     assert (gradient - exact).norm() < 0.05 * exact.norm()
+
+
+class OnGPU(torch.Tensor):
+    """Its numbers are on the CPU."""
+
+    is_cuda = True
+
+
+class Casts(TorchDispatchMode):
+    """The elements of each tensor that was made in another dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = [0]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten._to_copy:
+            self.sizes.append(found.numel())
+        return found
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_logits_of_a_half_precision_head_copy_no_head(on_gpu, adapted, monkeypatch):
+    """A GPU multiplies it into fp32, a CPU a part of it at a time: what the whole head in fp32 gives."""
+    monkeypatch.setattr(_head, "CAST", 64)
+    model = Transformer(replace(TINY, initializer_range=0.5, tie_word_embeddings=not adapted))
+    if adapted:
+        add_lora(model, rank=2, targets=("lm_head",))
+        torch.nn.init.normal_(model.get_parameter("lm_head.lora.b"))
+    model, hidden = model.bfloat16(), torch.randn(2, 3, 16).bfloat16()
+    want = model.logits(hidden)  # a gradient is asked
+    into: list[tuple[torch.dtype, torch.dtype]] = []
+
+    def mm(a, b, *, out_dtype=None, out):
+        into.append((b.dtype, out_dtype))
+        return out.copy_(a.double() @ b.double())
+
+    def addmm(x, a, b, *, out_dtype=None, out):
+        into.append((b.dtype, out_dtype))
+        return out.copy_(x + a.double() @ b.double())
+
+    if on_gpu:
+        monkeypatch.setattr(torch, "mm", mm)
+        monkeypatch.setattr(torch, "addmm", addmm)
+        hidden = hidden.as_subclass(OnGPU)
+    with torch.no_grad(), Casts() as casts:
+        logits = model.logits(hidden)
+    assert into == on_gpu * (1 + adapted) * [(torch.bfloat16, torch.float32)]
+    assert on_gpu or max(casts.sizes) < model.head.numel() // 4
+    assert logits.shape == (2, 3, 31) and logits.dtype == torch.float32 and want.requires_grad
+    torch.testing.assert_close(logits.as_subclass(torch.Tensor), want, atol=2e-2 if adapted else 1e-5, rtol=0)
