@@ -1,5 +1,6 @@
 """What every kernel file needs before it launches: which path, on what chip, what it accepts, how torch knows it."""
 
+import math
 import os
 from collections.abc import Callable, Iterable
 from functools import cache, wraps
@@ -16,6 +17,7 @@ TARGET: tuple[int, int] | None = None  # set by bench/static.py alone: launches 
 # mask. tests/kernels/test_nan.py
 FEW_KEYS = 16
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FLOATS = (*DTYPES, torch.float64)  # of an operand that is cast or looked up, not multiplied as it is
 # of our ops in torch.ops: a copy of this folder inside another package registers its own beside an installed Burnish
 NAMESPACE = "burnish" if __package__ == "burnish.kernels" else str(__package__).replace(".", "_")
 
@@ -63,7 +65,7 @@ def precision() -> str:
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that autocast, which does not know our ops, would give x as an operand of a product."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return x.dtype
     return torch.get_autocast_dtype(kind)
 
@@ -89,6 +91,27 @@ def check_dtype(name: str, x: Tensor, *allowed: torch.dtype) -> None:
     """Raises ValueError for another dtype than those allowed; by default the kernels', and fp64 on the torch path."""
     if x.dtype not in (allowed or DTYPES) and (allowed or x.dtype != torch.float64 or use_triton(x)):
         raise ValueError(f"{name}: expected dtype {' or '.join(map(str, allowed or DTYPES))}, got {x.dtype}")
+
+
+def check_number(name: str, value: float, low: float = -math.inf) -> None:
+    """Raises ValueError for NaN, an infinity or a number below `low`."""
+    if not low <= value < math.inf or value == -math.inf:
+        least = "" if low == -math.inf else f" of at least {low:g}"
+        raise ValueError(f"{name}: expected a finite number{least}, got {value}")
+
+
+def check_ids(name: str, ids: Tensor, low: int, high: int) -> None:
+    """On the torch path alone: raises ValueError for one that is not from low to high. A graph holds an assertion."""
+    if use_triton(ids) or ids.is_meta or not ids.numel():
+        return
+    if _recorded((ids,)):
+        known = ((ids >= low) & (ids <= high)).all()
+        return torch.ops.aten._assert_async.msg(known, f"{name}: expected numbers from {low} to {high}")
+    least, most = (int(end) for end in ids.aminmax())
+    if least < low or most > high:
+        raise ValueError(
+            f"{name}: expected numbers from {low} to {high}, got {least if least < low else most}"
+        )
 
 
 def check_device(x: Tensor, **others: Tensor | None) -> None:

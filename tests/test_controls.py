@@ -390,8 +390,8 @@ FAULTS = [
     Fault(
         "dA of other rows",
         "lora",
-        ".to(tl.int32) == e)",
-        ".to(tl.int32) >= e)",
+        "other=-1) == e)",
+        "other=-1) >= e)",
         "lora_linear/several adapters",
         0,
     ),
