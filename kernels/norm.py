@@ -460,7 +460,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, unit_offset: bool 
         return _rms_norm(x.contiguous(), None, weight.contiguous(), eps, unit_offset)[0]
     if x.dtype == weight.dtype == torch.float32:
         w = weight + 1 if unit_offset else weight
-        return _RMSNormTorch.apply(x, w, eps) if torch.is_grad_enabled() else _normalise(x, w, eps)[0]
+        # in a graph the compiler makes a backward of its own; of ours it would not see the second derivative
+        own = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return _RMSNormTorch.apply(x, w, eps) if own else _normalise(x, w, eps)[0]
     return rms_norm_reference(x, weight, eps, unit_offset=unit_offset)
 
 
