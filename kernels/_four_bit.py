@@ -58,13 +58,12 @@ class NF4Weight:
 
         blocks = cdiv(self.numel, self.blocksize)
         self._check_part("packed", cdiv(self.numel, 2), torch.uint8)
-        wide = torch.float32, torch.float64  # fp64 for references
-        self._check_part("absmax", blocks, *((torch.uint8,) if double else wide))
-        self._check_part("code", 16, *wide)
+        self._check_part("absmax", blocks, *((torch.uint8,) if double else FLOATS))
+        self._check_part("code", 16, *FLOATS)
         if double:
-            self._check_part("nested_absmax", cdiv(blocks, NESTED), *wide)
-            self._check_part("nested_code", NESTED, *wide)
-            self._check_part("offset", 1, *wide)
+            self._check_part("nested_absmax", cdiv(blocks, NESTED), *FLOATS)
+            self._check_part("nested_code", NESTED, *FLOATS)
+            self._check_part("offset", 1, *FLOATS)
 
     def _check_part(self, name: str, numel: int, *dtypes: torch.dtype) -> None:
         part, device = getattr(self, name), self.packed.device

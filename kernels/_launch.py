@@ -106,7 +106,7 @@ def check_dtype(name: str, x: Tensor, *allowed: torch.dtype) -> None:
 
 def check_number(name: str, value: float, low: float = -math.inf) -> None:
     """Raises ValueError for NaN, an infinity or a number below `low`."""
-    if not low <= value < math.inf or value == -math.inf:
+    if not low <= value < math.inf or value == -math.inf:  # NaN is neither
         least = "" if low == -math.inf else f" of at least {low:g}"
         raise ValueError(f"{name}: expected a finite number{least}, got {value}")
 
@@ -127,9 +127,10 @@ def check_ids(name: str, ids: Tensor, low: int, high: int) -> None:
 
 def check_device(x: Tensor, **others: Tensor | None) -> None:
     """Raises ValueError for an operand that is not where x is, of which a kernel would read another tensor's memory."""
+    device = x.device
     for name, other in others.items():
-        if other is not None and other.device != x.device:
-            raise ValueError(f"{name}: expected on {x.device}, got on {other.device}")
+        if other is not None and other.device != device:
+            raise ValueError(f"{name}: expected on {device}, got on {other.device}")
 
 
 def readable(x: Tensor) -> bool:

@@ -532,9 +532,9 @@ def _picked(S: Tensor, adapter: Tensor | None, adapters: int) -> Tensor:
     if adapter is None:
         return S
     ids, R = adapter.long(), S.shape[1] // adapters
-    index = ids.clamp(0, adapters - 1)[:, None, None].expand(-1, 1, R)
-    own = S.view(-1, adapters, R).gather(1, index)[:, 0]
-    return own.masked_fill(((ids < 0) | (ids >= adapters))[:, None], 0)
+    known = ids.clamp(0, adapters - 1)
+    own = S.view(-1, adapters, R).gather(1, known[:, None, None].expand(-1, 1, R))[:, 0]
+    return own.masked_fill((ids != known)[:, None], 0)
 
 
 def _forward(
@@ -864,14 +864,13 @@ def _check(
         x, weight=dense, lora_a=lora_a, lora_b=lora_b, bias=bias, magnitude=magnitude, adapter=adapter
     )
     check_dtype("x", x)
-    floats = {"lora_a": lora_a, "lora_b": lora_b, "bias": bias, "magnitude": magnitude}
-    floats |= {"weight": weight} if isinstance(weight, Tensor) else {}
-    for name, t in floats.items():
-        if t is not None:
+    for name, t in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
+        if t.dtype != x.dtype:
             check_dtype(name, t, *FLOATS)
     for name, vector in (("bias", bias), ("magnitude", magnitude)):
         if vector is not None:
             check_shape(name, vector, out=N)
+            check_dtype(name, vector, *FLOATS)
     if adapter is not None:
         check_shape("adapter", adapter, **{f"x.shape[{i}]": size for i, size in enumerate(x.shape[:-1])})
         check_dtype("adapter", adapter, torch.int64, torch.int32, torch.int16, torch.int8)
