@@ -51,21 +51,18 @@ test-slow: $(READY) ## every feature combination, every compilation, learning ru
 test-embed: .venv-embed/.ready ## our ops inside transformers, PEFT and TRL, in an environment of their own
 	.venv-embed/bin/pytest -n 2 --dist worksteal tests/embed
 
-static: $(READY) ## compile every kernel for sm_80, sm_90, sm_100 and gfx942, and say what got worse
+static: $(READY) ## compile every kernel for the six chips, and say what got worse
 	$(BIN)/python -m burnish.bench.static --all --check
 
 bench: $(READY) ## time every op beside eager torch on this machine
 	$(BIN)/python -m burnish.bench
 
 GPU_PYTHON = $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
-gpu: ## the compiled tests, the benchmark with its peers and the candidate tiles into bench/results, within 8 minutes; PYTHON needs torch, triton, pytest
+GPU_SECONDS ?= 480
+GPU_STEPS ?= tests bench tune
+gpu: ## compiled tests, benchmark with peers, candidate tiles, and a verdict within GPU_SECONDS (docs/gpu.md); PYTHON needs torch, triton, pytest
 	mkdir -p build/link && ln -sfn "$(CURDIR)" build/link/burnish
-	export PYTHONPATH="$(CURDIR)/build/link" PYTHONSAFEPATH=1; status=0; \
-	timeout 210 $(GPU_PYTHON) -m pytest -q tests/kernels || status=$$?; \
-	$(GPU_PYTHON) -m burnish.bench --peers --json --budget 180 || status=$$?; \
-	$(GPU_PYTHON) -m burnish.bench.paths || status=$$?; \
-	$(GPU_PYTHON) -m burnish.bench.tune --json --budget 60 || status=$$?; \
-	exit $$status
+	PYTHONPATH="$(CURDIR)/build/link$${PYTHONPATH:+:$$PYTHONPATH}" PYTHONSAFEPATH=1 $(GPU_PYTHON) -m burnish.bench.gpu --seconds $(GPU_SECONDS) --steps $(GPU_STEPS)
 
 docs: $(READY) ## write the generated tables of README.md and docs/ anew
 	$(BIN)/python -m burnish.bench.report

@@ -17,7 +17,7 @@ setup(
     | {f"{NAME}.bench": ["py.typed", "*.json"]},
     install_requires=[
         "torch>=2.11",
-        "triton>=3.6; platform_system == 'Linux'",
+        "triton>=3.6,<3.10; platform_system == 'Linux'",  # 3.10 is to fuse no multiply-adds: other bits
         "numpy",
         "safetensors",
         "tokenizers",
@@ -43,6 +43,7 @@ setup(
         ],
         "dev": [
             "gguf",
+            "ml_dtypes",
             "pyarrow",
             "pytest",
             "pytest-benchmark[histogram]",

@@ -40,6 +40,11 @@ def _status(
         where = "" if error.filename is None else f"{shown(error.filename)}: "
         print(f"\n{name}: {InputError(f'{where}{error.strerror or error}')}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        print(f"\n{name}: {error}", file=sys.stderr)
+        return 1
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and CPU_IS_FULL not in str(error):
             raise

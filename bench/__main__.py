@@ -1,6 +1,9 @@
 """The benchmark: every op beside eager torch and, with --peers, beside all that a user could take instead.
 
-    python -m burnish.bench [op ...] [--peers] [--json [FILE]]
+    python -m burnish.bench [op ...] [--peers] [--json [FILE]] [--resume]
+
+Ops are timed in the order in which they are named. The file is written anew before and after every shape: a process
+that dies leaves its rows and the name of the shape that it died at, which --resume tells as red and goes on behind.
 
 No case is timed before it has passed the accuracy rule at its benchmark shape. Contestants are interleaved (A B A B),
 five rounds; every figure is a p50 with its p20 and p80. "device" is a CUDA graph of many calls, replayed: no host in
@@ -12,6 +15,7 @@ bandwidth of a copy or operations over the rate of a matrix product, whichever i
 
 import argparse
 import datetime
+import hashlib
 import json
 import os
 import shlex
@@ -29,10 +33,11 @@ from torch import Tensor
 
 from ..algorithms._streams import run_program
 from ..kernels._launch import INTERPRET
+from ..model.text_files import read_object
 from . import roofline
 from .case import Case, Dims, Tensors, assert_accurate, label, leaves, make_inputs, make_upstream
 from .peers import PEERS, Unsuitable
-from .record import PASSES, RESULTS, clocks, machine, run_text, write_whole
+from .record import PASSES, ROOT, as_command, clocks, machine, reading, results_file, run_text, write_whole
 from .registry import CASES
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -43,6 +48,8 @@ MOST_SETS = 64
 SLICE = 0.006  # seconds that one contestant is timed for in one round
 # seconds, bytes: a graph would add little to such a call but a second copy of its memory
 LONG, LARGE = 0.02, 4 << 30
+LOST = 3  # exit status: the device answers no more, another process may go on
+OUT_OF_TIME = "out of time"
 FAILED: list[torch.cuda.CUDAGraph] = []  # torch's allocator goes on looking at a graph whose capture failed
 
 
@@ -304,6 +311,37 @@ def in_turn(cases: list[Case], device: str) -> Iterator[tuple[Case, Dims]]:
     return (pair for layer in zip_longest(*shapes) for pair in layer if pair is not None)
 
 
+def lost(device: str) -> str:
+    """Why the device answers no more, which no later call in this process survives; "" where it does."""
+    try:
+        sync(device)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return ""
+
+
+def fingerprint() -> str:
+    """Of what is timed and what times it, but for the table that is written from the times."""
+    files = [*(ROOT / "kernels").glob("*.py"), *(ROOT / "bench").glob("*.py")]
+    sources = (path.read_bytes() for path in sorted(files) if path.name != "_lora_paths.py")
+    return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
+
+
+def kept_report(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier process wrote of the same day, code and machine; red is the shape that it died at."""
+    if not path.exists():
+        return fresh
+    with reading(path):
+        report = read_object(path)
+        same = all(report.get(name) == fresh[name] for name in ("machine", "date", "code"))
+        if not same or "begun" not in report or report["ceilings"]["dtype"] != fresh["ceilings"]["dtype"]:
+            return fresh
+        if running := report.pop("running", None):
+            report["red"].append(f"{running}: the process died")
+        report["absent"] = {what: why for what, why in report["absent"].items() if why != OUT_OF_TIME}
+    return report
+
+
 def print_rows(rows: list[dict[str, Any]]) -> None:
     first = rows[0]
     floor = f"floor {first['floor_us']:.1f} us, {first['binds']} bind"
@@ -320,6 +358,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         )
 
 
+@as_command
 def main(argv: list[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(
@@ -332,6 +371,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--json", nargs="?", const="", metavar="FILE", help="default: bench/results/<machine>-<date>.json"
     )
+    parser.add_argument("--resume", action="store_true", help="add to the file of --json what it lacks")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16" if device == "cuda" else "fp32")
     parser.add_argument(
         "--budget", type=float, default=float("inf"), metavar="SECONDS", help="start no shape after this"
@@ -345,48 +385,74 @@ def main(argv: list[str] | None = None) -> int:
     unknown = set(args.ops) - {c.op for c in CASES}
     if unknown:
         parser.error(f"op: expected one of {sorted({c.op for c in CASES})}, got {sorted(unknown)}")
+    if args.resume and args.json is None:
+        parser.error("--resume: expected --json beside it")
 
     begun = time.perf_counter()
-    ceilings = roofline.measure(device, DTYPES[args.dtype])
     today = datetime.date.today().isoformat()
     report: dict[str, Any] = {
         "machine": machine(device),
         "date": today,
         "commit": args.commit,
+        "code": fingerprint(),
         "command": shlex.join(["python", "-m", "burnish.bench", *(sys.argv[1:] if argv is None else argv)]),
-        "ceilings": {
-            "bandwidth_bytes_per_s": ceilings.bandwidth,
-            "rate_per_s": ceilings.rate,
-            "dtype": args.dtype,
-        },
+        "ceilings": {"dtype": args.dtype},
         "clocks_before": clocks(device),
         "absent": {},
         "red": [],
+        "begun": [],
         "rows": [],
     }
-    name = "-".join(str(report["machine"]["device"]).lower().replace("(r)", "").split())
-    path = RESULTS / f"{name}-{today}.json" if args.json == "" else args.json and Path(args.json)
+    path = (
+        results_file(report["machine"]["device"], today) if args.json == "" else args.json and Path(args.json)
+    )
+    if args.resume:
+        report = kept_report(path, report)
+    known: dict[str, Any] = report["ceilings"]
+    if "rate_per_s" in known:
+        ceilings = roofline.Ceilings(known["bandwidth_bytes_per_s"], known["rate_per_s"])
+    else:
+        ceilings = roofline.measure(device, DTYPES[args.dtype])
+        known |= {"bandwidth_bytes_per_s": ceilings.bandwidth, "rate_per_s": ceilings.rate}
     print(
         f"{report['machine']}\ncopy {ceilings.bandwidth / 1e9:.0f} GB/s, product {ceilings.rate / 1e12:.1f} TFLOP/s"
     )
-    for case, dims in in_turn([c for c in CASES if not args.ops or c.op in args.ops], device):
-        if time.perf_counter() - begun > args.budget:
-            report["absent"][f"{case.name} {label(dims)}"] = "out of time"
+
+    def write() -> None:
+        if path:
+            write_whole(path, json.dumps(report, indent=1) + "\n")
+
+    chosen = [c for c in CASES if not args.ops or c.op in args.ops]
+    chosen.sort(key=lambda c: args.ops.index(c.op) if args.ops else 0)
+    for case, dims in in_turn(chosen, device):
+        where = f"{case.name} {label(dims)}"
+        if where in report["begun"]:
             continue
+        if time.perf_counter() - begun > args.budget:
+            report["absent"][where] = OUT_OF_TIME
+            continue
+        report["begun"].append(where)
+        report["running"] = where
+        write()
         try:
             torch.manual_seed(0)
             bench_shape(case, dims, args.dtype, device, ceilings, args.peers, report)
         except Exception as error:  # the other shapes are still worth having
-            report["red"].append(f"{case.name} {label(dims)}: {type(error).__name__}: {error}")
+            report["red"].append(f"{where}: {type(error).__name__}: {error}")
             print(f"RED, not timed: {report['red'][-1]}")
-        if path:
-            write_whole(path, json.dumps(report, indent=1) + "\n")
+        del report["running"]
+        if why := lost(device):
+            report["red"].append(f"{where}: the device is lost: {why}")
+            print(f"RED: {report['red'][-1]}")
+            write()
+            return LOST
+        write()
     report["clocks_after"] = clocks(device)
     report["seconds"] = round(time.perf_counter() - begun, 1)
     for what, why in report["absent"].items():
         print(f"{what}: {why}")
+    write()
     if path:
-        write_whole(path, json.dumps(report, indent=1) + "\n")
         print(f"written: {os.path.relpath(path)}")
     return 1 if report["red"] else 0
 

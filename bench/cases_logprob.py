@@ -130,6 +130,8 @@ _BENCH = {
     "cpu": ({"T": 512, "C": 256, "V": 32768},),
 }
 
+_NO_TMA = {"T": 64, "C": 100, "V": 4096}  # rows that are no multiple of 16 bytes
+
 _CASE = Case(
     op="token_logprobs",
     family="dense",
@@ -148,7 +150,7 @@ _CASE = Case(
 )
 
 CASES = (
-    replace(_CASE, bench=_BENCH, configurations=({"T": 64, "C": 128, "V": 4096},)),
+    replace(_CASE, bench=_BENCH, configurations=({"T": 64, "C": 128, "V": 4096}, _NO_TMA)),
     replace(
         _CASE,
         family="target only",
@@ -158,7 +160,13 @@ CASES = (
         bench={device: shapes[:1] for device, shapes in _BENCH.items()},
     ),
     replace(_CASE, family="chunks", options={"memory_budget": 1 << 12}),
-    replace(_CASE, family="bias, softcap, temperatures", inputs=_features, options={"softcap": 5.0}),
+    replace(
+        _CASE,
+        family="bias, softcap, temperatures",
+        inputs=_features,
+        options={"softcap": 5.0},
+        configurations=(_NO_TMA,),
+    ),
     replace(
         _CASE,
         family="support",

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import NF4Weight, moe, nf4
+from ..kernels._launch import autocast_dtype
 from .case import Case, Dims, Tensors, Work, randn, tensor
 from .cases_glu import clamped_swiglu_eager, swiglu_eager
-from .cases_nf4 import FOUR_BIT, operand_dtype
+from .cases_nf4 import FOUR_BIT
 
 
 def _eager(
@@ -51,7 +52,7 @@ def _eager(
 
 
 def _moe_4bit_eager(x: Tensor, *, gate_up: NF4Weight, down: NF4Weight, **others: Any) -> Tensor:
-    dense = (nf4.dequantize_nf4_reference(weight, operand_dtype(x)) for weight in (gate_up, down))
+    dense = (nf4.dequantize_nf4_reference(weight, autocast_dtype(x)) for weight in (gate_up, down))
     return _eager(x, *dense, **others)
 
 

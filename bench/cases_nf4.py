@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import NF4Weight, nf4
+from ..kernels._launch import autocast_dtype
 from .case import Case, Dims, Tensors, Work, randn, tensor
 
 FOUR_BIT = ("packed", "absmax", "code", "nested_absmax", "nested_code", "offset")
@@ -35,15 +36,10 @@ def eager_four_bit(op: Callable[..., Any]) -> Callable[..., Any]:
     """The same, the weight multiplied out by torch."""
 
     def linear(x: Tensor, weight: NF4Weight, **others: Any) -> Tensor:
-        dtype = operand_dtype(x)
+        dtype = autocast_dtype(x)
         return op(x, nf4.dequantize_nf4_reference(weight, dtype), **others).to(x.dtype)
 
     return four_bit(linear)
-
-
-def operand_dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def multiplied_out(op: Callable[..., Any]) -> Callable[..., Any]:

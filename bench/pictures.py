@@ -123,7 +123,7 @@ def headline_works() -> dict[str, Work]:
 
 
 def roofline_picture() -> str:
-    """The four datasheet roofs, and each op's first benchmark shape on the H100's."""
+    """The datasheet roofs, and each op's first benchmark shape on the H100's."""
     fig, (ax,) = figure(8, 4.5)
     intensities = [2.0**e for e in range(-3, 15)]
     for chip in CHIPS.values():

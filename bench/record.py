@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, ParamSpec
 
 import torch
-import triton
 
+from ..kernels._triton import triton
 from ..model.errors import InputError
 from ..model.text_files import read_object
 
@@ -32,6 +32,12 @@ def write_whole(path: Path, text: str) -> None:
     beside = path.with_name(path.name + ".part")
     beside.write_text(text)
     beside.replace(path)
+
+
+def results_file(device: str, day: str, kind: str = "") -> Path:
+    """<kind>-<machine>-<date>.json in bench/results, without a kind the benchmark's."""
+    name = "-".join(device.lower().replace("(r)", "").split())
+    return RESULTS / f"{kind + '-' if kind else ''}{name}-{day}.json"
 
 
 def keep(kind: str, command: str, **figures: Any) -> None:
@@ -57,13 +63,18 @@ def reading(path: Path | str) -> Iterator[None]:
 
 
 def as_command(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
-    """A command whose InputError is one line and status 1."""
+    """A command whose InputError, or whose want of Triton, is one line and status 1."""
 
     @functools.wraps(main)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> int:
         try:
             return main(*args, **kwargs)
         except InputError as error:
+            print(error, file=sys.stderr)
+            return 1
+        except ModuleNotFoundError as error:
+            if error.name != "triton":
+                raise
             print(error, file=sys.stderr)
             return 1
 

@@ -7,10 +7,11 @@ A Markdown file asks for a table by a pair of marks, between which everything is
     <!-- generated: speed -->
     <!-- /generated -->
 
-speed is the newest file of bench/results for each machine, static is bench/static.json, candidates is
-bench/candidates.json, floors are the registry's formulas on the datasheets of roofline.py, pictures are those in
-docs/pictures, drawn from the same. trainers, conformance and r1 are the newest runs of that kind in bench/results;
---keep-r1 puts one of `burnish r1` there. loads is the table of architectures of model/architectures.py.
+speed is the newest file of bench/results for each machine, static is bench/static.json, cards is that beside what
+bench/results has of each card, candidates is bench/candidates.json, floors are the registry's formulas on the
+datasheets of roofline.py, pictures are those in docs/pictures, drawn from the same. trainers, conformance and r1
+are the newest runs of that kind in bench/results; --keep-r1 puts one of `burnish r1` there. loads is the table of
+architectures of model/architectures.py.
 """
 
 import argparse
@@ -36,6 +37,15 @@ from .tune import tile_name
 
 DOCUMENTS = (record.ROOT / "README.md", *sorted((record.ROOT / "docs").glob("*.md")))
 MARK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- /generated -->)", re.DOTALL)
+# the cards that take each chip's builds, and how a machine's name tells that it has one
+CARDS = {
+    "sm_80": ("A100", r"\bA100\b"),
+    "sm_86": ("RTX 30, RTX 40, A10, L4, L40S", r"\b(RTX [34]0\d\d|A10|L4|L40S)\b"),
+    "sm_90": ("H100, H200", r"\bH[12]00\b"),
+    "sm_100": ("B200", r"\bB200\b"),
+    "sm_120": ("RTX 50, RTX PRO 6000", r"\b(RTX 50\d\d|RTX PRO 6000)\b"),
+    "gfx942": ("MI300X", r"\bMI300X\b"),
+}
 NO_RUN = "No run is kept in `bench/results` yet.\n"
 
 
@@ -199,23 +209,63 @@ def static(accepted: dict[str, Any]) -> str:
     return source + markdown(COLUMNS, [[f"`{r[0]}`", *r[1:]] for r in sorted(rows)])
 
 
-@of_kept("static.json")
-def proven(accepted: dict[str, Any]) -> str:
-    """Each op in one line: how many of its configurations spill in bf16 on each chip; the whole table is `static`."""
-    by_op: dict[str, dict[str, dict[tuple[str, ...], dict[str, Any]]]] = {}
+def in_bf16(accepted: dict[str, Any]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """op -> chip -> its distinct builds, by op in the order of the alphabet."""
+    found: dict[str, dict[str, dict[tuple[str, ...], dict[str, Any]]]] = {}
     for key, builds in accepted["builds"].items():
         case, _, dtype, chip = key.split(" | ")
         if dtype == "bf16":
-            of_chip = by_op.setdefault(case.split("/")[0], {}).setdefault(chip, {})
+            of_chip = found.setdefault(case.split("/")[0], {}).setdefault(chip, {})
             of_chip.update({static_row(key, b): b for b in builds})
+    return {op: {c: list(b.values()) for c, b in chips.items()} for op, chips in sorted(found.items())}
+
+
+def spilling(builds: list[dict[str, Any]] | None) -> str:
+    return f"{sum(b['spills'] > 0 for b in builds)} of {len(builds)}" if builds else "not compiled"
+
+
+@of_kept("static.json")
+def proven(accepted: dict[str, Any]) -> str:
+    """Each op in one line: how many of its configurations spill in bf16 on each chip; the whole table is `static`."""
     rows = []
-    for op, chips in sorted(by_op.items()):
-        every = [b for builds in chips.values() for b in builds.values()]
-        cells = [f"{sum(b['spills'] > 0 for b in chips[c].values())} of {len(chips[c])}" for c in CHIPS]
+    for op, chips in in_bf16(accepted).items():
+        every = [b for builds in chips.values() for b in builds]
+        cells = [spilling(chips.get(c)) for c in CHIPS]
         matrix = "yes" if any(b["matrix"] for b in every) else "no products"
         rows.append([f"`{op}`", str(len({b["kernel"] for b in every})), *cells, matrix])
     head = ["op", "kernels", *(f"spill on {chip.name}" for chip in CHIPS.values()), "matrix instructions"]
     return f"In bf16, Triton {accepted['triton']}, from `bench/static.json`:\n\n{markdown(head, rows)}"
+
+
+@of_kept("static.json")
+def cards(accepted: dict[str, Any]) -> str:
+    """What is proven of each op on each card, and how: by its builds, by a run, or not at all."""
+    runs, sources = {}, []
+    for path, result in newest_results().items():
+        with reading(path):
+            device = result["machine"]["device"]
+            chip = next((c for c, (_, name) in CARDS.items() if re.search(name, device)), None)
+            if chip is not None:
+                sources.append(f"{device} at commit {result['commit']}, `{path}`")
+                passed = [r for r in result["rows"] if r["provider"] == "burnish" and r["accurate"]]
+                runs |= {(row["case"].split("/")[0], chip): result["date"] for row in passed}
+    rows = []
+    for op, chips in in_bf16(accepted).items():
+        cells = []
+        for chip in CARDS:
+            builds, ran = chips.get(chip, []), runs.get((op, chip))
+            shared = max((b["shared"] for b in builds), default=0) / CHIPS[chip].shared_block
+            cell = f"{spilling(builds)}; {shared:.0%}" if builds else "not compiled"
+            cells.append(f"{cell}; **run {ran}**" if ran else cell)
+        rows.append([f"`{op}`", *cells])
+    head = ["op", *(f"{names} ({chip})" for chip, (names, _) in CARDS.items())]
+    notes = (
+        f"In bf16, Triton {accepted['triton']}, from `bench/static.json`: how many builds spill; the most shared",
+        "memory of one, as a share of what a block may have on the card. In bold when `python -m burnish.bench`",
+        f"last ran the op there, as it was then, and found it accurate: {'; '.join(sources) or 'nowhere yet'}.",
+        "RTX 40, L4 and L40S are sm_89, which has sm_86's limits: compiled for the one, not for the other.",
+    )
+    return "\n".join(notes) + f"\n\n{markdown(head, rows)}"
 
 
 @of_kept("candidates.json")
@@ -405,6 +455,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "proven": proven,
     "speed": speed,
     "static": static,
+    "cards": cards,
     "candidates": candidates,
     "floors": floors,
     "pictures": gallery,

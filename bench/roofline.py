@@ -27,7 +27,8 @@ class Chip:
     blocks: int = 32
 
 
-# Datasheets: NVIDIA A100 80GB SXM, H100 SXM, B200 (HGX); AMD MI300X. Limits: the CUDA C++ programming guide.
+# Datasheets: NVIDIA A100 80GB SXM, H100 SXM, B200 (HGX); AMD MI300X. RTX 3090 and 5090: NVIDIA's white papers on GA102
+# and on RTX Blackwell, products summed in fp32. Limits: the CUDA C++ programming guide.
 CHIPS = {
     "sm_80": Chip(
         "A100",
@@ -36,6 +37,16 @@ CHIPS = {
         108,
         shared=164 << 10,
         shared_block=163 << 10,
+    ),
+    "sm_86": Chip(  # the limits of sm_89, too, which keeps 24 blocks
+        "RTX 3090",
+        0.936e12,
+        {"bf16": 71e12, "fp16": 71e12, "fp32": 35.6e12},
+        82,
+        shared=100 << 10,
+        shared_block=99 << 10,
+        warps=48,
+        blocks=16,
     ),
     "sm_90": Chip(
         "H100",
@@ -52,6 +63,16 @@ CHIPS = {
         148,
         shared=228 << 10,
         shared_block=227 << 10,
+    ),
+    "sm_120": Chip(
+        "RTX 5090",
+        1.792e12,
+        {"bf16": 209.5e12, "fp16": 209.5e12, "fp32": 104.8e12},
+        170,
+        shared=100 << 10,
+        shared_block=99 << 10,
+        warps=48,
+        blocks=24,
     ),
     "gfx942": Chip(
         "MI300X",

@@ -1,12 +1,13 @@
-"""The static proof: every shipped configuration of every kernel, compiled for four chips on a machine that has none.
+"""The static proof: every shipped configuration of every kernel, compiled for six chips on a machine that has none.
 
     python -m burnish.bench.static [op ...] [--all] [--check] [--accept] [--json FILE] [--html FILE]
 
 The public op is called as in training, forward and backward, on CPU tensors, with Triton's driver replaced by one that
 names the chip and launches nothing. What is compiled is therefore what is launched: the op's own tile table,
 specialisations and all. The machine code then says what the source cannot: registers, spills, stack, shared memory,
-blocks per multiprocessor, matrix instructions, the widest global load, asynchronous copies. bench/static.json holds the
-accepted figures; --check names what got worse, --accept writes them anew.
+blocks per multiprocessor, matrix instructions, the widest global load, asynchronous copies, and whether a kernel that
+stores in its source stores at all. bench/static.json holds the accepted figures; --check names what got worse, --accept
+writes them anew. A grid that no chip launches raises.
 
 Without --all only the selection runs that `make test` affords: the first configuration of each case, in bf16 on sm_90.
 """
@@ -25,29 +26,36 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 from ..algorithms._streams import run_program
 from ..kernels import _launch
+from ..kernels._triton import INSTALLED, expect_triton, triton
 from .case import Case, Dims, label, make_inputs, make_upstream, run
 from .pictures import roofline_picture
 from .record import as_command, kept_part, reading, write_whole
 from .registry import CASES
 from .roofline import CHIPS, datasheet
 
+if TYPE_CHECKING or INSTALLED:
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+else:
+    GPUTarget = JITFunction = driver = triton
+
 BASELINE = Path(__file__).with_name("static.json")
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), (8, 0)),
+    "sm_86": (GPUTarget("cuda", 86, 32), (8, 6)),
     "sm_90": (GPUTarget("cuda", 90, 32), (9, 0)),
     "sm_100": (GPUTarget("cuda", 100, 32), (10, 0)),
+    "sm_120": (GPUTarget("cuda", 120, 32), (12, 0)),
     "gfx942": (GPUTarget("hip", "gfx942", 64), (9, 4)),
 }
+MOST_PROGRAMS = ((1 << 31) - 1, 65535, 65535)  # of a grid's three dimensions
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -68,6 +76,10 @@ class Build:
     load_bits: int  # the widest load from global memory
     asynchronous: int  # asynchronous copies to shared memory, TMA included
     instructions: int
+    exponentials: int
+    overlapped: int  # of them, those that run while a product does
+    stores: int  # to global memory
+    source_stores: int  # those of the kernel before its machine code: where there are any, the code has some
 
 
 @dataclass(frozen=True)
@@ -110,7 +122,7 @@ class _Driver:
 def compile_only(chip: str, kernel: str | None = None) -> Iterator[list[Any]]:
     """Inside, a launch compiles for `chip` (of every kernel, or of the one named) and runs nothing.
 
-    Yields the growing list of what was compiled.
+    Yields the growing list of what was compiled. Raises ValueError for a grid that would not be launched.
     """
     if _launch.INTERPRET:
         raise ValueError("TRITON_INTERPRET: expected unset, the interpreter compiles nothing")
@@ -120,6 +132,7 @@ def compile_only(chip: str, kernel: str | None = None) -> Iterator[list[Any]]:
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         if kernel not in (None, self.__name__):
             return None
+        check_grid(self.__name__, grid)
         compiled = launch(self, *args, grid=grid, warmup=True, **kwargs)
         launches.append(compiled)
         return compiled
@@ -130,6 +143,11 @@ def compile_only(chip: str, kernel: str | None = None) -> Iterator[list[Any]]:
         yield launches
     finally:
         JITFunction.run, driver._active, _launch.TARGET = launch, active, target
+
+
+def check_grid(kernel: str, grid: tuple[int, ...]) -> None:
+    if any(n > most for n, most in zip(grid, MOST_PROGRAMS, strict=False)):
+        raise ValueError(f"{kernel}: expected a grid of at most {MOST_PROGRAMS} programs, got {grid}")
 
 
 def compile_job(job: Job) -> list[Build]:
@@ -171,7 +189,20 @@ def _read(compiled: Any, chip: str) -> Build:
     figures = _read_amd(compiled) if chip == "gfx942" else _read_nvidia(compiled.asm["cubin"])
     shared = meta.shared
     blocks = _blocks(chip, figures["registers"], meta.num_warps, shared)
-    return Build(kernel=function.__name__, tile=" ".join(tile), shared=shared, blocks=blocks, **figures)
+    stores = len(
+        re.findall(
+            r"tt\.store|tt\.atomic|buffer_store|buffer_atomic|descriptor_store|descriptor_reduce|local_to_global",
+            compiled.asm["ttgir"],
+        )
+    )
+    return Build(
+        kernel=function.__name__,
+        tile=" ".join(tile),
+        shared=shared,
+        blocks=blocks,
+        source_stores=stores,
+        **figures,
+    )
 
 
 def _blocks(chip: str, registers: int, warps: int, shared: int) -> int:
@@ -190,7 +221,8 @@ def _read_nvidia(cubin: bytes) -> dict[str, Any]:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         usage = _tool("cuobjdump", "--dump-resource-usage", path)
-        opcodes = re.findall(r'"opcode":"([^"]+)"', _tool("nvdisasm", "-json", path))
+        code = re.findall(r'"opcode":"([^"]+)"(?:,"operands":"([^"]*)")?', _tool("nvdisasm", "-json", path))
+    opcodes = [opcode for opcode, _ in code]
     matrix = [o for o in opcodes if re.match(r"HMMA|IMMA|DMMA|HGMMA|QGMMA|UTC\w*MMA", o)]
     loads = [o for o in opcodes if o.startswith("LDG")]
     return {
@@ -202,7 +234,22 @@ def _read_nvidia(cubin: bytes) -> dict[str, Any]:
         "load_bits": max((_width(o) for o in loads), default=0),
         "asynchronous": sum(o.startswith(("LDGSTS", "UTMALDG", "UBLKCP")) for o in opcodes),
         "instructions": len(opcodes),
+        "exponentials": sum(o.startswith("MUFU.EX2") for o in opcodes),
+        "overlapped": _overlapped(code),
+        "stores": sum(o.startswith(("STG", "ST.E", "RED", "ATOM", "UTMASTG", "UTMAREDG")) for o in opcodes),
     }
+
+
+def _overlapped(code: list[tuple[str, str]]) -> int:
+    """Exponentials in the order of the code between asynchronous products, of sm_90 alone, and the wait for all."""
+    count, running = 0, False
+    for opcode, operands in code:
+        if opcode.startswith("HGMMA"):
+            running = True
+        elif opcode.startswith("WARPGROUP.DEPBAR") and operands.endswith(",0x0"):
+            running = False
+        count += running and opcode.startswith("MUFU.EX2")
+    return count
 
 
 def _width(opcode: str) -> int:
@@ -230,6 +277,9 @@ def _read_amd(compiled: Any) -> dict[str, Any]:
         "load_bits": max((words.get(o[-2:], 16) for o in loads), default=0),
         "asynchronous": sum("lds" in o for o in loads),
         "instructions": len(opcodes),
+        "exponentials": sum(o.startswith("v_exp_f32") for o in opcodes),
+        "overlapped": 0,  # its products are not asynchronous
+        "stores": sum(bool(re.match(r"(global|buffer|flat)_(store|atomic)", o)) for o in opcodes),
     }
 
 
@@ -270,17 +320,25 @@ def compare(accepted: dict[str, Any], now: dict[str, Any]) -> list[str]:
                     complaints.append(f"{where}: {name} {old[name]} -> {b[name]}")
             if b["asynchronous"] == 0 < old["asynchronous"]:
                 complaints.append(f"{where}: asynchronous copies {old['asynchronous']} -> 0")
+            if b["overlapped"] == 0 < old.get("overlapped", 0):
+                complaints.append(f"{where}: exponentials under a product {old['overlapped']} -> 0")
     return complaints
 
 
 def limits(now: dict[str, Any]) -> list[str]:
-    """What no accepted figure may excuse: a block that does not fit the chip."""
-    return [
-        f"{key}: {b['kernel']} {b['tile']}: {b['shared']} bytes shared, {b['registers']} registers: does not fit"
-        for key, builds in now.items()
-        for b in builds
-        if b["blocks"] < 1
-    ]
+    """What no accepted figure may excuse: a block that does not fit the chip, a kernel that lost its stores."""
+    complaints = []
+    for key, builds in now.items():
+        most = CHIPS[key.split(" | ")[-1]].shared_block
+        for b in builds:
+            where = f"{key}: {b['kernel']} {b['tile']}"
+            if b["shared"] > most:
+                complaints.append(f"{where}: {b['shared']} bytes shared, of {most}: does not fit")
+            elif b["blocks"] < 1:
+                complaints.append(f"{where}: {b['registers']} registers: does not fit")
+            if b["stores"] == 0 < b["source_stores"]:
+                complaints.append(f"{where}: {b['source_stores']} stores in its source, none in its code")
+    return complaints
 
 
 def _matrix(build: dict[str, Any]) -> str:
@@ -376,6 +434,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--html", metavar="FILE", help="write a page with the table and a roofline picture")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     args = parser.parse_args(argv)
+    expect_triton("python -m burnish.bench.static")
     unknown = set(args.ops) - {c.op for c in CASES}
     if unknown:
         parser.error(f"op: expected one of {sorted({c.op for c in CASES})}, got {sorted(unknown)}")

@@ -33,10 +33,10 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-import triton
 
 from ..algorithms._streams import run_program
 from ..kernels import _launch, attention
+from ..kernels._triton import expect_triton, triton
 from . import static
 from .__main__ import ROUNDS, call, capture, event_seconds, host_seconds, prepare
 from .case import Case, Dims, assert_accurate, label, make_inputs, make_upstream, run
@@ -47,6 +47,7 @@ from .roofline import CHIPS
 Tile = tuple[int, ...]
 KEPT = Path(__file__).with_name("candidates.json")
 KEEP = 6  # of each entry
+# the matrix instruction of each chip that tiles are searched for
 OWN = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
 
 
@@ -419,6 +420,7 @@ def main(argv: list[str] | None = None) -> int:
         "--commit", default=run_text("git", "describe", "--always", "--dirty"), help="where git is absent"
     )
     args = parser.parse_args(argv)
+    expect_triton("python -m burnish.bench.tune")
     args.words = sys.argv[1:] if argv is None else argv
     if _launch.INTERPRET:
         parser.error("TRITON_INTERPRET: expected unset, interpreted kernels have no speed")
@@ -427,7 +429,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.accept and not args.search:
         parser.error("--accept: expected --search beside it")
     slots = [slot for slot in SLOTS if not args.ops or slot.op in args.ops]
-    chips = [args.chip] if args.chip else list(CHIPS)
+    chips = [args.chip] if args.chip else list(OWN)
     if args.search:
         jobs = [(s.op, s.name, c, w) for c in chips for w in WIDTHS for s in slots]
         with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
@@ -444,9 +446,9 @@ def main(argv: list[str] | None = None) -> int:
         print("\nby the static proof alone: nothing was timed")
         return 0
     here = torch.cuda.get_device_capability()
-    chip = next((name for name, (_, capability) in static.TARGETS.items() if capability == here), None)
+    chip = next((name for name in OWN if static.TARGETS[name][1] == here), None)
     if chip is None:
-        print(f"no candidates for a GPU of compute capability {here}: they are kept for {', '.join(CHIPS)}")
+        print(f"no candidates for a GPU of compute capability {here}: they are kept for {', '.join(OWN)}")
         return 0
     time_kept(slots, chip, args)
     return 0

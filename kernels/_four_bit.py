@@ -10,9 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._launch import capability, cdiv, multiprocessors, next_power_of_2, use_triton
+from ._launch import (
+    FLOATS,
+    capability,
+    cdiv,
+    multiprocessors,
+    next_power_of_2,
+    on_its_device,
+    precision,
+    use_triton,
+)
 from ._triton import tl, triton
 
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED = 256  # blocks whose absmax share a nested absmax; also the size of the nested code
 FEW_ROWS = 64  # up to here a product reads W in its 4 bits; beyond, W is multiplied out and cuBLAS takes it
 TILE = 4096  # bytes that one program multiplies out, 16 a thread
@@ -20,7 +30,10 @@ TILE = 4096  # bytes that one program multiplies out, 16 a thread
 
 @dataclass(frozen=True)
 class NF4Weight:
-    """A weight of any shape in 4 bits. The tensors lie on one device; `to` moves them together."""
+    """A weight of any shape in 4 bits. The tensors lie on one device; `to` moves them together.
+
+    Raises ValueError for parts that do not belong together: kernels take every size from shape and blocksize.
+    """
 
     packed: Tensor  # uint8 (numel / 2,), rounded up
     absmax: Tensor  # fp32 (blocks,), or uint8 where it is quantised itself
@@ -31,6 +44,37 @@ class NF4Weight:
     nested_absmax: Tensor | None = None  # fp32 (blocks / 256,), rounded up
     nested_code: Tensor | None = None  # fp32 (256,)
     offset: Tensor | None = None  # fp32, 0-d
+
+    def __post_init__(self) -> None:
+        if self.blocksize not in BLOCKSIZES:
+            raise ValueError(f"blocksize: expected one of {BLOCKSIZES}, got {self.blocksize}")
+        if any(size < 0 for size in self.shape):
+            raise ValueError(f"shape: expected no negative size, got {tuple(self.shape)}")
+        if self.dtype not in FLOATS:
+            raise ValueError(f"dtype: expected that of a float, got {self.dtype}")
+        double = self.nested_absmax is not None
+        if (self.nested_code is not None, self.offset is not None) != (double, double):
+            raise ValueError("nested_absmax, nested_code, offset: expected all three or none, got some")
+
+        blocks = cdiv(self.numel, self.blocksize)
+        self._check_part("packed", cdiv(self.numel, 2), torch.uint8)
+        wide = torch.float32, torch.float64  # fp64 for references
+        self._check_part("absmax", blocks, *((torch.uint8,) if double else wide))
+        self._check_part("code", 16, *wide)
+        if double:
+            self._check_part("nested_absmax", cdiv(blocks, NESTED), *wide)
+            self._check_part("nested_code", NESTED, *wide)
+            self._check_part("offset", 1, *wide)
+
+    def _check_part(self, name: str, numel: int, *dtypes: torch.dtype) -> None:
+        part, device = getattr(self, name), self.packed.device
+        if (part.numel(), part.device) != (numel, device) or part.dtype not in dtypes:
+            raise ValueError(
+                f"{name}: expected {numel} numbers of {dtypes[0]} on {device}, "
+                f"got {part.numel()} of {part.dtype} on {part.device}"
+            )
+        if not part.is_contiguous():
+            raise ValueError(f"{name}: expected it contiguous, got strides {part.stride()}")
 
     @property
     def quant_type(self) -> str:
@@ -63,13 +107,13 @@ def _absmax_of(
     if DOUBLE:
         nested = tl.load(nested_absmax_ptr + blocks // 256, mask, other=0.0)
         absmax = tl.load(nested_code_ptr + absmax.to(tl.int32)) * nested + tl.load(offset_ptr)
-    return absmax
+    return absmax.to(tl.float32)
 
 
 @triton.jit
 def _few_rows_fwd(
     x_ptr, packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, partial_ptr,
-    M, N, K, steps, DOUBLE: tl.constexpr, BLOCKSIZE: tl.constexpr,
+    M, N, K, steps, DOUBLE: tl.constexpr, BLOCKSIZE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # Program (i, j): columns of block i of the result, the share j of K. Even and odd weights are multiplied apart,
@@ -86,8 +130,8 @@ def _few_rows_fwd(
         first = tl.reshape(tl.gather(code, pairs >> 4, 0), [BLOCK_N, BLOCK_K])
         second = tl.reshape(tl.gather(code, pairs & 15, 0), [BLOCK_N, BLOCK_K])
         even = x_ptr + rows[:, None] * K + 2 * (k * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
-        step = tl.dot(tl.load(even, live, other=0.0), tl.trans(first), input_precision="ieee")
-        step = tl.dot(tl.load(even + 1, live, other=0.0), tl.trans(second), step, input_precision="ieee")
+        step = tl.dot(tl.load(even, live, other=0.0), tl.trans(first), input_precision=PRECISION)
+        step = tl.dot(tl.load(even + 1, live, other=0.0), tl.trans(second), step, input_precision=PRECISION)
         blocks = (starts + 2 * k * BLOCK_K) // BLOCKSIZE
         acc += step * _absmax_of(
             absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, blocks, cols < N, DOUBLE
@@ -155,6 +199,7 @@ def unnested(
     return nested_code[absmax.int()].mul_(nested).add_(offset)
 
 
+@on_its_device  # references and CPU paths call it, too
 def dequantize(
     packed: Tensor,
     absmax: Tensor,
@@ -213,7 +258,7 @@ def product(
     splits = cdiv(K // step, steps)
     partial = x.new_empty(splits, M, N, dtype=torch.float32)
     _few_rows_fwd[(columns, splits)](
-        x, *four_bit, partial, M, N, K, steps, nested_absmax is not None, blocksize,
+        x, *four_bit, partial, M, N, K, steps, nested_absmax is not None, blocksize, precision(),
         max(16, next_power_of_2(M)), block_n, step // 2, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     y = x.new_empty(M, N)

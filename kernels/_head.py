@@ -19,9 +19,11 @@ from ._launch import (
     INTERPRET,
     autocast_dtype,
     capability,
+    check_device,
     check_dtype,
     check_shape,
     multiprocessors,
+    readable,
     use_triton,
 )
 from ._triton import TensorDescriptor, tl, triton
@@ -186,6 +188,25 @@ def accumulate(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return out.addmm_(a.to(out.dtype), b.to(out.dtype))
 
 
+CAST = 2**18  # elements of a head: their fp32 stays in a core's cache
+
+
+def logits_of(
+    hidden: Tensor, weight: Tensor, low: Tensor | None = None, lora_b: Tensor | None = None
+) -> Tensor:
+    """hidden W^T + low B^T, (tokens, vocabulary) in fp32, of operands in the dtype of `hidden`. No gradient.
+
+    A GPU multiplies half precision into fp32. A CPU, where that is slow, widens a part of W at a time, never all of it.
+    """
+    V, C = weight.shape
+    logits = hidden.new_empty(len(hidden), V, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    for columns in slices(V, V if hidden.is_cuda else max(1, CAST // C)):
+        product(hidden, weight[columns].to(hidden.dtype).T, logits[:, columns])
+        if low is not None and lora_b is not None:
+            accumulate(low, lora_b[columns].to(hidden.dtype).T, logits[:, columns])
+    return logits
+
+
 # ---- blocks on a GPU
 
 
@@ -198,7 +219,17 @@ def tile_of(h: Tensor) -> dict[str, int]:
     if capability(h) == (9, 4):
         return {"GROUP": 8, "BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
     if not has_tma(h):
-        return {"GROUP": 8, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
+        columns = (
+            64 if capability(h)[0] in (9, 10) else 128
+        )  # rows of odd bytes, which no copy to shared memory takes
+        return {
+            "GROUP": 8,
+            "BLOCK_M": 128,
+            "BLOCK_N": columns,
+            "BLOCK_K": 32,
+            "num_warps": 8,
+            "num_stages": 3,
+        }
     if capability(h)[0] == 10:
         return {"GROUP": 8, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
     return {"GROUP": 8, "BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
@@ -357,7 +388,7 @@ def check_head(
     prefix: str = "",
 ) -> None:
     """Raises ValueError for a head that does not fit its hidden states. prefix: of the arguments' names."""
-    if hidden.ndim != 2:
+    if hidden.ndim != 2 or hidden.shape[1] == 0:
         raise ValueError(f"{prefix}hidden: expected shape (tokens, hidden), got {tuple(hidden.shape)}")
     if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[1]:
         raise ValueError(
@@ -365,15 +396,28 @@ def check_head(
         )
     if bias is not None:
         check_shape(f"{prefix}bias", bias, vocabulary=weight.shape[0])
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{prefix}softcap: expected a number above 0, got {softcap}")
-    if use_triton(hidden):
-        check_dtype(f"{prefix}hidden", hidden)
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{prefix}softcap: expected a finite number above 0, got {softcap}")
+    _check_operands(hidden, prefix, hidden=hidden, weight=weight, bias=bias)
+
+
+def _check_operands(like: Tensor, prefix: str, /, **operands: Tensor | None) -> None:
+    check_device(like, **{f"{prefix}{name}": x for name, x in operands.items()})
+    for name, x in operands.items():
+        if x is not None:
+            check_dtype(f"{prefix}{name}", x)
 
 
 def check_adapter(
-    hidden: Tensor, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, prefix: str = ""
+    hidden: Tensor,
+    weight: Tensor,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+    prefix: str = "",
 ) -> None:
+    if not math.isfinite(scaling):
+        raise ValueError(f"{prefix}scaling: expected a finite number, got {scaling}")
     if lora_a is None and lora_b is None:
         return
     if lora_a is None or lora_b is None:
@@ -383,21 +427,52 @@ def check_adapter(
     R = lora_a.shape[0]
     check_shape(f"{prefix}lora_a", lora_a, rank=R, hidden=hidden.shape[1])
     check_shape(f"{prefix}lora_b", lora_b, vocabulary=weight.shape[0], rank=R)
+    _check_operands(hidden, prefix, lora_a=lora_a, lora_b=lora_b)
 
 
-def check_temperature(temperature: float | Tensor, tokens: int) -> None:
-    if isinstance(temperature, Tensor):
-        check_shape("temperature", temperature, tokens=tokens)
-        if temperature.requires_grad:
-            raise ValueError("temperature: it has no gradient here; pass temperature.detach()")
-    elif not temperature > 0:
-        raise ValueError(f"temperature: expected a number above 0, got {temperature}")
+def checked_temperature(hidden: Tensor, temperature: float | Tensor) -> float | Tensor:
+    """A number, or one of each row: there what is not above 0 raises ValueError on a CPU, and elsewhere is NaN."""
+    if not isinstance(temperature, Tensor):
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
+        return temperature
+    check_shape("temperature", temperature, tokens=hidden.shape[0])
+    check_device(hidden, temperature=temperature)
+    if temperature.requires_grad:
+        raise ValueError("temperature: it has no gradient here; pass temperature.detach()")
+    if not temperature.is_floating_point():
+        raise ValueError(f"temperature: expected a floating dtype, got {temperature.dtype}")
+    if not readable(hidden):
+        return torch.where(temperature > 0, temperature, torch.nan)
+    check_rows("temperature", temperature, (temperature > 0) & temperature.isfinite(), "finite and above 0")
+    return temperature
+
+
+def check_rows(name: str, values: Tensor, right: Tensor, expected: str) -> None:
+    """Raises ValueError naming the first row, of (tokens,), that is not right. It reads numbers on the host."""
+    if not right.all():
+        row = int((~right).nonzero()[0])
+        raise ValueError(f"{name}: expected each row {expected}, got {values[row].item()} in row {row}")
+
+
+def check_ids(name: str, ids: Tensor, vocabulary: int) -> None:
+    """Raises ValueError for ids (tokens, K) outside a vocabulary, and for a row that has one twice.
+
+    Negative ids are padding. It reads numbers on the host.
+    """
+    if (ids >= vocabulary).any():
+        raise ValueError(f"{name}: id {int(ids.max())} is outside a vocabulary of {vocabulary}")
+    ordered = ids.sort(-1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    if twice.any():
+        row, column = twice.nonzero()[0].tolist()
+        raise ValueError(f"{name}: row {row} has id {int(ordered[row, column])} twice")
 
 
 def check_budget(hidden: Tensor, memory_budget: int | None, times: int = 1) -> int:
     """Bytes: what was asked for, or what suits the device, so many times."""
-    if memory_budget is not None and memory_budget <= 0:
-        raise ValueError(f"memory_budget: expected bytes above 0, got {memory_budget}")
+    if memory_budget is not None and not (isinstance(memory_budget, int) and memory_budget > 0):
+        raise ValueError(f"memory_budget: expected a whole number of bytes above 0, got {memory_budget}")
     return times * (GPU_BUDGET if hidden.is_cuda else CPU_BUDGET) if memory_budget is None else memory_budget
 
 
@@ -423,9 +498,10 @@ def split_temperature(temperature: float | Tensor, wide: torch.dtype) -> tuple[T
     return None, float(temperature)
 
 
-def check_mask(mask: Tensor | None, tokens: int) -> None:
+def check_mask(hidden: Tensor, mask: Tensor | None) -> None:
     if mask is None:
         return
-    check_shape("mask", mask, tokens=tokens)
+    check_shape("mask", mask, tokens=hidden.shape[0])
+    check_device(hidden, mask=mask)
     if mask.dtype != torch.bool:
         raise ValueError(f"mask: expected bool, got {mask.dtype}")

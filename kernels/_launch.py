@@ -1,5 +1,6 @@
 """What every kernel file needs before it launches: which path, on what chip, what it accepts, how torch knows it."""
 
+import math
 import os
 from collections.abc import Callable, Iterable
 from functools import cache, wraps
@@ -8,14 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import DispatchKey, _SetExcludeDispatchKeyGuard
+from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from ._triton import expect_triton
+
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read once: @triton.jit reads it at import, too
+if INTERPRET:
+    expect_triton("TRITON_INTERPRET=1")
 TARGET: tuple[int, int] | None = None  # set by bench/static.py alone: launches only compile, for this chip
 # of a CPU's attention, a vector of floats: of fewer, torch makes zeros of a row of scores that all are NaN, but under a
 # mask. tests/kernels/test_nan.py
 FEW_KEYS = 16
+KNOWN = (8, 9, 10, 12)  # NVIDIA's major compute capabilities that have tiles of their own
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FLOATS = (*DTYPES, torch.float64)  # of an operand that is cast or looked up, not multiplied as it is
 # of our ops in torch.ops: a copy of this folder inside another package registers its own beside an installed Burnish
 NAMESPACE = "burnish" if __package__ == "burnish.kernels" else str(__package__).replace(".", "_")
 
@@ -23,7 +31,7 @@ NAMESPACE = "burnish" if __package__ == "burnish.kernels" else str(__package__).
 def use_triton(x: Tensor) -> bool:
     """CUDA tensors take the Triton path, CPU tensors torch, unless Triton interprets or only compiles.
 
-    Raises ValueError for a GPU that is too old.
+    Raises ValueError for a GPU that is too old, ModuleNotFoundError for one without Triton.
     """
     if x.is_cuda:
         _capability(x.device)
@@ -33,13 +41,17 @@ def use_triton(x: Tensor) -> bool:
 
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:
+    """A device's own, or for one that no tile table knows that of the card whose tiles ask for least."""
+    expect_triton(str(device))
+    if torch.version.hip is not None:
+        return 9, 4  # its 64 KB of shared memory are the least that AMD's cards have
     found = torch.cuda.get_device_capability(device)
-    if torch.version.hip is None and found < (8, 0):  # no bf16, 64 KB of shared memory
+    if found < (8, 0):  # no bf16, 64 KB of shared memory
         name = torch.cuda.get_device_name(device)
         raise ValueError(
             f"{device}: expected a GPU of compute capability 8.0 or newer, got {name} ({found[0]}.{found[1]})"
         )
-    return found
+    return found if found[0] in KNOWN else (12, 0)
 
 
 def capability(x: Tensor) -> tuple[int, int]:
@@ -61,9 +73,10 @@ def precision() -> str:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that autocast, which does not know our ops, would give x as an operand of a product."""
+    """The dtype that autocast, which does not know our ops nor "meta", would give x as an operand of a product."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    cast = x.is_floating_point() and x.dtype != torch.float64 and not x.is_meta
+    if not cast or not torch.is_autocast_enabled(kind):
         return x.dtype
     return torch.get_autocast_dtype(kind)
 
@@ -91,11 +104,37 @@ def check_dtype(name: str, x: Tensor, *allowed: torch.dtype) -> None:
         raise ValueError(f"{name}: expected dtype {' or '.join(map(str, allowed or DTYPES))}, got {x.dtype}")
 
 
+def check_number(name: str, value: float, low: float = -math.inf) -> None:
+    """Raises ValueError for NaN, an infinity or a number below `low`."""
+    if not low <= value < math.inf or value == -math.inf:
+        least = "" if low == -math.inf else f" of at least {low:g}"
+        raise ValueError(f"{name}: expected a finite number{least}, got {value}")
+
+
+def check_ids(name: str, ids: Tensor, low: int, high: int) -> None:
+    """On the torch path alone: raises ValueError for one that is not from low to high. A graph holds an assertion."""
+    if use_triton(ids) or ids.is_meta or not ids.numel():
+        return
+    if _recorded((ids,)):
+        known = ((ids >= low) & (ids <= high)).all()
+        return torch.ops.aten._assert_async.msg(known, f"{name}: expected numbers from {low} to {high}")
+    least, most = (int(end) for end in ids.aminmax())
+    if least < low or most > high:
+        raise ValueError(
+            f"{name}: expected numbers from {low} to {high}, got {least if least < low else most}"
+        )
+
+
 def check_device(x: Tensor, **others: Tensor | None) -> None:
     """Raises ValueError for an operand that is not where x is, of which a kernel would read another tensor's memory."""
     for name, other in others.items():
         if other is not None and other.device != x.device:
             raise ValueError(f"{name}: expected on {x.device}, got on {other.device}")
+
+
+def readable(x: Tensor) -> bool:
+    """May the host look at numbers? Only on the torch path: a GPU would stall, and graphs and "meta" hold none."""
+    return not (use_triton(x) or x.is_meta or torch.compiler.is_compiling() or isinstance(x, FakeTensor))
 
 
 def cdiv(size: int, block: int) -> int:
@@ -151,7 +190,7 @@ def _first(args: Iterable[Any]) -> Tensor | None:
     return None
 
 
-def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
     """Triton launches on the current device and its stream: make them those of the arguments."""
 
     @wraps(launch)
@@ -226,7 +265,7 @@ def register(
     to `launch`.
     lists: the op takes and returns lists of tensors. An autograd.Function knows none: they pass it flat.
     """
-    launch = _on_its_device(launch)
+    launch = on_its_device(launch)
     registered = torch.library.custom_op(f"{NAMESPACE}::{name}", launch, mutates_args=())
     registered.register_fake(fake)
     direct = launch

@@ -1,9 +1,11 @@
-"""Triton where it is installed; elsewhere a stand-in that lets the kernel files be imported.
+"""Triton where it is installed; elsewhere a stand-in that lets the files that speak of it be imported.
 
 On macOS and Windows, where PyTorch comes without Triton, CPU tensors take the torch path and need no more than this.
 """
 
 from typing import Any
+
+INSTALLED = True
 
 try:
     import triton as triton
@@ -12,9 +14,13 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "triton":  # one that is installed and broken says what it lacks
         raise
+    INSTALLED = False
 
     class _Missing:
-        """Any name of Triton: it decorates and annotates kernels, and is not launched."""
+        """Any name of Triton: it decorates kernels and annotates functions, and is not launched."""
+
+        __file__ = ""
+        __version__ = "not installed"
 
         def __getattr__(self, name: str) -> "_Missing":
             if name.startswith("__"):
@@ -24,9 +30,18 @@ except ModuleNotFoundError as error:
         def __call__(self, *args: Any, **options: Any) -> "_Missing":
             return self
 
-        def __getitem__(self, grid: Any) -> Any:
-            raise ModuleNotFoundError(
-                "triton: expected it installed where tensors are on a GPU: pip install triton", name="triton"
-            )
+        def __ror__(self, other: Any) -> "_Missing":  # Tensor | TensorDescriptor
+            return self
+
+        __or__ = __ror__
 
     triton = tl = TensorDescriptor = _Missing()  # pyright: ignore[reportAssignmentType]
+
+
+def expect_triton(what: str) -> None:
+    """Raises ModuleNotFoundError, in one sentence, where Triton is not installed and `what` needs it."""
+    if not INSTALLED:
+        raise ModuleNotFoundError(
+            f"{what}: expected Triton to be installed: pip install triton (on Windows triton-windows)",
+            name="triton",
+        )

@@ -144,6 +144,7 @@ def flash_attention_reference(
 # ---- CPU path
 
 
+@torch.autocast("cpu", enabled=False)  # in q's dtype, as the kernels
 def _attend_cpu(
     q: Tensor,
     k: Tensor,

@@ -47,7 +47,7 @@ from ._head import (
     check_budget,
     check_head,
     check_mask,
-    check_temperature,
+    checked_temperature,
     described,
     divergence_of,
     exponential,
@@ -63,7 +63,7 @@ from ._head import (
     split_temperature,
     widened,
 )
-from ._launch import INTERPRET, capability, precision, register, use_triton
+from ._launch import INTERPRET, capability, check_device, precision, register, use_triton
 from ._triton import tl, triton
 
 # ---- reference
@@ -642,17 +642,19 @@ def token_divergence(
     lora_a: (R, hidden)    lora_b: (vocabulary, R): of an adapter, W + scaling B A, never multiplied out; teacher_* too
     beta: 0 is KL(teacher || student), 1 KL(student || teacher); between, beta KL(teacher || m) + (1 - beta)
         KL(student || m) with m = beta teacher + (1 - beta) student.
-    temperature: above 0, of both, a number or (tokens,); it gets no gradient.
+    temperature: finite and above 0, of both, a number or (tokens,); it gets no gradient.
     mask: (tokens,) bool, True where a row counts; the others give 0 and pass no gradient.
     memory_budget: bytes that logits and their gradients may take at any time.
 
     Returns (tokens,) in fp32 (fp64 for fp64), with gradients to hidden, weight, bias and the adapter. A weight without
-    requires_grad costs no product for dW. Raises ValueError for shapes that disagree.
+    requires_grad costs no product for dW. Raises ValueError for shapes, dtypes and devices that disagree, for numbers
+    other than these and, on the CPU, for a row's temperature; such a row gives NaN on CUDA.
     """
     check_head(hidden, weight, bias, softcap)
     check_head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, "teacher_")
-    check_adapter(hidden, weight, lora_a, lora_b)
-    check_adapter(teacher_hidden, teacher_weight, teacher_lora_a, teacher_lora_b, "teacher_")
+    check_adapter(hidden, weight, lora_a, lora_b, scaling)
+    check_adapter(teacher_hidden, teacher_weight, teacher_lora_a, teacher_lora_b, teacher_scaling, "teacher_")
+    check_device(hidden, teacher_hidden=teacher_hidden)
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     if teacher_hidden.shape[0] != tokens:
         raise ValueError(
@@ -662,8 +664,8 @@ def token_divergence(
         raise ValueError(
             f"teacher_weight: expected a vocabulary of {vocabulary}, as weight has, got {teacher_weight.shape[0]}"
         )
-    check_temperature(temperature, tokens)
-    check_mask(mask, tokens)
+    temperature = checked_temperature(hidden, temperature)
+    check_mask(hidden, mask)
     if not 0 <= beta <= 1:
         raise ValueError(f"beta: expected a number from 0 to 1, got {beta}")
     budget = check_budget(hidden, memory_budget, 4 if 0 < beta < 1 else 1)

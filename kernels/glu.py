@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._launch import cdiv, check_dtype, check_shape, register, use_triton
+from ._launch import cdiv, check_device, check_dtype, check_number, check_shape, register, use_triton
 from ._triton import tl, triton
 
 # ---- reference
@@ -181,11 +181,14 @@ def _fused(
         x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # (..., F) -> (R, F)
         return x if x.stride(-1) == 1 else x.contiguous()
 
-    check_dtype("gate", gate)
     return _gated(rows(gate), rows(up), scale, cubic, limit, offset).view(gate.shape)
 
 
 def _check(gate: Tensor, up: Tensor) -> None:
+    if not gate.ndim:
+        raise ValueError("gate: expected shape (..., F), got ()")
+    check_dtype("gate", gate)
+    check_device(gate, up=up)
     check_shape("up", up, **{f"gate.shape[{i}]": size for i, size in enumerate(gate.shape)})
     check_dtype("up", up, gate.dtype)
 
@@ -198,6 +201,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
     gate, up: (..., F), one dtype; rows may be strided, e.g. the halves of a fused (..., 2F), and are read in place
     Returns (..., F), contiguous.
+    Raises ValueError for other shapes and dtypes, and for tensors on two devices.
     """
     _check(gate, up)
     return _fused(gate, up, scale=1.0) if use_triton(gate) else swiglu_reference(gate, up)
@@ -214,9 +218,13 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
 def clamped_swiglu(gate: Tensor, up: Tensor, alpha: float = 1.702, limit: float = 7.0) -> Tensor:
     """(up + 1) * gate * sigmoid(alpha * gate), gate clamped from above and up on both sides. Shapes as for swiglu.
 
-    A clamped element has no gradient; one that lies on the limit has.
+    A clamped element has no gradient; one that lies on the limit has. An infinite limit clamps nothing.
+    Raises ValueError as swiglu does, for an alpha that is not finite, and for a limit below 0.
     """
     _check(gate, up)
+    check_number("alpha", alpha)
+    if not limit >= 0:
+        raise ValueError(f"limit: expected a number of at least 0, got {limit}")
     if use_triton(gate):
         return _fused(gate, up, scale=alpha, limit=limit, offset=1.0)
     return clamped_swiglu_reference(gate, up, alpha, limit)

@@ -40,7 +40,8 @@ from ._head import (
     check_adapter,
     check_budget,
     check_head,
-    check_temperature,
+    check_ids,
+    checked_temperature,
     described,
     exponential,
     grid_of,
@@ -56,7 +57,7 @@ from ._head import (
     split_temperature,
     tile_of,
 )
-from ._launch import check_shape, precision, register, use_triton
+from ._launch import check_device, check_shape, precision, readable, register, use_triton
 from ._triton import tl, triton
 
 # ---- reference
@@ -125,6 +126,13 @@ def _score(
 
 
 @triton.jit
+def _columns_of(target_ptr, rows, T, start, N):
+    # int32, of targets in a chunk of N columns that begins at `start`; -1 for any other number, of 64 bits
+    y = tl.load(target_ptr + rows, rows < T, other=-1) - start
+    return tl.where((y >= 0) & (y < N), y, -1).to(tl.int32)
+
+
+@triton.jit
 def _token_logprobs_fwd(
     h, w, bias_ptr, target_ptr, temperature_ptr, part_ptr, target_u_ptr,
     T, N, C, h_stride, w_stride, start, temperature, softcap,
@@ -139,7 +147,7 @@ def _token_logprobs_fwd(
         z = _products(h, w, m, n, T, N, C, h_stride, w_stride, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
         rows = m * BLOCK_M + tl.arange(0, BLOCK_M)
         sharpness = _sharpness(temperature_ptr, rows, T, temperature, HAS_TEMPERATURES)
-        y = (tl.load(target_ptr + rows, rows < T, other=-1) - start).to(tl.int32)
+        y = _columns_of(target_ptr, rows, T, start, N)
         top = tl.full([BLOCK_M], -1e30, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         weighted = tl.zeros([BLOCK_M], tl.float32)
@@ -161,7 +169,7 @@ def _token_logprobs_fwd(
         tl.store(at, top, rows < T)
         tl.store(at + T, total, rows < T)
         tl.store(at + 2 * T, weighted, rows < T)
-        here = (y >= n * BLOCK_N) & (y < tl.minimum(n * BLOCK_N + BLOCK_N, N))
+        here = (y >= n * BLOCK_N) & (y < n * BLOCK_N + BLOCK_N)
         tl.store(target_u_ptr + rows, target_u, here & (rows < T))
 
 
@@ -181,7 +189,7 @@ def _token_logprobs_bwd(
         z = _products(h, w, m, n, T, N, C, h_stride, w_stride, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
         rows = m * BLOCK_M + tl.arange(0, BLOCK_M)
         sharpness = _sharpness(temperature_ptr, rows, T, temperature, HAS_TEMPERATURES)
-        y = (tl.load(target_ptr + rows, rows < T, other=-1) - start).to(tl.int32)
+        y = _columns_of(target_ptr, rows, T, start, N)
         highest = tl.load(highest_ptr + rows, rows < T, other=0.0)[:, None]
         log = tl.load(log_ptr + rows, rows < T, other=0.0)[:, None]
         gain = tl.load(gain_ptr + rows, rows < T, other=0.0)[:, None]
@@ -206,7 +214,8 @@ def _token_logprobs_bwd(
 
 
 @triton.jit
-def _gathered_fwd(h_ptr, w_ptr, ids_ptr, z_ptr, K, C, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
+def _gathered_fwd(h_ptr, w_ptr, ids_ptr, z_ptr, K, C, V, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
+    # NaN for an id outside the vocabulary, 0 for padding
     row = tl.program_id(0).to(tl.int64)
     ks = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     ids = tl.load(ids_ptr + row * K + ks, ks < K, other=-1).to(tl.int64)  # [BLOCK_K]
@@ -214,14 +223,14 @@ def _gathered_fwd(h_ptr, w_ptr, ids_ptr, z_ptr, K, C, BLOCK_K: tl.constexpr, BLO
     for block in range(0, C, BLOCK_C):
         cols = block + tl.arange(0, BLOCK_C)
         h = tl.load(h_ptr + row * C + cols, cols < C, other=0.0).to(tl.float32)  # [BLOCK_C]
-        mask = (ids >= 0)[:, None] & (cols < C)[None, :]
+        mask = ((ids >= 0) & (ids < V))[:, None] & (cols < C)[None, :]
         w = tl.load(w_ptr + ids[:, None] * C + cols[None, :], mask, other=0.0).to(tl.float32)  # [K, C]
         z += tl.sum(w * h[None, :], 1)
-    tl.store(z_ptr + row * K + ks, z, ks < K)
+    tl.store(z_ptr + row * K + ks, tl.where(ids < V, z, float("nan")), ks < K)
 
 
 @triton.jit
-def _gathered_dhidden(dz_ptr, w_ptr, ids_ptr, dh_ptr, K, C, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
+def _gathered_dhidden(dz_ptr, w_ptr, ids_ptr, dh_ptr, K, C, V, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     dh = tl.zeros([BLOCK_C], tl.float32)
@@ -229,7 +238,7 @@ def _gathered_dhidden(dz_ptr, w_ptr, ids_ptr, dh_ptr, K, C, BLOCK_K: tl.constexp
         ks = block + tl.arange(0, BLOCK_K)
         ids = tl.load(ids_ptr + row * K + ks, ks < K, other=-1).to(tl.int64)  # [BLOCK_K]
         dz = tl.load(dz_ptr + row * K + ks, ids >= 0, other=0.0)
-        mask = (ids >= 0)[:, None] & (cols < C)[None, :]
+        mask = ((ids >= 0) & (ids < V))[:, None] & (cols < C)[None, :]
         w = tl.load(w_ptr + ids[:, None] * C + cols[None, :], mask, other=0.0).to(tl.float32)  # [K, C]
         dh += tl.sum(w * dz[:, None], 0)
     tl.store(dh_ptr + row * C + cols, dh, cols < C)
@@ -451,13 +460,16 @@ _dense = register("token_logprobs", _forward, _forward_fake, _save, _differentia
 
 
 def _gather(hidden: Tensor, weight: Tensor, ids: Tensor, memory_budget: int) -> Tensor:
-    """z (tokens, K_max), the products of each row with the rows of weight that its ids name; -1 gives 0."""
+    """z (tokens, K_max), the products of each row with the rows of weight that its ids name; -1 gives 0.
+
+    An id outside the vocabulary gives NaN, on the Triton path; no gradient of it reaches weight.
+    """
     (tokens, K), C = ids.shape, hidden.shape[1]
     z = _gather_fake(hidden, weight, ids, memory_budget)
     if use_triton(hidden):
         tile = {"BLOCK_K": 16, "BLOCK_C": 128}
         if tokens:
-            _gathered_fwd[(tokens, triton.cdiv(K, 16))](hidden, weight, ids, z, K, C, **tile)
+            _gathered_fwd[(tokens, triton.cdiv(K, 16))](hidden, weight, ids, z, K, C, weight.shape[0], **tile)
         return z
     for rows in _gathered_blocks(ids, C, z.itemsize, memory_budget):
         w = weight[ids[rows].clamp(min=0)].to(z.dtype)  # (rows, K_max, hidden)
@@ -491,7 +503,7 @@ def _gather_backward(
         tile = {"BLOCK_K": 8, "BLOCK_C": min(1024, triton.next_power_of_2(C)), "num_warps": 8}
         if with_dhidden and tokens:
             grid = (tokens, triton.cdiv(C, tile["BLOCK_C"]))
-            _gathered_dhidden[grid](dz, weight, ids, dhidden, K, C, **tile)
+            _gathered_dhidden[grid](dz, weight, ids, dhidden, K, C, V, **tile)
         if with_dweight:
             named = torch.where(ids < 0, V, ids).flatten()
             named, pairs = named.sort(stable=True)
@@ -552,29 +564,31 @@ def token_logprobs(
 
     hidden: (tokens, hidden)    weight: (vocabulary, hidden)    targets: (tokens,) int    bias: (vocabulary,)
     lora_a: (R, hidden)    lora_b: (vocabulary, R): of an adapter, W + scaling B A, never multiplied out.
-    temperature: above 0, a number or (tokens,); it gets no gradient.
+    temperature: finite and above 0, a number or (tokens,); it gets no gradient.
     support: (tokens, K_max) int, distinct ids padded with -1. The sums run over them alone; the target is one.
     ignore_index: a row with this target gives 0, 0, 0 and passes no gradient.
     memory_budget: bytes that logits and their gradients may take at any time.
 
     Returns logprob, lse, entropy, each (tokens,) in fp32 (fp64 for fp64), each with its own gradient to hidden,
     weight, bias and the adapter. A weight without requires_grad costs no product for dW.
-    Raises ValueError for shapes that disagree and, on the CPU, for a target outside the vocabulary or its support.
-    On CUDA, where looking would stall the device, such a row gives NaN.
+    Raises ValueError for shapes, dtypes and devices that disagree, for numbers other than these and, on the CPU, for
+    rows: a target outside the vocabulary or its support, an id outside or twice, a temperature not above 0. On CUDA,
+    where looking would stall the device, such a row gives NaN, and an id that is there twice counts twice.
     """
     budget = check_budget(hidden, memory_budget)
     check_head(hidden, weight, bias, softcap)
-    check_adapter(hidden, weight, lora_a, lora_b)
+    check_adapter(hidden, weight, lora_a, lora_b, scaling)
     tokens = hidden.shape[0]
     check_shape("targets", targets, tokens=tokens)
-    check_temperature(temperature, tokens)
+    check_device(hidden, targets=targets, support=support)
+    temperature = checked_temperature(hidden, temperature)
     if support is not None and (support.ndim != 2 or support.shape[0] != tokens or support.shape[1] == 0):
         raise ValueError(f"support: expected shape (tokens={tokens}, K_max), got {tuple(support.shape)}")
     for name, x in (("targets", targets), ("support", support)):
         if x is not None and x.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"{name}: expected int32 or int64, got {x.dtype}")
-    if not hidden.is_cuda and not torch.compiler.is_compiling():
-        _check_ids(targets, support, weight.shape[0], ignore_index)
+    if readable(hidden):
+        _check_targets(targets, support, weight.shape[0], ignore_index)
     hidden = cast(hidden)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     if not use_triton(hidden) and 6 * wide.itemsize * tokens * weight.shape[0] <= budget:
@@ -595,7 +609,7 @@ def token_logprobs(
             z = z + _supported(low.contiguous(), lora_b.contiguous(), ids, budget)
         trained = targets != ignore_index
         match = ids == targets[:, None]
-        b = None if bias is None else bias.to(wide)[ids.clamp(min=0)]
+        b = None if bias is None else bias.to(wide)[ids.clamp(0, weight.shape[0] - 1)]
         logprob, lse, entropy = _score(z, match.int().argmax(-1), trained, b, temperature, softcap, ids >= 0)
         return torch.where(match.any(-1) | ~trained, logprob, torch.nan), lse, entropy
     temperatures, number = split_temperature(temperature, wide)
@@ -604,7 +618,7 @@ def token_logprobs(
     return _dense(hidden, weight, lora_b, bias, targets, temperatures, *options)[:3]
 
 
-def _check_ids(targets: Tensor, support: Tensor | None, vocabulary: int, ignore_index: int) -> None:
+def _check_targets(targets: Tensor, support: Tensor | None, vocabulary: int, ignore_index: int) -> None:
     trained = targets != ignore_index
     wrong = trained & ((targets < 0) | (targets >= vocabulary))
     if wrong.any():
@@ -612,8 +626,7 @@ def _check_ids(targets: Tensor, support: Tensor | None, vocabulary: int, ignore_
         raise ValueError(f"targets: row {row} is {int(targets[row])}, outside a vocabulary of {vocabulary}")
     if support is None:
         return
-    if (support >= vocabulary).any():
-        raise ValueError(f"support: id {int(support.max())} is outside a vocabulary of {vocabulary}")
+    check_ids("support", support, vocabulary)
     missing = trained & ~(support == targets[:, None]).any(-1)
     if missing.any():
         row = int(missing.nonzero()[0])

@@ -35,14 +35,19 @@ from torch import Tensor
 from . import _lora_paths
 from ._four_bit import FEW_ROWS, NF4Weight, dequantize, multiplied_out, product
 from ._launch import (
+    FLOATS,
     autocast_dtype,
     capability,
     cdiv,
+    check_device,
     check_dtype,
+    check_ids,
+    check_number,
     check_shape,
     device_name,
     multiprocessors,
     next_power_of_2,
+    precision,
     register,
     use_triton,
 )
@@ -105,8 +110,16 @@ def lora_linears_reference(
 
 def _seed(seed: int | Tensor | None, x: Tensor) -> Tensor:
     if seed is None:
-        raise ValueError("seed: expected an int or a 0-d int64 tensor, for dropout above 0")
-    return seed if isinstance(seed, Tensor) else torch.tensor(seed, dtype=torch.int64, device=x.device)
+        raise ValueError("seed: expected an int or a 0-d int64 tensor, for dropout above 0, got none")
+    if isinstance(seed, Tensor):
+        if seed.ndim or seed.dtype != torch.int64 or seed.device != x.device:
+            raise ValueError(
+                f"seed: expected a 0-d int64 tensor on {x.device}, got {seed.ndim}-d {seed.dtype} on {seed.device}"
+            )
+        return seed
+    if isinstance(seed, float) or not -(1 << 63) <= seed < 1 << 63:
+        raise ValueError(f"seed: expected an int of 64 bits, got {seed}")
+    return torch.tensor(seed, dtype=torch.int64, device=x.device)
 
 
 def _mix(h: Tensor) -> Tensor:
@@ -155,25 +168,28 @@ def _kept(seed_ptr, rows, columns, threshold):
 
 
 @triton.jit
-def _span(adapter_ptr, rows, M, ADAPTERS: tl.constexpr):
-    # each row's adapter, and the first and one past the last of them all: rows of one sequence lie together
+def _span(adapter_ptr, rows, M, adapters, ADAPTERS: tl.constexpr):
+    # Each row's adapter, -1 for none and -2 for one that the stack has not; and the first and one past the last of them
+    # all: rows of one sequence lie together.
     mine, first, last = tl.zeros_like(rows).to(tl.int32), 0, 1
     if ADAPTERS:
-        mine = tl.load(adapter_ptr + rows, rows < M, other=-1).to(tl.int32)
-        first, last = tl.min(tl.where(mine < 0, 2147483647, mine), 0), tl.max(mine, 0) + 1
+        ids = tl.load(adapter_ptr + rows, rows < M, other=-1)
+        known = (ids >= 0) & (ids < adapters)
+        mine = tl.where(known, ids, tl.where(ids == -1, -1, -2)).to(tl.int32)
+        first, last = tl.min(tl.where(known, mine, 2147483647), 0), tl.max(mine, 0) + 1
     return mine, first, last
 
 
 @triton.jit
 def _shrink_fwd(
-    x_ptr, a_ptr, adapter_ptr, seed_ptr, s_ptr, M, K, R, threshold, keep_scale,
-    ADAPTERS: tl.constexpr, DROPOUT: tl.constexpr,
+    x_ptr, a_ptr, adapter_ptr, seed_ptr, s_ptr, M, K, R, adapters, threshold, keep_scale,
+    ADAPTERS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     # S = drop(x) A^T, each row with its adapter's A. Program (i, j): rows of block i, the share j of the rank
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     low = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    mine, first, last = _span(adapter_ptr, rows, M, ADAPTERS)  # pyright: ignore[reportGeneralTypeIssues]
+    mine, first, last = _span(adapter_ptr, rows, M, adapters, ADAPTERS)  # pyright: ignore[reportGeneralTypeIssues]
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     for e in range(first, last):
         part = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
@@ -185,7 +201,7 @@ def _shrink_fwd(
                 x = tl.where(_kept(seed_ptr, rows, cols, threshold), x * keep_scale, 0.0).to(x.dtype)
             places = (tl.cast(e, tl.int64) * R + low)[None, :] * K + cols[:, None]  # [BLOCK_K, BLOCK_R]
             a = tl.load(a_ptr + places, (low < R)[None, :] & (cols < K)[:, None], other=0.0)
-            part = tl.dot(x, a, part, input_precision="ieee")
+            part = tl.dot(x, a, part, input_precision=PRECISION)
         acc = tl.where((mine == e)[:, None], part, acc)
     places = rows[:, None] * R + low[None, :]
     tl.store(s_ptr + places, acc.to(s_ptr.dtype.element_ty), (rows < M)[:, None] & (low < R)[None, :])
@@ -193,11 +209,12 @@ def _shrink_fwd(
 
 @triton.jit
 def _low_rank(
-    s_ptr, b_ptr, adapter_ptr, rows, cols, M, N, R, stride_e, stride_n, stride_r,
-    ADAPTERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    s_ptr, b_ptr, adapter_ptr, rows, cols, M, N, R, adapters, stride_e, stride_n, stride_r,
+    ADAPTERS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    # S B^T on one tile, each row with its adapter's B
-    mine, first, last = _span(adapter_ptr, rows, M, ADAPTERS)  # pyright: ignore[reportGeneralTypeIssues]
+    # S B^T on one tile, each row with its adapter's B: NaN where the stack has no such adapter
+    mine, first, last = _span(adapter_ptr, rows, M, adapters, ADAPTERS)  # pyright: ignore[reportGeneralTypeIssues]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for e in range(first, last):
         part = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -207,16 +224,18 @@ def _low_rank(
             s = tl.load(s_ptr + rows[:, None] * R + low[None, :], live, other=0.0)
             places = tl.cast(e, tl.int64) * stride_e + low[:, None] * stride_r + cols[None, :] * stride_n
             b = tl.load(b_ptr + places, (low < R)[:, None] & (cols < N)[None, :], other=0.0)
-            part = tl.dot(s, b, part, input_precision="ieee")
+            part = tl.dot(s, b, part, input_precision=PRECISION)
         acc = tl.where((mine == e)[:, None], part, acc)
+    if ADAPTERS:
+        acc = tl.where((mine == -2)[:, None], float("nan"), acc)
     return acc
 
 
 @triton.jit
 def _expand_fwd(
-    out_ptr, s_ptr, b_ptr, adapter_ptr, seed_ptr, gain_ptr, bias_ptr, M, N, R, stride_e, stride_n, stride_r,
-    scaling, threshold, keep_scale,
-    ADAPTERS: tl.constexpr, DROPOUT: tl.constexpr, GAIN: tl.constexpr, BIAS: tl.constexpr,
+    out_ptr, s_ptr, b_ptr, adapter_ptr, seed_ptr, gain_ptr, bias_ptr, M, N, R, adapters,
+    stride_e, stride_n, stride_r, scaling, threshold, keep_scale,
+    ADAPTERS: tl.constexpr, DROPOUT: tl.constexpr, GAIN: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     # out = gain (out + drop(scaling S B^T)) + bias, in place: what follows a product of cuBLAS
@@ -224,8 +243,8 @@ def _expand_fwd(
     rows = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = _low_rank(
-        s_ptr, b_ptr, adapter_ptr, rows, cols, M, N, R, stride_e, stride_n, stride_r,
-        ADAPTERS, BLOCK_M, BLOCK_N, BLOCK_R,
+        s_ptr, b_ptr, adapter_ptr, rows, cols, M, N, R, adapters, stride_e, stride_n, stride_r,
+        ADAPTERS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
     )  # fmt: skip
     if DROPOUT:
         acc = tl.where(_kept(seed_ptr, rows, cols, threshold), acc * keep_scale, 0.0)
@@ -241,8 +260,9 @@ def _expand_fwd(
 
 @triton.jit
 def _lora_fwd(
-    x_ptr, w_ptr, s_ptr, b_ptr, adapter_ptr, gain_ptr, bias_ptr, out_ptr, M, N, K, R, stride_e, stride_n, stride_r,
-    scaling, ADAPTERS: tl.constexpr, GAIN: tl.constexpr, BIAS: tl.constexpr,
+    x_ptr, w_ptr, s_ptr, b_ptr, adapter_ptr, gain_ptr, bias_ptr, out_ptr, M, N, K, R, adapters,
+    stride_e, stride_n, stride_r, scaling,
+    ADAPTERS: tl.constexpr, GAIN: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     # the base's product, its accumulator started from the adapter's; GROUP rows of tiles share a column of W in L2
@@ -253,15 +273,15 @@ def _lora_fwd(
     rows = (band * GROUP + inside % height).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = (inside // height).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = scaling * _low_rank(
-        s_ptr, b_ptr, adapter_ptr, rows, cols, M, N, R, stride_e, stride_n, stride_r,
-        ADAPTERS, BLOCK_M, BLOCK_N, BLOCK_R,
+        s_ptr, b_ptr, adapter_ptr, rows, cols, M, N, R, adapters, stride_e, stride_n, stride_r,
+        ADAPTERS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
     )  # fmt: skip
     for k in range(0, K, BLOCK_K):
         deep = k + tl.arange(0, BLOCK_K)
         x_live, w_live = (rows < M)[:, None] & (deep < K)[None, :], (deep < K)[:, None] & (cols < N)[None, :]
         x = tl.load(x_ptr + rows[:, None] * K + deep[None, :], x_live, other=0.0)
         w = tl.load(w_ptr + cols[None, :] * K + deep[:, None], w_live, other=0.0)  # [BLOCK_K, BLOCK_N]
-        acc = tl.dot(x, w, acc, input_precision="ieee")
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
     if GAIN:
         acc *= tl.load(gain_ptr + cols, cols < N, other=0.0)[None, :]
     if BIAS:
@@ -272,7 +292,7 @@ def _lora_fwd(
 
 @triton.jit
 def _dora_norm_fwd(
-    w_ptr, a_ptr, b_ptr, norm_ptr, N, K, R, scaling,
+    w_ptr, a_ptr, b_ptr, norm_ptr, N, K, R, scaling, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     # |W + scaling B A| of each row, without the sum in memory
@@ -287,7 +307,7 @@ def _dora_norm_fwd(
             b = tl.load(b_ptr + cols[:, None] * R + low[None, :], b_live, other=0.0)
             a_live = (low < R)[:, None] & (deep < K)[None, :]
             a = tl.load(a_ptr + low[:, None] * K + deep[None, :], a_live, other=0.0)
-            product = tl.dot(b, a, product, input_precision="ieee")
+            product = tl.dot(b, a, product, input_precision=PRECISION)
         live = (cols < N)[:, None] & (deep < K)[None, :]
         w = tl.load(w_ptr + cols[:, None] * K + deep[None, :], live, other=0.0).to(tl.float32)
         w += scaling * product
@@ -297,7 +317,7 @@ def _dora_norm_fwd(
 
 @triton.jit
 def _lora_bwd(
-    dout_ptr, s_ptr, b_ptr, ds_ptr, db_ptr, M, N, R, scaling,
+    dout_ptr, s_ptr, b_ptr, ds_ptr, db_ptr, M, N, R, scaling, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     # One pass over dout for each BLOCK_R of the rank: dS of BLOCK_M rows, and these rows' share of dB, which is added
@@ -314,36 +334,37 @@ def _lora_bwd(
         b_live = (cols < N)[:, None] & (low < R)[None, :]
         places = cols[:, None] * R + low[None, :]
         b = tl.load(b_ptr + places, b_live, other=0.0)
-        ds = tl.dot(dout, b, ds, input_precision="ieee")
-        db = scaling * tl.dot(tl.trans(dout), s, input_precision="ieee")  # [BLOCK_N, BLOCK_R]
+        ds = tl.dot(dout, b, ds, input_precision=PRECISION)
+        db = scaling * tl.dot(tl.trans(dout), s, input_precision=PRECISION)  # [BLOCK_N, BLOCK_R]
         tl.store(db_ptr + tl.program_id(0).to(tl.int64) * N * R + places, db, b_live)
     tl.store(ds_ptr + rows[:, None] * R + low[None, :], (scaling * ds).to(ds_ptr.dtype.element_ty), s_live)
 
 
 @triton.jit
 def _lora_a_bwd(
-    ds_ptr, x_ptr, adapter_ptr, seed_ptr, partial_ptr, M, K, R, tiles, threshold, keep_scale,
-    ADAPTERS: tl.constexpr, DROPOUT: tl.constexpr,
+    ds_ptr, x_ptr, adapter_ptr, seed_ptr, partial_ptr, M, K, R, adapters, tiles, threshold, keep_scale,
+    ADAPTERS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    # Program (i, j, k): columns of block i of dA, summed over the share j of the rows; k: adapter and share of the rank
-    blocks_r = tl.cdiv(R, BLOCK_R)
-    e, adapters = tl.program_id(2) // blocks_r, tl.num_programs(2) // blocks_r
-    cols = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-    low = tl.program_id(2) % blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    # Program (i, j): the share j of the rows, summed; i: a block of columns of dA, a share of the rank, an adapter. Of
+    # these there may be more than the 65,535 that a grid's other dimensions take.
+    blocks_k, blocks_r = tl.cdiv(K, BLOCK_K), tl.cdiv(R, BLOCK_R)
+    block, e = tl.program_id(0) // blocks_k, tl.program_id(0) // (blocks_k * blocks_r)
+    cols = (tl.program_id(0) % blocks_k).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    low = block % blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)
     acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     first = tl.program_id(1) * tiles
     for tile in range(first, tl.minimum(first + tiles, tl.cdiv(M, BLOCK_M))):
         rows = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         own = rows < M
         if ADAPTERS:
-            own = own & (tl.load(adapter_ptr + rows, own, other=-1).to(tl.int32) == e)
+            own = own & (tl.load(adapter_ptr + rows, own, other=-1) == e)
         ds = tl.load(ds_ptr + rows[None, :] * R + low[:, None], own[None, :] & (low < R)[:, None], other=0.0)
         x = tl.load(x_ptr + rows[:, None] * K + cols[None, :], own[:, None] & (cols < K)[None, :], other=0.0)
         if DROPOUT:
             x = tl.where(_kept(seed_ptr, rows, cols, threshold), x * keep_scale, 0.0).to(x.dtype)
-        acc = tl.dot(ds, x, acc, input_precision="ieee")
-    share = (tl.program_id(1) * adapters + e).to(tl.int64) * R
+        acc = tl.dot(ds, x, acc, input_precision=PRECISION)
+    share = (tl.program_id(1).to(tl.int64) * adapters + e) * R
     places = (share + low)[:, None] * K + cols[None, :]
     tl.store(partial_ptr + places, acc, (low < R)[:, None] & (cols < K)[None, :])
 
@@ -354,6 +375,9 @@ def _lora_a_bwd(
 # "fused": _lora_fwd. _lora_paths.py says which was the fastest where all were measured; elsewhere "cublas" is taken,
 # which is never slower than the baseline.
 PATHS = ("cublas", "epilogue", "fused")
+
+PARTIAL_ROWS = 128  # of dout, which _lora_bwd sums up in one tile
+PARTIAL_BUDGET = 256 << 20  # bytes of its partial sums; beyond, dS and dB are two products, which need none
 
 
 def _path(x: Tensor, N: int, R: int) -> str:
@@ -387,8 +411,8 @@ def _shrink(x: Tensor, a: Tensor, adapter: Tensor | None, seed: Tensor | None, d
     if S.numel():
         block_m, block_r = 32 if 64 * multiprocessors(x) > M else 64, _ranks(R, 64)
         _shrink_fwd[(cdiv(M, block_m), cdiv(R, block_r))](
-            x, a, adapter, seed, S, M, K, R, *_drop_arguments(seed, dropout),
-            adapter is not None, seed is not None, block_m, 64, block_r, num_warps=4, num_stages=3,
+            x, a, adapter, seed, S, M, K, R, a.shape[0], *_drop_arguments(seed, dropout),
+            adapter is not None, seed is not None, precision(), block_m, 64, block_r, num_warps=4, num_stages=3,
         )  # fmt: skip
     return S
 
@@ -410,9 +434,9 @@ def _expand_(
     if out.numel():
         block_n = 64 if out.dtype == torch.float32 else 128
         _expand_fwd[(cdiv(M, 64) * cdiv(N, block_n),)](
-            out, S, b, adapter, seed, gain, bias, M, N, R, b.stride(0), b.stride(-2), b.stride(-1),
+            out, S, b, adapter, seed, gain, bias, M, N, R, b.shape[0], b.stride(0), b.stride(-2), b.stride(-1),
             scaling, *_drop_arguments(seed, dropout),
-            adapter is not None, seed is not None, gain is not None, bias is not None, 64, block_n,
+            adapter is not None, seed is not None, gain is not None, bias is not None, precision(), 64, block_n,
             _ranks(R, _most_ranks(out)), num_warps=4, num_stages=1,
         )  # fmt: skip
 
@@ -432,8 +456,9 @@ def _fused(
     if out.numel():
         tile, block_r = _fused_tile(x), _ranks(R, 16 if x.dtype == torch.float32 else 32)
         _lora_fwd[(cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]),)](
-            x, W, S, b, adapter, gain, bias, out, M, N, K, R, b.stride(0), b.stride(-2), b.stride(-1), scaling,
-            adapter is not None, gain is not None, bias is not None, BLOCK_R=block_r, GROUP=8, **tile,
+            x, W, S, b, adapter, gain, bias, out, M, N, K, R, b.shape[0], b.stride(0), b.stride(-2), b.stride(-1),
+            scaling, adapter is not None, gain is not None, bias is not None, precision(),
+            BLOCK_R=block_r, GROUP=8, **tile,
         )  # fmt: skip
     return out
 
@@ -456,21 +481,40 @@ def _a_grad(
     tiles = cdiv(cdiv(M, 32), splits)
     partial = x.new_zeros(splits, adapters, R, K, dtype=torch.float32)
     if M * K:
-        _lora_a_bwd[(cdiv(K, block_k), splits, adapters * cdiv(R, block_r))](
-            dS, x, adapter, seed, partial, M, K, R, tiles, *_drop_arguments(seed, dropout),
-            adapter is not None, seed is not None, 32, block_k, block_r, num_warps=4, num_stages=2,
+        _lora_a_bwd[(cdiv(K, block_k) * cdiv(R, block_r) * adapters, splits)](
+            dS, x, adapter, seed, partial, M, K, R, adapters, tiles, *_drop_arguments(seed, dropout),
+            adapter is not None, seed is not None, precision(), 32, block_k, block_r, num_warps=4, num_stages=2,
         )  # fmt: skip
     return partial.sum(0).to(x.dtype).view(a.shape)
+
+
+def _partial_fits(M: int, N: int, R: int) -> bool:
+    """Are _dout_once's partial sums of dB small beside what it spares?"""
+    return 4 * cdiv(M, PARTIAL_ROWS) * N * R <= PARTIAL_BUDGET
 
 
 def _dout_once(g: Tensor, S: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """dS (M, R) and dB (N, R), from one pass over g."""
     (M, N), R = g.shape, S.shape[1]
-    dS, block_m, block_r = torch.empty_like(S), 128, _ranks(R, _most_ranks(g))
-    partial = g.new_zeros(max(1, cdiv(M, block_m)), N, R, dtype=torch.float32)
+    dS, block_r = torch.empty_like(S), _ranks(R, _most_ranks(g))
+    partial = g.new_empty(cdiv(M, PARTIAL_ROWS), N, R, dtype=torch.float32)
     if M:
-        _lora_bwd[(cdiv(M, block_m), cdiv(R, block_r))](
-            g, S, b, dS, partial, M, N, R, scaling, block_m, 32, block_r, num_warps=8, num_stages=2
+        _lora_bwd[(cdiv(M, PARTIAL_ROWS), cdiv(R, block_r))](
+            g,
+            S,
+            b,
+            dS,
+            partial,
+            M,
+            N,
+            R,
+            scaling,
+            precision(),
+            PARTIAL_ROWS,
+            32,
+            block_r,
+            num_warps=8,
+            num_stages=2,
         )
     return dS, partial.sum(0).to(g.dtype)
 
@@ -484,12 +528,13 @@ def _stacked(S: Tensor, adapter: Tensor | None, adapters: int) -> Tensor:
 
 
 def _picked(S: Tensor, adapter: Tensor | None, adapters: int) -> Tensor:
-    """(M, adapters R) -> (M, R), the place of each row's adapter; zero where it has none."""
+    """(M, adapters R) -> (M, R), the place of each row's adapter; zero where it has none or one that is not there."""
     if adapter is None:
         return S
-    index = adapter.long().clamp(min=0)[:, None, None].expand(-1, 1, S.shape[1] // adapters)
-    own = S.view(len(S), adapters, -1).gather(1, index)[:, 0]
-    return own.masked_fill((adapter < 0)[:, None], 0)
+    ids, R = adapter.long(), S.shape[1] // adapters
+    index = ids.clamp(0, adapters - 1)[:, None, None].expand(-1, 1, R)
+    own = S.view(-1, adapters, R).gather(1, index)[:, 0]
+    return own.masked_fill(((ids < 0) | (ids >= adapters))[:, None], 0)
 
 
 def _forward(
@@ -525,6 +570,8 @@ def _down(
     """S (M, R)."""
     if use_triton(x) and not (seed is None and adapter is None and path == "cublas"):
         return _shrink(x, lora_a, adapter, seed, dropout)
+    if adapter is not None:
+        check_ids("adapter", adapter, -1, lora_a.shape[0] - 1)
     dropped = x if seed is None else _drop(x, dropout, seed)
     return _picked(dropped @ _end_to_end(lora_a).T, adapter, lora_a.shape[0])
 
@@ -605,7 +652,20 @@ def _norm(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     norm = W.new_empty(N, dtype=torch.float32)
     if N:
         _dora_norm_fwd[(cdiv(N, 32),)](
-            W, A, B, norm, N, K, R, scaling, 32, 64, _ranks(R, _most_ranks(W)), num_warps=4, num_stages=2
+            W,
+            A,
+            B,
+            norm,
+            N,
+            K,
+            R,
+            scaling,
+            precision(),
+            32,
+            64,
+            _ranks(R, _most_ranks(W)),
+            num_warps=4,
+            num_stages=2,
         )
     return norm
 
@@ -679,7 +739,8 @@ def _up_backward(
             before = F.linear(x, W).addmm_(S, B.T, alpha=scaling)
             dm = (dout.to(norm.dtype) * before).sum(0) / norm
         g = (dout * (magnitude / norm)).to(dout.dtype)
-    if use_triton(x) and with_dlora and adapter is None and path != "cublas":
+    once = path != "cublas" and adapter is None and _partial_fits(*dout.shape, S.shape[1])
+    if use_triton(x) and with_dlora and once:
         dS, db = _dout_once(g, S, lora_b, scaling)
         return g, dS, db, dm
     dS = _picked(g @ B, adapter, adapters).mul_(scaling)  # (M, R)
@@ -773,6 +834,7 @@ def _check(
     magnitude: Tensor | None,
     adapter: Tensor | None,
     dropout: float,
+    scaling: float,
 ) -> None:
     if len(weight.shape) != 2:
         raise ValueError(f"weight: expected shape (out, in), got {tuple(weight.shape)}")
@@ -783,21 +845,36 @@ def _check(
         raise ValueError("weight: it gets no gradient here; pass weight.detach()")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected a share from 0 to below 1, got {dropout}")
-    stack = {} if adapter is None else {"adapters": lora_a.shape[0]}
-    R = lora_a.shape[-2] if lora_a.ndim > 1 else -1
+    check_number("scaling", scaling)
+    stack = {} if adapter is None or not lora_a.ndim else {"adapters": lora_a.shape[0]}
+    R = lora_a.shape[-2] if lora_a.ndim > 1 else 1
     check_shape("lora_a", lora_a, **stack, rank=R, **{"in": K})
     check_shape("lora_b", lora_b, **stack, out=N, rank=R)
-    if use_triton(x):
-        check_dtype("x", x)
-        if R > 256:
-            raise NotImplementedError(
-                f"lora_a: expected rank 1 to 256, got {R}; merge the adapter into the weight"
-            )
+    if not R or 0 in stack.values():
+        raise ValueError(
+            f"lora_a: expected at least one adapter of rank 1 or more, got {tuple(lora_a.shape)}"
+        )
+    if use_triton(x) and R > 256:
+        raise NotImplementedError(
+            f"lora_a: expected rank 1 to 256, got {R}; merge the adapter into the weight"
+        )
+
+    dense = weight if isinstance(weight, Tensor) else weight.packed
+    check_device(
+        x, weight=dense, lora_a=lora_a, lora_b=lora_b, bias=bias, magnitude=magnitude, adapter=adapter
+    )
+    check_dtype("x", x)
+    floats = {"lora_a": lora_a, "lora_b": lora_b, "bias": bias, "magnitude": magnitude}
+    floats |= {"weight": weight} if isinstance(weight, Tensor) else {}
+    for name, t in floats.items():
+        if t is not None:
+            check_dtype(name, t, *FLOATS)
     for name, vector in (("bias", bias), ("magnitude", magnitude)):
         if vector is not None:
             check_shape(name, vector, out=N)
     if adapter is not None:
         check_shape("adapter", adapter, **{f"x.shape[{i}]": size for i, size in enumerate(x.shape[:-1])})
+        check_dtype("adapter", adapter, torch.int64, torch.int32, torch.int16, torch.int8)
         if magnitude is not None:
             raise NotImplementedError("magnitude: not with several adapters; call lora_linear for each")
 
@@ -817,7 +894,7 @@ def _lora_linear(
     path: str = "",
 ) -> Tensor:
     """lora_linear by one of PATHS, which the benchmark and the tests choose themselves; "": as measured."""
-    _check(x, weight, lora_a, lora_b, bias, magnitude, adapter, dropout)
+    _check(x, weight, lora_a, lora_b, bias, magnitude, adapter, dropout, scaling)
     N, K = weight.shape
     x = x.to(autocast_dtype(x))
     dtype, rows = x.dtype, x if x.ndim == 2 else x.reshape(-1, K)
@@ -1021,11 +1098,14 @@ def lora_linear(
     x: (..., in)    weight: (out, in), a tensor or 4-bit    lora_a: (R, in)    lora_b: (out, R)    bias: (out,)
     magnitude: (out,), DoRA: before the bias, the result is scaled by magnitude / |W + scaling B A| for each output.
     adapter: (...) int, for stacked lora_a (adapters, R, in) and lora_b (adapters, out, R): each row's own, -1 for none.
+        A number that is neither raises on a CPU; elsewhere the host does not wait to look, and such a row of the result
+        is NaN, and of dx where the adapter sees x.
     dropout: share of x that the adapter does not see; which, follows from `seed`, an int or a 0-d int64 tensor (an int
         would freeze in a CUDA graph).
 
     Returns (..., out) in x's dtype, which the products are computed in. With lora_b = 0 the result on a CPU has the
     bits of F.linear(x, weight, bias).
+    Raises ValueError for other shapes and dtypes, a scaling that is not finite, and tensors on several devices.
     """
     return _lora_linear(
         x, weight, lora_a, lora_b, scaling,
@@ -1062,7 +1142,10 @@ def lora_linears(
     formats: set[Any] = set()
     for i, weight in enumerate(weights):
         bias, magnitude = _at([*biases], i), _at([*magnitudes], i)
-        _check(x, weight, lora_a[i], lora_b[i], bias, magnitude, adapter, dropout)
+        _check(x, weight, lora_a[i], lora_b[i], bias, magnitude, adapter, dropout, scalings[i])
+        if adapter is not None and lora_a[i].shape[0] != lora_a[0].shape[0]:
+            sizes = [a.shape[0] for a in lora_a]
+            raise ValueError(f"lora_a: expected as many stacked adapters in every layer, got {sizes}")
         formats.add(None if isinstance(weight, Tensor) else (weight.blocksize, weight.offset is None))
     if len(formats) != 1:
         raise ValueError(f"weights: expected some, all dense or all 4-bit of one format, got {count}")

@@ -40,9 +40,12 @@ from torch import Tensor
 
 from ._four_bit import NF4Weight, dequantize, multiplied_out, unnested
 from ._launch import (
+    FLOATS,
     capability,
     cdiv,
+    check_device,
     check_dtype,
+    check_number,
     check_shape,
     next_power_of_2,
     precision,
@@ -107,7 +110,7 @@ def moe_route_reference(
     z_loss = z.logsumexp(-1).square().sum() / tokens
     dropped = counts.new_zeros(())
     if capacity_factor is not None:
-        capacity = math.ceil(capacity_factor * T * top_k / E)
+        capacity = math.ceil(min(capacity_factor, E) * T * top_k / E)  # E: every choice of one expert
         full = _place_in_expert(indices, E) >= capacity
         indices, weights = indices.masked_fill(full, E), weights.masked_fill(full, 0)
         dropped = full.sum()
@@ -176,6 +179,7 @@ def _activate(h: Tensor, activation: str, alpha: float, limit: float) -> Tensor:
 # ---- CPU path
 
 
+@torch.autocast("cpu", enabled=False)  # in x's dtype, as the kernels
 def _mlp_cpu(
     x: Tensor,
     gate_up: Tensor | NF4Weight,
@@ -316,11 +320,12 @@ def _scatter(indices_ptr, counts_ptr, ends_ptr, row_ptr, choice_ptr, N, E, BLOCK
     """A choice's row is the number of choices of earlier experts, of its expert in earlier blocks, and in its block."""
     i = tl.arange(0, BLOCK_N)
     n = tl.program_id(0) * BLOCK_N + i
-    expert = tl.load(indices_ptr + n, n < N, other=-1).to(tl.int32)
-    kept = (expert >= 0) & (expert < E)
+    expert = tl.load(indices_ptr + n, n < N, other=-1)
+    kept = (expert >= 0) & (expert < E)  # before it is cut to 32 bits: 2^40 is no expert 0
+    expert = tl.where(kept, expert, -1).to(tl.int32)
     cell = expert * BLOCKS + tl.program_id(0)
     before = tl.load(ends_ptr + cell, kept, other=0) - tl.load(counts_ptr + cell, kept, other=0)
-    others = tl.load(indices_ptr + tl.program_id(0) * BLOCK_N + i, n < N, other=-1).to(tl.int32)
+    others = tl.load(indices_ptr + tl.program_id(0) * BLOCK_N + i, n < N, other=-1)
     earlier = (expert[:, None] == others[None, :]) & (i[None, :] < i[:, None])  # [BLOCK_N, BLOCK_N]
     row = before + tl.sum(earlier.to(tl.int32), 1)
     tl.store(row_ptr + n, tl.where(kept, row, -1), n < N)
@@ -970,19 +975,24 @@ def moe_route(
         (DeepSeek-V2), or with sigmoid the sum of its two best (DeepSeek-V3).
     renormalize: weights of a token sum to 1 (before scale).
     capacity_factor: each expert takes ceil(capacity_factor T K / E) choices, first choices first, then by token; what
-        finds it full has weight 0 and index E, which moe_mlp passes over.
+        finds it full has weight 0 and index E, which moe_mlp passes over. Infinite: nothing is dropped.
     Returns weights (T, K) fp32, indices (T, K) int64, most likely first, and RouteStatistics; the host reads nothing.
-    Raises ValueError for numbers out of range and other shapes.
+    A token with NaN among its logits has NaN among its weights, and indices of experts that are there.
+    Raises ValueError for numbers out of range, other shapes and dtypes, and tensors on two devices.
     """
     if logits.dim() != 2 or not 1 <= top_k <= logits.shape[1]:
         raise ValueError(
             f"logits: expected (tokens, experts >= top_k={top_k} >= 1), got {tuple(logits.shape)}"
         )
     E = logits.shape[1]
+    check_dtype("logits", logits, *FLOATS)
+    check_device(logits, bias=bias)
+    check_number("scale", scale)
     if score not in ("softmax", "sigmoid"):
         raise ValueError(f"score: expected softmax or sigmoid, got {score!r}")
     if bias is not None:
         check_shape("bias", bias, experts=E)
+        check_dtype("bias", bias, *FLOATS)
     if groups < 1 or E % groups or not 1 <= top_groups <= groups or top_groups * (E // groups) < top_k:
         raise ValueError(
             f"groups, top_groups: expected a divisor of {E} experts, and enough of them to choose {top_k} from, "
@@ -1022,18 +1032,30 @@ def moe_mlp(
     gate_up_a, gate_up_b: (E, R, C) and (E, 2F, R)    down_a, down_b: (E, R, F) and (E, C, R), adapters: each expert's
         weight is W + B A. A scaling is multiplied into B before. Their ranks may differ; computed in x's dtype.
     Returns (T, C) in x's dtype. Differentiable in all but indices; frozen experts cost no weight gradient.
-    Raises ValueError for shapes and dtypes other than these.
+    Raises ValueError for shapes and dtypes other than these, for tensors on several devices, for an alpha that is not
+    finite and a limit below 0.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    check_number("alpha", alpha)
+    if not limit >= 0:
+        raise ValueError(f"limit: expected a number of at least 0, got {limit}")
     if x.dim() != 2 or len(down.shape) != 3 or weights.dim() != 2:
         got = ", ".join(str(tuple(t.shape)) for t in (x, down, weights))
         raise ValueError(f"x, down, weights: expected (T, C), (E, C, F), (T, K), got {got}")
+    check_dtype("x", x)
+    check_device(
+        x, weights=weights, indices=indices, gate_up_bias=gate_up_bias, down_bias=down_bias, gate_up_a=gate_up_a,
+        gate_up_b=gate_up_b, down_a=down_a, down_b=down_b,
+    )  # fmt: skip
     (T, C), (E, _, F), K = x.shape, down.shape, weights.shape[1]
+    if not E:
+        raise ValueError("down: expected at least one expert, got none")
     width = F if activation == "relu2" else 2 * F
     _check_experts("gate_up", gate_up, x, experts=E, width=width, hidden=C)
     _check_experts("down", down, x, experts=E, hidden=C, ffn=F)
     check_shape("weights", weights, tokens=T, top_k=K)
+    check_dtype("weights", weights, *FLOATS)
     check_shape("indices", indices, tokens=T, top_k=K)
     check_dtype("indices", indices, torch.int32, torch.int64)
     for name, bias, size in (("gate_up_bias", gate_up_bias, width), ("down_bias", down_bias, C)):
@@ -1051,7 +1073,6 @@ def moe_mlp(
     if not use_triton(x):
         options = (indices, activation, alpha, limit)
         return _mlp_on_cpu(*operands, *four_bit, blocksizes, [E, width, F], *options)
-    check_dtype("x", x)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
     operands = [None if t is None else t.contiguous() for t in operands]
     block_m = _block_m(T * K, E)
@@ -1064,6 +1085,7 @@ def moe_mlp(
 
 def _check_experts(name: str, weight: Tensor | NF4Weight, x: Tensor, **dims: int) -> None:
     check_shape(name, weight, **dims)
+    check_device(x, **{name: weight if isinstance(weight, Tensor) else weight.packed})
     if isinstance(weight, Tensor):
         return check_dtype(name, weight, x.dtype)
     one = weight.numel // max(weight.shape[0], 1)
@@ -1086,4 +1108,6 @@ def _adapter(
         )
     check_shape(f"{name}_a", a, experts=E, rank=a.shape[1], **{"in": C})
     check_shape(f"{name}_b", b, experts=E, out=N, rank=a.shape[1])
+    check_dtype(f"{name}_a", a, *FLOATS)
+    check_dtype(f"{name}_b", b, *FLOATS)
     return a.to(dtype), b.to(dtype)

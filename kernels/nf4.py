@@ -27,19 +27,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._four_bit import NESTED, TILE, NF4Weight, dequantize, product
+from ._four_bit import BLOCKSIZES, NESTED, TILE, NF4Weight, dequantize, product
 from ._launch import (
     DTYPES,
+    FLOATS,
     autocast_dtype,
     cdiv,
+    check_device,
     check_dtype,
     check_shape,
     register,
     use_triton,
 )
 from ._triton import tl, triton
-
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 # bit for bit what the files hold: the quantiles as defined differ by up to 2e-7
 NF4 = (
@@ -275,6 +275,7 @@ def quantize_nf4(
     weight: any shape, fp32, bf16 or fp16; blocks run over it in row-major order
     blocksize: weights that share an absmax, a power of two from 32 to 4096    quant_type: "nf4" or "fp4"
     double_quant: absmax in 8 bits, too
+    A number that is not finite makes its block NaN or infinite; with double_quant the whole weight, on any device.
     """
     if blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize: expected one of {BLOCKSIZES}, got {blocksize}")
@@ -300,16 +301,20 @@ def dequantize_nf4(weight: NF4Weight, dtype: torch.dtype | None = None) -> Tenso
 def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias, W frozen; what is saved for the backward is W in its 4 bits.
 
-    x: (..., in)    weight: shape (out, in)    bias: (out,)
+    x: (..., in)    weight: shape (out, in)    bias: (out,), any float dtype
     Returns (..., out) in x's dtype, in which W is multiplied out.
+    Raises ValueError for other shapes and dtypes, and for tensors on several devices.
     """
     if len(weight.shape) != 2:
         raise ValueError(f"weight: expected shape (out, in), got {weight.shape}")
     N, K = weight.shape
     if x.ndim == 0 or x.shape[-1] != K:
         raise ValueError(f"x: expected shape (..., in={K}), got {tuple(x.shape)}")
+    check_dtype("x", x)
+    check_device(x, weight=weight.packed, bias=bias)
     if bias is not None:
         check_shape("bias", bias, out=N)
+        check_dtype("bias", bias, *FLOATS)
     x = x.to(autocast_dtype(x))
     bias = None if bias is None else bias.contiguous()
     y = _nf4(x.reshape(-1, K).contiguous(), *weight.tensors(), bias, N, weight.blocksize)

@@ -24,8 +24,11 @@ import torch
 from torch import Tensor
 
 from ._launch import (
+    FLOATS,
     cdiv,
+    check_device,
     check_dtype,
+    check_number,
     check_shape,
     most_warps,
     multiprocessors,
@@ -398,8 +401,12 @@ _rms_norm_backward = register("rms_norm_backward", _backward, _backward_fake)
 _rms_norm = register("rms_norm", _forward, _forward_fake, _save, _differentiate)
 
 
+def _rstd(x: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(x.square().mean(-1, keepdim=True).add_(eps))
+
+
 def _normalise(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    rstd = torch.rsqrt(x.square().mean(-1, keepdim=True).add_(eps))
+    rstd = _rstd(x, eps)
     return (x * rstd).mul_(w), rstd
 
 
@@ -410,11 +417,14 @@ class _RMSNormTorch(torch.autograd.Function):
     def forward(ctx, x: Tensor, w: Tensor, eps: float) -> Tensor:
         y, rstd = _normalise(x, w, eps)
         ctx.save_for_backward(x, w, rstd)
+        ctx.eps = eps
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x, w, rstd = ctx.saved_tensors
+        if torch.is_grad_enabled():  # under create_graph: x's share in the saved rstd has no derivative
+            rstd = _rstd(x, ctx.eps)
         N = x.shape[-1]
         xhat = x * rstd
         products = (dy * xhat).reshape(
@@ -425,6 +435,16 @@ class _RMSNormTorch(torch.autograd.Function):
         return dx, products.sum(0), None
 
 
+def _check(x: Tensor, weight: Tensor, eps: float) -> None:
+    if not x.ndim:
+        raise ValueError("x: expected shape (..., hidden), got ()")
+    check_dtype("x", x)
+    check_shape("weight", weight, hidden=x.shape[-1])
+    check_dtype("weight", weight, *FLOATS)
+    check_device(x, weight=weight)
+    check_number("eps", eps, 0)
+
+
 # ---- public op
 
 
@@ -433,14 +453,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, unit_offset: bool 
 
     x: (..., hidden) float, statistics are kept in fp32    weight: (hidden,), any float dtype
     Returns (..., hidden) in x's dtype.
+    Raises ValueError for other shapes and dtypes, an eps below 0, and tensors on several devices.
     """
-    check_shape("weight", weight, hidden=x.shape[-1])
+    _check(x, weight, eps)
     if use_triton(x):
-        check_dtype("x", x)
         return _rms_norm(x.contiguous(), None, weight.contiguous(), eps, unit_offset)[0]
     if x.dtype == weight.dtype == torch.float32:
         w = weight + 1 if unit_offset else weight
-        return _RMSNormTorch.apply(x, w, eps) if torch.is_grad_enabled() else _normalise(x, w, eps)[0]
+        # in a graph the compiler makes a backward of its own; of ours it would not see the second derivative
+        own = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return _RMSNormTorch.apply(x, w, eps) if own else _normalise(x, w, eps)[0]
     return rms_norm_reference(x, weight, eps, unit_offset=unit_offset)
 
 
@@ -452,12 +474,13 @@ def add_rms_norm(
     x, residual: (..., hidden), of equal or different dtypes: a bf16 branch on an fp32 stream is fine
     weight: (hidden,), any float dtype
     Returns the normalised (..., hidden) in x's dtype, and the sum (..., hidden) in the wider dtype of the two.
+    Raises ValueError as rms_norm does.
     """
+    _check(x, weight, eps)
     check_shape("residual", residual, **{f"x.shape[{i}]": size for i, size in enumerate(x.shape)})
-    check_shape("weight", weight, hidden=x.shape[-1])
+    check_dtype("residual", residual)
+    check_device(x, residual=residual)
     if use_triton(x):
-        check_dtype("x", x)
-        check_dtype("residual", residual)
         y, h, _ = _rms_norm(x.contiguous(), residual.contiguous(), weight.contiguous(), eps, unit_offset)
         return y, h
     h = x + residual

@@ -25,7 +25,17 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ._launch import cdiv, check_dtype, check_shape, next_power_of_2, register, use_triton
+from ._launch import (
+    FLOATS,
+    cdiv,
+    check_device,
+    check_dtype,
+    check_ids,
+    check_shape,
+    next_power_of_2,
+    register,
+    use_triton,
+)
 from ._triton import tl, triton
 
 # ---- reference
@@ -65,7 +75,9 @@ def _turn_heads(
     BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_PASS: tl.constexpr,
 ):  # fmt: skip
     # cos, sin [BLOCK_T, 1, BLOCK_HALF]; where: each token's offset in x; tokens: its row in the contiguous output
-    heads = first_head + tl.arange(0, BLOCK_H)
+    heads = tl.cast(first_head, tl.int64) + tl.arange(
+        0, BLOCK_H
+    )  # of a (B, H, T, D) seen as (B, T, H, D): far apart
     seen = live[:, None, None] & (heads < HEADS)[None, :, None]  # [BLOCK_T, BLOCK_H, 1]
     source = where[:, None, None] + heads[None, :, None] * stride_head
     target = (tokens.to(tl.int64)[:, None, None] * HEADS + heads[None, :, None]) * D
@@ -92,7 +104,7 @@ def _turn_heads(
 
 @triton.jit
 def _rope(
-    q_ptr, k_ptr, cos_ptr, sin_ptr, positions_ptr, q_out_ptr, k_out_ptr, tokens, T, H, G,
+    q_ptr, k_ptr, cos_ptr, sin_ptr, positions_ptr, q_out_ptr, k_out_ptr, tokens, T, table, H, G,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
     D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_PASS: tl.constexpr,
@@ -103,13 +115,15 @@ def _rope(
     block = tl.program_id(0) % blocks
     token = (tl.program_id(0) // blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
     live = token < tokens
-    row = (token % T).to(tl.int64)
+    row, known = (token % T).to(tl.int64), live
     if positions_ptr is not None:
         row = tl.load(positions_ptr + token, live, other=0)
+        known = live & (row >= 0) & (row < table)
     cols = tl.arange(0, BLOCK_HALF)[None, :]
-    mask = live[:, None] & (cols < HALF)
-    cos = tl.load(cos_ptr + row[:, None] * HALF + cols, mask, other=0.0).to(tl.float32)[:, None, :]
-    sin = tl.load(sin_ptr + row[:, None] * HALF + cols, mask, other=0.0).to(tl.float32)[:, None, :]
+    mask = known[:, None] & (cols < HALF)
+    nan = float("nan")  # of a position that the table has not
+    cos = tl.load(cos_ptr + row[:, None] * HALF + cols, mask, other=nan).to(tl.float32)[:, None, :]
+    sin = tl.load(sin_ptr + row[:, None] * HALF + cols, mask, other=nan).to(tl.float32)[:, None, :]
     if INVERSE:
         sin = -sin
     if block < q_blocks:
@@ -154,7 +168,7 @@ def _launch(
     config = _config(H, G, D)
     blocks = cdiv(H, config["BLOCK_H"]) + cdiv(G, config["BLOCK_H"])
     _rope[(cdiv(B * T, config["BLOCK_T"]) * blocks,)](
-        q, k, cos, sin, positions, q_out, k_out, B * T, T, H, G, *q.stride()[:3], *k.stride()[:3],
+        q, k, cos, sin, positions, q_out, k_out, B * T, T, cos.shape[0], H, G, *q.stride()[:3], *k.stride()[:3],
         D, half, interleaved, inverse,
         BLOCK_HALF=next_power_of_2(half),
         BLOCK_PASS=next_power_of_2(D - 2 * half),
@@ -238,9 +252,21 @@ def apply_rope(
 
     q: (..., T, H, D)    k: (..., T, G, D)    packed tokens are (total, H, D); read in place where D is contiguous
     cos, sin: (positions, rotary/2), any float dtype, rotary <= D; they take no gradient
-    positions: (..., T) int64, the table row of each token, not checked on CUDA; None means 0, 1, ..., T - 1
-    Returns q and k rotated, contiguous, in their dtypes.
+    positions: (..., T) int64, the table row of each token; None means 0, 1, ..., T - 1
+    Returns q and k rotated, contiguous, in their dtype.
+    Raises ValueError for other shapes and dtypes, for tensors on several devices, and on a CPU for a position that the
+    table has not; elsewhere the host does not wait to look, and what such a token would turn is NaN.
     """
+    if q.ndim < 3 or k.ndim != q.ndim or cos.ndim != 2:
+        got = ", ".join(str(tuple(t.shape)) for t in (q, k, cos))
+        raise ValueError(
+            f"q, k, cos: expected (..., T, H, D), (..., T, G, D), (positions, rotary/2), got {got}"
+        )
+    check_dtype("q", q)
+    check_dtype("k", k, q.dtype)
+    check_dtype("cos", cos, *FLOATS)
+    check_dtype("sin", sin, *FLOATS)
+    check_device(q, k=k, cos=cos, sin=sin, positions=positions)
     *lead, T, H, D = q.shape
     leading = {f"q.shape[{i}]": size for i, size in enumerate(lead)}
     check_shape("k", k, **leading, T=T, G=k.shape[-2], D=D)
@@ -250,12 +276,11 @@ def apply_rope(
     if positions is not None:
         check_shape("positions", positions, **leading, T=T)
         check_dtype("positions", positions, torch.int64)
+        check_ids("positions", positions, 0, cos.shape[0] - 1)
     elif cos.shape[0] < T:
         raise ValueError(f"cos: expected at least T = {T} rows, got {cos.shape[0]}")
     cos, sin = cos.detach(), sin.detach()
     if use_triton(q):
-        check_dtype("q", q)
-        check_dtype("k", k, q.dtype)
         B, G = math.prod(lead), k.shape[-2]
         rows_q, rows_k = (
             _rows(q.reshape(B, T, H, D)),

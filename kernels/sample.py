@@ -30,11 +30,23 @@ https://arxiv.org/abs/2407.01082
 # A launch passes numbers where the kernel is annotated tl.constexpr:
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._launch import INTERPRET, cdiv, check_dtype, check_shape, next_power_of_2, register, use_triton
+from ._launch import (
+    INTERPRET,
+    cdiv,
+    check_device,
+    check_dtype,
+    check_shape,
+    next_power_of_2,
+    readable,
+    register,
+    use_triton,
+)
 from ._triton import tl, triton
 
 TOP_P_WIDTH = 1024  # ids that top_p and min_p choose among without top_k
@@ -67,7 +79,7 @@ def sample_tokens_reference(
     if temperature == 0:
         token = order[:, :1]
         return token.squeeze(1), x.log_softmax(-1).gather(1, token).squeeze(1), None
-    u = x / temperature
+    u = (x - x.amax(-1, keepdim=True)) / temperature
     ids = torch.arange(x.shape[1], device=x.device).expand_as(x) if width is None else order[:, :width]
     kept = u.gather(1, ids)
     dropped = torch.zeros_like(ids, dtype=torch.bool)
@@ -88,6 +100,8 @@ def sample_tokens_reference(
 
 BLOCK = 128  # on a CPU: ids whose probabilities are summed before an id is looked for among them
 NARROW = 1024  # ids; fewer are added up one by one
+SMALL = 1e-30  # a temperature
+LEAST = 2.0**-126  # a temperature above 0: what fp32 resolves
 
 
 def _sample_cpu(
@@ -105,6 +119,8 @@ def _sample_cpu(
         return token, -(x - top[:, None]).exp_().sum(-1).log(), None
     width = _width(x.shape[1], temperature, top_k, top_p, min_p)
     if width is None:
+        if temperature < SMALL:  # a quotient of the logits themselves would overflow
+            x = x - x.amax(-1, keepdim=True)
         return *_invert(x if temperature == 1 else x / temperature, noise), None
     most, ids = x.topk(width)  # (B, width), most likely first
     u = (most - most[:, :1]) / temperature
@@ -138,8 +154,9 @@ def _invert(u: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     # the first that passes has a sum above 0; only NaN logits pass nowhere
     block = torch.searchsorted(reached, target, right=True).clamp_(max=blocks - 1)
     inside = p.gather(1, block[:, :, None].expand(B, 1, BLOCK)).squeeze(1).cumsum(-1, dtype=torch.float64)
-    # the sums were rounded: inside of the block, and past the ids of probability 0 with which it begins
+    # the sums were rounded: as far inside of the block as of its sum, past the ids of probability 0 at its start
     rest = (target - (reached - sums).gather(1, block)).clamp_(min=0)
+    rest *= inside[:, -1:] / sums.gather(1, block)
     rest = torch.minimum(rest, torch.nextafter(inside[:, -1:], torch.zeros_like(total)))
     chosen = block * BLOCK + torch.searchsorted(inside, rest, right=True)
     chosen = chosen.clamp_(max=V - 1)  # (B, 1)
@@ -180,8 +197,9 @@ def _sample_whole(
     logits_ptr, noise_ptr, top_ptr, sum_ptr, token_ptr, logprob_ptr, stride, V, P, scale,
     GREEDY: tl.constexpr, PIECE: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    # The piece in which the cumulative sum passes, then the id in it. Sums of one row differ in their last bits by the
-    # order of adding: the first that passes must have a probability, and where none does it is the last that has one.
+    # The piece in which the cumulative sum passes, then the id in it, as far inside as of the piece's sum, which fp32
+    # rounded. Sums of one row differ in their last bits by the order of adding: the first that passes must have a
+    # probability, and where none does it is the last that has one.
     b, p = tl.program_id(0), tl.arange(0, BLOCK_P)
     top, mass, highest = _pieces_of(top_ptr, sum_ptr, P, scale, BLOCK_P)
     reached = tl.cumsum(mass, 0)
@@ -192,14 +210,17 @@ def _sample_whole(
     else:
         passing = tl.min(tl.where((reached > target) & (mass > 0), p, P - 1), 0)
         piece = tl.minimum(passing, tl.max(tl.where(mass > 0, p, 0), 0))
-    target -= tl.sum(tl.where(p == piece, reached - mass, 0.0), 0)
+    here = tl.sum(tl.where(p == piece, mass, 0.0), 0)
+    target = (target - tl.sum(tl.where(p == piece, reached - mass, 0.0), 0)) / here
     i = piece * PIECE + tl.arange(0, PIECE)
     x = tl.load(logits_ptr + tl.cast(b, tl.int64) * stride + i, i < V, other=float("-inf")).to(tl.float32)
     if GREEDY:
         token = tl.min(tl.where(x == tl.max(x, 0), i, V - 1), 0)
     else:
         q = tl.exp2((x - highest) * scale)
-        passing = tl.min(tl.where((tl.cumsum(q.to(tl.float64), 0) > target) & (q > 0), i, V - 1), 0)
+        inside = tl.cumsum(q.to(tl.float64), 0)
+        target *= tl.max(inside, 0)
+        passing = tl.min(tl.where((inside > target) & (q > 0), i, V - 1), 0)
         token = tl.minimum(passing, tl.max(tl.where(q > 0, i, 0), 0))
     chosen = tl.sum(tl.where(i == token, x, 0.0), 0)
     tl.store(token_ptr + b, token.to(tl.int64))
@@ -367,7 +388,7 @@ def _sample(
     if not B:
         return token, logprob, support
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    scale = min(LOG2E / (temperature or 1.0), 3e38)
+    scale = LOG2E / (temperature or 1.0)
     pieces = cdiv(V, PIECE)
     block_p = next_power_of_2(pieces)
     whole = top_p is not None and top_k is None
@@ -432,26 +453,30 @@ def sample_tokens(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """A token for each row, its log-probability, and the ids that it was drawn from.
 
-    logits: (B, V), V at least 1. An id at -inf is never drawn; a row with NaN gives some id of the vocabulary.
-    noise: (B,) fp64 in [0, 1): the same number draws the same token.
-    temperature: 0 is the most likely id, the lowest where several are, at temperature 1 and without a support.
+    logits: (B, V), V at least 1. An id at -inf is never drawn. A row with NaN or +inf, or of -inf alone, gives some id
+        of the vocabulary and NaN.
+    noise: (B,) fp64 in [0, 1): the same number draws the same token. On a GPU, where looking would stall the device,
+        another gives some id.
+    temperature: finite. 0 is the most likely id, the lowest where several are, at temperature 1 and without a support.
     top_k: keep as many ids; V and more keep all.    top_p: in (0, 1].    min_p: in [0, 1].
 
     Returns token (B,) int64; logprob (B,) in nats, fp32 (fp64 for fp64); support (B, width) int32, most likely first,
         padded with -1, width the smaller of V and top_k (1,024 without top_k), or None where nothing is truncated.
     Of equally likely ids the lower comes first, and is kept, on a GPU; on a CPU torch.topk chooses among them. On a GPU
         a row has the same bits whatever else is in the batch.
-    Raises ValueError for shapes, dtypes and numbers other than these, NotImplementedError where a gradient is asked.
+    Raises ValueError for shapes, dtypes, devices and numbers other than these, NotImplementedError where a gradient is
+        asked.
     """
     if logits.dim() != 2 or logits.shape[1] < 1:
         raise ValueError(f"logits: expected (B, V) with V at least 1, got {tuple(logits.shape)}")
     check_dtype("logits", logits, torch.float32, torch.float16, torch.bfloat16, torch.float64)
     check_shape("noise", noise, B=logits.shape[0])
+    check_device(logits, noise=noise)
     check_dtype("noise", noise, torch.float64)
-    if not temperature >= 0:
-        raise ValueError(f"temperature: expected at least 0, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k: expected at least 1, got {top_k}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature: expected a finite number of at least 0, got {temperature}")
+    if top_k is not None and not (isinstance(top_k, int) and top_k >= 1):
+        raise ValueError(f"top_k: expected a whole number of at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
     if min_p is not None and not 0 <= min_p <= 1:
@@ -460,6 +485,9 @@ def sample_tokens(
         raise NotImplementedError(
             "sample_tokens: has no gradient; call it under torch.no_grad(), train through token_logprobs"
         )
+    if readable(logits) and not ((noise >= 0) & (noise < 1)).all():
+        raise ValueError("noise: expected numbers in [0, 1), got one outside")
+    temperature = max(temperature, LEAST) if temperature else 0.0
     how = temperature, *_meant(logits.shape[1], top_k, top_p, min_p)
     if not use_triton(logits):
         return _sample_cpu(logits, noise, *how)

@@ -35,8 +35,10 @@ from ._head import (
     check_adapter,
     check_budget,
     check_head,
+    check_ids,
     check_mask,
-    check_temperature,
+    check_rows,
+    checked_temperature,
     divergence_of,
     exponential,
     head_gradients,
@@ -49,11 +51,12 @@ from ._head import (
     split_temperature,
     widened,
 )
-from ._launch import check_shape, register, use_triton
+from ._launch import check_device, check_shape, readable, register, use_triton
 
 COPIES = 4  # of a block: the logits and temporaries
 NOTHING = -1e30  # the log-probability of a bucket that is not there, finite: 0 times it is 0
 LEAST = 2.0**-24  # of a teacher's tail
+SLACK = 0.05  # of a sum of probabilities whose logarithms were rounded to bf16
 
 # ---- reference
 
@@ -335,17 +338,18 @@ def topk_logprobs(
 
     hidden: (tokens, hidden)    weight: (vocabulary, hidden)    bias: (vocabulary,)    k: 1 to vocabulary
     lora_a: (R, hidden)    lora_b: (vocabulary, R): of an adapter, W + scaling B A, never multiplied out.
-    temperature: above 0, a number or (tokens,).    memory_budget: bytes that logits may take at any time.
+    temperature: finite and above 0, a number or (tokens,).    memory_budget: bytes of logits at any time.
 
     Returns ids (tokens, k) int32 and logprobs (tokens, k) in fp32 (fp64 for fp64). Ids that tie stand in any order.
-    Raises ValueError for shapes that disagree.
+    Raises ValueError for shapes, dtypes and devices that disagree, for numbers other than these and, on the CPU, for a
+    row's temperature; such a row gives NaN on CUDA.
     """
     budget = check_budget(hidden, memory_budget)
     check_head(hidden, weight, bias, softcap)
-    check_adapter(hidden, weight, lora_a, lora_b)
-    check_temperature(temperature, hidden.shape[0])
-    if not 1 <= k <= weight.shape[0]:
-        raise ValueError(f"k: expected 1 to vocabulary={weight.shape[0]}, got {k}")
+    check_adapter(hidden, weight, lora_a, lora_b, scaling)
+    temperature = checked_temperature(hidden, temperature)
+    if not isinstance(k, int) or not 1 <= k <= weight.shape[0]:
+        raise ValueError(f"k: expected a whole number from 1 to vocabulary={weight.shape[0]}, got {k}")
     hidden = cast(hidden)
     temperatures, number = split_temperature(temperature, torch.promote_types(hidden.dtype, torch.float32))
     with torch.no_grad():
@@ -378,15 +382,17 @@ def topk_divergence(
     beta, temperature, mask, memory_budget: as `token_divergence` has them; temperature is of the student's logits.
 
     Returns (tokens,) in fp32 (fp64 for fp64), with gradients to hidden, weight, bias and the adapter.
-    Raises ValueError for shapes that disagree and, on the CPU, for an id outside the vocabulary. On CUDA, where looking
-    would stall the device, such a row gives NaN.
+    Raises ValueError for shapes, dtypes and devices that disagree, for numbers other than these and, on the CPU, for
+    rows: an id outside the vocabulary or twice, a temperature, teacher_logprobs that are NaN or sum to a probability
+    above 1. On CUDA, where looking would stall the device, an id outside and such a temperature give NaN, the others a
+    number that is no divergence.
     """
     budget = check_budget(hidden, memory_budget)
     check_head(hidden, weight, bias, softcap)
-    check_adapter(hidden, weight, lora_a, lora_b)
+    check_adapter(hidden, weight, lora_a, lora_b, scaling)
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
-    check_temperature(temperature, tokens)
-    check_mask(mask, tokens)
+    temperature = checked_temperature(hidden, temperature)
+    check_mask(hidden, mask)
     if not 0 <= beta <= 1:
         raise ValueError(f"beta: expected a number from 0 to 1, got {beta}")
     if teacher_ids.ndim != 2 or teacher_ids.shape[0] != tokens:
@@ -394,8 +400,13 @@ def topk_divergence(
     if teacher_ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"teacher_ids: expected int32 or int64, got {teacher_ids.dtype}")
     check_shape("teacher_logprobs", teacher_logprobs, tokens=tokens, K=teacher_ids.shape[1])
-    if not hidden.is_cuda and not torch.compiler.is_compiling() and (teacher_ids >= vocabulary).any():
-        raise ValueError(f"teacher_ids: id {int(teacher_ids.max())} is outside a vocabulary of {vocabulary}")
+    if not teacher_logprobs.is_floating_point():
+        raise ValueError(f"teacher_logprobs: expected a floating dtype, got {teacher_logprobs.dtype}")
+    check_device(hidden, teacher_ids=teacher_ids, teacher_logprobs=teacher_logprobs)
+    if readable(hidden):
+        check_ids("teacher_ids", teacher_ids, vocabulary)
+        mass = teacher_logprobs.detach().double().masked_fill(teacher_ids < 0, -torch.inf).exp().sum(-1)
+        check_rows("teacher_logprobs", mass, mass <= 1 + SLACK, "to sum to a probability of at most 1")
     hidden = cast(hidden)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     if not use_triton(hidden) and 8 * wide.itemsize * tokens * vocabulary <= budget:

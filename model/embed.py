@@ -22,12 +22,14 @@ does not know it refuses by name. docs/embedding.md has the masks, the costs and
 Source: the sources of transformers 5.22.2 and trl 1.16.0, whose signatures these are
 """
 
+import copy
 import functools
 import importlib
 import math
 import types
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -50,20 +52,48 @@ NAME = "burnish"  # under which the registries know us
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "smollm3", "mixtral", "qwen3_moe", "gpt_oss")
 _LOOK = 1 << 22  # logits in memory at a time, where TRL asks for the likeliest token
 _STATE = "_burnish"  # the attribute of a model that holds what remove() needs
-_HEAD = "burnish_head"  # the keyword by which `_hand_over` reaches our forward
+_HEAD = "burnish_head"  # the keyword by which `_HandOver` reaches our forward
+
+
+class _Named(str):
+    """NAME in a model's config. Pickled it is the name of the implementation that was set before."""
+
+    def __new__(cls, name: str, before: str | None) -> "_Named":
+        named = super().__new__(cls, name)
+        named.before = before
+        return named
+
+    before: str | None
+
+    def __reduce__(self) -> Any:
+        return copy.copy, (self.before,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Named":
+        return self
 
 
 @dataclass
 class _Embedded:
-    """What remove() needs. The implementations are those that were set before, None where it was left alone."""
+    """What remove() needs. The implementations are those that were set before, None where it was left alone.
+
+    A pickled model is the plain one, which loads where there is no Burnish: what `apply` has put on it is pickled as
+    what was there before. Each of our forwards has the name `forward`, so pickle finds that of its module's class.
+    """
 
     attention: str | None = None
     experts: str | None = None
     head: Callable[..., Any] | None = None  # the model's forward
-    hook: Any = None  # the handle of `_hand_over`
+    hook: Any = None  # the handle of `_HandOver`
     forwards: list[tuple[nn.Module, Any]] = field(
         default_factory=list
     )  # a module and its own forward, if any
+
+    def __reduce__(self) -> Any:
+        return copy.copy, (None,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Embedded":
+        values = (copy.deepcopy(getattr(self, f.name), memo) for f in fields(self))
+        return _Embedded(*values)
 
 
 # ---- attention
@@ -332,6 +362,10 @@ def _head_forward(home: Any, base: Any, original: Callable[..., Any]) -> Callabl
             return original(self, *args, **kwargs)
         fused = kwargs.pop(_HEAD, below if kwargs.get("fused_lm_head") else None)
         if fused is not None:
+            if "lora_a" in _head_operands(self.get_output_embeddings()):
+                raise InputError(
+                    "lm_head: TRL scores without its adapter; do not target it, or list it in modules_to_save"
+                )
             return fused(self, *args, **kwargs)
         whole = "logits_to_keep" in kwargs or kwargs.get("return_dict") is False
         if whole or kwargs.get("labels") is None or not self.training:
@@ -362,9 +396,8 @@ def _train(
     trained = targets != ignore_index
     if not torch.compiler.is_compiling():
         hidden, targets = hidden[trained], targets[trained]
-    head = self.get_output_embeddings()
-    _check_head(head)
-    logprob, _, _ = _score(hidden, head.weight, head.bias, targets, ignore_index=ignore_index)
+    operands = _head_operands(self.get_output_embeddings())
+    logprob, _, _ = _score(hidden, targets, operands, ignore_index=ignore_index)
     loss = -logprob.sum() / (trained.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
     kept = {key: outputs.get(key) for key in ("past_key_values", "hidden_states", "attentions")}
     if not routed:
@@ -381,35 +414,91 @@ def _train(
     )
 
 
+def _whole_head(head: Any) -> Any:
+    """What stands in lm_head's place: of modules_to_save, PEFT keeps the trained copy beside the original."""
+    if not hasattr(head, "modules_to_save"):
+        return head
+    whole = head.disable_adapters or not head.active_adapters
+    return head.original_module if whole else head.modules_to_save[head.active_adapters[0]]
+
+
+def _adapters(head: Any) -> list[str]:
+    """The LoRA adapters that PEFT would add to the product with head, which is one of its layers."""
+    if head.disable_adapters or head.merged:
+        return []
+    return [name for name in head.active_adapters if name in head.lora_A]
+
+
+def _beyond_lora(head: Any) -> str:
+    """What one of PEFT's layers does beyond adding products of low rank."""
+    if not hasattr(head, "lora_A"):
+        return "an adapter that is no LoRA"
+    for name in _adapters(head):
+        if name in getattr(head, "lora_variant", ()):
+            return "DoRA, or another variant of LoRA"
+        if head.lora_B[name].bias is not None:
+            return "lora_bias"
+        if head.training and getattr(head.lora_dropout[name], "p", 0):
+            return "lora_dropout"
+    return ""
+
+
 def _check_head(head: Any) -> None:
-    if not isinstance(head, nn.Linear):
-        raise InputError(f"lm_head: expected torch.nn.Linear, got {type(head).__qualname__}; pass head=False")
+    """Raises InputError for a head whose product is not one with a weight and with adapters of low rank."""
+    head = _whole_head(head)
+    adapted = hasattr(head, "base_layer")
+    beyond = _beyond_lora(head) if adapted else ""
+    if beyond or not isinstance(head.base_layer if adapted else head, nn.Linear):
+        got = f"{type(head).__module__}.{type(head).__qualname__}" + (f" with {beyond}" if beyond else "")
+        raise InputError(
+            f"lm_head: expected torch.nn.Linear, or PEFT's plain LoRA on one, got {got}; pass head=False"
+        )
+
+
+def _head_operands(head: Any) -> dict[str, Any]:
+    """weight, bias and adapter, as token_logprobs takes them; several adapters lie side by side."""
+    _check_head(head)
+    head = _whole_head(head)
+    layer = getattr(head, "base_layer", head)
+    operands = {"weight": layer.weight, "bias": layer.bias}
+    if layer is not head and (names := _adapters(head)):
+        operands["lora_a"] = torch.cat([head.lora_A[name].weight for name in names])
+        operands["lora_b"] = torch.cat([head.lora_B[name].weight * head.scaling[name] for name in names], 1)
+    return operands
 
 
 def _score(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, **options: Any
+    hidden: Tensor, targets: Tensor, operands: dict[str, Any], **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """token_logprobs with the inputs that autocast, which does not know our ops, would give the head."""
     dtype = autocast_dtype(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        bias = None if bias is None else bias.to(dtype)
-        return token_logprobs(hidden.to(dtype), weight.to(dtype), targets, bias=bias, **options)
+        cast = {name: None if x is None else x.to(dtype) for name, x in operands.items()}
+        return token_logprobs(hidden.to(dtype), targets=targets, **cast, **options)
 
 
-def _hand_over(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+class _HandOver:
     """A forward pre-hook: where TRL's forward lies over ours, it is asked for the plain one, which is ours.
 
     accelerate may have laid its own over TRL's: each names the one below `__wrapped__`.
     """
-    forward = module.forward if kwargs.get("fused_lm_head") else None
-    while forward is not None:
-        forward = getattr(forward, "__func__", forward)
-        fused = _fused_head(forward)
-        if fused is not None:
-            asked = functools.partial(fused, fused_lm_head=True)
-            return args, {**kwargs, "fused_lm_head": False, _HEAD: asked}
-        forward = getattr(forward, "__wrapped__", None)
-    return args, kwargs
+
+    def __call__(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        forward = module.forward if kwargs.get("fused_lm_head") else None
+        while forward is not None:
+            forward = getattr(forward, "__func__", forward)
+            fused = _fused_head(forward)
+            if fused is not None:
+                asked = functools.partial(fused, fused_lm_head=True)
+                return args, {**kwargs, "fused_lm_head": False, _HEAD: asked}
+            forward = getattr(forward, "__wrapped__", None)
+        return args, kwargs
+
+    def __reduce__(self) -> Any:  # pickled, a hook of the standard library that does nothing
+        return getattr, (nullcontext(), "__exit__")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_HandOver":
+        return self
 
 
 def _fused_head(forward: Callable[..., Any]) -> Callable[..., Any] | None:
@@ -454,11 +543,12 @@ class _TokenLogprobs:
         """
         if softcap is not None or logit_scale != 1:
             raise InputError(f"lm_head: expected plain logits, got softcap={softcap}, scale={logit_scale}")
-        logprob, lse, entropy = _score(hidden, weight, bias, targets, temperature=temperature)
+        operands = {"weight": weight, "bias": bias}
+        logprob, lse, entropy = _score(hidden, targets, operands, temperature=temperature)
         squares = mean = top = None
         with torch.no_grad():
             if "log_sum_sq_probs" in outputs:  # sum p^2 = sum exp(2 u) / exp(2 lse)
-                squares = _score(hidden, weight, bias, targets, temperature=temperature / 2)[1] - 2 * lse
+                squares = _score(hidden, targets, operands, temperature=temperature / 2)[1] - 2 * lse
             if "mean_logits" in outputs:  # the mean of products is the product with the mean
                 mean = hidden.float() @ weight.float().mean(0) + (0 if bias is None else bias.float().mean())
                 mean = mean / temperature
@@ -519,7 +609,7 @@ def apply(
     Raises InputError for a model, layer, activation or head that it does not know, and for a model that has it already.
     """
     base, decoder, home = _base(hf_model)
-    if _STATE in base.__dict__:
+    if base.__dict__.get(_STATE):
         raise InputError("hf_model: burnish is applied already; call embed.remove(hf_model) first")
     config = base.config
     if not getattr(config, "is_causal", True):
@@ -551,20 +641,23 @@ def apply(
     if any(hasattr(module, "_hf_hook") for module, _ in replacements):
         raise InputError("hf_model: expected one device, got accelerate's hooks of a device_map over several")
     if state.head is not None:
-        state.hook = base.register_forward_pre_hook(_hand_over, with_kwargs=True)
+        state.hook = base.register_forward_pre_hook(_HandOver(), with_kwargs=True)
     if attention:
         transformers = importlib.import_module("transformers")
         transformers.AttentionInterface.register(NAME, _attention)
         transformers.AttentionMaskInterface.register(NAME, _mask)  # without it padding would be seen
         state.attention = config._attn_implementation
         base.set_attn_implementation(NAME)
+        config._attn_implementation_internal = _Named(NAME, state.attention)
     if experts and sparse:
         importlib.import_module("transformers.integrations.moe").ALL_EXPERTS_FUNCTIONS.register(
             NAME, _experts
         )
         state.experts = config._experts_implementation
         base.set_experts_implementation(NAME)
+        config._experts_implementation_internal = _Named(NAME, state.experts)
     for module, forward in replacements:
+        forward.__name__ = "forward"
         state.forwards.append((module, module.__dict__.get("forward")))
         module.forward = types.MethodType(forward, module)
     base.__dict__[_STATE] = state
@@ -574,10 +667,11 @@ def remove(hf_model: Any) -> None:
     """Take off what `apply` put on. Raises InputError where it has not been applied."""
     base, _, _ = _base(hf_model)
     state: _Embedded | None = base.__dict__.pop(_STATE, None)
-    if state is None:
+    if not state:
         raise InputError("hf_model: burnish is not applied")
     if state.hook is not None:
         state.hook.remove()
+    ours = {getattr(m.forward, "__func__", None) for m, _ in state.forwards if m is not base} - {None}
     for module, own in state.forwards:
         if module is base and getattr(base.forward, "__func__", None) is not state.head:
             continue  # a trainer has put its forward over ours, which now passes its calls on
@@ -585,6 +679,9 @@ def remove(hf_model: Any) -> None:
             del module.__dict__["forward"]
         else:
             module.forward = own
+    for module in base.modules():  # copies that PEFT made of ours, for modules_to_save
+        if getattr(module.__dict__.get("forward"), "__func__", None) in ours:
+            del module.__dict__["forward"]
     if state.attention is not None:
         base.set_attn_implementation(state.attention)
     if state.experts is not None:

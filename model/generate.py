@@ -37,7 +37,7 @@ from .vocabulary import Vocabulary
 PREFILL_TOKENS = {"cuda": 16_384, "cpu": 512}
 LEAVING = 8  # a batch is compacted when one in this many sequences has ended
 MEMORY_BUDGET = 4 * 2**30  # bytes of cached keys and values
-# TODO: on once tests/model/test_generate.py has passed on a GPU, where no graph was recorded yet
+# TODO: on once tests/model/test_cuda_graphs.py has passed on a GPU, where no graph was recorded yet
 CUDA_GRAPHS = False
 
 # sample_tokens, but for its options

@@ -30,7 +30,8 @@ from ..kernels import (
     swiglu,
     token_logprobs,
 )
-from ..kernels._launch import autocast_dtype
+from ..kernels._head import logits_of, low_rank
+from ..kernels._launch import autocast_dtype, readable
 from ..kernels.moe import RouteStatistics
 from .cache import Cache
 from .config import ModelConfig, Rope
@@ -412,14 +413,21 @@ class Transformer(nn.Module):
         """(..., C) to (..., V) in fp32 (fp64 from fp64), from the inputs and with the precision that `score` uses.
 
         An adapter of the head, without its dropout, comes on top: sampling would multiply it out for every token.
+        Where no gradient is asked, a head in half precision is not copied, but for one with DoRA.
         """
         lora = None if self.lm_head is None else self.lm_head.lora
+        lora = lora if lora is not None and lora.enabled else None
         head = self.embed_tokens.weight if self.lm_head is None else whole(self.lm_head.dense())
-        hidden, head = self._computed_in(hidden, head)
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        hidden, head = hidden.to(wide), head.to(wide)
+        hidden = hidden.to(autocast_dtype(hidden))
+        dora = lora is not None and lora.magnitude is not None
         with torch.autocast(hidden.device.type, enabled=False):
-            if lora is None or not lora.enabled:
+            if hidden.itemsize == 2 and not torch.is_grad_enabled() and not dora:
+                x = hidden.flatten(0, -2) if hidden.dim() > 1 else hidden[None]
+                adapter = () if lora is None else (low_rank(x, whole(lora.a), lora.scaling), whole(lora.b))
+                return logits_of(x, head, *adapter).view(*hidden.shape[:-1], len(head))
+            wide = torch.promote_types(hidden.dtype, torch.float32)
+            hidden, head = hidden.to(wide), head.to(hidden.dtype).to(wide)
+            if lora is None:
                 return F.linear(hidden, head)
             magnitude = None if lora.magnitude is None else whole(lora.magnitude)
             return lora_linear(hidden, head, whole(lora.a), whole(lora.b), lora.scaling, magnitude=magnitude)
@@ -442,7 +450,8 @@ class Transformer(nn.Module):
 
         Row i's own token is scored from packed.predictors[i], so that masks never shift. support: (n, K_max) int32, the
         ids kept by a truncating sampler, padded with -1. vocabulary: the ids that a sampler drew from, on the model's
-        device; None for the whole head. Raises ValueError where a row is the first of its sequence.
+        device; None for the whole head. Raises ValueError where a row is the first of its sequence; on a GPU, where
+        looking would stall it, such a row gives NaN.
         """
         vocabulary = vocabulary if support is None else None  # a support holds nothing but tokens
         hidden, weight, adapter = self.before_head(packed, rows, vocabulary)
@@ -460,7 +469,7 @@ class Transformer(nn.Module):
 
         The first two in the dtype of their product, C wider where the head's adapter has dropout; the third is what ops
         on a head take of an adapter, often nothing. vocabulary: of the head these ids' rows alone, which rows_of
-        counts. Raises ValueError where a row is the first of its sequence.
+        counts. The first row of a sequence is answered as `score` does.
         """
         hidden, weight, adapter = self._head_parts(self._predicting(packed, rows))
         hidden, weight = self._computed_in(hidden, weight)
@@ -472,7 +481,11 @@ class Transformer(nn.Module):
 
     def _predicting(self, packed: Packed, rows: Tensor) -> Tensor:
         predictors = packed.predictors[rows]
-        if bool((predictors < 0).any()):
+        nowhere = predictors < 0
+        if not readable(predictors):
+            hidden = self(packed)[predictors]
+            return hidden + hidden.new_zeros(len(rows), 1).masked_fill_(nowhere[:, None], torch.nan)
+        if nowhere.any():
             raise ValueError(
                 "rows: the first token of a sequence without a parent has nothing to be scored from"
             )

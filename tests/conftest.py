@@ -17,7 +17,12 @@ KERNELS = Path(__file__).parents[1] / "kernels"
 torch.set_num_threads(1)  # two threads are slower than one on matrices this small
 
 if INTERPRET:
+    import bf16
+    import guard
     from triton.runtime import interpreter
+
+    bf16.install()
+    guard.install()
 
     def _dot(self, a, b, acc, *_):
         """A tile's product, rounded once. By NumPy's BLAS, a @ b and b.T @ a.T differ, on some processors more."""
@@ -25,6 +30,14 @@ if INTERPRET:
         return interpreter.TensorHandle(product.astype(acc.data.dtype), acc.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_dot = _dot
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def _patch_lang_tensor(tensor, scope):
+        """Triton 3.6 makes an integer of an array of one element, which NumPy refuses from 2.5 on; 3.7 does not."""
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = _patch_lang_tensor
 
 
 @pytest.fixture(autouse=True)

@@ -196,6 +196,26 @@ def losses_require_their_denominator(name: str, source: str) -> Iterator[str]:
                 yield f"{name}:{node.lineno} {node.name}: no required denominator among {required}"
 
 
+ONCE = {  # read in kernels/_launch.py alone, where each is decided for all ops
+    "is_autocast_enabled",
+    "get_autocast_dtype",
+    "allow_tf32",
+    "fp32_precision",
+    "get_float32_matmul_precision",
+    "set_float32_matmul_precision",
+}
+
+
+def precision_is_decided_once(name: str, source: str) -> Iterator[str]:
+    if name != "kernels/_launch.py":
+        for node in ast.walk(ast.parse(source)):
+            named = getattr(node, "attr", getattr(node, "id", getattr(node, "value", None)))
+            if isinstance(node, ast.alias):
+                named = node.name
+            if isinstance(named, str) and named.split(".")[-1] in ONCE:
+                yield f"{name}:{node.lineno} {named}: _launch.precision and _launch.autocast_dtype decide it for all"
+
+
 RULES = [
     (imports_point_down, FILES),
     (floor_0_stands_on_torch_and_triton, FILES),
@@ -206,6 +226,7 @@ RULES = [
     (every_op_has_its_reference, KERNELS),
     (no_op_hides_its_module, KERNELS),
     (kernels_name_their_arguments, FILES),
+    (precision_is_decided_once, FILES),
     (algorithm_files_read_in_one_order, ALGORITHMS),
     (losses_require_their_denominator, FILES),
 ]
@@ -316,6 +337,10 @@ def test_a_clean_file_has_no_fault(rule, _):
         (floor_0_stands_on_torch_and_triton, "kernels/x.py", "import numpy as np"),
         (optional_packages_are_imported_on_demand, "model/x.py", "if True:\n    from transformers import Trainer"),
         (optional_packages_are_imported_on_demand, "bench/x.py", "def f():\n    pass\nimport trl.trainer"),
+        (precision_is_decided_once, "kernels/x.py", "tf32 = torch.backends.cuda.matmul.allow_tf32"),
+        (precision_is_decided_once, "model/x.py", "from torch import is_autocast_enabled as enabled"),
+        (precision_is_decided_once, "bench/x.py", "getattr(torch, 'get_autocast_dtype')('cpu')"),
+        (precision_is_decided_once, "bench/x.py", "torch.backends.fp32_precision = 'tf32'"),
         (kernel_files_stand_alone, "kernels/x.py", "from .norm import rms_norm"),
         (kernel_files_stand_alone, "kernels/x.py", "from burnish.kernels.norm import rms_norm"),
         (algorithms_never_import_one_another, "algorithms/x.py", "from .sft import sft_loss"),

@@ -146,6 +146,50 @@ def test_a_shape_that_breaks_is_red_and_the_others_are_timed(monkeypatch: pytest
     assert {row["dims"]["T"] for row in report["rows"]} == {16}
 
 
+def test_a_run_that_died_is_resumed_behind_the_shape_it_died_at(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    path, whole, calls = tmp_path / "r.json", bench.bench_shape, []
+
+    def dies(case, dims, *rest):
+        calls.append(dims["T"])
+        if calls == [8, 16]:
+            raise KeyboardInterrupt
+        whole(case, dims, *rest)
+
+    monkeypatch.setattr(bench, "bench_shape", dies)
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(["--json", str(path)])
+    before = json.loads(path.read_text())
+    assert before["running"] == "swiglu/elementwise B=1 T=16 F=64" and len(before["rows"]) == 2 * 2
+    third = replace(
+        SMALL, bench={d: (*shapes, {"B": 1, "T": 4, "F": 64}) for d, shapes in SMALL.bench.items()}
+    )
+    monkeypatch.setattr(bench, "CASES", (third,))
+    assert bench.main(["--json", str(path), "--resume"]) == 1
+    after = json.loads(path.read_text())
+    assert calls == [8, 16, 4] and after["red"] == [f"{before['running']}: the process died"]
+    assert [row["dims"]["T"] for row in after["rows"]] == [8] * 4 + [4] * 4 and "running" not in after
+    assert after["ceilings"] == before["ceilings"]
+    monkeypatch.setattr(bench, "fingerprint", lambda: "another")
+    assert bench.main(["--json", str(path), "--resume"]) == 0
+    assert calls[3:] == [8, 16, 4]  # of other code: all anew
+
+
+def test_a_lost_device_ends_the_process(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    monkeypatch.setattr(bench, "bench_shape", lambda *_: None)
+    monkeypatch.setattr(bench, "lost", lambda device: "an illegal memory access was encountered")
+    assert bench.main(["--json", str(tmp_path / "r.json")]) == bench.LOST
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert len(report["red"]) == 1 and "T=8" in report["red"][0] and "illegal" in report["red"][0]
+
+
+def test_ops_are_timed_in_the_order_named(monkeypatch: pytest.MonkeyPatch):
+    order = []
+    monkeypatch.setattr(bench, "CASES", (SMALL, replace(SMALL, op="geglu")))
+    monkeypatch.setattr(bench, "bench_shape", lambda case, dims, *_: order.append((case.op, dims["T"])))
+    assert bench.main(["geglu", "swiglu"]) == 0
+    assert order == [("geglu", 8), ("swiglu", 8), ("geglu", 16), ("swiglu", 16)]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a graph is captured on a GPU")
 def test_a_capture_that_fails_leaves_the_machine_as_it_was():
     x = torch.ones(8, device="cuda")

@@ -71,7 +71,30 @@ def test_each_op_has_a_line_with_what_spills(results):
     builds = {f"swiglu/case | T=1 | bf16 | {chip}": [BUILD] for chip in report.CHIPS}
     builds["swiglu/other | T=2 | bf16 | sm_90"] = [BUILD, BUILD | {"kernel": "_k2", "spills": 3}]
     record.write_whole(record.ROOT / "bench" / "static.json", json.dumps({"triton": "3", "builds": builds}))
-    assert "| `swiglu` | 2 | 0 of 1 | 1 of 2 | 0 of 1 | 0 of 1 | no products |" in report.proven()
+    assert (
+        "| `swiglu` | 2 | 0 of 1 | 0 of 1 | 1 of 2 | 0 of 1 | 0 of 1 | 0 of 1 | no products |"
+        in report.proven()
+    )
+
+
+def test_each_op_says_what_is_proven_of_it_on_each_card(results):
+    half = BUILD | {"shared": report.CHIPS["sm_90"].shared_block // 2, "spills": 1}
+    builds = {"swiglu/case | T=1 | bf16 | sm_90": [half], "geglu/case | T=1 | bf16 | sm_80": [BUILD]}
+    record.write_whole(record.ROOT / "bench" / "static.json", json.dumps({"triton": "3", "builds": builds}))
+    absent = "not compiled"
+    assert f"| `swiglu` | {absent} | {absent} | 1 of 1; 50% | {absent} |" in report.cards()
+    assert f"| `geglu` | 0 of 1; 0% | {absent} |" in report.cards()
+    assert "found it accurate: nowhere yet" in report.cards()
+    for name, chip in (("NVIDIA H200", "sm_90"), ("NVIDIA A100-SXM4-80GB", "sm_80"), ("NVIDIA A10", "sm_86")):
+        path = record.RESULTS / "gpu-2026-01-02.json"
+        result = json.loads(path.read_text())
+        result["machine"]["device"] = name
+        record.write_whole(path, json.dumps(result))
+        (swiglu,) = [text for text in report.cards().splitlines() if text.startswith("| `swiglu`")]
+        cells = swiglu.split(" | ")[1:]
+        assert [c for c, cell in zip(report.CARDS, cells, strict=True) if "**run 2026-01-02**" in cell] == [
+            chip
+        ]
 
 
 def test_a_run_of_r1_is_kept_quoted_and_drawn(results, tmp_path, monkeypatch: pytest.MonkeyPatch):

@@ -1,6 +1,8 @@
 """An embedded model computes what it computed before, with our ops; taken off again, to the bit."""
 
 import copy
+import importlib
+import pickle
 import subprocess
 import sys
 import types
@@ -9,6 +11,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from burnish.kernels._launch import precision
 from burnish.model import InputError, embed
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -616,17 +619,136 @@ def test_other_activations_are_named(load, ids):
     close(*both(model, lambda: [model(ids).logits], swiglu=False))
 
 
-def test_a_head_with_an_adapter_is_named(load, ids):
+def loss_and_gradients(wrapped, ids):
+    wrapped.zero_grad()
+    loss = wrapped(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in wrapped.parameters() if p.grad is not None)]
+
+
+HEADS = {
+    "adapter": {"target_modules": ["lm_head", "q_proj"]},
+    "whole": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]},
+}
+
+
+@pytest.mark.parametrize("first", ["peft", "embed"])
+@pytest.mark.parametrize("how", HEADS)
+def test_an_adapted_head(load, ids, how, first):
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    wrapped = peft.get_peft_model(load("llama"), peft.LoraConfig(target_modules=["lm_head", "q_proj"]))
-    with pytest.raises(InputError, match=r"lm_head: expected torch\.nn\.Linear.*head=False"):
+    model = load("llama")
+    if first == "embed":
+        embed.apply(model)
+    lora = {name: peft.LoraConfig(r=4, **HEADS[how], init_lora_weights=False) for name in ("one", "two")}
+    wrapped = peft.get_peft_model(model, lora["one"], adapter_name="one").train()
+    wrapped.add_adapter("two", lora["two"])
+    if first == "peft":
+        embed.apply(wrapped)
+    assert model(ids, labels=ids).logits is None
+
+    def run():
+        found = loss_and_gradients(wrapped, ids)
+        with torch.no_grad(), wrapped.disable_adapter():
+            return [*found, wrapped(input_ids=ids, labels=ids).loss]
+
+    def run_each():
+        return [x for name in lora if wrapped.set_adapter(name) is None for x in run()]
+
+    if how == "adapter":
+        wrapped.base_model.set_adapter(["one", "two"])  # both at a time
+    got, each = run(), run_each()
+    embed.remove(wrapped)
+    assert all("forward" not in module.__dict__ for module in model.modules())
+    close(each, run_each())
+    if how == "adapter":
+        wrapped.base_model.set_adapter(["one", "two"])
+        close(got, run())
+
+
+BEYOND = [
+    ({"lora_dropout": 0.1}, "lora_dropout"),
+    ({"use_dora": True}, "DoRA"),
+    ({"lora_bias": True}, "lora_bias"),
+    ("IA3Config", "no LoRA"),
+]
+
+
+@pytest.mark.parametrize("options, named", BEYOND, ids=[named for _, named in BEYOND])
+def test_a_head_that_does_more_is_named(load, ids, options, named):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    where = {"target_modules": ["lm_head", "q_proj"]}
+    if isinstance(options, str):
+        config = getattr(peft, options)(**where, feedforward_modules=[])
+    else:
+        config = peft.LoraConfig(**where, **options)
+    wrapped = peft.get_peft_model(load("llama"), config).train()
+    message = rf"lm_head: expected torch\.nn\.Linear.*, got peft\.\S+ with .*{named}.*; pass head=False$"
+    with pytest.raises(InputError, match=message):
         embed.apply(wrapped)
     embed.apply(wrapped, head=False)
     assert wrapped(input_ids=ids, labels=ids).logits is not None
     late = load("llama").train()
     embed.apply(late)
-    with pytest.raises(InputError, match="lm_head"):
-        peft.get_peft_model(late, peft.LoraConfig(target_modules=["lm_head"]))(input_ids=ids, labels=ids)
+    with pytest.raises(InputError, match=message):
+        peft.get_peft_model(late, config)(input_ids=ids, labels=ids)
+
+
+PICKLED = """
+import pickle, sys
+import torch
+
+if sys.argv[2] == "without":
+    class Refusing:
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] == "burnish":
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    sys.meta_path.insert(0, Refusing())
+model, ids, logits = torch.load(sys.argv[1], weights_only=False)
+assert torch.equal(model(ids).logits, logits)
+if sys.argv[2] == "with":
+    from burnish.model import embed
+    embed.apply(model)
+    torch.testing.assert_close(model(ids).logits, logits)
+    model = pickle.loads(pickle.dumps(model))
+    assert torch.equal(model(ids).logits, logits)
+"""
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+@pytest.mark.parametrize("burnish", ["with", "without"])
+def test_a_pickled_model_is_the_plain_one(load, ids, tmp_path, burnish, name):
+    model = load(name)
+    with torch.no_grad():
+        logits = model(ids).logits
+    embed.apply(model)
+    torch.save((model, ids, logits), tmp_path / "model.pt")
+    again = pickle.loads(pickle.dumps(model))
+    for before in ("_attn_implementation", "_experts_implementation"):
+        assert getattr(again.config, before) == getattr(load(name).config, before)
+        assert getattr(model.config, before) == getattr(copy.deepcopy(model).config, before)
+    assert model.config._attn_implementation == embed.NAME
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, logits)
+    with pytest.raises(InputError, match="not applied"):
+        embed.remove(again)
+    command = [sys.executable, "-c", PICKLED, str(tmp_path / "model.pt"), burnish]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_ops_run_after_tf32_is_asked_for_as_trainers_do(load, ids, tmp_path):
+    """TrainingArguments(tf32=True) sets torch.backends.fp32_precision, after which older getters raise."""
+    transformers_sets = importlib.import_module("transformers.utils.import_utils").enable_tf32
+    before = torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    model = load("mixtral").train()
+    want = loss_and_gradients(model, ids)
+    try:
+        transformers_sets(True)
+        assert torch.backends.fp32_precision == "tf32" and precision() == "tf32"
+        embed.apply(model)
+        close(loss_and_gradients(model, ids), want)
+    finally:
+        torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision = before
 
 
 def test_hooks_are_named(load):

@@ -188,6 +188,23 @@ def test_removed_below_a_trainer(load, rows, tokenizer, tmp_path, calls):
     assert calls.token_logprobs == seen["token_logprobs"] + 2
 
 
+def test_an_adapter_that_trl_does_not_see_is_named(load):
+    """TRL scores with lm_head.weight, which is the base's; of modules_to_save, it is that of the trained copy."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    ids = torch.arange(2, 12)[None]
+
+    def score(options):
+        model = load("llama").train()
+        trl.trainer.utils.add_fused_lm_head(model)
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, **options))
+        embed.apply(wrapped)
+        return wrapped.base_model(ids, labels=ids, fused_lm_head=True).log_probs
+
+    with pytest.raises(InputError, match=r"lm_head: TRL scores without its adapter.*modules_to_save"):
+        score({"target_modules": ["lm_head"]})
+    assert score({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}).isfinite().all()
+
+
 @pytest.mark.parametrize("embedded", ["before", "after"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_per_token_figures(load, ids, calls, temperature, embedded):

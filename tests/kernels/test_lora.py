@@ -316,6 +316,66 @@ def test_the_op_takes_the_measured_path(path, monkeypatch, device):
         close(y, lora_linear_reference(x, W, a, b, 0.5), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(not TRITON, reason="a CPU makes dB in one product")
+def test_partial_sums_have_a_budget(monkeypatch, device):
+    """Beyond it, dS and dB are two products; the gradients stay what they are."""
+    x, W = torch.randn(37, 33, device=device), torch.randn(21, 33, device=device)
+    (a, b), called = adapter(21, 33, 4, device), []
+    whole = lora._dout_once
+    monkeypatch.setattr(lora, "_dout_once", lambda *args: called.append(1) or whole(*args))
+    expected = gradients(lora_linear_reference(x, W, a, b, 0.5), a, b)
+    for budget, calls in ((21 * 4 * 4, 1), (21 * 4 * 4 - 1, 0)):
+        monkeypatch.setattr(lora, "PARTIAL_BUDGET", budget)
+        called.clear()
+        found = gradients(_lora_linear(x, W, a, b, 0.5, path="fused"), a, b)
+        assert len(called) == calls
+        for mine, true in zip(found, expected, strict=True):
+            close(mine, true, rtol=1e-5, atol=1e-4)
+
+
+def test_the_budget_at_sizes_of_models():
+    """32,768 rows of an up projection with 14,336 columns: 0.94 GB at rank 64, 3.8 GB at 256."""
+    assert lora._partial_fits(8192, 4096, 16) and lora._partial_fits(32768, 14336, 16)
+    assert not lora._partial_fits(32768, 14336, 64) and not lora._partial_fits(32768, 14336, 256)
+
+
+@pytest.mark.skipif(not TRITON, reason="torch's own products follow torch's own setting")
+def test_products_follow_torchs_precision(monkeypatch, device):
+    """Every product of the file, at every path: none is rounded otherwise than torch says."""
+    asked = []
+    monkeypatch.setattr(lora, "precision", lambda: asked.append(1) or "tf32")
+    for path, options, least in (
+        ("cublas", {"dropout": 0.3, "seed": SEED}, 3),
+        ("epilogue", {}, 3),
+        ("fused", {"magnitude": torch.rand(21, device=device)}, 4),
+    ):
+        x, (a, b) = torch.randn(19, 33, device=device, requires_grad=True), adapter(21, 33, 4, device)
+        asked.clear()
+        gradients(
+            _lora_linear(x, torch.randn(21, 33, device=device), a, b, 0.5, path=path, **options), x, a, b
+        )
+        assert len(asked) >= least
+
+
+@pytest.mark.skipif(not TRITON, reason="the kernel alone")
+def test_more_adapters_than_a_grid_has_layers(device):
+    """65,536 adapters: a grid's second and third dimension end at 65,535, so theirs is the first."""
+    if INTERPRET:
+        grids = []
+        kernel = type("Kernel", (), {"__getitem__": lambda _, grid: lambda *a, **k: grids.append(grid)})()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lora, "_lora_a_bwd", kernel)
+            a = torch.empty(1 << 16, 1, 2)
+            lora._a_grad(torch.zeros(3, 1), torch.zeros(3, 2), a, torch.zeros(3).int(), None, 0.0)
+        assert grids == [(1 << 16, 1)]
+        return
+    E = 1 << 16
+    x, which = torch.randn(3, 16, device=device), torch.tensor([0, E - 1, 5], device=device)
+    a, b = adapter(8, 16, 1, device, stack=(E,))
+    (da,) = gradients(lora_linear(x, torch.randn(8, 16, device=device), a, b, 1.0, adapter=which), a)
+    close(da[E - 1, 0], b[E - 1].sum() * x[1])
+
+
 # ---- the base
 
 

@@ -150,10 +150,28 @@ def test_tokens_past_2_31_elements(device):
         buffer = torch.empty(2**31 + 64, dtype=torch.float16, device=device)
     else:  # only the pages that are touched come into being
         buffer = torch.frombuffer(mmap.mmap(-1, 2 * (2**31 + 64)), dtype=torch.float16)
-    q = buffer.as_strided((3, 2, 8), (2**30, 8, 1))
-    q.copy_(torch.randn(3, 2, 8, device=device))
-    far, near = (apply_rope(x, x, *tables(3, 8, device)) for x in (q, q.contiguous()))
-    assert torch.equal(far[0], near[0])
+    for shape, strides in (
+        ((3, 2, 8), (2**30, 8, 1)),
+        ((2, 3, 8), (8, 2**30, 1)),
+    ):  # tokens far apart, then heads
+        q = buffer.as_strided(shape, strides)
+        q.copy_(torch.randn(shape, device=device))
+        far, near = (apply_rope(x, x, *tables(3, 8, device)) for x in (q, q.contiguous()))
+        assert torch.equal(far[0], near[0])
+
+
+@pytest.mark.skipif(TRITON, reason="there such tokens are NaN")
+@pytest.mark.parametrize("position", [-1, 12])
+def test_a_graph_refuses_a_position_too(position):
+    """By an assertion of torch's: a graph cannot raise of its own."""
+    q, positions = torch.randn(3, 2, 8), torch.arange(3)
+    compiled = torch.compile(apply_rope, fullgraph=True, backend="eager")
+    close(
+        compiled(q, q, *tables(12, 8, "cpu"), positions), apply_rope(q, q, *tables(12, 8, "cpu"), positions)
+    )
+    positions[1] = position
+    with pytest.raises(RuntimeError, match="positions: expected numbers from 0 to 11"):
+        compiled(q, q, *tables(12, 8, "cpu"), positions)
 
 
 def test_refusals(device):

@@ -4,11 +4,9 @@ import sys
 
 import pytest
 import torch
-from burnish.bench.static import compile_only
 from burnish.kernels import sample_tokens, token_logprobs
 from burnish.kernels._launch import INTERPRET
 from burnish.kernels.sample import TOP_P_WIDTH, sample_tokens_reference
-from torch.utils._python_dispatch import TorchDispatchMode
 
 sample = sys.modules[sample_tokens.__module__]
 TRITON = INTERPRET or torch.cuda.is_available()
@@ -137,6 +135,18 @@ def test_ids_are_drawn_as_often_as_they_are_likely(temperature, top_k, top_p, de
     assert ((counts[ids] - n * weights).abs() <= 1 + 1e-6 * n).all()
 
 
+@pytest.mark.parametrize("V", [1000, 1500, 9000])
+def test_a_number_near_1_draws_what_is_likely(V, device):
+    """A sum in fp32 is off by 6e-8, one in fp64 is not: what falls between them draws no last id."""
+    logits, at = (
+        torch.randn(8, V, device=device),
+        torch.full((8,), 1 - 1e-9, dtype=torch.float64, device=device),
+    )
+    logits[:, V - V // 3 :] = -30.0  # 1e-13 beside the others
+    token, want = (op(logits, at)[0] for op in (sample_tokens, sample_tokens_reference))
+    assert torch.equal(token, want) and (want < V - V // 3).all()
+
+
 def test_min_p_keeps_what_is_likely_beside_the_most_likely(device):
     p, noise = (
         torch.tensor([[0.05, 0.4, 0.3, 0.15, 0.1]]).to(device),
@@ -240,23 +250,6 @@ def test_same_bits_alone_and_in_any_batch(how, device):
             assert a is b or torch.equal(a, b[rows])
 
 
-class NoHostRead(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func not in {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}, func
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.skipif(INTERPRET, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("how", [{"top_p": 0.9}, pytest.param({}, marks=pytest.mark.slow)], ids=str)
-def test_reads_no_tensor_on_the_host(how):
-    logits, noise = make(2, 2000, torch.float16)
-    how = {name: how.get(name) for name in ("top_k", "top_p", "min_p")}
-    with compile_only("sm_90"), NoHostRead():
-        sample._sample(logits, noise, 1.0, **how)
-    with NoHostRead(), pytest.raises(AssertionError):
-        int(noise.argmax())
-
-
 def test_an_empty_batch_says_how_wide_a_support_is(device):
     logits, noise = torch.empty(0, 2000, device=device), torch.empty(0, dtype=torch.float64, device=device)
     for how, width in (
@@ -269,31 +262,6 @@ def test_an_empty_batch_says_how_wide_a_support_is(device):
         assert (
             token.shape == logprob.shape == (0,) and (None if support is None else support.shape[1]) == width
         )
-
-
-REFUSALS = {
-    "logits: expected (B, V) with V at least 1, got (3,)": {"logits": torch.zeros(3)},
-    "logits: expected (B, V) with V at least 1, got (2, 0)": {"logits": torch.zeros(2, 0)},
-    "logits: expected dtype torch.float32 or": {"logits": torch.zeros(2, 5, dtype=torch.int64)},
-    "noise: expected shape (B=2), got (3,)": {"noise": torch.zeros(3, dtype=torch.float64)},
-    "noise: expected dtype torch.float64, got torch.float32": {"noise": torch.zeros(2)},
-    "temperature: expected at least 0, got -1.0": {"temperature": -1.0},
-    "temperature: expected at least 0, got nan": {"temperature": float("nan")},
-    "top_k: expected at least 1, got 0": {"top_k": 0},
-    "top_p: expected a number in (0, 1], got 0.0": {"top_p": 0.0},
-    "top_p: expected a number in (0, 1], got 1.5": {"top_p": 1.5},
-    "min_p: expected a number in [0, 1], got -0.1": {"min_p": -0.1},
-}
-
-
-@pytest.mark.parametrize("message", REFUSALS)
-def test_refuses(message):
-    arguments = {"logits": torch.zeros(2, 5), "noise": torch.zeros(2, dtype=torch.float64)} | REFUSALS[
-        message
-    ]
-    with pytest.raises(ValueError) as caught:
-        sample_tokens(**arguments)
-    assert message in str(caught.value)
 
 
 def test_refuses_a_gradient(device):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from burnish.model import ModelConfig, Transformer, pack
+from burnish.model import ModelConfig, Transformer, moe, pack, transformer
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.config import Experts
 from burnish.model.moe import PRESETS, count_parameters, pooled_balance, switch_c
@@ -72,6 +72,28 @@ def test_a_forward_pass_says_how_it_routed():
     plain = Transformer(replace(TINY, experts=None, model_type="llama"))
     plain(packed)
     assert plain.balance_loss() == 0 and hidden.shape == (8, 16)
+
+
+def test_products_are_in_autocasts_dtype(monkeypatch):
+    """Attention's and the experts' operands, which the ops take as they come."""
+    seen = set()
+
+    def watched(module, name):
+        op = getattr(module, name)
+
+        def call(*operands, **more):
+            seen.add((name, *{t.dtype for t in operands[:3]}))
+            return op(*operands, **more)
+
+        monkeypatch.setattr(module, name, call)
+
+    watched(transformer, "flash_attention")
+    watched(moe, "moe_mlp")
+    model = Transformer(TINY, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(pack([[1, 2, 3, 4, 5], [6, 7, 8]])).sum().backward()
+    assert seen == {("flash_attention", torch.bfloat16), ("moe_mlp", torch.bfloat16)}
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
 
 
 def test_a_fresh_model_is_saved_and_loaded(tmp_path):

@@ -44,6 +44,42 @@ def finite(found: Any) -> None:
     assert all(t.isfinite().all() for t in tensors_of(found))
 
 
+def not_finite(found: Any) -> None:
+    """None of the numbers of the first output."""
+    assert not tensors_of(found)[0].isfinite().any()
+
+
+def nan_rows(*rows: int) -> Callable[[Any], None]:
+    """Of outputs as long as the first, these rows are NaN and all others finite; what is left is finite."""
+
+    def check(found: Any) -> None:
+        outputs = tensors_of(found)
+        length = outputs[0].shape[0]
+        for t in outputs:
+            flat = t.reshape(t.shape[0], -1)
+            lost = [i for i in range(length) if flat[i].isnan().all()] if len(flat) == length else []
+            assert lost == ([*rows] if len(flat) == length else [])
+            kept = [i for i in range(len(flat)) if i not in lost]
+            assert flat[kept].isfinite().all()
+
+    return check
+
+
+def with_gradients(call: Callable[..., Any], given: dict[str, Any]) -> Callable[[], Any]:
+    """The first output of `call`, and of its sum the gradient of each float tensor among what it is given."""
+
+    def run() -> list[Tensor]:
+        wanted = {
+            n: t.detach().requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t
+            for n, t in given.items()
+        }
+        leaves = [t for t in wanted.values() if isinstance(t, Tensor) and t.requires_grad]
+        first = tensors_of(call(**wanted))[0]
+        return [first.detach(), *torch.autograd.grad(first.sum(), leaves)]
+
+    return run
+
+
 def equals(*expected: float) -> Callable[[Any], None]:
     """Every number of the first output is one of these; NaN is equal to itself."""
 
