@@ -13,6 +13,7 @@ from burnish.kernels.attention import (
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.errors import InterpreterError
 
 
 def draw(*shape, dtype=torch.float32, device="cpu"):
@@ -521,7 +522,7 @@ FAULTS = {
 def test_fault_is_caught(name, copy_of, monkeypatch, device):
     old, new, check = FAULTS[name]
     module = copy_of("attention", old, new)
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, InterpreterError)):  # or the guard sees it first
         check(module, monkeypatch, device)
 
 
