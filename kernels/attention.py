@@ -713,6 +713,7 @@ class _Tiles:
     # where what packing, or a window or a softcap, holds in registers is too much for the tile above
     dkdv_packed: tuple[int, int, int, int] | None = None
     dkdv_features: tuple[int, int, int, int] | None = None
+    dq_features: tuple[int, int, int, int] | None = None  # a window or a softcap, with parents
 
 
 # By chip, then by the wider head dimension, padded: the first row that is wide enough. None spills in bf16, whatever
@@ -733,7 +734,9 @@ TILES = {
     "sm_90": {
         64: _Tiles((64, 128, 4, 2), (64, 64, 4, 3), (128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
         128: _Tiles((64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 2), None, (32, 64, 4, 2)),
-        256: _Tiles((128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 8, 2), (32, 64, 8, 2), (16, 64, 8, 2)),
+        256: _Tiles(
+            (128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 8, 2), (32, 64, 8, 2), (16, 64, 8, 2), (64, 32, 8, 3)
+        ),
     },
     "sm_100": {
         64: _Tiles((128, 64, 4, 3), (128, 64, 4, 3), (64, 128, 8, 3)),
@@ -928,14 +931,14 @@ def _backward_launch(
     strides = _strides(q, k, v, dout)
     delta = torch.empty_like(lse)
     dlse = None if dlse is None else dlse.contiguous()
-    M, N, warps, stages = tiles.dq
+    plain = window is None and softcap is None
+    M, N, warps, stages = tiles.dq if plain or parents is None else tiles.dq_features or tiles.dq
     _flash_dq[shape.grid(M, shape.T, q.shape[1])](
         *((_described(q, M), _described(k, N), _described(v, N), _described(dout, M)) if tma else (q, k, v, dout)),
         dout, out, lse, dlse, dq, delta, *tables, *strides, **common,
         DLSE=dlse is not None, BLOCK_M=M, BLOCK_N=N, TMA=tma, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     with_packing = tiles.dkdv if cu_seqlens is None else tiles.dkdv_packed or tiles.dkdv
-    plain = window is None and softcap is None
     M, N, warps, stages = with_packing if plain else tiles.dkdv_features or with_packing
     position = None
     if cu_seqlens is not None and parents is not None and window is not None:
@@ -1095,8 +1098,10 @@ def flash_attention(
     if use_triton(q):
         scale = D**-0.5 if scale is None else scale
         tables = (None if x is None else x.contiguous() for x in (sinks, cu_seqlens, parents))
-        # descriptors want rows of whole 16 bytes; a width that is no multiple of 8 spills in some kernel
-        q, k, v = (F.pad(x, (0, -x.shape[-1] % 16)) if x.shape[-1] % 8 else x for x in (q, k, v))
+        # no descriptors of such rows, and some kernel spills: they run as the next power of two, which fills the tile
+        q, k, v = (
+            F.pad(x, (0, _pad(x.shape[-1]) - x.shape[-1])) if x.shape[-1] % 8 else x for x in (q, k, v)
+        )
         out, lse = _flash(q, k, v, *tables, causal, scale, window, softcap)
         out = out if out.shape[-1] == Dv else out[..., :Dv]
         if not return_lse:

@@ -153,8 +153,8 @@ FAULTS = [
     Fault(
         "one head of a group",
         "attention",
-        "key_head * GROUP + step // blocks",
-        "key_head * GROUP",
+        "first_head + step // blocks",
+        "first_head",
         "flash_attention/causal",
     ),
     Fault("bottom-right alignment", "attention", "m0 + S - T", "m0", "flash_attention/causal", 2),
@@ -358,8 +358,8 @@ FAULTS = [
     Fault(
         "prefix ignored",
         "decode",
-        "before = tl.where(",
-        "before = 0 * tl.where(",
+        "before = tl.cdiv(",
+        "before = 0 * tl.cdiv(",
         "decode_attention/shared prefix",
     ),
     Fault(

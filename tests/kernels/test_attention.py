@@ -12,15 +12,17 @@ from burnish.kernels.attention import (
     flash_attention_reference,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.errors import InterpreterError
 
 
 def draw(*shape, dtype=torch.float32, device="cpu"):
     return torch.randn(shape, dtype=torch.float32).to(device, dtype)
 
 
-def lay(lengths, device="cpu"):
-    """cu_seqlens of segments of these lengths."""
-    return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+def lay(lengths, device="cpu", first=0):
+    """cu_seqlens of segments of these lengths, after `first` rows of none."""
+    return torch.tensor([first, *lengths], device=device).cumsum(0).to(torch.int32)
 
 
 def table(parents, device="cpu"):
@@ -55,6 +57,12 @@ CASES = {
         (25, 4, 8), None, 2, 4,
         {"cu_seqlens": [3, 14, 0, 8], "parents": [-1, 0, 0, 0], "window": 9, "softcap": 3.0, "sinks": True},
     ),
+    "padded": ((75, 4, 8), None, 2, 8, {"cu_seqlens": [7, 0, 17], "first": 3}),
+    "padded, not causal": ((31, 4, 8), None, 2, 8, {"cu_seqlens": [7, 0, 17], "causal": False}),
+    "padded, all": (
+        (33, 4, 8), None, 2, 4,
+        {"cu_seqlens": [3, 14, 0, 8], "first": 2, "parents": [-1, 0, 0, 0], "window": 9, "softcap": 3.0, "sinks": True},
+    ),
 }  # fmt: skip
 
 
@@ -80,7 +88,8 @@ def make(name, dtype=torch.float32, device="cpu"):
     if "window" in options:
         options["window"] *= stretch
     if "cu_seqlens" in options:
-        options["cu_seqlens"] = lay([length * stretch for length in options["cu_seqlens"]], device)
+        lengths, first = options["cu_seqlens"], options.pop("first", 0)
+        options["cu_seqlens"] = lay([length * stretch for length in lengths], device, first * stretch)
     if "parents" in options:
         options["parents"] = table(options["parents"], device)
     return tensors, options
@@ -98,6 +107,18 @@ def grads(op, tensors, options, dout, dlse=None):
     found = torch.autograd.grad(outs, list(leaves.values()), ups, allow_unused=True)
     zeros = [torch.zeros_like(x) for x in leaves.values()]
     return outs + [z if g is None else g for g, z in zip(found, zeros, strict=True)]
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest new tensor of three dimensions or more, by a factory of torch."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.new_empty.default, torch.ops.aten.empty.memory_format):
+            self.bytes = max(self.bytes, out.numel() * out.element_size())
+        return out
 
 
 # the CPU path
@@ -133,8 +154,14 @@ def eager(
         segment, position = _positions(cu_seqlens, parents, q.shape[0])
         mask = segment[:, None] == segment
         if parents is not None:
-            mask = mask | (parents[segment][:, None] == segment)
-        mask, q, k, v = mask & _visible(position, position, causal, window), q[None], k[None], v[None]
+            parent = torch.cat([parents, parents.new_tensor([-1])])[segment]  # -1 for a row of no segment
+            mask = mask | (parent[:, None] == segment)
+        mask, q, k, v = (
+            mask & (segment >= 0) & _visible(position, position, causal, window),
+            q[None],
+            k[None],
+            v[None],
+        )
     else:
         T, S = q.shape[1], k.shape[1]
         mask = _visible(
@@ -437,8 +464,83 @@ def test_refuses_packed(message, device):
     assert message in str(caught.value)
 
 
-@on_cpu
-def test_refuses_a_table_that_does_not_end_at_the_last_token():
-    q = torch.zeros(5, 4, 8)
-    with pytest.raises(ValueError, match="cu_seqlens: expected to end at total=5, got 4"):
-        flash_attention(q, q, q, cu_seqlens=lay([2, 2]))
+@pytest.mark.parametrize("name", ["padded", "padded, all"])
+def test_rows_of_no_segment_are_zero_with_zero_gradients(name, device):
+    tensors, options = make(name, device=device)
+    cu = options["cu_seqlens"]
+    row = torch.arange(tensors["q"].shape[0], device=device)
+    outside = (row < cu[0]) | (row >= cu[-1])
+    assert 0 < outside.sum() < row.numel()
+    ones = torch.ones(row.numel(), 4, tensors["v"].shape[-1], device=device)
+    out, lse, *gradients = grads(flash_attention, tensors, options, ones, ones[..., 0] * ~outside[:, None])
+    assert (lse[outside] == -torch.inf).all() and lse[~outside].isfinite().all()
+    for x in (out, *gradients[:3]):
+        assert (x[outside] == 0).all() and (x[~outside] != 0).any() and x.isfinite().all()
+    assert all(x.isfinite().all() for x in gradients[3:])
+
+
+def batch_of_five(module, monkeypatch, device):
+    """On a grid whose third dimension ends at 2."""
+    monkeypatch.setattr(module, "GRID", 2)
+    q, k = draw(5, 35, 2, 16, device=device), draw(5, 37, 1, 16, device=device)
+    out = torch.ones(5, 35, 2, 16, device=device)
+    tensors = {"q": q, "k": k, "v": k}
+    want = grads(flash_attention_reference, tensors, {}, out)
+    torch.testing.assert_close(grads(module.flash_attention, tensors, {}, out), want, rtol=1e-3, atol=1e-4)
+
+
+def padded(module, monkeypatch, device):
+    tensors, options = make("padded, all", device=device)
+    out, lse = module.flash_attention(**tensors, **options, return_lse=True)
+    want = flash_attention_reference(**tensors, **options, return_lse=True)
+    torch.testing.assert_close((out, lse), want, rtol=1e-3, atol=1e-4)
+
+
+def falling(module, monkeypatch, device):
+    x = draw(40, 1, 16, device=device)
+    cu_seqlens = torch.tensor([0, 35, 3, 40], dtype=torch.int32, device=device)
+    assert (module.flash_attention(x, x, x, cu_seqlens=cu_seqlens) == 0).all()
+
+
+@compiled_or_interpreted
+def test_a_batch_larger_than_a_grid(monkeypatch, device):
+    batch_of_five(attention, monkeypatch, device)
+
+
+FAULTS = {
+    "rows after the last segment": ("self.sequences + 2,", "self.sequences,", padded),
+    "rows before the first segment": ("owned = (s >= 0) & ", "owned = ", padded),
+    "sinks of no segment": ('tl.where(owned, sink, float("-inf"))', "sink", padded),
+    "rows of no segment see": ("blocks = tl.where(owned, blocks, 0)", "blocks = blocks + 0", padded),
+    "a table that falls": ("falling.to(tl.int32) * 65536", "falling.to(tl.int32) * 0", falling),
+    "the rest of a batch": ("block // blocks * tl.num_programs(2)", "0 * blocks", batch_of_five),
+}
+
+
+@compiled_or_interpreted
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_is_caught(name, copy_of, monkeypatch, device):
+    old, new, check = FAULTS[name]
+    module = copy_of("attention", old, new)
+    with pytest.raises((AssertionError, InterpreterError)):  # or the guard sees it first
+        check(module, monkeypatch, device)
+
+
+def test_shares_of_a_shared_prompt_are_bounded(monkeypatch, device):
+    """fp32 shares of dk and dv, of the query heads of a group: as many as fit, the same gradients."""
+    tensors = {"q": draw(40, 8, 8, device=device), "k": draw(40, 1, 8, device=device)}
+    tensors["v"] = draw(40, 1, 8, device=device)
+    options = {"cu_seqlens": lay([9, 20, 11], device), "parents": table([-1, 0, 0], device)}
+    share = 4 * 2 * 40 * 8
+    assert (
+        attention._parts(8, share) == 8
+        and attention._parts(8, 2**28) == 1
+        and attention._parts(6, 2**26) == 3
+    )
+    want = grads(flash_attention_reference, tensors, options, torch.ones_like(tensors["q"]))
+    for most in (1, 5 * share):
+        monkeypatch.setattr(attention, "SHARES", most)
+        with Largest() as largest:
+            got = grads(flash_attention, tensors, options, torch.ones_like(tensors["q"]))
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+        assert largest.bytes <= max(most // 2, 4 * tensors["q"].numel())
