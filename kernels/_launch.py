@@ -22,6 +22,7 @@ TARGET: tuple[int, int] | None = None  # set by bench/static.py alone: launches 
 # mask. tests/kernels/test_nan.py
 FEW_KEYS = 16
 KNOWN = (8, 9, 10, 12)  # NVIDIA's major compute capabilities that have tiles of their own
+MOST_WINDOW = 2**30  # hides nothing, and is a 32-bit integer to a kernel
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FLOATS = (*DTYPES, torch.float64)  # of an operand that is cast or looked up, not multiplied as it is
 # of our ops in torch.ops: a copy of this folder inside another package registers its own beside an installed Burnish
@@ -131,6 +132,23 @@ def check_device(x: Tensor, **others: Tensor | None) -> None:
     for name, other in others.items():
         if other is not None and other.device != device:
             raise ValueError(f"{name}: expected on {device}, got on {other.device}")
+
+
+def check_attention_options(
+    scale: float | None, window: int | None, softcap: float | None, sinks: Tensor | None, heads: int
+) -> int | None:
+    """Returns the window; raises ValueError for what no attention, over sequences or a cache, is asked with."""
+    for name, number in (("scale", scale), ("softcap", softcap)):
+        if number is not None and not 0 < number < float("inf"):
+            raise ValueError(f"{name}: expected a positive number, got {number}")
+    if window is not None and not isinstance(window, int | torch.SymInt):
+        raise ValueError(f"window: expected an integer, got {window}")
+    if window is not None and window < 1:
+        raise ValueError(f"window: expected at least 1, got {window}")
+    if sinks is not None:
+        check_dtype("sinks", sinks)
+        check_shape("sinks", sinks, heads=heads)
+    return None if window is None else min(window, MOST_WINDOW)
 
 
 def readable(x: Tensor) -> bool:
