@@ -21,10 +21,12 @@ from ._launch import (
     capability,
     check_device,
     check_dtype,
+    check_number,
     check_shape,
     multiprocessors,
     readable,
     use_triton,
+    whole_number,
 )
 from ._triton import TensorDescriptor, tl, triton
 
@@ -416,8 +418,7 @@ def check_adapter(
     scaling: float,
     prefix: str = "",
 ) -> None:
-    if not math.isfinite(scaling):
-        raise ValueError(f"{prefix}scaling: expected a finite number, got {scaling}")
+    check_number(f"{prefix}scaling", scaling)  # math.isfinite would break a graph with dynamic shapes
     if lora_a is None and lora_b is None:
         return
     if lora_a is None or lora_b is None:
@@ -455,15 +456,17 @@ def check_rows(name: str, values: Tensor, right: Tensor, expected: str) -> None:
         raise ValueError(f"{name}: expected each row {expected}, got {values[row].item()} in row {row}")
 
 
-def check_ids(name: str, ids: Tensor, vocabulary: int) -> None:
-    """Raises ValueError for ids (tokens, K) outside a vocabulary, and for a row that has one twice.
+def check_ids(name: str, ids: Tensor, vocabulary: int, counts: Tensor | None) -> None:
+    """Raises ValueError for ids (tokens, K) outside a vocabulary, and for a row that counts and has one twice.
 
-    Negative ids are padding. It reads numbers on the host.
+    Negative ids are padding; counts: (tokens,) bool, None for all. It reads numbers on the host.
     """
     if (ids >= vocabulary).any():
         raise ValueError(f"{name}: id {int(ids.max())} is outside a vocabulary of {vocabulary}")
     ordered = ids.sort(-1).values
     twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    if counts is not None:
+        twice &= counts[:, None]
     if twice.any():
         row, column = twice.nonzero()[0].tolist()
         raise ValueError(f"{name}: row {row} has id {int(ordered[row, column])} twice")
@@ -471,9 +474,12 @@ def check_ids(name: str, ids: Tensor, vocabulary: int) -> None:
 
 def check_budget(hidden: Tensor, memory_budget: int | None, times: int = 1) -> int:
     """Bytes: what was asked for, or what suits the device, so many times."""
-    if memory_budget is not None and not (isinstance(memory_budget, int) and memory_budget > 0):
+    if memory_budget is None:
+        return times * (GPU_BUDGET if hidden.is_cuda else CPU_BUDGET)
+    budget = whole_number(memory_budget)
+    if budget is None or budget <= 0:
         raise ValueError(f"memory_budget: expected a whole number of bytes above 0, got {memory_budget}")
-    return times * (GPU_BUDGET if hidden.is_cuda else CPU_BUDGET) if memory_budget is None else memory_budget
+    return budget
 
 
 def cast(hidden: Tensor) -> Tensor:

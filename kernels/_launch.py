@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from functools import cache, wraps
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -82,6 +83,17 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind)
 
 
+def without_autocast(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """A CPU's autocast is off inside. (torch.autocast as a decorator keeps the state of one thread for all of them.)"""
+
+    @wraps(compute)
+    def off(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return compute(*args, **kwargs)
+
+    return off
+
+
 @cache
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device)
@@ -103,6 +115,13 @@ def check_dtype(name: str, x: Tensor, *allowed: torch.dtype) -> None:
     """Raises ValueError for another dtype than those allowed; by default the kernels', and fp64 on the torch path."""
     if x.dtype not in (allowed or DTYPES) and (allowed or x.dtype != torch.float64 or use_triton(x)):
         raise ValueError(f"{name}: expected dtype {' or '.join(map(str, allowed or DTYPES))}, got {x.dtype}")
+
+
+def whole_number(number: Any) -> Any:
+    """An integer, numpy's as Python's, which a launch takes; a size that a graph does not know; None for others."""
+    if isinstance(number, int | torch.SymInt):
+        return number
+    return int(number) if isinstance(number, Integral) else None
 
 
 def check_number(name: str, value: float, low: float = -math.inf) -> None:
@@ -141,14 +160,15 @@ def check_attention_options(
     for name, number in (("scale", scale), ("softcap", softcap)):
         if number is not None and not 0 < number < float("inf"):
             raise ValueError(f"{name}: expected a positive number, got {number}")
-    if window is not None and not isinstance(window, int | torch.SymInt):
+    size = whole_number(window)
+    if window is not None and size is None:
         raise ValueError(f"window: expected an integer, got {window}")
-    if window is not None and window < 1:
+    if size is not None and size < 1:
         raise ValueError(f"window: expected at least 1, got {window}")
     if sinks is not None:
         check_dtype("sinks", sinks)
         check_shape("sinks", sinks, heads=heads)
-    return None if window is None else min(window, MOST_WINDOW)
+    return None if size is None else min(size, MOST_WINDOW)
 
 
 def readable(x: Tensor) -> bool:

@@ -53,6 +53,7 @@ from ._launch import (
     register,
     register_path,
     use_triton,
+    without_autocast,
 )
 from ._triton import TensorDescriptor, tl, triton
 
@@ -80,7 +81,7 @@ def _positions(cu_seqlens: Tensor, parents: Tensor | None, total: int) -> tuple[
     return segment, position
 
 
-@torch.autocast("cpu", enabled=False)  # fp32 inside, whatever the policy outside
+@without_autocast  # fp32 inside, whatever the policy outside
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -145,7 +146,7 @@ def flash_attention_reference(
 # ---- CPU path
 
 
-@torch.autocast("cpu", enabled=False)  # in q's dtype, as the kernels
+@without_autocast  # in q's dtype, as the kernels
 def _attend_cpu(
     q: Tensor,
     k: Tensor,
@@ -163,9 +164,10 @@ def _attend_cpu(
         mask = visible if visible is None or visible.dim() == 2 else visible.squeeze(1)  # or (B, 1, T, S)
         if mask is None and T < FEW_KEYS:
             mask = q.new_full((T, T), -torch.inf).triu(1)
-        gqa = q.shape[2] != k.shape[2]
+        # branched on: of dynamic shapes a comparison is a symbol, which SDPA does not take
+        gqa = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}
         out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, **gqa
         )
         return out.transpose(1, 2), None
     if visible is None:

@@ -63,13 +63,13 @@ from ._head import (
     split_temperature,
     widened,
 )
-from ._launch import INTERPRET, capability, check_device, precision, register, use_triton
+from ._launch import INTERPRET, capability, check_device, precision, register, use_triton, without_autocast
 from ._triton import tl, triton
 
 # ---- reference
 
 
-@torch.autocast("cpu", enabled=False)  # fp32 inside, whatever the policy outside
+@without_autocast  # fp32 inside, whatever the policy outside
 def token_divergence_reference(
     hidden: Tensor,
     weight: Tensor,

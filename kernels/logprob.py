@@ -57,13 +57,13 @@ from ._head import (
     split_temperature,
     tile_of,
 )
-from ._launch import check_device, check_shape, precision, readable, register, use_triton
+from ._launch import check_device, check_shape, precision, readable, register, use_triton, without_autocast
 from ._triton import tl, triton
 
 # ---- reference
 
 
-@torch.autocast("cpu", enabled=False)  # fp32 inside, whatever the policy outside
+@without_autocast  # fp32 inside, whatever the policy outside
 def token_logprobs_reference(
     hidden: Tensor,
     weight: Tensor,
@@ -626,7 +626,7 @@ def _check_targets(targets: Tensor, support: Tensor | None, vocabulary: int, ign
         raise ValueError(f"targets: row {row} is {int(targets[row])}, outside a vocabulary of {vocabulary}")
     if support is None:
         return
-    check_ids("support", support, vocabulary)
+    check_ids("support", support, vocabulary, trained)
     missing = trained & ~(support == targets[:, None]).any(-1)
     if missing.any():
         row = int(missing.nonzero()[0])

@@ -52,6 +52,7 @@ from ._launch import (
     register,
     register_path,
     use_triton,
+    without_autocast,
 )
 from ._triton import tl, triton
 
@@ -179,7 +180,7 @@ def _activate(h: Tensor, activation: str, alpha: float, limit: float) -> Tensor:
 # ---- CPU path
 
 
-@torch.autocast("cpu", enabled=False)  # in x's dtype, as the kernels
+@without_autocast  # in x's dtype, as the kernels
 def _mlp_cpu(
     x: Tensor,
     gate_up: Tensor | NF4Weight,

@@ -46,6 +46,7 @@ from ._launch import (
     readable,
     register,
     use_triton,
+    whole_number,
 )
 from ._triton import tl, triton
 
@@ -475,7 +476,8 @@ def sample_tokens(
     check_dtype("noise", noise, torch.float64)
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature: expected a finite number of at least 0, got {temperature}")
-    if top_k is not None and not (isinstance(top_k, int) and top_k >= 1):
+    most = whole_number(top_k)
+    if top_k is not None and (most is None or most < 1):
         raise ValueError(f"top_k: expected a whole number of at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
@@ -488,7 +490,7 @@ def sample_tokens(
     if readable(logits) and not ((noise >= 0) & (noise < 1)).all():
         raise ValueError("noise: expected numbers in [0, 1), got one outside")
     temperature = max(temperature, LEAST) if temperature else 0.0
-    how = temperature, *_meant(logits.shape[1], top_k, top_p, min_p)
+    how = temperature, *_meant(logits.shape[1], most, top_p, min_p)
     if not use_triton(logits):
         return _sample_cpu(logits, noise, *how)
     check_dtype("logits", logits)

@@ -51,7 +51,7 @@ from ._head import (
     split_temperature,
     widened,
 )
-from ._launch import check_device, check_shape, readable, register, use_triton
+from ._launch import check_device, check_shape, readable, register, use_triton, whole_number, without_autocast
 
 COPIES = 4  # of a block: the logits and temporaries
 NOTHING = -1e30  # the log-probability of a bucket that is not there, finite: 0 times it is 0
@@ -61,7 +61,7 @@ SLACK = 0.05  # of a sum of probabilities whose logarithms were rounded to bf16
 # ---- reference
 
 
-@torch.autocast("cpu", enabled=False)  # fp32 inside, whatever the policy outside
+@without_autocast  # fp32 inside, whatever the policy outside
 def topk_logprobs_reference(
     hidden: Tensor,
     weight: Tensor,
@@ -83,7 +83,7 @@ def topk_logprobs_reference(
     return ids.int(), logprobs
 
 
-@torch.autocast("cpu", enabled=False)
+@without_autocast
 def topk_divergence_reference(
     hidden: Tensor,
     weight: Tensor,
@@ -348,13 +348,14 @@ def topk_logprobs(
     check_head(hidden, weight, bias, softcap)
     check_adapter(hidden, weight, lora_a, lora_b, scaling)
     temperature = checked_temperature(hidden, temperature)
-    if not isinstance(k, int) or not 1 <= k <= weight.shape[0]:
+    size = whole_number(k)
+    if size is None or not 1 <= size <= weight.shape[0]:
         raise ValueError(f"k: expected a whole number from 1 to vocabulary={weight.shape[0]}, got {k}")
     hidden = cast(hidden)
     temperatures, number = split_temperature(temperature, torch.promote_types(hidden.dtype, torch.float32))
     with torch.no_grad():
         hidden = widened(hidden, lora_a, scaling)
-        return _topk_logprobs(hidden, weight, lora_b, bias, temperatures, k, number, softcap, budget)
+        return _topk_logprobs(hidden, weight, lora_b, bias, temperatures, size, number, softcap, budget)
 
 
 def topk_divergence(
@@ -404,9 +405,11 @@ def topk_divergence(
         raise ValueError(f"teacher_logprobs: expected a floating dtype, got {teacher_logprobs.dtype}")
     check_device(hidden, teacher_ids=teacher_ids, teacher_logprobs=teacher_logprobs)
     if readable(hidden):
-        check_ids("teacher_ids", teacher_ids, vocabulary)
+        check_ids("teacher_ids", teacher_ids, vocabulary, mask)
         mass = teacher_logprobs.detach().double().masked_fill(teacher_ids < 0, -torch.inf).exp().sum(-1)
-        check_rows("teacher_logprobs", mass, mass <= 1 + SLACK, "to sum to a probability of at most 1")
+        right = mass <= 1 + SLACK
+        right = right if mask is None else right | ~mask & mass.isfinite()  # NaN would reach dW from any row
+        check_rows("teacher_logprobs", mass, right, "to sum to a probability of at most 1")
     hidden = cast(hidden)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     if not use_triton(hidden) and 8 * wide.itemsize * tokens * vocabulary <= budget:

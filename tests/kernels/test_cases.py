@@ -171,6 +171,17 @@ def test_compiles_as_one_graph(case: Case, device: str):
     assert_accurate(compiled, make_inputs(case, case.shapes[1 % len(case.shapes)], torch.float32, device))
 
 
+@each_op(interpreted=False)
+def test_compiles_for_any_sizes_and_numbers(case: Case, device: str):
+    """Sizes and numbers are symbols of the graph: no check of theirs may ask for a value."""
+    torch.compiler.reset()
+    compiled = torch.compile(case.fused, fullgraph=True, dynamic=True, backend="eager")
+    tensors = make_inputs(case, case.shapes[1 % len(case.shapes)], torch.float32, device)
+    expected, found = (run(op, case, tensors) for op in (case.fused, compiled))
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name])
+
+
 class Record(TorchDispatchMode):
     """Keeps the calls of our registered ops, forward and backward, with their arguments."""
 

@@ -3,16 +3,21 @@
 import inspect
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from importlib import import_module
+from pkgutil import iter_modules
+from threading import Event
 from types import SimpleNamespace
 
 import burnish.kernels
+import numpy as np
 import pytest
 import torch
 from burnish.bench.case import Case, Dims, make_inputs, make_upstream, run, tensor
 from burnish.bench.registry import CASES
-from burnish.kernels import glu
-from burnish.kernels._launch import INTERPRET, autocast_dtype, on_its_device
+from burnish.kernels import flash_attention, glu, sample_tokens, topk_logprobs
+from burnish.kernels._launch import INTERPRET, autocast_dtype, on_its_device, without_autocast
 from torch import Tensor
 
 
@@ -198,3 +203,43 @@ def test_an_op_casts_its_products_or_nothing_under_autocast(case, device):
     for name in expected:
         assert found[name].dtype == expected[name].dtype, name
         assert torch.equal(found[name], expected[name]), name
+
+
+def test_autocast_of_a_thread_is_left_alone_by_another():
+    """Both are inside of the same function when the first leaves it."""
+    inside, leave = Event(), Event()
+
+    @without_autocast
+    def compute(wait: bool) -> bool:
+        inside.set()
+        return torch.is_autocast_enabled("cpu") or (wait and not leave.wait(20))
+
+    def other() -> tuple[bool, bool]:
+        return compute(True), torch.is_autocast_enabled("cpu")
+
+    with ThreadPoolExecutor(1) as pool, torch.autocast("cpu", torch.bfloat16):
+        plain = pool.submit(other)
+        assert inside.wait(20) and not compute(False)
+        leave.set()
+        assert plain.result() == (False, False) and torch.is_autocast_enabled("cpu")
+
+
+def test_no_op_shares_the_state_of_its_autocast():
+    names = [info.name for info in iter_modules(burnish.kernels.__path__)]
+    functions = [f for name in names for f in vars(import_module(f"burnish.kernels.{name}")).values()]
+    codes = [getattr(f, "__code__", None) for f in functions]
+    shared = [code for code in codes if code is not None and code.co_name == "decorate_autocast"]
+    assert not shared, "without_autocast is safe among threads, torch.autocast as a decorator is not"
+
+
+# ---- numbers
+
+
+@pytest.mark.parametrize("whole", [int, np.int32, np.int64])
+def test_whole_numbers_may_be_of_numpy(whole, device):
+    """A number of ids or of bytes that was read from an array."""
+    x, noise = torch.randn(3, 5, device=device), torch.rand(3, dtype=torch.float64, device=device)
+    assert sample_tokens(x, noise, top_k=whole(2))[0].shape == (3,)
+    assert topk_logprobs(x, x, whole(2), memory_budget=whole(100))[0].shape == (3, 2)
+    q = x[None, :, None, :4]
+    assert flash_attention(q, q, q, window=whole(2)).shape == (1, 3, 1, 4)

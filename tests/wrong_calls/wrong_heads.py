@@ -101,6 +101,11 @@ def with_id(ids: Tensor, row: int, value: int) -> Tensor:
     return ids
 
 
+def with_row(x: Tensor, row: int, value: float) -> Tensor:
+    """The same number in all places of a row: what pads a batch."""
+    return x.index_fill(0, torch.tensor([row]), value)
+
+
 def meta(**tensors: Tensor) -> dict[str, Tensor]:
     return {name: t.to("meta") for name, t in tensors.items()}
 
@@ -256,6 +261,13 @@ LOGPROBS = (
         "token_logprobs: support twice",
         logprobs(support=with_id(SUPPORT, 0, 1)),
         "support: row 0 has id 1 twice",
+        finite,
+    ),
+    Wrong(
+        "token_logprobs: ids twice in a row that is ignored",
+        with_gradients(
+            logprobs, support=with_row(SUPPORT, 1, 0), targets=torch.tensor([5, -100, 8]), **BY_BLOCKS
+        ),
         finite,
     ),
     Wrong("token_logprobs: all ignored", logprobs(targets=torch.full((T,), -100)), equals(0.0)),
@@ -423,6 +435,25 @@ TOPK = (
         "topk_divergence: id twice",
         listed(teacher_ids=with_id(IDS, 2, 7)),
         "teacher_ids: row 2 has id 7 twice",
+        finite,
+    ),
+    Wrong(
+        "topk_divergence: zeros in a row that does not count",
+        with_gradients(
+            listed,
+            teacher_ids=with_row(IDS, 1, 0),
+            teacher_logprobs=with_row(torch.full((T, 2), -2.0), 1, 0),
+            mask=torch.tensor([True, False, True]),
+        ),
+        finite,
+    ),
+    Wrong(
+        "topk_divergence: NaN in a row that does not count",
+        listed(
+            teacher_logprobs=with_row(torch.full((T, 2), -2.0), 1, NAN),
+            mask=torch.tensor([True, False, True]),
+        ),
+        "teacher_logprobs: expected each row to sum to a probability of at most 1, got nan in row 1",
         finite,
     ),
     *(
