@@ -572,8 +572,9 @@ def token_logprobs(
     Returns logprob, lse, entropy, each (tokens,) in fp32 (fp64 for fp64), each with its own gradient to hidden,
     weight, bias and the adapter. A weight without requires_grad costs no product for dW.
     Raises ValueError for shapes, dtypes and devices that disagree, for numbers other than these and, on the CPU, for
-    rows: a target outside the vocabulary or its support, an id outside or twice, a temperature not above 0. On CUDA,
-    where looking would stall the device, such a row gives NaN, and an id that is there twice counts twice.
+    rows: a target outside the vocabulary or its support, an id outside, one twice in a row that is not ignored, a
+    temperature not above 0. On CUDA, where looking would stall the device, such a row gives NaN, and an id that is
+    there twice counts twice.
     """
     budget = check_budget(hidden, memory_budget)
     check_head(hidden, weight, bias, softcap)

@@ -384,9 +384,9 @@ def topk_divergence(
 
     Returns (tokens,) in fp32 (fp64 for fp64), with gradients to hidden, weight, bias and the adapter.
     Raises ValueError for shapes, dtypes and devices that disagree, for numbers other than these and, on the CPU, for
-    rows: an id outside the vocabulary or twice, a temperature, teacher_logprobs that are NaN or sum to a probability
-    above 1. On CUDA, where looking would stall the device, an id outside and such a temperature give NaN, the others a
-    number that is no divergence.
+    rows: an id outside the vocabulary, a temperature, NaN among teacher_logprobs, and where a row counts an id that is
+    there twice or teacher_logprobs that sum to a probability above 1. On CUDA, where looking would stall the device, an
+    id outside and such a temperature give NaN, the others a number that is no divergence.
     """
     budget = check_budget(hidden, memory_budget)
     check_head(hidden, weight, bias, softcap)
