@@ -137,6 +137,26 @@ def readable(x: Tensor) -> bool:
     return not (use_triton(x) or x.is_meta or torch.compiler.is_compiling() or isinstance(x, FakeTensor))
 
 
+MOST_WINDOW = 2**30  # hides nothing, and is a 32-bit integer to a kernel
+
+
+def check_attention(
+    scale: float | None, window: int | None, softcap: float | None, sinks: Tensor | None, heads: int
+) -> int | None:
+    """Returns the window; raises ValueError for what no attention, over sequences or a cache, is asked with."""
+    for name, number in (("scale", scale), ("softcap", softcap)):
+        if number is not None and not 0 < number < float("inf"):
+            raise ValueError(f"{name}: expected a positive number, got {number}")
+    if window is not None and not isinstance(window, int | torch.SymInt):
+        raise ValueError(f"window: expected an integer, got {window}")
+    if window is not None and window < 1:
+        raise ValueError(f"window: expected at least 1, got {window}")
+    if sinks is not None:
+        check_dtype("sinks", sinks)
+        check_shape("sinks", sinks, heads=heads)
+    return None if window is None else min(window, MOST_WINDOW)
+
+
 def cdiv(size: int, block: int) -> int:
     """How many blocks cover `size`. (triton.cdiv and triton.next_power_of_2 take microseconds on the host.)"""
     return -(-size // block)

@@ -44,6 +44,7 @@ from ._launch import (
     FEW_KEYS,
     capability,
     cdiv,
+    check_attention,
     check_device,
     check_dtype,
     check_shape,
@@ -990,26 +991,6 @@ _packed = register_path("packed_attention_cpu", _packed_cpu, _packed_fake)
 # ---- public op
 
 
-MOST_WINDOW = 2**30  # hides nothing, and is a 32-bit integer to a kernel
-
-
-def check_options(
-    scale: float | None, window: int | None, softcap: float | None, sinks: Tensor | None, heads: int
-) -> int | None:
-    """Returns the window; raises ValueError for what no attention, over sequences or a cache, is asked with."""
-    for name, number in (("scale", scale), ("softcap", softcap)):
-        if number is not None and not 0 < number < float("inf"):
-            raise ValueError(f"{name}: expected a positive number, got {number}")
-    if window is not None and not isinstance(window, int | torch.SymInt):
-        raise ValueError(f"window: expected an integer, got {window}")
-    if window is not None and window < 1:
-        raise ValueError(f"window: expected at least 1, got {window}")
-    if sinks is not None:
-        check_dtype("sinks", sinks)
-        check_shape("sinks", sinks, heads=heads)
-    return None if window is None else min(window, MOST_WINDOW)
-
-
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     """A query is (..., H, D), keys and values (..., G, D) and (..., G, Dv)."""
     check_dtype("q", q)
@@ -1072,7 +1053,7 @@ def flash_attention(
         )
     check_device(q, k=k, v=v, sinks=sinks, cu_seqlens=cu_seqlens, parents=parents)
     _check(q, k, v)
-    window = check_options(scale, window, softcap, sinks, q.shape[-2])
+    window = check_attention(scale, window, softcap, sinks, q.shape[-2])
     if window is not None and not causal:
         raise ValueError("window: expected causal=True, got causal=False")
     G, D, Dv = k.shape[-2], q.shape[-1], v.shape[-1]
