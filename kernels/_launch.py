@@ -23,7 +23,6 @@ TARGET: tuple[int, int] | None = None  # set by bench/static.py alone: launches 
 # mask. tests/kernels/test_nan.py
 FEW_KEYS = 16
 KNOWN = (8, 9, 10, 12)  # NVIDIA's major compute capabilities that have tiles of their own
-MOST_WINDOW = 2**30  # hides nothing, and is a 32-bit integer to a kernel
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FLOATS = (*DTYPES, torch.float64)  # of an operand that is cast or looked up, not multiplied as it is
 # of our ops in torch.ops: a copy of this folder inside another package registers its own beside an installed Burnish
@@ -153,7 +152,15 @@ def check_device(x: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{name}: expected on {device}, got on {other.device}")
 
 
-def check_attention_options(
+def readable(x: Tensor) -> bool:
+    """May the host look at numbers? Only on the torch path: a GPU would stall, and graphs and "meta" hold none."""
+    return not (use_triton(x) or x.is_meta or torch.compiler.is_compiling() or isinstance(x, FakeTensor))
+
+
+MOST_WINDOW = 2**30  # hides nothing, and is a 32-bit integer to a kernel
+
+
+def check_attention(
     scale: float | None, window: int | None, softcap: float | None, sinks: Tensor | None, heads: int
 ) -> int | None:
     """Returns the window; raises ValueError for what no attention, over sequences or a cache, is asked with."""
@@ -169,11 +176,6 @@ def check_attention_options(
         check_dtype("sinks", sinks)
         check_shape("sinks", sinks, heads=heads)
     return None if size is None else min(size, MOST_WINDOW)
-
-
-def readable(x: Tensor) -> bool:
-    """May the host look at numbers? Only on the torch path: a GPU would stall, and graphs and "meta" hold none."""
-    return not (use_triton(x) or x.is_meta or torch.compiler.is_compiling() or isinstance(x, FakeTensor))
 
 
 def cdiv(size: int, block: int) -> int:

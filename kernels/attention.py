@@ -44,7 +44,7 @@ from ._launch import (
     FEW_KEYS,
     capability,
     cdiv,
-    check_attention_options,
+    check_attention,
     check_device,
     check_dtype,
     check_shape,
@@ -1055,7 +1055,7 @@ def flash_attention(
         )
     check_device(q, k=k, v=v, sinks=sinks, cu_seqlens=cu_seqlens, parents=parents)
     _check(q, k, v)
-    window = check_attention_options(scale, window, softcap, sinks, q.shape[-2])
+    window = check_attention(scale, window, softcap, sinks, q.shape[-2])
     if window is not None and not causal:
         raise ValueError("window: expected causal=True, got causal=False")
     G, D, Dv = k.shape[-2], q.shape[-1], v.shape[-1]

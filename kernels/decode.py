@@ -42,7 +42,7 @@ from ._launch import (
     FEW_KEYS,
     capability,
     cdiv,
-    check_attention_options,
+    check_attention,
     check_device,
     check_dtype,
     check_shape,
@@ -638,7 +638,7 @@ def decode_attention(
         if x is not None:
             check_shape(name, x, batch=B)
             check_dtype(name, x, torch.int32, torch.int64)
-    window = check_attention_options(scale, window, softcap, sinks, H)
+    window = check_attention(scale, window, softcap, sinks, H)
     if torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, k_cache, v_cache, k_prefix, v_prefix, sinks)
     ):
