@@ -200,6 +200,7 @@ def _check_tables(cu_seqlens: Tensor, parents: Tensor | None, total: int) -> Non
         )
 
 
+@torch.autocast("cpu", enabled=False)  # which refuses fp16 in torch.cat
 def _packed_cpu(
     q: Tensor,
     k: Tensor,
@@ -261,7 +262,7 @@ def _packed_cpu(
         value = torch.cat([v.index_select(0, which), v_child], 1)
         outs.append(_attend_cpu(q_child, key, value, visible, scale, softcap, sinks, return_lse))
     out, lse = (
-        None if x[0] is None else torch.cat([y.flatten(0, 1) for y in x]).index_select(0, row)
+        None if any(y is None for y in x) else torch.cat([y.flatten(0, 1) for y in x]).index_select(0, row)
         for x in zip(*outs, strict=True)
     )
     assert out is not None

@@ -464,6 +464,23 @@ def test_refuses_packed(message, device):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["padded", "padded, not causal", "padded, all"])
+def test_autocast_changes_nothing(name, device):
+    """fp16 under bf16, too, of which torch.cat knows no common dtype."""
+    tensors, options = make(name, torch.float16, device)
+    expected = flash_attention(**tensors, **options)
+    with torch.autocast(device, torch.bfloat16):
+        assert torch.equal(flash_attention(**tensors, **options), expected)
+
+
+@pytest.mark.parametrize("lengths", [[0, 9, 4], [9, 0, 0]])
+def test_an_empty_prompt_and_empty_samples(lengths, device):
+    tensors = {name: draw(sum(lengths), heads, 16, device=device) for name, heads in zip("qkv", (4, 2, 2))}
+    options = {"cu_seqlens": lay(lengths, device), "parents": table([-1, 0, 0], device)}
+    expected = flash_attention_reference(**tensors, **options)
+    torch.testing.assert_close(flash_attention(**tensors, **options), expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["padded", "padded, all"])
 def test_rows_of_no_segment_are_zero_with_zero_gradients(name, device):
     tensors, options = make(name, device=device)
