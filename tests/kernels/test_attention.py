@@ -475,7 +475,10 @@ def test_autocast_changes_nothing(name, device):
 
 @pytest.mark.parametrize("lengths", [[0, 9, 4], [9, 0, 0]])
 def test_an_empty_prompt_and_empty_samples(lengths, device):
-    tensors = {name: draw(sum(lengths), heads, 16, device=device) for name, heads in zip("qkv", (4, 2, 2))}
+    tensors = {
+        name: draw(sum(lengths), heads, 16, device=device)
+        for name, heads in zip("qkv", (4, 2, 2), strict=True)
+    }
     options = {"cu_seqlens": lay(lengths, device), "parents": table([-1, 0, 0], device)}
     expected = flash_attention_reference(**tensors, **options)
     torch.testing.assert_close(flash_attention(**tensors, **options), expected, rtol=1e-3, atol=1e-4)
