@@ -771,6 +771,8 @@ TILES = {
     },
     "interpreted": {256: _Tiles((32, 16, 4, 1), (32, 16, 4, 1), (16, 32, 4, 1))},
 }
+# TF32 has matrix units, whose operands lie in shared memory: of "fp32", dK/dV at 256 would take 112 KB
+TILES["tf32_sm_86"] = TILES["fp32"] | {256: _Tiles((32, 16, 8, 1), (16, 16, 8, 2), (16, 16, 8, 1))}
 
 
 def _tiles(q: Tensor, width: int) -> tuple[_Tiles, bool]:
@@ -781,7 +783,8 @@ def _tiles(q: Tensor, width: int) -> tuple[_Tiles, bool]:
     if chip == (0, 0):
         name = "interpreted"
     elif not half:
-        name = "fp32"
+        small = chip in ((8, 6), (8, 9)) or chip[0] == 12
+        name = "tf32_sm_86" if small and precision() == "tf32" else "fp32"
     elif chip == (9, 4):
         name = "gfx942"
     elif descriptors:
