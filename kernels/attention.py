@@ -960,8 +960,9 @@ def _backward_launch(
     if split:
         dk, dv = (share.sum(0).to(k.dtype) for share in shares)
     if sinks is not None:  # a sink is a key whose value is 0: ds = -p * delta
-        p = torch.exp2(sinks.float()[:, None] * LOG2E - lse.masked_fill(lse == -torch.inf, torch.inf))
-        dsinks = -(p * delta).sum(1).to(sinks.dtype)
+        unseen = lse == -torch.inf  # a row of no segment, whatever its upstream gradient is
+        p = torch.exp2(sinks.float()[:, None] * LOG2E - lse)
+        dsinks = -(p * delta).masked_fill(unseen, 0.0).sum(1).to(sinks.dtype)
     return dq, dk, dv, dsinks
 
 
@@ -1081,6 +1082,8 @@ def flash_attention(
                 raise ValueError(f"parents: expected torch.int32, got {parents.dtype}")
             check_shape("parents", parents, segments=cu_seqlens.numel() - 1)
     if use_triton(q):
+        if q.shape[-2] > GRID:
+            raise ValueError(f"q: expected at most {GRID} heads on a GPU, got {q.shape[-2]}")
         scale = D**-0.5 if scale is None else scale
         tables = (None if x is None else x.contiguous() for x in (sinks, cu_seqlens, parents))
         # no descriptors of such rows, and some kernel spills: they run as the next power of two, which fills the tile
