@@ -163,7 +163,9 @@ def _attend_cpu(
         mask = visible if visible is None or visible.dim() == 2 else visible.squeeze(1)  # or (B, 1, T, S)
         if mask is None and T < FEW_KEYS:
             mask = q.new_full((T, T), -torch.inf).triu(1)
-        gqa = q.shape[2] != k.shape[2]
+        gqa = False  # set by a branch: in a graph of open sizes the comparison is a SymBool, which torch refuses
+        if q.shape[2] != k.shape[2]:
+            gqa = True
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa
         )

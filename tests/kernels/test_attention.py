@@ -473,6 +473,14 @@ def test_autocast_changes_nothing(name, device):
         assert torch.equal(flash_attention(**tensors, **options), expected)
 
 
+@on_cpu
+def test_a_graph_may_leave_every_size_open():
+    graph = torch.compile(flash_attention, backend="eager", fullgraph=True, dynamic=True)
+    for T, H, G, window in ((20, 4, 2, 3), (33, 6, 3, 11)):
+        q, k = draw(2, T, H, 8), draw(2, T + 3, G, 8)
+        torch.testing.assert_close(graph(q, k, k, window=window), flash_attention(q, k, k, window=window))
+
+
 @pytest.mark.parametrize("lengths", [[0, 9, 4], [9, 0, 0]])
 def test_an_empty_prompt_and_empty_samples(lengths, device):
     tensors = {
