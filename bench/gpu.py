@@ -25,6 +25,7 @@ It needs torch, triton, numpy and pytest.
 import argparse
 import datetime
 import json
+import math
 import os
 import shlex
 import signal
@@ -134,20 +135,24 @@ class Worker:
         end_all(self.process)
         self.pipe.close()
 
-    def died(self, asking: bool) -> str:
-        """How. asking: it has not, and is told to; an interpreter that hangs then prints where."""
+    def died(self, asking: bool, end: float) -> str:
+        """How. asking: it has not, and is told to; an interpreter that hangs then prints where, until `end`."""
         if asking:
             self.process.send_signal(signal.SIGABRT)
         with suppress(subprocess.TimeoutExpired):
-            self.process.wait(LAST_WORDS)
+            self.process.wait(max(0.0, min(LAST_WORDS, end - time.monotonic())))
         status = self.process.poll()
         return f"signal {signal.Signals(-status).name}" if status and status < 0 else f"status {status}"
 
 
-def end_all(process: subprocess.Popen[Any]) -> None:
-    """End a process that leads a session, and whatever it started; one that the kernel holds is left behind."""
+def kill(process: subprocess.Popen[Any]) -> None:
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def end_all(process: subprocess.Popen[Any]) -> None:
+    """End a process that leads a session, and whatever it started; one that the kernel holds is left behind."""
+    kill(process)
     with suppress(subprocess.TimeoutExpired):
         process.wait(1)
 
@@ -248,9 +253,11 @@ class Crew:
         self.plan: Plan | None = None  # until a worker has collected
         self.workers: list[Worker] = []
         self.failed_starts = 0
+        self.end = math.inf
 
     def run(self, end: float) -> None:
         """Until every test has ended, or until `end`; what runs by then was not reached."""
+        self.end = end
         with tempfile.TemporaryDirectory() as folder:
             logs = (Path(folder) / f"{n}.log" for n in count())
             try:
@@ -262,9 +269,12 @@ class Crew:
                     for pipe in wait([w.pipe for w in self.workers], timeout=0.5):
                         self.hear(next(w for w in self.workers if w.pipe is pipe))
                     for worker in list(self.workers):
-                        self.watch(worker)
+                        if time.monotonic() < end:  # one that hangs has its last words first
+                            self.watch(worker)
                     self.verdict.write(self.plan)
             finally:
+                for worker in self.workers:  # all at once: one may take its time
+                    kill(worker.process)
                 for worker in list(self.workers):
                     if worker.test is not None and self.plan is not None:
                         self.plan.waiting[worker.test.op].insert(0, worker.test)
@@ -317,7 +327,7 @@ class Crew:
         worker.test = None
 
     def bury(self, worker: Worker, why: str, asking: bool) -> None:
-        how = worker.died(asking)
+        how = worker.died(asking, self.end)
         end = End("failed", f"{why}: {how}", worker.said())
         if worker.test is not None:
             self.ended(worker, end)
@@ -355,17 +365,18 @@ def run_watched(words: list[str], end: float, written: Path | None = None) -> in
 
 
 def benchmark(end: float, path: Path, commit: str) -> int:
-    """The benchmark, by one process after another where they die, then the table of paths."""
+    """The benchmark, by one process after another where they die, then, in the last seconds, the table of paths."""
     status: int | None = None
+    last = end - GRACE
     for _ in range(STRAYS):
-        left = end - time.monotonic() - GRACE
+        left = last - time.monotonic() - GRACE
         if left <= 0:
             break
         flags = ["--peers", "--resume", "--json", str(path), "--budget", f"{left:.0f}", "--commit", commit]
-        status = run_watched(["-m", "burnish.bench", *ordered_ops(), *flags], end, path)
+        status = run_watched(["-m", "burnish.bench", *ordered_ops(), *flags], last, path)
         if status in (0, 1):
             break
-    paths = run_watched(["-m", "burnish.bench.paths"], time.monotonic() + GRACE)
+    paths = run_watched(["-m", "burnish.bench.paths"], end)
     return 0 if status == paths == 0 else 1
 
 
@@ -392,6 +403,24 @@ def step_ends(steps: list[str], begun: float, seconds: float) -> Iterator[tuple[
         yield step, begun + seconds * so_far / whole
 
 
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the command, with a sentence, where something is out of bounds or would be ignored."""
+    for name in ("seconds", "patience", "processes"):
+        if not 0 < getattr(args, name) < math.inf:
+            parser.error(f"--{name}: expected a number above 0, got {getattr(args, name)}")
+    if args.rehearse:
+        from .static import TARGETS
+
+        if args.rehearse not in TARGETS:
+            parser.error(f"--rehearse: expected one of {', '.join(TARGETS)}, got {args.rehearse}")
+        if args.steps is not None and args.steps != ["tests"]:
+            parser.error(f"--rehearse: expected --steps tests, or none, got {' '.join(args.steps)}")
+        args.steps = ["tests"]
+    args.steps = args.steps or list(SHARES)
+    if "tests" not in args.steps and (args.tests or args.json):
+        parser.error("--json, arguments for pytest: expected tests among --steps, which alone take them")
+
+
 @as_command
 def main(argv: list[str] | None = None) -> int:
     begun = time.monotonic()
@@ -399,7 +428,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m burnish.bench.gpu", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--seconds", type=float, default=480, help="for all steps together")
-    parser.add_argument("--steps", nargs="+", choices=list(SHARES), default=list(SHARES))
+    parser.add_argument("--steps", nargs="+", choices=list(SHARES), help="by default all")
     parser.add_argument(
         "tests", nargs="*", metavar="argument", help=f"for pytest, instead of {shlex.join(TESTS)}"
     )
@@ -415,6 +444,7 @@ def main(argv: list[str] | None = None) -> int:
         "--commit", default=run_text("git", "describe", "--always", "--dirty"), help="where git is absent"
     )
     args = parser.parse_args(argv)
+    check(parser, args)
 
     import torch
 
@@ -433,7 +463,7 @@ def main(argv: list[str] | None = None) -> int:
         "clocks_before": clocks(device),
     }
     statuses = []
-    for step, end in step_ends(["tests"] if args.rehearse else args.steps, begun, args.seconds):
+    for step, end in step_ends(args.steps, begun, args.seconds):
         if step == "tests":
             path = args.json or (None if args.rehearse else results_file(here["device"], today, "tests"))
             verdict = Verdict(path, facts)

@@ -23,6 +23,7 @@ from ..model.text_files import read_object
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 PASSES = ("forward", "forward+backward")
+PATIENCE = 10.0  # seconds for git, or for a driver that may hang
 Arguments = ParamSpec("Arguments")
 
 
@@ -152,9 +153,9 @@ def cpu_name() -> str:
 
 def run_text(*command: str) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=PATIENCE)
         return done.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.CalledProcessError, subprocess.TimeoutExpired):
         return "unknown"
 
 

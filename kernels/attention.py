@@ -202,6 +202,7 @@ def _check_tables(cu_seqlens: Tensor, parents: Tensor | None, total: int) -> Non
         )
 
 
+@torch.autocast("cpu", enabled=False)  # which refuses fp16 in torch.cat
 def _packed_cpu(
     q: Tensor,
     k: Tensor,
@@ -263,7 +264,7 @@ def _packed_cpu(
         value = torch.cat([v.index_select(0, which), v_child], 1)
         outs.append(_attend_cpu(q_child, key, value, visible, scale, softcap, sinks, return_lse))
     out, lse = (
-        None if x[0] is None else torch.cat([y.flatten(0, 1) for y in x]).index_select(0, row)
+        None if any(y is None for y in x) else torch.cat([y.flatten(0, 1) for y in x]).index_select(0, row)
         for x in zip(*outs, strict=True)
     )
     assert out is not None
@@ -772,6 +773,8 @@ TILES = {
     },
     "interpreted": {256: _Tiles((32, 16, 4, 1), (32, 16, 4, 1), (16, 32, 4, 1))},
 }
+# TF32 has matrix units, whose operands lie in shared memory: of "fp32", dK/dV at 256 would take 112 KB
+TILES["tf32_sm_86"] = TILES["fp32"] | {256: _Tiles((32, 16, 8, 1), (16, 16, 8, 2), (16, 16, 8, 1))}
 
 
 def _tiles(q: Tensor, width: int) -> tuple[_Tiles, bool]:
@@ -782,7 +785,8 @@ def _tiles(q: Tensor, width: int) -> tuple[_Tiles, bool]:
     if chip == (0, 0):
         name = "interpreted"
     elif not half:
-        name = "fp32"
+        small = chip in ((8, 6), (8, 9)) or chip[0] == 12
+        name = "tf32_sm_86" if small and precision() == "tf32" else "fp32"
     elif chip == (9, 4):
         name = "gfx942"
     elif descriptors:
@@ -958,8 +962,9 @@ def _backward_launch(
     if split:
         dk, dv = (share.sum(0).to(k.dtype) for share in shares)
     if sinks is not None:  # a sink is a key whose value is 0: ds = -p * delta
-        p = torch.exp2(sinks.float()[:, None] * LOG2E - lse.masked_fill(lse == -torch.inf, torch.inf))
-        dsinks = -(p * delta).sum(1).to(sinks.dtype)
+        unseen = lse == -torch.inf  # a row of no segment, whatever its upstream gradient is
+        p = torch.exp2(sinks.float()[:, None] * LOG2E - lse)
+        dsinks = -(p * delta).masked_fill(unseen, 0.0).sum(1).to(sinks.dtype)
     return dq, dk, dv, dsinks
 
 
@@ -1079,6 +1084,8 @@ def flash_attention(
                 raise ValueError(f"parents: expected torch.int32, got {parents.dtype}")
             check_shape("parents", parents, segments=cu_seqlens.numel() - 1)
     if use_triton(q):
+        if q.shape[-2] > GRID:
+            raise ValueError(f"q: expected at most {GRID} heads on a GPU, got {q.shape[-2]}")
         scale = D**-0.5 if scale is None else scale
         tables = (None if x is None else x.contiguous() for x in (sinks, cu_seqlens, parents))
         # no descriptors of such rows, and some kernel spills: they run as the next power of two, which fills the tile

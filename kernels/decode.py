@@ -57,6 +57,7 @@ from ._triton import tl, triton
 # ---- reference
 
 
+@torch.autocast("cpu", enabled=False)  # fp32 inside, whatever the policy outside
 def _attend(
     q: Tensor,
     k: Tensor,

@@ -90,6 +90,23 @@ def test_what_is_not_reached_is_named(crew):
     ]
 
 
+def test_tests_that_ignore_everything_do_not_hold_up_the_end(crew, monkeypatch: pytest.MonkeyPatch):
+    """Each that hangs may have its last words; together they would take longer than is left."""
+    monkeypatch.setattr(gpu, "LAST_WORDS", 600.0)
+    source = """
+import signal, time
+def hang():
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGABRT])
+    time.sleep(600)
+def test_one(): hang()
+def test_two(): hang()
+"""
+    begun = time.monotonic()
+    verdict = crew(8, source, patience=0.5)
+    assert time.monotonic() - begun < 14
+    assert verdict.total("failed") == verdict.total("not_reached") == 1
+
+
 def test_workers_that_do_not_start_end_the_run(crew, tmp_path):
     verdict = crew(60, "", arguments=[str(tmp_path), "--no-such-flag"], processes=1)
     failed = verdict.ops["collection"]["failed"]
@@ -181,17 +198,19 @@ def test_a_command_that_writes_nothing_is_ended(tmp_path, monkeypatch: pytest.Mo
 def test_a_benchmark_that_dies_is_begun_again(tmp_path, monkeypatch: pytest.MonkeyPatch):
     statuses = [-11, None, 0, 0]  # a crash, a hang, the rest; then the table of paths
     commands = []
+    last = time.monotonic() + 100
 
     def run_watched(words, end, written=None):
+        assert end <= last - gpu.GRACE if written else end <= last  # the table of paths has the last seconds
         commands.append(words)
         return statuses.pop(0)
 
     monkeypatch.setattr(gpu, "run_watched", run_watched)
-    assert gpu.benchmark(time.monotonic() + 100, tmp_path / "r.json", "abc") == 0
+    assert gpu.benchmark(last, tmp_path / "r.json", "abc") == 0
     assert [words[1] for words in commands] == ["burnish.bench"] * 3 + ["burnish.bench.paths"]
     assert {"--peers", "--resume", str(tmp_path / "r.json"), "moe_mlp"} <= set(commands[0])
     statuses[:] = [1, 0]
-    assert gpu.benchmark(time.monotonic() + 100, tmp_path / "r.json", "abc") == 1
+    assert gpu.benchmark(last, tmp_path / "r.json", "abc") == 1
     statuses[:] = [0]
     assert gpu.benchmark(time.monotonic(), tmp_path / "r.json", "abc") == 1  # nothing was timed
 
@@ -204,6 +223,28 @@ def test_without_a_gpu_it_says_what_to_do(capsys, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(SystemExit):
         gpu.main([])
     assert "--rehearse sm_90" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--rehearse sm_91", "--rehearse: expected one of sm_80, "),
+        ("--rehearse sm_90 --steps bench", "--rehearse: expected --steps tests, or none, got bench"),
+        ("--steps bench tune --json r.json", "--json, arguments for pytest: expected tests among --steps"),
+        ("--steps tune -- tests/kernels", "--json, arguments for pytest: expected tests among --steps"),
+        ("--seconds nan", "--seconds: expected a number above 0, got nan"),
+        ("--processes 0", "--processes: expected a number above 0, got 0"),
+    ],
+)
+def test_no_argument_is_ignored(words, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(words.split())
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_driver_that_hangs_is_unknown(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(record, "PATIENCE", 0.2)
+    assert record.run_text("sleep", "60") == "unknown"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from burnish.bench import static, tune
 from burnish.bench.static import Job, accepted_figures, compare, compile_job, compile_only, limits, selection
-from burnish.kernels import _launch
+from burnish.kernels import _launch, attention
 
 pytestmark = pytest.mark.skipif(_launch.INTERPRET, reason="the interpreter compiles nothing")
 
@@ -54,6 +54,22 @@ def test_attention_spills_nowhere():
     kernels = "_flash_fwd", "_flash_dq", "_flash_dkdv"
     for chip, dtype in (("sm_90", "fp32"), *((chip, "bf16") for chip in MATRIX)):
         assert {(k, d, dtype, chip) for k in kernels for d in ("64", "128", "256")} <= found
+
+
+@pytest.mark.parametrize("chip", ["sm_120", pytest.param("sm_86", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precision", ["tf32", pytest.param("ieee", marks=pytest.mark.slow)])
+def test_attention_in_fp32_fits_the_smallest_cards(
+    chip: str, precision: str, monkeypatch: pytest.MonkeyPatch
+):
+    """At D = 256, whatever torch is told of fp32 products; they are not among the accepted figures."""
+    monkeypatch.setattr(attention, "precision", lambda: precision)
+    leaves = [torch.randn(1, 256, heads, 256, requires_grad=True) for heads in (2, 1, 1)]
+    with compile_only(chip) as launches:
+        attention.flash_attention(*leaves).sum().backward()
+    found = [static._read(compiled, chip) for compiled in launches]
+    assert [b.kernel for b in found] == ["_flash_fwd", "_flash_dq", "_flash_dkdv"]
+    assert limits({chip: [vars(b) for b in found]}) == []
+    assert all(b.spills == 0 for b in found)
 
 
 @triton.jit

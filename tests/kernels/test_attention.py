@@ -464,6 +464,34 @@ def test_refuses_packed(message, device):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["padded", "padded, not causal", "padded, all"])
+def test_autocast_changes_nothing(name, device):
+    """fp16 under bf16, too, of which torch.cat knows no common dtype."""
+    tensors, options = make(name, torch.float16, device)
+    expected = flash_attention(**tensors, **options)
+    with torch.autocast(device, torch.bfloat16):
+        assert torch.equal(flash_attention(**tensors, **options), expected)
+
+
+@on_cpu
+def test_a_graph_may_leave_every_size_open():
+    graph = torch.compile(flash_attention, backend="eager", fullgraph=True, dynamic=True)
+    for T, H, G, window in ((20, 4, 2, 3), (33, 6, 3, 11)):
+        q, k = draw(2, T, H, 8), draw(2, T + 3, G, 8)
+        torch.testing.assert_close(graph(q, k, k, window=window), flash_attention(q, k, k, window=window))
+
+
+@pytest.mark.parametrize("lengths", [[0, 9, 4], [9, 0, 0]])
+def test_an_empty_prompt_and_empty_samples(lengths, device):
+    tensors = {
+        name: draw(sum(lengths), heads, 16, device=device)
+        for name, heads in zip("qkv", (4, 2, 2), strict=True)
+    }
+    options = {"cu_seqlens": lay(lengths, device), "parents": table([-1, 0, 0], device)}
+    expected = flash_attention_reference(**tensors, **options)
+    torch.testing.assert_close(flash_attention(**tensors, **options), expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["padded", "padded, all"])
 def test_rows_of_no_segment_are_zero_with_zero_gradients(name, device):
     tensors, options = make(name, device=device)

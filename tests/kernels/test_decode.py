@@ -155,6 +155,15 @@ def test_any_width_and_group(shape, device):
     assert_as_accurate(make(["prefix", "window"], torch.float16, device, shape))
 
 
+def test_autocast_changes_nothing(device):
+    for features in ([], ["softcap"], FEATURES):
+        arguments = make(features, device=device)
+        for op in (decode_attention, decode_attention_reference):
+            expected = op(**arguments)
+            with torch.autocast(device, torch.bfloat16):
+                assert torch.equal(op(**arguments), expected), features
+
+
 def test_any_strides_and_integers(device):
     arguments = make(["prefix", "window", "sinks"], device=device, integers=torch.int32)
     spread, turned = {}, {}

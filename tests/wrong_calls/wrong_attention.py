@@ -30,6 +30,15 @@ def derived(cu_seqlens, **options):
     return call
 
 
+def nowhere():
+    """All gradients of a padded batch, with NaN upstream of the padding alone."""
+    leaves = [x.clone().requires_grad_() for x in (Q, K, K, randn(4))]
+    out, lse = flash_attention(*leaves[:3], sinks=leaves[3], cu_seqlens=int32(0, 9), return_lse=True)
+    nan = torch.zeros(12, 1, 1)
+    nan[9:] = NAN
+    return torch.autograd.grad((out, lse), leaves, (nan.expand_as(out), nan[..., 0].expand_as(lse)))
+
+
 def family(*parents: int):
     return derived(int32(0, 4, 8, 12), parents=int32(*parents))
 
@@ -70,6 +79,8 @@ ONE = {"q": Q[:, :1], "k": K[:, :1], "v": K[:, :1]}
 LATE = int32(*[0] * 270, 9, 3, 12)  # a kernel reads 256 at a time
 PARENTS = "parents: expected -1, or a segment without a parent that stands directly before its children, got "
 
+MANY = dense(q=torch.zeros(1, 1, 65536, 1), k=torch.zeros(1, 1, 1, 1), v=torch.zeros(1, 1, 1, 1))
+
 CALLS = (
     Wrong("attention: window 0", packed(window=0), "window: expected at least 1, got 0"),
     Wrong("attention: window 2.5", packed(window=2.5), INTEGER),
@@ -87,6 +98,8 @@ CALLS = (
     Wrong("attention: integer sinks", packed(sinks=int32(0, 0, 0, 0)), "sinks: expected dtype"),
     Wrong("attention: sinks of others", packed(sinks=randn(3)), r"sinks: expected shape \(heads=4\)"),
     Wrong("attention: heads no multiple", packed(q=Q[:, :3]), "q: expected a multiple of the 2"),
+    Wrong("attention: heads beyond a grid", MANY, equals(0.0), "q: expected at most 65535 heads on a GPU, got 65536"),
+    Wrong("attention: NaN upstream of no segment", nowhere, finite),
     Wrong("attention: no key heads", packed(k=K[:, :0], v=K[:, :0]), "q: expected a multiple of the 0"),
     Wrong("attention: D=0", packed(q=Q[..., :0], k=K[..., :0]), "q: expected a head dimension of 1 to 256, got 0"),
     Wrong("attention: T=0", dense(T=0), shape(2, 0, 4, 16)),
