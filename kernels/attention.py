@@ -830,9 +830,7 @@ def _described(x: Tensor, block: int) -> TensorDescriptor:
     return TensorDescriptor(x, [heads, rows, width], strides, [1, block, _pad(width)])
 
 
-SHARES = (
-    2**28
-)  # bytes of the fp32 shares of dk and dv, of which the group's query heads give one each if they fit
+SHARES = 2**28  # bytes of the fp32 shares of dk and dv: one for each query head of a group, if they fit
 
 
 def _parts(group: int, size: int) -> int:
@@ -1093,7 +1091,7 @@ def flash_attention(
             F.pad(x, (0, _pad(x.shape[-1]) - x.shape[-1])) if x.shape[-1] % 8 else x for x in (q, k, v)
         )
         out, lse = _flash(q, k, v, *tables, causal, scale, window, softcap)
-        out = out if out.shape[-1] == Dv else out[..., :Dv]
+        out = out if out.shape[-1] == Dv else out[..., :Dv].contiguous()
         if not return_lse:
             return out
         lse = lse.t() / LOG2E  # (rows, H)
