@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+FEW = 8  # numbers, of which eager is now and then right by luck: they may be two units in the last place off
 Dims = dict[str, int]  # a shape by the house's letters: {"B": 2, "T": 5, "C": 100}
 Tensors = dict[str, Tensor | None]  # by the name of the op's argument
 
@@ -130,6 +131,7 @@ def assert_accurate(
     """Hold case.fused to the accuracy rule on these tensors. `under` is a context for both, such as autocast."""
     floats = [t.dtype for t in tensors.values() if t is not None and t.is_floating_point()]
     wide = torch.float64 if torch.float32 in floats else torch.float32
+    coarsest = max(torch.finfo(dtype).eps for dtype in floats)
     upstream = upstream or make_upstream(case, tensors)
     with under():
         fused = run(case.fused, case, tensors, upstream)
@@ -150,5 +152,7 @@ def assert_accurate(
         if finite.any():
             t, f, e = t[finite], f[finite].to(wide), e[finite].to(wide)
             allowed = 2 * (e - t).abs().max() + 1e-5 * (1 + t.abs().max())
+            if t.numel() <= FEW:
+                allowed += 2 * coarsest * t.abs().max()
             error = (f - t).abs().max()
             assert error <= allowed, f"{case.name}: {name}: error {error:.2e}, allowed {allowed:.2e}"

@@ -336,11 +336,15 @@ def _with_children(cu_ptr, parents_ptr, segments, total, segment, owned, start):
 
 
 @triton.jit
-def _batch(block, length, B, BLOCK: tl.constexpr):
+def _batch(block, length, B, BLOCK: tl.constexpr, FOLD: tl.constexpr):
     # a grid's third dimension ends at 65,535: of a larger batch the first one goes on (`_Shape.grid`)
-    blocks = tl.cdiv(length, BLOCK)
-    batch = block // blocks * tl.num_programs(2) + tl.program_id(2)
-    return batch, batch < B, block % blocks * BLOCK
+    batch = tl.program_id(2)
+    if FOLD:
+        blocks = tl.cdiv(length, BLOCK)
+        batch += block // blocks * tl.num_programs(2)
+        block %= blocks
+        length = tl.where(batch < B, length, 0)
+    return batch, length, block * BLOCK
 
 
 @triton.jit
@@ -411,7 +415,7 @@ def _flash_fwd(
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
     PACKED: tl.constexpr, PARENTS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     # Scores live in units of log2: m and norm are the running maximum and sum of exp2(score - m). m starts at a finite
     # number, so a row that has seen nothing yet needs no special case: exp2(-inf - m) is 0.
@@ -424,9 +428,8 @@ def _flash_fwd(
         if PARENTS:
             parent_start, parent_keys = _parent(cu_ptr, parents_ptr, sequences, rows, segment, owned)
     else:
-        batch, owned, m0 = _batch(block, T, sequences, BLOCK_M)
-        q_start, queries = batch * T, tl.where(owned, T, 0)
-        k_start, keys, reach = batch * S, S, m0 + S - T
+        batch, queries, m0 = _batch(block, T, sequences, BLOCK_M, FOLD)
+        q_start, k_start, keys, reach = batch * T, batch * S, S, m0 + S - T
     if m0 >= queries:
         return
     local = tl.arange(0, BLOCK_M)
@@ -434,7 +437,8 @@ def _flash_fwd(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if SINKS:
         sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
-        sink = tl.where(owned, sink, float("-inf"))
+        if PACKED:
+            sink = tl.where(owned, sink, float("-inf"))
         m = tl.zeros([BLOCK_M], tl.float32) + tl.maximum(sink, -1.0e30)
         norm = tl.exp2(sink - m)
     else:
@@ -516,7 +520,7 @@ def _flash_dq(
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DLSE: tl.constexpr,
     PACKED: tl.constexpr, PARENTS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     # comes before dK/dV, which reads the delta that this writes
     block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
@@ -528,9 +532,8 @@ def _flash_dq(
         if PARENTS:
             parent_start, parent_keys = _parent(cu_ptr, parents_ptr, sequences, rows, segment, owned)
     else:
-        batch, owned, m0 = _batch(block, T, sequences, BLOCK_M)
-        q_start, queries = batch * T, tl.where(owned, T, 0)
-        k_start, keys, reach = batch * S, S, m0 + S - T
+        batch, queries, m0 = _batch(block, T, sequences, BLOCK_M, FOLD)
+        q_start, k_start, keys, reach = batch * T, batch * S, S, m0 + S - T
     if m0 >= queries:
         return
     local = tl.arange(0, BLOCK_M)
@@ -593,7 +596,7 @@ def _flash_dkdv(
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     PACKED: tl.constexpr, PARENTS: tl.constexpr, SPLIT: tl.constexpr, SHARE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     # Everything transposed, [keys, queries]: the probabilities are then a left operand as they are. A key past the end
     # fills only its own rows of dk and dv, which are not stored; a query past the end has lse = +inf.
@@ -602,9 +605,8 @@ def _flash_dkdv(
         segment, owned, k_start, keys, n0 = _locate(cu_ptr, sequences, rows, block, BLOCK_N)
         q_start, queries, shift = k_start, tl.where(owned, keys, 0), 0
     else:
-        batch, owned, n0 = _batch(block, S, sequences, BLOCK_N)
-        k_start, keys = batch * S, tl.where(owned, S, 0)
-        q_start, queries, shift = batch * T, T, S - T
+        batch, keys, n0 = _batch(block, S, sequences, BLOCK_N, FOLD)
+        k_start, q_start, queries, shift = batch * S, batch * T, T, S - T
     if n0 >= keys:
         return
     local = tl.arange(0, BLOCK_N)
@@ -750,11 +752,6 @@ TILES = {
     # 99 KB of shared memory: RTX 30 and 40, A10, A40, L4, L40S, and RTX 50. Compiled, never run.
     "sm_86": {
         64: _Tiles((128, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 3)),
-        128: _Tiles((128, 32, 4, 3), (64, 32, 4, 2), (64, 64, 8, 2)),
-        256: _Tiles((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
-    },
-    "sm_120": {
-        64: _Tiles((128, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 3)),
         128: _Tiles((128, 32, 8, 3), (64, 32, 4, 2), (64, 64, 8, 2)),
         256: _Tiles((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
     },
@@ -780,21 +777,19 @@ TILES["tf32_sm_86"] = TILES["fp32"] | {256: _Tiles((32, 16, 8, 1), (16, 16, 8, 2
 def _tiles(q: Tensor, width: int) -> tuple[_Tiles, bool]:
     """The row of the table, and whether the chip has tensor descriptors."""
     chip = capability(q)
+    small = chip in ((8, 6), (8, 9)) or chip[0] == 12
     half = q.dtype != torch.float32  # without matrix units a descriptor's tile is held by rows, and spills
     descriptors = half and torch.version.hip is None and (chip == (9, 0) or chip[0] in (10, 11))
     if chip == (0, 0):
         name = "interpreted"
     elif not half:
-        small = chip in ((8, 6), (8, 9)) or chip[0] == 12
         name = "tf32_sm_86" if small and precision() == "tf32" else "fp32"
     elif chip == (9, 4):
         name = "gfx942"
     elif descriptors:
         name = "sm_90" if chip[0] == 9 else "sm_100"
-    elif chip[0] == 12:
-        name = "sm_120"
     else:
-        name = "sm_86" if chip in ((8, 6), (8, 9)) else "sm_80"
+        name = "sm_86" if small else "sm_80"
     return next(tiles for widest, tiles in TILES[name].items() if width <= widest), descriptors
 
 
@@ -865,6 +860,7 @@ def _common(q, k, v, shape, packed, parents, causal, scale, window, softcap) -> 
         "PACKED": packed,
         "PARENTS": parents,
         "PRECISION": precision(),
+        "FOLD": shape.total is None and shape.sequences > GRID,
     }
 
 

@@ -469,6 +469,8 @@ PROGRAMS = 16  # on each multiprocessor, at least, where there are as many piece
 # by the wider head dimension, padded: BLOCK_N, warps, stages; the first entry that is wide enough
 TILES = {
     "half": {64: (64, 4, 3), 128: (32, 4, 3), 256: (16, 4, 3)},
+    # and RTX cards; untimed, and with 4 warps two of them spill
+    "half_sm_80": {64: (64, 8, 3), 128: (32, 4, 3), 256: (16, 8, 3)},
     "fp32": {64: (64, 8, 2), 128: (32, 8, 2), 256: (16, 8, 2)},
     "interpreted": {256: (16, 4, 1)},
 }
@@ -501,8 +503,10 @@ def _decode(
     )
     (B, H, D), (_, S_max, G, DV) = q.shape, v_cache.shape
     BLOCK_D, BLOCK_DV = _pad(D), _pad(DV)
-    interpreted = capability(q) == (0, 0)
-    table = TILES["interpreted" if interpreted else "fp32" if q.dtype == torch.float32 else "half"]
+    chip = capability(q)
+    interpreted = chip == (0, 0)
+    half = "half_sm_80" if chip[0] in (8, 12) else "half"
+    table = TILES["interpreted" if interpreted else "fp32" if q.dtype == torch.float32 else half]
     BLOCK_N, warps, stages = next(tile for width, tile in table.items() if max(BLOCK_D, BLOCK_DV) <= width)
     piece = 32 if interpreted else PIECE
     skip = max(1, cdiv(S_max, piece))  # where the prefixes' partial results begin

@@ -116,11 +116,11 @@ def test_any_strides(case: Case, device: str):
     strided = {
         n: spread(t) if n in leaves(case, tensors) and t is not None else t for n, t in tensors.items()
     }
-    assert_accurate(case, strided, [spread(g) for g in upstream])
+    assert_accurate(case, strided, upstream=[spread(g) for g in upstream])
     ones = [
         torch.ones((), device=device, dtype=g.dtype).expand(g.shape) for g in upstream
     ]  # what .sum().backward() sends
-    assert_accurate(case, tensors, ones)
+    assert_accurate(case, tensors, upstream=ones)
 
 
 def spread(t: Tensor) -> Tensor:
