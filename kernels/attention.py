@@ -202,7 +202,7 @@ def _check_tables(cu_seqlens: Tensor, parents: Tensor | None, total: int) -> Non
         )
 
 
-@torch.autocast("cpu", enabled=False)  # which refuses fp16 in torch.cat
+@without_autocast  # which refuses fp16 in torch.cat
 def _packed_cpu(
     q: Tensor,
     k: Tensor,

@@ -51,13 +51,14 @@ from ._launch import (
     precision,
     register,
     use_triton,
+    without_autocast,
 )
 from ._triton import tl, triton
 
 # ---- reference
 
 
-@torch.autocast("cpu", enabled=False)  # fp32 inside, whatever the policy outside
+@without_autocast  # fp32 inside, whatever the policy outside
 def _attend(
     q: Tensor,
     k: Tensor,

@@ -12,6 +12,7 @@ reach        it began a program, used the network, unpickled, or opened a file t
 left         a file stood there afterwards that is not whole
 """
 
+import ctypes
 import faulthandler
 import json
 import os
@@ -27,6 +28,7 @@ from pathlib import Path
 from burnish.model.errors import InputError
 from reach import watched
 
+LIBC = ctypes.CDLL(None)
 LONGEST = 600  # characters of a message
 AWAKE = 0.05  # of its seconds: what uses less of the processor while twice as many pass is asleep
 OURS = re.compile(
@@ -55,6 +57,7 @@ class Outcome:
 
 def outcome_of(read: Callable[[Path], str], folder: Path, limits: Limits = Limits()) -> Outcome:
     """read: what returns a digest of what it read in `folder`. Its standard streams are the null device."""
+    LIBC.malloc_trim(0)  # or what the fork takes has been this process's, and adds nothing to what it holds
     result, pipe = os.pipe()
     streams = os.memfd_create("stdout"), os.memfd_create("stderr")
     earlier = set(folder.iterdir())
