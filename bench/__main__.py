@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ..algorithms._streams import run_program
-from ..kernels._launch import INTERPRET
+from ..kernels._chip import INTERPRET
 from ..model.text_files import read_object
 from . import roofline
 from .case import Case, Dims, Tensors, assert_accurate, label, leaves, make_inputs, make_upstream

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import divergence
+from ..kernels.head import divergence
 from .case import Case, Dims, Tensors, Work, randn
 from .cases_logprob import head_inputs, in_fp32, linear, with_adapter
 

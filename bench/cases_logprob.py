@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import logprob
+from ..kernels.head import logprob
 from .case import Case, Dims, Tensors, Work, randn
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import NF4Weight, moe, nf4
-from ..kernels._launch import autocast_dtype
+from ..kernels._chip import autocast_dtype
 from .case import Case, Dims, Tensors, Work, randn, tensor
 from .cases_glu import clamped_swiglu_eager, swiglu_eager
 from .cases_nf4 import FOUR_BIT

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import NF4Weight, nf4
-from ..kernels._launch import autocast_dtype
+from ..kernels._chip import autocast_dtype
 from .case import Case, Dims, Tensors, Work, randn, tensor
 
 FOUR_BIT = ("packed", "absmax", "code", "nested_absmax", "nested_code", "offset")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..kernels import topk
+from ..kernels.head import topk
 from .case import Case, Dims, Tensors, Work, randn
 from .cases_divergence import kl_div
 from .cases_logprob import LOGPROB_SHAPES, head_inputs, in_fp32, linear, logprob_work, output, with_adapter

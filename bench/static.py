@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..algorithms._streams import run_program
-from ..kernels import _launch
+from ..kernels import _chip
 from ..kernels._triton import INSTALLED, expect_triton, triton
 from .case import Case, Dims, label, make_inputs, make_upstream, run
 from .pictures import roofline_picture
@@ -124,10 +124,10 @@ def compile_only(chip: str, kernel: str | None = None) -> Iterator[list[Any]]:
 
     Yields the growing list of what was compiled. Raises ValueError for a grid that would not be launched.
     """
-    if _launch.INTERPRET:
+    if _chip.INTERPRET:
         raise ValueError("TRITON_INTERPRET: expected unset, the interpreter compiles nothing")
     launches: list[Any] = []
-    launch, active, target = JITFunction.run, driver._active, _launch.TARGET
+    launch, active, target = JITFunction.run, driver._active, _chip.TARGET
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         if kernel not in (None, self.__name__):
@@ -138,11 +138,11 @@ def compile_only(chip: str, kernel: str | None = None) -> Iterator[list[Any]]:
         return compiled
 
     driver.set_active(_Driver(chip))  # pyright: ignore[reportArgumentType]
-    JITFunction.run, _launch.TARGET = record, TARGETS[chip][1]  # pyright: ignore[reportAttributeAccessIssue]
+    JITFunction.run, _chip.TARGET = record, TARGETS[chip][1]  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield launches
     finally:
-        JITFunction.run, driver._active, _launch.TARGET = launch, active, target
+        JITFunction.run, driver._active, _chip.TARGET = launch, active, target
 
 
 def check_grid(kernel: str, grid: tuple[int, ...]) -> None:

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 from ..algorithms._streams import run_program
-from ..kernels import _launch, attention
+from ..kernels import _chip, attention
 from ..kernels._triton import expect_triton, triton
 from . import static
 from .__main__ import ROUNDS, call, capture, event_seconds, host_seconds, prepare
@@ -422,7 +422,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     expect_triton("python -m burnish.bench.tune")
     args.words = sys.argv[1:] if argv is None else argv
-    if _launch.INTERPRET:
+    if _chip.INTERPRET:
         parser.error("TRITON_INTERPRET: expected unset, interpreted kernels have no speed")
     if unknown := set(args.ops) - set(ops):
         parser.error(f"op: expected one of {ops}, got {sorted(unknown)}")

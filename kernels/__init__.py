@@ -3,14 +3,15 @@
 from ._namesake import gives_way
 
 if not gives_way(__name__):
-    from ._four_bit import NF4Weight as NF4Weight
     from .attention import flash_attention as flash_attention
     from .decode import decode_attention as decode_attention
-    from .divergence import token_divergence as token_divergence
     from .glu import clamped_swiglu as clamped_swiglu
     from .glu import geglu as geglu
     from .glu import swiglu as swiglu
-    from .logprob import token_logprobs as token_logprobs
+    from .head.divergence import token_divergence as token_divergence
+    from .head.logprob import token_logprobs as token_logprobs
+    from .head.topk import topk_divergence as topk_divergence
+    from .head.topk import topk_logprobs as topk_logprobs
     from .lora import lora_linear as lora_linear
     from .lora import lora_linears as lora_linears
     from .moe import moe_mlp as moe_mlp
@@ -20,7 +21,6 @@ if not gives_way(__name__):
     from .nf4 import quantize_nf4 as quantize_nf4
     from .norm import add_rms_norm as add_rms_norm
     from .norm import rms_norm as rms_norm
+    from .records import NF4Weight as NF4Weight
     from .rope import apply_rope as apply_rope
     from .sample import sample_tokens as sample_tokens
-    from .topk import topk_divergence as topk_divergence
-    from .topk import topk_logprobs as topk_logprobs

@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._launch import (
+from ._chip import (
     FEW_KEYS,
     capability,
     cdiv,
@@ -50,11 +50,10 @@ from ._launch import (
     check_shape,
     next_power_of_2,
     precision,
-    register,
-    register_path,
     use_triton,
     without_autocast,
 )
+from ._op import register, register_path
 from ._triton import TensorDescriptor, tl, triton
 
 # ---- reference

@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._launch import (
+from ._chip import (
     FEW_KEYS,
     capability,
     cdiv,
@@ -49,10 +49,10 @@ from ._launch import (
     multiprocessors,
     next_power_of_2,
     precision,
-    register,
     use_triton,
     without_autocast,
 )
+from ._op import register
 from ._triton import tl, triton
 
 # ---- reference

@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._launch import cdiv, check_device, check_dtype, check_number, check_shape, register, use_triton
+from ._chip import cdiv, check_device, check_dtype, check_number, check_shape, use_triton
+from ._op import register
 from ._triton import tl, triton
 
 # ---- reference

@@ -33,8 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _lora_paths
-from ._four_bit import FEW_ROWS, NF4Weight, dequantize, multiplied_out, product
-from ._launch import (
+from ._chip import (
     FLOATS,
     autocast_dtype,
     capability,
@@ -48,10 +47,12 @@ from ._launch import (
     multiprocessors,
     next_power_of_2,
     precision,
-    register,
     use_triton,
 )
+from ._op import register
 from ._triton import tl, triton
+from .nf4 import FEW_ROWS, dequantize, multiplied_out, product
+from .records import NF4Weight
 
 # ---- reference
 

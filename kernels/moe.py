@@ -38,8 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._four_bit import NF4Weight, dequantize, multiplied_out, unnested
-from ._launch import (
+from ._chip import (
     FLOATS,
     capability,
     cdiv,
@@ -49,12 +48,13 @@ from ._launch import (
     check_shape,
     next_power_of_2,
     precision,
-    register,
-    register_path,
     use_triton,
     without_autocast,
 )
+from ._op import register, register_path
 from ._triton import tl, triton
+from .nf4 import dequantize, multiplied_out, unnested
+from .records import NF4Weight
 
 Activation = Literal["swiglu", "clamped_swiglu", "relu2"]
 ACTIVATIONS: tuple[Activation, ...] = ("swiglu", "clamped_swiglu", "relu2")

@@ -22,24 +22,29 @@ Source: QLoRA, Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, section 3
 
 from dataclasses import replace
 from functools import cache
+from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._four_bit import BLOCKSIZES, NESTED, TILE, NF4Weight, dequantize, product
-from ._launch import (
+from ._chip import (
     DTYPES,
     FLOATS,
     autocast_dtype,
+    capability,
     cdiv,
     check_device,
     check_dtype,
     check_shape,
-    register,
+    multiprocessors,
+    next_power_of_2,
+    precision,
     use_triton,
 )
+from ._op import on_its_device, register
 from ._triton import tl, triton
+from .records import BLOCKSIZES, NESTED, NF4Weight, Weight
 
 # bit for bit what the files hold: the quantiles as defined differ by up to 2e-7
 NF4 = (
@@ -154,6 +159,82 @@ def _held(
 
 
 @triton.jit
+def _absmax_of(
+    absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, blocks, mask, DOUBLE: tl.constexpr
+):  # fmt: skip
+    """The absmax of these blocks of weights, fp32."""
+    absmax = tl.load(absmax_ptr + blocks, mask, other=0)
+    if DOUBLE:
+        nested = tl.load(nested_absmax_ptr + blocks // 256, mask, other=0.0)
+        absmax = tl.load(nested_code_ptr + absmax.to(tl.int32)) * nested + tl.load(offset_ptr)
+    return absmax.to(tl.float32)
+
+
+@triton.jit
+def _few_rows_fwd(
+    x_ptr, packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, partial_ptr,
+    M, N, K, steps, DOUBLE: tl.constexpr, BLOCKSIZE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # Program (i, j): columns of block i of the result, the share j of K. Even and odd weights are multiplied apart,
+    # so nothing is interleaved; a step stays inside one block of weights, so absmax scales the step's sum.
+    rows, cols = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live, seen = (rows < M)[:, None], (cols < N)[:, None]
+    code = tl.load(code_ptr + tl.arange(0, 16)).to(x_ptr.dtype.element_ty)
+    starts = cols.to(tl.int64) * K  # the places of the rows of W
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(tl.program_id(1) * steps, tl.minimum((tl.program_id(1) + 1) * steps, K // (2 * BLOCK_K))):
+        bytes_ = starts[:, None] // 2 + k * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]  # [BLOCK_N, BLOCK_K]
+        pairs = tl.load(packed_ptr + bytes_, seen, other=0, eviction_policy="evict_first").to(tl.int32)
+        pairs = tl.reshape(pairs, [BLOCK_N * BLOCK_K])
+        first = tl.reshape(tl.gather(code, pairs >> 4, 0), [BLOCK_N, BLOCK_K])
+        second = tl.reshape(tl.gather(code, pairs & 15, 0), [BLOCK_N, BLOCK_K])
+        even = x_ptr + rows[:, None] * K + 2 * (k * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
+        step = tl.dot(tl.load(even, live, other=0.0), tl.trans(first), input_precision=PRECISION)
+        step = tl.dot(tl.load(even + 1, live, other=0.0), tl.trans(second), step, input_precision=PRECISION)
+        blocks = (starts + 2 * k * BLOCK_K) // BLOCKSIZE
+        acc += step * _absmax_of(
+            absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, blocks, cols < N, DOUBLE
+        )[None, :]  # fmt: skip
+    places = (tl.program_id(1) * M + rows).to(tl.int64)[:, None] * N + cols[None, :]
+    tl.store(partial_ptr + places, acc, live & (cols < N)[None, :])
+
+
+@triton.jit
+def _add_splits(
+    partial_ptr, bias_ptr, y_ptr, numel, N, SPLITS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in range(SPLITS):
+        total += tl.load(partial_ptr + tl.cast(split, tl.int64) * numel + places, places < numel, other=0.0)
+    if BIAS:
+        total += tl.load(bias_ptr + places % N, places < numel, other=0.0).to(tl.float32)
+    tl.store(y_ptr + places, total.to(y_ptr.dtype.element_ty), places < numel)
+
+
+@triton.jit
+def _dequantize_fwd(
+    packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, out_ptr,
+    numel, pairs_numel, blocks, DOUBLE: tl.constexpr, HALF: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    # a row of the tile is a block of weights, HALF bytes; a thread takes 16 bytes and has one absmax for them
+    rows = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    absmax = _absmax_of(
+        absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, rows, rows < blocks, DOUBLE
+    )  # fmt: skip
+    places = rows[:, None] * HALF + tl.arange(0, HALF)[None, :]  # [BLOCKS, HALF]
+    pairs = tl.load(packed_ptr + places, places < pairs_numel, other=0, eviction_policy="evict_first")
+    code = tl.load(code_ptr + tl.arange(0, 16))
+    pairs = tl.reshape(pairs, [BLOCKS * HALF]).to(tl.int32)
+    first = tl.reshape(tl.gather(code, pairs >> 4, 0), [BLOCKS, HALF]) * absmax[:, None]
+    second = tl.reshape(tl.gather(code, pairs & 15, 0), [BLOCKS, HALF]) * absmax[:, None]
+    values = tl.reshape(tl.join(first, second), [BLOCKS, 2 * HALF])
+    places = rows[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
+    tl.store(out_ptr + places, values.to(out_ptr.dtype.element_ty), places < numel)
+
+
+@triton.jit
 def _quantize_fwd(
     w_ptr, bounds_ptr, order_ptr, packed_ptr, absmax_ptr, numel, blocks,
     HALF: tl.constexpr, BLOCKS: tl.constexpr,
@@ -183,6 +264,109 @@ def _quantize_fwd(
 
 
 # ---- autograd
+
+FEW_ROWS = 64  # up to here a product reads W in its 4 bits; beyond, W is multiplied out and cuBLAS takes it
+TILE = 4096  # bytes that one program multiplies out, 16 a thread
+
+
+def _lookup(packed: Tensor, code: Tensor, absmax: Tensor, numel: int, blocksize: int) -> Tensor:
+    """The CPU path: two values at a time, from a table of 256 bytes. (numel,) fp32."""
+    nibbles = torch.arange(256)
+    pairs = code[torch.stack((nibbles >> 4, nibbles & 15), -1)]  # (256, 2)
+    values = F.embedding(packed.int(), pairs).flatten()
+    whole = numel // blocksize * blocksize
+    values[:whole].view(-1, blocksize).mul_(absmax[: whole // blocksize, None])
+    if whole < numel:
+        values[whole:].mul_(absmax[-1])
+    return values[:numel]
+
+
+def unnested(
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+) -> Tensor:
+    """absmax in fp32, (blocks,)."""
+    if nested_absmax is None or nested_code is None or offset is None:
+        return absmax
+    nested = nested_absmax.repeat_interleave(NESTED)[: absmax.numel()]
+    return nested_code[absmax.int()].mul_(nested).add_(offset)
+
+
+@on_its_device  # references and CPU paths call it, too
+def dequantize(
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    shape: list[int],
+    blocksize: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight of `shape` in `dtype`: one launch, or on a CPU table lookups."""
+    if use_triton(packed):
+        out = packed.new_empty(shape, dtype=dtype)
+        if out.numel():
+            half = blocksize // 2
+            rows = max(1, TILE // half)
+            _dequantize_fwd[(cdiv(absmax.numel(), rows),)](
+                packed, absmax, code, nested_absmax, nested_code, offset, out,
+                out.numel(), packed.numel(), absmax.numel(),
+                nested_absmax is not None, half, rows, num_warps=8, enable_fp_fusion=False,
+            )  # fmt: skip
+        return out
+    absmax = unnested(absmax, nested_absmax, nested_code, offset)
+    return _lookup(packed, code, absmax, prod(shape), blocksize).to(dtype).view(shape)
+
+
+def dense_of(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """A dense weight as it is; one in 4 bits multiplied out."""
+    data, absmax, code, nested_absmax, nested_code, offset, shape, blocksize = weight
+    if absmax is None or code is None:
+        return data
+    return dequantize(data, absmax, code, nested_absmax, nested_code, offset, shape, blocksize, dtype)
+
+
+def multiplied_out(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
+    return dequantize(*weight.tensors(), [*weight.shape], weight.blocksize, dtype)
+
+
+def product(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    N: int,
+    blocksize: int,
+) -> Tensor:
+    """x W^T + bias (M, N), for x (M, K), contiguous, and W (N, K): few rows read W in its 4 bits."""
+    M, K = x.shape
+    four_bit = packed, absmax, code, nested_absmax, nested_code, offset
+    step = min(blocksize, 64)
+    if not use_triton(x) or M > FEW_ROWS or K % blocksize or 0 in (M, N, K):
+        b = None if bias is None else bias.to(x.dtype)
+        return F.linear(x, dequantize(*four_bit, [N, K], blocksize, x.dtype), b)
+    block_n, warps = (32, 8) if x.dtype == torch.float32 else (64, 4)
+    stages = 1 if capability(x) == (9, 4) else 4  # Triton 3.6 fails to pipeline this loop for an MI300X
+    columns = cdiv(N, block_n)
+    splits = max(1, min(cdiv(4 * multiprocessors(x), columns), K // step, 64))
+    steps = cdiv(K // step, splits)
+    splits = cdiv(K // step, steps)
+    partial = x.new_empty(splits, M, N, dtype=torch.float32)
+    _few_rows_fwd[(columns, splits)](
+        x, *four_bit, partial, M, N, K, steps, nested_absmax is not None, blocksize, precision(),
+        max(16, next_power_of_2(M)), block_n, step // 2, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    y = x.new_empty(M, N)
+    _add_splits[(cdiv(M * N, 256),)](partial, bias, y, M * N, N, splits, bias is not None, 256, num_warps=4)
+    return y
 
 
 def _quantize(

@@ -19,11 +19,12 @@ Source: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467, equation 4
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._launch import (
+from ._chip import (
     FLOATS,
     capability,
     cdiv,
@@ -34,9 +35,9 @@ from ._launch import (
     most_warps,
     multiprocessors,
     next_power_of_2,
-    register,
     use_triton,
 )
+from ._op import make_op
 from ._triton import tl, triton
 
 # ---- reference
@@ -60,6 +61,8 @@ def add_rms_norm_reference(
 
 # ---- kernels
 
+# fmt: off
+
 
 @triton.jit
 def _weight(w_ptr, cols, mask, UNIT_OFFSET: tl.constexpr, EVICTION: tl.constexpr):
@@ -71,7 +74,7 @@ def _weight(w_ptr, cols, mask, UNIT_OFFSET: tl.constexpr, EVICTION: tl.constexpr
 def _rms_norm_fwd(
     x_ptr, residual_ptr, w_ptr, y_ptr, h_ptr, rstd_ptr, R, N, eps,
     ADD: tl.constexpr, UNIT_OFFSET: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     cols = tl.arange(0, BLOCK_N)
     mask = (rows < R)[:, None] & (cols < N)[None, :]
@@ -92,7 +95,7 @@ def _rms_norm_fwd(
 def _rms_norm_fwd_wide(
     x_ptr, residual_ptr, w_ptr, y_ptr, h_ptr, rstd_ptr, N, eps,
     ADD: tl.constexpr, UNIT_OFFSET: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+):
     # a row that does not fit in registers is read twice, the second time from L2
     start = tl.program_id(0).to(tl.int64) * N
     squares = tl.zeros([BLOCK_N], tl.float32)
@@ -120,7 +123,7 @@ def _rms_norm_fwd_wide(
 def _input_grad(
     dy_ptr, h_ptr, w_ptr, rstd_ptr, dh_ptr, dx_ptr, tile, R, N,
     ADD: tl.constexpr, UNIT_OFFSET: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, RELOAD: tl.constexpr,
-):  # fmt: skip
+):
     # Stores dx of one tile of rows and returns the tile's dy * xhat. RELOAD takes the tile a second time, from L1,
     # rather than hold it across the reduction: half the registers. The two loads differ in eviction policy, so the
     # compiler cannot merge them.
@@ -148,7 +151,7 @@ def _input_grad(
 @triton.jit
 def _weight_grad(
     dy_ptr, h_ptr, rstd_ptr, dw_ptr, block, first, step, R, N, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
+):
     # columns of one block, summed over every step-th tile of rows from the first on
     cols = block * BLOCK_N + tl.arange(0, BLOCK_N)
     dw = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
@@ -168,7 +171,7 @@ def _rms_norm_bwd(
     ADD: tl.constexpr, UNIT_OFFSET: tl.constexpr, WITH_DW: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, RELOAD: tl.constexpr,
     DW_BLOCK_R: tl.constexpr, DW_BLOCK_N: tl.constexpr,
-):  # fmt: skip
+):
     # The first programs take a block of columns each and make dw, which needs no more than rstd; the rest take a tile
     # of rows each and make dx. The inputs are read twice, but in one launch.
     columns = tl.cdiv(N, DW_BLOCK_N) if WITH_DW else 0
@@ -179,7 +182,7 @@ def _rms_norm_bwd(
         _input_grad(
             dy_ptr, h_ptr, w_ptr, rstd_ptr, dh_ptr, dx_ptr, program - columns, R, N,
             ADD, UNIT_OFFSET, BLOCK_R, BLOCK_N, RELOAD,
-        )  # fmt: skip
+        )
 
 
 @triton.jit
@@ -187,7 +190,7 @@ def _rms_norm_bwd_walk(
     dy_ptr, h_ptr, w_ptr, rstd_ptr, dh_ptr, dx_ptr, dw_ptr, R, N,
     ADD: tl.constexpr, UNIT_OFFSET: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, RELOAD: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+):
     # A program walks every num_programs-th tile and keeps its share of dw in registers: no atomics, same bits every run
     program, step = tl.program_id(0), tl.num_programs(0)
     cols = tl.arange(0, BLOCK_N)
@@ -195,7 +198,7 @@ def _rms_norm_bwd_walk(
     for tile in tl.range(program, tl.cdiv(R, BLOCK_R), step, num_stages=STAGES):
         dw += _input_grad(
             dy_ptr, h_ptr, w_ptr, rstd_ptr, dh_ptr, dx_ptr, tile, R, N, ADD, UNIT_OFFSET, BLOCK_R, BLOCK_N, RELOAD
-        )  # fmt: skip
+        )
     tl.store(dw_ptr + program * N + cols, tl.sum(dw, 0), cols < N)
 
 
@@ -203,7 +206,7 @@ def _rms_norm_bwd_walk(
 def _rms_norm_bwd_wide(
     dy_ptr, h_ptr, w_ptr, rstd_ptr, dh_ptr, dx_ptr, N,
     ADD: tl.constexpr, UNIT_OFFSET: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+):
     start = tl.program_id(0).to(tl.int64) * N
     rstd = tl.load(rstd_ptr + tl.program_id(0))
     products = tl.zeros([BLOCK_N], tl.float32)
@@ -226,7 +229,7 @@ def _rms_norm_bwd_wide(
 @triton.jit
 def _weight_grad_wide(
     dy_ptr, h_ptr, rstd_ptr, dw_ptr, R, N, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
+):
     # program (i, j): columns of block i, the share j of the rows
     first, step = tl.program_id(1), tl.num_programs(1)
     _weight_grad(
@@ -244,8 +247,10 @@ def _sum_partials(partial_ptr, dw_ptr, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.
         total += tl.load(partial_ptr + rows[:, None] * N + cols[None, :], mask, other=0.0)
     tl.store(dw_ptr + cols, tl.sum(total, 0), cols < N)
 
+# fmt: on
 
-# ---- autograd
+
+# ---- launch
 
 WIDEST = 16384  # columns that the registers of one program hold; wider rows are read twice
 
@@ -306,15 +311,33 @@ WIDE = {"BLOCK_N": 8192, "num_warps": 16}
 WIDE_WEIGHT_GRAD = {"BLOCK_R": 16, "BLOCK_N": 128, "num_warps": 4}
 
 
+class _Saved(NamedTuple):
+    """What the backward reads. A gradient has the dtype of its input."""
+
+    h: Tensor  # the sum, or x where there is no residual
+    weight: Tensor
+    rstd: Tensor
+    unit_offset: bool
+    x_dtype: torch.dtype
+    residual_dtype: torch.dtype | None
+
+
+class _Gradients(NamedTuple):
+    x: Tensor | None
+    residual: Tensor | None
+    weight: Tensor | None
+
+
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, unit_offset: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Contiguous inputs. Returns y, the sum h (empty without a residual) and rstd (...)."""
     N, add = x.shape[-1], residual is not None
-    y, h, rstd = _forward_fake(x, residual, weight, eps, unit_offset)
+    y, h, rstd = _shapes(x, residual, weight, eps, unit_offset)
     R = rstd.numel()
     if y.numel() == 0:
         return y, h, rstd.zero_()
+
     if N > WIDEST:
         _rms_norm_fwd_wide[(R,)](x, residual, weight, y, h, rstd, N, eps, add, unit_offset, **WIDE)
     else:
@@ -324,21 +347,47 @@ def _forward(
     return y, h, rstd
 
 
-def _forward_fake(x, residual, weight, eps, unit_offset):
+def _shapes(x, residual, weight, eps, unit_offset):
     h = x.new_empty(0)
     if residual is not None:
         h = torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
     return torch.empty_like(x), h, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-def _backward(
+def _save(outputs, x, residual, weight, eps, unit_offset):
+    _, h, rstd = outputs
+    if residual is None:
+        return _Saved(x, weight, rstd, unit_offset, x.dtype, None)
+    return _Saved(h, weight, rstd, unit_offset, x.dtype, residual.dtype)
+
+
+def _backward(saved: _Saved, needs: Any, dy: Tensor | None, dh: Tensor | None) -> _Gradients:
+    """dh is the gradient of the sum that add_rms_norm returns."""
+    if saved.residual_dtype is None:
+        dh = None  # that of an empty tensor
+    dx, dw = dh, None
+    if dy is not None:
+        dh = None if dh is None else dh.contiguous()
+        h, weight, rstd, unit_offset = saved[:4]
+        dx, dw = _rms_norm_backward(dy.contiguous(), dh, h, weight, rstd, unit_offset, needs.weight)
+    if dx is None:
+        return _Gradients(None, None, None)
+    return _Gradients(
+        dx.to(saved.x_dtype),
+        None if saved.residual_dtype is None else dx.to(saved.residual_dtype),
+        dw if needs.weight else None,
+    )
+
+
+def _input_and_weight_grad(
     dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, unit_offset: bool, with_dw: bool
 ) -> tuple[Tensor, Tensor]:
     """Contiguous inputs. Returns dx in h's dtype and dw, which is empty where it is not asked for."""
     N, R, add = h.shape[-1], rstd.numel(), dh is not None
-    dx, dw = _backward_fake(dy, dh, h, weight, rstd, unit_offset, with_dw)
+    dx, dw = _gradient_shapes(dy, dh, h, weight, rstd, unit_offset, with_dw)
     if dx.numel() == 0:
         return dx, dw.zero_()
+
     if N * h.element_size() > 2 * WIDEST:
         _rms_norm_bwd_wide[(R,)](dy, h, weight, rstd, dh, dx, N, add, unit_offset, **WIDE)
         if with_dw:
@@ -346,10 +395,12 @@ def _backward(
             grid = (cdiv(N, WIDE_WEIGHT_GRAD["BLOCK_N"]), partial.shape[0])
             _weight_grad_wide[grid](dy, h, rstd, partial, R, N, **WIDE_WEIGHT_GRAD)
             _add_up(partial, dw)
+
     elif not with_dw or multiprocessors(h) * FEW_ROWS >= R:
         config = _backward_config(N, most_warps())
         programs = cdiv(R, config["BLOCK_R"]) + (cdiv(N, config["DW_BLOCK_N"]) if with_dw else 0)
         _rms_norm_bwd[(programs,)](dy, h, weight, rstd, dh, dx, dw, R, N, add, unit_offset, with_dw, **config)
+
     else:
         # a GeForce RTX 50 (sm_120) spills at a width of 128 where the next tile's loads are under way
         per_sm, config = _walk_config(N, 1 if capability(h)[0] == 12 else 2)
@@ -372,35 +423,15 @@ def _add_up(partial: Tensor, dw: Tensor) -> None:
     _sum_partials[(cdiv(N, config["BLOCK_N"]),)](partial, dw, P, N, **config)
 
 
-def _backward_fake(dy, dh, h, weight, rstd, unit_offset, with_dw):
+def _gradient_shapes(dy, dh, h, weight, rstd, unit_offset, with_dw):
     return torch.empty_like(h), weight.new_empty(weight.shape if with_dw else 0)
 
 
-def _save(ctx, inputs, output):
-    x, residual, weight, _eps, unit_offset = inputs
-    _y, h, rstd = output
-    ctx.save_for_backward(x if residual is None else h, weight, rstd)
-    ctx.unit_offset, ctx.dtypes = unit_offset, (x.dtype, residual.dtype if residual is not None else None)
-    ctx.mark_non_differentiable(rstd, *(() if residual is not None else (h,)))
-    ctx.set_materialize_grads(False)
+_rms_norm_backward = make_op("rms_norm_backward", _input_and_weight_grad, _gradient_shapes)
+_rms_norm = make_op("rms_norm", _forward, _shapes, _save, _backward)
 
 
-def _differentiate(ctx, dy: Tensor | None, dh: Tensor | None, _drstd: Tensor | None):
-    h, weight, rstd = ctx.saved_tensors
-    x_dtype, residual_dtype = ctx.dtypes
-    dx, dw = dh, None
-    if dy is not None:
-        with_dw = ctx.needs_input_grad[2]
-        dh = dh if dh is None else dh.contiguous()
-        dx, dw = _rms_norm_backward(dy.contiguous(), dh, h, weight, rstd, ctx.unit_offset, with_dw)
-        dw = dw if with_dw else None
-    if dx is None:
-        return None, None, None, None, None
-    return dx.to(x_dtype), None if residual_dtype is None else dx.to(residual_dtype), dw, None, None
-
-
-_rms_norm_backward = register("rms_norm_backward", _backward, _backward_fake)
-_rms_norm = register("rms_norm", _forward, _forward_fake, _save, _differentiate)
+# what a CPU computes in fp32
 
 
 def _rstd(x: Tensor, eps: float) -> Tensor:
@@ -448,7 +479,7 @@ def _check(x: Tensor, weight: Tensor, eps: float) -> None:
     check_number("eps", eps, 0)
 
 
-# ---- public op
+# ---- op
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, unit_offset: bool = False) -> Tensor:

@@ -25,7 +25,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ._launch import (
+from ._chip import (
     FLOATS,
     cdiv,
     check_device,
@@ -33,9 +33,9 @@ from ._launch import (
     check_ids,
     check_shape,
     next_power_of_2,
-    register,
     use_triton,
 )
+from ._op import register
 from ._triton import tl, triton
 
 # ---- reference

@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._launch import (
+from ._chip import (
     INTERPRET,
     cdiv,
     check_device,
@@ -44,10 +44,10 @@ from ._launch import (
     check_shape,
     next_power_of_2,
     readable,
-    register,
     use_triton,
     whole_number,
 )
+from ._op import register
 from ._triton import tl, triton
 
 TOP_P_WIDTH = 1024  # ids that top_p and min_p choose among without top_k

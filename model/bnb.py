@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import NF4Weight
-from ..kernels._four_bit import unnested
-from ..kernels.nf4 import BLOCKSIZES
+from ..kernels.nf4 import BLOCKSIZES, unnested
 from .config_keys import LARGEST
 from .errors import InputError, shown
 from .finite import check_finite

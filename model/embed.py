@@ -45,7 +45,7 @@ from ..kernels import (
     swiglu,
     token_logprobs,
 )
-from ..kernels._launch import autocast_dtype
+from ..kernels._chip import autocast_dtype
 from .errors import InputError
 
 NAME = "burnish"  # under which the registries know us

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import sample_tokens
-from ..kernels._launch import autocast_dtype
+from ..kernels._chip import autocast_dtype
 from .cache import Cache, cache_bytes
 from .errors import InputError
 from .packed import pack

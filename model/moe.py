@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import moe_mlp, moe_route
-from ..kernels._launch import autocast_dtype
+from ..kernels._chip import autocast_dtype
 from ..kernels.moe import RouteStatistics
 from .config import Experts, Latent, ModelConfig
 from .linear import ExpertLinear, Linear

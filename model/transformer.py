@@ -30,8 +30,8 @@ from ..kernels import (
     swiglu,
     token_logprobs,
 )
-from ..kernels._head import logits_of, low_rank
-from ..kernels._launch import autocast_dtype, readable
+from ..kernels._chip import autocast_dtype, readable
+from ..kernels.head.blocks import logits_of, low_rank
 from ..kernels.moe import RouteStatistics
 from .cache import Cache
 from .config import ModelConfig, Rope

@@ -9,8 +9,8 @@ from types import ModuleType
 import numpy
 import pytest
 import torch
-from burnish.kernels import _launch
-from burnish.kernels._launch import INTERPRET
+from burnish.kernels import _op
+from burnish.kernels._chip import INTERPRET
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 
@@ -79,13 +79,11 @@ def copy_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Mo
         path = tmp_path / f"control_{file}.py"
         path.write_text(source.replace(old, new) if old else source)
         # under a name of their own: an op that is registered anew frees the one that others still call
-        register, register_path = _launch.register, _launch.register_path
+        register, register_path = _op.register, _op.register_path
         monkeypatch.setattr(
-            _launch, "register", lambda name, *rest, **more: register(f"control_{name}", *rest, **more)
+            _op, "register", lambda name, *rest, **more: register(f"control_{name}", *rest, **more)
         )
-        monkeypatch.setattr(
-            _launch, "register_path", lambda name, *rest: register_path(f"control_{name}", *rest)
-        )
+        monkeypatch.setattr(_op, "register_path", lambda name, *rest: register_path(f"control_{name}", *rest))
         spec = importlib.util.spec_from_file_location(f"burnish.kernels.control_{file}", path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)

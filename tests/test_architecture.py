@@ -196,7 +196,7 @@ def losses_require_their_denominator(name: str, source: str) -> Iterator[str]:
                 yield f"{name}:{node.lineno} {node.name}: no required denominator among {required}"
 
 
-ONCE = {  # read in kernels/_launch.py alone, where each is decided for all ops
+ONCE = {  # read in kernels/_chip.py alone, where each is decided for all ops
     "is_autocast_enabled",
     "get_autocast_dtype",
     "allow_tf32",
@@ -207,13 +207,13 @@ ONCE = {  # read in kernels/_launch.py alone, where each is decided for all ops
 
 
 def precision_is_decided_once(name: str, source: str) -> Iterator[str]:
-    if name != "kernels/_launch.py":
+    if name != "kernels/_chip.py":
         for node in ast.walk(ast.parse(source)):
             named = getattr(node, "attr", getattr(node, "id", getattr(node, "value", None)))
             if isinstance(node, ast.alias):
                 named = node.name
             if isinstance(named, str) and named.split(".")[-1] in ONCE:
-                yield f"{name}:{node.lineno} {named}: _launch.precision and _launch.autocast_dtype decide it for all"
+                yield f"{name}:{node.lineno} {named}: _chip.precision and _chip.autocast_dtype decide it for all"
 
 
 RULES = [

@@ -83,7 +83,7 @@ import importlib.util, os
 from burnish.algorithms import __main__ as burnish, sft
 from burnish.bench import __main__, static, tune
 from burnish.bench.record import machine
-from burnish.kernels import _launch
+from burnish.kernels import _chip
 
 def sentence(call, *arguments):
     try:
@@ -95,11 +95,11 @@ sys.stderr = sys.stdout
 assert machine("cpu")["triton"] == "not installed"
 assert static.main([]) == tune.main([]) == 1
 on_a_gpu = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1))
-sentence(_launch.use_triton, on_a_gpu)
-sft.train = lambda cfg: _launch.use_triton(on_a_gpu)
+sentence(_chip.use_triton, on_a_gpu)
+sft.train = lambda cfg: _chip.use_triton(on_a_gpu)
 assert burnish.main(["sft", "--model", "x", "--data", "x"]) == 1
 os.environ["TRITON_INTERPRET"] = "1"
-spec = importlib.util.spec_from_file_location("burnish.kernels._again", _launch.__file__)
+spec = importlib.util.spec_from_file_location("burnish.kernels._again", _chip.__file__)
 sentence(spec.loader.exec_module, importlib.util.module_from_spec(spec))
 """
 
@@ -155,7 +155,7 @@ for _ in range(2):
     found = [answers(*pair) for pair in zip(modules, compiled)]
     for module, own in zip(modules, found):
         ratios = [(mine / ours).median().item() for mine, ours in zip(own, found[0])]
-        print(module._launch.NAMESPACE, *[round(ratio, 3) for ratio in ratios])
+        print(module._chip.NAMESPACE, *[round(ratio, 3) for ratio in ratios])
 """
 
 
@@ -206,7 +206,7 @@ import burnish.kernels
 
 assert get_kernel() is kernels.get_kernel and kernels.__spec__.origin.startswith(theirs[0])
 assert importlib.util.find_spec("kernels").origin == kernels.__file__ and version("kernels") == "0.15.2"
-assert not hasattr(kernels, "rms_norm") and burnish.kernels._launch.NAMESPACE == "burnish"
+assert not hasattr(kernels, "rms_norm") and burnish.kernels._chip.NAMESPACE == "burnish"
 print(kernels.sub.ANSWER)
 """
 THEIRS_FAILS = """
@@ -219,7 +219,7 @@ OURS = """
 import kernels
 import torch
 
-assert kernels._launch.NAMESPACE == "kernels"
+assert kernels._chip.NAMESPACE == "kernels"
 print(kernels.rms_norm(torch.ones(1), torch.ones(1)).item())
 """
 

@@ -20,11 +20,11 @@ from burnish.bench.cases_moe import with_4bit_experts
 from burnish.bench.cases_nf4 import absmax_alone, four_bit, multiplied_out
 from burnish.bench.cases_sample import logprob_alone
 from burnish.bench.registry import CASES
-from burnish.kernels import _launch, lora, nf4
+from burnish.kernels import _chip, _op, lora, nf4
 
-TRITON = _launch.INTERPRET or torch.cuda.is_available()
+TRITON = _chip.INTERPRET or torch.cuda.is_available()
 CAUGHT: tuple[type[Exception], ...] = (AssertionError,)
-if _launch.INTERPRET:
+if _chip.INTERPRET:
     from triton.runtime.errors import InterpreterError
 
     CAUGHT += (InterpreterError,)  # by the guard, where a fault leads outside of the tensors
@@ -651,7 +651,7 @@ def case_of(name: str, module) -> Case:
     if case.op == "lora_linear" and case.family in lora.PATHS:
         return replace(case, fused=partial(module._lora_linear, path=case.family))
     if case.op == "nf4_linear" and not hasattr(module, case.op):  # nf4 has the product from _four_bit
-        op = _launch.register("nf4_linear", module.product, nf4._linear_fake, nf4._save, nf4._differentiate)
+        op = _op.register("nf4_linear", module.product, nf4._linear_fake, nf4._save, nf4._differentiate)
 
         def planted(x, weight, bias):
             with patch.object(nf4, "_nf4", op):

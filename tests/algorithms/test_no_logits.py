@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from burnish.algorithms import distill, dpo, grpo, ppo, sft
-from burnish.kernels import _launch
-from burnish.kernels.divergence import token_divergence_reference
-from burnish.kernels.logprob import token_logprobs_reference
+from burnish.kernels import _op
+from burnish.kernels.head.divergence import token_divergence_reference
+from burnish.kernels.head.logprob import token_logprobs_reference
 from burnish.model import transformer
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.tokenizer import Tokenizer
@@ -57,9 +57,7 @@ TRAINERS = {"sft": sft, "dpo": dpo, "grpo": grpo, "ppo": ppo, "distill": distill
 
 
 def largest(name, cfg, monkeypatch):
-    monkeypatch.setattr(
-        _launch, "is_in_torch_dispatch_mode", lambda: False
-    )  # a registered op hides its inside
+    monkeypatch.setattr(_op, "is_in_torch_dispatch_mode", lambda: False)  # a registered op hides its inside
     with Largest() as seen:
         TRAINERS[name].train(cfg)
     return seen.elements

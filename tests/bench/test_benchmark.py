@@ -12,7 +12,7 @@ from burnish.bench import roofline
 from burnish.bench.case import Work, assert_accurate, make_inputs
 from burnish.bench.peers import PEERS, Unsuitable
 from burnish.bench.registry import CASES
-from burnish.kernels._launch import INTERPRET
+from burnish.kernels._chip import INTERPRET
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="interpreted kernels have no speed")
 

@@ -12,7 +12,7 @@ import torch
 from burnish.bench import gpu, record
 from burnish.bench.registry import CASES
 from burnish.bench.worker import RAN, placed
-from burnish.kernels._launch import INTERPRET
+from burnish.kernels._chip import INTERPRET
 from burnish.model.text_files import read_object
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="nothing of it is interpreted")

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from burnish.bench import static, tune
 from burnish.bench.static import Job, accepted_figures, compare, compile_job, compile_only, limits, selection
-from burnish.kernels import _launch, attention
+from burnish.kernels import _chip, attention
 
-pytestmark = pytest.mark.skipif(_launch.INTERPRET, reason="the interpreter compiles nothing")
+pytestmark = pytest.mark.skipif(_chip.INTERPRET, reason="the interpreter compiles nothing")
 
 QUICK = selection([], everything=False)
 MATRIX = tune.OWN | {"sm_86": "HMMA", "sm_120": "HMMA"}
@@ -223,9 +223,9 @@ def test_what_got_worse_is_named():
 
 
 def test_the_machine_is_as_it_was_afterwards():
-    before = triton.runtime.jit.JITFunction.run, _launch.TARGET
+    before = triton.runtime.jit.JITFunction.run, _chip.TARGET
     with pytest.raises(RuntimeError), compile_only("sm_90"):
-        assert _launch.use_triton(torch.zeros(1)) and _launch.capability(torch.zeros(1)) == (9, 0)
+        assert _chip.use_triton(torch.zeros(1)) and _chip.capability(torch.zeros(1)) == (9, 0)
         raise RuntimeError
-    assert (triton.runtime.jit.JITFunction.run, _launch.TARGET) == before
-    assert not _launch.use_triton(torch.zeros(1))
+    assert (triton.runtime.jit.JITFunction.run, _chip.TARGET) == before
+    assert not _chip.use_triton(torch.zeros(1))

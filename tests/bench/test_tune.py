@@ -10,7 +10,7 @@ import pytest
 import torch
 from burnish.bench import tune
 from burnish.bench.registry import CASES
-from burnish.kernels._launch import INTERPRET
+from burnish.kernels._chip import INTERPRET
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="interpreted kernels have no speed")
 

@@ -11,7 +11,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from burnish.kernels._launch import precision
+from burnish.kernels._chip import precision
 from burnish.model import InputError, embed
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

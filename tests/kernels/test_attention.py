@@ -5,7 +5,7 @@ import pytest
 import torch
 from burnish.bench import tune
 from burnish.kernels import attention, flash_attention
-from burnish.kernels._launch import INTERPRET
+from burnish.kernels._chip import INTERPRET
 from burnish.kernels.attention import (
     _positions,
     _visible,

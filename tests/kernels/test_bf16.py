@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from burnish.kernels._launch import INTERPRET
+from burnish.kernels._chip import INTERPRET
 from torch import Tensor
 
 if not INTERPRET:

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from burnish.kernels import _launch
+from burnish.kernels import _chip
 
 
 @pytest.fixture
@@ -12,14 +12,14 @@ def card(monkeypatch: pytest.MonkeyPatch):
     """card((8, 6)): a tensor that says that it lies on such a card, of NVIDIA or else of AMD."""
 
     def of(capability: tuple[int, int], hip: str | None = None):
-        _launch._capability.cache_clear()
+        _chip._capability.cache_clear()
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Stub")
         return SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1))
 
     yield of
-    _launch._capability.cache_clear()
+    _chip._capability.cache_clear()
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (7, 0), (6, 1)], ids=str)
@@ -28,7 +28,7 @@ def test_an_older_card_is_refused_in_one_sentence(card, capability):
         *capability
     )
     x = card(capability)
-    for ask in (_launch.use_triton, _launch.capability):
+    for ask in (_chip.use_triton, _chip.capability):
         with pytest.raises(ValueError) as caught:
             ask(x)
         assert str(caught.value) == sentence
@@ -39,18 +39,18 @@ def test_an_older_card_is_refused_in_one_sentence(card, capability):
 )
 def test_a_known_card_takes_its_own(card, capability):
     x = card(capability)
-    assert _launch.use_triton(x) and _launch.capability(x) == capability
+    assert _chip.use_triton(x) and _chip.capability(x) == capability
 
 
 @pytest.mark.parametrize("capability", [(11, 0), (13, 0), (20, 1)], ids=str)
 def test_an_unknown_card_takes_the_tiles_that_ask_for_least(card, capability):
     """99 KB of shared memory, no tensor descriptors, no tensor memory: whatever Triton compiles for runs them."""
     x = card(capability)
-    assert _launch.use_triton(x) and _launch.capability(x) == (12, 0)
+    assert _chip.use_triton(x) and _chip.capability(x) == (12, 0)
 
 
 @pytest.mark.parametrize("capability", [(9, 0), (9, 4), (9, 5), (11, 0)], ids=str)
 def test_a_card_of_amd_takes_those_of_the_mi300x(card, capability):
     """(9, 0) is an MI200 there, and no H100; (11, 0) is no Blackwell."""
     x = card(capability, hip="7.0")
-    assert _launch.use_triton(x) and _launch.capability(x) == (9, 4)
+    assert _chip.use_triton(x) and _chip.capability(x) == (9, 4)

@@ -15,7 +15,7 @@ from burnish.bench.case import (
     run,
 )
 from burnish.bench.registry import CASES
-from burnish.kernels._launch import INTERPRET, TARGET
+from burnish.kernels._chip import INTERPRET, TARGET
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint

@@ -4,7 +4,7 @@ from itertools import product
 import pytest
 import torch
 from burnish.bench.static import compile_only
-from burnish.kernels._launch import INTERPRET
+from burnish.kernels._chip import INTERPRET
 from burnish.kernels.decode import decode_attention, decode_attention_reference
 from torch.utils._python_dispatch import TorchDispatchMode
 

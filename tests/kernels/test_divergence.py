@@ -7,16 +7,16 @@ import torch
 from burnish.bench.cases_divergence import kl_div, token_divergence_eager
 from burnish.bench.cases_topk import topk_divergence_eager
 from burnish.kernels import (
-    _launch,
-    divergence,
+    _op,
     token_divergence,
     token_logprobs,
     topk_divergence,
     topk_logprobs,
 )
-from burnish.kernels._launch import INTERPRET
-from burnish.kernels.divergence import token_divergence_reference
-from burnish.kernels.topk import topk_divergence_reference, topk_logprobs_reference
+from burnish.kernels._chip import INTERPRET
+from burnish.kernels.head import divergence
+from burnish.kernels.head.divergence import token_divergence_reference
+from burnish.kernels.head.topk import topk_divergence_reference, topk_logprobs_reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
 BLOCKS = 20_000  # bytes: most shapes below fall into several blocks
@@ -260,9 +260,7 @@ class Products(TorchDispatchMode):
 def products(monkeypatch):
     if INTERPRET or torch.cuda.is_available():
         pytest.skip("counts what torch computes on a CPU")
-    monkeypatch.setattr(
-        _launch, "is_in_torch_dispatch_mode", lambda: False
-    )  # a registered op hides its inside
+    monkeypatch.setattr(_op, "is_in_torch_dispatch_mode", lambda: False)  # a registered op hides its inside
     return Products()
 
 

@@ -6,7 +6,7 @@ import mmap
 import pytest
 import torch
 from burnish.kernels import clamped_swiglu, geglu, swiglu
-from burnish.kernels._launch import INTERPRET
+from burnish.kernels._chip import INTERPRET
 from torch.autograd.graph import saved_tensors_hooks
 
 TRITON = INTERPRET or torch.cuda.is_available()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from burnish.kernels._launch import INTERPRET
+from burnish.kernels._chip import INTERPRET
 
 if not INTERPRET:
     pytest.skip("the guard stands under Triton's interpreter", allow_module_level=True)

@@ -12,12 +12,12 @@ import torch
 from burnish.bench.case import Case, make_inputs, make_upstream, run
 from burnish.bench.registry import CASES
 from burnish.bench.static import compile_only
-from burnish.kernels import _launch
+from burnish.kernels import _chip, _op
 from burnish.model import ModelConfig, Transformer, Vocabulary, pack
 from burnish.model.adapter import add_lora
 from torch.utils._python_dispatch import TorchDispatchMode
 
-pytestmark = pytest.mark.skipif(_launch.INTERPRET, reason="launches are left out, not interpreted")
+pytestmark = pytest.mark.skipif(_chip.INTERPRET, reason="launches are left out, not interpreted")
 
 READS = {
     *("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "repeat_interleave"),
@@ -50,7 +50,7 @@ def _refused(*_: Any, **__: Any) -> Any:
 @contextmanager
 def no_host_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Inside, ops take the Triton path of a GPU, and each aten op of theirs is seen."""
-    monkeypatch.setattr(_launch, "_recorded", lambda args: False)  # a registered op hides what it is made of
+    monkeypatch.setattr(_op, "_recorded", lambda args: False)  # a registered op hides what it is made of
     with monkeypatch.context() as patch, compile_only("sm_90", kernel="none"), NoHostRead():
         for name in COPIES:
             patch.setattr(torch.Tensor, name, _refused)

@@ -4,9 +4,10 @@ import sys
 
 import pytest
 import torch
-from burnish.kernels import _head, logprob, token_logprobs
-from burnish.kernels._launch import INTERPRET
-from burnish.kernels.logprob import token_logprobs_reference
+from burnish.kernels import token_logprobs
+from burnish.kernels._chip import INTERPRET
+from burnish.kernels.head import blocks, logprob
+from burnish.kernels.head.logprob import token_logprobs_reference
 
 # bf16 under the interpreter: tests/kernels/test_cases.py
 DTYPES = [torch.float32, torch.float16] if INTERPRET else [torch.float32, torch.float16, torch.bfloat16]
@@ -306,7 +307,7 @@ def test_a_frozen_head_costs_no_product(device, monkeypatch):
         return lambda *a: (products.append(1), product(*a))[1]
 
     for name in ("product", "accumulate"):
-        monkeypatch.setattr(_head, name, counted(getattr(_head, name)))
+        monkeypatch.setattr(blocks, name, counted(getattr(blocks, name)))
     counts = {}
     for frozen in (True, False):
         products.clear()

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from burnish.kernels import _lora_paths, dequantize_nf4, lora, lora_linear, lora_linears, quantize_nf4
-from burnish.kernels._launch import INTERPRET
+from burnish.kernels._chip import INTERPRET
 from burnish.kernels.lora import PATHS, _drop, _expand_, _lora_linear, lora_linear_reference
 from torch.autograd.graph import saved_tensors_hooks
 

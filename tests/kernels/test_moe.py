@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from burnish.kernels import dequantize_nf4, moe, moe_mlp, moe_route, quantize_nf4
-from burnish.kernels._launch import INTERPRET
+from burnish.kernels._chip import INTERPRET
 from burnish.kernels.moe import moe_mlp_reference
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -15,7 +15,7 @@ from burnish.bench.case import Case, Tensors, make_inputs, make_upstream, run, t
 from burnish.bench.cases_nf4 import absmax_alone
 from burnish.bench.registry import CASES
 from burnish.kernels import decode_attention, flash_attention
-from burnish.kernels._launch import FEW_KEYS, INTERPRET
+from burnish.kernels._chip import FEW_KEYS, INTERPRET
 from torch import Tensor
 
 # what the op's numbers do not depend on, or no number in [0, 1)

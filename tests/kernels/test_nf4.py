@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from burnish.kernels import NF4Weight, dequantize_nf4, nf4_linear, quantize_nf4
-from burnish.kernels._four_bit import FEW_ROWS, NESTED
-from burnish.kernels._launch import INTERPRET
+from burnish.kernels._chip import INTERPRET
 from burnish.kernels.nf4 import (
     BLOCKSIZES,
+    FEW_ROWS,
     FP4,
     NF4,
     ORDER,
@@ -19,6 +19,7 @@ from burnish.kernels.nf4 import (
     nf4_linear_reference,
     quantize_nf4_reference,
 )
+from burnish.kernels.records import NESTED
 from torch.autograd.graph import saved_tensors_hooks
 
 TRITON = INTERPRET or torch.cuda.is_available()

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from burnish.kernels import add_rms_norm, norm, rms_norm
-from burnish.kernels._launch import INTERPRET
+from burnish.kernels._chip import INTERPRET
 from burnish.kernels.norm import add_rms_norm_reference, rms_norm_reference
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -124,9 +124,9 @@ def test_few_rows_by_columns(residual, monkeypatch, device):
     shape = (150, 100)  # more rows, and more columns, than one program of dw takes at once
     h, dy, dh = (torch.randn(shape, device=device) for _ in range(3))
     w, rstd = torch.randn(100, device=device), torch.rand(150, device=device)
-    one_launch = norm._backward(dy, dh if residual else None, h, w, rstd, False, True)
+    one_launch = norm._input_and_weight_grad(dy, dh if residual else None, h, w, rstd, False, True)
     monkeypatch.setattr(norm, "FEW_ROWS", 0)
-    close(one_launch, norm._backward(dy, dh if residual else None, h, w, rstd, False, True))
+    close(one_launch, norm._input_and_weight_grad(dy, dh if residual else None, h, w, rstd, False, True))
 
 
 @pytest.mark.skipif(not TRITON, reason="the CPU path has one way for every width")

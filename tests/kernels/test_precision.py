@@ -8,7 +8,7 @@ import torch
 from burnish.bench.case import make_inputs, make_upstream, run
 from burnish.bench.registry import CASES
 from burnish.bench.static import compile_only
-from burnish.kernels._launch import INTERPRET, precision
+from burnish.kernels._chip import INTERPRET, precision
 from triton.runtime.jit import JITFunction
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="the interpreter compiles nothing")

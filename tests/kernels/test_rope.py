@@ -5,7 +5,7 @@ import mmap
 import pytest
 import torch
 from burnish.kernels import apply_rope
-from burnish.kernels._launch import INTERPRET
+from burnish.kernels._chip import INTERPRET
 from burnish.kernels.rope import apply_rope_reference
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from burnish.kernels import sample_tokens, token_logprobs
-from burnish.kernels._launch import INTERPRET
+from burnish.kernels._chip import INTERPRET
 from burnish.kernels.sample import TOP_P_WIDTH, sample_tokens_reference
 
 sample = sys.modules[sample_tokens.__module__]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from burnish.bench.case import Case, leaves, make_inputs, tensor, widen
 from burnish.bench.registry import CASES
-from burnish.kernels import _launch, norm, rms_norm
+from burnish.kernels import _chip, _op, norm, rms_norm
 from burnish.kernels.norm import rms_norm_reference
 from planted import plant
 from torch import Tensor
@@ -18,7 +18,7 @@ DIFFERENTIABLE = [
     case for case in CASES if leaves(case, make_inputs(case, case.shapes[-1], torch.float32, "cpu"))
 ]
 ONE_OF_EACH_OP = {case.op: case for case in reversed(DIFFERENTIABLE)}.values()
-TRITON = _launch.INTERPRET or torch.cuda.is_available()
+TRITON = _chip.INTERPRET or torch.cuda.is_available()
 
 
 def small_inputs(case: Case, device: str) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def first_of(op: str) -> Case:
 def test_without_the_guard_it_is_wrong(usage, device, copy_of, monkeypatch):
     """The controls: rms_norm's own statistics on a CPU, and what every registered op goes through on a GPU."""
     if TRITON:
-        monkeypatch.setattr(_launch, "_first_order", lambda _name, backward: backward)
+        monkeypatch.setattr(_op, "_first_order", lambda _name, backward: backward)
         monkeypatch.setattr(norm, "rms_norm", copy_of("norm").rms_norm)
     else:
         plant(norm._RMSNormTorch.backward, "rstd = _rstd(x, ctx.eps)", "pass", monkeypatch)

@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 from burnish.kernels import attention
-from burnish.kernels._launch import INTERPRET
+from burnish.kernels._chip import INTERPRET
 from burnish.model.config import ModelConfig
 from burnish.model.packed import pack
 from burnish.model.transformer import Transformer

@@ -13,7 +13,7 @@ import wrong_attention
 import wrong_heads
 import wrong_linear
 import wrong_rest
-from burnish.kernels._launch import INTERPRET
+from burnish.kernels._chip import INTERPRET
 from wrong import Wrong
 
 TABLES = (wrong_attention, wrong_heads, wrong_linear, wrong_rest)

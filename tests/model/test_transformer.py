@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from burnish.kernels import _head, token_logprobs
+from burnish.kernels import token_logprobs
+from burnish.kernels.head import blocks
 from burnish.model import ModelConfig, Rope, Transformer, pack, transformer
 from burnish.model.adapter import add_lora
 from burnish.model.checkpoint import load_model
@@ -240,7 +241,7 @@ def test_a_tied_head_is_the_embedding():
     tied, untied = Transformer(replace(TINY, tie_word_embeddings=True)), Transformer(TINY)
     assert tied.head is tied.embed_tokens.weight
     assert untied.head is not untied.embed_tokens.weight
-    assert "lm_head.weight" not in tied.state_dict()
+    assert "lmblocks.weight" not in tied.state_dict()
 
 
 # ---- training
@@ -307,11 +308,11 @@ class Casts(TorchDispatchMode):
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_logits_of_a_half_precision_head_copy_no_head(on_gpu, adapted, monkeypatch):
     """A GPU multiplies it into fp32, a CPU a part of it at a time: what the whole head in fp32 gives."""
-    monkeypatch.setattr(_head, "CAST", 64)
+    monkeypatch.setattr(blocks, "CAST", 64)
     model = Transformer(replace(TINY, initializer_range=0.5, tie_word_embeddings=not adapted))
     if adapted:
         add_lora(model, rank=2, targets=("lm_head",))
-        torch.nn.init.normal_(model.get_parameter("lm_head.lora.b"))
+        torch.nn.init.normal_(model.get_parameter("lmblocks.lora.b"))
     model, hidden = model.bfloat16(), torch.randn(2, 3, 16).bfloat16()
     want = model.logits(hidden)  # a gradient is asked
     into: list[tuple[torch.dtype, torch.dtype]] = []

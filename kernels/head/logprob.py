@@ -25,7 +25,10 @@ Source: the online softmax of Milakov and Gimelshein 2018, https://arxiv.org/abs
 import torch
 from torch import Tensor
 
-from ._head import (
+from .._chip import check_device, check_shape, precision, readable, use_triton, without_autocast
+from .._op import register
+from .._triton import tl, triton
+from .blocks import (
     _place,
     _products,
     _quarter,
@@ -57,8 +60,6 @@ from ._head import (
     split_temperature,
     tile_of,
 )
-from ._launch import check_device, check_shape, precision, readable, register, use_triton, without_autocast
-from ._triton import tl, triton
 
 # ---- reference
 

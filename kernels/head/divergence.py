@@ -30,7 +30,10 @@ Source: GKD, Agarwal et al. 2023, https://arxiv.org/abs/2306.13649, eq. 1
 import torch
 from torch import Tensor
 
-from ._head import (
+from .._chip import INTERPRET, capability, check_device, precision, use_triton, without_autocast
+from .._op import register
+from .._triton import tl, triton
+from .blocks import (
     _place,
     _products,
     _quarter,
@@ -63,8 +66,6 @@ from ._head import (
     split_temperature,
     widened,
 )
-from ._launch import INTERPRET, capability, check_device, precision, register, use_triton, without_autocast
-from ._triton import tl, triton
 
 # ---- reference
 

@@ -27,7 +27,9 @@ Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531
 import torch
 from torch import Tensor
 
-from ._head import (
+from .._chip import check_device, check_shape, readable, use_triton, whole_number, without_autocast
+from .._op import register
+from .blocks import (
     block_of,
     blocks_of,
     buffer_of,
@@ -51,7 +53,6 @@ from ._head import (
     split_temperature,
     widened,
 )
-from ._launch import check_device, check_shape, readable, register, use_triton, whole_number, without_autocast
 
 COPIES = 4  # of a block: the logits and temporaries
 NOTHING = -1e30  # the log-probability of a bucket that is not there, finite: 0 times it is 0

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ._launch import (
+from .._chip import (
     INTERPRET,
     autocast_dtype,
     capability,
@@ -28,7 +28,7 @@ from ._launch import (
     use_triton,
     whole_number,
 )
-from ._triton import TensorDescriptor, tl, triton
+from .._triton import TensorDescriptor, tl, triton
 
 # ---- kernels
 

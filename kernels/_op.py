@@ -1,0 +1,503 @@
+"""Ops known to torch, made of plain functions whose arguments may be records (_layout.py)."""
+
+from collections.abc import Callable, Iterable
+from functools import cache, partial, wraps
+from typing import Any, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey, _SetExcludeDispatchKeyGuard
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from ._chip import NAMESPACE
+from ._layout import Layout, flattened, hints_of, kind_of, nested
+
+# ---- what every op is held to
+
+
+def _first(args: Iterable[Any]) -> Tensor | None:
+    """The first tensor among an op's arguments, of which some are records or lists and some None."""
+    for value in args:
+        if isinstance(value, Tensor):
+            return value
+        if isinstance(value, list | tuple) and (found := _first(value)) is not None:
+            return found
+    return None
+
+
+def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device and its stream: make them those of the arguments."""
+
+    @wraps(launch)
+    def guarded(*args: Any) -> Any:
+        first = _first(args)
+        if first is None or not first.is_cuda or first.get_device() == torch.cuda.current_device():
+            return launch(*args)
+        with torch.cuda.device(first.device):
+            return launch(*args)
+
+    return guarded
+
+
+class _FirstOrder(torch.autograd.Function):
+    """Gradients as they are, recorded as made of `origins`; they have none of their own."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, origins: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.name = name
+        return tensors[origins:]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            f"{ctx.name}: expected first derivatives alone, got the derivative of a gradient; references have it"
+        )
+
+
+class _Unpacked:
+    """A context whose saved tensors may be asked for twice: activation checkpointing hands them out once."""
+
+    def __init__(self, ctx: Any):
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
+def _first_order(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Under create_graph, which alone records a backward, what would be wrong without a word raises."""
+
+    def once(ctx: Any, *grads: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        ctx = _Unpacked(ctx)
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        origins = [t for t in (*flattened(grads)[0], *ctx.saved_tensors) if t is not None and t.requires_grad]
+        flat, lengths = flattened(found)
+        return tuple(nested(_FirstOrder.apply(name, len(origins), *origins, *flat), lengths))
+
+    return once
+
+
+def _recorded(args: Iterable[Any]) -> bool:
+    """Whether somebody wants to see the registered ops, or their shapes alone."""
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return True
+    first = _first(args)
+    return first is not None and first.is_meta
+
+
+# ---- ops
+
+
+def make_op(
+    name: str,
+    forward: Callable[..., Any],
+    shapes: Callable[..., Any],
+    save: Callable[..., Any] | None = None,
+    backward: Callable[..., Any] | None = None,
+    gradient_shapes: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Make burnish::name known to torch and return what the public op calls, with the arguments of `forward`.
+
+    forward(*arguments): tensors, a tuple of tensors, or of tensors and lists of them. It runs on their device, without
+        a gradient; tensors, numbers, records and lists of them are its arguments, all annotated.
+    shapes(*arguments): what forward returns, empty; it answers for tensors on "meta", too.
+    save(outputs, *arguments): a record of the tensors, inputs or outputs, and the numbers that the backward reads.
+    backward(saved, needs, *upstream): the gradients of the loss, a record whose fields are called as arguments that may
+        have one, laid out flat; of a list, a list. `needs` is that record with a bool in each field; what it does not
+        ask for may be None. upstream: the gradients of forward's first outputs; the others have none. One that is
+        annotated `Tensor | None` is None where no loss reads that output. First derivatives alone.
+    gradient_shapes(saved, needs, *upstream): what backward returns, empty, as `like_saved` makes it. Without it the
+        backward is no op itself: torch sees the torch calls and the ops that it is made of.
+
+    torch.compile and dispatch modes (FakeTensor, selective checkpointing) see the registered op; an eager call goes by
+    an autograd.Function around the same functions, which costs half as much, or where gradients are off to `forward`.
+    """
+    layout, launch = Layout(hints_of(forward)), on_its_device(forward)
+    returns = _returns(get_type_hints(forward)["return"])
+    registered = _registered(name, layout, returns, launch, shapes)
+    direct = launch
+    if save is not None and backward is not None:
+        gradient = _Gradient(name, layout, returns, save, backward, gradient_shapes)
+        registered.register_autograd(gradient.of_registered(name), setup_context=gradient.keep_flat)
+        direct = _direct(name, launch, gradient, "[]" in returns)
+
+    def call(*args: Any) -> Any:
+        if _recorded(args):
+            return registered(*layout.flat(*args))
+        return direct(*args) if torch.is_grad_enabled() else launch(*args)
+
+    return call
+
+
+def _registered(
+    name: str, layout: Layout, returns: str, compute: Callable[..., Any], shapes: Callable[..., Any]
+) -> Any:
+    """burnish::name, whose arguments are the leaves of those of `compute` and `shapes`."""
+    registered = torch.library.custom_op(
+        f"{NAMESPACE}::{name}",
+        lambda *flat: compute(*layout.nested(*flat)),
+        mutates_args=(),
+        schema=f"({layout.schema}) -> {returns}",
+    )
+    registered.register_fake(lambda *flat: shapes(*layout.nested(*flat)))
+    return registered
+
+
+def _returns(annotation: Any) -> str:
+    kinds = get_args(annotation) if get_origin(annotation) is tuple else (annotation,)
+    return f"({', '.join(map(kind_of, kinds))})"
+
+
+def _direct(name: str, launch: Callable[..., Any], gradient: "_Gradient", lists: bool) -> Callable[..., Any]:
+    """What an eager call goes by. The arguments pass as one, and those that may have a gradient once more behind it.
+
+    It has no setup_context of its own, for which torch would inspect the signature anew on each call. lists: lists of
+    tensors are among what may have a gradient or what `launch` returns; an autograd.Function knows none.
+    """
+
+    def forward(ctx: Any, args: tuple[Any, ...], *_: Any) -> Any:
+        output = launch(*args)
+        gradient.keep(ctx, args, output)
+        return output
+
+    def forward_lists(ctx: Any, args: tuple[Any, ...], lengths: list[int | None], *_: Any) -> Any:
+        flat, ctx.returned = flattened(forward(ctx, args))
+        ctx.counts = [len(x) if isinstance(x, list) else None for x in gradient.whole(*args)]
+        lengths += ctx.returned
+        return tuple(flat)
+
+    members = {
+        "forward": staticmethod(forward_lists if lists else forward),
+        "backward": staticmethod(gradient.of_eager(name, lists)),
+    }
+    apply = type(name, (torch.autograd.Function,), members).apply
+    tensors = gradient.tensors
+
+    def direct_lists(*args: Any) -> Any:
+        lengths: list[int | None] = []
+        return tuple(nested(apply(args, lengths, *tensors(*args)), lengths))
+
+    return direct_lists if lists else lambda *args: apply(args, *tensors(*args))
+
+
+class _Gradient:
+    """What an op keeps for its backward, and that backward, as torch asks for them."""
+
+    def __init__(
+        self,
+        name: str,
+        layout: Layout,
+        returns: str,
+        save: Callable[..., Any],
+        backward: Callable[..., Any],
+        shapes: Callable[..., Any] | None,
+    ):
+        hints = hints_of(backward)
+        saved, _, *upstream = hints
+        self.saved, self.record = hints[saved], get_type_hints(backward)["return"]
+        self.save, self.layout, self.shapes = save, layout, shapes
+        self.launch = on_its_device(backward) if shapes else backward
+
+        # the leaves that may have a gradient
+        named = {leaf.name: (place, leaf) for place, leaf in enumerate(layout.leaves)}
+        self.places, leaves = zip(*(named[field] for field in self.record._fields), strict=True)
+        self.lists = [leaf.is_list for leaf in leaves]
+        self.whole, self.tensors = layout.pick(leaves), layout.pick(leaves, spread=True)
+
+        # what is saved: tensors by save_for_backward, the rest beside them
+        self.kept = _layout_of(self.saved)
+        tensors = [leaf for leaf in self.kept.leaves if leaf.is_tensor]
+        others = [leaf for leaf in self.kept.leaves if not leaf.is_tensor]
+        self.kept_tensors, self.kept_others = self.kept.pick(tensors), self.kept.pick(others)
+        self.kept_lists = any(leaf.is_list for leaf in tensors)
+        places = {
+            leaf: f"{group}[{i}]"
+            for group, part in (("tensors", tensors), ("others", others))
+            for i, leaf in enumerate(part)
+        }
+        self.rebuilt = self.kept.build("tensors, others", [places[leaf] for leaf in self.kept.leaves], self.saved)
+
+        kinds = [kind_of(hints[argument]) for argument in upstream]
+        self.count, self.alone = len(kinds), kinds == ["Tensor"]
+        self.with_statistics, self.returns_lists = returns.count("Tensor") > self.count, "[]" in returns
+        self.materialised = not self.alone and "Tensor?" not in kinds
+        self.registered = shapes and self._register(
+            name, [f"{kind} {argument}" for kind, argument in zip(kinds, upstream, strict=True)]
+        )
+
+    def keep(self, ctx: Any, args: tuple[Any, ...], output: Any) -> None:
+        saved = self.save(output, *args)
+        tensors = self.kept_tensors(*saved)
+        if self.kept_lists:
+            tensors, ctx.lengths = flattened(tensors)
+        ctx.save_for_backward(*tensors)
+        ctx.others = self.kept_others(*saved)
+        if self.with_statistics:
+            rest = output[self.count :]
+            ctx.mark_non_differentiable(*(flattened(rest)[0] if self.returns_lists else rest))
+        if not self.materialised:
+            ctx.set_materialize_grads(False)
+
+    def keep_flat(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        self.keep(ctx, self.layout.nested(*inputs), output)
+
+    def derive(self, ctx: Any, needs: Any, upstream: tuple[Any, ...]) -> Any:
+        """The record of gradients; all None where no loss reads the only output that has one."""
+        if self.alone and upstream[0] is None:
+            return self.record._make(None for _ in self.record._fields)
+        tensors = ctx.saved_tensors
+        if self.kept_lists:
+            tensors = nested(tensors, ctx.lengths)
+        saved = self.rebuilt(tensors, ctx.others)
+        upstream = upstream[: self.count]
+        if self.registered is None or not _recorded(tensors):
+            return self.launch(saved, needs, *upstream)
+        found = self.registered(*self.kept.flat(*saved), *upstream, list(needs))
+        found = found if len(needs) > 1 else (found,)
+        return self.record._make(grad if need else None for grad, need in zip(found, needs, strict=True))
+
+    def of_eager(self, name: str, lists: bool) -> Callable[..., Any]:
+        """The backward of an autograd.Function whose first argument is all of the op's, and then `self.tensors`."""
+
+        needs_of, compute, rebuilt, count = partial(tuple.__new__, self.record), self.launch, self.rebuilt, self.count
+
+        def backward(ctx: Any, *grads: Any) -> Any:
+            needs = needs_of(ctx.needs_input_grad[1:])
+            return None, *compute(rebuilt(ctx.saved_tensors, ctx.others), needs, *grads[:count])
+
+        def backward_lists(ctx: Any, *grads: Any) -> Any:
+            flags = nested(ctx.needs_input_grad[2:], ctx.counts)
+            needs = self.record._make(any(flag) if isinstance(flag, list) else flag for flag in flags)
+            found = self.derive(ctx, needs, tuple(nested(grads, ctx.returned)))
+            return None, None, *flattened(map(_spread, found, ctx.counts))[0]
+
+        return _first_order(name, backward_lists if lists else backward)
+
+    def of_registered(self, name: str) -> Callable[..., Any]:
+        """The backward that torch.library asks for: something for each leaf, for a list of tensors a list."""
+
+        def backward(ctx: Any, *grads: Any) -> Any:
+            flags = [ctx.needs_input_grad[place] for place in self.places]
+            needs = self.record._make(any(flag) if isinstance(flag, list) else flag for flag in flags)
+            found = dict(zip(self.places, self.derive(ctx, needs, grads), strict=True))
+            return tuple(
+                _spread(found.get(place), len(flag) if isinstance(flag, list) else None)
+                for place, flag in enumerate(ctx.needs_input_grad)
+            )
+
+        return _first_order(name, backward)
+
+    def _register(self, name: str, upstream: list[str]) -> Any:
+        """burnish::name_backward: a gradient is an empty tensor where it would be None."""
+        kinds = (kind_of(kind).rstrip("?") for kind in get_type_hints(self.record).values())
+        count = len(self.kept.leaves)
+
+        def whole(compute: Callable[..., Any], flat: tuple[Any, ...]) -> Any:
+            saved, needs = self.saved._make(self.kept.nested(*flat[:count])), self.record._make(flat[-1])
+            first = _first(flat)
+            assert first is not None
+            grads = tuple(
+                grad if grad is not None else [] if is_list else first.new_empty(0)
+                for grad, is_list in zip(compute(saved, needs, *flat[count:-1]), self.lists, strict=True)
+            )
+            return grads if len(grads) > 1 else grads[0]
+
+        registered = torch.library.custom_op(
+            f"{NAMESPACE}::{name}_backward",
+            lambda *flat: whole(self.launch, flat),
+            mutates_args=(),
+            schema=f"({', '.join([self.kept.schema, *upstream, 'bool[] needs'])}) -> ({', '.join(kinds)})",
+        )
+        registered.register_fake(lambda *flat: whole(self.shapes, flat))
+        return registered
+
+
+def like_saved(saved: Any, needs: Any, *_: Any) -> Any:
+    """Gradients that look as what was saved under their names."""
+    layout = _layout_of(type(saved))
+    kept = dict(zip((leaf.name for leaf in layout.leaves), layout.flat(*saved), strict=True))
+    return needs._make(
+        _like(kept[field]) if need else None for field, need in zip(needs._fields, needs, strict=True)
+    )
+
+
+@cache
+def _layout_of(record: Any) -> Layout:
+    return Layout(get_type_hints(record))
+
+
+def _like(kept: Any) -> Any:
+    return [_like(x) for x in kept] if isinstance(kept, list) else kept.new_empty(kept.shape)
+
+
+def _spread(grad: Any, count: int | None) -> Any:
+    """A gradient as torch takes it: of a list of tensors a list, else a tensor or None."""
+    if count is None:
+        return None if isinstance(grad, list) else grad
+    return [None for _ in range(count)] if grad is None else grad
+
+
+def make_path(
+    name: str, path: Callable[..., Tensor | tuple[Tensor, ...]], shapes: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Make a CPU path that reads numbers of its tensors, which no graph can hold, one op in a graph: burnish::name.
+
+    path: plain torch, annotated as `forward` of an op is, whose outputs are no views of its arguments, and which takes
+    no lists of tensors. An eager call is `path` itself, which autograd records. The backward of the registered op runs
+    it again.
+    """
+    layout = Layout(hints_of(path))
+
+    def derive(grads: list[Tensor], needed: list[int], *leaves: Any) -> list[Tensor]:
+        given = list(leaves)
+        for place in needed:
+            given[place] = leaves[place].detach().requires_grad_()
+        wanted = [given[place] for place in needed]
+
+        # inside of an op autograd is off; torch.func.vjp, which would turn it on, crashes under a dispatch mode
+        with torch.enable_grad(), _SetExcludeDispatchKeyGuard(DispatchKey.AutogradFunctionality, False):
+            outs = path(*layout.nested(*given))
+            outs = outs if isinstance(outs, tuple) else (outs,)
+            live = [i for i, out in enumerate(outs) if out.requires_grad]
+            outs, upstream = ([x[i] for i in live] for x in (outs, grads))
+            found = torch.autograd.grad(outs, wanted, upstream, materialize_grads=True)
+        return [torch.empty_like(leaf).copy_(d) for leaf, d in zip(wanted, found, strict=True)]
+
+    backward = torch.library.custom_op(
+        f"{NAMESPACE}::{name}_backward",
+        derive,
+        mutates_args=(),
+        schema=f"(Tensor[] grads, SymInt[] needed, {layout.schema}) -> Tensor[]",
+    )
+    backward.register_fake(lambda grads, needed, *leaves: [torch.empty_like(leaves[i]) for i in needed])
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+        ctx.others = [None if isinstance(x, Tensor) else (x,) for x in inputs]
+
+    def differentiate(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = iter(ctx.saved_tensors)
+        leaves = [next(tensors) if other is None else other[0] for other in ctx.others]
+        needed = [place for place, need in enumerate(ctx.needs_input_grad) if need]
+        found = dict(zip(needed, backward(list(grads), needed, *leaves), strict=True))
+        return tuple(found.get(place) for place in range(len(leaves)))
+
+    registered = _registered(name, layout, _returns(get_type_hints(path)["return"]), path, shapes)
+    registered.register_autograd(_first_order(name, differentiate), setup_context=save)
+    return lambda *args: registered(*layout.flat(*args)) if _recorded(args) else path(*args)
+
+
+# ---- until every op is made of records
+
+
+def register(
+    name: str,
+    launch: Callable[..., Any],
+    fake: Callable[..., Any],
+    save: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    lists: bool = False,
+) -> Callable[..., Any]:
+    """Make `launch` known to torch as burnish::name and return what the public op calls.
+
+    launch: it runs on the device of its tensors.
+    fake: the same signature, shapes and dtypes only; it answers for tensors on "meta", too.
+    save(ctx, inputs, output) and backward(ctx, *grads): those of torch.autograd.Function, of first derivatives alone.
+    torch.compile and dispatch modes (FakeTensor, selective checkpointing) see the registered op; an eager call goes by
+    an autograd.Function around the same three functions, which costs half as much, or where gradients are off straight
+    to `launch`.
+    lists: the op takes and returns lists of tensors. An autograd.Function knows none: they pass it flat.
+    """
+    launch = on_its_device(launch)
+    registered = torch.library.custom_op(f"{NAMESPACE}::{name}", launch, mutates_args=())
+    registered.register_fake(fake)
+    direct = launch
+    if save is not None and backward is not None:
+        backward = _first_order(name, backward)
+        registered.register_autograd(backward, setup_context=save)
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = launch(*args)
+            save(ctx, args, output)
+            return output
+
+        def forward_lists(ctx: Any, lengths: list[int | None], returned: list[Any], *flat: Any) -> Any:
+            output = forward(ctx, *nested(flat, lengths))
+            flat_output, ctx.returned = flattened(output)
+            returned += ctx.returned
+            return tuple(flat_output)
+
+        def backward_lists(ctx: Any, *grads: Any) -> Any:
+            assert backward is not None
+            return None, None, *flattened(backward(ctx, *nested(grads, ctx.returned)))[0]
+
+        # without a setup_context of its own, for which torch would inspect the signature anew on each call
+        pair = (forward_lists, backward_lists) if lists else (forward, backward)
+        members = {"forward": staticmethod(pair[0]), "backward": staticmethod(pair[1])}
+        direct = apply = type(name, (torch.autograd.Function,), members).apply
+        if lists:
+
+            def direct(*args: Any) -> Any:
+                flat, lengths = flattened(args)
+                returned: list[int | None] = []
+                return nested(apply(lengths, returned, *flat), returned)
+
+    def call(*args: Any) -> Any:
+        if _recorded(args):
+            return registered(*args)
+        return direct(*args) if torch.is_grad_enabled() else launch(*args)
+
+    return call
+
+
+def register_path(
+    name: str, path: Callable[..., Tensor | tuple[Tensor, ...]], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Make a CPU path that reads numbers of its tensors, which no graph can hold, one op in a graph: burnish::name.
+
+    path: plain torch, annotated as a custom op is, whose outputs are no views of its arguments; no lists of tensors.
+    An eager call is `path` itself, which autograd records. The backward of the registered op runs it again.
+    """
+    schema = torch.library.infer_schema(path, mutates_args=())
+    arguments = schema[1 : schema.rindex(") ->")]
+
+    def derive(grads: list[Tensor], needed: list[int], *arguments: Any) -> list[Tensor]:
+        given = list(arguments)
+        for place in needed:
+            given[place] = arguments[place].detach().requires_grad_()
+        leaves = [given[place] for place in needed]
+        # inside of an op autograd is off; torch.func.vjp, which would turn it on, crashes under a dispatch mode
+        with torch.enable_grad(), _SetExcludeDispatchKeyGuard(DispatchKey.AutogradFunctionality, False):
+            outs = path(*given)
+            outs = outs if isinstance(outs, tuple) else (outs,)
+            live = [i for i, out in enumerate(outs) if out.requires_grad]
+            outs, upstream = ([x[i] for i in live] for x in (outs, grads))
+            found = torch.autograd.grad(outs, leaves, upstream, materialize_grads=True)
+        return [torch.empty_like(leaf).copy_(d) for leaf, d in zip(leaves, found, strict=True)]
+
+    backward = torch.library.custom_op(
+        f"{NAMESPACE}::{name}_backward",
+        derive,
+        mutates_args=(),
+        schema=f"(Tensor[] grads, SymInt[] needed, {arguments}) -> Tensor[]",
+    )
+    backward.register_fake(lambda grads, needed, *arguments: [torch.empty_like(arguments[i]) for i in needed])
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+        ctx.others = [None if isinstance(x, Tensor) else (x,) for x in inputs]
+
+    def differentiate(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = iter(ctx.saved_tensors)
+        arguments = [next(tensors) if other is None else other[0] for other in ctx.others]
+        needed = [place for place, need in enumerate(ctx.needs_input_grad) if need]
+        found = dict(zip(needed, backward(list(grads), needed, *arguments), strict=True))
+        return tuple(found.get(place) for place in range(len(arguments)))
+
+    registered = torch.library.custom_op(f"{NAMESPACE}::{name}", path, mutates_args=())
+    registered.register_fake(fake)
+    registered.register_autograd(_first_order(name, differentiate), setup_context=save)
+    return lambda *args: (registered if _recorded(args) else path)(*args)

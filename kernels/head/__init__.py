@@ -1,0 +1,1 @@
+"""Ops on a linear head that never hold its logits."""
