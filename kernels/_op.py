@@ -218,7 +218,9 @@ class _Gradient:
             for group, part in (("tensors", tensors), ("others", others))
             for i, leaf in enumerate(part)
         }
-        self.rebuilt = self.kept.build("tensors, others", [places[leaf] for leaf in self.kept.leaves], self.saved)
+        self.rebuilt = self.kept.build(
+            "tensors, others", [places[leaf] for leaf in self.kept.leaves], self.saved
+        )
 
         kinds = [kind_of(hints[argument]) for argument in upstream]
         self.count, self.alone = len(kinds), kinds == ["Tensor"]
@@ -262,7 +264,12 @@ class _Gradient:
     def of_eager(self, name: str, lists: bool) -> Callable[..., Any]:
         """The backward of an autograd.Function whose first argument is all of the op's, and then `self.tensors`."""
 
-        needs_of, compute, rebuilt, count = partial(tuple.__new__, self.record), self.launch, self.rebuilt, self.count
+        needs_of, compute, rebuilt, count = (
+            partial(tuple.__new__, self.record),
+            self.launch,
+            self.rebuilt,
+            self.count,
+        )
 
         def backward(ctx: Any, *grads: Any) -> Any:
             needs = needs_of(ctx.needs_input_grad[1:])

@@ -1,18 +1,16 @@
 """Fixtures that every test gets or may ask for."""
 
-import importlib.util
-import sys
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import faults
 import numpy
 import pytest
 import torch
-from burnish.kernels import _op
-from burnish.kernels._chip import INTERPRET
 
-KERNELS = Path(__file__).parents[1] / "kernels"
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 torch.set_num_threads(1)  # two threads are slower than one on matrices this small
 
@@ -70,25 +68,10 @@ def shared_data() -> Path:
 
 
 @pytest.fixture
-def copy_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModuleType]:
-    """copy_of(file, old, new): a kernel file as a module of its own, its ops registered beside the real ones."""
+def copy_of(tmp_path: Path) -> Callable[..., ModuleType]:
+    """copy_of(file, old, new, top): the module `top`, the file itself unless named, that sees `file` with a fault."""
 
-    def copy(file: str, old: str = "", new: str = "") -> ModuleType:
-        source = (KERNELS / f"{file}.py").read_text()
-        assert old in source, f"{file}.py no longer has `{old}`: plant this control anew"
-        path = tmp_path / f"control_{file}.py"
-        path.write_text(source.replace(old, new) if old else source)
-        # under a name of their own: an op that is registered anew frees the one that others still call
-        register, register_path = _op.register, _op.register_path
-        monkeypatch.setattr(
-            _op, "register", lambda name, *rest, **more: register(f"control_{name}", *rest, **more)
-        )
-        monkeypatch.setattr(_op, "register_path", lambda name, *rest: register_path(f"control_{name}", *rest))
-        spec = importlib.util.spec_from_file_location(f"burnish.kernels.control_{file}", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
-        return module
+    def copy(file: str, old: str = "", new: str = "", top: str = "") -> ModuleType:
+        return faults.plant(file, old, new, top or file, tmp_path)
 
     return copy

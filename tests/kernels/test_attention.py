@@ -535,11 +535,15 @@ def test_a_batch_larger_than_a_grid(monkeypatch, device):
     batch_of_five(attention, monkeypatch, device)
 
 
+NO_ROWS = """norm = tl.zeros([BLOCK_M], tl.float32)
+    first, blocks = _span(reach, keys, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
+    if PACKED:
+        blocks = """
 FAULTS = {
     "rows after the last segment": ("self.sequences + 2,", "self.sequences,", padded),
     "rows before the first segment": ("owned = (s >= 0) & ", "owned = ", padded),
     "sinks of no segment": ('tl.where(owned, sink, float("-inf"))', "sink", padded),
-    "rows of no segment see": ("blocks = tl.where(owned, blocks, 0)", "blocks = blocks + 0", padded),
+    "rows of no segment see": (f"{NO_ROWS}tl.where(owned, blocks, 0)", f"{NO_ROWS}blocks + 0", padded),
     "a table that falls": ("falling.to(tl.int32) * 65536", "falling.to(tl.int32) * 0", falling),
     "the rest of a batch": ("block // blocks * tl.num_programs(2)", "0 * blocks", batch_of_five),
 }

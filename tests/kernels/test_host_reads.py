@@ -82,19 +82,19 @@ def test_scoring_reads_nothing_on_the_host(adapted: bool, monkeypatch: pytest.Mo
 
 PLANTED = [
     (
-        "logprob",
+        "head/logprob",
         "    log = total.log()\n",
         "    log = total.log() if (total >= 0).all() else total\n",
         "token_logprobs/dense",
     ),
     (
-        "logprob",
+        "head/logprob",
         "    highest, log = norms\n",
         "    highest, log = norms\n    max(log.tolist())\n",
         "token_logprobs/dense",
     ),
     (
-        "topk",
+        "head/topk",
         "    top.masked_fill_(top == NOTHING, 0)",
         "    top[top == NOTHING] = 0",
         "topk_divergence/beta 0.0",

@@ -409,7 +409,7 @@ def test_a_wrong_row_is_nan_and_not_without_its_line(old, new, targets, support,
     support = None if support is None else torch.tensor(support, device=device)
     found, planted = (
         op(*arguments, targets, support=support)[0]
-        for op in (token_logprobs, copy_of("logprob", old, new).token_logprobs)
+        for op in (token_logprobs, copy_of("head/logprob", old, new).token_logprobs)
     )
     assert found.isnan().tolist() == [True, False]
     assert planted.isnan().tolist() != [True, False]

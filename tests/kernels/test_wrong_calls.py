@@ -43,7 +43,9 @@ PLANTED = [
         "a row past the table", "rope", " & (row < table)", "", wrong_rest, "apply_rope",
         "rope: position past the table",
     ),
-    Planted("zeros for NaN", "rope", "other=nan", "other=0.0", wrong_rest, "apply_rope", "rope: position -1"),
+    Planted(
+        "zeros for NaN", "rope", 'nan = float("nan")', "nan = 0.0", wrong_rest, "apply_rope", "rope: position -1"
+    ),
     Planted(
         "one adapter too many", "lora", "(ids < adapters)", "(ids <= adapters)", wrong_linear, "lora_linear",
         "lora: adapter past the stack",
