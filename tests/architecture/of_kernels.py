@@ -35,7 +35,7 @@ ARROWS = {  # which files of kernels/ import which: what the rows that fit a fil
     "plain/logprob": "head/blocks",
 }
 SECTIONS = ["reference", "kernels", "launch", "op"]
-OLD = {"autograd": "launch", "public op": "op"}
+OTHER_WORDS = {"autograd": "launch", "public op": "op"}
 ONLY_THE_OP_HAS = {"*memory_budget"}  # a reference would ignore it
 
 
@@ -115,8 +115,8 @@ def kernel_files_read_in_one_order(name: str, source: str) -> Iterator[str]:
     if found != [mark for mark in SECTIONS if mark in found]:
         yield f"{name}: expected the sections {SECTIONS}, got {found}"
     for mark in named:
-        if mark in OLD:
-            yield f"{name}: expected the section mark {OLD[mark]!r}, got {mark!r}"
+        if mark in OTHER_WORDS:
+            yield f"{name}: expected the section mark {OTHER_WORDS[mark]!r}, got {mark!r}"
         elif no_gradient and re.search("autograd|backward|gradient", mark):
             yield f"{name}: the section mark {mark!r} in a file without a gradient"
 
