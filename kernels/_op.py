@@ -157,7 +157,7 @@ def _returns(annotation: Any) -> str:
 
 
 def _eager(forward: Callable[..., Any], gradient: "_Gradient") -> Callable[..., Any]:
-    """What an eager call goes by. The arguments pass as one, and those that may have a gradient once more behind it.
+    """The way of an eager call. The arguments pass as one, and those that may have a gradient once more behind it.
 
     It has no setup_context of its own, for which torch would inspect the signature anew on each call.
     """
@@ -183,7 +183,7 @@ def _eager(forward: Callable[..., Any], gradient: "_Gradient") -> Callable[..., 
 
 
 class _Gradient:
-    """What an op keeps for its backward, and that backward, as torch asks for them.
+    """The record that an op keeps for its backward, and that backward, as torch asks for them.
 
     An autograd.Function knows no lists of tensors: `lists` are spread out among its arguments and outputs.
     """
@@ -246,7 +246,7 @@ class _Gradient:
         return lines, rebuilt
 
     def keep_flat(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """As torch.library asks for it."""
+        """The form that torch.library asks for."""
         self.keep(ctx, self.layout.nested(*inputs), output)
 
     def eager_forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:

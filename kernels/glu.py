@@ -126,7 +126,7 @@ def _layout(gate: Tensor, up: Tensor) -> tuple[int, int, int, int]:
 
 
 class _Form(NamedTuple):
-    """Which unit: the numbers at the top of this file."""
+    """The unit, by its numbers at the top of this file."""
 
     scale: float
     cubic: float = 0.0

@@ -82,6 +82,7 @@ def _turn_heads(
     seen = live[:, None, None] & (heads < HEADS)[None, :, None]  # [BLOCK_T, BLOCK_H, 1]
     source = where[:, None, None] + heads[None, :, None] * stride_head
     target = (tokens.to(tl.int64)[:, None, None] * HEADS + heads[None, :, None]) * D
+
     if INTERLEAVED:
         cols = tl.arange(0, 2 * BLOCK_HALF)[None, None, :]
         mask = seen & (cols < 2 * HALF)
@@ -97,6 +98,7 @@ def _turn_heads(
         b = tl.load(x_ptr + source + HALF + cols, mask, other=0.0).to(tl.float32)
         tl.store(out_ptr + target + cols, a * cos - b * sin, mask)
         tl.store(out_ptr + target + HALF + cols, b * cos + a * sin, mask)
+
     if 2 * HALF < D:
         cols = 2 * HALF + tl.arange(0, BLOCK_PASS)[None, None, :]
         passed = tl.load(x_ptr + source + cols, seen & (cols < D))
@@ -115,11 +117,13 @@ def _rope(
     blocks = q_blocks + tl.cdiv(G, BLOCK_H)
     block = tl.program_id(0) % blocks
     token = (tl.program_id(0) // blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
+
     live = token < tokens
     row, known = (token % T).to(tl.int64), live
     if positions_ptr is not None:
         row = tl.load(positions_ptr + token, live, other=0)
         known = live & (row >= 0) & (row < table)
+
     cols = tl.arange(0, BLOCK_HALF)[None, :]
     mask = known[:, None] & (cols < HALF)
     nan = float("nan")  # of a position that the table has not
@@ -127,6 +131,7 @@ def _rope(
     sin = tl.load(sin_ptr + row[:, None] * HALF + cols, mask, other=nan).to(tl.float32)[:, None, :]
     if INVERSE:
         sin = -sin
+
     if block < q_blocks:
         where = (token // T).to(tl.int64) * stride_qb + (token % T).to(tl.int64) * stride_qt
         _turn_heads(
@@ -224,9 +229,8 @@ def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> 
     def turn(x: Tensor) -> Tensor:
         wide = x[..., : 2 * half].to(cos.dtype)
         if interleaved:
-            wide = wide.clone(
-                memory_format=torch.contiguous_format
-            )  # a complex view starts at an even address
+            # a complex view starts at an even address
+            wide = wide.clone(memory_format=torch.contiguous_format)
             out = torch.view_as_real(torch.view_as_complex(wide.unflatten(-1, (half, 2))) * turns).flatten(-2)
         else:  # a roll by half a head swaps the two halves: long inner loops where slices would have short ones
             out = (wide * cos).addcmul_(wide.roll(half, -1), sin)
@@ -277,11 +281,13 @@ def apply_rope(
         raise ValueError(
             f"q, k, cos: expected (..., T, H, D), (..., T, G, D), (positions, rotary/2), got {got}"
         )
+
     check_dtype("q", q)
     check_dtype("k", k, q.dtype)
     check_dtype("cos", cos, *FLOATS)
     check_dtype("sin", sin, *FLOATS)
     check_device(q, k=k, cos=cos, sin=sin, positions=positions)
+
     *lead, T, H, D = q.shape
     leading = {f"q.shape[{i}]": size for i, size in enumerate(lead)}
     check_shape("k", k, **leading, T=T, G=k.shape[-2], D=D)
@@ -294,6 +300,7 @@ def apply_rope(
         check_ids("positions", positions, 0, cos.shape[0] - 1)
     elif cos.shape[0] < T:
         raise ValueError(f"cos: expected at least T = {T} rows, got {cos.shape[0]}")
+
     cos, sin = cos.detach(), sin.detach()
     if use_triton(q):
         B, G = math.prod(lead), k.shape[-2]
