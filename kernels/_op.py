@@ -213,7 +213,7 @@ class _Gradient:
         self.kept = _layout_of(self.saved)
         self.kept_lists = any(leaf.is_tensor and leaf.is_list for leaf in self.kept.leaves)
         self.keeping, self.rebuilt = self._keeping(returns)
-        self.keep = compiled("keep(ctx, args, output)", self.keeping, save=save, flattened=flattened)
+        self.keep = compiled("keep(_ctx, _args, _output)", self.keeping, _save=save, _flattened=flattened)
 
         self.compute = on_its_device(backward) if shapes else backward
         self.registered = self._registered(shapes) if shapes else None
@@ -228,21 +228,28 @@ class _Gradient:
         for leaf in self.kept.leaves:
             group = "tensors" if leaf.is_tensor else "others"
             places.append(f"{group}[{len(reads[group])}]")
-            reads[group].append(f"saved.{leaf.read}")
+            reads[group].append(leaf.read)
         rebuilt = self.kept.build("tensors, others", places, self.saved)
 
-        tensors, rest = ", ".join(reads["tensors"]), f"output[{len(self.kinds)}:]"
-        lines = ["saved = save(output, *args)", f"ctx.others = [{', '.join(reads['others'])}]"]
+        # a record's fields, which never begin with an underscore, become variables
+        tensors, rest = ", ".join(reads["tensors"]), f"_output[{len(self.kinds)}:]"
+        lines = [
+            f"{', '.join(self.saved._fields)}, = _save(_output, *_args)",
+            f"_ctx.others = [{', '.join(reads['others'])}]",
+        ]
         if self.kept_lists:
-            lines += [f"tensors, ctx.lengths = flattened([{tensors}])", "ctx.save_for_backward(*tensors)"]
+            lines += [
+                f"_tensors, _ctx.lengths = _flattened([{tensors}])",
+                "_ctx.save_for_backward(*_tensors)",
+            ]
         else:
-            lines += [f"ctx.save_for_backward({tensors})"]
+            lines += [f"_ctx.save_for_backward({tensors})"]
 
         if returns.count("Tensor") > len(self.kinds):  # outputs without a gradient
-            rest = f"flattened({rest})[0]" if "[]" in returns else rest
-            lines += [f"ctx.mark_non_differentiable(*{rest})"]
+            rest = f"_flattened({rest})[0]" if "[]" in returns else rest
+            lines += [f"_ctx.mark_non_differentiable(*{rest})"]
         if self.alone or "Tensor?" in self.kinds.values():
-            lines += ["ctx.set_materialize_grads(False)"]
+            lines += ["_ctx.set_materialize_grads(False)"]
         return lines, rebuilt
 
     def keep_flat(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -251,8 +258,9 @@ class _Gradient:
 
     def eager_forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """An autograd.Function's, of all arguments as one and others that it does not look at."""
-        lines = ["output = compute(*args)", *self.keeping, "return output"]
-        return compiled("forward(ctx, args, *_)", lines, compute=forward, save=self.save, flattened=flattened)
+        lines = ["_output = _compute(*_args)", *self.keeping, "return _output"]
+        known = {"_compute": forward, "_save": self.save, "_flattened": flattened}
+        return compiled("forward(_ctx, _args, *_)", lines, **known)
 
     def derive(self, ctx: Any, needs: Any, upstream: tuple[Any, ...]) -> Any:
         """The record of gradients."""
