@@ -350,8 +350,9 @@ def _rows(x: Tensor, tma: bool) -> Tensor:
     """
     x = x if x.dim() == 3 else x.flatten(0, 1)
     unit = 16 // x.element_size() if tma else 16
-    even = all(step > 0 and step % unit == 0 for step in x.stride()[:-1])
-    if even and x.stride(-1) == 1 and x.data_ptr() % 16 == 0:
+    step_t, step_h, step = x.stride()
+    even = step_t > 0 and step_h > 0 and step_t % unit == 0 and step_h % unit == 0
+    if even and step == 1 and x.data_ptr() % 16 == 0:
         return x
     width = x.shape[-1]
     return x.new_empty(*x.shape[:-1], cdiv(width, 16) * 16)[..., :width].copy_(x)
@@ -411,18 +412,18 @@ class _Call(NamedTuple):
 def _numbers(call: _Call, rules: Rules) -> dict[str, Any]:
     """The numbers and flags that every kernel takes."""
     _, scale, window, softcap = rules
-    packed, parents = (table is not None for table in call.packing)
+    packed, parents = call.packing.cu_seqlens is not None, call.packing.parents is not None
     assert scale is not None
     inner, cap = scale * LOG2E.value, 1.0
     if softcap is not None:
         inner, cap = 2 * LOG2E.value * scale / softcap, softcap * LOG2E.value
 
     (rows, H, D), (_, G, Dv) = call.q.shape, call.v.shape
-    sizes = dict(T=call.T, S=call.S, rows=rows, sequences=call.sequences, window=window or 0)
-    widths = dict(GROUP=H // G, D=D, DV=Dv, BLOCK_D=tile_width(D), BLOCK_DV=tile_width(Dv))
-    flags = dict(CAUSAL=rules.causal, WINDOW=window is not None, SOFTCAP=softcap is not None)
-    tables = dict(PACKED=packed, PARENTS=parents, FOLD=not packed and call.sequences > GRID)
-    return sizes | widths | flags | tables | dict(inner=inner, cap=cap, PRECISION=precision())
+    numbers = dict[str, Any](T=call.T, S=call.S, rows=rows, sequences=call.sequences, window=window or 0)
+    numbers |= dict(GROUP=H // G, D=D, DV=Dv, BLOCK_D=tile_width(D), BLOCK_DV=tile_width(Dv))
+    numbers |= dict(CAUSAL=rules.causal, WINDOW=window is not None, SOFTCAP=softcap is not None)
+    numbers |= dict(PACKED=packed, PARENTS=parents, FOLD=not packed and call.sequences > GRID)
+    return numbers | dict(inner=inner, cap=cap, PRECISION=precision())
 
 
 class _Saved(NamedTuple):
@@ -527,9 +528,8 @@ def _key_and_value_grad(
     shares = [x.new_empty(parts, *x.shape, dtype=torch.float32) if split else x for x in (dk, dv)]
     loads = (_described(q, tile.M), k, v, _described(dout, tile.M)) if call.tma else (q, k, v, dout)
     options = numbers | call.options(tile) | {"SPLIT": split, "SHARE": group // parts}
-    strides = _strides(q, k, v, dout)
     _flash_dkdv[call.grid(tile.N, call.S, k.shape[1], parts)](
-        *loads, saved.lse, delta, *shares, cu_seqlens, parents, position, *strides, **options
+        *loads, saved.lse, delta, *shares, cu_seqlens, parents, position, *_strides(q, k, v, dout), **options
     )
     if split:
         dk, dv = (share.sum(0).to(k.dtype) for share in shares)
@@ -549,34 +549,21 @@ def _attend_triton(
     """out and lse as flash_attention returns them; lse is None where it is not asked for."""
     if q.shape[-2] > GRID:
         raise ValueError(f"q: expected at most {GRID} heads on a GPU, got {q.shape[-2]}")
-    sinks, *tables = (None if x is None else x.contiguous() for x in (sinks, *packing))
-    if rules.scale is None:
-        rules = Rules(rules.causal, q.shape[-1] ** -0.5, rules.window, rules.softcap)
+    sinks = None if sinks is None else sinks.contiguous()
+    if packing.cu_seqlens is not None:
+        packing = Packing(*(None if table is None else table.contiguous() for table in packing))
 
     # no descriptors of such rows, and some kernel spills: they run as the next power of two, which fills the tile
     Dv = v.shape[-1]
     q, k, v = (
         F.pad(x, (0, tile_width(x.shape[-1]) - x.shape[-1])) if x.shape[-1] % 8 else x for x in (q, k, v)
     )
-    out, lse = _flash(q, k, v, sinks, Packing(*tables), rules)
+    out, lse = _flash(q, k, v, sinks, packing, rules)
     out = out if out.shape[-1] == Dv else out[..., :Dv].contiguous()
     if not return_lse:
         return out, None
     lse = lse.t() / LOG2E.value  # (rows, H)
     return out, lse if packing.cu_seqlens is not None else lse.unflatten(0, q.shape[:2])
-
-
-def _check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """A query is (..., H, D), keys and values (..., G, D) and (..., G, Dv)."""
-    check_dtype("q", q)
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k, v: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    for name, x in (("q", q), ("v", v)):
-        if not 1 <= x.shape[-1] <= 256:
-            raise ValueError(f"{name}: expected a head dimension of 1 to 256, got {x.shape[-1]}")
-    H, G = q.shape[-2], k.shape[-2]
-    if G == 0 or H % G:
-        raise ValueError(f"q: expected a multiple of the {G} key/value heads, got {H}")
 
 
 # ---- op
@@ -626,23 +613,35 @@ def flash_attention(
         want = "(total, H, D) with cu_seqlens" if packed else "(B, T, H, D) without cu_seqlens"
         raise ValueError(f"q: expected {want}, got {tuple(q.shape)}")
     if k.dim() != q.dim() or v.dim() != q.dim():
-        raise ValueError(
-            f"k, v: expected {q.dim()} dimensions as q has, got {tuple(k.shape)} and {tuple(v.shape)}"
-        )
+        got = f"{tuple(k.shape)} and {tuple(v.shape)}"
+        raise ValueError(f"k, v: expected {q.dim()} dimensions as q has, got {got}")
     check_device(q, k=k, v=v, sinks=sinks, cu_seqlens=cu_seqlens, parents=parents)
-    _check_operands(q, k, v)
-    window = check_attention(scale, window, softcap, sinks, q.shape[-2])
+    check_dtype("q", q)
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+
+    H, G, D, Dv = q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1]
+    for name, width in (("q", D), ("v", Dv)):
+        if not 1 <= width <= 256:
+            raise ValueError(f"{name}: expected a head dimension of 1 to 256, got {width}")
+    if G == 0 or H % G:
+        raise ValueError(f"q: expected a multiple of the {G} key/value heads, got {H}")
+    window = check_attention(scale, window, softcap, sinks, H)
     if window is not None and not causal:
         raise ValueError("window: expected causal=True, got causal=False")
 
-    G, D, Dv = k.shape[-2], q.shape[-1], v.shape[-1]
-    length = {"total": q.shape[0]} if packed else {"batch": q.shape[0], "keys": k.shape[1]}
-    check_shape("k", k, **length, kv_heads=G, head_dim=D)
-    check_shape("v", v, **length, kv_heads=G, head_dim=Dv)
+    if packed:
+        check_shape("k", k, total=q.shape[0], kv_heads=G, head_dim=D)
+        check_shape("v", v, total=q.shape[0], kv_heads=G, head_dim=Dv)
+    else:
+        check_shape("k", k, batch=q.shape[0], keys=k.shape[1], kv_heads=G, head_dim=D)
+        check_shape("v", v, batch=q.shape[0], keys=k.shape[1], kv_heads=G, head_dim=Dv)
     packing = Packing(cu_seqlens, parents)
     packing.check(q.shape[0], causal)
 
-    attend = _attend_triton if use_triton(q) else attend_cpu
+    attend = attend_cpu
+    if use_triton(q):
+        attend, scale = _attend_triton, D**-0.5 if scale is None else scale
     out, lse = attend(q, k, v, sinks, packing, Rules(causal, scale, window, softcap), return_lse)
     if not return_lse:
         return out

@@ -142,19 +142,21 @@ ATTENTION = {
     "interpreted": {256: _attention((32, 16, 4, 1), (32, 16, 4, 1), (16, 32, 4, 1))},
 }
 ATTENTION["sm_120"] = ATTENTION["sm_86"]
-# TF32 has matrix units, whose operands lie in shared memory: of "fp32", dK/dV at 256 would take 112 KB
-ATTENTION["tf32 sm_86"] = ATTENTION["tf32 sm_120"] = ATTENTION["fp32"] | {
-    256: _attention((32, 16, 8, 1), (16, 16, 8, 2), (16, 16, 8, 1))
-}
+# TF32 has matrix units, whose operands lie in shared memory, here 99 KB: of "fp32", dK/dV at 256 would take 112 KB
+ATTENTION["tf32"] = ATTENTION["fp32"] | {256: _attention((32, 16, 8, 1), (16, 16, 8, 2), (16, 16, 8, 1))}
 
 
 def attention_tiles(q: Tensor, width: int) -> tuple[AttentionTiles, bool]:
     """The row for heads this wide, and whether the chip has tensor descriptors for them."""
-    chip = chip_of(q)
-    half = q.dtype != torch.float32  # without matrix units a descriptor's tile is held by rows, and spills
-    names = (chip,) if half or chip == "interpreted" else (f"{precision()} {chip}", "fp32")
-    rows = row_of(ATTENTION, *names).items()
-    return next(tiles for widest, tiles in rows if width <= widest), half and chip in ("sm_90", "sm_100")
+    chip, half = chip_of(q), q.dtype != torch.float32
+    name = chip
+    if not half and chip != "interpreted":
+        name = "tf32" if chip in ("sm_86", "sm_120") and precision() == "tf32" else "fp32"
+    tiles = next(tiles for widest, tiles in ATTENTION[name].items() if width <= widest)
+    return tiles, half and chip in (
+        "sm_90",
+        "sm_100",
+    )  # without matrix units a tile is held by rows, and spills
 
 
 # ---- decode

@@ -111,7 +111,7 @@ def _attend_batch(
     """One SDPA call, or `_attend` where that lacks a feature. seen: None for causal, no window, T = S."""
     T = q.shape[1]
     if rules.softcap is None and sinks is None and not with_lse and q.numel() and k.numel():
-        query, key, value = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+        query, key, value = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
         mask = seen if seen is None or seen.dim() == 2 else seen.squeeze(1)  # or (B, 1, T, S)
         if mask is None and T < FEW_KEYS:
             mask = q.new_full((T, T), -torch.inf).triu(1)
@@ -165,8 +165,8 @@ class _Padding(NamedTuple):
     C: int
 
     @classmethod
-    def of(cls, cu_seqlens: Tensor, child: Tensor, total: int) -> "_Padding":
-        starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()  # (segments,)
+    def of(cls, starts: Tensor, lengths: Tensor, child: Tensor, total: int) -> "_Padding":
+        """All but total are (segments,)."""
         children = int(child.sum())
         roots = lengths.numel() - children
         P, C = (int(F.pad(lengths[which], (1, 0)).max()) for which in (~child, child))  # the longest of each
@@ -194,9 +194,9 @@ def _attend_segments(
     assert cu_seqlens is not None
     if parents is None:  # without the empty ones, of which a traced mask has many
         cu_seqlens = cu_seqlens.unique_consecutive()
-    lengths = cu_seqlens.diff().long()  # (segments,)
+    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()  # (segments,)
     child = torch.zeros(lengths.numel(), dtype=torch.bool) if parents is None else parents >= 0
-    padding = _Padding.of(cu_seqlens, child, q.shape[0])
+    padding = _Padding.of(starts, lengths, child, q.shape[0])
     P, C = padding.P, padding.C
     (q, q_child), (k, k_child), (v, v_child) = (padding.pad(x) for x in (q, k, v))
 
