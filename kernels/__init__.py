@@ -1,4 +1,4 @@
-"""Fused ops, floor 0. Each file reads in the same order: maths, reference, Triton kernels, autograd, public op."""
+"""Fused ops, floor 0: this list is the API. Each file reads in the same order: maths, reference, kernels, launch, op."""
 
 from ._namesake import gives_way
 
