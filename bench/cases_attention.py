@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import attention
+from ..kernels import flash_attention
+from ..kernels.plain.attention import flash_attention_reference
+from ..kernels.records import Rules
 from .case import Case, Dims, Tensors, Work, randn
 
 
@@ -16,50 +18,57 @@ def _eager(
     k: Tensor,
     v: Tensor,
     *,
-    causal: bool = True,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
     sinks: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     parents: Tensor | None = None,
     return_lse: bool = False,
+    **numbers: Any,
 ) -> Any:
     """The score matrix in the input's dtype, its softmax in fp32, as the model files of Hugging Face have it."""
+    rules = Rules(**numbers)
     if cu_seqlens is not None:
         q, k, v = q[None], k[None], v[None]
     T, S, repeats = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     i, j = torch.arange(S - T, S, device=q.device)[:, None], torch.arange(S, device=q.device)[None, :]
-    related = torch.ones(T, S, dtype=torch.bool, device=q.device)
+    visible = torch.ones(T, S, dtype=torch.bool, device=q.device)
     if cu_seqlens is not None:
-        lengths = cu_seqlens.diff()
-        segment = torch.repeat_interleave(torch.arange(len(lengths), device=q.device), lengths, output_size=T)
-        start = cu_seqlens[segment]
-        related = segment[:, None] == segment[None, :]
-        if parents is not None:
-            parent = parents[segment].long()
-            related = related | (parent[:, None] == segment[None, :])
-            start = start - torch.where(parent >= 0, lengths[parent], 0)
+        visible, start = _related(cu_seqlens, parents, T)
         i = i - start[:, None]
         j = j - start[None, :]
-    related = related & (j <= i) if causal else related
-    related = related & (j > i - window) if window is not None else related
+    visible = visible & (j <= i) if rules.causal else visible
+    visible = visible & (j > i - rules.window) if rules.window is not None else visible
+
     q, k, v = (
         x.transpose(1, 2) for x in (q, k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2))
     )
-    s = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)  # (B, H, T, S)
-    s = softcap * torch.tanh(s / softcap) if softcap is not None else s
-    blind = ~related.any(-1, keepdim=True)  # (T, 1)
-    s = s.masked_fill(~related, -torch.inf).masked_fill(blind & (sinks is None), 0)
+    s = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if rules.scale is None else rules.scale)
+    s = rules.softcap * torch.tanh(s / rules.softcap) if rules.softcap is not None else s  # (B, H, T, S)
+    blind = ~visible.any(-1, keepdim=True)  # (T, 1)
+    s = s.masked_fill(~visible, -torch.inf).masked_fill(blind & (sinks is None), 0)
     if sinks is not None:
         s = torch.cat((s, sinks[None, :, None, None].to(s.dtype).expand(*s.shape[:-1], 1)), -1)
     p = torch.softmax(s, -1, dtype=torch.promote_types(s.dtype, torch.float32)).to(q.dtype)
     out = (p[..., :S] @ v).masked_fill(blind, 0).transpose(1, 2)
     if not return_lse:
         return out[0] if cu_seqlens is not None else out
+
     lse = torch.logsumexp(s.to(torch.promote_types(s.dtype, torch.float32)), -1)
     lse = (lse.masked_fill(blind[:, 0], -torch.inf) if sinks is None else lse).transpose(1, 2)
     return (out[0], lse[0]) if cu_seqlens is not None else (out, lse)
+
+
+def _related(cu_seqlens: Tensor, parents: Tensor | None, total: int) -> tuple[Tensor, Tensor]:
+    """(total, total): rows of one segment or of its parent; and (total,): the row at which positions start."""
+    lengths = cu_seqlens.diff()
+    place = torch.arange(len(lengths), device=cu_seqlens.device)
+    segment = torch.repeat_interleave(place, lengths, output_size=total)
+    start = cu_seqlens[segment]
+    related = segment[:, None] == segment[None, :]
+    if parents is not None:
+        parent = parents[segment].long()
+        related = related | (parent[:, None] == segment[None, :])
+        start = start - torch.where(parent >= 0, lengths[parent], 0)
+    return related, start
 
 
 def _inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
@@ -93,8 +102,8 @@ def _shared_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
     parents = [-1] + [0] * (len(ends) - 2)
     if ends[-1] < T:
         ends, parents = [*ends, T], [*parents, -1]
-    cu_seqlens, whose = (torch.tensor(x, dtype=torch.int32, device=device) for x in (ends, parents))
-    return _inputs(dims, dtype, device) | {"cu_seqlens": cu_seqlens, "parents": whose}
+    cu_seqlens, parent = (torch.tensor(x, dtype=torch.int32, device=device) for x in (ends, parents))
+    return _inputs(dims, dtype, device) | {"cu_seqlens": cu_seqlens, "parents": parent}
 
 
 def _shared_sinks_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
@@ -154,8 +163,8 @@ _CASE = Case(
     op="flash_attention",
     family="causal",
     inputs=_inputs,
-    fused=attention.flash_attention,
-    reference=attention.flash_attention_reference,
+    fused=flash_attention,
+    reference=flash_attention_reference,
     eager=_eager,
     work=_work,
     formula="4D operations for each pair in sight and head; 10D",

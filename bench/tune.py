@@ -37,6 +37,8 @@ import torch
 from ..algorithms._streams import run_program
 from ..kernels import _chip, attention
 from ..kernels._triton import expect_triton, triton
+from ..kernels.tiles import ATTENTION, AttentionTiles
+from ..kernels.tiles import Tile as LaunchTile
 from . import static
 from .__main__ import ROUNDS, call, capture, event_seconds, host_seconds, prepare
 from .case import Case, Dims, assert_accurate, label, make_inputs, make_upstream, run
@@ -86,28 +88,26 @@ def _attention_grid(slot: Slot, chip: str, width: int) -> Iterator[Tile]:
                     yield *((held, walked) if slot.held == 0 else (walked, held)), warps, 2
 
 
-def _attention_row(chip: str, width: int) -> attention._Tiles:
-    return next(tiles for widest, tiles in attention.TILES[chip].items() if width <= widest)
-
-
 def _attention_shipped(slot: Slot, chip: str, width: int) -> Tile:
-    tiles = _attention_row(chip, width)
-    return getattr(tiles, slot.name) or tiles.dkdv
+    tiles = next(tiles for widest, tiles in ATTENTION[chip].items() if width <= widest)
+    shipped = getattr(tiles, slot.name) or tiles.dkdv
+    return shipped.M, shipped.N, shipped.warps, shipped.stages
 
 
 @contextmanager
 def _attention_placed(slot: Slot, tile: Tile) -> Iterator[None]:
-    table = attention._tiles
+    look_up = attention.attention_tiles
+    M, N, warps, stages = tile
 
-    def placed(q: torch.Tensor, width: int) -> tuple[attention._Tiles, bool]:
-        tiles, descriptors = table(q, width)
-        return replace(tiles, **{slot.name: tile}), descriptors
+    def placed(q: torch.Tensor, width: int) -> tuple[AttentionTiles, bool]:
+        tiles, descriptors = look_up(q, width)
+        return tiles._replace(**{slot.name: LaunchTile(M, N, warps=warps, stages=stages)}), descriptors
 
-    attention._tiles = placed
+    attention.attention_tiles = placed
     try:
         yield
     finally:
-        attention._tiles = table
+        attention.attention_tiles = look_up
 
 
 def _attention_timed(slot: Slot, width: int) -> list[tuple[Case, Dims]]:

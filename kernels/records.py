@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._chip import FLOATS, cdiv
+from ._chip import FLOATS, cdiv, check_shape
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED = 256  # blocks whose absmax share a nested absmax; also the size of the nested code
@@ -119,3 +119,42 @@ class Head(NamedTuple):
     temperatures: Tensor | None  # (tokens,); where it is None, `temperature` is that of all
     temperature: float
     softcap: float | None
+
+
+# ---- attention
+
+
+class Rules(NamedTuple):
+    """The rules of attention: scores are scale q.k, or softcap tanh(scale q.k / softcap), of the keys in sight."""
+
+    causal: bool = True
+    scale: float | None = None  # 1 / sqrt(D)
+    window: int | None = None
+    softcap: float | None = None
+
+
+class Packing(NamedTuple):
+    """Tables of a packed call, int32; both None in a call over a batch."""
+
+    cu_seqlens: Tensor | None  # (segments + 1,)
+    parents: Tensor | None  # (segments,)
+
+    def check(self, total: int, causal: bool) -> None:
+        """Raises ValueError for tables that no call of `total` rows takes, whatever stands in them."""
+        cu_seqlens, parents = self
+        if cu_seqlens is None:
+            if parents is not None:
+                raise ValueError("parents: expected cu_seqlens beside them, got None")
+            return
+        if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or not cu_seqlens.numel():
+            got = f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
+            raise ValueError(f"cu_seqlens: expected (segments + 1,) torch.int32, got {got}")
+        if cu_seqlens.numel() == 1 and total:
+            raise ValueError(f"cu_seqlens: expected two entries or more for total={total}, got one")
+
+        if parents is not None:
+            if not causal:
+                raise ValueError("parents: expected causal=True, got causal=False")
+            if parents.dtype != torch.int32:
+                raise ValueError(f"parents: expected torch.int32, got {parents.dtype}")
+            check_shape("parents", parents, segments=cu_seqlens.numel() - 1)

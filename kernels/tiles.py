@@ -7,9 +7,10 @@ descriptors need tiles of their own, for these.
 from functools import cache
 from typing import NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
-from ._chip import capability, next_power_of_2
+from ._chip import capability, next_power_of_2, precision
 
 T = TypeVar("T")
 
@@ -50,7 +51,113 @@ def row_of(table: dict[str, T], *names: str) -> T:
     return next(table[name] for name in names if name in table)
 
 
+def tile_width(width: int) -> int:
+    """Columns of a tile that holds a row whole, of at least 16, as products ask for."""
+    return max(16, next_power_of_2(width))
+
+
 # ---- attention
+
+
+class AttentionTiles(NamedTuple):
+    """[M queries, N keys] of the three kernels."""
+
+    fwd: Tile
+    dq: Tile
+    dkdv: Tile
+    # where what packing, or a window or a softcap, holds in registers is too much for the tile above
+    dkdv_packed: Tile | None = None
+    dkdv_features: Tile | None = None
+    dq_features: Tile | None = None  # a window or a softcap, with parents
+
+    def of_dq(self, features: bool, parents: bool) -> Tile:
+        return (features and parents and self.dq_features) or self.dq
+
+    def of_dkdv(self, features: bool, packed: bool) -> Tile:
+        return (features and self.dkdv_features) or (packed and self.dkdv_packed) or self.dkdv
+
+
+def _attention(*three: tuple[int, ...], **others: tuple[int, ...]) -> AttentionTiles:
+    """A row, each tile of which is written as (queries, keys, warps, stages)."""
+    tiles = dict(zip(AttentionTiles._fields, three, strict=False)) | others
+    return AttentionTiles(**{name: Tile(M, N, 0, *rest) for name, (M, N, *rest) in tiles.items()})
+
+
+# By chip, then by the wider head dimension: the first row that is wide enough. None spills in bf16, whatever
+# is combined, nor in fp32 on sm_90 (tests/bench/test_static.py); those of sm_80 and sm_100 are picked by that, untimed.
+# What else could stand here: bench/candidates.json.
+ATTENTION = {
+    "sm_80": {
+        # dQ: with 64 keys a softcap spills. dK/dV: with 64 keys any call does, with 32 three blocks fit; at 256 a
+        # window, a softcap and a parent together do with 32 queries
+        64: _attention((128, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 3)),
+        128: _attention((128, 32, 4, 3), (64, 32, 4, 2), (64, 64, 8, 2)),
+        256: _attention((64, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2), dkdv_features=(16, 64, 8, 2)),
+    },
+    # Timed on an H100. At D=64 and 128 two blocks of one warpgroup share a multiprocessor: one takes exponentials while
+    # the other multiplies. At 256 only one block fits, and two warpgroups make up for it. dK/dV keeps 64 keys
+    # throughout, the rows of a warpgroup's product, and takes fewer queries where registers are short; those were never
+    # timed at 256, nor with a window or a softcap.
+    "sm_90": {
+        64: _attention(
+            (64, 128, 4, 2),
+            (64, 64, 4, 3),
+            (128, 64, 4, 2),
+            dkdv_packed=(64, 64, 4, 2),
+            dkdv_features=(64, 64, 4, 2),
+        ),
+        128: _attention((64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 2), dkdv_features=(32, 64, 4, 2)),
+        256: _attention(
+            (128, 64, 8, 2),
+            (128, 32, 8, 3),
+            (64, 64, 8, 2),
+            dkdv_packed=(32, 64, 8, 2),
+            dkdv_features=(16, 64, 8, 2),
+            dq_features=(64, 32, 8, 3),
+        ),
+    },
+    "sm_100": {
+        64: _attention((128, 64, 4, 3), (128, 64, 4, 3), (64, 128, 8, 3)),
+        128: _attention((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
+        256: _attention((128, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
+    },
+    # 99 KB of shared memory; compiled, never run
+    "sm_86": {
+        64: _attention((128, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 3)),
+        128: _attention((128, 32, 8, 3), (64, 32, 4, 2), (64, 64, 8, 2)),
+        256: _attention((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    },
+    # compiled, never run: they are picked because they do not spill
+    "gfx942": {
+        64: _attention((128, 64, 4, 3), (64, 64, 4, 3), (32, 64, 4, 1)),
+        128: _attention((128, 32, 4, 3), (64, 64, 4, 2), (32, 64, 8, 1)),
+        256: _attention((64, 32, 8, 2), (64, 16, 8, 1), (16, 32, 8, 1)),
+    },
+    # Products without matrix units: a thread holds whole rows of its operands, so tiles are small, and a second stage
+    # keeps dQ's two from being held across the loop.
+    "fp32": {
+        64: _attention((64, 32, 8, 2), (32, 32, 4, 2), (32, 64, 8, 2)),
+        128: _attention((32, 16, 8, 1), (16, 32, 8, 2), (16, 32, 8, 1)),
+        256: _attention((32, 16, 8, 1), (16, 16, 8, 2), (16, 32, 8, 1)),
+    },
+    "interpreted": {256: _attention((32, 16, 4, 1), (32, 16, 4, 1), (16, 32, 4, 1))},
+}
+ATTENTION["sm_120"] = ATTENTION["sm_86"]
+# TF32 has matrix units, whose operands lie in shared memory, here 99 KB: of "fp32", dK/dV at 256 would take 112 KB
+ATTENTION["tf32"] = ATTENTION["fp32"] | {256: _attention((32, 16, 8, 1), (16, 16, 8, 2), (16, 16, 8, 1))}
+
+
+def attention_tiles(q: Tensor, width: int) -> tuple[AttentionTiles, bool]:
+    """The row for heads this wide, and whether the chip has tensor descriptors for them."""
+    chip, half = chip_of(q), q.dtype != torch.float32
+    name = chip
+    if not half and chip != "interpreted":
+        name = "tf32" if chip in ("sm_86", "sm_120") and precision() == "tf32" else "fp32"
+    tiles = next(tiles for widest, tiles in ATTENTION[name].items() if width <= widest)
+    return tiles, half and chip in (
+        "sm_90",
+        "sm_100",
+    )  # without matrix units a tile is held by rows, and spills
 
 
 # ---- decode

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from burnish.bench import static, tune
 from burnish.bench.static import Job, accepted_figures, compare, compile_job, compile_only, limits, selection
-from burnish.kernels import _chip, attention
+from burnish.kernels import _chip, attention, tiles
 
 pytestmark = pytest.mark.skipif(_chip.INTERPRET, reason="the interpreter compiles nothing")
 
@@ -62,7 +62,8 @@ def test_attention_in_fp32_fits_the_smallest_cards(
     chip: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ):
     """At D = 256, whatever torch is told of fp32 products; they are not among the accepted figures."""
-    monkeypatch.setattr(attention, "precision", lambda: precision)
+    for module in (attention, tiles):
+        monkeypatch.setattr(module, "precision", lambda: precision)
     leaves = [torch.randn(1, 256, heads, 256, requires_grad=True) for heads in (2, 1, 1)]
     with compile_only(chip) as launches:
         attention.flash_attention(*leaves).sum().backward()

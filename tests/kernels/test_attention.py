@@ -6,11 +6,9 @@ import torch
 from burnish.bench import tune
 from burnish.kernels import attention, flash_attention
 from burnish.kernels._chip import INTERPRET
-from burnish.kernels.attention import (
-    _positions,
-    _visible,
-    flash_attention_reference,
-)
+from burnish.kernels.plain.attention import flash_attention_reference, positions, visible_keys
+from burnish.kernels.records import Rules
+from burnish.kernels.tiles import ATTENTION
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.errors import InterpreterError
@@ -151,22 +149,21 @@ def eager(
     """What torch users write: every operand and intermediate in the inputs' dtype, the softmax in fp32. (out, lse)"""
     packed = cu_seqlens is not None
     if packed:
-        segment, position = _positions(cu_seqlens, parents, q.shape[0])
+        segment, position = positions(cu_seqlens, parents, q.shape[0])
         mask = segment[:, None] == segment
         if parents is not None:
             parent = torch.cat([parents, parents.new_tensor([-1])])[segment]  # -1 for a row of no segment
             mask = mask | (parent[:, None] == segment)
         mask, q, k, v = (
-            mask & (segment >= 0) & _visible(position, position, causal, window),
+            mask & (segment >= 0) & visible_keys(position, position, Rules(causal, window=window)),
             q[None],
             k[None],
             v[None],
         )
     else:
         T, S = q.shape[1], k.shape[1]
-        mask = _visible(
-            torch.arange(S - T, S, device=q.device), torch.arange(S, device=q.device), causal, window
-        )
+        row, column = (torch.arange(first, S, device=q.device) for first in (S - T, 0))
+        mask = visible_keys(row, column, Rules(causal, window=window))
     group = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
     s = torch.einsum("bthd,bshd->bhts", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -291,8 +288,8 @@ def test_every_pair_of_features(row, device):
 @pytest.mark.parametrize("name", ["gqa", "parents, window"])
 def test_tensor_descriptors(name, monkeypatch):
     """A head dimension that is no power of two, on the path that Hopper and later take."""
-    tiles = attention.TILES["interpreted"][256]
-    monkeypatch.setattr(attention, "_tiles", lambda q, width: (tiles, True))
+    tiles = ATTENTION["interpreted"][256]
+    monkeypatch.setattr(attention, "attention_tiles", lambda q, width: (tiles, True))
     tensors, options = make(name)
     tensors = {n: draw(*x.shape[:-1], 24) for n, x in tensors.items()}
     assert_as_accurate(tensors, options)
@@ -307,14 +304,14 @@ def test_candidate_tiles_are_checked_and_timed(monkeypatch):
     dims = {"B": 1, "T": 21, "H": 2, "G": 1, "D": 16}
     sound, wrong = (16, 16, 4, 1), (16, 32, 4, 1)
     for slot in tune.SLOTS[1:3]:
-        tiles, kernel = attention.TILES["interpreted"][256], getattr(attention, slot.kernel)
+        kernel, shipped = getattr(attention, slot.kernel), slot.shipped(slot, "interpreted", 16)
         slot = replace(slot, timed=lambda slot, width: [(tune._case("flash_attention/causal"), dims)])
-        rows = list(tune.measure(slot, 16, [sound], getattr(tiles, slot.name), torch.float32, "cpu"))
+        rows = list(tune.measure(slot, 16, [sound], shipped, torch.float32, "cpu"))
         assert [row["tile"] for row in rows] == [list(sound)] and rows[0]["us"] > 0, rows
         assert getattr(attention, slot.kernel) is kernel
-    common = attention._common
-    lost = lambda *args: common(*args) | {"inner": 1.0}
-    monkeypatch.setattr(attention, "_common", lost)
+    numbers = attention._numbers
+    lost = lambda *args: numbers(*args) | {"inner": 1.0}
+    monkeypatch.setattr(attention, "_numbers", lost)
     (row,) = tune.measure(slot, 16, [wrong], sound, torch.float32, "cpu")
     assert row["refused"].startswith("AssertionError: flash_attention/causal: output 0: error")
 
@@ -535,25 +532,21 @@ def test_a_batch_larger_than_a_grid(monkeypatch, device):
     batch_of_five(attention, monkeypatch, device)
 
 
-NO_ROWS = """norm = tl.zeros([BLOCK_M], tl.float32)
-    first, blocks = _span(reach, keys, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
-    if PACKED:
-        blocks = """
 FAULTS = {
-    "rows after the last segment": ("self.sequences + 2,", "self.sequences,", padded),
-    "rows before the first segment": ("owned = (s >= 0) & ", "owned = ", padded),
-    "sinks of no segment": ('tl.where(owned, sink, float("-inf"))', "sink", padded),
-    "rows of no segment see": (f"{NO_ROWS}tl.where(owned, blocks, 0)", f"{NO_ROWS}blocks + 0", padded),
-    "a table that falls": ("falling.to(tl.int32) * 65536", "falling.to(tl.int32) * 0", falling),
-    "the rest of a batch": ("block // blocks * tl.num_programs(2)", "0 * blocks", batch_of_five),
+    "rows after the last segment": ("attention", "self.sequences + 2,", "self.sequences,", padded),
+    "rows before the first segment": ("_sight", "owned = (s >= 0) & ", "owned = ", padded),
+    "sinks of no segment": ("attention", 'tl.where(owned, sink, float("-inf"))', "sink", padded),
+    "rows of no segment see": ("_sight", "tl.where(owned, blocks, 0)", "blocks + 0", padded),
+    "a table that falls": ("_sight", "falling.to(tl.int32) * 65536", "falling.to(tl.int32) * 0", falling),
+    "the rest of a batch": ("_sight", "block // blocks * tl.num_programs(2)", "0 * blocks", batch_of_five),
 }
 
 
 @compiled_or_interpreted
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_is_caught(name, copy_of, monkeypatch, device):
-    old, new, check = FAULTS[name]
-    module = copy_of("attention", old, new)
+    file, old, new, check = FAULTS[name]
+    module = copy_of(file, old, new, "attention")
     with pytest.raises((AssertionError, InterpreterError)):  # or the guard sees it first
         check(module, monkeypatch, device)
 

@@ -245,14 +245,14 @@ def general(
 
 FAULTS = {
     "few keys": Fault(
-        "attention",
+        "plain/attention",
         "mask is None and T < FEW_KEYS",
         "False",
         attention("1 causal", "q", False),
         False,
     ),
     "lse on a CPU": Fault(
-        "attention", "some = total != 0", "some = total > 0", attention("5 causal", "k", True), False
+        "plain/attention", "some = total != 0", "some = total > 0", attention("5 causal", "k", True), False
     ),
     "few cached keys": Fault("decode", "hi - lo < FEW_KEYS or ", "", decode(False, 3, "q"), False),
     "another's row": Fault(
@@ -280,6 +280,6 @@ TRITON = INTERPRET or torch.cuda.is_available()
 @pytest.mark.parametrize("fault", [name for name, fault in FAULTS.items() if fault.triton == TRITON])
 def test_fault_is_caught(fault: str, device: str, copy_of: Callable[..., ModuleType]):
     file, old, new, check, _ = FAULTS[fault]
-    module = copy_of(file, old, new)
+    module = copy_of(file, old, new, file.removeprefix("plain/"))
     with pytest.raises(AssertionError, match=r"assert|not NaN"):
         check(module, device)

@@ -1,0 +1,163 @@
+"""The rows of an attention program and the keys that these see, on chip: segments, their parents, and masks.
+
+kernels/attention.py has the pictures. Rows, segments and positions are whole numbers; what is loaded of the tables is
+kept within the call's own rows.
+"""
+
+# A launch passes numbers where the kernel is annotated tl.constexpr:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
+from ._triton import tl, triton
+
+# ---- kernels
+
+# fmt: off
+
+
+@triton.jit
+def _entry(cu_ptr, at, total, mask):
+    # a cu_seqlens that is wrong names no row outside
+    return tl.minimum(tl.maximum(tl.load(cu_ptr + at, mask, other=0), 0), total)
+
+
+@triton.jit
+def _locate(cu_ptr, segments, total, block, BLOCK: tl.constexpr):
+    # Segment s owns the blocks from cu[s] // BLOCK + s + 1 on: always enough of them, and at most one too many. The
+    # rows before the first segment are segment -1, those after the last one segment `segments`: rows that nobody owns.
+    # So a grid of total // BLOCK + segments + 2 covers every packing, and the host need not read the lengths.
+    # Where cu decreases nobody owns any row: each row is written once, whatever cu holds.
+    count, falls = 0, 0
+    for first in range(0, segments + 1, 256):
+        i = first + tl.arange(0, 256)
+        start = _entry(cu_ptr, i, total, i <= segments)
+        before = (start // BLOCK + i < block) & (i <= segments)
+        falling = (i < segments) & (_entry(cu_ptr, i + 1, total, i < segments) < start)
+        # one reduction for two counts, of 256 at most each
+        counts = tl.sum(before.to(tl.int32) + falling.to(tl.int32) * 65536, 0)
+        count += counts % 65536
+        falls += counts // 65536
+
+    s = tl.where(falls > 0, segments, count - 1)
+    owned = (s >= 0) & (s < segments)
+    start = _entry(cu_ptr, s, total, (s >= 0) & (falls == 0))
+    end = tl.where(s < segments, _entry(cu_ptr, s + 1, total, s < segments), total)
+    first = tl.where(falls > 0, 0, start // BLOCK + s + 1)
+    return s, owned, start, end - start, (block - first) * BLOCK
+
+
+@triton.jit
+def _parent(cu_ptr, parents_ptr, segments, total, segment, owned):
+    # where the parent's keys start, and how many they are: none without a parent
+    parent = tl.load(parents_ptr + segment, owned, other=-1)
+    some = (parent >= 0) & (parent < segments)
+    start, end = _entry(cu_ptr, parent, total, some), _entry(cu_ptr, parent + 1, total, some)
+    return start, end - start
+
+
+@triton.jit
+def _with_children(cu_ptr, parents_ptr, segments, total, segment, owned, start):
+    # the children stand directly after their parent: how many rows they and it are
+    count = 0
+    for first in range(0, segments, 256):
+        i = first + tl.arange(0, 256)
+        count += tl.sum((tl.load(parents_ptr + i, i < segments, other=-1) == segment).to(tl.int32), 0)
+    return _entry(cu_ptr, tl.minimum(segment + 1 + count, segments), total, owned) - start
+
+
+@triton.jit
+def _batch(block, length, B, BLOCK: tl.constexpr, FOLD: tl.constexpr):
+    # a grid's third dimension ends at 65,535: of a larger batch the first one goes on (`_Call.grid`)
+    batch = tl.program_id(2)
+    if FOLD:
+        blocks = tl.cdiv(length, BLOCK)
+        batch += block // blocks * tl.num_programs(2)
+        block %= blocks
+        length = tl.where(batch < B, length, 0)
+    return batch, length, block * BLOCK
+
+
+@triton.jit
+def _queries(
+    cu_ptr, parents_ptr, T, S, rows, sequences, block,
+    PACKED: tl.constexpr, PARENTS: tl.constexpr, BLOCK_M: tl.constexpr, FOLD: tl.constexpr,
+):
+    # The rows of a block of queries and of their keys: queries and keys of the sequence start at rows q_start and
+    # k_start, the block's first query is number m0, at position `reach`. Where m0 >= queries nothing is left to do.
+    parent_start, parent_keys, owned = 0, 0, True
+    if PACKED:
+        segment, owned, q_start, queries, m0 = _locate(cu_ptr, sequences, rows, block, BLOCK_M)
+        k_start, keys, reach = q_start, queries, m0
+        if PARENTS:
+            parent_start, parent_keys = _parent(cu_ptr, parents_ptr, sequences, rows, segment, owned)
+    else:
+        batch, queries, m0 = _batch(block, T, sequences, BLOCK_M, FOLD)
+        q_start, k_start, keys, reach = batch * T, batch * S, S, m0 + S - T
+    return q_start, queries, m0, k_start, keys, reach, owned, parent_start, parent_keys
+
+
+@triton.jit
+def _span(
+    reach, keys, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    # BLOCK_M queries stand from position `reach` on: the first block of keys that any of them sees, and how many blocks
+    first, end = 0, keys
+    if CAUSAL:
+        end = tl.minimum(keys, reach + BLOCK_M)
+    if WINDOW:
+        first = tl.maximum(reach - window + 1, 0) // BLOCK_N * BLOCK_N
+    return first, tl.cdiv(tl.maximum(end - first, 0), BLOCK_N)
+
+
+@triton.jit
+def _spans(
+    m0, keys, reach, owned, parent_keys, window,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, PARENTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    # `_span` of the segment, then that of its parent, whose keys stand before the queries
+    first, blocks = _span(reach, keys, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
+    if PACKED:
+        blocks = tl.where(owned, blocks, 0)
+    parent_first, parent_blocks, parent_reach = 0, 0, m0 + parent_keys
+    if PARENTS:
+        parent_first, parent_blocks = _span(parent_reach, parent_keys, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
+    return first, blocks, parent_first, parent_blocks, parent_reach
+
+
+@triton.jit
+def _step(
+    step, first, k_start, keys, reach, parent_first, parent_blocks, parent_start, parent_keys, parent_reach,
+    PARENTS: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    # a step of the flat loop: positions of the first query and the first key, where keys end, and the first key's row
+    j, row, j_end, i = first + step * BLOCK_N, k_start, keys, reach
+    if PARENTS:
+        in_segment = step >= parent_blocks
+        j = tl.where(in_segment, j - parent_blocks * BLOCK_N, parent_first + step * BLOCK_N)
+        row, j_end = tl.where(in_segment, k_start, parent_start), tl.where(in_segment, keys, parent_keys)
+        i = tl.where(in_segment, reach, parent_reach)
+    return i, j, j_end, row + j
+
+
+@triton.jit
+def _masked(
+    qk, i, j, keys, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    # Scores [BLOCK_M, BLOCK_N] of the queries from i on and the keys from j on, -inf where not seen. Most blocks are
+    # seen whole: a branch round the mask costs less than a second loop, which would fill its pipeline again.
+    partly = j + BLOCK_N > keys
+    if CAUSAL:
+        partly |= j + BLOCK_N > i + 1
+    if WINDOW:
+        partly |= j + window < i + BLOCK_M
+    if partly:
+        queries, columns = (i + tl.arange(0, BLOCK_M))[:, None], (j + tl.arange(0, BLOCK_N))[None, :]
+        seen = columns < keys
+        if CAUSAL:
+            seen &= columns <= queries
+        if WINDOW:
+            seen &= columns > queries - window
+        qk = tl.where(seen, qk, float("-inf"))
+    return qk
+
+# fmt: on
