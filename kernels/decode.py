@@ -30,6 +30,9 @@ Source: Dao et al. 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html
 # A launch passes numbers where the kernel is annotated tl.constexpr:
 # pyright: reportArgumentType=false, reportCallIssue=false
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,7 +51,7 @@ from ._op import make_op
 from ._triton import tl, triton
 from .plain.decode import decode_attention_cpu
 from .records import Cache, Scores
-from .tiles import DECODE, Tile, chip_of
+from .tiles import DECODE, chip_of
 
 # ---- kernels
 
@@ -226,28 +229,39 @@ MOST = 32  # heads to a tile; a larger group is split
 PROGRAMS = 16  # on each multiprocessor, at least, where there are as many pieces
 
 
-def _tile(q: Tensor, width: int) -> Tile:
-    """The tile for head dimensions that are padded to at most `width`."""
-    chip = chip_of(q)
-    table = DECODE["fp32" if q.dtype == torch.float32 and chip != "interpreted" else chip]
-    return next(tile for widest, tile in table.items() if width <= widest)
-
-
+@lru_cache(maxsize=256)
 def _width(size: int) -> int:
     """The side of a tile, a matrix instruction's or more."""
     return max(16, next_power_of_2(size))
 
 
+def _piece(chip: str) -> int:
+    return 32 if chip == "interpreted" else PIECE
+
+
+@lru_cache(maxsize=256)
+def _constants(
+    chip: str, dtype: torch.dtype, H: int, G: int, D: int, DV: int, prefix: bool
+) -> dict[str, Any]:
+    """The constants of _decode_pieces for these heads, its warps and its stages."""
+    table = DECODE["fp32" if dtype == torch.float32 and chip != "interpreted" else chip]
+    tile = next(tile for width, tile in table.items() if _width(max(D, DV)) <= width)
+    steps = {"PIECE": _piece(chip), "BLOCK_N": tile.N, "num_warps": tile.warps, "num_stages": tile.stages}
+    widths = {"D": D, "DV": DV, "BLOCK_D": _width(D), "BLOCK_DV": _width(DV)}
+
+    # the query heads of a key head, or as many of them as a tile takes
+    group = H // G
+    split = next(n for n in range(1, group + 1) if group % n == 0 and group // n <= MOST)
+    group //= split
+    heads = {"GROUPS": G * split, "GROUP": group, "SPLIT": split}
+
+    # as many sequences as fill the tile, where they may share a prefix
+    share = max(1, tile.M // group) if prefix else 1
+    return steps | widths | heads | {"PREFIX": prefix, "SHARE": share, "ROWS": _width(share * group)}
+
+
 def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _piece(x: Tensor) -> int:
-    return 32 if chip_of(x) == "interpreted" else PIECE
-
-
-def _pieces(cache: Cache) -> int:
-    return max(1, cdiv(cache.keys.shape[1], _piece(cache.keys)))
 
 
 def _decode(q: Tensor, caches: list[Cache], scores: Scores) -> Tensor:
@@ -258,60 +272,47 @@ def _decode(q: Tensor, caches: list[Cache], scores: Scores) -> Tensor:
     q, caches = _unit_stride(q), [Cache(*map(_unit_stride, cache)) for cache in caches]
     if scores.sinks is not None:
         scores = scores._replace(sinks=_unit_stride(scores.sinks))
-    partial, lse = _decode_by_piece(q, caches, scores)
-    _merge(partial, lse, out, caches, scores)
+
+    # the keys of each cache in pieces, and a softmax of each
+    piece = _piece(chip_of(q))
+    pieces = [max(1, cdiv(cache.keys.shape[1], piece)) for cache in caches]
+    partial = torch.empty(sum(pieces), *out.shape, device=q.device, dtype=torch.float32)
+    lse = torch.empty(sum(pieces), *out.shape[:2], device=q.device, dtype=torch.float32)
+    _by_piece(q, caches, scores, pieces, partial, lse)
+
+    # and their sum
+    (B, H, DV), own, last = out.shape, caches[0], caches[-1]
+    has_prefix = last is not own
+    prefix = (last.slot, last.length) if has_prefix else (None, None)
+    tensors = partial, lse, scores.sinks, out, own.slot, own.length, *prefix
+    sizes = scores.window or 0, pieces[0], *own.keys.shape[:2], *last.keys.shape[:2]
+    rules = {"SINKS": scores.sinks is not None, "PREFIX": has_prefix, "WINDOW": scores.window is not None}
+    steps = {"PIECE": piece, "BLOCK_P": 16, "num_warps": 4}
+    _decode_merge[B * H,](*tensors, *sizes, H=H, DV=DV, BLOCK_DV=_width(DV), **rules, **steps)
     return out
 
 
-def _decode_by_piece(q: Tensor, caches: list[Cache], scores: Scores) -> tuple[Tensor, Tensor]:
-    """Softmax (pieces, B, H, Dv) and log-sum-exp (pieces, B, H) of each piece, the prefixes' behind the others."""
+def _by_piece(
+    q: Tensor, caches: list[Cache], scores: Scores, pieces: list[int], partial: Tensor, lse: Tensor
+) -> None:
+    """Write each piece's softmax into partial (pieces, B, H, Dv), its log-sum-exp into lse (pieces, B, H)."""
     (B, H, D), (_, S_max, G, DV) = q.shape, caches[0].values.shape
     scale, window, softcap, _ = scores
-    pieces = [_pieces(cache) for cache in caches]
-    partial = torch.empty(sum(pieces), B, H, DV, device=q.device, dtype=torch.float32)
-    lse = torch.empty(sum(pieces), B, H, device=q.device, dtype=torch.float32)
-
-    # the query heads of a key head, or as many of them as a tile takes
-    group = H // G
-    split = next(n for n in range(1, group + 1) if group % n == 0 and group // n <= MOST)
-    group //= split
-    heads = {"GROUPS": G * split, "GROUP": group, "SPLIT": split}
-
-    tile = _tile(q, max(_width(D), _width(DV)))
-    widths = {"D": D, "DV": DV, "BLOCK_D": _width(D), "BLOCK_DV": _width(DV)}
-    steps = {"PIECE": _piece(q), "BLOCK_N": tile.N, "num_warps": tile.warps, "num_stages": tile.stages}
     rules = {"WINDOW": window is not None, "SOFTCAP": softcap is not None, "PRECISION": precision()}
     inner, cap = scale * LOG2E.value, 1.0
     if softcap is not None:
         inner, cap = 2 * LOG2E.value * scale / softcap, softcap * LOG2E.value
 
+    chip, skip = chip_of(q), 0
     for cache, count in zip(caches, pieces, strict=True):
-        is_prefix = cache is not caches[0]
-        share = max(1, tile.M // group) if is_prefix else 1  # sequences
-        programs = G * split * cdiv(B, share)
+        constants = _constants(chip, q.dtype, H, G, D, DV, cache is not caches[0])
+        programs = constants["GROUPS"] * cdiv(B, constants["SHARE"])
         workers = min(count, cdiv(PROGRAMS * multiprocessors(q), programs))
-        sharing = {"PREFIX": is_prefix, "SHARE": share, "ROWS": _width(share * group)}
-
         tensors = q, *cache, caches[0].length, partial, lse
         strides = *q.stride()[:2], *cache.keys.stride()[:3], *cache.values.stride()[:3]
-        sizes = B, window or 0, pieces[0] if is_prefix else 0, *cache.keys.shape[:2], S_max
-        _decode_pieces[programs, workers](
-            *tensors, *strides, *sizes, inner, cap, **heads, **widths, **rules, **sharing, **steps
-        )
-    return partial, lse
-
-
-def _merge(partial: Tensor, lse: Tensor, out: Tensor, caches: list[Cache], scores: Scores) -> None:
-    """Write into `out` what the pieces give together."""
-    (B, H, DV), own, last = out.shape, caches[0], caches[-1]
-    _, window, _, sinks = scores
-    has_prefix = last is not own
-    prefix = (last.slot, last.length) if has_prefix else (None, None)
-    tensors = partial, lse, sinks, out, own.slot, own.length, *prefix
-    sizes = window or 0, _pieces(own), *own.keys.shape[:2], *last.keys.shape[:2]
-    rules = {"SINKS": sinks is not None, "PREFIX": has_prefix, "WINDOW": window is not None}
-    steps = {"PIECE": _piece(out), "BLOCK_P": 16, "num_warps": 4}
-    _decode_merge[B * H,](*tensors, *sizes, H=H, DV=DV, BLOCK_DV=_width(DV), **rules, **steps)
+        sizes = B, window or 0, skip, *cache.keys.shape[:2], S_max
+        _decode_pieces[programs, workers](*tensors, *strides, *sizes, inner, cap, **rules, **constants)
+        skip += count
 
 
 def _shapes(q: Tensor, caches: list[Cache], scores: Scores) -> Tensor:
@@ -337,7 +338,7 @@ def _check(q: Tensor, own: Cache) -> None:
         if not 1 <= x.shape[-1] <= 256:
             raise ValueError(f"{name}: expected a head dimension of 1 to 256, got {x.shape[-1]}")
 
-    (H, D), (slots, S_max, G, _) = q.shape[1:], k_cache.shape
+    (_, H, D), (slots, S_max, G, _) = q.shape, k_cache.shape
     if G == 0 or H % G:
         raise ValueError(f"q: expected a multiple of the {G} key/value heads, got {H}")
     check_shape("k_cache", k_cache, slots=slots, S_max=S_max, kv_heads=G, head_dim=D)
