@@ -5,7 +5,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..kernels import decode
+from ..kernels.decode import decode_attention
+from ..kernels.plain.decode import decode_attention_reference
 from .case import Case, Dims, Tensors, Work, randn
 
 
@@ -68,8 +69,8 @@ _CASE = Case(
     op="decode_attention",
     family="own cache",
     inputs=_inputs,
-    fused=decode.decode_attention,
-    reference=decode.decode_attention_reference,
+    fused=decode_attention,
+    reference=decode_attention_reference,
     eager=_eager,
     work=_work,
     formula="reads the cached keys and values: 2BSGD; no backward",

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import sample
+from ..kernels.plain.sample import sample_tokens_reference
+from ..kernels.records import TOP_P_WIDTH
+from ..kernels.sample import sample_tokens
 from .case import Case, Dims, Tensors, Work, randn
 
 
 def logprob_alone(op: Callable[..., Any]) -> Callable[..., Tensor]:
-    """Of the token drawn, which it tells: a Case's outputs are floats. Its noise may be of any dtype."""
+    """The op that returns the log-probability alone: outputs of a Case are floats. Noise may be of any dtype."""
 
     def logprob(logits: Tensor, noise: Tensor, **how: Any) -> Tensor:
         return op(logits, noise.double(), **how)[1]
@@ -43,7 +45,7 @@ def _eager(
     if min_p is not None:
         kept &= p >= min_p * p[:, :1]
     if ids is not None and top_k is None:
-        kept[:, sample.TOP_P_WIDTH :] = False
+        kept[:, TOP_P_WIDTH:] = False
     p = p * kept
     reached = p.cumsum(-1, dtype=torch.float64)
     chosen = torch.searchsorted(reached, noise[:, None] * reached[:, -1:], right=True).clamp(
@@ -70,8 +72,8 @@ _CASE = Case(
     op="sample_tokens",
     family="all ids",
     inputs=_inputs,
-    fused=logprob_alone(sample.sample_tokens),
-    reference=logprob_alone(sample.sample_tokens_reference),
+    fused=logprob_alone(sample_tokens),
+    reference=logprob_alone(sample_tokens_reference),
     eager=logprob_alone(_eager),
     work=_work,
     formula="reads the logits: BV; no backward",

@@ -158,3 +158,51 @@ class Packing(NamedTuple):
             if parents.dtype != torch.int32:
                 raise ValueError(f"parents: expected torch.int32, got {parents.dtype}")
             check_shape("parents", parents, segments=cu_seqlens.numel() - 1)
+
+
+# ---- decode
+
+
+class Cache(NamedTuple):
+    """Cached keys and values, and the row that each sequence reads of them."""
+
+    keys: Tensor  # (rows, S_max, G, D)
+    values: Tensor  # (rows, S_max, G, Dv)
+    slot: Tensor  # (B,), a row of these; -1 of prefixes: none
+    length: Tensor  # (B,), how many keys of that row
+
+
+class Scores(NamedTuple):
+    """The rules of decode_attention for scores. Its scale is known."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None  # (H,)
+
+
+# ---- sample
+
+TOP_P_WIDTH = 1024  # ids that top_p and min_p choose among without top_k
+
+
+class Sampling(NamedTuple):
+    """The rules of sample_tokens; None for those that leave all ids."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+
+    @classmethod
+    def of(
+        cls, V: int, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None
+    ) -> "Sampling":
+        """None in the place of a number that truncates nothing."""
+        top_k = None if top_k is None or top_k >= V else top_k
+        return cls(temperature, top_k, None if top_p == 1 else top_p, min_p or None)
+
+    def width(self, V: int) -> int | None:
+        """How many ids a support has room for; None where nothing is truncated."""
+        truncated = self.top_k is not None or self.top_p is not None or self.min_p is not None
+        return min(self.top_k or TOP_P_WIDTH, V) if truncated and self.temperature != 0 else None

@@ -162,6 +162,25 @@ def attention_tiles(q: Tensor, width: int) -> tuple[AttentionTiles, bool]:
 
 # ---- decode
 
+# by the wider head dimension, padded: the first entry that is wide enough. M: rows, at least, of a tile of sequences
+# that share a prefix. N: keys
+_DECODE_SMALL = {
+    64: Tile(16, 64, warps=8, stages=3),
+    128: Tile(16, 32, stages=3),
+    256: Tile(16, 16, warps=8, stages=3),
+}
+_DECODE_LARGE = {64: Tile(16, 64, stages=3), 128: Tile(16, 32, stages=3), 256: Tile(16, 16, stages=3)}
+DECODE = {
+    "sm_80": _DECODE_SMALL,
+    "sm_86": _DECODE_SMALL,
+    "sm_90": _DECODE_LARGE,
+    "sm_100": _DECODE_LARGE,
+    "sm_120": _DECODE_SMALL,  # untimed, as on sm_86; with 4 warps two of them spill
+    "gfx942": _DECODE_LARGE,
+    "fp32": {width: Tile(16, keys, warps=8, stages=2) for width, keys in ((64, 64), (128, 32), (256, 16))},
+    "interpreted": {256: Tile(16, 16)},
+}
+
 
 # ---- head
 

@@ -1,14 +1,14 @@
-import sys
 from itertools import product
 
 import pytest
 import torch
 from burnish.bench.static import compile_only
 from burnish.kernels._chip import INTERPRET
-from burnish.kernels.decode import decode_attention, decode_attention_reference
+from burnish.kernels.decode import decode_attention
+from burnish.kernels.plain import decode
+from burnish.kernels.plain.decode import decode_attention_reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
-decode = sys.modules[decode_attention.__module__]
 TRITON = INTERPRET or torch.cuda.is_available()
 DTYPES = [torch.float32, torch.float16] if INTERPRET else [torch.float32, torch.float16, torch.bfloat16]
 FEATURES = ["prefix", "window", "softcap", "sinks"]
@@ -272,7 +272,7 @@ def test_cpu_path_shares_rows_in_any_arrangement(slots):
 def test_cpu_path_in_any_buckets(call, window, monkeypatch):
     """One call a row, a few, and one for all of them: uneven groups, gaps, prefixes out of sight, repeated numbers."""
     monkeypatch.setattr(decode, "CALL", call)
-    decode._part.cache_clear()
+    decode._plan.cache_clear()
     draw = torch.Generator().manual_seed(1)
     for _ in range(6):
         B = int(torch.randint(1, 14, (), generator=draw))

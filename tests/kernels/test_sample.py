@@ -1,14 +1,12 @@
 """Drawing tokens: against the reference, by hand, and the distribution that is asked for."""
 
-import sys
-
 import pytest
 import torch
 from burnish.kernels import sample_tokens, token_logprobs
 from burnish.kernels._chip import INTERPRET
-from burnish.kernels.sample import TOP_P_WIDTH, sample_tokens_reference
+from burnish.kernels.plain.sample import sample_tokens_reference
+from burnish.kernels.records import TOP_P_WIDTH
 
-sample = sys.modules[sample_tokens.__module__]
 TRITON = INTERPRET or torch.cuda.is_available()
 DTYPES = [torch.float32, torch.float16] if INTERPRET else [torch.float32, torch.float16, torch.bfloat16]
 WAYS = [
@@ -149,8 +147,10 @@ def test_a_number_near_1_draws_what_is_likely(V, device):
 
 def test_near_1_the_share_of_a_sum_is_what_counts(device, copy_of):
     """The control: without the line that carries a number into a piece or a block, the same rows draw a last id."""
-    old, new = ("target *= tl.max(inside, 0)", "target *= here") if TRITON else ("rest *= ", "_ = ")
-    planted = copy_of("sample", old, new).sample_tokens
+    file, old, new = "plain/sample", "remaining *= ", "_ = "
+    if TRITON:
+        file, old, new = "sample", "target *= tl.max(inside, 0)", "target *= piece_mass"
+    planted = copy_of(file, old, new, "sample").sample_tokens
     logits, at = (
         torch.randn(8, 1500, device=device),
         torch.full((8,), 1 - 1e-9, dtype=torch.float64, device=device),

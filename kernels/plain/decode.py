@@ -1,0 +1,298 @@
+"""Decoding on a CPU: the reference of decode_attention, and its path by torch's fused attention.
+
+    prefix  x x x x x            a sequence sees the keys first to last - 1 of a row, of its prefix and of its own one;
+    row               x x x      a window hides the first of them
+
+Neighbouring rows of a cache share a call as long as the keys that it reads in vain cost less than another call. What a
+sequence sees in the two caches is put together by the log-sum-exps, as the kernels do it.
+"""
+
+from functools import lru_cache
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._chip import FEW_KEYS, without_autocast
+from ..records import Cache, Scores
+
+CALL = 2**19  # what one more call costs, in bytes read: 50 us, and 9 GB/s, of a core of an AMD EPYC
+QUERY = 0.25  # and the product of a query and a key, in readings of the key
+
+
+# ---- reference
+
+
+def decode_attention_reference(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot: Tensor,
+    length: Tensor,
+    *,
+    prefix_slot: Tensor | None = None,
+    prefix_length: Tensor | None = None,
+    k_prefix: Tensor | None = None,
+    v_prefix: Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    caches = [Cache(k_cache, v_cache, slot, length)]
+    if prefix_slot is not None and prefix_length is not None:
+        keys, values = (k_cache, v_cache) if k_prefix is None or v_prefix is None else (k_prefix, v_prefix)
+        caches.append(Cache(keys, values, prefix_slot, prefix_length))
+    scores = Scores(q.shape[-1] ** -0.5 if scale is None else scale, window, softcap, sinks)
+    return _one_by_one(q, caches, scores)
+
+
+@without_autocast  # fp32 inside, whatever the policy outside
+def _one_by_one(q: Tensor, caches: list[Cache], scores: Scores) -> Tensor:
+    """The formula for one sequence after the other. Prefixes, the second of the caches, come before its own keys."""
+    out = q.new_empty(*q.shape[:2], caches[0].values.shape[-1])
+    for b in range(q.shape[0]):
+        k, v = _row(caches[0], b)
+        for prefix in caches[1:]:
+            if prefix.slot[b] >= 0:
+                k, v = map(torch.cat, zip(_row(prefix, b), (k, v), strict=True))
+        if scores.window is not None:
+            k, v = k[-scores.window :], v[-scores.window :]
+        out[b] = _attend(q[b], k, v, scores)
+    return out
+
+
+def _row(cache: Cache, b: int) -> tuple[Tensor, Tensor]:
+    """Keys (S, G, D) and values (S, G, Dv) of sequence b."""
+    row = cache.slot[b], slice(cache.length[b])
+    return cache.keys[row], cache.values[row]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+    """q (H, D), k (S, G, D), v (S, G, Dv) to (H, Dv); zeros where there is no key."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    G, n = k.shape[1], q.shape[0] // k.shape[1]
+    s = scores.scale * torch.einsum("gnd,sgd->gns", q.to(wide).unflatten(0, (G, n)), k.to(wide))
+    if scores.softcap is not None:
+        s = scores.softcap * torch.tanh(s / scores.softcap)
+
+    # the sink is one more column, which has no value
+    sink = s.new_tensor(-torch.inf) if scores.sinks is None else scores.sinks.to(wide).view(G, n, 1)
+    s = torch.cat([s, sink.expand(G, n, 1)], -1)  # (G, n, S + 1)
+    e = torch.exp(s - s.amax(-1, keepdim=True).clamp(min=torch.finfo(wide).min))
+    total = e.sum(-1, keepdim=True)
+    p = e / torch.where(total > 0, total, 1.0)
+    return torch.einsum("gns,sgd->gnd", p[..., :-1], v.to(wide)).flatten(0, 1)
+
+
+# ---- calls
+
+
+class Call(NamedTuple):
+    """Neighbouring rows of a cache that one call reads, each for as many sequences as the one with the most has."""
+
+    rows: range
+    keys: range  # all that one of its sequences sees
+    readers: int  # places to a row
+    mask: Tensor | None = None
+
+    def beside(self, other: "Call") -> "Call":
+        """One call for this one's rows and the next ones, those of `other`."""
+        keys = range(min(self.keys.start, other.keys.start), max(self.keys.stop, other.keys.stop))
+        return Call(range(self.rows.start, other.rows.stop), keys, max(self.readers, other.readers))
+
+
+class Plan(NamedTuple):
+    """The calls by which a batch reads one cache."""
+
+    calls: list[Call]
+    source: Tensor | None  # the sequence in each place; None: the sequences themselves, as they come
+    place: Tensor | None  # (B,), where each sequence stands
+    blind: Tensor | None  # (B,) bool: those that see nothing here
+
+
+@lru_cache(maxsize=16)  # all layers of a step read alike, and prefixes are read as the step before did
+def _plan(
+    rows: tuple[int, ...],
+    first: tuple[int, ...],
+    last: tuple[int, ...],
+    n: int,
+    key_bytes: int,
+    dtype: torch.dtype,
+) -> Plan | None:
+    """Sequence b sees the keys first[b] to last[b] - 1 of the row rows[b]. None: nobody sees anything.
+
+    A key head has n query heads; a key and its value, of all heads, have `key_bytes`.
+    """
+    readers: dict[int, list[int]] = {}  # the sequences of each row
+    for b in sorted(range(len(rows)), key=rows.__getitem__):
+        if first[b] < last[b]:
+            readers.setdefault(rows[b], []).append(b)
+    if not readers:
+        return None
+
+    # a call for each row, then for neighbouring rows
+    calls = []
+    for row, members in readers.items():
+        keys = range(min(first[b] for b in members), max(last[b] for b in members))
+        calls.append(Call(range(row, row + 1), keys, len(members)))
+    calls = _joined(calls, n, key_bytes)
+
+    # who stands where in them; a row with fewer readers repeats them
+    source = []
+    for i, call in enumerate(calls):
+        places = [(readers[row] * call.readers)[: call.readers] for row in call.rows]
+        seen = [[(first[b], last[b]) for b in members] for members in places]
+        calls[i] = call._replace(mask=_mask(seen, call.keys, n, dtype))
+        source += chain.from_iterable(places)
+
+    blind = _flags([i >= j for i, j in zip(first, last, strict=True)])
+    if source == list(range(len(rows))):
+        return Plan(calls, None, None, blind)
+    place = dict(zip(source, range(len(source)), strict=True))
+    return Plan(calls, torch.tensor(source), torch.tensor([place.get(b, 0) for b in range(len(rows))]), blind)
+
+
+def _joined(calls: list[Call], n: int, key_bytes: int) -> list[Call]:
+    """Neighbours made one call, where it costs no more than those that it replaces."""
+
+    def cost(call: Call) -> float:
+        return len(call.rows) * len(call.keys) * key_bytes * (1 + QUERY * call.readers * n)
+
+    joined: list[Call] = []
+    cost_alone = 0.0  # of the rows of the last of these, read one by one
+    for call in calls:
+        if joined and joined[-1].rows.stop == call.rows.start:
+            wider = joined[-1].beside(call)
+            if cost(wider) <= cost_alone + cost(call) + CALL:
+                joined[-1] = wider
+                cost_alone += cost(call)
+                continue
+        joined.append(call)
+        cost_alone = cost(call)
+    return joined
+
+
+def _mask(seen: list[list[tuple[int, int]]], keys: range, n: int, dtype: torch.dtype) -> Tensor | None:
+    """(rows, 1, 1 or queries to a row, keys), added to the scores; None: all is in sight, FEW_KEYS or more.
+
+    seen: the first key and the one after the last, for each place of each row
+    """
+    if len(keys) >= FEW_KEYS and all(ends == (keys.start, keys.stop) for row in seen for ends in row):
+        return None
+    alike = all(len(set(row)) == 1 for row in seen)  # the readers of a row
+    ends = torch.tensor([row[:1] for row in seen] if alike else seen)[:, None, :, None]
+    position = torch.arange(keys.start, keys.stop)  # ends: (rows, 1, readers or 1, 1, 2)
+    hidden = (position < ends[..., 0]) | (position >= ends[..., 1])  # (rows, 1, readers or 1, keys)
+    mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+    return mask if alike else mask.repeat_interleave(n, 2)
+
+
+def _flags(flags: list[bool]) -> Tensor | None:
+    return torch.tensor(flags) if any(flags) else None
+
+
+# ---- path
+
+
+def decode_attention_cpu(q: Tensor, caches: list[Cache], scores: Scores) -> Tensor:
+    """Attention over one cache or two: that of the sequences' own rows, then that of prefixes, where there are any.
+
+    Raises ValueError for slots and lengths that the caches do not have.
+    """
+    own, prefix = caches[0], caches[1] if len(caches) > 1 else None
+    _check_rows(own, "k_cache", "slot", "length")
+    if prefix is not None:
+        some = prefix.slot != -1
+        given = prefix._replace(slot=prefix.slot[some], length=prefix.length[some])
+        _check_rows(given, "k_prefix", "prefix_slot", "prefix_length")
+    if scores.softcap is not None:  # which torch's fused attention has not
+        return _one_by_one(q, caches, scores)
+
+    # who sees which keys: positions from `hidden` on, counted through the prefix
+    length = own.length.tolist()
+    prefix_rows = prefix_length = [0] * len(length)
+    if prefix is not None:
+        prefix_rows = prefix.slot.tolist()
+        pairs = zip(prefix_rows, prefix.length.tolist(), strict=True)
+        prefix_length = [n if row >= 0 else 0 for row, n in pairs]
+    total = [n + m for n, m in zip(prefix_length, length, strict=True)]
+    hidden = [0 if scores.window is None else max(n - scores.window, 0) for n in total]
+    first = [max(i - n, 0) for i, n in zip(hidden, prefix_length, strict=True)]
+
+    # each cache by itself
+    wide, G = torch.promote_types(q.dtype, torch.float32), own.keys.shape[2]
+    key_bytes = G * (q.shape[2] + own.values.shape[3]) * q.element_size()
+    x = q.unflatten(1, (G, -1))  # (B, G, n, D)
+    partial = []
+    for cache, rows, lo, hi in (
+        (prefix, prefix_rows, hidden, prefix_length),
+        (own, own.slot.tolist(), first, length),
+    ):
+        plan = _plan(tuple(rows), tuple(lo), tuple(hi), x.shape[2], key_bytes, q.dtype)
+        if cache is not None and plan is not None:
+            partial.append(_read(plan, x, cache, scores.scale))
+    if not partial:
+        return q.new_zeros(*q.shape[:2], own.values.shape[-1])
+
+    # exp(lse) is a cache's share of the sum
+    out, lse = partial[0]
+    out = out.to(wide)  # (B, G, n, Dv)
+    if len(partial) == 2:
+        own_out, own_lse = partial[1]
+        out = torch.lerp(out, own_out.to(wide), torch.sigmoid(own_lse - lse)[..., None])
+        lse = lse if scores.sinks is None else torch.logaddexp(lse, own_lse)
+    if scores.sinks is not None:
+        out = out * torch.sigmoid(lse - scores.sinks.to(wide).view(G, -1))[..., None]
+    empty = _flags([n == 0 for n in total])
+    if empty is not None:
+        out = out.masked_fill(empty[:, None, None, None], 0.0)
+    return out.flatten(1, 2).to(q.dtype)  # (B, H, Dv)
+
+
+def _check_rows(cache: Cache, keys: str, slot: str, length: str) -> None:
+    """Raises ValueError for slots and lengths that the rows of this cache do not have, under the names given."""
+    shape = tuple(cache.keys.shape)
+    for name, x, most in ((slot, cache.slot, shape[0] - 1), (length, cache.length, shape[1])):
+        if x.numel() and not 0 <= int(x.min()) <= int(x.max()) <= most:
+            found = f"{int(x.min())} to {int(x.max())}"
+            raise ValueError(f"{name}: expected 0 to {most} with {keys} {shape}, got {found}")
+
+
+def _read(plan: Plan, q: Tensor, cache: Cache, scale: float) -> tuple[Tensor, Tensor]:
+    """q (B, G, n, D) over what the sequences see of one cache: (B, G, n, Dv) and log-sum-exp (B, G, n)."""
+    n, D, Dv = *q.shape[2:], cache.values.shape[-1]
+    q = q if plan.source is None else q.index_select(0, plan.source)
+    q = F.pad(q, (0, Dv - D)) if Dv > D else q
+    q, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, cache.keys, cache.values))
+
+    outs, start = [], 0
+    for call in plan.calls:
+        window = slice(call.rows.start, call.rows.stop), slice(call.keys.start, call.keys.stop)
+        k, v = keys[window].transpose(1, 2), values[window].transpose(1, 2)  # (rows, G, keys, D)
+        if Dv != D:  # the call takes one width
+            k, v = F.pad(k, (0, max(Dv - D, 0))), F.pad(v, (0, max(D - Dv, 0)))
+        end = start + len(call.rows) * call.readers
+        x = q[start:end]
+        if call.readers > 1:
+            x = x.unflatten(0, (-1, call.readers)).transpose(1, 2).flatten(2, 3)  # (rows, G, readers * n, D)
+
+        # what scaled_dot_product_attention calls on a CPU; by that name there is no log-sum-exp
+        out_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            x, k, v, attn_mask=call.mask, scale=scale
+        )
+        if call.readers > 1:
+            out_lse = [y.unflatten(2, (call.readers, n)).transpose(1, 2).flatten(0, 1) for y in out_lse]
+        outs.append(out_lse)
+        start = end
+
+    # back in the order of the batch
+    out, lse = outs[0] if len(outs) == 1 else map(torch.cat, zip(*outs, strict=True))
+    if plan.place is not None:
+        out, lse = out.index_select(0, plan.place), lse.index_select(0, plan.place)
+    if plan.blind is not None:  # its lse is 0 where all is masked, its row another's where it has no place
+        blind = plan.blind[:, None, None]
+        out, lse = out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -torch.inf)
+    return out[..., :Dv], lse
