@@ -225,10 +225,10 @@ class _Gradient:
         """
         reads: dict[str, list[str]] = {"tensors": [], "others": []}
         places = []
-        for leaf in self.kept.leaves:
+        for leaf in self.kept.leaves_of("saved"):
             group = "tensors" if leaf.is_tensor else "others"
             places.append(f"{group}[{len(reads[group])}]")
-            reads[group].append(f"saved.{leaf.read}")
+            reads[group].append(leaf.read)
         rebuilt = self.kept.build("tensors, others", places, self.saved)
 
         tensors, rest = ", ".join(reads["tensors"]), f"output[{len(self.kinds)}:]"

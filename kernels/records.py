@@ -119,3 +119,11 @@ class Head(NamedTuple):
     temperatures: Tensor | None  # (tokens,); where it is None, `temperature` is that of all
     temperature: float
     softcap: float | None
+
+
+class Rows(NamedTuple):
+    """What low-rank adapters make of each row of x."""
+
+    adapter: Tensor | None  # (M,), the row's own in a stack, -1 for none
+    seed: Tensor | None  # 0-d int64, of dropout; None without
+    dropout: float
