@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import lora
+from ..kernels.plain import lora as plain
 from .case import Case, Dims, Tensors, Work, randn
 from .cases_nf4 import FOUR_BIT, eager_four_bit, four_bit, four_bit_tensors
 
@@ -28,7 +29,7 @@ def _eager(
 ) -> Tensor:
     """F.linear, then addmm: the leanest that torch users write. The mask is our own hash's."""
     rows = x.flatten(0, -2)
-    dropped = lora._drop(rows, dropout, torch.tensor(seed, device=x.device)) if dropout else rows
+    dropped = plain.drop(rows, dropout, torch.tensor(seed, device=x.device)) if dropout else rows
     a, b = (t if t.dtype == weight.dtype else t.to(weight.dtype) for t in (lora_a, lora_b))
     low_bias = bias if magnitude is None else None
     out = F.linear(rows, weight, low_bias)
@@ -45,9 +46,15 @@ def _eager(
     return out.view(*x.shape[:-1], -1).to(x.dtype)
 
 
-def _by_path(path: str) -> Callable[..., Any]:
+def by_path(path: str, module: Any = lora) -> Callable[..., Tensor]:
+    """The module's lora_linear, by one of PATHS at whatever shape."""
+
     def linear(*args: Any, **options: Any) -> Tensor:
-        return lora._lora_linear(*args, **options, path=path)
+        module.FORCED_PATH = path
+        try:
+            return module.lora_linear(*args, **options)
+        finally:
+            module.FORCED_PATH = ""
 
     return linear
 
@@ -185,11 +192,11 @@ _CASE = Case(
 
 CASES = (
     replace(_CASE, shapes=_SHAPES, empty=_EMPTY, bench=_BENCH),
-    replace(_CASE, family="fused", fused=_by_path("fused"), shapes=_SHAPES, configurations=_TILES),
+    replace(_CASE, family="fused", fused=by_path("fused"), shapes=_SHAPES, configurations=_TILES),
     replace(
         _CASE,
         family="epilogue",
-        fused=_by_path("epilogue"),
+        fused=by_path("epilogue"),
         shapes=_SHAPES,
         empty=_EMPTY,
         configurations=_TILES,

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..kernels import lora
 from .case import Case
+from .cases_lora import by_path
 
 
 class Unsuitable(Exception):
@@ -243,7 +244,7 @@ def _lora_path(path: str) -> Callable[[Case], Callable[..., Any]]:
     def build(case: Case) -> Callable[..., Any]:
         if case.family != "dense":
             raise Unsuitable("a plain product only")
-        return lambda *args, **options: lora._lora_linear(*args, **options, path=path)
+        return by_path(path)
 
     return build
 

@@ -79,8 +79,9 @@ def _built(annotation: Any, names: Iterator[str], records: dict[str, Any]) -> st
     if get_origin(annotation) is list and _is_record(get_args(annotation)[0]):
         count = len(_leaves("", get_args(annotation)[0], ""))
         lists = [next(names) for _ in range(count)]
-        record = _built(get_args(annotation)[0], iter(lists), records)
-        return f"[{record} for {', '.join(lists)} in zip({', '.join(lists)}, strict=True)]"
+        each = [f"each_{i}" for i in range(count)]
+        record = _built(get_args(annotation)[0], iter(each), records)
+        return f"[{record} for {', '.join(each)}, in zip({', '.join(lists)}, strict=True)]"
 
     return next(names)
 
@@ -97,6 +98,11 @@ class Layout:
         self.flat = self.pick(self.leaves)
         names = [leaf.name for leaf in self.leaves]
         self.nested = self.build(", ".join(names), names)
+
+    def leaves_of(self, record: str) -> list[Leaf]:
+        """The leaves, read from a record of that name."""
+        hints = self._hints.items()
+        return [leaf for name, kind in hints for leaf in _leaves(name, kind, f"{record}.{name}")]
 
     def pick(self, leaves: Iterable[Leaf], spread: bool = False) -> Callable[..., Any]:
         """A function of the arguments that returns these leaves as a tuple, lists spread out in it or as they are."""

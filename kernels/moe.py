@@ -53,8 +53,9 @@ from ._chip import (
 )
 from ._op import register, register_path
 from ._triton import tl, triton
-from .nf4 import dequantize, multiplied_out, unnested
-from .records import NF4Weight
+from .nf4 import dense_of
+from .plain.nf4 import unnested
+from .records import NF4Weight, Weight
 
 Activation = Literal["swiglu", "clamped_swiglu", "relu2"]
 ACTIVATIONS: tuple[Activation, ...] = ("swiglu", "clamped_swiglu", "relu2")
@@ -152,7 +153,7 @@ def moe_mlp_reference(
     alpha: float = 1.702,
     limit: float = 7.0,
 ) -> Tensor:
-    W_gu, W_d = (multiplied_out(w, x.dtype) if isinstance(w, NF4Weight) else w for w in (gate_up, down))
+    W_gu, W_d = (dense_of(Weight.of(w), x.dtype) for w in (gate_up, down))
     W_gu = W_gu if gate_up_a is None or gate_up_b is None else W_gu + gate_up_b @ gate_up_a
     W_d = W_d if down_a is None or down_b is None else W_d + down_b @ down_a
     out = torch.zeros_like(x)
@@ -226,7 +227,7 @@ def _apart(weight: Tensor | NF4Weight, *others: Tensor | None) -> list[tuple[Any
 
 def _apart_4bit(weight: NF4Weight) -> list[NF4Weight]:
     E = weight.shape[0]
-    absmax = unnested(weight.absmax, weight.nested_absmax, weight.nested_code, weight.offset).view(E, -1)
+    absmax = unnested(weight).view(E, -1)
     packed = weight.packed.view(E, -1)
     return [
         NF4Weight(packed[e], absmax[e], weight.code, weight.shape[1:], weight.dtype, weight.blocksize)
@@ -243,11 +244,11 @@ class _FourBitLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: NF4Weight) -> Tensor:
-        return F.linear(x, multiplied_out(weight, x.dtype))
+        return F.linear(x, dense_of(Weight.of(weight), x.dtype))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return dy @ multiplied_out(ctx.weight, dy.dtype), None
+        return dy @ dense_of(Weight.of(ctx.weight), dy.dtype), None
 
 
 def _expert_linear(
@@ -798,8 +799,7 @@ def _dense(
         (down, four_bit[5:], [E, C, F], blocksizes[1]),
     )
     first, second = (
-        dequantize(packed, *rest, shape, blocksize, x.dtype) if blocksize else packed
-        for packed, rest, shape, blocksize in held
+        dense_of(Weight(packed, *rest, shape, blocksize), x.dtype) for packed, rest, shape, blocksize in held
     )
     return first, second
 

@@ -206,3 +206,11 @@ class Sampling(NamedTuple):
         """How many ids a support has room for; None where nothing is truncated."""
         truncated = self.top_k is not None or self.top_p is not None or self.min_p is not None
         return min(self.top_k or TOP_P_WIDTH, V) if truncated and self.temperature != 0 else None
+
+
+class Rows(NamedTuple):
+    """What low-rank adapters make of each row of x."""
+
+    adapter: Tensor | None  # (M,), the row's own in a stack, -1 for none
+    seed: Tensor | None  # 0-d int64, of dropout; None without
+    dropout: float

@@ -187,11 +187,35 @@ DECODE = {
 
 # ---- lora
 
+_DEEP = Tile(128, 128, 64, warps=8, stages=3)
+_SHALLOW = Tile(128, 64, 32, warps=4, stages=2)
+
+# of the product with the base, whose accumulator starts from the adapter's
+LORA_FUSED = {
+    "fp32": Tile(64, 64, 32, warps=4, stages=2),
+    "interpreted": _SHALLOW,
+    "sm_80": _SHALLOW,
+    "sm_86": _SHALLOW,
+    "sm_90": _DEEP,
+    "sm_100": _DEEP,
+    "sm_120": _DEEP,
+    "gfx942": _SHALLOW,
+}
+
 
 # ---- moe
 
 
 # ---- nf4
+
+# of the product with few rows: M is their number, K at most half a block of weights, which are taken in pairs
+NF4_PRODUCT = {
+    "fp32": Tile(0, 32, warps=8, stages=4),
+    "half": Tile(0, 64, warps=4, stages=4),
+    # Triton 3.6 fails to pipeline this loop for an MI300X
+    "gfx942, fp32": Tile(0, 32, warps=8, stages=1),
+    "gfx942, half": Tile(0, 64, warps=4, stages=1),
+}
 
 
 # ---- norm

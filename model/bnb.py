@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import NF4Weight
-from ..kernels.nf4 import BLOCKSIZES, unnested
+from ..kernels.plain.nf4 import unnested
+from ..kernels.records import BLOCKSIZES
 from .config_keys import LARGEST
 from .errors import InputError, shown
 from .finite import check_finite
@@ -214,7 +215,7 @@ def stack(weights: Sequence[NF4Weight], shape: torch.Size) -> NF4Weight | None:
         alike = weight.blocksize == first.blocksize and torch.equal(weight.code, first.code)
         if not alike or weight.numel % weight.blocksize:
             return None
-    scales = [unnested(w.absmax, w.nested_absmax, w.nested_code, w.offset) for w in weights]
+    scales = [unnested(weight) for weight in weights]
     return NF4Weight(
         packed=torch.cat([weight.packed for weight in weights]),
         absmax=torch.cat(scales),

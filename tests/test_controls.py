@@ -8,7 +8,6 @@ CPU path.
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +16,7 @@ import pytest
 import torch
 from burnish import kernels
 from burnish.bench.case import Case, assert_accurate, make_inputs
-from burnish.bench.cases_lora import several
+from burnish.bench.cases_lora import by_path, several
 from burnish.bench.cases_moe import with_4bit_experts
 from burnish.bench.cases_nf4 import absmax_alone, four_bit, multiplied_out
 from burnish.bench.cases_sample import logprob_alone
@@ -56,7 +55,7 @@ def case_of(fault: Fault, copy_of: Callable[..., ModuleType], planted: bool = Tr
     home = file_of(getattr(kernels, case.op))
     module = copy_of(fault.file, *((fault.old, fault.new) if planted else ("", "")), top=home)
     if case.op == "lora_linear" and case.family in lora.PATHS:
-        return replace(case, fused=partial(module._lora_linear, path=case.family))
+        return replace(case, fused=by_path(case.family, module))
     wrap = WRAPPED.get(case.name, WRAPPED.get(case.op, lambda op: op))
     return replace(case, fused=wrap(getattr(module, case.op)))
 

@@ -22,7 +22,7 @@ from sources import (
 from sources import section as section_of
 
 ROOMS = ("head", "plain")
-OPS = "norm rope glu attention decode sample nf4 lora route moe head/[!_]*"
+OPS = "norm rope glu attention decode sample nf4 lora low_rank route moe head/[!_]*"
 ARROWS = {  # which files of kernels/ import which: what the rows that fit a file allow, together
     "__init__": "*",
     "*": "records tiles _[!_]*",  # _op, _chip, _triton, and tables that nobody looks up
@@ -30,6 +30,7 @@ ARROWS = {  # which files of kernels/ import which: what the rows that fit a fil
     "head/*": "head/blocks",
     "head/logprob": "head/gather",  # of a recorded support, a few columns
     "lora moe plain/moe": "nf4",  # products with a weight in 4 bits
+    "lora": "low_rank",
     "moe": "route",
     "plain/*": "plain/*",
     "plain/logprob": "head/blocks",

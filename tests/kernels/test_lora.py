@@ -3,9 +3,21 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from burnish.kernels import _lora_paths, dequantize_nf4, lora, lora_linear, lora_linears, quantize_nf4
+from burnish.bench.cases_lora import by_path
+from burnish.kernels import (
+    _lora_paths,
+    dequantize_nf4,
+    lora,
+    lora_linear,
+    lora_linears,
+    low_rank,
+    quantize_nf4,
+)
 from burnish.kernels._chip import INTERPRET
-from burnish.kernels.lora import PATHS, _drop, _expand_, _lora_linear, lora_linear_reference
+from burnish.kernels.lora import PATHS, lora_linear_reference
+from burnish.kernels.low_rank import launch_expand
+from burnish.kernels.plain.lora import drop
+from burnish.kernels.records import Rows
 from torch.autograd.graph import saved_tensors_hooks
 
 TRITON = INTERPRET or torch.cuda.is_available()
@@ -32,7 +44,7 @@ def test_any_rank(R, path, device):
     upstream, bias = torch.randn(19, 21, device=device), bias.requires_grad_()
     dropout = {"dropout": 0.3, "seed": SEED}
     for options in ({}, {"magnitude": magnitude}, *([dropout] if path == "cublas" else [])):
-        y = _lora_linear(x, W, a, b, 0.5, bias=bias, path=path, **options)
+        y = by_path(path)(x, W, a, b, 0.5, bias=bias, **options)
         truth = lora_linear_reference(x, W, a, b, 0.5, bias=bias, **options)
         close(y, truth, rtol=1e-5, atol=3e-5)
         wanted = x, a, b, bias, *([magnitude] if "magnitude" in options else [])
@@ -85,7 +97,7 @@ def test_one_mask_forward_backward_and_everywhere(device):
     K = 40
     eye, x = torch.eye(K, device=device), torch.ones(33, K, device=device, requires_grad=True)
     forward, backward = masks(x, torch.zeros(K, K, device=device), eye, eye, 0.3, SEED)
-    expected = _drop(torch.ones(33, K), 0.3, torch.tensor(SEED)).to(device)
+    expected = drop(torch.ones(33, K), 0.3, torch.tensor(SEED)).to(device)
     close(forward, expected)
     close(backward, expected)
     a = eye.clone().requires_grad_()
@@ -98,7 +110,7 @@ def test_one_mask_forward_backward_and_everywhere(device):
 def test_another_seed_another_mask(device):
     x = torch.ones(64, 64)
     first, *others = (
-        _drop(x, 0.5, torch.tensor(s)) != 0
+        drop(x, 0.5, torch.tensor(s)) != 0
         for s in (SEED, SEED + 1, SEED + (1 << 32), SEED + (1 << 40), -SEED)
     )
     for other in others:
@@ -109,7 +121,7 @@ def test_another_seed_another_mask(device):
 def test_expectation_and_variance(dropout):
     """Kept elements, by the whole, by row, by column and among neighbours: within four standard errors."""
     M, K = 512, 768
-    kept = (_drop(torch.ones(M, K), dropout, torch.tensor(SEED)) != 0).double()
+    kept = (drop(torch.ones(M, K), dropout, torch.tensor(SEED)) != 0).double()
     share, deviation = 1 - dropout, (dropout * (1 - dropout)) ** 0.5
     assert abs(kept.mean() - share) < 4 * deviation / (M * K) ** 0.5
     for dim, n in ((0, M), (1, K)):
@@ -118,7 +130,7 @@ def test_expectation_and_variance(dropout):
     centred = kept - share
     for shifted in ((centred[1:] * centred[:-1]), (centred[:, 1:] * centred[:, :-1])):
         assert abs(shifted.mean()) < 4 * deviation**2 / shifted.numel() ** 0.5
-    scaled = _drop(torch.full((M, K), 3.0), dropout, torch.tensor(SEED))
+    scaled = drop(torch.full((M, K), 3.0), dropout, torch.tensor(SEED))
     assert abs(scaled.mean() - 3) < 4 * 3 * (dropout / share / (M * K)) ** 0.5
 
 
@@ -169,8 +181,8 @@ def test_rows_have_their_own_adapter(device):
 def test_few_rows_read_the_base_in_4_bits(options, monkeypatch, device):
     """As nf4_linear does; the backward, and more rows, multiply it out."""
     calls = []
-    whole = lora.dequantize
-    monkeypatch.setattr(lora, "dequantize", lambda *args: calls.append(1) or whole(*args))
+    whole = lora.dense_of
+    monkeypatch.setattr(lora, "dense_of", lambda *args: calls.append(1) or whole(*args))
     four_bit, bias = quantize_nf4(torch.randn(21, 64, device=device)), torch.randn(21, device=device)
     a, b = adapter(21, 64, 4, device, stack=(3,) if "adapter" in options else ())
     for M, forward in ((19, 0), (65, 1)):
@@ -238,7 +250,7 @@ def test_together_as_each_alone(features, device):
 def test_together_x_is_read_once(monkeypatch, device):
     """Forward by one S, backward by one dA: with dropout each would hash x anew; S is saved as one."""
     reads = []
-    for name in ("_down", "_down_backward", "_add_low_"):
+    for name in ("low_rank_forward", "a_gradient", "add_adapter_dx_"):
         whole = getattr(lora, name)
         monkeypatch.setattr(
             lora, name, lambda *args, name=name, whole=whole: reads.append(name) or whole(*args)
@@ -250,7 +262,7 @@ def test_together_x_is_read_once(monkeypatch, device):
         outs = lora_linears(x, *each, **options)
     assert [t.shape for t in saved if t.data_ptr() not in inputs and t.numel() > 1] == [(19, sum(RANKS))]
     torch.autograd.grad(outs, wanted, [torch.ones_like(out) for out in outs])
-    assert reads == ["_down", "_down_backward", "_add_low_"]
+    assert reads == ["low_rank_forward", "a_gradient", "add_adapter_dx_"]
 
 
 def test_together_only_what_is_asked_for(device):
@@ -285,11 +297,15 @@ def test_the_path_is_the_measured_one(monkeypatch, device):
     x = torch.randn(37, 33, device=device)
     key = ("chip", "float32", 32, 21, 33, 4)
     monkeypatch.setitem(_lora_paths.PATHS, key, "fused")
-    assert lora._path(x, 21, 4) == "cublas"  # another device
+    assert lora._measured_path(x, 21, 4) == "cublas"  # another device
     monkeypatch.setattr(lora, "device_name", lambda _: "chip")
-    rows = {M: lora._path(x[:1].expand(M, -1), 21, 4) for M in (16, 31, 32, 63, 64)}
+    rows = {M: lora._measured_path(x[:1].expand(M, -1), 21, 4) for M in (16, 31, 32, 63, 64)}
     assert rows == {16: "cublas", 31: "cublas", 32: "fused", 63: "fused", 64: "cublas"}
-    assert [lora._path(x, 22, 4), lora._path(x, 21, 3), lora._path(x.half(), 21, 4)] == ["cublas"] * 3
+    assert [
+        lora._measured_path(x, 22, 4),
+        lora._measured_path(x, 21, 3),
+        lora._measured_path(x.half(), 21, 4),
+    ] == ["cublas"] * 3
 
 
 @pytest.mark.skipif(not TRITON, reason="a CPU has one path")
@@ -298,7 +314,7 @@ def test_the_op_takes_the_measured_path(path, monkeypatch, device):
     a, b = adapter(21, 33, 4, device)
     x, W = torch.randn(37, 33, device=device), torch.randn(21, 33, device=device)
     called = []
-    for name in ("_fused", "_expand_", "_dout_once"):
+    for name in ("_launch_fused", "launch_expand", "launch_ds_and_db"):
         whole = getattr(lora, name)
         monkeypatch.setattr(
             lora,
@@ -307,7 +323,11 @@ def test_the_op_takes_the_measured_path(path, monkeypatch, device):
         )
     monkeypatch.setattr(lora, "device_name", lambda _: "chip")
     monkeypatch.setitem(_lora_paths.PATHS, ("chip", "float32", 32, 21, 33, 4), path)
-    expected = {"cublas": [], "epilogue": ["_expand_", "_dout_once"], "fused": ["_fused", "_dout_once"]}
+    expected = {
+        "cublas": [],
+        "epilogue": ["launch_expand", "launch_ds_and_db"],
+        "fused": ["_launch_fused", "launch_ds_and_db"],
+    }
     for op in (lora_linear, lambda x, W, a, b, s: lora_linears(x, [W], [a], [b], [s])[0]):
         called.clear()
         y = op(x, W, a, b, 0.5)
@@ -321,13 +341,13 @@ def test_partial_sums_have_a_budget(monkeypatch, device):
     """Beyond it, dS and dB are two products; the gradients stay what they are."""
     x, W = torch.randn(37, 33, device=device), torch.randn(21, 33, device=device)
     (a, b), called = adapter(21, 33, 4, device), []
-    whole = lora._dout_once
-    monkeypatch.setattr(lora, "_dout_once", lambda *args: called.append(1) or whole(*args))
+    whole = lora.launch_ds_and_db
+    monkeypatch.setattr(lora, "launch_ds_and_db", lambda *args: called.append(1) or whole(*args))
     expected = gradients(lora_linear_reference(x, W, a, b, 0.5), a, b)
     for budget, calls in ((21 * 4 * 4, 1), (21 * 4 * 4 - 1, 0)):
-        monkeypatch.setattr(lora, "PARTIAL_BUDGET", budget)
+        monkeypatch.setattr(low_rank, "PARTIAL_BUDGET", budget)
         called.clear()
-        found = gradients(_lora_linear(x, W, a, b, 0.5, path="fused"), a, b)
+        found = gradients(by_path("fused")(x, W, a, b, 0.5), a, b)
         assert len(called) == calls
         for mine, true in zip(found, expected, strict=True):
             close(mine, true, rtol=1e-5, atol=1e-4)
@@ -335,15 +355,18 @@ def test_partial_sums_have_a_budget(monkeypatch, device):
 
 def test_the_budget_at_sizes_of_models():
     """32,768 rows of an up projection with 14,336 columns: 0.94 GB at rank 64, 3.8 GB at 256."""
-    assert lora._partial_fits(8192, 4096, 16) and lora._partial_fits(32768, 14336, 16)
-    assert not lora._partial_fits(32768, 14336, 64) and not lora._partial_fits(32768, 14336, 256)
+    assert low_rank.partial_sums_fit(8192, 4096, 16) and low_rank.partial_sums_fit(32768, 14336, 16)
+    assert not low_rank.partial_sums_fit(32768, 14336, 64) and not low_rank.partial_sums_fit(
+        32768, 14336, 256
+    )
 
 
 @pytest.mark.skipif(not TRITON, reason="torch's own products follow torch's own setting")
 def test_products_follow_torchs_precision(monkeypatch, device):
     """Every product of the file, at every path: none is rounded otherwise than torch says."""
     asked = []
-    monkeypatch.setattr(lora, "precision", lambda: asked.append(1) or "tf32")
+    for module in (lora, low_rank):
+        monkeypatch.setattr(module, "precision", lambda: asked.append(1) or "tf32")
     for path, options, least in (
         ("cublas", {"dropout": 0.3, "seed": SEED}, 3),
         ("epilogue", {}, 3),
@@ -351,9 +374,7 @@ def test_products_follow_torchs_precision(monkeypatch, device):
     ):
         x, (a, b) = torch.randn(19, 33, device=device, requires_grad=True), adapter(21, 33, 4, device)
         asked.clear()
-        gradients(
-            _lora_linear(x, torch.randn(21, 33, device=device), a, b, 0.5, path=path, **options), x, a, b
-        )
+        gradients(by_path(path)(x, torch.randn(21, 33, device=device), a, b, 0.5, **options), x, a, b)
         assert len(asked) >= least
 
 
@@ -364,9 +385,11 @@ def test_more_adapters_than_a_grid_has_layers(device):
         grids = []
         kernel = type("Kernel", (), {"__getitem__": lambda _, grid: lambda *a, **k: grids.append(grid)})()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(lora, "_lora_a_bwd", kernel)
+            patch.setattr(low_rank, "_lora_a_bwd", kernel)
             a = torch.empty(1 << 16, 1, 2)
-            lora._a_grad(torch.zeros(3, 1), torch.zeros(3, 2), a, torch.zeros(3).int(), None, 0.0)
+            low_rank._launch_da(
+                torch.zeros(3, 1), torch.zeros(3, 2), a, Rows(torch.zeros(3).int(), None, 0.0)
+            )
         assert grids == [(1 << 16, 1)]
         return
     E = 1 << 16
@@ -405,7 +428,7 @@ def test_rows_past_2_31_elements(device):
     S = torch.zeros(M, 16, device=device, dtype=torch.float16)
     S[-1] = 1
     b = torch.ones(N, 16, device=device, dtype=torch.float16)
-    _expand_(out, S, b, 1.0)
+    launch_expand(out, S, b, 1.0, Rows(None, None, 0.0), None, None)
     assert (out[-1] == 16).all() and not out[:-1].any()
 
 

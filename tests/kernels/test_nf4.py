@@ -10,16 +10,13 @@ import torch.nn.functional as F
 from burnish.kernels import NF4Weight, dequantize_nf4, nf4_linear, quantize_nf4
 from burnish.kernels._chip import INTERPRET
 from burnish.kernels.nf4 import (
-    BLOCKSIZES,
     FEW_ROWS,
-    FP4,
-    NF4,
-    ORDER,
     dequantize_nf4_reference,
     nf4_linear_reference,
     quantize_nf4_reference,
 )
-from burnish.kernels.records import NESTED
+from burnish.kernels.plain.nf4 import FP4, NF4, ORDER
+from burnish.kernels.records import BLOCKSIZES, NESTED
 from torch.autograd.graph import saved_tensors_hooks
 
 TRITON = INTERPRET or torch.cuda.is_available()

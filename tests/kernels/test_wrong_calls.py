@@ -13,6 +13,7 @@ import wrong_attention
 import wrong_heads
 import wrong_linear
 import wrong_rest
+from burnish import kernels
 from burnish.kernels._chip import INTERPRET
 from wrong import Wrong
 
@@ -47,19 +48,19 @@ PLANTED = [
         "zeros for NaN", "rope", 'nan = float("nan")', "nan = 0.0", wrong_rest, "apply_rope", "rope: position -1"
     ),
     Planted(
-        "one adapter too many", "lora", "(ids < adapters)", "(ids <= adapters)", wrong_linear, "lora_linear",
+        "one adapter too many", "low_rank", "(ids < adapters)", "(ids <= adapters)", wrong_linear, "lora_linear",
         "lora: adapter past the stack",
     ),
     Planted(
-        "none for NaN", "lora", 'float("nan"), acc', "acc, acc", wrong_linear, "lora_linear", "lora: adapter -2"
+        "none for NaN", "low_rank", 'float("nan"), acc', "acc, acc", wrong_linear, "lora_linear", "lora: adapter -2"
     ),
     Planted(
-        "an id cut to 32 bits", "lora", "ids = tl.load(adapter_ptr + rows, rows < M, other=-1)",
+        "an id cut to 32 bits", "low_rank", "ids = tl.load(adapter_ptr + rows, rows < M, other=-1)",
         "ids = tl.load(adapter_ptr + rows, rows < M, other=-1).to(tl.int32)", wrong_linear, "lora_linear",
         "lora: adapter 2^40",
     ),
     Planted(
-        "dS of an adapter past the stack", "lora", "ids.clamp(0, adapters - 1)", "ids.clamp(min=0)", wrong_linear,
+        "dS of an adapter past the stack", "plain/lora", "ids.clamp(0, adapters - 1)", "ids.clamp(min=0)", wrong_linear,
         "lora_linear", "lora: adapter past the stack",
     ),
     Planted(
@@ -68,7 +69,7 @@ PLANTED = [
         "moe: index 2^40",
     ),
     Planted(
-        "ids not looked at", "lora", 'check_ids("adapter"', '(lambda *_: 0)("adapter"', wrong_linear, "lora_linear",
+        "ids not looked at", "low_rank", 'check_ids("adapter"', '(lambda *_: 0)("adapter"', wrong_linear, "lora_linear",
         "lora: adapter -2", triton=False,
     ),
     Planted(
@@ -78,6 +79,10 @@ PLANTED = [
 ]  # fmt: skip
 
 
+def home_of(op: str) -> str:
+    return getattr(kernels, op).__module__.removeprefix("burnish.kernels.").replace(".", "/")
+
+
 @pytest.mark.parametrize(
     "fault", [f for f in PLANTED if f.triton == INTERPRET], ids=lambda f: f"{f.file}: {f.name}"
 )
@@ -85,7 +90,7 @@ def test_a_planted_fault_is_caught(
     fault: Planted, copy_of: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch
 ):
     (call,) = (call for call in CALLS if call.name == fault.call)
-    copy = copy_of(fault.file, fault.old, fault.new)
+    copy = copy_of(fault.file, fault.old, fault.new, top=home_of(fault.op))
     monkeypatch.setattr(fault.table, fault.op, getattr(copy, fault.op))
     with pytest.raises((Exception, pytest.fail.Exception)):
         call.check(INTERPRET)
@@ -98,7 +103,7 @@ def test_a_faithful_copy_passes(
 ):
     """Without this, a copy that does not even run would count as a fault caught."""
     (call,) = (call for call in CALLS if call.name == fault.call)
-    monkeypatch.setattr(fault.table, fault.op, getattr(copy_of(fault.file), fault.op))
+    monkeypatch.setattr(fault.table, fault.op, getattr(copy_of(fault.file, top=home_of(fault.op)), fault.op))
     call.check(INTERPRET)
 
 
