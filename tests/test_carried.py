@@ -125,7 +125,7 @@ COPIES = {
     "kernels": 5,
 }  # and what one of their products is multiplied by
 PLACES = {  # where it stands: in a path that torch knows as an op, on a CPU and in Triton
-    "moe.py": "F.silu(gate) * up",
+    "plain/moe.py": "F.silu(gate) * up",
     "glu.py": "(u + offset) * g * tl.sigmoid(s)",
 }
 EACH_ITS_OWN = """

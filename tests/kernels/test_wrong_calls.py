@@ -13,6 +13,7 @@ import wrong_attention
 import wrong_heads
 import wrong_linear
 import wrong_rest
+from burnish import kernels
 from burnish.kernels._chip import INTERPRET
 from wrong import Wrong
 
@@ -63,7 +64,7 @@ PLANTED = [
         "lora_linear", "lora: adapter past the stack",
     ),
     Planted(
-        "an expert cut to 32 bits", "moe", "expert = tl.load(indices_ptr + n, n < N, other=-1)\n    kept",
+        "an expert cut to 32 bits", "route", "expert = tl.load(indices_ptr + n, n < N, other=-1)\n    kept",
         "expert = tl.load(indices_ptr + n, n < N, other=-1).to(tl.int32)\n    kept", wrong_rest, "moe_mlp",
         "moe: index 2^40",
     ),
@@ -78,6 +79,11 @@ PLANTED = [
 ]  # fmt: skip
 
 
+def file_of(op: str) -> str:
+    """The file of kernels/ in which an op stands."""
+    return getattr(kernels, op).__module__.removeprefix("burnish.kernels.").replace(".", "/")
+
+
 @pytest.mark.parametrize(
     "fault", [f for f in PLANTED if f.triton == INTERPRET], ids=lambda f: f"{f.file}: {f.name}"
 )
@@ -85,7 +91,7 @@ def test_a_planted_fault_is_caught(
     fault: Planted, copy_of: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch
 ):
     (call,) = (call for call in CALLS if call.name == fault.call)
-    copy = copy_of(fault.file, fault.old, fault.new)
+    copy = copy_of(fault.file, fault.old, fault.new, top=file_of(fault.op))
     monkeypatch.setattr(fault.table, fault.op, getattr(copy, fault.op))
     with pytest.raises((Exception, pytest.fail.Exception)):
         call.check(INTERPRET)
@@ -98,7 +104,7 @@ def test_a_faithful_copy_passes(
 ):
     """Without this, a copy that does not even run would count as a fault caught."""
     (call,) = (call for call in CALLS if call.name == fault.call)
-    monkeypatch.setattr(fault.table, fault.op, getattr(copy_of(fault.file), fault.op))
+    monkeypatch.setattr(fault.table, fault.op, getattr(copy_of(fault.file, top=file_of(fault.op)), fault.op))
     call.check(INTERPRET)
 
 

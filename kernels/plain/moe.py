@@ -1,0 +1,139 @@
+"""What torch computes of moe_mlp by itself: the reference, every expert on every token, and the CPU path.
+
+The CPU path sorts the choices by expert and takes the rows of one expert at a time. Experts in 4 bits are multiplied
+out one by one, in the forward and again in the backward.
+"""
+
+from itertools import repeat
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._chip import without_autocast
+from ..nf4 import dense_of, unnested
+from ..records import ExpertLinear, Experts, NF4Weight, Weight
+
+Activation = Literal["swiglu", "clamped_swiglu", "relu2"]
+ACTIVATIONS: tuple[Activation, ...] = ("swiglu", "clamped_swiglu", "relu2")
+
+# ---- reference
+
+
+def moe_mlp_reference(
+    x: Tensor,
+    gate_up: Tensor | NF4Weight,
+    down: Tensor | NF4Weight,
+    weights: Tensor,
+    indices: Tensor,
+    *,
+    activation: Activation = "swiglu",
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    gate_up_a: Tensor | None = None,
+    gate_up_b: Tensor | None = None,
+    down_a: Tensor | None = None,
+    down_b: Tensor | None = None,
+    alpha: float = 1.702,
+    limit: float = 7.0,
+) -> Tensor:
+    W_gu, W_d = (dense_of(Weight.of(weight), x.dtype) for weight in (gate_up, down))
+    W_gu = W_gu if gate_up_a is None or gate_up_b is None else W_gu + gate_up_b @ gate_up_a
+    W_d = W_d if down_a is None or down_b is None else W_d + down_b @ down_a
+
+    out = torch.zeros_like(x)
+    for e in range(W_gu.shape[0]):
+        h = F.linear(x, W_gu[e], None if gate_up_bias is None else gate_up_bias[e])
+        a = _activate(h, activation, alpha, limit)
+        y = F.linear(a, W_d[e], None if down_bias is None else down_bias[e])
+        weight = (weights * (indices == e)).sum(1, keepdim=True)  # (T, 1), zero where the token is elsewhere
+        out = out + weight.to(x.dtype) * y
+    return out
+
+
+def _activate(h: Tensor, activation: str, alpha: float, limit: float) -> Tensor:
+    """(rows, 2F), or (rows, F) for relu2, to (rows, F)."""
+    if activation == "relu2":
+        return h.relu().square()
+
+    gate, up = h.chunk(2, -1)
+    if activation == "swiglu":
+        return F.silu(gate) * up
+    gate = torch.where(gate > limit, limit, gate)  # clamp gives NaN the gradient 0
+    up = torch.where(up > limit, limit, torch.where(up < -limit, -limit, up))
+    return (up + 1) * (gate * (alpha * gate).sigmoid())
+
+
+# ---- CPU path
+
+
+@without_autocast  # in x's dtype, as the kernels
+def moe_mlp_cpu(x: Tensor, experts: Experts, weights: Tensor, indices: Tensor) -> Tensor:
+    """The rows of one expert at a time, only where there are any."""
+    gate_up, down = experts[:2]
+    (T, C), E, K = x.shape, gate_up.sizes[0], indices.shape[1]
+
+    # the choices by expert, without those of no expert
+    ids = indices.flatten()
+    ids = torch.where((ids < 0) | (ids >= E), E, ids)
+    order = ids.argsort(stable=True)
+    counts = ids.bincount(minlength=E + 1)[:E].tolist()
+    order = order[: sum(counts)]
+
+    layers = zip(_by_expert(gate_up), _by_expert(down), strict=True)
+    parts = [
+        _linear(_activate(_linear(rows, first), *experts[2:]), second)
+        for e, (rows, (first, second)) in enumerate(zip(x[order // K].split(counts), layers, strict=True))
+        if rows.shape[0] or e == 0  # one at least: what no token reaches has a gradient, of zeros
+    ]
+    y = torch.cat(parts)
+    y = y.new_zeros(T * K, C).index_copy(0, order, y).view(T, K, C)
+    return (y.to(weights.dtype) * weights[..., None]).sum(1).to(x.dtype)
+
+
+def _by_expert(layer: ExpertLinear) -> list[ExpertLinear]:
+    """The layer of each expert, without the dimension E."""
+    if layer.weight.blocksize:
+        weights = _by_expert_4bit(layer.weight)
+    else:
+        # unbind, not [e]: the backward of each [e] would fill a gradient of all experts
+        weights = [Weight(weight) for weight in layer.weight.data.unbind()]
+    others = (repeat(None) if t is None else t.unbind() for t in layer[1:])
+    return [ExpertLinear(*parts) for parts in zip(weights, *others, strict=False)]
+
+
+def _by_expert_4bit(weight: Weight) -> list[Weight]:
+    assert weight.absmax is not None
+    E, *shape = weight.shape
+    absmax = unnested(weight.absmax, weight.nested_absmax, weight.nested_code, weight.offset)
+    return [
+        Weight(packed, absmax, weight.code, shape=shape, blocksize=weight.blocksize)
+        for packed, absmax in zip(weight.data.view(E, -1), absmax.view(E, -1), strict=True)
+    ]
+
+
+class _FourBitLinear(torch.autograd.Function):
+    """A product for whose backward the weight is kept in its 4 bits."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Weight], output: Tensor) -> None:
+        ctx.weight = inputs[1]
+
+    @staticmethod
+    def forward(x: Tensor, weight: Weight) -> Tensor:
+        return F.linear(x, dense_of(weight, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy @ dense_of(ctx.weight, dy.dtype), None
+
+
+def _linear(x: Tensor, layer: ExpertLinear) -> Tensor:
+    weight, bias, a, b = layer
+    if not weight.blocksize:
+        y = F.linear(x, weight.data, bias)
+    else:
+        y = _FourBitLinear.apply(x, weight)
+        y = y if bias is None else y + bias
+    return y if a is None or b is None else y + F.linear(F.linear(x, a), b)
