@@ -33,16 +33,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._chip import (
-    FLOATS,
-    cdiv,
-    check_device,
-    check_dtype,
-    check_number,
-    check_shape,
-    precision,
-    use_triton,
-)
+from ._chip import FLOATS, cdiv, check_device, check_dtype, check_number, check_shape, precision, use_triton
 from ._op import like_saved, make_op, make_path
 from ._triton import tl, triton
 from .nf4 import dense_of
@@ -95,6 +86,7 @@ def _up_fwd(
     w_ptrs = w_ptr + expert * width * C + cols[None, :].to(tl.int64) * C + k[:, None]
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+
     for first in range(0, C, BLOCK_K):
         inside = k < C - first
         mask = inside[:, None] & (cols < F)[None, :]
@@ -230,6 +222,7 @@ def _activation_bwd(
         offsets = (first + c)[:, None].to(tl.int64) * F + cols[None, :]
         w = tl.load(w_ptr + expert * C * F + offsets, inside[:, None] & (cols < F)[None, :], other=0.0)
         acc = tl.dot(dout, w, acc, input_precision=PRECISION)
+
     if RANK:
         for first in range(0, R, RANK):
             r = first + tl.arange(0, RANK)
@@ -341,9 +334,7 @@ def _product(
     return out
 
 
-def _activation(
-    x: Tensor, experts: Experts, s: Tensor, routes: Routes, save: bool
-) -> tuple[Tensor, Tensor]:
+def _activation(x: Tensor, experts: Experts, s: Tensor, routes: Routes, save: bool) -> tuple[Tensor, Tensor]:
     """A = act(H) (T K, F), and H (T K, 2F or F), which is empty unless it is saved."""
     starts, row, choice, tile_expert, tile_row, block_m, top_k = routes
     gate_up, _, activation, alpha, limit = experts
@@ -423,7 +414,7 @@ def _rank_step(tile: dict[str, int], R: int) -> int:
 
 
 class _Saved(NamedTuple):
-    """What the backward reads: operands, H and S."""
+    """Operands of the forward, and H and S, for the backward."""
 
     x: Tensor
     experts: Experts
@@ -474,8 +465,11 @@ def _shapes(x, experts, weights, routes, save):
 
 def _multiplied_out(experts: Experts, dtype: torch.dtype) -> Experts:
     """Weights in 4 bits become dense ones of all experts, one launch each, and are freed after the op."""
-    dense = [layer._replace(weight=Weight(dense_of(layer.weight, dtype))) for layer in experts[:2]]
-    return experts._replace(gate_up=dense[0], down=dense[1])
+    gate_up, down = experts[:2]
+    if not (gate_up.weight.blocksize or down.weight.blocksize):
+        return experts
+    dense = (ExpertLinear(Weight(dense_of(layer.weight, dtype)), *layer[1:]) for layer in (gate_up, down))
+    return Experts(*dense, *experts[2:])
 
 
 def _save(outputs, x, experts, weights, routes, save):
@@ -505,11 +499,10 @@ def _backward(saved: _Saved, needs: Any, dout: Tensor) -> _Gradients:
 
     # what is trained of the two layers
     grad = partial(_weight_grad, weights, routes)
-    dw_gate_up, db_gate_up = grad(
-        dh, x, "q", needs.experts_gate_up_weight_data, with_bias=needs.experts_gate_up_bias
-    )
-    dw_down, db_down = grad(dout, wa, "p", needs.experts_down_weight_data, with_bias=needs.experts_down_bias)
+    dw_gate_up, db_gate_up = grad(dh, x, "q", needs.experts_gate_up_weight_data, needs.experts_gate_up_bias)
+    dw_down, db_down = grad(dout, wa, "p", needs.experts_down_weight_data, needs.experts_down_bias)
     wa_a = _product(wa, down.a, routes) if needs.experts_down_b else None  # w A A_d^T
+
     return _Gradients(
         x=dx,
         experts_gate_up_weight_data=dw_gate_up,
@@ -544,7 +537,7 @@ def _sorted_mlp(x: Tensor, experts: Experts, weights: Tensor, indices: Tensor) -
     )
     E = gate_up.sizes[0]
     routes = routes_of(indices, E, _block_m(x, indices.numel(), E))
-    experts = experts._replace(gate_up=gate_up.contiguous(), down=down.contiguous())
+    experts = Experts(gate_up.contiguous(), down.contiguous(), *experts[2:])
     return _mlp(x.contiguous(), experts, weights.contiguous(), routes, save)[0]
 
 
@@ -637,7 +630,7 @@ def _check_experts(name: str, weight: Tensor | NF4Weight, x: Tensor, **dims: int
 def _adapter(
     name: str, a: Tensor | None, b: Tensor | None, dtype: torch.dtype, E: int, C: int, N: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """In x's dtype. C in, N out."""
+    """A and B in x's dtype, of a layer with C in and N out."""
     if a is None and b is None:
         return None, None
     if a is None or b is None or a.dim() != 3 or not 1 <= a.shape[1] <= 256:

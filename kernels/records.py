@@ -142,8 +142,10 @@ class ExpertLinear(NamedTuple):
         return self.weight.data, self.bias, self.a, self.b
 
     def contiguous(self) -> "ExpertLinear":
-        data, *others = (None if t is None else t.contiguous() for t in self.tensors())
-        return ExpertLinear(self.weight._replace(data=data), *others)
+        if all(t is None or t.is_contiguous() for t in self.tensors()):
+            return self
+        others = (None if t is None else t.contiguous() for t in self[1:])
+        return ExpertLinear(self.weight._replace(data=self.weight.data.contiguous()), *others)
 
 
 class Experts(NamedTuple):

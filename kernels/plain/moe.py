@@ -1,9 +1,10 @@
-"""What torch computes of moe_mlp by itself: the reference, every expert on every token, and the CPU path.
+"""Plain torch for moe_mlp: the reference, which runs every expert on every token, and the CPU path.
 
 The CPU path sorts the choices by expert and takes the rows of one expert at a time. Experts in 4 bits are multiplied
 out one by one, in the forward and again in the backward.
 """
 
+from collections.abc import Iterator
 from itertools import repeat
 from typing import Any, Literal
 
@@ -71,8 +72,8 @@ def _activate(h: Tensor, activation: str, alpha: float, limit: float) -> Tensor:
 @without_autocast  # in x's dtype, as the kernels
 def moe_mlp_cpu(x: Tensor, experts: Experts, weights: Tensor, indices: Tensor) -> Tensor:
     """The rows of one expert at a time, only where there are any."""
-    gate_up, down = experts[:2]
-    (T, C), E, K = x.shape, gate_up.sizes[0], indices.shape[1]
+    (T, C), E, K = x.shape, experts.gate_up.sizes[0], indices.shape[1]
+    activation = experts[2:]
 
     # the choices by expert, without those of no expert
     ids = indices.flatten()
@@ -81,10 +82,12 @@ def moe_mlp_cpu(x: Tensor, experts: Experts, weights: Tensor, indices: Tensor) -
     counts = ids.bincount(minlength=E + 1)[:E].tolist()
     order = order[: sum(counts)]
 
-    layers = zip(_by_expert(gate_up), _by_expert(down), strict=True)
+    of_experts = zip(
+        x[order // K].split(counts), _by_expert(experts.gate_up), _by_expert(experts.down), strict=True
+    )
     parts = [
-        _linear(_activate(_linear(rows, first), *experts[2:]), second)
-        for e, (rows, (first, second)) in enumerate(zip(x[order // K].split(counts), layers, strict=True))
+        _linear(_activate(_linear(rows, *gate_up), *activation), *down)
+        for e, (rows, gate_up, down) in enumerate(of_experts)
         if rows.shape[0] or e == 0  # one at least: what no token reaches has a gradient, of zeros
     ]
     y = torch.cat(parts)
@@ -92,15 +95,12 @@ def moe_mlp_cpu(x: Tensor, experts: Experts, weights: Tensor, indices: Tensor) -
     return (y.to(weights.dtype) * weights[..., None]).sum(1).to(x.dtype)
 
 
-def _by_expert(layer: ExpertLinear) -> list[ExpertLinear]:
-    """The layer of each expert, without the dimension E."""
-    if layer.weight.blocksize:
-        weights = _by_expert_4bit(layer.weight)
-    else:
-        # unbind, not [e]: the backward of each [e] would fill a gradient of all experts
-        weights = [Weight(weight) for weight in layer.weight.data.unbind()]
-    others = (repeat(None) if t is None else t.unbind() for t in layer[1:])
-    return [ExpertLinear(*parts) for parts in zip(weights, *others, strict=False)]
+def _by_expert(layer: ExpertLinear) -> Iterator[tuple[Any, ...]]:
+    """The weight, bias, A and B of each expert, without the dimension E."""
+    weight, *others = layer
+    # unbind, not [e]: the backward of each [e] would fill a gradient of all experts
+    weights = _by_expert_4bit(weight) if weight.blocksize else weight.data.unbind()
+    return zip(weights, *(repeat(None) if t is None else t.unbind() for t in others), strict=False)
 
 
 def _by_expert_4bit(weight: Weight) -> list[Weight]:
@@ -129,10 +129,11 @@ class _FourBitLinear(torch.autograd.Function):
         return dy @ dense_of(ctx.weight, dy.dtype), None
 
 
-def _linear(x: Tensor, layer: ExpertLinear) -> Tensor:
-    weight, bias, a, b = layer
-    if not weight.blocksize:
-        y = F.linear(x, weight.data, bias)
+def _linear(
+    x: Tensor, weight: Tensor | Weight, bias: Tensor | None, a: Tensor | None, b: Tensor | None
+) -> Tensor:
+    if isinstance(weight, Tensor):
+        y = F.linear(x, weight, bias)
     else:
         y = _FourBitLinear.apply(x, weight)
         y = y if bias is None else y + bias
