@@ -104,7 +104,7 @@ def device_name(x: Tensor) -> str:
 
 def check_shape(name: str, x: Any, **dims: int) -> None:
     """check_shape("weight", w, hidden=4096) raises ValueError naming every dimension it expected."""
-    if tuple(x.shape) != tuple(dims.values()):
+    if x.shape != (*dims.values(),):
         want = ", ".join(f"{dim}={size}" for dim, size in dims.items())
         raise ValueError(f"{name}: expected shape ({want}), got {tuple(x.shape)}")
 

@@ -372,10 +372,9 @@ def _backward(saved: _Saved, needs: Any, dy: Tensor | None, dh: Tensor | None) -
         dx, dw = _rms_norm_backward(dy.contiguous(), dh, h, weight, rstd, unit_offset, needs.weight)
     if dx is None:
         return _Gradients(None, None, None)
+    dresidual = None if saved.residual_dtype is None else dx.to(saved.residual_dtype)
     return _Gradients(
-        dx.to(saved.x_dtype),
-        None if saved.residual_dtype is None else dx.to(saved.residual_dtype),
-        dw if needs.weight else None,
+        dx if dx.dtype == saved.x_dtype else dx.to(saved.x_dtype), dresidual, dw if needs.weight else None
     )
 
 
