@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import NF4Weight, moe, nf4
+from ..kernels import NF4Weight, moe_mlp, nf4
 from ..kernels._chip import autocast_dtype
+from ..kernels.plain.moe import moe_mlp_reference
 from .case import Case, Dims, Tensors, Work, randn, tensor
 from .cases_glu import clamped_swiglu_eager, swiglu_eager
 from .cases_nf4 import FOUR_BIT
@@ -145,8 +146,8 @@ _CASE = Case(
     op="moe_mlp",
     family="swiglu",
     inputs=_inputs,
-    fused=moe.moe_mlp,
-    reference=moe.moe_mlp_reference,
+    fused=moe_mlp,
+    reference=moe_mlp_reference,
     eager=_eager,
     work=_work,
     formula="6TKCF operations; 12TKCF",
@@ -194,8 +195,8 @@ CASES = (
         _CASE,
         family="4-bit experts, adapters",
         inputs=_4bit_inputs,
-        fused=with_4bit_experts(moe.moe_mlp),
-        reference=with_4bit_experts(moe.moe_mlp_reference),
+        fused=with_4bit_experts(moe_mlp),
+        reference=with_4bit_experts(moe_mlp_reference),
         eager=with_4bit_experts(_moe_4bit_eager),
         work=_adapter_work,
         formula="6TKCF + 2TKR(2C + 3F) operations; 6TKCF + 4TKR(2C + 3F)",

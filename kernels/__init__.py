@@ -15,7 +15,6 @@ if not gives_way(__name__):
     from .lora import lora_linear as lora_linear
     from .lora import lora_linears as lora_linears
     from .moe import moe_mlp as moe_mlp
-    from .moe import moe_route as moe_route
     from .nf4 import dequantize_nf4 as dequantize_nf4
     from .nf4 import nf4_linear as nf4_linear
     from .nf4 import quantize_nf4 as quantize_nf4
@@ -23,4 +22,5 @@ if not gives_way(__name__):
     from .norm import rms_norm as rms_norm
     from .records import NF4Weight as NF4Weight
     from .rope import apply_rope as apply_rope
+    from .route import moe_route as moe_route
     from .sample import sample_tokens as sample_tokens

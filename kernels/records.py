@@ -209,8 +209,45 @@ class Sampling(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What low-rank adapters make of each row of x."""
+    """The adapter and the dropout of each row of x, of low-rank adapters."""
 
     adapter: Tensor | None  # (M,), the row's own in a stack, -1 for none
     seed: Tensor | None  # 0-d int64, of dropout; None without
     dropout: float
+
+
+# ---- moe
+
+
+class ExpertLinear(NamedTuple):
+    """A linear layer of every expert, perhaps with an adapter: y = x (W + B A)^T + bias."""
+
+    weight: Weight  # (E, out, in)
+    bias: Tensor | None  # (E, out)
+    a: Tensor | None  # (E, R, in)
+    b: Tensor | None  # (E, out, R)
+
+    @property
+    def sizes(self) -> list[int] | torch.Size:
+        """E, out, in."""
+        return self.weight.shape or self.weight.data.shape
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Those that may have a gradient."""
+        return self.weight.data, self.bias, self.a, self.b
+
+    def contiguous(self) -> "ExpertLinear":
+        if all(t is None or t.is_contiguous() for t in self.tensors()):
+            return self
+        others = (None if t is None else t.contiguous() for t in self[1:])
+        return ExpertLinear(self.weight._replace(data=self.weight.data.contiguous()), *others)
+
+
+class Experts(NamedTuple):
+    """Feed-forward layers: E(x) = act(x W_gu^T + b_gu) W_d^T + b_d."""
+
+    gate_up: ExpertLinear  # out 2F, the gate's rows first; F for relu2
+    down: ExpertLinear
+    activation: str
+    alpha: float  # of clamped_swiglu, as limit
+    limit: float

@@ -205,6 +205,41 @@ LORA_FUSED = {
 
 # ---- moe
 
+# Of a product over the rows of an expert, at most: M is no more than what an expert has on average, N is shared by the
+# accumulators that a program holds.
+MOE = {
+    "fp32": Tile(64, 64, 32, warps=4, stages=2),
+    "few rows": Tile(32, 128, 64, warps=4, stages=3),
+    "gfx942": Tile(128, 128, 64, warps=8, stages=2),
+    "any": Tile(128, 128, 64, warps=8, stages=3),
+}
+# Of a gradient of weights [M, N], at most, in steps of K rows.
+MOE_WEIGHT_GRAD = {
+    "fp32": Tile(64, 64, 32, warps=4, stages=2),
+    "gfx942": Tile(128, 128, 64, warps=8, stages=2),
+    "any": Tile(128, 128, 64, warps=8, stages=3),
+}
+
+
+def moe_tile(x: Tensor, block_m: int, *, accumulators: int = 1, width: int = 128) -> dict[str, int]:
+    """The tile of a product. accumulators: how many it holds at once. width: the result's, if it may be a rank."""
+    chip = "fp32" if x.dtype == torch.float32 else "few rows" if block_m < 64 else chip_of(x)
+    return _moe_tile(chip, block_m, accumulators, width)
+
+
+@cache
+def _moe_tile(chip: str, block_m: int, accumulators: int, width: int) -> dict[str, int]:
+    tile = row_of(MOE, chip, "any")
+    M, N = min(tile.M, block_m), min(tile.N // accumulators, tile_width(width))
+    return tile._replace(M=M, N=N).launch()
+
+
+def moe_weight_tile(x: Tensor, N: int, C: int) -> dict[str, int]:
+    """The tile of a gradient (N, C), either of which may be a rank."""
+    tile = row_of(MOE_WEIGHT_GRAD, "fp32" if x.dtype == torch.float32 else chip_of(x), "any")
+    blocks = {"BLOCK_R": tile.K, "BLOCK_N": min(tile.M, tile_width(N)), "BLOCK_C": min(tile.N, tile_width(C))}
+    return blocks | {"num_warps": tile.warps if min(N, C) > 64 else 4, "num_stages": tile.stages}
+
 
 # ---- nf4
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..kernels import moe_mlp, moe_route
 from ..kernels._chip import autocast_dtype
-from ..kernels.moe import RouteStatistics
+from ..kernels.route import RouteStatistics
 from .config import Experts, Latent, ModelConfig
 from .linear import ExpertLinear, Linear
 

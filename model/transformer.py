@@ -32,7 +32,7 @@ from ..kernels import (
 )
 from ..kernels._chip import autocast_dtype, readable
 from ..kernels.head.blocks import logits_of, low_rank
-from ..kernels.moe import RouteStatistics
+from ..kernels.route import RouteStatistics
 from .cache import Cache
 from .config import ModelConfig, Rope
 from .linear import Linear, LoraConfig, linears_of, whole

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from burnish.kernels import dequantize_nf4, moe, moe_mlp, moe_route, quantize_nf4
+from burnish.kernels import dequantize_nf4, moe, moe_mlp, moe_route, quantize_nf4, route
 from burnish.kernels._chip import INTERPRET
-from burnish.kernels.moe import moe_mlp_reference
+from burnish.kernels.plain.moe import moe_mlp_reference
+from burnish.kernels.records import ExpertLinear, Experts, Weight
 from torch.utils._python_dispatch import TorchDispatchMode
 
 TRITON = INTERPRET or torch.cuda.is_available()
@@ -209,7 +210,7 @@ def test_frozen_experts_have_no_gradient_and_cost_none(device):
 )
 def test_every_kept_choice_lands_exactly_once(T, K, E, block_m, device):
     indices = torch.randint(-1, E + 1, (T, K), device=device)
-    starts, row, choice, tile_expert, tile_row = moe._dispatch(indices, E, block_m)
+    starts, row, choice, tile_expert, tile_row = route._dispatch(indices, E, block_m)
     ids = indices.flatten().tolist()
     kept = sorted((e, n) for n, e in enumerate(ids) if 0 <= e < E)  # by expert, and as they come
     assert starts.tolist() == [sum(e < i for e, _ in kept) for i in range(E + 1)]
@@ -249,19 +250,30 @@ def test_no_shape_hangs_on_the_values(monkeypatch, device):
             assert all(isinstance(size, int) for size in grid)
             return lambda *args, **kwargs: None
 
-    kernels = ("_histogram", "_scatter", "_tiles", "_up_fwd", "_rows_product", "_combine", "_activation_bwd")
-    for name in (*kernels, "_weight_bwd"):
+    for name in ("_histogram", "_scatter", "_tiles"):
+        monkeypatch.setattr(route, name, Launch())
+    for name in ("_up_fwd", "_rows_product", "_combine", "_activation_bwd", "_weight_bwd"):
         monkeypatch.setattr(moe, name, Launch())
     with FakeTensorMode():
         given = operands(20, 8, 8, 3, 2, device)
-        rows = moe._dispatch(given["indices"], 3, 16)
-        held = [given[n] for n in ("x", "gate_up", "down", "weights")]
-        biases = torch.zeros(3, 16), torch.zeros(3, 8)
-        low = torch.zeros(3, 2, 8), torch.zeros(3, 16, 2), torch.zeros(3, 5, 8), torch.zeros(3, 8, 5)
-        inputs = [*held, *biases, *low]
-        four_bit, numbers = ([None] * 10, [0, 0]), ("swiglu", 0.0, 0.0, 16)
-        out, h, s = moe._forward(*inputs, *four_bit[0], four_bit[1], *rows, *numbers, True)
-        grads = moe._backward(out, inputs, *four_bit, h, s, rows, *numbers, [True] * 10)
+        routes = route.Routes(*route._dispatch(given["indices"], 3, 16), 16, 2)
+        experts = Experts(
+            ExpertLinear(
+                Weight(given["gate_up"]), torch.zeros(3, 16), torch.zeros(3, 2, 8), torch.zeros(3, 16, 2)
+            ),
+            ExpertLinear(
+                Weight(given["down"]), torch.zeros(3, 8), torch.zeros(3, 5, 8), torch.zeros(3, 8, 5)
+            ),
+            "swiglu",
+            0.0,
+            0.0,
+        )
+        x, weights = given["x"], given["weights"]
+        outputs = moe._forward(x, experts, weights, routes, True)
+        saved = moe._save(outputs, x, experts, weights, routes, True)
+        needs = moe._Gradients(*(True for _ in moe._Gradients._fields))
+        grads = moe._backward(saved, needs, outputs[0])
+        inputs = [x, *experts.gate_up.tensors(), *experts.down.tensors(), weights]
         assert [g.shape for g in grads] == [t.shape for t in inputs]
         with pytest.raises(Exception, match=r"data-dependent|DataDependent|_local_scalar"):
             given["weights"].sum().item()  # the control: such a read is seen

@@ -1,0 +1,294 @@
+"""The router of a mixture of experts: which experts each token goes to, and where the rows of an expert lie.
+
+    s = softmax(z) or sigmoid(z)        indices = the K largest of z or s + bias        w = s[indices]
+
+    balance = E sum_e (tokens that chose e / T) (mean of e's probability)        z_loss = mean of logsumexp(z)^2
+
+    row of a choice = choices of earlier experts + of its expert before it        token of a row = its choice // K
+
+The router is plain torch on every device; kernels sort its choices by expert. The host reads nothing. See docs/moe.md.
+
+Memory, in elements: the router writes and reads (T, E) in fp32 a few times, which the experts' products dwarf; sorting
+writes 2 T K + T K E / 128 integers, a count for each expert of each block of 128 choices.
+
+Source: Shazeer et al. 2017, https://arxiv.org/abs/1701.06538; Switch, https://arxiv.org/abs/2101.03961, eq. 4-6;
+        z-loss, https://arxiv.org/abs/2202.08906, eq. 5; sigmoid router with bias and groups: DeepSeek-V3,
+        https://arxiv.org/abs/2412.19437, eq. 12-16
+"""
+
+# A launch passes numbers where the kernel is annotated tl.constexpr:
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._chip import FLOATS, cdiv, check_device, check_dtype, check_number, check_shape
+from ._op import make_op
+from ._triton import tl, triton
+
+
+class RouteStatistics(NamedTuple):
+    """A router's statistics, counted before a capacity drops anything."""
+
+    balance: Tensor  # (), differentiable; K where the load is even
+    z_loss: Tensor  # (), differentiable
+    counts: Tensor  # (E,) int64, how many tokens chose each expert
+    dropped: Tensor  # () int64, how many choices found their expert full
+    probability: Tensor  # (E,), differentiable: each expert's, a mean over the tokens
+
+
+# ---- reference
+
+
+def moe_route_reference(
+    logits: Tensor,
+    top_k: int,
+    *,
+    score: Literal["softmax", "sigmoid"] = "softmax",
+    bias: Tensor | None = None,
+    groups: int = 1,
+    top_groups: int = 1,
+    renormalize: bool = False,
+    scale: float = 1.0,
+    capacity_factor: float | None = None,
+) -> tuple[Tensor, Tensor, RouteStatistics]:
+    T, E = logits.shape
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    probability = z.softmax(-1) if score == "softmax" else z.sigmoid()
+
+    # the choice, which has no gradient
+    chosen_by = (z if score == "softmax" and bias is None else probability).detach()
+    if bias is not None:
+        chosen_by = chosen_by + bias.to(z.dtype)
+    if groups > 1:
+        members = chosen_by.view(T, groups, E // groups)
+        best = (
+            members.topk(min(2, E // groups), -1).values.sum(-1) if score == "sigmoid" else members.amax(-1)
+        )
+        open_groups = torch.zeros_like(best, dtype=torch.bool)
+        open_groups.scatter_(1, best.topk(top_groups, -1).indices, True)
+        chosen_by = members.masked_fill(~open_groups[..., None], -torch.inf).flatten(1)
+    indices = chosen_by.topk(top_k, -1).indices  # (T, K)
+
+    weights = probability.gather(1, indices)
+    if renormalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    weights = weights * scale
+
+    # the load
+    counts = _counts(indices, E)
+    share = probability if score == "softmax" else probability / (probability.sum(-1, keepdim=True) + 1e-20)
+    tokens = max(T, 1)
+    mean_share = share.sum(0) / tokens  # (E,)
+    balance = E * (counts.to(z.dtype) / tokens * mean_share).sum()
+    z_loss = z.logsumexp(-1).square().sum() / tokens
+
+    # what an expert has no place for
+    dropped = counts.new_zeros(())
+    if capacity_factor is not None:
+        capacity = math.ceil(min(capacity_factor, E) * T * top_k / E)  # E: every choice of one expert
+        full = _place_in_expert(indices, E) >= capacity
+        indices, weights = indices.masked_fill(full, E), weights.masked_fill(full, 0)
+        dropped = full.sum()
+    return weights, indices, RouteStatistics(balance, z_loss, counts, dropped, mean_share)
+
+
+def _counts(indices: Tensor, E: int) -> Tensor:
+    """(E,) int64, without reading a number on the host as bincount does."""
+    ids = indices.flatten().sort().values
+    experts = torch.arange(E + 1, device=indices.device, dtype=ids.dtype)
+    return torch.searchsorted(ids, experts).diff()
+
+
+def _place_in_expert(indices: Tensor, E: int) -> Tensor:
+    """(T, K): how many choices of the same expert come before: all first choices before all second ones."""
+    by_choice = indices.t().flatten()  # (K T,)
+    ids, order = by_choice.sort(stable=True)
+    starts = torch.searchsorted(ids, torch.arange(E, device=ids.device, dtype=ids.dtype))
+    place = torch.empty_like(ids)
+    place[order] = torch.arange(ids.numel(), device=ids.device) - starts[ids]
+    return place.view(indices.shape[1], -1).t()
+
+
+# ---- kernels
+
+# fmt: off
+
+
+@triton.jit
+def _histogram(indices_ptr, counts_ptr, N, E, BLOCKS, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
+    """counts (E, BLOCKS): how often each block of BLOCK_N choices names each expert."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    expert = tl.load(indices_ptr + n, n < N, other=-1)
+    for first in range(0, E, BLOCK_E):
+        e = first + tl.arange(0, BLOCK_E)
+        count = tl.sum((expert[:, None] == e[None, :]).to(tl.int32), 0)  # [BLOCK_E]
+        tl.store(counts_ptr + e * BLOCKS + tl.program_id(0), count, e < E)
+
+
+@triton.jit
+def _scatter(indices_ptr, counts_ptr, ends_ptr, row_ptr, choice_ptr, N, E, BLOCKS, BLOCK_N: tl.constexpr):
+    """A choice's row is the number of choices of earlier experts, of its expert in earlier blocks, and in its block."""
+    i = tl.arange(0, BLOCK_N)
+    n = tl.program_id(0) * BLOCK_N + i
+    expert = tl.load(indices_ptr + n, n < N, other=-1)
+    kept = (expert >= 0) & (expert < E)  # before it is cut to 32 bits: 2^40 is no expert 0
+    expert = tl.where(kept, expert, -1).to(tl.int32)
+
+    cell = expert * BLOCKS + tl.program_id(0)
+    before = tl.load(ends_ptr + cell, kept, other=0) - tl.load(counts_ptr + cell, kept, other=0)
+    block = tl.load(indices_ptr + tl.program_id(0) * BLOCK_N + i, n < N, other=-1)
+    earlier = (expert[:, None] == block[None, :]) & (i[None, :] < i[:, None])  # [BLOCK_N, BLOCK_N]
+    row = before + tl.sum(earlier.to(tl.int32), 1)
+    tl.store(row_ptr + n, tl.where(kept, row, -1), n < N)
+    tl.store(choice_ptr + row, n, kept)
+
+
+@triton.jit
+def _tiles(
+    starts_ptr, tile_expert_ptr, tile_row_ptr, E, tiles,
+    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+):
+    """For each tile of BLOCK_M rows its expert, -1 past the last tile, and its first row."""
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    expert = tl.zeros([BLOCK_T], tl.int32) - 1
+    row = tl.zeros([BLOCK_T], tl.int32)
+    before = tl.zeros([BLOCK_E], tl.int32)
+
+    for first in range(0, E, BLOCK_E):
+        # the tiles of BLOCK_E experts, from begin to stop
+        e = first + tl.arange(0, BLOCK_E)
+        start = tl.load(starts_ptr + e, e < E, other=0)
+        count = (tl.load(starts_ptr + e + 1, e < E, other=0) - start + BLOCK_M - 1) // BLOCK_M
+        stop = before + tl.cumsum(count, 0)
+        begin = stop - count
+
+        # a tile lies with one of them at most
+        lies = (t[:, None] >= begin[None, :]) & (t[:, None] < stop[None, :])  # [BLOCK_T, BLOCK_E]
+        expert += tl.sum(tl.where(lies, e[None, :] + 1, 0), 1)
+        row += tl.sum(tl.where(lies, start[None, :] + (t[:, None] - begin[None, :]) * BLOCK_M, 0), 1)
+        before += tl.sum(count, 0)
+
+    tl.store(tile_expert_ptr + t, expert, t < tiles)
+    tl.store(tile_row_ptr + t, row, t < tiles)
+
+# fmt: on
+
+
+# ---- launch
+
+
+class Routes(NamedTuple):
+    """Rows, each a token with one of its experts, sorted by expert.
+
+    Sizes are upper bounds: rows and tiles past the last are never touched.
+    """
+
+    starts: Tensor  # (E + 1,) int32, the first row of each expert, and the number of rows
+    row: Tensor  # (T K,) int32, of each choice; -1 where it is dropped
+    choice: Tensor  # (T K,) int32, of each row
+    tile_expert: Tensor  # (tiles,) int32, -1 past the last tile
+    tile_row: Tensor  # (tiles,) int32, the first row of each tile
+    block_m: int  # rows of a tile
+    top_k: int  # K
+
+
+def _dispatch(indices: Tensor, E: int, block_m: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """indices (T, K) contiguous, int32 or int64, to the tensors of Routes."""
+    starts, row, choice, tile_expert, tile_row = _dispatch_shapes(indices, E, block_m)
+    N = indices.numel()
+    if not N:
+        return starts.zero_(), row, choice, tile_expert, tile_row
+
+    blocks = cdiv(N, 128)
+    counts = indices.new_empty(E, blocks, dtype=torch.int32)
+    _histogram[(blocks,)](indices, counts, N, E, blocks, BLOCK_N=128, BLOCK_E=64)
+    ends = counts.view(-1).cumsum(0, dtype=torch.int32)
+    _scatter[(blocks,)](indices, counts, ends, row, choice, N, E, blocks, BLOCK_N=128)
+
+    starts[:1].zero_()
+    starts[1:] = ends.view(E, blocks)[:, -1]
+    tiles = tile_expert.numel()
+    grid = (cdiv(tiles, 64),)
+    _tiles[grid](starts, tile_expert, tile_row, E, tiles, BLOCK_M=block_m, BLOCK_T=64, BLOCK_E=64)
+    return starts, row, choice, tile_expert, tile_row
+
+
+def _dispatch_shapes(indices, E, block_m):
+    N = indices.numel()
+    tiles = cdiv(N, block_m) + E
+    return tuple(indices.new_empty(size, dtype=torch.int32) for size in (E + 1, N, N, tiles, tiles))
+
+
+_dispatched = make_op("moe_dispatch", _dispatch, _dispatch_shapes)
+
+
+def routes_of(indices: Tensor, E: int, block_m: int) -> Routes:
+    return Routes(*_dispatched(indices.contiguous(), E, block_m), block_m, indices.shape[1])
+
+
+# ---- op
+
+
+def moe_route(
+    logits: Tensor,
+    top_k: int,
+    *,
+    score: Literal["softmax", "sigmoid"] = "softmax",
+    bias: Tensor | None = None,
+    groups: int = 1,
+    top_groups: int = 1,
+    renormalize: bool = False,
+    scale: float = 1.0,
+    capacity_factor: float | None = None,
+) -> tuple[Tensor, Tensor, RouteStatistics]:
+    """Choose top_k experts for each token. Top-k-then-softmax is softmax with renormalize: the same numbers.
+
+    logits: (T, E); computed in fp32 (fp64 of fp64).
+    score: what a logit is worth. softmax: over all experts.
+    bias: (E,), added to the scores for the choice alone: the weights do not see it, and it has no gradient.
+    groups: E is as many groups, only experts of the best top_groups are chosen. A group is worth its best expert
+        (DeepSeek-V2), or with sigmoid the sum of its two best (DeepSeek-V3).
+    renormalize: weights of a token sum to 1 (before scale).
+    capacity_factor: each expert takes ceil(capacity_factor T K / E) choices, first choices first, then by token; what
+        finds it full has weight 0 and index E, which moe_mlp passes over. Infinite: nothing is dropped.
+    Returns weights (T, K) fp32, indices (T, K) int64, most likely first, and RouteStatistics; the host reads nothing.
+    A token with NaN among its logits has NaN among its weights, and indices of experts that are there.
+    Raises ValueError for numbers out of range, other shapes and dtypes, and tensors on two devices.
+    """
+    if logits.dim() != 2 or not 1 <= top_k <= logits.shape[1]:
+        raise ValueError(
+            f"logits: expected (tokens, experts >= top_k={top_k} >= 1), got {tuple(logits.shape)}"
+        )
+    E = logits.shape[1]
+    check_dtype("logits", logits, *FLOATS)
+    check_device(logits, bias=bias)
+    check_number("scale", scale)
+    if score not in ("softmax", "sigmoid"):
+        raise ValueError(f"score: expected softmax or sigmoid, got {score!r}")
+
+    if bias is not None:
+        check_shape("bias", bias, experts=E)
+        check_dtype("bias", bias, *FLOATS)
+    if groups < 1 or E % groups or not 1 <= top_groups <= groups or top_groups * (E // groups) < top_k:
+        raise ValueError(
+            f"groups, top_groups: expected a divisor of {E} experts, and enough of them to choose {top_k} from, "
+            f"got {groups} and {top_groups}"
+        )
+    if capacity_factor is not None and not capacity_factor > 0:
+        raise ValueError(f"capacity_factor: expected a positive number, got {capacity_factor}")
+
+    return moe_route_reference(
+        logits,
+        top_k,
+        score=score,
+        bias=bias,
+        groups=groups,
+        top_groups=top_groups,
+        renormalize=renormalize,
+        scale=scale,
+        capacity_factor=capacity_factor,
+    )
