@@ -33,7 +33,7 @@ from torch import Tensor
 from .._chip import INTERPRET, capability, check_device, precision, use_triton, without_autocast
 from .._op import register
 from .._triton import tl, triton
-from .blocks import (
+from ._old import (
     _place,
     _products,
     _quarter,

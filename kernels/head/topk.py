@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .._chip import check_device, check_shape, readable, use_triton, whole_number, without_autocast
 from .._op import register
-from .blocks import (
+from ._old import (
     block_of,
     blocks_of,
     buffer_of,
