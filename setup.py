@@ -1,9 +1,18 @@
 """Packaging. The folders at the top of this repository are installed under one name: kernels/ is burnish.kernels."""
 
+from pathlib import Path
+
 from setuptools import setup
 
 NAME = "burnish"
-FOLDERS = ["kernels", "model", "algorithms", "bench"]  # flat on purpose: no sub-packages to list
+FOLDERS = ["kernels", "model", "algorithms", "bench"]
+ROOT = Path(__file__).parent
+ROOMS = [  # the folders themselves, and those in them that hold an __init__.py
+    file.parent.relative_to(ROOT).as_posix()
+    for folder in FOLDERS
+    for file in sorted((ROOT / folder).rglob("__init__.py"))
+]
+PACKAGES = {f"{NAME}.{room.replace('/', '.')}": room for room in ROOMS}
 
 setup(
     name=NAME,
@@ -11,8 +20,8 @@ setup(
     description="Post-training for language models, written from the kernels up",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[f"{NAME}.{folder}" for folder in FOLDERS],
-    package_dir={f"{NAME}.{folder}": folder for folder in FOLDERS},
+    packages=[*PACKAGES],
+    package_dir=PACKAGES,
     package_data={f"{NAME}.{folder}": ["py.typed"] for folder in FOLDERS}
     | {f"{NAME}.bench": ["py.typed", "*.json"]},
     install_requires=[

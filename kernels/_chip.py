@@ -1,4 +1,4 @@
-"""What every kernel file asks before it launches: which path, on what chip, in what precision, and what it accepts."""
+"""Questions before a launch: which path, on what chip, in what precision, and what it accepts."""
 
 import math
 import os
@@ -55,14 +55,14 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def capability(x: Tensor) -> tuple[int, int]:
-    """What picks a tile from a table: (9, 0) on an H100, (9, 4) on an MI300X, (0, 0) when interpreted."""
+    """The number that picks a tile from a table: (9, 0) on an H100, (9, 4) on an MI300X, (0, 0) when interpreted."""
     if TARGET is not None:
         return TARGET
     return _capability(x.device) if x.is_cuda else (0, 0)
 
 
 def precision() -> str:
-    """How products of fp32 tensors are rounded, as torch's matmul on a GPU rounds them: "ieee", or "tf32".
+    """The way products of fp32 tensors are rounded, as torch's matmul on a GPU rounds them: "ieee", or "tf32".
 
     The older getters raise once a process has used the newer setters, as transformers does.
     """
@@ -98,13 +98,13 @@ def _device_name(device: torch.device) -> str:
 
 
 def device_name(x: Tensor) -> str:
-    """What picks from what was measured on one device alone; "" where nothing is launched on any."""
+    """The name under which measurements of one device are kept; "" where nothing is launched on any."""
     return _device_name(x.device) if x.is_cuda else ""
 
 
 def check_shape(name: str, x: Any, **dims: int) -> None:
     """check_shape("weight", w, hidden=4096) raises ValueError naming every dimension it expected."""
-    if tuple(x.shape) != tuple(dims.values()):
+    if x.shape != (*dims.values(),):
         want = ", ".join(f"{dim}={size}" for dim, size in dims.items())
         raise ValueError(f"{name}: expected shape ({want}), got {tuple(x.shape)}")
 
@@ -178,7 +178,7 @@ def check_attention(
 
 
 def cdiv(size: int, block: int) -> int:
-    """How many blocks cover `size`. (triton.cdiv and triton.next_power_of_2 take microseconds on the host.)"""
+    """The number of blocks that cover `size`. (triton.cdiv, triton.next_power_of_2: microseconds on the host.)"""
     return -(-size // block)
 
 
@@ -192,7 +192,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def multiprocessors(x: Tensor) -> int:
-    """What a grid that walks its work is sized by; 2 when interpreted, so that every program walks."""
+    """The size of a grid whose programs walk their work; 2 when interpreted, so that every program walks."""
     return _multiprocessors(x.device) if x.is_cuda else 2 if INTERPRET else 132
 
 

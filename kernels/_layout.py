@@ -103,12 +103,25 @@ class Layout:
         parts = "".join("*" * (spread and leaf.is_list) + leaf.read + ", " for leaf in leaves)
         return eval(f"lambda {self._arguments}: ({parts})")
 
+    def call(self, function: Callable[..., Any], leaves: Iterable[Leaf]) -> Callable[..., Any]:
+        """A function of the arguments that passes them on as one tuple, and once more these leaves of them."""
+        parts = "".join(leaf.read + ", " for leaf in leaves)
+        return eval(
+            f"lambda {self._arguments}: function(({self._arguments},), {parts})", {"function": function}
+        )
+
     def build(self, parameters: str, leaves: Iterable[str], record: type[Any] = tuple) -> Callable[..., Any]:
         """A function of `parameters` that returns the arguments as a record, each leaf an expression of them."""
         records: dict[str, Any] = {"make": partial(tuple.__new__, record)}
         rest = iter(leaves)
         built = "".join(_built(kind, rest, records) + ", " for kind in self._hints.values())
         return eval(f"lambda {parameters}: make(({built}))", records)
+
+
+def compiled(signature: str, lines: list[str], **known: Any) -> Callable[..., Any]:
+    """The function of these lines."""
+    exec(f"def {signature}:\n    " + "\n    ".join(lines), known)
+    return known[signature.split("(")[0]]
 
 
 def hints_of(function: Callable[..., Any]) -> dict[str, Any]:

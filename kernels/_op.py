@@ -10,7 +10,7 @@ from torch._C import DispatchKey, _SetExcludeDispatchKeyGuard
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ._chip import NAMESPACE
-from ._layout import Layout, flattened, hints_of, kind_of, nested
+from ._layout import Layout, compiled, flattened, hints_of, kind_of, nested
 
 # ---- what every op is held to
 
@@ -80,11 +80,10 @@ def _first_order(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
     return once
 
 
-def _recorded(args: Iterable[Any]) -> bool:
-    """Whether somebody wants to see the registered ops, or their shapes alone."""
+def _recorded(first: Tensor | None) -> bool:
+    """Whether somebody wants to see the registered ops, or their shapes alone; `first` is an op's first tensor."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return True
-    first = _first(args)
     return first is not None and first.is_meta
 
 
@@ -101,35 +100,41 @@ def make_op(
 ) -> Callable[..., Any]:
     """Make burnish::name known to torch and return what the public op calls, with the arguments of `forward`.
 
-    forward(*arguments): tensors, a tuple of tensors, or of tensors and lists of them. It runs on their device, without
-        a gradient; tensors, numbers, records and lists of them are its arguments, all annotated.
+    forward(*arguments): a tensor, or a tuple of tensors and lists of tensors. The arguments, all annotated, are
+        tensors, numbers, records and lists of them. It runs on their device, without a gradient.
     shapes(*arguments): what forward returns, empty; it answers for tensors on "meta", too.
-    save(outputs, *arguments): a record of the tensors, inputs or outputs, and the numbers that the backward reads.
-    backward(saved, needs, *upstream): the gradients of the loss, a record whose fields are called as arguments that may
-        have one, laid out flat; of a list, a list. `needs` is that record with a bool in each field; what it does not
-        ask for may be None. upstream: the gradients of forward's first outputs; the others have none. One that is
-        annotated `Tensor | None` is None where no loss reads that output. First derivatives alone.
-    gradient_shapes(saved, needs, *upstream): what backward returns, empty, as `like_saved` makes it. Without it the
-        backward is no op itself: torch sees the torch calls and the ops that it is made of.
+    save(outputs, *arguments): a record of what the backward reads, inputs, outputs and numbers.
+    backward(saved, needs, *upstream): the gradients, a record whose fields are called as the arguments that may have
+        one, laid out flat; for a list, a list. `needs` is that record with a bool in each field; a gradient that nobody
+        needs may be None. `upstream` are the gradients of forward's first outputs; its other outputs have none. One
+        that is annotated `Tensor | None` is None where no loss reads that output.
+    gradient_shapes(saved, needs, *upstream): what backward returns, empty, as `like_saved` does. Without it the
+        backward is no op itself: torch sees the calls and ops that it is made of.
 
     torch.compile and dispatch modes (FakeTensor, selective checkpointing) see the registered op; an eager call goes by
     an autograd.Function around the same functions, which costs half as much, or where gradients are off to `forward`.
+    Raises NotImplementedError for the derivative of a gradient.
     """
-    layout, launch = Layout(hints_of(forward)), on_its_device(forward)
+    layout = Layout(hints_of(forward))
     returns = _returns(get_type_hints(forward)["return"])
-    registered = _registered(name, layout, returns, launch, shapes)
-    direct = launch
+    registered = _registered(name, layout, returns, on_its_device(forward), shapes)
+    differentiable = forward
     if save is not None and backward is not None:
         gradient = _Gradient(name, layout, returns, save, backward, gradient_shapes)
-        registered.register_autograd(gradient.of_registered(name), setup_context=gradient.keep_flat)
-        direct = _direct(name, launch, gradient, "[]" in returns)
+        registered.register_autograd(gradient.registered_backward(), setup_context=gradient.keep_flat)
+        differentiable = _eager(forward, gradient)
 
-    def call(*args: Any) -> Any:
-        if _recorded(args):
+    def guarded(*args: Any) -> Any:  # on_its_device in the same frame: a microsecond of the host
+        first = _first(args)
+        if _recorded(first):
             return registered(*layout.flat(*args))
-        return direct(*args) if torch.is_grad_enabled() else launch(*args)
+        compute = differentiable if torch.is_grad_enabled() else forward
+        if first is None or not first.is_cuda or first.get_device() == torch.cuda.current_device():
+            return compute(*args)
+        with torch.cuda.device(first.device):
+            return compute(*args)
 
-    return call
+    return guarded
 
 
 def _registered(
@@ -151,40 +156,37 @@ def _returns(annotation: Any) -> str:
     return f"({', '.join(map(kind_of, kinds))})"
 
 
-def _direct(name: str, launch: Callable[..., Any], gradient: "_Gradient", lists: bool) -> Callable[..., Any]:
-    """What an eager call goes by. The arguments pass as one, and those that may have a gradient once more behind it.
+def _eager(forward: Callable[..., Any], gradient: "_Gradient") -> Callable[..., Any]:
+    """The way of an eager call. The arguments pass as one, and those that may have a gradient once more behind it.
 
-    It has no setup_context of its own, for which torch would inspect the signature anew on each call. lists: lists of
-    tensors are among what may have a gradient or what `launch` returns; an autograd.Function knows none.
+    It has no setup_context of its own, for which torch would inspect the signature anew on each call.
     """
-
-    def forward(ctx: Any, args: tuple[Any, ...], *_: Any) -> Any:
-        output = launch(*args)
-        gradient.keep(ctx, args, output)
-        return output
+    plain, tensors = gradient.eager_forward(forward), gradient.tensors
 
     def forward_lists(ctx: Any, args: tuple[Any, ...], lengths: list[int | None], *_: Any) -> Any:
-        flat, ctx.returned = flattened(forward(ctx, args))
+        flat, ctx.returned = flattened(plain(ctx, args))
         ctx.counts = [len(x) if isinstance(x, list) else None for x in gradient.whole(*args)]
         lengths += ctx.returned
         return tuple(flat)
 
     members = {
-        "forward": staticmethod(forward_lists if lists else forward),
-        "backward": staticmethod(gradient.of_eager(name, lists)),
+        "forward": staticmethod(forward_lists if gradient.lists else plain),
+        "backward": staticmethod(gradient.eager_backward()),
     }
-    apply = type(name, (torch.autograd.Function,), members).apply
-    tensors = gradient.tensors
+    apply = type(gradient.name, (torch.autograd.Function,), members).apply
 
-    def direct_lists(*args: Any) -> Any:
+    def call_lists(*args: Any) -> Any:
         lengths: list[int | None] = []
         return tuple(nested(apply(args, lengths, *tensors(*args)), lengths))
 
-    return direct_lists if lists else lambda *args: apply(args, *tensors(*args))
+    return call_lists if gradient.lists else gradient.layout.call(apply, gradient.leaves)
 
 
 class _Gradient:
-    """What an op keeps for its backward, and that backward, as torch asks for them."""
+    """The record that an op keeps for its backward, and that backward, as torch asks for them.
+
+    An autograd.Function knows no lists of tensors: `lists` are spread out among its arguments and outputs.
+    """
 
     def __init__(
         self,
@@ -197,109 +199,126 @@ class _Gradient:
     ):
         hints = hints_of(backward)
         saved, _, *upstream = hints
+        self.name, self.layout, self.save = name, layout, save
         self.saved, self.record = hints[saved], get_type_hints(backward)["return"]
-        self.save, self.layout, self.shapes = save, layout, shapes
-        self.launch = on_its_device(backward) if shapes else backward
+        self.kinds = {argument: kind_of(hints[argument]) for argument in upstream}
+        self.alone = [*self.kinds.values()] == ["Tensor"]
 
         # the leaves that may have a gradient
         named = {leaf.name: (place, leaf) for place, leaf in enumerate(layout.leaves)}
-        self.places, leaves = zip(*(named[field] for field in self.record._fields), strict=True)
-        self.lists = [leaf.is_list for leaf in leaves]
-        self.whole, self.tensors = layout.pick(leaves), layout.pick(leaves, spread=True)
+        self.places, self.leaves = zip(*(named[field] for field in self.record._fields), strict=True)
+        self.whole, self.tensors = layout.pick(self.leaves), layout.pick(self.leaves, spread=True)
+        self.lists = "[]" in returns or any(leaf.is_list for leaf in self.leaves)
 
-        # what is saved: tensors by save_for_backward, the rest beside them
         self.kept = _layout_of(self.saved)
-        tensors = [leaf for leaf in self.kept.leaves if leaf.is_tensor]
-        others = [leaf for leaf in self.kept.leaves if not leaf.is_tensor]
-        self.kept_tensors, self.kept_others = self.kept.pick(tensors), self.kept.pick(others)
-        self.kept_lists = any(leaf.is_list for leaf in tensors)
-        places = {
-            leaf: f"{group}[{i}]"
-            for group, part in (("tensors", tensors), ("others", others))
-            for i, leaf in enumerate(part)
-        }
-        self.rebuilt = self.kept.build(
-            "tensors, others", [places[leaf] for leaf in self.kept.leaves], self.saved
-        )
+        self.kept_lists = any(leaf.is_tensor and leaf.is_list for leaf in self.kept.leaves)
+        self.keeping, self.rebuilt = self._keeping(returns)
+        self.keep = compiled("keep(ctx, args, output)", self.keeping, save=save, flattened=flattened)
 
-        kinds = [kind_of(hints[argument]) for argument in upstream]
-        self.count, self.alone = len(kinds), kinds == ["Tensor"]
-        self.with_statistics, self.returns_lists = returns.count("Tensor") > self.count, "[]" in returns
-        self.materialised = not self.alone and "Tensor?" not in kinds
-        self.registered = shapes and self._register(
-            name, [f"{kind} {argument}" for kind, argument in zip(kinds, upstream, strict=True)]
-        )
+        self.compute = on_its_device(backward) if shapes else backward
+        self.registered = self._registered(shapes) if shapes else None
 
-    def keep(self, ctx: Any, args: tuple[Any, ...], output: Any) -> None:
-        saved = self.save(output, *args)
-        tensors = self.kept_tensors(*saved)
+    def _keeping(self, returns: str) -> tuple[list[str], Callable[..., Any]]:
+        """Lines that keep what is saved, tensors by save_for_backward and the rest beside them; and the way back.
+
+        A record's way there and back in Python loops would take microseconds of every eager call.
+        """
+        reads: dict[str, list[str]] = {"tensors": [], "others": []}
+        places = []
+        for leaf in self.kept.leaves:
+            group = "tensors" if leaf.is_tensor else "others"
+            places.append(f"{group}[{len(reads[group])}]")
+            reads[group].append(f"saved.{leaf.read}")
+        rebuilt = self.kept.build("tensors, others", places, self.saved)
+
+        tensors, rest = ", ".join(reads["tensors"]), f"output[{len(self.kinds)}:]"
+        lines = ["saved = save(output, *args)", f"ctx.others = [{', '.join(reads['others'])}]"]
         if self.kept_lists:
-            tensors, ctx.lengths = flattened(tensors)
-        ctx.save_for_backward(*tensors)
-        ctx.others = self.kept_others(*saved)
-        if self.with_statistics:
-            rest = output[self.count :]
-            ctx.mark_non_differentiable(*(flattened(rest)[0] if self.returns_lists else rest))
-        if not self.materialised:
-            ctx.set_materialize_grads(False)
+            lines += [f"tensors, ctx.lengths = flattened([{tensors}])", "ctx.save_for_backward(*tensors)"]
+        else:
+            lines += [f"ctx.save_for_backward({tensors})"]
+
+        if returns.count("Tensor") > len(self.kinds):  # outputs without a gradient
+            rest = f"flattened({rest})[0]" if "[]" in returns else rest
+            lines += [f"ctx.mark_non_differentiable(*{rest})"]
+        if self.alone or "Tensor?" in self.kinds.values():
+            lines += ["ctx.set_materialize_grads(False)"]
+        return lines, rebuilt
 
     def keep_flat(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """The form that torch.library asks for."""
         self.keep(ctx, self.layout.nested(*inputs), output)
 
+    def eager_forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """An autograd.Function's, of all arguments as one and others that it does not look at."""
+        lines = ["output = compute(*args)", *self.keeping, "return output"]
+        return compiled("forward(ctx, args, *_)", lines, compute=forward, save=self.save, flattened=flattened)
+
     def derive(self, ctx: Any, needs: Any, upstream: tuple[Any, ...]) -> Any:
-        """The record of gradients; all None where no loss reads the only output that has one."""
-        if self.alone and upstream[0] is None:
-            return self.record._make(None for _ in self.record._fields)
-        tensors = ctx.saved_tensors
+        """The record of gradients."""
+        if self.alone and upstream[0] is None:  # no loss reads the only output that has a gradient
+            return self.record._make(None for _ in needs)
+        tensors, upstream = ctx.saved_tensors, upstream[: len(self.kinds)]
         if self.kept_lists:
             tensors = nested(tensors, ctx.lengths)
         saved = self.rebuilt(tensors, ctx.others)
-        upstream = upstream[: self.count]
-        if self.registered is None or not _recorded(tensors):
-            return self.launch(saved, needs, *upstream)
+        if self.registered is None or not _recorded(_first(tensors)):
+            return self.compute(saved, needs, *upstream)
+
         found = self.registered(*self.kept.flat(*saved), *upstream, list(needs))
         found = found if len(needs) > 1 else (found,)
         return self.record._make(grad if need else None for grad, need in zip(found, needs, strict=True))
 
-    def of_eager(self, name: str, lists: bool) -> Callable[..., Any]:
-        """The backward of an autograd.Function whose first argument is all of the op's, and then `self.tensors`."""
+    def eager_backward(self) -> Callable[..., Any]:
+        """An autograd.Function's, whose first argument is all of the op's, and then `self.tensors`."""
+        if self.lists or self.kept_lists:
+            return _first_order(self.name, self._backward_of_lists)
 
-        needs_of, compute, rebuilt, count = (
-            partial(tuple.__new__, self.record),
-            self.launch,
-            self.rebuilt,
-            self.count,
-        )
+        compute, rebuilt, count = self.compute, self.rebuilt, len(self.kinds)
+        needs_of, whole = partial(tuple.__new__, self.record), self.registered is not None
 
         def backward(ctx: Any, *grads: Any) -> Any:
+            return None, *self.derive(ctx, needs_of(ctx.needs_input_grad[1:]), grads)
+
+        def at_once(ctx: Any, *grads: Any) -> Any:
+            """The same in one frame, where nobody looks: microseconds of the host."""
+            if torch.is_grad_enabled() or (whole and _recorded(grads[0])) or grads[0] is None:
+                return guarded(ctx, *grads)
             needs = needs_of(ctx.needs_input_grad[1:])
             return None, *compute(rebuilt(ctx.saved_tensors, ctx.others), needs, *grads[:count])
 
-        def backward_lists(ctx: Any, *grads: Any) -> Any:
-            flags = nested(ctx.needs_input_grad[2:], ctx.counts)
-            needs = self.record._make(any(flag) if isinstance(flag, list) else flag for flag in flags)
-            found = self.derive(ctx, needs, tuple(nested(grads, ctx.returned)))
-            return None, None, *flattened(map(_spread, found, ctx.counts))[0]
+        guarded = _first_order(self.name, backward)
+        return at_once
 
-        return _first_order(name, backward_lists if lists else backward)
+    def _backward_of_lists(self, ctx: Any, *grads: Any) -> Any:
+        if not self.lists:  # among what is saved alone
+            return None, *self.derive(ctx, self.record._make(ctx.needs_input_grad[1:]), grads)
+        flags = nested(ctx.needs_input_grad[2:], ctx.counts)
+        found = self.derive(ctx, self._needs(flags), tuple(nested(grads, ctx.returned)))
+        return None, None, *flattened(map(_spread, found, ctx.counts))[0]
 
-    def of_registered(self, name: str) -> Callable[..., Any]:
+    def _needs(self, flags: Iterable[Any]) -> Any:
+        """A list of tensors is needed where one of them is."""
+        return self.record._make(any(flag) if isinstance(flag, list) else flag for flag in flags)
+
+    def registered_backward(self) -> Callable[..., Any]:
         """The backward that torch.library asks for: something for each leaf, for a list of tensors a list."""
 
         def backward(ctx: Any, *grads: Any) -> Any:
-            flags = [ctx.needs_input_grad[place] for place in self.places]
-            needs = self.record._make(any(flag) if isinstance(flag, list) else flag for flag in flags)
+            flags = ctx.needs_input_grad
+            needs = self._needs(flags[place] for place in self.places)
             found = dict(zip(self.places, self.derive(ctx, needs, grads), strict=True))
             return tuple(
                 _spread(found.get(place), len(flag) if isinstance(flag, list) else None)
-                for place, flag in enumerate(ctx.needs_input_grad)
+                for place, flag in enumerate(flags)
             )
 
-        return _first_order(name, backward)
+        return _first_order(self.name, backward)
 
-    def _register(self, name: str, upstream: list[str]) -> Any:
+    def _registered(self, shapes: Callable[..., Any]) -> Any:
         """burnish::name_backward: a gradient is an empty tensor where it would be None."""
-        kinds = (kind_of(kind).rstrip("?") for kind in get_type_hints(self.record).values())
+        upstream = [f"{kind} {argument}" for argument, kind in self.kinds.items()]
+        kinds = [kind_of(kind).rstrip("?") for kind in get_type_hints(self.record).values()]
         count = len(self.kept.leaves)
 
         def whole(compute: Callable[..., Any], flat: tuple[Any, ...]) -> Any:
@@ -307,18 +326,18 @@ class _Gradient:
             first = _first(flat)
             assert first is not None
             grads = tuple(
-                grad if grad is not None else [] if is_list else first.new_empty(0)
-                for grad, is_list in zip(compute(saved, needs, *flat[count:-1]), self.lists, strict=True)
+                grad if grad is not None else [] if leaf.is_list else first.new_empty(0)
+                for grad, leaf in zip(compute(saved, needs, *flat[count:-1]), self.leaves, strict=True)
             )
-            return grads if len(grads) > 1 else grads[0]
+            return grads if len(kinds) > 1 else grads[0]
 
         registered = torch.library.custom_op(
-            f"{NAMESPACE}::{name}_backward",
-            lambda *flat: whole(self.launch, flat),
+            f"{NAMESPACE}::{self.name}_backward",
+            lambda *flat: whole(self.compute, flat),
             mutates_args=(),
             schema=f"({', '.join([self.kept.schema, *upstream, 'bool[] needs'])}) -> ({', '.join(kinds)})",
         )
-        registered.register_fake(lambda *flat: whole(self.shapes, flat))
+        registered.register_fake(lambda *flat: whole(shapes, flat))
         return registered
 
 
@@ -394,7 +413,7 @@ def make_path(
 
     registered = _registered(name, layout, _returns(get_type_hints(path)["return"]), path, shapes)
     registered.register_autograd(_first_order(name, differentiate), setup_context=save)
-    return lambda *args: registered(*layout.flat(*args)) if _recorded(args) else path(*args)
+    return lambda *args: registered(*layout.flat(*args)) if _recorded(_first(args)) else path(*args)
 
 
 # ---- until every op is made of records
@@ -453,7 +472,7 @@ def register(
                 return nested(apply(lengths, returned, *flat), returned)
 
     def call(*args: Any) -> Any:
-        if _recorded(args):
+        if _recorded(_first(args)):
             return registered(*args)
         return direct(*args) if torch.is_grad_enabled() else launch(*args)
 
@@ -507,4 +526,4 @@ def register_path(
     registered = torch.library.custom_op(f"{NAMESPACE}::{name}", path, mutates_args=())
     registered.register_fake(fake)
     registered.register_autograd(_first_order(name, differentiate), setup_context=save)
-    return lambda *args: (registered if _recorded(args) else path)(*args)
+    return lambda *args: (registered if _recorded(_first(args)) else path)(*args)

@@ -23,13 +23,14 @@ https://arxiv.org/abs/1606.08415, section 2; the clamped form: gpt-oss model car
 
 import math
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._chip import cdiv, check_device, check_dtype, check_number, check_shape, use_triton
-from ._op import register
+from ._op import like_saved, make_op
 from ._triton import tl, triton
 
 # ---- reference
@@ -51,16 +52,19 @@ def clamped_swiglu_reference(gate: Tensor, up: Tensor, alpha: float = 1.702, lim
 
 # ---- kernels
 
+# fmt: off
+
 
 @triton.jit
 def _glu_fwd(
     gate_ptr, up_ptr, out_ptr, R, F, stride_gate, stride_up, scale, cubic, limit, offset,
     CUBIC: tl.constexpr, CLAMP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
-):  # fmt: skip
+):
     blocks = tl.cdiv(F, BLOCK_F)  # neighbouring programs walk along a row
     rows = ((tl.program_id(0) // blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
     cols = ((tl.program_id(0) % blocks).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F))[None, :]
     mask = (rows < R) & (cols < F)  # [BLOCK_R, BLOCK_F]
+
     g = tl.load(gate_ptr + rows * stride_gate + cols, mask, other=0.0).to(tl.float32)
     u = tl.load(up_ptr + rows * stride_up + cols, mask, other=0.0).to(tl.float32)
     if CLAMP:
@@ -74,11 +78,12 @@ def _glu_fwd(
 def _glu_bwd(
     dout_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, R, F, stride_gate, stride_up, scale, cubic, limit, offset,
     CUBIC: tl.constexpr, CLAMP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
-):  # fmt: skip
+):
     blocks = tl.cdiv(F, BLOCK_F)  # neighbouring programs walk along a row
     rows = ((tl.program_id(0) // blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
     cols = ((tl.program_id(0) % blocks).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F))[None, :]
     mask = (rows < R) & (cols < F)  # [BLOCK_R, BLOCK_F]
+
     dout = tl.load(dout_ptr + rows * F + cols, mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + rows * stride_gate + cols, mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + rows * stride_up + cols, mask, other=0.0).to(tl.float32)
@@ -88,6 +93,7 @@ def _glu_bwd(
         u = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
     s = scale * (g + cubic * g * g * g) if CUBIC else scale * g
     slope = scale * (1 + 3 * cubic * g * g) if CUBIC else scale
+
     p = tl.sigmoid(s)
     dg = dout * (u + offset) * p * (1 + g * (1 - p) * slope)
     du = dout * g * p
@@ -97,8 +103,10 @@ def _glu_bwd(
     tl.store(dgate_ptr + rows * F + cols, dg, mask)
     tl.store(dup_ptr + rows * F + cols, du, mask)
 
+# fmt: on
 
-# ---- autograd
+
+# ---- launch
 
 
 @lru_cache
@@ -117,72 +125,73 @@ def _layout(gate: Tensor, up: Tensor) -> tuple[int, int, int, int]:
     return gate.shape[0], gate.shape[1], gate.stride(0), up.stride(0)
 
 
-def _forward(
-    gate: Tensor, up: Tensor, scale: float, cubic: float, limit: float | None, offset: float
-) -> Tensor:
+class _Form(NamedTuple):
+    """The unit, by its numbers at the top of this file."""
+
+    scale: float
+    cubic: float = 0.0
+    limit: float | None = None
+    offset: float = 0.0
+
+
+class _Inputs(NamedTuple):
+    gate: Tensor
+    up: Tensor
+    form: _Form
+
+
+class _Gradients(NamedTuple):
+    gate: Tensor | None
+    up: Tensor | None
+
+
+def _forward(gate: Tensor, up: Tensor, form: _Form) -> Tensor:
     """gate, up: (R, F), last dimension contiguous."""
-    out = _forward_fake(gate, up, scale, cubic, limit, offset)
+    out = _shapes(gate, up, form)
     if out.numel():
-        R, F, stride_gate, stride_up = _layout(gate, up)
-        config = _config(F)
-        grid = (cdiv(R, config["BLOCK_R"]) * cdiv(F, config["BLOCK_F"]),)
-        _glu_fwd[grid](
-            gate, up, out, R, F, stride_gate, stride_up, scale, cubic, limit or 0.0, offset,
-            cubic != 0, limit is not None, **config,
-        )  # fmt: skip
+        rows, grid, config = _launched(gate, up)
+        _glu_fwd[grid](gate, up, out, *rows, *_numbers(form), **config)
     return out
 
 
-def _forward_fake(gate, up, scale, cubic, limit, offset):
+def _shapes(gate, up, form):
     return gate.new_empty(gate.shape)
 
 
-def _backward(
-    dout: Tensor, gate: Tensor, up: Tensor, scale: float, cubic: float, limit: float | None, offset: float
-) -> tuple[Tensor, Tensor]:
-    """dout: (R, F) contiguous; gate, up: (R, F), last dimension contiguous."""
-    dgate, dup = _backward_fake(dout, gate, up, scale, cubic, limit, offset)
+def _backward(saved: _Inputs, needs: Any, dout: Tensor) -> _Gradients:
+    gate, up, form = saved
+    dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
     if dgate.numel():
-        R, F, stride_gate, stride_up = _layout(gate, up)
-        config = _config(F)
-        grid = (cdiv(R, config["BLOCK_R"]) * cdiv(F, config["BLOCK_F"]),)
-        _glu_bwd[grid](
-            dout, gate, up, dgate, dup, R, F, stride_gate, stride_up, scale, cubic, limit or 0.0, offset,
-            cubic != 0, limit is not None, **config,
-        )  # fmt: skip
-    return dgate, dup
+        rows, grid, config = _launched(gate, up)
+        _glu_bwd[grid](dout.contiguous(), gate, up, dgate, dup, *rows, *_numbers(form), **config)
+    return _Gradients(dgate, dup)
 
 
-def _backward_fake(dout, gate, up, scale, cubic, limit, offset):
-    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+def _launched(gate: Tensor, up: Tensor) -> tuple[tuple[int, int, int, int], tuple[int], dict[str, int]]:
+    """Rows, columns and strides (`_layout`), the grid and the tile."""
+    rows = _layout(gate, up)
+    config = _config(rows[1])
+    return rows, (cdiv(rows[0], config["BLOCK_R"]) * cdiv(rows[1], config["BLOCK_F"]),), config
 
 
-def _save(ctx, inputs, output):
-    gate, up, *ctx.numbers = inputs
-    ctx.save_for_backward(gate, up)
+def _numbers(form: _Form) -> tuple[float, float, float, float, bool, bool]:
+    scale, cubic, limit, offset = form
+    return scale, cubic, limit or 0.0, offset, cubic != 0, limit is not None
 
 
-def _differentiate(ctx, dout: Tensor):
-    return *_gated_backward(dout.contiguous(), *ctx.saved_tensors, *ctx.numbers), None, None, None, None
+def _save(outputs, gate, up, form):
+    return _Inputs(gate, up, form)
 
 
-_gated_backward = register("gated_linear_unit_backward", _backward, _backward_fake)
-_gated = register("gated_linear_unit", _forward, _forward_fake, _save, _differentiate)
+_gated = make_op("gated_linear_unit", _forward, _shapes, _save, _backward, like_saved)
 
 
-def _fused(
-    gate: Tensor,
-    up: Tensor,
-    scale: float,
-    cubic: float = 0.0,
-    limit: float | None = None,
-    offset: float = 0.0,
-) -> Tensor:
+def _fused(gate: Tensor, up: Tensor, form: _Form) -> Tensor:
     def rows(x: Tensor) -> Tensor:
         x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # (..., F) -> (R, F)
         return x if x.stride(-1) == 1 else x.contiguous()
 
-    return _gated(rows(gate), rows(up), scale, cubic, limit, offset).view(gate.shape)
+    return _gated(rows(gate), rows(up), form).view(gate.shape)
 
 
 def _check(gate: Tensor, up: Tensor) -> None:
@@ -194,7 +203,7 @@ def _check(gate: Tensor, up: Tensor) -> None:
     check_dtype("up", up, gate.dtype)
 
 
-# ---- public op
+# ---- op
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -205,14 +214,14 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Raises ValueError for other shapes and dtypes, and for tensors on two devices.
     """
     _check(gate, up)
-    return _fused(gate, up, scale=1.0) if use_triton(gate) else swiglu_reference(gate, up)
+    return _fused(gate, up, _Form(scale=1.0)) if use_triton(gate) else swiglu_reference(gate, up)
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """gelu(gate) * up, gelu in the tanh approximation. Shapes as for swiglu."""
     _check(gate, up)
     if use_triton(gate):
-        return _fused(gate, up, scale=2 * math.sqrt(2 / math.pi), cubic=0.044715)
+        return _fused(gate, up, _Form(scale=2 * math.sqrt(2 / math.pi), cubic=0.044715))
     return geglu_reference(gate, up)
 
 
@@ -227,5 +236,5 @@ def clamped_swiglu(gate: Tensor, up: Tensor, alpha: float = 1.702, limit: float 
     if not limit >= 0:
         raise ValueError(f"limit: expected a number of at least 0, got {limit}")
     if use_triton(gate):
-        return _fused(gate, up, scale=alpha, limit=limit, offset=1.0)
+        return _fused(gate, up, _Form(scale=alpha, limit=limit, offset=1.0))
     return clamped_swiglu_reference(gate, up, alpha, limit)

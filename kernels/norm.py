@@ -18,7 +18,6 @@ Source: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467, equation 4
 # A launch passes numbers where the kernel is annotated tl.constexpr:
 # pyright: reportArgumentType=false, reportCallIssue=false
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -34,19 +33,27 @@ from ._chip import (
     check_shape,
     most_warps,
     multiprocessors,
-    next_power_of_2,
     use_triton,
 )
 from ._op import make_op
 from ._triton import tl, triton
+from .plain.norm import RMSNormTorch, normalise
+from .tiles import (
+    NORM_FEW_ROWS,
+    NORM_WIDE,
+    NORM_WIDE_WEIGHT_GRAD,
+    NORM_WIDEST,
+    norm_backward,
+    norm_forward,
+    norm_sum,
+    norm_walk,
+)
 
 # ---- reference
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6, *, unit_offset: bool = False) -> Tensor:
-    wide = torch.promote_types(
-        x.dtype, torch.float32
-    )  # fp64 stays fp64: gradients are checked by finite differences
+    wide = torch.promote_types(x.dtype, torch.float32)  # fp64, in which gradients are checked, stays fp64
     xf, w = x.to(wide), weight.to(wide)
     rstd = torch.rsqrt(xf.square().mean(-1, keepdim=True) + eps)
     return (xf * rstd * (1 + w if unit_offset else w)).to(x.dtype)
@@ -79,12 +86,14 @@ def _rms_norm_fwd(
     cols = tl.arange(0, BLOCK_N)
     mask = (rows < R)[:, None] & (cols < N)[None, :]
     offsets = rows[:, None] * N + cols[None, :]  # [BLOCK_R, BLOCK_N]
+
     h = tl.load(x_ptr + offsets, mask, other=0.0).to(tl.float32)
     if ADD:
         h += tl.load(residual_ptr + offsets, mask, other=0.0).to(tl.float32)
         rounded = h.to(h_ptr.dtype.element_ty)  # y is the norm of the sum that is returned
         tl.store(h_ptr + offsets, rounded, mask)
         h = rounded.to(tl.float32)
+
     rstd = tl.rsqrt(tl.sum(h * h, 1) / N + eps)  # [BLOCK_R]
     w = _weight(w_ptr, cols, cols < N, UNIT_OFFSET, "")
     tl.store(y_ptr + offsets, h * rstd[:, None] * w[None, :], mask)
@@ -108,8 +117,10 @@ def _rms_norm_fwd_wide(
             tl.store(h_ptr + start + cols, rounded, cols < N)
             h = rounded.to(tl.float32)
         squares += h * h
+
     rstd = tl.rsqrt(tl.sum(squares, 0) / N + eps)
     tl.store(rstd_ptr + tl.program_id(0), rstd)
+
     for block in range(0, N, BLOCK_N):
         cols = block + tl.arange(0, BLOCK_N)
         h = tl.load(x_ptr + start + cols, cols < N, other=0.0).to(tl.float32)
@@ -131,15 +142,18 @@ def _input_grad(
     cols = tl.arange(0, BLOCK_N)
     mask = (rows < R)[:, None] & (cols < N)[None, :]
     offsets = rows[:, None] * N + cols[None, :]  # [BLOCK_R, BLOCK_N]
+
     rstd = tl.load(rstd_ptr + rows, rows < R, other=0.0)[:, None]  # [BLOCK_R, 1]
     w = _weight(w_ptr, cols, cols < N, UNIT_OFFSET, "evict_last")[None, :]
     h = tl.load(h_ptr + offsets, mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
     dy = tl.load(dy_ptr + offsets, mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
     mean = (tl.sum(dy * w * (h * rstd), 1) / N)[:, None]  # [BLOCK_R, 1]
+
     if RELOAD:
         h = tl.load(h_ptr + offsets, mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
         dy = tl.load(dy_ptr + offsets, mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
         w = _weight(w_ptr, cols, cols < N, UNIT_OFFSET, "")[None, :]
+
     xhat = h * rstd
     dx = rstd * (dy * w - xhat * mean)
     if ADD:
@@ -155,6 +169,7 @@ def _weight_grad(
     # columns of one block, summed over every step-th tile of rows from the first on
     cols = block * BLOCK_N + tl.arange(0, BLOCK_N)
     dw = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
+
     for tile in range(first, tl.cdiv(R, BLOCK_R), step):
         rows = tl.cast(tile, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
         mask = (rows < R)[:, None] & (cols < N)[None, :]
@@ -209,12 +224,14 @@ def _rms_norm_bwd_wide(
 ):
     start = tl.program_id(0).to(tl.int64) * N
     rstd = tl.load(rstd_ptr + tl.program_id(0))
+
     products = tl.zeros([BLOCK_N], tl.float32)
     for block in range(0, N, BLOCK_N):
         cols = block + tl.arange(0, BLOCK_N)
         h = tl.load(h_ptr + start + cols, cols < N, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + start + cols, cols < N, other=0.0).to(tl.float32)
         products += dy * _weight(w_ptr, cols, cols < N, UNIT_OFFSET, "") * (h * rstd)
+
     mean = tl.sum(products, 0) / N
     for block in range(0, N, BLOCK_N):
         cols = block + tl.arange(0, BLOCK_N)
@@ -252,67 +269,9 @@ def _sum_partials(partial_ptr, dw_ptr, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.
 
 # ---- launch
 
-WIDEST = 16384  # columns that the registers of one program hold; wider rows are read twice
-
-# Times below: H100, bf16, 64 MB inputs, torch 2.11, Triton 3.6, best of the sweep against what lies near it.
-
-
-def _tile(N: int, elements: int) -> dict[str, int]:
-    """[rows, columns]: one row, or several short ones."""
-    block_n = next_power_of_2(N)
-    return {"BLOCK_R": max(1, elements // block_n), "BLOCK_N": block_n}
-
-
-@cache
-def _forward_config(N: int, most_warps: int) -> dict[str, int]:
-    if N <= 1024:
-        warps = 4  # every width within 2 % of its best
-    elif N <= 8192:
-        warps = 8  # 2048: 46.0 us, 47.0 with 4 warps; 5120: 46.2 us, 49.1 with 16
-    else:
-        warps = most_warps  # 16384: 47.0 us with 32, 50.8 with 16
-    return {**_tile(N, 2048), "num_warps": warps}
-
-
-@cache
-def _backward_config(N: int, most_warps: int) -> dict[str, int]:
-    """The tile of _rms_norm_bwd, and that of its programs for columns."""
-    warps = 4 if N <= 1024 else 8 if N <= 2048 else 16 if N <= 8192 else most_warps
-    return {**_tile(N, 2048), "RELOAD": N > 4096, "DW_BLOCK_R": 128, "DW_BLOCK_N": 32, "num_warps": warps}
-
-
-@cache
-def _walk_config(N: int, most_stages: int) -> tuple[int, dict[str, int]]:
-    """Programs on each multiprocessor, and the tile."""
-    if N <= 1024:  # 128: 69.6 us, 74.0 with [16, 128] taken twice by 4 warps; 1024: 71.2 us, 74.0
-        per_sm, reload, stages, warps = 8, False, most_stages, 2
-    elif N <= 2048:  # 2048: 72.4 us, 83.5 when the tile is taken twice
-        per_sm, reload, stages, warps = 4, False, 1, 4
-    elif N <= 4096:  # 4096: 74.0 us, 75.0 with 2 programs that hold the tile
-        per_sm, reload, stages, warps = 4, True, 1, 8
-    elif N <= 8192:  # 5120: 81.0 us, 87.3 with 4 programs of 16 warps; 8192: 75.4 us, 78.3
-        per_sm, reload, stages, warps = 2, True, 1, 8
-    else:  # 16384: 76.4 us, 83.3 with 4 programs, of which one is resident
-        per_sm, reload, stages, warps = 1, True, 1, 16
-    return per_sm, {**_tile(N, 1024), "RELOAD": reload, "STAGES": stages, "num_warps": warps}
-
-
-def _sum_config(P: int) -> dict[str, int]:
-    """One look at all partial sums: the loop over them is a chain of loads that wait for each other."""
-    if P <= 64:
-        return {"BLOCK_P": 64, "BLOCK_N": 64, "num_warps": 8}
-    if P <= 256:  # 132 x 16384: 3.6 us, 5.7 in blocks of 16 columns
-        return {"BLOCK_P": 128, "BLOCK_N": 32, "num_warps": 4}
-    return {"BLOCK_P": 512, "BLOCK_N": 16, "num_warps": 8}
-
-
-FEW_ROWS = 2  # on each multiprocessor: up to here one launch that reads twice is faster than two launches
-WIDE = {"BLOCK_N": 8192, "num_warps": 16}
-WIDE_WEIGHT_GRAD = {"BLOCK_R": 16, "BLOCK_N": 128, "num_warps": 4}
-
 
 class _Saved(NamedTuple):
-    """What the backward reads. A gradient has the dtype of its input."""
+    """The tensors and numbers that the backward reads. A gradient has the dtype of its input."""
 
     h: Tensor  # the sum, or x where there is no residual
     weight: Tensor
@@ -338,10 +297,10 @@ def _forward(
     if y.numel() == 0:
         return y, h, rstd.zero_()
 
-    if N > WIDEST:
-        _rms_norm_fwd_wide[(R,)](x, residual, weight, y, h, rstd, N, eps, add, unit_offset, **WIDE)
+    if N > NORM_WIDEST:
+        _rms_norm_fwd_wide[(R,)](x, residual, weight, y, h, rstd, N, eps, add, unit_offset, **NORM_WIDE)
     else:
-        config = _forward_config(N, most_warps())
+        config = norm_forward(N, most_warps())
         grid = (cdiv(R, config["BLOCK_R"]),)
         _rms_norm_fwd[grid](x, residual, weight, y, h, rstd, R, N, eps, add, unit_offset, **config)
     return y, h, rstd
@@ -372,10 +331,9 @@ def _backward(saved: _Saved, needs: Any, dy: Tensor | None, dh: Tensor | None) -
         dx, dw = _rms_norm_backward(dy.contiguous(), dh, h, weight, rstd, unit_offset, needs.weight)
     if dx is None:
         return _Gradients(None, None, None)
+    dresidual = None if saved.residual_dtype is None else dx.to(saved.residual_dtype)
     return _Gradients(
-        dx.to(saved.x_dtype),
-        None if saved.residual_dtype is None else dx.to(saved.residual_dtype),
-        dw if needs.weight else None,
+        dx if dx.dtype == saved.x_dtype else dx.to(saved.x_dtype), dresidual, dw if needs.weight else None
     )
 
 
@@ -388,22 +346,22 @@ def _input_and_weight_grad(
     if dx.numel() == 0:
         return dx, dw.zero_()
 
-    if N * h.element_size() > 2 * WIDEST:
-        _rms_norm_bwd_wide[(R,)](dy, h, weight, rstd, dh, dx, N, add, unit_offset, **WIDE)
+    if N * h.element_size() > 2 * NORM_WIDEST:
+        _rms_norm_bwd_wide[(R,)](dy, h, weight, rstd, dh, dx, N, add, unit_offset, **NORM_WIDE)
         if with_dw:
-            partial = _partial(dw, min(cdiv(R, WIDE_WEIGHT_GRAD["BLOCK_R"]), multiprocessors(h)))
-            grid = (cdiv(N, WIDE_WEIGHT_GRAD["BLOCK_N"]), partial.shape[0])
-            _weight_grad_wide[grid](dy, h, rstd, partial, R, N, **WIDE_WEIGHT_GRAD)
+            partial = _partial(dw, min(cdiv(R, NORM_WIDE_WEIGHT_GRAD["BLOCK_R"]), multiprocessors(h)))
+            grid = (cdiv(N, NORM_WIDE_WEIGHT_GRAD["BLOCK_N"]), partial.shape[0])
+            _weight_grad_wide[grid](dy, h, rstd, partial, R, N, **NORM_WIDE_WEIGHT_GRAD)
             _add_up(partial, dw)
 
-    elif not with_dw or multiprocessors(h) * FEW_ROWS >= R:
-        config = _backward_config(N, most_warps())
+    elif not with_dw or multiprocessors(h) * NORM_FEW_ROWS >= R:
+        config = norm_backward(N, most_warps())
         programs = cdiv(R, config["BLOCK_R"]) + (cdiv(N, config["DW_BLOCK_N"]) if with_dw else 0)
         _rms_norm_bwd[(programs,)](dy, h, weight, rstd, dh, dx, dw, R, N, add, unit_offset, with_dw, **config)
 
     else:
         # a GeForce RTX 50 (sm_120) spills at a width of 128 where the next tile's loads are under way
-        per_sm, config = _walk_config(N, 1 if capability(h)[0] == 12 else 2)
+        per_sm, config = norm_walk(N, 1 if capability(h)[0] == 12 else 2)
         partial = _partial(dw, min(cdiv(R, config["BLOCK_R"]), per_sm * multiprocessors(h)))
         _rms_norm_bwd_walk[(partial.shape[0],)](
             dy, h, weight, rstd, dh, dx, partial, R, N, add, unit_offset, **config
@@ -419,7 +377,7 @@ def _partial(dw: Tensor, programs: int) -> Tensor:
 def _add_up(partial: Tensor, dw: Tensor) -> None:
     """(programs, N) -> (N,), in a fixed order."""
     P, N = partial.shape
-    config = _sum_config(P)
+    config = norm_sum(P)
     _sum_partials[(cdiv(N, config["BLOCK_N"]),)](partial, dw, P, N, **config)
 
 
@@ -431,41 +389,7 @@ _rms_norm_backward = make_op("rms_norm_backward", _input_and_weight_grad, _gradi
 _rms_norm = make_op("rms_norm", _forward, _shapes, _save, _backward)
 
 
-# what a CPU computes in fp32
-
-
-def _rstd(x: Tensor, eps: float) -> Tensor:
-    return torch.rsqrt(x.square().mean(-1, keepdim=True).add_(eps))
-
-
-def _normalise(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    rstd = _rstd(x, eps)
-    return (x * rstd).mul_(w), rstd
-
-
-class _RMSNormTorch(torch.autograd.Function):
-    """The CPU path in fp32: autograd through the reference would keep every intermediate."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, eps: float) -> Tensor:
-        y, rstd = _normalise(x, w, eps)
-        ctx.save_for_backward(x, w, rstd)
-        ctx.eps = eps
-        return y
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, w, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled():  # under create_graph: x's share in the saved rstd has no derivative
-            rstd = _rstd(x, ctx.eps)
-        N = x.shape[-1]
-        xhat = x * rstd
-        products = (dy * xhat).reshape(
-            -1, N
-        )  # (rows, N): column sums are dw, and each row's product with w the mean
-        mean = torch.mv(products, w / N).view_as(rstd)
-        dx = (dy * w).addcmul_(xhat, mean, value=-1).mul_(rstd)
-        return dx, products.sum(0), None
+# ---- op
 
 
 def _check(x: Tensor, weight: Tensor, eps: float) -> None:
@@ -477,9 +401,6 @@ def _check(x: Tensor, weight: Tensor, eps: float) -> None:
         check_dtype("weight", weight, *FLOATS)
     check_device(x, weight=weight)
     check_number("eps", eps, 0)
-
-
-# ---- op
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, unit_offset: bool = False) -> Tensor:
@@ -496,7 +417,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, unit_offset: bool 
         w = weight + 1 if unit_offset else weight
         # in a graph the compiler makes a backward of its own; of ours it would not see the second derivative
         own = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        return _RMSNormTorch.apply(x, w, eps) if own else _normalise(x, w, eps)[0]
+        return RMSNormTorch.apply(x, w, eps) if own else normalise(x, w, eps)[0]
     return rms_norm_reference(x, weight, eps, unit_offset=unit_offset)
 
 

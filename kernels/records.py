@@ -1,4 +1,4 @@
-"""What always travels together: records of tensors and numbers, which ops and CPU paths take as one argument.
+"""Records of tensors and numbers that always travel together, which ops and CPU paths take as one argument.
 
 A record is a NamedTuple. Behind a public op it is made once; torch.library sees it laid out flat (_layout.py).
 """
@@ -74,7 +74,7 @@ class NF4Weight:
 
     @property
     def nbytes(self) -> int:
-        """With the tables: 64 bytes, and 1,028 more where absmax is quantised."""
+        """Bytes, those of the tables included: 64 bytes, and 1,028 more where absmax is quantised."""
         return sum(t.nbytes for t in self.tensors() if t is not None)
 
     def tensors(self) -> tuple[Tensor | None, ...]:

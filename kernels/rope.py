@@ -21,6 +21,7 @@ Source: Su et al. 2021, https://arxiv.org/abs/2104.09864, equation 34
 
 import math
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ from ._chip import (
     next_power_of_2,
     use_triton,
 )
-from ._op import register
+from ._op import make_op
 from ._triton import tl, triton
 
 # ---- reference
@@ -67,20 +68,21 @@ def apply_rope_reference(
 
 # ---- kernels
 
+# fmt: off
+
 
 @triton.jit
 def _turn_heads(
     x_ptr, out_ptr, cos, sin, where, tokens, live, first_head, HEADS, stride_head,
     D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_PASS: tl.constexpr,
-):  # fmt: skip
+):
     # cos, sin [BLOCK_T, 1, BLOCK_HALF]; where: each token's offset in x; tokens: its row in the contiguous output
-    heads = tl.cast(first_head, tl.int64) + tl.arange(
-        0, BLOCK_H
-    )  # of a (B, H, T, D) seen as (B, T, H, D): far apart
+    heads = tl.cast(first_head, tl.int64) + tl.arange(0, BLOCK_H)  # a (B, H, T, D) seen as (B, T, H, D): far apart
     seen = live[:, None, None] & (heads < HEADS)[None, :, None]  # [BLOCK_T, BLOCK_H, 1]
     source = where[:, None, None] + heads[None, :, None] * stride_head
     target = (tokens.to(tl.int64)[:, None, None] * HEADS + heads[None, :, None]) * D
+
     if INTERLEAVED:
         cols = tl.arange(0, 2 * BLOCK_HALF)[None, None, :]
         mask = seen & (cols < 2 * HALF)
@@ -96,6 +98,7 @@ def _turn_heads(
         b = tl.load(x_ptr + source + HALF + cols, mask, other=0.0).to(tl.float32)
         tl.store(out_ptr + target + cols, a * cos - b * sin, mask)
         tl.store(out_ptr + target + HALF + cols, b * cos + a * sin, mask)
+
     if 2 * HALF < D:
         cols = 2 * HALF + tl.arange(0, BLOCK_PASS)[None, None, :]
         passed = tl.load(x_ptr + source + cols, seen & (cols < D))
@@ -108,17 +111,19 @@ def _rope(
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
     D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_PASS: tl.constexpr,
-):  # fmt: skip
+):
     # program: BLOCK_T tokens of BLOCK_H heads, q's first and then k's; neighbours share the tokens, so their table rows
     q_blocks = tl.cdiv(H, BLOCK_H)
     blocks = q_blocks + tl.cdiv(G, BLOCK_H)
     block = tl.program_id(0) % blocks
     token = (tl.program_id(0) // blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
+
     live = token < tokens
     row, known = (token % T).to(tl.int64), live
     if positions_ptr is not None:
         row = tl.load(positions_ptr + token, live, other=0)
         known = live & (row >= 0) & (row < table)
+
     cols = tl.arange(0, BLOCK_HALF)[None, :]
     mask = known[:, None] & (cols < HALF)
     nan = float("nan")  # of a position that the table has not
@@ -126,25 +131,28 @@ def _rope(
     sin = tl.load(sin_ptr + row[:, None] * HALF + cols, mask, other=nan).to(tl.float32)[:, None, :]
     if INVERSE:
         sin = -sin
+
     if block < q_blocks:
         where = (token // T).to(tl.int64) * stride_qb + (token % T).to(tl.int64) * stride_qt
         _turn_heads(
             q_ptr, q_out_ptr, cos, sin, where, token, live, block * BLOCK_H, H, stride_qh,
             D, HALF, INTERLEAVED, BLOCK_H, BLOCK_HALF, BLOCK_PASS,
-        )  # fmt: skip
+        )
     else:
         where = (token // T).to(tl.int64) * stride_kb + (token % T).to(tl.int64) * stride_kt
         _turn_heads(
             k_ptr, k_out_ptr, cos, sin, where, token, live, (block - q_blocks) * BLOCK_H, G, stride_kh,
             D, HALF, INTERLEAVED, BLOCK_H, BLOCK_HALF, BLOCK_PASS,
-        )  # fmt: skip
+        )
+
+# fmt: on
 
 
-# ---- autograd
+# ---- launch
 
 
 @cache
-def _config(H: int, G: int, D: int) -> dict[str, int]:
+def _config(H: int, G: int, D: int, half: int) -> dict[str, int]:
     """Heads that share a token's table row, as many as leave few idle, and tokens to fill 2,048 elements.
 
     H100, bf16, torch 2.11, Triton 3.6, against [8 heads, 4,096 elements]: 32/8 heads of 128: 117.7 us for 126.7; 8/4 of
@@ -153,49 +161,61 @@ def _config(H: int, G: int, D: int) -> dict[str, int]:
     block_h = min(16, next_power_of_2(max(H, G)))
     while block_h > 4 and 0.8 * block_h * (cdiv(H, block_h) + cdiv(G, block_h)) > H + G:
         block_h //= 2
-    return {"BLOCK_H": block_h, "BLOCK_T": max(1, 2048 // (block_h * next_power_of_2(D))), "num_warps": 4}
+    block_t = max(1, 2048 // (block_h * next_power_of_2(D)))
+    widths = {"BLOCK_HALF": next_power_of_2(half), "BLOCK_PASS": next_power_of_2(D - 2 * half)}
+    return {"BLOCK_H": block_h, "BLOCK_T": block_t, **widths, "num_warps": 4}
 
 
-def _launch(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
-) -> tuple[Tensor, Tensor]:
-    """q (B, T, H, D), k (B, T, G, D), last dimension contiguous; the rest contiguous."""
+class _Tables(NamedTuple):
+    """cos and sin (positions, rotary/2) and positions (B, T), contiguous, and how they are applied."""
+
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor | None
+    interleaved: bool
+    inverse: bool  # with -sin
+
+
+class _Gradients(NamedTuple):
+    q: Tensor | None
+    k: Tensor | None
+
+
+def _forward(q: Tensor, k: Tensor, tables: _Tables) -> tuple[Tensor, Tensor]:
+    """q (B, T, H, D), k (B, T, G, D), last dimension contiguous."""
     B, T, H, D = q.shape
+    cos, sin, positions, interleaved, inverse = tables
     G, half = k.shape[2], cos.shape[1]
-    q_out, k_out = _fake(q, k, cos, sin, positions, interleaved, inverse)
+    q_out, k_out = _shapes(q, k, tables)
     if q_out.numel() + k_out.numel() == 0:
         return q_out, k_out
-    config = _config(H, G, D)
+
+    config = _config(H, G, D, half)
     blocks = cdiv(H, config["BLOCK_H"]) + cdiv(G, config["BLOCK_H"])
-    _rope[(cdiv(B * T, config["BLOCK_T"]) * blocks,)](
-        q, k, cos, sin, positions, q_out, k_out, B * T, T, cos.shape[0], H, G, *q.stride()[:3], *k.stride()[:3],
-        D, half, interleaved, inverse,
-        BLOCK_HALF=next_power_of_2(half),
-        BLOCK_PASS=next_power_of_2(D - 2 * half),
-        **config,
-    )  # fmt: skip
+    grid = (cdiv(B * T, config["BLOCK_T"]) * blocks,)
+    tensors = q, k, cos, sin, positions, q_out, k_out
+    sizes = B * T, T, cos.shape[0], H, G, *q.stride()[:3], *k.stride()[:3]
+    _rope[grid](*tensors, *sizes, D, half, interleaved, inverse, **config)
     return q_out, k_out
 
 
-def _fake(q, k, cos, sin, positions, interleaved, inverse):
+def _shapes(q, k, tables):
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-def _save(ctx, inputs, output):
-    _q, _k, cos, sin, positions, ctx.interleaved, ctx.inverse = inputs
-    ctx.save_for_backward(cos, sin, positions)
+def _save(outputs, q, k, tables):
+    return tables
 
 
-def _differentiate(ctx, dq: Tensor, dk: Tensor):
-    dq, dk = _rotate(_rows(dq), _rows(dk), *ctx.saved_tensors, ctx.interleaved, not ctx.inverse)
-    return dq, dk, None, None, None, None, None
+def _backward(saved: _Tables, needs: Any, dq: Tensor, dk: Tensor) -> _Gradients:
+    return _Gradients(*_rotate(_rows(dq), _rows(dk), _Tables(*saved[:4], not saved.inverse)))
+
+
+_rotate = make_op("apply_rope", _forward, _shapes, _save, _backward)
 
 
 def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-_rotate = register("apply_rope", _launch, _fake, _save, _differentiate)
 
 
 def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -209,9 +229,8 @@ def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> 
     def turn(x: Tensor) -> Tensor:
         wide = x[..., : 2 * half].to(cos.dtype)
         if interleaved:
-            wide = wide.clone(
-                memory_format=torch.contiguous_format
-            )  # a complex view starts at an even address
+            # a complex view starts at an even address
+            wide = wide.clone(memory_format=torch.contiguous_format)
             out = torch.view_as_real(torch.view_as_complex(wide.unflatten(-1, (half, 2))) * turns).flatten(-2)
         else:  # a roll by half a head swaps the two halves: long inner loops where slices would have short ones
             out = (wide * cos).addcmul_(wide.roll(half, -1), sin)
@@ -236,7 +255,7 @@ class _RopeTorch(torch.autograd.Function):
         return *_turn(dq, dk, cos, -sin, ctx.interleaved), None, None, None
 
 
-# ---- public op
+# ---- op
 
 
 def apply_rope(
@@ -262,11 +281,13 @@ def apply_rope(
         raise ValueError(
             f"q, k, cos: expected (..., T, H, D), (..., T, G, D), (positions, rotary/2), got {got}"
         )
+
     check_dtype("q", q)
     check_dtype("k", k, q.dtype)
     check_dtype("cos", cos, *FLOATS)
     check_dtype("sin", sin, *FLOATS)
     check_device(q, k=k, cos=cos, sin=sin, positions=positions)
+
     *lead, T, H, D = q.shape
     leading = {f"q.shape[{i}]": size for i, size in enumerate(lead)}
     check_shape("k", k, **leading, T=T, G=k.shape[-2], D=D)
@@ -279,17 +300,15 @@ def apply_rope(
         check_ids("positions", positions, 0, cos.shape[0] - 1)
     elif cos.shape[0] < T:
         raise ValueError(f"cos: expected at least T = {T} rows, got {cos.shape[0]}")
+
     cos, sin = cos.detach(), sin.detach()
     if use_triton(q):
         B, G = math.prod(lead), k.shape[-2]
-        rows_q, rows_k = (
-            _rows(q.reshape(B, T, H, D)),
-            _rows(k.reshape(B, T, G, D)),
-        )  # (..., T, H, D) -> (B, T, H, D)
-        positions = positions if positions is None else positions.contiguous()
-        q_out, k_out = _rotate(
-            rows_q, rows_k, cos.contiguous(), sin.contiguous(), positions, interleaved, False
-        )
+        # (..., T, H, D) -> (B, T, H, D)
+        rows_q, rows_k = _rows(q.reshape(B, T, H, D)), _rows(k.reshape(B, T, G, D))
+        positions = None if positions is None else positions.contiguous()
+        tables = _Tables(cos.contiguous(), sin.contiguous(), positions, interleaved, inverse=False)
+        q_out, k_out = _rotate(rows_q, rows_k, tables)
         return q_out.view(q.shape), k_out.view(k.shape)
     rows = slice(T) if positions is None else positions
     wide = torch.promote_types(q.dtype, torch.float32)

@@ -124,7 +124,7 @@ COPIES = {
     "mytrainer.kernels": 3,
     "kernels": 5,
 }  # and what one of their products is multiplied by
-PLACES = {  # where it stands: in a path that torch knows as an op, on a CPU and in Triton
+PLACES = {  # where it stands, in whichever room: in a path that torch knows as an op, on a CPU and in Triton
     "moe.py": "F.silu(gate) * up",
     "glu.py": "(u + offset) * g * tl.sigmoid(s)",
 }
@@ -160,15 +160,17 @@ for _ in range(2):
 
 
 def copy(folder: Path, name: str, factor: int) -> None:
-    """kernels/ as the package `name`, with one product of two of its files multiplied."""
+    """kernels/ with its rooms as the package `name`, with one product of two of its files multiplied."""
     home = folder.joinpath(*name.split("."))
     shutil.copytree(KERNELS, home, ignore=shutil.ignore_patterns("__pycache__"))
     if "." in name:
         (home.parent / "__init__.py").touch()
     for file, old in PLACES.items():
-        source = (home / file).read_text()
-        assert source.count(old) == 1, f"{file} does not have `{old}` once: change another number"
-        (home / file).write_text(source.replace(old, f"{factor} * {old}"))
+        sources = {path: path.read_text() for path in home.rglob(file)}
+        count = sum(source.count(old) for source in sources.values())
+        assert count == 1, f"{file} does not have `{old}` once: change another number"
+        for path, source in sources.items():
+            path.write_text(source.replace(old, f"{factor} * {old}"))
 
 
 @pytest.mark.slow

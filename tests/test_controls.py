@@ -35,12 +35,13 @@ if INTERPRET:
     CAUGHT += (InterpreterError,)  # by the guard, where a fault leads outside of the tensors
 
 
-WRAPPED = {  # ops on an NF4Weight, for Cases whose inputs are tensors, and what a Case has of an op's outputs
+WRAPPED = {  # by op or case: ops on an NF4Weight, for Cases whose inputs are tensors, and what a Case has of outputs
     "nf4_linear": four_bit,
     "dequantize_nf4": multiplied_out,
     "quantize_nf4": absmax_alone,
     "sample_tokens": logprob_alone,
     "lora_linears": several,
+    "lora_linear/4-bit base": four_bit,
     "moe_mlp/4-bit experts, adapters": with_4bit_experts,
 }
 

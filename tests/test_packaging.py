@@ -32,9 +32,17 @@ def build(folder: Path, kind: str, output: Path) -> Path:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """The tree without what a build or a run leaves in it."""
+    """The tree without what a build or a run leaves in it, with one room more, and a folder that is none."""
     leftovers = shutil.ignore_patterns(".*", "build", "dist", "runs", "models", "*.egg-info", "__pycache__")
-    return shutil.copytree(ROOT, tmp_path / "tree", ignore=leftovers)
+    tree = shutil.copytree(ROOT, tmp_path / "tree", ignore=leftovers)
+    for file in (
+        "kernels/planted_room/__init__.py",
+        "kernels/planted_room/file.py",
+        "kernels/no_room/file.py",
+    ):
+        (tree / file).parent.mkdir(exist_ok=True)
+        (tree / file).write_text('"""A file."""\n')
+    return tree
 
 
 @pytest.mark.slow
@@ -43,8 +51,9 @@ def test_wheel_and_sdist(tree, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"burnish", "burnish-0.1.0.dist-info"}
     for folder in SOURCES:
-        for path in (tree / folder).glob("*.py"):
-            assert f"burnish/{folder}/{path.name}" in names
+        for path in (tree / folder).rglob("*.py"):
+            packed = f"burnish/{path.relative_to(tree).as_posix()}" in names
+            assert packed == (path.parent / "__init__.py").exists(), path
         assert f"burnish/{folder}/py.typed" in names
 
     sdist = build(tree, "sdist", tmp_path / "sdist")
@@ -55,7 +64,8 @@ def test_wheel_and_sdist(tree, tmp_path):
 
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = (
-        "import burnish.kernels as k, burnish.algorithms.__main__ as m; print(k.__file__); m.main(['--help'])"
+        "import burnish.kernels.planted_room.file as k, burnish.algorithms.__main__ as m; "
+        "print(k.__file__); m.main(['--help'])"
     )
     run = subprocess.run(
         [sys.executable, "-c", code],

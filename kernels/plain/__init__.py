@@ -1,1 +1,1 @@
-"""What torch computes by itself: CPU paths, and references too long to stand beside their kernels."""
+"""Plain torch: CPU paths, and references too long to stand beside their kernels."""

@@ -111,7 +111,7 @@ def test_a_frozen_weight_changes_no_other_gradient(device):
 
 @pytest.mark.parametrize("N", [1, 3, 64, 100, 576, 1024, 5120, 6144, 16384])
 def test_every_width_has_a_tile(N):
-    for tile in (norm._forward_config(N, 32), norm._backward_config(N, 32), norm._walk_config(N, 2)[1]):
+    for tile in (norm.norm_forward(N, 32), norm.norm_backward(N, 32), norm.norm_walk(N, 2)[1]):
         rows, columns, warps = tile["BLOCK_R"], tile["BLOCK_N"], tile["num_warps"]
         assert all(n.bit_count() == 1 for n in (rows, columns, warps)) and N <= columns < 2 * N
         assert rows * columns in (1024, 2048) or rows == 1

@@ -1,0 +1,150 @@
+"""The files of the four folders, and what the rules ask a source: its imports, functions, sections, comments."""
+
+import ast
+import io
+import re
+import tokenize
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FLOORS = ["kernels", "model", "algorithms", "bench"]  # a file imports its own folder and those before it
+
+FILES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for folder in FLOORS
+    for pattern in ("*.py", "*/*.py")  # one level of rooms
+    for path in sorted((ROOT / folder).glob(pattern))
+}
+KERNELS = {name: source for name, source in FILES.items() if name.startswith("kernels/")}
+ALGORITHMS = {
+    name: source
+    for name, source in FILES.items()
+    if name.startswith("algorithms/") and "/_" not in name and "\ndef train(" in source
+}
+
+# file -> the rules that it breaks and will break until it is rewritten
+EXEMPT: dict[str, list[str]] = tomllib.loads((Path(__file__).parent / "exempt.toml").read_text())
+
+
+parse = cache(ast.parse)  # of 150 files, for 20 rules
+
+# ---- names
+
+
+def stem(name: str) -> str:
+    """A file's name without folder, room and ending."""
+    return name.rpartition("/")[2].removesuffix(".py")
+
+
+def exported() -> set[str]:
+    """The public ops and types: what kernels/__init__.py takes from its files."""
+    return {
+        alias.name
+        for node in ast.walk(parse(FILES["kernels/__init__.py"]))
+        if isinstance(node, ast.ImportFrom) and node.module != "_namesake"
+        for alias in node.names
+    }
+
+
+PUBLIC = exported()
+
+
+# ---- imports
+
+
+def imports(name: str, source: str) -> Iterator[tuple[int, list[str]]]:
+    """(line, path) of each import: ["kernels", "head", "blocks", "scaled"] of ours, ["", "numpy"] of other packages."""
+    package = name.split("/")[:-1]
+    for node in ast.walk(parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, _from_the_root(alias.name.split("."))
+        elif isinstance(node, ast.ImportFrom):
+            parts = node.module.split(".") if node.module else []
+            for alias in node.names:
+                if node.level == 0:
+                    yield node.lineno, _from_the_root([*parts, alias.name])
+                else:
+                    yield node.lineno, [*package[: len(package) - node.level + 1], *parts, alias.name]
+
+
+def _from_the_root(path: list[str]) -> list[str]:
+    return path[1:] if path[0] == "burnish" and len(path) > 1 else ["", path[0]]
+
+
+# ---- functions
+
+
+def functions(source: str) -> list[ast.FunctionDef]:
+    return [node for node in parse(source).body if isinstance(node, ast.FunctionDef)]
+
+
+def every_function(source: str) -> list[ast.FunctionDef]:
+    """Methods and nested functions, too."""
+    return [node for node in ast.walk(parse(source)) if isinstance(node, ast.FunctionDef)]
+
+
+def is_kernel(node: ast.FunctionDef) -> bool:
+    return any(
+        ast.unparse(d).split("(")[0] in {"triton.jit", "jit", "gluon.jit"} for d in node.decorator_list
+    )
+
+
+def is_op(node: ast.FunctionDef) -> bool:
+    """A public op, not its reference."""
+    return node.name in PUBLIC
+
+
+def is_reference(node: ast.FunctionDef) -> bool:
+    return node.name.endswith("_reference")
+
+
+def signature(node: ast.FunctionDef) -> list[tuple[str, str]]:
+    """Names and defaults, in order, keyword-only arguments marked."""
+    a = node.args
+    plain = [*a.posonlyargs, *a.args]
+    text = lambda d: "" if d is None else ast.unparse(d)
+    required = len(plain) - len(a.defaults)
+    defaults = [""] * required + [text(d) for d in a.defaults]
+    keyword = zip(a.kwonlyargs, a.kw_defaults, strict=True)
+    return [(x.arg, d) for x, d in zip(plain, defaults, strict=True)] + [
+        (f"*{x.arg}", text(d)) for x, d in keyword
+    ]
+
+
+def body(node: ast.FunctionDef) -> list[ast.stmt]:
+    """The statements behind the docstring."""
+    return node.body[1:] if ast.get_docstring(node) is not None else node.body
+
+
+def first_and_last_line(statements: list[ast.stmt]) -> tuple[int, int]:
+    """(1, 0) of no statement."""
+    if not statements:
+        return 1, 0
+    decorators = getattr(statements[0], "decorator_list", [])
+    return min(s.lineno for s in (statements[0], *decorators)), statements[-1].end_lineno or 0
+
+
+# ---- comments
+
+
+@cache
+def comments(source: str) -> list[tuple[int, str]]:
+    """(line, text) of each, without what looks like one inside a string."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return [(token.start[0], token.string) for token in tokens if token.type == tokenize.COMMENT]
+
+
+def marks(source: str) -> list[tuple[int, str]]:
+    """(line, name) of the section marks: `# ---- name`."""
+    found = ((line, re.fullmatch(r"# ---- (.*)", text)) for line, text in comments(source))
+    return [(line, match[1]) for line, match in found if match]
+
+
+def section(source: str, line: int, names: list[str]) -> str | None:
+    """The section among those named in which a line stands."""
+    before = [name for start, name in marks(source) if start < line and name in names]
+    return before[-1] if before else None
