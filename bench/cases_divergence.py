@@ -1,4 +1,4 @@
-"""Cases of kernels/divergence.py: divergences of two heads over the whole vocabulary."""
+"""Cases of kernels/head/divergence.py: divergences of two heads over the whole vocabulary."""
 
 from dataclasses import replace
 
@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.head import divergence
+from ..kernels.head.divergence import token_divergence
+from ..kernels.plain.divergence import token_divergence_reference
 from .case import Case, Dims, Tensors, Work, randn
-from .cases_logprob import head_inputs, in_fp32, linear, with_adapter
+from .cases_logprob import head_inputs, in_fp32, linear, with_adapter, without_budget
 
 
 def token_divergence_eager(
@@ -30,7 +31,6 @@ def token_divergence_eager(
     softcap: float | None = None,
     teacher_softcap: float | None = None,
     mask: Tensor | None = None,
-    memory_budget: int | None = None,
 ) -> Tensor:
     """Both logits, and F.kl_div of their logarithms, as the trainers of GKD have it."""
     logits = linear(hidden, weight, bias, lora_a, lora_b, scaling)
@@ -107,9 +107,9 @@ _CASE = Case(
     op="token_divergence",
     family="forward KL",
     inputs=_inputs,
-    fused=divergence.token_divergence,
-    reference=divergence.token_divergence_reference,
-    eager=token_divergence_eager,
+    fused=token_divergence,
+    reference=without_budget(token_divergence_reference),
+    eager=without_budget(token_divergence_eager),
     work=_work,
     formula="2T(C+D)V operations, D the teacher's width; 4TCV",
     shapes=_SHAPES,

@@ -1,4 +1,4 @@
-"""Cases of kernels/topk.py: a teacher's likeliest tokens, and the divergence from them."""
+"""Cases of kernels/head/topk.py: a teacher's likeliest tokens, and the divergence from them."""
 
 from dataclasses import replace
 
@@ -8,7 +8,16 @@ from torch import Tensor
 from ..kernels.head import topk
 from .case import Case, Dims, Tensors, Work, randn
 from .cases_divergence import kl_div
-from .cases_logprob import LOGPROB_SHAPES, head_inputs, in_fp32, linear, logprob_work, output, with_adapter
+from .cases_logprob import (
+    LOGPROB_SHAPES,
+    head_inputs,
+    in_fp32,
+    linear,
+    logprob_work,
+    output,
+    with_adapter,
+    without_budget,
+)
 
 
 def topk_divergence_eager(
@@ -25,7 +34,6 @@ def topk_divergence_eager(
     scaling: float = 1.0,
     softcap: float | None = None,
     mask: Tensor | None = None,
-    memory_budget: int | None = None,
 ) -> Tensor:
     """Gathered from the whole log_softmax; padding is given probability 0."""
     logits = linear(hidden, weight, bias, lora_a, lora_b, scaling)
@@ -49,7 +57,6 @@ def _topk_logprobs_eager(
     lora_a: Tensor | None = None,
     lora_b: Tensor | None = None,
     scaling: float = 1.0,
-    memory_budget: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     logits = linear(hidden, weight, None, lora_a, lora_b, scaling)
     logprobs, ids = in_fp32(logits, 1.0, None).log_softmax(-1).topk(k, -1)
@@ -81,8 +88,8 @@ _CASE = Case(
     family="beta 0.0",
     inputs=_inputs,
     fused=topk.topk_divergence,
-    reference=topk.topk_divergence_reference,
-    eager=topk_divergence_eager,
+    reference=without_budget(topk.topk_divergence_reference),
+    eager=without_budget(topk_divergence_eager),
     work=_work,
     formula="2TCV operations; 4TCV",
     shapes=tuple(dims | {"K": 7} for dims in LOGPROB_SHAPES[1:]),
@@ -114,8 +121,8 @@ CASES = (
         op="topk_logprobs",
         inputs=head_inputs,
         fused=output(1, topk.topk_logprobs),
-        reference=output(1, topk.topk_logprobs_reference),
-        eager=output(1, _topk_logprobs_eager),
+        reference=without_budget(output(1, topk.topk_logprobs_reference)),
+        eager=without_budget(output(1, _topk_logprobs_eager)),
         options={"k": 2, "memory_budget": 1 << 13},
         fixed=("hidden", "weight"),
         reads_values=False,

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ..algorithms._streams import run_program
-from ..kernels.head.blocks import CPU_BUDGET
+from ..kernels.head.inputs import CPU_BUDGET
 from .trainers import SHAPE, resident
 
 ROWS, LENGTH, VOCABULARY = 4, 512, 32_768

@@ -184,6 +184,37 @@ DECODE = {
 
 # ---- head
 
+# a head's logits; of rows whose bytes are no multiple of 16, which no tensor descriptor takes, "without TMA"
+HEAD = {
+    "interpreted": Tile(16, 128, 32),
+    "fp32": Tile(64, 32, 16, stages=2),
+    "sm_80": Tile(128, 128, 32, warps=8, stages=3),
+    "sm_86": Tile(128, 128, 32, warps=8, stages=3),
+    "sm_90": Tile(128, 256, 64, warps=8, stages=4),
+    "sm_90 without TMA": Tile(128, 64, 32, warps=8, stages=3),
+    "sm_100": Tile(128, 128, 64, stages=4),
+    "sm_100 without TMA": Tile(128, 64, 32, warps=8, stages=3),
+    "sm_120": Tile(128, 128, 32, warps=8, stages=3),
+    "gfx942": Tile(128, 64, 32, stages=2),
+}
+
+# two heads' logits: two accumulators, so half of the tile above. With the stages of the others sm_120 spills; on Hopper
+# the gradient of a mixture takes half of the tile again
+DIVERGENCE = {
+    "interpreted": Tile(16, 128, 32),
+    "fp32": Tile(32, 32, 16, stages=2),
+    "sm_120 fp32": Tile(32, 32, 16, stages=3),
+    "sm_80": Tile(128, 64, 32, warps=8, stages=3),
+    "sm_86": Tile(128, 64, 32, warps=8, stages=3),
+    "sm_90": Tile(128, 128, 64, warps=8, stages=3),
+    "sm_90 mixture": Tile(128, 64, 64, warps=8, stages=3),
+    "sm_90 without TMA": Tile(128, 64, 32, warps=8, stages=3),
+    "sm_100": Tile(128, 128, 64, warps=8, stages=3),
+    "sm_100 without TMA": Tile(128, 64, 32, warps=8, stages=3),
+    "sm_120": Tile(128, 64, 32, warps=8, stages=2),
+    "gfx942": Tile(64, 64, 32, stages=2),
+}
+
 
 # ---- lora
 

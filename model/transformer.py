@@ -31,7 +31,8 @@ from ..kernels import (
     token_logprobs,
 )
 from ..kernels._chip import autocast_dtype, readable
-from ..kernels.head.blocks import logits_of, low_rank
+from ..kernels.head.blocks import logits_of
+from ..kernels.head.inputs import low_rank
 from ..kernels.route import RouteStatistics
 from .cache import Cache
 from .config import ModelConfig, Rope

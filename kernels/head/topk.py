@@ -22,36 +22,43 @@ device, and there is no kernel to win by. dW of a chunk is one product, in fp32.
 Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531
 """
 
-# pyright: reportArgumentType=false
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._chip import check_device, check_shape, readable, use_triton, whole_number, without_autocast
-from .._op import register
+from .._chip import check_device, check_shape, readable, whole_number, without_autocast
+from .._op import like_saved, make_op
+from ..records import Head
 from .blocks import (
+    HeadGradients,
     block_of,
     blocks_of,
     buffer_of,
+    chunk_of,
+    exponential,
+    head_gradients,
+    product,
+    rows_of,
+    scaled_,
+    softcap_slope,
+    unscaled_,
+    with_operand,
+)
+from .inputs import (
+    HeadInputs,
     cast,
-    check_adapter,
     check_budget,
-    check_head,
+    check_heads,
     check_ids,
     check_mask,
     check_rows,
     checked_temperature,
     divergence_of,
-    exponential,
-    head_gradients,
-    head_gradients_fake,
-    operand,
-    product,
-    rows_of,
-    scaled_,
+    head_of,
+    logits_fit,
     scaled_logits,
-    split_temperature,
-    widened,
 )
 
 COPIES = 4  # of a block: the logits and temporaries
@@ -74,17 +81,12 @@ def topk_logprobs_reference(
     scaling: float = 1.0,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
-    memory_budget: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    u = scaled_logits(
-        hidden, weight, lora_a=lora_a, lora_b=lora_b, scaling=scaling, bias=bias,
-        temperature=temperature, softcap=softcap,
-    )  # fmt: skip
+    u = scaled_logits(HeadInputs(hidden, weight, bias, lora_a, lora_b, scaling, softcap), temperature)
     logprobs, ids = torch.log_softmax(u, -1).topk(k, -1)
     return ids.int(), logprobs
 
 
-@without_autocast
 def topk_divergence_reference(
     hidden: Tensor,
     weight: Tensor,
@@ -99,227 +101,185 @@ def topk_divergence_reference(
     scaling: float = 1.0,
     softcap: float | None = None,
     mask: Tensor | None = None,
-    memory_budget: int | None = None,
 ) -> Tensor:
-    u = scaled_logits(
-        hidden, weight, lora_a=lora_a, lora_b=lora_b, scaling=scaling, bias=bias,
-        temperature=temperature, softcap=softcap,
-    )  # fmt: skip
+    student = HeadInputs(hidden, weight, bias, lora_a, lora_b, scaling, softcap)
+    return _of_logits(student, _Listed(teacher_ids, teacher_logprobs), temperature, beta, mask)
+
+
+class _Listed(NamedTuple):
+    """A teacher's likeliest ids, padded with -1."""
+
+    ids: Tensor  # (tokens, K)
+    logprobs: Tensor  # (tokens, K)
+
+
+@without_autocast
+def _of_logits(
+    student: HeadInputs, teacher: _Listed, temperature: float | Tensor, beta: float, mask: Tensor | None
+) -> Tensor:
+    """The divergence by way of the student's logits, all of them."""
+    u, ids = scaled_logits(student, temperature), teacher.ids
     V = u.shape[1]
-    columns = torch.where(teacher_ids < 0, V, teacher_ids).long()  # padding falls into one column too many
+    columns = torch.where(ids < 0, V, ids).long()  # padding falls into one column too many
     listed = torch.zeros(u.shape[0], V + 1, dtype=torch.bool, device=u.device).scatter_(1, columns, True)
     rest = torch.logsumexp(u.masked_fill(listed[:, :-1], NOTHING), -1)
-    return _over_buckets(
-        u.gather(1, teacher_ids.clamp(min=0).long()), rest, teacher_ids, teacher_logprobs, V, beta, mask
-    )
+    student_buckets = _Buckets(u.gather(1, ids.clamp(min=0).long()), rest)
+    return _over_buckets(student_buckets, teacher, V, beta, mask)
+
+
+class _Buckets(NamedTuple):
+    """A student's logits, which may all be shifted alike in a row."""
+
+    u: Tensor  # (tokens, K): of the listed ids
+    rest: Tensor  # (tokens,): the log-sum-exp of all others
 
 
 def _over_buckets(
-    u: Tensor, rest: Tensor, ids: Tensor, logprobs: Tensor, vocabulary: int, beta: float, mask: Tensor | None
+    student: _Buckets, teacher: _Listed, vocabulary: int, beta: float, mask: Tensor | None
 ) -> Tensor:
-    """u (tokens, K): the student's logits of the listed ids; rest (tokens,): the log-sum-exp of all others. Both may be
-    shifted alike."""
-    padding = ids < 0
+    """D over the listed ids and one bucket more."""
+    u, rest = student
+    padding = teacher.ids < 0
     whole = (~padding).sum(-1) == vocabulary  # (tokens,): no other ids are left
-    log_t = logprobs.detach().to(u.dtype).masked_fill(padding, NOTHING)  # (tokens, K)
+
+    log_t = teacher.logprobs.detach().to(u.dtype).masked_fill(padding, NOTHING)  # (tokens, K)
     tail = (1 - log_t.exp().sum(-1)).clamp(min=LEAST).log().masked_fill(whole, NOTHING)
     log_t = torch.log_softmax(torch.cat((log_t, tail[:, None]), 1), -1)  # (tokens, K + 1)
+
     rest = rest.masked_fill(whole, NOTHING)
     log_s = torch.log_softmax(torch.cat((u.masked_fill(padding, NOTHING), rest[:, None]), 1), -1)
     divergence = divergence_of(log_t, log_s, beta)
     return divergence if mask is None else torch.where(mask, divergence, 0)
 
 
-# ---- kernels
+# ---- launch
 
 
-def _size(hidden: Tensor) -> int:
-    return COPIES * max(4, hidden.itemsize)
+def _size(head: Head) -> int:
+    return COPIES * max(4, head.hidden.itemsize)
 
 
-def _walk(hidden, weight, lora_b, bias, temperatures, temperature, softcap, memory_budget):
+def _walk(head: Head, memory_budget: int) -> Iterator[tuple[slice, slice, Tensor]]:
     """(rows, columns, u) of every block, u (rows, columns) in one buffer that the next block overwrites."""
-    h, wide = operand(hidden), torch.promote_types(hidden.dtype, torch.float32)
-    row_blocks, chunks = blocks_of(hidden, weight.shape[0], memory_budget, _size(hidden))
-    buffer = buffer_of(h.new_empty(0, dtype=wide), row_blocks, chunks)
+    operands, wide = with_operand(head), torch.promote_types(head.hidden.dtype, torch.float32)
+    row_blocks, chunks = blocks_of(head, memory_budget, _size(head))
+    buffer = buffer_of(head.hidden.new_empty(0, dtype=wide), row_blocks, chunks)
     for columns in chunks:
-        w, b = rows_of(weight, lora_b, columns, h.dtype), None if bias is None else bias[columns]
+        chunk = chunk_of(operands, columns)
         for rows in row_blocks:
-            z = product(h[rows], w.T, block_of(buffer, rows, w.shape[0]))
-            yield (
-                rows,
-                columns,
-                scaled_(z, b, None if temperatures is None else temperatures[rows], temperature, softcap),
-            )
+            block = rows_of(chunk, rows)
+            z = product(block.hidden, block.weight.T, block_of(buffer, rows, columns.stop - columns.start))
+            yield rows, columns, scaled_(z, block)
 
 
-def _merge(top: Tensor, total: Tensor, u: Tensor) -> None:
-    """The highest (rows,) and the sum of exponentials below it, of what they were of and of u (rows, columns), spent.
+def _merge(top: Tensor, sum_exp: Tensor, u: Tensor) -> None:
+    """Take u (rows, columns), which is spent, into the highest (rows,) and the sum of exponentials below it.
 
-    Not one number, the log-sum-exp: with logits in the thousands its rounding would be that of every probability.
+    Not into one number, the log-sum-exp: with logits in the thousands its rounding would be that of every probability.
     """
-    highest = torch.maximum(top, u.amax(-1))
-    u -= highest[:, None]
-    total.mul_((top - highest).exp_()).add_(exponential(u, out=u).sum(-1))
-    top.copy_(highest)
+    new_top = torch.maximum(top, u.amax(-1))
+    u -= new_top[:, None]
+    sum_exp.mul_((top - new_top).exp_()).add_(exponential(u, out=u).sum(-1))
+    top.copy_(new_top)
 
 
 def _find(ids: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Of each id its column (rows, K) in a chunk of the vocabulary, and whether it is there at all."""
-    at = ids.long() - columns.start
+    """The column (rows, K) of each id in a chunk of the vocabulary, and whether it is there at all."""
+    column = ids.long() - columns.start
     width = columns.stop - columns.start
-    return at.clamp(0, width - 1), (at >= 0) & (at < width)
+    return column.clamp(0, width - 1), (column >= 0) & (column < width)
 
 
-def _hide(u: Tensor, at: Tensor, here: Tensor) -> Tensor:
-    """u without the listed ids."""
-    hidden = torch.where(here, NOTHING, torch.inf).to(u.dtype)
-    return u.scatter_reduce_(1, at, hidden, "amin")
+def _without(u: Tensor, column: Tensor, is_here: Tensor) -> Tensor:
+    """u, in place, without the listed ids."""
+    least = torch.where(is_here, NOTHING, torch.inf).to(u.dtype)
+    return u.scatter_reduce_(1, column, least, "amin")
 
 
-# ---- autograd
-
-
-def _topk(
-    hidden: Tensor,
-    weight: Tensor,
-    lora_b: Tensor | None,
-    bias: Tensor | None,
-    temperatures: Tensor | None,
-    k: int,
-    temperature: float,
-    softcap: float | None,
-    memory_budget: int,
-) -> tuple[Tensor, Tensor]:
-    ids, found = _topk_fake(
-        hidden, weight, lora_b, bias, temperatures, k, temperature, softcap, memory_budget
-    )
+def _select(head: Head, k: int, memory_budget: int) -> tuple[Tensor, Tensor]:
+    ids, logits = _selected_shapes(head, k, memory_budget)
     ids.zero_()
-    found.fill_(-torch.inf)
-    top, total = found.new_full((hidden.shape[0],), NOTHING), found.new_zeros(hidden.shape[0])
-    for rows, columns, u in _walk(
-        hidden, weight, lora_b, bias, temperatures, temperature, softcap, memory_budget
-    ):
-        best, at = u.topk(min(k, u.shape[1]), -1)
-        best, order = torch.cat((found[rows], best), 1).topk(k, -1)
-        ids[rows] = torch.cat((ids[rows], at.int() + columns.start), 1).gather(1, order)
-        found[rows] = best
-        _merge(top[rows], total[rows], u)
-    return ids, (found - top[:, None]).sub_(total.log_()[:, None])
+    logits.fill_(-torch.inf)
+    top, sum_exp = logits.new_full((len(logits),), NOTHING), logits.new_zeros(len(logits))
+    for rows, columns, u in _walk(head, memory_budget):
+        # the k likeliest of those so far and of this block
+        best, column = u.topk(min(k, u.shape[1]), -1)
+        best, order = torch.cat((logits[rows], best), 1).topk(k, -1)
+        ids[rows] = torch.cat((ids[rows], column.int() + columns.start), 1).gather(1, order)
+        logits[rows] = best
+        _merge(top[rows], sum_exp[rows], u)
+    return ids, (logits - top[:, None]).sub_(sum_exp.log_()[:, None])
 
 
-def _topk_fake(hidden, weight, lora_b, bias, temperatures, k, temperature, softcap, memory_budget):
-    shape, wide = (hidden.shape[0], k), torch.promote_types(hidden.dtype, torch.float32)
-    return hidden.new_empty(shape, dtype=torch.int32), hidden.new_empty(shape, dtype=wide)
+def _selected_shapes(head, k, memory_budget):
+    shape, wide = (head.hidden.shape[0], k), torch.promote_types(head.hidden.dtype, torch.float32)
+    return head.hidden.new_empty(shape, dtype=torch.int32), head.hidden.new_empty(shape, dtype=wide)
 
 
-_topk_logprobs = register("topk_logprobs", _topk, _topk_fake)
+class _Saved(NamedTuple):
+    head: Head
+    ids: Tensor
+    rest: Tensor
+    top: Tensor
+    memory_budget: int
 
 
-def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    lora_b: Tensor | None,
-    bias: Tensor | None,
-    ids: Tensor,
-    temperatures: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    memory_budget: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(head: Head, ids: Tensor, memory_budget: int) -> tuple[Tensor, Tensor, Tensor]:
     """u - top (tokens, K) of the listed ids, NaN for one that is not in the vocabulary, rest - top (tokens,), and top.
 
     top (tokens,), the highest of the others, is no more than a shift, of which softmax knows nothing.
     """
-    listed, rest, top = _forward_fake(
-        hidden, weight, lora_b, bias, ids, temperatures, temperature, softcap, memory_budget
-    )
+    listed, rest, top = _shapes(head, ids, memory_budget)
     listed.fill_(torch.nan).masked_fill_(ids < 0, 0)
     rest.zero_()
     top.fill_(NOTHING)
-    for rows, columns, u in _walk(
-        hidden, weight, lora_b, bias, temperatures, temperature, softcap, memory_budget
-    ):
-        at, here = _find(ids[rows], columns)
-        listed[rows] = torch.where(here, u.gather(1, at), listed[rows])
-        _merge(top[rows], rest[rows], _hide(u, at, here))
+    for rows, columns, u in _walk(head, memory_budget):
+        column, is_here = _find(ids[rows], columns)
+        listed[rows] = torch.where(is_here, u.gather(1, column), listed[rows])
+        _merge(top[rows], rest[rows], _without(u, column, is_here))
     top.masked_fill_(top == NOTHING, 0)  # there are no others
     return listed.sub_(top[:, None]), rest.log_(), top
 
 
-def _forward_fake(hidden, weight, lora_b, bias, ids, temperatures, temperature, softcap, memory_budget):
-    wide = torch.promote_types(hidden.dtype, torch.float32)
+def _shapes(head, ids, memory_budget):
+    hidden, wide = head.hidden, torch.promote_types(head.hidden.dtype, torch.float32)
     return hidden.new_empty(ids.shape, dtype=wide), *(
         hidden.new_empty(len(hidden), dtype=wide) for _ in range(2)
     )
 
 
-def _backward(
-    dlisted: Tensor,
-    drest: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    lora_b: Tensor | None,
-    bias: Tensor | None,
-    ids: Tensor,
-    temperatures: Tensor | None,
-    rest: Tensor,
-    top: Tensor,
-    temperature: float,
-    softcap: float | None,
-    memory_budget: int,
-    with_dhidden: bool,
-    with_dweight: bool,
-    with_dlora_b: bool,
-    with_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dhidden, dweight, dlora_b and dbias, each empty where it is not asked for."""
+def _save(outputs, head, ids, memory_budget):
+    _, rest, top = outputs
+    return _Saved(head, ids, rest, top, memory_budget)
 
-    def fill(rows, columns, h, w, b, dz):
-        at, here = _find(ids[rows], columns)
-        t = None if temperatures is None else temperatures[rows]
-        divisor = temperature if t is None else t[:, None]
+
+def _backward(saved: _Saved, needs: Any, dlisted: Tensor, drest: Tensor) -> HeadGradients:
+    head, ids, rest, top, memory_budget = saved
+
+    def fill(block: Head, rows: slice, columns: slice, dz: Tensor) -> Tensor:
         z = dz if dz.dtype == rest.dtype else dz.new_empty(dz.shape, dtype=rest.dtype)
-        u = scaled_(product(h, w.T, z), b, t, temperature, softcap)
-        slope = None if softcap is None else (u * divisor).div_(softcap).square_().neg_().add_(1)
-        du = _hide(u, at, here).sub_(top[rows, None]).sub_(rest[rows, None])
-        exponential(du, out=du).mul_(drest[rows, None])
-        du.scatter_add_(1, at, torch.where(here, dlisted[rows], 0)).div_(divisor)
-        if slope is not None:
-            du.mul_(slope)
-        if du is not dz:
-            dz.copy_(du)
-        return du.sum(0) if with_dbias else du.new_empty(0)
+        u = scaled_(product(block.hidden, block.weight.T, z), block)
+        slope = softcap_slope(u, block)
 
-    needs = with_dhidden, with_dweight, with_dlora_b, with_dbias
-    return head_gradients(hidden, weight, lora_b, bias, memory_budget, _size(hidden), fill, needs)
+        # of the ids that are not listed, then of those that are
+        column, is_here = _find(ids[rows], columns)
+        log_share = _without(u, column, is_here).sub_(top[rows, None]).sub_(rest[rows, None])
+        du = exponential(log_share, out=log_share).mul_(drest[rows, None])
+        du.scatter_add_(1, column, torch.where(is_here, dlisted[rows], 0))
 
+        found = unscaled_(du, slope, block)
+        if found is not dz:
+            dz.copy_(found)
+        return found.sum(0) if needs.head_bias else found.new_empty(0)
 
-def _backward_fake(
-    dlisted, drest, hidden, weight, lora_b, bias, ids, temperatures, rest, top, temperature, softcap, memory_budget,
-    with_dhidden, with_dweight, with_dlora_b, with_dbias,
-):  # fmt: skip
-    needs = with_dhidden, with_dweight, with_dlora_b, with_dbias
-    return head_gradients_fake(hidden, weight, lora_b, bias, needs)
+    return head_gradients(head, needs, memory_budget, _size(head), fill)
 
 
-def _save(ctx, inputs, output):
-    *tensors, temperature, softcap, memory_budget = inputs
-    ctx.constants = temperature, softcap, memory_budget
-    ctx.save_for_backward(*tensors, *output[1:])
+_topk_logprobs = make_op("topk_logprobs", _select, _selected_shapes)
+_listed = make_op("listed_logits", _forward, _shapes, _save, _backward, like_saved)
 
 
-def _differentiate(ctx, dlisted, drest, _):
-    needs = ctx.needs_input_grad[:4]
-    gradients = _listed_backward(dlisted, drest, *ctx.saved_tensors, *ctx.constants, *needs)
-    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *[None] * 5
-
-
-_listed_backward = register("listed_logits_backward", _backward, _backward_fake)
-_listed = register("listed_logits", _forward, _forward_fake, _save, _differentiate)
-
-
-# ---- public op
+# ---- op
 
 
 def topk_logprobs(
@@ -346,17 +306,14 @@ def topk_logprobs(
     row's temperature; such a row gives NaN on CUDA.
     """
     budget = check_budget(hidden, memory_budget)
-    check_head(hidden, weight, bias, softcap)
-    check_adapter(hidden, weight, lora_a, lora_b, scaling)
+    inputs = HeadInputs(hidden, weight, bias, lora_a, lora_b, scaling, softcap)
+    check_heads(inputs)
     temperature = checked_temperature(hidden, temperature)
     size = whole_number(k)
     if size is None or not 1 <= size <= weight.shape[0]:
         raise ValueError(f"k: expected a whole number from 1 to vocabulary={weight.shape[0]}, got {k}")
-    hidden = cast(hidden)
-    temperatures, number = split_temperature(temperature, torch.promote_types(hidden.dtype, torch.float32))
     with torch.no_grad():
-        hidden = widened(hidden, lora_a, scaling)
-        return _topk_logprobs(hidden, weight, lora_b, bias, temperatures, size, number, softcap, budget)
+        return _topk_logprobs(head_of(cast(inputs), temperature), size, budget)
 
 
 def topk_divergence(
@@ -390,8 +347,8 @@ def topk_divergence(
     id outside and such a temperature give NaN, the others a number that is no divergence.
     """
     budget = check_budget(hidden, memory_budget)
-    check_head(hidden, weight, bias, softcap)
-    check_adapter(hidden, weight, lora_a, lora_b, scaling)
+    student = HeadInputs(hidden, weight, bias, lora_a, lora_b, scaling, softcap)
+    check_heads(student)
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     temperature = checked_temperature(hidden, temperature)
     check_mask(hidden, mask)
@@ -405,21 +362,16 @@ def topk_divergence(
     if not teacher_logprobs.is_floating_point():
         raise ValueError(f"teacher_logprobs: expected a floating dtype, got {teacher_logprobs.dtype}")
     check_device(hidden, teacher_ids=teacher_ids, teacher_logprobs=teacher_logprobs)
+
     if readable(hidden):
         check_ids("teacher_ids", teacher_ids, vocabulary, mask)
         mass = teacher_logprobs.detach().double().masked_fill(teacher_ids < 0, -torch.inf).exp().sum(-1)
         right = mass <= 1 + SLACK
         right = right if mask is None else right | ~mask & mass.isfinite()  # NaN would reach dW from any row
         check_rows("teacher_logprobs", mass, right, "to sum to a probability of at most 1")
-    hidden = cast(hidden)
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    if not use_triton(hidden) and 8 * wide.itemsize * tokens * vocabulary <= budget:
-        # autograd's own copies of such small logits fit: no need to compute them twice
-        return topk_divergence_reference(
-            hidden, weight, teacher_ids, teacher_logprobs, beta=beta, temperature=temperature, bias=bias,
-            lora_a=lora_a, lora_b=lora_b, scaling=scaling, softcap=softcap, mask=mask,
-        )  # fmt: skip
-    temperatures, number = split_temperature(temperature, wide)
-    hidden = widened(hidden, lora_a, scaling)
-    u, rest, _ = _listed(hidden, weight, lora_b, bias, teacher_ids, temperatures, number, softcap, budget)
-    return _over_buckets(u, rest, teacher_ids, teacher_logprobs, vocabulary, beta, mask)
+
+    student, teacher = cast(student), _Listed(teacher_ids, teacher_logprobs)
+    if logits_fit(student, 8, budget):
+        return _of_logits(student, teacher, temperature, beta, mask)
+    u, rest, _ = _listed(head_of(student, temperature), teacher_ids, budget)
+    return _over_buckets(_Buckets(u, rest), teacher, vocabulary, beta, mask)

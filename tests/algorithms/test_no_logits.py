@@ -6,8 +6,8 @@ import pytest
 import torch
 from burnish.algorithms import distill, dpo, grpo, ppo, sft
 from burnish.kernels import _op
-from burnish.kernels.head.divergence import token_divergence_reference
 from burnish.kernels.head.logprob import token_logprobs_reference
+from burnish.kernels.plain.divergence import token_divergence_reference
 from burnish.model import transformer
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.tokenizer import Tokenizer

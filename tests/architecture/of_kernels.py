@@ -27,7 +27,7 @@ ARROWS = {  # which files of kernels/ import which: what the rows that fit a fil
     "__init__": "*",
     "*": "records tiles _[!_]*",  # _op, _chip, _triton, and tables that nobody looks up
     OPS: "plain/*",
-    "head/*": "head/blocks",
+    "head/*": "head/blocks head/inputs",
     "head/logprob": "head/gather",  # of a recorded support, a few columns
     "lora moe plain/moe": "nf4",  # products with a weight in 4 bits
     "lora": "low_rank",

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from burnish.bench.cases_divergence import kl_div, token_divergence_eager
+from burnish.bench.cases_logprob import without_budget
 from burnish.bench.cases_topk import topk_divergence_eager
 from burnish.kernels import (
     _op,
@@ -15,8 +16,9 @@ from burnish.kernels import (
 )
 from burnish.kernels._chip import INTERPRET
 from burnish.kernels.head import divergence
-from burnish.kernels.head.divergence import token_divergence_reference
 from burnish.kernels.head.topk import topk_divergence_reference, topk_logprobs_reference
+from burnish.kernels.plain.divergence import token_divergence_reference
+from burnish.kernels.tiles import Tile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 BLOCKS = 20_000  # bytes: most shapes below fall into several blocks
@@ -39,8 +41,13 @@ def run(op, tensors, upstream, **options):
 def assert_as_accurate(tensors, **options):
     """At most twice the eager composition's error in fp32, plus 1e-5 (1 + max|truth|)."""
     upstream = torch.randn(len(tensors[0]), device=tensors[0].device)
-    truth = run(token_divergence_reference, [x.double() for x in tensors], upstream.double(), **options)
-    usual = run(token_divergence_eager, tensors, upstream, **options)
+    truth = run(
+        without_budget(token_divergence_reference),
+        [x.double() for x in tensors],
+        upstream.double(),
+        **options,
+    )
+    usual = run(without_budget(token_divergence_eager), tensors, upstream, **options)
     ours = run(token_divergence, tensors, upstream, **options)
     for t, u, o in zip(truth, usual, ours, strict=True):
         allowed = 2 * (u.double() - t).abs().max() + 1e-5 * (1 + t.abs().max())
@@ -53,8 +60,7 @@ def assert_as_accurate(tensors, **options):
 @pytest.mark.parametrize("beta", [0.0, pytest.param(0.3, marks=pytest.mark.slow), 1.0])
 def test_a_large_vocabulary(beta, device, monkeypatch):
     if INTERPRET:  # it pays for each tile
-        tile = {"GROUP": 2, "BLOCK_M": 16, "BLOCK_N": 65_536, "BLOCK_K": 16}
-        monkeypatch.setattr(divergence, "_tile", lambda h, th, beta=0.0: tile)
+        monkeypatch.setattr(divergence, "_tile", lambda *_: Tile(16, 65_536, 16))
     assert_as_accurate(make(2, 8, 262_145, device), beta=beta, memory_budget=2**23)
 
 
@@ -92,9 +98,10 @@ def test_stored_logits_of_any_size(scale, beta, device):
         weight[150 + row] = weight[(hidden[row] @ weight.T).argmax()]
     upstream, options = torch.randn(6, device=device), {"beta": beta, "memory_budget": BLOCKS}
     exactly = [hidden.double(), weight.double(), ids, logprobs.double()]
-    truth = run(topk_divergence_reference, exactly, upstream.double(), **options)
+    truth = run(without_budget(topk_divergence_reference), exactly, upstream.double(), **options)
     tensors = [hidden, weight, ids, logprobs]
-    usual, ours = (run(op, tensors, upstream, **options) for op in (topk_divergence_eager, topk_divergence))
+    eager = without_budget(topk_divergence_eager)
+    usual, ours = (run(op, tensors, upstream, **options) for op in (eager, topk_divergence))
     for t, u, o in zip(truth, usual, ours, strict=True):
         assert (o.double() - t).abs().max() <= 2 * (u.double() - t).abs().max() + 1e-5 * (1 + t.abs().max())
 

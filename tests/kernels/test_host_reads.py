@@ -83,14 +83,14 @@ def test_scoring_reads_nothing_on_the_host(adapted: bool, monkeypatch: pytest.Mo
 PLANTED = [
     (
         "head/logprob",
-        "    log = total.log()\n",
-        "    log = total.log() if (total >= 0).all() else total\n",
+        "    log_sum = sum_exp.log()\n",
+        "    log_sum = sum_exp.log() if (sum_exp >= 0).all() else sum_exp\n",
         "token_logprobs/dense",
     ),
     (
         "head/logprob",
-        "    highest, log = norms\n",
-        "    highest, log = norms\n    max(log.tolist())\n",
+        "    highest, log_sum = norms\n",
+        "    highest, log_sum = norms\n    max(log_sum.tolist())\n",
         "token_logprobs/dense",
     ),
     (

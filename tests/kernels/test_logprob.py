@@ -8,6 +8,7 @@ from burnish.kernels import token_logprobs
 from burnish.kernels._chip import INTERPRET
 from burnish.kernels.head import blocks, logprob
 from burnish.kernels.head.logprob import token_logprobs_reference
+from burnish.kernels.tiles import Tile
 
 # bf16 under the interpreter: tests/kernels/test_cases.py
 DTYPES = [torch.float32, torch.float16] if INTERPRET else [torch.float32, torch.float16, torch.bfloat16]
@@ -140,8 +141,7 @@ def test_any_shape(shape, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_large_vocabulary(dtype, device, monkeypatch):
     if INTERPRET:  # it pays for each tile
-        tile = {"GROUP": 2, "BLOCK_M": 16, "BLOCK_N": 65_536, "BLOCK_K": 16}
-        monkeypatch.setattr(logprob, "tile_of", lambda h: tile)
+        monkeypatch.setattr(logprob, "tile_of", lambda h: Tile(16, 65_536, 16))
     assert_as_accurate(*make(2, 8, 262_145, device, dtype), memory_budget=2**22)
 
 
@@ -393,23 +393,23 @@ def test_autocast_takes_products_in_its_dtype(device):
 
 
 ROWS = [  # a row that is wrong, and what in the kernels answers it
-    ("tl.where((y >= 0) & (y < N), y, -1)", "y", [2**32 + 1, 0], None),
-    ("tl.where((y >= 0) & (y < N), y, -1)", "tl.where(y >= 0, y, -1)", [2**40, 0], None),
-    ('tl.where(ids < V, z, float("nan"))', "z", [1, 0], [[1, 9], [0, 3]]),
+    ("head/logprob", "tl.where((y >= 0) & (y < N), y, -1)", "y", [2**32 + 1, 0], None),
+    ("head/logprob", "tl.where((y >= 0) & (y < N), y, -1)", "tl.where(y >= 0, y, -1)", [2**40, 0], None),
+    ("head/gather", 'tl.where(ids < V, z, float("nan"))', "z", [1, 0], [[1, 9], [0, 3]]),
 ]
 
 
 @pytest.mark.skipif(
     not (INTERPRET or torch.cuda.is_available()), reason="what is promised of the Triton path"
 )
-@pytest.mark.parametrize("old, new, targets, support", ROWS)
-def test_a_wrong_row_is_nan_and_not_without_its_line(old, new, targets, support, device, copy_of):
+@pytest.mark.parametrize("file, old, new, targets, support", ROWS)
+def test_a_wrong_row_is_nan_and_not_without_its_line(file, old, new, targets, support, device, copy_of):
     arguments = torch.ones(2, 4, device=device), torch.ones(9, 4, device=device)
     targets = torch.tensor(targets, device=device)
     support = None if support is None else torch.tensor(support, device=device)
     found, planted = (
         op(*arguments, targets, support=support)[0]
-        for op in (token_logprobs, copy_of("head/logprob", old, new).token_logprobs)
+        for op in (token_logprobs, copy_of(file, old, new, "head/logprob").token_logprobs)
     )
     assert found.isnan().tolist() == [True, False]
     assert planted.isnan().tolist() != [True, False]

@@ -1,0 +1,232 @@
+"""Divergence of two heads in torch: the reference, the CPU path, and what both paths make of a row's pieces.
+
+Names as in head/divergence.py: of student and teacher, u and t are the scaled logits, log_p and log_q the
+log-probabilities, p and q the probabilities or, below a top, exponentials.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._chip import without_autocast
+from ..head.blocks import (
+    block_of,
+    buffer_of,
+    chunk_of,
+    exponential,
+    rows_of,
+    scaled_,
+    softcap_slope,
+    unscaled_,
+)
+from ..head.inputs import HeadInputs, divergence_of, scaled_logits
+from ..records import Head
+
+Blocks = tuple[list[slice], list[slice]]  # rows, columns
+COPIES = 6  # of a block: both logits and the temporaries of their difference
+
+# ---- reference
+
+
+def token_divergence_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    beta: float = 0.0,
+    temperature: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 1.0,
+    teacher_lora_a: Tensor | None = None,
+    teacher_lora_b: Tensor | None = None,
+    teacher_scaling: float = 1.0,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    student = HeadInputs(hidden, weight, bias, lora_a, lora_b, scaling, softcap)
+    adapter = teacher_lora_a, teacher_lora_b, teacher_scaling
+    teacher = HeadInputs(teacher_hidden, teacher_weight, teacher_bias, *adapter, teacher_softcap)
+    return divergence_of_logits(student, teacher, temperature, beta, mask)
+
+
+@without_autocast  # fp32 inside, whatever the policy outside
+def divergence_of_logits(
+    student: HeadInputs,
+    teacher: HeadInputs,
+    temperature: float | Tensor,
+    beta: float,
+    mask: Tensor | None,
+) -> Tensor:
+    """The divergence by way of both logits, all of them."""
+    u = scaled_logits(student, temperature)
+    with torch.no_grad():
+        t = scaled_logits(teacher, temperature)
+    divergence = divergence_of(torch.log_softmax(t, -1), torch.log_softmax(u, -1), beta)
+    return divergence if mask is None else torch.where(mask, divergence, 0)
+
+
+# ---- pieces of a row
+
+
+class Piece(NamedTuple):
+    """What stays of some columns of a row, one number each."""
+
+    sum_exp: Tensor  # sum exp(u - top)
+    teacher_sum_exp: Tensor
+    top: Tensor  # the highest u
+    teacher_top: Tensor
+    sum_gap: Tensor  # sum exp(u - top) (gap - gap_at_top); of t for beta = 0
+    gap_at_top: Tensor  # gap where u is highest; t for beta = 0
+
+
+class Norms(NamedTuple):
+    """What the backward has to know of a whole row, one number each."""
+
+    top: Tensor
+    log_sum: (
+        Tensor  # log sum exp(u - top). Their sum, the log-sum-exp, would be rounded at the size of the logits
+    )
+    teacher_top: Tensor
+    teacher_log_sum: Tensor
+    mean_gap: Tensor  # mean of gap - gap_at_top under p; under q for beta = 0
+    gap_at_top: Tensor
+
+
+def merged(pieces: Tensor, beta: float) -> Tensor:
+    """Norms (6, rows) of all pieces (pieces, 6, rows)."""
+    piece = Piece(*pieces.unbind(1))  # (pieces, rows) each
+    (top, at), (teacher_top, teacher_at) = piece.top.max(0), piece.teacher_top.max(0)
+
+    # sums below the tops of their pieces, as they are below that of the row
+    shrink, teacher_shrink = (piece.top - top).exp(), (piece.teacher_top - teacher_top).exp()
+    sum_exp, teacher_sum_exp = shrink * piece.sum_exp, teacher_shrink * piece.teacher_sum_exp
+    log_sum, teacher_log_sum = sum_exp.sum(0).log(), teacher_sum_exp.sum(0).log()
+
+    # the gaps, likewise, beyond that at the row's top
+    if beta == 0:
+        at, shrink, sum_exp = teacher_at, teacher_shrink, teacher_sum_exp
+    gap_at_top = piece.gap_at_top.gather(0, at[None])[0]
+    sum_gap = shrink * piece.sum_gap + (piece.gap_at_top - gap_at_top) * sum_exp
+    mean_gap = sum_gap.sum(0) / sum_exp.sum(0)
+    return torch.stack(Norms(top, log_sum, teacher_top, teacher_log_sum, mean_gap, gap_at_top))
+
+
+def to_mixture(log_ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """log p_S - log m and log p_T - log m, of log_ratio = log p_T - log p_S, which is spent."""
+    larger = log_ratio.clamp(min=0)
+    log_ratio -= larger
+    smaller = -larger
+    log_rest = exponential(log_ratio).mul_(beta)
+    log_rest.add_(exponential(smaller, out=smaller), alpha=1 - beta).log_()
+    return larger.add_(log_rest).neg_(), log_ratio.sub_(log_rest)
+
+
+# ---- blocks on a CPU
+
+
+def summarise(student: Head, teacher: Head, beta: float, blocks: Blocks, logits: Tensor | None) -> Tensor:
+    """Pieces (chunks, 6, rows) of these rows. A mixture's logits (2, rows, V) are kept."""
+    row_blocks, chunks = blocks
+    buffers = [] if logits is not None else [buffer_of(x.hidden, *blocks) for x in (student, teacher)]
+    # made before the blocks: small tensors left between these would keep their memory from being used again
+    pieces = student.hidden.new_empty(len(chunks), 6, len(student.hidden))
+
+    for i, columns in enumerate(chunks):
+        chunk, teacher_chunk = chunk_of(student, columns), chunk_of(teacher, columns)
+        for rows in row_blocks:
+            if logits is None:
+                outs = [block_of(x, rows, columns.stop - columns.start) for x in buffers]
+            else:
+                outs = logits[:, rows, columns]
+            u, t = _scaled_products(rows_of(chunk, rows), rows_of(teacher_chunk, rows), *outs)
+            _summarise_block(u, t, beta, Piece(*pieces[i, :, rows]))
+    return pieces
+
+
+def _scaled_products(student: Head, teacher: Head, out: Tensor, teacher_out: Tensor) -> tuple[Tensor, Tensor]:
+    """u and t (rows, columns) of a block, in the two buffers."""
+    u = scaled_(torch.mm(student.hidden, student.weight.T, out=out), student)
+    return u, scaled_(torch.mm(teacher.hidden, teacher.weight.T, out=teacher_out), teacher)
+
+
+def _summarise_block(u: Tensor, t: Tensor, beta: float, piece: Piece) -> None:
+    """Write a piece. u and t are spent, except a mixture's, of which no gap is summed before m is known."""
+    mixture = 0 < beta < 1
+    gap = t - u
+    at = torch.max(u if beta > 0 else t, -1)[1][:, None]
+    piece.gap_at_top.copy_(gap.gather(1, at)[:, 0])
+    torch.amax(u, -1, out=piece.top)
+    torch.amax(t, -1, out=piece.teacher_top)
+
+    p = torch.sub(u, piece.top[:, None], out=None if mixture else u)
+    q = torch.sub(t, piece.teacher_top[:, None], out=None if mixture else t)
+    torch.sum(exponential(p, out=p), -1, out=piece.sum_exp)
+    torch.sum(exponential(q, out=q), -1, out=piece.teacher_sum_exp)
+    if mixture:
+        piece.sum_gap.zero_()
+    else:
+        gap_beyond = gap.sub_(piece.gap_at_top[:, None])
+        torch.sum(gap_beyond.mul_(p if beta > 0 else q), -1, out=piece.sum_gap)
+
+
+def _log_probabilities(
+    u: Tensor, t: Tensor, norms: Norms, out: Tensor, teacher_out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """log_p and log_q. Two subtractions each: Norms."""
+    log_p = torch.sub(u, norms.top[:, None], out=out).sub_(norms.log_sum[:, None])
+    log_q = torch.sub(t, norms.teacher_top[:, None], out=teacher_out).sub_(norms.teacher_log_sum[:, None])
+    return log_p, log_q
+
+
+def mixture_sums(logits: Tensor, norms: Tensor, beta: float, blocks: Blocks) -> Tensor:
+    """(2, rows): sum p gap_beyond and sum q teacher_gap, as head/mixture.py has them, of Norms (6, rows)."""
+    u, t = logits
+    sums = norms.new_zeros(2, len(u))
+    for rows, columns in [(rows, columns) for columns in blocks[1] for rows in blocks[0]]:
+        block = u[rows, columns], t[rows, columns]
+        row = Norms(*norms[:, rows])
+        log_p, log_q = _log_probabilities(*block, row, *map(torch.empty_like, block))
+
+        gap, teacher_gap = to_mixture(log_q - log_p, beta)
+        gap_beyond = gap.sub_(row.gap_at_top[:, None])
+        sums[0, rows] += exponential(log_p, out=log_p).mul_(gap_beyond).sum(-1)
+        sums[1, rows] += exponential(log_q, out=log_q).mul_(teacher_gap).sum(-1)
+    return sums
+
+
+class Upstream(NamedTuple):
+    """What a row's gradient is made of."""
+
+    norms: Tensor  # Norms (6, rows)
+    gain: Tensor  # (rows,): dD of the loss, times 1 - beta for a mixture
+    beta: float
+
+
+def dlogits(
+    student: Head, teacher: Head, upstream: Upstream, dz: Tensor, teacher_out: Tensor, with_dbias: bool
+) -> Tensor:
+    """Fill dz (rows, columns) of a block, and return its sum over the rows. teacher_out: a buffer for t."""
+    beta, norms = upstream.beta, Norms(*upstream.norms)
+    u, t = _scaled_products(student, teacher, dz, teacher_out)
+    slope = softcap_slope(u, student)
+    mean_gap, gap_at_top = norms.mean_gap[:, None], norms.gap_at_top[:, None]
+
+    # u and t are spent from here on: the gap of reverse KL before that
+    gap_beyond = (t - u).sub_(gap_at_top) if beta == 1 else None
+    log_p, log_q = _log_probabilities(u, t, norms, u, t)
+    if beta == 0:
+        du = exponential(log_p, out=log_p).sub_(exponential(log_q, out=log_q))
+    elif gap_beyond is not None:
+        du = exponential(log_p, out=log_p).mul_(gap_beyond.neg_().add_(mean_gap))
+    else:
+        gap, _ = to_mixture(log_q.sub_(log_p), beta)
+        du = exponential(log_p, out=log_p).mul_(gap.sub_(gap_at_top).sub_(mean_gap))
+
+    unscaled_(du.mul_(upstream.gain[:, None]), slope, student)
+    return dz.sum(0) if with_dbias else dz.new_empty(0)

@@ -1,0 +1,120 @@
+"""Token log-probabilities as torch computes them: from logits in a graph, or block by block in one buffer."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..head.blocks import (
+    block_of,
+    blocks_of,
+    buffer_of,
+    bytes_of,
+    chunk_of,
+    exponential,
+    locate,
+    rows_of,
+    scaled_,
+    softcap_slope,
+    unscaled_,
+)
+from ..records import Head
+
+COPIES = 3  # of a block: the logits and two temporaries
+
+Scores = tuple[Tensor, Tensor, Tensor]  # logprob, lse, entropy, (tokens,) each
+
+
+# ---- from logits that autograd keeps
+
+
+def score(u: Tensor, column: Tensor, trained: Tensor, kept: Tensor | None) -> Scores:
+    """u (tokens, N); column (tokens,) is the target's; kept (tokens, N) bool, which of them take part."""
+    if kept is not None:
+        u = u.masked_fill(~kept, -torch.inf)
+    lse = torch.logsumexp(u, -1)
+    log_p = u - lse[:, None]
+    p = log_p.exp()
+
+    logprob = log_p.gather(1, column[:, None])[:, 0]
+    entropy = -(p * (log_p if kept is None else log_p.masked_fill(~kept, 0))).sum(-1)  # 0 log 0 = 0
+    return torch.where(trained, logprob, 0), torch.where(trained, lse, 0), torch.where(trained, entropy, 0)
+
+
+def score_logits(u: Tensor, targets: Tensor, support: Tensor | None, ignore_index: int) -> Scores:
+    """u (tokens, V); targets and support (tokens, K_max) are ids of the vocabulary."""
+    kept = None
+    if support is not None:
+        (tokens, V), device = u.shape, u.device
+        columns = torch.where(support < 0, V, support).long()  # padding falls into one column too many
+        kept = torch.zeros(tokens, V + 1, dtype=torch.bool, device=device).scatter_(1, columns, True)[:, :-1]
+
+    trained = targets != ignore_index
+    return score(u, targets.masked_fill(~trained, 0).long(), trained, kept)
+
+
+# ---- block by block
+
+
+class Rows(NamedTuple):
+    """What the logits' gradient is made of: a number a row, each (rows,).
+
+    du_j = dlogprob [j = y] + p_j (dnorm - dentropy (log p_j + entropy))        log p_j = u_j - highest - log_sum
+    """
+
+    targets: Tensor
+    highest: Tensor
+    log_sum: Tensor
+    entropy: Tensor
+    dlogprob: Tensor
+    dnorm: Tensor  # dlse - dlogprob: logprob = u_y - lse has the normaliser in it, too
+    dentropy: Tensor | None
+
+
+def summaries(head: Head, targets: Tensor, memory_budget: int, target_u: Tensor) -> Tensor:
+    """parts (chunks, 3, tokens): the highest logit, the sum of exponentials below it, that of these times u - highest.
+
+    target_u (tokens,): filled where the target is in the vocabulary.
+    """
+    row_blocks, chunks = blocks_of(head, memory_budget, bytes_of(head.hidden, COPIES))
+    buffer = buffer_of(head.hidden, row_blocks, chunks)
+    # made before the blocks: small tensors left between these keep their memory from being used again
+    parts = target_u.new_empty(len(chunks), 3, len(targets))
+
+    for part, columns in zip(parts, chunks, strict=True):
+        chunk = chunk_of(head, columns)
+        for rows in row_blocks:
+            block = rows_of(chunk, rows)
+            z = torch.mm(block.hidden, block.weight.T, out=block_of(buffer, rows, len(block.weight)))
+            u = scaled_(z, block)
+
+            column, in_chunk = locate(targets[rows], columns.start, u.shape[1])
+            target_u[rows] = torch.where(in_chunk, u.gather(1, column)[:, 0], target_u[rows])
+
+            top, sum_exp, weighted = part[:, rows]
+            u -= torch.amax(u, -1, out=top)[:, None]
+            p = exponential(u)
+            torch.sum(p, -1, out=sum_exp)
+            torch.sum(p.mul_(u), -1, out=weighted)
+    return parts
+
+
+def dlogits(block: Head, terms: Rows, start: int, dz: Tensor, with_dbias: bool) -> Tensor:
+    """dz (rows, N) of a block whose first column is `start`, filled; returns its sum over the rows, or nothing."""
+    targets, highest, log_sum, entropy, dlogprob, dnorm = (x[:, None] for x in terms[:6])
+    u = scaled_(torch.mm(block.hidden, block.weight.T, out=dz), block)
+    slope = softcap_slope(u, block)
+
+    # log p: the two, added before, would be rounded at the size of the logits, wrong for a whole row
+    u.sub_(highest).sub_(log_sum)
+    factor = dnorm
+    if terms.dentropy is not None:
+        factor = dnorm - (u + entropy).mul_(terms.dentropy[:, None])
+    du = exponential(u, out=u).mul_(factor)
+
+    # and the target's own
+    column, in_chunk = locate(targets[:, 0], start, u.shape[1])
+    du.scatter_add_(1, column, dlogprob * in_chunk[:, None])
+
+    unscaled_(du, slope, block)
+    return dz.sum(0) if with_dbias else dz.new_empty(0)
