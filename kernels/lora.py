@@ -446,13 +446,14 @@ def _save(outputs, x, layers, rows):
     return _AllSaved(x, S, norms, layers, rows)
 
 
-# One layer has an op of its own, in front of the same two functions: as a list of one, a row by 576 x 576 takes 1.6
+# One layer has an op of its own, in front of the same functions: as a list of one, a row by 576 x 576 takes 1.6
 # times as long on a CPU, for lists are laid out flat and back.
 
 
 def _one_forward(x: Tensor, layer: Layer, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     """x: (M, K). Returns out (M, N), S (M, R), and the norm (N,) of DoRA, empty without it."""
-    (out,), S, (norm,) = _forward(x, [layer], rows)
+    S = low_rank_forward(x, layer.a, rows, _path(x, layer))
+    out, norm = _layer_forward(x, S, layer, rows.adapter)
     return out, S, norm
 
 
