@@ -227,15 +227,15 @@ class Layer(NamedTuple):
 
 
 def _path(x: Tensor, layer: Layer) -> str:
-    return layer.path or _measured_path(x, *layer.b.shape[-2:])
+    return layer.path or _measured_path(x, layer.b.shape)
 
 
-def _measured_path(x: Tensor, N: int, R: int) -> str:
-    """x: (M, K)."""
+def _measured_path(x: Tensor, shape: Sequence[int]) -> str:
+    """x: (M, K). shape: that of B, (..., N, R)."""
     device = device_name(x)
     if not device:
         return "cublas"
-    M, K = x.shape
+    (M, K), (N, R) = x.shape, shape[-2:]
     rows = 1 << max(M, 1).bit_length() - 1  # rounded down to a power of two, as those that are measured
     dtype = str(x.dtype).removeprefix("torch.")
     return _lora_paths.PATHS.get((device, dtype, rows, N, K, R), "cublas")
@@ -537,8 +537,8 @@ def _rows(x: Tensor, adapter: Tensor | None, dropout: float, seed: int | Tensor 
 def _prepared(layer: Layer, dtype: torch.dtype) -> Layer:
     """The matrices in `dtype`, and all contiguous."""
     weight, a, b, bias, magnitude, scaling, path = layer
-    if weight.absmax is None:
-        weight = Weight(_operand(weight.data, dtype))
+    if weight.absmax is None and (data := _operand(weight.data, dtype)) is not weight.data:
+        weight = Weight(data)
     return Layer(
         weight,
         _operand(a, dtype),
