@@ -227,15 +227,15 @@ class Layer(NamedTuple):
 
 
 def _path(x: Tensor, layer: Layer) -> str:
-    return layer.path or _measured_path(x, *layer.b.shape[-2:])
+    return layer.path or _measured_path(x, layer.b.shape)
 
 
-def _measured_path(x: Tensor, N: int, R: int) -> str:
-    """x: (M, K)."""
+def _measured_path(x: Tensor, shape: Sequence[int]) -> str:
+    """x: (M, K). shape: that of B, (..., N, R)."""
     device = device_name(x)
     if not device:
         return "cublas"
-    M, K = x.shape
+    (M, K), (N, R) = x.shape, shape[-2:]
     rows = 1 << max(M, 1).bit_length() - 1  # rounded down to a power of two, as those that are measured
     dtype = str(x.dtype).removeprefix("torch.")
     return _lora_paths.PATHS.get((device, dtype, rows, N, K, R), "cublas")
@@ -446,13 +446,14 @@ def _save(outputs, x, layers, rows):
     return _AllSaved(x, S, norms, layers, rows)
 
 
-# One layer has an op of its own, in front of the same two functions: as a list of one, a row by 576 x 576 takes 1.6
+# One layer has an op of its own, in front of the same functions: as a list of one, a row by 576 x 576 takes 1.6
 # times as long on a CPU, for lists are laid out flat and back.
 
 
 def _one_forward(x: Tensor, layer: Layer, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     """x: (M, K). Returns out (M, N), S (M, R), and the norm (N,) of DoRA, empty without it."""
-    (out,), S, (norm,) = _forward(x, [layer], rows)
+    S = low_rank_forward(x, layer.a, rows, _path(x, layer))
+    out, norm = _layer_forward(x, S, layer, rows.adapter)
     return out, S, norm
 
 
@@ -536,8 +537,8 @@ def _rows(x: Tensor, adapter: Tensor | None, dropout: float, seed: int | Tensor 
 def _prepared(layer: Layer, dtype: torch.dtype) -> Layer:
     """The matrices in `dtype`, and all contiguous."""
     weight, a, b, bias, magnitude, scaling, path = layer
-    if weight.absmax is None:
-        weight = Weight(_operand(weight.data, dtype))
+    if weight.absmax is None and (data := _operand(weight.data, dtype)) is not weight.data:
+        weight = Weight(data)
     return Layer(
         weight,
         _operand(a, dtype),

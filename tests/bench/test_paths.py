@@ -132,9 +132,9 @@ def test_the_op_goes_by_what_was_written(monkeypatch: pytest.MonkeyPatch):
     write_results("gpu.json", "2026-01-02", rows(fast, fast, dims={"T": 32, "C": 33, "F": 21, "R": 4}))
     monkeypatch.setattr(_lora_paths, "PATHS", written()["PATHS"])
     x = torch.zeros(40, 33, dtype=torch.bfloat16)
-    assert lora._measured_path(x, 21, 4) == "cublas"
+    assert lora._measured_path(x, (21, 4)) == "cublas"
     monkeypatch.setattr(lora, "device_name", lambda _: "GPU")
-    assert lora._measured_path(x, 21, 4) == "epilogue"
+    assert lora._measured_path(x, (21, 4)) == "epilogue"
 
 
 def test_rows_are_powers_of_two_as_the_op_rounds_them():

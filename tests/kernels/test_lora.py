@@ -297,14 +297,14 @@ def test_the_path_is_the_measured_one(monkeypatch, device):
     x = torch.randn(37, 33, device=device)
     key = ("chip", "float32", 32, 21, 33, 4)
     monkeypatch.setitem(_lora_paths.PATHS, key, "fused")
-    assert lora._measured_path(x, 21, 4) == "cublas"  # another device
+    assert lora._measured_path(x, (21, 4)) == "cublas"  # another device
     monkeypatch.setattr(lora, "device_name", lambda _: "chip")
-    rows = {M: lora._measured_path(x[:1].expand(M, -1), 21, 4) for M in (16, 31, 32, 63, 64)}
+    rows = {M: lora._measured_path(x[:1].expand(M, -1), (21, 4)) for M in (16, 31, 32, 63, 64)}
     assert rows == {16: "cublas", 31: "cublas", 32: "fused", 63: "fused", 64: "cublas"}
     assert [
-        lora._measured_path(x, 22, 4),
-        lora._measured_path(x, 21, 3),
-        lora._measured_path(x.half(), 21, 4),
+        lora._measured_path(x, (22, 4)),
+        lora._measured_path(x, (21, 3)),
+        lora._measured_path(x.half(), (21, 4)),
     ] == ["cublas"] * 3
 
 
