@@ -77,14 +77,6 @@ def _load(
 
 
 @triton.jit
-def _store(x_ptr, x, row, heads, head, inside, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    # x [ROWS, BLOCK_D] to one head of a contiguous (rows, heads, D), from `row`, an int64, on
-    r, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-    pointers = x_ptr + (row * heads + head) * D + r[:, None] * (heads * D) + d[None, :]
-    tl.store(pointers, x.to(x_ptr.dtype.element_ty), inside[:, None] & (d[None, :] < D))
-
-
-@triton.jit
 def _capped(qk, inner, cap):
     # cap * tanh(x), inner * qk = 2x log2(e); exact at both ends, where exp2 is 0 or inf
     return cap * (1 - 2 / (tl.exp2(qk * inner) + 1))
@@ -146,7 +138,6 @@ def _flash_fwd(
         alpha = tl.exp2(m - m_new)
         norm = norm * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
-
         value = _load(v, key_head, row, j_end - j, stride_vt, stride_vh, BLOCK_N, DV, BLOCK_DV, TMA)
         acc = tl.dot(p.to(value.dtype), value, acc, input_precision=PRECISION)
         m = m_new
@@ -158,7 +149,10 @@ def _flash_fwd(
     base = tl.cast(q_start + m0, tl.int64)
     tl.store(lse_ptr + tl.cast(head, tl.int64) * rows + base + local, lse, inside)
 
-    _store(out_ptr, acc / norm[:, None], base, tl.num_programs(1), head, inside, BLOCK_M, DV, BLOCK_DV)
+    d = tl.arange(0, BLOCK_DV)
+    pointers = out_ptr + (base * tl.num_programs(1) + head) * DV
+    pointers = pointers + local[:, None] * (tl.num_programs(1) * DV) + d[None, :]
+    tl.store(pointers, (acc / norm[:, None]).to(out_ptr.dtype.element_ty), inside[:, None] & (d[None, :] < DV))
 
 
 @triton.jit
@@ -240,7 +234,10 @@ def _flash_dq(
             ds *= 1 - (s / cap) * (s / cap)
         dq = tl.dot(ds.to(key.dtype), key, dq, input_precision=PRECISION)
 
-    _store(dq_ptr, dq * scale, base, heads, head, inside, BLOCK_M, D, BLOCK_D)
+    d = tl.arange(0, BLOCK_D)
+    pointers = dq_ptr + (base * tl.num_programs(1) + head) * D
+    pointers = pointers + local[:, None] * (tl.num_programs(1) * D) + d[None, :]
+    tl.store(pointers, (dq * scale).to(dq_ptr.dtype.element_ty), inside[:, None] & (d[None, :] < D))
 
 
 @triton.jit(do_not_specialize=RAGGED)
@@ -290,7 +287,6 @@ def _flash_dkdv(
     first_head = key_head * GROUP
     if SPLIT:
         first_head += tl.program_id(2) * SHARE
-
     for step in tl.range(0, SHARE * blocks):
         head, index = first_head, step
         if SHARE > 1:
@@ -326,12 +322,17 @@ def _flash_dkdv(
             ds *= 1 - (s / cap) * (s / cap)
         dk = tl.dot(ds.to(query.dtype), query, dk, input_precision=PRECISION)
 
-    inside = n0 + local < keys
+    inside = (n0 + local < keys)[:, None]
+    key_heads = tl.num_programs(1)
     base = tl.cast(k_start + n0, tl.int64)
     if SPLIT:
         base += tl.cast(tl.program_id(2), tl.int64) * rows
-    _store(dk_ptr, dk * scale, base, tl.num_programs(1), key_head, inside, BLOCK_N, D, BLOCK_D)
-    _store(dv_ptr, dv, base, tl.num_programs(1), key_head, inside, BLOCK_N, DV, BLOCK_DV)
+    base = base * key_heads + key_head
+    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    pointers = dk_ptr + base * D + local[:, None] * (key_heads * D) + d[None, :]
+    tl.store(pointers, (dk * scale).to(dk_ptr.dtype.element_ty), inside & (d[None, :] < D))
+    pointers = dv_ptr + base * DV + local[:, None] * (key_heads * DV) + e[None, :]
+    tl.store(pointers, dv.to(dv_ptr.dtype.element_ty), inside & (e[None, :] < DV))
 
 # fmt: on
 
