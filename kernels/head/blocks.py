@@ -143,27 +143,20 @@ def grid_of(h: Tensor, N: int, tile: Tile, tma: bool) -> tuple[int]:
 
 def launch_arguments(block: Head, tile: Tile, tma: bool) -> dict[str, Any]:
     """A block by the names that every kernel of this room has for it."""
-    h, w = block.hidden, block.weight
-    return {
-        "h": described(h, [tile.M, tile.K], tma),
-        "w": described(w, [tile.N, tile.K], tma),
-        "bias_ptr": block.bias,
-        "temperature_ptr": block.temperatures,
+    h, w, bias, softcap = block.hidden, block.weight, block.bias, block.softcap
+    operands = {"h": described(h, [tile.M, tile.K], tma), "w": described(w, [tile.N, tile.K], tma)}
+    sizes = {
         "T": h.shape[0],
         "N": w.shape[0],
         "C": h.shape[1],
         "h_stride": h.stride(0),
         "w_stride": w.stride(0),
-        "temperature": block.temperature,
-        "softcap": block.softcap or 1.0,
-        "HAS_BIAS": block.bias is not None,
-        "HAS_SOFTCAP": block.softcap is not None,
-        "HAS_TEMPERATURES": block.temperatures is not None,
-        "TMA": tma,
-        "PRECISION": precision(),
-        "GROUP": GROUP,
-        **tile.launch(),
     }
+    rows = {"temperature_ptr": block.temperatures, "HAS_TEMPERATURES": block.temperatures is not None}
+    scale = {"bias_ptr": bias, "temperature": block.temperature, "softcap": softcap or 1.0}
+    features = {"HAS_BIAS": bias is not None, "HAS_SOFTCAP": softcap is not None}
+    compiled = {"TMA": tma, "PRECISION": precision(), "GROUP": GROUP}
+    return {**operands, **sizes, **rows, **scale, **features, **compiled, **tile.launch()}
 
 
 # ---- a head and its blocks
@@ -173,7 +166,7 @@ GPU_NARROWEST = 4096
 
 
 def bytes_of(hidden: Tensor, copies: int) -> int:
-    """What an element of a block takes: of its gradient, which Triton writes alone; in torch, of that many copies."""
+    """Bytes of an element of a block: of its gradient, which Triton writes alone; in torch, of that many copies."""
     return hidden.itemsize if use_triton(hidden) else copies * max(4, hidden.itemsize)
 
 
@@ -323,7 +316,7 @@ def locate(targets: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 class HeadGradients(NamedTuple):
-    """What an op returns whose argument `head` is a Head; None where it is not asked for."""
+    """Gradients of an op whose argument `head` is a Head; None where it is not asked for."""
 
     head_hidden: Tensor | None
     head_weight: Tensor | None

@@ -103,9 +103,9 @@ def _forward(hidden: Tensor, weight: Tensor, ids: Tensor, memory_budget: int) ->
     (tokens, K), C = ids.shape, hidden.shape[1]
     z = _shapes(hidden, weight, ids, memory_budget)
     if use_triton(hidden):
-        tile = {"BLOCK_K": 16, "BLOCK_C": 128}
+        grid, V = (tokens, cdiv(K, 16)), weight.shape[0]
         if tokens:
-            _gathered_fwd[(tokens, cdiv(K, 16))](hidden, weight, ids, z, K, C, weight.shape[0], **tile)
+            _gathered_fwd[grid](hidden, weight, ids, z, K, C, V, BLOCK_K=16, BLOCK_C=128)
         return z
 
     for rows in _row_blocks(ids, C, z.itemsize, memory_budget):

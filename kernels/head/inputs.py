@@ -85,11 +85,12 @@ def divergence_of(log_t: Tensor, log_s: Tensor, beta: float) -> Tensor:
 
 def check_heads(student: HeadInputs, teacher: HeadInputs | None = None) -> None:
     """Raises ValueError for a head or an adapter that does not fit its hidden states."""
-    named = [("", student)] if teacher is None else [("", student), ("teacher_", teacher)]
-    for prefix, head in named:
-        _check_head(head, prefix)
-    for prefix, head in named:
-        _check_adapter(head, prefix)
+    _check_head(student, "")
+    if teacher is not None:
+        _check_head(teacher, "teacher_")
+    _check_adapter(student, "")
+    if teacher is not None:
+        _check_adapter(teacher, "teacher_")
 
 
 def _check_head(head: HeadInputs, prefix: str) -> None:
@@ -202,7 +203,8 @@ def logits_fit(inputs: HeadInputs, copies: int, budget: int) -> bool:
 
 def cast(inputs: HeadInputs) -> HeadInputs:
     """Hidden states in autocast's dtype, where it is on."""
-    return inputs._replace(hidden=inputs.hidden.to(autocast_dtype(inputs.hidden)))
+    dtype = autocast_dtype(inputs.hidden)
+    return inputs if inputs.hidden.dtype == dtype else inputs._replace(hidden=inputs.hidden.to(dtype))
 
 
 def low_rank(hidden: Tensor, lora_a: Tensor, scaling: float) -> Tensor:

@@ -238,10 +238,9 @@ def _summaries_triton(head: Head, targets: Tensor, memory_budget: int, target_u:
     """parts (pieces, 3, tokens), as the kernel has them; target_u where the target is in the vocabulary."""
     h, V = head.hidden, head.weight.shape[0]
     tile, tma = tile_of(h), has_tma(h)
+    _, chunks = blocks_of(head, memory_budget, bytes_of(h, COPIES))
     if head.weight.dtype == h.dtype and head.lora_b is None:
         chunks = [slice(0, V)]  # no logits in memory, and no copy of the weight in another dtype
-    else:
-        _, chunks = blocks_of(head, memory_budget, bytes_of(h, COPIES))
 
     parts = []
     for columns in chunks:
@@ -249,12 +248,9 @@ def _summaries_triton(head: Head, targets: Tensor, memory_budget: int, target_u:
         N = chunk.weight.shape[0]
         parts.append(h.new_empty(cdiv(N, tile.N), 3, len(targets), dtype=torch.float32))
         if len(targets):
+            shared = launch_arguments(chunk, tile, tma)
             _token_logprobs_fwd[grid_of(h, N, tile, tma)](
-                **launch_arguments(chunk, tile, tma),
-                target_ptr=targets,
-                part_ptr=parts[-1],
-                target_u_ptr=target_u,
-                start=columns.start,
+                **shared, target_ptr=targets, part_ptr=parts[-1], target_u_ptr=target_u, start=columns.start
             )
     return torch.cat(parts)
 
@@ -292,21 +288,12 @@ def _dlogits_triton(block: Head, terms: Rows, start: int, dz: Tensor, with_dbias
     h, N = block.hidden, block.weight.shape[0]
     tile, tma = tile_of(h), has_tma(h)
     db = h.new_empty(cdiv(h.shape[0], tile.M) if with_dbias else 0, N, dtype=torch.float32)
+
+    shared, dz_block = launch_arguments(block, tile, tma), described(dz, [tile.M, tile.N // 4], tma)
+    pointers = {f"{name}_ptr": x for name, x in zip(Rows._fields, terms, strict=True)}
+    flags = {"HAS_ENTROPY": terms.dentropy is not None, "WITH_DBIAS": with_dbias}
     _token_logprobs_bwd[grid_of(h, N, tile, tma)](
-        **launch_arguments(block, tile, tma),
-        dz=described(dz, [tile.M, tile.N // 4], tma),
-        target_ptr=terms.targets,
-        highest_ptr=terms.highest,
-        log_sum_ptr=terms.log_sum,
-        entropy_ptr=terms.entropy,
-        dlogprob_ptr=terms.dlogprob,
-        dnorm_ptr=terms.dnorm,
-        dentropy_ptr=terms.dentropy,
-        db_ptr=db,
-        dz_stride=dz.stride(0),
-        start=start,
-        HAS_ENTROPY=terms.dentropy is not None,
-        WITH_DBIAS=with_dbias,
+        **shared, **pointers, **flags, dz=dz_block, db_ptr=db, dz_stride=dz.stride(0), start=start
     )
     return db.sum(0)
 

@@ -57,12 +57,12 @@ def score_logits(u: Tensor, targets: Tensor, support: Tensor | None, ignore_inde
 
 
 class Rows(NamedTuple):
-    """What the logits' gradient is made of: a number a row, each (rows,).
+    """Terms of the logits' gradient, each (rows,).
 
     du_j = dlogprob [j = y] + p_j (dnorm - dentropy (log p_j + entropy))        log p_j = u_j - highest - log_sum
     """
 
-    targets: Tensor
+    target: Tensor
     highest: Tensor
     log_sum: Tensor
     entropy: Tensor
@@ -101,19 +101,20 @@ def summaries(head: Head, targets: Tensor, memory_budget: int, target_u: Tensor)
 
 def dlogits(block: Head, terms: Rows, start: int, dz: Tensor, with_dbias: bool) -> Tensor:
     """dz (rows, N) of a block whose first column is `start`, filled; returns its sum over the rows, or nothing."""
-    targets, highest, log_sum, entropy, dlogprob, dnorm = (x[:, None] for x in terms[:6])
+    target, *columns, dentropy = terms
+    highest, log_sum, entropy, dlogprob, dnorm = (x[:, None] for x in columns)
     u = scaled_(torch.mm(block.hidden, block.weight.T, out=dz), block)
     slope = softcap_slope(u, block)
 
     # log p: the two, added before, would be rounded at the size of the logits, wrong for a whole row
     u.sub_(highest).sub_(log_sum)
     factor = dnorm
-    if terms.dentropy is not None:
-        factor = dnorm - (u + entropy).mul_(terms.dentropy[:, None])
+    if dentropy is not None:
+        factor = dnorm - (u + entropy).mul_(dentropy[:, None])
     du = exponential(u, out=u).mul_(factor)
 
     # and the target's own
-    column, in_chunk = locate(targets[:, 0], start, u.shape[1])
+    column, in_chunk = locate(target, start, u.shape[1])
     du.scatter_add_(1, column, dlogprob * in_chunk[:, None])
 
     unscaled_(du, slope, block)

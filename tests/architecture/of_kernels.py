@@ -33,7 +33,8 @@ ARROWS = {  # which files of kernels/ import which: what the rows that fit a fil
     "lora": "low_rank",
     "moe": "route",
     "plain/*": "plain/*",
-    "plain/logprob": "head/blocks",
+    "head/divergence": "head/mixture",
+    "plain/logprob plain/divergence": "head/blocks head/inputs",
 }
 SECTIONS = ["reference", "kernels", "launch", "op"]
 OTHER_WORDS = {"autograd": "launch", "public op": "op"}
