@@ -403,7 +403,7 @@ def token_divergence(
     mask: Tensor | None = None,
     memory_budget: int | None = None,
 ) -> Tensor:
-    """How far a student's next-token distribution is from its teacher's, in nats a token, without either's logits.
+    """Divergence of a student's next-token distribution from its teacher's, in nats a token, without either's logits.
 
     hidden: (tokens, hidden)    weight: (vocabulary, hidden)    bias: (vocabulary,): the student's
     teacher_hidden: (tokens, teacher_hidden)    teacher_weight: (vocabulary, teacher_hidden): its own width; no gradient
@@ -423,6 +423,7 @@ def token_divergence(
     teacher = HeadInputs(teacher_hidden, teacher_weight, teacher_bias, *adapter, teacher_softcap)
     check_heads(student, teacher)
     check_device(hidden, teacher_hidden=teacher_hidden)
+
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     if teacher_hidden.shape[0] != tokens:
         raise ValueError(
@@ -432,6 +433,7 @@ def token_divergence(
         raise ValueError(
             f"teacher_weight: expected a vocabulary of {vocabulary}, as weight has, got {teacher_weight.shape[0]}"
         )
+
     temperature = checked_temperature(hidden, temperature)
     check_mask(hidden, mask)
     if not 0 <= beta <= 1:

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._chip import check_device, check_shape, readable, whole_number, without_autocast
+from .._chip import check_device, check_shape, readable, whole_number
 from .._op import like_saved, make_op
 from ..records import Head
 from .blocks import (
@@ -69,7 +69,6 @@ SLACK = 0.05  # of a sum of probabilities whose logarithms were rounded to bf16
 # ---- reference
 
 
-@without_autocast  # fp32 inside, whatever the policy outside
 def topk_logprobs_reference(
     hidden: Tensor,
     weight: Tensor,
@@ -113,7 +112,6 @@ class _Listed(NamedTuple):
     logprobs: Tensor  # (tokens, K)
 
 
-@without_autocast
 def _of_logits(
     student: HeadInputs, teacher: _Listed, temperature: float | Tensor, beta: float, mask: Tensor | None
 ) -> Tensor:
@@ -354,6 +352,7 @@ def topk_divergence(
     check_mask(hidden, mask)
     if not 0 <= beta <= 1:
         raise ValueError(f"beta: expected a number from 0 to 1, got {beta}")
+
     if teacher_ids.ndim != 2 or teacher_ids.shape[0] != tokens:
         raise ValueError(f"teacher_ids: expected shape (tokens={tokens}, K), got {tuple(teacher_ids.shape)}")
     if teacher_ids.dtype not in (torch.int32, torch.int64):

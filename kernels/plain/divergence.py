@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._chip import without_autocast
 from ..head.blocks import (
     block_of,
     buffer_of,
@@ -55,7 +54,6 @@ def token_divergence_reference(
     return divergence_of_logits(student, teacher, temperature, beta, mask)
 
 
-@without_autocast  # fp32 inside, whatever the policy outside
 def divergence_of_logits(
     student: HeadInputs,
     teacher: HeadInputs,
@@ -75,7 +73,7 @@ def divergence_of_logits(
 
 
 class Piece(NamedTuple):
-    """What stays of some columns of a row, one number each."""
+    """Sums over some columns of a row, one number each."""
 
     sum_exp: Tensor  # sum exp(u - top)
     teacher_sum_exp: Tensor
@@ -86,7 +84,7 @@ class Piece(NamedTuple):
 
 
 class Norms(NamedTuple):
-    """What the backward has to know of a whole row, one number each."""
+    """Sums over a whole row, one number each: all that the backward has to know."""
 
     top: Tensor
     log_sum: (
@@ -201,7 +199,7 @@ def mixture_sums(logits: Tensor, norms: Tensor, beta: float, blocks: Blocks) -> 
 
 
 class Upstream(NamedTuple):
-    """What a row's gradient is made of."""
+    """Numbers of a row that its gradient is made of."""
 
     norms: Tensor  # Norms (6, rows)
     gain: Tensor  # (rows,): dD of the loss, times 1 - beta for a mixture
