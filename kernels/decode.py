@@ -411,17 +411,13 @@ def decode_attention(
         raise ValueError(
             f"q, k_cache, v_cache: expected (B, H, D), (slots, S_max, G, D), (slots, S_max, G, Dv), got {got}"
         )
-    floats = {
-        "k_cache": k_cache,
-        "v_cache": v_cache,
-        "k_prefix": k_prefix,
-        "v_prefix": v_prefix,
-        "sinks": sinks,
-    }
+
+    floats = dict(k_cache=k_cache, v_cache=v_cache, k_prefix=k_prefix, v_prefix=v_prefix, sinks=sinks)
     numbers = {"slot": slot, "length": length, "prefix_slot": prefix_slot, "prefix_length": prefix_length}
     check_device(q, **floats, **numbers)
     own = Cache(k_cache, v_cache, slot, length)
     _check(q, own)
+
     caches = [own, *_prefixes(own, prefix_slot, prefix_length, k_prefix, v_prefix)]
     for name, x in numbers.items():
         if x is not None:

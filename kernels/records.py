@@ -203,7 +203,7 @@ class Sampling(NamedTuple):
         return cls(temperature, top_k, None if top_p == 1 else top_p, min_p or None)
 
     def width(self, V: int) -> int | None:
-        """How many ids a support has room for; None where nothing is truncated."""
+        """The number of ids that a support has room for; None where nothing is truncated."""
         truncated = self.top_k is not None or self.top_p is not None or self.min_p is not None
         return min(self.top_k or TOP_P_WIDTH, V) if truncated and self.temperature != 0 else None
 

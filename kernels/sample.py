@@ -386,6 +386,7 @@ def sample_tokens(
     check_shape("noise", noise, B=logits.shape[0])
     check_device(logits, noise=noise)
     check_dtype("noise", noise, torch.float64)
+
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature: expected a finite number of at least 0, got {temperature}")
     most = whole_number(top_k)
@@ -395,12 +396,14 @@ def sample_tokens(
         raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
     if min_p is not None and not 0 <= min_p <= 1:
         raise ValueError(f"min_p: expected a number in [0, 1], got {min_p}")
+
     if torch.is_grad_enabled() and logits.requires_grad:
         raise NotImplementedError(
             "sample_tokens: has no gradient; call it under torch.no_grad(), train through token_logprobs"
         )
     if readable(logits) and not ((noise >= 0) & (noise < 1)).all():
         raise ValueError("noise: expected numbers in [0, 1), got one outside")
+
     temperature = max(temperature, LEAST) if temperature else 0.0
     rules = Sampling.of(logits.shape[1], temperature, most, top_p, min_p)
     if not use_triton(logits):
