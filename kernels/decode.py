@@ -30,6 +30,7 @@ Source: Dao et al. 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html
 # A launch passes numbers where the kernel is annotated tl.constexpr:
 # pyright: reportArgumentType=false, reportCallIssue=false
 
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -260,8 +261,8 @@ def _constants(
     return steps | widths | heads | {"PREFIX": prefix, "SHARE": share, "ROWS": _width(share * group)}
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _unit_strides(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def _decode(q: Tensor, caches: list[Cache], scores: Scores) -> Tensor:
@@ -269,9 +270,9 @@ def _decode(q: Tensor, caches: list[Cache], scores: Scores) -> Tensor:
     out = _shapes(q, caches, scores)
     if not out.numel():
         return out
-    q, caches = _unit_stride(q), [Cache(*map(_unit_stride, cache)) for cache in caches]
-    if scores.sinks is not None:
-        scores = scores._replace(sinks=_unit_stride(scores.sinks))
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    caches = [Cache(*_unit_strides(cache)) for cache in caches]
+    sinks = None if scores.sinks is None else scores.sinks.contiguous()
 
     # the keys of each cache in pieces, and a softmax of each
     piece = _piece(chip_of(q))
@@ -284,9 +285,9 @@ def _decode(q: Tensor, caches: list[Cache], scores: Scores) -> Tensor:
     (B, H, DV), own, last = out.shape, caches[0], caches[-1]
     has_prefix = last is not own
     prefix = (last.slot, last.length) if has_prefix else (None, None)
-    tensors = partial, lse, scores.sinks, out, own.slot, own.length, *prefix
+    tensors = partial, lse, sinks, out, own.slot, own.length, *prefix
     sizes = scores.window or 0, pieces[0], *own.keys.shape[:2], *last.keys.shape[:2]
-    rules = {"SINKS": scores.sinks is not None, "PREFIX": has_prefix, "WINDOW": scores.window is not None}
+    rules = {"SINKS": sinks is not None, "PREFIX": has_prefix, "WINDOW": scores.window is not None}
     steps = {"PIECE": piece, "BLOCK_P": 16, "num_warps": 4}
     _decode_merge[B * H,](*tensors, *sizes, H=H, DV=DV, BLOCK_DV=_width(DV), **rules, **steps)
     return out

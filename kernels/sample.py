@@ -299,8 +299,8 @@ def _sample(logits: Tensor, noise: Tensor, rules: Sampling) -> tuple[Tensor, Ten
     """Tokens, log-probabilities and supports, (B, 0) where there are none. No grid depends on another row."""
     B, V = logits.shape
     temperature, top_k, top_p, min_p = rules
-    width = rules.width(V)
     token, logprob, support = _shapes(logits, noise, rules)
+    width = support.shape[1]  # 0: nothing is truncated
     if not B:
         return token, logprob, support
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
@@ -311,10 +311,10 @@ def _sample(logits: Tensor, noise: Tensor, rules: Sampling) -> tuple[Tensor, Ten
     block_p = next_power_of_2(pieces)
     whole = top_p is not None and top_k is None
     top = sums = None
-    if width is None or whole:
+    if whole or not width:
         top, sums = (logprob.new_empty(B, pieces) for _ in range(2))
         _sample_pieces[B, pieces](logits, top, sums, stride, V, scale, PIECE=PIECE, num_warps=8)
-    if width is None:
+    if not width:
         tensors = logits, noise, top, sums, token, logprob
         blocks = {"PIECE": PIECE, "BLOCK_P": block_p, "num_warps": 8}
         _sample_whole[B,](*tensors, stride, V, pieces, scale, GREEDY=temperature == 0, **blocks)

@@ -226,13 +226,12 @@ def decode_attention_cpu(q: Tensor, caches: list[Cache], scores: Scores) -> Tens
     wide, G = torch.promote_types(q.dtype, torch.float32), own.keys.shape[2]
     key_bytes = G * (q.shape[2] + own.values.shape[3]) * q.element_size()
     x = q.unflatten(1, (G, -1))  # (B, G, n, D)
-    partial = []
-    for cache, rows, lo, hi in (
-        (prefix, prefix_rows, hidden, prefix_length),
-        (own, own.slot.tolist(), first, length),
-    ):
+    partial, reads = [], [(own, own.slot.tolist(), first, length)]
+    if prefix is not None:
+        reads.insert(0, (prefix, prefix_rows, hidden, prefix_length))
+    for cache, rows, lo, hi in reads:
         plan = _plan(tuple(rows), tuple(lo), tuple(hi), x.shape[2], key_bytes, q.dtype)
-        if cache is not None and plan is not None:
+        if plan is not None:
             partial.append(_read(plan, x, cache, scores.scale))
     if not partial:
         return q.new_zeros(*q.shape[:2], own.values.shape[-1])
