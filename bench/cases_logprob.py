@@ -68,7 +68,7 @@ def output(number: int, op: Callable[..., Any]) -> Callable[..., Tensor]:
 
 
 def without_budget(op: Callable[..., Any]) -> Callable[..., Any]:
-    """What makes all logits, called as an op that has a memory budget."""
+    """A function that makes all logits, called as an op that has a memory budget."""
 
     def whole(*args: Any, memory_budget: int | None = None, **kwargs: Any) -> Any:
         return op(*args, **kwargs)

@@ -99,11 +99,6 @@ class Layout:
         names = [leaf.name for leaf in self.leaves]
         self.nested = self.build(", ".join(names), names)
 
-    def leaves_of(self, record: str) -> list[Leaf]:
-        """The leaves, read from a record of that name."""
-        hints = self._hints.items()
-        return [leaf for name, kind in hints for leaf in _leaves(name, kind, f"{record}.{name}")]
-
     def pick(self, leaves: Iterable[Leaf], spread: bool = False) -> Callable[..., Any]:
         """A function of the arguments that returns these leaves as a tuple, lists spread out in it or as they are."""
         parts = "".join("*" * (spread and leaf.is_list) + leaf.read + ", " for leaf in leaves)

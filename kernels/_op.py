@@ -225,7 +225,7 @@ class _Gradient:
         """
         reads: dict[str, list[str]] = {"tensors": [], "others": []}
         places = []
-        for leaf in self.kept.leaves_of("saved"):
+        for leaf in self.kept.leaves:
             group = "tensors" if leaf.is_tensor else "others"
             places.append(f"{group}[{len(reads[group])}]")
             reads[group].append(leaf.read)

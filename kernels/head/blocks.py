@@ -122,7 +122,7 @@ def has_tma(h: Tensor) -> bool:
 
 
 def tile_of(h: Tensor) -> Tile:
-    """What a program computes; on no chip does an epilogue spill (bench/static.json)."""
+    """The part of u that a program computes; on no chip does an epilogue spill (bench/static.json)."""
     if INTERPRET:
         return HEAD["interpreted"]
     if h.dtype == torch.float32:

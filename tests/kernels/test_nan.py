@@ -254,9 +254,9 @@ FAULTS = {
     "lse on a CPU": Fault(
         "plain/attention", "some = total != 0", "some = total > 0", attention("5 causal", "k", True), False
     ),
-    "few cached keys": Fault("decode", "hi - lo < FEW_KEYS or ", "", decode(False, 3, "q"), False),
+    "few cached keys": Fault("plain/decode", "len(keys) >= FEW_KEYS and ", "", decode(False, 3, "q"), False),
     "another's row": Fault(
-        "decode", "out.masked_fill(blind[..., None], 0.0)", "out", decode(True, 40, "k_cache"), False
+        "plain/decode", "out.masked_fill(blind[..., None], 0.0)", "out", decode(True, 40, "k_cache"), False
     ),
     "clamped": Fault(
         "glu",
