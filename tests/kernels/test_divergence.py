@@ -127,6 +127,18 @@ def test_the_same_distribution_is_no_distance(beta, device):
     torch.testing.assert_close(got, torch.zeros_like(got), rtol=0, atol=3e-6)
 
 
+def test_biases_may_be_strided(device):
+    """A column of a matrix, of the student's head and of the teacher's."""
+    hidden, teacher_hidden = torch.randn(5, 16, device=device), torch.randn(5, 24, device=device)
+    weight, teacher_weight = torch.randn(37, 16, device=device), torch.randn(37, 24, device=device)
+    biases = torch.randn(37, 2, device=device)
+    heads, options = (hidden, weight, teacher_hidden, teacher_weight), {"beta": 1.0, "memory_budget": 1000}
+    strided = {"bias": biases[:, 0], "teacher_bias": biases[:, 1]}
+    found = token_divergence(*heads, **strided, **options)
+    packed = {name: bias.contiguous() for name, bias in strided.items()}
+    torch.testing.assert_close(found, token_divergence(*heads, **packed, **options), rtol=0, atol=0)
+
+
 def test_the_ends_of_beta_are_the_two_kls(device):
     hidden, weight, teacher_hidden, teacher_weight = make(5, 8, 301, device)
     log_s, log_t = (hidden @ weight.T).log_softmax(-1), (teacher_hidden @ teacher_weight.T).log_softmax(-1)
