@@ -118,13 +118,6 @@ def _config(F: int) -> dict[str, int]:
     return {"BLOCK_R": 2048 // block_f, "BLOCK_F": block_f, "num_warps": 4}
 
 
-def _layout(gate: Tensor, up: Tensor) -> tuple[int, int, int, int]:
-    """Rows, columns and the two row strides; contiguous inputs are a single row, whatever their width."""
-    if gate.is_contiguous() and up.is_contiguous():
-        return 1, gate.numel(), 0, 0
-    return gate.shape[0], gate.shape[1], gate.stride(0), up.stride(0)
-
-
 class _Form(NamedTuple):
     """The unit, by its numbers at the top of this file."""
 
@@ -145,12 +138,15 @@ class _Gradients(NamedTuple):
     up: Tensor | None
 
 
+SWIGLU, GEGLU = _Form(scale=1.0), _Form(scale=2 * math.sqrt(2 / math.pi), cubic=0.044715)
+
+
 def _forward(gate: Tensor, up: Tensor, form: _Form) -> Tensor:
     """gate, up: (R, F), last dimension contiguous."""
     out = _shapes(gate, up, form)
     if out.numel():
-        rows, grid, config = _launched(gate, up)
-        _glu_fwd[grid](gate, up, out, *rows, *_numbers(form), **config)
+        numbers, grid, config = _launch_arguments(gate, up, form)
+        _glu_fwd[grid](gate, up, out, *numbers, **config)
     return out
 
 
@@ -162,21 +158,25 @@ def _backward(saved: _Inputs, needs: Any, dout: Tensor) -> _Gradients:
     gate, up, form = saved
     dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
     if dgate.numel():
-        rows, grid, config = _launched(gate, up)
-        _glu_bwd[grid](dout.contiguous(), gate, up, dgate, dup, *rows, *_numbers(form), **config)
+        numbers, grid, config = _launch_arguments(gate, up, form)
+        _glu_bwd[grid](dout.contiguous(), gate, up, dgate, dup, *numbers, **config)
     return _Gradients(dgate, dup)
 
 
-def _launched(gate: Tensor, up: Tensor) -> tuple[tuple[int, int, int, int], tuple[int], dict[str, int]]:
-    """Rows, columns and strides (`_layout`), the grid and the tile."""
-    rows = _layout(gate, up)
-    config = _config(rows[1])
-    return rows, (cdiv(rows[0], config["BLOCK_R"]) * cdiv(rows[1], config["BLOCK_F"]),), config
+def _launch_arguments(
+    gate: Tensor, up: Tensor, form: _Form
+) -> tuple[tuple[Any, ...], tuple[int], dict[str, int]]:
+    """The numbers that both kernels take, the grid and the tile."""
+    if gate.is_contiguous() and up.is_contiguous():  # a single row, whatever its width
+        R, F, stride_gate, stride_up = 1, gate.numel(), 0, 0
+    else:
+        (R, F), stride_gate, stride_up = gate.shape, gate.stride(0), up.stride(0)
 
-
-def _numbers(form: _Form) -> tuple[float, float, float, float, bool, bool]:
     scale, cubic, limit, offset = form
-    return scale, cubic, limit or 0.0, offset, cubic != 0, limit is not None
+    config = _config(F)
+    grid = (cdiv(R, config["BLOCK_R"]) * cdiv(F, config["BLOCK_F"]),)
+    numbers = R, F, stride_gate, stride_up, scale, cubic, limit or 0.0, offset, cubic != 0, limit is not None
+    return numbers, grid, config
 
 
 def _save(outputs, gate, up, form):
@@ -214,14 +214,14 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Raises ValueError for other shapes and dtypes, and for tensors on two devices.
     """
     _check(gate, up)
-    return _fused(gate, up, _Form(scale=1.0)) if use_triton(gate) else swiglu_reference(gate, up)
+    return _fused(gate, up, SWIGLU) if use_triton(gate) else swiglu_reference(gate, up)
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """gelu(gate) * up, gelu in the tanh approximation. Shapes as for swiglu."""
     _check(gate, up)
     if use_triton(gate):
-        return _fused(gate, up, _Form(scale=2 * math.sqrt(2 / math.pi), cubic=0.044715))
+        return _fused(gate, up, GEGLU)
     return geglu_reference(gate, up)
 
 
