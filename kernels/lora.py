@@ -59,7 +59,7 @@ from .low_rank import (
     partial_sums_fit,
     rank_block,
 )
-from .nf4 import FEW_ROWS, dense_of, product
+from .nf4 import FEW_ROWS, dense_of, operand, product
 from .plain import lora as plain
 from .records import NF4Weight, Rows, Weight
 from .tiles import LORA_FUSED, chip_of, row_of
@@ -282,15 +282,16 @@ def _dora_norm(W: Tensor, layer: Layer) -> Tensor:
         return torch.addmm(W.to(wide), B, A, alpha=layer.scaling).norm(dim=1)
 
 
-def _layer_forward(x: Tensor, S: Tensor, layer: Layer, adapter: Tensor | None) -> tuple[Tensor, Tensor]:
-    """out (M, N), and the norm (N,) of DoRA, empty without it."""
+def _layer_forward(
+    x: Tensor, S: Tensor, layer: Layer, adapter: Tensor | None, path: str
+) -> tuple[Tensor, Tensor | None]:
+    """out (M, N), and the norm (N,) of DoRA."""
     weight, _, b, bias, magnitude, scaling, _ = layer
-    triton_path, path = use_triton(x), _path(x, layer)
-    norm, gain = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32)), None
+    triton_path, norm, gain = use_triton(x), None, None
 
     # 1. the base's product: a few rows read it in its 4 bits, and a bias that nothing scales is added here
-    few = x.shape[0] <= FEW_ROWS and weight.absmax is not None
-    if triton_path and few and magnitude is None and path != "fused":
+    few = weight.absmax is not None and x.shape[0] <= FEW_ROWS
+    if few and triton_path and magnitude is None and path != "fused":
         out = product(x, weight, bias)
     else:
         W = dense_of(weight, x.dtype)
@@ -316,22 +317,19 @@ def _layer_forward(x: Tensor, S: Tensor, layer: Layer, adapter: Tensor | None) -
 
 
 def _forward(x: Tensor, layers: list[Layer], rows: Rows) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    """x: (M, K). Returns each out (M, N), S (M, sum of R), and each norm (N,) of DoRA."""
-    A = _joined([layer.a for layer in layers], -2)
-    S = low_rank_forward(x, A, rows, _path(x, layers[0]))
-    each = zip(layers, _shares(S, layers), strict=True)
-    outs, norms = zip(*(_layer_forward(x, share, layer, rows.adapter) for layer, share in each), strict=True)
-    return [*outs], S, [*norms]
-
-
-def _joined(tensors: list[Tensor], dim: int) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+    """x: (M, K). Returns each out (M, N), S (M, sum of R), and each norm (N,) of DoRA, none without it."""
+    paths, outs, norms = [_path(x, layer) for layer in layers], [], []
+    S = low_rank_forward(x, torch.cat([layer.a for layer in layers], -2), rows, paths[0])
+    for layer, share, path in zip(layers, _shares(S, layers), paths, strict=True):
+        out, norm = _layer_forward(x, share, layer, rows.adapter, path)
+        outs.append(out)
+        if norm is not None:
+            norms.append(norm)
+    return outs, S, norms
 
 
 def _shares(S: Tensor, layers: list[Layer]) -> Iterator[Tensor]:
     """Each layer's columns of S."""
-    if len(layers) == 1:
-        return iter((S,))
     return map(Tensor.contiguous, S.split([layer.b.shape[-1] for layer in layers], 1))
 
 
@@ -368,82 +366,74 @@ class _AllGradients(NamedTuple):
 
 
 def _layer_backward(
-    saved: _Saved, W: Tensor | None, needs: _Gradients, dout: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """g (M, N), dS (M, R), and dB and dm where they are asked for."""
+    saved: _Saved, needs: Sequence[bool], dout: Tensor, dx: Tensor | None
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """dx, to which the base's share is added, dS (M, R), and dB, dbias and dm where they are asked for."""
     x, S, norm, layer, (adapter, _, _) = saved
-    _, _, b, _, magnitude, scaling, _ = layer
-    adapters, B, g, dB, dm = b.shape[0], plain.wide_b(b), dout, None, None
+    weight, _, b, bias, magnitude, scaling, _ = layer
+    with_dx, with_dA, with_dB, with_dbias, with_dm = needs
+    g = dout = dout.contiguous()
+    adapters, B, dB, dbias, dm = b.shape[0], plain.wide_b(b), None, None, None
+    W = dense_of(weight, x.dtype) if with_dx or with_dm else weight.data  # else nobody reads it
 
     # 1. through DoRA's gain
     if magnitude is not None:
-        if needs.layer_magnitude:
-            assert W is not None
+        if with_dm:
             before = F.linear(x, W).addmm_(S, B.T, alpha=scaling)
             dm = ((dout.to(norm.dtype) * before).sum(0) / norm).to(magnitude.dtype)
         g = (dout * (magnitude / norm)).to(dout.dtype)
 
     # 2. through B: one pass over g, or two products
-    with_dB = needs.layer_a or needs.layer_b
-    one_pass = _path(x, layer) != "cublas" and adapter is None and partial_sums_fit(*dout.shape, S.shape[1])
-    if use_triton(x) and with_dB and one_pass:
+    one_pass = (with_dA or with_dB) and adapter is None and use_triton(x) and _path(x, layer) != "cublas"
+    if one_pass and partial_sums_fit(*dout.shape, S.shape[1]):
         dS, dB = launch_ds_and_db(g, S, b, scaling)
-        return g, dS, dB, dm
-    dS = plain.gathered(g @ B, adapter, adapters).mul_(scaling)  # (M, R)
-    if with_dB:
-        dB = (g.T @ plain.scattered(S, adapter, adapters)).mul_(scaling)  # (N, adapters R)
-        if b.ndim == 3:
-            dB = dB.view(b.shape[1], adapters, -1).transpose(0, 1).contiguous()
-    return g, dS, dB, dm
+    else:
+        dS = plain.gathered(g @ B, adapter, adapters).mul_(scaling)  # (M, R)
+        if with_dB:
+            dB = (g.T @ plain.scattered(S, adapter, adapters)).mul_(scaling)  # (N, adapters R)
+            if b.ndim == 3:
+                dB = dB.view(b.shape[1], adapters, -1).transpose(0, 1).contiguous()
+
+    # 3. through W, and the bias
+    if with_dx:
+        dx = g @ W if dx is None else dx.addmm_(g, W)
+    if with_dbias and bias is not None:
+        dbias = dout.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)).to(bias.dtype)
+    return dx, dS, dB if with_dB else None, dbias, dm
 
 
-def _backward(saved: _AllSaved, needs: _Gradients, douts: list[Tensor]) -> _AllGradients:
+def _backward(saved: _AllSaved, needs: Any, douts: list[Tensor]) -> _AllGradients:
     x, S, norms, layers, rows = saved
-    dx, all_dS, all_dB, dbiases, dms = None, [], [], [], []
+    dx, dAs, found, norms = None, None, [], iter(norms)
 
     # 1. each layer: its base's share of dx, and what goes on to its A
-    for layer, share, norm, dout in zip(layers, _shares(S, layers), norms, douts, strict=True):
-        dout = dout.contiguous()
-        W = dense_of(layer.weight, x.dtype) if needs.x or needs.layer_magnitude else None
-        g, dS, dB, dm = _layer_backward(_Saved(x, share, norm, layer, rows), W, needs, dout)
-        all_dS.append(dS)
-        all_dB.append(dB)
-        dms.append(dm)
-
-        if needs.x:
-            assert W is not None
-            dx = g @ W if dx is None else dx.addmm_(g, W)
-        if needs.layer_bias and layer.bias is not None:
-            wide = torch.promote_types(x.dtype, torch.float32)
-            dbiases.append(dout.sum(0, dtype=wide).to(layer.bias.dtype))
+    for layer, share, dout in zip(layers, _shares(S, layers), douts, strict=True):
+        norm = S if layer.magnitude is None else next(norms)  # without DoRA nobody reads it
+        dx, *others = _layer_backward(_Saved(x, share, norm, layer, rows), needs, dout, dx)
+        found.append(others)
 
     # 2. all layers' A as one, which reads and writes x once
-    A, dS, dAs = _joined([layer.a for layer in layers], -2), _joined(all_dS, 1), None
-    if needs.layer_a:
+    all_dS, *others = zip(*found, strict=True)
+    A, dS = torch.cat([layer.a for layer in layers], -2), torch.cat(all_dS, 1)
+    if needs.layers_a:
         dA, ranks = a_gradient(dS, x, A, rows), [layer.a.shape[-2] for layer in layers]
-        dAs = [dA]
-        if len(layers) > 1:
-            dAs = [part.clone() for part in dA.split(ranks, -2)]  # what an op returns may share no memory
+        dAs = [part.clone() for part in dA.split(ranks, -2)]  # what an op returns may share no memory
     if dx is not None:
         add_adapter_dx_(dx, dS, A, rows)
-    found = dAs, needs.layer_b and all_dB, needs.layer_bias and dbiases, needs.layer_magnitude and dms
-    return _AllGradients(dx, *(grads or None for grads in found))
+    wanted = zip(needs[2:], others, strict=True)
+    return _AllGradients(dx, dAs, *([*grads] if need else None for need, grads in wanted))
 
 
 def _shapes(x, layers, rows):
-    M, wide, widths = (
-        x.shape[0],
-        torch.promote_types(x.dtype, torch.float32),
-        [each.b.shape[-2] for each in layers],
-    )
-    norms = [0 if layer.magnitude is None else layer.b.shape[-2] for layer in layers]
+    M, wide = x.shape[0], torch.promote_types(x.dtype, torch.float32)
+    outs = [x.new_empty(M, layer.b.shape[-2]) for layer in layers]
     S = x.new_empty(M, sum(layer.b.shape[-1] for layer in layers))
-    return [x.new_empty(M, N) for N in widths], S, [x.new_empty(N, dtype=wide) for N in norms]
+    norms = [x.new_empty(layer.b.shape[-2], dtype=wide) for layer in layers if layer.magnitude is not None]
+    return outs, S, norms
 
 
 def _save(outputs, x, layers, rows):
-    _, S, norms = outputs
-    return _AllSaved(x, S, norms, layers, rows)
+    return _AllSaved(x, *outputs[1:], layers, rows)
 
 
 # One layer has an op of its own, in front of the same functions: as a list of one, a row by 576 x 576 takes 1.6
@@ -452,38 +442,42 @@ def _save(outputs, x, layers, rows):
 
 def _one_forward(x: Tensor, layer: Layer, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     """x: (M, K). Returns out (M, N), S (M, R), and the norm (N,) of DoRA, empty without it."""
-    S = low_rank_forward(x, layer.a, rows, _path(x, layer))
-    out, norm = _layer_forward(x, S, layer, rows.adapter)
-    return out, S, norm
+    path = _path(x, layer)
+    S = low_rank_forward(x, layer.a, rows, path)
+    out, norm = _layer_forward(x, S, layer, rows.adapter, path)
+    return out, S, _no_norm(x) if norm is None else norm
+
+
+def _no_norm(x: Tensor) -> Tensor:
+    return x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _one_shapes(x, layer, rows):
-    (out,), S, (norm,) = _shapes(x, [layer], rows)
-    return out, S, norm
+    (out,), S, norms = _shapes(x, [layer], rows)
+    return out, S, norms[0] if norms else _no_norm(x)
 
 
 def _one_save(outputs, x, layer, rows):
-    _, S, norm = outputs
-    return _Saved(x, S, norm, layer, rows)
+    return _Saved(x, *outputs[1:], layer, rows)
 
 
 def _one_backward(saved: _Saved, needs: Any, dout: Tensor) -> _Gradients:
-    x, S, norm, layer, rows = saved
-    dx, *each = _backward(_AllSaved(x, S, [norm], [layer], rows), needs, [dout])
-    return _Gradients(dx, *(grads[0] if grads else None for grads in each))
-
-
-def _all_backward(saved: _AllSaved, needs: Any, douts: list[Tensor]) -> _AllGradients:
-    return _backward(saved, _Gradients(*needs), douts)
+    x, _, _, layer, rows = saved
+    dx, dS, dB, dbias, dm = _layer_backward(saved, needs, dout, None)
+    dA = a_gradient(dS, x, layer.a, rows) if needs.layer_a else None
+    if dx is not None:
+        add_adapter_dx_(dx, dS, layer.a, rows)
+    return _Gradients(dx, dA, dB, dbias, dm)
 
 
 _lora_linear = make_op("lora_linear", _one_forward, _one_shapes, _one_save, _one_backward, like_saved)
-_lora_linears = make_op("lora_linears", _forward, _shapes, _save, _all_backward, like_saved)
+_lora_linears = make_op("lora_linears", _forward, _shapes, _save, _backward, like_saved)
 
 
 def _check(x: Tensor, layer: Layer, adapter: Tensor | None, dropout: float) -> None:
     weight, lora_a, lora_b, bias, magnitude, scaling, _ = layer
-    dense, shape = weight.data, weight.data.shape if weight.absmax is None else weight.shape
+    dense, in_4_bits = weight.data, weight.absmax is not None
+    shape = weight.shape if in_4_bits else dense.shape
     if len(shape) != 2:
         raise ValueError(f"weight: expected shape (out, in), got {tuple(shape)}")
     N, K = shape
@@ -514,10 +508,10 @@ def _check(x: Tensor, layer: Layer, adapter: Tensor | None, dropout: float) -> N
     )
     check_dtype("x", x)
 
-    in_4_bits = weight.absmax is not None
-    for name, t in (("weight", dense), ("lora_a", lora_a), ("lora_b", lora_b)):
-        if t.dtype != x.dtype and not (t is dense and in_4_bits):
-            check_dtype(name, t, *FLOATS)
+    if not in_4_bits:
+        check_dtype("weight", dense, *FLOATS)
+    check_dtype("lora_a", lora_a, *FLOATS)
+    check_dtype("lora_b", lora_b, *FLOATS)
     for name, vector in (("bias", bias), ("magnitude", magnitude)):
         if vector is not None:
             check_shape(name, vector, out=N)
@@ -537,22 +531,17 @@ def _rows(x: Tensor, adapter: Tensor | None, dropout: float, seed: int | Tensor 
 def _prepared(layer: Layer, dtype: torch.dtype) -> Layer:
     """The matrices in `dtype`, and all contiguous."""
     weight, a, b, bias, magnitude, scaling, path = layer
-    if weight.absmax is None and (data := _operand(weight.data, dtype)) is not weight.data:
+    if weight.absmax is None and (data := operand(weight.data, dtype)) is not weight.data:
         weight = Weight(data)
     return Layer(
         weight,
-        _operand(a, dtype),
-        _operand(b, dtype),
+        operand(a, dtype),
+        operand(b, dtype),
         None if bias is None else bias.contiguous(),
         None if magnitude is None else magnitude.contiguous(),
         float(scaling),
         path,
     )
-
-
-def _operand(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """t.to(dtype).contiguous(), but without the microseconds where both change nothing."""
-    return (t if t.dtype == dtype else t.to(dtype)).contiguous()
 
 
 # ---- op
@@ -588,10 +577,10 @@ def lora_linear(
     layer = Layer(Weight.of(weight), lora_a, lora_b, bias, magnitude, scaling, FORCED_PATH)
     _check(x, layer, adapter, dropout)
 
-    x = x.to(autocast_dtype(x))
+    x = operand(x, autocast_dtype(x))
     flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     rows = _rows(x, adapter, dropout, seed)
-    out, _, _ = _lora_linear(flat.contiguous(), _prepared(layer, x.dtype), rows)
+    out, _, _ = _lora_linear(flat, _prepared(layer, x.dtype), rows)
     return out if x.ndim == 2 else out.view(*x.shape[:-1], out.shape[1])
 
 
@@ -632,8 +621,8 @@ def lora_linears(
     if len({(layer.weight.blocksize, layer.weight.offset is None) for layer in layers}) != 1:
         raise ValueError(f"weights: expected some, all dense or all 4-bit of one format, got {count}")
 
-    x = x.to(autocast_dtype(x))
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    x = operand(x, autocast_dtype(x))
+    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     rows = _rows(x, adapter, dropout, seed)
     outs, _, _ = _lora_linears(flat, [_prepared(layer, x.dtype) for layer in layers], rows)
-    return [out.view(*x.shape[:-1], out.shape[1]) for out in outs]
+    return outs if x.ndim == 2 else [out.view(*x.shape[:-1], out.shape[1]) for out in outs]

@@ -20,6 +20,7 @@ Source: QLoRA, Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, section 3
 # A launch passes numbers where the kernel is annotated tl.constexpr:
 # pyright: reportArgumentType=false, reportCallIssue=false
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ from ._op import make_op, on_its_device
 from ._triton import tl, triton
 from .plain import nf4 as plain
 from .records import BLOCKSIZES, NESTED, NF4Weight, Weight
-from .tiles import NF4_PRODUCT, chip_of, row_of
+from .tiles import NF4_PRODUCT, Tile, chip_of, row_of
 
 # ---- reference
 
@@ -216,9 +217,29 @@ def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
     return out
 
 
+def operand(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t.to(dtype).contiguous(), but without the microseconds where both change nothing."""
+    return (t if t.dtype == dtype else t.to(dtype)).contiguous()
+
+
 def dense_of(weight: Weight, dtype: torch.dtype) -> Tensor:
     """A dense weight as it is; one in 4 bits multiplied out."""
     return weight.data if weight.absmax is None else dequantize(weight, dtype)
+
+
+@cache
+def _plan(
+    chip: str, dtype: torch.dtype, M: int, N: int, K: int, blocksize: int, programs: int
+) -> tuple[Tile, tuple[int, int], int]:
+    """The tile of a product with few rows, its grid, and the steps through K that each program takes."""
+    kind, step = "fp32" if dtype == torch.float32 else "half", min(blocksize, 64)
+    tile = row_of(NF4_PRODUCT, f"{chip}, {kind}", kind)._replace(M=max(16, next_power_of_2(M)), K=step // 2)
+
+    # each program takes a share of K of some columns
+    columns = cdiv(N, tile.N)
+    splits = max(1, min(cdiv(programs, columns), K // step, 64))
+    steps = cdiv(K // step, splits)
+    return tile, (columns, cdiv(K // step, steps)), steps
 
 
 def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
@@ -227,20 +248,13 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     if not use_triton(x) or M > FEW_ROWS or K % blocksize or 0 in (M, N, K):
         return F.linear(x, dequantize(weight, x.dtype), None if bias is None else bias.to(x.dtype))
 
-    # each program takes a share of K of some columns; about four programs for each multiprocessor
-    kind, step = "fp32" if x.dtype == torch.float32 else "half", min(blocksize, 64)
-    tile = row_of(NF4_PRODUCT, f"{chip_of(x)}, {kind}", kind)
-    columns = cdiv(N, tile.N)
-    splits = max(1, min(cdiv(4 * multiprocessors(x), columns), K // step, 64))
-    steps = cdiv(K // step, splits)
-    splits = cdiv(K // step, steps)
-
+    # about four programs for each multiprocessor
+    tile, grid, steps = _plan(chip_of(x), x.dtype, M, N, K, blocksize, 4 * multiprocessors(x))
+    *blocks, warps, stages = tile
+    splits, double = grid[1], weight.nested_absmax is not None
     partial = x.new_empty(splits, M, N, dtype=torch.float32)
-    launch = _few_rows_fwd[(columns, splits)]
-    constants = weight.nested_absmax is not None, blocksize, precision()
-    blocks = max(16, next_power_of_2(M)), tile.N, step // 2
-    warps = {"num_warps": tile.warps, "num_stages": tile.stages}
-    launch(x, *weight[:TENSORS], partial, M, N, K, steps, *constants, *blocks, **warps)
+    numbers = M, N, K, steps, double, blocksize, precision(), *blocks
+    _few_rows_fwd[grid](x, *weight[:TENSORS], partial, *numbers, num_warps=warps, num_stages=stages)
 
     # the shares are added up in a fixed order
     y = x.new_empty(M, N)
@@ -368,7 +382,6 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
         check_shape("bias", bias, out=N)
         check_dtype("bias", bias, *FLOATS)
 
-    x = x.to(autocast_dtype(x))
-    bias = None if bias is None else bias.contiguous()
-    y = _nf4_linear(x.reshape(-1, K).contiguous(), Weight.of(weight), bias)
-    return y.view(*x.shape[:-1], N)
+    x, bias = operand(x, autocast_dtype(x)), None if bias is None else bias.contiguous()
+    y = _nf4_linear(x if x.ndim == 2 else x.reshape(-1, K), Weight.of(weight), bias)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], N)

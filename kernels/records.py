@@ -77,7 +77,7 @@ class NF4Weight:
         """Bytes, those of the tables included: 64 bytes, and 1,028 more where absmax is quantised."""
         return sum(t.nbytes for t in self.tensors() if t is not None)
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         return self.packed, self.absmax, self.code, self.nested_absmax, self.nested_code, self.offset
 
     def to(self, device: torch.device | str) -> "NF4Weight":
@@ -101,9 +101,7 @@ class Weight(NamedTuple):
     def of(cls, weight: "Tensor | NF4Weight") -> "Weight":
         if isinstance(weight, Tensor):
             return cls(weight)
-        data, *tables = weight.tensors()
-        assert data is not None
-        return cls(data, *tables, shape=[*weight.shape], blocksize=weight.blocksize)
+        return cls(*weight.tensors(), [*weight.shape], weight.blocksize)
 
 
 class Head(NamedTuple):

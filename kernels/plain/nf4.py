@@ -133,8 +133,7 @@ def unnested(weight: Weight | NF4Weight) -> Tensor:
 def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
     """A weight in 4 bits multiplied out: two values at a time, from a table of 256 bytes."""
     assert weight.code is not None
-    nibbles = torch.arange(256)
-    pairs = weight.code[torch.stack((nibbles >> 4, nibbles & 15), -1)]  # (256, 2)
+    pairs = torch.cartesian_prod(weight.code, weight.code)  # (256, 2)
 
     absmax, blocksize, numel = unnested(weight), weight.blocksize, prod(weight.shape)
     values = F.embedding(weight.data.int(), pairs).flatten()
