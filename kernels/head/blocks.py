@@ -143,20 +143,17 @@ def grid_of(h: Tensor, N: int, tile: Tile, tma: bool) -> tuple[int]:
 
 def launch_arguments(block: Head, tile: Tile, tma: bool) -> dict[str, Any]:
     """A block by the names that every kernel of this room has for it."""
-    h, w, bias, softcap = block.hidden, block.weight, block.bias, block.softcap
-    operands = {"h": described(h, [tile.M, tile.K], tma), "w": described(w, [tile.N, tile.K], tma)}
-    sizes = {
-        "T": h.shape[0],
-        "N": w.shape[0],
-        "C": h.shape[1],
-        "h_stride": h.stride(0),
-        "w_stride": w.stride(0),
-    }
-    rows = {"temperature_ptr": block.temperatures, "HAS_TEMPERATURES": block.temperatures is not None}
-    scale = {"bias_ptr": bias, "temperature": block.temperature, "softcap": softcap or 1.0}
-    features = {"HAS_BIAS": bias is not None, "HAS_SOFTCAP": softcap is not None}
-    compiled = {"TMA": tma, "PRECISION": precision(), "GROUP": GROUP}
-    return {**operands, **sizes, **rows, **scale, **features, **compiled, **tile.launch()}
+    h, w, _, bias, temperatures, temperature, softcap = block
+    (T, C), N = h.shape, w.shape[0]
+
+    # one dict that grows: merging several costs microseconds of the host
+    arguments: dict[str, Any] = {"TMA": tma, "PRECISION": precision(), "GROUP": GROUP, **tile.launch()}
+    arguments |= {"h": described(h, [tile.M, tile.K], tma), "w": described(w, [tile.N, tile.K], tma)}
+    arguments |= {"T": T, "N": N, "C": C, "h_stride": h.stride(0), "w_stride": w.stride(0)}
+    arguments |= {"bias_ptr": bias, "HAS_BIAS": bias is not None}
+    arguments |= {"softcap": softcap or 1.0, "HAS_SOFTCAP": softcap is not None}
+    arguments |= {"temperature": temperature, "temperature_ptr": temperatures}
+    return arguments | {"HAS_TEMPERATURES": temperatures is not None}
 
 
 # ---- a head and its blocks
@@ -192,15 +189,21 @@ def slices(length: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
+def part_of(x: Tensor, part: slice) -> Tensor:
+    """Some rows of x. All of them are x itself: a view takes the host a microsecond."""
+    return x if part.stop - part.start == x.shape[0] else x[part]
+
+
 def operand(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """x as the products take it: rows on end, and fp32 on the CPU, whose half precision is ten times slower."""
-    wide = x.dtype if use_triton(x) else torch.promote_types(x.dtype, torch.float32)
-    x = x.to(dtype or wide).contiguous()
+    dtype = dtype or (x.dtype if use_triton(x) else torch.promote_types(x.dtype, torch.float32))
+    x = (x if x.dtype == dtype else x.to(dtype)).contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()  # a descriptor starts at 16 bytes
 
 
 def with_operand(head: Head) -> Head:
-    return head._replace(hidden=operand(head.hidden))
+    hidden = operand(head.hidden)
+    return head if hidden is head.hidden else head._replace(hidden=hidden)
 
 
 def chunk_of(head: Head, columns: slice) -> Head:
@@ -208,18 +211,18 @@ def chunk_of(head: Head, columns: slice) -> Head:
 
     An adapter's B stands beside W: [h, scaling h A^T] [W, B]^T.
     """
-    dtype, lora_b, bias = head.hidden.dtype, head.lora_b, head.bias
-    w = operand(head.weight[columns], dtype)
+    hidden, weight, lora_b, bias, temperatures, temperature, softcap = head
+    w, dtype = operand(part_of(weight, columns), hidden.dtype), hidden.dtype
     if lora_b is not None:
         w = operand(torch.cat((w, lora_b[columns].to(dtype)), 1))
-    b = None if bias is None else bias[columns]
-    return Head(head.hidden, w, None, b, head.temperatures, head.temperature, head.softcap)
+    b = None if bias is None else part_of(bias, columns)
+    return Head(hidden, w, None, b, temperatures, temperature, softcap)
 
 
 def rows_of(head: Head, rows: slice) -> Head:
     hidden, weight, lora_b, bias, temperatures, temperature, softcap = head
-    temperatures = None if temperatures is None else temperatures[rows]
-    return Head(hidden[rows], weight, lora_b, bias, temperatures, temperature, softcap)
+    temperatures = None if temperatures is None else part_of(temperatures, rows)
+    return Head(part_of(hidden, rows), weight, lora_b, bias, temperatures, temperature, softcap)
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -267,7 +270,7 @@ def buffer_of(h: Tensor, row_blocks: list[slice], chunks: list[slice]) -> Tensor
 
 def block_of(buffer: Tensor, rows: slice, width: int) -> Tensor:
     height, stride = rows.stop - rows.start, aligned(width)
-    return buffer[: height * stride].view(height, stride)[:, :width]
+    return buffer.as_strided((height, width), (stride, 1))
 
 
 def scaled_(z: Tensor, block: Head) -> Tensor:
@@ -356,16 +359,16 @@ def head_gradients(
         outs = []
         for dw, x in sides:
             direct = len(row_blocks) == 1 and dw.dtype in (h.dtype, wide)
-            out = dw[columns] if direct else h.new_zeros(w.shape[0], x.shape[1], dtype=wide)
+            out = part_of(dw, columns) if direct else h.new_zeros(w.shape[0], x.shape[1], dtype=wide)
             outs.append((out, x, product if direct else accumulate))
 
         for rows in row_blocks:
             dz = block_of(buffer, rows, w.shape[0])
             db = fill(rows_of(chunk, rows), rows, columns, dz)
             if dhidden is not None:
-                accumulate(dz, w, dhidden[rows])
+                accumulate(dz, w, part_of(dhidden, rows))
             for out, x, write in outs:
-                write(dz.T, x[rows], out)
+                write(dz.T, part_of(x, rows), out)
             if dbias is not None:
                 dbias[columns] += db
 

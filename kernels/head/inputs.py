@@ -20,7 +20,6 @@ from .._chip import (
     readable,
     use_triton,
     whole_number,
-    without_autocast,
 )
 from ..records import Head
 
@@ -52,9 +51,11 @@ def scaled(z: Tensor, bias: Tensor | None, temperature: float | Tensor, softcap:
     return z / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
 
 
-@without_autocast
 def scaled_logits(inputs: HeadInputs, temperature: float | Tensor) -> Tensor:
-    """u (tokens, V), all of it, in fp32 whatever autocast says, or fp64: finite differences check gradients in that."""
+    """u (tokens, V), all of it, in fp32, or fp64: finite differences check gradients in that.
+
+    Callers turn autocast off, once for what they compute: that takes microseconds.
+    """
     wide = torch.promote_types(inputs.hidden.dtype, torch.float32)
     hidden = inputs.hidden.to(wide)
     z = hidden @ inputs.weight.to(wide).T

@@ -48,6 +48,7 @@ from .blocks import (
     has_tma,
     head_gradients,
     launch_arguments,
+    part_of,
     tile_of,
     with_operand,
 )
@@ -61,7 +62,6 @@ from .inputs import (
     checked_temperature,
     head_of,
     logits_fit,
-    scaled_logits,
 )
 
 # ---- reference
@@ -82,7 +82,7 @@ def token_logprobs_reference(
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = HeadInputs(hidden, weight, bias, lora_a, lora_b, scaling, softcap)
-    return score_logits(scaled_logits(inputs, temperature), targets, support, ignore_index)
+    return score_logits(inputs, temperature, targets, support, ignore_index)
 
 
 # ---- kernels
@@ -192,6 +192,8 @@ def _token_logprobs_bwd(
 
 # ---- launch
 
+ROW_POINTERS = [f"{name}_ptr" for name in Rows._fields]
+
 
 class _Saved(NamedTuple):
     head: Head
@@ -208,9 +210,8 @@ def _forward(
     """logprob, lse, entropy, and norms (2, tokens): the highest logit, and the logarithm of the sum of exponentials
     below it."""
     operands, wide = with_operand(head), torch.promote_types(head.hidden.dtype, torch.float32)
-    target_u = targets.new_full(
-        targets.shape, torch.nan, dtype=wide
-    )  # stays NaN for an id outside the vocabulary
+    # it stays NaN for an id outside the vocabulary
+    target_u = targets.new_full(targets.shape, torch.nan, dtype=wide)
     summarise = _summaries_triton if use_triton(head.hidden) else summaries
     parts = summarise(operands, targets, memory_budget, target_u)
 
@@ -248,10 +249,9 @@ def _summaries_triton(head: Head, targets: Tensor, memory_budget: int, target_u:
         N = chunk.weight.shape[0]
         parts.append(h.new_empty(cdiv(N, tile.N), 3, len(targets), dtype=torch.float32))
         if len(targets):
-            shared = launch_arguments(chunk, tile, tma)
-            _token_logprobs_fwd[grid_of(h, N, tile, tma)](
-                **shared, target_ptr=targets, part_ptr=parts[-1], target_u_ptr=target_u, start=columns.start
-            )
+            arguments = launch_arguments(chunk, tile, tma)
+            arguments |= {"target_ptr": targets, "part_ptr": parts[-1], "target_u_ptr": target_u}
+            _token_logprobs_fwd[grid_of(h, N, tile, tma)](**arguments, start=columns.start)
     return torch.cat(parts)
 
 
@@ -275,10 +275,12 @@ def _backward(
 
     terms = Rows(targets, highest, log_sum, entropy, dlogprob, dnorm, dentropy)
     write = _dlogits_triton if use_triton(head.hidden) else dlogits
+    cuts: dict[int, Rows] = {}  # the same in every chunk
 
     def fill(block: Head, rows: slice, columns: slice, dz: Tensor) -> Tensor:
-        cut = Rows(*(None if x is None else x[rows] for x in terms))
-        return write(block, cut, columns.start, dz, needs.head_bias)
+        if rows.start not in cuts:
+            cuts[rows.start] = Rows(*(None if x is None else part_of(x, rows) for x in terms))
+        return write(block, cuts[rows.start], columns.start, dz, needs.head_bias)
 
     return head_gradients(head, needs, memory_budget, bytes_of(head.hidden, COPIES), fill)
 
@@ -289,12 +291,11 @@ def _dlogits_triton(block: Head, terms: Rows, start: int, dz: Tensor, with_dbias
     tile, tma = tile_of(h), has_tma(h)
     db = h.new_empty(cdiv(h.shape[0], tile.M) if with_dbias else 0, N, dtype=torch.float32)
 
-    shared, dz_block = launch_arguments(block, tile, tma), described(dz, [tile.M, tile.N // 4], tma)
-    pointers = {f"{name}_ptr": x for name, x in zip(Rows._fields, terms, strict=True)}
-    flags = {"HAS_ENTROPY": terms.dentropy is not None, "WITH_DBIAS": with_dbias}
-    _token_logprobs_bwd[grid_of(h, N, tile, tma)](
-        **shared, **pointers, **flags, dz=dz_block, db_ptr=db, dz_stride=dz.stride(0), start=start
-    )
+    arguments = launch_arguments(block, tile, tma)
+    arguments |= zip(ROW_POINTERS, terms, strict=True)
+    arguments |= {"dz": described(dz, [tile.M, tile.N // 4], tma), "dz_stride": dz.stride(0), "db_ptr": db}
+    arguments |= {"HAS_ENTROPY": terms.dentropy is not None, "WITH_DBIAS": with_dbias, "start": start}
+    _token_logprobs_bwd[grid_of(h, N, tile, tma)](**arguments)
     return db.sum(0)
 
 
@@ -367,7 +368,7 @@ def token_logprobs(
 
     inputs = cast(inputs)
     if logits_fit(inputs, 6, budget):
-        return score_logits(scaled_logits(inputs, temperature), targets, support, ignore_index)
+        return score_logits(inputs, temperature, targets, support, ignore_index)
     targets = targets.long().contiguous()
     if support is not None:
         return score_support(inputs, temperature, targets, support, ignore_index, budget)

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._chip import check_device, check_shape, readable, whole_number
+from .._chip import check_device, check_shape, readable, whole_number, without_autocast
 from .._op import like_saved, make_op
 from ..records import Head
 from .blocks import (
@@ -69,6 +69,7 @@ SLACK = 0.05  # of a sum of probabilities whose logarithms were rounded to bf16
 # ---- reference
 
 
+@without_autocast
 def topk_logprobs_reference(
     hidden: Tensor,
     weight: Tensor,
@@ -112,6 +113,7 @@ class _Listed(NamedTuple):
     logprobs: Tensor  # (tokens, K)
 
 
+@without_autocast
 def _of_logits(
     student: HeadInputs, teacher: _Listed, temperature: float | Tensor, beta: float, mask: Tensor | None
 ) -> Tensor:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._chip import without_autocast
 from ..head.blocks import (
     block_of,
     buffer_of,
@@ -54,12 +55,9 @@ def token_divergence_reference(
     return divergence_of_logits(student, teacher, temperature, beta, mask)
 
 
+@without_autocast
 def divergence_of_logits(
-    student: HeadInputs,
-    teacher: HeadInputs,
-    temperature: float | Tensor,
-    beta: float,
-    mask: Tensor | None,
+    student: HeadInputs, teacher: HeadInputs, temperature: float | Tensor, beta: float, mask: Tensor | None
 ) -> Tensor:
     """The divergence by way of both logits, all of them."""
     u = scaled_logits(student, temperature)
@@ -87,9 +85,8 @@ class Norms(NamedTuple):
     """Sums over a whole row, one number each: all that the backward has to know."""
 
     top: Tensor
-    log_sum: (
-        Tensor  # log sum exp(u - top). Their sum, the log-sum-exp, would be rounded at the size of the logits
-    )
+    # log sum exp(u - top). Their sum, the log-sum-exp, would be rounded at the size of the logits
+    log_sum: Tensor
     teacher_top: Tensor
     teacher_log_sum: Tensor
     mean_gap: Tensor  # mean of gap - gap_at_top under p; under q for beta = 0

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._chip import without_autocast
 from ..head.blocks import (
     block_of,
     blocks_of,
@@ -18,6 +19,7 @@ from ..head.blocks import (
     softcap_slope,
     unscaled_,
 )
+from ..head.inputs import HeadInputs, scaled_logits
 from ..records import Head
 
 COPIES = 3  # of a block: the logits and two temporaries
@@ -41,9 +43,12 @@ def score(u: Tensor, column: Tensor, trained: Tensor, kept: Tensor | None) -> Sc
     return torch.where(trained, logprob, 0), torch.where(trained, lse, 0), torch.where(trained, entropy, 0)
 
 
-def score_logits(u: Tensor, targets: Tensor, support: Tensor | None, ignore_index: int) -> Scores:
-    """u (tokens, V); targets and support (tokens, K_max) are ids of the vocabulary."""
-    kept = None
+@without_autocast
+def score_logits(
+    head: HeadInputs, temperature: float | Tensor, targets: Tensor, support: Tensor | None, ignore_index: int
+) -> Scores:
+    """Scores from all logits; targets and support (tokens, K_max) are ids of the vocabulary."""
+    u, kept = scaled_logits(head, temperature), None
     if support is not None:
         (tokens, V), device = u.shape, u.device
         columns = torch.where(support < 0, V, support).long()  # padding falls into one column too many
