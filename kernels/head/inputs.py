@@ -56,11 +56,11 @@ def scaled_logits(inputs: HeadInputs, temperature: float | Tensor) -> Tensor:
 
     Callers turn autocast off, once for what they compute: that takes microseconds.
     """
-    wide = torch.promote_types(inputs.hidden.dtype, torch.float32)
-    hidden = inputs.hidden.to(wide)
-    z = hidden @ inputs.weight.to(wide).T
-    if inputs.lora_a is not None and inputs.lora_b is not None:
-        z = z + inputs.scaling * (hidden @ inputs.lora_a.to(wide).T) @ inputs.lora_b.to(wide).T
+    hidden, lora_a, lora_b = inputs.hidden, inputs.lora_a, inputs.lora_b
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    z = hidden.to(wide) @ inputs.weight.to(wide).T
+    if lora_a is not None and lora_b is not None:
+        z = z + inputs.scaling * (hidden.to(wide) @ lora_a.to(wide).T) @ lora_b.to(wide).T
     return scaled(z, inputs.bias, temperature, inputs.softcap)
 
 
