@@ -14,13 +14,15 @@ from ._layout import Layout, compiled, flattened, hints_of, kind_of, nested
 
 # ---- what every op is held to
 
+SEQUENCES = list, tuple  # records among them
+
 
 def _first(args: Iterable[Any]) -> Tensor | None:
     """The first tensor among an op's arguments, of which some are records or lists and some None."""
     for value in args:
         if isinstance(value, Tensor):
             return value
-        if isinstance(value, list | tuple) and (found := _first(value)) is not None:
+        if isinstance(value, SEQUENCES) and (found := _first(value)) is not None:
             return found
     return None
 

@@ -1,4 +1,4 @@
-"""The rows of an attention program and the keys that these see, on chip: segments, their parents, and masks.
+"""The rows of an attention program and the keys that these see, on chip: segments, parents, masks, tiles.
 
 kernels/attention.py has the pictures. Rows, segments and positions are whole numbers; what is loaded of the tables is
 kept within the call's own rows.
@@ -12,6 +12,26 @@ from ._triton import tl, triton
 # ---- kernels
 
 # fmt: off
+
+
+@triton.jit
+def _load(
+    x, head, row, left, stride_t, stride_h,
+    ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
+):
+    # [ROWS, BLOCK_D] of one head, from `row` on; `left` rows are there (a descriptor reads on into the next segment)
+    if TMA:
+        tile = x.load([head, row, 0]).reshape([ROWS, BLOCK_D])
+    else:
+        r, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+        pointers = x + tl.cast(row, tl.int64) * stride_t + tl.cast(head, tl.int64) * stride_h
+        pointers += r[:, None] * stride_t + d[None, :]
+
+        mask = r[:, None] < left
+        if D < BLOCK_D:
+            mask &= d[None, :] < D
+        tile = tl.load(pointers, mask, other=0.0)
+    return tile
 
 
 @triton.jit

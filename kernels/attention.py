@@ -41,7 +41,7 @@ from torch import Tensor
 
 from ._chip import cdiv, check_attention, check_device, check_dtype, check_shape, precision, use_triton
 from ._op import like_saved, make_op
-from ._sight import _batch, _locate, _masked, _queries, _spans, _step, _with_children
+from ._sight import _batch, _load, _locate, _masked, _queries, _spans, _step, _with_children
 from ._triton import TensorDescriptor, tl, triton
 from .plain.attention import attend_cpu, positions
 from .records import Packing, Rules
@@ -54,26 +54,6 @@ RAGGED = ["T", "S", "rows", "sequences", "window"]
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # fmt: off
-
-
-@triton.jit
-def _load(
-    x, head, row, left, stride_t, stride_h,
-    ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
-):
-    # [ROWS, BLOCK_D] of one head, from `row` on; `left` rows are there (a descriptor reads on into the next segment)
-    if TMA:
-        tile = x.load([head, row, 0]).reshape([ROWS, BLOCK_D])
-    else:
-        r, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-        pointers = x + tl.cast(row, tl.int64) * stride_t + tl.cast(head, tl.int64) * stride_h
-        pointers += r[:, None] * stride_t + d[None, :]
-
-        mask = r[:, None] < left
-        if D < BLOCK_D:
-            mask &= d[None, :] < D
-        tile = tl.load(pointers, mask, other=0.0)
-    return tile
 
 
 @triton.jit
@@ -92,7 +72,7 @@ def _flash_fwd(
     PACKED: tl.constexpr, PARENTS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, FOLD: tl.constexpr,
 ):
-    # Rules live in units of log2: m and norm are the running maximum and sum of exp2(score - m). m starts at a finite
+    # Scores live in units of log2: m and norm are the running maximum and sum of exp2(score - m). m starts at a finite
     # number, so a row that has seen nothing yet needs no special case: exp2(-inf - m) is 0.
     block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # the longest rows first
     key_head = head // GROUP
@@ -405,14 +385,16 @@ class _Call(NamedTuple):
             return self.q.shape[0] // block + self.sequences + 2, heads, parts
         return cdiv(length, block) * cdiv(self.sequences, GRID), heads, min(self.sequences, GRID)
 
-    def options(self, tile: Tile) -> dict[str, Any]:
-        warps, stages = tile.warps, tile.stages
-        return dict(BLOCK_M=tile.M, BLOCK_N=tile.N, TMA=self.tma, num_warps=warps, num_stages=stages)
+    def options(self, numbers: dict[str, Any], tile: Tile, **more: Any) -> dict[str, Any]:
+        """The keyword arguments of a launch: `numbers`, the tile, and what one kernel takes alone."""
+        M, N, _, warps, stages = tile
+        more.update(numbers, BLOCK_M=M, BLOCK_N=N, TMA=self.tma, num_warps=warps, num_stages=stages)
+        return more
 
 
 def _numbers(call: _Call, rules: Rules) -> dict[str, Any]:
     """The numbers and flags that every kernel takes."""
-    _, scale, window, softcap = rules
+    causal, scale, window, softcap = rules
     packed, parents = call.packing.cu_seqlens is not None, call.packing.parents is not None
     assert scale is not None
     inner, cap = scale * LOG2E.value, 1.0
@@ -420,11 +402,28 @@ def _numbers(call: _Call, rules: Rules) -> dict[str, Any]:
         inner, cap = 2 * LOG2E.value * scale / softcap, softcap * LOG2E.value
 
     (rows, H, D), (_, G, Dv) = call.q.shape, call.v.shape
-    numbers = dict[str, Any](T=call.T, S=call.S, rows=rows, sequences=call.sequences, window=window or 0)
-    numbers |= dict(GROUP=H // G, D=D, DV=Dv, BLOCK_D=tile_width(D), BLOCK_DV=tile_width(Dv))
-    numbers |= dict(CAUSAL=rules.causal, WINDOW=window is not None, SOFTCAP=softcap is not None)
-    numbers |= dict(PACKED=packed, PARENTS=parents, FOLD=not packed and call.sequences > GRID)
-    return numbers | dict(inner=inner, cap=cap, PRECISION=precision())
+    return {
+        "T": call.T,
+        "S": call.S,
+        "rows": rows,
+        "sequences": call.sequences,
+        "window": window or 0,
+        "inner": inner,
+        "cap": cap,
+        # what a kernel is compiled for
+        "GROUP": H // G,
+        "D": D,
+        "DV": Dv,
+        "BLOCK_D": tile_width(D),
+        "BLOCK_DV": tile_width(Dv),
+        "CAUSAL": causal,
+        "WINDOW": window is not None,
+        "SOFTCAP": softcap is not None,
+        "PACKED": packed,
+        "PARENTS": parents,
+        "FOLD": not packed and call.sequences > GRID,
+        "PRECISION": precision(),
+    }
 
 
 class _Saved(NamedTuple):
@@ -459,7 +458,7 @@ def _forward(
     loads, strides = [q, k, v], _strides(q, k, v)
     if call.tma:
         loads = [_described(q, tile.M), _described(k, tile.N), _described(v, tile.N)]
-    options = _numbers(call, rules) | call.options(tile) | {"SINKS": sinks is not None}
+    options = call.options(_numbers(call, rules), tile, SINKS=sinks is not None)
     _flash_fwd[call.grid(tile.M, call.T, q.shape[1])](*loads, out, lse, sinks, *packing, *strides, **options)
     return out, lse
 
@@ -478,7 +477,8 @@ def _backward(saved: _Saved, needs: Any, dout: Tensor | None, dlse: Tensor | Non
     """dq, dk and dv whatever is asked for: dQ's kernel makes the delta that dK/dV's reads."""
     call = _Call.of(saved.q, saved.k, saved.v, saved.packing)
     dout = _rows(torch.zeros_like(saved.out) if dout is None else dout, call.tma)
-    numbers = _numbers(call, saved.rules) | {"scale": saved.rules.scale}
+    numbers = _numbers(call, saved.rules)
+    numbers["scale"] = saved.rules.scale
     dq, delta = _query_grad(call, saved, numbers, dout, dlse)
     dk, dv = _key_and_value_grad(call, saved, numbers, dout, delta)
 
@@ -503,7 +503,7 @@ def _query_grad(
     loads, strides = [q, k, v, dout], _strides(q, k, v, dout)
     if call.tma:
         loads = [_described(x, rows) for x, rows in zip(loads, (tile.M, tile.N, tile.N, tile.M), strict=True)]
-    options = numbers | call.options(tile) | {"DLSE": dlse is not None}
+    options = call.options(numbers, tile, DLSE=dlse is not None)
     _flash_dq[call.grid(tile.M, call.T, q.shape[1])](
         *loads, dout, saved.out, saved.lse, dlse, dq, delta, *call.packing, *strides, **options
     )
@@ -528,7 +528,7 @@ def _key_and_value_grad(
     split = parts > 1
     shares = [x.new_empty(parts, *x.shape, dtype=torch.float32) if split else x for x in (dk, dv)]
     loads = (_described(q, tile.M), k, v, _described(dout, tile.M)) if call.tma else (q, k, v, dout)
-    options = numbers | call.options(tile) | {"SPLIT": split, "SHARE": group // parts}
+    options = call.options(numbers, tile, SPLIT=split, SHARE=group // parts)
     _flash_dkdv[call.grid(tile.N, call.S, k.shape[1], parts)](
         *loads, saved.lse, delta, *shares, cu_seqlens, parents, position, *_strides(q, k, v, dout), **options
     )

@@ -118,19 +118,15 @@ def _config(F: int) -> dict[str, int]:
     return {"BLOCK_R": 2048 // block_f, "BLOCK_F": block_f, "num_warps": 4}
 
 
-class _Form(NamedTuple):
-    """The unit, by its numbers at the top of this file."""
-
-    scale: float
-    cubic: float = 0.0
-    limit: float | None = None
-    offset: float = 0.0
-
-
 class _Inputs(NamedTuple):
+    """The two inputs, and the unit by its numbers."""
+
     gate: Tensor
     up: Tensor
-    form: _Form
+    scale: float
+    cubic: float
+    limit: float | None
+    offset: float
 
 
 class _Gradients(NamedTuple):
@@ -138,33 +134,36 @@ class _Gradients(NamedTuple):
     up: Tensor | None
 
 
-SWIGLU, GEGLU = _Form(scale=1.0), _Form(scale=2 * math.sqrt(2 / math.pi), cubic=0.044715)
-
-
-def _forward(gate: Tensor, up: Tensor, form: _Form) -> Tensor:
+def _forward(
+    gate: Tensor, up: Tensor, scale: float, cubic: float, limit: float | None, offset: float
+) -> Tensor:
     """gate, up: (R, F), last dimension contiguous."""
-    out = _shapes(gate, up, form)
+    out = gate.new_empty(gate.shape)
     if out.numel():
-        numbers, grid, config = _launch_arguments(gate, up, form)
+        numbers, grid, config = _launch_arguments(gate, up, scale, cubic, limit, offset)
         _glu_fwd[grid](gate, up, out, *numbers, **config)
     return out
 
 
-def _shapes(gate, up, form):
+def _shapes(gate, *_):
     return gate.new_empty(gate.shape)
 
 
+def _save(outputs, *inputs):
+    return _Inputs(*inputs)
+
+
 def _backward(saved: _Inputs, needs: Any, dout: Tensor) -> _Gradients:
-    gate, up, form = saved
+    gate, up = saved[:2]
     dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
     if dgate.numel():
-        numbers, grid, config = _launch_arguments(gate, up, form)
+        numbers, grid, config = _launch_arguments(*saved)
         _glu_bwd[grid](dout.contiguous(), gate, up, dgate, dup, *numbers, **config)
     return _Gradients(dgate, dup)
 
 
 def _launch_arguments(
-    gate: Tensor, up: Tensor, form: _Form
+    gate: Tensor, up: Tensor, scale: float, cubic: float, limit: float | None, offset: float
 ) -> tuple[tuple[Any, ...], tuple[int], dict[str, int]]:
     """The numbers that both kernels take, the grid and the tile."""
     if gate.is_contiguous() and up.is_contiguous():  # a single row, whatever its width
@@ -172,26 +171,28 @@ def _launch_arguments(
     else:
         (R, F), stride_gate, stride_up = gate.shape, gate.stride(0), up.stride(0)
 
-    scale, cubic, limit, offset = form
     config = _config(F)
     grid = (cdiv(R, config["BLOCK_R"]) * cdiv(F, config["BLOCK_F"]),)
-    numbers = R, F, stride_gate, stride_up, scale, cubic, limit or 0.0, offset, cubic != 0, limit is not None
-    return numbers, grid, config
-
-
-def _save(outputs, gate, up, form):
-    return _Inputs(gate, up, form)
+    form = scale, cubic, limit or 0.0, offset, cubic != 0, limit is not None
+    return (R, F, stride_gate, stride_up, *form), grid, config
 
 
 _gated = make_op("gated_linear_unit", _forward, _shapes, _save, _backward, like_saved)
 
 
-def _fused(gate: Tensor, up: Tensor, form: _Form) -> Tensor:
+def _fused(
+    gate: Tensor,
+    up: Tensor,
+    scale: float,
+    cubic: float = 0.0,
+    limit: float | None = None,
+    offset: float = 0.0,
+) -> Tensor:
     def rows(x: Tensor) -> Tensor:
         x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # (..., F) -> (R, F)
         return x if x.stride(-1) == 1 else x.contiguous()
 
-    return _gated(rows(gate), rows(up), form).view(gate.shape)
+    return _gated(rows(gate), rows(up), scale, cubic, limit, offset).view(gate.shape)
 
 
 def _check(gate: Tensor, up: Tensor) -> None:
@@ -214,14 +215,14 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Raises ValueError for other shapes and dtypes, and for tensors on two devices.
     """
     _check(gate, up)
-    return _fused(gate, up, SWIGLU) if use_triton(gate) else swiglu_reference(gate, up)
+    return _fused(gate, up, scale=1.0) if use_triton(gate) else swiglu_reference(gate, up)
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """gelu(gate) * up, gelu in the tanh approximation. Shapes as for swiglu."""
     _check(gate, up)
     if use_triton(gate):
-        return _fused(gate, up, GEGLU)
+        return _fused(gate, up, scale=2 * math.sqrt(2 / math.pi), cubic=0.044715)
     return geglu_reference(gate, up)
 
 
@@ -236,5 +237,5 @@ def clamped_swiglu(gate: Tensor, up: Tensor, alpha: float = 1.702, limit: float 
     if not limit >= 0:
         raise ValueError(f"limit: expected a number of at least 0, got {limit}")
     if use_triton(gate):
-        return _fused(gate, up, _Form(scale=alpha, limit=limit, offset=1.0))
+        return _fused(gate, up, scale=alpha, limit=limit, offset=1.0)
     return clamped_swiglu_reference(gate, up, alpha, limit)

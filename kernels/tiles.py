@@ -154,10 +154,8 @@ def attention_tiles(q: Tensor, width: int) -> tuple[AttentionTiles, bool]:
     if not half and chip != "interpreted":
         name = "tf32" if chip in ("sm_86", "sm_120") and precision() == "tf32" else "fp32"
     tiles = next(tiles for widest, tiles in ATTENTION[name].items() if width <= widest)
-    return tiles, half and chip in (
-        "sm_90",
-        "sm_100",
-    )  # without matrix units a tile is held by rows, and spills
+    # without matrix units a tile is held by rows, and spills
+    return tiles, half and chip in ("sm_90", "sm_100")
 
 
 # ---- decode

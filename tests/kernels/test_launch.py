@@ -119,7 +119,7 @@ def test_every_launch_is_guarded(case, launches_are_guarded):
 
 def test_a_launch_outside_of_the_guard_is_found(launches_are_guarded):
     with pytest.raises(AssertionError, match="_glu_fwd is launched outside"):
-        glu._forward(torch.ones(2, 3), torch.ones(2, 3), glu._Form(1.0))
+        glu._forward(torch.ones(2, 3), torch.ones(2, 3), 1.0, 0.0, None, 0.0)
 
 
 # ---- one device
