@@ -72,7 +72,8 @@ def _leaves(name: str, annotation: Any, read: str) -> list[Leaf]:
 def _built(annotation: Any, names: Iterator[str], records: dict[str, Any]) -> str:
     """An expression that makes an argument of its leaves, which are named; `records` is what it may call."""
     if _is_record(annotation):
-        records[annotation.__name__] = annotation
+        known = records.setdefault(annotation.__name__, annotation)
+        assert known is annotation, f"two records are named {annotation.__name__}"
         parts = [_built(kind, names, records) for kind in get_type_hints(annotation).values()]
         return f"{annotation.__name__}({', '.join(parts)})"
 
@@ -108,15 +109,15 @@ class Layout:
         """A function of the arguments that passes them on as one tuple, and once more these leaves of them."""
         parts = "".join(leaf.read + ", " for leaf in leaves)
         return eval(
-            f"lambda {self._arguments}: function(({self._arguments},), {parts})", {"function": function}
+            f"lambda {self._arguments}: _function(({self._arguments},), {parts})", {"_function": function}
         )
 
     def build(self, parameters: str, leaves: Iterable[str], record: type[Any] = tuple) -> Callable[..., Any]:
         """A function of `parameters` that returns the arguments as a record, each leaf an expression of them."""
-        records: dict[str, Any] = {"make": partial(tuple.__new__, record)}
+        records: dict[str, Any] = {"_make": partial(tuple.__new__, record)}
         rest = iter(leaves)
         built = "".join(_built(kind, rest, records) + ", " for kind in self._hints.values())
-        return eval(f"lambda {parameters}: make(({built}))", records)
+        return eval(f"lambda {parameters}: _make(({built}))", records)
 
 
 def compiled(signature: str, lines: list[str], **known: Any) -> Callable[..., Any]:

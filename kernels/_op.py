@@ -108,8 +108,8 @@ def make_op(
     save(outputs, *arguments): a record of what the backward reads, inputs, outputs and numbers.
     backward(saved, needs, *upstream): the gradients, a record whose fields are called as the arguments that may have
         one, laid out flat; for a list, a list. `needs` is that record with a bool in each field; a gradient that nobody
-        needs may be None. `upstream` are the gradients of forward's first outputs; its other outputs have none. One
-        that is annotated `Tensor | None` is None where no loss reads that output.
+        needs may be None or not, here and in gradient_shapes. `upstream` are the gradients of forward's first outputs;
+        its other outputs have none. One that is annotated `Tensor | None` is None where no loss reads that output.
     gradient_shapes(saved, needs, *upstream): what backward returns, empty, as `like_saved` does. Without it the
         backward is no op itself: torch sees the calls and ops that it is made of.
 
@@ -326,7 +326,7 @@ class _Gradient:
         return _first_order(self.name, backward)
 
     def _registered(self, shapes: Callable[..., Any]) -> Any:
-        """burnish::name_backward: a gradient is an empty tensor where it would be None."""
+        """burnish::name_backward: a gradient is an empty tensor where it is None or nobody needs it."""
         upstream = [f"{kind} {argument}" for argument, kind in self.kinds.items()]
         kinds = [kind_of(kind).rstrip("?") for kind in get_type_hints(self.record).values()]
         count = len(self.kept.leaves)
@@ -335,9 +335,10 @@ class _Gradient:
             saved, needs = self.saved._make(self.kept.nested(*flat[:count])), self.record._make(flat[-1])
             first = _first(flat)
             assert first is not None
+            found = compute(saved, needs, *flat[count:-1])
             grads = tuple(
-                grad if grad is not None else [] if leaf.is_list else first.new_empty(0)
-                for grad, leaf in zip(compute(saved, needs, *flat[count:-1]), self.leaves, strict=True)
+                grad if need and grad is not None else [] if leaf.is_list else first.new_empty(0)
+                for grad, need, leaf in zip(found, needs, self.leaves, strict=True)
             )
             return grads if len(kinds) > 1 else grads[0]
 

@@ -537,11 +537,7 @@ def _key_and_value_grad(
     return dk, dv
 
 
-def _gradient_shapes(saved, needs, *_):
-    return like_saved(saved, needs._replace(q=True, k=True, v=True))
-
-
-_flash = make_op("flash_attention", _forward, _shapes, _save, _backward, _gradient_shapes)
+_flash = make_op("flash_attention", _forward, _shapes, _save, _backward, like_saved)
 
 
 def _attend_triton(

@@ -61,6 +61,15 @@ def scaled_gradients(saved, needs, dy):
     )
 
 
+class Named(NamedTuple):
+    function: Tensor
+    make: Scale
+
+
+class NamedGradient(NamedTuple):
+    function: Tensor | None
+
+
 class Layers(NamedTuple):
     x: Tensor
     layers: list[Layer]
@@ -124,6 +133,32 @@ def test_a_record_is_laid_out_flat_and_back():
     flat = layout.flat(*arguments)
     assert len(flat) == 8 and flat[2] == [None, layers[1].bias] and flat[3] == [1.0, 2.0]
     assert layout.nested(*flat) == arguments
+
+
+def test_an_argument_may_have_any_name():
+    def forward(function: Tensor, make: Scale) -> Tensor:
+        return function * make.factor
+
+    def backward(saved: Named, needs: Any, dy: Tensor) -> NamedGradient:
+        return NamedGradient(dy * saved.make.factor)
+
+    op = make_op(
+        "test_named", forward, lambda x, _: torch.empty_like(x), lambda _, *inputs: Named(*inputs), backward
+    )
+    x, scale = torch.randn(3, requires_grad=True), Scale(torch.randn(3), None, 1.0)
+    torch.testing.assert_close(torch.autograd.grad(op(x, scale).sum(), x)[0], scale.factor)
+    assert Layout(hints_of(forward)).nested(x, *scale) == (x, scale)
+
+
+def test_two_records_of_one_name_are_found():
+    """The generated functions know a record by its name."""
+
+    class Other(NamedTuple):
+        factor: Tensor
+
+    Other.__name__ = "Scale"
+    with pytest.raises(AssertionError, match="two records are named Scale"):
+        Layout({"a": Scale, "b": Other})
 
 
 def test_an_argument_of_another_type_is_found_when_the_op_is_made():
@@ -230,6 +265,20 @@ def test_registration_of_a_list_of_records(biases):
     given = [torch.randn(3, requires_grad=True) for _ in weights] if biases == "all" else [None, None]
     arguments = (x, weights, given, [2.0, 3.0])
     torch.library.opcheck(torch.ops.burnish.test_applied.default, arguments)
+
+
+@pytest.mark.parametrize("needs", [[True, False, False], [False, True, False], [False, True, True]])
+def test_a_gradient_that_nobody_needs_is_empty(needs):
+    """As torch was told, also of a backward that makes it nevertheless."""
+
+    def gradients(saved: Inputs, needs: Any, dy: Tensor) -> ScaleGradients:
+        return scaled_backward(saved, needs._replace(x=True), dy)
+
+    make_op("test_unneeded", scaled, scaled_shapes, scaled_save, gradients, like_saved)
+    op = torch.ops.burnish.test_unneeded_backward.default
+    arguments = (*(torch.randn(3, 4) for _ in range(3)), 3.0, "kept", torch.randn(3, 4), needs)
+    assert [grad.numel() > 0 for grad in op(*arguments)] == needs
+    torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_a_backward_that_is_no_op_is_seen_through():
