@@ -104,7 +104,8 @@ def device_name(x: Tensor) -> str:
 
 def check_shape(name: str, x: Any, **dims: int) -> None:
     """check_shape("weight", w, hidden=4096) raises ValueError naming every dimension it expected."""
-    if x.shape != (*dims.values(),):
+    expected = tuple(dims.values())
+    if x.shape != expected and tuple(x.shape) != expected:  # an NF4Weight's shape may be a list
         want = ", ".join(f"{dim}={size}" for dim, size in dims.items())
         raise ValueError(f"{name}: expected shape ({want}), got {tuple(x.shape)}")
 

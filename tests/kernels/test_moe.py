@@ -1,6 +1,7 @@
 """Routing against its definition, the experts against a dense masked loop, and what the device alone must decide."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -358,6 +359,13 @@ def test_experts_in_4_bits_are_the_dense_ones_multiplied_out(double_quant, devic
         out = moe_mlp(**{**given, **leaves, **experts})
         results.append([out, *torch.autograd.grad(out, list(leaves.values()), upstream)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_the_shape_of_experts_in_4_bits_may_be_a_list(device):
+    given = operands(6, 64, 64, 8, 2, device)
+    packed = {n: quantize_nf4(given[n]) for n in ("gate_up", "down")}
+    listed = {n: replace(w, shape=[*w.shape]) for n, w in packed.items()}
+    assert torch.equal(moe_mlp(**{**given, **listed}), moe_mlp(**{**given, **packed}))
 
 
 def test_experts_in_4_bits_are_saved_in_4_bits(device):
