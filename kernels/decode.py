@@ -44,7 +44,6 @@ from ._chip import (
     check_dtype,
     check_shape,
     multiprocessors,
-    next_power_of_2,
     precision,
     use_triton,
 )
@@ -52,7 +51,7 @@ from ._op import make_op
 from ._triton import tl, triton
 from .plain.decode import decode_attention_cpu
 from .records import Cache, Scores
-from .tiles import DECODE, chip_of
+from .tiles import DECODE, chip_of, tile_width
 
 # ---- kernels
 
@@ -230,12 +229,6 @@ MOST = 32  # heads to a tile; a larger group is split
 PROGRAMS = 16  # on each multiprocessor, at least, where there are as many pieces
 
 
-@lru_cache(maxsize=256)
-def _width(size: int) -> int:
-    """The side of a tile, a matrix instruction's or more."""
-    return max(16, next_power_of_2(size))
-
-
 def _piece(chip: str) -> int:
     return 32 if chip == "interpreted" else PIECE
 
@@ -246,9 +239,9 @@ def _constants(
 ) -> dict[str, Any]:
     """The constants of _decode_pieces for these heads, its warps and its stages."""
     table = DECODE["fp32" if dtype == torch.float32 and chip != "interpreted" else chip]
-    tile = next(tile for width, tile in table.items() if _width(max(D, DV)) <= width)
+    tile = next(tile for width, tile in table.items() if tile_width(max(D, DV)) <= width)
     steps = {"PIECE": _piece(chip), "BLOCK_N": tile.N, "num_warps": tile.warps, "num_stages": tile.stages}
-    widths = {"D": D, "DV": DV, "BLOCK_D": _width(D), "BLOCK_DV": _width(DV)}
+    widths = {"D": D, "DV": DV, "BLOCK_D": tile_width(D), "BLOCK_DV": tile_width(DV)}
 
     # the query heads of a key head, or as many of them as a tile takes
     group = H // G
@@ -258,7 +251,7 @@ def _constants(
 
     # as many sequences as fill the tile, where they may share a prefix
     share = max(1, tile.M // group) if prefix else 1
-    return steps | widths | heads | {"PREFIX": prefix, "SHARE": share, "ROWS": _width(share * group)}
+    return steps | widths | heads | {"PREFIX": prefix, "SHARE": share, "ROWS": tile_width(share * group)}
 
 
 def _unit_strides(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -289,7 +282,7 @@ def _decode(q: Tensor, caches: list[Cache], scores: Scores) -> Tensor:
     sizes = scores.window or 0, pieces[0], *own.keys.shape[:2], *last.keys.shape[:2]
     rules = {"SINKS": sinks is not None, "PREFIX": has_prefix, "WINDOW": scores.window is not None}
     steps = {"PIECE": piece, "BLOCK_P": 16, "num_warps": 4}
-    _decode_merge[B * H,](*tensors, *sizes, H=H, DV=DV, BLOCK_DV=_width(DV), **rules, **steps)
+    _decode_merge[B * H,](*tensors, *sizes, H=H, DV=DV, BLOCK_DV=tile_width(DV), **rules, **steps)
     return out
 
 
