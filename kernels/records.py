@@ -206,8 +206,11 @@ class Sampling(NamedTuple):
         return min(self.top_k or TOP_P_WIDTH, V) if truncated and self.temperature != 0 else None
 
 
+# ---- lora
+
+
 class Rows(NamedTuple):
-    """The adapter and the dropout of each row of x, of low-rank adapters."""
+    """The low-rank adapter of each row of x, and the dropout."""
 
     adapter: Tensor | None  # (M,), the row's own in a stack, -1 for none
     seed: Tensor | None  # 0-d int64, of dropout; None without

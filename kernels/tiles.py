@@ -344,8 +344,7 @@ def norm_sum(P: int) -> dict[str, int]:
     return {"BLOCK_P": 512, "BLOCK_N": 16, "num_warps": 8}
 
 
-NORM_FEW_ROWS = (
-    2  # on each multiprocessor: up to here one launch that reads twice is faster than two launches
-)
+# on each multiprocessor: up to here one launch that reads twice is faster than two launches
+NORM_FEW_ROWS = 2
 NORM_WIDE = {"BLOCK_N": 8192, "num_warps": 16}
 NORM_WIDE_WEIGHT_GRAD = {"BLOCK_R": 16, "BLOCK_N": 128, "num_warps": 4}

@@ -30,9 +30,8 @@ class RMSNormTorch(torch.autograd.Function):
             rstd = _rstd(x, ctx.eps)
         N = x.shape[-1]
         xhat = x * rstd
-        products = (dy * xhat).reshape(
-            -1, N
-        )  # (rows, N): column sums are dw, each row's product with w the mean
+        # (rows, N): column sums are dw, each row's product with w the mean
+        products = (dy * xhat).reshape(-1, N)
         mean = torch.mv(products, w / N).view_as(rstd)
         dx = (dy * w).addcmul_(xhat, mean, value=-1).mul_(rstd)
         return dx, products.sum(0), None

@@ -24,9 +24,8 @@ from typing import NamedTuple
 TESTS = Path(__file__).resolve().parents[1]
 ROOT = TESTS.parent
 PACKAGE = "burnish.kernels"
-NAMESPACE = (
-    "burnish_control"  # of a copy's ops: one that is registered anew frees the one that others still call
-)
+# of a copy's ops: one that is registered anew frees the one that others still call
+NAMESPACE = "burnish_control"
 
 
 class Fault(NamedTuple):
@@ -86,7 +85,7 @@ def _path(file: str, root: Path) -> Path:
 
 
 def imported(file: str, root: Path, package: str = PACKAGE) -> set[str]:
-    """The files and rooms of `root` from which a file of it imports, as "_launch" or "head/blocks"."""
+    """The files and rooms of `root` from which a file of it imports, as "_chip" or "head/blocks"."""
     ours = package.split(".")
     here = ours + file.split("/")
     parents = here if (root / file).is_dir() else here[:-1]
