@@ -92,6 +92,7 @@ def test_rule(rule, files):
 def test_the_list_of_exemptions_only_shrinks():
     faults = list(stale(EXEMPT, FILES))
     assert not faults, "\n".join(faults)
+    assert not EXEMPT.keys() & KERNELS.keys(), "kernels/ is rewritten: no rule spares a file of it"
 
 
 def test_no_circles():
@@ -132,7 +133,7 @@ KERNEL = '''"""Maths.
 Source: somewhere
 """
 
-from ._op import register
+from ._op import make_op
 from ._triton import tl, triton
 
 # ---- reference
@@ -324,7 +325,7 @@ def test_a_planted_circle_is_found():
     files = {
         "kernels/_op.py": "from . import records",
         "kernels/records.py": "from .head.blocks import block",
-        "kernels/head/blocks.py": "def f():\n    from .._op import register",
+        "kernels/head/blocks.py": "def f():\n    from .._op import make_op",
     }
     assert set(circle(files)) == {"_op", "records", "head/blocks"}
     assert not circle(files | {"kernels/records.py": ""})

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 
 from sources import (
-    FILES,
     FLOORS,
     body,
     comments,
@@ -215,7 +214,7 @@ ONCE = {  # decided for all ops in one file
     "get_float32_matmul_precision",
     "set_float32_matmul_precision",
 }
-DECIDES = "kernels/_chip.py" if "kernels/_chip.py" in FILES else "kernels/_launch.py"
+DECIDES = "kernels/_chip.py"
 
 
 def precision_is_decided_once(name: str, source: str) -> Iterator[str]:
