@@ -81,8 +81,8 @@ class NF4Weight:
         return self.packed, self.absmax, self.code, self.nested_absmax, self.nested_code, self.offset
 
     def to(self, device: torch.device | str) -> "NF4Weight":
-        held = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: t.to(device) for n, t in held.items() if isinstance(t, Tensor)})
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{n: t.to(device) for n, t in parts.items() if isinstance(t, Tensor)})
 
 
 class Weight(NamedTuple):
@@ -204,6 +204,9 @@ class Sampling(NamedTuple):
         """The number of ids that a support has room for; None where nothing is truncated."""
         truncated = self.top_k is not None or self.top_p is not None or self.min_p is not None
         return min(self.top_k or TOP_P_WIDTH, V) if truncated and self.temperature != 0 else None
+
+
+# ---- lora
 
 
 class Rows(NamedTuple):
