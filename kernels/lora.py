@@ -225,6 +225,9 @@ class Layer(NamedTuple):
     scaling: float
     path: str  # one of PATHS, or "": the fastest that was measured
 
+    def without_bias(self) -> "Layer":
+        return self if self.bias is None else Layer(*self[:3], None, *self[4:])
+
 
 def _path(x: Tensor, layer: Layer) -> str:
     return layer.path or _measured_path(x, layer.b.shape)
@@ -337,8 +340,9 @@ class _Saved(NamedTuple):
     x: Tensor
     S: Tensor
     norm: Tensor
-    layer: Layer
+    layer: Layer  # without its bias, which may be stepped before the backward
     rows: Rows
+    bias_dtype: torch.dtype | None
 
 
 class _Gradients(NamedTuple):
@@ -353,8 +357,9 @@ class _AllSaved(NamedTuple):
     x: Tensor
     S: Tensor
     norms: list[Tensor]
-    layers: list[Layer]
+    layers: list[Layer]  # as in _Saved
     rows: Rows
+    bias_dtypes: list[torch.dtype]  # empty without biases
 
 
 class _AllGradients(NamedTuple):
@@ -369,8 +374,8 @@ def _layer_backward(
     saved: _Saved, needs: Sequence[bool], dout: Tensor, dx: Tensor | None
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """dx, to which the base's share is added, dS (M, R), and dB, dbias and dm where they are asked for."""
-    x, S, norm, layer, (adapter, _, _) = saved
-    weight, _, b, bias, magnitude, scaling, _ = layer
+    x, S, norm, layer, (adapter, _, _), bias_dtype = saved
+    weight, _, b, _, magnitude, scaling, _ = layer
     with_dx, with_dA, with_dB, with_dbias, with_dm = needs
     g = dout = dout.contiguous()
     adapters, B, dB, dbias, dm = b.shape[0], plain.wide_b(b), None, None, None
@@ -397,19 +402,20 @@ def _layer_backward(
     # 3. through W, and the bias
     if with_dx:
         dx = g @ W if dx is None else dx.addmm_(g, W)
-    if with_dbias and bias is not None:
-        dbias = dout.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)).to(bias.dtype)
+    if with_dbias:
+        dbias = dout.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)).to(bias_dtype)
     return dx, dS, dB if with_dB else None, dbias, dm
 
 
 def _backward(saved: _AllSaved, needs: Any, douts: list[Tensor]) -> _AllGradients:
-    x, S, norms, layers, rows = saved
+    x, S, norms, layers, rows, bias_dtypes = saved
     dx, dAs, found, norms = None, None, [], iter(norms)
 
     # 1. each layer: its base's share of dx, and what goes on to its A
-    for layer, share, dout in zip(layers, _shares(S, layers), douts, strict=True):
+    dtypes = bias_dtypes or [None for _ in layers]
+    for layer, share, dtype, dout in zip(layers, _shares(S, layers), dtypes, douts, strict=True):
         norm = S if layer.magnitude is None else next(norms)  # without DoRA nobody reads it
-        dx, *others = _layer_backward(_Saved(x, share, norm, layer, rows), needs, dout, dx)
+        dx, *others = _layer_backward(_Saved(x, share, norm, layer, rows, dtype), needs, dout, dx)
         found.append(others)
 
     # 2. all layers' A as one, which reads and writes x once
@@ -433,7 +439,17 @@ def _shapes(x, layers, rows):
 
 
 def _save(outputs, x, layers, rows):
-    return _AllSaved(x, *outputs[1:], layers, rows)
+    dtypes = [layer.bias.dtype for layer in layers if layer.bias is not None]
+    return _AllSaved(x, *outputs[1:], [layer.without_bias() for layer in layers], rows, dtypes)
+
+
+def _with_bias(layer: Layer, dtype: torch.dtype | None, dout: Tensor) -> Layer:
+    return layer._replace(bias=dout.new_empty(dout.shape[1], dtype=dtype))
+
+
+def _like_all_saved(saved, needs, douts):
+    layers = [*map(_with_bias, saved.layers, saved.bias_dtypes, douts)]
+    return like_saved(saved._replace(layers=layers or saved.layers), needs)
 
 
 # One layer has an op of its own, in front of the same functions: as a list of one, a row by 576 x 576 takes 1.6
@@ -458,11 +474,12 @@ def _one_shapes(x, layer, rows):
 
 
 def _one_save(outputs, x, layer, rows):
-    return _Saved(x, *outputs[1:], layer, rows)
+    dtype = None if layer.bias is None else layer.bias.dtype
+    return _Saved(x, *outputs[1:], layer.without_bias(), rows, dtype)
 
 
 def _one_backward(saved: _Saved, needs: Any, dout: Tensor) -> _Gradients:
-    x, _, _, layer, rows = saved
+    x, layer, rows = saved.x, saved.layer, saved.rows
     dx, dS, dB, dbias, dm = _layer_backward(saved, needs, dout, None)
     dA = a_gradient(dS, x, layer.a, rows) if needs.layer_a else None
     if dx is not None:
@@ -470,8 +487,12 @@ def _one_backward(saved: _Saved, needs: Any, dout: Tensor) -> _Gradients:
     return _Gradients(dx, dA, dB, dbias, dm)
 
 
-_lora_linear = make_op("lora_linear", _one_forward, _one_shapes, _one_save, _one_backward, like_saved)
-_lora_linears = make_op("lora_linears", _forward, _shapes, _save, _backward, like_saved)
+def _like_one_saved(saved, needs, dout):
+    return like_saved(saved._replace(layer=_with_bias(saved.layer, saved.bias_dtype, dout)), needs)
+
+
+_lora_linear = make_op("lora_linear", _one_forward, _one_shapes, _one_save, _one_backward, _like_one_saved)
+_lora_linears = make_op("lora_linears", _forward, _shapes, _save, _backward, _like_all_saved)
 
 
 def _check(x: Tensor, layer: Layer, adapter: Tensor | None, dropout: float) -> None:
@@ -607,8 +628,9 @@ def lora_linears(
         if len(given) != count:
             raise ValueError(f"{name}: expected one for each of {count} weights, got {len(given)}")
     for name, given in (("biases", biases), ("magnitudes", magnitudes)):
-        if given is not None and len(given) != count:
-            raise ValueError(f"{name}: expected none, or one for each of {count} weights, got {len(given)}")
+        if given is not None and (len(given) != count or any(vector is None for vector in given)):
+            got = sum(vector is not None for vector in given)
+            raise ValueError(f"{name}: expected none, or one for each of {count} weights, got {got}")
 
     vectors = (given or repeat(None, count) for given in (biases, magnitudes))
     each = zip(weights, lora_a, lora_b, *vectors, scalings, strict=True)

@@ -81,8 +81,8 @@ class NF4Weight:
         return self.packed, self.absmax, self.code, self.nested_absmax, self.nested_code, self.offset
 
     def to(self, device: torch.device | str) -> "NF4Weight":
-        held = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: t.to(device) for n, t in held.items() if isinstance(t, Tensor)})
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{n: t.to(device) for n, t in parts.items() if isinstance(t, Tensor)})
 
 
 class Weight(NamedTuple):

@@ -260,9 +260,9 @@ def _launch_arguments(student: Head, teacher: Head, tile: Tile) -> dict[str, Any
 def _summarise(student: Head, teacher: Head, beta: float, blocks: Blocks, logits: Tensor | None) -> Tensor:
     """Pieces (pieces, 6, rows) of these rows, as plain.summarise. A mixture's logits (2, rows, V) are kept."""
     rows, V = student.hidden.shape[0], student.weight.shape[0]
-    as_it_is = all(x.weight.dtype == x.hidden.dtype and x.lora_b is None for x in (student, teacher))
+    no_copy = all(x.weight.dtype == x.hidden.dtype and x.lora_b is None for x in (student, teacher))
     tile, pieces = _tile(student, teacher), []
-    for columns in [slice(0, V)] if as_it_is else blocks[1]:  # chunks, of a weight that is copied
+    for columns in [slice(0, V)] if no_copy else blocks[1]:  # chunks, of a weight that is copied
         chunk, teacher_chunk = chunk_of(student, columns), chunk_of(teacher, columns)
         arguments = _launch_arguments(chunk, teacher_chunk, tile)
         N = chunk.weight.shape[0]

@@ -30,7 +30,7 @@ from torch import Tensor
 from .._chip import cdiv, check_device, check_shape, readable, use_triton
 from .._op import like_saved, make_op
 from .._triton import tl, triton
-from ..plain.logprob import COPIES, Rows, dlogits, score_logits, summaries
+from ..plain.logprob import COPIES, RowTerms, dlogits, score_logits, summaries
 from ..records import Head
 from .blocks import (
     HeadGradients,
@@ -192,7 +192,7 @@ def _token_logprobs_bwd(
 
 # ---- launch
 
-ROW_POINTERS = [f"{name}_ptr" for name in Rows._fields]
+ROW_POINTERS = [f"{name}_ptr" for name in RowTerms._fields]
 
 
 class _Saved(NamedTuple):
@@ -273,19 +273,19 @@ def _backward(
     dnorm = -dlogprob if dlse is None else dlse.masked_fill(ignored, 0) - dlogprob
     dentropy = None if dentropy is None else dentropy.masked_fill(ignored, 0)
 
-    terms = Rows(targets, highest, log_sum, entropy, dlogprob, dnorm, dentropy)
+    terms = RowTerms(targets, highest, log_sum, entropy, dlogprob, dnorm, dentropy)
     write = _dlogits_triton if use_triton(head.hidden) else dlogits
-    cuts: dict[int, Rows] = {}  # the same in every chunk
+    cuts: dict[int, RowTerms] = {}  # the same in every chunk
 
     def fill(block: Head, rows: slice, columns: slice, dz: Tensor) -> Tensor:
         if rows.start not in cuts:
-            cuts[rows.start] = Rows(*(None if x is None else part_of(x, rows) for x in terms))
+            cuts[rows.start] = RowTerms(*(None if x is None else part_of(x, rows) for x in terms))
         return write(block, cuts[rows.start], columns.start, dz, needs.head_bias)
 
     return head_gradients(head, needs, memory_budget, bytes_of(head.hidden, COPIES), fill)
 
 
-def _dlogits_triton(block: Head, terms: Rows, start: int, dz: Tensor, with_dbias: bool) -> Tensor:
+def _dlogits_triton(block: Head, terms: RowTerms, start: int, dz: Tensor, with_dbias: bool) -> Tensor:
     """dz (rows, N) of a block, filled; returns its sum over the rows, in fp32 as it was before rounding."""
     h, N = block.hidden, block.weight.shape[0]
     tile, tma = tile_of(h), has_tma(h)

@@ -61,7 +61,7 @@ def score_logits(
 # ---- block by block
 
 
-class Rows(NamedTuple):
+class RowTerms(NamedTuple):
     """Terms of the logits' gradient, each (rows,).
 
     du_j = dlogprob [j = y] + p_j (dnorm - dentropy (log p_j + entropy))        log p_j = u_j - highest - log_sum
@@ -104,7 +104,7 @@ def summaries(head: Head, targets: Tensor, memory_budget: int, target_u: Tensor)
     return parts
 
 
-def dlogits(block: Head, terms: Rows, start: int, dz: Tensor, with_dbias: bool) -> Tensor:
+def dlogits(block: Head, terms: RowTerms, start: int, dz: Tensor, with_dbias: bool) -> Tensor:
     """dz (rows, N) of a block whose first column is `start`, filled; returns its sum over the rows, or nothing."""
     target, *columns, dentropy = terms
     highest, log_sum, entropy, dlogprob, dnorm = (x[:, None] for x in columns)

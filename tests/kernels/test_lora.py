@@ -134,6 +134,27 @@ def test_expectation_and_variance(dropout):
     assert abs(scaled.mean() - 3) < 4 * 3 * (dropout / share / (M * K)) ** 0.5
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_biases_may_be_stepped_before_the_backward(together, device):
+    """As behind F.linear: nobody reads their values there. Each gradient has its bias' dtype."""
+    (x, *each), options, _ = layers(device, biases=True)
+    biases = [
+        options["biases"][0],
+        *(bias.detach().half().requires_grad_() for bias in options["biases"][1:]),
+    ]
+    if not together:
+        each = zip(*each, biases, strict=True)
+        outs = [lora_linear(x, W, a, b, s, bias=bias) for W, a, b, s, bias in each]
+    else:
+        outs = lora_linears(x, *each, biases=biases)
+    with torch.no_grad():
+        for bias in biases:
+            bias.add_(1)
+    sum(out.sum() for out in outs).backward()
+    for bias in biases:
+        assert torch.equal(bias.grad, torch.full_like(bias, len(x)))
+
+
 def test_saves_x_and_s_but_no_mask(device):
     """Nor the weight multiplied out. What is saved beside the inputs is S, (rows, R), and an empty norm."""
     x, (a, b) = torch.randn(40, 64, device=device, requires_grad=True), adapter(48, 64, 8, device)
@@ -281,6 +302,9 @@ def test_together_refusals(device):
         lora_linears(x, W, a, b[:2], s)
     with pytest.raises(ValueError, match="biases: expected none, or one for each of 3 weights, got 1"):
         lora_linears(x, W, a, b, s, biases=[torch.zeros(21, device=device)])
+    some = [torch.zeros(21, device=device), None, torch.zeros(7, device=device)]
+    with pytest.raises(ValueError, match="magnitudes: expected none, or one for each of 3 weights, got 2"):
+        lora_linears(x, W, a, b, s, magnitudes=some)  # a graph would drop their gradients
     with pytest.raises(
         ValueError, match="weights: expected some, all dense or all 4-bit of one format, got 3"
     ):
