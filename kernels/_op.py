@@ -129,7 +129,7 @@ def make_op(
     def guarded(*args: Any) -> Any:  # on_its_device in the same frame: a microsecond of the host
         first = _first(args)
         if _recorded(first):
-            return registered(*layout.flat(*args))
+            return registered(*_whole_lists(name, layout.flat(*args)))
         compute = differentiable if torch.is_grad_enabled() else forward
         if first is None or not first.is_cuda or first.get_device() == torch.cuda.current_device():
             return compute(*args)
@@ -137,6 +137,16 @@ def make_op(
             return compute(*args)
 
     return guarded
+
+
+def _whole_lists(name: str, leaves: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The leaves. Raises NotImplementedError where torch.library would lose gradients: a list that is partly None."""
+    for leaf in leaves:
+        if isinstance(leaf, list) and 0 < sum(x is None for x in leaf) < len(leaf):
+            raise NotImplementedError(
+                f"{name}: expected a list of tensors or of None in a graph, got some of each"
+            )
+    return leaves
 
 
 def _registered(

@@ -209,6 +209,20 @@ def test_a_list_of_records_has_the_gradients_of_its_tensors(how, frozen, biases)
     compare(lambda: op(x, weights, given), reference, leaves)
 
 
+def test_a_list_that_is_partly_none_has_its_gradients_or_raises():
+    """In a graph torch.library would take it for no list of tensors, and pass no gradient on."""
+    x, weights = torch.randn(3, 4, requires_grad=True), [torch.randn(5, 4, requires_grad=True) for _ in "ab"]
+    bias = torch.randn(5, requires_grad=True)
+
+    def call(x, weights, bias):
+        layers = [Layer(weights[0], bias, 2.0), Layer(weights[1], None, 3.0)]
+        return sum(out.sin().sum() for out in APPLIED(x, layers)[0])
+
+    fake = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
+    with fake, pytest.raises(NotImplementedError, match="got some of each"):
+        call(x, weights, bias)
+
+
 def test_a_loss_of_one_output_of_a_list():
     x, weights = torch.randn(3, 4, requires_grad=True), [torch.randn(5, 4, requires_grad=True) for _ in "ab"]
     layers = [Layer(w, None, 2.0) for w in weights]
