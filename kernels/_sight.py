@@ -1,4 +1,4 @@
-"""The rows of an attention program and the keys that these see, on chip: segments, parents, masks, tiles.
+"""The rows of an attention program and the keys that these see, on chip: segments, parents, masks; tiles and scores.
 
 kernels/attention.py has the pictures. Rows, segments and positions are whole numbers; what is loaded of the tables is
 kept within the call's own rows.
@@ -32,6 +32,19 @@ def _load(
             mask &= d[None, :] < D
         tile = tl.load(pointers, mask, other=0.0)
     return tile
+
+
+@triton.jit
+def _capped(qk, inner, cap):
+    # cap * tanh(x), inner * qk = 2x log2(e); exact at both ends, where exp2 is 0 or inf
+    return cap * (1 - 2 / (tl.exp2(qk * inner) + 1))
+
+
+@triton.jit
+def _lse(lse_ptr, at, mask):
+    # +inf for a row that is not there or sees nothing makes its probabilities 0
+    lse = tl.load(lse_ptr + at, mask, other=float("inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
 @triton.jit
@@ -142,21 +155,6 @@ def _spans(
     if PARENTS:
         parent_first, parent_blocks = _span(parent_reach, parent_keys, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
     return first, blocks, parent_first, parent_blocks, parent_reach
-
-
-@triton.jit
-def _step(
-    step, first, k_start, keys, reach, parent_first, parent_blocks, parent_start, parent_keys, parent_reach,
-    PARENTS: tl.constexpr, BLOCK_N: tl.constexpr,
-):
-    # a step of the flat loop: positions of the first query and the first key, where keys end, and the first key's row
-    j, row, j_end, i = first + step * BLOCK_N, k_start, keys, reach
-    if PARENTS:
-        in_segment = step >= parent_blocks
-        j = tl.where(in_segment, j - parent_blocks * BLOCK_N, parent_first + step * BLOCK_N)
-        row, j_end = tl.where(in_segment, k_start, parent_start), tl.where(in_segment, keys, parent_keys)
-        i = tl.where(in_segment, reach, parent_reach)
-    return i, j, j_end, row + j
 
 
 @triton.jit

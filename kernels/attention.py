@@ -41,7 +41,7 @@ from torch import Tensor
 
 from ._chip import cdiv, check_attention, check_device, check_dtype, check_shape, precision, use_triton
 from ._op import like_saved, make_op
-from ._sight import _batch, _load, _locate, _masked, _queries, _spans, _step, _with_children
+from ._sight import _batch, _capped, _load, _locate, _lse, _masked, _queries, _spans, _with_children
 from ._triton import TensorDescriptor, tl, triton
 from .plain.attention import attend_cpu, positions
 from .records import Packing, Rules
@@ -54,12 +54,6 @@ RAGGED = ["T", "S", "rows", "sequences", "window"]
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # fmt: off
-
-
-@triton.jit
-def _capped(qk, inner, cap):
-    # cap * tanh(x), inner * qk = 2x log2(e); exact at both ends, where exp2 is 0 or inf
-    return cap * (1 - 2 / (tl.exp2(qk * inner) + 1))
 
 
 @triton.jit(do_not_specialize=RAGGED)
@@ -102,10 +96,15 @@ def _flash_fwd(
         m0, keys, reach, owned, parent_keys, window, CAUSAL, WINDOW, PACKED, PARENTS, BLOCK_M, BLOCK_N
     )
     for step in tl.range(0, parent_blocks + blocks):
-        i, j, j_end, row = _step(
-            step, first, k_start, keys, reach, parent_first, parent_blocks, parent_start, parent_keys, parent_reach,
-            PARENTS, BLOCK_N,
-        )
+        # positions of the first query and the first key, where keys end, and the first key's row
+        j, row, j_end, i = first + step * BLOCK_N, k_start, keys, reach
+        if PARENTS:
+            in_segment = step >= parent_blocks
+            j = tl.where(in_segment, j - parent_blocks * BLOCK_N, parent_first + step * BLOCK_N)
+            row, j_end = tl.where(in_segment, k_start, parent_start), tl.where(in_segment, keys, parent_keys)
+            i = tl.where(in_segment, reach, parent_reach)
+        row += j
+
         key = _load(k, key_head, row, j_end - j, stride_kt, stride_kh, BLOCK_N, D, BLOCK_D, TMA)
         qk = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if SOFTCAP:
@@ -133,13 +132,6 @@ def _flash_fwd(
     pointers = out_ptr + (base * tl.num_programs(1) + head) * DV
     pointers = pointers + local[:, None] * (tl.num_programs(1) * DV) + d[None, :]
     tl.store(pointers, (acc / norm[:, None]).to(out_ptr.dtype.element_ty), inside[:, None] & (d[None, :] < DV))
-
-
-@triton.jit
-def _lse(lse_ptr, at, mask):
-    # +inf for a row that is not there or sees nothing makes its probabilities 0
-    lse = tl.load(lse_ptr + at, mask, other=float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
 @triton.jit
@@ -198,10 +190,15 @@ def _flash_dq(
         m0, keys, reach, owned, parent_keys, window, CAUSAL, WINDOW, PACKED, PARENTS, BLOCK_M, BLOCK_N
     )
     for step in tl.range(0, parent_blocks + blocks):
-        i, j, j_end, row = _step(
-            step, first, k_start, keys, reach, parent_first, parent_blocks, parent_start, parent_keys, parent_reach,
-            PARENTS, BLOCK_N,
-        )
+        # positions of the first query and the first key, where keys end, and the first key's row
+        j, row, j_end, i = first + step * BLOCK_N, k_start, keys, reach
+        if PARENTS:
+            in_segment = step >= parent_blocks
+            j = tl.where(in_segment, j - parent_blocks * BLOCK_N, parent_first + step * BLOCK_N)
+            row, j_end = tl.where(in_segment, k_start, parent_start), tl.where(in_segment, keys, parent_keys)
+            i = tl.where(in_segment, reach, parent_reach)
+        row += j
+
         key = _load(k, key_head, row, j_end - j, stride_kt, stride_kh, BLOCK_N, D, BLOCK_D, TMA)
         value = _load(v, key_head, row, j_end - j, stride_vt, stride_vh, BLOCK_N, DV, BLOCK_DV, TMA)
         qk = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
