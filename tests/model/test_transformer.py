@@ -312,7 +312,7 @@ def test_logits_of_a_half_precision_head_copy_no_head(on_gpu, adapted, monkeypat
     model = Transformer(replace(TINY, initializer_range=0.5, tie_word_embeddings=not adapted))
     if adapted:
         add_lora(model, rank=2, targets=("lm_head",))
-        torch.nn.init.normal_(model.get_parameter("lmblocks.lora.b"))
+        torch.nn.init.normal_(model.get_parameter("lm_head.lora.b"))
     model, hidden = model.bfloat16(), torch.randn(2, 3, 16).bfloat16()
     want = model.logits(hidden)  # a gradient is asked
     into: list[tuple[torch.dtype, torch.dtype]] = []
