@@ -64,9 +64,28 @@ def _leaves(name: str, annotation: Any, read: str) -> list[Leaf]:
 
     if get_origin(annotation) is list and _is_record(get_args(annotation)[0]):
         each = _leaves(name, get_args(annotation)[0], "each")
-        return [Leaf(leaf.name, leaf.kind + "[]", f"[{leaf.read} for each in {read}]") for leaf in each]
+        lists = [(leaf, f"[{leaf.read} for each in {read}]") for leaf in each]
+        return [
+            Leaf(leaf.name, leaf.kind, f"_joined({all_of})")
+            if leaf.is_list
+            else Leaf(leaf.name, leaf.kind + "[]", all_of)
+            for leaf, all_of in lists
+        ]
 
     return [Leaf(name, kind_of(annotation), read)]
+
+
+def _joined(lists: list[list[int]]) -> list[int]:
+    """Lists of whole numbers as one, each behind its length: a schema knows no list of lists."""
+    return [number for numbers in lists for number in (len(numbers), *numbers)]
+
+
+def _parted(joined: list[int]) -> list[list[int]]:
+    """The inverse."""
+    lists, rest = [], iter(joined)
+    for length in rest:
+        lists.append([next(rest) for _ in range(length)])
+    return lists
 
 
 def _built(annotation: Any, names: Iterator[str], records: dict[str, Any]) -> str:
@@ -78,9 +97,9 @@ def _built(annotation: Any, names: Iterator[str], records: dict[str, Any]) -> st
         return f"{annotation.__name__}({', '.join(parts)})"
 
     if get_origin(annotation) is list and _is_record(get_args(annotation)[0]):
-        count = len(_leaves("", get_args(annotation)[0], ""))
-        lists = [next(names) for _ in range(count)]
-        each = [f"each_{i}" for i in range(count)]
+        leaves = _leaves("", get_args(annotation)[0], "")
+        lists = [f"_parted({next(names)})" if leaf.is_list else next(names) for leaf in leaves]
+        each = [f"each_{i}" for i in range(len(leaves))]
         record = _built(get_args(annotation)[0], iter(each), records)
         return f"[{record} for {', '.join(each)}, in zip({', '.join(lists)}, strict=True)]"
 
@@ -114,7 +133,7 @@ class Layout:
 
     def build(self, parameters: str, leaves: Iterable[str], record: type[Any] = tuple) -> Callable[..., Any]:
         """A function of `parameters` that returns the arguments as a record, each leaf an expression of them."""
-        records: dict[str, Any] = {"_make": partial(tuple.__new__, record)}
+        records: dict[str, Any] = {"_make": partial(tuple.__new__, record), "_parted": _parted}
         rest = iter(leaves)
         built = "".join(_built(kind, rest, records) + ", " for kind in self._hints.values())
         return eval(f"lambda {parameters}: _make(({built}))", records)
@@ -122,6 +141,7 @@ class Layout:
 
 def compiled(signature: str, lines: list[str], **known: Any) -> Callable[..., Any]:
     """The function of these lines."""
+    known["_joined"] = _joined
     exec(f"def {signature}:\n    " + "\n    ".join(lines), known)
     return known[signature.split("(")[0]]
 

@@ -359,7 +359,7 @@ class _AllSaved(NamedTuple):
     norms: list[Tensor]
     layers: list[Layer]  # as in _Saved
     rows: Rows
-    bias_dtypes: list[torch.dtype]  # empty without biases
+    bias_dtypes: list[int]  # places in FLOATS; empty without biases
 
 
 class _AllGradients(NamedTuple):
@@ -412,7 +412,7 @@ def _backward(saved: _AllSaved, needs: Any, douts: list[Tensor]) -> _AllGradient
     dx, dAs, found, norms = None, None, [], iter(norms)
 
     # 1. each layer: its base's share of dx, and what goes on to its A
-    dtypes = bias_dtypes or [None for _ in layers]
+    dtypes = [FLOATS[place] for place in bias_dtypes] or [None for _ in layers]
     for layer, share, dtype, dout in zip(layers, _shares(S, layers), dtypes, douts, strict=True):
         norm = S if layer.magnitude is None else next(norms)  # without DoRA nobody reads it
         dx, *others = _layer_backward(_Saved(x, share, norm, layer, rows, dtype), needs, dout, dx)
@@ -439,7 +439,7 @@ def _shapes(x, layers, rows):
 
 
 def _save(outputs, x, layers, rows):
-    dtypes = [layer.bias.dtype for layer in layers if layer.bias is not None]
+    dtypes = [FLOATS.index(layer.bias.dtype) for layer in layers if layer.bias is not None]
     return _AllSaved(x, *outputs[1:], [layer.without_bias() for layer in layers], rows, dtypes)
 
 
@@ -448,7 +448,7 @@ def _with_bias(layer: Layer, dtype: torch.dtype | None, dout: Tensor) -> Layer:
 
 
 def _like_all_saved(saved, needs, douts):
-    layers = [*map(_with_bias, saved.layers, saved.bias_dtypes, douts)]
+    layers = [*map(_with_bias, saved.layers, (FLOATS[place] for place in saved.bias_dtypes), douts)]
     return like_saved(saved._replace(layers=layers or saved.layers), needs)
 
 

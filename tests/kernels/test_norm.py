@@ -120,20 +120,20 @@ def test_every_width_has_a_tile(N):
 @pytest.mark.skipif(not TRITON, reason="the CPU path has one way for every number of rows")
 @pytest.mark.parametrize("residual", [False, True])
 def test_few_rows_by_columns(residual, monkeypatch, device):
-    monkeypatch.setattr(norm, "FEW_ROWS", 1 << 20)
+    monkeypatch.setattr(norm, "NORM_FEW_ROWS", 1 << 20)
     shape = (150, 100)  # more rows, and more columns, than one program of dw takes at once
     h, dy, dh = (torch.randn(shape, device=device) for _ in range(3))
     w, rstd = torch.randn(100, device=device), torch.rand(150, device=device)
     one_launch = norm._input_and_weight_grad(dy, dh if residual else None, h, w, rstd, False, True)
-    monkeypatch.setattr(norm, "FEW_ROWS", 0)
+    monkeypatch.setattr(norm, "NORM_FEW_ROWS", 0)
     close(one_launch, norm._input_and_weight_grad(dy, dh if residual else None, h, w, rstd, False, True))
 
 
 @pytest.mark.skipif(not TRITON, reason="the CPU path has one way for every width")
 @pytest.mark.parametrize("residual", [False, True])
 def test_rows_wider_than_the_registers(residual, monkeypatch, device):
-    monkeypatch.setattr(norm, "WIDEST", 64)
-    monkeypatch.setattr(norm, "WIDE", {"BLOCK_N": 128, "num_warps": 4})
+    monkeypatch.setattr(norm, "NORM_WIDEST", 64)
+    monkeypatch.setattr(norm, "NORM_WIDE", {"BLOCK_N": 128, "num_warps": 4})
     shape = (19, 300)
     tensors = [leaf(*shape, device=device) for _ in range(1 + residual)] + [leaf(300, device=device)]
     op, reference = (add_rms_norm, add_rms_norm_reference) if residual else (rms_norm, rms_norm_reference)

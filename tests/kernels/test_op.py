@@ -19,6 +19,7 @@ class Layer(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     scale: float
+    sizes: list[int] = []  # noqa: RUF012
 
 
 class Inputs(NamedTuple):
@@ -125,13 +126,13 @@ def compare(call, reference, leaves: list[Tensor]) -> None:
 def test_a_record_is_laid_out_flat_and_back():
     layout = Layout(hints_of(applied) | hints_of(scaled))
     assert layout.schema == (
-        "Tensor x, Tensor[] layers_weight, Tensor?[] layers_bias, float[] layers_scale, "
+        "Tensor x, Tensor[] layers_weight, Tensor?[] layers_bias, float[] layers_scale, SymInt[] layers_sizes, "
         "Tensor scale_factor, Tensor? scale_shift, float scale_power, str name"
     )
-    layers = [Layer(torch.zeros(1), None, 1.0), Layer(torch.ones(1), torch.ones(2), 2.0)]
+    layers = [Layer(torch.zeros(1), None, 1.0, [3, 4]), Layer(torch.ones(1), torch.ones(2), 2.0)]
     arguments = (torch.zeros(2), layers, Scale(torch.ones(3), None, 2.0), "kept")
     flat = layout.flat(*arguments)
-    assert len(flat) == 8 and flat[2] == [None, layers[1].bias] and flat[3] == [1.0, 2.0]
+    assert flat[2:5] == ([None, layers[1].bias], [1.0, 2.0], [2, 3, 4, 0]) and len(flat) == 9
     assert layout.nested(*flat) == arguments
 
 
@@ -277,7 +278,7 @@ def test_registration_of_a_record(shifted):
 def test_registration_of_a_list_of_records(biases):
     x, *weights = (torch.randn(3, 4, requires_grad=True) for _ in range(3))
     given = [torch.randn(3, requires_grad=True) for _ in weights] if biases == "all" else [None, None]
-    arguments = (x, weights, given, [2.0, 3.0])
+    arguments = (x, weights, given, [2.0, 3.0], [2, 3, 4, 0])
     torch.library.opcheck(torch.ops.burnish.test_applied.default, arguments)
 
 

@@ -64,7 +64,7 @@ PLANTED = [
         "lora_linear", "lora: adapter past the stack",
     ),
     Planted(
-        "an expert cut to 32 bits", "moe", "expert = tl.load(indices_ptr + n, n < N, other=-1)\n    kept",
+        "an expert cut to 32 bits", "route", "expert = tl.load(indices_ptr + n, n < N, other=-1)\n    kept",
         "expert = tl.load(indices_ptr + n, n < N, other=-1).to(tl.int32)\n    kept", wrong_rest, "moe_mlp",
         "moe: index 2^40",
     ),

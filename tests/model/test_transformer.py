@@ -241,7 +241,7 @@ def test_a_tied_head_is_the_embedding():
     tied, untied = Transformer(replace(TINY, tie_word_embeddings=True)), Transformer(TINY)
     assert tied.head is tied.embed_tokens.weight
     assert untied.head is not untied.embed_tokens.weight
-    assert "lmblocks.weight" not in tied.state_dict()
+    assert "lm_head.weight" not in tied.state_dict()
 
 
 # ---- training
