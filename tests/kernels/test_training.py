@@ -10,7 +10,7 @@ from burnish.model.config import ModelConfig
 from burnish.model.packed import pack
 from burnish.model.transformer import Transformer
 
-KERNEL_FILES = ("attention", "glu", "logprob", "norm", "rope")
+KERNEL_FILES = ("attention", "glu", "head.blocks", "head.inputs", "head.logprob", "norm", "rope")
 
 
 def train(steps: int, device: str) -> tuple[list[float], list[torch.Tensor]]:
