@@ -3,16 +3,16 @@
 import importlib
 import sys
 
-from ._streams import run_program
+from .run.streams import run_program
 
 COMMANDS = {  # name: (module with a Config, its function of a Config, one line)
     "r1": (
-        "burnish.algorithms.r1",
+        "burnish.algorithms.recipes.r1",
         "train",
         "DeepSeek-R1's recipe in miniature, from random weights to a report",
     ),
     "instruct": (
-        "burnish.algorithms.instruct",
+        "burnish.algorithms.recipes.instruct",
         "train",
         "InstructGPT's recipe in miniature: SFT, reward model, PPO, DPO",
     ),
@@ -45,7 +45,11 @@ COMMANDS = {  # name: (module with a Config, its function of a Config, one line)
         "evaluate",
         "accuracy, pass@k and majority vote under a verifier of yours, perplexity, or a reward model on pairs",
     ),
-    "chat-demo": ("burnish.algorithms.chat_demo", "train", "GRPO on a real chat model: whole, LoRA or QLoRA"),
+    "chat-demo": (
+        "burnish.algorithms.recipes.chat_demo",
+        "train",
+        "GRPO on a real chat model: whole, LoRA or QLoRA",
+    ),
     "merge": ("burnish.algorithms.merge", "merge", "fold an adapter into its model"),
     "chat": ("burnish.algorithms.chat", "main", "talk to a model"),
     "convert": ("burnish.model.convert", "main", "turn a GGUF file into a Hugging Face folder"),
@@ -80,7 +84,7 @@ def _status(arguments: list[str]) -> int:
         return 2
     module_name, function, _ = COMMANDS[name]
     try:
-        from ._command import run_command  # imports torch, which help does without
+        from .run.command import run_command
 
         module = importlib.import_module(module_name)
         return run_command(f"burnish {name}", module, getattr(module, function), arguments[1:])

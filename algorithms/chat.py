@@ -16,18 +16,18 @@ import torch
 
 from ..model.checkpoint import load_model
 from ..model.errors import InputError, shown
+from ..model.files.text_files import read_json
 from ..model.generate import stream
-from ..model.text_files import read_json
-from ..model.tokenizer import Message, Tokenizer
+from ..model.text.tokenizer import Message, Tokenizer
 from ..model.transformer import Transformer
-from ._command import run_command
-from ._data import check_rendered
-from ._flags import TemplateFlags, load_tokenizer
-from ._ids import check_sequence
-from ._loop import check_device, default_device
-from ._messages import messages_in, prompt_of
-from ._rows import Row
-from ._streams import harmless, is_lost
+from .data.examples import check_rendered
+from .data.ids import check_sequence
+from .data.messages import messages_in, prompt_of
+from .data.rows import Row
+from .run.command import run_command
+from .run.flags import TemplateFlags, load_tokenizer
+from .run.loop import check_device, default_device
+from .run.streams import harmless, is_lost
 
 
 @dataclass(frozen=True)

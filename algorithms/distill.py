@@ -44,13 +44,13 @@ from ..model.checkpoint import load_model
 from ..model.errors import InputError
 from ..model.transformer import Transformer
 from ..model.vocabulary import Vocabulary
-from ._adapter import ADAPTER_BOUNDS, load_trainee
-from ._balance import Balance
-from ._command import run_command
-from ._distributed import host, reshard, shard, summed
-from ._flags import TrainingFlags, load_tokenizer
-from ._lessons import MicroBatch, answered, load_lessons, micro_batches
-from ._loop import (
+from .data.groups import timed
+from .data.lessons import MicroBatch, answered, load_lessons, micro_batches
+from .objectives.policy import clipped_loss
+from .run.balance import Balance
+from .run.command import run_command
+from .run.flags import TrainingFlags, load_tokenizer
+from .run.loop import (
     Run,
     SaveDtype,
     Schedule,
@@ -65,8 +65,8 @@ from ._loop import (
     optimizer_step,
     scheduled,
 )
-from ._policy import clipped_loss
-from ._rollout import timed
+from .run.processes import host, reshard, shard, summed
+from .run.trainee import ADAPTER_BOUNDS, load_trainee
 
 
 @dataclass(frozen=True)

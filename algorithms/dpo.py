@@ -40,12 +40,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..model.errors import InputError
-from ._adapter import ADAPTER_BOUNDS, load_trainee
-from ._balance import Balance
-from ._command import run_command
-from ._distributed import shard, summed
-from ._flags import TrainingFlags, load_tokenizer
-from ._loop import (
+from .data.pairs import (
+    Preference,
+    completion_logprobs,
+    load_pairs,
+    longest,
+    micro_batches,
+    num_tokens,
+    pair_metrics,
+    report_held_out,
+)
+from .run.balance import Balance
+from .run.command import run_command
+from .run.flags import TrainingFlags, load_tokenizer
+from .run.loop import (
     Run,
     SaveDtype,
     Schedule,
@@ -59,16 +67,8 @@ from ._loop import (
     optimizer_step,
     scheduled,
 )
-from ._preferences import (
-    Preference,
-    completion_logprobs,
-    load_pairs,
-    longest,
-    micro_batches,
-    num_tokens,
-    pair_metrics,
-    report_held_out,
-)
+from .run.processes import shard, summed
+from .run.trainee import ADAPTER_BOUNDS, load_trainee
 
 Loss = Literal[
     "dpo", "cdpo", "robust", "hinge", "ipo", "ipo_sum", "apo_zero", "apo_down", "cpo", "simpo", "orpo"

@@ -37,23 +37,12 @@ from ..model.errors import InputError
 from ..model.generate import Sample, generate
 from ..model.packed import pack
 from ..model.scalar import ScalarModel
-from ..model.tokenizer import Tokenizer
+from ..model.text.tokenizer import Tokenizer
 from ..model.transformer import Transformer
-from ._calls import brief
-from ._command import run_command
-from ._data import Prompt, best_fit, rl_prompts, sft_examples
-from ._flags import RowFlags, load_tokenizer
-from ._loop import (
-    MOST_SAMPLES,
-    autocast,
-    check_flags,
-    check_model,
-    default_device,
-    new_run_folder,
-    report_counts,
-)
-from ._preferences import completion_scores, longest, preferences
-from ._rewards import (
+from .data.examples import Prompt, best_fit, rl_prompts, sft_examples
+from .data.groups import as_asked
+from .data.pairs import completion_scores, longest, preferences
+from .data.rewards import (
     ANSWER,
     NOTHING,
     Rewards,
@@ -66,8 +55,19 @@ from ._rewards import (
     plain,
     takes,
 )
-from ._rollout import as_asked
-from ._rows import read_rows
+from .data.rows import read_rows
+from .run.calls import brief
+from .run.command import run_command
+from .run.flags import RowFlags, load_tokenizer
+from .run.loop import (
+    MOST_SAMPLES,
+    autocast,
+    check_flags,
+    check_model,
+    default_device,
+    new_run_folder,
+    report_counts,
+)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@
     gspo     the same with s = exp(mean_t log rho_t) for rho_t   2507.18071, eq. 5
     cispo    -sg(min(rho_t, 1 + hi)) A log pi(y_t)               2506.13585, eq. 4
 
-over sampled tokens, the end token included; `_policy.py` has these losses and the KL estimators. N_t is the
+over sampled tokens, the end token included; `objectives/policy.py` has these losses and the KL estimators. N_t is the
 denominator: by default the sampled tokens of the whole optimizer step (DAPO), not the paper's mean of sequence means,
 under which a token of a long answer weighs less; --aggregation and --advantage choose others. kl_t is k3 by default, as
 in the paper; its fixed point is that of the forward KL, not DPO's; k2 and rho_k3 have the reverse KL's gradient.
@@ -38,13 +38,35 @@ from torch import Tensor
 
 from ..model.adapter import frozen_copy
 from ..model.errors import InputError
-from ._adapter import load_trainee
-from ._advantages import batch_std_advantages, group_advantages, mean_advantages, rloo_advantages
-from ._balance import Balance
-from ._command import run_command
-from ._distributed import reshard, shard, summed
-from ._flags import TrainingFlags, load_tokenizer
-from ._loop import (
+from .data.groups import (
+    RL_BOUNDS,
+    completion_records,
+    ended,
+    lengths_of,
+    load_prompts,
+    micro_batches,
+    parts_of,
+    rollout_metrics,
+    sample_varied_groups,
+    timed,
+)
+from .data.rewards import load_rewards, overlong_punishment, weighted_rewards
+from .objectives.advantages import batch_std_advantages, group_advantages, mean_advantages, rloo_advantages
+from .objectives.denominators import constant_length, sequence_mean, token_mean
+from .objectives.policy import (
+    cispo_loss,
+    clipped_loss,
+    gspo_loss,
+    k2_loss,
+    k3_loss,
+    masked_weights,
+    rho_k3_loss,
+    truncated_weights,
+)
+from .run.balance import Balance
+from .run.command import run_command
+from .run.flags import TrainingFlags, load_tokenizer
+from .run.loop import (
     MOST_SAMPLES,
     Run,
     SaveDtype,
@@ -59,30 +81,8 @@ from ._loop import (
     optimizer_step,
     scheduled,
 )
-from ._policy import (
-    cispo_loss,
-    clipped_loss,
-    gspo_loss,
-    k2_loss,
-    k3_loss,
-    masked_weights,
-    rho_k3_loss,
-    truncated_weights,
-)
-from ._rewards import load_rewards, overlong_punishment, weighted_rewards
-from ._rollout import (
-    RL_BOUNDS,
-    completion_records,
-    ended,
-    lengths_of,
-    load_prompts,
-    micro_batches,
-    parts_of,
-    rollout_metrics,
-    sample_varied_groups,
-    timed,
-)
-from ._tokens import constant_length, sequence_mean, token_mean
+from .run.processes import reshard, shard, summed
+from .run.trainee import load_trainee
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ._adapter import ADAPTER_BOUNDS, load_trainee
-from ._balance import Balance
-from ._command import run_command
-from ._distributed import shard, sum_over_processes, summed
-from ._flags import TrainingFlags, load_tokenizer
-from ._loop import (
+from .data.pairs import Judged, completion_logprobs, judged_completions, longest, micro_batches, num_tokens
+from .data.rows import read_rows
+from .run.balance import Balance
+from .run.command import run_command
+from .run.flags import TrainingFlags, load_tokenizer
+from .run.loop import (
     Run,
     SaveDtype,
     Schedule,
@@ -46,8 +46,8 @@ from ._loop import (
     report_counts,
     scheduled,
 )
-from ._preferences import Judged, completion_logprobs, judged_completions, longest, micro_batches, num_tokens
-from ._rows import read_rows
+from .run.processes import shard, sum_over_processes, summed
+from .run.trainee import ADAPTER_BOUNDS, load_trainee
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from pathlib import Path
 from ..model.adapter import linears, merge_lora
 from ..model.checkpoint import has_score, load_model, load_scalar_model, save_model
 from ..model.errors import InputError
-from ..model.folder import base_of, is_adapter
-from ..model.tokenizer import Tokenizer
-from ._command import run_command
-from ._loop import SaveDtype, torch_dtype
+from ..model.files.folder import base_of, is_adapter
+from ..model.text.tokenizer import Tokenizer
+from .run.command import run_command
+from .run.loop import SaveDtype, torch_dtype
 
 
 @dataclass(frozen=True)

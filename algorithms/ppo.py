@@ -36,13 +36,26 @@ from torch import Tensor
 
 from ..model.adapter import frozen_copy
 from ..model.errors import InputError
-from ._adapter import load_scalar_trainee, load_trainee
-from ._advantages import gae, rloo_advantages, scale, whiten
-from ._balance import Balance
-from ._command import run_command
-from ._distributed import reshard, shard, summed
-from ._flags import TrainingFlags, load_tokenizer
-from ._loop import (
+from .data.groups import (
+    RL_BOUNDS,
+    completion_records,
+    ended,
+    lengths_of,
+    load_prompts,
+    micro_batches,
+    over_tokens,
+    parts_of,
+    rollout_metrics,
+    sample_groups,
+    timed,
+)
+from .data.rewards import load_reward_model, load_rewards, weighted_rewards
+from .objectives.advantages import gae, rloo_advantages, scale, whiten
+from .objectives.policy import clipped_loss
+from .run.balance import Balance
+from .run.command import run_command
+from .run.flags import TrainingFlags, load_tokenizer
+from .run.loop import (
     MOST_SAMPLES,
     Run,
     SaveDtype,
@@ -57,21 +70,8 @@ from ._loop import (
     optimizer_step,
     scheduled,
 )
-from ._policy import clipped_loss
-from ._rewards import load_reward_model, load_rewards, weighted_rewards
-from ._rollout import (
-    RL_BOUNDS,
-    completion_records,
-    ended,
-    lengths_of,
-    load_prompts,
-    micro_batches,
-    over_tokens,
-    parts_of,
-    rollout_metrics,
-    sample_groups,
-    timed,
-)
+from .run.processes import reshard, shard, summed
+from .run.trainee import load_scalar_trainee, load_trainee
 
 
 @dataclass(frozen=True)

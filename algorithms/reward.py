@@ -29,12 +29,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._adapter import ADAPTER_BOUNDS, load_scalar_trainee
-from ._balance import Balance
-from ._command import run_command
-from ._distributed import shard, summed
-from ._flags import TrainingFlags, load_tokenizer
-from ._loop import (
+from .data.pairs import (
+    Preference,
+    completion_scores,
+    load_pairs,
+    longest,
+    micro_batches,
+    num_tokens,
+    pair_metrics,
+    report_held_out,
+)
+from .run.balance import Balance
+from .run.command import run_command
+from .run.flags import TrainingFlags, load_tokenizer
+from .run.loop import (
     Run,
     SaveDtype,
     Schedule,
@@ -48,16 +56,8 @@ from ._loop import (
     optimizer_step,
     scheduled,
 )
-from ._preferences import (
-    Preference,
-    completion_scores,
-    load_pairs,
-    longest,
-    micro_batches,
-    num_tokens,
-    pair_metrics,
-    report_held_out,
-)
+from .run.processes import shard, summed
+from .run.trainee import ADAPTER_BOUNDS, load_scalar_trainee
 
 REFERENCES = 128  # chosen completions whose mean score becomes 0
 

@@ -22,13 +22,12 @@ import torch
 from torch import Tensor
 
 from ..model.packed import pack
-from ._adapter import ADAPTER_BOUNDS, load_trainee
-from ._balance import Balance
-from ._command import run_command
-from ._data import sft_examples
-from ._distributed import IDLE, shard, shares, summed
-from ._flags import TrainingFlags, load_tokenizer
-from ._loop import (
+from .data.examples import sft_examples
+from .data.rows import read_rows
+from .run.balance import Balance
+from .run.command import run_command
+from .run.flags import TrainingFlags, load_tokenizer
+from .run.loop import (
     Run,
     SaveDtype,
     Schedule,
@@ -43,7 +42,8 @@ from ._loop import (
     report_counts,
     scheduled,
 )
-from ._rows import read_rows
+from .run.processes import IDLE, shard, shares, summed
+from .run.trainee import ADAPTER_BOUNDS, load_trainee
 
 
 @dataclass(frozen=True)

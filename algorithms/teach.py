@@ -2,7 +2,7 @@
 
 Sequences are the rows' own, or with --samples what the teacher answers to their prompts. For each of their trained
 tokens the --top-k most likely ids and log-probabilities are kept, all the rest being one tail of known weight; with
---top-k 0 the sequences alone, for sequence-level distillation. `_lessons.py` describes the file. The teacher is then
+--top-k 0 the sequences alone, for sequence-level distillation. `data/lessons.py` describes the file. The teacher is then
 needed no more, and its answers can be learned from many times. The ids are tokens; their log-probabilities are over the
 whole head, its padding included, as the student scores what it is given.
 
@@ -28,10 +28,10 @@ from ..model.checkpoint import load_model
 from ..model.errors import InputError
 from ..model.transformer import Transformer
 from ..model.vocabulary import Vocabulary
-from ._command import run_command
-from ._flags import RowFlags, load_tokenizer
-from ._lessons import MicroBatch, answered, load_lessons, micro_batches, write_lessons
-from ._loop import MOST_SAMPLES, autocast, check_flags, check_model, default_device, new_run_folder
+from .data.lessons import MicroBatch, answered, load_lessons, micro_batches, write_lessons
+from .run.command import run_command
+from .run.flags import RowFlags, load_tokenizer
+from .run.loop import MOST_SAMPLES, autocast, check_flags, check_model, default_device, new_run_folder
 
 LESSONS = "lessons.safetensors"
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 
-from ..model.tokenizer import Message
+from ..model.text.tokenizer import Message
 
 NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
 MARKED = re.compile(r"####\s*(" + NUMBER.pattern + ")")

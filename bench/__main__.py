@@ -31,9 +31,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algorithms._streams import run_program
+from ..algorithms.run.streams import run_program
 from ..kernels._chip import INTERPRET
-from ..model.text_files import read_object
+from ..model.files.text_files import read_object
 from . import roofline
 from .case import Case, Dims, Tensors, assert_accurate, label, leaves, make_inputs, make_upstream
 from .peers import PEERS, Unsuitable

@@ -25,13 +25,13 @@ from tokenizers import Tokenizer as WordTokenizer
 from tokenizers import models, pre_tokenizers
 from torch import Tensor
 
-from ..algorithms._rewards import load_reward
-from ..algorithms._streams import run_program
+from ..algorithms.data.rewards import load_reward
+from ..algorithms.run.streams import run_program
 from ..model.adapter import adapters, add_lora
 from ..model.checkpoint import load_model, save_model
 from ..model.config import ModelConfig
 from ..model.packed import pack
-from ..model.tokenizer import Tokenizer
+from ..model.text.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from .record import keep
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..algorithms._streams import run_program
+from ..algorithms.run.streams import run_program
 from ..kernels.head.inputs import CPU_BUDGET
 from .trainers import SHAPE, resident
 

@@ -42,7 +42,7 @@ from multiprocessing.connection import Pipe, wait
 from pathlib import Path
 from typing import Any
 
-from ..algorithms._streams import run_program
+from ..algorithms.run.streams import run_program
 from .record import ROOT, as_command, clocks, machine, results_file, run_text, write_whole
 from .worker import DETAIL, LOST, End, Test
 

@@ -13,9 +13,9 @@ import json
 import sys
 from typing import Any
 
-from ..algorithms._streams import run_program
+from ..algorithms.run.streams import run_program
 from ..kernels.lora import PATHS
-from ..model.text_files import read_object
+from ..model.files.text_files import read_object
 from . import record
 
 MODULE = record.ROOT / "kernels" / "_lora_paths.py"

@@ -18,7 +18,7 @@ import torch
 
 from ..kernels._triton import triton
 from ..model.errors import InputError
-from ..model.text_files import read_object
+from ..model.files.text_files import read_object
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"

@@ -11,7 +11,7 @@ speed is the newest file of bench/results for each machine, static is bench/stat
 bench/results has of each card, candidates is bench/candidates.json, floors are the registry's formulas on the
 datasheets of roofline.py, pictures are those in docs/pictures, drawn from the same. trainers, conformance and r1
 are the newest runs of that kind in bench/results; --keep-r1 puts one of `burnish r1` there. loads is the table of
-architectures of model/architectures.py.
+architectures of model/files/architectures.py.
 """
 
 import argparse
@@ -21,9 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..algorithms._streams import run_program
-from ..model.architectures import loadable
-from ..model.text_files import read_object
+from ..algorithms.run.streams import run_program
+from ..model.files.architectures import loadable
+from ..model.files.text_files import read_object
 from . import record
 from .case import label
 from .conformance import CHECKS

@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 
-from ..algorithms._streams import run_program
+from ..algorithms.run.streams import run_program
 from ..model.cache import cache_bytes
 from ..model.checkpoint import load_model
 from ..model.generate import generate

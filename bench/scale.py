@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algorithms._distributed import gathered, processes, rank, shard, summed, world
-from ..algorithms._loop import make_optimizer
-from ..algorithms._streams import run_program
+from ..algorithms.run.loop import make_optimizer
+from ..algorithms.run.processes import gathered, processes, rank, shard, summed, world
+from ..algorithms.run.streams import run_program
 from ..model.adapter import add_lora, linears, quantize_base
 from ..model.config import ModelConfig
 from ..model.linear import LoraConfig

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..algorithms._streams import run_program
+from ..algorithms.run.streams import run_program
 from ..kernels import _chip
 from ..kernels._triton import INSTALLED, expect_triton, triton
 from .case import Case, Dims, label, make_inputs, make_upstream, run

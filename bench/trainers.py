@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-from ..algorithms._streams import run_program
+from ..algorithms.run.streams import run_program
 from .record import keep, machine
 
 LEFT_OUT = 2  # steps, while allocators and caches warm up
@@ -70,8 +70,8 @@ def write_model(folder: Path, **changes: Any) -> None:
     from tokenizers import models, pre_tokenizers
 
     from ..model.checkpoint import save_model
-    from ..model.config_json import read_config
-    from ..model.tokenizer import Tokenizer
+    from ..model.files.config_json import read_config
+    from ..model.text.tokenizer import Tokenizer
     from ..model.transformer import Transformer
 
     words = {"<eos>": 0, "<pad>": 1} | {f"w{i}": i for i in range(2, VOCABULARY)}

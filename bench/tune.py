@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-from ..algorithms._streams import run_program
+from ..algorithms.run.streams import run_program
 from ..kernels import _chip, attention
 from ..kernels._triton import expect_triton, triton
 from ..kernels.tiles import ATTENTION, AttentionTiles

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..kernels import quantize_nf4
 from .errors import InputError, shown
-from .experts import to_halves, to_pairs
+from .files.experts import to_halves, to_pairs
 from .linear import Adaptable, Linear, Lora, LoraConfig, whole
 from .scalar import ScalarModel
 from .transformer import Transformer

@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import bnb, formats, peft
 from .adapter import (
     Adapter,
     adapters,
@@ -28,15 +27,16 @@ from .adapter import (
     quantize_base,
     take_adapter,
 )
-from .architectures import TOKEN_IDS
 from .config import ModelConfig
-from .config_json import read_config, write_config
-from .config_keys import LARGEST, is_token_id
-from .dtypes import read_dtypes
 from .errors import InputError, shown
-from .experts import disk_name, to_disk
-from .finite import cast, check_finite
-from .folder import (
+from .files import bnb, formats, peft
+from .files.architectures import TOKEN_IDS
+from .files.config_json import read_config, write_config
+from .files.config_keys import LARGEST, is_token_id
+from .files.dtypes import read_dtypes
+from .files.experts import disk_name, to_disk
+from .files.finite import cast, check_finite
+from .files.folder import (
     DTYPES,
     FLOATS,
     INDEX,
@@ -50,16 +50,16 @@ from .folder import (
     stored_tensors,
     write_json,
 )
+from .files.sizes import check_sizes
+from .files.text_files import check_json, read_object
 from .linear import whole
 from .scalar import ScalarModel
-from .sizes import check_sizes
-from .special_tokens import read_optional
-from .text_files import check_json, read_object
+from .text.special_tokens import read_optional
 from .transformer import Transformer
 from .weights import Source, read_weights
 
 if TYPE_CHECKING:
-    from .tokenizer import Tokenizer
+    from .text.tokenizer import Tokenizer
 
 FILE_BYTES = 5_000_000_000  # of weights in one file
 SCALAR, SCORE_BIAS = "ForSequenceClassification", "score_bias"

@@ -25,13 +25,13 @@ from torch import Tensor
 
 from .adapter import hf_name
 from .checkpoint import save_model
-from .config_json import read_config
 from .errors import InputError, shown
-from .finite import check_finite
-from .folder import Stored
-from .gguf_header import check_header
-from .sizes import check_sizes
-from .tokenizer import Tokenizer
+from .files.config_json import read_config
+from .files.finite import check_finite
+from .files.folder import Stored
+from .files.gguf_header import check_header
+from .files.sizes import check_sizes
+from .text.tokenizer import Tokenizer
 from .transformer import Transformer
 
 CONTROL = 3  # tokenizer.ggml.token_type of a special token

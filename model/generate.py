@@ -29,7 +29,7 @@ from ..kernels._chip import autocast_dtype
 from .cache import Cache, cache_bytes
 from .errors import InputError
 from .packed import pack
-from .token_ids import say_what_never_ends
+from .text.token_ids import say_what_never_ends
 from .transformer import Transformer
 from .vocabulary import Vocabulary
 

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import NF4Weight, dequantize_nf4, lora_linear, lora_linears, nf4_linear
+from .adapters.expressions import Expression, Steps
 from .errors import InputError
-from .expressions import Expression, Steps
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

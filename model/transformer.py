@@ -42,7 +42,7 @@ from .packed import Packed
 from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from .dtypes import Dtypes
+    from .files.dtypes import Dtypes
 
 # ---- rope
 

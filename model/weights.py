@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from ..kernels import dequantize_nf4, quantize_nf4
-from . import bnb, formats
 from .adapter import hf_name, linears
 from .config import ModelConfig
 from .errors import InputError, shown
-from .experts import ONE_BY_ONE, from_disk, fused_on_disk, pieces_of
-from .finite import check_finite
-from .folder import FLOATS, Stored, stored_tensors
-from .formats import is_bnb_4bit
+from .files import bnb, formats
+from .files.experts import ONE_BY_ONE, from_disk, fused_on_disk, pieces_of
+from .files.finite import check_finite
+from .files.folder import FLOATS, Stored, stored_tensors
+from .files.formats import is_bnb_4bit
 from .linear import Adaptable
 from .scalar import ScalarModel
 from .transformer import Transformer

@@ -65,7 +65,7 @@ assert burnish.main(["--help"]) == 0
 
 from burnish.model.checkpoint import save_model
 from burnish.model.config import ModelConfig
-from burnish.model.tokenizer import Tokenizer
+from burnish.model.text.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
 
 tokenizer = Tokenizer.load(Path(sys.argv[2]))

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from burnish.algorithms._sums import (
+from burnish.algorithms.recipes.sums import (
     VOCABULARY,
     demonstration_row,
     make_tokenizer,
@@ -14,7 +14,7 @@ from burnish.algorithms._sums import (
 )
 from burnish.model.checkpoint import save_model
 from burnish.model.config import ModelConfig
-from burnish.model.tokenizer import Tokenizer
+from burnish.model.text.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from burnish.algorithms import distill, dpo, grpo, kto, ppo, reward, sft
 from burnish.algorithms.__main__ import main
-from burnish.algorithms._loop import CHECKPOINT
+from burnish.algorithms.run.loop import CHECKPOINT
 from burnish.model.adapter import adapters, linears, lora_config, quantize_base
 from burnish.model.checkpoint import load_model, load_scalar_model, save_model
 from burnish.model.errors import InputError
-from burnish.model.folder import base_of, is_adapter
+from burnish.model.files.folder import base_of, is_adapter
 from burnish.model.packed import pack
-from burnish.model.tokenizer import Tokenizer
+from burnish.model.text.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
 from safetensors import safe_open
 from safetensors.torch import load_file

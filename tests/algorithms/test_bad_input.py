@@ -151,7 +151,14 @@ def test_an_impossible_flag_of_sft(model_folder, demonstrations, tmp_path, capsy
     ],
 )
 def test_an_impossible_flag_of_grpo(model_folder, prompts, tmp_path, capsys, flag, value):
-    arguments = ["--model", model_folder, "--data", prompts, "--reward", "burnish.algorithms._sums:form"]
+    arguments = [
+        "--model",
+        model_folder,
+        "--data",
+        prompts,
+        "--reward",
+        "burnish.algorithms.recipes.sums:form",
+    ]
     assert main(["grpo", *map(str, arguments), "--output", str(tmp_path / "out"), flag, value]) == 1
     assert f"burnish grpo: {flag}: expected" in capsys.readouterr().err and not (tmp_path / "out").exists()
 

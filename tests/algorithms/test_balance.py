@@ -9,14 +9,14 @@ import sys
 import pytest
 import torch
 from burnish.algorithms import distill, dpo, grpo, kto, ppo, reward, sft
-from burnish.algorithms._balance import Balance
-from burnish.algorithms._sums import demonstration_row, prompt_row, split_problems
+from burnish.algorithms.recipes.sums import demonstration_row, prompt_row, split_problems
+from burnish.algorithms.run.balance import Balance
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.config import Experts
 from burnish.model.errors import InputError
 from burnish.model.moe import pooled_balance
 from burnish.model.packed import pack
-from burnish.model.tokenizer import Tokenizer
+from burnish.model.text.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
 
 TRAINERS = {m.__name__.rpartition(".")[2]: m for m in (sft, dpo, reward, kto, grpo, ppo, distill)}

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from burnish.algorithms import _rows
-from burnish.algorithms._data import rl_prompts, sft_examples
-from burnish.algorithms._parquet_footer import read_footer
-from burnish.algorithms._preferences import judged_completions, preferences
-from burnish.algorithms._rows import Row, read_rows
+from burnish.algorithms.data import rows as _rows
+from burnish.algorithms.data.examples import rl_prompts, sft_examples
+from burnish.algorithms.data.pairs import judged_completions, preferences
+from burnish.algorithms.data.parquet_footer import read_footer
+from burnish.algorithms.data.rows import Row, read_rows
 from burnish.model.errors import InputError
-from burnish.model.tokenizer import Tokenizer
+from burnish.model.text.tokenizer import Tokenizer
 from fork import in_a_fork
 from planted import copy_of
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from burnish.algorithms import _checkpoint, sft
-from burnish.algorithms._checkpoint import read_checkpoint, write_checkpoint
-from burnish.algorithms._lessons import Lesson, read_lessons, write_lessons
-from burnish.algorithms._loop import CHECKPOINT, check_flags, make_optimizer
+from burnish.algorithms import sft
+from burnish.algorithms.data.lessons import Lesson, read_lessons, write_lessons
+from burnish.algorithms.run import checkpoint as _checkpoint
+from burnish.algorithms.run.checkpoint import read_checkpoint, write_checkpoint
+from burnish.algorithms.run.loop import CHECKPOINT, check_flags, make_optimizer
 from burnish.model.errors import InputError
-from burnish.model.tokenizer import Tokenizer
+from burnish.model.text.tokenizer import Tokenizer
 from planted import copy_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file

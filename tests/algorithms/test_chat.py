@@ -8,7 +8,7 @@ from burnish.model.checkpoint import load_model, save_model
 from burnish.model.config import ModelConfig
 from burnish.model.errors import InputError
 from burnish.model.generate import generate
-from burnish.model.tokenizer import Tokenizer
+from burnish.model.text.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
 
 USER = {"role": "user", "content": "The License"}

@@ -4,13 +4,13 @@ import re
 from dataclasses import replace
 
 import pytest
-from burnish.algorithms import chat_demo
-from burnish.algorithms.chat_demo import MODES, problems, right
+from burnish.algorithms.recipes import chat_demo
+from burnish.algorithms.recipes.chat_demo import MODES, problems, right
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.config import ModelConfig
 from burnish.model.errors import InputError
-from burnish.model.folder import is_adapter
-from burnish.model.tokenizer import Tokenizer
+from burnish.model.files.folder import is_adapter
+from burnish.model.text.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
 
 

@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
-from burnish.algorithms._data import rl_prompts, sft_examples
-from burnish.model import template
-from burnish.model.tokenizer import Tokenizer
+from burnish.algorithms.data.examples import rl_prompts, sft_examples
+from burnish.model.text import template
+from burnish.model.text.tokenizer import Tokenizer
 
 DATA = Path(__file__).parents[1] / "data"
 ENTRIES = json.loads((DATA / "chat.json").read_text(encoding="utf-8"))

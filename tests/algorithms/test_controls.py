@@ -19,7 +19,7 @@ import pytest
 import torch
 from burnish.model.checkpoint import load_model, load_scalar_model, save_model
 from burnish.model.packed import pack
-from burnish.model.tokenizer import Tokenizer
+from burnish.model.text.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
 from planted import copy_of
 
@@ -595,7 +595,7 @@ class Fault(NamedTuple):
     check: Callable[[ModuleType, Place], None]
 
 
-PREFERENCES = "_preferences"
+PREFERENCES = "data.pairs"
 VALUES = {
     "dpo": pair_losses_have_their_values,
     "reward": reward_losses_have_their_values,
@@ -764,7 +764,7 @@ FAULTS = [
                 ],
             ),
             (
-                "_policy",
+                "objectives.policy",
                 policy_losses_have_their_values,
                 [
                     ("the larger term", "torch.min(bounded * adv", "torch.max(bounded * adv"),
@@ -790,7 +790,7 @@ FAULTS = [
                 ],
             ),
             (
-                "_calls",
+                "run.calls",
                 calls_are_awaited_and_timed,
                 [
                     ("not awaited", "    if waiting:", "    if False:"),
@@ -800,7 +800,7 @@ FAULTS = [
                 ],
             ),
             (
-                "_rewards",
+                "data.rewards",
                 functions_are_called_as_documented,
                 [
                     ("edits are seen", "copy.deepcopy(value)", "value"),
@@ -815,7 +815,7 @@ FAULTS = [
                 ],
             ),
             (
-                "_advantages",
+                "objectives.advantages",
                 advantages_have_their_values,
                 [
                     ("ddof 0", "(judged - 1).clamp(min=1)).sqrt()", "judged).sqrt()"),
@@ -833,7 +833,7 @@ FAULTS = [
                 ],
             ),
             (
-                "_tokens",
+                "objectives.denominators",
                 denominators_have_their_values,
                 [
                     (
@@ -846,7 +846,7 @@ FAULTS = [
                 ],
             ),
             (
-                "_rollout",
+                "data.groups",
                 the_sampler_is_the_scorer,
                 [
                     ("whole vocabulary", '"support": self.support', '"support": None'),
@@ -938,7 +938,7 @@ FAULTS = [
             ),
             ("distill", a_stopped_run_goes_on, [("rows from the start", "skip=run.start", "skip=0")]),
             (
-                "_lessons",
+                "data.lessons",
                 lessons_are_what_they_should_be,
                 [
                     (

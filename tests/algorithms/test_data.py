@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
-from burnish.algorithms._data import Example, best_fit, rl_prompts, sft_examples
-from burnish.algorithms._preferences import (
+from burnish.algorithms.data.examples import Example, best_fit, rl_prompts, sft_examples
+from burnish.algorithms.data.pairs import (
     Completion,
     Judged,
     Preference,
@@ -16,9 +16,9 @@ from burnish.algorithms._preferences import (
     micro_batches,
     preferences,
 )
-from burnish.algorithms._rows import read_rows
+from burnish.algorithms.data.rows import read_rows
 from burnish.model.errors import InputError
-from burnish.model.tokenizer import Tokenizer
+from burnish.model.text.tokenizer import Tokenizer
 from tokenizers import Tokenizer as Backend
 from tokenizers import pre_tokenizers
 

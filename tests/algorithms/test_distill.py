@@ -10,14 +10,14 @@ import pytest
 import torch
 from burnish.algorithms import distill, sft, teach
 from burnish.algorithms.__main__ import main
-from burnish.algorithms._lessons import Lesson, load_lessons, read_lessons, write_lessons
+from burnish.algorithms.data.lessons import Lesson, load_lessons, read_lessons, write_lessons
 from burnish.algorithms.distill import divergence_loss, policy_gradient_loss, sequence_loss
 from burnish.kernels import token_divergence, topk_divergence
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.config import ModelConfig
 from burnish.model.errors import InputError
 from burnish.model.packed import pack
-from burnish.model.tokenizer import Tokenizer
+from burnish.model.text.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file

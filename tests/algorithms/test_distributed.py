@@ -17,16 +17,17 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from burnish.algorithms import _distributed, distill, dpo, grpo, kto, ppo, reward, sft, teach
+from burnish.algorithms import distill, dpo, grpo, kto, ppo, reward, sft, teach
 from burnish.algorithms.__main__ import COMMANDS
-from burnish.algorithms._distributed import parts, processes, rank, shard, world
+from burnish.algorithms.run import processes as _distributed
+from burnish.algorithms.run.processes import parts, processes, rank, shard, world
 from burnish.model.adapter import adapters, add_lora, merge_lora, quantize_base
 from burnish.model.checkpoint import load_model, save_model, stream_weights
 from burnish.model.config import Experts
 from burnish.model.errors import InputError
 from burnish.model.linear import whole
 from burnish.model.scalar import ScalarModel
-from burnish.model.tokenizer import Tokenizer
+from burnish.model.text.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
 from safetensors.torch import load_file, save_file
 
@@ -211,11 +212,11 @@ FAULTS = {  # by trainer: what is wrong, and what it does in its place
         lambda module, factor: None,
     ),
     "kto": (  # z from the process's own completions
-        "burnish.algorithms._preferences.sum_over_processes",
+        "burnish.algorithms.data.pairs.sum_over_processes",
         lambda values: values,
     ),
     "ppo": (  # advantages whitened over the process's own tokens
-        "burnish.algorithms._rollout.sum_over_processes",
+        "burnish.algorithms.data.groups.sum_over_processes",
         lambda values: values,
     ),
 }

@@ -8,20 +8,20 @@ import pytest
 import torch
 from burnish.algorithms import dpo, kto
 from burnish.algorithms.__main__ import main
-from burnish.algorithms._preferences import (
+from burnish.algorithms.data.pairs import (
     Completion,
     completion_logprobs,
     judged_completions,
     micro_batches,
     preferences,
 )
-from burnish.algorithms._rows import read_rows
+from burnish.algorithms.data.rows import read_rows
 from burnish.algorithms.dpo import VARIANTS, cdpo_loss, dpo_loss, nll_loss
 from burnish.algorithms.kto import kto_loss
 from burnish.model import ModelConfig, Transformer, pack
 from burnish.model.checkpoint import load_model
 from burnish.model.errors import InputError
-from burnish.model.tokenizer import Tokenizer
+from burnish.model.text.tokenizer import Tokenizer
 
 every_loss = pytest.mark.parametrize("name", VARIANTS)
 

@@ -8,13 +8,13 @@ import math
 import pytest
 import torch
 from burnish.algorithms import evaluate
-from burnish.algorithms._data import sft_examples
-from burnish.algorithms._rows import read_rows
+from burnish.algorithms.data.examples import sft_examples
+from burnish.algorithms.data.rows import read_rows
 from burnish.algorithms.verifiers import gsm8k, last_number, number
 from burnish.model.checkpoint import load_model, load_scalar_model, save_model
 from burnish.model.errors import InputError
 from burnish.model.packed import pack
-from burnish.model.tokenizer import Tokenizer
+from burnish.model.text.tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize("num_right", range(6))
@@ -82,7 +82,7 @@ def cfg(model_folder, prompts, tmp_path):
     return evaluate.Config(
         model=model_folder,
         data=prompts,
-        reward=("burnish.algorithms._sums:accuracy", "burnish.algorithms._sums:form"),
+        reward=("burnish.algorithms.recipes.sums:accuracy", "burnish.algorithms.recipes.sums:form"),
         output=tmp_path / "out",
         samples=4,
         k=(1, 2, 4, 8),

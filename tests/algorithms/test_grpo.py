@@ -6,16 +6,17 @@ import math
 
 import pytest
 import torch
-from burnish.algorithms import _rollout, grpo, sft
-from burnish.algorithms._data import Prompt
-from burnish.algorithms._rewards import overlong_punishment
-from burnish.algorithms._rollout import Group, micro_batches
+from burnish.algorithms import grpo, sft
+from burnish.algorithms.data import groups as _rollout
+from burnish.algorithms.data.examples import Prompt
+from burnish.algorithms.data.groups import Group, micro_batches
+from burnish.algorithms.data.rewards import overlong_punishment
 from burnish.model.checkpoint import load_model
 from burnish.model.errors import InputError
 from burnish.model.generate import Sample
 from burnish.model.transformer import Layer, Transformer
 
-REWARD = "burnish.algorithms._sums:form"
+REWARD = "burnish.algorithms.recipes.sums:form"
 
 
 def metrics_of(folder):

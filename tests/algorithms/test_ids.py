@@ -10,13 +10,13 @@ import re
 import pytest
 import torch
 from burnish.algorithms import chat, distill, dpo, evaluate, grpo, kto, ppo, reward, sft, teach
-from burnish.algorithms._ids import check_ids
-from burnish.algorithms._sums import VOCABULARY, make_tokenizer
+from burnish.algorithms.data.ids import check_ids
+from burnish.algorithms.recipes.sums import VOCABULARY, make_tokenizer
 from burnish.model.checkpoint import load_model, load_scalar_model, save_model
 from burnish.model.config import ModelConfig
 from burnish.model.errors import InputError
 from burnish.model.generate import generate, stream
-from burnish.model.tokenizer import Tokenizer
+from burnish.model.text.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
 from burnish.model.vocabulary import Vocabulary
 
@@ -339,7 +339,7 @@ def test_the_check_finds_each():
 def test_the_check_can_fail(old, new):
     import inspect
 
-    from burnish.algorithms import _ids
+    from burnish.algorithms.data import ids as _ids
 
     source = inspect.getsource(check_ids)
     assert source.count(old) == 1, "plant this control anew"

@@ -10,8 +10,9 @@ from statistics import mean, median
 
 import pytest
 import torch
-from burnish.algorithms import _report, instruct
-from burnish.algorithms._letters import (
+from burnish.algorithms.data.pairs import Judged, completion_scores
+from burnish.algorithms.recipes import instruct, page
+from burnish.algorithms.recipes.letters import (
     FOLLOWED,
     LENGTH,
     LETTERS,
@@ -21,7 +22,6 @@ from burnish.algorithms._letters import (
     optimum,
     preference_row,
 )
-from burnish.algorithms._preferences import Judged, completion_scores
 from burnish.model.checkpoint import load_scalar_model
 from burnish.model.errors import InputError
 
@@ -152,11 +152,11 @@ def test_figures_are_those_of_the_samples(finished):
 
 def test_a_figure_has_a_line_a_seed_and_marks_a_single_step():
     paths = [{"PPO": ([0.0, 1.0], [2.0, 3.0], [2.0, 4.0]), "DPO": ([1.0], [3.0], [3.0])}] * 2
-    figure = _report.draw_rewards(paths)
+    figure = page.draw_rewards(paths)
     assert all(
         f"<!-- {stage}, {name} -->" in figure for stage in ("PPO", "DPO") for name in ("gold", "proxy")
     )
-    assert _report.smooth([1.0, 2.0, 6.0], window=2) == [1.0, 1.5, 4.0]
+    assert page.smooth([1.0, 2.0, 6.0], window=2) == [1.0, 1.5, 4.0]
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from burnish.algorithms._advantages import (
+from burnish.algorithms.objectives.advantages import (
     batch_std_advantages,
     gae,
     group_advantages,
@@ -13,7 +13,8 @@ from burnish.algorithms._advantages import (
     scale,
     whiten,
 )
-from burnish.algorithms._policy import (
+from burnish.algorithms.objectives.denominators import constant_length, sequence_mean, token_mean
+from burnish.algorithms.objectives.policy import (
     cispo_loss,
     clipped_loss,
     gspo_loss,
@@ -23,7 +24,6 @@ from burnish.algorithms._policy import (
     rho_k3_loss,
     truncated_weights,
 )
-from burnish.algorithms._tokens import constant_length, sequence_mean, token_mean
 from burnish.algorithms.ppo import adapted, token_rewards, value_loss
 from burnish.algorithms.sft import dft_loss, sft_loss
 

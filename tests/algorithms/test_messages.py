@@ -9,17 +9,19 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
-from burnish.algorithms import _data, _messages, _rows
-from burnish.algorithms._data import rl_prompts, sft_examples
-from burnish.algorithms._flags import load_tokenizer
-from burnish.algorithms._loop import report_counts
-from burnish.algorithms._preferences import judged_completions, preferences
-from burnish.algorithms._rewards import takes
-from burnish.algorithms._rows import read_rows
-from burnish.algorithms._said import Form
+from burnish.algorithms.data import examples as _data
+from burnish.algorithms.data import messages as _messages
+from burnish.algorithms.data import rows as _rows
+from burnish.algorithms.data.examples import rl_prompts, sft_examples
+from burnish.algorithms.data.pairs import judged_completions, preferences
+from burnish.algorithms.data.rendering import Form
+from burnish.algorithms.data.rewards import takes
+from burnish.algorithms.data.rows import read_rows
+from burnish.algorithms.run.flags import load_tokenizer
+from burnish.algorithms.run.loop import report_counts
 from burnish.algorithms.sft import Config
 from burnish.model.errors import InputError
-from burnish.model.tokenizer import Tokenizer
+from burnish.model.text.tokenizer import Tokenizer
 from tokenizers import Tokenizer as Backend
 
 # A template of our own that renders all that it knows: tools, reasoning, calls, a system message.

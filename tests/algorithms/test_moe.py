@@ -9,7 +9,7 @@ from burnish.algorithms import grpo, sft
 from burnish.model.adapter import adapters, linears
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.config import Experts
-from burnish.model.tokenizer import Tokenizer
+from burnish.model.text.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
 
 
@@ -54,7 +54,7 @@ def test_sft_and_grpo_train_experts(sparse, demonstrations, prompts, tmp_path):
         grpo.Config(
             model=start,
             data=prompts,
-            reward=("burnish.algorithms._sums:form",),
+            reward=("burnish.algorithms.recipes.sums:form",),
             output=tmp_path / "grpo",
             steps=25,
             prompts_per_step=8,

@@ -10,7 +10,7 @@ from burnish.kernels.head.logprob import token_logprobs_reference
 from burnish.kernels.plain.divergence import token_divergence_reference
 from burnish.model import transformer
 from burnish.model.checkpoint import load_model, save_model
-from burnish.model.tokenizer import Tokenizer
+from burnish.model.text.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

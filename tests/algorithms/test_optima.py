@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from burnish.algorithms import distill, grpo, ppo
-from burnish.algorithms._sums import VOCABULARY, make_tokenizer, prompt_row
+from burnish.algorithms.recipes.sums import VOCABULARY, make_tokenizer, prompt_row
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.config import ModelConfig
 from burnish.model.packed import pack
-from burnish.model.tokenizer import Tokenizer
+from burnish.model.text.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
 from torch import Tensor
 

@@ -15,16 +15,17 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from burnish.algorithms import _rollout, chat, distill, evaluate, grpo, ppo, teach
-from burnish.algorithms._lessons import Lesson, read_lessons, write_lessons
-from burnish.algorithms._sums import VOCABULARY, make_tokenizer
+from burnish.algorithms import chat, distill, evaluate, grpo, ppo, teach
+from burnish.algorithms.data import groups as _rollout
+from burnish.algorithms.data.lessons import Lesson, read_lessons, write_lessons
+from burnish.algorithms.recipes.sums import VOCABULARY, make_tokenizer
 from burnish.model.adapter import add_lora
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.config import ModelConfig
 from burnish.model.errors import InputError
 from burnish.model.generate import Sample, _chooser, generate, stream
 from burnish.model.packed import pack
-from burnish.model.tokenizer import Tokenizer
+from burnish.model.text.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
 from burnish.model.vocabulary import Vocabulary
 from safetensors.torch import load_file
@@ -411,7 +412,7 @@ def test_every_algorithm_says_what_it_draws_from():
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("generate", "stream")
     ]
-    assert {name for name, _ in calls} >= {"_rollout.py", "chat.py", "evaluate.py", "instruct.py", "r1.py"}
+    assert {name for name, _ in calls} >= {"groups.py", "chat.py", "evaluate.py", "instruct.py", "r1.py"}
     for name, node in calls:
         assert "vocabulary" in {keyword.arg for keyword in node.keywords}, f"{name}:{node.lineno}"
 

@@ -6,15 +6,15 @@ import json
 import pytest
 import torch
 from burnish.algorithms import ppo, sft
-from burnish.algorithms._data import Prompt
-from burnish.algorithms._rollout import Group, micro_batches, over_tokens
+from burnish.algorithms.data.examples import Prompt
+from burnish.algorithms.data.groups import Group, micro_batches, over_tokens
 from burnish.model.checkpoint import load_model, load_scalar_model, save_model
 from burnish.model.errors import InputError
 from burnish.model.generate import Sample
 from burnish.model.packed import pack
-from burnish.model.tokenizer import Tokenizer
+from burnish.model.text.tokenizer import Tokenizer
 
-REWARD = "burnish.algorithms._sums:form"
+REWARD = "burnish.algorithms.recipes.sums:form"
 
 
 def metrics_of(folder):

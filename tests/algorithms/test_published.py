@@ -9,7 +9,7 @@ import torch
 from burnish.algorithms import dpo, grpo, sft
 from burnish.model.checkpoint import load_model
 from burnish.model.errors import InputError
-from burnish.model.folder import is_adapter
+from burnish.model.files.folder import is_adapter
 from make_published import LOADED, make
 from safetensors import safe_open
 

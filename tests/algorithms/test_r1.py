@@ -5,8 +5,8 @@ import json
 import re
 
 import pytest
-from burnish.algorithms import r1
-from burnish.algorithms._sums import (
+from burnish.algorithms.recipes import r1
+from burnish.algorithms.recipes.sums import (
     RIGHT_STEP,
     accuracy,
     demonstration_row,

@@ -10,11 +10,11 @@ import time
 import pytest
 import torch
 from burnish.algorithms import distill, dpo, grpo, kto, ppo, reward, sft
-from burnish.algorithms._checkpoint import read_checkpoint, write_checkpoint
-from burnish.algorithms._loop import CHECKPOINT, epochs, make_optimizer
+from burnish.algorithms.run.checkpoint import read_checkpoint, write_checkpoint
+from burnish.algorithms.run.loop import CHECKPOINT, epochs, make_optimizer
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.errors import InputError
-from burnish.model.tokenizer import Tokenizer
+from burnish.model.text.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
 from torch import nn
 
@@ -188,7 +188,7 @@ def test_skipped_batches_are_those_that_were_had():
 WRITER = """
 import sys, torch
 from pathlib import Path
-from burnish.algorithms._checkpoint import write_checkpoint
+from burnish.algorithms.run.checkpoint import write_checkpoint
 model = torch.nn.Linear(500, 500)
 step = 0
 while True:

@@ -7,19 +7,19 @@ import math
 import pytest
 import torch
 from burnish.algorithms import reward
-from burnish.algorithms._loop import make_optimizer
-from burnish.algorithms._preferences import (
+from burnish.algorithms.data.pairs import (
     Preference,
     completion_scores,
     micro_batches,
     pair_metrics,
     preferences,
 )
-from burnish.algorithms._rows import read_rows
+from burnish.algorithms.data.rows import read_rows
 from burnish.algorithms.reward import bradley_terry_loss, centering_loss
+from burnish.algorithms.run.loop import make_optimizer
 from burnish.model import pack
 from burnish.model.checkpoint import load_scalar_model
-from burnish.model.tokenizer import Tokenizer
+from burnish.model.text.tokenizer import Tokenizer
 
 
 def metrics_of(folder):

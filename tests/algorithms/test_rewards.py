@@ -17,9 +17,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from burnish.algorithms import _rewards
-from burnish.algorithms._calls import Call, described, results
-from burnish.algorithms._rewards import (
+from burnish.algorithms.data import rewards as _rewards
+from burnish.algorithms.data.rewards import (
     Rewards,
     Samples,
     TrainerState,
@@ -30,6 +29,7 @@ from burnish.algorithms._rewards import (
     takes,
     unjudged,
 )
+from burnish.algorithms.run.calls import Call, described, results
 from burnish.model.errors import InputError
 
 SAMPLES = Samples(["p", "p"], ["a", "bb"], [[1], [2, 3]], {"answer": ["a", "b"]})
@@ -625,7 +625,7 @@ PROGRAM = """'A command.'
 import concurrent.futures, itertools, os, re, sys, threading, time
 from dataclasses import dataclass
 from burnish.algorithms import _calls
-from burnish.algorithms._command import run_command
+from burnish.algorithms.run.command import run_command
 
 
 @dataclass

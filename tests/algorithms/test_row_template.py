@@ -4,11 +4,11 @@ import json
 
 import pytest
 from burnish.algorithms.__main__ import main
-from burnish.algorithms._data import rl_prompts, sft_examples
-from burnish.algorithms._preferences import preferences
-from burnish.algorithms._rows import read_rows
+from burnish.algorithms.data.examples import rl_prompts, sft_examples
+from burnish.algorithms.data.pairs import preferences
+from burnish.algorithms.data.rows import read_rows
 from burnish.model.errors import InputError
-from burnish.model.tokenizer import Tokenizer
+from burnish.model.text.tokenizer import Tokenizer
 
 ROWS = [
     {"premise": "a ||| b", "hypothesis": "c", "label": 0, "idx": 7},

@@ -9,12 +9,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from burnish.algorithms import _said
-from burnish.algorithms._data import rl_prompts, sft_examples
-from burnish.algorithms._said import Unsaid
+from burnish.algorithms.data import rendering as _said
+from burnish.algorithms.data.examples import rl_prompts, sft_examples
+from burnish.algorithms.data.rendering import Unsaid
 from burnish.model.errors import InputError
-from burnish.model.template import PLAIN_TEMPLATE
-from burnish.model.tokenizer import Tokenizer
+from burnish.model.text.template import PLAIN_TEMPLATE
+from burnish.model.text.tokenizer import Tokenizer
 from tokenizers import Tokenizer as Backend
 
 TEMPLATE = """\
@@ -235,10 +235,12 @@ def test_what_a_message_says_stands_in_the_text_or_the_row_is_refused(shared_dat
 
 def copy_of(folder: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> ModuleType:
     source = Path(_said.__file__).read_text()
-    assert source.count(old) == 1, f"_said.py has `{old}` {source.count(old)} times: plant this control anew"
+    assert source.count(old) == 1, (
+        f"rendering.py has `{old}` {source.count(old)} times: plant this control anew"
+    )
     (folder / "control_said.py").write_text(source.replace(old, new))
     spec = importlib.util.spec_from_file_location(
-        "burnish.algorithms.control_said", folder / "control_said.py"
+        "burnish.algorithms.data.control_said", folder / "control_said.py"
     )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

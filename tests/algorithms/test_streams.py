@@ -5,11 +5,11 @@ import subprocess
 import sys
 
 import pytest
-from burnish.algorithms._streams import harmless
+from burnish.algorithms.run.streams import harmless
 
 PROGRAM = """
 import sys
-from burnish.algorithms._streams import is_lost, run_program
+from burnish.algorithms.run.streams import is_lost, run_program
 
 def main():
     for i in range(3000):

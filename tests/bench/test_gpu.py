@@ -13,7 +13,7 @@ from burnish.bench import gpu, record
 from burnish.bench.registry import CASES
 from burnish.bench.worker import RAN, placed
 from burnish.kernels._chip import INTERPRET
-from burnish.model.text_files import read_object
+from burnish.model.files.text_files import read_object
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="nothing of it is interpreted")
 

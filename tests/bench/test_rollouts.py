@@ -6,7 +6,7 @@ import pytest
 from burnish.bench import record, report, rollouts, trainers
 from burnish.model import Transformer
 from burnish.model.checkpoint import load_model
-from burnish.model.config_json import read_config
+from burnish.model.files.config_json import read_config
 
 WORK = rollouts.Work("ragged", 5, 2, 3, 9, 6, mean_length=8)
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from burnish.algorithms import _loop, ppo
-from burnish.algorithms._advantages import gae
-from burnish.algorithms._policy import clipped_loss, k2_loss, k3_loss, rho_k3_loss
+from burnish.algorithms import ppo
+from burnish.algorithms.objectives.advantages import gae
+from burnish.algorithms.objectives.policy import clipped_loss, k2_loss, k3_loss, rho_k3_loss
+from burnish.algorithms.run import loop as _loop
 from burnish.algorithms.sft import sft_loss
 from burnish.bench.conformance import KL, Batch, Row, Step, Toy, Trainer, ids_of
 from burnish.model.checkpoint import load_model

@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 import torch
 from burnish.algorithms import dpo as dpo_module
-from burnish.algorithms._rewards import load_reward
+from burnish.algorithms.data.rewards import load_reward
 from burnish.bench import conformance, record
 from burnish.bench.conformance import CHECKS, KL, ROWS, Batch, Outcome, Step, Toy, Trainer, distributions, run
 from burnish.model.adapter import adapter_disabled

@@ -231,7 +231,7 @@ def stored() -> dict[str, list[dict[str, Any]]]:
     """Architecture -> changes that leave the tensors of tiny-hf as they are, each with some of transformers' logits, or
     none where it is refused. A change that nothing shows, and one that transformers refuses, is left out."""
     from burnish.model import InputError
-    from burnish.model.config_json import read_config
+    from burnish.model.files.config_json import read_config
 
     result: dict[str, list[dict[str, Any]]] = {}
     own_folder = [name for name in FOLDERS if not name.startswith("llama-")]

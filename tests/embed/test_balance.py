@@ -8,9 +8,9 @@ import json
 
 import pytest
 import torch
-from burnish.algorithms import _rollout as rollout
 from burnish.algorithms import dpo, grpo, kto, reward, sft
-from burnish.algorithms._advantages import group_advantages
+from burnish.algorithms.data import groups as rollout
+from burnish.algorithms.objectives.advantages import group_advantages
 from burnish.model.checkpoint import load_model
 from burnish.model.errors import InputError
 from burnish.model.generate import Sample
@@ -354,7 +354,7 @@ def test_grpo(make, monkeypatch, name, layers):
 
 def our_prompt(rows, sample):
     """Which row a sample of the first rollout answers: `epochs` shuffles them."""
-    from burnish.algorithms._loop import epochs
+    from burnish.algorithms.run.loop import epochs
 
     return next(epochs(len(rows), len(rows), 0))[sample // 2]
 

@@ -188,7 +188,7 @@ def test_an_adapter_on_a_dynamic_folder_is_peft_s(make, tmp_path):
 def test_the_other_formats_of_transformers_are_refused(data, tmp_path):
     """Every method that transformers can read and we cannot has a name in the refusal."""
     from burnish.model.errors import InputError
-    from burnish.model.formats import METHODS
+    from burnish.model.files.formats import METHODS
     from transformers.utils.quantization_config import QuantizationMethod
 
     folder = Path(shutil.copytree(data / "tiny-hf" / "llama", tmp_path / "llama"))

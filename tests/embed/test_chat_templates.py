@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from burnish.algorithms._data import sft_examples
-from burnish.algorithms._said import all_said
-from burnish.model import template
+from burnish.algorithms.data.examples import sft_examples
+from burnish.algorithms.data.rendering import all_said
 from burnish.model.errors import InputError
-from burnish.model.tokenizer import Tokenizer
+from burnish.model.text import template
+from burnish.model.text.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 trl = pytest.importorskip("trl", reason="trl is not installed")

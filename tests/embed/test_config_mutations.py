@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from burnish.model import InputError, ModelConfig, Transformer, pack
-from burnish.model.architectures import ARCHITECTURES, INERT
 from burnish.model.checkpoint import load_model
-from burnish.model.config_json import read_config, write_config
+from burnish.model.files.architectures import ARCHITECTURES, INERT
+from burnish.model.files.config_json import read_config, write_config
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 _spec = importlib.util.spec_from_file_location(

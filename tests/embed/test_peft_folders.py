@@ -245,7 +245,7 @@ def test_what_would_compute_something_else_is_refused(data, tmp_path, base, opti
 
 
 def test_every_key_that_peft_knows_is_read_inert_or_refused():
-    from burnish.model.peft import _INERT, _READ, _REFUSED
+    from burnish.model.files.peft import _INERT, _READ, _REFUSED
 
     names = peft.LoraConfig.__dataclass_fields__.keys()
     assert names <= _INERT | _READ | _REFUSED.keys()

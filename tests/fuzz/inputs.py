@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from burnish.algorithms import sft
-from burnish.algorithms._lessons import Lesson, write_lessons
+from burnish.algorithms.data.lessons import Lesson, write_lessons
 from burnish.model.adapter import add_lora
 from burnish.model.checkpoint import load_model, load_scalar_model, save_model
 from burnish.model.config import ModelConfig
 from burnish.model.scalar import ScalarModel
-from burnish.model.template import TOOL_TEMPLATE_FILE
-from burnish.model.tokenizer import Tokenizer
+from burnish.model.text.template import TOOL_TEMPLATE_FILE
+from burnish.model.text.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file

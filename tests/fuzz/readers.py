@@ -16,17 +16,17 @@ from typing import Any
 import torch
 import tyro
 from burnish.algorithms import chat, sft
-from burnish.algorithms._data import rl_prompts, sft_examples
-from burnish.algorithms._flags import load_tokenizer
-from burnish.algorithms._lessons import read_lessons
-from burnish.algorithms._preferences import judged_completions, preferences
-from burnish.algorithms._rows import read_rows
+from burnish.algorithms.data.examples import rl_prompts, sft_examples
+from burnish.algorithms.data.lessons import read_lessons
+from burnish.algorithms.data.pairs import judged_completions, preferences
+from burnish.algorithms.data.rows import read_rows
+from burnish.algorithms.run.flags import load_tokenizer
 from burnish.model.checkpoint import load_model, load_scalar_model
 from burnish.model.convert import convert_gguf
 from burnish.model.errors import InputError
 from burnish.model.packed import pack
-from burnish.model.template import TOOL_TEMPLATE_FILE
-from burnish.model.tokenizer import Tokenizer
+from burnish.model.text.template import TOOL_TEMPLATE_FILE
+from burnish.model.text.tokenizer import Tokenizer
 from inputs import FLAGS, rows_of
 from mutations import Mutation, of_adapter_config, of_bytes, of_json, of_safetensors
 from programs import of_gguf, of_gzip, of_lines, of_list, of_parquet, of_template

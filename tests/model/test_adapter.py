@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from burnish.kernels import lora_linears, token_logprobs
-from burnish.model import InputError, ModelConfig, Transformer, linear, pack, peft, transformer
+from burnish.model import InputError, ModelConfig, Transformer, linear, pack, transformer
 from burnish.model.adapter import (
     adapter_disabled,
     adapters,
@@ -24,6 +24,7 @@ from burnish.model.adapter import (
     take_adapter,
 )
 from burnish.model.checkpoint import load_model, load_scalar_model, read_adapter, save_model
+from burnish.model.files import peft
 from burnish.model.generate import generate
 from burnish.model.linear import Linear, LoraConfig
 from burnish.model.scalar import ScalarModel

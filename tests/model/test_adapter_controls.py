@@ -9,21 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from burnish.model import (
-    ModelConfig,
-    Transformer,
-    adapter,
-    bnb,
-    checkpoint,
-    dtypes,
-    experts,
-    finite,
-    linear,
-    memory,
-    pack,
-    peft,
-    weights,
-)
+from burnish.model import ModelConfig, Transformer, adapter, checkpoint, linear, memory, pack, weights
 from burnish.model.adapter import (
     adapter_disabled,
     add_lora,
@@ -35,6 +21,7 @@ from burnish.model.adapter import (
 )
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.errors import InputError
+from burnish.model.files import bnb, dtypes, experts, finite, peft
 from burnish.model.linear import LoraConfig
 from planted import Fault, plant
 from safetensors.torch import load_file, save_file

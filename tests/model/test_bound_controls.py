@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from burnish.model import ModelConfig, adapter, checkpoint, expressions, folder, gguf_header, sizes, token_ids
+from burnish.model import ModelConfig, adapter, checkpoint
 from burnish.model.adapter import add_lora
+from burnish.model.adapters import expressions
+from burnish.model.adapters.expressions import Expression
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.errors import InputError
-from burnish.model.expressions import Expression
+from burnish.model.files import folder, gguf_header, sizes
+from burnish.model.text import token_ids
 from burnish.model.transformer import Transformer
 from planted import Fault, plant
 from safetensors.torch import load_file, save_file

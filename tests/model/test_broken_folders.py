@@ -14,7 +14,7 @@ import torch
 from burnish.model import InputError, ModelConfig, Transformer
 from burnish.model.adapter import add_lora
 from burnish.model.checkpoint import load_model, save_model
-from burnish.model.folder import is_adapter, stored_tensors
+from burnish.model.files.folder import is_adapter, stored_tensors
 from safetensors.torch import load_file, save_file
 
 MEGABYTES, SECONDS = 100, 1  # of memory and of a processor's time that a refusal may take

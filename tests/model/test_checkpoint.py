@@ -9,7 +9,7 @@ import pytest
 import torch
 from burnish.model import InputError, ModelConfig, Rope, Transformer, checkpoint, pack
 from burnish.model.checkpoint import load_model, save_model
-from burnish.model.config_json import read_config, write_config
+from burnish.model.files.config_json import read_config, write_config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

@@ -6,12 +6,13 @@ import textwrap
 
 import pytest
 import torch
-from burnish.model import InputError, Transformer, config_json, pack
-from burnish.model.architectures import ARCHITECTURES, INERT, ROPE_INERT, loadable
+from burnish.model import InputError, Transformer, pack
 from burnish.model.checkpoint import load_model
 from burnish.model.config import Latent, ModelConfig
-from burnish.model.config_json import read_config, write_config
-from burnish.model.config_keys import Keys
+from burnish.model.files import config_json
+from burnish.model.files.architectures import ARCHITECTURES, INERT, ROPE_INERT, loadable
+from burnish.model.files.config_json import read_config, write_config
+from burnish.model.files.config_keys import Keys
 from burnish.model.generate import generate
 
 MISSING = "(missing)"  # as make_config_mutations.py writes it

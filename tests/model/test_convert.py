@@ -12,7 +12,7 @@ from burnish.model.convert import Config, convert_gguf, main
 from burnish.model.errors import InputError
 from burnish.model.generate import generate
 from burnish.model.packed import pack
-from burnish.model.tokenizer import Tokenizer
+from burnish.model.text.tokenizer import Tokenizer
 
 C, F, D, HEADS, KV_HEADS, LAYERS = 64, 96, 16, 4, 2, 2  # rows of 32 or more, which is what Q4_1 blocks need
 

@@ -10,7 +10,7 @@ import torch
 from burnish.model import InputError, ModelConfig, Transformer
 from burnish.model.adapter import add_lora, merge_lora
 from burnish.model.checkpoint import load_model, load_scalar_model, save_model, stream_weights
-from burnish.model.finite import TooLarge, cast
+from burnish.model.files.finite import TooLarge, cast
 from safetensors.torch import load_file, save_file
 
 TINY = ModelConfig(31, 16, 24, 2, 2, eos_token_id=0)

@@ -8,10 +8,11 @@ import time
 import warnings
 
 import pytest
-from burnish.model import InputError, ModelConfig, Transformer, expressions
+from burnish.model import InputError, ModelConfig, Transformer
 from burnish.model.adapter import add_lora
+from burnish.model.adapters import expressions
+from burnish.model.adapters.expressions import Expression
 from burnish.model.checkpoint import load_model, save_model
-from burnish.model.expressions import Expression
 from burnish.model.linear import LINEARS, LoraConfig
 
 MODULES = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]

@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from burnish.model import InputError, ModelConfig, Transformer, finite, pack
+from burnish.model import InputError, ModelConfig, Transformer, pack
 from burnish.model.checkpoint import (
     SCORE_BIAS,
     _check_metadata,
@@ -21,7 +21,8 @@ from burnish.model.checkpoint import (
     read_adapter,
     save_model,
 )
-from burnish.model.config_json import read_config
+from burnish.model.files import finite
+from burnish.model.files.config_json import read_config
 from burnish.model.scalar import ScalarModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file

@@ -6,7 +6,7 @@ import time
 
 import pytest
 from burnish.model import InputError
-from burnish.model.gguf_header import MOST_VALUES, check_header
+from burnish.model.files.gguf_header import MOST_VALUES, check_header
 
 UINT8, UINT32, STRING, ARRAY = 0, 4, 8, 9
 

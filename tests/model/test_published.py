@@ -7,7 +7,7 @@ import pytest
 import torch
 from burnish.model import InputError, pack
 from burnish.model.checkpoint import load_model, save_model
-from burnish.model.tokenizer import Tokenizer
+from burnish.model.text.tokenizer import Tokenizer
 from make_published import IDS, LOADED, PUBLISHED, REFUSED, ROWS, make
 
 

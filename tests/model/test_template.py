@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 import jinja2.sandbox
 import pytest
-from burnish.algorithms import _said
-from burnish.algorithms._row_template import shaped
-from burnish.algorithms._rows import Row
-from burnish.model import bounded, meter, sandbox, template
+from burnish.algorithms.data import rendering as _said
+from burnish.algorithms.data.row_template import shaped
+from burnish.algorithms.data.rows import Row
 from burnish.model.errors import InputError
-from burnish.model.meter import OverBudget
-from burnish.model.template import ChatTemplate, Refused, split_marks
-from burnish.model.tokenizer import Tokenizer
+from burnish.model.text import bounded, meter, sandbox, template
+from burnish.model.text.meter import OverBudget
+from burnish.model.text.template import ChatTemplate, Refused, split_marks
+from burnish.model.text.tokenizer import Tokenizer
 from jinja2.visitor import NodeTransformer
 
 TALK = [{"role": "user", "content": "a"}]

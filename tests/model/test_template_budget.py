@@ -3,9 +3,9 @@
 from typing import Any
 
 import pytest
-from burnish.model import meter
 from burnish.model.errors import MOST_CHARACTERS, InputError
-from burnish.model.template import ChatTemplate
+from burnish.model.text import meter
+from burnish.model.text.template import ChatTemplate
 from fork import in_a_fork
 
 TURN = {"role": "user", "content": "a"}

@@ -5,7 +5,7 @@ import os
 
 import pytest
 from burnish.model.errors import InputError
-from burnish.model.text_files import MOST_DEPTH, parse_json, read_json, read_object, read_text
+from burnish.model.files.text_files import MOST_DEPTH, parse_json, read_json, read_object, read_text
 
 DEEP = 100_000
 NO_JSON = {

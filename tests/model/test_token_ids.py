@@ -5,11 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from burnish.model import InputError, ModelConfig, Transformer, token_ids
+from burnish.model import InputError, ModelConfig, Transformer
 from burnish.model.checkpoint import load_model
 from burnish.model.generate import generate, stream
-from burnish.model.token_ids import read_stop_ids, say_what_never_ends
-from burnish.model.tokenizer import Tokenizer
+from burnish.model.text import token_ids
+from burnish.model.text.token_ids import read_stop_ids, say_what_never_ends
+from burnish.model.text.tokenizer import Tokenizer
 
 DATA = Path(__file__).parents[1] / "data"
 CONFIG, GENERATION = "config.json", "generation_config.json"

@@ -11,7 +11,7 @@ import pytest
 from burnish.model import ModelConfig, Transformer
 from burnish.model.checkpoint import save_model
 from burnish.model.errors import InputError
-from burnish.model.tokenizer import Tokenizer, TurnRewritten
+from burnish.model.text.tokenizer import Tokenizer, TurnRewritten
 from tokenizers import AddedToken, models, normalizers, processors
 from tokenizers import Tokenizer as Backend
 

@@ -9,9 +9,9 @@ import shutil
 import tempfile
 
 import pytest
-from burnish.model import special_tokens, tokenizer_file
 from burnish.model.errors import InputError
-from burnish.model.tokenizer import Tokenizer
+from burnish.model.text import special_tokens, tokenizer_file
+from burnish.model.text.tokenizer import Tokenizer
 from burnish.model.vocabulary import Vocabulary
 from fork import in_a_fork
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from burnish.kernels import dequantize_nf4, quantize_nf4
-from burnish.model import InputError, ModelConfig, Transformer, bnb, pack, weights
+from burnish.model import InputError, ModelConfig, Transformer, pack, weights
 from burnish.model.adapter import add_lora, hf_name, linears, merge_lora
 from burnish.model.checkpoint import load_model, load_scalar_model, save_model
 from burnish.model.config import Experts
-from burnish.model.experts import to_disk
-from burnish.model.folder import Stored
+from burnish.model.files import bnb
+from burnish.model.files.experts import to_disk
+from burnish.model.files.folder import Stored
 from burnish.model.generate import generate
 from burnish.model.scalar import ScalarModel
 from safetensors.torch import load_file, save_file

@@ -5,7 +5,7 @@ Run:    python tests/data/tokenizer/make.py
 
 from pathlib import Path
 
-from burnish.model.tokenizer import Tokenizer
+from burnish.model.text.tokenizer import Tokenizer
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 

@@ -1,0 +1,391 @@
+"""Rows of a file -> token sequences to train on, or prompts to sample from. docs/data.md shows every shape.
+
+A row is never dropped without a count, and a file never half read: a line that is no row is an error with its number.
+Tokens are joined, so a prompt's ids are those that generation starts from; the end token is trained, and a row that
+max_length cuts does not get one.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ...model.errors import InputError
+from ...model.text.tokenizer import Message, Tokenizer, TurnRewritten
+from .messages import (
+    Talk,
+    Turn,
+    answered,
+    asked,
+    no_assistant,
+    prompt_of,
+    read_messages,
+    talk_of,
+    with_system,
+)
+from .rows import Row, Tally, opened
+
+SHAPES = {  # what the columns of a row mean to SFT: the first shape that a row has all columns of
+    "messages": ("messages",),
+    "ShareGPT": ("conversations",),
+    "prompt and completion": ("prompt", "completion"),
+    "text": ("text",),
+    "question and answer": ("question", "answer"),
+    "Alpaca": ("instruction", "output"),
+    "self-instruct": ("instruction", "instances"),
+}
+PROMPT_COLUMNS = ("prompt", "question", "instruction", "messages", "conversations")  # in this order
+RESERVED_COLUMNS = (  # names that a reward function gets something else under
+    *("prompt", "prompts", "completion", "completions", "completion_ids"),
+    *("trainer_state", "log_metric", "log_extra"),
+)
+
+ALPACA_TASK = (  # for a base model, as https://github.com/tatsu-lab/stanford_alpaca trains it
+    "Below is an instruction that describes a task{and_input}. "
+    "Write a response that appropriately completes the request."
+)
+ALPACA_INPUT = ", paired with an input that provides further context"
+
+
+@dataclass(frozen=True)
+class Example:
+    """mask[0] is False: nothing predicts a sequence's first token."""
+
+    tokens: list[int]
+    mask: list[bool]  # which tokens are trained
+    where: str = field(default="", kw_only=True, compare=False)  # its file and line
+
+    @property
+    def sequences(self) -> list[list[int]]:
+        """All ids that a model is to read of it."""
+        return [self.tokens]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    tokens: list[int]
+    text: str | list[Message]  # what a reward function sees
+    columns: dict[str, Any]  # the row's other columns
+    where: str = field(default="", kw_only=True, compare=False)  # its file and line
+
+    @property
+    def sequences(self) -> list[list[int]]:
+        """All ids that a model is to read of it."""
+        return [self.tokens]
+
+
+@dataclass(frozen=True)
+class Pair:
+    prompt: str
+    completion: str
+
+
+# ---- supervised fine-tuning
+
+
+def sft_examples(
+    rows: Sequence[dict[str, Any]],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    train_on: Literal["completion", "all"] = "completion",
+) -> tuple[list[Example], Tally]:
+    """Returns the examples, and how many rows and examples there are and what was truncated or dropped, and why.
+
+    A row is one example, except that self-instruct rows have one an instance, and a conversation whose template
+    rewrites earlier turns (Qwen3 drops their reasoning) one an assistant turn: the sequence that generation would see.
+    Raises InputError naming the row: of another shape than the first, of no known shape, or impossible to mask; and
+    where no example is left.
+    """
+    rows, counts = opened(rows, "examples")
+    examples: list[Example] = []
+    first_drop = ""
+    for row in rows:
+        try:
+            shape = _shape_as_in(row, rows[0])
+            encoded = list(_encode_row(_units(row, shape, tokenizer), tokenizer, train_on))
+        except InputError as error:
+            raise InputError(f"{row.where}: {error}") from error
+        if len(encoded) > 1 and shape != "self-instruct":
+            counts["from conversations split by turn"] += len(encoded)
+        for tokens, mask in encoded or [([], [])]:
+            tokens, mask, cut = tokens[:max_length], [False, *mask[1:max_length]], len(tokens) > max_length
+            if any(mask):
+                examples.append(Example(tokens, mask, where=row.where))
+                counts.update(["examples", "truncated"] if cut else ["examples"])
+            else:
+                why = "no trained token within max_length" if cut else "no token to train on"
+                counts[f"dropped: {why}"] += 1
+                first_drop = first_drop or row.where
+    counts.close(rows)
+    if not examples:
+        reasons = ", ".join(f"{n} {why}" for why, n in counts.items() if n and why != "rows")
+        first = f" (the first: {first_drop}): {reasons}" if first_drop else ""
+        first += f"; max_length is {max_length}" if "within max_length" in reasons else ""
+        raise InputError(f"no row has a token to train on{first}")
+    check_rendered(rows, tokenizer)
+    return examples, counts
+
+
+def _shape_as_in(row: Row, first: Row) -> str:
+    """The shape of a row. Raises InputError where it has none, or another than the first row."""
+    found = _shape(row)
+    if found is None:
+        known = "; ".join(f"{name} ({', '.join(columns)})" for name, columns in SHAPES.items())
+        raise InputError(f"no shape that SFT reads has the columns {row.columns()}; known are {known}")
+    if found != _shape(first):
+        raise InputError(
+            f"is of the shape '{found}', {first.where} is '{_shape(first)}'; one file has one shape"
+        )
+    return found
+
+
+def _shape(row: Row) -> str | None:
+    return next((shape for shape, names in SHAPES.items() if all(name in row for name in names)), None)
+
+
+def _encode_row(
+    units: Iterable[str | Pair | Talk], tokenizer: Tokenizer, train_on: Literal["completion", "all"]
+) -> Iterator[tuple[list[int], list[bool]]]:
+    for unit in units:
+        if isinstance(unit, Talk):
+            yield from _encode_talk(unit, tokenizer, train_on)
+            continue
+        prompt, completion = (unit.prompt, unit.completion) if isinstance(unit, Pair) else ("", unit)
+        if not completion.strip():
+            continue
+        given = tokenizer.encode_text(prompt) if prompt else []
+        written = encode_completion(completion, tokenizer, continues=bool(prompt))
+        if not written:
+            continue
+        yield given + written, [train_on == "all"] * len(given) + [True] * len(written)
+
+
+def encode_completion(text: str, tokenizer: Tokenizer, *, continues: bool) -> list[int]:
+    """The ids of a text and its end token; none where the text has none. continues: it stands behind a prompt."""
+    written = tokenizer.encode(text, continues=True) if continues else tokenizer.encode_text(text)
+    if written and written[-1] not in tokenizer.stop_ids:
+        if tokenizer.eos_id is None:
+            raise InputError("the tokenizer names no eos_token, so a completion cannot be ended")
+        written.append(tokenizer.eos_id)
+    return written
+
+
+def _encode_talk(
+    talk: Talk, tokenizer: Tokenizer, train_on: Literal["completion", "all"]
+) -> Iterator[tuple[list[int], list[bool]]]:
+    if not talk.trained:
+        return
+    if train_on == "all":
+        yield _encode_whole(talk, tokenizer)
+        return
+    try:
+        tokens, mask = tokenizer.encode_chat_with_mask(talk.messages, turns=talk.trained, **talk.variables)
+    except TurnRewritten:
+        for turn in talk.trained:
+            before = talk.messages[: turn + 1]
+            yield tokenizer.encode_chat_with_mask(before, turns=[turn], **talk.variables)
+        return
+    if talk.given:
+        given = talk.ids(tokenizer, talk.given)
+        if tokens[: len(given)] != given:
+            raise InputError(
+                "the chat template's generation prompt does not begin its rendering of the completion"
+            )
+        mask = [False] * len(given) + mask[len(given) :]
+    yield tokens, mask
+
+
+def _encode_whole(talk: Talk, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    """All of a conversation is trained, but for the assistant's turns that say they are not to be."""
+    if not talk.left_out:
+        tokens = tokenizer.encode_chat(talk.messages, **talk.variables)
+        return tokens, [True] * len(tokens)
+    tokens, mask = tokenizer.encode_chat_with_mask(talk.messages, turns=talk.left_out, **talk.variables)
+    return tokens, [not untrained for untrained in mask]
+
+
+def _units(row: Row, shape: str, tokenizer: Tokenizer) -> Iterator[str | Pair | Talk]:
+    """What there is to train in a row. A question or instruction is a user's turn where there is a chat template."""
+    if shape == "text":
+        yield row.text("text")
+    elif shape in ("messages", "ShareGPT"):
+        turns = read_messages(row, "messages" if shape == "messages" else "conversations")
+        yield _talk(row, turns, tokenizer)
+    elif shape == "prompt and completion" and isinstance(row["prompt"], list):
+        prompt, completion = read_messages(row, "prompt"), read_messages(row, "completion")
+        if completion and completion[0]["role"] != "assistant":
+            raise InputError(
+                f"completion: expected to begin with the assistant, got role '{completion[0]['role']}'"
+            )
+        yield _talk(row, prompt + completion, tokenizer, len(completion))
+    elif shape == "prompt and completion":
+        yield Pair(row.text("prompt"), row.text("completion"))
+    else:
+        yield from _answers(row, shape, tokenizer)
+
+
+def _talk(row: Row, turns: list[Turn], tokenizer: Tokenizer, last: int | None = None) -> Talk:
+    """last: how many turns at the end are the completion; all by default."""
+    turns = with_system(row, turns)
+    given = 0 if last is None else len(turns) - last
+    no_assistant(turns[given:])
+    return talk_of(row, turns, tokenizer, given)
+
+
+def _answers(row: Row, shape: str, tokenizer: Tokenizer) -> Iterator[Pair | Talk]:
+    """A question with its answer; of self-instruct one an instance."""
+    column = "answer" if shape == "question and answer" else "output"
+    for instance in _instances(row) if shape == "self-instruct" else [row]:
+        question = read_question(instance, tokenizer)
+        answer = instance.text(column)
+        if isinstance(question, str):
+            yield Pair(question, answer_text(question, answer))
+        elif answer.strip():
+            yield talk_of(row, with_system(row, [*question, answered(answer, column)]), tokenizer)
+
+
+def _instances(row: Row) -> Iterator[Row]:
+    instances = row.take("instances")
+    if not isinstance(instances, list) or not all(isinstance(instance, dict) for instance in instances):
+        raise InputError(f"instances: expected a list of objects, got {instances!r:.60}")
+    for instance in instances:
+        one = Row(row | instance, row.where)
+        yield one
+        row.used |= one.used - instance.keys()
+        row.ignored |= {f"instances.{name}" for name in instance if name not in one.used}
+
+
+def answer_text(question: str, answer: str) -> str:
+    """What a base model writes behind a question's text: one that ends in a colon is followed by a space."""
+    return " " + answer if question.endswith(":") else answer
+
+
+def read_question(row: Row, tokenizer: Tokenizer) -> str | list[Turn]:
+    """A row's question or instruction as a user's turn, or as the text that has a base model go on with the answer."""
+    if "question" in row:
+        column, question = "question", row.text("question")
+        text = f"Question: {question}\nAnswer:"
+    else:
+        column, question = "instruction", row.text("instruction")
+        more = row.text("input") if row.take("input") else ""
+        task = ALPACA_TASK.format(and_input=ALPACA_INPUT if more else "")
+        context = f"### Input:\n{more}\n\n" if more else ""
+        text = f"{task}\n\n### Instruction:\n{question}\n\n{context}### Response:\n"
+        question = f"{question}\n\n{more}" if more else question
+    if tokenizer.chat_template is not None:
+        return asked(row, question, column)
+    return text
+
+
+def check_rendered(rows: Sequence[Row], tokenizer: Tokenizer) -> None:
+    """Raises InputError where --chat-template-kwargs has no effect."""
+    if tokenizer.variables and not any(row.rendered for row in rows):
+        raise InputError("--chat-template-kwargs: the rows are texts, which no chat template renders")
+    read = {name for row in rows for name in row.read_variables}
+    for name in tokenizer.variables.keys() - read:
+        raise InputError(
+            f"--chat-template-kwargs: '{name:.60}' changes nothing that the chat template renders"
+        )
+
+
+# ---- reinforcement learning
+
+
+def rl_prompts(
+    rows: Sequence[dict[str, Any]],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    prompt_column: str | None = None,
+    takes: Callable[[str], bool] = lambda column: False,
+) -> tuple[list[Prompt], Tally]:
+    """Returns the prompts, and how many rows and prompts there are and how many were dropped, and why.
+
+    prompt_column: where the prompt stands; by default the first of PROMPT_COLUMNS that the first row has. A list of
+    messages goes through the chat template; so does a question, an instruction, or the text of a column that was named,
+    as a user's turn, where the model has a template. The text of a `prompt` column is taken as it is.
+    takes: whether a reward function reads a column.
+    Every prompt has the same columns, None where its row lacks one. Raises InputError naming the row without a usable
+    prompt, and where no prompt is left.
+    """
+    (rows, counts), total = opened(rows, "prompts"), len(rows)
+    prompts: list[Prompt] = []
+    column = prompt_column or next((name for name in PROMPT_COLUMNS if rows and name in rows[0]), None)
+    if column is None and rows:
+        expected = ", ".join(PROMPT_COLUMNS)
+        raise InputError(
+            f"{rows[0].where}: no prompt among columns {rows[0].columns()}; expected one of {expected}"
+        )
+    columns = dict.fromkeys(n for row in rows for n in row.of_file() if n not in RESERVED_COLUMNS)
+    for row in rows:
+        try:
+            text, tokens = _asked(row, str(column), tokenizer)
+        except InputError as error:
+            raise InputError(f"{row.where}: {error}") from error
+        if not tokens:
+            counts["dropped: empty prompt"] += 1
+        elif len(tokens) > max_length:
+            counts["dropped: prompt longer than max_length"] += 1
+        else:
+            others = {name: row.of_file().plain(name) for name in columns}
+            prompts.append(Prompt(tokens, text, others, where=row.where))
+            counts["prompts"] += 1
+    counts.close(rows, lambda name: name not in RESERVED_COLUMNS and takes(name))
+    if not prompts:
+        reasons = ", ".join(
+            f"{count} {reason}" for reason, count in counts.items() if count and reason != "rows"
+        )
+        raise InputError(f"no prompt to sample from: {total} rows{f', {reasons}' if reasons else ''}")
+    check_rendered(rows, tokenizer)
+    return prompts, counts
+
+
+def _asked(row: Row, column: str, tokenizer: Tokenizer) -> tuple[str | list[Message], list[int]]:
+    """A row's prompt as a reward function sees it, and its ids; none where it is empty."""
+    given = read_prompt(row, column, tokenizer)
+    if isinstance(given, str):
+        return given, tokenizer.encode_text(given) if given.strip() else []
+    turns = with_system(row, given)
+    if not turns:
+        return [], []
+    return [dict(turn) for turn in turns], prompt_of(row, turns, tokenizer).ids(tokenizer)
+
+
+def read_prompt(row: Row, column: str, tokenizer: Tokenizer) -> str | list[Turn]:
+    """The prompt in a column, a text or turns, without the system message of a column of its own."""
+    if column not in row:
+        raise InputError(f"expected a prompt in column '{column}', got columns {row.columns()}")
+    if isinstance(row[column], list):
+        turns = read_messages(row, column)
+        if turns and turns[-1]["role"] == "assistant":
+            raise InputError(f"{column}: ends with the assistant's turn, so nothing is left to answer")
+        return turns
+    if column == "prompt":
+        return row.text(column)
+    if column in ("question", "instruction"):
+        question = read_question(row, tokenizer)
+        return question if isinstance(question, str) or question[-1]["content"].strip() else ""
+    text = row.text(column)
+    return asked(row, text, column) if tokenizer.chat_template is not None and text.strip() else text
+
+
+# ---- packing
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of `lengths` in bins of at most `capacity`, best-fit-decreasing: the longest first, each into the fullest
+    bin that has room. Sequences are never split: one longer than capacity has a bin of its own. Deterministic.
+    """
+    bins: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (room left, bin), ascending
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = bisect_left(rooms, (lengths[index], -1))
+        if place == len(rooms):
+            room, chosen = capacity, len(bins)
+            bins.append([])
+        else:
+            room, chosen = rooms.pop(place)
+        bins[chosen].append(index)
+        insort(rooms, (room - lengths[index], chosen))
+    return bins

@@ -1,0 +1,130 @@
+"""--row-template FILE: a jinja template that makes a row of any columns into a prompt and a completion, or messages.
+
+    {{ premise }} Does it follow that {{ hypothesis }}? ||| {{ ["yes", "maybe", "no"][label] }}
+
+It reads the row's columns by name. What it writes is one of these:
+
+    a text with ||| in it       prompt and completion, without the white space around them (PromptSource's templates)
+    a text without              the prompt: for reinforcement learning, or beside the columns chosen and rejected
+    a JSON list                 messages, each an object with a role: use `tojson` for their content
+    a JSON object               a row of its own, of any shape
+    nothing                     no row: it is dropped and counted
+
+Columns that the template does not read stay in the row, as do those that a reward function takes. A ||| in a cell
+separates nothing. The template runs in the sandbox of chat templates; a column that no row has is an error, and so is
+printing a cell that is null.
+
+Source: Bach et al. 2022, https://arxiv.org/abs/2202.01279, section 3
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+
+from ...model.errors import InputError
+from ...model.files.text_files import read_text
+from ...model.text.meter import OverBudget, check_written
+from ...model.text.template import sandbox
+from .rendering import dumped, json_or_none
+from .rows import Row, without_nulls
+
+SEPARATOR, MARK = "|||", "\ufdd2"  # a noncharacter stands for it while the template runs
+SHAPING = (  # columns that say what a row is: those of the file give way to what the template writes
+    *("messages", "conversations", "prompt", "completion", "text", "question", "instruction", "instances"),
+)
+
+
+class Null(jinja2.Undefined):
+    """A cell that is null: it may be tested for, and printing it is an error."""
+
+    def __str__(self) -> str:
+        raise jinja2.TemplateError(f"'{self._undefined_name}' is null: test for it with {{% if ... %}}")
+
+
+def shaped(rows: Sequence[Row], file: Path) -> list[Row]:
+    """The rows that the template makes; an empty row where it writes nothing.
+
+    Raises InputError naming the row for which it fails.
+    """
+    template, names = _compiled(file)
+    columns = dict.fromkeys(column for row in rows for column in row)
+    nulls = {column: Null(name=column) for column in columns}
+    found = []
+    for row in rows:
+        cells = {name: without_nulls(cell) if row.from_arrow else cell for name, cell in row.items()}
+        try:
+            text = template.render(**{**nulls, **cells})
+            if MARK in (given := dumped(cells)):
+                raise InputError("a cell has the Unicode noncharacter U+FDD2")
+            check_written(text, lambda given=given: len(given))
+        except OverBudget as error:
+            raise OverBudget(f"{row.where}: --row-template {file} {error}") from error
+        except Exception as error:  # a template is a program: it may fail in any way
+            raise InputError(f"{row.where}: --row-template {file} fails: {error}") from error
+        found.append(_row(row, _cells(text, row.where, file), names & columns.keys()))
+    return found
+
+
+def _compiled(file: Path) -> tuple[jinja2.Template, set[str]]:
+    """The template, and the names that it reads."""
+    try:
+        source = read_text(file)
+    except InputError as error:
+        raise InputError(f"--row-template {error}") from None
+    environment = sandbox(undefined=jinja2.StrictUndefined, trim_blocks=False, lstrip_blocks=False)
+    environment.globals |= {"zip": _zip, "enumerate": _enumerate}
+    environment.tests["none"] = lambda value: value is None or isinstance(value, Null)
+
+    def mark(tree: nodes.Template) -> None:
+        for text in tree.find_all(nodes.TemplateData):  # not what stands inside of an expression
+            text.data = text.data.replace(SEPARATOR, MARK)
+
+    try:
+        tree, template = environment.compiled(source, mark)
+        read = environment.undeclared(tree)
+    except InputError as error:
+        raise InputError(f"--row-template {file}: {error}") from error
+    loaded = {node.name for node in tree.find_all(nodes.Name) if node.ctx == "load"}
+    return template, read | (loaded & environment.globals.keys())
+
+
+def _zip(*columns: Any) -> list[Any]:
+    """A list, since an iterator of iterators ends in the C stack where they are many."""
+    return list(zip(*columns, strict=False))
+
+
+def _enumerate(column: Any, start: int = 0) -> list[Any]:
+    return list(enumerate(column, start))
+
+
+def _cells(text: str, where: str, file: Path) -> dict[str, Any]:
+    parts = [part.strip() for part in text.split(MARK)]
+    if len(parts) == 2:
+        return {"prompt": parts[0], "completion": parts[1]}
+    if len(parts) > 2:
+        raise InputError(f"{where}: --row-template {file}: expected one {SEPARATOR}, got {len(parts) - 1}")
+    if not parts[0]:
+        return {}
+    value = json_or_none(parts[0]) if parts[0][0] in "[{" else None
+    if isinstance(value, dict) and value:
+        return value
+    if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
+        return {"messages": value}
+    if value is None and re.match(r"\[\s*\{|\{\s*[\"']", parts[0]):
+        raise InputError(
+            f"{where}: --row-template {file}: expected JSON, got {parts[0]!r:.60}: write texts with `tojson`"
+        )
+    return {"prompt": parts[0]}
+
+
+def _row(row: Row, cells: dict[str, Any], read: set[str]) -> Row:
+    kept = (
+        {name: cell for name, cell in row.items() if name not in (*read, *SHAPING, *cells)} if cells else {}
+    )
+    made = Row(kept | cells, row.where, row.from_arrow)
+    made.original, made.read, made.kept = row, read, kept.keys()
+    return made

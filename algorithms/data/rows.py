@@ -1,0 +1,348 @@
+"""Files of rows, and what became of each row: nothing that a row says is passed over without a word.
+
+    .jsonl, .json (a list, or JSONL by another name), either also .gz; .parquet
+
+A reader takes what it uses of a row by `Row.take`. What no reader took of any row is named in one printed line
+(`Tally.unused`).
+
+A small file may hold a great deal: gzip makes a megabyte of a kilobyte, parquet writes a value once for a million rows.
+What comes out of a file is therefore bounded by what the file is, while it is read: `Bound`.
+"""
+
+import gzip
+import io
+import os
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence, Set
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ...model.errors import InputError, shown
+from ...model.files.text_files import check_regular, parse_json
+from .parquet_footer import read_footer
+
+MOST_LINE = 64 * 2**20  # bytes of one line: a row of more text than any model reads
+FREE_BYTES, MOST_RATIO = 16 * 2**20, 200  # what may come out of packed bytes: so much, and times their number
+ROW_BYTES, TEXT_OF_OBJECT = (
+    200,
+    16,
+)  # memory of a row however short it is; objects of less text count like rows
+FREE_TABLE, TABLE_RATIO = 16 * 2**20, 1000  # of parquet, which holds the tools that all rows have once
+VALUE_BYTES = 16  # that each value of parquet counts beside its own, which may be a bit
+FREE_ROWS = 300_000  # of parquet, beyond which a file has no more rows than bytes
+BATCH_ROWS = 32  # of a parquet file that are unpacked before their size is known
+MOST_NESTED = 25  # types of a column in one another
+ACCOUNT: dict[str, Callable[[], Any]] = {"used": set, "ignored": set, "notes": Counter, "read_variables": set}
+
+
+class Row(dict[str, Any]):
+    """A row that knows its file and line, and keeps account of what was read of it.
+
+    original: the file's row, where a row template has made this one of it. read: the columns of that which the template
+    has read. kept: those that stand here as they were.
+
+    used: columns. ignored: what lies inside of a column that was read, and was not read itself. notes: what happened to
+    its turns. rendered: by a chat template. read_variables: of that, which change what it renders.
+    """
+
+    __slots__ = ("from_arrow", "kept", "original", "read", "rendered", "where", *ACCOUNT)
+    used: set[str]
+    ignored: set[str]
+    notes: Counter[str]
+    read_variables: set[str]
+
+    def __init__(self, cells: dict[str, Any], where: str, from_arrow: bool = False):
+        super().__init__({name: cell for name, cell in cells.items() if cell is not None})
+        self.where, self.from_arrow = where, from_arrow
+        self.original: Row | None = None
+        self.read: Set[str] = frozenset()
+        self.kept: Set[str] = self.keys()
+        self.rendered = False
+
+    def __getattr__(self, name: str) -> Any:
+        """Begin an account where it is first asked for: most of a file's rows, and many accounts, stay without."""
+        if name not in ACCOUNT:
+            raise AttributeError(name)
+        setattr(self, name, ACCOUNT[name]())
+        return getattr(self, name)
+
+    def take(self, column: str) -> Any:
+        """The cell, None where there is none; of parquet without the nulls that Arrow fills in."""
+        self.used.add(column)
+        return self.plain(column)
+
+    def plain(self, column: str) -> Any:
+        """As `take`, without an account of it."""
+        cell = self.get(column)
+        return without_nulls(cell) if self.from_arrow else cell
+
+    def text(self, column: str) -> str:
+        """The cell, which has to be text."""
+        if not isinstance(cell := self.take(column), str):
+            raise InputError(f"{column}: expected text, got {cell!r:.60}")
+        return cell
+
+    def columns(self) -> str:
+        """Their names, for messages."""
+        return ", ".join(self) or "(none)"
+
+    def of_file(self) -> "Row":
+        """The file's row, which reward functions see."""
+        return self if self.original is None else self.original
+
+
+class Tally(Counter[str]):
+    """How many rows there are and what was made of them, by name. unused: the columns that nothing read."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.unused: list[str] = []
+
+    def close(self, rows: Sequence[Row], used: Callable[[str], bool] = lambda column: False) -> None:
+        """Add what was noted of the rows. used: whether somebody else, a reward function, reads a column."""
+        for row in rows:
+            self.update(row.notes)
+        columns = dict.fromkeys(name for row in rows for name in row.of_file())
+        taken = {name for row in rows for name in (row.used & row.kept) | row.read}
+        written = dict.fromkeys(name for row in rows for name in row if name not in row.kept)
+        found = {name for row in rows for name in row.used - row.kept}
+        read = {f"chat_template_kwargs.{name}" for row in rows for name in row.read_variables}
+        inside = {name for row in rows for name in row.ignored} - read  # in some row they may change nothing
+        self.unused = [name for name in columns if name not in taken and not used(name)]
+        self.unused += [f"{name} (of the row template)" for name in written if name not in found]
+        self.unused += sorted(inside)
+
+
+def without_nulls(value: Any) -> Any:
+    """Objects without their null fields, however deep; a null in a list stays.
+
+    Arrow has one list of fields for a whole column, so a field that another row has is null in this one.
+    """
+    if isinstance(value, dict):
+        return {name: without_nulls(field) for name, field in value.items() if field is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def opened(rows: Sequence[dict[str, Any]], made: str) -> tuple[list[Row], Tally]:
+    """Rows with nothing read of them yet, those of no file named by their number; and an account of what is made."""
+    counts = Tally({"rows": len(rows), made: 0})
+    fresh = []
+    for i, row in enumerate(rows):
+        one = Row(row, row.where if isinstance(row, Row) else f"row {i + 1}")
+        if isinstance(row, Row):
+            one.from_arrow = row.from_arrow
+            one.original, one.read, one.kept = row.original, row.read, row.kept
+        if one.original is not None and not one:
+            counts["dropped: the row template wrote nothing"] += 1
+        else:
+            fresh.append(one)
+    return fresh, counts
+
+
+# ---- files
+
+
+def read_rows(path: Path | str, row_template: Path | None = None) -> list[Row]:
+    """The rows of a file, or those that a row template makes of them. Blank lines are no rows.
+
+    Raises InputError for a file that is missing, broken or empty, naming the line.
+    """
+    rows = _read_file(Path(path))
+    if row_template is None:
+        return rows
+    from .row_template import shaped
+
+    return shaped(rows, row_template)
+
+
+def _read_file(path: Path) -> list[Row]:
+    check_regular(path)
+    kinds = [suffix for suffix in path.suffixes if suffix != ".gz"]
+    kind, packed = kinds[-1] if kinds else "", path.suffix == ".gz"
+    if kind == ".parquet" and not packed:
+        rows = _read_parquet(path)
+    elif kind in (".jsonl", ".json"):
+        rows = _read_json(path, packed, may_be_list=kind == ".json")
+    else:
+        raise InputError(f"{path}: expected .jsonl, .json, .jsonl.gz, .json.gz or .parquet")
+    if not rows:
+        raise InputError(f"{path}: has no rows")
+    return rows
+
+
+def _row(value: Any, where: str, from_arrow: bool = False) -> Row:
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: expected an object with named columns, got {value!r:.60}")
+    return Row(value, where, from_arrow)
+
+
+# ---- JSON
+
+
+def _read_json(path: Path, packed: bool, may_be_list: bool) -> list[Row]:
+    try:
+        with open(path, "rb") as raw:
+            if packed:
+                with io.BufferedReader(gzip.GzipFile(fileobj=raw), 2**16) as file:
+                    return list(_json_rows(path, file, Bound(path, raw), may_be_list))
+            return list(_json_rows(path, raw, None, may_be_list))
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}: not a whole gzip file: {error}") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+class Bound:
+    """How much may come out of a packed file: so much for each of the bytes that were read of it until then."""
+
+    def __init__(self, path: Path, raw: BinaryIO):
+        self.path, self.raw, self.found = path, raw, 0
+
+    def add(self, text: bytes, lines: int) -> None:
+        objects = text.count(b"{") - len(text) // TEXT_OF_OBJECT
+        self.found += len(text) + ROW_BYTES * max(lines, objects)
+        if self.found > FREE_BYTES + MOST_RATIO * self.raw.tell():
+            raise InputError(
+                f"{self.path}: unpacks to more than {MOST_RATIO} times its size: expected rows; unpack it "
+                "(gunzip) if they are"
+            )
+
+
+def _json_rows(path: Path, file: Any, bound: Bound | None, may_be_list: bool) -> Iterator[Row]:
+    """file: its bytes, unpacked."""
+    if may_be_list and file.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
+        yield from _entries(path, file, bound)
+        return
+    for number, line in _lines(path, file, bound):
+        if not line.strip():
+            continue
+        where = f"{path} line {number}"
+        try:
+            value = parse_json(line, where)
+        except InputError as error:
+            raise InputError(f"{error}; the line begins {line.strip()[:60]!r}") from error
+        yield _row(value, where)
+
+
+def _lines(path: Path, file: Any, bound: Bound | None) -> Iterator[tuple[int, str]]:
+    """(number, text) of the lines that are not empty, in UTF-8; they end as in text files of any system."""
+    number = 0
+    while line := file.readline(MOST_LINE + 1):
+        if bound is not None:
+            bound.add(line, 1 + line.count(b"\r", 0, -2))
+        if line == b"\n":
+            number += 1
+            continue
+        if len(line) > MOST_LINE:
+            raise InputError(f"{path} line {number + 1}: expected at most {MOST_LINE} bytes in a line")
+        for part in line.rstrip(b"\r\n").split(b"\r") if b"\r" in line else (line,):
+            number += 1
+            try:
+                yield number, part.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(f"{path}: not UTF-8 text: line {number}: {error}") from error
+
+
+def _entries(path: Path, file: Any, bound: Bound | None) -> Iterator[Row]:
+    """The rows of a file that is one list."""
+    pieces = []
+    while piece := file.read(2**20):
+        pieces.append(piece)
+        if bound is not None:
+            bound.add(piece, 0)
+    try:
+        values = parse_json(b"".join(pieces).decode("utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text: {error}") from error
+    if not isinstance(values, list):
+        raise InputError(f"{path}: expected a list of objects, got {type(values).__name__}")
+    for i, value in enumerate(values):
+        yield _row(value, f"{path} entry {i + 1}")
+
+
+# ---- parquet
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    try:
+        import pyarrow  # pyright: ignore[reportMissingImports]
+        import pyarrow.parquet  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise InputError(f"{path}: reading parquet needs pyarrow: pip install 'burnish[parquet]'") from error
+    rows: list[Row] = []
+    try:
+        _check_footer(path)
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            for field in file.schema_arrow:
+                _check_type(f"{path}: column {shown(field.name)}", field.type)
+            names, size, found = file.schema_arrow.names, os.path.getsize(path), 0
+            if twice := [name for name, count in Counter(names).items() if count > 1]:
+                raise InputError(f"{path}: column {shown(twice[0])}: expected once, stands there twice")
+            first = next(file.iter_batches(1), None)  # of long rows fewer at a time
+            many = FREE_TABLE // max(first.nbytes if first else 1, 1)
+            for batch in file.iter_batches(min(max(many, 1), BATCH_ROWS)):
+                arrays = [_decoded(cells) for cells in batch.columns]
+                found += sum(cells.nbytes for cells in arrays)
+                if found > FREE_TABLE + TABLE_RATIO * size:
+                    raise InputError(
+                        f"{path}: unpacks to more than {TABLE_RATIO} times its size: expected rows"
+                    )
+                for cells in arrays:
+                    cells.validate(full=True)
+                columns = [_cells(path, name, cells) for name, cells in zip(names, arrays, strict=True)]
+                for cells in zip(*columns, strict=True):
+                    value = dict(zip(names, cells, strict=True))
+                    rows.append(_row(value, f"{path} row {len(rows) + 1}", from_arrow=True))
+    except InputError:
+        raise
+    except Exception as error:  # pyarrow's, and of whatever reads its values: there is no common kind
+        raise InputError(f"{path}: not a parquet file that can be read: {error}") from error
+    return rows
+
+
+def _check_footer(path: Path) -> None:
+    """Refuse counts that the file is too small for, before anything is made for them."""
+    size, footer = os.path.getsize(path), read_footer(path)
+    if footer.rows != sum(footer.group_rows) or any(rows < 0 for rows in footer.group_rows):
+        raise InputError(f"{path}: not a parquet file that can be read: its counts of rows differ")
+    if footer.rows > max(FREE_ROWS, size):
+        raise InputError(f"{path}: expected no more rows than the file's {size} bytes, got {footer.rows}")
+    if footer.unpacked_bytes + VALUE_BYTES * footer.values > FREE_TABLE + TABLE_RATIO * size:
+        raise InputError(f"{path}: unpacks to more than {TABLE_RATIO} times its size: expected rows")
+
+
+def _check_type(where: str, type_: Any, depth: int = 0) -> None:
+    """Refuse types so deep in one another that what walks their values fails."""
+    if depth > MOST_NESTED:
+        raise InputError(f"{where}: expected at most {MOST_NESTED} types in one another")
+    for i in range(type_.num_fields):
+        _check_type(where, type_.field(i).type, depth + 1)
+
+
+def _decoded(cells: Any) -> Any:
+    """A text for each row, where a column has each text once and numbers of them."""
+    return cells.dictionary_decode() if hasattr(cells, "dictionary_decode") else cells
+
+
+def _cells(path: Path, name: str, cells: Any) -> list[Any]:
+    """The values of a column: maps of texts as objects, others as lists of pairs, which JSON has no object for."""
+    import pyarrow  # pyright: ignore[reportMissingImports]
+
+    try:
+        return cells.to_pylist(
+            maps_as_pydicts="strict" if _maps_are_of_text(cells.type, pyarrow.types) else None
+        )
+    except (
+        Exception
+    ) as error:  # a key of a map that stands twice, a date beyond Python's, text that is no UTF-8
+        raise InputError(
+            f"{path}: column {shown(name)}: {cells.type} that cannot be read: {type(error).__name__}: {error}; "
+            "leave the column out, or write it as text"
+        ) from error
+
+
+def _maps_are_of_text(type_: Any, types: Any) -> bool:
+    if types.is_map(type_) and not (types.is_string(type_.key_type) or types.is_large_string(type_.key_type)):
+        return False
+    return all(_maps_are_of_text(type_.field(i).type, types) for i in range(type_.num_fields))

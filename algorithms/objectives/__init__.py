@@ -1,0 +1,1 @@
+"""Losses, advantages and denominators: pure functions of tensors, with their equations."""

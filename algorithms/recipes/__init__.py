@@ -1,0 +1,1 @@
+"""Compositions of methods, with the page that each writes."""

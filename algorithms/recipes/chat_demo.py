@@ -1,0 +1,217 @@
+"""A real chat model learns to get sums right: GRPO on SmolLM2-135M-Instruct, whole, with LoRA or with QLoRA.
+
+    What is 15 + 20? Answer in one short sentence.
+        before   "One-fifth of 20 is 20, which is a naturally"             after   "15 + 20 equals 35."
+
+The problems are all sums of two numbers from 1 to 20, a quarter of them held out; the one rule reward says whether the
+last number of an answer of at most 16 tokens is the sum. A held-out problem is answered once, before and after, at the
+temperature of training, so the standard error of the share is over problems. After training it is the saved folder,
+the model or the adapter on its base, that is asked the same prompts again.
+
+Source: GRPO, Shao et al. 2024, https://arxiv.org/abs/2402.03300; the model, https://arxiv.org/abs/2502.02737
+Run:    burnish chat-demo --mode lora
+"""
+
+import random
+import re
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import inf
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, Literal
+
+import torch
+
+from ...model.checkpoint import load_model
+from ...model.files.config_json import read_config
+from ...model.files.text_files import read_object
+from ...model.generate import generate
+from ...model.linear import LoraConfig
+from ...model.memory import training_memory
+from ...model.text.tokenizer import Tokenizer
+from .. import grpo
+from ..run.command import run_command
+from ..run.loop import MOST_SAMPLES, check_flags, default_device, new_run_folder
+from ..run.streams import harmless
+from . import page
+from .parts import read_metric, write_rows
+
+LARGEST = 20
+MAX_NEW_TOKENS = 16
+MODES: dict[str, dict[str, Any]] = {  # flags of grpo
+    "full": {"learning_rate": 1e-5},
+    "lora": {"learning_rate": 5e-4, "lora_rank": 16},
+    "qlora": {"learning_rate": 5e-4, "lora_rank": 16, "base_4bit": True},
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    model: Path = Path(
+        "models/SmolLM2-135M-Instruct"
+    )  # a chat model; `make models/SmolLM2-135M-Instruct` fetches this
+    mode: Literal["full", "lora", "qlora"] = (
+        "lora"  # train all weights, or an adapter, or one on a 4-bit base
+    )
+    output: Path = field(
+        default_factory=lambda: new_run_folder("chat-demo")
+    )  # new folder: model, report.html
+    steps: int = 30  # GRPO steps
+    prompts_per_step: int = 8  # problems in one rollout
+    group_size: int = 8  # samples of one problem
+    temperature: float = 0.8  # of sampling, in training and when measuring
+    held_out: int = 100  # problems to measure on
+    seed: int = 0
+    device: str = field(default_factory=default_device)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Over the held-out problems, in percent."""
+
+    right: float
+    error: float  # its standard error
+    ended: float  # answers that ended by themselves
+    answers: list[str]
+
+
+def right(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:
+    """1 where the last number of a completion is the answer."""
+    texts = (c if isinstance(c, str) else c[-1]["content"] for c in completions)
+    found = (re.findall(r"\d+", text) for text in texts)
+    return [float(numbers[-1:] == [wanted]) for numbers, wanted in zip(found, answer, strict=True)]
+
+
+def problems(seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Held-out rows and training rows: every sum once, in an order from `seed`."""
+    pairs = [(a, b) for a in range(1, LARGEST + 1) for b in range(1, LARGEST + 1)]
+    random.Random(seed).shuffle(pairs)
+    rows = [
+        {"question": f"What is {a} + {b}? Answer in one short sentence.", "answer": str(a + b)}
+        for a, b in pairs
+    ]
+    return rows[: len(rows) // 4], rows[len(rows) // 4 :]
+
+
+def measure(cfg: Config, folder: Path, rows: list[dict[str, str]]) -> Score:
+    """Answers of the model, or of the adapter on its base, in `folder`."""
+    tokenizer = Tokenizer.load(folder)
+    asked = [[{"role": "user", "content": row["question"]}] for row in rows]
+    samples = generate(
+        load_model(folder, device=cfg.device),
+        [tokenizer.encode_chat(messages, add_generation_prompt=True) for messages in asked],
+        max_new_tokens=MAX_NEW_TOKENS,
+        temperature=cfg.temperature,
+        vocabulary=tokenizer.vocabulary,
+        stop_ids=tokenizer.stop_ids,
+        seed=cfg.seed,
+    )
+    texts = [tokenizer.decode(sample.tokens) for sample in samples]
+    rewards = [100 * reward for reward in right(texts, [row["answer"] for row in rows])]
+    return Score(
+        right=fmean(rewards),
+        error=stdev(rewards) / len(rewards) ** 0.5,
+        ended=100 * fmean(sample.ended for sample in samples),
+        answers=[f"{row['question']}   {text!r}" for row, text in zip(rows[:8], texts, strict=False)],
+    )
+
+
+def train(cfg: Config) -> Path:
+    """Returns the path of the report."""
+    started, cpu_before = time.perf_counter(), time.process_time()
+    least = {name: (1, inf) for name in ("steps", "prompts_per_step")}
+    held_out, training = problems(cfg.seed)
+    check_flags(
+        cfg,
+        **least,
+        group_size=(2, MOST_SAMPLES),
+        temperature=(1e-3, 1e3),
+        held_out=(2, len(held_out)),
+        seed=(0, 2**31 - 1),
+    )
+    held_out = held_out[: cfg.held_out]
+    before = measure(cfg, cfg.model, held_out)
+    print_score("before", before)
+    data = write_rows(cfg.output / "problems.jsonl", training)
+    clock, cpu = time.perf_counter(), time.process_time()
+    trained = grpo.train(
+        grpo.Config(
+            model=cfg.model,
+            data=data,
+            reward=("burnish.algorithms.recipes.chat_demo:right",),
+            output=cfg.output / "grpo",
+            steps=cfg.steps,
+            prompts_per_step=cfg.prompts_per_step,
+            group_size=cfg.group_size,
+            max_new_tokens=MAX_NEW_TOKENS,
+            temperature=cfg.temperature,
+            schedule="linear",
+            micro_batch_tokens=512,  # a few groups at a time: activations are most of the memory otherwise
+            seed=cfg.seed,
+            device=cfg.device,
+            **MODES[cfg.mode],
+        )
+    )
+    facts = {
+        "mode": cfg.mode,
+        "training": f"{time.perf_counter() - clock:.0f} s, {time.process_time() - cpu:.0f} s of CPU time",
+        "peak memory of the process": f"{peak_memory() / 1e9:.2f} GB",
+    }
+    after = measure(cfg, trained, held_out)
+    print_score("after", after)
+    gain, error = after.right - before.right, (before.error**2 + after.error**2) ** 0.5
+    facts["gain"] = (
+        f"{gain:.1f} points, {gain / error:.1f} of its standard errors" if error else f"{gain:.1f}"
+    )
+    facts |= {f"{mode}: tensors in training": counted(cfg, mode) for mode in MODES}
+    facts |= {
+        "whole run": f"{time.perf_counter() - started:.0f} s, {time.process_time() - cpu_before:.0f} s of CPU time",
+        "saved in": trained,
+    }
+    report = page.write(
+        cfg.output / "report.html",
+        title="A chat model learns to get sums right",
+        subtitle=f"GRPO on {cfg.model.name}: the reward is 1 where the last number of the answer is the sum.",
+        heading="Held-out problems, percent",
+        header=["", "right", "standard error", "ended"],
+        rows={name: [s.right, s.error, s.ended] for name, s in (("before", before), ("after", after))},
+        note=f"{len(held_out)} held-out sums, one answer to each at temperature {cfg.temperature:g}.",
+        figure=page.draw_steps([{cfg.mode: read_metric(cfg.output / "grpo", "reward")}]),
+        figure_note="Share of right samples on training problems in each GRPO step, a mean over five steps.",
+        transcripts={"before": before.answers, "after": after.answers},
+        facts=facts,
+    )
+    print("\n" + "\n".join(f"{name}: {value}" for name, value in facts.items()))
+    print(f"\nThe first four again, from {trained}:")
+    for was, now in zip(before.answers[:4], after.answers, strict=False):
+        print(f"    before  {harmless(was)}\n    after   {harmless(now)}")
+    print(f"\nreport: {report}")
+    return report
+
+
+def counted(cfg: Config, mode: str) -> str:
+    """What weights, gradients and optimizer of a mode take, in fp32 as on a CPU."""
+    file = cfg.model / "config.json"
+    config = read_config(read_object(file), str(file))
+    rank = MODES[mode].get("lora_rank")
+    lora = LoraConfig(rank, 2 * rank) if rank else None
+    memory = training_memory(config, lora, "base_4bit" in MODES[mode], tokens=0, frozen_dtype=torch.float32)
+    return f"{memory.total / 1e9:.2f} GB"
+
+
+def peak_memory() -> int:
+    """Bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def print_score(name: str, score: Score) -> None:
+    print(f"{name:<8} right {score.right:5.1f} +- {score.error:.1f} percent   ended {score.ended:5.1f}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("chat-demo", sys.modules[__name__], train, sys.argv[1:]))

@@ -1,0 +1,299 @@
+"""InstructGPT's recipe in miniature: six training runs, from random weights to PPO and DPO on the same preferences.
+
+    base           SFT from random weights on text that follows no instruction (stands in for pretraining)
+    SFT            base -> SFT on demonstrations
+    reward model   SFT -> Bradley and Terry's loss on preferences between SFT's own samples
+    PPO            SFT -> PPO on the reward model's score, beta KL(policy || SFT) taken off
+    PPO, no KL     the same with beta 0: over-optimisation
+    DPO            SFT -> DPO on the preferences, the same beta
+
+The judge behind the preferences has a gold reward, the formula in `_letters.py`, and errs with the odds of Bradley and
+Terry. So the reward model, the proxy, estimates it up to a constant, and PPO and DPO with beta share one optimum,
+pi_SFT e^(gold / beta) / Z. PPO logs the gold reward as a reward function of weight 0. Every stage is one call of an
+algorithm's `train` on files in the run folder, and leaves the flags of that call in its config.json.
+
+Source: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155
+        gold and proxy reward by sqrt(KL): Gao et al. 2022, https://arxiv.org/abs/2210.10760
+Run:    burnish instruct
+"""
+
+import json
+import random
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from math import inf
+from pathlib import Path
+from statistics import mean, median
+from typing import Any, Literal
+
+import torch
+
+from ...model.checkpoint import load_model, load_scalar_model
+from ...model.generate import Sample, generate
+from ...model.text.tokenizer import Tokenizer
+from .. import dpo, ppo, reward, sft
+from ..data.pairs import Completion, Preference, completion_logprobs, completion_scores
+from ..run.command import run_command
+from ..run.loop import check_flags, default_device, new_run_folder
+from . import page
+from .letters import (
+    BEST,
+    FOLLOWED,
+    LENGTH,
+    LETTERS,
+    answer_row,
+    gold,
+    make_tokenizer,
+    optimum,
+    preference_row,
+    prompt_row,
+)
+from .parts import random_model, read_metric, write_rows
+
+
+@dataclass(frozen=True)
+class Config:
+    output: Path = field(
+        default_factory=lambda: new_run_folder("instruct")
+    )  # new folder: stages, report.html
+    seeds: int = 1  # repetitions of everything; figures are then medians
+    texts: int = 16_000  # that follow no instruction, for the base
+    base_steps: int = 250  # SFT steps from random weights to a base
+    demonstrations: int = 6400
+    sft_steps: int = 300  # SFT steps on them
+    preferences: int = 12_800  # pairs of SFT's samples, for the reward model and for DPO
+    labels: Literal["gold", "coin"] = "gold"  # coin is the control: preferences that say nothing
+    reward_steps: int = 400  # of the reward model
+    beta: float = 1.0  # weight of the KL to SFT, in PPO and in DPO
+    ppo_steps: int = 50  # rollouts, with the KL and without
+    dpo_steps: int = 200
+    evaluation_samples: int = 64  # per instruction
+    device: str = field(default_factory=default_device)
+
+
+SIZE = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
+MAX_NEW_TOKENS = LENGTH + 4
+CAPACITY = 16_384  # tokens in one forward
+NO_KL = "PPO, no KL"
+
+
+@dataclass(frozen=True)
+class Score:
+    """Means over fresh samples at temperature 1."""
+
+    gold: float
+    proxy: float  # the reward model's score, shifted so that SFT's is its gold reward
+    kl: float  # of the stage to SFT, nats a sample
+    wins: float  # percent of samples with more gold reward than one of SFT's, equal ones half
+    length: float  # tokens, the end token included
+
+
+def train(cfg: Config) -> Path:
+    """Returns the path of the report."""
+    torch.set_num_threads(1)  # a second thread costs more than it gives on models this small
+    started = time.perf_counter()
+    counts = [name for name, value in vars(cfg).items() if isinstance(value, int)]
+    check_flags(cfg, **{name: (1, inf) for name in counts}, beta=(1e-9, inf))
+    folders = [cfg.output / f"seed-{seed}" for seed in range(cfg.seeds)]
+    recipes = [Recipe(cfg, folder, seed).run() for seed, folder in enumerate(folders)]
+    scores = {
+        stage: [vars(recipe.scores[stage]).values() for recipe in recipes] for stage in recipes[0].scores
+    }
+    table = {stage: Score(*map(median, zip(*rows, strict=True))) for stage, rows in scores.items()}
+    judged = [median(values) for values in zip(*(recipe.judged for recipe in recipes), strict=True)]
+    best, kl = optimum(cfg.beta)
+    facts = {
+        "reward model": f"right about {judged[0]:.1f} % of held-out preferences; gold itself {judged[1]:.1f} %",
+        "beta": cfg.beta,
+        "optimum at this beta": f"gold {best:.2f} at KL {kl:.2f}, from demonstrations learned exactly",
+        "preferences": f"{cfg.preferences}, labelled by {cfg.labels}",
+        "seeds": cfg.seeds,
+        "wall time": f"{time.perf_counter() - started:.0f} s",
+        "folder": cfg.output,
+    }
+    print_table(table, cfg.seeds)
+    report = page.write(
+        cfg.output / "report.html",
+        title="InstructGPT's recipe in miniature",
+        subtitle="Write twelve letters with much of one, but not only that one: demonstrations, a reward model from "
+        "preferences, PPO and DPO, each trained here from random weights.",
+        heading="Gold reward by stage",
+        header=["stage", "gold", "proxy", "KL to SFT", "wins over SFT, %", "length"],
+        rows={stage: [*vars(score).values()] for stage, score in table.items()},
+        full_bar=BEST,
+        format="%.2f",
+        note=f"gold: the judge's reward, at most {BEST}, which no stage has seen. proxy: the reward model's score, "
+        "shifted so that SFT's is its gold reward. wins: samples with more gold than one of SFT's, equal ones half. "
+        f"Means over {cfg.evaluation_samples} samples an instruction at temperature 1.",
+        figure_heading="Over-optimisation",
+        figure=page.draw_rewards([recipe.paths() for recipe in recipes]),
+        figure_note="Gold reward (solid) and proxy (dotted) of PPO's rollouts, means over five, by how far the policy "
+        "has gone from SFT. Where they part, the policy has found what the reward model gets wrong (Gao et al. 2022). "
+        "DPO, which has no rollouts, is one mark.",
+        transcripts=recipes[0].transcripts,
+        transcript_note="The first instructions, one sample each, with its gold reward.",
+        facts=facts,
+    )
+    print("\n" + "\n".join(f"{name}: {facts[name]}" for name in list(facts)[:3]))
+    print(f"{facts['wall time']}; report: {report}")
+    return report
+
+
+class Recipe:
+    """One seed's stages. Each stage's folder holds its config.json, metrics.jsonl and model."""
+
+    def __init__(self, cfg: Config, folder: Path, seed: int):
+        self.cfg, self.folder, self.seed = cfg, folder, seed
+        self.noise = random.Random(seed)
+        self.tokenizer = Tokenizer(make_tokenizer(), eos="<eos>")
+        self.scores: dict[str, Score] = {}
+        self.transcripts: dict[str, list[str]] = {}
+
+    def run(self) -> "Recipe":
+        cfg = self.cfg
+        random_weights = random_model(self.folder / "random", make_tokenizer(), self.seed, **SIZE)
+        texts, demonstrations = (
+            self.answers("texts", cfg.texts, 0),
+            self.answers("demonstrations", cfg.demonstrations, FOLLOWED),
+        )
+        flags = {"batch_size": 64, "learning_rate": 5e-3}
+        base = self.stage(sft, "base", random_weights, data=texts, steps=cfg.base_steps, **flags)
+        flags = {"batch_size": 64, "learning_rate": 2e-3}
+        self.sft = self.stage(sft, "sft", base, data=demonstrations, steps=cfg.sft_steps, **flags)
+
+        preferences = self.pairs("preferences", cfg.preferences, seed=1)
+        held_out = self.pairs("held-out", 800, seed=2)
+        flags = {"data": preferences, "held_out": held_out, "batch_size": 32, "learning_rate": 1e-3}
+        self.proxy = self.stage(reward, "reward", self.sft, steps=cfg.reward_steps, **flags)
+        self.judged = self.judge(held_out)
+        self.opponents = self.sample(self.sft, cfg.evaluation_samples, seed=3)
+        self.measure("base", base)
+        self.measure("SFT", self.sft)
+
+        flags = {"steps": cfg.ppo_steps, "data": self.write("prompts", map(prompt_row, LETTERS))}
+        flags |= {
+            "reward": ("burnish.algorithms.recipes.letters:gold",),
+            "reward_weights": (0.0,),
+        }  # logged alone
+        flags |= {"reward_model": self.proxy, "prompts_per_step": len(LETTERS), "group_size": 16}
+        flags |= {"max_new_tokens": MAX_NEW_TOKENS, "epochs_per_rollout": 2, "minibatches": 1}
+        flags |= {"learning_rate": 3e-4, "critic_learning_rate": 1e-3}
+        self.measure("PPO", self.stage(ppo, "ppo", self.sft, kl_coefficient=cfg.beta, **flags))
+        self.measure(NO_KL, self.stage(ppo, "ppo-no-kl", self.sft, kl_coefficient=0.0, **flags))
+
+        flags = {"data": preferences, "beta": cfg.beta, "batch_size": 64, "learning_rate": 3e-4}
+        self.measure("DPO", self.stage(dpo, "dpo", self.sft, steps=cfg.dpo_steps, **flags))
+        return self
+
+    def stage(self, algorithm: Any, name: str, model: Path, **flags: Any) -> Path:
+        common = {"output": self.folder / name, "seed": self.seed, "device": self.cfg.device}
+        return algorithm.train(algorithm.Config(model=model, **common, **flags))
+
+    def write(self, name: str, rows: Iterable[dict[str, str]]) -> Path:
+        return write_rows(self.folder / "data" / f"{name}.jsonl", rows)
+
+    def answers(self, name: str, count: int, followed: float) -> Path:
+        letters = self.noise.choices(LETTERS, k=count)
+        return self.write(name, (answer_row(letter, followed, self.noise) for letter in letters))
+
+    def sample(self, model: Path, samples: int, seed: int) -> list[Sample]:
+        return generate(
+            load_model(model, device=self.cfg.device),
+            [self.tokenizer.encode(prompt_row(letter)["prompt"]) for letter in LETTERS],
+            samples_per_prompt=samples,
+            max_new_tokens=MAX_NEW_TOKENS,
+            vocabulary=self.tokenizer.vocabulary,
+            stop_ids=self.tokenizer.stop_ids,
+            seed=(self.seed << 8) + seed,  # another for every use
+        )
+
+    def pairs(self, name: str, count: int, seed: int) -> Path:
+        """The judge's preferences between SFT's samples."""
+        coin = self.cfg.labels == "coin"
+        drawn = self.sample(self.sft, 2 * -(-count // len(LETTERS)), seed)
+        both = zip(drawn[::2], drawn[1::2], strict=True)
+        texts = [(LETTERS[a.prompt_index], self.decode(a), self.decode(b)) for a, b in both]
+        return self.write(name, (preference_row(*text, self.noise, coin) for text in texts))
+
+    def judge(self, held_out: Path) -> tuple[float, float]:
+        """Percent of the held-out preferences that the reward model and the gold reward agree with, ties half."""
+        accuracy = json.loads((self.folder / "reward" / "held_out.json").read_text())["after"]["accuracy"]
+        rows = [json.loads(line) for line in held_out.read_text().splitlines()]
+        letters = [row["prompt"][0] for row in rows]
+        chosen, rejected = (
+            gold([row[name] for row in rows], letter=letters) for name in ("chosen", "rejected")
+        )
+        return 100 * accuracy, win_rate(chosen, rejected)
+
+    def measure(self, stage: str, model: Path) -> None:
+        samples = self.sample(model, self.cfg.evaluation_samples, seed=4)
+        letters = [LETTERS[sample.prompt_index] for sample in samples]
+        golds, others = (
+            gold(list(map(self.decode, drawn)), letter=letters) for drawn in (samples, self.opponents)
+        )
+        pairs = [
+            Preference(
+                self.tokenizer.encode(prompt_row(letter)["prompt"]), as_completion(a), as_completion(b)
+            )
+            for letter, a, b in zip(letters, samples, self.opponents, strict=True)
+        ]
+        own, reference = (
+            completion_logprobs(load_model(folder, device=self.cfg.device), pairs, CAPACITY, self.cfg.device)[
+                :, 0
+            ]
+            for folder in (model, self.sft)
+        )
+        proxy_model = load_scalar_model(self.proxy, device=self.cfg.device)
+        proxy = completion_scores(proxy_model, pairs, CAPACITY, self.cfg.device).mean(
+            0
+        )  # (2,): samples, opponents
+        self.shift = mean(others) - proxy[1].item()
+        self.scores[stage] = Score(
+            gold=mean(golds),
+            proxy=proxy[0].item() + self.shift,
+            kl=(own - reference).mean().item(),
+            wins=win_rate(golds, others),
+            length=mean(len(sample.tokens) for sample in samples),
+        )
+        print_row(stage, self.scores[stage])
+        shown = range(0, 4 * self.cfg.evaluation_samples, self.cfg.evaluation_samples)
+        self.transcripts[stage] = [
+            f"{letters[i]}:{self.decode(samples[i]):<20}{golds[i]:4.0f}" for i in shown
+        ]
+
+    def decode(self, sample: Sample) -> str:
+        return self.tokenizer.decode(sample.tokens)
+
+    def paths(self) -> dict[str, tuple[list[float], list[float], list[float]]]:
+        """KL, gold and proxy reward of every rollout, by stage; DPO's of its end."""
+        found = {}
+        for stage, name in (("PPO", "ppo"), (NO_KL, "ppo-no-kl")):
+            kl, golds, proxy = (read_metric(self.folder / name, m) for m in ("kl", "reward/gold", "score"))
+            found[stage] = (kl, golds, [score + self.shift for score in proxy])
+        end = self.scores["DPO"]
+        return found | {"DPO": ([end.kl], [end.gold], [end.proxy])}
+
+
+def as_completion(sample: Sample) -> Completion:
+    return Completion(sample.tokens, [True] * len(sample.tokens))
+
+
+def win_rate(rewards: list[float], others: list[float]) -> float:
+    """Percent of `rewards` above their opponents', equal ones half."""
+    return 100 * mean((a > b) + 0.5 * (a == b) for a, b in zip(rewards, others, strict=True))
+
+
+def print_table(table: dict[str, Score], seeds: int) -> None:
+    print(f"\nMeans over fresh samples{f', medians of {seeds} seeds' if seeds > 1 else ''}:\n")
+    for stage, score in table.items():
+        print_row(stage, score)
+
+
+def print_row(stage: str, score: Score) -> None:
+    print(f"{stage:<12}" + "   ".join(f"{name} {value:6.2f}" for name, value in vars(score).items()))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("instruct", sys.modules[__name__], train, sys.argv[1:]))

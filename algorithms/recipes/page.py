@@ -1,0 +1,142 @@
+"""One self-contained HTML page of a recipe's run: table, figure, transcripts. No scripts, no network."""
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import jinja2
+import matplotlib
+from markupsafe import Markup
+
+matplotlib.use("svg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .parts import write_text
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2.5rem auto; padding: 0 1rem; color: #1c2430 }
+ h1 { font-size: 1.7rem; margin-bottom: .2rem } h2 { font-size: 1.2rem; margin-top: 2.2rem } .quiet { color: #5d6b7c }
+ table { border-collapse: collapse; width: 100% }
+ th, td { padding: .4rem .6rem; text-align: right; border-bottom: 1px solid #dde3ea }
+ th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid #1c2430 }
+ .bar { display: inline-block; height: .6rem; background: #3267a8; vertical-align: middle; margin-right: .5rem }
+ .number { display: inline-block; min-width: 3rem; font-variant-numeric: tabular-nums }
+ pre { background: #f4f6f9; padding: .7rem 1rem; overflow-x: auto; margin: .3rem 0 1rem }
+ svg { width: 100%; height: auto }
+</style></head><body>
+<h1>{{ title }}</h1>
+<p class="quiet">{{ subtitle }}</p>
+<h2>{{ heading }}</h2>
+<table><thead><tr>{% for name in header %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
+{% for stage, values in rows.items() %}<tr><td>{{ stage }}</td>{% for value in values %}
+<td>{% if value is not none %}{% if loop.first %}
+<span class="bar" style="width: {{ 6 * [value, 0] | max / full_bar }}rem"></span>{% endif %}
+<span class="number">{{ format % value }}</span>{% endif %}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table>
+<p class="quiet">{{ note }}</p>
+<h2>{{ figure_heading }}</h2>
+<p>{{ figure_note }}</p>
+{{ figure }}
+<h2>Transcripts</h2>
+<p>{{ transcript_note }}</p>
+{% for stage, lines in transcripts.items() %}<b>{{ stage }}</b><pre>{% for line in lines %}{{ line }}
+{% endfor %}</pre>{% endfor %}
+<h2>This run</h2>
+<table>{% for name, value in facts.items() %}<tr><td>{{ name }}</td><td>{{ value }}</td></tr>{% endfor %}</table>
+</body></html>
+"""
+
+
+def write(
+    path: Path,
+    *,
+    title: str,
+    subtitle: str,
+    heading: str,
+    header: Sequence[str],
+    rows: Mapping[str, Sequence[float | None]],
+    note: str,
+    figure: str,
+    figure_note: str,
+    transcripts: Mapping[str, Sequence[str]],
+    facts: Mapping[str, object],
+    full_bar: float = 100,
+    format: str = "%.1f",
+    figure_heading: str = "Learning curves",
+    transcript_note: str = "The first held-out problems, one sample each.",
+) -> Path:
+    """rows: numbers a stage, the first drawn as a bar, full at `full_bar`. figure: SVG text, as `draw_steps` gives it.
+
+    The page is written beside `path` and renamed, so a reader never finds half of it.
+    """
+    template = jinja2.Environment(autoescape=True).from_string(PAGE)
+    page = template.render(
+        title=title,
+        subtitle=subtitle,
+        heading=heading,
+        header=header,
+        rows=rows,
+        full_bar=full_bar,
+        format=format,
+        note=note,
+        figure_heading=figure_heading,
+        figure_note=figure_note,
+        figure=Markup(figure),
+        transcript_note=transcript_note,
+        transcripts=transcripts,
+        facts=facts,
+    )
+    beside = write_text(path.with_suffix(".partial"), page)
+    os.replace(beside, path)
+    return path
+
+
+def smooth(values: Sequence[float], window: int = 5) -> list[float]:
+    """Mean of each value and those before it, `window` in all."""
+    spans = [values[max(0, i - window + 1) : i + 1] for i in range(len(values))]
+    return [sum(span) / len(span) for span in spans]
+
+
+def draw_steps(curves: Sequence[Mapping[str, Sequence[float]]]) -> str:
+    """SVG text: the smoothed share of right samples by GRPO step for each stage, one thin line a seed."""
+    figure, axes = plt.subplots(figsize=(9, 3.6))
+    for index, stage in enumerate(curves[0]):
+        for seed, stages in enumerate(curves):
+            label = stage if seed == 0 else None
+            axes.plot(smooth(stages[stage]), color=f"C{index}", linewidth=1.6, alpha=0.9, label=label)
+    axes.set(xlabel="GRPO step", ylabel="share of right samples", ylim=(0, 1.02))
+    return _finish(figure, axes, "lower right")
+
+
+def draw_rewards(
+    paths: Sequence[Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]]],
+) -> str:
+    """SVG text: by stage KL, gold and proxy reward of each step, smoothed; one line a seed, a mark for one step."""
+    figure, axes = plt.subplots(figsize=(9, 4.2))
+    for index, stage in enumerate(paths[0]):
+        for seed, stages in enumerate(paths):
+            kl, *rewards = (smooth(values) for values in stages[stage])
+            distance = [max(0.0, value) ** 0.5 for value in kl]
+            for values, name, line, marker in zip(rewards, ("gold", "proxy"), ("-", ":"), "os", strict=True):
+                label = f"{stage}, {name}" if seed == 0 else None
+                mark = marker if len(values) == 1 else ""
+                axes.plot(distance, values, line, marker=mark, color=f"C{index}", linewidth=1.6, label=label)
+    axes.set(xlabel="distance from SFT: square root of the KL divergence", ylabel="reward")
+    return _finish(figure, axes, "best")
+
+
+def _finish(figure: Figure, axes: Axes, legend: Literal["lower right", "best"]) -> str:
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc=legend)
+    text = io.StringIO()
+    figure.savefig(text, format="svg", bbox_inches="tight")
+    plt.close(figure)
+    return text.getvalue()[text.getvalue().index("<svg") :]

@@ -1,0 +1,1 @@
+"""A run around its loop: flags, folder, optimizer, checkpoints, processes, streams."""

@@ -1,0 +1,371 @@
+"""Calls of users' functions, which end in what was asked for or in one sentence that names what went wrong.
+
+    results([Call("reward f", f, {"completions": [...]}, "rewards", 4)], seconds=None)    one list of 4 entries a call
+
+A function may be async; those of one call of `results` run at the same time. They run on one event loop for the whole
+process, in a daemon thread, as TRL's do: a client keeps its connections from step to step, and a notebook's own loop is
+left alone.
+
+Time limit: an async function that is not done in time is given up. Any other function stays in the main thread, where
+signal handlers and thread-bound clients of its own work, and is interrupted by SIGALRM: this ends a Python loop, a
+sleep, a blocking read, and a regular expression that backtracks for ever. What catches even the interruption, or holds
+the interpreter's lock in C, is ended with the process. Reading results is inside the limit: their methods are the
+user's, too.
+"""
+
+import asyncio
+import atexit
+import concurrent.futures
+import contextlib
+import faulthandler
+import functools
+import inspect
+import itertools
+import os
+import signal
+import sys
+import sysconfig
+import threading
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence, Set, Sized
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ...model.errors import InputError
+
+PATIENCE = 5.0  # seconds that an interrupted function has to return in, before the process is ended
+GIVEN_UP = threading.Event()  # a function's time was over: threads that it has started may run for ever
+PATHS = sysconfig.get_paths()
+LIBRARIES = (*(PATHS[name] + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")), "<")
+OURS = (__file__, str(Path(__file__).parents[1] / "data" / "rewards.py"))
+CLASS_NAME = type.__dict__["__name__"]
+
+
+class Expired(BaseException):
+    """Raised inside a function whose time is over; its `except Exception` does not catch it."""
+
+
+PASSES = (KeyboardInterrupt, Expired)  # of what a user's object may raise, what is not the object's own
+
+
+class Call(NamedTuple):
+    label: str  # what a message names
+    function: Callable[..., Any]
+    arguments: dict[str, Any]
+    what: str  # its results, in the plural
+    count: int  # how many of them are expected
+    read: Callable[[Any], Any] = lambda entry: entry  # a result as what is returned; raises where it is none
+    expected: str = ""  # what a result has to be
+
+
+def results(calls: Sequence[Call], seconds: float | None = None) -> list[list[Any]]:
+    """Each call's list of `count` results. Raises InputError naming the function that does anything else.
+
+    seconds: the time that a call has; None for no limit.
+    """
+    found: list[Any] = []
+    with _torch_as_it_was():
+        try:
+            for call in calls:
+                found.append(_called(call, seconds))
+        except BaseException:
+            _close(found)
+            raise
+        waiting = [i for i, value in enumerate(found) if inspect.isawaitable(value)]
+        if waiting:
+            done = _awaited([(calls[i], found[i]) for i in waiting], seconds)
+            for i, value in zip(waiting, done, strict=True):
+                found[i] = value
+    return found
+
+
+@contextlib.contextmanager
+def _torch_as_it_was() -> Iterator[None]:
+    """Put back what a function may have set for the whole program: torch's gradients and default dtype."""
+    gradients, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(gradients)
+        torch.set_default_dtype(dtype)
+
+
+def _called(call: Call, seconds: float | None) -> list[Any] | Awaitable[Any]:
+    with _time_limit(seconds, _late([call], seconds)):
+        try:
+            value = call.function(**call.arguments)
+            return value if inspect.isawaitable(value) else _entries(call, value)
+        except (InputError, *PASSES):
+            raise
+        except BaseException as error:  # whatever a user's function raises is the user's to read
+            raise InputError(f"{call.label} raised {described(error)}") from error
+
+
+def _entries(call: Call, value: Any) -> list[Any]:
+    """The results as a list of the right length."""
+    expected = f"{call.label}: expected a list of {call.count} {call.what}, one a completion"
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple) and len(shape) != 1:
+        raise InputError(f"{expected}, got an array of shape {tuple(shape)}")
+    iterator = _iterator(value)
+    if iterator is None:
+        _close([value])
+        got = "None" if value is None else f"{class_name(value)} {shown(value)}"
+        raise InputError(f"{expected}, got {got}")
+    entries = list(itertools.islice(iterator, call.count + 1))  # a generator may have no end
+    if len(entries) != call.count:
+        more = f"more than {call.count}" if len(entries) > call.count else len(entries)
+        got = len(value) if isinstance(value, Sized) else more
+        _close(entries)
+        raise InputError(f"{call.label}: expected {call.count} {call.what}, one a completion, got {got}")
+    if any(inspect.isawaitable(entry) for entry in entries):
+        _close(entries)
+        raise InputError(f"{expected}, got coroutines in it: await them with asyncio.gather")
+    return [_read(call, i, entry) for i, entry in enumerate(entries)]
+
+
+def _iterator(value: Any) -> Iterator[Any] | None:
+    """None where the value is no list of entries. What has __getitem__ alone is one, too."""
+    if isinstance(value, str | bytes | Mapping | Set):
+        return None
+    try:
+        return iter(value)
+    except TypeError:
+        return None
+
+
+def _read(call: Call, i: int, entry: Any) -> Any:
+    try:
+        return call.read(entry)
+    except PASSES:
+        raise
+    except BaseException as error:
+        got = shown(entry)
+        raise InputError(f"{call.label}: expected {call.expected} for completion {i}, got {got}") from error
+
+
+def _close(values: Iterable[Any]) -> None:
+    """Let go of coroutines that nobody will await, or Python warns of each."""
+    for value in values:
+        if inspect.iscoroutine(value):
+            value.close()
+
+
+# ---- async functions
+
+
+@functools.cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+
+    def serve() -> None:
+        while (
+            True
+        ):  # a task that raises SystemExit would end the loop, and those who wait would wait for ever
+            with contextlib.suppress(BaseException):
+                loop.run_forever()
+
+    threading.Thread(target=serve, name="users' async functions", daemon=True).start()
+    return loop
+
+
+def _awaited(calls: Sequence[tuple[Call, Awaitable[Any]]], seconds: float | None) -> list[list[Any]]:
+    """The results of all, which run at the same time; the first failure ends the others."""
+    loop, tasks = _event_loop(), []
+
+    async def entries(call: Call, awaitable: Awaitable[Any]) -> list[Any] | InputError:
+        try:
+            return _entries(call, await awaitable)
+        except InputError:
+            raise
+        except BaseException as error:
+            failure = InputError(f"{call.label} raised {described(error)}")
+            if isinstance(error, GeneratorExit):  # a coroutine that Python throws away may not raise
+                return failure
+            raise failure from error
+
+    async def gather() -> list[list[Any] | InputError]:
+        tasks.extend(asyncio.ensure_future(entries(*call)) for call in calls)
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    late = [call for call, _ in calls]
+    with _ended_with(
+        seconds, _late(late, seconds)
+    ):  # from before any of them may take the interpreter's lock
+        future = asyncio.run_coroutine_threadsafe(gather(), loop)
+        try:
+            if concurrent.futures.wait([future], seconds).done:
+                late = []
+            elif tasks:
+                late = [call for call, task in zip(late, tasks, strict=True) if not task.done()]
+        finally:
+            if late:  # out of time, or interrupted: this loop may never be free again
+                loop.set_exception_handler(lambda *_: None)
+                future.cancel()
+                _event_loop.cache_clear()
+    if late:
+        raise _timed_out(_late(late, seconds))
+    found = []
+    for value in future.result():
+        if isinstance(value, InputError):
+            raise value
+        found.append(value)
+    return found
+
+
+# ---- the time limit
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float | None, message: str) -> Iterator[None]:
+    """Interrupt the block after `seconds`, again each second while it goes on, and raise InputError(message)."""
+    if seconds is None:
+        yield
+        return
+    if threading.current_thread() is not threading.main_thread():
+        raise InputError("--reward-timeout: expected to be in the main thread, where signals arrive")
+    expired = False
+
+    def expire(*_: object) -> None:
+        nonlocal expired
+        expired = True
+        raise Expired
+
+    handler, started = signal.signal(signal.SIGALRM, expire), time.monotonic()
+    delay, interval = signal.getitimer(signal.ITIMER_REAL)  # someone else's, which comes back below
+    try:
+        with _ended_with(seconds, message):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+                yield
+                _check_own_alarm(time.monotonic() - started, seconds, message)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+    except Expired:
+        pass
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+        left = max(delay - (time.monotonic() - started), 1e-3) if delay else 0.0
+        signal.setitimer(signal.ITIMER_REAL, left, interval)
+        if expired:  # whatever the function has made of the interruption
+            raise _timed_out(message) from None
+
+
+def _check_own_alarm(elapsed: float, seconds: float, message: str) -> None:
+    """Raises InputError where a function came back late and was not interrupted: SIGALRM was its own."""
+    if elapsed > seconds + 0.1:
+        raise InputError(
+            f"{message}: it took {elapsed:.1f} s, and what uses SIGALRM itself is not interrupted"
+        )
+
+
+LAST_WORDS = """exec >/dev/null; trap '' INT
+while IFS= read -r line; do
+    case $line in "Timeout ("*) printf '\\n%s\\n' "$words" >&2; exec cat;; esac
+    words=$line
+done"""
+
+
+@functools.cache
+def _speaker() -> int:
+    """Where to write the sentence that another process prints when faulthandler has ended this one."""
+    read, write = os.pipe()
+    os.posix_spawn(
+        "/bin/sh", ["sh", "-c", LAST_WORDS], os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, read, 0)]
+    )
+    os.close(read)
+    return write
+
+
+@contextlib.contextmanager
+def _ended_with(seconds: float | None, message: str) -> Iterator[None]:
+    """End the process, with status 1 and the message, where the block takes PATIENCE longer than `seconds`.
+
+    By faulthandler's thread, which needs no lock of the interpreter; what it writes makes the speaker speak.
+    """
+    if seconds is None:
+        yield
+        return
+    speaker = _speaker()
+    with contextlib.suppress(OSError):
+        os.write(speaker, f"{message}, nor within {PATIENCE:g} s more\n".encode(errors="replace"))
+    faulthandler.dump_traceback_later(seconds + PATIENCE, exit=True, file=speaker)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _late(calls: Sequence[Call], seconds: float | None) -> str:
+    labels = " or ".join(call.label for call in calls)
+    return f"{labels}: expected to return within {seconds or 0:g} s (--reward-timeout), it did not"
+
+
+def _timed_out(message: str) -> InputError:
+    GIVEN_UP.set()
+    return InputError(message)
+
+
+def left(status: int) -> int:
+    """The status, or the end of the process where functions have left threads, for which Python would wait."""
+    if GIVEN_UP.is_set():
+        leave(status)
+    here = threading.current_thread()
+    if any(thread is not here and not thread.daemon for thread in threading.enumerate()):
+        atexit._run_exitfuncs()
+        leave(status)
+    return status
+
+
+def leave(status: int) -> None:
+    """End the process without waiting for any thread."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(status)
+
+
+# ---- words
+
+
+def described(error: BaseException) -> str:
+    """The exception on one line, with the file and line that raised it: the innermost that no library holds."""
+    try:
+        message = brief(str(error), 200)
+    except PASSES:
+        raise
+    except BaseException:  # an exception's own __str__ may fail, too
+        message = ""
+    places = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    places = [(file, line) for file, line in places if not file.startswith(LIBRARIES) and file not in OURS]
+    place = f" ({Path(places[-1][0]).name}:{places[-1][1]})" if places else ""
+    return f"{class_name(error)}{': ' if message else ''}{message}{place}"
+
+
+def class_name(value: object) -> str:
+    """What Python calls its class, whatever the class says of itself."""
+    return CLASS_NAME.__get__(type(value))
+
+
+def shown(value: Any) -> str:
+    """The value's repr, at most 60 characters on one line."""
+    try:
+        return brief(repr(value), 60)
+    except PASSES:
+        raise
+    except BaseException:  # a __repr__ of the user's, or an int of too many digits
+        return f"a value of {class_name(value)}"
+
+
+def brief(text: str, length: int) -> str:
+    """The text on one line, without control characters, cut at `length`."""
+    words = "".join(c if c.isprintable() else " " for c in text[: 4 * length]).split()
+    line = " ".join(words)
+    return line if len(line) <= length else line[: length - 3] + "..."

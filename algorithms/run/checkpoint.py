@@ -1,0 +1,305 @@
+"""What a stopped run goes on from: one safetensors file with all that training changes, replaced as a whole.
+
+It holds the trained parameters and the optimizer states as "part/name", and in its metadata the step and a few numbers
+as JSON. Nothing else needs saving: data order and sampling noise are functions of the seed and the step, and frozen
+weights come from the model folder that the run started from.
+
+Of several processes each writes a file with its rows of every tensor; that of rank 0 comes last and names the others.
+Any number of processes, one included, reads from them the rows that it needs.
+"""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from math import ceil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ...model.errors import InputError, shown
+from ...model.files.text_files import check_regular, parse_json
+from .processes import gathered, rank, world
+
+Part = nn.Module | torch.optim.Optimizer
+COUNT = "tensors"  # among the values of a file: how many tensors belong to it, or one could be missing unseen
+COUNTS = ("step", "draws", "varied", COUNT)  # of the values
+REWARDS = ("lowest", "highest")  # of the values
+STATES = ("/step", "/exp_avg", "/exp_avg_sq")  # AdamW's, of each parameter
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def write_checkpoint(file: Path, parts: Mapping[str, Part], values: Mapping[str, Any]) -> None:
+    """Replace `file` by the state of `parts` and the JSON of `values`; a failure leaves the earlier file whole."""
+    tensors: dict[str, Tensor] = {}
+    starts: dict[str, int] = {}  # of the tensors that processes share: the first row of this one
+    for part, module in parts.items():
+        for name, tensor in _tensors(module).items():
+            if _is_shared(tensor):
+                starts[f"{part}/{name}"] = _rows(tensor).start
+            if _is_shared(tensor) or rank() == 0:
+                tensors[f"{part}/{name}"] = _own(tensor).detach().contiguous()
+    others = _names(file, values.get("step"), world())
+    metadata = {"values": json.dumps({**values, COUNT: sum(len(_tensors(part)) for part in parts.values())})}
+    if others:
+        metadata |= {"others": json.dumps(others), "starts": json.dumps(starts)}
+    final = file.with_name(others[rank() - 1]) if rank() else file
+    beside = final.with_name(f".{final.name}.partial")
+    try:
+        save_file(tensors, beside, metadata=metadata)
+        with open(beside, "rb+") as written:
+            os.fsync(written.fileno())
+        if rank():
+            beside.replace(final)
+        gathered({"written": torch.ones(1)})  # by every process: only now may the earlier checkpoint go
+        if rank() == 0:
+            beside.replace(file)
+            for stale in file.parent.glob(f"{file.stem}-*-of-*{file.suffix}"):
+                if stale.name not in others:
+                    stale.unlink()
+    except (OSError, SafetensorError) as error:
+        beside.unlink(missing_ok=True)
+        raise InputError(f"{file}: cannot be written, the earlier checkpoint is kept: {error}") from error
+
+
+def read_checkpoint(file: Path, parts: Mapping[str, Part]) -> dict[str, Any]:
+    """Put the state in `file` into `parts`, in place. Returns the values, numbers by name, `step` among them.
+
+    Raises InputError naming the file and the tensor where it does not fit: all names, dtypes and shapes are compared
+    before anything is put anywhere, and numbers that are not finite are no state.
+    """
+    with ExitStack() as stack:
+        first = _open(file, stack)
+        metadata = first.metadata() or {}
+        values = _values(file, metadata)
+        files = {file: first}
+        for name in _others(file, metadata, values["step"]):
+            files[file.with_name(name)] = _open(file.with_name(name), stack)
+        stored = _stored(files)
+        if len(stored) != values.pop(COUNT, len(stored)):
+            raise InputError(f"{file}: not a whole checkpoint: tensors are missing")
+        wanted = {part: _wanted(module) for part, module in parts.items()}
+        _check_fit(file, wanted, stored)
+        for part, module in parts.items():
+            own = {name: stored[f"{part}/{name}"] for name in wanted[part] if f"{part}/{name}" in stored}
+            if isinstance(module, nn.Module):
+                with torch.no_grad():
+                    for name, parameter in _tensors(module).items():
+                        _own(parameter).copy_(own[name].read(_rows(parameter)))
+            else:
+                module.load_state_dict(_optimizer_state(module, own))
+    return values
+
+
+def _open(file: Path, stack: ExitStack) -> Any:
+    check_regular(file)
+    try:
+        return stack.enter_context(safe_open(file, framework="pt"))
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file}: not a whole checkpoint: {error}") from error
+
+
+def _values(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What an algorithm keeps, and the step: numbers, of which rewards alone may be negative."""
+    where = f"{file}: metadata: values"
+    values = parse_json(metadata.get("values", ""), where)
+    if not isinstance(values, dict):
+        raise InputError(f"{where}: expected an object, got {shown(values)}")
+    for name, value in {"step": None, **values}.items():
+        least = -sys.float_info.max if name in REWARDS else 0
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not least <= value <= (
+            2**63 - 1 if isinstance(value, int) else sys.float_info.max
+        ):
+            raise InputError(f"{where}: {shown(name)}: expected a finite number, got {shown(value)}")
+        if name in COUNTS and not isinstance(value, int):
+            raise InputError(f"{where}: {name}: expected a whole number, got {shown(value)}")
+    return values
+
+
+def _others(file: Path, metadata: Mapping[str, str], step: int) -> list[str]:
+    """The names of the other processes' files, which say nothing but their numbers."""
+    where = f"{file}: metadata: others"
+    others = parse_json(metadata.get("others", "[]"), where)
+    count = len(others) + 1 if isinstance(others, list) else 1
+    expected = _names(file, step, count)
+    if others != expected:
+        raise InputError(f"{where}: expected names like {_names(file, step, 2)[0]}, got {shown(others)}")
+    return expected
+
+
+def _names(file: Path, step: Any, processes: int) -> list[str]:
+    return [f"{file.stem}-{step}-{i}-of-{processes}{file.suffix}" for i in range(1, processes)]
+
+
+class Wanted(NamedTuple):
+    """What a run has a place for: a parameter's shape and dtype, or those of a state of it."""
+
+    shape: list[int]
+    dtype: str  # as a file's header spells it
+    at_least: float = -math.inf
+
+
+def _wanted(part: Part) -> dict[str, Wanted]:
+    """By name. An optimizer's are those of AdamW, for all parameters."""
+    if isinstance(part, nn.Module):
+        return {name: Wanted([*p.shape], DTYPES[p.dtype]) for name, p in _tensors(part).items()}
+    found: dict[str, Wanted] = {}
+    for i, parameter in enumerate(p for group in part.param_groups for p in group["params"]):
+        moment = Wanted([*parameter.shape], DTYPES[parameter.dtype])
+        found |= {f"{i}/step": Wanted([], "F32", 1.0), f"{i}/exp_avg": moment}
+        found[f"{i}/exp_avg_sq"] = moment._replace(at_least=0.0)
+    return found
+
+
+def _check_fit(
+    file: Path, wanted: Mapping[str, Mapping[str, Wanted]], stored: Mapping[str, "Stored"]
+) -> None:
+    """Raises InputError naming a tensor that is missing, without a place, or of another shape or dtype.
+
+    A parameter that no step has moved has no state in an optimizer; another has all three.
+    """
+    places = {f"{part}/{name}": place for part, names in wanted.items() for name, place in names.items()}
+    begun = {name.rpartition("/")[0] for name in stored}
+    for name in places:
+        is_state = name.endswith(STATES) and name.partition("/")[2].partition("/")[0].isdecimal()
+        if name not in stored and (not is_state or name.rpartition("/")[0] in begun):
+            raise InputError(
+                f"{file}: {shown(name)}: missing; its tensors are not those that this run trains"
+            )
+    for name, found in stored.items():
+        if name not in places:
+            raise InputError(
+                f"{file}: {shown(name)}: unexpected; its tensors are not those that this run trains"
+            )
+        place = places[name]
+        if [found.dtype, found.shape] != [place.dtype, place.shape]:
+            raise InputError(
+                f"{file}: {shown(name)}: expected {place.dtype} of shape {place.shape}, got {found.dtype} of shape "
+                f"{found.shape}; its tensors are not those that this run trains"
+            )
+        found.at_least = place.at_least
+
+
+def _tensors(part: Part) -> dict[str, Tensor]:
+    if isinstance(part, nn.Module):
+        return {name: parameter for name, parameter in part.named_parameters() if parameter.requires_grad}
+    return {
+        f"{index}/{name}": tensor
+        for index, state in part.state_dict()["state"].items()
+        for name, tensor in state.items()
+    }
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer, stored: Mapping[str, "Stored"]) -> dict[str, Any]:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, found in stored.items():
+        index, _, name = key.partition("/")
+        parameter = parameters[int(index)]
+        tensor = found.read(_rows(parameter))
+        if found.shape and _is_shared(parameter):
+            from torch.distributed.tensor import DTensor
+
+            shape = {"shape": parameter.shape, "stride": parameter.stride()}
+            tensor = tensor.to(_own(parameter).device)
+            tensor = DTensor.from_local(tensor, parameter.device_mesh, parameter.placements, **shape)
+        state.setdefault(int(index), {})[name] = tensor
+    return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+
+
+# ---- tensors that processes share
+
+
+def _is_shared(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
+def _own(tensor: Any) -> Tensor:
+    """This process's rows."""
+    return tensor.to_local() if _is_shared(tensor) else tensor
+
+
+def _rows(tensor: Tensor) -> range:
+    """Which rows they are: as torch.chunk shares them out."""
+    rows = tensor.shape[0] if tensor.dim() else 1
+    if not _is_shared(tensor):
+        return range(rows)
+    size = ceil(rows / world())
+    found = range(min(rank() * size, rows), min((rank() + 1) * size, rows))
+    assert len(found) == _own(tensor).shape[0]
+    return found
+
+
+@dataclass
+class Stored:
+    """A tensor in files, each with some of its rows."""
+
+    where: str  # its file and name
+    dtype: str  # as the header spells it
+    shape: list[int]
+    pieces: list[tuple[int, Any]] = field(default_factory=list)  # the first row, and the file's slices
+    at_least: float = -math.inf
+
+    def read(self, rows: range) -> Tensor:
+        """These rows; the number of a tensor without dimensions. Raises InputError where they are no state."""
+        try:
+            found = self._read(rows)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{self.where}: not a whole checkpoint: {error}") from error
+        if not found.isfinite().all():
+            raise InputError(
+                f"{self.where}: expected finite numbers, got NaN or infinity: resume from another run"
+            )
+        if (found < self.at_least).any():
+            raise InputError(
+                f"{self.where}: expected numbers of at least {self.at_least:g}, got {found.min():g}"
+            )
+        return found
+
+    def _read(self, rows: range) -> Tensor:
+        if not self.shape:
+            return self.pieces[0][1][...]
+        found = []
+        for start, piece in self.pieces:
+            first, end = max(rows.start, start), min(rows.stop, start + piece.get_shape()[0])
+            if first < end:
+                found.append(piece[first - start : end - start])
+        return torch.cat(found) if found else self.pieces[0][1][:0]
+
+
+def _stored(files: Mapping[Path, Any]) -> dict[str, Stored]:
+    """By name. Raises InputError where the rows of a tensor are not all there, each once."""
+    stored: dict[str, Stored] = {}
+    for path, file in files.items():
+        starts = _starts(path, file)
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            piece = file.get_slice(name)
+            dtype, shape, where = str(piece.get_dtype()), piece.get_shape(), f"{path}: {shown(name)}"
+            found = stored.setdefault(name, Stored(where, dtype, [0, *shape[1:]] if shape else []))
+            rows = found.shape[0] if shape and found.shape else 0
+            if found.dtype != dtype or found.shape[1:] != shape[1:] or (found.pieces and not found.shape):
+                raise InputError(f"{where}: its rows in another file are of another kind")
+            if starts.get(name, 0) != rows:
+                raise InputError(
+                    f"{where}: expected its rows from {rows} on, got {shown(starts.get(name, 0))}"
+                )
+            if shape:
+                found.shape[0] += shape[0]
+            found.pieces.append((rows, piece))
+    return stored
+
+
+def _starts(path: Path, file: Any) -> dict[str, Any]:
+    where = f"{path}: metadata: starts"
+    starts = parse_json((file.metadata() or {}).get("starts", "{}"), where)
+    if not isinstance(starts, dict):
+        raise InputError(f"{where}: expected an object, got {shown(starts)}")
+    return starts

@@ -1,0 +1,56 @@
+"""How a Config and a function become a command: flags by tyro, one message for wrong input, an exit status."""
+
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+import tyro
+
+from ...model.errors import InputError, shown
+from .calls import brief, left
+from .processes import processes
+from .streams import run_program
+
+CPU_IS_FULL = "can't allocate memory"  # what torch's RuntimeError says
+
+
+def run_command(
+    name: str, module: ModuleType, function: Callable[[Any], object], arguments: Sequence[str]
+) -> int:
+    """Returns the exit status: 0, 1 for wrong input, 130 when interrupted. Wrong usage exits with 2 in tyro."""
+    if module.__name__ != "__main__":
+        return _status(name, module, function, arguments)
+    return left(run_program(name, lambda: _status(name, module, function, arguments)))
+
+
+def _status(
+    name: str, module: ModuleType, function: Callable[[Any], object], arguments: Sequence[str]
+) -> int:
+    summary = (module.__doc__ or "").splitlines()[0]
+    config = tyro.cli(module.Config, prog=name, args=arguments, description=summary)
+    try:
+        with processes(name.split()[-1], getattr(config, "device", "cpu")):
+            function(config)
+    except InputError as error:
+        print(f"\n{name}: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # a name that is too long, a device that is full, a folder that nobody may enter
+        where = "" if error.filename is None else f"{shown(error.filename)}: "
+        print(f"\n{name}: {InputError(f'{where}{error.strerror or error}')}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        print(f"\n{name}: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and CPU_IS_FULL not in str(error):
+            raise
+        print(f"\n{name}: not enough memory: {brief(str(error), 200) or 'of the host'}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; what was saved until now is whole", file=sys.stderr)
+        return 130
+    return 0

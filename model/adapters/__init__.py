@@ -1,0 +1,1 @@
+"""The parts of an adapter that know nothing of the model that it stands on."""

@@ -1,0 +1,267 @@
+"""Regular expressions of other people's files, matched in bounded time.
+
+Python's `re` tries one way after the other, and an expression of 20 characters can have more ways than there is time
+for; nothing stops it. It has those whose ways can be counted and are few, as most are that people write. For any other
+all ways are followed at once, and each step is counted: one that takes too many is refused.
+
+    ends of "a|ab" in "abc", begun at 0:    {1, 2} as the bits of an integer, 0b110
+
+Source: Thompson 1968, https://doi.org/10.1145/363347.363387; the parse tree is that of Python's own `re`
+"""
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from math import inf
+from typing import Any
+
+from ..errors import InputError, shown
+
+op: Any = import_module("re._constants")
+parser: Any = import_module("re._parser")
+
+MOST_CHARACTERS = 10_000  # of an expression; Unsloth's have about 500
+MOST_WAYS = 30_000  # that `re` may try on one name
+MOST_STEPS = 500_000  # of all expressions of one adapter: a second; Unsloth's takes 90 a name
+NAME_LENGTH = 128  # up to which ways are counted; a module's name has about 40 characters
+_PLAIN = re.compile(r"[\w.]*")  # a name: a single way
+_ONE = {op.LITERAL, op.NOT_LITERAL, op.ANY, op.IN}  # what takes one character
+_NOT = {op.CATEGORY_NOT_DIGIT: op.CATEGORY_DIGIT, op.CATEGORY_NOT_SPACE: op.CATEGORY_SPACE}
+_NOT |= {op.CATEGORY_NOT_WORD: op.CATEGORY_WORD}
+
+
+def is_word(character: str) -> bool:
+    return character.isalnum() or character == "_"
+
+
+_CATEGORIES = {op.CATEGORY_DIGIT: str.isdecimal, op.CATEGORY_SPACE: str.isspace, op.CATEGORY_WORD: is_word}
+
+
+@dataclass
+class Steps:
+    """What is left to several expressions together."""
+
+    left: int = field(default_factory=lambda: MOST_STEPS)
+
+
+class Expression:
+    """`before`, `text` and `after` as one expression, of which `text` is what the file says under `key`.
+
+    Raises InputError where it is none, or has a part that cannot be followed: a reference back to a group, or a group
+    that keeps its first match.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        key: str = "expression",
+        before: str = "",
+        after: str = "",
+        steps: Steps | None = None,
+    ):
+        self.arguments, self.key = (text, key, before, after), key
+        self.text, self.whole, self.steps = text, f"{before}{text}{after}", steps or Steps()
+        self.known: dict[str, int] = {}  # name -> its ends
+        self.fits: dict[tuple[int, int, str], bool] = {}  # (id of a node, flags, character)
+        if len(text) > MOST_CHARACTERS:
+            raise InputError(f"{key}: expected at most {MOST_CHARACTERS} characters, got {len(text)}")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                plain = _PLAIN.fullmatch(text) is not None
+                if not plain:
+                    parser.parse(text)  # in brackets, "a)(b" would be one
+                self.tree = None if plain else parser.parse(self.whole)
+                few = self.tree is None or _ways(self.tree) <= MOST_WAYS
+                self.pattern = re.compile(self.whole) if few else None
+        except (re.error, OverflowError, RecursionError, ValueError) as error:
+            raise InputError(
+                f"{key}: expected a regular expression, got {shown(repr(text))}: {error}"
+            ) from None
+
+    def __reduce__(self) -> Any:  # in a copy of the tree nodes have other ids
+        return Expression, self.arguments
+
+    def matches(self, name: str) -> bool:
+        """As re.fullmatch. name: not empty, on one line."""
+        if self.pattern is not None and (self.tree is None or len(name) <= NAME_LENGTH):
+            return self.pattern.fullmatch(name) is not None
+        return bool(self.ends(name) >> len(name) & 1)
+
+    def ends(self, name: str) -> int:
+        """Bit i: some match that begins at 0 ends before character i."""
+        if self.tree is None:
+            self.tree = parser.parse(self.whole)
+        if name not in self.known:
+            self.known[name] = _Walk(self, name).follow(self.tree, 1, self.tree.state.flags)
+        return self.known[name]
+
+    def count(self, steps: int) -> None:
+        self.steps.left -= steps
+        if self.steps.left < 0:
+            raise InputError(
+                f"{self.key}: expected a regular expression that matches quickly, got {shown(repr(self.text))}"
+            )
+
+    def takes(self, node: Any, character: str, flags: int) -> bool:
+        """Whether a node of one character takes this one."""
+        key = id(node), flags, character
+        if key not in self.fits:
+            positive, negated = _positive(node)
+            cases = (str.lower, str.upper, str) if flags & re.IGNORECASE else (str,)
+            found = [case(character) for case in cases]
+            self.fits[key] = any(_is(positive, c, flags) for c in found if len(c) == 1) != negated
+        return self.fits[key]
+
+
+def _ways(tree: Any) -> float:
+    """How many ways `re` may try on a name. Raises ValueError where a part is none that _Walk follows."""
+    ways = 1.0
+    for kind, value in tree:
+        if kind in (op.GROUPREF, op.GROUPREF_EXISTS, op.ATOMIC_GROUP, op.POSSESSIVE_REPEAT):
+            raise ValueError(f"{str(kind).lower()} is not read")
+        inside = [_ways(part) for part in _parts(kind, value)]
+        if kind is op.BRANCH:
+            ways *= sum(inside)
+        elif kind in (op.MAX_REPEAT, op.MIN_REPEAT):
+            one = len(value[2]) == 1 and value[2][0][0] in _ONE
+            ways *= 1 + inside[0] if value[1] == 1 else NAME_LENGTH if one else inf
+        elif kind in (op.ASSERT, op.ASSERT_NOT):
+            ways = inf
+        elif inside:
+            ways *= inside[0]
+    return ways
+
+
+def _parts(kind: Any, value: Any) -> Sequence[Any]:
+    if kind is op.BRANCH:
+        return value[1]
+    if kind in (op.MAX_REPEAT, op.MIN_REPEAT, op.SUBPATTERN, op.ASSERT, op.ASSERT_NOT):
+        return [value[-1]]
+    return []
+
+
+class _Walk:
+    """An expression on one name. A set of positions is the bits of an integer, bit 0 before the first character."""
+
+    def __init__(self, expression: Expression, name: str):
+        self.expression, self.name = expression, name
+        self.at: dict[str, int] = {}  # character -> where it stands
+        for i, c in enumerate(name):
+            self.at[c] = self.at.get(c, 0) | 1 << i
+        self.masks: dict[tuple[int, int], int] = {}  # (id of a node, flags) -> where it takes a character
+        words = [False, *map(is_word, name), False]
+        self.borders = sum(1 << i for i in range(len(name) + 1) if words[i] != words[i + 1])
+
+    def follow(self, tree: Any, starts: int, flags: int) -> int:
+        """The ends of all matches of `tree` that begin at `starts`."""
+        for node in tree:
+            if not starts:
+                break
+            self.expression.count(1)
+            one = node[0] in _ONE
+            starts = (
+                (starts & self.mask(node, flags)) << 1 if one else self.step(node[0], node[1], starts, flags)
+            )
+        return starts
+
+    def step(self, kind: Any, value: Any, starts: int, flags: int) -> int:
+        match kind:
+            case op.BRANCH:
+                ends = 0
+                for branch in value[1]:
+                    ends |= self.follow(branch, starts, flags)
+                return ends
+            case op.SUBPATTERN:
+                _, add, remove, tree = value
+                return self.follow(tree, starts, flags & ~remove | add)
+            case op.MAX_REPEAT | op.MIN_REPEAT:
+                return self.repeat(value, starts, flags)
+            case op.AT:
+                return starts & self.places(value, flags)
+            case op.ASSERT | op.ASSERT_NOT:
+                found = self.seen(value, starts, flags)
+                return found if kind is op.ASSERT else starts & ~found
+        raise AssertionError(kind)
+
+    def repeat(self, value: Any, starts: int, flags: int) -> int:
+        least, most, tree = value
+        longest = len(self.name) + 1  # after so many rounds, what has not moved on never does
+        for _ in range(min(least, longest)):
+            starts = self.follow(tree, starts, flags)
+        mask = self.mask(tree[0], flags) if len(tree) == 1 and tree[0][0] in _ONE else None
+        ends = new = starts
+        for _ in range(min(most - least, longest)):
+            new = (self.follow(tree, new, flags) if mask is None else (new & mask) << 1) & ~ends
+            if not new:
+                break
+            ends |= new
+            self.expression.count(1)
+        return ends
+
+    def places(self, where: Any, flags: int) -> int:
+        last, breaks = 1 << len(self.name), self.at.get("\n", 0)
+        lines = bool(flags & re.MULTILINE)
+        match where:
+            case op.AT_BEGINNING | op.AT_BEGINNING_STRING:
+                return 1 | (breaks << 1 if lines and where is op.AT_BEGINNING else 0)
+            case op.AT_END:
+                return last | (breaks if lines else breaks & last >> 1)
+            case op.AT_END_STRING:
+                return last
+            case op.AT_BOUNDARY:
+                return self.borders
+            case op.AT_NON_BOUNDARY:
+                return ~self.borders
+        raise AssertionError(where)
+
+    def seen(self, value: Any, starts: int, flags: int) -> int:
+        """Those of `starts` at which a look ahead (1), or back (-1), finds what it looks for."""
+        direction, tree = value
+        width = tree.getwidth()[0] if direction < 0 else 0
+        found = 0
+        for i in range(width, starts.bit_length()):
+            if starts >> i & 1:
+                ends = self.follow(tree, 1 << i - width, flags)
+                found |= bool(ends >> i & 1 if direction < 0 else ends) << i
+        return found
+
+    def mask(self, node: Any, flags: int) -> int:
+        kind, value = node
+        if kind is op.LITERAL and not flags & re.IGNORECASE:
+            return self.at.get(chr(value), 0)
+        key = id(node), flags
+        if key not in self.masks:
+            takes = self.expression.takes
+            self.masks[key] = sum(places for c, places in self.at.items() if takes(node, c, flags))
+        return self.masks[key]
+
+
+def _positive(node: Any) -> tuple[Any, bool]:
+    """What a node of one character looks for, and whether it takes any other."""
+    kind, value = node
+    if kind is op.NOT_LITERAL:
+        return (op.LITERAL, value), True
+    if kind is op.IN and value[0][0] is op.NEGATE:
+        return (op.IN, value[1:]), True
+    return node, False
+
+
+def _is(node: Any, character: str, flags: int) -> bool:
+    kind, value = node
+    match kind:
+        case op.ANY:
+            return character != "\n" or bool(flags & re.DOTALL)
+        case op.LITERAL:
+            return ord(character) == value
+        case op.RANGE:
+            return value[0] <= ord(character) <= value[1]
+        case op.CATEGORY if value in _NOT:
+            return not _CATEGORIES[_NOT[value]](character)
+        case op.CATEGORY:
+            return _CATEGORIES[value](character)
+        case op.IN:
+            return any(_is(each, character, flags) for each in value)
+    raise AssertionError(kind)

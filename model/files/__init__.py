@@ -1,0 +1,1 @@
+"""What lies on disk: a Hugging Face folder's config, tensors and formats."""

@@ -1,0 +1,226 @@
+"""4-bit weights on disk, as bitsandbytes and transformers keep them: one weight is several tensors.
+
+    X.weight                                   (N K / 2, 1) uint8, two weights a byte, the first in the high nibble; or
+                                               the same bytes as numbers of another dtype (bnb_4bit_quant_storage)
+    X.weight.absmax                            fp32 (blocks,); where it is quantised itself, uint8
+    X.weight.quant_map                         fp32 (16,), the value of each nibble
+    X.weight.nested_absmax, .nested_quant_map  fp32 (blocks / 256,) and (256,), where absmax is quantised
+    X.weight.quant_state.bitsandbytes__nf4     JSON as bytes: blocksize, dtype, shape, nested_offset
+
+Any layer may be dense beside them: transformers then wants its name in llm_int8_skip_modules.
+
+Source: https://github.com/bitsandbytes-foundation/bitsandbytes (functional.py, QuantState)
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...kernels import NF4Weight
+from ...kernels.plain.nf4 import unnested
+from ...kernels.records import BLOCKSIZES
+from ..errors import InputError, shown
+from .config_keys import LARGEST
+from .finite import check_finite
+from .folder import FLOATS, Stored
+from .text_files import parse_json
+
+STATE = "quant_state.bitsandbytes__"
+STATE_BYTES = 10_000  # of its JSON, at most; bitsandbytes writes about 200
+STORAGE = (torch.uint8, torch.int8, *FLOATS)
+
+
+# ---- writing
+
+
+def config(weight: NF4Weight, compute_dtype: str, dense: Sequence[str] = ()) -> dict[str, Any]:
+    """quantization_config of config.json for weights like this one.
+
+    dense: names of linear modules that are not in 4 bits. Without any, transformers leaves but the head dense.
+    """
+    skipped = {"llm_int8_skip_modules": [*dense]} if dense else {}
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_compute_dtype": compute_dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": weight.quant_type,
+        "bnb_4bit_use_double_quant": weight.nested_absmax is not None,
+        **skipped,
+    }
+
+
+def tensors(name: str, weight: NF4Weight) -> dict[str, Tensor]:
+    """Name on disk -> tensor, for the weight called `name`."""
+    state: dict[str, Any] = {
+        "quant_type": weight.quant_type,
+        "blocksize": weight.blocksize,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "shape": list(weight.shape),
+    }
+    parts = {"absmax": weight.absmax, "quant_map": weight.code}
+    if weight.nested_absmax is not None:
+        assert weight.nested_code is not None and weight.offset is not None
+        parts |= {"nested_absmax": weight.nested_absmax, "nested_quant_map": weight.nested_code}
+        state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": weight.offset.item()}
+    parts[f"{STATE}{weight.quant_type}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    # copies: weights share their tables, tensors of one file may not
+    found = {f"{name}.{part}": tensor.cpu().clone() for part, tensor in parts.items()}
+    return {name: weight.packed.cpu().reshape(-1, 1), **found}
+
+
+# ---- reading
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight in 4 bits as it lies in a folder: sizes are checked, its large tensors are not read yet."""
+
+    parts: dict[str, Stored]  # by their names less "X.weight.", and "packed"
+    shape: torch.Size
+    blocksize: int
+    offset: float
+
+    def read(self, dtype: torch.dtype) -> NF4Weight:
+        """dtype: of what it is multiplied out to."""
+        found = {part: tensor.read().flatten() for part, tensor in self.parts.items()}
+        found["packed"] = found["packed"].view(torch.uint8)
+        for part, tensor in found.items():
+            check_finite(f"{self.parts[part].file}: {shown(self.parts[part].name)}", tensor)
+        held = {part: tensor.clone() for part, tensor in found.items()}  # the file may change while mapped
+        nested = "nested_absmax" in held
+        return NF4Weight(
+            packed=held["packed"],
+            absmax=held["absmax"],
+            code=held["quant_map"],
+            shape=tuple(self.shape),
+            dtype=dtype,
+            blocksize=self.blocksize,
+            nested_absmax=held.get("nested_absmax"),
+            nested_code=held.get("nested_quant_map"),
+            offset=torch.tensor(self.offset) if nested else None,
+        )
+
+
+def packed(name: str, parts: dict[str, Stored], shape: torch.Size, source: str) -> Packed:
+    """The weight of `parts`, by their names less "X.weight.", and "packed". Raises InputError naming the part."""
+    sizes: dict[str, tuple[torch.dtype, int]] = {"quant_map": (torch.float32, 16)}
+    nested = "nested_absmax" in parts
+    for part in parts:
+        known = ("packed", "absmax", "quant_map", "nested_absmax", "nested_quant_map")
+        if part not in known and not part.startswith(STATE):
+            raise InputError(
+                f"{source}: {name}.{shown(part)}: unexpected, it is no part of a weight in 4 bits"
+            )
+    blocksize, offset = _state(name, parts, shape, source)
+
+    blocks = -(-prod(shape) // blocksize)
+    sizes["absmax"] = (torch.uint8 if nested else torch.float32, blocks)
+    if nested:
+        sizes |= {
+            "nested_absmax": (torch.float32, -(-blocks // 256)),
+            "nested_quant_map": (torch.float32, 256),
+        }
+    for part, (dtype, count) in sizes.items():
+        if part not in parts:
+            raise InputError(f"{source}: {name}.{part}: missing, although the weight is in 4 bits")
+        found = parts[part]
+        if found.dtype != dtype or found.numel != count:
+            raise InputError(
+                f"{source}: {name}.{part}: expected {count} numbers of {dtype}, got {found.numel} of {found.dtype}"
+            )
+    if "packed" not in parts:
+        raise InputError(f"{source}: {name}: missing, although its parts are there")
+    whole, count = parts["packed"], -(-prod(shape) // 2)
+    if whole.dtype not in STORAGE or whole.nbytes != count:
+        raise InputError(
+            f"{source}: {name}: expected {count} bytes for a weight {tuple(shape)} in 4 bits, "
+            f"got {tuple(whole.shape)} of {whole.dtype}"
+        )
+    return Packed({part: parts[part] for part in ("packed", *sizes)}, shape, blocksize, offset)
+
+
+class State(NamedTuple):
+    """What the JSON beside a weight says of it."""
+
+    blocksize: int
+    offset: float
+    dtype: torch.dtype  # of what it was, in the model that was quantised
+    shape: list[int]
+
+
+def read_state(stored: Stored) -> State:
+    """Raises InputError where it is not the state of a weight in nf4 or fp4, in blocks that are read."""
+    where = f"{stored.file}: {shown(stored.name)}"
+    expected = f"{where}: expected a quantisation state as JSON"
+    if stored.dtype != torch.uint8 or stored.numel > STATE_BYTES:
+        raise InputError(f"{expected}, got {stored.numel} numbers of {stored.dtype}")
+    state = parse_json(bytes(stored.read().flatten().tolist()), expected)
+    if not isinstance(state, dict):
+        raise InputError(f"{expected}, got {shown(state)}")
+
+    dtypes = {str(known).removeprefix("torch."): known for known in FLOATS}
+    offset, shape = state.get("nested_offset", 0.0), state.get("shape")
+    checks: dict[str, tuple[bool, str]] = {
+        "quant_type": (state.get("quant_type") in ("nf4", "fp4"), "nf4 or fp4"),
+        "blocksize": (
+            type(state.get("blocksize")) is int and state["blocksize"] in BLOCKSIZES,
+            f"a blocksize of {BLOCKSIZES[0]} to {BLOCKSIZES[-1]}",
+        ),
+        "nested_blocksize": (state.get("nested_blocksize", 256) == 256, "nested blocks of 256"),
+        "nested_offset": (
+            type(offset) in (int, float) and abs(offset) <= LARGEST,
+            "a finite offset",
+        ),
+        "dtype": (
+            isinstance(state.get("dtype"), str) and state["dtype"] in dtypes,
+            f"one of {', '.join(dtypes)}",
+        ),
+        "shape": (isinstance(shape, list) and all(type(n) is int for n in shape), "a list of sizes"),
+    }
+    for key, (fits, what) in checks.items():
+        if not fits:
+            raise InputError(f"{where}: {key}: expected {what}, got {shown(repr(state.get(key)))}")
+    return State(state["blocksize"], float(offset), dtypes[state["dtype"]], state["shape"])
+
+
+def _state(name: str, parts: dict[str, Stored], shape: torch.Size, source: str) -> tuple[int, float]:
+    """blocksize and offset, from the JSON beside the weight, which also says what the shape is."""
+    keys = [part for part in parts if part.startswith(STATE)]
+    if not keys:
+        raise InputError(f"{source}: {name}.{STATE}nf4: missing, although the weight is in 4 bits")
+    if len(keys) > 1:
+        raise InputError(f"{source}: {name}: expected one quantisation state, got {shown(keys)}")
+    state = read_state(parts[keys[0]])
+    if state.shape != [*shape]:
+        raise InputError(
+            f"{source}: {name}.{keys[0]}: expected shape {[*shape]}, got {shown(repr(state.shape))}"
+        )
+    return state.blocksize, state.offset
+
+
+def stack(weights: Sequence[NF4Weight], shape: torch.Size) -> NF4Weight | None:
+    """One weight of several that lie one behind the other, to the bit; None where a block would cross two of them.
+
+    Each scale is then in fp32: those of several weights have no common offset.
+    """
+    first = weights[0]
+    for weight in weights:
+        alike = weight.blocksize == first.blocksize and torch.equal(weight.code, first.code)
+        if not alike or weight.numel % weight.blocksize:
+            return None
+    scales = [unnested(weight) for weight in weights]
+    return NF4Weight(
+        packed=torch.cat([weight.packed for weight in weights]),
+        absmax=torch.cat(scales),
+        code=first.code,
+        shape=tuple(shape),
+        dtype=first.dtype,
+        blocksize=first.blocksize,
+    )

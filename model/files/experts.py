@@ -1,0 +1,100 @@
+"""Experts' weights in a folder, and the few other names that are not ours there.
+
+In memory a layer's experts are two tensors, gate_up (E, 2F, C), the gate's rows first, and down (E, C, F). A folder has
+
+    one by one    X.experts.0.gate_proj.weight (F, C), .up_proj, .down_proj (C, F)    as published; mixtral: w1, w3, w2
+    fused         X.experts.gate_up_proj (E, 2F, C), X.experts.down_proj (E, C, F)    save_original_format=False
+    gpt-oss       the same two, transposed, rows of gate and up in turn, and biases
+
+One by one, what lies in memory is the tensors one behind the other. We read all of them, and write the published form.
+"""
+
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..config import ModelConfig
+
+FUSED = re.compile(r".*\.mlp\.experts\.(gate_up|down)_proj")
+ONE_BY_ONE = re.compile(r".*\.experts\.\d+\..*")
+
+
+def fused_on_disk(config: ModelConfig, names: Iterable[str]) -> bool:
+    """Whether the experts of `config`, published one by one, are fused in a folder of tensors with these names."""
+    split = config.experts is not None and config.model_type != "gpt_oss"
+    return split and any(FUSED.fullmatch(name) for name in names)
+
+
+def disk_name(config: ModelConfig, name: str, fused: bool = False) -> str:
+    """A parameter's name as transformers has it, from ours; those of experts' weights are `pieces_of`'s."""
+    if config.model_type == "mixtral" and not fused:  # fused, it is the name of transformers' module
+        return name.replace(".mlp.", ".block_sparse_moe.")
+    if config.model_type == "gpt_oss":
+        return name.replace(".mlp.gate.", ".mlp.router.")
+    if config.model_type == "deepseek_v3":
+        return name.replace(".mlp.shared_expert.", ".mlp.shared_experts.")
+    return name
+
+
+def pieces_of(
+    config: ModelConfig, name: str, shape: torch.Size, fused: bool = False
+) -> tuple[list[str], torch.Size]:
+    """Names on disk of what our parameter is made of, in its order, and the shape that each of them has there."""
+    at, _, which = name.rpartition(".experts.")
+    if not at:
+        return [disk_name(config, name, fused)], shape
+    at = f"{disk_name(config, at + '.', fused)}experts"
+    if config.model_type == "gpt_oss":
+        return [f"{at}.{_fused_name(which)}"], torch.Size((shape[0], *shape[:0:-1]))
+    if fused:
+        return [f"{at}.{_fused_name(which)}"], shape
+
+    gate_name, up_name, down_name = _parts(config)
+    E, rows, columns = shape
+    if which == "gate_up_proj.weight":
+        names = [f"{at}.{e}.{part}.weight" for e in range(E) for part in (gate_name, up_name)]
+        return names, torch.Size((rows // 2, columns))
+    return [f"{at}.{e}.{down_name}.weight" for e in range(E)], torch.Size((rows, columns))
+
+
+def from_disk(config: ModelConfig, name: str, tensor: Tensor) -> Tensor:
+    """Our parameter `name` from the one tensor that a folder has of it."""
+    if config.model_type != "gpt_oss" or ".experts." not in name:
+        return tensor
+    tensor = tensor if tensor.dim() == 2 else tensor.transpose(1, 2)
+    return (to_halves(tensor) if ".experts.gate_up" in name else tensor).contiguous()
+
+
+def to_disk(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our names and tensors -> the folder's, in the published form."""
+    files: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        names, shape = pieces_of(config, name, tensor.shape)
+        if config.model_type == "gpt_oss" and ".experts." in name:
+            tensor = to_pairs(tensor) if ".experts.gate_up" in name else tensor
+            tensor = tensor if tensor.dim() == 2 else tensor.transpose(1, 2)
+        for piece, part in zip(names, tensor.reshape(len(names), *shape), strict=True):
+            files[piece] = part.contiguous()
+    return files
+
+
+def to_pairs(tensor: Tensor) -> Tensor:
+    """(E, 2F, ...), the gate's rows first, to gpt-oss' order: gate and up in turn."""
+    return tensor.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+
+
+def to_halves(tensor: Tensor) -> Tensor:
+    return tensor.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+
+
+def _parts(config: ModelConfig) -> tuple[str, str, str]:
+    return ("w1", "w3", "w2") if config.model_type == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+
+
+def _fused_name(which: str) -> str:
+    """gate_up_proj.weight -> gate_up_proj, down_bias -> down_proj_bias"""
+    return (
+        which.removesuffix(".weight") if which.endswith(".weight") else which.replace("_bias", "_proj_bias")
+    )

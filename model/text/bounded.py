@@ -1,0 +1,217 @@
+"""jinja's filters and tests, and the methods of texts and lists, under the budget of a rendering.
+
+Each charges for what it reads and returns. What can make more than it is given (join, replace, center, indent, formats)
+is measured first, and refused where its result would be too large.
+"""
+
+import json
+import re
+import string
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jinja2
+
+from ..errors import shown
+from .meter import SIZED, STEP, Meter, MeteredContext, OverBudget, check_growth
+
+# what these read of a list is its places at most
+SHALLOW = frozenset(
+    ("abs", "attr", "count", "length", "d", "default", "first", "float", "int", "items", "last", "list")
+    + ("random", "reverse", "safe")
+)
+FLOAT_DIGITS = 400  # of a number that is written in full: 1e308
+LAZY = frozenset(("map", "select", "reject", "selectattr", "rejectattr"))
+FAST = frozenset(
+    ("capitalize", "e", "escape", "forceescape", "lower", "replace", "string", "trim", "upper", "join")
+)
+QUADRATIC = frozenset(("pprint", "striptags", "urlize", "wordwrap"))  # in the length of the text
+CONSTANT_TESTS = frozenset(
+    ("odd", "even", "defined", "undefined", "none", "boolean", "false", "true", "integer")
+    + ("float", "string", "mapping", "number", "sequence", "iterable", "callable", "sameas", "escaped")
+)
+
+
+def settled(value: Any) -> Any:
+    """A list in place of an iterator, which could be read only once."""
+    return list(value) if hasattr(type(value), "__next__") else value
+
+
+def _metered(meter: Meter, values: Iterable[Any], cost: int) -> Iterator[Any]:
+    for value in values:
+        meter.charge(cost)
+        yield value
+
+
+def _with_context(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter or test as a function of the context, the value and the arguments."""
+    wants = getattr(getattr(function, "jinja_pass_arg", None), "name", None)
+    if wants == "context":
+        return function
+    if wants == "eval_context":
+        return lambda context, *args, **options: function(context.eval_ctx, *args, **options)
+    if wants == "environment":
+        return lambda context, *args, **options: function(context.environment, *args, **options)
+    return lambda context, *args, **options: function(*args, **options)
+
+
+def bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The filter under the rendering's budget."""
+    inner = _with_context(function)
+
+    @jinja2.pass_context
+    def bounded(context: MeteredContext, value: Any, *args: Any, **options: Any) -> Any:
+        meter = context.meter
+        given = [*args, *options.values()]
+        place = STEP
+        if name in LAZY:
+            texts = args[:1] if name.endswith("attr") else [options.get("attribute")]
+            if value and hasattr(type(value), "__iter__"):
+                value = _metered(meter, value, STEP * (16 + 4 * sum(map(meter.size, texts))))
+        elif name in SHALLOW:
+            meter.charge(4 * STEP + sum(map(meter.read, given)))
+            if name == "int" and isinstance(value, str) and (args[1:] or "base" in options):
+                check_growth(len(value) * 2**12)  # a number of any length, where a base is given
+            if isinstance(value, SIZED):
+                meter.charge(len(value))
+            if name == "list" and not isinstance(value, list | tuple):
+                place = 4 * STEP  # new texts or numbers
+        else:
+            value = settled(value)
+            if name == "replace":
+                given = [*args, *(options.get(key, "") for key in ("old", "new")[len(args) :])]
+            _check_filter(name, meter, value, given)
+        return meter.made(inner(context, value, *args, **options), place)
+
+    return bounded
+
+
+def _check_filter(name: str, meter: Meter, value: Any, given: list[Any]) -> None:
+    meter.charge((64 if name in QUADRATIC else 8) * STEP)
+    size = meter.read(value)
+    texts = sum(map(meter.read, given))
+    if name == "replace" and isinstance(value, str) and len(given) > 1:
+        old, new = (str(text) for text in given[:2])
+        check_growth(size + value.count(old) * len(new))
+    elif name == "join":
+        check_growth(size + (len(value) if isinstance(value, SIZED) else 1) * texts)
+    elif name == "round":
+        check_growth(_numbers(given) * 2**12)  # 10 to this power
+    elif name == "format":
+        check_percent(meter, str(value), given)
+    else:
+        lines = value.count("\n") + 1 if isinstance(value, str) else 1
+        check_growth(grown := size * (1 + texts) + lines * _numbers(given))
+        meter.charge(grown)
+    if name not in FAST:
+        meter.charge(size * (STEP + (size // 2**8 if name in QUADRATIC else 0)))
+    if name == "sum" and any(
+        isinstance(start, list | tuple) for start in given
+    ):  # of lists, one behind the other
+        meter.charge(size * len(value) // 4)
+
+
+def bounded_test(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    inner = _with_context(function)
+
+    @jinja2.pass_context
+    def bounded(context: MeteredContext, value: Any, *args: Any, **options: Any) -> Any:
+        for operand in (value, *args, *options.values()):
+            if not (name == "in" and isinstance(operand, dict) and operand is not value):
+                context.meter.read(operand)
+        return inner(context, value, *args, **options)
+
+    return bounded
+
+
+@jinja2.pass_context
+def tojson(
+    context: MeteredContext,
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes <, > and & for HTML, which no model was trained on."""
+    meter = context.meter
+    check_growth(size := meter.read(value))
+    meter.charge(32 * STEP + 2 * size)
+    widths = (indent, *(separators or ()))
+    if any(
+        width > 64 if isinstance(width, int) else len(width) > 64 for width in widths if width is not None
+    ):
+        raise OverBudget("asks tojson for more than 64 characters of white space")
+    encoder = json.JSONEncoder(
+        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+    if indent is None:
+        return meter.made(encoder.encode(value))
+    return "".join(meter.made(piece) for piece in encoder.iterencode(value))
+
+
+# ---- methods and formats
+
+# these read a text from its end, or once for each of its characters
+READ_AGAIN = frozenset(("rfind", "rindex", "rsplit", "rpartition", "strip", "lstrip", "rstrip"))
+ANY_SIZE = frozenset(("to_bytes", "from_bytes", "fromhex"))
+
+
+def check_method(meter: Meter, receiver: Any, name: str, given: list[Any]) -> None:
+    """A method of Python's own types. Raises OverBudget where its result would be too large."""
+    texts = sum([meter.read(value) for value in given])
+    if isinstance(receiver, list | tuple):
+        meter.read(receiver) if name in ("count", "index") else meter.charge(STEP * len(receiver))
+    elif isinstance(receiver, str | bytes):
+        _check_text_method(meter, receiver, name, given, texts)
+    if name in ANY_SIZE:
+        raise OverBudget(f"calls {name}, which makes numbers and bytes of any size")
+
+
+def _check_text_method(meter: Meter, receiver: Any, name: str, given: list[Any], texts: int) -> None:
+    length = len(receiver)
+    meter.charge(length)
+    if name in READ_AGAIN:
+        meter.charge(length * texts // 4)
+    elif name in ("center", "ljust", "rjust", "zfill"):
+        check_growth(length + _numbers(given))
+    elif name in ("expandtabs", "translate"):
+        check_growth(length * (1 + _numbers(given) + texts))
+    elif name == "replace" and len(given) > 1:
+        check_growth(length + receiver.count(given[0]) * len(given[1]))
+    elif name == "join" and given and isinstance(given[0], SIZED):
+        check_growth(texts + length * len(given[0]))
+    elif name in ("format", "format_map"):
+        _check_format(meter, receiver, texts)
+
+
+def _numbers(given: list[Any]) -> int:
+    return sum(abs(number) for number in given if isinstance(number, int))
+
+
+def _check_format(meter: Meter, text: Any, given: int) -> None:
+    """'{:>10}'.format(...)"""
+    meter.charge(64 * STEP + 8 * STEP * text.count("{"))
+    fields = widest = 0
+    for _, field, width, _ in string.Formatter().parse(text):
+        fields += field is not None
+        if width and ("{" in width or re.search(r"\d{5}", width)):
+            raise OverBudget(f"writes a field of the width {shown(width)}")
+        widest = max(widest, _largest_number(width or ""))
+    check_growth(len(text) + fields * (given + widest + FLOAT_DIGITS))
+
+
+def check_percent(meter: Meter, text: Any, given: Any) -> None:
+    """'%10s' % ..."""
+    size = meter.read(given)
+    plain = text.decode("latin-1") if isinstance(text, bytes) else text
+    meter.charge(len(plain))
+    if re.search(r"[%)][-#0 +]*\d{5}|%[-#0 +]*\*|%[^%a-zA-Z]*\.(\*|\d{5})|\)[-#0 +\d]*\.\d{5}", plain):
+        raise OverBudget("writes a field of more than 9,999 characters")
+    meter.charge(STEP * (fields := plain.count("%")))
+    check_growth(len(plain) + fields * (size + _largest_number(plain) + FLOAT_DIGITS))
+
+
+def _largest_number(text: str) -> int:
+    """What a width or a precision in it may be, up to 9,999."""
+    return max(map(int, re.findall(r"\d{1,4}", text)), default=0)

@@ -1,0 +1,120 @@
+"""The budget of one rendering of a template: one account, in characters. `sandbox.py` says what is charged.
+
+A step is STEP characters: a node of the template that runs, a place in a list. Text costs its length.
+"""
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from jinja2.runtime import Context
+from jinja2.utils import Namespace
+
+from ..errors import InputError
+
+STEP = 16  # characters that are copied, or read, in less than the time of a step
+MOST_STEPS = 10_000_000  # of a rendering: about a second
+STEPS_EACH, MOST_STEPS_OF_ALL = 50_000, 20_000_000  # and for each message: some templates read all for each
+WIDE = 2**14  # for an integer of more than 64 bits: its digits, and Python's hash of it has no secret
+LARGEST = 2**24  # characters of one text, or STEP for each place of a list
+MOST_DEPTH = 200  # of lists and objects in one another: comparing and writing them recurses
+MOST_WRITTEN = 2**20  # characters of a rendering, and 100 for each character that it is given
+
+CONTAINERS = (list, tuple, dict, set, frozenset, range, type({}.keys()), type({}.values()), type({}.items()))
+SIZED = (str, bytes, *CONTAINERS)
+ATOMS = frozenset((bool, float, type(None)))
+
+
+class OverBudget(InputError):
+    """A template takes too long, or makes too much."""
+
+
+class Meter:
+    """What is left of a rendering's budget, in characters."""
+
+    __slots__ = ("left", "steps")
+
+    def __init__(self, messages: int = 0) -> None:
+        self.steps = min(MOST_STEPS + STEPS_EACH * messages, MOST_STEPS_OF_ALL)
+        self.left = self.steps * STEP
+
+    def refuse(self) -> NoReturn:
+        raise OverBudget(f"takes more than {self.steps:,} steps")
+
+    def charge(self, characters: int) -> None:
+        self.left -= characters
+        if self.left < 0:
+            self.refuse()
+
+    def size(self, value: Any) -> int:
+        """The characters of a text; of a list or an object all that is in it. Raises OverBudget."""
+        if isinstance(value, str | bytes):
+            return len(value)
+        if type(value) is int:
+            return WIDE if value.bit_length() > 64 else 0
+        if type(value) in ATOMS:
+            return 0
+        total, level = 0, [value]
+        for _ in range(MOST_DEPTH):
+            children: list[Any] = []
+            for each in level:
+                if isinstance(each, str | bytes):
+                    total += len(each)
+                elif type(each) is int:
+                    total += WIDE if each.bit_length() > 64 else 0
+                elif type(each) in ATOMS:
+                    continue
+                elif isinstance(each, dict | Namespace):
+                    entries = each if isinstance(each, dict) else each._Namespace__attrs
+                    children += entries.keys()
+                    children += entries.values()
+                elif isinstance(each, CONTAINERS):
+                    children += each
+                if total + 2 * STEP * len(children) > self.left:
+                    self.refuse()
+            total += 2 * STEP * len(level)
+            if not children:
+                return total
+            level = children
+        raise OverBudget(f"nests lists and objects more than {MOST_DEPTH} deep")
+
+    def read(self, value: Any) -> int:
+        """Charge for a value that is read as a whole, and return its size."""
+        size = len(value) if type(value) is str else self.size(value)
+        self.left -= STEP + size
+        if self.left < 0:
+            self.refuse()
+        return size
+
+    def made(self, value: Any, place: int = STEP) -> Any:
+        """Charge for a value that was made, by its memory; place: for each place of a list."""
+        if type(value) is str or isinstance(value, str | bytes):
+            self.left -= len(value) if value.isascii() else 4 * len(value)
+        elif isinstance(value, CONTAINERS):
+            self.left -= place * len(value) * (4 if isinstance(value, dict) else 1)
+        if self.left < 0:
+            self.refuse()
+        return value
+
+
+def check_growth(characters: int) -> None:
+    if characters > LARGEST:
+        raise OverBudget(f"makes a text or list of more than {LARGEST:,} characters")
+
+
+def check_written(text: str, given: Callable[[], int]) -> None:
+    """A rendering is not out of all proportion to what it was given, a number of characters. Raises OverBudget."""
+    if len(text) > MOST_WRITTEN and len(text) > (most := MOST_WRITTEN + 100 * given()):
+        raise OverBudget(f"writes {len(text):,} characters, expected at most {most:,}")
+
+
+class MeteredContext(Context):
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        messages = self.parent.get("messages")
+        self.meter = Meter(len(messages) if isinstance(messages, list) else 0)
+
+    def derived(self, locals: dict[str, Any] | None = None) -> "MeteredContext":
+        context = super().derived(locals)
+        assert isinstance(context, MeteredContext)
+        context.meter = self.meter
+        return context

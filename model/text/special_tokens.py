@@ -1,0 +1,49 @@
+"""The names of special tokens, as a model's folder says them."""
+
+import os
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..errors import InputError, shown
+from ..files.text_files import read_object
+
+KNOWN = {f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
+
+
+def read_optional(file: Path) -> dict[str, Any]:
+    """An absent file is an empty one: all but tokenizer.json are optional."""
+    return read_object(file) if os.path.lexists(file) else {}
+
+
+def special_tokens(config: dict[str, Any], file: Path) -> dict[str, str]:
+    """bos_token, eos_token and the like, written as a text or as an object with `content`; null is absent, and so is
+    "", though not as what ends a text.
+
+    Raises InputError where one is neither, and where a list of further ones holds something else. Of other names that
+    end so (image_token), those that hold neither are settings: num_image_token is a number.
+    """
+    names = {}
+    for name, value in config.items():
+        if name.startswith("add_") and name.endswith("_token"):
+            if not isinstance(value, bool | None):
+                raise InputError(f"{file}: {name}: expected true, false or null, got {shown(value)}")
+        elif name.endswith("_token"):
+            token = value.get("content") if isinstance(value, dict) else value
+            if isinstance(token, str) and token:
+                names[name] = token
+            elif name in KNOWN and value is not None and (token != "" or name == "eos_token"):
+                _refuse(name, value, file)
+        elif name in ("additional_special_tokens", "extra_special_tokens") and value is not None:
+            if not isinstance(value, dict | list):
+                raise InputError(f"{file}: {name}: expected a list of tokens, got {shown(value)}")
+            for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+                token = entry.get("content") if isinstance(entry, dict) else entry
+                if not isinstance(token, str) or not token:
+                    _refuse(f"{name}.{key}", entry, file)
+    return names
+
+
+def _refuse(name: str, value: Any, file: Path) -> NoReturn:
+    raise InputError(
+        f"{file}: {name}: expected a token's text, or an object with it as content, got {shown(value)}"
+    )

@@ -1,0 +1,194 @@
+"""A chat template: a stranger's jinja program that turns messages into text, run in jinja2's immutable sandbox.
+
+A template reads `messages`, `add_generation_prompt`, the names of the special tokens, and whatever else it is given:
+`tools`, `enable_thinking`. What vendors' templates use is there: `raise_exception`, `strftime_now`, `tojson` without
+HTML escapes, `break` and `continue`, and `{% generation %}...{% endgeneration %}` around what the assistant wrote.
+
+Source: https://huggingface.co/docs/transformers/chat_templating_writing
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+from jinja2 import nodes
+from jinja2.parser import Parser
+
+from ..errors import InputError, shown
+from ..files.text_files import read_text
+from .meter import OverBudget, check_written
+from .sandbox import BoundedEnvironment
+
+Message = dict[str, Any]  # role, content, and whatever else the template reads
+Span = tuple[int, int]
+
+SPAN_START, SPAN_END = "\ufdd0", "\ufdd1"  # Unicode noncharacters, which no text may interchange
+
+TOOL_TEMPLATE_FILE = "additional_chat_templates/tool_use.jinja"  # as transformers names it
+OWN_NAMES = {"messages", "add_generation_prompt", "span_start", "span_end"}  # set for each rendering
+
+PLAIN_TEMPLATE = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {{- message.role | capitalize + ':\\n' }}
+    {%- if message.role == 'assistant' %}
+        {%- generation %}{{ message.content + eos_token }}{% endgeneration %}
+    {%- else %}
+        {{- message.content }}
+    {%- endif %}
+    {{- '\\n\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- 'Assistant:\\n' }}
+{%- endif %}
+"""  # for a base model, which no conversation has taught another form
+
+
+class Refused(InputError):
+    """The template fails on the conversation: it may take another form of it."""
+
+
+class ChatTemplate:
+    """Raises InputError where the source is no jinja template."""
+
+    def __init__(self, source: str):
+        self.source = source
+        try:
+            self._tree, self._program = ENVIRONMENT.compiled(source)
+        except InputError as error:
+            raise InputError(f"the chat template: {error}") from error
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """The names that it reads and does not set itself, for instance `tools`."""
+        try:
+            names = ENVIRONMENT.undeclared(self._tree)
+        except InputError as error:
+            raise InputError(f"the chat template: {error}") from error
+        return frozenset(names - {"span_start", "span_end"} - ENVIRONMENT.globals.keys())
+
+    def render(
+        self, messages: Sequence[Message], variables: Mapping[str, Any], *, marks: bool = False
+    ) -> str:
+        """marks: enclose the text of `{% generation %}` blocks in SPAN_START and SPAN_END.
+
+        Raises InputError for a message that is none; its subclass Refused where the template fails, and OverBudget
+        where it has no end.
+        """
+        given = 0
+        for i, message in enumerate(messages):
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+                raise InputError(
+                    f"message {i + 1}: expected an object with a role and content, got {message!r:.80}"
+                )
+            said = json.dumps(message, ensure_ascii=False, default=str)
+            given += len(said)
+            if SPAN_START in said or SPAN_END in said:
+                raise InputError(
+                    f"message {i + 1}: has the Unicode noncharacter U+FDD0 or U+FDD1, which marks spans here"
+                )
+        spans = {"span_start": SPAN_START, "span_end": SPAN_END} if marks else {}
+        try:
+            text = self._program.render(**{**variables, **spans, "messages": list(messages)})
+            check_written(text, lambda: given + len(str(variables)))
+            if not marks and (SPAN_START in text or SPAN_END in text):
+                raise InputError(
+                    "it writes the Unicode noncharacter U+FDD0 or U+FDD1, which marks spans here"
+                )
+            return text
+        except OverBudget as error:
+            raise OverBudget(f"the chat template {error}") from error
+        except Exception as error:  # a template is a program: it may fail in any way
+            raise Refused(f"the chat template refuses the conversation: {error}") from error
+
+
+def split_marks(marked: str) -> tuple[str, list[Span]]:
+    """Text without its marks, and the spans between them. Raises InputError where one lies in another."""
+    text, spans = "", []
+    for i, piece in enumerate(marked.split(SPAN_START)):
+        if piece.count(SPAN_END) != bool(i):
+            raise InputError("the chat template has a {% generation %} block within another")
+        inside, _, after = piece.partition(SPAN_END) if i else ("", "", piece)
+        if i:
+            spans.append((len(text), len(text) + len(inside)))
+        text += inside + after
+    return text, spans
+
+
+# ---- where templates lie
+
+
+def templates_of(folder: Path, own: Any) -> dict[str, Any]:
+    """A folder's chat templates by name, `default` among them; own: tokenizer_config.json's, a text or a list.
+
+    Of the others `tool_use` is read, which transformers takes where tools are given.
+    """
+    named = {"default": own} if own is not None else {}
+    if isinstance(own, list):  # [{"name": ..., "template": ...}]
+        for entry in own:
+            if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+                raise InputError(
+                    f"chat_template: expected objects with a name and a template, got {shown(entry)}"
+                )
+        named = {entry["name"]: entry.get("template") for entry in own}
+    for name, file in (("default", "chat_template.jinja"), ("tool_use", TOOL_TEMPLATE_FILE)):
+        if os.path.lexists(folder / file):
+            named[name] = read_text(folder / file)
+    for name in ("default", "tool_use"):
+        if not isinstance(named.get(name, ""), str):
+            raise InputError(f"chat_template: expected a text, got {type(named[name]).__name__}")
+    return named
+
+
+def template_at(chat_template: Path | str) -> dict[str, str]:
+    """The template of a jinja file, or "plain", named `default`. Raises InputError where there is no such file."""
+    if str(chat_template) == "plain":
+        return {"default": PLAIN_TEMPLATE}
+    if not os.path.isfile(chat_template):
+        raise InputError(f"{chat_template}: no such chat template: expected a jinja file, or 'plain'")
+    return {"default": read_text(Path(chat_template))}
+
+
+# ---- the sandbox
+
+
+class GenerationBlock(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}` encloses what the assistant wrote: its text, between the marks that the
+    variables span_start and span_end hold, which are undefined and so empty unless a mask is asked for.
+    """
+
+    tags = {"generation"}  # noqa: RUF012 (jinja's own declaration)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        lineno = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        start, end = (nodes.Output([nodes.Name(name, "load")]) for name in ("span_start", "span_end"))
+        return nodes.Scope([start, *body, end]).set_lineno(lineno)
+
+
+def sandbox(**options: Any) -> BoundedEnvironment:
+    """An environment for templates of strangers. options: jinja2.Environment's."""
+    trimmed = {"trim_blocks": True, "lstrip_blocks": True} | options
+    environment = BoundedEnvironment(extensions=[GenerationBlock, jinja2.ext.loopcontrols], **trimmed)
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _strftime_now(format: str) -> str:
+    if len(format) > 200:
+        raise jinja2.TemplateError(f"strftime_now: expected at most 200 characters, got {len(format):,}")
+    return datetime.now().strftime(format)
+
+
+def _raise_exception(message: object) -> None:
+    raise jinja2.TemplateError(str(message) or "it gives no reason")  # what is undefined fails here
+
+
+ENVIRONMENT = sandbox()

@@ -1,0 +1,276 @@
+"""tokenizer.json, read into a tokenizer that encodes, decodes and can be saved, or refused in one sentence.
+
+The `tokenizers` package reads a file that it cannot use: two tokens on one id, an id that makes it ask for gigabytes, a
+normalizer on which it panics. A panic is no Exception in Python, and writes to standard error by itself.
+"""
+
+import base64
+import binascii
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from ..errors import InputError, shown
+from ..files.text_files import parse_json, read_text
+from ..vocabulary import Vocabulary
+
+MOST_IDS = 2**24  # the package makes a list of all ids up to the last one when it saves
+SMALL = 2**20  # characters of a file that is read a second time to be sure
+MOST_GROWTH = 1000  # times that a normalizer, or what else changes texts and ids, may make them longer
+PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+PROBE = "Hello, wörld! 12  \n\t再见 🎉 <a> "
+
+
+def read_backend(file: Path) -> tuple[tokenizers.Tokenizer, Vocabulary]:
+    """The tokenizer, and which ids it has.
+
+    Raises InputError where the file is none, or where what it holds cannot be used, or saved and read again.
+    Truncation, padding and dropout are switched off: they would change ids without a word.
+    """
+    text = read_text(file)
+    if len(text) < SMALL or re.search(r'":\s*\d{8,}', text):
+        _check_ids(found := parse_json(text, str(file)), file)
+        parts = [found.get(name) for name in PARTS] if isinstance(found, dict) else []
+    else:
+        starts = re.finditer(rf'"(?:{"|".join(PARTS)})"\s*:\s*(?=\{{)', text)
+        parts = [_object_at(text, start.end()) for start in starts]
+    for part in parts:
+        if isinstance(part, dict) and _growth(part) > MOST_GROWTH:
+            raise InputError(
+                f"{file}: {shown(part.get('type'))}: expected to make a text at most {MOST_GROWTH} times as long"
+            )
+    if '"precompiled_charsmap"' in text:
+        for charsmap in re.findall(r'"precompiled_charsmap"\s*:\s*"([^"\\]*)"', text):
+            _check_charsmap(charsmap, file)
+    with _without_panics():
+        try:
+            backend = tokenizers.Tokenizer.from_str(text)
+            plain(backend)
+            vocabulary = distinct_ids(backend)
+            _check_loaded(backend, text)
+        except InputError as error:
+            raise InputError(f"{file}: {error}") from None
+        except BaseException as error:  # a panic is one; `_reason` passes all others on
+            raise InputError(
+                f"{file}: not a tokenizer.json that `tokenizers` can read: {_reason(error)}"
+            ) from error
+    return backend, vocabulary
+
+
+def plain(backend: tokenizers.Tokenizer) -> None:
+    """Switch off what a tokenizer.json may carry and what would shorten, pad or vary ids without a word."""
+    backend.no_truncation()
+    backend.no_padding()
+    if getattr(backend.model, "dropout", None):
+        backend.model.dropout = None  # type: ignore
+
+
+def encoding_of(
+    backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool = False
+) -> tokenizers.Encoding:
+    """Raises InputError for half of a surrogate pair, and for a text that the tokenizer fails on."""
+    try:
+        return backend.encode(text, add_special_tokens=add_special_tokens)
+    except TypeError:  # what the package raises for half of a surrogate pair
+        raise InputError(f"expected text in valid Unicode, got {text[:40]!a}") from None
+    except BaseException as error:  # a panic
+        raise InputError(f"the tokenizer fails on {text[:40]!r}: {_reason(error)}") from error
+
+
+def text_of(backend: tokenizers.Tokenizer, ids: Sequence[int], skip_special_tokens: bool) -> str:
+    """Raises InputError where the decoder fails."""
+    try:
+        return backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+    except BaseException as error:  # a panic
+        raise InputError(f"the tokenizer's decoder fails on {list(ids[:8])}: {_reason(error)}") from error
+
+
+def continuing(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same tokenizer without the space that some put before every text."""
+    settings = json.loads(backend.to_str())
+    parts = {name: _without_prefix_space(settings[name]) for name in ("normalizer", "pre_tokenizer")}
+    if parts.items() <= settings.items():
+        return backend
+    return tokenizers.Tokenizer.from_str(json.dumps(settings | parts))
+
+
+def _without_prefix_space(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A normalizer or pre-tokenizer of tokenizer.json that leaves the start of a text as it is."""
+    if part is None or part["type"] == "Prepend":
+        return None
+    part = dict(part)
+    for members in ("normalizers", "pretokenizers"):
+        if members in part:
+            part[members] = [kept for member in part[members] if (kept := _without_prefix_space(member))]
+    if part["type"] == "Metaspace":
+        part["prepend_scheme"] = "never"
+    if part["type"] == "ByteLevel":
+        part["add_prefix_space"] = False
+    return part
+
+
+# ---- checks
+
+
+def _check_ids(found: Any, file: Path) -> None:
+    """No id is so large that the package, which is not asked yet, ends the process."""
+    model = found.get("model") if isinstance(found, dict) else None
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(vocabulary.items()) if isinstance(vocabulary, dict) else []
+    added = found.get("added_tokens") if isinstance(found, dict) else None
+    for token in added if isinstance(added, list) else ():
+        if isinstance(token, dict):
+            ids.append((token.get("content"), token.get("id")))
+    for token, token_id in ids:
+        if isinstance(token_id, int) and not 0 <= token_id < MOST_IDS:
+            raise InputError(
+                f"{file}: the token {shown(token)}: expected an id from 0 to {MOST_IDS - 1}, got {shown(token_id)}"
+            )
+
+
+def _object_at(text: str, start: int) -> Any:
+    try:
+        return json.JSONDecoder().raw_decode(text, start)[0]
+    except (ValueError, RecursionError):  # the package says what is wrong
+        return None
+
+
+def _growth(part: Any) -> float:
+    """How many times as long a normalizer, a decoder or a post-processor makes what it is given, about and at most."""
+    if not isinstance(part, dict):
+        return 1.0
+    grown = 1.0
+    for name in ("normalizers", "pretokenizers", "processors", "decoders"):
+        members = part.get(name)
+        for member in members if isinstance(members, list) else ():
+            grown = min(grown * _growth(member), 2.0 * MOST_GROWTH)
+    content, pattern = part.get("content"), part.get("pattern")
+    if part.get("type") == "Replace" and isinstance(content, str):
+        found = pattern.get("String") if isinstance(pattern, dict) else None
+        least = len(found) if isinstance(found, str) else int(not _finds_nothing(pattern))
+        grown *= max(1.0, len(content) / least) if least else 1 + len(content)
+    if part.get("type") == "Prepend" and isinstance(part.get("prepend"), str):
+        grown *= 1 + len(part["prepend"]) / 100
+    if part.get("type") == "TemplateProcessing":
+        grown *= max(_pieces(part, "single"), _pieces(part, "pair"))
+    return grown
+
+
+def _finds_nothing(pattern: Any) -> bool:
+    """Whether an expression may match an empty text, and so adds to one; True where Python does not read it."""
+    try:
+        return re.search(pattern["Regex"], "") is not None
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError, re.error):
+        return True
+
+
+def _pieces(part: dict[str, Any], name: str) -> float:
+    """How often a template writes the text again, and a hundredth of the ids that it adds."""
+    tokens, written = part.get("special_tokens"), 0.0
+    for piece in part[name] if isinstance(part.get(name), list) else ():
+        added = piece.get("SpecialToken") if isinstance(piece, dict) else None
+        key = added.get("id") if isinstance(added, dict) else None
+        token = tokens.get(key) if isinstance(tokens, dict) and isinstance(key, str) else None
+        ids = token.get("ids") if isinstance(token, dict) else None
+        written += 1.0 if added is None else (len(ids) if isinstance(ids, list) else 1) / 100
+    return max(1.0, written)
+
+
+def _check_charsmap(encoded: str, file: Path) -> None:
+    """Its first four bytes say how long its tree is: the package asks for as much memory."""
+    try:
+        raw = base64.b64decode(encoded, validate=True)
+    except binascii.Error:
+        raw = b""
+    if len(raw) < 4 or int.from_bytes(raw[:4], "little") > len(raw) - 4:
+        raise InputError(
+            f"{file}: precompiled_charsmap: expected its length and as many bytes, got {len(raw)} bytes"
+        )
+
+
+def _check_loaded(backend: tokenizers.Tokenizer, text: str) -> None:
+    """Raises InputError, or what the package raises, where it cannot be used."""
+    found = re.search(r'"added_tokens"\s*:\s*(?=\[)', text)
+    for token in json.JSONDecoder().raw_decode(text, found.end())[0] if found else ():
+        if (token_id := backend.token_to_id(token["content"])) != token["id"]:
+            raise InputError(
+                f"added_tokens: {shown(token['content'])} has the id {token['id']}, "
+                f"and `tokenizers` makes it {token_id}: expected the id of the vocabulary, or the next one"
+            )
+    ids = _probe(backend)
+    backend.encode("")  # with what the post-processor adds
+    if len(text) < SMALL:
+        _probe(continuing(backend))
+        again = tokenizers.Tokenizer.from_str(backend.to_str())
+        if _probe(again) != ids or again.get_vocab() != backend.get_vocab():
+            raise InputError("`tokenizers` saves it with other tokens than it reads")
+
+
+def _probe(backend: tokenizers.Tokenizer) -> list[int] | None:
+    """The ids of a text that can be decoded; None for a tokenizer that does not know all characters."""
+    try:
+        ids = backend.encode(PROBE, add_special_tokens=False).ids
+    except Exception:  # the package's own, of a text that the tokenizer has no ids for
+        return None
+    backend.decode(ids)
+    return ids
+
+
+def distinct_ids(backend: tokenizers.Tokenizer) -> Vocabulary:
+    """The ids that have a token, those of added tokens included. Raises InputError where one has two.
+
+    Most files have the ids below their count, each with a token: then none has two.
+    """
+    count = backend.get_vocab_size(with_added_tokens=True)
+    if all(backend.id_to_token(i) is not None for i in range(count)):
+        return Vocabulary(count)
+    tokens: dict[int, str] = {}
+    for token, token_id in sorted(backend.get_vocab(with_added_tokens=True).items()):
+        if token_id in tokens:
+            raise InputError(
+                f"the id {token_id} has two tokens, {shown(tokens[token_id])} and {shown(token)}: expected one"
+            )
+        tokens[token_id] = token
+    return Vocabulary.of(tokens)
+
+
+# ---- panics
+
+
+def _reason(error: BaseException) -> str:
+    """What the package says; what is neither its error nor its panic goes on."""
+    if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+        raise error
+    return str(error)
+
+
+@contextmanager
+def _without_panics() -> Iterator[None]:
+    """What Rust writes to standard error about a panic is not shown, if there is one; all else is."""
+    try:
+        sys.stderr.flush()
+        written, saved = tempfile.TemporaryFile(), os.dup(2)  # noqa: SIM115 (closed below)
+    except (OSError, ValueError, AttributeError):  # there is no standard error, or no place for a file
+        yield
+        return
+    with written:
+        os.dup2(written.fileno(), 2)
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            written.seek(0)
+            if not failed:
+                with suppress(OSError):  # standard error may be full, or a terminal that is no more
+                    os.write(2, written.read())
