@@ -1,1 +1,1 @@
-"""One file, one algorithm, floor 2. Files with an underscore are what several of them share."""
+"""One file, one algorithm, floor 2. What several of them share is in rooms."""

@@ -11,9 +11,7 @@ from unittest.mock import patch
 
 import pytest
 from general import (
-    MOST_LINES_OF_A_FILE,
     algorithm_files_read_in_one_order,
-    algorithms_never_import_one_another,
     docstrings_start_with_a_phrase,
     files_are_short,
     floor_0_stands_on_torch_and_triton,
@@ -28,23 +26,39 @@ from general import (
     the_formatter_is_not_fought,
 )
 from of_kernels import (
-    circle,
     every_op_has_its_reference,
     kernel_files_read_in_one_order,
     kernel_files_say_what_they_compute,
     kernels_name_their_arguments,
     no_op_hides_its_module,
     references_use_all_they_take,
-    rooms_import_what_they_may,
     what_stands_under_op_is_exported,
 )
+from rooms import (
+    ARROWS,
+    ROOMS,
+    algorithms_never_import_one_another,
+    circle,
+    circle_of_rooms,
+    files_import_in_no_circle,
+    objectives_stand_on_torch,
+    rooms_import_what_they_may,
+)
 from sources import ALGORITHMS, EXEMPT, FILES, FLOORS, KERNELS, PUBLIC, ROOT, functions, is_reference
+from violations import ALGORITHM, ALLOWED, FORBIDDEN, KERNEL
+from writing import IN_PLACE, files_are_written_beside_their_place, writes
 
+FOLDERS = {
+    folder: {name: source for name, source in FILES.items() if name.startswith(f"{folder}/")}
+    for folder in FLOORS
+}
 RULES = {
     imports_point_down: FILES,
     floor_0_stands_on_torch_and_triton: FILES,
     optional_packages_are_imported_on_demand: FILES,
-    rooms_import_what_they_may: KERNELS,
+    rooms_import_what_they_may: {name: s for folder in ARROWS for name, s in FOLDERS[folder].items()},
+    files_import_in_no_circle: FILES,
+    objectives_stand_on_torch: FILES,
     algorithms_never_import_one_another: FILES,
     kernel_files_say_what_they_compute: KERNELS,
     kernel_files_read_in_one_order: KERNELS,
@@ -63,6 +77,7 @@ RULES = {
     the_formatter_is_not_fought: FILES,
     gradients_and_inputs_go_by_name: FILES,
     docstrings_start_with_a_phrase: FILES,
+    files_are_written_beside_their_place: FILES,
 }
 NAMES = [rule.__name__ for rule in RULES]
 
@@ -95,8 +110,15 @@ def test_the_list_of_exemptions_only_shrinks():
     assert not EXEMPT.keys() & KERNELS.keys(), "kernels/ is rewritten: no rule spares a file of it"
 
 
-def test_no_circles():
-    assert not circle(KERNELS)
+@pytest.mark.parametrize("folder", ["model", "algorithms"])
+def test_no_circles_of_rooms(folder):
+    assert not circle_of_rooms(FOLDERS[folder])
+
+
+def test_what_is_written_in_place_is_listed_with_a_reason():
+    found = {(name, way) for name in FILES for _, way, _ in writes(FILES[name])}
+    stale = IN_PLACE.keys() - found
+    assert not stale, f"nothing is written so: take it from the list: {stale}"
 
 
 def test_the_list_of_ops_is_the_api():
@@ -116,6 +138,8 @@ def test_one_level_of_rooms():
     assert not nested, f"expected one level of rooms: {nested}"
     places = {name.rpartition("/")[0] for name in FILES}
     assert all(f"{place}/__init__.py" in FILES for place in places)
+    named = {*FLOORS, *(f"{folder}/{room}" for folder, rooms in ROOMS.items() for room in rooms)}
+    assert places <= named, f"ROOMS has them not: {places - named}"
     with patch("setuptools.setup") as setup:
         runpy.run_path(str(ROOT / "setup.py"))
     given = setup.call_args.kwargs
@@ -124,81 +148,6 @@ def test_one_level_of_rooms():
 
 
 # ---- controls
-
-KERNEL = '''"""Maths.
-
-    y = x
-    Traffic: none.
-
-Source: somewhere
-"""
-
-from ._op import make_op
-from ._triton import tl, triton
-
-# ---- reference
-
-
-def rms_norm_reference(x, eps=1e-6, *, flag=False):
-    """The truth."""
-    return x + eps * flag
-
-
-# ---- kernels
-
-
-# fmt: off
-@triton.jit
-def _rms_norm_fwd(x_ptr, N, BLOCK: tl.constexpr):
-    pass
-# fmt: on
-
-
-# ---- launch
-
-
-def _forward(a, b, c, d, e, f, g, h):
-    first = 1
-
-    # a step
-    return first
-
-
-# ---- op
-
-
-def rms_norm(x, eps=1e-6, *, memory_budget=None, flag=False):
-    return x
-'''
-ALGORITHM = '''"""Maths.
-
-Source: somewhere
-Run:    burnish x
-"""
-
-
-class Config:
-    pass
-
-
-def x_loss(logprob, num_tokens):
-    return -logprob.sum() / num_tokens
-
-
-def train(cfg):
-    pass
-
-
-if __name__ == "__main__":
-    train(Config())
-'''
-_SWAPPED = ALGORITHM.replace("def train(cfg)", "def y_loss(num_tokens)").replace("def x_loss", "def train")
-_STEPS = "    x = 1\n" * 8
-
-
-def _of_lines(count, head="def f():"):
-    """A function of that many lines, with paragraphs."""
-    return f"{head}\n" + "".join("    x = 1\n" if i % 9 else "\n" for i in range(1, count))
 
 
 @pytest.mark.parametrize("rule", RULES, ids=NAMES)
@@ -209,126 +158,43 @@ def test_a_clean_file_has_no_fault(rule):
     assert list(rule(name, source)) == []
 
 
-@pytest.mark.parametrize(
-    "rule, name, source",
-    [
-        (functions_take_few_parameters, "model/x.py", "class A:\n    def f(self, a, b, c, d, e, f, g, h): ..."),
-        (functions_are_short, "kernels/x.py", _of_lines(60)),
-        (functions_are_short, "kernels/x.py", _of_lines(100, "@triton.jit\ndef f():")),
-        (functions_are_short, "algorithms/x.py", _of_lines(80, "def train(cfg):")),
-        (functions_are_short, "kernels/x.py", _of_lines(61, "def rms_norm(\n    x,\n):")),
-        (files_are_short, "kernels/lora.py", "\n" * 650),
-        (functions_have_paragraphs, "kernels/x.py", f"def f():\n{_STEPS}    # a step\n{_STEPS}\n{_STEPS}"),
-        (functions_have_paragraphs, "kernels/x.py", "def f():\n    return [\n" + "        1,\n" * 30 + "    ]"),
-        (the_formatter_is_not_fought, "kernels/x.py", "x = '# fmt: skip'"),
-        (gradients_and_inputs_go_by_name, "kernels/x.py", "a = inputs[3], rest[-1], others[7], [0] * 4, rest[:2]"),
-        (docstrings_start_with_a_phrase, "kernels/x.py", '"""Offsets of rows, as a kernel reads them."""'),
-        (rooms_import_what_they_may, "kernels/head/topk.py", "from . import blocks\nfrom .._chip import TARGET"),
-        (rooms_import_what_they_may, "kernels/attention.py", "from .plain.attention import f\nfrom . import tiles"),
-        (rooms_import_what_they_may, "kernels/moe.py", "from .nf4 import product\nfrom .route import counts"),
-        (kernel_files_read_in_one_order, "kernels/plain/norm.py", "def rms_norm_reference(x):\n    return x"),
-        (kernel_files_read_in_one_order, "kernels/x.py", "# ---- kernels\n# ---- blocks\n# ---- op"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("rule, name, source", ALLOWED)
 def test_what_a_rule_allows(rule, name, source):
     assert list(rule(name, source)) == []
 
 
-@pytest.mark.parametrize(
-    "rule, name, source",
-    [
-        (imports_point_down, "kernels/x.py", "from ..model.packed import Packed"),
-        (imports_point_down, "kernels/head/x.py", "from ...model.packed import Packed"),
-        (imports_point_down, "model/x.py", "def f():\n    from burnish.bench import registry"),
-        (imports_point_down, "algorithms/x.py", "import burnish.bench.registry"),
-        (imports_point_down, "model/x.py", "from .. import algorithms"),
-        (floor_0_stands_on_torch_and_triton, "kernels/x.py", "import numpy as np"),
-        (floor_0_stands_on_torch_and_triton, "kernels/plain/x.py", "from numpy import array"),
-        (optional_packages_are_imported_on_demand, "model/x.py", "if True:\n    from transformers import Trainer"),
-        (optional_packages_are_imported_on_demand, "bench/x.py", "def f():\n    pass\nimport trl.trainer"),
-        (precision_is_decided_once, "kernels/x.py", "tf32 = torch.backends.cuda.matmul.allow_tf32"),
-        (precision_is_decided_once, "model/x.py", "from torch import is_autocast_enabled as enabled"),
-        (precision_is_decided_once, "bench/x.py", "getattr(torch, 'get_autocast_dtype')('cpu')"),
-        (precision_is_decided_once, "bench/x.py", "torch.backends.fp32_precision = 'tf32'"),
-        (rooms_import_what_they_may, "kernels/rope.py", "from .norm import rms_norm"),
-        (rooms_import_what_they_may, "kernels/rope.py", "from . import norm"),
-        (rooms_import_what_they_may, "kernels/rope.py", "from burnish.kernels.norm import rms_norm"),
-        (rooms_import_what_they_may, "kernels/rope.py", "from burnish.kernels import _chip"),
-        (rooms_import_what_they_may, "kernels/rope.py", "from . import rms_norm"),
-        (rooms_import_what_they_may, "kernels/rope.py", "from .head.blocks import scaled_logits"),
-        (rooms_import_what_they_may, "kernels/head/topk.py", "from .divergence import token_divergence"),
-        (rooms_import_what_they_may, "kernels/head/blocks.py", "from ..norm import rms_norm"),
-        (rooms_import_what_they_may, "kernels/plain/moe.py", "from ..moe import moe_mlp"),
-        (rooms_import_what_they_may, "kernels/records.py", "from .plain.moe import Activation"),
-        (rooms_import_what_they_may, "kernels/tiles.py", "from .nf4 import product"),
-        (algorithms_never_import_one_another, "algorithms/x.py", "from .sft import sft_loss"),
-        (algorithms_never_import_one_another, "algorithms/_x.py", "from . import sft"),
-        (kernel_files_say_what_they_compute, "kernels/x.py", KERNEL.replace("Source:", "From")),
-        (kernel_files_say_what_they_compute, "kernels/x.py", KERNEL.replace("Traffic", "Bytes")),
-        (kernel_files_say_what_they_compute, "kernels/x.py", KERNEL.replace("y = x", "y is x")),
-        (kernel_files_read_in_one_order, "kernels/x.py", KERNEL.replace("- launch", "- autograd")),
-        (kernel_files_read_in_one_order, "kernels/x.py", KERNEL.replace("- launch", "- backward pass")),
-        (kernel_files_read_in_one_order, "kernels/x.py", KERNEL.replace("# ---- op\n", "")),
-        (kernel_files_read_in_one_order, "kernels/x.py", "# ---- launch\n# ---- kernels"),
-        (kernel_files_read_in_one_order, "kernels/x.py", "# ---- op\n# ---- reference"),
-        (kernel_files_read_in_one_order, "kernels/x.py", "# ---- kernels\n# ---- kernels"),
-        (kernel_files_read_in_one_order, "kernels/x.py", KERNEL.replace("def _forward(", "def glu_reference(")),
-        (kernel_files_read_in_one_order, "kernels/x.py", KERNEL + "\n\n@triton.jit\ndef _late(N):\n    pass\n"),
-        (kernel_files_read_in_one_order, "kernels/head/blocks.py", "@triton.jit\ndef _tile(N):\n    pass\n"),
-        (kernel_files_read_in_one_order, "kernels/plain/x.py", "# ---- kernels\n@triton.jit\ndef _f(N): ..."),
-        (what_stands_under_op_is_exported, "kernels/x.py", KERNEL.replace("def rms_norm(", "def rms_norms(")),
-        (every_op_has_its_reference, "kernels/x.py", KERNEL.replace("norm_reference", "norm_truth")),
-        (every_op_has_its_reference, "kernels/x.py", KERNEL.replace("norm_reference", "norms_reference")),
-        (every_op_has_its_reference, "kernels/x.py", KERNEL.replace("norm(x, eps=1e-6", "norm(x, eps=1e-5")),
-        (every_op_has_its_reference, "kernels/x.py", KERNEL.replace("norm(x, eps=1e-6, *, ", "norm(x, eps=1e-6, ")),
-        (every_op_has_its_reference, "kernels/x.py", KERNEL.replace("memory_budget=None", "seed=None")),
-        (references_use_all_they_take, "kernels/x.py", KERNEL.replace("eps * flag", "eps")),
-        (no_op_hides_its_module, "kernels/head/rms_norm.py", KERNEL),
-        (kernels_name_their_arguments, "kernels/x.py", KERNEL.replace("BLOCK:", "block:")),
-        (kernels_name_their_arguments, "kernels/x.py", KERNEL.replace("_rms_norm_fwd", "rms_norm_fwd")),
-        (algorithm_files_read_in_one_order, "algorithms/x.py", ALGORITHM.replace("Run:", "Try:")),
-        (algorithm_files_read_in_one_order, "algorithms/x.py", ALGORITHM.replace("class Config", "class Settings")),
-        (algorithm_files_read_in_one_order, "algorithms/x.py", _SWAPPED),
-        (algorithm_files_read_in_one_order, "algorithms/x.py", ALGORITHM + "\n\ndef late():\n    pass\n"),
-        (losses_require_their_denominator, "algorithms/x.py", ALGORITHM.replace("num_tokens)", "num_tokens=1)")),
-        (functions_take_few_parameters, "kernels/x.py", KERNEL.replace("g, h)", "g, h, i)")),
-        (functions_take_few_parameters, "kernels/x.py", KERNEL.replace("g, h)", "g, *h, i)")),
-        (functions_take_few_parameters, "kernels/x.py", "class A:\n    def f(self, a, b, c, d, e, f, g, h, **i): ..."),
-        (functions_take_few_parameters, "model/x.py", "def rms_norm(a, b, c, d, e, f, g, h, i): ..."),
-        (functions_are_short, "kernels/x.py", _of_lines(61)),
-        (functions_are_short, "kernels/x.py", _of_lines(101, "@triton.jit\ndef f():")),
-        (functions_are_short, "algorithms/x.py", _of_lines(81, "def train(cfg):")),
-        (functions_are_short, "kernels/x.py", _of_lines(63, "def rms_norm(x):")),
-        (files_are_short, "algorithms/x.py", ALGORITHM + "\n" * MOST_LINES_OF_A_FILE),
-        (files_are_short, "kernels/lora.py", "\n" * 651),
-        (functions_have_paragraphs, "kernels/x.py", f"def f():\n{_STEPS}{_STEPS}"),
-        (functions_have_paragraphs, "kernels/x.py", f"@triton.jit\ndef _f(N):\n{_STEPS}    y = 2  # aside\n{_STEPS}"),
-        (the_formatter_is_not_fought, "kernels/x.py", "x = 1  # fmt: skip"),
-        (the_formatter_is_not_fought, "kernels/x.py", "# ---- kernels\n# ---- launch\n# fmt: off"),
-        (the_formatter_is_not_fought, "kernels/x.py", "# ---- kernels\n# fmt: off\n# fmt: on\n# fmt: off"),
-        (the_formatter_is_not_fought, "model/x.py", "# fmt: off"),
-        (the_formatter_is_not_fought, "kernels/x.py", KERNEL.replace("# fmt: on\n", "") + "# fmt: on"),
-        (gradients_and_inputs_go_by_name, "kernels/x.py", "grads = (None,) * n"),
-        (gradients_and_inputs_go_by_name, "kernels/x.py", "grads = dx, *[None] * 7"),
-        (gradients_and_inputs_go_by_name, "kernels/x.py", "need = ctx.needs_input_grad[4]"),
-        (gradients_and_inputs_go_by_name, "kernels/x.py", "a, b = inputs[:20], rest[1]"),
-        (docstrings_start_with_a_phrase, "kernels/x.py", 'def f():\n    """Of x."""'),
-        (docstrings_start_with_a_phrase, "kernels/x.py", 'class A:\n    """What f takes."""'),
-        (docstrings_start_with_a_phrase, "bench/x.py", '"""As the table has it."""'),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("rule, name, source", FORBIDDEN)
 def test_a_planted_fault_is_found(rule, name, source):
     assert list(rule(name, source))
 
 
-def test_a_planted_circle_is_found():
+def test_every_rule_has_a_planted_fault():
+    assert {rule for rule, _, _ in FORBIDDEN} == RULES.keys()
+
+
+def test_a_planted_circle_of_files_is_found():
     files = {
         "kernels/_op.py": "from . import records",
         "kernels/records.py": "from .head.blocks import block",
         "kernels/head/blocks.py": "def f():\n    from .._op import make_op",
     }
-    assert set(circle(files)) == {"_op", "records", "head/blocks"}
-    assert not circle(files | {"kernels/records.py": ""})
+    assert circle(files, "kernels/_op.py") == ["_op", "records", "head/blocks", "_op"]
+    assert not circle(files | {"kernels/records.py": ""}, "kernels/_op.py")
+
+
+def test_a_planted_circle_of_rooms_is_found():
+    files = {
+        "model/errors.py": "def f():\n    from .adapters import config",
+        "model/adapters/expressions.py": "from ..errors import InputError",
+    }
+    assert set(circle_of_rooms(files)) == {"errors", "adapters"}
+    assert not circle(files, "model/errors.py")
+    assert not circle_of_rooms(files | {"model/errors.py": ""})
+
+    # an arrow that the list forbids is its own rule's to find
+    files = {"algorithms/run/x.py": "from ..data import y", "algorithms/data/z.py": "from ..run import w"}
+    assert not circle_of_rooms(files)
+    assert list(rooms_import_what_they_may("algorithms/run/x.py", files["algorithms/run/x.py"]))
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,11 @@
 
 import ast
 import re
-import sys
 from collections.abc import Iterator
 
 from sources import (
     FLOORS,
+    GROUND,
     body,
     comments,
     every_function,
@@ -19,10 +19,9 @@ from sources import (
     parse,
     section,
     signature,
+    stem,
 )
 
-GROUND = {"torch", "triton", *sys.stdlib_module_names}  # all that floor 0 stands on
-COMPOSITIONS = {"r1", "instruct", "chat_demo", "evaluate", "__main__"}  # they alone import algorithm files
 OPTIONAL = {"transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "liger_kernel"}
 
 MOST_PARAMETERS = 8
@@ -63,29 +62,27 @@ def optional_packages_are_imported_on_demand(name: str, source: str) -> Iterator
             yield f"{name}:{line} imports {rest[0]} with the file"
 
 
-def algorithms_never_import_one_another(name: str, source: str) -> Iterator[str]:
-    folder, *_, file = name.split("/")
-    if folder == "algorithms" and file.removesuffix(".py") not in COMPOSITIONS:
-        for line, (target, *rest) in imports(name, source):
-            if target == "algorithms" and rest and not rest[0].startswith("_"):
-                yield f"{name}:{line} imports the algorithm {rest[0]}"
-
-
 # ---- algorithms
 
 
 def algorithm_files_read_in_one_order(name: str, source: str) -> Iterator[str]:
+    """Docstring, Config, losses, the function that runs, __main__: upstairs and in recipes/.
+
+    That function is `train`; where nothing is trained, the one with the file's name, or `main`.
+    """
     tree = parse(source)
+    defined = {n.name: n.lineno for n in tree.body if isinstance(n, ast.ClassDef | ast.FunctionDef)}
     docstring = ast.get_docstring(tree) or ""
-    for word in ("Source:", "Run:"):
+    for word in ("Source:", "Run:") if "train" in defined else ("Run:",):
         if word not in docstring:
             yield f"{name}: the docstring has no {word!r}"
-    defined = {n.name: n.lineno for n in tree.body if isinstance(n, ast.ClassDef | ast.FunctionDef)}
+
     losses = [line for function, line in defined.items() if function.endswith("_loss")]
+    runs = next((function for function in ("train", stem(name), "main") if function in defined), "train")
     mains = [n.lineno for n in tree.body if isinstance(n, ast.If) and "__main__" in ast.unparse(n.test)]
-    order = [defined.get("Config", 0), *losses, defined["train"], *mains]
+    order = [defined.get("Config", 0), *losses, defined.get(runs, 0), *mains]
     if not defined.get("Config") or len(mains) != 1 or order != sorted(order):
-        yield f"{name}: expected Config, losses, train, __main__ in this order"
+        yield f"{name}: expected Config, losses, {runs}, __main__ in this order"
     if mains and tree.body[-1].lineno != mains[0]:
         yield f"{name}: something follows __main__"
 

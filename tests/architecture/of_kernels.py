@@ -1,16 +1,13 @@
-"""The rules of kernels/: rooms, the order of a kernel file, ops and their references."""
+"""The rules of kernels/: the order of a kernel file, ops and their references."""
 
 import ast
 import re
 from collections.abc import Iterator
-from fnmatch import fnmatch
-from graphlib import CycleError, TopologicalSorter
 
 from sources import (
     FILES,
     PUBLIC,
     functions,
-    imports,
     is_kernel,
     is_op,
     is_reference,
@@ -21,66 +18,9 @@ from sources import (
 )
 from sources import section as section_of
 
-ROOMS = ("head", "plain")
-OPS = "norm rope glu attention decode sample nf4 lora low_rank route moe head/[!_]*"
-ARROWS = {  # which files of kernels/ import which: what the rows that fit a file allow, together
-    "__init__": "*",
-    "*": "records tiles _[!_]*",  # _op, _chip, _triton, and tables that nobody looks up
-    OPS: "plain/*",
-    "head/*": "head/blocks head/inputs",
-    "head/logprob": "head/gather",  # of a recorded support, a few columns
-    "lora moe plain/moe": "nf4",  # products with a weight in 4 bits
-    "lora": "low_rank",
-    "moe": "route",
-    "plain/*": "plain/*",
-    "head/divergence": "head/mixture",
-    "plain/logprob plain/divergence": "head/blocks head/inputs",
-}
 SECTIONS = ["reference", "kernels", "launch", "op"]
 OTHER_WORDS = {"autograd": "launch", "public op": "op"}
 ONLY_THE_OP_HAS = {"*memory_budget"}  # a reference would ignore it
-
-
-# ---- rooms
-
-
-def arrows(name: str, source: str) -> Iterator[tuple[int, str]]:
-    """(line, file) of what a file of kernels/ imports from kernels/, as "_chip" or "head/blocks"."""
-    for line, (target, *rest) in imports(name, source):
-        if target == "kernels":
-            in_a_room = rest[0] in ROOMS and len(rest) > 1
-            file = "/".join(rest[:2]) if in_a_room else rest[0] if rest else "__init__"
-            yield line, "__init__" if file in PUBLIC else file
-
-
-def rooms_import_what_they_may(name: str, source: str) -> Iterator[str]:
-    """The list ARROWS, by relative imports alone: a copy of the folder has another name."""
-    file = name.removeprefix("kernels/").removesuffix(".py")
-    fits = lambda file, patterns: any(fnmatch(file, pattern) for pattern in patterns)
-    rows = [targets.split() for row, targets in ARROWS.items() if fits(file, row.split())]
-    allowed = [target for targets in rows for target in targets]
-    for line, target in arrows(name, source):
-        if not fits(target, allowed):
-            yield f"{name}:{line} imports {target}, expected one of {', '.join(allowed)}"
-    for node in ast.walk(parse(source)):
-        absolute = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and node.level == 0:
-            absolute = [node.module or ""]
-        if any(module.split(".")[0] == "burnish" for module in absolute):
-            yield f"{name}:{getattr(node, 'lineno', 1)} imports burnish, expected a relative import"
-
-
-def circle(files: dict[str, str]) -> list[str]:
-    """The files of a circle of imports; none where there is none."""
-    graph = {
-        name.removeprefix("kernels/").removesuffix(".py"): {file for _, file in arrows(name, source)}
-        for name, source in files.items()
-    }
-    try:
-        TopologicalSorter(graph).prepare()
-    except CycleError as error:
-        return error.args[1]
-    return []
 
 
 # ---- a kernel file

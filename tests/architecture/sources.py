@@ -3,6 +3,7 @@
 import ast
 import io
 import re
+import sys
 import tokenize
 import tomllib
 from collections.abc import Iterator
@@ -19,11 +20,13 @@ FILES = {
     for path in sorted((ROOT / folder).glob(pattern))
 }
 KERNELS = {name: source for name, source in FILES.items() if name.startswith("kernels/")}
-ALGORITHMS = {
+ALGORITHMS = {  # what runs: methods and their like upstairs, recipes
     name: source
     for name, source in FILES.items()
-    if name.startswith("algorithms/") and "/_" not in name and "\ndef train(" in source
+    if re.fullmatch(r"algorithms/(recipes/)?[^_/]\w*\.py", name)
+    and ("\ndef train(" in source or '\nif __name__ == "__main__"' in source)
 }
+GROUND = {"torch", "triton", *sys.stdlib_module_names}  # all that floor 0 stands on
 
 # file -> the rules that it breaks and will break until it is rewritten
 EXEMPT: dict[str, list[str]] = tomllib.loads((Path(__file__).parent / "exempt.toml").read_text())
@@ -39,17 +42,18 @@ def stem(name: str) -> str:
     return name.rpartition("/")[2].removesuffix(".py")
 
 
-def exported() -> set[str]:
-    """The public ops and types: what kernels/__init__.py takes from its files."""
+@cache
+def exported(folder: str) -> set[str]:
+    """What a folder's __init__.py takes from its files; of kernels/ the public ops and types."""
     return {
         alias.name
-        for node in ast.walk(parse(FILES["kernels/__init__.py"]))
+        for node in ast.walk(parse(FILES[f"{folder}/__init__.py"]))
         if isinstance(node, ast.ImportFrom) and node.module != "_namesake"
         for alias in node.names
     }
 
 
-PUBLIC = exported()
+PUBLIC = exported("kernels")
 
 
 # ---- imports
