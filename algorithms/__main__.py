@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments is not None:
         return _status(arguments)
     status = run_program("burnish", lambda: _status(sys.argv[1:]))
-    calls = sys.modules.get(f"{__package__}._calls")  # where users' functions were called
+    calls = sys.modules.get(f"{__package__}.run.calls")  # where users' functions were called
     return calls.left(status) if calls else status
 
 

@@ -624,7 +624,7 @@ PROGRAM = """'A command.'
 
 import concurrent.futures, itertools, os, re, sys, threading, time
 from dataclasses import dataclass
-from burnish.algorithms import _calls
+from burnish.algorithms.run import calls
 from burnish.algorithms.run.command import run_command
 
 
@@ -673,11 +673,11 @@ def leaves_a_thread():
 
 
 for function in (pool, deaf, blocks, backtracks, counts, slow, leaves_a_thread):
-    _calls.PATIENCE = 2.5 if function is pool else 0.5  # a pool needs two interruptions
+    calls.PATIENCE = 2.5 if function is pool else 0.5  # a pool needs two interruptions
     if (child := os.fork()) == 0:
         read = lambda value: value.item() if hasattr(value, "item") else value
-        call = _calls.Call(function.__name__, function, {}, "rewards", 2, read)
-        sys.exit(run_command("try", sys.modules["__main__"], lambda _: _calls.results([call], 0.2), []))
+        call = calls.Call(function.__name__, function, {}, "rewards", 2, read)
+        sys.exit(run_command("try", sys.modules["__main__"], lambda _: calls.results([call], 0.2), []))
     print("status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
