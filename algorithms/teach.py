@@ -2,9 +2,9 @@
 
 Sequences are the rows' own, or with --samples what the teacher answers to their prompts. For each of their trained
 tokens the --top-k most likely ids and log-probabilities are kept, all the rest being one tail of known weight; with
---top-k 0 the sequences alone, for sequence-level distillation. `data/lessons.py` describes the file. The teacher is then
-needed no more, and its answers can be learned from many times. The ids are tokens; their log-probabilities are over the
-whole head, its padding included, as the student scores what it is given.
+--top-k 0 the sequences alone, for sequence-level distillation. `data/lessons.py` describes the file. The teacher is
+then needed no more, and its answers can be learned from many times. The ids are tokens; their log-probabilities are
+over the whole head, its padding included, as the student scores what it is given.
 
 Source: sequence level: Kim and Rush 2016, https://arxiv.org/abs/1606.07947
         what top-k targets lose: Anshumann et al. 2025, https://arxiv.org/abs/2503.16870

@@ -5,13 +5,13 @@ Tokens are joined, so a prompt's ids are those that generation starts from; the 
 max_length cuts does not get one.
 """
 
-from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ...model.errors import InputError
 from ...model.text.tokenizer import Message, Tokenizer, TurnRewritten
+from .batch import Completion
 from .messages import (
     Talk,
     Turn,
@@ -23,7 +23,7 @@ from .messages import (
     talk_of,
     with_system,
 )
-from .rows import Row, Tally, opened
+from .rows import Row, Tally, opened, read_rows, report_counts
 
 SHAPES = {  # what the columns of a row mean to SFT: the first shape that a row has all columns of
     "messages": ("messages",),
@@ -60,6 +60,15 @@ class Example:
         """All ids that a model is to read of it."""
         return [self.tokens]
 
+    @property
+    def prompt(self) -> list[int]:
+        """Nothing: a row is trained from its first token on, where the mask says so."""
+        return []
+
+    @property
+    def completions(self) -> list[Completion]:
+        return [Completion(self.tokens, self.mask)]
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -81,6 +90,14 @@ class Pair:
 
 
 # ---- supervised fine-tuning
+
+
+def load_examples(cfg: Any, tokenizer: Tokenizer) -> list[Example]:
+    """The examples of --data, after saying what became of its rows. cfg: also row_template, max_length, train_on."""
+    rows = read_rows(cfg.data, cfg.row_template)
+    examples, counts = sft_examples(rows, tokenizer, max_length=cfg.max_length, train_on=cfg.train_on)
+    report_counts(cfg.data, counts)
+    return examples
 
 
 def sft_examples(
@@ -368,24 +385,3 @@ def read_prompt(row: Row, column: str, tokenizer: Tokenizer) -> str | list[Turn]
         return question if isinstance(question, str) or question[-1]["content"].strip() else ""
     text = row.text(column)
     return asked(row, text, column) if tokenizer.chat_template is not None and text.strip() else text
-
-
-# ---- packing
-
-
-def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of `lengths` in bins of at most `capacity`, best-fit-decreasing: the longest first, each into the fullest
-    bin that has room. Sequences are never split: one longer than capacity has a bin of its own. Deterministic.
-    """
-    bins: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # (room left, bin), ascending
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = bisect_left(rooms, (lengths[index], -1))
-        if place == len(rooms):
-            room, chosen = capacity, len(bins)
-            bins.append([])
-        else:
-            room, chosen = rooms.pop(place)
-        bins[chosen].append(index)
-        insort(rooms, (room - lengths[index], chosen))
-    return bins

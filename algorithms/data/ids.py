@@ -5,11 +5,16 @@ Llama-2's folders a <pad> at 32,000 for 32,000. Nothing here is padded, and such
 so it does no harm until a row holds it.
 """
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from ...model.errors import InputError
+from ...model.scalar import ScalarModel
+from ...model.text.token_ids import say_what_never_ends
 from ...model.text.tokenizer import Tokenizer
+from ...model.transformer import Transformer
+from ..run.processes import rank
 
 FOREIGN = 0.1  # share of a tokenizer's ids beyond the rows from which on it is called another model's
 
@@ -22,6 +27,29 @@ class Item(Protocol):
 
     @property
     def sequences(self) -> Sequence[Sequence[int]]: ...  # of ids, all that a model is to read of it
+
+
+def check_model(
+    model: Transformer | ScalarModel,
+    tokenizer: Tokenizer,
+    items: Iterable[Item],
+    longest: int,
+    name: str = "the model",
+) -> None:
+    """Refuse items with ids that the model, called `name`, has no row for; no such id is drawn from then on.
+
+    Says so where a stop token is one, and where sequences are longer than the model was trained on.
+    """
+    rows = model.config.vocab_size
+    check_ids(items, tokenizer, rows, name)
+    tokenizer.keep_below(rows)
+    say_what_never_ends(tokenizer.stop_ids, rows, name)
+    if longest > model.config.max_position_embeddings and rank() == 0:
+        limit = model.config.max_position_embeddings
+        print(
+            f"warning: sequences of up to {longest} tokens; the model was trained on up to {limit}",
+            file=sys.stderr,
+        )
 
 
 def check_ids(items: Iterable[Item], tokenizer: Tokenizer, rows: int, name: str = "the model") -> None:

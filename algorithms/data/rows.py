@@ -14,12 +14,13 @@ import io
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ...model.errors import InputError, shown
 from ...model.files.text_files import check_regular, parse_json
+from ..run.calls import brief
 from .parquet_footer import read_footer
 
 MOST_LINE = 64 * 2**20  # bytes of one line: a row of more text than any model reads
@@ -32,6 +33,7 @@ FREE_TABLE, TABLE_RATIO = 16 * 2**20, 1000  # of parquet, which holds the tools 
 VALUE_BYTES = 16  # that each value of parquet counts beside its own, which may be a bit
 FREE_ROWS = 300_000  # of parquet, beyond which a file has no more rows than bytes
 BATCH_ROWS = 32  # of a parquet file that are unpacked before their size is known
+NAMED = 30  # columns that a line names
 MOST_NESTED = 25  # types of a column in one another
 ACCOUNT: dict[str, Callable[[], Any]] = {"used": set, "ignored": set, "notes": Counter, "read_variables": set}
 
@@ -112,6 +114,15 @@ class Tally(Counter[str]):
         self.unused = [name for name in columns if name not in taken and not used(name)]
         self.unused += [f"{name} (of the row template)" for name in written if name not in found]
         self.unused += sorted(inside)
+
+
+def report_counts(source: Path, counts: Mapping[str, int]) -> None:
+    """Say what became of every row of a file, and which columns nothing used: none is dropped silently."""
+    print(f"{source}: " + ", ".join(f"{count} {reason}" for reason, count in counts.items()))
+    if isinstance(counts, Tally) and counts.unused:
+        names = [brief(name, 60) for name in counts.unused]
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        print(f"{source}: columns not used: {', '.join(names[:NAMED])}{more}")
 
 
 def without_nulls(value: Any) -> Any:

@@ -2,8 +2,8 @@
 
 PPO and the GRPO family share them. logprob is the trained policy's, with gradient; old_logprob that of the policy
 before the rollout's first update, ref_logprob the reference's, sampled_logprob what the sampler itself computed; all
-(tokens,), in nats. denominator: scalar or (tokens,), of the whole optimizer step (`denominators.py`), so that micro-batches
-add up. Log-ratios are clamped to [-20, 20] before exp.
+(tokens,), in nats. denominator: scalar or (tokens,), of the whole optimizer step (denominators.py), so that
+micro-batches add up. Log-ratios are clamped to [-20, 20] before exp.
 
     KL(pi || ref) from samples of pi, d = logprob - ref_logprob       value            gradient, as a loss
     k1  d                                                             exact            0 in expectation: only in rewards

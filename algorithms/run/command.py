@@ -1,15 +1,16 @@
 """How a Config and a function become a command: flags by tyro, one message for wrong input, an exit status."""
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 import torch
-import tyro
 
 from ...model.errors import InputError, shown
 from .calls import brief, left
+from .flags import helps
 from .processes import processes
 from .streams import run_program
 
@@ -28,8 +29,7 @@ def run_command(
 def _status(
     name: str, module: ModuleType, function: Callable[[Any], object], arguments: Sequence[str]
 ) -> int:
-    summary = (module.__doc__ or "").splitlines()[0]
-    config = tyro.cli(module.Config, prog=name, args=arguments, description=summary)
+    config = _parsed(name, module, arguments)
     try:
         with processes(name.split()[-1], getattr(config, "device", "cpu")):
             function(config)
@@ -54,3 +54,24 @@ def _status(
         print(f"\n{name}: interrupted; what was saved until now is whole", file=sys.stderr)
         return 130
     return 0
+
+
+def _parsed(name: str, module: ModuleType, arguments: Sequence[str]) -> Any:
+    """The module's Config with the flags that were given."""
+    import tyro  # a Config that is made in Python does without
+
+    # 1. the same flags with their help, which tyro does not find where a class sets the default alone
+    config, hints = module.Config, get_type_hints(module.Config, include_extras=True)
+    fields: list[Any] = []
+    for field in dataclasses.fields(config):
+        default: Any = {"default": field.default, "default_factory": field.default_factory}
+        text = helps(config).get(field.name)
+        fields.append(
+            (field.name, Annotated[hints[field.name], tyro.conf.arg(help=text)], dataclasses.field(**default))
+        )
+    flags: Any = dataclasses.make_dataclass("Flags", fields, frozen=True, kw_only=True)
+
+    # 2. what was given, as a Config
+    summary = (module.__doc__ or "").splitlines()[0]
+    given = tyro.cli(flags, prog=name, args=arguments, description=summary)
+    return config(**vars(given))

@@ -15,6 +15,7 @@ Sharding, all-gather and reduce-scatter are torch's FSDP2: https://arxiv.org/abs
 import contextlib
 import os
 import sys
+from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -28,7 +29,6 @@ from torch import Tensor
 from ...model.adapter import Model, linears
 from ...model.errors import InputError
 from ...model.scalar import ScalarModel
-from ..data.examples import best_fit
 
 TRAINERS = ("sft", "reward", "dpo", "kto", "ppo", "grpo", "distill")  # what runs on several processes
 TIMEOUT = timedelta(minutes=30)  # a process waits as long for one that samples or judges, then ends the job
@@ -169,6 +169,24 @@ def parts(lengths: Sequence[int], count: int) -> list[list[int]]:
         loads[lightest] += lengths[index]
     order = sorted(range(count), key=lambda part: -loads[part])
     return [sorted(found[part]) for part in order]
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of `lengths` in bins of at most `capacity`, best-fit-decreasing: the longest first, each into the fullest
+    bin that has room. Sequences are never split: one longer than capacity has a bin of its own. Deterministic.
+    """
+    bins: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (room left, bin), ascending
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = bisect_left(rooms, (lengths[index], -1))
+        if place == len(rooms):
+            room, chosen = capacity, len(bins)
+            bins.append([])
+        else:
+            room, chosen = rooms.pop(place)
+        bins[chosen].append(index)
+        insort(rooms, (room - lengths[index], chosen))
+    return bins
 
 
 def shares(lengths: Sequence[int], capacity: int) -> list[list[int]]:

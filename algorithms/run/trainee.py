@@ -7,7 +7,6 @@ With --lora-rank the weights are frozen, in bf16 on CUDA or in 4 bits, and what 
 saved is the adapter. Where --model is an adapter folder, training goes on with that adapter.
 """
 
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from ...model.transformer import Transformer
 from .processes import host
 
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-ADAPTER_BOUNDS = {"lora_rank": (0, 256), "lora_alpha": (1e-6, inf)}  # for check_flags
 
 
 def load_trainee(cfg: Any) -> Transformer:

@@ -1,0 +1,38 @@
+"""The tokenizer of a run, as its flags say."""
+
+from pathlib import Path
+from typing import Any
+
+from ...model.errors import InputError
+from ...model.text.template import OWN_NAMES
+from ...model.text.tokenizer import Tokenizer
+from .messages import check_names, from_json
+from .rendering import changes_text
+
+
+def load_tokenizer(cfg: Any) -> Tokenizer:
+    """The tokenizer of --model, with what --chat-template and --chat-template-kwargs say."""
+    flag, tokenizer = "--chat-template-kwargs", Tokenizer.load(cfg.model, cfg.chat_template)
+    variables = from_json(cfg.chat_template_kwargs, flag)
+    if variables is None:
+        return tokenizer
+    if not isinstance(variables, dict):
+        raise InputError(f"{flag}: expected a JSON object, got {variables!r:.60}")
+    if tokenizer.chat_template is None:
+        raise InputError(f"{flag}: the model has no chat template to read it: name one (--chat-template)")
+    check_names(variables, flag)
+    if unread := sorted(variables.keys() - tokenizer.template_variables):
+        asked = [{"role": "user", "content": "Hello"}]
+        names = sorted(tokenizer.template_variables - OWN_NAMES)
+        known = ", ".join(name for name in names if changes_text(name, asked, tokenizer, {})) or "none"
+        raise InputError(f"{flag}: the chat template reads no variable '{unread[0]:.60}'; it reads {known}")
+    tokenizer.variables = variables
+    return tokenizer
+
+
+def check_tokenizer(folder: Path, tokenizer: Tokenizer, flag: str) -> None:
+    """Refuse a second model, named by --flag, whose ids mean other tokens than those of --model."""
+    if Tokenizer.load(folder).backend.get_vocab() != tokenizer.backend.get_vocab():
+        raise InputError(
+            f"--{flag} {folder}: its tokenizer is not that of --model: it would score other tokens"
+        )

@@ -1,0 +1,85 @@
+"""AdamW, its schedule, and the step that ends a sum of micro-batches."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ...model.errors import InputError
+from ...model.linear import whole
+from .flags import Schedule
+
+
+def make_optimizer(
+    model: nn.Module, learning_rate: float, weight_decay: float = 0.0, eps: float = 1e-8
+) -> torch.optim.AdamW:
+    """AdamW whose weight decay spares vectors (norms and biases)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=eps, fused=True)
+
+
+def scheduled(peak: float, step: int, steps: int, warmup_steps: int, schedule: Schedule) -> float:
+    """Learning rate of `step` (from 0): linear warm-up to `peak`, then constant, or down to 0 at `steps`."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, steps - warmup_steps)
+    if schedule == "linear":
+        return peak * (1 - done)
+    if schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * done))
+    return peak
+
+
+def optimizer_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: float,
+    learning_rate: float,
+    max_grad_norm: float,
+) -> float:
+    """Clip, step, and clear the gradients that the micro-batches have added up. Returns the norm before clipping.
+
+    loss is the whole step's. Raises InputError where it or the norm is not finite; the weights are then as before.
+    """
+    norm = whole(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)).item()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        cause = f"Try a learning rate below {learning_rate:g}, or look for broken rows in the data"
+        if not optimizer.state:  # weights were finite when they were read
+            cause = (
+                "No update came before it, so the learning rate is not why: look for broken rows in the data"
+            )
+        raise InputError(
+            f"loss is {loss}, gradient norm {norm}: training has diverged and stopped before this update. {cause}"
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def autocast(device: str) -> contextlib.AbstractContextManager:
+    """bf16 over fp32 master weights on a GPU; fp32 throughout on a CPU, where bf16 products are slower."""
+    return torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else contextlib.nullcontext()
+
+
+def epochs(count: int, batch_size: int, seed: int, skip: int = 0) -> Iterator[list[int]]:
+    """Indices 0..count-1 in batches for ever: each index once an epoch, in a new order each time, from `seed`.
+
+    The last batch of an epoch is smaller where batch_size does not divide count. skip: batches left out at the start,
+    which a resumed run has had.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(count, generator=generator).tolist()
+        for start in range(0, count, batch_size):
+            if skip:
+                skip -= 1
+                continue
+            yield order[start : start + batch_size]
