@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from burnish.kernels._chip import precision
-from burnish.model import InputError, embed
+from burnish.model import InputError, embed, embedding
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -29,13 +29,13 @@ WINDOWS = {  # what gives a model sliding windows that its files do not
     "mixtral": {"sliding_window": 5},
     "qwen3_moe": {"use_sliding_window": True, "sliding_window": 5},
 }
-OPS = {
-    "attention": ["flash_attention", "decode_attention"],
-    "rope": ["apply_rope"],
-    "norm": ["rms_norm"],
-    "swiglu": ["swiglu"],
-    "experts": ["moe_mlp"],
-    "head": ["token_logprobs"],
+OPS = {  # of each part, and the file that calls them
+    "attention": (embedding.attention, ["flash_attention", "decode_attention"]),
+    "rope": (embedding.layers, ["apply_rope"]),
+    "norm": (embedding.layers, ["rms_norm"]),
+    "swiglu": (embedding.layers, ["swiglu"]),
+    "experts": (embedding.experts, ["moe_mlp"]),
+    "head": (embedding.operands, ["token_logprobs"]),
 }
 
 
@@ -270,14 +270,15 @@ def test_other_experts_are_named(load):
     embed.apply(model, experts=False)
     experts = model.model.layers[0].mlp.experts
     with pytest.raises(InputError, match=r"MixtralExperts.*experts=False"):
-        embed._experts(experts, torch.randn(2, 32), torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1))
+        index, weights = torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1)
+        embedding.experts.experts_forward(experts, torch.randn(2, 32), index, weights)
 
 
 # ---- which ops run
 
 
 def count(monkeypatch):
-    calls = {op: 0 for ops in OPS.values() for op in ops}
+    calls = {op: 0 for _, ops in OPS.values() for op in ops}
 
     def counted(op, original):
         def call(*args, **kwargs):
@@ -286,8 +287,9 @@ def count(monkeypatch):
 
         return call
 
-    for op in calls:
-        monkeypatch.setattr(embed, op, counted(op, getattr(embed, op)))
+    for file, ops in OPS.values():
+        for op in ops:
+            monkeypatch.setattr(file, op, counted(op, getattr(file, op)))
     return calls
 
 
@@ -310,7 +312,7 @@ def test_each_part_can_be_left_out_and_stand_alone(load, ids, padding, monkeypat
         calls.update(dict.fromkeys(calls, 0))
         embed.apply(model, **{name: (name == part) == alone for name in OPS})
         close(run(), want)
-        for name, ops in OPS.items():
+        for name, (_, ops) in OPS.items():
             for op in ops:
                 assert bool(calls[op]) == ((name == part) == alone), op
         embed.remove(model)
@@ -322,18 +324,31 @@ def without(op, name):
 
 FAULTS = {
     "the mask is lost, as without AttentionMaskInterface": (
-        "llama",
-        "_mask",
+        *("llama", embed, "mask"),
         lambda _: lambda *_, **__: None,
     ),
-    "the window is lost": ("mistral-sw", "flash_attention", lambda op: without(op, "window")),
-    "the window is lost beside a cache": ("mistral-sw", "decode_attention", lambda op: without(op, "window")),
-    "the sinks are lost": ("gpt_oss", "flash_attention", lambda op: without(op, "sinks")),
-    "gate and up are not taken apart": ("gpt_oss", "_apart", lambda _: lambda x: x),
-    "the experts' biases are lost": ("gpt_oss", "moe_mlp", lambda op: without(op, "down_bias")),
+    "the window is lost": (
+        *("mistral-sw", embedding.attention, "flash_attention"),
+        lambda op: without(op, "window"),
+    ),
+    "the window is lost beside a cache": (
+        *("mistral-sw", embedding.attention, "decode_attention"),
+        lambda op: without(op, "window"),
+    ),
+    "the sinks are lost": (
+        *("gpt_oss", embedding.attention, "flash_attention"),
+        lambda op: without(op, "sinks"),
+    ),
+    "gate and up are not taken apart": (
+        *("gpt_oss", embedding.experts, "gate_first"),
+        lambda _: lambda x: x,
+    ),
+    "the experts' biases are lost": (
+        *("gpt_oss", embedding.experts, "moe_mlp"),
+        lambda op: without(op, "down_bias"),
+    ),
     "rotated backwards": (
-        "llama",
-        "_rotate",
+        *("llama", embedding.layers, "rotate"),
         lambda op: lambda q, k, cos, sin, halves: op(q, k, cos, -sin, halves),
     ),
 }
@@ -342,7 +357,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(load, ids, padding, monkeypatch, fault):
     """The control of the tests above: they fail where the adapters between transformers and the ops are wrong."""
-    name, function, plant = FAULTS[fault]
+    name, file, function, plant = FAULTS[fault]
     model, mask = load(name), padding["left"]
 
     def run():
@@ -353,7 +368,7 @@ def test_a_planted_fault_is_found(load, ids, padding, monkeypatch, fault):
         return [*train(model, ids, mask.bool(), attention_mask=mask), last]
 
     want = run()
-    monkeypatch.setattr(embed, function, plant(getattr(embed, function)))
+    monkeypatch.setattr(file, function, plant(getattr(file, function)))
     embed.apply(model)
     with pytest.raises(AssertionError, match="not close"):
         close(run(), want)
@@ -523,7 +538,7 @@ def test_a_block_compiles_whole(load, ids, padding, name, which, backend):
     torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, backend=backend)
     for real in (None, padding["left"].bool()):
-        mask = embed._mask(3, 13, 13, mask_function=causal, attention_mask=real)
+        mask = embedding.attention.mask(3, 13, 13, mask_function=causal, attention_mask=real)
         assert (mask is None) == (real is None)
         close(run(compiled, mask), run(block, mask))
 
@@ -575,16 +590,16 @@ def test_generate_compiles_whole(load, ids, padding):
 
 def test_masks_compile_whole(load, ids, padding):
     """With as many segments as there are tokens, where eager has as many as there are."""
-    traced = torch.compile(embed._mask, fullgraph=True, backend="eager")
+    traced = torch.compile(embedding.attention.mask, fullgraph=True, backend="eager")
     causal = transformers.masking_utils.causal_mask_function
     for mask in padding.values():
         arguments = {"mask_function": causal, "attention_mask": mask.bool()}
-        eager, whole = (f(3, 13, 13, **arguments) for f in (embed._mask, traced))
+        eager, whole = (f(3, 13, 13, **arguments) for f in (embedding.attention.mask, traced))
         whole = whole.flatten().unique()
         want = torch.arange(0, 40, 13) if eager is None else eager.flatten().unique()
         assert torch.equal(whole, want.int())
         cached = {**arguments, "q_offset": 12}
-        eager, whole = (f(3, 1, 13, **cached) for f in (embed._mask, traced))
+        eager, whole = (f(3, 1, 13, **cached) for f in (embedding.attention.mask, traced))
         assert eager is None or torch.equal(eager, whole)
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from burnish.model import InputError, embed
+from burnish.model.embedding import attention, operands
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 trl = pytest.importorskip("trl", reason="trl is not installed")
@@ -106,8 +107,8 @@ def calls(monkeypatch):
 
         return call
 
-    for op in vars(calls):
-        monkeypatch.setattr(embed, op, counted(op, getattr(embed, op)))
+    for file, op in ((operands, "token_logprobs"), (attention, "flash_attention")):
+        monkeypatch.setattr(file, op, counted(op, getattr(file, op)))
     return calls
 
 
