@@ -54,24 +54,24 @@ def mask(
     first = q_offset - kv_offset  # the key that the first query stands on
     if isinstance(first, Tensor) and not torch.compiler.is_compiling():
         first = int(first)
-    is_token = None  # (B, S): is this key one? None: all that are seen are
+    is_token = None  # (B, S) bool: is this key one? None: all that a query may see are
     if attention_mask is not None:
         missing = kv_offset + kv_length - attention_mask.shape[1]
         is_token = F.pad(attention_mask, (0, max(missing, 0)))[:, kv_offset : kv_offset + kv_length]
         if not torch.compiler.is_compiling() and bool(is_token[:, : first + q_length].all()):
             is_token = None
 
-    # 1. no cache: the first T keys are the queries' own
+    # 1. nothing before the queries: the first T keys are their own
     if isinstance(first, int) and first == 0:
         if is_token is None and more.get("allow_is_causal_skip", True) and kv_length == q_length:
             return None
         return _segments(batch_size, q_length, mask_function, is_token, device)
 
-    # 2. a cache without padding, the last query on its last key
+    # 2. keys before the queries, no padding, the last query on the last key
     if is_token is None and isinstance(first, int) and first + q_length == kv_length:
         return None
 
-    # 3. any other cache
+    # 3. a cache with padding, or with room behind the last query
     query = first + torch.arange(q_length, device=device)  # (T,) the key that each query stands on
     if is_token is None:
         return (query + 1).expand(batch_size, q_length)[:, None, None]  # (B, 1, 1, T)
@@ -196,7 +196,7 @@ def _attend_to_cache(
     counts, order = counts_and_order.split([T, counts_and_order.shape[-1] - T], 1)  # (B, T), (B, 0 or S)
     if order.shape[1]:
         order = order[:, :, None, None]  # (B, S, 1, 1)
-        k, v = (x.gather(1, order.expand(-1, -1, *x.shape[2:])) for x in (k, v))
+        k, v = (x.gather(1, order.expand(-1, -1, *x.shape[2:])) for x in (k, v))  # (B, S, G, D)
 
     slot = torch.arange(B, device=q.device).repeat_interleave(T)  # (B T,) the row of the cache
     out = decode_attention(q.flatten(0, 1), k, v, slot, counts.flatten(), **options)  # (B T, H, D)

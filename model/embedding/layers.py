@@ -50,7 +50,8 @@ def make_attention_forward(home: Any, halves: bool) -> Callable[..., tuple[Tenso
         attend = interfaces.get_interface(self.config._attn_implementation, eager)
         dropout = self.attention_dropout if self.training else 0.0
         out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
-        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+        out = out.reshape(*hidden_states.shape[:-1], -1).contiguous()  # (B, T, H D)
+        return self.o_proj(out), weights
 
     return forward
 
@@ -68,7 +69,7 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, halves: bool) -> tupl
 
     B = q.shape[0]
     q, k = apply_rope(q.flatten(0, 1), k.flatten(0, 1), cos.flatten(0, 1), sin.flatten(0, 1))  # (B T, H, D)
-    return q.unflatten(0, (B, -1)), k.unflatten(0, (B, -1))
+    return q.unflatten(0, (B, -1)), k.unflatten(0, (B, -1))  # (B, T, H, D)
 
 
 # ---- norm, feed-forward

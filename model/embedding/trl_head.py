@@ -1,10 +1,10 @@
 """TRL's head with token_logprobs: **TRL's own bytecode runs, with two of its globals exchanged**.
 
 TRL's trainers put a forward on their model, `_fused_forward` of trl.trainer.utils.add_fused_lm_head, and call it with
-fused_lm_head=True: figures of each token instead of logits. It does a lot around the head, shifts, masks, temperature,
-what to do under FSDP2, the balance loss, and all of that is to stay TRL's. But it is a closure, made anew for each
-model, and takes no function: nothing of it can be subclassed or registered. To write it again here would be a copy that
-ages; to set the names in trl.trainer.utils would change every model of the process.
+fused_lm_head=True: figures of each token instead of logits. What it does around the head, shifts, masks, FSDP2's
+shards, the balance loss, is to stay TRL's. But it is a closure, made anew for each model, which takes no function:
+nothing of it can be subclassed or registered. Written again here it would be a copy that ages; setting the names in
+trl.trainer.utils would change every model of the process.
 
 So `fused_forward` makes a second function of the same code object, the same closure and the same defaults, whose
 globals are a copy of TRL's in which two names are ours:
