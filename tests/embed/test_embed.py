@@ -55,8 +55,8 @@ def train(model, ids, keep, **inputs):
     return [logits[keep].detach(), *gradients]
 
 
-def both(model, run, **parts):
-    """The same run before and after apply()."""
+def embedded_and_plain(model, run, **parts):
+    """The same run after apply() and before."""
     before = run()
     embed.apply(model, **parts)
     return run(), before
@@ -69,7 +69,7 @@ def both(model, run, **parts):
 @pytest.mark.parametrize("name", DENSE + ROUTED)
 def test_logits_and_gradients(load, ids, padding, name, where):
     model, mask = load(name, **WINDOWS.get(name, {})), padding[where]
-    close(*both(model, lambda: train(model, ids, mask.bool(), attention_mask=mask)))
+    close(*embedded_and_plain(model, lambda: train(model, ids, mask.bool(), attention_mask=mask)))
 
 
 @pytest.mark.parametrize("name", DENSE + ROUTED)
@@ -78,7 +78,7 @@ def test_packed_positions(load, ids, name):
     lengths = [[4, 7, 2], [1, 1, 11], [13]]
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
     everything = torch.ones_like(ids).bool()
-    got, want = both(model, lambda: train(model, ids, everything, position_ids=positions))
+    got, want = embedded_and_plain(model, lambda: train(model, ids, everything, position_ids=positions))
     close(got, want)
     if name == "gpt_oss":  # transformers' own does not tell packed rows apart
         return
@@ -105,7 +105,7 @@ def test_caches(load, ids, padding, name, cache, where):
             out.append(logits[mask[:, start:end].bool()])
         return out
 
-    close(*both(model, run))
+    close(*embedded_and_plain(model, run))
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
@@ -126,7 +126,7 @@ def test_generate(load, ids, padding, name, cache):
         )
         return [out.sequences, *out.logits]
 
-    close(*both(model, run))
+    close(*embedded_and_plain(model, run))
 
 
 def test_beams_and_samples(load, ids, padding):
@@ -138,7 +138,7 @@ def test_beams_and_samples(load, ids, padding):
         beams = model.generate(ids, num_beams=3, do_sample=False, **shape)
         return [beams, model.generate(ids, do_sample=True, top_k=20, num_return_sequences=2, **shape)]
 
-    close(*both(model, run))
+    close(*embedded_and_plain(model, run))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -151,7 +151,7 @@ def test_autocast(load, ids, padding, dtype):
         with torch.autocast("cpu", dtype=dtype):
             return train(model, ids, mask.bool(), attention_mask=mask)
 
-    got, want = both(model, run)
+    got, want = embedded_and_plain(model, run)
     assert got[0].dtype == want[0].dtype
     assert (got[0] - eager).abs().max() < 2 * (want[0] - eager).abs().max()
 
@@ -160,7 +160,7 @@ def test_autocast(load, ids, padding, dtype):
 def test_gradient_checkpointing(load, ids, padding, name):
     model, mask = load(name), padding["left"]
     model.train().gradient_checkpointing_enable()
-    close(*both(model, lambda: train(model, ids, mask.bool(), attention_mask=mask)))
+    close(*embedded_and_plain(model, lambda: train(model, ids, mask.bool(), attention_mask=mask)))
 
 
 # ---- the loss of a training step
@@ -192,7 +192,7 @@ def test_loss_without_logits(load, ids, padding, name, how):
         "output_router_logits": {"output_router_logits": True},
     }[how]
     inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels, **more}
-    (got, ours), (want, theirs) = both(model, lambda: step(model, **inputs))
+    (got, ours), (want, theirs) = embedded_and_plain(model, lambda: step(model, **inputs))
     close(got, want)
     assert ours.logits is None and type(ours) is type(theirs) and theirs.keys() - ours.keys() == {"logits"}
     if "aux_loss" in theirs:
@@ -227,6 +227,7 @@ def test_trainer(load, ids, tmp_path, name):
         model = load(name)
         if apply:
             embed.apply(model)
+
         arguments = transformers.TrainingArguments(
             output_dir=str(tmp_path),
             max_steps=3,
@@ -240,6 +241,7 @@ def test_trainer(load, ids, tmp_path, name):
             disable_tqdm=True,
             dataloader_pin_memory=False,
         )
+
         trainer = transformers.Trainer(model, arguments, train_dataset=rows * 2)
         trainer.train()
         return [line["loss"] for line in trainer.state.log_history if "loss" in line]
@@ -382,6 +384,7 @@ def test_remove_restores(load, ids, padding, name):
     model, mask = load(name), padding["left"]
     own = types.MethodType(lambda self, x: type(self).forward(self, x), model.model.norm)
     model.model.norm.forward = own
+
     members = {name: dict(module.__dict__) for name, module in model.named_modules()}
     config, state = model.config.to_dict(), {k: v.clone() for k, v in model.state_dict().items()}
     implementations = lambda: (model.config._attn_implementation, model.config._experts_implementation)
@@ -490,7 +493,7 @@ def test_peft_on_four_bits(in_four_bits, ids, padding):
         logits.square().mean().backward()
         return [logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
-    got, want = both(model, run)
+    got, want = embedded_and_plain(model, run)
     close(got, want)
     assert len(got) == 1 + 2 * 7 * in_four_bits.config.num_hidden_layers
 
@@ -506,7 +509,9 @@ def test_answers_in_four_bits(in_four_bits, ids, padding, monkeypatch, has_bf16)
     for layer in layers:
         monkeypatch.setattr(layer, "support_avx512bf16_for_cpu", has_bf16)
     mask = padding["left"]
-    got, want = both(in_four_bits.eval(), lambda: in_four_bits(ids, attention_mask=mask).logits[mask.bool()])
+    got, want = embedded_and_plain(
+        in_four_bits.eval(), lambda: in_four_bits(ids, attention_mask=mask).logits[mask.bool()]
+    )
     # where x is rounded the other way, an output is off by a rounding of bf16
     bound = {"rtol": 0, "atol": 2**-7 * want.abs().max().item()} if has_bf16 else {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(got, want, **bound)
@@ -589,7 +594,7 @@ def test_generate_compiles_whole(load, ids, padding):
 
 
 def test_masks_compile_whole(load, ids, padding):
-    """With as many segments as there are tokens, where eager has as many as there are."""
+    """A traced mask has as many segments as there are tokens, where eager has as many as there are."""
     traced = torch.compile(embedding.attention.mask, fullgraph=True, backend="eager")
     causal = transformers.masking_utils.causal_mask_function
     for mask in padding.values():
@@ -631,7 +636,7 @@ def test_other_activations_are_named(load, ids):
     with pytest.raises(InputError, match=r"layers\.0\.mlp\.act_fn.*swiglu=False"):
         embed.apply(model)
     assert model.config._attn_implementation == "sdpa"
-    close(*both(model, lambda: [model(ids).logits], swiglu=False))
+    close(*embedded_and_plain(model, lambda: [model(ids).logits], swiglu=False))
 
 
 def loss_and_gradients(wrapped, ids):
@@ -697,11 +702,13 @@ def test_a_head_that_does_more_is_named(load, ids, options, named):
     else:
         config = peft.LoraConfig(**where, **options)
     wrapped = peft.get_peft_model(load("llama"), config).train()
+
     message = rf"lm_head: expected torch\.nn\.Linear.*, got peft\.\S+ with .*{named}.*; pass head=False$"
     with pytest.raises(InputError, match=message):
         embed.apply(wrapped)
     embed.apply(wrapped, head=False)
     assert wrapped(input_ids=ids, labels=ids).logits is not None
+
     late = load("llama").train()
     embed.apply(late)
     with pytest.raises(InputError, match=message):
@@ -737,6 +744,7 @@ def test_a_pickled_model_is_the_plain_one(load, ids, tmp_path, burnish, name):
         logits = model(ids).logits
     embed.apply(model)
     torch.save((model, ids, logits), tmp_path / "model.pt")
+
     again = pickle.loads(pickle.dumps(model))
     for before in ("_attn_implementation", "_experts_implementation"):
         assert getattr(again.config, before) == getattr(load(name).config, before)
@@ -746,6 +754,7 @@ def test_a_pickled_model_is_the_plain_one(load, ids, tmp_path, burnish, name):
         assert torch.equal(again(ids).logits, logits)
     with pytest.raises(InputError, match="not applied"):
         embed.remove(again)
+
     command = [sys.executable, "-c", PICKLED, str(tmp_path / "model.pt"), burnish]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -801,10 +810,12 @@ def test_masks_that_cannot_be_expressed_are_named(load, ids, padding):
     holes = padding["none"].clone()
     holes[1, 5] = 0
     square = torch.ones(3, 1, 13, 13, dtype=torch.bool).tril()
+
     with pytest.raises(NotImplementedError, match="padding between tokens"):
         model(ids, attention_mask=holes)
     with pytest.raises(NotImplementedError, match=r"\(3, 1, 13, 13\) torch.bool"):
         model(ids, attention_mask=square)
+
     with torch.no_grad(), pytest.raises(NotImplementedError, match="sliding window"):
         past = transformers.DynamicCache()
         model(ids[:, :5], past_key_values=past)
@@ -813,6 +824,7 @@ def test_masks_that_cannot_be_expressed_are_named(load, ids, padding):
         past = transformers.DynamicCache()
         model(ids[:, :9], attention_mask=padding["left"][:, :9], past_key_values=past)
         model(ids[:, 9:], attention_mask=padding["left"], past_key_values=past)
+
     create = transformers.masking_utils.create_causal_mask
     with pytest.raises(NotImplementedError, match="and_mask_function"):
         inputs = torch.zeros(3, 13, 32)

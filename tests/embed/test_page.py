@@ -37,10 +37,12 @@ def test_trl(load, monkeypatch, tmp_path):
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(96)}, unk_token="w0"))
+
     calls = []
     monkeypatch.setattr(
         operands, "token_logprobs", lambda *a, op=operands.token_logprobs, **k: calls.append(1) or op(*a, **k)
     )
+
     names = run(
         TRL,
         model=load("llama"),
