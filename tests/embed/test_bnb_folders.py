@@ -87,8 +87,8 @@ def test_both_read_what_either_writes(make, tmp_path, options):
     save_model(ours, tmp_path / "again")
     close(logits_of(theirs_in(tmp_path / "again")), logits_of(theirs))
     in_4_bits = {name for name, module in theirs.named_modules() if type(module).__name__ == "Linear4bit"}
-    held = {name for name, layer in linears(ours).items() if layer.four_bit is not None}
-    assert held == in_4_bits - {"lm_head"} and in_4_bits  # the head is multiplied out
+    ours_in_4_bits = {name for name, layer in linears(ours).items() if layer.four_bit is not None}
+    assert ours_in_4_bits == in_4_bits - {"lm_head"} and in_4_bits  # the head is multiplied out
     if "lm_head" in in_4_bits:
         samples = generate(ours, [IDS], max_new_tokens=1, temperature=0.0)
         assert samples[0].tokens == [int(logits_of(theirs)[-1].argmax())]
@@ -106,6 +106,7 @@ def test_bf16_folders(make, tmp_path, tied, options):
         bnb_4bit_compute_dtype=torch.bfloat16,
         **options,
     )
+
     exact, ours = load_model(folder), load_model(folder, torch.bfloat16)
     for name, layer in linears(exact).items():
         module = theirs.get_submodule(name)
@@ -114,6 +115,7 @@ def test_bf16_folders(make, tmp_path, tied, options):
             unpacked = functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
             module.weight.quant_state.dtype = torch.bfloat16
             assert torch.equal(unpacked, layer.dense()), name
+
     truth, want = logits_of(exact), logits_of(theirs)
     assert (logits_of(ours) - truth).abs().max() <= 2 * (want - truth).abs().max() + 1e-5
 

@@ -46,6 +46,7 @@ def test_every_template_renders_what_transformers_renders(monkeypatch):
     monkeypatch.setattr(transformers.utils.chat_template_utils, "datetime", golden.FrozenClock)
     theirs = transformers.AutoTokenizer.from_pretrained(TESTS / "data" / "tokenizer", bos_token=golden.BOS)
     ours = Tokenizer.load(TESTS / "data" / "tokenizer")
+
     compared = {}
     for file in TEMPLATES:
         one = Tokenizer(ours.backend, eos="<|im_end|>", chat_template=file.read_text(), config=ours.config)
@@ -54,6 +55,7 @@ def test_every_template_renders_what_transformers_renders(monkeypatch):
         for seed in range(100):
             if compared[file.stem] == 4:
                 break
+
             draw = random.Random(seed)
             messages, variables = (
                 conversation(draw),
@@ -63,6 +65,7 @@ def test_every_template_renders_what_transformers_renders(monkeypatch):
                 messages, _ = all_said(messages, one, variables, ask=False)
             except InputError:
                 continue
+
             for ask in (False, True):
                 expected = theirs.apply_chat_template(
                     messages,

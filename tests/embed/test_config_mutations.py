@@ -80,6 +80,7 @@ class Pair:
         model = make.model_of(folder)
         shapes = (model.config.tie_word_embeddings, model.config.model_type)
         shapes += tuple((name, tuple(tensor.shape)) for name, tensor in model.state_dict().items())
+
         if shapes not in self.states:
             make.draw(model)
             saved = self.at / f"weights-{len(self.states)}"
@@ -108,7 +109,7 @@ def raw_of(data: Path, folder: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("folder", make.FOLDERS)
 def test_a_changed_key_changes_what_it_changes_in_transformers_or_is_refused(data, tmp_path, folder):
-    """What we would write of it is held to the same logits where the change is one of ADDED that we see."""
+    """A config that we write back is held to the same logits where the change is one of ADDED that we see."""
     raw, pair = raw_of(data, folder), Pair(tmp_path)
     assert pair.outcome(raw, again=True) == "equal"
     changes = make.mutations(raw)

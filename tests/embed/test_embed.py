@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from burnish.kernels._chip import precision
-from burnish.model import InputError, embed
+from burnish.model import InputError, embed, embedding
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -29,13 +29,13 @@ WINDOWS = {  # what gives a model sliding windows that its files do not
     "mixtral": {"sliding_window": 5},
     "qwen3_moe": {"use_sliding_window": True, "sliding_window": 5},
 }
-OPS = {
-    "attention": ["flash_attention", "decode_attention"],
-    "rope": ["apply_rope"],
-    "norm": ["rms_norm"],
-    "swiglu": ["swiglu"],
-    "experts": ["moe_mlp"],
-    "head": ["token_logprobs"],
+OPS = {  # of each part, and the file that calls them
+    "attention": (embedding.attention, ["flash_attention", "decode_attention"]),
+    "rope": (embedding.layers, ["apply_rope"]),
+    "norm": (embedding.layers, ["rms_norm"]),
+    "swiglu": (embedding.layers, ["swiglu"]),
+    "experts": (embedding.experts, ["moe_mlp"]),
+    "head": (embedding.operands, ["token_logprobs"]),
 }
 
 
@@ -55,8 +55,8 @@ def train(model, ids, keep, **inputs):
     return [logits[keep].detach(), *gradients]
 
 
-def both(model, run, **parts):
-    """The same run before and after apply()."""
+def embedded_and_plain(model, run, **parts):
+    """The same run after apply() and before."""
     before = run()
     embed.apply(model, **parts)
     return run(), before
@@ -69,7 +69,7 @@ def both(model, run, **parts):
 @pytest.mark.parametrize("name", DENSE + ROUTED)
 def test_logits_and_gradients(load, ids, padding, name, where):
     model, mask = load(name, **WINDOWS.get(name, {})), padding[where]
-    close(*both(model, lambda: train(model, ids, mask.bool(), attention_mask=mask)))
+    close(*embedded_and_plain(model, lambda: train(model, ids, mask.bool(), attention_mask=mask)))
 
 
 @pytest.mark.parametrize("name", DENSE + ROUTED)
@@ -78,7 +78,7 @@ def test_packed_positions(load, ids, name):
     lengths = [[4, 7, 2], [1, 1, 11], [13]]
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
     everything = torch.ones_like(ids).bool()
-    got, want = both(model, lambda: train(model, ids, everything, position_ids=positions))
+    got, want = embedded_and_plain(model, lambda: train(model, ids, everything, position_ids=positions))
     close(got, want)
     if name == "gpt_oss":  # transformers' own does not tell packed rows apart
         return
@@ -105,7 +105,7 @@ def test_caches(load, ids, padding, name, cache, where):
             out.append(logits[mask[:, start:end].bool()])
         return out
 
-    close(*both(model, run))
+    close(*embedded_and_plain(model, run))
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
@@ -126,7 +126,7 @@ def test_generate(load, ids, padding, name, cache):
         )
         return [out.sequences, *out.logits]
 
-    close(*both(model, run))
+    close(*embedded_and_plain(model, run))
 
 
 def test_beams_and_samples(load, ids, padding):
@@ -138,7 +138,7 @@ def test_beams_and_samples(load, ids, padding):
         beams = model.generate(ids, num_beams=3, do_sample=False, **shape)
         return [beams, model.generate(ids, do_sample=True, top_k=20, num_return_sequences=2, **shape)]
 
-    close(*both(model, run))
+    close(*embedded_and_plain(model, run))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -151,7 +151,7 @@ def test_autocast(load, ids, padding, dtype):
         with torch.autocast("cpu", dtype=dtype):
             return train(model, ids, mask.bool(), attention_mask=mask)
 
-    got, want = both(model, run)
+    got, want = embedded_and_plain(model, run)
     assert got[0].dtype == want[0].dtype
     assert (got[0] - eager).abs().max() < 2 * (want[0] - eager).abs().max()
 
@@ -160,7 +160,7 @@ def test_autocast(load, ids, padding, dtype):
 def test_gradient_checkpointing(load, ids, padding, name):
     model, mask = load(name), padding["left"]
     model.train().gradient_checkpointing_enable()
-    close(*both(model, lambda: train(model, ids, mask.bool(), attention_mask=mask)))
+    close(*embedded_and_plain(model, lambda: train(model, ids, mask.bool(), attention_mask=mask)))
 
 
 # ---- the loss of a training step
@@ -192,7 +192,7 @@ def test_loss_without_logits(load, ids, padding, name, how):
         "output_router_logits": {"output_router_logits": True},
     }[how]
     inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels, **more}
-    (got, ours), (want, theirs) = both(model, lambda: step(model, **inputs))
+    (got, ours), (want, theirs) = embedded_and_plain(model, lambda: step(model, **inputs))
     close(got, want)
     assert ours.logits is None and type(ours) is type(theirs) and theirs.keys() - ours.keys() == {"logits"}
     if "aux_loss" in theirs:
@@ -227,6 +227,7 @@ def test_trainer(load, ids, tmp_path, name):
         model = load(name)
         if apply:
             embed.apply(model)
+
         arguments = transformers.TrainingArguments(
             output_dir=str(tmp_path),
             max_steps=3,
@@ -240,6 +241,7 @@ def test_trainer(load, ids, tmp_path, name):
             disable_tqdm=True,
             dataloader_pin_memory=False,
         )
+
         trainer = transformers.Trainer(model, arguments, train_dataset=rows * 2)
         trainer.train()
         return [line["loss"] for line in trainer.state.log_history if "loss" in line]
@@ -270,14 +272,15 @@ def test_other_experts_are_named(load):
     embed.apply(model, experts=False)
     experts = model.model.layers[0].mlp.experts
     with pytest.raises(InputError, match=r"MixtralExperts.*experts=False"):
-        embed._experts(experts, torch.randn(2, 32), torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1))
+        index, weights = torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1)
+        embedding.experts.experts_forward(experts, torch.randn(2, 32), index, weights)
 
 
 # ---- which ops run
 
 
 def count(monkeypatch):
-    calls = {op: 0 for ops in OPS.values() for op in ops}
+    calls = {op: 0 for _, ops in OPS.values() for op in ops}
 
     def counted(op, original):
         def call(*args, **kwargs):
@@ -286,8 +289,9 @@ def count(monkeypatch):
 
         return call
 
-    for op in calls:
-        monkeypatch.setattr(embed, op, counted(op, getattr(embed, op)))
+    for file, ops in OPS.values():
+        for op in ops:
+            monkeypatch.setattr(file, op, counted(op, getattr(file, op)))
     return calls
 
 
@@ -310,7 +314,7 @@ def test_each_part_can_be_left_out_and_stand_alone(load, ids, padding, monkeypat
         calls.update(dict.fromkeys(calls, 0))
         embed.apply(model, **{name: (name == part) == alone for name in OPS})
         close(run(), want)
-        for name, ops in OPS.items():
+        for name, (_, ops) in OPS.items():
             for op in ops:
                 assert bool(calls[op]) == ((name == part) == alone), op
         embed.remove(model)
@@ -322,18 +326,31 @@ def without(op, name):
 
 FAULTS = {
     "the mask is lost, as without AttentionMaskInterface": (
-        "llama",
-        "_mask",
+        *("llama", embed, "mask"),
         lambda _: lambda *_, **__: None,
     ),
-    "the window is lost": ("mistral-sw", "flash_attention", lambda op: without(op, "window")),
-    "the window is lost beside a cache": ("mistral-sw", "decode_attention", lambda op: without(op, "window")),
-    "the sinks are lost": ("gpt_oss", "flash_attention", lambda op: without(op, "sinks")),
-    "gate and up are not taken apart": ("gpt_oss", "_apart", lambda _: lambda x: x),
-    "the experts' biases are lost": ("gpt_oss", "moe_mlp", lambda op: without(op, "down_bias")),
+    "the window is lost": (
+        *("mistral-sw", embedding.attention, "flash_attention"),
+        lambda op: without(op, "window"),
+    ),
+    "the window is lost beside a cache": (
+        *("mistral-sw", embedding.attention, "decode_attention"),
+        lambda op: without(op, "window"),
+    ),
+    "the sinks are lost": (
+        *("gpt_oss", embedding.attention, "flash_attention"),
+        lambda op: without(op, "sinks"),
+    ),
+    "gate and up are not taken apart": (
+        *("gpt_oss", embedding.experts, "gate_first"),
+        lambda _: lambda x: x,
+    ),
+    "the experts' biases are lost": (
+        *("gpt_oss", embedding.experts, "moe_mlp"),
+        lambda op: without(op, "down_bias"),
+    ),
     "rotated backwards": (
-        "llama",
-        "_rotate",
+        *("llama", embedding.layers, "rotate"),
         lambda op: lambda q, k, cos, sin, halves: op(q, k, cos, -sin, halves),
     ),
 }
@@ -342,7 +359,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(load, ids, padding, monkeypatch, fault):
     """The control of the tests above: they fail where the adapters between transformers and the ops are wrong."""
-    name, function, plant = FAULTS[fault]
+    name, file, function, plant = FAULTS[fault]
     model, mask = load(name), padding["left"]
 
     def run():
@@ -353,7 +370,7 @@ def test_a_planted_fault_is_found(load, ids, padding, monkeypatch, fault):
         return [*train(model, ids, mask.bool(), attention_mask=mask), last]
 
     want = run()
-    monkeypatch.setattr(embed, function, plant(getattr(embed, function)))
+    monkeypatch.setattr(file, function, plant(getattr(file, function)))
     embed.apply(model)
     with pytest.raises(AssertionError, match="not close"):
         close(run(), want)
@@ -367,6 +384,7 @@ def test_remove_restores(load, ids, padding, name):
     model, mask = load(name), padding["left"]
     own = types.MethodType(lambda self, x: type(self).forward(self, x), model.model.norm)
     model.model.norm.forward = own
+
     members = {name: dict(module.__dict__) for name, module in model.named_modules()}
     config, state = model.config.to_dict(), {k: v.clone() for k, v in model.state_dict().items()}
     implementations = lambda: (model.config._attn_implementation, model.config._experts_implementation)
@@ -475,7 +493,7 @@ def test_peft_on_four_bits(in_four_bits, ids, padding):
         logits.square().mean().backward()
         return [logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
-    got, want = both(model, run)
+    got, want = embedded_and_plain(model, run)
     close(got, want)
     assert len(got) == 1 + 2 * 7 * in_four_bits.config.num_hidden_layers
 
@@ -491,7 +509,9 @@ def test_answers_in_four_bits(in_four_bits, ids, padding, monkeypatch, has_bf16)
     for layer in layers:
         monkeypatch.setattr(layer, "support_avx512bf16_for_cpu", has_bf16)
     mask = padding["left"]
-    got, want = both(in_four_bits.eval(), lambda: in_four_bits(ids, attention_mask=mask).logits[mask.bool()])
+    got, want = embedded_and_plain(
+        in_four_bits.eval(), lambda: in_four_bits(ids, attention_mask=mask).logits[mask.bool()]
+    )
     # where x is rounded the other way, an output is off by a rounding of bf16
     bound = {"rtol": 0, "atol": 2**-7 * want.abs().max().item()} if has_bf16 else {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(got, want, **bound)
@@ -523,7 +543,7 @@ def test_a_block_compiles_whole(load, ids, padding, name, which, backend):
     torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, backend=backend)
     for real in (None, padding["left"].bool()):
-        mask = embed._mask(3, 13, 13, mask_function=causal, attention_mask=real)
+        mask = embedding.attention.mask(3, 13, 13, mask_function=causal, attention_mask=real)
         assert (mask is None) == (real is None)
         close(run(compiled, mask), run(block, mask))
 
@@ -574,17 +594,17 @@ def test_generate_compiles_whole(load, ids, padding):
 
 
 def test_masks_compile_whole(load, ids, padding):
-    """With as many segments as there are tokens, where eager has as many as there are."""
-    traced = torch.compile(embed._mask, fullgraph=True, backend="eager")
+    """A traced mask has as many segments as there are tokens, where eager has as many as there are."""
+    traced = torch.compile(embedding.attention.mask, fullgraph=True, backend="eager")
     causal = transformers.masking_utils.causal_mask_function
     for mask in padding.values():
         arguments = {"mask_function": causal, "attention_mask": mask.bool()}
-        eager, whole = (f(3, 13, 13, **arguments) for f in (embed._mask, traced))
+        eager, whole = (f(3, 13, 13, **arguments) for f in (embedding.attention.mask, traced))
         whole = whole.flatten().unique()
         want = torch.arange(0, 40, 13) if eager is None else eager.flatten().unique()
         assert torch.equal(whole, want.int())
         cached = {**arguments, "q_offset": 12}
-        eager, whole = (f(3, 1, 13, **cached) for f in (embed._mask, traced))
+        eager, whole = (f(3, 1, 13, **cached) for f in (embedding.attention.mask, traced))
         assert eager is None or torch.equal(eager, whole)
 
 
@@ -616,7 +636,7 @@ def test_other_activations_are_named(load, ids):
     with pytest.raises(InputError, match=r"layers\.0\.mlp\.act_fn.*swiglu=False"):
         embed.apply(model)
     assert model.config._attn_implementation == "sdpa"
-    close(*both(model, lambda: [model(ids).logits], swiglu=False))
+    close(*embedded_and_plain(model, lambda: [model(ids).logits], swiglu=False))
 
 
 def loss_and_gradients(wrapped, ids):
@@ -682,11 +702,13 @@ def test_a_head_that_does_more_is_named(load, ids, options, named):
     else:
         config = peft.LoraConfig(**where, **options)
     wrapped = peft.get_peft_model(load("llama"), config).train()
+
     message = rf"lm_head: expected torch\.nn\.Linear.*, got peft\.\S+ with .*{named}.*; pass head=False$"
     with pytest.raises(InputError, match=message):
         embed.apply(wrapped)
     embed.apply(wrapped, head=False)
     assert wrapped(input_ids=ids, labels=ids).logits is not None
+
     late = load("llama").train()
     embed.apply(late)
     with pytest.raises(InputError, match=message):
@@ -722,6 +744,7 @@ def test_a_pickled_model_is_the_plain_one(load, ids, tmp_path, burnish, name):
         logits = model(ids).logits
     embed.apply(model)
     torch.save((model, ids, logits), tmp_path / "model.pt")
+
     again = pickle.loads(pickle.dumps(model))
     for before in ("_attn_implementation", "_experts_implementation"):
         assert getattr(again.config, before) == getattr(load(name).config, before)
@@ -731,6 +754,7 @@ def test_a_pickled_model_is_the_plain_one(load, ids, tmp_path, burnish, name):
         assert torch.equal(again(ids).logits, logits)
     with pytest.raises(InputError, match="not applied"):
         embed.remove(again)
+
     command = [sys.executable, "-c", PICKLED, str(tmp_path / "model.pt"), burnish]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -786,10 +810,12 @@ def test_masks_that_cannot_be_expressed_are_named(load, ids, padding):
     holes = padding["none"].clone()
     holes[1, 5] = 0
     square = torch.ones(3, 1, 13, 13, dtype=torch.bool).tril()
+
     with pytest.raises(NotImplementedError, match="padding between tokens"):
         model(ids, attention_mask=holes)
     with pytest.raises(NotImplementedError, match=r"\(3, 1, 13, 13\) torch.bool"):
         model(ids, attention_mask=square)
+
     with torch.no_grad(), pytest.raises(NotImplementedError, match="sliding window"):
         past = transformers.DynamicCache()
         model(ids[:, :5], past_key_values=past)
@@ -798,6 +824,7 @@ def test_masks_that_cannot_be_expressed_are_named(load, ids, padding):
         past = transformers.DynamicCache()
         model(ids[:, :9], attention_mask=padding["left"][:, :9], past_key_values=past)
         model(ids[:, 9:], attention_mask=padding["left"], past_key_values=past)
+
     create = transformers.masking_utils.create_causal_mask
     with pytest.raises(NotImplementedError, match="and_mask_function"):
         inputs = torch.zeros(3, 13, 32)

@@ -66,15 +66,16 @@ def test_grpo():
     targets, mask = torch.randint(V, (B, T)), torch.ones(B, T)
     mask[1, 3:], mask[2, 1:] = 0, 0
     advantage = torch.tensor([1.0, -0.5, 0.3, -2.0])
+
     score = {"temperature": 0.8, "memory_budget": BUDGET}
     flat = hidden.reshape(B * T, C), weight, targets.reshape(B * T).where(mask.flatten() > 0, -100)
     logprob = token_logprobs(*flat, **score)[0]
     old, ref = (logprob.detach() + scale * torch.randn(B * T) for scale in (0.3, 0.5))  # some are clipped
+
     liger = LigerFusedLinearGRPOLoss(beta=0.1, compiled=False, loss_type="bnpo", temperature=0.8)
-    theirs, _ = liger(
-        hidden, weight, targets, mask, advantage,
-        ref_per_token_logps=ref.view(B, T), old_per_token_logps=old.view(B, T),
-    )  # fmt: skip
+    logps = {"ref_per_token_logps": ref.view(B, T), "old_per_token_logps": old.view(B, T)}
+    theirs, _ = liger(hidden, weight, targets, mask, advantage, **logps)
+
     live = mask.flatten() > 0
     ours = [x[live] for x in (logprob, old, advantage.repeat_interleave(T))]
     loss, metrics = clipped_loss(*ours, mask.sum())

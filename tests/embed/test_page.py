@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from burnish.bench import embedding
-from burnish.model import embed
+from burnish.model.embedding import operands
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -37,10 +37,12 @@ def test_trl(load, monkeypatch, tmp_path):
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(96)}, unk_token="w0"))
+
     calls = []
     monkeypatch.setattr(
-        embed, "token_logprobs", lambda *a, op=embed.token_logprobs, **k: calls.append(1) or op(*a, **k)
+        operands, "token_logprobs", lambda *a, op=operands.token_logprobs, **k: calls.append(1) or op(*a, **k)
     )
+
     names = run(
         TRL,
         model=load("llama"),

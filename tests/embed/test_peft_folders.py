@@ -123,6 +123,7 @@ def test_its_gradient_is_that_of_peft(data, tmp_path, base, name):
         for key, parameter in theirs.named_parameters()
         if parameter.grad is not None
     }
+
     model = load_model(tmp_path / "adapter").train()
     packed = pack(IDS.tolist())
     model.score(packed, torch.arange(1, IDS.shape[1]))[0].mean().neg().backward()
@@ -131,6 +132,7 @@ def test_its_gradient_is_that_of_peft(data, tmp_path, base, name):
         for key, parameter in model.named_parameters()
         if parameter.requires_grad and parameter.grad is not None
     }
+
     assert len(found) == len(expected)
     for key, gradient in found.items():
         filed = key.replace(".lora.a", ".lora_A.weight").replace(".lora.b", ".lora_B.weight")

@@ -31,6 +31,7 @@ def test_transformers_reads_what_we_write_of_it(name, tmp_path):
         saved, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
     assert not any(report.values()), report
+
     if "quantization_config" in PUBLISHED[name][0]:
         kinds = {name: type(module).__name__ for name, module in theirs.named_modules()}
         dense = {name for name, kind in kinds.items() if kind == "Linear"}
@@ -38,6 +39,7 @@ def test_transformers_reads_what_we_write_of_it(name, tmp_path):
         assert all(any(part in name for part in skipped) for name in dense), dense
         theirs.dequantize(dtype=torch.float32)
         theirs.float()
+
     with torch.no_grad():
         expected = theirs(torch.tensor([IDS])).logits[0]
     bound = 2e-2 if "quantization_config" in PUBLISHED[name][0] else 2e-5  # bitsandbytes rounds to bfloat16

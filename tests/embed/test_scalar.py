@@ -24,16 +24,19 @@ def test_transformers_reads_the_same_scores(data, tmp_path, architecture):
     ):  # it has no such class: the name follows the pattern, and only we read the folder
         assert not hasattr(transformers, *named)
         return
+
     theirs, loading = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "ours", output_loading_info=True
     )
     assert [type(theirs).__name__] == named and not any(loading.values())
     assert theirs.config.num_labels == 1
+
     tokens = torch.arange(3, 12)
     with torch.no_grad():
         score = theirs(tokens[None]).logits
     values = model.values(pack([tokens.tolist()]), torch.tensor([8]))
     torch.testing.assert_close(score[0] + 0.5, values, atol=1e-5, rtol=0)
+
     theirs.save_pretrained(tmp_path / "theirs")
     back = load_scalar_model(tmp_path / "theirs")
     torch.testing.assert_close(

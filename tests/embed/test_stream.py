@@ -24,10 +24,11 @@ def test_transformers_reads_the_stream(data, ids, tmp_path, name, four_bit):
         for lora in adapters(model).values():
             lora.b.normal_(std=0.1)
         want = model.logits(model(pack(ids.tolist()))).unflatten(0, ids.shape)
+
     shutil.copy(data / "tiny-hf" / name / "config.json", tmp_path)
     save_file(dict(stream_weights(model)), tmp_path / "model.safetensors", metadata={"format": "pt"})
-    read, said = transformers.AutoModelForCausalLM.from_pretrained(
+    read, loading = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=torch.float32, output_loading_info=True
     )
-    assert not any(said.values()), said  # no key missing, unexpected or of another shape
+    assert not any(loading.values()), loading  # no key missing, unexpected or of another shape
     torch.testing.assert_close(read.eval()(ids).logits, want, rtol=1e-5, atol=1e-5)

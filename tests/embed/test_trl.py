@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from burnish.model import InputError, embed
+from burnish.model.embedding import attention, operands
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 trl = pytest.importorskip("trl", reason="trl is not installed")
@@ -43,19 +44,20 @@ def even(completion_ids, **_):
 
 
 def train(folder, model, rows, tokenizer, output, embedded=None, peft_config=None, **more):
-    """What `folder` ("SFT", ...) logs in each of three steps, and the trainer.
+    """Train with the trainer `folder` ("SFT", ...): what it logs in each of three steps, and itself.
 
     embedded: "before" the trainer is built, "after", or not at all. A reference that it makes is there after.
     """
     if embedded == "before":
         embed.apply(model)
+
     columns = {
         "SFT": ["prompt", "completion"],
         "DPO": ["prompt", "chosen", "rejected"],
         "GRPO": ["prompt"],
         "Reward": ["chosen", "rejected"],
     }[folder]
-    own = {"GRPO": {"num_generations": 4, "max_completion_length": 6}}.get(folder, {})
+    settings = {"GRPO": {"num_generations": 4, "max_completion_length": 6}}.get(folder, {})
     arguments = getattr(trl, f"{folder}Config")(
         output_dir=str(output),
         max_steps=3,
@@ -67,8 +69,9 @@ def train(folder, model, rows, tokenizer, output, embedded=None, peft_config=Non
         use_cpu=True,
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        **own | {"bf16": False, "gradient_checkpointing": False} | more,
+        **settings | {"bf16": False, "gradient_checkpointing": False} | more,
     )
+
     torch.manual_seed(0)
     trainer = getattr(trl, f"{folder}Trainer")(
         model=model,
@@ -78,10 +81,12 @@ def train(folder, model, rows, tokenizer, output, embedded=None, peft_config=Non
         peft_config=peft_config,
         **({"reward_funcs": even} if folder == "GRPO" else {}),
     )
+
     if embedded == "after":
         embed.apply(trainer.model)
     if embedded and getattr(trainer, "ref_model", None) is not None:
         embed.apply(trainer.ref_model)
+
     trainer.train()
     logged = [line for line in trainer.state.log_history if "loss" in line]
     return [
@@ -106,8 +111,8 @@ def calls(monkeypatch):
 
         return call
 
-    for op in vars(calls):
-        monkeypatch.setattr(embed, op, counted(op, getattr(embed, op)))
+    for file, op in ((operands, "token_logprobs"), (attention, "flash_attention")):
+        monkeypatch.setattr(file, op, counted(op, getattr(file, op)))
     return calls
 
 

@@ -1,0 +1,1 @@
+"""Our ops inside other people's models."""
