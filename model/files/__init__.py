@@ -1,1 +1,1 @@
-"""What lies on disk: a Hugging Face folder's config, tensors and formats."""
+"""Files on disk, formats and folders: read into records and tensors, and written. No model is known here."""
