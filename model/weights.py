@@ -26,7 +26,7 @@ from .scalar import ScalarModel
 from .transformer import Transformer
 
 # the keys of DeepSeek and of transformers: how many layers stand behind the last and predict further tokens
-FURTHER = ("num_nextn_predict_layers", "num_mtp_layers")
+BEHIND_THE_LAST = ("num_nextn_predict_layers", "num_mtp_layers")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Piece = Stored | bnb.Packed
 
@@ -161,15 +161,15 @@ def _to_be_read(source: Source, config: ModelConfig, unread: tuple[str, ...]) ->
     if config.tie_word_embeddings and EMBEDDING not in stored and HEAD in stored:
         stored[EMBEDDING] = stored.pop(HEAD)
 
-    key = next((key for key in FURTHER if key in source.raw), FURTHER[0])
+    key = next((key for key in BEHIND_THE_LAST if key in source.raw), BEHIND_THE_LAST[0])
     default = 1 if source.raw.get("model_type") == "deepseek_v3" else 0  # transformers'
-    further = source.raw.get(key, default)
-    if further is not None and (not isinstance(further, int) or isinstance(further, bool) or further < 0):
-        raise InputError(f"{source.config}: {key}: expected an integer >= 0, got {further!r:.200}")
+    count = source.raw.get(key, default)
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 0):
+        raise InputError(f"{source.config}: {key}: expected an integer >= 0, got {count!r:.200}")
 
     def passed_over(name: str) -> bool:
         layer = re.match(r"model\.layers\.(\d{1,18})\.", name)
-        behind = layer is not None and layers <= int(layer[1]) < layers + (further or 0)
+        behind = layer is not None and layers <= int(layer[1]) < layers + (count or 0)
         predicts = layer is not None and f"{layer[0]}eh_proj.weight" in stored
         return (behind and predicts) or name.endswith("rotary_emb.inv_freq") or name.startswith(unread)
 

@@ -35,7 +35,7 @@ def write(writer, place: Path, text: str = "new", error: BaseException | None = 
         file.write_text(text)
 
 
-both = pytest.mark.parametrize("writer", [replacing, replacing_folder])
+each_writer = pytest.mark.parametrize("writer", [replacing, replacing_folder])
 
 
 # ---- the checks, which the planted faults must fail
@@ -88,7 +88,7 @@ def not_through_a_link(writer, folder: Path) -> None:
     assert contents(folder) == {"elsewhere": "kept", "place": "new"}
 
 
-@both
+@each_writer
 @pytest.mark.parametrize("check", [whole, as_it_was, one_sentence], ids=lambda check: check.__name__)
 def test_what_is_written_appears_whole_or_not_at_all(check, writer, tmp_path):
     check(writer, tmp_path)
@@ -123,7 +123,7 @@ def test_other_errors_pass_as_they_are(tmp_path):
 # ---- places that cannot be written
 
 
-@both
+@each_writer
 def test_a_file_in_the_way_of_a_folder(writer, tmp_path):
     (tmp_path / "file").write_text("kept")
     with pytest.raises(InputError, match=r"file/place: cannot be written: (Not a directory|File exists)$"):
@@ -161,7 +161,7 @@ def as_nobody() -> Iterator[None]:
             os.seteuid(0)
 
 
-@both
+@each_writer
 def test_a_place_without_permission(writer, tmp_path):
     place = tmp_path / "theirs" / "place"
     write(replacing_folder, tmp_path / "theirs", "earlier")
