@@ -250,8 +250,8 @@ def stream_weights(model: Transformer | ScalarModel) -> Iterator[tuple[str, Tens
             layer = layers.get(name.removesuffix(".weight"))
             tensor = whole(state[name]) if layer is None else layer.merged()
             tensor = tensor.detach().to(dtypes.get(name, tensor.dtype))
-            for filed, part in to_disk(model.config, {name: tensor}).items():
-                yield filed, cast(filed, part, _written_in(body, filed, part.dtype))
+            for name_on_disk, part in to_disk(model.config, {name: tensor}).items():
+                yield name_on_disk, cast(name_on_disk, part, _written_in(body, name_on_disk, part.dtype))
 
 
 def _on_disk(
@@ -261,13 +261,18 @@ def _on_disk(
     body = _body(model)
     for name, weight in model.state_dict().items():
         state = {hf_name(name): whole(weight).detach().cpu().contiguous()}
-        for filed, tensor in to_disk(model.config, state).items():
-            yield filed, cast(filed, tensor, dtype or _written_in(body, filed, tensor.dtype))
+        for name_on_disk, tensor in to_disk(model.config, state).items():
+            yield (
+                name_on_disk,
+                cast(name_on_disk, tensor, dtype or _written_in(body, name_on_disk, tensor.dtype)),
+            )
     for name, layer in linears(model).items():
         if layer.four_bit is not None:
-            filed = disk_name(model.config, f"{name}.weight")
-            weight = replace(layer.four_bit, dtype=dtype or _written_in(body, filed, layer.four_bit.dtype))
-            yield from bnb.tensors(filed, weight).items()
+            name_on_disk = disk_name(model.config, f"{name}.weight")
+            weight = replace(
+                layer.four_bit, dtype=dtype or _written_in(body, name_on_disk, layer.four_bit.dtype)
+            )
+            yield from bnb.tensors(name_on_disk, weight).items()
 
 
 def _written_in(body: Transformer, name: str, dtype: torch.dtype) -> torch.dtype:
@@ -357,12 +362,12 @@ def _adapter_content(model: Transformer | ScalarModel, dtype: torch.dtype | None
     adapter, body = take_adapter(model), _body(model)
     state: dict[str, Tensor] = {}
     for name, tensor in adapter.tensors.items():
-        filed, tensor = f"{peft.PREFIX}{name}", whole(tensor).cpu().contiguous()
-        known = None if body.dtypes is None else body.dtypes.others.get(filed)
+        name_on_disk, tensor = f"{peft.PREFIX}{name}", whole(tensor).cpu().contiguous()
+        known = None if body.dtypes is None else body.dtypes.others.get(name_on_disk)
         if known is None and ".lora_" not in name:  # trained whole: as the base
             known = _written_in(body, disk_name(model.config, name), tensor.dtype)
-        tensor = cast(filed, tensor, dtype or known or tensor.dtype)
-        state[filed] = tensor.clone()  # tied ones: one matrix twice
+        tensor = cast(name_on_disk, tensor, dtype or known or tensor.dtype)
+        state[name_on_disk] = tensor.clone()  # tied ones: one matrix twice
 
     metadata = {"format": "pt"}
     if any(layer.four_bit is not None for layer in linears(model).values()):
