@@ -334,13 +334,11 @@ FAULTS = [
     Fault(
         "one too many",
         weights._to_be_read,
-        "(further or 0)",
-        "(further or 0) + 1",
+        "(count or 0)",
+        "(count or 0) + 1",
         only_layers_behind_the_last_are_passed_over,
     ),
-    Fault(
-        "never any", weights._to_be_read, "(further or 0)", "0", only_layers_behind_the_last_are_passed_over
-    ),
+    Fault("never any", weights._to_be_read, "(count or 0)", "0", only_layers_behind_the_last_are_passed_over),
     Fault("one moment", memory.training_memory, "8 * trained", "4 * trained", counted_is_held),
 ]
 
