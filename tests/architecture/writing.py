@@ -12,6 +12,8 @@ IN_PLACE = {  # (file, way) -> why it is written where it stands
     ("algorithms/run/loop.py", "update"): "a run that resumes cuts off what its logs hold of later steps",
     ("bench/gpu.py", "write"): "the log of a process, which others read while it runs",
     ("bench/static.py", "write"): "machine code in a temporary folder, for one tool to read",
+    ("model/files/tensors.py", "rename"): "files of a folder that is not in its place yet",
+    ("model/files/tensors.py", "write"): "files of a folder that is not in its place yet",
     ("bench/trainers.py", "write"): "rows in a temporary folder, for the trainers that are measured",
 }
 DEVICES = ("os.devnull", "/proc/")  # nothing lies there
