@@ -7,30 +7,31 @@
     merge_lora(model)                    the adapter folded into the weights: a plain model again
     stack_adapters(model, several)       one batch, each sequence with an adapter of its own, which `pack` is told
 
-Files are checkpoint.py's. Names of modules are those of a Hugging Face model, as in LoraConfig.
+Files are checkpoint.py's; what needs no model is in adapters/. Names of modules are those of a Hugging Face model, as
+in LoraConfig.
 """
 
 import copy
 import math
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels import quantize_nf4
+from .adapters.config import LoraConfig
+from .adapters.lora import EXPERTS, SUFFIXES, Adapter, Lora, filed_name
 from .errors import InputError, shown
 from .files.experts import to_halves, to_pairs
-from .linear import Adaptable, Linear, Lora, LoraConfig, whole
+from .linear import Adaptable, Linear, whole
 from .scalar import ScalarModel
 from .transformer import Transformer
 
 Model = Transformer | ScalarModel
 EMBEDDING = "model.embed_tokens"
-SUFFIXES = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
 
 # ---- what a model holds
@@ -43,12 +44,12 @@ def hf_name(name: str) -> str:
 
 
 def linears(model: nn.Module) -> dict[str, Adaptable]:
-    """By name, experts' matrices among them."""
+    """Linear layers by name, experts' matrices among them."""
     return {hf_name(name): layer for name, layer in model.named_modules() if isinstance(layer, Adaptable)}
 
 
 def adapters(model: Model) -> dict[str, Lora]:
-    """By the names of their linear layers."""
+    """Adapters by the names of their linear layers."""
     return {name: layer.lora for name, layer in linears(model).items() if layer.lora is not None}
 
 
@@ -58,7 +59,7 @@ def lora_config(model: Model) -> LoraConfig | None:
 
 
 def is_fresh(model: Model) -> bool:
-    """Does the adapter still change nothing, as add_lora made it?"""
+    """Whether the adapter still changes nothing, as add_lora made it."""
     changes = any(bool(lora.b.any()) for lora in adapters(model).values())
     fresh = lora_config(model) is not None and not changes
     parameters = dict(model.named_parameters())
@@ -94,6 +95,8 @@ def place_adapter(model: Model, config: LoraConfig, source: str) -> None:
     body, splits = _body(model), _check_placeable(model, config, source)
     if splits:
         _split_the_head(body, config)
+
+    # adapters beside frozen weights
     targets = {name: layer for name, layer in linears(model).items() if config.targeted(name)}
     parameters = dict(model.named_parameters())
     saved = [name for name in parameters if _is_saved(model, config, name)]
@@ -107,6 +110,7 @@ def place_adapter(model: Model, config: LoraConfig, source: str) -> None:
             config.dropout,
             torch.ones(N, device=device) if config.dora else None,
         )
+
     for name in saved:
         parameter = parameters[name]
         body.replaced[name] = parameter.detach().clone()
@@ -121,6 +125,8 @@ def _check_placeable(model: Model, config: LoraConfig, source: str) -> bool:
     splits = _splits_the_head(model, config)
     if _body(model).adapter is not None or adapters(model):
         raise InputError(f"{source}: the model has an adapter already; merge_lora folds it in")
+
+    # modules that have an adapter
     if config.targeted(EMBEDDING):
         raise InputError(
             f"{source}: target_modules: expected linear layers, got {config.targets!r}, of which one is embed_tokens: "
@@ -129,6 +135,8 @@ def _check_placeable(model: Model, config: LoraConfig, source: str) -> bool:
     layers = linears(model)
     if not any(config.targeted(name) for name in [*layers, *(["lm_head"] if splits else [])]):
         raise InputError(f"{source}: target_modules: {config.targets!r} names no linear layer of the model")
+
+    # modules that are trained whole
     modules = {hf_name(name).rpartition(".")[0] for name, _ in model.named_parameters()}
     modules |= {"lm_head"} if _has_tied_head(model) else set()
     for name in config.modules_to_save:
@@ -137,6 +145,7 @@ def _check_placeable(model: Model, config: LoraConfig, source: str) -> bool:
         one = replace(config, modules_to_save=(name,))
         if not any(one.whole(module) for module in modules):
             raise InputError(f"{source}: modules_to_save: the model has no module {name!r}")
+
     if config.tied and _has_tied_head(model) and config.targeted("lm_head"):
         raise InputError(
             f"{source}: ensure_weight_tying: expected false beside an adapter of lm_head, for it puts one on the "
@@ -159,8 +168,10 @@ def _is_saved(model: Model, config: LoraConfig, name: str) -> bool:
 
 
 def _splits_the_head(model: Model, config: LoraConfig) -> bool:
-    """Whether head and embedding, one matrix in the base, become two. An adapter of the head acts on its product
-    alone, and what is trained whole are copies, as PEFT has it."""
+    """Whether head and embedding, one matrix in the base, become two.
+
+    An adapter of the head acts on its product alone, and what is trained whole are copies, as PEFT has it.
+    """
     if not _has_tied_head(model):
         return False
     trained = config.whole("lm_head") or config.whole(EMBEDDING)
@@ -186,6 +197,7 @@ def merge_lora(model: Model) -> None:
                 weight = layer.merged()
                 layer.four_bit, layer.lora = None, None
                 layer.weight = nn.Parameter(weight)
+
     parameters = dict(model.named_parameters())
     for name, base in _body(model).replaced.items():
         parameters[name].data = parameters[name].data.to(base.dtype)
@@ -199,10 +211,12 @@ def adapter_disabled(model: Model) -> Iterator[None]:
     """The base alone, without gradient: a backward pass outside of the block would see the adapter."""
     parameters = dict(model.named_parameters())
     trained = {name: parameters[name].data for name in _body(model).replaced}
+
     for lora in adapters(model).values():
         lora.enabled = False
     for name, base in _body(model).replaced.items():
         parameters[name].data = base
+
     try:
         with torch.no_grad():
             yield
@@ -244,18 +258,6 @@ def quantize_base(model: Model, double_quant: bool = True) -> None:
 # ---- adapters as tensors
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter apart from a model. tensors: under their names in PEFT's files, less "base_model.model.", in fp32.
-
-    dtypes: those that they have in their file, if it was one.
-    """
-
-    config: LoraConfig
-    tensors: dict[str, Tensor]
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
-
-
 def _trained(model: Model) -> dict[str, nn.Parameter]:
     parts = {
         f"{name}.{SUFFIXES[part]}": parameter
@@ -274,30 +276,17 @@ def take_adapter(model: Model) -> Adapter:
     return Adapter(config, _as_filed(model))
 
 
-_EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)\.(lora_[AB]\.weight)")
-
-
 def _as_filed(model: Model) -> dict[str, Tensor]:
     trained = {name: parameter.detach() for name, parameter in _trained(model).items()}
-    filed = {_filed_name(name, trained): _filed(model, name, tensor) for name, tensor in trained.items()}
+    filed = {filed_name(name, trained): _filed(model, name, tensor) for name, tensor in trained.items()}
     if _has_tied_head(model) and f"{EMBEDDING}.weight" in filed:  # one matrix under both of its names
         filed["lm_head.weight"] = filed[f"{EMBEDDING}.weight"]
     return filed
 
 
-def _filed_name(name: str, trained: dict[str, Any]) -> str:
-    """PEFT wraps the module of the experts once for each parameter, gate_up_proj first: the outer one is not named."""
-    found = _EXPERTS.fullmatch(name)
-    if found is None:
-        return name
-    at, which, suffix = found.groups()
-    inner = which == "gate_up_proj" and f"{at}.down_proj.{suffix}" in trained
-    return f"{at}.base_layer.{suffix}" if inner else f"{at}.{suffix}"
-
-
 def _filed(model: Model, name: str, tensor: Tensor) -> Tensor:
     """Experts' A (E, R, K) as (E R, K), B (E, N, R) as (N, R E); what is not of experts stays."""
-    if _EXPERTS.fullmatch(name) is None:
+    if EXPERTS.fullmatch(name) is None:
         return tensor
     tensor = whole(tensor)  # shares of different sizes cannot be flattened
     if "lora_A" in name:
@@ -307,7 +296,7 @@ def _filed(model: Model, name: str, tensor: Tensor) -> Tensor:
 
 def _unfiled(model: Model, name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
     """The inverse, to `shape`."""
-    if _EXPERTS.fullmatch(name) is None or "lora_A" in name:
+    if EXPERTS.fullmatch(name) is None or "lora_A" in name:
         return tensor.view(shape)
     E, N, R = shape
     tensor = tensor.view(N, R, E).permute(2, 0, 1)
@@ -323,6 +312,7 @@ def give_adapter(model: Model, adapter: Adapter, source: str) -> None:
     adapter = _without_copies(model, adapter, source)
     _check_ranks(model, adapter, source)
     place_adapter(model, adapter.config, source)
+
     wanted, found = _as_filed(model), adapter.tensors
     for name in [*found, *wanted]:
         if name not in wanted:
@@ -333,14 +323,16 @@ def give_adapter(model: Model, adapter: Adapter, source: str) -> None:
         if found[name].shape != wanted[name].shape:
             expected, got = tuple(wanted[name].shape), tuple(found[name].shape)
             raise InputError(f"{source}: {name}: expected shape {expected}, got {got}")
+
     if _has_tied_head(model) and not torch.equal(*_both_names(found)):
         raise InputError(
             f"{source}: lm_head.weight: expected the values of {EMBEDDING}.weight, with which it is tied, got others"
         )
+
     with torch.no_grad():
         trained = _trained(model)
         for name, parameter in trained.items():
-            parameter.copy_(_unfiled(model, name, found[_filed_name(name, trained)], parameter.shape))
+            parameter.copy_(_unfiled(model, name, found[filed_name(name, trained)], parameter.shape))
 
 
 def _check_ranks(model: Model, adapter: Adapter, source: str) -> None:
@@ -350,7 +342,7 @@ def _check_ranks(model: Model, adapter: Adapter, source: str) -> None:
     sizes |= {"lm_head": (1, model.config.hidden_size)} if _check_placeable(model, config, source) else {}
     trained = {f"{name}.{SUFFIXES['a']}": name for name in sizes if config.targeted(name)}
     for name, module in trained.items():
-        filed, rank, (E, K) = _filed_name(name, trained), config.rank_of(module), sizes[module]
+        filed, rank, (E, K) = filed_name(name, trained), config.rank_of(module), sizes[module]
         if filed not in found:
             raise InputError(f"{source}: {filed}: missing, although the adapter's config names its module")
         expected, got = (E * rank, K), tuple(found[filed].shape)
@@ -378,11 +370,13 @@ def _without_copies(model: Model, adapter: Adapter, source: str) -> Adapter:
     bases = {"lm_head": embedding if head is None else head.dense(), EMBEDDING: embedding}
     if config.tied and head is None and any(config.whole(module) for module in bases):
         return adapter  # the matrix that is trained whole, under both of its names
+
     trained: dict[str, Tensor] = {}
     for module, base in bases.items():
         for name in (f"{module}.weight", f"{module}.base_layer.weight"):
             if name not in tensors or config.whole(module):
                 continue
+
             copy = tensors.pop(name)
             if copy.shape != base.shape:
                 raise InputError(
@@ -391,6 +385,7 @@ def _without_copies(model: Model, adapter: Adapter, source: str) -> Adapter:
                 )
             if _is_copy(base, copy, adapter.dtypes.get(name)):
                 continue
+
             if config.targeted(module) or module in trained:
                 raise InputError(
                     f"{source}: {name}: expected a copy of the base's, got other values: the adapter was trained on "
@@ -399,11 +394,13 @@ def _without_copies(model: Model, adapter: Adapter, source: str) -> Adapter:
             trained[module] = copy
     if not trained:
         return Adapter(config, tensors, adapter.dtypes)
+
     if head is None:  # read over the base, one of them is both
         one = trained.get("lm_head", trained.get(EMBEDDING))
         assert one is not None
         trained = {"lm_head": one, EMBEDDING: trained.get(EMBEDDING, one)}
         config = replace(config, tied=True)
+
     names = tuple(module.rpartition(".")[2] for module in trained)
     config = replace(config, modules_to_save=(*config.modules_to_save, *names))
     tensors |= {f"{module}.weight": tensor for module, tensor in trained.items()}
@@ -434,10 +431,12 @@ def stack_adapters(model: Transformer, several: Sequence[Adapter]) -> None:
         for layer in linears(model).values():
             layer.lora = None
         model.adapter = None
+
     for name, layer in linears(model).items():
         having = [i for i, adapter in enumerate(several) if adapter.config.targeted(name)]
         if not having:
             continue
+
         rank = max(several[i].config.rank_of(name) for i in having)
         a = torch.zeros(len(several), rank, layer.in_features, device=model.device)
         b = torch.zeros(len(several), layer.out_features, rank, device=model.device)

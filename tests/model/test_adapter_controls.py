@@ -19,10 +19,10 @@ from burnish.model.adapter import (
     stack_adapters,
     take_adapter,
 )
+from burnish.model.adapters.config import LoraConfig
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.errors import InputError
 from burnish.model.files import bnb, dtypes, experts, finite, peft
-from burnish.model.linear import LoraConfig
 from planted import Fault, plant
 from safetensors.torch import load_file, save_file
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from burnish.bench.static import compile_only
-from burnish.model import Cache, InputError, ModelConfig, Transformer, Vocabulary, pack, transformer
+from burnish.model import Cache, InputError, ModelConfig, Transformer, Vocabulary, pack, rope
 from burnish.model.adapter import add_lora, quantize_base
 from burnish.model.cache import cache_bytes
 from burnish.model.checkpoint import load_model
@@ -353,7 +353,7 @@ OTHERS = ["mistral-sw", "qwen3_moe", "deepseek_v3", "gpt_oss", "gemma3_text"]
 def test_a_step_can_be_recorded_as_a_graph(data, architecture, how, vocabulary, monkeypatch):
     """The GPU's path on tensors without values: what asks for one, or has a shape that depends on one, raises."""
     # uncached: other tests would be given angles without values
-    monkeypatch.setattr(transformer, "rope_frequencies", transformer.rope_frequencies.__wrapped__)
+    monkeypatch.setattr(rope, "rope_frequencies", rope.rope_frequencies.__wrapped__)
     model = load_model(data / "tiny-hf" / architecture)
     config = model.config
     with compile_only("sm_90"), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():

@@ -7,7 +7,8 @@ import torch
 from burnish.model import ModelConfig, Transformer, moe, pack, transformer
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.config import Experts
-from burnish.model.moe import PRESETS, count_parameters, pooled_balance, switch_c
+from burnish.model.count import PRESETS, count_parameters, switch_c
+from burnish.model.moe import pooled_balance
 from safetensors.torch import load_file
 
 SPARSE = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss"]
