@@ -92,7 +92,7 @@ def training_memory(
 
 
 def nf4_bytes(numel: int, blocksize: int = 64) -> int:
-    """Bytes of a doubly quantised weight: nibbles, a byte a block, fp32 for 256 of these, offset, and the two tables."""
+    """Bytes of a weight quantised twice: nibbles, a byte a block, fp32 for 256 of these, offset, and the two tables."""
     blocks = -(-numel // blocksize)
     return -(-numel // 2) + blocks + 4 * -(-blocks // 256) + 4 + 4 * 16 + 4 * 256
 

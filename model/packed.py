@@ -96,8 +96,6 @@ def _adapter_of_tokens(
             f"adapters: expected one for each of {len(sequences)} sequences, got {len(adapters)}"
         )
     if any(parent != -1 and adapters[i] != adapters[parent] for i, parent in enumerate(parents)):
-        raise ValueError(
-            "adapters: a child sees what its parent's adapter made, so both have the same one"
-        )
+        raise ValueError("adapters: a child sees what its parent's adapter made, so both have the same one")
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     return torch.tensor(adapters, dtype=torch.int32).repeat_interleave(lengths)

@@ -20,10 +20,11 @@ from burnish.algorithms.data import groups as _rollout
 from burnish.algorithms.data.lessons import Lesson, read_lessons, write_lessons
 from burnish.algorithms.recipes.sums import VOCABULARY, make_tokenizer
 from burnish.model.adapter import add_lora
+from burnish.model.batch import Chooser
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.config import ModelConfig
 from burnish.model.errors import InputError
-from burnish.model.generate import Sample, _chooser, generate, stream
+from burnish.model.generate import Sample, generate, stream
 from burnish.model.head import Head
 from burnish.model.packed import pack
 from burnish.model.text.tokenizer import Tokenizer
@@ -186,7 +187,7 @@ def test_a_vocabulary_of_the_whole_head_is_nothing(twins):
     """The same op on the same weight, without a copy."""
     model, tokens = load_model(twins.dense), Tokenizer.load(twins.dense).vocabulary
     packed, rows = pack([[1, 2, 3]]), torch.tensor([1, 2])
-    choose, width = _chooser(model, tokens, {"top_k": 5})
+    choose, width = Chooser.of(model, tokens, top_k=5)
     assert choose.func.__name__ == "sample_tokens" and width == 5
     whole = model.before_head(packed, rows)[1].weight
     assert model.before_head(packed, rows, tokens)[1].weight is whole

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from burnish.model import ModelConfig, Transformer, moe, pack, transformer
+from burnish.model import ModelConfig, Transformer, attention, moe, pack
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.config import Experts
 from burnish.model.count import PRESETS, count_parameters, switch_c
@@ -88,7 +88,7 @@ def test_products_are_in_autocasts_dtype(monkeypatch):
 
         monkeypatch.setattr(module, name, call)
 
-    watched(transformer, "flash_attention")
+    watched(attention, "flash_attention")
     watched(moe, "moe_mlp")
     model = Transformer(TINY, seed=1)
     with torch.autocast("cpu", torch.bfloat16):
