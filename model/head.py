@@ -80,7 +80,7 @@ class Head:
         beta: float = 0.0,
         temperature: float | Tensor = 1.0,
     ) -> Tensor:
-        """From a teacher's hidden states (n, C') and head, in nats a token, (n,): `kernels.token_divergence`."""
+        """Divergence from a teacher's hidden states (n, C') and head, in nats, (n,): `kernels.token_divergence`."""
         with torch.autocast(hidden.device.type, enabled=False):
             return token_divergence(
                 hidden,
@@ -106,7 +106,7 @@ class Head:
         beta: float = 0.0,
         temperature: float | Tensor = 1.0,
     ) -> Tensor:
-        """From a teacher's stored log-probabilities, ids and they (n, K), to (n,): `kernels.topk_divergence`."""
+        """Divergence from a teacher's stored ids and log-probabilities (n, K), (n,): `kernels.topk_divergence`."""
         with torch.autocast(hidden.device.type, enabled=False):
             return topk_divergence(
                 hidden,

@@ -298,7 +298,7 @@ def test_what_a_rule_allows(rule, name, source):
         (functions_take_few_parameters, "model/x.py", "def rms_norm(a, b, c, d, e, f, g, h, i): ..."),
         (functions_take_few_parameters, "model/x.py", "def generate(a, b, c, d, e, f, g, h, *, i): ..."),
         (functions_take_few_parameters, "model/generate.py", "def draw(a, b, c, d, e, f, g, h, *, i): ..."),
-        (functions_take_few_parameters, "model/generate.py", "def f():\n    def stream(a, b, c, d, e, f, g, h, i): ..."),
+        (functions_take_few_parameters, "model/generate.py", "def f():\n  def stream(a, b, c, d, e, f, g, h, i): ..."),
         (functions_are_short, "kernels/x.py", _of_lines(61)),
         (functions_are_short, "kernels/x.py", _of_lines(101, "@triton.jit\ndef f():")),
         (functions_are_short, "algorithms/x.py", _of_lines(81, "def train(cfg):")),
