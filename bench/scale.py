@@ -26,8 +26,8 @@ from ..algorithms.run.loop import make_optimizer
 from ..algorithms.run.processes import gathered, processes, rank, shard, summed, world
 from ..algorithms.run.streams import run_program
 from ..model.adapter import add_lora, linears, quantize_base
+from ..model.adapters.config import LoraConfig
 from ..model.config import ModelConfig
-from ..model.linear import LoraConfig
 from ..model.memory import training_memory
 from ..model.packed import pack
 from ..model.transformer import Transformer

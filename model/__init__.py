@@ -6,9 +6,9 @@ The names below need torch alone. What needs more, or has its file's name, is im
 
 from .cache import Cache as Cache
 from .config import ModelConfig as ModelConfig
-from .config import Rope as Rope
 from .errors import InputError as InputError
 from .packed import Packed as Packed
 from .packed import pack as pack
+from .rope import Rope as Rope
 from .transformer import Transformer as Transformer
 from .vocabulary import Vocabulary as Vocabulary

@@ -26,7 +26,7 @@ from .packed import Packed
 def cache_bytes(
     config: ModelConfig, prompts: int, prompt_capacity: int, slots: int, capacity: int, dtype: torch.dtype
 ) -> int:
-    """What the keys and values of a Cache take: 2 L G D of them a token."""
+    """Bytes of the keys and values of a Cache: 2 L G D numbers a token."""
     layers, heads, width = _shape(config)
     return (prompts * prompt_capacity + slots * capacity) * 2 * layers * heads * width * dtype.itemsize
 
@@ -56,12 +56,14 @@ class Cache:
 
         def rows(count: int, length: int) -> tuple[Tensor, ...]:
             # zeros, not empty: a masked key meets a probability of 0, and 0 * NaN is NaN
-            held = torch.zeros(layers, count, heads, length, width, dtype=dtype, device=device)
-            return held.transpose(2, 3).unbind()
+            tensors = torch.zeros(layers, count, heads, length, width, dtype=dtype, device=device)
+            return tensors.transpose(2, 3).unbind()  # by layer (count, length, heads, width)
 
         self.prompt_keys, self.prompt_values = rows(prompts, prompt_capacity), rows(prompts, prompt_capacity)
         self.keys, self.values = rows(slots, capacity), rows(slots, capacity)
         self.capacity = capacity
+
+        # by slot, and by prompt row
         self.slot = torch.arange(slots, device=device)
         self.length = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens that each slot holds
         self.prompt = torch.zeros_like(self.slot)  # the row of the prompt before them
@@ -69,25 +71,29 @@ class Cache:
         self.row_length = torch.zeros(prompts, dtype=torch.int64, device=device)
         self.adapter: Tensor | None = None  # (slots,) int32, where the model has several: Packed.adapter
         self.row_adapter: Tensor | None = None  # (prompts,)
+
+        # where the running pass writes
         self.opening = False  # does the running pass write prompts?
         self.target = self.slot[:0]  # where to: (row * G + head) * capacity of the row + position
 
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values."""
-        held = (*self.prompt_keys, *self.prompt_values, *self.keys, *self.values)
-        return sum(x.numel() * x.element_size() for x in held)
+        tensors = (*self.prompt_keys, *self.prompt_values, *self.keys, *self.values)
+        return sum(x.numel() * x.element_size() for x in tensors)
 
     def open(self, packed: Packed, rows: Sequence[int]) -> None:
         """The next forward pass writes segment i of `packed` into the prompt row rows[i], from position 0 on."""
         row = torch.tensor(rows, device=self.slot.device)  # (segments,)
         lengths = packed.cu_seqlens.diff().long()
         self.row_length[row] = lengths
+
         if packed.adapter is not None:
             if self.row_adapter is None:
                 self.row_adapter = torch.full_like(self.row_length, -1, dtype=torch.int32)
                 self.adapter = torch.full_like(self.slot, -1, dtype=torch.int32)
             self.row_adapter[row] = packed.adapter[packed.cu_seqlens[1:].long() - 1]
+
         self.opening = True
         self._aim(self.prompt_keys[0], row.repeat_interleave(lengths), packed.positions)
 
@@ -105,17 +111,17 @@ class Cache:
         self._aim(self.keys[0], self.slot[:slots], last)
         return self.prompt_length[:slots] + last
 
-    def _aim(self, held: Tensor, row: Tensor, position: Tensor) -> None:
-        """Where `write` puts tokens: these rows and positions, (tokens,), of tensors shaped as `held`."""
-        _, length, G, _ = held.shape
+    def _aim(self, like: Tensor, row: Tensor, position: Tensor) -> None:
+        """Set where `write` puts tokens: these rows and positions, (tokens,), of tensors shaped as `like`."""
+        _, length, G, _ = like.shape
         head = torch.arange(G, device=row.device)
         self.target = ((row[:, None] * G + head) * length + position[:, None]).flatten()  # (tokens * G,)
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Store k and v, (total, G, D), as `open` or `grow` said."""
+        """Store k and v, (total, G, D), where `open` or `grow` aimed."""
         keys, values = (self.prompt_keys, self.prompt_values) if self.opening else (self.keys, self.values)
-        for held, new in ((keys[layer], k), (values[layer], v)):
-            held.transpose(1, 2).flatten(0, 2).index_copy_(0, self.target, new.reshape(-1, new.shape[-1]))
+        for stored, new in ((keys[layer], k), (values[layer], v)):
+            stored.transpose(1, 2).flatten(0, 2).index_copy_(0, self.target, new.reshape(-1, new.shape[-1]))
 
     def attend(
         self,
@@ -152,6 +158,7 @@ class Cache:
         rows_kept, row = needed.unique(return_inverse=True)
         _move((*self.keys, *self.values), slots, self.length)
         _move((*self.prompt_keys, *self.prompt_values), rows_kept, self.row_length)
+
         for state in (self.length, self.prompt_length, self.adapter):
             if state is not None:
                 state[:n] = state[slots]
@@ -162,12 +169,12 @@ class Cache:
         return rows_kept.tolist()
 
 
-def _move(held: Sequence[Tensor], rows: Tensor, lengths: Tensor) -> None:
+def _move(tensors: Sequence[Tensor], rows: Tensor, lengths: Tensor) -> None:
     """Rows (n,) of each tensor to the front, as far as they are filled; those that stand there already stay."""
     moved = (rows != torch.arange(rows.numel(), device=rows.device)).nonzero().squeeze(1)
     if not moved.numel():
         return
     first, rows = int(moved[0]), rows[int(moved[0]) :]
     longest = int(lengths[rows].max())
-    for x in held:
+    for x in tensors:
         x[first : first + rows.numel(), :longest] = x[rows, :longest]

@@ -3,27 +3,10 @@
 config_json.py reads and writes them as a checkpoint's config.json.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary frequencies. The fields are the keys of `rope_parameters`, None where the type does not use them."""
-
-    rope_theta: float = 10_000.0
-    rope_type: str = "default"  # default, linear, llama3 or yarn
-    factor: float | None = None
-    original_max_position_embeddings: int | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    attention_factor: float | None = None
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool | None = None
+from .rope import Rope
 
 
 @dataclass(frozen=True)
@@ -72,7 +55,7 @@ class ModelConfig:
     num_key_value_heads: int = 0  # G; 0 stands for H
     head_dim: int = 0  # D; 0 stands for C / H
     rms_norm_eps: float = 1e-6
-    rope: Rope = Rope()
+    rope: Rope = field(default_factory=Rope)
     rope_layers: tuple[bool, ...] = ()  # a layer: are its queries and keys rotated? () stands for all
     windows: tuple[int | None, ...] = ()  # a layer: its sliding window W, or None; () stands for no windows
     qk_norm: bool = False  # RMSNorm over D of every query and key head, before the rotation
@@ -97,15 +80,17 @@ class ModelConfig:
     generation: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
+        # what the fields that were left out stand for
         layers = self.num_hidden_layers
         for name, value in (
             ("num_key_value_heads", self.num_attention_heads),
             ("head_dim", self.hidden_size // self.num_attention_heads),
-            ("rope_layers", (True,) * layers),
-            ("windows", (None,) * layers),
+            ("rope_layers", tuple(True for _ in range(layers))),
+            ("windows", tuple(None for _ in range(layers))),
         ):
             if not getattr(self, name):
                 object.__setattr__(self, name, value)
+
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads: expected a multiple of num_key_value_heads={self.num_key_value_heads}, "
@@ -115,6 +100,7 @@ class ModelConfig:
             raise ValueError(
                 f"head_dim: expected an even number, since rope rotates pairs, got {self.head_dim}"
             )
+
         for name in ("rope_layers", "windows"):
             if len(getattr(self, name)) != layers:
                 raise ValueError(
@@ -127,12 +113,5 @@ class ModelConfig:
 
     @property
     def attention_width(self) -> int:
-        """D of queries, keys and values as attention takes them, the narrower ones padded."""
+        """The D of queries, keys and values as attention takes them, the narrower ones padded."""
         return max(self.head_dim, self.latent.value_dim) if self.latent else self.head_dim
-
-
-def yarn_factor(rope: Rope) -> float:
-    """What DeepSeek multiplies the scores' scale with, squared, where the positions are stretched."""
-    if rope.rope_type == "default" or not rope.mscale_all_dim or (rope.factor or 1) <= 1:
-        return 1.0
-    return 0.1 * rope.mscale_all_dim * math.log(rope.factor or 1) + 1.0

@@ -9,10 +9,7 @@ Source: LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685; DoRA, https://ar
 """
 
 import math
-import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,118 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import NF4Weight, dequantize_nf4, lora_linear, lora_linears, nf4_linear
-from .adapters.expressions import Expression, Steps
-from .errors import InputError
-
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """One adapter's shape. Module names are those of a Hugging Face model: model.layers.0.self_attn.q_proj."""
-
-    rank: int  # R
-    alpha: float
-    targets: tuple[str, ...] | str = LINEARS  # ends of module names, or a regular expression of whole names
-    parameters: tuple[
-        str, ...
-    ] = ()  # ends of names of experts' weights, mlp.experts.down_proj: all experts at once
-    exclude: tuple[str, ...] | str = ()  # likewise, of modules that have none although `targets` says so
-    layers: tuple[int, ...] | None = None  # only in these
-    layers_pattern: tuple[str, ...] = ()  # what stands before a layer's number in a name; by default anything
-    rank_pattern: dict[str, int] = field(
-        default_factory=dict, hash=False
-    )  # by regular expression of names' ends
-    alpha_pattern: dict[str, float] = field(default_factory=dict, hash=False)
-    rslora: bool = False  # scaling alpha / sqrt(R) in place of alpha / R
-    dora: bool = False
-    dropout: float = 0.0  # share of x that an adapter does not see in training
-    modules_to_save: tuple[str, ...] = ()  # ends of names of modules that are trained whole
-    tied: bool = False  # on a base with one matrix for embedding and head, what is trained whole is still one
-    base: str | None = None  # the model that the adapter belongs to, as it was named
-
-    def targeted(self, module: str) -> bool:
-        """Does this linear layer, or do these experts, have an adapter? `exclude` and `layers` are of linear layers.
-
-        Raises InputError, as `rank_of` and `scaling_of` do, where an expression is none, or takes too long to match.
-        """
-        if ".experts." in module:
-            return _named(self._rules["target_parameters"], module) and not self.whole(module)
-        if _named(self._rules["exclude_modules"], module) or self.whole(module):
-            return False
-        if not _named(self._rules["target_modules"], module):
-            return False
-        # a name in full is adapted whatever its layer: as PEFT has it
-        in_full = not isinstance(self.targets, str) and module in self._rules["target_modules"]
-        return self.layers is None or in_full or self._layer_of(module) in self._rules["layers"]
-
-    @cached_property
-    def _rules(self) -> dict[str, Any]:
-        """Lists of names as sets, and expressions; all of them have one time to match. By the keys of PEFT's file."""
-        steps = Steps()
-
-        def names(key: str, value: tuple[str, ...] | str) -> Expression | frozenset[str]:
-            return Expression(value, key, steps=steps) if isinstance(value, str) else frozenset(value)
-
-        patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
-        return {
-            "target_modules": names("target_modules", self.targets),
-            "target_parameters": frozenset(self.parameters),
-            "exclude_modules": names("exclude_modules", self.exclude),
-            "layers": frozenset(self.layers or ()),
-            "layers_pattern": [
-                Expression(text, "layers_pattern", r"(?:^|.*?\.)", r"\.", steps)
-                for text in self.layers_pattern or (r"[^.]*",)
-            ],
-            # a key is the end of a name: as PEFT has it
-            **{
-                key: [
-                    (Expression(end, key, r"(.*\.)?(", ")$", steps), value) for end, value in pattern.items()
-                ]
-                for key, pattern in patterns.items()
-            },
-        }
-
-    def _layer_of(self, module: str) -> int | None:
-        """The number behind the first pattern that stands before one."""
-        numbers = [(found.start(), int(found[1])) for found in re.finditer(r"(?<=\.)(\d{1,18})\.", module)]
-        for pattern in self._rules["layers_pattern"]:
-            for start, number in numbers:
-                if pattern.ends(module) >> start & 1:
-                    return number
-        return None
-
-    def whole(self, module: str) -> bool:
-        """Is this module, or one around it, trained whole? The end of a name need not be a word: as PEFT has it."""
-        return any(f"{name}." in f"{module}." for name in self.modules_to_save)
-
-    def rank_of(self, module: str) -> int:
-        return self._by_pattern("rank_pattern", module, self.rank)
-
-    def scaling_of(self, module: str) -> float:
-        rank = self.rank_of(module)
-        alpha = self._by_pattern("alpha_pattern", module, self.alpha)
-        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
-
-    def _by_pattern(self, key: str, module: str, default: Any) -> Any:
-        return next((value for end, value in self._rules[key] if end.matches(module)), default)
-
-    def check(self, modules: Iterable[str], source: str) -> None:
-        """Raises InputError where an expression is none, or takes too long on these. source: what a message names."""
-        try:
-            assert self._rules
-            for module in modules:
-                if self.targeted(module):
-                    self.scaling_of(module)
-        except InputError as error:
-            raise InputError(f"{source}: {error}") from None
-
-
-def _named(names: Expression | frozenset[str], module: str) -> bool:
-    """By an expression of whole names, or by names, each of which is the end of one."""
-    if isinstance(names, Expression):
-        return names.matches(module)
-    return any(module[i:] in names for i in (0, *(found.end() for found in re.finditer(r"\.", module))))
+from .adapters.lora import Lora
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -140,24 +26,8 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor if gather is None else gather()
 
 
-class Lora(nn.Module):
-    """The adapter of one linear layer: a (R, K), b (N, R), fp32 whatever the base is; of experts (E, R, K), (E, N, R).
-
-    Stacked, for a batch of several: a (adapters, R, K), b (adapters, N, R) with the scalings multiplied in.
-    """
-
-    def __init__(
-        self, a: Tensor, b: Tensor, scaling: float, dropout: float = 0.0, magnitude: Tensor | None = None
-    ):
-        super().__init__()
-        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
-        self.magnitude = None if magnitude is None else nn.Parameter(magnitude)  # (N,)
-        self.scaling, self.dropout = scaling, dropout
-        self.enabled = True
-
-
 class Adaptable(nn.Module):
-    """What linear layers and experts share. Where the weight is in 4 bits, `four_bit` holds it and `weight` is None."""
+    """A linear layer, or the experts' ones. Where the weight is in 4 bits, `four_bit` holds it and `weight` is None."""
 
     weight: nn.Parameter  # (N, K); of experts (E, N, K)
     four_bit: NF4Weight | None
@@ -179,6 +49,7 @@ class Adaptable(nn.Module):
         lora, weight = self.lora, whole(self.dense())
         if lora is None or not lora.enabled:
             return weight
+
         merged = weight.float() + lora.scaling * (whole(lora.b) @ whole(lora.a))
         if lora.magnitude is not None:
             merged = merged * (whole(lora.magnitude) / merged.detach().norm(dim=1))[:, None]
@@ -211,6 +82,7 @@ class Linear(Adaptable, nn.Linear):  # pyright: ignore[reportIncompatibleVariabl
             if self.four_bit is None:
                 return F.linear(x, self.weight, self.bias)
             return nf4_linear(x, self.four_bit, self.bias)
+
         dropout = self.dropout
         return lora_linear(
             x,
@@ -227,7 +99,7 @@ class Linear(Adaptable, nn.Linear):  # pyright: ignore[reportIncompatibleVariabl
 
     @property
     def dropout(self) -> float:
-        """Of the adapter, now: there is none where no gradient is taken."""
+        """The share that the adapter drops now: none where no gradient is taken."""
         return self.lora.dropout if self.lora and self.training and torch.is_grad_enabled() else 0.0
 
     def as_one_product(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,23 +110,21 @@ class Linear(Adaptable, nn.Linear):  # pyright: ignore[reportIncompatibleVariabl
         lora, weight = self.lora, whole(self.dense())
         assert lora is not None
         narrow = F.dropout(x, self.dropout) @ whole(lora.a).to(x.dtype).T  # (n, R)
-        wide = torch.cat([weight, (lora.scaling * whole(lora.b)).to(weight.dtype)], 1)
+        wide = torch.cat([weight, (lora.scaling * whole(lora.b)).to(weight.dtype)], 1)  # (N, K + R)
+
         if lora.magnitude is not None:
-            norm = (
-                (wide[:, : x.shape[1]].float() + lora.scaling * (whole(lora.b) @ whole(lora.a)))
-                .detach()
-                .norm(dim=1)
-            )
+            merged = wide[:, : x.shape[1]].float() + lora.scaling * (whole(lora.b) @ whole(lora.a))
+            norm = merged.detach().norm(dim=1)  # (N,)
             wide = (wide.float() * (whole(lora.magnitude) / norm)[:, None]).to(weight.dtype)
         return torch.cat([x, narrow.to(x.dtype)], 1), wide
 
     @property
     def form(self) -> tuple[Any, ...] | None:
-        """What is alike in layers whose adapters may read x together; None without an adapter."""
-        lora, held = self.lora, self.four_bit
+        """The properties that layers share whose adapters may read x together; None without an adapter."""
+        lora, four_bit = self.lora, self.four_bit
         if lora is None or not lora.enabled:
             return None
-        kind = None if held is None else (held.blocksize, held.offset is None)
+        kind = None if four_bit is None else (four_bit.blocksize, four_bit.offset is None)
         return kind, self.bias is None, lora.magnitude is None, self.dropout
 
 
@@ -263,6 +133,7 @@ def linears_of(layers: Sequence[Linear], x: Tensor, adapter: Tensor | None = Non
     form, loras = layers[0].form, [layer.lora for layer in layers if layer.lora is not None]
     if form is None or any(layer.form != form for layer in layers):
         return [layer(x, adapter) for layer in layers]
+
     dropout = layers[0].dropout
     return lora_linears(
         x,

@@ -1,4 +1,4 @@
-"""How much memory does training take? Counted from the shapes of a config, without any weights.
+"""The memory that training takes, counted from the shapes of a config, without any weights.
 
     full       fp32 weights, their gradients and AdamW's two moments: 16 bytes a parameter; bf16 comes from autocast
     LoRA       bf16 weights, 2 bytes a parameter, and 16 bytes for each parameter of the adapter
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from .adapter import linears, place_adapter
+from .adapters.config import LoraConfig
 from .config import ModelConfig
-from .linear import LoraConfig
 from .transformer import Transformer
 
 TABLE_TOKENS = 4096  # in one micro-batch
@@ -53,7 +53,7 @@ def training_memory(
     frozen_dtype: torch.dtype = torch.bfloat16,
     processes: int = 1,
 ) -> Memory:
-    """What training takes: every weight, or with `lora` that adapter. tokens: in one micro-batch.
+    """Bytes that training takes: every weight, or with `lora` that adapter. tokens: in one micro-batch.
 
     frozen_dtype: of the weights under an adapter, as far as they are not in 4 bits.
     processes: that share the model; what is said is then of each one. 4-bit weights are not shared.
@@ -61,6 +61,8 @@ def training_memory(
     model = Transformer(config, device="meta")
     if lora is not None:
         place_adapter(model, lora, "training_memory")
+
+    # weights: trained, in 4 bits, and the rest
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     width = 4 if lora is None else frozen_dtype.itemsize
     quantized = [layer for name, layer in linears(model).items() if base_4bit and name != "lm_head"]
@@ -68,6 +70,8 @@ def training_memory(
     adapter = 0 if lora is None else 4 * trained
     dense = sum(p.numel() for name, p in model.named_parameters() if ".lora." not in name)
     dense -= sum(layer.numel for layer in quantized)
+
+    # with several processes: what is outside of layers, and one layer, while it is whole
     per_layer = {id(p) for p in model.layers.parameters()}
     outside = sum(
         p.numel() * (width + 4 * p.requires_grad) for p in model.parameters() if id(p) not in per_layer
@@ -76,6 +80,7 @@ def training_memory(
     whole_layer = sum(p.numel() * (4 if p.requires_grad else width) for p in layer)
     whole_layer -= width * sum(q.numel for q in quantized) // config.num_hidden_layers
     layer_gradients = 4 * sum(p.numel() for p in layer if p.requires_grad)
+
     return Memory(
         weights=width * dense // processes + packed,
         adapter=adapter // processes,
@@ -87,7 +92,7 @@ def training_memory(
 
 
 def nf4_bytes(numel: int, blocksize: int = 64) -> int:
-    """Of a doubly quantised weight: nibbles, a byte a block, fp32 for 256 of these, offset, and the two tables."""
+    """Bytes of a weight quantised twice: nibbles, a byte a block, fp32 for 256 of these, offset, and the two tables."""
     blocks = -(-numel // blocksize)
     return -(-numel // 2) + blocks + 4 * -(-blocks // 256) + 4 + 4 * 16 + 4 * 256
 

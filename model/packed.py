@@ -49,13 +49,14 @@ def pack(
         raise ValueError(
             f"parents: expected one for each of the {len(sequences)} sequences, got {len(parents)}"
         )
+
     tokens: list[int] = []
     positions: list[int] = []
     predictors: list[int] = []
     starts = [0]
     latest_root = -1  # the only segment that the next one may continue
     for i, (sequence, parent) in enumerate(zip(sequences, parents, strict=True)):
-        start, length = starts[-1], len(sequence)
+        # where the segment's positions begin, and which row scores its first token
         first_position, first_predictor = 0, -1
         if parent == -1:
             latest_root = i
@@ -67,22 +68,14 @@ def pack(
             raise ValueError(f"parents[{i}]: segment {parent} is empty: its last row cannot score a child")
         else:
             first_position, first_predictor = len(sequences[parent]), starts[parent + 1] - 1
+
+        start, length = starts[-1], len(sequence)
         tokens += sequence
         positions += range(first_position, first_position + length)
         predictors += [first_predictor, *range(start, start + length - 1)][:length]
         starts.append(start + length)
-    adapter = None
-    if adapters is not None:
-        if len(adapters) != len(sequences):
-            raise ValueError(
-                f"adapters: expected one for each of {len(sequences)} sequences, got {len(adapters)}"
-            )
-        if any(parent != -1 and adapters[i] != adapters[parent] for i, parent in enumerate(parents)):
-            raise ValueError(
-                "adapters: a child sees what its parent's adapter made, so both have the same one"
-            )
-        lengths = torch.tensor([len(sequence) for sequence in sequences])
-        adapter = torch.tensor(adapters, dtype=torch.int32).repeat_interleave(lengths).to(device)
+
+    adapter = None if adapters is None else _adapter_of_tokens(sequences, parents, adapters).to(device)
     has_parents = any(parent != -1 for parent in parents)
     return Packed(
         tokens=torch.tensor(tokens, dtype=torch.int64, device=device),
@@ -92,3 +85,17 @@ def pack(
         predictors=torch.tensor(predictors, dtype=torch.int64, device=device),
         adapter=adapter,
     )
+
+
+def _adapter_of_tokens(
+    sequences: Sequence[Sequence[int]], parents: Sequence[int], adapters: Sequence[int]
+) -> Tensor:
+    """(total,) int32. Raises ValueError where a child has another adapter than its parent."""
+    if len(adapters) != len(sequences):
+        raise ValueError(
+            f"adapters: expected one for each of {len(sequences)} sequences, got {len(adapters)}"
+        )
+    if any(parent != -1 and adapters[i] != adapters[parent] for i, parent in enumerate(parents)):
+        raise ValueError("adapters: a child sees what its parent's adapter made, so both have the same one")
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    return torch.tensor(adapters, dtype=torch.int32).repeat_interleave(lengths)

@@ -1,4 +1,4 @@
-"""Which ids are tokens, where a head has rows for more.
+"""The ids that are tokens, where a head has rows for more.
 
 A head's rows are often padded to a round number (Qwen3: 151,936 rows, 151,669 tokens), and a tokenizer's ids may have
 holes. A missing id has no text: it is never drawn, and what was drawn is scored among the tokens alone. Text that is
@@ -24,7 +24,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, ids: Iterable[int]) -> "Vocabulary":
-        """In any order, each as often as it likes."""
+        """Collect ids in any order, each as often as it likes."""
         ordered = sorted(set(ids))
         end = ordered[-1] + 1 if ordered else 0
         return cls(end, None if len(ordered) == end else torch.tensor(ordered))
@@ -67,5 +67,5 @@ class Vocabulary:
         return torch.where(self.has(ids), torch.searchsorted(self.ids, ids), self.size)
 
     def has(self, ids: Tensor) -> Tensor:
-        """Which are tokens, bool."""
+        """Tell which ids are tokens, bool of the same shape."""
         return (ids >= 0) & (ids < self.end) if self.ids is None else torch.isin(ids, self.ids)

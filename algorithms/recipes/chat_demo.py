@@ -26,11 +26,11 @@ from typing import Any, Literal
 
 import torch
 
+from ...model.adapters.config import LoraConfig
 from ...model.checkpoint import load_model
 from ...model.files.config_json import read_config
 from ...model.files.text_files import read_object
 from ...model.generate import generate
-from ...model.linear import LoraConfig
 from ...model.memory import training_memory
 from ...model.text.tokenizer import Tokenizer
 from .. import grpo

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from ...model.adapter import adapters, add_lora, linears, lora_config
+from ...model.adapters.config import LINEARS
 from ...model.checkpoint import load_model, load_scalar_model, read_adapter
 from ...model.errors import InputError
 from ...model.files.folder import is_adapter
-from ...model.linear import LINEARS
 from ...model.scalar import ScalarModel
 from ...model.transformer import Transformer
 from .processes import host

@@ -10,8 +10,9 @@ transformers 4 wrote `rope_theta`, `rope_scaling` and `torch_dtype`, transformer
 from dataclasses import fields
 from typing import Any
 
-from ..config import Experts, Latent, ModelConfig, Rope, yarn_factor
+from ..config import Experts, Latent, ModelConfig
 from ..errors import InputError, shown
+from ..rope import Rope, yarn_factor
 from .architectures import (
     ARCHITECTURES,
     NUMBERS,

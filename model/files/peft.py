@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any, NoReturn
 
+from ..adapters.config import LINEARS, LoraConfig
 from ..errors import InputError
-from ..linear import LINEARS, LoraConfig
 from .config_keys import LARGEST, MOST
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -23,10 +23,11 @@ from burnish.model.adapter import (
     stack_adapters,
     take_adapter,
 )
+from burnish.model.adapters.config import LoraConfig
 from burnish.model.checkpoint import load_model, load_scalar_model, read_adapter, save_model
 from burnish.model.files import peft
 from burnish.model.generate import generate
-from burnish.model.linear import Linear, LoraConfig
+from burnish.model.linear import Linear
 from burnish.model.scalar import ScalarModel
 from safetensors.torch import load_file, save_file
 

@@ -9,7 +9,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from burnish.model import ModelConfig, Transformer, adapter, checkpoint, linear, memory, pack, weights
+from burnish.model import (
+    ModelConfig,
+    Transformer,
+    adapter,
+    adapter_tensors,
+    checkpoint,
+    linear,
+    memory,
+    pack,
+    placement,
+    weights,
+)
 from burnish.model.adapter import (
     adapter_disabled,
     add_lora,
@@ -19,10 +30,10 @@ from burnish.model.adapter import (
     stack_adapters,
     take_adapter,
 )
+from burnish.model.adapters.config import LoraConfig
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.errors import InputError
 from burnish.model.files import bnb, dtypes, experts, finite, peft
-from burnish.model.linear import LoraConfig
 from planted import Fault, plant
 from safetensors.torch import load_file, save_file
 
@@ -259,13 +270,15 @@ FAULTS = [
     Fault("not looked for", finite.cast, "result.isinf() & ", "result.isnan() & ", too_large_is_refused),
     Fault(
         "one matrix",
-        adapter._split_the_head,
+        placement._split_the_head,
         "tie_word_embeddings=False",
         "bos_token_id=1",
         a_tied_head_is_adapted_alone,
     ),
-    Fault("never equal", adapter._is_copy, "base.to(dtype)", "base", copies_are_the_bases),
-    Fault("always equal", adapter._is_copy, "return torch", "return True or torch", copies_are_the_bases),
+    Fault("never equal", adapter_tensors._is_copy, "base.to(dtype)", "base", copies_are_the_bases),
+    Fault(
+        "always equal", adapter_tensors._is_copy, "return torch", "return True or torch", copies_are_the_bases
+    ),
     Fault("still training", checkpoint._give, "model.eval()", "model.train()", loaded_it_does_not_train),
     Fault("rsLoRA as LoRA", LoraConfig.scaling_of, "math.sqrt(rank)", "rank", logits_are_those_of_peft),
     Fault(
@@ -299,7 +312,7 @@ FAULTS = [
     ),
     Fault(
         "not frozen",
-        adapter.place_adapter,
+        placement.place_adapter,
         "model.requires_grad_(False)",
         "[layer.requires_grad_(False) for layer in targets.values()]",
         the_base_gets_no_gradient,

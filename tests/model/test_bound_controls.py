@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from burnish.model import ModelConfig, adapter, checkpoint
+from burnish.model import ModelConfig, adapter_tensors, checkpoint
 from burnish.model.adapter import add_lora
 from burnish.model.adapters import expressions
 from burnish.model.adapters.expressions import Expression
@@ -149,7 +149,7 @@ def ends(tmp_path):
 CONTROLS = [
     Fault("layers", sizes.check_sizes, "> 2 * len(layers)", "> 2**40", layers),
     Fault("sizes", sizes.check_sizes, "size not in seen[key]", "False", a_size),
-    Fault("ranks", adapter._check_ranks, "if got != expected:", "if False:", a_rank),
+    Fault("ranks", adapter_tensors._check_ranks, "if got != expected:", "if False:", a_rank),
     Fault("token ids", token_ids.is_token_id, "<= MOST", "<= 2**40", a_token_id),
     Fault("types", checkpoint.read_adapter, "not in FLOATS", "in ()", a_type),
     Fault("metadata", checkpoint._check_metadata, '!= "nf4"', '== "x"', metadata),

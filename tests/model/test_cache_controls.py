@@ -66,34 +66,36 @@ FAULTS = {
         "self.prompt[:n] = row[:n].flip(0)",
     ),
     "a slot freed too early": (
-        "generate",
-        "(count >= self.max_new_tokens)",
-        "(count >= self.max_new_tokens - 2)",
+        "batch",
+        "(count >= self.request.max_new_tokens)",
+        "(count >= self.request.max_new_tokens - 2)",
     ),
     "rows of prompts that are remembered as they were": (
-        "generate",
-        "{held[row]: i for i, row",
-        "{held[row]: row for i, row",
+        "batch",
+        "{prompts[row]: i for i, row",
+        "{prompts[row]: row for i, row",
     ),
     "a group that begins from another prompt": (
-        "generate",
+        "batch",
         "self.last[: len(rows)] = self.last[rows]",
         "pass",
     ),
-    "ids that do not move along": ("generate", "            self.drawn,\n", ""),
-    "noise that does not move along": ("generate", "            self.noises,\n", ""),
+    "ids that do not move along": ("batch", "            self.drawn,\n", ""),
+    "noise that does not move along": ("batch", "            self.noises,\n", ""),
 }
 
 
 def copy_of(folder: Path, monkeypatch: pytest.MonkeyPatch, file: str = "", old: str = "", new: str = ""):
-    """generate.py on a copy of cache.py, one line of one of them changed."""
-    for name in ("cache", "generate"):
+    """generate.py on copies of batch.py and cache.py, one line of one of them changed."""
+    for name in ("cache", "batch", "generate"):
         source = (MODEL / f"{name}.py").read_text()
         if name == file:
             assert source.count(old) == 1, f"{name}.py has `{old}` {source.count(old)} times: plant it anew"
             source = source.replace(old, new)
         path = folder / f"control_{name}.py"
-        path.write_text(source.replace("from .cache import", "from .control_cache import"))
+        for copied in ("cache", "batch"):
+            source = source.replace(f"from .{copied} import", f"from .control_{copied} import")
+        path.write_text(source)
         spec = importlib.util.spec_from_file_location(f"burnish.model.control_{name}", path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)

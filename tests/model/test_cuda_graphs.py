@@ -1,10 +1,8 @@
 """A step recorded as CUDA graphs samples what it samples without them. Imports no more than the kernels' tests do."""
 
-import sys
-
 import pytest
 import torch
-from burnish.model import ModelConfig, Transformer
+from burnish.model import ModelConfig, Transformer, batch
 from burnish.model.generate import generate
 
 TINY = ModelConfig(
@@ -20,7 +18,7 @@ def test_cuda_graphs_change_nothing(monkeypatch):
     options = {"samples_per_prompt": 3, "max_new_tokens": 20, "stop_ids": {1, 2, 3, 4}, "top_k": 20}
     model = Transformer(TINY, seed=3).to("cuda")
     reference = generate(model, PROMPTS, **options)
-    monkeypatch.setattr(sys.modules[generate.__module__], "CUDA_GRAPHS", True)
+    monkeypatch.setattr(batch, "CUDA_GRAPHS", True)
     for batch_size in (None, 7):
         for a, b in zip(generate(model, PROMPTS, batch_size=batch_size, **options), reference, strict=True):
             assert a.tokens == b.tokens and torch.equal(a.support, b.support)

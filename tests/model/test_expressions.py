@@ -11,9 +11,9 @@ import pytest
 from burnish.model import InputError, ModelConfig, Transformer
 from burnish.model.adapter import add_lora
 from burnish.model.adapters import expressions
+from burnish.model.adapters.config import LINEARS, LoraConfig
 from burnish.model.adapters.expressions import Expression
 from burnish.model.checkpoint import load_model, save_model
-from burnish.model.linear import LINEARS, LoraConfig
 
 MODULES = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
 MODULES += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]

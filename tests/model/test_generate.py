@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from burnish.bench.static import compile_only
-from burnish.model import Cache, InputError, ModelConfig, Transformer, Vocabulary, pack, transformer
+from burnish.model import Cache, InputError, ModelConfig, Transformer, Vocabulary, pack, rope
 from burnish.model.adapter import add_lora, quantize_base
+from burnish.model.batch import Batch, Chooser, Request, _mix, _signed, uniform
 from burnish.model.cache import cache_bytes
 from burnish.model.checkpoint import load_model
-from burnish.model.generate import _Batch, _chooser, _mix, _signed, generate, stream, uniform
+from burnish.model.generate import generate, stream
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -138,7 +139,7 @@ def test_sequences_that_ended_leave_and_the_batch_fills_up_again(tiny, monkeypat
 def test_large_prefills_are_cut_into_portions(tiny, monkeypatch):
     whole = generate(tiny, PROMPTS, samples_per_prompt=2, max_new_tokens=4)
     prefills = calls(monkeypatch, tiny, "prefill")
-    monkeypatch.setattr("burnish.model.generate.PREFILL_TOKENS", {"cpu": 4})
+    monkeypatch.setattr("burnish.model.batch.PREFILL_TOKENS", {"cpu": 4})
     assert [s.tokens for s in generate(tiny, PROMPTS, samples_per_prompt=2, max_new_tokens=4)] == [
         s.tokens for s in whole
     ]
@@ -167,7 +168,7 @@ def test_the_budget_sizes_the_cache_and_changes_no_sample(tiny, monkeypatch):
     reference = generate(tiny, PROMPTS, **options)
     sizes: list[int] = []
     monkeypatch.setattr(
-        "burnish.model.generate.Cache",
+        "burnish.model.batch.Cache",
         lambda *a: sizes.append((cache := Cache(*a)).nbytes) or cache,
     )
     token = cache_bytes(TINY, 0, 0, 1, 1, torch.float32)
@@ -353,15 +354,16 @@ OTHERS = ["mistral-sw", "qwen3_moe", "deepseek_v3", "gpt_oss", "gemma3_text"]
 def test_a_step_can_be_recorded_as_a_graph(data, architecture, how, vocabulary, monkeypatch):
     """The GPU's path on tensors without values: what asks for one, or has a shape that depends on one, raises."""
     # uncached: other tests would be given angles without values
-    monkeypatch.setattr(transformer, "rope_frequencies", transformer.rope_frequencies.__wrapped__)
+    monkeypatch.setattr(rope, "rope_frequencies", rope.rope_frequencies.__wrapped__)
     model = load_model(data / "tiny-hf" / architecture)
     config = model.config
     with compile_only("sm_90"), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         temperature, top_k, top_p = how
-        choose, width = _chooser(
-            model, VOCABULARIES.get(vocabulary), {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        chooser = Chooser.of(
+            model, VOCABULARIES.get(vocabulary), temperature=temperature, top_k=top_k, top_p=top_p
         )
-        batch = _Batch(model, PROMPTS, None, 2, 5, 8, 10**9, choose, width, {1, 2}, 0, 0)
+        request = Request(PROMPTS, max_new_tokens=5, samples_per_prompt=2, stop_ids={1, 2})
+        batch = Batch(model, request, chooser, batch_size=8, memory_budget=10**9)
         batch.last = torch.zeros(4, config.hidden_size)
         batch.hidden = torch.zeros(8, config.hidden_size)
         held = {name: x for name, x in vars(batch).items() if isinstance(x, torch.Tensor)}
@@ -386,13 +388,13 @@ def test_free_rows_in_a_step_change_nothing(tiny, monkeypatch):
         recorded[function.__name__, rows] = None
         function(rows)
 
-    init = _Batch.__init__
+    init = Batch.__init__
 
     def with_graphs(self, *arguments):
         init(self, *arguments)
         self.graphs = lambda function, rows: run(self, function, rows)
 
-    monkeypatch.setattr(_Batch, "__init__", with_graphs)
+    monkeypatch.setattr(Batch, "__init__", with_graphs)
     for batch_size in (None, 7):
         samples = generate(tiny, PROMPTS, batch_size=batch_size, **options)
         for a, b in zip(samples, reference, strict=True):

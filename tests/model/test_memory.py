@@ -7,7 +7,7 @@ import pytest
 import torch
 from burnish.model import ModelConfig, Transformer, pack
 from burnish.model.adapter import add_lora, linears, quantize_base
-from burnish.model.linear import LoraConfig
+from burnish.model.adapters.config import LoraConfig
 from burnish.model.memory import SHAPES, table, training_memory
 
 SMALL = ModelConfig(300, 64, 96, 3, 4, 2, qkv_bias=True)

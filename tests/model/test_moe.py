@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from burnish.model import ModelConfig, Transformer, moe, pack, transformer
+from burnish.model import ModelConfig, Transformer, attention, moe, pack
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.config import Experts
-from burnish.model.moe import PRESETS, count_parameters, pooled_balance, switch_c
+from burnish.model.count import PRESETS, count_parameters, switch_c
+from burnish.model.moe import pooled_balance
 from safetensors.torch import load_file
 
 SPARSE = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss"]
@@ -87,7 +88,7 @@ def test_products_are_in_autocasts_dtype(monkeypatch):
 
         monkeypatch.setattr(module, name, call)
 
-    watched(transformer, "flash_attention")
+    watched(attention, "flash_attention")
     watched(moe, "moe_mlp")
     model = Transformer(TINY, seed=1)
     with torch.autocast("cpu", torch.bfloat16):

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from burnish.kernels import token_logprobs
 from burnish.kernels.head import blocks
-from burnish.model import ModelConfig, Rope, Transformer, pack, transformer
+from burnish.model import ModelConfig, Rope, Transformer, attention, pack, transformer
 from burnish.model.adapter import add_lora
 from burnish.model.checkpoint import load_model
+from burnish.model.rope import rope_frequencies
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -88,9 +89,7 @@ def test_loss_and_embedding_gradient_are_those_of_transformers(model, golden, mo
     packed = pack(ids.tolist())
     model.embed_tokens.padding_idx = model.config.pad_token_id  # transformers gives this row no gradient
     scored = F.pad(mask[:, 1:] == 1, (1, 0)).flatten().nonzero()[:, 0]
-    monkeypatch.setattr(
-        transformer, "flash_attention", lambda *args, **kw: padded_attention(mask, *args, **kw)
-    )
+    monkeypatch.setattr(attention, "flash_attention", lambda *args, **kw: padded_attention(mask, *args, **kw))
     logprob, _, _ = model.score(packed, scored)
     (-logprob.mean()).backward()
     torch.testing.assert_close(-logprob.mean(), golden["loss"][0], atol=1e-5, rtol=0)
@@ -106,9 +105,7 @@ def test_packed_and_padded_agree_in_every_gradient(model, golden, monkeypatch):
     packed_logprob = backward_of(model, pack(rows_of(golden)), torch.tensor(real))
     packed_gradients = gradients(model)
     scored = F.pad(mask[:, :-1] * mask[:, 1:] == 1, (1, 0)).flatten().nonzero()[:, 0]
-    monkeypatch.setattr(
-        transformer, "flash_attention", lambda *args, **kw: padded_attention(mask, *args, **kw)
-    )
+    monkeypatch.setattr(attention, "flash_attention", lambda *args, **kw: padded_attention(mask, *args, **kw))
     padded_logprob = backward_of(model, pack(ids.tolist()), scored)
     torch.testing.assert_close(packed_logprob, padded_logprob, atol=1e-5, rtol=0)
     for name, gradient in gradients(model).items():
@@ -119,7 +116,7 @@ def test_rope_frequencies_are_those_of_transformers(data):
     file = json.loads((data / "rope.json").read_text())
     for golden in file["golden"]:
         parameters = {"original_max_position_embeddings": 4096, **golden["rope_parameters"]}
-        inv_freq, factor = transformer.rope_frequencies(Rope(**parameters), 128, torch.device("cpu"))
+        inv_freq, factor = rope_frequencies(Rope(**parameters), 128, torch.device("cpu"))
         expected = torch.tensor(golden["inv_freq"])
         torch.testing.assert_close(inv_freq, expected, rtol=2e-6, atol=0, msg=str(parameters))
         assert factor == pytest.approx(golden["attention_factor"], rel=1e-12)
