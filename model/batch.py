@@ -24,9 +24,8 @@ from ..kernels._chip import autocast_dtype
 from .cache import Cache, cache_bytes
 from .errors import InputError
 from .packed import pack
-from .text.token_ids import say_what_never_ends
 from .transformer import Transformer
-from .vocabulary import Vocabulary
+from .vocabulary import Vocabulary, say_what_never_ends
 
 # prompts are run in portions of about this many tokens: on a CPU what a layer makes of them stays in a core's cache
 PREFILL_TOKENS = {"cuda": 16_384, "cpu": 512}

@@ -6,6 +6,8 @@ config_json.py reads and writes them as a checkpoint's config.json.
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from .rope import Rope
 
 
@@ -115,3 +117,14 @@ class ModelConfig:
     def attention_width(self) -> int:
         """The D of queries, keys and values as attention takes them, the narrower ones padded."""
         return max(self.head_dim, self.latent.value_dim) if self.latent else self.head_dim
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """Dtypes of a folder's tensors. usual: of most of its numbers. others: the tensors in another, by name on disk."""
+
+    usual: torch.dtype
+    others: dict[str, torch.dtype] = field(default_factory=dict)
+
+    def of(self, name: str) -> torch.dtype:
+        return self.others.get(name, self.usual)

@@ -10,7 +10,7 @@ Face checkpoint, without the leading "model.". Attention is in attention.py, the
 """
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +22,13 @@ from ..kernels.route import RouteStatistics
 from .adapters.config import LoraConfig
 from .attention import Attention, LatentAttention, Norm, Pass
 from .cache import Cache
-from .config import ModelConfig
+from .config import Dtypes, ModelConfig
 from .head import Head, full_logits, operands
 from .linear import Linear, linears_of
 from .moe import MoE, layer_balance, pooled_balance
 from .packed import Packed
 from .rope import cos_and_sin
 from .vocabulary import Vocabulary
-
-if TYPE_CHECKING:
-    from .files.dtypes import Dtypes
 
 # ---- layers
 

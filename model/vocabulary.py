@@ -8,8 +8,10 @@ given (SFT, preferences, likelihoods) is scored over the whole head, as elsewher
     id    0 1 3 4        of the whole head, where 2 is missing
 """
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -69,3 +71,23 @@ class Vocabulary:
     def has(self, ids: Tensor) -> Tensor:
         """Tell which ids are tokens, bool of the same shape."""
         return (ids >= 0) & (ids < self.end) if self.ids is None else torch.isin(ids, self.ids)
+
+
+# ---- ids that end a text
+
+
+def say_what_never_ends(stop_ids: Iterable[int], rows: int, name: str = "the model") -> None:
+    """Warn, once a process, where a head of `rows` never draws one of the ids that are to end a text."""
+    stops = sorted(token for token in stop_ids if token >= rows)
+    if stops:
+        warn_once(
+            f"{name} has no row for the stop ids {stops}, only for ids below {rows}: none ends a generation"
+        )
+
+
+@lru_cache(maxsize=256)
+def warn_once(line: str) -> None:
+    """Print a warning, on one of several processes, once for each line."""
+    first = not torch.distributed.is_available() or not torch.distributed.is_initialized()
+    if first or torch.distributed.get_rank() == 0:
+        print(f"warning: {line}", file=sys.stderr)

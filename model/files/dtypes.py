@@ -5,23 +5,12 @@ Training keeps fp32 weights whatever the files have. So a bf16 folder comes back
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import torch
 
+from ..config import Dtypes
 from .bnb import read_state
 from .tensors import Stored
-
-
-@dataclass(frozen=True)
-class Dtypes:
-    """Dtypes of a folder's tensors. usual: of most of its numbers. others: the tensors in another, by name on disk."""
-
-    usual: torch.dtype
-    others: dict[str, torch.dtype] = field(default_factory=dict)
-
-    def of(self, name: str) -> torch.dtype:
-        return self.others.get(name, self.usual)
 
 
 def read_dtypes(stored: Mapping[str, Stored]) -> Dtypes:

@@ -1,15 +1,12 @@
-"""The ids that end a text, as a folder names them, and the warnings about ids that end nothing."""
+"""The ids that end a text, as a folder names them."""
 
-import sys
-from collections.abc import Callable, Iterable
-from functools import lru_cache
+from collections.abc import Callable
 from pathlib import Path
-
-import torch
 
 from ..errors import InputError, shown
 from ..files.config_keys import is_token_id
 from ..files.text_files import read_optional
+from ..vocabulary import warn_once
 
 
 def read_stop_ids(folder: Path, token_of: Callable[[int], str | None]) -> list[int]:
@@ -40,21 +37,7 @@ def read_stop_ids(folder: Path, token_of: Callable[[int], str | None]) -> list[i
             f"tokenizer has nor the head of {rows} rows"
         )
     if len(known) < len(ids):
-        _say(
+        warn_once(
             f"{file}: eos_token_id: {shown([i for i in ids if i not in known])} is no token and ends nothing"
         )
     return known
-
-
-def say_what_never_ends(stop_ids: Iterable[int], rows: int, name: str = "the model") -> None:
-    """Warn, once a process, where a head of `rows` never draws one of the ids that are to end a text."""
-    stops = sorted(token for token in stop_ids if token >= rows)
-    if stops:
-        _say(f"{name} has no row for the stop ids {stops}, only for ids below {rows}: none ends a generation")
-
-
-@lru_cache(maxsize=256)
-def _say(line: str) -> None:
-    first = not torch.distributed.is_available() or not torch.distributed.is_initialized()
-    if first or torch.distributed.get_rank() == 0:
-        print(f"warning: {line}", file=sys.stderr)

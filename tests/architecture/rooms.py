@@ -21,7 +21,7 @@ ROOMS = {
     "bench": (),
 }
 OPS = "norm rope glu attention decode sample nf4 lora low_rank route moe head/[!_]*"
-READERS = "checkpoint weights convert"  # between what computes and what lies on disk
+READERS = "checkpoint weights convert adapter_tensors"  # between what computes and what lies on disk
 ARROWS = {
     "kernels": {
         "__init__": "*",

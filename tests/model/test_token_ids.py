@@ -8,9 +8,9 @@ import pytest
 from burnish.model import InputError, ModelConfig, Transformer
 from burnish.model.checkpoint import load_model
 from burnish.model.generate import generate, stream
-from burnish.model.text import token_ids
-from burnish.model.text.token_ids import read_stop_ids, say_what_never_ends
+from burnish.model.text.token_ids import read_stop_ids
 from burnish.model.text.tokenizer import Tokenizer
+from burnish.model.vocabulary import say_what_never_ends
 
 DATA = Path(__file__).parents[1] / "data"
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -18,7 +18,7 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 
 @pytest.fixture(autouse=True)
 def nothing_said():
-    token_ids._say.cache_clear()
+    vocabulary.warn_once.cache_clear()
 
 
 def known(token: int) -> str | None:
