@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from burnish.model import InputError, ModelConfig, Transformer
+from burnish.model import InputError, ModelConfig, Transformer, vocabulary
 from burnish.model.checkpoint import load_model
 from burnish.model.generate import generate, stream
 from burnish.model.text.token_ids import read_stop_ids
