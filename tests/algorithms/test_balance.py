@@ -10,6 +10,7 @@ import pytest
 import torch
 from burnish.algorithms import distill, dpo, grpo, kto, ppo, reward, sft
 from burnish.algorithms.recipes.sums import demonstration_row, prompt_row, split_problems
+from burnish.algorithms.run import learner
 from burnish.algorithms.run.balance import Balance
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.config import Experts
@@ -50,7 +51,7 @@ def place(model_folder, tmp_path):
 def step_of(name, module, place, **more):
     """The gradients of one step, by name behind the number of the model; and what it logged."""
     found, models = {}, []
-    step = module.optimizer_step
+    step = learner.optimizer_step
 
     def keep(model, *rest):
         if not any(model is earlier for earlier in models):
@@ -69,11 +70,11 @@ def step_of(name, module, place, **more):
         flags = {"batch_size": 8, **({"teacher": place / "sparse"} if name == "distill" else {})}
     output = place / f"out-{len(list(place.iterdir()))}"
     common = {"model": place / "sparse", "data": place / f"{name}.jsonl", "output": output, "device": "cpu"}
-    module.optimizer_step = keep
+    learner.optimizer_step = keep
     try:
         module.train(module.Config(**common | {"steps": 1, "learning_rate": 1e-4} | flags | more))
     finally:
-        module.optimizer_step = step
+        learner.optimizer_step = step
     return found, json.loads((output / "metrics.jsonl").read_text())
 
 
