@@ -96,6 +96,7 @@ class Variant(NamedTuple):
         return score / lengths if self.per_token else score
 
 
+# flags and their defaults
 BETA = {"beta": 0.1}
 SMOOTHED, WITH_NLL = BETA | {"label_smoothing": 0.1}, BETA | {"nll_weight": 1.0}
 VARIANTS = {

@@ -276,7 +276,7 @@ def _conversation(row: Row, column: str, prompt: list[Turn]) -> list[Turn]:
 
 
 def _end_of_prompt(prompt: list[Turn], talk: list[Turn]) -> int:
-    """The number of turns before a talk's answer: the prompt's, perhaps behind a system message; 0 without the prompt."""
+    """The number of turns before a talk's answer: the prompt, perhaps behind a system message; 0 without the prompt."""
     for start, turn in enumerate(talk):
         repeated = talk[start : start + len(prompt)]
         if len(repeated) == len(prompt) and all(map(same_turn, repeated, prompt)):

@@ -1,9 +1,8 @@
 """Losses on pairs of completions: DPO's family, and the likelihood of what was chosen.
 
-chosen, rejected (pairs,): scores, whose differences are learned. For DPO a score is an implicit reward without its
-beta, the completion's log-ratio to a reference, log pi(y|x) - log pi_ref(y|x), a sum over tokens; the table at the head
-of dpo.py says what it is for each. num_pairs: of the whole optimizer step, so that micro-batches add up. h = chosen -
-rejected.
+chosen, rejected (pairs,): the scores of the two completions, h their difference. For DPO a score is the log-ratio to a
+reference, log pi(y|x) - log pi_ref(y|x), a sum over the completion's tokens; the table at the head of dpo.py says what
+it is for each loss. num_pairs: of the whole optimizer step, so that micro-batches add up.
 """
 
 import torch
@@ -104,7 +103,11 @@ def orpo_loss(chosen: Tensor, rejected: Tensor, num_pairs: int, beta: float) -> 
 
 
 def nll_loss(logprob: Tensor, num_tokens: Tensor | float) -> Tensor:
-    """logprob (pairs,): sums over the chosen completions. num_tokens: of theirs in the whole optimizer step."""
+    """-log pi of the chosen completions, a mean over their tokens: the second term of CPO and of ORPO.
+
+    logprob (pairs,): sums over the chosen completions. num_tokens: of theirs in the whole optimizer step.
+    Source: https://arxiv.org/abs/2401.08417; https://arxiv.org/abs/2403.07691, eq. 6
+    """
     return -logprob.sum() / num_tokens
 
 
