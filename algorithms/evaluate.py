@@ -39,9 +39,10 @@ from ..model.packed import pack
 from ..model.scalar import ScalarModel
 from ..model.text.tokenizer import Tokenizer
 from ..model.transformer import Transformer
+from .data.batch import longest, over_completions
 from .data.examples import Prompt, best_fit, rl_prompts, sft_examples
 from .data.groups import as_asked
-from .data.pairs import completion_scores, longest, preferences
+from .data.pairs import preferences
 from .data.rewards import (
     ANSWER,
     NOTHING,
@@ -301,7 +302,8 @@ def evaluate_pairs(
     pairs, counts = preferences(rows, tokenizer, max_length=cfg.max_length, margins=False)
     report_counts(cfg.data, counts)
     check_model(model, tokenizer, pairs, max(map(longest, pairs)))
-    scores = completion_scores(model, pairs, cfg.micro_batch_tokens, cfg.device).tolist()  # (pairs, 2)
+    function = lambda batch: batch.scores(model)
+    scores = over_completions(model, pairs, function, cfg.micro_batch_tokens).tolist()  # (pairs, 2)
     figures = with_error("accuracy", [100.0 * (chosen > rejected) for chosen, rejected in scores])
     figures |= with_error("margin", [chosen - rejected for chosen, rejected in scores])
     return figures | {"pairs": len(pairs)}, [{"chosen": c, "rejected": r, "right": c > r} for c, r in scores]

@@ -10,75 +10,41 @@ stands half the file away, the same in each epoch.
 
 The reference is the model that training starts from; its log-probabilities are computed once, as in dpo.py.
 
-Metrics: loss, kl (z), chosen, rejected (means of beta r over wanted and unwanted completions), margin (their
-difference), grad_norm (before clipping), learning_rate; with experts, docs/moe.md's. A step without completions of one
-kind has null there.
-
 Source: Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306, eq. 7 and 8
 Run:    burnish kto --model DIR --data FILE.jsonl
 """
 
 import sys
-from dataclasses import dataclass, field, replace
-from math import ceil, inf
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from .data.pairs import Judged, completion_logprobs, judged_completions, longest, micro_batches, num_tokens
-from .data.rows import read_rows
-from .run.balance import Balance
+from .data.batch import longest, make_batches, over_completions
+from .data.ids import check_model
+from .data.pairs import Judged, load_judged
+from .data.tokenizer import load_tokenizer
 from .run.command import run_command
-from .run.flags import TrainingFlags, load_tokenizer
-from .run.loop import (
-    Run,
-    SaveDtype,
-    Schedule,
-    autocast,
-    check_flags,
-    check_model,
-    default_device,
-    epochs,
-    make_optimizer,
-    new_run_folder,
-    optimizer_step,
-    report_counts,
-    scheduled,
-)
-from .run.processes import shard, sum_over_processes, summed
-from .run.trainee import ADAPTER_BOUNDS, load_trainee
+from .run.flags import Bounds, DropoutFlags, Rate, Schedule, SupervisedFlags, check_flags, run_folder
+from .run.learner import Learner
+from .run.loop import Run
+from .run.trainee import load_trainee
 
 
-@dataclass(frozen=True)
-class Config(TrainingFlags):
+@dataclass(frozen=True, kw_only=True)
+class Config(DropoutFlags, SupervisedFlags):
     model: Path  # Hugging Face folder, or an adapter's, to start from; also the reference policy
     data: Path  # rows of prompt, completion and label, or of chosen and rejected: .jsonl, .json or .parquet
-    output: Path = field(default_factory=lambda: new_run_folder("kto"))  # new folder: metrics, model
-    beta: float = 0.1
-    wanted_weight: float = (
-        1.0  # lambda_D; the paper balances lambda_D n_D and lambda_U n_U to a ratio of 1 to 4/3
-    )
-    unwanted_weight: float = 1.0  # lambda_U
+    output: Path = run_folder("kto")
+    beta: Annotated[float, Bounds(1e-9)] = 0.1
+    wanted_weight: Rate = 1.0  # lambda_D; the paper has lambda_D n_D to lambda_U n_U at a ratio of 1 to 4/3
+    unwanted_weight: Rate = 1.0  # lambda_U
     max_length: int = 1024  # tokens of a prompt with its completion; longer rows are dropped and counted
-    steps: int = 1000  # optimizer steps
     batch_size: int = 32  # completions in one optimizer step; z needs a few
-    micro_batch_tokens: int = 8192  # tokens in one forward and backward; gradients add up over micro-batches
-    learning_rate: float = 1e-6  # AdamW's, at its peak
+    learning_rate: float = 1e-6
     schedule: Schedule = "linear"
-    warmup_steps: int = 20  # of linear rise to learning_rate
-    weight_decay: float = 0.0  # of matrices; vectors have none
-    max_grad_norm: float = 1.0  # gradients are scaled down to it
-    lora_rank: int = 0  # train an adapter of this rank in place of the weights; 0 trains the weights
-    lora_alpha: float | None = None  # the adapter's scale is alpha / rank; 2 * rank by default
-    lora_dropout: float = 0.0  # share of its inputs that the adapter does not see in training
-    base_4bit: bool = False  # hold the frozen weights in 4 bits (NF4): QLoRA
-    save_every: int = 0  # steps between checkpoints; 0 saves the model once, at the end
-    save_dtype: SaveDtype = "auto"  # of what is written; auto: that of --model, tensor by tensor
-    resume: bool = False  # go on from the last checkpoint in --output
-    checkpoint_activations: bool = False  # run each layer again in the backward: less memory, more time
-    seed: int = 0  # of the order of rows
-    device: str = field(default_factory=default_device)
 
 
 def kto_loss(
@@ -101,88 +67,70 @@ def kto_loss(
 
 def train(cfg: Config) -> Path:
     """Returns the folder of the trained model."""
-    check_flags(
-        cfg,
-        beta=(1e-9, inf),
-        wanted_weight=(0, inf),
-        unwanted_weight=(0, inf),
-        max_length=(2, inf),
-        steps=(1, inf),
-        batch_size=(1, inf),
-        micro_batch_tokens=(1, inf),
-        learning_rate=(0, inf),
-        warmup_steps=(0, inf),
-        weight_decay=(0, inf),
-        max_grad_norm=(1e-12, inf),
-        **ADAPTER_BOUNDS,
-        lora_dropout=(0, 0.99),
-        save_every=(0, inf),
-        seed=(0, 2**63 - 1),
-    )
+    check_flags(cfg)
     tokenizer = load_tokenizer(cfg)
-    judged, counts = judged_completions(
-        read_rows(cfg.data, cfg.row_template), tokenizer, max_length=cfg.max_length
-    )
-    report_counts(cfg.data, counts)
-    half = len(judged) // 2
-    others = [  # each prompt with a completion of another
-        replace(one, completion=judged[(i + half) % len(judged)].completion) for i, one in enumerate(judged)
-    ]
+    judged = load_judged(cfg.data, tokenizer, cfg)
+    mismatched = _mismatched(judged)
     model = load_trainee(cfg)
     check_model(model, tokenizer, judged, max(map(longest, judged)))
-    balance = Balance(cfg, model)
-    shard(model)
-    optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
+    learner = Learner(cfg, model)
+    run = Run(cfg, tokenizer, model=learner)
 
     def logprobs(items: list[Judged]) -> Tensor:  # (completions,)
-        return completion_logprobs(model, items, cfg.micro_batch_tokens, cfg.device).squeeze(1)
+        function = lambda batch: batch.completion_logprobs(model)
+        return over_completions(model, items, function, cfg.micro_batch_tokens).squeeze(1)
 
-    reference, other_reference = torch.zeros(2, len(judged))
-    first_epoch = epochs(len(judged), cfg.batch_size, cfg.seed)
-    for _ in range(min(cfg.steps, ceil(len(judged) / cfg.batch_size))):
-        members = next(first_epoch)
+    # 1. the reference: what the model says before training
+    reference, mismatched_reference = torch.zeros(2, len(judged))
+    for members in run.first_epoch(len(judged), cfg.batch_size):
         reference[members] = logprobs([judged[i] for i in members])
-        other_reference[members] = logprobs([others[i] for i in members])
-    with Run(cfg, model=model, optimizer=optimizer) as run:
-        batches = epochs(len(judged), cfg.batch_size, cfg.seed, skip=run.start)
+        mismatched_reference[members] = logprobs([mismatched[i] for i in members])
+
+    with run:
         for step in run.steps():
-            members = next(batches)
-            batch = [judged[i] for i in members]
-            drift = logprobs([others[i] for i in members]) - other_reference[members]
+            # 2. the step's completions, packed behind their prompts
+            members = run.next(len(judged), cfg.batch_size)
+            rows, ref_logprob = [judged[i] for i in members], reference[members]
+            wanted = torch.tensor([one.label for one in rows])
+            batches = make_batches(rows, cfg.micro_batch_tokens, cfg.device)
+
+            # 3. z, the same number for the whole step
+            drift = logprobs([mismatched[i] for i in members]) - mismatched_reference[members]
             kl = drift.mean().clamp(min=0).item()
-            labels = torch.tensor([one.label for one in batch])
-            total_loss, log_ratios = 0.0, torch.zeros(len(batch))
-            for micro in micro_batches(batch, cfg.micro_batch_tokens, cfg.device):
-                with autocast(cfg.device):
-                    logprob, _, _ = model.score(micro.packed, micro.rows)  # (tokens,)
-                ref = reference[[members[i] for i in micro.members]].to(cfg.device)
-                log_ratio = micro.sums(logprob) - ref  # (completions,)
-                wanted = labels[micro.members].to(cfg.device)
-                loss = kto_loss(
-                    log_ratio, wanted, kl, len(batch), cfg.beta, cfg.wanted_weight, cfg.unwanted_weight
-                )
-                (loss + balance.loss(micro.share)).backward()  # of experts, where the model has some
-                total_loss += loss.item()
-                log_ratios[micro.members] = log_ratio.detach().cpu()
-            total_loss, log_ratios = summed({"loss": total_loss})["loss"], sum_over_processes(log_ratios)
-            rate = scheduled(cfg.learning_rate, step, cfg.steps, cfg.warmup_steps, cfg.schedule)
-            norm = optimizer_step(model, optimizer, total_loss, rate, cfg.max_grad_norm)
-            chosen, rejected = (cfg.beta * log_ratios[side].mean() for side in (labels, ~labels))
-            run.log(
-                {
-                    "loss": total_loss,
-                    "kl": kl,
-                    "margin": chosen - rejected,
-                    "chosen": chosen,
-                    "rejected": rejected,
-                    "grad_norm": norm,
-                    "learning_rate": rate,
-                    **balance.metrics(),
-                },
-                tokens=sum(num_tokens(one) for one in batch),
-            )
-            run.save_step(model, tokenizer)
-        return run.save(model, tokenizer)
+
+            # 4. r of each completion, the loss, and its gradient
+            log_ratios: list[Tensor] = []
+            for batch in batches:
+                ref = ref_logprob[batch.members].to(cfg.device)
+                log_ratio = batch.completion_logprobs(model) - ref  # (completions,)
+                labels = wanted[batch.members].to(cfg.device)
+                weights = cfg.wanted_weight, cfg.unwanted_weight
+                loss = kto_loss(log_ratio, labels, kl, len(rows), cfg.beta, *weights)
+                learner.backward(loss, batch.share)
+                log_ratios.append(log_ratio.detach())
+
+            # 5. one step of AdamW
+            metrics = learner.step(step)
+            log_ratio = batches.joined(log_ratios)  # (all completions,)
+            chosen, rejected = (cfg.beta * log_ratio[side].mean() for side in (wanted, ~wanted))
+            metrics = {
+                "loss": metrics["loss"],
+                "kl": kl,
+                "margin": chosen - rejected,
+                "chosen": chosen,
+                "rejected": rejected,
+                **metrics,
+            }
+            run.log(metrics | learner.balance.metrics(), batches.num_tokens)
+        return run.save()
+
+
+def _mismatched(judged: list[Judged]) -> list[Judged]:
+    """Each prompt with the completion that stands half the file away."""
+    half = len(judged) // 2
+    return [
+        replace(one, completion=judged[(i + half) % len(judged)].completion) for i, one in enumerate(judged)
+    ]
 
 
 if __name__ == "__main__":

@@ -10,9 +10,6 @@ only differences. For the same reason the scores are shifted at the end, so that
 
 A pair is one forward pass: chosen and rejected continue the same prompt.
 
-Metrics: loss, accuracy (share of pairs with r_w > r_l), margin (mean of r_w - r_l), chosen, rejected (mean scores,
-before the final shift), grad_norm (before clipping), learning_rate; with experts, docs/moe.md's.
-
 Source: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, eq. 1
         margin: Touvron et al. 2023, https://arxiv.org/abs/2307.09288, eq. 2
         centering: Eisenstein et al. 2023, https://arxiv.org/abs/2312.09244
@@ -21,73 +18,40 @@ Run:    burnish reward --model DIR --data FILE.jsonl
 """
 
 import sys
-from dataclasses import dataclass, field
-from math import inf
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data.pairs import (
-    Preference,
-    completion_scores,
-    load_pairs,
-    longest,
-    micro_batches,
-    num_tokens,
-    pair_metrics,
-    report_held_out,
-)
-from .run.balance import Balance
+from .data.batch import longest, make_batches, over_completions
+from .data.ids import check_model
+from .data.pairs import Preference, load_pairs
+from .data.tokenizer import load_tokenizer
+from .objectives.preference import pair_metrics
 from .run.command import run_command
-from .run.flags import TrainingFlags, load_tokenizer
-from .run.loop import (
-    Run,
-    SaveDtype,
-    Schedule,
-    autocast,
-    check_flags,
-    check_model,
-    default_device,
-    epochs,
-    make_optimizer,
-    new_run_folder,
-    optimizer_step,
-    scheduled,
-)
-from .run.processes import shard, summed
-from .run.trainee import ADAPTER_BOUNDS, load_scalar_trainee
+from .run.flags import DropoutFlags, Rate, Schedule, SupervisedFlags, check_flags, run_folder
+from .run.held_out import report_held_out
+from .run.learner import Learner
+from .run.loop import Run
+from .run.trainee import load_scalar_trainee
 
 REFERENCES = 128  # chosen completions whose mean score becomes 0
 
 
-@dataclass(frozen=True)
-class Config(TrainingFlags):
+@dataclass(frozen=True, kw_only=True)
+class Config(DropoutFlags, SupervisedFlags):
     model: Path  # Hugging Face folder, or an adapter's, to start from: a language model, or an earlier reward model
     data: Path  # rows of chosen and rejected, perhaps prompt and margin: .jsonl, .json or .parquet
     held_out: Path | None = None  # such rows, to report the accuracy on before and after
-    output: Path = field(default_factory=lambda: new_run_folder("reward"))  # new folder: metrics, model
-    centering: float = 0.0  # c: 0.01 keeps scores near 0 while training
+    output: Path = run_folder("reward")
+    centering: Rate = 0.0  # c: 0.01 keeps scores near 0 while training
     max_length: int = 1024  # tokens of a prompt with either completion; longer rows are dropped and counted
-    steps: int = 1000  # optimizer steps
     batch_size: int = 64  # pairs in one optimizer step
-    micro_batch_tokens: int = 8192  # tokens in one forward and backward; gradients add up over micro-batches
-    learning_rate: float = 1e-5  # AdamW's, at its peak
+    learning_rate: float = 1e-5
     schedule: Schedule = "cosine"
-    warmup_steps: int = 20  # of linear rise to learning_rate
-    weight_decay: float = 0.0  # of matrices; vectors have none
-    max_grad_norm: float = 1.0  # gradients are scaled down to it
-    lora_rank: int = 0  # train an adapter of this rank in place of the weights; 0 trains the weights
-    lora_alpha: float | None = None  # the adapter's scale is alpha / rank; 2 * rank by default
-    lora_dropout: float = 0.0  # share of its inputs that the adapter does not see in training
-    base_4bit: bool = False  # hold the frozen weights in 4 bits (NF4): QLoRA
-    save_every: int = 0  # steps between checkpoints; 0 saves the model once, at the end
-    save_dtype: SaveDtype = "auto"  # of what is written; auto: that of --model, tensor by tensor
-    resume: bool = False  # go on from the last checkpoint in --output
-    checkpoint_activations: bool = False  # run each layer again in the backward: less memory, more time
     seed: int = 0  # of the order of rows, and of a fresh head
-    device: str = field(default_factory=default_device)
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float, num_pairs: int) -> Tensor:
@@ -105,62 +69,43 @@ def centering_loss(chosen: Tensor, rejected: Tensor, num_pairs: int) -> Tensor:
 
 def train(cfg: Config) -> Path:
     """Returns the folder of the trained model."""
-    check_flags(
-        cfg,
-        centering=(0, inf),
-        max_length=(2, inf),
-        steps=(1, inf),
-        batch_size=(1, inf),
-        micro_batch_tokens=(1, inf),
-        learning_rate=(0, inf),
-        warmup_steps=(0, inf),
-        weight_decay=(0, inf),
-        max_grad_norm=(1e-12, inf),
-        **ADAPTER_BOUNDS,
-        lora_dropout=(0, 0.99),
-        save_every=(0, inf),
-        seed=(0, 2**63 - 1),
-    )
+    check_flags(cfg)
     tokenizer = load_tokenizer(cfg)
     pairs, held_out = (load_pairs(path, tokenizer, cfg, margins=True) for path in (cfg.data, cfg.held_out))
     model = load_scalar_trainee(cfg, cfg.model)
     check_model(model, tokenizer, [*pairs, *held_out], max(map(longest, pairs)))
-    balance = Balance(cfg, model)
-    shard(model)
-    optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
+    learner = Learner(cfg, model)
+    run = Run(cfg, tokenizer, model=learner)
 
-    def scores(pairs: list[Preference]) -> Tensor:  # of chosen and rejected, (pairs, 2)
-        return completion_scores(model, pairs, cfg.micro_batch_tokens, cfg.device)
+    def scores(items: list[Preference]) -> Tensor:  # of chosen and rejected, (pairs, 2)
+        return over_completions(model, items, lambda batch: batch.scores(model), cfg.micro_batch_tokens)
 
     before = scores(held_out)
-    with Run(cfg, model=model, optimizer=optimizer) as run:
-        batches = epochs(len(pairs), cfg.batch_size, cfg.seed, skip=run.start)
+    with run:
         for step in run.steps():
-            batch = [pairs[i] for i in next(batches)]
-            sums: dict[str, float] = {}
-            for micro in micro_batches(batch, cfg.micro_batch_tokens, cfg.device):
-                with autocast(cfg.device):
-                    values = model.values(micro.packed, micro.last)
-                chosen, rejected = values.view(-1, 2).unbind(1)  # (pairs,)
-                margin = torch.tensor([batch[i].margin for i in micro.members], device=cfg.device)
-                loss = bradley_terry_loss(chosen, rejected, margin, len(batch))
+            # 1. the step's pairs, packed: a prompt once, chosen and rejected behind it
+            rows = [pairs[i] for i in run.next(len(pairs), cfg.batch_size)]
+            batches = make_batches(rows, cfg.micro_batch_tokens, cfg.device)
+
+            # 2. the scores of both completions, the loss, and its gradient
+            for batch in batches:
+                # (completions,) -> (pairs, 2) -> two of (pairs,)
+                chosen, rejected = batch.scores(model).view(-1, 2).unbind(1)
+                margin = torch.tensor([rows[i].margin for i in batch.members], device=cfg.device)
+                loss = bradley_terry_loss(chosen, rejected, margin, len(rows))
                 if cfg.centering:
-                    loss = loss + cfg.centering * centering_loss(chosen, rejected, len(batch))
-                (loss + balance.loss(micro.share)).backward()  # of experts, where the model has some
-                added = {"loss": loss.item(), **pair_metrics(chosen, rejected, len(batch))}
-                sums = {name: sums.get(name, 0.0) + value for name, value in added.items()}
-            sums = summed(sums)
-            rate = scheduled(cfg.learning_rate, step, cfg.steps, cfg.warmup_steps, cfg.schedule)
-            norm = optimizer_step(model, optimizer, sums["loss"], rate, cfg.max_grad_norm)
-            run.log(
-                {**sums, "grad_norm": norm, "learning_rate": rate, **balance.metrics()},
-                tokens=sum(num_tokens(pair) for pair in batch),
-            )
-            run.save_step(model, tokenizer)
+                    loss = loss + cfg.centering * centering_loss(chosen, rejected, len(rows))
+                learner.backward(loss, batch.share, pair_metrics(chosen, rejected, len(rows)))
+
+            # 3. one step of AdamW
+            metrics = learner.step(step)
+            run.log(metrics | learner.balance.metrics(), batches.num_tokens)
+
+        # 4. the shift, and the held-out pairs
         model.bias -= scores(pairs[:REFERENCES])[:, 0].mean().item()
         if held_out:
             report_held_out(run.folder, before=before, after=scores(held_out))
-        return run.save(model, tokenizer)
+        return run.save()
 
 
 if __name__ == "__main__":

@@ -94,6 +94,11 @@ class Batch:
             logprob, _, entropy = policy.score(self.packed, self.rows, temperature=temperature, **drawn_from)
         return logprob, entropy
 
+    def completion_logprobs(self, policy: Transformer) -> Tensor:
+        """log pi of each whole completion, (completions,): the sum over its trained tokens."""
+        logprob, _ = self.score(policy)
+        return self.sums(logprob)
+
     def values(self, critic: ScalarModel) -> Tensor:
         """What the critic expects before each token, (tokens,): in the state in which it was chosen."""
         with autocast(self.rows.device.type):
@@ -120,12 +125,22 @@ class Batch:
 
 class Batches(list[Batch]):
     """The micro-batches of one step that are this process's, the last perhaps without an item: as many as every other
-    process has. num_trained, num_tokens: trained tokens, and all tokens, of the whole step on all processes.
+    process has. num_completions, num_trained, num_tokens: of the whole step, on all processes, the completions, their
+    trained tokens, and all tokens.
     """
 
-    def __init__(self, batches: Iterable[Batch], num_trained: int, num_tokens: int):
+    def __init__(self, batches: Iterable[Batch], num_completions: int, num_trained: int, num_tokens: int):
         super().__init__(batches)
-        self.num_trained, self.num_tokens = num_trained, num_tokens
+        self.num_completions, self.num_trained, self.num_tokens = num_completions, num_trained, num_tokens
+
+    def joined(self, values: Sequence[Tensor]) -> Tensor:
+        """Numbers of each micro-batch's completions, (completions,) each -> those of the step's on all processes, in
+        order, (all completions,) fp32 on the CPU.
+        """
+        found = torch.zeros(self.num_completions)
+        for batch, numbers in zip(self, values, strict=True):
+            found[batch.completions.cpu()] = numbers.float().cpu()
+        return sum_over_processes(found)
 
 
 # ---- cutting
@@ -146,7 +161,7 @@ def make_batches(items: Sequence[Item], capacity: int, device: torch.device | st
     for members in shares(sizes, capacity):
         cut = [_Part(i, step.numbers_of(i)) for i in members]
         batches.append(step.batch(cut, sum(sizes[i] for i in members) / total))
-    return Batches(batches, sum(step.counts), total)
+    return Batches(batches, len(step.counts), sum(step.counts), total)
 
 
 def make_split_batches(
@@ -185,7 +200,7 @@ def make_split_batches(
     cuts += [[] for _ in range(most(len(cuts)) - len(cuts))]
     trained = [sum(step.counts[number] for part in cut for number in part.numbers) for cut in cuts]
     batches = [step.batch(cut, n / num_trained) for cut, n in zip(cuts, trained, strict=True)]
-    return Batches(batches, num_trained, sum(num_tokens(item) for item in items))
+    return Batches(batches, len(step.counts), num_trained, sum(num_tokens(item) for item in items))
 
 
 def _own_items(items: Sequence[Item], needed: Tensor) -> Tensor:

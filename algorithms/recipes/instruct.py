@@ -29,12 +29,14 @@ from statistics import mean, median
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from ...model.checkpoint import load_model, load_scalar_model
 from ...model.generate import Sample, generate
 from ...model.text.tokenizer import Tokenizer
 from .. import dpo, ppo, reward, sft
-from ..data.pairs import Completion, Preference, completion_logprobs, completion_scores
+from ..data.batch import Completion, over_completions
+from ..data.pairs import Preference
 from ..run.command import run_command
 from ..run.loop import check_flags, default_device, new_run_folder
 from . import page
@@ -227,6 +229,11 @@ class Recipe:
         )
         return 100 * accuracy, win_rate(chosen, rejected)
 
+    def logprobs(self, folder: Path, pairs: list[Preference]) -> Tensor:
+        """A policy's, of the first completion of each pair, (pairs,)."""
+        model = load_model(folder, device=self.cfg.device)
+        return over_completions(model, pairs, lambda b: b.completion_logprobs(model), CAPACITY)[:, 0]
+
     def measure(self, stage: str, model: Path) -> None:
         samples = self.sample(model, self.cfg.evaluation_samples, seed=4)
         letters = [LETTERS[sample.prompt_index] for sample in samples]
@@ -239,16 +246,10 @@ class Recipe:
             )
             for letter, a, b in zip(letters, samples, self.opponents, strict=True)
         ]
-        own, reference = (
-            completion_logprobs(load_model(folder, device=self.cfg.device), pairs, CAPACITY, self.cfg.device)[
-                :, 0
-            ]
-            for folder in (model, self.sft)
-        )
+        own, reference = (self.logprobs(folder, pairs) for folder in (model, self.sft))
         proxy_model = load_scalar_model(self.proxy, device=self.cfg.device)
-        proxy = completion_scores(proxy_model, pairs, CAPACITY, self.cfg.device).mean(
-            0
-        )  # (2,): samples, opponents
+        # (2,): samples, opponents
+        proxy = over_completions(proxy_model, pairs, lambda b: b.scores(proxy_model), CAPACITY).mean(0)
         self.shift = mean(others) - proxy[1].item()
         self.scores[stage] = Score(
             gold=mean(golds),

@@ -12,6 +12,7 @@ A run folder has config.json, metrics.jsonl (one JSON object a step), models as 
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -143,6 +144,11 @@ class Run:
         if self._order is None:
             self._order = epochs(count, size, self._cfg.seed, skip=self.values.get("draws", self.start))
         return next(self._order)
+
+    def first_epoch(self, count: int, size: int) -> Iterator[list[int]]:
+        """What `next` draws first: each of `count` rows once, or as many as --steps will reach."""
+        steps = min(self._cfg.steps, math.ceil(count / size))
+        return itertools.islice(epochs(count, size, self._cfg.seed), steps)
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:

@@ -77,7 +77,9 @@ def pair_losses_have_their_values(module: ModuleType, place: Place) -> None:
     more = {"cdpo": {"label_smoothing": 0.2}, "robust": {"label_smoothing": 0.2}, "simpo": {"gamma": 0.3}}
     for name, formula in formulas.items():
         shift = 2 if name == "orpo" else 0  # log-probabilities are negative
-        loss = module.VARIANTS[name].loss(CHOSEN - shift, REJECTED - shift, 4, beta=0.5, **more.get(name, {}))
+        loss = getattr(module, f"{name}_loss")(
+            CHOSEN - shift, REJECTED - shift, 4, beta=0.5, **more.get(name, {})
+        )
         same(loss.item(), sum(formula(*pair) for pair in pairs) / 4, 1e-9)
 
 
@@ -126,17 +128,18 @@ def chosen_scores_average_zero(module: ModuleType, place: Place) -> None:
     cfg = config(module, place)
     model = load_scalar_model(module.train(cfg))
     pairs = module.load_pairs(place.data, Tokenizer.load(place.model), config(module, place, max_length=64))
-    same(module.completion_scores(model, pairs, 10**6, "cpu")[:, 0].mean().item(), 0)
+    scores = module.over_completions(model, pairs, lambda batch: batch.scores(model), 10**6)
+    same(scores[:, 0].mean().item(), 0)
 
 
 def pairs_lie_as_they_should(module: ModuleType, place: Place) -> None:
     """The prompt is seen by both, only masked tokens are trained, the last token is each completion's own."""
     completion = lambda *tokens: module.Completion(list(tokens), [token != 9 for token in tokens])
     pairs = [
-        module.Preference([1, 2], completion(3, 9, 4), completion(5)),
-        module.Preference([6], completion(7, 8), completion(7)),
+        module.Family([1, 2], [completion(3, 9, 4), completion(5)]),
+        module.Family([6], [completion(7, 8), completion(7)]),
     ]
-    (one,) = module.micro_batches(pairs, 100, "cpu")
+    (one,) = module.make_batches(pairs, 100, "cpu")
     assert one.packed.parents is not None, "expected parents"
     assert one.packed.parents.tolist() == [-1, 0, 0, -1, 3, 3], "expected both under their prompt"
     assert one.packed.tokens[one.last].tolist() == [4, 5, 8, 7], "expected the last tokens"
@@ -595,9 +598,9 @@ class Fault(NamedTuple):
     check: Callable[[ModuleType, Place], None]
 
 
-PREFERENCES = "data.pairs"
+PREFERENCE, PAIRS, BATCH = "objectives.preference", "data.pairs", "data.batch"
 VALUES = {
-    "dpo": pair_losses_have_their_values,
+    PREFERENCE: pair_losses_have_their_values,
     "reward": reward_losses_have_their_values,
     "kto": kto_has_its_value,
 }
@@ -607,41 +610,63 @@ FAULTS = [
     *(
         Fault(name, file, old, new, VALUES[file])
         for name, file, old, new in [
-            ("sign of h", "dpo", "F.logsigmoid(beta * (chosen - rej", "F.logsigmoid(-beta * (chosen - rej"),
-            ("beta dropped", "dpo", "F.logsigmoid(beta * (chosen", "F.logsigmoid((chosen"),
-            ("mean of a micro-batch", "dpo", ".sum() / num_pairs", ".mean()"),
-            ("labels the other way", "dpo", "((1 - label_smoothing) * F.logs", "(label_smoothing * F.logs"),
-            ("biased", "dpo", " / (1 - 2 * label_smoothing)", ""),
-            ("IPO's target", "dpo", "1 / (2 * beta)", "1 / beta"),
-            ("hinge at 0", "dpo", "relu(1 - beta", "relu(-beta"),
-            ("APO's rejected", "dpo", "+ torch.sigmoid(beta * rejected)", "- torch.sigmoid(beta * rejected)"),
-            ("APO's chosen", "dpo", "(torch.sigmoid(beta * chosen) + 1", "(1"),
-            ("SimPO's margin", "dpo", " - gamma)", ")"),
-            ("odds are not p", "dpo", "score - torch.log(-torch.expm1(score))", "score"),
+            (
+                "sign of h",
+                PREFERENCE,
+                "F.logsigmoid(beta * (chosen - rej",
+                "F.logsigmoid(-beta * (chosen - rej",
+            ),
+            ("beta dropped", PREFERENCE, "F.logsigmoid(beta * (chosen", "F.logsigmoid((chosen"),
+            ("mean of a micro-batch", PREFERENCE, ".sum() / num_pairs", ".mean()"),
+            (
+                "labels the other way",
+                PREFERENCE,
+                "((1 - label_smoothing) * F.logs",
+                "(label_smoothing * F.logs",
+            ),
+            ("biased", PREFERENCE, " / (1 - 2 * label_smoothing)", ""),
+            ("IPO's target", PREFERENCE, "1 / (2 * beta)", "1 / beta"),
+            ("hinge at 0", PREFERENCE, "relu(1 - beta", "relu(-beta"),
+            (
+                "APO's rejected",
+                PREFERENCE,
+                "+ torch.sigmoid(beta * rejected)",
+                "- torch.sigmoid(beta * rejected)",
+            ),
+            ("APO's chosen", PREFERENCE, "(torch.sigmoid(beta * chosen) + 1", "(1"),
+            ("SimPO's margin", PREFERENCE, " - gamma)", ")"),
+            ("odds are not p", PREFERENCE, "score - torch.log(-torch.expm1(score))", "score"),
             ("margin dropped", "reward", "chosen - rejected - margin", "chosen - rejected"),
             ("difference centred", "reward", "(chosen + rejected)", "(chosen - rejected)"),
             ("KL's sign", "kto", "log_ratio - kl, kl - log_ratio", "log_ratio + kl, kl - log_ratio"),
             ("weights swapped", "kto", "wanted, wanted_weight, unwanted", "~wanted, wanted_weight, unwanted"),
         ]
     ),
-    Fault("step's denominator", "dpo", "rejected, len(batch), **", "rejected, len(micro.members), **", CUT),
-    Fault("step's denominator", "reward", "margin, len(batch))", "margin, len(micro.members))", CUT),
-    Fault("step's denominator", "kto", "kl, len(batch), cfg", "kl, len(micro.members), cfg", CUT),
-    Fault("another's reference", "dpo", "[[members[i] for i in micro.members]]", "[micro.members]", START),
-    Fault("another's reference", "kto", "[[members[i] for i in micro.members]]", "[micro.members]", START),
-    Fault("reference moves", "dpo", "ref = ref", "ref = total.detach().cpu() + 0 * ref", the_reference_stays),
+    Fault("step's denominator", "dpo", "rejected, len(rows), **", "rejected, len(batch.members), **", CUT),
+    Fault("step's denominator", "reward", "margin, len(rows))", "margin, len(batch.members))", CUT),
+    Fault("step's denominator", "kto", "kl, len(rows), cfg", "kl, len(batch.members), cfg", CUT),
+    Fault("another's reference", "dpo", "in members], reference[members]", "in members], reference", START),
+    Fault("another's reference", "kto", "in members], reference[members]", "in members], reference", START),
+    Fault(
+        "reference moves", "dpo", "ref = ref", "ref = logprob.detach().cpu() + 0 * ref", the_reference_stays
+    ),
     Fault("shifted up", "reward", "model.bias -=", "model.bias +=", chosen_scores_average_zero),
     Fault("rejected at 0", "reward", "[:, 0].mean()", "[:, 1].mean()", chosen_scores_average_zero),
     *(
-        Fault(name, PREFERENCES, old, new, check)
-        for name, old, new, check in [
-            ("prompt not seen", "parents.append(parent)", "parents.append(-1)", LAID),
-            ("score before the end", "ends.append(len(trained) - 1)", "ends.append(len(trained) - 2)", LAID),
-            ("mask ignored", "+= completion.mask", "+= [True] * len(completion.mask)", LAID),
-            ("users' turns trained", "mask[len(prompt) : end])", "[True] * (end - len(prompt)))", READ),
-            ("past the end", "if trained) + 1", "if trained) + 2", READ),
-            ("last turn alone", "turns=talk.trained,", "turns=talk.trained[-1:],", READ),
-            ("rejected is wanted", "Judged(prompt, rejected, False)", "Judged(prompt, rejected, True)", READ),
+        Fault(name, BATCH, old, new, LAID)
+        for name, old, new in [
+            ("prompt not seen", "parents.append(parent)", "parents.append(-1)"),
+            ("score before the end", "last.append(len(trained) - 1)", "last.append(len(trained) - 2)"),
+            ("mask ignored", "+= completion.mask", "+= [True] * len(completion.mask)"),
+        ]
+    ),
+    *(
+        Fault(name, PAIRS, old, new, READ)
+        for name, old, new in [
+            ("users' turns trained", "mask[len(prompt) : end])", "[True] * (end - len(prompt)))"),
+            ("past the end", "if trained) + 1", "if trained) + 2"),
+            ("last turn alone", "turns=talk.trained,", "turns=talk.trained[-1:],"),
+            ("rejected is wanted", "Judged(prompt, rejected, False)", "Judged(prompt, rejected, True)"),
         ]
     ),
     *(

@@ -7,16 +7,11 @@ import sys
 
 import pytest
 import torch
-from burnish.algorithms.data.examples import Example, best_fit, rl_prompts, sft_examples
-from burnish.algorithms.data.pairs import (
-    Completion,
-    Judged,
-    Preference,
-    judged_completions,
-    micro_batches,
-    preferences,
-)
+from burnish.algorithms.data.batch import Completion, make_batches
+from burnish.algorithms.data.examples import Example, rl_prompts, sft_examples
+from burnish.algorithms.data.pairs import Judged, Preference, judged_completions, preferences
 from burnish.algorithms.data.rows import read_rows
+from burnish.algorithms.run.processes import best_fit
 from burnish.model.errors import InputError
 from burnish.model.text.tokenizer import Tokenizer
 from tokenizers import Tokenizer as Backend
@@ -687,12 +682,12 @@ def test_micro_batches_of_pairs():
         Preference([1, 2], completion(3, 9, 4), completion(5)),
         Preference([6], completion(7, 8), completion(7)),
     ]
-    (one,) = micro_batches(pairs, 100, "cpu")
+    (one,) = make_batches(pairs, 100, "cpu")
     assert one.members == [0, 1] and one.packed.tokens.tolist() == [1, 2, 3, 9, 4, 5, 6, 7, 8, 7]
     assert one.packed.parents is not None and one.packed.parents.tolist() == [-1, 0, 0, -1, 3, 3]
     assert one.last.tolist() == [4, 5, 8, 9]
     assert one.rows.tolist() == [2, 4, 5, 7, 8, 9] and one.lengths.tolist() == [2, 1, 2, 1]
     assert one.sums(torch.tensor([1.0, 2, 4, 8, 16, 32])).tolist() == [3, 4, 24, 32]
-    assert [batch.members for batch in micro_batches(pairs, 1, "cpu")] == [[0], [1]]
-    (judged,) = micro_batches([Judged([1], completion(2, 3), True)], 9, "cpu")
+    assert [batch.members for batch in make_batches(pairs, 1, "cpu")] == [[0], [1]]
+    (judged,) = make_batches([Judged([1], completion(2, 3), True)], 9, "cpu")
     assert judged.last.tolist() == [2] and judged.lengths.tolist() == [2]

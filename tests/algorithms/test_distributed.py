@@ -19,6 +19,8 @@ import pytest
 import torch
 from burnish.algorithms import distill, dpo, grpo, kto, ppo, reward, sft, teach
 from burnish.algorithms.__main__ import COMMANDS
+from burnish.algorithms.data.batch import over_completions
+from burnish.algorithms.run import learner
 from burnish.algorithms.run import processes as _distributed
 from burnish.algorithms.run.processes import parts, processes, rank, shard, world
 from burnish.model.adapter import adapters, add_lora, merge_lora, quantize_base
@@ -177,9 +179,9 @@ def config(name: str, folder: Path, **changes):
 
 
 @contextmanager
-def kept_gradients(module, file: Path):
+def kept_gradients(file: Path):
     """The first step's of each model, whole, in `file`."""
-    step, found, models = module.optimizer_step, {}, []
+    step, found, models = learner.optimizer_step, {}, []
 
     def keep(model, *rest):
         if not any(model is earlier for earlier in models):
@@ -189,21 +191,26 @@ def kept_gradients(module, file: Path):
                     found[f"{len(models)}/{name}"] = whole(p.grad).clone()
         return step(model, *rest)
 
-    module.optimizer_step = keep
+    learner.optimizer_step = keep
     try:
         yield
     finally:
-        module.optimizer_step = step
+        learner.optimizer_step = step
     if rank() == 0:
         save_file(found, file)
 
 
 def train(name: str, folder: Path, output: str) -> None:
     cfg = config(name, folder, output=folder / output / name)
-    module = MODULES[CASES[name][0]]
     cfg.output.parent.mkdir(exist_ok=True)
-    with kept_gradients(module, folder / output / f"{name}.safetensors"):
-        module.train(cfg)
+    with kept_gradients(folder / output / f"{name}.safetensors"):
+        MODULES[CASES[name][0]].train(cfg)
+
+
+def of_this_process(*given) -> torch.Tensor:
+    """`over_completions` without the sum over processes: of other processes' completions zeros."""
+    with patch("burnish.algorithms.data.batch.sum_over_processes", lambda values: values):
+        return over_completions(*given)
 
 
 FAULTS = {  # by trainer: what is wrong, and what it does in its place
@@ -212,8 +219,8 @@ FAULTS = {  # by trainer: what is wrong, and what it does in its place
         lambda module, factor: None,
     ),
     "kto": (  # z from the process's own completions
-        "burnish.algorithms.data.pairs.sum_over_processes",
-        lambda values: values,
+        "burnish.algorithms.kto.over_completions",
+        of_this_process,
     ),
     "ppo": (  # advantages whitened over the process's own tokens
         "burnish.algorithms.data.groups.sum_over_processes",

@@ -8,16 +8,13 @@ import pytest
 import torch
 from burnish.algorithms import dpo, kto
 from burnish.algorithms.__main__ import main
-from burnish.algorithms.data.pairs import (
-    Completion,
-    completion_logprobs,
-    judged_completions,
-    micro_batches,
-    preferences,
-)
+from burnish.algorithms.data.batch import Completion, make_batches, over_completions
+from burnish.algorithms.data.pairs import judged_completions, preferences
 from burnish.algorithms.data.rows import read_rows
-from burnish.algorithms.dpo import VARIANTS, cdpo_loss, dpo_loss, nll_loss
+from burnish.algorithms.dpo import VARIANTS
 from burnish.algorithms.kto import kto_loss
+from burnish.algorithms.objectives.preference import cdpo_loss, dpo_loss, nll_loss
+from burnish.algorithms.run.optimizer import epochs
 from burnish.model import ModelConfig, Transformer, pack
 from burnish.model.checkpoint import load_model
 from burnish.model.errors import InputError
@@ -28,6 +25,16 @@ every_loss = pytest.mark.parametrize("name", VARIANTS)
 
 def metrics_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def loss_of(name, chosen, rejected, num_pairs):
+    """With the flags' defaults; the NLL has a weight of its own."""
+    flags = {flag: value for flag, value in VARIANTS[name].flags.items() if flag != "nll_weight"}
+    return VARIANTS[name].loss(chosen, rejected, num_pairs, **flags)
+
+
+def completion_logprobs(model, pairs, capacity):
+    return over_completions(model, pairs, lambda batch: batch.completion_logprobs(model), capacity)
 
 
 def log_ratios(count):
@@ -84,10 +91,9 @@ def test_values_by_hand():
 
 @every_loss
 def test_gradients_by_finite_differences(name):
-    variant = VARIANTS[name]
     chosen, rejected = per_token_logprobs(5) if name == "orpo" else log_ratios(5)
     both = (chosen.requires_grad_(), rejected.requires_grad_())
-    assert torch.autograd.gradcheck(lambda a, b: variant.loss(a, b, 5, **variant.flags()), both)
+    assert torch.autograd.gradcheck(lambda a, b: loss_of(name, a, b, 5), both)
 
 
 def test_ktos_gradient_by_finite_differences():
@@ -109,8 +115,7 @@ def test_dpos_gradient_is_the_papers():
 
 @every_loss
 def test_micro_batches_add_up_and_an_empty_one_is_zero(name):
-    variant = VARIANTS[name]
-    loss = lambda a, b, n: variant.loss(a, b, n, **variant.flags())
+    loss = lambda a, b, n: loss_of(name, a, b, n)
     chosen, rejected = per_token_logprobs(7)
     parts = loss(chosen[:2], rejected[:2], 7) + loss(chosen[2:], rejected[2:], 7)
     assert parts.item() == pytest.approx(loss(chosen, rejected, 7).item(), abs=1e-12)
@@ -141,9 +146,8 @@ def test_robust_is_unbiased():
 @pytest.mark.parametrize("name, h", [("ipo", 5.0), ("cdpo", math.log(9) / 0.1)])
 def test_where_the_bounded_losses_stop(name, h):
     """IPO at h = 1 / (2 beta), cDPO at sigmoid(beta h) = 1 - e: beyond it they pull back, which DPO never does."""
-    variant = VARIANTS[name]
     chosen = torch.tensor([h, h + 0.1], requires_grad=True)
-    loss = variant.loss(chosen, torch.zeros(2), 1, **variant.flags())
+    loss = loss_of(name, chosen, torch.zeros(2), 1)
     (grad,) = torch.autograd.grad(loss, chosen)
     assert abs(grad[0]) < 1e-6 and grad[1] > 1e-6
 
@@ -152,7 +156,7 @@ def test_extreme_scores_stay_finite():
     for name, variant in VARIANTS.items():
         low, high = (-1e4, 0.0) if not variant.reference else (-1e4, 1e4)
         chosen = torch.tensor([low, high], requires_grad=True)
-        loss = variant.loss(chosen, chosen.detach().flip(0), 2, **variant.flags())
+        loss = loss_of(name, chosen, chosen.detach().flip(0), 2)
         (grad,) = torch.autograd.grad(loss, chosen)
         assert loss.isfinite() and grad.isfinite().all(), name
 
@@ -221,7 +225,7 @@ def test_a_shared_prompt_changes_neither_loss_nor_gradient(cfg):
     tokenizer = Tokenizer.load(cfg.model)
     pairs, _ = preferences(read_rows(cfg.data), tokenizer, max_length=64)
 
-    def loss_of(packed, rows, lengths):
+    def scored(packed, rows, lengths):
         model = load_model(cfg.model)
         logprob, _, _ = model.score(packed, rows)
         total = torch.segment_reduce(logprob, "sum", lengths=lengths).view(-1, 2)
@@ -229,13 +233,13 @@ def test_a_shared_prompt_changes_neither_loss_nor_gradient(cfg):
         loss.backward()
         return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
 
-    (micro,) = micro_batches(pairs, 10**6, "cpu")
-    ordered = [pairs[i] for i in micro.members]
+    (batch,) = make_batches(pairs, 10**6, "cpu")
+    ordered = [pairs[i] for i in batch.members]
     apart = pack([pair.prompt + c.tokens for pair in ordered for c in pair.completions])
     trained = [m for pair in ordered for c in pair.completions for m in [False] * len(pair.prompt) + c.mask]
-    shared = loss_of(micro.packed, micro.rows, micro.lengths)
-    unshared = loss_of(apart, torch.tensor(trained).nonzero().squeeze(1), micro.lengths)
-    assert micro.packed.tokens.numel() < 0.85 * apart.tokens.numel()
+    shared = scored(batch.packed, batch.rows, batch.lengths)
+    unshared = scored(apart, torch.tensor(trained).nonzero().squeeze(1), batch.lengths)
+    assert batch.packed.tokens.numel() < 0.85 * apart.tokens.numel()
     for one, other in zip(shared, unshared, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
 
@@ -251,7 +255,7 @@ def test_only_trained_tokens_count(cfg):
         ),
     )
     pairs = [hidden_turn, *pairs[1:]]
-    found = completion_logprobs(model, pairs, 64, "cpu")
+    found = completion_logprobs(model, pairs, 64)
     for pair, both in zip(pairs, found, strict=True):
         for completion, total in zip(pair.completions, both, strict=True):
             ids = pair.prompt + completion.tokens
@@ -273,7 +277,7 @@ def test_the_first_loss_is_known(cfg, name):
     zero = torch.zeros(1)
     if VARIANTS[name].reference:
         assert first["margin"] == first["chosen"] == first["rejected"] == 0
-        expected = VARIANTS[name].loss(zero, zero, 1, **VARIANTS[name].flags()).item()
+        expected = loss_of(name, zero, zero, 1).item()
         assert first["loss"] == pytest.approx(expected, abs=1e-6)
     else:
         assert first["margin"] != 0
@@ -332,11 +336,9 @@ def test_the_reference_stays_where_training_began(cfg):
     trained = dpo.train(dataclasses.replace(cfg, steps=7, save_every=6))  # 6 steps are an epoch of 64 pairs
     tokenizer = Tokenizer.load(trained)
     pairs, _ = preferences(read_rows(cfg.data), tokenizer, max_length=64)
-    now = completion_logprobs(load_model(cfg.output / "step-6"), pairs, 1000, "cpu")
-    ratio = now - completion_logprobs(load_model(cfg.model), pairs, 1000, "cpu")
-    (*_, members) = [
-        batch for batch, _ in zip(dpo.epochs(64, cfg.batch_size, cfg.seed), range(7), strict=False)
-    ]
+    now = completion_logprobs(load_model(cfg.output / "step-6"), pairs, 1000)
+    ratio = now - completion_logprobs(load_model(cfg.model), pairs, 1000)
+    (*_, members) = [batch for batch, _ in zip(epochs(64, cfg.batch_size, cfg.seed), range(7), strict=False)]
     expected = 0.1 * (ratio[members, 0] - ratio[members, 1]).mean().item()
     assert metrics_of(cfg.output)[6]["margin"] == pytest.approx(expected, abs=1e-5)
 

@@ -10,7 +10,8 @@ from statistics import mean, median
 
 import pytest
 import torch
-from burnish.algorithms.data.pairs import Judged, completion_scores
+from burnish.algorithms.data.batch import over_completions
+from burnish.algorithms.data.pairs import Judged
 from burnish.algorithms.recipes import instruct, page
 from burnish.algorithms.recipes.letters import (
     FOLLOWED,
@@ -141,7 +142,8 @@ def test_figures_are_those_of_the_samples(finished):
     prompts = [recipe.tokenizer.encode(f"{letter}:") for letter in letters]
     answers = map(instruct.as_completion, recipe.opponents)
     judged = [Judged(*item, True) for item in zip(prompts, answers, strict=True)]
-    proxy = completion_scores(load_scalar_model(recipe.proxy), judged, 10**6, "cpu").mean().item()
+    model = load_scalar_model(recipe.proxy)
+    proxy = over_completions(model, judged, lambda batch: batch.scores(model), 10**6).mean().item()
     golds = gold(list(map(recipe.decode, recipe.opponents)), letter=letters)
     assert proxy + recipe.shift == pytest.approx(mean(golds), abs=1e-5)
     steps = [json.loads(line) for line in (recipe.folder / "ppo" / "metrics.jsonl").read_text().splitlines()]

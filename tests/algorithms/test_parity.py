@@ -31,7 +31,7 @@ def ours(golden) -> dict[str, float]:
     given = {"beta": beta, "label_smoothing": golden["label_smoothing"], "gamma": golden["gamma"]}
     found = {}
     for name, variant in VARIANTS.items():
-        flags = {flag: given[flag] for flag in variant.flags()}
+        flags = {flag: value for flag, value in given.items() if flag in variant.flags}
         chosen, rejected = variant.scores(total, inputs["ref_logprob"], lengths).view(2, 4)
         found[name] = variant.loss(chosen, rejected, 4, **flags)
     kl = (inputs["kl_logprob"] - inputs["ref_kl_logprob"]).mean().clamp(min=0)

@@ -7,16 +7,12 @@ import math
 import pytest
 import torch
 from burnish.algorithms import reward
-from burnish.algorithms.data.pairs import (
-    Preference,
-    completion_scores,
-    micro_batches,
-    pair_metrics,
-    preferences,
-)
+from burnish.algorithms.data.batch import make_batches, over_completions
+from burnish.algorithms.data.pairs import Preference, preferences
 from burnish.algorithms.data.rows import read_rows
+from burnish.algorithms.objectives.preference import pair_metrics
 from burnish.algorithms.reward import bradley_terry_loss, centering_loss
-from burnish.algorithms.run.loop import make_optimizer
+from burnish.algorithms.run.optimizer import make_optimizer
 from burnish.model import pack
 from burnish.model.checkpoint import load_scalar_model
 from burnish.model.text.tokenizer import Tokenizer
@@ -24,6 +20,10 @@ from burnish.model.text.tokenizer import Tokenizer
 
 def metrics_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def completion_scores(model, pairs, capacity):
+    return over_completions(model, pairs, lambda batch: batch.scores(model), capacity)
 
 
 @pytest.fixture
@@ -107,9 +107,9 @@ def test_known_scores_are_recovered():
 def test_the_score_stands_on_the_end_token(cfg):
     tokenizer = Tokenizer.load(cfg.model)
     pairs, _ = preferences(read_rows(cfg.data), tokenizer, max_length=64)
-    (micro,) = micro_batches(pairs, 10**6, "cpu")
-    assert (micro.packed.tokens[micro.last] == tokenizer.eos_id).all()
-    scores = completion_scores(load_scalar_model(cfg.model), pairs, 10**6, "cpu")
+    (batch,) = make_batches(pairs, 10**6, "cpu")
+    assert (batch.packed.tokens[batch.last] == tokenizer.eos_id).all()
+    scores = completion_scores(load_scalar_model(cfg.model), pairs, 10**6)
     model = load_scalar_model(cfg.model)
     for pair, both in zip(pairs[:6], scores, strict=False):
         for completion, expected in zip(pair.completions, both, strict=True):  # alone, its prompt not shared
@@ -128,15 +128,15 @@ def test_a_shared_prompt_changes_no_gradient(cfg):
         bradley_terry_loss(chosen, rejected, 0.0, len(pairs)).backward()
         return [parameter.grad for parameter in model.parameters()]
 
-    (micro,) = micro_batches(pairs, 10**6, "cpu")
-    apart = pack([pair.prompt + c.tokens for pair in micro_order(pairs, micro) for c in pair.completions])
-    shared, unshared = gradients(micro.packed, micro.last), gradients(apart, apart.cu_seqlens[1:].long() - 1)
+    (batch,) = make_batches(pairs, 10**6, "cpu")
+    apart = pack([pair.prompt + c.tokens for pair in batch_order(pairs, batch) for c in pair.completions])
+    shared, unshared = gradients(batch.packed, batch.last), gradients(apart, apart.cu_seqlens[1:].long() - 1)
     for one, other in zip(shared, unshared, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
 
 
-def micro_order(pairs: list[Preference], micro) -> list[Preference]:
-    return [pairs[i] for i in micro.members]
+def batch_order(pairs: list[Preference], batch) -> list[Preference]:
+    return [pairs[i] for i in batch.members]
 
 
 def test_metrics_are_means_over_the_step():
@@ -164,7 +164,7 @@ def test_it_learns_and_the_chosen_average_zero(cfg, capsys):
     assert "held out, after: accuracy" in capsys.readouterr().out
     model, tokenizer = load_scalar_model(trained), Tokenizer.load(trained)
     pairs, _ = preferences(read_rows(cfg.data), tokenizer, max_length=64)
-    assert completion_scores(model, pairs, 10**6, "cpu")[:, 0].mean().item() == pytest.approx(0, abs=1e-5)
+    assert completion_scores(model, pairs, 10**6)[:, 0].mean().item() == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 90])
@@ -190,7 +190,7 @@ def test_centering_and_margins_are_heard(cfg, pairs, tmp_path):
     (centered,) = metrics_of(tmp_path / "centered")
     tokenizer = Tokenizer.load(cfg.model)
     items, _ = preferences(read_rows(pairs), tokenizer, max_length=64)
-    scores = completion_scores(load_scalar_model(cfg.model), items, 10**6, "cpu")
+    scores = completion_scores(load_scalar_model(cfg.model), items, 10**6)
     assert centered["loss"] - plain["loss"] == pytest.approx(
         2 * scores.sum(1).square().mean().item(), abs=1e-5
     )

@@ -121,14 +121,14 @@ def one_off(trainer: Trainer) -> dict[str, Any]:
 
 
 def reference(logprobs: Callable[..., torch.Tensor]) -> Callable[[], AbstractContextManager[Any]]:
-    return lambda: mock.patch.object(dpo_module, "completion_logprobs", logprobs)
+    return lambda: mock.patch.object(dpo_module, "over_completions", logprobs)
 
 
 def no_reference(_: Any, pairs: list[Any], *__: Any) -> torch.Tensor:
     return torch.zeros(len(pairs), 2)
 
 
-real_logprobs = dpo_module.completion_logprobs
+real_logprobs = dpo_module.over_completions
 
 
 def bare_reference(model: Any, *asked: Any) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 from burnish.algorithms import dpo, grpo, kto, reward, sft
 from burnish.algorithms.data import groups as rollout
 from burnish.algorithms.objectives.advantages import group_advantages
+from burnish.algorithms.run import learner
 from burnish.model.checkpoint import load_model
 from burnish.model.errors import InputError
 from burnish.model.generate import Sample
@@ -179,7 +180,7 @@ def trl_step(kind, folder, rows, coefficient, **more):
 def our_step(module, folder, rows, monkeypatch, **more):
     """The same of ours."""
     found = {}
-    step = module.optimizer_step
+    step = learner.optimizer_step
 
     def keep(model, *rest):
         found.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
@@ -191,7 +192,7 @@ def our_step(module, folder, rows, monkeypatch, **more):
     if module is not grpo:
         common |= {"batch_size": len(rows)}
     with monkeypatch.context() as patch:
-        patch.setattr(module, "optimizer_step", keep)
+        patch.setattr(learner, "optimizer_step", keep)
         module.train(module.Config(model=folder, data=data, output=output, **common | more))
     return found, json.loads((output / "metrics.jsonl").read_text())
 

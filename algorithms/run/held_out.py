@@ -1,0 +1,33 @@
+"""The report at the end of a run on pairs, held_out.json: how often a held-out pair is in the right order."""
+
+import json
+from pathlib import Path
+
+from torch import Tensor
+
+from ...model.errors import InputError
+from .processes import rank
+
+
+def report_held_out(folder: Path, **scores: Tensor) -> None:
+    """Print accuracy and margin of scores (pairs, 2), and keep them in held_out.json: one entry a keyword.
+
+    The standard error of an accuracy p over n pairs is sqrt(p (1 - p) / n).
+    """
+    results = {}
+    for name, scores_of_pairs in scores.items():
+        chosen, rejected = scores_of_pairs.unbind(1)
+        p, n = (chosen > rejected).float().mean().item(), len(scores_of_pairs)
+        error = (p * (1 - p) / n) ** 0.5
+        margin = (chosen - rejected).mean().item()
+        results[name] = {"accuracy": p, "standard_error": error, "margin": margin, "pairs": n}
+        print(
+            f"held out, {name}: accuracy {100 * p:.1f} ± {100 * error:.1f} %, margin {margin:.3g}, {n} pairs"
+        )
+
+    if rank():
+        return
+    try:
+        (folder / "held_out.json").write_text(json.dumps(results, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"{folder / 'held_out.json'}: cannot be written: {error}") from error
