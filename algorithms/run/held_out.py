@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ...model.errors import InputError
+from ...model.files.replacing import replacing
 from .processes import rank
 
 
@@ -27,7 +27,5 @@ def report_held_out(folder: Path, **scores: Tensor) -> None:
 
     if rank():
         return
-    try:
-        (folder / "held_out.json").write_text(json.dumps(results, indent=2) + "\n")
-    except OSError as error:
-        raise InputError(f"{folder / 'held_out.json'}: cannot be written: {error}") from error
+    with replacing(folder / "held_out.json") as beside:
+        beside.write_text(json.dumps(results, indent=2) + "\n")
