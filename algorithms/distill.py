@@ -39,7 +39,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..kernels import token_divergence, token_logprobs, topk_divergence
 from ..model.checkpoint import load_model
 from ..model.errors import InputError
 from ..model.transformer import Transformer
@@ -242,31 +241,26 @@ def _term(
         targets = vocabulary.rows_of(targets)
     elif teacher is not None and cfg.loss == "divergence":  # ids that only one has are padding, no tokens
         vocabulary = Vocabulary(min(model.config.vocab_size, teacher.config.vocab_size))
-    hidden, head, adapter = model.before_head(micro.packed, micro.rows, vocabulary)  # (n, C), (V, C)
-    theirs, their_adapter = None, {}
+    hidden, head = model.before_head(micro.packed, micro.rows, vocabulary)  # (n, C), of V rows
+    theirs = None
     if teacher is not None:
         with torch.no_grad():
-            their_hidden, their_head, their_adapter = teacher.before_head(
-                micro.packed, micro.rows, vocabulary
-            )
-        theirs = their_hidden, their_head
-    with torch.autocast(hidden.device.type, enabled=False):
-        if cfg.loss == "divergence":
-            if theirs is not None:
-                more = {f"teacher_{name}": value for name, value in their_adapter.items()}
-                found = token_divergence(hidden, head, *theirs, beta=beta, temperature=T, **adapter, **more)
-            else:
-                assert micro.ids is not None and micro.logprobs is not None
-                stored = micro.ids, micro.logprobs
-                found = topk_divergence(hidden, head, *stored, beta=beta, temperature=T, **adapter)
-            loss = divergence_loss(found, num_tokens, T**2 if cfg.temperature_squared else 1.0)
-            return loss, {"divergence": found.detach().sum() / num_tokens}
-        logprob, _, entropy = token_logprobs(hidden, head, targets, temperature=T, **adapter)
-        metrics = {"entropy": entropy.detach().sum() / num_tokens}
-        if theirs is None:
-            return sequence_loss(logprob, num_tokens), metrics
-        teacher_logprob, _, _ = token_logprobs(*theirs, targets, temperature=T, **their_adapter)
-        return policy_gradient_loss(logprob, teacher_logprob, num_tokens), metrics
+            theirs = teacher.before_head(micro.packed, micro.rows, vocabulary)
+    if cfg.loss == "divergence":
+        if theirs is not None:
+            found = head.token_divergence(hidden, *theirs, beta=beta, temperature=T)
+        else:
+            assert micro.ids is not None and micro.logprobs is not None
+            found = head.topk_divergence(hidden, micro.ids, micro.logprobs, beta=beta, temperature=T)
+        loss = divergence_loss(found, num_tokens, T**2 if cfg.temperature_squared else 1.0)
+        return loss, {"divergence": found.detach().sum() / num_tokens}
+    logprob, _, entropy = head.token_logprobs(hidden, targets, temperature=T)
+    metrics = {"entropy": entropy.detach().sum() / num_tokens}
+    if theirs is None:
+        return sequence_loss(logprob, num_tokens), metrics
+    teacher_hidden, teacher_head = theirs
+    teacher_logprob, _, _ = teacher_head.token_logprobs(teacher_hidden, targets, temperature=T)
+    return policy_gradient_loss(logprob, teacher_logprob, num_tokens), metrics
 
 
 if __name__ == "__main__":

@@ -17,13 +17,11 @@ import sys
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..kernels import token_logprobs, topk_logprobs
 from ..model.checkpoint import load_model
 from ..model.errors import InputError
 from ..model.transformer import Transformer
@@ -120,16 +118,12 @@ def most_likely(
     model: Transformer, micro: MicroBatch, vocabulary: Vocabulary, cfg: Config
 ) -> tuple[Tensor, Tensor]:
     """The likeliest tokens and their log-probabilities over the whole head, as a student scores them: each (n, K)."""
-    hidden, head, adapter = model.before_head(micro.packed, micro.rows)
-    of_tokens, part = vocabulary.within(len(head)), head
-    its_adapter: dict[str, Any] = adapter
-    if of_tokens is not None:
-        part = of_tokens.select(head)
-        its_adapter = adapter | {"lora_b": of_tokens.select(adapter["lora_b"])} if adapter else adapter
-    rows, logprobs = topk_logprobs(hidden, part, cfg.top_k, temperature=cfg.temperature, **its_adapter)
+    hidden, head = model.before_head(micro.packed, micro.rows)
+    tokens = head.among(vocabulary)
+    rows, logprobs = tokens.topk_logprobs(hidden, cfg.top_k, temperature=cfg.temperature)
     ids = vocabulary.ids_of(rows)
-    if of_tokens is not None:  # less by what the other rows have
-        first, _, _ = token_logprobs(hidden, head, ids[:, 0].long(), temperature=cfg.temperature, **adapter)
+    if tokens is not head:  # less by what the other rows have
+        first, _, _ = head.token_logprobs(hidden, ids[:, 0].long(), temperature=cfg.temperature)
         logprobs = logprobs + (first - logprobs[:, 0])[:, None]
     return ids, logprobs
 

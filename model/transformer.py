@@ -25,18 +25,15 @@ from ..kernels import (
     apply_rope,
     flash_attention,
     geglu,
-    lora_linear,
     rms_norm,
     swiglu,
-    token_logprobs,
 )
 from ..kernels._chip import autocast_dtype, readable
-from ..kernels.head.blocks import logits_of
-from ..kernels.head.inputs import low_rank
 from ..kernels.route import RouteStatistics
 from .cache import Cache
 from .config import ModelConfig, Rope
-from .linear import Linear, LoraConfig, linears_of, whole
+from .head import Head, full_logits, operands
+from .linear import Linear, LoraConfig, linears_of
 from .moe import MoE, layer_balance, pooled_balance
 from .packed import Packed
 from .vocabulary import Vocabulary
@@ -325,21 +322,6 @@ class Transformer(nn.Module):
         """(V, C): the embedding itself where the two are tied, an adapter multiplied in."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.merged()
 
-    def _head_parts(self, x: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """x (n, C), the head without its adapter, and what ops on a head take of that: no sum of the two is in memory.
-
-        But for DoRA, which scales the sum; and with dropout, which the adapter's half of x alone has, x is wider.
-        """
-        lora = None if self.lm_head is None else self.lm_head.lora
-        if self.lm_head is None or lora is None or not lora.enabled:
-            return x, self.head, {}
-        if self.lm_head.dropout:
-            return *self.lm_head.as_one_product(x), {}
-        if lora.magnitude is not None:
-            return x, self.head, {}
-        adapter = {"lora_a": whole(lora.a), "lora_b": whole(lora.b), "scaling": lora.scaling}
-        return x, whole(self.lm_head.dense()), adapter
-
     def _pass(self, positions: Tensor, **more: Any) -> Pass:
         local = self.config.local_rope
         cos, sin = self._angles(positions)
@@ -416,27 +398,7 @@ class Transformer(nn.Module):
         An adapter of the head, without its dropout, comes on top: sampling would multiply it out for every token.
         Where no gradient is asked, a head in half precision is not copied, but for one with DoRA.
         """
-        lora = None if self.lm_head is None else self.lm_head.lora
-        lora = lora if lora is not None and lora.enabled else None
-        head = self.embed_tokens.weight if self.lm_head is None else whole(self.lm_head.dense())
-        hidden = hidden.to(autocast_dtype(hidden))
-        dora = lora is not None and lora.magnitude is not None
-        with torch.autocast(hidden.device.type, enabled=False):
-            if hidden.itemsize == 2 and not torch.is_grad_enabled() and not dora:
-                x = hidden.flatten(0, -2) if hidden.dim() > 1 else hidden[None]
-                adapter = () if lora is None else (low_rank(x, whole(lora.a), lora.scaling), whole(lora.b))
-                return logits_of(x, head, *adapter).view(*hidden.shape[:-1], len(head))
-            wide = torch.promote_types(hidden.dtype, torch.float32)
-            hidden, head = hidden.to(wide), head.to(hidden.dtype).to(wide)
-            if lora is None:
-                return F.linear(hidden, head)
-            magnitude = None if lora.magnitude is None else whole(lora.magnitude)
-            return lora_linear(hidden, head, whole(lora.a), whole(lora.b), lora.scaling, magnitude=magnitude)
-
-    @staticmethod
-    def _computed_in(hidden: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states and head in the dtype that autocast, which does not know our ops, would give a matmul."""
-        return hidden.to(autocast_dtype(hidden)), head.to(autocast_dtype(head))
+        return full_logits(hidden, self.lm_head, self.embed_tokens.weight)
 
     def score(
         self,
@@ -455,30 +417,25 @@ class Transformer(nn.Module):
         looking would stall it, such a row gives NaN.
         """
         vocabulary = vocabulary if support is None else None  # a support holds nothing but tokens
-        hidden, weight, adapter = self.before_head(packed, rows, vocabulary)
+        hidden, head = self.before_head(packed, rows, vocabulary)
         targets = packed.tokens[rows]
         targets = targets if vocabulary is None else vocabulary.rows_of(targets)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return token_logprobs(
-                hidden, weight, targets, temperature=temperature, support=support, **adapter
-            )
+        return head.token_logprobs(hidden, targets, temperature=temperature, support=support)
 
     def before_head(
         self, packed: Packed, rows: Tensor, vocabulary: Vocabulary | None = None
-    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """What the logits that score the tokens at `rows` (n,) are made of: hidden states (n, C), head (V, C), adapter.
+    ) -> tuple[Tensor, Head]:
+        """The operands of the logits that score the tokens at `rows` (n,): hidden states (n, C) and the head.
 
-        The first two in the dtype of their product, C wider where the head's adapter has dropout; the third is what ops
-        on a head take of an adapter, often nothing. vocabulary: of the head these ids' rows alone, which rows_of
-        counts. The first row of a sequence is answered as `score` does.
+        Both in the dtype that autocast would give their product; C is wider where the head's adapter has dropout.
+        vocabulary: of the head these ids' rows alone, which rows_of counts. The first row of a sequence is answered as
+        `score` does.
         """
-        hidden, weight, adapter = self._head_parts(self._predicting(packed, rows))
-        hidden, weight = self._computed_in(hidden, weight)
-        tokens = None if vocabulary is None else vocabulary.within(len(weight))
-        if tokens is not None:  # a slice's gradient is a copy: not in vain
-            weight = tokens.select(weight)
-            adapter = adapter | {"lora_b": tokens.select(adapter["lora_b"])} if adapter else adapter
-        return hidden, weight, adapter
+        hidden, head = self._predicting(packed, rows), Head(self.embed_tokens.weight)
+        if self.lm_head is not None:
+            hidden, head = operands(self.lm_head, hidden)
+        hidden, head = hidden.to(autocast_dtype(hidden)), head.to(autocast_dtype(head.weight))
+        return hidden, head.among(vocabulary)
 
     def _predicting(self, packed: Packed, rows: Tensor) -> Tensor:
         predictors = packed.predictors[rows]

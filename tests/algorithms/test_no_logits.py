@@ -8,7 +8,7 @@ from burnish.algorithms import distill, dpo, grpo, ppo, sft
 from burnish.kernels import _op
 from burnish.kernels.head.logprob import token_logprobs_reference
 from burnish.kernels.plain.divergence import token_divergence_reference
-from burnish.model import transformer
+from burnish.model import head
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.text.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
@@ -68,8 +68,8 @@ def largest(name, cfg, monkeypatch):
 )
 def test_no_tensor_of_a_step_is_as_large_as_the_logits(name, configs, monkeypatch, tmp_path):
     ours = largest(name, configs[name], monkeypatch)
-    monkeypatch.setattr(transformer, "token_logprobs", token_logprobs_reference)  # and where logits are made:
-    monkeypatch.setattr(distill, "token_divergence", token_divergence_reference)
+    monkeypatch.setattr(head, "token_logprobs", token_logprobs_reference)  # and where logits are made:
+    monkeypatch.setattr(head, "token_divergence", token_divergence_reference)
     naive = largest(name, replace(configs[name], output=tmp_path / "again"), monkeypatch)
     assert naive % V == 0 and naive >= 150 * V  # they are seen
     assert V * 16 <= ours < naive / 2  # the head itself, or a block

@@ -24,6 +24,7 @@ from burnish.model.checkpoint import load_model, save_model
 from burnish.model.config import ModelConfig
 from burnish.model.errors import InputError
 from burnish.model.generate import Sample, _chooser, generate, stream
+from burnish.model.head import Head
 from burnish.model.packed import pack
 from burnish.model.text.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
@@ -187,7 +188,8 @@ def test_a_vocabulary_of_the_whole_head_is_nothing(twins):
     packed, rows = pack([[1, 2, 3]]), torch.tensor([1, 2])
     choose, width = _chooser(model, tokens, {"top_k": 5})
     assert choose.func.__name__ == "sample_tokens" and width == 5
-    assert model.before_head(packed, rows, tokens)[1] is model.before_head(packed, rows)[1]
+    whole = model.before_head(packed, rows)[1].weight
+    assert model.before_head(packed, rows, tokens)[1].weight is whole
     for found, expected in zip(
         model.score(packed, rows, vocabulary=tokens), model.score(packed, rows), strict=True
     ):
@@ -434,9 +436,9 @@ def _over_the_tokens_alone(token_logprobs):
     """As the likeliest token is scored there."""
     tokens = torch.tensor(IDS["holes"])
 
-    def fault(hidden, head, ids, **options):
+    def fault(head, hidden, ids, **options):
         rows = torch.searchsorted(tokens, ids)
-        return token_logprobs(hidden, head[tokens], rows, **options)
+        return token_logprobs(Head(head.weight[tokens]), hidden, rows, **options)
 
     return fault
 
@@ -472,7 +474,7 @@ FAULTS = [
     ("an id is taken for its row", Vocabulary, "rows_of", _unmapped, policy_gradient_is_the_twins),
     ("taken for given text", distill, "micro_batches", _given_text, policy_gradient_is_the_twins),
     ("taken for given text", distill, "micro_batches", _given_text, distill_is_the_twins),
-    ("stored over the tokens alone", teach, "token_logprobs", _over_the_tokens_alone, teach_is_the_twins),
+    ("stored over the tokens alone", Head, "token_logprobs", _over_the_tokens_alone, teach_is_the_twins),
     ("sampled from the whole head", evaluate, "generate", _from_the_whole_head, evaluate_is_the_twins),
     ("sampled from the whole head", chat, "stream", _from_the_whole_head, chat_is_the_twins),
 ]

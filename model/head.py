@@ -1,0 +1,180 @@
+"""The language head: what stands between hidden states and words, and what is computed with it.
+
+    logits = hidden (weight + scaling lora_b lora_a)^T          hidden (n, C), weight (V, C)
+
+In training neither the logits nor the sum of weight and adapter is ever in memory: `Transformer.before_head` gives the
+two operands, and the methods of `Head` are the ops that take them. Sampling wants the logits of a few rows:
+`full_logits`.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels import lora_linear, token_divergence, token_logprobs, topk_divergence, topk_logprobs
+from ..kernels._chip import autocast_dtype
+from ..kernels.head.blocks import logits_of
+from ..kernels.head.inputs import low_rank
+from .linear import Linear, whole
+from .vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Head:
+    """A weight and, where an adapter acts on it, the adapter's low-rank parts.
+
+    Its methods compute without autocast, which does not know our ops: `hidden` and `weight` have their product's dtype.
+    """
+
+    weight: Tensor  # (V, C)
+    lora_a: Tensor | None = None  # (R, C)
+    lora_b: Tensor | None = None  # (V, R)
+    scaling: float = 1.0
+
+    @property
+    def size(self) -> int:
+        """V."""
+        return len(self.weight)
+
+    def to(self, dtype: torch.dtype) -> "Head":
+        """The weight in this dtype; an adapter stays in its own."""
+        return replace(self, weight=self.weight.to(dtype))
+
+    def among(self, vocabulary: Vocabulary | None) -> "Head":
+        """The rows of these ids alone, in their order: `Vocabulary.rows_of` counts them. None leaves all."""
+        tokens = None if vocabulary is None else vocabulary.within(self.size)
+        if tokens is None:  # a slice's gradient is a copy: not in vain
+            return self
+        lora_b = None if self.lora_b is None else tokens.select(self.lora_b)
+        return replace(self, weight=tokens.select(self.weight), lora_b=lora_b)
+
+    def token_logprobs(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        *,
+        temperature: float | Tensor = 1.0,
+        support: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(logprob, lse, entropy) of targets (n,) after hidden (n, C), each (n,): `kernels.token_logprobs`."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return token_logprobs(
+                hidden,
+                self.weight,
+                targets,
+                lora_a=self.lora_a,
+                lora_b=self.lora_b,
+                scaling=self.scaling,
+                temperature=temperature,
+                support=support,
+            )
+
+    def token_divergence(
+        self,
+        hidden: Tensor,
+        teacher_hidden: Tensor,
+        teacher: "Head",
+        *,
+        beta: float = 0.0,
+        temperature: float | Tensor = 1.0,
+    ) -> Tensor:
+        """From a teacher's hidden states (n, C') and head, in nats a token, (n,): `kernels.token_divergence`."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return token_divergence(
+                hidden,
+                self.weight,
+                teacher_hidden,
+                teacher.weight,
+                beta=beta,
+                temperature=temperature,
+                lora_a=self.lora_a,
+                lora_b=self.lora_b,
+                scaling=self.scaling,
+                teacher_lora_a=teacher.lora_a,
+                teacher_lora_b=teacher.lora_b,
+                teacher_scaling=teacher.scaling,
+            )
+
+    def topk_divergence(
+        self,
+        hidden: Tensor,
+        teacher_ids: Tensor,
+        teacher_logprobs: Tensor,
+        *,
+        beta: float = 0.0,
+        temperature: float | Tensor = 1.0,
+    ) -> Tensor:
+        """From a teacher's stored log-probabilities, ids and they (n, K), to (n,): `kernels.topk_divergence`."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return topk_divergence(
+                hidden,
+                self.weight,
+                teacher_ids,
+                teacher_logprobs,
+                beta=beta,
+                temperature=temperature,
+                lora_a=self.lora_a,
+                lora_b=self.lora_b,
+                scaling=self.scaling,
+            )
+
+    def topk_logprobs(
+        self, hidden: Tensor, k: int, *, temperature: float | Tensor = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """The k likeliest rows and their log-probabilities, each (n, k): `kernels.topk_logprobs`. No gradient."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return topk_logprobs(
+                hidden,
+                self.weight,
+                k,
+                lora_a=self.lora_a,
+                lora_b=self.lora_b,
+                scaling=self.scaling,
+                temperature=temperature,
+            )
+
+
+def operands(layer: Linear, x: Tensor) -> tuple[Tensor, Head]:
+    """x (n, C) and the layer as the two operands of a product, so that no sum of weight and adapter is in memory.
+
+    But for DoRA, which scales the sum; and with dropout, which the adapter's half of x alone has, x is wider.
+    """
+    lora = layer.lora
+    if lora is None or not lora.enabled:
+        return x, Head(layer.merged())
+    if layer.dropout:
+        x, weight = layer.as_one_product(x)  # (n, C + R), (V, C + R)
+        return x, Head(weight)
+    if lora.magnitude is not None:
+        return x, Head(layer.merged())
+    return x, Head(whole(layer.dense()), whole(lora.a), whole(lora.b), lora.scaling)
+
+
+def full_logits(hidden: Tensor, layer: Linear | None, embedding: Tensor) -> Tensor:
+    """hidden (..., C) to (..., V) in fp32, fp64 from fp64. layer: None where the head is the embedding (V, C).
+
+    An adapter, without its dropout, comes on top of the weight: sampling would multiply it out for every token.
+    Where no gradient is asked, a head in half precision is not copied, but for one with DoRA.
+    """
+    lora = None if layer is None else layer.lora
+    lora = lora if lora is not None and lora.enabled else None
+    weight = embedding if layer is None else whole(layer.dense())
+    hidden = hidden.to(autocast_dtype(hidden))
+    dora = lora is not None and lora.magnitude is not None
+
+    with torch.autocast(hidden.device.type, enabled=False):
+        # block by block: the head is read as it is
+        if hidden.itemsize == 2 and not torch.is_grad_enabled() and not dora:
+            x = hidden.flatten(0, -2) if hidden.dim() > 1 else hidden[None]  # (n, C)
+            adapter = () if lora is None else (low_rank(x, whole(lora.a), lora.scaling), whole(lora.b))
+            return logits_of(x, weight, *adapter).view(*hidden.shape[:-1], len(weight))
+
+        # rounded as `score` rounds its operands, then one product in full precision
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        hidden, weight = hidden.to(wide), weight.to(hidden.dtype).to(wide)
+        if lora is None:
+            return F.linear(hidden, weight)
+        magnitude = None if lora.magnitude is None else whole(lora.magnitude)
+        return lora_linear(hidden, weight, whole(lora.a), whole(lora.b), lora.scaling, magnitude=magnitude)
