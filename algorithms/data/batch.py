@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ...model.head import Head
 from ...model.packed import Packed, pack
 from ...model.scalar import ScalarModel
 from ...model.transformer import Transformer
@@ -93,6 +94,14 @@ class Batch:
         with autocast(self.rows.device.type):
             logprob, _, entropy = policy.score(self.packed, self.rows, temperature=temperature, **drawn_from)
         return logprob, entropy
+
+    def before_head(self, model: Transformer, vocabulary: Vocabulary | None = None) -> tuple[Tensor, Head]:
+        """The operands of the logits that score each token: hidden states (tokens, C), and the head of V rows.
+
+        vocabulary: the ids whose rows these are, all by default.
+        """
+        with autocast(self.rows.device.type):
+            return model.before_head(self.packed, self.rows, vocabulary)
 
     def values(self, critic: ScalarModel) -> Tensor:
         """What the critic expects before each token, (tokens,): in the state in which it was chosen."""

@@ -1,0 +1,1 @@
+"""What needs no gradient: samples of one prompt, weighed against one another."""
