@@ -53,7 +53,7 @@ class Learner(Generic[Model]):
         metrics: numbers whose sums over the step's micro-batches, on all processes, `step` returns.
         """
         (loss + self.balance.loss(share)).backward()
-        for name, value in {"loss": loss, **(metrics or {})}.items():
+        for name, value in {"loss": loss.detach(), **(metrics or {})}.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value)
 
     def step(self, step: int) -> dict[str, float]:

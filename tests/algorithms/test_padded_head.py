@@ -17,6 +17,7 @@ import pytest
 import torch
 from burnish.algorithms import chat, distill, evaluate, grpo, ppo, teach
 from burnish.algorithms.data import groups as _rollout
+from burnish.algorithms.data.batch import Batches
 from burnish.algorithms.data.lessons import Lesson, read_lessons, write_lessons
 from burnish.algorithms.recipes.sums import VOCABULARY, make_tokenizer
 from burnish.model.adapter import add_lora
@@ -360,7 +361,9 @@ def chat_is_the_twins(place: Place) -> None:
     answers = []
     for folder in (place.twins.dense, place.twins.other):
         with contextlib.redirect_stdout(io.StringIO()) as answer:
-            chat.main(chat.Config(folder, prompt="1+2+", temperature=1.0, max_new_tokens=9, device="cpu"))
+            chat.main(
+                chat.Config(model=folder, prompt="1+2+", temperature=1.0, max_new_tokens=9, device="cpu")
+            )
         answers.append(answer.getvalue())
     assert answers[0] == answers[1] != "\n", "expected the twin's answer"
 
@@ -443,8 +446,13 @@ def _over_the_tokens_alone(token_logprobs):
     return fault
 
 
-def _given_text(micro_batches):
-    return lambda *a: [dataclasses.replace(micro, vocabulary=None) for micro in micro_batches(*a)]
+def _given_text(make_batches):
+    def fault(*a):
+        batches = make_batches(*a)
+        given = (dataclasses.replace(batch, vocabulary=None) for batch in batches)
+        return Batches(given, batches.num_trained, batches.num_tokens)
+
+    return fault
 
 
 def _from_the_whole_head(generate):
@@ -472,8 +480,8 @@ FAULTS = [
     ("a row is taken for its id", Vocabulary, "ids_of", _unmapped, grpo_is_the_twins),
     ("an id is taken for its row", Vocabulary, "rows_of", _unmapped, grpo_is_the_twins),
     ("an id is taken for its row", Vocabulary, "rows_of", _unmapped, policy_gradient_is_the_twins),
-    ("taken for given text", distill, "micro_batches", _given_text, policy_gradient_is_the_twins),
-    ("taken for given text", distill, "micro_batches", _given_text, distill_is_the_twins),
+    ("taken for given text", distill, "make_batches", _given_text, policy_gradient_is_the_twins),
+    ("taken for given text", distill, "make_batches", _given_text, distill_is_the_twins),
     ("stored over the tokens alone", Head, "token_logprobs", _over_the_tokens_alone, teach_is_the_twins),
     ("sampled from the whole head", evaluate, "generate", _from_the_whole_head, evaluate_is_the_twins),
     ("sampled from the whole head", chat, "stream", _from_the_whole_head, chat_is_the_twins),
