@@ -88,13 +88,6 @@ class Batch:
     teacher_logprobs: Tensor | None  # (tokens, K) fp32
     vocabulary: Vocabulary | None
 
-    def score(self, policy: Transformer, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """(logprob, entropy), each (tokens,), under the distribution that was sampled."""
-        drawn_from = {"support": self.support, "vocabulary": self.vocabulary}
-        with autocast(self.rows.device.type):
-            logprob, _, entropy = policy.score(self.packed, self.rows, temperature=temperature, **drawn_from)
-        return logprob, entropy
-
     def before_head(self, model: Transformer, vocabulary: Vocabulary | None = None) -> tuple[Tensor, Head]:
         """The operands of the logits that score each token: hidden states (tokens, C), and the head of V rows.
 
@@ -102,6 +95,13 @@ class Batch:
         """
         with autocast(self.rows.device.type):
             return model.before_head(self.packed, self.rows, vocabulary)
+
+    def score(self, policy: Transformer, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """(logprob, entropy), each (tokens,), under the distribution that was sampled."""
+        drawn_from = {"support": self.support, "vocabulary": self.vocabulary}
+        with autocast(self.rows.device.type):
+            logprob, _, entropy = policy.score(self.packed, self.rows, temperature=temperature, **drawn_from)
+        return logprob, entropy
 
     def values(self, critic: ScalarModel) -> Tensor:
         """What the critic expects before each token, (tokens,): in the state in which it was chosen."""
