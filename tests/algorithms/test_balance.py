@@ -126,7 +126,7 @@ def test_only_passes_with_a_gradient_are_logged(place, name, flags, monkeypatch)
         return hidden
 
     def remembered(balance, *arguments):
-        policies.append(balance.model)
+        policies.append(balance._body)
         return loss(balance, *arguments)
 
     monkeypatch.setattr(Transformer, "forward", recorded)
@@ -182,7 +182,7 @@ def test_micro_batches_weigh_by_their_tokens(place):
     """Each has its own balance; the step's figure is their mean, and busiest_expert is of all their tokens."""
     cfg = sft.Config(model=place / "sparse", data=place / "sft.jsonl", device="cpu")
     model = load_model(place / "sparse")
-    balance, parts, counts = Balance(cfg, model), [], 0
+    balance, parts, counts = Balance(model, cfg), [], 0
     for ids, share in (([[1, 2, 3]], 0.75), ([[4]], 0.25)):
         model(pack(ids))
         loss = balance.loss(share)
