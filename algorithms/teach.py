@@ -55,6 +55,7 @@ class Config(DeviceFlags, SamplingFlags, RowFlags):
     samples: Samples = 0  # answers to each prompt, in place of the rows' own completions; 0 keeps those
     top_k: Size = 64  # ids kept for each trained token; 0 keeps the sequences alone
     temperature: float = 1.0  # of sampling, and of the log-probabilities
+    seed: int = 0  # of sampling
     max_length: Length = 1024  # tokens; longer rows are truncated, longer prompts dropped, and counted
     micro_batch_tokens: Count = 8192  # tokens in one forward
     base_4bit: bool = False  # hold the teacher's weights in 4 bits (NF4)
