@@ -191,7 +191,8 @@ def _check_choices(cfg: Config) -> None:
     """Refuse flags that go ill together, or would be ignored."""
     loss, share, alone = cfg.loss, cfg.student_samples, cfg.teacher is None
     of_rows = cfg.data.suffix != ".safetensors"
-    refused = {
+
+    refused = {  # what is said, and of which flags
         f"--beta: --loss {loss} has none: leave the flag out": (
             loss != "divergence" and cfg.beta is not None
         ),
@@ -217,6 +218,7 @@ def _check_choices(cfg: Config) -> None:
             alone and of_rows and loss != "sequence"
         ),
     }
+
     for message, is_so in refused.items():
         if is_so:
             raise InputError(message)

@@ -217,12 +217,13 @@ def judged(
     cfg: Config, model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt], verifier: Verifier
 ) -> list[Record]:
     """Sample, verify, and describe: one record a completion, those of prompt 0 first."""
-    # 1. samples, and what the functions say of them
+    # 1. samples, and what the functions say of them; the first one's NaN, not judged, is not right
     samples = sample(cfg, model, tokenizer, prompts)
     asked = [prompts[each.prompt_index] for each in samples]
     judging = as_asked(tokenizer, asked, samples)
     judgement = judge(verifier.rewards, judging)
     verifier.rewards.add(judgement.logged)
+    verdict = next(iter(judgement.parts.values()))
 
     # 2. their answers
     extras, found = judgement.extras, [None for _ in samples]
@@ -235,7 +236,6 @@ def judged(
         extras = extras | more
 
     # 3. a record of each
-    verdict = next(iter(judgement.parts.values()))  # NaN, not judged, is not right
     return [
         {
             "prompt": prompt.text,

@@ -1,4 +1,4 @@
-"""What a student learns from: rows, prompts that it answers itself, or a file of lessons that `teach` wrote.
+"""Lessons for a student: rows, prompts that it answers itself, or a file of them that `teach` wrote.
 
 A file of lessons is one safetensors file:
 

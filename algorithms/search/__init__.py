@@ -1,1 +1,1 @@
-"""What needs no gradient: samples of one prompt, weighed against one another."""
+"""Work without a gradient: several samples of one prompt, weighed against one another."""
