@@ -61,13 +61,13 @@ from .run.flags import (
     DeviceFlags,
     Length,
     RowFlags,
+    Samples,
     Seed,
     Temperature,
     check_flags,
     make_folder,
     run_folder,
 )
-from .run.flags import Samples as NumSamples
 from .run.optimizer import autocast
 from .search.votes import majority_is_right, pass_at_k, standard_error, standard_error_of_ratio
 
@@ -85,7 +85,7 @@ class Config(DeviceFlags, AnswerFlags, RowFlags):
     output: Path = run_folder("evaluate")  # new folder: figures, samples
     limit: Count | None = None  # the first so many prompts or rows
     right_at: float = 1.0  # the least value of the first reward function that counts as right
-    samples: NumSamples = 8  # a prompt, beside the greedy one; 0 for that one alone
+    samples: Samples = 8  # a prompt, beside the greedy one; 0 for that one alone
     k: tuple[int, ...] = (1, 4, 8)  # of pass@k; those above `samples` are left out
     temperature: Temperature = 1.0  # of sampling
     max_new_tokens: Count = 256  # cap on a completion's length
