@@ -897,7 +897,7 @@ FAULTS = [
             (
                 "sft",
                 one_step_is_one_sum,
-                [("step's denominator", "(logprob, num_tokens)\n", "(logprob, len(logprob))\n")],
+                [("step's denominator", "(logprob, batches.num_trained)\n", "(logprob, len(logprob))\n")],
             ),
             (
                 "distill",
