@@ -8,13 +8,10 @@ Run:    burnish chat --model DIR
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..model.checkpoint import load_model
 from ..model.errors import InputError, shown
 from ..model.files.text_files import read_json
 from ..model.generate import stream
@@ -24,14 +21,15 @@ from .data.examples import check_rendered
 from .data.ids import check_sequence
 from .data.messages import messages_in, prompt_of
 from .data.rows import Row
+from .data.tokenizer import load_tokenizer
 from .run.command import run_command
-from .run.flags import TemplateFlags, load_tokenizer
-from .run.loop import check_device, default_device
+from .run.flags import DeviceFlags, TemplateFlags, check_device
 from .run.streams import harmless, is_lost
+from .run.trainee import load_frozen
 
 
-@dataclass(frozen=True)
-class Config(TemplateFlags):
+@dataclass(frozen=True, kw_only=True)
+class Config(DeviceFlags, TemplateFlags):
     model: Path  # Hugging Face folder, or an adapter's
     tools: Path | None = None  # a JSON file with the list of tools that the chat template describes
     prompt: str | None = None  # answer this and end, instead of reading prompts
@@ -39,14 +37,11 @@ class Config(TemplateFlags):
     max_new_tokens: int = 512  # of one answer
     temperature: float = 0.2  # 0 takes the most likely token
     top_p: float = 0.9  # sample from the fewest tokens that have this probability together
-    seed: int = 0
-    device: str = field(default_factory=default_device)
+    seed: int = 0  # of sampling
 
 
 def answer(cfg: Config, model: Transformer, tokenizer: Tokenizer, prompt: list[int], seed: int) -> str:
     """Write the answer to standard output as it comes, and return it. Ctrl-C ends it early, unless --prompt asked."""
-    ids: list[int] = []
-    shown, visible = "", harmless if sys.stdout.isatty() else str
     tokens = stream(
         model,
         prompt,
@@ -57,34 +52,40 @@ def answer(cfg: Config, model: Transformer, tokenizer: Tokenizer, prompt: list[i
         stop_ids=tokenizer.stop_ids,
         seed=seed,
     )
+
+    ids: list[int] = []
+    printed, visible = "", harmless if sys.stdout.isatty() else str
     try:
         for token in tokens:
             ids.append(token)
             text = tokenizer.decode(ids)
             if not text.endswith("\ufffd"):  # a character whose last bytes are still to come
-                print(visible(text[len(shown) :]), end="", flush=True)
-                shown = text
+                print(visible(text[len(printed) :]), end="", flush=True)
+                printed = text
     except KeyboardInterrupt:
         if cfg.prompt is not None:
             raise
+
     text = tokenizer.decode(ids)
-    print(visible(text[len(shown) :]), flush=True)
+    print(visible(text[len(printed) :]), flush=True)
     return text
 
 
 def _checked_opening(cfg: Config, tokenizer: Tokenizer, opening: list[Message]) -> dict[str, Any]:
-    """What the chat template is given beside messages. Raises InputError where it leaves out a flag."""
+    """The variables that the chat template is given beside messages. Raises InputError where it leaves out a flag."""
     flag = "system" if opening else "tools" if cfg.tools else "chat-template-kwargs"
     if (opening or cfg.tools) and tokenizer.chat_template is None:
         raise InputError(
             f"--{flag}: the model has no chat template that could place it; name one with --chat-template"
         )
+
     if cfg.tools is None:
         row = Row({}, f"--{flag}")
     elif "tools" not in tokenizer.template_variables:
         raise InputError("--tools: the chat template reads none")
     else:
         row = Row({"tools": _read_tools(cfg.tools)}, f"--tools {cfg.tools}")
+
     if not opening and cfg.tools is None and not tokenizer.variables:
         return {}
     try:
@@ -107,7 +108,7 @@ def _read_tools(file: Path) -> list[dict[str, Any]]:
 
 
 def _next_prompt(at_terminal: bool) -> str | None:
-    """What is typed, None at its end. Raises InputError where standard input cannot be read."""
+    """The next line that is typed, None at the end. Raises InputError where standard input cannot be read."""
     if sys.stdin is None:
         raise InputError("standard input is closed: ask by --prompt TEXT")
     try:
@@ -122,55 +123,64 @@ def _next_prompt(at_terminal: bool) -> str | None:
 
 
 def main(cfg: Config) -> None:
-    for flag, value, right, expected in (
-        ("max-new-tokens", cfg.max_new_tokens, cfg.max_new_tokens >= 1, "at least 1"),
-        ("temperature", cfg.temperature, cfg.temperature >= 0, "at least 0"),
-        ("top-p", cfg.top_p, 0 < cfg.top_p <= 1, "more than 0 and at most 1"),
-    ):
-        if not right:
-            raise InputError(f"--{flag}: expected {expected}, got {value}")
-    check_device(cfg.device)
+    """Converse until the prompts end, or answer --prompt alone."""
+    # 1. a model, and what its chat template is given
+    _check_flags(cfg)
     tokenizer = load_tokenizer(cfg)
-    model = load_model(
-        cfg.model, torch.bfloat16 if cfg.device.startswith("cuda") else torch.float32, cfg.device
-    )
+    model = load_frozen(cfg.model, cfg.device)
     opening = [] if cfg.system is None else [{"role": "system", "content": cfg.system}]
+    variables = _checked_opening(cfg, tokenizer, opening)
     converses = tokenizer.chat_template is not None
-    tools = _checked_opening(cfg, tokenizer, opening)
-    messages = list(opening)
-    answers = 0
+
+    # 2. a greeting, where somebody types
     at_terminal = cfg.prompt is None and sys.stdin is not None and sys.stdin.isatty()
     if at_terminal:
-        says = (
-            "/new starts a new conversation"
-            if converses
-            else "it has no chat template: it goes on with your text"
-        )
-        print(f"{cfg.model}: {says}; Ctrl-D ends")
-    while True:
-        text = cfg.prompt if cfg.prompt is not None else _next_prompt(at_terminal)
-        if text is None:
-            return
+        new = "/new starts a new conversation"
+        hint = new if converses else "it has no chat template: it goes on with your text"
+        print(f"{cfg.model}: {hint}; Ctrl-D ends")
+
+    # 3. turn by turn
+    messages, num_answers = list(opening), 0
+    while (text := _next_prompt(at_terminal) if cfg.prompt is None else cfg.prompt) is not None:
         if text.strip() == "/new":
             messages = list(opening)
         elif text.strip():
             messages.append({"role": "user", "content": text})
             prompt = (
-                tokenizer.encode_chat(messages, add_generation_prompt=True, **tools)
+                tokenizer.encode_chat(messages, add_generation_prompt=True, **variables)
                 if converses
                 else tokenizer.encode_text(text)
             )
-            if len(prompt) + cfg.max_new_tokens > (limit := model.config.max_position_embeddings):
-                print(
-                    f"(beyond the {limit} tokens that the model was trained for; /new starts anew)",
-                    file=sys.stderr,
-                )
-            check_sequence("what was said", prompt, tokenizer, model.config.vocab_size, str(cfg.model))
-            reply = answer(cfg, model, tokenizer, prompt, cfg.seed + answers)
-            answers += 1
+            _check_prompt(cfg, model, tokenizer, prompt)
+            reply = answer(cfg, model, tokenizer, prompt, cfg.seed + num_answers)
+            num_answers += 1
             messages.append({"role": "assistant", "content": reply.strip()})
+
         if cfg.prompt is not None or is_lost(sys.stdout):
             return
+
+
+def _check_flags(cfg: Config) -> None:
+    for flag, value, is_right, expected in (
+        ("max-new-tokens", cfg.max_new_tokens, cfg.max_new_tokens >= 1, "at least 1"),
+        ("temperature", cfg.temperature, cfg.temperature >= 0, "at least 0"),
+        ("top-p", cfg.top_p, 0 < cfg.top_p <= 1, "more than 0 and at most 1"),
+    ):
+        if not is_right:
+            raise InputError(f"--{flag}: expected {expected}, got {value}")
+    check_device(cfg.device)
+
+
+def _check_prompt(cfg: Config, model: Transformer, tokenizer: Tokenizer, prompt: list[int]) -> None:
+    """Remark upon a prompt whose answer may end beyond what the model was trained for. Raises InputError for an id
+    that it has no row for.
+    """
+    if len(prompt) + cfg.max_new_tokens > (limit := model.config.max_position_embeddings):
+        print(
+            f"(beyond the {limit} tokens that the model was trained for; /new starts anew)",
+            file=sys.stderr,
+        )
+    check_sequence("what was said", prompt, tokenizer, model.config.vocab_size, str(cfg.model))
 
 
 if __name__ == "__main__":

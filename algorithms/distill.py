@@ -18,10 +18,6 @@ stored top-k log-probabilities D is over those ids and the tail, all other ids t
 Departures: --temperature divides both logits, as in Hinton et al.; their T^2, which holds the size of the gradient, is
 a flag of its own. GKD draws lambda once a batch; so do we, from the seed and the step.
 
-Metrics: loss; divergence (nats a token, without T^2); trained_tokens (N); student_samples (1 where the student wrote
-this step's completions); length and ended of those: their tokens and the share that a stop token ended; entropy (nats,
-the student's; policy_gradient and sequence); grad_norm (before clipping); learning_rate; sampling_seconds; moe.md's.
-
 Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531, section 2
         GKD: Agarwal et al. 2023, https://arxiv.org/abs/2306.13649, eq. 1 and algorithm 1
         policy gradient: https://thinkingmachines.ai/blog/on-policy-distillation; Kim and Rush 2016, arXiv 1606.07947
@@ -30,77 +26,47 @@ Run:    burnish distill --model STUDENT --teacher DIR --data FILE.jsonl
 
 import random
 import sys
-from collections import defaultdict
-from dataclasses import dataclass, field
-from math import inf
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..model.checkpoint import load_model
 from ..model.errors import InputError
+from ..model.text.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from ..model.vocabulary import Vocabulary
-from .data.groups import timed
-from .data.lessons import MicroBatch, answered, load_lessons, micro_batches
+from .data.batch import Batch, longest, make_batches
+from .data.ids import check_model
+from .data.lessons import Lesson, answered, load_lessons
+from .data.tokenizer import check_tokenizer, load_tokenizer
 from .objectives.policy import clipped_loss
-from .run.balance import Balance
 from .run.command import run_command
-from .run.flags import TrainingFlags, load_tokenizer
-from .run.loop import (
-    Run,
-    SaveDtype,
-    Schedule,
-    autocast,
-    check_flags,
-    check_model,
-    check_tokenizer,
-    default_device,
-    epochs,
-    make_optimizer,
-    new_run_folder,
-    optimizer_step,
-    scheduled,
-)
-from .run.processes import host, reshard, shard, summed
-from .run.trainee import ADAPTER_BOUNDS, load_trainee
+from .run.flags import SamplingFlags, Schedule, Share, SupervisedFlags, check_flags, run_folder
+from .run.learner import Learner
+from .run.loop import Run
+from .run.trainee import load_frozen, load_trainee
 
 
-@dataclass(frozen=True)
-class Config(TrainingFlags):
+@dataclass(frozen=True, kw_only=True)
+class Config(SamplingFlags, SupervisedFlags):
     model: Path  # the student: Hugging Face folder to start from, or an adapter's
     data: Path  # rows as for SFT, prompts with --student-samples 1, or a teacher's lessons.safetensors
     teacher: Path | None = None  # folder of a model with the same tokenizer; none beside lessons
-    output: Path = field(default_factory=lambda: new_run_folder("distill"))  # new folder: metrics, model
+    output: Path = run_folder("distill")
     loss: Literal["divergence", "policy_gradient", "sequence"] = "divergence"
-    beta: float | None = None  # of divergence: 0 forward KL, which is the default; 1 reverse KL; between: JSD
+    beta: Share | None = None  # of divergence: 0 forward KL, which is the default; 1 reverse KL; between: JSD
     temperature: float = 1.0  # of both distributions, and of sampling
     temperature_squared: bool = False  # times T^2, which holds the size of the divergence's gradient
-    student_samples: float = (
-        0.0  # share of steps on what the student samples; the others on the rows' completions
-    )
-    max_new_tokens: int = 256  # cap on a sampled completion's length
-    sampling_batch_size: int | None = None  # samples at a time, which bounds the cache; all by default
+    student_samples: Share = 0.0  # of steps on what the student samples; the others on the rows' completions
     max_length: int = 1024  # tokens; longer rows are truncated, longer prompts dropped, and counted
-    steps: int = 1000  # optimizer steps
-    batch_size: int = 32  # rows in one optimizer step
-    micro_batch_tokens: int = 8192  # tokens in one forward and backward; gradients add up over micro-batches
-    learning_rate: float = 2e-5  # AdamW's, at its peak
+    learning_rate: float = 2e-5
     schedule: Schedule = "cosine"
-    warmup_steps: int = 20  # of linear rise to learning_rate
-    weight_decay: float = 0.0  # of matrices; vectors have none
-    max_grad_norm: float = 1.0  # gradients are scaled down to it
-    lora_rank: int = 0  # train an adapter of this rank in place of the weights; 0 trains the weights
-    lora_alpha: float | None = None  # the adapter's scale is alpha / rank; 2 * rank by default
-    base_4bit: bool = False  # hold the frozen weights in 4 bits (NF4): QLoRA
-    save_every: int = 0  # steps between checkpoints; 0 saves the model once, at the end
-    save_dtype: SaveDtype = "auto"  # of what is written; auto: that of --model, tensor by tensor
-    resume: bool = False  # go on from the last checkpoint in --output
-    checkpoint_activations: bool = False  # run each layer again in the backward: less memory, more time
-    seed: int = 0  # of the order of rows, and of sampling
-    device: str = field(default_factory=default_device)
+
+
+# ---- losses
 
 
 def divergence_loss(divergence: Tensor, num_tokens: int, scale: float = 1.0) -> Tensor:
@@ -122,145 +88,168 @@ def sequence_loss(logprob: Tensor, num_tokens: int) -> Tensor:
     return -logprob.sum() / num_tokens
 
 
+# ---- terms: a micro-batch's part of the loss, and of the step's metrics
+
+Term = tuple[Tensor, dict[str, Tensor]]
+
+
+def teacher_term(
+    cfg: Config, student: Transformer, teacher: Transformer, batch: Batch, num_tokens: int
+) -> Term:
+    """sum_t D(p_T || p_S)_t / N, over the ids that both models have."""
+    # an answer was drawn from the tokens; of given text, ids that one model alone has are padding, no tokens
+    vocabulary = batch.vocabulary
+    if vocabulary is None:
+        vocabulary = Vocabulary(min(student.config.vocab_size, teacher.config.vocab_size))
+
+    hidden, head = batch.before_head(student, vocabulary)  # (tokens, C), of V rows
+    with torch.no_grad():
+        teacher_hidden, teacher_head = batch.before_head(teacher, vocabulary)  # (tokens, C'), of V rows
+    divergence = head.token_divergence(  # (tokens,)
+        hidden, teacher_hidden, teacher_head, beta=cfg.beta or 0.0, temperature=cfg.temperature
+    )
+    return _divergence_term(cfg, divergence, num_tokens)
+
+
+def lessons_term(cfg: Config, student: Transformer, teacher: None, batch: Batch, num_tokens: int) -> Term:
+    """sum_t D(p_T || p_S)_t / N, over the K ids that the lessons hold for a token, and the tail."""
+    assert batch.teacher_ids is not None and batch.teacher_logprobs is not None
+    stored = batch.teacher_ids, batch.teacher_logprobs  # (tokens, K) each
+    hidden, head = batch.before_head(student)  # (tokens, C), of V rows
+    divergence = head.topk_divergence(  # (tokens,)
+        hidden, *stored, beta=cfg.beta or 0.0, temperature=cfg.temperature
+    )
+    return _divergence_term(cfg, divergence, num_tokens)
+
+
+def _divergence_term(cfg: Config, divergence: Tensor, num_tokens: int) -> Term:
+    scale = cfg.temperature**2 if cfg.temperature_squared else 1.0
+    metrics = {"divergence": divergence.detach().sum() / num_tokens}
+    return divergence_loss(divergence, num_tokens, scale), metrics
+
+
+def policy_gradient_term(
+    cfg: Config, student: Transformer, teacher: Transformer, batch: Batch, num_tokens: int
+) -> Term:
+    """-sum_t rho_t A_t / N, A_t = log p_T(y_t) - log p_S(y_t)."""
+    logprob, entropy = batch.score(student, cfg.temperature)  # (tokens,) each
+    with torch.no_grad():
+        teacher_logprob, _ = batch.score(teacher, cfg.temperature)  # (tokens,)
+    metrics = {"entropy": entropy.detach().sum() / num_tokens}
+    return policy_gradient_loss(logprob, teacher_logprob, num_tokens), metrics
+
+
+def sequence_term(cfg: Config, student: Transformer, teacher: None, batch: Batch, num_tokens: int) -> Term:
+    """-sum_t log p_S(y_t) / N."""
+    logprob, entropy = batch.score(student)  # (tokens,) each
+    return sequence_loss(logprob, num_tokens), {"entropy": entropy.detach().sum() / num_tokens}
+
+
+TERMS: dict[tuple[str, bool], Callable[..., Term]] = {  # by --loss, and whether there is a --teacher
+    ("divergence", True): teacher_term,
+    ("divergence", False): lessons_term,
+    ("policy_gradient", True): policy_gradient_term,
+    ("sequence", False): sequence_term,
+}
+
+
 def train(cfg: Config) -> Path:
     """Returns the folder of the trained model."""
-    check_flags(
-        cfg,
-        beta=(0, 1),
-        temperature=(1e-3, 1e3),
-        student_samples=(0, 1),
-        max_new_tokens=(1, inf),
-        sampling_batch_size=(1, inf),
-        max_length=(2, inf),
-        steps=(1, inf),
-        batch_size=(1, inf),
-        micro_batch_tokens=(1, inf),
-        learning_rate=(0, inf),
-        warmup_steps=(0, inf),
-        weight_decay=(0, inf),
-        max_grad_norm=(1e-12, inf),
-        **ADAPTER_BOUNDS,
-        save_every=(0, inf),
-        seed=(0, 2**31 - 1),
-    )
+    check_flags(cfg)
     _check_choices(cfg)
     tokenizer = load_tokenizer(cfg)
-    lessons = load_lessons(
-        cfg.data,
-        tokenizer,
-        row_template=cfg.row_template,
-        max_length=cfg.max_length,
-        prompts_alone=cfg.student_samples == 1,
-        temperature=cfg.temperature if cfg.teacher is None and cfg.loss == "divergence" else None,
-    )
-    if cfg.teacher is None and cfg.loss == "divergence" and lessons[0].logprobs is None:
-        raise InputError(f"--data {cfg.data}: holds no log-probabilities: expected --teacher DIR beside it")
-    model = load_trainee(cfg)
-    longest = max(len(lesson.tokens) for lesson in lessons) + (
-        cfg.max_new_tokens if cfg.student_samples else 0
-    )
-    check_model(model, tokenizer, lessons, longest)
-    teacher = None
-    if cfg.teacher is not None:
-        check_tokenizer(cfg.teacher, tokenizer, "teacher")
-        dtype = torch.bfloat16 if cfg.device.startswith("cuda") else torch.float32
-        teacher = load_model(cfg.teacher, dtype, host(cfg.device)).requires_grad_(False).eval()
-        check_model(teacher, tokenizer, lessons, longest, f"--teacher {cfg.teacher}")
-    balance = Balance(cfg, model)
-    shard(model, teacher)
-    optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay)
-    with Run(cfg, model=model, optimizer=optimizer) as run:
-        batches = epochs(len(lessons), cfg.batch_size, cfg.seed, skip=run.start)
+    lessons = _load_lessons(cfg, tokenizer)
+    student, teacher = _load_models(cfg, tokenizer, lessons)
+    term = TERMS[cfg.loss, teacher is not None]
+
+    learner = Learner(cfg, student)
+    with Run(cfg, tokenizer, frozen=(teacher,), model=learner) as run:
         for step in run.steps():
-            batch, seed = [lessons[i] for i in next(batches)], (cfg.seed << 32) + step
-            seconds, sampled = {"sampling_seconds": 0.0}, {}
-            if own := random.Random(seed).random() < cfg.student_samples:
-                with timed(seconds, "sampling_seconds", cfg.device):
-                    batch, ended = answered(
-                        model,
-                        tokenizer,
-                        [lesson.prompt for lesson in batch],
-                        temperature=cfg.temperature,
-                        max_new_tokens=cfg.max_new_tokens,
-                        batch_size=cfg.sampling_batch_size,
-                        seed=seed,
-                    )
-                sampled = {"length": sum(sum(lesson.mask) for lesson in batch) / len(batch), "ended": ended}
-            num_tokens = sum(sum(lesson.mask) for lesson in batch)
-            num_all = sum(len(lesson.tokens) for lesson in batch)
-            sums: dict[str, float] = defaultdict(float)
-            for micro in micro_batches(batch, cfg.micro_batch_tokens, cfg.device):
-                with autocast(cfg.device):
-                    loss, metrics = _term(cfg, model, teacher, micro, num_tokens)
-                share = sum(len(batch[i].tokens) for i in micro.members) / num_all
-                (loss + balance.loss(share)).backward()  # of experts, where the model has some
-                for name, value in ({"loss": loss} | metrics).items():
-                    sums[name] += value.item()
-            reshard(teacher)
-            sums = summed(sums)
-            rate = scheduled(cfg.learning_rate, step, cfg.steps, cfg.warmup_steps, cfg.schedule)
-            sums["grad_norm"] = optimizer_step(model, optimizer, sums["loss"], rate, cfg.max_grad_norm)
-            facts = {"learning_rate": rate, "trained_tokens": num_tokens, "student_samples": float(own)}
-            run.log(sums | facts | sampled | seconds | balance.metrics(), tokens=num_all)
-            run.save_step(model, tokenizer)
-        return run.save(model, tokenizer)
+            # 1. the step's lessons; where a coin says so, what the student itself answers to their prompts
+            chosen = [lessons[i] for i in run.next(len(lessons), cfg.batch_size)]
+            seed, sampled = (cfg.seed << 32) + step, {}
+            if random.Random(seed).random() < cfg.student_samples:
+                with run.timed("sampling_seconds"):
+                    prompts = [lesson.prefix for lesson in chosen]
+                    chosen, ended = answered(student, tokenizer, prompts, cfg, seed)
+                sampled = {"length": sum(sum(lesson.mask) for lesson in chosen) / len(chosen), "ended": ended}
+
+            # 2. the teacher's word on each token, the loss, and its gradient
+            batches = make_batches(chosen, cfg.micro_batch_tokens, cfg.device)
+            for batch in batches:
+                loss, metrics = term(cfg, student, teacher, batch, batches.num_trained)
+                learner.backward(loss, batch.share, metrics)
+
+            # 3. one step of AdamW
+            facts = {"trained_tokens": batches.num_trained, "student_samples": float(bool(sampled))}
+            metrics = learner.step(step) | facts | sampled | {"sampling_seconds": 0.0} | run.seconds
+            run.log(metrics | learner.balance.metrics(), batches.num_tokens)
+        return run.save()
 
 
 def _check_choices(cfg: Config) -> None:
     """Refuse flags that go ill together, or would be ignored."""
-    stored = cfg.data.suffix == ".safetensors"
-    if cfg.loss != "divergence":
-        for flag, given in (("beta", cfg.beta is not None), ("temperature-squared", cfg.temperature_squared)):
-            if given:
-                raise InputError(f"--{flag}: --loss {cfg.loss} has none: leave the flag out")
-    if cfg.loss == "policy_gradient" and cfg.student_samples < 1:
-        raise InputError(
-            "--loss policy_gradient: expected --student-samples 1: it is of the student's own samples"
-        )
-    if cfg.loss == "sequence" and cfg.student_samples:
-        raise InputError(
-            "--student-samples: --loss sequence is of what the teacher wrote: leave the flag out"
-        )
-    if cfg.loss == "sequence" and cfg.temperature != 1:
-        raise InputError("--temperature: --loss sequence has none: leave the flag out")
-    if cfg.loss == "sequence" and cfg.teacher is not None:
-        raise InputError("--teacher: --loss sequence reads what it wrote (burnish teach): leave the flag out")
-    if stored and cfg.teacher is None and cfg.student_samples:
-        raise InputError("--student-samples: stored lessons say nothing about them: expected --teacher DIR")
-    if not stored and cfg.teacher is None and cfg.loss != "sequence":
-        raise InputError("expected --teacher DIR, or --data of a file that burnish teach wrote, got neither")
+    loss, share, alone = cfg.loss, cfg.student_samples, cfg.teacher is None
+    of_rows = cfg.data.suffix != ".safetensors"
+
+    refused = {  # what is said, and of which flags
+        f"--beta: --loss {loss} has none: leave the flag out": (
+            loss != "divergence" and cfg.beta is not None
+        ),
+        f"--temperature-squared: --loss {loss} has none: leave the flag out": (
+            loss != "divergence" and cfg.temperature_squared
+        ),
+        "--loss policy_gradient: expected --student-samples 1: it is of the student's own samples": (
+            loss == "policy_gradient" and share < 1
+        ),
+        "--student-samples: --loss sequence is of what the teacher wrote: leave the flag out": (
+            loss == "sequence" and share > 0
+        ),
+        "--temperature: --loss sequence has none: leave the flag out": (
+            loss == "sequence" and cfg.temperature != 1
+        ),
+        "--teacher: --loss sequence reads what it wrote (burnish teach): leave the flag out": (
+            loss == "sequence" and not alone
+        ),
+        "--student-samples: stored lessons say nothing about them: expected --teacher DIR": (
+            alone and not of_rows and share > 0
+        ),
+        "expected --teacher DIR, or --data of a file that burnish teach wrote, got neither": (
+            alone and of_rows and loss != "sequence"
+        ),
+    }
+
+    for message, is_so in refused.items():
+        if is_so:
+            raise InputError(message)
 
 
-def _term(
-    cfg: Config, model: Transformer, teacher: Transformer | None, micro: MicroBatch, num_tokens: int
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Of one micro-batch: its part of the loss, and of the metrics."""
-    targets, T, beta = micro.packed.tokens[micro.rows], cfg.temperature, cfg.beta or 0.0
-    vocabulary = micro.vocabulary
-    if vocabulary is not None:
-        targets = vocabulary.rows_of(targets)
-    elif teacher is not None and cfg.loss == "divergence":  # ids that only one has are padding, no tokens
-        vocabulary = Vocabulary(min(model.config.vocab_size, teacher.config.vocab_size))
-    hidden, head = model.before_head(micro.packed, micro.rows, vocabulary)  # (n, C), of V rows
-    theirs = None
-    if teacher is not None:
-        with torch.no_grad():
-            theirs = teacher.before_head(micro.packed, micro.rows, vocabulary)
-    if cfg.loss == "divergence":
-        if theirs is not None:
-            found = head.token_divergence(hidden, *theirs, beta=beta, temperature=T)
-        else:
-            assert micro.ids is not None and micro.logprobs is not None
-            found = head.topk_divergence(hidden, micro.ids, micro.logprobs, beta=beta, temperature=T)
-        loss = divergence_loss(found, num_tokens, T**2 if cfg.temperature_squared else 1.0)
-        return loss, {"divergence": found.detach().sum() / num_tokens}
-    logprob, _, entropy = head.token_logprobs(hidden, targets, temperature=T)
-    metrics = {"entropy": entropy.detach().sum() / num_tokens}
-    if theirs is None:
-        return sequence_loss(logprob, num_tokens), metrics
-    teacher_hidden, teacher_head = theirs
-    teacher_logprob, _, _ = teacher_head.token_logprobs(teacher_hidden, targets, temperature=T)
-    return policy_gradient_loss(logprob, teacher_logprob, num_tokens), metrics
+def _load_lessons(cfg: Config, tokenizer: Tokenizer) -> list[Lesson]:
+    """The lessons of --data. Raises InputError where the loss needs log-probabilities that they have not."""
+    reads_stored = cfg.teacher is None and cfg.loss == "divergence"
+    lessons = load_lessons(
+        cfg,
+        tokenizer,
+        prompts_alone=cfg.student_samples == 1,
+        temperature=cfg.temperature if reads_stored else None,
+    )
+    if reads_stored and lessons[0].logprobs is None:
+        raise InputError(f"--data {cfg.data}: holds no log-probabilities: expected --teacher DIR beside it")
+    return lessons
+
+
+def _load_models(
+    cfg: Config, tokenizer: Tokenizer, lessons: Sequence[Lesson]
+) -> tuple[Transformer, Transformer | None]:
+    """The student, and the teacher where there is one. Raises InputError where they cannot read the lessons."""
+    student, teacher = load_trainee(cfg), None
+    most_tokens = max(map(longest, lessons)) + (cfg.max_new_tokens if cfg.student_samples else 0)
+    check_model(student, tokenizer, lessons, most_tokens)
+    if cfg.teacher is not None:
+        check_tokenizer(cfg.teacher, tokenizer, "teacher")
+        teacher = load_frozen(cfg.teacher, cfg.device)
+        check_model(teacher, tokenizer, lessons, most_tokens, f"--teacher {cfg.teacher}")
+    return student, teacher
 
 
 if __name__ == "__main__":

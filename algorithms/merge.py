@@ -16,10 +16,10 @@ from ..model.errors import InputError
 from ..model.files.folder import base_of, is_adapter
 from ..model.text.tokenizer import Tokenizer
 from .run.command import run_command
-from .run.loop import SaveDtype, torch_dtype
+from .run.flags import SaveDtype, torch_dtype
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
     model: Path  # an adapter's folder, or a plain one
     output: Path  # new folder

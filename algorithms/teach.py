@@ -12,113 +12,107 @@ Run:    burnish teach --model TEACHER --data FILE.jsonl
 """
 
 import dataclasses
-import json
 import sys
-from dataclasses import dataclass, field
-from math import inf
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..model.checkpoint import load_model
 from ..model.errors import InputError
+from ..model.files.replacing import replacing
 from ..model.transformer import Transformer
 from ..model.vocabulary import Vocabulary
-from .data.lessons import MicroBatch, answered, load_lessons, micro_batches, write_lessons
+from .data.batch import Batch, longest, make_batches
+from .data.ids import check_model
+from .data.lessons import Lesson, answered, load_lessons, write_lessons
+from .data.tokenizer import load_tokenizer
 from .run.command import run_command
-from .run.flags import RowFlags, load_tokenizer
-from .run.loop import MOST_SAMPLES, autocast, check_flags, check_model, default_device, new_run_folder
+from .run.flags import (
+    Count,
+    DeviceFlags,
+    Length,
+    RowFlags,
+    Samples,
+    SamplingFlags,
+    Size,
+    as_json,
+    check_flags,
+    make_folder,
+    run_folder,
+)
+from .run.trainee import load_frozen
 
 LESSONS = "lessons.safetensors"
 
 
-@dataclass(frozen=True)
-class Config(RowFlags):
+@dataclass(frozen=True, kw_only=True)
+class Config(DeviceFlags, SamplingFlags, RowFlags):
     model: Path  # the teacher: Hugging Face folder, or an adapter's
     data: Path  # rows as for SFT, or with --samples prompts: .jsonl, .json or .parquet
-    output: Path = field(default_factory=lambda: new_run_folder("teach"))  # new folder: lessons.safetensors
-    samples: int = 0  # answers to each prompt, in place of the rows' own completions; 0 keeps those
-    top_k: int = 64  # ids kept for each trained token; 0 keeps the sequences alone
+    output: Path = run_folder("teach")  # new folder: lessons.safetensors
+    samples: Samples = 0  # answers to each prompt, in place of the rows' own completions; 0 keeps those
+    top_k: Size = 64  # ids kept for each trained token; 0 keeps the sequences alone
     temperature: float = 1.0  # of sampling, and of the log-probabilities
-    max_length: int = 1024  # tokens; longer rows are truncated, longer prompts dropped, and counted
-    max_new_tokens: int = 256  # cap on an answer's length
-    sampling_batch_size: int | None = None  # answers at a time, which bounds the cache; all by default
-    micro_batch_tokens: int = 8192  # tokens in one forward
-    base_4bit: bool = False  # hold the teacher's weights in 4 bits (NF4)
     seed: int = 0  # of sampling
-    device: str = field(default_factory=default_device)
+    max_length: Length = 1024  # tokens; longer rows are truncated, longer prompts dropped, and counted
+    micro_batch_tokens: Count = 8192  # tokens in one forward
+    base_4bit: bool = False  # hold the teacher's weights in 4 bits (NF4)
 
 
 def teach(cfg: Config) -> Path:
     """Returns the file of lessons."""
-    check_flags(
-        cfg,
-        samples=(0, MOST_SAMPLES),
-        top_k=(0, inf),
-        temperature=(1e-3, 1e3),
-        max_length=(2, inf),
-        max_new_tokens=(1, inf),
-        sampling_batch_size=(1, inf),
-        micro_batch_tokens=(1, inf),
-        seed=(0, 2**31 - 1),
-    )
+    # 1. the rows, or their prompts, and the teacher
+    check_flags(cfg)
     if not cfg.samples and not cfg.top_k:
         raise InputError("--top-k 0: expected --samples beside it: the rows' own sequences are there already")
     tokenizer = load_tokenizer(cfg)
-    lessons = load_lessons(
-        cfg.data,
-        tokenizer,
-        row_template=cfg.row_template,
-        max_length=cfg.max_length,
-        prompts_alone=cfg.samples > 0,
-        temperature=cfg.temperature,
-    )
-    dtype = torch.bfloat16 if cfg.device.startswith("cuda") else torch.float32
-    model = load_model(cfg.model, dtype, cfg.device, cfg.base_4bit).requires_grad_(False).eval()
-    longest = max(len(lesson.tokens) for lesson in lessons) + (cfg.max_new_tokens if cfg.samples else 0)
-    check_model(model, tokenizer, lessons, longest)
-    vocabulary = tokenizer.vocabulary.to(cfg.device)
+    lessons = load_lessons(cfg, tokenizer, prompts_alone=cfg.samples > 0, temperature=cfg.temperature)
+    model = load_frozen(cfg.model, cfg.device, cfg.base_4bit)
+    most_tokens = max(map(longest, lessons)) + (cfg.max_new_tokens if cfg.samples else 0)
+    check_model(model, tokenizer, lessons, most_tokens)
+    vocabulary = tokenizer.vocabulary
     if cfg.top_k > vocabulary.size:
         raise InputError(f"--top-k: expected at most the vocabulary, {vocabulary.size}, got {cfg.top_k}")
+
+    # 2. what it answers, and what else it would have said
     if cfg.samples:
-        lessons, ended = answered(
-            model,
-            tokenizer,
-            [lesson.prompt for lesson in lessons],
-            temperature=cfg.temperature,
-            max_new_tokens=cfg.max_new_tokens,
-            batch_size=cfg.sampling_batch_size,
-            seed=cfg.seed,
-            samples_per_prompt=cfg.samples,
-        )
+        prompts = [lesson.prefix for lesson in lessons]
+        lessons, ended = answered(model, tokenizer, prompts, cfg, cfg.seed, cfg.samples)
         print(f"{len(lessons)} answers, {ended:.0%} ended by a stop token")
     if cfg.top_k:
-        micros = micro_batches(lessons, cfg.micro_batch_tokens, cfg.device)
-        for micro in tqdm(micros, desc="teach", unit="batch", dynamic_ncols=True):
-            with torch.no_grad(), autocast(cfg.device):
-                ids, logprobs = most_likely(model, micro, vocabulary, cfg)
-            counts = [sum(lessons[i].mask) for i in micro.members]
-            parts = zip(micro.members, ids.cpu().split(counts), logprobs.cpu().split(counts), strict=True)
-            for i, own_ids, own_logprobs in parts:
-                lessons[i] = dataclasses.replace(lessons[i], ids=own_ids.int(), logprobs=own_logprobs)
-    try:
-        cfg.output.mkdir(parents=True, exist_ok=True)
-        (cfg.output / "config.json").write_text(
-            json.dumps(dataclasses.asdict(cfg), indent=2, default=str) + "\n"
-        )
-    except OSError as error:
-        raise InputError(f"--output {cfg.output}: cannot be written: {error}") from error
+        lessons = annotated(model, lessons, vocabulary, cfg)
+
+    # 3. the file, and beside it how it was made
+    make_folder(cfg.output)
+    with replacing(cfg.output / "config.json") as beside:
+        beside.write_text(as_json(cfg))
     write_lessons(cfg.output / LESSONS, lessons, tokenizer, cfg.temperature)
     return cfg.output / LESSONS
 
 
+def annotated(model: Transformer, lessons: list[Lesson], vocabulary: Vocabulary, cfg: Config) -> list[Lesson]:
+    """The lessons, each with the teacher's likeliest ids for its trained tokens."""
+    lessons, vocabulary = list(lessons), vocabulary.to(cfg.device)
+    batches = make_batches(lessons, cfg.micro_batch_tokens, cfg.device)
+    for batch in tqdm(batches, desc="teach", unit="batch", dynamic_ncols=True):
+        ids, logprobs = most_likely(model, batch, vocabulary, cfg)  # (tokens, K) each
+
+        # cut into those of each lesson
+        counts = batch.lengths.tolist()
+        of_each = zip(batch.members, ids.int().cpu().split(counts), logprobs.cpu().split(counts), strict=True)
+        for i, its_ids, its_logprobs in of_each:
+            lessons[i] = dataclasses.replace(lessons[i], ids=its_ids, logprobs=its_logprobs)
+    return lessons
+
+
+@torch.no_grad()
 def most_likely(
-    model: Transformer, micro: MicroBatch, vocabulary: Vocabulary, cfg: Config
+    model: Transformer, batch: Batch, vocabulary: Vocabulary, cfg: Config
 ) -> tuple[Tensor, Tensor]:
-    """The likeliest tokens and their log-probabilities over the whole head, as a student scores them: each (n, K)."""
-    hidden, head = model.before_head(micro.packed, micro.rows)
+    """The likeliest tokens and their log-probabilities over the whole head, as students score: (tokens, K) each."""
+    hidden, head = batch.before_head(model)  # (tokens, C), of V rows
     tokens = head.among(vocabulary)
     rows, logprobs = tokens.topk_logprobs(hidden, cfg.top_k, temperature=cfg.temperature)
     ids = vocabulary.ids_of(rows)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ...model.head import Head
 from ...model.packed import Packed, pack
 from ...model.scalar import ScalarModel
 from ...model.transformer import Transformer
@@ -86,6 +87,14 @@ class Batch:
     teacher_ids: Tensor | None  # (tokens, K) int32
     teacher_logprobs: Tensor | None  # (tokens, K) fp32
     vocabulary: Vocabulary | None
+
+    def before_head(self, model: Transformer, vocabulary: Vocabulary | None = None) -> tuple[Tensor, Head]:
+        """The operands of the logits that score each token: hidden states (tokens, C), and the head of V rows.
+
+        vocabulary: the ids whose rows these are, all by default.
+        """
+        with autocast(self.rows.device.type):
+            return model.before_head(self.packed, self.rows, vocabulary)
 
     def score(self, policy: Transformer, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """(logprob, entropy), each (tokens,), under the distribution that was sampled."""

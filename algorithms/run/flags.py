@@ -46,6 +46,8 @@ class Bounds(NamedTuple):
 
 Count = Annotated[int, Bounds(1)]
 Size = Annotated[int, Bounds(0)]  # a count, or none
+Length = Annotated[int, Bounds(2)]  # of a sequence: a token, and one that it predicts
+Samples = Annotated[int, Bounds(0, MOST_SAMPLES)]
 Rate = Annotated[float, Bounds(0)]
 Weight = Annotated[float, Bounds(0, 1e9)]
 Share = Annotated[float, Bounds(0, 1)]
@@ -104,7 +106,27 @@ class SamplingFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingFlags(RowFlags):
+class DeviceFlags:
+    """Flags of every command that runs a model."""
+
+    device: str = field(default_factory=default_device)  # cpu, cuda or cuda:N
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerFlags:
+    """Flags of every command that has a model answer prompts, and functions judge what it says."""
+
+    prompt_column: str | None = None  # the column that holds the prompt, where its name does not say so
+    max_prompt_length: Count = 1024  # tokens; longer prompts are dropped and counted
+    top_k: Count | None = None  # sample among the k most likely ids only
+    top_p: Part | None = None  # sample among the fewest ids with this much probability, at most 1,024
+    reward_timeout: Seconds | None = (
+        None  # seconds that a call of the reward functions has; no limit by default
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingFlags(DeviceFlags, RowFlags):
     """Flags of every trainer."""
 
     model: Path  # Hugging Face folder to start from, or an adapter's, which training goes on with
@@ -127,14 +149,13 @@ class TrainingFlags(RowFlags):
     resume: bool = False  # go on from the last checkpoint in --output
     checkpoint_activations: bool = False  # run each layer again in the backward: less memory, more time
     seed: Seed = 0  # of the order of rows
-    device: str = field(default_factory=default_device)  # cpu, cuda or cuda:N
 
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisedFlags(TrainingFlags):
     """Flags of every trainer whose rows hold what is learned."""
 
-    max_length: Annotated[int, Bounds(2)] = 1024  # tokens of a row
+    max_length: Length = 1024  # tokens of a row
     batch_size: Count = 32  # rows in one optimizer step
 
 
@@ -146,20 +167,15 @@ class DropoutFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutFlags(SamplingFlags, TrainingFlags):
+class RolloutFlags(AnswerFlags, SamplingFlags, TrainingFlags):
     """Flags of reinforcement learning: prompts, samples of each, and who judges them."""
 
     data: Path  # prompts, with any further columns for the reward functions: .jsonl, .json or .parquet
     reward: tuple[str, ...] = ()  # FILE.py:function or package.module:function, any number
     reward_weights: tuple[float, ...] = ()  # one a reward function; all 1 where none are given
-    reward_timeout: Seconds | None = None  # that a call of the reward functions has; no limit by default
     steps: int = 200  # rollouts
     prompts_per_step: Count  # prompts in one rollout
     group_size: Annotated[int, Bounds(1, MOST_SAMPLES)]  # samples of one prompt
-    prompt_column: str | None = None  # the column that holds the prompt, where its name does not say so
-    max_prompt_length: Count = 1024  # tokens; longer prompts are dropped and counted
-    top_k: Count | None = None  # sample among the k most likely ids only
-    top_p: Part | None = None  # sample among the fewest ids with this much probability, at most 1,024
     kl_coefficient: Rate  # beta, of the KL to the model that training started from
     micro_batch_tokens: int = 16384
     learning_rate: float = 1e-6
@@ -279,6 +295,14 @@ def _check_resumable(folder: Path, config: Any) -> None:
             raise InputError(
                 f"--resume: --{name.replace('_', '-')} is {shown(repr(value))}, but the run in {folder} had {had}"
             )
+
+
+def make_folder(output: Path) -> None:
+    """Make the folder of --output. Raises InputError where it cannot be made."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {output}: cannot be written: {error}") from error
 
 
 def as_json(config: Any) -> str:

@@ -38,7 +38,7 @@ from .checkpoint import Part, read_checkpoint, write_checkpoint
 from .flags import CHECKPOINT, TrainingFlags, as_json, torch_dtype
 from .learner import Learner
 from .optimizer import epochs
-from .processes import from_rank_0, rank, shard
+from .processes import from_rank_0, rank, reshard, shard
 
 METRICS, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
 
@@ -64,7 +64,7 @@ class Run:
         self.start = 0
         self.values: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
-        self._cfg, self._tokenizer = cfg, tokenizer
+        self._cfg, self._tokenizer, self._frozen = cfg, tokenizer, frozen
         self._learners = {name: learner for name, learner in learners.items() if learner is not None}
         models = [learner.model for learner in self._learners.values()]
         check_balance(cfg, models)
@@ -136,6 +136,7 @@ class Run:
                 (self._cfg.seed + step * 0x9E3779B97F4A7C15 + rank() * 0xBF58476D1CE4E5B9) % 2**63
             )
             yield step
+            reshard(*self._frozen)  # what they were asked for without a gradient
             self._save_step(step + 1)
             self._bar.update()
 

@@ -2,6 +2,7 @@
 
     model = load_trainee(cfg)              in place of load_model(cfg.model, device=cfg.device)
     reference = frozen_copy(model)         model/adapter.py: with a fresh adapter, the same weights and no second copy
+    teacher = load_frozen(folder, device)  another model, which only looks on
 
 With --lora-rank the weights are frozen, in bf16 on CUDA or in 4 bits, and what is trained, optimized, checkpointed and
 saved is the adapter. Where --model is an adapter folder, training goes on with that adapter.
@@ -32,6 +33,12 @@ def load_trainee(cfg: Any) -> Transformer:
     _add(model, cfg, cfg.model)
     _start_training(model, cfg)
     return model
+
+
+def load_frozen(folder: Path, device: str, base_4bit: bool = False) -> Transformer:
+    """A language model that is not trained, in bf16 on CUDA. base_4bit: with its weights in 4 bits."""
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    return load_model(folder, dtype, host(device), base_4bit).requires_grad_(False).eval()
 
 
 def load_scalar_trainee(cfg: Any, folder: Path) -> ScalarModel:

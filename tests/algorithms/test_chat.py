@@ -65,7 +65,7 @@ def replies(monkeypatch, tokenizer):
 def test_a_conversation_remembers_and_starts_anew(folder, keyboard, replies, capsys):
     keyboard("The License", "", "and more", "/new", "again")
     prompts = replies("one<|im_end|>", "two<|im_end|>", "three<|im_end|>")
-    main(Config(folder, system="brief", device="cpu"))
+    main(Config(model=folder, system="brief", device="cpu"))
     system, ask = "<|im_start|>system\nbrief<|im_end|>\n", "<|im_end|>\n<|im_start|>assistant\n"
     first = f"{system}<|im_start|>user\nThe License{ask}"
     assert prompts == [
@@ -77,7 +77,7 @@ def test_a_conversation_remembers_and_starts_anew(folder, keyboard, replies, cap
 
 
 def test_one_prompt_one_answer(folder, tokenizer, capsys):
-    main(Config(folder, prompt="The License", temperature=0, max_new_tokens=8, device="cpu"))
+    main(Config(model=folder, prompt="The License", temperature=0, max_new_tokens=8, device="cpu"))
     prompt = tokenizer.encode_chat([USER], add_generation_prompt=True)
     (expected,) = generate(
         load_model(folder), [prompt], max_new_tokens=8, temperature=0, stop_ids=tokenizer.stop_ids
@@ -89,7 +89,13 @@ def test_the_same_seed_gives_the_same_answer(folder, capsys):
     def answers(seed):
         main(
             Config(
-                folder, prompt="The", temperature=1.0, top_p=1.0, max_new_tokens=12, seed=seed, device="cpu"
+                model=folder,
+                prompt="The",
+                temperature=1.0,
+                top_p=1.0,
+                max_new_tokens=12,
+                seed=seed,
+                device="cpu",
             )
         )
         return capsys.readouterr().out
@@ -99,7 +105,7 @@ def test_the_same_seed_gives_the_same_answer(folder, capsys):
 
 def test_another_answer_draws_anew(folder, keyboard, capsys):
     keyboard("The", "/new", "The")
-    main(Config(folder, temperature=1.0, top_p=1.0, max_new_tokens=12, device="cpu"))
+    main(Config(model=folder, temperature=1.0, top_p=1.0, max_new_tokens=12, device="cpu"))
     first, second = capsys.readouterr().out.strip().split("\n", 1)
     assert first != second
 
@@ -108,7 +114,7 @@ def test_characters_of_several_tokens_are_shown_whole(folder, replies, capsys, m
     replies("é 🎉 再<|im_end|>")
     written = []
     monkeypatch.setattr("builtins.print", lambda *parts, **_: written.extend(parts))
-    main(Config(folder, prompt="x", device="cpu"))
+    main(Config(model=folder, prompt="x", device="cpu"))
     assert "".join(written) == "é 🎉 再" and not any("\ufffd" in part for part in written)
     assert len(written) > 3  # as it comes, not at the end
 
@@ -125,7 +131,7 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_the_conversation(
 
     monkeypatch.setattr(chat, "stream", interrupted)
     keyboard("The License", "and", KeyboardInterrupt(), "never read")
-    main(Config(folder, device="cpu"))
+    main(Config(model=folder, device="cpu"))
     assert capsys.readouterr().out == "half\nhalf\n\n"
     assert len(prompts) == 2 and "half" in prompts[1]
     assert command(["chat", "--model", str(folder), "--prompt", "x", "--device", "cpu"]) == 130
@@ -134,16 +140,16 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_the_conversation(
 def test_a_model_without_a_template_goes_on_with_the_text(folder, tokenizer, replies, tmp_path, capsys):
     save_model(load_model(folder), tmp_path / "base", Tokenizer(tokenizer.backend, eos="<|endoftext|>"))
     prompts = replies(" and more", "yes")
-    main(Config(tmp_path / "base", prompt="The License", device="cpu"))
-    main(Config(tmp_path / "base", prompt="The License", chat_template="plain", device="cpu"))
+    main(Config(model=tmp_path / "base", prompt="The License", device="cpu"))
+    main(Config(model=tmp_path / "base", prompt="The License", chat_template="plain", device="cpu"))
     assert prompts == ["The License", "User:\nThe License\n\nAssistant:\n"]
     with pytest.raises(InputError, match="--system: the model has no chat template"):
-        main(Config(tmp_path / "base", system="brief", device="cpu"))
+        main(Config(model=tmp_path / "base", system="brief", device="cpu"))
 
 
 def test_a_conversation_beyond_the_trained_length_is_remarked_upon(folder, replies, capsys):
     replies("x")
-    main(Config(folder, prompt="x", max_new_tokens=2048, device="cpu"))
+    main(Config(model=folder, prompt="x", max_new_tokens=2048, device="cpu"))
     assert "beyond the 2048 tokens" in capsys.readouterr().err
 
 
@@ -177,7 +183,7 @@ def test_tools_and_variables_reach_the_template(folder, tmp_path, keyboard, repl
     keyboard("hello", "again")
     prompts = replies("one", "two")
     flags = {"chat_template": str(tmp_path / "own.jinja"), "chat_template_kwargs": '{"mood": "calm"}'}
-    main(Config(folder, tools=tmp_path / "tools.json", device="cpu", **flags))
+    main(Config(model=folder, tools=tmp_path / "tools.json", device="cpu", **flags))
     assert prompts == [
         f"{TOOLS} calm user hello ",
         f"{TOOLS} calm user hello assistant one user again ",
@@ -222,4 +228,4 @@ def test_what_the_template_would_leave_out_is_refused(folder, tmp_path, template
     if "tools" in flags:
         flags = flags | {"tools": tmp_path / flags["tools"]}
     with pytest.raises(InputError, match=message):
-        main(Config(model, prompt="hello", device="cpu", **flags))
+        main(Config(model=model, prompt="hello", device="cpu", **flags))

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from burnish.algorithms.data.batch import make_batches
+from burnish.algorithms.run.flags import SamplingFlags
 from burnish.model.checkpoint import load_model, load_scalar_model, save_model
 from burnish.model.packed import pack
 from burnish.model.text.tokenizer import Tokenizer
@@ -261,6 +263,14 @@ def a_stopped_run_goes_on(module: ModuleType, place: Place) -> None:
     for name in one:
         if "second" not in name and isinstance(one[name], float):
             same(one[name], other[name], 0)
+
+
+def a_stopped_run_of_it_goes_on(module: ModuleType, place: Place) -> None:
+    """Of distillation, within the module's Run."""
+    distill = algorithm("distill")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distill, "Run", module.Run)
+        a_stopped_run_goes_on(distill, place)
 
 
 def grpo_starts_on_policy(module: ModuleType, place: Place) -> None:
@@ -510,11 +520,10 @@ def lessons_are_what_they_should_be(module: ModuleType, place: Place) -> None:
     """Answers behind their prompts, trained to the end token; trained tokens beside what was stored for them."""
     model, tokenizer = load_model(place.model), Tokenizer.load(place.model)
     prompts = [tokenizer.encode("1+2+3="), tokenizer.encode("4+5=")]
-    flags = {"temperature": 1.0, "max_new_tokens": 30, "batch_size": None, "seed": 0}
-    lessons, ended = module.answered(model, tokenizer, prompts, **flags)
+    lessons, ended = module.answered(model, tokenizer, prompts, SamplingFlags(max_new_tokens=30), seed=0)
     assert ended > 0, "expected an end"
     for lesson, prompt in zip(lessons, prompts, strict=True):
-        assert lesson.prompt == prompt, "expected the prompt"
+        assert lesson.prefix == prompt, "expected the prompt"
         assert all(lesson.mask[len(prompt) :]), "expected all of the answer, and its end, to be trained"
     ids = torch.arange(6).view(3, 2).int()
     stored = [
@@ -524,11 +533,10 @@ def lessons_are_what_they_should_be(module: ModuleType, place: Place) -> None:
     file = place.output.with_suffix(".safetensors")
     module.write_lessons(file, stored, tokenizer, 1.0)
     back = module.read_lessons(file, tokenizer, 1.0)
-    (one,) = module.micro_batches(back, 100, "cpu")
+    (one,) = make_batches(back, 100, "cpu")
     assert one.packed.tokens[one.rows].tolist() == [2, 3, 5], "expected the trained tokens"
-    assert one.ids.tolist() == ids.tolist() and one.logprobs.tolist() == (-ids).tolist(), (
-        "expected what was stored"
-    )
+    assert one.teacher_ids.tolist() == ids.tolist(), "expected what was stored"
+    assert one.teacher_logprobs.tolist() == (-ids).tolist(), "expected what was stored"
 
 
 def calls_are_awaited_and_timed(module: ModuleType, place: Place) -> None:
@@ -914,7 +922,7 @@ FAULTS = [
             (
                 "sft",
                 one_step_is_one_sum,
-                [("step's denominator", "(logprob, num_tokens)\n", "(logprob, len(logprob))\n")],
+                [("step's denominator", "(logprob, batches.num_trained)\n", "(logprob, len(logprob))\n")],
             ),
             (
                 "distill",
@@ -924,13 +932,13 @@ FAULTS = [
                     ("the other KL", "cfg.beta or 0.0", "1 - (cfg.beta or 0.0)"),
                     (
                         "temperature ignored",
-                        "*theirs, beta=beta, temperature=T",
-                        "*theirs, beta=beta",
+                        "teacher_head, beta=cfg.beta or 0.0, temperature=cfg.temperature",
+                        "teacher_head, beta=cfg.beta or 0.0",
                     ),
                     (
                         "squared unasked",
-                        "T**2 if cfg.temperature_squared else 1.0",
-                        "T**2",
+                        "cfg.temperature**2 if cfg.temperature_squared else 1.0",
+                        "cfg.temperature**2",
                     ),
                     ("not squared", "scale * divergence.sum()", "divergence.sum()"),
                 ],
@@ -938,7 +946,7 @@ FAULTS = [
             (
                 "distill",
                 one_step_is_one_sum,
-                [("step's denominator", "micro, num_tokens)\n", "micro, micro.rows.numel())\n")],
+                [("step's denominator", "batch, batches.num_trained)\n", "batch, batch.rows.numel())\n")],
             ),
             (
                 "distill",
@@ -961,7 +969,11 @@ FAULTS = [
                     ("one coin for all", "random.Random(seed)", "random.Random(cfg.seed)"),
                 ],
             ),
-            ("distill", a_stopped_run_goes_on, [("rows from the start", "skip=run.start", "skip=0")]),
+            (
+                "run.loop",
+                a_stopped_run_of_it_goes_on,
+                [("rows from the start", 'skip=self.values.get("draws", self.start)', "skip=0")],
+            ),
             (
                 "data.lessons",
                 lessons_are_what_they_should_be,

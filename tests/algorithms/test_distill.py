@@ -189,7 +189,7 @@ def test_the_loss_is_the_kl_of_the_two_models_over_completions(cfg):
     distill.train(dataclasses.replace(cfg, steps=1, batch_size=64))
     student, teacher, tokenizer = load_model(cfg.model), load_model(cfg.teacher), Tokenizer.load(cfg.model)
     total, count = 0.0, 0
-    for example in load_lessons(cfg.data, tokenizer, max_length=64, prompts_alone=False, temperature=None):
+    for example in load_lessons(cfg, tokenizer, prompts_alone=False, temperature=None):
         packed = pack([example.tokens])
         log_s, log_t = (model.logits(model(packed)).log_softmax(-1)[:-1] for model in (student, teacher))
         trained = torch.tensor(example.mask[1:])
@@ -240,22 +240,21 @@ def test_sequence_level_is_sft_to_the_bit(cfg, tmp_path):
 
 def test_the_students_own_samples_are_scored_as_they_were_sampled(cfg, monkeypatch):
     """Behind their prompts, up to the end token, at the temperature of sampling."""
-    seen, whole = [], distill.micro_batches
-    monkeypatch.setattr(distill, "micro_batches", lambda given, *a: seen.append(given) or whole(given, *a))
+    seen, whole = [], distill.make_batches
+    monkeypatch.setattr(distill, "make_batches", lambda given, *a: seen.append(given) or whole(given, *a))
     cfg = dataclasses.replace(cfg, loss="policy_gradient", temperature=1.5, learning_rate=0.0, **OWN)
     distill.train(cfg)
     model, tokenizer = load_model(cfg.model), Tokenizer.load(cfg.model)
     prompts = {
-        tuple(lesson.prompt)
-        for lesson in load_lessons(cfg.data, tokenizer, max_length=64, prompts_alone=True, temperature=None)
+        tuple(lesson.prefix) for lesson in load_lessons(cfg, tokenizer, prompts_alone=True, temperature=None)
     }
     for line, batch in zip(metrics_of(cfg.output), seen, strict=True):
         entropies = []
         for lesson in batch:
             length = sum(lesson.mask)
-            assert tuple(lesson.prompt) in prompts and all(lesson.mask[-length:]) and length <= 8
+            assert tuple(lesson.prefix) in prompts and all(lesson.mask[-length:]) and length <= 8
             assert length == 8 or lesson.tokens[-1] in tokenizer.stop_ids
-            rows = torch.arange(len(lesson.prompt), len(lesson.tokens))
+            rows = torch.arange(len(lesson.prefix), len(lesson.tokens))
             _, _, entropy = model.score(pack([lesson.tokens]), rows, temperature=1.5)
             entropies.append(entropy)
         assert line["entropy"] == pytest.approx(torch.cat(entropies).mean().item(), rel=1e-5)
@@ -337,7 +336,7 @@ def test_a_teachers_answers_are_kept_as_ids(teacher, model_folder, prompts, tmp_
     file, tokenizer = teach.teach(taught), Tokenizer.load(teacher)
     lessons = read_lessons(file, tokenizer, None)
     assert len(lessons) == 64 and all(0 < sum(lesson.mask) <= 6 for lesson in lessons)
-    assert all(lessons[i].prompt == lessons[i + 1].prompt for i in range(0, 64, 2))
+    assert all(lessons[i].prefix == lessons[i + 1].prefix for i in range(0, 64, 2))
     assert lessons[0].tokens != lessons[1].tokens and lessons[0].ids is None
     run = distill.Config(
         model=model_folder,

@@ -10,6 +10,12 @@ import torch
 from burnish.algorithms import evaluate
 from burnish.algorithms.data.examples import sft_examples
 from burnish.algorithms.data.rows import read_rows
+from burnish.algorithms.search.votes import (
+    majority_is_right,
+    pass_at_k,
+    standard_error,
+    standard_error_of_ratio,
+)
 from burnish.algorithms.verifiers import gsm8k, last_number, number
 from burnish.model.checkpoint import load_model, load_scalar_model, save_model
 from burnish.model.errors import InputError
@@ -22,15 +28,30 @@ from burnish.model.text.tokenizer import Tokenizer
 def test_pass_at_k_is_the_share_of_all_subsets(num_right, k):
     samples = [i < num_right for i in range(5)]
     subsets = list(itertools.combinations(samples, k))
-    assert evaluate.pass_at_k(5, num_right, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+    assert pass_at_k(5, num_right, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
 
 
 def test_majority_vote():
-    assert evaluate.majority_is_right(["7", "8", "7"], [True, False, True])
-    assert not evaluate.majority_is_right(["8", "8", "7"], [False, False, True])
-    assert evaluate.majority_is_right([None, None, "7"], [False, False, True])  # no answer casts no vote
-    assert not evaluate.majority_is_right([None, None], [False, False])
-    assert evaluate.majority_is_right(["7", "8"], [True, False])  # the earliest of equally frequent ones
+    assert majority_is_right(["7", "8", "7"], [True, False, True])
+    assert not majority_is_right(["8", "8", "7"], [False, False, True])
+    assert majority_is_right([None, None, "7"], [False, False, True])  # no answer casts no vote
+    assert not majority_is_right([None, None], [False, False])
+    assert majority_is_right(["7", "8"], [True, False])  # the earliest of equally frequent ones
+
+
+def test_the_error_of_a_ratio_is_that_of_its_draws():
+    """Against the spread of the ratio itself over many draws; with equal denominators it is that of a mean."""
+    draws = torch.randn(4000, 200, 2, generator=torch.Generator().manual_seed(0)).double()
+    numerators, denominators = 3 + draws[..., 0] + draws[..., 1], 2 + 0.5 * draws[..., 1]
+    spread = (numerators.sum(1) / denominators.sum(1)).std().item()
+    found = [
+        standard_error_of_ratio(x, y)
+        for x, y in zip(numerators[:400].tolist(), denominators[:400].tolist(), strict=True)
+    ]
+    assert sum(found) / 400 == pytest.approx(spread, rel=0.03)
+    values = numerators[0].tolist()
+    assert standard_error_of_ratio(values, [2] * 200) == pytest.approx(standard_error(values) / 2)
+    assert standard_error_of_ratio([1.0], [2]) == standard_error([1.0]) == 0
 
 
 @pytest.mark.parametrize(

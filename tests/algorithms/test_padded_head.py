@@ -361,7 +361,9 @@ def chat_is_the_twins(place: Place) -> None:
     answers = []
     for folder in (place.twins.dense, place.twins.other):
         with contextlib.redirect_stdout(io.StringIO()) as answer:
-            chat.main(chat.Config(folder, prompt="1+2+", temperature=1.0, max_new_tokens=9, device="cpu"))
+            chat.main(
+                chat.Config(model=folder, prompt="1+2+", temperature=1.0, max_new_tokens=9, device="cpu")
+            )
         answers.append(answer.getvalue())
     assert answers[0] == answers[1] != "\n", "expected the twin's answer"
 
@@ -411,7 +413,7 @@ def test_every_algorithm_says_what_it_draws_from():
     """Recipes, too, which no test here runs."""
     calls = [
         (file.name, node)
-        for file in sorted(ALGORITHMS.glob("*.py"))
+        for file in sorted(ALGORITHMS.rglob("*.py"))
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("generate", "stream")
     ]
@@ -444,8 +446,13 @@ def _over_the_tokens_alone(token_logprobs):
     return fault
 
 
-def _given_text(micro_batches):
-    return lambda *a: [dataclasses.replace(micro, vocabulary=None) for micro in micro_batches(*a)]
+def _given_text(make_batches):
+    def fault(*a):
+        batches = make_batches(*a)
+        batches[:] = [dataclasses.replace(batch, vocabulary=None) for batch in batches]
+        return batches
+
+    return fault
 
 
 def _from_the_whole_head(generate):
@@ -473,8 +480,8 @@ FAULTS = [
     ("a row is taken for its id", Vocabulary, "ids_of", _unmapped, grpo_is_the_twins),
     ("an id is taken for its row", Vocabulary, "rows_of", _unmapped, grpo_is_the_twins),
     ("an id is taken for its row", Vocabulary, "rows_of", _unmapped, policy_gradient_is_the_twins),
-    ("taken for given text", distill, "micro_batches", _given_text, policy_gradient_is_the_twins),
-    ("taken for given text", distill, "micro_batches", _given_text, distill_is_the_twins),
+    ("taken for given text", distill, "make_batches", _given_text, policy_gradient_is_the_twins),
+    ("taken for given text", distill, "make_batches", _given_text, distill_is_the_twins),
     ("stored over the tokens alone", Head, "token_logprobs", _over_the_tokens_alone, teach_is_the_twins),
     ("sampled from the whole head", evaluate, "generate", _from_the_whole_head, evaluate_is_the_twins),
     ("sampled from the whole head", chat, "stream", _from_the_whole_head, chat_is_the_twins),

@@ -20,7 +20,7 @@ from burnish.algorithms.data.examples import rl_prompts, sft_examples
 from burnish.algorithms.data.lessons import read_lessons
 from burnish.algorithms.data.pairs import judged_completions, preferences
 from burnish.algorithms.data.rows import read_rows
-from burnish.algorithms.run.flags import load_tokenizer
+from burnish.algorithms.data.tokenizer import load_tokenizer
 from burnish.model.checkpoint import load_model, load_scalar_model
 from burnish.model.convert import convert_gguf
 from burnish.model.errors import InputError

@@ -1,0 +1,1 @@
+"""Work without a gradient: several samples of one prompt, weighed against one another."""
