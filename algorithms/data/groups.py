@@ -8,7 +8,7 @@ A group is an item of batch.py, [prompt][sample 1]...[sample G] with the prompt 
 tokens through the layers instead of G*P + sum(n_i).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -195,19 +195,20 @@ class Sampler:
         return judge(self._rewards, as_asked(self._tokenizer, asked, samples))
 
     def sample_varied(
-        self, model: Transformer, batches: Iterator[list[Prompt]], seed: int, max_draws: int
+        self, model: Transformer, draw: Callable[[], list[Prompt]], seed: int, max_draws: int
     ) -> tuple[Groups, Groups, int]:
         """DAPO's dynamic sampling: batches of prompts until --prompts-per-step groups have rewards that differ.
 
-        At most max_draws batches; with one, nothing is left out. seed: of the first, the next ones have those after it.
-        Returns the groups to train on, perhaps fewer than asked for, all groups, and how many batches were drawn.
+        draw: the next batch. max_draws: how many at most; with one, nothing is left out. seed: of the first, the next
+        ones have those after it. Returns the groups to train on, perhaps fewer than asked for, all groups, and how many
+        batches were drawn.
         Source: https://arxiv.org/abs/2503.14476, section 3.2
         """
         drawn: list[Group] = []
         varied: list[Group] = []
         draws = 0
         while draws < max_draws and len(varied) < self._prompts_per_step:
-            groups = self.sample(model, next(batches), seed + draws)
+            groups = self.sample(model, draw(), seed + draws)
             draws += 1
             drawn += groups
             varied += [group for group in groups if group.varied]

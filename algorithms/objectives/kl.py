@@ -24,7 +24,7 @@ def k2_loss(
     return (k2 / denominator).sum(), {"kl": k2.detach().mean()}
 
 
-def _k3_loss(
+def k3_loss(
     logprob: Tensor, ref_logprob: Tensor, denominator: Tensor | float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """exp(-d) + d - 1. Source: http://joschu.net/blog/kl-approx.html; https://arxiv.org/abs/2402.03300, eq. 4"""
