@@ -329,17 +329,17 @@ def over_completions(
 
 @torch.no_grad()
 def over_tokens(
-    model: Transformer | ScalarModel | None,
+    model: Transformer | ScalarModel,
     batches: Sequence[Batch],
-    function: Callable[[Batch], Tensor],
+    function: Callable[[Batch, Any], Tensor],
     real: Tensor,
 ) -> Tensor:
-    """function(batch), (..., tokens) of each batch, laid out as `real`: (..., completions, length) fp32.
+    """function(batch, model), (..., tokens) of each batch, laid out as `real`: (..., completions, length) fp32.
 
-    model: what the function calls, if it calls any. real: which of its places are trained tokens. 0 at the others, and
-    for completions in no batch. A token is in one process's batches, and every process has all tokens' numbers.
+    real: which of its places are trained tokens. 0 at the others, and for completions in no batch. A token is in one
+    process's batches, and every process has all tokens' numbers.
     """
-    values = torch.cat([function(batch).float() for batch in batches], -1)  # (..., tokens of these batches)
+    values = torch.cat([function(batch, model).float() for batch in batches], -1)  # (..., these tokens)
     positions = torch.cat([batch.positions for batch in batches])
     places = real.flatten().nonzero().squeeze(1)[positions]
     found = torch.zeros(*values.shape[:-1], real.numel(), device=real.device)
