@@ -24,7 +24,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -145,7 +145,7 @@ def train(cfg: Config) -> Path:
     prompts = load_prompts(cfg, tokenizer, rewards)
     model = load_trainee(cfg)
     check_model(model, tokenizer, prompts, max(len(p.tokens) for p in prompts) + cfg.max_new_tokens)
-    reference = frozen_copy(model) if cfg.kl_coefficient else None
+    reference: Any = frozen_copy(model) if cfg.kl_coefficient else None
 
     learner = Learner(cfg, model)
     with Run(cfg, tokenizer, frozen=[reference], model=learner) as run:
@@ -188,6 +188,7 @@ def train(cfg: Config) -> Path:
                         terms = Terms(
                             logprob, old_logprobs[i], batch.sampled_logprob, ref_logprob, A, N, batch.lengths
                         )
+
                         loss, means = objective(cfg, terms)
                         means["entropy"] = entropy.detach().mean()
                         learner.backward(loss, batch.share, means=means)

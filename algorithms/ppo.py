@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -129,7 +129,7 @@ ADVANTAGES = {"gae": _gae, "rloo": _rloo, "reinforce_pp": _reinforce_pp}
 
 
 class Rollout(NamedTuple):
-    """What the models say of a rollout: (samples, length) each, 0 where there is no token, but score, (samples,)."""
+    """A rollout as the models see it: (samples, length) each, 0 where there is no token, but score, (samples,)."""
 
     real: Tensor  # bool, where there is a token
     mask: Tensor  # bool, where there is one of a judged sample
@@ -240,12 +240,14 @@ def train(cfg: Config) -> Path:
                         batches = make_split_batches(groups, chosen, cfg.micro_batch_tokens, cfg.device)
                         N = batches.num_trained
                         for batch in batches:
+                            # the clipped loss of the policy
                             old_logprob, A, old_value, R = (values[batch.positions] for values in of_tokens)
                             logprob, _ = batch.score(policy.model, cfg.temperature)  # (tokens,)
                             loss, means = clipped_loss(logprob, old_logprob, A, N, *clips)
                             means["approx_kl"] = (logprob.detach() - old_logprob).square().mean() / 2
                             policy.backward(loss, batch.share, means=means)
-                            if critic is not None:
+
+                            if critic is not None:  # and the clipped square of its values
                                 value = batch.values(critic.model)
                                 loss = value_loss(value, old_value, R, N, cfg.value_clip)
                                 critic.backward(loss, batch.share)
@@ -283,12 +285,14 @@ def _load_models(cfg: Config, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -
     reward_model = load_reward_model(cfg, tokenizer, prompts) if cfg.reward_model else None
     model = load_trainee(cfg)
     check_model(model, tokenizer, prompts, max(len(p.tokens) for p in prompts) + cfg.max_new_tokens)
+    reference: Any = frozen_copy(model)
     policy, critic = Learner(cfg, model, eps=1e-5), None
+
     if cfg.advantage == "gae":
         value_model = load_scalar_trainee(cfg, cfg.critic or cfg.reward_model or cfg.model)
         check_model(value_model, tokenizer, prompts, 0, "the critic")
         critic = Learner(cfg, value_model, cfg.critic_learning_rate, eps=1e-5)
-    return Models(policy, frozen_copy(model), critic, reward_model)
+    return Models(policy, reference, critic, reward_model)
 
 
 def _step(policy: Learner[Transformer], critic: Learner[ScalarModel] | None, step: int) -> dict[str, float]:

@@ -92,7 +92,7 @@ def _takes_all(parameters: Parameters) -> bool:
 def arguments_for(
     label: str, function: Callable[..., Any], samples: Samples, tools: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What the function takes of all that there is; samples are a copy of its own, which it may edit.
+    """The arguments that the function takes of all that there is; samples are a copy of its own, which it may edit.
 
     Raises InputError where it needs what there is not.
     """

@@ -64,9 +64,13 @@ class Group:
         """The ids that the samples continue."""
         return self.row.tokens
 
-    @cached_property
-    def completions(self) -> list[Completion]:
+    @property
+    def completions(self) -> Sequence[Completion]:
         """The samples as they are trained."""
+        return self._completions
+
+    @cached_property
+    def _completions(self) -> list[Completion]:
         return [
             Completion(
                 sample.tokens,
@@ -217,7 +221,7 @@ class Sampler:
 
 
 def as_asked(tokenizer: Tokenizer, asked: Sequence[Prompt], samples: Sequence[Sample]) -> Samples:
-    """What reward functions see of each sample and its prompt."""
+    """The samples and their prompts as reward functions see them."""
     return Samples(
         [prompt.text for prompt in asked],
         [_answer(tokenizer, prompt, sample) for prompt, sample in zip(asked, samples, strict=True)],
@@ -227,7 +231,7 @@ def as_asked(tokenizer: Tokenizer, asked: Sequence[Prompt], samples: Sequence[Sa
 
 
 def _answer(tokenizer: Tokenizer, prompt: Prompt, sample: Sample) -> str | list[dict[str, str]]:
-    """What a reward function sees: text, or one assistant message where the prompt is a conversation."""
+    """The sample's text, or one assistant message where the prompt is a conversation."""
     text = tokenizer.decode(sample.tokens)
     return text if isinstance(prompt.text, str) else [{"role": "assistant", "content": text}]
 

@@ -122,7 +122,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 class Judgement(NamedTuple):
-    """What samples are worth, and what the functions have logged of them."""
+    """The worth of samples, and what the functions have logged of them."""
 
     total: Tensor  # (samples,) fp32, the weighted sum; NaN where no reward function judged
     parts: dict[str, Tensor]  # each function's own, (samples,)

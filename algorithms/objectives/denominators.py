@@ -21,5 +21,5 @@ def sequence_mean(lengths: Tensor) -> Tensor:
 
 
 def constant_length(lengths: Tensor, max_length: int) -> Tensor:
-    """How many sequences there are, times max_length: the cap on a completion's length, the same for every step."""
+    """The number of sequences times max_length: the cap on a completion's length, the same for every step."""
     return torch.full(lengths.shape, float(lengths.shape[0] * max_length))

@@ -63,7 +63,7 @@ class Learner(Generic[Model]):
         means: numbers that are means over the micro-batch's tokens; `step` returns those over the step's.
         """
         (loss + self.balance.loss(share)).backward()
-        for name, value in {"loss": loss, **(metrics or {})}.items():
+        for name, value in {"loss": loss.detach(), **(metrics or {})}.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value)
         for name, mean in (means or {}).items():  # NaN without a token
             self._sums[name] = self._sums.get(name, 0.0) + (float(mean) * share if share else 0.0)
