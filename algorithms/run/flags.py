@@ -152,7 +152,7 @@ class RolloutFlags(SamplingFlags, TrainingFlags):
     data: Path  # prompts, with any further columns for the reward functions: .jsonl, .json or .parquet
     reward: tuple[str, ...] = ()  # FILE.py:function or package.module:function, any number
     reward_weights: tuple[float, ...] = ()  # one a reward function; all 1 where none are given
-    reward_timeout: Seconds | None = None  # seconds that a call of the reward functions has; no limit by default
+    reward_timeout: Seconds | None = None  # that a call of the reward functions has; no limit by default
     steps: int = 200  # rollouts
     prompts_per_step: Count  # prompts in one rollout
     group_size: Annotated[int, Bounds(1, MOST_SAMPLES)]  # samples of one prompt

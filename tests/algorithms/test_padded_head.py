@@ -408,7 +408,7 @@ def test_every_algorithm_says_what_it_draws_from():
     """Recipes, too, which no test here runs."""
     calls = [
         (file.name, node)
-        for file in sorted(ALGORITHMS.glob("*.py"))
+        for file in sorted(ALGORITHMS.rglob("*.py"))
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("generate", "stream")
     ]

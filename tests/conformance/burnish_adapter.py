@@ -8,13 +8,15 @@ import json
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 from burnish.algorithms import ppo
 from burnish.algorithms.objectives.advantages import gae
-from burnish.algorithms.objectives.policy import clipped_loss, k2_loss, k3_loss, rho_k3_loss
-from burnish.algorithms.run import loop as _loop
+from burnish.algorithms.objectives.kl import k2_loss, k3_loss, rho_k3_loss
+from burnish.algorithms.objectives.policy import clipped_loss
+from burnish.algorithms.run import learner
 from burnish.algorithms.sft import sft_loss
 from burnish.bench.conformance import KL, Batch, Row, Step, Toy, Trainer, ids_of
 from burnish.model.checkpoint import load_model
@@ -31,12 +33,13 @@ def flat_gradient(model: torch.nn.Module) -> Tensor:
 def train(algorithm: str, rows: list[Row], **flags: object) -> list[Step]:
     module = importlib.import_module(f"burnish.algorithms.{algorithm}")
     gradients: list[Tensor] = []
+    step = learner.optimizer_step
 
-    def optimizer_step(model: torch.nn.Module, *rest: object) -> float:
+    def optimizer_step(model: torch.nn.Module, *rest: Any) -> float:
         gradients.append(flat_gradient(model))
-        return _loop.optimizer_step(model, *rest)
+        return step(model, *rest)
 
-    with tempfile.TemporaryDirectory() as name, mock.patch.object(module, "optimizer_step", optimizer_step):
+    with tempfile.TemporaryDirectory() as name, mock.patch.object(learner, "optimizer_step", optimizer_step):
         data = Path(name) / "rows.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         common = {"batch_size": len(rows), "schedule": "constant", "warmup_steps": 0, "device": "cpu"}

@@ -12,7 +12,8 @@ import pytest
 import torch
 from burnish.algorithms.distill import divergence_loss
 from burnish.algorithms.dpo import dpo_loss
-from burnish.algorithms.objectives.policy import clipped_loss, k3_loss
+from burnish.algorithms.objectives.kl import k3_loss
+from burnish.algorithms.objectives.policy import clipped_loss
 from burnish.kernels import token_divergence, token_logprobs
 
 pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
