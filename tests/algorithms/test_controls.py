@@ -171,6 +171,9 @@ def rows_are_read_as_they_should(module: ModuleType, place: Place) -> None:
 
 # ---- policies
 
+OF_TOKENS = "values in of_tokens)\n                            "
+FIRST = "[: len(batch.positions)]\n"
+
 
 def rl_config(module: ModuleType, place: Place, **changes: Any) -> Any:
     """A run of one step, with a reward that differs from sample to sample."""
@@ -616,8 +619,6 @@ class Fault(NamedTuple):
     check: Callable[[ModuleType, Place], None]
 
 
-OF_TOKENS = "values in of_tokens)\n                            "
-FIRST = "[: len(batch.positions)]\n"
 PREFERENCES = "data.pairs"
 VALUES = {
     "dpo": pair_losses_have_their_values,

@@ -33,6 +33,7 @@ def flat_gradient(model: torch.nn.Module) -> Tensor:
 def train(algorithm: str, rows: list[Row], **flags: object) -> list[Step]:
     module = importlib.import_module(f"burnish.algorithms.{algorithm}")
     gradients: list[Tensor] = []
+
     step = learner.optimizer_step
 
     def optimizer_step(model: torch.nn.Module, *rest: Any) -> float:
