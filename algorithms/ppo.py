@@ -106,16 +106,19 @@ def adapted(kl_coefficient: float, kl: float, target: float, samples: int, horiz
 
 
 def _gae(cfg: Config, reward: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """1506.02438, eq. 16."""
     advantage = gae(reward, value, mask, cfg.gamma, cfg.gae_lambda)
     return whiten(advantage, mask), advantage + value  # the returns are those before whitening
 
 
 def _reinforce_pp(cfg: Config, reward: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    advantage = gae(reward, value, mask, cfg.gamma, 1.0)  # values are 0: the rewards to come
+    """2501.03262: the discounted sum of the rewards from each token on."""
+    advantage = gae(reward, value, mask, cfg.gamma, 1.0)  # all values are 0
     return whiten(advantage, mask), advantage
 
 
 def _rloo(cfg: Config, reward: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """2402.14740, eq. 8, of a sample's summed reward."""
     total = reward.sum(1).masked_fill(~mask[:, 0], torch.nan)  # (samples,)
     advantage = rloo_advantages(total.view(-1, cfg.group_size)).view(-1, 1)  # (samples, 1)
     return advantage * mask, total[:, None].expand_as(mask)
@@ -214,11 +217,9 @@ def train(cfg: Config) -> Path:
                 rollout = measure(cfg, groups, models)
 
             # 2. the reward of each token, its advantage, and the return that its value should have been
-            beta, mask = run.values["kl_coefficient"], rollout.mask
+            beta, mask, lengths = run.values["kl_coefficient"], rollout.mask, groups.lengths.to(cfg.device)
             score = rollout.score - cfg.missing_end_penalty * ~groups.ended.to(cfg.device)  # (samples,)
-            reward = token_rewards(
-                score, rollout.k1, groups.lengths.to(cfg.device), beta
-            )  # (samples, length)
+            reward = token_rewards(score, rollout.k1, lengths, beta)  # (samples, length)
             scaled = scale(reward, mask) if cfg.whiten_rewards else reward
             advantage, returns = ADVANTAGES[cfg.advantage](cfg, scaled, rollout.value, mask)
             rewards.count(run.values, groups.parts, score.view(-1, cfg.group_size))
