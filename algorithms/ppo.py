@@ -15,8 +15,6 @@ is a model of its own, from --critic, else the reward model, else --model under 
 
 Departures: --whiten-rewards divides by the standard deviation and takes no mean off; dual clip is on by default.
 
-Metrics: docs/ppo.md.
-
 Source: Schulman et al. 2017, https://arxiv.org/abs/1707.06347, eq. 7; GAE, https://arxiv.org/abs/1506.02438
         KL in the reward and its controller: Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, eq. 2 and sec. 2.2
         details: Huang et al. 2024, https://arxiv.org/abs/2403.17031; dual clip: https://arxiv.org/abs/1912.09729, eq. 5
@@ -24,106 +22,62 @@ Run:    burnish ppo --model DIR --data FILE.jsonl --reward-model DIR
 """
 
 import sys
-import time
-from collections import defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..model.adapter import frozen_copy
 from ..model.errors import InputError
-from .data.groups import (
-    RL_BOUNDS,
-    completion_records,
-    ended,
-    lengths_of,
-    load_prompts,
-    micro_batches,
-    over_tokens,
-    parts_of,
-    rollout_metrics,
-    sample_groups,
-    timed,
-)
+from ..model.scalar import ScalarModel
+from ..model.text.tokenizer import Tokenizer
+from ..model.transformer import Transformer
+from .data.batch import Batch, make_split_batches, over_tokens
+from .data.examples import Prompt
+from .data.groups import Groups, Sampler, load_prompts
+from .data.ids import check_model
 from .data.rewards import load_reward_model, load_rewards, weighted_rewards
+from .data.tokenizer import load_tokenizer
 from .objectives.advantages import gae, rloo_advantages, scale, whiten
 from .objectives.policy import clipped_loss
-from .run.balance import Balance
 from .run.command import run_command
-from .run.flags import TrainingFlags, load_tokenizer
-from .run.loop import (
-    MOST_SAMPLES,
-    Run,
-    SaveDtype,
-    Schedule,
-    autocast,
-    check_flags,
-    check_model,
-    default_device,
-    epochs,
-    make_optimizer,
-    new_run_folder,
-    optimizer_step,
-    scheduled,
-)
-from .run.processes import reshard, shard, summed
+from .run.flags import MOST_SAMPLES, Bounds, Count, Limit, Rate, RolloutFlags, Share, check_flags, run_folder
+from .run.learner import Learner
+from .run.loop import Run
 from .run.trainee import load_scalar_trainee, load_trainee
 
 
-@dataclass(frozen=True)
-class Config(TrainingFlags):
+@dataclass(frozen=True, kw_only=True)
+class Config(RolloutFlags):
     model: Path  # Hugging Face folder, or an adapter's, to start from; the reference policy, too
-    data: Path  # prompts, with any further columns for the reward functions: .jsonl, .json or .parquet
     reward_model: Path | None = None  # folder of a reward model with the same tokenizer
-    reward: tuple[str, ...] = ()  # FILE.py:function or package.module:function, any number
-    reward_weights: tuple[float, ...] = ()  # one a reward function; all 1 where none are given
-    reward_timeout: float | None = None  # seconds that a call of the reward functions has; none: no limit
     critic: Path | None = None  # folder the critic starts from; by default the reward model's, or --model's
-    output: Path = field(default_factory=lambda: new_run_folder("ppo"))  # new folder: metrics, model, critic
-    steps: int = 200  # rollouts
-    prompts_per_step: int = 64  # prompts in one rollout
+    output: Path = run_folder("ppo")  # new folder: metrics, model, critic
+    prompts_per_step: int = 64
     group_size: int = 1  # samples of one prompt; rloo needs two
-    prompt_column: str | None = None  # the column that holds the prompt, where its name does not say so
-    max_prompt_length: int = 1024  # tokens; longer prompts are dropped and counted
-    max_new_tokens: int = 256  # cap on a completion's length
-    sampling_batch_size: int | None = None  # samples at a time, which bounds the cache; all by default
-    temperature: float = 1.0  # of sampling, and of scoring
-    top_k: int | None = None  # sample among the k most likely ids only
-    top_p: float | None = None  # sample among the fewest ids with this much probability, at most 1,024
-    missing_end_penalty: float = 0.0  # off the score of a sample that no stop token ended
+    missing_end_penalty: Rate = 0.0  # off the score of a sample that no stop token ended
     kl_coefficient: float = 0.05  # beta, at the start
-    kl_target: float | None = None  # beta is adapted to hold kl there
-    kl_horizon: int = 10_000  # samples over which it does
+    kl_target: Annotated[float, Bounds(1e-9)] | None = None  # beta is adapted to hold kl there
+    kl_horizon: Count = 10_000  # samples over which it does
     whiten_rewards: bool = False  # divide r by its standard deviation over the rollout's tokens
     advantage: Literal["gae", "rloo", "reinforce_pp"] = "gae"
-    gamma: float = 1.0  # discount
-    gae_lambda: float = 0.95
-    epochs_per_rollout: int = 4
-    minibatches: int = 4  # optimizer steps in an epoch, each on its share of the samples
-    clip_low: float = 0.2  # rho below 1 - clip_low has no gradient where A < 0
-    clip_high: float = 0.2  # rho above 1 + clip_high has none where A > 0
-    dual_clip: float = 3.0  # c: rho above it has none where A < 0, either; inf for none
-    value_clip: float = 0.2  # a value farther than this from the rollout's has no gradient; inf for none
-    micro_batch_tokens: int = 16384  # tokens in one forward and backward; gradients add up over micro-batches
-    learning_rate: float = 1e-6  # AdamW's, at its peak
-    critic_learning_rate: float = 1e-5
-    schedule: Schedule = "constant"
-    warmup_steps: int = 0  # of linear rise to learning_rate
-    weight_decay: float = 0.0  # of matrices; vectors have none
-    max_grad_norm: float = 1.0  # gradients are scaled down to it
-    lora_rank: int = 0  # train adapters of this rank in place of the weights; 0 trains the weights
-    lora_alpha: float | None = None  # an adapter's scale is alpha / rank; 2 * rank by default
-    base_4bit: bool = False  # hold the frozen weights in 4 bits (NF4): QLoRA
-    save_every: int = 0  # steps between checkpoints; 0 saves the models once, at the end
-    save_dtype: SaveDtype = "auto"  # of what is written; auto: that of --model, tensor by tensor
-    resume: bool = False  # go on from the last checkpoint in --output
-    checkpoint_activations: bool = False  # run each layer again in the backward: less memory, more time
+    gamma: Share = 1.0  # discount
+    gae_lambda: Share = 0.95
+    epochs_per_rollout: Count = 4
+    minibatches: Count = 4  # optimizer steps in an epoch, each on its share of the samples
+    clip_low: Share = 0.2  # rho below 1 - clip_low has no gradient where A < 0
+    clip_high: Limit = 0.2  # rho above 1 + clip_high has none where A > 0
+    dual_clip: Limit = 3.0  # c: rho above it has none where A < 0, either; inf for none
+    value_clip: Limit = 0.2  # a value farther than this from the rollout's has no gradient; inf for none
+    critic_learning_rate: Rate = 1e-5
     seed: int = 0  # of the order of rows, of sampling, and of a fresh head
-    device: str = field(default_factory=default_device)
+
+
+# ---- losses and rewards
 
 
 def value_loss(
@@ -148,151 +102,208 @@ def adapted(kl_coefficient: float, kl: float, target: float, samples: int, horiz
     return kl_coefficient * (1 + error * samples / horizon)
 
 
+# ---- advantages
+
+
+def _gae(cfg: Config, reward: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """1506.02438, eq. 16."""
+    advantage = gae(reward, value, mask, cfg.gamma, cfg.gae_lambda)
+    return whiten(advantage, mask), advantage + value  # the returns are those before whitening
+
+
+def _reinforce_pp(cfg: Config, reward: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """2501.03262: the discounted sum of the rewards from each token on."""
+    advantage = gae(reward, value, mask, cfg.gamma, 1.0)  # all values are 0
+    return whiten(advantage, mask), advantage
+
+
+def _rloo(cfg: Config, reward: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """2402.14740, eq. 8, of a sample's summed reward."""
+    total = reward.sum(1).masked_fill(~mask[:, 0], torch.nan)  # (samples,)
+    advantage = rloo_advantages(total.view(-1, cfg.group_size)).view(-1, 1)  # (samples, 1)
+    return advantage * mask, total[:, None].expand_as(mask)
+
+
+# reward, value, mask (samples, length) -> advantages and returns, each (samples, length)
+ADVANTAGES = {"gae": _gae, "rloo": _rloo, "reinforce_pp": _reinforce_pp}
+
+
+# ---- a rollout before its first update
+
+
+class Rollout(NamedTuple):
+    """A rollout as the models see it: (samples, length) each, 0 where there is no token, but score, (samples,)."""
+
+    real: Tensor  # bool, where there is a token
+    mask: Tensor  # bool, where there is one of a judged sample
+    logprob: Tensor  # fp32, the policy's
+    entropy: Tensor
+    k1: Tensor  # logprob less the reference's
+    value: Tensor  # the critic's, 0 without one
+    score: Tensor  # the functions' and the reward model's, NaN where not judged
+
+    def metrics(self, groups: Groups) -> dict[str, float | Tensor]:
+        """Means over judged samples and their tokens, before the first update."""
+        sampled_logprob = torch.zeros_like(self.logprob)
+        sampled_logprob[self.real] = torch.cat([sample.logprobs for sample in groups.samples]).to(
+            self.real.device
+        )
+        return {
+            "score": self.score.nanmean(),
+            "entropy": self.entropy[self.mask].mean(),
+            "mismatch": (sampled_logprob - self.logprob)[self.mask].abs().mean(),
+        }
+
+
+class Models(NamedTuple):
+    """The models of a run, of which policy and critic are trained."""
+
+    policy: Learner[Transformer]
+    reference: Transformer
+    critic: Learner[ScalarModel] | None
+    reward_model: ScalarModel | None
+
+
+def measure(cfg: Config, groups: Groups, models: Models) -> Rollout:
+    """The rollout as policy, reference, critic and reward model see it. A sample that is not judged is left out.
+
+    Raises InputError where none is.
+    """
+    lengths = groups.lengths.to(cfg.device)
+    real = torch.arange(int(lengths.max()), device=cfg.device) < lengths[:, None]  # (samples, length)
+    judged = ~groups.rewards.isnan()  # (samples,)
+    if not judged.any():
+        raise InputError("reward: no sample of this rollout was judged: nothing to learn from")
+    batches = make_split_batches(groups, judged, cfg.micro_batch_tokens, cfg.device)
+
+    # 1. the policies on each token
+    scored = lambda batch, policy: torch.stack(batch.score(policy, cfg.temperature))  # (2, tokens)
+    logprob, entropy = over_tokens(models.policy.model, batches, scored, real)
+    ref_logprob, _ = over_tokens(models.reference, batches, scored, real)
+
+    # 2. the critic on the state before it
+    value = torch.zeros_like(logprob)
+    if models.critic is not None:
+        value = over_tokens(models.critic.model, batches, Batch.values, real)
+
+    # 3. the reward model on the whole sample, read at its last token
+    score = groups.rewards.to(cfg.device)  # (samples,)
+    if models.reward_model is not None:
+        scores = over_tokens(models.reward_model, batches, Batch.token_scores, real)
+        score = score + scores.gather(1, lengths[:, None] - 1).squeeze(1)
+    mask = real & judged.to(cfg.device)[:, None]
+    return Rollout(real, mask, logprob, entropy, logprob - ref_logprob, value, score)
+
+
 def train(cfg: Config) -> Path:
     """Returns the folder of the trained model."""
-    check_flags(
-        cfg,
-        **RL_BOUNDS,
-        **dict.fromkeys(("gamma", "gae_lambda", "clip_low"), (0, 1)),
-        **dict.fromkeys(("kl_horizon", "epochs_per_rollout", "minibatches"), (1, inf)),
-        **dict.fromkeys(("missing_end_penalty", "clip_high", "value_clip", "critic_learning_rate"), (0, inf)),
-        group_size=(2 if cfg.advantage == "rloo" else 1, MOST_SAMPLES),
-        kl_target=(1e-9, inf),
-        dual_clip=(1 + cfg.clip_high, inf),
-    )
+    _check(cfg)
+    rewards = weighted_rewards(cfg, load_rewards(cfg.reward) if cfg.reward else {})
+    tokenizer = load_tokenizer(cfg)
+    prompts = load_prompts(cfg, tokenizer, rewards)
+    policy, reference, critic, reward_model = models = _load_models(cfg, tokenizer, prompts)
+
+    with Run(cfg, tokenizer, frozen=[reference, reward_model], model=policy, critic=critic) as run:
+        run.values.setdefault("kl_coefficient", cfg.kl_coefficient)
+        run.values |= {} if run.start else {"varied": 0}
+        sampler = Sampler(cfg, tokenizer, rewards, run)
+        for step in run.steps():
+            # 1. samples of each prompt, judged; what the models say of their tokens
+            rewards.begin(cfg, step, step, len(prompts))
+            asked = [prompts[i] for i in run.next(len(prompts), cfg.prompts_per_step)]
+            seed = (cfg.seed << 32) + step
+            groups = sampler.sample(policy.model, asked, seed)
+            with run.timed("scoring_seconds"):
+                rollout = measure(cfg, groups, models)
+
+            # 2. the reward of each token, its advantage, and the return that its value should have been
+            beta, mask, lengths = run.values["kl_coefficient"], rollout.mask, groups.lengths.to(cfg.device)
+            score = rollout.score - cfg.missing_end_penalty * ~groups.ended.to(cfg.device)  # (samples,)
+            reward = token_rewards(score, rollout.k1, lengths, beta)  # (samples, length)
+            scaled = scale(reward, mask) if cfg.whiten_rewards else reward
+            advantage, returns = ADVANTAGES[cfg.advantage](cfg, scaled, rollout.value, mask)
+            rewards.count(run.values, groups.parts, score.view(-1, cfg.group_size))
+
+            # 3. (samples, length) -> (all tokens,), from which each batch takes its own
+            tables = (rollout.logprob, advantage, rollout.value, returns)
+            of_tokens = [table[rollout.real] for table in tables]
+
+            # 4. in each epoch a fresh order of the judged samples, a clipped step for each minibatch of them
+            updates: list[dict[str, float]] = []
+            clips = (cfg.clip_low, cfg.clip_high, cfg.dual_clip)
+            judged = mask.any(1).cpu().nonzero().squeeze(1)
+            shuffle = torch.Generator().manual_seed(seed)
+            with run.timed("update_seconds"):
+                for _ in range(cfg.epochs_per_rollout):
+                    order = judged[torch.randperm(len(judged), generator=shuffle)]
+                    for minibatch in order.chunk(cfg.minibatches):
+                        chosen = torch.zeros(len(score), dtype=torch.bool).index_fill(0, minibatch, True)
+                        batches = make_split_batches(groups, chosen, cfg.micro_batch_tokens, cfg.device)
+                        N = batches.num_trained
+                        for batch in batches:
+                            # the clipped loss of the policy
+                            old_logprob, A, old_value, R = (values[batch.positions] for values in of_tokens)
+                            logprob, _ = batch.score(policy.model, cfg.temperature)  # (tokens,)
+                            loss, means = clipped_loss(logprob, old_logprob, A, N, *clips)
+                            means["approx_kl"] = (logprob.detach() - old_logprob).square().mean() / 2
+                            policy.backward(loss, batch.share, means=means)
+
+                            if critic is not None:  # and the clipped square of its values
+                                value = batch.values(critic.model)
+                                loss = value_loss(value, old_value, R, N, cfg.value_clip)
+                                critic.backward(loss, batch.share)
+                        updates.append(_step(policy, critic, step))
+
+            # 5. beta of the next rollout, and what this one came to
+            kl = rollout.k1[mask].sum().item() / len(judged)
+            if cfg.kl_target is not None:
+                run.values["kl_coefficient"] = adapted(beta, kl, cfg.kl_target, len(judged), cfg.kl_horizon)
+            metrics = groups.metrics() | rewards.metrics() | rollout.metrics(groups)
+            metrics |= {"reward": reward[mask].sum() / len(judged), "kl": kl, "kl_coefficient": beta}
+            metrics |= {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+            metrics |= {"first_ratio": updates[0]["ratio"], "learning_rate": policy.learning_rate(step)}
+            if critic is not None:
+                error = (returns - rollout.value)[mask].var()
+                metrics["explained_variance"] = 1 - error / returns[mask].var()
+            run.log(metrics | policy.balance.metrics() | run.seconds, groups.num_tokens)
+            run.log_completions(groups.records(tokenizer))
+        trained = run.save()
+    rewards.report(run.values, in_groups=cfg.advantage == "rloo")
+    return trained
+
+
+def _check(cfg: Config) -> None:
+    least = 2 if cfg.advantage == "rloo" else 1
+    check_flags(cfg, group_size=(least, MOST_SAMPLES), dual_clip=(1 + cfg.clip_high, inf))
     if not cfg.reward and cfg.reward_model is None:
         raise InputError("expected --reward-model DIR or --reward FILE.py:function, got neither")
     if cfg.critic is not None and cfg.advantage != "gae":
         raise InputError(f"--critic: --advantage {cfg.advantage} has none: leave the flag out")
-    rewards = weighted_rewards(cfg, load_rewards(cfg.reward) if cfg.reward else {})
-    tokenizer = load_tokenizer(cfg)
-    prompts = load_prompts(cfg, tokenizer, rewards)
-    rewards.check(prompts[0].columns)
+
+
+def _load_models(cfg: Config, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> Models:
+    """The models that the flags name, each with a row for every id of the prompts."""
     reward_model = load_reward_model(cfg, tokenizer, prompts) if cfg.reward_model else None
     model = load_trainee(cfg)
     check_model(model, tokenizer, prompts, max(len(p.tokens) for p in prompts) + cfg.max_new_tokens)
-    reference, critic, critic_optimizer = frozen_copy(model), None, None
+    reference: Any = frozen_copy(model)
+    policy, critic = Learner(cfg, model, eps=1e-5), None
+
     if cfg.advantage == "gae":
-        critic = load_scalar_trainee(cfg, cfg.critic or cfg.reward_model or cfg.model)
-        check_model(critic, tokenizer, prompts, 0, "the critic")
-    balance = Balance(cfg, model, critic)
-    shard(model, reference, reward_model, critic)
-    optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay, eps=1e-5)
-    parts = {"model": model, "optimizer": optimizer}
+        value_model = load_scalar_trainee(cfg, cfg.critic or cfg.reward_model or cfg.model)
+        check_model(value_model, tokenizer, prompts, 0, "the critic")
+        critic = Learner(cfg, value_model, cfg.critic_learning_rate, eps=1e-5)
+    return Models(policy, reference, critic, reward_model)
+
+
+def _step(policy: Learner[Transformer], critic: Learner[ScalarModel] | None, step: int) -> dict[str, float]:
+    """One step of AdamW for each of the two. Returns what their micro-batches add up to."""
+    sums = policy.step(step)
+    sums["policy_loss"] = sums.pop("loss")
     if critic is not None:
-        critic_optimizer = make_optimizer(critic, cfg.critic_learning_rate, cfg.weight_decay, eps=1e-5)
-        parts |= {"critic": critic, "critic_optimizer": critic_optimizer}
-    with Run(cfg, **parts) as run:
-        run.values.setdefault("kl_coefficient", cfg.kl_coefficient)
-        run.values |= {} if run.start else {"varied": 0}
-        batches = epochs(len(prompts), cfg.prompts_per_step, cfg.seed, skip=run.start)
-        for step in run.steps():
-            started, seconds = time.perf_counter(), {"sampling_seconds": 0.0, "scoring_seconds": 0.0}
-            seed, batch = (cfg.seed << 32) + step, [prompts[i] for i in next(batches)]
-            rewards.begin(cfg, step, step, len(prompts))
-            groups = sample_groups(model, tokenizer, batch, rewards, cfg, seed, seconds)
-            lengths = lengths_of(groups).to(cfg.device)
-            real = torch.arange(int(lengths.max()), device=cfg.device) < lengths[:, None]  # (samples, length)
-            score = torch.cat([group.rewards for group in groups]).to(cfg.device)  # (samples,)
-            judged = ~score.isnan()  # the others leave numerator and denominator
-            if not judged.any():
-                raise InputError("reward: no sample of this rollout was judged: nothing to learn from")
-            with timed(seconds, "scoring_seconds", cfg.device):
-                micros = micro_batches(groups, judged, cfg.micro_batch_tokens, cfg.device)
-                old_logprob, _, entropy = over_tokens(micros, lambda m: m.score(model, cfg.temperature), real)
-                ref_logprob, _, _ = over_tokens(micros, lambda m: m.score(reference, cfg.temperature), real)
-                (sampled_logprob,) = over_tokens(micros, lambda m: (m.sampled_logprob,), real)
-                old_value = torch.zeros_like(old_logprob)
-                if critic is not None:
-                    (old_value,) = over_tokens(micros, lambda m: (m.values(critic),), real)
-                if reward_model is not None:  # read at the last token
-                    (scores,) = over_tokens(micros, lambda m: (m.scores(reward_model),), real)
-                    score = score + scores.gather(1, lengths[:, None] - 1).squeeze(1)
-                reshard(model, reference, reward_model, critic)
-            mask, beta = real & judged[:, None], run.values["kl_coefficient"]
-            k1 = old_logprob - ref_logprob  # (samples, length), 0 where not real
-            penalty = cfg.missing_end_penalty * ~ended(groups).to(cfg.device)
-            rewards.count(run.values, parts_of(groups), (score - penalty).view(-1, cfg.group_size))
-            reward = token_rewards(score - penalty, k1, lengths, beta)
-            advantage, returns = _advantages(cfg, reward, old_value, mask)
-
-            updates: list[dict[str, float]] = []
-            done = scheduled(1.0, step, cfg.steps, cfg.warmup_steps, cfg.schedule)  # of both learning rates
-            rate, critic_rate = cfg.learning_rate * done, cfg.critic_learning_rate * done
-            clips = (cfg.clip_low, cfg.clip_high, cfg.dual_clip)
-            shuffle, samples = torch.Generator().manual_seed(seed), judged.cpu().nonzero().squeeze(1)
-            for _ in range(cfg.epochs_per_rollout):
-                order = samples[torch.randperm(len(samples), generator=shuffle)]
-                for minibatch in order.chunk(cfg.minibatches):
-                    chosen = torch.zeros(len(lengths), dtype=torch.bool).index_fill(0, minibatch, True)
-                    num_tokens = int(lengths.cpu()[minibatch].sum())
-                    sums: dict[str, float] = defaultdict(float)
-                    for micro in micro_batches(groups, chosen, cfg.micro_batch_tokens, cfg.device):
-                        places, share = micro.positions, micro.rows.numel() / num_tokens
-                        old, gain = old_logprob[real][places], advantage[real][places]
-                        with autocast(cfg.device):
-                            logprob, _, _ = micro.score(model, cfg.temperature)
-                        loss, metrics = clipped_loss(logprob, old, gain, num_tokens, *clips)
-                        (loss + balance.loss(share)).backward()  # of experts, where there are some
-                        sums["policy_loss"] += loss.item()
-                        metrics["approx_kl"] = (logprob.detach() - old).square().mean() / 2
-                        for name, value in metrics.items():
-                            sums[name] += value.item() * share if share else 0.0
-                        if critic is not None:
-                            with autocast(cfg.device):
-                                value = micro.values(critic)
-                            was, goal = old_value[real][places], returns[real][places]
-                            loss = value_loss(value, was, goal, num_tokens, cfg.value_clip)
-                            (loss + balance.loss(share, critic)).backward()
-                            sums["value_loss"] += loss.item()
-                    sums, limit = summed(sums), cfg.max_grad_norm
-                    sums["grad_norm"] = optimizer_step(model, optimizer, sums["policy_loss"], rate, limit)
-                    if critic is not None and critic_optimizer is not None:
-                        steps = (critic, critic_optimizer, sums["value_loss"], critic_rate, limit)
-                        sums["value_grad_norm"] = optimizer_step(*steps)
-                    updates.append(sums)
-            kl = k1[mask].sum().item() / len(samples)
-            if cfg.kl_target is not None:
-                run.values["kl_coefficient"] = adapted(beta, kl, cfg.kl_target, len(samples), cfg.kl_horizon)
-            explained = 1 - (returns - old_value)[mask].var() / returns[mask].var()
-            run.log(
-                {
-                    **rollout_metrics(groups),
-                    **rewards.metrics(),
-                    "score": score.nanmean(),
-                    "reward": reward[mask].sum() / len(samples),
-                    "kl": kl,
-                    "kl_coefficient": beta,
-                    "entropy": entropy[mask].mean(),
-                    "mismatch": (sampled_logprob - old_logprob)[mask].abs().mean(),
-                    **({} if critic is None else {"explained_variance": explained}),
-                    "first_ratio": updates[0]["ratio"],
-                    **{name: sum(update[name] for update in updates) / len(updates) for name in updates[0]},
-                    **balance.metrics(),
-                    "learning_rate": rate,
-                    **seconds,
-                    "update_seconds": time.perf_counter() - started - sum(seconds.values()),
-                },
-                tokens=int(lengths.sum()),
-            )
-            run.log_completions(completion_records(tokenizer, groups))
-            run.save_step(model, tokenizer)
-        if critic is not None:
-            run.save(critic, tokenizer, "critic")
-        trained = run.save(model, tokenizer)
-    rewards.say_what_taught_nothing(run.values, in_groups=cfg.advantage == "rloo")
-    return trained
-
-
-def _advantages(cfg: Config, reward: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Advantages and returns, (samples, length)."""
-    scaled = scale(reward, mask) if cfg.whiten_rewards else reward
-    if cfg.advantage == "rloo":
-        total = scaled.sum(1).masked_fill(~mask[:, 0], torch.nan)  # (samples,)
-        of_sample = rloo_advantages(total.view(-1, cfg.group_size)).view(-1, 1)
-        return of_sample * mask, total[:, None].expand_as(mask)
-    advantage = gae(scaled, value, mask, cfg.gamma, cfg.gae_lambda if cfg.advantage == "gae" else 1.0)
-    return whiten(advantage, mask), advantage + value  # the returns are those before whitening
+        of_critic = critic.step(step)
+        sums |= {"value_loss": of_critic["loss"], "value_grad_norm": of_critic["grad_norm"]}
+    return sums
 
 
 if __name__ == "__main__":

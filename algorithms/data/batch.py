@@ -151,6 +151,13 @@ class Batches(list[Batch]):
             found[batch.completions.cpu()] = numbers.float().cpu()
         return sum_over_processes(found)
 
+    @torch.no_grad()
+    def logprobs(self, policy: Transformer, temperature: float = 1.0) -> list[Tensor]:
+        """Log-probabilities of each batch's tokens, (tokens,), by a policy that only looks on."""
+        found = [batch.score(policy, temperature)[0] for batch in self]
+        reshard(policy)
+        return found
+
 
 # ---- cutting
 
@@ -345,14 +352,21 @@ def over_completions(
 
 
 @torch.no_grad()
-def over_tokens(batches: Sequence[Batch], function: Callable[[Batch], Tensor], real: Tensor) -> Tensor:
-    """function(batch), (tokens,) of each batch, laid out as `real`: (completions, length) fp32.
+def over_tokens(
+    model: Transformer | ScalarModel,
+    batches: Sequence[Batch],
+    function: Callable[[Batch, Any], Tensor],
+    real: Tensor,
+) -> Tensor:
+    """function(batch, model), (..., tokens) of each batch, laid out as `real`: (..., completions, length) fp32.
 
     real: which of its places are trained tokens. 0 at the others, and for completions in no batch. A token is in one
     process's batches, and every process has all tokens' numbers.
     """
-    found = torch.zeros(real.shape, device=real.device)
-    places = real.flatten().nonzero().squeeze(1)
-    for batch in batches:
-        found.view(-1)[places[batch.positions]] = function(batch).float()
-    return sum_over_processes(found)
+    values = torch.cat([function(batch, model).float() for batch in batches], -1)  # (..., these tokens)
+    positions = torch.cat([batch.positions for batch in batches])
+    places = real.flatten().nonzero().squeeze(1)[positions]
+    found = torch.zeros(*values.shape[:-1], real.numel(), device=real.device)
+    found[..., places] = values
+    reshard(model)
+    return sum_over_processes(found).unflatten(-1, real.shape)  # (..., completions, length)

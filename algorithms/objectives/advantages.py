@@ -66,10 +66,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     Source: https://arxiv.org/abs/1506.02438, eq. 16
     """
     advantages = torch.zeros_like(rewards)
-    value, advantage = (
-        torch.zeros_like(rewards[:, 0]),
-        torch.zeros_like(rewards[:, 0]),
-    )  # of the real token after t
+    value = advantage = torch.zeros_like(rewards[:, 0])  # (samples,), of the real token after t
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * value - values[:, t]
         advantage = torch.where(mask[:, t], delta + gamma * lam * advantage, advantage)

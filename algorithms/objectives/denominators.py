@@ -11,13 +11,15 @@ from torch import Tensor
 
 
 def token_mean(lengths: Tensor) -> Tensor:
+    """Sum of all lengths, the same for every sequence. lengths (sequences,) int64, here and below."""
     return lengths.sum().float().expand(lengths.shape[0])
 
 
 def sequence_mean(lengths: Tensor) -> Tensor:
+    """Each sequence's own length, times how many sequences there are."""
     return (lengths * lengths.shape[0]).float()
 
 
 def constant_length(lengths: Tensor, max_length: int) -> Tensor:
-    """max_length: the same for every step, whatever was sampled: the cap on a completion's length."""
+    """The number of sequences times max_length: the cap on a completion's length, the same for every step."""
     return torch.full(lengths.shape, float(lengths.shape[0] * max_length))

@@ -40,7 +40,8 @@ PATIENCE = 5.0  # seconds that an interrupted function has to return in, before 
 GIVEN_UP = threading.Event()  # a function's time was over: threads that it has started may run for ever
 PATHS = sysconfig.get_paths()
 LIBRARIES = (*(PATHS[name] + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")), "<")
-OURS = (__file__, str(Path(__file__).parents[1] / "data" / "rewards.py"))
+DATA = Path(__file__).parents[1] / "data"
+OURS = (__file__, str(DATA / "functions.py"), str(DATA / "rewards.py"))  # frames that are no user's
 CLASS_NAME = type.__dict__["__name__"]
 
 

@@ -210,7 +210,11 @@ def helps(config: type) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for cls in filter(dataclasses.is_dataclass, reversed(config.__mro__)):
-        for line in inspect.getsource(cls).splitlines():
+        try:
+            source = inspect.getsource(cls)
+        except OSError:  # a Config that stands in no file
+            continue
+        for line in source.splitlines():
             if flag := re.match(r"    (\w+): [^#]*?  # (.*)$", line):
                 found[flag[1]] = flag[2]
     return found

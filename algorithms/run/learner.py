@@ -45,16 +45,28 @@ class Learner(Generic[Model]):
         """Make the optimizer, of parameters that the processes share by now."""
         self.optimizer = make_optimizer(self.model, self._peak, self._cfg.weight_decay, self._eps)
 
+    def learning_rate(self, step: int) -> float:
+        """AdamW's at `step`, as --schedule and --warmup-steps say."""
+        cfg = self._cfg
+        return scheduled(self._peak, step, cfg.steps, cfg.warmup_steps, cfg.schedule)
+
     def backward(
-        self, loss: Tensor, share: float, metrics: Mapping[str, float | Tensor] | None = None
+        self,
+        loss: Tensor,
+        share: float,
+        metrics: Mapping[str, float | Tensor] | None = None,
+        means: Mapping[str, float | Tensor] | None = None,
     ) -> None:
         """Add a micro-batch's gradient, that of its experts' balance with it. share: of the step's tokens.
 
         metrics: numbers whose sums over the step's micro-batches, on all processes, `step` returns.
+        means: numbers that are means over the micro-batch's tokens; `step` returns those over the step's.
         """
         (loss + self.balance.loss(share)).backward()
         for name, value in {"loss": loss.detach(), **(metrics or {})}.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value)
+        for name, mean in (means or {}).items():  # NaN without a token
+            self._sums[name] = self._sums.get(name, 0.0) + (float(mean) * share if share else 0.0)
 
     def step(self, step: int) -> dict[str, float]:
         """One step of AdamW at the rate of `step`. Returns the sums, grad_norm before clipping, and learning_rate.
@@ -63,6 +75,6 @@ class Learner(Generic[Model]):
         """
         cfg = self._cfg
         sums, self._sums = summed(self._sums), {"loss": 0.0}
-        rate = scheduled(self._peak, step, cfg.steps, cfg.warmup_steps, cfg.schedule)
+        rate = self.learning_rate(step)
         norm = optimizer_step(self.model, self.optimizer, sums["loss"], rate, cfg.max_grad_norm)
         return {**sums, "grad_norm": norm, "learning_rate": rate}

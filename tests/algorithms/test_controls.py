@@ -18,8 +18,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from burnish.algorithms.data.batch import make_batches
+from burnish.algorithms.data.examples import Prompt
+from burnish.algorithms.data.groups import Group, Groups
+from burnish.algorithms.run.calls import Call, results
 from burnish.algorithms.run.flags import SamplingFlags
 from burnish.model.checkpoint import load_model, load_scalar_model, save_model
+from burnish.model.generate import generate
 from burnish.model.packed import pack
 from burnish.model.text.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
@@ -172,6 +176,9 @@ def rows_are_read_as_they_should(module: ModuleType, place: Place) -> None:
 
 # ---- policies
 
+OF_TOKENS = "values in of_tokens)\n                            "
+FIRST = "[: len(batch.positions)]\n"
+
 
 def rl_config(module: ModuleType, place: Place, **changes: Any) -> Any:
     """A run of one step, with a reward that differs from sample to sample."""
@@ -214,7 +221,7 @@ def returns_are_those_before_whitening(module: ModuleType, place: Place) -> None
     cfg = rl_config(module, place, gae_lambda=1.0)
     mask = torch.tensor([[True, True, False], [True, True, True]])
     reward = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, -2.0]])
-    advantage, returns = module._advantages(cfg, reward, torch.randn(2, 3) * mask, mask)
+    advantage, returns = module.ADVANTAGES[cfg.advantage](cfg, reward, torch.randn(2, 3) * mask, mask)
     for a, b in zip(returns[mask].tolist(), [1.0, 1.0, -2.0, -2.0, -2.0], strict=True):
         same(a, b)
     same(advantage[mask].mean().item(), 0)
@@ -242,10 +249,10 @@ def the_score_is_read_at_the_end(module: ModuleType, place: Place) -> None:
     """Of a reward model, of rows of their own."""
     scorer, folder = load_scalar_model(place.model, seed=3), place.output.parent / "scorer"
     save_model(scorer, folder, Tokenizer.load(place.model))
-    seen, sample = [], module.sample_groups
-    module.sample_groups = lambda *a: seen.append(sample(*a)) or seen[-1]
+    seen, measure = [], module.measure
+    module.measure = lambda cfg, groups, models: seen.append(groups) or measure(cfg, groups, models)
     module.train(rl_config(module, place, reward=(), reward_model=folder))
-    rows = [group.prompt.tokens + one.tokens for group in seen[0] for one in group.samples]
+    rows = [group.prompt + one.tokens for group in seen[0] for one in group.samples]
     scores = [scorer.values(pack([row]), torch.tensor([len(row) - 1])).item() for row in rows]
     same(metrics_of(place.output)[0]["score"], sum(scores) / len(scores))
 
@@ -287,15 +294,15 @@ def grpo_starts_on_policy(module: ModuleType, place: Place) -> None:
 
 
 def unjudged_samples_leave_the_denominator(module: ModuleType, place: Place) -> None:
-    seen, term = [], module._policy_term
-    module._policy_term = lambda *a: seen.append(a) or term(*a)
+    seen, objective = [], module.objective
+    module.objective = lambda cfg, terms: seen.append(terms) or objective(cfg, terms)
     module.train(rl_config(module, place, mask_truncated=True, temperature=1.3, prompts_per_step=8, steps=6))
     assert seen, "expected samples that ended"
-    for _, logprob, _, _, lengths, denominator in seen:
-        assert lengths.sum() == len(logprob), "expected whole samples"
-        assert (denominator >= len(logprob)).all(), "expected the step's tokens"
+    for terms in seen:
+        assert terms.lengths.sum() == len(terms.logprob), "expected whole samples"
+        assert (terms.denominator >= len(terms.logprob)).all(), "expected the step's tokens"
     line = metrics_of(place.output)[0]
-    counted = seen[0][5][0].item()
+    counted = seen[0].denominator[0].item()
     assert counted < line["tokens"], f"expected fewer than all {line['tokens']} tokens, got {counted}"
 
 
@@ -328,6 +335,23 @@ def policy_losses_have_their_values(module: ModuleType, place: Place) -> None:
     agree(gspo, -(0.5 + 0.5 + 1.5 + 1.5) / 4, [-0.125, -0.125, -0.375, -0.375])
     mixed = module.gspo_loss(logprob[1:3], zero[:2], torch.ones(2), torch.tensor([2]), 2, 0.6, 1.0)[0]
     same(mixed.item(), -mean)
+    far = module.clipped_loss(torch.tensor([0.0]), torch.tensor([-1e4]), torch.tensor([-1.0]), 1.0)[0]
+    assert far.isfinite(), "expected a bounded weight"
+    old = torch.tensor([0.5, 2.5]).log()
+    assert module.truncated_weights(old, zero[:2], 2.0).tolist() == [0.5, 2], "expected weights of 0.5 and 2"
+    assert module.masked_weights(old, zero[:2], 2.0).tolist() == [0.5, 0], "expected weights of 0.5 and 0"
+
+
+def kl_losses_have_their_values(module: ModuleType, place: Place) -> None:
+    """By hand, with a reference that finds all tokens sure."""
+    ratio = torch.tensor([0.5, 0.5, 1.5, 1.5])
+    logprob, zero = ratio.log().requires_grad_(), torch.zeros(4)
+
+    def agree(loss: torch.Tensor, value: float, gradient: list[float]) -> None:
+        same(loss.item(), value)
+        for found, expected in zip(torch.autograd.grad(loss, logprob)[0].tolist(), gradient, strict=True):
+            same(found, expected)
+
     d = [math.log(x) for x in ratio.tolist()]
     k3 = [math.exp(-x) + x - 1 for x in d]
     agree(module.k2_loss(logprob, zero, 1)[0], sum(x * x for x in d) / 2, d)
@@ -336,11 +360,6 @@ def policy_losses_have_their_values(module: ModuleType, place: Place) -> None:
         module.rho_k3_loss(logprob, zero, zero, 2)[0].item(),
         sum(r * k for r, k in zip(ratio.tolist(), k3, strict=True)) / 2,
     )
-    far = module.clipped_loss(torch.tensor([0.0]), torch.tensor([-1e4]), torch.tensor([-1.0]), 1.0)[0]
-    assert far.isfinite(), "expected a bounded weight"
-    old = torch.tensor([0.5, 2.5]).log()
-    assert module.truncated_weights(old, zero[:2], 2.0).tolist() == [0.5, 2], "expected weights of 0.5 and 2"
-    assert module.masked_weights(old, zero[:2], 2.0).tolist() == [0.5, 0], "expected weights of 0.5 and 0"
 
 
 def advantages_have_their_values(module: ModuleType, place: Place) -> None:
@@ -380,8 +399,8 @@ def denominators_have_their_values(module: ModuleType, place: Place) -> None:
 def the_sampler_is_the_scorer(module: ModuleType, place: Place) -> None:
     """Under truncation and a temperature, over all sampled tokens; values and scores stand where they should."""
     model, tokenizer = load_model(place.model), Tokenizer.load(place.model)
-    prompts = [module.Prompt(tokenizer.encode(text), text, {}) for text in ("1+2+3=", "4+5+6=")]
-    drawn = module.generate(
+    prompts = [Prompt(tokenizer.encode(text), text, {}) for text in ("1+2+3=", "4+5+6=")]
+    drawn = generate(
         model,
         [prompt.tokens for prompt in prompts],
         samples_per_prompt=4,
@@ -390,21 +409,26 @@ def the_sampler_is_the_scorer(module: ModuleType, place: Place) -> None:
         top_k=9,
         stop_ids=tokenizer.stop_ids,
     )
-    groups = [module.Group(prompts[i], drawn[4 * i : 4 * i + 4], torch.zeros(4)) for i in range(2)]
-    lengths, tokens = module.lengths_of(groups), [token for sample in drawn for token in sample.tokens]
-    (whole,) = module.micro_batches(groups, torch.ones(8, dtype=torch.bool), 10**6, "cpu")
-    assert whole.packed.tokens[whole.rows].tolist() == tokens, "expected every sampled token"
+    groups = Groups(Group(prompts[i], drawn[4 * i : 4 * i + 4], torch.zeros(4)) for i in range(2))
+    lengths, tokens = groups.lengths, [token for sample in drawn for token in sample.tokens]
+    whole = module.make_split_batches(groups, torch.ones(8, dtype=torch.bool), 10**6, "cpu")
+    assert len(whole) == 1, "expected one micro-batch"
+    assert whole[0].packed.tokens[whole[0].rows].tolist() == tokens, "expected every sampled token"
+    parents = whole[0].packed.parents
+    assert parents is not None, "expected parents"
+    assert parents.tolist() == [-1, 0, 0, 0, 0, -1, 5, 5, 5, 5], "expected samples under their prompts"
     real = torch.arange(int(lengths.max())) < lengths[:, None]
-    laid = lambda micros, f: module.over_tokens(micros, f, real)[0]
-    sampled = laid([whole], lambda m: (m.sampled_logprob,))
-    cut = module.micro_batches(groups, torch.ones(8, dtype=torch.bool), 14, "cpu")
+    sampled = module.over_tokens(model, whole, lambda batch, _: batch.sampled_logprob, real)
+    cut = module.make_split_batches(groups, torch.ones(8, dtype=torch.bool), 14, "cpu")
     assert len(cut) > 2, "expected several micro-batches"
-    for micros in ([whole], cut):
-        off = (laid(micros, lambda m: m.score(model, 0.7)) - sampled).abs().max().item()
+    for batches in (whole, cut):
+        found = module.over_tokens(model, batches, lambda batch, policy: batch.score(policy, 0.7)[0], real)
+        off = (found - sampled).abs().max().item()
         assert off < 1e-5, f"expected the sampler's log-probabilities, got one {off} away"
     scorer = load_scalar_model(place.model, seed=3)
     score, value = (
-        laid([whole], lambda m, name=name: (getattr(m, name)(scorer),)) for name in ("scores", "values")
+        module.over_tokens(scorer, whole, function, real)
+        for function in (module.Batch.token_scores, module.Batch.values)
     )
     row = pack([prompts[0].tokens + drawn[0].tokens])
     at = torch.arange(len(prompts[0].tokens), row.tokens.numel())
@@ -584,14 +608,14 @@ def functions_are_called_as_documented(module: ModuleType, place: Place) -> None
         log_metric("step", 4)
         return [1, None]
 
-    rewards = module.Rewards({"f": edits}, (2.0,), state=module.TrainerState(2, 10))
-    found = module.of_all_processes(module.judge(rewards, samples))
+    log = module.Log(2)
+    arguments = module.arguments_for("f", edits, samples, log.tools("f", module.TrainerState(2, 10)))
+    (found,) = results([Call("f", edits, arguments, "rewards", 2, module.read_reward)])
     assert samples.columns["answer"] and samples.completion_ids[0], "expected what it edits to be its own"
-    assert found.total[0] == 2 and found.total[1].isnan(), f"expected 2 and NaN, got {found.total}"
-    rewards.add(found.logged)
-    same(rewards.metrics()["metric/step"], 3)
+    assert found[0] == 1 and math.isnan(found[1]), f"expected 1 and NaN, got {found}"
+    assert log.metrics == {"step": [2, 4]}, f"expected both calls, got {log.metrics}"
     try:
-        module.answers(lambda: ["x", ["y"]], rewards, samples)
+        results([Call("f", lambda: ["x", ["y"]], {}, "answers", 2, module.read_answer)])
     except ValueError as error:
         assert "completion 1" in str(error), f"expected the list to be named, got {error}"
     else:
@@ -706,26 +730,30 @@ FAULTS = [
                 [
                     (
                         "reference at another temperature",
-                        "m.score(reference, cfg.temperature)",
-                        "m.score(reference, 1.0)",
+                        "models.reference, batches, scored,",
+                        "models.reference, batches, lambda b, m: torch.stack(b.score(m, 1.0)),",
                     ),
                     (
                         "trained at another temperature",
-                        "micro.score(model, cfg.temperature)",
-                        "micro.score(model, 1.0)",
+                        "batch.score(policy.model, cfg.temperature)",
+                        "batch.score(policy.model, 1.0)",
                     ),
-                    ("ended ones pay", "* ~ended", "* ended"),
-                    ("paid for no end", "score - penalty", "score + penalty"),
+                    ("ended ones pay", "* ~groups.ended", "* groups.ended"),
+                    ("paid for no end", "rollout.score - cfg", "rollout.score + cfg"),
                 ],
             ),
             (
                 "ppo",
                 rl_micro_batches_change_nothing,
                 [
-                    ("minibatch's denominator", "gain, num_tokens, *clips", "gain, len(gain), *clips"),
-                    ("critic's denominator", "goal, num_tokens, cfg", "goal, len(goal), cfg"),
-                    ("another's advantage", "advantage[real][places]", "advantage[real][: len(places)]"),
-                    ("another's value", "old_value[real][places]", "old_value[real][: len(places)]"),
+                    ("minibatch's denominator", "A, N, *clips", "A, len(A), *clips"),
+                    ("critic's denominator", "R, N, cfg.value_clip", "R, len(R), cfg.value_clip"),
+                    ("another's advantage", "values in of_tokens)\n", f"{OF_TOKENS}A = of_tokens[1]{FIRST}"),
+                    (
+                        "another's value",
+                        "values in of_tokens)\n",
+                        f"{OF_TOKENS}old_value = of_tokens[2]{FIRST}",
+                    ),
                 ],
             ),
             ("ppo", the_policy_leaves_its_reference, [("reference moves", "frozen_copy(model)", "model")]),
@@ -746,43 +774,43 @@ FAULTS = [
                 [
                     (
                         "critic not kept",
-                        'parts |= {"critic": critic, "critic_optimizer": critic_optimizer}',
-                        "pass",
+                        ", critic=critic) as run:\n",
+                        ") as run:\n        critic and critic.start()\n",
                     ),
                     (
                         "beta not kept",
                         'values.setdefault("kl_coefficient", ',
                         'values.__setitem__("kl_coefficient", ',
                     ),
-                    ("rows from the start", "skip=run.start", "skip=0"),
+                    ("rows from the start", "in run.next(", "in run.values.update(draws=0) or run.next("),
                 ],
             ),
             (
                 "grpo",
                 grpo_starts_on_policy,
                 [
-                    ("tokens weigh alike", '"sequence_mean": sequence_mean', '"sequence_mean": token_mean'),
+                    ("tokens weigh alike", "lengths, _: sequence_mean(", "lengths, _: token_mean("),
                     (
                         "reference at another temperature",
-                        "score(reference, cfg.temperature)",
-                        "score(reference, 1.0)",
+                        "logprobs(reference, cfg.temperature)",
+                        "logprobs(reference, 1.0)",
                     ),
                     (
                         "trained at another temperature",
-                        "micro.score(model, cfg.temperature)",
-                        "micro.score(model, 1.0)",
+                        "batch.score(model, cfg.temperature)",
+                        "batch.score(model, 1.0)",
                     ),
                     (
                         "always on policy",
-                        "old_logprob, num = old_logprobs[i]",
-                        "old_logprob, num = logprob.detach()",
+                        "logprob, old_logprobs[i], batch",
+                        "logprob, logprob.detach(), batch",
                     ),
                 ],
             ),
             (
                 "grpo",
                 rl_micro_batches_change_nothing,
-                [("mean of a micro-batch", "micro.per_token(denominator)", "float(len(logprob))")],
+                [("mean of a micro-batch", "batch.per_token(denominator)", "float(len(logprob))")],
             ),
             ("grpo", the_policy_leaves_its_reference, [("reference moves", "frozen_copy(model)", "model")]),
             (
@@ -791,8 +819,8 @@ FAULTS = [
                 [
                     (
                         "all tokens count",
-                        "denominator[counted] = _denominators(cfg, lengths_of(groups)[counted])",
-                        "denominator = _denominators(cfg, lengths_of(groups))",
+                        "denominator[counts] = DENOMINATORS[cfg.aggregation](groups.lengths[counts],",
+                        "denominator = DENOMINATORS[cfg.aggregation](groups.lengths,",
                     )
                 ],
             ),
@@ -803,23 +831,29 @@ FAULTS = [
                     ("the larger term", "torch.min(bounded * adv", "torch.max(bounded * adv"),
                     (
                         "no lower clip",
-                        "ratio.clamp(1 - clip_low, 1 + clip_high)\n    bounded",
-                        "ratio.clamp(max=1 + clip_high)\n    bounded",
+                        "ratio.clamp(1 - clip_low, 1 + clip_high)  # PPO",
+                        "ratio.clamp(max=1 + clip_high)  # PPO",
                     ),
                     ("no dual clip", "bounded = ratio.clamp(max=dual_clip)", "bounded = ratio"),
                     ("unbounded weights", "log_ratio.clamp(-20, 20).exp()", "log_ratio.exp()"),
                     (
                         "weight has a gradient",
-                        "ratio = _exp((logprob - old_logprob).detach())",
-                        "ratio = _exp(logprob - old_logprob)",
+                        "ratio = bounded_exp((logprob - old_logprob).detach())",
+                        "ratio = bounded_exp(logprob - old_logprob)",
                     ),
-                    ("no upper clip", "(ratio.clamp(max=1 + clip_high) * adv", "(ratio * adv"),
-                    ("sum for mean", '"mean", lengths', '"sum", lengths'),
-                    ("not half", ".square() / 2", ".square()"),
-                    ("k3 mirrored", "(-log_ratio).exp() + log_ratio", "log_ratio.exp() - log_ratio"),
-                    ("rho dropped", "_exp(logprob - old_logprob) * _k3", "1.0 * _k3"),
+                    ("no upper clip", "weight = ratio.clamp(max=1 + clip_high)", "weight = ratio"),
+                    ("sum for mean", '"mean", **per', '"sum", **per'),
                     ("no cap", "sampled_logprob).clamp(max=cap)", "sampled_logprob)"),
                     ("kept beyond the cap", "weight > cap", "weight < 0"),
+                ],
+            ),
+            (
+                "objectives.kl",
+                kl_losses_have_their_values,
+                [
+                    ("not half", ".square() / 2", ".square()"),
+                    ("k3 mirrored", "(-log_ratio).exp() + log_ratio", "log_ratio.exp() - log_ratio"),
+                    ("rho dropped", "bounded_exp(logprob - old_logprob) * _k3", "1.0 * _k3"),
                 ],
             ),
             (
@@ -833,7 +867,7 @@ FAULTS = [
                 ],
             ),
             (
-                "data.rewards",
+                "data.functions",
                 functions_are_called_as_documented,
                 [
                     ("edits are seen", "copy.deepcopy(value)", "value"),
@@ -879,7 +913,7 @@ FAULTS = [
                 ],
             ),
             (
-                "data.groups",
+                "data.batch",
                 the_sampler_is_the_scorer,
                 [
                     ("whole vocabulary", '"support": self.support', '"support": None'),
@@ -890,8 +924,8 @@ FAULTS = [
                     ),
                     (
                         "end not trained",
-                        "(segment != -1).nonzero().squeeze(1).to",
-                        "(segment != -1).nonzero().squeeze(1)[:-1].to",
+                        "dtype=torch.bool).nonzero().squeeze(1).to",
+                        "dtype=torch.bool).nonzero().squeeze(1)[:-1].to",
                     ),
                     ("prompt not seen", "parents.append(parent)", "parents.append(-1)"),
                     (

@@ -223,7 +223,7 @@ FAULTS = {  # by trainer: what is wrong, and what it does in its place
         of_this_process,
     ),
     "ppo": (  # advantages whitened over the process's own tokens
-        "burnish.algorithms.data.groups.sum_over_processes",
+        "burnish.algorithms.data.batch.sum_over_processes",
         lambda values: values,
     ),
 }

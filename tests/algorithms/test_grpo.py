@@ -8,8 +8,9 @@ import pytest
 import torch
 from burnish.algorithms import grpo, sft
 from burnish.algorithms.data import groups as _rollout
+from burnish.algorithms.data.batch import make_split_batches
 from burnish.algorithms.data.examples import Prompt
-from burnish.algorithms.data.groups import Group, micro_batches
+from burnish.algorithms.data.groups import Group
 from burnish.algorithms.data.rewards import overlong_punishment
 from burnish.model.checkpoint import load_model
 from burnish.model.errors import InputError
@@ -204,14 +205,14 @@ def test_micro_batches_share_the_prompt_and_keep_every_sample_once():
         Group(Prompt([7], "b", {}), [sample(1, [8, 8, 8]), sample(1, [9])], torch.zeros(2)),
     ]
     needed = torch.tensor([True, True, False, True, True])
-    (whole,) = micro_batches(groups, needed, 1000, "cpu")
+    (whole,) = make_split_batches(groups, needed, 1000, "cpu")
     assert whole.packed.tokens.tolist() == [1, 2, 3, 4, 5, 5, 7, 8, 8, 8, 9]
     assert whole.packed.tokens[whole.rows].tolist() == [4, 5, 5, 8, 8, 8, 9]
     assert whole.per_token(torch.arange(5.0)).tolist() == [0, 1, 1, 3, 3, 3, 4]
     assert whole.lengths.tolist() == [1, 2, 3, 1]
     assert whole.positions.tolist() == [0, 1, 2, 4, 5, 6, 7]  # the third sample's token is the fourth of all
     assert whole.sampled_logprob.tolist() == [0, 0, 1, 0, 1, 2, 0]
-    cut = micro_batches(groups, needed, 5, "cpu")
+    cut = make_split_batches(groups, needed, 5, "cpu")
     assert [batch.packed.tokens.tolist() for batch in cut] == [[1, 2, 3, 4], [1, 2, 3, 5, 5], [7, 8, 8, 8, 9]]
     assert all(batch.packed.parents is not None for batch in cut)
 
@@ -280,11 +281,11 @@ def test_dynamic_sampling_replaces_flat_groups(cfg, tmp_path, monkeypatch):
         "def even(prompts, completion_ids, **_):\n"
         "    return [float(i % 2) if int(p[0]) % 2 == 0 else 1.0 for i, p in enumerate(prompts)]\n"
     )
-    seen, whole = [], grpo.micro_batches
+    seen, whole = [], grpo.make_split_batches
     monkeypatch.setattr(
         grpo,
-        "micro_batches",
-        lambda groups, *a: seen.append([g.prompt.text for g in groups]) or whole(groups, *a),
+        "make_split_batches",
+        lambda groups, *a: seen.append([g.row.text for g in groups]) or whole(groups, *a),
     )
     cfg = dataclasses.replace(cfg, reward=(f"{tmp_path}/even.py:even",), max_draws=6)
     grpo.train(cfg)
@@ -306,13 +307,13 @@ def test_dynamic_sampling_replaces_flat_groups(cfg, tmp_path, monkeypatch):
 
 def test_truncated_samples_leave_numerator_and_denominator(cfg, monkeypatch):
     """And the mean of their group: what is left is a step on the others alone."""
-    seen, whole = [], grpo.micro_batches
+    seen, whole = [], grpo.make_split_batches
 
     def recorded(groups, needed, *a):
         seen.append((groups, needed))
         return whole(groups, needed, *a)
 
-    monkeypatch.setattr(grpo, "micro_batches", recorded)
+    monkeypatch.setattr(grpo, "make_split_batches", recorded)
     losses, clipped = [], grpo.clipped_loss
     monkeypatch.setattr(grpo, "clipped_loss", lambda *a, **k: losses.append(a) or clipped(*a, **k))
     cfg = dataclasses.replace(cfg, steps=1, max_new_tokens=8, mask_truncated=True, kl_coefficient=0.1)

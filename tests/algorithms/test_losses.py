@@ -14,14 +14,12 @@ from burnish.algorithms.objectives.advantages import (
     whiten,
 )
 from burnish.algorithms.objectives.denominators import constant_length, sequence_mean, token_mean
+from burnish.algorithms.objectives.kl import k2_loss, k3_loss, rho_k3_loss
 from burnish.algorithms.objectives.policy import (
     cispo_loss,
     clipped_loss,
     gspo_loss,
-    k2_loss,
-    k3_loss,
     masked_weights,
-    rho_k3_loss,
     truncated_weights,
 )
 from burnish.algorithms.ppo import adapted, token_rewards, value_loss

@@ -13,9 +13,9 @@ from burnish.algorithms.data import examples as _data
 from burnish.algorithms.data import messages as _messages
 from burnish.algorithms.data import rows as _rows
 from burnish.algorithms.data.examples import rl_prompts, sft_examples
+from burnish.algorithms.data.functions import takes
 from burnish.algorithms.data.pairs import judged_completions, preferences
 from burnish.algorithms.data.rendering import Form
-from burnish.algorithms.data.rewards import takes
 from burnish.algorithms.data.rows import read_rows
 from burnish.algorithms.run.flags import load_tokenizer
 from burnish.algorithms.run.loop import report_counts

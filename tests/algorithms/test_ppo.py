@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 from burnish.algorithms import ppo, sft
+from burnish.algorithms.data.batch import Batch, make_split_batches, over_tokens
 from burnish.algorithms.data.examples import Prompt
-from burnish.algorithms.data.groups import Group, micro_batches, over_tokens
+from burnish.algorithms.data.groups import Group, Sampler
 from burnish.model.checkpoint import load_model, load_scalar_model, save_model
 from burnish.model.errors import InputError
 from burnish.model.generate import Sample
@@ -62,8 +63,8 @@ def reward_model(cfg, tmp_path):
 
 def seen_groups(monkeypatch):
     """Filled with the rollouts of a run."""
-    seen, sample = [], ppo.sample_groups
-    monkeypatch.setattr(ppo, "sample_groups", lambda *a: seen.append(sample(*a)) or seen[-1])
+    seen, sample = [], Sampler.sample
+    monkeypatch.setattr(Sampler, "sample", lambda *a: seen.append(sample(*a)) or seen[-1])
     return seen
 
 
@@ -112,7 +113,7 @@ def test_the_score_is_read_at_the_last_token(cfg, reward_model, monkeypatch):
     model = load_scalar_model(reward_model)
     scores = []
     for group in seen[0]:
-        packed = pack([group.prompt.tokens + group.samples[0].tokens])  # a row of its own, without parents
+        packed = pack([group.prompt + group.samples[0].tokens])  # a row of its own, without parents
         scores += model.values(packed, torch.tensor([packed.tokens.numel() - 1])).tolist()
     (line,) = metrics_of(cfg.output)
     assert line["score"] == pytest.approx(sum(scores) / len(scores), abs=1e-5)
@@ -138,8 +139,8 @@ def test_a_value_is_that_of_the_state_before_its_token(reward_model):
             Prompt([3, 4], "p", {}), [Sample(0, tokens, torch.zeros(3), None, True)], torch.zeros(1)
         )
         real = torch.ones(1, 3, dtype=torch.bool)
-        (micro,) = micro_batches([group], torch.tensor([True]), 100, "cpu")
-        (found,) = over_tokens([micro], lambda m: (m.values(critic),), real)
+        batches = make_split_batches([group], torch.tensor([True]), 100, "cpu")
+        found = over_tokens(critic, batches, Batch.values, real)
         values.append(found[0].tolist())
     assert values[0] == pytest.approx(values[1]) and values[0][:2] == pytest.approx(values[2][:2])
     assert abs(values[0][2] - values[2][2]) > 1e-3
@@ -170,10 +171,10 @@ def test_the_kl_coefficient_is_adapted(cfg):
 
 
 def test_each_epoch_has_a_fresh_order_of_all_samples(cfg, monkeypatch):
-    chosen, whole = [], ppo.micro_batches
+    chosen, whole = [], ppo.make_split_batches
     monkeypatch.setattr(
         ppo,
-        "micro_batches",
+        "make_split_batches",
         lambda groups, needed, *a: chosen.append(needed.tolist()) or whole(groups, needed, *a),
     )
     ppo.train(dataclasses.replace(cfg, epochs_per_rollout=3))
@@ -190,9 +191,11 @@ def test_a_sample_without_a_judgement_is_left_out(cfg, tmp_path, monkeypatch):
         "def some(completions, **_):\n    return [None if i % 2 else float(i) for i in range(len(completions))]\n"
         "def none(completions, **_):\n    return [None] * len(completions)\n"
     )
-    chosen, whole = [], ppo.micro_batches
+    chosen, whole = [], ppo.make_split_batches
     monkeypatch.setattr(
-        ppo, "micro_batches", lambda groups, needed, *a: chosen.append(needed) or whole(groups, needed, *a)
+        ppo,
+        "make_split_batches",
+        lambda groups, needed, *a: chosen.append(needed) or whole(groups, needed, *a),
     )
     ppo.train(dataclasses.replace(cfg, reward=(f"{tmp_path}/some.py:some",), steps=1))
     assert not any(needed[1::2].any() for needed in chosen) and chosen[0][::2].all()

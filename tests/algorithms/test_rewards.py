@@ -18,15 +18,13 @@ import numpy as np
 import pytest
 import torch
 from burnish.algorithms.data import rewards as _rewards
+from burnish.algorithms.data.functions import Samples, TrainerState, plain, takes
 from burnish.algorithms.data.rewards import (
     Rewards,
-    Samples,
-    TrainerState,
     answers,
     check_weights,
     load_reward,
     load_rewards,
-    takes,
     unjudged,
 )
 from burnish.algorithms.run.calls import Call, described, results
@@ -441,8 +439,8 @@ def test_any_value_can_be_logged():
         nested = [nested]
     found = judge({"f": lambda log_extra: log_extra("x", [10**5000, nested]) or [0, 0]}).extras["x"]
     assert found[0] == "a value of int" and json.dumps(found).endswith('"a value of list"' + "]" * 21)
-    assert _rewards.plain([Nothing(), Unhashable("a")]) == ["a value of Nothing", "a"]
-    assert type(_rewards.plain(Unhashable("a"))) is str
+    assert plain([Nothing(), Unhashable("a")]) == ["a value of Nothing", "a"]
+    assert type(plain(Unhashable("a"))) is str
 
 
 def test_what_a_function_sets_for_all_of_torch_is_put_back():
@@ -879,7 +877,7 @@ def test_a_run_says_what_taught_nothing(capsys):
             f, g = torch.tensor(f), torch.tensor(g)
             scores = torch.stack([f, g]).nansum(0).masked_fill(f.isnan() & g.isnan(), nan)
             rewards.count(values, {"f": f, "g": g}, scores.view(2, 2))
-        rewards.say_what_taught_nothing(values, in_groups=in_groups)
+        rewards.report(values, in_groups=in_groups)
         return capsys.readouterr().out
 
     none, flat, apart, varied = [nan] * 4, [0.5] * 4, [0.0, 0.0, 1.0, 1.0], [0.0, nan, 1.0, 2.0]

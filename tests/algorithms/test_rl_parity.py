@@ -12,7 +12,8 @@ import pytest
 import torch
 from burnish.algorithms.data.rewards import overlong_punishment
 from burnish.algorithms.objectives.denominators import constant_length, sequence_mean, token_mean
-from burnish.algorithms.objectives.policy import cispo_loss, clipped_loss, gspo_loss, k3_loss, rho_k3_loss
+from burnish.algorithms.objectives.kl import k3_loss, rho_k3_loss
+from burnish.algorithms.objectives.policy import cispo_loss, clipped_loss, gspo_loss
 
 
 @pytest.fixture

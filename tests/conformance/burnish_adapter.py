@@ -14,8 +14,9 @@ from unittest import mock
 import torch
 from burnish.algorithms import ppo
 from burnish.algorithms.objectives.advantages import gae
-from burnish.algorithms.objectives.policy import clipped_loss, k2_loss, k3_loss, rho_k3_loss
-from burnish.algorithms.run import learner, optimizer
+from burnish.algorithms.objectives.kl import k2_loss, k3_loss, rho_k3_loss
+from burnish.algorithms.objectives.policy import clipped_loss
+from burnish.algorithms.run import learner
 from burnish.algorithms.sft import sft_loss
 from burnish.bench.conformance import KL, Batch, Row, Step, Toy, Trainer, ids_of
 from burnish.model.checkpoint import load_model
@@ -33,9 +34,11 @@ def train(algorithm: str, rows: list[Row], **flags: object) -> list[Step]:
     module = importlib.import_module(f"burnish.algorithms.{algorithm}")
     gradients: list[Tensor] = []
 
+    step = learner.optimizer_step
+
     def optimizer_step(model: torch.nn.Module, *rest: Any) -> float:
         gradients.append(flat_gradient(model))
-        return optimizer.optimizer_step(model, *rest)
+        return step(model, *rest)
 
     with tempfile.TemporaryDirectory() as name, mock.patch.object(learner, "optimizer_step", optimizer_step):
         data = Path(name) / "rows.jsonl"

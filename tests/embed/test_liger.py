@@ -11,7 +11,8 @@ import sys
 import pytest
 import torch
 from burnish.algorithms.distill import divergence_loss
-from burnish.algorithms.objectives.policy import clipped_loss, k3_loss
+from burnish.algorithms.objectives.kl import k3_loss
+from burnish.algorithms.objectives.policy import clipped_loss
 from burnish.algorithms.objectives.preference import dpo_loss
 from burnish.kernels import token_divergence, token_logprobs
 
