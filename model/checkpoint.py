@@ -1,8 +1,8 @@
-"""Hugging Face folders, read and written: config.json, generation_config.json and safetensors; nothing is unpickled.
+"""Models from Hugging Face folders, and into them: config.json, generation_config.json and safetensors, no pickles.
 
-On disk a tensor has its parameter's name behind "model.", but for score.weight, and lm_head.weight, which is left out
-where it is tied. A folder may also hold 4-bit weights (bnb.py), or no model but an adapter (peft.py): the model is then
-the one that its base_model_name_or_path names, with the adapter on it.
+On disk a tensor has its parameter's name behind "model."; score.weight and lm_head.weight have nothing before theirs,
+and a tied lm_head.weight is left out. Weights may be in 4 bits (files/bnb.py). A folder may hold an adapter alone
+(files/peft.py): the model is then the one that its base_model_name_or_path names, with the adapter on it.
 """
 
 import os
@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -36,37 +36,24 @@ from .files.config_keys import LARGEST, is_token_id
 from .files.dtypes import read_dtypes
 from .files.experts import disk_name, to_disk
 from .files.finite import cast, check_finite
-from .files.folder import (
-    DTYPES,
-    FLOATS,
-    INDEX,
-    WEIGHTS,
-    absolute,
-    base_of,
-    holds_a_model,
-    is_adapter,
-    opened,
-    replacing,
-    stored_tensors,
-    write_json,
-)
+from .files.folder import absolute, base_of, holds_a_model, is_adapter
+from .files.replacing import replacing_folder
 from .files.sizes import check_sizes
-from .files.text_files import check_json, read_object
+from .files.tensors import DTYPES, FLOATS, opened, stored_tensors, write_json, write_tensors
+from .files.text_files import check_json, read_object, read_optional
 from .linear import whole
 from .scalar import ScalarModel
-from .text.special_tokens import read_optional
 from .transformer import Transformer
 from .weights import Source, read_weights
 
 if TYPE_CHECKING:
     from .text.tokenizer import Tokenizer
 
-FILE_BYTES = 5_000_000_000  # of weights in one file
 SCALAR, SCORE_BIAS = "ForSequenceClassification", "score_bias"
 # transformers' Gemma3ForSequenceClassification is that of the multimodal model
 SCALAR_CLASS = {"Gemma3ForCausalLM": f"Gemma3Text{SCALAR}"}
 _SCORE = "score.weight"  # the head of a reward model
-FOUR_BIT = "base_4bit"  # in an adapter's metadata: its base was quantised from the folder that is named
+FOUR_BIT = "base_4bit"  # in an adapter's metadata: the base in the folder is dense, and was quantised for it
 
 
 def load_model(
@@ -78,11 +65,11 @@ def load_model(
 ) -> Transformer:
     """The model in a Hugging Face folder, its weights in `dtype` whatever the files hold; or an adapter on its base.
 
-    It is in evaluation mode: call train() before training with an adapter's dropout. base: the folder of an adapter's
-    base, where its file names none that is found.
-    base_4bit: quantise the linear layers as they are read, also done for an adapter that was trained on such a base.
-    What a 4-bit folder has in 4 bits stays so, but for a head, and what it has dense stays dense. Parameters that an
-    adapter trains are fp32, the others then frozen.
+    It is in evaluation mode: call train() before training with an adapter's dropout. Parameters that an adapter trains
+    are fp32, the others then frozen. base: the folder of an adapter's base, where its file names none that is found.
+    base_4bit: quantise the linear layers as they are read; an adapter that was trained on such a base does so anyway.
+    The weights that a folder has in 4 bits stay so, except for a head, and those that it has dense stay dense.
+
     Raises InputError naming the file, and the key or tensor, where one is missing, broken, unexpected or of the wrong
     shape, and where config.json asks for an architecture or option that this transformer would compute differently.
     """
@@ -96,16 +83,17 @@ def load_model(
         model = load_model(base or base_of(folder), dtype, device, base_4bit or FOUR_BIT in metadata)
         _give(model, adapter, folder)
         return model
+
     _check_no_base(folder, base)
     raw = _read_config(folder)
     if _is_scalar(raw):
         raise InputError(
             f"{folder}: expected a language model, found a {shown(raw['architectures'][0])}: it scores text"
         )
-    config = _model_config(raw, folder)
-    check_sizes(config, stored_tensors(folder), str(folder / "config.json"))
-    model = Transformer(config, device="meta")
-    also = {"lm_head.weight": model.head.shape} if config.tie_word_embeddings else {}
+    model = Transformer(_checked_config(raw, folder), device="meta")
+
+    # a tied head is not a parameter, but may lie in the folder all the same, and must then be the embedding
+    also = {"lm_head.weight": model.head.shape} if model.config.tie_word_embeddings else {}
     state = read_weights(Source(folder, raw, dtype, device, base_4bit), model, also)
     head = state.pop("lm_head.weight", None) if also else None
     _assign(model, state)
@@ -125,9 +113,9 @@ def load_scalar_model(
     base_4bit: bool = False,
     base: str | os.PathLike[str] | None = None,
 ) -> ScalarModel:
-    """The reward model or critic in a *ForSequenceClassification folder with one label, or its adapter on its base; or
-    the body of the language model in `folder`, an adapter merged, under a fresh head that is drawn from `seed`.
+    """The reward model or critic in a *ForSequenceClassification folder with one label, or its adapter on its base.
 
+    In a language model's folder it is that model's body, an adapter merged, under a fresh head drawn from `seed`.
     base_4bit, base and evaluation mode as in `load_model`. Raises InputError as it does.
     """
     folder = Path(folder)
@@ -136,18 +124,21 @@ def load_scalar_model(
         if _SCORE not in adapter.tensors:
             language = load_model(folder, dtype, device, base=base)
             merge_lora(language)
-            if base_4bit:  # what is frozen from now on, the adapter in it
+            if base_4bit:  # after the merge: the adapter is quantised with its base
                 quantize_base(language)
             language.lm_head = None
+
             model = ScalarModel(language.config, device="meta")
             model.body = language
             model.draw_head(seed, dtype, device)
             return model.eval()
+
         base_4bit = base_4bit or FOUR_BIT in metadata
         model = load_scalar_model(base or base_of(folder), dtype, device, seed, base_4bit)
         _give(model, adapter, folder)
         model.bias = float(metadata.get(SCORE_BIAS, model.bias))
         return model
+
     _check_no_base(folder, base)
     raw = _read_config(folder)
     bias = raw.pop(SCORE_BIAS, 0.0)
@@ -155,23 +146,21 @@ def load_scalar_model(
         raise InputError(
             f"{folder / 'config.json'}: {SCORE_BIAS}: expected a number, got {shown(repr(bias))}"
         )
-    config = _model_config(raw, folder)
-    check_sizes(config, stored_tensors(folder), str(folder / "config.json"))
-    model = ScalarModel(config, device="meta")
+
+    model = ScalarModel(_checked_config(raw, folder), device="meta")
     source = Source(folder, raw, dtype, device, base_4bit)
     if _is_scalar(raw):
         _assign(model, read_weights(source, model))
         model.bias = float(bias)
-        model.body.dtypes = read_dtypes(stored_tensors(folder))
-        return model.eval()
-    _assign(model.body, read_weights(source, model.body, unread=("lm_head.",)))
-    model.draw_head(seed, dtype, device)
+    else:
+        _assign(model.body, read_weights(source, model.body, unread=("lm_head.",)))
+        model.draw_head(seed, dtype, device)
     model.body.dtypes = read_dtypes(stored_tensors(folder))
     return model.eval()
 
 
 def has_score(folder: str | os.PathLike[str]) -> bool:
-    """Does the folder hold a head of one number, a reward model's? load_scalar_model draws one where it does not."""
+    """Whether the folder holds a reward model's head, of one number. load_scalar_model draws one where it does not."""
     if is_adapter(Path(folder)):
         return _SCORE in read_adapter(Path(folder))[0].tensors
     return _is_scalar(_read_config(Path(folder)))
@@ -187,16 +176,16 @@ def save_model(
 ) -> None:
     """Write a folder that load_model (load_scalar_model) and transformers read. It appears whole or not at all.
 
-    dtype: of all that is written. None: what is in fp32, as in training, as the folder had it that the model was read
-    from, tensor by tensor; what is in another dtype, or was made from scratch, as it is. A new adapter is in fp32, one
-    that was read as in its file, a module trained whole as the base. Raises TooLarge where a number does not fit.
-    A model with an adapter is saved as the adapter alone, which PEFT reads, too; merge_lora before for the whole. What
-    is in 4 bits is written so, as bitsandbytes does.
-    An earlier model in `folder` is replaced, with all its files. Raises InputError where `folder` holds something else,
-    or cannot be written.
+    A model with an adapter is saved as the adapter alone, which PEFT reads, too; call merge_lora before for the whole.
+    Weights in 4 bits are written as bitsandbytes does. An earlier model in `folder` is replaced, with all its files.
+    Files hold up to `files.tensors.FILE_BYTES`, and one of them at most is in memory beside the model.
 
-    Files hold up to FILE_BYTES; no more than one of them is in memory at a time beside the model.
-    write: where processes share the model, every one of them calls this, with False but for one.
+    dtype: of all tensors. None: an fp32 tensor, as in training, gets the dtype that it had in the folder that the model
+    was read from; one in another dtype, or of a model made from scratch, keeps its own. A new adapter is in fp32, one
+    that was read in its file's dtype, a module trained whole in the base's.
+    write: where processes share the model, every one of them calls this, all but one with False.
+
+    Raises InputError where `folder` holds something else, or cannot be written, TooLarge where a number does not fit.
     """
     folder = absolute(folder)
     if write and os.path.exists(folder) and not holds_a_model(folder):
@@ -207,44 +196,55 @@ def save_model(
         raise InputError(
             f"{folder}: several adapters side by side are not saved; each has a folder of its own"
         )
+
     if lora_config(model) is not None:
-        return _save_adapter(model, folder, tokenizer, dtype, write)
+        content = _adapter_content(model, dtype)
+        if write:
+            _write_adapter(folder, content, tokenizer)
+        return
     tensors = _on_disk(model, dtype)
     if not write:
-        deque(tensors, maxlen=0)
+        deque(tensors, maxlen=0)  # this process' share of each
         return
-    config = model.config
     if any(layer.stack and layer.four_bit is not None for layer in linears(model).values()):
         raise InputError(
             f"{folder}: experts in 4 bits have no place in a Hugging Face folder; merge_lora multiplies them out"
         )
+
+    raw = _config_json(model, dtype)
+    ids = {key: raw[key] for key in TOKEN_IDS if raw[key] is not None}
+    with replacing_folder(folder) as beside:
+        write_json(beside / "config.json", raw)
+        write_json(beside / "generation_config.json", model.config.generation or ids)
+        if tokenizer is not None:
+            tokenizer.save(beside)
+        write_tensors(beside, tensors)
+
+
+def _config_json(model: Transformer | ScalarModel, dtype: torch.dtype | None) -> dict[str, Any]:
+    """config.json of a model without an adapter."""
     body = _body(model)
     usual = dtype or _written_in(body, "", body.embed_tokens.weight.dtype)
-    raw = {**write_config(config), "dtype": str(usual).removeprefix("torch.")}
+    raw = {**write_config(model.config), "dtype": str(usual).removeprefix("torch.")}
     if isinstance(model, ScalarModel):
         names = raw["architectures"]
         raw["architectures"] = [SCALAR_CLASS.get(n, n.replace("ForCausalLM", SCALAR)) for n in names]
         raw |= {"id2label": {"0": "score"}, "label2id": {"score": 0}, SCORE_BIAS: model.bias}
-    raw |= _quantization(model, raw["dtype"])
-    ids = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw[key] is not None}
-    with replacing(folder) as beside:
-        write_json(beside / "config.json", raw)
-        write_json(beside / "generation_config.json", config.generation or ids)
-        if tokenizer is not None:
-            tokenizer.save(beside)
-        _write_files(beside, tensors)
+    return raw | _quantization(model, raw["dtype"])
 
 
 def stream_weights(model: Transformer | ScalarModel) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a plain model, for an engine that samples: an adapter merged in, 4 bits multiplied out, experts
-    one by one, under the names of a Hugging Face folder. The bits are those that merge_lora and save_model would write.
+    """Yield (name, tensor) of a plain model, for an engine that samples, under the names of a Hugging Face folder.
 
-    One parameter at a time is whole, on the model's device. Where processes share the model, all of them go through it.
+    An adapter is merged in, 4 bits are multiplied out, experts stand one by one: the bits are those that merge_lora and
+    save_model would write. One parameter at a time is whole, on the model's device. Where processes share the model,
+    all of them go through it.
     """
     body, layers = _body(model), linears(model)
     dtypes = {hf_name(name): base.dtype for name, base in body.replaced.items()}
     state = {hf_name(name): tensor for name, tensor in model.state_dict().items() if ".lora." not in name}
     quantized = [f"{name}.weight" for name, layer in layers.items() if layer.four_bit is not None]
+
     with torch.no_grad():
         for name in [*state, *quantized]:
             layer = layers.get(name.removesuffix(".weight"))
@@ -257,7 +257,7 @@ def stream_weights(model: Transformer | ScalarModel) -> Iterator[tuple[str, Tens
 def _on_disk(
     model: Transformer | ScalarModel, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor on the CPU) of a model without an adapter, 4 bits as they are; a dtype is their state's, too."""
+    """Yield (name, tensor on the CPU) of a model without an adapter, 4 bits as they are: their state has the dtype."""
     body = _body(model)
     for name, weight in model.state_dict().items():
         state = {hf_name(name): whole(weight).detach().cpu().contiguous()}
@@ -271,7 +271,7 @@ def _on_disk(
 
 
 def _written_in(body: Transformer, name: str, dtype: torch.dtype) -> torch.dtype:
-    """What a tensor that the model has in `dtype` is written in. name: that on disk; an unknown one is as most are."""
+    """The dtype on disk of a tensor that the model has in `dtype`. name: on disk; an unknown one is as most are."""
     return body.dtypes.of(name) if body.dtypes is not None and dtype == torch.float32 else dtype
 
 
@@ -280,55 +280,35 @@ def _body(model: Transformer | ScalarModel) -> Transformer:
 
 
 def _quantization(model: Transformer | ScalarModel, dtype: str) -> dict[str, Any]:
-    """What config.json says of the model's weights in 4 bits. The names are those of transformers' linear modules."""
+    """The part of config.json about weights in 4 bits. Its names are those of transformers' linear modules."""
     layers = {name: layer for name, layer in linears(model).items() if not layer.stack}
     four_bit = [layer.four_bit for layer in layers.values() if layer.four_bit is not None]
     if not four_bit:
         return {}
-    head = "score" if isinstance(model, ScalarModel) else "lm_head"  # dense in both, by default
+    head = "score" if isinstance(model, ScalarModel) else "lm_head"  # dense by transformers' default, too
     dense = [name for name, layer in layers.items() if layer.four_bit is None and name != head]
     named = [disk_name(model.config, name) for name in dense]
     return {formats.CONFIG: bnb.config(four_bit[0], dtype, [*named, head] if named else ())}
 
 
-def _write_files(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """One file, or several and an index where there is more than FILE_BYTES."""
-    files: list[list[str]] = []  # the names in each
-    held: dict[str, Tensor] = {}
-    total = 0
-
-    def close() -> None:
-        save_file(held, folder / f"{len(files)}.safetensors", metadata={"format": "pt"})
-        files.append([*held])
-        held.clear()
-
-    for name, tensor in tensors:
-        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > FILE_BYTES:
-            close()
-        held[name] = tensor
-        total += tensor.nbytes
-    close()
-    if len(files) == 1:
-        (folder / "0.safetensors").rename(folder / WEIGHTS)
-        return
-    weight_map: dict[str, str] = {}
-    for i, names in enumerate(files):
-        file = f"model-{i + 1:05}-of-{len(files):05}.safetensors"
-        (folder / f"{i}.safetensors").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
 # ---- adapters
 
 
-def read_adapter(folder: str | os.PathLike[str]) -> tuple[Adapter, dict[str, str]]:
-    """The adapter in a PEFT folder, and its file's metadata. Raises InputError naming the file and the key."""
+class AdapterFolder(NamedTuple):
+    """The content of a PEFT folder: the adapter, and the metadata of its weights' file."""
+
+    adapter: Adapter
+    metadata: dict[str, str]
+
+
+def read_adapter(folder: str | os.PathLike[str]) -> AdapterFolder:
+    """Read a PEFT folder. Raises InputError naming the file and the key."""
     folder = Path(folder)
     raw = read_object(folder / peft.CONFIG)
     config = peft.read_config(raw, str(folder / peft.CONFIG))
     if not os.path.lexists(folder / peft.WEIGHTS) and os.path.lexists(folder / "adapter_model.bin"):
         raise InputError(f"{folder}: expected {peft.WEIGHTS}, found a pickled file, which is not read")
+
     found: dict[str, Tensor] = {}
     with opened(folder / peft.WEIGHTS) as tensors:
         for name in tensors.keys():  # noqa: SIM118 (not a dict)
@@ -339,16 +319,18 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[Adapter, dict[str, str
                 raise InputError(f"{where}: expected floating point, got {dtype}")
             found[name] = tensors.get_tensor(name)
         metadata = tensors.metadata() or {}
+
     _check_metadata(metadata, str(folder / peft.WEIGHTS))
     for name, tensor in found.items():
         check_finite(f"{folder / peft.WEIGHTS}: {shown(name)}", tensor, torch.float32)
     found = {name.removeprefix(peft.PREFIX): tensor for name, tensor in found.items()}
     dtypes = {name: tensor.dtype for name, tensor in found.items()}
-    return Adapter(config, {name: tensor.float() for name, tensor in found.items()}, dtypes), metadata
+    adapter = Adapter(config, {name: tensor.float() for name, tensor in found.items()}, dtypes)
+    return AdapterFolder(adapter, metadata)
 
 
 def _check_metadata(metadata: dict[str, str], source: str) -> None:
-    """Raises InputError where what we write into an adapter's metadata is there, but not as we write it."""
+    """Raises InputError where an adapter's metadata has an entry of ours, but not as we write it."""
     if metadata.get(FOUR_BIT, "nf4") != "nf4":
         raise InputError(f"{source}: {FOUR_BIT}: expected nf4, got {shown(metadata[FOUR_BIT])}")
     bias = metadata.get(SCORE_BIAS, "0")
@@ -361,22 +343,17 @@ def _check_metadata(metadata: dict[str, str], source: str) -> None:
 
 
 def _give(model: Transformer | ScalarModel, adapter: Adapter, folder: Path) -> None:
-    """The adapter of a folder, which is then remembered as the base's folder is."""
+    """Put the adapter of a folder on its base, and its dtypes beside the base's."""
     give_adapter(model, adapter, str(folder))
     body = _body(model)
     assert body.dtypes is not None
-    own = {f"{peft.PREFIX}{name}": dtype for name, dtype in adapter.dtypes.items()}
-    body.dtypes = replace(body.dtypes, others=body.dtypes.others | own)
+    dtypes = {f"{peft.PREFIX}{name}": dtype for name, dtype in adapter.dtypes.items()}
+    body.dtypes = replace(body.dtypes, others=body.dtypes.others | dtypes)
     model.eval()
 
 
-def _save_adapter(
-    model: Transformer | ScalarModel,
-    folder: Path,
-    tokenizer: "Tokenizer | None",
-    dtype: torch.dtype | None,
-    write: bool,
-) -> None:
+def _adapter_content(model: Transformer | ScalarModel, dtype: torch.dtype | None) -> AdapterFolder:
+    """The content of the folder that the model's adapter is saved in, tensors on the CPU under their names there."""
     adapter, body = take_adapter(model), _body(model)
     state: dict[str, Tensor] = {}
     for name, tensor in adapter.tensors.items():
@@ -384,22 +361,25 @@ def _save_adapter(
         known = None if body.dtypes is None else body.dtypes.others.get(filed)
         if known is None and ".lora_" not in name:  # trained whole: as the base
             known = _written_in(body, disk_name(model.config, name), tensor.dtype)
-        state[filed] = cast(
-            filed, tensor, dtype or known or tensor.dtype
-        ).clone()  # tied ones: one matrix twice
-    if not write:
-        return
+        tensor = cast(filed, tensor, dtype or known or tensor.dtype)
+        state[filed] = tensor.clone()  # tied ones: one matrix twice
+
     metadata = {"format": "pt"}
     if any(layer.four_bit is not None for layer in linears(model).values()):
         metadata[FOUR_BIT] = "nf4"
     if isinstance(model, ScalarModel):
         metadata[SCORE_BIAS] = repr(model.bias)
-    task = "SEQ_CLS" if isinstance(model, ScalarModel) else "CAUSAL_LM"
-    with replacing(folder) as beside:
+    return AdapterFolder(replace(adapter, tensors=state), metadata)
+
+
+def _write_adapter(folder: Path, content: AdapterFolder, tokenizer: "Tokenizer | None") -> None:
+    adapter, metadata = content
+    task = "SEQ_CLS" if SCORE_BIAS in metadata else "CAUSAL_LM"
+    with replacing_folder(folder) as beside:
         write_json(beside / peft.CONFIG, {**peft.write_config(adapter.config), "task_type": task})
         if tokenizer is not None:
             tokenizer.save(beside)
-        save_file(state, beside / peft.WEIGHTS, metadata=metadata)
+        save_file(adapter.tensors, beside / peft.WEIGHTS, metadata=metadata)
 
 
 # ---- reading
@@ -419,12 +399,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _is_scalar(raw: dict[str, Any]) -> bool:
-    """Says config.json that a head of labels stands on the transformer, not one of the vocabulary?"""
+    """Whether a parsed config.json is that of a transformer under a head of labels, not under one of the vocabulary."""
     architectures = raw.get("architectures")
     return isinstance(architectures, list) and any(str(name).endswith(SCALAR) for name in architectures)
 
 
-def _model_config(raw: dict[str, Any], folder: Path) -> ModelConfig:
+def _checked_config(raw: dict[str, Any], folder: Path) -> ModelConfig:
+    """The config of a folder, by its config.json (`raw`) and generation_config.json, its sizes those of the tensors."""
     generation_file = folder / "generation_config.json"
     generation = read_optional(generation_file)
     for key in TOKEN_IDS:  # the rest is carried along as it is
@@ -433,10 +414,15 @@ def _model_config(raw: dict[str, Any], folder: Path) -> ModelConfig:
         if value is not None and not all(map(is_token_id, ids)):
             raise InputError(f"{generation_file}: {key}: expected a token's id, got {shown(repr(value))}")
     check_json(generation, str(generation_file))
-    formats.is_bnb_4bit(raw, folder / "config.json")  # refuses other formats, before the keys that they bring
+
+    file = folder / "config.json"
+    formats.is_bnb_4bit(raw, file)  # refuses other formats, before the keys that they bring
     raw = {key: value for key, value in raw.items() if key != formats.CONFIG}
-    return read_config(raw, str(folder / "config.json"), generation)
+    config = read_config(raw, str(file), generation)
+    check_sizes(config, stored_tensors(folder), str(file))
+    return config
 
 
 def _assign(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Make the tensors, by their names on disk, the parameters and buffers of the model."""
     model.load_state_dict({name: state[hf_name(name)] for name in model.state_dict()}, assign=True)

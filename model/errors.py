@@ -11,14 +11,13 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str):
-        message = _short(
-            message, 10 * MOST_CHARACTERS, 5 * MOST_CHARACTERS
-        )  # before its characters are looked at
+        # a first cut, so that few characters are looked at
+        message = _short(message, 10 * MOST_CHARACTERS, 5 * MOST_CHARACTERS)
         super().__init__(_short(_one_line(message), MOST_CHARACTERS, MOST_CHARACTERS // 3))
 
 
 def shown(value: object) -> str:
-    """What a file says, in a message: on one line, and short; a name of ordinary length as it is."""
+    """A value of a file, as a message shows it: on one line, and short. A name of ordinary length stays as it is."""
     text = value if isinstance(value, str) and value.isprintable() else _repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
@@ -38,5 +37,5 @@ def _one_line(text: str) -> str:
 
 
 def _short(text: str, most: int, end: int) -> str:
-    """Its beginning and its last `end` characters, where it is longer than `most`."""
+    """The text, or where it is longer than `most` its beginning and its last `end` characters."""
     return text if len(text) <= most else f"{text[: most - end - 5]} ... {text[-end:]}"

@@ -1,7 +1,7 @@
-"""The weights of a Hugging Face folder, read into a model: each of its parameters from the tensors that it is made of.
+"""The weights of a Hugging Face folder, read into a model: each parameter from the pieces that the folder has of it.
 
-All that can be wrong with a folder is found in its files' headers, before a weight is allocated or read. Then one
-parameter at a time is read; what stays in 4 bits goes to its layer, and the dense model is never in memory.
+The files' headers show what is wrong with a folder, so it is refused before a weight is allocated or read. Then one
+parameter at a time is read. A weight that stays in 4 bits goes to its layer: the dense model is never in memory.
 """
 
 import re
@@ -19,20 +19,21 @@ from .errors import InputError, shown
 from .files import bnb, formats
 from .files.experts import ONE_BY_ONE, from_disk, fused_on_disk, pieces_of
 from .files.finite import check_finite
-from .files.folder import FLOATS, Stored, stored_tensors
 from .files.formats import is_bnb_4bit
+from .files.tensors import FLOATS, Stored, stored_tensors
 from .linear import Adaptable
 from .scalar import ScalarModel
 from .transformer import Transformer
 
-FURTHER = ("num_nextn_predict_layers", "num_mtp_layers")  # what DeepSeek, and transformers, call their number
+# the keys of DeepSeek and of transformers: how many layers stand behind the last and predict further tokens
+FURTHER = ("num_nextn_predict_layers", "num_mtp_layers")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Piece = Stored | bnb.Packed
 
 
 @dataclass(frozen=True)
 class Source:
-    """A folder whose weights are read, and how: see `checkpoint.load_model`."""
+    """A folder whose weights are read, and the form that they are read into: see `checkpoint.load_model`."""
 
     folder: Path
     raw: dict[str, Any]  # its config.json
@@ -53,20 +54,22 @@ def read_weights(
 ) -> dict[str, Tensor]:
     """Name -> tensor, of the parameters and buffers of `model`, as a Hugging Face folder names them.
 
-    Weights in 4 bits, or to be put into them, go to their linear layers and are not in the result; elsewhere, in the
-    head, the score, the router, they are multiplied out. also: further tensors, read where the folder has them.
-    unread: those that are passed over. Raises InputError naming the file and the tensor.
+    A weight that is in 4 bits, or is to be, goes to its linear layer and is not in the result. In the head, the score
+    and the router it is multiplied out. also: further tensors, read where the folder has them. unread: how the names
+    begin that are passed over. Raises InputError naming the file and the tensor.
     """
     layers = {f"{name}.weight": layer for name, layer in linears(model).items() if name != "lm_head"}
     buffers = {hf_name(name) for name, _ in model.named_buffers()}
     in_4_bits, state = is_bnb_4bit(source.raw, source.config), dict[str, Tensor]()
+
     plan = _plan(source, model, also or {}, unread)
     for name in [*plan]:
-        pieces = plan.pop(name)  # with the last one of a file its mapping goes, and what was read of it
+        pieces = plan.pop(name)  # a file is mapped until its last piece is gone
         layer = layers.get(name)
         if layer is not None and (four_bit := _four_bit(layer, pieces, source)) is not None:
             layer.hold(four_bit)
             continue
+
         # an expert's correction decides which is chosen: as transformers has it, no dtype rounds it
         dtype = torch.promote_types(source.dtype, torch.float32) if name in buffers else source.dtype
         tensor = _dense(model, name, pieces, dtype, source.device)
@@ -78,7 +81,7 @@ def read_weights(
 
 
 def _four_bit(layer: Adaptable, pieces: list[Piece], source: Source) -> Any:
-    """The NF4Weight of a layer whose pieces all are in 4 bits; None where it is to be dense."""
+    """The NF4Weight of a layer whose pieces are all in 4 bits; None where it is to be dense."""
     if not all(isinstance(piece, bnb.Packed) for piece in pieces):
         return None
     weights = [piece.read(source.dtype) for piece in pieces if isinstance(piece, bnb.Packed)]
@@ -97,10 +100,11 @@ def _dense(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> Tensor:
-    """Our parameter `name`; several pieces are copied to their places one by one."""
+    """Our parameter `name`. Several pieces are copied to their places one by one."""
     if len(pieces) == 1:
         tensor = from_disk(model.config, name, _multiplied_out(pieces[0], dtype))
         return tensor.to(device, dtype)  # a copy by now: the file may change while mapped
+
     whole = torch.empty(len(pieces), *pieces[0].shape, dtype=dtype, device=device)
     for part, piece in zip(whole, pieces, strict=True):
         part.copy_(_multiplied_out(piece, dtype))
@@ -110,7 +114,10 @@ def _dense(
 
 
 def _multiplied_out(piece: Piece, dtype: torch.dtype) -> Tensor:
-    """What a piece holds; a copy in `dtype` unless that holds more. Raises InputError where a number is not finite."""
+    """The numbers of a piece, copied into `dtype` where that holds no larger ones.
+
+    Raises InputError where a number is not finite.
+    """
     if isinstance(piece, Stored):
         return check_finite(f"{piece.file}: {shown(piece.name)}", piece.read(), dtype)
     return dequantize_nf4(piece.read(dtype))
@@ -122,7 +129,7 @@ def _multiplied_out(piece: Piece, dtype: torch.dtype) -> Tensor:
 def _plan(
     source: Source, model: Transformer | ScalarModel, also: dict[str, torch.Size], unread: tuple[str, ...]
 ) -> dict[str, list[Piece]]:
-    """Our name of each parameter -> what is stored of it, in order: everything of the right size, nothing left over."""
+    """Our name of each parameter -> its pieces in the folder, in order. Each piece fits, and none is left over."""
     stored = _to_be_read(source, model.config, unread)
     fused = fused_on_disk(model.config, stored)
     shapes = {hf_name(name): tensor.shape for name, tensor in model.state_dict().items()}
@@ -130,34 +137,33 @@ def _plan(
     places = {name: pieces_of(model.config, name, shape, fused) for name, shape in shapes.items()}
     wanted = {piece: shape for names, shape in places.values() for piece in names}
 
-    parts: dict[str, dict[str, Stored]] = {}  # by weight: what a 4-bit one is made of
+    # weights in 4 bits, each of several parts, and the rest
+    parts: dict[str, dict[str, Stored]] = {}
     if is_bnb_4bit(source.raw, source.config):
         parts = _parts(stored, wanted)
     packed = {f"{name}.{part}" for name, several in parts.items() for part in several} | parts.keys()
     rest = {name: tensor for name, tensor in stored.items() if name not in packed}
     _check(source, rest, {name: shape for name, shape in wanted.items() if name not in parts}, fused)
 
-    pieces: dict[str, Piece] = {
-        **rest,
-        **{n: bnb.packed(n, several, wanted[n], str(source.folder)) for n, several in parts.items()},
-    }
+    pieces: dict[str, Piece] = {**rest}
+    for name, several in parts.items():
+        pieces[name] = bnb.packed(name, several, wanted[name], str(source.folder))
     return {name: [pieces[piece] for piece in names] for name, (names, _) in places.items()}
 
 
 def _to_be_read(source: Source, config: ModelConfig, unread: tuple[str, ...]) -> dict[str, Stored]:
-    """The folder's tensors less those that no model of this kind has, as transformers leaves them out, too.
+    """The folder's tensors without those that transformers leaves out, too.
 
-    They are the layers that predict further tokens behind the last one (DeepSeek), each with an eh_proj, and a constant
-    of old checkpoints.
-    A tied matrix may stand under the head's name alone: programs that drop copies keep the name that sorts first.
+    DeepSeek has layers behind the last one that predict further tokens, each with an eh_proj; old checkpoints have a
+    constant. A tied matrix may have the head's name alone: programs that drop copies keep the name that sorts first.
     """
     stored, layers = stored_tensors(source.folder), config.num_hidden_layers
     if config.tie_word_embeddings and EMBEDDING not in stored and HEAD in stored:
         stored[EMBEDDING] = stored.pop(HEAD)
+
     key = next((key for key in FURTHER if key in source.raw), FURTHER[0])
-    further = source.raw.get(
-        key, 1 if source.raw.get("model_type") == "deepseek_v3" else 0
-    )  # as in transformers
+    default = 1 if source.raw.get("model_type") == "deepseek_v3" else 0  # transformers'
+    further = source.raw.get(key, default)
     if further is not None and (not isinstance(further, int) or isinstance(further, bool) or further < 0):
         raise InputError(f"{source.config}: {key}: expected an integer >= 0, got {further!r:.200}")
 
@@ -171,7 +177,7 @@ def _to_be_read(source: Source, config: ModelConfig, unread: tuple[str, ...]) ->
 
 
 def _parts(stored: dict[str, Stored], wanted: dict[str, torch.Size]) -> dict[str, dict[str, Stored]]:
-    """Weights in 4 bits among `wanted`: by their names, what they are made of."""
+    """The names of those of `wanted` that are in 4 bits -> their parts, by the parts' names."""
     parts: dict[str, dict[str, Stored]] = {}
     for name, tensor in stored.items():
         weight, _, part = name.partition(".weight.")
@@ -179,6 +185,7 @@ def _parts(stored: dict[str, Stored], wanted: dict[str, torch.Size]) -> dict[str
             parts.setdefault(f"{weight}.weight", {})[part] = tensor
         elif name in wanted and tensor.dtype == torch.uint8:
             parts.setdefault(name, {})
+
     for name, several in parts.items():
         if name in stored:
             several["packed"] = stored[name]
@@ -186,11 +193,12 @@ def _parts(stored: dict[str, Stored], wanted: dict[str, torch.Size]) -> dict[str
 
 
 def _check(source: Source, rest: dict[str, Stored], wanted: dict[str, torch.Size], fused: bool) -> None:
-    """Raises InputError where what is not in 4 bits is not what the model wants."""
+    """Raises InputError where the tensors that are not in 4 bits are not those that the model wants."""
     odd = [t for name, t in rest.items() if name not in wanted or t.dtype not in FLOATS]
     quantised = formats.of_tensors(odd)
     if quantised is not None and not is_bnb_4bit(source.raw, source.config):
         formats.refuse_tensor(*quantised)
+
     for name, tensor in rest.items():
         where = f"{tensor.file}: {shown(name)}"
         if name not in wanted:
@@ -204,6 +212,7 @@ def _check(source: Source, rest: dict[str, Stored], wanted: dict[str, torch.Size
             raise InputError(f"{where}: expected shape {expected}, got {shown(got)}")
         if tensor.dtype not in FLOATS:
             raise InputError(f"{where}: expected floating point, got {tensor.dtype}")
+
     missing = [name for name in wanted if name not in rest]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

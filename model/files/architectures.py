@@ -1,8 +1,8 @@
-"""What each architecture's config.json may say: its keys, what an absent one stands for, and what all of them share.
+"""The keys of each architecture's config.json, their defaults, and which of their values are built.
 
-A `model_type` is a row of ARCHITECTURES; config_keys.py and config_json.py go by these tables. Every key is read
-(`keys`, COMMON), has one value that is built (`only`, ONLY), or is inert (`inert`, INERT): it changes no number, for
-the reason that stands beside it. Any other key is refused by name, unless it is null.
+A `model_type` is a row of ARCHITECTURES; config_keys.py and config_json.py go by these tables. A key is read (`keys`,
+COMMON), or has one value that is built (`only`, ONLY), or is inert (`inert`, INERT): it changes no number, for the
+reason that stands beside it. Any other key is refused by name, unless it is null.
 """
 
 from dataclasses import dataclass, field
@@ -11,20 +11,21 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Architecture:
-    """How one `model_type` spells the fields."""
+    """One `model_type`: its keys, and what they mean."""
 
     class_name: str  # in transformers
-    special: str  # what sets it apart, for those who read a table
+    special: str  # how it differs from the others, for those who read a table
     keys: frozenset[str]  # of config.json, beside those that all share
     fixed: dict[str, Any] = field(default_factory=dict)  # fields of ModelConfig that no key sets
     defaults: dict[str, Any] = field(default_factory=dict)  # of absent keys, where not DEFAULTS'
-    only: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # keys of which these values are built
+    only: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # key -> the values of it that are built
     inert: dict[str, str] = field(default_factory=dict)  # key -> why it changes no number
     aliases: dict[str, str] = field(default_factory=dict)  # another name of a key -> the key
-    repeats: dict[str, str] = field(default_factory=dict)  # a key that says another's value once more
-    rope: dict[str, Any] = field(default_factory=dict)  # where no key speaks of rope
-    # which layers have the window where no layer_types says: all; late and early, by max_window_layers (early: every
-    # other one); period, all but each sliding_window_pattern-th; unrotated, those without rope
+    repeats: dict[str, str] = field(default_factory=dict)  # key -> the key whose value it repeats
+    rope: dict[str, Any] = field(default_factory=dict)  # rope's parameters where no key has them
+    # the layers that have the window where there is no layer_types: all of them; late or early ones, by
+    # max_window_layers (early: every other one); period, all but each sliding_window_pattern-th; unrotated, those
+    # without rope
     slides: Literal["all", "late", "early", "period", "unrotated"] = "all"
 
 
@@ -136,13 +137,8 @@ ARCHITECTURES = {
         "experts in some layers; norms of query and key heads; a window in every layer",
         frozenset(
             {
-                *(
-                    "attention_bias",
-                    "num_experts",
-                    "num_local_experts",
-                    "sliding_window",
-                    "use_sliding_window",
-                ),
+                *("attention_bias", "num_experts", "num_local_experts"),
+                *("sliding_window", "use_sliding_window"),
                 *(*_EXPERTS, *_SOME_LAYERS),
             }
         ),
@@ -293,13 +289,13 @@ SIZES = (
 )
 NUMBERS = ("rms_norm_eps", "initializer_range")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-ONLY: dict[str, tuple[Any, ...]] = {  # keys of which these values are built, the first by name
+ONLY: dict[str, tuple[Any, ...]] = {  # key -> the values of it that are built; messages name the first
     "hidden_act": ("silu", "swish"),
     "attention_dropout": (0.0, None),
     "partial_rotary_factor": (1.0, None),
     "is_causal": (True,),  # null and false let tokens see what comes after them
     "mlp_bias": (False,),
-    # nothing reads these; what else they might say would be another model
+    # nothing reads these; any other value would be another model
     "rope_interleaved": (False, None),
     "use_mrope": (False, None),
     "is_encoder_decoder": (False, None),
@@ -335,27 +331,18 @@ DEFAULTS: dict[str, Any] = {
     "query_pre_attn_scalar": 256,
     "rope_local_base_freq": 10_000.0,
     **dict.fromkeys(
-        (*("head_dim", "sliding_window", "layer_types", "no_rope_layers", "mlp_only_layers", *TOKEN_IDS),)
+        ("head_dim", "sliding_window", "layer_types", "no_rope_layers", "mlp_only_layers", *TOKEN_IDS)
     ),
 }
-NULLABLE = {
-    "num_key_value_heads",
-    "q_lora_rank",
-    *(key for key, value in DEFAULTS.items() if value is None),
-}
+NULLABLE = {"num_key_value_heads", "q_lora_rank", *(key for key, value in DEFAULTS.items() if value is None)}
 COMMON = {
     *("model_type", "tie_word_embeddings", "rope_parameters", "rope_scaling", "rope_theta"),
     *("original_max_position_embeddings", *SIZES, *NUMBERS, *TOKEN_IDS),
 }
 _REASONS: dict[str, tuple[str, ...]] = {
     "a name, a version, or a note of the program that wrote the file": (
-        *(
-            "architectures",
-            "transformers_version",
-            "transformers.js_config",
-            "tokenizer_class",
-            "name_or_path",
-        ),
+        *("architectures", "transformers_version", "transformers.js_config"),
+        *("tokenizer_class", "name_or_path"),
         *("is_llama_config", "model_name", "unsloth_fixed", "unsloth_version"),
     ),
     "a length that nothing stops at": ("max_sequence_length", "model_max_length"),
@@ -379,14 +366,8 @@ _REASONS: dict[str, tuple[str, ...]] = {
         *("max_length", "min_length", "max_new_tokens", "do_sample", "early_stopping", "num_beams"),
         *("num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "prefix"),
         *("repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
-        *(
-            "bad_words_ids",
-            "num_return_sequences",
-            "output_scores",
-            "return_dict_in_generate",
-            "sep_token_id",
-            "unk_token_id",
-        ),
+        *("bad_words_ids", "num_return_sequences", "output_scores", "return_dict_in_generate"),
+        *("sep_token_id", "unk_token_id"),
         *("forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "suppress_tokens"),
         *("exponential_decay_length_penalty", "begin_suppress_tokens"),
     ),
@@ -416,5 +397,5 @@ ROPE_LEAST, ROPE_MOST = 1e-9, 1e15  # of a number there that is not 0: further o
 
 
 def loadable() -> list[tuple[str, str, str]]:
-    """What loads, a row for each architecture: its model_type, transformers' class, what sets it apart."""
+    """(model_type, transformers' class, how it differs from the others) of each architecture."""
     return [(name, a.class_name, a.special) for name, a in ARCHITECTURES.items()]

@@ -27,7 +27,7 @@ from ...kernels.records import BLOCKSIZES
 from ..errors import InputError, shown
 from .config_keys import LARGEST
 from .finite import check_finite
-from .folder import FLOATS, Stored
+from .tensors import FLOATS, Stored
 from .text_files import parse_json
 
 STATE = "quant_state.bitsandbytes__"
@@ -41,7 +41,7 @@ STORAGE = (torch.uint8, torch.int8, *FLOATS)
 def config(weight: NF4Weight, compute_dtype: str, dense: Sequence[str] = ()) -> dict[str, Any]:
     """quantization_config of config.json for weights like this one.
 
-    dense: names of linear modules that are not in 4 bits. Without any, transformers leaves but the head dense.
+    dense: names of linear modules that are not in 4 bits. Where none is named, transformers has only the head dense.
     """
     skipped = {"llm_int8_skip_modules": [*dense]} if dense else {}
     return {
@@ -80,7 +80,7 @@ def tensors(name: str, weight: NF4Weight) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight in 4 bits as it lies in a folder: sizes are checked, its large tensors are not read yet."""
+    """A weight in 4 bits as it lies in a folder. Its sizes are checked, its large tensors not read yet."""
 
     parts: dict[str, Stored]  # by their names less "X.weight.", and "packed"
     shape: torch.Size
@@ -88,30 +88,30 @@ class Packed:
     offset: float
 
     def read(self, dtype: torch.dtype) -> NF4Weight:
-        """dtype: of what it is multiplied out to."""
-        found = {part: tensor.read().flatten() for part, tensor in self.parts.items()}
-        found["packed"] = found["packed"].view(torch.uint8)
-        for part, tensor in found.items():
+        """Read the weight. dtype: the one that it is multiplied out to."""
+        mapped = {part: tensor.read().flatten() for part, tensor in self.parts.items()}
+        mapped["packed"] = mapped["packed"].view(torch.uint8)
+        for part, tensor in mapped.items():
             check_finite(f"{self.parts[part].file}: {shown(self.parts[part].name)}", tensor)
-        held = {part: tensor.clone() for part, tensor in found.items()}  # the file may change while mapped
-        nested = "nested_absmax" in held
+
+        read = {
+            part: tensor.clone() for part, tensor in mapped.items()
+        }  # the file may change while it is mapped
         return NF4Weight(
-            packed=held["packed"],
-            absmax=held["absmax"],
-            code=held["quant_map"],
+            packed=read["packed"],
+            absmax=read["absmax"],
+            code=read["quant_map"],
             shape=tuple(self.shape),
             dtype=dtype,
             blocksize=self.blocksize,
-            nested_absmax=held.get("nested_absmax"),
-            nested_code=held.get("nested_quant_map"),
-            offset=torch.tensor(self.offset) if nested else None,
+            nested_absmax=read.get("nested_absmax"),
+            nested_code=read.get("nested_quant_map"),
+            offset=torch.tensor(self.offset) if "nested_absmax" in read else None,
         )
 
 
 def packed(name: str, parts: dict[str, Stored], shape: torch.Size, source: str) -> Packed:
     """The weight of `parts`, by their names less "X.weight.", and "packed". Raises InputError naming the part."""
-    sizes: dict[str, tuple[torch.dtype, int]] = {"quant_map": (torch.float32, 16)}
-    nested = "nested_absmax" in parts
     for part in parts:
         known = ("packed", "absmax", "quant_map", "nested_absmax", "nested_quant_map")
         if part not in known and not part.startswith(STATE):
@@ -120,13 +120,16 @@ def packed(name: str, parts: dict[str, Stored], shape: torch.Size, source: str) 
             )
     blocksize, offset = _state(name, parts, shape, source)
 
-    blocks = -(-prod(shape) // blocksize)
-    sizes["absmax"] = (torch.uint8 if nested else torch.float32, blocks)
+    # the scales: one for each block of weights, and where they are quantised one for each 256 of them
+    blocks, nested = -(-prod(shape) // blocksize), "nested_absmax" in parts
+    sizes: dict[str, tuple[torch.dtype, int]] = {
+        "quant_map": (torch.float32, 16),
+        "absmax": (torch.uint8 if nested else torch.float32, blocks),
+    }
     if nested:
-        sizes |= {
-            "nested_absmax": (torch.float32, -(-blocks // 256)),
-            "nested_quant_map": (torch.float32, 256),
-        }
+        sizes["nested_absmax"] = torch.float32, -(-blocks // 256)
+        sizes["nested_quant_map"] = torch.float32, 256
+
     for part, (dtype, count) in sizes.items():
         if part not in parts:
             raise InputError(f"{source}: {name}.{part}: missing, although the weight is in 4 bits")
@@ -135,6 +138,8 @@ def packed(name: str, parts: dict[str, Stored], shape: torch.Size, source: str) 
             raise InputError(
                 f"{source}: {name}.{part}: expected {count} numbers of {dtype}, got {found.numel} of {found.dtype}"
             )
+
+    # the weights themselves, two in a byte
     if "packed" not in parts:
         raise InputError(f"{source}: {name}: missing, although its parts are there")
     whole, count = parts["packed"], -(-prod(shape) // 2)
@@ -147,16 +152,16 @@ def packed(name: str, parts: dict[str, Stored], shape: torch.Size, source: str) 
 
 
 class State(NamedTuple):
-    """What the JSON beside a weight says of it."""
+    """The JSON beside a weight."""
 
     blocksize: int
     offset: float
-    dtype: torch.dtype  # of what it was, in the model that was quantised
+    dtype: torch.dtype  # that it had in the model that was quantised
     shape: list[int]
 
 
 def read_state(stored: Stored) -> State:
-    """Raises InputError where it is not the state of a weight in nf4 or fp4, in blocks that are read."""
+    """Read the JSON beside a weight. Raises InputError where it is no state of a weight in nf4 or fp4."""
     where = f"{stored.file}: {shown(stored.name)}"
     expected = f"{where}: expected a quantisation state as JSON"
     if stored.dtype != torch.uint8 or stored.numel > STATE_BYTES:
@@ -167,23 +172,19 @@ def read_state(stored: Stored) -> State:
 
     dtypes = {str(known).removeprefix("torch."): known for known in FLOATS}
     offset, shape = state.get("nested_offset", 0.0), state.get("shape")
+    blocksize, dtype = state.get("blocksize"), state.get("dtype")
+    is_blocksize = type(blocksize) is int and blocksize in BLOCKSIZES
+    is_offset = type(offset) in (int, float) and abs(offset) <= LARGEST
+    is_shape = isinstance(shape, list) and all(type(n) is int for n in shape)
     checks: dict[str, tuple[bool, str]] = {
         "quant_type": (state.get("quant_type") in ("nf4", "fp4"), "nf4 or fp4"),
-        "blocksize": (
-            type(state.get("blocksize")) is int and state["blocksize"] in BLOCKSIZES,
-            f"a blocksize of {BLOCKSIZES[0]} to {BLOCKSIZES[-1]}",
-        ),
+        "blocksize": (is_blocksize, f"a blocksize of {BLOCKSIZES[0]} to {BLOCKSIZES[-1]}"),
         "nested_blocksize": (state.get("nested_blocksize", 256) == 256, "nested blocks of 256"),
-        "nested_offset": (
-            type(offset) in (int, float) and abs(offset) <= LARGEST,
-            "a finite offset",
-        ),
-        "dtype": (
-            isinstance(state.get("dtype"), str) and state["dtype"] in dtypes,
-            f"one of {', '.join(dtypes)}",
-        ),
-        "shape": (isinstance(shape, list) and all(type(n) is int for n in shape), "a list of sizes"),
+        "nested_offset": (is_offset, "a finite offset"),
+        "dtype": (isinstance(dtype, str) and dtype in dtypes, f"one of {', '.join(dtypes)}"),
+        "shape": (is_shape, "a list of sizes"),
     }
+
     for key, (fits, what) in checks.items():
         if not fits:
             raise InputError(f"{where}: {key}: expected {what}, got {shown(repr(state.get(key)))}")
@@ -191,7 +192,7 @@ def read_state(stored: Stored) -> State:
 
 
 def _state(name: str, parts: dict[str, Stored], shape: torch.Size, source: str) -> tuple[int, float]:
-    """blocksize and offset, from the JSON beside the weight, which also says what the shape is."""
+    """blocksize and offset, from the JSON beside the weight, whose shape is compared."""
     keys = [part for part in parts if part.startswith(STATE)]
     if not keys:
         raise InputError(f"{source}: {name}.{STATE}nf4: missing, although the weight is in 4 bits")
@@ -206,7 +207,7 @@ def _state(name: str, parts: dict[str, Stored], shape: torch.Size, source: str) 
 
 
 def stack(weights: Sequence[NF4Weight], shape: torch.Size) -> NF4Weight | None:
-    """One weight of several that lie one behind the other, to the bit; None where a block would cross two of them.
+    """One weight (*shape) of several that lie one behind the other, to the bit; None where a block would cross two.
 
     Each scale is then in fp32: those of several weights have no common offset.
     """
@@ -215,6 +216,7 @@ def stack(weights: Sequence[NF4Weight], shape: torch.Size) -> NF4Weight | None:
         alike = weight.blocksize == first.blocksize and torch.equal(weight.code, first.code)
         if not alike or weight.numel % weight.blocksize:
             return None
+
     scales = [unnested(weight) for weight in weights]
     return NF4Weight(
         packed=torch.cat([weight.packed for weight in weights]),

@@ -1,4 +1,4 @@
-"""A checkpoint's config.json, read and written.
+"""A folder's config.json, read and written.
 
     read_config     config.json (transformers 4 or 5) -> ModelConfig; refuses what this transformer would not compute
     write_config    ModelConfig -> a config.json that transformers 5 reads
@@ -26,11 +26,13 @@ from .architectures import (
 )
 from .config_keys import MOST, MOST_LAYERS, Keys, is_token_id
 
+_NUMBER_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # its key, by architecture
+
 
 def read_config(
     raw: dict[str, Any], source: str = "config.json", generation: dict[str, Any] | None = None
 ) -> ModelConfig:
-    """From a parsed config.json; source names it in errors, generation is a parsed generation_config.json.
+    """Read a parsed config.json; `source` names it in errors. generation: a parsed generation_config.json.
 
     Raises InputError naming the key that is missing, of the wrong type, or asks for what is not built.
     """
@@ -41,14 +43,16 @@ def read_config(
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """config.json for transformers 5, without dtype: that is the tensors'.
+    """Return config.json for transformers 5, without a dtype, which only the tensors have.
 
-    Raises ValueError where the keys of `model_type` cannot say what the fields say.
+    Raises ValueError where the keys of `model_type` cannot express the fields.
     """
     architecture = ARCHITECTURES[config.model_type]
     window = next((window for window in config.windows if window is not None), None)
     if window is None and architecture.slides == "period":
         window = architecture.defaults["sliding_window"]  # transformers wants one, though no layer has it
+
+    # the keys of all architectures
     eos = config.eos_token_id
     raw: dict[str, Any] = {
         "architectures": [architecture.class_name],
@@ -60,7 +64,9 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "use_cache": True,
     }
-    own = {
+
+    # those that this architecture has, of all that there are
+    special = {
         "attention_bias": config.qkv_bias,
         "mlp_bias": config.mlp_bias,
         "no_rope_layers": [int(rotated) for rotated in config.rope_layers],
@@ -68,14 +74,17 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "use_sliding_window": window is not None,
         "layer_types": ["full_attention" if w is None else "sliding_attention" for w in config.windows],
     }
-    own |= _experts_keys(config) | _attention_keys(config)
-    raw |= {key: value for key, value in own.items() if key in architecture.keys}
+    special |= _experts_keys(config) | _attention_keys(config)
+    raw |= {key: value for key, value in special.items() if key in architecture.keys}
+
+    # what transformers wants in another form
     if config.latent:
         raw["head_dim"] = config.latent.rope_dim  # transformers rotates this much
         raw["qk_head_dim"] = config.latent.nope_dim + config.latent.rope_dim
     if config.gemma:
         kinds = ("full_attention", config.rope), ("sliding_attention", config.local_rope or config.rope)
         raw["rope_parameters"] = {kind: _rope_keys(rope) for kind, rope in kinds}
+
     again = read_config(raw, generation=config.generation)
     lost = [f.name for f in fields(config) if getattr(config, f.name) != getattr(again, f.name)]
     if lost:
@@ -87,15 +96,19 @@ def _experts_keys(config: ModelConfig) -> dict[str, Any]:
     experts = config.experts
     if experts is None:
         return {}
-    return {
-        **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), experts.num_experts),
+    choice = {
         "num_experts_per_tok": experts.top_k,
-        "moe_intermediate_size": experts.intermediate_size,
         "norm_topk_prob": experts.renormalize,
         "router_aux_loss_coef": experts.balance_coefficient,
         "routed_scaling_factor": experts.scale,
         "n_group": experts.groups,
         "topk_group": experts.top_groups,
+    }
+
+    return {
+        **choice,
+        **dict.fromkeys(_NUMBER_OF_EXPERTS, experts.num_experts),
+        "moe_intermediate_size": experts.intermediate_size,
         "shared_expert_intermediate_size": experts.shared_size,
         "n_shared_experts": experts.shared_size // experts.intermediate_size,
         "decoder_sparse_step": 1,
@@ -108,12 +121,12 @@ def _experts_keys(config: ModelConfig) -> dict[str, Any]:
 
 def _attention_keys(config: ModelConfig) -> dict[str, Any]:
     scale = config.attention_scale
-    own: dict[str, Any] = {
+    found: dict[str, Any] = {
         "qkv_bias": config.qkv_bias,
         "query_pre_attn_scalar": round(scale**-2) if scale else config.head_dim,
     }
     if config.latent:
-        own |= {
+        found |= {
             "q_lora_rank": config.latent.q_rank or None,
             "kv_lora_rank": config.latent.kv_rank,
             "qk_nope_head_dim": config.latent.nope_dim,
@@ -121,7 +134,7 @@ def _attention_keys(config: ModelConfig) -> dict[str, Any]:
             "v_head_dim": config.latent.value_dim,
             "rope_interleave": config.latent.interleaved,
         }
-    return own
+    return found
 
 
 def _rope_keys(rope: Rope) -> dict[str, Any]:
@@ -132,21 +145,24 @@ def _rope_keys(rope: Rope) -> dict[str, Any]:
 
 
 class _Reader(Keys):
-    """One config.json: what it says as the fields of ModelConfig."""
+    """One config.json, read as the fields of ModelConfig."""
 
     def read(self, generation: dict[str, Any]) -> ModelConfig:
         self.refuse_what_is_not_built()
         layers = self.size("num_hidden_layers", MOST_LAYERS)
         rope_layers, rope, latent = self.rope_layers(layers), self.rope(), self.latent()
+
         values = {
             **{key: self.size(key) or 0 for key in SIZES},
             **{key: self.number(key) for key in NUMBERS},
             **{key: self.token_id(key) for key in TOKEN_IDS},
+            # attention
             "rope": rope,
             "rope_layers": rope_layers,
             "windows": self.windows(layers, rope_layers),
             "qkv_bias": self.flag("attention_bias") or self.flag("qkv_bias"),
             "output_bias": self.flag("attention_bias"),
+            # all else
             "mlp_bias": self.flag("mlp_bias"),
             "tie_word_embeddings": self.flag("tie_word_embeddings"),
             "experts": self.experts(layers),
@@ -193,17 +209,15 @@ class _Reader(Keys):
     # ---- experts
 
     def experts(self, layers: int) -> Experts | None:
-        name = next(
-            (k for k in ("num_experts", "num_local_experts", "n_routed_experts") if self.has(k)), None
-        )
+        name = next((key for key in _NUMBER_OF_EXPERTS if self.has(key)), None)
         if name is None:
             return None
         E, K = self.size(name), self.size("num_experts_per_tok")
         if K > E:
             self.refuse("num_experts_per_tok", f"at most {name}={E}", K)
-        size = self.size(
-            "moe_intermediate_size" if self.has("moe_intermediate_size") else "intermediate_size"
-        )
+        width = "moe_intermediate_size" if self.has("moe_intermediate_size") else "intermediate_size"
+        size = self.size(width)
+
         options: dict[str, Any] = {}
         if self.has("n_group"):
             options = self.grouped(name, E, K, size)
@@ -212,11 +226,9 @@ class _Reader(Keys):
         if self.has("shared_expert_intermediate_size"):
             options |= {"shared_size": self.size("shared_expert_intermediate_size"), "shared_gate": True}
         if self.has("swiglu_limit"):
-            options |= {
-                "clamped": True,
-                "alpha": self.number("swiglu_alpha"),
-                "limit": self.number("swiglu_limit"),
-            }
+            alpha, limit = self.number("swiglu_alpha"), self.number("swiglu_limit")
+            options |= {"clamped": True, "alpha": alpha, "limit": limit}
+
         return Experts(
             num_experts=E,
             top_k=K,
@@ -239,7 +251,7 @@ class _Reader(Keys):
         return tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
 
     def grouped(self, name: str, E: int, K: int, size: int) -> dict[str, Any]:
-        """DeepSeek's choice: a group is worth its two best experts, and experts come from the best groups alone."""
+        """Read DeepSeek's choice: experts of the best groups alone, where a group counts by its two best experts."""
         groups, kept = self.size("n_group"), self.size("topk_group")
         if E % groups or E // groups < 2:
             self.refuse("n_group", f"groups of equal size, two or more of {name}={E} experts in each", groups)
@@ -249,6 +261,7 @@ class _Reader(Keys):
             self.refuse(
                 "num_experts_per_tok", f"at most the {kept * (E // groups)} experts of {kept} groups", K
             )
+
         return {
             "score": "sigmoid",
             "groups": groups,
@@ -260,7 +273,7 @@ class _Reader(Keys):
     # ---- rope
 
     def rope(self, kind: str = "full_attention") -> Rope:
-        """kind: which layers', where the file keeps them apart."""
+        """Read rope. kind: of attention, where the file has one rope for each."""
         key, parameters, theta = self.rope_parameters(kind)
         rope_type = parameters.get("rope_type", parameters.get("type", "default"))
         if not isinstance(rope_type, str) or rope_type not in ROPE_KEYS:
@@ -284,6 +297,7 @@ class _Reader(Keys):
                     f"{self.source}: {key}.{shown(name)}: not supported for rope_type {rope_type}, "
                     f"got {shown(repr(value))}"
                 )
+
         if not 1 < values["rope_theta"] <= ROPE_MOST:
             self.refuse(f"{key}.rope_theta", f"a number above 1, up to {ROPE_MOST:g}", values["rope_theta"])
         if rope_type == "llama3" and not values["high_freq_factor"] > values["low_freq_factor"]:
@@ -294,7 +308,7 @@ class _Reader(Keys):
         return Rope(rope_type=rope_type, **values)
 
     def rope_parameters(self, kind: str) -> tuple[str, dict[str, Any], float]:
-        """(the key that holds them, the parameters, the base where they name none)"""
+        """(the key that holds them, the parameters, the base where they have none)"""
         scaling, parameters = self.raw.get("rope_scaling"), self.raw.get("rope_parameters")
         for key, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
             if value is not None and not isinstance(value, dict):
@@ -314,21 +328,21 @@ class _Reader(Keys):
             self.refuse(
                 f"rope_parameters.{shown(flat[0])}", f"{' or '.join(kinds)}", (parameters or {})[flat[0]]
             )
-        own = (parameters or {}).get(kind) or {}
+        found = (parameters or {}).get(kind) or {}
         key = f"rope_parameters.{kind}"
-        if not isinstance(own, dict):
-            self.refuse(key, "an object", own)
+        if not isinstance(found, dict):
+            self.refuse(key, "an object", found)
         if kind == "full_attention" and scaling is not None:
-            # without rope_type it is the default's, whatever `type` says
-            key, own = "rope_scaling", {"rope_type": "default"} | own | scaling
-        if own.get("truncate", True) is not True:
+            # without rope_type it is the default's, whatever `type` is
+            key, found = "rope_scaling", {"rope_type": "default"} | found | scaling
+        if found.get("truncate", True) is not True:
             self.refuse(
-                f"{key}.truncate", "true, nothing else is built for ropes of two kinds", own["truncate"]
+                f"{key}.truncate", "true, nothing else is built for ropes of two kinds", found["truncate"]
             )
-        return key, own, self.number("rope_theta" if kind == "full_attention" else "rope_local_base_freq")
+        return key, found, self.number("rope_theta" if kind == "full_attention" else "rope_local_base_freq")
 
     def rope_value(self, key: str, name: str, value: Any) -> dict[str, Any]:
-        """{name: value}, checked, without what null leaves to the rule."""
+        """{name: value}, checked; empty for a null that leaves the value to the rule."""
         if name == "truncate":
             if value is not None and not isinstance(value, bool):
                 self.refuse(key, "true or false", value)
@@ -337,6 +351,7 @@ class _Reader(Keys):
             return {}
         if name == "original_max_position_embeddings" and (type(value) is not int or not 1 <= value <= MOST):
             self.refuse(key, f"an integer above 0, up to {MOST}", value)
+
         zero = name in ROPE_MAY_BE_ZERO
         expected = "a number >= 0" if zero else "a number above 0"
         if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
@@ -363,17 +378,16 @@ class _Reader(Keys):
 
     def windows(self, layers: int, rope_layers: tuple[bool, ...]) -> tuple[int | None, ...]:
         if not self.has("sliding_window"):
-            return (None,) * layers
+            return tuple(None for _ in range(layers))
         used = self.flag("use_sliding_window") if self.has("use_sliding_window") else True
         window = self.size("sliding_window") if used else None
         if used and window is None and self.architecture.slides in ("early", "period"):
             self.refuse("sliding_window", "a positive integer", window)
-        kinds = (
-            self.get("layer_types", list, "a list of attention kinds") if self.has("layer_types") else None
-        )
+        kinds = None
+        if self.has("layer_types"):
+            kinds = self.get("layer_types", list, "a list of attention kinds")
         if kinds is None:
-            slides = self.slides(layers, rope_layers)
-            return tuple(window if slide else None for slide in slides)
+            return tuple(window if slides else None for slides in self.slides(layers, rope_layers))
 
         if len(kinds) != layers or any(kind not in ("full_attention", "sliding_attention") for kind in kinds):
             self.refuse(
@@ -386,7 +400,7 @@ class _Reader(Keys):
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
     def slides(self, layers: int, rope_layers: tuple[bool, ...]) -> list[bool]:
-        """Which layers have the window, by the architecture's own rule."""
+        """Whether each layer has the window, by the architecture's rule."""
         match self.architecture.slides:
             case "late":
                 first = self.count("max_window_layers")

@@ -1,4 +1,4 @@
-"""The keys of one config.json, looked at one by one: each look checks, and every refusal names the file and the key."""
+"""The keys of one config.json, each checked as it is read. Every refusal names the file and the key."""
 
 from typing import Any, NoReturn
 
@@ -7,16 +7,16 @@ from .architectures import ARCHITECTURES, COMMON, DEFAULTS, INERT, NULLABLE, ONL
 
 MOST = 2**31 - 1  # of any size: no model has more, and products of two still fit an int64
 MOST_LAYERS = 10_000
-LARGEST = 3.4028234663852886e38  # of a number that is computed with: what fp32 holds
+LARGEST = 3.4028234663852886e38  # of a number that is computed with: fp32's largest
 
 
 def is_token_id(value: object) -> bool:
-    """An integer that an id may be; or -1, which stands for none, as in early Llama folders."""
+    """Whether a value may be a token's id, or is -1, which stands for none in early Llama folders."""
     return type(value) is int and -1 <= value <= MOST
 
 
 class Keys:
-    """raw: a parsed config.json; source: its name in errors."""
+    """A parsed config.json, `raw`, whose name in errors is `source`."""
 
     def __init__(self, raw: dict[str, Any], source: str):
         self.raw, self.source = {**raw}, source
@@ -66,10 +66,15 @@ class Keys:
         return key in COMMON | self.architecture.keys and self.get(key, bool, "true or false")
 
     def refuse_what_is_not_built(self) -> None:
-        """Pass what is read, or inert; a key that nobody knows may change the numbers, if only by being false."""
+        """Raises InputError for a value that is not built, and for a key that is neither read nor inert.
+
+        An unknown key may change the numbers, even by being false.
+        """
         a = self.architecture
         read = COMMON | a.keys | a.aliases.keys()
+        known = read | INERT.keys() | a.inert.keys()
         only = {key: values for key, values in (ONLY | a.only).items() if key not in read | a.inert.keys()}
+
         for key, value in self.raw.items():
             if key in only:
                 # true is 1 to Python, and false is 0
@@ -78,11 +83,7 @@ class Keys:
             elif key in a.repeats:
                 if value != (once := self.size(a.repeats[key])):
                     self.refuse(key, f"{once!r}, as {a.repeats[key]} says", value)
-            elif (
-                key not in read | INERT.keys() | a.inert.keys()
-                and not key.startswith("_")
-                and value is not None
-            ):
+            elif key not in known and not key.startswith("_") and value is not None:
                 raise InputError(
                     f"{self.source}: {shown(key)}: not supported for {self.model_type}, got {shown(repr(value))}; "
                     "it may be taken out where the model computes the same without it"

@@ -1,5 +1,6 @@
-"""The dtype of each tensor on disk: remembered from the folder that a model was read from, and given back when it is
-saved. Training holds fp32 weights whatever the files hold: a bf16 folder comes back as a bf16 folder.
+"""The dtype of each tensor on disk: remembered from the folder that a model was read from, used again when it is saved.
+
+Training keeps fp32 weights whatever the files have. So a bf16 folder comes back as a bf16 folder.
 """
 
 from collections import Counter
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .bnb import read_state
-from .folder import Stored
+from .tensors import Stored
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Dtypes:
 
 
 def read_dtypes(stored: Mapping[str, Stored]) -> Dtypes:
-    """From a folder's headers; of a weight in 4 bits, whatever its bytes are stored in, what its state names."""
+    """Read the dtypes from a folder's headers. That of a weight in 4 bits is the one that its state names."""
     found: dict[str, torch.dtype] = {}
     numbers: Counter[torch.dtype] = Counter()
     for name, tensor in stored.items():
@@ -33,6 +34,7 @@ def read_dtypes(stored: Mapping[str, Stored]) -> Dtypes:
         found[name] = tensor.dtype
         numbers[tensor.dtype] += tensor.numel
 
+    # a weight in 4 bits: its bytes may be stored as numbers of any dtype, which does not count
     for name, tensor in stored.items():
         weight, _, state = name.partition(".quant_state.")
         if state:

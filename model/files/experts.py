@@ -1,4 +1,4 @@
-"""Experts' weights in a folder, and the few other names that are not ours there.
+"""Experts' weights in a folder, and the few other names that differ there from ours.
 
 In memory a layer's experts are two tensors, gate_up (E, 2F, C), the gate's rows first, and down (E, C, F). A folder has
 
@@ -6,7 +6,8 @@ In memory a layer's experts are two tensors, gate_up (E, 2F, C), the gate's rows
     fused         X.experts.gate_up_proj (E, 2F, C), X.experts.down_proj (E, C, F)    save_original_format=False
     gpt-oss       the same two, transposed, rows of gate and up in turn, and biases
 
-One by one, what lies in memory is the tensors one behind the other. We read all of them, and write the published form.
+One by one, a tensor in memory is the tensors of the folder one behind the other. All three forms are read, and the
+published one is written.
 """
 
 import re
@@ -28,7 +29,7 @@ def fused_on_disk(config: ModelConfig, names: Iterable[str]) -> bool:
 
 
 def disk_name(config: ModelConfig, name: str, fused: bool = False) -> str:
-    """A parameter's name as transformers has it, from ours; those of experts' weights are `pieces_of`'s."""
+    """A parameter's name as transformers has it, from ours. `pieces_of` has the names of experts' weights."""
     if config.model_type == "mixtral" and not fused:  # fused, it is the name of transformers' module
         return name.replace(".mlp.", ".block_sparse_moe.")
     if config.model_type == "gpt_oss":
@@ -41,13 +42,15 @@ def disk_name(config: ModelConfig, name: str, fused: bool = False) -> str:
 def pieces_of(
     config: ModelConfig, name: str, shape: torch.Size, fused: bool = False
 ) -> tuple[list[str], torch.Size]:
-    """Names on disk of what our parameter is made of, in its order, and the shape that each of them has there."""
+    """The names on disk of the pieces of our parameter, in their order, and the shape that each piece has there."""
     at, _, which = name.rpartition(".experts.")
     if not at:
         return [disk_name(config, name, fused)], shape
     at = f"{disk_name(config, at + '.', fused)}experts"
     if config.model_type == "gpt_oss":
-        return [f"{at}.{_fused_name(which)}"], torch.Size((shape[0], *shape[:0:-1]))
+        return [f"{at}.{_fused_name(which)}"], torch.Size(
+            (shape[0], *shape[:0:-1])
+        )  # (E, ...), the rest reversed
     if fused:
         return [f"{at}.{_fused_name(which)}"], shape
 
@@ -60,41 +63,43 @@ def pieces_of(
 
 
 def from_disk(config: ModelConfig, name: str, tensor: Tensor) -> Tensor:
-    """Our parameter `name` from the one tensor that a folder has of it."""
+    """Our parameter `name` from the one tensor of it that a folder has."""
     if config.model_type != "gpt_oss" or ".experts." not in name:
         return tensor
-    tensor = tensor if tensor.dim() == 2 else tensor.transpose(1, 2)
+    tensor = tensor if tensor.dim() == 2 else tensor.transpose(1, 2)  # (E, in, out) -> (E, out, in)
     return (to_halves(tensor) if ".experts.gate_up" in name else tensor).contiguous()
 
 
 def to_disk(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our names and tensors -> the folder's, in the published form."""
+    """The folder's names and tensors from ours, in the published form."""
     files: dict[str, Tensor] = {}
     for name, tensor in state.items():
         names, shape = pieces_of(config, name, tensor.shape)
         if config.model_type == "gpt_oss" and ".experts." in name:
             tensor = to_pairs(tensor) if ".experts.gate_up" in name else tensor
-            tensor = tensor if tensor.dim() == 2 else tensor.transpose(1, 2)
+            tensor = tensor if tensor.dim() == 2 else tensor.transpose(1, 2)  # (E, out, in) -> (E, in, out)
         for piece, part in zip(names, tensor.reshape(len(names), *shape), strict=True):
             files[piece] = part.contiguous()
     return files
 
 
 def to_pairs(tensor: Tensor) -> Tensor:
-    """(E, 2F, ...), the gate's rows first, to gpt-oss' order: gate and up in turn."""
-    return tensor.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+    """Rows (E, 2F, ...), the gate's first, in gpt-oss' order: gate and up in turn."""
+    return tensor.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)  # (E, 2, F) -> (E, F, 2) -> (E, 2F)
 
 
 def to_halves(tensor: Tensor) -> Tensor:
-    return tensor.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+    """Rows (E, 2F, ...), gate and up in turn, with the gate's first."""
+    return tensor.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)  # (E, F, 2) -> (E, 2, F) -> (E, 2F)
 
 
 def _parts(config: ModelConfig) -> tuple[str, str, str]:
+    """The names of gate, up and down."""
     return ("w1", "w3", "w2") if config.model_type == "mixtral" else ("gate_proj", "up_proj", "down_proj")
 
 
 def _fused_name(which: str) -> str:
     """gate_up_proj.weight -> gate_up_proj, down_bias -> down_proj_bias"""
-    return (
-        which.removesuffix(".weight") if which.endswith(".weight") else which.replace("_bias", "_proj_bias")
-    )
+    if which.endswith(".weight"):
+        return which.removesuffix(".weight")
+    return which.replace("_bias", "_proj_bias")

@@ -13,12 +13,13 @@ class TooLarge(InputError):
 
 
 def check_finite(where: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The tensor, a new one in `dtype` unless that holds more. where: its file and name.
+    """The tensor, or a copy in `dtype` where that holds no larger numbers. where: its file and name, for errors.
 
-    Raises InputError where it holds NaN or infinite numbers, TooLarge where it would in `dtype`.
+    Raises InputError where it holds NaN or infinity, TooLarge where only its copy in `dtype` would.
     """
     if not tensor.is_floating_point() or not tensor.numel():
         return tensor
+
     if dtype is not None and torch.finfo(dtype).max <= torch.finfo(tensor.dtype).max:
         result, fits = torch.empty(tensor.shape, dtype=dtype), True
         for part, source in zip(result.view(-1).split(CHUNK), tensor.reshape(-1).split(CHUNK), strict=True):
@@ -27,6 +28,8 @@ def check_finite(where: str, tensor: Tensor, dtype: torch.dtype | None = None) -
             return result
     elif _is_finite(tensor):
         return tensor
+
+    # some number is at fault: a broken one, or one too large for the dtype
     broken = tensor.numel() - int(tensor.isfinite().sum())
     if broken:
         raise InputError(
@@ -52,10 +55,13 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _may_hold_infinity(tensor: Tensor) -> bool:
-    """In a sixtieth of the time that isinf takes, and without its memory; NaN hides an infinity, and counts as one."""
+    """Whether the least or the largest number is not finite. NaN hides an infinity there, and so counts as one.
+
+    It takes a sixtieth of the time of isinf, and none of its memory.
+    """
     return tensor.numel() > 0 and not all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """A sum is finite only of finite numbers, and takes the least time; it may be too large by itself."""
+    """Whether all numbers are finite. The sum is the quickest sign of it, but may be too large by itself."""
     return bool(tensor.sum().isfinite()) or not _may_hold_infinity(tensor)

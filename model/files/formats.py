@@ -1,6 +1,6 @@
-"""Quantised formats, by their names: which one a folder is in. bitsandbytes' 4 bits are read (bnb.py), others refused.
+"""Quantised formats: which one a folder is in. bitsandbytes' 4 bits are read (bnb.py), all others refused by name.
 
-A config.json says it under quantization_config; where it does not, the names and dtypes of the tensors do.
+config.json names it under quantization_config. Where it does not, the names and dtypes of the tensors show it.
 
 Source: transformers 5.22 (utils/quantization_config.py, QuantizationMethod), and the formats' own packages
 """
@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import InputError, shown
-from .folder import Stored
+from .tensors import Stored
 
 CONFIG = "quantization_config"
 OTHERS = ("compression_config", "quantization")  # where older compressed-tensors, and MLX, have theirs
 WAY_OUT = "take a copy of the model in bf16, or in bitsandbytes' 4 bits"
-METHODS = {  # quant_method -> what one calls it
+METHODS = {  # quant_method -> the usual name
     **{"gptq": "GPTQ", "awq": "AWQ", "auto-round": "AutoRound", "aqlm": "AQLM", "vptq": "VPTQ", "hqq": "HQQ"},
     **{"eetq": "EETQ", "quanto": "quanto", "torchao": "torchao", "higgs": "HIGGS", "spqr": "SpQR"},
     **{"mxfp4": "MXFP4", "mxfp8": "MXFP8", "nvfp4": "NVFP4", "fp_quant": "FP-Quant", "quark": "Quark"},
@@ -52,7 +52,7 @@ TENSORS = (  # the first that matches a name tells the format
 
 
 def is_bnb_4bit(raw: dict[str, Any], source: Path) -> bool:
-    """Whether weights are in bitsandbytes' 4 bits, by a parsed config.json. Which ones, and how, the tensors say.
+    """Whether weights are in bitsandbytes' 4 bits, by a parsed config.json. The tensors show which ones, and how.
 
     Raises InputError that names any other format.
     """
@@ -64,6 +64,7 @@ def is_bnb_4bit(raw: dict[str, Any], source: Path) -> bool:
         return False
     if not isinstance(quantization, dict):
         raise InputError(f"{source}: {CONFIG}: expected an object, got {shown(quantization)}: {WAY_OUT}")
+
     in_4_bits, in_8_bits = (
         quantization.get(f"load_in_{n}bit", quantization.get(f"_load_in_{n}bit")) for n in (4, 8)
     )
@@ -74,7 +75,7 @@ def is_bnb_4bit(raw: dict[str, Any], source: Path) -> bool:
 
 
 def of_tensors(tensors: Iterable[Stored]) -> tuple[Stored, str] | None:
-    """A tensor that shows a quantised format, and its name, among those that do not fit a dense model."""
+    """(tensor, format): the first that shows a quantised format, among tensors that do not fit a dense model."""
     tensors = [*tensors]
     for pattern, name in TENSORS:
         found = next((tensor for tensor in tensors if re.fullmatch(pattern, tensor.name)), None)
@@ -85,6 +86,7 @@ def of_tensors(tensors: Iterable[Stored]) -> tuple[Stored, str] | None:
 
 
 def refuse_tensor(tensor: Stored, name: str) -> NoReturn:
+    """Raises InputError. name: of the format that the tensor shows."""
     raise InputError(
         f"{tensor.file}: {shown(tensor.name)}: expected weights as config.json has them, which names no quantisation, "
         f"got {name}: {WAY_OUT}"

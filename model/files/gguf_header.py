@@ -1,4 +1,4 @@
-"""A GGUF file's header, walked before the package gguf reads it, which takes every count on trust.
+"""A GGUF file's header, checked before the package gguf reads it: the package trusts every count.
 
     "GGUF", version, tensors, keys       uint32, uint32, uint64, uint64
     key, type, value                     for each: a string, uint32, and the value
@@ -24,7 +24,7 @@ STRING, ARRAY = 8, 9
 
 
 def check_header(file: Path) -> None:
-    """Raises InputError where a count, a length or a type is none, or more than the file has room for."""
+    """Raises InputError where a count, a length or a type is impossible, or more than the file has room for."""
     check_regular(file)
     try:
         with open(file, "rb") as opened:
@@ -34,7 +34,7 @@ def check_header(file: Path) -> None:
 
 
 class _Header:
-    """opened: the file, of `size` bytes."""
+    """A walk through the header of the file `opened`, which has `size` bytes."""
 
     def __init__(self, file: Path, size: int, opened: BinaryIO):
         self.file, self.size, self.opened = file, size, opened
@@ -47,6 +47,7 @@ class _Header:
         version = self.number(4, "version")
         if version not in (2, 3):
             raise InputError(f"{self.file}: version: expected 2 or 3, little-endian, got {version}")
+
         tensors = self.count("tensors", 24)  # bytes that each has at least
         for i in range(self.count("metadata keys", 13)):
             key = self.string(f"metadata key {i}")
@@ -88,7 +89,7 @@ class _Header:
             self.skip(self.number(8, key), key)
 
     def count(self, what: str, least: int) -> int:
-        """A number of things that take at least so many bytes each."""
+        """Read a number of things that take at least `least` bytes each."""
         count = self.number(8, what)
         if count * least > self.size:
             raise InputError(

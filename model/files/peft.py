@@ -27,12 +27,8 @@ MOST_NAMES = 10_000  # in a list, or by a pattern: of 100 layers 700 modules are
 _INERT = {  # keys that no number of a loaded adapter depends on
     *("peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "inference_mode"),
     *("auto_mapping", "megatron_core", "qalora_group_size", "runtime_config"),
-    *(
-        "corda_config",
-        "eva_config",
-        "loftq_config",
-        "lora_ga_config",
-    ),  # how A and B began: init_lora_weights says if
+    # how A and B began; init_lora_weights says whether the base's weights changed with them
+    *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),
     "merge_weights",  # PEFT 0.2: whether to fold it in meanwhile
     "fan_in_fan_out",  # of GPT-2's transposed layers; PEFT takes true back for a linear one
 }
@@ -64,19 +60,21 @@ _DRAWN = (
 
 
 def read_config(raw: dict[str, Any], source: str) -> LoraConfig:
-    """From a parsed adapter_config.json; source names it in errors. Raises InputError naming the key.
+    """Read a parsed adapter_config.json; `source` names it in errors. Raises InputError naming the key.
 
-    A key that is not known, and not null, is refused: it might change the numbers, also where it is false.
+    A key that is not known is refused unless it is null: even false might change the numbers.
     """
     keys = _Keys(raw, source)
     keys.check_known()
+
     targets, parameters = keys.names("target_modules"), keys.list_of_names("target_parameters")
     if not targets and not parameters:
         keys.refuse("target_modules", "module names or a regular expression")
-    layers, before = keys.layers()
+
+    base, (layers, before) = raw.get("base_model_name_or_path"), keys.layers()
     if layers and isinstance(targets, str) and targets != "all-linear":
         keys.refuse("layers_to_transform", "null beside a regular expression of target_modules")
-    base = raw.get("base_model_name_or_path")
+
     config = LoraConfig(
         rank=keys.number("r", 8, 1, int, MOST),
         alpha=keys.number("lora_alpha", 8, 0),
@@ -94,13 +92,14 @@ def read_config(raw: dict[str, Any], source: str) -> LoraConfig:
         tied=keys.flag("ensure_weight_tying"),
         base=base if isinstance(base, str) else None,
     )
+
     config.check((), source)
     return config
 
 
 @dataclass(frozen=True)
 class _Keys:
-    """The keys of adapter_config.json, each checked as it is read. source: the file."""
+    """The keys of adapter_config.json, each checked as it is read. source: the file's name."""
 
     raw: dict[str, Any]
     source: str
@@ -131,15 +130,10 @@ class _Keys:
         below: float = inf,
     ) -> Any:
         value = self.raw.get(key, default)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, kind)
-            or not least <= value < below
-            or value > LARGEST
-        ):
-            self.refuse(
-                key, f"a number of at least {least}" + ("" if below == inf else f" and below {below}")
-            )
+        is_number = isinstance(value, kind) and not isinstance(value, bool)
+        if not is_number or not least <= value < below or value > LARGEST:
+            bound = "" if below == inf else f" and below {below}"
+            self.refuse(key, f"a number of at least {least}{bound}")
         return value
 
     def flag(self, key: str) -> bool:
@@ -162,9 +156,7 @@ class _Keys:
 
     def names(self, key: str) -> tuple[str, ...] | str:
         value = self.raw.get(key)
-        if not isinstance(value, str):
-            return self.list_of_names(key)
-        return value
+        return value if isinstance(value, str) else self.list_of_names(key)
 
     def pattern(self, key: str, least: float) -> dict[str, Any]:
         value = self.raw.get(key)
@@ -178,25 +170,25 @@ class _Keys:
         return value if fits else self.refuse(key, f"{what} of at least {least}, by module")
 
     def layers(self) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
-        """The layers that have an adapter, None for all; and what stands before their numbers."""
+        """The layers that have an adapter, None for all, and the names that stand before a layer's number."""
         layers, before = self.raw.get("layers_to_transform"), self.raw.get("layers_pattern")
         layers = [layers] if type(layers) is int else layers  # false is no layer 0
         if layers is not None and not (isinstance(layers, list) and all(type(i) is int for i in layers)):
             self.refuse("layers_to_transform", "layer numbers")
-        patterns = (
-            tuple(filter(None, [before])) if isinstance(before, str) else self.list_of_names("layers_pattern")
-        )
+        patterns = (before,) if isinstance(before, str) and before else ()
+        if not isinstance(before, str):
+            patterns = self.list_of_names("layers_pattern")
         self.check_length("layers_to_transform")
         return tuple(layers) if layers else None, patterns
 
 
 def _same(value: Any, other: Any) -> bool:
-    """Equal, and of one type: 0 is not false."""
+    """Whether two values are equal and of one type: 0 is not false."""
     return type(value) is type(other) and value == other
 
 
 def write_config(config: LoraConfig) -> dict[str, Any]:
-    """adapter_config.json."""
+    """Return adapter_config.json as an object."""
 
     def listed(names: Sequence[str]) -> Any:
         return names if isinstance(names, str) else sorted(names) or None

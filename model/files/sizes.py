@@ -1,10 +1,10 @@
-"""The sizes that a config names against those of the tensors in the files, before a model of these sizes is built.
+"""A config's sizes, compared with those of the tensors in the files before a model of these sizes is built.
 
     hidden_size      64    model.embed_tokens.weight (100, 64), model.layers.0.self_attn.q_proj.weight (64, 64), ...
 
-A size that no tensor has is the config's mistake; one that some have and others have not is the files', and is found
-where each tensor is compared. What is in a quantised format shows no sizes: there, a matrix has no more numbers than
-its files have bits.
+A size that no tensor has is the config's mistake. One that some tensors have is the files' mistake: it is found where
+each tensor is compared. A quantised format shows no sizes. There, a matrix has no more numbers than the files have
+bits.
 """
 
 import re
@@ -18,14 +18,14 @@ from ..config import Experts, Latent, ModelConfig
 from ..errors import InputError, shown
 from .architectures import ARCHITECTURES
 from .experts import disk_name, fused_on_disk, pieces_of
-from .folder import FLOATS, Stored
+from .tensors import FLOATS, Stored
 
 LAYER = "model.layers.0."  # stands for all of them
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 class _Matrix(NamedTuple):
-    """name: on disk. keys: of config.json, for each size."""
+    """A matrix of the first layer. name: on disk. keys: of config.json, one for each size."""
 
     name: str
     shape: tuple[int, ...]
@@ -35,7 +35,7 @@ class _Matrix(NamedTuple):
 def check_sizes(
     config: ModelConfig, stored: Mapping[str, Stored], source: str, named: Mapping[str, str] | None = None
 ) -> None:
-    """Raises InputError that names a key of `source` and a tensor. named: what the file calls a key, if otherwise."""
+    """Raises InputError that names a key of `source` and a tensor. named: a key of config.json -> the source's."""
     named = named or {}
     layers = {found[1] for name in stored if (found := re.match(r"model\.layers\.(\d+)\.", name))}
     if config.num_hidden_layers > 2 * len(layers):  # of fewer some are missing, which are then named
@@ -72,11 +72,12 @@ def check_sizes(
 
 
 def _named(key: str, named: Mapping[str, str]) -> str:
+    """The key, or each key of a product, by the name that the file has for it."""
     return " * ".join(named.get(part, part) for part in key.split(" * "))
 
 
 def _in_layer_0(name: str) -> str:
-    """The tensor's name in the first layer, and of the first expert."""
+    """The name that the tensor has in the first layer and of the first expert."""
     return re.sub(r"\.experts\.\d+\.", ".experts.0.", re.sub(r"^model\.layers\.\d+\.", LAYER, name))
 
 

@@ -1,7 +1,7 @@
 """Text and JSON of other people's files: one reader, which ends in a value or in one sentence.
 
-It reads regular files alone, since a pipe never ends, in UTF-8, up to a size and a depth that no published file comes
-near. A key that stands twice in an object with two values is refused: readers differ in which of them they take.
+It reads regular files alone, since a pipe never ends. They are in UTF-8, and of a size and a depth that no published
+file comes near. A key that an object has twice, with two values, is refused: readers differ in which of them they take.
 """
 
 import json
@@ -46,25 +46,32 @@ def read_json(file: Path) -> Any:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """A file that holds one JSON object."""
+    """The object of a file that holds one JSON object. Raises InputError as `read_json` does, and for another value."""
     value = read_json(file)
     if not isinstance(value, dict):
         raise InputError(f"{file}: expected a JSON object, got {type(value).__name__}")
     return value
 
 
+def read_optional(file: Path) -> dict[str, Any]:
+    """The JSON object of a file that may be absent: then an empty one."""
+    return read_object(file) if os.path.lexists(file) else {}
+
+
 def parse_json(text: str | bytes, where: str) -> Any:
-    """The value of a JSON text that stands at `where`. Raises InputError where it is none."""
+    """The value of a JSON text; `where` names it in errors. Raises InputError where it is no JSON."""
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
         elif not text.isascii():
             text.encode("utf-8")  # fails where it has half of a surrogate pair
         value = DECODER.decode(text.removeprefix("\ufeff"))
+
         if text.count("[") + text.count("{") > MOST_DEPTH and _deeper_than(MOST_DEPTH, value):
             raise RecursionError
         if SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
+
     except RecursionError:
         raise InputError(f"{where}: not JSON: objects and lists deeper than {MOST_DEPTH}") from None
     except UnicodeEncodeError:
@@ -77,7 +84,7 @@ def parse_json(text: str | bytes, where: str) -> Any:
 
 
 def check_json(value: Any, where: str) -> Any:
-    """The value. Raises InputError for a number that JSON does not have, NaN or infinity."""
+    """Return the value as it is. Raises InputError for a number that JSON does not have, NaN or infinity."""
     try:
         json.dumps(value, allow_nan=False, default=str)
     except RecursionError:

@@ -1,18 +1,11 @@
 """The names of special tokens, as a model's folder says them."""
 
-import os
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import InputError, shown
-from ..files.text_files import read_object
 
 KNOWN = {f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
-
-
-def read_optional(file: Path) -> dict[str, Any]:
-    """An absent file is an empty one: all but tokenizer.json are optional."""
-    return read_object(file) if os.path.lexists(file) else {}
 
 
 def special_tokens(config: dict[str, Any], file: Path) -> dict[str, str]:

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import InputError, shown
 from ..files.config_keys import is_token_id
-from .special_tokens import read_optional
+from ..files.text_files import read_optional
 
 
 def read_stop_ids(folder: Path, token_of: Callable[[int], str | None]) -> list[int]:

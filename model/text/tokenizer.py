@@ -25,8 +25,9 @@ import tokenizers
 
 from ..errors import InputError, shown
 from ..files.folder import base_of, is_adapter
+from ..files.text_files import read_optional
 from ..vocabulary import Vocabulary
-from .special_tokens import read_optional, special_tokens
+from .special_tokens import special_tokens
 from .template import (
     OWN_NAMES,
     TOOL_TEMPLATE_FILE,

@@ -380,7 +380,7 @@ def test_a_full_device_is_one_sentence(run, monkeypatch, tmp_path, name):
     if name == CHECKPOINT:
         monkeypatch.setattr(_checkpoint, "save_file", full)
     elif name == "model":
-        monkeypatch.setattr("burnish.model.checkpoint.save_file", full)
+        monkeypatch.setattr("burnish.model.files.tensors.save_file", full)
     else:
         write = Path.write_text
         text = lambda file, *a, **k: full() if name in file.name else write(file, *a, **k)

@@ -13,7 +13,7 @@ from burnish.model.adapters import expressions
 from burnish.model.adapters.expressions import Expression
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.errors import InputError
-from burnish.model.files import folder, gguf_header, sizes
+from burnish.model.files import gguf_header, replacing, sizes, tensors
 from burnish.model.text import token_ids
 from burnish.model.transformer import Transformer
 from planted import Fault, plant
@@ -122,11 +122,11 @@ def few_ways_alone_go_to_re(tmp_path):
 
 def gguf_counts(tmp_path):
     file = tmp_path / "f.gguf"
-    for tensors, keys, rest in (
+    for count, keys, rest in (
         (2**60, 0, b""),
         (0, 1, b"\1" + bytes(7) + b"a" + struct.pack("<IIQ", 9, 0, 2**60)),
     ):
-        file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, tensors, keys) + rest + bytes(24))
+        file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, count, keys) + rest + bytes(24))
         with pytest.raises(InputError, match=r"expected as many .* as its"):
             gguf_header.check_header(file)
 
@@ -153,8 +153,8 @@ CONTROLS = [
     Fault("token ids", token_ids.is_token_id, "<= MOST", "<= 2**40", a_token_id),
     Fault("types", checkpoint.read_adapter, "not in FLOATS", "in ()", a_type),
     Fault("metadata", checkpoint._check_metadata, '!= "nf4"', '== "x"', metadata),
-    Fault("special files", folder._open, "check_regular(file)", "pass", special_files),
-    Fault("a place", folder.replacing, "each.rmdir()", "pass", a_place),
+    Fault("special files", tensors._open, "check_regular(file)", "pass", special_files),
+    Fault("a place", replacing.replacing_folder, "each.rmdir()", "pass", a_place),
     Fault("looks", expressions._Walk.step, "found if kind is op.ASSERT", "found if True", expressions_as_re),
     Fault("repeats", expressions._Walk.repeat, "& ~ends", "& ~starts & ~ends & 0", expressions_as_re),
     Fault("steps", Expression.count, "self.steps.left < 0", "False", expressions_with_an_end),

@@ -14,7 +14,8 @@ import torch
 from burnish.model import InputError, ModelConfig, Transformer
 from burnish.model.adapter import add_lora
 from burnish.model.checkpoint import load_model, save_model
-from burnish.model.files.folder import is_adapter, stored_tensors
+from burnish.model.files.folder import is_adapter
+from burnish.model.files.tensors import stored_tensors
 from safetensors.torch import load_file, save_file
 
 MEGABYTES, SECONDS = 100, 1  # of memory and of a processor's time that a refusal may take
@@ -407,7 +408,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, what, earlier)
 
     places = {"config.json": (Path, "write_text"), "rename": (Path, "rename")}
     if what == "weights":
-        monkeypatch.setattr("burnish.model.checkpoint.save_file", full)
+        monkeypatch.setattr("burnish.model.files.tensors.save_file", full)
     else:
         monkeypatch.setattr(*places[what], full)
     with pytest.raises(InputError, match=r"model: cannot be written: No space left on device$"):

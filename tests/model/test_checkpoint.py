@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from burnish.model import InputError, ModelConfig, Rope, Transformer, checkpoint, pack
+from burnish.model import InputError, ModelConfig, Rope, Transformer, pack
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.files.config_json import read_config, write_config
 from safetensors import safe_open
@@ -424,7 +424,7 @@ def test_an_interrupted_save_leaves_what_was_there(tmp_path, monkeypatch, error,
         Path(file).write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(checkpoint, "save_file", interrupted)
+    monkeypatch.setattr("burnish.model.files.tensors.save_file", interrupted)
     with pytest.raises(InputError if isinstance(error, OSError) else type(error)):
         save_model(Transformer(TINY, seed=2), target)
     assert {file.name: file.read_bytes() for file in target.glob("*")} == before

@@ -291,8 +291,8 @@ FAULTS = [
     (config_json._Reader.slides, 'self.size("sliding_window_pattern")', "6", check_stored, "gemma3_text"),
     (
         config_json._Reader.rope_parameters,
-        '{"rope_type": "default"} | own',
-        "own",
+        '{"rope_type": "default"} | found',
+        "found",
         check_rules,
         "gemma3_text",
     ),

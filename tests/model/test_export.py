@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from burnish.model import ModelConfig, Transformer, checkpoint
+from burnish.model import ModelConfig, Transformer
 from burnish.model.adapter import adapters, add_lora, merge_lora, quantize_base
 from burnish.model.checkpoint import load_model, load_scalar_model, save_model, stream_weights
 from burnish.model.config import Experts
@@ -113,7 +113,7 @@ def test_several_files_are_the_model_of_one(made, tmp_path, monkeypatch):
     if adapters(model):
         merge_lora(model)
     save_model(model, tmp_path / "one")
-    monkeypatch.setattr(checkpoint, "FILE_BYTES", 40_000)
+    monkeypatch.setattr("burnish.model.files.tensors.FILE_BYTES", 40_000)
     save_model(model, tmp_path / "several")
     files = sorted((tmp_path / "several").glob("*.safetensors"))
     assert len(files) >= 2 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"

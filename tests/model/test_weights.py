@@ -16,7 +16,7 @@ from burnish.model.checkpoint import load_model, load_scalar_model, save_model
 from burnish.model.config import Experts
 from burnish.model.files import bnb
 from burnish.model.files.experts import to_disk
-from burnish.model.files.folder import Stored
+from burnish.model.files.tensors import Stored
 from burnish.model.generate import generate
 from burnish.model.scalar import ScalarModel
 from safetensors.torch import load_file, save_file
