@@ -1,4 +1,4 @@
-"""What is kept of a run in bench/results, and on which machine it ran; underneath everything that writes or reads one.
+"""The files in bench/results: what is kept of a run, and on which machine it ran.
 
 The benchmark keeps <machine>-<date>.json, a whole run (of the trainers, of rollouts, of a recipe) <kind>-<date>.json.
 """
@@ -18,6 +18,7 @@ import torch
 
 from ..kernels._triton import triton
 from ..model.errors import InputError
+from ..model.files.replacing import replacing
 from ..model.files.text_files import read_object
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,11 +29,10 @@ Arguments = ParamSpec("Arguments")
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Beside, then renamed: a run cut short leaves the old file whole."""
+    """Write a file, and the folders around it. A run that is cut short leaves the old file whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text)
-    beside.replace(path)
+    with replacing(path) as beside:
+        beside.write_text(text)
 
 
 def results_file(device: str, day: str, kind: str = "") -> Path:
@@ -53,7 +53,7 @@ def keep(kind: str, command: str, **figures: Any) -> None:
 
 @contextmanager
 def reading(path: Path | str) -> Iterator[None]:
-    """Where the block finds no figures as the benchmark keeps them, it ends in one sentence that names the file."""
+    """Turn errors of a block that reads figures into one sentence that names the file."""
     try:
         yield
     except InputError:
@@ -83,7 +83,7 @@ def as_command(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
 
 
 def kept_part(file: Path, name: str) -> dict[str, list[dict[str, Any]]]:
-    """What a file of bench/ keeps under a name, a list of objects by key; nothing where there is no file."""
+    """The lists of objects, by key, that a file of bench/ keeps under a name; empty where there is no file."""
     if not file.exists():
         return {}
     with reading(file):

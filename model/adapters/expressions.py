@@ -1,8 +1,8 @@
 """Regular expressions of other people's files, matched in bounded time.
 
-Python's `re` tries one way after the other, and an expression of 20 characters can have more ways than there is time
-for; nothing stops it. It has those whose ways can be counted and are few, as most are that people write. For any other
-all ways are followed at once, and each step is counted: one that takes too many is refused.
+Python's `re` tries one way after the other. An expression of 20 characters may have more ways than there is time for,
+and nothing stops it. So `re` matches only the expressions whose ways can be counted and are few, as most are that
+people write. Of any other, all ways are followed at once; each step is counted, and too many of them are refused.
 
     ends of "a|ab" in "abc", begun at 0:    {1, 2} as the bits of an integer, 0b110
 
@@ -27,7 +27,7 @@ MOST_WAYS = 30_000  # that `re` may try on one name
 MOST_STEPS = 500_000  # of all expressions of one adapter: a second; Unsloth's takes 90 a name
 NAME_LENGTH = 128  # up to which ways are counted; a module's name has about 40 characters
 _PLAIN = re.compile(r"[\w.]*")  # a name: a single way
-_ONE = {op.LITERAL, op.NOT_LITERAL, op.ANY, op.IN}  # what takes one character
+_ONE = {op.LITERAL, op.NOT_LITERAL, op.ANY, op.IN}  # nodes that take one character
 _NOT = {op.CATEGORY_NOT_DIGIT: op.CATEGORY_DIGIT, op.CATEGORY_NOT_SPACE: op.CATEGORY_SPACE}
 _NOT |= {op.CATEGORY_NOT_WORD: op.CATEGORY_WORD}
 
@@ -41,16 +41,16 @@ _CATEGORIES = {op.CATEGORY_DIGIT: str.isdecimal, op.CATEGORY_SPACE: str.isspace,
 
 @dataclass
 class Steps:
-    """What is left to several expressions together."""
+    """The steps that are left to several expressions together."""
 
     left: int = field(default_factory=lambda: MOST_STEPS)
 
 
 class Expression:
-    """`before`, `text` and `after` as one expression, of which `text` is what the file says under `key`.
+    """`before`, `text` and `after` as one expression. text: from a file, under `key`.
 
-    Raises InputError where it is none, or has a part that cannot be followed: a reference back to a group, or a group
-    that keeps its first match.
+    Raises InputError where it is no expression, or has a part that cannot be followed: a reference back to a group, or
+    a group that keeps its first match.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Expression:
         self.text, self.whole, self.steps = text, f"{before}{text}{after}", steps or Steps()
         self.known: dict[str, int] = {}  # name -> its ends
         self.fits: dict[tuple[int, int, str], bool] = {}  # (id of a node, flags, character)
+
         if len(text) > MOST_CHARACTERS:
             raise InputError(f"{key}: expected at most {MOST_CHARACTERS} characters, got {len(text)}")
         try:
@@ -81,17 +82,17 @@ class Expression:
                 f"{key}: expected a regular expression, got {shown(repr(text))}: {error}"
             ) from None
 
-    def __reduce__(self) -> Any:  # in a copy of the tree nodes have other ids
+    def __reduce__(self) -> Any:  # a copy starts anew, for in a copy of the tree nodes have other ids
         return Expression, self.arguments
 
     def matches(self, name: str) -> bool:
-        """As re.fullmatch. name: not empty, on one line."""
+        """Whether the expression matches the whole name, as by re.fullmatch. name: not empty, on one line."""
         if self.pattern is not None and (self.tree is None or len(name) <= NAME_LENGTH):
             return self.pattern.fullmatch(name) is not None
         return bool(self.ends(name) >> len(name) & 1)
 
     def ends(self, name: str) -> int:
-        """Bit i: some match that begins at 0 ends before character i."""
+        """A set of bits: bit i is 1 where a match that begins at 0 ends before character i."""
         if self.tree is None:
             self.tree = parser.parse(self.whole)
         if name not in self.known:
@@ -117,7 +118,7 @@ class Expression:
 
 
 def _ways(tree: Any) -> float:
-    """How many ways `re` may try on a name. Raises ValueError where a part is none that _Walk follows."""
+    """The number of ways that `re` may try on a name. Raises ValueError for a part that _Walk does not follow."""
     ways = 1.0
     for kind, value in tree:
         if kind in (op.GROUPREF, op.GROUPREF_EXISTS, op.ATOMIC_GROUP, op.POSSESSIVE_REPEAT):
@@ -161,13 +162,14 @@ class _Walk:
             if not starts:
                 break
             self.expression.count(1)
-            one = node[0] in _ONE
-            starts = (
-                (starts & self.mask(node, flags)) << 1 if one else self.step(node[0], node[1], starts, flags)
-            )
+            if node[0] in _ONE:
+                starts = (starts & self.mask(node, flags)) << 1
+            else:
+                starts = self.step(node[0], node[1], starts, flags)
         return starts
 
     def step(self, kind: Any, value: Any, starts: int, flags: int) -> int:
+        """The ends of all matches of a node that may take any number of characters."""
         match kind:
             case op.BRANCH:
                 ends = 0
@@ -177,6 +179,7 @@ class _Walk:
             case op.SUBPATTERN:
                 _, add, remove, tree = value
                 return self.follow(tree, starts, flags & ~remove | add)
+
             case op.MAX_REPEAT | op.MIN_REPEAT:
                 return self.repeat(value, starts, flags)
             case op.AT:
@@ -188,7 +191,7 @@ class _Walk:
 
     def repeat(self, value: Any, starts: int, flags: int) -> int:
         least, most, tree = value
-        longest = len(self.name) + 1  # after so many rounds, what has not moved on never does
+        longest = len(self.name) + 1  # of rounds: one more would change nothing
         for _ in range(min(least, longest)):
             starts = self.follow(tree, starts, flags)
         mask = self.mask(tree[0], flags) if len(tree) == 1 and tree[0][0] in _ONE else None
@@ -202,6 +205,7 @@ class _Walk:
         return ends
 
     def places(self, where: Any, flags: int) -> int:
+        """The positions at which an anchor holds."""
         last, breaks = 1 << len(self.name), self.at.get("\n", 0)
         lines = bool(flags & re.MULTILINE)
         match where:
@@ -218,7 +222,7 @@ class _Walk:
         raise AssertionError(where)
 
     def seen(self, value: Any, starts: int, flags: int) -> int:
-        """Those of `starts` at which a look ahead (1), or back (-1), finds what it looks for."""
+        """Those of `starts` at which a look ahead (1), or back (-1), finds a match."""
         direction, tree = value
         width = tree.getwidth()[0] if direction < 0 else 0
         found = 0
@@ -229,6 +233,7 @@ class _Walk:
         return found
 
     def mask(self, node: Any, flags: int) -> int:
+        """The positions whose character a node of one character takes."""
         kind, value = node
         if kind is op.LITERAL and not flags & re.IGNORECASE:
             return self.at.get(chr(value), 0)
@@ -240,7 +245,7 @@ class _Walk:
 
 
 def _positive(node: Any) -> tuple[Any, bool]:
-    """What a node of one character looks for, and whether it takes any other."""
+    """The node that a node of one character looks for, and whether it takes every other character instead."""
     kind, value = node
     if kind is op.NOT_LITERAL:
         return (op.LITERAL, value), True
@@ -250,6 +255,7 @@ def _positive(node: Any) -> tuple[Any, bool]:
 
 
 def _is(node: Any, character: str, flags: int) -> bool:
+    """Whether a node of `_positive` has this character."""
     kind, value = node
     match kind:
         case op.ANY:

@@ -48,9 +48,8 @@ def pieces_of(
         return [disk_name(config, name, fused)], shape
     at = f"{disk_name(config, at + '.', fused)}experts"
     if config.model_type == "gpt_oss":
-        return [f"{at}.{_fused_name(which)}"], torch.Size(
-            (shape[0], *shape[:0:-1])
-        )  # (E, ...), the rest reversed
+        E, *rest = shape
+        return [f"{at}.{_fused_name(which)}"], torch.Size((E, *reversed(rest)))
     if fused:
         return [f"{at}.{_fused_name(which)}"], shape
 

@@ -23,14 +23,13 @@ from ..errors import InputError
 def replacing(file: Path, *, sync: bool = False, note: str = "") -> Iterator[Path]:
     """Yield the path `.NAME.partial` beside `file`, which takes its place once the block has written it.
 
-    sync: it is on the disk before it is renamed, so that a power cut leaves one of the two whole. note: what a message
-    says behind "cannot be written". Raises InputError where it cannot be written; the folder must be there.
+    sync: flush it to the disk before it is renamed, so that a power cut leaves one of the two whole. note: words of the
+    message behind "cannot be written". Raises InputError where it cannot be written. The folder around it must exist.
     """
     beside = file.with_name(f".{file.name}.partial")
     with _cannot_be_written(file, note):
-        beside.unlink(
-            missing_ok=True
-        )  # what a killed process has left, or a link that would be written through
+        # a killed process may have left one, and a link would be written through
+        beside.unlink(missing_ok=True)
         try:
             yield beside
             if sync:
@@ -91,7 +90,7 @@ def _move(beside: Path, folder: Path) -> None:
 
 @contextmanager
 def _cannot_be_written(path: Path, note: str = "") -> Iterator[None]:
-    """Turn what the system, or safetensors, says of a write into an InputError that names the path."""
+    """Turn an error of the system, or of safetensors, into an InputError that names the path."""
     try:
         yield
     except (OSError, SafetensorError) as error:

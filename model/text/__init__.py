@@ -1,1 +1,1 @@
-"""Text to token ids and back: tokenizers and chat templates."""
+"""Text to token ids and back: tokenizers, and chat templates in their sandbox."""

@@ -1,7 +1,7 @@
 """jinja's filters and tests, and the methods of texts and lists, under the budget of a rendering.
 
-Each charges for what it reads and returns. What can make more than it is given (join, replace, center, indent, formats)
-is measured first, and refused where its result would be too large.
+Each charges for the values that it reads and returns. One whose result may be larger than its arguments (join, replace,
+center, indent, formats) measures the result first, and refuses one that is too large.
 """
 
 import json
@@ -15,7 +15,7 @@ import jinja2
 from ..errors import shown
 from .meter import SIZED, STEP, Meter, MeteredContext, OverBudget, check_growth
 
-# what these read of a list is its places at most
+# these read the places of a list at most, not its contents
 SHALLOW = frozenset(
     ("abs", "attr", "count", "length", "d", "default", "first", "float", "int", "items", "last", "list")
     + ("random", "reverse", "safe")
@@ -33,7 +33,7 @@ CONSTANT_TESTS = frozenset(
 
 
 def settled(value: Any) -> Any:
-    """A list in place of an iterator, which could be read only once."""
+    """The value, or a list in place of an iterator, which could be read only once."""
     return list(value) if hasattr(type(value), "__next__") else value
 
 
@@ -64,6 +64,7 @@ def bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any
         meter = context.meter
         given = [*args, *options.values()]
         place = STEP
+
         if name in LAZY:
             texts = args[:1] if name.endswith("attr") else [options.get("attribute")]
             if value and hasattr(type(value), "__iter__"):
@@ -74,6 +75,7 @@ def bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any
                 check_growth(len(value) * 2**12)  # a number of any length, where a base is given
             if isinstance(value, SIZED):
                 meter.charge(len(value))
+
             if name == "list" and not isinstance(value, list | tuple):
                 place = 4 * STEP  # new texts or numbers
         else:
@@ -81,15 +83,18 @@ def bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any
             if name == "replace":
                 given = [*args, *(options.get(key, "") for key in ("old", "new")[len(args) :])]
             _check_filter(name, meter, value, given)
+
         return meter.made(inner(context, value, *args, **options), place)
 
     return bounded
 
 
 def _check_filter(name: str, meter: Meter, value: Any, given: list[Any]) -> None:
+    """Charge for a filter that reads the whole value. Raises OverBudget where its result would be too large."""
     meter.charge((64 if name in QUADRATIC else 8) * STEP)
     size = meter.read(value)
     texts = sum(map(meter.read, given))
+
     if name == "replace" and isinstance(value, str) and len(given) > 1:
         old, new = (str(text) for text in given[:2])
         check_growth(size + value.count(old) * len(new))
@@ -103,15 +108,15 @@ def _check_filter(name: str, meter: Meter, value: Any, given: list[Any]) -> None
         lines = value.count("\n") + 1 if isinstance(value, str) else 1
         check_growth(grown := size * (1 + texts) + lines * _numbers(given))
         meter.charge(grown)
+
     if name not in FAST:
         meter.charge(size * (STEP + (size // 2**8 if name in QUADRATIC else 0)))
-    if name == "sum" and any(
-        isinstance(start, list | tuple) for start in given
-    ):  # of lists, one behind the other
+    if name == "sum" and any(isinstance(start, list | tuple) for start in given):  # of lists: it joins them
         meter.charge(size * len(value) // 4)
 
 
 def bounded_test(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The test under the rendering's budget."""
     inner = _with_context(function)
 
     @jinja2.pass_context
@@ -133,15 +138,14 @@ def tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter escapes <, > and & for HTML, which no model was trained on."""
+    """Write a value as JSON. Jinja's own filter escapes <, > and & for HTML, which no model was trained on."""
     meter = context.meter
     check_growth(size := meter.read(value))
     meter.charge(32 * STEP + 2 * size)
-    widths = (indent, *(separators or ()))
-    if any(
-        width > 64 if isinstance(width, int) else len(width) > 64 for width in widths if width is not None
-    ):
+    given = [each for each in (indent, *(separators or ())) if each is not None]
+    if any((each if isinstance(each, int) else len(each)) > 64 for each in given):
         raise OverBudget("asks tojson for more than 64 characters of white space")
+
     encoder = json.JSONEncoder(
         ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -158,7 +162,7 @@ ANY_SIZE = frozenset(("to_bytes", "from_bytes", "fromhex"))
 
 
 def check_method(meter: Meter, receiver: Any, name: str, given: list[Any]) -> None:
-    """A method of Python's own types. Raises OverBudget where its result would be too large."""
+    """Charge for a method of Python's own types. Raises OverBudget where its result would be too large."""
     texts = sum([meter.read(value) for value in given])
     if isinstance(receiver, list | tuple):
         meter.read(receiver) if name in ("count", "index") else meter.charge(STEP * len(receiver))
@@ -190,7 +194,7 @@ def _numbers(given: list[Any]) -> int:
 
 
 def _check_format(meter: Meter, text: Any, given: int) -> None:
-    """'{:>10}'.format(...)"""
+    """Charge for '{:>10}'.format(...). given: characters of its arguments. Raises OverBudget."""
     meter.charge(64 * STEP + 8 * STEP * text.count("{"))
     fields = widest = 0
     for _, field, width, _ in string.Formatter().parse(text):
@@ -202,7 +206,7 @@ def _check_format(meter: Meter, text: Any, given: int) -> None:
 
 
 def check_percent(meter: Meter, text: Any, given: Any) -> None:
-    """'%10s' % ..."""
+    """Charge for '%10s' % given. Raises OverBudget."""
     size = meter.read(given)
     plain = text.decode("latin-1") if isinstance(text, bytes) else text
     meter.charge(len(plain))
@@ -213,5 +217,5 @@ def check_percent(meter: Meter, text: Any, given: Any) -> None:
 
 
 def _largest_number(text: str) -> int:
-    """What a width or a precision in it may be, up to 9,999."""
+    """The largest width or precision that a format may have, by the numbers in it: up to 9,999."""
     return max(map(int, re.findall(r"\d{1,4}", text)), default=0)

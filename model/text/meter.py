@@ -1,6 +1,6 @@
-"""The budget of one rendering of a template: one account, in characters. `sandbox.py` says what is charged.
+"""The budget of one rendering of a template: one account, in characters. sandbox.py has the list of charges.
 
-A step is STEP characters: a node of the template that runs, a place in a list. Text costs its length.
+A step costs STEP characters: a node of the template that runs, a place in a list. Text costs its length.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,13 @@ from ..errors import InputError
 
 STEP = 16  # characters that are copied, or read, in less than the time of a step
 MOST_STEPS = 10_000_000  # of a rendering: about a second
-STEPS_EACH, MOST_STEPS_OF_ALL = 50_000, 20_000_000  # and for each message: some templates read all for each
-WIDE = 2**14  # for an integer of more than 64 bits: its digits, and Python's hash of it has no secret
+STEPS_EACH, MOST_STEPS_OF_ALL = (
+    50_000,
+    20_000_000,
+)  # and for each message: some templates read all for each one
+WIDE = (
+    2**14
+)  # for an integer of more than 64 bits: for its digits, and because Python's hash of it has no secret
 LARGEST = 2**24  # characters of one text, or STEP for each place of a list
 MOST_DEPTH = 200  # of lists and objects in one another: comparing and writing them recurses
 MOST_WRITTEN = 2**20  # characters of a rendering, and 100 for each character that it is given
@@ -29,7 +34,7 @@ class OverBudget(InputError):
 
 
 class Meter:
-    """What is left of a rendering's budget, in characters."""
+    """The rest of a rendering's budget, in characters."""
 
     __slots__ = ("left", "steps")
 
@@ -41,20 +46,24 @@ class Meter:
         raise OverBudget(f"takes more than {self.steps:,} steps")
 
     def charge(self, characters: int) -> None:
+        """Raises OverBudget where the budget is at its end."""
         self.left -= characters
         if self.left < 0:
             self.refuse()
 
     def size(self, value: Any) -> int:
-        """The characters of a text; of a list or an object all that is in it. Raises OverBudget."""
+        """The characters of a text, or of all that a list or an object contains. Raises OverBudget."""
         if isinstance(value, str | bytes):
             return len(value)
         if type(value) is int:
             return WIDE if value.bit_length() > 64 else 0
         if type(value) in ATOMS:
             return 0
+
+        # level by level, for recursion would fail on deep values
         total, level = 0, [value]
         for _ in range(MOST_DEPTH):
+            # the size of this level, and the next one
             children: list[Any] = []
             for each in level:
                 if isinstance(each, str | bytes):
@@ -69,8 +78,11 @@ class Meter:
                     children += entries.values()
                 elif isinstance(each, CONTAINERS):
                     children += each
+
+                # refused before all of the next level is collected
                 if total + 2 * STEP * len(children) > self.left:
                     self.refuse()
+
             total += 2 * STEP * len(level)
             if not children:
                 return total
@@ -86,7 +98,7 @@ class Meter:
         return size
 
     def made(self, value: Any, place: int = STEP) -> Any:
-        """Charge for a value that was made, by its memory; place: for each place of a list."""
+        """Charge for a value that was made, by its memory, and return it. place: the charge for a place of a list."""
         if type(value) is str or isinstance(value, str | bytes):
             self.left -= len(value) if value.isascii() else 4 * len(value)
         elif isinstance(value, CONTAINERS):
@@ -97,17 +109,20 @@ class Meter:
 
 
 def check_growth(characters: int) -> None:
+    """Raises OverBudget for the size of a text or list that is about to be made, where it is too large."""
     if characters > LARGEST:
         raise OverBudget(f"makes a text or list of more than {LARGEST:,} characters")
 
 
 def check_written(text: str, given: Callable[[], int]) -> None:
-    """A rendering is not out of all proportion to what it was given, a number of characters. Raises OverBudget."""
+    """Raises OverBudget for a rendering out of all proportion to its input. given: counts the input's characters."""
     if len(text) > MOST_WRITTEN and len(text) > (most := MOST_WRITTEN + 100 * given()):
         raise OverBudget(f"writes {len(text):,} characters, expected at most {most:,}")
 
 
 class MeteredContext(Context):
+    """A rendering's context, with its meter: contexts that jinja derives from it share that one."""
+
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         messages = self.parent.get("messages")

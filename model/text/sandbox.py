@@ -1,13 +1,13 @@
 """jinja2's immutable sandbox with a budget for each rendering: no template goes on for ever or fills the memory.
 
-One account is kept, in characters. A step is STEP characters: a node of the template that runs, a call, a place in a
-list. Text costs its length where it is made, read or written, and what can grow is measured before it is made.
+There is one account, in characters. A step costs STEP characters: a node of the template that runs, a call, a place in
+a list. Text costs its length where it is made, read or written. A value that may grow is measured before it is made.
 
     {% for %}, macros, blocks          a charge at the start of each body, for all of its nodes and its own text
-    what is written, a ~ b, a[1:2]     a charge for its length; lists and objects are walked first
+    output, a ~ b, a[1:2]              a charge for its length; lists and objects are walked first
     a == b, a in b, {a: b}, a[b]       a charge for the operands, unless one is a short constant
     + - * ** // %                      jinja's interception, which also keeps them from running while compiling
-    calls, filters, tests              a charge for what they read and return; those that can grow are bounded
+    calls, filters, tests              a charge for their arguments and results; those that may grow are bounded
 
 Charges stand in the compiled template as filters whose names no template can write. All filters take the context, so
 jinja runs none of them while it compiles.
@@ -40,7 +40,7 @@ from .bounded import (
 from .meter import ATOMS, CONTAINERS, STEP, Meter, MeteredContext, OverBudget, check_growth
 
 MOST_SOURCE = 2**17  # characters of a template; the longest published ones have 2**15
-MOST_SCOPES = 2**20  # of a template: blocks times names, all of which jinja copies for each block
+MOST_SCOPES = 2**20  # of a template, blocks times names: for each block jinja copies all names
 MOST_BITS = 2**14  # of an integer
 PLAIN = frozenset((str, dict, list, Namespace, LoopContext))
 CHARGING = frozenset((Macro, LoopContext, BlockReference))  # whose bodies have charges
@@ -49,7 +49,10 @@ SCOPES += (nodes.Scope, nodes.AssignBlock, nodes.ScopedEvalContextModifier)
 
 
 class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Raises OverBudget, or InputError, where a template has no end, while it is compiled and while it runs."""
+    """jinja2's environment for templates of strangers. One that has no end is refused as it is compiled, or as it runs.
+
+    Raises InputError, and its subclass OverBudget.
+    """
 
     intercepted_binops = frozenset(("+", "-", "*", "**", "//", "%"))
     context_class = MeteredContext
@@ -65,12 +68,13 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             self.tests[name] = bounded_test(name, self.tests[name])
 
     def compiled(self, source: str, change: Callable[[nodes.Template], None] | None = None) -> Any:
-        """Returns (tree, program); change: alters the tree first. Raises InputError where it is no template.
+        """Return (tree, program). change: alters the tree first. Raises InputError where `source` is no template.
 
-        Parser and compiler recurse, and fail on what is too deep in ways of their own.
+        Parser and compiler recurse, so deep nesting makes them fail in ways of their own.
         """
         if len(source) > MOST_SOURCE:
             raise InputError(f"expected at most {MOST_SOURCE:,} characters, got {len(source):,}")
+
         try:
             tree = self.parse(source)
             names = {node.name for node in tree.find_all(nodes.Name)}
@@ -79,6 +83,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 raise jinja2.TemplateError(f"{blocks:,} blocks of {len(names):,} names are too many")
             if change is not None:
                 change(tree)
+
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Python's, about code that jinja wrote
                 return tree, self.from_string(tree)
@@ -87,7 +92,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             raise InputError(f"cannot be parsed: line {line}: {error}") from error
         except RecursionError:
             raise InputError("cannot be parsed: nested too deeply") from None
-        except Exception as error:  # Python's own compiler reads what jinja makes of it
+        except Exception as error:  # of Python's own compiler, which reads jinja's output
             raise InputError(f"cannot be parsed: {type(error).__name__}: {error}") from error
 
     def undeclared(self, tree: nodes.Template) -> set[str]:
@@ -121,6 +126,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         meter.charge(2 * STEP)
         if operator == "+" and type(left) is str:
             return meter.made(left + right)
+
         if operator == "%" and isinstance(left, str | bytes):
             check_percent(meter, left, right)
         elif isinstance(left, int) and isinstance(right, int):
@@ -134,6 +140,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             if isinstance(times, int) and isinstance(many, str | bytes | list | tuple):
                 place = 1 if isinstance(many, str | bytes) else STEP
                 check_growth(place * len(many) * times)
+
         return meter.made(self.binop_table[operator](left, right))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
@@ -143,6 +150,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         meter.charge(((32 if slow else 16) + 4 * len(args)) * STEP)
         if kind in CHARGING:
             return super().call(__context, __obj, *args, **kwargs)
+
         args = tuple([settled(value) for value in args])
         given = [*args, *(kwargs[name] for name in kwargs if name not in ("_loop_vars", "_block_vars"))]
         # jinja wraps str.format
@@ -179,14 +187,14 @@ def _charge(hook: str, node: nodes.Expr, *args: Any) -> nodes.Filter:
 
 
 def _is_short(node: nodes.Node) -> bool:
-    """Whether to compare with it takes no time, whatever the other side is."""
+    """Whether a comparison with the node takes no time, whatever the other side is."""
     if isinstance(node, nodes.List | nodes.Tuple):
         return len(node.items) < STEP and all(map(_is_short, node.items))
     return isinstance(node, nodes.Const)
 
 
 class _Charges(NodeTransformer):
-    """Puts the charges into a template's tree."""
+    """A visitor that puts the charges into a template's tree."""
 
     def _body(self, node: Any) -> Any:
         lineno, cost = node.lineno, sum(map(_cost, node.body))
@@ -216,7 +224,7 @@ class _Charges(NodeTransformer):
     visit_Output = _written
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        return _charge("a part", self._written(node))  # of texts that are safe HTML it escapes the others
+        return _charge("a part", self._written(node))  # where one text is safe HTML, the others are escaped
 
     def visit_Const(self, node: nodes.Const) -> nodes.Const:
         if isinstance(node.value, int) and node.value.bit_length() > MOST_BITS:
@@ -253,6 +261,9 @@ class _Charges(NodeTransformer):
         return node
 
 
+# the functions behind the hooks: each charges, and returns its value
+
+
 @jinja2.pass_context
 def _step(context: MeteredContext, cost: int) -> bool:
     meter = context.meter
@@ -264,7 +275,7 @@ def _step(context: MeteredContext, cost: int) -> bool:
 
 @jinja2.pass_context
 def _text(context: MeteredContext, value: Any) -> Any:
-    """What is written, or joined: a list or an object as its text."""
+    """A value that is written, or joined: a list or an object as its text."""
     meter = context.meter
     meter.charge(2 * STEP)
     if type(value) is not str and isinstance(value, (*CONTAINERS, Namespace)):
@@ -278,6 +289,7 @@ def _text(context: MeteredContext, value: Any) -> Any:
 
 @jinja2.pass_context
 def _operand(context: MeteredContext, value: Any) -> Any:
+    """A value that is compared, or is a key."""
     if type(value) not in ATOMS:
         context.meter.read(value)
     return value
@@ -285,7 +297,7 @@ def _operand(context: MeteredContext, value: Any) -> Any:
 
 @jinja2.pass_context
 def _searched(context: MeteredContext, value: Any) -> Any:
-    """What is on the right of `in`: a key is found without looking at the others."""
+    """The right side of `in`. A key of an object is found without a look at the others."""
     if not isinstance(value, dict):
         context.meter.read(value)
     return value
@@ -293,6 +305,7 @@ def _searched(context: MeteredContext, value: Any) -> Any:
 
 @jinja2.pass_context
 def _part(context: MeteredContext, value: Any) -> Any:
+    """A value that was made: a slice, a joined text."""
     return context.meter.made(value)
 
 

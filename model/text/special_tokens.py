@@ -1,4 +1,4 @@
-"""The names of special tokens, as a model's folder says them."""
+"""The special tokens that a model's folder names."""
 
 from pathlib import Path
 from typing import Any, NoReturn
@@ -9,11 +9,11 @@ KNOWN = {f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", 
 
 
 def special_tokens(config: dict[str, Any], file: Path) -> dict[str, str]:
-    """bos_token, eos_token and the like, written as a text or as an object with `content`; null is absent, and so is
-    "", though not as what ends a text.
+    """bos_token, eos_token and the like -> their text, from a text or an object with `content`.
 
-    Raises InputError where one is neither, and where a list of further ones holds something else. Of other names that
-    end so (image_token), those that hold neither are settings: num_image_token is a number.
+    null is no token; nor is "", except as eos_token, where it is refused. Raises InputError where a known token is
+    neither a text nor an object, or an entry in a list of further ones is not. An unknown name that ends so may be a
+    setting: image_token is a token, num_image_token a number.
     """
     names = {}
     for name, value in config.items():
@@ -26,6 +26,7 @@ def special_tokens(config: dict[str, Any], file: Path) -> dict[str, str]:
                 names[name] = token
             elif name in KNOWN and value is not None and (token != "" or name == "eos_token"):
                 _refuse(name, value, file)
+
         elif name in ("additional_special_tokens", "extra_special_tokens") and value is not None:
             if not isinstance(value, dict | list):
                 raise InputError(f"{file}: {name}: expected a list of tokens, got {shown(value)}")

@@ -1,8 +1,8 @@
 """A chat template: a stranger's jinja program that turns messages into text, run in jinja2's immutable sandbox.
 
-A template reads `messages`, `add_generation_prompt`, the names of the special tokens, and whatever else it is given:
-`tools`, `enable_thinking`. What vendors' templates use is there: `raise_exception`, `strftime_now`, `tojson` without
-HTML escapes, `break` and `continue`, and `{% generation %}...{% endgeneration %}` around what the assistant wrote.
+A template reads `messages`, `add_generation_prompt`, the names of the special tokens, and further variables: `tools`,
+`enable_thinking`. It has all that vendors' templates use: `raise_exception`, `strftime_now`, `tojson` without HTML
+escapes, `break` and `continue`, and `{% generation %}...{% endgeneration %}` around the text of the assistant.
 
 Source: https://huggingface.co/docs/transformers/chat_templating_writing
 """
@@ -47,15 +47,15 @@ PLAIN_TEMPLATE = """\
 {%- if add_generation_prompt %}
     {{- 'Assistant:\\n' }}
 {%- endif %}
-"""  # for a base model, which no conversation has taught another form
+"""  # for a base model, which was trained on no form of conversation
 
 
 class Refused(InputError):
-    """The template fails on the conversation: it may take another form of it."""
+    """The template fails on the conversation. It may accept it in another form."""
 
 
 class ChatTemplate:
-    """Raises InputError where the source is no jinja template."""
+    """A compiled chat template. Raises InputError where the source is no jinja template."""
 
     def __init__(self, source: str):
         self.source = source
@@ -66,7 +66,7 @@ class ChatTemplate:
 
     @cached_property
     def variables(self) -> frozenset[str]:
-        """The names that it reads and does not set itself, for instance `tools`."""
+        """The names that the template reads and does not set itself, for instance `tools`."""
         try:
             names = ENVIRONMENT.undeclared(self._tree)
         except InputError as error:
@@ -76,10 +76,10 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], variables: Mapping[str, Any], *, marks: bool = False
     ) -> str:
-        """marks: enclose the text of `{% generation %}` blocks in SPAN_START and SPAN_END.
+        """The text of a conversation. marks: enclose the text of `{% generation %}` blocks in SPAN_START and SPAN_END.
 
-        Raises InputError for a message that is none; its subclass Refused where the template fails, and OverBudget
-        where it has no end.
+        Raises InputError for a message that is no object with a role, and its subclasses Refused where the template
+        fails, and OverBudget where it has no end.
         """
         given = 0
         for i, message in enumerate(messages):
@@ -87,12 +87,13 @@ class ChatTemplate:
                 raise InputError(
                     f"message {i + 1}: expected an object with a role and content, got {message!r:.80}"
                 )
-            said = json.dumps(message, ensure_ascii=False, default=str)
-            given += len(said)
-            if SPAN_START in said or SPAN_END in said:
+            written = json.dumps(message, ensure_ascii=False, default=str)
+            given += len(written)
+            if SPAN_START in written or SPAN_END in written:
                 raise InputError(
                     f"message {i + 1}: has the Unicode noncharacter U+FDD0 or U+FDD1, which marks spans here"
                 )
+
         spans = {"span_start": SPAN_START, "span_end": SPAN_END} if marks else {}
         try:
             text = self._program.render(**{**variables, **spans, "messages": list(messages)})
@@ -109,7 +110,7 @@ class ChatTemplate:
 
 
 def split_marks(marked: str) -> tuple[str, list[Span]]:
-    """Text without its marks, and the spans between them. Raises InputError where one lies in another."""
+    """The text without its marks, and the spans between them. Raises InputError where a span lies in another."""
     text, spans = "", []
     for i, piece in enumerate(marked.split(SPAN_START)):
         if piece.count(SPAN_END) != bool(i):
@@ -124,19 +125,20 @@ def split_marks(marked: str) -> tuple[str, list[Span]]:
 # ---- where templates lie
 
 
-def templates_of(folder: Path, own: Any) -> dict[str, Any]:
-    """A folder's chat templates by name, `default` among them; own: tokenizer_config.json's, a text or a list.
+def templates_of(folder: Path, configured: Any) -> dict[str, Any]:
+    """A folder's chat templates by name, `default` among them. configured: tokenizer_config.json's, a text or a list.
 
-    Of the others `tool_use` is read, which transformers takes where tools are given.
+    Of additional_chat_templates, `tool_use` alone is read, which transformers takes where there are tools.
     """
-    named = {"default": own} if own is not None else {}
-    if isinstance(own, list):  # [{"name": ..., "template": ...}]
-        for entry in own:
+    named = {"default": configured} if configured is not None else {}
+    if isinstance(configured, list):  # [{"name": ..., "template": ...}]
+        for entry in configured:
             if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
                 raise InputError(
                     f"chat_template: expected objects with a name and a template, got {shown(entry)}"
                 )
-        named = {entry["name"]: entry.get("template") for entry in own}
+        named = {entry["name"]: entry.get("template") for entry in configured}
+
     for name, file in (("default", "chat_template.jinja"), ("tool_use", TOOL_TEMPLATE_FILE)):
         if os.path.lexists(folder / file):
             named[name] = read_text(folder / file)
@@ -159,8 +161,10 @@ def template_at(chat_template: Path | str) -> dict[str, str]:
 
 
 class GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}` encloses what the assistant wrote: its text, between the marks that the
-    variables span_start and span_end hold, which are undefined and so empty unless a mask is asked for.
+    """The block `{% generation %}...{% endgeneration %}` around the text of the assistant.
+
+    It writes the variables span_start and span_end around that text. They are undefined, and so empty, unless the
+    caller wants marks.
     """
 
     tags = {"generation"}  # noqa: RUF012 (jinja's own declaration)
@@ -173,7 +177,7 @@ class GenerationBlock(jinja2.ext.Extension):
 
 
 def sandbox(**options: Any) -> BoundedEnvironment:
-    """An environment for templates of strangers. options: jinja2.Environment's."""
+    """An environment for templates of strangers. options: those of jinja2.Environment."""
     trimmed = {"trim_blocks": True, "lstrip_blocks": True} | options
     environment = BoundedEnvironment(extensions=[GenerationBlock, jinja2.ext.loopcontrols], **trimmed)
     environment.globals["raise_exception"] = _raise_exception
@@ -188,7 +192,7 @@ def _strftime_now(format: str) -> str:
 
 
 def _raise_exception(message: object) -> None:
-    raise jinja2.TemplateError(str(message) or "it gives no reason")  # what is undefined fails here
+    raise jinja2.TemplateError(str(message) or "it gives no reason")  # str fails for an undefined message
 
 
 ENVIRONMENT = sandbox()

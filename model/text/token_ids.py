@@ -1,4 +1,4 @@
-"""The ids that end a text, as a folder names them: one place for all who read them, or say that they end nothing."""
+"""The ids that end a text, as a folder names them, and the warnings about ids that end nothing."""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -13,10 +13,10 @@ from ..files.text_files import read_optional
 
 
 def read_stop_ids(folder: Path, token_of: Callable[[int], str | None]) -> list[int]:
-    """eos_token_id of generation_config.json, else of config.json: a number or a list. token_of: None for no token.
+    """The ids of eos_token_id, a number or a list, in generation_config.json, else in config.json.
 
-    An id that neither the tokenizer has nor the head ends nothing: it is left out, and a line says so; where no other
-    is left, InputError is raised. -1 stands for none, as in early Llama folders.
+    token_of: the token of an id, or None. An id that neither the tokenizer nor the head has ends nothing: it is left
+    out with a warning. Raises InputError where no other is left. -1 stands for none, as in early Llama folders.
     """
     files = [folder / name for name in ("generation_config.json", "config.json")]
     raw = {file: read_optional(file) for file in files}
@@ -47,7 +47,7 @@ def read_stop_ids(folder: Path, token_of: Callable[[int], str | None]) -> list[i
 
 
 def say_what_never_ends(stop_ids: Iterable[int], rows: int, name: str = "the model") -> None:
-    """A warning, once a process, where a head of `rows` never draws one of the ids that are to end a text."""
+    """Warn, once a process, where a head of `rows` never draws one of the ids that are to end a text."""
     stops = sorted(token for token in stop_ids if token >= rows)
     if stops:
         _say(f"{name} has no row for the stop ids {stops}, only for ids below {rows}: none ends a generation")

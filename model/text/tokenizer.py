@@ -1,17 +1,17 @@
-"""Text to token ids and back, chat templates, and which tokens of a conversation the assistant wrote.
+"""Text to token ids and back, chat templates, and the mask of the tokens that the assistant wrote.
 
-Reads `tokenizer.json` (the `tokenizers` package), the names of the special tokens in `tokenizer_config.json` and
+A folder has `tokenizer.json` (the `tokenizers` package), the names of the special tokens in `tokenizer_config.json` and
 `special_tokens_map.json`, the chat template in `chat_template.jinja` or `tokenizer_config.json`, and the end tokens in
 `generation_config.json`. `template.py` runs the template.
 
-The mask of a conversation is exact or it is an error:
+The mask of a conversation is exact, or there is an error:
 
     template has {% generation %} marks    the marked text, and the end token right behind it where it has none inside
-    template has none                      from where the generation prompt ends to the end-of-turn token, provided that
+    template has none                      from the end of the generation prompt to the end-of-turn token, provided that
                                            the template renders the turn in the conversation as it would for generation
 
-Tokens are joined, never re-read: where a token of the whole text would straddle the start or the end of a trained span
-("assistant\\n" + "\\nHi" has one "\\n\\n"), the text is cut there, so that a prompt's ids are those of generation.
+Tokens are joined, never re-read: where a token of the whole text would cross the start or the end of a trained span
+("assistant\\n" + "\\nHi" has one "\\n\\n"), the text is cut there. So a prompt has the ids that it has in generation.
 """
 
 import json
@@ -19,7 +19,7 @@ import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 
@@ -50,9 +50,20 @@ class TurnRewritten(InputError):
     """The template renders an assistant's turn differently once other turns follow it."""
 
 
+class _Rendered(NamedTuple):
+    """A conversation, the template's variables, and the text that the template makes of them."""
+
+    messages: Sequence[Message]
+    variables: Mapping[str, Any]
+    text: str
+
+
 class Tokenizer:
-    """bos_id, eos_id, pad_id: int or None. stop_ids: every id that ends a generation. prefix_ids: what a text begins
-    with, bos or nothing. variables: what the chat template is always given."""
+    """A folder's tokenizer and chat template.
+
+    bos_id, eos_id, pad_id: int or None. stop_ids: every id that ends a generation. prefix_ids: of the bos that a text
+    begins with, or empty. variables: those that the chat template always gets.
+    """
 
     def __init__(
         self,
@@ -66,10 +77,11 @@ class Tokenizer:
         tool_template: str | None = None,
         config: dict[str, Any] | None = None,
     ):
-        """tool_template: where tools are given, in place of chat_template. config: further keys of
-        tokenizer_config.json, among them other special tokens that a template may name.
+        """Take a tokenizer, whose truncation, padding and dropout are switched off, and what a folder says about it.
 
-        Raises InputError where a special token is not in the vocabulary.
+        tool_template: in place of chat_template where there are tools. config: further keys of tokenizer_config.json,
+        among them other special tokens that a template may name. Raises InputError where a special token is not in the
+        vocabulary.
         """
         plain(backend)
         self.backend = backend
@@ -85,7 +97,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path | str, chat_template: Path | str | None = None) -> "Tokenizer":
-        """folder: a Hugging Face folder. chat_template: a jinja file, or "plain", in place of the folder's own."""
+        """Read a Hugging Face folder. chat_template: a jinja file, or "plain", in place of the folder's.
+
+        Raises InputError naming the file, and what is wrong with it.
+        """
         folder = Path(folder)
         if not os.path.isdir(folder):
             raise InputError(
@@ -96,15 +111,17 @@ class Tokenizer:
             return cls.load(base_of(folder), chat_template)
         if not os.path.lexists(file):
             raise InputError(f"{file}: not found; only tokenizers with a tokenizer.json can be read")
+
         backend, vocabulary = read_backend(file)
         config = read_optional(folder / "tokenizer_config.json")
         tokens_map = folder / "special_tokens_map.json"
         names = special_tokens(read_optional(tokens_map), tokens_map)
         names |= special_tokens(config, folder / "tokenizer_config.json")
-        own = config.pop("chat_template", None)
+
+        configured = config.pop("chat_template", None)
         templates = {} if chat_template is None else template_at(chat_template)
         try:
-            templates = templates or templates_of(folder, own)
+            templates = templates or templates_of(folder, configured)
             tokenizer = cls(
                 backend,
                 bos=names.pop("bos_token", None),
@@ -115,6 +132,7 @@ class Tokenizer:
                 tool_template=templates.get("tool_use"),
                 config=config | names,
             )
+
             tokenizer.vocabulary = vocabulary
             return tokenizer
         except InputError as error:
@@ -124,13 +142,13 @@ class Tokenizer:
         """Write tokenizer.json, tokenizer_config.json, generation_config.json's end tokens, and chat templates."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        generation_file = folder / "generation_config.json"
+
         stops = sorted(self.stop_ids, key=lambda token: (token != self.eos_id, token))  # eos first
         end = stops[0] if len(stops) == 1 else stops or None
         ids = {"bos_token_id": self.bos_id, "eos_token_id": end, "pad_token_id": self.pad_id}
-        generation = read_optional(generation_file) | {
-            name: value for name, value in ids.items() if value is not None
-        }
+        generation = read_optional(folder / "generation_config.json")
+        generation |= {name: value for name, value in ids.items() if value is not None}
+
         files = {
             "tokenizer.json": self.backend.to_str(pretty=True),
             "tokenizer_config.json": json.dumps(self.config, indent=2, ensure_ascii=False) + "\n",
@@ -147,14 +165,14 @@ class Tokenizer:
     # ---- text
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
-        """No special token is added; those that the text spells out are recognised.
+        """The ids of a text. No special token is added; those that the text spells out are recognised.
 
-        continues: the text goes on where other tokens end, so a tokenizer that starts every text with a space does not.
+        continues: the text goes on where other tokens end, so that no space is put before it, as some tokenizers do.
         """
         return encoding_of(self._continuing if continues else self.backend, text).ids
 
     def encode_text(self, text: str) -> list[int]:
-        """A text from its beginning: one bos in front if the tokenizer wants it, also where the text spells it out."""
+        """The ids of a whole text: bos is in front, once, if the tokenizer wants it; the text may spell it out."""
         ids = self.encode(text)
         return ids if ids[:1] == self.prefix_ids else self.prefix_ids + ids
 
@@ -162,7 +180,7 @@ class Tokenizer:
         return text_of(self.backend, ids, skip_special_tokens)
 
     def keep_below(self, rows: int) -> None:
-        """Leave ids of `rows` or more out of `vocabulary`: a model that reads what is drawn has no row for them."""
+        """Leave ids of `rows` or more out of `vocabulary`: the model that reads what is drawn has no row for them."""
         self.vocabulary = self.vocabulary.below(rows)
 
     # ---- conversations
@@ -170,7 +188,10 @@ class Tokenizer:
     def render_chat(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = False, **variables: Any
     ) -> str:
-        """variables: what else the template reads: tools, enable_thinking. Raises InputError where it fails."""
+        """The text of a conversation. variables: others that the template reads: tools, enable_thinking.
+
+        Raises InputError where the template fails.
+        """
         return self._render(messages, add_generation_prompt, variables)
 
     def encode_chat(
@@ -189,28 +210,31 @@ class Tokenizer:
     def encode_chat_with_mask(
         self, messages: Sequence[Message], *, turns: Collection[int] | None = None, **variables: Any
     ) -> tuple[list[int], list[bool]]:
-        """Returns (ids, mask), mask True on what the assistant wrote, its end-of-turn token included.
+        """Return (ids, mask), the mask True on the assistant's tokens, its end-of-turn token included.
 
-        turns: which messages, by index from 0, are masked in; by default every message of the assistant. Raises
-        InputError where one of these is not the assistant's, and where the mask would be empty or cannot be exact; its
-        subclass TurnRewritten where the template alters earlier turns.
+        turns: the messages that are masked in, by index from 0; by default all of the assistant's. Raises InputError
+        where one of these is not the assistant's, and where the mask would be empty or cannot be exact; its subclass
+        TurnRewritten where the template alters earlier turns.
         """
-        text, spans = split_marks(self._render(messages, False, variables, marks=True))
-        own = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        wanted = own if turns is None else sorted(turns)
-        if not wanted or not set(wanted) <= set(own):
+        text, marked = split_marks(self._render(messages, False, variables, marks=True))
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        wanted = answers if turns is None else sorted(turns)
+        if not wanted or not set(wanted) <= set(answers):
             raise InputError("no assistant turn to train on")
-        if spans and len(spans) < len(own):
+        if marked and len(marked) < len(answers):
             raise InputError(
-                f"the chat template marks {len(spans)} of the {len(own)} assistant turns: "
+                f"the chat template marks {len(marked)} of the {len(answers)} assistant turns: "
                 "its {% generation %} block must enclose every one"
             )
-        if spans:
-            of_turn = self._spans_of(wanted, own, spans, messages, text, variables)
+
+        # the spans of the text that are masked in
+        if marked:
+            of_turn = self._spans_of_turns(marked, _Rendered(messages, variables, text), wanted)
             spans = [span for turn in wanted for span in of_turn[turn]]
             spans = [self._with_end(text, span) for span in spans if span[0] < span[1]]
         else:
-            spans = [self._turn_span(messages, i, text, variables) for i in wanted]
+            spans = [self._turn_span(_Rendered(messages, variables, text), turn) for turn in wanted]
+
         pieces = self._encode_pieces(text, sorted({boundary for span in spans for boundary in span}))
         ids = [token for _, piece in pieces for token in piece]
         starts = {start for start, _ in spans}
@@ -219,54 +243,51 @@ class Tokenizer:
             raise InputError("the assistant's turns are empty: no token to train on")
         return ids, mask
 
-    def _spans_of(
-        self,
-        wanted: Sequence[int],
-        own: Sequence[int],
-        spans: Sequence[Span],
-        messages: Sequence[Message],
-        text: str,
-        variables: dict[str, Any],
+    def _spans_of_turns(
+        self, spans: Sequence[Span], rendered: _Rendered, wanted: Sequence[int]
     ) -> dict[int, list[Span]]:
-        """The marked spans of each of the assistant's turns `own`: reasoning and answer may have one each.
+        """The marked spans by the assistant's turn that they lie in: reasoning and answer may have one each.
 
-        Raises InputError where a turn has none, unless the template writes what stands before it otherwise once it
-        follows, and all turns are wanted: then they only change places.
+        Raises InputError where a turn has none, unless the template rewrites earlier messages and all turns are wanted:
+        then it matters to no mask which turn a span is of.
         """
-        starts, exact = {own[0]: 0}, True  # where what stands before each turn ends
-        for turn in own[1:]:
+        messages, variables, text = rendered
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+
+        # where in the text each turn begins: as far as the messages before it are rendered the same
+        starts, exact = {answers[0]: 0}, True
+        for turn in answers[1:]:
             before = self._render(messages[:turn], True, variables)
-            starts[turn] = _shared(before, text)
-            # what it renders otherwise once the turn is there may be no more than the generation prompt
-            exact &= starts[turn] >= _shared(before, self._render(messages[:turn], False, variables))
-        found: dict[int, list[Span]] = {turn: [] for turn in own}
+            starts[turn] = _common_length(before, text)
+            # exact if no more than the generation prompt is rendered otherwise once the turn is there
+            exact &= starts[turn] >= _common_length(before, self._render(messages[:turn], False, variables))
+        found: dict[int, list[Span]] = {turn: [] for turn in answers}
         for begin, end in spans:  # a mark may begin within the generation prompt
-            found[max(turn for turn in own if starts[turn] < max(end, begin + 1))].append((begin, end))
-        if not exact and len(wanted) < len(own):
+            found[max(turn for turn in answers if starts[turn] < max(end, begin + 1))].append((begin, end))
+
+        if not exact and len(wanted) < len(answers):
             raise InputError(
                 "the chat template writes earlier turns otherwise once others follow, so which marks are of the turns "
                 "to be trained is not known"
             )
         if exact and not all(found.values()):
             raise InputError(
-                f"the chat template marks {[len(of) for of in found.values()]} spans in the {len(own)} assistant "
+                f"the chat template marks {[len(of) for of in found.values()]} spans in the {len(answers)} assistant "
                 "turns: its {% generation %} block must enclose every one"
             )
         return found
 
     def _with_end(self, text: str, span: Span) -> Span:
-        """A marked span, and the special token right behind it where the mark stops short of the turn's end."""
+        """A marked span, with the special token right behind it where the mark ends before the turn does."""
         start, end = span
         if text[start:end].rstrip().endswith(self._ends):
             return span
-        return start, end + max(
-            (len(token) for token in self._ends if text.startswith(token, end)), default=0
-        )
+        behind = [len(token) for token in self._ends if text.startswith(token, end)]
+        return start, end + max(behind, default=0)
 
-    def _turn_span(
-        self, messages: Sequence[Message], turn: int, text: str, variables: dict[str, Any]
-    ) -> Span:
-        """Where messages[turn] stands in `text`, the whole conversation: exactly what generation would have written."""
+    def _turn_span(self, rendered: _Rendered, turn: int) -> Span:
+        """The place of messages[turn] in the text: exactly the characters that generation would have written."""
+        messages, variables, text = rendered
         name = f"assistant message {turn + 1} of {len(messages)}"
         prompt = self._render(messages[:turn], True, variables)
         answered = text if turn == len(messages) - 1 else self._render(messages[: turn + 1], False, variables)
@@ -275,6 +296,8 @@ class Tokenizer:
                 f"{name}: the chat template renders no answer behind its own generation prompt {prompt[-40:]!r}, "
                 f"so the mask cannot be exact; {WAY_OUT}"
             )
+
+        # its end: the first stop token behind the prompt, else the last special one
         written = encoding_of(self.backend, answered[len(prompt) :])
         added = self._spelled_out(written, answered, len(prompt))
         stops = [end for i, (_, end) in added if written.ids[i] in self.stop_ids]
@@ -283,6 +306,7 @@ class Tokenizer:
             raise InputError(
                 f"{name}: the chat template writes no end-of-turn token, so where the turn ends is not known; {WAY_OUT}"
             )
+
         if not text.startswith(answered[: ends[0]]):
             raise TurnRewritten(
                 f"{name}: the chat template renders it differently once other turns follow; "
@@ -291,11 +315,12 @@ class Tokenizer:
         return len(prompt), ends[0]
 
     def _encode_pieces(self, text: str, boundaries: Sequence[int]) -> list[tuple[int, list[int]]]:
-        """The ids of `text` in the pieces (start, ids) that the boundaries make. Joined they are `encode(text)`, except
-        where that has a token across a boundary: there the text is cut, and read on from the cut.
+        """The ids of `text` in the pieces (start, ids) between the boundaries.
 
-        A boundary is clean where the text before it has the same ids with what follows and without. What stands before
-        an added token does not depend on what follows it, so it is enough to read from the nearest one on.
+        Joined they are `encode(text)`, except where that has a token across a boundary: there the text is cut, and read
+        on from the cut. A boundary is clean where the text before it has the same ids with the rest behind it and
+        without. The ids before an added token do not depend on the text behind it, so it is enough to read from the
+        nearest one on.
         """
 
         def read(origin: int) -> tuple[list[int], list[tuple[int, Span]]]:
@@ -358,7 +383,7 @@ class Tokenizer:
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """The ids that it has, those of added tokens included: a count of them may leave ids in the middle out."""
+        """The ids that the tokenizer has, those of added tokens included. Their count may be less than the last id."""
         return distinct_ids(self.backend)
 
     @cached_property
@@ -383,15 +408,14 @@ class Tokenizer:
         return token_id
 
     def _adds_bos(self) -> bool:
-        """tokenizer_config.json says so, or, where it is silent, tokenizer.json's post-processor does it."""
+        """Whether a text begins with bos, by tokenizer_config.json, else by tokenizer.json's post-processor."""
         setting = self.config.get("add_bos_token")
         if setting is not None:
             return setting
         return encoding_of(self.backend, "", add_special_tokens=True).ids[:1] == [self.bos_id]
 
 
-def _shared(one: str, other: str) -> int:
-    """How many characters both begin with."""
-    return next(
-        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
-    )
+def _common_length(one: str, other: str) -> int:
+    """The number of characters that two texts have in common at their beginning."""
+    different = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(different, min(len(one), len(other)))

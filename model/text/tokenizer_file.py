@@ -1,7 +1,7 @@
 """tokenizer.json, read into a tokenizer that encodes, decodes and can be saved, or refused in one sentence.
 
-The `tokenizers` package reads a file that it cannot use: two tokens on one id, an id that makes it ask for gigabytes, a
-normalizer on which it panics. A panic is no Exception in Python, and writes to standard error by itself.
+The `tokenizers` package also reads files that it cannot use: two tokens on one id, an id that makes it ask for
+gigabytes, a normalizer on which it panics. A panic is no Exception in Python, and writes to standard error by itself.
 """
 
 import base64
@@ -23,19 +23,21 @@ from ..files.text_files import parse_json, read_text
 from ..vocabulary import Vocabulary
 
 MOST_IDS = 2**24  # the package makes a list of all ids up to the last one when it saves
-SMALL = 2**20  # characters of a file that is read a second time to be sure
-MOST_GROWTH = 1000  # times that a normalizer, or what else changes texts and ids, may make them longer
+SMALL = 2**20  # characters of a file; up to this size it is saved and read again as a check
+MOST_GROWTH = 1000  # times as long as it was, at most, may a normalizer or another part make a text
 PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 PROBE = "Hello, wörld! 12  \n\t再见 🎉 <a> "
 
 
 def read_backend(file: Path) -> tuple[tokenizers.Tokenizer, Vocabulary]:
-    """The tokenizer, and which ids it has.
+    """The tokenizer of a file, and its ids.
 
-    Raises InputError where the file is none, or where what it holds cannot be used, or saved and read again.
-    Truncation, padding and dropout are switched off: they would change ids without a word.
+    Truncation, padding and dropout are switched off: they would change ids without a word. Raises InputError where the
+    file is no tokenizer, or one that cannot be used, or saved and read again.
     """
     text = read_text(file)
+
+    # what the package would fail on in bad ways, found before it reads the file
     if len(text) < SMALL or re.search(r'":\s*\d{8,}', text):
         _check_ids(found := parse_json(text, str(file)), file)
         parts = [found.get(name) for name in PARTS] if isinstance(found, dict) else []
@@ -50,6 +52,7 @@ def read_backend(file: Path) -> tuple[tokenizers.Tokenizer, Vocabulary]:
     if '"precompiled_charsmap"' in text:
         for charsmap in re.findall(r'"precompiled_charsmap"\s*:\s*"([^"\\]*)"', text):
             _check_charsmap(charsmap, file)
+
     with _without_panics():
         try:
             backend = tokenizers.Tokenizer.from_str(text)
@@ -66,7 +69,7 @@ def read_backend(file: Path) -> tuple[tokenizers.Tokenizer, Vocabulary]:
 
 
 def plain(backend: tokenizers.Tokenizer) -> None:
-    """Switch off what a tokenizer.json may carry and what would shorten, pad or vary ids without a word."""
+    """Switch off truncation, padding and dropout, which a tokenizer.json may ask for."""
     backend.no_truncation()
     backend.no_padding()
     if getattr(backend.model, "dropout", None):
@@ -76,7 +79,7 @@ def plain(backend: tokenizers.Tokenizer) -> None:
 def encoding_of(
     backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool = False
 ) -> tokenizers.Encoding:
-    """Raises InputError for half of a surrogate pair, and for a text that the tokenizer fails on."""
+    """Encode a text. Raises InputError for half of a surrogate pair, and for a text that the tokenizer fails on."""
     try:
         return backend.encode(text, add_special_tokens=add_special_tokens)
     except TypeError:  # what the package raises for half of a surrogate pair
@@ -86,7 +89,7 @@ def encoding_of(
 
 
 def text_of(backend: tokenizers.Tokenizer, ids: Sequence[int], skip_special_tokens: bool) -> str:
-    """Raises InputError where the decoder fails."""
+    """Decode ids. Raises InputError where the decoder fails."""
     try:
         return backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
     except BaseException as error:  # a panic
@@ -121,7 +124,7 @@ def _without_prefix_space(part: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _check_ids(found: Any, file: Path) -> None:
-    """No id is so large that the package, which is not asked yet, ends the process."""
+    """Raises InputError for an id so large that the package, which has not read it yet, would end the process."""
     model = found.get("model") if isinstance(found, dict) else None
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     ids = list(vocabulary.items()) if isinstance(vocabulary, dict) else []
@@ -139,19 +142,22 @@ def _check_ids(found: Any, file: Path) -> None:
 def _object_at(text: str, start: int) -> Any:
     try:
         return json.JSONDecoder().raw_decode(text, start)[0]
-    except (ValueError, RecursionError):  # the package says what is wrong
+    except (ValueError, RecursionError):  # the package has the message for it
         return None
 
 
 def _growth(part: Any) -> float:
-    """How many times as long a normalizer, a decoder or a post-processor makes what it is given, about and at most."""
+    """The factor, about and at most, by which a normalizer, a decoder or a post-processor makes its input longer."""
     if not isinstance(part, dict):
         return 1.0
+
+    # of parts in a row: the product
     grown = 1.0
     for name in ("normalizers", "pretokenizers", "processors", "decoders"):
         members = part.get(name)
         for member in members if isinstance(members, list) else ():
             grown = min(grown * _growth(member), 2.0 * MOST_GROWTH)
+
     content, pattern = part.get("content"), part.get("pattern")
     if part.get("type") == "Replace" and isinstance(content, str):
         found = pattern.get("String") if isinstance(pattern, dict) else None
@@ -165,7 +171,7 @@ def _growth(part: Any) -> float:
 
 
 def _finds_nothing(pattern: Any) -> bool:
-    """Whether an expression may match an empty text, and so adds to one; True where Python does not read it."""
+    """Whether an expression may match an empty text, and so adds to any; True where Python does not read it."""
     try:
         return re.search(pattern["Regex"], "") is not None
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError, re.error):
@@ -173,7 +179,7 @@ def _finds_nothing(pattern: Any) -> bool:
 
 
 def _pieces(part: dict[str, Any], name: str) -> float:
-    """How often a template writes the text again, and a hundredth of the ids that it adds."""
+    """The number of times that a template writes the text, and a hundredth for each id that it adds."""
     tokens, written = part.get("special_tokens"), 0.0
     for piece in part[name] if isinstance(part.get(name), list) else ():
         added = piece.get("SpecialToken") if isinstance(piece, dict) else None
@@ -185,7 +191,7 @@ def _pieces(part: dict[str, Any], name: str) -> float:
 
 
 def _check_charsmap(encoded: str, file: Path) -> None:
-    """Its first four bytes say how long its tree is: the package asks for as much memory."""
+    """Raises InputError for a wrong length in the first four bytes: the package would take as much memory."""
     try:
         raw = base64.b64decode(encoded, validate=True)
     except binascii.Error:
@@ -197,7 +203,7 @@ def _check_charsmap(encoded: str, file: Path) -> None:
 
 
 def _check_loaded(backend: tokenizers.Tokenizer, text: str) -> None:
-    """Raises InputError, or what the package raises, where it cannot be used."""
+    """Raises InputError, or an error of the package, where the tokenizer of `text` cannot be used."""
     found = re.search(r'"added_tokens"\s*:\s*(?=\[)', text)
     for token in json.JSONDecoder().raw_decode(text, found.end())[0] if found else ():
         if (token_id := backend.token_to_id(token["content"])) != token["id"]:
@@ -215,7 +221,7 @@ def _check_loaded(backend: tokenizers.Tokenizer, text: str) -> None:
 
 
 def _probe(backend: tokenizers.Tokenizer) -> list[int] | None:
-    """The ids of a text that can be decoded; None for a tokenizer that does not know all characters."""
+    """The ids of a test text, which are decoded, too; None for a tokenizer that does not know all characters."""
     try:
         ids = backend.encode(PROBE, add_special_tokens=False).ids
     except Exception:  # the package's own, of a text that the tokenizer has no ids for
@@ -225,9 +231,9 @@ def _probe(backend: tokenizers.Tokenizer) -> list[int] | None:
 
 
 def distinct_ids(backend: tokenizers.Tokenizer) -> Vocabulary:
-    """The ids that have a token, those of added tokens included. Raises InputError where one has two.
+    """The ids that have a token, those of added tokens included. Raises InputError where an id has two tokens.
 
-    Most files have the ids below their count, each with a token: then none has two.
+    Most files have the ids below their count, each with a token. Then none has two.
     """
     count = backend.get_vocab_size(with_added_tokens=True)
     if all(backend.id_to_token(i) is not None for i in range(count)):
@@ -246,7 +252,7 @@ def distinct_ids(backend: tokenizers.Tokenizer) -> Vocabulary:
 
 
 def _reason(error: BaseException) -> str:
-    """What the package says; what is neither its error nor its panic goes on."""
+    """The package's words. An exception that is neither its error nor its panic is raised again."""
     if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
         raise error
     return str(error)
@@ -254,13 +260,14 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def _without_panics() -> Iterator[None]:
-    """What Rust writes to standard error about a panic is not shown, if there is one; all else is."""
+    """Keep Rust's words about a panic from standard error: where the block fails, nothing written there is shown."""
     try:
         sys.stderr.flush()
         written, saved = tempfile.TemporaryFile(), os.dup(2)  # noqa: SIM115 (closed below)
     except (OSError, ValueError, AttributeError):  # there is no standard error, or no place for a file
         yield
         return
+
     with written:
         os.dup2(written.fileno(), 2)
         failed = True
@@ -271,6 +278,7 @@ def _without_panics() -> Iterator[None]:
             os.dup2(saved, 2)
             os.close(saved)
             written.seek(0)
+
             if not failed:
                 with suppress(OSError):  # standard error may be full, or a terminal that is no more
                     os.write(2, written.read())

@@ -60,7 +60,7 @@ def test_a_run_is_written_whole(tmp_path, capsys):
         3 * 8 * 64 * torch.finfo(bench.DTYPES[forward["dtype"]]).bits / 8 / 1e4, abs=0.01
     )
     assert "share" in capsys.readouterr().out
-    assert not path.with_name(path.name + ".part").exists()
+    assert not [*path.parent.glob(".*")]
 
 
 def test_a_red_case_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path):
