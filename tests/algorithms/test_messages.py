@@ -9,16 +9,13 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
-from burnish.algorithms.data import examples as _data
-from burnish.algorithms.data import messages as _messages
-from burnish.algorithms.data import rows as _rows
+from burnish.algorithms.data import examples, messages, row, rows
 from burnish.algorithms.data.examples import rl_prompts, sft_examples
 from burnish.algorithms.data.pairs import judged_completions, preferences
 from burnish.algorithms.data.rendering import Form
 from burnish.algorithms.data.rewards import takes
-from burnish.algorithms.data.rows import read_rows
-from burnish.algorithms.run.flags import load_tokenizer
-from burnish.algorithms.run.loop import report_counts
+from burnish.algorithms.data.rows import read_rows, report_counts
+from burnish.algorithms.data.tokenizer import load_tokenizer
 from burnish.algorithms.sft import Config
 from burnish.model.errors import InputError
 from burnish.model.text.tokenizer import Tokenizer
@@ -828,24 +825,24 @@ def nothing_is_unused(self, rows, used=None):
 
 
 FAULTS = {
-    "columns not named": (_rows.Tally, "close", nothing_is_unused, "column"),
+    "columns not named": (rows.Tally, "close", nothing_is_unused, "column"),
     "every column taken": (
-        _rows.Row,
+        row.Row,
         "take",
         lambda row, name: row.used.update(row) or row.get(name),
         "column",
     ),
-    "nulls of Arrow kept": (_rows, "without_nulls", lambda value: value, "parquet"),
-    "weights not read": (_messages, "_is_trained", lambda turn: True, "weight"),
-    "empty turns trained": (_messages, "says_something", lambda turn: True, "empty"),
-    "tools left behind": (_messages, "template_variables", lambda row, tokenizer: {}, "tools"),
-    "system left behind": (_data, "with_system", lambda row, turns: turns, "system"),
-    "history left behind": (_messages, "_history", lambda row: [], "history"),
-    "any content taken": (_messages, "_content", lambda content, role, where: content, "content"),
-    "any role taken": (_data, "no_assistant", lambda turns: None, "role"),
+    "nulls of Arrow kept": (row, "without_nulls", lambda value: value, "parquet"),
+    "weights not read": (messages, "_is_trained", lambda turn: True, "weight"),
+    "empty turns trained": (messages, "says_something", lambda turn: True, "empty"),
+    "tools left behind": (messages, "template_variables", lambda row, tokenizer: {}, "tools"),
+    "system left behind": (examples, "with_system", lambda row, turns: turns, "system"),
+    "history left behind": (messages, "_history", lambda row: [], "history"),
+    "any content taken": (messages, "_content", lambda content, role, where: content, "content"),
+    "any role taken": (examples, "no_assistant", lambda turns: None, "role"),
     "nothing has to be said": (
-        _messages,
-        "all_said",
+        messages,
+        "whole_form",
         lambda messages, *_, **__: (list(messages), Form((0,))),
         "role",
     ),
