@@ -54,7 +54,8 @@ class Learner(Generic[Model]):
         """
         (loss + self.balance.loss(share)).backward()
         for name, value in {"loss": loss, **(metrics or {})}.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(value)
+            number = value.item() if isinstance(value, Tensor) else value
+            self._sums[name] = self._sums.get(name, 0.0) + number
 
     def step(self, step: int) -> dict[str, float]:
         """One step of AdamW at the rate of `step`. Returns the sums, grad_norm before clipping, and learning_rate.
