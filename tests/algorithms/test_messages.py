@@ -193,7 +193,7 @@ def test_tools_reach_the_template_from_every_shape(chat, tools, reader, name):
     found, counts = function.get(reader, rl_prompts)([row], chat, max_length=4096)
     start = turn("tools", json.dumps(TOOLS)) + "mood fine\n"
     for one in found:
-        ids = one.prompt if hasattr(one, "prompt") else one.tokens
+        ids = one.tokens if hasattr(one, "tokens") else one.prompt
         assert chat.decode(ids, False).startswith(start)
     assert found and counts.unused == []
 
@@ -231,7 +231,9 @@ def test_a_flag_sets_variables_for_a_run(folder, tmp_path):
     (tmp_path / "own.jinja").write_text(TEMPLATE)
 
     def tokenizer(text, template=str(tmp_path / "own.jinja")):
-        return load_tokenizer(Config(folder, tmp_path, chat_template=template, chat_template_kwargs=text))
+        return load_tokenizer(
+            Config(model=folder, data=tmp_path, chat_template=template, chat_template_kwargs=text)
+        )
 
     (text, _), *_ = sft(tokenizer('{"mood": "calm"}'), ROWS["messages"])
     assert text.startswith("mood calm\n")
@@ -605,7 +607,10 @@ def test_variables_that_a_template_sets_itself_are_not_read(make, folder, tmp_pa
     assert read("sft", [row], own).unused == ["chat_template_kwargs.mood", "chat_template_kwargs.noise"]
     (tmp_path / "own.jinja").write_text(own.chat_template)
     cfg = Config(
-        folder, tmp_path, chat_template=str(tmp_path / "own.jinja"), chat_template_kwargs='{"mood": 1}'
+        model=folder,
+        data=tmp_path,
+        chat_template=str(tmp_path / "own.jinja"),
+        chat_template_kwargs='{"mood": 1}',
     )
     with pytest.raises(
         InputError, match="--chat-template-kwargs: the chat template reads no variable 'mood'"
@@ -617,7 +622,12 @@ def test_a_variable_of_vendors_templates_that_changes_nothing_is_refused(folder,
     """Jinja's own list of what a template reads has names in it that the template sets first."""
     file = shared_data / "chat_templates" / "qwen3.jinja"
     for name, works in {"enable_thinking": True, "content": False, "reasoning_content": False}.items():
-        cfg = Config(folder, tmp_path, chat_template=str(file), chat_template_kwargs=json.dumps({name: True}))
+        cfg = Config(
+            model=folder,
+            data=tmp_path,
+            chat_template=str(file),
+            chat_template_kwargs=json.dumps({name: True}),
+        )
         tokenizer = load_tokenizer(cfg)
         assert name in tokenizer.template_variables
         if works:
@@ -625,7 +635,9 @@ def test_a_variable_of_vendors_templates_that_changes_nothing_is_refused(folder,
             continue
         with pytest.raises(InputError, match=f"--chat-template-kwargs: '{name}' changes nothing"):
             sft(tokenizer, ROWS["messages"])
-    cfg = Config(folder, tmp_path, chat_template=str(file), chat_template_kwargs='{"thinking": true}')
+    cfg = Config(
+        model=folder, data=tmp_path, chat_template=str(file), chat_template_kwargs='{"thinking": true}'
+    )
     with pytest.raises(InputError, match="reads no variable 'thinking'; it reads enable_thinking, tools"):
         load_tokenizer(cfg)
 
