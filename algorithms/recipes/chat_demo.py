@@ -46,6 +46,7 @@ from ..run.streams import harmless
 from . import page
 from .parts import read_metric, sample, write_rows
 
+SMOLLM2 = Path("models/SmolLM2-135M-Instruct")
 LARGEST = 20
 MAX_NEW_TOKENS = 16
 MODES: dict[str, dict[str, Any]] = {  # flags of grpo
@@ -57,11 +58,9 @@ MODES: dict[str, dict[str, Any]] = {  # flags of grpo
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    model: Path = Path(
-        "models/SmolLM2-135M-Instruct"
-    )  # a chat model; `make models/SmolLM2-135M-Instruct` fetches this
+    model: Path = SMOLLM2  # a chat model; `make models/SmolLM2-135M-Instruct` fetches this
     mode: Literal["full", "lora", "qlora"] = (
-        "lora"  # train all weights, or an adapter, or one on a 4-bit base
+        "lora"  # what is trained: all, an adapter, or one on a 4-bit base
     )
     output: Path = run_folder("chat-demo")  # new folder: model, report.html
     steps: Count = 30  # GRPO steps
