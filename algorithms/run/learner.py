@@ -53,9 +53,8 @@ class Learner(Generic[Model]):
         metrics: numbers whose sums over the step's micro-batches, on all processes, `step` returns.
         """
         (loss + self.balance.loss(share)).backward()
-        for name, value in {"loss": loss, **(metrics or {})}.items():
-            number = value.item() if isinstance(value, Tensor) else value
-            self._sums[name] = self._sums.get(name, 0.0) + number
+        for name, value in {"loss": loss.detach(), **(metrics or {})}.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(value)
 
     def step(self, step: int) -> dict[str, float]:
         """One step of AdamW at the rate of `step`. Returns the sums, grad_norm before clipping, and learning_rate.
