@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from burnish.algorithms.data.examples import Example, best_fit, rl_prompts, sft_examples
+from burnish.algorithms.data.examples import Example, rl_prompts, sft_examples
 from burnish.algorithms.data.pairs import (
     Completion,
     Judged,
@@ -17,6 +17,7 @@ from burnish.algorithms.data.pairs import (
     preferences,
 )
 from burnish.algorithms.data.rows import read_rows
+from burnish.algorithms.run.processes import best_fit
 from burnish.model.errors import InputError
 from burnish.model.text.tokenizer import Tokenizer
 from tokenizers import Tokenizer as Backend
