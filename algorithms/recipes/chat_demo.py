@@ -59,9 +59,7 @@ MODES: dict[str, dict[str, Any]] = {  # flags of grpo
 @dataclass(frozen=True, kw_only=True)
 class Config:
     model: Path = SMOLLM2  # a chat model; `make models/SmolLM2-135M-Instruct` fetches this
-    mode: Literal["full", "lora", "qlora"] = (
-        "lora"  # what is trained: all, an adapter, or one on a 4-bit base
-    )
+    mode: Literal["full", "lora", "qlora"] = "lora"  # train all weights, an adapter, or one on 4 bits
     output: Path = run_folder("chat-demo")  # new folder: model, report.html
     steps: Count = 30  # GRPO steps
     prompts_per_step: Count = 8  # problems in one rollout
