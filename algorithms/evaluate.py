@@ -35,6 +35,7 @@ from ..model.text.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from .data.batch import longest, make_batches, over_completions
 from .data.examples import Prompt, rl_prompts, sft_examples
+from .data.functions import TrainerState, plain, takes
 from .data.groups import as_asked
 from .data.ids import check_model
 from .data.pairs import preferences
@@ -42,14 +43,11 @@ from .data.rewards import (
     ANSWER,
     NOTHING,
     Rewards,
-    TrainerState,
     answers,
     check_weights,
     judge,
     load_reward,
     load_rewards,
-    plain,
-    takes,
 )
 from .data.rows import Row, read_rows, report_counts
 from .data.tokenizer import load_tokenizer

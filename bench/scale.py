@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algorithms.run.loop import make_optimizer
+from ..algorithms.run.optimizer import make_optimizer
 from ..algorithms.run.processes import gathered, processes, rank, shard, summed, world
 from ..algorithms.run.streams import run_program
 from ..model.adapter import add_lora, linears, quantize_base

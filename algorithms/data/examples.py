@@ -23,7 +23,8 @@ from .messages import (
     talk_of,
     with_system,
 )
-from .rows import Row, Tally, opened, read_rows, report_counts
+from .row import Row
+from .rows import Tally, opened, read_rows, report_counts
 
 SHAPES = {  # what the columns of a row mean to SFT: the first shape that a row has all columns of
     "messages": ("messages",),
@@ -118,6 +119,7 @@ def sft_examples(
     examples: list[Example] = []
     first_drop = ""
     for row in rows:
+        # 1. one sequence of ids, or several, of a row
         try:
             shape = _shape_as_in(row, rows[0])
             encoded = list(_encode_row(_units(row, shape, tokenizer), tokenizer, train_on))
@@ -125,6 +127,8 @@ def sft_examples(
             raise InputError(f"{row.where}: {error}") from error
         if len(encoded) > 1 and shape != "self-instruct":
             counts["from conversations split by turn"] += len(encoded)
+
+        # 2. cut, and counted
         for tokens, mask in encoded or [([], [])]:
             tokens, mask, cut = tokens[:max_length], [False, *mask[1:max_length]], len(tokens) > max_length
             if any(mask):
@@ -134,6 +138,7 @@ def sft_examples(
                 why = "no trained token within max_length" if cut else "no token to train on"
                 counts[f"dropped: {why}"] += 1
                 first_drop = first_drop or row.where
+
     counts.close(rows)
     if not examples:
         reasons = ", ".join(f"{n} {why}" for why, n in counts.items() if n and why != "rows")
@@ -168,24 +173,24 @@ def _encode_row(
         if isinstance(unit, Talk):
             yield from _encode_talk(unit, tokenizer, train_on)
             continue
+
         prompt, completion = (unit.prompt, unit.completion) if isinstance(unit, Pair) else ("", unit)
         if not completion.strip():
             continue
-        given = tokenizer.encode_text(prompt) if prompt else []
-        written = encode_completion(completion, tokenizer, continues=bool(prompt))
-        if not written:
-            continue
-        yield given + written, [train_on == "all"] * len(given) + [True] * len(written)
+        prompt_ids = tokenizer.encode_text(prompt) if prompt else []
+        ids = encode_completion(completion, tokenizer, continues=bool(prompt))
+        if ids:
+            yield prompt_ids + ids, [train_on == "all"] * len(prompt_ids) + [True] * len(ids)
 
 
 def encode_completion(text: str, tokenizer: Tokenizer, *, continues: bool) -> list[int]:
     """The ids of a text and its end token; none where the text has none. continues: it stands behind a prompt."""
-    written = tokenizer.encode(text, continues=True) if continues else tokenizer.encode_text(text)
-    if written and written[-1] not in tokenizer.stop_ids:
+    ids = tokenizer.encode(text, continues=True) if continues else tokenizer.encode_text(text)
+    if ids and ids[-1] not in tokenizer.stop_ids:
         if tokenizer.eos_id is None:
             raise InputError("the tokenizer names no eos_token, so a completion cannot be ended")
-        written.append(tokenizer.eos_id)
-    return written
+        ids.append(tokenizer.eos_id)
+    return ids
 
 
 def _encode_talk(
@@ -203,13 +208,15 @@ def _encode_talk(
             before = talk.messages[: turn + 1]
             yield tokenizer.encode_chat_with_mask(before, turns=[turn], **talk.variables)
         return
+
+    # the turns that are given, with the generation prompt, are no part of what is trained
     if talk.given:
-        given = talk.ids(tokenizer, talk.given)
-        if tokens[: len(given)] != given:
+        prompt = talk.ids(tokenizer, talk.given)
+        if tokens[: len(prompt)] != prompt:
             raise InputError(
                 "the chat template's generation prompt does not begin its rendering of the completion"
             )
-        mask = [False] * len(given) + mask[len(given) :]
+        mask = [False] * len(prompt) + mask[len(prompt) :]
     yield tokens, mask
 
 
@@ -223,7 +230,7 @@ def _encode_whole(talk: Talk, tokenizer: Tokenizer) -> tuple[list[int], list[boo
 
 
 def _units(row: Row, shape: str, tokenizer: Tokenizer) -> Iterator[str | Pair | Talk]:
-    """What there is to train in a row. A question or instruction is a user's turn where there is a chat template."""
+    """The texts and conversations of a row that are trained. A question is a user's turn where there is a template."""
     if shape == "text":
         yield row.text("text")
     elif shape in ("messages", "ShareGPT"):
@@ -236,6 +243,8 @@ def _units(row: Row, shape: str, tokenizer: Tokenizer) -> Iterator[str | Pair | 
                 f"completion: expected to begin with the assistant, got role '{completion[0]['role']}'"
             )
         yield _talk(row, prompt + completion, tokenizer, len(completion))
+
+    # texts
     elif shape == "prompt and completion":
         yield Pair(row.text("prompt"), row.text("completion"))
     else:
@@ -267,14 +276,14 @@ def _instances(row: Row) -> Iterator[Row]:
     if not isinstance(instances, list) or not all(isinstance(instance, dict) for instance in instances):
         raise InputError(f"instances: expected a list of objects, got {instances!r:.60}")
     for instance in instances:
-        one = Row(row | instance, row.where)
-        yield one
-        row.used |= one.used - instance.keys()
-        row.ignored |= {f"instances.{name}" for name in instance if name not in one.used}
+        whole = Row(row | instance, row.where)
+        yield whole
+        row.used |= whole.used - instance.keys()
+        row.ignored |= {f"instances.{name}" for name in instance if name not in whole.used}
 
 
 def answer_text(question: str, answer: str) -> str:
-    """What a base model writes behind a question's text: one that ends in a colon is followed by a space."""
+    """The answer as it stands behind a question's text: one that ends in a colon is followed by a space."""
     return " " + answer if question.endswith(":") else answer
 
 
@@ -334,10 +343,11 @@ def rl_prompts(
         raise InputError(
             f"{rows[0].where}: no prompt among columns {rows[0].columns()}; expected one of {expected}"
         )
+
     columns = dict.fromkeys(n for row in rows for n in row.of_file() if n not in RESERVED_COLUMNS)
     for row in rows:
         try:
-            text, tokens = _asked(row, str(column), tokenizer)
+            text, tokens = _encode_prompt(row, str(column), tokenizer)
         except InputError as error:
             raise InputError(f"{row.where}: {error}") from error
         if not tokens:
@@ -348,22 +358,21 @@ def rl_prompts(
             others = {name: row.of_file().plain(name) for name in columns}
             prompts.append(Prompt(tokens, text, others, where=row.where))
             counts["prompts"] += 1
+
     counts.close(rows, lambda name: name not in RESERVED_COLUMNS and takes(name))
     if not prompts:
-        reasons = ", ".join(
-            f"{count} {reason}" for reason, count in counts.items() if count and reason != "rows"
-        )
-        raise InputError(f"no prompt to sample from: {total} rows{f', {reasons}' if reasons else ''}")
+        drops = [f"{count} {reason}" for reason, count in counts.items() if count and reason != "rows"]
+        raise InputError(f"no prompt to sample from: {total} rows{', ' if drops else ''}{', '.join(drops)}")
     check_rendered(rows, tokenizer)
     return prompts, counts
 
 
-def _asked(row: Row, column: str, tokenizer: Tokenizer) -> tuple[str | list[Message], list[int]]:
+def _encode_prompt(row: Row, column: str, tokenizer: Tokenizer) -> tuple[str | list[Message], list[int]]:
     """A row's prompt as a reward function sees it, and its ids; none where it is empty."""
-    given = read_prompt(row, column, tokenizer)
-    if isinstance(given, str):
-        return given, tokenizer.encode_text(given) if given.strip() else []
-    turns = with_system(row, given)
+    prompt = read_prompt(row, column, tokenizer)
+    if isinstance(prompt, str):
+        return prompt, tokenizer.encode_text(prompt) if prompt.strip() else []
+    turns = with_system(row, prompt)
     if not turns:
         return [], []
     return [dict(turn) for turn in turns], prompt_of(row, turns, tokenizer).ids(tokenizer)

@@ -20,7 +20,7 @@ FOREIGN = 0.1  # share of a tokenizer's ids beyond the rows from which on it is 
 
 
 class Item(Protocol):
-    """What was made of a row."""
+    """A row's ids, as an Example, a Prompt or a pair has them."""
 
     @property
     def where(self) -> str: ...  # the file and line
@@ -38,7 +38,7 @@ def check_model(
 ) -> None:
     """Refuse items with ids that the model, called `name`, has no row for; no such id is drawn from then on.
 
-    Says so where a stop token is one, and where sequences are longer than the model was trained on.
+    Warns where a stop token is one, and where sequences are longer than the model was trained on.
     """
     rows = model.config.vocab_size
     check_ids(items, tokenizer, rows, name)

@@ -9,7 +9,7 @@ What is read, beside `role` and `content`, in the words of those who publish suc
     chat_template_kwargs             a column: variables of the template, an object or JSON text
     system; history                  columns: what stands in front of the turns; pairs of question and answer
 
-A null of a message, a call or a part is absent. `rendering.py` proves that the template renders what a message says.
+A null of a message, a call or a part is absent. `rendering.py` proves that the template renders messages whole.
 """
 
 import json
@@ -21,8 +21,9 @@ from ...model.errors import InputError
 from ...model.files.text_files import check_json, parse_json
 from ...model.text.template import OWN_NAMES
 from ...model.text.tokenizer import Message, Tokenizer
-from .rendering import REASONING, Unsaid, all_said, changes_text, is_parts, json_or_none
-from .rows import Row
+from .forms import is_parts, json_or_none
+from .rendering import REASONING, NotRendered, changes_text, whole_form
+from .row import Row
 
 SHAREGPT_ROLES = {
     "human": "user",
@@ -57,7 +58,7 @@ class Talk:
     left_out: list[int] = field(default_factory=list)  # those of weight 0
 
     def ids(self, tokenizer: Tokenizer, end: int | None = None) -> list[int]:
-        """Of the messages before `end`, with the generation prompt."""
+        """Ids of the messages before `end`, with the generation prompt."""
         return tokenizer.encode_chat(self.messages[:end], add_generation_prompt=True, **self.variables)
 
 
@@ -69,6 +70,8 @@ def talk_of(row: Row, turns: Sequence[Turn], tokenizer: Tokenizer, given: int = 
     trained: list[int] = []
     left_out: list[int] = []
     variables = template_variables(row, tokenizer)
+
+    # which turns are trained
     for i, turn in enumerate(turns):
         if turn["role"] != "assistant" or i < given:
             _note_flags(row, turn)
@@ -79,6 +82,7 @@ def talk_of(row: Row, turns: Sequence[Turn], tokenizer: Tokenizer, given: int = 
             row.notes["turns of the assistant without text"] += 1
         else:
             trained.append(i)
+
     if not trained:
         return Talk([], variables)
     messages = _rendered(row, turns, tokenizer, variables, ask=False)
@@ -86,7 +90,7 @@ def talk_of(row: Row, turns: Sequence[Turn], tokenizer: Tokenizer, given: int = 
 
 
 def prompt_of(row: Row, turns: Sequence[Turn], tokenizer: Tokenizer) -> Talk:
-    """What is to be answered: no turn is trained."""
+    """A conversation that is to be answered: no turn is trained."""
     for turn in turns:
         _note_flags(row, turn)
     variables = template_variables(row, tokenizer)
@@ -96,18 +100,20 @@ def prompt_of(row: Row, turns: Sequence[Turn], tokenizer: Tokenizer) -> Talk:
 def _rendered(
     row: Row, turns: Sequence[Turn], tokenizer: Tokenizer, variables: dict[str, Any], ask: bool
 ) -> list[Message]:
-    """The messages in the form in which the template says all; what it does not read is noted with the row."""
+    """The messages in the form that the template renders whole; what it does not read is noted with the row."""
     messages = [{key: value for key, value in turn.items() if key not in FLAGS} for turn in turns]
     try:
-        messages, form = all_said(messages, tokenizer, variables, ask=ask)
-    except Unsaid as error:
-        turn = turns[error.said.message]
+        messages, form = whole_form(messages, tokenizer, variables, ask=ask)
+    except NotRendered as error:
+        turn = turns[error.mark.message]
         raise InputError(
-            f"{turn.where} (role '{turn['role']}'): {error.said.key}: the chat template leaves it out; "
+            f"{turn.where} (role '{turn['role']}'): {error.mark.key}: the chat template leaves it out; "
             "use one that renders it (--chat-template), or take it out of the row"
         ) from error
     except RecursionError as error:
         raise InputError(f"{turns[0].column}: nested too deeply to be read") from error
+
+    # the row's account
     if form.dropped:
         row.notes["turns whose reasoning the chat template drops, as others follow"] += form.dropped
     row.ignored |= {f"{turns[i].column}.{path}" for i, path in form.unread}
@@ -179,11 +185,15 @@ def _message(value: Any, where: str) -> Message:
         message = _from_sharegpt(message, where)
     if not isinstance(message.get("role"), str):
         raise InputError(f"{where}: expected an object with a role and content, got {value!r:.60}")
+
+    # role, calls and flags
     message = _with_calls(message, where)
     if message["role"] == "function":
         message["role"] = "tool"
     if message["role"] == "assistant":
         _check_flags(message, where)
+
+    # content
     if "content" in message:
         message["content"] = _content(message["content"], message["role"], where)
     elif not says_something(message):
@@ -209,6 +219,7 @@ def _from_sharegpt(message: Message, where: str) -> Message:
     content = message.pop("value", None)
     if "content" in message:
         raise InputError(f"{where}: expected 'value' or 'content', got both")
+
     message = {"role": SHAREGPT_ROLES[role], "content": content} | message
     if role == "function_call":
         calls = json_or_none(content) if isinstance(content, str) else content
@@ -331,7 +342,7 @@ def _history(row: Row) -> list[Turn]:
 
 
 def template_variables(row: Row, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What the row gives the chat template beside messages: its tools, and its chat_template_kwargs."""
+    """Variables of the chat template that the row gives it: its tools, and its chat_template_kwargs."""
     row.rendered = True
     variables = _keywords(row)
     column = "tools" if "tools" in row else "functions" if isinstance(row.get("functions"), list) else None
@@ -376,7 +387,7 @@ def check_names(variables: dict[str, Any], source: str) -> None:
 
 
 def from_json(value: Any, column: str) -> Any:
-    """What a text is as JSON; what is no text is itself, an empty text nothing."""
+    """The value of a JSON text, None of an empty one; what is no text is itself."""
     if not isinstance(value, str):
         return check_json(value, column)
     if not value.strip():

@@ -41,6 +41,7 @@ def read_footer(path: Path) -> Footer:
                 raise ValueError("its last bytes are not those of one")
             file.seek(-8 - length, 2)
             data = file.read(length)
+
         found = _Reader(data).value(STRUCT)
         groups = found.get(GROUPS, [])
         columns = [column.get(META_DATA, {}) for group in groups for column in group[COLUMNS]]
@@ -86,6 +87,8 @@ class _Reader:
             return self.take(self.varint())
         if kind == STRUCT:
             return self.struct(depth)
+
+        # of lists and maps, as many values as the bytes that are left could hold
         if kind in (LIST, SET):
             head = self.take(1)[0]
             count = head >> 4 if head >> 4 < 15 else self.varint()

@@ -1,12 +1,12 @@
-"""Proof that a chat template renders all that a conversation says.
+"""Proof that a chat template renders a conversation whole.
 
 A template may pass over a whole turn (a role that it does not know), a key (tool calls, reasoning), or all calls but
 the first, and turns content that it does not expect into nothing or into Python's own notation. So each conversation
 is rendered once with every word replaced by one that occurs nowhere else, tags like </think> left where they are; each
 of these words has to be found in the text. Conversations that differ in their words alone are rendered once.
 
-What a message says can be written in more than one form (FORMS). The first form in which nothing is missing is the one
-that is trained; its text is that of transformers' apply_chat_template wherever that renders the row as it is.
+A message can be written in more than one form (FORMS). The first form in which nothing is missing is the one that is
+trained; its text is that of transformers' apply_chat_template wherever that renders the row as it is.
 """
 
 import json
@@ -14,36 +14,35 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import product
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 from ...model.errors import InputError
-from ...model.files.text_files import parse_json
 from ...model.text.template import Refused
 from ...model.text.tokenizer import Message, Tokenizer
+from .forms import FORMS, changed, content_empty, dumped, is_parts, json_or_none, num_forms
 
 REASONING = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "analysis")
-# the keys of a message that say something
-SAYING = ("content", "tool_calls", "tool_plan", "refusal", *REASONING)
+# keys of a message, beside its role, that the text must have
+CONTENT_KEYS = ("content", "tool_calls", "tool_plan", "refusal", *REASONING)
 TAG = re.compile(r"(</?[^\W\d][\w-]{0,40}>|<[|｜][^<>\s]{1,40}>)")  # </think>, <|channel|>
 FIRST_NUMBER = 70_000_001
 CACHED = 1024  # conversations of which no two have the same roles, keys and tags
 
-Change = Callable[[Message], Message]
 Render = Callable[[list[Message], bool], str]
 
 
-class Said(NamedTuple):
-    """A word, and where in the conversation it stands."""
+class Mark(NamedTuple):
+    """A text that the rendering must have, and where in the conversation it stands."""
 
     message: int
     key: str
-    word: str
+    text: str
     in_tags: bool = False  # between <think> and </think>
     exact: bool = False  # not as JSON escapes it
 
 
 class Form(NamedTuple):
-    """How messages are to be changed, and what the template makes of the rest.
+    """Changes of messages, and what the template makes of the rest.
 
     changes: one for each of FORMS. dropped: turns whose reasoning is not rendered because others follow. unread: keys
     that say nothing, as (message, path); without them the text is the same.
@@ -54,34 +53,36 @@ class Form(NamedTuple):
     unread: tuple[tuple[int, str], ...] = ()
 
 
-class Unsaid(InputError):
+class NotRendered(InputError):
     """Something that the template leaves out of every form in which it renders the conversation."""
 
-    def __init__(self, said: Said):
-        super().__init__(f"message {said.message + 1}: {said.key}")
-        self.said = said
+    def __init__(self, mark: Mark):
+        super().__init__(f"message {mark.message + 1}: {mark.key}")
+        self.mark = mark
 
 
-def all_said(
+def whole_form(
     messages: Sequence[Message], tokenizer: Tokenizer, variables: Mapping[str, Any], *, ask: bool
 ) -> tuple[list[Message], Form]:
     """The messages in a form of which the chat template leaves nothing out, and which form that is.
 
     Reasoning of earlier turns, which templates drop by design, may be missing. ask: for the generation prompt behind
-    the last message. Raises Unsaid where something is left out, InputError where the template refuses every form.
+    the last message. Raises NotRendered where something is left out, InputError where the template refuses every form.
     """
     probe = dumped(_Marker().conversation(messages))
     render = _renderer(tokenizer, variables)
     try:
         form = _cached_form(tokenizer, probe, dumped(tokenizer.variables | dict(variables)), ask)
     except Refused:
-        # a template may refuse other words: then it is believed where it renders the real ones
+        # a template may refuse other words: then the real ones have to do
         form = _first_form(messages, render, ask, replace=False)
-    changed = _changed(messages, form.changes)
-    wrong, _ = _lacks(changed, render, ask, replace=False)  # a template may look at words, too
+
+    # a template may look at words, too
+    whole = changed(messages, form.changes)
+    wrong, _ = _missing(whole, render, ask, replace=False)
     if wrong:
-        raise Unsaid(wrong[0])
-    return changed, form
+        raise NotRendered(wrong[0])
+    return whole, form
 
 
 def changes_text(
@@ -115,14 +116,6 @@ def _cached_change(tokenizer: Tokenizer, name: str, probe: str, variables: str) 
     return False
 
 
-def dumped(value: Any) -> str:
-    """The value as JSON, what JSON does not know as its repr. Raises InputError where it is nested too deeply."""
-    try:
-        return json.dumps(value, ensure_ascii=False, default=repr)
-    except RecursionError as error:
-        raise InputError("nested too deeply to be read") from error
-
-
 def _renderer(tokenizer: Tokenizer, variables: Mapping[str, Any]) -> Render:
     def render(messages: list[Message], ask: bool) -> str:
         return tokenizer.render_chat(messages, add_generation_prompt=ask, **variables)
@@ -131,92 +124,95 @@ def _renderer(tokenizer: Tokenizer, variables: Mapping[str, Any]) -> Render:
 
 
 def _first_form(messages: Sequence[Message], render: Render, ask: bool, replace: bool) -> Form:
-    """The first form in which nothing is missing. replace: look for other words than the messages' own."""
+    """The first form in which nothing is missing. replace: look for other words than those of the messages."""
     refusal: Refused | None = None
-    least: list[Said] = []  # what is missing from the form that lacks least
-    for changes in product(*(range(_alternatives(messages, forms)) for forms in FORMS)):
+    fewest: list[Mark] = []  # what is missing from the form with the fewest faults
+    for changes in product(*(range(num_forms(messages, forms)) for forms in FORMS)):
         try:
-            wrong, dropped = _lacks(_changed(messages, changes), render, ask, replace)
+            wrong, dropped = _missing(changed(messages, changes), render, ask, replace)
         except Refused as error:
             refusal = refusal or error
             continue
         if not wrong:
             return Form(changes, dropped, _unread(messages, changes, render, ask))
-        least = wrong if not least or len(wrong) < len(least) else least
-    if least:
-        raise Unsaid(least[0])
+        fewest = wrong if not fewest or len(wrong) < len(fewest) else fewest
+
+    if fewest:
+        raise NotRendered(fewest[0])
     assert refusal is not None, "there is always one form"
     raise refusal
 
 
-def _lacks(messages: Sequence[Message], render: Render, ask: bool, replace: bool) -> tuple[list[Said], int]:
-    """What is missing from the rendering, and how many turns lose their reasoning by design. Raises InputError."""
+def _missing(messages: Sequence[Message], render: Render, ask: bool, replace: bool) -> tuple[list[Mark], int]:
+    """The marks that the rendering lacks, and how many turns lose their reasoning by design. Raises InputError."""
     marker = _Marker(replace)
     probe = marker.conversation(messages)
     text = render(probe, ask)
-    missing = [said for said in marker.said if not _stands(said, text)]
-    dropped = [said for said in missing if _dropped_by_design(said, probe, render)]
-    wrong = [said for said in missing if said not in dropped]
-    if replace:  # these are no words of the messages' own
-        wrong += [said for said in marker.python if said.word in text]
+    missing = [mark for mark in marker.marks if not _is_found(mark, text)]
+    dropped = [mark for mark in missing if _is_dropped_by_design(mark, probe, render)]
+
+    wrong = [mark for mark in missing if mark not in dropped]
+    if replace:  # a message's words may be such by themselves
+        wrong += [mark for mark in marker.python if mark.text in text]
     wrong += _nulls_written(probe, text, render, ask)
-    return wrong, len({said.message for said in dropped})
+    return wrong, len({mark.message for mark in dropped})
 
 
-def _dropped_by_design(said: Said, probe: list[Message], render: Render) -> bool:
+def _is_dropped_by_design(mark: Mark, probe: list[Message], render: Render) -> bool:
     """Whether a turn of the assistant loses this only because others follow."""
-    turn, after = probe[said.message], probe[said.message + 1 :]
+    turn, after = probe[mark.message], probe[mark.message + 1 :]
     if turn["role"] != "assistant" or not after:
         return False
+
     # gpt-oss takes what stands beside a call for its reasoning
-    if (
-        said.key not in REASONING
-        and not said.in_tags
-        and not (said.key == "content" and "tool_calls" in turn)
-    ):
+    beside_a_call = mark.key == "content" and "tool_calls" in turn
+    if mark.key not in REASONING and not mark.in_tags and not beside_a_call:
         return False
-    if said.in_tags and any(message["role"] == "user" for message in after):
+    if mark.in_tags and any(message["role"] == "user" for message in after):
         return True
     try:
-        return _stands(said, render(probe[: said.message + 1], False))
+        return _is_found(mark, render(probe[: mark.message + 1], False))
     except Refused:
         return False
 
 
-def _nulls_written(probe: list[Message], text: str, render: Render, ask: bool) -> list[Said]:
+def _nulls_written(probe: list[Message], text: str, render: Render, ask: bool) -> list[Mark]:
     """The contents that are null, where the template writes them as Python's None."""
     nulls = [i for i, message in enumerate(probe) if message.get("content", "") is None]
     if not nulls or "None" not in text:
         return []
     try:
-        without = render([_empty_content(message) for message in probe], ask)
+        without = render([content_empty(message) for message in probe], ask)
     except Refused:
         return []
-    return [Said(nulls[0], "content", "None")] if text.count("None") > without.count("None") else []
+    return [Mark(nulls[0], "content", "None")] if text.count("None") > without.count("None") else []
 
 
 def _unread(
     messages: Sequence[Message], changes: tuple[int, ...], render: Render, ask: bool
 ) -> tuple[tuple[int, str], ...]:
-    """The keys without which the text is the same, beside those that say something: as (message, path)."""
+    """The keys without which the text is the same, beside CONTENT_KEYS: as (message, path)."""
     places: dict[tuple[str, str], list[int]] = {}  # messages by role and path
     for i, message in enumerate(messages):
-        for path in _further_paths(message):
+        for path in _other_paths(message):
             places.setdefault((message["role"], path), []).append(i)
-    text = render(_changed(messages, changes), ask) if places else ""
+
+    text = render(changed(messages, changes), ask) if places else ""
     unread = []
     for (_, path), members in places.items():
         without = [_without(m, path.split(".")) if i in members else m for i, m in enumerate(messages)]
         try:
-            same = render(_changed(without, changes), ask) == text
+            same = render(changed(without, changes), ask) == text
         except Refused:
             same = False
         unread += [(i, path) for i in members if same]
     return tuple(unread)
 
 
-def _further_paths(message: Message) -> set[str]:
-    paths = {key for key in message.keys() - {"role", "content", "tool_calls"} if not _says(message, key)}
+def _other_paths(message: Message) -> set[str]:
+    paths = {
+        key for key in message.keys() - {"role", "content", "tool_calls"} if not _has_content(message, key)
+    }
     for call in message.get("tool_calls", []):
         inner = call.get("function", call)
         paths |= {f"tool_calls.{key}" for key in call.keys() - {"function", "name", "arguments", "type"}}
@@ -236,28 +232,29 @@ def _without(value: Any, path: Sequence[str]) -> Any:
     return value | {path[0]: _without(value[path[0]], path[1:])} if path[0] in value else value
 
 
-def _stands(said: Said, text: str) -> bool:
-    if said.word in text:
+def _is_found(mark: Mark, text: str) -> bool:
+    if mark.text in text:
         return True
-    return not said.exact and any(json.dumps(said.word, ensure_ascii=x)[1:-1] in text for x in (False, True))
+    escaped = (json.dumps(mark.text, ensure_ascii=ascii)[1:-1] for ascii in (False, True))
+    return not mark.exact and any(form in text for form in escaped)
 
 
 # ---- words that occur nowhere else
 
 
 class _Marker:
-    """Copies of messages with every word replaced. said: what has to be found; python: what must not be."""
+    """Copies of messages with every word replaced. marks: what has to be found; python: what must not be."""
 
     def __init__(self, replace: bool = True):
-        self.replace, self.said, self.python = replace, [], []
+        self.replace, self.marks, self.python = replace, [], []
         self.message, self.key, self.count = 0, "", 0
 
     def conversation(self, messages: Sequence[Message]) -> list[Message]:
         marked = []
         for self.message, message in enumerate(messages):
             copy = dict(message)
-            for self.key in SAYING:
-                if self.key in copy and _says(message, self.key):
+            for self.key in CONTENT_KEYS:
+                if self.key in copy and _has_content(message, self.key):
                     copy[self.key] = self._value(copy[self.key])
             marked.append(copy)
         return marked
@@ -266,26 +263,26 @@ class _Marker:
         if self.key == "tool_calls":
             return [self._call(call) for call in value]
         if isinstance(value, str):
-            return self._words(value)
+            return self._text(value)
         if is_parts(value):
-            parts = [part | {"text": self._words(part["text"])} for part in value]
-            self._must_not_stand(*map(repr, parts), *map(dumped, parts))  # a template that takes no list
+            parts = [part | {"text": self._text(part["text"])} for part in value]
+            self._forbid(*map(repr, parts), *map(dumped, parts))  # a template that takes no list
             return parts
         data = self._data(value)
-        self._expect(dumped(data))  # as JSON
+        self._add_mark(dumped(data))  # as JSON
         return data
 
     def _word(self) -> str:
         self.count += 1
         return f"zq{self.count}x"
 
-    def _expect(self, word: str, in_tags: bool = False) -> None:
-        self.said.append(Said(self.message, self.key, word, in_tags))
+    def _add_mark(self, text: str, in_tags: bool = False) -> None:
+        self.marks.append(Mark(self.message, self.key, text, in_tags))
 
-    def _must_not_stand(self, *notations: str) -> None:
-        self.python += [Said(self.message, self.key, notation) for notation in notations]
+    def _forbid(self, *notations: str) -> None:
+        self.python += [Mark(self.message, self.key, notation) for notation in notations]
 
-    def _words(self, text: str) -> str:
+    def _text(self, text: str) -> str:
         """Tags stay, for templates look for them."""
         pieces = TAG.split(text)
         end = max((i for i, piece in enumerate(pieces) if piece == "</think>"), default=0)
@@ -293,7 +290,7 @@ class _Marker:
         for i, piece in enumerate(pieces):
             if i % 2 == 0 and piece.strip():
                 word = self._word() if self.replace else piece.strip()
-                self._expect(word, begin <= i < end)
+                self._add_mark(word, begin <= i < end)
                 pieces[i] = piece.replace(piece.strip(), word)
         return "".join(pieces)
 
@@ -303,15 +300,14 @@ class _Marker:
         inner = inner | {"name": self._leaf(inner["name"])}
         arguments = inner.get("arguments")
         if isinstance(arguments, str) and isinstance(parsed := json_or_none(arguments), dict | list):
-            expected = len(self.said)
+            count = len(self.marks)
             if self.replace:
                 # a text with quotes in it, which are escaped where it is encoded twice
                 data = self._data(parsed)
-                inner["arguments"] = dumped(
-                    [self._word(), data] if isinstance(data, list) or not data else data
-                )
-            del self.said[expected:]  # the text itself has to be found, without further quotes
-            self.said.append(Said(self.message, self.key, inner["arguments"], exact=True))
+                is_bare = isinstance(data, list) or not data
+                inner["arguments"] = dumped([self._word(), data] if is_bare else data)
+            del self.marks[count:]  # the text itself has to be found, without further quotes
+            self.marks.append(Mark(self.message, self.key, inner["arguments"], exact=True))
         elif arguments is not None:
             inner["arguments"] = self._data(arguments)
         return call | {"function": inner} if "function" in call else inner
@@ -320,7 +316,7 @@ class _Marker:
         """Objects and lists, which a template writes as JSON; Python's notation is that of one that expects text."""
         data = self._leaf(value)
         if isinstance(data, dict | list) and repr(data) != dumped(data):
-            self._must_not_stand(repr(data))
+            self._forbid(repr(data))
         return data
 
     def _leaf(self, value: Any) -> Any:
@@ -330,117 +326,20 @@ class _Marker:
             return [self._leaf(item) for item in value]
         if isinstance(value, bool) or value is None or (isinstance(value, str) and not value.strip()):
             return value
+
+        # a number or a word
         if isinstance(value, int | float):
             self.count += 1
-            value = (
-                FIRST_NUMBER + self.count + (0.5 if isinstance(value, float) else 0)
-                if self.replace
-                else value
-            )
-            self._expect(dumped(value))
+            half = 0.5 if isinstance(value, float) else 0
+            value = FIRST_NUMBER + self.count + half if self.replace else value
+            self._add_mark(dumped(value))
             return value
-        self._expect(self._word() if self.replace else str(value).strip())
-        return self.said[-1].word if self.replace else value
+        self._add_mark(self._word() if self.replace else str(value).strip())
+        return self.marks[-1].text if self.replace else value
 
 
-# ---- forms of the same message
-
-
-def is_parts(content: Any) -> TypeGuard[list[dict[str, Any]]]:
-    """Whether a content is a list of parts of text."""
-    return isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content)
-
-
-def _says(message: Message, key: str) -> bool:
-    """Whether the key is one that says something; reasoning is text of the assistant."""
+def _has_content(message: Message, key: str) -> bool:
+    """Whether there is something under a key of CONTENT_KEYS; reasoning is text of the assistant."""
     if key in ("content", "tool_calls"):
         return message[key] is not None
-    return key in SAYING and message["role"] == "assistant" and isinstance(message[key], str)
-
-
-def json_or_none(text: str) -> Any:
-    """What a text is as JSON, None where it is none."""
-    try:
-        return parse_json(text, "")
-    except InputError:
-        return None
-
-
-def _joined(message: Message) -> Message:
-    content = message.get("content")
-    return message | {"content": "".join(p["text"] for p in content)} if is_parts(content) else message
-
-
-def _wrapped(message: Message) -> Message:
-    content = message.get("content")
-    return message | {"content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
-
-
-def _written(message: Message) -> Message:
-    """What a tool answers, as JSON text."""
-    content = message.get("content")
-    if isinstance(content, dict | list) and not is_parts(content):
-        return message | {"content": dumped(content)}
-    return message
-
-
-def _null_content(message: Message) -> Message:
-    return message | {"content": None} if "tool_calls" in message and not message.get("content") else message
-
-
-def _without_content(message: Message) -> Message:
-    if "tool_calls" not in message or message.get("content"):
-        return message
-    return {name: value for name, value in message.items() if name != "content"}
-
-
-def _empty_content(message: Message) -> Message:
-    return message | {"content": ""} if message.get("content") is None else message
-
-
-def _arguments(change: Callable[[Any], Any]) -> Change:
-    def changed(message: Message) -> Message:
-        if "tool_calls" not in message:
-            return message
-        calls = []
-        for call in message["tool_calls"]:
-            inner = call.get("function", call)
-            inner = inner | {"arguments": change(inner["arguments"])} if "arguments" in inner else inner
-            calls.append(call | {"function": inner} if "function" in call else inner)
-        return message | {"tool_calls": calls}
-
-    return changed
-
-
-def _parsed(arguments: Any) -> Any:
-    value = json_or_none(arguments) if isinstance(arguments, str) else arguments
-    return value if isinstance(value, dict | list) else arguments
-
-
-def _dumped(arguments: Any) -> Any:
-    return dumped(arguments) if isinstance(arguments, dict | list) else arguments
-
-
-def _as_it_is(message: Message) -> Message:
-    return message
-
-
-FORMS: tuple[tuple[Change, ...], ...] = (
-    (_as_it_is, _joined, _wrapped),  # content in parts, or a text
-    (_as_it_is, _written),  # a tool's answer that is no text
-    (_as_it_is, _null_content, _without_content, _empty_content),  # beside tool calls
-    (_as_it_is, _arguments(_parsed), _arguments(_dumped)),  # a call's arguments, an object or JSON text
-)
-
-
-def _alternatives(messages: Sequence[Message], forms: tuple[Change, ...]) -> int:
-    """How many of the forms there are to try: one where the others would change nothing."""
-    changes = any(form(message) != message for form in forms[1:] for message in messages)
-    return len(forms) if changes else 1
-
-
-def _changed(messages: Sequence[Message], changes: tuple[int, ...]) -> list[Message]:
-    form = [dict(message) for message in messages]
-    for which, forms in zip(changes, FORMS, strict=True):
-        form = [forms[which](message) for message in form]
-    return form
+    return key in CONTENT_KEYS and message["role"] == "assistant" and isinstance(message[key], str)

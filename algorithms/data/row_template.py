@@ -29,8 +29,8 @@ from ...model.errors import InputError
 from ...model.files.text_files import read_text
 from ...model.text.meter import OverBudget, check_written
 from ...model.text.template import sandbox
-from .rendering import dumped, json_or_none
-from .rows import Row, without_nulls
+from .forms import dumped, json_or_none
+from .row import Row, without_nulls
 
 SEPARATOR, MARK = "|||", "\ufdd2"  # a noncharacter stands for it while the template runs
 SHAPING = (  # columns that say what a row is: those of the file give way to what the template writes
@@ -53,7 +53,7 @@ def shaped(rows: Sequence[Row], file: Path) -> list[Row]:
     template, names = _compiled(file)
     columns = dict.fromkeys(column for row in rows for column in row)
     nulls = {column: Null(name=column) for column in columns}
-    found = []
+    made = []
     for row in rows:
         cells = {name: without_nulls(cell) if row.from_arrow else cell for name, cell in row.items()}
         try:
@@ -65,8 +65,9 @@ def shaped(rows: Sequence[Row], file: Path) -> list[Row]:
             raise OverBudget(f"{row.where}: --row-template {file} {error}") from error
         except Exception as error:  # a template is a program: it may fail in any way
             raise InputError(f"{row.where}: --row-template {file} fails: {error}") from error
-        found.append(_row(row, _cells(text, row.where, file), names & columns.keys()))
-    return found
+
+        made.append(_row(row, _cells(text, row.where, file), names & columns.keys()))
+    return made
 
 
 def _compiled(file: Path) -> tuple[jinja2.Template, set[str]]:
@@ -109,6 +110,8 @@ def _cells(text: str, where: str, file: Path) -> dict[str, Any]:
         raise InputError(f"{where}: --row-template {file}: expected one {SEPARATOR}, got {len(parts) - 1}")
     if not parts[0]:
         return {}
+
+    # JSON of a row or of messages, else a prompt
     value = json_or_none(parts[0]) if parts[0][0] in "[{" else None
     if isinstance(value, dict) and value:
         return value
@@ -122,9 +125,8 @@ def _cells(text: str, where: str, file: Path) -> dict[str, Any]:
 
 
 def _row(row: Row, cells: dict[str, Any], read: set[str]) -> Row:
-    kept = (
-        {name: cell for name, cell in row.items() if name not in (*read, *SHAPING, *cells)} if cells else {}
-    )
+    gone = {*read, *SHAPING, *cells}
+    kept = {name: cell for name, cell in row.items() if name not in gone} if cells else {}
     made = Row(kept | cells, row.where, row.from_arrow)
     made.original, made.read, made.kept = row, read, kept.keys()
     return made

@@ -14,7 +14,7 @@ import io
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,80 +22,22 @@ from ...model.errors import InputError, shown
 from ...model.files.text_files import check_regular, parse_json
 from ..run.calls import brief
 from .parquet_footer import read_footer
+from .row import Row
 
 MOST_LINE = 64 * 2**20  # bytes of one line: a row of more text than any model reads
 FREE_BYTES, MOST_RATIO = 16 * 2**20, 200  # what may come out of packed bytes: so much, and times their number
-ROW_BYTES, TEXT_OF_OBJECT = (
-    200,
-    16,
-)  # memory of a row however short it is; objects of less text count like rows
+ROW_BYTES = 200  # memory of a row however short it is
+TEXT_OF_OBJECT = 16  # bytes; objects of less text count like rows
 FREE_TABLE, TABLE_RATIO = 16 * 2**20, 1000  # of parquet, which holds the tools that all rows have once
 VALUE_BYTES = 16  # that each value of parquet counts beside its own, which may be a bit
 FREE_ROWS = 300_000  # of parquet, beyond which a file has no more rows than bytes
 BATCH_ROWS = 32  # of a parquet file that are unpacked before their size is known
 NAMED = 30  # columns that a line names
 MOST_NESTED = 25  # types of a column in one another
-ACCOUNT: dict[str, Callable[[], Any]] = {"used": set, "ignored": set, "notes": Counter, "read_variables": set}
-
-
-class Row(dict[str, Any]):
-    """A row that knows its file and line, and keeps account of what was read of it.
-
-    original: the file's row, where a row template has made this one of it. read: the columns of that which the template
-    has read. kept: those that stand here as they were.
-
-    used: columns. ignored: what lies inside of a column that was read, and was not read itself. notes: what happened to
-    its turns. rendered: by a chat template. read_variables: of that, which change what it renders.
-    """
-
-    __slots__ = ("from_arrow", "kept", "original", "read", "rendered", "where", *ACCOUNT)
-    used: set[str]
-    ignored: set[str]
-    notes: Counter[str]
-    read_variables: set[str]
-
-    def __init__(self, cells: dict[str, Any], where: str, from_arrow: bool = False):
-        super().__init__({name: cell for name, cell in cells.items() if cell is not None})
-        self.where, self.from_arrow = where, from_arrow
-        self.original: Row | None = None
-        self.read: Set[str] = frozenset()
-        self.kept: Set[str] = self.keys()
-        self.rendered = False
-
-    def __getattr__(self, name: str) -> Any:
-        """Begin an account where it is first asked for: most of a file's rows, and many accounts, stay without."""
-        if name not in ACCOUNT:
-            raise AttributeError(name)
-        setattr(self, name, ACCOUNT[name]())
-        return getattr(self, name)
-
-    def take(self, column: str) -> Any:
-        """The cell, None where there is none; of parquet without the nulls that Arrow fills in."""
-        self.used.add(column)
-        return self.plain(column)
-
-    def plain(self, column: str) -> Any:
-        """As `take`, without an account of it."""
-        cell = self.get(column)
-        return without_nulls(cell) if self.from_arrow else cell
-
-    def text(self, column: str) -> str:
-        """The cell, which has to be text."""
-        if not isinstance(cell := self.take(column), str):
-            raise InputError(f"{column}: expected text, got {cell!r:.60}")
-        return cell
-
-    def columns(self) -> str:
-        """Their names, for messages."""
-        return ", ".join(self) or "(none)"
-
-    def of_file(self) -> "Row":
-        """The file's row, which reward functions see."""
-        return self if self.original is None else self.original
 
 
 class Tally(Counter[str]):
-    """How many rows there are and what was made of them, by name. unused: the columns that nothing read."""
+    """Counts of rows and of what was made of them, by name. unused: the columns that nothing read."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -123,16 +65,6 @@ def report_counts(source: Path, counts: Mapping[str, int]) -> None:
         names = [brief(name, 60) for name in counts.unused]
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         print(f"{source}: columns not used: {', '.join(names[:NAMED])}{more}")
-
-
-def without_nulls(value: Any) -> Any:
-    """Objects without their null fields, however deep; a null in a list stays.
-
-    Arrow has one list of fields for a whole column, so a field that another row has is null in this one.
-    """
-    if isinstance(value, dict):
-        return {name: without_nulls(field) for name, field in value.items() if field is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def opened(rows: Sequence[dict[str, Any]], made: str) -> tuple[list[Row], Tally]:
@@ -205,7 +137,7 @@ def _read_json(path: Path, packed: bool, may_be_list: bool) -> list[Row]:
 
 
 class Bound:
-    """How much may come out of a packed file: so much for each of the bytes that were read of it until then."""
+    """The most that may come out of a packed file: so much for each of the bytes that were read of it until then."""
 
     def __init__(self, path: Path, raw: BinaryIO):
         self.path, self.raw, self.found = path, raw, 0
@@ -281,35 +213,42 @@ def _read_parquet(path: Path) -> list[Row]:
         import pyarrow.parquet  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError(f"{path}: reading parquet needs pyarrow: pip install 'burnish[parquet]'") from error
-    rows: list[Row] = []
+
     try:
         _check_footer(path)
         with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
-            for field in file.schema_arrow:
-                _check_type(f"{path}: column {shown(field.name)}", field.type)
-            names, size, found = file.schema_arrow.names, os.path.getsize(path), 0
-            if twice := [name for name, count in Counter(names).items() if count > 1]:
-                raise InputError(f"{path}: column {shown(twice[0])}: expected once, stands there twice")
-            first = next(file.iter_batches(1), None)  # of long rows fewer at a time
-            many = FREE_TABLE // max(first.nbytes if first else 1, 1)
-            for batch in file.iter_batches(min(max(many, 1), BATCH_ROWS)):
-                arrays = [_decoded(cells) for cells in batch.columns]
-                found += sum(cells.nbytes for cells in arrays)
-                if found > FREE_TABLE + TABLE_RATIO * size:
-                    raise InputError(
-                        f"{path}: unpacks to more than {TABLE_RATIO} times its size: expected rows"
-                    )
-                for cells in arrays:
-                    cells.validate(full=True)
-                columns = [_cells(path, name, cells) for name, cells in zip(names, arrays, strict=True)]
-                for cells in zip(*columns, strict=True):
-                    value = dict(zip(names, cells, strict=True))
-                    rows.append(_row(value, f"{path} row {len(rows) + 1}", from_arrow=True))
+            return list(_parquet_rows(path, file))
     except InputError:
         raise
     except Exception as error:  # pyarrow's, and of whatever reads its values: there is no common kind
         raise InputError(f"{path}: not a parquet file that can be read: {error}") from error
-    return rows
+
+
+def _parquet_rows(path: Path, file: Any) -> Iterator[Row]:
+    """file: a ParquetFile, of which a few rows at a time are unpacked."""
+    # 1. its columns
+    for field in file.schema_arrow:
+        _check_type(f"{path}: column {shown(field.name)}", field.type)
+    names, size = file.schema_arrow.names, os.path.getsize(path)
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise InputError(f"{path}: column {shown(twice[0])}: expected once, stands there twice")
+
+    # 2. its rows, of long ones fewer at a time
+    first = next(file.iter_batches(1), None)
+    batch_rows = FREE_TABLE // max(first.nbytes if first else 1, 1)
+    unpacked_bytes = number = 0
+    for batch in file.iter_batches(min(max(batch_rows, 1), BATCH_ROWS)):
+        arrays = [_decoded(cells) for cells in batch.columns]
+        unpacked_bytes += sum(cells.nbytes for cells in arrays)
+        if unpacked_bytes > FREE_TABLE + TABLE_RATIO * size:
+            raise InputError(f"{path}: unpacks to more than {TABLE_RATIO} times its size: expected rows")
+        for cells in arrays:
+            cells.validate(full=True)
+
+        columns = [_cells(path, name, cells) for name, cells in zip(names, arrays, strict=True)]
+        for cells in zip(*columns, strict=True):
+            number += 1
+            yield _row(dict(zip(names, cells, strict=True)), f"{path} row {number}", from_arrow=True)
 
 
 def _check_footer(path: Path) -> None:
@@ -340,13 +279,10 @@ def _cells(path: Path, name: str, cells: Any) -> list[Any]:
     """The values of a column: maps of texts as objects, others as lists of pairs, which JSON has no object for."""
     import pyarrow  # pyright: ignore[reportMissingImports]
 
+    maps = "strict" if _maps_are_of_text(cells.type, pyarrow.types) else None
     try:
-        return cells.to_pylist(
-            maps_as_pydicts="strict" if _maps_are_of_text(cells.type, pyarrow.types) else None
-        )
-    except (
-        Exception
-    ) as error:  # a key of a map that stands twice, a date beyond Python's, text that is no UTF-8
+        return cells.to_pylist(maps_as_pydicts=maps)
+    except Exception as error:  # a map's key that stands twice, a date beyond Python's, text that is no UTF-8
         raise InputError(
             f"{path}: column {shown(name)}: {cells.type} that cannot be read: {type(error).__name__}: {error}; "
             "leave the column out, or write it as text"

@@ -20,11 +20,13 @@ def load_tokenizer(cfg: Any) -> Tokenizer:
         raise InputError(f"{flag}: expected a JSON object, got {variables!r:.60}")
     if tokenizer.chat_template is None:
         raise InputError(f"{flag}: the model has no chat template to read it: name one (--chat-template)")
+
+    # variables that the template reads
     check_names(variables, flag)
     if unread := sorted(variables.keys() - tokenizer.template_variables):
-        asked = [{"role": "user", "content": "Hello"}]
+        probe = [{"role": "user", "content": "Hello"}]
         names = sorted(tokenizer.template_variables - OWN_NAMES)
-        known = ", ".join(name for name in names if changes_text(name, asked, tokenizer, {})) or "none"
+        known = ", ".join(name for name in names if changes_text(name, probe, tokenizer, {})) or "none"
         raise InputError(f"{flag}: the chat template reads no variable '{unread[0]:.60}'; it reads {known}")
     tokenizer.variables = variables
     return tokenizer

@@ -17,29 +17,36 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import inf
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
 from ...model.adapters.config import LoraConfig
-from ...model.checkpoint import load_model
 from ...model.files.config_json import read_config
 from ...model.files.text_files import read_object
-from ...model.generate import generate
 from ...model.memory import training_memory
 from ...model.text.tokenizer import Tokenizer
 from .. import grpo
 from ..run.command import run_command
-from ..run.loop import MOST_SAMPLES, check_flags, default_device, new_run_folder
+from ..run.flags import (
+    MOST_SAMPLES,
+    Bounds,
+    Count,
+    SamplingSeed,
+    Temperature,
+    check_flags,
+    default_device,
+    run_folder,
+)
 from ..run.streams import harmless
 from . import page
-from .parts import read_metric, write_rows
+from .parts import read_metric, sample, write_rows
 
+SMOLLM2 = Path("models/SmolLM2-135M-Instruct")
 LARGEST = 20
 MAX_NEW_TOKENS = 16
 MODES: dict[str, dict[str, Any]] = {  # flags of grpo
@@ -49,24 +56,18 @@ MODES: dict[str, dict[str, Any]] = {  # flags of grpo
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
-    model: Path = Path(
-        "models/SmolLM2-135M-Instruct"
-    )  # a chat model; `make models/SmolLM2-135M-Instruct` fetches this
-    mode: Literal["full", "lora", "qlora"] = (
-        "lora"  # train all weights, or an adapter, or one on a 4-bit base
-    )
-    output: Path = field(
-        default_factory=lambda: new_run_folder("chat-demo")
-    )  # new folder: model, report.html
-    steps: int = 30  # GRPO steps
-    prompts_per_step: int = 8  # problems in one rollout
-    group_size: int = 8  # samples of one problem
-    temperature: float = 0.8  # of sampling, in training and when measuring
-    held_out: int = 100  # problems to measure on
-    seed: int = 0
-    device: str = field(default_factory=default_device)
+    model: Path = SMOLLM2  # a chat model; `make models/SmolLM2-135M-Instruct` fetches this
+    mode: Literal["full", "lora", "qlora"] = "lora"  # train all weights, an adapter, or one on 4 bits
+    output: Path = run_folder("chat-demo")  # new folder: model, report.html
+    steps: Count = 30  # GRPO steps
+    prompts_per_step: Count = 8  # problems in one rollout
+    group_size: Annotated[int, Bounds(2, MOST_SAMPLES)] = 8  # samples of one problem
+    temperature: Temperature = 0.8  # of sampling, in training and when measuring
+    held_out: Annotated[int, Bounds(2)] = 100  # problems to measure on
+    seed: SamplingSeed = 0  # of the order of problems, and of sampling
+    device: str = field(default_factory=default_device)  # cpu, cuda or cuda:N
 
 
 @dataclass(frozen=True)
@@ -100,22 +101,17 @@ def problems(seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
 def measure(cfg: Config, folder: Path, rows: list[dict[str, str]]) -> Score:
     """Answers of the model, or of the adapter on its base, in `folder`."""
     tokenizer = Tokenizer.load(folder)
-    asked = [[{"role": "user", "content": row["question"]}] for row in rows]
-    samples = generate(
-        load_model(folder, device=cfg.device),
-        [tokenizer.encode_chat(messages, add_generation_prompt=True) for messages in asked],
-        max_new_tokens=MAX_NEW_TOKENS,
-        temperature=cfg.temperature,
-        vocabulary=tokenizer.vocabulary,
-        stop_ids=tokenizer.stop_ids,
-        seed=cfg.seed,
-    )
-    texts = [tokenizer.decode(sample.tokens) for sample in samples]
+    questions = [[{"role": "user", "content": row["question"]}] for row in rows]
+    prompts = [tokenizer.encode_chat(messages, add_generation_prompt=True) for messages in questions]
+    options = {"max_new_tokens": MAX_NEW_TOKENS, "temperature": cfg.temperature, "seed": cfg.seed}
+    samples = sample(folder, tokenizer, prompts, cfg.device, **options)
+
+    texts = [tokenizer.decode(one.tokens) for one in samples]
     rewards = [100 * reward for reward in right(texts, [row["answer"] for row in rows])]
     return Score(
         right=fmean(rewards),
         error=stdev(rewards) / len(rewards) ** 0.5,
-        ended=100 * fmean(sample.ended for sample in samples),
+        ended=100 * fmean(one.ended for one in samples),
         answers=[f"{row['question']}   {text!r}" for row, text in zip(rows[:8], texts, strict=False)],
     )
 
@@ -123,68 +119,38 @@ def measure(cfg: Config, folder: Path, rows: list[dict[str, str]]) -> Score:
 def train(cfg: Config) -> Path:
     """Returns the path of the report."""
     started, cpu_before = time.perf_counter(), time.process_time()
-    least = {name: (1, inf) for name in ("steps", "prompts_per_step")}
     held_out, training = problems(cfg.seed)
-    check_flags(
-        cfg,
-        **least,
-        group_size=(2, MOST_SAMPLES),
-        temperature=(1e-3, 1e3),
-        held_out=(2, len(held_out)),
-        seed=(0, 2**31 - 1),
-    )
+    check_flags(cfg, held_out=(2, len(held_out)))
     held_out = held_out[: cfg.held_out]
+
+    # 1. the model as it is
     before = measure(cfg, cfg.model, held_out)
     print_score("before", before)
+
+    # 2. trained on the other problems
     data = write_rows(cfg.output / "problems.jsonl", training)
     clock, cpu = time.perf_counter(), time.process_time()
-    trained = grpo.train(
-        grpo.Config(
-            model=cfg.model,
-            data=data,
-            reward=("burnish.algorithms.recipes.chat_demo:right",),
-            output=cfg.output / "grpo",
-            steps=cfg.steps,
-            prompts_per_step=cfg.prompts_per_step,
-            group_size=cfg.group_size,
-            max_new_tokens=MAX_NEW_TOKENS,
-            temperature=cfg.temperature,
-            schedule="linear",
-            micro_batch_tokens=512,  # a few groups at a time: activations are most of the memory otherwise
-            seed=cfg.seed,
-            device=cfg.device,
-            **MODES[cfg.mode],
-        )
-    )
+    trained = grpo.train(grpo_flags(cfg, data))
     facts = {
         "mode": cfg.mode,
         "training": f"{time.perf_counter() - clock:.0f} s, {time.process_time() - cpu:.0f} s of CPU time",
         "peak memory of the process": f"{peak_memory() / 1e9:.2f} GB",
     }
+
+    # 3. what was saved, on the same problems
     after = measure(cfg, trained, held_out)
     print_score("after", after)
     gain, error = after.right - before.right, (before.error**2 + after.error**2) ** 0.5
-    facts["gain"] = (
-        f"{gain:.1f} points, {gain / error:.1f} of its standard errors" if error else f"{gain:.1f}"
-    )
-    facts |= {f"{mode}: tensors in training": counted(cfg, mode) for mode in MODES}
+    in_errors = f" points, {gain / error:.1f} of its standard errors" if error else ""
+    facts["gain"] = f"{gain:.1f}{in_errors}"
+    facts |= {f"{mode}: tensors in training": training_bytes(cfg, mode) for mode in MODES}
     facts |= {
         "whole run": f"{time.perf_counter() - started:.0f} s, {time.process_time() - cpu_before:.0f} s of CPU time",
         "saved in": trained,
     }
-    report = page.write(
-        cfg.output / "report.html",
-        title="A chat model learns to get sums right",
-        subtitle=f"GRPO on {cfg.model.name}: the reward is 1 where the last number of the answer is the sum.",
-        heading="Held-out problems, percent",
-        header=["", "right", "standard error", "ended"],
-        rows={name: [s.right, s.error, s.ended] for name, s in (("before", before), ("after", after))},
-        note=f"{len(held_out)} held-out sums, one answer to each at temperature {cfg.temperature:g}.",
-        figure=page.draw_steps([{cfg.mode: read_metric(cfg.output / "grpo", "reward")}]),
-        figure_note="Share of right samples on training problems in each GRPO step, a mean over five steps.",
-        transcripts={"before": before.answers, "after": after.answers},
-        facts=facts,
-    )
+
+    # 4. the report
+    report = page.write(cfg.output / "report.html", page_of(cfg, {"before": before, "after": after}, facts))
     print("\n" + "\n".join(f"{name}: {value}" for name, value in facts.items()))
     print(f"\nThe first four again, from {trained}:")
     for was, now in zip(before.answers[:4], after.answers, strict=False):
@@ -193,8 +159,46 @@ def train(cfg: Config) -> Path:
     return report
 
 
-def counted(cfg: Config, mode: str) -> str:
-    """What weights, gradients and optimizer of a mode take, in fp32 as on a CPU."""
+def grpo_flags(cfg: Config, data: Path) -> grpo.Config:
+    return grpo.Config(
+        model=cfg.model,
+        data=data,
+        reward=("burnish.algorithms.recipes.chat_demo:right",),
+        output=cfg.output / "grpo",
+        steps=cfg.steps,
+        prompts_per_step=cfg.prompts_per_step,
+        group_size=cfg.group_size,
+        max_new_tokens=MAX_NEW_TOKENS,
+        temperature=cfg.temperature,
+        schedule="linear",
+        micro_batch_tokens=512,  # a few groups at a time: activations are most of the memory otherwise
+        seed=cfg.seed,
+        device=cfg.device,
+        **MODES[cfg.mode],
+    )
+
+
+def page_of(cfg: Config, scores: Mapping[str, Score], facts: Mapping[str, object]) -> page.Page:
+    return page.Page(
+        title="A chat model learns to get sums right",
+        subtitle=f"GRPO on {cfg.model.name}: the reward is 1 where the last number of the answer is the sum.",
+        table=page.Table(
+            heading="Held-out problems, percent",
+            header=["", "right", "standard error", "ended"],
+            rows={name: [score.right, score.error, score.ended] for name, score in scores.items()},
+            note=f"{cfg.held_out} held-out sums, one answer to each at temperature {cfg.temperature:g}.",
+        ),
+        figure=page.Picture(
+            page.draw_steps([{cfg.mode: read_metric(cfg.output / "grpo", "reward")}]),
+            "Share of right samples on training problems in each GRPO step, a mean over five steps.",
+        ),
+        transcripts=page.Transcripts({name: score.answers for name, score in scores.items()}),
+        facts=facts,
+    )
+
+
+def training_bytes(cfg: Config, mode: str) -> str:
+    """The memory of a mode's weights, gradients and optimizer in GB, in fp32 as on a CPU."""
     file = cfg.model / "config.json"
     config = read_config(read_object(file), str(file))
     rank = MODES[mode].get("lora_rank")

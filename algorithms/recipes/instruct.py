@@ -7,7 +7,7 @@
     PPO, no KL     the same with beta 0: over-optimisation
     DPO            SFT -> DPO on the preferences, the same beta
 
-The judge behind the preferences has a gold reward, the formula in `_letters.py`, and errs with the odds of Bradley and
+The judge behind the preferences has a gold reward, the formula in `letters.py`, and errs with the odds of Bradley and
 Terry. So the reward model, the proxy, estimates it up to a constant, and PPO and DPO with beta share one optimum,
 pi_SFT e^(gold / beta) / Z. PPO logs the gold reward as a reward function of weight 0. Every stage is one call of an
 algorithm's `train` on files in the run folder, and leaves the flags of that call in its config.json.
@@ -21,24 +21,21 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from math import inf
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-import torch
 from torch import Tensor
 
 from ...model.checkpoint import load_model, load_scalar_model
-from ...model.generate import Sample, generate
+from ...model.generate import Sample
 from ...model.text.tokenizer import Tokenizer
 from .. import dpo, ppo, reward, sft
-from ..data.batch import Completion, over_completions
-from ..data.pairs import Preference
+from ..data.batch import Completion, Family, over_completions
 from ..run.command import run_command
-from ..run.loop import check_flags, default_device, new_run_folder
+from ..run.flags import Bounds, Count, check_flags, run_folder
 from . import page
 from .letters import (
     BEST,
@@ -52,33 +49,40 @@ from .letters import (
     preference_row,
     prompt_row,
 )
-from .parts import random_model, read_metric, write_rows
+from .parts import (
+    RecipeFlags,
+    Stages,
+    median_scores,
+    numbers_of,
+    print_table,
+    random_model,
+    read_metric,
+    run_seeds,
+    sample,
+)
 
 
-@dataclass(frozen=True)
-class Config:
-    output: Path = field(
-        default_factory=lambda: new_run_folder("instruct")
-    )  # new folder: stages, report.html
-    seeds: int = 1  # repetitions of everything; figures are then medians
-    texts: int = 16_000  # that follow no instruction, for the base
-    base_steps: int = 250  # SFT steps from random weights to a base
-    demonstrations: int = 6400
-    sft_steps: int = 300  # SFT steps on them
-    preferences: int = 12_800  # pairs of SFT's samples, for the reward model and for DPO
+@dataclass(frozen=True, kw_only=True)
+class Config(RecipeFlags):
+    output: Path = run_folder("instruct")
+    texts: Count = 16_000  # that follow no instruction, for the base
+    base_steps: Count = 250  # SFT steps from random weights to a base
+    demonstrations: Count = 6400  # of the instruction followed, for SFT
+    sft_steps: Count = 300  # SFT steps on them
+    preferences: Count = 12_800  # pairs of SFT's samples, for the reward model and for DPO
     labels: Literal["gold", "coin"] = "gold"  # coin is the control: preferences that say nothing
-    reward_steps: int = 400  # of the reward model
-    beta: float = 1.0  # weight of the KL to SFT, in PPO and in DPO
-    ppo_steps: int = 50  # rollouts, with the KL and without
-    dpo_steps: int = 200
-    evaluation_samples: int = 64  # per instruction
-    device: str = field(default_factory=default_device)
+    reward_steps: Count = 400  # of the reward model
+    beta: Annotated[float, Bounds(1e-9)] = 1.0  # weight of the KL to SFT, in PPO and in DPO
+    ppo_steps: Count = 50  # rollouts, with the KL and without
+    dpo_steps: Count = 200  # DPO steps on the preferences
+    evaluation_samples: Count = 64  # per instruction
 
 
 SIZE = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
 MAX_NEW_TOKENS = LENGTH + 4
 CAPACITY = 16_384  # tokens in one forward
 NO_KL = "PPO, no KL"
+HEADING = "Means over fresh samples"
 
 
 @dataclass(frozen=True)
@@ -94,17 +98,14 @@ class Score:
 
 def train(cfg: Config) -> Path:
     """Returns the path of the report."""
-    torch.set_num_threads(1)  # a second thread costs more than it gives on models this small
+    # 1. the stages of every seed, and their medians
     started = time.perf_counter()
-    counts = [name for name, value in vars(cfg).items() if isinstance(value, int)]
-    check_flags(cfg, **{name: (1, inf) for name in counts}, beta=(1e-9, inf))
-    folders = [cfg.output / f"seed-{seed}" for seed in range(cfg.seeds)]
-    recipes = [Recipe(cfg, folder, seed).run() for seed, folder in enumerate(folders)]
-    scores = {
-        stage: [vars(recipe.scores[stage]).values() for recipe in recipes] for stage in recipes[0].scores
-    }
-    table = {stage: Score(*map(median, zip(*rows, strict=True))) for stage, rows in scores.items()}
+    check_flags(cfg)
+    recipes = run_seeds(Recipe, cfg)
+    table = median_scores(recipes)
     judged = [median(values) for values in zip(*(recipe.judged for recipe in recipes), strict=True)]
+
+    # 2. beside them what the best policy would have
     best, kl = optimum(cfg.beta)
     facts = {
         "reward model": f"right about {judged[0]:.1f} % of held-out preferences; gold itself {judged[1]:.1f} %",
@@ -115,51 +116,28 @@ def train(cfg: Config) -> Path:
         "wall time": f"{time.perf_counter() - started:.0f} s",
         "folder": cfg.output,
     }
-    print_table(table, cfg.seeds)
-    report = page.write(
-        cfg.output / "report.html",
-        title="InstructGPT's recipe in miniature",
-        subtitle="Write twelve letters with much of one, but not only that one: demonstrations, a reward model from "
-        "preferences, PPO and DPO, each trained here from random weights.",
-        heading="Gold reward by stage",
-        header=["stage", "gold", "proxy", "KL to SFT", "wins over SFT, %", "length"],
-        rows={stage: [*vars(score).values()] for stage, score in table.items()},
-        full_bar=BEST,
-        format="%.2f",
-        note=f"gold: the judge's reward, at most {BEST}, which no stage has seen. proxy: the reward model's score, "
-        "shifted so that SFT's is its gold reward. wins: samples with more gold than one of SFT's, equal ones half. "
-        f"Means over {cfg.evaluation_samples} samples an instruction at temperature 1.",
-        figure_heading="Over-optimisation",
-        figure=page.draw_rewards([recipe.paths() for recipe in recipes]),
-        figure_note="Gold reward (solid) and proxy (dotted) of PPO's rollouts, means over five, by how far the policy "
-        "has gone from SFT. Where they part, the policy has found what the reward model gets wrong (Gao et al. 2022). "
-        "DPO, which has no rollouts, is one mark.",
-        transcripts=recipes[0].transcripts,
-        transcript_note="The first instructions, one sample each, with its gold reward.",
-        facts=facts,
-    )
+    print_table(HEADING, table, cfg.seeds, print_row)
+
+    # 3. the report
+    report = page.write(cfg.output / "report.html", page_of(cfg, table, recipes, facts))
     print("\n" + "\n".join(f"{name}: {facts[name]}" for name in list(facts)[:3]))
     print(f"{facts['wall time']}; report: {report}")
     return report
 
 
-class Recipe:
-    """One seed's stages. Each stage's folder holds its config.json, metrics.jsonl and model."""
+class Recipe(Stages):
+    """One seed's stages: `run` is the recipe."""
 
     def __init__(self, cfg: Config, folder: Path, seed: int):
-        self.cfg, self.folder, self.seed = cfg, folder, seed
+        super().__init__(cfg, folder, seed)
         self.noise = random.Random(seed)
         self.tokenizer = Tokenizer(make_tokenizer(), eos="<eos>")
-        self.scores: dict[str, Score] = {}
-        self.transcripts: dict[str, list[str]] = {}
 
     def run(self) -> "Recipe":
         cfg = self.cfg
         random_weights = random_model(self.folder / "random", make_tokenizer(), self.seed, **SIZE)
-        texts, demonstrations = (
-            self.answers("texts", cfg.texts, 0),
-            self.answers("demonstrations", cfg.demonstrations, FOLLOWED),
-        )
+        texts = self.answers("texts", cfg.texts, 0)
+        demonstrations = self.answers("demonstrations", cfg.demonstrations, FOLLOWED)
         flags = {"batch_size": 64, "learning_rate": 5e-3}
         base = self.stage(sft, "base", random_weights, data=texts, steps=cfg.base_steps, **flags)
         flags = {"batch_size": 64, "learning_rate": 2e-3}
@@ -175,10 +153,7 @@ class Recipe:
         self.measure("SFT", self.sft)
 
         flags = {"steps": cfg.ppo_steps, "data": self.write("prompts", map(prompt_row, LETTERS))}
-        flags |= {
-            "reward": ("burnish.algorithms.recipes.letters:gold",),
-            "reward_weights": (0.0,),
-        }  # logged alone
+        flags |= {"reward": ("burnish.algorithms.recipes.letters:gold",), "reward_weights": (0.0,)}  # logged
         flags |= {"reward_model": self.proxy, "prompts_per_step": len(LETTERS), "group_size": 16}
         flags |= {"max_new_tokens": MAX_NEW_TOKENS, "epochs_per_rollout": 2, "minibatches": 1}
         flags |= {"learning_rate": 3e-4, "critic_learning_rate": 1e-3}
@@ -189,34 +164,23 @@ class Recipe:
         self.measure("DPO", self.stage(dpo, "dpo", self.sft, steps=cfg.dpo_steps, **flags))
         return self
 
-    def stage(self, algorithm: Any, name: str, model: Path, **flags: Any) -> Path:
-        common = {"output": self.folder / name, "seed": self.seed, "device": self.cfg.device}
-        return algorithm.train(algorithm.Config(model=model, **common, **flags))
-
-    def write(self, name: str, rows: Iterable[dict[str, str]]) -> Path:
-        return write_rows(self.folder / "data" / f"{name}.jsonl", rows)
-
     def answers(self, name: str, count: int, followed: float) -> Path:
         letters = self.noise.choices(LETTERS, k=count)
         return self.write(name, (answer_row(letter, followed, self.noise) for letter in letters))
 
-    def sample(self, model: Path, samples: int, seed: int) -> list[Sample]:
-        return generate(
-            load_model(model, device=self.cfg.device),
-            [self.tokenizer.encode(prompt_row(letter)["prompt"]) for letter in LETTERS],
-            samples_per_prompt=samples,
-            max_new_tokens=MAX_NEW_TOKENS,
-            vocabulary=self.tokenizer.vocabulary,
-            stop_ids=self.tokenizer.stop_ids,
-            seed=(self.seed << 8) + seed,  # another for every use
-        )
+    def sample(self, model: Path, count: int, seed: int) -> list[Sample]:
+        """`count` samples of each instruction. seed: another for every use."""
+        prompts = [self.tokenizer.encode(prompt_row(letter)["prompt"]) for letter in LETTERS]
+        options = {"samples_per_prompt": count, "max_new_tokens": MAX_NEW_TOKENS}
+        seed = (self.seed << 8) + seed
+        return sample(model, self.tokenizer, prompts, self.cfg.device, seed=seed, **options)
 
     def pairs(self, name: str, count: int, seed: int) -> Path:
         """The judge's preferences between SFT's samples."""
         coin = self.cfg.labels == "coin"
         drawn = self.sample(self.sft, 2 * -(-count // len(LETTERS)), seed)
-        both = zip(drawn[::2], drawn[1::2], strict=True)
-        texts = [(LETTERS[a.prompt_index], self.decode(a), self.decode(b)) for a, b in both]
+        couples = zip(drawn[::2], drawn[1::2], strict=True)
+        texts = [(LETTERS[a.prompt_index], self.decode(a), self.decode(b)) for a, b in couples]
         return self.write(name, (preference_row(*text, self.noise, coin) for text in texts))
 
     def judge(self, held_out: Path) -> tuple[float, float]:
@@ -229,40 +193,44 @@ class Recipe:
         )
         return 100 * accuracy, win_rate(chosen, rejected)
 
-    def logprobs(self, folder: Path, pairs: list[Preference]) -> Tensor:
-        """A policy's, of the first completion of each pair, (pairs,)."""
-        model = load_model(folder, device=self.cfg.device)
-        return over_completions(model, pairs, lambda b: b.completion_logprobs(model), CAPACITY)[:, 0]
-
     def measure(self, stage: str, model: Path) -> None:
+        # 1. samples, each beside one of SFT's, and the judge's rewards
         samples = self.sample(model, self.cfg.evaluation_samples, seed=4)
-        letters = [LETTERS[sample.prompt_index] for sample in samples]
+        letters = [LETTERS[one.prompt_index] for one in samples]
         golds, others = (
             gold(list(map(self.decode, drawn)), letter=letters) for drawn in (samples, self.opponents)
         )
+        prompts = [self.tokenizer.encode(prompt_row(letter)["prompt"]) for letter in letters]
         pairs = [
-            Preference(
-                self.tokenizer.encode(prompt_row(letter)["prompt"]), as_completion(a), as_completion(b)
-            )
-            for letter, a, b in zip(letters, samples, self.opponents, strict=True)
+            Family(prompt, [as_completion(one), as_completion(other)])
+            for prompt, one, other in zip(prompts, samples, self.opponents, strict=True)
         ]
-        own, reference = (self.logprobs(folder, pairs) for folder in (model, self.sft))
+
+        # 2. the reward model's scores, and how far the stage has gone from SFT
         proxy_model = load_scalar_model(self.proxy, device=self.cfg.device)
-        # (2,): samples, opponents
-        proxy = over_completions(proxy_model, pairs, lambda b: b.scores(proxy_model), CAPACITY).mean(0)
-        self.shift = mean(others) - proxy[1].item()
+        scores = over_completions(proxy_model, pairs, lambda batch: batch.scores(proxy_model), CAPACITY)
+        proxy, opponents_proxy = scores.mean(0).tolist()
+        self.shift = mean(others) - opponents_proxy
+        logprob, reference = (self.logprobs(folder, pairs) for folder in (model, self.sft))
         self.scores[stage] = Score(
             gold=mean(golds),
-            proxy=proxy[0].item() + self.shift,
-            kl=(own - reference).mean().item(),
+            proxy=proxy + self.shift,
+            kl=(logprob - reference).mean().item(),
             wins=win_rate(golds, others),
-            length=mean(len(sample.tokens) for sample in samples),
+            length=mean(len(one.tokens) for one in samples),
         )
         print_row(stage, self.scores[stage])
-        shown = range(0, 4 * self.cfg.evaluation_samples, self.cfg.evaluation_samples)
+
+        # 3. the first of them, for the report
+        first = range(0, 4 * self.cfg.evaluation_samples, self.cfg.evaluation_samples)
         self.transcripts[stage] = [
-            f"{letters[i]}:{self.decode(samples[i]):<20}{golds[i]:4.0f}" for i in shown
+            f"{letters[i]}:{self.decode(samples[i]):<20}{golds[i]:4.0f}" for i in first
         ]
+
+    def logprobs(self, folder: Path, pairs: list[Family]) -> Tensor:
+        """A policy's log-probability of the first completion of each pair, (pairs,)."""
+        model = load_model(folder, device=self.cfg.device)
+        return over_completions(model, pairs, lambda b: b.sums(b.score(model)[0]), CAPACITY)[:, 0]
 
     def decode(self, sample: Sample) -> str:
         return self.tokenizer.decode(sample.tokens)
@@ -277,6 +245,37 @@ class Recipe:
         return found | {"DPO": ([end.kl], [end.gold], [end.proxy])}
 
 
+def page_of(
+    cfg: Config, table: Mapping[str, Score], recipes: list[Recipe], facts: Mapping[str, object]
+) -> page.Page:
+    return page.Page(
+        title="InstructGPT's recipe in miniature",
+        subtitle="Write twelve letters with much of one, but not only that one: demonstrations, a reward model from "
+        "preferences, PPO and DPO, each trained here from random weights.",
+        table=page.Table(
+            heading="Gold reward by stage",
+            header=["stage", "gold", "proxy", "KL to SFT", "wins over SFT, %", "length"],
+            rows={stage: [*vars(score).values()] for stage, score in table.items()},
+            full_bar=BEST,
+            format="%.2f",
+            note=f"gold: the judge's reward, at most {BEST}, which no stage has seen. proxy: the reward model's score, "
+            "shifted so that SFT's is its gold reward. wins: samples with more gold than one of SFT's, equal ones "
+            f"half. Means over {cfg.evaluation_samples} samples an instruction at temperature 1.",
+        ),
+        figure=page.Picture(
+            page.draw_rewards([recipe.paths() for recipe in recipes]),
+            "Gold reward (solid) and proxy (dotted) of PPO's rollouts, means over five, by how far the policy has gone "
+            "from SFT. Where they part, the policy has found what the reward model gets wrong (Gao et al. 2022). DPO, "
+            "which has no rollouts, is one mark.",
+            heading="Over-optimisation",
+        ),
+        transcripts=page.Transcripts(
+            recipes[0].transcripts, "The first instructions, one sample each, with its gold reward."
+        ),
+        facts=facts,
+    )
+
+
 def as_completion(sample: Sample) -> Completion:
     return Completion(sample.tokens, [True] * len(sample.tokens))
 
@@ -286,14 +285,8 @@ def win_rate(rewards: list[float], others: list[float]) -> float:
     return 100 * mean((a > b) + 0.5 * (a == b) for a, b in zip(rewards, others, strict=True))
 
 
-def print_table(table: dict[str, Score], seeds: int) -> None:
-    print(f"\nMeans over fresh samples{f', medians of {seeds} seeds' if seeds > 1 else ''}:\n")
-    for stage, score in table.items():
-        print_row(stage, score)
-
-
 def print_row(stage: str, score: Score) -> None:
-    print(f"{stage:<12}" + "   ".join(f"{name} {value:6.2f}" for name, value in vars(score).items()))
+    print(f"{stage:<12}{numbers_of(score, '6.2f')}")
 
 
 if __name__ == "__main__":

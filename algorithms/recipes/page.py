@@ -1,14 +1,12 @@
 """One self-contained HTML page of a recipe's run: table, figure, transcripts. No scripts, no network."""
 
 import io
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jinja2
 import matplotlib
-from markupsafe import Markup
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
@@ -33,20 +31,20 @@ PAGE = """<!doctype html>
 </style></head><body>
 <h1>{{ title }}</h1>
 <p class="quiet">{{ subtitle }}</p>
-<h2>{{ heading }}</h2>
-<table><thead><tr>{% for name in header %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
-{% for stage, values in rows.items() %}<tr><td>{{ stage }}</td>{% for value in values %}
+<h2>{{ table.heading }}</h2>
+<table><thead><tr>{% for name in table.header %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
+{% for stage, values in table.rows.items() %}<tr><td>{{ stage }}</td>{% for value in values %}
 <td>{% if value is not none %}{% if loop.first %}
-<span class="bar" style="width: {{ 6 * [value, 0] | max / full_bar }}rem"></span>{% endif %}
-<span class="number">{{ format % value }}</span>{% endif %}</td>{% endfor %}</tr>
+<span class="bar" style="width: {{ 6 * [value, 0] | max / table.full_bar }}rem"></span>{% endif %}
+<span class="number">{{ table.format % value }}</span>{% endif %}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table>
-<p class="quiet">{{ note }}</p>
-<h2>{{ figure_heading }}</h2>
-<p>{{ figure_note }}</p>
-{{ figure }}
+<p class="quiet">{{ table.note }}</p>
+<h2>{{ figure.heading }}</h2>
+<p>{{ figure.note }}</p>
+{{ figure.svg | safe }}
 <h2>Transcripts</h2>
-<p>{{ transcript_note }}</p>
-{% for stage, lines in transcripts.items() %}<b>{{ stage }}</b><pre>{% for line in lines %}{{ line }}
+<p>{{ transcripts.note }}</p>
+{% for stage, lines in transcripts.lines.items() %}<b>{{ stage }}</b><pre>{% for line in lines %}{{ line }}
 {% endfor %}</pre>{% endfor %}
 <h2>This run</h2>
 <table>{% for name, value in facts.items() %}<tr><td>{{ name }}</td><td>{{ value }}</td></tr>{% endfor %}</table>
@@ -54,48 +52,41 @@ PAGE = """<!doctype html>
 """
 
 
-def write(
-    path: Path,
-    *,
-    title: str,
-    subtitle: str,
-    heading: str,
-    header: Sequence[str],
-    rows: Mapping[str, Sequence[float | None]],
-    note: str,
-    figure: str,
-    figure_note: str,
-    transcripts: Mapping[str, Sequence[str]],
-    facts: Mapping[str, object],
-    full_bar: float = 100,
-    format: str = "%.1f",
-    figure_heading: str = "Learning curves",
-    transcript_note: str = "The first held-out problems, one sample each.",
-) -> Path:
-    """rows: numbers a stage, the first drawn as a bar, full at `full_bar`. figure: SVG text, as `draw_steps` gives it.
+class Table(NamedTuple):
+    """Numbers of each stage in `rows`, the first of them drawn as a bar, which is full at `full_bar`."""
 
-    The page is written beside `path` and renamed, so a reader never finds half of it.
-    """
+    heading: str
+    header: Sequence[str]
+    rows: Mapping[str, Sequence[float | None]]
+    note: str
+    full_bar: float = 100
+    format: str = "%.1f"
+
+
+class Picture(NamedTuple):
+    svg: str  # as `draw_steps` and `draw_rewards` give it
+    note: str
+    heading: str = "Learning curves"
+
+
+class Transcripts(NamedTuple):
+    lines: Mapping[str, Sequence[str]]  # by stage
+    note: str = "The first held-out problems, one sample each."
+
+
+class Page(NamedTuple):
+    title: str
+    subtitle: str
+    table: Table
+    figure: Picture
+    transcripts: Transcripts
+    facts: Mapping[str, object]  # of the run
+
+
+def write(path: Path, page: Page) -> Path:
+    """Write the page whole: a reader never finds half of it."""
     template = jinja2.Environment(autoescape=True).from_string(PAGE)
-    page = template.render(
-        title=title,
-        subtitle=subtitle,
-        heading=heading,
-        header=header,
-        rows=rows,
-        full_bar=full_bar,
-        format=format,
-        note=note,
-        figure_heading=figure_heading,
-        figure_note=figure_note,
-        figure=Markup(figure),
-        transcript_note=transcript_note,
-        transcripts=transcripts,
-        facts=facts,
-    )
-    beside = write_text(path.with_suffix(".partial"), page)
-    os.replace(beside, path)
-    return path
+    return write_text(path, template.render(page._asdict()))
 
 
 def smooth(values: Sequence[float], window: int = 5) -> list[float]:

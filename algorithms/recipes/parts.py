@@ -1,16 +1,35 @@
-"""What recipes share: a small random model to begin with, and files of rows."""
+"""Parts of recipes: a small random model to begin with, one seed's stages, medians over seeds, files."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
+from typing import Any, Self, TypeVar
 
 import tokenizers
+import torch
 
-from ...model.checkpoint import save_model
+from ...model.checkpoint import load_model, save_model
 from ...model.errors import InputError
 from ...model.files.config_json import read_config
+from ...model.files.replacing import reason, replacing
+from ...model.generate import Sample, generate
 from ...model.text.tokenizer import Tokenizer
 from ...model.transformer import Transformer
+from ..run.flags import Count, default_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeFlags:
+    """Flags of a recipe that is run once a seed."""
+
+    output: Path  # new folder: stages, report.html
+    seeds: Count = 1  # repetitions of everything; figures are then medians
+    device: str = field(default_factory=default_device)  # cpu, cuda or cuda:N
+
+
+# ---- models and samples
 
 
 def random_model(folder: Path, tokenizer: tokenizers.Tokenizer, seed: int, **shape: int) -> Path:
@@ -32,17 +51,87 @@ def random_model(folder: Path, tokenizer: tokenizers.Tokenizer, seed: int, **sha
     return folder
 
 
-def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> Path:
+def sample(
+    folder: Path, tokenizer: Tokenizer, prompts: Sequence[list[int]], device: str, **options: Any
+) -> list[Sample]:
+    """Completions by the model, or by the adapter on its base, in `folder`. options: those of `generate`."""
+    model = load_model(folder, device=device)
+    return generate(model, prompts, vocabulary=tokenizer.vocabulary, stop_ids=tokenizer.stop_ids, **options)
+
+
+# ---- stages
+
+
+class Stages:
+    """One seed of a recipe. Each stage has a folder with its config.json, metrics.jsonl and model.
+
+    scores: a dataclass of numbers for each stage that was measured. transcripts: lines of its samples.
+    """
+
+    def __init__(self, cfg: Any, folder: Path, seed: int):
+        self.cfg, self.folder, self.seed = cfg, folder, seed
+        self.scores: dict[str, Any] = {}
+        self.transcripts: dict[str, list[str]] = {}
+
+    def run(self) -> Self:
+        """Train and measure all stages."""
+        raise NotImplementedError
+
+    def stage(self, method: Any, name: str, model: Path, **flags: Any) -> Path:
+        """Train by a method, `sft` for instance, from `model`. Returns the folder of the trained model."""
+        shared = {"output": self.folder / name, "seed": self.seed, "device": self.cfg.device}
+        return method.train(method.Config(model=model, **shared, **flags))
+
+    def write(self, name: str, rows: Iterable[Mapping[str, str]]) -> Path:
+        return write_rows(self.folder / "data" / f"{name}.jsonl", rows)
+
+
+Recipe = TypeVar("Recipe", bound=Stages)
+
+
+def run_seeds(recipe: Callable[[Any, Path, int], Recipe], cfg: Any) -> list[Recipe]:
+    """The recipe of each seed, run in a folder of its own."""
+    torch.set_num_threads(1)  # a second thread costs more than it gives on models this small
+    return [recipe(cfg, cfg.output / f"seed-{seed}", seed).run() for seed in range(cfg.seeds)]
+
+
+def median_scores(recipes: Sequence[Stages]) -> dict[str, Any]:
+    """Each stage's score, every number of it the median over the recipes."""
+    table = {}
+    for stage, score in recipes[0].scores.items():
+        numbers = zip(*(vars(recipe.scores[stage]).values() for recipe in recipes), strict=True)
+        table[stage] = type(score)(*map(median, numbers))
+    return table
+
+
+def print_table(
+    heading: str, table: Mapping[str, Any], seeds: int, print_row: Callable[[str, Any], None]
+) -> None:
+    print(f"\n{heading}{f', medians of {seeds} seeds' if seeds > 1 else ''}:\n")
+    for stage, score in table.items():
+        print_row(stage, score)
+
+
+def numbers_of(score: Any, form: str) -> str:
+    """A score on a line, as "gold   3.10   proxy   2.95" for the form "6.2f"."""
+    return "   ".join(f"{name.replace('_at_', '@')} {value:{form}}" for name, value in vars(score).items())
+
+
+# ---- files
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, str]]) -> Path:
     return write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Raises InputError where it cannot be written."""
+    """Write a file whole, in folders that are made for it. Raises InputError where it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error}") from error
+        raise InputError(f"{path}: cannot be written: {reason(error)}") from error
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
     return path
 
 

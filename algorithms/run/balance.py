@@ -66,7 +66,7 @@ class Balance:
 
 
 def _layers_and_experts(model: Transformer | ScalarModel) -> tuple[int, int]:
-    """How many layers have experts, and how many each of them has."""
+    """The number of layers with experts, and the number of experts of each."""
     experts = model.config.experts
     return (0, 0) if experts is None else (sum(experts.layers), experts.num_experts)
 

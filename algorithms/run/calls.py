@@ -116,12 +116,15 @@ def _entries(call: Call, value: Any) -> list[Any]:
         _close([value])
         got = "None" if value is None else f"{class_name(value)} {shown(value)}"
         raise InputError(f"{expected}, got {got}")
+
+    # as many as there are completions
     entries = list(itertools.islice(iterator, call.count + 1))  # a generator may have no end
     if len(entries) != call.count:
         more = f"more than {call.count}" if len(entries) > call.count else len(entries)
         got = len(value) if isinstance(value, Sized) else more
         _close(entries)
         raise InputError(f"{call.label}: expected {call.count} {call.what}, one a completion, got {got}")
+
     if any(inspect.isawaitable(entry) for entry in entries):
         _close(entries)
         raise InputError(f"{expected}, got coroutines in it: await them with asyncio.gather")
@@ -163,9 +166,8 @@ def _event_loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
 
     def serve() -> None:
-        while (
-            True
-        ):  # a task that raises SystemExit would end the loop, and those who wait would wait for ever
+        # a task that raises SystemExit would end the loop, and those who wait would wait for ever
+        while True:
             with contextlib.suppress(BaseException):
                 loop.run_forever()
 
@@ -197,9 +199,8 @@ def _awaited(calls: Sequence[tuple[Call, Awaitable[Any]]], seconds: float | None
                 task.cancel()
 
     late = [call for call, _ in calls]
-    with _ended_with(
-        seconds, _late(late, seconds)
-    ):  # from before any of them may take the interpreter's lock
+    # from before any of them may take the interpreter's lock
+    with _ended_with(seconds, _late(late, seconds)):
         future = asyncio.run_coroutine_threadsafe(gather(), loop)
         try:
             if concurrent.futures.wait([future], seconds).done:
@@ -211,6 +212,7 @@ def _awaited(calls: Sequence[tuple[Call, Awaitable[Any]]], seconds: float | None
                 loop.set_exception_handler(lambda *_: None)
                 future.cancel()
                 _event_loop.cache_clear()
+
     if late:
         raise _timed_out(_late(late, seconds))
     found = []
@@ -241,6 +243,7 @@ def _time_limit(seconds: float | None, message: str) -> Iterator[None]:
 
     handler, started = signal.signal(signal.SIGALRM, expire), time.monotonic()
     delay, interval = signal.getitimer(signal.ITIMER_REAL)  # someone else's, which comes back below
+
     try:
         with _ended_with(seconds, message):
             try:
@@ -255,7 +258,9 @@ def _time_limit(seconds: float | None, message: str) -> Iterator[None]:
         signal.signal(signal.SIGALRM, handler)
         left = max(delay - (time.monotonic() - started), 1e-3) if delay else 0.0
         signal.setitimer(signal.ITIMER_REAL, left, interval)
-        if expired:  # whatever the function has made of the interruption
+
+        # whatever the function has made of the interruption
+        if expired:
             raise _timed_out(message) from None
 
 
@@ -276,7 +281,7 @@ done"""
 
 @functools.cache
 def _speaker() -> int:
-    """Where to write the sentence that another process prints when faulthandler has ended this one."""
+    """A descriptor for the sentence that another process prints when faulthandler has ended this one."""
     read, write = os.pipe()
     os.posix_spawn(
         "/bin/sh", ["sh", "-c", LAST_WORDS], os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, read, 0)]
@@ -351,7 +356,7 @@ def described(error: BaseException) -> str:
 
 
 def class_name(value: object) -> str:
-    """What Python calls its class, whatever the class says of itself."""
+    """The name that Python has for its class, whatever the class says of itself."""
     return CLASS_NAME.__get__(type(value))
 
 

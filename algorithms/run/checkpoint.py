@@ -1,4 +1,4 @@
-"""What a stopped run goes on from: one safetensors file with all that training changes, replaced as a whole.
+"""Checkpoints, from which a stopped run goes on: a safetensors file of all that training changes, replaced whole.
 
 It holds the trained parameters and the optimizer states as "part/name", and in its metadata the step and a few numbers
 as JSON. Nothing else needs saving: data order and sampling noise are functions of the seed and the step, and frozen
@@ -10,7 +10,6 @@ Any number of processes, one included, reads from them the rows that it needs.
 
 import json
 import math
-import os
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -25,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...model.errors import InputError, shown
+from ...model.files.replacing import replacing
 from ...model.files.text_files import check_regular, parse_json
 from .processes import gathered, rank, world
 
@@ -38,6 +38,7 @@ DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torc
 
 def write_checkpoint(file: Path, parts: Mapping[str, Part], values: Mapping[str, Any]) -> None:
     """Replace `file` by the state of `parts` and the JSON of `values`; a failure leaves the earlier file whole."""
+    # 1. this process's rows of what is shared; rank 0 has the rest, too
     tensors: dict[str, Tensor] = {}
     starts: dict[str, int] = {}  # of the tensors that processes share: the first row of this one
     for part, module in parts.items():
@@ -46,27 +47,30 @@ def write_checkpoint(file: Path, parts: Mapping[str, Part], values: Mapping[str,
                 starts[f"{part}/{name}"] = _rows(tensor).start
             if _is_shared(tensor) or rank() == 0:
                 tensors[f"{part}/{name}"] = _own(tensor).detach().contiguous()
+
+    # 2. what the files say of one another
     others = _names(file, values.get("step"), world())
     metadata = {"values": json.dumps({**values, COUNT: sum(len(_tensors(part)) for part in parts.values())})}
     if others:
         metadata |= {"others": json.dumps(others), "starts": json.dumps(starts)}
+
+    # 3. the other processes' files first: rank 0 replaces the earlier checkpoint when all have been written
     final = file.with_name(others[rank() - 1]) if rank() else file
-    beside = final.with_name(f".{final.name}.partial")
-    try:
+    with replacing(final, sync=True, note=", the earlier checkpoint is kept") as beside:
         save_file(tensors, beside, metadata=metadata)
-        with open(beside, "rb+") as written:
-            os.fsync(written.fileno())
-        if rank():
-            beside.replace(final)
-        gathered({"written": torch.ones(1)})  # by every process: only now may the earlier checkpoint go
         if rank() == 0:
-            beside.replace(file)
-            for stale in file.parent.glob(f"{file.stem}-*-of-*{file.suffix}"):
-                if stale.name not in others:
-                    stale.unlink()
-    except (OSError, SafetensorError) as error:
-        beside.unlink(missing_ok=True)
-        raise InputError(f"{file}: cannot be written, the earlier checkpoint is kept: {error}") from error
+            _all_have_written()
+    if rank():
+        _all_have_written()
+        return
+    for stale in file.parent.glob(f"{file.stem}-*-of-*{file.suffix}"):
+        if stale.name not in others:
+            stale.unlink()
+
+
+def _all_have_written() -> None:
+    """Wait until every process has come here."""
+    gathered({"written": torch.ones(1)})
 
 
 def read_checkpoint(file: Path, parts: Mapping[str, Part]) -> dict[str, Any]:
@@ -85,16 +89,18 @@ def read_checkpoint(file: Path, parts: Mapping[str, Part]) -> dict[str, Any]:
         stored = _stored(files)
         if len(stored) != values.pop(COUNT, len(stored)):
             raise InputError(f"{file}: not a whole checkpoint: tensors are missing")
+
+        # everything fits before anything is changed
         wanted = {part: _wanted(module) for part, module in parts.items()}
         _check_fit(file, wanted, stored)
         for part, module in parts.items():
-            own = {name: stored[f"{part}/{name}"] for name in wanted[part] if f"{part}/{name}" in stored}
+            state = {name: stored[f"{part}/{name}"] for name in wanted[part] if f"{part}/{name}" in stored}
             if isinstance(module, nn.Module):
                 with torch.no_grad():
                     for name, parameter in _tensors(module).items():
-                        _own(parameter).copy_(own[name].read(_rows(parameter)))
+                        _own(parameter).copy_(state[name].read(_rows(parameter)))
             else:
-                module.load_state_dict(_optimizer_state(module, own))
+                module.load_state_dict(_optimizer_state(module, state))
     return values
 
 
@@ -107,17 +113,16 @@ def _open(file: Path, stack: ExitStack) -> Any:
 
 
 def _values(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What an algorithm keeps, and the step: numbers, of which rewards alone may be negative."""
+    """The step, and the numbers that a method keeps, of which rewards alone may be negative."""
     where = f"{file}: metadata: values"
     values = parse_json(metadata.get("values", ""), where)
     if not isinstance(values, dict):
         raise InputError(f"{where}: expected an object, got {shown(values)}")
     for name, value in {"step": None, **values}.items():
         least = -sys.float_info.max if name in REWARDS else 0
+        largest = 2**63 - 1 if isinstance(value, int) else sys.float_info.max
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not least <= value <= (
-            2**63 - 1 if isinstance(value, int) else sys.float_info.max
-        ):
+        if not is_number or not least <= value <= largest:
             raise InputError(f"{where}: {shown(name)}: expected a finite number, got {shown(value)}")
         if name in COUNTS and not isinstance(value, int):
             raise InputError(f"{where}: {name}: expected a whole number, got {shown(value)}")
@@ -140,7 +145,7 @@ def _names(file: Path, step: Any, processes: int) -> list[str]:
 
 
 class Wanted(NamedTuple):
-    """What a run has a place for: a parameter's shape and dtype, or those of a state of it."""
+    """A place that a run has for a tensor: shape and dtype of a parameter, or of a state of it."""
 
     shape: list[int]
     dtype: str  # as a file's header spells it
@@ -174,6 +179,7 @@ def _check_fit(
             raise InputError(
                 f"{file}: {shown(name)}: missing; its tensors are not those that this run trains"
             )
+
     for name, found in stored.items():
         if name not in places:
             raise InputError(
@@ -228,7 +234,7 @@ def _own(tensor: Any) -> Tensor:
 
 
 def _rows(tensor: Tensor) -> range:
-    """Which rows they are: as torch.chunk shares them out."""
+    """The numbers of its rows: as torch.chunk shares them out."""
     rows = tensor.shape[0] if tensor.dim() else 1
     if not _is_shared(tensor):
         return range(rows)
@@ -283,6 +289,8 @@ def _stored(files: Mapping[Path, Any]) -> dict[str, Stored]:
         for name in file.keys():  # noqa: SIM118 (not a dict)
             piece = file.get_slice(name)
             dtype, shape, where = str(piece.get_dtype()), piece.get_shape(), f"{path}: {shown(name)}"
+
+            # its rows go on where those of the file before end
             found = stored.setdefault(name, Stored(where, dtype, [0, *shape[1:]] if shape else []))
             rows = found.shape[0] if shape and found.shape else 0
             if found.dtype != dtype or found.shape[1:] != shape[1:] or (found.pieces and not found.shape):

@@ -1,4 +1,4 @@
-"""How a Config and a function become a command: flags by tyro, one message for wrong input, an exit status."""
+"""A command, made of a Config and a function: flags by tyro, one message for wrong input, an exit status."""
 
 import dataclasses
 import sys
@@ -40,6 +40,8 @@ def _status(
         where = "" if error.filename is None else f"{shown(error.filename)}: "
         print(f"\n{name}: {InputError(f'{where}{error.strerror or error}')}", file=sys.stderr)
         return 1
+
+    # what is missing: a package, memory
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
@@ -62,13 +64,12 @@ def _parsed(name: str, module: ModuleType, arguments: Sequence[str]) -> Any:
 
     # 1. the same flags with their help, which tyro does not find where a class sets the default alone
     config, hints = module.Config, get_type_hints(module.Config, include_extras=True)
+    texts = helps(config)
     fields: list[Any] = []
     for field in dataclasses.fields(config):
         default: Any = {"default": field.default, "default_factory": field.default_factory}
-        text = helps(config).get(field.name)
-        fields.append(
-            (field.name, Annotated[hints[field.name], tyro.conf.arg(help=text)], dataclasses.field(**default))
-        )
+        hint = Annotated[hints[field.name], tyro.conf.arg(help=texts.get(field.name))]
+        fields.append((field.name, hint, dataclasses.field(**default)))
     flags: Any = dataclasses.make_dataclass("Flags", fields, frozen=True, kw_only=True)
 
     # 2. what was given, as a Config

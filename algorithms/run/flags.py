@@ -4,12 +4,16 @@ A method's Config is one of these classes with its own flags behind it. The comm
 what it may be. A method that wants another default sets it in one line, `steps: int = 200`: help and bounds stay.
 """
 
+import ast
 import dataclasses
 import inspect
+import io
 import json
 import os
 import re
+import textwrap
 import time
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import inf
@@ -205,18 +209,23 @@ def _bounds_in(hint: Any) -> Iterator[Bounds]:
 
 
 def helps(config: type) -> dict[str, str]:
-    """The help of a Config's flags, by name: the comment behind the line of a flag, that of a class above it where the
-    line has none.
-    """
+    """The help of a Config's flags, by name: the comment behind a flag, that of a class above it where it has none."""
     found: dict[str, str] = {}
-    for cls in filter(dataclasses.is_dataclass, reversed(config.__mro__)):
+    classes: list[type] = [cls for cls in reversed(config.__mro__) if dataclasses.is_dataclass(cls)]
+    for cls in classes:
         try:
-            source = inspect.getsource(cls)
+            source = textwrap.dedent(inspect.getsource(cls))
         except OSError:  # a Config that stands in no file
             continue
-        for line in source.splitlines():
-            if flag := re.match(r"    (\w+): [^#]*?  # (.*)$", line):
-                found[flag[1]] = flag[2]
+
+        # a flag may be wrapped over several lines, with its comment on any of them
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        comments = {one.start[0]: one.string.lstrip("# ") for one in tokens if one.type == tokenize.COMMENT}
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+                if text := " ".join(comments[line] for line in lines if line in comments):
+                    found[node.target.id] = text
     return found
 
 

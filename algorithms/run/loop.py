@@ -29,6 +29,7 @@ from tqdm import tqdm
 from ...model.checkpoint import save_model
 from ...model.errors import InputError
 from ...model.files.finite import TooLarge
+from ...model.files.replacing import replacing
 from ...model.files.text_files import check_regular, parse_json
 from ...model.scalar import ScalarModel
 from ...model.text.tokenizer import Tokenizer
@@ -91,7 +92,7 @@ class Run:
             self._bar.close()
 
     def _parts(self) -> dict[str, Part]:
-        """What a checkpoint holds: each model, and beside it its optimizer."""
+        """The parts of a checkpoint: each model, and beside it its optimizer."""
         parts: dict[str, Part] = {}
         for name, learner in self._learners.items():
             optimizer = "optimizer" if name == "model" else f"{name}_optimizer"
@@ -109,7 +110,10 @@ class Run:
                 _end_of_steps(file, self.start, a_line_a_step=file == metrics)
                 for file in (metrics, completions)
             ]
-            _replace(self.folder / "config.json", as_json(self._cfg))
+
+            # nothing is changed before both can be read
+            with replacing(self.folder / "config.json") as beside:
+                beside.write_text(as_json(self._cfg))
             _cut(metrics, ends[0])
             _cut(completions, ends[1])
             return open(metrics, "a")
@@ -129,6 +133,7 @@ class Run:
             dynamic_ncols=True,
             disable=rank() > 0,
         )
+
         self._clock = time.perf_counter()
         for step in range(self.start, total):
             self._step, self.seconds = step, {}
@@ -178,6 +183,7 @@ class Run:
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
         }
+
         try:
             self._metrics.write(json.dumps(line) + "\n")
             self._metrics.flush()
@@ -237,7 +243,7 @@ def _check_progress(file: Path, config: Any, start: int, values: Mapping[str, fl
 
 
 def _end_of_steps(file: Path, step: int, a_line_a_step: bool) -> int:
-    """How many bytes of a file of records are of the steps before `step`; 0 without the file.
+    """The number of bytes of a file of records that are of the steps before `step`; 0 without the file.
 
     The lines stay as they are, broken bytes in them included: nothing but people reads them again. A line that does
     not tell its step is that of its place where there is a line a step. Raises InputError naming it where there is not.
@@ -251,12 +257,14 @@ def _end_of_steps(file: Path, step: int, a_line_a_step: bool) -> int:
             found = _step_of(line)
             if found is None and not line.endswith(b"\n"):  # a crash has torn it
                 break
+
             if found is None and not a_line_a_step:
                 got = line[:60].decode("utf-8", "replace")
                 raise InputError(f"{file} line {i + 1}: expected an object with its step, got {got!r}")
             if (i if found is None else found) >= step:
                 break
             end, count, unread = end + len(line), count + 1, unread + (found is None)
+
     if a_line_a_step and (unread or count != step):
         print(
             f"warning: {file}: {count - unread} of the first {step} steps can be read; it goes on as it is",
@@ -283,14 +291,3 @@ def _cut(file: Path, end: int) -> None:
         opened.seek(max(end - 1, 0))
         if opened.read(1) not in (b"", b"\n"):
             opened.write(b"\n")
-
-
-def _replace(file: Path, text: str) -> None:
-    """Write a file whole: a crash leaves the earlier one."""
-    beside = file.with_name(f".{file.name}.partial")
-    try:
-        beside.write_text(text)
-        beside.replace(file)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise

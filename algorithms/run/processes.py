@@ -1,11 +1,12 @@
-"""Training on several processes: `torchrun --nproc-per-node N -m burnish.algorithms.sft ...`. With one, all of this is
-nothing: a model stays as it is, a sum is its only term.
+"""Training on several processes: `torchrun --nproc-per-node N -m burnish.algorithms.sft ...`.
+
+With one process nothing here acts: a model stays as it is, a sum is its only term.
 
     shard(model)                        each process keeps 1/N of every tensor, of its gradient, and of AdamW's moments
     shares(lengths, micro_batch_tokens) the micro-batches of this process, as many as every other has
     summed(metrics)                     over processes: losses are sums over a global denominator, so gradients add up
     with unsharded(model): ...          whole weights, for work that is not in step with the other processes
-    gathered(tensors)                   what each process has found, told to all
+    gathered(tensors)                   what each process has found, on all
 
 Every process reads the same rows and draws the same order, so all know the step's whole batch and its denominators
 without a message. Collectives have to meet: a process without sequences in a round runs IDLE, which adds nothing.
@@ -41,7 +42,7 @@ def world() -> int:
 
 
 def rank() -> int:
-    """Which of them this one is. Rank 0 alone prints, logs and writes models."""
+    """The number of this process. Rank 0 alone prints, logs and writes models."""
     return dist.get_rank() if world() > 1 else 0
 
 
@@ -58,6 +59,8 @@ def processes(command: str, device: str) -> Iterator[None]:
         raise InputError(
             f"{command} runs on one process: expected no torchrun; {', '.join(TRAINERS)} run on several"
         )
+
+    # each process joins with a GPU of its own
     if device.startswith("cuda"):
         if device != "cuda":
             raise InputError(
@@ -65,6 +68,8 @@ def processes(command: str, device: str) -> Iterator[None]:
             )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
+
+    # the others are silent, but for how they end
     with contextlib.ExitStack() as stack:
         if rank():
             quiet = stack.enter_context(open(os.devnull, "w"))
@@ -94,7 +99,7 @@ def check_joined() -> None:
 
 
 def host(device: str) -> str:
-    """Where weights are read; with several processes in the host's memory, from which `shard` moves the parts."""
+    """The device on which weights are read; of several processes the host, from which `shard` moves the parts."""
     return device if world() == 1 else "cpu"
 
 
@@ -228,11 +233,11 @@ def most(count: int) -> int:
     """The largest of the processes' numbers."""
     if world() == 1:
         return count
-    return max(int(said["count"]) for said in gathered({"count": torch.tensor(count)}))
+    return max(int(each["count"]) for each in gathered({"count": torch.tensor(count)}))
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """What every process has passed, by rank; shapes may differ. Sent as safetensors: nothing is unpickled."""
+    """The tensors that every process has passed, by rank; shapes may differ. Sent as safetensors, not pickled."""
     if world() == 1:
         return [dict(tensors)]
     from safetensors.torch import load, save
@@ -244,17 +249,17 @@ def gathered(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     padded = torch.nn.functional.pad(sent, (0, longest - sent.numel())).to(_device())
     received = [torch.empty_like(padded) for _ in range(world())]
     dist.all_gather(received, padded)
-    return [load(bytes(said[: int(size)].cpu().numpy())) for said, size in zip(received, sizes, strict=True)]
+    return [load(bytes(data[: int(size)].cpu().numpy())) for data, size in zip(received, sizes, strict=True)]
 
 
 def from_rank_0(text: str) -> str:
     """The text of rank 0, a path for instance, on every process."""
-    said = gathered({"text": torch.tensor(list(os.fsencode(text)), dtype=torch.uint8)})[0]["text"]
-    return os.fsdecode(bytes(said.tolist()))
+    first = gathered({"text": torch.tensor(list(os.fsencode(text)), dtype=torch.uint8)})[0]
+    return os.fsdecode(bytes(first["text"].tolist()))
 
 
 def _device() -> torch.device:
-    """Where collectives want their tensors."""
+    """The device on which collectives want their tensors."""
     return (
         torch.device("cpu")
         if dist.get_backend() == "gloo"

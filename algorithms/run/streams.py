@@ -36,7 +36,7 @@ class Output:
             self._give_up(error)
 
     def _give_up(self, error: OSError) -> None:
-        """What is still in a buffer, and what a library writes by the stream's number, goes nowhere, too."""
+        """Send what is still in a buffer, and what a library writes by the stream's number, nowhere, too."""
         self.error = self.error or error
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, self._stream.fileno())
@@ -47,7 +47,7 @@ class Output:
 
 
 def harmless(text: str) -> str:
-    """What a model wrote, for a terminal: control characters are escaped, but for line breaks and tabs."""
+    """A model's text for a terminal: control characters are escaped, but for line breaks and tabs."""
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
@@ -66,6 +66,7 @@ def run_program(name: str, main: Callable[[], int | None]) -> int:
     sys.stdout = output
     with suppress(AttributeError, ValueError):  # a stand-in of somebody else's
         output.reconfigure(errors="backslashreplace")
+
     try:
         status = main() or 0
     except SystemExit as stop:  # tyro's and argparse's, of help and of wrong usage
@@ -82,6 +83,7 @@ def run_program(name: str, main: Callable[[], int | None]) -> int:
             raise
         print(f"\n{name}: {error}", file=sys.stderr)
         status = 1
+
     output.flush()
     if output.error is None:
         return status

@@ -1,4 +1,4 @@
-"""What the adapter flags of an algorithm do: --lora-rank, --lora-alpha, --lora-dropout, --base-4bit.
+"""The model that is trained, as the adapter flags make it: --lora-rank, --lora-alpha, --lora-dropout, --base-4bit.
 
     model = load_trainee(cfg)              in place of load_model(cfg.model, device=cfg.device)
     reference = frozen_copy(model)         model/adapter.py: with a fresh adapter, the same weights and no second copy
@@ -65,13 +65,15 @@ def _start_training(model: Transformer | ScalarModel, cfg: Any) -> None:
 
 
 def _device(cfg: Any) -> str:
-    """Where the weights are read; 4-bit ones stay whole on each GPU."""
+    """The device on which the weights are read; 4-bit ones stay whole on each GPU."""
     return cfg.device if cfg.base_4bit else host(cfg.device)
 
 
 def _dtype(cfg: Any, folder: Path, continued: bool) -> torch.dtype:
-    """Of the weights. continued: is `folder` an adapter that is trained further? Raises InputError for a flag that
-    would be ignored."""
+    """The weights' dtype. continued: whether `folder` is an adapter, with which training goes on.
+
+    Raises InputError for a flag that would be ignored.
+    """
     if continued and cfg.lora_rank and folder == cfg.model:
         raise InputError(
             f"--lora-rank: {folder} is an adapter, with which training goes on as it is: leave the flag out"
@@ -88,11 +90,10 @@ def _dtype(cfg: Any, folder: Path, continued: bool) -> torch.dtype:
 def _add(model: Transformer | ScalarModel, cfg: Any, folder: Path, **options: Any) -> None:
     if cfg.lora_rank:
         options |= {"dropout": getattr(cfg, "lora_dropout", 0.0), "base": str(folder)}
-        if (
-            model.config.experts is not None
-        ):  # names that the model has: PEFT would take others for experts' old names
-            held = {name.rpartition(".")[2] for name, layer in linears(model).items() if not layer.stack}
-            options |= {"targets": tuple(name for name in LINEARS if name in held), "parameters": EXPERTS}
+        if model.config.experts is not None:
+            # names that the model has: PEFT would take others for experts' old names
+            names = {name.rpartition(".")[2] for name, layer in linears(model).items() if not layer.stack}
+            options |= {"targets": tuple(name for name in LINEARS if name in names), "parameters": EXPERTS}
         add_lora(model, cfg.lora_rank, cfg.lora_alpha, seed=cfg.seed, **options)
     elif lora_config(model) is None and any(layer.four_bit is not None for layer in linears(model).values()):
         raise InputError(

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from burnish.algorithms.data import rows as _rows
+from burnish.algorithms.data import rows
 from burnish.algorithms.data.examples import rl_prompts, sft_examples
 from burnish.algorithms.data.pairs import judged_completions, preferences
 from burnish.algorithms.data.parquet_footer import read_footer
-from burnish.algorithms.data.rows import Row, read_rows
+from burnish.algorithms.data.row import Row
+from burnish.algorithms.data.rows import read_rows
 from burnish.model.errors import InputError
 from burnish.model.text.tokenizer import Tokenizer
 from fork import in_a_fork
@@ -360,13 +361,13 @@ FAULTS = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_caught(tmp_path, monkeypatch, name):
-    module = copy_of(_rows, tmp_path, monkeypatch, *FAULTS[name])
+    module = copy_of(rows, tmp_path, monkeypatch, *FAULTS[name])
     with pytest.raises(AssertionError, match="expected"):
         broken_files_are_named(module, tmp_path)
 
 
 def test_a_faithful_copy_passes(tmp_path, monkeypatch):
-    broken_files_are_named(copy_of(_rows, tmp_path, monkeypatch), tmp_path)
+    broken_files_are_named(copy_of(rows, tmp_path, monkeypatch), tmp_path)
 
 
 def test_a_row_is_small():

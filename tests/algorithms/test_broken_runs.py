@@ -11,9 +11,10 @@ import pytest
 import torch
 from burnish.algorithms import sft
 from burnish.algorithms.data.lessons import Lesson, read_lessons, write_lessons
-from burnish.algorithms.run import checkpoint as _checkpoint
+from burnish.algorithms.run import checkpoint as checkpoint_file  # `checkpoint` is a fixture
 from burnish.algorithms.run.checkpoint import read_checkpoint, write_checkpoint
-from burnish.algorithms.run.loop import CHECKPOINT, check_flags, make_optimizer
+from burnish.algorithms.run.flags import CHECKPOINT, check_flags
+from burnish.algorithms.run.optimizer import make_optimizer
 from burnish.model.errors import InputError
 from burnish.model.text.tokenizer import Tokenizer
 from planted import copy_of
@@ -378,7 +379,7 @@ def test_a_full_device_is_one_sentence(run, monkeypatch, tmp_path, name):
     before = contents(run.output)
     full = lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     if name == CHECKPOINT:
-        monkeypatch.setattr(_checkpoint, "save_file", full)
+        monkeypatch.setattr(checkpoint_file, "save_file", full)
     elif name == "model":
         monkeypatch.setattr("burnish.model.files.tensors.save_file", full)
     else:
@@ -433,10 +434,10 @@ QUICK = ("any file", "not finite")
     "name", [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in FAULTS]
 )
 def test_a_planted_fault_is_caught(checkpoint, tmp_path, monkeypatch, name):
-    module = copy_of(_checkpoint, tmp_path, monkeypatch, *FAULTS[name])
+    module = copy_of(checkpoint_file, tmp_path, monkeypatch, *FAULTS[name])
     with pytest.raises(AssertionError, match="expected"):
         every_broken_checkpoint_is_named(module, checkpoint)
 
 
 def test_a_faithful_copy_passes(checkpoint, tmp_path, monkeypatch):
-    every_broken_checkpoint_is_named(copy_of(_checkpoint, tmp_path, monkeypatch), checkpoint)
+    every_broken_checkpoint_is_named(copy_of(checkpoint_file, tmp_path, monkeypatch), checkpoint)

@@ -21,8 +21,7 @@ from burnish.algorithms import distill, dpo, grpo, kto, ppo, reward, sft, teach
 from burnish.algorithms.__main__ import COMMANDS
 from burnish.algorithms.data.batch import over_completions
 from burnish.algorithms.run import learner
-from burnish.algorithms.run import processes as _distributed
-from burnish.algorithms.run.processes import parts, processes, rank, shard, world
+from burnish.algorithms.run.processes import TRAINERS, parts, processes, rank, shard, shares, world
 from burnish.model.adapter import adapters, add_lora, merge_lora, quantize_base
 from burnish.model.checkpoint import load_model, save_model, stream_weights
 from burnish.model.config import Experts
@@ -470,7 +469,7 @@ def test_what_runs_on_one_process_says_so(inputs, tmp_path):
 # ---- on one process
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - _distributed.TRAINERS))
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - TRAINERS))
 def test_other_commands_refuse_torchrun(monkeypatch, command):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with (
@@ -501,18 +500,18 @@ def test_parts_are_even_and_whole():
 @pytest.mark.parametrize("several", [2, 3])
 def test_shares_are_the_batch_in_as_many_rounds(monkeypatch, several):
     lengths = [5, 90, 7, 30, 61, 8, 44, 12, 3, 200]
-    monkeypatch.setattr(_distributed, "world", lambda: several)
+    monkeypatch.setattr("burnish.algorithms.run.processes.world", lambda: several)
     by_rank = []
     for place in range(several):
-        monkeypatch.setattr(_distributed, "rank", lambda place=place: place)
-        by_rank.append(_distributed.shares(lengths, 100))
+        monkeypatch.setattr("burnish.algorithms.run.processes.rank", lambda place=place: place)
+        by_rank.append(shares(lengths, 100))
     assert len({len(rounds) for rounds in by_rank}) == 1
     members = [part for rounds in by_rank for part in rounds]
     assert sorted(i for part in members for i in part) == [*range(len(lengths))]
     assert all(
         sum(lengths[i] for i in part) <= 200 for part in members
     )  # the longest, which is beyond the capacity
-    assert _distributed.shares([3], 100) == [[]]  # of the last rank, with nothing to do
+    assert shares([3], 100) == [[]]  # of the last rank, with nothing to do
 
 
 if __name__ == "__main__":

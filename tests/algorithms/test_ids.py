@@ -339,11 +339,11 @@ def test_the_check_finds_each():
 def test_the_check_can_fail(old, new):
     import inspect
 
-    from burnish.algorithms.data import ids as _ids
+    from burnish.algorithms.data import ids
 
     source = inspect.getsource(check_ids)
     assert source.count(old) == 1, "plant this control anew"
-    space = dict(vars(_ids))
+    space = dict(vars(ids))
     exec(source.replace(old, new), space)
     with pytest.raises(AssertionError):
         finds_each(space["check_ids"])

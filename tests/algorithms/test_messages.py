@@ -9,16 +9,14 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
-from burnish.algorithms.data import examples as _data
-from burnish.algorithms.data import messages as _messages
-from burnish.algorithms.data import rows as _rows
+from burnish.algorithms.data import examples, messages, rows
+from burnish.algorithms.data import row as row_file
 from burnish.algorithms.data.examples import rl_prompts, sft_examples
 from burnish.algorithms.data.functions import takes
 from burnish.algorithms.data.pairs import judged_completions, preferences
 from burnish.algorithms.data.rendering import Form
-from burnish.algorithms.data.rows import read_rows
-from burnish.algorithms.run.flags import load_tokenizer
-from burnish.algorithms.run.loop import report_counts
+from burnish.algorithms.data.rows import read_rows, report_counts
+from burnish.algorithms.data.tokenizer import load_tokenizer
 from burnish.algorithms.sft import Config
 from burnish.model.errors import InputError
 from burnish.model.text.tokenizer import Tokenizer
@@ -196,7 +194,7 @@ def test_tools_reach_the_template_from_every_shape(chat, tools, reader, name):
     found, counts = function.get(reader, rl_prompts)([row], chat, max_length=4096)
     start = turn("tools", json.dumps(TOOLS)) + "mood fine\n"
     for one in found:
-        ids = one.prompt if hasattr(one, "prompt") else one.tokens
+        ids = one.tokens if hasattr(one, "tokens") else one.prompt
         assert chat.decode(ids, False).startswith(start)
     assert found and counts.unused == []
 
@@ -234,7 +232,9 @@ def test_a_flag_sets_variables_for_a_run(folder, tmp_path):
     (tmp_path / "own.jinja").write_text(TEMPLATE)
 
     def tokenizer(text, template=str(tmp_path / "own.jinja")):
-        return load_tokenizer(Config(folder, tmp_path, chat_template=template, chat_template_kwargs=text))
+        return load_tokenizer(
+            Config(model=folder, data=tmp_path, chat_template=template, chat_template_kwargs=text)
+        )
 
     (text, _), *_ = sft(tokenizer('{"mood": "calm"}'), ROWS["messages"])
     assert text.startswith("mood calm\n")
@@ -608,7 +608,10 @@ def test_variables_that_a_template_sets_itself_are_not_read(make, folder, tmp_pa
     assert read("sft", [row], own).unused == ["chat_template_kwargs.mood", "chat_template_kwargs.noise"]
     (tmp_path / "own.jinja").write_text(own.chat_template)
     cfg = Config(
-        folder, tmp_path, chat_template=str(tmp_path / "own.jinja"), chat_template_kwargs='{"mood": 1}'
+        model=folder,
+        data=tmp_path,
+        chat_template=str(tmp_path / "own.jinja"),
+        chat_template_kwargs='{"mood": 1}',
     )
     with pytest.raises(
         InputError, match="--chat-template-kwargs: the chat template reads no variable 'mood'"
@@ -620,7 +623,12 @@ def test_a_variable_of_vendors_templates_that_changes_nothing_is_refused(folder,
     """Jinja's own list of what a template reads has names in it that the template sets first."""
     file = shared_data / "chat_templates" / "qwen3.jinja"
     for name, works in {"enable_thinking": True, "content": False, "reasoning_content": False}.items():
-        cfg = Config(folder, tmp_path, chat_template=str(file), chat_template_kwargs=json.dumps({name: True}))
+        cfg = Config(
+            model=folder,
+            data=tmp_path,
+            chat_template=str(file),
+            chat_template_kwargs=json.dumps({name: True}),
+        )
         tokenizer = load_tokenizer(cfg)
         assert name in tokenizer.template_variables
         if works:
@@ -628,7 +636,9 @@ def test_a_variable_of_vendors_templates_that_changes_nothing_is_refused(folder,
             continue
         with pytest.raises(InputError, match=f"--chat-template-kwargs: '{name}' changes nothing"):
             sft(tokenizer, ROWS["messages"])
-    cfg = Config(folder, tmp_path, chat_template=str(file), chat_template_kwargs='{"thinking": true}')
+    cfg = Config(
+        model=folder, data=tmp_path, chat_template=str(file), chat_template_kwargs='{"thinking": true}'
+    )
     with pytest.raises(InputError, match="reads no variable 'thinking'; it reads enable_thinking, tools"):
         load_tokenizer(cfg)
 
@@ -828,24 +838,24 @@ def nothing_is_unused(self, rows, used=None):
 
 
 FAULTS = {
-    "columns not named": (_rows.Tally, "close", nothing_is_unused, "column"),
+    "columns not named": (rows.Tally, "close", nothing_is_unused, "column"),
     "every column taken": (
-        _rows.Row,
+        row_file.Row,
         "take",
         lambda row, name: row.used.update(row) or row.get(name),
         "column",
     ),
-    "nulls of Arrow kept": (_rows, "without_nulls", lambda value: value, "parquet"),
-    "weights not read": (_messages, "_is_trained", lambda turn: True, "weight"),
-    "empty turns trained": (_messages, "says_something", lambda turn: True, "empty"),
-    "tools left behind": (_messages, "template_variables", lambda row, tokenizer: {}, "tools"),
-    "system left behind": (_data, "with_system", lambda row, turns: turns, "system"),
-    "history left behind": (_messages, "_history", lambda row: [], "history"),
-    "any content taken": (_messages, "_content", lambda content, role, where: content, "content"),
-    "any role taken": (_data, "no_assistant", lambda turns: None, "role"),
+    "nulls of Arrow kept": (row_file, "without_nulls", lambda value: value, "parquet"),
+    "weights not read": (messages, "_is_trained", lambda turn: True, "weight"),
+    "empty turns trained": (messages, "says_something", lambda turn: True, "empty"),
+    "tools left behind": (messages, "template_variables", lambda row, tokenizer: {}, "tools"),
+    "system left behind": (examples, "with_system", lambda row, turns: turns, "system"),
+    "history left behind": (messages, "_history", lambda row: [], "history"),
+    "any content taken": (messages, "_content", lambda content, role, where: content, "content"),
+    "any role taken": (examples, "no_assistant", lambda turns: None, "role"),
     "nothing has to be said": (
-        _messages,
-        "all_said",
+        messages,
+        "whole_form",
         lambda messages, *_, **__: (list(messages), Form((0,))),
         "role",
     ),

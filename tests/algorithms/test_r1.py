@@ -115,7 +115,7 @@ def test_every_stage_runs_and_is_reported(short, capsys, monkeypatch):
 @pytest.mark.slow
 def test_the_recipe_reaches_what_it_must(tmp_path, monkeypatch):
     tables = []
-    monkeypatch.setattr(r1, "print_table", lambda table, seeds: tables.append(table))
+    monkeypatch.setattr(r1, "print_table", lambda heading, table, *_: tables.append(table))
     r1.train(r1.Config(output=tmp_path / "r1", device="cpu"))
     scores = {stage: score.pass_at_1 for stage, score in tables[0].items()}
     assert scores["base"] <= 25 and tables[0]["base"].greedy <= 25

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from burnish.algorithms.data.examples import sft_examples
-from burnish.algorithms.data.rendering import all_said
+from burnish.algorithms.data.rendering import whole_form
 from burnish.model.errors import InputError
 from burnish.model.text import template
 from burnish.model.text.tokenizer import Tokenizer
@@ -41,7 +41,7 @@ def test_the_golden_ids_are_still_what_transformers_gives(monkeypatch, shared_da
 def test_every_template_renders_what_transformers_renders(monkeypatch):
     """Random conversations, each in the form in which the template leaves nothing out; some are refused."""
     golden = module(TESTS / "data" / "make_chat_golden.py")
-    conversation = module(TESTS / "algorithms" / "test_said.py").conversation
+    conversation = module(TESTS / "algorithms" / "test_rendering.py").conversation
     monkeypatch.setattr(template, "datetime", golden.FrozenClock)
     monkeypatch.setattr(transformers.utils.chat_template_utils, "datetime", golden.FrozenClock)
     theirs = transformers.AutoTokenizer.from_pretrained(TESTS / "data" / "tokenizer", bos_token=golden.BOS)
@@ -62,7 +62,7 @@ def test_every_template_renders_what_transformers_renders(monkeypatch):
                 {"tools": [golden.WEATHER]} if draw.random() < 0.5 else {},
             )
             try:
-                messages, _ = all_said(messages, one, variables, ask=False)
+                messages, _ = whole_form(messages, one, variables, ask=False)
             except InputError:
                 continue
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import jinja2.sandbox
 import pytest
-from burnish.algorithms.data import rendering as _said
+from burnish.algorithms.data import rendering
+from burnish.algorithms.data.row import Row
 from burnish.algorithms.data.row_template import shaped
-from burnish.algorithms.data.rows import Row
 from burnish.model.errors import InputError
 from burnish.model.text import bounded, meter, sandbox, template
 from burnish.model.text.meter import OverBudget
@@ -278,7 +278,7 @@ def test_a_template_without_end_is_rendered_once(data, monkeypatch):
     renderings = []
     monkeypatch.setattr(ChatTemplate, "render", counted(ChatTemplate.render, renderings))
     with pytest.raises(OverBudget, match="the chat template takes more than 150,000 steps"):
-        _said.all_said(
+        rendering.whole_form(
             [{"role": "user", "content": [{"type": "text", "text": "a"}]}], tokenizer, {}, ask=True
         )
     assert len(renderings) == 1

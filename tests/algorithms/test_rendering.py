@@ -9,9 +9,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from burnish.algorithms.data import rendering as _said
+from burnish.algorithms.data import rendering
 from burnish.algorithms.data.examples import rl_prompts, sft_examples
-from burnish.algorithms.data.rendering import Unsaid
+from burnish.algorithms.data.rendering import NotRendered
 from burnish.model.errors import InputError
 from burnish.model.text.template import PLAIN_TEMPLATE
 from burnish.model.text.tokenizer import Tokenizer
@@ -55,8 +55,8 @@ def make(request):
     return lambda template: Tokenizer(Backend.from_str(backend), eos="<|im_end|>", chat_template=template)
 
 
-def check(tokenizer, messages=TALK, module=_said):
-    return module.all_said(messages, tokenizer, {}, ask=False)
+def check(tokenizer, messages=TALK, module=rendering):
+    return module.whole_form(messages, tokenizer, {}, ask=False)
 
 
 def test_a_template_that_says_all_is_believed(make):
@@ -79,7 +79,7 @@ def test_whatever_is_taken_out_of_a_template_is_missed(make, block, instead):
         messages, _ = check(make(TEMPLATE.replace(block, instead)))
         assert isinstance(messages[1]["content"], str if "part" in block else list)
         return
-    with pytest.raises(Unsaid):
+    with pytest.raises(NotRendered):
         check(make(TEMPLATE.replace(block, instead)))
 
 
@@ -105,7 +105,7 @@ def test_what_a_template_passes_over_is_missed(make, old, new):
         messages, _ = check(tokenizer)  # a joined text is all that is needed
         assert messages[1]["content"] == "onetwo"
         return
-    with pytest.raises(Unsaid):
+    with pytest.raises(NotRendered):
         check(tokenizer)
 
 
@@ -127,9 +127,9 @@ def test_a_template_that_refuses_other_words_is_asked_with_the_real_ones(make):
     talk = [{"role": "user", "content": "yes"}, {"role": "assistant", "content": "no"}]
     assert check(strict, talk) == (talk, ((0, 0, 0, 0), 0, ()))
     half = make(strict.chat_template.replace("for m in messages", "for m in messages[1:]"))
-    with pytest.raises(Unsaid) as error:
+    with pytest.raises(NotRendered) as error:
         check(half, talk)
-    assert error.value.said[:2] == (0, "content")
+    assert error.value.mark[:2] == (0, "content")
     with pytest.raises(InputError, match="what"):
         check(strict, [{"role": "user", "content": "perhaps"}])
 
@@ -172,7 +172,7 @@ def conversation(draw: random.Random) -> list[dict]:
     return turns
 
 
-def said_words(turns: list[dict]) -> tuple[set[str], set[str]]:
+def words_of(turns: list[dict]) -> tuple[set[str], set[str]]:
     """All words of a conversation, and those that a template may drop: what earlier turns thought."""
     every = set(re.findall(r"w\d{4,}e", json.dumps(turns)))
     may_miss: set[str] = set()
@@ -199,7 +199,7 @@ def holds(tokenizer: Tokenizer, turns: list[dict]) -> bool:
         assert str(error).startswith("row 1: ")
         return False
     text = tokenizer.decode(examples[0].tokens, False)
-    every, may_miss = said_words(turns)
+    every, may_miss = words_of(turns)
     missing = {one for one in every if one not in text} - named_words(turns, counts.unused)
     assert missing <= may_miss, f"{missing - may_miss} of {turns}\n{text}"
     assert not missing or counts["turns whose reasoning the chat template drops, as others follow"]
@@ -210,9 +210,9 @@ def holds(tokenizer: Tokenizer, turns: list[dict]) -> bool:
     except InputError:
         return True
     text = tokenizer.decode(prompt.tokens, False)
-    every, may_miss = said_words(asked)
+    every, may_miss = words_of(asked)
     missing = {one for one in every if one not in text} - named_words(asked, counts.unused)
-    assert missing <= may_miss | said_words([*asked, turns[-1]])[1]
+    assert missing <= may_miss | words_of([*asked, turns[-1]])[1]
     return True
 
 
@@ -234,13 +234,13 @@ def test_what_a_message_says_stands_in_the_text_or_the_row_is_refused(shared_dat
 
 
 def copy_of(folder: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> ModuleType:
-    source = Path(_said.__file__).read_text()
+    source = Path(rendering.__file__).read_text()
     assert source.count(old) == 1, (
         f"rendering.py has `{old}` {source.count(old)} times: plant this control anew"
     )
-    (folder / "control_said.py").write_text(source.replace(old, new))
+    (folder / "control_rendering.py").write_text(source.replace(old, new))
     spec = importlib.util.spec_from_file_location(
-        "burnish.algorithms.data.control_said", folder / "control_said.py"
+        "burnish.algorithms.data.control_rendering", folder / "control_rendering.py"
     )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -257,11 +257,11 @@ def misses_what_is_taken_out(module: ModuleType, make) -> None:
     for block in outputs()[1:]:
         if "content" in block or "part" in block:
             continue  # each says what the other would
-        with pytest.raises(module.Unsaid):
+        with pytest.raises(module.NotRendered):
             check(make(TEMPLATE.replace(block, "")), module=module)
-    with pytest.raises(module.Unsaid):
+    with pytest.raises(module.NotRendered):
         check(make(TEMPLATE.replace("loop.last or keep", "false")), module=module)
-    with pytest.raises(module.Unsaid):
+    with pytest.raises(module.NotRendered):
         check(make(TEMPLATE.replace("for m in messages", "for m in messages[1:]")), module=module)
 
 
@@ -287,26 +287,26 @@ def finds_the_form(module: ModuleType, make) -> None:
 
 def the_same_word_elsewhere(module: ModuleType, make) -> None:
     """A tool's name that stands in the conversation anyway."""
-    said = {"role": "user", "content": "f a 1 b c d e 2.5 g"}
-    talk = [said, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
-    with pytest.raises(module.Unsaid):
+    question = {"role": "user", "content": "f a 1 b c d e 2.5 g"}
+    talk = [question, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    with pytest.raises(module.NotRendered):
         check(make(TEMPLATE.replace("{{- call.function.name -}}", "")), talk, module)
 
 
 def misses_words(module: ModuleType, make) -> None:
     """What a template does with one word alone."""
-    with pytest.raises(module.Unsaid):
+    with pytest.raises(module.NotRendered):
         check(make(TEMPLATE.replace(".items()", ".items() if key != 'b'")), module=module)
 
 
 FAULTS = [
     (
         "words kept",
-        "self.replace, self.said, self.python = replace,",
-        "self.replace, self.said, self.python = False,",
+        "self.replace, self.marks, self.python = replace,",
+        "self.replace, self.marks, self.python = False,",
         the_same_word_elsewhere,
     ),
-    ("words believed", "raise Unsaid(wrong[0])\n    return", "pass\n    return", misses_words),
+    ("words believed", "raise NotRendered(wrong[0])\n    return", "pass\n    return", misses_words),
     ("none may drop", 'turn["role"] != "assistant" or not after', "True", believes),
     (
         "all may drop",
@@ -314,14 +314,14 @@ FAULTS = [
         '"x":\n        return True',
         misses_what_is_taken_out,
     ),
-    ("nothing missing", "if not _stands(said, text)]", "if False]", misses_what_is_taken_out),
+    ("nothing missing", "if not _is_found(mark, text)]", "if False]", misses_what_is_taken_out),
     ("calls not looked at", ', "tool_calls", "tool_plan"', ', "tool_plan"', misses_what_is_taken_out),
-    ("Python's notation", "for said in marker.python if said.word in text", "for said in []", finds_the_form),
+    ("Python's notation", "for mark in marker.python if mark.text in text", "for mark in []", finds_the_form),
     ("null printed", "wrong += _nulls_written(probe, text, render, ask)", "pass", finds_the_form),
-    ("escaped is said", "return not said.exact and ", "return ", finds_the_form),
+    ("escaped is found", "return not mark.exact and ", "return ", finds_the_form),
     (
         "one form",
-        "(range(_alternatives(messages, forms)) for forms in FORMS)",
+        "(range(num_forms(messages, forms)) for forms in FORMS)",
         "([0] for _ in FORMS)",
         finds_the_form,
     ),

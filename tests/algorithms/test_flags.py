@@ -1,0 +1,188 @@
+"""Flags: each with its help in --help, each number within bounds, defaults that change neither."""
+
+import dataclasses
+import importlib
+import inspect
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import pytest
+from burnish.algorithms.__main__ import COMMANDS, main
+from burnish.algorithms.run import flags
+from burnish.algorithms.run.flags import (
+    Bounds,
+    DropoutFlags,
+    Limit,
+    Seed,
+    Share,
+    SupervisedFlags,
+    TrainingFlags,
+    bounds,
+    check_flags,
+    helps,
+)
+from burnish.model.errors import InputError
+
+NAN, INF = float("nan"), float("inf")
+MODULES = {name: module for name, (module, _, _) in COMMANDS.items()}
+UNBOUNDED = {"reward_weights"}  # of any sign, one a reward function
+ELSEWHERE = {"right_at"}  # of `evaluate`: a reward, which may be any number
+
+
+def config_of(command: str) -> Any:
+    return importlib.import_module(MODULES[command]).Config
+
+
+def is_number(hint: Any) -> bool:
+    return hint in (int, float) or any(map(is_number, get_args(hint)))
+
+
+def without_help(config: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(config)} - {*helps(config)}
+
+
+def without_bounds(config: Any) -> set[str]:
+    hints = get_type_hints(config)
+    numbers = {name for name, hint in hints.items() if is_number(hint)}
+    return numbers - {*bounds(config)} - UNBOUNDED - ELSEWHERE
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_of_every_command_has_its_help(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    assert not without_help(config_of(command))
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    printed = " ".join(re.sub("[│╭╰─╮╯]", " ", capsys.readouterr().out).split())
+    for name, text in helps(config_of(command)).items():
+        assert f" --{name.replace('_', '-')}" in printed and text in printed, f"{name}: {text}"
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("chat", "convert", "merge")])
+def test_every_number_has_bounds(command):
+    assert not without_bounds(config_of(command))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_default_is_within_the_bounds(command):
+    config = config_of(command)
+    for field in dataclasses.fields(config):
+        if (within := bounds(config).get(field.name)) and isinstance(field.default, int | float):
+            is_off = within.switch and field.default == INF
+            assert within.least <= field.default <= within.most or is_off, field.name
+
+
+# ---- classes of flags
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method(DropoutFlags, SupervisedFlags):
+    """As a method writes its own: three defaults, a flag of its own, one with other bounds and another help."""
+
+    output: Path = Path("runs")
+    learning_rate: float = 3e-4
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    steps: int = 7
+    margin: Share = 0.5  # of nothing in particular
+    limit: Limit | None = None  # a bound, or none
+    batch_size: Annotated[int, Bounds(2, 64)] = 4  # pairs, not rows
+
+
+def method(**changes: Any) -> Method:
+    return Method(**{"model": Path("m"), "data": Path("d"), "output": Path("no such folder"), **changes})
+
+
+def test_a_default_alone_keeps_help_and_bounds():
+    for name in ("output", "learning_rate", "schedule", "steps"):
+        assert helps(Method)[name] == helps(TrainingFlags)[name]
+        assert bounds(Method).get(name) == bounds(TrainingFlags).get(name)
+    assert method().steps == 7 and bounds(Method)["steps"] == Bounds(1)
+
+
+def test_a_flag_that_is_written_anew_has_the_new_help_and_bounds():
+    assert helps(Method)["batch_size"] == "pairs, not rows" and bounds(Method)["batch_size"] == Bounds(2, 64)
+    assert helps(Method)["margin"] == "of nothing in particular" and bounds(Method)["margin"] == Bounds(0, 1)
+    assert bounds(Method)["lora_dropout"] == Bounds(0, 0.99)  # of the class beside
+
+
+@pytest.mark.parametrize(
+    "name, inside, outside",
+    [
+        ("steps", [1, 2**53], [0, -1, 2**53 + 1, 10**6000]),
+        ("warmup_steps", [0], [-1]),
+        ("max_length", [2], [1]),
+        ("learning_rate", [0, 1e30], [-1e-9, NAN, INF, 1e39]),
+        ("lora_rank", [0, 256], [-1, 257]),
+        ("lora_alpha", [None, 1e-6], [0.0, NAN, INF]),
+        ("max_grad_norm", [1e-12, INF], [0.0, NAN, -INF]),
+        ("router_aux_loss_coef", [None, 0, 1e9], [-1.0, 1.1e9, INF]),
+        ("lora_dropout", [0, 0.99], [1.0, -0.1]),
+        ("seed", [0, 2**53], [-1, 2**63]),
+        ("margin", [0, 1], [-0.01, 1.01, NAN]),
+        ("limit", [None, 0, 5.0, INF], [-1.0, NAN, -INF]),
+        ("batch_size", [2, 64], [1, 65]),
+    ],
+)
+def test_a_number_outside_its_bounds_is_refused_by_name(name, inside, outside):
+    flag = f"--{name.replace('_', '-')}: expected a number "
+    for value in inside:
+        check_flags(method(**{name: value, "device": "cpu"}))
+    for value in outside:
+        with pytest.raises(InputError, match=re.escape(flag)):
+            check_flags(method(**{name: value, "device": "cpu"}))
+
+
+def test_bounds_that_hang_on_other_flags_add_to_those_of_the_type():
+    with pytest.raises(InputError, match="--steps: expected a number between 3 and 5, got 7"):
+        check_flags(method(device="cpu"), steps=(3, 5))
+    with pytest.raises(InputError, match="--batch-size: expected a number between 2 and 64, got 65"):
+        check_flags(method(device="cpu", batch_size=65), batch_size=(1, 99))
+    check_flags(method(device="cpu", limit=INF), limit=(2, 3))  # off, as its type allows
+
+
+# ---- planted faults
+
+
+def test_a_flag_without_help_is_found():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Silent(SupervisedFlags):
+        wrapped: Annotated[
+            int | None, Bounds(1), "which says nothing, at such a length that it does not fit"
+        ] = None  # as the formatter does it
+        bare: Seed = 0
+        spoken: Seed = 0  # heard
+
+    assert without_help(Silent) == {"bare"}
+    assert helps(Silent)["wrapped"] == "as the formatter does it" and helps(Silent)["spoken"] == "heard"
+
+
+def test_a_number_without_bounds_is_found():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Boundless(SupervisedFlags):
+        free: float = 0.0  # as it likes
+        several: tuple[int, ...] = ()  # as they like
+        maybe: float | None = None  # or not
+
+    assert without_bounds(Boundless) == {"free", "several", "maybe"}
+
+
+def test_a_class_that_overrides_a_bound_is_seen():
+    """In whichever class of a Config's line it stands: the one that is named last counts."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Wider(SupervisedFlags):
+        steps: Annotated[int, Bounds(0)] = 5  # none, too
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Below(Wider):
+        steps: int = 6
+
+    assert bounds(Below)["steps"] == Bounds(0) != bounds(TrainingFlags)["steps"]
+    assert helps(Below)["steps"] == "none, too"
+
+    source = inspect.getsource(bounds)
+    assert source.count("reversed(config.__mro__)") == 1, "plant this control anew"
+    space = dict(vars(flags))
+    exec(source.replace("reversed(config.__mro__)", "config.__mro__"), space)
+    assert space["bounds"](Below)["steps"] == Bounds(1)  # that of the class above all
