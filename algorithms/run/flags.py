@@ -146,7 +146,7 @@ class TrainingFlags(DeviceFlags, RowFlags):
     lora_rank: Rank = 0  # train an adapter of this rank in place of the weights; 0 trains the weights
     lora_alpha: Alpha | None = None  # the adapter's scale is alpha / rank; 2 * rank by default
     base_4bit: bool = False  # hold the frozen weights in 4 bits (NF4): QLoRA
-    router_aux_loss_coef: Weight | None = None  # of the experts' balance loss; config.json's by default
+    router_aux_loss_coef: Weight | None = None  # weight of the experts' balance; config.json's by default
     balance: Literal["pooled", "layer"] = "pooled"  # over all layers at once, or the mean of each layer's own
     save_every: Size = 0  # steps between checkpoints; 0 saves the model once, at the end
     save_dtype: SaveDtype = "auto"  # of what is written; auto: that of --model, tensor by tensor
