@@ -28,7 +28,7 @@ from ..run.processes import IDLE, most, parts, rank, reshard, shares, sum_over_p
 
 @dataclass(frozen=True)
 class Completion:
-    """What follows a prompt. mask: which tokens are trained, n of them. The other fields are of these, in order."""
+    """A text behind a prompt. mask: which tokens are trained, n of them. The other fields are of these, in order."""
 
     tokens: list[int]
     mask: list[bool]
@@ -44,7 +44,7 @@ class Completion:
 
 
 class Item(Protocol):
-    """What a batch is made of."""
+    """A prompt and its completions, as a batch takes them."""
 
     @property
     def prompt(self) -> list[int]: ...  # may be empty
@@ -109,7 +109,7 @@ class Batch:
         return self.sums(logprob)
 
     def values(self, critic: ScalarModel) -> Tensor:
-        """What the critic expects before each token, (tokens,): in the state in which it was chosen."""
+        """The critic's value before each token, (tokens,): of the state in which it was chosen."""
         with autocast(self.rows.device.type):
             return critic.values(self.packed, self.packed.predictors[self.rows])
 
@@ -220,9 +220,11 @@ def make_split_batches(
 
 
 def _own_items(items: Sequence[Item], needed: Tensor) -> Tensor:
-    """Which completions are trained by this process, (all completions,) bool: items whole, tokens about even."""
+    """A mask of the completions that this process trains, (all completions,): items whole, tokens about even."""
     if world() == 1:
         return torch.ones_like(needed)
+
+    # the tokens of each item that are to be packed
     lengths: list[int] = []
     start = 0
     for item in items:
@@ -234,6 +236,7 @@ def _own_items(items: Sequence[Item], needed: Tensor) -> Tensor:
         ]
         lengths.append(len(item.prompt) * bool(trained) + sum(trained))
         start = end
+
     here = set(parts(lengths, world())[rank()])
     return torch.tensor(
         [i in here for i, item in enumerate(items) for _ in item.completions], dtype=torch.bool
@@ -268,6 +271,8 @@ class _Step:
         trained: list[bool] = []
         last: list[int] = []
         numbers: list[int] = []
+
+        # the prompt of each part, if there is one, and its completions behind it
         for part in cut:
             prompt, parent = self._items[part.member].prompt, -1
             if prompt:
@@ -301,7 +306,7 @@ class _Step:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
 
     def _of_tokens(self, chosen: Sequence[Completion]) -> dict[str, Any]:
-        """What completions tell of their trained tokens, end to end; rows of none where there is no completion."""
+        """The fields of completions, of their trained tokens end to end; no rows where there is no completion."""
         any_one = self._completions[0]
 
         def joined(name: str) -> Tensor | None:

@@ -76,6 +76,7 @@ def is_what_was_put_in(one: batch.Batch, items: list[Family]) -> None:
         assert one.positions.tolist()[row : row + length] == list(range(firsts[number], firsts[number + 1]))
         completion = everything[number]
         assert torch.equal(one.sampled_logprob[row : row + length], completion.sampled_logprob)
+        assert one.support is not None and completion.support is not None
         width = completion.support.shape[1]
         assert torch.equal(one.support[row : row + length, :width], completion.support)
         assert (one.support[row : row + length, width:] == -1).all()
@@ -236,7 +237,7 @@ def test_sums_and_means_are_those_of_a_loop(model):
     torch.testing.assert_close(one.sums(values), torch.stack(expected))
 
     # each pair's scores, wherever its micro-batch was
-    pairs = [scored(Family(item.prompt, (item.completions * 2)[:2])) for item in items]
+    pairs = [scored(Family(item.prompt, [*item.completions, *item.completions][:2])) for item in items]
     score = lambda one: one.sums(one.score(model)[0])
     apart = batch.over_completions(model, pairs, score, 1)
     torch.testing.assert_close(apart, batch.over_completions(model, pairs, score, 10**6), atol=1e-5, rtol=0)

@@ -76,9 +76,10 @@ def steps_are_those_written_out(cfg: Config, learner_class: Any = Learner) -> No
 
         total = 0.25 * loss_of(plain, step) + 0.75 * loss_of(plain, step + 4)
         total.backward()
-        norm = torch.stack([p.grad.square().sum() for p in parameters]).sum().sqrt().item()
-        for parameter in parameters:
-            parameter.grad *= min(1.0, 0.5 / (norm + 1e-6))
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt().item()
+        for gradient in gradients:
+            gradient *= min(1.0, 0.5 / (norm + 1e-6))
         for group in adam.param_groups:
             group["lr"] = 1e-2 * ((step + 1) / 2 if step < 2 else 1 - (step - 2) / 4)
         adam.step()
