@@ -56,7 +56,9 @@ class Config(SamplingFlags, SupervisedFlags):
     data: Path  # rows as for SFT, prompts with --student-samples 1, or a teacher's lessons.safetensors
     teacher: Path | None = None  # folder of a model with the same tokenizer; none beside lessons
     output: Path = run_folder("distill")
-    loss: Literal["divergence", "policy_gradient", "sequence"] = "divergence"
+    loss: Literal["divergence", "policy_gradient", "sequence"] = (
+        "divergence"  # algorithms/distill.py says what each is
+    )
     beta: Share | None = None  # of divergence: 0 forward KL, which is the default; 1 reverse KL; between: JSD
     temperature: float = 1.0  # of both distributions, and of sampling
     temperature_squared: bool = False  # times T^2, which holds the size of the divergence's gradient

@@ -60,7 +60,7 @@ class Config(RolloutFlags):
     updates_per_rollout: Count = 1  # optimizer steps on each rollout; from the second on, rho differs from 1
     advantage: Literal["group", "mean", "batch_std", "rloo"] = "group"  # baseline and scale of rewards
     aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = "token_mean"  # what weighs alike
-    loss: Literal["grpo", "gspo", "cispo"] = "grpo"
+    loss: Literal["grpo", "gspo", "cispo"] = "grpo"  # the table in algorithms/grpo.py says what each is
     clip_low: Share | None = None  # rho below 1 - clip_low has no gradient where A < 0; 0.2, gspo 3e-4
     clip_high: Limit | None = (
         None  # rho above 1 + clip_high: none where A > 0; 0.2, gspo 4e-4, cispo 4; DAPO: 0.28

@@ -38,7 +38,7 @@ class Config(DropoutFlags, SupervisedFlags):
     model: Path  # Hugging Face folder, or an adapter's, to start from; also the reference policy
     data: Path  # rows of prompt, completion and label, or of chosen and rejected: .jsonl, .json or .parquet
     output: Path = run_folder("kto")
-    beta: Annotated[float, Bounds(1e-9)] = 0.1
+    beta: Annotated[float, Bounds(1e-9)] = 0.1  # how far the policy may go from the reference: less for more
     wanted_weight: Rate = 1.0  # lambda_D; the paper has lambda_D n_D to lambda_U n_U at a ratio of 1 to 4/3
     unwanted_weight: Rate = 1.0  # lambda_U
     max_length: int = 1024  # tokens of a prompt with its completion; longer rows are dropped and counted

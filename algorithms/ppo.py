@@ -64,16 +64,16 @@ class Config(RolloutFlags):
     kl_target: Annotated[float, Bounds(1e-9)] | None = None  # beta is adapted to hold kl there
     kl_horizon: Count = 10_000  # samples over which it does
     whiten_rewards: bool = False  # divide r by its standard deviation over the rollout's tokens
-    advantage: Literal["gae", "rloo", "reinforce_pp"] = "gae"
+    advantage: Literal["gae", "rloo", "reinforce_pp"] = "gae"  # gae has a critic
     gamma: Share = 1.0  # discount
-    gae_lambda: Share = 0.95
-    epochs_per_rollout: Count = 4
+    gae_lambda: Share = 0.95  # 0: the critic alone says what comes; 1: the rewards alone
+    epochs_per_rollout: Count = 4  # passes over the samples of a rollout
     minibatches: Count = 4  # optimizer steps in an epoch, each on its share of the samples
     clip_low: Share = 0.2  # rho below 1 - clip_low has no gradient where A < 0
     clip_high: Limit = 0.2  # rho above 1 + clip_high has none where A > 0
     dual_clip: Limit = 3.0  # c: rho above it has none where A < 0, either; inf for none
     value_clip: Limit = 0.2  # a value farther than this from the rollout's has no gradient; inf for none
-    critic_learning_rate: Rate = 1e-5
+    critic_learning_rate: Rate = 1e-5  # AdamW's, at its peak
     seed: int = 0  # of the order of rows, of sampling, and of a fresh head
 
 

@@ -152,7 +152,7 @@ class Run:
         return next(self._order)
 
     def first_epoch(self, count: int, size: int) -> Iterator[list[int]]:
-        """What `next` draws first: each of `count` rows once, or as many as --steps will reach."""
+        """The batches that `next` draws first: each of `count` rows once, or as many as --steps will reach."""
         steps = min(self._cfg.steps, math.ceil(count / size))
         return itertools.islice(epochs(count, size, self._cfg.seed), steps)
 

@@ -25,6 +25,7 @@ import tokenizers
 
 from ..errors import InputError, shown
 from ..files.folder import base_of, is_adapter
+from ..files.replacing import replacing
 from ..files.text_files import read_optional
 from ..vocabulary import Vocabulary
 from .special_tokens import special_tokens
@@ -160,7 +161,8 @@ class Tokenizer:
             files[TOOL_TEMPLATE_FILE] = self.tool_template
             (folder / TOOL_TEMPLATE_FILE).parent.mkdir(exist_ok=True)
         for name, text in files.items():
-            (folder / name).write_text(text, encoding="utf-8")
+            with replacing(folder / name) as beside:
+                beside.write_text(text, encoding="utf-8")
 
     # ---- text
 

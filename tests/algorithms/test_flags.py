@@ -27,7 +27,10 @@ from burnish.model.errors import InputError
 NAN, INF = float("nan"), float("inf")
 MODULES = {name: module for name, (module, _, _) in COMMANDS.items()}
 UNBOUNDED = {"reward_weights"}  # of any sign, one a reward function
-ELSEWHERE = {"right_at"}  # of `evaluate`: a reward, which may be any number
+ELSEWHERE = {
+    "right_at",
+    "k",
+}  # of `evaluate`: a reward, which may be any number; several numbers, each looked at
 
 
 def config_of(command: str) -> Any:

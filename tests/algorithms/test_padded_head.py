@@ -417,7 +417,7 @@ def test_every_algorithm_says_what_it_draws_from():
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("generate", "stream")
     ]
-    assert {name for name, _ in calls} >= {"groups.py", "chat.py", "evaluate.py", "instruct.py", "r1.py"}
+    assert {name for name, _ in calls} >= {"groups.py", "chat.py", "evaluate.py", "parts.py"}
     for name, node in calls:
         assert "vocabulary" in {keyword.arg for keyword in node.keywords}, f"{name}:{node.lineno}"
 
