@@ -18,12 +18,12 @@ from ..model.generate import stream
 from ..model.text.tokenizer import Message, Tokenizer
 from ..model.transformer import Transformer
 from .data.examples import check_rendered
-from .data.ids import check_sequence
 from .data.messages import messages_in, prompt_of
 from .data.rows import Row
 from .data.tokenizer import load_tokenizer
 from .run.command import run_command
 from .run.flags import DeviceFlags, TemplateFlags, check_device
+from .run.ids import check_sequence
 from .run.streams import harmless, is_lost
 from .run.trainee import load_frozen
 

@@ -38,13 +38,13 @@ from ..model.errors import InputError
 from ..model.text.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from ..model.vocabulary import Vocabulary
-from .data.batch import Batch, longest, make_batches
-from .data.ids import check_model
 from .data.lessons import Lesson, answered, load_lessons
 from .data.tokenizer import check_tokenizer, load_tokenizer
 from .objectives.policy import clipped_loss
+from .run.batch import Batch, longest, make_batches
 from .run.command import run_command
 from .run.flags import SamplingFlags, Schedule, Share, SupervisedFlags, check_flags, run_folder
+from .run.ids import check_model
 from .run.learner import Learner
 from .run.loop import Run
 from .run.trainee import load_frozen, load_trainee
@@ -56,9 +56,7 @@ class Config(SamplingFlags, SupervisedFlags):
     data: Path  # rows as for SFT, prompts with --student-samples 1, or a teacher's lessons.safetensors
     teacher: Path | None = None  # folder of a model with the same tokenizer; none beside lessons
     output: Path = run_folder("distill")
-    loss: Literal["divergence", "policy_gradient", "sequence"] = (
-        "divergence"  # algorithms/distill.py says what each is
-    )
+    loss: Literal["divergence", "policy_gradient", "sequence"] = "divergence"  # docs/distill.md has them
     beta: Share | None = None  # of divergence: 0 forward KL, which is the default; 1 reverse KL; between: JSD
     temperature: float = 1.0  # of both distributions, and of sampling
     temperature_squared: bool = False  # times T^2, which holds the size of the divergence's gradient

@@ -35,8 +35,6 @@ import torch
 from torch import Tensor
 
 from ..model.errors import InputError
-from .data.batch import longest, make_batches, over_completions
-from .data.ids import check_model
 from .data.pairs import Preference, load_pairs
 from .data.tokenizer import load_tokenizer
 from .objectives.preference import (
@@ -52,9 +50,11 @@ from .objectives.preference import (
     robust_loss,
     simpo_loss,
 )
+from .run.batch import longest, make_batches, over_completions
 from .run.command import run_command
 from .run.flags import Bounds, DropoutFlags, Rate, Schedule, SupervisedFlags, check_flags, run_folder
 from .run.held_out import report_held_out
+from .run.ids import check_model
 from .run.learner import Learner
 from .run.loop import Run
 from .run.trainee import load_trainee

@@ -33,11 +33,9 @@ from ..model.generate import Sample, generate
 from ..model.scalar import ScalarModel
 from ..model.text.tokenizer import Tokenizer
 from ..model.transformer import Transformer
-from .data.batch import longest, make_batches, over_completions
 from .data.examples import Prompt, rl_prompts, sft_examples
 from .data.functions import TrainerState, plain, takes
 from .data.groups import as_asked
-from .data.ids import check_model
 from .data.pairs import preferences
 from .data.rewards import (
     ANSWER,
@@ -51,6 +49,7 @@ from .data.rewards import (
 )
 from .data.rows import Row, read_rows, report_counts
 from .data.tokenizer import load_tokenizer
+from .run.batch import longest, make_batches, over_completions
 from .run.calls import brief
 from .run.command import run_command
 from .run.flags import (
@@ -66,6 +65,7 @@ from .run.flags import (
     make_folder,
     run_folder,
 )
+from .run.ids import check_model
 from .run.optimizer import autocast
 from .search.votes import majority_is_right, pass_at_k, standard_error, standard_error_of_ratio
 

@@ -31,17 +31,17 @@ from torch import Tensor
 
 from ..model.adapter import frozen_copy
 from ..model.errors import InputError
-from .data.batch import make_split_batches
 from .data.groups import Sampler, load_prompts
-from .data.ids import check_model
 from .data.rewards import Rewards, load_rewards, overlong_punishment, weighted_rewards
 from .data.tokenizer import load_tokenizer
 from .objectives.advantages import batch_std_advantages, group_advantages, mean_advantages, rloo_advantages
 from .objectives.denominators import constant_length, sequence_mean, token_mean
 from .objectives.kl import k2_loss, k3_loss, rho_k3_loss
 from .objectives.policy import cispo_loss, clipped_loss, gspo_loss, masked_weights, truncated_weights
+from .run.batch import make_split_batches
 from .run.command import run_command
 from .run.flags import MOST_SAMPLES, Bounds, Count, Limit, RolloutFlags, Share, Size, check_flags, run_folder
+from .run.ids import check_model
 from .run.learner import Learner
 from .run.loop import Run
 from .run.trainee import load_trainee
@@ -62,14 +62,10 @@ class Config(RolloutFlags):
     aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = "token_mean"  # what weighs alike
     loss: Literal["grpo", "gspo", "cispo"] = "grpo"  # the table in algorithms/grpo.py says what each is
     clip_low: Share | None = None  # rho below 1 - clip_low has no gradient where A < 0; 0.2, gspo 3e-4
-    clip_high: Limit | None = (
-        None  # rho above 1 + clip_high: none where A > 0; 0.2, gspo 4e-4, cispo 4; DAPO: 0.28
-    )
+    clip_high: Limit | None = None  # above 1 + clip_high none where A > 0; 0.2, gspo 4e-4, cispo 4; DAPO 0.28
     kl_coefficient: float = 0.0
     kl_estimator: Literal["k3", "k2", "rho_k3"] = "k3"  # of that KL
-    mismatch_weights: Literal["none", "truncated", "masked"] = (
-        "none"  # pi_old / pi_sampler on tokens' advantages
-    )
+    mismatch_weights: Literal["none", "truncated", "masked"] = "none"  # pi_old / pi_sampler on advantages
     mismatch_cap: Limit = 2.0  # where such a weight is cut off, or its token left out
 
 

@@ -22,12 +22,12 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from .data.batch import longest, make_batches, over_completions
-from .data.ids import check_model
 from .data.pairs import Judged, load_judged
 from .data.tokenizer import load_tokenizer
+from .run.batch import longest, make_batches, over_completions
 from .run.command import run_command
 from .run.flags import Bounds, DropoutFlags, Rate, Schedule, SupervisedFlags, check_flags, run_folder
+from .run.ids import check_model
 from .run.learner import Learner
 from .run.loop import Run
 from .run.trainee import load_trainee

@@ -36,16 +36,16 @@ from ..model.errors import InputError
 from ..model.scalar import ScalarModel
 from ..model.text.tokenizer import Tokenizer
 from ..model.transformer import Transformer
-from .data.batch import Batch, make_split_batches, over_tokens
 from .data.examples import Prompt
 from .data.groups import Groups, Sampler, load_prompts
-from .data.ids import check_model
 from .data.rewards import load_reward_model, load_rewards, weighted_rewards
 from .data.tokenizer import load_tokenizer
 from .objectives.advantages import gae, rloo_advantages, scale, whiten
 from .objectives.policy import clipped_loss
+from .run.batch import Batch, make_split_batches, over_tokens
 from .run.command import run_command
 from .run.flags import MOST_SAMPLES, Bounds, Count, Limit, Rate, RolloutFlags, Share, check_flags, run_folder
+from .run.ids import check_model
 from .run.learner import Learner
 from .run.loop import Run
 from .run.trainee import load_scalar_trainee, load_trainee

@@ -25,14 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data.batch import longest, make_batches, over_completions
-from .data.ids import check_model
 from .data.pairs import Preference, load_pairs
 from .data.tokenizer import load_tokenizer
 from .objectives.preference import pair_metrics
+from .run.batch import longest, make_batches, over_completions
 from .run.command import run_command
 from .run.flags import DropoutFlags, Rate, Schedule, SupervisedFlags, check_flags, run_folder
 from .run.held_out import report_held_out
+from .run.ids import check_model
 from .run.learner import Learner
 from .run.loop import Run
 from .run.trainee import load_scalar_trainee

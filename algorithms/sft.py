@@ -19,12 +19,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from .data.batch import longest, make_batches
 from .data.examples import load_examples
-from .data.ids import check_model
 from .data.tokenizer import load_tokenizer
+from .run.batch import longest, make_batches
 from .run.command import run_command
 from .run.flags import DropoutFlags, Schedule, SupervisedFlags, check_flags, run_folder
+from .run.ids import check_model
 from .run.learner import Learner
 from .run.loop import Run
 from .run.trainee import load_trainee

@@ -24,10 +24,9 @@ from ..model.errors import InputError
 from ..model.files.replacing import replacing
 from ..model.transformer import Transformer
 from ..model.vocabulary import Vocabulary
-from .data.batch import Batch, longest, make_batches
-from .data.ids import check_model
 from .data.lessons import Lesson, answered, load_lessons, write_lessons
 from .data.tokenizer import load_tokenizer
+from .run.batch import Batch, longest, make_batches
 from .run.command import run_command
 from .run.flags import (
     Count,
@@ -42,6 +41,7 @@ from .run.flags import (
     make_folder,
     run_folder,
 )
+from .run.ids import check_model
 from .run.trainee import load_frozen
 
 LESSONS = "lessons.safetensors"

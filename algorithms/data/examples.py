@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ...model.errors import InputError
 from ...model.text.tokenizer import Message, Tokenizer, TurnRewritten
-from .batch import Completion
+from ..run.batch import Completion
 from .messages import (
     Talk,
     Turn,

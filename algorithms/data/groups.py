@@ -21,11 +21,11 @@ from ...model.generate import Sample, generate
 from ...model.text.tokenizer import Tokenizer
 from ...model.transformer import Transformer
 from ...model.vocabulary import Vocabulary
+from ..run.batch import Completion, stack_supports
 from ..run.flags import RolloutFlags
 from ..run.loop import Run
 from ..run.optimizer import autocast
 from ..run.processes import gathered, rank, unsharded, world
-from .batch import Completion, stack_supports
 from .examples import Prompt, rl_prompts
 from .functions import Samples
 from .rewards import Judgement, Rewards, judge, of_all_processes, unjudged

@@ -32,8 +32,8 @@ from ...model.files.text_files import check_regular, parse_json
 from ...model.text.tokenizer import Tokenizer
 from ...model.transformer import Transformer
 from ...model.vocabulary import Vocabulary
+from ..run.batch import Completion
 from ..run.flags import SamplingFlags
-from .batch import Completion
 from .examples import Example, rl_prompts, sft_examples
 from .groups import own_samples, samples_of_all
 from .rows import read_rows, report_counts

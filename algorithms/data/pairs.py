@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from ...model.errors import InputError
 from ...model.text.tokenizer import Tokenizer
-from .batch import Completion, longest
+from ..run.batch import Completion, longest
 from .examples import PROMPT_COLUMNS, answer_text, check_rendered, encode_completion, read_prompt
 from .messages import (
     Talk,

@@ -27,9 +27,9 @@ from ...model.errors import InputError
 from ...model.scalar import ScalarModel
 from ...model.text.tokenizer import Tokenizer
 from ..run.calls import Call, brief, described, results
+from ..run.ids import Item, check_model
 from ..run.processes import gathered, host, world
 from .functions import Log, Samples, TrainerState, arguments_for, read_answer, read_reward, takes
-from .ids import Item, check_model
 from .tokenizer import check_tokenizer
 
 ANSWER = "--answer"

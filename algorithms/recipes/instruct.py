@@ -33,7 +33,7 @@ from ...model.checkpoint import load_model, load_scalar_model
 from ...model.generate import Sample
 from ...model.text.tokenizer import Tokenizer
 from .. import dpo, ppo, reward, sft
-from ..data.batch import Completion, Family, over_completions
+from ..run.batch import Completion, Family, over_completions
 from ..run.command import run_command
 from ..run.flags import Bounds, Count, check_flags, run_folder
 from . import page

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from burnish.algorithms.data import batch
-from burnish.algorithms.data.batch import Completion, Family
+from burnish.algorithms.run import batch
+from burnish.algorithms.run.batch import Completion, Family
 from burnish.model.config import ModelConfig
 from burnish.model.transformer import Transformer
 from planted import copy_of
@@ -147,16 +147,16 @@ def test_a_split_repeats_the_prompt_and_cuts_no_completion():
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_share_the_step_and_an_idle_one_keeps_pace(monkeypatch, processes):
     """A single item is one process's; the others run a token of which nothing is trained."""
-    for module in ("data.batch", "run.processes"):
+    for module in ("run.batch", "run.processes"):
         monkeypatch.setattr(f"burnish.algorithms.{module}.world", lambda: processes)
     for items in (families(3), families(3)[:1]):
         needed = torch.ones(len(places(items)), dtype=torch.bool)
         for split in (False, True):
             by_rank = []
             for place in range(processes):
-                for module in ("data.batch", "run.processes"):
+                for module in ("run.batch", "run.processes"):
                     monkeypatch.setattr(f"burnish.algorithms.{module}.rank", lambda place=place: place)
-                monkeypatch.setattr("burnish.algorithms.data.batch.most", lambda count: max(count, 9))
+                monkeypatch.setattr("burnish.algorithms.run.batch.most", lambda count: max(count, 9))
                 make = (
                     batch.make_split_batches(items, needed, 30, "cpu")
                     if split

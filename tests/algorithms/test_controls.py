@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from burnish.algorithms.data.batch import make_batches
 from burnish.algorithms.data.examples import Prompt
 from burnish.algorithms.data.groups import Group, Groups
+from burnish.algorithms.run.batch import make_batches
 from burnish.algorithms.run.calls import Call, results
 from burnish.algorithms.run.flags import SamplingFlags
 from burnish.model.checkpoint import load_model, load_scalar_model, save_model
@@ -630,7 +630,7 @@ class Fault(NamedTuple):
     check: Callable[[ModuleType, Place], None]
 
 
-PREFERENCE, PAIRS, BATCH = "objectives.preference", "data.pairs", "data.batch"
+PREFERENCE, PAIRS, BATCH = "objectives.preference", "data.pairs", "run.batch"
 VALUES = {
     PREFERENCE: pair_losses_have_their_values,
     "reward": reward_losses_have_their_values,
@@ -913,7 +913,7 @@ FAULTS = [
                 ],
             ),
             (
-                "data.batch",
+                "run.batch",
                 the_sampler_is_the_scorer,
                 [
                     ("whole vocabulary", '"support": self.support', '"support": None'),

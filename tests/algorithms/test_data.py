@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-from burnish.algorithms.data.batch import Completion, make_batches
 from burnish.algorithms.data.examples import Example, rl_prompts, sft_examples
 from burnish.algorithms.data.pairs import Judged, Preference, judged_completions, preferences
 from burnish.algorithms.data.rows import read_rows
+from burnish.algorithms.run.batch import Completion, make_batches
 from burnish.algorithms.run.processes import best_fit
 from burnish.model.errors import InputError
 from burnish.model.text.tokenizer import Tokenizer

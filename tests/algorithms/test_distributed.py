@@ -19,8 +19,8 @@ import pytest
 import torch
 from burnish.algorithms import distill, dpo, grpo, kto, ppo, reward, sft, teach
 from burnish.algorithms.__main__ import COMMANDS
-from burnish.algorithms.data.batch import over_completions
 from burnish.algorithms.run import learner
+from burnish.algorithms.run.batch import over_completions
 from burnish.algorithms.run.processes import TRAINERS, parts, processes, rank, shard, shares, world
 from burnish.model.adapter import adapters, add_lora, merge_lora, quantize_base
 from burnish.model.checkpoint import load_model, save_model, stream_weights
@@ -208,7 +208,7 @@ def train(name: str, folder: Path, output: str) -> None:
 
 def of_this_process(*given) -> torch.Tensor:
     """`over_completions` without the sum over processes: of other processes' completions zeros."""
-    with patch("burnish.algorithms.data.batch.sum_over_processes", lambda values: values):
+    with patch("burnish.algorithms.run.batch.sum_over_processes", lambda values: values):
         return over_completions(*given)
 
 
@@ -222,7 +222,7 @@ FAULTS = {  # by trainer: what is wrong, and what it does in its place
         of_this_process,
     ),
     "ppo": (  # advantages whitened over the process's own tokens
-        "burnish.algorithms.data.batch.sum_over_processes",
+        "burnish.algorithms.run.batch.sum_over_processes",
         lambda values: values,
     ),
 }

@@ -8,12 +8,12 @@ import pytest
 import torch
 from burnish.algorithms import dpo, kto
 from burnish.algorithms.__main__ import main
-from burnish.algorithms.data.batch import Completion, make_batches, over_completions
 from burnish.algorithms.data.pairs import judged_completions, preferences
 from burnish.algorithms.data.rows import read_rows
 from burnish.algorithms.dpo import VARIANTS
 from burnish.algorithms.kto import kto_loss
 from burnish.algorithms.objectives.preference import cdpo_loss, dpo_loss, nll_loss
+from burnish.algorithms.run.batch import Completion, make_batches, over_completions
 from burnish.algorithms.run.optimizer import epochs
 from burnish.model import ModelConfig, Transformer, pack
 from burnish.model.checkpoint import load_model

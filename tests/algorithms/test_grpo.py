@@ -8,10 +8,10 @@ import pytest
 import torch
 from burnish.algorithms import grpo, sft
 from burnish.algorithms.data import groups as _rollout
-from burnish.algorithms.data.batch import make_split_batches
 from burnish.algorithms.data.examples import Prompt
 from burnish.algorithms.data.groups import Group
 from burnish.algorithms.data.rewards import overlong_punishment
+from burnish.algorithms.run.batch import make_split_batches
 from burnish.model.checkpoint import load_model
 from burnish.model.errors import InputError
 from burnish.model.generate import Sample

@@ -10,8 +10,8 @@ import re
 import pytest
 import torch
 from burnish.algorithms import chat, distill, dpo, evaluate, grpo, kto, ppo, reward, sft, teach
-from burnish.algorithms.data.ids import check_ids
 from burnish.algorithms.recipes.sums import VOCABULARY, make_tokenizer
+from burnish.algorithms.run.ids import check_ids
 from burnish.model.checkpoint import load_model, load_scalar_model, save_model
 from burnish.model.config import ModelConfig
 from burnish.model.errors import InputError
@@ -339,7 +339,7 @@ def test_the_check_finds_each():
 def test_the_check_can_fail(old, new):
     import inspect
 
-    from burnish.algorithms.data import ids
+    from burnish.algorithms.run import ids
 
     source = inspect.getsource(check_ids)
     assert source.count(old) == 1, "plant this control anew"

@@ -10,7 +10,6 @@ from statistics import mean, median
 
 import pytest
 import torch
-from burnish.algorithms.data.batch import over_completions
 from burnish.algorithms.data.pairs import Judged
 from burnish.algorithms.recipes import instruct, page
 from burnish.algorithms.recipes.letters import (
@@ -23,6 +22,7 @@ from burnish.algorithms.recipes.letters import (
     optimum,
     preference_row,
 )
+from burnish.algorithms.run.batch import over_completions
 from burnish.model.checkpoint import load_scalar_model
 from burnish.model.errors import InputError
 

@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 from burnish.algorithms import ppo, sft
-from burnish.algorithms.data.batch import Batch, make_split_batches, over_tokens
 from burnish.algorithms.data.examples import Prompt
 from burnish.algorithms.data.groups import Group, Sampler
+from burnish.algorithms.run.batch import Batch, make_split_batches, over_tokens
 from burnish.model.checkpoint import load_model, load_scalar_model, save_model
 from burnish.model.errors import InputError
 from burnish.model.generate import Sample

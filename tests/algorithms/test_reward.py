@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 from burnish.algorithms import reward
-from burnish.algorithms.data.batch import make_batches, over_completions
 from burnish.algorithms.data.pairs import Preference, preferences
 from burnish.algorithms.data.rows import read_rows
 from burnish.algorithms.objectives.preference import pair_metrics
 from burnish.algorithms.reward import bradley_terry_loss, centering_loss
+from burnish.algorithms.run.batch import make_batches, over_completions
 from burnish.algorithms.run.optimizer import make_optimizer
 from burnish.model import pack
 from burnish.model.checkpoint import load_scalar_model

@@ -14,7 +14,7 @@ from ...model.scalar import ScalarModel
 from ...model.text.tokenizer import Tokenizer
 from ...model.transformer import Transformer
 from ...model.vocabulary import say_what_never_ends
-from ..run.processes import rank
+from .processes import rank
 
 FOREIGN = 0.1  # share of a tokenizer's ids beyond the rows from which on it is called another model's
 

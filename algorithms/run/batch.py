@@ -22,8 +22,8 @@ from ...model.packed import Packed, pack
 from ...model.scalar import ScalarModel
 from ...model.transformer import Transformer
 from ...model.vocabulary import Vocabulary
-from ..run.optimizer import autocast
-from ..run.processes import IDLE, most, parts, rank, reshard, shares, sum_over_processes, world
+from .optimizer import autocast
+from .processes import IDLE, most, parts, rank, reshard, shares, sum_over_processes, world
 
 
 @dataclass(frozen=True)
