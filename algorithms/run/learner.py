@@ -1,10 +1,11 @@
 """A model in training: its optimizer, its share of the experts' balance, and what a step's micro-batches add up to.
 
-policy = Learner(cfg, model)
-...
-for batch in batches:
-    policy.backward(loss, batch.share, metrics)        gradients and metrics add up
-metrics = policy.step(step)                            clip, AdamW, and the sums over all processes
+    policy = Learner(cfg, model)
+    for batch in batches:
+        policy.backward(loss, batch.share, metrics)    gradients and metrics add up
+    metrics = policy.step(step)                        clip, AdamW, and the sums over all processes
+
+A run trains one of them, or two: PPO's policy and its critic.
 """
 
 from collections.abc import Mapping
