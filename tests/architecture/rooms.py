@@ -40,7 +40,7 @@ ARROWS = {
         "__init__": "./*",
         "./* !embed": "./* !checkpoint !weights !convert adapters/* ../kernels/*",  # computes
         READERS: "./* files/* text/*",
-        "embed": "embedding/*",  # a door
+        "embed": "embedding/* errors",  # a door
         "files/*": "files/* errors config rope adapters/config",
         "files/bnb": "../kernels/*",  # the same 4 bits
         "text/*": "text/* files/* errors vocabulary",
