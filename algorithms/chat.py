@@ -19,7 +19,7 @@ from ..model.text.tokenizer import Message, Tokenizer
 from ..model.transformer import Transformer
 from .data.examples import check_rendered
 from .data.messages import messages_in, prompt_of
-from .data.rows import Row
+from .data.row import Row
 from .data.tokenizer import load_tokenizer
 from .run.command import run_command
 from .run.flags import DeviceFlags, TemplateFlags, check_device

@@ -47,7 +47,8 @@ from .data.rewards import (
     load_reward,
     load_rewards,
 )
-from .data.rows import Row, read_rows, report_counts
+from .data.row import Row
+from .data.rows import read_rows, report_counts
 from .data.tokenizer import load_tokenizer
 from .run.batch import longest, make_batches, over_completions
 from .run.calls import brief

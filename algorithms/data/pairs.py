@@ -29,7 +29,8 @@ from .messages import (
     talk_of,
     with_system,
 )
-from .rows import Row, Tally, opened, read_rows, report_counts
+from .row import Row
+from .rows import Tally, opened, read_rows, report_counts
 
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 

@@ -17,7 +17,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from burnish.algorithms.data import rewards as _rewards
+from burnish.algorithms.data import rewards as reward_functions
 from burnish.algorithms.data.functions import Samples, TrainerState, plain, takes
 from burnish.algorithms.data.rewards import (
     Rewards,
@@ -35,7 +35,7 @@ SAMPLES = Samples(["p", "p"], ["a", "bb"], [[1], [2, 3]], {"answer": ["a", "b"]}
 
 def judge(functions, weights=None, samples=SAMPLES, **rest):
     rewards = Rewards(functions, weights or (1.0,) * len(functions), **rest)
-    return _rewards.judge(rewards, samples)
+    return reward_functions.judge(rewards, samples)
 
 
 def refused(function, **rest):
@@ -411,7 +411,7 @@ def test_metrics_are_means_over_the_calls_of_a_step():
     rewards = Rewards(
         {"f": f, "g": lambda log_metric: log_metric("length", torch.tensor(9)) or [0, 0]}, (1.0, 1.0)
     )
-    rewards.add(_rewards.judge(rewards, SAMPLES).logged)
+    rewards.add(reward_functions.judge(rewards, SAMPLES).logged)
     rewards.add({"length": [1.0]})
     found = rewards.metrics()
     assert found["metric/length"] == 4.0 and np.isnan(found["metric/broken"])
@@ -512,12 +512,12 @@ def test_what_several_processes_log_comes_together(monkeypatch):
         judge({"f": lambda log_metric: log_metric("a", 4) or log_metric("b", 7) or [5.0, 6.0]}),
     ]
     sent = []
-    monkeypatch.setattr(_rewards, "world", lambda: 2)
-    monkeypatch.setattr(_rewards, "gathered", lambda tensors: sent.append(tensors) or [tensors])
+    monkeypatch.setattr(reward_functions, "world", lambda: 2)
+    monkeypatch.setattr(reward_functions, "gathered", lambda tensors: sent.append(tensors) or [tensors])
     for part in parts:
-        _rewards.of_all_processes(part)
-    monkeypatch.setattr(_rewards, "gathered", lambda tensors: sent)
-    whole = _rewards.of_all_processes(parts[1])
+        reward_functions.of_all_processes(part)
+    monkeypatch.setattr(reward_functions, "gathered", lambda tensors: sent)
+    whole = reward_functions.of_all_processes(parts[1])
     torch.testing.assert_close(whole.total, torch.tensor([1, 2, 3, torch.nan, 5, 6]), equal_nan=True)
     torch.testing.assert_close(whole.parts["f"], whole.total, equal_nan=True)
     rewards.add(whole.logged)
