@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from burnish.algorithms import grpo, sft
-from burnish.algorithms.data import groups as _rollout
+from burnish.algorithms.data import groups as groups_file
 from burnish.algorithms.data.examples import Prompt
 from burnish.algorithms.data.groups import Group
 from burnish.algorithms.data.rewards import overlong_punishment
@@ -258,11 +258,11 @@ def test_mismatch_weights_are_one_where_the_sampler_is_the_trainer(cfg, tmp_path
 
 def test_a_mismatch_changes_the_weights(cfg, tmp_path, monkeypatch):
     """A sampler that says half of its probabilities: pi_old / pi_sampler is 2."""
-    generate = _rollout.generate
+    generate = groups_file.generate
     halved = lambda *a, **k: [
         dataclasses.replace(s, logprobs=s.logprobs - math.log(2)) for s in generate(*a, **k)
     ]
-    monkeypatch.setattr(_rollout, "generate", halved)
+    monkeypatch.setattr(groups_file, "generate", halved)
     for name, cap, expected in (("truncated", 1.5, 1.5), ("masked", 1.5, 0.0), ("masked", 3.0, 2.0)):
         output = tmp_path / f"{name}-{cap}"
         trained = grpo.train(

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from burnish.algorithms import chat, distill, evaluate, grpo, ppo, teach
-from burnish.algorithms.data import groups as _rollout
+from burnish.algorithms.data import groups as groups_file
 from burnish.algorithms.data.lessons import Lesson, read_lessons, write_lessons
 from burnish.algorithms.recipes.sums import VOCABULARY, make_tokenizer
 from burnish.model.adapter import add_lora
@@ -472,7 +472,7 @@ def _of_given_text(score):
 
 
 FAULTS = [
-    ("sampled from the whole head", _rollout, "generate", _from_the_whole_head, grpo_is_the_twins),
+    ("sampled from the whole head", groups_file, "generate", _from_the_whole_head, grpo_is_the_twins),
     ("scored over the whole head", Transformer, "score", _of_given_text, grpo_is_the_twins),
     ("scored over the whole head", Transformer, "score", _of_given_text, ppo_is_the_twins),
     ("a count in place of the set", Vocabulary, "of", _a_count, grpo_is_the_twins),
