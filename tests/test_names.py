@@ -165,6 +165,24 @@ def wrong_places(text: str) -> list[str]:
     return wrong
 
 
+def wrong_map(text: str) -> list[str]:
+    """Files and rooms of README's map that are not there.
+
+    A line names a folder, a room or files, and behind two spaces what they hold; a room's files stand further in.
+    """
+    wrong, places = [], {}
+    for block in re.findall(r"^```\n(kernels/ .*?)^```", text, re.MULTILINE | re.DOTALL):
+        for line in block.splitlines():
+            depth = len(line) - len(line.lstrip())
+            above = max((place for indent, place in places.items() if indent < depth), key=len, default="")
+            for name in re.sub(r"<\w+>", "*", line.strip().split("  ")[0]).split():
+                if name.endswith("/"):
+                    places = {d: place for d, place in places.items() if d < depth} | {depth: above + name}
+                if not any(ROOT.glob(above + name + ("" if name.endswith("/") else ".py"))):
+                    wrong.append(above + name)
+    return wrong
+
+
 def anchors(text: str) -> set[str]:
     """The headings of a page as GitHub links to them."""
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
@@ -205,6 +223,11 @@ def test_commands_stay():
     for module, function, line in COMMANDS.values():
         found = import_module(module)
         assert list(signature(getattr(found, function)).parameters) == ["cfg"] and found.Config and line
+
+
+def test_the_map_of_readme_names_what_is_there():
+    text = (ROOT / "README.md").read_text()
+    assert "\n```\nkernels/  " in text and not wrong_map(text)
 
 
 # ---- controls
@@ -264,6 +287,23 @@ def test_a_wrong_path_is_found(text):
 )
 def test_a_name_in_another_file_is_found(text):
     assert len(wrong_places(text)) == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "  norms          not there",
+        "  tensors        in a room, not upstairs",
+        "  files/\n    folders        not there",
+        "  files/\n  folder         upstairs again",
+        "  rooms/         not there",
+        "  moe rotation   the second name is wrong",
+        "  files/\n    folder         right\nkernels/       ops\n    folder         of another room",
+    ],
+)
+def test_a_wrong_line_of_the_map_is_found(line):
+    before = "```\nkernels/       ops\n  norm           RMSNorm\nmodel/         a model\n"
+    assert wrong_map(f"{before}{line}\n```\n") and not wrong_map(f"{before}```\n")
 
 
 def test_what_is_right_is_not_found():
