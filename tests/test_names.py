@@ -339,7 +339,9 @@ def test_what_is_right_is_not_found():
     python -m burnish.bench --peers
     python -m my_adapter.py:adapter
 """
-    text += "`_chip`, `_op.make_op`, `test_names.py`, `test_one_level_of_rooms`, `a_b`, `bench/cases_<file>.py`"
+    text += (
+        "`_chip`, `_op.make_op`, `test_names.py`, `test_one_level_of_rooms`, `a_b`, `bench/cases_<file>.py`"
+    )
     assert not wrong_names(text) and not wrong_paths(text) and not wrong_words(text)
     assert not wrong_places(
         "`rms_norm`, `add_rms_norm` (`kernels/norm.py`)\n| `packed.py` | `pack`: sequences |"
