@@ -1,6 +1,6 @@
 """The shape of a decoder, as plain fields: every difference between architectures is one of them.
 
-config_json.py reads and writes them as a checkpoint's config.json.
+files/config_json.py reads and writes them as a checkpoint's config.json.
 """
 
 from dataclasses import dataclass, field

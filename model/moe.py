@@ -3,8 +3,8 @@
     weights, indices = moe_route(x W_gate^T)          which experts each token goes to
     out = moe_mlp(x, ...)  (+ shared_expert(x), which every token goes to; with a gate times sigmoid(x w))
 
-A layer's experts are two tensors, gate_up (E, 2F, C), the gate's rows first, and down (E, C, F); what they are in a
-folder stands in experts.py.
+A layer's experts are two tensors, gate_up (E, 2F, C), the gate's rows first, and down (E, C, F); their form in a
+folder is files/experts.py's.
 
 Source: https://arxiv.org/abs/2401.04088 (Mixtral), 2409.02060 (OLMoE), 2412.19437 (DeepSeek-V3), 2508.10925 (gpt-oss)
 """

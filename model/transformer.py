@@ -88,7 +88,10 @@ class Layer(nn.Module):
 
 
 def _narrow(x: Tensor, y: Tensor, now: Pass, rows: Tensor | None) -> tuple[Tensor, Tensor, Pass]:
-    """x and y (total, C), and what their tokens share, at `rows` (n,) alone."""
+    """x and y (total, C) to (n, C), and the pass with the adapters of these tokens: `rows` (n,) go on alone.
+
+    The last layer of `prefill` makes no more than what is read of it.
+    """
     if rows is None:
         return x, y, now
     return x[rows], y[rows], replace(now, adapter=None if now.adapter is None else now.adapter[rows])
@@ -189,13 +192,14 @@ class Transformer(nn.Module):
         )
 
     def _pass(self, positions: Tensor, **more: Any) -> Pass:
-        """positions: (total,). more: the other fields of a Pass."""
+        """The operands of a pass over tokens at `positions` (total,). more: the other fields of a Pass."""
         config, dim = self.config, self.config.rotary_dim
         cos, sin = cos_and_sin(config.rope, dim, positions)
         local = None if config.local_rope is None else cos_and_sin(config.local_rope, dim, positions)
         return Pass(cos, sin, local=local, **more)
 
     def _embed(self, tokens: Tensor) -> Tensor:
+        """tokens (total,) to (total, C), in gemma times a factor rounded as transformers rounds it."""
         x = self.embed_tokens(tokens)
         return x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype) if self.config.gemma else x
 
@@ -238,9 +242,9 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, Head]:
         """The operands of the logits that score the tokens at `rows` (n,): hidden states (n, C) and the head.
 
-        Both in the dtype that autocast would give their product; C is wider where the head's adapter has dropout.
-        vocabulary: of the head these ids' rows alone, which rows_of counts. The first row of a sequence is answered as
-        `score` does.
+        Both in the dtype that autocast would give their product, and wider than C where the head's adapter has dropout.
+        vocabulary: the head's rows of these ids alone, which `Vocabulary.rows_of` numbers. The first row of a sequence
+        raises, or gives NaN, as in `score`.
         """
         hidden, head = self._predicting(packed, rows), Head(self.embed_tokens.weight)
         if self.lm_head is not None:

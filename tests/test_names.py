@@ -142,6 +142,21 @@ def wrong_paths(text: str, page: Path = ROOT / "README.md") -> list[str]:
     return wrong
 
 
+@cache
+def words() -> set[str]:
+    """Every word of our sources but for this one, whose examples are wrong on purpose; and the names of the files."""
+    files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+    texts = [path.read_text() for path in files if path != Path(__file__)]
+    return {path.stem for path in files}.union(*(re.findall(r"\w+", text) for text in texts))
+
+
+def wrong_words(text: str) -> list[str]:
+    """Private names in backticks, and tests, that stand in no file."""
+    spans = re.findall(r"`([^`\n]+)`", text)
+    found = [name for span in spans for name in re.findall(r"(?<![\w.*<>-])_[a-z]\w+", span)]
+    return [name for name in (*found, *re.findall(r"\btest_\w+", text)) if name not in words()]
+
+
 TICKED = r"(`\w+`(?:(?:,| and|, and)\s`\w+`)*)"
 FILE = r"`([\w/]+\.py)"
 IN_A_FILE = [
@@ -165,6 +180,24 @@ def wrong_places(text: str) -> list[str]:
     return wrong
 
 
+def wrong_map(text: str) -> list[str]:
+    """Files and rooms of README's map that are not there.
+
+    A line names a folder, a room or files, and behind two spaces what they hold; a room's files stand further in.
+    """
+    wrong, places = [], {}
+    for block in re.findall(r"^```\n(kernels/ .*?)^```", text, re.MULTILINE | re.DOTALL):
+        for line in block.splitlines():
+            depth = len(line) - len(line.lstrip())
+            above = max((place for indent, place in places.items() if indent < depth), key=len, default="")
+            for name in re.sub(r"<\w+>", "*", line.strip().split("  ")[0]).split():
+                if name.endswith("/"):
+                    places = {d: place for d, place in places.items() if d < depth} | {depth: above + name}
+                if not any(ROOT.glob(above + name + ("" if name.endswith("/") else ".py"))):
+                    wrong.append(above + name)
+    return wrong
+
+
 def anchors(text: str) -> set[str]:
     """The headings of a page as GitHub links to them."""
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
@@ -180,6 +213,7 @@ def test_every_name_and_path_of_a_page_is_there(page):
     assert not wrong_names(text)
     assert not wrong_paths(text, page)
     assert not wrong_places(text)
+    assert not wrong_words(text)
 
 
 def test_what_tests_import_in_programs_of_theirs_is_there():
@@ -205,6 +239,11 @@ def test_commands_stay():
     for module, function, line in COMMANDS.values():
         found = import_module(module)
         assert list(signature(getattr(found, function)).parameters) == ["cfg"] and found.Config and line
+
+
+def test_the_map_of_readme_names_what_is_there():
+    text = (ROOT / "README.md").read_text()
+    assert "\n```\nkernels/  " in text and not wrong_map(text)
 
 
 # ---- controls
@@ -266,6 +305,28 @@ def test_a_name_in_another_file_is_found(text):
     assert len(wrong_places(text)) == 1
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "  norms          not there",
+        "  tensors        in a room, not upstairs",
+        "  files/\n    folders        not there",
+        "  files/\n  folder         upstairs again",
+        "  rooms/         not there",
+        "  moe rotation   the second name is wrong",
+        "  files/\n    folder         right\nkernels/       ops\n    folder         of another room",
+    ],
+)
+def test_a_wrong_line_of_the_map_is_found(line):
+    before = "```\nkernels/       ops\n  norm           RMSNorm\nmodel/         a model\n"
+    assert wrong_map(f"{before}{line}\n```\n") and not wrong_map(f"{before}```\n")
+
+
+@pytest.mark.parametrize("text", ["`_micro_batches_of.groups`", "test_said's planted faults"])
+def test_a_word_of_no_file_is_found(text):
+    assert wrong_words(text)
+
+
 def test_what_is_right_is_not_found():
     text = """
 `burnish.algorithms.verifiers:gsm8k`, `burnish.model.checkpoint.stream_weights`, `burnish sft`, `burnish COMMAND`
@@ -278,7 +339,10 @@ def test_what_is_right_is_not_found():
     python -m burnish.bench --peers
     python -m my_adapter.py:adapter
 """
-    assert not wrong_names(text) and not wrong_paths(text)
+    text += (
+        "`_chip`, `_op.make_op`, `test_names.py`, `test_one_level_of_rooms`, `a_b`, `bench/cases_<file>.py`"
+    )
+    assert not wrong_names(text) and not wrong_paths(text) and not wrong_words(text)
     assert not wrong_places(
         "`rms_norm`, `add_rms_norm` (`kernels/norm.py`)\n| `packed.py` | `pack`: sequences |"
     )

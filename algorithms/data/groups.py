@@ -4,7 +4,7 @@
     groups = sampler.sample(model, prompts, seed)          a group for each prompt
     groups.rewards, groups.lengths, groups.ended           (samples,) each, over all groups in order
 
-A group is an item of batch.py, [prompt][sample 1]...[sample G] with the prompt as the samples' parent: P + sum(n_i)
+A group is an item of run/batch.py, [prompt][sample 1]...[sample G] with the prompt as the samples' parent: P + sum(n_i)
 tokens through the layers instead of G*P + sum(n_i).
 """
 
@@ -51,7 +51,7 @@ def load_prompts(cfg: RolloutFlags, tokenizer: Tokenizer, rewards: Rewards) -> l
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt of --data and its samples, an item of batch.py: all tokens of the samples are trained."""
+    """A prompt of --data and its samples, an item of run/batch.py: all tokens of the samples are trained."""
 
     row: Prompt
     samples: list[Sample]

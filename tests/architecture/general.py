@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from sources import (
     FLOORS,
     GROUND,
+    Function,
     body,
     comments,
     every_function,
@@ -57,7 +58,7 @@ def floor_0_stands_on_torch_and_triton(name: str, source: str) -> Iterator[str]:
 
 def optional_packages_are_imported_on_demand(name: str, source: str) -> Iterator[str]:
     tree = parse(source)
-    later = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.Lambda)]
+    later = [node for node in ast.walk(tree) if isinstance(node, Function | ast.Lambda)]
     inside = {n.lineno for function in later for n in ast.walk(function) if isinstance(n, ast.stmt)}
     for line, (target, *rest) in imports(name, source):
         if target == "" and rest[0] in OPTIONAL and line not in inside:
@@ -73,7 +74,7 @@ def algorithm_files_read_in_one_order(name: str, source: str) -> Iterator[str]:
     That function is `train`; where nothing is trained, the one with the file's name, or `main`.
     """
     tree = parse(source)
-    defined = {n.name: n.lineno for n in tree.body if isinstance(n, ast.ClassDef | ast.FunctionDef)}
+    defined = {n.name: n.lineno for n in tree.body if isinstance(n, ast.ClassDef | Function)}
     docstring = ast.get_docstring(tree) or ""
     for word in ("Source:", "Run:") if "train" in defined else ("Run:",):
         if word not in docstring:
@@ -100,7 +101,7 @@ def losses_require_their_denominator(name: str, source: str) -> Iterator[str]:
 # ---- size
 
 
-def is_public(name: str, node: ast.FunctionDef) -> bool:
+def is_public(name: str, node: Function) -> bool:
     """An op or a reference, whose arguments are the API."""
     return name.startswith("kernels/") and (is_op(node) or is_reference(node))
 
@@ -157,7 +158,7 @@ def functions_have_paragraphs(name: str, source: str) -> Iterator[str]:
             start = line + 1
 
 
-def is_one_statement(node: ast.FunctionDef, first: int, last: int) -> bool:
+def is_one_statement(node: Function, first: int, last: int) -> bool:
     simple = (n for n in ast.walk(node) if isinstance(n, ast.stmt) and not hasattr(n, "body"))
     return any(n.lineno <= first and last <= (n.end_lineno or 0) for n in simple)
 
@@ -198,7 +199,7 @@ def is_all_none(node: ast.expr) -> bool:
 def docstrings_start_with_a_phrase(name: str, source: str) -> Iterator[str]:
     """A verb or a noun phrase, not a clause that hangs on the name."""
     for node in ast.walk(parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+        if isinstance(node, ast.Module | ast.ClassDef | Function):
             word = re.match(r"\W*(\w+)", ast.get_docstring(node) or "")
             if word and word[1] in NO_PHRASE:
                 yield f"{name}:{getattr(node, 'lineno', 1)} {getattr(node, 'name', 'the file')}: {word[1]} ..."

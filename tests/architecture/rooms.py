@@ -83,9 +83,10 @@ def arrows(name: str, source: str) -> Iterator[tuple[int, str]]:
     for line, (target, *rest) in imports(name, source):
         if target not in FLOORS:
             continue
-        in_a_room = len(rest) > 1 and rest[0] in ROOMS[target]
-        file = "/".join(rest[:2]) if in_a_room else rest[0] if rest else "__init__"
-        file = "__init__" if file in exported(target) else file
+        if rest and rest[0] in ROOMS[target]:
+            file = "/".join([*rest, "__init__"][:2])  # the room itself, from which every file of it is had
+        else:
+            file = rest[0] if rest and rest[0] not in exported(target) else "__init__"
         yield line, file if target == folder else f"../{target}/{file}"
 
 

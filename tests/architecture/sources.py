@@ -60,7 +60,10 @@ PUBLIC = exported("kernels")
 
 
 def imports(name: str, source: str) -> Iterator[tuple[int, list[str]]]:
-    """(line, path) of each import: ["kernels", "head", "blocks", "scaled"] of ours, ["", "numpy"] of other packages."""
+    """(line, path) of each import: ["kernels", "head", "blocks", "scaled"] of ours, ["", "numpy"] of other packages.
+
+    import_module and __import__ of a name that stands there import, too.
+    """
     package = name.split("/")[:-1]
     for node in ast.walk(parse(source)):
         if isinstance(node, ast.Import):
@@ -73,6 +76,19 @@ def imports(name: str, source: str) -> Iterator[tuple[int, list[str]]]:
                     yield node.lineno, _from_the_root([*parts, alias.name])
                 else:
                     yield node.lineno, [*package[: len(package) - node.level + 1], *parts, alias.name]
+        elif isinstance(node, ast.Call) and (module := _imported_by_name(node)):
+            level = len(module) - len(module.lstrip("."))
+            parts = module.lstrip(".").split(".")
+            above = package[: len(package) - level + 1]
+            yield node.lineno, [*above, *parts] if level else _from_the_root(parts)
+
+
+def _imported_by_name(call: ast.Call) -> str:
+    """The module that a call imports; empty where it imports none, or one that is only known when it runs."""
+    function, name = call.func, call.args[0] if call.args else None
+    called = getattr(function, "attr", getattr(function, "id", ""))
+    is_import = called in ("import_module", "__import__")
+    return name.value if is_import and isinstance(name, ast.Constant) and isinstance(name.value, str) else ""
 
 
 def _from_the_root(path: list[str]) -> list[str]:
@@ -82,31 +98,34 @@ def _from_the_root(path: list[str]) -> list[str]:
 # ---- functions
 
 
-def functions(source: str) -> list[ast.FunctionDef]:
-    return [node for node in parse(source).body if isinstance(node, ast.FunctionDef)]
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def every_function(source: str) -> list[ast.FunctionDef]:
+def functions(source: str) -> list[Function]:
+    return [node for node in parse(source).body if isinstance(node, Function)]
+
+
+def every_function(source: str) -> list[Function]:
     """Methods and nested functions, too."""
-    return [node for node in ast.walk(parse(source)) if isinstance(node, ast.FunctionDef)]
+    return [node for node in ast.walk(parse(source)) if isinstance(node, Function)]
 
 
-def is_kernel(node: ast.FunctionDef) -> bool:
+def is_kernel(node: Function) -> bool:
     return any(
         ast.unparse(d).split("(")[0] in {"triton.jit", "jit", "gluon.jit"} for d in node.decorator_list
     )
 
 
-def is_op(node: ast.FunctionDef) -> bool:
+def is_op(node: Function) -> bool:
     """A public op, not its reference."""
     return node.name in PUBLIC
 
 
-def is_reference(node: ast.FunctionDef) -> bool:
+def is_reference(node: Function) -> bool:
     return node.name.endswith("_reference")
 
 
-def signature(node: ast.FunctionDef) -> list[tuple[str, str]]:
+def signature(node: Function) -> list[tuple[str, str]]:
     """Names and defaults, in order, keyword-only arguments marked."""
     a = node.args
     plain = [*a.posonlyargs, *a.args]
@@ -119,7 +138,7 @@ def signature(node: ast.FunctionDef) -> list[tuple[str, str]]:
     ]
 
 
-def body(node: ast.FunctionDef) -> list[ast.stmt]:
+def body(node: Function) -> list[ast.stmt]:
     """The statements behind the docstring."""
     return node.body[1:] if ast.get_docstring(node) is not None else node.body
 

@@ -16,12 +16,23 @@ IN_PLACE = {  # (file, way) -> why it is written where it stands
     ("model/files/tensors.py", "write"): "files of a folder that is not in its place yet",
     ("bench/trainers.py", "write"): "rows in a temporary folder, for the trainers that are measured",
 }
+LIBRARIES = {  # other packages' writers, which take the file as an argument
+    "save_file",
+    "torch.save",
+    "np.save",
+    "np.savez",
+    "numpy.save",
+    "shutil.copy",
+    "shutil.copy2",
+    "shutil.copyfile",
+    "shutil.copytree",
+}
 DEVICES = ("os.devnull", "/proc/")  # nothing lies there
 MODULES = {"io", "os", "gzip", "bz2", "lzma", "codecs"}  # whose open takes the file first, unlike a path's
 
 
 def files_are_written_beside_their_place(name: str, source: str) -> Iterator[str]:
-    """No rename, write_text, write_bytes or open for writing in model/, algorithms/ and bench/ outside of WRITER.
+    """No rename, write_text, write_bytes, call of LIBRARIES or open for writing but in kernels/ and WRITER.
 
     Inside of `with replacing(file) as beside` what is written to `beside` is no fault.
     """
@@ -64,8 +75,10 @@ def _called(node: ast.AST) -> str:
 
 
 def _file(call: ast.Call) -> ast.AST:
-    """What a call of open or of a path's method writes."""
+    """The path that a call writes to; of a library's writer the whole call, among whose arguments it is."""
     function = call.func
+    if _called(call) in LIBRARIES or ast.unparse(function) in LIBRARIES:
+        return call
     if isinstance(function, ast.Attribute) and ast.unparse(function.value) not in MODULES:
         return function.value
     return call.args[0] if call.args else call
@@ -81,6 +94,8 @@ def _way(call: ast.Call) -> str | None:
         return "rename" if owner == "os" or (len(call.args) == 1 and not call.keywords) else None
     if owner and (called in ("rename", "renames") or (called == "move" and owner == "shutil")):
         return "rename"
+    if called in LIBRARIES or f"{owner}.{called}" in LIBRARIES:
+        return "write"
     if owner and called in ("write_text", "write_bytes"):
         return "write" if len(call.args) < 2 else None  # a path's; a helper's takes the path first
     return _way_of_open(call, owner) if called in ("open", "fdopen") else None
