@@ -40,7 +40,7 @@ class Completion:
 
     @property
     def num_trained(self) -> int:
-        return sum(self.mask)
+        return self.mask.count(True)
 
 
 class Item(Protocol):
@@ -282,7 +282,7 @@ class _Step:
         """The batch of these parts; without any, one token of which nothing is trained."""
         sequences: list[list[int]] = []
         parents: list[int] = []
-        trained: list[bool] = []
+        trained = bytearray()  # a tensor of bytes is made at once, one of a list's bools entry by entry
         last: list[int] = []
         numbers: list[int] = []
 
@@ -293,22 +293,23 @@ class _Step:
                 parent = len(sequences)
                 sequences.append(prompt)
                 parents.append(-1)
-                trained += [False] * len(prompt)
+                trained.extend([False] * len(prompt))
             for number in part.numbers:
                 completion = self._completions[number]
                 sequences.append(completion.tokens)
                 parents.append(parent)
-                trained += completion.mask
+                trained.extend(completion.mask)
                 last.append(len(trained) - 1)
                 numbers.append(number)
 
+        is_trained = torch.frombuffer(trained or bytearray(1), dtype=torch.bool)  # (total,)
         chosen = [self._completions[number] for number in numbers]
         positions = [torch.arange(self._starts[n], self._starts[n + 1]) for n in numbers]
         return Batch(
             packed=pack(sequences or IDLE, parents or None, self._device),
             members=[part.member for part in cut],
             completions=self._indices(numbers),
-            rows=torch.tensor(trained, dtype=torch.bool).nonzero().squeeze(1).to(self._device),
+            rows=is_trained.nonzero().squeeze(1).to(self._device),
             lengths=self._indices([self.counts[number] for number in numbers]),
             last=self._indices(last),
             positions=torch.cat([torch.arange(0), *positions]).to(self._device),
