@@ -50,7 +50,7 @@ from .data.rewards import (
 from .data.row import Row
 from .data.rows import read_rows, report_counts
 from .data.tokenizer import load_tokenizer
-from .run.batch import longest, make_batches, over_completions
+from .run.batch import LazyBatches, longest, over_completions
 from .run.calls import brief
 from .run.command import run_command
 from .run.flags import (
@@ -291,7 +291,7 @@ def evaluate_text(
 
     # 1. -log pi of each row's trained tokens
     records: list[Record] = [{} for _ in examples]
-    for batch in tqdm(make_batches(examples, cfg.micro_batch_tokens, cfg.device), unit="batch"):
+    for batch in tqdm(LazyBatches(examples, cfg.micro_batch_tokens, cfg.device), unit="batch"):
         with torch.no_grad():
             logprob, _ = batch.score(model)  # (tokens,)
         of_each = logprob.double().split(batch.lengths.tolist())

@@ -26,7 +26,7 @@ from ..model.transformer import Transformer
 from ..model.vocabulary import Vocabulary
 from .data.lessons import Lesson, answered, load_lessons, write_lessons
 from .data.tokenizer import load_tokenizer
-from .run.batch import Batch, longest, make_batches
+from .run.batch import Batch, LazyBatches, longest
 from .run.command import run_command
 from .run.flags import (
     Count,
@@ -94,8 +94,8 @@ def teach(cfg: Config) -> Path:
 
 def annotated(model: Transformer, lessons: list[Lesson], vocabulary: Vocabulary, cfg: Config) -> list[Lesson]:
     """The lessons, each with the teacher's likeliest ids for its trained tokens."""
-    lessons, vocabulary = list(lessons), vocabulary.to(cfg.device)
-    batches = make_batches(lessons, cfg.micro_batch_tokens, cfg.device)
+    found, vocabulary = list(lessons), vocabulary.to(cfg.device)
+    batches = LazyBatches(lessons, cfg.micro_batch_tokens, cfg.device)
     for batch in tqdm(batches, desc="teach", unit="batch", dynamic_ncols=True):
         ids, logprobs = most_likely(model, batch, vocabulary, cfg)  # (tokens, K) each
 
@@ -103,8 +103,8 @@ def annotated(model: Transformer, lessons: list[Lesson], vocabulary: Vocabulary,
         counts = batch.lengths.tolist()
         of_each = zip(batch.members, ids.int().cpu().split(counts), logprobs.cpu().split(counts), strict=True)
         for i, its_ids, its_logprobs in of_each:
-            lessons[i] = dataclasses.replace(lessons[i], ids=its_ids, logprobs=its_logprobs)
-    return lessons
+            found[i] = dataclasses.replace(lessons[i], ids=its_ids, logprobs=its_logprobs)
+    return found
 
 
 @torch.no_grad()

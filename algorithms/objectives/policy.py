@@ -63,9 +63,8 @@ def gspo_loss(
     per_sequence = {"lengths": lengths, "initial": 0, "unsafe": True}
     log_mean = torch.segment_reduce(log_ratio, "mean", **per_sequence)  # (sequences,), eq. 7
     sequence_ratio = bounded_exp(log_mean).repeat_interleave(lengths)  # (tokens,)
-    ratio = (
-        sequence_ratio * (logprob - logprob.detach()).exp()
-    )  # eq. 14: its value, with the token's gradient
+    # eq. 14: the sequence's value, with the token's gradient
+    ratio = sequence_ratio * (logprob - logprob.detach()).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = -(torch.min(ratio * advantage, clipped * advantage) / denominator).sum()  # eq. 13
     is_clipped = (clipped * advantage < ratio * advantage).float()

@@ -10,7 +10,7 @@
 Whatever a number a trained token is, a logprob, a value, an advantage, is a tensor (tokens,) in the order of `rows`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -40,7 +40,7 @@ class Completion:
 
     @property
     def num_trained(self) -> int:
-        return sum(self.mask)
+        return self.mask.count(True)
 
 
 class Item(Protocol):
@@ -169,15 +169,29 @@ class _Part(NamedTuple):
     numbers: list[int]
 
 
+class LazyBatches:
+    """The micro-batches of `make_batches`, each packed as its turn comes: for a whole file, which may fill a device."""
+
+    def __init__(self, items: Sequence[Item], capacity: int, device: torch.device | str):
+        self.step = _Step(items, device)
+        self.sizes = [num_tokens(item) for item in items]
+        self._members = shares(self.sizes, capacity)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __iter__(self) -> Iterator[Batch]:
+        sizes, total = self.sizes, sum(self.sizes)
+        for members in self._members:
+            cut = [_Part(i, self.step.numbers_of(i)) for i in members]
+            yield self.step.batch(cut, sum(sizes[i] for i in members) / total)
+
+
 def make_batches(items: Sequence[Item], capacity: int, device: torch.device | str) -> Batches:
     """Items in micro-batches of about `capacity` tokens, none of them split."""
-    step = _Step(items, device)
-    sizes = [num_tokens(item) for item in items]
-    total, batches = sum(sizes), []
-    for members in shares(sizes, capacity):
-        cut = [_Part(i, step.numbers_of(i)) for i in members]
-        batches.append(step.batch(cut, sum(sizes[i] for i in members) / total))
-    return Batches(batches, len(step.counts), sum(step.counts), total)
+    lazy = LazyBatches(items, capacity, device)
+    counts = lazy.step.counts
+    return Batches(lazy, len(counts), sum(counts), sum(lazy.sizes))
 
 
 def make_split_batches(
@@ -268,7 +282,7 @@ class _Step:
         """The batch of these parts; without any, one token of which nothing is trained."""
         sequences: list[list[int]] = []
         parents: list[int] = []
-        trained: list[bool] = []
+        trained = bytearray()  # a tensor of bytes is made at once, one of a list's bools entry by entry
         last: list[int] = []
         numbers: list[int] = []
 
@@ -279,22 +293,23 @@ class _Step:
                 parent = len(sequences)
                 sequences.append(prompt)
                 parents.append(-1)
-                trained += [False] * len(prompt)
+                trained.extend([False] * len(prompt))
             for number in part.numbers:
                 completion = self._completions[number]
                 sequences.append(completion.tokens)
                 parents.append(parent)
-                trained += completion.mask
+                trained.extend(completion.mask)
                 last.append(len(trained) - 1)
                 numbers.append(number)
 
+        is_trained = torch.frombuffer(trained or bytearray(1), dtype=torch.bool)  # (total,)
         chosen = [self._completions[number] for number in numbers]
         positions = [torch.arange(self._starts[n], self._starts[n + 1]) for n in numbers]
         return Batch(
             packed=pack(sequences or IDLE, parents or None, self._device),
             members=[part.member for part in cut],
             completions=self._indices(numbers),
-            rows=torch.tensor(trained, dtype=torch.bool).nonzero().squeeze(1).to(self._device),
+            rows=is_trained.nonzero().squeeze(1).to(self._device),
             lengths=self._indices([self.counts[number] for number in numbers]),
             last=self._indices(last),
             positions=torch.cat([torch.arange(0), *positions]).to(self._device),
@@ -349,7 +364,7 @@ def over_completions(
     training = model.training
     model.eval()
     found = torch.zeros(len(items), len(items[0].completions) if items else 0)
-    for batch in make_batches(items, capacity, model.device):
+    for batch in LazyBatches(items, capacity, model.device):
         found.view(-1)[batch.completions.cpu()] = function(batch).float().cpu()
     model.train(training)
     reshard(model)

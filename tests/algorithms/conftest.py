@@ -2,6 +2,8 @@
 
 import json
 import re
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,26 @@ from burnish.algorithms.recipes.sums import (
     prompt_row,
     split_problems,
 )
+from burnish.algorithms.run import batch
 from burnish.model.checkpoint import save_model
 from burnish.model.config import ModelConfig
 from burnish.model.text.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
+
+
+@pytest.fixture
+def most_packed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """The largest number of micro-batches so far that were there at the same time."""
+    alive, counts, pack = weakref.WeakSet(), [0], batch.pack
+
+    def counting(*given):
+        packed = pack(*given)
+        alive.add(packed)
+        counts.append(len(alive))
+        return packed
+
+    monkeypatch.setattr(batch, "pack", counting)
+    return lambda: max(counts)
 
 
 @pytest.fixture

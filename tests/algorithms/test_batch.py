@@ -244,6 +244,13 @@ def test_sums_and_means_are_those_of_a_loop(model):
     assert apart.shape == (len(pairs), 2) and model.training
 
 
+def test_a_pass_without_a_gradient_holds_few_batches_at_a_time(model, most_packed):
+    """All micro-batches of a whole file would lie on the device at once."""
+    pairs = [scored(Family(item.prompt, [*item.completions, *item.completions][:2])) for item in families(5)]
+    batch.over_completions(model, pairs, lambda one: one.sums(one.score(model)[0]), 1)
+    assert len(batch.LazyBatches(pairs, 1, "cpu")) == len(pairs) > 2 >= most_packed()
+
+
 # ---- planted faults
 
 FAULTS = {
@@ -264,7 +271,7 @@ FAULTS = {
         "torch.arange(self._starts[n + 1] - self._starts[n])",
         whole_items_are_packed,
     ),
-    "equal shares": ("sum(sizes[i] for i in members) / total", "1 / len(items)", whole_items_are_packed),
+    "equal shares": ("sum(sizes[i] for i in members) / total", "1 / len(sizes)", whole_items_are_packed),
     "never full": ("room -= need", "room -= 0", split_items_are_packed),
     "a prompt is free": ("if parent is None else 0)\n", "if parent == 0 else 0)\n", split_items_are_packed),
     "all are needed": ("if not needed[number]:", "if False:", split_items_are_packed),

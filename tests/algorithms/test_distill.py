@@ -312,6 +312,16 @@ def test_fewer_ids_and_a_tail_are_a_lower_bound_that_rises(cfg, teacher, tmp_pat
     assert 0 < found[0] < found[1] < found[2] < found[3]
 
 
+def test_a_teacher_packs_a_file_as_its_turn_comes(teacher, cfg, tmp_path, most_packed):
+    folder = tmp_path / "taught"
+    teach.teach(
+        teach.Config(
+            model=teacher, data=cfg.data, output=folder, top_k=3, device="cpu", micro_batch_tokens=50
+        )
+    )
+    assert 1 <= most_packed() <= 2
+
+
 def test_a_lesson_holds_the_teachers_most_likely_ids(teacher, lessons):
     model, tokenizer = load_model(teacher), Tokenizer.load(teacher)
     for lesson in read_lessons(lessons, tokenizer, 1.0)[:3]:

@@ -171,6 +171,11 @@ def test_the_same_seed_gives_the_same_figures(cfg, tmp_path):
     assert evaluate.evaluate(cfg) == evaluate.evaluate(again)
 
 
+def test_a_file_is_packed_as_its_turn_comes(cfg, demonstrations, most_packed):
+    evaluate.evaluate(dataclasses.replace(cfg, reward=(), data=demonstrations, micro_batch_tokens=50))
+    assert 1 <= most_packed() <= 2
+
+
 def test_perplexity_is_that_of_the_trained_tokens(cfg, demonstrations):
     cfg = dataclasses.replace(cfg, reward=(), data=demonstrations, micro_batch_tokens=50)
     figures = evaluate.evaluate(cfg)
