@@ -14,6 +14,7 @@ from .flags import helps
 from .processes import processes
 from .streams import run_program
 
+FIRST = ("model", "data", "output")  # of the flags, in --help
 CPU_IS_FULL = "can't allocate memory"  # what torch's RuntimeError says
 
 
@@ -62,11 +63,13 @@ def _parsed(name: str, module: ModuleType, arguments: Sequence[str]) -> Any:
     """The module's Config with the flags that were given."""
     import tyro  # a Config that is made in Python does without
 
-    # 1. the same flags with their help, which tyro does not find where a class sets the default alone
+    # 1. the same flags with their help, which tyro does not find where a class sets the default alone; those of every
+    # run first, then the command's own, then what it shares with others
     config, hints = module.Config, get_type_hints(module.Config, include_extras=True)
-    texts = helps(config)
+    texts, of_command = helps(config), list(vars(config)["__annotations__"])
+    order = {name: i for i, name in reversed(list(enumerate([*FIRST, *of_command])))}
     fields: list[Any] = []
-    for field in dataclasses.fields(config):
+    for field in sorted(dataclasses.fields(config), key=lambda field: order.get(field.name, len(order))):
         default: Any = {"default": field.default, "default_factory": field.default_factory}
         hint = Annotated[hints[field.name], tyro.conf.arg(help=texts.get(field.name))]
         fields.append((field.name, hint, dataclasses.field(**default)))

@@ -124,9 +124,7 @@ class AnswerFlags:
     max_prompt_length: Count = 1024  # tokens; longer prompts are dropped and counted
     top_k: Count | None = None  # sample among the k most likely ids only
     top_p: Part | None = None  # sample among the fewest ids with this much probability, at most 1,024
-    reward_timeout: Seconds | None = (
-        None  # seconds that a call of the reward functions has; no limit by default
-    )
+    reward_timeout: Seconds | None = None  # seconds that a call of the functions has; no limit by default
 
 
 @dataclass(frozen=True, kw_only=True)
