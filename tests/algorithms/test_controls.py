@@ -689,7 +689,7 @@ FAULTS = [
         for name, old, new in [
             ("prompt not seen", "parents.append(parent)", "parents.append(-1)"),
             ("score before the end", "last.append(len(trained) - 1)", "last.append(len(trained) - 2)"),
-            ("mask ignored", "+= completion.mask", "+= [True] * len(completion.mask)"),
+            ("mask ignored", "extend(completion.mask)", "extend([True] * len(completion.mask))"),
         ]
     ),
     *(
@@ -924,8 +924,8 @@ FAULTS = [
                     ),
                     (
                         "end not trained",
-                        "dtype=torch.bool).nonzero().squeeze(1).to",
-                        "dtype=torch.bool).nonzero().squeeze(1)[:-1].to",
+                        "is_trained.nonzero().squeeze(1).to",
+                        "is_trained.nonzero().squeeze(1)[:-1].to",
                     ),
                     ("prompt not seen", "parents.append(parent)", "parents.append(-1)"),
                     (
