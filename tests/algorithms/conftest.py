@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from burnish.algorithms import sft
 from burnish.algorithms.recipes.sums import (
     VOCABULARY,
     demonstration_row,
@@ -59,6 +60,22 @@ def demonstrations(tmp_path: Path) -> Path:
     return write_rows(
         tmp_path / "demonstrations.jsonl",
         [demonstration_row(problem) for problem in split_problems(0)[0][:64]],
+    )
+
+
+@pytest.fixture
+def form_model(model_folder: Path, demonstrations: Path, tmp_path: Path) -> Path:
+    """A model that has seen the demonstrations' form but does not hold to it."""
+    return sft.train(
+        sft.Config(
+            model=model_folder,
+            data=demonstrations,
+            output=tmp_path / "sft",
+            steps=60,
+            batch_size=16,
+            learning_rate=1e-2,
+            device="cpu",
+        )
     )
 
 

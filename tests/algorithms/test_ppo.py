@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from burnish.algorithms import ppo, sft
+from burnish.algorithms import ppo
 from burnish.algorithms.data.examples import Prompt
 from burnish.algorithms.data.groups import Group, Sampler
 from burnish.algorithms.run.batch import Batch, make_split_batches, over_tokens
@@ -23,21 +23,9 @@ def metrics_of(folder):
 
 
 @pytest.fixture
-def cfg(model_folder, demonstrations, prompts, tmp_path):
-    """From a model that has seen the form but does not hold to it."""
-    start = sft.train(
-        sft.Config(
-            model=model_folder,
-            data=demonstrations,
-            output=tmp_path / "sft",
-            steps=60,
-            batch_size=16,
-            learning_rate=1e-2,
-            device="cpu",
-        )
-    )
+def cfg(form_model, prompts, tmp_path):
     return ppo.Config(
-        model=start,
+        model=form_model,
         data=prompts,
         reward=(REWARD,),
         output=tmp_path / "out",
