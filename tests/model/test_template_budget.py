@@ -1,10 +1,14 @@
 """Small templates that would take minutes or gigabytes: what each step of them costs is what it takes."""
 
+import resource
+import sys
 from typing import Any
 
+import jinja2
 import pytest
 from burnish.model.errors import MOST_CHARACTERS, InputError
-from burnish.model.text import meter
+from burnish.model.text import meter, sandbox
+from burnish.model.text.meter import OverBudget
 from burnish.model.text.template import ChatTemplate
 from fork import in_a_fork
 
@@ -88,6 +92,32 @@ def test_it_is_refused_before_it_takes_seconds_or_a_gigabyte(source):
     found: Any = in_a_fork(lambda: rendered(source), seconds=20, gigabytes=1)  # of a slow machine
     assert isinstance(found, str) and found.startswith("refused: the chat template"), found
     assert len(found) <= MOST_CHARACTERS + 20
+
+
+def most_page_faults(template: ChatTemplate) -> int:
+    """Of a rendering, over depths of Python's stack that end anywhere in one of its pieces."""
+
+    def faults(depth: int) -> int:
+        if depth:
+            return faults(depth - 1)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        with pytest.raises(OverBudget):
+            template.render([TURN], {})
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    return max(faults(depth) for depth in range(0, 200, 4))
+
+
+def test_a_rendering_takes_no_longer_on_a_deep_stack(monkeypatch):
+    """A call that maps a piece of Python's stack, and gives it back, has a page fault each time."""
+    template = ChatTemplate(
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}"
+    )
+    monkeypatch.setattr(meter, "MOST_STEPS", 100_000)
+    assert most_page_faults(template) < 500
+    if sys.version_info < (3, 14):  # later ones were not seen
+        monkeypatch.setattr(sandbox.RoomyTemplate, "render", jinja2.Template.render)
+        assert most_page_faults(template) > 2_000
 
 
 @pytest.mark.parametrize(
