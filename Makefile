@@ -52,7 +52,7 @@ test-embed: .venv-embed/.ready ## our ops inside transformers, PEFT and TRL, in 
 	.venv-embed/bin/pytest -n 2 --dist worksteal tests/embed
 
 static: $(READY) ## compile every kernel for the six chips, and say what got worse
-	$(BIN)/python -m burnish.bench.static --all --check
+	$(BIN)/python -m burnish.bench static --all --check
 
 bench: $(READY) ## time every op beside eager torch on this machine
 	$(BIN)/python -m burnish.bench
@@ -62,10 +62,10 @@ GPU_SECONDS ?= 480
 GPU_STEPS ?= tests bench tune
 gpu: ## compiled tests, benchmark with peers, candidate tiles, and a verdict within GPU_SECONDS (docs/gpu.md); PYTHON needs torch, triton, pytest
 	mkdir -p build/link && ln -sfn "$(CURDIR)" build/link/burnish
-	PYTHONPATH="$(CURDIR)/build/link$${PYTHONPATH:+:$$PYTHONPATH}" PYTHONSAFEPATH=1 $(GPU_PYTHON) -m burnish.bench.gpu --seconds $(GPU_SECONDS) --steps $(GPU_STEPS)
+	PYTHONPATH="$(CURDIR)/build/link$${PYTHONPATH:+:$$PYTHONPATH}" PYTHONSAFEPATH=1 $(GPU_PYTHON) -m burnish.bench gpu --seconds $(GPU_SECONDS) --steps $(GPU_STEPS)
 
 docs: $(READY) ## write the generated tables of README.md and docs/ anew
-	$(BIN)/python -m burnish.bench.report
+	$(BIN)/python -m burnish.bench report
 
 lint: $(READY) ## ruff and pyright
 	$(BIN)/ruff check .

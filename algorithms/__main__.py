@@ -50,6 +50,11 @@ COMMANDS = {  # name: (module with a Config, its function of a Config, one line)
         "train",
         "GRPO on a real chat model: whole, LoRA or QLoRA",
     ),
+    "bench": (
+        "burnish.bench.command",
+        "main",
+        "time ops, also yours beside ours; its commands: burnish bench --help",
+    ),
     "merge": ("burnish.algorithms.merge", "merge", "fold an adapter into its model"),
     "chat": ("burnish.algorithms.chat", "main", "talk to a model"),
     "convert": ("burnish.model.convert", "main", "turn a GGUF file into a Hugging Face folder"),
@@ -87,6 +92,8 @@ def _status(arguments: list[str]) -> int:
         from .run.command import run_command
 
         module = importlib.import_module(module_name)
+        if not hasattr(module, "Config"):  # it has commands of its own
+            return getattr(module, function)(arguments[1:])
         return run_command(f"burnish {name}", module, getattr(module, function), arguments[1:])
     except KeyboardInterrupt:
         print(f"\nburnish {name}: interrupted", file=sys.stderr)

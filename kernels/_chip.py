@@ -17,7 +17,9 @@ from ._triton import expect_triton
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read once: @triton.jit reads it at import, too
 if INTERPRET:
     expect_triton("TRITON_INTERPRET=1")
-TARGET: tuple[int, int] | None = None  # set by bench/static.py alone: launches only compile, for this chip
+TARGET: tuple[int, int] | None = (
+    None  # set by bench/ops/static.py alone: launches only compile, for this chip
+)
 # of a CPU's attention, a vector of floats: of fewer, torch makes zeros of a row of scores that all are NaN, but under a
 # mask. tests/kernels/test_nan.py
 FEW_KEYS = 16

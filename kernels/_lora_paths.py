@@ -1,4 +1,4 @@
-"""The fastest path of lora_linear where it was measured. Written by `python -m burnish.bench.paths`.
+"""The fastest path of lora_linear where it was measured. Written by `python -m burnish.bench paths`.
 
 Nothing has been measured yet: every device takes F.linear, then addmm.
 """

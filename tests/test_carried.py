@@ -40,8 +40,8 @@ import math
 from types import SimpleNamespace
 
 import torch
-from burnish.bench.case import assert_accurate, make_inputs
-from burnish.bench.registry import CASES
+from burnish.bench.cases.case import assert_accurate, make_inputs
+from burnish.bench.cases.registry import CASES
 
 def size(dims):
     return math.prod(dims.values())
@@ -81,7 +81,8 @@ WHAT_NEEDS_IT = """
 import importlib.util, os
 
 from burnish.algorithms import __main__ as burnish, sft
-from burnish.bench import __main__, static, tune
+from burnish.bench import __main__
+from burnish.bench.ops import static, tune
 from burnish.bench.record import machine
 from burnish.kernels import _chip
 
@@ -111,7 +112,7 @@ def test_every_command_without_triton(tmp_path, data):
 def test_every_op_without_triton_and_what_needs_it_says_so_in_one_sentence():
     lines = [line for line in run(WITHOUT_TRITON + EVERY_OP + WHAT_NEEDS_IT).splitlines() if line]
     wanting = ": expected Triton to be installed: pip install triton (on Windows triton-windows)"
-    modules = [f"python -m burnish.bench.{name}" for name in ("static", "tune")]
+    modules = [f"python -m burnish.bench {name}" for name in ("static", "tune")]
     assert lines == [
         f"{what}{wanting}" for what in (*modules, "cuda:1", "burnish sft: cuda:1", "TRITON_INTERPRET=1")
     ]

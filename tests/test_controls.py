@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 from burnish import kernels
-from burnish.bench.case import Case, assert_accurate, make_inputs
-from burnish.bench.cases_lora import by_path, several
-from burnish.bench.cases_moe import with_4bit_experts
-from burnish.bench.cases_nf4 import absmax_alone, four_bit, multiplied_out
-from burnish.bench.cases_sample import logprob_alone
-from burnish.bench.registry import CASES
+from burnish.bench.cases.case import Case, assert_accurate, make_inputs
+from burnish.bench.cases.lora import by_path, several
+from burnish.bench.cases.moe import with_4bit_experts
+from burnish.bench.cases.nf4 import absmax_alone, four_bit, multiplied_out
+from burnish.bench.cases.registry import CASES
+from burnish.bench.cases.sample import logprob_alone
 from burnish.kernels import lora
 from faults import Fault, planted, read_faults
 

@@ -10,7 +10,7 @@ import torch
 
 from ...model.errors import InputError, shown
 from .calls import brief, left
-from .flags import helps
+from .flags import POSITIONAL, helps
 from .processes import processes
 from .streams import run_program
 
@@ -30,10 +30,19 @@ def run_command(
 def _status(
     name: str, module: ModuleType, function: Callable[[Any], object], arguments: Sequence[str]
 ) -> int:
-    config = _parsed(name, module, arguments)
-    try:
+    config = parsed(name, module, arguments)
+
+    def run() -> None:
         with processes(name.split()[-1], getattr(config, "device", "cpu")):
             function(config)
+
+    return status_of(name, run)
+
+
+def status_of(name: str, run: Callable[[], int | None]) -> int:
+    """The exit status: what `run` returns, 0 for None; 1, with a sentence, for wrong input, 130 when interrupted."""
+    try:
+        return run() or 0
     except InputError as error:
         print(f"\n{name}: {error}", file=sys.stderr)
         return 1
@@ -56,11 +65,10 @@ def _status(
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted; what was saved until now is whole", file=sys.stderr)
         return 130
-    return 0
 
 
-def _parsed(name: str, module: ModuleType, arguments: Sequence[str]) -> Any:
-    """The module's Config with the flags that were given."""
+def parsed(name: str, module: ModuleType, arguments: Sequence[str], summary: str = "") -> Any:
+    """The module's Config with the flags that were given. summary: what --help begins with, or the module's."""
     import tyro  # a Config that is made in Python does without
 
     # 1. the same flags with their help, which tyro does not find where a class sets the default alone; those of every
@@ -72,10 +80,12 @@ def _parsed(name: str, module: ModuleType, arguments: Sequence[str]) -> Any:
     for field in sorted(dataclasses.fields(config), key=lambda field: order.get(field.name, len(order))):
         default: Any = {"default": field.default, "default_factory": field.default_factory}
         hint = Annotated[hints[field.name], tyro.conf.arg(help=texts.get(field.name))]
+        if POSITIONAL in getattr(hints[field.name], "__metadata__", ()):
+            hint = tyro.conf.Positional[hint]
         fields.append((field.name, hint, dataclasses.field(**default)))
     flags: Any = dataclasses.make_dataclass("Flags", fields, frozen=True, kw_only=True)
 
     # 2. what was given, as a Config
-    summary = (module.__doc__ or "").splitlines()[0]
+    summary = summary or (module.__doc__ or "").splitlines()[0]
     given = tyro.cli(flags, prog=name, args=arguments, description=summary)
     return config(**vars(given))

@@ -48,6 +48,8 @@ class Bounds(NamedTuple):
     switch: bool = False
 
 
+POSITIONAL = "positional"  # the mark of what is given by its place
+
 Count = Annotated[int, Bounds(1)]
 Size = Annotated[int, Bounds(0)]  # a count, or none
 Length = Annotated[int, Bounds(2)]  # of a sequence: a token, and one that it predicts
@@ -240,9 +242,9 @@ def check_flags(config: Any, **narrower: tuple[float, float]) -> None:
     torch_dtype(getattr(config, "save_dtype", "auto"))
     of_flags = bounds(type(config))
     for name, found in of_flags.items():
-        _check_number(name, getattr(config, name), found)
+        check_number(name, getattr(config, name), found)
     for name, ends in narrower.items():
-        _check_number(name, getattr(config, name), Bounds(*ends, of_flags[name].switch))
+        check_number(name, getattr(config, name), Bounds(*ends, of_flags[name].switch))
 
     check_device(config.device)
     folder = config.output
@@ -252,7 +254,8 @@ def check_flags(config: Any, **narrower: tuple[float, float]) -> None:
         raise InputError(f"--output {folder}: expected a new or empty folder, found one in use")
 
 
-def _check_number(name: str, value: Any, within: Bounds) -> None:
+def check_number(name: str, value: Any, within: Bounds) -> None:
+    """Raises InputError where the number of a flag is outside its bounds."""
     if value is None or (within.switch and value == inf):
         return
     most = min(within.most, MOST if isinstance(value, int) else LARGEST)

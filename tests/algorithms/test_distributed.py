@@ -469,7 +469,7 @@ def test_what_runs_on_one_process_says_so(inputs, tmp_path):
 # ---- on one process
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - TRAINERS))
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - TRAINERS - {"bench"}))
 def test_other_commands_refuse_torchrun(monkeypatch, command):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with (

@@ -18,7 +18,7 @@ ROOMS = {
     "kernels": ("head", "plain"),
     "model": ("files", "text", "adapters", "embedding"),
     "algorithms": ("objectives", "data", "run", "search", "recipes"),
-    "bench": (),
+    "bench": ("cases", "ops", "runs", "publish"),
 }
 OPS = "norm rope glu attention decode sample nf4 lora low_rank route moe head/[!_]*"
 READERS = "checkpoint weights convert adapter_tensors"  # between what computes and what lies on disk
@@ -55,6 +55,15 @@ ARROWS = {
         "data/*": "data/* run/* ../*",
         "run/*": "run/* ../*",
         "objectives/*": "objectives/*",
+    },
+    "bench": {
+        "__main__": "command ../*",
+        "./*": "./* ../*",
+        "cases/*": "cases/* ../kernels/*",
+        "ops/*": "ops/* cases/* ./* ../*",
+        "ops/static": "publish/pictures",
+        "runs/*": "runs/* cases/* ./* ../*",
+        "publish/*": "publish/* runs/* ops/* cases/* ./* ../*",
     },
 }
 

@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from burnish.bench.__main__ import DTYPES, call, prepare, sync
-from burnish.bench.case import assert_accurate, label, make_inputs
-from burnish.bench.registry import CASES
+from burnish.bench.cases.case import assert_accurate, label, make_inputs
+from burnish.bench.cases.registry import CASES
+from burnish.bench.ops.speed import DTYPES, call, prepare, sync
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = DTYPES["bf16" if DEVICE == "cuda" else "fp32"]

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from burnish.bench import __main__ as bench
-from burnish.bench import roofline
-from burnish.bench.case import Work, assert_accurate, make_inputs
-from burnish.bench.peers import PEERS, Unsuitable
-from burnish.bench.registry import CASES
+from burnish.bench.cases.case import Work, assert_accurate, make_inputs
+from burnish.bench.cases.registry import CASES
+from burnish.bench.ops import roofline
+from burnish.bench.ops import speed as bench
+from burnish.bench.ops.peers import PEERS, Unsuitable
 from burnish.kernels._chip import INTERPRET
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="interpreted kernels have no speed")

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from burnish.bench import paths, pictures, record, report, static, tune
+from burnish.bench import record
+from burnish.bench.ops import paths, static, tune
+from burnish.bench.publish import pictures, report
 
 RESULT = {
     "machine": {"device": "GPU", "driver": "1"},
@@ -143,7 +145,7 @@ def test_a_planted_fault_is_caught(folder, tmp_path, monkeypatch, capsys):
     assert old in source, "paths.py no longer names its files so: plant this fault anew"
     copy = tmp_path / "control_paths.py"
     copy.write_text(source.replace(old, "if True:"))
-    spec = importlib.util.spec_from_file_location("burnish.bench.control_paths", copy)
+    spec = importlib.util.spec_from_file_location("burnish.bench.ops.control_paths", copy)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)

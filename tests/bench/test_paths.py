@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from burnish.bench import paths, record
-from burnish.bench.registry import CASES
+from burnish.bench import record
+from burnish.bench.cases.registry import CASES
+from burnish.bench.ops import paths
 from burnish.kernels import _lora_paths, lora
 
 SHAPE = {"T": 8192, "C": 4096, "F": 14336, "R": 16}
@@ -64,7 +65,7 @@ def written() -> dict:
 
 def test_what_is_committed_is_current(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.undo()
-    assert paths.main(["--check"]) == 0, "python -m burnish.bench.paths"
+    assert paths.main(["--check"]) == 0, "python -m burnish.bench paths"
 
 
 def test_without_measurements_every_device_takes_the_baselines_own_calls(capsys):

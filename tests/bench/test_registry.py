@@ -3,9 +3,9 @@
 import pytest
 import torch
 from burnish import kernels
-from burnish.bench import registry
-from burnish.bench.case import Case, Dims, label, leaves, make_inputs, run
-from burnish.bench.registry import CASES
+from burnish.bench.cases import registry
+from burnish.bench.cases.case import Case, Dims, label, leaves, make_inputs, run
+from burnish.bench.cases.registry import CASES
 from torch.fx.experimental import _config as meta
 
 

@@ -4,7 +4,9 @@ import json
 import re
 
 import pytest
-from burnish.bench import pictures, record, report, static
+from burnish.bench import record
+from burnish.bench.ops import static
+from burnish.bench.publish import pictures, report
 
 ROW = {
     "case": "swiglu/elementwise", "dtype": "bf16", "provider": "burnish", "device_us": [9, 10, 11],
@@ -47,7 +49,7 @@ def results(tmp_path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_what_is_committed_is_current():
-    assert report.stale() == [], "python -m burnish.bench.report"
+    assert report.stale() == [], "python -m burnish.bench report"
 
 
 def test_the_newest_file_is_quoted_and_named(results):

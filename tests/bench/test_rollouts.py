@@ -3,7 +3,9 @@
 import importlib.util
 
 import pytest
-from burnish.bench import record, report, rollouts, trainers
+from burnish.bench import record
+from burnish.bench.publish import report
+from burnish.bench.runs import rollouts, trainers
 from burnish.model import Transformer
 from burnish.model.checkpoint import load_model
 from burnish.model.files.config_json import read_config

@@ -1,7 +1,7 @@
 """The step whose memory docs/scale.md tells, in small: what one process holds is what the calculator counts."""
 
 import pytest
-from burnish.bench import scale
+from burnish.bench.runs import scale
 from burnish.model import ModelConfig
 
 

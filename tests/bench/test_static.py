@@ -7,8 +7,16 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from burnish.bench import static, tune
-from burnish.bench.static import Job, accepted_figures, compare, compile_job, compile_only, limits, selection
+from burnish.bench.ops import static, tune
+from burnish.bench.ops.static import (
+    Job,
+    accepted_figures,
+    compare,
+    compile_job,
+    compile_only,
+    limits,
+    selection,
+)
 from burnish.kernels import _chip, attention, tiles
 
 pytestmark = pytest.mark.skipif(_chip.INTERPRET, reason="the interpreter compiles nothing")
@@ -35,7 +43,7 @@ REST = [
 def test_shipped_configuration_is_as_accepted(job: Job):
     accepted = accepted_figures()
     figures = {job.key: [vars(build) for build in compile_job(job)]}
-    assert job.key in accepted, f"python -m burnish.bench.static --all --accept: {static.table(figures)}"
+    assert job.key in accepted, f"python -m burnish.bench static --all --accept: {static.table(figures)}"
     if json.loads(static.BASELINE.read_text())["triton"] == triton.__version__:
         assert compare(accepted, figures) == []
     assert limits(figures) == []

@@ -4,7 +4,7 @@ import importlib.util
 import json
 
 import pytest
-from burnish.bench import trainers
+from burnish.bench.runs import trainers
 
 
 @pytest.fixture

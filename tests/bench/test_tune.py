@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from burnish.bench import tune
-from burnish.bench.registry import CASES
+from burnish.bench.cases.registry import CASES
+from burnish.bench.ops import tune
 from burnish.kernels._chip import INTERPRET
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="interpreted kernels have no speed")

@@ -15,8 +15,20 @@ import pytest
 import torch
 from burnish.algorithms import dpo as dpo_module
 from burnish.algorithms.data.rewards import load_reward
-from burnish.bench import conformance, record
-from burnish.bench.conformance import CHECKS, KL, ROWS, Batch, Outcome, Step, Toy, Trainer, distributions, run
+from burnish.bench import record
+from burnish.bench.runs import conformance
+from burnish.bench.runs.conformance import (
+    CHECKS,
+    KL,
+    ROWS,
+    Batch,
+    Outcome,
+    Step,
+    Toy,
+    Trainer,
+    distributions,
+    run,
+)
 from burnish.model.adapter import adapter_disabled
 
 HERE = Path(__file__).parent
@@ -289,7 +301,7 @@ def test_the_documented_adapter_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_outcomes_are_kept_as_json(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     adapter = tmp_path / "small.py"
     adapter.write_text(
-        "from burnish.bench.conformance import Trainer\n\n\ndef adapter():\n"
+        "from burnish.bench.runs.conformance import Trainer\n\n\ndef adapter():\n"
         "    absent = {'sft': 'nothing here'}\n"
         "    return Trainer('Small', '1', advantages=lambda rewards, mask: rewards, absent=absent)\n"
     )

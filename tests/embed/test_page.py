@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from burnish.bench import embedding
+from burnish.bench.runs import embedding
 from burnish.model.embedding import operands
 
 pytest.importorskip("transformers", reason="transformers is not installed")

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from burnish.bench import tune
+from burnish.bench.ops import tune
 from burnish.kernels import attention, flash_attention
 from burnish.kernels._chip import INTERPRET
 from burnish.kernels.plain.attention import flash_attention_reference, positions, visible_keys
@@ -297,7 +297,7 @@ def test_tensor_descriptors(name, monkeypatch):
 
 @compiled_or_interpreted
 @pytest.mark.slow
-@pytest.mark.skipif(not INTERPRET, reason="compiled, `python -m burnish.bench.tune` does it")
+@pytest.mark.skipif(not INTERPRET, reason="compiled, `python -m burnish.bench tune` does it")
 def test_candidate_tiles_are_checked_and_timed(monkeypatch):
     """Small ones of dQ and of dK/dV; one with which the scale is lost is refused."""
     monkeypatch.setattr(tune, "ROUNDS", 1)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from burnish.bench.case import (
+from burnish.bench.cases.case import (
     Case,
     Dims,
     assert_accurate,
@@ -14,7 +14,7 @@ from burnish.bench.case import (
     make_upstream,
     run,
 )
-from burnish.bench.registry import CASES
+from burnish.bench.cases.registry import CASES
 from burnish.kernels._chip import INTERPRET, TARGET
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode

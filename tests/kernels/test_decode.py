@@ -2,7 +2,7 @@ from itertools import product
 
 import pytest
 import torch
-from burnish.bench.static import compile_only
+from burnish.bench.ops.static import compile_only
 from burnish.kernels._chip import INTERPRET
 from burnish.kernels.decode import decode_attention
 from burnish.kernels.plain import decode

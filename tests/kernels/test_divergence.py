@@ -4,9 +4,9 @@ import sys
 
 import pytest
 import torch
-from burnish.bench.cases_divergence import kl_div, token_divergence_eager
-from burnish.bench.cases_logprob import without_budget
-from burnish.bench.cases_topk import topk_divergence_eager
+from burnish.bench.cases.divergence import kl_div, token_divergence_eager
+from burnish.bench.cases.logprob import without_budget
+from burnish.bench.cases.topk import topk_divergence_eager
 from burnish.kernels import (
     _op,
     token_divergence,

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from burnish.bench.case import Case, make_inputs, make_upstream, run
-from burnish.bench.registry import CASES
-from burnish.bench.static import compile_only
+from burnish.bench.cases.case import Case, make_inputs, make_upstream, run
+from burnish.bench.cases.registry import CASES
+from burnish.bench.ops.static import compile_only
 from burnish.kernels import _chip, _op
 from burnish.model import ModelConfig, Transformer, Vocabulary, pack
 from burnish.model.adapter import add_lora

@@ -14,8 +14,8 @@ import burnish.kernels
 import numpy as np
 import pytest
 import torch
-from burnish.bench.case import Case, Dims, make_inputs, make_upstream, run, tensor
-from burnish.bench.registry import CASES
+from burnish.bench.cases.case import Case, Dims, make_inputs, make_upstream, run, tensor
+from burnish.bench.cases.registry import CASES
 from burnish.kernels import flash_attention, glu, sample_tokens, topk_logprobs
 from burnish.kernels._chip import INTERPRET, autocast_dtype, without_autocast
 from burnish.kernels._op import on_its_device

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from burnish.bench.cases_lora import by_path
+from burnish.bench.cases.lora import by_path
 from burnish.kernels import (
     _lora_paths,
     dequantize_nf4,

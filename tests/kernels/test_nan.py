@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from burnish.bench.case import Case, Tensors, make_inputs, make_upstream, run, tensor, widen
-from burnish.bench.cases_nf4 import absmax_alone
-from burnish.bench.registry import CASES
+from burnish.bench.cases.case import Case, Tensors, make_inputs, make_upstream, run, tensor, widen
+from burnish.bench.cases.nf4 import absmax_alone
+from burnish.bench.cases.registry import CASES
 from burnish.kernels import decode_attention, flash_attention
 from burnish.kernels._chip import FEW_KEYS, INTERPRET
 from torch import Tensor

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from burnish.bench.case import make_inputs, make_upstream, run
-from burnish.bench.registry import CASES
-from burnish.bench.static import compile_only
+from burnish.bench.cases.case import make_inputs, make_upstream, run
+from burnish.bench.cases.registry import CASES
+from burnish.bench.ops.static import compile_only
 from burnish.kernels._chip import INTERPRET, precision
 from triton.runtime.jit import JITFunction
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from burnish.bench.case import Case, leaves, make_inputs, tensor, widen
-from burnish.bench.registry import CASES
+from burnish.bench.cases.case import Case, leaves, make_inputs, tensor, widen
+from burnish.bench.cases.registry import CASES
 from burnish.kernels import _chip, _op, norm, rms_norm
 from burnish.kernels.norm import rms_norm_reference
 from planted import plant

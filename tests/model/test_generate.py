@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from burnish.bench.static import compile_only
+from burnish.bench.ops.static import compile_only
 from burnish.model import Cache, InputError, ModelConfig, Transformer, Vocabulary, pack, rope
 from burnish.model.adapter import add_lora, quantize_base
 from burnish.model.batch import Batch, Chooser, Request, _mix, _signed, uniform

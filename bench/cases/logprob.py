@@ -1,0 +1,211 @@
+"""Cases of kernels/head/logprob.py: log-probabilities of tokens; what every op behind a head shares."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...kernels.head import logprob
+from .case import Case, Dims, Tensors, Work, randn
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    out = F.linear(x, weight, bias)
+    return out if lora_a is None or lora_b is None else out + scaling * F.linear(F.linear(x, lora_a), lora_b)
+
+
+def in_fp32(logits: Tensor, temperature: float | Tensor, softcap: float | None) -> Tensor:
+    """Logits in the input's dtype, capped, then scaled in fp32."""
+    logits = softcap * torch.tanh(logits / softcap) if softcap is not None else logits
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
+
+
+def _eager(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    support: Tensor | None = None,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits in the input's dtype, then fp32, as the trainers have it."""
+    logits = in_fp32(linear(hidden, weight, bias, lora_a, lora_b, scaling), temperature, softcap)
+    if support is not None:
+        kept = torch.zeros(logits.shape[0], logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
+        kept = kept.scatter(1, torch.where(support < 0, logits.shape[1], support).long(), True)[:, :-1]
+        logits = logits.masked_fill(~kept, -torch.inf)
+    trained = targets != ignore_index
+    log_p = torch.log_softmax(logits, -1)
+    logprob = log_p.gather(1, targets.masked_fill(~trained, 0).long()[:, None])[:, 0]
+    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1)  # 0 log 0 = 0
+    return tuple(torch.where(trained, t, 0) for t in (logprob, torch.logsumexp(logits, -1), entropy))  # pyright: ignore
+
+
+def output(number: int, op: Callable[..., Any]) -> Callable[..., Tensor]:
+    """One output of an op that has several."""
+
+    def one(*args: Any, **kwargs: Any) -> Tensor:
+        return op(*args, **kwargs)[number]
+
+    return one
+
+
+def without_budget(op: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that makes all logits, called as an op that has a memory budget."""
+
+    def whole(*args: Any, memory_budget: int | None = None, **kwargs: Any) -> Any:
+        return op(*args, **kwargs)
+
+    return whole
+
+
+def head_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    """A head of unit-variance logits."""
+    weight = torch.randn(dims["V"], dims["C"], dtype=dtype, device=device) * dims["C"] ** -0.5
+    return {"hidden": randn((dims["T"], dims["C"]), dtype, device), "weight": weight}
+
+
+def _inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    """The same; every seventh row is ignored."""
+    T, C, V = dims["T"], dims["C"], dims["V"]
+    weight = torch.randn(V, C, dtype=dtype, device=device) * C**-0.5
+    targets = torch.randint(V, (T,), device=device)
+    targets[3::7] = -100
+    return {"hidden": randn((T, C), dtype, device), "weight": weight, "targets": targets}
+
+
+def _features(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    temperature = torch.linspace(0.5, 2, dims["T"], device=device)
+    return _inputs(dims, dtype, device) | {
+        "bias": randn((dims["V"],), dtype, device),
+        "temperature": temperature,
+    }
+
+
+def _support(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    """Rows keep 1 to K ids, their target among them."""
+    tensors = _inputs(dims, dtype, device)
+    T, V, K = dims["T"], dims["V"], dims["K"]
+    ids = torch.rand(T, V, device=device).argsort(-1)[:, :K].int()
+    target = tensors["targets"]
+    assert target is not None
+    ids = torch.where((ids == target[:, None]) & (torch.arange(K, device=device) > 0), -1, ids)
+    ids[:, 0] = target.clamp(min=0)
+    ids = torch.where((ids == ids[:, :1]) & (torch.arange(K, device=device) > 0), -1, ids)
+    return tensors | {"support": ids}
+
+
+def with_adapter(inputs: Callable[[Dims, torch.dtype, str], Tensors]) -> Callable[..., Tensors]:
+    def adapted(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+        return inputs(dims, dtype, device) | {
+            "lora_a": randn((dims["R"], dims["C"]), dtype, device) * dims["C"] ** -0.5,
+            "lora_b": randn((dims["V"], dims["R"]), dtype, device),
+        }
+
+    return adapted
+
+
+def logprob_work(dims: Dims, size: int) -> tuple[Work, Work]:
+    T, C, V = dims["T"], dims["C"], dims["V"]
+    operands = (T + V) * C * size
+    return Work(2 * T * C * V, operands + 20 * T), Work(4 * T * C * V, 2 * operands + 20 * T)
+
+
+LOGPROB_SHAPES = ({"T": 1, "C": 1, "V": 2}, {"T": 11, "C": 33, "V": 101}, {"T": 5, "C": 16, "V": 1031})
+_BENCH = {
+    "cuda": (
+        {"T": 8192, "C": 4096, "V": 151936},
+        {"T": 8192, "C": 2048, "V": 128256},
+        {"T": 1024, "C": 4096, "V": 151936},
+    ),
+    "cpu": ({"T": 512, "C": 256, "V": 32768},),
+}
+
+_NO_TMA = {"T": 64, "C": 100, "V": 4096}  # rows that are no multiple of 16 bytes
+
+_CASE = Case(
+    op="token_logprobs",
+    family="dense",
+    inputs=_inputs,
+    fused=logprob.token_logprobs,
+    reference=logprob.token_logprobs_reference,
+    eager=_eager,
+    work=logprob_work,
+    formula="2TCV operations; 4TCV",
+    shapes=LOGPROB_SHAPES,
+    empty=({"T": 0, "C": 8, "V": 16},),
+    activations=("hidden",),
+    fixed=("temperature",),
+    check=lambda dims: dims | {"T": min(dims["T"], 2048)},  # the reference holds all logits
+    half_scales=(1e-3,),
+)
+
+CASES = (
+    replace(_CASE, bench=_BENCH, configurations=({"T": 64, "C": 128, "V": 4096}, _NO_TMA)),
+    replace(
+        _CASE,
+        family="target only",
+        fused=output(0, logprob.token_logprobs),
+        reference=output(0, logprob.token_logprobs_reference),
+        eager=output(0, _eager),
+        bench={device: shapes[:1] for device, shapes in _BENCH.items()},
+    ),
+    replace(
+        _CASE,
+        family="chunks",
+        reference=without_budget(logprob.token_logprobs_reference),
+        eager=without_budget(_eager),
+        options={"memory_budget": 1 << 12},
+    ),
+    replace(
+        _CASE,
+        family="bias, softcap, temperatures",
+        inputs=_features,
+        options={"softcap": 5.0},
+        configurations=(_NO_TMA,),
+    ),
+    replace(
+        _CASE,
+        family="support",
+        inputs=_support,
+        reads_values=True,
+        shapes=({"T": 11, "C": 33, "V": 101, "K": 7},),
+        empty=(),
+        configurations=({"T": 64, "C": 1024, "V": 4096, "K": 64},),
+    ),
+    replace(
+        _CASE,
+        family="adapter",
+        inputs=with_adapter(_inputs),
+        options={"scaling": 0.5},
+        shapes=tuple(dims | {"R": 5} for dims in LOGPROB_SHAPES),
+        empty=(),
+        configurations=({"T": 64, "C": 128, "V": 4096, "R": 16},),
+    ),
+    replace(
+        _CASE,
+        family="adapter, support",
+        inputs=with_adapter(_support),
+        options={"scaling": 0.5},
+        reads_values=True,
+        shapes=({"T": 11, "C": 33, "V": 101, "K": 7, "R": 5},),
+        empty=(),
+    ),
+)

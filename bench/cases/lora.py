@@ -1,0 +1,243 @@
+"""Cases of kernels/lora.py: a linear layer with an adapter, alone, by each path, and several on one input."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...kernels import lora
+from ...kernels.plain import lora as plain
+from .case import Case, Dims, Tensors, Work, randn
+from .nf4 import FOUR_BIT, eager_four_bit, four_bit, four_bit_tensors
+
+
+def _eager(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    *,
+    bias: Tensor | None = None,
+    magnitude: Tensor | None = None,
+    adapter: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+) -> Tensor:
+    """F.linear, then addmm: the leanest that torch users write. The mask is our own hash's."""
+    rows = x.flatten(0, -2)
+    dropped = plain.drop(rows, dropout, torch.tensor(seed, device=x.device)) if dropout else rows
+    a, b = (t if t.dtype == weight.dtype else t.to(weight.dtype) for t in (lora_a, lora_b))
+    low_bias = bias if magnitude is None else None
+    out = F.linear(rows, weight, low_bias)
+    if adapter is None:
+        out = torch.addmm(out, F.linear(dropped, a).to(out.dtype), b.T.to(out.dtype), alpha=scaling)
+    else:
+        for e in range(a.shape[0]):
+            mine = (adapter.flatten() == e)[:, None]
+            out = out + mine * scaling * F.linear(F.linear(dropped, a[e]), b[e])
+    if magnitude is not None:
+        norm = (weight + scaling * (b @ a)).detach().norm(dim=1)
+        out = out * (magnitude / norm)
+        out = out if bias is None else out + bias
+    return out.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+def by_path(path: str, module: Any = lora) -> Callable[..., Tensor]:
+    """The module's lora_linear, by one of PATHS at whatever shape."""
+
+    def linear(*args: Any, **options: Any) -> Tensor:
+        module.FORCED_PATH = path
+        try:
+            return module.lora_linear(*args, **options)
+        finally:
+            module.FORCED_PATH = ""
+
+    return linear
+
+
+def _eager_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scalings: Sequence[float],
+    *,
+    biases: Sequence[Tensor],
+) -> list[Tensor]:
+    each = zip(weights, lora_a, lora_b, scalings, biases, strict=True)
+    return [_eager(x, W, a, b, s, bias=bias) for W, a, b, s, bias in each]
+
+
+_BESIDE = ("weight", "lora_a", "lora_b", "bias")  # what each of several linear layers has
+
+
+def several(op: Callable[..., Any]) -> Callable[..., Any]:
+    """An op on sequences, for a case whose tensors are numbered: weight_0, weight_1, ..."""
+
+    def linears(
+        x: Tensor, *, scaling: float, adapter: Tensor | None = None, **tensors: Any
+    ) -> tuple[Tensor, ...]:
+        each = {n: [t for key, t in tensors.items() if key[: -len("_0")] == n] for n in _BESIDE}
+        scalings = [scaling * (i + 1) for i in range(len(each["weight"]))]
+        return tuple(
+            op(
+                x, each["weight"], each["lora_a"], each["lora_b"], scalings,
+                biases=each["bias"],
+            )
+        )  # fmt: skip
+
+    return linears
+
+
+def _inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    """Weights such that base and adapter are of unit scale. E: that many stacked adapters, -1 among the rows' own."""
+    T, C, F_, R, E = dims["T"], dims["C"], dims["F"], dims["R"], dims.get("E", 0)
+    stack = (E,) if E else ()
+    tensors: Tensors = {
+        "x": randn((T, C), dtype, device),
+        "weight": randn((F_, C), dtype, device) * C**-0.5,
+        "lora_a": randn((*stack, R, C), dtype, device) * C**-0.5,
+        "lora_b": randn((*stack, F_, R), dtype, device) * R**-0.5,
+    }
+    return tensors | ({"adapter": torch.arange(T, device=device) // 3 % (E + 1) - 1} if E else {})
+
+
+def _bias_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    return _inputs(dims, dtype, device) | {"bias": randn((dims["F"],), dtype, device)}
+
+
+def _dora_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    return _bias_inputs(dims, dtype, device) | {"magnitude": randn((dims["F"],), dtype, device)}
+
+
+def _qlora_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    tensors = _inputs(dims, dtype, device)
+    del tensors["weight"]
+    return tensors | four_bit_tensors(dims, dtype, device)
+
+
+def _several_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    """q, k and v: F columns, G and G, with an adapter of rank R, R + 1 and R + 2."""
+    T, C, F_, G, R = (dims[letter] for letter in "TCFGR")
+    parts = [
+        _bias_inputs({"T": T, "C": C, "F": n, "R": R + i}, dtype, device) for i, n in enumerate((F_, G, G))
+    ]
+    numbered = {f"{n}_{i}": t for i, part in enumerate(parts) for n, t in part.items() if n != "x"}
+    return {"x": parts[0]["x"]} | numbered
+
+
+def _work(dims: Dims, size: int) -> tuple[Work, Work]:
+    T, C, F_, R = dims["T"], dims["C"], dims["F"], dims["R"]
+    low, held = T * R * (C + F_), (F_ * C + R * (C + F_)) * size
+    forward = Work(2 * T * C * F_ + 2 * low, T * (C + F_) * size + held)
+    return forward, Work(2 * T * C * F_ + 4 * low, T * (2 * C + F_) * size + held + R * (C + F_) * size)
+
+
+def _several_work(dims: Dims, size: int) -> tuple[Work, Work]:
+    """x is read once, dx written once."""
+    T, C, F_, G, R = (dims[letter] for letter in "TCFGR")
+    works = [_work({"T": T, "C": C, "F": n, "R": R + i}, size) for i, n in enumerate((F_, G, G))]
+    forward, backward = (Work(*map(sum, zip(*w, strict=True))) for w in zip(*works, strict=True))
+    return (
+        Work(forward.flops, forward.bytes - 2 * T * C * size),
+        Work(backward.flops, backward.bytes - 4 * T * C * size),
+    )
+
+
+_SHAPES = (
+    {"T": 1, "C": 1, "F": 1, "R": 1},
+    {"T": 37, "C": 67, "F": 41, "R": 3},
+    {"T": 5, "C": 32, "F": 130, "R": 16},  # more columns than a tile
+)
+_EMPTY = ({"T": 0, "C": 8, "F": 16, "R": 4},)
+_BENCH = {
+    "cuda": tuple(
+        {"T": t, "C": c, "F": f, "R": r}
+        for t, c, f, r in (
+            (8192, 4096, 4096, 16), (8192, 4096, 14336, 16), (4096, 4096, 4096, 64), (1024, 4096, 4096, 16),
+        )
+    ),
+    "cpu": ({"T": 256, "C": 576, "F": 1536, "R": 16}, {"T": 256, "C": 576, "F": 576, "R": 16}),
+}  # fmt: skip
+_SEVERAL_SHAPES = (
+    {"T": 7, "C": 9, "F": 11, "G": 5, "R": 3},
+    {"T": 37, "C": 67, "F": 41, "G": 17, "R": 16},
+)
+_SEVERAL_EMPTY = ({"T": 0, "C": 8, "F": 16, "G": 4, "R": 4},)
+_SEVERAL_BENCH = {
+    "cuda": ({"T": 8192, "C": 4096, "F": 4096, "G": 1024, "R": 16},),
+    "cpu": ({"T": 256, "C": 576, "F": 576, "G": 192, "R": 16},),
+}
+_TILES = tuple({"T": 256, "C": 256, "F": 256, "R": r} for r in (16, 64, 256))
+
+_CASE = Case(
+    op="lora_linear",
+    family="dense",
+    inputs=_bias_inputs,
+    fused=lora.lora_linear,
+    reference=lora.lora_linear_reference,
+    eager=_eager,
+    work=_work,
+    formula="2TCF + 2TR(C + F) operations; 2TCF + 4TR(C + F)",
+    shapes=_SHAPES[1:2],
+    activations=("x",),
+    fixed=("weight",),
+    options={"scaling": 0.5},
+    half_scales=(30,),
+)
+
+CASES = (
+    replace(_CASE, shapes=_SHAPES, empty=_EMPTY, bench=_BENCH),
+    replace(_CASE, family="fused", fused=by_path("fused"), shapes=_SHAPES, configurations=_TILES),
+    replace(
+        _CASE,
+        family="epilogue",
+        fused=by_path("epilogue"),
+        shapes=_SHAPES,
+        empty=_EMPTY,
+        configurations=_TILES,
+    ),
+    replace(_CASE, family="DoRA", inputs=_dora_inputs, configurations=_TILES[:1]),
+    replace(
+        _CASE,
+        family="dropout",
+        options={"scaling": 0.5, "dropout": 0.3, "seed": 1 << 40 | 7},
+        configurations=_TILES,
+    ),
+    replace(
+        _CASE,
+        family="several adapters",
+        inputs=_inputs,
+        shapes=({"T": 37, "C": 35, "F": 41, "R": 3, "E": 3},),
+        configurations=({"T": 256, "C": 256, "F": 256, "R": 16, "E": 4},),
+    ),
+    replace(
+        _CASE,
+        family="4-bit base",
+        inputs=_qlora_inputs,
+        fused=four_bit(lora.lora_linear),
+        reference=four_bit(lora.lora_linear_reference),
+        eager=eager_four_bit(_eager),
+        shapes=({"T": 7, "C": 66, "F": 33, "R": 8},),
+        fixed=FOUR_BIT,
+    ),
+    replace(
+        _CASE,
+        family="q, k, v",
+        op="lora_linears",
+        inputs=_several_inputs,
+        fused=several(lora.lora_linears),
+        reference=several(lora.lora_linears_reference),
+        eager=several(_eager_linears),
+        work=_several_work,
+        formula="2TC(F + 2G) + 2TR(3C + F + 2G) operations; 2TC(F + 2G) + 4TR(3C + F + 2G)",
+        shapes=_SEVERAL_SHAPES,
+        empty=_SEVERAL_EMPTY,
+        bench=_SEVERAL_BENCH,
+        fixed=tuple(f"weight_{i}" for i in range(3)),
+    ),
+)

@@ -1,0 +1,90 @@
+"""Flags of `burnish bench`, read from a Config by argparse, where tyro is not: a GPU machine has torch, triton, numpy.
+
+A Config is a dataclass as those of algorithms/: the comment of a flag is its help, the type says what it may be. What
+is marked with POSITIONAL is given by its place.
+"""
+
+import argparse
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from ..algorithms.run.flags import POSITIONAL, bounds, check_number, helps
+
+
+class Kind(NamedTuple):
+    """A flag's type: how one word of it is read, and how many there are."""
+
+    read: Any  # a function of the word
+    many: bool = False
+    choices: tuple[Any, ...] | None = None
+
+
+def kind(hint: Any) -> Kind:
+    """The Kind of an annotation: a type, one or None, a Literal, or a tuple of any number of these."""
+    origin, parts = get_origin(hint), [part for part in get_args(hint) if part not in (NoneType, Ellipsis)]
+    if origin is tuple:
+        return kind(parts[0])._replace(many=True)
+    if origin is Literal:
+        return Kind(type(parts[0]), choices=tuple(parts))
+    if origin in (Union, UnionType):
+        (hint,) = parts
+        return kind(hint)
+    return Kind(hint)
+
+
+def parse(name: str, config: type, words: Sequence[str], description: str) -> Any:
+    """The Config that the words of a command line say. Exits with status 2 where they are none of its flags."""
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=name, description=description, formatter_class=plain)
+    texts, marked = helps(config), get_type_hints(config, include_extras=True)
+    hints = get_type_hints(config)
+
+    for field in dataclasses.fields(config):
+        found = kind(hints[field.name])
+        text = texts.get(field.name, "").replace("%", "%%")
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+        # a flag that is not given is not set, and keeps its default
+        options: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
+        if found.read is bool:
+            options |= {"action": "store_true"}
+        else:
+            options |= {"type": found.read, "choices": found.choices, "nargs": "*" if found.many else None}
+        if POSITIONAL in getattr(marked[field.name], "__metadata__", ()):
+            parser.add_argument(field.name, metavar=field.name.upper(), **options)
+        else:
+            parser.add_argument(flag(field.name), required=required, **options)
+
+    given = vars(parser.parse_args(words))
+    return config(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    )
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def check(cfg: Any) -> None:
+    """Raises InputError where a number is outside of its bounds."""
+    for name, found in bounds(type(cfg)).items():
+        check_number(name, getattr(cfg, name), found)
+
+
+def spelled(command: str, cfg: Any) -> str:
+    """The command line that gives a Config: its places, then the flags that differ from their defaults."""
+    marked = get_type_hints(type(cfg), include_extras=True)
+    places, flags = [], []
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if value == field.default:
+            continue
+        words = [str(each) for each in value] if isinstance(value, tuple) else [str(value)]
+        if POSITIONAL in getattr(marked[field.name], "__metadata__", ()):
+            places += words
+        else:
+            flags += [flag(field.name), *([] if value is True else words)]
+    return shlex.join([*command.split(), *places, *flags])

@@ -1,0 +1,157 @@
+"""Which path of lora_linear is taken at which shape: read from bench/results, written to kernels/_lora_paths.py.
+
+    python -m burnish.bench lora_linear --peers --json     on a GPU: the three paths and the baseline, in one run
+    python -m burnish.bench paths [--check]                the table, from the newest such results of each device
+
+A path with a kernel of its own is taken where it holds to the accuracy rule and is the faster beyond doubt: forward and
+with the backward, its p80 lies below the p20 of "cublas" and below that of F.linear + addmm. Elsewhere "cublas" is
+taken, which issues those very calls: no shape that was measured is slower than they are.
+"""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from ...algorithms.run.streams import run_program
+from ...kernels.lora import PATHS
+from ...model.files.text_files import read_object
+from .. import record
+
+MODULE = record.ROOT / "kernels" / "_lora_paths.py"
+CASE, BASELINE = "lora_linear/dense", "eager"
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+HEAD = (
+    '"""The fastest path of lora_linear where it was measured. Written by `python -m burnish.bench paths`.\n'
+)
+NOTHING = "\nNothing has been measured yet: every device takes F.linear, then addmm.\n"
+
+Key = tuple[str, str, int, int, int, int]  # device, dtype, M, N, K, R
+Times = dict[str, dict[str, list[float]]]  # contestant -> pass -> p20, p50, p80 in microseconds
+
+
+def provider(path: str) -> str:
+    """A path's name among the contestants of the benchmark."""
+    return f"burnish, {path}"
+
+
+def measured() -> dict[str, tuple[str, dict[Key, Times]]]:
+    """device -> where from, and the times of what is accurate; from the newest file in which every path was timed."""
+    found: dict[str, tuple[str, str, dict[Key, Times]]] = {}
+    for path in sorted(record.RESULTS.glob("*.json")):
+        result = read_object(path)
+        if "kind" in result:  # whole runs
+            continue
+        with record.reading(path):
+            device = result["machine"]["device"]
+            shapes = {} if "driver" not in result["machine"] else _shapes(device, result["rows"])
+            if shapes and (device not in found or result["date"] >= found[device][0]):
+                where = f"{path.relative_to(record.ROOT)}, commit {result['commit']}, {result['date']}"
+                found[device] = (result["date"], where, shapes)
+    return {device: (where, shapes) for device, (_, where, shapes) in sorted(found.items())}
+
+
+def _shapes(device: str, rows: list[dict[str, Any]]) -> dict[Key, Times]:
+    """Those at which every path was timed."""
+    shapes: dict[Key, Times] = {}
+    for row in rows:
+        if row["case"] == CASE and row["accurate"]:
+            d = row["dims"]
+            key = (device, DTYPES[row["dtype"]], d["T"], d["F"], d["C"], d["R"])
+            shapes.setdefault(key, {}).setdefault(row["provider"], {})[row["pass"]] = _quantiles(row)
+    return {key: times for key, times in shapes.items() if {BASELINE, provider("cublas")} <= times.keys()}
+
+
+def _quantiles(row: dict[str, Any]) -> list[float]:
+    p20, p50, p80 = (float(value) for value in record.best(row))
+    return [p20, p50, p80]
+
+
+def choose(times: Times) -> str:
+    """The fastest of the paths that are faster than both forms of the baseline."""
+    rivals = (times[BASELINE], times[provider("cublas")])
+    better = [
+        path
+        for path in PATHS
+        if (mine := times.get(provider(path))) and all(_faster(mine, rival) for rival in rivals)
+    ]
+    return min(better, key=lambda path: times[provider(path)][record.PASSES[1]][1], default="cublas")
+
+
+def _faster(mine: dict[str, list[float]], rival: dict[str, list[float]]) -> bool:
+    return all(mine[which][2] < rival[which][0] for which in record.PASSES)
+
+
+def module() -> str:
+    """kernels/_lora_paths.py."""
+    found = measured()
+    sources = "".join(
+        f"    {json.dumps(device)}: {json.dumps(where)},\n" for device, (where, _) in found.items()
+    )
+    paths = "".join(
+        f"    ({', '.join(map(json.dumps, key))}): {json.dumps(choose(times))},\n"
+        for _, shapes in found.values()
+        for key, times in sorted(shapes.items())
+    )
+    return (
+        f'{HEAD if found else HEAD + NOTHING}"""\n\n'
+        f"SOURCES: dict[str, str] = {_braced(sources)}  # device -> the results that it was read from\n\n"
+        "# (device, dtype, M, N, K, R) -> path; M stands for up to twice as many rows\n"
+        f"PATHS: dict[tuple[str, str, int, int, int, int], str] = {_braced(paths)}\n"
+    )
+
+
+def _braced(lines: str) -> str:
+    return f"{{\n{lines}}}" if lines else "{}"
+
+
+def table() -> str:
+    """Markdown, for docs/lora.md: forward+backward in microseconds, and what is taken."""
+    parts = []
+    for device, (where, shapes) in measured().items():
+        contestants = [BASELINE, *map(provider, PATHS)]
+        rows = [
+            [
+                *map(str, key[1:]),
+                *(_cell(times.get(name)) for name in contestants),
+                f"`{choose(times)}`",
+            ]
+            for key, times in sorted(shapes.items())
+        ]
+        head = [
+            "dtype",
+            "M",
+            "N",
+            "K",
+            "R",
+            "`F.linear` + `addmm`",
+            *(f"`{path}`" for path in PATHS),
+            "taken",
+        ]
+        parts.append(f"{device}, from `{where}`. Forward and backward, p50 in microseconds.\n\n")
+        parts.append(record.markdown(head, rows))
+    return "".join(parts) or "No device has been measured yet: all take `cublas`.\n"
+
+
+def _cell(times: dict[str, Any] | None) -> str:
+    return "not accurate" if times is None else f"{times[record.PASSES[1]][1]:.4g}"
+
+
+@record.as_command
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m burnish.bench paths", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; status 1 where the table is stale"
+    )
+    if parser.parse_args(argv).check:
+        current = MODULE.read_text() == module()
+        print("" if current else f"stale: {MODULE.relative_to(record.ROOT)}", end="", file=sys.stderr)
+        return 0 if current else 1
+    record.write_whole(MODULE, module())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program("python -m burnish.bench paths", main))

@@ -1,0 +1,1 @@
+"""Whole runs: trainers, rollouts, processes, other people's trainers."""
