@@ -6,17 +6,11 @@
 functions.py says how a function is called.
 """
 
-import importlib
-import importlib.util
 import itertools
 import json
 import math
-import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -26,9 +20,10 @@ from ...model.checkpoint import has_score, load_scalar_model
 from ...model.errors import InputError
 from ...model.scalar import ScalarModel
 from ...model.text.tokenizer import Tokenizer
-from ..run.calls import Call, brief, described, results
+from ..run.calls import Call, brief, results
 from ..run.ids import Item, check_model
 from ..run.processes import gathered, host, world
+from ..run.user_files import load_function as load_reward
 from .functions import Log, Samples, TrainerState, arguments_for, read_answer, read_reward, takes
 from .tokenizer import check_tokenizer
 
@@ -131,39 +126,6 @@ class Judgement(NamedTuple):
 
 
 # ---- functions from files
-
-
-def load_reward(specification: str, flag: str = "reward") -> RewardFunction:
-    """The function of FILE.py:function, or package.module:function. flag: what a message names."""
-    source, _, name = specification.rpartition(":")
-    given, file = f"--{flag} {brief(specification, 200)}", brief(source, 100)
-    if not source:
-        raise InputError(f"{given}: expected FILE.py:function or package.module:function")
-    if source.endswith(".py") and not os.path.isfile(source):  # Path's raises where a name is too long
-        raise InputError(f"{given}: no file {file}")
-
-    try:
-        module = _load_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
-        function: RewardFunction | None = getattr(module, name, None)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # whatever a user's file raises is the user's to read
-        raise InputError(f"{given}: {file} cannot be imported: {described(error)}") from error
-
-    if not callable(function):
-        raise InputError(f"{given}: {file} has no function '{brief(name, 60)}'")
-    return function
-
-
-def _load_file(path: Path) -> ModuleType:
-    """The module of a .py file, which may import the modules beside it."""
-    spec = importlib.util.spec_from_file_location(f"reward_from_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    sys.path.append(str(path.resolve().parent))
-    spec.loader.exec_module(module)
-    return module
 
 
 def load_rewards(specifications: Sequence[str]) -> dict[str, RewardFunction]:

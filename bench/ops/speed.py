@@ -1,308 +1,146 @@
-"""The benchmark: every op beside eager torch and, with --peers, beside all that a user could take instead.
+"""Time every op beside eager torch, with --peers beside what else a user could take, with --against beside your own.
 
-    python -m burnish.bench [op ...] [--peers] [--json [FILE]] [--resume]
+    burnish bench [OP ...] [--peers] [--json FILE] [--csv FILE]
+    burnish bench rms_norm --shape "B=1 T=300 C=777" --dtype bf16 --against mine.py:rms_norm
+    burnish bench --list [OP ...]                           the ops, their shapes, what a function of yours is given
+    burnish bench --compare A.json B.json [--fail-above 1.1]
 
-Ops are timed in the order in which they are named. The file is written anew before and after every shape: a process
-that dies leaves its rows and the name of the shape that it died at, which --resume tells as red and goes on behind.
+No contestant is timed before it has passed the accuracy rule (cases/case.py), outputs and gradients; theirs.py says
+what else is asked of yours. Ops are timed in the order in which they are named. A figure is a p50 with its p20 and p80, a
+ratio the median of five rounds, each over ours of the same round, with the lowest and the highest; contest.py says how
+a round goes. share = floor / time, the floor being bytes over the bandwidth of a copy or operations over the rate of a
+matrix product, whichever is longer, both measured in this run.
 
-No case is timed before it has passed the accuracy rule at its benchmark shape. Contestants are interleaved (A B A B),
-five rounds; every figure is a p50 with its p20 and p80. "device" is a CUDA graph of many calls, replayed: no host in
-it. "eager" is a loop of calls on the host's clock: whichever of the host and the device is slower. Each call takes the
-next of several input sets, 200 MB in all (64 on a CPU), so that no call finds its operands in the L2 cache. The
-forward pass is that of training: it saves for the backward. share = floor / time, the floor being bytes over the
-bandwidth of a copy or operations over the rate of a matrix product, whichever is longer, both measured in this run.
+The file is written anew before and after every shape: a process that dies leaves its rows and the name of the shape
+that it died at, which --resume tells as red and goes on behind.
 """
 
-import argparse
 import datetime
 import hashlib
 import json
 import os
-import shlex
-import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
+from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from torch import Tensor
 
-from ...algorithms.run.streams import run_program
+from ...algorithms.run.calls import PASSES, described
+from ...algorithms.run.flags import POSITIONAL, Bounds
 from ...kernels._chip import INTERPRET
+from ...model.errors import InputError
 from ...model.files.text_files import read_object
-from ..cases.case import Case, Dims, Tensors, assert_accurate, label, leaves, make_inputs, make_upstream
+from .. import record
+from ..cases.case import Case, Dims, label, make_inputs
 from ..cases.registry import CASES
-from ..record import PASSES, ROOT, as_command, clocks, machine, reading, results_file, run_text, write_whole
+from ..cases.shapes import describe
+from ..flags import flag, spelled
 from . import roofline
-from .peers import PEERS, Unsuitable
+from .chosen import chosen, shaped
+from .clocks import host_seconds, lost
+from .compare import compare
+from .contest import (
+    AGAINST,
+    OURS,
+    Contestant,
+    Inputs,
+    call,
+    contestants,
+    prepare,
+    prepare_sets,
+    row,
+    time_pass,
+)
+from .listing import listing
+from .output import as_csv, print_rows, waiting
+from .theirs import OnClones, against, changed, copied, first_wrong, misfit, why_not, writes
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-ROUNDS = 5
-# beyond any L2 cache, on a CPU beyond one core's share of L3
-COLD_BYTES = {"cuda": 200 << 20, "cpu": 64 << 20}
-MOST_SETS = 64
-SLICE = 0.006  # seconds that one contestant is timed for in one round
-# seconds, bytes: a graph would add little to such a call but a second copy of its memory
-LONG, LARGE = 0.02, 4 << 30
 LOST = 3  # exit status: the device answers no more, another process may go on
 OUT_OF_TIME = "out of time"
-FAILED: list[torch.cuda.CUDAGraph] = []  # torch's allocator goes on looking at a graph whose capture failed
 
 
-@dataclass
-class Contestant:
-    name: str
-    op: Callable[..., Any]
-    accurate: bool = True
-    compile: float = 0.0  # seconds by which the first call is longer than the second
-    memory: int = 0  # bytes: peak growth over live inputs
-    note: str = ""
-    device: list[float] = field(default_factory=list)  # seconds per call
-    eager: list[float] = field(default_factory=list)
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    ops: Annotated[
+        tuple[str, ...], POSITIONAL
+    ] = ()  # ops, or cases such as rms_norm/heads; all when none is named
+    shape: tuple[str, ...] = ()  # shapes of yours, by the letters that --list shows: "B=1 T=300 C=777"
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None  # bf16 on a GPU, fp32 on a CPU by default
+    against: tuple[str, ...] = ()  # FILE.py:function ..., timed beside ours; the file is code, and runs
+    peers: bool = False  # torch.compile, torch's own fused ops, other libraries where they are installed
+    forward_only: bool = False  # check and time the forward pass alone
+    check_only: bool = False  # hold all to the accuracy rule, and time nothing; TRITON_INTERPRET=1 may be set
+    list: bool = False  # list the ops, or all about those that are named, and time nothing
+    compare: tuple[Path, ...] = ()  # two files of --json: what is slower or faster in the second
+    fail_above: Annotated[float, Bounds(1)] | None = None  # with --compare: status 1 above this ratio
+    json: Path | None = None  # write the figures there
+    csv: Path | None = None  # write the figures there, a line for each pass of each contestant
+    keep: bool = False  # write them to bench/results/<machine>-<date>.json
+    resume: bool = False  # add to the file of --json or --keep what it lacks
+    budget: Annotated[float, Bounds(-inf)] = inf  # seconds; start no shape after this
+    commit: str | None = None  # where git is absent
 
 
-# ---- one call
+def main(cfg: Config) -> int:
+    """The exit status: 1 where something is wrong, red, or with --fail-above slower; LOST where the device is gone."""
+    check(cfg)
+    if cfg.list:
+        print(listing(CASES, cfg.ops))
+        return 0
+    if cfg.compare:
+        return compare(*cfg.compare, cfg.fail_above)
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    bench = Bench(cfg, device, against(cfg.against))
+    shapes = shapes_of(cfg, device)
+    if cfg.csv:  # now, rather than find out at the end that it cannot be written
+        record.write_whole(cfg.csv, as_csv([], []))
+    status = bench.run(shapes)
+    if cfg.csv:
+        record.write_whole(cfg.csv, as_csv(bench.report["rows"], bench.report["wrong"]))
+        print(f"written: {os.path.relpath(cfg.csv)}")
+    return status
 
 
-@dataclass(frozen=True)
-class Inputs:
-    tensors: Tensors
-    wanted: tuple[Tensor, ...]
-    upstream: tuple[Tensor, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in (*self.tensors.values(), *self.upstream) if t is not None)
-
-
-def prepare(case: Case, dims: Dims, dtype: torch.dtype, device: str) -> Inputs:
-    tensors = make_inputs(case, dims, dtype, device)
-    names = leaves(case, tensors)
-    tensors = {n: t.requires_grad_() if n in names and t is not None else t for n, t in tensors.items()}
-    upstream = make_upstream(
-        replace(case, reference=case.fused), tensors
-    )  # a reference may be too large at this shape
-    return Inputs(
-        tensors, tuple(t for n, t in tensors.items() if n in names and t is not None), tuple(upstream)
-    )
-
-
-def call(op: Callable[..., Any], case: Case, inputs: Inputs, backward: bool) -> Any:
-    outputs = op(**inputs.tensors, **case.options)
-    if not backward or not inputs.wanted:
-        return outputs
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return outputs, torch.autograd.grad(outputs, inputs.wanted, inputs.upstream)
-
-
-# ---- clocks
-
-
-def sync(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def host_seconds(work: Callable[[], Any], device: str) -> float:
-    sync(device)
-    begun = time.perf_counter()
-    work()
-    sync(device)
-    return time.perf_counter() - begun
-
-
-def capture(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
-    """One graph of all calls. Their results stay alive inside it, so that each call writes to memory of its own.
-
-    RuntimeError where a call waits for the host. That is found before a capture begins: one that fails leaves torch's
-    generator and its current stream in the capture, and the next random number ends the run.
-    """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        calls[0]()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            calls[0]()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.current_stream().wait_stream(side)
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    generator = torch.cuda.default_generators[torch.cuda.current_device()]
-    untouched = generator.clone_state()
-    try:
-        with torch.cuda.graph(graph):
-            kept = [once() for once in calls]
-    except RuntimeError:
-        FAILED.append(graph)
-        torch.cuda.set_stream(stream)
-        generator.graphsafe_set_state(untouched)
-        raise
-    del kept
-    return graph
-
-
-def event_seconds(work: Callable[[], Any]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    work()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-def peak_growth(work: Callable[[], Any], device: str) -> int:
-    """Bytes that torch's allocators held at the worst moment of one call, beyond what was live before it."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces itself on stderr
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        work()
-    results: Any = profile.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess]
-    events = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
-    held = peak = 0
-    for _, nbytes in events:
-        held += nbytes
-        peak = max(peak, held)
-    return peak
-
-
-# ---- one row
-
-
-def contestants(case: Case, peers: bool, absent: dict[str, str]) -> list[Contestant]:
-    found = [Contestant("burnish", case.fused), Contestant("eager", case.eager)]
-    for name, build in PEERS.get(case.op, {}).items() if peers else ():
-        try:
-            found.append(Contestant(name, build(case)))
-        except ImportError:
-            absent[name] = "not installed"
-        except Unsuitable as reason:
-            absent[f"{name} for {case.name}"] = str(reason)
-    return found
-
-
-def time_row(case: Case, sets: list[Inputs], entrants: list[Contestant], device: str, backward: bool) -> None:
-    """Fill the samples of every contestant for one pass."""
-    loops: dict[str, Callable[[], Any]] = {}  # on the host's clock
-    replays: dict[str, Callable[[], Any]] = {}  # on the device's
-    counts: dict[str, int] = {}
-    for c in entrants:
-        c.device, c.eager, c.note = [], [], ""
-        calls = [lambda c=c, s=s: call(c.op, case, s, backward) for s in sets]
-        c.memory = peak_growth(calls[0], device)
-        once = max(host_seconds(calls[0], device), 1e-6)
-        repeats = max(1, min(round(SLICE / once / len(calls)), 200))
-        counts[c.name] = repeats * len(calls)
-        loops[c.name] = lambda calls=calls, repeats=repeats: (
-            [one() for _ in range(repeats) for one in calls] and None
+def check(cfg: Config) -> None:
+    """Raises InputError where flags contradict one another: none is ignored."""
+    alone = [name for name in ("list", "compare") if getattr(cfg, name)]
+    given = [name for name, value in vars(cfg).items() if value != getattr(Config, name)]
+    beside = {"list": ("list", "ops"), "compare": ("compare", "fail_above")}
+    for name in alone:
+        if others := [other for other in given if other not in beside[name]]:
+            raise InputError(f"--{name}: expected no {flag(others[0])} beside it")
+    if cfg.compare and len(cfg.compare) != 2:
+        raise InputError(f"--compare: expected two files, got {len(cfg.compare)}")
+    if cfg.fail_above is not None and not cfg.compare:
+        raise InputError("--fail-above: expected --compare beside it")
+    if cfg.resume and not (cfg.json or cfg.keep):
+        raise InputError("--resume: expected --json FILE or --keep beside it")
+    if cfg.json and cfg.keep:
+        raise InputError("--keep: expected no --json beside it: it names the file itself")
+    if cfg.shape and not cfg.ops:
+        raise InputError("--shape: expected an op before it, got none; --list shows them")
+    if INTERPRET and not (cfg.check_only or alone):
+        raise InputError(
+            "TRITON_INTERPRET: expected unset, interpreted kernels have no speed; --check-only times nothing"
         )
-        if device == "cuda" and (once > LONG or c.memory > LARGE):
-            replays[c.name] = lambda calls=calls: [one() for one in calls] and None
-            c.note = "no graph: the call is long or large"
-        elif device == "cuda":
-            try:
-                replays[c.name] = capture(calls).replay
-            except RuntimeError as error:  # it synchronises with the host
-                c.note = f"not capturable: {str(error).splitlines()[0]}"
-                torch.cuda.synchronize()
-    for _ in range(ROUNDS):
-        for c in entrants:
-            samples = 1 if device == "cuda" else 3
-            c.eager += [host_seconds(loops[c.name], device) / counts[c.name] for _ in range(samples)]
-            if c.name in replays:
-                samples = max(2, min(int(SLICE / event_seconds(replays[c.name])), 20))
-                c.device += [event_seconds(replays[c.name]) / len(sets) for _ in range(samples)]
 
 
-def percentiles(samples: list[float]) -> list[float] | None:
-    """p20, p50, p80 in microseconds."""
-    if not samples:
-        return None
-    fifths = statistics.quantiles(samples, n=5, method="inclusive")
-    return [round(1e6 * s, 2) for s in (fifths[0], statistics.median(samples), fifths[3])]
+def shapes_of(cfg: Config, device: str) -> list[tuple[Case, Dims]]:
+    """What is timed, in order. Raises InputError for an op or a shape that there is not."""
+    cases = chosen(CASES, cfg.ops)
+    if cfg.shape:
+        return shaped(cases, cfg.ops, cfg.shape, DTYPES[dtype_of(cfg, device)], device)
+    return list(in_turn(cases, device))
 
 
-def bench_shape(
-    case: Case,
-    dims: Dims,
-    dtype_name: str,
-    device: str,
-    ceilings: roofline.Ceilings,
-    peers: bool,
-    report: dict[str, Any],
-) -> None:
-    """Check, then time, then append to report["rows"]; a red case goes to report["red"] and is not timed."""
-    dtype = DTYPES[dtype_name]
-    one = prepare(case, dims, dtype, device)
-    checked = make_inputs(case, case.check(dims), dtype, device)
-    entrants: list[Contestant] = []
-    for c in contestants(case, peers, report["absent"]):
-        try:
-            first, later = (
-                host_seconds(lambda c=c: call(c.op, case, one, backward=True), device) for _ in range(2)
-            )
-            c.compile = max(first - later, 0)
-            assert_accurate(replace(case, fused=c.op), checked)
-        except AssertionError as error:
-            if c.name == "burnish":
-                report["red"].append(f"{label(dims)}: {error}")
-                print(f"RED, not timed: {label(dims)}: {error}")
-                return
-            c.accurate = False
-        except Exception as error:  # what breaks is listed, and ends nobody else's run
-            if c.name == "burnish":
-                report["red"].append(f"{case.name} {label(dims)}: {type(error).__name__}: {error}")
-                print(f"RED, not timed: {report['red'][-1]}")
-                return
-            what = f"{c.name} for {case.name} {label(dims)}"
-            report["absent"][what] = f"{type(error).__name__}: {error}".splitlines()[0]
-            if device == "cuda":  # it may have run out of memory
-                torch.cuda.empty_cache()
-            continue
-        entrants.append(c)
-    del checked
-    count = min(MOST_SETS, -(-COLD_BYTES[device] // max(one.nbytes, 1)))
-    sets = [one, *(prepare(case, dims, dtype, device) for _ in range(count - 1))]
-    forward, backward = case.work(dims, dtype.itemsize)
-    for name in PASSES if one.wanted else PASSES[:1]:
-        both = name == "forward+backward"
-        floor_us = round(1e6 * (ceilings.floor(forward) + (ceilings.floor(backward) if both else 0)), 2)
-        time_row(case, sets, entrants, device, both)
-        for c in entrants:
-            device_us, eager_us = percentiles(c.device), percentiles(c.eager)
-            best = (device_us or eager_us or [0, 0, 0])[1]
-            report["rows"].append(
-                {
-                    "case": case.name,
-                    "dims": dims,
-                    "dtype": dtype_name,
-                    "pass": name,
-                    "provider": c.name,
-                    "device_us": device_us,
-                    "eager_us": eager_us,
-                    "floor_us": floor_us,
-                    "binds": ceilings.binds(forward),
-                    "share": round(floor_us / best, 3) if best else None,
-                    "memory_bytes": c.memory,
-                    "compile_s": round(c.compile, 3),
-                    "accurate": c.accurate,
-                    "sets": len(sets),
-                    "note": c.note,
-                }
-            )
-        print_rows(report["rows"][-len(entrants) :])
+def dtype_of(cfg: Config, device: str) -> str:
+    return cfg.dtype or ("bf16" if device == "cuda" else "fp32")
 
 
 def in_turn(cases: list[Case], device: str) -> Iterator[tuple[Case, Dims]]:
@@ -311,18 +149,189 @@ def in_turn(cases: list[Case], device: str) -> Iterator[tuple[Case, Dims]]:
     return (pair for layer in zip_longest(*shapes) for pair in layer if pair is not None)
 
 
-def lost(device: str) -> str:
-    """Why the device answers no more, which no later call in this process survives; "" where it does."""
-    try:
-        sync(device)
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
-    return ""
+# ---- a run
+
+
+@dataclass
+class Bench:
+    """A run: its flags, and its report, which is written as it grows."""
+
+    cfg: Config
+    device: str
+    own: list[Contestant]
+    begun: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        cfg, today = self.cfg, datetime.date.today().isoformat()
+        here = record.machine(self.device)
+        self.dtype = dtype_of(cfg, self.device)
+        self.path = record.results_file(here["device"], today) if cfg.keep else cfg.json
+        self.report: dict[str, Any] = {
+            "machine": here,
+            "date": today,
+            "commit": cfg.commit or record.run_text("git", "describe", "--always", "--dirty"),
+            "code": fingerprint(),
+            "command": spelled("burnish bench", cfg),
+            "ceilings": {"dtype": self.dtype},
+            "clocks_before": record.clocks(self.device),
+            "absent": {},
+            "red": [],
+            "wrong": [],
+            "begun": [],
+            "rows": [],
+        }
+        if cfg.resume and self.path:
+            self.report = kept_report(self.path, self.report)
+
+    def run(self, shapes: list[tuple[Case, Dims]]) -> int:
+        """Every shape in turn, as long as the device answers."""
+        self.ceilings = self.measured()
+        for case, dims in shapes:
+            if (where := f"{case.name} {label(dims)}") in self.report["begun"]:
+                continue
+            if time.perf_counter() - self.begun > self.cfg.budget:
+                self.report["absent"][where] = OUT_OF_TIME
+                continue
+            if not self.run_shape(case, dims, where):
+                return LOST
+
+        report = self.report
+        report["clocks_after"] = record.clocks(self.device)
+        report["seconds"] = round(time.perf_counter() - self.begun, 1)
+        for what, why in report["absent"].items():
+            print(f"{what}: {why}")
+        self.write()
+        if self.path:
+            print(f"written: {os.path.relpath(self.path)}")
+        return 1 if report["red"] or report["wrong"] else 0
+
+    def run_shape(self, case: Case, dims: Dims, where: str) -> bool:
+        """Whether the device still answers after it. What breaks is red: the other shapes are worth having."""
+        report = self.report
+        report["begun"].append(where)
+        report["running"] = where
+        self.write()
+        try:
+            torch.manual_seed(0)
+            self.bench_shape(case, dims)
+        except Exception as error:
+            self.red(f"{where}: {type(error).__name__}: {error}")
+        del report["running"]
+        if why := lost(self.device):
+            self.red(f"{where}: the device is lost: {why}")
+        self.write()
+        return not why
+
+    def red(self, text: str) -> None:
+        self.report["red"].append(text)
+        print(f"RED, not timed: {text}")
+
+    def measured(self) -> roofline.Ceilings:
+        """The machine's ceilings, by a copy and a product, or as an earlier process measured them."""
+        known: dict[str, Any] = self.report["ceilings"]
+        if self.cfg.check_only:
+            return roofline.Ceilings(1.0, 1.0)
+        if "rate_per_s" in known:
+            ceilings = roofline.Ceilings(known["bandwidth_bytes_per_s"], known["rate_per_s"])
+        else:
+            with waiting("measuring a copy and a product"):
+                ceilings = roofline.measure(self.device, DTYPES[self.dtype])
+            known |= {"bandwidth_bytes_per_s": ceilings.bandwidth, "rate_per_s": ceilings.rate}
+        facts = ", ".join(f"{name} {value}" for name, value in self.report["machine"].items())
+        bandwidth, rate = ceilings.bandwidth / 1e9, ceilings.rate / 1e12
+        print(f"{facts}\ncopy {bandwidth:.0f} GB/s, {self.dtype} product {rate:.3g} TFLOP/s")
+        return ceilings
+
+    def write(self) -> None:
+        if self.path:
+            record.write_whole(self.path, json.dumps(self.report, indent=1) + "\n")
+
+    # ---- one shape
+
+    def bench_shape(self, case: Case, dims: Dims) -> None:
+        """Check, then time; a red case is not timed, and neither is a user's function that is wrong."""
+        print(f"\n{case.name}  {label(dims)}  {self.dtype}")
+        if self.cfg.forward_only:
+            case = replace(case, fixed=tuple(case.inputs(case.shapes[0], torch.float32, "cpu")))
+        one = prepare(case, dims, DTYPES[self.dtype], self.device)
+
+        entrants: list[Contestant] = []
+        for c in [*contestants(case, self.cfg.peers, self.report["absent"]), *map(replace, self.own)]:
+            with waiting(f"  {c.name}: compiling and checking") as say:
+                why, runs = self.verdict(c, case, dims, one)
+                say(why or f"right, compiled in {c.compile:.1f} s")
+            where = f"{case.name} {label(dims)}"
+            if why and c.kind == OURS:
+                self.red(f"{where}: {why}")
+                return
+            if why and c.kind == AGAINST:
+                shape = {"case": case.name, "dims": dims, "dtype": self.dtype}
+                self.report["wrong"].append({"provider": c.name, **shape, "why": why})
+            elif not runs:
+                self.report["absent"][f"{c.name} for {where}"] = why
+            else:
+                c.accurate = not why
+                entrants.append(c)
+
+        if not self.cfg.check_only:
+            self.time_shape(case, dims, one, entrants)
+
+    def verdict(self, c: Contestant, case: Case, dims: Dims, one: Inputs) -> tuple[str, bool]:
+        """(why, runs): what is wrong with a contestant, or nothing, and whether it runs at this shape."""
+        theirs = c.kind == AGAINST
+        dtype, at = DTYPES[self.dtype], case.check(dims)
+        draws = [make_inputs(case, at, dtype, self.device) for _ in range(1 + theirs)]
+        shape = describe(case, at, dtype)
+        try:
+            if theirs and (why := misfit(c.op, case, draws[0])):
+                return why, False
+            op = OnClones(c.op) if theirs else c.op
+            once = lambda: call(op, case, one, backward=True)
+            first, later = (host_seconds(once, self.device) for _ in range(2))
+            c.compile = max(first - later, 0)
+            check = why_not if theirs else first_wrong
+            return check(c.op, case, draws, shape), True
+        except PASSES:
+            raise
+        except BaseException as error:  # what breaks is told, and ends nobody else's run
+            if self.device == "cuda":  # it may have run out of memory
+                torch.cuda.empty_cache()
+            return f"raises {described(error)}", False
+
+    def time_shape(self, case: Case, dims: Dims, one: Inputs, entrants: list[Contestant]) -> None:
+        """Time each pass, and add a row for each contestant to the report."""
+        dtype = DTYPES[self.dtype]
+        sets = prepare_sets(case, dims, dtype, self.device, one)
+        forward, backward = case.work(dims, dtype.itemsize)
+        before = copied(one.tensors)
+        for name in record.PASSES if one.wanted else record.PASSES[:1]:
+            both = name == "forward+backward"
+            floor = self.ceilings.floor(forward) + (self.ceilings.floor(backward) if both else 0)
+            with waiting(f"  timing {name}") as say:
+                time_pass(case, sets, entrants, self.device, both)
+                say("done")
+            for c in entrants:
+                if c.kind == AGAINST and (names := changed(one.tensors, before)):
+                    c.accurate, c.note = False, writes(names)
+
+            ours = next(c for c in entrants if c.kind == OURS)
+            place = {"case": case.name, "dims": dims, "dtype": self.dtype, "pass": name}
+            sums = {
+                "floor_us": round(1e6 * floor, 2),
+                "binds": self.ceilings.binds(forward),
+                "sets": len(sets),
+            }
+            rows = [place | sums | row(c, ours, floor) for c in entrants]
+            self.report["rows"] += rows
+            print_rows(rows)
+
+
+# ---- what an earlier process left
 
 
 def fingerprint() -> str:
-    """Of what is timed and what times it, but for the table that is written from the times."""
-    files = [*(ROOT / "kernels").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]
+    """A hash of what is timed and what times it, but for the table that is written from the times."""
+    files = [*(record.ROOT / "kernels").rglob("*.py"), *(record.ROOT / "bench").rglob("*.py")]
     sources = (path.read_bytes() for path in sorted(files) if path.name != "_lora_paths.py")
     return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
 
@@ -331,7 +340,7 @@ def kept_report(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
     """What an earlier process wrote of the same day, code and machine; red is the shape that it died at."""
     if not path.exists():
         return fresh
-    with reading(path):
+    with record.reading(path):
         report = read_object(path)
         same = all(report.get(name) == fresh[name] for name in ("machine", "date", "code"))
         if not same or "begun" not in report or report["ceilings"]["dtype"] != fresh["ceilings"]["dtype"]:
@@ -340,122 +349,3 @@ def kept_report(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
             report["red"].append(f"{running}: the process died")
         report["absent"] = {what: why for what, why in report["absent"].items() if why != OUT_OF_TIME}
     return report
-
-
-def print_rows(rows: list[dict[str, Any]]) -> None:
-    first = rows[0]
-    floor = f"floor {first['floor_us']:.1f} us, {first['binds']} bind"
-    print(f"\n{first['case']}  {label(first['dims'])}  {first['dtype']}  {first['pass']}  ({floor})")
-    for r in rows:
-        device, eager = (
-            f"{u[1]:9.1f} [{u[0]:.1f}, {u[2]:.1f}]" if u else "" for u in (r["device_us"], r["eager_us"])
-        )
-        verdict = "" if r["accurate"] else "  outside the accuracy rule"
-        share = f"{r['share']:6.1%}" if r["share"] else ""
-        print(
-            f"  {r['provider']:16} device {device:28} eager {eager:28} share {share}  "
-            f"memory {r['memory_bytes'] / 1e6:8.1f} MB  compile {r['compile_s']:5.1f} s{verdict}"
-        )
-
-
-@as_command
-def main(argv: list[str] | None = None) -> int:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(
-        prog="python -m burnish.bench", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("ops", nargs="*", metavar="op", help="all of them when none is named")
-    parser.add_argument(
-        "--peers", action="store_true", help="torch.compile, torch's own fused ops, other libraries"
-    )
-    parser.add_argument(
-        "--json", nargs="?", const="", metavar="FILE", help="default: bench/results/<machine>-<date>.json"
-    )
-    parser.add_argument("--resume", action="store_true", help="add to the file of --json what it lacks")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16" if device == "cuda" else "fp32")
-    parser.add_argument(
-        "--budget", type=float, default=float("inf"), metavar="SECONDS", help="start no shape after this"
-    )
-    parser.add_argument(
-        "--commit", default=run_text("git", "describe", "--always", "--dirty"), help="where git is absent"
-    )
-    args = parser.parse_args(argv)
-    if INTERPRET:
-        parser.error("TRITON_INTERPRET: expected unset, interpreted kernels have no speed")
-    unknown = set(args.ops) - {c.op for c in CASES}
-    if unknown:
-        parser.error(f"op: expected one of {sorted({c.op for c in CASES})}, got {sorted(unknown)}")
-    if args.resume and args.json is None:
-        parser.error("--resume: expected --json beside it")
-
-    begun = time.perf_counter()
-    today = datetime.date.today().isoformat()
-    report: dict[str, Any] = {
-        "machine": machine(device),
-        "date": today,
-        "commit": args.commit,
-        "code": fingerprint(),
-        "command": shlex.join(["python", "-m", "burnish.bench", *(sys.argv[1:] if argv is None else argv)]),
-        "ceilings": {"dtype": args.dtype},
-        "clocks_before": clocks(device),
-        "absent": {},
-        "red": [],
-        "begun": [],
-        "rows": [],
-    }
-    path = (
-        results_file(report["machine"]["device"], today) if args.json == "" else args.json and Path(args.json)
-    )
-    if args.resume:
-        report = kept_report(path, report)
-    known: dict[str, Any] = report["ceilings"]
-    if "rate_per_s" in known:
-        ceilings = roofline.Ceilings(known["bandwidth_bytes_per_s"], known["rate_per_s"])
-    else:
-        ceilings = roofline.measure(device, DTYPES[args.dtype])
-        known |= {"bandwidth_bytes_per_s": ceilings.bandwidth, "rate_per_s": ceilings.rate}
-    print(
-        f"{report['machine']}\ncopy {ceilings.bandwidth / 1e9:.0f} GB/s, product {ceilings.rate / 1e12:.1f} TFLOP/s"
-    )
-
-    def write() -> None:
-        if path:
-            write_whole(path, json.dumps(report, indent=1) + "\n")
-
-    chosen = [c for c in CASES if not args.ops or c.op in args.ops]
-    chosen.sort(key=lambda c: args.ops.index(c.op) if args.ops else 0)
-    for case, dims in in_turn(chosen, device):
-        where = f"{case.name} {label(dims)}"
-        if where in report["begun"]:
-            continue
-        if time.perf_counter() - begun > args.budget:
-            report["absent"][where] = OUT_OF_TIME
-            continue
-        report["begun"].append(where)
-        report["running"] = where
-        write()
-        try:
-            torch.manual_seed(0)
-            bench_shape(case, dims, args.dtype, device, ceilings, args.peers, report)
-        except Exception as error:  # the other shapes are still worth having
-            report["red"].append(f"{where}: {type(error).__name__}: {error}")
-            print(f"RED, not timed: {report['red'][-1]}")
-        del report["running"]
-        if why := lost(device):
-            report["red"].append(f"{where}: the device is lost: {why}")
-            print(f"RED: {report['red'][-1]}")
-            write()
-            return LOST
-        write()
-    report["clocks_after"] = clocks(device)
-    report["seconds"] = round(time.perf_counter() - begun, 1)
-    for what, why in report["absent"].items():
-        print(f"{what}: {why}")
-    write()
-    if path:
-        print(f"written: {os.path.relpath(path)}")
-    return 1 if report["red"] else 0
-
-
-if __name__ == "__main__":
-    sys.exit(run_program("python -m burnish.bench", main))

@@ -5,7 +5,7 @@ from statistics import median
 
 import pytest
 import torch
-from burnish.bench.ops.speed import peak_growth
+from burnish.bench.ops.clocks import peak_growth
 from burnish.model.config import ModelConfig
 from burnish.model.packed import pack
 from burnish.model.transformer import Transformer

@@ -1,0 +1,146 @@
+"""Two files of the benchmark, of two commits for instance: what takes longer in the second, beyond the noise of both.
+
+The two did not run side by side, so each figure is looked at twice: as it is, and beside eager torch of the same run,
+which is the same code in both. A figure is marked where both ways agree: all rounds of the one run on one side of all
+rounds of the other. Without a run of eager the first alone decides.
+"""
+
+from math import inf
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ...model.errors import InputError
+from ...model.files.text_files import read_object
+from ..cases.case import label
+from ..record import reading
+
+Key = tuple[str, str, str, str, str]  # case, shape, dtype, pass, provider
+
+
+class Change(NamedTuple):
+    """A provider's time in the second file over that in the first; low, high: of any two rounds."""
+
+    key: Key
+    before: float  # microseconds
+    after: float
+    ratio: float
+    low: float
+    high: float
+    beside_eager: tuple[float, float, float] | None  # the same of times over eager's
+
+    @property
+    def mark(self) -> str:
+        """slower or faster beyond noise, or nothing."""
+        spans = [(self.low, self.high), *([self.beside_eager[1:]] if self.beside_eager else [])]
+        if all(low > 1 for low, _ in spans):
+            return "slower"
+        return "faster" if all(high < 1 for _, high in spans) else ""
+
+
+def compare(first: Path, second: Path, fail_above: float | None) -> int:
+    """Print what changed. The exit status: 1 where ours or a user's is slower by more than `fail_above`, or red."""
+    results = [read_object(path) for path in (first, second)]
+    tables = []
+    for path, result in zip((first, second), results, strict=True):
+        with reading(path):
+            tables.append({key(row): checked(row) for row in result["rows"]})
+            print(f"{path}: {result['machine']['device']}, commit {result['commit']}, {result['date']}")
+            complaints = [f"{row['provider']}: {row['why']}" for row in result.get("wrong", ())]
+            for red in [*result["red"], *complaints]:
+                print(f"  not timed: {red}")
+    if results[0]["machine"] != results[1]["machine"]:
+        print("the machines differ, or their versions: the ratios are of these, too")
+
+    with reading(f"{first}, {second}"):
+        changes = changes_of(*tables)
+    if not changes:
+        raise InputError(f"--compare: {first} and {second} have no case, shape, dtype and provider in common")
+    print_changes(changes)
+    for path, mine, other in ((first, *tables), (second, *tables[::-1])):
+        if alone := mine.keys() - other.keys():
+            print(f"in {path} alone: {len(alone)} of its {len(mine)} rows")
+    return verdict(changes, fail_above, results[1]["red"])
+
+
+def key(row: dict[str, Any]) -> Key:
+    return (row["case"], label(row["dims"]), row["dtype"], row["pass"], row["provider"])
+
+
+def checked(row: dict[str, Any]) -> dict[str, Any]:
+    """The row. Raises ValueError where its times are none."""
+    percentiles = [row[clock] for clock in ("device_us", "eager_us") if row[clock] is not None]
+    rounds = [each for each in row.get("rounds_us", {}).values() if each]
+    if not percentiles or not all(len(each) == 3 for each in percentiles):
+        raise ValueError("expected p20, p50 and p80 of a row")
+    if not all(0 < x < inf for each in (*percentiles, *rounds) for x in each):
+        raise ValueError("a time that is not above 0")
+    return row
+
+
+def verdict(changes: list[Change], fail_above: float | None, red: list[str]) -> int:
+    marks = [change.mark for change in changes]
+    print(
+        f"{len(changes)} compared: {marks.count('slower')} slower, {marks.count('faster')} faster beyond noise"
+    )
+    if fail_above is None:
+        return 0
+    failed = [c for c in changes if c.mark == "slower" and c.ratio > fail_above]
+    for change in failed:
+        print(f"FAILED: {' '.join(change.key)}: {change.ratio:.2f}x, at most {fail_above:g}x")
+    if red:
+        print(f"FAILED: {len(red)} red in the second file")
+    return 1 if failed or red else 0
+
+
+# ---- figures
+
+
+def changes_of(first: dict[Key, dict[str, Any]], second: dict[Key, dict[str, Any]]) -> list[Change]:
+    """Every provider but eager, and those that are wrong, in the order of the second file."""
+    found = []
+    for name, row in second.items():
+        if name not in first or name[-1] == "eager" or not (row["accurate"] and first[name]["accurate"]):
+            continue
+        clock = "device_us" if row["device_us"] and first[name]["device_us"] else "eager_us"
+        runs = [(table[name], table.get((*name[:-1], "eager"))) for table in (first, second)]
+        before, after = (rounds(own, clock) for own, _ in runs)
+        figures = [own[clock][1] for own, _ in runs]
+        beside = None
+        if all(eager is not None and eager[clock] for _, eager in runs):
+            over = [beside_eager(own, eager, clock) for own, eager in runs]
+            middles = [own[clock][1] / eager[clock][1] for own, eager in runs]
+            beside = (middles[1] / middles[0], *span(*over))
+        found.append(Change(name, *figures, figures[1] / figures[0], *span(before, after), beside))
+    return found
+
+
+def rounds(row: dict[str, Any], clock: str) -> list[float]:
+    """The median of each round; of a file that has none, the percentiles."""
+    of_clock = row.get("rounds_us", {}).get(clock.removesuffix("_us"))
+    return of_clock or row[clock]
+
+
+def beside_eager(row: dict[str, Any], eager: dict[str, Any], clock: str) -> list[float]:
+    """A provider's rounds over eager's, round by round."""
+    return [a / b for a, b in zip(rounds(row, clock), rounds(eager, clock), strict=True)]
+
+
+def span(before: list[float], after: list[float]) -> tuple[float, float]:
+    """The lowest and the highest ratio of any two rounds."""
+    return min(after) / max(before), max(after) / min(before)
+
+
+def print_changes(changes: list[Change]) -> None:
+    head = ("case", "shape", "dtype", "pass", "provider", "us before", "after", "ratio", "beside eager", "")
+    lines = [head]
+    for c in changes:
+        beside = "" if c.beside_eager is None else spread(c.beside_eager)
+        times = f"{c.before:.1f}", f"{c.after:.1f}", spread((c.ratio, c.low, c.high))
+        lines.append((*c.key, *times, beside, c.mark))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    for line in lines:
+        print("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip())
+
+
+def spread(values: tuple[float, float, float]) -> str:
+    return "{:.2f}x [{:.2f}, {:.2f}]".format(*values)

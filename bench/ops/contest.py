@@ -1,0 +1,194 @@
+"""A contest of one op at one shape: who takes part, on which inputs, and the samples of each, round by round.
+
+Contestants are interleaved (A B A B), ROUNDS rounds. "device" is a CUDA graph of many calls, replayed: no host in it.
+"eager" is a loop of calls on the host's clock: whichever of the host and the device is slower. Each call takes the next
+of several input sets, so that no call finds its operands in the L2 cache.
+"""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..cases.case import Case, Dims, Tensors, leaves, make_inputs, make_upstream
+from .clocks import capture, event_seconds, host_seconds, peak_growth
+from .peers import PEERS, Unsuitable
+
+OURS, EAGER, PEER, AGAINST = "ours", "eager", "peer", "against"  # kinds; the last is a user's own
+ROUNDS = 5
+# beyond any L2 cache, on a CPU beyond one core's share of L3
+COLD_BYTES = {"cuda": 200 << 20, "cpu": 64 << 20}
+MOST_SETS = 64
+SLICE = 0.006  # seconds that one contestant is timed for in one round
+# seconds, bytes: a graph would add little to such a call but a second copy of its memory
+LONG, LARGE = 0.02, 4 << 30
+
+
+@dataclass
+class Contestant:
+    """An implementation of a case's op, and its samples of one pass: a list for each round, seconds a call."""
+
+    name: str
+    op: Callable[..., Any]
+    kind: str = PEER
+    accurate: bool = True
+    compile: float = 0.0  # seconds by which the first call is longer than the second
+    memory: int = 0  # bytes: peak growth over live inputs
+    note: str = ""
+    device: list[list[float]] = field(default_factory=list)
+    eager: list[list[float]] = field(default_factory=list)
+
+
+def contestants(case: Case, peers: bool, absent: dict[str, str]) -> list[Contestant]:
+    """Ours, eager torch, and the case's peers; absent: gets the names of those that cannot take part, and why."""
+    found = [Contestant("burnish", case.fused, OURS), Contestant("eager", case.eager, EAGER)]
+    for name, build in PEERS.get(case.op, {}).items() if peers else ():
+        try:
+            found.append(Contestant(name, build(case)))
+        except ImportError:
+            absent[name] = "not installed"
+        except Unsuitable as reason:
+            absent[f"{name} for {case.name}"] = str(reason)
+    return found
+
+
+# ---- one call
+
+
+@dataclass(frozen=True)
+class Inputs:
+    tensors: Tensors
+    wanted: tuple[Tensor, ...]  # those whose gradients a call makes
+    upstream: tuple[Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (*self.tensors.values(), *self.upstream) if t is not None)
+
+
+def prepare(case: Case, dims: Dims, dtype: torch.dtype, device: str) -> Inputs:
+    tensors = make_inputs(case, dims, dtype, device)
+    names = leaves(case, tensors)
+    tensors = {n: t.requires_grad_() if n in names and t is not None else t for n, t in tensors.items()}
+    wanted = tuple(t for n, t in tensors.items() if n in names and t is not None)
+    by_ours = replace(case, reference=case.fused)  # the reference may be too large at this shape
+    return Inputs(tensors, wanted, tuple(make_upstream(by_ours, tensors)))
+
+
+def prepare_sets(case: Case, dims: Dims, dtype: torch.dtype, device: str, first: Inputs) -> list[Inputs]:
+    """As many sets of inputs as no cache holds, `first` among them."""
+    count = min(MOST_SETS, -(-COLD_BYTES[device] // max(first.nbytes, 1)))
+    return [first, *(prepare(case, dims, dtype, device) for _ in range(count - 1))]
+
+
+def call(op: Callable[..., Any], case: Case, inputs: Inputs, backward: bool) -> Any:
+    """One pass: that of training, whose forward saves for the backward."""
+    outputs = op(**inputs.tensors, **case.options)
+    if not backward or not inputs.wanted:
+        return outputs
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return outputs, torch.autograd.grad(outputs, inputs.wanted, inputs.upstream)
+
+
+# ---- samples
+
+
+def time_pass(
+    case: Case, sets: list[Inputs], entrants: list[Contestant], device: str, backward: bool
+) -> None:
+    """Fill the samples of every contestant for one pass."""
+    loops: dict[str, Callable[[], Any]] = {}  # on the host's clock
+    replays: dict[str, Callable[[], Any]] = {}  # on the device's
+    counts: dict[str, int] = {}
+    for c in entrants:
+        c.device, c.eager, c.note = [], [], ""
+        calls = [lambda c=c, s=s: call(c.op, case, s, backward) for s in sets]
+        c.memory = peak_growth(calls[0], device)
+        once = max(host_seconds(calls[0], device), 1e-6)
+        repeats = max(1, min(round(SLICE / once / len(calls)), 200))
+        counts[c.name] = repeats * len(calls)
+        loops[c.name] = lambda calls=calls, repeats=repeats: (
+            [one() for _ in range(repeats) for one in calls] and None
+        )
+        if device == "cuda":
+            replay = replayed(c, calls, once)
+            replays |= {} if replay is None else {c.name: replay}
+
+    for _ in range(ROUNDS):
+        for c in entrants:
+            samples = 1 if device == "cuda" else 3
+            c.eager.append([host_seconds(loops[c.name], device) / counts[c.name] for _ in range(samples)])
+            if c.name in replays:
+                samples = max(2, min(int(SLICE / event_seconds(replays[c.name])), 20))
+                c.device.append([event_seconds(replays[c.name]) / len(sets) for _ in range(samples)])
+
+
+def replayed(c: Contestant, calls: list[Callable[[], Any]], once: float) -> Callable[[], Any] | None:
+    """All calls as a graph, or one after another where they are long; None, and a note, where a call waits."""
+    if once > LONG or c.memory > LARGE:
+        c.note = "no graph: the call is long or large"
+        return lambda: [one() for one in calls] and None
+    try:
+        return capture(calls).replay
+    except RuntimeError as error:  # it synchronises with the host
+        c.note = f"not capturable: {str(error).splitlines()[0]}"
+        torch.cuda.synchronize()
+        return None
+
+
+# ---- figures
+
+
+class Ratio(NamedTuple):
+    """How many times as long: the median of the rounds' ratios, and the lowest and the highest of them.
+
+    Of five rounds the lowest and the highest hold the true median with 94 %.
+    """
+
+    median: float
+    low: float
+    high: float
+
+
+def medians(rounds: Sequence[Sequence[float]]) -> list[float]:
+    return [statistics.median(samples) for samples in rounds]
+
+
+def ratio(theirs: Sequence[float], ours: Sequence[float]) -> Ratio:
+    """theirs, ours: the median of each round. A round runs all contestants, so what slows it slows both."""
+    each = [a / b for a, b in zip(theirs, ours, strict=True)]
+    return Ratio(*(round(x, 4) for x in (statistics.median(each), min(each), max(each))))
+
+
+def percentiles(rounds: list[list[float]]) -> list[float] | None:
+    """p20, p50, p80 in microseconds, over all rounds."""
+    samples = [s for each in rounds for s in each]
+    if not samples:
+        return None
+    fifths = statistics.quantiles(samples, n=5, method="inclusive")
+    return [round(1e6 * s, 2) for s in (fifths[0], statistics.median(samples), fifths[3])]
+
+
+def row(c: Contestant, ours: Contestant, floor: float) -> dict[str, Any]:
+    """The figures of a contestant in one pass. ours: what its ratio is over; floor: seconds of the roofline."""
+    rounds = {clock: medians(getattr(c, clock)) for clock in ("device", "eager")}
+    clock = "device" if c.device and ours.device else "eager"
+    over = ratio(rounds[clock], medians(getattr(ours, clock))) if c is not ours and c.accurate else None
+    device, eager = percentiles(c.device), percentiles(c.eager)
+    best = (device or eager or [0.0, 0.0, 0.0])[1]
+    return {
+        "provider": c.name,
+        "kind": c.kind,
+        "device_us": device,
+        "eager_us": eager,
+        "rounds_us": {clock: [round(1e6 * s, 3) for s in each] for clock, each in rounds.items()},
+        "ratio": over,
+        "share": round(1e6 * floor / best, 3) if best else None,
+        "memory_bytes": c.memory,
+        "compile_s": round(c.compile, 3),
+        "accurate": c.accurate,
+        "note": c.note,
+    }

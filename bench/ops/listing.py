@@ -1,0 +1,46 @@
+"""What `burnish bench --list` shows: the ops and their shapes, or all that a function of a user's is given."""
+
+from collections.abc import Sequence
+
+import torch
+
+from ..cases.case import Case, label
+from ..cases.shapes import describe, letters
+from .chosen import chosen
+from .peers import PEERS
+
+
+def listing(cases: Sequence[Case], names: Sequence[str]) -> str:
+    """All ops, a line for each Case; of those that are named everything."""
+    return "\n\n".join(map(details, chosen(cases, names))) if names else overview(cases)
+
+
+def overview(cases: Sequence[Case]) -> str:
+    rows = [("op/family", "letters", "a shape")]
+    for case in cases:
+        timed = next(iter(case.bench.values()), ())
+        rows.append((case.name, spelled_letters(case), label((timed or case.shapes)[0])))
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    lines = [f"{a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in rows]
+    hint = "burnish bench --list OP shows what a function of yours is given, and what it returns."
+    return "\n".join([*lines, "", hint])
+
+
+def spelled_letters(case: Case) -> str:
+    return " ".join(f"[{x}]" if x in case.optional else x for x in letters(case))
+
+
+def details(case: Case) -> str:
+    """A Case's arguments and outputs at its second test shape, its timed shapes and its peers."""
+    shape = case.shapes[min(1, len(case.shapes) - 1)]
+    shapes = [f"  {device}: {label(dims)}" for device, timed in case.bench.items() for dims in timed]
+    parts = [
+        f"{case.name}  letters: {spelled_letters(case)}",
+        f"a function of yours is called by name, here at {label(shape)}:",
+        describe(case, shape, torch.float32).text(),
+        f"work: {case.formula}",
+        *(["timed by default at", *shapes] if shapes else ["timed by --shape alone"]),
+    ]
+    if case.op in PEERS:
+        parts.append(f"--peers: {', '.join(PEERS[case.op])}")
+    return "\n".join(parts)

@@ -1,0 +1,106 @@
+"""What the benchmark shows while it runs, and its figures as a table and as CSV."""
+
+import csv
+import io
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ..cases.case import label
+
+COLUMNS = ("provider", "device us", "eager us", "time over ours", "share", "memory MB", "compile s")
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[Callable[[str], None]]:
+    """Show what is under way, and on a terminal for how many seconds; yields a function that ends the line."""
+    begun, done = time.monotonic(), threading.Event()
+    terminal = sys.stdout.isatty()
+    print(f"{what} ...", end="", flush=True)
+
+    def tick() -> None:
+        while not done.wait(1.0):
+            print(f"\r{what} ... {time.monotonic() - begun:.0f} s", end="", flush=True)
+
+    def say(end: str) -> None:
+        done.set()
+        if clock.is_alive():
+            clock.join()
+        clear = "\r\x1b[K" + what + ":" if terminal else ""
+        print(f"{clear} {end}", flush=True)
+
+    clock = threading.Thread(target=tick, daemon=True)
+    if terminal:
+        clock.start()
+    try:
+        yield say
+    finally:
+        done.set()
+
+
+# ---- the table
+
+
+def print_rows(rows: Sequence[dict[str, Any]]) -> None:
+    """The contestants of one pass, a line each."""
+    first = rows[0]
+    print(f"  {first['pass']}: floor {first['floor_us']:.1f} us, {first['binds']} bind")
+    table = [COLUMNS, *map(cells, rows)]
+    on_device = any(row["device_us"] for row in rows)
+    shown = [i for i, name in enumerate(COLUMNS) if name != "device us" or on_device]
+    widths = [max(len(line[i]) for line in table) for i in shown]
+    for line, row in zip(table, [None, *rows], strict=True):
+        text = "  ".join(line[i].ljust(w) for i, w in zip(shown, widths, strict=True)).rstrip()
+        print(f"    {text}")
+        if row and (row["note"] or not row["accurate"]):
+            print(f"      {row['note'] or 'outside the accuracy rule'}")
+
+
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        row["provider"],
+        spread(row["device_us"], 1),
+        spread(row["eager_us"], 1),
+        spread(row["ratio"], 2, "x", middle=0),
+        f"{row['share']:.1%}" if row["share"] else "",
+        f"{row['memory_bytes'] / 1e6:.1f}",
+        f"{row['compile_s']:.1f}",
+    )
+
+
+def spread(values: Sequence[float] | None, digits: int, unit: str = "", *, middle: int = 1) -> str:
+    """A figure with the two around it: "35.1 [34.0, 36.2]". middle: where in `values` the figure stands."""
+    if not values:
+        return ""
+    low, high = (value for i, value in enumerate(values) if i != middle)
+    return f"{values[middle]:.{digits}f}{unit} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+# ---- CSV
+
+FIELDS = (
+    *("case", "shape", "dtype", "pass", "provider", "accurate"),
+    *(f"{clock}_us_{p}" for clock in ("device", "eager") for p in ("p20", "p50", "p80")),
+    *("time_over_ours", "time_over_ours_low", "time_over_ours_high", "floor_us", "share"),
+    *("memory_bytes", "compile_s", "note"),
+)
+
+
+def as_csv(rows: Sequence[dict[str, Any]], wrong: Sequence[dict[str, Any]]) -> str:
+    """A line for each row, then one without figures for each function of a user's that is wrong."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(FIELDS)
+    for row in rows:
+        over = row["ratio"] or ("", "", "")
+        times = [x for clock in ("device_us", "eager_us") for x in row[clock] or ("", "", "")]
+        name = (row["case"], label(row["dims"]), row["dtype"], row["pass"], row["provider"], row["accurate"])
+        sums = (row["floor_us"], row["share"], row["memory_bytes"], row["compile_s"], row["note"])
+        writer.writerow([*name, *times, *over, *sums])
+    for row in wrong:
+        name = (row["case"], label(row["dims"]), row["dtype"], "", row["provider"], False)
+        writer.writerow([*name, *[""] * (len(FIELDS) - len(name) - 1), row["why"]])
+    return out.getvalue()

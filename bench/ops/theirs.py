@@ -1,0 +1,138 @@
+"""A user's function beside ours: it is read from a file, which runs, and held to the accuracy rule before it is timed.
+
+It is called as the op is, with the op's arguments by name. It may write to none of them: a kernel that works in place
+saves the memory and the time that the others spend. And it must be right twice, the second time on other numbers at the
+same addresses: a kernel that remembers a result is fast, and wrong.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...algorithms.run.calls import PASSES, described
+from ...algorithms.run.user_files import load_function
+from ...model.errors import InputError
+from ..cases.case import Case, Tensors, make_upstream, run, verdicts
+from ..cases.shapes import Description
+from .contest import AGAINST, Contestant
+
+ALONE = "--forward-only compares the forward pass alone"
+
+
+def against(specifications: tuple[str, ...]) -> list[Contestant]:
+    """The functions of --against, each by its file's name and its own: mine.py:rms_norm."""
+    for specification in specifications:
+        if specifications.count(specification) > 1:
+            raise InputError(f"--against {specification}: expected each function once, got it twice")
+    short = [Path(s.rpartition(":")[0]).name + ":" + s.rpartition(":")[2] for s in specifications]
+    names = [s if short.count(name) > 1 else name for s, name in zip(specifications, short, strict=True)]
+    functions = [load_function(s, "against") for s in specifications]
+    return [Contestant(name, f, AGAINST) for name, f in zip(names, functions, strict=True)]
+
+
+class OnClones:
+    """An op that gets clones of its inputs. written: the names of those that it has changed since."""
+
+    def __init__(self, op: Callable[..., Any]):
+        self.op = op
+        self.pairs: list[tuple[str, Tensor, Tensor]] = []  # name, what was given, its clone
+
+    def __call__(self, **operands: Any) -> Any:
+        cloned = {n: x.clone() if isinstance(x, Tensor) else x for n, x in operands.items()}
+        self.pairs = [(n, x, cloned[n]) for n, x in operands.items() if isinstance(x, Tensor)]
+        return self.op(**cloned)
+
+    @property
+    def written(self) -> list[str]:
+        return [name for name, given, clone in self.pairs if not same(given, clone)]
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same bits: NaN is itself."""
+    flat = [t.detach().contiguous().view(-1).view(torch.uint8) for t in (a, b)]
+    return torch.equal(*flat)
+
+
+def changed(tensors: Tensors, before: Tensors) -> list[str]:
+    """The names of the inputs that are not what they were before."""
+    pairs = ((name, t, before[name]) for name, t in tensors.items())
+    return [name for name, t, b in pairs if t is not None and b is not None and not same(t, b)]
+
+
+def copied(tensors: Tensors) -> Tensors:
+    return {name: None if t is None else t.detach().clone() for name, t in tensors.items()}
+
+
+# ---- the check
+
+
+def why_not(op: Callable[..., Any], case: Case, draws: list[Tensors], described_as: Description) -> str:
+    """Why a user's function takes no part, in at most four lines; empty where it computes what the op does.
+
+    draws: two sets of inputs of one shape; the first is overwritten by the second. A case all of whose inputs are fixed
+    is compared forward alone.
+    """
+    first, second = draws
+    if why := misfit(op, case, first):
+        return why
+    try:
+        clones = OnClones(op)
+        wrong = first_wrong(clones, case, [first], described_as)
+        if clones.written:
+            return writes(clones.written)
+        return wrong or remembers(op, case, first, second, described_as)
+    except PASSES:
+        raise
+    except BaseException as error:  # whatever a user's file raises is the user's to read
+        return f"raises {described(error)}"
+
+
+def misfit(op: Callable[..., Any], case: Case, tensors: Tensors) -> str:
+    """Why a function cannot be called as the op is; empty where it can, or has no signature."""
+    names = [*tensors, *case.options]
+    try:
+        signature = inspect.signature(op)
+    except (TypeError, ValueError):
+        return ""
+    try:
+        signature.bind(**dict.fromkeys(names))
+    except TypeError:
+        return f"expected a function of ({', '.join(names)}), given by name, got one of {signature}"
+    return ""
+
+
+def first_wrong(op: Callable[..., Any], case: Case, draws: list[Tensors], described_as: Description) -> str:
+    """The first output or gradient that breaks the accuracy rule on the first draw, and where it is wrong."""
+    found = [v for v in verdicts(replace(case, fused=op), draws[0]) if v.wrong is not None]
+    if not found:
+        return ""
+    text = found[0].text(described_as.axes(found[0].name))
+    others = f" (and {len(found) - 1} more of its outputs and gradients)" if found[1:] else ""
+    lacks = found[0].name.startswith("gradient") and not found[0].allowed >= 0  # nothing was there to compare
+    return f"{text}{others}" + (f"; {ALONE}" if lacks else "")
+
+
+def writes(names: list[str]) -> str:
+    return f"writes to its input {names[0]}: expected that what it is given stays as it is"
+
+
+def remembers(
+    op: Callable[..., Any], case: Case, tensors: Tensors, others: Tensors, described_as: Description
+) -> str:
+    """What is wrong with a second answer, to other numbers at the addresses of the first."""
+    if any(t is not None and t.shape != getattr(others[n], "shape", None) for n, t in tensors.items()):
+        return ""  # lengths are drawn, too
+    upstream = make_upstream(case, tensors)
+    run(op, case, tensors, upstream)
+    for name, t in tensors.items():
+        if t is not None:
+            t.detach().copy_(others[name])
+    wrong = first_wrong(op, case, [tensors], described_as)
+    if names := changed(tensors, others):
+        return writes(names)
+    return f"right on its first inputs, wrong on others at the same addresses: {wrong}" if wrong else ""
