@@ -81,7 +81,8 @@ def parsed(name: str, module: ModuleType, arguments: Sequence[str], summary: str
         default: Any = {"default": field.default, "default_factory": field.default_factory}
         hint = Annotated[hints[field.name], tyro.conf.arg(help=texts.get(field.name))]
         if POSITIONAL in getattr(hints[field.name], "__metadata__", ()):
-            hint = tyro.conf.Positional[hint]
+            shown = tyro.conf.arg(help=texts.get(field.name), metavar=f"[{field.name.upper()} ...]")
+            hint = tyro.conf.Positional[Annotated[hints[field.name], shown]]
         fields.append((field.name, hint, dataclasses.field(**default)))
     flags: Any = dataclasses.make_dataclass("Flags", fields, frozen=True, kw_only=True)
 

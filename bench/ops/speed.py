@@ -6,10 +6,10 @@
     burnish bench --compare A.json B.json [--fail-above 1.1]
 
 No contestant is timed before it has passed the accuracy rule (cases/case.py), outputs and gradients; theirs.py says
-what else is asked of yours. Ops are timed in the order in which they are named. A figure is a p50 with its p20 and p80, a
-ratio the median of five rounds, each over ours of the same round, with the lowest and the highest; contest.py says how
-a round goes. share = floor / time, the floor being bytes over the bandwidth of a copy or operations over the rate of a
-matrix product, whichever is longer, both measured in this run.
+what else is asked of yours. Ops are timed in the order in which they are named. A figure is a p50 with its p20 and p80,
+a ratio the median of five rounds, each over ours of the same round, with the lowest and the highest; contest.py says
+how a round goes. share = floor / time, the floor being bytes over the bandwidth of a copy or operations over the rate
+of a matrix product, whichever is longer, both measured in this run.
 
 The file is written anew before and after every shape: a process that dies leaves its rows and the name of the shape
 that it died at, which --resume tells as red and goes on behind.
@@ -82,7 +82,7 @@ class Config:
     csv: Path | None = None  # write the figures there, a line for each pass of each contestant
     keep: bool = False  # write them to bench/results/<machine>-<date>.json
     resume: bool = False  # add to the file of --json or --keep what it lacks
-    budget: Annotated[float, Bounds(-inf)] = inf  # seconds; start no shape after this
+    budget: Annotated[float, Bounds(0, switch=True)] = inf  # seconds; start no shape after this
     commit: str | None = None  # where git is absent
 
 

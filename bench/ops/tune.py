@@ -43,8 +43,9 @@ from ..cases.case import Case, Dims, assert_accurate, label, make_inputs, make_u
 from ..cases.registry import CASES
 from ..record import RESULTS, ROOT, as_command, clocks, kept_part, machine, reading, run_text, write_whole
 from . import static
+from .clocks import capture, event_seconds, host_seconds
+from .contest import ROUNDS, call, prepare
 from .roofline import CHIPS
-from .speed import ROUNDS, call, capture, event_seconds, host_seconds, prepare
 
 Tile = tuple[int, ...]
 KEPT = ROOT / "bench" / "candidates.json"

@@ -1,0 +1,272 @@
+"""A user's own function beside ours: what is refused, by which words, and that what is right is timed."""
+
+import csv
+import json
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from burnish.bench.cases.case import make_inputs
+from burnish.bench.cases.registry import CASES
+from burnish.bench.ops import contest, roofline, theirs
+from burnish.bench.ops.speed import Config, main
+from burnish.kernels._chip import INTERPRET
+from burnish.model.errors import InputError
+
+pytestmark = pytest.mark.skipif(INTERPRET, reason="interpreted kernels have no speed")
+
+SHAPE = "B=1 T=30 C=77"
+CASE = next(c for c in CASES if c.name == "rms_norm/hidden")
+HEAD = """
+    import torch
+
+    def right(x, weight, eps=1e-6):
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+"""
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(contest, "SLICE", 1e-4)
+    monkeypatch.setattr(contest, "COLD_BYTES", {"cpu": 1 << 16, "cuda": 1 << 16})
+    monkeypatch.setattr(roofline, "measure", lambda device, dtype: roofline.Ceilings(1e10, 1e11))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def mine(tmp_path: Path):
+    """Write a file of functions behind HEAD, and return its path."""
+
+    def write(source: str) -> Path:
+        path = tmp_path / "mine.py"
+        path.write_text(textwrap.dedent(HEAD) + textwrap.dedent(source))
+        return path
+
+    return write
+
+
+def report_of(path: Path, name: str, tmp_path: Path, **flags) -> tuple[int, dict]:
+    flags = {"ops": ("rms_norm",), "shape": (SHAPE,), "json": tmp_path / "out.json"} | flags
+    status = main(Config(against=(f"{path}:{name}",), **flags))
+    return status, json.loads((tmp_path / "out.json").read_text())
+
+
+def why(path: Path, name: str, tmp_path: Path, **flags) -> str:
+    """What is said of a function that takes no part; it is not timed, ours is."""
+    status, report = report_of(path, name, tmp_path, **flags)
+    (wrong,) = report["wrong"]
+    assert status == 1 and wrong["provider"] == f"mine.py:{name}"
+    assert {row["provider"] for row in report["rows"]} == {"burnish", "eager"}
+    return wrong["why"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_what_is_right_is_timed_beside_ours(mine, tmp_path, capsys, dtype):
+    table = tmp_path / "out.csv"
+    status, report = report_of(mine(""), "right", tmp_path, csv=table, dtype=dtype)
+    assert status == 0 and report["wrong"] == []
+    assert len(report["rows"]) == 2 * 3
+    for row in report["rows"]:
+        assert row["dims"] == {"B": 1, "T": 30, "C": 77} and row["dtype"] == dtype
+        assert len(row["rounds_us"]["eager"]) == contest.ROUNDS
+        if row["provider"] == "burnish":
+            assert row["ratio"] is None
+            ours = row
+            continue
+        each = [a / b for a, b in zip(row["rounds_us"]["eager"], ours["rounds_us"]["eager"], strict=True)]
+        middle, low, high = row["ratio"]
+        assert (middle, low, high) == pytest.approx((sorted(each)[2], min(each), max(each)), rel=1e-2)
+
+    lines = [*csv.DictReader(table.open())]
+    assert [line["provider"] for line in lines] == ["burnish", "eager", "mine.py:right"] * 2
+    assert all(float(line["eager_us_p50"]) > 0 for line in lines) and {line["shape"] for line in lines} == {
+        SHAPE
+    }
+    assert "mine.py:right" in capsys.readouterr().out
+
+
+WRONG = {  # what is wrong with a function -> its source, and words of what is said
+    "scaled": ("def f(x, weight):\n    return right(x, weight) * 1.01", ["output 0", "30", "77"]),
+    "last columns": (
+        "def f(x, weight):\n    y = right(x, weight)\n    return torch.cat((y[..., :64], y[..., 64:] * 1.1), -1)",
+        ["output 0", "64:77"],
+    ),
+    "one element": (
+        "def f(x, weight):\n    y = right(x, weight).clone()\n    y[0, 29, 5] += 0.5\n    return y",
+        ["output 0", "1 of 2310"],
+    ),
+    "gradient alone": (
+        "class F(torch.autograd.Function):\n"
+        "    @staticmethod\n"
+        "    def forward(ctx, x, w):\n        ctx.save_for_backward(x, w)\n        return right(x, w)\n"
+        "    @staticmethod\n"
+        "    def backward(ctx, dy):\n"
+        "        x, w = (t.detach().requires_grad_() for t in ctx.saved_tensors)\n"
+        "        with torch.enable_grad():\n            dx, dw = torch.autograd.grad(right(x, w), (x, w), dy)\n"
+        "        return dx, dw * 1.5\n"
+        "def f(x, weight):\n    return F.apply(x, weight)",
+        ["gradient of weight"],
+    ),
+    "no gradient": ("def f(x, weight):\n    return right(x.detach(), weight.detach())", ["--forward-only"]),
+    "one gradient": ("def f(x, weight):\n    return right(x, weight.detach())", ["gradient of weight"]),
+    "dtype": ("def f(x, weight):\n    return right(x, weight).double()", ["output 0", "float64"]),
+    "shape": ("def f(x, weight):\n    return right(x, weight)[0]", ["output 0", "shape"]),
+    "nothing": ("def f(x, weight):\n    right(x, weight)", ["None"]),
+    "other arguments": ("def f(input, w):\n    return right(input, w)", ["(x, weight)", "(input, w)"]),
+    "too few": ("def f(x):\n    return x", ["(x, weight)", "(x)"]),
+    "an exception": ("def f(x, weight):\n    raise KeyError('block')", ["KeyError", "mine.py:"]),
+    "an exit": ("def f(x, weight):\n    raise SystemExit(3)", ["SystemExit", "mine.py:"]),
+    "in place": (
+        "def f(x, weight):\n    y = right(x, weight)\n    x.detach().copy_(y)\n    return y",
+        ["writes to its input x"],
+    ),
+    "in the backward": (
+        "class F(torch.autograd.Function):\n"
+        "    @staticmethod\n"
+        "    def forward(ctx, x, w):\n        ctx.save_for_backward(x, w)\n        return right(x, w)\n"
+        "    @staticmethod\n"
+        "    def backward(ctx, dy):\n"
+        "        x, w = (t.detach().clone().requires_grad_() for t in ctx.saved_tensors)\n"
+        "        with torch.enable_grad():\n            dx, dw = torch.autograd.grad(right(x, w), (x, w), dy)\n"
+        "        ctx.saved_tensors[0].detach().copy_(dx)\n"
+        "        return dx, dw\n"
+        "def f(x, weight):\n    return F.apply(x, weight)",
+        ["writes to its input x"],
+    ),
+    "NaN": (
+        "def f(x, weight):\n    y = right(x, weight).clone()\n    y[0, 3] = float('nan')\n    return y",
+        ["output 0", "NaN"],
+    ),
+    "a memory": (
+        "SEEN = {}\n"
+        "def f(x, weight):\n"
+        "    if x.data_ptr() not in SEEN:\n        SEEN[x.data_ptr()] = right(x, weight)\n"
+        "    return SEEN[x.data_ptr()]",
+        ["wrong on others at the same addresses"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_is_wrong_is_told_and_not_timed(kind, mine, tmp_path, capsys):
+    source, words = WRONG[kind]
+    said = why(mine(source), "f", tmp_path, forward_only=kind == "a memory")
+    assert all(word in said for word in words), said
+    assert len(said.splitlines()) <= 4 and "Traceback" not in said
+    assert said.splitlines()[0] in capsys.readouterr().out
+
+
+def test_a_forward_alone_is_compared_where_it_is_asked_for(mine, tmp_path):
+    path = mine("def f(x, weight):\n    return right(x.detach(), weight.detach())")
+    status, report = report_of(path, "f", tmp_path, forward_only=True)
+    assert status == 0 and {row["pass"] for row in report["rows"]} == {"forward"}
+    assert [row["provider"] for row in report["rows"]] == ["burnish", "eager", "mine.py:f"]
+
+
+def test_what_writes_while_it_is_timed_wins_nothing(mine, tmp_path, capsys):
+    """It behaves in the check, and writes to its input from the tenth call on."""
+    path = mine(
+        """
+        CALLS = []
+        def f(x, weight):
+            CALLS.append(1)
+            y = right(x, weight)
+            if len(CALLS) > 10:
+                x.detach().add_(1)
+            return y
+        """
+    )
+    _, report = report_of(path, "f", tmp_path)
+    rows = [row for row in report["rows"] if row["provider"] == "mine.py:f"]
+    assert rows and all(not row["accurate"] and row["ratio"] is None for row in rows)
+    assert "writes to its input x" in rows[0]["note"] and rows[0]["note"] in capsys.readouterr().out
+
+
+def test_nothing_is_timed_with_check_only(mine, tmp_path, capsys):
+    status, report = report_of(mine(""), "right", tmp_path, check_only=True)
+    assert status == 0 and report["rows"] == [] and report["red"] == report["wrong"] == []
+    assert "mine.py:right" in capsys.readouterr().out
+    bad = mine("def f(x, weight):\n    return x")
+    status, report = report_of(bad, "f", tmp_path, check_only=True)
+    assert status == 1 and len(report["wrong"]) == 1
+
+
+def test_several_functions_and_shapes(mine, tmp_path):
+    path = mine("def f(x, weight):\n    return right(x, weight)")
+    shapes = (SHAPE, "T=2 C=8 B=3")  # in any order
+    status = main(
+        Config(
+            ops=("rms_norm",), shape=shapes, against=(f"{path}:right", f"{path}:f"), csv=tmp_path / "t.csv"
+        )
+    )
+    lines = [*csv.DictReader((tmp_path / "t.csv").open())]
+    assert status == 0
+    assert {(line["shape"], line["provider"]) for line in lines if "mine" in line["provider"]} == {
+        (shape, f"mine.py:{name}") for shape in (SHAPE, "B=3 T=2 C=8") for name in ("right", "f")
+    }
+
+
+def test_what_is_wrong_has_a_line_in_the_csv(mine, tmp_path):
+    path = mine("def f(x, weight):\n    return x")
+    assert (
+        main(Config(ops=("rms_norm",), shape=(SHAPE,), against=(f"{path}:f",), csv=tmp_path / "t.csv")) == 1
+    )
+    (line,) = [line for line in csv.DictReader((tmp_path / "t.csv").open()) if "mine" in line["provider"]]
+    assert line["accurate"] == "False" and line["eager_us_p50"] == "" and "output 0" in line["note"]
+
+
+@pytest.mark.parametrize(
+    "given, sentence",
+    [
+        ("mine.py", "--against mine.py: expected FILE.py:function"),
+        ("gone.py:f", "--against gone.py:f: no file gone.py"),
+        ("{path}:g", "has no function 'g'"),
+        ("{path}:HEAD", "has no function 'HEAD'"),
+        ("{broken}:f", "cannot be imported: ZeroDivisionError"),
+    ],
+)
+def test_a_function_that_is_not_there_is_one_sentence(given, sentence, mine, tmp_path):
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    given = given.format(path=mine(""), broken=tmp_path / "broken.py")
+    with pytest.raises(InputError, match=sentence):
+        main(Config(ops=("rms_norm",), shape=(SHAPE,), against=(given,)))
+
+
+def test_a_function_named_twice_is_refused(mine):
+    path = mine("")
+    with pytest.raises(InputError, match="expected each function once"):
+        main(Config(ops=("rms_norm",), shape=(SHAPE,), against=(f"{path}:right", f"{path}:right")))
+
+
+# ---- planted faults in the check itself
+
+
+def wrong_of(source: str, mine, monkeypatch: pytest.MonkeyPatch) -> str:
+    (contestant,) = theirs.against((f"{mine(source)}:f",))
+    draws = [make_inputs(CASE, {"B": 1, "T": 30, "C": 77}, torch.float32, "cpu") for _ in range(2)]
+    from burnish.bench.cases.shapes import describe
+
+    return theirs.why_not(
+        contestant.op, CASE, draws, describe(CASE, {"B": 1, "T": 30, "C": 77}, torch.float32)
+    )
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        (
+            "in place",
+            ("OnClones", lambda op: type("Op", (), {"__call__": lambda _, **t: op(**t), "written": []})()),
+        ),
+        ("a memory", ("remembers", lambda *_: "")),
+    ],
+)
+def test_a_check_that_looks_away_passes_it(name, change, mine, monkeypatch):
+    source, _ = WRONG[name]
+    assert wrong_of(source, mine, monkeypatch)
+    monkeypatch.setattr(theirs, *change)
+    if name == "in place":
+        monkeypatch.setattr(theirs, "changed", lambda *_: [])
+    assert not wrong_of(source, mine, monkeypatch) or name == "in place"
