@@ -2,7 +2,8 @@
 
     pytest tests/bench/speed.py --benchmark-autosave
     pytest tests/bench/speed.py -k "rms_norm and burnish" --benchmark-compare
-    pytest tests/bench/speed.py --benchmark-group-by=param:case --benchmark-histogram --benchmark-csv=FILE
+    pytest tests/bench/speed.py --benchmark-group-by=param:case --benchmark-histogram=speed
+    pytest-benchmark compare --csv=speed.csv
 
 Host time with the device synchronised, forward and backward: a row for each case, shape and contestant, by their names.
 A peer that is not installed, or has no such feature, is skipped with the reason. What breaks the accuracy rule fails,
