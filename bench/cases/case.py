@@ -10,6 +10,7 @@ dtype. An op is held to what its users would otherwise have had; NaN never passe
 An op's Cases stand in bench/cases/<its file in kernels>.py; bench/cases/registry.py lists them all.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ class Case:
     eager: Callable[..., Any]
     work: Callable[[Dims, int], tuple[Work, Work]]  # (dims, bytes per element) -> forward, backward
     formula: str  # the traffic in work, in words: elements forward; elements backward
-    shapes: tuple[Dims, ...]  # tests: one, odd, prime, just over a tile
+    shapes: tuple[Dims, ...]  # tests: one, odd, prime, just over a tile; all of the same letters
     activations: tuple[str, ...]  # what is scaled by 30; the other tensors are parameters
     empty: tuple[Dims, ...] = ()
     # by device, "cuda" or "cpu"; the one to know first
@@ -51,6 +52,8 @@ class Case:
     half_scales: tuple[float, ...] = (1e-3, 30)  # those at which the eager composition is finite in fp16
     reads_values: bool = False  # the CPU path looks into integer tensors, which those on meta do not have
     check: Callable[[Dims], Dims] = dict  # the shape at which a benchmark shape is checked before it is timed
+    # letters that may be left out, and the letter whose size they have then
+    optional: dict[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -63,6 +66,11 @@ def label(dims: Dims) -> str:
 
 def randn(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
     return torch.randn(shape, dtype=dtype, device=device)
+
+
+def taken(named: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Take out of `named` what begins with the prefix: {"teacher_bias": b} gives {"bias": b}."""
+    return {n.removeprefix(prefix): named.pop(n) for n in list(named) if n.startswith(prefix)}
 
 
 def tensor(tensors: Tensors, name: str) -> Tensor:
@@ -97,6 +105,7 @@ def run(
         with torch.no_grad():
             outputs = op(**tensors, **case.options)
         return {f"output {i}": t for i, t in enumerate(_tuple(outputs))}
+
     wanted = {n: tensor(tensors, n).detach().requires_grad_() for n in names}
     outputs = _tuple(op(**{**tensors, **wanted}, **case.options))
     upstream = [g.to(t.dtype) for g, t in zip(upstream, outputs, strict=True)]
@@ -122,6 +131,86 @@ def make_upstream(case: Case, tensors: Tensors) -> list[Tensor]:
     ]
 
 
+# ---- the accuracy rule
+
+
+class Wrong(NamedTuple):
+    """A fault of one output or gradient. Where shape, dtype or kind differ, there is the reason alone."""
+
+    reason: str  # a clause
+    count: int = 0  # of elements that are wrong
+    numel: int = 0
+    nan: int = 0  # among those that are wrong
+    infinite: int = 0
+    worst: tuple[int, ...] = ()  # its index: a NaN or an infinity before all others
+    got: float = math.nan
+    truth: float = math.nan
+    box: tuple[slice, ...] = ()  # the smallest that holds all that are wrong
+
+
+class Verdict(NamedTuple):
+    name: str  # "output 0", "gradient of q"
+    error: float  # the largest, where the truth is finite; NaN where nothing was compared
+    allowed: float
+    wrong: Wrong | None = None
+
+    def text(self, axes: tuple[str, ...] = ()) -> str:
+        """One line, and two more on elements that are wrong. axes: letters in the place of numbers of axes."""
+        if self.wrong is None:
+            return f"{self.name}: error {self.error:.2e}, allowed {self.allowed:.2e}"
+        reason, count, numel, nans, infinite, worst, got, truth, box = self.wrong
+        if not count:
+            return f"{self.name}: {reason}"
+
+        spans = [f"{s.start}:{s.stop}" if s.stop > s.start + 1 else str(s.start) for s in box]
+        kinds = [f", {n:,} of them {kind}" for n, kind in ((nans, "NaN"), (infinite, "infinite")) if n]
+        bound = f" +- {self.allowed:.2e}" if math.isfinite(truth) else ""
+        return (
+            f"{self.name}: {reason}\n"
+            f"  wrong: {count:,} of {numel:,}{_place(', all in ', spans, axes)}{''.join(kinds)}\n"
+            f"  worst: {got:.6g}, expected {truth:.6g}{bound}{_place(', at ', [*map(str, worst)], axes)}"
+        )
+
+
+def _place(before: str, at: list[str], axes: tuple[str, ...]) -> str:
+    """An index or a box, as [0, 3:5] or by letters as B=0 C=3:5; nothing of a tensor without axes."""
+    if not at:
+        return ""
+    if len(axes) != len(at):
+        return f"{before}[{', '.join(at)}]"
+    return before + " ".join(f"{axis.replace(' ', '')}={i}" for axis, i in zip(axes, at, strict=True))
+
+
+def verdicts(
+    case: Case,
+    tensors: Tensors,
+    upstream: list[Tensor] | None = None,
+    under: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    luck: float = 0.0,
+) -> list[Verdict]:
+    """Hold each output and each gradient of case.fused to the accuracy rule. Arguments as of assert_accurate.
+
+    What is no tensor, is missing or has no gradient is a verdict; what the op raises is let through.
+    """
+    floats = [t.dtype for t in tensors.values() if t is not None and t.is_floating_point()]
+    wide = torch.float64 if torch.float32 in floats else torch.float32
+    upstream = upstream or make_upstream(case, tensors)
+    with under():
+        found = _found(case, tensors, upstream)
+        eager = run(case.eager, case, tensors, upstream)
+    truth = run(case.reference, case, widen(tensors, wide), upstream)
+
+    dtypes = [g.dtype for g in upstream] + [tensor(tensors, n).dtype for n in leaves(case, tensors)]
+    judged = [
+        _judge(name, found[name], eager[name].to(dtype), t, luck)
+        for (name, t), dtype in zip(truth.items(), dtypes, strict=True)
+    ]
+    beyond = [
+        Verdict(name, math.nan, math.nan, Wrong(str(f))) for name, f in found.items() if name not in truth
+    ]
+    return judged + beyond
+
+
 def assert_accurate(
     case: Case,
     tensors: Tensors,
@@ -129,33 +218,110 @@ def assert_accurate(
     under: Callable[[], AbstractContextManager[Any]] = nullcontext,
     luck: float = 0.0,
 ) -> None:
-    """Hold case.fused to the accuracy rule on these tensors. `under` is a context for both, such as autocast.
+    """Hold case.fused to the accuracy rule on these tensors. `under` is a context for it and eager, such as autocast.
 
     luck: a share of the largest number, allowed on top where there are few.
     """
-    floats = [t.dtype for t in tensors.values() if t is not None and t.is_floating_point()]
-    wide = torch.float64 if torch.float32 in floats else torch.float32
-    upstream = upstream or make_upstream(case, tensors)
-    with under():
-        fused = run(case.fused, case, tensors, upstream)
-        eager = run(case.eager, case, tensors, upstream)
-    truth = run(case.reference, case, widen(tensors, wide), upstream)
-    dtypes = [g.dtype for g in upstream] + [tensor(tensors, n).dtype for n in leaves(case, tensors)]
-    assert fused.keys() == truth.keys(), f"{case.name}: expected {list(truth)}, got {list(fused)}"
-    for (name, t), dtype in zip(truth.items(), dtypes, strict=True):
-        f, e = fused[name], eager[name].to(dtype)
-        assert f.shape == t.shape, (
-            f"{case.name}: {name}: expected shape {tuple(t.shape)}, got {tuple(f.shape)}"
-        )
-        assert f.dtype == dtype, f"{case.name}: {name}: expected {dtype}, got {f.dtype}"
-        finite = t.isfinite()  # a log-sum-exp over nothing is -inf
-        assert torch.equal(f[~finite].to(wide), t[~finite]), (
-            f"{case.name}: {name}: differs where the truth is infinite"
-        )
-        if finite.any():
-            t, f, e = t[finite], f[finite].to(wide), e[finite].to(wide)
-            allowed = 2 * (e - t).abs().max() + 1e-5 * (1 + t.abs().max())
-            if t.numel() <= FEW:
-                allowed += luck * t.abs().max()
-            error = (f - t).abs().max()
-            assert error <= allowed, f"{case.name}: {name}: error {error:.2e}, allowed {allowed:.2e}"
+    for verdict in verdicts(case, tensors, upstream, under, luck):
+        assert verdict.wrong is None, f"{case.name}: {verdict.text()}"
+
+
+def _found(case: Case, tensors: Tensors, upstream: list[Tensor]) -> dict[str, Tensor | str]:
+    """The results of case.fused as `run` names them, with a clause in the place of each that is none."""
+    names = leaves(case, tensors)
+    wanted = {n: tensor(tensors, n).detach().requires_grad_() for n in names}
+    with nullcontext() if names else torch.no_grad():
+        outputs = _outputs(case.fused(**{**tensors, **wanted}, **case.options), len(upstream))
+    grads = _gradients(outputs, list(wanted.values()), upstream)
+    return {f"output {i}": t.detach() if isinstance(t, Tensor) else t for i, t in enumerate(outputs)} | {
+        f"gradient of {n}": g for n, g in zip(names, grads, strict=True)
+    }
+
+
+def _outputs(returned: Any, count: int) -> list[Tensor | str]:
+    """The tensors that an op returned; a clause in the place of what is none, is missing, or is one too many."""
+    if count > 1 and not isinstance(returned, tuple):
+        return [f"expected a tuple of {count} tensors, got {_kind(returned)}"] * count
+    outputs: list[Tensor | str] = [
+        t if isinstance(t, Tensor) else f"expected a tensor, got {_kind(t)}" for t in _tuple(returned)
+    ]
+    number = f"expected {count} {'outputs' if count > 1 else 'output'}, got {len(outputs)}"
+    return outputs[:count] + [number] * abs(count - len(outputs))
+
+
+def _kind(returned: Any) -> str:
+    return "None" if returned is None else f"a {type(returned).__name__}"
+
+
+def _gradients(
+    outputs: list[Tensor | str], wanted: list[Tensor], upstream: list[Tensor]
+) -> list[Tensor | str]:
+    """The gradient of each leaf, which comes from all outputs: a clause where these cannot take theirs."""
+    paths = [
+        (t, g.to(t.dtype))
+        for t, g in zip(outputs, upstream, strict=False)
+        if isinstance(t, Tensor) and (t.shape, t.device) == (g.shape, g.device)
+    ]
+    if len(paths) != len(outputs):
+        return ["not computed, since an output is wrong"] * len(wanted)
+    none = "expected a gradient, got none"
+    paths = [(t, g) for t, g in paths if t.requires_grad]
+    if not wanted or not paths:
+        return [none] * len(wanted)
+
+    grads = torch.autograd.grad([t for t, _ in paths], wanted, [g for _, g in paths], allow_unused=True)
+    return [none if g is None else g for g in grads]
+
+
+def _judge(name: str, found: Tensor | str, eager: Tensor, truth: Tensor, luck: float) -> Verdict:
+    """The rule, of one output or gradient. eager: in the dtype that is expected."""
+    if isinstance(found, str):
+        return Verdict(name, math.nan, math.nan, Wrong(found))
+    for kind, expected, got in (
+        ("shape ", tuple(truth.shape), tuple(found.shape)),
+        ("", eager.dtype, found.dtype),
+        ("device ", truth.device, found.device),
+    ):
+        if got != expected:
+            return Verdict(name, math.nan, math.nan, Wrong(f"expected {kind}{expected}, got {got}"))
+
+    finite = truth.isfinite()  # a log-sum-exp over nothing is -inf
+    error = allowed = 0.0
+    if finite.any():
+        t, f, e = truth[finite], found[finite].to(truth.dtype), eager[finite].to(truth.dtype)
+        bound = 2 * (e - t).abs().max() + 1e-5 * (1 + t.abs().max())
+        if t.numel() <= FEW:
+            bound += luck * t.abs().max()
+        error, allowed = float((f - t).abs().max()), float(bound)
+
+    reason = f"error {error:.2e}, allowed {allowed:.2e}"
+    if not torch.equal(found[~finite].to(truth.dtype), truth[~finite]):
+        reason = "differs where the truth is infinite"
+    elif error <= allowed:
+        return Verdict(name, error, allowed)
+    return Verdict(name, error, allowed, _where(reason, found.to(truth.dtype), truth, allowed))
+
+
+def _where(reason: str, found: Tensor, truth: Tensor, allowed: float) -> Wrong:
+    distance = (found - truth).abs()
+    wrong = torch.where(truth.isfinite(), ~(distance <= allowed), found != truth)
+    distance = torch.where(wrong, distance.nan_to_num(nan=torch.inf), -1.0)
+    worst = tuple(int(i) for i in torch.unravel_index(distance.argmax(), truth.shape))
+
+    axes, box = range(truth.dim()), []
+    for axis in axes:
+        others = [a for a in axes if a != axis]
+        places = (wrong.any(others) if others else wrong).nonzero()[:, 0]
+        box.append(slice(int(places[0]), int(places[-1]) + 1))
+
+    return Wrong(
+        reason,
+        count=int(wrong.sum()),
+        numel=truth.numel(),
+        nan=int((wrong & found.isnan()).sum()),
+        infinite=int((wrong & found.isinf()).sum()),
+        worst=worst,
+        got=float(found[worst]),
+        truth=float(truth[worst]),
+        box=tuple(box),
+    )

@@ -1,6 +1,7 @@
 """Cases of kernels/head/divergence.py: divergences of two heads over the whole vocabulary."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +9,8 @@ from torch import Tensor
 
 from ...kernels.head.divergence import token_divergence
 from ...kernels.plain.divergence import token_divergence_reference
-from .case import Case, Dims, Tensors, Work, randn
-from .logprob import head_inputs, in_fp32, linear, with_adapter, without_budget
+from .case import Case, Dims, Tensors, Work, randn, taken
+from .logprob import head_inputs, head_logits, with_adapter, without_budget
 
 
 def token_divergence_eager(
@@ -20,25 +21,14 @@ def token_divergence_eager(
     *,
     beta: float = 0.0,
     temperature: float | Tensor = 1.0,
-    bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    lora_a: Tensor | None = None,
-    lora_b: Tensor | None = None,
-    scaling: float = 1.0,
-    teacher_lora_a: Tensor | None = None,
-    teacher_lora_b: Tensor | None = None,
-    teacher_scaling: float = 1.0,
-    softcap: float | None = None,
-    teacher_softcap: float | None = None,
     mask: Tensor | None = None,
+    **heads: Any,
 ) -> Tensor:
     """Both logits, and F.kl_div of their logarithms, as the trainers of GKD have it."""
-    logits = linear(hidden, weight, bias, lora_a, lora_b, scaling)
-    log_s = in_fp32(logits, temperature, softcap).log_softmax(-1)
+    teacher = taken(heads, "teacher_")
+    log_s = head_logits(hidden, weight, temperature, **heads).log_softmax(-1)
     with torch.no_grad():
-        adapter = teacher_lora_a, teacher_lora_b, teacher_scaling
-        teacher_logits = linear(teacher_hidden, teacher_weight, teacher_bias, *adapter)
-        log_t = in_fp32(teacher_logits, temperature, teacher_softcap).log_softmax(-1)
+        log_t = head_logits(teacher_hidden, teacher_weight, temperature, **teacher).log_softmax(-1)
     return kl_div(log_t, log_s, beta, mask)
 
 
@@ -72,7 +62,7 @@ def _features(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
 
 
 def _adapters(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
-    """Of both heads, the teacher's of another rank."""
+    """Adapters of both heads, the teacher's of another rank."""
     teacher = with_adapter(head_inputs)(dims | {"C": dims["teacher"], "R": dims["R"] + 2}, dtype, device)
     return with_adapter(head_inputs)(dims, dtype, device) | {f"teacher_{n}": t for n, t in teacher.items()}
 

@@ -12,23 +12,33 @@ from ...kernels.head import logprob
 from .case import Case, Dims, Tensors, Work, randn
 
 
-def linear(
-    x: Tensor,
+def head_logits(
+    hidden: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    scaling: float,
+    temperature: float | Tensor = 1.0,
+    *,
+    bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 1.0,
+    softcap: float | None = None,
 ) -> Tensor:
-    out = F.linear(x, weight, bias)
-    return out if lora_a is None or lora_b is None else out + scaling * F.linear(F.linear(x, lora_a), lora_b)
+    """All logits (tokens, V) in the input's dtype, capped, then scaled in fp32, as the trainers have them."""
+    logits = F.linear(hidden, weight, bias)
+    if lora_a is not None or lora_b is not None:
+        assert lora_a is not None and lora_b is not None, "lora_a, lora_b: expected both or neither"
+        logits = logits + scaling * F.linear(F.linear(hidden, lora_a), lora_b)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
 
-
-def in_fp32(logits: Tensor, temperature: float | Tensor, softcap: float | None) -> Tensor:
-    """Logits in the input's dtype, capped, then scaled in fp32."""
-    logits = softcap * torch.tanh(logits / softcap) if softcap is not None else logits
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
+
+
+def marked(ids: Tensor, vocabulary: int) -> Tensor:
+    """(tokens, V) bool: the ids (tokens, K) that a row lists; negative ones are padding."""
+    marks = torch.zeros(ids.shape[0], vocabulary + 1, dtype=torch.bool, device=ids.device)
+    return marks.scatter(1, torch.where(ids < 0, vocabulary, ids).long(), True)[:, :-1]
 
 
 def _eager(
@@ -36,26 +46,23 @@ def _eager(
     weight: Tensor,
     targets: Tensor,
     *,
-    bias: Tensor | None = None,
-    lora_a: Tensor | None = None,
-    lora_b: Tensor | None = None,
-    scaling: float = 1.0,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
     support: Tensor | None = None,
     ignore_index: int = -100,
+    **head: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits in the input's dtype, then fp32, as the trainers have it."""
-    logits = in_fp32(linear(hidden, weight, bias, lora_a, lora_b, scaling), temperature, softcap)
+    """The target's log-probability, the log-sum-exp and the entropy of logits that are all in memory."""
+    logits = head_logits(hidden, weight, **head)
     if support is not None:
-        kept = torch.zeros(logits.shape[0], logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
-        kept = kept.scatter(1, torch.where(support < 0, logits.shape[1], support).long(), True)[:, :-1]
-        logits = logits.masked_fill(~kept, -torch.inf)
-    trained = targets != ignore_index
+        logits = logits.masked_fill(~marked(support, logits.shape[1]), -torch.inf)
     log_p = torch.log_softmax(logits, -1)
+
+    trained = targets != ignore_index
     logprob = log_p.gather(1, targets.masked_fill(~trained, 0).long()[:, None])[:, 0]
     entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1)  # 0 log 0 = 0
-    return tuple(torch.where(trained, t, 0) for t in (logprob, torch.logsumexp(logits, -1), entropy))  # pyright: ignore
+    logprob, lse, entropy = (
+        torch.where(trained, t, 0) for t in (logprob, torch.logsumexp(logits, -1), entropy)
+    )
+    return logprob, lse, entropy
 
 
 def output(number: int, op: Callable[..., Any]) -> Callable[..., Tensor]:
@@ -78,7 +85,7 @@ def without_budget(op: Callable[..., Any]) -> Callable[..., Any]:
 
 def head_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
     """A head of unit-variance logits."""
-    weight = torch.randn(dims["V"], dims["C"], dtype=dtype, device=device) * dims["C"] ** -0.5
+    weight = randn((dims["V"], dims["C"]), dtype, device) * dims["C"] ** -0.5
     return {"hidden": randn((dims["T"], dims["C"]), dtype, device), "weight": weight}
 
 

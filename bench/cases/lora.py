@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ...kernels import lora
 from ...kernels.plain import lora as plain
-from .case import Case, Dims, Tensors, Work, randn
+from .case import Case, Dims, Tensors, Work, randn, taken
 from .nf4 import FOUR_BIT, eager_four_bit, four_bit, four_bit_tensors
+
+# ---- eager: F.linear, then addmm, the leanest that torch users write
 
 
 def _eager(
@@ -22,41 +24,60 @@ def _eager(
     scaling: float,
     *,
     bias: Tensor | None = None,
-    magnitude: Tensor | None = None,
-    adapter: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: int | None = None,
+    dropped: Tensor | None = None,
 ) -> Tensor:
-    """F.linear, then addmm: the leanest that torch users write. The mask is our own hash's."""
+    """dropped: what the adapter is given in the place of x."""
     rows = x.flatten(0, -2)
-    dropped = plain.drop(rows, dropout, torch.tensor(seed, device=x.device)) if dropout else rows
-    a, b = (t if t.dtype == weight.dtype else t.to(weight.dtype) for t in (lora_a, lora_b))
-    low_bias = bias if magnitude is None else None
-    out = F.linear(rows, weight, low_bias)
-    if adapter is None:
-        out = torch.addmm(out, F.linear(dropped, a).to(out.dtype), b.T.to(out.dtype), alpha=scaling)
-    else:
-        for e in range(a.shape[0]):
-            mine = (adapter.flatten() == e)[:, None]
-            out = out + mine * scaling * F.linear(F.linear(dropped, a[e]), b[e])
-    if magnitude is not None:
-        norm = (weight + scaling * (b @ a)).detach().norm(dim=1)
-        out = out * (magnitude / norm)
-        out = out if bias is None else out + bias
-    return out.view(*x.shape[:-1], -1).to(x.dtype)
+    a, b = lora_a.to(weight.dtype), lora_b.to(weight.dtype)
+    out = F.linear(rows, weight, bias)
+    low = F.linear(rows if dropped is None else dropped, a)
+    out = torch.addmm(out, low.to(out.dtype), b.T.to(out.dtype), alpha=scaling)
+    return out.view(*x.shape[:-1], weight.shape[0]).to(x.dtype)
 
 
-def by_path(path: str, module: Any = lora) -> Callable[..., Tensor]:
-    """The module's lora_linear, by one of PATHS at whatever shape."""
+def _dropout_eager(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    *,
+    dropout: float,
+    seed: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The mask is our own hash's."""
+    dropped = plain.drop(x.flatten(0, -2), dropout, torch.tensor(seed, device=x.device))
+    return _eager(x, weight, lora_a, lora_b, scaling, bias=bias, dropped=dropped)
 
-    def linear(*args: Any, **options: Any) -> Tensor:
-        module.FORCED_PATH = path
-        try:
-            return module.lora_linear(*args, **options)
-        finally:
-            module.FORCED_PATH = ""
 
-    return linear
+def _dora_eager(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    *,
+    magnitude: Tensor,
+    bias: Tensor,
+) -> Tensor:
+    """Rows of W + scaling B A, made as long as magnitude says; no gradient goes through their own length."""
+    out = _eager(x, weight, lora_a, lora_b, scaling)
+    a, b = lora_a.to(weight.dtype), lora_b.to(weight.dtype)
+    norm = (weight + scaling * (b @ a)).detach().norm(dim=1)
+    return (out * (magnitude / norm) + bias).to(x.dtype)
+
+
+def _stacked_eager(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, *, adapter: Tensor
+) -> Tensor:
+    """Every adapter on every row, of which a mask keeps the row's own."""
+    a, b = lora_a.to(weight.dtype), lora_b.to(weight.dtype)
+    out = F.linear(x, weight)
+    for e in range(a.shape[0]):
+        own = (adapter == e)[:, None]
+        out = out + own * scaling * F.linear(F.linear(x, a[e]), b[e])
+    return out.to(x.dtype)
 
 
 def _eager_linears(
@@ -72,38 +93,56 @@ def _eager_linears(
     return [_eager(x, W, a, b, s, bias=bias) for W, a, b, s, bias in each]
 
 
-_BESIDE = ("weight", "lora_a", "lora_b", "bias")  # what each of several linear layers has
+# ---- a Case's calls
+
+
+def by_path(path: str, module: Any = lora) -> Callable[..., Tensor]:
+    """The module's lora_linear, by one of PATHS at whatever shape."""
+
+    def linear(*args: Any, **options: Any) -> Tensor:
+        module.FORCED_PATH = path
+        try:
+            return module.lora_linear(*args, **options)
+        finally:
+            module.FORCED_PATH = ""
+
+    return linear
 
 
 def several(op: Callable[..., Any]) -> Callable[..., Any]:
     """An op on sequences, for a case whose tensors are numbered: weight_0, weight_1, ..."""
 
-    def linears(
-        x: Tensor, *, scaling: float, adapter: Tensor | None = None, **tensors: Any
-    ) -> tuple[Tensor, ...]:
-        each = {n: [t for key, t in tensors.items() if key[: -len("_0")] == n] for n in _BESIDE}
-        scalings = [scaling * (i + 1) for i in range(len(each["weight"]))]
-        return tuple(
-            op(
-                x, each["weight"], each["lora_a"], each["lora_b"], scalings,
-                biases=each["bias"],
-            )
-        )  # fmt: skip
+    def linears(x: Tensor, *, scaling: float, **tensors: Any) -> tuple[Tensor, ...]:
+        parts = "weight", "lora_a", "lora_b", "bias"
+        each = [list(taken(tensors, f"{part}_").values()) for part in parts]
+        if tensors:
+            raise TypeError(f"lora_linears: expected {', '.join(parts)}, numbered, got {', '.join(tensors)}")
+        weights, lora_a, lora_b, biases = each
+        scalings = [scaling * (i + 1) for i in range(len(weights))]
+        return tuple(op(x, weights, lora_a, lora_b, scalings, biases=biases))
 
     return linears
 
 
-def _inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
-    """Weights such that base and adapter are of unit scale. E: that many stacked adapters, -1 among the rows' own."""
-    T, C, F_, R, E = dims["T"], dims["C"], dims["F"], dims["R"], dims.get("E", 0)
-    stack = (E,) if E else ()
-    tensors: Tensors = {
+# ---- inputs and work
+
+
+def _inputs(dims: Dims, dtype: torch.dtype, device: str, stack: tuple[int, ...] = ()) -> Tensors:
+    """Weights such that base and adapter are of unit scale."""
+    T, C, F_, R = (dims[letter] for letter in "TCFR")
+    return {
         "x": randn((T, C), dtype, device),
         "weight": randn((F_, C), dtype, device) * C**-0.5,
         "lora_a": randn((*stack, R, C), dtype, device) * C**-0.5,
         "lora_b": randn((*stack, F_, R), dtype, device) * R**-0.5,
     }
-    return tensors | ({"adapter": torch.arange(T, device=device) // 3 % (E + 1) - 1} if E else {})
+
+
+def _stacked_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    """E adapters; -1, none of them, is among the rows' own."""
+    T, E = dims["T"], dims["E"]
+    adapter = torch.arange(T, device=device) // 3 % (E + 1) - 1
+    return _inputs(dims, dtype, device, (E,)) | {"adapter": adapter}
 
 
 def _bias_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
@@ -132,9 +171,10 @@ def _several_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
 
 def _work(dims: Dims, size: int) -> tuple[Work, Work]:
     T, C, F_, R = dims["T"], dims["C"], dims["F"], dims["R"]
-    low, held = T * R * (C + F_), (F_ * C + R * (C + F_)) * size
-    forward = Work(2 * T * C * F_ + 2 * low, T * (C + F_) * size + held)
-    return forward, Work(2 * T * C * F_ + 4 * low, T * (2 * C + F_) * size + held + R * (C + F_) * size)
+    low, adapter = T * R * (C + F_), R * (C + F_) * size
+    weights = F_ * C * size + adapter
+    forward = Work(2 * T * C * F_ + 2 * low, T * (C + F_) * size + weights)
+    return forward, Work(2 * T * C * F_ + 4 * low, T * (2 * C + F_) * size + weights + adapter)
 
 
 def _several_work(dims: Dims, size: int) -> tuple[Work, Work]:
@@ -155,14 +195,14 @@ _SHAPES = (
 )
 _EMPTY = ({"T": 0, "C": 8, "F": 16, "R": 4},)
 _BENCH = {
-    "cuda": tuple(
-        {"T": t, "C": c, "F": f, "R": r}
-        for t, c, f, r in (
-            (8192, 4096, 4096, 16), (8192, 4096, 14336, 16), (4096, 4096, 4096, 64), (1024, 4096, 4096, 16),
-        )
+    "cuda": (
+        {"T": 8192, "C": 4096, "F": 4096, "R": 16},
+        {"T": 8192, "C": 4096, "F": 14336, "R": 16},
+        {"T": 4096, "C": 4096, "F": 4096, "R": 64},
+        {"T": 1024, "C": 4096, "F": 4096, "R": 16},
     ),
     "cpu": ({"T": 256, "C": 576, "F": 1536, "R": 16}, {"T": 256, "C": 576, "F": 576, "R": 16}),
-}  # fmt: skip
+}
 _SEVERAL_SHAPES = (
     {"T": 7, "C": 9, "F": 11, "G": 5, "R": 3},
     {"T": 37, "C": 67, "F": 41, "G": 17, "R": 16},
@@ -201,17 +241,19 @@ CASES = (
         empty=_EMPTY,
         configurations=_TILES,
     ),
-    replace(_CASE, family="DoRA", inputs=_dora_inputs, configurations=_TILES[:1]),
+    replace(_CASE, family="DoRA", inputs=_dora_inputs, eager=_dora_eager, configurations=_TILES[:1]),
     replace(
         _CASE,
         family="dropout",
+        eager=_dropout_eager,
         options={"scaling": 0.5, "dropout": 0.3, "seed": 1 << 40 | 7},
         configurations=_TILES,
     ),
     replace(
         _CASE,
         family="several adapters",
-        inputs=_inputs,
+        inputs=_stacked_inputs,
+        eager=_stacked_eager,
         shapes=({"T": 37, "C": 35, "F": 41, "R": 3, "E": 3},),
         configurations=({"T": 256, "C": 256, "F": 256, "R": 16, "E": 4},),
     ),

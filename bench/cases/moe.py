@@ -11,9 +11,31 @@ from torch import Tensor
 from ...kernels import NF4Weight, moe_mlp, nf4
 from ...kernels._chip import autocast_dtype
 from ...kernels.plain.moe import moe_mlp_reference
-from .case import Case, Dims, Tensors, Work, randn, tensor
+from .case import Case, Dims, Tensors, Work, randn, taken, tensor
 from .glu import clamped_swiglu_eager, swiglu_eager
 from .nf4 import FOUR_BIT
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "swiglu": lambda h: swiglu_eager(*h.chunk(2, -1)),
+    "clamped_swiglu": lambda h: clamped_swiglu_eager(*h.chunk(2, -1)),
+    "relu2": lambda h: h.relu().square(),
+}
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    rows: Tensor | slice = slice(None),
+) -> Tensor:
+    """One layer of one expert, on its rows of x."""
+    y = F.linear(x[rows], weight, bias)
+    if a is None and b is None:
+        return y
+    assert a is not None and b is not None, "a, b: expected both or neither"
+    return y + F.linear(F.linear(x[rows], a), b)
 
 
 def _eager(
@@ -24,30 +46,19 @@ def _eager(
     indices: Tensor,
     *,
     activation: str = "swiglu",
-    gate_up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    gate_up_a: Tensor | None = None,
-    gate_up_b: Tensor | None = None,
-    down_a: Tensor | None = None,
-    down_b: Tensor | None = None,
+    **beside: Any,
 ) -> Tensor:
-    """The loop over experts that model code has."""
+    """The loop over experts that model code has. Beside: bias, a and b of each layer, as gate_up_bias and so on."""
+    first, second = taken(beside, "gate_up_"), taken(beside, "down_")
+    if beside:
+        raise TypeError(f"moe_mlp: expected parts of gate_up and of down, got {', '.join(beside)}")
+    act = _ACTIVATIONS[activation]
+
     out = torch.zeros_like(x)
     for e in range(gate_up.shape[0]):
         token, choice = torch.where(indices == e)
-        h = F.linear(x[token], gate_up[e], None if gate_up_bias is None else gate_up_bias[e])
-        if gate_up_a is not None and gate_up_b is not None:
-            h = h + F.linear(F.linear(x[token], gate_up_a[e]), gate_up_b[e])
-        if activation == "relu2":
-            a = h.relu().square()
-        elif activation == "swiglu":
-            a = swiglu_eager(*h.chunk(2, -1))
-        else:
-            gate, up = h.chunk(2, -1)
-            a = clamped_swiglu_eager(gate, up)
-        y = F.linear(a, down[e], None if down_bias is None else down_bias[e])
-        if down_a is not None and down_b is not None:
-            y = y + F.linear(F.linear(a, down_a[e]), down_b[e])
+        h = act(_linear(x, gate_up[e], **{part: t[e] for part, t in first.items()}, rows=token))
+        y = _linear(h, down[e], **{part: t[e] for part, t in second.items()})
         out = out.index_add(0, token, (y * weights[token, choice, None].to(y.dtype)).to(out.dtype))
     return out
 
@@ -62,11 +73,10 @@ def with_4bit_experts(op: Callable[..., Any]) -> Callable[..., Any]:
 
     def mlp(x: Tensor, **tensors: Any) -> Tensor:
         E, C, F_ = tensors["gate_up_a"].shape[0], x.shape[1], tensors["down_a"].shape[2]
-        experts = {}
         for name, shape in (("gate_up", (E, 2 * F_, C)), ("down", (E, C, F_))):
             parts = {part: tensors.pop(f"{name}_{part}") for part in FOUR_BIT}
-            experts[name] = NF4Weight(shape=shape, dtype=x.dtype, **parts)
-        return op(x, **experts, **tensors)
+            tensors[name] = NF4Weight(shape=shape, dtype=x.dtype, **parts)
+        return op(x, **tensors)
 
     return mlp
 
@@ -135,10 +145,10 @@ def _adapter_work(dims: Dims, size: int) -> tuple[Work, Work]:
     """The experts frozen: a product fewer in the backward; 8-bit absmax and nibbles are not counted apart."""
     T, C, F_, E, K, R = (dims[letter] for letter in "TCFEKR")
     forward, _ = _work(dims, size)
-    low, held = 2 * T * K * R * (2 * C + 3 * F_), E * R * (2 * C + 3 * F_) * size
+    low, adapters = 2 * T * K * R * (2 * C + 3 * F_), E * R * (2 * C + 3 * F_) * size
     return (
-        Work(forward.flops + low, forward.bytes + held),
-        Work(forward.flops + 2 * low, forward.bytes + T * C * size + 2 * held),
+        Work(forward.flops + low, forward.bytes + adapters),
+        Work(forward.flops + 2 * low, forward.bytes + T * C * size + 2 * adapters),
     )
 
 

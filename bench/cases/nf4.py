@@ -10,24 +10,23 @@ from torch import Tensor
 
 from ...kernels import NF4Weight, nf4
 from ...kernels._chip import autocast_dtype
-from .case import Case, Dims, Tensors, Work, randn, tensor
+from .case import Case, Dims, Tensors, Work, randn
 
 FOUR_BIT = ("packed", "absmax", "code", "nested_absmax", "nested_code", "offset")
 
 
-def _held(tensors: Tensors, K: int, dtype: torch.dtype) -> NF4Weight:
-    """The NF4Weight (out, K) of a case's flat tensors."""
-    four_bit = {n: tensors[n] for n in FOUR_BIT}
-    shape = (2 * tensor(tensors, "packed").numel() // max(K, 1), K)
-    return NF4Weight(shape=shape, dtype=dtype, **four_bit)  # pyright: ignore[reportArgumentType]
+def _weight(C: int, dtype: torch.dtype, **four_bit: Any) -> NF4Weight:
+    """The weight (F, C) that the tensors of FOUR_BIT are."""
+    shape = (2 * four_bit["packed"].numel() // max(C, 1), C)
+    return NF4Weight(shape=shape, dtype=dtype, **four_bit)
 
 
 def four_bit(op: Callable[..., Any]) -> Callable[..., Any]:
     """An op that takes (x, weight, ...), for a case that has x and a 4-bit weight's tensors."""
 
     def linear(x: Tensor, **tensors: Any) -> Tensor:
-        others = {n: t for n, t in tensors.items() if n not in FOUR_BIT}
-        return op(x, _held(tensors, x.shape[-1], x.dtype), **others)
+        parts = {n: tensors.pop(n) for n in FOUR_BIT}
+        return op(x, _weight(x.shape[-1], x.dtype, **parts), **tensors)
 
     return linear
 
@@ -44,7 +43,7 @@ def eager_four_bit(op: Callable[..., Any]) -> Callable[..., Any]:
 
 def multiplied_out(op: Callable[..., Any]) -> Callable[..., Any]:
     def dequantize(like: Tensor, **tensors: Any) -> Tensor:
-        return op(_held(tensors, like.shape[-1], like.dtype), like.dtype)
+        return op(_weight(like.shape[-1], like.dtype, **tensors), like.dtype)
 
     return dequantize
 

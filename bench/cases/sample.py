@@ -38,6 +38,7 @@ def _eager(
         u, ids = u.topk(min(top_k, u.shape[1]))
     elif top_p is not None or min_p is not None:
         u, ids = u.sort(-1, descending=True)
+
     p = u.softmax(-1)
     kept = torch.ones_like(p, dtype=torch.bool)
     if top_p is not None:
@@ -47,10 +48,10 @@ def _eager(
     if ids is not None and top_k is None:
         kept[:, TOP_P_WIDTH:] = False
     p = p * kept
+
     reached = p.cumsum(-1, dtype=torch.float64)
-    chosen = torch.searchsorted(reached, noise[:, None] * reached[:, -1:], right=True).clamp(
-        max=p.shape[1] - 1
-    )
+    chosen = torch.searchsorted(reached, noise[:, None] * reached[:, -1:], right=True)
+    chosen = chosen.clamp(max=p.shape[1] - 1)
     logprob = (p.gather(1, chosen) / reached[:, -1:]).log().to(u.dtype).squeeze(1)
     return (chosen if ids is None else ids.gather(1, chosen)).squeeze(1), logprob
 

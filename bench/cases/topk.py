@@ -1,6 +1,7 @@
 """Cases of kernels/head/topk.py: a teacher's likeliest tokens, and the divergence from them."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +12,9 @@ from .divergence import kl_div
 from .logprob import (
     LOGPROB_SHAPES,
     head_inputs,
-    in_fp32,
-    linear,
+    head_logits,
     logprob_work,
+    marked,
     output,
     with_adapter,
     without_budget,
@@ -27,39 +28,23 @@ def topk_divergence_eager(
     teacher_logprobs: Tensor,
     *,
     beta: float = 0.0,
-    temperature: float | Tensor = 1.0,
-    bias: Tensor | None = None,
-    lora_a: Tensor | None = None,
-    lora_b: Tensor | None = None,
-    scaling: float = 1.0,
-    softcap: float | None = None,
     mask: Tensor | None = None,
+    **head: Any,
 ) -> Tensor:
-    """Gathered from the whole log_softmax; padding is given probability 0."""
-    logits = linear(hidden, weight, bias, lora_a, lora_b, scaling)
-    log_s = in_fp32(logits, temperature, softcap).log_softmax(-1)
+    """Gathered from the whole log_softmax, the rest as one more bucket; padding is given probability 0."""
+    log_s = head_logits(hidden, weight, **head).log_softmax(-1)
     padding = teacher_ids < 0
-    listed = torch.zeros(log_s.shape[0], log_s.shape[1] + 1, dtype=torch.bool, device=log_s.device)
-    listed = listed.scatter(1, torch.where(padding, log_s.shape[1], teacher_ids).long(), True)[:, :-1]
-    rest = log_s.masked_fill(listed, -1e30).logsumexp(-1, keepdim=True)
+    rest = log_s.masked_fill(marked(teacher_ids, log_s.shape[1]), -1e30).logsumexp(-1, keepdim=True)
     log_s = log_s.gather(1, teacher_ids.clamp(min=0).long()).masked_fill(padding, -1e30)
+
     log_t = teacher_logprobs.to(log_s.dtype).masked_fill(padding, -1e30)
     tail = (1 - log_t.exp().sum(-1, keepdim=True)).clamp(min=2.0**-24).log()
     log_t = torch.cat((log_t, tail), -1).log_softmax(-1)
     return kl_div(log_t, torch.cat((log_s, rest), -1), beta, mask)
 
 
-def _topk_logprobs_eager(
-    hidden: Tensor,
-    weight: Tensor,
-    k: int,
-    *,
-    lora_a: Tensor | None = None,
-    lora_b: Tensor | None = None,
-    scaling: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    logits = linear(hidden, weight, None, lora_a, lora_b, scaling)
-    logprobs, ids = in_fp32(logits, 1.0, None).log_softmax(-1).topk(k, -1)
+def _topk_logprobs_eager(hidden: Tensor, weight: Tensor, k: int, **head: Any) -> tuple[Tensor, Tensor]:
+    logprobs, ids = head_logits(hidden, weight, **head).log_softmax(-1).topk(k, -1)
     return ids, logprobs
 
 
