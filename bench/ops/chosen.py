@@ -1,5 +1,6 @@
 """Which Cases and shapes a command line names."""
 
+import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 
@@ -66,7 +67,7 @@ def read_shape(text: str) -> Dims:
     given: Dims = {}
     for word in text.replace(",", " ").split():
         letter, sign, size = word.partition("=")
-        if not letter or not sign or not size.lstrip("-").isascii() or not size.lstrip("-").isdigit():
+        if not letter or not sign or not re.fullmatch("-?[0-9]+", size):
             raise InputError(
                 f'--shape {shown(text)}: expected letters with sizes, "B=1 T=300", got {shown(word)}'
             )

@@ -10,16 +10,16 @@ from .chosen import chosen
 from .peers import PEERS
 
 
-def listing(cases: Sequence[Case], names: Sequence[str]) -> str:
-    """All ops, a line for each Case; of those that are named everything."""
-    return "\n\n".join(map(details, chosen(cases, names))) if names else overview(cases)
+def listing(cases: Sequence[Case], names: Sequence[str], device: str) -> str:
+    """All ops, a line for each Case, with its first shape on the device; of those that are named everything."""
+    return "\n\n".join(map(details, chosen(cases, names))) if names else overview(cases, device)
 
 
-def overview(cases: Sequence[Case]) -> str:
+def overview(cases: Sequence[Case], device: str) -> str:
     rows = [("op/family", "letters", "a shape")]
     for case in cases:
-        timed = next(iter(case.bench.values()), ())
-        rows.append((case.name, spelled_letters(case), label((timed or case.shapes)[0])))
+        shape = (case.bench.get(device) or case.shapes[-1:])[0]
+        rows.append((case.name, spelled_letters(case), label(shape)))
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     lines = [f"{a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in rows]
     hint = "burnish bench --list OP shows what a function of yours is given, and what it returns."
@@ -42,5 +42,5 @@ def details(case: Case) -> str:
         *(["timed by default at", *shapes] if shapes else ["timed by --shape alone"]),
     ]
     if case.op in PEERS:
-        parts.append(f"--peers: {', '.join(PEERS[case.op])}")
+        parts.append(f"--peers: {'; '.join(PEERS[case.op])}")
     return "\n".join(parts)

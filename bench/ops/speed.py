@@ -89,13 +89,13 @@ class Config:
 def main(cfg: Config) -> int:
     """The exit status: 1 where something is wrong, red, or with --fail-above slower; LOST where the device is gone."""
     check(cfg)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if cfg.list:
-        print(listing(CASES, cfg.ops))
+        print(listing(CASES, cfg.ops, device))
         return 0
     if cfg.compare:
         return compare(*cfg.compare, cfg.fail_above)
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     bench = Bench(cfg, device, against(cfg.against))
     shapes = shapes_of(cfg, device)
     if cfg.csv:  # now, rather than find out at the end that it cannot be written
@@ -282,21 +282,26 @@ class Bench:
         dtype, at = DTYPES[self.dtype], case.check(dims)
         draws = [make_inputs(case, at, dtype, self.device) for _ in range(1 + theirs)]
         shape = describe(case, at, dtype)
+        if theirs and (why := misfit(c.op, case, draws[0])):
+            return why, False
+        op = OnClones(c.op) if theirs else c.op
+        once = lambda: call(op, case, one, backward=True)
+        broken = ""
         try:
-            if theirs and (why := misfit(c.op, case, draws[0])):
-                return why, False
-            op = OnClones(c.op) if theirs else c.op
-            once = lambda: call(op, case, one, backward=True)
             first, later = (host_seconds(once, self.device) for _ in range(2))
             c.compile = max(first - later, 0)
-            check = why_not if theirs else first_wrong
-            return check(c.op, case, draws, shape), True
+            if not theirs:
+                return first_wrong(c.op, case, draws, shape), True
         except PASSES:
             raise
         except BaseException as error:  # what breaks is told, and ends nobody else's run
+            broken = f"raises {described(error)}"
             if self.device == "cuda":  # it may have run out of memory
                 torch.cuda.empty_cache()
-            return f"raises {described(error)}", False
+
+        # what is wrong with a user's own says more than what torch raised of it
+        why = why_not(c.op, case, draws, shape) if theirs else ""
+        return why or broken, not broken
 
     def time_shape(self, case: Case, dims: Dims, one: Inputs, entrants: list[Contestant]) -> None:
         """Time each pass, and add a row for each contestant to the report."""

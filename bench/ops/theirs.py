@@ -80,16 +80,17 @@ def why_not(op: Callable[..., Any], case: Case, draws: list[Tensors], described_
     first, second = draws
     if why := misfit(op, case, first):
         return why
+    clones = OnClones(op)
     try:
-        clones = OnClones(op)
         wrong = first_wrong(clones, case, [first], described_as)
-        if clones.written:
-            return writes(clones.written)
-        return wrong or remembers(op, case, first, second, described_as)
+        if not clones.written:
+            return wrong or remembers(op, case, first, second, described_as)
     except PASSES:
         raise
     except BaseException as error:  # whatever a user's file raises is the user's to read
-        return f"raises {described(error)}"
+        if not clones.written:
+            return f"raises {described(error)}"
+    return writes(clones.written)
 
 
 def misfit(op: Callable[..., Any], case: Case, tensors: Tensors) -> str:
