@@ -43,18 +43,22 @@ def parse(name: str, config: type, words: Sequence[str], description: str) -> An
     hints = get_type_hints(config)
 
     for field in dataclasses.fields(config):
-        found = kind(hints[field.name])
-        text = texts.get(field.name, "").replace("%", "%%")
+        found, text = kind(hints[field.name]), texts.get(field.name, "")
+        if all(field.default is not each for each in (dataclasses.MISSING, None, False, ())):
+            text = f"{text} (default: {field.default})"
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
         # a flag that is not given is not set, and keeps its default
-        options: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
+        options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
         if found.read is bool:
             options |= {"action": "store_true"}
         else:
-            options |= {"type": found.read, "choices": found.choices, "nargs": "*" if found.many else None}
+            options |= {"type": found.read, "choices": found.choices, "nargs": "+" if found.many else None}
+            options |= {"metavar": None if found.choices else found.read.__name__.upper()}
+
         if POSITIONAL in getattr(marked[field.name], "__metadata__", ()):
-            parser.add_argument(field.name, metavar=field.name.upper(), **options)
+            options |= {"nargs": "*" if found.many else None, "metavar": field.name.upper()}
+            parser.add_argument(field.name, **options)
         else:
             parser.add_argument(flag(field.name), required=required, **options)
 
@@ -75,7 +79,10 @@ def check(cfg: Any) -> None:
 
 
 def spelled(command: str, cfg: Any) -> str:
-    """The command line that gives a Config: its places, then the flags that differ from their defaults."""
+    """The command line that gives a Config: its places, then the flags that differ from their defaults.
+
+    Places among which one looks like a flag, as another program's do, stand at the end, behind a `--`.
+    """
     marked = get_type_hints(type(cfg), include_extras=True)
     places, flags = [], []
     for field in dataclasses.fields(cfg):
@@ -87,4 +94,6 @@ def spelled(command: str, cfg: Any) -> str:
             places += words
         else:
             flags += [flag(field.name), *([] if value is True else words)]
+    if any(place.startswith("-") for place in places):
+        flags, places = [], [*flags, "--", *places]
     return shlex.join([*command.split(), *places, *flags])

@@ -110,7 +110,7 @@ def test_the_list_of_exemptions_only_shrinks():
     assert not EXEMPT.keys() & KERNELS.keys(), "kernels/ is rewritten: no rule spares a file of it"
 
 
-@pytest.mark.parametrize("folder", ["model", "algorithms"])
+@pytest.mark.parametrize("folder", ["model", "algorithms", "bench"])
 def test_no_circles_of_rooms(folder):
     assert not circle_of_rooms(FOLDERS[folder])
 

@@ -81,8 +81,7 @@ WHAT_NEEDS_IT = """
 import importlib.util, os
 
 from burnish.algorithms import __main__ as burnish, sft
-from burnish.bench import __main__
-from burnish.bench.ops import static, tune
+from burnish.bench import __main__, command
 from burnish.bench.record import machine
 from burnish.kernels import _chip
 
@@ -94,7 +93,7 @@ def sentence(call, *arguments):
 
 sys.stderr = sys.stdout
 assert machine("cpu")["triton"] == "not installed"
-assert static.main([]) == tune.main([]) == 1
+assert command.main(["static"], plain=True) == command.main(["tune"], plain=True) == 1
 on_a_gpu = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1))
 sentence(_chip.use_triton, on_a_gpu)
 sft.train = lambda cfg: _chip.use_triton(on_a_gpu)
@@ -112,7 +111,7 @@ def test_every_command_without_triton(tmp_path, data):
 def test_every_op_without_triton_and_what_needs_it_says_so_in_one_sentence():
     lines = [line for line in run(WITHOUT_TRITON + EVERY_OP + WHAT_NEEDS_IT).splitlines() if line]
     wanting = ": expected Triton to be installed: pip install triton (on Windows triton-windows)"
-    modules = [f"python -m burnish.bench {name}" for name in ("static", "tune")]
+    modules = [f"python -m burnish.bench {name}: the compiler" for name in ("static", "tune")]
     assert lines == [
         f"{what}{wanting}" for what in (*modules, "cuda:1", "burnish sft: cuda:1", "TRITON_INTERPRET=1")
     ]

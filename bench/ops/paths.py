@@ -1,19 +1,18 @@
-"""Which path of lora_linear is taken at which shape: read from bench/results, written to kernels/_lora_paths.py.
+"""The path that lora_linear takes at each shape: read from bench/results, written to kernels/_lora_paths.py.
 
-    python -m burnish.bench lora_linear --peers --json     on a GPU: the three paths and the baseline, in one run
-    python -m burnish.bench paths [--check]                the table, from the newest such results of each device
+    burnish bench lora_linear --peers --keep     on a GPU: the three paths and the baseline, in one run
+    burnish bench paths [--check]                the table, from the newest such results of each device
 
 A path with a kernel of its own is taken where it holds to the accuracy rule and is the faster beyond doubt: forward and
 with the backward, its p80 lies below the p20 of "cublas" and below that of F.linear + addmm. Elsewhere "cublas" is
 taken, which issues those very calls: no shape that was measured is slower than they are.
 """
 
-import argparse
 import json
 import sys
+from dataclasses import dataclass
 from typing import Any
 
-from ...algorithms.run.streams import run_program
 from ...kernels.lora import PATHS
 from ...model.files.text_files import read_object
 from .. import record
@@ -107,26 +106,15 @@ def _braced(lines: str) -> str:
 
 def table() -> str:
     """Markdown, for docs/lora.md: forward+backward in microseconds, and what is taken."""
+    contestants = [BASELINE, *map(provider, PATHS)]
+    timed = ["`F.linear` + `addmm`", *(f"`{path}`" for path in PATHS)]
+    head = ["dtype", "M", "N", "K", "R", *timed, "taken"]
+
     parts = []
     for device, (where, shapes) in measured().items():
-        contestants = [BASELINE, *map(provider, PATHS)]
         rows = [
-            [
-                *map(str, key[1:]),
-                *(_cell(times.get(name)) for name in contestants),
-                f"`{choose(times)}`",
-            ]
+            [*map(str, key[1:]), *(_cell(times.get(name)) for name in contestants), f"`{choose(times)}`"]
             for key, times in sorted(shapes.items())
-        ]
-        head = [
-            "dtype",
-            "M",
-            "N",
-            "K",
-            "R",
-            "`F.linear` + `addmm`",
-            *(f"`{path}`" for path in PATHS),
-            "taken",
         ]
         parts.append(f"{device}, from `{where}`. Forward and backward, p50 in microseconds.\n\n")
         parts.append(record.markdown(head, rows))
@@ -137,21 +125,18 @@ def _cell(times: dict[str, Any] | None) -> str:
     return "not accurate" if times is None else f"{times[record.PASSES[1]][1]:.4g}"
 
 
-@record.as_command
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m burnish.bench paths", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; status 1 where the table is stale"
-    )
-    if parser.parse_args(argv).check:
-        current = MODULE.read_text() == module()
-        print("" if current else f"stale: {MODULE.relative_to(record.ROOT)}", end="", file=sys.stderr)
-        return 0 if current else 1
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    check: bool = False  # write nothing; status 1 where the table is stale
+
+
+def main(cfg: Config) -> int:
+    """Write the table; with --check the status says whether it is as it was written."""
+    if cfg.check:
+        stale = MODULE.read_text() != module()
+        if stale:
+            print(f"stale: {MODULE.relative_to(record.ROOT)}", file=sys.stderr)
+        return int(stale)
+
     record.write_whole(MODULE, module())
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run_program("python -m burnish.bench paths", main))

@@ -150,7 +150,7 @@ def _varlen_attn(case: Case) -> Callable[..., Any]:
 
 
 def _sdpa_decode(case: Case) -> Callable[..., Any]:
-    """What a generation loop without a kernel of its own has: gathered caches and a mask of lengths."""
+    """A generation loop without a kernel of its own: gathered caches and a mask of lengths."""
     if case.family != "own cache":
         raise Unsuitable("one cache per sequence only")
 
@@ -182,7 +182,7 @@ def _flex_attention(case: Case) -> Callable[..., Any]:
 
 
 def _chunked_cross_entropy(case: Case) -> Callable[..., Any]:
-    """What a careful user writes in torch: 1,024 rows at a time, their logits computed again in the backward."""
+    """A careful user's torch: 1,024 rows at a time, their logits computed again in the backward."""
     if case.family != "target only":
         raise Unsuitable("log-probabilities of the target only")
 
@@ -222,7 +222,7 @@ def _cut_cross_entropy(case: Case) -> Callable[..., Any]:
 
 
 def _grouped_mm(case: Case) -> Callable[..., Any]:
-    """What transformers runs for a mixture on a GPU: sort by expert, two grouped products, back into order."""
+    """The way of transformers for a mixture on a GPU: sort by expert, two grouped products, back into order."""
     if case.family != "swiglu":
         raise Unsuitable("swiglu without biases only")
 

@@ -33,13 +33,14 @@ def first_line(text: str) -> str:
 
 
 def placed(item: Any) -> Test:
-    """Where a test stands in the order, by its Case where it has one."""
+    """A test's place in the order, by its Case where it has one."""
     parameters: dict[str, Any] = item.callspec.params if hasattr(item, "callspec") else {}
     case: Any = parameters.get("case")
     dtype = str(parameters.get("dtype", ""))
     file = item.path.stem.removeprefix("test_")
     if not hasattr(case, "fused"):
         return Test(item.nodeid, file, 3)
+
     from ... import kernels
     from ..cases.registry import CASES
 
@@ -104,7 +105,7 @@ class Plugin:
 
 
 def serve(number: int) -> None:
-    """What a worker's process does: collect, then run what it is told to, until the parent goes or ends it.
+    """Collect, then run what is asked for, until the parent goes or ends this process.
 
     number: the file descriptor of its end of the pipe.
     """
@@ -121,5 +122,6 @@ def serve(number: int) -> None:
             case.run(tested.fused, tested, tensors, case.make_upstream(tested, tensors))
 
         case.assert_accurate, context = compiled, static.compile_only(chip)
+
     with context, suppress(EOFError):
         pytest.main(["-q", "-p", "no:cacheprovider", *arguments], plugins=[Plugin(pipe)])

@@ -61,7 +61,6 @@ ARROWS = {
         "./*": "./* ../*",
         "cases/*": "cases/* ../kernels/*",
         "ops/*": "ops/* cases/* ./* ../*",
-        "ops/static": "publish/pictures",
         "runs/*": "runs/* cases/* ./* ../*",
         "publish/*": "publish/* runs/* ops/* cases/* ./* ../*",
     },

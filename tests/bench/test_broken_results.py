@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from burnish.bench import record
+from burnish.bench import command, record
 from burnish.bench.ops import paths, static, tune
 from burnish.bench.publish import pictures, report
 
@@ -66,6 +66,10 @@ def one_line(command, capsys, name: str) -> bool:
     return bool(status)
 
 
+def write_paths(words: list[str]) -> int:
+    return command.main(["paths", *words], plain=True)
+
+
 BROKEN = {
     "nothing": b"",
     "no UTF-8": b'{"a": "\xff"}',
@@ -79,7 +83,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_is_no_result_is_named(folder, capsys, name):
     (folder / "bench" / "results" / "gpu-1.json").write_bytes(BROKEN[name])
-    assert one_line(paths.main, capsys, "gpu-1.json") and one_line(report.main, capsys, "gpu-1.json")
+    assert one_line(write_paths, capsys, "gpu-1.json") and one_line(report.main, capsys, "gpu-1.json")
     assert not paths.MODULE.exists()
 
 
@@ -96,7 +100,7 @@ def test_any_value_of_a_result_is_taken_or_named(folder, capsys):
     refused = 0
     for result in results:
         file.write_text(json.dumps(result))
-        refused += one_line(paths.main, capsys, "gpu-1.json")
+        refused += one_line(write_paths, capsys, "gpu-1.json")
         refused += one_line(report.main, capsys, "gpu-1.json")
     assert refused > len(results) / 2
 
@@ -154,8 +158,8 @@ def test_a_planted_fault_is_caught(folder, tmp_path, monkeypatch, capsys):
         json.dumps({"machine": {"device": "GPU"}, "date": 1})
     )
     module.MODULE = paths.MODULE
-    module.main([])
+    module.main(module.Config())
     (folder / "bench" / "results" / "gpu-1.json").write_text("{}")
     with pytest.raises(KeyError):
-        module.main([])
-    assert one_line(paths.main, capsys, "gpu-1.json")
+        module.main(module.Config())
+    assert one_line(write_paths, capsys, "gpu-1.json")

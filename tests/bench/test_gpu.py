@@ -1,19 +1,24 @@
 """A GPU's run gives a verdict: what fails, dies, hangs or is not reached is named, and ends nobody else's test."""
 
 import os
-import subprocess
-import sys
+import shlex
+import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from burnish.bench import record
+from burnish.algorithms.run.command import parsed
+from burnish.bench import command, flags, record
 from burnish.bench.cases.registry import CASES
+from burnish.bench.ops import crew as crews
 from burnish.bench.ops import gpu
-from burnish.bench.ops.worker import RAN, placed
+from burnish.bench.ops.crew import Crew, Plan
+from burnish.bench.ops.verdict import Verdict
+from burnish.bench.ops.worker import RAN, End, placed
 from burnish.kernels._chip import INTERPRET
+from burnish.model.errors import InputError
 from burnish.model.files.text_files import read_object
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="nothing of it is interpreted")
@@ -33,21 +38,18 @@ def test_loses_the_device():
 
 def test_after(): assert "torch" not in sys.modules
 """
-MISSING = (
-    "tyro jinja2 matplotlib tqdm safetensors tokenizers xdist pytest_timeout ml_dtypes yaml pyarrow gguf"
-)
 
 
 @pytest.fixture
 def crew(tmp_path):
     """crew(seconds, source): the verdict on a file of tests."""
 
-    def run(seconds: float, source: str, **changes) -> gpu.Verdict:
+    def run(seconds: float, source: str, **changes) -> Verdict:
         (tmp_path / "test_planted.py").write_text(source)
         (tmp_path / "pytest.ini").touch()
-        verdict = gpu.Verdict(tmp_path / "verdict.json", {"kind": "tests"})
+        verdict = Verdict(tmp_path / "verdict.json", {"kind": "tests"})
         settings = {"chip": None, "arguments": [str(tmp_path)], "processes": 2, "patience": 1.0} | changes
-        gpu.Crew(verdict, **settings).run(time.monotonic() + seconds)
+        Crew(verdict, **settings).run(time.monotonic() + seconds)
         return verdict
 
     return run
@@ -93,7 +95,7 @@ def test_what_is_not_reached_is_named(crew):
 
 def test_tests_that_ignore_everything_do_not_hold_up_the_end(crew, monkeypatch: pytest.MonkeyPatch):
     """Each that hangs may have its last words; together they would take longer than is left."""
-    monkeypatch.setattr(gpu, "LAST_WORDS", 600.0)
+    monkeypatch.setattr(crews, "LAST_WORDS", 600.0)
     source = """
 import signal, time
 def hang():
@@ -111,14 +113,14 @@ def test_two(): hang()
 def test_workers_that_do_not_start_end_the_run(crew, tmp_path):
     verdict = crew(60, "", arguments=[str(tmp_path), "--no-such-flag"], processes=1)
     failed = verdict.ops["collection"]["failed"]
-    assert len(failed) == gpu.STARTS and verdict.status == 1
+    assert len(failed) == crews.STARTS and verdict.status == 1
     assert "--no-such-flag" in failed[0]["detail"]
 
 
 # ---- order
 
 
-def taken(plan: gpu.Plan, seconds: dict[str, float]) -> str:
+def taken(plan: Plan, seconds: dict[str, float]) -> str:
     """The ops in the order in which one worker gets their tests, each of so many seconds."""
     ops = []
     while test := plan.take([]):
@@ -129,16 +131,16 @@ def taken(plan: gpu.Plan, seconds: dict[str, float]) -> str:
 
 def test_one_shape_of_each_op_then_each_its_share():
     tests = [
-        gpu.Test(f"{op} {wave} {n}", op, wave)
+        crews.Test(f"{op} {wave} {n}", op, wave)
         for op in ("glu", "moe")
         for wave in (4, 3, 0)
         for n in range(2)
     ]
-    order = taken(gpu.Plan(tests), {"glu": 1, "moe": 4})
+    order = taken(Plan(tests), {"glu": 1, "moe": 4})
     assert (
         order == "moe glu glu moe glu glu moe glu glu moe moe moe"
     )  # four seconds of weight 2 are as one and one of 1
-    plan = gpu.Plan(tests)
+    plan = Plan(tests)
     first = [plan.take([]), plan.take([("moe", 0.0)])]
     assert [test and test.name for test in first] == ["moe 0 0", "glu 0 0"]
 
@@ -166,7 +168,7 @@ def test_where_a_test_stands():
 
 def test_every_op_has_a_place():
     homes = {placed(item(c)).op for c in CASES}
-    assert homes == set(gpu.WEIGHTS) and set(RAN) < homes
+    assert homes == set(crews.WEIGHTS) and set(RAN) < homes
     assert set(gpu.OPS) <= {c.op for c in CASES}
     ordered = gpu.ordered_ops()
     assert sorted(ordered) == sorted({c.op for c in CASES}) and ordered[: len(gpu.OPS)] == gpu.OPS
@@ -220,11 +222,10 @@ def test_a_benchmark_that_dies_is_begun_again(tmp_path, monkeypatch: pytest.Monk
 # ---- the machine
 
 
-def test_without_a_gpu_it_says_what_to_do(capsys, monkeypatch: pytest.MonkeyPatch):
+def test_without_a_gpu_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit):
-        gpu.main([])
-    assert "--rehearse sm_90" in capsys.readouterr().err
+    with pytest.raises(InputError, match="--rehearse sm_90"):
+        gpu.main(gpu.Config())
 
 
 @pytest.mark.parametrize(
@@ -234,14 +235,48 @@ def test_without_a_gpu_it_says_what_to_do(capsys, monkeypatch: pytest.MonkeyPatc
         ("--rehearse sm_90 --steps bench", "--rehearse: expected --steps tests, or none, got bench"),
         ("--steps bench tune --json r.json", "--json, arguments for pytest: expected tests among --steps"),
         ("--steps tune -- tests/kernels", "--json, arguments for pytest: expected tests among --steps"),
-        ("--seconds nan", "--seconds: expected a number above 0, got nan"),
-        ("--processes 0", "--processes: expected a number above 0, got 0"),
+        ("--seconds nan", "--seconds: expected a number between 0.001 and 1e+06, got nan"),
+        ("--patience 0", "--patience: expected a number between 0.001 and 1e+06, got 0.0"),
+        ("--processes 0", "--processes: expected a number at least 1, got 0"),
     ],
 )
 def test_no_argument_is_ignored(words, message, capsys):
-    with pytest.raises(SystemExit) as ended:
-        gpu.main(words.split())
-    assert ended.value.code == 2 and message in capsys.readouterr().err
+    assert command.main(["gpu", *words.split()], plain=True) == 1
+    assert message in capsys.readouterr().err
+
+
+DOORS = {
+    "tyro": lambda words: parsed("gpu", gpu, words),
+    "argparse": lambda words: flags.parse("gpu", gpu.Config, words, ""),
+}
+
+
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+def test_arguments_for_pytest_stand_behind_two_dashes(door):
+    tests, expression = "tests/kernels/test_attention.py", "-k swiglu/ and not clamped"
+    for arguments, words in (
+        ((tests,), f"--steps tests --seconds 120 -- {tests}".split()),
+        ((tests, *expression.split(" ", 1)), ["--steps", "tests", "--", tests, *expression.split(" ", 1)]),
+        (("-x", "--", "a"), ["--processes", "2", "--", "-x", "--", "a"]),
+        ((), ["--processes", "2"]),
+    ):
+        cfg = door(words)
+        assert cfg.arguments == arguments and cfg.steps == (("tests",) if "tests" in words else ())
+        assert door(shlex.split(flags.spelled("", cfg))) == cfg
+
+
+def test_a_step_without_a_name_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        flags.parse("gpu", gpu.Config, ["--steps"], "")
+    assert "--steps: expected at least one argument" in capsys.readouterr().err
+
+
+def test_sigterm_ends_what_was_started():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended, gpu.ended_by_sigterm():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+    assert ended.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_driver_that_hangs_is_unknown(monkeypatch: pytest.MonkeyPatch):
@@ -257,57 +292,36 @@ def test_every_step_counts(statuses, expected, tmp_path, monkeypatch: pytest.Mon
     outcome = {0: "passed", 3: "skipped"}[statuses[0]]
 
     def run(crew, end):
-        crew.verdict.add(gpu.Test("a test", "moe", 0), gpu.End(outcome), 1.0)
-        crew.verdict.write(None)
+        crew.verdict.add(crews.Test("a test", "moe", 0), End(outcome), 1.0)
+        crew.verdict.write({})
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "machine", lambda device: {"device": f"A {device} GPU"})
     monkeypatch.setattr(gpu, "clocks", lambda device: "")
     monkeypatch.setattr(record, "RESULTS", tmp_path)
-    monkeypatch.setattr(gpu.Crew, "run", run)
+    monkeypatch.setattr(Crew, "run", run)
     monkeypatch.setattr(gpu, "benchmark", lambda end, path, commit: statuses[1])
     monkeypatch.setattr(gpu, "tune", lambda end, commit: statuses[2])
-    assert gpu.main(["--commit", "abc"]) == expected
+    assert gpu.main(gpu.Config(commit="abc")) == expected
     (file,) = tmp_path.glob("tests-a-cuda-gpu-*.json")
     report = read_object(file)
     assert report["kind"] == "tests" and report["ops"]["moe"][outcome] == 1 and report["commit"] == "abc"
-    assert gpu.main(["--steps", "tune", "--commit", "abc"]) == statuses[2]
-
-
-@pytest.mark.slow
-def test_torch_triton_numpy_and_pytest_are_enough():
-    """All that `make gpu` runs is imported, tests included, where nothing else can be."""
-    source = f"""
-import sys
-sys.modules |= dict.fromkeys({MISSING.split()})
-import pytest
-from burnish.bench import __main__, command
-from burnish.bench.ops import gpu, paths, speed, static, tune, worker
-sys.exit(pytest.main(["-q", "--collect-only", "-p", "no:cacheprovider", *gpu.TESTS]))
-"""
-    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", source], cwd=gpu.ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert gpu.main(gpu.Config(steps=("tune",), commit="abc")) == statuses[2]
 
 
 @pytest.mark.slow
 def test_a_rehearsal_compiles(tmp_path, capsys):
     """The accuracy tests of one op, for a chip that is not there."""
-    words = [
-        "--rehearse",
-        "sm_90",
-        "--processes",
-        "2",
-        "--seconds",
-        "120",
-        "--json",
-        str(tmp_path / "r.json"),
-    ]
-    tests = ["tests/kernels/test_cases.py", "-k", "test_accuracy and swiglu/ and not clamped"]
-    assert gpu.main([*words, "--", *tests]) == 0
-    found = read_object(tmp_path / "r.json")["ops"]["glu"]
+    tests = ("tests/kernels/test_cases.py", "-k", "test_accuracy and swiglu/ and not clamped")
+    file = tmp_path / "r.json"
+    cfg = gpu.Config(rehearse="sm_90", processes=2, seconds=120, json=file, arguments=tests)
+    assert gpu.main(cfg) == 0
+
+    report = read_object(file)
+    found = report["ops"]["glu"]
     assert found["passed"] > 10 and found["seconds"] > 1
+    assert report["command"].endswith(
+        "-- tests/kernels/test_cases.py -k 'test_accuracy and swiglu/ and not clamped'"
+    )
     out = capsys.readouterr().out
     assert out.index("T=5 F=101-torch.bfloat16") < out.index("T=5 F=101-torch.float32")

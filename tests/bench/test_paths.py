@@ -56,16 +56,16 @@ def folder(tmp_path, monkeypatch: pytest.MonkeyPatch):
 
 def written() -> dict:
     """What kernels/_lora_paths.py holds after the command has run."""
-    assert paths.main([]) == 0
+    assert paths.main(paths.Config()) == 0
     names: dict = {}
     exec(paths.MODULE.read_text(), names)
-    assert paths.main(["--check"]) == 0
+    assert paths.main(paths.Config(check=True)) == 0
     return names
 
 
 def test_what_is_committed_is_current(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.undo()
-    assert paths.main(["--check"]) == 0, "python -m burnish.bench paths"
+    assert paths.main(paths.Config(check=True)) == 0, "burnish bench paths"
 
 
 def test_without_measurements_every_device_takes_the_baselines_own_calls(capsys):
@@ -73,7 +73,10 @@ def test_without_measurements_every_device_takes_the_baselines_own_calls(capsys)
     assert names["PATHS"] == names["SOURCES"] == {} and "Nothing has been measured yet" in names["__doc__"]
     assert paths.table() == "No device has been measured yet: all take `cublas`.\n"
     paths.MODULE.write_text("old")
-    assert paths.main(["--check"]) == 1 and "stale: kernels/_lora_paths.py" in capsys.readouterr().err
+    assert (
+        paths.main(paths.Config(check=True)) == 1
+        and "stale: kernels/_lora_paths.py" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from burnish.bench.ops import static, tune
+from burnish.bench.ops import machine_code, static
+from burnish.bench.ops.slots import OWN
 from burnish.bench.ops.static import (
     Job,
     accepted_figures,
@@ -22,7 +23,7 @@ from burnish.kernels import _chip, attention, tiles
 pytestmark = pytest.mark.skipif(_chip.INTERPRET, reason="the interpreter compiles nothing")
 
 QUICK = selection([], everything=False)
-MATRIX = tune.OWN | {"sm_86": "HMMA", "sm_120": "HMMA"}
+MATRIX = OWN | {"sm_86": "HMMA", "sm_120": "HMMA"}
 FIRST = {(job.case, job.dims) for job in QUICK}
 REST = [
     job
@@ -43,7 +44,7 @@ REST = [
 def test_shipped_configuration_is_as_accepted(job: Job):
     accepted = accepted_figures()
     figures = {job.key: [vars(build) for build in compile_job(job)]}
-    assert job.key in accepted, f"python -m burnish.bench static --all --accept: {static.table(figures)}"
+    assert job.key in accepted, f"burnish bench static --all --accept: {static.table(figures)}"
     if json.loads(static.BASELINE.read_text())["triton"] == triton.__version__:
         assert compare(accepted, figures) == []
     assert limits(figures) == []
@@ -75,7 +76,7 @@ def test_attention_in_fp32_fits_the_smallest_cards(
     leaves = [torch.randn(1, 256, heads, 256, requires_grad=True) for heads in (2, 1, 1)]
     with compile_only(chip) as launches:
         attention.flash_attention(*leaves).sum().backward()
-    found = [static._read(compiled, chip) for compiled in launches]
+    found = [machine_code.read_build(compiled, chip) for compiled in launches]
     assert [b.kernel for b in found] == ["_flash_fwd", "_flash_dq", "_flash_dkdv"]
     assert limits({chip: [vars(b) for b in found]}) == []
     assert all(b.spills == 0 for b in found)
@@ -106,10 +107,10 @@ def _product(a_ptr, b_ptr, c_ptr, K, BLOCK: tl.constexpr):
     tl.store(c_ptr + i * BLOCK + tl.arange(0, BLOCK)[None, :], c)
 
 
-def build(chip: str, kernel, *args, **options) -> static.Build:
+def build(chip: str, kernel, *args, **options) -> machine_code.Build:
     with compile_only(chip) as launches:
         kernel[(1,)](*args, **options)
-    return static._read(launches[-1], chip)
+    return machine_code.read_build(launches[-1], chip)
 
 
 def test_a_spill_is_seen():
@@ -167,9 +168,9 @@ def test_exponentials_under_a_product_are_counted():
         ("WARPGROUP.DEPBAR.LE", "gsb0,0x0"),
         ("MUFU.EX2", "R1,R2"),
     )
-    assert static._overlapped([product, exponential, wait, exponential]) == 1
-    assert static._overlapped([product, wait, exponential]) == 0
-    assert static._overlapped([product, (wait[0], "gsb0,0x1"), exponential]) == 1
+    assert machine_code.overlapped([product, exponential, wait, exponential]) == 1
+    assert machine_code.overlapped([product, wait, exponential]) == 0
+    assert machine_code.overlapped([product, (wait[0], "gsb0,0x1"), exponential]) == 1
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from burnish.bench.cases.registry import CASES
 from burnish.bench.ops import tune
 from burnish.kernels._chip import INTERPRET
+from burnish.model.errors import InputError
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="interpreted kernels have no speed")
 
@@ -170,7 +172,7 @@ def rows_of(slot, width, tiles, shipped, dtype, device):
 
 def test_on_a_gpu_what_spills_nowhere_is_timed_and_written(on_a_gpu, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(tune, "measure", rows_of)
-    assert tune.main(["flash_attention", "--json", str(on_a_gpu)]) == 0
+    assert tune.main(tune.Config(ops=("flash_attention",), json=on_a_gpu)) == 0
     report = json.loads(on_a_gpu.read_text())
     assert report["kind"] == "tune" and report["chip"] == "sm_90" and "--json" in report["command"]
     assert [tuple(row["tile"]) for row in report["rows"]] == [(128, 32, 4, 2), (64, 64, 4, 3)][::-1] * 2
@@ -185,16 +187,16 @@ def test_a_run_cut_short_keeps_its_rows(on_a_gpu, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(tune, "measure", breaks)
     with pytest.raises(KeyboardInterrupt):
-        tune.main(["--json", str(on_a_gpu)])
+        tune.main(tune.Config(json=on_a_gpu))
     assert len(json.loads(on_a_gpu.read_text())["rows"]) == 1
     monkeypatch.setattr(tune, "measure", rows_of)
-    assert tune.main(["--json", str(on_a_gpu), "--budget", "-1"]) == 0
+    assert tune.main(tune.Config(json=on_a_gpu, budget=0)) == 0
     assert json.loads(on_a_gpu.read_text())["rows"] == []
 
 
 def test_without_a_gpu_the_ranking_is_printed(monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(tune.torch.cuda, "is_available", lambda: False)
-    assert tune.main(["flash_attention", "--chip", "sm_90"]) == 0
+    assert tune.main(tune.Config(ops=("flash_attention",), chip="sm_90")) == 0
     out = capsys.readouterr().out
     assert (
         out.count("  shipped\n") == sum(key.endswith("sm_90") for key in tune.kept()) and "sm_80" not in out
@@ -202,11 +204,26 @@ def test_without_a_gpu_the_ranking_is_printed(monkeypatch: pytest.MonkeyPatch, c
     assert "flash_attention dkdv | D=128 | sm_90\n   1  " in out and "nothing was timed" in out
 
 
-def test_wrong_flags(capsys):
-    for words, said in (
-        (["nothing"], "expected one of ['flash_attention']"),
-        (["--accept"], "--search beside"),
-    ):
-        with pytest.raises(SystemExit):
-            tune.main(words)
-        assert said in capsys.readouterr().err
+def test_what_is_kept_has_the_usual_name(on_a_gpu, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tune, "measure", rows_of)
+    monkeypatch.setattr(tune, "RESULTS", on_a_gpu.parent / "results")
+    assert tune.main(tune.Config(keep=True, json=on_a_gpu)) == 0
+    (kept,) = (on_a_gpu.parent / "results").glob("tune-sm_90-????-??-??.json")
+    assert kept.read_text() == on_a_gpu.read_text()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"ops": ("nothing",)}, r"op: expected one of \['flash_attention'\], got \['nothing'\]"),
+        ({"accept": True}, "--accept: expected --search beside it"),
+        ({"chip": "sm_86"}, "--chip: expected one of sm_80, sm_90, sm_100, gfx942, got sm_86"),
+        ({"chip": "sm_90", "keep": True}, "--keep, .*: expected neither --search nor --chip"),
+        ({"search": True, "budget": 9}, "--budget, .*: expected neither --search nor --chip"),
+        ({"json": Path("times.json")}, "--json, .*: expected a GPU that torch can use"),
+    ],
+)
+def test_wrong_flags(flags, message, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tune.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match=message):
+        tune.main(tune.Config(**flags))

@@ -1,0 +1,132 @@
+"""The entries of tile tables that tune.py chooses tiles for, and how an op is made to take one.
+
+An op that wants its tiles tuned adds a Slot for each entry of its table.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from ...kernels import attention
+from ...kernels.tiles import ATTENTION, AttentionTiles
+from ...kernels.tiles import Tile as LaunchTile
+from ..cases.case import Case, Dims
+from ..cases.registry import CASES
+from .roofline import CHIPS
+
+Tile = tuple[int, ...]
+WIDTHS = (128, 64, 256)  # rows of the table, in the order of what matters
+# the matrix instruction of each chip that tiles are searched for
+OWN = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One entry in the rows of an op's tile table: (side, other side, warps, stages) of one kernel."""
+
+    op: str
+    name: str
+    module: str
+    kernel: str  # the name of it there
+    cases: tuple[str, ...]  # the families that it serves
+    held: int  # which of the tile's sides stays on the chip while the other is walked over: 0 or 1
+    grid: Callable[["Slot", str, int], Iterator[Tile]]  # chip, row of the table
+    shipped: Callable[["Slot", str, int], Tile]
+    placed: Callable[["Slot", Tile], AbstractContextManager[None]]  # inside, the op takes this tile
+    timed: Callable[["Slot", int], list[tuple[Case, Dims]]]
+
+    def key(self, chip: str, width: int) -> str:
+        return f"{self.op} {self.name} | D={width} | {chip}"
+
+
+def case_of(name: str) -> Case:
+    return next(c for c in CASES if c.name == name)
+
+
+# ---- flash_attention
+
+_FEATURES = "window, softcap, sinks"
+
+
+def _attention_grid(slot: Slot, chip: str, width: int) -> Iterator[Tile]:
+    """Tiles that may fit: operands in shared memory, accumulators and scores in registers. At two stages."""
+    # [held, D] accumulators; [held, walked] scores, and as many [held, D] operands: q; q and dout; k and v
+    accumulators, scores = {"_flash_fwd": (1, 1), "_flash_dq": (1, 2), "_flash_dkdv": (2, 2)}[slot.kernel]
+    for held in (64, 128):
+        for walked in (32, 64, 128) if width < 256 else (16, 32, 64):
+            for warps in (4, 8):
+                numbers = (accumulators * held * width + scores * held * walked) / (32 * warps)  # of a thread
+                shared = 2 * width * (held * scores + 4 * walked)
+                if 40 <= numbers <= 224 and shared <= CHIPS[chip].shared_block:
+                    yield *((held, walked) if slot.held == 0 else (walked, held)), warps, 2
+
+
+def _attention_shipped(slot: Slot, chip: str, width: int) -> Tile:
+    tiles = next(tiles for widest, tiles in ATTENTION[chip].items() if width <= widest)
+    shipped = getattr(tiles, slot.name) or tiles.dkdv
+    return shipped.M, shipped.N, shipped.warps, shipped.stages
+
+
+@contextmanager
+def _attention_placed(slot: Slot, tile: Tile) -> Iterator[None]:
+    look_up = attention.attention_tiles
+    M, N, warps, stages = tile
+
+    def placed(q: torch.Tensor, width: int) -> tuple[AttentionTiles, bool]:
+        tiles, descriptors = look_up(q, width)
+        return tiles._replace(**{slot.name: LaunchTile(M, N, warps=warps, stages=stages)}), descriptors
+
+    attention.attention_tiles = placed
+    try:
+        yield
+    finally:
+        attention.attention_tiles = look_up
+
+
+def _attention_timed(slot: Slot, width: int) -> list[tuple[Case, Dims]]:
+    """16,384 tokens and 2048 / D heads, as docs/attention.md has them; packed and shared as its Cases have."""
+    heads = 2048 // width
+    dense = [{"B": 16384 // T, "T": T, "H": heads, "G": heads, "D": width} for T in (4096, 16384, 1024)]
+    packed = {"T": 8192, "H": heads, "G": heads, "D": width}
+    shared = {"T": 10240, "P": 2048, "R": 512, "H": heads, "G": heads // 4, "D": width}
+    wide = {"window": 1024, "softcap": 50.0}
+
+    trials = {
+        "causal": [(case_of("flash_attention/causal"), dims) for dims in dense],
+        "shared prompt": [
+            (case_of("flash_attention/shared prompt"), shared),
+            (case_of("flash_attention/packed"), packed),
+        ],
+        _FEATURES: [
+            (replace(case, options=case.options | wide), dims)
+            for case in [case_of(f"flash_attention/{_FEATURES}")]
+            for dims in dense[:2]
+        ],
+    }
+    return [trial for name in slot.cases for trial in trials[name.split("/")[1]]]
+
+
+_ATTENTION = {  # name: kernel, families, held side
+    "fwd": ("_flash_fwd", ("causal", _FEATURES), 0),
+    "dq": ("_flash_dq", ("causal", _FEATURES), 0),
+    "dkdv": ("_flash_dkdv", ("causal",), 1),
+    "dkdv_packed": ("_flash_dkdv", ("shared prompt",), 1),
+    "dkdv_features": ("_flash_dkdv", (_FEATURES,), 1),
+}
+SLOTS = tuple(
+    Slot(
+        "flash_attention",
+        name,
+        attention.__name__,
+        kernel,
+        tuple(f"flash_attention/{family}" for family in families),
+        held,
+        _attention_grid,
+        _attention_shipped,
+        _attention_placed,
+        _attention_timed,
+    )
+    for name, (kernel, families, held) in _ATTENTION.items()
+)
