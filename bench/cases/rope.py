@@ -35,7 +35,10 @@ def _eager(
 
 
 def _inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
-    t, rotary = dims["T"], dims.get("rotary", dims["D"])
+    t, turned = dims["T"], "rotary" if "rotary" in dims else "D"
+    rotary = dims[turned]
+    if rotary % 2:
+        raise ValueError(f"{turned}: expected an even size, got {rotary}")
     lead = (dims["B"], t) if "B" in dims else (t,)  # without a batch: packed rows, each with its own position
     places = 2 * t + 1 if "B" not in dims else t
     angle = torch.arange(places, device=device)[:, None] / 100.0 ** torch.linspace(

@@ -1,0 +1,195 @@
+"""A Case's shapes and operands, told without running it: for those who time a kernel of their own beside ours.
+
+Nothing here is a second list of what an op takes. Inputs are made on the meta device, where they have shapes and no
+memory, and the op is asked.
+"""
+
+from itertools import combinations
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...model.errors import InputError
+from .case import Case, Dims, Tensors, label, leaves, run, tensor
+
+MOST = (
+    2**48
+)  # of a size: beyond any memory, and the numbers that torch computes from it still fit into 64 bits
+# three shapes that every Case takes, no two letters alike in all of them: lengths of axes are told from these
+SIZES: dict[str, tuple[int, int, int]] = {
+    "B": (3, 5, 7),
+    "T": (41, 53, 59),
+    "S": (67, 71, 73),
+    "H": (22, 39, 38),
+    "G": (11, 13, 19),
+    "D": (34, 46, 58),
+    "C": (808, 824, 856),
+    "F": (1336, 1384, 1432),
+    "V": (101, 103, 107),
+    "E": (12, 14, 15),
+    "K": (2, 4, 6),
+    "R": (9, 10, 16),
+    "P": (17, 23, 29),
+    "rotary": (20, 26, 28),
+    "teacher": (27, 31, 35),
+}
+
+
+def letters(case: Case) -> tuple[str, ...]:
+    """The letters of its shapes, in order, with those that case.optional has."""
+    return tuple(case.shapes[0])
+
+
+# ---- whether a shape can be
+
+
+def check_dims(case: Case, dims: Dims, dtype: torch.dtype, device: str) -> Dims:
+    """The shape, its letters in order. Raises InputError for one that the Case does not have or its op does not take.
+
+    case: the registry's, whose own op is asked.
+    """
+    known = letters(case)
+    names = " ".join(f"[{n}]" if n in case.optional else n for n in known)
+    for letter in (*dims, *known):
+        if letter not in known:
+            raise InputError(f"{case.name}: expected sizes of {names}, got {letter}={dims[letter]}")
+        if letter not in dims and letter not in case.optional:
+            raise InputError(f"{case.name}: expected sizes of {names}, got none of {letter}")
+        least = 0 if any(empty.get(letter) == 0 for empty in case.empty) else 1
+        size = dims.get(letter, least)
+        if not isinstance(size, int) or not least <= size <= MOST:
+            expected = f"a whole number from {least} to {MOST}"
+            raise InputError(f"{case.name}: expected {expected} for {letter}, got {size}")
+
+    dims = {letter: dims[letter] for letter in known if letter in dims}
+    place = f"{case.name} at {label(dims)}"
+    try:
+        tensors = case.inputs(dims, dtype, "meta")
+        _check_memory(place, tensors, device)
+        run(case.fused, case, tensors)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{place}: {error}") from None
+    except RuntimeError as error:  # torch's, above all where a number of elements has more than 64 bits
+        raise InputError(f"{place}: expected a shape that torch can make, got {error}") from None
+    return dims
+
+
+def _check_memory(place: str, tensors: Tensors, device: str) -> None:
+    needed = sum(t.numel() * t.itemsize for t in tensors.values() if t is not None)
+    free = _free_bytes(device)
+    if free is not None and needed > free:
+        raise InputError(
+            f"{place}: expected operands of at most {free / 1e9:,.1f} GB, which are free on {device}, "
+            f"got {needed / 1e9:,.1f} GB of them"
+        )
+
+
+def _free_bytes(device: str) -> int | None:
+    """None where the system does not tell."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    memory = Path("/proc/meminfo")
+    lines = memory.read_text().splitlines() if memory.exists() else []
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None
+
+
+# ---- what it is called with
+
+
+class Operand(NamedTuple):
+    """An argument or an output."""
+
+    name: str
+    axes: tuple[str, ...]  # by letters: "B", "2 F"; a number where none fits
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    gradient: bool  # of an argument
+
+
+class Description(NamedTuple):
+    arguments: tuple[Operand, ...]
+    options: dict[str, Any]  # what is passed beside, arguments that are None among them
+    outputs: tuple[Operand, ...]
+
+    def axes(self, name: str) -> tuple[str, ...]:
+        """Those of "q", "output 0" or "gradient of q"; none of a name that is unknown."""
+        operands = {o.name: o.axes for o in (*self.arguments, *self.outputs)}
+        return operands.get(name.removeprefix("gradient of "), ())
+
+    def text(self) -> str:
+        """A line for each operand, in columns; one for the options."""
+        rows = [
+            (
+                o.name,
+                f"({', '.join(o.axes)})",
+                f"({', '.join(map(str, o.shape))})",
+                str(o.dtype).removeprefix("torch."),
+                "gradient" if o.gradient else "",
+            )
+            for o in (*self.arguments, *self.outputs)
+        ]
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        lines = [
+            "  ".join(f"{cell:{n}}" for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows
+        ]
+        if self.options:
+            options = " ".join(f"{name}={value!r}" for name, value in self.options.items())
+            lines.insert(len(self.arguments), f"{'options':{widths[0]}}  {options}")
+        return "\n".join(lines)
+
+
+def describe(case: Case, dims: Dims, dtype: torch.dtype) -> Description:
+    """The arguments, options and outputs of the registry's Case at a shape that check_dims has taken."""
+    known = [letter for letter in letters(case) if letter in dims]
+    shapes = [dims, *({letter: SIZES[letter][i] for letter in known} for i in range(3))]
+    calls = [case.inputs(shape, dtype, "meta") for shape in shapes]
+    with symbolic.patch(
+        meta_nonzero_assume_all_nonzero=True
+    ):  # a loop over experts asks which rows are theirs
+        results = [run(case.eager, case, tensors) for tensors in calls]
+
+    absent = {name: None for name, t in calls[0].items() if t is None}
+    wanted = leaves(case, calls[0])
+    return Description(
+        tuple(
+            _operand(n, [tensor(c, n) for c in calls], shapes, n in wanted)
+            for n in calls[0]
+            if n not in absent
+        ),
+        absent | case.options,
+        tuple(_operand(n, [r[n] for r in results], shapes, False) for n in results[0]),
+    )
+
+
+def _operand(name: str, found: list[Tensor], shapes: list[Dims], gradient: bool) -> Operand:
+    """found: the tensor at each of the shapes."""
+    axes = tuple(_axis(lengths, shapes) for lengths in zip(*(t.shape for t in found), strict=True))
+    return Operand(name, axes, tuple(found[0].shape), found[0].dtype, gradient)
+
+
+FORMS = {  # of a letter, or of a product of two or three: (times, plus, over), rounded up
+    "{}": (1, 0, 1),
+    "2 {}": (2, 0, 1),
+    "{} + 1": (1, 1, 1),
+    "{} + 2": (1, 2, 1),
+    "2 {} + 1": (2, 1, 1),
+    "{} / 2": (1, 0, 2),
+    **{f"{{}} / {n}": (1, 0, n) for n in (32, 64, 64 * 128, 64 * 256)},  # 4-bit blocks, and blocks of these
+}
+
+
+def _axis(lengths: tuple[int, ...], shapes: list[Dims]) -> str:
+    """The form of letters that gives the length at each shape; where none does, the length at the first."""
+    if len(set(lengths)) > 1:
+        for chosen in (c for n in (1, 2, 3) for c in combinations(shapes[0], n)):
+            products = [prod(dims[letter] for letter in chosen) for dims in shapes]
+            for form, (times, plus, over) in FORMS.items():
+                if all(-(-(times * p + plus) // over) == n for p, n in zip(products, lengths, strict=True)):
+                    return form.format(" ".join(chosen))
+    return str(lengths[0])
