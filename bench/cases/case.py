@@ -257,7 +257,9 @@ def _outputs(returned: Any, count: int) -> list[Tensor | str]:
 
 
 def _kind(returned: Any) -> str:
-    return "None" if returned is None else f"a {type(returned).__name__}"
+    if returned is None:
+        return "None"
+    return "a tensor" if isinstance(returned, Tensor) else f"a {type(returned).__name__}"
 
 
 def _gradients(

@@ -73,10 +73,11 @@ def with_4bit_experts(op: Callable[..., Any]) -> Callable[..., Any]:
 
     def mlp(x: Tensor, **tensors: Any) -> Tensor:
         E, C, F_ = tensors["gate_up_a"].shape[0], x.shape[1], tensors["down_a"].shape[2]
+        experts = {}
         for name, shape in (("gate_up", (E, 2 * F_, C)), ("down", (E, C, F_))):
             parts = {part: tensors.pop(f"{name}_{part}") for part in FOUR_BIT}
-            tensors[name] = NF4Weight(shape=shape, dtype=x.dtype, **parts)
-        return op(x, **tensors)
+            experts[name] = NF4Weight(shape=shape, dtype=x.dtype, **parts)
+        return op(x, **experts, **tensors)
 
     return mlp
 

@@ -90,7 +90,12 @@ _CASE = Case(
 CASES = (
     replace(_CASE, bench=_BENCH, configurations=_TILES),
     replace(_CASE, family="interleaved", options={"interleaved": True}, configurations=_TILES[:1]),
-    replace(_CASE, family="partial", shapes=({"B": 2, "T": 5, "H": 3, "G": 1, "D": 34, "rotary": 10},)),
+    replace(
+        _CASE,
+        family="partial",
+        shapes=({"B": 2, "T": 5, "H": 3, "G": 1, "D": 34, "rotary": 10},),
+        empty=({"B": 2, "T": 0, "H": 2, "G": 1, "D": 8, "rotary": 4},),
+    ),
     replace(
         _CASE,
         family="packed",

@@ -117,6 +117,7 @@ CASES = (
         fixed=("hidden", "weight"),
         reads_values=False,
         work=_likeliest_work,
+        formula="2TCV operations; no backward",
         shapes=LOGPROB_SHAPES[1:],
         empty=({"T": 0, "C": 8, "V": 16},),
     ),
