@@ -39,6 +39,7 @@ def _inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
     rotary = dims[turned]
     if rotary % 2:
         raise ValueError(f"{turned}: expected an even size, got {rotary}")
+
     lead = (dims["B"], t) if "B" in dims else (t,)  # without a batch: packed rows, each with its own position
     places = 2 * t + 1 if "B" not in dims else t
     angle = torch.arange(places, device=device)[:, None] / 100.0 ** torch.linspace(

@@ -11,7 +11,8 @@ from burnish.bench.cases import registry, shapes
 from burnish.bench.cases.case import Case, Dims, label, leaves, make_inputs, run
 from burnish.bench.cases.divergence import token_divergence_eager
 from burnish.bench.cases.registry import CASES
-from burnish.bench.cases.shapes import check_dims, describe, letters
+from burnish.bench.cases.shapes import describe, letters
+from burnish.bench.ops.shapes import check_dims
 from burnish.model.errors import InputError
 from torch.fx.experimental import _config as meta
 
@@ -220,7 +221,9 @@ def test_what_does_not_fit_is_refused_before_it_is_made(monkeypatch):
     sentence = "expected operands of at most 5.0 GB, which are free on cuda, got 8.6 GB of them"
     with pytest.raises(InputError, match=re.escape(sentence)):
         check_dims(of("swiglu/elementwise"), large, torch.bfloat16, "cuda")
-    monkeypatch.setattr(shapes, "_free_bytes", lambda device: None)  # a system that does not tell
+    monkeypatch.setattr(
+        "burnish.bench.ops.shapes._free_bytes", lambda device: None
+    )  # a system that does not tell
     check_dims(of("swiglu/elementwise"), large, torch.bfloat16, "cpu")
 
 
@@ -275,7 +278,7 @@ def test_no_two_letters_are_alike():
 
 
 def test_descriptions_of_large_shapes_take_no_memory(monkeypatch):
-    monkeypatch.setattr(shapes, "_free_bytes", lambda device: None)
+    monkeypatch.setattr("burnish.bench.ops.shapes._free_bytes", lambda device: None)
     for case in CASES:
         for dims in case.bench.get("cuda", ())[:1]:
             found = describe(case, check_dims(case, dims, torch.bfloat16, "cpu"), torch.bfloat16)
