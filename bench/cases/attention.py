@@ -5,12 +5,13 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import flash_attention
 from ...kernels.plain.attention import flash_attention_reference
 from ...kernels.records import Rules
-from .case import Case, Dims, Tensors, Work, randn
+from .case import Case, Dims, Tensors, Work, check_most, randn
 
 
 def _eager(
@@ -97,13 +98,15 @@ def _packed_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
 
 def _shared_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
     """A prompt of P tokens and completions of R that continue it; tokens left over are a segment of their own."""
+    check_most(dims, "P", "T")
     T, P, R = dims["T"], dims["P"], dims["R"]
-    ends = [0, *range(P, T + 1, R)]
-    parents = [-1] + [0] * (len(ends) - 2)
-    if ends[-1] < T:
-        ends, parents = [*ends, T], [*parents, -1]
-    cu_seqlens, parent = (torch.tensor(x, dtype=torch.int32, device=device) for x in (ends, parents))
-    return _inputs(dims, dtype, device) | {"cu_seqlens": cu_seqlens, "parents": parent}
+    children, left = divmod(T - P, R)
+    starts = torch.arange(P, T + 1, R, device=device)
+    cu_seqlens = F.pad(starts, (1, 0))
+    parents = F.pad(torch.zeros(children, device=device), (1, 0), value=-1)
+    if left:
+        cu_seqlens, parents = F.pad(cu_seqlens, (0, 1), value=T), F.pad(parents, (0, 1), value=-1)
+    return _inputs(dims, dtype, device) | {"cu_seqlens": cu_seqlens.int(), "parents": parents.int()}
 
 
 def _shared_sinks_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
@@ -174,6 +177,7 @@ _CASE = Case(
     activations=("q", "v"),
     half_scales=(1e-3,),
     check=_fewer_heads,
+    optional={"S": "T"},
 )
 
 CASES = (
@@ -193,6 +197,7 @@ CASES = (
         inputs=_packed_inputs,
         reads_values=True,
         shapes=(_PACKED,),
+        optional={},
         empty=(),
         bench={"cuda": ({"T": 8192, "H": 16, "G": 16, "D": 128},)},
         configurations=_PACKED_TILES,
@@ -203,6 +208,7 @@ CASES = (
         inputs=_shared_inputs,
         reads_values=True,
         shapes=(_SHARED,),
+        optional={},
         empty=(),
         bench={"cuda": ({"T": 10240, "P": 2048, "R": 512, "H": 16, "G": 4, "D": 128},)},
         configurations=_SHARED_TILES,
@@ -215,6 +221,7 @@ CASES = (
         shapes=(
             {"T": 45, "P": 37, "R": 4, "H": 1, "G": 1, "D": 16},
         ),  # its first keys are in no child's window
+        optional={},
         empty=(),
         options={"window": 5, "softcap": 5.0, "return_lse": True},
         half_scales=(),

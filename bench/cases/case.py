@@ -68,6 +68,12 @@ def randn(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
     return torch.randn(shape, dtype=dtype, device=device)
 
 
+def check_most(dims: Dims, letter: str, most: str) -> None:
+    """Raises ValueError for a size above another letter's."""
+    if dims[letter] > dims[most]:
+        raise ValueError(f"{letter}: expected at most {most}={dims[most]}, got {dims[letter]}")
+
+
 def taken(named: dict[str, Any], prefix: str) -> dict[str, Any]:
     """Take out of `named` what begins with the prefix: {"teacher_bias": b} gives {"bias": b}."""
     return {n.removeprefix(prefix): named.pop(n) for n in list(named) if n.startswith(prefix)}
@@ -178,7 +184,8 @@ def _place(before: str, at: list[str], axes: tuple[str, ...]) -> str:
         return ""
     if len(axes) != len(at):
         return f"{before}[{', '.join(at)}]"
-    return before + " ".join(f"{axis.replace(' ', '')}={i}" for axis, i in zip(axes, at, strict=True))
+    names = [f"axis{n}" if axis.isdigit() else axis.replace(" ", "") for n, axis in enumerate(axes)]
+    return before + " ".join(f"{name}={i}" for name, i in zip(names, at, strict=True))
 
 
 def verdicts(
@@ -250,7 +257,9 @@ def _outputs(returned: Any, count: int) -> list[Tensor | str]:
 
 
 def _kind(returned: Any) -> str:
-    return "None" if returned is None else f"a {type(returned).__name__}"
+    if returned is None:
+        return "None"
+    return "a tensor" if isinstance(returned, Tensor) else f"a {type(returned).__name__}"
 
 
 def _gradients(

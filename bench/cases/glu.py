@@ -25,7 +25,7 @@ def clamped_swiglu_eager(gate: Tensor, up: Tensor, alpha: float = 1.702, limit: 
 
 
 def _inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
-    shape = tuple(dims.values())
+    shape = dims["B"], dims["T"], dims["F"]
     return {"gate": randn(shape, dtype, device), "up": randn(shape, dtype, device)}
 
 

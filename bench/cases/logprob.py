@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.head import logprob
-from .case import Case, Dims, Tensors, Work, randn
+from .case import Case, Dims, Tensors, Work, check_most, randn
 
 
 def head_logits(
@@ -108,6 +108,7 @@ def _features(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
 
 def _support(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
     """Rows keep 1 to K ids, their target among them."""
+    check_most(dims, "K", "V")
     tensors = _inputs(dims, dtype, device)
     T, V, K = dims["T"], dims["V"], dims["K"]
     ids = torch.rand(T, V, device=device).argsort(-1)[:, :K].int()

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...kernels import NF4Weight, moe_mlp, nf4
 from ...kernels._chip import autocast_dtype
 from ...kernels.plain.moe import moe_mlp_reference
-from .case import Case, Dims, Tensors, Work, randn, taken, tensor
+from .case import Case, Dims, Tensors, Work, check_most, randn, taken, tensor
 from .glu import clamped_swiglu_eager, swiglu_eager
 from .nf4 import FOUR_BIT
 
@@ -73,16 +73,18 @@ def with_4bit_experts(op: Callable[..., Any]) -> Callable[..., Any]:
 
     def mlp(x: Tensor, **tensors: Any) -> Tensor:
         E, C, F_ = tensors["gate_up_a"].shape[0], x.shape[1], tensors["down_a"].shape[2]
+        experts = {}
         for name, shape in (("gate_up", (E, 2 * F_, C)), ("down", (E, C, F_))):
             parts = {part: tensors.pop(f"{name}_{part}") for part in FOUR_BIT}
-            tensors[name] = NF4Weight(shape=shape, dtype=x.dtype, **parts)
-        return op(x, **tensors)
+            experts[name] = NF4Weight(shape=shape, dtype=x.dtype, **parts)
+        return op(x, **experts, **tensors)
 
     return mlp
 
 
 def _inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
     """The last expert is empty where there are several."""
+    check_most(dims, "K", "E")
     T, C, F_, E, K = (dims[letter] for letter in "TCFEK")
     logits = torch.randn(T, E, dtype=torch.promote_types(dtype, torch.float32), device=device)
     logits[:, -1] -= 100.0 * (E > K)

@@ -58,6 +58,9 @@ def absmax_alone(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def four_bit_tensors(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
+    """Raises ValueError for an odd number of weights: packed two in a byte, they do not tell F."""
+    if dims["F"] * dims["C"] % 2:
+        raise ValueError(f"C, F: expected an even number of weights, got C F = {dims['C'] * dims['F']}")
     weight = torch.randn(dims["F"], dims["C"], device=device) * dims["C"] ** -0.5
     return dict(zip(FOUR_BIT, nf4.quantize_nf4_reference(weight).tensors(), strict=True))
 

@@ -22,13 +22,18 @@ def _add_rms_norm_eager(
     return _rms_norm_eager(total, weight, eps, unit_offset=unit_offset), total
 
 
+def _shape(dims: Dims) -> tuple[int, ...]:
+    """(B, T, C) or (B, T, H, D): the last is normalised."""
+    return tuple(dims[letter] for letter in "BTHDC" if letter in dims)
+
+
 def _inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
-    shape = tuple(dims.values())  # the last letter is the normalised dimension
+    shape = _shape(dims)
     return {"x": randn(shape, dtype, device), "weight": randn(shape[-1:], dtype, device)}
 
 
 def _add_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
-    shape = tuple(dims.values())
+    shape = _shape(dims)
     residual = randn(shape, dtype, device)
     return {
         "x": randn(shape, dtype, device),
@@ -38,13 +43,13 @@ def _add_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
 
 
 def _work(dims: Dims, size: int) -> tuple[Work, Work]:
-    *lead, n = dims.values()
+    *lead, n = _shape(dims)
     rn = prod(lead) * n
     return Work(5 * rn, (2 * rn + n) * size), Work(10 * rn, (3 * rn + 2 * n) * size)
 
 
 def _add_work(dims: Dims, size: int) -> tuple[Work, Work]:
-    *lead, n = dims.values()
+    *lead, n = _shape(dims)
     rn = prod(lead) * n
     return Work(6 * rn, (4 * rn + n) * size), Work(11 * rn, (4 * rn + 2 * n) * size)
 

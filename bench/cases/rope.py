@@ -35,7 +35,11 @@ def _eager(
 
 
 def _inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
-    t, rotary = dims["T"], dims.get("rotary", dims["D"])
+    t, turned = dims["T"], "rotary" if "rotary" in dims else "D"
+    rotary = dims[turned]
+    if rotary % 2:
+        raise ValueError(f"{turned}: expected an even size, got {rotary}")
+
     lead = (dims["B"], t) if "B" in dims else (t,)  # without a batch: packed rows, each with its own position
     places = 2 * t + 1 if "B" not in dims else t
     angle = torch.arange(places, device=device)[:, None] / 100.0 ** torch.linspace(
@@ -87,7 +91,12 @@ _CASE = Case(
 CASES = (
     replace(_CASE, bench=_BENCH, configurations=_TILES),
     replace(_CASE, family="interleaved", options={"interleaved": True}, configurations=_TILES[:1]),
-    replace(_CASE, family="partial", shapes=({"B": 2, "T": 5, "H": 3, "G": 1, "D": 34, "rotary": 10},)),
+    replace(
+        _CASE,
+        family="partial",
+        shapes=({"B": 2, "T": 5, "H": 3, "G": 1, "D": 34, "rotary": 10},),
+        empty=({"B": 2, "T": 0, "H": 2, "G": 1, "D": 8, "rotary": 4},),
+    ),
     replace(
         _CASE,
         family="packed",
