@@ -8,7 +8,8 @@ import torch
 
 from ...model.errors import InputError, shown
 from ..cases.case import Case, Dims
-from ..cases.shapes import check_dims, letters
+from ..cases.shapes import letters
+from .shapes import check_dims
 
 
 def chosen(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
