@@ -335,6 +335,7 @@ def test_what_is_right_is_not_found():
     text = """
 `burnish.algorithms.verifiers:gsm8k`, `burnish.model.checkpoint.stream_weights`, `burnish sft`, `burnish COMMAND`
 `algorithms/dpo.py`, `objectives/policy.py`, `checkpoint.py`, `tests/faults/kernels/<file>.toml`, `kernels/`
+    `FILE.py:NAME`
 [a section](docs/gpu.md#versions), [elsewhere](https://example.org/docs/x.md#y), RUN/model/config.json
 
     from burnish.kernels import (rms_norm, swiglu as glu)  # both
@@ -343,7 +344,9 @@ def test_what_is_right_is_not_found():
     python -m burnish.bench --peers
     python -m my_adapter.py:adapter
 """
-    text += "`_chip`, `_op.make_op`, `test_names.py`, `test_one_level_of_rooms`, `a_b`, `bench/cases/<file>.py`, `FILE.py:NAME`"
+    text += (
+        "`_chip`, `_op.make_op`, `test_names.py`, `test_one_level_of_rooms`, `a_b`, `bench/cases/<file>.py`"
+    )
     assert not wrong_names(text) and not wrong_paths(text) and not wrong_words(text)
     assert not wrong_places(
         "`rms_norm`, `add_rms_norm` (`kernels/norm.py`)\n| `packed.py` | `pack`: sequences |"
