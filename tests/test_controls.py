@@ -78,3 +78,9 @@ def test_a_faithful_copy_passes(file: str, device: str, copy_of: Callable[..., M
     for fault in places.values():
         case = case_of(fault, copy_of, planted=False)
         assert_accurate(case, make_inputs(case, case.shapes[fault.shape], torch.float32, device, fault.scale))
+
+
+def test_every_case_and_shape_is_there():
+    """On every path, also that of the faults which this run does not plant."""
+    shapes = {case.name: len(case.shapes) for case in CASES}
+    assert [fault.id for fault in FAULTS if not 0 <= fault.shape < shapes.get(fault.case, 0)] == []

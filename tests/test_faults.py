@@ -48,6 +48,11 @@ def test_every_check_has_a_fault_and_every_fault_its_check():
     assert loose_ends(FAULTS, controls_in()) == []
 
 
+def test_every_test_file_with_checks_plants_their_faults():
+    for file in {place.partition(":")[0] for place in controls_in()}:
+        assert "faults_of(__file__)" in (TESTS / f"{file}.py").read_text(), file
+
+
 # ---- tables that are refused
 
 TEXTS = 'name = "a", old = "x", new = "y"'

@@ -4,7 +4,7 @@ A table is tests/faults/<file>.toml for the text of <file>.py: tests/faults/kern
 
     faults = [
         { name = "eps dropped", old = "/ N + eps", new = "/ N", case = "rms_norm/hidden", scale = 1e-3 },
-        { name = "rsLoRA as LoRA", old = "sqrt(rank)", new = "rank", check = "test_adapter:logits_are_those_of_peft" },
+        { name = "one row too many", old = ">= rows:", new = "> rows:", check = "test_ids:finds_each" },
     ]
 
 A fault replaces `old`, which must stand in the file exactly once, by `new`. Where it names a `function` of the file, as
@@ -51,7 +51,7 @@ class Fault(NamedTuple):
 
     @property
     def control(self) -> str:
-        """The check with the folder of tests/ in which its file stands: "model/test_adapter:disabled_is_the_base"."""
+        """The check with the folder of tests/ in which its file stands: "algorithms/test_ids:finds_each"."""
         return f"{self.file.partition('/')[0]}/{self.check}"
 
 
