@@ -5,10 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-import faults
 import numpy
 import pytest
 import torch
+from faults import Fault
+from planted import copies
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -69,9 +70,13 @@ def shared_data() -> Path:
 
 @pytest.fixture
 def copy_of(tmp_path: Path) -> Callable[..., ModuleType]:
-    """copy_of(file, old, new, top): the module `top`, the file itself unless named, that sees `file` with a fault."""
+    """copy_of(file, fault, top): the module `top` of kernels/, the file itself unless named, that sees the fault.
 
-    def copy(file: str, old: str = "", new: str = "", top: str = "") -> ModuleType:
-        return faults.plant(file, old, new, top or file, tmp_path)
+    The file is one of kernels/: "norm", or "kernels/norm" as a fault has it.
+    """
+
+    def copy(file: str, fault: Fault | None = None, top: str = "") -> ModuleType:
+        file = file.removeprefix("kernels/")
+        return copies(file, top or file, tmp_path, fault)
 
     return copy

@@ -334,7 +334,8 @@ def test_a_word_of_no_file_is_found(text):
 def test_what_is_right_is_not_found():
     text = """
 `burnish.algorithms.verifiers:gsm8k`, `burnish.model.checkpoint.stream_weights`, `burnish sft`, `burnish COMMAND`
-`algorithms/dpo.py`, `objectives/policy.py`, `checkpoint.py`, `tests/faults/<file>.toml`, `FILE.py:NAME`, `kernels/`
+`algorithms/dpo.py`, `objectives/policy.py`, `checkpoint.py`, `tests/faults/kernels/<file>.toml`, `kernels/`
+`FILE.py:NAME`
 [a section](docs/gpu.md#versions), [elsewhere](https://example.org/docs/x.md#y), RUN/model/config.json
 
     from burnish.kernels import (rms_norm, swiglu as glu)  # both

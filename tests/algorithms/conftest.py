@@ -20,6 +20,7 @@ from burnish.model.checkpoint import save_model
 from burnish.model.config import ModelConfig
 from burnish.model.text.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
+from controlled import Place
 
 
 @pytest.fixture
@@ -95,6 +96,14 @@ def pairs(tmp_path: Path) -> Path:
         wrong = re.sub(r"\d", "+", row["completion"]) * (2 if i % 4 == 0 else 1)
         rows.append({"prompt": row["prompt"], "chosen": row["completion"], "rejected": wrong})
     return write_rows(tmp_path / "pairs.jsonl", rows)
+
+
+@pytest.fixture
+def place(model_folder: Path, pairs: Path, tmp_path: Path) -> Place:
+    """A model, 12 pairs and a folder for the output: what the checks of planted faults use."""
+    rows = pairs.read_text().splitlines(keepends=True)[:12]
+    pairs.write_text("".join(rows))
+    return Place(model_folder, pairs, tmp_path / "out")
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:

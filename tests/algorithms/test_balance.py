@@ -16,6 +16,7 @@ from burnish.model.moe import pooled_balance
 from burnish.model.packed import pack
 from burnish.model.text.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
+from faults import check_of, control, faults_of
 from planted import plant
 
 TRAINERS = {m.__name__.rpartition(".")[2]: m for m in (sft, dpo, reward, kto, grpo, ppo, distill)}
@@ -76,6 +77,7 @@ def step_of(name, module, place, **more):
     return found, json.loads((output / "metrics.jsonl").read_text())
 
 
+@control
 def adds_its_balance(name, module, place):
     """The coefficient's share of the routers' gradients, in proportion, and no other's."""
     runs = [step_of(name, module, place, router_aux_loss_coef=c) for c in (0.0, 1.0, 2.0)]
@@ -99,9 +101,10 @@ def test_every_trainer_adds_it(place, name):
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_the_check_can_fail(place, name, monkeypatch):
-    plant(learner.Learner.backward, "loss + self.balance.loss(", "loss + 0 * self.balance.loss(", monkeypatch)
+    (fault,) = faults_of(__file__)
+    plant(fault, monkeypatch)
     with pytest.raises(AssertionError):
-        adds_its_balance(name, TRAINERS[name], place)
+        check_of(fault)(name, TRAINERS[name], place)
 
 
 @pytest.mark.parametrize(

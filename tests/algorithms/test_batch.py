@@ -10,6 +10,7 @@ from burnish.algorithms.run import batch
 from burnish.algorithms.run.batch import Completion, Family
 from burnish.model.config import ModelConfig
 from burnish.model.transformer import Transformer
+from faults import Fault, check_of, control, faults_of
 from planted import copy_of
 
 
@@ -87,6 +88,7 @@ def is_what_was_put_in(one: batch.Batch, items: list[Family]) -> None:
     assert len(tokens) == of_token + sum(len(items[i].prompt) for i in roots)
 
 
+@control
 def whole_items_are_packed(module: ModuleType) -> None:
     for seed in range(6):
         items = families(seed)
@@ -113,6 +115,7 @@ def counted(batches: batch.Batches, items: list[Family], needed: list[bool]) -> 
     )
 
 
+@control
 def split_items_are_packed(module: ModuleType) -> None:
     for seed in range(6):
         items = families(seed)
@@ -207,6 +210,7 @@ def gradients(model: Transformer, batches: batch.Batches) -> tuple[float, list[t
     return loss, [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
+@control
 def splitting_changes_no_gradient(module: ModuleType, model: Transformer) -> None:
     items = [scored(item) for item in families(4)]
     needed = torch.ones(len(places(items)), dtype=torch.bool)
@@ -253,51 +257,33 @@ def test_a_pass_without_a_gradient_holds_few_batches_at_a_time(model, most_packe
 
 # ---- planted faults
 
-FAULTS = {
-    "the prompt trained": ("[False] * len(prompt)", "[True] * len(prompt)", whole_items_are_packed),
-    "one before the last": (
-        "last.append(len(trained) - 1)",
-        "last.append(len(trained) - 2)",
-        whole_items_are_packed,
-    ),
-    "no prompt before it": ("parents.append(parent)", "parents.append(-1)", whole_items_are_packed),
-    "untrained tokens counted": (
-        "self._indices([self.counts[number] for",
-        "self._indices([len(self._completions[number].tokens) for",
-        whole_items_are_packed,
-    ),
-    "positions of the batch": (
-        "torch.arange(self._starts[n], self._starts[n + 1])",
-        "torch.arange(self._starts[n + 1] - self._starts[n])",
-        whole_items_are_packed,
-    ),
-    "equal shares": ("sum(sizes[i] for i in members) / total", "1 / len(sizes)", whole_items_are_packed),
-    "never full": ("room -= need", "room -= 0", split_items_are_packed),
-    "a prompt is free": ("if parent is None else 0)\n", "if parent == 0 else 0)\n", split_items_are_packed),
-    "all are needed": ("if not needed[number]:", "if False:", split_items_are_packed),
-    "shares of all": ("n / num_trained) for", "n / sum(step.counts)) for", split_items_are_packed),
-}
+FAULTS = faults_of(__file__)
+FILE = "algorithms/run/batch"
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_caught(tmp_path, monkeypatch, name):
-    old, new, check = FAULTS[name]
-    module = copy_of(batch, tmp_path, monkeypatch, old, new)
+def is_of_the_gradient(fault: Fault) -> bool:
+    return check_of(fault) is splitting_changes_no_gradient
+
+
+@pytest.mark.parametrize(
+    "fault", [fault for fault in FAULTS if not is_of_the_gradient(fault)], ids=lambda fault: fault.id
+)
+def test_a_planted_fault_is_caught(fault, tmp_path, monkeypatch):
+    module = copy_of(FILE, tmp_path, monkeypatch, fault)
     with pytest.raises((AssertionError, ValueError, RuntimeError)):
-        check(module)
+        check_of(fault)(module)
 
 
-def test_a_planted_fault_of_the_gradient_is_caught(tmp_path, monkeypatch, model):
+@pytest.mark.parametrize("fault", [*filter(is_of_the_gradient, FAULTS)], ids=lambda fault: fault.id)
+def test_a_planted_fault_of_the_gradient_is_caught(fault, tmp_path, monkeypatch, model):
     """A completion that goes on in the next micro-batch without its prompt."""
-    old = "prompt, parent = self._items[part.member].prompt, -1"
-    new = old.replace(", -1", "[: 99 * (part.numbers[0] in self._first)], -1")
-    module = copy_of(batch, tmp_path, monkeypatch, old, new)
+    module = copy_of(FILE, tmp_path, monkeypatch, fault)
     with pytest.raises((AssertionError, ValueError)):
-        splitting_changes_no_gradient(module, model)
+        check_of(fault)(module, model)
 
 
 def test_a_faithful_copy_passes(tmp_path, monkeypatch, model):
-    module = copy_of(batch, tmp_path, monkeypatch)
+    module = copy_of(FILE, tmp_path, monkeypatch)
     whole_items_are_packed(module)
     split_items_are_packed(module)
     splitting_changes_no_gradient(module, model)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from burnish.algorithms.data import rows
 from burnish.algorithms.data.examples import rl_prompts, sft_examples
 from burnish.algorithms.data.pairs import judged_completions, preferences
 from burnish.algorithms.data.parquet_footer import read_footer
@@ -17,6 +16,7 @@ from burnish.algorithms.data.row import Row
 from burnish.algorithms.data.rows import read_rows
 from burnish.model.errors import InputError
 from burnish.model.text.tokenizer import Tokenizer
+from faults import check_of, control, faults_of
 from fork import in_a_fork
 from planted import copy_of
 
@@ -336,6 +336,7 @@ def test_a_prompt_of_no_text_is_named(tmp_path, model_folder):
 # ---- planted faults
 
 
+@control
 def broken_files_are_named(module, folder: Path) -> None:
     """Those of each kind that a planted fault below lets pass."""
     bomb = write(folder, "bomb.jsonl.gz", packed(b'{"a":"' + b"0" * 100_000 + b'"}\n', 400))
@@ -351,23 +352,18 @@ def broken_files_are_named(module, folder: Path) -> None:
         assert message in found and "expected a refusal" not in found, f"expected {message}, got {found}"
 
 
-FAULTS = {
-    "no bound": ("if self.found > FREE_BYTES", "if False and self.found > FREE_BYTES"),
-    "another exception of gzip": ("(EOFError, zlib.error, gzip.BadGzipFile)", "(EOFError, gzip.BadGzipFile)"),
-    "another reader": ("value = parse_json(line, where)", "value = __import__('json').loads(line)"),
-    "no line": ("not UTF-8 text: line {number}: {error}", "not UTF-8 text: {error}"),
-}
+FILE = "algorithms/data/rows"
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_caught(tmp_path, monkeypatch, name):
-    module = copy_of(rows, tmp_path, monkeypatch, *FAULTS[name])
+@pytest.mark.parametrize("fault", faults_of(__file__), ids=lambda fault: fault.id)
+def test_a_planted_fault_is_caught(fault, tmp_path, monkeypatch):
+    module = copy_of(FILE, tmp_path, monkeypatch, fault)
     with pytest.raises(AssertionError, match="expected"):
-        broken_files_are_named(module, tmp_path)
+        check_of(fault)(module, tmp_path)
 
 
 def test_a_faithful_copy_passes(tmp_path, monkeypatch):
-    broken_files_are_named(copy_of(rows, tmp_path, monkeypatch), tmp_path)
+    broken_files_are_named(copy_of(FILE, tmp_path, monkeypatch), tmp_path)
 
 
 def test_a_row_is_small():

@@ -17,6 +17,7 @@ from burnish.algorithms.run.flags import CHECKPOINT, check_flags
 from burnish.algorithms.run.optimizer import make_optimizer
 from burnish.model.errors import InputError
 from burnish.model.text.tokenizer import Tokenizer
+from faults import check_of, control, faults_of
 from planted import copy_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -403,18 +404,8 @@ def test_a_folder_in_use_is_named(run, tmp_path):
 
 # ---- planted faults
 
-FAULTS = {
-    "not finite": ("if not found.isfinite().all():", "if False:"),
-    "below": ("if (found < self.at_least).any():", "if False:"),
-    "any dtype": ("[found.dtype, found.shape] != [place.dtype, place.shape]", "found.shape != place.shape"),
-    "any shape": ("[found.dtype, found.shape] != [place.dtype, place.shape]", "found.dtype != place.dtype"),
-    "any count": ("if len(stored) != values.pop(COUNT, len(stored)):", "if values.pop(COUNT, 0) < 0:"),
-    "any file": ("if others != expected:", "if False:"),
-    "any rows": ("if starts.get(name, 0) != rows:", "if False:"),
-    "any number": ("if not is_number or not least <= value", "if False and not least <= value"),
-}
 
-
+@control
 def every_broken_checkpoint_is_named(module, file: Path) -> None:
     whole = file.read_bytes()
     for name, (edit, message) in CHECKPOINTS.items():
@@ -427,17 +418,22 @@ def every_broken_checkpoint_is_named(module, file: Path) -> None:
         assert message in found, f"{name}: expected {message}, got {found}"
 
 
+FILE = "algorithms/run/checkpoint"
 QUICK = ("any file", "not finite")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in FAULTS]
+    "fault",
+    [
+        pytest.param(fault, id=fault.id, marks=[] if fault.name in QUICK else pytest.mark.slow)
+        for fault in faults_of(__file__)
+    ],
 )
-def test_a_planted_fault_is_caught(checkpoint, tmp_path, monkeypatch, name):
-    module = copy_of(checkpoint_file, tmp_path, monkeypatch, *FAULTS[name])
+def test_a_planted_fault_is_caught(fault, checkpoint, tmp_path, monkeypatch):
+    module = copy_of(FILE, tmp_path, monkeypatch, fault)
     with pytest.raises(AssertionError, match="expected"):
-        every_broken_checkpoint_is_named(module, checkpoint)
+        check_of(fault)(module, checkpoint)
 
 
 def test_a_faithful_copy_passes(checkpoint, tmp_path, monkeypatch):
-    every_broken_checkpoint_is_named(copy_of(checkpoint_file, tmp_path, monkeypatch), checkpoint)
+    every_broken_checkpoint_is_named(copy_of(FILE, tmp_path, monkeypatch), checkpoint)

@@ -2,14 +2,12 @@
 
 import dataclasses
 import importlib
-import inspect
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import pytest
 from burnish.algorithms.__main__ import COMMANDS, main
-from burnish.algorithms.run import flags
 from burnish.algorithms.run.flags import (
     Bounds,
     DropoutFlags,
@@ -23,6 +21,8 @@ from burnish.algorithms.run.flags import (
     helps,
 )
 from burnish.model.errors import InputError
+from faults import check_of, control, faults_of
+from planted import plant
 
 NAN, INF = float("nan"), float("inf")
 MODULES = {name: module for name, (module, _, _) in COMMANDS.items() if name != "bench"}  # it has its own
@@ -170,22 +170,28 @@ def test_a_number_without_bounds_is_found():
     assert without_bounds(Boundless) == {"free", "several", "maybe"}
 
 
-def test_a_class_that_overrides_a_bound_is_seen():
-    """In whichever class of a Config's line it stands: the one that is named last counts."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wider(SupervisedFlags):
+    steps: Annotated[int, Bounds(0)] = 5  # none, too
 
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Wider(SupervisedFlags):
-        steps: Annotated[int, Bounds(0)] = 5  # none, too
 
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Below(Wider):
-        steps: int = 6
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Below(Wider):
+    steps: int = 6
 
+
+@control
+def the_class_that_is_named_last_counts() -> None:
     assert bounds(Below)["steps"] == Bounds(0) != bounds(TrainingFlags)["steps"]
+
+
+def test_a_class_that_overrides_a_bound_is_seen(monkeypatch):
+    """In whichever class of a Config's line it stands: the one that is named last counts."""
+    the_class_that_is_named_last_counts()
     assert helps(Below)["steps"] == "none, too"
 
-    source = inspect.getsource(bounds)
-    assert source.count("reversed(config.__mro__)") == 1, "plant this control anew"
-    space = dict(vars(flags))
-    exec(source.replace("reversed(config.__mro__)", "config.__mro__"), space)
-    assert space["bounds"](Below)["steps"] == Bounds(1)  # that of the class above all
+    (fault,) = faults_of(__file__)
+    plant(fault, monkeypatch)
+    with pytest.raises(AssertionError):
+        check_of(fault)()
+    assert bounds(Below)["steps"] == Bounds(1)  # that of the class above all

@@ -19,6 +19,8 @@ from burnish.model.generate import generate, stream
 from burnish.model.text.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
 from burnish.model.vocabulary import Vocabulary
+from faults import check_of, control, faults_of
+from planted import copy_of
 
 ROWS = len(VOCABULARY)  # 17
 IMAGE = "<image_soft_token>"  # its id is ROWS
@@ -305,6 +307,7 @@ class Held:
     where: str = "here"
 
 
+@control
 def finds_each(check) -> None:
     """The first id without a row, in any of the sequences, and nothing else."""
     tokenizer = tokenizer_of("<a>", "<b>")  # ids up to 19
@@ -327,23 +330,8 @@ def test_the_check_finds_each():
     finds_each(check_ids)
 
 
-@pytest.mark.parametrize(
-    "old, new",
-    [
-        (">= rows:", "> rows:"),
-        ("for ids in item.sequences", "for ids in item.sequences[:1]"),
-        ("max(ids, default=0)", "(ids[-1] if ids else 0)"),
-        ("tokenizer.vocabulary.end > rows", "tokenizer.vocabulary.end > rows + 3"),
-    ],
-)
-def test_the_check_can_fail(old, new):
-    import inspect
-
-    from burnish.algorithms.run import ids
-
-    source = inspect.getsource(check_ids)
-    assert source.count(old) == 1, "plant this control anew"
-    space = dict(vars(ids))
-    exec(source.replace(old, new), space)
+@pytest.mark.parametrize("fault", faults_of(__file__), ids=lambda fault: fault.id)
+def test_the_check_can_fail(fault, tmp_path, monkeypatch):
+    module = copy_of("algorithms/run/ids", tmp_path, monkeypatch, fault)
     with pytest.raises(AssertionError):
-        finds_each(space["check_ids"])
+        check_of(fault)(module.check_ids)

@@ -1,7 +1,6 @@
 """A Learner beside the same steps written out, and a Run that resumes between its constructor and `with`."""
 
 import dataclasses
-import inspect
 import json
 import math
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from burnish.algorithms.recipes.sums import make_tokenizer
-from burnish.algorithms.run import learner
 from burnish.algorithms.run.flags import CHECKPOINT
 from burnish.algorithms.run.learner import Learner
 from burnish.algorithms.run.loop import Run
@@ -21,6 +19,8 @@ from burnish.model.errors import InputError
 from burnish.model.packed import pack
 from burnish.model.text.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
+from faults import check_of, control, faults_of
+from planted import copy_of
 
 ROWS = 7  # of data that are never read
 
@@ -58,6 +58,7 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 # ---- Learner
 
 
+@control
 def steps_are_those_written_out(cfg: Config, learner_class: Any = Learner) -> None:
     """Two micro-batches a step, three steps: gradients, norm, rate, weights and sums."""
     model, plain = load_model(cfg.model), load_model(cfg.model)
@@ -117,23 +118,11 @@ def test_a_step_that_diverges_moves_nothing(cfg, factor):
     assert same(weights(one.model), before)
 
 
-@pytest.mark.parametrize(
-    "old, new",
-    [
-        ("(loss + self.balance.loss(share)).backward()", "(loss * share).backward()"),
-        ("self._sums.get(name, 0.0) + float(value)", "float(value)"),
-        ("summed(self._sums), {", "summed(self._sums), self._sums or {"),
-        ("cfg.max_grad_norm)", "1e9)"),
-        ("self._cfg.weight_decay, self._eps", "0.0, self._eps"),
-    ],
-)
-def test_a_planted_fault_is_caught(cfg, old, new):
-    source = inspect.getsource(learner)
-    assert source.count(old) == 1, "plant this control anew"
-    space = {**vars(learner)}
-    exec(source.replace(old, new), space)
+@pytest.mark.parametrize("fault", faults_of(__file__), ids=lambda fault: fault.id)
+def test_a_planted_fault_is_caught(fault, cfg, tmp_path, monkeypatch):
+    module = copy_of("algorithms/run/learner", tmp_path, monkeypatch, fault)
     with pytest.raises(AssertionError):
-        steps_are_those_written_out(cfg, space["Learner"])
+        check_of(fault)(cfg, module.Learner)
 
 
 # ---- Run

@@ -1,11 +1,8 @@
 """A template that leaves something out is found, whatever it leaves out, and a template that says all is believed."""
 
-import importlib.util
 import json
 import random
 import re
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -15,6 +12,8 @@ from burnish.algorithms.data.rendering import NotRendered
 from burnish.model.errors import InputError
 from burnish.model.text.template import PLAIN_TEMPLATE
 from burnish.model.text.tokenizer import Tokenizer
+from faults import check_of, control, faults_of
+from planted import copy_of
 from tokenizers import Tokenizer as Backend
 
 TEMPLATE = """\
@@ -233,26 +232,12 @@ def test_what_a_message_says_stands_in_the_text_or_the_row_is_refused(shared_dat
 # ---- planted faults
 
 
-def copy_of(folder: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> ModuleType:
-    source = Path(rendering.__file__).read_text()
-    assert source.count(old) == 1, (
-        f"rendering.py has `{old}` {source.count(old)} times: plant this control anew"
-    )
-    (folder / "control_rendering.py").write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location(
-        "burnish.algorithms.data.control_rendering", folder / "control_rendering.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
-
-
+@control
 def believes(module: ModuleType, make) -> None:
     assert check(make(TEMPLATE), module=module) == (TALK, ((0, 0, 0, 0), 1, ()))
 
 
+@control
 def misses_what_is_taken_out(module: ModuleType, make) -> None:
     for block in outputs()[1:]:
         if "content" in block or "part" in block:
@@ -265,6 +250,7 @@ def misses_what_is_taken_out(module: ModuleType, make) -> None:
         check(make(TEMPLATE.replace("for m in messages", "for m in messages[1:]")), module=module)
 
 
+@control
 def finds_the_form(module: ModuleType, make) -> None:
     printing = make(
         "{% for m in messages %}{{ m.content }}{{ m.tool_calls[0].function.arguments }}{% endfor %}"
@@ -285,6 +271,7 @@ def finds_the_form(module: ModuleType, make) -> None:
     assert message["tool_calls"][0]["function"]["arguments"] == arguments
 
 
+@control
 def the_same_word_elsewhere(module: ModuleType, make) -> None:
     """A tool's name that stands in the conversation anyway."""
     question = {"role": "user", "content": "f a 1 b c d e 2.5 g"}
@@ -293,55 +280,25 @@ def the_same_word_elsewhere(module: ModuleType, make) -> None:
         check(make(TEMPLATE.replace("{{- call.function.name -}}", "")), talk, module)
 
 
+@control
 def misses_words(module: ModuleType, make) -> None:
     """What a template does with one word alone."""
     with pytest.raises(module.NotRendered):
         check(make(TEMPLATE.replace(".items()", ".items() if key != 'b'")), module=module)
 
 
-FAULTS = [
-    (
-        "words kept",
-        "self.replace, self.marks, self.python = replace,",
-        "self.replace, self.marks, self.python = False,",
-        the_same_word_elsewhere,
-    ),
-    ("words believed", "raise NotRendered(wrong[0])\n    return", "pass\n    return", misses_words),
-    ("none may drop", 'turn["role"] != "assistant" or not after', "True", believes),
-    (
-        "all may drop",
-        '"assistant" or not after:\n        return False',
-        '"x":\n        return True',
-        misses_what_is_taken_out,
-    ),
-    ("nothing missing", "if not _is_found(mark, text)]", "if False]", misses_what_is_taken_out),
-    ("calls not looked at", ', "tool_calls", "tool_plan"', ', "tool_plan"', misses_what_is_taken_out),
-    ("Python's notation", "for mark in marker.python if mark.text in text", "for mark in []", finds_the_form),
-    ("null printed", "wrong += _nulls_written(probe, text, render, ask)", "pass", finds_the_form),
-    ("escaped is found", "return not mark.exact and ", "return ", finds_the_form),
-    (
-        "one form",
-        "(range(num_forms(messages, forms)) for forms in FORMS)",
-        "([0] for _ in FORMS)",
-        finds_the_form,
-    ),
-]
+FAULTS = faults_of(__file__)
+FILE = "algorithms/data/rendering"
 
 
-@pytest.mark.parametrize("name, old, new, caught", FAULTS, ids=[fault[0] for fault in FAULTS])
-def test_a_planted_fault_is_caught(tmp_path, monkeypatch, make, name, old, new, caught):
-    module = copy_of(tmp_path, monkeypatch, old, new)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
+def test_a_planted_fault_is_caught(fault, tmp_path, monkeypatch, make):
+    module = copy_of(FILE, tmp_path, monkeypatch, fault)
     with pytest.raises((AssertionError, pytest.fail.Exception, InputError, KeyError)):
-        caught(module, make)
+        check_of(fault)(module, make)
 
 
 def test_a_faithful_copy_passes(tmp_path, monkeypatch, make):
-    module = copy_of(tmp_path, monkeypatch, "CACHED = 1024", "CACHED = 1024")
-    for holds_true in (
-        believes,
-        misses_what_is_taken_out,
-        misses_words,
-        finds_the_form,
-        the_same_word_elsewhere,
-    ):
-        holds_true(module, make)
+    module = copy_of(FILE, tmp_path, monkeypatch)
+    for check in dict.fromkeys(map(check_of, FAULTS)):
+        check(module, make)

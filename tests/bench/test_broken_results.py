@@ -1,14 +1,14 @@
 """A kept file of figures with anything in it is one line that names the file, and status 1."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from burnish.bench import command, record
 from burnish.bench.ops import paths, static, tune
 from burnish.bench.publish import pictures, report
+from burnish.model.errors import InputError
+from faults import check_of, control, faults_of
+from planted import copy_of
 
 RESULT = {
     "machine": {"device": "GPU", "driver": "1"},
@@ -142,24 +142,22 @@ def test_figures_of_r1_are_named(folder, capsys):
         assert "figures.json" in capsys.readouterr().err
 
 
+@control
+def a_missing_key_is_named(module, folder, capsys) -> None:
+    (folder / "bench" / "results" / "gpu-1.json").write_text("{}")
+    with pytest.raises(InputError, match=r"gpu-1\.json"):
+        module.main(module.Config())
+
+
 def test_a_planted_fault_is_caught(folder, tmp_path, monkeypatch, capsys):
     """Without the block that names the file, a missing key is a KeyError."""
-    source = Path(paths.__file__).read_text()
-    old = "with record.reading(path):"
-    assert old in source, "paths.py no longer names its files so: plant this fault anew"
-    copy = tmp_path / "control_paths.py"
-    copy.write_text(source.replace(old, "if True:"))
-    spec = importlib.util.spec_from_file_location("burnish.bench.ops.control_paths", copy)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
+    (fault,) = faults_of(__file__)
+    module = copy_of(fault.file, tmp_path, monkeypatch, fault)
+    module.MODULE = paths.MODULE
     (folder / "bench" / "results" / "gpu-1.json").write_text(
         json.dumps({"machine": {"device": "GPU"}, "date": 1})
     )
-    module.MODULE = paths.MODULE
     module.main(module.Config())
-    (folder / "bench" / "results" / "gpu-1.json").write_text("{}")
     with pytest.raises(KeyError):
-        module.main(module.Config())
-    assert one_line(write_paths, capsys, "gpu-1.json")
+        check_of(fault)(module, folder, capsys)
+    a_missing_key_is_named(paths, folder, capsys)

@@ -1,215 +1,186 @@
-"""Faults in the files of kernels/: their tables, and copies of the files in which one is planted.
+"""Planted faults: the tables that tell them, and what a table is refused for.
 
-A table is tests/faults/<file>.toml for the text of kernels/<file>.py, rooms included (tests/faults/head/topk.toml):
+A table is tests/faults/<file>.toml for the text of <file>.py: tests/faults/kernels/norm.toml for kernels/norm.py.
 
     faults = [
         { name = "eps dropped", old = "/ N + eps", new = "/ N", case = "rms_norm/hidden", scale = 1e-3 },
+        { name = "one row too many", old = ">= rows:", new = "> rows:", check = "test_ids:finds_each" },
     ]
 
-A fault replaces `old`, which must stand in the file exactly once, by `new`; the case, at its `shape` and `scale`, must
-then fail on its `path`: "triton" unless it says "cpu". `\\n` in a text between double quotes is the end of a line.
+A fault replaces `old`, which must stand in the file exactly once, by `new`. Where it names a `function` of the file, as
+"Linear.dropout", the text must stand once in that function, which gets the changed code while it runs. What must then
+fail is one of two things. A `case` of bench/cases fails the accuracy rule of tests/test_controls.py, at its `shape` and
+`scale`. A `check` is a function marked with @control in a test file, which stands in the folder of tests/ that is named
+as the table's first; where it has several things to look at, the fault says which one `on` is. In a file of kernels/
+the `path` is "triton" unless the fault says "cpu". `\\n` in a text between double quotes is the end of a line.
 """
 
 import ast
-import importlib.util
-import sys
 import tomllib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from graphlib import TopologicalSorter
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 TESTS = Path(__file__).resolve().parents[1]
 ROOT = TESTS.parent
-PACKAGE = "burnish.kernels"
-# of a copy's ops: one that is registered anew frees the one that others still call
-NAMESPACE = "burnish_control"
 
 
 class Fault(NamedTuple):
     name: str
     old: str
     new: str
-    case: str
+    function: str = ""  # "" for a fault in a copy of the file
+    case: str = ""
     shape: int = 1  # index into the case's shapes
     scale: float = 1
+    check: str = ""
+    on: str = ""
     path: str = "triton"
-    file: str = ""  # of kernels/, without its ending: where the table stands says it
+    file: str = ""  # below the root, without its ending: where the table stands says it
+
+    @property
+    def place(self) -> str:
+        """The file and, of a fault that is put into a running one, the function."""
+        return f"{self.file}.py, {self.function}" if self.function else f"{self.file}.py"
+
+    @property
+    def id(self) -> str:
+        check = self.check.partition(":")[2]
+        return ": ".join(part for part in (self.file, self.function, check, self.name) if part)
+
+    @property
+    def control(self) -> str:
+        """The check with the folder of tests/ in which its file stands: "algorithms/test_ids:finds_each"."""
+        return f"{self.file.partition('/')[0]}/{self.check}"
+
+
+FIELDS = {field: str for field in Fault._fields if field != "file"} | {"shape": int, "scale": (int, float)}
+OF_A_CASE, OF_A_CHECK = ("shape", "scale"), ("on", "function")
 
 
 # ---- tables
 
 
-def read_faults(folder: Path = TESTS / "faults") -> list[Fault]:
-    """Every fault of every table. Raises ValueError for one that lacks a field or has one too many."""
-    return [fault for path in sorted(folder.rglob("*.toml")) for fault in _read_table(folder, path)]
+@cache
+def read_faults(folder: Path = TESTS / "faults", root: Path = ROOT) -> list[Fault]:
+    """Every fault of every table. Raises ValueError for a table of no file, and for a fault that is not whole."""
+    return [fault for path in sorted(folder.rglob("*.toml")) for fault in _read_table(folder, path, root)]
 
 
-def _read_table(folder: Path, path: Path) -> Iterator[Fault]:
+def faults_of(test_file: str) -> list[Fault]:
+    """The faults whose check stands in a test file, which gives its __file__."""
+    place = Path(test_file).resolve().relative_to(TESTS).with_suffix("").as_posix()
+    return [fault for fault in read_faults() if fault.check and fault.control.partition(":")[0] == place]
+
+
+def _read_table(folder: Path, path: Path, root: Path) -> Iterator[Fault]:
     file = path.relative_to(folder).with_suffix("").as_posix()
-    kinds = {field: str for field in Fault._fields} | {"shape": int, "scale": (int, float)}
-    del kinds["file"]
+    table = f"faults/{file}.toml"
+    if not (root / f"{file}.py").is_file():
+        raise ValueError(f"{table}: expected the table of a file, got no {file}.py")
 
-    for row in tomllib.loads(path.read_text())["faults"]:
-        place = f"faults/{file}.toml: {row.get('name', 'a fault without a name')}"
-        if unknown := [field for field in row if field not in kinds]:
-            raise ValueError(f"{place}: expected no field beside {', '.join(kinds)}, got {unknown[0]}")
-        for field, kind in kinds.items():
-            if field not in row and field not in Fault._field_defaults:
-                raise ValueError(f"{place}: expected the field {field}, got none")
-            if field in row and not isinstance(row[field], kind):
-                raise ValueError(f"{place}: {field}: got {row[field]!r} of another type")
+    content = tomllib.loads(path.read_text())
+    if [*content] != ["faults"] or not isinstance(content["faults"], list) or not content["faults"]:
+        raise ValueError(f"{table}: expected a list of faults alone, got {', '.join(content) or 'nothing'}")
+
+    for row in content["faults"]:
+        where = f"{table}: {row.get('name', 'a fault without a name')}"
+        _check_fields(row, where)
         fault = Fault(**row, file=file)
-        if fault.path not in ("cpu", "triton"):
-            raise ValueError(f'{place}: path: expected "cpu" or "triton", got {fault.path!r}')
+        _check_values(row, fault, where)
         yield fault
 
 
-def planted(source: str, old: str, new: str, file: str) -> str:
-    """The source with the fault in it. Raises ValueError where `old` does not stand there exactly once."""
-    if (count := source.count(old)) != 1:
+def _check_fields(row: dict[str, Any], where: str) -> None:
+    if unknown := [field for field in row if field not in FIELDS]:
+        raise ValueError(f"{where}: expected no field beside {', '.join(FIELDS)}, got {unknown[0]}")
+
+    for field, kind in FIELDS.items():
+        if field not in row and field not in Fault._field_defaults:
+            raise ValueError(f"{where}: expected the field {field}, got none")
+        if field in row and (not isinstance(row[field], kind) or isinstance(row[field], bool)):
+            raise ValueError(f"{where}: {field}: got {row[field]!r} of another type")
+        if row.get(field) == "" and field != "new":
+            raise ValueError(f"{where}: {field}: expected a text, got an empty one")
+
+    given = [field for field in ("case", "check") if field in row]
+    if len(given) != 1:
+        raise ValueError(f"{where}: expected a case or a check, got {' and '.join(given) or 'none'}")
+    for field in OF_A_CHECK if given == ["case"] else OF_A_CASE:
+        if field in row:
+            raise ValueError(f"{where}: expected no {field} beside a {given[0]}, got {row[field]!r}")
+
+
+def _check_values(row: dict[str, Any], fault: Fault, where: str) -> None:
+    in_kernels = fault.file.startswith("kernels/")
+    if fault.path not in ("cpu", "triton"):
+        raise ValueError(f'{where}: path: expected "cpu" or "triton", got {fault.path!r}')
+    for field in ("path", "case"):
+        if field in row and not in_kernels:
+            raise ValueError(f"{where}: expected no {field} outside of kernels/, got {row[field]!r}")
+    if fault.old == fault.new:
+        raise ValueError(f"{where}: expected another text in the place of `{fault.old}`, got the same")
+
+    file, colon, function = fault.check.partition(":")
+    if fault.check and not (colon and file.startswith("test_") and function.isidentifier()):
+        raise ValueError(f'{where}: check: expected "test_<file>:<function>", got {fault.check!r}')
+
+
+# ---- texts
+
+
+def planted(fault: Fault, source: str) -> str:
+    """The source with the fault in it. Raises ValueError where its text does not stand there exactly once."""
+    start, end = _span(fault, source)
+    if (count := source[start:end].count(fault.old)) != 1:
         raise ValueError(
-            f"kernels/{file}.py: expected `{old}` once, got it {count} times: plant the fault anew"
+            f"{fault.place}: {fault.name}: expected `{fault.old}` once, got it {count} times: plant the fault anew"
         )
-    return source.replace(old, new)
+    return source[:start] + source[start:end].replace(fault.old, fault.new) + source[end:]
 
 
-# ---- which files import which
+def _span(fault: Fault, source: str) -> tuple[int, int]:
+    """Where the fault's function begins and ends in the source, or all of it."""
+    if not fault.function:
+        return 0, len(source)
+
+    node: ast.AST = ast.parse(source)
+    for name in fault.function.split("."):
+        children = [n for n in ast.iter_child_nodes(node) if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+        found = [child for child in children if child.name == name]
+        if len(found) != 1:
+            raise ValueError(f"{fault.place}: {fault.name}: expected {name} once, got it {len(found)} times")
+        node = found[0]
+
+    assert isinstance(node, ast.FunctionDef), f"{fault.place}: {fault.name}: expected a function"
+    lines = source.splitlines(keepends=True)
+    return sum(map(len, lines[: node.lineno - 1])), sum(map(len, lines[: node.end_lineno]))
 
 
-def _path(file: str, root: Path) -> Path:
-    """The source of a file or of a room, in which its __init__.py stands for it."""
-    return root / file / "__init__.py" if (root / file).is_dir() else root / f"{file}.py"
+# ---- checks
+
+Check = TypeVar("Check", bound=Callable[..., Any])
+CONTROLS: dict[str, Callable[..., Any]] = {}
 
 
-def imported(file: str, root: Path, package: str = PACKAGE) -> set[str]:
-    """The files and rooms of `root` from which a file of it imports, as "_chip" or "head/blocks"."""
-    ours = package.split(".")
-    here = ours + file.split("/")
-    parents = here if (root / file).is_dir() else here[:-1]
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(_path(file, root).read_text())):
-        if isinstance(node, ast.Import):
-            wanted = [alias.name.split(".") for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            start = parents[: len(parents) - node.level + 1] if node.level else []
-            start = start + (node.module.split(".") if node.module else [])
-            wanted = [[*start, alias.name] for alias in node.names]
-        else:
-            continue
-        for parts in wanted:
-            if parts[: len(ours)] == ours:
-                names = parts[len(ours) :]
-                whole, room = "/".join(names), "/".join(names[:-1])
-                found.add(whole if names and _path(whole, root).is_file() else room)
-    return found - {""}
+def control(check: Check) -> Check:
+    """Mark a check of a test file as one that faults must fail: tests/test_faults.py finds those of no fault."""
+    file = Path(check.__code__.co_filename).resolve().relative_to(TESTS).with_suffix("")
+    CONTROLS[f"{file.as_posix()}:{check.__name__}"] = check
+    return check
 
 
-def between(file: str, top: str, root: Path, package: str = PACKAGE) -> list[str]:
-    """What has to be copied so that `top` sees another `file`: both, and what imports the one for the other, in order.
-
-    Raises ValueError where `top` does not import `file`, neither itself nor through others.
-    """
-    arrows: dict[str, set[str]] = {}
-    rest = [top]
-    while rest:
-        if (name := rest.pop()) not in arrows:
-            arrows[name] = imported(name, root, package) if name != file else set()
-            rest += arrows[name]
-    order = [*TopologicalSorter(arrows).static_order()]
-    reached = {file}
-    for name in order:
-        if arrows[name] & reached:
-            reached.add(name)
-    if file not in arrows:
-        raise ValueError(
-            f"{package}: expected that {top}.py imports {file}.py, got no way from one to the other"
-        )
-    return [name for name in order if name in reached]
+def check_of(fault: Fault) -> Callable[..., Any]:
+    return CONTROLS[fault.control]
 
 
-# ---- copies
-
-
-def plant(
-    file: str,
-    old: str,
-    new: str,
-    top: str,
-    folder: Path,
-    root: Path = ROOT / "kernels",
-    package: str = PACKAGE,
-) -> ModuleType:
-    """A copy of the module `top` that sees `file` with the fault in it; without `old`, a faithful one.
-
-    The files between the two are copied, too, everything else is shared. The copies have the names of the originals,
-    and stand in their places only while they are imported. A class that the package exports, as NF4Weight, stays the
-    original where the fault leaves it as it is, so that a copy takes what a case makes.
-    """
-    names = between(file, top, root, package)
-    with _set_back(package, names):
-        for name in names:
-            original = _path(name, root).read_text()
-            source = planted(original, old, new, file) if name == file and old else original
-            copy = folder / f"control_{name.replace('/', '_')}.py"
-            copy.write_text(source)
-            module = _import_copy(name, copy, root, package)
-            for exported in _same_classes(original, source) & vars(sys.modules[package]).keys():
-                setattr(module, exported, getattr(sys.modules[package], exported))
-        return sys.modules[_module(top, package)]
-
-
-@contextmanager
-def _set_back(package: str, names: Iterable[str]) -> Iterator[None]:
-    """Give the copies their own namespace of ops, and afterwards every module its place again."""
-    originals = {name: importlib.import_module(name) for name in (_module(n, package) for n in names)}
-    register = [m for n, m in sys.modules.items() if n.startswith(f"{package}.") and hasattr(m, "NAMESPACE")]
-    namespaces = [(module, module.NAMESPACE) for module in register]
-    try:
-        for module in register:
-            module.NAMESPACE = NAMESPACE
-        yield
-    finally:
-        for module, namespace in namespaces:
-            module.NAMESPACE = namespace
-        sys.modules.update(originals)
-        for name, original in originals.items():
-            _put(name, original)
-
-
-def _module(file: str, package: str) -> str:
-    return f"{package}.{file.replace('/', '.')}"
-
-
-def _put(name: str, module: ModuleType) -> None:
-    parent, _, last = name.rpartition(".")
-    sys.modules[name] = module
-    setattr(sys.modules[parent], last, module)
-
-
-def _import_copy(file: str, copy: Path, root: Path, package: str) -> ModuleType:
-    name = _module(file, package)
-    room = [str(root / file)] if (root / file).is_dir() else None
-    spec = importlib.util.spec_from_file_location(name, copy, submodule_search_locations=room)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    _put(name, module)
-    if room:  # its files are imported already, and only a first import makes them attributes
-        files = {n: m for n, m in sys.modules.items() if n.rpartition(".")[0] == name}
-        vars(module).update({n.rpartition(".")[2]: m for n, m in files.items()})
-
-    spec.loader.exec_module(module)
-    if hasattr(module, "NAMESPACE"):
-        module.NAMESPACE = NAMESPACE
-    return module
-
-
-def _same_classes(*sources: str) -> set[str]:
-    """The names of the classes that stand in all sources alike."""
-    found = [
-        {(node.name, ast.dump(node)) for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
-        for source in sources
-    ]
-    return {name for name, _ in set.intersection(*found)}
+def controls_in(tests: Path = TESTS) -> set[str]:
+    """The checks that the test files mark, as Fault.control names them, without an import of the files."""
+    return {
+        f"{path.relative_to(tests).with_suffix('').as_posix()}:{node.name}"
+        for path in tests.rglob("test_*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+        and any(isinstance(d, ast.Name) and d.id == "control" for d in node.decorator_list)
+    }

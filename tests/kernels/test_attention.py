@@ -9,6 +9,7 @@ from burnish.kernels._chip import INTERPRET
 from burnish.kernels.plain.attention import flash_attention_reference, positions, visible_keys
 from burnish.kernels.records import Rules
 from burnish.kernels.tiles import ATTENTION
+from faults import check_of, control, faults_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.errors import InterpreterError
@@ -504,6 +505,7 @@ def test_rows_of_no_segment_are_zero_with_zero_gradients(name, device):
     assert all(x.isfinite().all() for x in gradients[3:])
 
 
+@control
 def batch_of_five(module, monkeypatch, device):
     """On a grid whose third dimension ends at 2."""
     monkeypatch.setattr(module, "GRID", 2)
@@ -514,6 +516,7 @@ def batch_of_five(module, monkeypatch, device):
     torch.testing.assert_close(grads(module.flash_attention, tensors, {}, out), want, rtol=1e-3, atol=1e-4)
 
 
+@control
 def padded(module, monkeypatch, device):
     tensors, options = make("padded, all", device=device)
     out, lse = module.flash_attention(**tensors, **options, return_lse=True)
@@ -521,6 +524,7 @@ def padded(module, monkeypatch, device):
     torch.testing.assert_close((out, lse), want, rtol=1e-3, atol=1e-4)
 
 
+@control
 def falling(module, monkeypatch, device):
     x = draw(40, 1, 16, device=device)
     cu_seqlens = torch.tensor([0, 35, 3, 40], dtype=torch.int32, device=device)
@@ -532,23 +536,12 @@ def test_a_batch_larger_than_a_grid(monkeypatch, device):
     batch_of_five(attention, monkeypatch, device)
 
 
-FAULTS = {
-    "rows after the last segment": ("attention", "self.sequences + 2,", "self.sequences,", padded),
-    "rows before the first segment": ("_sight", "owned = (s >= 0) & ", "owned = ", padded),
-    "sinks of no segment": ("attention", 'tl.where(owned, sink, float("-inf"))', "sink", padded),
-    "rows of no segment see": ("_sight", "tl.where(owned, blocks, 0)", "blocks + 0", padded),
-    "a table that falls": ("_sight", "falling.to(tl.int32) * 65536", "falling.to(tl.int32) * 0", falling),
-    "the rest of a batch": ("_sight", "block // blocks * tl.num_programs(2)", "0 * blocks", batch_of_five),
-}
-
-
 @compiled_or_interpreted
-@pytest.mark.parametrize("name", FAULTS)
-def test_fault_is_caught(name, copy_of, monkeypatch, device):
-    file, old, new, check = FAULTS[name]
-    module = copy_of(file, old, new, "attention")
+@pytest.mark.parametrize("fault", faults_of(__file__), ids=lambda fault: fault.id)
+def test_fault_is_caught(fault, copy_of, monkeypatch, device):
+    module = copy_of(fault.file, fault, "attention")
     with pytest.raises((AssertionError, InterpreterError)):  # or the guard sees it first
-        check(module, monkeypatch, device)
+        check_of(fault)(module, monkeypatch, device)
 
 
 def test_shares_of_a_shared_prompt_are_bounded(monkeypatch, device):

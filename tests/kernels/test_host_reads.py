@@ -3,7 +3,7 @@
 Nothing is launched: a launch returns at once, and what it would have written is 0.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from burnish.bench.ops.static import compile_only
 from burnish.kernels import _chip, _op
 from burnish.model import ModelConfig, Transformer, Vocabulary, pack
 from burnish.model.adapter import add_lora
+from faults import Fault, check_of, control, faults_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.skipif(_chip.INTERPRET, reason="launches are left out, not interpreted")
@@ -57,12 +58,17 @@ def no_host_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_an_op_reads_nothing_on_the_host(case: Case, monkeypatch: pytest.MonkeyPatch):
+@control
+def reads_nothing(op: Callable[..., Any], case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = make_inputs(case, case.shapes[-1], torch.float16, "cpu")
     upstream = make_upstream(case, tensors)
     with no_host_reads(monkeypatch):
-        run(case.fused, case, tensors, upstream)
+        run(op, case, tensors, upstream)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_an_op_reads_nothing_on_the_host(case: Case, monkeypatch: pytest.MonkeyPatch):
+    reads_nothing(case.fused, case, monkeypatch)
 
 
 @pytest.mark.parametrize("adapted", [False, True])
@@ -80,33 +86,9 @@ def test_scoring_reads_nothing_on_the_host(adapted: bool, monkeypatch: pytest.Mo
             (logprob.sum() + lse.sum() + entropy.sum()).backward()
 
 
-PLANTED = [
-    (
-        "head/logprob",
-        "    log_sum = sum_exp.log()\n",
-        "    log_sum = sum_exp.log() if (sum_exp >= 0).all() else sum_exp\n",
-        "token_logprobs/dense",
-    ),
-    (
-        "head/logprob",
-        "    highest, log_sum = norms\n",
-        "    highest, log_sum = norms\n    max(log_sum.tolist())\n",
-        "token_logprobs/dense",
-    ),
-    (
-        "head/topk",
-        "    top.masked_fill_(top == NOTHING, 0)",
-        "    top[top == NOTHING] = 0",
-        "topk_divergence/beta 0.0",
-    ),
-]
-
-
-@pytest.mark.parametrize("file, old, new, name", PLANTED, ids=str)
-def test_a_read_that_is_planted_is_found(file, old, new, name, copy_of, monkeypatch: pytest.MonkeyPatch):
-    case = next(case for case in CASES if case.name == name)
-    op = getattr(copy_of(file, old, new), case.op)
-    tensors = make_inputs(case, case.shapes[-1], torch.float16, "cpu")
-    upstream = make_upstream(case, tensors)
-    with no_host_reads(monkeypatch), pytest.raises(AssertionError, match="waits for a GPU"):
-        run(op, case, tensors, upstream)
+@pytest.mark.parametrize("fault", faults_of(__file__), ids=lambda fault: fault.id)
+def test_a_read_that_is_planted_is_found(fault: Fault, copy_of, monkeypatch: pytest.MonkeyPatch):
+    case = next(case for case in CASES if case.name == fault.on)
+    op = getattr(copy_of(fault.file, fault), case.op)
+    with pytest.raises(AssertionError, match="waits for a GPU"):
+        check_of(fault)(op, case, monkeypatch)

@@ -9,6 +9,7 @@ from burnish.kernels._chip import INTERPRET
 from burnish.kernels.head import blocks, logprob
 from burnish.kernels.head.logprob import token_logprobs_reference
 from burnish.kernels.tiles import Tile
+from faults import check_of, control, faults_of
 
 # bf16 under the interpreter: tests/kernels/test_cases.py
 DTYPES = [torch.float32, torch.float16] if INTERPRET else [torch.float32, torch.float16, torch.bfloat16]
@@ -392,24 +393,28 @@ def test_autocast_takes_products_in_its_dtype(device):
 # ---- refusals
 
 
-ROWS = [  # a row that is wrong, and what in the kernels answers it
-    ("head/logprob", "tl.where((y >= 0) & (y < N), y, -1)", "y", [2**32 + 1, 0], None),
-    ("head/logprob", "tl.where((y >= 0) & (y < N), y, -1)", "tl.where(y >= 0, y, -1)", [2**40, 0], None),
-    ("head/gather", 'tl.where(ids < V, z, float("nan"))', "z", [1, 0], [[1, 9], [0, 3]]),
-]
+ROWS = {  # targets, the first of which or of whose support is wrong, and the support
+    "target 2^32 + 1": ([2**32 + 1, 0], None),
+    "target 2^40": ([2**40, 0], None),
+    "support 9": ([1, 0], [[1, 9], [0, 3]]),
+}
+
+
+@control
+def a_wrong_row_is_nan(op, targets, support, device) -> None:
+    arguments = torch.ones(2, 4, device=device), torch.ones(9, 4, device=device)
+    targets = torch.tensor(targets, device=device)
+    support = None if support is None else torch.tensor(support, device=device)
+    found = op(*arguments, targets, support=support)[0]
+    assert found.isnan().tolist() == [True, False]
 
 
 @pytest.mark.skipif(
     not (INTERPRET or torch.cuda.is_available()), reason="what is promised of the Triton path"
 )
-@pytest.mark.parametrize("file, old, new, targets, support", ROWS)
-def test_a_wrong_row_is_nan_and_not_without_its_line(file, old, new, targets, support, device, copy_of):
-    arguments = torch.ones(2, 4, device=device), torch.ones(9, 4, device=device)
-    targets = torch.tensor(targets, device=device)
-    support = None if support is None else torch.tensor(support, device=device)
-    found, planted = (
-        op(*arguments, targets, support=support)[0]
-        for op in (token_logprobs, copy_of(file, old, new, "head/logprob").token_logprobs)
-    )
-    assert found.isnan().tolist() == [True, False]
-    assert planted.isnan().tolist() != [True, False]
+@pytest.mark.parametrize("fault", faults_of(__file__), ids=lambda fault: fault.id)
+def test_a_wrong_row_is_nan_and_not_without_its_line(fault, device, copy_of):
+    a_wrong_row_is_nan(token_logprobs, *ROWS[fault.on], device)
+    module = copy_of(fault.file, fault, "head/logprob")
+    with pytest.raises(AssertionError):
+        check_of(fault)(module.token_logprobs, *ROWS[fault.on], device)

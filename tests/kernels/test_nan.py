@@ -7,7 +7,7 @@ More may be NaN: 0 * NaN is NaN, so a value's NaN reaches queries that do not se
 from collections.abc import Callable
 from itertools import product
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from burnish.bench.cases.nf4 import absmax_alone
 from burnish.bench.cases.registry import CASES
 from burnish.kernels import decode_attention, flash_attention
 from burnish.kernels._chip import FEW_KEYS, INTERPRET
+from faults import Fault, check_of, control, faults_of
 from torch import Tensor
 
 # what the op's numbers do not depend on, or no number in [0, 1)
@@ -220,66 +221,47 @@ def assert_decode(op: Callable[..., Any], prefixed: bool, length: int, broken: s
 # ---- planted faults
 
 
-class Fault(NamedTuple):
-    file: str
-    old: str
-    new: str
-    check: Callable[[ModuleType, str], None]  # of the broken copy, on a device
-    triton: bool  # it lies in the Triton code
+def case_of(op: str) -> Case:
+    return next(case for case in CASES if case.op == op)
 
 
-def attention(*arguments: Any) -> Callable[[ModuleType, str], None]:
-    return lambda module, device: assert_attention(module.flash_attention, *arguments, device=device)
+@control
+def few_keys(module: ModuleType, device: str) -> None:
+    assert_attention(module.flash_attention, "1 causal", "q", False, device=device)
 
 
-def decode(*arguments: Any) -> Callable[[ModuleType, str], None]:
-    return lambda module, device: assert_decode(module.decode_attention, *arguments, device=device)
+@control
+def a_key_of_five(module: ModuleType, device: str) -> None:
+    assert_attention(module.flash_attention, "5 causal", "k", True, device=device)
 
 
-def general(
-    op: str, name: str, wrap: Callable[..., Any] = lambda op: op
-) -> Callable[[ModuleType, str], None]:
-    case = next(case for case in CASES if case.op == op)
-    return lambda module, device: assert_comes_out(wrap(getattr(module, op)), case, name, 0, device)
+@control
+def few_cached_keys(module: ModuleType, device: str) -> None:
+    assert_decode(module.decode_attention, False, 3, "q", device=device)
 
 
-FAULTS = {
-    "few keys": Fault(
-        "plain/attention",
-        "mask is None and T < FEW_KEYS",
-        "False",
-        attention("1 causal", "q", False),
-        False,
-    ),
-    "lse on a CPU": Fault(
-        "plain/attention", "some = total != 0", "some = total > 0", attention("5 causal", "k", True), False
-    ),
-    "few cached keys": Fault("plain/decode", "len(keys) >= FEW_KEYS and ", "", decode(False, 3, "q"), False),
-    "another's row": Fault(
-        "plain/decode", "out.masked_fill(blind[..., None], 0.0)", "out", decode(True, 40, "k_cache"), False
-    ),
-    "clamped": Fault(
-        "glu",
-        "torch.where(gate > limit, limit, gate)",
-        "gate.clamp(max=limit)",
-        general("clamped_swiglu", "gate"),
-        False,
-    ),
-    "lse": Fault("attention", "seen = norm != 0", "seen = norm > 0", attention("5 causal", "k", True), True),
-    "maximum": Fault(
-        "nf4",
-        "tl.max(bits, 1).to(tl.float32, bitcast=True)",
-        "tl.max(tl.abs(w), 1)",
-        general("quantize_nf4", "weight", absmax_alone),
-        True,
-    ),
-}
-TRITON = INTERPRET or torch.cuda.is_available()
+@control
+def a_prefixed_cache(module: ModuleType, device: str) -> None:
+    assert_decode(module.decode_attention, True, 40, "k_cache", device=device)
 
 
-@pytest.mark.parametrize("fault", [name for name, fault in FAULTS.items() if fault.triton == TRITON])
-def test_fault_is_caught(fault: str, device: str, copy_of: Callable[..., ModuleType]):
-    file, old, new, check, _ = FAULTS[fault]
-    module = copy_of(file, old, new, file.removeprefix("plain/"))
+@control
+def a_clamped_gate(module: ModuleType, device: str) -> None:
+    assert_comes_out(module.clamped_swiglu, case_of("clamped_swiglu"), "gate", 0, device)
+
+
+@control
+def a_maximum_of_bits(module: ModuleType, device: str) -> None:
+    assert_comes_out(absmax_alone(module.quantize_nf4), case_of("quantize_nf4"), "weight", 0, device)
+
+
+PATH = "triton" if INTERPRET or torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize(
+    "fault", [fault for fault in faults_of(__file__) if fault.path == PATH], ids=lambda fault: fault.id
+)
+def test_fault_is_caught(fault: Fault, device: str, copy_of: Callable[..., ModuleType]):
+    module = copy_of(fault.file, fault, top=fault.file.split("/")[-1])
     with pytest.raises(AssertionError, match=r"assert|not NaN"):
-        check(module, device)
+        check_of(fault)(module, device)

@@ -6,6 +6,7 @@ from burnish.kernels import sample_tokens, token_logprobs
 from burnish.kernels._chip import INTERPRET
 from burnish.kernels.plain.sample import sample_tokens_reference
 from burnish.kernels.records import TOP_P_WIDTH
+from faults import check_of, control, faults_of
 
 TRITON = INTERPRET or torch.cuda.is_available()
 DTYPES = [torch.float32, torch.float16] if INTERPRET else [torch.float32, torch.float16, torch.bfloat16]
@@ -145,18 +146,23 @@ def test_a_number_near_1_draws_what_is_likely(V, device):
     assert torch.equal(token, want) and (want < V - V // 3).all()
 
 
-def test_near_1_the_share_of_a_sum_is_what_counts(device, copy_of):
-    """The control: without the line that carries a number into a piece or a block, the same rows draw a last id."""
-    file, old, new = "plain/sample", "remaining *= ", "_ = "
-    if TRITON:
-        file, old, new = "sample", "target *= tl.max(inside, 0)", "target *= piece_mass"
-    planted = copy_of(file, old, new, "sample").sample_tokens
+@control
+def near_1_likely_ids_are_drawn(op, device) -> None:
     logits, at = (
         torch.randn(8, 1500, device=device),
         torch.full((8,), 1 - 1e-9, dtype=torch.float64, device=device),
     )
     logits[:, 1000:] = -30.0
-    assert (sample_tokens(logits, at)[0] < 1000).all() and (planted(logits, at)[0] >= 1000).any()
+    assert (op(logits, at)[0] < 1000).all()
+
+
+def test_near_1_the_share_of_a_sum_is_what_counts(device, copy_of):
+    """The control: without the line that carries a number into a piece or a block, the same rows draw a last id."""
+    (fault,) = (fault for fault in faults_of(__file__) if (fault.path == "triton") == TRITON)
+    module = copy_of(fault.file, fault, "sample")
+    near_1_likely_ids_are_drawn(sample_tokens, device)
+    with pytest.raises(AssertionError):
+        check_of(fault)(module.sample_tokens, device)
 
 
 def test_min_p_keeps_what_is_likely_beside_the_most_likely(device):

@@ -10,6 +10,7 @@ from burnish.bench.cases.case import Case, leaves, make_inputs, tensor, widen
 from burnish.bench.cases.registry import CASES
 from burnish.kernels import _chip, _op, norm, rms_norm
 from burnish.kernels.norm import rms_norm_reference
+from faults import check_of, control, faults_of
 from planted import plant
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -45,6 +46,7 @@ def penalty_gradients(
     return dict(zip(names, found, strict=True))
 
 
+@control
 def check(case: Case, usage: str, device: str) -> None:
     tensors = small_inputs(case, device)
     try:
@@ -81,13 +83,14 @@ def first_of(op: str) -> Case:
 @pytest.mark.parametrize("usage", ["of the sum", "of squares", "of a function", "recomputed"])
 def test_without_the_guard_it_is_wrong(usage, device, copy_of, monkeypatch):
     """The controls: rms_norm's own statistics on a CPU, and what every registered op goes through on a GPU."""
+    (fault,) = faults_of(__file__)
     if TRITON:
         monkeypatch.setattr(_op, "_first_order", lambda _name, backward: backward)
         monkeypatch.setattr(norm, "rms_norm", copy_of("norm").rms_norm)
     else:
-        plant(norm.RMSNormTorch.backward, "rstd = _rstd(x, ctx.eps)", "pass", monkeypatch)
+        plant(fault, monkeypatch)
     with pytest.raises((AssertionError, RuntimeError)):
-        check(replace(first_of("rms_norm"), fused=norm.rms_norm), usage, device)
+        check_of(fault)(replace(first_of("rms_norm"), fused=norm.rms_norm), usage, device)
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "swiglu", "lora_linear", "moe_mlp"])

@@ -6,7 +6,6 @@ and uninitialised memory is NaN. What is told of a GPU is what the Triton path d
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
 
 import pytest
 import wrong_attention
@@ -15,6 +14,7 @@ import wrong_linear
 import wrong_rest
 from burnish import kernels
 from burnish.kernels._chip import INTERPRET
+from faults import Fault, check_of, control, faults_of
 from wrong import Wrong
 
 TABLES = (wrong_attention, wrong_heads, wrong_linear, wrong_rest)
@@ -26,85 +26,41 @@ def test_wrong_call(call: Wrong):
     call.check(INTERPRET)
 
 
-class Planted(NamedTuple):
-    """A fault in a copy of a kernel file, and the call that must then be answered otherwise."""
+# ---- planted faults
 
-    name: str
-    file: str
-    old: str
-    new: str
-    table: ModuleType
-    op: str
-    call: str
-    triton: bool = True  # False: it lies in the CPU path
+FAULTS = faults_of(__file__)
+OPS = {"rope": "apply_rope", "lora": "lora_linear", "moe": "moe_mlp"}  # by the first word of a call's name
 
 
-PLANTED = [
-    Planted(
-        "a row past the table", "rope", " & (row < table)", "", wrong_rest, "apply_rope",
-        "rope: position past the table",
-    ),
-    Planted(
-        "zeros for NaN", "rope", 'nan = float("nan")', "nan = 0.0", wrong_rest, "apply_rope", "rope: position -1"
-    ),
-    Planted(
-        "one adapter too many", "low_rank", "(ids < adapters)", "(ids <= adapters)", wrong_linear, "lora_linear",
-        "lora: adapter past the stack",
-    ),
-    Planted(
-        "none for NaN", "low_rank", 'float("nan"), acc', "acc, acc", wrong_linear, "lora_linear", "lora: adapter -2"
-    ),
-    Planted(
-        "an id cut to 32 bits", "low_rank", "ids = tl.load(adapter_ptr + rows, rows < M, other=-1)",
-        "ids = tl.load(adapter_ptr + rows, rows < M, other=-1).to(tl.int32)", wrong_linear, "lora_linear",
-        "lora: adapter 2^40",
-    ),
-    Planted(
-        "dS of an adapter past the stack", "plain/lora", "ids.clamp(0, adapters - 1)", "ids.clamp(min=0)", wrong_linear,
-        "lora_linear", "lora: adapter past the stack",
-    ),
-    Planted(
-        "an expert cut to 32 bits", "route", "expert = tl.load(indices_ptr + n, n < N, other=-1)\n    kept",
-        "expert = tl.load(indices_ptr + n, n < N, other=-1).to(tl.int32)\n    kept", wrong_rest, "moe_mlp",
-        "moe: index 2^40",
-    ),
-    Planted(
-        "ids not looked at", "low_rank", 'check_ids("adapter"', '(lambda *_: 0)("adapter"', wrong_linear, "lora_linear",
-        "lora: adapter -2", triton=False,
-    ),
-    Planted(
-        "positions not looked at", "rope", 'check_ids("positions"', '(lambda *_: 0)("positions"', wrong_rest,
-        "apply_rope", "rope: position -1", triton=False,
-    ),
-]  # fmt: skip
+@control
+def is_answered(call: Wrong) -> None:
+    call.check(INTERPRET)
 
 
-def home_of(op: str) -> str:
-    return getattr(kernels, op).__module__.removeprefix("burnish.kernels.").replace(".", "/")
+def call_of(fault: Fault, copy: Callable[..., ModuleType], monkeypatch, planted: bool = True) -> Wrong:
+    """The call that a fault is on, of which the op stands in a copy of its file, with the fault or without."""
+    table, call = next((t, call) for t in TABLES for call in t.CALLS if call.name == fault.on)
+    op = OPS[fault.on.partition(":")[0]]
+    home = getattr(kernels, op).__module__.removeprefix("burnish.kernels.").replace(".", "/")
+    module = copy(fault.file, fault if planted else None, top=home)
+    monkeypatch.setattr(table, op, getattr(module, op))
+    return call
 
 
 @pytest.mark.parametrize(
-    "fault", [f for f in PLANTED if f.triton == INTERPRET], ids=lambda f: f"{f.file}: {f.name}"
+    "fault", [f for f in FAULTS if (f.path == "triton") == INTERPRET], ids=lambda fault: fault.id
 )
-def test_a_planted_fault_is_caught(
-    fault: Planted, copy_of: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch
-):
-    (call,) = (call for call in CALLS if call.name == fault.call)
-    copy = copy_of(fault.file, fault.old, fault.new, top=home_of(fault.op))
-    monkeypatch.setattr(fault.table, fault.op, getattr(copy, fault.op))
+def test_a_planted_fault_is_caught(fault: Fault, copy_of: Callable[..., ModuleType], monkeypatch):
+    call = call_of(fault, copy_of, monkeypatch)
     with pytest.raises((Exception, pytest.fail.Exception)):
-        call.check(INTERPRET)
+        check_of(fault)(call)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", {f.call: f for f in PLANTED}.values(), ids=lambda f: f.call)
-def test_a_faithful_copy_passes(
-    fault: Planted, copy_of: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch
-):
+@pytest.mark.parametrize("fault", {f.on: f for f in FAULTS}.values(), ids=lambda fault: fault.on)
+def test_a_faithful_copy_passes(fault: Fault, copy_of: Callable[..., ModuleType], monkeypatch):
     """Without this, a copy that does not even run would count as a fault caught."""
-    (call,) = (call for call in CALLS if call.name == fault.call)
-    monkeypatch.setattr(fault.table, fault.op, getattr(copy_of(fault.file, top=home_of(fault.op)), fault.op))
-    call.check(INTERPRET)
+    is_answered(call_of(fault, copy_of, monkeypatch, planted=False))
 
 
 def test_names_are_unique():

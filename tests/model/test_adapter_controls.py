@@ -13,13 +13,8 @@ from burnish.model import (
     ModelConfig,
     Transformer,
     adapter,
-    adapter_tensors,
-    checkpoint,
-    linear,
     memory,
     pack,
-    placement,
-    weights,
 )
 from burnish.model.adapter import (
     adapter_disabled,
@@ -33,8 +28,8 @@ from burnish.model.adapter import (
 from burnish.model.adapters.config import LoraConfig
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.errors import InputError
-from burnish.model.files import bnb, dtypes, experts, finite, peft
-from planted import Fault, plant
+from faults import check_of, control, faults_of
+from planted import plant
 from safetensors.torch import load_file, save_file
 
 TINY = ModelConfig(
@@ -73,6 +68,7 @@ def trained(**options) -> Transformer:
 # ---- the checks
 
 
+@control
 def logits_are_those_of_peft(data, tmp_path):
     for name in PEFT_MODELS:
         shutil.copytree(data / "tiny-hf" / "qwen3", tmp_path / "qwen3", dirs_exist_ok=True)
@@ -88,6 +84,7 @@ def logits_are_those_of_peft(data, tmp_path):
         same(logits_of(load_model(folder), packed), expected[mask])
 
 
+@control
 def merged_equals_unmerged(data, tmp_path):
     model = trained(dora=True, alpha_pattern={"k_proj": 11})
     before = logits_of(model)
@@ -95,28 +92,33 @@ def merged_equals_unmerged(data, tmp_path):
     same(logits_of(model), before)
 
 
+@control
 def disabled_is_the_base(data, tmp_path):
     model = trained(modules_to_save=("lm_head",))
     with adapter_disabled(model):
         same(logits_of(model), logits_of(Transformer(TINY, seed=1)), 0)
 
 
+@control
 def the_reference_keeps_a_loaded_adapter(data, tmp_path):
     model = trained()
     same(logits_of(frozen_copy(model)), logits_of(model), 0)
 
 
+@control
 def the_base_gets_no_gradient(data, tmp_path):
     model = trained()
     model.score(PACKED, torch.tensor([1, 2]))[0].sum().backward()
     assert all((p.grad is None) == (".lora." not in name) for name, p in model.named_parameters())
 
 
+@control
 def nothing_is_dropped_without_a_gradient(data, tmp_path):
     model = trained(dropout=0.5)
     same(logits_of(model), logits_of(frozen_copy(model)), 0)
 
 
+@control
 def what_is_saved_is_what_acts(data, tmp_path):
     save_model(Transformer(TINY, seed=1), tmp_path / "base")
     model = trained(base=str(tmp_path / "base"), rslora=True, rank_pattern={"k_proj": 2})
@@ -124,6 +126,7 @@ def what_is_saved_is_what_acts(data, tmp_path):
     same(logits_of(load_model(tmp_path / "adapter")), logits_of(model), 0)
 
 
+@control
 def several_act_as_each_alone(data, tmp_path):
     one, other = trained(), trained(alpha=1)
     stacked = Transformer(TINY, seed=1)
@@ -132,12 +135,14 @@ def several_act_as_each_alone(data, tmp_path):
     same(found, torch.cat([logits_of(m, pack([[1, 2, 3]])) for m in (other, one)]))
 
 
+@control
 def a_4_bit_folder_holds_its_weights(data, tmp_path):
     model = load_model(data / "tiny-bnb" / "qwen3-nf4-dq")
     save_model(model, tmp_path / "saved")
     same(logits_of(load_model(tmp_path / "saved")), logits_of(model), 0)
 
 
+@control
 def skipped_modules_stay_dense(data, tmp_path):
     model = Transformer(TINY, seed=1)
     dense = model.layers[0].mlp.up_proj.weight
@@ -152,6 +157,7 @@ def skipped_modules_stay_dense(data, tmp_path):
     same(logits_of(again), logits_of(model), 0)
 
 
+@control
 def experts_are_in_their_places(data, tmp_path):
     source, fused = data / "tiny-hf" / "qwen3_moe", tmp_path / "fused"
     model, tensors = load_model(source), load_file(source / "model.safetensors")
@@ -168,6 +174,7 @@ def experts_are_in_their_places(data, tmp_path):
     same(logits_of(load_model(fused)), logits_of(model), 0)
 
 
+@control
 def only_layers_behind_the_last_are_passed_over(data, tmp_path):
     source, folder = data / "tiny-hf" / "deepseek_v3", tmp_path / "further"
     expected, tensors = logits_of(load_model(source)), load_file(source / "model.safetensors")
@@ -184,6 +191,7 @@ def only_layers_behind_the_last_are_passed_over(data, tmp_path):
             assert not refused
 
 
+@control
 def counted_is_held(data, tmp_path):
     model = trained()
     found = memory.training_memory(TINY, LoraConfig(3, 6), frozen_dtype=torch.float32)
@@ -191,6 +199,7 @@ def counted_is_held(data, tmp_path):
     assert (found.adapter, found.gradients, found.optimizer) == (held, held, 2 * held)
 
 
+@control
 def dtypes_come_back(data, tmp_path):
     save_model(Transformer(TINY, seed=1), tmp_path / "base", dtype=torch.bfloat16)
     tensors = load_file(tmp_path / "base" / "model.safetensors")
@@ -203,6 +212,7 @@ def dtypes_come_back(data, tmp_path):
     assert '"dtype": "bfloat16"' in (tmp_path / "saved" / "config.json").read_text()
 
 
+@control
 def too_large_is_refused(data, tmp_path):
     model = Transformer(TINY, seed=1)
     torch.nn.init.constant_(model.norm.weight, 1e5)
@@ -213,6 +223,7 @@ def too_large_is_refused(data, tmp_path):
     raise AssertionError("written")
 
 
+@control
 def a_tied_head_is_adapted_alone(data, tmp_path):
     """The embedding stays, as in PEFT; merged, head and embedding are two matrices."""
     tied = replace(TINY, tie_word_embeddings=True)
@@ -228,6 +239,7 @@ def a_tied_head_is_adapted_alone(data, tmp_path):
     same(logits_of(load_model(tmp_path / "merged")), expected)
 
 
+@control
 def copies_are_the_bases(data, tmp_path):
     """What PEFT writes beside an adapter of the head: passed over where it is the base's, refused where not."""
     save_model(Transformer(TINY, seed=1), tmp_path / "base")
@@ -247,6 +259,7 @@ def copies_are_the_bases(data, tmp_path):
             assert not offset
 
 
+@control
 def loaded_it_does_not_train(data, tmp_path):
     save_model(Transformer(TINY, seed=1), tmp_path / "base")
     model = load_model(tmp_path / "base")
@@ -263,106 +276,18 @@ def linear_of(model):
     return adapter.linears(model)["model.layers.0.self_attn.q_proj"]
 
 
-FAULTS = [
-    Fault("the rarest", dtypes.read_dtypes, "max(numbers", "min(numbers", dtypes_come_back),
-    Fault("not one by one", dtypes.read_dtypes, "if dtype != usual", "if False", dtypes_come_back),
-    Fault("not remembered", checkpoint._written_in, "body.dtypes.of(name)", "dtype", dtypes_come_back),
-    Fault("not looked for", finite.cast, "result.isinf() & ", "result.isnan() & ", too_large_is_refused),
-    Fault(
-        "one matrix",
-        placement._split_the_head,
-        "tie_word_embeddings=False",
-        "bos_token_id=1",
-        a_tied_head_is_adapted_alone,
-    ),
-    Fault("never equal", adapter_tensors._is_copy, "base.to(dtype)", "base", copies_are_the_bases),
-    Fault(
-        "always equal", adapter_tensors._is_copy, "return torch", "return True or torch", copies_are_the_bases
-    ),
-    Fault("still training", checkpoint._give, "model.eval()", "model.train()", loaded_it_does_not_train),
-    Fault("rsLoRA as LoRA", LoraConfig.scaling_of, "math.sqrt(rank)", "rank", logits_are_those_of_peft),
-    Fault(
-        "scaled by one rank",
-        LoraConfig.scaling_of,
-        "self.rank_of(module)",
-        "self.rank",
-        logits_are_those_of_peft,
-    ),
-    Fault("not scaled", linear.Adaptable.merged, "lora.scaling *", "1.0 *", merged_equals_unmerged),
-    Fault(
-        "one scaling", linear.linears_of, "lora.scaling for", "loras[0].scaling for", merged_equals_unmerged
-    ),
-    Fault(
-        "magnitude lost",
-        linear.linears_of,
-        "magnitudes=_all",
-        "magnitudes=None and _all",
-        merged_equals_unmerged,
-    ),
-    Fault("still on", adapter_disabled, "lora.enabled = False", "pass", disabled_is_the_base),
-    Fault(
-        "the trained head", adapter_disabled, ".data = base", ".data = trained[name]", disabled_is_the_base
-    ),
-    Fault(
-        "taken for fresh",
-        frozen_copy,
-        "fresh = is_fresh(model)",
-        "fresh = True",
-        the_reference_keeps_a_loaded_adapter,
-    ),
-    Fault(
-        "not frozen",
-        placement.place_adapter,
-        "model.requires_grad_(False)",
-        "[layer.requires_grad_(False) for layer in targets.values()]",
-        the_base_gets_no_gradient,
-    ),
-    Fault(
-        "in sampling, too",
-        linear.Linear.dropout.fget,
-        "and torch.is_grad_enabled() ",
-        "",
-        nothing_is_dropped_without_a_gradient,
-    ),
-    Fault("rsLoRA unsaid", peft.write_config, ": config.rslora", ": False", what_is_saved_is_what_acts),
-    Fault(
-        "scaling left out", stack_adapters, "config.scaling_of(name) *", "1.0 *", several_act_as_each_alone
-    ),
-    Fault("offset lost", bnb.tensors, "weight.offset.item()", "0.0", a_4_bit_folder_holds_its_weights),
-    Fault(
-        "dense unsaid",
-        checkpoint._quantization,
-        "if named else ()",
-        "if False else ()",
-        skipped_modules_stay_dense,
-    ),
-    Fault("skipped in vain", weights.read_weights, " and not in_4_bits", "", skipped_modules_stay_dense),
-    Fault(
-        "up before gate",
-        experts.pieces_of,
-        "(gate_name, up_name)]",
-        "(up_name, gate_name)]",
-        experts_are_in_their_places,
-    ),
-    Fault(
-        "one too many",
-        weights._to_be_read,
-        "(count or 0)",
-        "(count or 0) + 1",
-        only_layers_behind_the_last_are_passed_over,
-    ),
-    Fault("never any", weights._to_be_read, "(count or 0)", "0", only_layers_behind_the_last_are_passed_over),
-    Fault("one moment", memory.training_memory, "8 * trained", "4 * trained", counted_is_held),
-]
+# ---- planted faults
+
+FAULTS = faults_of(__file__)
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f"{f.check.__name__}: {f.name}")
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
 def test_fault_is_caught(fault, data, tmp_path, monkeypatch):
-    plant(fault.function, fault.old, fault.new, monkeypatch)
+    plant(fault, monkeypatch)
     with pytest.raises((AssertionError, InputError)):
-        fault.check(data, tmp_path)
+        check_of(fault)(data, tmp_path)
 
 
-@pytest.mark.parametrize("check", dict.fromkeys(f.check for f in FAULTS), ids=lambda c: c.__name__)
+@pytest.mark.parametrize("check", dict.fromkeys(map(check_of, FAULTS)), ids=lambda check: check.__name__)
 def test_without_a_fault_the_check_passes(check, data, tmp_path):
     check(data, tmp_path)

@@ -1,16 +1,16 @@
 """The balance loss: transformers' values and gradients, stored, and what a model makes of its layers' routing."""
 
-import inspect
 import json
-import textwrap
 from dataclasses import replace
 
 import pytest
 import torch
 from burnish.kernels import moe_route
-from burnish.model import ModelConfig, Transformer, moe, pack
+from burnish.model import ModelConfig, Transformer, pack
 from burnish.model.config import Experts
 from burnish.model.moe import layer_balance, pooled_balance
+from faults import control, faults_of
+from planted import plant
 
 TINY = ModelConfig(
     vocab_size=31,
@@ -25,6 +25,7 @@ TINY = ModelConfig(
 ROWS = [[1, 2, 3, 4, 5], [6, 7, 8]]
 
 
+@control
 def is_transformers(balance, data) -> None:
     """Rows without their padding: packed tokens have none."""
     stored = json.loads((data / "balance.json").read_text())
@@ -42,24 +43,11 @@ def test_the_pooled_balance_is_transformers(data):
     is_transformers(pooled_balance, data)
 
 
-@pytest.mark.parametrize(
-    "faults",
-    [
-        {".sum(0)  # (E,)": "  # (E,)", "]).mean(0)": "])"},  # pooled after the product
-        {"top_k * (share": "1 * (share"},
-        {"]).mean(0)": "]).mean(0).detach()"},
-        {"]).mean(0)": "]).sum(0)"},
-    ],
-)
-def test_the_check_can_fail(data, faults):
-    source = textwrap.dedent(inspect.getsource(pooled_balance))
-    for old, new in faults.items():
-        assert source.count(old) == 1, "plant this control anew"
-        source = source.replace(old, new)
-    space = dict(vars(moe))
-    exec(source, space)
+@pytest.mark.parametrize("fault", faults_of(__file__), ids=lambda fault: fault.id)
+def test_the_check_can_fail(fault, data, monkeypatch):
+    plant(fault, monkeypatch)
     with pytest.raises((AssertionError, RuntimeError)):
-        is_transformers(space["pooled_balance"], data)
+        is_transformers(pooled_balance, data)
 
 
 def test_padding_counted_would_be_another_number(data):

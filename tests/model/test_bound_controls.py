@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from burnish.model import ModelConfig, adapter_tensors, checkpoint
+from burnish.model import ModelConfig
 from burnish.model.adapter import add_lora
 from burnish.model.adapters import expressions
 from burnish.model.adapters.expressions import Expression
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.errors import InputError
-from burnish.model.files import gguf_header, replacing, sizes, tensors
+from burnish.model.files import gguf_header
 from burnish.model.text import token_ids
 from burnish.model.transformer import Transformer
-from planted import Fault, plant
+from faults import check_of, control, faults_of
+from planted import plant
 from safetensors.torch import load_file, save_file
 
 TINY = ModelConfig(
@@ -51,22 +52,27 @@ def refused(tmp_path, file: str, key: str, value: Any, expected: str) -> None:
         load_model(at.parent)
 
 
+@control
 def layers(tmp_path):
     refused(tmp_path, "tiny/config.json", "num_hidden_layers", 50, "num_hidden_layers: expected at most 2")
 
 
+@control
 def a_size(tmp_path):
     refused(tmp_path, "tiny/config.json", "hidden_size", 18, "hidden_size: expected 16, as ")
 
 
+@control
 def a_rank(tmp_path):
     refused(tmp_path, "adapter/adapter_config.json", "r", 3, "r says 3")
 
 
+@control
 def a_token_id(tmp_path):
     refused(tmp_path, "tiny/config.json", "eos_token_id", 2**31, "eos_token_id: expected a token id")
 
 
+@control
 def a_type(tmp_path):
     at = saved(tmp_path) / "adapter"
     file = at / "adapter_model.safetensors"
@@ -75,6 +81,7 @@ def a_type(tmp_path):
         load_model(at)
 
 
+@control
 def metadata(tmp_path):
     at = saved(tmp_path) / "adapter"
     file = at / "adapter_model.safetensors"
@@ -83,6 +90,7 @@ def metadata(tmp_path):
         load_model(at)
 
 
+@control
 def special_files(tmp_path):
     at = saved(tmp_path) / "tiny"
     (at / "model.safetensors").unlink()
@@ -91,6 +99,7 @@ def special_files(tmp_path):
         load_model(at)
 
 
+@control
 def a_place(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError):
@@ -100,6 +109,7 @@ def a_place(tmp_path):
     assert [*tmp_path.iterdir()] == [tmp_path / "file"]
 
 
+@control
 def expressions_as_re(tmp_path):
     for text in (
         r"(?!.*v_proj).*\.(q|v)_proj",
@@ -111,15 +121,18 @@ def expressions_as_re(tmp_path):
         assert [found.matches(n) for n in NAMES] == [re.fullmatch(text, n) is not None for n in NAMES]
 
 
+@control
 def expressions_with_an_end(tmp_path):
     with pytest.raises(InputError, match="matches quickly"):
         Expression("(?=.*(?=.*(?=.*(?=.*!))))", steps=expressions.Steps(5000)).matches(NAMES[0])
 
 
+@control
 def few_ways_alone_go_to_re(tmp_path):
     assert Expression("(a|b)+!").pattern is None and Expression(".*.*.*!").pattern is None
 
 
+@control
 def gguf_counts(tmp_path):
     file = tmp_path / "f.gguf"
     for count, keys, rest in (
@@ -131,6 +144,7 @@ def gguf_counts(tmp_path):
             gguf_header.check_header(file)
 
 
+@control
 def gguf_values(tmp_path):
     count = gguf_header.MOST_VALUES + 1
     array = b"\1" + bytes(7) + b"a" + struct.pack("<IIQ", 9, 0, count) + bytes(count)
@@ -139,6 +153,7 @@ def gguf_values(tmp_path):
         gguf_header.check_header(tmp_path / "f.gguf")
 
 
+@control
 def ends(tmp_path):
     at = saved(tmp_path) / "tiny"
     edit(at / "config.json", "eos_token_id", 10**9)
@@ -146,32 +161,18 @@ def ends(tmp_path):
         token_ids.read_stop_ids(at, lambda token: None)
 
 
-CONTROLS = [
-    Fault("layers", sizes.check_sizes, "> 2 * len(layers)", "> 2**40", layers),
-    Fault("sizes", sizes.check_sizes, "size not in seen[key]", "False", a_size),
-    Fault("ranks", adapter_tensors._check_ranks, "if got != expected:", "if False:", a_rank),
-    Fault("token ids", token_ids.is_token_id, "<= MOST", "<= 2**40", a_token_id),
-    Fault("types", checkpoint.read_adapter, "not in FLOATS", "in ()", a_type),
-    Fault("metadata", checkpoint._check_metadata, '!= "nf4"', '== "x"', metadata),
-    Fault("special files", tensors._open, "check_regular(file)", "pass", special_files),
-    Fault("a place", replacing.replacing_folder, "each.rmdir()", "pass", a_place),
-    Fault("looks", expressions._Walk.step, "found if kind is op.ASSERT", "found if True", expressions_as_re),
-    Fault("repeats", expressions._Walk.repeat, "& ~ends", "& ~starts & ~ends & 0", expressions_as_re),
-    Fault("steps", Expression.count, "self.steps.left < 0", "False", expressions_with_an_end),
-    Fault("ways", expressions._ways, "else inf", "else NAME_LENGTH", few_ways_alone_go_to_re),
-    Fault("counts", gguf_header._Header.count, "count * least > self.size", "False", gguf_counts),
-    Fault("values", gguf_header._Header.array, "self.values > MOST_VALUES", "False", gguf_values),
-    Fault("ends", token_ids.read_stop_ids, "if ids and not known:", "if False:", ends),
-]
+# ---- planted faults
+
+FAULTS = faults_of(__file__)
 
 
-@pytest.mark.parametrize("check", dict.fromkeys(fault.check for fault in CONTROLS))
+@pytest.mark.parametrize("check", dict.fromkeys(map(check_of, FAULTS)), ids=lambda check: check.__name__)
 def test_the_checks_pass_without_a_fault(check, tmp_path):
     check(tmp_path)
 
 
-@pytest.mark.parametrize("fault", CONTROLS, ids=lambda fault: fault.name)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
 def test_a_planted_fault_is_caught(fault, tmp_path, monkeypatch):
-    plant(fault.function, fault.old, fault.new, monkeypatch)
+    plant(fault, monkeypatch)
     with pytest.raises((AssertionError, InputError, pytest.fail.Exception)):
-        fault.check(tmp_path)
+        check_of(fault)(tmp_path)

@@ -1,19 +1,17 @@
 """config.json key by key: stored logits of transformers for changed keys, and the config.json of published folders."""
 
-import inspect
 import json
-import textwrap
 
 import pytest
 import torch
 from burnish.model import InputError, Transformer, pack
 from burnish.model.checkpoint import load_model
 from burnish.model.config import Latent, ModelConfig
-from burnish.model.files import config_json
 from burnish.model.files.architectures import ARCHITECTURES, INERT, ROPE_INERT, loadable
 from burnish.model.files.config_json import read_config, write_config
-from burnish.model.files.config_keys import Keys
 from burnish.model.generate import generate
+from faults import check_of, control, faults_of
+from planted import plant
 
 MISSING = "(missing)"  # as make_config_mutations.py writes it
 STORED = (
@@ -26,6 +24,7 @@ MINIMAL = {
 }
 
 
+@control
 def check_stored(data, name: str) -> None:
     """Our logits are those of transformers after each change, or the change is refused."""
     stored = json.loads((data / "config_mutations.json").read_text())["golden"][name]
@@ -76,6 +75,7 @@ def test_what_published_configs_say(data):
     assert moonlight.experts is not None and moonlight.experts.layers == (False,) + (True,) * 26
 
 
+@control
 def check_rules(data, name: str) -> None:
     """What no logits of tiny-hf show."""
     minimal = {"model_type": name, **MINIMAL}
@@ -275,39 +275,9 @@ def test_what_loads_is_told_from_the_table():
 
 # ---- planted faults
 
-FAULTS = [
-    (Keys.refuse_what_is_not_built, "value is not None", "value", check_rules, "llama"),
-    (
-        Keys.refuse_what_is_not_built,
-        "isinstance(value, bool) == isinstance(v, bool)",
-        "True",
-        check_rules,
-        "llama",
-    ),
-    (config_json._Reader.slides, "[True] * layers", "[False] * layers", check_stored, "qwen3_moe"),
-    (config_json._Reader.slides, "i % 2 == 0 and i < last", "i >= last", check_stored, "qwen2_moe"),
-    (config_json._Reader.rope_parameters, "self.architecture.rope if", "{} if", check_stored, "gpt_oss"),
-    (config_json._Reader.rope_value, "bool(value)", "value is not False", check_rules, "llama"),
-    (config_json._Reader.slides, 'self.size("sliding_window_pattern")', "6", check_stored, "gemma3_text"),
-    (
-        config_json._Reader.rope_parameters,
-        '{"rope_type": "default"} | found',
-        "found",
-        check_rules,
-        "gemma3_text",
-    ),
-    (config_json._Reader.experts, "else True", "else False", check_stored, "mixtral"),
-]
 
-
-@pytest.mark.parametrize(
-    "function, old, new, check, name", FAULTS, ids=[f"{f[0].__name__}-{f[2]}" for f in FAULTS]
-)
-def test_a_planted_fault_is_caught(data, monkeypatch, function, old, new, check, name):
-    source = textwrap.dedent(inspect.getsource(function))
-    assert old in source, f"{function.__name__} no longer has `{old}`: plant this control anew"
-    planted = compile(source.replace(old, new), "planted", "exec")
-    (code,) = (c for c in planted.co_consts if inspect.iscode(c) and c.co_name == function.__name__)
-    monkeypatch.setattr(function, "__code__", code)
+@pytest.mark.parametrize("fault", faults_of(__file__), ids=lambda fault: fault.id)
+def test_a_planted_fault_is_caught(fault, data, monkeypatch):
+    plant(fault, monkeypatch)
     with pytest.raises((AssertionError, pytest.fail.Exception, InputError)):
-        check(data, name)
+        check_of(fault)(data, fault.on)

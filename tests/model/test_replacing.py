@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from burnish.model.errors import InputError
 from burnish.model.files.replacing import replacing, replacing_folder
-from planted import Fault, plant
+from faults import check_of, control, faults_of
+from planted import plant
 from safetensors import SafetensorError
 
 ERRORS = [
@@ -41,6 +42,7 @@ each_writer = pytest.mark.parametrize("writer", [replacing, replacing_folder])
 # ---- the checks, which the planted faults must fail
 
 
+@control
 def whole(writer, folder: Path) -> None:
     """The new one, the earlier one replaced, and nothing beside it."""
     inside = "place/file" if writer is replacing_folder else "place"
@@ -49,6 +51,7 @@ def whole(writer, folder: Path) -> None:
         assert {k: v for k, v in contents(folder).items() if v is not None} == {inside: text}
 
 
+@control
 def as_it_was(writer, folder: Path) -> None:
     """A failure in the middle leaves the earlier one, or nothing."""
     for earlier in (False, True):
@@ -61,6 +64,7 @@ def as_it_was(writer, folder: Path) -> None:
             assert contents(folder) == before
 
 
+@control
 def one_sentence(writer, folder: Path) -> None:
     """The message has the place and the reason, not the name of what was written meanwhile."""
     with pytest.raises(InputError) as caught:
@@ -68,6 +72,7 @@ def one_sentence(writer, folder: Path) -> None:
     assert str(caught.value) == f"{folder / 'place'}: cannot be written: No space left on device"
 
 
+@control
 def on_the_disk(writer, folder: Path) -> None:
     """What is renamed was synchronised before, where that is asked for."""
     calls: list[str] = []
@@ -81,6 +86,7 @@ def on_the_disk(writer, folder: Path) -> None:
     assert calls == ["rename", "sync", "rename"]
 
 
+@control
 def not_through_a_link(writer, folder: Path) -> None:
     (folder / "elsewhere").write_text("kept")
     (folder / ".place.partial").symlink_to(folder / "elsewhere")
@@ -186,31 +192,11 @@ def test_modes_are_those_of_ordinary_files(tmp_path):
 
 # ---- planted faults
 
-FILE_LEFT = (
-    "        except BaseException:\n            with suppress(OSError):\n                beside.unlink"
-)
-FAULTS = [
-    Fault("left beside", replacing, FILE_LEFT, FILE_LEFT.replace("BaseException", "OSError"), as_it_was),
-    Fault("in its place", replacing, 'file.with_name(f".{file.name}.partial")', "file", as_it_was),
-    Fault("never synchronised", replacing, "if sync:", "if False:", on_the_disk),
-    Fault("always synchronised", replacing, "if sync:", "if True:", on_the_disk),
-    Fault(
-        "through a link",
-        replacing,
-        "beside.unlink(missing_ok=True)\n        try",
-        "try",
-        not_through_a_link,
-    ),
-    Fault("no sentence", replacing, "_cannot_be_written(file, note)", "suppress(KeyError)", one_sentence),
-    Fault("never there", replacing, "beside.replace(file)", "pass", whole),
-    Fault("left beside", replacing_folder, "shutil.rmtree(beside, ignore_errors=True)", "pass", as_it_was),
-    Fault("in its place", replacing_folder, "yield beside", "folder.mkdir(); yield folder", as_it_was),
-    Fault("never there", replacing_folder, "_move(beside, folder)", "pass", whole),
-]
+WRITERS = {"replacing": replacing, "replacing_folder": replacing_folder}
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.function.__name__}: {fault.name}")
+@pytest.mark.parametrize("fault", faults_of(__file__), ids=lambda fault: fault.id)
 def test_a_planted_fault_is_caught(fault, tmp_path, monkeypatch):
-    plant(fault.function, fault.old, fault.new, monkeypatch)
+    plant(fault, monkeypatch)
     with pytest.raises((AssertionError, OSError, pytest.fail.Exception, InputError)):
-        fault.check(fault.function, tmp_path)
+        check_of(fault)(WRITERS[fault.function], tmp_path)
