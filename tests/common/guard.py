@@ -30,7 +30,7 @@ class AccessError(Exception):
 
 
 class _Memory:
-    """What a launch was given of one storage, and which program has touched which element."""
+    """The views of one storage that a launch was given, and which program has touched which element."""
 
     def __init__(self, views: list[Any]):
         self.size = min(v.element_size() for v in views)
@@ -83,7 +83,7 @@ class _Memory:
 
 
 def _reach(view: Any) -> int:
-    """How many elements lie between a view's first and its last."""
+    """The number of elements from a view's first to its last."""
     return sum((n - 1) * s for n, s in zip(view.shape, view.stride(), strict=True))
 
 

@@ -25,7 +25,7 @@ from readers import Reader, readers
 
 
 def _cases(reader: Reader, inputs: Path, seed: int, count: int) -> list[Result]:
-    """In a process of the pool, with a folder of its own."""
+    """The outcomes of some cases, in a process of the pool with a folder of its own."""
     return list(results_of(reader, inputs, inputs.with_name(f"work-{os.getpid()}"), seed, count))
 
 

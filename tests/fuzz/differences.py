@@ -1,4 +1,4 @@
-"""What a changed file says otherwise than the whole one: read by means of our own, and more loosely than Burnish does.
+"""Differences of a changed file from the whole one, which is read by means of our own, more loosely than Burnish does.
 
 A difference is a place, what stood there and what stands there now. None stands for a file that cannot be read so, or
 that says one thing twice: whoever reads it has guessed.

@@ -1,4 +1,4 @@
-"""What is mutated: a folder for each kind of input, made from tests/data and from small models of our own."""
+"""Inputs to mutate: a folder for each kind, made from tests/data and from small models of our own."""
 
 import gzip
 import json

@@ -76,7 +76,7 @@ def of_special(draw: Random) -> Mutation:
 
 
 def put(mutation: Mutation, file: Path) -> None:
-    """What a mutation left, at the place of `file`, which is then no longer there."""
+    """Replace `file` by what a mutation left."""
     file.unlink()
     match mutation.special:
         case "":
@@ -156,7 +156,7 @@ def of_value(
 
 
 def _retyped_values(value: Any) -> list[Any]:
-    """What a careless reader takes for the same."""
+    """Values that a careless reader takes for the same."""
     found = [[value], {"x": value}, str(value), str(value), bool(value)]
     if isinstance(value, bool | int | float):
         found += [int(value), float(value), value + 0.5] if abs(value) < 1e300 else []  # NaN is not, either
@@ -176,7 +176,7 @@ def dumped(value: Any) -> str:
 
 
 def of_text_of_json(text: str, draw: Random) -> Mutation:
-    """What JSON's own tools do not write: another encoding, a key twice, a number that is none, endless nesting."""
+    """Texts that JSON's own tools do not write: another encoding, a key twice, a number that is none, deep nesting."""
     end, levels = text.rfind("}"), draw.choice((DEEP, SHALLOW))
     keys = [*json.loads(text)] if text.lstrip()[:1] == "{" else []
     key = json.dumps(draw.choice(keys)) if keys else '"x"'

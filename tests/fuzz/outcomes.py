@@ -1,4 +1,4 @@
-"""What becomes of one reader on one folder: it runs in a fork, with limits on its time and its memory.
+"""The outcome of one reader on one folder: it runs in a fork, with limits on its time and its memory.
 
 accepted     it returned a digest of what it read
 clean        InputError: one line of at most 600 printable characters

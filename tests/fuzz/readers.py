@@ -114,7 +114,7 @@ def of_tokenizer(folder: Path) -> str:
 
 
 def saved(look: Callable[[Any], Any], load: Callable[[Path], Any], folder: Path) -> Any:
-    """What was read has been saved by us: to refuse it now is a fault of ours."""
+    """Look at what is loaded from a folder that we have saved: to refuse it is a fault of ours."""
     try:
         return look(load(folder))
     except InputError as error:

@@ -1,4 +1,4 @@
-"""What a value in a file may be, by its meaning: the checks that classes are made of."""
+"""Checks of a value in a file by its meaning, of which classes are made."""
 
 import json
 import math

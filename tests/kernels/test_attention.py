@@ -47,21 +47,44 @@ CASES = {
     "packed, not causal": ((31, 4, 8), None, 2, 8, {"cu_seqlens": [7, 0, 17, 1, 6], "causal": False}),
     "packed window": ((31, 4, 8), None, 2, 8, {"cu_seqlens": [7, 0, 17, 1, 6], "window": 4}),
     "packed nothing": ((0, 4, 8), None, 2, 8, {"cu_seqlens": [0, 0]}),
-    "parents": ((40, 4, 8), None, 2, 8, {"cu_seqlens": [9, 4, 6, 1, 5, 8, 7], "parents": [-1, 0, 0, -1, -1, 4, 4]}),
+    "parents": (
+        (40, 4, 8),
+        None,
+        2,
+        8,
+        {"cu_seqlens": [9, 4, 6, 1, 5, 8, 7], "parents": [-1, 0, 0, -1, -1, 4, 4]},
+    ),
     "parents, window": (
-        (40, 4, 8), None, 2, 8, {"cu_seqlens": [9, 4, 6, 1, 5, 8, 7], "parents": [-1, 0, 0, -1, -1, 4, 4], "window": 6},
+        (40, 4, 8),
+        None,
+        2,
+        8,
+        {"cu_seqlens": [9, 4, 6, 1, 5, 8, 7], "parents": [-1, 0, 0, -1, -1, 4, 4], "window": 6},
     ),
     "parents, all": (
-        (25, 4, 8), None, 2, 4,
+        (25, 4, 8),
+        None,
+        2,
+        4,
         {"cu_seqlens": [3, 14, 0, 8], "parents": [-1, 0, 0, 0], "window": 9, "softcap": 3.0, "sinks": True},
     ),
     "padded": ((75, 4, 8), None, 2, 8, {"cu_seqlens": [7, 0, 17], "first": 3}),
     "padded, not causal": ((31, 4, 8), None, 2, 8, {"cu_seqlens": [7, 0, 17], "causal": False}),
     "padded, all": (
-        (33, 4, 8), None, 2, 4,
-        {"cu_seqlens": [3, 14, 0, 8], "first": 2, "parents": [-1, 0, 0, 0], "window": 9, "softcap": 3.0, "sinks": True},
+        (33, 4, 8),
+        None,
+        2,
+        4,
+        {
+            "cu_seqlens": [3, 14, 0, 8],
+            "first": 2,
+            "parents": [-1, 0, 0, 0],
+            "window": 9,
+            "softcap": 3.0,
+            "sinks": True,
+        },
     ),
-}  # fmt: skip
+}
 
 
 STRETCH = (
@@ -146,7 +169,7 @@ compiled_or_interpreted = pytest.mark.skipif(
 def eager(
     q, k, v, *, causal=True, scale=None, window=None, softcap=None, sinks=None, cu_seqlens=None, parents=None
 ):
-    """What torch users write: every operand and intermediate in the inputs' dtype, the softmax in fp32. (out, lse)"""
+    """Attention as torch users write it: every operand and intermediate in the inputs' dtype, the softmax in fp32."""
     packed = cu_seqlens is not None
     if packed:
         segment, position = positions(cu_seqlens, parents, q.shape[0])

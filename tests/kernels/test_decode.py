@@ -106,7 +106,7 @@ def eager(
     softcap=None,
     sinks=None,
 ):
-    """What torch users write for one sequence after the other, every intermediate in the inputs' dtype."""
+    """Decoding as torch users write it, one sequence after the other, every intermediate in the inputs' dtype."""
     outs = []
     for b in range(q.shape[0]):
         k, v = k_cache[slot[b], : length[b]], v_cache[slot[b], : length[b]]
@@ -234,7 +234,7 @@ def test_a_prefix_is_the_same_as_its_copy(device):
 
 
 def test_prefixes_may_lie_in_a_cache_of_their_own(device):
-    """Of another length, with rows in another order, heads outside positions; every feature on."""
+    """That cache has another length, its rows another order, its heads stand outside positions; every feature is on."""
     arguments = make(["prefix", "window", "softcap", "sinks"], device=device)
     want = decode_attention(**arguments)
     moved = torch.tensor([3, 1], device=device)  # row 0 of the new cache was row 3
@@ -305,28 +305,40 @@ REFUSALS = {
     "q, k_cache, v_cache: expected (B, H, D), (slots, S_max, G, D), (slots, S_max, G, Dv), got (2, 4, 8), (3, 2, 8)": {
         "k_cache": (3, 2, 8)
     },
-    "k_cache: expected shape (slots=3, S_max=5, kv_heads=2, head_dim=8), got (3, 5, 2, 9)": {"k_cache": (3, 5, 2, 9)},
-    "v_cache: expected shape (slots=3, S_max=5, kv_heads=2, head_dim=8), got (3, 6, 2, 8)": {"v_cache": (3, 6, 2, 8)},
+    "k_cache: expected shape (slots=3, S_max=5, kv_heads=2, head_dim=8), got (3, 5, 2, 9)": {
+        "k_cache": (3, 5, 2, 9)
+    },
+    "v_cache: expected shape (slots=3, S_max=5, kv_heads=2, head_dim=8), got (3, 6, 2, 8)": {
+        "v_cache": (3, 6, 2, 8)
+    },
     "q: expected a multiple of the 2 key/value heads, got 3": {"q": (2, 3, 8)},
     "q: expected a head dimension of 1 to 256, got 257": {"q": (2, 4, 257)},
-    "q, k_cache, v_cache: expected one dtype, got torch.float16": {"q": torch.zeros(2, 4, 8, dtype=torch.float16)},
+    "q, k_cache, v_cache: expected one dtype, got torch.float16": {
+        "q": torch.zeros(2, 4, 8, dtype=torch.float16)
+    },
     "slot: expected shape (batch=2), got (3,)": {"slot": torch.zeros(3, dtype=torch.int64)},
     "slot: expected dtype torch.int32 or torch.int64, got torch.float32": {"slot": torch.zeros(2)},
     "length: expected shape (batch=2), got (1,)": {"length": torch.ones(1, dtype=torch.int64)},
-    "prefix_slot, prefix_length: expected both or neither, got one": {"prefix_slot": torch.zeros(2, dtype=torch.int64)},
+    "prefix_slot, prefix_length: expected both or neither, got one": {
+        "prefix_slot": torch.zeros(2, dtype=torch.int64)
+    },
     "k_prefix, v_prefix: expected both and a prefix_slot, or neither": {"k_prefix": (1, 5, 2, 8)},
     "k_prefix: expected shape (prefixes=1, P_max=4, kv_heads=2, head_dim=8), got (1, 4, 3, 8)": {
-        "k_prefix": (1, 4, 3, 8), "v_prefix": (1, 4, 2, 8),
-        "prefix_slot": torch.zeros(2, dtype=torch.int64), "prefix_length": torch.zeros(2, dtype=torch.int64),
+        "k_prefix": (1, 4, 3, 8),
+        "v_prefix": (1, 4, 2, 8),
+        "prefix_slot": torch.zeros(2, dtype=torch.int64),
+        "prefix_length": torch.zeros(2, dtype=torch.int64),
     },
     "k_prefix, v_prefix: expected torch.float32, got torch.float32, torch.float16": {
-        "k_prefix": (1, 4, 2, 8), "v_prefix": torch.zeros(1, 4, 2, 8, dtype=torch.float16),
-        "prefix_slot": torch.zeros(2, dtype=torch.int64), "prefix_length": torch.zeros(2, dtype=torch.int64),
+        "k_prefix": (1, 4, 2, 8),
+        "v_prefix": torch.zeros(1, 4, 2, 8, dtype=torch.float16),
+        "prefix_slot": torch.zeros(2, dtype=torch.int64),
+        "prefix_length": torch.zeros(2, dtype=torch.int64),
     },
     "window: expected at least 1, got 0": {"window": 0},
     "softcap: expected a positive number, got -1.0": {"softcap": -1.0},
     "sinks: expected shape (heads=4), got (2,)": {"sinks": torch.zeros(2)},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("message", REFUSALS)

@@ -72,7 +72,7 @@ def make(
 def eager(
     hidden, weight, targets, *, bias=None, temperature=1.0, softcap=None, support=None, memory_budget=None
 ):
-    """What torch users have: logits in the dtype of the inputs, and the rest in fp32."""
+    """Log-probabilities as torch users have them: logits in the dtype of the inputs, and the rest in fp32."""
     z = hidden @ weight.T
     z = (z if bias is None else z + bias).float()
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
@@ -173,7 +173,7 @@ def test_tiny_and_huge_logits(scale, device):
 @pytest.mark.parametrize("scale", [30, 1000, 3e4])
 @pytest.mark.parametrize("outputs", [(name,) for name in OUTPUTS], ids=str)
 def test_ids_that_tie_far_from_zero(outputs, scale, device):
-    """Where a row's probabilities are no 0 and 1, the rounding of a log-sum-exp of this size must not be in them."""
+    """The rounding of a log-sum-exp of this size must not be in probabilities that are neither 0 nor 1."""
     leaves, targets, options = make(6, 16, 300, device)
     size = 2.0 ** round(math.log2(scale))  # few bits each, so that products have no rounding
     hidden, weight, _ = leaves = [None if x is None else (x * 15).round() / 16 for x in leaves]

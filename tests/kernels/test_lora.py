@@ -1,4 +1,4 @@
-"""What an adapter means, beyond the accuracy that test_cases.py holds every op to."""
+"""The meaning of an adapter, beyond the accuracy that test_cases.py holds every op to."""
 
 import pytest
 import torch
@@ -136,7 +136,7 @@ def test_expectation_and_variance(dropout):
 
 @pytest.mark.parametrize("together", [True, False])
 def test_biases_may_be_stepped_before_the_backward(together, device):
-    """As behind F.linear: nobody reads their values there. Each gradient has its bias' dtype."""
+    """Nobody reads their values in the backward, as behind F.linear. Each gradient has its bias' dtype."""
     (x, *each), options, _ = layers(device, biases=True)
     biases = [
         options["biases"][0],
@@ -200,7 +200,7 @@ def test_rows_have_their_own_adapter(device):
 @pytest.mark.skipif(not TRITON, reason="a CPU multiplies the base out at any number of rows")
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.3, "seed": SEED}, {"adapter": True}], ids=str)
 def test_few_rows_read_the_base_in_4_bits(options, monkeypatch, device):
-    """As nf4_linear does; the backward, and more rows, multiply it out."""
+    """The op reads it as nf4_linear does; the backward, and more rows, multiply it out."""
     calls = []
     whole = lora.dense_of
     monkeypatch.setattr(lora, "dense_of", lambda *args: calls.append(1) or whole(*args))

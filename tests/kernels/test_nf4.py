@@ -1,4 +1,4 @@
-"""What 4 bits mean, to the bit, beyond the accuracy that test_cases.py holds every op to."""
+"""The meaning of 4 bits, to the bit, beyond the accuracy that test_cases.py holds every op to."""
 
 import json
 from itertools import product
@@ -113,7 +113,7 @@ def test_equals_bitsandbytes(quant_type, dtype):
 
 
 def multiplied_out(packed, code, absmax, blocksize, like) -> torch.Tensor:
-    """What 4 bits stand for, written out: code[index] times its block's absmax."""
+    """The numbers that 4 bits stand for: code[index] times its block's absmax."""
     index = torch.stack((packed.flatten() >> 4, packed.flatten() & 15), 1).flatten()[: like.numel()]
     scale = absmax.repeat_interleave(blocksize)[: like.numel()]
     return (code[index.long()] * scale).to(like.dtype).view(like.shape)

@@ -1,4 +1,4 @@
-"""What a rotation means, beyond the accuracy that test_cases.py holds every op to."""
+"""The meaning of a rotation, beyond the accuracy that test_cases.py holds every op to."""
 
 import mmap
 

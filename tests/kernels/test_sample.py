@@ -39,12 +39,12 @@ def make(B, V, dtype=torch.float32, device="cpu"):
 
 
 def place(ids, token):
-    """Where in the order that cumulative probabilities follow."""
+    """An id's place in the order that cumulative probabilities follow."""
     return token if ids is None else (ids == token[:, None]).int().argmax(1)
 
 
 def assert_drawn(logits, noise, **how):
-    """As the reference draws in fp64; where the number falls within 1e-6 of a border, on either side of it."""
+    """The reference draws the same in fp64; a number within 1e-6 of a border may fall on either side of it."""
     token, logprob, support = sample_tokens(logits, noise, **how)
     wide = logits.double()
     (_, _, ids), *around = (

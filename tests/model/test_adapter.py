@@ -518,9 +518,13 @@ def test_dropout_acts_where_a_gradient_is_taken_and_nowhere_else():
 def test_layers_of_one_x_go_together(monkeypatch):
     """q, k and v; gate and up: where all have an adapter, of one form. The numbers are those of each alone."""
     groups = []
-    monkeypatch.setattr(linear, "lora_linears", lambda x, weights, *rest, **more: (
-        groups.append(len(weights)) or lora_linears(x, weights, *rest, **more)
-    ))  # fmt: skip
+    monkeypatch.setattr(
+        linear,
+        "lora_linears",
+        lambda x, weights, *rest, **more: (
+            groups.append(len(weights)) or lora_linears(x, weights, *rest, **more)
+        ),
+    )
     models = [tiny(rank_pattern={"k_proj": 5}), tiny(dora=True), tiny(targets=("q_proj", "gate_proj"))]
     together = []
     for model in models:

@@ -18,7 +18,7 @@ C, F, D, HEADS, KV_HEADS, LAYERS = 64, 96, 16, 4, 2, 2  # rows of 32 or more, wh
 
 
 def interleaved(weight, heads):
-    """What llama.cpp does to the rows of q and k: from (head, half, i) to (head, i, half)."""
+    """The order of q's and k's rows in llama.cpp: from (head, half, i) to (head, i, half)."""
     rows, width = weight.shape
     return weight.reshape(heads, 2, rows // heads // 2, width).swapaxes(1, 2).reshape(rows, width)
 

@@ -1,4 +1,4 @@
-"""What is written has the dtype of what was read, tensor by tensor, though training holds fp32."""
+"""Tensors are written in the dtype in which each was read, though training holds fp32."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def dtypes_in(folder: Path, file: str = "model.safetensors") -> set[torch.dtype]
 
 
 def states_in(folder: Path) -> set[str]:
-    """What the weights in 4 bits are multiplied out to."""
+    """The dtypes to which the weights in 4 bits are multiplied out."""
     states = [tensor for name, tensor in tensors_of(folder).items() if ".quant_state." in name]
     return {json.loads(bytes(state.tolist()))["dtype"] for state in states}
 
@@ -119,7 +119,7 @@ def test_a_score_follows_the_body(tmp_path):
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_an_adapter_is_fp32_and_goes_on_as_it_was(tmp_path, tied):
-    """What is trained whole is as the base, as PEFT writes it."""
+    """A module trained whole has the base's dtype, as PEFT writes it."""
     save_model(Transformer(replace(TINY, tie_word_embeddings=tied)), tmp_path / "base", dtype=BF16)
     model = load_model(tmp_path / "base")
     add_lora(model, 2, base=str(tmp_path / "base"), modules_to_save=("lm_head",))

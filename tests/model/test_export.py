@@ -89,7 +89,7 @@ def test_experts_are_streamed_one_by_one():
 @pytest.mark.parametrize("four_bit", [False, True])
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe", "mixtral", "gpt_oss"])
 def test_the_stream_has_the_names_of_the_published_folder(data, tmp_path, name, four_bit):
-    """With adapters on the experts, too: nothing fused, nothing missing, nothing of the adapter."""
+    """Nothing is fused, missing or the adapter's, with adapters on the experts, too."""
     model = load_model(data / "tiny-hf" / name)
     if four_bit:
         quantize_base(model)

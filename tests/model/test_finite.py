@@ -38,7 +38,7 @@ TINY = ModelConfig(
 
 
 def numbers(value: Any, *path: str) -> Iterator[tuple[str, ...]]:
-    """Where in a parsed file there are numbers."""
+    """The places of a parsed file at which there are numbers."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from numbers(inner, *path, key)

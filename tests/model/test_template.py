@@ -209,7 +209,7 @@ def outcome(source: str) -> str:
 
 
 def in_a_fork(sources: dict[str, str], seconds: int = 20, gigabytes: float = 1.5) -> dict[str, str]:
-    """What becomes of each, those without an entry were not reached."""
+    """The outcome of each; those without an entry were not reached."""
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:

@@ -67,7 +67,7 @@ def test_logits_are_those_of_transformers(model, golden):
 
 
 def padded_attention(mask, q, k, v, *, window, cu_seqlens, parents, scale, sinks):
-    """What transformers' eager attention does with left padding: a padded query weighs every key alike."""
+    """Transformers' eager attention with left padding: a padded query weighs every key alike."""
     (B, T), D = mask.shape, q.shape[-1]
     q, k, v = (x.view(B, T, -1, D).transpose(1, 2) for x in (q, k, v))  # (B, H or G, T, D)
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))

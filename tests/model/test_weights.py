@@ -55,7 +55,7 @@ def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def rewrite(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1) -> None:
-    """In place of the folder's tensors: one file, or several and an index, which cut across the layers."""
+    """Write `tensors` in place of the folder's: one file, or several and an index, which cut across the layers."""
     for file in [*folder.glob("model*.safetensors"), *folder.glob(INDEX)]:
         file.unlink()
     tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
@@ -443,7 +443,7 @@ def test_the_correction_of_experts_is_kept_in_fp32(data):
 
 @pytest.mark.parametrize("name", ["qwen2", "llama", "qwen3_moe", "deepseek_v3"])
 def test_a_model_saved_without_its_head_has_shorter_names(data, tmp_path, name):
-    """As AutoModel writes it, and embedding models are published; the head, where there is one, stands beside it."""
+    """AutoModel writes it so, and embedding models are published so; the head, where there is one, stands beside it."""
     source = Path(shutil.copytree(data / "tiny-hf" / name, tmp_path / name))
     expected, tensors = logits_of(load_model(source)), tensors_in(source)
     rewrite(source, {key.removeprefix("model."): tensor for key, tensor in tensors.items()}, shards=2)
@@ -540,7 +540,7 @@ def test_sizes_are_compared_before_anything_is_read(folder, monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux' list of mapped files")
 def test_a_file_that_is_read_is_mapped_no_longer(folder, monkeypatch):
-    """What was read would otherwise stay in memory beside the model, until the last file is through."""
+    """Its tensors would otherwise stay in memory beside the model, until the last file is through."""
     tensors, shards = {name: tensor.clone() for name, tensor in tensors_in(folder).items()}, 5
     names = [hf_name(name) for name in Transformer(TINY, device="meta").state_dict()]
     for file in folder.glob("model*.safetensors"):

@@ -50,7 +50,7 @@ def not_finite(found: Any) -> None:
 
 
 def nan_rows(*rows: int) -> Callable[[Any], None]:
-    """Of outputs as long as the first, these rows are NaN and all others finite; what is left is finite."""
+    """These rows are NaN and all others finite, in outputs as long as the first; other outputs are finite."""
 
     def check(found: Any) -> None:
         outputs = tensors_of(found)
@@ -92,7 +92,7 @@ def equals(*expected: float) -> Callable[[Any], None]:
 
 
 def shape(*sizes: int) -> Callable[[Any], None]:
-    """Of the first output: what a call on "meta" answers, or an empty one."""
+    """The first output has this shape, which is all that an empty one has, or a call on "meta"."""
 
     def check(found: Any) -> None:
         assert tuple(tensors_of(found)[0].shape) == sizes
