@@ -23,6 +23,7 @@ def in_a_fork(function: Callable[[], Any], seconds: int = 60, gigabytes: float =
             found = f"{type(error).__name__}: {error}"
         os.write(write_end, json.dumps(found).encode())
         os._exit(0)
+
     os.close(write_end)
     with open(read_end, encoding="utf-8") as pipe:
         text = pipe.read()

@@ -82,6 +82,7 @@ def main() -> int:
         if not found:
             parser.error(f"no such reader: {' '.join(flags.readers)}")
         warm_up(found, inputs, Path(folder))
+
         for result in results(found, inputs, flags):
             counts[result.reader][result.kind] += 1
             report.write(json.dumps(vars(result)) + "\n")
