@@ -7,6 +7,7 @@ from burnish.kernels._chip import INTERPRET
 from burnish.kernels.decode import decode_attention
 from burnish.kernels.plain import decode
 from burnish.kernels.plain.decode import decode_attention_reference
+from burnish.kernels.records import Scores
 from torch.utils._python_dispatch import TorchDispatchMode
 
 TRITON = INTERPRET or torch.cuda.is_available()
@@ -28,10 +29,12 @@ def make(features=(), dtype=torch.float32, device="cpu", shape=SHAPES[0], intege
         "k_cache": draw(7, 11 * unit, G, D),
         "v_cache": draw(7, 11 * unit, G, Dv),
     }
+
     numbers = {"slot": [4, 0, 5, 2, 6], "length": [1, 11 * unit, 7 * unit - 1, 8 * unit, 3]}
     if "prefix" in features:  # two share one, one has another, one has the same row as far as another length
         numbers |= {"prefix_slot": [1, 1, -1, 3, 1], "prefix_length": [9 * unit, 9 * unit, 5, unit, 2]}
     arguments |= {name: torch.tensor(x, device=device, dtype=integers) for name, x in numbers.items()}
+
     if "window" in features:
         arguments["window"] = 9 * unit
     if "softcap" in features:
@@ -94,30 +97,21 @@ def test_reference_is_the_formula():
     torch.testing.assert_close(got[0, 0], want)
 
 
-def eager(
-    q,
-    k_cache,
-    v_cache,
-    slot,
-    length,
-    prefix_slot=None,
-    prefix_length=None,
-    window=None,
-    softcap=None,
-    sinks=None,
-):
+def eager(q, k_cache, v_cache, slot, length, prefix_slot=None, prefix_length=None, **rules):
     """Decoding as torch users write it, one sequence after the other, every intermediate in the inputs' dtype."""
+    rules = Scores(**{"scale": q.shape[-1] ** -0.5, "window": None, "softcap": None, "sinks": None} | rules)
     outs = []
     for b in range(q.shape[0]):
         k, v = k_cache[slot[b], : length[b]], v_cache[slot[b], : length[b]]
         if prefix_slot is not None and prefix_slot[b] >= 0:
             k = torch.cat([k_cache[prefix_slot[b], : prefix_length[b]], k])
             v = torch.cat([v_cache[prefix_slot[b], : prefix_length[b]], v])
-        k, v = (x if window is None else x[-window:] for x in (k, v))
+        k, v = (x if rules.window is None else x[-rules.window :] for x in (k, v))
+
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-        s = torch.einsum("hd,shd->hs", q[b], k) * q.shape[-1] ** -0.5
-        s = s if softcap is None else softcap * torch.tanh(s / softcap)
-        s = s if sinks is None else torch.cat([s, sinks[:, None]], 1)
+        s = rules.scale * torch.einsum("hd,shd->hs", q[b], k)
+        s = s if rules.softcap is None else rules.softcap * torch.tanh(s / rules.softcap)
+        s = s if rules.sinks is None else torch.cat([s, rules.sinks[:, None]], 1)
         p = s.float().softmax(-1).to(q.dtype)[:, : k.shape[0]]
         outs.append(torch.einsum("hs,shd->hd", p, v))
     return torch.stack(outs)
@@ -282,10 +276,13 @@ def test_cpu_path_in_any_buckets(call, window, monkeypatch):
         arguments |= {"length": torch.randint(0, 13, (B,), generator=draw), "window": window}
         arguments |= {"prefix_slot": torch.randint(-1, 9, (B,), generator=draw).sort().values}
         arguments |= {"prefix_length": torch.randint(0, 16, (9,), generator=draw)[arguments["prefix_slot"]]}
+
         arguments = convert(arguments, torch.float64)
         want = decode_attention_reference(**arguments)
         for _ in range(2):  # the second time by what the first found out
             torch.testing.assert_close(decode_attention(**arguments), want, rtol=1e-12, atol=1e-12)
+
+        # a step later
         arguments["length"] = (arguments["length"] + 1).clamp(max=12)
         want = decode_attention_reference(**arguments)
         torch.testing.assert_close(decode_attention(**arguments), want, rtol=1e-12, atol=1e-12)

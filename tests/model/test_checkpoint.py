@@ -184,7 +184,7 @@ def test_absent_keys_take_the_values_of_transformers(model_type):
     """Set beside transformers' own classes where they are installed; the values that differ are spelled out here."""
     config = read_config(minimal(model_type))
     assert config.head_dim == (128 if model_type == "qwen3" else 4)
-    assert config.windows == ((4096,) * 4 if model_type == "mistral" else (None,) * 4)
+    assert config.windows == ((4096,) * 4 if model_type == "mistral" else (None, None, None, None))
     assert config.rope_layers == ((True, True, True, False) if model_type == "smollm3" else (True,) * 4)
     assert config.rope == Rope(2e6 if model_type == "smollm3" else 1e4)
     assert config.tie_word_embeddings is (model_type == "smollm3")
@@ -206,12 +206,12 @@ def test_absent_keys_are_those_of_transformers_classes(model_type):
 def test_sliding_layers_are_read_from_every_spelling():
     windows = lambda **keys: read_config(minimal(**keys)).windows
     assert windows(model_type="mistral", sliding_window=7) == (7,) * 4
-    assert windows(model_type="mistral", sliding_window=None) == (None,) * 4
+    assert windows(model_type="mistral", sliding_window=None) == (None, None, None, None)
     qwen = {"model_type": "qwen3", "sliding_window": 7, "use_sliding_window": True}
     assert windows(**qwen, max_window_layers=3) == (None, None, None, 7)
     kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
     assert windows(**qwen, layer_types=kinds) == (7, None, 7, None)
-    assert windows(**{**qwen, "use_sliding_window": False}, max_window_layers=0) == (None,) * 4
+    assert windows(**{**qwen, "use_sliding_window": False}, max_window_layers=0) == (None, None, None, None)
     smol = {**qwen, "model_type": "smollm3", "no_rope_layer_interval": 2}
     assert windows(**smol) == (None, 7, None, 7)
 
