@@ -13,11 +13,12 @@ import wrong_attention
 import wrong_heads
 import wrong_linear
 import wrong_rest
+import wrong_sample
 from burnish import kernels
 from burnish.kernels._chip import INTERPRET
 from wrong import Wrong
 
-TABLES = (wrong_attention, wrong_heads, wrong_linear, wrong_rest)
+TABLES = (wrong_attention, wrong_heads, wrong_linear, wrong_sample, wrong_rest)
 CALLS = [call for table in TABLES for call in table.CALLS]
 
 

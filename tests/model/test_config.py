@@ -33,6 +33,7 @@ def check_stored(data, name: str) -> None:
     raw = json.loads((folder / "config.json").read_text())
     state = load_model(folder).state_dict()
     ids = torch.randint(3, 96, (1, 24), generator=torch.Generator().manual_seed(5))[0].tolist()
+
     for row in stored:
         changed = {key: value for key, value in (raw | row["change"]).items() if value != MISSING}
         if row["logits"] is None:

@@ -127,11 +127,13 @@ def test_an_adapter_is_fp32_and_goes_on_as_it_was(tmp_path, tied):
     tensors = load_file(tmp_path / "new" / "adapter_model.safetensors")
     assert {tensor.dtype for name, tensor in tensors.items() if ".lora_" in name} == {FP32}
     assert tensors["base_model.model.lm_head.weight"].dtype == BF16
+
     for dtype in (BF16, FP16):
         save_model(load_model(tmp_path / "new"), tmp_path / "asked", dtype=dtype)
         assert dtypes_in(tmp_path / "asked", "adapter_model.safetensors") == {dtype}
         save_model(load_model(tmp_path / "asked"), tmp_path / "on")
         assert dtypes_in(tmp_path / "on", "adapter_model.safetensors") == {dtype}
+
     merge_lora(model)
     save_model(model, tmp_path / "merged")
     assert dtypes_in(tmp_path / "merged") == {BF16}
@@ -152,11 +154,13 @@ def test_a_base_in_4_bits_is_merged_into_what_its_state_names(data, tmp_path):
         elif ".weight." not in name and tensor.dtype == FP32:
             tensors[name] = tensor.to(BF16)
     save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+
     model = load_model(tmp_path / "base")
     save_model(model, tmp_path / "saved")
     for name, tensor in tensors_of(tmp_path / "saved").items():
         assert tensor.dtype == tensors[name].dtype, name
     assert states_in(tmp_path / "saved") == {"float16"}
+
     merge_lora(model)
     save_model(model, tmp_path / "merged")
     for name, tensor in tensors_of(tmp_path / "merged").items():

@@ -117,6 +117,7 @@ def test_several_files_are_the_model_of_one(made, tmp_path, monkeypatch):
     save_model(model, tmp_path / "several")
     files = sorted((tmp_path / "several").glob("*.safetensors"))
     assert len(files) >= 2 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+
     tensors = [load_file(file) for file in files]
     assert all(sum(t.nbytes for t in held.values()) <= 40_000 or len(held) == 1 for held in tensors)
     joined = {name: tensor for held in tensors for name, tensor in held.items()}
@@ -124,6 +125,7 @@ def test_several_files_are_the_model_of_one(made, tmp_path, monkeypatch):
     assert joined.keys() == expected.keys() and all(
         torch.equal(joined[name], expected[name]) for name in expected
     )
+
     load = load_scalar_model if isinstance(model, ScalarModel) else load_model
     for name, tensor in load(tmp_path / "several").state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name])

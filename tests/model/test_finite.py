@@ -71,6 +71,7 @@ def test_a_number_of_config_json(folder: Path):
                     error,
                 )
                 continue
+
             if config == unbroken:
                 continue
             model = Transformer(config)

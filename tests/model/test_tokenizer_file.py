@@ -261,6 +261,7 @@ def mutated(settings, draw):
         while isinstance(parent[key], dict | list) and parent[key] and draw.random() < 0.75:
             parent = parent[key]
             key = draw.choice(list(parent) if isinstance(parent, dict) else range(len(parent)))
+
         kind = draw.choice(("set", "set", "part", "delete", "add", "copy"))
         if kind == "set":
             parent[key] = copy.deepcopy(draw.choice(VALUES))
@@ -286,6 +287,7 @@ def round_trips(settings, folder, count):
             first = Tokenizer.load(folder)
         except InputError:
             continue
+
         first.save(folder / "saved")
         second = Tokenizer.load(folder / "saved")
         assert second.backend.get_vocab() == first.backend.get_vocab(), seed

@@ -159,12 +159,14 @@ def test_a_shared_prompt_scores_as_an_unshared_batch(model, dtype, bound):
             start = sum(map(len, unshared)) + len(prompt)
             unshared.append(prompt + completion)
             unshared_rows += range(start, start + len(completion))
+
     packed, plain = pack(shared, parents), pack(unshared)
     shared_rows, unshared_rows = torch.tensor(shared_rows), torch.tensor(unshared_rows)
     with torch.no_grad():
         hidden, plain_hidden = model(packed), model(plain)
     difference = model.logits(hidden)[shared_rows] - model.logits(plain_hidden)[unshared_rows]
     assert difference.abs().max() < bound
+
     logprob = backward_of(model, packed, shared_rows)
     shared_gradients = gradients(model)
     plain_logprob = backward_of(model, plain, unshared_rows)
@@ -272,6 +274,7 @@ def test_autocast_keeps_fp32_weights_and_comes_close(model, golden):
     packed, rows = pack([sequence]), torch.arange(1, len(sequence))
     expected = backward_of(model, packed, rows)
     exact = model.embed_tokens.weight.grad
+
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logprob = backward_of(model, packed, rows)
         logits = model.logits(model(packed))
@@ -281,6 +284,7 @@ def test_autocast_keeps_fp32_weights_and_comes_close(model, golden):
         from_logits, logprob, atol=1e-5, rtol=0
     )  # the sampler's figures are the trainer's
     assert 0 < (logprob - expected).abs().max() < 0.1
+
     gradient = model.embed_tokens.weight.grad
     assert gradient.dtype == torch.float32
     assert (gradient - exact).norm() < 0.05 * exact.norm()

@@ -100,6 +100,24 @@ def shape(*sizes: int) -> Callable[[Any], None]:
     return check
 
 
+def of_shapes(*shapes: tuple[int, ...]) -> Callable[[Any], None]:
+    """The outputs have these shapes."""
+
+    def check(found: Any) -> None:
+        assert [tuple(t.shape) for t in tensors_of(found)] == list(shapes)
+
+    return check
+
+
+def calling(op: Callable[..., Any], arguments: dict[str, Any]) -> Callable[..., Callable[[], Any]]:
+    """A function of what is wrong, which makes the call out of right arguments and that."""
+    return lambda **changed: lambda: op(**(arguments | changed))
+
+
+def meta(**tensors: Tensor) -> dict[str, Tensor]:
+    return {name: t.to("meta") for name, t in tensors.items()}
+
+
 def randn(*sizes: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*sizes, generator=torch.Generator().manual_seed(seed)).to(dtype)
 

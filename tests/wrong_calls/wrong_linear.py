@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from burnish.kernels import dequantize_nf4, lora_linear, lora_linears, moe_mlp, nf4_linear, quantize_nf4
 from torch import Tensor
-from wrong import Wrong, finite, int32, nan_rows, not_finite, randn, shape, with_gradients
+from wrong import Wrong, finite, int32, meta, nan_rows, not_finite, randn, shape, with_gradients
 
 NAN, INF = float("nan"), float("inf")
 X, W, A, B = randn(6, 16), randn(8, 16, seed=1), randn(4, 16, seed=2), randn(8, 4, seed=3)
@@ -29,10 +29,6 @@ def routed(adapter: Tensor, **changed: Any) -> Callable[[], Any]:
 def linears(**changed: Any) -> Callable[[], Any]:
     given = {"weights": [W, W], "lora_a": [A, A], "lora_b": [B, B], "scalings": [1.0, 1.0], **changed}
     return lambda: lora_linears(X, **given)
-
-
-def on_meta(**tensors: Tensor) -> dict[str, Any]:
-    return {name: t.to("meta") for name, t in tensors.items()}
 
 
 def four_bit(held=FOUR_BIT, **changed: Any) -> Callable[[], Any]:
@@ -149,7 +145,7 @@ CALLS = (
     Wrong("lora: meta x", lora(x=X.to("meta")), "weight: expected on meta, got on cpu"),
     Wrong("lora: meta B", lora(lora_b=B.to("meta")), "lora_b: expected on cpu, got on meta"),
     Wrong("lora: meta adapter", routed(EMPTY.to("meta"), x=X[:0]), "adapter: expected on cpu, got on meta"),
-    Wrong("lora: all on meta", lora(**on_meta(x=X, weight=W, lora_a=A, lora_b=B)), shape(6, 8)),
+    Wrong("lora: all on meta", lora(**meta(x=X, weight=W, lora_a=A, lora_b=B)), shape(6, 8)),
     Wrong(
         "lora: 4-bit weight on meta",
         lora(x=randn(2, 64), weight=FOUR_BIT.to("meta"), lora_a=randn(4, 64)),

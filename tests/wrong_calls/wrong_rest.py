@@ -17,7 +17,19 @@ from burnish.kernels import (
     swiglu,
 )
 from torch import Tensor
-from wrong import Wrong, equals, finite, int32, nan_rows, not_finite, randn, shape, tensors_of, with_gradients
+from wrong import (
+    Wrong,
+    equals,
+    finite,
+    int32,
+    meta,
+    nan_rows,
+    not_finite,
+    randn,
+    shape,
+    tensors_of,
+    with_gradients,
+)
 
 NAN, INF = float("nan"), float("inf")
 
@@ -68,10 +80,6 @@ def route(top_k: int = 2, **changed: Any) -> Callable[[], Any]:
 def nan_weights_of_known_experts(found: Any) -> None:
     weights, indices, _ = found
     assert weights.isnan().all() and ((indices >= 0) & (indices < 3)).all()
-
-
-def on_meta(given: dict[str, Tensor]) -> dict[str, Any]:
-    return {name: t.to("meta") for name, t in given.items()}
 
 
 MOE = (
@@ -156,7 +164,7 @@ MOE = (
         moe(gate_up=quantize_nf4(randn(3, 16, 8)).to("meta")),
         "gate_up: expected on cpu",
     ),
-    Wrong("moe: all on meta", lambda: moe_mlp(**on_meta(EXPERTS)), shape(5, 8)),
+    Wrong("moe: all on meta", lambda: moe_mlp(**meta(**EXPERTS)), shape(5, 8)),
     Wrong("route: top_k > E", route(5), "logits: expected .*top_k=5"),
     Wrong("route: top_k 0", route(0), "logits: expected .*top_k=0"),
     Wrong("route: NaN", route(logits=randn(4, 3) * NAN), nan_weights_of_known_experts),
@@ -260,9 +268,7 @@ ROPE = (
     ),
     Wrong(
         "rope: all on meta",
-        lambda: apply_rope(
-            **on_meta({"q": Q, "k": K, "cos": COS, "sin": SIN, "positions": torch.arange(12)})
-        ),
+        lambda: apply_rope(**meta(q=Q, k=K, cos=COS, sin=SIN, positions=torch.arange(12))),
         shape(12, 4, 20),
     ),
 )
