@@ -63,7 +63,7 @@ def of_bytes(data: bytes, draw: Random) -> Mutation:
         case "repeat":
             raw[at:at] = raw[max(0, at - 40) : at] * draw.choice((1, 3))
 
-        # overwritten
+        # as long as before
         case "zero":
             size = len(raw[at : at + draw.choice((1, 8, 64))])
             raw[at : at + size] = bytes(size)

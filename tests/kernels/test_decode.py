@@ -282,7 +282,7 @@ def test_cpu_path_in_any_buckets(call, window, monkeypatch):
         for _ in range(2):  # the second time by what the first found out
             torch.testing.assert_close(decode_attention(**arguments), want, rtol=1e-12, atol=1e-12)
 
-        # a step later
+        # a step later, each sequence is longer by one
         arguments["length"] = (arguments["length"] + 1).clamp(max=12)
         want = decode_attention_reference(**arguments)
         torch.testing.assert_close(decode_attention(**arguments), want, rtol=1e-12, atol=1e-12)
