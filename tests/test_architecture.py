@@ -1,4 +1,4 @@
-"""The structure of the tree, held by a test: floors, rooms, reading order, size, names.
+"""The structure of the tree, held by a test: floors, rooms, reading order, size, names; in tests/, size and reading.
 
 Each rule is a function from a file's name and source to its faults; they stand in tests/architecture/. Every file must
 have none, and for every rule there is a planted source in which it must find one, for a check that cannot fail is a
@@ -44,7 +44,7 @@ from rooms import (
     objectives_stand_on_torch,
     rooms_import_what_they_may,
 )
-from sources import ALGORITHMS, EXEMPT, FILES, FLOORS, KERNELS, PUBLIC, ROOT, functions, is_reference
+from sources import ALGORITHMS, EXEMPT, FILES, FLOORS, KERNELS, PUBLIC, ROOT, TESTS, functions, is_reference
 from violations import ALGORITHM, ALLOWED, FORBIDDEN, KERNEL
 from writing import IN_PLACE, files_are_written_beside_their_place, writes
 
@@ -52,6 +52,7 @@ FOLDERS = {
     folder: {name: source for name, source in FILES.items() if name.startswith(f"{folder}/")}
     for folder in FLOORS
 }
+EVERY = {**FILES, **TESTS}
 RULES = {
     imports_point_down: FILES,
     floor_0_stands_on_torch_and_triton: FILES,
@@ -70,13 +71,13 @@ RULES = {
     precision_is_decided_once: FILES,
     algorithm_files_read_in_one_order: ALGORITHMS,
     losses_require_their_denominator: FILES,
-    functions_take_few_parameters: FILES,
-    functions_are_short: FILES,
-    files_are_short: FILES,
-    functions_have_paragraphs: FILES,
-    the_formatter_is_not_fought: FILES,
-    gradients_and_inputs_go_by_name: FILES,
-    docstrings_start_with_a_phrase: FILES,
+    functions_take_few_parameters: EVERY,
+    functions_are_short: EVERY,
+    files_are_short: EVERY,
+    functions_have_paragraphs: EVERY,
+    the_formatter_is_not_fought: EVERY,
+    gradients_and_inputs_go_by_name: EVERY,
+    docstrings_start_with_a_phrase: EVERY,
     files_are_written_beside_their_place: FILES,
 }
 NAMES = [rule.__name__ for rule in RULES]
@@ -105,7 +106,7 @@ def test_rule(rule, files):
 
 
 def test_the_list_of_exemptions_only_shrinks():
-    faults = list(stale(EXEMPT, FILES))
+    faults = list(stale(EXEMPT, EVERY))
     assert not faults, "\n".join(faults)
     assert not EXEMPT.keys() & KERNELS.keys(), "kernels/ is rewritten: no rule spares a file of it"
 
@@ -170,6 +171,8 @@ def test_a_planted_fault_is_found(rule, name, source):
 
 def test_every_rule_has_a_planted_fault():
     assert {rule for rule, _, _ in FORBIDDEN} == RULES.keys()
+    of_tests = {rule for rule, files in RULES.items() if files.keys() & TESTS.keys()}
+    assert {rule for rule, name, _ in FORBIDDEN if name.startswith("tests/")} == of_tests
 
 
 def test_a_planted_circle_of_files_is_found():

@@ -1,4 +1,4 @@
-"""What `pip install .` gives: one package, complete, whose command starts; and an sdist that builds the same."""
+"""`pip install .` gives one package, complete, whose command starts; and an sdist that builds the same."""
 
 import os
 import shutil

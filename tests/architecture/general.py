@@ -164,15 +164,16 @@ def is_one_statement(node: Function, first: int, last: int) -> bool:
 
 
 def the_formatter_is_not_fought(name: str, source: str) -> Iterator[str]:
-    """No `fmt: skip`; of `fmt: off` one region a file, which begins under kernels and ends before the op."""
+    """No `fmt: skip`; `fmt: off` once in a file of kernels/, in a region from under kernels to before the op."""
     off = []
     for line, text in comments(source):
         if re.search(r"fmt:\s*skip", text):
             yield f"{name}:{line} fmt: skip"
         elif re.search(r"fmt:\s*off", text):
             off.append(line)
-            if len(off) > 1 or section(source, line, ["reference", "kernels", "launch", "op"]) != "kernels":
-                yield f"{name}:{line} fmt: off: expected one region a file, under `# ---- kernels`"
+            place = section(source, line, ["reference", "kernels", "launch", "op"])
+            if len(off) > 1 or place != "kernels" or not name.startswith("kernels/"):
+                yield f"{name}:{line} fmt: off: expected one region a file of kernels/, under `# ---- kernels`"
         elif re.search(r"fmt:\s*on", text) and section(source, line, ["op"]):
             yield f"{name}:{line} fmt: on: expected it before `# ---- op`"
 

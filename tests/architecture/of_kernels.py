@@ -100,7 +100,7 @@ def kernels_name_their_arguments(name: str, source: str) -> Iterator[str]:
 
 
 def every_op_has_its_reference(name: str, source: str) -> Iterator[str]:
-    """With the op's parameters, in order, with their defaults, but for those that it would ignore.
+    """A reference has the op's parameters, in order, with their defaults, but for those that it would ignore.
 
     It stands in the op's file, or in the file of that name in kernels/plain/.
     """

@@ -55,6 +55,7 @@ def _writes(node: ast.AST, beside: frozenset[str]) -> Iterator[tuple[int, str, s
             for item in node.items
             if isinstance(item.optional_vars, ast.Name) and _called(item.context_expr) in BESIDE
         }
+
     elif isinstance(node, ast.ImportFrom) and node.module in ("os", "shutil"):
         for alias in node.names:
             if alias.name in ("replace", "rename", "renames", "move"):

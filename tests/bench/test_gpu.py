@@ -164,6 +164,9 @@ def test_where_a_test_stands():
     assert placed(item(first, bf16, dims=first.shapes[0])).wave == 3
     assert placed(item(first, torch.float16, dims=first.shapes[1])).wave == 4
     assert placed(item(file="test_moe.py"))[1:] == ("moe", 3)
+    kernels = Path(__file__).parents[1] / "kernels"
+    assert placed(item(file=kernels / "test_attention_packed.py"))[1:] == ("attention", 3)
+    assert placed(item(file=kernels / "test_wrong_calls.py"))[1:] == ("wrong_calls", 3)
 
 
 def test_every_op_has_a_place():

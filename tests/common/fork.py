@@ -9,7 +9,7 @@ from typing import Any
 
 
 def in_a_fork(function: Callable[[], Any], seconds: int = 60, gigabytes: float = 2) -> Any:
-    """What it returns, as JSON, or its exception as text; None where the process died. seconds: of the processor."""
+    """A function's answer as JSON, or its exception as text; None where the process died. seconds: of the processor."""
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -23,6 +23,7 @@ def in_a_fork(function: Callable[[], Any], seconds: int = 60, gigabytes: float =
             found = f"{type(error).__name__}: {error}"
         os.write(write_end, json.dumps(found).encode())
         os._exit(0)
+
     os.close(write_end)
     with open(read_end, encoding="utf-8") as pipe:
         text = pipe.read()

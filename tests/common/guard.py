@@ -30,7 +30,7 @@ class AccessError(Exception):
 
 
 class _Memory:
-    """What a launch was given of one storage, and which program has touched which element."""
+    """The views of one storage that a launch was given, and which program has touched which element."""
 
     def __init__(self, views: list[Any]):
         self.size = min(v.element_size() for v in views)
@@ -83,7 +83,7 @@ class _Memory:
 
 
 def _reach(view: Any) -> int:
-    """How many elements lie between a view's first and its last."""
+    """The number of elements from a view's first to its last."""
     return sum((n - 1) * s for n, s in zip(view.shape, view.stride(), strict=True))
 
 
@@ -117,6 +117,8 @@ def _guard(pointers: Any, mask: Any, values: NDArray[Any] | None = None) -> None
     )
     if values is not None:
         values = np.broadcast_to(values, at.shape)
+
+    # the lanes that are on
     if mask.all():
         at, values = at.ravel(), None if values is None else values.ravel()
     else:
@@ -124,6 +126,8 @@ def _guard(pointers: Any, mask: Any, values: NDArray[Any] | None = None) -> None
         at, values = at[live], None if values is None else values[live]
     if not at.size:
         return
+
+    # in one argument, or in several
     _Launch.lanes += at.size
     width = max(8, pointers.get_element_ty().primitive_bitwidth) // 8
     lowest, highest = int(at.min()), int(at.max()) + width
@@ -160,6 +164,8 @@ def _scattered(at: Addresses, width: int, writes: bool) -> None:
         if inside.any():
             _within(memory, left[inside], width, writes)
             left = left[~inside]
+
+    # lanes outside of all: how far from the nearest argument
     if left.size:
         one = int(left[0])
         near = min(_Launch.memory, key=lambda m: min(abs(one - m.first), abs(one - m.end)), default=None)

@@ -25,7 +25,7 @@ from readers import Reader, readers
 
 
 def _cases(reader: Reader, inputs: Path, seed: int, count: int) -> list[Result]:
-    """In a process of the pool, with a folder of its own."""
+    """The outcomes of some cases, in a process of the pool with a folder of its own."""
     return list(results_of(reader, inputs, inputs.with_name(f"work-{os.getpid()}"), seed, count))
 
 
@@ -82,6 +82,7 @@ def main() -> int:
         if not found:
             parser.error(f"no such reader: {' '.join(flags.readers)}")
         warm_up(found, inputs, Path(folder))
+
         for result in results(found, inputs, flags):
             counts[result.reader][result.kind] += 1
             report.write(json.dumps(vars(result)) + "\n")

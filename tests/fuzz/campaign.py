@@ -96,7 +96,7 @@ class Bench:
         return "accepted, differs" if outcome.finite else "accepted, not finite", names
 
     def _explained(self, file: str, mutation: Mutation) -> list[tuple[Difference, str | None]]:
-        """Of several differences in JSON without those that alone change nothing: the others have been explained."""
+        """Several differences in JSON without those that alone change nothing: the others have been explained."""
         holds = self.reader.files[file]
         found = explained(self.reader.name, holds, self.whole[file], mutation.data)
         if holds not in ("json", "adapter config") or len(found) == 1:

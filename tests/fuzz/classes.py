@@ -144,7 +144,7 @@ def of_ids(d: Difference) -> bool:
 
 
 def of_known_ids(d: Difference) -> bool:
-    """Where the tokenizer ends a text: of several ids one at least is a token's."""
+    """Ids at which the tokenizer ends a text: of several, one at least is a token's."""
     ids = d.after if isinstance(d.after, list) else [d.after]
     return of_ids(d) and (d.after in (None, ABSENT, -1, []) or any(token < TOKENS for token in ids))
 
@@ -196,7 +196,7 @@ def of_logprobs(d: Difference) -> bool:
 
 
 def of_state(d: Difference) -> bool:
-    """How bitsandbytes packed a weight is JSON in a tensor of bytes: an offset is a number in it."""
+    """bitsandbytes' state of a packed weight is JSON in a tensor of bytes: an offset is a number in it."""
     if "quant_state" not in str(d.path[0]) or not of_same_dtype(d):
         return False
     try:
@@ -220,7 +220,7 @@ def of_step(d: Difference) -> bool:
 
 
 def of_training(d: Difference) -> bool:
-    """What AdamW holds of a parameter: how many steps, a mean, and a mean of squares."""
+    """AdamW's state of a parameter: the number of its steps, a mean, and a mean of squares."""
     least = {"step": 1, "exp_avg_sq": 0}.get(str(d.path[0]).rpartition("/")[2], -sys.float_info.max)
     return of_same_dtype(d) and d.after.within(least, sys.float_info.max)
 

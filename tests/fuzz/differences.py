@@ -1,4 +1,4 @@
-"""What a changed file says otherwise than the whole one: read by means of our own, and more loosely than Burnish does.
+"""Differences of a changed file from the whole one, which is read by means of our own, more loosely than Burnish does.
 
 A difference is a place, what stood there and what stands there now. None stands for a file that cannot be read so, or
 that says one thing twice: whoever reads it has guessed.
@@ -167,6 +167,8 @@ def _tensors(data: bytes) -> dict[str, Any]:
             found["metadata"][key] = json_of(text)
         except ValueError:
             found["metadata"][key] = text
+
+    # the tensors lie without gap or overlap
     end = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         (a, b), dtype, shape = entry["data_offsets"], entry["dtype"], tuple(entry["shape"])
@@ -194,6 +196,8 @@ def _gguf(data: bytes) -> dict[str, Any]:
         if key in found["fields"]:
             raise Ambiguous(key)
         found["fields"][key] = [kind, *_items(data[start:end], kind)]
+
+    # the table of tensors, behind the fields
     at, count, tensors = fields[-1][1], struct.unpack("<Q", data[8:16])[0], []
     for _ in range(count):
         length = struct.unpack_from("<Q", data, at)[0]
@@ -203,6 +207,7 @@ def _gguf(data: bytes) -> dict[str, Any]:
         kind, offset = struct.unpack_from("<IQ", data, at + 4 + 8 * dims)
         at += 16 + 8 * dims
         tensors.append((name, shape, kind, offset))
+
     start = -(-at // 32) * 32
     for name, shape, kind, offset in tensors:
         raw = data[start + offset : start + offset + 4 * math.prod(shape)]

@@ -1,4 +1,4 @@
-"""What is mutated: a folder for each kind of input, made from tests/data and from small models of our own."""
+"""Inputs to mutate: a folder for each kind, made from tests/data and from small models of our own."""
 
 import gzip
 import json
@@ -106,12 +106,14 @@ def _adapters(folder: Path) -> None:
         shutil.copytree(folder / "qwen3", own / "base")
         shutil.copytree(source, own / "adapter", ignore=shutil.ignore_patterns("expected.*"))
         _name_base(own / "adapter", "../base")
+
     own = folder / "experts-lora"
     shutil.copytree(folder / "qwen3_moe", own / "base")
     model = load_model(own / "base")
     add_lora(model, 2, targets=("q_proj",), parameters=EXPERTS, base="../base", modules_to_save=("lm_head",))
     _drawn(model)
     save_model(model, own / "adapter")
+
     own = folder / "adapter-on-adapter"
     shutil.copytree(folder / "qwen3-lora", own)
     (own / "adapter").rename(own / "first")
@@ -152,6 +154,7 @@ def rows_of(kind: str) -> Iterator[dict[str, Any]]:
     for i in range(6):
         question, answer = f"{i} + {i}", f"{2 * i}"
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
         match kind:
             case "completions":
                 yield {"prompt": f"{question} =", "completion": f" {answer}"}
@@ -163,6 +166,8 @@ def rows_of(kind: str) -> Iterator[dict[str, Any]]:
                 yield {"prompt": question, "chosen": answer, "rejected": "none", "margin": 0.5}
             case "judged":
                 yield {"prompt": question, "completion": answer, "label": i % 2 == 0}
+
+            # of other columns than a prompt and what continues it
             case "text":
                 yield {"text": f"{question} = {answer}"}
             case "tools":
@@ -246,21 +251,23 @@ def _gguf(folder: Path) -> None:
     model = json.loads((DATA / "tokenizer" / "tokenizer.json").read_text())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
     sizes = {
-        **{
-            "vocab_size": len(tokens),
-            "embedding_length": hidden,
-            "feed_forward_length": ffn,
-            "block_count": 1,
-        },
-        **{"attention.head_count": heads, "attention.head_count_kv": groups, "context_length": 128},
+        "vocab_size": len(tokens),
+        "embedding_length": hidden,
+        "feed_forward_length": ffn,
+        "block_count": 1,
+        "attention.head_count": heads,
+        "attention.head_count_kv": groups,
+        "context_length": 128,
         "rope.dimension_count": head_dim,
     }
+
     folder.mkdir()
     writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
     for key, value in sizes.items():
         writer.add_uint32(f"llama.{key}", value)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
     writer.add_float32("llama.rope.freq_base", 10_000.0)
+
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
@@ -271,15 +278,19 @@ def _gguf(folder: Path) -> None:
     writer.add_chat_template("{% for message in messages %}{{ message.content }}{% endfor %}")
 
     shapes = {
-        **{"token_embd": (len(tokens), hidden), "output_norm": (hidden,), "blk.0.attn_q": (hidden, hidden)},
-        **{"blk.0.attn_k": (groups * head_dim, hidden), "blk.0.attn_v": (groups * head_dim, hidden)},
-        **{
-            "blk.0.attn_output": (hidden, hidden),
-            "blk.0.ffn_gate": (ffn, hidden),
-            "blk.0.ffn_up": (ffn, hidden),
-        },
-        **{"blk.0.ffn_down": (hidden, ffn), "blk.0.attn_norm": (hidden,), "blk.0.ffn_norm": (hidden,)},
+        "token_embd": (len(tokens), hidden),
+        "output_norm": (hidden,),
+        "blk.0.attn_q": (hidden, hidden),
+        "blk.0.attn_k": (groups * head_dim, hidden),
+        "blk.0.attn_v": (groups * head_dim, hidden),
+        "blk.0.attn_output": (hidden, hidden),
+        "blk.0.ffn_gate": (ffn, hidden),
+        "blk.0.ffn_up": (ffn, hidden),
+        "blk.0.ffn_down": (hidden, ffn),
+        "blk.0.attn_norm": (hidden,),
+        "blk.0.ffn_norm": (hidden,),
     }
+
     draw = np.random.default_rng(0)
     for name, shape in shapes.items():
         writer.add_tensor(f"{name}.weight", draw.standard_normal(shape, dtype=np.float32))

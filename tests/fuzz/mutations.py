@@ -47,6 +47,7 @@ def of_bytes(data: bytes, draw: Random) -> Mutation:
     raw = bytearray(data or b"\x00")
     at = draw.randrange(len(raw) if draw.random() < 0.5 else min(len(raw), 400))
     kind = draw.choice(("bit", "bit", "cut", "behead", "insert", "delete", "repeat", "zero", "number"))
+
     match kind:
         case "bit":
             raw[at] ^= 1 << draw.randrange(8)
@@ -54,12 +55,15 @@ def of_bytes(data: bytes, draw: Random) -> Mutation:
             del raw[at:]
         case "behead":
             del raw[:at]
+
         case "insert":
             raw[at:at] = draw.randbytes(draw.choice((1, 4, 50)))
         case "delete":
             del raw[at : at + draw.choice((1, 2, 8, 100))]
         case "repeat":
             raw[at:at] = raw[max(0, at - 40) : at] * draw.choice((1, 3))
+
+        # as long as before
         case "zero":
             size = len(raw[at : at + draw.choice((1, 8, 64))])
             raw[at : at + size] = bytes(size)
@@ -76,7 +80,7 @@ def of_special(draw: Random) -> Mutation:
 
 
 def put(mutation: Mutation, file: Path) -> None:
-    """What a mutation left, at the place of `file`, which is then no longer there."""
+    """Replace `file` by what a mutation left."""
     file.unlink()
     match mutation.special:
         case "":
@@ -133,6 +137,7 @@ def of_value(
     parent, key = at(value, path[:-1]), path[-1]
     kind = draw.choice((*("set", "number", "retype") * 2, "delete", "rename", "add", "swap"))
     what = f"{kind} {'.'.join(map(str, path))[:120]}"
+
     if kind == "delete":
         del parent[key]
     elif kind == "rename" and isinstance(parent, dict):
@@ -142,6 +147,8 @@ def of_value(
     elif kind == "swap":
         parent[key] = copy.deepcopy(at(value, other := draw.choice(found)))
         what += f" from {'.'.join(map(str, other))[:120]}"
+
+    # another value at the place
     elif kind == "retype":
         parent[key] = new = draw.choice(_retyped_values(parent[key]))
         what += f" = {new!r:.60}"
@@ -156,7 +163,7 @@ def of_value(
 
 
 def _retyped_values(value: Any) -> list[Any]:
-    """What a careless reader takes for the same."""
+    """Values that a careless reader takes for the same."""
     found = [[value], {"x": value}, str(value), str(value), bool(value)]
     if isinstance(value, bool | int | float):
         found += [int(value), float(value), value + 0.5] if abs(value) < 1e300 else []  # NaN is not, either
@@ -176,10 +183,11 @@ def dumped(value: Any) -> str:
 
 
 def of_text_of_json(text: str, draw: Random) -> Mutation:
-    """What JSON's own tools do not write: another encoding, a key twice, a number that is none, endless nesting."""
+    """Texts that JSON's own tools do not write: another encoding, a key twice, a number that is none, deep nesting."""
     end, levels = text.rfind("}"), draw.choice((DEEP, SHALLOW))
     keys = [*json.loads(text)] if text.lstrip()[:1] == "{" else []
     key = json.dumps(draw.choice(keys)) if keys else '"x"'
+
     odd = {
         "byte-order mark": "\ufeff" + text,
         "key twice": f"{text[:end]}, {key}: {json.dumps(draw.choice(ODD))}{text[end:]}",
@@ -197,6 +205,7 @@ def of_text_of_json(text: str, draw: Random) -> Mutation:
         "control character": f'{text[:end]}, {key}: "\x1b[2J"{text[end:]}',
         **{value: value for value in ("null", "[]", "{}", "1", '"x"', "[{}]", "NaN")},
     }
+
     what = draw.choice((*odd, "UTF-16", "Latin-1"))
     if what == "UTF-16":
         return Mutation(text.encode("utf-16", "surrogatepass"), what)
@@ -264,6 +273,7 @@ def of_safetensors(data: bytes, draw: Random) -> Mutation:
     name = draw.choice([name for name in header if name != "__metadata__"])
     kind = draw.choice((*_OF_TENSORS, "header length", "doubled key", "nested", "value of the header"))
     what = f"{kind} {name}"
+
     match kind:
         case "header length":
             size = len(data) - len(body) - 8
@@ -276,6 +286,8 @@ def of_safetensors(data: bytes, draw: Random) -> Mutation:
         case "nested":
             levels = draw.choice((DEEP, SHALLOW))
             return Mutation(with_header(f'{json.dumps(header)[:-1]}, "x": {nested(levels)}}}', body), what)
+
+        # the header, or what it says of one tensor
         case "value of the header":
             header, what = of_value(header, draw)
         case _:
@@ -336,6 +348,7 @@ def _metadata(header: dict[str, Any], body: bytes, name: str, draw: Random) -> t
         text = dumped(value)
     except ValueError:
         what = ""
+
     if not what or draw.random() < 0.3:
         choices = (
             *("", "x", "null", "[]", "{}", "1e999", "NaN", "1", nested(DEEP), nested(SHALLOW)),

@@ -1,4 +1,4 @@
-"""What becomes of one reader on one folder: it runs in a fork, with limits on its time and its memory.
+"""The outcome of one reader on one folder: it runs in a fork, with limits on its time and its memory.
 
 accepted     it returned a digest of what it read
 clean        InputError: one line of at most 600 printable characters
@@ -61,6 +61,7 @@ def outcome_of(read: Callable[[Path], str], folder: Path, limits: Limits = Limit
     result, pipe = os.pipe()
     streams = os.memfd_create("stdout"), os.memfd_create("stderr")
     earlier = set(folder.iterdir())
+
     pid = os.fork()
     if pid == 0:
         try:
@@ -68,6 +69,7 @@ def outcome_of(read: Callable[[Path], str], folder: Path, limits: Limits = Limit
             _in_fork(read, folder, limits, pipe, streams)
         finally:
             os._exit(0)
+
     os.close(pipe)
     found = _wait(pid, result, limits)
     if found.kind in ("accepted", "clean"):
@@ -84,11 +86,14 @@ def _in_fork(
     null = os.open(os.devnull, os.O_RDWR)
     for stream, target in ((0, null), *enumerate(streams, 1)):
         os.dup2(target, stream)
+
+    # limits, above what the process has mapped
     signal.signal(signal.SIGXCPU, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CPU, (limits.seconds, limits.seconds + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + 2 * limits.bytes,) * 2)
+
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     reached = watched(folder)
     found = _attempt(read, folder)
@@ -147,6 +152,7 @@ def _wait(pid: int, result: int, limits: Limits) -> Outcome:
             if asleep == 2:  # once may be a machine that stood still
                 os.kill(pid, signal.SIGKILL)
                 break
+
     _, status = os.waitpid(pid, 0)
     if pieces:
         return Outcome(**json.loads(b"".join(pieces)))

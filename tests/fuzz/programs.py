@@ -111,6 +111,7 @@ def of_template(data: bytes, draw: Random) -> Mutation:
     text, new = data.decode(), draw.choice(STATEMENTS)
     if roll < 0.4:
         return Mutation(new.encode("utf-8", "surrogatepass"), f"only {new[:80]!r}")
+
     starts = [i for i in range(len(text)) if text.startswith(("{%", "{{"), i)] + [len(text)]
     at = draw.choice(starts)
     if roll < 0.5:
@@ -212,6 +213,7 @@ def of_lines(data: bytes, draw: Random) -> Mutation:
     roll, lines = draw.random(), data.decode().splitlines()
     if roll < 0.2:
         return of_bytes(data, draw)
+
     i = draw.randrange(len(lines))
     if roll < 0.45:
         new = draw.choice(LINES)
@@ -323,12 +325,14 @@ def of_gguf(data: bytes, draw: Random) -> Mutation:
     """Half of them in the metadata: a value, its type, its key, or how many there are."""
     if draw.random() < 0.5:
         return of_bytes(data, draw)
+
     start, end, kind, key = draw.choice(fields_of(data))
     raw, change = bytearray(data), draw.choice(("value", "value", "value", "type", "key", "count"))
     if change == "type":
         new = draw.choice((*range(13), 99))
         raw[start - 4 : start] = struct.pack("<I", new)
         return Mutation(bytes(raw), f"{key}: type {new}")
+
     if change == "key":
         raw[start - 5] ^= 1 << draw.randrange(8)
         return Mutation(bytes(raw), f"{key}: another last letter")
@@ -337,6 +341,8 @@ def of_gguf(data: bytes, draw: Random) -> Mutation:
         number = draw.choice((0, 1, 2, 10**6, 2**31, 2**63 - 1))
         raw[which : which + (4 if which == 4 else 8)] = struct.pack("<Q", number)[: 4 if which == 4 else 8]
         return Mutation(bytes(raw), f"number at byte {which}: {number}")
+
+    # another value: of a number all of it, of a text or list one bit
     if kind in _NUMBERS:
         size = end - start
         new = draw.choice(
@@ -350,6 +356,7 @@ def of_gguf(data: bytes, draw: Random) -> Mutation:
         )
         raw[start:end] = new[:size]
         return Mutation(bytes(raw), f"{key}: {new[:size].hex()}")
+
     where = start + (0 if kind == _STRING else draw.choice((0, 4, 12 + draw.randrange(end - start - 12))))
     raw[where] ^= 1 << draw.randrange(8)
     return Mutation(bytes(raw), f"{key}: bit at {where - start}")

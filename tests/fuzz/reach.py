@@ -1,5 +1,5 @@
-"""What a reader reaches for: programs, the network, pickles, and files of others. Python says of each of its own calls
-that it makes it; what `safetensors` and `tokenizers` open by themselves it does not see.
+"""A watch on what a reader reaches for: programs, the network, pickles, and files of others. Python reports each of its
+own calls; what `safetensors` and `tokenizers` open by themselves it does not see.
 """
 
 import os
@@ -41,7 +41,7 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 def watched(folder: Path) -> Callable[[], str]:
-    """What this process reaches for from now on, outside of `folder`: in words, empty until it does."""
+    """The list of what this process reaches for from now on, outside of `folder`: in words, empty until it does."""
     found: list[str] = []
     own = (str(folder.resolve()),)
 

@@ -114,7 +114,7 @@ def of_tokenizer(folder: Path) -> str:
 
 
 def saved(look: Callable[[Any], Any], load: Callable[[Path], Any], folder: Path) -> Any:
-    """What was read has been saved by us: to refuse it now is a fault of ours."""
+    """Look at what is loaded from a folder that we have saved: to refuse it is a fault of ours."""
     try:
         return look(load(folder))
     except InputError as error:
@@ -242,15 +242,19 @@ def readers(inputs: Path) -> list[Reader]:
         Reader("reward/config", "reward", config, of_score),
         Reader("reward/weights", "reward", weights, of_score),
     ]
+
     for name in ("qwen3-nf4", "qwen3-nf4-dq", "qwen3-fp4"):
         found += [Reader(f"4bit/config/{name}", name, config, of_model)]
         found += [Reader(f"4bit/weights/{name}", name, weights, of_model)]
     found += _adapters() + _texts(inputs) + _rows(inputs)
+
+    # runs that are resumed
     run = {"checkpoint.safetensors": "safetensors", "config.json": "json", "metrics.jsonl": "lines"}
     for name, kind in (run | {"completions.jsonl": "lines"}).items():
         found.append(Reader(f"run/{name.partition('.')[0]}", "run", {f"out/{name}": kind}, of_run, True))
     shared = {f"out/{name}.safetensors": "safetensors" for name in ("checkpoint", "checkpoint-2-1-of-2")}
     found.append(Reader("run/checkpoint/shared", "run-of-two", shared, of_run, True))
+
     lessons = {"lessons.safetensors": "safetensors"}
     found += [
         Reader("lessons", "lessons", lessons, partial(of_lessons, inputs)),

@@ -1,4 +1,4 @@
-"""What a value in a file may be, by its meaning: the checks that classes are made of."""
+"""Checks of a value in a file by its meaning, of which classes are made."""
 
 import json
 import math
@@ -69,6 +69,7 @@ def is_cell(kind: str, column: str, value: Any, absent: Any) -> bool:
         return True
     if column in TALKS:  # one without a turn is dropped, and counted
         return isinstance(value, list) and all(map(is_message, value))
+
     match column:
         case "label":
             return isinstance(value, int) and value in (0, 1)

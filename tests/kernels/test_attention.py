@@ -1,124 +1,20 @@
+"""Attention against its reference and against eager torch, on both paths, and what it refuses."""
+
 import random
 from dataclasses import replace
 
 import pytest
 import torch
+from attention_cases import CASES, draw, grads, lay, make, table
 from burnish.bench.ops import tune
 from burnish.kernels import attention, flash_attention
 from burnish.kernels._chip import INTERPRET
 from burnish.kernels.plain.attention import flash_attention_reference, positions, visible_keys
-from burnish.kernels.records import Rules
+from burnish.kernels.records import Packing, Rules
 from burnish.kernels.tiles import ATTENTION
-from faults import check_of, control, faults_of
+from faults import control
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.errors import InterpreterError
-
-
-def draw(*shape, dtype=torch.float32, device="cpu"):
-    return torch.randn(shape, dtype=torch.float32).to(device, dtype)
-
-
-def lay(lengths, device="cpu", first=0):
-    """cu_seqlens of segments of these lengths, after `first` rows of none."""
-    return torch.tensor([first, *lengths], device=device).cumsum(0).to(torch.int32)
-
-
-def table(parents, device="cpu"):
-    return torch.tensor(parents, dtype=torch.int32, device=device)
-
-
-# name: (shape of q, key length or None when packed, G, Dv, the op's options)
-CASES = {
-    "causal": ((2, 17, 4, 16), 17, 4, 16, {}),
-    "not causal": ((2, 17, 4, 16), 17, 4, 16, {"causal": False}),
-    "gqa": ((2, 17, 6, 16), 17, 2, 16, {}),
-    "more keys": ((1, 5, 2, 16), 23, 1, 16, {}),
-    "more queries": ((1, 23, 2, 16), 5, 1, 16, {}),
-    "odd dimensions": ((1, 19, 2, 5), 19, 1, 24, {"scale": 0.3}),
-    "window": ((1, 33, 2, 8), 33, 1, 8, {"window": 7}),
-    "window, more queries": ((1, 23, 2, 8), 5, 1, 8, {"window": 3}),
-    "softcap": ((1, 19, 2, 8), 19, 1, 8, {"softcap": 2.0}),
-    "sinks": ((1, 19, 4, 8), 19, 2, 8, {"sinks": True}),
-    "sinks, more queries": ((1, 23, 4, 8), 5, 2, 8, {"sinks": True}),
-    "no keys": ((1, 3, 2, 8), 0, 1, 8, {"causal": False}),
-    "one": ((1, 1, 1, 1), 1, 1, 1, {}),
-    "empty": ((0, 3, 2, 8), 3, 1, 8, {}),
-    "packed": ((31, 4, 8), None, 2, 8, {"cu_seqlens": [7, 0, 17, 1, 6]}),
-    "packed, not causal": ((31, 4, 8), None, 2, 8, {"cu_seqlens": [7, 0, 17, 1, 6], "causal": False}),
-    "packed window": ((31, 4, 8), None, 2, 8, {"cu_seqlens": [7, 0, 17, 1, 6], "window": 4}),
-    "packed nothing": ((0, 4, 8), None, 2, 8, {"cu_seqlens": [0, 0]}),
-    "parents": ((40, 4, 8), None, 2, 8, {"cu_seqlens": [9, 4, 6, 1, 5, 8, 7], "parents": [-1, 0, 0, -1, -1, 4, 4]}),
-    "parents, window": (
-        (40, 4, 8), None, 2, 8, {"cu_seqlens": [9, 4, 6, 1, 5, 8, 7], "parents": [-1, 0, 0, -1, -1, 4, 4], "window": 6},
-    ),
-    "parents, all": (
-        (25, 4, 8), None, 2, 4,
-        {"cu_seqlens": [3, 14, 0, 8], "parents": [-1, 0, 0, 0], "window": 9, "softcap": 3.0, "sinks": True},
-    ),
-    "padded": ((75, 4, 8), None, 2, 8, {"cu_seqlens": [7, 0, 17], "first": 3}),
-    "padded, not causal": ((31, 4, 8), None, 2, 8, {"cu_seqlens": [7, 0, 17], "causal": False}),
-    "padded, all": (
-        (33, 4, 8), None, 2, 4,
-        {"cu_seqlens": [3, 14, 0, 8], "first": 2, "parents": [-1, 0, 0, 0], "window": 9, "softcap": 3.0, "sinks": True},
-    ),
-}  # fmt: skip
-
-
-STRETCH = (
-    9 if torch.cuda.is_available() and not INTERPRET else 1
-)  # compiled tiles are larger: lengths past their edges
-
-
-def make(name, dtype=torch.float32, device="cpu"):
-    """The tensors and options of a case."""
-    shape, S, G, Dv, options = CASES[name]
-    stretch = STRETCH if device == "cuda" and name != "one" else 1
-    lead = (shape[0] * stretch,) if S is None else (shape[0], S * stretch)
-    q_shape = (*lead, *shape[1:]) if S is None else (shape[0], shape[1] * stretch, *shape[2:])
-    options = dict(options)
-    tensors = {
-        "q": draw(*q_shape, dtype=dtype, device=device),
-        "k": draw(*lead, G, shape[-1], dtype=dtype, device=device),
-        "v": draw(*lead, G, Dv, dtype=dtype, device=device),
-    }
-    if options.pop("sinks", False):
-        tensors["sinks"] = draw(shape[-2], dtype=dtype, device=device)
-    if "window" in options:
-        options["window"] *= stretch
-    if "cu_seqlens" in options:
-        lengths, first = options["cu_seqlens"], options.pop("first", 0)
-        options["cu_seqlens"] = lay([length * stretch for length in lengths], device, first * stretch)
-    if "parents" in options:
-        options["parents"] = table(options["parents"], device)
-    return tensors, options
-
-
-def grads(op, tensors, options, dout, dlse=None):
-    """[out, lse, dq, dk, dv, dsinks]; without dlse the lse is not asked for, and not returned."""
-    leaves = {name: x.detach().clone().requires_grad_() for name, x in tensors.items()}
-    if dlse is None:
-        outs = [op(**leaves, **options)]
-        ups = [dout.to(outs[0].dtype)]
-    else:
-        outs = list(op(**leaves, **options, return_lse=True))
-        ups = [dout.to(outs[0].dtype), dlse.to(outs[1].dtype)]
-    found = torch.autograd.grad(outs, list(leaves.values()), ups, allow_unused=True)
-    zeros = [torch.zeros_like(x) for x in leaves.values()]
-    return outs + [z if g is None else g for g, z in zip(found, zeros, strict=True)]
-
-
-class Largest(TorchDispatchMode):
-    """The bytes of the largest new tensor of three dimensions or more, by a factory of torch."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func in (torch.ops.aten.new_empty.default, torch.ops.aten.empty.memory_format):
-            self.bytes = max(self.bytes, out.numel() * out.element_size())
-        return out
-
 
 # the CPU path
 on_cpu = pytest.mark.skipif(INTERPRET, reason="interpreted, the op runs Triton")
@@ -144,38 +40,40 @@ compiled_or_interpreted = pytest.mark.skipif(
 )
 
 
-def eager(
-    q, k, v, *, causal=True, scale=None, window=None, softcap=None, sinks=None, cu_seqlens=None, parents=None
-):
-    """What torch users write: every operand and intermediate in the inputs' dtype, the softmax in fp32. (out, lse)"""
-    packed = cu_seqlens is not None
-    if packed:
-        segment, position = positions(cu_seqlens, parents, q.shape[0])
-        mask = segment[:, None] == segment
-        if parents is not None:
-            parent = torch.cat([parents, parents.new_tensor([-1])])[segment]  # -1 for a row of no segment
-            mask = mask | (parent[:, None] == segment)
-        mask, q, k, v = (
-            mask & (segment >= 0) & visible_keys(position, position, Rules(causal, window=window)),
-            q[None],
-            k[None],
-            v[None],
-        )
-    else:
+def sight(q, k, rules, packing):
+    """Whether a row sees a key: (T, S), of a packed call (total, total)."""
+    if packing.cu_seqlens is None:
         T, S = q.shape[1], k.shape[1]
         row, column = (torch.arange(first, S, device=q.device) for first in (S - T, 0))
-        mask = visible_keys(row, column, Rules(causal, window=window))
+        return visible_keys(row, column, rules)
+
+    segment, position = positions(*packing, q.shape[0])
+    mask = segment[:, None] == segment
+    if packing.parents is not None:
+        parent = torch.cat([packing.parents, packing.parents.new_tensor([-1])])[segment]  # -1 for no segment
+        mask = mask | (parent[:, None] == segment)
+    return mask & (segment >= 0) & visible_keys(position, position, rules)
+
+
+def eager(q, k, v, *, sinks=None, cu_seqlens=None, parents=None, **rules):
+    """(out, lse) as torch users write it: every operand and intermediate in the inputs' dtype, the softmax in fp32."""
+    rules = Rules(**rules)
+    mask = sight(q, k, rules, Packing(cu_seqlens, parents))
+    q, k, v = (x if cu_seqlens is None else x[None] for x in (q, k, v))
+
+    # scores, a column more for sinks
     group = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
-    s = torch.einsum("bthd,bshd->bhts", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    s = s if softcap is None else softcap * torch.tanh(s / softcap)
+    s = torch.einsum("bthd,bshd->bhts", q, k) * (q.shape[-1] ** -0.5 if rules.scale is None else rules.scale)
+    s = s if rules.softcap is None else rules.softcap * torch.tanh(s / rules.softcap)
     s = s.masked_fill(~mask, -torch.inf)
     if sinks is not None:
         s = torch.cat([s, sinks[:, None, None].expand(*s.shape[:3], 1)], -1)
+
     lse = s.float().logsumexp(-1)
     p = torch.where(lse.isfinite()[..., None], s.float().softmax(-1), 0.0).to(q.dtype)[..., : k.shape[1]]
     out, lse = torch.einsum("bhts,bshd->bthd", p, v), lse.transpose(1, 2)
-    return (out[0], lse[0]) if packed else (out, lse)
+    return (out, lse) if cu_seqlens is None else (out[0], lse[0])
 
 
 def assert_as_accurate(tensors, options, with_lse=True, slack=2.0):
@@ -190,6 +88,7 @@ def assert_as_accurate(tensors, options, with_lse=True, slack=2.0):
     truth = grads(flash_attention_reference, {n: x.to(wide) for n, x in tensors.items()}, options, dout, dlse)
     usual = grads(eager_op, tensors, options, dout, dlse)
     fused = grads(flash_attention, tensors, options, dout, dlse)
+
     names = ["out", *(["lse"] if with_lse else []), *(f"d{name}" for name in tensors)]
     for name, t, e, f in zip(names, truth, usual, fused, strict=True):
         assert f.shape == t.shape and (f.dtype == e.dtype or name == "lse")
@@ -197,12 +96,13 @@ def assert_as_accurate(tensors, options, with_lse=True, slack=2.0):
         t, e, f = (x.to(wide).masked_fill(t == -torch.inf, 0.0) for x in (t, e, f))
         if not t.numel():
             continue
+
         usual_error = (e - t).abs().nan_to_num(0.0).max()  # eager's own gradient of an empty softmax is NaN
         allowed = slack * usual_error + 1e-5 * (1 + t.abs().max())
-        if (
-            t.numel() < 64
-        ):  # eager is exact by luck on a few numbers: a unit in the last place is always allowed
+        # eager is exact by luck on a few numbers: a unit in the last place is always allowed
+        if t.numel() < 64:
             allowed += torch.finfo(tensors["q"].dtype).eps * t.abs().max()
+
         error = (f - t).abs().max()
         assert error <= allowed, f"{name}: error {error:.2e} > allowed {allowed:.2e}"
 
@@ -327,45 +227,6 @@ def test_nothing_is_read_on_the_host(device):
         assert out.shape == (31, 4, 16) and lse.shape == (31, 4) and lse.dtype == torch.float32
 
 
-def unshared(lengths, parents):
-    """Rows of the shared layout in the order of the unshared batch, and the lengths of that batch."""
-    cu = lay(lengths).tolist()
-    rows, lengths_alone = [], []
-    for i, parent in enumerate(parents):
-        if parent == -1 and i in parents:
-            continue  # a prompt that its children repeat
-        own = [*range(cu[parent], cu[parent + 1])] if parent != -1 else []
-        own += range(cu[i], cu[i + 1])
-        rows += own
-        lengths_alone.append(len(own))
-    return torch.tensor(rows), lengths_alone
-
-
-@pytest.mark.parametrize("options", [{}, {"window": 6}, {"softcap": 2.0}, {"sinks": True}], ids=str)
-def test_shared_prompt_is_the_unshared_batch(options):
-    lengths, parents = [9, 4, 6, 1, 5, 8, 7], [-1, 0, 0, -1, -1, 4, 4]
-    rows, lengths_alone = unshared(lengths, parents)
-    leaves = {
-        name: draw(sum(lengths), heads, 8, dtype=torch.float64)
-        for name, heads in (("q", 4), ("k", 2), ("v", 2))
-    }
-    if options.pop("sinks", False):
-        options = {"sinks": draw(4, dtype=torch.float64)}
-    for x in leaves.values():
-        x.requires_grad_()
-    shared = flash_attention_reference(**leaves, **options, cu_seqlens=lay(lengths), parents=table(parents))
-    copies = {name: x[rows] for name, x in leaves.items()}
-    alone = flash_attention_reference(**copies, **options, cu_seqlens=lay(lengths_alone))
-    torch.testing.assert_close(shared[rows], alone, rtol=1e-13, atol=1e-13)
-
-    dout = torch.randn_like(
-        alone
-    )  # every copy of a prompt's row passes its own gradient; the shared row gets their sum
-    got = torch.autograd.grad(shared[rows], list(leaves.values()), dout)
-    want = torch.autograd.grad(alone, list(leaves.values()), dout)
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize(
     "name", ["gqa", "more queries", "parents, all", "packed, not causal", "odd dimensions"]
 )
@@ -479,32 +340,6 @@ def test_a_graph_may_leave_every_size_open():
         torch.testing.assert_close(graph(q, k, k, window=window), flash_attention(q, k, k, window=window))
 
 
-@pytest.mark.parametrize("lengths", [[0, 9, 4], [9, 0, 0]])
-def test_an_empty_prompt_and_empty_samples(lengths, device):
-    tensors = {
-        name: draw(sum(lengths), heads, 16, device=device)
-        for name, heads in zip("qkv", (4, 2, 2), strict=True)
-    }
-    options = {"cu_seqlens": lay(lengths, device), "parents": table([-1, 0, 0], device)}
-    expected = flash_attention_reference(**tensors, **options)
-    torch.testing.assert_close(flash_attention(**tensors, **options), expected, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", ["padded", "padded, all"])
-def test_rows_of_no_segment_are_zero_with_zero_gradients(name, device):
-    tensors, options = make(name, device=device)
-    cu = options["cu_seqlens"]
-    row = torch.arange(tensors["q"].shape[0], device=device)
-    outside = (row < cu[0]) | (row >= cu[-1])
-    assert 0 < outside.sum() < row.numel()
-    ones = torch.ones(row.numel(), 4, tensors["v"].shape[-1], device=device)
-    out, lse, *gradients = grads(flash_attention, tensors, options, ones, ones[..., 0] * ~outside[:, None])
-    assert (lse[outside] == -torch.inf).all() and lse[~outside].isfinite().all()
-    for x in (out, *gradients[:3]):
-        assert (x[outside] == 0).all() and (x[~outside] != 0).any() and x.isfinite().all()
-    assert all(x.isfinite().all() for x in gradients[3:])
-
-
 @control
 def batch_of_five(module, monkeypatch, device):
     """On a grid whose third dimension ends at 2."""
@@ -542,23 +377,3 @@ def test_fault_is_caught(fault, copy_of, monkeypatch, device):
     module = copy_of(fault.file, fault, "attention")
     with pytest.raises((AssertionError, InterpreterError)):  # or the guard sees it first
         check_of(fault)(module, monkeypatch, device)
-
-
-def test_shares_of_a_shared_prompt_are_bounded(monkeypatch, device):
-    """fp32 shares of dk and dv, of the query heads of a group: as many as fit, the same gradients."""
-    tensors = {"q": draw(40, 8, 8, device=device), "k": draw(40, 1, 8, device=device)}
-    tensors["v"] = draw(40, 1, 8, device=device)
-    options = {"cu_seqlens": lay([9, 20, 11], device), "parents": table([-1, 0, 0], device)}
-    share = 4 * 2 * 40 * 8
-    assert (
-        attention._parts(8, share) == 8
-        and attention._parts(8, 2**28) == 1
-        and attention._parts(6, 2**26) == 3
-    )
-    want = grads(flash_attention_reference, tensors, options, torch.ones_like(tensors["q"]))
-    for most in (1, 5 * share):
-        monkeypatch.setattr(attention, "SHARES", most)
-        with Largest() as largest:
-            got = grads(flash_attention, tensors, options, torch.ones_like(tensors["q"]))
-        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
-        assert largest.bytes <= max(most // 2, 4 * tensors["q"].numel())

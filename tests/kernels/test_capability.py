@@ -1,4 +1,4 @@
-"""Which tiles a card takes: its own, those of the card that asks for least, or a refusal in one sentence."""
+"""The tiles that a card takes: its own, those of the card that asks for least, or a refusal in one sentence."""
 
 from types import SimpleNamespace
 

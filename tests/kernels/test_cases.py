@@ -1,4 +1,4 @@
-"""What holds for every op, read from the registry: accuracy, repeatability, registration, compilation, layouts."""
+"""Properties of every op, read from the registry: accuracy, repeatability, registration, compilation, layouts."""
 
 from dataclasses import replace
 

@@ -7,6 +7,7 @@ from burnish.kernels._chip import INTERPRET
 from burnish.kernels.decode import decode_attention
 from burnish.kernels.plain import decode
 from burnish.kernels.plain.decode import decode_attention_reference
+from burnish.kernels.records import Scores
 from torch.utils._python_dispatch import TorchDispatchMode
 
 TRITON = INTERPRET or torch.cuda.is_available()
@@ -28,10 +29,12 @@ def make(features=(), dtype=torch.float32, device="cpu", shape=SHAPES[0], intege
         "k_cache": draw(7, 11 * unit, G, D),
         "v_cache": draw(7, 11 * unit, G, Dv),
     }
+
     numbers = {"slot": [4, 0, 5, 2, 6], "length": [1, 11 * unit, 7 * unit - 1, 8 * unit, 3]}
     if "prefix" in features:  # two share one, one has another, one has the same row as far as another length
         numbers |= {"prefix_slot": [1, 1, -1, 3, 1], "prefix_length": [9 * unit, 9 * unit, 5, unit, 2]}
     arguments |= {name: torch.tensor(x, device=device, dtype=integers) for name, x in numbers.items()}
+
     if "window" in features:
         arguments["window"] = 9 * unit
     if "softcap" in features:
@@ -94,30 +97,21 @@ def test_reference_is_the_formula():
     torch.testing.assert_close(got[0, 0], want)
 
 
-def eager(
-    q,
-    k_cache,
-    v_cache,
-    slot,
-    length,
-    prefix_slot=None,
-    prefix_length=None,
-    window=None,
-    softcap=None,
-    sinks=None,
-):
-    """What torch users write for one sequence after the other, every intermediate in the inputs' dtype."""
+def eager(q, k_cache, v_cache, slot, length, prefix_slot=None, prefix_length=None, **rules):
+    """Decoding as torch users write it, one sequence after the other, every intermediate in the inputs' dtype."""
+    rules = Scores(**{"scale": q.shape[-1] ** -0.5, "window": None, "softcap": None, "sinks": None} | rules)
     outs = []
     for b in range(q.shape[0]):
         k, v = k_cache[slot[b], : length[b]], v_cache[slot[b], : length[b]]
         if prefix_slot is not None and prefix_slot[b] >= 0:
             k = torch.cat([k_cache[prefix_slot[b], : prefix_length[b]], k])
             v = torch.cat([v_cache[prefix_slot[b], : prefix_length[b]], v])
-        k, v = (x if window is None else x[-window:] for x in (k, v))
+        k, v = (x if rules.window is None else x[-rules.window :] for x in (k, v))
+
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-        s = torch.einsum("hd,shd->hs", q[b], k) * q.shape[-1] ** -0.5
-        s = s if softcap is None else softcap * torch.tanh(s / softcap)
-        s = s if sinks is None else torch.cat([s, sinks[:, None]], 1)
+        s = rules.scale * torch.einsum("hd,shd->hs", q[b], k)
+        s = s if rules.softcap is None else rules.softcap * torch.tanh(s / rules.softcap)
+        s = s if rules.sinks is None else torch.cat([s, rules.sinks[:, None]], 1)
         p = s.float().softmax(-1).to(q.dtype)[:, : k.shape[0]]
         outs.append(torch.einsum("hs,shd->hd", p, v))
     return torch.stack(outs)
@@ -234,7 +228,7 @@ def test_a_prefix_is_the_same_as_its_copy(device):
 
 
 def test_prefixes_may_lie_in_a_cache_of_their_own(device):
-    """Of another length, with rows in another order, heads outside positions; every feature on."""
+    """That cache has another length, its rows another order, its heads stand outside positions; every feature is on."""
     arguments = make(["prefix", "window", "softcap", "sinks"], device=device)
     want = decode_attention(**arguments)
     moved = torch.tensor([3, 1], device=device)  # row 0 of the new cache was row 3
@@ -282,10 +276,13 @@ def test_cpu_path_in_any_buckets(call, window, monkeypatch):
         arguments |= {"length": torch.randint(0, 13, (B,), generator=draw), "window": window}
         arguments |= {"prefix_slot": torch.randint(-1, 9, (B,), generator=draw).sort().values}
         arguments |= {"prefix_length": torch.randint(0, 16, (9,), generator=draw)[arguments["prefix_slot"]]}
+
         arguments = convert(arguments, torch.float64)
         want = decode_attention_reference(**arguments)
         for _ in range(2):  # the second time by what the first found out
             torch.testing.assert_close(decode_attention(**arguments), want, rtol=1e-12, atol=1e-12)
+
+        # a step later, each sequence is longer by one
         arguments["length"] = (arguments["length"] + 1).clamp(max=12)
         want = decode_attention_reference(**arguments)
         torch.testing.assert_close(decode_attention(**arguments), want, rtol=1e-12, atol=1e-12)
@@ -305,28 +302,40 @@ REFUSALS = {
     "q, k_cache, v_cache: expected (B, H, D), (slots, S_max, G, D), (slots, S_max, G, Dv), got (2, 4, 8), (3, 2, 8)": {
         "k_cache": (3, 2, 8)
     },
-    "k_cache: expected shape (slots=3, S_max=5, kv_heads=2, head_dim=8), got (3, 5, 2, 9)": {"k_cache": (3, 5, 2, 9)},
-    "v_cache: expected shape (slots=3, S_max=5, kv_heads=2, head_dim=8), got (3, 6, 2, 8)": {"v_cache": (3, 6, 2, 8)},
+    "k_cache: expected shape (slots=3, S_max=5, kv_heads=2, head_dim=8), got (3, 5, 2, 9)": {
+        "k_cache": (3, 5, 2, 9)
+    },
+    "v_cache: expected shape (slots=3, S_max=5, kv_heads=2, head_dim=8), got (3, 6, 2, 8)": {
+        "v_cache": (3, 6, 2, 8)
+    },
     "q: expected a multiple of the 2 key/value heads, got 3": {"q": (2, 3, 8)},
     "q: expected a head dimension of 1 to 256, got 257": {"q": (2, 4, 257)},
-    "q, k_cache, v_cache: expected one dtype, got torch.float16": {"q": torch.zeros(2, 4, 8, dtype=torch.float16)},
+    "q, k_cache, v_cache: expected one dtype, got torch.float16": {
+        "q": torch.zeros(2, 4, 8, dtype=torch.float16)
+    },
     "slot: expected shape (batch=2), got (3,)": {"slot": torch.zeros(3, dtype=torch.int64)},
     "slot: expected dtype torch.int32 or torch.int64, got torch.float32": {"slot": torch.zeros(2)},
     "length: expected shape (batch=2), got (1,)": {"length": torch.ones(1, dtype=torch.int64)},
-    "prefix_slot, prefix_length: expected both or neither, got one": {"prefix_slot": torch.zeros(2, dtype=torch.int64)},
+    "prefix_slot, prefix_length: expected both or neither, got one": {
+        "prefix_slot": torch.zeros(2, dtype=torch.int64)
+    },
     "k_prefix, v_prefix: expected both and a prefix_slot, or neither": {"k_prefix": (1, 5, 2, 8)},
     "k_prefix: expected shape (prefixes=1, P_max=4, kv_heads=2, head_dim=8), got (1, 4, 3, 8)": {
-        "k_prefix": (1, 4, 3, 8), "v_prefix": (1, 4, 2, 8),
-        "prefix_slot": torch.zeros(2, dtype=torch.int64), "prefix_length": torch.zeros(2, dtype=torch.int64),
+        "k_prefix": (1, 4, 3, 8),
+        "v_prefix": (1, 4, 2, 8),
+        "prefix_slot": torch.zeros(2, dtype=torch.int64),
+        "prefix_length": torch.zeros(2, dtype=torch.int64),
     },
     "k_prefix, v_prefix: expected torch.float32, got torch.float32, torch.float16": {
-        "k_prefix": (1, 4, 2, 8), "v_prefix": torch.zeros(1, 4, 2, 8, dtype=torch.float16),
-        "prefix_slot": torch.zeros(2, dtype=torch.int64), "prefix_length": torch.zeros(2, dtype=torch.int64),
+        "k_prefix": (1, 4, 2, 8),
+        "v_prefix": torch.zeros(1, 4, 2, 8, dtype=torch.float16),
+        "prefix_slot": torch.zeros(2, dtype=torch.int64),
+        "prefix_length": torch.zeros(2, dtype=torch.int64),
     },
     "window: expected at least 1, got 0": {"window": 0},
     "softcap: expected a positive number, got -1.0": {"softcap": -1.0},
     "sinks: expected shape (heads=4), got (2,)": {"sinks": torch.zeros(2)},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("message", REFUSALS)

@@ -171,7 +171,7 @@ def test_reference_gradients_by_finite_differences(beta):
 
 @every_beta
 def test_a_tail_is_never_negative_and_has_a_gradient(beta, device):
-    """Where the student is sure of what the teacher is sure of, too, only the tails differ."""
+    """A student that is sure of what the teacher is sure of, too, differs in the tails alone."""
     hidden, weight, teacher_hidden, teacher_weight = make(6, 8, 301, device)
     ids, logprobs = topk_logprobs(teacher_hidden * 3, teacher_weight, 4, memory_budget=BLOCKS)
     got = run(topk_divergence, [hidden, weight, ids, logprobs], torch.ones(6, device=device), beta=beta)

@@ -1,4 +1,4 @@
-"""What the gated units mean, beyond the accuracy that test_cases.py holds every op to."""
+"""The meaning of the gated units, beyond the accuracy that test_cases.py holds every op to."""
 
 import math
 import mmap

@@ -1,4 +1,4 @@
-"""What stands once for all ops: the device that a launch runs on, and what autocast gives an operand."""
+"""Rules that stand once for all ops: the device that a launch runs on, and what autocast gives an operand."""
 
 import inspect
 import math

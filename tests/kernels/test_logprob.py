@@ -36,9 +36,7 @@ every_feature = pytest.mark.parametrize("features", FEATURES.values(), ids=FEATU
 
 
 def make(
-    T,
-    C,
-    V,
+    shape,
     device,
     dtype=torch.float32,
     *,
@@ -49,6 +47,7 @@ def make(
     softcap=None,
 ):
     """Leaves (hidden, weight, bias), targets at both ends of the vocabulary, and the rest of the arguments."""
+    T, C, V = shape
     leaves = [
         torch.randn(T, C, device=device).to(dtype),
         (torch.randn(V, C, device=device) / C**0.5).to(dtype),
@@ -58,6 +57,7 @@ def make(
     targets[0], targets[-1] = V - 1, 0
     if ignored:
         targets[1::3] = -100
+
     options = {"softcap": softcap, "temperature": temperature}
     if temperature == "each":
         options["temperature"] = torch.rand(T, device=device) + 0.5
@@ -73,7 +73,7 @@ def make(
 def eager(
     hidden, weight, targets, *, bias=None, temperature=1.0, softcap=None, support=None, memory_budget=None
 ):
-    """What torch users have: logits in the dtype of the inputs, and the rest in fp32."""
+    """Log-probabilities as torch users have them: logits in the dtype of the inputs, and the rest in fp32."""
     z = hidden @ weight.T
     z = (z if bias is None else z + bias).float()
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
@@ -130,20 +130,20 @@ def assert_as_accurate(leaves, targets, options, outputs=OUTPUTS, memory_budget=
 @every_feature
 def test_every_feature_matches_the_reference(features, dtype, device):
     V = 67 if "support" in features else 601  # the interpreter pays for each id of a support's vocabulary
-    assert_as_accurate(*make(7, 24, V, device, dtype, **features))
+    assert_as_accurate(*make((7, 24, V), device, dtype, **features))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 2), (5, 3, 2), (17, 33, 257)], ids=str)
 def test_any_shape(shape, dtype, device):
-    assert_as_accurate(*make(*shape, device, dtype))
+    assert_as_accurate(*make(shape, device, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_large_vocabulary(dtype, device, monkeypatch):
     if INTERPRET:  # it pays for each tile
         monkeypatch.setattr(logprob, "tile_of", lambda h: Tile(16, 65_536, 16))
-    assert_as_accurate(*make(2, 8, 262_145, device, dtype), memory_budget=2**22)
+    assert_as_accurate(*make((2, 8, 262_145), device, dtype), memory_budget=2**22)
 
 
 @pytest.mark.parametrize("outputs", [("logprob",), ("lse",), ("entropy",), ("logprob", "lse")], ids=str)
@@ -151,7 +151,9 @@ def test_a_large_vocabulary(dtype, device, monkeypatch):
     "features", [FEATURES["everything"], FEATURES["everything supported"]], ids=["dense", "supported"]
 )
 def test_each_output_has_its_own_gradient(outputs, features, device):
-    assert_as_accurate(*make(5, 6, 67 if "support" in features else 300, device, **features), outputs=outputs)
+    assert_as_accurate(
+        *make((5, 6, 67 if "support" in features else 300), device, **features), outputs=outputs
+    )
 
 
 @pytest.mark.parametrize("memory_budget", [1, 5_000, 30_000, None], ids=str)
@@ -160,13 +162,13 @@ def test_each_output_has_its_own_gradient(outputs, features, device):
 )
 def test_any_budget(memory_budget, features, device):
     assert_as_accurate(
-        *make(5, 8, 67 if "support" in features else 601, device, **features), memory_budget=memory_budget
+        *make((5, 8, 67 if "support" in features else 601), device, **features), memory_budget=memory_budget
     )
 
 
 @pytest.mark.parametrize("scale", [1e-3, 30, 3000])
 def test_tiny_and_huge_logits(scale, device):
-    leaves, targets, options = make(6, 16, 300, device, ignored=True)
+    leaves, targets, options = make((6, 16, 300), device, ignored=True)
     leaves[0] *= scale
     assert_as_accurate(leaves, targets, options)
 
@@ -174,8 +176,8 @@ def test_tiny_and_huge_logits(scale, device):
 @pytest.mark.parametrize("scale", [30, 1000, 3e4])
 @pytest.mark.parametrize("outputs", [(name,) for name in OUTPUTS], ids=str)
 def test_ids_that_tie_far_from_zero(outputs, scale, device):
-    """Where a row's probabilities are no 0 and 1, the rounding of a log-sum-exp of this size must not be in them."""
-    leaves, targets, options = make(6, 16, 300, device)
+    """The rounding of a log-sum-exp of this size must not be in probabilities that are neither 0 nor 1."""
+    leaves, targets, options = make((6, 16, 300), device)
     size = 2.0 ** round(math.log2(scale))  # few bits each, so that products have no rounding
     hidden, weight, _ = leaves = [None if x is None else (x * 15).round() / 16 for x in leaves]
     hidden *= size
@@ -187,7 +189,7 @@ def test_ids_that_tie_far_from_zero(outputs, scale, device):
 
 @every_feature
 def test_reference_gradients_by_finite_differences(features):
-    leaves, targets, options = make(4, 3, 7, "cpu", torch.float64, **features)
+    leaves, targets, options = make((4, 3, 7), "cpu", torch.float64, **features)
     given = [x.requires_grad_() for x in leaves if x is not None]
 
     def op(hidden, weight, bias=None):
@@ -199,7 +201,7 @@ def test_reference_gradients_by_finite_differences(features):
 @pytest.mark.skipif(INTERPRET, reason="the kernels take no fp64")
 @every_feature
 def test_blocks_have_the_reference_gradients_in_fp64(features):
-    leaves, targets, options = make(4, 3, 400, "cpu", torch.float64, **features)
+    leaves, targets, options = make((4, 3, 400), "cpu", torch.float64, **features)
     upstream = torch.randn(3, 4, dtype=torch.float64)
     want = run(token_logprobs_reference, leaves, targets, options, upstream)
     got = run(token_logprobs, leaves, targets, {**options, "memory_budget": BLOCKS}, upstream)
@@ -226,7 +228,7 @@ def test_known_values(memory_budget, device):
 
 
 def test_a_support_of_everything_is_no_support(device):
-    leaves, targets, options = make(5, 8, 40, device, bias=True, softcap=3.0)
+    leaves, targets, options = make((5, 8, 40), device, bias=True, softcap=3.0)
     upstream = torch.randn(3, 5, device=device)
     whole = torch.arange(40, device=device, dtype=torch.int32).expand(5, 40)
     want = run(token_logprobs, leaves, targets, options, upstream)
@@ -238,7 +240,7 @@ def test_a_support_of_everything_is_no_support(device):
 
 
 def test_shared_ids_gather_their_gradient(device):
-    leaves, targets, options = make(40, 5, 67, device)
+    leaves, targets, options = make((40, 5, 67), device)
     targets[:] = 7
     options["support"] = torch.tensor([[7, 66, -1, 0]], device=device, dtype=torch.int32).expand(40, 4)
     assert_as_accurate(leaves, targets, options)
@@ -247,7 +249,7 @@ def test_shared_ids_gather_their_gradient(device):
 @pytest.mark.parametrize("memory_budget", [BLOCKS, None], ids=str)
 @pytest.mark.parametrize("support", [0, 6])
 def test_all_ignored_is_a_finite_zero_with_a_gradient_path(memory_budget, support, device):
-    leaves, targets, options = make(5, 8, 67 if support else 300, device, bias=True, support=support)
+    leaves, targets, options = make((5, 8, 67 if support else 300), device, bias=True, support=support)
     targets[:] = -100
     leaves[0] *= 1e4
     got = run(
@@ -275,7 +277,7 @@ def test_no_tokens(support, device):
 
 
 def test_any_strides(device):
-    leaves, targets, options = make(6, 8, 67, device, bias=True, temperature="each", support=6)
+    leaves, targets, options = make((6, 8, 67), device, bias=True, temperature="each", support=6)
     strided = [torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0] for x in leaves]
     targets = torch.stack([targets, targets], -1)[:, 0]
     spread = {
@@ -286,7 +288,7 @@ def test_any_strides(device):
 
 
 def test_a_wide_head_has_a_wide_gradient(device):
-    leaves, targets, options = make(6, 16, 300, device, torch.float16)
+    leaves, targets, options = make((6, 16, 300), device, torch.float16)
     leaves[1] = leaves[1].float()
     got = run(
         token_logprobs, leaves, targets, {**options, "memory_budget": BLOCKS}, torch.ones(3, 6, device=device)
@@ -301,7 +303,7 @@ def test_a_wide_head_has_a_wide_gradient(device):
 
 
 def test_a_frozen_head_costs_no_product(device, monkeypatch):
-    (hidden, weight, _), targets, _ = make(5, 8, 600, device)
+    (hidden, weight, _), targets, _ = make((5, 8, 600), device)
     products = []
 
     def counted(product):
@@ -378,7 +380,7 @@ def test_gpu_memory_holds_to_its_budget(memory_budget):
 
 
 def test_autocast_takes_products_in_its_dtype(device):
-    (hidden, weight, _), targets, _ = make(6, 16, 300, device)
+    (hidden, weight, _), targets, _ = make((6, 16, 300), device)
     leaves = hidden.requires_grad_(), weight.requires_grad_()
     with torch.autocast(device, dtype=torch.float16):
         scores = token_logprobs(*leaves, targets, memory_budget=BLOCKS)

@@ -93,6 +93,7 @@ def test_capacity_drops_exactly_what_is_too_much(T, E, K, device):
     _, plain, _ = moe_route(logits, K)
     weights, indices, said = moe_route(logits, K, capacity_factor=0.5)
     capacity = math.ceil(0.5 * T * K / E)
+
     taken, dropped = [0] * E, 0
     for k in range(K):  # all first choices before all second ones
         for t in range(T):
@@ -103,6 +104,7 @@ def test_capacity_drops_exactly_what_is_too_much(T, E, K, device):
             else:
                 dropped += 1
                 assert indices[t, k] == E and weights[t, k] == 0
+
     assert said.dropped == dropped
     assert said.counts.tolist() == plain.flatten().bincount(minlength=E).tolist()
 
@@ -255,6 +257,7 @@ def test_no_shape_hangs_on_the_values(monkeypatch, device):
         monkeypatch.setattr(route, name, Launch())
     for name in ("_up_fwd", "_rows_product", "_combine", "_activation_bwd", "_weight_bwd"):
         monkeypatch.setattr(moe, name, Launch())
+
     with FakeTensorMode():
         given = operands(20, 8, 8, 3, 2, device)
         routes = route.Routes(*route._dispatch(given["indices"], 3, 16), 16, 2)
@@ -269,6 +272,7 @@ def test_no_shape_hangs_on_the_values(monkeypatch, device):
             0.0,
             0.0,
         )
+
         x, weights = given["x"], given["weights"]
         outputs = moe._forward(x, experts, weights, routes, True)
         saved = moe._save(outputs, x, experts, weights, routes, True)
@@ -276,6 +280,7 @@ def test_no_shape_hangs_on_the_values(monkeypatch, device):
         grads = moe._backward(saved, needs, outputs[0])
         inputs = [x, *experts.gate_up.tensors(), *experts.down.tensors(), weights]
         assert [g.shape for g in grads] == [t.shape for t in inputs]
+
         with pytest.raises(Exception, match=r"data-dependent|DataDependent|_local_scalar"):
             given["weights"].sum().item()  # the control: such a read is seen
 

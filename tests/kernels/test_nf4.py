@@ -1,4 +1,4 @@
-"""What 4 bits mean, to the bit, beyond the accuracy that test_cases.py holds every op to."""
+"""The meaning of 4 bits, to the bit, beyond the accuracy that test_cases.py holds every op to."""
 
 import json
 from itertools import product
@@ -67,6 +67,7 @@ def test_equals_the_files_of_bitsandbytes(name, data, device):
             quant_type=quant_type,
             double_quant="nested_absmax" in parts,
         )
+
         assert list(mine.shape) == state["shape"] and mine.quant_type == quant_type
         assert torch.equal(mine.packed.cpu(), parts["packed"]) and torch.equal(
             mine.code.cpu(), parts["quant_map"]
@@ -80,6 +81,7 @@ def test_equals_the_files_of_bitsandbytes(name, data, device):
             for part, tensor in (("absmax", mine.absmax), ("nested_absmax", mine.nested_absmax)):
                 torch.testing.assert_close(tensor.cpu(), parts[part], rtol=rtol, atol=atol)
             torch.testing.assert_close(mine.offset.item(), state["nested_offset"], rtol=1e-6, atol=0)
+
         if f"{module}.dequant" in expected and device == "cpu":
             assert torch.equal(dequantize_nf4(mine), expected[f"{module}.dequant"])
             checked += 1
@@ -102,6 +104,7 @@ def test_equals_bitsandbytes(quant_type, dtype):
             assert torch.equal(mine.offset, state.offset)
             assert torch.equal(mine.nested_absmax, state.state2.absmax)
             assert torch.equal(mine.nested_code, state.state2.code)
+
         absmax = state.absmax
         if double:
             absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
@@ -113,7 +116,7 @@ def test_equals_bitsandbytes(quant_type, dtype):
 
 
 def multiplied_out(packed, code, absmax, blocksize, like) -> torch.Tensor:
-    """What 4 bits stand for, written out: code[index] times its block's absmax."""
+    """The numbers that 4 bits stand for: code[index] times its block's absmax."""
     index = torch.stack((packed.flatten() >> 4, packed.flatten() & 15), 1).flatten()[: like.numel()]
     scale = absmax.repeat_interleave(blocksize)[: like.numel()]
     return (code[index.long()] * scale).to(like.dtype).view(like.shape)
@@ -260,6 +263,7 @@ def test_refusals(device):
         quantize_nf4(w, quant_type="int4")
     with pytest.raises(ValueError, match=r"weight: expected dtype .*, got torch.float64"):
         quantize_nf4(w.double())
+
     with pytest.raises(ValueError, match=r"dtype: expected float32, float16 or bfloat16, got torch.int8"):
         dequantize_nf4(four_bit, torch.int8)
     with pytest.raises(ValueError, match=r"x: expected shape \(..., in=64\), got \(3, 32\)"):

@@ -1,4 +1,4 @@
-"""What RMSNorm means, beyond the accuracy that test_cases.py holds every op to."""
+"""The meaning of RMSNorm, beyond the accuracy that test_cases.py holds every op to."""
 
 import pytest
 import torch

@@ -211,7 +211,7 @@ def test_a_list_of_records_has_the_gradients_of_its_tensors(how, frozen, biases)
 
 
 def test_a_list_that_is_partly_none_has_its_gradients_or_raises():
-    """In a graph torch.library would take it for no list of tensors, and pass no gradient on."""
+    """torch.library would take it in a graph for no list of tensors, and pass no gradient on."""
     x, weights = torch.randn(3, 4, requires_grad=True), [torch.randn(5, 4, requires_grad=True) for _ in "ab"]
     bias = torch.randn(5, requires_grad=True)
 
@@ -284,7 +284,7 @@ def test_registration_of_a_list_of_records(biases):
 
 @pytest.mark.parametrize("needs", [[True, False, False], [False, True, False], [False, True, True]])
 def test_a_gradient_that_nobody_needs_is_empty(needs):
-    """As torch was told, also of a backward that makes it nevertheless."""
+    """It is what torch was told, also where a backward makes it nevertheless."""
 
     def gradients(saved: Inputs, needs: Any, dy: Tensor) -> ScaleGradients:
         return scaled_backward(saved, needs._replace(x=True), dy)
@@ -320,7 +320,7 @@ def test_the_derivative_of_a_gradient_raises(op):
 
 
 def test_a_path_with_records():
-    """What reads numbers of its tensors: itself when eager, one op in a graph."""
+    """A path that reads numbers of its tensors: itself when eager, one op in a graph."""
 
     def path(x: Tensor, scale: Scale, parts: list[int]) -> Tensor:
         assert int(x.detach().sum()) is not None

@@ -25,7 +25,7 @@ SETTERS: dict[str, Callable[[], None]] = {
 
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
-    """What the setters leave behind is undone: by the newer ones first, for until then the older ones raise."""
+    """The setters' effects are undone: by the newer ones first, for until then the older ones raise."""
     places = torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     before = [place.fp32_precision for place in places]  # pyright: ignore[reportAttributeAccessIssue]
     yield
@@ -37,7 +37,7 @@ def as_before() -> Iterator[None]:
 
 
 def launched(op: str, monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """What the op's launches in fp32, forward and backward, say of precision."""
+    """The precision that the op's launches in fp32 are given, forward and backward."""
     found: set[str] = set()
 
     def record(kernel: JITFunction, *args: Any, **more: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a rotation means, beyond the accuracy that test_cases.py holds every op to."""
+"""The meaning of a rotation, beyond the accuracy that test_cases.py holds every op to."""
 
 import mmap
 
@@ -130,6 +130,7 @@ def test_parts_of_a_fused_projection_are_read_in_place(device):
     q, k = qkv[:, : H * D].view(total, H, D), qkv[:, H * D : (H + G) * D].view(total, G, D)
     heads_first = torch.randn(2, H, total, D, device=device).transpose(1, 2)
     cos, sin = tables(total, D, device)
+
     with Copies() as copies:
         strided = apply_rope(q, k, cos, sin)
         transposed = apply_rope(heads_first, heads_first, cos, sin)
@@ -139,6 +140,7 @@ def test_parts_of_a_fused_projection_are_read_in_place(device):
             assert len(copies.seen) == 4, (
                 "the control: two tables and two inputs that cannot be read in place"
             )
+
     for a, b in zip(strided, apply_rope(q.contiguous(), k.contiguous(), cos, sin), strict=True):
         assert torch.equal(a, b)
     assert torch.equal(transposed[0], apply_rope(heads_first.contiguous(), heads_first, cos, sin)[0])

@@ -40,12 +40,12 @@ def make(B, V, dtype=torch.float32, device="cpu"):
 
 
 def place(ids, token):
-    """Where in the order that cumulative probabilities follow."""
+    """An id's place in the order that cumulative probabilities follow."""
     return token if ids is None else (ids == token[:, None]).int().argmax(1)
 
 
 def assert_drawn(logits, noise, **how):
-    """As the reference draws in fp64; where the number falls within 1e-6 of a border, on either side of it."""
+    """The reference draws the same in fp64; a number within 1e-6 of a border may fall on either side of it."""
     token, logprob, support = sample_tokens(logits, noise, **how)
     wide = logits.double()
     (_, _, ids), *around = (
@@ -55,6 +55,7 @@ def assert_drawn(logits, noise, **how):
     low, high = (place(ids, token) for token, _, _ in around)
     at = place(support, token)
     assert token.dtype == torch.int64 and ((low <= at) & (at <= high)).all()
+
     if ids is None:
         assert support is None
         kept = torch.ones_like(wide, dtype=torch.bool)
@@ -65,10 +66,12 @@ def assert_drawn(logits, noise, **how):
             assert torch.equal(support, ids)
         most, want = (wide.gather(1, x.clamp(min=0).long()) for x in (support, ids))
         assert torch.equal(most[ids >= 0], want[ids >= 0])  # on a CPU ties are kept in any order
+
         columns = torch.where(support < 0, logits.shape[1], support).long()
         kept = torch.zeros(len(wide), logits.shape[1] + 1, dtype=torch.bool, device=wide.device)
         kept = kept.scatter_(1, columns, True)[:, :-1]
         assert torch.equal(kept.sum(1), (support >= 0).sum(1))  # each once
+
     u = (wide / (how.get("temperature", 1.0) or 1.0)).masked_fill(~kept, -torch.inf)
     want = u.log_softmax(-1).gather(1, token[:, None]).squeeze(1)
     assert logprob.dtype == torch.promote_types(logits.dtype, torch.float32)
@@ -115,6 +118,7 @@ def test_ids_are_drawn_as_often_as_they_are_likely(temperature, top_k, top_p, de
     token, logprob, support = sample_tokens(
         logits.expand(n, 7), noise, temperature=temperature, top_k=top_k, top_p=top_p
     )
+
     ids = kept(logits[0], temperature, top_k, top_p)
     if support is None:
         assert (top_k, top_p) == (None, None)
@@ -128,6 +132,7 @@ def test_ids_are_drawn_as_often_as_they_are_likely(temperature, top_k, top_p, de
         support=support,
     )
     torch.testing.assert_close(logprob, expected, atol=1e-5, rtol=0)
+
     weights = (logits[0, ids] / temperature).softmax(-1)
     counts = token.bincount(minlength=7)
     assert counts[ids].sum() == n

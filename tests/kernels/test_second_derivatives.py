@@ -72,7 +72,7 @@ def test_a_gradient_penalty_is_right_or_raises(case, device):
 @pytest.mark.parametrize("usage", ["of squares", "of a function", "recomputed"])
 @pytest.mark.parametrize("case", ONE_OF_EACH_OP, ids=lambda case: case.name)
 def test_a_gradient_penalty_in_other_places(case, usage, device):
-    """Of a loss that is not linear, of inputs that are computed, and under activation checkpointing."""
+    """The loss is not linear, the inputs are computed, or activations are checkpointed."""
     check(case, usage, device)
 
 

@@ -25,15 +25,18 @@ def train(steps: int, device: str) -> tuple[list[float], list[torch.Tensor]]:
         qk_norm=True,
         initializer_range=0.2,
     )
+
     model = Transformer(config, seed=1, device=device)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=0.3
     )  # Adam would hide a gradient that is off by a factor
+
     generator = torch.Generator().manual_seed(0)
     lengths = (9, 4, 7, 1, 20)
     sequences = [torch.randint(0, 53, (n,), generator=generator).tolist() for n in lengths]
     packed = pack(sequences, parents=[-1, 0, 0, -1, 3], device=device)
     rows = (packed.predictors >= 0).nonzero().squeeze(1)
+
     losses = []
     for _ in range(steps):
         logprob, lse, entropy = model.score(packed, rows)

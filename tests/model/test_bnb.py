@@ -107,13 +107,16 @@ def test_an_adapter_remembers_that_its_base_was_in_4_bits(tmp_path):
             assert (parameter.grad is None) == (not parameter.requires_grad)
             if parameter.requires_grad:
                 parameter += 0.1
+
     save_model(model, tmp_path / "adapter")
     again = load_model(tmp_path / "adapter")
     assert again.layers[0].mlp.up_proj.four_bit is not None
     assert torch.equal(logits_of(again, packed), logits_of(model, packed))
+
     reference = frozen_copy(again)
     assert reference.layers[0].mlp.up_proj.four_bit is again.layers[0].mlp.up_proj.four_bit
     assert torch.equal(logits_of(reference, packed), logits_of(again, packed))
+
     merge_lora(again)
     assert again.layers[0].mlp.up_proj.four_bit is None
     torch.testing.assert_close(logits_of(again, packed), logits_of(model, packed), atol=1e-4, rtol=1e-4)

@@ -35,6 +35,7 @@ def refusal(function: Callable[[], object]) -> str:
         resource.setrlimit(resource.RLIMIT_CPU, (int(now) + SECONDS + 1, int(now) + SECONDS + 1))
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + MEGABYTES * 2**20,) * 2)
+
         try:
             text = f"accepted: {function()}"
         except InputError as error:
@@ -43,10 +44,12 @@ def refusal(function: Callable[[], object]) -> str:
             text = f"{type(error).__name__}: {error}"
         os.write(write, text.encode()[:4000])
         os._exit(0)
+
     os.close(write)
     with os.fdopen(read, "rb") as pipe:
         text = pipe.read().decode()
     assert os.waitpid(child, 0)[1] == 0, "expected an end, got a signal: too slow"
+
     kind, _, message = text.partition(": ")
     assert kind == "refused", text
     assert message.isprintable() and len(message) <= 600

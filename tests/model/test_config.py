@@ -32,6 +32,7 @@ def check_stored(data, name: str) -> None:
     raw = json.loads((folder / "config.json").read_text())
     state = load_model(folder).state_dict()
     ids = torch.randint(3, 96, (1, 24), generator=torch.Generator().manual_seed(5))[0].tolist()
+
     for row in stored:
         changed = {key: value for key, value in (raw | row["change"]).items() if value != MISSING}
         if row["logits"] is None:
@@ -77,7 +78,7 @@ def test_what_published_configs_say(data):
 
 @control
 def check_rules(data, name: str) -> None:
-    """What no logits of tiny-hf show."""
+    """Rules of a config that no logits of tiny-hf show."""
     minimal = {"model_type": name, **MINIMAL}
     for value in (False, 0, "", [], {}, 0.0, True):
         with pytest.raises(InputError, match=f"somebodys_key: not supported for {name}, got"):
@@ -255,7 +256,7 @@ def test_absent_windows_and_ropes_are_those_of_transformers():
 
 
 def test_values_wider_than_keys_in_latent_attention():
-    """What the cache holds gives the tokens that the whole sequence gives."""
+    """The cache gives the tokens that the whole sequence gives."""
     latent = Latent(kv_rank=8, nope_dim=6, rope_dim=4, value_dim=24)
     config = ModelConfig(31, 16, 24, 2, 2, head_dim=10, latent=latent, initializer_range=0.4)
     model = Transformer(config, seed=1)

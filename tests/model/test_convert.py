@@ -16,9 +16,21 @@ from burnish.model.text.tokenizer import Tokenizer
 
 C, F, D, HEADS, KV_HEADS, LAYERS = 64, 96, 16, 4, 2, 2  # rows of 32 or more, which is what Q4_1 blocks need
 
+LAYER = (  # our name, GGUF's, shape
+    ("self_attn.q_proj", "attn_q", (HEADS * D, C)),
+    ("self_attn.k_proj", "attn_k", (KV_HEADS * D, C)),
+    ("self_attn.v_proj", "attn_v", (KV_HEADS * D, C)),
+    ("self_attn.o_proj", "attn_output", (C, HEADS * D)),
+    ("mlp.gate_proj", "ffn_gate", (F, C)),
+    ("mlp.up_proj", "ffn_up", (F, C)),
+    ("mlp.down_proj", "ffn_down", (C, F)),
+    ("input_layernorm", "attn_norm", (C,)),
+    ("post_attention_layernorm", "ffn_norm", (C,)),
+)
+
 
 def interleaved(weight, heads):
-    """What llama.cpp does to the rows of q and k: from (head, half, i) to (head, i, half)."""
+    """The order of q's and k's rows in llama.cpp: from (head, half, i) to (head, i, half)."""
     rows, width = weight.shape
     return weight.reshape(heads, 2, rows // heads // 2, width).swapaxes(1, 2).reshape(rows, width)
 
@@ -28,6 +40,7 @@ def small(data):
     """(metadata, tensors as GGUF has them, parameters as they should come out)."""
     model = json.loads((data / "tokenizer" / "tokenizer.json").read_text())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
+
     fields = {
         "general.architecture": "llama",
         "llama.vocab_size": len(tokens),
@@ -50,6 +63,7 @@ def small(data):
         "tokenizer.ggml.padding_token_id": 2,
         "tokenizer.chat_template": (data / "tokenizer" / "chat_template.jinja").read_text(),
     }
+
     draw = np.random.default_rng(0)
     parameters, tensors = {}, {}
 
@@ -61,18 +75,7 @@ def small(data):
     add("embed_tokens.weight", "token_embd.weight", len(tokens), C)
     add("norm.weight", "output_norm.weight", C)
     for i in range(LAYERS):
-        for part, shape in (
-            ("self_attn.q_proj attn_q", (HEADS * D, C)),
-            ("self_attn.k_proj attn_k", (KV_HEADS * D, C)),
-            ("self_attn.v_proj attn_v", (KV_HEADS * D, C)),
-            ("self_attn.o_proj attn_output", (C, HEADS * D)),
-            ("mlp.gate_proj ffn_gate", (F, C)),
-            ("mlp.up_proj ffn_up", (F, C)),
-            ("mlp.down_proj ffn_down", (C, F)),
-            ("input_layernorm attn_norm", (C,)),
-            ("post_attention_layernorm ffn_norm", (C,)),
-        ):
-            ours, theirs = part.split()
+        for ours, theirs, shape in LAYER:
             add(f"layers.{i}.{ours}.weight", f"blk.{i}.{theirs}.weight", *shape)
     return fields, tensors, parameters
 
@@ -255,10 +258,12 @@ def written(gguf, small, file):
             writer.add_uint32(key, value)
         elif isinstance(value, list):
             writer.add_array(key, value)
+
     for name, values in tensors.items():
         kind = gguf.GGMLQuantizationType
         kind = kind.F32 if values.ndim == 1 else kind.Q8_0 if "embd" in name else kind.Q4_1
         writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
+
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -297,6 +302,7 @@ def test_bytes_put_in_or_cut_out_anywhere_are_refused(small, tmp_path):
     file = written(gguf, small, tmp_path / "small.gguf")
     whole, reader = file.read_bytes(), gguf.GGUFReader(file)
     data, places = int(reader.data_offset), [int(t.data_offset) for t in reader.tensors]
+
     for at in (30, data - 1, data, places[3], places[3] + 7, places[-1], len(whole)):
         for size in (1, 32):
             for changed in (whole[:at] + bytes(size) + whole[at:], whole[:at] + whole[at + size :]):
@@ -305,6 +311,7 @@ def test_bytes_put_in_or_cut_out_anywhere_are_refused(small, tmp_path):
                 file.write_bytes(changed)
                 with pytest.raises(InputError, match=r"small\.gguf: "):
                     convert._read(file)
+
     file.write_bytes(whole[:data] + bytes(64) + whole[data:])
     with pytest.raises(
         InputError, match=rf"gguf: {len(whole) + 64} bytes, expected {len(whole)}, where its last"
@@ -317,6 +324,7 @@ def test_tensors_that_overlap_or_leave_room_are_refused(tmp_path):
     file.write_bytes(bytes(256))
     spans = [("b", 160, 96), ("a", 64, 90)]  # 90 bytes, then 6 up to the alignment
     convert._check_layout(file, spans, 64, 32)
+
     for changed, message in (
         (
             [("b", 128, 96), ("a", 64, 90)],

@@ -1,4 +1,4 @@
-"""What is written has the dtype of what was read, tensor by tensor, though training holds fp32."""
+"""Tensors are written in the dtype in which each was read, though training holds fp32."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def dtypes_in(folder: Path, file: str = "model.safetensors") -> set[torch.dtype]
 
 
 def states_in(folder: Path) -> set[str]:
-    """What the weights in 4 bits are multiplied out to."""
+    """The dtypes to which the weights in 4 bits are multiplied out."""
     states = [tensor for name, tensor in tensors_of(folder).items() if ".quant_state." in name]
     return {json.loads(bytes(state.tolist()))["dtype"] for state in states}
 
@@ -119,7 +119,7 @@ def test_a_score_follows_the_body(tmp_path):
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_an_adapter_is_fp32_and_goes_on_as_it_was(tmp_path, tied):
-    """What is trained whole is as the base, as PEFT writes it."""
+    """A module trained whole has the base's dtype, as PEFT writes it."""
     save_model(Transformer(replace(TINY, tie_word_embeddings=tied)), tmp_path / "base", dtype=BF16)
     model = load_model(tmp_path / "base")
     add_lora(model, 2, base=str(tmp_path / "base"), modules_to_save=("lm_head",))
@@ -127,11 +127,13 @@ def test_an_adapter_is_fp32_and_goes_on_as_it_was(tmp_path, tied):
     tensors = load_file(tmp_path / "new" / "adapter_model.safetensors")
     assert {tensor.dtype for name, tensor in tensors.items() if ".lora_" in name} == {FP32}
     assert tensors["base_model.model.lm_head.weight"].dtype == BF16
+
     for dtype in (BF16, FP16):
         save_model(load_model(tmp_path / "new"), tmp_path / "asked", dtype=dtype)
         assert dtypes_in(tmp_path / "asked", "adapter_model.safetensors") == {dtype}
         save_model(load_model(tmp_path / "asked"), tmp_path / "on")
         assert dtypes_in(tmp_path / "on", "adapter_model.safetensors") == {dtype}
+
     merge_lora(model)
     save_model(model, tmp_path / "merged")
     assert dtypes_in(tmp_path / "merged") == {BF16}
@@ -152,11 +154,13 @@ def test_a_base_in_4_bits_is_merged_into_what_its_state_names(data, tmp_path):
         elif ".weight." not in name and tensor.dtype == FP32:
             tensors[name] = tensor.to(BF16)
     save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+
     model = load_model(tmp_path / "base")
     save_model(model, tmp_path / "saved")
     for name, tensor in tensors_of(tmp_path / "saved").items():
         assert tensor.dtype == tensors[name].dtype, name
     assert states_in(tmp_path / "saved") == {"float16"}
+
     merge_lora(model)
     save_model(model, tmp_path / "merged")
     for name, tensor in tensors_of(tmp_path / "merged").items():

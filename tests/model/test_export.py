@@ -89,7 +89,7 @@ def test_experts_are_streamed_one_by_one():
 @pytest.mark.parametrize("four_bit", [False, True])
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe", "mixtral", "gpt_oss"])
 def test_the_stream_has_the_names_of_the_published_folder(data, tmp_path, name, four_bit):
-    """With adapters on the experts, too: nothing fused, nothing missing, nothing of the adapter."""
+    """Nothing is fused, missing or the adapter's, with adapters on the experts, too."""
     model = load_model(data / "tiny-hf" / name)
     if four_bit:
         quantize_base(model)
@@ -117,6 +117,7 @@ def test_several_files_are_the_model_of_one(made, tmp_path, monkeypatch):
     save_model(model, tmp_path / "several")
     files = sorted((tmp_path / "several").glob("*.safetensors"))
     assert len(files) >= 2 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+
     tensors = [load_file(file) for file in files]
     assert all(sum(t.nbytes for t in held.values()) <= 40_000 or len(held) == 1 for held in tensors)
     joined = {name: tensor for held in tensors for name, tensor in held.items()}
@@ -124,6 +125,7 @@ def test_several_files_are_the_model_of_one(made, tmp_path, monkeypatch):
     assert joined.keys() == expected.keys() and all(
         torch.equal(joined[name], expected[name]) for name in expected
     )
+
     load = load_scalar_model if isinstance(model, ScalarModel) else load_model
     for name, tensor in load(tmp_path / "several").state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name])

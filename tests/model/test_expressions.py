@@ -100,10 +100,12 @@ def test_a_folder_with_such_an_expression_is_read_or_refused_by_its_key(tmp_path
     save_model(model, tmp_path / "base")
     add_lora(model, 2, base=str(tmp_path / "base"))
     save_model(model, tmp_path / "adapter")
+
     file = tmp_path / "adapter" / "adapter_config.json"
     value = {"rank_pattern": {text: 2}, "alpha_pattern": {text: 2}, "layers_pattern": [text]}.get(key, text)
     changes = {key: value} | ({"layers_to_transform": [0]} if key == "layers_pattern" else {})
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
     started = time.process_time()
     try:
         load_model(tmp_path / "adapter")

@@ -38,7 +38,7 @@ TINY = ModelConfig(
 
 
 def numbers(value: Any, *path: str) -> Iterator[tuple[str, ...]]:
-    """Where in a parsed file there are numbers."""
+    """The places of a parsed file at which there are numbers."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from numbers(inner, *path, key)
@@ -71,6 +71,7 @@ def test_a_number_of_config_json(folder: Path):
                     error,
                 )
                 continue
+
             if config == unbroken:
                 continue
             model = Transformer(config)

@@ -74,7 +74,7 @@ def one_sentence(writer, folder: Path) -> None:
 
 @control
 def on_the_disk(writer, folder: Path) -> None:
-    """What is renamed was synchronised before, where that is asked for."""
+    """A file is synchronised before it is renamed, where that is asked for."""
     calls: list[str] = []
     sync, rename = os.fsync, Path.replace
     with pytest.MonkeyPatch.context() as patch:

@@ -105,6 +105,7 @@ def test_refusals(tmp_path):
     save_model(ScalarModel(TINY), tmp_path / "scalar")
     with pytest.raises(InputError, match="expected a language model, found a LlamaForSequenceClassification"):
         load_model(tmp_path / "scalar")
+
     file = tmp_path / "scalar" / "model.safetensors"
     tensors = load_file(file)
     save_file(tensors | {"score.weight": torch.zeros(2, 16)}, file)
@@ -113,6 +114,7 @@ def test_refusals(tmp_path):
     save_file({name: tensor for name, tensor in tensors.items() if name != "score.weight"}, file)
     with pytest.raises(InputError, match=r"score\.weight: missing"):
         load_scalar_model(tmp_path / "scalar")
+
     save_model(Transformer(TINY), tmp_path / "causal")
     raw = json.loads((tmp_path / "causal" / "config.json").read_text())
     (tmp_path / "causal" / "config.json").write_text(json.dumps(raw | {"score_bias": "x"}))

@@ -37,12 +37,14 @@ def test_no_tensor_of_a_training_step_has_tokens_times_vocabulary_elements():
         num_attention_heads=2,
         tie_word_embeddings=True,
     )
+
     model = Transformer(config)
     packed = pack([torch.randint(0, config.vocab_size, (512,)).tolist() for _ in range(2)])
     rows = (packed.predictors >= 0).nonzero().squeeze(1)
     with Largest() as largest:
         logprob, lse, entropy = model.score(packed, rows)
         (logprob + 1e-3 * lse + 1e-3 * entropy).sum().backward()
+
     logits = rows.numel() * config.vocab_size
     assert config.vocab_size * config.hidden_size <= largest.elements < logits / 4
     with Largest() as naive:  # the check sees logits where they exist

@@ -6,7 +6,6 @@ import resource
 import time
 from typing import Any, NamedTuple
 
-import jinja2.sandbox
 import pytest
 from burnish.algorithms.data import rendering
 from burnish.algorithms.data.row import Row
@@ -14,7 +13,7 @@ from burnish.algorithms.data.row_template import shaped
 from burnish.model.errors import InputError
 from burnish.model.text import bounded, meter, sandbox, template
 from burnish.model.text.meter import OverBudget
-from burnish.model.text.template import ChatTemplate, Refused, split_marks
+from burnish.model.text.template import ChatTemplate
 from burnish.model.text.tokenizer import Tokenizer
 from jinja2.visitor import NodeTransformer
 
@@ -209,7 +208,7 @@ def outcome(source: str) -> str:
 
 
 def in_a_fork(sources: dict[str, str], seconds: int = 20, gigabytes: float = 1.5) -> dict[str, str]:
-    """What becomes of each, those without an entry were not reached."""
+    """The outcome of each; those without an entry were not reached."""
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -217,6 +216,7 @@ def in_a_fork(sources: dict[str, str], seconds: int = 20, gigabytes: float = 1.5
             size = int(statm.read().split()[0]) * os.sysconf("SC_PAGE_SIZE") + int(gigabytes * 2**30)
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+
         for name, source in sources.items():
             started = time.process_time()
             try:
@@ -226,6 +226,7 @@ def in_a_fork(sources: dict[str, str], seconds: int = 20, gigabytes: float = 1.5
             entry = {"name": name, "found": found, "seconds": time.process_time() - started}
             os.write(write_end, json.dumps(entry).encode() + b"\n")
         os._exit(0)
+
     os.close(write_end)
     with open(read_end, encoding="utf-8") as pipe:
         entries = [json.loads(line) for line in pipe]
@@ -265,6 +266,7 @@ def test_an_endless_template_of_rows_is_refused(tmp_path, monkeypatch):
             OverBudget, match=r"^rows line 1: --row-template .*row\.jinja (takes|makes|writes)"
         ):
             shaped([Row({"a": "b"}, "rows line 1")], file)
+
     file.write_text("{{ a" + ".b" * 3000 + " }}")
     with pytest.raises(InputError, match=r"row\.jinja: cannot be parsed: nested too deeply"):
         shaped([Row({"a": "b"}, "rows line 1")], file)
@@ -299,100 +301,6 @@ def test_a_long_conversation_has_a_larger_budget():
     assert ChatTemplate(source).render(TALK * 400, {}) == ""
 
 
-# ---- what is no attack stays as it is
-
-ORDINARY = [
-    *(
-        "'a' ~ 1 ~ none ~ [1, 'b']",
-        "messages",
-        "{'a': (1, 2.5)}",
-        "ns",
-        "undefined_name",
-        "'%s|%5d|%%' % ('a', 3)",
-    ),
-    *(
-        "'{:>5}{a!r}'.format(1, a='b')",
-        "'{0[x]}'.format({'x': 1})",
-        "messages[0]['content'][::-1]",
-        "[1, 2][-1]",
-    ),
-    *(
-        "1 < 2 < 3",
-        "1 < 2 > 3",
-        "'a' in messages[0]",
-        "'b' not in ['a']",
-        "(1, 2) in [(1, 2)]",
-        "{(1, 2): 3}[(1, 2)]",
-    ),
-    *(
-        "2 ** 10 + 7 % 3 - 1 // 2",
-        "'ab' * 3 + 'c'",
-        "[1] * 2 + [3]",
-        "'a,b'.split(',')",
-        "'aXb'.replace('X', '--')",
-    ),
-    *(
-        "'x'.join(['a', 'b'])",
-        "'  a '.strip().upper().center(9)",
-        "'abc'|upper|replace('B', '')|trim|title|indent",
-    ),
-    *(
-        "messages|map(attribute='content')|map('upper')|join(', ')",
-        "messages|selectattr('role', 'equalto', 'user')|list",
-    ),
-    *(
-        "[3, 1, 2]|sort|list",
-        "[1, 1, 2]|unique|list",
-        "messages|groupby('role')|first",
-        "[1, 2, 3]|batch(2, 0)|list",
-    ),
-    *(
-        "[1, 2, 3]|slice(2)|list",
-        "[1, 2]|sum",
-        "[[1], [2]]|sum(start=[])",
-        "{'b': 1, 'a': 2}|dictsort",
-        "3.14159|round(2)",
-    ),
-    *(
-        "'f'|int(base=16)",
-        "'7'|int + '1.5'|float",
-        "range(5)|reject('odd')|list",
-        "'<a> b'|e",
-        "'a b c'|truncate(3, true)",
-    ),
-    *(
-        "'a b c'|wordwrap(2)",
-        "'%s!'|format('a')",
-        "[1]|first",
-        "[1]|last",
-        "'abc'|reverse",
-        "{'a': 1}|items|list",
-    ),
-    *(
-        "['a']|map('replace', 'a', 'b')|list",
-        "1 is odd",
-        "'a' is in 'abc'",
-        "messages is sequence",
-        "none|default('x', true)",
-    ),
-    *(
-        "messages|length",
-        "cycler(1, 2).next()",
-        "dict(a=1)|xmlattr",
-        "'a\nb'|indent(2, true)",
-        "messages|min(attribute='role')",
-    ),
-]
-
-
-@pytest.mark.parametrize("expression", ORDINARY)
-def test_what_jinja_writes_is_written(expression):
-    plain = jinja2.sandbox.ImmutableSandboxedEnvironment()
-    source = "{% set ns = namespace(a=1) %}{{ " + expression + " }}{% if " + expression + " %}!{% endif %}"
-    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert ChatTemplate(source).render(talk, {}) == plain.from_string(source).render(messages=talk)
-
-
 def test_methods_that_can_grow_are_those_that_are_bounded():
     """A method that a new Python brings has to be looked at."""
     looked_at = {
@@ -411,29 +319,9 @@ def test_methods_that_can_grow_are_those_that_are_bounded():
         list: "append clear copy count extend index insert pop remove reverse sort",
         tuple: "count index",
     }
+
     for kind, names in looked_at.items():
         assert {name for name in dir(kind) if not name.startswith("_")} <= set(names.split())
-
-
-def test_marks_are_the_templates_own_blocks():
-    for source in (r"{{ '\ufdd0' }}", "{{ '%c' % 64977 }}"):
-        with pytest.raises(InputError, match="noncharacter"):
-            ChatTemplate(source).render(TALK, {})
-    nested = "{% generation %}a{% generation %}b{% endgeneration %}{% endgeneration %}"
-    marks = {"span_start": "\ufdd0", "span_end": "\ufdd1"}
-    with pytest.raises(InputError, match="within another"):
-        split_marks(template.ENVIRONMENT.from_string(nested).render(**marks))
-
-
-@pytest.mark.parametrize("source", [r"{{ '\ud800' }}", "\x00{{ messages[0].content }}\ufdd2"])
-def test_odd_characters_are_read_or_refused(data, source):
-    tokenizer = Tokenizer.load(data / "tokenizer")
-    tokenizer.chat_template = source
-    if "ud800" not in source:
-        assert tokenizer.decode(tokenizer.encode_chat(TALK)) == "\x00a\ufdd2"
-        return
-    with pytest.raises(InputError, match="valid Unicode"):
-        tokenizer.encode_chat(TALK)
 
 
 # ---- planted faults: a charge that is taken out lets a template through
@@ -527,10 +415,3 @@ def test_planted_faults_are_caught(fault, monkeypatch):
     if fault.name == "times":
         monkeypatch.setattr(meter, "MOST_STEPS", 10**7)
     assert outcome(fault.source).startswith("wrote ")
-
-
-def test_a_refusal_says_why():
-    with pytest.raises(Refused, match="roles must alternate"):
-        ChatTemplate("{{ raise_exception('roles must alternate') }}").render(TALK, {})
-    with pytest.raises(InputError, match="refuses the conversation: it gives no reason"):
-        ChatTemplate("{{ raise_exception(nothing) }}").render(TALK, {})

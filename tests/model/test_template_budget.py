@@ -88,14 +88,14 @@ MARKED = [
 
 @pytest.mark.parametrize("source", MARKED)
 def test_it_is_refused_before_it_takes_seconds_or_a_gigabyte(source):
-    """Of the longest conversations, which have the largest budget."""
+    """The conversations are the longest, which have the largest budget."""
     found: Any = in_a_fork(lambda: rendered(source), seconds=20, gigabytes=1)  # of a slow machine
     assert isinstance(found, str) and found.startswith("refused: the chat template"), found
     assert len(found) <= MOST_CHARACTERS + 20
 
 
 def most_page_faults(template: ChatTemplate) -> int:
-    """Of a rendering, over depths of Python's stack that end anywhere in one of its pieces."""
+    """The most page faults of a rendering, over depths of Python's stack that end anywhere in one of its pieces."""
 
     def faults(depth: int) -> int:
         if depth:

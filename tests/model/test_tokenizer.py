@@ -1,4 +1,4 @@
-"""Tokens, special tokens, chat templates in their sandbox, and masks that are exact or refused."""
+"""Tokens, special tokens, where chat templates come from, and real ones beside the library that they were made for."""
 
 import copy
 import functools
@@ -12,37 +12,10 @@ from burnish.model import ModelConfig, Transformer
 from burnish.model.checkpoint import save_model
 from burnish.model.errors import InputError
 from burnish.model.text.tokenizer import Tokenizer, TurnRewritten
+from folders import edit
+from talks import CHATML, CONVERSATION, USER, trained
 from tokenizers import AddedToken, models, normalizers, processors
 from tokenizers import Tokenizer as Backend
-
-USER = {"role": "user", "content": "What is 2+2?"}
-CONVERSATION = [
-    {"role": "system", "content": "Be brief."},
-    USER,
-    {"role": "assistant", "content": "It is 4."},
-    {"role": "user", "content": "And  now?\n"},
-    {"role": "assistant", "content": "Still 4. 再见 🎉"},
-]
-MARKED = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
-    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-CHATML = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-
-
-@pytest.fixture(scope="module")
-def backend_json(request):
-    return (request.path.parents[1] / "data" / "tokenizer" / "tokenizer.json").read_text()
-
-
-@pytest.fixture
-def make(backend_json):
-    """A tokenizer of ours with a template, eos <|im_end|>."""
-    return lambda template, **names: Tokenizer(
-        Backend.from_str(backend_json), **{"eos": "<|im_end|>", "chat_template": template, **names}
-    )
 
 
 @pytest.fixture
@@ -50,22 +23,6 @@ def folder(data, tmp_path):
     """A copy of our tokenizer's folder, to be edited."""
     shutil.copytree(data / "tokenizer", tmp_path / "copy")
     return tmp_path / "copy"
-
-
-def edit(file, **changes):
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-def trained(tokenizer, messages, **options):
-    """The text of each run of trained tokens."""
-    ids, mask = tokenizer.encode_chat_with_mask(messages, **options)
-    runs, previous = [], False
-    for token, wanted in zip(ids, mask, strict=True):
-        if wanted:
-            runs = runs if previous else [*runs, []]
-            runs[-1].append(token)
-        previous = wanted
-    return [tokenizer.decode(run, skip_special_tokens=False) for run in runs]
 
 
 def sentencepiece_like(**names):
@@ -190,6 +147,7 @@ def test_a_template_for_tools_is_taken_where_tools_are_given(folder, tmp_path):
         folder / "tokenizer_config.json",
         chat_template=[{"name": name, "template": text} for name, text in named.items()],
     )
+
     first = Tokenizer.load(folder)
     first.save(tmp_path / "saved")
     for tokenizer in (first, Tokenizer.load(tmp_path / "saved")):
@@ -262,129 +220,16 @@ def test_messages_that_are_none(make, messages, message):
         make(CHATML).encode_chat_with_mask(messages)
 
 
-# ---- masks
-
-
-@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["turn boundaries", "generation marks"])
-def test_exactly_the_assistants_text_and_its_end_token_are_trained(make, template):
-    tokenizer = make(template)
-    assert trained(tokenizer, CONVERSATION) == ["It is 4.<|im_end|>", "Still 4. 再见 🎉<|im_end|>"]
-    assert trained(tokenizer, CONVERSATION, turns={len(CONVERSATION) - 1}) == ["Still 4. 再见 🎉<|im_end|>"]
-    assert trained(tokenizer, CONVERSATION[:-1]) == ["It is 4.<|im_end|>"]
-    assert tokenizer.encode_chat_with_mask(CONVERSATION)[0] == tokenizer.encode_chat(CONVERSATION)
-
-
-@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["turn boundaries", "generation marks"])
-@pytest.mark.parametrize("content", ["4", "\n\n4", " 4 \n", "\n<|endoftext|>4", "é", "\u0301"])
-def test_a_prompts_ids_begin_the_ids_of_prompt_and_answer(make, template, content):
-    tokenizer = make(template)
-    ids, mask = tokenizer.encode_chat_with_mask([USER, {"role": "assistant", "content": content}])
-    prompt = tokenizer.encode_chat([USER], add_generation_prompt=True)
-    assert ids[: len(prompt)] == prompt and not any(mask[: len(prompt)]) and mask[len(prompt)]
-    answer = [token for token, wanted in zip(ids, mask, strict=True) if wanted]
-    assert tokenizer.decode(answer, skip_special_tokens=False) == content + "<|im_end|>"
-
-
-def test_without_stop_ids_the_last_special_token_of_the_turn_is_its_end(make):
-    assert trained(make(CHATML, eos="<|endoftext|>"), CONVERSATION)[0] == "It is 4.<|im_end|>"
-
-
-def test_the_first_end_token_behind_an_answer_is_its_end(make):
-    ended = CHATML + "{% if not add_generation_prompt %}<|endoftext|>{% endif %}"
-    tokenizer = make(ended, stop_ids=[0])
-    assert trained(tokenizer, CONVERSATION) == ["It is 4.<|im_end|>", "Still 4. 再见 🎉<|im_end|>"]
-
-
-def test_one_end_token_behind_a_mark_is_trained_and_no_second(make):
-    twice = MARKED.replace("<|im_end|>", "<|im_end|><|endoftext|>")
-    assert trained(make(twice, stop_ids=[0]), CONVERSATION)[0] == "It is 4.<|im_end|>"
-    assert trained(make(twice, eos="<|endoftext|>"), CONVERSATION)[0] == "It is 4.<|im_end|>"
-    inside = "{% generation %}4<|im_end|>\n{% endgeneration %}<|endoftext|>"
-    assert trained(make(inside, stop_ids=[0]), TALK[1:2]) == ["4<|im_end|>\n"]
-
-
-def test_marked_spans_belong_to_the_turn_in_which_they_stand(make):
-    """Reasoning and answer have one each; a turn that has none is refused, whatever the sum."""
-    inner = "{% if m.why %}{% generation %}{{ m.why }}{% endgeneration %} {% endif %}"
-    answer = "{% if m.quiet %}{{ m.content }}{% else %}{% generation %}{{ m.content }}{% endgeneration %}{% endif %}"
-    two = MARKED.replace("{% generation %}{{ m.content }}{% endgeneration %}", inner + answer)
-    talk = [
-        USER,
-        {"role": "assistant", "content": "4", "why": "hm"},
-        USER,
-        {"role": "assistant", "content": "5"},
-    ]
-    assert trained(make(two), talk) == ["hm", "4<|im_end|>", "5<|im_end|>"]
-    assert trained(make(two), talk, turns=[1]) == ["hm", "4<|im_end|>"]
-    assert trained(make(two), talk, turns=[3]) == ["5<|im_end|>"]
-    talk[3]["quiet"] = True
-    for turns in ([1], [3], None):
-        with pytest.raises(InputError, match=r"marks \[2, 0\] spans in the 2 assistant turns"):
-            make(two).encode_chat_with_mask(talk, turns=turns)
-
-
-def test_marks_are_taken_as_they_are(make):
-    inside = MARKED.replace("{% endgeneration %}", "<|im_end|>\n{% endgeneration %}", 1).replace(
-        "<|im_end|>\n{% endfor", "{% endfor"
-    )
-    inside = inside.replace("{% else %}{{ m.content }}", "{% else %}{{ m.content }}<|im_end|>\n")
-    assert trained(make(inside), CONVERSATION)[0] == "It is 4.<|im_end|>\n"
-    scoped = (
-        "{% set x = 'out' %}{% generation %}{% set x = 'in' %}{{ x }}<|im_end|>{% endgeneration %}{{ x }}"
-    )
-    assert make(scoped).render_chat([USER]) == "in<|im_end|>out"
-    assert trained(make(scoped), [{"role": "assistant", "content": ""}]) == ["in<|im_end|>"]
-
-
-REWRITING = CHATML.replace(
-    "{{ m.content }}", "{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}"
-)
-TALK = [USER, {"role": "assistant", "content": "4"}, USER, {"role": "assistant", "content": "4"}]
-
-
-@pytest.mark.parametrize(
-    "template, messages, message",
-    [
-        (CHATML, [USER], "no assistant turn"),
-        (CHATML, [], "no assistant turn"),
-        (MARKED, [USER], "no assistant turn"),
-        (None, TALK, "no chat template.*--chat-template"),
-        (REWRITING, TALK, "assistant message 2 of 4: .*differently once other turns follow"),
-        (CHATML.replace("assistant\n{% endif %}", "model\n{% endif %}"), TALK, "generation prompt"),
-        (CHATML.replace("<|im_end|>", ""), TALK, "no end-of-turn token"),
-        (
-            CHATML.replace("<|im_end|>", ""),
-            [{"role": "assistant", "content": "<|im_start|>x"}],
-            "no end-of-turn token",
-        ),
-        (MARKED.replace("m.role == 'assistant'", "loop.last"), TALK, "marks 1 of the 2 assistant turns"),
-        (
-            MARKED.replace("{{ m.content }}{% endg", "{% endg").replace("<|im_end|>", ""),
-            TALK,
-            "turns are empty",
-        ),
-    ],
-)
-def test_a_mask_that_cannot_be_exact_is_refused(make, template, messages, message):
-    with pytest.raises(InputError, match=message):
-        make(template).encode_chat_with_mask(messages)
-
-
-def test_a_turn_that_the_template_rewrites_can_be_trained_where_it_is_the_last(make):
-    with pytest.raises(TurnRewritten):
-        make(REWRITING).encode_chat_with_mask(TALK)
-    assert trained(make(REWRITING), TALK, turns={3}) == ["4<|im_end|>"]
-    assert trained(make(REWRITING), TALK[:2], turns={1}) == ["4<|im_end|>"]
-
-
 def test_pieces_join_to_the_text_wherever_it_is_cut(make):
     tokenizer = make(CHATML)
     draw = random.Random(0)
     parts = ["\n", " ", "  ", "<|im_end|>", "<|im_start|>", "the ", "License", "é", "🎉", "1", "\t"]
+
     for _ in range(300):
         text = "".join(draw.choices(parts, k=draw.randint(1, 12)))
         cuts = sorted(draw.sample(range(len(text) + 1), min(draw.randint(1, 4), len(text))))
         pieces = tokenizer._encode_pieces(text, cuts)
+
         ends = [*cuts, len(text)]
         for (start, ids), end in zip(pieces, ends, strict=True):
             assert tokenizer.decode(ids, skip_special_tokens=False) == text[start:end]
@@ -518,6 +363,7 @@ def test_vendors_templates_with_their_own_special_tokens(
     backend.add_special_tokens([AddedToken(token, rstrip=rstrip) for token in VENDORS[template]])
     source = (shared_data / "chat_templates" / f"{template}.jinja").read_text()
     tokenizer = Tokenizer(backend, eos=VENDORS[template][0], chat_template=source)
+
     ids = tokenizer.encode_chat(CONVERSATION)
     if isinstance(expected, list):
         assert trained(tokenizer, CONVERSATION) == expected
@@ -527,6 +373,7 @@ def test_vendors_templates_with_their_own_special_tokens(
             tokenizer.encode_chat_with_mask(CONVERSATION)
         last = "<|channel|>final<|message|>Still 4. 再见 🎉<|return|>"
         assert trained(tokenizer, CONVERSATION, turns={len(CONVERSATION) - 1}) == [last]
+
     prompt = tokenizer.encode_chat(CONVERSATION[:4], add_generation_prompt=True)
     assert (
         tokenizer.encode_chat_with_mask(CONVERSATION, turns={len(CONVERSATION) - 1})[0][: len(prompt)]
@@ -544,9 +391,11 @@ def test_conversations_have_the_ids_and_masks_of_transformers(shared_data, tmp_p
         "content": "",
         "tool_calls": [{"function": {"name": "f", "arguments": {"x": "<1>"}}}],
     }
+
     conversations = [CONVERSATION, [USER, think], [USER, {"role": "assistant", "content": "\n\n4"}], [USER]]
     if model == "qwen3":
         conversations.append([USER, call, {"role": "tool", "content": "3"}, think])
+
     for file in [None, *sorted((shared_data / "chat_templates").iterdir())]:
         ours = with_template(real(shared_data / "tokenizers" / model), file)
         for messages in conversations:
@@ -556,11 +405,13 @@ def test_conversations_have_the_ids_and_masks_of_transformers(shared_data, tmp_p
                 and len(messages) > 3
             ):
                 messages = CONVERSATION
+
             for ask in (False, True):
                 expected = theirs.apply_chat_template(
                     messages, chat_template=ours.chat_template, add_generation_prompt=ask, return_dict=False
                 )
                 assert ours.encode_chat(messages, add_generation_prompt=ask) == expected
+
             if "{%- generation %}" in ours.chat_template and len(messages) > 1:
                 masks = theirs.apply_chat_template(
                     messages,

@@ -84,7 +84,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_file_that_cannot_be_used_is_refused(folder, settings, kind, capfd):
-    """With one sentence, and without what Rust writes to standard error."""
+    """The refusal is one sentence, and nothing of what Rust writes to standard error is seen."""
     change, message = REFUSED[kind]
     changed = copy.deepcopy(settings)
     change(changed)
@@ -261,6 +261,7 @@ def mutated(settings, draw):
         while isinstance(parent[key], dict | list) and parent[key] and draw.random() < 0.75:
             parent = parent[key]
             key = draw.choice(list(parent) if isinstance(parent, dict) else range(len(parent)))
+
         kind = draw.choice(("set", "set", "part", "delete", "add", "copy"))
         if kind == "set":
             parent[key] = copy.deepcopy(draw.choice(VALUES))
@@ -277,7 +278,7 @@ def mutated(settings, draw):
 
 
 def round_trips(settings, folder, count):
-    """How many of the mutations are used: these have the same ids once saved and loaded."""
+    """The number of mutations that are used: these have the same ids once saved and loaded."""
     used = 0
     for seed in range(count):
         text = json.dumps(mutated(settings, random.Random(seed)))
@@ -286,6 +287,7 @@ def round_trips(settings, folder, count):
             first = Tokenizer.load(folder)
         except InputError:
             continue
+
         first.save(folder / "saved")
         second = Tokenizer.load(folder / "saved")
         assert second.backend.get_vocab() == first.backend.get_vocab(), seed

@@ -66,20 +66,25 @@ def test_logits_are_those_of_transformers(model, golden):
     torch.testing.assert_close(model.logits(model(packed)), expected, atol=1e-5, rtol=0)
 
 
-def padded_attention(mask, q, k, v, *, window, cu_seqlens, parents, scale, sinks):
-    """What transformers' eager attention does with left padding: a padded query weighs every key alike."""
-    (B, T), D = mask.shape, q.shape[-1]
-    q, k, v = (x.view(B, T, -1, D).transpose(1, 2) for x in (q, k, v))  # (B, H or G, T, D)
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    i, j = torch.arange(T)[:, None], torch.arange(T)
-    visible = (j <= i) & (j > i - (window or T)) & (mask == 1)[:, None, None]  # (B, 1, T, T)
-    mask = torch.zeros(()).masked_fill(
-        ~visible, torch.finfo(q.dtype).min
-    )  # added: masked scores keep their gradient
-    scores = q @ k.transpose(2, 3) * (scale or D**-0.5) + mask
-    if sinks is not None:
-        scores = torch.cat([scores, sinks[:, None, None].expand(B, -1, T, 1)], -1)
-    return (scores.softmax(-1)[..., :T] @ v).transpose(1, 2).flatten(0, 1)
+def padded_attention(mask):
+    """Transformers' eager attention with left padding: a padded query weighs every key alike."""
+    B, T = mask.shape
+
+    def attend(q, k, v, *, window, cu_seqlens, parents, scale, sinks):
+        D = q.shape[-1]
+        q, k, v = (x.view(B, T, -1, D).transpose(1, 2) for x in (q, k, v))  # (B, H or G, T, D)
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        i, j = torch.arange(T)[:, None], torch.arange(T)
+        visible = (j <= i) & (j > i - (window or T)) & (mask == 1)[:, None, None]  # (B, 1, T, T)
+
+        # added: masked scores keep their gradient
+        hidden = torch.zeros(()).masked_fill(~visible, torch.finfo(q.dtype).min)
+        scores = q @ k.transpose(2, 3) * (scale or D**-0.5) + hidden
+        if sinks is not None:
+            scores = torch.cat([scores, sinks[:, None, None].expand(B, -1, T, 1)], -1)
+        return (scores.softmax(-1)[..., :T] @ v).transpose(1, 2).flatten(0, 1)
+
+    return attend
 
 
 @everywhere
@@ -89,7 +94,7 @@ def test_loss_and_embedding_gradient_are_those_of_transformers(model, golden, mo
     packed = pack(ids.tolist())
     model.embed_tokens.padding_idx = model.config.pad_token_id  # transformers gives this row no gradient
     scored = F.pad(mask[:, 1:] == 1, (1, 0)).flatten().nonzero()[:, 0]
-    monkeypatch.setattr(attention, "flash_attention", lambda *args, **kw: padded_attention(mask, *args, **kw))
+    monkeypatch.setattr(attention, "flash_attention", padded_attention(mask))
     logprob, _, _ = model.score(packed, scored)
     (-logprob.mean()).backward()
     torch.testing.assert_close(-logprob.mean(), golden["loss"][0], atol=1e-5, rtol=0)
@@ -105,7 +110,7 @@ def test_packed_and_padded_agree_in_every_gradient(model, golden, monkeypatch):
     packed_logprob = backward_of(model, pack(rows_of(golden)), torch.tensor(real))
     packed_gradients = gradients(model)
     scored = F.pad(mask[:, :-1] * mask[:, 1:] == 1, (1, 0)).flatten().nonzero()[:, 0]
-    monkeypatch.setattr(attention, "flash_attention", lambda *args, **kw: padded_attention(mask, *args, **kw))
+    monkeypatch.setattr(attention, "flash_attention", padded_attention(mask))
     padded_logprob = backward_of(model, pack(ids.tolist()), scored)
     torch.testing.assert_close(packed_logprob, padded_logprob, atol=1e-5, rtol=0)
     for name, gradient in gradients(model).items():
@@ -154,12 +159,14 @@ def test_a_shared_prompt_scores_as_an_unshared_batch(model, dtype, bound):
             start = sum(map(len, unshared)) + len(prompt)
             unshared.append(prompt + completion)
             unshared_rows += range(start, start + len(completion))
+
     packed, plain = pack(shared, parents), pack(unshared)
     shared_rows, unshared_rows = torch.tensor(shared_rows), torch.tensor(unshared_rows)
     with torch.no_grad():
         hidden, plain_hidden = model(packed), model(plain)
     difference = model.logits(hidden)[shared_rows] - model.logits(plain_hidden)[unshared_rows]
     assert difference.abs().max() < bound
+
     logprob = backward_of(model, packed, shared_rows)
     shared_gradients = gradients(model)
     plain_logprob = backward_of(model, plain, unshared_rows)
@@ -267,6 +274,7 @@ def test_autocast_keeps_fp32_weights_and_comes_close(model, golden):
     packed, rows = pack([sequence]), torch.arange(1, len(sequence))
     expected = backward_of(model, packed, rows)
     exact = model.embed_tokens.weight.grad
+
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logprob = backward_of(model, packed, rows)
         logits = model.logits(model(packed))
@@ -276,6 +284,7 @@ def test_autocast_keeps_fp32_weights_and_comes_close(model, golden):
         from_logits, logprob, atol=1e-5, rtol=0
     )  # the sampler's figures are the trainer's
     assert 0 < (logprob - expected).abs().max() < 0.1
+
     gradient = model.embed_tokens.weight.grad
     assert gradient.dtype == torch.float32
     assert (gradient - exact).norm() < 0.05 * exact.norm()

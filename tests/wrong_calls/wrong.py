@@ -50,7 +50,7 @@ def not_finite(found: Any) -> None:
 
 
 def nan_rows(*rows: int) -> Callable[[Any], None]:
-    """Of outputs as long as the first, these rows are NaN and all others finite; what is left is finite."""
+    """These rows are NaN and all others finite, in outputs as long as the first; other outputs are finite."""
 
     def check(found: Any) -> None:
         outputs = tensors_of(found)
@@ -92,12 +92,30 @@ def equals(*expected: float) -> Callable[[Any], None]:
 
 
 def shape(*sizes: int) -> Callable[[Any], None]:
-    """Of the first output: what a call on "meta" answers, or an empty one."""
+    """The first output has this shape, which is all that an empty one has, or a call on "meta"."""
 
     def check(found: Any) -> None:
         assert tuple(tensors_of(found)[0].shape) == sizes
 
     return check
+
+
+def of_shapes(*shapes: tuple[int, ...]) -> Callable[[Any], None]:
+    """The outputs have these shapes."""
+
+    def check(found: Any) -> None:
+        assert [tuple(t.shape) for t in tensors_of(found)] == list(shapes)
+
+    return check
+
+
+def calling(op: Callable[..., Any], arguments: dict[str, Any]) -> Callable[..., Callable[[], Any]]:
+    """A function of what is wrong, which makes the call out of right arguments and that."""
+    return lambda **changed: lambda: op(**(arguments | changed))
+
+
+def meta(**tensors: Tensor) -> dict[str, Tensor]:
+    return {name: t.to("meta") for name, t in tensors.items()}
 
 
 def randn(*sizes: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

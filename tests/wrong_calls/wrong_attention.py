@@ -49,7 +49,7 @@ def decode(**changed):
 
 
 def second(call):
-    """What the second sequence gets."""
+    """The output of the second sequence."""
     return lambda: call()[1:]
 
 
@@ -92,37 +92,70 @@ CALLS = (
     Wrong("attention: scale 0", packed(scale=0.0), f"scale: {POSITIVE} 0"),
     Wrong("attention: scale nan", packed(scale=NAN), f"scale: {POSITIVE} nan"),
     Wrong("attention: scale inf", packed(scale=INF), f"scale: {POSITIVE} inf"),
-    Wrong("attention: integers", dense(q=Q.int()[None], k=K.int()[None], v=K.int()[None]), "q: expected dtype"),
+    Wrong(
+        "attention: integers", dense(q=Q.int()[None], k=K.int()[None], v=K.int()[None]), "q: expected dtype"
+    ),
     Wrong("attention: fp64", packed(q=Q.double(), k=K.double(), v=K.double()), finite, "q: expected dtype"),
     Wrong("attention: two dtypes", packed(q=Q.half()), "q, k, v: expected one dtype"),
     Wrong("attention: integer sinks", packed(sinks=int32(0, 0, 0, 0)), "sinks: expected dtype"),
     Wrong("attention: sinks of others", packed(sinks=randn(3)), r"sinks: expected shape \(heads=4\)"),
     Wrong("attention: heads no multiple", packed(q=Q[:, :3]), "q: expected a multiple of the 2"),
-    Wrong("attention: heads beyond a grid", MANY, equals(0.0), "q: expected at most 65535 heads on a GPU, got 65536"),
+    Wrong(
+        "attention: heads beyond a grid",
+        MANY,
+        equals(0.0),
+        "q: expected at most 65535 heads on a GPU, got 65536",
+    ),
     Wrong("attention: NaN upstream of no segment", nowhere, finite),
     Wrong("attention: no key heads", packed(k=K[:, :0], v=K[:, :0]), "q: expected a multiple of the 0"),
-    Wrong("attention: D=0", packed(q=Q[..., :0], k=K[..., :0]), "q: expected a head dimension of 1 to 256, got 0"),
+    Wrong(
+        "attention: D=0",
+        packed(q=Q[..., :0], k=K[..., :0]),
+        "q: expected a head dimension of 1 to 256, got 0",
+    ),
     Wrong("attention: T=0", dense(T=0), shape(2, 0, 4, 16)),
     Wrong("attention: S=0", dense(S=0), equals(0.0)),
     Wrong("attention: B=0", dense(q=Q[None][:0], k=K[None][:0], v=K[None][:0]), shape(0, 12, 4, 16)),
     Wrong("attention: no rows", packed(q=Q[:0], k=K[:0], v=K[:0], cu_seqlens=int32(0)), shape(0, 4, 16)),
     Wrong("attention: meta", packed(q=MQ, k=MK, v=MK, cu_seqlens=MCU), shape(12, 4, 16)),
-    Wrong("attention: meta, dense", dense(q=MQ[None], k=MK[None], v=MK[None], softcap=2.0), shape(1, 12, 4, 16)),
+    Wrong(
+        "attention: meta, dense", dense(q=MQ[None], k=MK[None], v=MK[None], softcap=2.0), shape(1, 12, 4, 16)
+    ),
     Wrong("attention: q on meta", packed(q=MQ), "k: expected on meta, got on cpu"),
     Wrong("attention: k on meta", packed(k=MK), "k: expected on cpu, got on meta"),
-    Wrong("attention: cu_seqlens on meta", packed(cu_seqlens=MCU), "cu_seqlens: expected on cpu, got on meta"),
+    Wrong(
+        "attention: cu_seqlens on meta", packed(cu_seqlens=MCU), "cu_seqlens: expected on cpu, got on meta"
+    ),
     Wrong("attention: cu_seqlens int64", packed(cu_seqlens=int32(0, 12).long()), f"{TABLE}.* torch.int32"),
     Wrong("attention: cu_seqlens empty", packed(cu_seqlens=int32()), f"{TABLE}.* torch.int32"),
-    Wrong("attention: cu_seqlens of one", packed(cu_seqlens=int32(12)), f"{TABLE}two entries or more for total=12"),
-    Wrong("attention: cu_seqlens negative", derived(int32(-4, 7, 12)), f"{TABLE}entries from 0 to total=12", finite),
+    Wrong(
+        "attention: cu_seqlens of one",
+        packed(cu_seqlens=int32(12)),
+        f"{TABLE}two entries or more for total=12",
+    ),
+    Wrong(
+        "attention: cu_seqlens negative",
+        derived(int32(-4, 7, 12)),
+        f"{TABLE}entries from 0 to total=12",
+        finite,
+    ),
     Wrong("attention: cu_seqlens past the end", derived(int32(0, 6, 40)), f"{TABLE}.* got 0 to 40", finite),
     Wrong("attention: cu_seqlens 2^31-1", derived(int32(0, 2**31 - 1)), f"{TABLE}entries from 0", finite),
     Wrong("attention: cu_seqlens all outside", derived(int32(50, 60)), f"{TABLE}entries from 0", zeros),
-    Wrong("attention: cu_seqlens falls", derived(int32(0, 9, 4, 12)), rf"{TABLE}no entry below.* got \[9, 4\]", finite),
+    Wrong(
+        "attention: cu_seqlens falls",
+        derived(int32(0, 9, 4, 12)),
+        rf"{TABLE}no entry below.* got \[9, 4\]",
+        finite,
+    ),
     Wrong("attention: cu_seqlens falls to -5", derived(int32(0, 9, -5, 12)), FALLS, finite),
     Wrong("attention: cu_seqlens falls late", packed(**ONE, cu_seqlens=LATE), FALLS, zeros),
     Wrong("attention: parents int64", packed(parents=torch.tensor([-1])), "parents: expected torch.int32"),
-    Wrong("attention: parents, not causal", packed(parents=int32(-1), causal=False), "parents: expected causal=True"),
+    Wrong(
+        "attention: parents, not causal",
+        packed(parents=int32(-1), causal=False),
+        "parents: expected causal=True",
+    ),
     Wrong("attention: parents on meta", packed(parents=MCU[:1]), "parents: expected on cpu, got on meta"),
     Wrong("attention: parent past the end", family(-1, 0, 77), f"{PARENTS}77 for segment 2", finite),
     Wrong("attention: parent -5", family(-1, -5, 0), f"{PARENTS}-5 for segment 1", finite),
@@ -143,16 +176,35 @@ CALLS = (
         f"{TABLE}entries from 0",
         finite,
     ),
-    Wrong("decode: slot past the end", second(decode(slot=int32(0, 9))), "slot: expected 0 to 2.* got 0 to 9", zeros),
+    Wrong(
+        "decode: slot past the end",
+        second(decode(slot=int32(0, 9))),
+        "slot: expected 0 to 2.* got 0 to 9",
+        zeros,
+    ),
     Wrong("decode: slot -1", second(decode(slot=int32(0, -1))), "slot: expected 0 to 2.* got -1 to 0", zeros),
-    Wrong("decode: length past the end", decode(length=int32(3, 99)), "length: expected 0 to 8.* got 3 to 99", finite),
+    Wrong(
+        "decode: length past the end",
+        decode(length=int32(3, 99)),
+        "length: expected 0 to 8.* got 3 to 99",
+        finite,
+    ),
     Wrong("decode: length 2^40", decode(length=torch.tensor([3, 2**40])), "length: expected 0 to 8", finite),
-    Wrong("decode: length -1", second(decode(length=int32(3, -1))), "length: expected 0 to 8.* got -1 to 3", zeros),
-    Wrong("decode: length -1, window", decode(length=int32(3, -1), window=2), "length: expected 0 to 8", finite),
+    Wrong(
+        "decode: length -1",
+        second(decode(length=int32(3, -1))),
+        "length: expected 0 to 8.* got -1 to 3",
+        zeros,
+    ),
+    Wrong(
+        "decode: length -1, window", decode(length=int32(3, -1), window=2), "length: expected 0 to 8", finite
+    ),
     Wrong("decode: prefix past the end", prefix(9, 2), "prefix_slot: expected 0 to 2.* got 0 to 9", finite),
     Wrong("decode: prefix -5", prefix(-5, 2), "prefix_slot: expected 0 to 2.* got -5 to 0", finite),
     Wrong("decode: prefix too long", prefix(2, 99), "prefix_length: expected 0 to 8.* got 2 to 99", finite),
-    Wrong("decode: prefix of length -4", prefix(2, -4), "prefix_length: expected 0 to 8.* got -4 to 2", finite),
+    Wrong(
+        "decode: prefix of length -4", prefix(2, -4), "prefix_length: expected 0 to 8.* got -4 to 2", finite
+    ),
     Wrong("decode: float slots", decode(slot=randn(2)), "slot: expected dtype torch.int32 or torch.int64"),
     Wrong("decode: no slots", decode(k_cache=CACHE[:0], v_cache=CACHE[:0]), "slot: expected 0 to -1", zeros),
     Wrong("decode: window 0", decode(window=0), "window: expected at least 1, got 0"),
@@ -161,10 +213,18 @@ CALLS = (
     Wrong("decode: scale -1", decode(scale=-1.0), f"scale: {POSITIVE} -1"),
     Wrong("decode: scale nan", decode(scale=NAN), f"scale: {POSITIVE} nan"),
     Wrong("decode: softcap inf", decode(softcap=INF), f"softcap: {POSITIVE} inf"),
-    Wrong("decode: integers", decode(q=Q[:2].int(), k_cache=CACHE.int(), v_cache=CACHE.int()), "q: expected dtype"),
+    Wrong(
+        "decode: integers",
+        decode(q=Q[:2].int(), k_cache=CACHE.int(), v_cache=CACHE.int()),
+        "q: expected dtype",
+    ),
     Wrong("decode: two dtypes", decode(q=randn(2, 4, 16).half()), "q, k_cache, v_cache: expected one dtype"),
     Wrong("decode: integer sinks", decode(sinks=int32(0, 0, 0, 0)), "sinks: expected dtype"),
-    Wrong("decode: D=0", decode(q=randn(2, 4, 0), k_cache=CACHE[..., :0]), "q: expected a head dimension of 1 to 256"),
+    Wrong(
+        "decode: D=0",
+        decode(q=randn(2, 4, 0), k_cache=CACHE[..., :0]),
+        "q: expected a head dimension of 1 to 256",
+    ),
     Wrong("decode: B=0", decode(q=randn(0, 4, 16), slot=int32(), length=int32()), shape(0, 4, 16)),
     Wrong(
         "decode: meta",
@@ -173,4 +233,4 @@ CALLS = (
     ),
     Wrong("decode: slots on meta", decode(slot=MTWO), "slot: expected on cpu, got on meta"),
     Wrong("decode: cache on meta", decode(k_cache=MCACHE), "k_cache: expected on cpu, got on meta"),
-)  # fmt: skip
+)

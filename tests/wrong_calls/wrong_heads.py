@@ -1,4 +1,4 @@
-"""Wrong calls of token_logprobs, token_divergence, topk_logprobs, topk_divergence and sample_tokens.
+"""Wrong calls of token_logprobs, token_divergence, topk_logprobs and topk_divergence.
 
 A wrong row gives NaN on the Triton path, and the rows beside it what they give without it.
 """
@@ -8,15 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from burnish.kernels import (
-    sample_tokens,
-    token_divergence,
-    token_logprobs,
-    topk_divergence,
-    topk_logprobs,
-)
+from burnish.kernels import token_divergence, token_logprobs, topk_divergence, topk_logprobs
 from torch import Tensor
-from wrong import Wrong, equals, finite, randn, shape, tensors_of
+from wrong import Wrong, calling, equals, finite, meta, of_shapes, randn, shape, tensors_of
 
 NAN, INF = math.nan, math.inf
 T, C, V = 3, 4, 9
@@ -26,13 +20,8 @@ SUPPORT = torch.tensor([[5, 1, -1], [0, 3, 4], [2, 8, -1]], dtype=torch.int32)
 TEACHER, TEACHER_W = randn(T, 5, seed=3), randn(V, 5, seed=4)
 IDS = torch.tensor([[1, 2], [0, -1], [7, 8]], dtype=torch.int32)
 A, B = randn(2, C, seed=5), randn(V, 2, seed=6)
-LOGITS, NOISE = randn(3, 9), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
 NO_SCALE = (0.0, -1.0, NAN, INF)
 BY_BLOCKS = {"memory_budget": 1}  # on a CPU, too, where small logits would be autograd's
-
-
-def calling(op: Callable[..., Any], arguments: dict[str, Any]) -> Callable[..., Callable[[], Any]]:
-    return lambda **changed: lambda: op(**(arguments | changed))
 
 
 logprobs = calling(token_logprobs, {"hidden": H, "weight": W, "targets": TARGETS})
@@ -44,7 +33,6 @@ listed = calling(
     topk_divergence,
     {"hidden": H, "weight": W, "teacher_ids": IDS, "teacher_logprobs": torch.full((T, 2), -2.0)},
 )
-draw = calling(sample_tokens, {"logits": LOGITS, "noise": NOISE})
 
 
 def with_gradients(call: Callable[..., Callable[[], Any]], **changed: Any) -> Callable[[], list[Tensor]]:
@@ -71,29 +59,6 @@ def nan_in(row: int, call: Callable[..., Callable[[], Any]]) -> Callable[[Any], 
     return check
 
 
-def an_id(nan: bool = True) -> Callable[[Any], None]:
-    """Ids of the vocabulary, whatever was drawn from; and NaN for their log-probability."""
-
-    def check(found: Any) -> None:
-        token, logprob, support = found
-        assert ((token >= 0) & (token < LOGITS.shape[1])).all(), token
-        assert support is None or ((support >= -1) & (support < LOGITS.shape[1])).all(), support
-        assert bool(logprob.isnan().all()) == nan, logprob
-
-    return check
-
-
-def most_likely(found: Any) -> None:
-    assert torch.equal(found[0], LOGITS.argmax(-1)) and not found[1].any()
-
-
-def of_shapes(*shapes: tuple[int, ...]) -> Callable[[Any], None]:
-    def check(found: Any) -> None:
-        assert [tuple(t.shape) for t in tensors_of(found)] == list(shapes)
-
-    return check
-
-
 def with_id(ids: Tensor, row: int, value: int) -> Tensor:
     """Another id in the row's last place."""
     ids = ids.long().clone()
@@ -104,10 +69,6 @@ def with_id(ids: Tensor, row: int, value: int) -> Tensor:
 def with_row(x: Tensor, row: int, value: float) -> Tensor:
     """The same number in all places of a row: what pads a batch."""
     return x.index_fill(0, torch.tensor([row]), value)
-
-
-def meta(**tensors: Tensor) -> dict[str, Tensor]:
-    return {name: t.to("meta") for name, t in tensors.items()}
 
 
 # ---- what is wrong with a head is wrong for every op on one
@@ -481,100 +442,4 @@ TOPK = (
     ),
 )
 
-# ---- sample_tokens
-
-KEPT = {"top_k": 5, "top_p": 0.9}
-SAMPLE = (
-    Wrong(
-        "sample_tokens: one dimension",
-        draw(logits=LOGITS[0]),
-        r"logits: expected \(B, V\) with V at least 1, got \(9,\)",
-    ),
-    Wrong(
-        "sample_tokens: V 0",
-        draw(logits=LOGITS[:, :0]),
-        r"logits: expected \(B, V\) with V at least 1, got \(3, 0\)",
-    ),
-    Wrong(
-        "sample_tokens: int64 logits",
-        draw(logits=LOGITS.long()),
-        "logits: expected dtype torch.float32 or .*, got torch.int64",
-    ),
-    Wrong(
-        "sample_tokens: fp8 logits",
-        draw(logits=LOGITS.to(torch.float8_e4m3fn)),
-        "logits: expected dtype .*, got torch.float8_e4m3fn",
-    ),
-    Wrong(
-        "sample_tokens: a number too few", draw(noise=NOISE[:2]), r"noise: expected shape \(B=3\), got \(2,\)"
-    ),
-    Wrong(
-        "sample_tokens: fp32 noise",
-        draw(noise=NOISE.float()),
-        "noise: expected dtype torch.float64, got torch.float32",
-    ),
-    Wrong(
-        "sample_tokens: noise on meta", draw(noise=NOISE.to("meta")), "noise: expected on cpu, got on meta"
-    ),
-    *(
-        Wrong(
-            f"sample_tokens: temperature {t}",
-            draw(temperature=t),
-            f"temperature: expected a finite number of at least 0, got {t}",
-        )
-        for t in (-1.0, NAN, INF)
-    ),
-    *(
-        Wrong(
-            f"sample_tokens: top_k {k}",
-            draw(top_k=k),
-            f"top_k: expected a whole number of at least 1, got {k}",
-        )
-        for k in (0, -1, 2.5)
-    ),
-    *(
-        Wrong(f"sample_tokens: top_p {p}", draw(top_p=p), rf"top_p: expected a number in \(0, 1\], got {p}")
-        for p in (0.0, 1.5, NAN, INF)
-    ),
-    *(
-        Wrong(f"sample_tokens: min_p {p}", draw(min_p=p), rf"min_p: expected a number in \[0, 1\], got {p}")
-        for p in (-0.1, 1.5, NAN)
-    ),
-    *(
-        Wrong(
-            f"sample_tokens: noise {number}, {how}",
-            draw(noise=torch.full((3,), number, dtype=torch.float64), **how),
-            r"noise: expected numbers in \[0, 1\), got one outside",
-            an_id(nan=False),
-        )
-        for number in (1.0, -1.0, NAN, INF)
-        for how in ({}, KEPT)
-    ),
-    *(
-        Wrong(f"sample_tokens: {name}, {how}", draw(logits=logits, **how), an_id())
-        for name, logits in (
-            ("NaN", LOGITS * NAN),
-            ("one NaN", LOGITS.index_fill(1, torch.tensor([4]), NAN)),
-            ("all -inf", torch.full_like(LOGITS, -INF)),
-            ("one +inf", LOGITS.index_fill(1, torch.tensor([4]), INF)),
-        )
-        for how in ({}, {"temperature": 0}, KEPT, {"top_p": 0.5})
-    ),
-    *(
-        Wrong(f"sample_tokens: temperature {t}, {how}", draw(temperature=t, **how), most_likely)
-        for t in (1e-45, 1e-300)
-        for how in ({}, KEPT)
-    ),
-    Wrong("sample_tokens: top_k above V", draw(top_k=99), of_shapes((3,), (3,))),
-    Wrong("sample_tokens: no rows", draw(logits=LOGITS[:0], noise=NOISE[:0]), of_shapes((0,), (0,))),
-    *(
-        Wrong(
-            f"sample_tokens: all on meta, {how}",
-            draw(**meta(logits=LOGITS, noise=NOISE), **how),
-            of_shapes((3,), (3,), *more),
-        )
-        for how, more in (({}, ()), ({"temperature": 0}, ()), (KEPT, ((3, 5),)))
-    ),
-)
-
-CALLS = (*EVERY_HEAD, *LOGPROBS, *DIVERGENCE, *OF_TOKENS, *TOPK, *SAMPLE)
+CALLS = (*EVERY_HEAD, *LOGPROBS, *DIVERGENCE, *OF_TOKENS, *TOPK)
