@@ -12,7 +12,7 @@ from burnish.kernels._chip import INTERPRET
 from burnish.kernels.plain.attention import flash_attention_reference, positions, visible_keys
 from burnish.kernels.records import Packing, Rules
 from burnish.kernels.tiles import ATTENTION
-from faults import control
+from faults import check_of, control, faults_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime.errors import InterpreterError
 
