@@ -48,8 +48,10 @@ def configs(model_folder, demonstrations, prompts, tmp_path):
     (tmp_path / "reward.py").write_text(
         "def ones(completion_ids, **_):\n    return [float(sum(i % 2 for i in ids)) for ids in completion_ids]\n"
     )
+
     common = {"steps": 2, "learning_rate": 1e-2, "device": "cpu", "lora_rank": 2, "model": model_folder}
     rl = {"data": prompts, "reward": (f"{tmp_path / 'reward.py'}:ones",), "max_new_tokens": 8}
+
     return {
         "sft": sft.Config(data=demonstrations, batch_size=24, **common),
         "dpo": dpo.Config(data=preferences, batch_size=8, **common),
@@ -87,12 +89,14 @@ TRAINERS = {
 @pytest.mark.parametrize("base_4bit", [False, True], ids=["lora", "qlora"])
 @pytest.mark.parametrize("name", TRAINERS)
 def test_every_algorithm_trains_an_adapter(configs, name, base_4bit, tmp_path):
-    """What it writes loads back; a KL or a reference that is not the base would show at the first step."""
+    """The model that it writes loads back; a KL or a reference that is not the base would show at the first step."""
     cfg = dataclasses.replace(configs[name], base_4bit=base_4bit, output=tmp_path / "out")
     trained = TRAINERS[name].train(cfg)
     model = (load_scalar_model if name == "reward" else load_model)(trained)
     assert all(bool(lora.b.any()) for lora in adapters(model).values())
     assert (linears(model)["model.layers.0.mlp.up_proj"].four_bit is not None) == base_4bit
+
+    # a KL or a reference that is not the base
     first = metrics_of(cfg.output)[0]
     if name == "dpo":
         assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -104,6 +108,8 @@ def test_every_algorithm_trains_an_adapter(configs, name, base_4bit, tmp_path):
         assert first["loss"] == pytest.approx(0, abs=1e-6)
     if name == "grpo":
         assert first["ratio"] == pytest.approx(1, abs=0.2) and 0 < first["kl"] < 1
+
+    # trained on from what was written
     again = dataclasses.replace(cfg, lora_rank=0, model=trained, output=tmp_path / "again", base_4bit=False)
     went_on = TRAINERS[name].train(again)
     assert lora_config((load_scalar_model if name == "reward" else load_model)(went_on)) == lora_config(model)
@@ -139,6 +145,7 @@ def test_rank_16_on_a_4_bit_base_by_flags(configs, name, changes, tmp_path):
     without_critic = "advantage" in changes
     if without_critic:
         cfg = dataclasses.replace(cfg, critic_learning_rate=ppo.Config.critic_learning_rate)
+
     command = [name]
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
@@ -147,8 +154,11 @@ def test_rank_16_on_a_4_bit_base_by_flags(configs, name, changes, tmp_path):
         elif value != field.default:
             values = value if isinstance(value, tuple) else (value,)
             command += [f"--{field.name.replace('_', '-')}", *map(str, values)]
+
     assert {"--lora-rank", "16", "--base-4bit"} <= set(command)
     assert main(command) == 0
+
+    # optimizer state is of what is trained alone
     with safe_open(cfg.output / CHECKPOINT, "pt") as file:
         names = list(file.keys())
     parts = {"model": "optimizer"}
@@ -159,6 +169,7 @@ def test_rank_16_on_a_4_bit_base_by_flags(configs, name, changes, tmp_path):
         moments = [key for key in names if key.startswith(f"{optimizer}/") and "exp_avg_sq" in key]
         assert len(held) == len(moments) > 0
         assert all(".lora." in key or key == f"{part}/score.weight" for key in held)
+
     model = (load_scalar_model if name == "reward" else load_model)(cfg.output / "model")
     config = lora_config(model)
     assert config is not None and config.rank == 16
@@ -326,6 +337,7 @@ def test_merged_it_is_a_plain_model(configs, name, tmp_path):
     )
     merged = tmp_path / "merged"
     assert main(["merge", "--model", str(trained), "--output", str(merged)]) == 0
+
     packed, rows = pack([[1, 2, 3, 4, 5]]), torch.tensor([1, 2, 4])
     load = load_scalar_model if name == "reward" else load_model
     whole, adapted = load(merged), load(trained)
@@ -334,6 +346,7 @@ def test_merged_it_is_a_plain_model(configs, name, tmp_path):
         figures = [
             m.values(packed, rows) if name == "reward" else m.score(packed, rows)[0] for m in (whole, adapted)
         ]
+
     torch.testing.assert_close(*figures, atol=1e-5, rtol=1e-5)
     assert Tokenizer.load(merged).encode("1+2") == Tokenizer.load(trained).encode("1+2")
     assert main(["merge", "--model", str(merged), "--output", str(tmp_path / "again")]) == 1
@@ -365,6 +378,7 @@ def test_a_bf16_model_comes_back_as_one(configs, name, tmp_path):
     cfg = dataclasses.replace(configs[name], model=base, steps=1)
     if name == "distill":
         cfg = dataclasses.replace(cfg, teacher=base)
+
     written = {}
     for dtype in ("auto", "float32"):
         run = dataclasses.replace(cfg, lora_rank=0, output=tmp_path / dtype, save_dtype=dtype)
@@ -374,6 +388,7 @@ def test_a_bf16_model_comes_back_as_one(configs, name, tmp_path):
         for folder in folders:
             assert dtypes_in(folder) == {expected}
             assert json.loads((folder / "config.json").read_text())["dtype"] == str(expected)[6:]
+
     rounded, exact = (load_file(folder / "model.safetensors") for folder in written.values())
     assert all(torch.equal(rounded[key], exact[key].bfloat16()) for key in exact)
     assert any(not torch.equal(rounded[key].float(), exact[key]) for key in exact)  # something was trained

@@ -282,6 +282,7 @@ def test_every_row_is_kept_truncated_or_dropped_for_a_stated_reason(base):
         {"prompt": "a", "completion": " \n"},
         {"prompt": "a", "completion": ""},
     ]
+
     examples, counts = sft_examples(rows, base, max_length=20)
     assert counts == {
         "rows": 5,
@@ -291,6 +292,7 @@ def test_every_row_is_kept_truncated_or_dropped_for_a_stated_reason(base):
         "dropped: no token to train on": 2,
     }
     assert counts["examples"] + sum(n for reason, n in counts.items() if "dropped" in reason) == len(rows)
+
     cut = examples[1]
     assert len(cut.tokens) == len(cut.mask) == 20 and cut.mask[-1]
     assert base.eos_id not in cut.tokens and examples[0].tokens[-1] == base.eos_id
@@ -483,6 +485,7 @@ def test_real_rows_are_all_accounted_for(shared_data):
         examples, counts = sft_examples(rows, tokenizer, max_length=512)
         assert counts["rows"] == len(rows) == size
         assert sum(n for reason, n in counts.items() if reason == "examples" or "dropped" in reason) == size
+
         for example in examples:
             assert isinstance(example, Example) and len(example.tokens) == len(example.mask) <= 512
             assert example.tokens.count(tokenizer.bos_id) == 1 and any(example.mask) and not example.mask[0]
@@ -491,6 +494,7 @@ def test_real_rows_are_all_accounted_for(shared_data):
                     token for token, wanted in zip(example.tokens, example.mask, strict=True) if wanted
                 ]
                 assert trained[-1] == tokenizer.eos_id
+
     prompts, counts = rl_prompts(read_rows(shared_data / "gsm8k" / "test.jsonl"), base, max_length=512)
     assert counts["prompts"] == 1319 and prompts[0].columns["answer"].endswith("#### 18")
 
@@ -569,12 +573,14 @@ def test_only_the_assistant_is_trained_where_conversations_part_early(chat):
         f"\n\nAssistant: {name}1\n\nHuman: c{name}\n\nAssistant: {name}2"
         for name in ("chosen", "rejected")
     }
+
     (pair,), _ = preferences([talks], chat, max_length=200)
     assert chat.decode(pair.prompt).count("same") == 1
     for name, completion in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         text, trained = decoded(chat, completion)
         assert trained == f"{name}1<|im_end|>{name}2<|im_end|>"
         assert f"c{name}" in text and completion.mask[-1]
+
         whole = chat.encode_chat_with_mask(
             [
                 {"role": role, "content": content}
@@ -609,6 +615,7 @@ def test_every_pair_is_accounted_for(chat):
         {"prompt": "p", "chosen": "a", "rejected": "a"},
         {"prompt": "p", "chosen": "a", "rejected": "b " * 50},
     ]
+
     pairs, counts = preferences(rows, chat, max_length=20)
     assert len(pairs) == 1 and pairs[0].margin == 2
     assert counts == {
@@ -618,6 +625,7 @@ def test_every_pair_is_accounted_for(chat):
         "dropped: chosen is rejected": 1,
         "dropped: longer than max_length": 1,
     }
+
     with pytest.raises(
         InputError, match="no pairs to train on: 1 rows, 0 pairs, 1 dropped: empty completion"
     ):

@@ -83,9 +83,10 @@ def golden(data):
 
 
 def test_the_divergence_loss_is_that_of_trls_gkd(golden):
-    """With the identity for a head, hidden states are logits. No two cases agree, so that each setting is felt."""
+    """Hidden states are logits where the head is the identity. No two cases agree, so that each setting is felt."""
     inputs, num_tokens = golden["inputs"], golden["num_tokens"]
     mask, head = torch.tensor(inputs["mask"]), torch.eye(7, dtype=torch.float64)
+
     for name, theirs in golden["losses"].items():
         beta, temperature = map(float, name.split(", "))
         student, teacher = (
@@ -98,6 +99,7 @@ def test_the_divergence_loss_is_that_of_trls_gkd(golden):
         (gradient,) = torch.autograd.grad(loss, student)
         torch.testing.assert_close(gradient, torch.tensor(theirs["gradient"]).double(), atol=1e-6, rtol=0)
         assert divergence_loss(found, num_tokens, 4.0).item() == pytest.approx(4 * theirs["loss"], abs=1e-5)
+
     losses = sorted(case["loss"] for case in golden["losses"].values())
     assert all(b - a > 1e-4 for a, b in pairwise(losses))
 
@@ -244,10 +246,12 @@ def test_the_students_own_samples_are_scored_as_they_were_sampled(cfg, monkeypat
     monkeypatch.setattr(distill, "make_batches", lambda given, *a: seen.append(given) or whole(given, *a))
     cfg = dataclasses.replace(cfg, loss="policy_gradient", temperature=1.5, learning_rate=0.0, **OWN)
     distill.train(cfg)
+
     model, tokenizer = load_model(cfg.model), Tokenizer.load(cfg.model)
     prompts = {
         tuple(lesson.prefix) for lesson in load_lessons(cfg, tokenizer, prompts_alone=True, temperature=None)
     }
+
     for line, batch in zip(metrics_of(cfg.output), seen, strict=True):
         entropies = []
         for lesson in batch:
@@ -343,11 +347,13 @@ def test_a_teachers_answers_are_kept_as_ids(teacher, model_folder, prompts, tmp_
         max_new_tokens=6,
         device="cpu",
     )
+
     file, tokenizer = teach.teach(taught), Tokenizer.load(teacher)
     lessons = read_lessons(file, tokenizer, None)
     assert len(lessons) == 64 and all(0 < sum(lesson.mask) <= 6 for lesson in lessons)
     assert all(lessons[i].prefix == lessons[i + 1].prefix for i in range(0, 64, 2))
     assert lessons[0].tokens != lessons[1].tokens and lessons[0].ids is None
+
     run = distill.Config(
         model=model_folder,
         data=file,
@@ -358,6 +364,7 @@ def test_a_teachers_answers_are_kept_as_ids(teacher, model_folder, prompts, tmp_
         warmup_steps=0,
         device="cpu",
     )
+
     distill.train(run)
     losses = [line["loss"] for line in metrics_of(run.output)]
     assert losses[-1] < losses[0] - 0.1

@@ -257,6 +257,7 @@ def work(folder: Path) -> None:
         for name, fault in FAULTS.items():
             with patch(*fault):
                 train(name, folder, "faulty")
+
         for name in RESUMED:
             checkpointed(folder, "whole", name)
             checkpointed(folder, "cut", name, steps=2)
@@ -265,6 +266,7 @@ def work(folder: Path) -> None:
         for name in RESUMED:
             checkpointed(folder, "cut", name, resume=True)
             checkpointed(folder, "cut-by-one", name, resume=True)
+
         model = trained_adapter(folder)
         shard(model)
         streamed = dict(stream_weights(model))
@@ -288,13 +290,16 @@ def inputs(folder, model_folder, demonstrations, prompts, pairs):
             model = Transformer(dataclasses.replace(tied, **changes), seed=0)
             save_model(model, folder / shape, Tokenizer.load(model_folder))
         save_model(ScalarModel(tied, seed=5), folder / "scores", Tokenizer.load(model_folder))
+
         adapted = load_model(folder / "tied")
         add_lora(adapted, 3, targets=("q_proj", "lm_head"), base=str(folder / "tied"))
         torch.nn.init.normal_(adapters(adapted)["lm_head"].b, std=0.1)
         save_model(adapted, folder / "adapted-head", Tokenizer.load(model_folder))
+
         taught = {"model": folder / "untied", "data": folder / "demonstrations.jsonl", "device": "cpu"}
         lessons = teach.teach(teach.Config(output=folder / "taught", top_k=4, **taught))
         shutil.copy(lessons, folder)
+
         rows = [json.loads(line) for line in demonstrations.read_text().splitlines()]
         judged = [json.dumps(row | {"label": i % 4 > 0}) + "\n" for i, row in enumerate(rows)]
         (folder / "judged.jsonl").write_text("".join(judged))  # mostly wanted: the KL baseline is not 0
@@ -353,6 +358,7 @@ def test_two_processes_train_as_one(done, name):
     train(name, done, "one")
     one, two = done / "one", done / "two"
     check_alike(two, one, name)
+
     files = [{file.name: file for file in (run / name / "model").iterdir()} for run in (one, two)]
     assert files[0].keys() == files[1].keys()  # the same Hugging Face folder
     for file in files[0].keys() - {"model.safetensors", "adapter_model.safetensors"}:
@@ -360,6 +366,7 @@ def test_two_processes_train_as_one(done, name):
         assert SHIFT.sub(b"", got) == SHIFT.sub(b"", expected), file
         shifts = [[float(number) for number in SHIFT.findall(text)] for text in (got, expected)]
         torch.testing.assert_close(*shifts, rtol=1e-4, atol=1e-4)
+
     for trained in {"model", "critic"} & {folder.name for folder in (one / name).iterdir()}:
         close(weights_of(two / name / trained), weights_of(one / name / trained), 1e-4)
     if "held_out" in CASES[name][2]:
@@ -435,6 +442,7 @@ def test_a_process_that_dies_ends_the_job(inputs, tmp_path, death):
         f"    if os.environ['RANK'] == '1' and len(calls) > 1:\n        {last_words}\n"
         "    return [float(len(c)) for c in completions]\n"
     )
+
     flags = {
         "model": inputs / "tied",
         "data": inputs / "prompts.jsonl",
@@ -447,9 +455,11 @@ def test_a_process_that_dies_ends_the_job(inputs, tmp_path, death):
         "group-size": 2,
         "max-new-tokens": 4,
     }
+
     given = [word for flag, value in flags.items() for word in (f"--{flag}", value)]
     started = time.monotonic()
     ran = torchrun("-m", "burnish.algorithms.grpo", *given, "--device", "cpu")
+
     assert ran.returncode == 1 and time.monotonic() - started < 120
     if death == "exception":
         assert "planted" in ran.stderr and "grpo: process 1 of 2" in ran.stderr

@@ -254,6 +254,7 @@ def test_lessons_of_a_wider_teacher_are_refused_where_they_hold_its_ids(place):
         lessons = teach.teach(
             teach.Config(model=model, data=data, output=output, top_k=top_k, device="cpu", **answers)
         )
+
         how = {"loss": "divergence" if top_k else "sequence"}
         run = distill.Config(
             model=place / "model", data=lessons, output=place / f"out-{top_k}", **how, **TRAIN
@@ -265,6 +266,7 @@ def test_lessons_of_a_wider_teacher_are_refused_where_they_hold_its_ids(place):
             InputError, match=rf"lessons\.safetensors lesson 1: token '{IMAGE}': the model has no row"
         ):
             distill.train(run)
+
     with pytest.raises(
         InputError, match=rf"--top-k: expected at most the vocabulary, {ROWS}, got {ROWS + 1}"
     ):

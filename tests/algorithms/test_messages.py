@@ -1,4 +1,4 @@
-"""What a row says is what is trained: it stands in the text, or the row is refused, or a printed line names it."""
+"""All that a row says is trained: it stands in the text, or the row is refused, or a printed line names it."""
 
 import json
 import random
@@ -331,8 +331,10 @@ def test_parts_are_joined_where_the_template_takes_text(chat, make, folder):
     assert sft(chat, {"messages": [{"role": "user", "content": ["a ", "question"]}, ASSISTANT]}) == sft(
         chat, row
     )
+
     plain = Tokenizer.load(folder, "plain")  # would print Python's list
     assert sft(plain, row) == sft(plain, ROWS["messages"])
+
     printed = make(
         TEMPLATE.replace("m.content is string", "m.content is not none").replace(
             "- m.content -", "- m.content | string -"
@@ -414,6 +416,7 @@ def test_a_turn_of_weight_0_is_context(make, flag, marked):
         )
         template = TEMPLATE.replace(inner, generation + inner + "{%- endif -%}")
     chat = make(template)
+
     talk = [USER, ASSISTANT | {"content": "bad"} | flag, USER, ASSISTANT | {"train": True, "weight": 1}]
     row = {"messages": talk}
     examples, counts = sft_examples([row], chat, max_length=4096)
@@ -423,6 +426,7 @@ def test_a_turn_of_weight_0_is_context(make, flag, marked):
     assert counts["turns that are not trained (weight 0, train false)"] == 1 and counts.unused == []
     ((_, trained),) = sft(chat, row, train_on="all")
     assert "bad" not in trained and "a question" in trained and "an answer" in trained
+
     pair = {"prompt": [USER], "chosen": talk[1:], "rejected": [ASSISTANT | {"content": "no"}]}
     ((preference,), _) = preferences([pair], chat, max_length=4096)
     assert texts(chat, [preference.chosen])[0][1] == "an answer<|im_end|>"
@@ -480,6 +484,7 @@ def test_calls_of_every_spelling_are_the_same_text(chat):
         [USER, older, {"role": "function", "name": "weather", "content": "rain"}, ASSISTANT],
     ):
         assert sft(chat, {"messages": talk}) == expected
+
     for value in (json.dumps(function), json.dumps([CALL["tool_calls"][0]["function"]])):
         talk = [
             SHAREGPT[0],
@@ -487,6 +492,7 @@ def test_calls_of_every_spelling_are_the_same_text(chat):
             {"from": "observation", "value": "rain"},
         ]
         assert sft(chat, {"conversations": [*talk, SHAREGPT[1]]}) == expected
+
     with pytest.raises(
         InputError, match="message 2: function_call: expected JSON of a name and arguments, got 'x'"
     ):
@@ -588,9 +594,11 @@ def test_keys_that_a_template_does_not_read_are_named_wherever_they_stand(chat, 
         RESULT | {"name": "f"},
         ASSISTANT | {"analysis": {"lang": "en"}},
     ]
+
     found = read("sft", [{"messages": messages}], chat).unused
     inside = ["content.annotations", "name", "tool_calls.function.result", "tool_calls.id"]
     assert found == [f"messages.{name}" for name in ["analysis", *inside]]
+
     naming = make(
         TEMPLATE.replace("{{- '<|im_start|>' + m.role", "{{- '<|im_start|>' + (m.name or '') + m.role")
     )
@@ -606,6 +614,7 @@ def test_variables_that_a_template_sets_itself_are_not_read(make, folder, tmp_pa
     own = make(setting + TEMPLATE.replace("mood", "calm"))
     row = ROWS["messages"] | {"chat_template_kwargs": {"mood": "x", "calm": "y", "noise": "z"}}
     assert read("sft", [row], own).unused == ["chat_template_kwargs.mood", "chat_template_kwargs.noise"]
+
     (tmp_path / "own.jinja").write_text(own.chat_template)
     cfg = Config(
         model=folder,
@@ -629,6 +638,7 @@ def test_a_variable_of_vendors_templates_that_changes_nothing_is_refused(folder,
             chat_template=str(file),
             chat_template_kwargs=json.dumps({name: True}),
         )
+
         tokenizer = load_tokenizer(cfg)
         assert name in tokenizer.template_variables
         if works:
@@ -636,6 +646,7 @@ def test_a_variable_of_vendors_templates_that_changes_nothing_is_refused(folder,
             continue
         with pytest.raises(InputError, match=f"--chat-template-kwargs: '{name}' changes nothing"):
             sft(tokenizer, ROWS["messages"])
+
     cfg = Config(
         model=folder, data=tmp_path, chat_template=str(file), chat_template_kwargs='{"thinking": true}'
     )

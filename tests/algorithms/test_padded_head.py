@@ -68,6 +68,7 @@ def twins_of(kind: str, folder: Path, seed: int, rows: int = ROWS) -> Twins:
     dense.embed_tokens.weight[:, 0] = 2.0  # so the hidden states of all tokens have the first axis in common
     for layer in dense.layers:
         layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
+
     other = Transformer(dataclasses.replace(dense.config, vocab_size=rows), seed)
     for (name, source), (_, target) in zip(dense.named_parameters(), other.named_parameters(), strict=True):
         if name in ("embed_tokens.weight", "lm_head.weight"):
@@ -76,6 +77,7 @@ def twins_of(kind: str, folder: Path, seed: int, rows: int = ROWS) -> Twins:
             target[ids] = source
         else:
             target.copy_(source)
+
     save_model(dense, folder / "dense", tokenizer_of(list(range(TOKENS))))
     save_model(other, folder / "other", tokenizer_of(ids))
     return Twins(folder / "dense", folder / "other", ids)
@@ -104,9 +106,11 @@ def test_a_vocabulary_is_a_set_and_no_count():
     shorter = holes.within(5)
     assert shorter is not None and shorter.ids is not None and shorter.ids.tolist() == [0, 3]
     assert Vocabulary.of([0, 1, 9]).within(2) is None
+
     x = torch.arange(12).view(2, 6)
     assert whole.select(x, 1).tolist() == [[0, 1, 2], [6, 7, 8]]
     assert holes.select(x, 1).tolist() == [[0, 3, 5], [6, 9, 11]]
+
     rows = torch.tensor([2, -1, 0], dtype=torch.int32)
     assert holes.ids_of(rows).tolist() == [5, -1, 0] and holes.ids_of(rows).dtype == torch.int32
     assert holes.rows_of(torch.tensor([3, 4, 5, 9])).tolist() == [1, 3, 2, 3]
@@ -150,12 +154,14 @@ def test_what_is_drawn_is_what_the_twin_draws(twins, how):
     """Ids, log-probabilities, supports; the scorer agrees, the stream is the sample."""
     model, tokenizer = load_model(twins.other), Tokenizer.load(twins.other)
     found = draw(twins.other, **how)
+
     for ours, twin in zip(found, draw(twins.dense, **how), strict=True):
         assert ours.tokens == [twins.ids[token] for token in twin.tokens]
         torch.testing.assert_close(ours.logprobs, twin.logprobs, atol=1e-5, rtol=0)
         if twin.support is not None:
             ids = torch.tensor([*twins.ids, -1])[twin.support.long()]
             assert torch.equal(ours.support.long(), ids)
+
         prompt = tokenizer.encode(PROMPTS[ours.prompt_index])
         rows = torch.arange(len(prompt), len(prompt) + len(ours.tokens))
         scored = model.score(
@@ -166,6 +172,7 @@ def test_what_is_drawn_is_what_the_twin_draws(twins, how):
             vocabulary=ours.vocabulary,
         )[0]
         assert (scored - ours.logprobs).abs().max() < 1e-4
+
     prompt = tokenizer.encode(PROMPTS[0])
     options = {"max_new_tokens": 6, "vocabulary": tokenizer.vocabulary, **how}
     assert list(stream(model, prompt, **options)) == found[0].tokens
@@ -280,10 +287,12 @@ def of_both(place: Place, train: Callable, config: type, **flags: Any) -> list[d
         )
         train(cfg)
         found.append(metrics_of(cfg.output))
+
     for dense, other in zip(*found, strict=True):
         assert dense.keys() == other.keys()
         for name in dense:
             same(other[name], dense[name])
+
     missing = sorted(set(range(ROWS)) - set(place.twins.ids))
     before, after = load_model(place.twins.other).head, load_model(cfg.output / "model").head
     assert torch.equal(before[missing], after[missing]), "expected no gradient of missing rows"
@@ -332,10 +341,12 @@ def teach_is_the_twins(place: Place) -> None:
         stored.append(load_file(teach.teach(cfg)))
         with pytest.raises(InputError, match="--top-k: expected at most the vocabulary, 17, got 18"):
             teach.teach(dataclasses.replace(cfg, output=place.folder / "none", top_k=TOKENS + 1))
+
     dense, other = stored
     for name in ("tokens", "ids"):
         expected = torch.tensor(place.twins.ids)[dense[name].long()]
         assert torch.equal(other[name].long(), expected), "expected the twin's lessons"
+
     model, start = load_model(place.twins.other), 0
     for tokens, trained in zip(
         *(other[name].split(other["lengths"].tolist()) for name in ("tokens", "trained")), strict=True

@@ -65,7 +65,7 @@ def test_a_template_that_says_all_is_believed(make):
 
 
 def outputs() -> list[str]:
-    """What the template prints of messages."""
+    """The template's blocks that print what messages hold."""
     return [block for block in re.findall(r"\{\{-.*?-\}\}", TEMPLATE) if "<|im" not in block]
 
 
@@ -151,6 +151,7 @@ def conversation(draw: random.Random) -> list[dict]:
     for _ in range(draw.randint(1, 3)):
         parts = [{"type": "text", "text": word()} for _ in range(2)]
         turns.append({"role": "user", "content": word() if draw.random() < 0.8 else parts})
+
         if draw.random() < 0.4:
             arguments = {
                 word(): draw.choice([word(), 1, None, {"x": word()}]) for _ in range(draw.randint(0, 2))
@@ -162,6 +163,7 @@ def conversation(draw: random.Random) -> list[dict]:
                 {"role": "assistant", "content": draw.choice(["", None, word()]), "tool_calls": calls}
             )
             turns += [{"role": draw.choice(["tool", "tool", "function"]), "content": word()} for _ in names]
+
         answer = {"role": draw.choice(["assistant"] * 9 + ["model"]), "content": word()}
         kind = draw.choice(["none"] * 4 + ["tags", "reasoning_content", "thinking", "reasoning"])
         if kind == "tags":
@@ -198,12 +200,14 @@ def holds(tokenizer: Tokenizer, turns: list[dict]) -> bool:
     except InputError as error:
         assert str(error).startswith("row 1: ")
         return False
+
     text = tokenizer.decode(examples[0].tokens, False)
     every, may_miss = words_of(turns)
     missing = {one for one in every if one not in text} - named_words(turns, counts.unused)
     assert missing <= may_miss, f"{missing - may_miss} of {turns}\n{text}"
     assert not missing or counts["turns whose reasoning the chat template drops, as others follow"]
     assert "{'" not in text and "None" not in text, f"Python's notation: {turns}\n{text}"
+
     asked = turns[:-1]
     try:
         ((prompt,), counts) = rl_prompts([{"prompt": asked}], tokenizer, max_length=10**6)
@@ -279,6 +283,7 @@ def finds_the_form(module: ModuleType, make) -> None:
     ]
     ((message,), _) = check(printing, talk, module)
     assert "content" not in message and message["tool_calls"][0]["function"]["arguments"] == '{"a": "b"}'
+
     dumping = make("{% for m in messages %}{{ m.tool_calls[0].function.arguments | tojson }}{% endfor %}")
     talk[0]["tool_calls"][0]["function"]["arguments"] = '{"a": "b"}'
     ((message,), _) = check(dumping, talk, module)

@@ -511,6 +511,7 @@ def test_what_several_processes_log_comes_together(monkeypatch):
         unjudged(rewards, 0),
         judge({"f": lambda log_metric: log_metric("a", 4) or log_metric("b", 7) or [5.0, 6.0]}),
     ]
+
     sent = []
     monkeypatch.setattr(reward_functions, "world", lambda: 2)
     monkeypatch.setattr(reward_functions, "gathered", lambda tensors: sent.append(tensors) or [tensors])
@@ -518,6 +519,7 @@ def test_what_several_processes_log_comes_together(monkeypatch):
         reward_functions.of_all_processes(part)
     monkeypatch.setattr(reward_functions, "gathered", lambda tensors: sent)
     whole = reward_functions.of_all_processes(parts[1])
+
     torch.testing.assert_close(whole.total, torch.tensor([1, 2, 3, torch.nan, 5, 6]), equal_nan=True)
     torch.testing.assert_close(whole.parts["f"], whole.total, equal_nan=True)
     rewards.add(whole.logged)

@@ -133,6 +133,7 @@ def adapter() -> Trainer:
         installed = version("burnish")
     except PackageNotFoundError:  # run from a checkout, by a link
         installed = "from source"
+
     return Trainer(
         name="Burnish",
         version=installed,

@@ -179,6 +179,7 @@ def weights(config: dict[str, Any], draw: Draw) -> Iterator[tuple[str, Tensor]]:
     yield "model.embed_tokens.weight", draw(ROWS, C)
     for i in range(layers):
         yield from layer(f"model.layers.{i}", i, config, draw)
+
     for i in range(layers, layers + config.get("num_nextn_predict_layers", 0)):
         at = f"model.layers.{i}"  # DeepSeek-V3's layer that predicts one token further
         yield from layer(at, i, config, draw)
@@ -188,6 +189,7 @@ def weights(config: dict[str, Any], draw: Draw) -> Iterator[tuple[str, Tensor]]:
         yield f"{at}.eh_proj.weight", draw(C, 2 * C)
         yield f"{at}.shared_head.norm.weight", draw.norm(C)
         yield f"{at}.shared_head.head.weight", draw(ROWS, C)
+
     yield "model.norm.weight", draw.norm(C)
     if not config.get("tie_word_embeddings", config["model_type"] == "gemma3_text"):
         yield "lm_head.weight", draw(ROWS, C)
@@ -250,6 +252,7 @@ def in_nf4(
             if not is_linear(name) or any(f"{module}." in name for module in skipped):
                 yield name, tensor
                 continue
+
             count = tensor.numel()
             blocks = math.ceil(count / 64)
             state = {
@@ -261,6 +264,7 @@ def in_nf4(
                 "nested_dtype": "float32",
                 "nested_offset": 0.125,
             }
+
             yield name, draw.bytes(count // 2, 1)
             yield f"{name}.absmax", draw.bytes(blocks)
             yield f"{name}.quant_map", torch.tensor(NF4)
@@ -459,7 +463,7 @@ def write_tokenizer(folder: Path, size: int) -> None:
 
 
 def logits(name: str, folder: Path) -> Tensor:
-    """What transformers computes in fp32 for IDS, (T, V); 4-bit weights are multiplied out first."""
+    """The logits that transformers computes in fp32 for IDS, (T, V); 4-bit weights are multiplied out first."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(

@@ -284,6 +284,7 @@ def test_reward(make, monkeypatch, name, layers):
     sides = [
         [tokenizer(row[side] + "<eos>")["input_ids"] for row in joined] for side in ("chosen", "rejected")
     ]
+
     batch = tokenizer.pad({"input_ids": sides[0] + sides[1]}, return_tensors="pt", padding_side="right")
     mask = batch["attention_mask"]
     gates = model.model(batch["input_ids"], attention_mask=mask, output_router_logits=True, use_cache=False)
@@ -292,6 +293,7 @@ def test_reward(make, monkeypatch, name, layers):
     balance = modeling_mixtral.load_balancing_loss_func(gates.router_logits, 4, 2, counted)
     (COEFFICIENT * balance).backward()
     assert line["balance"] == pytest.approx(balance.item(), rel=1e-4)
+
     reached = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     added = {name: grad - without[name] for name, grad in ours.items()}
     same_gradients({name: grad for name, grad in added.items() if theirs_named(name) in reached}, reached)

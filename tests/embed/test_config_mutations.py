@@ -170,6 +170,7 @@ def test_keys_that_are_inert_for_one_architecture_change_nothing_in_transformers
 def shrunk(raw: dict[str, Any]) -> dict[str, Any]:
     """A published config with the sizes of a toy, all else as it is."""
     heads, layers = 4, 6
+
     small = {
         "vocab_size": 96,
         "hidden_size": 32,
@@ -190,6 +191,7 @@ def shrunk(raw: dict[str, Any]) -> dict[str, Any]:
         **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 16),
         **dict.fromkeys(("num_experts_per_tok", "experts_per_token"), 3),
     }
+
     new = raw | {key: value for key, value in small.items() if raw.get(key)}
     return new | {key: raw[key][:layers] for key in ("layer_types", "no_rope_layers") if key in raw}
 

@@ -390,6 +390,7 @@ def test_remove_restores(load, ids, padding, name):
     implementations = lambda: (model.config._attn_implementation, model.config._experts_implementation)
     set_before = implementations()
     want = train(model, ids, mask.bool(), attention_mask=mask)
+
     embed.apply(model)
     assert model.model.norm.forward is not own and implementations()[0] == embed.NAME
     assert list(model.state_dict()) == list(state)
@@ -398,6 +399,7 @@ def test_remove_restores(load, ids, padding, name):
     for name, module in model.named_modules():
         assert module.__dict__.keys() == members[name].keys()
     assert model.config.to_dict() == config and set_before == implementations()
+
     got = train(model, ids, mask.bool(), attention_mask=mask)
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())

@@ -57,6 +57,7 @@ def train(folder, model, rows, tokenizer, output, embedded=None, peft_config=Non
         "GRPO": ["prompt"],
         "Reward": ["chosen", "rejected"],
     }[folder]
+
     settings = {"GRPO": {"num_generations": 4, "max_completion_length": 6}}.get(folder, {})
     arguments = getattr(trl, f"{folder}Config")(
         output_dir=str(output),
