@@ -33,8 +33,8 @@ def tokenizer_of(*more: str) -> Tokenizer:
 
 def save(folder, rows=ROWS, scalar=False, tokenizer=None):
     """A model of which every row beyond VOCABULARY's is far more likely than all others."""
-    config = ModelConfig(vocab_size=rows, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-                         num_attention_heads=2, eos_token_id=0)  # fmt: skip
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = ModelConfig(vocab_size=rows, eos_token_id=0, **shape)
     model = Transformer(config, seed=0)
     with torch.no_grad():
         model.embed_tokens.weight[:, 0] = 1.0

@@ -299,7 +299,7 @@ def the_same_word_elsewhere(module: ModuleType, make) -> None:
 
 
 def misses_words(module: ModuleType, make) -> None:
-    """What a template does with one word alone."""
+    """A template that leaves out one word alone."""
     with pytest.raises(module.NotRendered):
         check(make(TEMPLATE.replace(".items()", ".items() if key != 'b'")), module=module)
 

@@ -325,7 +325,16 @@ def test_grpo(make, monkeypatch, name, layers):
         **{"micro_batch_tokens": 1, "router_aux_loss_coef": COEFFICIENT, "seed": 0},
     )
 
-    advantages = group_advantages(torch.tensor(scores).view(2, 2)).flatten()
+    trainer = trl_grpo_step(
+        folder, rows, sampled, group_advantages(torch.tensor(scores).view(2, 2)).flatten()
+    )
+    same_gradients(ours, {name: p.grad for name, p in trainer.model.named_parameters()})
+    logged = trainer._metrics["train"]["aux_loss"]
+    assert line["balance"] == pytest.approx(sum(logged) / 4, rel=1e-4)
+
+
+def trl_grpo_step(folder, rows, sampled, advantages):
+    """TRL's trainer after the backward passes of the samples, each a micro-batch of its own."""
     arguments = trl.GRPOConfig(
         output_dir=str(folder / "out"),
         **{
@@ -359,10 +368,7 @@ def test_grpo(make, monkeypatch, name, layers):
         }
         inputs |= {"advantages": advantages[i : i + 1], "num_items_in_batch": torch.tensor(20)}
         trainer._compute_loss(trainer.model, inputs).backward()
-
-    same_gradients(ours, {name: p.grad for name, p in trainer.model.named_parameters()})
-    logged = trainer._metrics["train"]["aux_loss"]
-    assert line["balance"] == pytest.approx(sum(logged) / 4, rel=1e-4)
+    return trainer
 
 
 def our_prompt(rows, sample):
