@@ -151,7 +151,7 @@ def test_nothing_optional_is_imported():
         "model.checkpoint",
         "algorithms.sft",
         "algorithms.grpo",
-        "bench.registry",
+        "bench.cases.registry",
     )
     code = f"import sys, {', '.join(f'burnish.{m}' for m in modules)}\nprint(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
