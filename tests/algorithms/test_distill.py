@@ -59,7 +59,7 @@ def cfg(model_folder, teacher, demonstrations, tmp_path):
 
 @pytest.fixture
 def lessons(teacher, demonstrations, tmp_path):
-    """On the demonstrations, with all the ids that there are."""
+    """Lessons on the demonstrations, with all the ids that there are."""
     return teach.teach(
         teach.Config(model=teacher, data=demonstrations, output=tmp_path / "taught", top_k=17, device="cpu")
     )
@@ -151,7 +151,7 @@ def test_sequence_level_is_sft_to_the_bit(cfg, tmp_path):
 
 
 def test_the_students_own_samples_are_scored_as_they_were_sampled(cfg, monkeypatch):
-    """Behind their prompts, up to the end token, at the temperature of sampling."""
+    """The samples stand behind their prompts, up to the end token, at the temperature of sampling."""
     seen, whole = [], distill.make_batches
     monkeypatch.setattr(distill, "make_batches", lambda given, *a: seen.append(given) or whole(given, *a))
     cfg = dataclasses.replace(cfg, loss="policy_gradient", temperature=1.5, learning_rate=0.0, **OWN)

@@ -128,7 +128,7 @@ VARIANTS = {  # beside the defaults
     ],
 )
 def test_rank_16_on_a_4_bit_base_by_flags(configs, name, changes, tmp_path):
-    """From the command line; optimizer state is of adapters alone, and of a head; what is written loads back."""
+    """Optimizer state is of adapters alone, and of a head; the model that the command writes loads back."""
     cfg = dataclasses.replace(configs[name], output=tmp_path / "out", save_every=2, **changes)
     cfg = dataclasses.replace(cfg, lora_rank=16, base_4bit=True)
     without_critic = "advantage" in changes
@@ -167,7 +167,7 @@ def test_rank_16_on_a_4_bit_base_by_flags(configs, name, changes, tmp_path):
 
 
 def test_reinforcement_learning_has_no_dropout(configs, tmp_path):
-    """Not even that of an adapter it goes on with: the first ratio is of the policy that sampled."""
+    """The first ratio is of the policy that sampled, even where an adapter that has dropout is trained on."""
     first = sft.train(dataclasses.replace(configs["sft"], lora_dropout=0.5, output=tmp_path / "sft"))
     cfg = dataclasses.replace(configs["grpo"], model=first, lora_rank=0, output=tmp_path / "grpo")
     trained = grpo.train(cfg)
@@ -237,7 +237,7 @@ def test_a_bf16_model_comes_back_as_one(configs, name, tmp_path):
 
 @pytest.mark.parametrize("name", ["sft", "dpo", "kto", "reward"])
 def test_dropout_acts_in_training(configs, name, tmp_path):
-    """Also that of an adapter with which training goes on: a model is loaded in evaluation mode."""
+    """An adapter with which training goes on has its dropout, too: a model is loaded in evaluation mode."""
     cfg = dataclasses.replace(configs[name], lora_dropout=0.5, output=tmp_path / "first")
     first = TRAINERS[name].train(cfg)
     load = load_scalar_model if name == "reward" else load_model

@@ -90,7 +90,7 @@ def test_a_reward_that_never_differs_changes_no_weight(cfg, tmp_path, capsys):
 
 @pytest.fixture
 def small(model_folder, prompts, tmp_path):
-    """From random weights."""
+    """A run from random weights."""
     return grpo.Config(
         model=model_folder,
         data=prompts,
@@ -266,7 +266,7 @@ def test_a_mismatch_changes_the_weights(cfg, tmp_path, monkeypatch):
 
 
 def test_dynamic_sampling_replaces_flat_groups(cfg, tmp_path, monkeypatch):
-    """Only the prompts that begin with an even digit have rewards that differ."""
+    """Rewards differ for the prompts alone that begin with an even digit."""
     (tmp_path / "even.py").write_text(
         "def even(prompts, completion_ids, **_):\n"
         "    return [float(i % 2) if int(p[0]) % 2 == 0 else 1.0 for i, p in enumerate(prompts)]\n"
@@ -300,7 +300,7 @@ def test_dynamic_sampling_replaces_flat_groups(cfg, tmp_path, monkeypatch):
 
 
 def test_truncated_samples_leave_numerator_and_denominator(cfg, monkeypatch):
-    """And the mean of their group: what is left is a step on the others alone."""
+    """They leave the mean of their group, too: what is left is a step on the others alone."""
     seen, whole = [], grpo.make_split_batches
 
     def recorded(groups, needed, *a):

@@ -169,7 +169,7 @@ def test_grpo_clips_each_sign_of_advantage_on_its_own_side():
 
 
 def test_grpo_first_step_identities():
-    """On policy: ratio 1, KL 0, a loss of -sum A n / N, and a gradient that is not zero."""
+    """A step on policy has ratio 1, KL 0, a loss of -sum A n / N, and a gradient that is not zero."""
     lengths = torch.tensor([3, 1, 4, 2])
     advantage = torch.tensor([1.5, -0.5, -0.5, -0.5], dtype=torch.float64)
     logprob = logprobs(10).requires_grad_()

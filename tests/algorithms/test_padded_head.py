@@ -1,7 +1,7 @@
-"""Ids that no token has: never drawn, and not among what a drawn token is scored.
+"""Algorithms on a model with ids that no token has: each does what it does on a model without them.
 
-A head with such rows has to do what the head without them does. So each model here has a twin whose tokens are the
-rows; the rows of ids that are missing have logits above all others, which a fault cannot overlook.
+So each model here has a twin whose tokens are the rows (tests/common/twins.py); the rows of ids that are missing have
+logits above all others, which a fault cannot overlook.
 """
 
 import ast
@@ -117,7 +117,7 @@ def policy_gradient_is_the_twins(place: Place) -> None:
 
 
 def teach_is_the_twins(place: Place) -> None:
-    """All ids of its own samples, and refuses one more."""
+    """Check that all ids of its own samples are stored, and one more is refused."""
     stored = []
     for name in ("dense", "other"):
         flags = {
@@ -190,7 +190,7 @@ def test_teach(place):
 @pytest.mark.parametrize("samples", [0, 2], ids=["given text", "own answers"])
 @pytest.mark.parametrize("top_k", [3, TOKENS])
 def test_a_model_has_nothing_to_learn_from_its_own_lessons(place, demonstrations, samples, top_k):
-    """Whatever rows of its head are no tokens."""
+    """The divergence is 0, whatever rows of its head are no tokens."""
     model, device = place.twins.other, "cpu"
     data = place.prompts if samples else demonstrations
     flags = {"samples": samples, "top_k": top_k, "max_new_tokens": 5}

@@ -106,7 +106,7 @@ def test_only_the_assistant_is_trained_where_conversations_part_early(chat):
 
 
 def test_a_completion_ends_where_sampling_stops(folder, tmp_path):
-    """Though the template marks the newline behind it as the assistant's, too."""
+    """The template marks the newline behind it as the assistant's, too."""
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
         "{% generation %}{{ m.content }}<|im_end|>\n{% endgeneration %}"

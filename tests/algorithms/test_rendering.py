@@ -98,7 +98,7 @@ def test_whatever_is_taken_out_of_a_template_is_missed(make, block, instead):
     ],
 )
 def test_what_a_template_passes_over_is_missed(make, old, new):
-    """Though the same words may stand elsewhere: the tool's 1 is the answer's, too."""
+    """The same words may stand elsewhere: the tool's 1 is the answer's, too."""
     assert old in TEMPLATE
     tokenizer = make(TEMPLATE.replace(old, new))
     if "part in" in old:
@@ -194,7 +194,7 @@ def named_words(turns: list[dict], unused: list[str]) -> set[str]:
 
 
 def holds(tokenizer: Tokenizer, turns: list[dict]) -> bool:
-    """Whether a conversation was read, and then all that it says stands in the text."""
+    """Check that all of a conversation stands in the text. Returns whether it was read."""
     try:
         examples, counts = sft_examples([{"messages": turns}], tokenizer, max_length=10**6, train_on="all")
     except InputError as error:

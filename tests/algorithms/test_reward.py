@@ -76,7 +76,7 @@ def test_micro_batches_add_up_and_an_empty_one_is_zero(loss):
 
 
 def test_known_scores_are_recovered():
-    """From the probabilities with which each of 5 beats each other, their scores up to a shift."""
+    """The scores of 5, up to a shift, follow from the probabilities with which each beats each other."""
     truth = torch.tensor([-1.5, -0.5, 0.0, 0.7, 1.6], dtype=torch.float64)
     first, second = torch.combinations(torch.arange(5)).unbind(1)
     wins = torch.sigmoid(truth[first] - truth[second])

@@ -107,7 +107,7 @@ numbers.Real.register(Unreal)
 
 
 class Nothing:
-    """Whatever a reader asks of it, it raises."""
+    """A value that raises, whatever a reader asks of it."""
 
     def __getattr__(self, name):
         raise AttributeError if name.startswith("__") else SystemExit(9)  # pytest asks for its __name__

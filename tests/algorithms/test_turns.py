@@ -172,7 +172,7 @@ def test_a_prompt_that_the_answers_repeat_stands_once(chat, first):
 
 @pytest.mark.parametrize("system", [[], [{"role": "system", "content": "s"}]])
 def test_a_single_answer_may_repeat_its_prompt_too(chat, system):
-    """And go on with further turns."""
+    """The prompt stands once, and further turns may follow the answer."""
     row = {"prompt": [USER], "completion": [*system, USER, ASSISTANT, USER, ASSISTANT], "label": True}
     ((judged,), _) = judged_completions([row], chat, max_length=4096)
     assert judged.prompt == chat.encode_chat([*system, USER], add_generation_prompt=True)

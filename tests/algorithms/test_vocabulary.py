@@ -1,6 +1,6 @@
 """Ids that no token has: never drawn, and not among what a drawn token is scored.
 
-The models of twins.py have such ids, with logits above all others.
+The models of tests/common/twins.py have such ids, with logits above all others.
 """
 
 import dataclasses

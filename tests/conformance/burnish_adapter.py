@@ -92,7 +92,7 @@ def dpo(
 
 
 def score(toy: Toy, prompts: list[list[int]], completions: list[list[int]], side: str | None) -> list[Tensor]:
-    """All in one packed sequence."""
+    """Score all in one packed sequence."""
     packed = pack([prompt + completion for prompt, completion in zip(prompts, completions, strict=True)])
     lengths = [len(completion) for completion in completions]
     ends = packed.cu_seqlens[1:].tolist()

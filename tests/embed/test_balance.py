@@ -76,7 +76,7 @@ def theirs_named(name):
 
 
 def same_gradients(ours, theirs, least=1e-3):
-    """By our names; and that some are not 0."""
+    """Compare gradients by our names, and check that some are not 0."""
     assert max(grad.abs().max() for grad in ours.values()) > least
     for name, grad in ours.items():
         expected = theirs[theirs_named(name)]

@@ -138,7 +138,7 @@ VALUES = (3, True, False, "eager", "bfloat16", "regression", "hybrid", {"0": "x"
 
 
 def says_nothing(pair: Pair, raw: dict[str, Any], key: str) -> bool:
-    """Whether transformers takes the key with one of VALUES, and its logits are ours, which are those without it."""
+    """Tell whether transformers takes the key with one of VALUES, and its logits are ours, those without it."""
     for value in VALUES:
         if raw.get(key, ...) == value:
             continue
