@@ -1,4 +1,4 @@
-"""A model small enough to train in a test, on the task of `r1`, as files like those a user has."""
+"""A model small enough to train in a test, on the task of `r1`, as files like those a user has; tokenizers."""
 
 import json
 import re
@@ -21,6 +21,8 @@ from burnish.model.config import ModelConfig
 from burnish.model.text.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
 from controlled import Place
+from tokenizers import Tokenizer as Backend
+from twins import IDS, Twins, twins_of
 
 
 @pytest.fixture
@@ -104,6 +106,43 @@ def place(model_folder: Path, pairs: Path, tmp_path: Path) -> Place:
     rows = pairs.read_text().splitlines(keepends=True)[:12]
     pairs.write_text("".join(rows))
     return Place(model_folder, pairs, tmp_path / "out")
+
+
+@pytest.fixture(params=IDS)
+def twins(request: pytest.FixtureRequest, tmp_path: Path) -> Twins:
+    return twins_of(request.param, tmp_path, seed=1)
+
+
+@pytest.fixture
+def holes(tmp_path: Path) -> Twins:
+    return twins_of("holes", tmp_path, seed=1)
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    """The tokenizer of tests/data: its template is ChatML, <|im_end|> ends a turn."""
+    return Path(__file__).parents[1] / "data" / "tokenizer"
+
+
+@pytest.fixture(scope="module")
+def chat(folder: Path) -> Tokenizer:
+    return Tokenizer.load(folder)
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path) -> Tokenizer:
+    """The same without a template; <|im_start|> stands for a bos that begins every text."""
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    return Tokenizer(backend, bos="<|im_start|>", eos="<|endoftext|>", config={"add_bos_token": True})
+
+
+@pytest.fixture(scope="module")
+def make(folder: Path) -> Callable[..., Tokenizer]:
+    """make(template, **names): the same with another template."""
+    backend = (folder / "tokenizer.json").read_text()
+    return lambda template, **names: Tokenizer(
+        Backend.from_str(backend), **{"eos": "<|im_end|>", "chat_template": template, **names}
+    )
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:

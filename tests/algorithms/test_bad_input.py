@@ -220,31 +220,20 @@ def test_one_file_as_a_command_says_the_same(tmp_path):
 def test_an_interrupt_leaves_whole_files(model_folder, demonstrations, tmp_path):
     output = tmp_path / "out"
     command = [sys.executable, "-m", "burnish.algorithms", "sft", "--model", str(model_folder)]
-    command += [
-        "--data",
-        str(demonstrations),
-        "--output",
-        str(output),
-        "--steps",
-        "1000000",
-        "--save-every",
-        "2",
-    ]
-    process = subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        ),  # a shell's background jobs ignore it
-    )
+    command += ["--data", str(demonstrations), "--output", str(output)]
+    command += ["--steps", "1000000", "--save-every", "2"]
+
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    streams = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    process = subprocess.Popen(command, preexec_fn=listen, **streams)
+
     for _ in range(600):
         if (output / "step-4").exists():
             break
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
+
     assert process.returncode == 130
     assert "burnish sft: interrupted" in errors and "Traceback" not in errors
     assert [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

@@ -30,6 +30,7 @@ def place(model_folder, tmp_path):
     experts = Experts(4, 2, 24, (True, True), renormalize=True, balance_coefficient=0.05)
     config = dataclasses.replace(dense, model_type="mixtral", initializer_range=0.3, experts=experts)
     save_model(Transformer(config, seed=3), tmp_path / "sparse", Tokenizer.load(model_folder))
+
     problems = split_problems(0)[0][:8]
     rows = [demonstration_row(problem) for problem in problems]
     shapes = {
@@ -41,6 +42,7 @@ def place(model_folder, tmp_path):
     shapes |= {"reward": shapes["dpo"], "ppo": shapes["grpo"], "distill": shapes["sft"]}
     for name, made in shapes.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+
     (tmp_path / "rewards.py").write_text(
         "def length(completions, **_):\n    return [float(len(c) + i) for i, c in enumerate(completions)]\n"
     )
@@ -186,6 +188,7 @@ def test_micro_batches_weigh_by_their_tokens(place):
     cfg = sft.Config(model=place / "sparse", data=place / "sft.jsonl", device="cpu")
     model = load_model(place / "sparse")
     balance, parts, counts = Balance(model, cfg), [], 0
+
     for ids, share in (([[1, 2, 3]], 0.75), ([[4]], 0.25)):
         model(pack(ids))
         loss = balance.loss(share)
@@ -193,6 +196,7 @@ def test_micro_batches_weigh_by_their_tokens(place):
         torch.testing.assert_close(loss, share * 0.05 * alone)
         parts.append(share * alone.item())
         counts = counts + torch.stack([layer.counts for layer in model.routing])
+
     model(pack([[0]]))
     assert balance.loss(0.0) == 0  # a process without a sequence: its one token is not counted
     found = balance.metrics()

@@ -15,7 +15,7 @@ from planted import copy_of
 
 
 class Place(NamedTuple):
-    """Where a completion is to be found: the ids before it, its own, and which of them are trained."""
+    """A completion's place: the ids before it, its own, and which of them are trained."""
 
     prompt: list[int]
     tokens: list[int]
@@ -34,6 +34,7 @@ def families(seed: int, count: int = 9) -> list[Family]:
             mask = [draw.random() < (0, 0.5, 1)[(i + j) % 3] for _ in tokens]
             if not prompt:
                 mask[0] = False  # nothing scores a sequence's first token
+
             n = sum(mask)
             sampled = torch.tensor([draw.uniform(-3, 0) for _ in range(n)])
             support = torch.randint(0, 17, (n, draw.randint(1, 3)), dtype=torch.int32)
@@ -152,6 +153,7 @@ def test_processes_share_the_step_and_an_idle_one_keeps_pace(monkeypatch, proces
     """A single item is one process's; the others run a token of which nothing is trained."""
     for module in ("run.batch", "run.processes"):
         monkeypatch.setattr(f"burnish.algorithms.{module}.world", lambda: processes)
+
     for items in (families(3), families(3)[:1]):
         needed = torch.ones(len(places(items)), dtype=torch.bool)
         for split in (False, True):
@@ -166,8 +168,10 @@ def test_processes_share_the_step_and_an_idle_one_keeps_pace(monkeypatch, proces
                     else batch.make_batches(items, 30, "cpu")
                 )
                 by_rank.append(make)
+
             assert len({len(batches) for batches in by_rank}) == 1
             assert len({(batches.num_trained, batches.num_tokens) for batches in by_rank}) == 1
+
             every = [one for batches in by_rank for one in batches]
             for one in every:
                 if one.members:
@@ -177,6 +181,7 @@ def test_processes_share_the_step_and_an_idle_one_keeps_pace(monkeypatch, proces
                     assert not any(
                         map(len, (one.rows, one.lengths, one.last, one.positions, one.completions))
                     )
+
             numbers = sorted(n for one in every for n in one.completions.tolist())
             assert numbers == list(range(len(needed)))
             assert sum(one.share for one in every) == pytest.approx(1)
@@ -199,7 +204,7 @@ def scored(item: Family) -> Family:
 
 
 def gradients(model: Transformer, batches: batch.Batches) -> tuple[float, list[torch.Tensor]]:
-    """Of a loss in which each completion weighs otherwise, and each token as its completion does."""
+    """A loss and its gradients, where each completion weighs otherwise, and each token as its completion does."""
     model.zero_grad()
     loss = 0.0
     for one in batches:

@@ -276,8 +276,10 @@ def test_columns_of_parquet(tmp_path):
         assert row["odd"] == value, name
         with pytest.raises(InputError, match="odd: expected text, got"):
             row.text("odd")
+
     twice = pyarrow.Table.from_arrays([pyarrow.array(["x"])] * 2, names=["a" * 5000] * 2)
     assert "expected once, stands there twice" in refusal(parquet(tmp_path, twice))
+
     deep = pyarrow.array(["x"])
     for _ in range(30):
         deep = pyarrow.ListArray.from_arrays([0, 1], deep)

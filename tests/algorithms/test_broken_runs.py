@@ -282,7 +282,7 @@ def test_a_parameter_without_a_gradient_has_no_state(tmp_path):
 
 @pytest.fixture
 def run(model_folder, demonstrations, tmp_path):
-    """Of three steps, with a checkpoint of the second."""
+    """A run of three steps, with a checkpoint of the second."""
     cfg = sft.Config(
         model=model_folder,
         data=demonstrations,
@@ -318,6 +318,7 @@ def test_a_refused_resume_changes_nothing(run):
         before = contents(run.output)
         assert message in refusal(lambda: sft.train(run)), name
         assert contents(run.output) == before, name
+
     file.write_bytes(whole)
     before = contents(run.output)
     assert "--steps: expected at least 2" in refusal(lambda: sft.train(dataclasses.replace(run, steps=1)))
@@ -325,6 +326,7 @@ def test_a_refused_resume_changes_nothing(run):
     assert "completions.jsonl line 2: expected an object with its step" in refusal(lambda: sft.train(run))
     (run.output / "completions.jsonl").unlink()
     assert contents(run.output) == before
+
     (run.output / "metrics.jsonl").rename(run.output / "kept")
     os.mkfifo(run.output / "metrics.jsonl")
     assert "metrics.jsonl: not a regular file" in refusal(lambda: sft.train(run))
@@ -352,6 +354,7 @@ def test_broken_lines_of_metrics_are_kept_and_said(run, capsys):
     first, second, third = metrics.read_bytes().splitlines(keepends=True)
     steps = lambda: [line.split(b",")[0] for line in metrics.read_bytes().splitlines()]
     expected = [b'{"step": 0', b'{"step": 1', b'{"step": 2']
+
     for data, kept, is_whole in (
         (first + second + third + b'{"step": 3, "to', expected, True),  # a crash has torn it
         (first + second[:-1], expected, True),  # and its end
@@ -388,6 +391,7 @@ def test_a_full_device_is_one_sentence(run, monkeypatch, tmp_path, name):
         text = lambda file, *a, **k: full() if name in file.name else write(file, *a, **k)
         monkeypatch.setattr(Path, "write_text", text)
         monkeypatch.setattr(os, "truncate", full if name == "metrics.jsonl" else os.truncate)
+
     message = refusal(lambda: sft.train(dataclasses.replace(run, steps=4)))
     assert "cannot be written" in message and "No space left on device" in message
     after = contents(run.output)

@@ -41,6 +41,7 @@ def cfg(data, tmp_path):
         tie_word_embeddings=True,
     )
     save_model(Transformer(config), tmp_path / "base", tokenizer)
+
     return chat_demo.Config(
         model=tmp_path / "base",
         output=tmp_path / "out",

@@ -1,18 +1,14 @@
 """`burnish distill` and `burnish teach` as a user runs them: values, invariants, and what a teacher's file holds."""
 
 import dataclasses
-import importlib.util
 import json
 import math
-from itertools import pairwise
 
 import pytest
 import torch
 from burnish.algorithms import distill, sft, teach
 from burnish.algorithms.__main__ import main
 from burnish.algorithms.data.lessons import Lesson, load_lessons, read_lessons, write_lessons
-from burnish.algorithms.distill import divergence_loss, policy_gradient_loss, sequence_loss
-from burnish.kernels import token_divergence, topk_divergence
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.config import ModelConfig
 from burnish.model.errors import InputError
@@ -63,7 +59,7 @@ def cfg(model_folder, teacher, demonstrations, tmp_path):
 
 @pytest.fixture
 def lessons(teacher, demonstrations, tmp_path):
-    """On the demonstrations, with all the ids that there are."""
+    """Lessons on the demonstrations, with all the ids that there are."""
     return teach.teach(
         teach.Config(model=teacher, data=demonstrations, output=tmp_path / "taught", top_k=17, device="cpu")
     )
@@ -72,90 +68,6 @@ def lessons(teacher, demonstrations, tmp_path):
 def same_weights(one, other, tolerance):
     for a, b in zip(load_model(one).parameters(), load_model(other).parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
-
-
-# ---- losses
-
-
-@pytest.fixture
-def golden(data):
-    return json.loads((data / "trl_distill.json").read_text())
-
-
-def test_the_divergence_loss_is_that_of_trls_gkd(golden):
-    """With the identity for a head, hidden states are logits. No two cases agree, so that each setting is felt."""
-    inputs, num_tokens = golden["inputs"], golden["num_tokens"]
-    mask, head = torch.tensor(inputs["mask"]), torch.eye(7, dtype=torch.float64)
-    for name, theirs in golden["losses"].items():
-        beta, temperature = map(float, name.split(", "))
-        student, teacher = (
-            torch.tensor(inputs[who], dtype=torch.float64)[mask] for who in ("student", "teacher")
-        )
-        student.requires_grad_()
-        found = token_divergence(student, head, teacher, head, beta=beta, temperature=temperature)
-        loss = divergence_loss(found, num_tokens)
-        assert loss.item() == pytest.approx(theirs["loss"], abs=1e-6), name
-        (gradient,) = torch.autograd.grad(loss, student)
-        torch.testing.assert_close(gradient, torch.tensor(theirs["gradient"]).double(), atol=1e-6, rtol=0)
-        assert divergence_loss(found, num_tokens, 4.0).item() == pytest.approx(4 * theirs["loss"], abs=1e-5)
-    losses = sorted(case["loss"] for case in golden["losses"].values())
-    assert all(b - a > 1e-4 for a, b in pairwise(losses))
-
-
-def test_the_stored_values_are_what_trl_computes(data, golden):
-    pytest.importorskip("trl")
-    spec = importlib.util.spec_from_file_location("make", data / "make_trl_distill_golden.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.make_inputs() == golden["inputs"]
-    for name, found in module.compute(golden["inputs"]).items():
-        assert found["loss"] == pytest.approx(golden["losses"][name]["loss"], rel=1e-6)
-
-
-@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
-def test_losses_by_finite_differences(beta):
-    draw = lambda *shape: torch.randn(*shape, dtype=torch.float64)
-    hidden, head = draw(5, 3).requires_grad_(), draw(6, 3).requires_grad_()
-    teacher_hidden, teacher_head = draw(5, 4), draw(6, 4)
-    logprobs, ids = torch.log_softmax(teacher_hidden @ teacher_head.T / 1.7, -1).topk(2)
-
-    def whole(hidden, head):
-        found = token_divergence(hidden, head, teacher_hidden, teacher_head, beta=beta, temperature=1.7)
-        return divergence_loss(found, 9, 1.7**2)
-
-    def stored(hidden, head):
-        found = topk_divergence(hidden, head, ids.int(), logprobs, beta=beta, temperature=1.7)
-        return divergence_loss(found, 9)
-
-    assert torch.autograd.gradcheck(whole, (hidden, head))
-    assert torch.autograd.gradcheck(stored, (hidden, head))
-    assert torch.autograd.gradcheck(lambda x: sequence_loss(x, 9), draw(5).requires_grad_())
-
-
-def test_the_policy_gradient_is_that_of_the_reverse_kl_on_average():
-    """Over a whole vocabulary: its expectation, value and gradient, are those of KL(p_S || p_T)."""
-    logits, teacher = torch.randn(2, 6, dtype=torch.float64)
-    logits.requires_grad_()
-    log_s, log_t = torch.log_softmax(logits, 0), torch.log_softmax(teacher, 0)
-    kl = (log_s.exp() * (log_s - log_t)).sum()
-    p = log_s.detach().exp()
-    mean = sum(p[i] * policy_gradient_loss(log_s[i : i + 1], log_t[i : i + 1], 1) for i in range(6))
-    assert isinstance(mean, torch.Tensor) and mean.item() == pytest.approx(kl.item())
-    found, wanted = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (mean, kl))
-    torch.testing.assert_close(found, wanted)
-    assert wanted.abs().max() > 1e-2
-
-
-def test_each_loss_of_no_tokens_is_a_finite_zero_with_a_gradient_path():
-    logprob = -torch.rand(3).requires_grad_()
-    for loss in (
-        divergence_loss(logprob[:0], 1),
-        policy_gradient_loss(logprob[:0], torch.empty(0), 1),
-        sequence_loss(logprob[:0], 1),
-    ):
-        (gradient,) = torch.autograd.grad(loss, logprob, retain_graph=True)
-        assert loss.item() == 0 and not gradient.any()
 
 
 # ---- a step
@@ -239,15 +151,17 @@ def test_sequence_level_is_sft_to_the_bit(cfg, tmp_path):
 
 
 def test_the_students_own_samples_are_scored_as_they_were_sampled(cfg, monkeypatch):
-    """Behind their prompts, up to the end token, at the temperature of sampling."""
+    """The samples stand behind their prompts, up to the end token, at the temperature of sampling."""
     seen, whole = [], distill.make_batches
     monkeypatch.setattr(distill, "make_batches", lambda given, *a: seen.append(given) or whole(given, *a))
     cfg = dataclasses.replace(cfg, loss="policy_gradient", temperature=1.5, learning_rate=0.0, **OWN)
     distill.train(cfg)
+
     model, tokenizer = load_model(cfg.model), Tokenizer.load(cfg.model)
     prompts = {
         tuple(lesson.prefix) for lesson in load_lessons(cfg, tokenizer, prompts_alone=True, temperature=None)
     }
+
     for line, batch in zip(metrics_of(cfg.output), seen, strict=True):
         entropies = []
         for lesson in batch:
@@ -343,11 +257,13 @@ def test_a_teachers_answers_are_kept_as_ids(teacher, model_folder, prompts, tmp_
         max_new_tokens=6,
         device="cpu",
     )
+
     file, tokenizer = teach.teach(taught), Tokenizer.load(teacher)
     lessons = read_lessons(file, tokenizer, None)
     assert len(lessons) == 64 and all(0 < sum(lesson.mask) <= 6 for lesson in lessons)
     assert all(lessons[i].prefix == lessons[i + 1].prefix for i in range(0, 64, 2))
     assert lessons[0].tokens != lessons[1].tokens and lessons[0].ids is None
+
     run = distill.Config(
         model=model_folder,
         data=file,
@@ -358,6 +274,7 @@ def test_a_teachers_answers_are_kept_as_ids(teacher, model_folder, prompts, tmp_
         warmup_steps=0,
         device="cpu",
     )
+
     distill.train(run)
     losses = [line["loss"] for line in metrics_of(run.output)]
     assert losses[-1] < losses[0] - 0.1

@@ -1,7 +1,4 @@
-"""Two processes train as one does: the same gradients, losses and weights, checkpoints that either goes on from.
-
-Run as a script, which torchrun does, this file is what the processes do; a test compares it with one process.
-"""
+"""Two processes train as one does: the same gradients, losses and weights, checkpoints that either goes on from."""
 
 import dataclasses
 import json
@@ -11,265 +8,25 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
-from burnish.algorithms import distill, dpo, grpo, kto, ppo, reward, sft, teach
+import two_processes
+from burnish.algorithms import teach
 from burnish.algorithms.__main__ import COMMANDS
-from burnish.algorithms.run import learner
-from burnish.algorithms.run.batch import over_completions
-from burnish.algorithms.run.processes import TRAINERS, parts, processes, rank, shard, shares, world
-from burnish.model.adapter import adapters, add_lora, merge_lora, quantize_base
-from burnish.model.checkpoint import load_model, save_model, stream_weights
-from burnish.model.config import Experts
+from burnish.algorithms.run.processes import TRAINERS, parts, processes, shares
+from burnish.model.adapter import adapters, add_lora, merge_lora
+from burnish.model.checkpoint import load_model, save_model
 from burnish.model.errors import InputError
-from burnish.model.linear import whole
 from burnish.model.scalar import ScalarModel
 from burnish.model.text.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from two_processes import CASES, FAULTS, MODULES, RESUMED, SHAPES, checkpointed, train, trained_adapter
 
-MODULES = {
-    "sft": sft,
-    "reward": reward,
-    "dpo": dpo,
-    "kto": kto,
-    "ppo": ppo,
-    "grpo": grpo,
-    "distill": distill,
-}
-DATA = {
-    "sft": "demonstrations",
-    "reward": "pairs",
-    "dpo": "pairs",
-    "kto": "judged",
-    "ppo": "prompts",
-    "grpo": "prompts",
-    "distill": "demonstrations",
-}
-FOLDERS = ("data", "held_out", "teacher", "critic", "reward_model")  # flags that name a file or a folder
 SHIFT = re.compile(rb'"score_bias": ([-+.e0-9]+)')  # a mean of scores, so within rounding
 TIMES = ("seconds", "tokens_per_second", "sampling_seconds", "scoring_seconds", "update_seconds")
-EXPERTS = Experts(3, 2, 24, (True, True), renormalize=True, balance_coefficient=0.01)  # 3: uneven shares
-SHAPES = {
-    "tied": {},
-    "untied": {"tie_word_embeddings": False},
-    "experts": {"model_type": "mixtral", "experts": EXPERTS},
-}
-COMMON = {"steps": 3, "learning_rate": 3e-3, "schedule": "constant", "warmup_steps": 0, "device": "cpu"}
-SFT = {"batch_size": 24, "micro_batch_tokens": 100}  # a few rounds
-RL = {
-    "prompts_per_step": 5,
-    "group_size": 4,
-    "max_new_tokens": 8,
-    "updates_per_rollout": 2,
-    "micro_batch_tokens": 80,
-    "reward": "odd.py:odd",
-}
-PPO = {
-    "prompts_per_step": 9,
-    "group_size": 2,
-    "max_new_tokens": 8,
-    "epochs_per_rollout": 2,
-    "minibatches": 2,
-    "micro_batch_tokens": 60,
-}
-CASES = {  # name: (algorithm, shape of the model, flags)
-    "sft": ("sft", "tied", {**SFT, "weight_decay": 0.1, "checkpoint_activations": True}),
-    "sft-lora": ("sft", "untied", {**SFT, "lora_rank": 3}),
-    "sft-head": ("sft", "adapted-head", SFT),  # the base's embedding is also the head under an adapter
-    "grpo-head": ("grpo", "adapted-head", {**RL, "kl_coefficient": 0.1}),
-    "sft-experts": (
-        "sft",
-        "experts",
-        {"batch_size": 5, "micro_batch_tokens": 1},
-    ),  # each row alone: the same balance
-    "sft-experts-lora": ("sft", "experts", {"batch_size": 5, "micro_batch_tokens": 1, "lora_rank": 3}),
-    "reward": (
-        "reward",
-        "untied",
-        {
-            **SFT,
-            "batch_size": 25,
-            "held_out": "pairs.jsonl",
-            "centering": 0.1,
-            "checkpoint_activations": True,
-        },
-    ),
-    "reward-qlora": ("reward", "tied", {**SFT, "lora_rank": 4, "base_4bit": True}),
-    "reward-experts": ("reward", "experts", {"batch_size": 1}),  # one of the processes has nothing to do
-    "dpo": ("dpo", "untied", {**SFT, "batch_size": 25, "held_out": "pairs.jsonl", "beta": 1.0}),
-    "dpo-qlora": ("dpo", "tied", {**SFT, "lora_rank": 4, "base_4bit": True}),
-    "dpo-experts-qlora": (
-        "dpo",
-        "experts",
-        {"batch_size": 4, "micro_batch_tokens": 1, "lora_rank": 3, "base_4bit": True},
-    ),
-    "kto": ("kto", "untied", {**SFT, "batch_size": 25, "beta": 1.0, "wanted_weight": 1.3}),
-    "kto-qlora": ("kto", "tied", {**SFT, "lora_rank": 4, "base_4bit": True}),
-    "kto-idle": ("kto", "tied", {"batch_size": 1}),  # one of the processes has nothing to do
-    "grpo": ("grpo", "tied", {**RL, "kl_coefficient": 0.1, "max_draws": 2, "top_k": 9}),
-    "grpo-lora": ("grpo", "untied", {**RL, "lora_rank": 4, "kl_coefficient": 0.1, "loss": "gspo"}),
-    "grpo-experts": (
-        "grpo",
-        "experts",
-        {**RL, "prompts_per_step": 1},
-    ),  # one of the processes has nothing to do
-    "ppo": (
-        "ppo",
-        "tied",
-        {
-            **PPO,
-            "reward_model": "scores",
-            "kl_target": 0.01,
-            "kl_horizon": 20,
-            "whiten_rewards": True,
-            "missing_end_penalty": 0.5,
-            "critic_learning_rate": 3e-3,
-            "checkpoint_activations": True,
-        },
-    ),
-    "ppo-qlora": (
-        "ppo",
-        "untied",
-        {**PPO, "reward": "odd.py:odd", "lora_rank": 4, "base_4bit": True, "critic": "tied", "top_k": 9},
-    ),
-    "ppo-experts": (
-        "ppo",
-        "experts",
-        {**PPO, "reward": "odd.py:odd", "advantage": "rloo", "prompts_per_step": 1, "minibatches": 1},
-    ),
-    "distill": (
-        "distill",
-        "tied",
-        {**SFT, "teacher": "untied", "student_samples": 0.5, "max_new_tokens": 8, "beta": 0.3, "seed": 1},
-    ),
-    "distill-experts": (  # each row alone: the same balance
-        "distill",
-        "experts",
-        {
-            "batch_size": 5,
-            "micro_batch_tokens": 1,
-            "teacher": "tied",
-            "student_samples": 1.0,
-            "max_new_tokens": 8,
-            "loss": "policy_gradient",
-        },
-    ),
-    "distill-qlora": (
-        "distill",
-        "untied",
-        {**SFT, "teacher": "experts", "lora_rank": 4, "base_4bit": True, "checkpoint_activations": True},
-    ),
-    "distill-stored": ("distill", "tied", {"batch_size": 1, "data": "lessons.safetensors"}),  # one is idle
-}
-
-
-def config(name: str, folder: Path, **changes):
-    algorithm, shape, flags = CASES[name]
-    given = {"model": folder / shape, "data": f"{DATA[algorithm]}.jsonl", **COMMON, **flags, **changes}
-    given |= {flag: folder / given[flag] for flag in FOLDERS if flag in given}
-    if "reward" in given:
-        given["reward"] = (f"{folder}/{given['reward']}",)
-    return MODULES[algorithm].Config(**given)
-
-
-@contextmanager
-def kept_gradients(file: Path):
-    """The first step's of each model, whole, in `file`."""
-    step, found, models = learner.optimizer_step, {}, []
-
-    def keep(model, *rest):
-        if not any(model is earlier for earlier in models):
-            models.append(model)
-            for name, p in model.named_parameters():
-                if p.grad is not None:
-                    found[f"{len(models)}/{name}"] = whole(p.grad).clone()
-        return step(model, *rest)
-
-    learner.optimizer_step = keep
-    try:
-        yield
-    finally:
-        learner.optimizer_step = step
-    if rank() == 0:
-        save_file(found, file)
-
-
-def train(name: str, folder: Path, output: str) -> None:
-    cfg = config(name, folder, output=folder / output / name)
-    cfg.output.parent.mkdir(exist_ok=True)
-    with kept_gradients(folder / output / f"{name}.safetensors"):
-        MODULES[CASES[name][0]].train(cfg)
-
-
-def of_this_process(*given) -> torch.Tensor:
-    """`over_completions` without the sum over processes: of other processes' completions zeros."""
-    with patch("burnish.algorithms.run.batch.sum_over_processes", lambda values: values):
-        return over_completions(*given)
-
-
-FAULTS = {  # by trainer: what is wrong, and what it does in its place
-    "sft": (  # FSDP's own mean over processes
-        "torch.distributed.fsdp.FSDPModule.set_gradient_divide_factor",
-        lambda module, factor: None,
-    ),
-    "kto": (  # z from the process's own completions
-        "burnish.algorithms.kto.over_completions",
-        of_this_process,
-    ),
-    "ppo": (  # advantages whitened over the process's own tokens
-        "burnish.algorithms.run.batch.sum_over_processes",
-        lambda values: values,
-    ),
-}
-RESUMED = ("sft-lora", "reward", "distill", "ppo")
-
-
-def checkpointed(folder: Path, output: str, name: str = "sft-lora", **changes) -> Path:
-    cfg = config(name, folder, output=folder / output / name, save_every=2, **{"steps": 4} | changes)
-    return MODULES[CASES[name][0]].train(cfg)
-
-
-def trained_adapter(folder: Path) -> Transformer:
-    """A model of which an adapter and the head are trained, both by random numbers."""
-    model = load_model(folder / "untied")
-    quantize_base(model)
-    add_lora(model, 3, dora=True, modules_to_save=("lm_head",))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for lora in adapters(model).values():
-            lora.b.normal_(std=0.1, generator=generator)
-        model.lm_head.weight.normal_(generator=generator)
-    return model
-
-
-def work(folder: Path) -> None:
-    """All that two processes do for the tests below, in one start."""
-    torch.set_num_threads(1)
-    with processes("sft", "cpu"):
-        assert world() == 2
-        for name in CASES:
-            train(name, folder, "two")
-        for name, fault in FAULTS.items():
-            with patch(*fault):
-                train(name, folder, "faulty")
-        for name in RESUMED:
-            checkpointed(folder, "whole", name)
-            checkpointed(folder, "cut", name, steps=2)
-        if rank() == 0:
-            shutil.copytree(folder / "cut", folder / "cut-for-one")
-        for name in RESUMED:
-            checkpointed(folder, "cut", name, resume=True)
-            checkpointed(folder, "cut-by-one", name, resume=True)
-        model = trained_adapter(folder)
-        shard(model)
-        streamed = dict(stream_weights(model))
-        if rank() == 0:
-            save_file(streamed, folder / "streamed.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -288,13 +45,16 @@ def inputs(folder, model_folder, demonstrations, prompts, pairs):
             model = Transformer(dataclasses.replace(tied, **changes), seed=0)
             save_model(model, folder / shape, Tokenizer.load(model_folder))
         save_model(ScalarModel(tied, seed=5), folder / "scores", Tokenizer.load(model_folder))
+
         adapted = load_model(folder / "tied")
         add_lora(adapted, 3, targets=("q_proj", "lm_head"), base=str(folder / "tied"))
         torch.nn.init.normal_(adapters(adapted)["lm_head"].b, std=0.1)
         save_model(adapted, folder / "adapted-head", Tokenizer.load(model_folder))
+
         taught = {"model": folder / "untied", "data": folder / "demonstrations.jsonl", "device": "cpu"}
         lessons = teach.teach(teach.Config(output=folder / "taught", top_k=4, **taught))
         shutil.copy(lessons, folder)
+
         rows = [json.loads(line) for line in demonstrations.read_text().splitlines()]
         judged = [json.dumps(row | {"label": i % 4 > 0}) + "\n" for i, row in enumerate(rows)]
         (folder / "judged.jsonl").write_text("".join(judged))  # mostly wanted: the KL baseline is not 0
@@ -316,7 +76,7 @@ def done(inputs):
     if not (inputs / "streamed.safetensors").exists():
         for name in RESUMED:
             checkpointed(inputs, "cut-by-one", name, steps=2)
-        ran = torchrun(__file__, inputs)
+        ran = torchrun(two_processes.__file__, inputs)
         assert ran.returncode == 0, ran.stderr[-4000:]
     return inputs
 
@@ -353,6 +113,7 @@ def test_two_processes_train_as_one(done, name):
     train(name, done, "one")
     one, two = done / "one", done / "two"
     check_alike(two, one, name)
+
     files = [{file.name: file for file in (run / name / "model").iterdir()} for run in (one, two)]
     assert files[0].keys() == files[1].keys()  # the same Hugging Face folder
     for file in files[0].keys() - {"model.safetensors", "adapter_model.safetensors"}:
@@ -360,6 +121,7 @@ def test_two_processes_train_as_one(done, name):
         assert SHIFT.sub(b"", got) == SHIFT.sub(b"", expected), file
         shifts = [[float(number) for number in SHIFT.findall(text)] for text in (got, expected)]
         torch.testing.assert_close(*shifts, rtol=1e-4, atol=1e-4)
+
     for trained in {"model", "critic"} & {folder.name for folder in (one / name).iterdir()}:
         close(weights_of(two / name / trained), weights_of(one / name / trained), 1e-4)
     if "held_out" in CASES[name][2]:
@@ -435,6 +197,7 @@ def test_a_process_that_dies_ends_the_job(inputs, tmp_path, death):
         f"    if os.environ['RANK'] == '1' and len(calls) > 1:\n        {last_words}\n"
         "    return [float(len(c)) for c in completions]\n"
     )
+
     flags = {
         "model": inputs / "tied",
         "data": inputs / "prompts.jsonl",
@@ -447,9 +210,11 @@ def test_a_process_that_dies_ends_the_job(inputs, tmp_path, death):
         "group-size": 2,
         "max-new-tokens": 4,
     }
+
     given = [word for flag, value in flags.items() for word in (f"--{flag}", value)]
     started = time.monotonic()
     ran = torchrun("-m", "burnish.algorithms.grpo", *given, "--device", "cpu")
+
     assert ran.returncode == 1 and time.monotonic() - started < 120
     if death == "exception":
         assert "planted" in ran.stderr and "grpo: process 1 of 2" in ran.stderr
@@ -512,7 +277,3 @@ def test_shares_are_the_batch_in_as_many_rounds(monkeypatch, several):
         sum(lengths[i] for i in part) <= 200 for part in members
     )  # the longest, which is beyond the capacity
     assert shares([3], 100) == [[]]  # of the last rank, with nothing to do
-
-
-if __name__ == "__main__":
-    work(Path(sys.argv[1]))

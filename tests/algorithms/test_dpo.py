@@ -28,7 +28,7 @@ def metrics_of(folder):
 
 
 def loss_of(name, chosen, rejected, num_pairs):
-    """With the flags' defaults; the NLL has a weight of its own."""
+    """A variant's loss with its flags' defaults; the NLL has a weight of its own."""
     flags = {flag: value for flag, value in VARIANTS[name].flags.items() if flag != "nll_weight"}
     return VARIANTS[name].loss(chosen, rejected, num_pairs, **flags)
 
@@ -68,6 +68,7 @@ def test_values_by_hand():
     odds = lambda score: math.exp(score) / (1 - math.exp(score))
     smooth = -0.8 * math.log(sigmoid(0.75)) - 0.2 * math.log(sigmoid(-0.75))
     robust = (-0.8 * math.log(sigmoid(0.75)) + 0.2 * math.log(sigmoid(-0.75))) / 0.6
+
     for name, flags, expected in [
         ("dpo", {}, -math.log(sigmoid(0.75))),
         ("cdpo", {"label_smoothing": 0.2}, smooth),
@@ -80,9 +81,11 @@ def test_values_by_hand():
     ]:
         loss = VARIANTS[name].loss(chosen, rejected, 1, beta=0.5, **flags)
         assert loss.item() == pytest.approx(expected, rel=1e-6), name
+
     expected = -0.5 * math.log(sigmoid(math.log(odds(-0.4) / odds(-2.0))))
     orpo = VARIANTS["orpo"].loss(torch.tensor([-0.4]), torch.tensor([-2.0]), 1, beta=0.5)
     assert orpo.item() == pytest.approx(expected, rel=1e-6)
+
     wanted = torch.tensor([True, False])
     expected = (2 * (1 - sigmoid(0.4)) + 3 * (1 - sigmoid(0.35))) / 2
     found = kto_loss(torch.tensor([1.0, -0.5]), wanted, 0.2, 2, beta=0.5, wanted_weight=2, unwanted_weight=3)
@@ -172,12 +175,14 @@ def test_soft_labels_lead_to_the_known_optimum(seed):
     rewards = torch.randn(count, generator=generator)
     ref = torch.log_softmax(torch.randn(count, generator=generator), 0)
     optimum = torch.log_softmax(ref + rewards / beta, 0)
+
     logits = ref.clone().requires_grad_()
     first, second = torch.combinations(torch.arange(count)).unbind(1)
     wrong = torch.sigmoid(rewards[second] - rewards[first])  # how often the second is preferred
     optimizer = torch.optim.Adam([logits], lr=0.05)
     kl = lambda: (optimum.exp() * (optimum - torch.log_softmax(logits, 0))).sum().item()
     start = kl()
+
     for _ in range(400):
         optimizer.zero_grad()
         ratio = torch.log_softmax(logits, 0) - ref
@@ -198,15 +203,18 @@ def test_a_transformer_reaches_it_too(seed):
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.mul_(10)
+
     completions = [Completion([a, b], [True, True]) for a in range(4) for b in range(4)]
     packed = pack([[0, 1, 2], *(c.tokens for c in completions)], [-1] + [0] * 16)
     rows = torch.arange(3, 35)
     logprobs = lambda: model.score(packed, rows)[0].view(16, 2).sum(1)
+
     beta, rewards = 0.5, torch.randn(16, generator=torch.Generator().manual_seed(seed))
     ref = logprobs().detach()
     optimum = torch.log_softmax(ref + rewards / beta, 0)
     kl = lambda: (optimum.exp() * (optimum - logprobs())).sum().item()
     assert ref.exp().sum().item() == pytest.approx(1, abs=1e-5) and (start := kl()) > 0.3
+
     first, second = torch.combinations(torch.arange(16)).unbind(1)
     wrong = torch.sigmoid(rewards[second] - rewards[first])
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -255,6 +263,7 @@ def test_only_trained_tokens_count(cfg):
         ),
     )
     pairs = [hidden_turn, *pairs[1:]]
+
     found = completion_logprobs(model, pairs, 64)
     for pair, both in zip(pairs, found, strict=True):
         for completion, total in zip(pair.completions, both, strict=True):
@@ -332,7 +341,7 @@ def same_run(one_output, one_model, other_output, other_model):
 
 
 def test_the_reference_stays_where_training_began(cfg):
-    """In the second epoch, too, the margin is that of the trained model against the first."""
+    """The margin is that of the trained model against the first, in the second epoch, too."""
     trained = dpo.train(dataclasses.replace(cfg, steps=7, save_every=6))  # 6 steps are an epoch of 64 pairs
     tokenizer = Tokenizer.load(trained)
     pairs, _ = preferences(read_rows(cfg.data), tokenizer, max_length=64)

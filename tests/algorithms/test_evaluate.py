@@ -119,12 +119,14 @@ def test_answers_are_judged_and_written(cfg, tmp_path, capsys):
         "def starts_even(completions, **_):\n    return [float(text[:1] in tuple('02468')) for text in completions]\n"
     )
     cfg = dataclasses.replace(cfg, reward=(f"{answers}:starts_even",), answer=f"{answers}:first")
+
     figures = evaluate.evaluate(cfg)
     records = [json.loads(line) for line in (cfg.output / "samples.jsonl").read_text().splitlines()]
     greedy, sampled = records[:32], records[32:]
     assert (
         len(sampled) == 32 * 4 and all(r["greedy"] for r in greedy) and not any(r["greedy"] for r in sampled)
     )
+
     assert figures["greedy"] == pytest.approx(100 * sum(r["right"] for r in greedy) / 32)
     assert figures["pass@1"] == pytest.approx(100 * sum(r["right"] for r in sampled) / 128)
     groups = [sampled[i : i + 4] for i in range(0, 128, 4)]
@@ -133,6 +135,7 @@ def test_answers_are_judged_and_written(cfg, tmp_path, capsys):
     assert figures["pass@1_error"] == pytest.approx(torch.tensor(shares).std().item() / math.sqrt(32))
     assert 0 < figures["pass@1"] < figures["pass@2"] < figures["pass@4"] < 100
     assert "pass@8" not in figures and 0 <= figures["majority"] <= 100
+
     assert all(r["right"] == (r["completion"][:1] in tuple("02468")) for r in records)
     result = json.loads((cfg.output / "result.json").read_text())
     assert result["figures"] == figures and result["config"]["samples"] == 4
@@ -152,12 +155,14 @@ def test_what_functions_log_is_beside_the_samples(cfg, tmp_path, capsys):
         "    return [float('nan') if not text else (text[0], len(text)) for text in completions]\n"
     )
     mine = f"{tmp_path}/mine.py"
+
     figures = evaluate.evaluate(dataclasses.replace(cfg, reward=(f"{mine}:mine",), answer=f"{mine}:answer"))
     assert figures["metric/completions"] == 32 * 4 and figures["majority"] == 0
     for record in map(json.loads, (cfg.output / "samples.jsonl").read_text().splitlines()):
         text = record["completion"]
         assert record["extra"] == {"first": text[:1] or None, "length": len(text)}
         assert record["answer"] == ([text[0], len(text)] if text else None)
+
     printed = capsys.readouterr().out
     assert "reward mine: None for every sample: it has judged nothing" in printed
     lines = [line.split() for line in printed.splitlines()]
@@ -181,6 +186,7 @@ def test_perplexity_is_that_of_the_trained_tokens(cfg, demonstrations):
     figures = evaluate.evaluate(cfg)
     tokenizer, model = Tokenizer.load(cfg.model), load_model(cfg.model)
     examples, _ = sft_examples(read_rows(demonstrations), tokenizer, max_length=64, train_on="completion")
+
     nats, tokens = 0.0, 0
     with torch.no_grad():
         for example in examples:
@@ -189,6 +195,7 @@ def test_perplexity_is_that_of_the_trained_tokens(cfg, demonstrations):
                 if example.mask[t]:
                     nats -= logprobs[t - 1, example.tokens[t]].item()
                     tokens += 1
+
     assert figures["tokens"] == tokens
     assert figures["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
     records = [json.loads(line) for line in (cfg.output / "samples.jsonl").read_text().splitlines()]
@@ -206,6 +213,7 @@ def reward_model(model_folder, tmp_path):
 def test_a_reward_model_is_judged_on_pairs(cfg, reward_model, pairs, tmp_path, capsys):
     cfg = dataclasses.replace(cfg, model=reward_model, data=pairs, reward=(), micro_batch_tokens=100)
     figures = evaluate.evaluate(cfg)
+
     model, tokenizer = load_scalar_model(reward_model), Tokenizer.load(reward_model)
     right, margins = [], []
     for row in map(json.loads, pairs.read_text().splitlines()):
@@ -216,16 +224,20 @@ def test_a_reward_model_is_judged_on_pairs(cfg, reward_model, pairs, tmp_path, c
         chosen, rejected = (model.values(pack([t]), torch.tensor([len(t) - 1])).item() for t in texts)
         right.append(float(chosen > rejected))
         margins.append(chosen - rejected)
+
     p = sum(right) / 64
     assert 0 < p < 1 and figures["pairs"] == 64
     assert figures["accuracy"] == pytest.approx(100 * p)
     assert figures["accuracy_error"] == pytest.approx(100 * math.sqrt(p * (1 - p) / 63))
     assert figures["margin"] == pytest.approx(sum(margins) / 64, abs=1e-5)
     assert figures["margin_error"] == pytest.approx(torch.tensor(margins).std().item() / 8, abs=1e-5)
+
     records = [json.loads(line) for line in (cfg.output / "samples.jsonl").read_text().splitlines()]
     assert [record["right"] for record in records] == right
     assert json.loads((cfg.output / "result.json").read_text())["figures"] == figures
     assert "accuracy" in capsys.readouterr().out
+
+    # the same pairs the other way round
     swapped = [json.loads(line) for line in pairs.read_text().splitlines()]
     swapped = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in swapped]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in swapped))
@@ -253,6 +265,7 @@ def test_wrong_flags_are_named(cfg, tmp_path):
         evaluate.evaluate(dataclasses.replace(cfg, reward=(), answer="x.py:f"))
     with pytest.raises(InputError, match="--k: expected numbers of at least 1"):
         evaluate.evaluate(dataclasses.replace(cfg, k=(0,)))
+
     short = tmp_path / "short.py"
     short.write_text("def f(completions, **_):\n    return completions[1:]\n")
     with pytest.raises(InputError, match="--answer: expected 32 answers"):
@@ -262,6 +275,7 @@ def test_wrong_flags_are_named(cfg, tmp_path):
         InputError, match="--answer: expected a column 'solution', which it takes; the data has ans"
     ):
         evaluate.evaluate(dataclasses.replace(cfg, answer=f"{short}:f"))
+
     short.write_text(
         "def f(completions, log_extra):\n"
         "    log_extra('x', completions)\n"
@@ -270,6 +284,7 @@ def test_wrong_flags_are_named(cfg, tmp_path):
     both = {"reward": (f"{short}:f",), "answer": f"{short}:f"}
     with pytest.raises(InputError, match="--answer: log_extra: column 'x' is that of a reward"):
         evaluate.evaluate(dataclasses.replace(cfg, **both))
+
     with pytest.raises(InputError, match="--reward-timeout: expected a number between"):
         evaluate.evaluate(dataclasses.replace(cfg, reward_timeout=math.inf))
     short.write_text("import time\ndef f(completions):\n    time.sleep(60)\n")

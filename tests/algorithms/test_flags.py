@@ -81,7 +81,7 @@ def test_a_default_is_within_the_bounds(command):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method(DropoutFlags, SupervisedFlags):
-    """As a method writes its own: three defaults, a flag of its own, one with other bounds and another help."""
+    """A method's own flags: three other defaults, one flag more, one with other bounds and another help."""
 
     output: Path = Path("runs")
     learning_rate: float = 3e-4
@@ -186,7 +186,7 @@ def the_class_that_is_named_last_counts() -> None:
 
 
 def test_a_class_that_overrides_a_bound_is_seen(monkeypatch):
-    """In whichever class of a Config's line it stands: the one that is named last counts."""
+    """A bound stands in any class of a Config's line: the one that is named last counts."""
     the_class_that_is_named_last_counts()
     assert helps(Below)["steps"] == "none, too"
 

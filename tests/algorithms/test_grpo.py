@@ -90,7 +90,7 @@ def test_a_reward_that_never_differs_changes_no_weight(cfg, tmp_path, capsys):
 
 @pytest.fixture
 def small(model_folder, prompts, tmp_path):
-    """From random weights."""
+    """A run from random weights."""
     return grpo.Config(
         model=model_folder,
         data=prompts,
@@ -192,6 +192,7 @@ def test_micro_batches_share_the_prompt_and_keep_every_sample_once():
         ),
         Group(Prompt([7], "b", {}), [sample(1, [8, 8, 8]), sample(1, [9])], torch.zeros(2)),
     ]
+
     needed = torch.tensor([True, True, False, True, True])
     (whole,) = make_split_batches(groups, needed, 1000, "cpu")
     assert whole.packed.tokens.tolist() == [1, 2, 3, 4, 5, 5, 7, 8, 8, 8, 9]
@@ -200,6 +201,7 @@ def test_micro_batches_share_the_prompt_and_keep_every_sample_once():
     assert whole.lengths.tolist() == [1, 2, 3, 1]
     assert whole.positions.tolist() == [0, 1, 2, 4, 5, 6, 7]  # the third sample's token is the fourth of all
     assert whole.sampled_logprob.tolist() == [0, 0, 1, 0, 1, 2, 0]
+
     cut = make_split_batches(groups, needed, 5, "cpu")
     assert [batch.packed.tokens.tolist() for batch in cut] == [[1, 2, 3, 4], [1, 2, 3, 5, 5], [7, 8, 8, 8, 9]]
     assert all(batch.packed.parents is not None for batch in cut)
@@ -229,7 +231,7 @@ def test_a_group_trains_on_its_prompt_once(cfg, monkeypatch):
     "change", [{}, {"temperature": 0.7}, {"top_k": 4}, {"top_p": 0.8, "temperature": 1.3}], ids=str
 )
 def test_the_sampler_is_the_scorer(cfg, change):
-    """In fp32, with the support that truncation kept: the sampler's log-probabilities are the trainer's."""
+    """The sampler's log-probabilities are the trainer's, in fp32 and with the support that truncation kept."""
     grpo.train(dataclasses.replace(cfg, kl_coefficient=0.01, steps=2, **change))
     assert all(0 <= line["mismatch"] < 1e-4 for line in metrics_of(cfg.output))
 
@@ -264,17 +266,19 @@ def test_a_mismatch_changes_the_weights(cfg, tmp_path, monkeypatch):
 
 
 def test_dynamic_sampling_replaces_flat_groups(cfg, tmp_path, monkeypatch):
-    """Only the prompts that begin with an even digit have rewards that differ."""
+    """Rewards differ for the prompts alone that begin with an even digit."""
     (tmp_path / "even.py").write_text(
         "def even(prompts, completion_ids, **_):\n"
         "    return [float(i % 2) if int(p[0]) % 2 == 0 else 1.0 for i, p in enumerate(prompts)]\n"
     )
+
     seen, whole = [], grpo.make_split_batches
     monkeypatch.setattr(
         grpo,
         "make_split_batches",
         lambda groups, *a: seen.append([g.row.text for g in groups]) or whole(groups, *a),
     )
+
     cfg = dataclasses.replace(cfg, reward=(f"{tmp_path}/even.py:even",), max_draws=6)
     grpo.train(cfg)
     lines = metrics_of(cfg.output)
@@ -282,8 +286,10 @@ def test_dynamic_sampling_replaces_flat_groups(cfg, tmp_path, monkeypatch):
         assert len(texts) == line["groups"] == 8 and all(int(text[0]) % 2 == 0 for text in texts)
         assert 1 < line["draws"] <= 6 and line["flat_groups"] > 0
         assert line["tokens"] == pytest.approx(line["length"] * line["draws"] * 8 * 4)  # all that was sampled
+
     grpo.train(dataclasses.replace(cfg, max_draws=1, output=tmp_path / "one"))
     assert all(line["draws"] == 1 and line["groups"] == 8 for line in metrics_of(tmp_path / "one"))
+
     flat = tmp_path / "flat"
     (tmp_path / "same.py").write_text("def same(completions, **_):\n    return [1.0] * len(completions)\n")
     trained = grpo.train(
@@ -294,7 +300,7 @@ def test_dynamic_sampling_replaces_flat_groups(cfg, tmp_path, monkeypatch):
 
 
 def test_truncated_samples_leave_numerator_and_denominator(cfg, monkeypatch):
-    """And the mean of their group: what is left is a step on the others alone."""
+    """They leave the mean of their group, too: what is left is a step on the others alone."""
     seen, whole = [], grpo.make_split_batches
 
     def recorded(groups, needed, *a):

@@ -35,8 +35,8 @@ def tokenizer_of(*more: str) -> Tokenizer:
 
 def save(folder, rows=ROWS, scalar=False, tokenizer=None):
     """A model of which every row beyond VOCABULARY's is far more likely than all others."""
-    config = ModelConfig(vocab_size=rows, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-                         num_attention_heads=2, eos_token_id=0)  # fmt: skip
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = ModelConfig(vocab_size=rows, eos_token_id=0, **shape)
     model = Transformer(config, seed=0)
     with torch.no_grad():
         model.embed_tokens.weight[:, 0] = 1.0
@@ -256,6 +256,7 @@ def test_lessons_of_a_wider_teacher_are_refused_where_they_hold_its_ids(place):
         lessons = teach.teach(
             teach.Config(model=model, data=data, output=output, top_k=top_k, device="cpu", **answers)
         )
+
         how = {"loss": "divergence" if top_k else "sequence"}
         run = distill.Config(
             model=place / "model", data=lessons, output=place / f"out-{top_k}", **how, **TRAIN
@@ -267,6 +268,7 @@ def test_lessons_of_a_wider_teacher_are_refused_where_they_hold_its_ids(place):
             InputError, match=rf"lessons\.safetensors lesson 1: token '{IMAGE}': the model has no row"
         ):
             distill.train(run)
+
     with pytest.raises(
         InputError, match=rf"--top-k: expected at most the vocabulary, {ROWS}, got {ROWS + 1}"
     ):

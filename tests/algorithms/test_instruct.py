@@ -93,6 +93,7 @@ def finished(tmp_path_factory):
         evaluation_samples=10,
         device="cpu",
     )
+
     recipes, run = [], instruct.Recipe.run
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         patch.setattr(instruct.Recipe, "run", lambda recipe: recipes.append(run(recipe)) or recipe)
@@ -112,6 +113,7 @@ def test_every_stage_runs_and_is_reported(finished):
             rf"<td>{stage}</td>\s*<td>\s*<span .*\s*<span class=\"number\">{gold_reward:.2f}<", page
         )
         assert re.search(rf"^{stage} +gold +{gold_reward:.2f}", printed.split("medians")[1], re.MULTILINE)
+
     assert "<svg" in page and not re.search(r"<script|(src|href)=\"http", page)
     assert sorted(path.name for path in cfg.output.iterdir()) == ["report.html", "seed-0", "seed-1"]
     for stage in FOLDERS:
@@ -119,6 +121,7 @@ def test_every_stage_runs_and_is_reported(finished):
         assert (folder / "model" / "model.safetensors").is_file() and (
             folder / "metrics.jsonl"
         ).stat().st_size
+
     with pytest.raises(InputError, match="expected a new or empty folder, found one in use"):
         instruct.train(cfg)
 
@@ -138,6 +141,7 @@ def test_figures_are_those_of_the_samples(finished):
     sft = recipe.scores["SFT"]
     assert sft.kl == 0 and 30 < sft.wins < 70 and recipe.scores["PPO"].kl != 0
     assert sft.length == mean(len(sample.tokens) for sample in recipe.sample(recipe.sft, 10, seed=4))
+
     letters = [LETTERS[sample.prompt_index] for sample in recipe.opponents]
     prompts = [recipe.tokenizer.encode(f"{letter}:") for letter in letters]
     answers = map(instruct.as_completion, recipe.opponents)
@@ -146,6 +150,7 @@ def test_figures_are_those_of_the_samples(finished):
     proxy = over_completions(model, judged, lambda batch: batch.scores(model), 10**6).mean().item()
     golds = gold(list(map(recipe.decode, recipe.opponents)), letter=letters)
     assert proxy + recipe.shift == pytest.approx(mean(golds), abs=1e-5)
+
     steps = [json.loads(line) for line in (recipe.folder / "ppo" / "metrics.jsonl").read_text().splitlines()]
     kl, golds, proxies = recipe.paths()["PPO"]
     assert golds == [step["reward/gold"] for step in steps] and kl == [step["kl"] for step in steps]
@@ -187,6 +192,7 @@ def test_preferences_that_say_nothing_teach_nothing(tmp_path):
         dpo_steps=50,
         device="cpu",
     )
+
     run = instruct.Recipe(cfg, cfg.output, 0).run()
     sft = run.scores["SFT"].gold
     assert run.scores["PPO"].gold < sft + 0.3 and run.scores["DPO"].gold < sft + 0.3

@@ -129,7 +129,7 @@ def test_a_planted_fault_is_caught(fault, cfg, tmp_path, monkeypatch):
 
 
 def train(cfg: Config) -> tuple[Path, list[list[int]], list[list[torch.Tensor]]]:
-    """What a method does. Returns the result, the rows of each step, and the weights after it."""
+    """Train as a method does. Returns the result, the rows of each step, and the weights after it."""
     model = load_model(cfg.model)
     policy, tokenizer = Learner(cfg, model), Tokenizer(make_tokenizer(), eos="<eos>")
     rows, states = [], []

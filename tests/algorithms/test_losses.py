@@ -115,10 +115,12 @@ def test_what_each_kl_estimator_is_for():
     expected = lambda weights, loss: sum(weights[i] * loss(i) for i in range(6))
     grad = lambda value: torch.autograd.grad(value, logits, retain_graph=True)[0]
     reverse, forward = (log_p.exp() * (log_p - log_q)).sum(), (q * (log_q - log_p)).sum()
+
     k1 = expected(p, lambda i: log_p[i] - log_q[i])
     k2 = expected(p, lambda i: k2_loss(log_p[i], log_q[i], 1.0)[0])
     k3 = expected(p, lambda i: k3_loss(log_p[i], log_q[i], 1.0)[0])
     rho_k3 = expected(old, lambda i: rho_k3_loss(log_p[i], log_old[i], log_q[i], 1.0)[0])
+
     for value in (k1, k3, rho_k3):
         assert value.item() == pytest.approx(reverse.item())
     assert abs(k2.item() - reverse.item()) > 1e-3
@@ -167,7 +169,7 @@ def test_grpo_clips_each_sign_of_advantage_on_its_own_side():
 
 
 def test_grpo_first_step_identities():
-    """On policy: ratio 1, KL 0, a loss of -sum A n / N, and a gradient that is not zero."""
+    """A step on policy has ratio 1, KL 0, a loss of -sum A n / N, and a gradient that is not zero."""
     lengths = torch.tensor([3, 1, 4, 2])
     advantage = torch.tensor([1.5, -0.5, -0.5, -0.5], dtype=torch.float64)
     logprob = logprobs(10).requires_grad_()
@@ -249,7 +251,7 @@ def test_a_group_of_one_has_no_advantage():
 
 
 def brute_force_gae(rewards, values, gamma, lam):
-    """Of one sequence of real tokens: the sum over k, written as it stands in the paper."""
+    """The advantages of one sequence of real tokens: the sum over k as the paper writes it."""
     values = [*values, 0.0]
     deltas = [r + gamma * values[t + 1] - values[t] for t, r in enumerate(rewards)]
     return [sum((gamma * lam) ** k * d for k, d in enumerate(deltas[t:])) for t in range(len(rewards))]
@@ -271,7 +273,7 @@ def test_gae_against_brute_force(gamma, lam):
 
 
 def test_every_token_returns_the_score():
-    """With gamma = lambda = 1 and beta = 0."""
+    """Returns at gamma = lambda = 1 and beta = 0."""
     lengths, score = torch.tensor([3, 1, 5]), torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
     mask = torch.arange(5) < lengths[:, None]
     reward = token_rewards(score, torch.randn(3, 5, dtype=torch.float64), lengths, 0.0)

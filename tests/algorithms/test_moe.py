@@ -44,12 +44,14 @@ def test_sft_and_grpo_train_experts(sparse, demonstrations, prompts, tmp_path):
     assert lines[-1]["loss"] < 0.6 * lines[0]["loss"]
     assert all(1.9 < line["balance"] < 4 and 1 <= line["busiest_expert"] <= 2 for line in lines)
     assert all(line["dropped"] == 0 for line in lines)
+
     before, after = load_model(sparse), load_model(start)
     moved = [
         bool((a != b).any())
         for a, b in zip(before.layers[0].mlp.parameters(), after.layers[0].mlp.parameters(), strict=True)
     ]
     assert all(moved)
+
     grpo.train(
         grpo.Config(
             model=start,
@@ -64,6 +66,7 @@ def test_sft_and_grpo_train_experts(sparse, demonstrations, prompts, tmp_path):
             device="cpu",
         )
     )
+
     lines = metrics_of(tmp_path / "grpo")
     first, last = (sum(line["reward"] for line in part) / 5 for part in (lines[:5], lines[-5:]))
     assert last > first + 0.1
@@ -94,9 +97,11 @@ def test_adapters_on_experts_in_4_bits(sparse, demonstrations, prompts, tmp_path
     start = sft.train(sft_config(sparse, demonstrations, tmp_path / "sft", **flags))
     lines = metrics_of(tmp_path / "sft")
     assert lines[-1]["loss"] < 0.97 * lines[0]["loss"]
+
     (tmp_path / "rewards.py").write_text(
         "def length(completions, **_):\n    return [len(c) for c in completions]\n"
     )
+
     output = grpo.train(
         grpo.Config(
             model=start,
@@ -111,6 +116,7 @@ def test_adapters_on_experts_in_4_bits(sparse, demonstrations, prompts, tmp_path
             device="cpu",
         )
     )
+
     before, after = load_model(start), load_model(output)
     for model in (before, after):
         assert all(layer.four_bit is not None for name, layer in linears(model).items() if name != "lm_head")

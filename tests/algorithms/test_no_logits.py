@@ -40,6 +40,7 @@ def configs(model_folder, demonstrations, prompts, pairs, tmp_path):
     (tmp_path / "reward.py").write_text(
         "def odd(completion_ids, **_):\n    return [float(sum(i % 2 for i in ids)) for ids in completion_ids]\n"
     )
+
     common = {"model": folder, "steps": 1, "device": "cpu", "output": tmp_path / "out"}
     rl = common | {"data": prompts, "reward": (f"{tmp_path / 'reward.py'}:odd",), "max_new_tokens": 16}
     divergence = common | {"data": demonstrations, "teacher": folder, "batch_size": 64}

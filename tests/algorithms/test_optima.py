@@ -1,4 +1,4 @@
-"""Where training ends, beside where the mathematics says that it does, on tasks small enough to enumerate.
+"""The ends of training, beside those that the mathematics gives, on tasks small enough to enumerate.
 
 Completions are of one or two tokens, so the policy is a table that can be read off the model exactly.
 """
@@ -59,6 +59,7 @@ def task(tmp_path, seed) -> Task:
         tie_word_embeddings=True,
         eos_token_id=EOS,
     )
+
     tokenizer = Tokenizer(make_tokenizer(), eos="<eos>")
     save_model(Transformer(config, seed=seed), tmp_path / "start", tokenizer)
     prompts, rewards = tmp_path / "prompts.jsonl", tmp_path / "rewards.py"
@@ -110,6 +111,7 @@ def test_ppo_reaches_the_known_optimum(task, tmp_path, advantage):
     reference = table(task.common["model"])
     optimum = torch.log_softmax(reference + WORTH / beta, 1)
     assert (reference.exp().sum(1) - 1).abs().max() < 1e-5  # the completions are all there are
+
     critic = {"critic_learning_rate": 1e-2} if advantage == "gae" else {}
     trained = task.train(
         ppo,
@@ -125,6 +127,7 @@ def test_ppo_reaches_the_known_optimum(task, tmp_path, advantage):
         minibatches=2,
         **critic,
     )
+
     assert kl(reference, optimum) > 0.5 and kl(trained, optimum) < 0.02
 
 
@@ -137,13 +140,14 @@ def test_ppo_reaches_the_known_optimum(task, tmp_path, advantage):
     ],
 )
 def test_grpo_settles_at_its_fixed_point(task, tmp_path, estimator):
-    """With p the rate of success, q the reference's, and large groups, GRPO pulls p up by sqrt(p (1 - p)).
+    """GRPO pulls p, the rate of success, up by sqrt(p (1 - p)) where groups are large; q is the reference's.
 
     k3 in the loss pulls back by beta (p - q), the gradient of KL(ref || pi). k2 and rho k3 have that of KL(pi || ref):
     beta p (1 - p) (logit p - logit q).
     """
     beta = 1.5
     q = successes(table(task.common["model"]))
+
     p = successes(
         task.train(
             grpo,
@@ -158,6 +162,7 @@ def test_grpo_settles_at_its_fixed_point(task, tmp_path, estimator):
             schedule="linear",
         )
     )
+
     pull = (p * (1 - p)).sqrt()
     forward, reverse = beta * (p - q), beta * p * (1 - p) * (p.logit() - q.logit())
     here, elsewhere = (forward, reverse) if estimator == "k3" else (reverse, forward)
@@ -210,6 +215,7 @@ def test_a_student_becomes_its_teacher(task, teacher, tmp_path, flags):
     """Both KLs, their mixture, and the policy gradient have one optimum where the student can be the teacher."""
     target, prompts = table(teacher), tmp_path / "many.jsonl"
     prompts.write_text("".join(json.dumps(prompt_row(problem)) + "\n" for problem in PROBLEMS * 64))
+
     cfg = distill.Config(
         model=task.common["model"],
         teacher=teacher,
@@ -224,6 +230,7 @@ def test_a_student_becomes_its_teacher(task, teacher, tmp_path, flags):
         device="cpu",
         **{"steps": 150, "batch_size": 16, **flags},
     )
+
     trained = table(distill.train(cfg))
     assert kl(target, table(cfg.model)) > 0.2
     assert kl(target, trained) < 0.01 and kl(trained, target) < 0.01

@@ -24,16 +24,19 @@ def ours(golden) -> dict[str, float]:
         name: values if name == "lengths" else torch.tensor(values)
         for name, values in golden["inputs"].items()
     }
+
     lengths = torch.tensor(inputs["lengths"])
     beta = golden["beta"]
     logprob = torch.cat([row[:length] for row, length in zip(inputs["logprob"], lengths, strict=True)])
     total = torch.segment_reduce(logprob, "sum", lengths=lengths)
     given = {"beta": beta, "label_smoothing": golden["label_smoothing"], "gamma": golden["gamma"]}
+
     found = {}
     for name, variant in VARIANTS.items():
         flags = {flag: value for flag, value in given.items() if flag in variant.flags}
         chosen, rejected = variant.scores(total, inputs["ref_logprob"], lengths).view(2, 4)
         found[name] = variant.loss(chosen, rejected, 4, **flags)
+
     kl = (inputs["kl_logprob"] - inputs["ref_kl_logprob"]).mean().clamp(min=0)
     found["kto"] = kto_loss(total - inputs["ref_logprob"], inputs["labels"], kl, 8, beta, 1.2, 0.8)
     chosen, rejected = inputs["scores"].view(2, 4)
@@ -60,6 +63,7 @@ def test_each_setting_is_felt(golden):
         "kl_logprob": {"kto"},
         "margin": {"bradley_terry", "centered"},
     }
+
     before = ours(golden)
     for name, expected in readers.items():
         place = golden if name in golden else golden["inputs"]

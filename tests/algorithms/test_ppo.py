@@ -119,7 +119,7 @@ def test_the_critic_starts_from_the_reward_model(cfg, reward_model):
 
 
 def test_a_value_is_that_of_the_state_before_its_token(reward_model):
-    """What follows a token, and the token itself, change nothing in its value."""
+    """A token itself, and those behind it, change nothing in its value."""
     critic = load_scalar_model(reward_model)
     values = []
     for tokens in ([5, 6, 7], [5, 6, 8], [5, 9, 7]):
@@ -199,14 +199,17 @@ def test_scores_that_never_differ_are_said(cfg, tmp_path, capsys):
         "    log_extra('half', ['\\ud800'] * len(completions))\n"
         "    return [0.5] * len(completions)\n"
     )
+
     run = dataclasses.replace(cfg, reward=(f"{tmp_path}/flat.py:flat",), reward_timeout=60.0)
     ppo.train(run)
     assert "every sample of the run scored 0.5: the rewards taught nothing\n" in capsys.readouterr().out
     assert [line["metric/step"] for line in metrics_of(run.output)] == [0, 1]
     records = [json.loads(line) for line in (run.output / "completions.jsonl").read_text().splitlines()]
     assert len(records) == 32 and records[-1]["extra"] == {"half": "\ud800"} and records[-1]["step"] == 1
+
     ppo.train(dataclasses.replace(cfg, output=tmp_path / "varied"))
     assert "taught nothing" not in capsys.readouterr().out
+
     (tmp_path / "flat.py").write_text("def flat(prompts):\n    return [len(set(p)) for p in prompts]\n")
     by_prompt = {"advantage": "rloo", "group_size": 2, "output": tmp_path / "by-prompt", "steps": 1}
     ppo.train(dataclasses.replace(run, **by_prompt))

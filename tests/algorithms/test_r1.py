@@ -85,14 +85,17 @@ def test_every_stage_runs_and_is_reported(short, capsys, monkeypatch):
     monkeypatch.setattr(r1, "accuracy", lambda completions, answer: [1.0] * len(completions))
     report = r1.train(dataclasses.replace(short, seeds=2))
     page, printed = report.read_text(), capsys.readouterr().out
+
     for stage in STAGES:
         assert stage in page and stage in printed
     assert "<svg" in page and not re.search(r"<script|(src|href)=\"http", page)
     names = ["figures.json", "report.html", "seed-0", "seed-1"]
     assert sorted(path.name for path in short.output.iterdir()) == names
+
     figures = json.loads((short.output / "figures.json").read_text())
     assert list(figures["scores"]) == STAGES and figures["scores"]["R1"]["published"] == 79.8
     assert [len(curves["zero"]) for curves in figures["curves"]] == [2, 2]
+
     for stage in (
         "base",
         "zero",
@@ -108,6 +111,7 @@ def test_every_stage_runs_and_is_reported(short, capsys, monkeypatch):
         assert (folder / "model" / "model.safetensors").is_file() and (
             folder / "metrics.jsonl"
         ).stat().st_size
+
     with pytest.raises(InputError, match="expected a new or empty folder, found one in use"):
         r1.train(short)
 

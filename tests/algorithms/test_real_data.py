@@ -25,19 +25,18 @@ def head(source, target, rows):
 
 def test_sft_on_gsm8k(stories, shared_data, tmp_path, capsys):
     data = head(shared_data / "gsm8k" / "train.jsonl", tmp_path / "gsm8k.jsonl", 64)
-    arguments = [
-        "--model",
-        stories,
-        "--data",
-        data,
-        "--output",
-        tmp_path / "out",
-        "--steps",
-        "12",
+    arguments = ["--model", stories, "--data", data, "--output", tmp_path / "out", "--steps", "12"]
+    arguments += [
         "--batch-size",
         "16",
+        "--learning-rate",
+        "1e-3",
+        "--warmup-steps",
+        "2",
+        "--max-length",
+        "256",
     ]
-    arguments += ["--learning-rate", "1e-3", "--warmup-steps", "2", "--max-length", "256"]
+
     assert main(["sft", *map(str, arguments)]) == 0
     losses = [line["loss"] for line in metrics_of(tmp_path / "out")]
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
@@ -47,18 +46,12 @@ def test_sft_on_gsm8k(stories, shared_data, tmp_path, capsys):
 def test_sft_on_conversations(stories, shared_data, tmp_path, capsys):
     rows = json.loads((shared_data / "sft" / "fastchat_dummy_conversation_sharegpt.json").read_text())[:32]
     (tmp_path / "chat.json").write_text(json.dumps(rows))
-    arguments = [
-        "--model",
-        stories,
-        "--data",
-        tmp_path / "chat.json",
-        "--output",
-        tmp_path / "out",
-        "--steps",
-        "2",
-    ]
+
+    arguments = ["--model", stories, "--data", tmp_path / "chat.json"]
+    arguments += ["--output", tmp_path / "out", "--steps", "2"]
     assert main(["sft", *map(str, arguments)]) == 1  # a base model has no chat template, and says so
     assert "chat template" in capsys.readouterr().err
+
     with_template = shutil.copytree(stories, tmp_path / "with-template")
     shutil.copy(
         shared_data / "chat_templates" / "qwen3_training.jinja", with_template / "chat_template.jinja"
@@ -75,6 +68,7 @@ def test_grpo_with_a_reward_of_the_users(stories, shared_data, tmp_path):
         "    assert len(prompts) == len(completions) == len(completion_ids) == len(answer)\n"
         "    return [-text.count('e') / max(1, len(text)) for text in completions]\n"
     )
+
     arguments = ["--model", stories, "--data", data, "--reward", f"{tmp_path}/reward.py:few_letters_e"]
     arguments += [
         "--output",
@@ -87,6 +81,7 @@ def test_grpo_with_a_reward_of_the_users(stories, shared_data, tmp_path):
         "8",
     ]
     arguments += ["--max-new-tokens", "24", "--learning-rate", "1e-3", "--max-prompt-length", "512"]
+
     assert main(["grpo", *map(str, arguments)]) == 0
     metrics = metrics_of(tmp_path / "out")
     assert sum(line["reward"] for line in metrics[-3:]) > sum(line["reward"] for line in metrics[:3])
@@ -115,16 +110,9 @@ def test_preferences_of_right_over_wrong_solutions(stories, shared_data, tmp_pat
     """Eight pairs are learned by heart: the margin grows, and with it the order on the same pairs."""
     data = right_and_wrong(shared_data, tmp_path / "pairs.jsonl", 8)
     arguments = ["--model", stories, "--data", data, "--output", tmp_path / "out", "--steps", "16"]
-    arguments += [
-        "--batch-size",
-        "8",
-        "--micro-batch-tokens",
-        "800",
-        "--learning-rate",
-        rate,
-        "--warmup-steps",
-        "2",
-    ]
+    arguments += ["--batch-size", "8", "--micro-batch-tokens", "800"]
+    arguments += ["--learning-rate", rate, "--warmup-steps", "2"]
+
     assert main([command, *map(str, arguments)]) == 0
     metrics = metrics_of(tmp_path / "out")
     margins = [line["margin"] for line in metrics if line["margin"] is not None]
@@ -138,17 +126,11 @@ def test_pairs_of_hh(stories, shared_data, tmp_path, capsys):
         shared_data / "preference" / "hh_harmless_base_test.jsonl.gz", "rt", encoding="utf-8"
     ) as file:
         (tmp_path / "hh.jsonl").write_text("".join(line for _, line in zip(range(40), file, strict=False)))
-    arguments = [
-        "--model",
-        stories,
-        "--data",
-        tmp_path / "hh.jsonl",
-        "--output",
-        tmp_path / "out",
-        "--steps",
-        "3",
-    ]
+
+    arguments = ["--model", stories, "--data", tmp_path / "hh.jsonl"]
+    arguments += ["--output", tmp_path / "out", "--steps", "3"]
     arguments += ["--batch-size", "8", "--micro-batch-tokens", "800", "--max-length", "400"]
+
     assert main(["reward", *map(str, arguments)]) == 1  # a base model has no chat template, and says so
     assert "--chat-template FILE.jinja, or plain" in capsys.readouterr().err
     assert main(["reward", *map(str, arguments), "--chat-template", "plain"]) == 0

@@ -64,7 +64,7 @@ def test_a_template_that_says_all_is_believed(make):
 
 
 def outputs() -> list[str]:
-    """What the template prints of messages."""
+    """The template's blocks that print what messages hold."""
     return [block for block in re.findall(r"\{\{-.*?-\}\}", TEMPLATE) if "<|im" not in block]
 
 
@@ -97,7 +97,7 @@ def test_whatever_is_taken_out_of_a_template_is_missed(make, block, instead):
     ],
 )
 def test_what_a_template_passes_over_is_missed(make, old, new):
-    """Though the same words may stand elsewhere: the tool's 1 is the answer's, too."""
+    """The same words may stand elsewhere: the tool's 1 is the answer's, too."""
     assert old in TEMPLATE
     tokenizer = make(TEMPLATE.replace(old, new))
     if "part in" in old:
@@ -150,6 +150,7 @@ def conversation(draw: random.Random) -> list[dict]:
     for _ in range(draw.randint(1, 3)):
         parts = [{"type": "text", "text": word()} for _ in range(2)]
         turns.append({"role": "user", "content": word() if draw.random() < 0.8 else parts})
+
         if draw.random() < 0.4:
             arguments = {
                 word(): draw.choice([word(), 1, None, {"x": word()}]) for _ in range(draw.randint(0, 2))
@@ -161,6 +162,7 @@ def conversation(draw: random.Random) -> list[dict]:
                 {"role": "assistant", "content": draw.choice(["", None, word()]), "tool_calls": calls}
             )
             turns += [{"role": draw.choice(["tool", "tool", "function"]), "content": word()} for _ in names]
+
         answer = {"role": draw.choice(["assistant"] * 9 + ["model"]), "content": word()}
         kind = draw.choice(["none"] * 4 + ["tags", "reasoning_content", "thinking", "reasoning"])
         if kind == "tags":
@@ -191,18 +193,20 @@ def named_words(turns: list[dict], unused: list[str]) -> set[str]:
 
 
 def holds(tokenizer: Tokenizer, turns: list[dict]) -> bool:
-    """Whether a conversation was read, and then all that it says stands in the text."""
+    """Check that all of a conversation stands in the text. Returns whether it was read."""
     try:
         examples, counts = sft_examples([{"messages": turns}], tokenizer, max_length=10**6, train_on="all")
     except InputError as error:
         assert str(error).startswith("row 1: ")
         return False
+
     text = tokenizer.decode(examples[0].tokens, False)
     every, may_miss = words_of(turns)
     missing = {one for one in every if one not in text} - named_words(turns, counts.unused)
     assert missing <= may_miss, f"{missing - may_miss} of {turns}\n{text}"
     assert not missing or counts["turns whose reasoning the chat template drops, as others follow"]
     assert "{'" not in text and "None" not in text, f"Python's notation: {turns}\n{text}"
+
     asked = turns[:-1]
     try:
         ((prompt,), counts) = rl_prompts([{"prompt": asked}], tokenizer, max_length=10**6)
@@ -265,6 +269,7 @@ def finds_the_form(module: ModuleType, make) -> None:
     ]
     ((message,), _) = check(printing, talk, module)
     assert "content" not in message and message["tool_calls"][0]["function"]["arguments"] == '{"a": "b"}'
+
     dumping = make("{% for m in messages %}{{ m.tool_calls[0].function.arguments | tojson }}{% endfor %}")
     talk[0]["tool_calls"][0]["function"]["arguments"] = '{"a": "b"}'
     ((message,), _) = check(dumping, talk, module)
@@ -282,7 +287,7 @@ def the_same_word_elsewhere(module: ModuleType, make) -> None:
 
 @control
 def misses_words(module: ModuleType, make) -> None:
-    """What a template does with one word alone."""
+    """A template that leaves out one word alone."""
     with pytest.raises(module.NotRendered):
         check(make(TEMPLATE.replace(".items()", ".items() if key != 'b'")), module=module)
 

@@ -32,6 +32,7 @@ def configs(model_folder, demonstrations, prompts, pairs, tmp_path):
     other = tmp_path / "other"
     config = load_model(model_folder).config
     save_model(Transformer(config, seed=7), other, Tokenizer.load(model_folder))
+
     return {
         "sft": sft.Config(model=model_folder, data=demonstrations, batch_size=24, **COMMON),
         "reward": reward.Config(model=model_folder, data=pairs, batch_size=24, **COMMON),
@@ -166,9 +167,10 @@ def test_a_checkpoint_holds_what_is_trained_and_no_more(tmp_path):
     optimizer.step()
     file = tmp_path / CHECKPOINT
     write_checkpoint(file, {"model": model, "optimizer": optimizer}, {"step": 1, "kl_coefficient": 0.1})
-    assert (
-        file.stat().st_size < 3 * 8 * 4 + 1200
-    )  # the second layer's 8 numbers and Adam's two moments of them
+
+    # the second layer's 8 numbers and Adam's two moments of them
+    assert file.stat().st_size < 3 * 8 * 4 + 1200
+
     other_frozen, other_trained, moments = _frozen_and_trained()
     values = read_checkpoint(
         file, {"model": nn.Sequential(other_frozen, other_trained), "optimizer": moments}

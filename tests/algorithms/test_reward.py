@@ -76,7 +76,7 @@ def test_micro_batches_add_up_and_an_empty_one_is_zero(loss):
 
 
 def test_known_scores_are_recovered():
-    """From the probabilities with which each of 5 beats each other, their scores up to a shift."""
+    """The scores of 5, up to a shift, follow from the probabilities with which each beats each other."""
     truth = torch.tensor([-1.5, -0.5, 0.0, 0.7, 1.6], dtype=torch.float64)
     first, second = torch.combinations(torch.arange(5)).unbind(1)
     wins = torch.sigmoid(truth[first] - truth[second])
@@ -188,12 +188,14 @@ def test_centering_and_margins_are_heard(cfg, pairs, tmp_path):
     (plain,) = metrics_of(cfg.output)
     reward.train(dataclasses.replace(cfg, centering=2.0, output=tmp_path / "centered"))
     (centered,) = metrics_of(tmp_path / "centered")
+
     tokenizer = Tokenizer.load(cfg.model)
     items, _ = preferences(read_rows(pairs), tokenizer, max_length=64)
     scores = completion_scores(load_scalar_model(cfg.model), items, 10**6)
     assert centered["loss"] - plain["loss"] == pytest.approx(
         2 * scores.sum(1).square().mean().item(), abs=1e-5
     )
+
     rows = [json.loads(line) | {"margin": 3.0} for line in pairs.read_text().splitlines()]
     (tmp_path / "margins.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     reward.train(dataclasses.replace(cfg, data=tmp_path / "margins.jsonl", output=tmp_path / "margins"))

@@ -29,6 +29,7 @@ def ours(golden) -> dict[str, tuple[float, list[float]]]:
     logprob = given["logprob"][real].requires_grad_()
     old, ref, weights = (given[name][real] for name in ("old_logprob", "ref_logprob", "weights"))
     advantage = given["advantage"].repeat_interleave(lengths)
+
     tokens, sequences, constant = (
         denominators.repeat_interleave(lengths)
         for denominators in (
@@ -37,6 +38,7 @@ def ours(golden) -> dict[str, tuple[float, list[float]]]:
             constant_length(lengths, golden["max_length"]),
         )
     )
+
     clip, beta = (0.2, 0.28), golden["beta"]
     policy = clipped_loss(logprob, old, advantage, tokens, *clip)[0]
     losses = {
@@ -50,6 +52,7 @@ def ours(golden) -> dict[str, tuple[float, list[float]]]:
         "rho_k3": policy + beta * rho_k3_loss(logprob, old, ref, tokens)[0],
         "weights": clipped_loss(logprob, old, advantage * weights, tokens, *clip)[0],
     }
+
     gradient = lambda loss: torch.autograd.grad(loss, logprob, retain_graph=True)[0].tolist()
     return {name: (loss.item(), gradient(loss)) for name, loss in losses.items()}
 

@@ -8,18 +8,12 @@ from burnish.algorithms.data.examples import rl_prompts, sft_examples
 from burnish.algorithms.data.pairs import preferences
 from burnish.algorithms.data.rows import read_rows
 from burnish.model.errors import InputError
-from burnish.model.text.tokenizer import Tokenizer
 
 ROWS = [
     {"premise": "a ||| b", "hypothesis": "c", "label": 0, "idx": 7},
     {"premise": "d", "hypothesis": "e", "label": 1, "idx": 8},
 ]
 NLI = '{{ premise }} so {{ hypothesis }}?\n|||\n{{ ["yes", "no"][label] }}\n'
-
-
-@pytest.fixture(scope="module")
-def chat(request):
-    return Tokenizer.load(request.path.parents[1] / "data" / "tokenizer")
 
 
 @pytest.fixture

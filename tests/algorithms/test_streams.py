@@ -79,18 +79,12 @@ def test_help_that_nobody_reads():
 def test_a_run_is_not_lost_with_its_terminal(model_folder, demonstrations, tmp_path):
     terminal, end = os.openpty()
     os.close(terminal)  # as when a connection breaks: reading gives nothing, writing an error
-    command = [
-        sys.executable,
-        "-m",
-        "burnish.algorithms",
-        "sft",
-        "--model",
-        model_folder,
-        "--data",
-        demonstrations,
-    ]
-    command += ["--output", tmp_path / "out", "--steps", "2", "--batch-size", "4", "--device", "cpu"]
+
+    command = [sys.executable, "-m", "burnish.algorithms", "sft", "--model", model_folder]
+    command += ["--data", demonstrations, "--output", tmp_path / "out"]
+    command += ["--steps", "2", "--batch-size", "4", "--device", "cpu"]
     done = subprocess.run([*map(str, command)], stdin=end, stdout=end, stderr=end)
     os.close(end)
+
     assert done.returncode == 1, "its output is lost"
     assert (tmp_path / "out" / "model" / "model.safetensors").is_file()

@@ -92,7 +92,7 @@ def dpo(
 
 
 def score(toy: Toy, prompts: list[list[int]], completions: list[list[int]], side: str | None) -> list[Tensor]:
-    """All in one packed sequence."""
+    """Score all in one packed sequence."""
     packed = pack([prompt + completion for prompt, completion in zip(prompts, completions, strict=True)])
     lengths = [len(completion) for completion in completions]
     ends = packed.cu_seqlens[1:].tolist()
@@ -133,6 +133,7 @@ def adapter() -> Trainer:
         installed = version("burnish")
     except PackageNotFoundError:  # run from a checkout, by a link
         installed = "from source"
+
     return Trainer(
         name="Burnish",
         version=installed,

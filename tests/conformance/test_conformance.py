@@ -269,7 +269,7 @@ FAULTS = [
     Fault("kl in the reward", "the wrong sign", rewards_of(kl_paid)),
     Fault("score placement", "at the padded width", rewards_of(score_at_the_width)),
     Fault("returns are the score", "a discount", discounted),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.check}: {fault.name}")

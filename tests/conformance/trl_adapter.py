@@ -87,9 +87,10 @@ def sft(toy: Toy, batch: Batch) -> Step:
 
 
 def sft_here(toy: Toy, batch: Batch, folder: str) -> Step:
-    """In this process, which torchrun may have made one of several."""
+    """One step of SFT in this process, which torchrun may have made one of several."""
     record = Record()
     at_once = batch.rows_at_once
+
     arguments = trl.SFTConfig(
         **settings(folder, max_steps=1, learning_rate=0.0),
         per_device_train_batch_size=1 if batch.packed else at_once,
@@ -100,6 +101,7 @@ def sft_here(toy: Toy, batch: Batch, folder: str) -> Step:
         completion_only_loss=True,
         **({"ddp_backend": "gloo"} if batch.ranks > 1 else {}),
     )
+
     trainer = trl.SFTTrainer(
         model=base_model(toy),
         args=arguments,
@@ -107,6 +109,7 @@ def sft_here(toy: Toy, batch: Batch, folder: str) -> Step:
         processing_class=tokenizer(toy),
         callbacks=[record],
     )
+
     if batch.packed:
         assert len(trainer.train_dataset) == 1, "the rows did not fit one sequence"
     trainer.train()
@@ -134,6 +137,7 @@ def dpo(
     if lora == "loaded":
         model = PeftModel.from_pretrained(model, toy.adapter, is_trainable=True)
     extra = {"peft_config": LoraConfig(r=2, task_type="CAUSAL_LM")} if lora == "fresh" else {}
+
     with tempfile.TemporaryDirectory() as folder:
         arguments = trl.DPOConfig(
             **settings(folder, max_steps=steps, learning_rate=learning_rate),
@@ -169,11 +173,13 @@ def score(toy: Toy, prompts: list[list[int]], completions: list[list[int]], side
         row, gap = prompt + completion, width - len(prompt) - len(completion)
         ids.append([1] * gap + row if side == "left" else row + [1] * gap)
         real.append([0] * gap + [1] * len(row) if side == "left" else [1] * len(row) + [0] * gap)
+
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         trainer = grpo_trainer(toy, folder, num_generations=8, per_device_train_batch_size=8)
         scored, *_ = trainer._get_per_token_logps_and_entropies(
             trainer.model, torch.tensor(ids), torch.tensor(real), width - 1
         )
+
     found = []
     for row, prompt, completion in zip(scored, prompts, completions, strict=True):
         start = (width - len(prompt) - len(completion) if side == "left" else 0) + len(prompt)
@@ -194,6 +200,7 @@ def rollout(
             temperature=temperature,
             top_k=top_k or 0,
         )
+
         words = " ".join(f"w{i}" for i in prompt)
         batch = trainer._generate_and_score_completions([{"prompt": words}] * count)
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
@@ -216,6 +223,7 @@ def compute_loss(
     same = lambda x, **_: x
     outputs = (logprob, torch.zeros_like(logprob), None)
     defaults = trl.GRPOConfig
+
     stand_in = SimpleNamespace(
         model=SimpleNamespace(training=True),
         args=SimpleNamespace(
@@ -236,6 +244,7 @@ def compute_loss(
         use_vllm=False,
         current_gradient_accumulation_steps=1,
     )
+
     ids = torch.ones_like(mask).long()
     batch = {
         "prompt_ids": ids[:, :1],
@@ -247,6 +256,7 @@ def compute_loss(
         "ref_per_token_logps": ref_logprob,
         "num_items_in_batch": torch.tensor(num_tokens),
     }
+
     return trl.GRPOTrainer._compute_loss(stand_in, None, batch)
 
 

@@ -27,6 +27,7 @@ def main() -> None:
             value = load_balancing_loss_func(tuple(logits), EXPERTS, TOP_K, mask)
             value.backward()
             assert logits.grad is not None
+
             cases.append(
                 {
                     "name": f"{layers} layers, {name}",
@@ -38,6 +39,7 @@ def main() -> None:
                     ],
                 }
             )
+
     stored = {"top_k": TOP_K, "cases": cases}
     Path(__file__).with_name("balance.json").write_text(json.dumps(stored) + "\n")
 

@@ -127,6 +127,7 @@ def compute() -> list[dict]:
     tokenizer = AutoTokenizer.from_pretrained(HERE / "tokenizer", bos_token=BOS)
     clock, chat_template_utils.datetime = chat_template_utils.datetime, FrozenClock
     entries = []
+
     for name, rows in ROWS.items():
         file = template_file(name, *folders)
         assert file is not None, f"no template {name}: name its folder by TRL_TEMPLATES"
@@ -142,6 +143,7 @@ def compute() -> list[dict]:
                 **(json.loads(variables) if isinstance(variables, str) else variables or {}),
             )
             entries.append({"template": name, "row": row, "ask": ask, "ids": ids})
+
     chat_template_utils.datetime = clock
     return entries
 

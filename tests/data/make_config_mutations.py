@@ -246,9 +246,11 @@ def stored() -> dict[str, list[dict[str, Any]]]:
             of = parameters[path[0]] if len(path) == 2 else parameters
             of[path[-1]] = value * 2 if isinstance(value, int | float) else "linear"
             changes.append({"rope_parameters": parameters})
+
         unchanged = _logits(source, raw)
         assert unchanged is not None
         rows: list[dict[str, Any]] = [{"change": {}, "logits": unchanged}]
+
         for change in changes:
             logits = _logits(source, changed(raw, change))
             if logits is None or logits == unchanged:

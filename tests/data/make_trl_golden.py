@@ -6,8 +6,10 @@ trainer that has the settings it reads, and on a stand-in for the model that ret
 
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -34,28 +36,33 @@ def make_inputs() -> dict[str, list]:
     }
 
 
-def compute(inputs: dict[str, list]) -> dict[str, float]:
-    """Name of a loss -> TRL's value."""
-    from transformers import TrainingArguments  # noqa: F401 (fails first where transformers is missing)
-    from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
-    from trl.experimental.cpo import CPOTrainer
-    from trl.experimental.orpo import ORPOTrainer
+BATCH = {"input_ids": torch.ones(8, WIDTH).long(), "attention_mask": torch.ones(8, WIDTH).long()}
 
-    logprob = torch.tensor(inputs["logprob"])
-    ref = torch.tensor(inputs["ref_logprob"])
-    lengths = torch.tensor(inputs["lengths"])
-    mask = torch.arange(WIDTH)[None] <= lengths[:, None]
+
+def make_mask(inputs: dict[str, list]) -> torch.Tensor:
+    """The completions' tokens of BATCH, (8, WIDTH)."""
+    mask = torch.arange(WIDTH)[None] <= torch.tensor(inputs["lengths"])[:, None]
     mask[:, 0] = False
-    batch = {"input_ids": torch.ones(8, WIDTH).long(), "attention_mask": torch.ones(8, WIDTH).long()}
+    return mask
+
+
+def make_model(inputs: dict[str, list]) -> Callable[..., SimpleNamespace]:
+    """A stand-in for a model that returns the stored log-probabilities."""
+    logprob = torch.tensor(inputs["logprob"])
     outputs = SimpleNamespace(
         log_probs=logprob,
         entropy=torch.zeros_like(logprob),
         mean_logits=torch.zeros_like(logprob),
         is_top1=torch.zeros_like(logprob).bool(),
-        label_mask=mask[:, 1:],
+        label_mask=make_mask(inputs)[:, 1:],
     )
+    return lambda **_: outputs
+
+
+def trainer(**settings: Any) -> SimpleNamespace:
+    """A stand-in for a trainer with these settings."""
     same = lambda x: x
-    trainer = lambda **settings: SimpleNamespace(
+    return SimpleNamespace(
         model=SimpleNamespace(training=True),
         accelerator=SimpleNamespace(
             device=torch.device("cpu"), gather=same, gather_for_metrics=same, num_processes=1
@@ -68,52 +75,75 @@ def compute(inputs: dict[str, list]) -> dict[str, float]:
         precompute_ref_logps=True,
         **settings,
     )
-    model = lambda **_: outputs
-    losses = {}
 
+
+def compute(inputs: dict[str, list]) -> dict[str, float]:
+    """Name of a loss -> TRL's value."""
+    from transformers import TrainingArguments  # noqa: F401 (fails first where transformers is missing)
+
+    losses = of_pairs(inputs) | of_rows(inputs)
+    return {name: loss.item() for name, loss in losses.items()}
+
+
+def of_pairs(inputs: dict[str, list]) -> dict[str, torch.Tensor]:
+    """The losses of a chosen and a rejected completion."""
+    from trl import DPOTrainer
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
+
+    logprob, ref = torch.tensor(inputs["logprob"]), torch.tensor(inputs["ref_logprob"])
+    losses = {}
     for name, loss_type in [
         *(("dpo", "sigmoid"), ("robust", "robust"), ("hinge", "hinge"), ("ipo", "ipo")),
         *(("apo_zero", "apo_zero"), ("apo_down", "apo_down")),
     ]:
         settings = {"loss_types": [loss_type], "loss_weights": [1.0], "label_smoothing": SMOOTHING}
         dpo = trainer(ld_alpha=None, f_divergence_type="reverse_kl", use_weighting=False, **settings)
-        given = {"completion_mask": mask.long(), "ref_chosen_logps": ref[:4], "ref_rejected_logps": ref[4:]}
-        losses[name] = DPOTrainer._compute_loss(dpo, model, batch | given, False)
+        given = {"completion_mask": make_mask(inputs).long()}
+        given |= {"ref_chosen_logps": ref[:4], "ref_rejected_logps": ref[4:]}
+        losses[name] = DPOTrainer._compute_loss(dpo, make_model(inputs), BATCH | given, False)
 
-    total, mean = logprob.sum(1), logprob.sum(1) / lengths
+    total, mean = logprob.sum(1), logprob.sum(1) / torch.tensor(inputs["lengths"])
     for name, loss_type, smoothing, score in [
         ("cpo", "sigmoid", 0.0, total),
         ("simpo", "simpo", 0.0, mean),
-        (
-            "cdpo",
-            "sigmoid",
-            SMOOTHING,
-            total - ref,
-        ),  # TRL's DPOTrainer no longer has it; the formula is this one
-        ("ipo_sum", "ipo", 0.0, total - ref),  # TRL's DPOTrainer averages; the formula on sums is this one
+        # TRL's DPOTrainer no longer has it; the formula is this one
+        ("cdpo", "sigmoid", SMOOTHING, total - ref),
+        # TRL's DPOTrainer averages; the formula on sums is this one
+        ("ipo_sum", "ipo", 0.0, total - ref),
     ]:
         cpo = trainer(alpha=0.0, loss_type=loss_type, label_smoothing=smoothing, simpo_gamma=GAMMA)
         losses[name] = CPOTrainer.cpo_loss(cpo, score[:4], score[4:])[0].mean()
     losses["orpo"] = -ORPOTrainer.odds_ratio_loss(trainer(), mean[:4], mean[4:])[0].mean()
+    return losses
 
+
+def of_rows(inputs: dict[str, list]) -> dict[str, torch.Tensor]:
+    """The losses of judged completions, a reward model's, and SFT's."""
+    from trl import KTOTrainer, RewardTrainer, SFTTrainer
+
+    model, losses = make_model(inputs), {}
     kto = trainer(loss_type="kto", desirable_weight=1.2, undesirable_weight=0.8, calculate_KL=True)
     kto._compute_kl_logps = lambda model, batch: torch.tensor(inputs["kl_logprob"])
-    given = {"completion_mask": mask.long(), "label": torch.tensor(inputs["labels"])}
-    given |= {"ref_logps": ref, "ref_KL_logps": torch.tensor(inputs["ref_kl_logprob"])}
-    losses["kto"] = KTOTrainer._compute_loss(kto, model, batch | given, False)
+    given = {"completion_mask": make_mask(inputs).long(), "label": torch.tensor(inputs["labels"])}
+    given |= {
+        "ref_logps": torch.tensor(inputs["ref_logprob"]),
+        "ref_KL_logps": torch.tensor(inputs["ref_kl_logprob"]),
+    }
+    losses["kto"] = KTOTrainer._compute_loss(kto, model, BATCH | given, False)
 
     scores = SimpleNamespace(logits=torch.tensor(inputs["scores"])[:, None])
     for name, centering in [("bradley_terry", None), ("centered", 0.05)]:
         reward = trainer(args=SimpleNamespace(center_rewards_coefficient=centering))
-        given = batch | {"margin": torch.tensor(inputs["margin"])}
+        given = BATCH | {"margin": torch.tensor(inputs["margin"])}
         losses[name] = RewardTrainer.compute_loss(reward, lambda **_: scores, given)
 
     for name in ("nll", "dft"):
         args = SimpleNamespace(loss_type=name, average_tokens_across_devices=False)
         sft = trainer(args=args, compute_loss_func=None, label_smoother=None, get_tp_size=lambda: 1)
         sft.accelerator.parallelism_config = None
-        losses[f"sft_{name}"] = SFTTrainer.compute_loss(sft, model, batch | {"labels": batch["input_ids"]})
-    return {name: loss.item() for name, loss in losses.items()}
+        losses[f"sft_{name}"] = SFTTrainer.compute_loss(sft, model, BATCH | {"labels": BATCH["input_ids"]})
+    return losses
 
 
 if __name__ == "__main__":

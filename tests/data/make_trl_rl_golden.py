@@ -55,6 +55,7 @@ def compute(inputs: dict[str, list]) -> dict[str, dict[str, Any]]:
         same = lambda x, **_: x
         outputs = (logprob, torch.zeros_like(logprob), None)
         low, high = settings.get("epsilon", EPSILON)
+
         trainer = SimpleNamespace(
             model=SimpleNamespace(training=True),
             args=SimpleNamespace(
@@ -79,6 +80,7 @@ def compute(inputs: dict[str, list]) -> dict[str, dict[str, Any]]:
             current_gradient_accumulation_steps=1,
             max_completion_length=MAX_LENGTH,
         )
+
         ids = torch.ones_like(mask).long()
         batch = {
             "prompt_ids": ids[:, :1],
@@ -91,6 +93,7 @@ def compute(inputs: dict[str, list]) -> dict[str, dict[str, Any]]:
             "importance_sampling_ratio": given["weights"],
             "num_items_in_batch": mask.sum(),
         }
+
         loss = GRPOTrainer._compute_loss(trainer, None, batch)
         (gradient,) = torch.autograd.grad(loss, logprob)
         found[name] = {"loss": loss.item(), "gradient": gradient[mask].tolist()}

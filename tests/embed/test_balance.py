@@ -76,7 +76,7 @@ def theirs_named(name):
 
 
 def same_gradients(ours, theirs, least=1e-3):
-    """By our names; and that some are not 0."""
+    """Compare gradients by our names, and check that some are not 0."""
     assert max(grad.abs().max() for grad in ours.values()) > least
     for name, grad in ours.items():
         expected = theirs[theirs_named(name)]
@@ -284,6 +284,7 @@ def test_reward(make, monkeypatch, name, layers):
     sides = [
         [tokenizer(row[side] + "<eos>")["input_ids"] for row in joined] for side in ("chosen", "rejected")
     ]
+
     batch = tokenizer.pad({"input_ids": sides[0] + sides[1]}, return_tensors="pt", padding_side="right")
     mask = batch["attention_mask"]
     gates = model.model(batch["input_ids"], attention_mask=mask, output_router_logits=True, use_cache=False)
@@ -292,6 +293,7 @@ def test_reward(make, monkeypatch, name, layers):
     balance = modeling_mixtral.load_balancing_loss_func(gates.router_logits, 4, 2, counted)
     (COEFFICIENT * balance).backward()
     assert line["balance"] == pytest.approx(balance.item(), rel=1e-4)
+
     reached = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     added = {name: grad - without[name] for name, grad in ours.items()}
     same_gradients({name: grad for name, grad in added.items() if theirs_named(name) in reached}, reached)
@@ -323,7 +325,16 @@ def test_grpo(make, monkeypatch, name, layers):
         **{"micro_batch_tokens": 1, "router_aux_loss_coef": COEFFICIENT, "seed": 0},
     )
 
-    advantages = group_advantages(torch.tensor(scores).view(2, 2)).flatten()
+    trainer = trl_grpo_step(
+        folder, rows, sampled, group_advantages(torch.tensor(scores).view(2, 2)).flatten()
+    )
+    same_gradients(ours, {name: p.grad for name, p in trainer.model.named_parameters()})
+    logged = trainer._metrics["train"]["aux_loss"]
+    assert line["balance"] == pytest.approx(sum(logged) / 4, rel=1e-4)
+
+
+def trl_grpo_step(folder, rows, sampled, advantages):
+    """TRL's trainer after the backward passes of the samples, each a micro-batch of its own."""
     arguments = trl.GRPOConfig(
         output_dir=str(folder / "out"),
         **{
@@ -357,10 +368,7 @@ def test_grpo(make, monkeypatch, name, layers):
         }
         inputs |= {"advantages": advantages[i : i + 1], "num_items_in_batch": torch.tensor(20)}
         trainer._compute_loss(trainer.model, inputs).backward()
-
-    same_gradients(ours, {name: p.grad for name, p in trainer.model.named_parameters()})
-    logged = trainer._metrics["train"]["aux_loss"]
-    assert line["balance"] == pytest.approx(sum(logged) / 4, rel=1e-4)
+    return trainer
 
 
 def our_prompt(rows, sample):

@@ -138,7 +138,7 @@ VALUES = (3, True, False, "eager", "bfloat16", "regression", "hybrid", {"0": "x"
 
 
 def says_nothing(pair: Pair, raw: dict[str, Any], key: str) -> bool:
-    """Whether transformers takes the key with one of VALUES, and its logits are ours, which are those without it."""
+    """Tell whether transformers takes the key with one of VALUES, and its logits are ours, those without it."""
     for value in VALUES:
         if raw.get(key, ...) == value:
             continue
@@ -170,6 +170,7 @@ def test_keys_that_are_inert_for_one_architecture_change_nothing_in_transformers
 def shrunk(raw: dict[str, Any]) -> dict[str, Any]:
     """A published config with the sizes of a toy, all else as it is."""
     heads, layers = 4, 6
+
     small = {
         "vocab_size": 96,
         "hidden_size": 32,
@@ -190,6 +191,7 @@ def shrunk(raw: dict[str, Any]) -> dict[str, Any]:
         **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 16),
         **dict.fromkeys(("num_experts_per_tok", "experts_per_token"), 3),
     }
+
     new = raw | {key: value for key, value in small.items() if raw.get(key)}
     return new | {key: raw[key][:layers] for key in ("layer_types", "no_rope_layers") if key in raw}
 

@@ -125,6 +125,7 @@ def test_kernels(tmp_path):
     torch.save({"hidden": hidden, "weight": weight, "labels": labels} | teacher, tmp_path / "file.pt")
     command = [sys.executable, "-c", KERNELS, str(tmp_path / "file.pt")]
     subprocess.run(command, check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+
     count = int((labels >= 0).sum())
     logprob, lse, _ = token_logprobs(hidden, weight, labels, memory_budget=BUDGET)
     options = {"beta": 0.3, "temperature": 0.7, "mask": labels >= 0, "memory_budget": BUDGET}

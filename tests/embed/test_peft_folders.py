@@ -145,7 +145,7 @@ def test_its_gradient_is_that_of_peft(data, tmp_path, base, name):
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("name", ["lora", "both whole", "tied"])
 def test_it_keeps_its_dtypes(data, tmp_path, base, name):
-    """On a bf16 base: adapters in fp32, what is trained whole in bf16. A fresh one of ours is written so, too."""
+    """Adapters are fp32 on a bf16 base, what is trained whole is bf16. A fresh one of ours is written so, too."""
     save_model(load_model(data / "tiny-hf" / base), tmp_path / "base", dtype=torch.bfloat16)
     trained(tmp_path / "base", dtype=torch.bfloat16, **HEADS[name]).save_pretrained(tmp_path / "adapter")
     model = load_model(tmp_path / "adapter")

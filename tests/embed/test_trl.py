@@ -1,6 +1,7 @@
 """TRL's trainers on an embedded model: every figure that they log over three steps is what it was."""
 
 import random
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -43,7 +44,7 @@ def even(completion_ids, **_):
     return [sum(i % 2 == 0 for i in ids) / max(1, len(ids)) for ids in completion_ids]
 
 
-def train(folder, model, rows, tokenizer, output, embedded=None, peft_config=None, **more):
+def train(folder, model, embedded=None, *, rows, tokenizer, output, peft_config=None, **more):
     """Train with the trainer `folder` ("SFT", ...): what it logs in each of three steps, and itself.
 
     embedded: "before" the trainer is built, "after", or not at all. A reference that it makes is there after.
@@ -57,6 +58,7 @@ def train(folder, model, rows, tokenizer, output, embedded=None, peft_config=Non
         "GRPO": ["prompt"],
         "Reward": ["chosen", "rejected"],
     }[folder]
+
     settings = {"GRPO": {"num_generations": 4, "max_completion_length": 6}}.get(folder, {})
     arguments = getattr(trl, f"{folder}Config")(
         output_dir=str(output),
@@ -94,6 +96,12 @@ def train(folder, model, rows, tokenizer, output, embedded=None, peft_config=Non
     ], trainer
 
 
+@pytest.fixture
+def trained(rows, tokenizer, tmp_path):
+    """trained(folder, model, embedded, **more): `train` on the rows above."""
+    return partial(train, rows=rows, tokenizer=tokenizer, output=tmp_path)
+
+
 def same(got, want):
     assert len(got) == len(want) == 3
     for g, w in zip(got, want, strict=True):
@@ -128,10 +136,10 @@ def calls(monkeypatch):
         ("gpt_oss", "GRPO", {"temperature": 0.8}, "before"),
     ],
 )
-def test_logged_figures(load, rows, tokenizer, tmp_path, calls, name, folder, more, embedded):
-    want, _ = train(folder, load(name), rows, tokenizer, tmp_path, **more)
+def test_logged_figures(load, trained, calls, name, folder, more, embedded):
+    want, _ = trained(folder, load(name), **more)
     assert calls.token_logprobs == calls.flash_attention == 0
-    got, trainer = train(folder, load(name), rows, tokenizer, tmp_path, embedded, **more)
+    got, trainer = trained(folder, load(name), embedded, **more)
     same(got, want)
     assert calls.flash_attention and calls.token_logprobs >= 3 * (1 + (folder == "DPO"))
     assert want[0]["loss"] != want[2]["loss"]
@@ -139,7 +147,7 @@ def test_logged_figures(load, rows, tokenizer, tmp_path, calls, name, folder, mo
 
 
 @pytest.mark.parametrize("folder, embedded", [("SFT", "before"), ("DPO", "after"), ("GRPO", "before")])
-def test_adapters(load, rows, tokenizer, tmp_path, calls, folder, embedded):
+def test_adapters(load, trained, calls, folder, embedded):
     """The trainer puts the adapter on: before it is built the model is transformers' own, after it PEFT's."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
     lora = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
@@ -147,38 +155,36 @@ def test_adapters(load, rows, tokenizer, tmp_path, calls, folder, embedded):
     runs = []
     for how in (None, embedded):
         torch.manual_seed(0)
-        runs.append(train(folder, load("llama"), rows, tokenizer, tmp_path, how, **more)[0])
+        runs.append(trained(folder, load("llama"), how, **more)[0])
         assert bool(how) == bool(calls.token_logprobs)
     same(runs[1], runs[0])
     assert calls.token_logprobs >= 3
 
 
-def test_reward_model(data, rows, tokenizer, tmp_path, calls):
+def test_reward_model(data, trained, calls):
     def model():
         torch.manual_seed(0)
         make = transformers.AutoModelForSequenceClassification.from_pretrained
         return make(data / "tiny-hf" / "llama", num_labels=1, dtype=torch.float32)
 
-    want, _ = train("Reward", model(), rows, tokenizer, tmp_path)
-    got, _ = train("Reward", model(), rows, tokenizer, tmp_path, "before")
+    want, _ = trained("Reward", model())
+    got, _ = trained("Reward", model(), "before")
     same(got, want)
     assert calls.flash_attention and not calls.token_logprobs
 
 
-def test_mixed_precision(load, rows, tokenizer, tmp_path, calls):
+def test_mixed_precision(load, trained, calls):
     """accelerate lays a forward of its own, autocast, over TRL's, which lies over ours."""
-    want, got = (
-        train("SFT", load("llama"), rows, tokenizer, tmp_path, how, bf16=True)[0] for how in (None, "before")
-    )
+    want, got = (trained("SFT", load("llama"), how, bf16=True)[0] for how in (None, "before"))
     assert calls.token_logprobs == 3
     for g, w in zip(got, want, strict=True):
         assert g["loss"] == pytest.approx(w["loss"], abs=2e-2)
 
 
-def test_removed_below_a_trainer(load, rows, tokenizer, tmp_path, calls):
+def test_removed_below_a_trainer(load, trained, calls):
     """remove() takes off what lies below TRL's forward and leaves that; apply() then goes over it."""
     model = load("llama")
-    _, trainer = train("SFT", model, rows, tokenizer, tmp_path, "before")
+    _, trainer = trained("SFT", model, "before")
     assert trainer.model is model and calls.token_logprobs == 3
     embed.remove(model)
     seen = vars(calls).copy()
