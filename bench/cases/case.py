@@ -5,7 +5,8 @@ The accuracy rule, for every output and every gradient:
     max|fused - truth| <= 2 max|eager - truth| + 1e-5 (1 + max|truth|)
 
 truth is the reference in fp32 (fp64 for fp32 inputs); eager is the composition as torch users write it, in the input's
-dtype. An op is held to what its users would otherwise have had; NaN never passes.
+dtype. An op is held to what its users would otherwise have had; NaN never passes. `verdicts` judges every output and
+gradient, and finds where one is wrong; `assert_accurate` raises with the first that is.
 
 An op's Cases stand in bench/cases/<its file in kernels>.py; bench/cases/registry.py lists them all.
 """

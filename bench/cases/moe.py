@@ -15,11 +15,12 @@ from .case import Case, Dims, Tensors, Work, check_most, randn, taken, tensor
 from .glu import clamped_swiglu_eager, swiglu_eager
 from .nf4 import FOUR_BIT
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "swiglu": lambda h: swiglu_eager(*h.chunk(2, -1)),
-    "clamped_swiglu": lambda h: clamped_swiglu_eager(*h.chunk(2, -1)),
-    "relu2": lambda h: h.relu().square(),
-}
+
+def _activate(h: Tensor, activation: str) -> Tensor:
+    if activation == "relu2":
+        return h.relu().square()
+    gate, up = h.chunk(2, -1)
+    return {"swiglu": swiglu_eager, "clamped_swiglu": clamped_swiglu_eager}[activation](gate, up)
 
 
 def _linear(
@@ -52,13 +53,12 @@ def _eager(
     first, second = taken(beside, "gate_up_"), taken(beside, "down_")
     if beside:
         raise TypeError(f"moe_mlp: expected parts of gate_up and of down, got {', '.join(beside)}")
-    act = _ACTIVATIONS[activation]
 
     out = torch.zeros_like(x)
     for e in range(gate_up.shape[0]):
         token, choice = torch.where(indices == e)
-        h = act(_linear(x, gate_up[e], **{part: t[e] for part, t in first.items()}, rows=token))
-        y = _linear(h, down[e], **{part: t[e] for part, t in second.items()})
+        h = _linear(x, gate_up[e], **{part: t[e] for part, t in first.items()}, rows=token)
+        y = _linear(_activate(h, activation), down[e], **{part: t[e] for part, t in second.items()})
         out = out.index_add(0, token, (y * weights[token, choice, None].to(y.dtype)).to(out.dtype))
     return out
 
