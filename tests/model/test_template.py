@@ -13,8 +13,8 @@ from burnish.algorithms.data.row import Row
 from burnish.algorithms.data.row_template import shaped
 from burnish.model.errors import InputError
 from burnish.model.text import bounded, meter, sandbox, template
-from burnish.model.text.meter import OverBudget
-from burnish.model.text.template import ChatTemplate, Refused, split_marks
+from burnish.model.text.refusals import OverBudget, Refused
+from burnish.model.text.template import ChatTemplate, split_marks
 from burnish.model.text.tokenizer import Tokenizer
 from jinja2.visitor import NodeTransformer
 
@@ -422,7 +422,7 @@ def test_marks_are_the_templates_own_blocks():
     nested = "{% generation %}a{% generation %}b{% endgeneration %}{% endgeneration %}"
     marks = {"span_start": "\ufdd0", "span_end": "\ufdd1"}
     with pytest.raises(InputError, match="within another"):
-        split_marks(template.ENVIRONMENT.from_string(nested).render(**marks))
+        split_marks(template.chat_sandbox().from_string(nested).render(**marks))
 
 
 @pytest.mark.parametrize("source", [r"{{ '\ud800' }}", "\x00{{ messages[0].content }}\ufdd2"])
