@@ -129,7 +129,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return names | (loaded & self.globals.keys())
 
     def null(self, name: str) -> jinja2.Undefined:
-        """What a name has in place of null, in a strict environment."""
+        """The value of a name that is null, in a strict environment."""
         return Null(name=name)
 
     def _generate(self, source: nodes.Template, *args: Any, **options: Any) -> str:

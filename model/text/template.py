@@ -161,13 +161,9 @@ def sandbox(*, strict: bool = False) -> "BoundedEnvironment":
     try:
         from .sandbox import environment
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[
-            0
-        ] != "jinja2":  # one that is installed and broken says what it lacks
+        if "jinja2" not in str(error.name):  # one that is installed and broken says what it lacks
             raise
-        raise InputError(
-            "expected jinja2 to be installed, which runs templates: pip install jinja2"
-        ) from None
+        raise InputError("expected jinja2 to be installed: pip install jinja2") from None
     return environment(strict)
 
 
