@@ -217,6 +217,7 @@ def measure(name: str, folder: Path, work: Work, rounds: int, device: str) -> di
             (0, max(sizes) + work.new_tokens),
         )
     ]
+
     return {
         "model": name,
         "work": work.name,

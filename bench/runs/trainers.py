@@ -30,11 +30,12 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 
 from ...algorithms.run.flags import POSITIONAL, Count
+from ...model.errors import InputError
 from ..record import machine
 from .figures import write_figures
 
@@ -64,7 +65,7 @@ SHAPE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    tasks: Annotated[tuple[Literal["sft", "dpo", "grpo"], ...], POSITIONAL] = ()  # all when none is named
+    tasks: Annotated[tuple[str, ...], POSITIONAL] = ()  # sft, dpo, grpo; all when none is named
     rounds: Count = 5  # of both sides, in turn
     json: Path | None = None  # write the figures there
     keep: bool = False  # keep the figures in bench/results, under their usual name
@@ -350,6 +351,10 @@ def summary(row: dict[str, Any]) -> str:
 
 
 def main(cfg: Config) -> int:
+    for task in cfg.tasks:
+        if task not in TRAINERS:
+            raise InputError(f"expected some of {', '.join(TRAINERS)}, got {task!r}")
+
     torch.set_num_threads(1)
     import_both()
     rows = [measure(task, cfg.rounds) for task in cfg.tasks or TRAINERS]
