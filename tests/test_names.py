@@ -29,6 +29,7 @@ DOORS = {  # what users write; a name moves here only with a change that says so
     "burnish.algorithms.teach": "Config teach",
     "burnish.algorithms.evaluate": "Config evaluate",
     "burnish.algorithms.verifiers": "gsm8k last_number number",
+    "burnish.bench.conformance": "EOS Batch NotApplicable Step Toy Trainer ids_of",
     "burnish.model": "Cache InputError ModelConfig Packed Rope Transformer Vocabulary pack",
     "burnish.model.adapter": "add_lora adapter_disabled frozen_copy merge_lora quantize_base stack_adapters",
     "burnish.model.checkpoint": "load_model save_model stream_weights",

@@ -17,7 +17,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from ...model.errors import InputError
-from ...model.text.template import Refused
+from ...model.text.refusals import Refused
 from ...model.text.tokenizer import Message, Tokenizer
 from .forms import FORMS, changed, content_empty, dumped, is_parts, json_or_none, num_forms
 

@@ -22,12 +22,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from jinja2 import nodes
-
 from ...model.errors import InputError
 from ...model.files.text_files import read_text
-from ...model.text.meter import OverBudget, check_written
+from ...model.text.refusals import OverBudget, check_written
 from ...model.text.template import sandbox
 from .forms import dumped, json_or_none
 from .row import Row, without_nulls
@@ -38,13 +35,6 @@ SHAPING = (  # columns that say what a row is: those of the file give way to wha
 )
 
 
-class Null(jinja2.Undefined):
-    """A cell that is null: it may be tested for, and printing it is an error."""
-
-    def __str__(self) -> str:
-        raise jinja2.TemplateError(f"'{self._undefined_name}' is null: test for it with {{% if ... %}}")
-
-
 def shaped(rows: Sequence[Row], file: Path) -> list[Row]:
     """The rows that the template makes; an empty row where it writes nothing.
 
@@ -52,7 +42,7 @@ def shaped(rows: Sequence[Row], file: Path) -> list[Row]:
     """
     template, names = _compiled(file)
     columns = dict.fromkeys(column for row in rows for column in row)
-    nulls = {column: Null(name=column) for column in columns}
+    nulls = {column: template.environment.null(column) for column in columns}
     made = []
     for row in rows:
         cells = {name: without_nulls(cell) if row.from_arrow else cell for name, cell in row.items()}
@@ -70,27 +60,20 @@ def shaped(rows: Sequence[Row], file: Path) -> list[Row]:
     return made
 
 
-def _compiled(file: Path) -> tuple[jinja2.Template, set[str]]:
+def _compiled(file: Path) -> tuple[Any, set[str]]:
     """The template, and the names that it reads."""
     try:
         source = read_text(file)
     except InputError as error:
         raise InputError(f"--row-template {error}") from None
-    environment = sandbox(undefined=jinja2.StrictUndefined, trim_blocks=False, lstrip_blocks=False)
-    environment.globals |= {"zip": _zip, "enumerate": _enumerate}
-    environment.tests["none"] = lambda value: value is None or isinstance(value, Null)
-
-    def mark(tree: nodes.Template) -> None:
-        for text in tree.find_all(nodes.TemplateData):  # not what stands inside of an expression
-            text.data = text.data.replace(SEPARATOR, MARK)
 
     try:
-        tree, template = environment.compiled(source, mark)
-        read = environment.undeclared(tree)
+        environment = sandbox(strict=True)
+        environment.globals |= {"zip": _zip, "enumerate": _enumerate}
+        tree, template = environment.compiled(source, lambda text: text.replace(SEPARATOR, MARK))
+        return template, environment.names_read(tree)
     except InputError as error:
         raise InputError(f"--row-template {file}: {error}") from error
-    loaded = {node.name for node in tree.find_all(nodes.Name) if node.ctx == "load"}
-    return template, read | (loaded & environment.globals.keys())
 
 
 def _zip(*columns: Any) -> list[Any]:

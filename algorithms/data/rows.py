@@ -23,6 +23,7 @@ from ...model.files.text_files import check_regular, parse_json
 from ..run.calls import brief
 from .parquet_footer import read_footer
 from .row import Row
+from .row_template import shaped
 
 MOST_LINE = 64 * 2**20  # bytes of one line: a row of more text than any model reads
 FREE_BYTES, MOST_RATIO = 16 * 2**20, 200  # what may come out of packed bytes: so much, and times their number
@@ -94,8 +95,6 @@ def read_rows(path: Path | str, row_template: Path | None = None) -> list[Row]:
     rows = _read_file(Path(path))
     if row_template is None:
         return rows
-    from .row_template import shaped
-
     return shaped(rows, row_template)
 
 

@@ -121,6 +121,7 @@ def train(cfg: Config) -> Path:
     started, cpu_before = time.perf_counter(), time.process_time()
     held_out, training = problems(cfg.seed)
     check_flags(cfg, held_out=(2, len(held_out)))
+    page.check_packages()
     held_out = held_out[: cfg.held_out]
 
     # 1. the model as it is

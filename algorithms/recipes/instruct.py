@@ -101,6 +101,7 @@ def train(cfg: Config) -> Path:
     # 1. the stages of every seed, and their medians
     started = time.perf_counter()
     check_flags(cfg)
+    page.check_packages()
     recipes = run_seeds(Recipe, cfg)
     table = median_scores(recipes)
     judged = [median(values) for values in zip(*(recipe.judged for recipe in recipes), strict=True)]

@@ -2,18 +2,15 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import jinja2
-import matplotlib
-
-matplotlib.use("svg")
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
+from ...model.errors import InputError
 from .parts import write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -83,8 +80,17 @@ class Page(NamedTuple):
     facts: Mapping[str, object]  # of the run
 
 
+def check_packages() -> None:
+    """Raises InputError where a page could not be made at the end of a run."""
+    if missing := [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]:
+        names = " and ".join(missing)
+        raise InputError(f"the report: expected {names} to be installed: pip install {' '.join(missing)}")
+
+
 def write(path: Path, page: Page) -> Path:
     """Write the page whole: a reader never finds half of it."""
+    import jinja2
+
     template = jinja2.Environment(autoescape=True).from_string(PAGE)
     return write_text(path, template.render(page._asdict()))
 
@@ -95,22 +101,33 @@ def smooth(values: Sequence[float], window: int = 5) -> list[float]:
     return [sum(span) / len(span) for span in spans]
 
 
+def _figure(height: float) -> "Figure":
+    """A figure with one pair of axes, the page's width, `height` inches high."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, height))
+    figure.subplots()
+    return figure
+
+
 def draw_steps(curves: Sequence[Mapping[str, Sequence[float]]]) -> str:
     """SVG text: the smoothed share of right samples by GRPO step for each stage, one thin line a seed."""
-    figure, axes = plt.subplots(figsize=(9, 3.6))
+    figure = _figure(3.6)
+    (axes,) = figure.axes
     for index, stage in enumerate(curves[0]):
         for seed, stages in enumerate(curves):
             label = stage if seed == 0 else None
             axes.plot(smooth(stages[stage]), color=f"C{index}", linewidth=1.6, alpha=0.9, label=label)
     axes.set(xlabel="GRPO step", ylabel="share of right samples", ylim=(0, 1.02))
-    return _finish(figure, axes, "lower right")
+    return _finish(figure, "lower right")
 
 
 def draw_rewards(
     paths: Sequence[Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]]],
 ) -> str:
     """SVG text: by stage KL, gold and proxy reward of each step, smoothed; one line a seed, a mark for one step."""
-    figure, axes = plt.subplots(figsize=(9, 4.2))
+    figure = _figure(4.2)
+    (axes,) = figure.axes
     for index, stage in enumerate(paths[0]):
         for seed, stages in enumerate(paths):
             kl, *rewards = (smooth(values) for values in stages[stage])
@@ -120,14 +137,14 @@ def draw_rewards(
                 mark = marker if len(values) == 1 else ""
                 axes.plot(distance, values, line, marker=mark, color=f"C{index}", linewidth=1.6, label=label)
     axes.set(xlabel="distance from SFT: square root of the KL divergence", ylabel="reward")
-    return _finish(figure, axes, "best")
+    return _finish(figure, "best")
 
 
-def _finish(figure: Figure, axes: Axes, legend: Literal["lower right", "best"]) -> str:
+def _finish(figure: "Figure", legend: Literal["lower right", "best"]) -> str:
+    (axes,) = figure.axes
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc=legend)
     text = io.StringIO()
     figure.savefig(text, format="svg", bbox_inches="tight")
-    plt.close(figure)
     return text.getvalue()[text.getvalue().index("<svg") :]

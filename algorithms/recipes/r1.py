@@ -100,6 +100,7 @@ def train(cfg: Config) -> Path:
     # 1. the stages of every seed
     started = time.perf_counter()
     check_flags(cfg)
+    page.check_packages()
     recipes = run_seeds(Recipe, cfg)
     seconds = time.perf_counter() - started
 

@@ -1,119 +1,31 @@
 """Invariants that every trainer of language models shares, as checks on any of them, through a small adapter.
 
-    python -m burnish.bench conformance FILE.py:adapter [FILE.py:adapter ...] [--json]
+    burnish bench conformance FILE.py:adapter [FILE.py:adapter ...] [--keep]
 
-An adapter is a function without arguments that returns a `Trainer`: callables on a toy model and on plain tensors, each
-of which may be missing; docs/conformance.md has a complete one. A check asserts one statement. Its outcome is "holds",
+An adapter gives what bench/conformance.py names; the checks are those of checks.py. The outcome of one is "holds",
 "does not hold" with what was found, or "not applicable" where the trainer has nothing that the statement is about.
-
-The truth is a plain log-softmax of each sequence alone, run by Burnish's model, whose logits tests/model compares with
-transformers'.
 """
 
-import argparse
-import math
-import random
-import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from tokenizers import Tokenizer as WordTokenizer
-from tokenizers import models, pre_tokenizers
-from torch import Tensor
 
 from ...algorithms.data.rewards import load_reward
-from ...algorithms.run.streams import run_program
-from ...model.adapter import adapters, add_lora
-from ...model.checkpoint import load_model, save_model
-from ...model.config import ModelConfig
-from ...model.packed import pack
-from ...model.text.tokenizer import Tokenizer
-from ...model.transformer import Transformer
-from ..record import keep
-
-EOS, PAD, VOCABULARY = 0, 1, 24
-Row = dict[str, str]  # prompt and completion, or prompt, chosen and rejected: words with blanks between them
+from ...algorithms.run.flags import POSITIONAL
+from ...model.errors import InputError
+from ..conformance import NotApplicable, Toy, Trainer
+from .checks import CHECKS, make_toy
+from .figures import write_figures
 
 
-# ---- what an adapter provides
-
-
-@dataclass(frozen=True)
-class Toy:
-    """Hugging Face folders of a small llama, and of a LoRA adapter on it (PEFT's format) that changes what it says.
-
-    Words are "w2" to "w23", their ids the numbers; <eos> is 0 and <pad> 1. pad: the token to pad with, perhaps <eos>.
-    """
-
-    folder: Path
-    adapter: Path
-    pad: str = "<pad>"
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One optimizer step."""
-
-    rows: list[Row]
-    rows_at_once: int  # in one forward and backward; the last may be fewer
-    packed: bool = False  # several rows in one sequence
-    ranks: int = 1  # data-parallel processes, over which the rows are spread
-    max_length: int = 64  # tokens; rows are cut there
-
-
-@dataclass(frozen=True)
-class Step:
-    loss: float
-    gradient: Tensor  # of all trained parameters before clipping, flat, in any order that does not change
-
-
-@dataclass(frozen=True)
-class KL:
-    """A KL term of a loss. loss(logprob, ref_logprob): (tokens,) of the policy's own samples to their mean, scalar."""
-
-    loss: Callable[[Tensor, Tensor], Tensor]
-    gradient: Literal["KL(pi || ref)", "KL(ref || pi)"]  # which KL's it is in expectation
-
-
-@dataclass(frozen=True)
-class Trainer:
-    """sft(toy, batch): supervised fine-tuning on completions with their end token, from toy.folder; one step.
-    dpo(toy, pairs, rows_at_once, steps, learning_rate, lora): each step on all pairs; lora: None trains the weights,
-        "fresh" a new adapter on toy.folder, "loaded" goes on with toy.adapter.
-    score(toy, prompts, completions, side): log-probabilities of each completion's ids, a tensor a completion. All run
-        in one batch, padded on the left or on the right; a trainer without padding has padding_sides ().
-    rollout(toy, prompt, count, temperature, top_k): `count` samples of one token, (count,) int64, and the
-        log-probabilities with which the policy's update would score them, (count,).
-    policy_loss(logprob, old_logprob, advantage, mask, num_tokens): the clipped loss over mask's tokens; (B, T) but for
-        advantage (B,). num_tokens: of the whole optimizer step, of which these may be a part.
-    kl: the KL terms that a loss may have, by name.
-    shaped_rewards(score, logprob, ref_logprob, mask, beta): PPO's rewards of tokens, (B, T), from scores (B,).
-    advantages(rewards, mask): PPO's with gamma = lambda = 1 and values of 0, before whitening; (B, T).
-    absent: for a callable that is None, why, where there is more to say than that the adapter does not have it.
-    """
-
-    name: str
-    version: str
-    sft: Callable[[Toy, Batch], Step] | None = None
-    dpo: Callable[[Toy, list[Row], int, int, float, str | None], list[Step]] | None = None
-    score: Callable[[Toy, list[list[int]], list[list[int]], str | None], list[Tensor]] | None = None
-    padding_sides: tuple[str, ...] = ()
-    rollout: Callable[[Toy, list[int], int, float, int | None], tuple[Tensor, Tensor]] | None = None
-    policy_loss: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor] | None = None
-    kl: dict[str, KL] | None = None
-    shaped_rewards: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor] | None = None
-    advantages: Callable[[Tensor, Tensor], Tensor] | None = None
-    absent: dict[str, str] = field(default_factory=dict)
-
-
-class Check(NamedTuple):
-    needs: str  # the callable of the adapter
-    statement: str
-    run: Callable[..., None]  # (callable, toy, trainer); AssertionError where the statement does not hold
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    adapters: Annotated[tuple[str, ...], POSITIONAL] = ()  # FILE.py:adapter, one or more
+    json: Path | None = None  # write the outcomes there
+    keep: bool = False  # keep the outcomes in bench/results, under their usual name
 
 
 class Outcome(NamedTuple):
@@ -121,410 +33,43 @@ class Outcome(NamedTuple):
     detail: str = ""
 
 
-class NotApplicable(Exception):
-    """Raised by an adapter's callable for one kind of input that its trainer does not have, with the reason."""
-
-
-CHECKS: dict[str, Check] = {}
-
-
-def check(needs: str, statement: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    def add(function: Callable[..., None]) -> Callable[..., None]:
-        CHECKS[function.__name__.replace("_", " ")] = Check(needs, statement, function)
-        return function
-
-    return add
-
-
-# ---- the toy and the truth
-
-
-def make_toy(folder: Path) -> Toy:
-    config = ModelConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        tie_word_embeddings=False,
-        max_position_embeddings=128,
-        initializer_range=0.3,
-        eos_token_id=EOS,
-    )
-    words = {"<eos>": EOS, "<pad>": PAD} | {f"w{i}": i for i in range(2, VOCABULARY)}
-    backend = WordTokenizer(models.WordLevel(words, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.add_special_tokens(["<eos>", "<pad>"])
-    tokenizer = Tokenizer(backend, eos="<eos>", pad="<pad>")
-    save_model(Transformer(config, seed=0), folder / "model", tokenizer)
-    model = load_model(folder / "model")
-    add_lora(model, 2, seed=1, base=str((folder / "model").resolve()))
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for lora in adapters(model).values():
-            lora.b.normal_(std=0.2, generator=generator)
-    save_model(model, folder / "adapter", tokenizer)
-    return Toy(folder / "model", folder / "adapter")
-
-
-def make_rows(lengths: list[tuple[int, ...]], *columns: str) -> list[Row]:
-    """Random words, as many for each column as `lengths` says."""
-    draw = random.Random(0)
-    blank = lambda column: (
-        "" if column == "prompt" else " "
-    )  # it belongs to the answer: ids do not depend on it
-    word = lambda: f"w{draw.randrange(2, VOCABULARY)}"
-    return [
-        {c: blank(c) + " ".join(word() for _ in range(n)) for c, n in zip(columns, numbers, strict=True)}
-        for numbers in lengths
-    ]
-
-
-ROWS = make_rows([(3, 2), (5, 9), (2, 1), (4, 6), (7, 3), (3, 12)], "prompt", "completion")
-PAIRS = make_rows([(3, 2, 5), (5, 7, 1), (2, 4, 4), (4, 1, 6), (3, 8, 2)], "prompt", "chosen", "rejected")
-
-
-def ids_of(words: str) -> list[int]:
-    return [int(word[1:]) for word in words.split()]
-
-
-def distributions(toy: Toy, ids: list[int], temperature: float = 1.0) -> Tensor:
-    """log p of the token behind each prefix, (len(ids), V)."""
-    model = load_model(toy.folder)
-    with torch.no_grad():
-        return (model.logits(model(pack([ids]))).float() / temperature).log_softmax(-1)
-
-
-def logprobs(toy: Toy, prompt: list[int], completion: list[int]) -> Tensor:
-    rows = distributions(toy, prompt + completion)[len(prompt) - 1 : -1]
-    return rows.gather(1, torch.tensor(completion)[:, None]).squeeze(1)
-
-
-def nll(toy: Toy, sequences: list[tuple[list[int], list[int]]]) -> float:
-    """-sum log p / N over the completions of all."""
-    terms = torch.cat([logprobs(toy, *sequence) for sequence in sequences])
-    return -terms.mean().item()
-
-
-def with_end(row: Row) -> tuple[list[int], list[int]]:
-    return ids_of(row["prompt"]), [*ids_of(row["completion"]), EOS]
-
-
-def same(found: float | Tensor, expected: float | Tensor, what: str, rtol: float = 1e-5) -> None:
-    """Largest difference at most rtol times the largest number expected, plus 1e-6."""
-    found, expected = torch.as_tensor(found), torch.as_tensor(expected)
-    assert found.shape == expected.shape, f"{what}: shape {tuple(found.shape)}, not {tuple(expected.shape)}"
-    difference = (found - expected).abs().max().item()
-    bound = 1e-6 + rtol * expected.abs().max().item()
-    assert difference <= bound, f"{what}: off by {difference:.2g} (largest {expected.abs().max().item():.2g})"
-
-
-def same_step(found: Step, expected: Step, what: str) -> None:
-    same(found.loss, expected.loss, f"{what}, loss")
-    same(found.gradient, expected.gradient, f"{what}, gradient")
-
-
-# ---- whole steps: denominator, accumulation, sharding, packing, masking, end token
-
-
-@check("sft", "The loss is the sum over trained tokens of the whole step, divided by their number.")
-def denominator(sft, toy: Toy, _) -> None:
-    for at_once in (len(ROWS), 1):
-        loss = sft(toy, Batch(ROWS, at_once)).loss
-        same(loss, nll(toy, [with_end(row) for row in ROWS]), f"{at_once} rows at once")
-
-
-@check("sft", "Rows at once, one by one, or in uneven parts: loss and gradient are the same.")
-def accumulation(sft, toy: Toy, _) -> None:
-    whole = sft(toy, Batch(ROWS, len(ROWS)))
-    for at_once in (1, 4):
-        same_step(sft(toy, Batch(ROWS, at_once)), whole, f"{at_once} of {len(ROWS)} rows at once")
-
-
-@check("sft", "Rows spread over two data-parallel ranks: loss and gradient are the same.")
-def sharding(sft, toy: Toy, _) -> None:
-    same_step(sft(toy, Batch(ROWS, 3, ranks=2)), sft(toy, Batch(ROWS, 6)), "two ranks")
-
-
-@check("sft", "Rows packed into one sequence: loss and gradient are the same.")
-def packing(sft, toy: Toy, _) -> None:
-    same_step(sft(toy, Batch(ROWS, 6, packed=True)), sft(toy, Batch(ROWS, 6)), "packed")
-
-
-@check("sft", "A row that is cut before its completion counts neither in the sum nor in the denominator.")
-def masked_rows(sft, toy: Toy, _) -> None:
-    long = make_rows([(40, 3)], "prompt", "completion")
-    found = sft(toy, Batch(ROWS + long, len(ROWS) + 1, max_length=32))
-    same_step(found, sft(toy, Batch(ROWS, len(ROWS), max_length=32)), "with a row that is cut")
-
-
-@check("sft", "The end token is trained once and padding is not, where they are the same token, too.")
-def end_token(sft, toy: Toy, _) -> None:
-    expected = nll(toy, [with_end(row) for row in ROWS])
-    for pad in ("<pad>", "<eos>"):
-        loss = sft(Toy(toy.folder, toy.adapter, pad), Batch(ROWS, len(ROWS))).loss
-        same(loss, expected, f"padded with {pad}")
-
-
-@check("sft", "A completion that is cut gets no end token.")
-def truncation(sft, toy: Toy, _) -> None:
-    cut = [(prompt, completion[: 12 - len(prompt)]) for prompt, completion in map(with_end, ROWS)]
-    same(sft(toy, Batch(ROWS, len(ROWS), max_length=12)).loss, nll(toy, cut), "cut at 12 tokens")
-
-
-@check("score", "A completion scores the same alone and beside longer ones, whichever side is padded.")
-def padding_side(score, toy: Toy, trainer: Trainer) -> None:
-    prompts, completions = map(list, zip(*map(with_end, ROWS), strict=True))
-    for side in trainer.padding_sides or (None,):
-        together = score(toy, prompts, completions, side)
-        for found, prompt, completion in zip(together, prompts, completions, strict=True):
-            same(found, logprobs(toy, prompt, completion), f"padding: {side}")
-
-
-# ---- preferences: first step, accumulation, reference
-
-
-@check("dpo", "DPO's first loss is ln 2, and its gradient is not 0.")
-def preference_start(dpo, toy: Toy, _) -> None:
-    (step,) = dpo(toy, PAIRS, len(PAIRS), 1, 0.0, None)
-    same(step.loss, math.log(2), "first loss", 1e-6)
-    assert step.gradient.abs().max() > 1e-4, "the gradient is 0"
-
-
-@check(
-    "dpo",
-    "Pairs at once, one by one, or in uneven parts: loss and gradient are the same after an update, too.",
-)
-def preference_accumulation(dpo, toy: Toy, _) -> None:
-    whole = dpo(toy, PAIRS, len(PAIRS), 2, 1e-2, None)
-    for at_once in (1, 3):
-        parts = dpo(toy, PAIRS, at_once, 2, 1e-2, None)
-        same_step(parts[0], whole[0], f"{at_once} of {len(PAIRS)} pairs at once")
-        # Adam divides by |g|: where that is near its eps, rounding of the first gradient is a change of the weight
-        same(parts[1].loss, whole[1].loss, f"{at_once} of {len(PAIRS)} pairs at once, second loss", 1e-3)
-
-
-def reference_is_the_start(dpo, toy: Toy, lora: str) -> None:
-    first, second = dpo(toy, PAIRS, len(PAIRS), 2, 1e-2, lora)
-    same(first.loss, math.log(2), "first loss", 1e-6)
-    assert second.loss < first.loss - 1e-4, (
-        f"second loss {second.loss:.6f}: the reference moves with the policy"
-    )
-
-
-@check("dpo", "With a fresh LoRA adapter the reference is the model without it, and stays there.")
-def reference_fresh_adapter(dpo, toy: Toy, _) -> None:
-    reference_is_the_start(dpo, toy, "fresh")
-
-
-@check("dpo", "With a loaded LoRA adapter the reference is the model with that adapter, and stays there.")
-def reference_loaded_adapter(dpo, toy: Toy, _) -> None:
-    reference_is_the_start(dpo, toy, "loaded")
-
-
-# ---- sampler and scorer
-
-
-def frequencies(ids: Tensor) -> Tensor:
-    return torch.bincount(ids, minlength=VOCABULARY).float() / ids.numel()
-
-
-@check("rollout", "Samples come from the distribution that scores them: the same temperature.")
-def sampler_temperature(rollout, toy: Toy, _) -> None:
-    prompt = [3, 4, 5]
-    ids, scored = rollout(toy, prompt, 4000, 2.0, None)
-    truth = distributions(toy, prompt, 2.0)[-1]
-    same(scored, truth[ids], "log-probabilities at temperature 2", 1e-4)
-    distance = (frequencies(ids) - truth.exp()).abs().sum().item() / 2  # total variation
-    assert distance < 0.08, f"the samples are {distance:.2f} (total variation) from what scores them"
-
-
-@check(
-    "rollout", "Under top-k the scored distribution is that of the ids kept: their probabilities add up to 1."
-)
-def sampler_support(rollout, toy: Toy, _) -> None:
-    ids, scored = rollout(toy, [3, 4, 5], 500, 1.0, 3)
-    by_id = dict(zip(ids.tolist(), scored.tolist(), strict=True))
-    assert len(by_id) == 3, f"{len(by_id)} ids were drawn"
-    total = sum(math.exp(value) for value in by_id.values())
-    assert abs(total - 1) < 1e-4, f"the probabilities of the 3 ids kept add up to {total:.3f}"
-
-
-# ---- policy losses
-
-
-def policy_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logprob, old_logprob (B, T), advantage (B,), mask (B, T)."""
-    generator = torch.Generator().manual_seed(0)
-    mask = torch.arange(7) < torch.tensor([5, 2, 7, 1])[:, None]
-    logprob = -torch.randn(4, 7, generator=generator).abs()
-    old = logprob + 0.3 * torch.randn(4, 7, generator=generator)
-    return logprob * mask, old * mask, torch.randn(4, generator=generator), mask
-
-
-def value_and_gradient(function: Callable[[Tensor], Tensor], logprob: Tensor) -> tuple[Tensor, Tensor]:
-    logprob = logprob.clone().requires_grad_()
-    value = function(logprob)
-    (gradient,) = torch.autograd.grad(value, logprob)
-    return value.detach(), gradient
-
-
-@check("policy_loss", "On policy the loss is -sum A n / N and each token's gradient -A / N.")
-def policy_start(policy_loss, *_) -> None:
-    logprob, _, advantage, mask = policy_inputs()
-    n = int(mask.sum())
-    loss = lambda x: policy_loss(x, logprob, advantage, mask, n)
-    value, gradient = value_and_gradient(loss, logprob)
-    same(value, -(advantage * mask.sum(1)).sum() / n, "loss")
-    same(gradient, -(advantage[:, None] * mask) / n, "gradient")
-
-
-@check("policy_loss", "Micro-batches of a step add up to its loss.")
-def policy_accumulation(policy_loss, *_) -> None:
-    logprob, old, advantage, mask = policy_inputs()
-    n = int(mask.sum())
-    whole = policy_loss(logprob, old, advantage, mask, n)
-    for cuts in ([1, 1, 1, 1], [3, 1]):
-        parts = [t.split(cuts) for t in (logprob, old, advantage, mask)]
-        total = sum(policy_loss(*part, n) for part in zip(*parts, strict=True))
-        same(total, whole, f"parts of {cuts} samples")
-
-
-@check("policy_loss", "What stands in masked places changes nothing, and a batch of only those gives 0.")
-def policy_mask(policy_loss, *_) -> None:
-    logprob, old, advantage, mask = policy_inputs()
-    n = int(mask.sum())
-    clean = value_and_gradient(lambda x: policy_loss(x, old, advantage, mask, n), logprob)
-    soiled = logprob.masked_fill(~mask, -3.0)
-    found = value_and_gradient(lambda x: policy_loss(x, old, advantage, mask, n), soiled)
-    same(found[0], clean[0], "loss")
-    same(found[1], clean[1], "gradient")
-    nothing = torch.zeros_like(mask)
-    value, gradient = value_and_gradient(lambda x: policy_loss(x, old, advantage, nothing, 0), logprob)
-    same(value, 0.0, "all masked, loss")
-    same(gradient, torch.zeros_like(gradient), "all masked, gradient")
-
-
-@check("policy_loss", "A log-ratio of 200 either way gives a finite loss and a finite gradient.")
-def bounded_weights(policy_loss, *_) -> None:
-    logprob, _, advantage, mask = policy_inputs()
-    for sign in (1.0, -1.0):
-        loss = lambda x, sign=sign: policy_loss(x, logprob - 200 * sign, -advantage.abs(), mask, 15)
-        value, gradient = value_and_gradient(loss, logprob)
-        assert value.isfinite() and gradient.isfinite().all(), f"log-ratio {200 * sign:.0f}: loss {value:.3g}"
-
-
-# ---- KL
-
-
-def policies() -> tuple[Tensor, Tensor]:
-    """Parameters of a policy over 6 outcomes, with gradient, and log-probabilities of a reference."""
-    generator = torch.Generator().manual_seed(3)
-    theta = torch.randn(6, generator=generator).requires_grad_()
-    return theta, torch.randn(6, generator=generator).log_softmax(0)
-
-
-def kl_gradient(theta: Tensor, ref: Tensor, which: str) -> Tensor:
-    log_p = theta.log_softmax(0)
-    p_to_ref = (log_p.exp() * (log_p - ref)).sum()
-    ref_to_p = (ref.exp() * (ref - log_p)).sum()
-    (gradient,) = torch.autograd.grad(p_to_ref if which == "KL(pi || ref)" else ref_to_p, theta)
-    return gradient
-
-
-@check(
-    "kl",
-    "A KL term of the loss has, in expectation over the policy's samples, the gradient of the KL it names.",
-)
-def kl_term(terms: dict[str, KL], *_) -> None:
-    for name, term in terms.items():
-        theta, ref = policies()
-        log_p = theta.log_softmax(0)
-        p = log_p.detach().exp()
-        expected = sum(p[y] * term.loss(log_p[y : y + 1], ref[y : y + 1]) for y in range(6))
-        (gradient,) = torch.autograd.grad(torch.as_tensor(expected), theta)
-        same(gradient, kl_gradient(theta, ref, term.gradient), f"{name}, gradient of {term.gradient}")
-
-
-@check("shaped_rewards", "The KL of PPO's rewards is that of KL(pi || ref): its policy gradient is exact.")
-def kl_in_the_reward(shaped_rewards, *_) -> None:
-    theta, ref = policies()
-    log_p = theta.log_softmax(0)
-    mask, beta = torch.ones(6, 1, dtype=torch.bool), 0.3
-    reward = shaped_rewards(torch.zeros(6), log_p.detach()[:, None], ref[:, None], mask, beta).squeeze(1)
-    expected = (log_p.detach().exp() * reward * log_p).sum()  # E[r grad log pi]
-    (gradient,) = torch.autograd.grad(expected, theta)
-    same(gradient, -beta * kl_gradient(theta, ref, "KL(pi || ref)"), "policy gradient")
-
-
-@check("shaped_rewards", "The score of a completion stands on its last token, and on no other.")
-def score_placement(shaped_rewards, *_) -> None:
-    logprob, _, score, mask = policy_inputs()
-    reward = shaped_rewards(score, logprob, logprob, mask, 0.3)
-    expected = torch.zeros_like(logprob)
-    expected[torch.arange(4), mask.sum(1) - 1] = score
-    same(reward, expected, "rewards without a KL")
-
-
-@check("advantages", "With gamma = lambda = 1 every token's return is the score, and padding has none.")
-def returns_are_the_score(advantages, *_) -> None:
-    _, _, score, mask = policy_inputs()
-    rewards = torch.zeros(mask.shape)
-    rewards[torch.arange(4), mask.sum(1) - 1] = score
-    same(advantages(rewards, mask), score[:, None] * mask, "returns")
-
-
-# ---- a run
+def outcome(name: str, trainer: Trainer, toy: Toy) -> Outcome:
+    """The outcome of one of CHECKS."""
+    needs, _, function = CHECKS[name]
+    subject = getattr(trainer, needs)
+    if subject is None:
+        return Outcome("not applicable", trainer.absent.get(needs, f"the adapter has no {needs}"))
+
+    try:
+        function(subject, toy, trainer)
+    except NotApplicable as reason:
+        return Outcome("not applicable", str(reason))
+    except AssertionError as found:
+        return Outcome("does not hold", str(found))
+    return Outcome("holds")
 
 
 def run(trainer: Trainer, toy: Toy, names: tuple[str, ...] = ()) -> dict[str, Outcome]:
     """names: of CHECKS; all by default."""
-    outcomes = {}
-    for name in names or CHECKS:
-        needs, _, function = CHECKS[name]
-        subject = getattr(trainer, needs)
-        if subject is None:
-            outcomes[name] = Outcome(
-                "not applicable", trainer.absent.get(needs, f"the adapter has no {needs}")
-            )
-            continue
-        try:
-            function(subject, toy, trainer)
-        except NotApplicable as reason:
-            outcomes[name] = Outcome("not applicable", str(reason))
-        except AssertionError as found:
-            outcomes[name] = Outcome("does not hold", str(found))
-        else:
-            outcomes[name] = Outcome("holds")
-    return outcomes
+    return {name: outcome(name, trainer, toy) for name in names or CHECKS}
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m burnish.bench conformance", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("adapters", nargs="+", metavar="FILE.py:adapter")
-    parser.add_argument("--json", action="store_true", help="write bench/results/conformance-<date>.json")
-    options = parser.parse_args(argv)
+def main(cfg: Config) -> int:
+    if not cfg.adapters:
+        raise InputError("expected one adapter or more, each as FILE.py:adapter, got none")
     torch.set_num_threads(1)
     found = []
     with tempfile.TemporaryDirectory() as folder:
         toy = make_toy(Path(folder))
-        for specification in options.adapters:
+        for specification in cfg.adapters:
             adapter: Any = load_reward(specification, "adapter")
             trainer: Trainer = adapter()
             outcomes = run(trainer, toy)
             found.append({"name": trainer.name, "version": trainer.version, "outcomes": outcomes})
+
             print(f"{trainer.name} {trainer.version}")
             for name, (status, detail) in outcomes.items():
                 print(f"  {name:<26} {status}" + (f": {detail}" if detail else ""))
-    if options.json:
-        words = sys.argv[1:] if argv is None else argv
-        keep("conformance", " ".join(["python -m burnish.bench conformance", *words]), trainers=found)
+
+    write_figures("conformance", cfg, trainers=found)
     return 0
-
-
-if __name__ == "__main__":
-    from . import conformance  # the module that adapters import: `NotApplicable` is then one class
-
-    sys.exit(run_program("python -m burnish.bench conformance", conformance.main))

@@ -1,6 +1,6 @@
-"""What embedding our ops saves: memory of one training step of a transformers model, before and after embed.apply.
+"""Memory of one training step of a transformers model, before and after embed.apply puts our ops inside.
 
-    python -m burnish.bench embedding [--rounds 3]
+    burnish bench embedding [--rounds 3]
 
 Each measurement is a process of its own: a Llama of 2 layers, width 256 and 32,768 words, 4 rows of 512 tokens, fp32,
 one thread, forward and backward. Growth is the peak of resident memory over what the process held before the step, the
@@ -10,24 +10,27 @@ trainers put on it, called as its SFT trainer calls it. Beside them stands what 
 Needs transformers and trl beside Burnish in one Python: `make test-embed` makes one.
 """
 
-import argparse
 import importlib
-import json
-import subprocess
-import sys
 import time
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
 
-from ...algorithms.run.streams import run_program
+from ...algorithms.run.flags import Count
 from ...kernels.head.inputs import CPU_BUDGET
+from .process import figures_of
 from .trainers import SHAPE, resident
 
 ROWS, LENGTH, VOCABULARY = 4, 512, 32_768
 LAYERS = 2
 LOSSES = ("labels", "TRL")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    rounds: Count = 3  # measurements of each, in turn, of which the median counts
 
 
 def counted(embedded: bool, trained: int) -> dict[str, int]:
@@ -41,10 +44,11 @@ def counted(embedded: bool, trained: int) -> dict[str, int]:
 
 
 def step(loss: str, embedded: bool) -> dict[str, float]:
-    """In this process: one step, after one on few tokens."""
+    """Figures of one step in this process, after one on few tokens."""
     transformers = importlib.import_module("transformers")
     from ...model import embed
 
+    # 1. the model
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SHAPE | {"vocab_size": VOCABULARY, "num_hidden_layers": LAYERS})
@@ -54,6 +58,8 @@ def step(loss: str, embedded: bool) -> dict[str, float]:
         utils.add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     if embedded:
         embed.apply(model)
+
+    # 2. its step
     ids = torch.randint(0, VOCABULARY, (ROWS, LENGTH))
     more = {"fused_lm_head": True} if loss == "TRL" else {}
 
@@ -62,6 +68,7 @@ def step(loss: str, embedded: bool) -> dict[str, float]:
         out.loss.backward()
         return out.loss.item()
 
+    # 3. measured
     run(ids[:1, :8])  # imports, workspaces
     model.zero_grad()
     before, clock = resident("VmRSS"), time.process_time()
@@ -74,24 +81,18 @@ def step(loss: str, embedded: bool) -> dict[str, float]:
     }
 
 
+def in_process(loss: str, embedded: str) -> dict[str, float]:
+    return step(loss, embedded == "1")
+
+
 def measure(rounds: int) -> dict[tuple[str, bool], dict[str, float]]:
     """Medians over rounds, by loss and whether embedded."""
     runs: dict[tuple[str, bool], list[dict[str, float]]] = {}
     for _ in range(rounds):
         for loss in LOSSES:
             for embedded in (False, True):
-                command = [
-                    sys.executable,
-                    "-m",
-                    "burnish.bench.runs.embedding",
-                    "--worker",
-                    loss,
-                    str(int(embedded)),
-                ]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    raise RuntimeError(f"{' '.join(command)}:\n{done.stderr}")
-                runs.setdefault((loss, embedded), []).append(json.loads(done.stdout.splitlines()[-1]))
+                found = figures_of("embedding", loss, str(int(embedded)))
+                runs.setdefault((loss, embedded), []).append(found)
     return {
         key: {name: median(run[name] for run in group) for name in group[0]} for key, group in runs.items()
     }
@@ -107,17 +108,6 @@ def table(measured: dict[tuple[str, bool], dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="memory of a training step, before and after embed.apply")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--worker", nargs=2, metavar=("LOSS", "EMBEDDED"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.worker:
-        loss, embedded = arguments.worker
-        print(json.dumps(step(loss, embedded == "1")))
-    else:
-        print(table(measure(arguments.rounds)))
-
-
-if __name__ == "__main__":
-    sys.exit(run_program("python -m burnish.bench embedding", main))
+def main(cfg: Config) -> int:
+    print(table(measure(cfg.rounds)))
+    return 0

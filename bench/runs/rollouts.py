@@ -1,6 +1,6 @@
 """Generation beside transformers' `generate`: the same weights, prompts and lengths, in one process.
 
-    python -m burnish.bench rollouts [--model DIR] [--rounds 5] [--json]
+    burnish bench rollouts [--model DIR] [--rounds 5] [--keep]
 
 On a CPU the model has 4 layers of width 256 and 4,096 words (that of trainers.py), in fp32, on one thread; on a GPU,
 where there is one, the shape of a model of 1 billion, random, in bf16. --model adds a Hugging Face folder. Of each
@@ -20,14 +20,12 @@ transformers has the prompts padded on the left, one row a sample, as many rows 
 have ended run on as padding until all have. Greedy tokens are compared, then both sample at temperature 1 from all ids.
 """
 
-import argparse
 import importlib
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -35,13 +33,22 @@ from typing import Any
 
 import torch
 
-from ...algorithms.run.streams import run_program
+from ...algorithms.run.flags import Count
 from ...model.cache import cache_bytes
 from ...model.checkpoint import load_model
 from ...model.generate import generate
 from ...model.transformer import Transformer
-from ..record import keep, machine
+from ..record import machine
+from .figures import write_figures
 from .trainers import write_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    model: Path | None = None  # a Hugging Face folder, measured too
+    rounds: Count = 5  # of both sides, in turn
+    json: Path | None = None  # write the figures there
+    keep: bool = False  # keep the figures in bench/results, under their usual name
 
 
 @dataclass(frozen=True)
@@ -52,9 +59,7 @@ class Work:
     shortest: int
     longest: int  # tokens of a prompt
     new_tokens: int
-    mean_length: int | None = (
-        None  # of an answer without the limit of new_tokens; None: no answer ends before it
-    )
+    mean_length: int | None = None  # of an answer without the limit of new_tokens; None: none ends before it
 
     def draw_prompts(self, vocabulary: int) -> list[list[int]]:
         draw = random.Random(0)
@@ -64,14 +69,14 @@ class Work:
         ]
 
     def stop_ids(self, vocabulary: int) -> list[int]:
-        """As many as make an answer of a model that likes all ids alike as long as asked for."""
+        """So many ids that an answer of a model that likes all ids alike is as long as asked for."""
         count = 0 if self.mean_length is None else vocabulary // self.mean_length
         return random.Random(1).sample(range(2, vocabulary), count)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured on a kind of device."""
+    """A kind of device's measurements."""
 
     kind: str  # of the file in bench/results
     model: str
@@ -142,10 +147,12 @@ def theirs(model: Any, work: Work, greedy: bool) -> list[list[int]]:
     stops, batch = work.stop_ids(model.config.vocab_size), SETTINGS[model.device.type].batch
     every = [prompt for prompt in work.draw_prompts(model.config.vocab_size) for _ in range(work.samples)]
     answers = []
+
     for prompts in (every[i : i + batch] for i in range(0, len(every), batch)):
         width = max(map(len, prompts))
         rows = [[0] * (width - len(prompt)) + prompt for prompt in prompts]
         mask = [[int(i >= width - len(prompt)) for i in range(width)] for prompt in prompts]
+
         out = model.generate(
             torch.tensor(rows, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
@@ -162,7 +169,7 @@ def theirs(model: Any, work: Work, greedy: bool) -> list[list[int]]:
 
 
 def until(tokens: list[int], stops: list[int]) -> list[int]:
-    """As far as the first stop id, it included."""
+    """The tokens as far as the first stop id, it included."""
     ends = [i + 1 for i, token in enumerate(tokens) if token in stops]
     return tokens[: ends[0]] if ends else tokens
 
@@ -191,13 +198,17 @@ def measure(name: str, folder: Path, work: Work, rounds: int, device: str) -> di
     peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
     peer.generation_config = transformers.GenerationConfig()  # nothing of the folder's own
     greedy = list(zip(ours(model, work, True), theirs(peer, work, True), strict=True))
+
     runs: dict[str, list[float]] = {"burnish": [], "transformers": []}
     for index in range(rounds):
         runs["burnish"].append(speed(lambda: ours(model, work, False), device))
         runs["transformers"].append(speed(lambda: theirs(peer, work, False), device))
         pair = f"{runs['burnish'][-1]:9,.0f} beside {runs['transformers'][-1]:9,.0f} tokens/s"
         print(f"{name}, {work.name}, round {index + 1}: {pair}", flush=True)
+
+    # beside the medians, what the cache takes
     ratios = [a / b for a, b in zip(runs["burnish"], runs["transformers"], strict=True)]
+
     sizes = [len(prompt) for prompt in work.draw_prompts(model.config.vocab_size)]
     caches = [
         cache_bytes(model.config, rows, max(sizes), slots, capacity, dtype)
@@ -206,6 +217,7 @@ def measure(name: str, folder: Path, work: Work, rounds: int, device: str) -> di
             (0, max(sizes) + work.new_tokens),
         )
     ]
+
     return {
         "model": name,
         "work": work.name,
@@ -219,20 +231,18 @@ def measure(name: str, folder: Path, work: Work, rounds: int, device: str) -> di
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", type=Path, help="a Hugging Face folder, measured too")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", action="store_true", help="write bench/results/rollouts-<date>.json")
-    options = parser.parse_args()
+def main(cfg: Config) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     setting = SETTINGS[device]
     torch.set_num_threads(1)
+
+    # the small model, and one of the user's
     with tempfile.TemporaryDirectory() as name:
         write_model(Path(name), **setting.changes)
-        rows = [measure(setting.model, Path(name), work, options.rounds, device) for work in setting.works]
-    if given := options.model:
-        rows += [measure(given.name, given, work, options.rounds, device) for work in setting.given]
+        rows = [measure(setting.model, Path(name), work, cfg.rounds, device) for work in setting.works]
+    if given := cfg.model:
+        rows += [measure(given.name, given, work, cfg.rounds, device) for work in setting.given]
+
     for row in rows:
         a, b = row["tokens_per_second"].values()
         print(
@@ -240,14 +250,8 @@ def main() -> None:
             f"cache {row['cache_bytes'] / 1e6:.1f} MB, "
             f"{row['same_greedy_answers']:.0%} of the greedy answers are the same"
         )
-    if options.json:
-        command = ["python -m burnish.bench rollouts"]
-        if options.model is not None:
-            command.append(f"--model {options.model.name}")
-        command.append(f"--rounds {options.rounds} --json")
-        facts = machine(device) | {name: version(name) for name in ("torch", "transformers")}
-        keep(setting.kind, " ".join(command), machine=facts, rows=rows)
 
-
-if __name__ == "__main__":
-    sys.exit(run_program("python -m burnish.bench rollouts", main))
+    facts = machine(device) | {name: version(name) for name in ("torch", "transformers")}
+    shown = replace(cfg, model=cfg.model and Path(cfg.model.name))  # not where it lies on this machine
+    write_figures("rollouts", shown, kind=setting.kind, machine=facts, rows=rows)
+    return 0

@@ -1,6 +1,6 @@
 """Whole training runs beside TRL's trainers: the same weights, rows and flags, one thread, in one run.
 
-    python -m burnish.bench trainers [sft grpo ...] [--rounds 5] [--json]
+    burnish bench trainers [sft dpo grpo] [--rounds 5] [--keep]
 
 Each measurement is a process of its own, ours and TRL's in turn (A B A B), so that neither warms the other's memory: a
 fork of this one, which has imported both and has run nothing. The model has 4 layers of width 256 and 4,096 words; an
@@ -13,7 +13,6 @@ TRL needs transformers, trl and accelerate beside Burnish in one Python. Its def
 checkpointing (slower, and ours does none either), no shuffling, a constant learning rate, AdamW's betas (0.9, 0.95).
 """
 
-import argparse
 import contextlib
 import importlib
 import io
@@ -27,15 +26,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
-from ...algorithms.run.streams import run_program
-from ..record import keep, machine
+from ...algorithms.run.flags import POSITIONAL, Count
+from ...model.errors import InputError
+from ..record import machine
+from .figures import write_figures
 
 LEFT_OUT = 2  # steps, while allocators and caches warm up
 STEPS, LEARNING_RATE = 5, 1e-3
@@ -59,6 +61,14 @@ SHAPE = {
     "eos_token_id": 0,
     "pad_token_id": 1,
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    tasks: Annotated[tuple[str, ...], POSITIONAL] = ()  # sft, dpo, grpo; all when none is named
+    rounds: Count = 5  # of both sides, in turn
+    json: Path | None = None  # write the figures there
+    keep: bool = False  # keep the figures in bench/results, under their usual name
 
 
 # ---- what both train
@@ -119,6 +129,7 @@ def train_burnish(task: str, folder: Path) -> Callable[[], list[dict[str, float]
         "warmup_steps": 0,
         "device": "cpu",
     }
+
     own = {
         "sft": {"batch_size": ROWS["sft"]},
         "dpo": {"batch_size": ROWS["dpo"]},
@@ -144,16 +155,48 @@ def train_trl(task: str, folder: Path) -> Callable[[], list[dict[str, float]]]:
     name = TRAINERS[task]
     Trainer = getattr(trl, f"{name}Trainer")  # imported upon first use: here, before the clock starts
     Tokenizer, Model = transformers.PreTrainedTokenizerFast, transformers.LlamaForCausalLM
+
     rows = [json.loads(line) for line in (folder / f"{task}.jsonl").read_text().splitlines()]
-    common = {
-        "output_dir": tempfile.mkdtemp(dir=folder),
+    flags = trl_flags(task, len(rows)) | {"output_dir": tempfile.mkdtemp(dir=folder)}
+    arguments = getattr(trl, f"{name}Config")(**flags)
+    record = trl_record(transformers.TrainerCallback)
+
+    def run() -> list[dict[str, float]]:
+        file = folder / "model" / "tokenizer.json"
+        tokenizer = Tokenizer(tokenizer_file=str(file), eos_token="<eos>", pad_token="<pad>")
+        model = Model.from_pretrained(folder / "model", dtype=torch.float32)
+        extra = {"reward_funcs": even_words} if task == "grpo" else {}
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tokenizer,
+            callbacks=[record],
+            **extra,
+        )
+
+        trainer.train()
+        return record.steps
+
+    return run
+
+
+def trl_flags(task: str, rows: int) -> dict[str, Any]:
+    """TRL's arguments for a step on all `rows` at once."""
+    own = {
+        "sft": {"completion_only_loss": True},
+        "dpo": {},
+        "grpo": {"num_generations": GROUP_SIZE, "max_completion_length": NEW_TOKENS},
+    }[task]
+
+    return own | {
         "max_steps": STEPS,
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
         "adam_beta2": 0.95,
         "max_grad_norm": 1.0,
         "gradient_checkpointing": False,
-        "per_device_train_batch_size": len(rows) * (GROUP_SIZE if task == "grpo" else 1),
+        "per_device_train_batch_size": rows * (GROUP_SIZE if task == "grpo" else 1),
         "use_cpu": True,
         "bf16": False,
         "logging_steps": 1,
@@ -162,16 +205,15 @@ def train_trl(task: str, folder: Path) -> Callable[[], list[dict[str, float]]]:
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
-    own = {
-        "sft": {"completion_only_loss": True},
-        "dpo": {},
-        "grpo": {"num_generations": GROUP_SIZE, "max_completion_length": NEW_TOKENS},
-    }[task]
-    arguments = getattr(trl, f"{name}Config")(**common, **own)
-    records: list[dict[str, float]] = []
 
-    class Record(transformers.TrainerCallback):
-        clock = 0.0
+
+def trl_record(callback: Any) -> Any:
+    """A callback of transformers that keeps loss, seconds and length of each step, in `steps`."""
+
+    class Record(callback):
+        def __init__(self) -> None:
+            self.steps: list[dict[str, float]] = []
+            self.clock = 0.0
 
         def on_train_begin(self, *_: object, **__: object) -> None:
             self.clock = time.perf_counter()
@@ -180,31 +222,14 @@ def train_trl(task: str, folder: Path) -> Callable[[], list[dict[str, float]]]:
             if "loss" in logs:
                 now = time.perf_counter()
                 length = logs.get("completions/mean_length", 0.0)
-                records.append({"loss": logs["loss"], "length": length, "seconds": now - self.clock})
+                self.steps.append({"loss": logs["loss"], "length": length, "seconds": now - self.clock})
                 self.clock = now
 
-    def run() -> list[dict[str, float]]:
-        tokenizer = Tokenizer(
-            tokenizer_file=str(folder / "model" / "tokenizer.json"), eos_token="<eos>", pad_token="<pad>"
-        )
-        model = Model.from_pretrained(folder / "model", dtype=torch.float32)
-        extra = {"reward_funcs": even_words} if task == "grpo" else {}
-        trainer = Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=tokenizer,
-            callbacks=[Record()],
-            **extra,
-        )
-        trainer.train()
-        return records
-
-    return run
+    return Record()
 
 
 def import_both() -> None:
-    """What every fork would otherwise import again."""
+    """Import here what every fork would otherwise import again."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     transformers, trl, _ = map(importlib.import_module, ("transformers", "trl", "datasets"))
     _ = transformers.PreTrainedTokenizerFast, transformers.LlamaForCausalLM
@@ -228,6 +253,7 @@ def worker(side: str, task: str, folder: Path) -> dict[str, Any]:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         steps = run()
     seconds = time.process_time() - started
+
     if task == "grpo":
         tokens = [step["length"] * ROWS["grpo"] * GROUP_SIZE for step in steps]
     else:
@@ -242,7 +268,7 @@ def worker(side: str, task: str, folder: Path) -> dict[str, Any]:
 
 
 def forked(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What `function` returns in a fork of this process."""
+    """Call a function in a fork of this process, and return what it returns there."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=lambda: sender.send(function(*arguments)))
@@ -290,6 +316,7 @@ def measure(task: str, rounds: int) -> dict[str, Any]:
                 results.append(forked(worker, side, task, folder))
                 speed = results[-1]["tokens_per_second"]
                 print(f"{task} round {index + 1}: {side:<8} {speed:9,.0f} tokens/s", flush=True)
+
     row: dict[str, Any] = {"task": task, "steps": STEPS, "rounds": rounds}
     for side, results in runs.items():
         row[side] = {
@@ -297,6 +324,7 @@ def measure(task: str, rounds: int) -> dict[str, Any]:
             for key in ("tokens_per_second", "tokens_per_cpu_second", "growth_bytes")
         }
         row[side]["import_seconds"] = import_seconds(side, task)
+
     for ratio, key in (("speed", "tokens_per_second"), ("cpu", "tokens_per_cpu_second")):
         pairs = zip(runs["burnish"], runs["trl"], strict=True)
         ratios = [ours[key] / theirs[key] for ours, theirs in pairs]
@@ -308,31 +336,32 @@ def measure(task: str, rounds: int) -> dict[str, Any]:
     return row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("tasks", nargs="*", default=[], help="sft, dpo, grpo; all by default")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", action="store_true", help="write bench/results/trainers-<date>.json")
-    options = parser.parse_args()
+def summary(row: dict[str, Any]) -> str:
+    """A task's row, as it is printed."""
+    ours, theirs = row["burnish"], row["trl"]
+    differ = f", losses differ by {row['loss_difference']:.1e}" if "loss_difference" in row else ""
+    return (
+        f"{row['task']:<5} {row['speed_ratio']:.2f}x TRL's tokens/s "
+        f"({ours['tokens_per_second']:,.0f} beside {theirs['tokens_per_second']:,.0f}), "
+        f"{row['cpu_ratio']:.2f}x by CPU time, "
+        f"{row['growth_ratio']:.2f}x its memory growth "
+        f"({ours['growth_bytes'] / 1e6:.0f} beside {theirs['growth_bytes'] / 1e6:.0f} MB), "
+        f"imports {ours['import_seconds']:.1f} beside {theirs['import_seconds']:.1f} s{differ}"
+    )
+
+
+def main(cfg: Config) -> int:
+    for task in cfg.tasks:
+        if task not in TRAINERS:
+            raise InputError(f"expected some of {', '.join(TRAINERS)}, got {task!r}")
+
     torch.set_num_threads(1)
     import_both()
-    rows = [measure(task, options.rounds) for task in options.tasks or TRAINERS]
+    rows = [measure(task, cfg.rounds) for task in cfg.tasks or TRAINERS]
     for row in rows:
-        print(
-            f"{row['task']:<5} {row['speed_ratio']:.2f}x TRL's tokens/s "
-            f"({row['burnish']['tokens_per_second']:,.0f} beside {row['trl']['tokens_per_second']:,.0f}), "
-            f"{row['cpu_ratio']:.2f}x by CPU time, "
-            f"{row['growth_ratio']:.2f}x its memory growth "
-            f"({row['burnish']['growth_bytes'] / 1e6:.0f} beside {row['trl']['growth_bytes'] / 1e6:.0f} MB), "
-            f"imports {row['burnish']['import_seconds']:.1f} beside {row['trl']['import_seconds']:.1f} s"
-            + (f", losses differ by {row['loss_difference']:.1e}" if "loss_difference" in row else "")
-        )
-    if options.json:
-        packages = ("torch", "transformers", "trl", "accelerate")
-        facts = machine("cpu") | {name: version(name) for name in packages}
-        command = " ".join(["python -m burnish.bench trainers", *sys.argv[1:]])
-        keep("trainers", command, machine=facts, rows=rows)
+        print(summary(row))
 
-
-if __name__ == "__main__":
-    sys.exit(run_program("python -m burnish.bench trainers", main))
+    packages = ("torch", "transformers", "trl", "accelerate")
+    facts = machine("cpu") | {name: version(name) for name in packages}
+    write_figures("trainers", cfg, machine=facts, rows=rows)
+    return 0

@@ -13,7 +13,8 @@ from typing import Any
 import jinja2
 
 from ..errors import shown
-from .meter import SIZED, STEP, Meter, MeteredContext, OverBudget, check_growth
+from .meter import SIZED, STEP, Meter, MeteredContext, check_growth
+from .refusals import OverBudget
 
 # these read the places of a list at most, not its contents
 SHALLOW = frozenset(

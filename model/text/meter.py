@@ -3,13 +3,12 @@
 A step costs STEP characters: a node of the template that runs, a place in a list. Text costs its length.
 """
 
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 from jinja2.runtime import Context
 from jinja2.utils import Namespace
 
-from ..errors import InputError
+from .refusals import OverBudget
 
 STEP = 16  # characters that are copied, or read, in less than the time of a step
 MOST_STEPS = 10_000_000  # of a rendering: about a second
@@ -22,15 +21,10 @@ WIDE = (
 )  # for an integer of more than 64 bits: for its digits, and because Python's hash of it has no secret
 LARGEST = 2**24  # characters of one text, or STEP for each place of a list
 MOST_DEPTH = 200  # of lists and objects in one another: comparing and writing them recurses
-MOST_WRITTEN = 2**20  # characters of a rendering, and 100 for each character that it is given
 
 CONTAINERS = (list, tuple, dict, set, frozenset, range, type({}.keys()), type({}.values()), type({}.items()))
 SIZED = (str, bytes, *CONTAINERS)
 ATOMS = frozenset((bool, float, type(None)))
-
-
-class OverBudget(InputError):
-    """A template takes too long, or makes too much."""
 
 
 class Meter:
@@ -112,12 +106,6 @@ def check_growth(characters: int) -> None:
     """Raises OverBudget for the size of a text or list that is about to be made, where it is too large."""
     if characters > LARGEST:
         raise OverBudget(f"makes a text or list of more than {LARGEST:,} characters")
-
-
-def check_written(text: str, given: Callable[[], int]) -> None:
-    """Raises OverBudget for a rendering out of all proportion to its input. given: counts the input's characters."""
-    if len(text) > MOST_WRITTEN and len(text) > (most := MOST_WRITTEN + 100 * given()):
-        raise OverBudget(f"writes {len(text):,} characters, expected at most {most:,}")
 
 
 class MeteredContext(Context):

@@ -15,13 +15,16 @@ jinja runs none of them while it compiles.
 
 import warnings
 from collections.abc import Callable
+from datetime import datetime
 from types import BuiltinMethodType
 from typing import Any
 
 import jinja2
+import jinja2.ext
 import jinja2.meta
 import jinja2.sandbox
 from jinja2 import nodes
+from jinja2.parser import Parser
 from jinja2.runtime import BlockReference, Context, LoopContext, Macro
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
@@ -37,7 +40,8 @@ from .bounded import (
     settled,
     tojson,
 )
-from .meter import ATOMS, CONTAINERS, STEP, Meter, MeteredContext, OverBudget, check_growth
+from .meter import ATOMS, CONTAINERS, STEP, Meter, MeteredContext, check_growth
+from .refusals import OverBudget
 
 MOST_SOURCE = 2**17  # characters of a template; the longest published ones have 2**15
 MOST_SCOPES = 2**20  # of a template, blocks times names: for each block jinja copies all names
@@ -83,8 +87,8 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         for name in self.tests.keys() - CONSTANT_TESTS:
             self.tests[name] = bounded_test(name, self.tests[name])
 
-    def compiled(self, source: str, change: Callable[[nodes.Template], None] | None = None) -> Any:
-        """Return (tree, program). change: alters the tree first. Raises InputError where `source` is no template.
+    def compiled(self, source: str, change: Callable[[str], str] | None = None) -> Any:
+        """Return (tree, program). change: of each text outside of expressions. Raises InputError for no template.
 
         Parser and compiler recurse, so deep nesting makes them fail in ways of their own.
         """
@@ -98,7 +102,8 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             if len(names) * blocks > MOST_SCOPES:
                 raise jinja2.TemplateError(f"{blocks:,} blocks of {len(names):,} names are too many")
             if change is not None:
-                change(tree)
+                for text in tree.find_all(nodes.TemplateData):
+                    text.data = change(text.data)
 
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Python's, about code that jinja wrote
@@ -111,12 +116,21 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         except Exception as error:  # of Python's own compiler, which reads jinja's output
             raise InputError(f"cannot be parsed: {type(error).__name__}: {error}") from error
 
-    def undeclared(self, tree: nodes.Template) -> set[str]:
-        """The names that a template reads and does not set itself. Raises InputError where it is nested too deeply."""
+    def names_read(self, tree: nodes.Template) -> set[str]:
+        """The names that a template reads and does not set itself, and of globals all that it reads.
+
+        Raises InputError where it is nested too deeply.
+        """
         try:
-            return jinja2.meta.find_undeclared_variables(tree)
+            names = jinja2.meta.find_undeclared_variables(tree)
         except RecursionError:
             raise InputError("cannot be parsed: nested too deeply") from None
+        loaded = {node.name for node in tree.find_all(nodes.Name) if node.ctx == "load"}
+        return names | (loaded & self.globals.keys())
+
+    def null(self, name: str) -> jinja2.Undefined:
+        """The value of a name that is null, in a strict environment."""
+        return Null(name=name)
 
     def _generate(self, source: nodes.Template, *args: Any, **options: Any) -> str:
         return super()._generate(_Charges().visit(source), *args, **options)
@@ -326,3 +340,56 @@ def _part(context: MeteredContext, value: Any) -> Any:
 
 
 HOOKS = {"a step": _step, "a text": _text, "an operand": _operand, "a search": _searched, "a part": _part}
+
+
+# ---- what templates have beside jinja's own
+
+
+class GenerationBlock(jinja2.ext.Extension):
+    """The block `{% generation %}...{% endgeneration %}` around the text of the assistant.
+
+    It writes the variables span_start and span_end around that text. They are undefined, and so empty, unless the
+    caller wants marks.
+    """
+
+    tags = {"generation"}  # noqa: RUF012 (jinja's own declaration)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        lineno = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        start, end = (nodes.Output([nodes.Name(name, "load")]) for name in ("span_start", "span_end"))
+        return nodes.Scope([start, *body, end]).set_lineno(lineno)
+
+
+class Null(jinja2.Undefined):
+    """A name whose value is null: it may be tested for, and printing it is an error."""
+
+    def __str__(self) -> str:
+        raise jinja2.TemplateError(f"'{self._undefined_name}' is null: test for it with {{% if ... %}}")
+
+
+def environment(strict: bool) -> BoundedEnvironment:
+    """An environment for templates of strangers.
+
+    strict: a name without a value is an error, and lines stay as they are written. Otherwise such a name is empty, and
+    the lines of blocks leave no white space, as in transformers.
+    """
+    options = (
+        {"undefined": jinja2.StrictUndefined} if strict else {"trim_blocks": True, "lstrip_blocks": True}
+    )
+    made = BoundedEnvironment(extensions=[GenerationBlock, jinja2.ext.loopcontrols], **options)
+    made.globals["raise_exception"] = _raise_exception
+    made.globals["strftime_now"] = _strftime_now
+    if strict:
+        made.tests["none"] = lambda value: value is None or isinstance(value, Null)
+    return made
+
+
+def _strftime_now(format: str) -> str:
+    if len(format) > 200:
+        raise jinja2.TemplateError(f"strftime_now: expected at most 200 characters, got {len(format):,}")
+    return datetime.now().strftime(format)
+
+
+def _raise_exception(message: object) -> None:
+    raise jinja2.TemplateError(str(message) or "it gives no reason")  # str fails for an undefined message

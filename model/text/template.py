@@ -10,20 +10,16 @@ Source: https://huggingface.co/docs/transformers/chat_templating_writing
 import json
 import os
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
-
-import jinja2
-import jinja2.ext
-from jinja2 import nodes
-from jinja2.parser import Parser
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, shown
 from ..files.text_files import read_text
-from .meter import OverBudget, check_written
-from .sandbox import BoundedEnvironment
+from .refusals import OverBudget, Refused, check_written
+
+if TYPE_CHECKING:
+    from .sandbox import BoundedEnvironment
 
 Message = dict[str, Any]  # role, content, and whatever else the template reads
 Span = tuple[int, int]
@@ -50,17 +46,14 @@ PLAIN_TEMPLATE = """\
 """  # for a base model, which was trained on no form of conversation
 
 
-class Refused(InputError):
-    """The template fails on the conversation. It may accept it in another form."""
-
-
 class ChatTemplate:
-    """A compiled chat template. Raises InputError where the source is no jinja template."""
+    """A compiled chat template. Raises InputError where the source is none, and where jinja2 is not installed."""
 
     def __init__(self, source: str):
         self.source = source
         try:
-            self._tree, self._program = ENVIRONMENT.compiled(source)
+            self._environment = chat_sandbox()
+            self._tree, self._program = self._environment.compiled(source)
         except InputError as error:
             raise InputError(f"the chat template: {error}") from error
 
@@ -68,10 +61,10 @@ class ChatTemplate:
     def variables(self) -> frozenset[str]:
         """The names that the template reads and does not set itself, for instance `tools`."""
         try:
-            names = ENVIRONMENT.undeclared(self._tree)
+            names = self._environment.names_read(self._tree)
         except InputError as error:
             raise InputError(f"the chat template: {error}") from error
-        return frozenset(names - {"span_start", "span_end"} - ENVIRONMENT.globals.keys())
+        return frozenset(names - {"span_start", "span_end"} - self._environment.globals.keys())
 
     def render(
         self, messages: Sequence[Message], variables: Mapping[str, Any], *, marks: bool = False
@@ -160,39 +153,21 @@ def template_at(chat_template: Path | str) -> dict[str, str]:
 # ---- the sandbox
 
 
-class GenerationBlock(jinja2.ext.Extension):
-    """The block `{% generation %}...{% endgeneration %}` around the text of the assistant.
+def sandbox(*, strict: bool = False) -> "BoundedEnvironment":
+    """An environment for templates of strangers, as `environment` of sandbox.py makes it.
 
-    It writes the variables span_start and span_end around that text. They are undefined, and so empty, unless the
-    caller wants marks.
+    The import stands here, since who compiles no template does without jinja2. Raises InputError where it is missing.
     """
-
-    tags = {"generation"}  # noqa: RUF012 (jinja's own declaration)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        lineno = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        start, end = (nodes.Output([nodes.Name(name, "load")]) for name in ("span_start", "span_end"))
-        return nodes.Scope([start, *body, end]).set_lineno(lineno)
-
-
-def sandbox(**options: Any) -> BoundedEnvironment:
-    """An environment for templates of strangers. options: those of jinja2.Environment."""
-    trimmed = {"trim_blocks": True, "lstrip_blocks": True} | options
-    environment = BoundedEnvironment(extensions=[GenerationBlock, jinja2.ext.loopcontrols], **trimmed)
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
+    try:
+        from .sandbox import environment
+    except ModuleNotFoundError as error:
+        if "jinja2" not in str(error.name):  # one that is installed and broken says what it lacks
+            raise
+        raise InputError("expected jinja2 to be installed: pip install jinja2") from None
+    return environment(strict)
 
 
-def _strftime_now(format: str) -> str:
-    if len(format) > 200:
-        raise jinja2.TemplateError(f"strftime_now: expected at most 200 characters, got {len(format):,}")
-    return datetime.now().strftime(format)
-
-
-def _raise_exception(message: object) -> None:
-    raise jinja2.TemplateError(str(message) or "it gives no reason")  # str fails for an undefined message
-
-
-ENVIRONMENT = sandbox()
+@cache
+def chat_sandbox() -> "BoundedEnvironment":
+    """The environment that all chat templates share."""
+    return sandbox()

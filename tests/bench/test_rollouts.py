@@ -9,6 +9,7 @@ from burnish.bench.runs import rollouts, trainers
 from burnish.model import Transformer
 from burnish.model.checkpoint import load_model
 from burnish.model.files.config_json import read_config
+from burnish.model.files.text_files import read_object
 
 WORK = rollouts.Work("ragged", 5, 2, 3, 9, 6, mean_length=8)
 
@@ -73,3 +74,15 @@ def test_both_sides_draw_the_same_greedy_tokens(folder):
     row = rollouts.measure("tiny", folder, WORK, 1, "cpu")
     assert row["same_greedy_answers"] == 1 and row["ratio"] > 0
     assert row["cache_bytes"] < row["copied_cache_bytes"]
+
+
+def test_the_kept_command_does_not_say_where_a_model_lies(tmp_path, monkeypatch):
+    row = {"model": "m", "work": "w", "ratio": 1.0, "cache_bytes": 0, "same_greedy_answers": 1.0}
+    row |= {"tokens_per_second": {"burnish": 1.0, "transformers": 1.0}}
+    monkeypatch.setattr(rollouts, "measure", lambda *_: row)
+    monkeypatch.setattr(rollouts, "version", lambda name: "1")
+    monkeypatch.setattr(rollouts, "write_model", lambda *_, **__: None)
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    assert rollouts.main(rollouts.Config(model=tmp_path / "mine", keep=True)) == 0
+    (kept,) = tmp_path.iterdir()
+    assert read_object(kept)["command"] == "burnish bench rollouts --model mine --keep"

@@ -1,7 +1,7 @@
 """The step whose memory docs/scale.md tells, in small: what one process holds is what the calculator counts."""
 
 import pytest
-from burnish.bench.runs import scale
+from burnish.bench.runs import process, scale
 from burnish.model import ModelConfig
 
 
@@ -15,3 +15,8 @@ def test_what_is_held_is_what_is_counted(monkeypatch, mode):
     assert found["held"] == said["held"] and found["growth"] >= 0 and 3 < found["loss"] < 7
     assert scale.counted(mode, 2)["held"] < said["held"]
     assert scale.table({(mode, 1): found}).count("\n") == 2
+
+
+def test_a_measurement_is_of_processes_of_their_own():
+    with pytest.raises(RuntimeError, match="KeyError: 'no mode'"):
+        process.figures_of("scale", "no mode")

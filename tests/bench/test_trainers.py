@@ -4,7 +4,9 @@ import importlib.util
 import json
 
 import pytest
+from burnish.bench import record
 from burnish.bench.runs import trainers
+from burnish.model import InputError
 
 
 @pytest.fixture
@@ -56,3 +58,36 @@ def test_rows_are_the_same_for_both_sides(folder):
         trainers.write_rows(file, task)
         assert file.read_text() == first
         assert all(set(json.loads(line)) == {"prompt", *columns} for line in first.splitlines())
+
+
+def test_a_task_of_another_name_is_refused():
+    with pytest.raises(InputError, match="expected some of sft, dpo, grpo, got 'ppo'"):
+        trainers.main(trainers.Config(tasks=("sft", "ppo")))
+
+
+def test_figures_are_written_where_the_flags_say(tmp_path, monkeypatch):
+    side = {"tokens_per_second": 2.0, "growth_bytes": 1e6, "import_seconds": 1.0}
+    row = {
+        "task": "sft",
+        "burnish": side,
+        "trl": side,
+        "speed_ratio": 1.0,
+        "cpu_ratio": 1.0,
+        "growth_ratio": 1.0,
+    }
+    monkeypatch.setattr(trainers, "measure", lambda task, rounds: row | {"rounds": rounds})
+    monkeypatch.setattr(trainers, "import_both", lambda: None)
+    monkeypatch.setattr(trainers, "version", lambda name: f"{name} 1")
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "kept")
+
+    file = tmp_path / "figures.json"
+    assert trainers.main(trainers.Config(tasks=("sft",), rounds=2)) == 0
+    assert not [*tmp_path.iterdir()]
+    assert trainers.main(trainers.Config(tasks=("sft",), rounds=2, json=file)) == 0
+    assert [*tmp_path.iterdir()] == [file]
+    assert trainers.main(trainers.Config(tasks=("sft",), rounds=2, keep=True)) == 0
+    (kept,) = (tmp_path / "kept").iterdir()
+    found, written = json.loads(kept.read_text()), json.loads(file.read_text())
+    assert found.pop("command") == "burnish bench trainers sft --rounds 2 --keep"
+    assert written.pop("command") == f"burnish bench trainers sft --rounds 2 --json {file}"
+    assert found == written and found["rows"] == [row | {"rounds": 2}] and found["machine"]["trl"] == "trl 1"

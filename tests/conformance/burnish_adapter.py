@@ -1,4 +1,4 @@
-"""Burnish's own trainers for `python -m burnish.bench conformance tests/conformance/burnish_adapter.py:adapter`.
+"""Burnish's own trainers for `burnish bench conformance tests/conformance/burnish_adapter.py:adapter`.
 
 A step is a run of the algorithm's own `train`; its gradients are taken where the optimizer would use them.
 """
@@ -18,7 +18,7 @@ from burnish.algorithms.objectives.kl import k2_loss, k3_loss, rho_k3_loss
 from burnish.algorithms.objectives.policy import clipped_loss
 from burnish.algorithms.run import learner
 from burnish.algorithms.sft import sft_loss
-from burnish.bench.runs.conformance import KL, Batch, Row, Step, Toy, Trainer, ids_of
+from burnish.bench.conformance import KL, Batch, Row, Step, Toy, Trainer, ids_of
 from burnish.model.checkpoint import load_model
 from burnish.model.generate import generate
 from burnish.model.packed import pack

@@ -16,19 +16,11 @@ import torch
 from burnish.algorithms import dpo as dpo_module
 from burnish.algorithms.data.rewards import load_reward
 from burnish.bench import record
+from burnish.bench.conformance import KL, Batch, NotApplicable, Step, Toy, Trainer
 from burnish.bench.runs import conformance
-from burnish.bench.runs.conformance import (
-    CHECKS,
-    KL,
-    ROWS,
-    Batch,
-    Outcome,
-    Step,
-    Toy,
-    Trainer,
-    distributions,
-    run,
-)
+from burnish.bench.runs.checks import CHECKS, ROWS, distributions, make_toy
+from burnish.bench.runs.conformance import Outcome, run
+from burnish.model import InputError
 from burnish.model.adapter import adapter_disabled
 
 HERE = Path(__file__).parent
@@ -37,7 +29,7 @@ DOCUMENT = HERE.parents[1] / "docs" / "conformance.md"
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
-    return conformance.make_toy(tmp_path_factory.mktemp("toy"))
+    return make_toy(tmp_path_factory.mktemp("toy"))
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +285,7 @@ def test_the_documented_adapter_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     found = re.search(r"```python\n(.*?)```.*?```text\n(.*?)```", text, re.DOTALL)
     assert found is not None
     Path("my_adapter.py").write_text(found[1])
-    assert conformance.main(["my_adapter.py:adapter"]) == 0
+    assert conformance.main(conformance.Config(adapters=("my_adapter.py:adapter",))) == 0
     without_figures = lambda text: [line.partition(":")[0] for line in text.splitlines()]
     assert without_figures(capsys.readouterr().out) == without_figures(found[2])
 
@@ -301,14 +293,18 @@ def test_the_documented_adapter_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_outcomes_are_kept_as_json(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     adapter = tmp_path / "small.py"
     adapter.write_text(
-        "from burnish.bench.runs.conformance import Trainer\n\n\ndef adapter():\n"
+        "from burnish.bench.conformance import Trainer\n\n\ndef adapter():\n"
         "    absent = {'sft': 'nothing here'}\n"
         "    return Trainer('Small', '1', advantages=lambda rewards, mask: rewards, absent=absent)\n"
     )
     monkeypatch.setattr(record, "RESULTS", tmp_path)
-    conformance.main([f"{adapter}:adapter", "--json"])
+    file = tmp_path / "there" / "outcomes.json"
+    conformance.main(conformance.Config(adapters=(f"{adapter}:adapter",), keep=True, json=file))
     (path,) = tmp_path.glob("conformance-*.json")
-    (trainer,) = json.loads(path.read_text())["trainers"]
+    kept = json.loads(path.read_text())
+    assert kept == json.loads(file.read_text()) and path.name == f"conformance-{kept['date']}.json"
+    assert kept["command"] == f"burnish bench conformance {adapter}:adapter --json {file} --keep"
+    (trainer,) = kept["trainers"]
     assert (trainer["name"], trainer["version"]) == ("Small", "1")
     assert trainer["outcomes"]["packing"] == ["not applicable", "nothing here"]
     assert trainer["outcomes"]["policy mask"] == ["not applicable", "the adapter has no policy_loss"]
@@ -317,9 +313,14 @@ def test_outcomes_are_kept_as_json(toy: Toy, tmp_path: Path, monkeypatch: pytest
 
 def test_an_input_that_a_trainer_does_not_have_is_not_applicable(toy: Toy, burnish: Trainer):
     def sft(toy: Toy, batch: Batch) -> Step:
-        raise conformance.NotApplicable("no packing here")
+        raise NotApplicable("no packing here")
 
     assert run(replace(burnish, sft=sft), toy, ("packing",))["packing"] == (
         "not applicable",
         "no packing here",
     )
+
+
+def test_a_run_without_an_adapter_is_refused():
+    with pytest.raises(InputError, match="expected one adapter or more"):
+        conformance.main(conformance.Config())

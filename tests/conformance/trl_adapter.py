@@ -1,4 +1,4 @@
-"""TRL's trainers for `python -m burnish.bench conformance tests/conformance/trl_adapter.py:adapter`.
+"""TRL's trainers for `burnish bench conformance tests/conformance/trl_adapter.py:adapter`.
 
 A step is a run of SFTTrainer or DPOTrainer with TRL's defaults, but without activation checkpointing, mixed precision
 and shuffling; its gradients are taken before the optimizer's step. Losses of tokens come from
@@ -21,7 +21,7 @@ import datasets
 import torch
 import transformers
 import trl
-from burnish.bench.runs.conformance import KL, Batch, Row, Step, Toy, Trainer
+from burnish.bench.conformance import KL, Batch, Row, Step, Toy, Trainer
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 

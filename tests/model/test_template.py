@@ -12,7 +12,7 @@ from burnish.algorithms.data.row import Row
 from burnish.algorithms.data.row_template import shaped
 from burnish.model.errors import InputError
 from burnish.model.text import bounded, meter, sandbox, template
-from burnish.model.text.meter import OverBudget
+from burnish.model.text.refusals import OverBudget
 from burnish.model.text.template import ChatTemplate
 from burnish.model.text.tokenizer import Tokenizer
 from jinja2.visitor import NodeTransformer

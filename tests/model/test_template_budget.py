@@ -8,7 +8,7 @@ import jinja2
 import pytest
 from burnish.model.errors import MOST_CHARACTERS, InputError
 from burnish.model.text import meter, sandbox
-from burnish.model.text.meter import OverBudget
+from burnish.model.text.refusals import OverBudget
 from burnish.model.text.template import ChatTemplate
 from fork import in_a_fork
 

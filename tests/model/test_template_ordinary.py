@@ -4,7 +4,8 @@ import jinja2.sandbox
 import pytest
 from burnish.model.errors import InputError
 from burnish.model.text import template
-from burnish.model.text.template import ChatTemplate, Refused, split_marks
+from burnish.model.text.refusals import Refused
+from burnish.model.text.template import ChatTemplate, split_marks
 from burnish.model.text.tokenizer import Tokenizer
 
 TALK = [{"role": "user", "content": "a"}]
@@ -83,7 +84,7 @@ def test_marks_are_the_templates_own_blocks():
     nested = "{% generation %}a{% generation %}b{% endgeneration %}{% endgeneration %}"
     marks = {"span_start": "\ufdd0", "span_end": "\ufdd1"}
     with pytest.raises(InputError, match="within another"):
-        split_marks(template.ENVIRONMENT.from_string(nested).render(**marks))
+        split_marks(template.chat_sandbox().from_string(nested).render(**marks))
 
 
 @pytest.mark.parametrize("source", [r"{{ '\ud800' }}", "\x00{{ messages[0].content }}\ufdd2"])

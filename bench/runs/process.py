@@ -1,0 +1,31 @@
+"""One measurement in a process of its own, which `scale` and `embedding` start; its figures are printed as JSON.
+
+python -m burnish.bench.runs.process scale MODE
+python -m burnish.bench.runs.process embedding LOSS EMBEDDED
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+
+def figures_of(
+    *words: str, launcher: Sequence[str] = (), environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The figures that a new process prints. words: the command's name, then of its `in_process` the arguments.
+
+    launcher: arguments of Python that stand before, of torchrun for instance.
+    """
+    command = [sys.executable, *launcher, "-m", __name__, *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    command, *words = sys.argv[1:]
+    print(json.dumps(import_module(f".{command}", __package__).in_process(*words)))
