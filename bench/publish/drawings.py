@@ -154,6 +154,8 @@ def roofline_figure(works: Mapping[str, Work]) -> "Figure":
         f"The most that a datasheet leaves possible in bf16, and each op's first benchmark shape on the "
         f"{CHIPS[SHOWN_ON].name}'s roof. TFLOP/s, against operations per byte.",
     )
+
+    # the axes hold every op, and every roof
     places = [intensity(work) for work in works.values()]
     low, high = (
         min([0.25, *(place / 1.5 for place in places)]),
@@ -276,7 +278,7 @@ def draw_curves(sheet: Sheet, curves: Sequence[Mapping[str, Sequence[float]]]) -
         left = MARGIN + 26 + 188 * (index % 2)
         sheet.text(left, sheet.y + 8, CURVES[stage], weight="bold")
         panel = Panel(
-            *(sheet, left, sheet.y + 22, 150, 74), Axis(0, max(steps, 1), ticks), Axis(0, 1, (0, 0.5, 1))
+            *(sheet, left, sheet.y + 22, 144, 74), Axis(0, max(steps, 1), ticks), Axis(0, 1, (0, 0.5, 1))
         )
         panel.frame()
         for seed in curves:

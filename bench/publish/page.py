@@ -6,8 +6,8 @@ from typing import Any
 from ...model.errors import InputError
 from ...model.files.text_files import read_object
 from ..record import reading, write_whole
-from .machine_code import COLUMNS, distinct_builds
 from .pictures import roofline_picture
+from .proofs import COLUMNS, distinct_builds
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

@@ -25,9 +25,9 @@ from ...model.files.architectures import loadable
 from .. import record
 from ..ops.paths import table as paths
 from ..record import markdown, reading, write_whole
-from .machine_code import candidates, cards, floors, proven, static, static_csv
 from .page import write_page
 from .pictures import pictures
+from .proofs import candidates, cards, floors, proven, static, static_csv
 from .sheet import svg
 from .times import headlines, speed
 from .whole_runs import conformance, keep_r1, r1, rollouts, trainers
@@ -101,7 +101,7 @@ def texts() -> dict[Path, str]:
 
 
 def stale() -> list[str]:
-    """Which files differ from their sources."""
+    """The files that differ from their sources."""
     late = [path for path, text in texts().items() if not path.exists() or path.read_text() != text]
     for picture in pictures():
         if not picture.path.exists() or picture.stamp not in picture.path.read_text():

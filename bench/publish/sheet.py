@@ -82,7 +82,8 @@ class Sheet:
 
     def wrapped(self, words: str, most: float, size: float = BODY, weight: str = "normal") -> list[str]:
         """The lines into which words fall that are to take at most so many points; a long word is cut."""
-        for letters in range(int(most / (0.25 * size)), 0, -1):
+        average = self.width(words, size, weight) / max(len(words), 1)
+        for letters in range(int(most / max(average, 0.25 * size)) + 4, 0, -1):
             lines = textwrap.wrap(words, letters, break_on_hyphens=False) or [""]
             if all(self.width(line, size, weight) <= most for line in lines):
                 return lines

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from ...model.errors import InputError
 from ...model.files.text_files import read_object
 from .. import record
 from ..record import markdown, newest_run, reading
-from ..runs.conformance import CHECKS
 from .sources import NO_RUN, of_run, whence
 
 
@@ -83,6 +83,12 @@ def _rollouts(path: str, result: dict[str, Any]) -> str:
 @of_run("conformance")
 def conformance(path: str, result: dict[str, Any]) -> str:
     """The newest run of conformance.py."""
+    try:
+        from ..runs.conformance import CHECKS  # with models and tokenizers, which a GPU machine does without
+    except ModuleNotFoundError as error:
+        reason = f"the checks of conformance import {error.name}, which is not here: pip install {error.name}"
+        raise InputError(reason) from error
+
     names = [f"{trainer['name']} {trainer['version']}" for trainer in result["trainers"]]
     rows, notes = [], []
     for check, (_, statement, _) in CHECKS.items():

@@ -6,9 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from burnish.bench import record
+from burnish.algorithms.run.command import status_of
+from burnish.bench import command, record
 from burnish.bench.ops import paths, static, tune
-from burnish.bench.publish import pictures, report
+from burnish.bench.publish import drawings, pictures, report, sources
+from burnish.bench.publish.report import Config
+from burnish.model.errors import InputError
+from matplotlib.figure import Figure
 
 RESULT = {
     "machine": {"device": "GPU", "driver": "1"},
@@ -30,8 +34,9 @@ def folder(tmp_path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(record, "RESULTS", tmp_path / "bench" / "results")
     monkeypatch.setattr(paths, "MODULE", tmp_path / "kernels" / "_lora_paths.py")
     monkeypatch.setattr(pictures, "PICTURES", tmp_path / "docs" / "pictures")
-    for draw in ("roofline_picture", "speed_picture", "r1_picture"):
-        monkeypatch.setattr(pictures, draw, lambda *_: "<svg/>")
+    for draw in ("roofline_figure", "speed_figure", "r1_figure"):
+        monkeypatch.setattr(drawings, draw, lambda *_: Figure())
+    monkeypatch.setattr(report, "svg", lambda _: "<svg/>")
     monkeypatch.setattr(pictures, "headline_works", dict)
     document = tmp_path / "README.md"
     document.write_text("".join(f"<!-- generated: {n} -->\n<!-- /generated -->\n" for n in SECTIONS))
@@ -56,13 +61,16 @@ SECTIONS = (
 )
 
 
-def one_line(command, capsys, name: str) -> bool:
-    """Whether a command refuses a file; it then names it."""
+def one_line(run, capsys, name: str) -> bool:
+    """Whether a command refuses a file, which it then names: a command's name, or a function that reads the file."""
     capsys.readouterr()
-    status, said = command([]), capsys.readouterr().err.strip()
+    status = command.main([run], plain=True) if isinstance(run, str) else status_of("reading", run)
+    found = capsys.readouterr().err.strip()
     assert status in (0, 1)
     if status:
-        assert name in said and said.isprintable() and len(said) <= 600, f"expected one line, got {said!r}"
+        assert name in found and found.isprintable() and len(found) <= 600, (
+            f"expected one line, got {found!r}"
+        )
     return bool(status)
 
 
@@ -79,7 +87,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_is_no_result_is_named(folder, capsys, name):
     (folder / "bench" / "results" / "gpu-1.json").write_bytes(BROKEN[name])
-    assert one_line(paths.main, capsys, "gpu-1.json") and one_line(report.main, capsys, "gpu-1.json")
+    assert one_line("paths", capsys, "gpu-1.json") and one_line("report", capsys, "gpu-1.json")
     assert not paths.MODULE.exists()
 
 
@@ -96,8 +104,8 @@ def test_any_value_of_a_result_is_taken_or_named(folder, capsys):
     refused = 0
     for result in results:
         file.write_text(json.dumps(result))
-        refused += one_line(paths.main, capsys, "gpu-1.json")
-        refused += one_line(report.main, capsys, "gpu-1.json")
+        refused += one_line("paths", capsys, "gpu-1.json")
+        refused += one_line("report", capsys, "gpu-1.json")
     assert refused > len(results) / 2
 
 
@@ -116,7 +124,7 @@ def test_any_value_of_a_run_is_taken_or_named(folder, capsys, kind):
     )
     for value in ({}, run, *[run | {key: value} for key in run for value in ANY]):
         (folder / "bench" / "results" / name).write_text(json.dumps({"kind": kind} | value))
-        one_line(report.main, capsys, name)
+        one_line("report", capsys, name)
 
 
 @pytest.mark.parametrize(("name", "part"), [("static.json", "builds"), ("candidates.json", "entries")])
@@ -127,35 +135,47 @@ def test_any_value_of_what_is_accepted_is_taken_or_named(folder, monkeypatch, ca
     read = static.accepted_figures if module is static else tune.kept
     for value in (*ANY, {"a | b | bf16 | sm_90": [{}]}, {"a | b | sm_90": [{"tile": 3}]}):
         file.write_text(json.dumps({"triton": "3", part: value}))
-        one_line(report.main, capsys, name)
-        one_line(record.as_command(lambda _, read=read: len(read()) * 0), capsys, name)
+        one_line("report", capsys, name)
+        one_line(lambda read=read: len(read()) * 0, capsys, name)
 
 
-def test_figures_of_r1_are_named(folder, capsys):
+def test_figures_of_r1_are_named(folder):
     for text in ("", "[]", "{}", '{"seeds": "x"}', '{"seeds": null}'):
         (folder / "figures.json").write_text(text)
-        assert report.main(["--keep-r1", str(folder)]) == 1
-        assert "figures.json" in capsys.readouterr().err
+        with pytest.raises(InputError, match=r"figures\.json"):
+            report.main(Config(keep_r1=folder))
 
 
-def test_a_planted_fault_is_caught(folder, tmp_path, monkeypatch, capsys):
-    """Without the block that names the file, a missing key is a KeyError."""
-    source = Path(paths.__file__).read_text()
-    old = "with record.reading(path):"
-    assert old in source, "paths.py no longer names its files so: plant this fault anew"
-    copy = tmp_path / "control_paths.py"
+def planted(module, old: str, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """A copy of a module without the block that names the file."""
+    source = Path(module.__file__).read_text()
+    assert old in source, f"{module.__name__} no longer names its files so: plant this fault anew"
+    copy = folder / "control.py"
     copy.write_text(source.replace(old, "if True:"))
-    spec = importlib.util.spec_from_file_location("burnish.bench.ops.control_paths", copy)
+    spec = importlib.util.spec_from_file_location(f"{module.__package__}.control", copy)
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    (folder / "bench" / "results" / "gpu-1.json").write_text(
-        json.dumps({"machine": {"device": "GPU"}, "date": 1})
-    )
-    module.MODULE = paths.MODULE
-    module.main([])
-    (folder / "bench" / "results" / "gpu-1.json").write_text("{}")
+    made = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, made)
+    spec.loader.exec_module(made)
+    return made
+
+
+def test_a_planted_fault_is_caught(folder, monkeypatch, capsys):
+    """Without the block that names the file, a missing key is a KeyError."""
+    made = planted(paths, "with record.reading(path):", folder, monkeypatch)
+    file = folder / "bench" / "results" / "gpu-1.json"
+    file.write_text(json.dumps({"machine": {"device": "GPU"}, "date": 1}))
+    made.module()
+    file.write_text("{}")
     with pytest.raises(KeyError):
-        module.main([])
-    assert one_line(paths.main, capsys, "gpu-1.json")
+        made.module()
+    assert one_line("paths", capsys, "gpu-1.json")
+
+
+def test_a_planted_fault_of_the_report_is_caught(folder, monkeypatch, capsys):
+    made = planted(sources, "with reading(path):", folder, monkeypatch)
+    file = folder / "bench" / "results" / "gpu-1.json"
+    file.write_text(json.dumps({"machine": {"device": "GPU"}, "date": 1}))
+    with pytest.raises(KeyError, match="rows"):
+        made.of_machines(lambda _, result: result["rows"])
+    assert one_line("report", capsys, "gpu-1.json")

@@ -1,4 +1,4 @@
-"""What holds without a measurement: the machine code's figures on each chip, ranked tiles, analytic floors.
+"""Tables that hold without a measurement: the machine code's figures on each chip, ranked tiles, analytic floors.
 
 Every build of bench/static.json is a line of docs/data/static.csv, which a page may sort; documents hold its sums.
 """
@@ -60,14 +60,15 @@ def static_csv(accepted: dict[str, Any]) -> str:
 
 @of_kept("static.json")
 def static(accepted: dict[str, Any]) -> str:
-    """Where the table of every build is, and what its columns are."""
+    """The place of every build's figures, and what its columns are."""
     lines = (
-        f"[docs/data/static.csv](data/static.csv), from `bench/static.json`, Triton {accepted['triton']}, has a line",
-        f"for each of {len(distinct_builds(accepted)):,} distinct builds. Its columns are the ops that launch it, chip,",
-        "dtype, kernel and tile (the constants it was compiled with); registers of a thread, local loads and stores",
-        "in the code (spills), bytes of stack of a thread, bytes of shared memory of a block, resident blocks of a",
-        "multiprocessor; matrix instructions and their kind, bits of the widest load, asynchronous copies; instructions,",
-        "exponentials, those of them that run while a product does (overlapped); stores in the code, and in the source.",
+        f"[docs/data/static.csv](data/static.csv), from `bench/static.json`, Triton {accepted['triton']}, has a",
+        f"line for each of {len(distinct_builds(accepted)):,} distinct builds. Its columns are the ops that launch",
+        "it, chip, dtype, kernel and tile (the constants it was compiled with); registers of a thread, local loads",
+        "and stores in the code (spills), bytes of stack of a thread, bytes of shared memory of a block, resident",
+        "blocks of a multiprocessor; matrix instructions and their kind, bits of the widest load, asynchronous",
+        "copies; instructions, exponentials, those of them that run while a product does (overlapped); stores in the",
+        "code, and in the source.",
     )
     return "\n".join(lines) + "\n"
 
@@ -105,7 +106,7 @@ def proven(accepted: dict[str, Any]) -> str:
 
 @of_kept("static.json")
 def cards(accepted: dict[str, Any]) -> str:
-    """What is proven of each op on each card, and by what: by its builds, by a run, or not at all."""
+    """Proof of each op on each card: by its builds, by a run, or none."""
     runs, sources = runs_on_cards()
     rows = []
     for op, chips in in_bf16(accepted).items():
