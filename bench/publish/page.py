@@ -29,13 +29,15 @@ PAGE = """<!doctype html>
  th button:focus-visible { outline: 2px solid }
  th[aria-sort=ascending] button::after { content: " \\25b2" }
  th[aria-sort=descending] button::after { content: " \\25bc" }
+ td:first-child, th:first-child { position: sticky; left: 0; background: var(--head) }
+ th:first-child { z-index: 1 }
  .number { text-align: right }
 </style></head><body>
 <h1>The static proof</h1>
-<p>{{ builds | length }} distinct builds, read from their machine code; Triton {{ triton }}.</p>
+<p>{{ "{:,}".format(builds | length) }} distinct builds, read from their machine code; Triton {{ triton }}.</p>
 {{ picture | safe }}
 <h2>Builds</h2>
-<p><label>Lines that hold <input type="search" placeholder="sm_90 flash_attention"></label> <output></output></p>
+<p><label>With the words <input type="search" placeholder="sm_90 flash_attention"></label> <output></output></p>
 <div class="wide" tabindex="0"><table><thead><tr>
 {% for name in columns %}<th><button>{{ name }}</button></th>
 {% endfor %}</tr></thead><tbody>

@@ -29,23 +29,24 @@ CARDS = {
 # ---- every build
 
 COLUMNS = (
-    *("ops", "chip", "dtype", "kernel", "tile", "registers", "spills", "stack", "shared", "blocks", "matrix"),
-    *("matrix_kind", "load_bits", "asynchronous", "instructions", "exponentials", "overlapped", "stores"),
-    "source_stores",
+    *("kernel", "chip", "dtype", "registers", "spills", "stack", "shared", "blocks", "matrix", "matrix_kind"),
+    *("load_bits", "asynchronous", "instructions", "exponentials", "overlapped", "stores", "source_stores"),
+    *("tile", "ops"),
 )
 
 
 def distinct_builds(accepted: dict[str, Any]) -> list[dict[str, Any]]:
     """Each build once, by COLUMNS: several ops and configurations may share one."""
-    found: dict[tuple[Any, ...], set[str]] = {}
+    ops: dict[tuple[Any, ...], set[str]] = {}
     for key, builds in accepted["builds"].items():
         case, _, dtype, chip = key.split(" | ")
         for build in builds:
-            line = (chip, dtype, *(build[name] for name in COLUMNS[3:]))
-            found.setdefault(line, set()).add(case.split("/")[0])
-    lines = [(" ".join(sorted(ops)), *line) for line, ops in found.items()]
-    lines.sort(key=lambda line: (*line[3:5], *line[:3], *map(str, line[5:])))
-    return [dict(zip(COLUMNS, line, strict=True)) for line in lines]
+            of = build | {"chip": chip, "dtype": dtype}
+            ops.setdefault(tuple(of[name] for name in COLUMNS[:-1]), set()).add(case.split("/")[0])
+
+    lines = [dict(zip(COLUMNS, (*line, " ".join(sorted(names))), strict=True)) for line, names in ops.items()]
+    order = ("kernel", "tile", "ops", *COLUMNS)
+    return sorted(lines, key=lambda line: [str(line[name]) for name in order])
 
 
 @of_kept("static.json")
@@ -63,12 +64,12 @@ def static(accepted: dict[str, Any]) -> str:
     """The place of every build's figures, and what its columns are."""
     lines = (
         f"[docs/data/static.csv](data/static.csv), from `bench/static.json`, Triton {accepted['triton']}, has a",
-        f"line for each of {len(distinct_builds(accepted)):,} distinct builds. Its columns are the ops that launch",
-        "it, chip, dtype, kernel and tile (the constants it was compiled with); registers of a thread, local loads",
-        "and stores in the code (spills), bytes of stack of a thread, bytes of shared memory of a block, resident",
-        "blocks of a multiprocessor; matrix instructions and their kind, bits of the widest load, asynchronous",
-        "copies; instructions, exponentials, those of them that run while a product does (overlapped); stores in the",
-        "code, and in the source.",
+        f"line for each of {len(distinct_builds(accepted)):,} distinct builds. Its columns are kernel, chip and dtype;",
+        "registers of a thread, local loads and stores in the code (spills), bytes of stack of a thread, bytes of",
+        "shared memory of a block, resident blocks of a multiprocessor; matrix instructions and their kind, bits of",
+        "the widest load, asynchronous copies; instructions, exponentials, those of them that run while a product",
+        "does (overlapped); stores in the code, and in the source; tile, the constants that the kernel was compiled",
+        "with, and the ops that launch it.",
     )
     return "\n".join(lines) + "\n"
 
