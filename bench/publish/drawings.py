@@ -73,7 +73,8 @@ class Bars:
             weight = "bold" if bar.bold else "normal"
             middle = sheet.y + LINE / 2
             thickness, color = (9, OURS) if bar.ours else (5, OTHERS)
-            sheet.bar(self.left, middle, self.place(bar.value) - self.left, thickness, color)
+            width = self.place(bar.value) - self.left
+            sheet.bar(self.left, middle, max(width, 1.5) if bar.value else 0, thickness, color)
             if bar.mark is not None:
                 sheet.line([self.place(bar.mark)], [middle], **DIAMOND)
 
@@ -111,7 +112,8 @@ def speed_bar(name: str, row: dict[str, Any] | None) -> Bar:
     style: dict[str, Any] = {"ours": name == "burnish", "bold": name == "burnish"}
     if row is None or not row["accurate"]:
         return Bar(name, 0, ("", ""), "not measured" if row is None else "not accurate", **style)
-    return Bar(name, row["share"], (f"{row['share']:.0%}", duration(record.best(row)[1])), **style)
+    share = f"{row['share']:.0%}" if row["share"] >= 0.01 else "<1%"
+    return Bar(name, row["share"], (share, duration(record.best(row)[1])), **style)
 
 
 def speed_figure(case: str, which: str, rows: Sequence[dict[str, Any]], where: str) -> "Figure":

@@ -5,6 +5,7 @@ benchmark shape. r1: the newest kept run of `burnish r1`.
 """
 
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Callable
@@ -23,9 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PICTURES = record.ROOT / "docs" / "pictures"
-CODE = [
-    Path(module.__file__).read_bytes() for module in (drawings, sheet)
-]  # a changed drawing is another picture
+# a changed drawing is another picture
+CODE = [inspect.getsource(module).encode() for module in (drawings, sheet)]
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,12 @@ def folder(tmp_path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(record, "RESULTS", tmp_path / "bench" / "results")
     monkeypatch.setattr(paths, "MODULE", tmp_path / "kernels" / "_lora_paths.py")
     monkeypatch.setattr(pictures, "PICTURES", tmp_path / "docs" / "pictures")
+
     for draw in ("roofline_figure", "speed_figure", "r1_figure"):
         monkeypatch.setattr(drawings, draw, lambda *_: Figure())
     monkeypatch.setattr(report, "svg", lambda _: "<svg/>")
     monkeypatch.setattr(pictures, "headline_works", dict)
+
     document = tmp_path / "README.md"
     document.write_text("".join(f"<!-- generated: {n} -->\n<!-- /generated -->\n" for n in SECTIONS))
     monkeypatch.setattr(report, "DOCUMENTS", (document,))

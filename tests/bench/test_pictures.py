@@ -3,6 +3,7 @@
 import random
 import re
 
+import numpy as np
 import pytest
 from burnish.bench.cases.case import Work
 from burnish.bench.publish import drawings, sheet
@@ -21,7 +22,7 @@ GROUNDS = ("#ffffff", "#0d1117")
 
 
 def faults(figure: Figure) -> list[str]:
-    """What cannot be read in a picture, a sentence each."""
+    """Sentences, one for each thing in a picture that cannot be read."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()
@@ -30,7 +31,7 @@ def faults(figure: Figure) -> list[str]:
     found = [] if boxes else ["no text"]
 
     scale = PHONE / (figure.get_figwidth() * 72)
-    found += [f"{t.get_text()!r} is small" for t in shown if t.get_fontsize() * scale < LEAST]
+    found += [f"{t.get_text()!r} is small" for t in shown if float(t.get_fontsize()) * scale < LEAST]
     drawn = marks(figure, renderer)
     for index, (words, box) in enumerate(boxes):
         if box.x0 < 0 or box.y0 < 0 or box.x1 > figure.bbox.width or box.y1 > figure.bbox.height:
@@ -41,7 +42,7 @@ def faults(figure: Figure) -> list[str]:
 
 
 def marks(figure: Figure, renderer) -> list[tuple[str, Bbox | Path]]:
-    """What each bar, marker and line takes of the picture."""
+    """The place that each bar, marker and line takes."""
     (axes,) = figure.axes
     bars = [bar for bar in axes.patches if isinstance(bar, Rectangle) and bar.get_width()]
     found: list[tuple[str, Bbox | Path]] = [("a bar", bar.get_window_extent(renderer)) for bar in bars]
@@ -51,7 +52,7 @@ def marks(figure: Figure, renderer) -> list[tuple[str, Bbox | Path]]:
             found.append(("a line", path))
         else:
             reach = line.get_markersize() * figure.dpi / 72 / 2
-            for x, y in path.vertices:
+            for x, y in np.asarray(path.vertices):
                 found.append(("a marker", Bbox.from_extents(x - reach, y - reach, x + reach, y + reach)))
     return found
 
@@ -85,9 +86,15 @@ def test_every_picture_can_be_read(picture):
 
 
 NAMES = (
-    "eager", "torch.compile", "a_file_with_a_long_name.py:a_kernel_with_one,_too_and_words", "SDPA efficient",
-    "W" * 40, "$x$ costs $y$", "liger-kernel", "burnish, one_pass",
-)  # fmt: skip
+    "eager",
+    "torch.compile",
+    "a_file_with_a_long_name.py:a_kernel_with_one,_too_and_words",
+    "SDPA efficient",
+    "W" * 40,
+    "$x$ costs $y$",
+    "liger-kernel",
+    "burnish, one_pass",
+)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -100,6 +107,7 @@ def test_whatever_was_measured_can_be_read(seed):
             "S": shape
         }
         floor = 10 ** draw.uniform(-1, 6)
+
         for name in names:
             share = 10 ** draw.uniform(-5, 0.1)
             times = [floor / share] * 3
