@@ -37,7 +37,8 @@ def folder(tmp_path, monkeypatch: pytest.MonkeyPatch):
 
     for draw in ("roofline_figure", "speed_figure", "r1_figure"):
         monkeypatch.setattr(drawings, draw, lambda *_: Figure())
-    monkeypatch.setattr(report, "svg", lambda _: "<svg/>")
+    for module in (report, pictures.sheet):
+        monkeypatch.setattr(module, "svg", lambda _: "<svg/>")
     monkeypatch.setattr(pictures, "headline_works", dict)
 
     document = tmp_path / "README.md"
@@ -139,6 +140,16 @@ def test_any_value_of_what_is_accepted_is_taken_or_named(folder, monkeypatch, ca
         file.write_text(json.dumps({"triton": "3", part: value}))
         one_line("report", capsys, name)
         one_line(lambda read=read: len(read()) * 0, capsys, name)
+
+
+def test_any_figures_of_a_page_are_taken_or_named(folder, capsys):
+    file, key = folder / "figures.json", "op/case | T=1 | bf16 | sm_90"
+    pages = [{}, *({"triton": "3", "builds": value} for value in ANY)]
+    pages += [{"triton": "3", "builds": {key: value}} for value in ANY]
+    for page in pages:
+        file.write_text(json.dumps(page))
+        config = Config(html=folder / "page.html", figures=file)
+        one_line(lambda config=config: report.main(config), capsys, "figures.json")
 
 
 def test_figures_of_r1_are_named(folder):
