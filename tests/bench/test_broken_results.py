@@ -1,13 +1,17 @@
 """A kept file of figures with anything in it is one line that names the file, and status 1."""
 
 import json
+from importlib import import_module
 
 import pytest
+from burnish.algorithms.run.command import status_of
 from burnish.bench import command, record
 from burnish.bench.ops import paths, static, tune
-from burnish.bench.publish import pictures, report
+from burnish.bench.publish import drawings, pictures, report
+from burnish.bench.publish.report import Config
 from burnish.model.errors import InputError
 from faults import check_of, control, faults_of
+from matplotlib.figure import Figure
 from planted import copy_of
 
 RESULT = {
@@ -30,9 +34,13 @@ def folder(tmp_path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(record, "RESULTS", tmp_path / "bench" / "results")
     monkeypatch.setattr(paths, "MODULE", tmp_path / "kernels" / "_lora_paths.py")
     monkeypatch.setattr(pictures, "PICTURES", tmp_path / "docs" / "pictures")
-    for draw in ("roofline_picture", "speed_picture", "r1_picture"):
-        monkeypatch.setattr(pictures, draw, lambda *_: "<svg/>")
+
+    for draw in ("roofline_figure", "speed_figure", "r1_figure"):
+        monkeypatch.setattr(drawings, draw, lambda *_: Figure())
+    for module in (report, pictures.sheet):
+        monkeypatch.setattr(module, "svg", lambda _: "<svg/>")
     monkeypatch.setattr(pictures, "headline_works", dict)
+
     document = tmp_path / "README.md"
     document.write_text("".join(f"<!-- generated: {n} -->\n<!-- /generated -->\n" for n in SECTIONS))
     monkeypatch.setattr(report, "DOCUMENTS", (document,))
@@ -56,18 +64,17 @@ SECTIONS = (
 )
 
 
-def one_line(command, capsys, name: str) -> bool:
-    """Whether a command refuses a file; it then names it."""
+def one_line(run, capsys, name: str) -> bool:
+    """Whether a command refuses a file, which it then names: a command's name, or a function that reads the file."""
     capsys.readouterr()
-    status, said = command([]), capsys.readouterr().err.strip()
+    status = command.main([run], plain=True) if isinstance(run, str) else status_of("reading", run)
+    found = capsys.readouterr().err.strip()
     assert status in (0, 1)
     if status:
-        assert name in said and said.isprintable() and len(said) <= 600, f"expected one line, got {said!r}"
+        assert name in found and found.isprintable() and len(found) <= 600, (
+            f"expected one line, got {found!r}"
+        )
     return bool(status)
-
-
-def write_paths(words: list[str]) -> int:
-    return command.main(["paths", *words], plain=True)
 
 
 BROKEN = {
@@ -83,7 +90,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_is_no_result_is_named(folder, capsys, name):
     (folder / "bench" / "results" / "gpu-1.json").write_bytes(BROKEN[name])
-    assert one_line(write_paths, capsys, "gpu-1.json") and one_line(report.main, capsys, "gpu-1.json")
+    assert one_line("paths", capsys, "gpu-1.json") and one_line("report", capsys, "gpu-1.json")
     assert not paths.MODULE.exists()
 
 
@@ -100,8 +107,8 @@ def test_any_value_of_a_result_is_taken_or_named(folder, capsys):
     refused = 0
     for result in results:
         file.write_text(json.dumps(result))
-        refused += one_line(write_paths, capsys, "gpu-1.json")
-        refused += one_line(report.main, capsys, "gpu-1.json")
+        refused += one_line("paths", capsys, "gpu-1.json")
+        refused += one_line("report", capsys, "gpu-1.json")
     assert refused > len(results) / 2
 
 
@@ -120,7 +127,7 @@ def test_any_value_of_a_run_is_taken_or_named(folder, capsys, kind):
     )
     for value in ({}, run, *[run | {key: value} for key in run for value in ANY]):
         (folder / "bench" / "results" / name).write_text(json.dumps({"kind": kind} | value))
-        one_line(report.main, capsys, name)
+        one_line("report", capsys, name)
 
 
 @pytest.mark.parametrize(("name", "part"), [("static.json", "builds"), ("candidates.json", "entries")])
@@ -131,33 +138,51 @@ def test_any_value_of_what_is_accepted_is_taken_or_named(folder, monkeypatch, ca
     read = static.accepted_figures if module is static else tune.kept
     for value in (*ANY, {"a | b | bf16 | sm_90": [{}]}, {"a | b | sm_90": [{"tile": 3}]}):
         file.write_text(json.dumps({"triton": "3", part: value}))
-        one_line(report.main, capsys, name)
-        one_line(record.as_command(lambda _, read=read: len(read()) * 0), capsys, name)
+        one_line("report", capsys, name)
+        one_line(lambda read=read: len(read()) * 0, capsys, name)
 
 
-def test_figures_of_r1_are_named(folder, capsys):
+def test_any_figures_of_a_page_are_taken_or_named(folder, capsys):
+    file, key = folder / "figures.json", "op/case | T=1 | bf16 | sm_90"
+    pages = [{}, *({"triton": "3", "builds": value} for value in ANY)]
+    pages += [{"triton": "3", "builds": {key: value}} for value in ANY]
+    for page in pages:
+        file.write_text(json.dumps(page))
+        config = Config(html=folder / "page.html", figures=file)
+        one_line(lambda config=config: report.main(config), capsys, "figures.json")
+
+
+def test_figures_of_r1_are_named(folder):
     for text in ("", "[]", "{}", '{"seeds": "x"}', '{"seeds": null}'):
         (folder / "figures.json").write_text(text)
-        assert report.main(["--keep-r1", str(folder)]) == 1
-        assert "figures.json" in capsys.readouterr().err
+        with pytest.raises(InputError, match=r"figures\.json"):
+            report.main(Config(keep_r1=folder))
+
+
+# ---- planted faults: without the block that names the file, a missing key is a KeyError
 
 
 @control
-def a_missing_key_is_named(module, folder, capsys) -> None:
+def paths_name_a_file(module, folder) -> None:
     (folder / "bench" / "results" / "gpu-1.json").write_text("{}")
     with pytest.raises(InputError, match=r"gpu-1\.json"):
         module.main(module.Config())
 
 
-def test_a_planted_fault_is_caught(folder, tmp_path, monkeypatch, capsys):
-    """Without the block that names the file, a missing key is a KeyError."""
-    (fault,) = faults_of(__file__)
-    module = copy_of(fault.file, tmp_path, monkeypatch, fault)
-    module.MODULE = paths.MODULE
-    (folder / "bench" / "results" / "gpu-1.json").write_text(
-        json.dumps({"machine": {"device": "GPU"}, "date": 1})
-    )
-    module.main(module.Config())
+@control
+def sources_name_a_file(module, folder) -> None:
+    figures = {"machine": {"device": "GPU"}, "date": 1}
+    (folder / "bench" / "results" / "gpu-1.json").write_text(json.dumps(figures))
+    with pytest.raises(InputError, match=r"gpu-1\.json"):
+        module.of_machines(lambda _, result: result["rows"])
+
+
+@pytest.mark.parametrize("fault", faults_of(__file__), ids=lambda fault: fault.id)
+def test_a_planted_fault_is_caught(fault, folder, tmp_path, monkeypatch):
+    module = import_module(f"burnish.{fault.file.replace('/', '.')}")
+    check_of(fault)(module, folder)
+    copy = copy_of(fault.file, tmp_path, monkeypatch, fault)
+    if module is paths:
+        copy.MODULE = paths.MODULE  # that of the test's folder
     with pytest.raises(KeyError):
-        check_of(fault)(module, folder, capsys)
-    a_missing_key_is_named(paths, folder, capsys)
+        check_of(fault)(copy, folder)

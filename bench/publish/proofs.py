@@ -1,0 +1,205 @@
+"""Tables that hold without a measurement: the machine code's figures on each chip, ranked tiles, analytic floors.
+
+Every build of bench/static.json is a line of docs/data/static.csv, which a page may sort; documents hold its sums.
+"""
+
+import csv
+import io
+import re
+from typing import Any
+
+from ..cases.case import label
+from ..cases.registry import CASES
+from ..ops.roofline import CHIPS, datasheet
+from ..ops.tune import tile_name
+from ..record import markdown, newest_results, newest_run, reading
+from .sources import of_kept
+
+# the cards that take each chip's builds, and how a machine's name tells that it has one
+CARDS = {
+    "sm_80": ("A100", r"\bA100\b"),
+    "sm_86": ("RTX 30, RTX 40, A10, L4, L40S", r"\b(RTX [34]0\d\d|A10|L4|L40S)\b"),
+    "sm_90": ("H100, H200", r"\bH[12]00\b"),
+    "sm_100": ("B200", r"\bB200\b"),
+    "sm_120": ("RTX 50, RTX PRO 6000", r"\b(RTX 50\d\d|RTX PRO 6000)\b"),
+    "gfx942": ("MI300X", r"\bMI300X\b"),
+}
+
+
+# ---- every build
+
+COLUMNS = (
+    *("kernel", "chip", "dtype", "registers", "spills", "stack", "shared", "blocks", "matrix", "matrix_kind"),
+    *("load_bits", "asynchronous", "instructions", "exponentials", "overlapped", "stores", "source_stores"),
+    *("tile", "ops"),
+)
+
+
+def distinct_builds(accepted: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each build once, by COLUMNS: several ops and configurations may share one."""
+    ops: dict[tuple[Any, ...], set[str]] = {}
+    for key, builds in accepted["builds"].items():
+        case, _, dtype, chip = key.split(" | ")
+        for build in builds:
+            of = build | {"chip": chip, "dtype": dtype}
+            ops.setdefault(tuple(of[name] for name in COLUMNS[:-1]), set()).add(case.split("/")[0])
+
+    lines = [dict(zip(COLUMNS, (*line, " ".join(sorted(names))), strict=True)) for line, names in ops.items()]
+    order = ("kernel", "tile", "ops", *COLUMNS)
+    return sorted(lines, key=lambda line: [str(line[name]) for name in order])
+
+
+@of_kept("static.json")
+def static_csv(accepted: dict[str, Any]) -> str:
+    """The text of docs/data/static.csv."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(distinct_builds(accepted))
+    return out.getvalue()
+
+
+@of_kept("static.json")
+def static(accepted: dict[str, Any]) -> str:
+    """The place of every build's figures, and what its columns are."""
+    lines = (
+        f"[docs/data/static.csv](data/static.csv), from `bench/static.json`, Triton {accepted['triton']}, has a",
+        f"line for each of {len(distinct_builds(accepted)):,} distinct builds. Its columns are kernel, chip and dtype;",
+        "registers of a thread, local loads and stores in the code (spills), bytes of stack of a thread, bytes of",
+        "shared memory of a block, resident blocks of a multiprocessor; matrix instructions and their kind, bits of",
+        "the widest load, asynchronous copies; instructions, exponentials, those of them that run while a product",
+        "does (overlapped); stores in the code, and in the source; tile, the constants that the kernel was compiled",
+        "with, and the ops that launch it.",
+    )
+    return "\n".join(lines) + "\n"
+
+
+# ---- their sums
+
+
+def in_bf16(accepted: dict[str, Any]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """op -> chip -> its distinct builds, by op in the order of the alphabet."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for key, builds in accepted["builds"].items():
+        case, _, dtype, chip = key.split(" | ")
+        if dtype == "bf16":
+            of_chip = found.setdefault(case.split("/")[0], {}).setdefault(chip, [])
+            of_chip += [build for build in builds if build not in of_chip]
+    return dict(sorted(found.items()))
+
+
+def spilling(builds: list[dict[str, Any]] | None) -> str:
+    return f"{sum(b['spills'] > 0 for b in builds)} of {len(builds)}" if builds else "not compiled"
+
+
+@of_kept("static.json")
+def proven(accepted: dict[str, Any]) -> str:
+    """Each op in one line: how many of its configurations spill in bf16 on each chip."""
+    rows = []
+    for op, chips in in_bf16(accepted).items():
+        every = [b for builds in chips.values() for b in builds]
+        cells = [spilling(chips.get(c)) for c in CHIPS]
+        matrix = "yes" if any(b["matrix"] for b in every) else "no products"
+        rows.append([f"`{op}`", str(len({b["kernel"] for b in every})), *cells, matrix])
+    head = ["op", "kernels", *(f"spill on {chip.name}" for chip in CHIPS.values()), "matrix instructions"]
+    return f"In bf16, Triton {accepted['triton']}, from `bench/static.json`:\n\n{markdown(head, rows)}"
+
+
+@of_kept("static.json")
+def cards(accepted: dict[str, Any]) -> str:
+    """Proof of each op on each card: by its builds, by a run, or none."""
+    runs, sources = runs_on_cards()
+    rows = []
+    for op, chips in in_bf16(accepted).items():
+        cells = []
+        for chip in CARDS:
+            builds, ran = chips.get(chip, []), runs.get((op, chip))
+            shared = max((b["shared"] for b in builds), default=0) / CHIPS[chip].shared_block
+            cell = f"{spilling(builds)}; {shared:.0%}" if builds else "not compiled"
+            cells.append(f"{cell}; **run {ran}**" if ran else cell)
+        rows.append([f"`{op}`", *cells])
+
+    head = ["op", *(f"{names} ({chip})" for chip, (names, _) in CARDS.items())]
+    notes = (
+        f"In bf16, Triton {accepted['triton']}, from `bench/static.json`: how many builds spill; the most shared",
+        "memory of one, as a share of what a block may have on the card. In bold when `burnish bench`",
+        f"last ran the op there, as it was then, and found it accurate: {'; '.join(sources) or 'nowhere yet'}.",
+        "RTX 40, L4 and L40S are sm_89, which has sm_86's limits: compiled for the one, not for the other.",
+    )
+    return "\n".join(notes) + f"\n\n{markdown(head, rows)}"
+
+
+def runs_on_cards() -> tuple[dict[tuple[str, str], str], list[str]]:
+    """(op, chip) -> the day on which it was last found accurate there; and the results that say so."""
+    runs, sources = {}, []
+    for path, result in newest_results().items():
+        with reading(path):
+            device = result["machine"]["device"]
+            chip = next((c for c, (_, name) in CARDS.items() if re.search(name, device)), None)
+            if chip is not None:
+                sources.append(f"{device} at commit {result['commit']}, `{path}`")
+                passed = [r for r in result["rows"] if r["provider"] == "burnish" and r["accurate"]]
+                runs |= {(row["case"].split("/")[0], chip): result["date"] for row in passed}
+    return runs, sources
+
+
+# ---- tiles
+
+
+@of_kept("candidates.json")
+def candidates(accepted: dict[str, Any]) -> str:
+    """The best tiles of each entry by tune.py's ranking, the place of the shipped one, and the fastest where timed."""
+    times, sources = times_of_tiles()
+    rows = []
+    for key, ranked in accepted["entries"].items():
+        entry, width, chip = key.split(" | ")
+        cells = [f"{tile_name(c['tile'])} ({c['registers']}, {c['blocks']})" for c in ranked]
+        place = next(n for n, c in enumerate(ranked) if c["shipped"])
+
+        # the mean over shapes
+        means = {tile: sum(shares) / len(shares) for tile, shares in times.get(key, {}).items()}
+        fastest = min(means, key=lambda tile: means[tile], default=None)
+        timed = f"{fastest}: {means[fastest]:.3f}" if fastest else "not timed"
+        best_two = (cells + [""])[:2]
+        rows.append([f"`{entry}`", width, chip, *best_two, f"{place + 1}: {cells[place]}", timed])
+
+    head = ["entry", "row", "chip", "first", "second", "shipped", "fastest, over shipped"]
+    source = f"From `bench/candidates.json`, Triton {accepted['triton']}, bf16"
+    return f"{source}; timed on {', '.join(sources) or 'no GPU yet'}.\n\n{markdown(head, rows)}"
+
+
+def times_of_tiles() -> tuple[dict[str, dict[str, list[float]]], list[str]]:
+    """entry -> tile -> its time over the shipped one's at each shape; and where they were timed."""
+    times: dict[str, dict[str, list[float]]] = {}
+    sources = []
+    for chip in CHIPS:
+        if run := newest_run(f"tune-{chip}"):
+            with reading(run[0]):
+                sources.append(f"{run[1]['machine']['device']} from `{run[0]}`")
+                for row in run[1]["rows"]:
+                    if "us" in row:
+                        by_tile = times.setdefault(row["entry"], {})
+                        by_tile.setdefault(tile_name(row["tile"]), []).append(row["us"] / row["shipped_us"])
+    return times, sources
+
+
+# ---- floors
+
+
+def floors() -> str:
+    """Bytes over bandwidth or operations over rate, whichever is longer, for the largest benchmark shape in bf16."""
+    rows = []
+    for case in CASES:
+        if not case.bench.get("cuda"):
+            continue
+        dims = case.bench["cuda"][-1]
+        forward, backward = case.work(dims, 2)
+        times = []
+        for chip in CHIPS.values():
+            top = datasheet(chip, "bf16")
+            times.append(f"{top.floor(forward) * 1e6:.4g} / {top.floor(backward) * 1e6:.4g}")
+
+        binds = datasheet(CHIPS["sm_90"], "bf16").binds(forward)
+        rows.append([f"`{case.name}`", case.formula, label(dims), binds, *times])
+    head = ["case", "elements", "shape", "binds", *(chip.name for chip in CHIPS.values())]
+    return "Forward / backward in microseconds, bf16, on the datasheet chip.\n\n" + markdown(head, rows)
