@@ -1,4 +1,4 @@
-"""Which Cases and shapes a command line names."""
+"""The Cases and shapes that a command line names."""
 
 import re
 from collections.abc import Sequence

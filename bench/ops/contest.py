@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...algorithms.run.calls import PASSES, described
 from ..cases.case import Case, Dims, Tensors, leaves, make_inputs, make_upstream
 from .clocks import capture, event_seconds, host_seconds, peak_growth
 from .peers import PEERS, Unsuitable
@@ -79,7 +80,7 @@ def prepare(case: Case, dims: Dims, dtype: torch.dtype, device: str) -> Inputs:
 
 
 def prepare_sets(case: Case, dims: Dims, dtype: torch.dtype, device: str, first: Inputs) -> list[Inputs]:
-    """As many sets of inputs as no cache holds, `first` among them."""
+    """Sets of inputs, more than any cache holds, `first` among them."""
     count = min(MOST_SETS, -(-COLD_BYTES[device] // max(first.nbytes, 1)))
     return [first, *(prepare(case, dims, dtype, device) for _ in range(count - 1))]
 
@@ -96,34 +97,63 @@ def call(op: Callable[..., Any], case: Case, inputs: Inputs, backward: bool) -> 
 # ---- samples
 
 
+class Loop(NamedTuple):
+    """The calls of a contestant that one sample times."""
+
+    on_host: Callable[[], Any]
+    count: int  # calls in it
+    on_device: Callable[[], Any] | None  # one call for each set
+
+
 def time_pass(
     case: Case, sets: list[Inputs], entrants: list[Contestant], device: str, backward: bool
-) -> None:
-    """Fill the samples of every contestant for one pass."""
-    loops: dict[str, Callable[[], Any]] = {}  # on the host's clock
-    replays: dict[str, Callable[[], Any]] = {}  # on the device's
-    counts: dict[str, int] = {}
-    for c in entrants:
-        c.device, c.eager, c.note = [], [], ""
-        calls = [lambda c=c, s=s: call(c.op, case, s, backward) for s in sets]
-        c.memory = peak_growth(calls[0], device)
-        once = max(host_seconds(calls[0], device), 1e-6)
-        repeats = max(1, min(round(SLICE / once / len(calls)), 200))
-        counts[c.name] = repeats * len(calls)
-        loops[c.name] = lambda calls=calls, repeats=repeats: (
-            [one() for _ in range(repeats) for one in calls] and None
-        )
-        if device == "cuda":
-            replay = replayed(c, calls, once)
-            replays |= {} if replay is None else {c.name: replay}
+) -> dict[str, str]:
+    """Fill the samples of every contestant for one pass; returns, by name, those that broke, and how.
 
+    Raises what ours raises.
+    """
+    loops: dict[str, Loop] = {}
+    broken: dict[str, str] = {}
+
+    def attempt(c: Contestant, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except PASSES:
+            raise
+        except BaseException as error:
+            if c.kind == OURS:
+                raise
+            broken[c.name] = f"raises {described(error)}"
+
+    for c in entrants:
+        calls = [lambda c=c, s=s: call(c.op, case, s, backward) for s in sets]
+        attempt(c, lambda c=c, calls=calls: loops.update({c.name: loop_of(c, calls, device)}))
     for _ in range(ROUNDS):
         for c in entrants:
-            samples = 1 if device == "cuda" else 3
-            c.eager.append([host_seconds(loops[c.name], device) / counts[c.name] for _ in range(samples)])
-            if c.name in replays:
-                samples = max(2, min(int(SLICE / event_seconds(replays[c.name])), 20))
-                c.device.append([event_seconds(replays[c.name]) / len(sets) for _ in range(samples)])
+            if c.name not in broken:
+                attempt(c, lambda c=c: sample(c, loops[c.name], len(sets), device))
+    return broken
+
+
+def loop_of(c: Contestant, calls: list[Callable[[], Any]], device: str) -> Loop:
+    """The calls that a sample times, so many that a clock can tell."""
+    c.device, c.eager, c.note = [], [], ""
+    c.memory = peak_growth(calls[0], device)
+    once = max(host_seconds(calls[0], device), 1e-6)
+    repeats = max(1, min(round(SLICE / once / len(calls)), 200))
+    replay = replayed(c, calls, once) if device == "cuda" else None
+    return Loop(
+        lambda: [one() for _ in range(repeats) for one in calls] and None, repeats * len(calls), replay
+    )
+
+
+def sample(c: Contestant, loop: Loop, sets: int, device: str) -> None:
+    """Add a round's samples of a contestant."""
+    samples = 1 if device == "cuda" else 3
+    c.eager.append([host_seconds(loop.on_host, device) / loop.count for _ in range(samples)])
+    if replay := loop.on_device:
+        samples = max(2, min(int(SLICE / event_seconds(replay)), 20))
+        c.device.append([event_seconds(replay) / sets for _ in range(samples)])
 
 
 def replayed(c: Contestant, calls: list[Callable[[], Any]], once: float) -> Callable[[], Any] | None:
@@ -143,7 +173,7 @@ def replayed(c: Contestant, calls: list[Callable[[], Any]], once: float) -> Call
 
 
 class Ratio(NamedTuple):
-    """How many times as long: the median of the rounds' ratios, and the lowest and the highest of them.
+    """A number of times as long: the median of the rounds' ratios, and the lowest and the highest of them.
 
     Of five rounds the lowest and the highest hold the true median with 94 %.
     """
@@ -178,6 +208,7 @@ def row(c: Contestant, ours: Contestant, floor: float) -> dict[str, Any]:
     clock = "device" if c.device and ours.device else "eager"
     over = ratio(rounds[clock], medians(getattr(ours, clock))) if c is not ours and c.accurate else None
     device, eager = percentiles(c.device), percentiles(c.eager)
+
     best = (device or eager or [0.0, 0.0, 0.0])[1]
     return {
         "provider": c.name,

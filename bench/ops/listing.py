@@ -1,4 +1,4 @@
-"""What `burnish bench --list` shows: the ops and their shapes, or all that a function of a user's is given."""
+"""The text of `burnish bench --list`: the ops and their shapes, or all that a function of a user's is given."""
 
 from collections.abc import Sequence
 

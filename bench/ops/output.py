@@ -1,4 +1,4 @@
-"""What the benchmark shows while it runs, and its figures as a table and as CSV."""
+"""Progress while the benchmark runs; its figures as a table and as CSV."""
 
 import csv
 import io

@@ -115,6 +115,8 @@ def check(cfg: Config) -> None:
     for name in alone:
         if others := [other for other in given if other not in beside[name]]:
             raise InputError(f"--{name}: expected no {flag(others[0])} beside it")
+
+    # what would be ignored, or could not be
     if cfg.compare and len(cfg.compare) != 2:
         raise InputError(f"--compare: expected two files, got {len(cfg.compare)}")
     if cfg.fail_above is not None and not cfg.compare:
@@ -123,8 +125,9 @@ def check(cfg: Config) -> None:
         raise InputError("--resume: expected --json FILE or --keep beside it")
     if cfg.json and cfg.keep:
         raise InputError("--keep: expected no --json beside it: it names the file itself")
-    if cfg.shape and not cfg.ops:
-        raise InputError("--shape: expected an op before it, got none; --list shows them")
+    for name in ("shape", "against"):
+        if getattr(cfg, name) and not cfg.ops:
+            raise InputError(f"--{name}: expected an op before it, got none; --list shows them")
     if INTERPRET and not (cfg.check_only or alone):
         raise InputError(
             "TRITON_INTERPRET: expected unset, interpreted kernels have no speed; --check-only times nothing"
@@ -132,7 +135,7 @@ def check(cfg: Config) -> None:
 
 
 def shapes_of(cfg: Config, device: str) -> list[tuple[Case, Dims]]:
-    """What is timed, in order. Raises InputError for an op or a shape that there is not."""
+    """The cases and shapes that are timed, in order. Raises InputError for an op or a shape that there is not."""
     cases = chosen(CASES, cfg.ops)
     if cfg.shape:
         return shaped(cases, cfg.ops, cfg.shape, DTYPES[dtype_of(cfg, device)], device)
@@ -166,6 +169,8 @@ class Bench:
         here = record.machine(self.device)
         self.dtype = dtype_of(cfg, self.device)
         self.path = record.results_file(here["device"], today) if cfg.keep else cfg.json
+
+        # where and what it was, then what became of it
         self.report: dict[str, Any] = {
             "machine": here,
             "date": today,
@@ -174,12 +179,8 @@ class Bench:
             "command": spelled("burnish bench", cfg),
             "ceilings": {"dtype": self.dtype},
             "clocks_before": record.clocks(self.device),
-            "absent": {},
-            "red": [],
-            "wrong": [],
-            "begun": [],
-            "rows": [],
         }
+        self.report |= {"absent": {}, "red": [], "wrong": [], "begun": [], "rows": []}
         if cfg.resume and self.path:
             self.report = kept_report(self.path, self.report)
 
@@ -260,21 +261,27 @@ class Bench:
             with waiting(f"  {c.name}: compiling and checking") as say:
                 why, runs = self.verdict(c, case, dims, one)
                 say(why or f"right, compiled in {c.compile:.1f} s")
-            where = f"{case.name} {label(dims)}"
+
+            # ours ends the shape, a user's own is out, a peer that runs is timed and marked
             if why and c.kind == OURS:
-                self.red(f"{where}: {why}")
+                self.red(f"{case.name} {label(dims)}: {why}")
                 return
-            if why and c.kind == AGAINST:
-                shape = {"case": case.name, "dims": dims, "dtype": self.dtype}
-                self.report["wrong"].append({"provider": c.name, **shape, "why": why})
-            elif not runs:
-                self.report["absent"][f"{c.name} for {where}"] = why
+            if why and (c.kind == AGAINST or not runs):
+                self.out(c, case, dims, why)
             else:
                 c.accurate = not why
                 entrants.append(c)
 
         if not self.cfg.check_only:
             self.time_shape(case, dims, one, entrants)
+
+    def out(self, c: Contestant, case: Case, dims: Dims, why: str) -> None:
+        """Keep why a contestant is not timed at a shape."""
+        if c.kind == AGAINST:
+            shape = {"case": case.name, "dims": dims, "dtype": self.dtype}
+            self.report["wrong"].append({"provider": c.name, **shape, "why": why})
+        else:
+            self.report["absent"][f"{c.name} for {case.name} {label(dims)}"] = why
 
     def verdict(self, c: Contestant, case: Case, dims: Dims, one: Inputs) -> tuple[str, bool]:
         """(why, runs): what is wrong with a contestant, or nothing, and whether it runs at this shape."""
@@ -284,6 +291,8 @@ class Bench:
         shape = describe(case, at, dtype)
         if theirs and (why := misfit(c.op, case, draws[0])):
             return why, False
+
+        # the first call compiles
         op = OnClones(c.op) if theirs else c.op
         once = lambda: call(op, case, one, backward=True)
         broken = ""
@@ -313,8 +322,13 @@ class Bench:
             both = name == "forward+backward"
             floor = self.ceilings.floor(forward) + (self.ceilings.floor(backward) if both else 0)
             with waiting(f"  timing {name}") as say:
-                time_pass(case, sets, entrants, self.device, both)
-                say("done")
+                broken = time_pass(case, sets, entrants, self.device, both)
+                say("done" if not broken else "; ".join(f"{name} {why}" for name, why in broken.items()))
+            for c in entrants:
+                if c.name in broken:
+                    self.out(c, case, dims, broken[c.name])
+            entrants = [c for c in entrants if c.name not in broken]
+
             for c in entrants:
                 if c.kind == AGAINST and (names := changed(one.tensors, before)):
                     c.accurate, c.note = False, writes(names)
@@ -342,7 +356,7 @@ def fingerprint() -> str:
 
 
 def kept_report(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier process wrote of the same day, code and machine; red is the shape that it died at."""
+    """The report that an earlier process wrote of the same day, code and machine; red is the shape that it died at."""
     if not path.exists():
         return fresh
     with record.reading(path):

@@ -125,7 +125,7 @@ def writes(names: list[str]) -> str:
 def remembers(
     op: Callable[..., Any], case: Case, tensors: Tensors, others: Tensors, described_as: Description
 ) -> str:
-    """What is wrong with a second answer, to other numbers at the addresses of the first."""
+    """The fault of a second answer, to other numbers at the addresses of the first; empty where there is none."""
     if any(t is not None and t.shape != getattr(others[n], "shape", None) for n, t in tensors.items()):
         return ""  # lengths are drawn, too
     upstream = make_upstream(case, tensors)

@@ -48,6 +48,7 @@ def test_a_run_is_written_whole(tmp_path, capsys):
         "clocks_after",
     } <= report.keys()
     assert report["machine"]["torch"] == torch.__version__ and "swiglu" in report["command"]
+
     assert len(report["rows"]) == 2 * 2 * 2  # shapes, passes, contestants
     for row in report["rows"]:
         p20, p50, p80 = row["eager_us"]
@@ -55,6 +56,7 @@ def test_a_run_is_written_whole(tmp_path, capsys):
         assert row["share"] == pytest.approx(
             row["floor_us"] / (row["device_us"] or row["eager_us"])[1], abs=1e-3
         )
+
     forward = next(r for r in report["rows"] if r["pass"] == "forward" and r["provider"] == "burnish")
     assert forward["floor_us"] == pytest.approx(
         3 * 8 * 64 * torch.finfo(speed.DTYPES[forward["dtype"]]).bits / 8 / 1e4, abs=0.01
@@ -89,6 +91,7 @@ def test_a_peer_computes_what_the_op_does(op: str, name: str, device: str):
     """On a CPU those that have a path for one; they are held to the rule that the op is held to."""
     if name in ("torch.compile", "flex_attention") and device == "cpu":
         pytest.skip("compiled C++ takes longer than this test may")
+
     ran = 0
     for case in (c for c in CASES if c.op == op):
         try:
@@ -98,6 +101,8 @@ def test_a_peer_computes_what_the_op_does(op: str, name: str, device: str):
             assert_accurate(
                 replace(case, fused=peer), make_inputs(case, case.check(dims), torch.float32, device)
             )
+
+        # what is not installed, and what a peer cannot do
         except ImportError as error:
             pytest.skip(str(error))
         except Unsuitable:
@@ -160,6 +165,7 @@ def test_a_run_that_died_is_resumed_behind_the_shape_it_died_at(monkeypatch: pyt
         main(Config(json=path))
     before = json.loads(path.read_text())
     assert before["running"] == "swiglu/elementwise B=1 T=16 F=64" and len(before["rows"]) == 2 * 2
+
     third = replace(
         SMALL, bench={d: (*shapes, {"B": 1, "T": 4, "F": 64}) for d, shapes in SMALL.bench.items()}
     )

@@ -56,7 +56,7 @@ def report_of(path: Path, name: str, tmp_path: Path, **flags) -> tuple[int, dict
 
 
 def why(path: Path, name: str, tmp_path: Path, **flags) -> str:
-    """What is said of a function that takes no part; it is not timed, ours is."""
+    """The words about a function that takes no part; it is not timed, ours is."""
     status, report = report_of(path, name, tmp_path, **flags)
     (wrong,) = report["wrong"]
     assert status == 1 and wrong["provider"] == f"mine.py:{name}"
@@ -186,6 +186,21 @@ def test_what_writes_while_it_is_timed_wins_nothing(mine, tmp_path, capsys):
     assert "writes to its input x" in rows[0]["note"] and rows[0]["note"] in capsys.readouterr().out
 
 
+def test_what_breaks_while_it_is_timed_ends_nobody_elses_run(mine, tmp_path):
+    path = mine(
+        """
+        CALLS = []
+        def f(x, weight):
+            CALLS.append(1)
+            if len(CALLS) > 20:
+                raise RuntimeError("out of luck")
+            return right(x, weight)
+        """
+    )
+    said = why(path, "f", tmp_path, forward_only=True)
+    assert "RuntimeError: out of luck" in said and "mine.py:" in said
+
+
 def test_nothing_is_timed_with_check_only(mine, tmp_path, capsys):
     status, report = report_of(mine(""), "right", tmp_path, check_only=True)
     assert status == 0 and report["rows"] == [] and report["red"] == report["wrong"] == []
@@ -263,7 +278,7 @@ def wrong_of(kind: str, mine, monkeypatch: pytest.MonkeyPatch) -> str:
     ],
 )
 def test_a_check_that_looks_away_is_seen(kind, name, looks_away, mine, monkeypatch):
-    """What each part of the check finds, nothing else does, or says otherwise."""
+    """Each part of the check finds what no other finds, or says so otherwise."""
     said = wrong_of(kind, mine, monkeypatch)
     assert any(word in said for word in WRONG[kind][1])
     monkeypatch.setattr(theirs, name, looks_away)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(INTERPRET, reason="interpreted kernels have no s
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a reader has written the files of the page."""
+    """A folder in which a reader has written the files of the page."""
     for name, source in re.findall(
         r"^`(\w+\.py)`[^\n]*:\n\n```python\n(.*?)```", PAGE, re.MULTILINE | re.DOTALL
     ):
@@ -40,6 +40,7 @@ def test_the_commands_of_the_page_run_as_printed(folder, capsys, monkeypatch: py
     monkeypatch.setattr(contest, "COLD_BYTES", {"cpu": 1 << 16, "cuda": 1 << 16})
     monkeypatch.setattr(roofline, "measure", lambda device, dtype: roofline.Ceilings(1e10, 1e11))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
     ran = 0
     for line in COMMANDS:
         if line.startswith("TRITON_INTERPRET") or line in ON_A_GPU:
@@ -51,6 +52,7 @@ def test_the_commands_of_the_page_run_as_printed(folder, capsys, monkeypatch: py
         )  # on a busy machine something may be slower
         assert "--against" not in line or "mine.py:swiglu: compiling and checking ... right" in out
         ran += 1
+
     assert ran == 7 and len(ON_A_GPU) == 1
     for name in ("before.json", "after.json"):
         providers = {row["provider"] for row in json.loads((folder / name).read_text())["rows"]}
@@ -87,34 +89,19 @@ def test_pytest_benchmark_runs_as_the_page_says(tmp_path):
     for line in PYTEST[:3]:
         words = shlex.split(line.replace("=swiglu", f"={tmp_path}/swiglu"))[1:]
         words[words.index("swiglu")] = "swiglu and not moe and not compile and not clamped"
-        place = [
-            "-c",
-            str(ROOT / "pyproject.toml"),
-            "--rootdir",
-            str(ROOT),
-            "-p",
-            "no:cacheprovider",
-            "-n",
-            "0",
-        ]
+        place = shlex.split(f"-c {ROOT}/pyproject.toml --rootdir {ROOT} -p no:cacheprovider -n 0")
         words[0] = str(ROOT / words[0])
         out = run(tmp_path, [sys.executable, "-m", "pytest", *words, *place, storage])
         assert "swiglu/elementwise" in out
+
+        # it stands beside the saved run where that was asked for
         assert ("(0001_" in out) == ("--benchmark-compare" in line)
     assert len([*tmp_path.glob("swiglu*.svg")]) == 1
 
+    # and as CSV
     table = tmp_path / "swiglu.csv"
-    run(
-        tmp_path,
-        [
-            sys.executable,
-            "-m",
-            "pytest_benchmark",
-            f"--storage={tmp_path / 'saved'}",
-            "compare",
-            f"--csv={table}",
-        ],
-    )
+    compared = [f"--storage={tmp_path / 'saved'}", "compare", f"--csv={table}"]
+    run(tmp_path, [sys.executable, "-m", "pytest_benchmark", *compared])
     lines = [*csv.DictReader(table.open())]
     assert {line["param:case"] for line in lines} == {"swiglu/elementwise"}
     assert {line["param:contestant"] for line in lines} == {"burnish", "eager"}
