@@ -132,12 +132,13 @@ def wrong_paths(text: str, page: Path = ROOT / "README.md") -> list[str]:
             wrong.append(path)
 
     prose = re.sub(r"^(```.*?^```| {4}[^\n]*)", "", text, flags=re.MULTILINE | re.DOTALL)
+    written = re.findall(r"^`(\w+\.py)`[^\n]*:\n\n```python", text, re.MULTILINE)  # by the reader
     for span in re.findall(r"`([^`]+)`", prose):
         for path in re.findall(r"(?<![\w./<>*-])[\w/]+\.py\b", span):
-            if not path.startswith("FILE") and path not in THEIRS and not found(path):
+            if not path.startswith("FILE") and path not in {*THEIRS, *written} and not found(path):
                 wrong.append(path)
 
-    for link, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", text):
+    for link, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", prose):
         if not link.startswith("http"):
             target = page.parent / link if link else page
             if not target.exists() or (anchor and anchor not in anchors(target.read_text())):
