@@ -41,14 +41,14 @@ def results_file(device: str, day: str, kind: str = "") -> Path:
     return RESULTS / f"{kind + '-' if kind else ''}{name}-{day}.json"
 
 
-def keep(kind: str, command: str, **figures: Any) -> None:
-    """The figures of a whole run, with its day and its commit."""
+def keep(kind: str, command: str, *files: Path, kept: bool = True, **figures: Any) -> None:
+    """Write the figures of a whole run, with its day and its commit, to files, and where kept to bench/results."""
     today = date.today().isoformat()
     commit = run_text("git", "rev-parse", "--short", "HEAD")
     result = {"kind": kind, "date": today, "commit": commit, "command": command, **figures}
-    path = RESULTS / f"{kind}-{today}.json"
-    write_whole(path, json.dumps(result, indent=1) + "\n")
-    print(f"written: {path}")
+    for path in ([RESULTS / f"{kind}-{today}.json"] if kept else []) + list(files):
+        write_whole(path, json.dumps(result, indent=1) + "\n")
+        print(f"written: {path}")
 
 
 @contextmanager
