@@ -38,7 +38,8 @@ def waiting(what: str) -> Iterator[Callable[[str], None]]:
     try:
         yield say
     finally:
-        done.set()
+        if not done.is_set():
+            say("ended")
 
 
 # ---- the table

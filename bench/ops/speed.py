@@ -235,8 +235,9 @@ class Bench:
         if "rate_per_s" in known:
             ceilings = roofline.Ceilings(known["bandwidth_bytes_per_s"], known["rate_per_s"])
         else:
-            with waiting("measuring a copy and a product"):
+            with waiting("measuring a copy and a product") as say:
                 ceilings = roofline.measure(self.device, DTYPES[self.dtype])
+                say("done")
             known |= {"bandwidth_bytes_per_s": ceilings.bandwidth, "rate_per_s": ceilings.rate}
         facts = ", ".join(f"{name} {value}" for name, value in self.report["machine"].items())
         bandwidth, rate = ceilings.bandwidth / 1e9, ceilings.rate / 1e12
