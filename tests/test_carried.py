@@ -1,4 +1,4 @@
-"""Where the ops are carried to: machines without Triton, copies of kernels/, a namesake beside the clone."""
+"""The ops in other places: machines without Triton, copies of kernels/, a namesake beside the clone."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ KERNELS = ROOT / "kernels"
 
 
 def run(code: str, *arguments: object, cwd: Path = ROOT, **variables: str) -> str:
-    """What a fresh process prints."""
+    """The output of a fresh process."""
     environment = os.environ | {"PYTHONSAFEPATH": "1", "TRITON_INTERPRET": "0"} | variables
     command = [sys.executable, "-c", code, *map(str, arguments)]
     process = subprocess.run(

@@ -47,7 +47,7 @@ def teacher_of(place: Place) -> Path:
 
 @control
 def a_stopped_run_of_it_goes_on(module: ModuleType, place: Place) -> None:
-    """Of distillation, within the module's Run."""
+    """A run of distillation, within the module's Run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distill, "Run", module.Run)
         assert_a_stopped_run_goes_on(distill, distill_config, place)
@@ -69,41 +69,36 @@ def one_step_is_one_sum(module: ModuleType, place: Place) -> None:
 
 @control
 def the_divergence_is_that_of_the_models(module: ModuleType, place: Place) -> None:
-    """Of their whole distributions over each token of the completions, written out."""
-    student, teacher, tokenizer = (
-        load_model(place.model),
-        load_model(teacher_of(place)),
-        Tokenizer.load(place.model),
-    )
-    for i, (beta, temperature, squared) in enumerate(
-        [(0.0, 1.0, False), (1.0, 2.0, True), (0.3, 2.0, False)]
-    ):
+    """The loss, written out over the whole distributions at each token of the completions."""
+    student, teacher = load_model(place.model), load_model(teacher_of(place))
+    tokenizer = Tokenizer.load(place.model)
+    settings = [(0.0, 1.0, False), (1.0, 2.0, True), (0.3, 2.0, False)]
+
+    for i, (beta, temperature, squared) in enumerate(settings):
         output = place.output / str(i)
-        cfg = distill_config(
-            module,
-            place,
-            beta=beta,
-            temperature=temperature,
-            temperature_squared=squared,
-            batch_size=12,
-            output=output,
-        )
+        flags = {"beta": beta, "temperature": temperature, "temperature_squared": squared}
+        cfg = distill_config(module, place, batch_size=12, output=output, **flags)
         module.train(cfg)
+
         total, count = 0.0, 0
         for row in map(json.loads, cfg.data.read_text().splitlines()):
             given = tokenizer.encode(row["prompt"])
             tokens = given + tokenizer.encode(row["completion"], continues=True) + [tokenizer.eos_id]
             packed = pack([tokens])
+
+            # (completion, V): a row predicts a token of the completion
             log_s, log_t = (
                 (model.logits(model(packed))[len(given) - 1 : -1] / temperature).log_softmax(-1)
                 for model in (student, teacher)
             )
+
             if beta in (0, 1):
                 one, other = (log_t, log_s) if beta == 0 else (log_s, log_t)
                 found = one.exp() * (one - other)
             else:
                 log_m = (beta * log_t.exp() + (1 - beta) * log_s.exp()).log()
                 found = beta * log_t.exp() * (log_t - log_m) + (1 - beta) * log_s.exp() * (log_s - log_m)
+
             total, count = total + found.sum().item(), count + len(log_s)
         same(metrics_of(output)[0]["loss"], total / count * (temperature**2 if squared else 1), 1e-5)
 
@@ -135,11 +130,13 @@ def lessons_are_what_they_should_be(module: ModuleType, place: Place) -> None:
     for lesson, prompt in zip(lessons, prompts, strict=True):
         assert lesson.prefix == prompt, "expected the prompt"
         assert all(lesson.mask[len(prompt) :]), "expected all of the answer, and its end, to be trained"
+
     ids = torch.arange(6).view(3, 2).int()
     stored = [
         module.Lesson([1, 2, 3], [False, True, True], ids[:2], -ids[:2].float()),
         module.Lesson([4, 5], [False, True], ids[2:], -ids[2:].float()),
     ]
+
     file = place.output.with_suffix(".safetensors")
     module.write_lessons(file, stored, tokenizer, 1.0)
     back = module.read_lessons(file, tokenizer, 1.0)

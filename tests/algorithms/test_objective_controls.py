@@ -26,6 +26,7 @@ def policy_losses_have_their_values(module: ModuleType, place: Place) -> None:
         for found, expected in zip(grad(loss), gradient, strict=True):
             same(found, expected)
 
+    # PPO's clip, and the second one for negative advantages
     clip = (0.2, 0.28)
     agree(
         module.clipped_loss(logprob, zero, advantage, 2, *clip)[0],
@@ -34,18 +35,24 @@ def policy_losses_have_their_values(module: ModuleType, place: Place) -> None:
     )
     dual = module.clipped_loss(logprob, zero, advantage, 1, *clip, 1.3)[0]
     agree(dual, -(0.5 - 0.8 + 1.28 - 1.3), [-0.5, 0, 0, 0])
+
+    # CISPO: the clipped ratio is a weight without a gradient
     weighed = sum(
         w * a * x for w, a, x in zip([0.5, 0.5, 1.4, 1.4], advantage.tolist(), logprob.tolist(), strict=True)
     )
     cispo = module.cispo_loss(logprob, zero, advantage, 1, clip_high=0.4)[0]
     agree(cispo, -weighed, [-0.5, 0.5, -1.4, 1.4])
+
+    # GSPO: a sequence has one ratio, the geometric mean of its tokens'
     mean = (0.5 * 1.5) ** 0.5
     gspo = module.gspo_loss(logprob, zero, torch.ones(4), torch.tensor([2, 2]), 4, 0.6, 1.0)[0]
     agree(gspo, -(0.5 + 0.5 + 1.5 + 1.5) / 4, [-0.125, -0.125, -0.375, -0.375])
     mixed = module.gspo_loss(logprob[1:3], zero[:2], torch.ones(2), torch.tensor([2]), 2, 0.6, 1.0)[0]
     same(mixed.item(), -mean)
+
     far = module.clipped_loss(torch.tensor([0.0]), torch.tensor([-1e4]), torch.tensor([-1.0]), 1.0)[0]
     assert far.isfinite(), "expected a bounded weight"
+
     old = torch.tensor([0.5, 2.5]).log()
     assert module.truncated_weights(old, zero[:2], 2.0).tolist() == [0.5, 2], "expected weights of 0.5 and 2"
     assert module.masked_weights(old, zero[:2], 2.0).tolist() == [0.5, 0], "expected weights of 0.5 and 0"
@@ -83,12 +90,15 @@ def advantages_have_their_values(module: ModuleType, place: Place) -> None:
     ):
         for a, b in zip(function(rewards)[0].tolist(), expected, strict=True):
             same(a, b)
+
+    # GAE passes over what is off the mask, here gamma = 0.9 and lambda = 0.8
     mask = torch.tensor([[True, True, False, True, False]])
     r, v = torch.tensor([[0.1, 0.2, 9.0, 1.0, 9.0]]), torch.tensor([[0.3, -0.2, 9.0, 0.5, 9.0]])
     d = [0.1 + 0.9 * -0.2 - 0.3, 0.2 + 0.9 * 0.5 + 0.2, 1.0 - 0.5]
     expected = [d[0] + 0.72 * d[1] + 0.72**2 * d[2], d[1] + 0.72 * d[2], 0, d[2], 0]
     for a, b in zip(module.gae(r, v, mask, 0.9, 0.8)[0].tolist(), expected, strict=True):
         same(a, b)
+
     whitened, scaled = module.whiten(r, mask), module.scale(r, mask)
     same(whitened[mask].mean().item(), 0)
     same(whitened[mask].var(correction=0).item(), 1, 1e-4)

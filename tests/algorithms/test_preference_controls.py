@@ -34,6 +34,7 @@ def pair_losses_have_their_values(module: ModuleType, place: Place) -> None:
     sigmoid = lambda x: 1 / (1 + math.exp(-x))
     pairs = list(zip(CHOSEN.tolist(), REJECTED.tolist(), strict=True))
     odds = lambda x: math.exp(x) / (1 - math.exp(x))
+
     formulas: dict[str, Callable[[float, float], float]] = {
         "dpo": lambda a, b: -math.log(sigmoid(0.5 * (a - b))),
         "cdpo": lambda a, b: -0.8 * math.log(sigmoid(0.5 * (a - b))) - 0.2 * math.log(sigmoid(0.5 * (b - a))),
@@ -47,6 +48,7 @@ def pair_losses_have_their_values(module: ModuleType, place: Place) -> None:
         "simpo": lambda a, b: -math.log(sigmoid(0.5 * (a - b) - 0.3)),
         "orpo": lambda a, b: -0.5 * math.log(sigmoid(math.log(odds(a - 2) / odds(b - 2)))),
     }
+
     more = {"cdpo": {"label_smoothing": 0.2}, "robust": {"label_smoothing": 0.2}, "simpo": {"gamma": 0.3}}
     for name, formula in formulas.items():
         shift = 2 if name == "orpo" else 0  # log-probabilities are negative
@@ -129,7 +131,7 @@ def pairs_lie_as_they_should(module: ModuleType, place: Place) -> None:
 
 @control
 def rows_are_read_as_they_should(module: ModuleType, place: Place) -> None:
-    """In two conversations that part early, the assistant's turns alone are trained; the last token ends a turn."""
+    """Two conversations that part early: the assistant's turns alone are trained, and the last token ends a turn."""
     tokenizer = Tokenizer.load(Path(__file__).parents[1] / "data" / "tokenizer")
     talks = {
         name: f"\n\nHuman: a\n\nAssistant: same\n\nHuman: b\n\nAssistant: {name} 1\n\nHuman: c\n\nAssistant: {name} 2"
@@ -142,6 +144,8 @@ def rows_are_read_as_they_should(module: ModuleType, place: Place) -> None:
         found = tokenizer.decode(trained, False)
         assert found == f"{name} 1<|im_end|>{name} 2<|im_end|>", f"expected {name}'s turns, got {found}"
         assert one.mask[-1], "expected to end with the turn"
+
+    # plain text
     text = {"prompt": "p", "chosen": "a", "rejected": "b"}
     (pair,), _ = module.preferences([text], tokenizer, max_length=20)
     assert pair.chosen.tokens[-1] == tokenizer.eos_id, "expected an end token"

@@ -62,7 +62,7 @@ def rewards_and_values_of_tokens(module: ModuleType, place: Place) -> None:
 
 @control
 def returns_are_those_before_whitening(module: ModuleType, place: Place) -> None:
-    """With gamma = lambda = 1 every token's return is the score, and the advantages have mean 0 and variance 1."""
+    """Returns at gamma = lambda = 1, each of them the score; advantages with mean 0 and variance 1."""
     cfg = rl_config(module, place, gae_lambda=1.0)
     mask = torch.tensor([[True, True, False], [True, True, True]])
     reward = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, -2.0]])
@@ -94,7 +94,7 @@ def the_policy_leaves_its_reference(module: ModuleType, place: Place) -> None:
 
 @control
 def the_score_is_read_at_the_end(module: ModuleType, place: Place) -> None:
-    """Of a reward model, of rows of their own."""
+    """The mean of a reward model's scores, each computed on a row of its own."""
     scorer, folder = load_scalar_model(place.model, seed=3), place.output.parent / "scorer"
     save_model(scorer, folder, Tokenizer.load(place.model))
     seen, measure = [], module.measure
@@ -140,7 +140,7 @@ def unjudged_samples_leave_the_denominator(module: ModuleType, place: Place) -> 
 
 @control
 def the_sampler_is_the_scorer(module: ModuleType, place: Place) -> None:
-    """Under truncation and a temperature, over all sampled tokens; values and scores stand where they should."""
+    """One log-probability under truncation and a temperature; values and scores stand where they should."""
     model, tokenizer = load_model(place.model), Tokenizer.load(place.model)
     prompts = [Prompt(tokenizer.encode(text), text, {}) for text in ("1+2+3=", "4+5+6=")]
     drawn = generate(
@@ -153,6 +153,8 @@ def the_sampler_is_the_scorer(module: ModuleType, place: Place) -> None:
         stop_ids=tokenizer.stop_ids,
     )
     groups = Groups(Group(prompts[i], drawn[4 * i : 4 * i + 4], torch.zeros(4)) for i in range(2))
+
+    # every sampled token is a row of a batch
     lengths, tokens = groups.lengths, [token for sample in drawn for token in sample.tokens]
     whole = module.make_split_batches(groups, torch.ones(8, dtype=torch.bool), 10**6, "cpu")
     assert len(whole) == 1, "expected one micro-batch"
@@ -160,6 +162,8 @@ def the_sampler_is_the_scorer(module: ModuleType, place: Place) -> None:
     parents = whole[0].packed.parents
     assert parents is not None, "expected parents"
     assert parents.tolist() == [-1, 0, 0, 0, 0, -1, 5, 5, 5, 5], "expected samples under their prompts"
+
+    # in one micro-batch or several, the scorer finds what the sampler found
     real = torch.arange(int(lengths.max())) < lengths[:, None]
     sampled = module.over_tokens(model, whole, lambda batch, _: batch.sampled_logprob, real)
     cut = module.make_split_batches(groups, torch.ones(8, dtype=torch.bool), 14, "cpu")
@@ -168,11 +172,14 @@ def the_sampler_is_the_scorer(module: ModuleType, place: Place) -> None:
         found = module.over_tokens(model, batches, lambda batch, policy: batch.score(policy, 0.7)[0], real)
         off = (found - sampled).abs().max().item()
         assert off < 1e-5, f"expected the sampler's log-probabilities, got one {off} away"
+
+    # a scalar head, against the same row by itself
     scorer = load_scalar_model(place.model, seed=3)
     score, value = (
         module.over_tokens(scorer, whole, function, real)
         for function in (module.Batch.token_scores, module.Batch.values)
     )
+
     row = pack([prompts[0].tokens + drawn[0].tokens])
     at = torch.arange(len(prompts[0].tokens), row.tokens.numel())
     n = len(drawn[0].tokens)

@@ -67,6 +67,8 @@ def test_whatever_happens_is_named_and_ends_nothing_else(crew, tmp_path, capsys)
         "test_hangs": "no end after 1 s: signal SIGABRT",
         "test_loses_the_device": "the device is lost: an illegal memory access was encountered",
     }
+
+    # the details, and a file that could not be collected
     assert (
         "in test_crashes" in rows["test_crashes"]["detail"]
         and "in test_hangs" in rows["test_hangs"]["detail"]
@@ -74,6 +76,7 @@ def test_whatever_happens_is_named_and_ends_nothing_else(crew, tmp_path, capsys)
     (broken,) = verdict.ops["collection"]["failed"]
     assert broken["test"] == "test_broken.py" and "no_such_module" in broken["detail"]
     assert read_object(tmp_path / "verdict.json")["ops"] == verdict.ops
+
     verdict.print_all()
     out = capsys.readouterr().out
     assert out.count("          AssertionError: one is not two\n") == 1  # where it ended

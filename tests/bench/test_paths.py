@@ -55,7 +55,7 @@ def folder(tmp_path, monkeypatch: pytest.MonkeyPatch):
 
 
 def written() -> dict:
-    """What kernels/_lora_paths.py holds after the command has run."""
+    """The names of kernels/_lora_paths.py after the command has run."""
     assert paths.main(paths.Config()) == 0
     names: dict = {}
     exec(paths.MODULE.read_text(), names)

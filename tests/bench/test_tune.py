@@ -126,10 +126,13 @@ def test_a_wrong_tile_is_refused_and_the_others_are_timed(slot, monkeypatch: pyt
     monkeypatch.setattr(tune, "import_module", lambda module: module)
     kernel = slot.module.kernel
     tiles = [(1, 1, 4, 2), (2, 1, 4, 2), (3, 1, 4, 2), (4, 1, 4, 2)]
+
     rows = list(tune.measure(slot, 32, tiles, tiles[0], torch.float32, "cpu"))
     assert [(row["dims"]["T"], tuple(row["tile"])) for row in rows] == [
         (t, x) for t in (8, 16) for x in tiles
     ]
+
+    # the second tile computes wrongly, the third does not fit
     for row in rows:
         if row["tile"][0] in (1, 4):
             assert row["us"] > 0 and row["shipped_us"] > 0 and "refused" not in row
@@ -137,13 +140,14 @@ def test_a_wrong_tile_is_refused_and_the_others_are_timed(slot, monkeypatch: pyt
             assert "us" not in row
     assert {row["refused"].split(":")[0] for row in rows if row["tile"][0] == 2} == {"AssertionError"}
     assert {row["refused"] for row in rows if row["tile"][0] == 3} == {"RuntimeError: out of resources"}
+
     assert [row["shipped"] for row in rows[:4]] == [True, False, False, False]
     assert slot.module.kernel is kernel and slot.module.tile == (1, 1, 4, 2)
 
 
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path):
-    """What the command asks of the machine is answered; nothing is compiled."""
+    """Answers to what the command asks of the machine; nothing is compiled."""
     monkeypatch.setattr(tune.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tune.torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(tune, "machine", lambda device: {"device": "GPU"})

@@ -1,4 +1,4 @@
-"""What the negative controls of algorithms/ share: what a check may use, and how a copy is given to it.
+"""The negative controls of algorithms/: what a check may use, and how a copy is given to it.
 
 A check takes a copy of a module and a Place, and fails with a message that says what it expected.
 """
@@ -16,7 +16,7 @@ from planted import copy_of
 
 
 class Place(NamedTuple):
-    """What a check may use beside the module."""
+    """The files that a check may use beside the module."""
 
     model: Path
     data: Path
@@ -32,7 +32,7 @@ def same(found: float, expected: float, bound: float = 1e-5) -> None:
 
 
 def assert_a_stopped_run_goes_on(module: ModuleType, make: Callable[..., Any], place: Place, **flags) -> None:
-    """With all that it had: what the third step logs is what it would have logged."""
+    """Resume after two steps of three: the third logs what it would have logged."""
     whole = make(module, place, steps=3, save_every=2, output=place.output / "whole", **flags)
     module.train(whole)
     cut = dataclasses.replace(whole, steps=2, output=place.output / "cut")

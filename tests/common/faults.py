@@ -141,7 +141,7 @@ def planted(fault: Fault, source: str) -> str:
 
 
 def _span(fault: Fault, source: str) -> tuple[int, int]:
-    """Where the fault's function begins and ends in the source, or all of it."""
+    """The start and end of the fault's function in the source, or of all of it."""
     if not fault.function:
         return 0, len(source)
 

@@ -67,6 +67,7 @@ def imported(file: str, root: Path, package: str = PACKAGE) -> set[str]:
     ours = package.split(".")
     here = ours + file.split("/")
     parents = here if (root / file).is_dir() else here[:-1]
+
     found: set[str] = set()
     for node in ast.walk(ast.parse(_path(file, root).read_text())):
         if isinstance(node, ast.Import):
@@ -77,6 +78,7 @@ def imported(file: str, root: Path, package: str = PACKAGE) -> set[str]:
             wanted = [[*start, alias.name] for alias in node.names]
         else:
             continue
+
         for parts in wanted:
             if parts[: len(ours)] == ours:
                 names = parts[len(ours) :]
@@ -86,7 +88,7 @@ def imported(file: str, root: Path, package: str = PACKAGE) -> set[str]:
 
 
 def between(file: str, top: str, root: Path, package: str = PACKAGE) -> list[str]:
-    """What has to be copied so that `top` sees another `file`: both, and what imports the one for the other, in order.
+    """The copies that `top` needs to see another `file`: both, and what imports the one for the other, in order.
 
     Raises ValueError where `top` does not import `file`, neither itself nor through others.
     """
@@ -96,11 +98,13 @@ def between(file: str, top: str, root: Path, package: str = PACKAGE) -> list[str
         if (name := rest.pop()) not in arrows:
             arrows[name] = imported(name, root, package) if name != file else set()
             rest += arrows[name]
+
     order = [*TopologicalSorter(arrows).static_order()]
     reached = {file}
     for name in order:
         if arrows[name] & reached:
             reached.add(name)
+
     if file not in arrows:
         raise ValueError(
             f"{package}: expected that {top}.py imports {file}.py, got no way from one to the other"

@@ -298,12 +298,15 @@ def test_outcomes_are_kept_as_json(toy: Toy, tmp_path: Path, monkeypatch: pytest
         "    return Trainer('Small', '1', advantages=lambda rewards, mask: rewards, absent=absent)\n"
     )
     monkeypatch.setattr(record, "RESULTS", tmp_path)
+
+    # in a file that is named, and under their usual name
     file = tmp_path / "there" / "outcomes.json"
     conformance.main(conformance.Config(adapters=(f"{adapter}:adapter",), keep=True, json=file))
     (path,) = tmp_path.glob("conformance-*.json")
     kept = json.loads(path.read_text())
     assert kept == json.loads(file.read_text()) and path.name == f"conformance-{kept['date']}.json"
     assert kept["command"] == f"burnish bench conformance {adapter}:adapter --json {file} --keep"
+
     (trainer,) = kept["trainers"]
     assert (trainer["name"], trainer["version"]) == ("Small", "1")
     assert trainer["outcomes"]["packing"] == ["not applicable", "nothing here"]

@@ -241,7 +241,7 @@ def a_tied_head_is_adapted_alone(data, tmp_path):
 
 @control
 def copies_are_the_bases(data, tmp_path):
-    """What PEFT writes beside an adapter of the head: passed over where it is the base's, refused where not."""
+    """The copy that PEFT writes beside an adapter of the head: passed over if it is the base's, else refused."""
     save_model(Transformer(TINY, seed=1), tmp_path / "base")
     model = load_model(tmp_path / "base")
     add_lora(model, 3, targets=("lm_head",), base=str(tmp_path / "base"))

@@ -20,7 +20,7 @@ OPTIONS = {"samples_per_prompt": 3, "max_new_tokens": 9, "stop_ids": {1, 2, 3, 4
 
 
 def draw_with(folder: Path, monkeypatch, fault: Fault | None = None) -> Callable[..., list[Sample]]:
-    """What generate is on a copy of Batch, which is on a copy of Cache; the fault is in one of them."""
+    """The `generate` of a copy of Batch, which stands on a copy of Cache; the fault is in one of them."""
     cache, batch, generate = (
         copy_of(file, folder, monkeypatch, fault if fault and fault.file == file else None)
         for file in ("model/cache", "model/batch", "model/generate")
