@@ -16,7 +16,7 @@ COMMANDS = {  # name: (module with a Config and a main, one line)
     "static": ("ops.static", "compile every kernel for six chips, and say what got worse"),
     "tune": ("ops.tune", "candidate tiles, ranked without a GPU, and timed on one"),
     "paths": ("ops.paths", "the table of lora_linear's fastest paths, from measured times"),
-    "gpu": ("ops.gpu", "all that a GPU is asked: compiled tests, times, tiles, within a budget"),
+    "gpu": ("runs.gpu", "all that a GPU is asked: compiled tests, times, tiles, within a budget"),
     "trainers": ("runs.trainers", "our trainers beside TRL's: tokens a second, memory, losses"),
     "rollouts": ("runs.rollouts", "sampling beside transformers': tokens a second, caches"),
     "scale": ("runs.scale", "a training step in several processes"),

@@ -2,8 +2,7 @@
 
 Each rule is a function from a file's name and source to its faults; they stand in tests/architecture/. Every file must
 have none, and for every rule there is a planted source in which it must find one, for a check that cannot fail is a
-defect. A file that is yet to be rewritten stands in tests/architecture/exempt.toml with the rules that it breaks; one
-that breaks a rule no more is a fault as long as it stands there.
+defect. No file is exempt.
 """
 
 import runpy
@@ -44,7 +43,7 @@ from rooms import (
     objectives_stand_on_torch,
     rooms_import_what_they_may,
 )
-from sources import ALGORITHMS, EXEMPT, FILES, FLOORS, KERNELS, PUBLIC, ROOT, TESTS, functions, is_reference
+from sources import ALGORITHMS, FILES, FLOORS, KERNELS, PUBLIC, ROOT, TESTS, functions, is_reference
 from violations import ALGORITHM, ALLOWED, FORBIDDEN, KERNEL
 from writing import IN_PLACE, files_are_written_beside_their_place, writes
 
@@ -83,32 +82,11 @@ RULES = {
 NAMES = [rule.__name__ for rule in RULES]
 
 
-def stale(exempt, files):
-    """The lines of an exemption list that exempt nothing: no such file or rule, or a rule that the file keeps."""
-    rules = {rule.__name__: rule for rule in RULES}
-    for name, broken in exempt.items():
-        if name not in files or not broken:
-            yield f"{name}: no such file, or no rule"
-            continue
-        for rule in broken:
-            if rule not in rules:
-                yield f"{name}: no rule is named {rule}"
-            elif not any(rules[rule](name, files[name])):
-                yield f"{name} keeps {rule}: take it from the list"
-
-
 @pytest.mark.parametrize("rule, files", RULES.items(), ids=NAMES)
 def test_rule(rule, files):
     assert files
-    bound = {name: source for name, source in files.items() if rule.__name__ not in EXEMPT.get(name, [])}
-    faults = [fault for name, source in bound.items() for fault in rule(name, source)]
+    faults = [fault for name, source in files.items() for fault in rule(name, source)]
     assert not faults, "\n".join(faults)
-
-
-def test_the_list_of_exemptions_only_shrinks():
-    faults = list(stale(EXEMPT, EVERY))
-    assert not faults, "\n".join(faults)
-    assert not EXEMPT.keys() & KERNELS.keys(), "kernels/ is rewritten: no rule spares a file of it"
 
 
 @pytest.mark.parametrize("folder", ["model", "algorithms", "bench"])
@@ -198,17 +176,3 @@ def test_a_planted_circle_of_rooms_is_found():
     files = {"algorithms/run/x.py": "from ..data import y", "algorithms/data/z.py": "from ..run import w"}
     assert not circle_of_rooms(files)
     assert list(rooms_import_what_they_may("algorithms/run/x.py", files["algorithms/run/x.py"]))
-
-
-@pytest.mark.parametrize(
-    "exempt",
-    [
-        {"kernels/away.py": ["files_are_short"]},
-        {"kernels/norm.py": []},
-        {"kernels/norm.py": ["files_are_long"]},
-        {"kernels/norm.py": ["files_are_short"]},
-    ],
-    ids=["file", "empty", "rule", "kept"],
-)
-def test_a_line_that_exempts_nothing_is_found(exempt):
-    assert list(stale(exempt, {"kernels/norm.py": KERNEL}))

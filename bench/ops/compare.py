@@ -15,6 +15,7 @@ from ..cases.case import label
 from ..record import reading
 
 Key = tuple[str, str, str, str, str]  # case, shape, dtype, pass, provider
+COLUMNS = ("case", "shape", "dtype", "pass", "provider", "us before", "after", "ratio", "beside eager", "")
 
 
 class Change(NamedTuple):
@@ -97,21 +98,27 @@ def verdict(changes: list[Change], fail_above: float | None, red: list[str]) -> 
 
 def changes_of(first: dict[Key, dict[str, Any]], second: dict[Key, dict[str, Any]]) -> list[Change]:
     """Every provider but eager, and those that are wrong, in the order of the second file."""
-    found = []
-    for name, row in second.items():
-        if name not in first or name[-1] == "eager" or not (row["accurate"] and first[name]["accurate"]):
-            continue
-        clock = "device_us" if row["device_us"] and first[name]["device_us"] else "eager_us"
-        runs = [(table[name], table.get((*name[:-1], "eager"))) for table in (first, second)]
-        before, after = (rounds(own, clock) for own, _ in runs)
-        figures = [own[clock][1] for own, _ in runs]
-        beside = None
-        if all(eager is not None and eager[clock] for _, eager in runs):
-            over = [beside_eager(own, eager, clock) for own, eager in runs]
-            middles = [own[clock][1] / eager[clock][1] for own, eager in runs]
-            beside = (middles[1] / middles[0], *span(*over))
-        found.append(Change(name, *figures, figures[1] / figures[0], *span(before, after), beside))
-    return found
+    return [
+        change_of(name, first, second)
+        for name, row in second.items()
+        if name in first and name[-1] != "eager" and row["accurate"] and first[name]["accurate"]
+    ]
+
+
+def change_of(name: Key, first: dict[Key, dict[str, Any]], second: dict[Key, dict[str, Any]]) -> Change:
+    """The change of one provider, on the device's clock where both have it."""
+    old, new = first[name], second[name]
+    clock = "device_us" if old["device_us"] and new["device_us"] else "eager_us"
+    before, after = old[clock][1], new[clock][1]
+    low, high = span(rounds(old, clock), rounds(new, clock))
+
+    beside = None
+    eager = (*name[:-1], "eager")
+    if eager in first and eager in second and first[eager][clock] and second[eager][clock]:
+        middle = (after / second[eager][clock][1]) / (before / first[eager][clock][1])
+        over = (beside_eager(old, first[eager], clock), beside_eager(new, second[eager], clock))
+        beside = (middle, *span(*over))
+    return Change(name, before, after, after / before, low, high, beside)
 
 
 def rounds(row: dict[str, Any], clock: str) -> list[float]:
@@ -131,13 +138,13 @@ def span(before: list[float], after: list[float]) -> tuple[float, float]:
 
 
 def print_changes(changes: list[Change]) -> None:
-    head = ("case", "shape", "dtype", "pass", "provider", "us before", "after", "ratio", "beside eager", "")
-    lines = [head]
+    lines: list[tuple[str, ...]] = [COLUMNS]
     for c in changes:
         beside = "" if c.beside_eager is None else spread(c.beside_eager)
         times = f"{c.before:.1f}", f"{c.after:.1f}", spread((c.ratio, c.low, c.high))
         lines.append((*c.key, *times, beside, c.mark))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+
+    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
     for line in lines:
         print("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip())
 

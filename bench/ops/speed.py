@@ -94,7 +94,8 @@ def main(cfg: Config) -> int:
         print(listing(CASES, cfg.ops, device))
         return 0
     if cfg.compare:
-        return compare(*cfg.compare, cfg.fail_above)
+        first, second = cfg.compare
+        return compare(first, second, cfg.fail_above)
 
     bench = Bench(cfg, device, against(cfg.against))
     shapes = shapes_of(cfg, device)

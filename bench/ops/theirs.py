@@ -131,8 +131,9 @@ def remembers(
     upstream = make_upstream(case, tensors)
     run(op, case, tensors, upstream)
     for name, t in tensors.items():
-        if t is not None:
-            t.detach().copy_(others[name])
+        other = others[name]
+        if t is not None and other is not None:
+            t.detach().copy_(other)
     wrong = first_wrong(op, case, [tensors], described_as)
     if names := changed(tensors, others):
         return writes(names)

@@ -61,7 +61,7 @@ ARROWS = {
         "./*": "./* ../*",
         "cases/*": "cases/* ../kernels/*",
         "ops/*": "ops/* cases/* ./* ../*",
-        "runs/*": "runs/* cases/* ./* ../*",
+        "runs/*": "runs/* ops/* cases/* ./* ../*",
         "publish/*": "publish/* runs/* ops/* cases/* ./* ../*",
     },
 }

@@ -5,7 +5,6 @@ import io
 import re
 import sys
 import tokenize
-import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -28,9 +27,6 @@ ALGORITHMS = {  # what runs: methods and their like upstairs, recipes
     and ("\ndef train(" in source or '\nif __name__ == "__main__"' in source)
 }
 GROUND = {"torch", "triton", *sys.stdlib_module_names}  # all that floor 0 stands on
-
-# file -> the rules that it breaks and will break until it is rewritten
-EXEMPT: dict[str, list[str]] = tomllib.loads((Path(__file__).parent / "exempt.toml").read_text())
 
 
 parse = cache(ast.parse)  # of 350 files, for 25 rules

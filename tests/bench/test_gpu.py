@@ -12,11 +12,11 @@ import torch
 from burnish.algorithms.run.command import parsed
 from burnish.bench import command, flags, record
 from burnish.bench.cases.registry import CASES
-from burnish.bench.ops import crew as crews
-from burnish.bench.ops import gpu
-from burnish.bench.ops.crew import Crew, Plan
-from burnish.bench.ops.verdict import Verdict
-from burnish.bench.ops.worker import RAN, End, placed
+from burnish.bench.runs import crew as crews
+from burnish.bench.runs import gpu
+from burnish.bench.runs.crew import Crew, Plan
+from burnish.bench.runs.verdict import Verdict
+from burnish.bench.runs.worker import RAN, End, placed
 from burnish.kernels._chip import INTERPRET
 from burnish.model.errors import InputError
 from burnish.model.files.text_files import read_object

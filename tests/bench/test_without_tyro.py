@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from burnish.bench.command import COMMANDS
-from burnish.bench.ops import gpu
+from burnish.bench.runs import gpu
 from burnish.kernels._chip import INTERPRET
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="nothing of it is interpreted")
@@ -42,7 +42,8 @@ with open(FILE, "w") as file:
 COLLECT = """
 import pytest
 from burnish.bench import __main__, command
-from burnish.bench.ops import crew, gpu, paths, speed, static, tune, verdict, worker
+from burnish.bench.ops import paths, speed, static, tune
+from burnish.bench.runs import crew, gpu, verdict, worker
 sys.exit(pytest.main(["-q", "--collect-only", "-p", "no:cacheprovider", *gpu.TESTS]))
 """
 

@@ -171,7 +171,7 @@ def main(cfg: Config) -> int:
 def chosen_steps(cfg: Config) -> Sequence[Step]:
     """The steps that run. Raises InputError where a flag is wrong or would be ignored, or a GPU is missing."""
     if cfg.rehearse is not None:
-        from .static import TARGETS  # only here: what breaks an import ends no tests
+        from ..ops.static import TARGETS  # only here: what breaks an import ends no tests
 
         if cfg.rehearse not in TARGETS:
             raise InputError(f"--rehearse: expected one of {', '.join(TARGETS)}, got {cfg.rehearse}")

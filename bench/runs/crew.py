@@ -47,7 +47,7 @@ START = 180.0  # for a worker's imports and its collection
 STARTS = 3  # workers in a row that may fail to start
 LAST_WORDS = 3.0  # for a process that is about to end
 SAFE = {"PYTHONSAFEPATH": "1"}  # in the root, our kernels/ would hide Hugging Face's
-SERVE = "from burnish.bench.ops.worker import serve; serve({})"
+SERVE = "from burnish.bench.runs.worker import serve; serve({})"
 TRACE = 1000  # characters of the interpreter's own trace, from its top
 
 

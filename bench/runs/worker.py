@@ -1,4 +1,4 @@
-"""One process of tests for bench/ops/gpu.py: it collects once, is then told a test at a time, and says how each ended.
+"""One process of tests for bench/runs/gpu.py: it collects once, is then told a test at a time, and says how each ended.
 
 Before pytest it imports the standard library alone: what breaks an import breaks the collection, and is told.
 """
@@ -118,7 +118,7 @@ def serve(number: int) -> None:
     context: Any = nullcontext()
     if chip:
         from ..cases import case
-        from . import static
+        from ..ops import static
 
         def compiled(tested: Any, tensors: Any, *_: Any, **__: Any) -> None:
             case.run(tested.fused, tested, tensors, case.make_upstream(tested, tensors))
