@@ -52,10 +52,10 @@ test-embed: .venv-embed/.ready ## our ops inside transformers, PEFT and TRL, in 
 	.venv-embed/bin/pytest -n 2 --dist worksteal tests/embed
 
 static: $(READY) ## compile every kernel for the six chips, and say what got worse
-	$(BIN)/python -m burnish.bench static --all --check
+	$(BIN)/burnish bench static --all --check
 
 bench: $(READY) ## time every op beside eager torch on this machine
-	$(BIN)/python -m burnish.bench
+	$(BIN)/burnish bench
 
 GPU_PYTHON = $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
 GPU_SECONDS ?= 480
@@ -65,7 +65,7 @@ gpu: ## compiled tests, benchmark with peers, candidate tiles, and a verdict wit
 	PYTHONPATH="$(CURDIR)/build/link$${PYTHONPATH:+:$$PYTHONPATH}" PYTHONSAFEPATH=1 $(GPU_PYTHON) -m burnish.bench gpu --seconds $(GPU_SECONDS) --steps $(GPU_STEPS)
 
 docs: $(READY) ## write the generated tables of README.md and docs/ anew
-	$(BIN)/python -m burnish.bench report
+	$(BIN)/burnish bench report
 
 lint: $(READY) ## ruff and pyright
 	$(BIN)/ruff check .
