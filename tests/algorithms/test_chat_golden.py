@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from burnish.algorithms.data.examples import rl_prompts, sft_examples
-from burnish.model.text import template
+from burnish.model.text import sandbox
 from burnish.model.text.tokenizer import Tokenizer
 
 DATA = Path(__file__).parents[1] / "data"
@@ -30,7 +30,7 @@ def test_rows_have_the_ids_of_transformers(shared_data, monkeypatch, entry):
     file = made.template_file(entry["template"], shared_data / "chat_templates")
     if file is None:
         pytest.skip(f"the template {entry['template']} comes with trl, which is not installed")
-    monkeypatch.setattr(template, "datetime", made.FrozenClock)
+    monkeypatch.setattr(sandbox, "datetime", made.FrozenClock)
     tokenizer = Tokenizer.load(DATA / "tokenizer", file)
     tokenizer.config["bos_token"] = made.BOS
     row = entry["row"]
