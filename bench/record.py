@@ -29,7 +29,11 @@ Arguments = ParamSpec("Arguments")
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file, and the folders around it. A run that is cut short leaves the old file whole."""
+    """Write a file, and the folders around it. A run that is cut short leaves the old file whole.
+
+    Of a link, what it leads to is written. Raises InputError.
+    """
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as beside:
         beside.write_text(text)
@@ -59,7 +63,7 @@ def reading(path: Path | str) -> Iterator[None]:
     except InputError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, StopIteration) as error:
-        found = f"{type(error).__name__}: {error}"
+        found = f"no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
         raise InputError(f"{path}: expected figures as the benchmark keeps them, got {found}") from error
 
 

@@ -132,8 +132,13 @@ def _work(dims: Dims, size: int) -> tuple[Work, Work]:
     return Work(4 * products * D, moved), Work(10 * products * D, 2 * moved)
 
 
+MOST_SCORES = 2**26  # 512 MB of them in fp64
+
+
 def _fewer_heads(dims: Dims) -> Dims:
-    """The reference holds the scores of every head: two heads of one sequence stand for all of them."""
+    """The reference holds the scores of every head: two of one sequence stand for all, where these are too many."""
+    if dims.get("B", 1) * dims["H"] * dims["T"] * dims.get("S", dims["T"]) <= MOST_SCORES:
+        return dims
     return (
         dims
         | {

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 import torch
 
 from ...model.errors import InputError, shown
-from ..cases.case import Case, Dims
+from ..cases.case import Case, Dims, label
 from ..cases.shapes import letters
 from .shapes import check_dims
 
@@ -18,7 +18,7 @@ def chosen(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
         return list(cases)
     found: list[Case] = []
     for name in names:
-        matches = [case for case in cases if name in (case.op, case.name)]
+        matches = of_name(cases, name)
         if not matches:
             known = list(dict.fromkeys(x for case in cases for x in (case.op, case.name)))
             near = get_close_matches(name, known, 3) or list(dict.fromkeys(case.op for case in cases))
@@ -32,20 +32,44 @@ def shaped(
 ) -> list[tuple[Case, Dims]]:
     """Each Case that has the letters of a shape, with that shape. Of an op, which has several, those that are timed.
 
-    Raises InputError where no Case of a name takes a shape.
+    Raises InputError where no Case takes a shape, or a name takes none.
     """
+    given = [read_shape(text) for text in joined(shapes)]
     found: list[tuple[Case, Dims]] = []
-    for text in shapes:
-        given = read_shape(text)
+    for shape in given:
+        fitting = [case for name in names for case in of_name(cases, name) if fits(case, shape)]
+        if not fitting:
+            expected_ones = "; ".join(f"{name}: {expected(cases, name)}" for name in names)
+            raise InputError(f"--shape {label(shape)}: expected letters of {expected_ones}")
         for name in names:
-            fitting = [c for c in cases if name in (c.op, c.name) and fits(c, given)]
-            if not fitting:
-                raise InputError(f"--shape {shown(text)}: expected {expected(cases, name)}")
-            for case in [c for c in fitting if c.bench] or fitting[:1]:
-                dims = {letter: given[letter] for letter in letters(case) if letter in given}
-                check_dims(case, dims, dtype, device)
-                found.append((case, dims))
+            of_this = [case for case in of_name(cases, name) if case in fitting]
+            for case in [case for case in of_this if case.bench] or of_this[:1]:
+                dims = {letter: shape[letter] for letter in letters(case) if letter in shape}
+                if least := [letter for letter, size in dims.items() if size == 0]:
+                    raise InputError(f"--shape {label(shape)}: expected sizes above 0, got {least[0]}=0")
+                found.append((case, check_dims(case, dims, dtype, device)))
+
+    for name in names:
+        if not any(name in (case.op, case.name) for case, _ in found):
+            raise InputError(f"--shape: expected one of {name}'s letters, {expected(cases, name)}, got none")
     return found
+
+
+def joined(shapes: Sequence[str]) -> list[str]:
+    """The shapes; words of one letter each are one shape that has lost its quotes."""
+    lone = len(shapes) > 1 and all(text.count("=") == 1 for text in shapes)
+    return [" ".join(shapes)] if lone else list(shapes)
+
+
+def left_out(cases: Sequence[Case], names: Sequence[str], found: Sequence[tuple[Case, Dims]]) -> list[str]:
+    """The Cases of the names that take one of the shapes, too, and are not timed unless they are named."""
+    timed = {case.name for case, _ in found}
+    taken = [case for name in names for case in of_name(cases, name) for _, dims in found if fits(case, dims)]
+    return [name for name in dict.fromkeys(case.name for case in taken) if name not in timed]
+
+
+def of_name(cases: Sequence[Case], name: str) -> list[Case]:
+    return [case for case in cases if name in (case.op, case.name)]
 
 
 def fits(case: Case, given: Dims) -> bool:
@@ -56,10 +80,9 @@ def fits(case: Case, given: Dims) -> bool:
 def expected(cases: Sequence[Case], name: str) -> str:
     """The letters of a name's Cases: "B T C (hidden) or B T H D (heads)"."""
     by_letters: dict[str, list[str]] = {}
-    for case in cases:
-        if name in (case.op, case.name):
-            written = " ".join(f"[{x}]" if x in case.optional else x for x in letters(case))
-            by_letters.setdefault(written, []).append(case.family)
+    for case in of_name(cases, name):
+        written = " ".join(f"[{x}]" if x in case.optional else x for x in letters(case))
+        by_letters.setdefault(written, []).append(case.family)
     return " or ".join(f"{written} ({', '.join(families)})" for written, families in by_letters.items())
 
 

@@ -1,9 +1,12 @@
 """The text of `burnish bench --list`: the ops and their shapes, or all that a function of a user's is given."""
 
+import inspect
+import textwrap
 from collections.abc import Sequence
 
 import torch
 
+from ... import kernels
 from ..cases.case import Case, label
 from ..cases.shapes import describe, letters
 from .chosen import chosen
@@ -12,7 +15,23 @@ from .peers import PEERS
 
 def listing(cases: Sequence[Case], names: Sequence[str], device: str) -> str:
     """All ops, a line for each Case, with its first shape on the device; of those that are named everything."""
-    return "\n\n".join(map(details, chosen(cases, names))) if names else overview(cases, device)
+    if not names:
+        return overview(cases, device)
+    found = chosen(cases, names)
+    ops = dict.fromkeys(case.op for case in found)
+    of_op = lambda op: [details(case) for case in found if case.op == op]
+    return "\n\n".join(part for op in ops for part in (documentation(op), *of_op(op)))
+
+
+def documentation(op: str) -> str:
+    """The op's signature, and its docstring: shapes, meanings, special values."""
+    function = getattr(kernels, op)
+    signature = inspect.signature(function)
+    plain = [
+        parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()
+    ]
+    head = f"burnish.kernels.{op}{inspect.Signature(plain)}"
+    return f"{head}\n\n{textwrap.indent(inspect.getdoc(function) or '', '    ')}"
 
 
 def overview(cases: Sequence[Case], device: str) -> str:
@@ -36,7 +55,7 @@ def details(case: Case) -> str:
     shapes = [f"  {device}: {label(dims)}" for device, timed in case.bench.items() for dims in timed]
     parts = [
         f"{case.name}  letters: {spelled_letters(case)}",
-        f"a function of yours is called by name, here at {label(shape)}:",
+        f"a function of yours is called by name, with the options, here at {label(shape)}:",
         describe(case, shape, torch.float32).text(),
         f"work: {case.formula}",
         *(["timed by default at", *shapes] if shapes else ["timed by --shape alone"]),

@@ -26,6 +26,9 @@ def replacing(file: Path, *, sync: bool = False, note: str = "") -> Iterator[Pat
     """
     beside = file.with_name(f".{file.name}.partial")
     with _cannot_be_written(file, note):
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise InputError(f"{file}: expected a file, or a place for one, got a device or a pipe")
+
         # a killed process may have left one, and a link would be written through
         beside.unlink(missing_ok=True)
         try:

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from burnish.bench import command
+from burnish.bench.cases.case import label
 from burnish.bench.cases.registry import CASES
 from burnish.bench.cases.shapes import letters
-from burnish.bench.ops.chosen import chosen, expected, read_shape, shaped
+from burnish.bench.ops.chosen import chosen, expected, left_out, read_shape, shaped
 from burnish.bench.ops.listing import listing
 from burnish.bench.ops.speed import Config, check, main, shapes_of
 from burnish.kernels._chip import INTERPRET
@@ -48,6 +49,27 @@ def test_a_shape_is_of_the_cases_with_its_letters():
     assert list(shapes("rms_norm", "C=7 T=3 B=1")[0][1]) == ["B", "T", "C"]
 
 
+def test_every_shape_goes_to_the_op_that_has_its_letters():
+    names = ["rms_norm", "swiglu"]
+    found = shaped(chosen(CASES, names), names, ["B=1 T=3 C=4", "B=1 T=3 F=4"], torch.float32, "cpu")
+    assert [(case.name, label(dims)) for case, dims in found] == [
+        ("rms_norm/hidden", "B=1 T=3 C=4"),
+        ("swiglu/elementwise", "B=1 T=3 F=4"),
+    ]
+    with pytest.raises(InputError, match="expected one of swiglu's letters"):
+        shaped(chosen(CASES, names), names, ["B=1 T=3 C=4"], torch.float32, "cpu")
+
+
+def test_a_shape_that_has_lost_its_quotes_is_one_shape():
+    assert shapes("rms_norm", "B=1", "T=300", "C=777") == shapes("rms_norm", "B=1 T=300 C=777")
+
+
+def test_families_that_are_left_out_are_told():
+    found = shaped(chosen(CASES, ["rms_norm"]), ["rms_norm"], ["B=1 T=3 C=4"], torch.float32, "cpu")
+    assert left_out(CASES, ["rms_norm"], found) == ["rms_norm/unit offset"]
+    assert left_out(CASES, ["rms_norm/hidden"], found) == []
+
+
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_every_case_takes_its_own_shapes_by_name(case):
     """Written as a person writes them, in another order."""
@@ -84,7 +106,12 @@ def test_a_text_that_is_no_shape_is_one_sentence(text):
 @pytest.mark.parametrize(
     "name, text",
     [
-        *(("rms_norm", "B=1 T=3"), ("rms_norm", "B=1 T=3 C=4 D=5"), ("rms_norm", "T=0 B=1 C=-1")),
+        *(
+            ("rms_norm", "B=1 T=3"),
+            ("rms_norm", "B=1 T=3 C=4 D=5"),
+            ("rms_norm", "T=0 B=1 C=-1"),
+            ("rms_norm", "B=1 T=0 C=8"),
+        ),
         *(("swiglu", "B=1 T=3 C=4"), ("flash_attention/causal", "B=1 T=4 S=4 H=3 G=2 D=8")),
         *(("moe_mlp/swiglu", "T=4 C=8 F=8 E=2 K=3"), ("rms_norm", "B=1 T=1000000000 C=1000000")),
         *(
@@ -103,7 +130,7 @@ def test_a_shape_that_an_op_cannot_take_is_one_sentence(name, text, plain, capsy
 
 def test_letters_that_are_missing_are_told():
     with pytest.raises(
-        InputError, match=re.escape("expected B T C (hidden, unit offset) or B T H D (heads)")
+        InputError, match=re.escape("letters of rms_norm: B T C (hidden, unit offset) or B T H D (heads)")
     ):
         shapes("rms_norm", "B=1 T=3")
     assert expected(chosen(CASES, ["swiglu"]), "swiglu") == "B T F (elementwise)"
@@ -120,6 +147,10 @@ def test_the_list_names_every_case_and_details_every_argument(capsys):
     assert all(any(line.startswith(case.name) for line in lines) for case in CASES)
     details = listing(CASES, ["rms_norm/hidden"], "cpu")
     assert all(word in details for word in ("x", "weight", "gradient", "(B, T, C)", "--peers: torch.compile"))
+    assert "burnish.kernels.rms_norm(x, weight, eps=1e-06, *, unit_offset=False)" in details
+    assert "bottom-right aligned" in listing(
+        CASES, ["flash_attention/causal"], "cpu"
+    )  # the op's own docstring
     assert listing(CASES, ["rms_norm"], "cpu").count("a function of yours is called") == 3
 
 

@@ -111,6 +111,21 @@ def test_what_a_killed_process_has_left_is_replaced(tmp_path):
     assert contents(tmp_path) == {"place": "new"}
 
 
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+def test_what_is_no_file_is_not_replaced(kind, tmp_path):
+    """A device is none either: root could replace /dev/null."""
+    place = tmp_path / "place"
+    if kind == "pipe":
+        os.mkfifo(place)
+    else:
+        os.mknod(place, stat.S_IFSOCK | 0o600)
+    with pytest.raises(
+        InputError, match=f"{place}: expected a file, or a place for one, got a device or a pipe"
+    ):
+        write(replacing, place)
+    assert not place.is_file()
+
+
 def test_a_message_has_a_note(tmp_path):
     with (
         pytest.raises(InputError, match=r"place: cannot be written, the earlier one is kept: full$"),
