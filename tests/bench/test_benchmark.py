@@ -10,6 +10,7 @@ import torch
 from burnish.bench.cases.case import Work, assert_accurate, make_inputs
 from burnish.bench.cases.registry import CASES
 from burnish.bench.ops import clocks, contest, roofline, speed
+from burnish.bench.ops.output import print_rows
 from burnish.bench.ops.peers import PEERS, Unsuitable
 from burnish.bench.ops.speed import Config, main
 from burnish.kernels._chip import INTERPRET
@@ -134,6 +135,31 @@ def test_what_cannot_be_captured_is_noted_and_ends_nothing(monkeypatch: pytest.M
     peer, ours = entrants
     assert peer.note == "not capturable: called a synchronizing CUDA operation" and peer.eager
     assert peer.device == [] and ours.device and ours.note == ""
+
+
+def test_a_note_hides_no_verdict(capsys):
+    """A peer that is wrong, and whose call is too long for a graph."""
+    ours = {
+        "provider": "burnish",
+        "note": "",
+        "accurate": True,
+        "pass": "forward",
+        "floor_us": 1.0,
+        "binds": "bytes",
+    }
+    ours |= {
+        "device_us": [1, 2, 3],
+        "eager_us": None,
+        "ratio": None,
+        "share": 0.5,
+        "memory_bytes": 0,
+        "compile_s": 0,
+    }
+    print_rows([ours, ours | {"provider": "peer", "note": "no graph", "accurate": False}])
+    assert [x.strip() for x in capsys.readouterr().out.splitlines()[-2:]] == [
+        "no graph",
+        "outside the accuracy rule",
+    ]
 
 
 def test_a_shape_that_breaks_is_red_and_the_others_are_timed(monkeypatch: pytest.MonkeyPatch, tmp_path):
