@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...algorithms.run.calls import PASSES, described
+from ...algorithms.run.calls import PASSES, described, torch_as_it_was
 from ..cases.case import Case, Dims, Tensors, leaves, make_inputs, make_upstream
-from .clocks import capture, event_seconds, host_seconds, peak_growth
+from .clocks import capture, event_seconds, host_seconds, lost, peak_growth
 from .peers import PEERS, Unsuitable
 
 OURS, EAGER, PEER, AGAINST = "ours", "eager", "peer", "against"  # kinds; the last is a user's own
@@ -122,13 +122,16 @@ def time_pass(
 
     def attempt(c: Contestant, step: Callable[[], None]) -> None:
         try:
-            step()
+            with torch_as_it_was():
+                step()
         except PASSES:
             raise
         except BaseException as error:
             if c.kind == OURS:
                 raise
             broken[c.name] = f"raises {described(error)}"
+            if lost(device):
+                raise RuntimeError(f"{c.name} {broken[c.name]}") from error
         if why := fault(c):
             broken[c.name] = why
 

@@ -29,7 +29,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from ...algorithms.run.calls import PASSES, described
+from ...algorithms.run.calls import PASSES, described, torch_as_it_was
 from ...algorithms.run.flags import POSITIONAL, Bounds
 from ...kernels._chip import INTERPRET
 from ...model.errors import InputError
@@ -304,6 +304,7 @@ class Bench:
         else:
             self.report["absent"][f"{c.name} for {case.name} {label(dims)}"] = why
 
+    @torch_as_it_was()
     def verdict(self, c: Contestant, case: Case, dims: Dims, one: Inputs) -> tuple[str, bool]:
         """(why, runs): what is wrong with a contestant, or nothing, and whether it runs at this shape."""
         theirs = c.kind == AGAINST
@@ -373,6 +374,7 @@ class Bench:
             if c in entrants:
                 self.ask_again(c, case, dims)
 
+    @torch_as_it_was()
     def ask_again(self, c: Contestant, case: Case, dims: Dims) -> None:
         """Hold a user's function to the rule once more: it may answer otherwise after many calls."""
         dtype, at = DTYPES[self.dtype], case.check(dims)

@@ -305,6 +305,31 @@ def test_what_is_wrong_has_a_line_in_the_csv(mine, tmp_path):
     assert line["accurate"] == "False" and line["eager_us_p50"] == "" and "output 0" in line["note"]
 
 
+@pytest.mark.parametrize(
+    "call", ["set_grad_enabled(False)", "set_default_dtype(torch.float64)", "set_num_threads(2)"]
+)
+@pytest.mark.parametrize("calls", [0, 12])
+def test_what_one_sets_for_the_whole_program_is_put_back(call, calls, mine, tmp_path):
+    """In the check, or once it is timed; a call that has no effect on its own result is no fault."""
+    path = mine(
+        f"""
+        CALLS = []
+        def f(x, weight):
+            CALLS.append(1)
+            if len(CALLS) > {calls}:
+                torch.{call}
+            return right(x, weight)
+        """
+    )
+    before = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
+    flags = {"against": (f"{path}:f", f"{path}:right"), "json": tmp_path / "o.json"}
+    main(Config(ops=("rms_norm",), shape=(SHAPE,), **flags))
+    assert before == (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads())
+    report = json.loads((tmp_path / "o.json").read_text())
+    timed = [row["provider"] for row in report["rows"] if row["provider"] != "mine.py:f"]
+    assert timed == ["burnish", "eager", "mine.py:right"] * 2 and report["red"] == []
+
+
 def interrupted(bench, case, dims):
     raise KeyboardInterrupt
 
