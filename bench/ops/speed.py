@@ -420,6 +420,7 @@ def kept_report(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
         return fresh
     with record.reading(path):
         report = read_object(path)
+        _ = report["rows"], report["red"]  # a file of something else is not written over
         same = ("machine", "date", "code", "asked", "dtype")
         found, expected = ({**r, "dtype": r.get("ceilings", {}).get("dtype")} for r in (report, fresh))
         others = [name for name in same if found.get(name) != expected[name]]

@@ -367,6 +367,14 @@ def test_figures_of_other_contestants_are_not_resumed(change, mine, tmp_path, ca
     assert again["rows"] == report["rows"] and "begun anew" not in capsys.readouterr().out
 
 
+def test_a_file_of_something_else_is_not_resumed_over(tmp_path):
+    path = tmp_path / "o.json"
+    path.write_text('{"begun": 3}')
+    with pytest.raises(InputError, match="expected figures as the benchmark keeps them"):
+        main(Config(ops=("rms_norm",), shape=(SHAPE,), json=path, resume=True))
+    assert path.read_text() == '{"begun": 3}'
+
+
 @pytest.mark.parametrize(
     "given, sentence",
     [
