@@ -8,9 +8,11 @@ Without a COMMAND ops are timed.
 
 import importlib
 from collections.abc import Sequence
+from typing import Any
 
 from ..algorithms.run.command import parsed, status_of
-from .flags import check, parse
+from ..model.errors import InputError
+from .flags import check, flag, parse
 
 COMMANDS = {  # name: (module with a Config and a main, one line)
     "static": ("ops.static", "compile every kernel for six chips, and say what got worse"),
@@ -24,6 +26,8 @@ COMMANDS = {  # name: (module with a Config and a main, one line)
     "conformance": ("runs.conformance", "whether a trainer does what its papers say, check by check"),
     "report": ("publish.report", "write the tables and pictures of README and docs anew"),
 }
+# what a command may lack, beside what every command needs
+PACKAGES = ("transformers", "peft", "trl", "accelerate", "datasets", "matplotlib", "jinja2", "pytest")
 
 
 def usage() -> str:
@@ -38,15 +42,25 @@ def main(words: Sequence[str], plain: bool = False) -> int:
     name = words[0] if words and words[0] in COMMANDS else ""
     module = importlib.import_module(f"burnish.bench.{COMMANDS[name][0] if name else 'ops.speed'}")
     door, rest = f"{door} {name}".strip(), list(words[1:] if name else words)
-    if not hasattr(module, "Config"):
-        return status_of(door, lambda: module.main(rest))
-
     summary = (module.__doc__ or "").splitlines()[0]
     summary = summary if name else f"{summary}\n\n{usage()}"
     cfg = parse(door, module.Config, rest, summary) if plain else parsed(door, module, rest, summary)
 
     def run() -> int:
         check(cfg)
-        return module.main(cfg)
+        check_values(cfg, rest)
+        try:
+            return module.main(cfg)
+        except ModuleNotFoundError as error:
+            if error.name not in PACKAGES:
+                raise
+            raise InputError(f"expected the package {error.name}, which is not installed") from error
 
     return status_of(door, run)
+
+
+def check_values(cfg: Any, words: Sequence[str]) -> None:
+    """Raises InputError where a flag of several values was given none: tyro takes that for one that is absent."""
+    for name, value in vars(cfg).items():
+        if value == () and flag(name) in words:
+            raise InputError(f"{flag(name)}: expected at least one value, got none")

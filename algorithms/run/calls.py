@@ -68,7 +68,7 @@ def results(calls: Sequence[Call], seconds: float | None = None) -> list[list[An
     seconds: the time that a call has; None for no limit.
     """
     found: list[Any] = []
-    with _torch_as_it_was():
+    with torch_as_it_was():
         try:
             for call in calls:
                 found.append(_called(call, seconds))
@@ -84,14 +84,16 @@ def results(calls: Sequence[Call], seconds: float | None = None) -> list[list[An
 
 
 @contextlib.contextmanager
-def _torch_as_it_was() -> Iterator[None]:
-    """Put back what a function may have set for the whole program: torch's gradients and default dtype."""
-    gradients, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+def torch_as_it_was() -> Iterator[None]:
+    """Put back what a function may have set for the whole program: torch's gradients, default dtype, threads."""
+    gradients, dtype, threads = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
     try:
         yield
     finally:
         torch.set_grad_enabled(gradients)
         torch.set_default_dtype(dtype)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
 
 def _called(call: Call, seconds: float | None) -> list[Any] | Awaitable[Any]:

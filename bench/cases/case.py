@@ -103,6 +103,11 @@ def leaves(case: Case, tensors: Tensors) -> list[str]:
     return [n for n, t in tensors.items() if t is not None and t.is_floating_point() and n not in case.fixed]
 
 
+def as_leaf(t: Tensor) -> Tensor:
+    """A tensor that takes a gradient, on the same memory: itself where it does."""
+    return t if t.requires_grad and t.is_leaf else t.detach().requires_grad_()
+
+
 def run(
     op: Callable[..., Any], case: Case, tensors: Tensors, upstream: list[Tensor] | None = None
 ) -> dict[str, Tensor]:
@@ -113,7 +118,7 @@ def run(
             outputs = op(**tensors, **case.options)
         return {f"output {i}": t for i, t in enumerate(_tuple(outputs))}
 
-    wanted = {n: tensor(tensors, n).detach().requires_grad_() for n in names}
+    wanted = {n: as_leaf(tensor(tensors, n)) for n in names}
     outputs = _tuple(op(**{**tensors, **wanted}, **case.options))
     upstream = [g.to(t.dtype) for g, t in zip(upstream, outputs, strict=True)]
     grads = torch.autograd.grad(outputs, list(wanted.values()), upstream)
@@ -127,7 +132,8 @@ def _tuple(outputs: Any) -> tuple[Tensor, ...]:
 
 
 def widen(tensors: Tensors, dtype: torch.dtype) -> Tensors:
-    return {n: t.to(dtype) if t is not None and t.is_floating_point() else t for n, t in tensors.items()}
+    wide = {n: t.detach().to(dtype) for n, t in tensors.items() if t is not None and t.is_floating_point()}
+    return tensors | wide
 
 
 def make_upstream(case: Case, tensors: Tensors) -> list[Tensor]:
@@ -237,7 +243,7 @@ def assert_accurate(
 def _found(case: Case, tensors: Tensors, upstream: list[Tensor]) -> dict[str, Tensor | str]:
     """The results of case.fused as `run` names them, with a clause in the place of each that is none."""
     names = leaves(case, tensors)
-    wanted = {n: tensor(tensors, n).detach().requires_grad_() for n in names}
+    wanted = {n: as_leaf(tensor(tensors, n)) for n in names}
     with nullcontext() if names else torch.no_grad():
         outputs = _outputs(case.fused(**{**tensors, **wanted}, **case.options), len(upstream))
     grads = _gradients(outputs, list(wanted.values()), upstream)

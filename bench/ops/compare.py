@@ -13,6 +13,7 @@ from ...model.errors import InputError
 from ...model.files.text_files import read_object
 from ..cases.case import label
 from ..record import reading
+from .contest import AGAINST, OURS, PEER
 
 Key = tuple[str, str, str, str, str]  # case, shape, dtype, pass, provider
 COLUMNS = ("case", "shape", "dtype", "pass", "provider", "us before", "after", "ratio", "beside eager", "")
@@ -28,6 +29,7 @@ class Change(NamedTuple):
     low: float
     high: float
     beside_eager: tuple[float, float, float] | None  # the same of times over eager's
+    own: bool = True  # ours or a user's; a peer is another's
 
     @property
     def mark(self) -> str:
@@ -39,16 +41,18 @@ class Change(NamedTuple):
 
 
 def compare(first: Path, second: Path, fail_above: float | None) -> int:
-    """Print what changed. The exit status: 1 where ours or a user's is slower by more than `fail_above`, or red."""
+    """Print what changed. The exit status: 1 where ours or a user's is slower by more than `fail_above`, or wrong."""
     results = [read_object(path) for path in (first, second)]
     tables = []
     for path, result in zip((first, second), results, strict=True):
         with reading(path):
             tables.append({key(row): checked(row) for row in result["rows"]})
             print(f"{path}: {result['machine']['device']}, commit {result['commit']}, {result['date']}")
-            complaints = [f"{row['provider']}: {row['why']}" for row in result.get("wrong", ())]
-            for red in [*result["red"], *complaints]:
+            for red in complaints(result):
                 print(f"  not timed: {red}")
+    forward_only = [result.get("asked", {}).get("forward_only", False) for result in results]
+    if forward_only[0] != forward_only[1]:
+        raise InputError(f"--compare: expected --forward-only in both or in neither of {first} and {second}")
     if results[0]["machine"] != results[1]["machine"]:
         print("the machines differ, or their versions: the ratios are of these, too")
 
@@ -60,7 +64,14 @@ def compare(first: Path, second: Path, fail_above: float | None) -> int:
     for path, mine, other in ((first, *tables), (second, *tables[::-1])):
         if alone := mine.keys() - other.keys():
             print(f"in {path} alone: {len(alone)} of its {len(mine)} rows")
-    return verdict(changes, fail_above, results[1]["red"])
+    return verdict(changes, fail_above, complaints(results[1]))
+
+
+def complaints(result: dict[str, Any]) -> list[str]:
+    """What a file says is red, and which functions of a user's are wrong, and where."""
+    wrong = result.get("wrong", ())
+    places = [f"{row['case']} {label(row['dims'])}: {row['provider']}" for row in wrong]
+    return [*result["red"], *(f"{at}: {row['why']}" for at, row in zip(places, wrong, strict=True))]
 
 
 def key(row: dict[str, Any]) -> Key:
@@ -85,11 +96,11 @@ def verdict(changes: list[Change], fail_above: float | None, red: list[str]) -> 
     )
     if fail_above is None:
         return 0
-    failed = [c for c in changes if c.mark == "slower" and c.ratio > fail_above]
+    failed = [c for c in changes if c.own and c.mark == "slower" and c.ratio > fail_above]
     for change in failed:
         print(f"FAILED: {' '.join(change.key)}: {change.ratio:.2f}x, at most {fail_above:g}x")
     if red:
-        print(f"FAILED: {len(red)} red in the second file")
+        print(f"FAILED: {len(red)} red or wrong in the second file")
     return 1 if failed or red else 0
 
 
@@ -118,7 +129,8 @@ def change_of(name: Key, first: dict[Key, dict[str, Any]], second: dict[Key, dic
         middle = (after / second[eager][clock][1]) / (before / first[eager][clock][1])
         over = (beside_eager(old, first[eager], clock), beside_eager(new, second[eager], clock))
         beside = (middle, *span(*over))
-    return Change(name, before, after, after / before, low, high, beside)
+    own = new.get("kind", OURS if name[-1] == "burnish" else PEER) in (OURS, AGAINST)
+    return Change(name, before, after, after / before, low, high, beside, own)
 
 
 def rounds(row: dict[str, Any], clock: str) -> list[float]:

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...algorithms.run.calls import PASSES, described
+from ...algorithms.run.calls import PASSES, described, torch_as_it_was
 from ..cases.case import Case, Dims, Tensors, leaves, make_inputs, make_upstream
-from .clocks import capture, event_seconds, host_seconds, peak_growth
+from .clocks import capture, event_seconds, host_seconds, lost, peak_growth
 from .peers import PEERS, Unsuitable
 
 OURS, EAGER, PEER, AGAINST = "ours", "eager", "peer", "against"  # kinds; the last is a user's own
@@ -106,24 +106,34 @@ class Loop(NamedTuple):
 
 
 def time_pass(
-    case: Case, sets: list[Inputs], entrants: list[Contestant], device: str, backward: bool
+    case: Case,
+    sets: list[Inputs],
+    entrants: list[Contestant],
+    device: str,
+    backward: bool,
+    fault: Callable[[Contestant], str] = lambda _: "",
 ) -> dict[str, str]:
     """Fill the samples of every contestant for one pass; returns, by name, those that broke, and how.
 
-    Raises what ours raises.
+    Raises what ours raises. fault: asked after each contestant's turn; a text ends its part.
     """
     loops: dict[str, Loop] = {}
     broken: dict[str, str] = {}
 
     def attempt(c: Contestant, step: Callable[[], None]) -> None:
         try:
-            step()
+            with torch_as_it_was():
+                step()
         except PASSES:
             raise
         except BaseException as error:
             if c.kind == OURS:
                 raise
             broken[c.name] = f"raises {described(error)}"
+            if lost(device):
+                raise RuntimeError(f"{c.name} {broken[c.name]}") from error
+        if why := fault(c):
+            broken[c.name] = why
 
     for c in entrants:
         calls = [lambda c=c, s=s: call(c.op, case, s, backward) for s in sets]
@@ -202,8 +212,8 @@ def percentiles(rounds: list[list[float]]) -> list[float] | None:
     return [round(1e6 * s, 2) for s in (fifths[0], statistics.median(samples), fifths[3])]
 
 
-def row(c: Contestant, ours: Contestant, floor: float) -> dict[str, Any]:
-    """The figures of a contestant in one pass. ours: what its ratio is over; floor: seconds of the roofline."""
+def row(c: Contestant, ours: Contestant, floor_us: float) -> dict[str, Any]:
+    """The figures of a contestant in one pass. ours: what its ratio is over; floor_us: the roofline's microseconds."""
     rounds = {clock: medians(getattr(c, clock)) for clock in ("device", "eager")}
     clock = "device" if c.device and ours.device else "eager"
     over = ratio(rounds[clock], medians(getattr(ours, clock))) if c is not ours and c.accurate else None
@@ -217,7 +227,7 @@ def row(c: Contestant, ours: Contestant, floor: float) -> dict[str, Any]:
         "eager_us": eager,
         "rounds_us": {clock: [round(1e6 * s, 3) for s in each] for clock, each in rounds.items()},
         "ratio": over,
-        "share": round(1e6 * floor / best, 3) if best else None,
+        "share": round(floor_us / best, 3) if best else None,
         "memory_bytes": c.memory,
         "compile_s": round(c.compile, 3),
         "accurate": c.accurate,

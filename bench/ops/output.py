@@ -56,8 +56,9 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
     for line, row in zip(table, [None, *rows], strict=True):
         text = "  ".join(line[i].ljust(w) for i, w in zip(shown, widths, strict=True)).rstrip()
         print(f"    {text}")
-        if row and (row["note"] or not row["accurate"]):
-            print(f"      {row['note'] or 'outside the accuracy rule'}")
+        for note in [row["note"], "" if row["accurate"] else "outside the accuracy rule"] if row else ():
+            if note:
+                print(f"      {note}")
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ a ratio the median of five rounds, each over ours of the same round, with the lo
 how a round goes. share = floor / time, the floor being bytes over the bandwidth of a copy or operations over the rate
 of a matrix product, whichever is longer, both measured in this run.
 
-The file is written anew before and after every shape: a process that dies leaves its rows and the name of the shape
+The files are written anew before and after every shape: a process that dies leaves its rows and the name of the shape
 that it died at, which --resume tells as red and goes on behind.
 """
 
@@ -29,7 +29,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from ...algorithms.run.calls import PASSES, described
+from ...algorithms.run.calls import PASSES, described, torch_as_it_was
 from ...algorithms.run.flags import POSITIONAL, Bounds
 from ...kernels._chip import INTERPRET
 from ...model.errors import InputError
@@ -57,7 +57,17 @@ from .contest import (
 )
 from .listing import listing
 from .output import as_csv, print_rows, waiting
-from .theirs import OnClones, against, changed, copied, first_wrong, misfit, why_not, writes
+from .theirs import (
+    OnClones,
+    against,
+    changed,
+    copied,
+    first_wrong,
+    misfit,
+    restore,
+    why_not,
+    writes,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LOST = 3  # exit status: the device answers no more, another process may go on
@@ -97,15 +107,10 @@ def main(cfg: Config) -> int:
         first, second = cfg.compare
         return compare(first, second, cfg.fail_above)
 
-    bench = Bench(cfg, device, against(cfg.against))
+    own = against(cfg.against)
     shapes = shapes_of(cfg, device)
-    if cfg.csv:  # now, rather than find out at the end that it cannot be written
-        record.write_whole(cfg.csv, as_csv([], []))
-    status = bench.run(shapes)
-    if cfg.csv:
-        record.write_whole(cfg.csv, as_csv(bench.report["rows"], bench.report["wrong"]))
-        print(f"written: {os.path.relpath(cfg.csv)}")
-    return status
+    bench = Bench(cfg, device, own)
+    return bench.run(shapes)
 
 
 def check(cfg: Config) -> None:
@@ -126,6 +131,14 @@ def check(cfg: Config) -> None:
         raise InputError("--resume: expected --json FILE or --keep beside it")
     if cfg.json and cfg.keep:
         raise InputError("--keep: expected no --json beside it: it names the file itself")
+    if cfg.keep and (cfg.check_only or cfg.forward_only):  # tables are made of what is kept
+        raise InputError(
+            "--keep: expected whole passes to keep, got --check-only or --forward-only beside it"
+        )
+    if cfg.csv and cfg.json and cfg.csv.absolute() == cfg.json.absolute():
+        raise InputError(f"--csv: expected another file than --json {cfg.json}")
+    if cfg.commit and not (cfg.json or cfg.keep):
+        raise InputError("--commit: expected --json FILE or --keep beside it")
     for name in ("shape", "against"):
         if getattr(cfg, name) and not cfg.ops:
             raise InputError(f"--{name}: expected an op before it, got none; --list shows them")
@@ -178,6 +191,7 @@ class Bench:
             "commit": cfg.commit or record.run_text("git", "describe", "--always", "--dirty"),
             "code": fingerprint(),
             "command": spelled("burnish bench", cfg),
+            "asked": asked(cfg),
             "ceilings": {"dtype": self.dtype},
             "clocks_before": record.clocks(self.device),
         }
@@ -187,6 +201,7 @@ class Bench:
 
     def run(self, shapes: list[tuple[Case, Dims]]) -> int:
         """Every shape in turn, as long as the device answers."""
+        self.write()  # now, rather than find out later that it cannot be written
         self.ceilings = self.measured()
         for case, dims in shapes:
             if (where := f"{case.name} {label(dims)}") in self.report["begun"]:
@@ -203,8 +218,9 @@ class Bench:
         for what, why in report["absent"].items():
             print(f"{what}: {why}")
         self.write()
-        if self.path:
-            print(f"written: {os.path.relpath(self.path)}")
+        for path in (self.path, self.cfg.csv):
+            if path:
+                print(f"written: {os.path.relpath(path)}")
         return 1 if report["red"] or report["wrong"] else 0
 
     def run_shape(self, case: Case, dims: Dims, where: str) -> bool:
@@ -248,6 +264,8 @@ class Bench:
     def write(self) -> None:
         if self.path:
             record.write_whole(self.path, json.dumps(self.report, indent=1) + "\n")
+        if self.cfg.csv:
+            record.write_whole(self.cfg.csv, as_csv(self.report["rows"], self.report["wrong"]))
 
     # ---- one shape
 
@@ -278,13 +296,15 @@ class Bench:
             self.time_shape(case, dims, one, entrants)
 
     def out(self, c: Contestant, case: Case, dims: Dims, why: str) -> None:
-        """Keep why a contestant is not timed at a shape."""
+        """Keep why a contestant is not timed at a shape. A user's own that is wrong in one pass has no row."""
         if c.kind == AGAINST:
-            shape = {"case": case.name, "dims": dims, "dtype": self.dtype}
-            self.report["wrong"].append({"provider": c.name, **shape, "why": why})
+            at = {"provider": c.name, "case": case.name, "dims": dims, "dtype": self.dtype}
+            self.report["wrong"].append({**at, "why": why})
+            self.report["rows"] = [r for r in self.report["rows"] if not at.items() <= r.items()]
         else:
             self.report["absent"][f"{c.name} for {case.name} {label(dims)}"] = why
 
+    @torch_as_it_was()
     def verdict(self, c: Contestant, case: Case, dims: Dims, one: Inputs) -> tuple[str, bool]:
         """(why, runs): what is wrong with a contestant, or nothing, and whether it runs at this shape."""
         theirs = c.kind == AGAINST
@@ -307,6 +327,8 @@ class Bench:
             raise
         except BaseException as error:  # what breaks is told, and ends nobody else's run
             broken = f"raises {described(error)}"
+            if lost(self.device):
+                raise RuntimeError(f"{c.name} {broken}") from error
             if self.device == "cuda":  # it may have run out of memory
                 torch.cuda.empty_cache()
 
@@ -319,32 +341,49 @@ class Bench:
         dtype = DTYPES[self.dtype]
         sets = prepare_sets(case, dims, dtype, self.device, one)
         forward, backward = case.work(dims, dtype.itemsize)
-        before = copied(one.tensors)
+        own = [c for c in entrants if c.kind == AGAINST]
+        given = copied(one.tensors) if own else {}
+
+        def fault(c: Contestant) -> str:
+            """What a user's function did to its inputs, which the others get as they were."""
+            if c.kind != AGAINST or not (names := changed(one.tensors, given)):
+                return ""
+            restore(one.tensors, given)
+            return writes(names)
+
         for name in record.PASSES if one.wanted else record.PASSES[:1]:
             both = name == "forward+backward"
             floor = self.ceilings.floor(forward) + (self.ceilings.floor(backward) if both else 0)
+            floor_us = round(1e6 * floor, 2)
             with waiting(f"  timing {name}") as say:
-                broken = time_pass(case, sets, entrants, self.device, both)
+                broken = time_pass(case, sets, entrants, self.device, both, fault)
                 say("done" if not broken else "; ".join(f"{name} {why}" for name, why in broken.items()))
             for c in entrants:
                 if c.name in broken:
                     self.out(c, case, dims, broken[c.name])
             entrants = [c for c in entrants if c.name not in broken]
 
-            for c in entrants:
-                if c.kind == AGAINST and (names := changed(one.tensors, before)):
-                    c.accurate, c.note = False, writes(names)
-
             ours = next(c for c in entrants if c.kind == OURS)
             place = {"case": case.name, "dims": dims, "dtype": self.dtype, "pass": name}
-            sums = {
-                "floor_us": round(1e6 * floor, 2),
-                "binds": self.ceilings.binds(forward),
-                "sets": len(sets),
-            }
-            rows = [place | sums | row(c, ours, floor) for c in entrants]
+            sums = {"floor_us": floor_us, "binds": self.ceilings.binds(forward), "sets": len(sets)}
+            rows = [place | sums | row(c, ours, floor_us) for c in entrants]
             self.report["rows"] += rows
             print_rows(rows)
+
+        for c in own:
+            if c in entrants:
+                self.ask_again(c, case, dims)
+
+    @torch_as_it_was()
+    def ask_again(self, c: Contestant, case: Case, dims: Dims) -> None:
+        """Hold a user's function to the rule once more: it may answer otherwise after many calls."""
+        dtype, at = DTYPES[self.dtype], case.check(dims)
+        draws = [make_inputs(case, at, dtype, self.device) for _ in range(2)]
+        with waiting(f"  {c.name}: checking again") as say:
+            why = why_not(c.op, case, draws, describe(case, at, dtype))
+            say(why or "right")
+        if why:
+            self.out(c, case, dims, f"right at first, wrong after it was timed: {why}")
 
 
 # ---- what an earlier process left
@@ -357,14 +396,36 @@ def fingerprint() -> str:
     return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
 
 
+def asked(cfg: Config) -> dict[str, Any]:
+    """What a report may not mix: who takes part, a user's functions as they are in their files, and what they do."""
+    files = {given: given.rpartition(":")[0] for given in cfg.against}
+    sources = {
+        given: Path(file).read_bytes() if file.endswith(".py") else b"" for given, file in files.items()
+    }
+    hashes = {given: hashlib.sha256(source).hexdigest()[:16] for given, source in sources.items()}
+    return {
+        "peers": cfg.peers,
+        "against": hashes,
+        "forward_only": cfg.forward_only,
+        "check_only": cfg.check_only,
+    }
+
+
 def kept_report(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
-    """The report that an earlier process wrote of the same day, code and machine; red is the shape that it died at."""
+    """The report that an earlier process wrote of the same day, code, machine and contestants; without one the fresh.
+
+    Red is the shape that it died at.
+    """
     if not path.exists():
         return fresh
     with record.reading(path):
         report = read_object(path)
-        same = all(report.get(name) == fresh[name] for name in ("machine", "date", "code"))
-        if not same or "begun" not in report or report["ceilings"]["dtype"] != fresh["ceilings"]["dtype"]:
+        _ = report["rows"], report["red"]  # a file of something else is not written over
+        same = ("machine", "date", "code", "asked", "dtype")
+        found, expected = ({**r, "dtype": r.get("ceilings", {}).get("dtype")} for r in (report, fresh))
+        others = [name for name in same if found.get(name) != expected[name]]
+        if others or "begun" not in report:
+            print(f"{path}: of another {', '.join(others) or 'program'}: begun anew")
             return fresh
         if running := report.pop("running", None):
             report["red"].append(f"{running}: the process died")

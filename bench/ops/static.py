@@ -295,6 +295,8 @@ def check_ops(named: Collection[str], known: Collection[str]) -> None:
 
 def main(cfg: Config) -> int:
     """Compile and print; the status is 1 where a kernel does not fit, or with --check got worse."""
+    if cfg.accept and cfg.check:
+        raise InputError("--check: expected no --accept beside it, which replaces what it compares with")
     expect_triton("the compiler")
     check_ops(cfg.ops, {case.op for case in CASES})
     figures = compile_all(selection(cfg.ops, cfg.all), cfg.processes)

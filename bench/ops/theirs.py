@@ -1,8 +1,8 @@
 """A user's function beside ours: it is read from a file, which runs, and held to the accuracy rule before it is timed.
 
 It is called as the op is, with the op's arguments by name. It may write to none of them: a kernel that works in place
-saves the memory and the time that the others spend. And it must be right twice, the second time on other numbers at the
-same addresses: a kernel that remembers a result is fast, and wrong.
+saves the memory and the time that the others spend. It must be right twice, the second time on other numbers in the
+same tensors: a kernel that remembers a result is fast, and wrong. And it must be right again after it was timed.
 """
 
 import inspect
@@ -17,7 +17,7 @@ from torch import Tensor
 from ...algorithms.run.calls import PASSES, described
 from ...algorithms.run.user_files import load_function
 from ...model.errors import InputError
-from ..cases.case import Case, Tensors, make_upstream, run, verdicts
+from ..cases.case import Case, Tensors, as_leaf, leaves, make_upstream, run, verdicts
 from ..cases.shapes import Description
 from .contest import AGAINST, Contestant
 
@@ -68,6 +68,13 @@ def copied(tensors: Tensors) -> Tensors:
     return {name: None if t is None else t.detach().clone() for name, t in tensors.items()}
 
 
+def restore(tensors: Tensors, values: Tensors) -> None:
+    """Write other values into tensors, in a way that autograd does not see."""
+    for name, t in tensors.items():
+        if t is not None and (value := values[name]) is not None:
+            t.data.copy_(value)
+
+
 # ---- the check
 
 
@@ -81,16 +88,20 @@ def why_not(op: Callable[..., Any], case: Case, draws: list[Tensors], described_
     if why := misfit(op, case, first):
         return why
     clones = OnClones(op)
+    wrong = _attempted(lambda: first_wrong(clones, case, [first], described_as))
+    if clones.written:
+        return writes(clones.written)
+    return wrong or _attempted(lambda: remembers(op, case, first, second, described_as))
+
+
+def _attempted(step: Callable[[], str]) -> str:
+    """What a step returns, or what it raises: whatever a user's file raises is the user's to read."""
     try:
-        wrong = first_wrong(clones, case, [first], described_as)
-        if not clones.written:
-            return wrong or remembers(op, case, first, second, described_as)
+        return step()
     except PASSES:
         raise
-    except BaseException as error:  # whatever a user's file raises is the user's to read
-        if not clones.written:
-            return f"raises {described(error)}"
-    return writes(clones.written)
+    except BaseException as error:
+        return f"raises {described(error)}"
 
 
 def misfit(op: Callable[..., Any], case: Case, tensors: Tensors) -> str:
@@ -125,15 +136,15 @@ def writes(names: list[str]) -> str:
 def remembers(
     op: Callable[..., Any], case: Case, tensors: Tensors, others: Tensors, described_as: Description
 ) -> str:
-    """The fault of a second answer, to other numbers at the addresses of the first; empty where there is none."""
+    """The fault of a second answer, to other numbers in the tensors of the first; empty where there is none."""
     if any(t is not None and t.shape != getattr(others[n], "shape", None) for n, t in tensors.items()):
         return ""  # lengths are drawn, too
-    upstream = make_upstream(case, tensors)
-    run(op, case, tensors, upstream)
-    for name, t in tensors.items():
-        other = others[name]
-        if t is not None and other is not None:
-            t.detach().copy_(other)
+
+    # the tensors themselves, as a timed call gets them, and a write that their versions do not count
+    names = leaves(case, tensors)
+    tensors = {n: as_leaf(t) if n in names and t is not None else t for n, t in tensors.items()}
+    run(op, case, tensors, make_upstream(case, tensors))
+    restore(tensors, others)
     wrong = first_wrong(op, case, [tensors], described_as)
     if names := changed(tensors, others):
         return writes(names)

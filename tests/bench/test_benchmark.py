@@ -1,5 +1,6 @@
 """The benchmark's own honesty, on a case small enough to time in a test."""
 
+import csv
 import json
 import re
 from dataclasses import replace
@@ -7,9 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from burnish.bench import record
 from burnish.bench.cases.case import Work, assert_accurate, make_inputs
 from burnish.bench.cases.registry import CASES
 from burnish.bench.ops import clocks, contest, roofline, speed
+from burnish.bench.ops.output import print_rows
 from burnish.bench.ops.peers import PEERS, Unsuitable
 from burnish.bench.ops.speed import Config, main
 from burnish.kernels._chip import INTERPRET
@@ -134,6 +137,99 @@ def test_what_cannot_be_captured_is_noted_and_ends_nothing(monkeypatch: pytest.M
     peer, ours = entrants
     assert peer.note == "not capturable: called a synchronizing CUDA operation" and peer.eager
     assert peer.device == [] and ours.device and ours.note == ""
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    """A run as on a GPU: its branches with tensors of a CPU, and clocks that tell 2 ms of ours, 3 of all others."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(clocks, "sync", lambda device: None)
+    monkeypatch.setattr(record, "machine", lambda device: {"device": f"a {device}", "torch": "2"})
+    for module, name, at in (
+        *((speed, "make_inputs", 3), (contest, "make_inputs", 3)),
+        *((speed, "prepare_sets", 3), (contest, "peak_growth", 1)),
+    ):
+        whole = getattr(module, name)
+        moved = lambda *a, whole=whole, at=at: whole(*a[:at], "cpu", *a[at + 1 :])
+        monkeypatch.setattr(module, name, moved)
+
+    def captured(calls):
+        contestant, _ = calls[0].__defaults__
+        return SimpleNamespace(replay=lambda: [one() for one in calls] and contestant.kind)
+
+    event = lambda replay: 2e-3 if replay() == contest.OURS else 3e-3
+    monkeypatch.setattr(contest, "event_seconds", event)
+    monkeypatch.setattr(contest, "capture", captured)
+
+
+def test_a_run_on_a_gpu_is_told_by_the_devices_clock(on_a_gpu, tmp_path, capsys):
+    assert main(Config(json=tmp_path / "r.json", csv=tmp_path / "r.csv", dtype="fp32")) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["machine"]["device"] == "a cuda" and len(report["rows"]) == 2 * 2 * 2
+    for row in report["rows"]:
+        us = 2e3 if row["provider"] == "burnish" else 3e3
+        assert row["device_us"] == pytest.approx([us / row["sets"]] * 3, abs=0.01) and row["eager_us"]
+        assert [len(row["rounds_us"][clock]) for clock in ("device", "eager")] == [contest.ROUNDS] * 2
+        assert row["ratio"] == (None if row["provider"] == "burnish" else [1.5, 1.5, 1.5])
+        assert row["share"] == pytest.approx(row["floor_us"] / row["device_us"][1], abs=1e-3)
+    lines = [*csv.DictReader((tmp_path / "r.csv").open())]
+    assert all(float(line["device_us_p50"]) > 0 for line in lines)
+    assert "device us" in capsys.readouterr().out
+
+
+def test_a_call_that_is_long_or_large_has_no_graph(on_a_gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(contest, "LARGE", -1)
+    monkeypatch.setattr(contest, "capture", None)
+    assert main(Config(json=tmp_path / "r.json", dtype="fp32")) == 0
+    for row in json.loads((tmp_path / "r.json").read_text())["rows"]:
+        assert row["note"] == "no graph: the call is long or large" and row["device_us"]
+
+
+def test_who_loses_the_device_while_it_is_timed_is_named(on_a_gpu, tmp_path, monkeypatch):
+    died = []
+
+    def dies(gate, up):
+        if died:
+            raise RuntimeError("an illegal memory access")
+        return CASE.eager(gate, up)
+
+    monkeypatch.setattr(contest, "PEERS", {"swiglu": {"peer": lambda case: dies}})
+    loop_of = contest.loop_of
+    monkeypatch.setattr(contest, "loop_of", lambda c, *a: died.append(c.name == "peer") or loop_of(c, *a))
+    for module in (speed, contest):
+        monkeypatch.setattr(module, "lost", lambda device: "illegal" if any(died) else "")
+    assert main(Config(peers=True, json=tmp_path / "r.json", dtype="fp32")) == speed.LOST
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert (
+        "peer raises RuntimeError: an illegal memory access" in report["red"][0] and len(report["begun"]) == 1
+    )
+
+
+def test_a_note_hides_no_verdict(capsys):
+    """A peer that is wrong, and whose call is too long for a graph."""
+    ours = {
+        "provider": "burnish",
+        "note": "",
+        "accurate": True,
+        "pass": "forward",
+        "floor_us": 1.0,
+        "binds": "bytes",
+    }
+    ours |= {
+        "device_us": [1, 2, 3],
+        "eager_us": None,
+        "ratio": None,
+        "share": 0.5,
+        "memory_bytes": 0,
+        "compile_s": 0,
+    }
+    print_rows([ours, ours | {"provider": "peer", "note": "no graph", "accurate": False}])
+    assert [x.strip() for x in capsys.readouterr().out.splitlines()[-2:]] == [
+        "no graph",
+        "outside the accuracy rule",
+    ]
 
 
 def test_a_shape_that_breaks_is_red_and_the_others_are_timed(monkeypatch: pytest.MonkeyPatch, tmp_path):

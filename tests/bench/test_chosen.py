@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -161,6 +162,10 @@ def test_the_list_names_every_case_and_details_every_argument(capsys):
         ({"against": ("mine.py:f",)}, "--against: expected an op before it"),
         ({"resume": True}, "--resume: expected --json FILE or --keep"),
         ({"json": "x", "keep": True}, "--keep: expected no --json"),
+        ({"keep": True, "check_only": True}, "--keep: expected whole passes"),
+        ({"keep": True, "forward_only": True}, "--keep: expected whole passes"),
+        ({"json": Path("x"), "csv": Path("x")}, "--csv: expected another file than --json x"),
+        ({"commit": "abc"}, "--commit: expected --json FILE or --keep"),
         ({"list": True, "peers": True}, "--list: expected no --peers"),
     ],
 )

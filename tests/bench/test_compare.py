@@ -135,6 +135,30 @@ def test_red_in_the_second_file_fails(tmp_path, capsys):
     assert compare(second, first, 1.1) == 0
 
 
+def test_a_users_function_that_became_wrong_fails(tmp_path, capsys):
+    first = file(
+        tmp_path / "a.json", row("burnish", [50.0] * 5), row("mine.py:f", [50.0] * 5, kind="against")
+    )
+    why = {"provider": "mine.py:f", "case": "rms_norm/hidden", "dims": {"B": 1}, "why": "output 0: error 1"}
+    second = file(tmp_path / "b.json", row("burnish", [50.0] * 5), wrong=[why])
+    assert compare(first, second, 1.1) == 1 and compare(second, first, 1.1) == 0
+    assert "rms_norm/hidden B=1: mine.py:f: output 0: error 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind, status", [("ours", 1), ("against", 1), ("peer", 0), (None, 0)])
+def test_a_peer_that_is_slower_is_marked_and_fails_nothing(kind, status, tmp_path, capsys):
+    more = {} if kind is None else {"kind": kind}
+    first, second = (file(tmp_path / f"{t}.json", row("x", [t] * 5, **more)) for t in (50.0, 70.0))
+    assert compare(first, second, 1.1) == status and "1 slower" in capsys.readouterr().out
+
+
+def test_a_forward_that_saves_is_not_compared_with_one_that_does_not(tmp_path):
+    first = file(tmp_path / "a.json", row("burnish", [50.0] * 5))
+    second = file(tmp_path / "b.json", row("burnish", [50.0] * 5), asked={"forward_only": True})
+    with pytest.raises(InputError, match="--forward-only in both or in neither"):
+        compare(first, second, None)
+
+
 def test_what_one_file_alone_has_is_counted(tmp_path, capsys):
     rows = [row("burnish", [50.0] * 5), row("burnish", [50.0] * 5, "geglu/elementwise")]
     first, second = file(tmp_path / "a.json", *rows), file(tmp_path / "b.json", rows[0])

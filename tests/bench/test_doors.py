@@ -93,3 +93,30 @@ def test_wrong_input_is_one_line_and_status_1(plain, capsys):
         and "\n" not in err
         and "rms_norms" in err
     )
+
+
+@pytest.mark.parametrize("words", [["--compare"], ["swiglu", "--shape"], ["swiglu", "--against", "--peers"]])
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_flag_without_its_values_is_not_taken_for_absent(words, plain, capsys, monkeypatch):
+    monkeypatch.setattr(speed, "main", lambda cfg: pytest.fail("it runs"))
+    try:
+        status = command.main(words, plain)
+    except SystemExit as stop:
+        status = stop.code
+    assert status == (2 if plain else 1)
+    assert "expected at least one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_package_that_is_missing_is_one_sentence(plain, capsys, monkeypatch):
+    def needs(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(speed, "main", lambda cfg: needs("transformers"))
+    assert command.main([], plain) == 1
+    assert (
+        capsys.readouterr().err.strip().endswith("expected the package transformers, which is not installed")
+    )
+    monkeypatch.setattr(speed, "main", lambda cfg: needs("burnish.nothing"))
+    with pytest.raises(ModuleNotFoundError):  # a fault of ours
+        command.main([], plain)

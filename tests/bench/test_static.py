@@ -19,6 +19,7 @@ from burnish.bench.ops.static import (
     selection,
 )
 from burnish.kernels import _chip, attention, tiles
+from burnish.model.errors import InputError
 
 pytestmark = pytest.mark.skipif(_chip.INTERPRET, reason="the interpreter compiles nothing")
 
@@ -252,3 +253,8 @@ def test_the_machine_is_as_it_was_afterwards():
         raise RuntimeError
     assert (triton.runtime.jit.JITFunction.run, _chip.TARGET) == before
     assert not _chip.use_triton(torch.zeros(1))
+
+
+def test_what_is_accepted_is_not_compared_with_itself():
+    with pytest.raises(InputError, match="--check: expected no --accept beside it"):
+        static.main(static.Config(accept=True, check=True))

@@ -11,7 +11,7 @@ import torch
 from burnish.bench.cases.case import make_inputs
 from burnish.bench.cases.registry import CASES
 from burnish.bench.cases.shapes import describe
-from burnish.bench.ops import contest, roofline, theirs
+from burnish.bench.ops import contest, roofline, speed, theirs
 from burnish.bench.ops.speed import Config, main
 from burnish.kernels._chip import INTERPRET
 from burnish.model.errors import InputError
@@ -148,13 +148,29 @@ WRONG = {  # what is wrong with a function -> its source, and words of what is s
         "    return SEEN[x.data_ptr()]",
         ["wrong on others at the same addresses"],
     ),
+    "a memory by tensor": (
+        "import functools\n@functools.lru_cache\ndef f(x, weight):\n    return right(x, weight)",
+        ["wrong on others at the same addresses"],
+    ),
+    "a memory by version": (
+        "SEEN = {}\n"
+        "def f(x, weight):\n"
+        "    key = (x.data_ptr(), x._version, weight.data_ptr())\n"
+        "    if key not in SEEN:\n        SEEN[key] = right(x, weight)\n"
+        "    return SEEN[key]",
+        ["wrong on others at the same addresses"],
+    ),
+    "a graph used twice": (
+        "import functools\n@functools.lru_cache\ndef f(x, weight):\n    return right(x, weight)",
+        ["raises RuntimeError", "backward through the graph a second time"],
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", WRONG)
 def test_what_is_wrong_is_told_and_not_timed(kind, mine, tmp_path, capsys):
     source, words = WRONG[kind]
-    said = why(mine(source), "f", tmp_path, forward_only=kind == "a memory")
+    said = why(mine(source), "f", tmp_path, forward_only=kind.startswith("a memory"))
     assert all(word in said for word in words), said
     assert len(said.splitlines()) <= 4 and "Traceback" not in said
     assert said.splitlines()[0] in capsys.readouterr().out
@@ -180,10 +196,65 @@ def test_what_writes_while_it_is_timed_wins_nothing(mine, tmp_path, capsys):
             return y
         """
     )
-    _, report = report_of(path, "f", tmp_path)
-    rows = [row for row in report["rows"] if row["provider"] == "mine.py:f"]
-    assert rows and all(not row["accurate"] and row["ratio"] is None for row in rows)
-    assert "writes to its input x" in rows[0]["note"] and rows[0]["note"] in capsys.readouterr().out
+    said = why(path, "f", tmp_path)
+    assert "writes to its input x" in said and said in capsys.readouterr().out
+
+
+def test_what_one_writes_is_no_fault_of_another(mine, tmp_path, monkeypatch):
+    """The others are timed on the inputs as they were."""
+    path, given, seen = mine(""), [], []
+    (tmp_path / "writer.py").write_text(
+        "from mine import right\nCALLS = []\ndef f(x, weight):\n    CALLS.append(1)\n"
+        "    y = right(x, weight)\n    x.detach().add_(len(CALLS) > 10)\n    return y\n"
+    )
+    prepare = contest.prepare
+
+    def kept(*arguments):
+        inputs = prepare(*arguments)
+        given.append((inputs.tensors["x"], inputs.tensors["x"].detach().clone()))
+        return inputs
+
+    monkeypatch.setattr("burnish.bench.ops.speed.prepare", kept)
+    ask_again = speed.Bench.ask_again
+    monkeypatch.setattr(speed.Bench, "ask_again", lambda *a: seen.append(a[1].name) or ask_again(*a))
+    both = (f"{tmp_path / 'writer.py'}:f", f"{path}:right")
+    assert main(Config(ops=("rms_norm",), shape=(SHAPE,), against=both, json=tmp_path / "o.json")) == 1
+    report = json.loads((tmp_path / "o.json").read_text())
+    assert [wrong["provider"] for wrong in report["wrong"]] == ["writer.py:f"]
+    rows = [row for row in report["rows"] if row["provider"] == "mine.py:right"]
+    assert len(rows) == 2 and all(row["accurate"] and row["ratio"] for row in rows)
+    assert seen == ["mine.py:right"] and all(torch.equal(x, before) for x, before in given)
+
+
+def test_what_is_right_at_first_and_wrong_later_wins_nothing(mine, tmp_path):
+    path = mine(
+        """
+        CALLS = []
+        def f(x, weight):
+            CALLS.append(1)
+            return right(x, weight) if len(CALLS) < 20 else x * weight
+        """
+    )
+    said = why(path, "f", tmp_path)
+    assert said.startswith("right at first, wrong after it was timed: output 0: error")
+
+
+def test_inputs_are_copied_where_a_function_of_a_users_is_timed_alone(mine, tmp_path, monkeypatch):
+    """What is large would lie there twice."""
+    copies = []
+    monkeypatch.setattr(speed, "copied", lambda tensors: copies.append(1) or theirs.copied(tensors))
+    assert main(Config(ops=("rms_norm",), shape=(SHAPE,))) == 0 and not copies
+    report_of(mine(""), "right", tmp_path)
+    assert copies == [1]
+
+
+def test_a_function_that_loses_the_device_is_named(mine, tmp_path, monkeypatch):
+    path, broken = mine("def f(x, weight):\n    raise RuntimeError('an illegal memory access')"), []
+    monkeypatch.setattr(speed, "lost", lambda device: "illegal" if broken else "")
+    monkeypatch.setattr(speed, "described", lambda error: broken.append(error) or str(error))
+    status, report = report_of(path, "f", tmp_path)
+    assert status == speed.LOST and report["rows"] == []
+    assert "mine.py:f raises an illegal memory access" in report["red"][0] and "lost" in report["red"][1]
 
 
 def test_what_breaks_while_it_is_timed_ends_nobody_elses_run(mine, tmp_path):
@@ -232,6 +303,76 @@ def test_what_is_wrong_has_a_line_in_the_csv(mine, tmp_path):
     )
     (line,) = [line for line in csv.DictReader((tmp_path / "t.csv").open()) if "mine" in line["provider"]]
     assert line["accurate"] == "False" and line["eager_us_p50"] == "" and "output 0" in line["note"]
+
+
+@pytest.mark.parametrize(
+    "call", ["set_grad_enabled(False)", "set_default_dtype(torch.float64)", "set_num_threads(2)"]
+)
+@pytest.mark.parametrize("calls", [0, 12])
+def test_what_one_sets_for_the_whole_program_is_put_back(call, calls, mine, tmp_path):
+    """In the check, or once it is timed; a call that has no effect on its own result is no fault."""
+    path = mine(
+        f"""
+        CALLS = []
+        def f(x, weight):
+            CALLS.append(1)
+            if len(CALLS) > {calls}:
+                torch.{call}
+            return right(x, weight)
+        """
+    )
+    before = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
+    flags = {"against": (f"{path}:f", f"{path}:right"), "json": tmp_path / "o.json"}
+    main(Config(ops=("rms_norm",), shape=(SHAPE,), **flags))
+    assert before == (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads())
+    report = json.loads((tmp_path / "o.json").read_text())
+    timed = [row["provider"] for row in report["rows"] if row["provider"] != "mine.py:f"]
+    assert timed == ["burnish", "eager", "mine.py:right"] * 2 and report["red"] == []
+
+
+def interrupted(bench, case, dims):
+    raise KeyboardInterrupt
+
+
+def test_figures_that_were_taken_are_written_when_a_run_is_interrupted(mine, tmp_path, monkeypatch):
+    table, whole = tmp_path / "t.csv", speed.Bench.bench_shape
+    first = lambda bench, case, dims: (whole if dims["C"] == 77 else interrupted)(bench, case, dims)
+    monkeypatch.setattr(speed.Bench, "bench_shape", first)
+    flags = {"shape": (SHAPE, "B=1 T=2 C=8"), "csv": table, "json": tmp_path / "o.json"}
+    with pytest.raises(KeyboardInterrupt):
+        main(Config(ops=("rms_norm",), against=(f"{mine('')}:right",), **flags))
+    rows = json.loads((tmp_path / "o.json").read_text())["rows"]
+    assert len(rows) == 6 == len([*csv.DictReader(table.open())])
+
+
+@pytest.mark.parametrize(
+    "change", ["another function", "another text", "check_only", "forward_only", "dtype"]
+)
+def test_figures_of_other_contestants_are_not_resumed(change, mine, tmp_path, capsys):
+    """What was asked before is no answer to what is asked now."""
+    path, other = mine(""), {} if "another" in change else {change: "bf16" if change == "dtype" else True}
+    report_of(path, "right", tmp_path, **other)
+    if change == "another text":
+        path.write_text(path.read_text() + "\n")
+    elif change == "another function":
+        path = mine("def f(x, weight):\n    return right(x, weight)")
+        report_of(path, "f", tmp_path)
+    status, report = report_of(path, "right", tmp_path, resume=True)
+    assert (
+        status == 0
+        and [row["provider"] for row in report["rows"]] == ["burnish", "eager", "mine.py:right"] * 2
+    )
+    assert "begun anew" in capsys.readouterr().out
+    again = report_of(path, "right", tmp_path, resume=True)[1]
+    assert again["rows"] == report["rows"] and "begun anew" not in capsys.readouterr().out
+
+
+def test_a_file_of_something_else_is_not_resumed_over(tmp_path):
+    path = tmp_path / "o.json"
+    path.write_text('{"begun": 3}')
+    with pytest.raises(InputError, match="expected figures as the benchmark keeps them"):
+        main(Config(ops=("rms_norm",), shape=(SHAPE,), json=path, resume=True))
+    assert path.read_text() == '{"begun": 3}'
 
 
 @pytest.mark.parametrize(

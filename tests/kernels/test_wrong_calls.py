@@ -5,6 +5,7 @@ and uninitialised memory is NaN. What is told of a GPU is what the Triton path d
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -12,12 +13,13 @@ import wrong_attention
 import wrong_heads
 import wrong_linear
 import wrong_rest
+import wrong_sample
 from burnish import kernels
 from burnish.kernels._chip import INTERPRET
 from faults import Fault, check_of, control, faults_of
 from wrong import Wrong
 
-TABLES = (wrong_attention, wrong_heads, wrong_linear, wrong_rest)
+TABLES = (wrong_attention, wrong_heads, wrong_linear, wrong_rest, wrong_sample)
 CALLS = [call for table in TABLES for call in table.CALLS]
 
 
@@ -61,6 +63,11 @@ def test_a_planted_fault_is_caught(fault: Fault, copy_of: Callable[..., ModuleTy
 def test_a_faithful_copy_passes(fault: Fault, copy_of: Callable[..., ModuleType], monkeypatch):
     """Without this, a copy that does not even run would count as a fault caught."""
     is_answered(call_of(fault, copy_of, monkeypatch, planted=False))
+
+
+def test_no_table_is_forgotten():
+    files = Path(wrong_rest.__file__).parent.glob("wrong_*.py")
+    assert {table.__name__ for table in TABLES} == {file.stem for file in files}
 
 
 def test_names_are_unique():
