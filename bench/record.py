@@ -34,7 +34,10 @@ def write_whole(path: Path, text: str) -> None:
     Of a link, what it leads to is written. Raises InputError.
     """
     path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
     with replacing(path) as beside:
         beside.write_text(text)
 

@@ -41,7 +41,11 @@ GIVEN_UP = threading.Event()  # a function's time was over: threads that it has 
 PATHS = sysconfig.get_paths()
 LIBRARIES = (*(PATHS[name] + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")), "<")
 DATA = Path(__file__).parents[1] / "data"
-OURS = (__file__, str(DATA / "functions.py"), str(DATA / "rewards.py"))  # frames that are no user's
+RUN = Path(__file__).parent
+OURS = (
+    __file__,
+    *map(str, (DATA / "functions.py", DATA / "rewards.py", RUN / "user_files.py")),
+)  # no user's frames
 CLASS_NAME = type.__dict__["__name__"]
 
 

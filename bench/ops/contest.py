@@ -1,6 +1,6 @@
 """A contest of one op at one shape: who takes part, on which inputs, and the samples of each, round by round.
 
-Contestants are interleaved (A B A B), ROUNDS rounds. "device" is a CUDA graph of many calls, replayed: no host in it.
+Contestants are interleaved (A B A B), round by round. "device" is a CUDA graph of many calls, replayed: no host in it.
 "eager" is a loop of calls on the host's clock: whichever of the host and the device is slower. Each call takes the next
 of several input sets, so that no call finds its operands in the L2 cache.
 """
@@ -8,6 +8,7 @@ of several input sets, so that no call finds its operands in the L2 cache.
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from math import comb
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,8 @@ from .clocks import capture, event_seconds, host_seconds, lost, peak_growth
 from .peers import PEERS, Unsuitable
 
 OURS, EAGER, PEER, AGAINST = "ours", "eager", "peer", "against"  # kinds; the last is a user's own
-ROUNDS = 5
+ROUNDS = 5  # by default
+SURE = 0.93  # of an interval
 # beyond any L2 cache, on a CPU beyond one core's share of L3
 COLD_BYTES = {"cuda": 200 << 20, "cpu": 64 << 20}
 MOST_SETS = 64
@@ -111,6 +113,7 @@ def time_pass(
     entrants: list[Contestant],
     device: str,
     backward: bool,
+    rounds: int = ROUNDS,
     fault: Callable[[Contestant], str] = lambda _: "",
 ) -> dict[str, str]:
     """Fill the samples of every contestant for one pass; returns, by name, those that broke, and how.
@@ -138,7 +141,7 @@ def time_pass(
     for c in entrants:
         calls = [lambda c=c, s=s: call(c.op, case, s, backward) for s in sets]
         attempt(c, lambda c=c, calls=calls: loops.update({c.name: loop_of(c, calls, device)}))
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for c in entrants:
             if c.name not in broken:
                 attempt(c, lambda c=c: sample(c, loops[c.name], len(sets), device))
@@ -183,14 +186,30 @@ def replayed(c: Contestant, calls: list[Callable[[], Any]], once: float) -> Call
 
 
 class Ratio(NamedTuple):
-    """A number of times as long: the median of the rounds' ratios, and the lowest and the highest of them.
-
-    Of five rounds the lowest and the highest hold the true median with 94 %.
-    """
+    """A number of times as long: the median of the rounds' ratios, and the interval that holds the true one."""
 
     median: float
     low: float
     high: float
+
+    @property
+    def word(self) -> str:
+        """slower, faster, or draw where the interval holds 1."""
+        return "slower" if self.low > 1 else "faster" if self.high < 1 else "draw"
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Two of the values, between which the true median lies with at least SURE, whatever the distribution.
+
+    k values lie outside at either end: with n values the median is outside with 2 (C(n, 0) + ... + C(n, k)) / 2^n. Of
+    five values these are the lowest and the highest, with 94 %.
+    """
+    n, k, outside = len(values), 0, 2 / 2 ** len(values)
+    while outside + 2 * comb(n, k + 1) / 2**n <= 1 - SURE and k + 1 < n // 2:
+        k += 1
+        outside += 2 * comb(n, k) / 2**n
+    ordered = sorted(values)
+    return ordered[k], ordered[n - 1 - k]
 
 
 def medians(rounds: Sequence[Sequence[float]]) -> list[float]:
@@ -200,7 +219,7 @@ def medians(rounds: Sequence[Sequence[float]]) -> list[float]:
 def ratio(theirs: Sequence[float], ours: Sequence[float]) -> Ratio:
     """theirs, ours: the median of each round. A round runs all contestants, so what slows it slows both."""
     each = [a / b for a, b in zip(theirs, ours, strict=True)]
-    return Ratio(*(round(x, 4) for x in (statistics.median(each), min(each), max(each))))
+    return Ratio(*(round(x, 4) for x in (statistics.median(each), *interval(each))))
 
 
 def percentiles(rounds: list[list[float]]) -> list[float] | None:

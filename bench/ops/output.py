@@ -11,6 +11,7 @@ from typing import Any
 
 from ..cases.case import label
 
+RESTLESS = 3.0  # a p80 over its p20: more says that something else ran
 COLUMNS = ("provider", "device us", "eager us", "time over ours", "share", "memory MB", "compile s")
 
 
@@ -59,6 +60,8 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
         for note in [row["note"], "" if row["accurate"] else "outside the accuracy rule"] if row else ():
             if note:
                 print(f"      {note}")
+    if (worst := max(map(unrest, rows))) > RESTLESS:
+        print(f"    noisy: a p80 is {worst:.0f}x its p20; a quieter machine, or more --rounds, tells more")
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -66,11 +69,17 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
         row["provider"],
         spread(row["device_us"], 1),
         spread(row["eager_us"], 1),
-        spread(row["ratio"], 2, "x", middle=0),
+        f"{spread(row['ratio'], 2, 'x', middle=0)} {row['ratio'].word}" if row["ratio"] else "",
         f"{row['share']:.1%}" if row["share"] else "",
         f"{row['memory_bytes'] / 1e6:.1f}",
         f"{row['compile_s']:.1f}",
     )
+
+
+def unrest(row: dict[str, Any]) -> float:
+    """The spread of a row's samples: p80 over p20."""
+    low, _, high = row["device_us"] or row["eager_us"]
+    return high / low
 
 
 def spread(values: Sequence[float] | None, digits: int, unit: str = "", *, middle: int = 1) -> str:
@@ -87,22 +96,27 @@ FIELDS = (
     *("case", "shape", "dtype", "pass", "provider", "accurate"),
     *(f"{clock}_us_{p}" for clock in ("device", "eager") for p in ("p20", "p50", "p80")),
     *("time_over_ours", "time_over_ours_low", "time_over_ours_high", "floor_us", "share"),
-    *("memory_bytes", "compile_s", "note"),
+    *("memory_bytes", "compile_s", "device", "torch", "date", "commit", "note"),
 )
 
 
-def as_csv(rows: Sequence[dict[str, Any]], wrong: Sequence[dict[str, Any]]) -> str:
-    """A line for each row, then one without figures for each function of a user's that is wrong."""
+def as_csv(report: dict[str, Any]) -> str:
+    """A line for each row, then one without figures for each contestant that was not timed: wrong, or checked only."""
+    machine = report["machine"]
+    where = (machine["device"], machine["torch"], report["date"], report["commit"])
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(FIELDS)
-    for row in rows:
+    for row in report["rows"]:
         over = row["ratio"] or ("", "", "")
         times = [x for clock in ("device_us", "eager_us") for x in row[clock] or ("", "", "")]
         name = (row["case"], label(row["dims"]), row["dtype"], row["pass"], row["provider"], row["accurate"])
-        sums = (row["floor_us"], row["share"], row["memory_bytes"], row["compile_s"], row["note"])
-        writer.writerow([*name, *times, *over, *sums])
-    for row in wrong:
-        name = (row["case"], label(row["dims"]), row["dtype"], "", row["provider"], False)
-        writer.writerow([*name, *[""] * (len(FIELDS) - len(name) - 1), row["why"]])
+        sums = (row["floor_us"], row["share"], row["memory_bytes"], row["compile_s"])
+        writer.writerow([*name, *times, *over, *sums, *where, row["note"]])
+
+    for row in (*report["right"], *report["wrong"]):
+        why = row.get("why", "")
+        name = (row["case"], label(row["dims"]), row["dtype"], "", row["provider"], not why)
+        blank = [""] * (len(FIELDS) - len(name) - len(where) - 1)
+        writer.writerow([*name, *blank, *where, why])
     return out.getvalue()

@@ -16,7 +16,6 @@ that it died at, which --resume tells as red and goes on behind.
 """
 
 import datetime
-import hashlib
 import json
 import os
 import time
@@ -29,23 +28,23 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from ...algorithms.run.calls import PASSES, described, torch_as_it_was
+from ...algorithms.run.calls import PASSES, torch_as_it_was
 from ...algorithms.run.flags import POSITIONAL, Bounds
 from ...kernels._chip import INTERPRET
 from ...model.errors import InputError
-from ...model.files.text_files import read_object
 from .. import record
 from ..cases.case import Case, Dims, label, make_inputs
 from ..cases.registry import CASES
 from ..cases.shapes import describe
 from ..flags import flag, spelled
 from . import roofline
-from .chosen import chosen, shaped
+from .chosen import chosen, left_out, shaped
 from .clocks import host_seconds, lost
 from .compare import compare
 from .contest import (
     AGAINST,
     OURS,
+    ROUNDS,
     Contestant,
     Inputs,
     call,
@@ -57,6 +56,7 @@ from .contest import (
 )
 from .listing import listing
 from .output import as_csv, print_rows, waiting
+from .resumed import OUT_OF_TIME, asked, fingerprint, kept_report
 from .theirs import (
     OnClones,
     against,
@@ -64,6 +64,7 @@ from .theirs import (
     copied,
     first_wrong,
     misfit,
+    raises,
     restore,
     why_not,
     writes,
@@ -71,7 +72,6 @@ from .theirs import (
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LOST = 3  # exit status: the device answers no more, another process may go on
-OUT_OF_TIME = "out of time"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +82,7 @@ class Config:
     shape: tuple[str, ...] = ()  # shapes of yours, by the letters that --list shows: "B=1 T=300 C=777"
     dtype: Literal["bf16", "fp16", "fp32"] | None = None  # bf16 on a GPU, fp32 on a CPU by default
     against: tuple[str, ...] = ()  # FILE.py:function ..., timed beside ours; the file is code, and runs
+    rounds: Annotated[int, Bounds(5, 1000)] = ROUNDS  # of timing: more of them narrow the interval of a ratio
     peers: bool = False  # torch.compile, torch's own fused ops, other libraries where they are installed
     forward_only: bool = False  # check and time the forward pass alone
     check_only: bool = False  # hold all to the accuracy rule, and time nothing; TRITON_INTERPRET=1 may be set
@@ -109,6 +110,8 @@ def main(cfg: Config) -> int:
 
     own = against(cfg.against)
     shapes = shapes_of(cfg, device)
+    if cfg.shape and (others := left_out(CASES, cfg.ops, shapes)):
+        print(f"not timed unless named: {', '.join(others)}")
     bench = Bench(cfg, device, own)
     return bench.run(shapes)
 
@@ -127,6 +130,8 @@ def check(cfg: Config) -> None:
         raise InputError(f"--compare: expected two files, got {len(cfg.compare)}")
     if cfg.fail_above is not None and not cfg.compare:
         raise InputError("--fail-above: expected --compare beside it")
+
+    # where figures go
     if cfg.resume and not (cfg.json or cfg.keep):
         raise InputError("--resume: expected --json FILE or --keep beside it")
     if cfg.json and cfg.keep:
@@ -139,6 +144,8 @@ def check(cfg: Config) -> None:
         raise InputError(f"--csv: expected another file than --json {cfg.json}")
     if cfg.commit and not (cfg.json or cfg.keep):
         raise InputError("--commit: expected --json FILE or --keep beside it")
+
+    # whose
     for name in ("shape", "against"):
         if getattr(cfg, name) and not cfg.ops:
             raise InputError(f"--{name}: expected an op before it, got none; --list shows them")
@@ -195,7 +202,7 @@ class Bench:
             "ceilings": {"dtype": self.dtype},
             "clocks_before": record.clocks(self.device),
         }
-        self.report |= {"absent": {}, "red": [], "wrong": [], "begun": [], "rows": []}
+        self.report |= {"absent": {}, "red": [], "wrong": [], "right": [], "begun": [], "rows": []}
         if cfg.resume and self.path:
             self.report = kept_report(self.path, self.report)
 
@@ -265,13 +272,15 @@ class Bench:
         if self.path:
             record.write_whole(self.path, json.dumps(self.report, indent=1) + "\n")
         if self.cfg.csv:
-            record.write_whole(self.cfg.csv, as_csv(self.report["rows"], self.report["wrong"]))
+            record.write_whole(self.cfg.csv, as_csv(self.report))
 
     # ---- one shape
 
     def bench_shape(self, case: Case, dims: Dims) -> None:
         """Check, then time; a red case is not timed, and neither is a user's function that is wrong."""
         print(f"\n{case.name}  {label(dims)}  {self.dtype}")
+        if (at := case.check(dims)) != dims:
+            print(f"  checked at {label(at)}: the reference would not fit at more")
         if self.cfg.forward_only:
             case = replace(case, fixed=tuple(case.inputs(case.shapes[0], torch.float32, "cpu")))
         one = prepare(case, dims, DTYPES[self.dtype], self.device)
@@ -292,7 +301,10 @@ class Bench:
                 c.accurate = not why
                 entrants.append(c)
 
-        if not self.cfg.check_only:
+        if self.cfg.check_only:
+            at = {"case": case.name, "dims": dims, "dtype": self.dtype}
+            self.report["right"] += [{"provider": c.name, **at} for c in entrants if c.accurate]
+        else:
             self.time_shape(case, dims, one, entrants)
 
     def out(self, c: Contestant, case: Case, dims: Dims, why: str) -> None:
@@ -326,7 +338,8 @@ class Bench:
         except PASSES:
             raise
         except BaseException as error:  # what breaks is told, and ends nobody else's run
-            broken = f"raises {described(error)}"
+            broken = raises(error)
+
             if lost(self.device):
                 raise RuntimeError(f"{c.name} {broken}") from error
             if self.device == "cuda":  # it may have run out of memory
@@ -345,7 +358,7 @@ class Bench:
         given = copied(one.tensors) if own else {}
 
         def fault(c: Contestant) -> str:
-            """What a user's function did to its inputs, which the others get as they were."""
+            """The fault of a user's function that wrote to its inputs, which the others get as they were."""
             if c.kind != AGAINST or not (names := changed(one.tensors, given)):
                 return ""
             restore(one.tensors, given)
@@ -356,7 +369,7 @@ class Bench:
             floor = self.ceilings.floor(forward) + (self.ceilings.floor(backward) if both else 0)
             floor_us = round(1e6 * floor, 2)
             with waiting(f"  timing {name}") as say:
-                broken = time_pass(case, sets, entrants, self.device, both, fault)
+                broken = time_pass(case, sets, entrants, self.device, both, self.cfg.rounds, fault)
                 say("done" if not broken else "; ".join(f"{name} {why}" for name, why in broken.items()))
             for c in entrants:
                 if c.name in broken:
@@ -384,50 +397,3 @@ class Bench:
             say(why or "right")
         if why:
             self.out(c, case, dims, f"right at first, wrong after it was timed: {why}")
-
-
-# ---- what an earlier process left
-
-
-def fingerprint() -> str:
-    """A hash of what is timed and what times it, but for the table that is written from the times."""
-    files = [*(record.ROOT / "kernels").rglob("*.py"), *(record.ROOT / "bench").rglob("*.py")]
-    sources = (path.read_bytes() for path in sorted(files) if path.name != "_lora_paths.py")
-    return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
-
-
-def asked(cfg: Config) -> dict[str, Any]:
-    """What a report may not mix: who takes part, a user's functions as they are in their files, and what they do."""
-    files = {given: given.rpartition(":")[0] for given in cfg.against}
-    sources = {
-        given: Path(file).read_bytes() if file.endswith(".py") else b"" for given, file in files.items()
-    }
-    hashes = {given: hashlib.sha256(source).hexdigest()[:16] for given, source in sources.items()}
-    return {
-        "peers": cfg.peers,
-        "against": hashes,
-        "forward_only": cfg.forward_only,
-        "check_only": cfg.check_only,
-    }
-
-
-def kept_report(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
-    """The report that an earlier process wrote of the same day, code, machine and contestants; without one the fresh.
-
-    Red is the shape that it died at.
-    """
-    if not path.exists():
-        return fresh
-    with record.reading(path):
-        report = read_object(path)
-        _ = report["rows"], report["red"]  # a file of something else is not written over
-        same = ("machine", "date", "code", "asked", "dtype")
-        found, expected = ({**r, "dtype": r.get("ceilings", {}).get("dtype")} for r in (report, fresh))
-        others = [name for name in same if found.get(name) != expected[name]]
-        if others or "begun" not in report:
-            print(f"{path}: of another {', '.join(others) or 'program'}: begun anew")
-            return fresh
-        if running := report.pop("running", None):
-            report["red"].append(f"{running}: the process died")
-        report["absent"] = {what: why for what, why in report["absent"].items() if why != OUT_OF_TIME}
-    return report

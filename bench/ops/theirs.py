@@ -2,7 +2,8 @@
 
 It is called as the op is, with the op's arguments by name. It may write to none of them: a kernel that works in place
 saves the memory and the time that the others spend. It must be right twice, the second time on other numbers in the
-same tensors: a kernel that remembers a result is fast, and wrong. And it must be right again after it was timed.
+same tensors: a kernel that remembers a result is fast, and wrong. Two calls may be under way at once, as those of two
+layers are. And it must be right again after it was timed.
 """
 
 import inspect
@@ -22,6 +23,7 @@ from ..cases.shapes import Description
 from .contest import AGAINST, Contestant
 
 ALONE = "--forward-only compares the forward pass alone"
+NO_GPU = "Triton finds no GPU; with TRITON_INTERPRET=1 and --check-only it runs on the CPU"
 
 
 def against(specifications: tuple[str, ...]) -> list[Contestant]:
@@ -91,17 +93,27 @@ def why_not(op: Callable[..., Any], case: Case, draws: list[Tensors], described_
     wrong = _attempted(lambda: first_wrong(clones, case, [first], described_as))
     if clones.written:
         return writes(clones.written)
-    return wrong or _attempted(lambda: remembers(op, case, first, second, described_as))
+    overlapped = lambda: overlaps(op, case, draws, described_as)
+    return (
+        wrong
+        or _attempted(overlapped)
+        or _attempted(lambda: remembers(op, case, first, second, described_as))
+    )
 
 
 def _attempted(step: Callable[[], str]) -> str:
-    """What a step returns, or what it raises: whatever a user's file raises is the user's to read."""
+    """Return what a step says, or what it raises: whatever a user's file raises is the user's to read."""
     try:
         return step()
     except PASSES:
         raise
     except BaseException as error:
-        return f"raises {described(error)}"
+        return raises(error)
+
+
+def raises(error: BaseException) -> str:
+    hint = f": {NO_GPU}" if "active drivers" in str(error) else ""
+    return f"raises {described(error)}{hint}"
 
 
 def misfit(op: Callable[..., Any], case: Case, tensors: Tensors) -> str:
@@ -121,6 +133,9 @@ def misfit(op: Callable[..., Any], case: Case, tensors: Tensors) -> str:
 def first_wrong(op: Callable[..., Any], case: Case, draws: list[Tensors], described_as: Description) -> str:
     """The first output or gradient that breaks the accuracy rule on the first draw, and where it is wrong."""
     found = [v for v in verdicts(replace(case, fused=op), draws[0]) if v.wrong is not None]
+    found.sort(
+        key=lambda v: v.name.startswith("gradient")
+    )  # what is wrong with an output says why a gradient is
     if not found:
         return ""
     text = found[0].text(described_as.axes(found[0].name))
@@ -149,3 +164,18 @@ def remembers(
     if names := changed(tensors, others):
         return writes(names)
     return f"right on its first inputs, wrong on others at the same addresses: {wrong}" if wrong else ""
+
+
+def overlaps(op: Callable[..., Any], case: Case, draws: list[Tensors], described_as: Description) -> str:
+    """The fault of a call behind which another one ran, before its own backward; empty where there is none."""
+    first, second = (copied(tensors) for tensors in draws)
+    names = leaves(case, second)
+    others = {n: as_leaf(t) if n in names and t is not None else t for n, t in second.items()}
+
+    def followed(**operands: Any) -> Any:
+        outputs = op(**operands)
+        op(**{**operands, **others})
+        return outputs
+
+    wrong = first_wrong(followed, case, [first], described_as)
+    return f"a later call changes what an earlier one returned or saved: {wrong}" if wrong else ""

@@ -209,22 +209,9 @@ def test_who_loses_the_device_while_it_is_timed_is_named(on_a_gpu, tmp_path, mon
 
 def test_a_note_hides_no_verdict(capsys):
     """A peer that is wrong, and whose call is too long for a graph."""
-    ours = {
-        "provider": "burnish",
-        "note": "",
-        "accurate": True,
-        "pass": "forward",
-        "floor_us": 1.0,
-        "binds": "bytes",
-    }
-    ours |= {
-        "device_us": [1, 2, 3],
-        "eager_us": None,
-        "ratio": None,
-        "share": 0.5,
-        "memory_bytes": 0,
-        "compile_s": 0,
-    }
+    ours = {"provider": "burnish", "note": "", "accurate": True, "pass": "forward", "floor_us": 1.0}
+    ours |= {"binds": "bytes", "device_us": [1, 2, 3], "eager_us": None, "ratio": None}
+    ours |= {"share": 0.5, "memory_bytes": 0, "compile_s": 0}
     print_rows([ours, ours | {"provider": "peer", "note": "no graph", "accurate": False}])
     assert [x.strip() for x in capsys.readouterr().out.splitlines()[-2:]] == [
         "no graph",

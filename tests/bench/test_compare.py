@@ -2,11 +2,12 @@
 
 import json
 import random
+from math import comb, log
 from pathlib import Path
 
 import pytest
 from burnish.bench.ops.compare import Change, changes_of, compare, key, span
-from burnish.bench.ops.contest import ratio
+from burnish.bench.ops.contest import SURE, interval, ratio
 from burnish.bench.ops.speed import Config, main
 from burnish.model.errors import InputError
 
@@ -104,6 +105,20 @@ def test_the_span_is_that_of_any_two_rounds():
     assert span(before, after) == pytest.approx((min(each), max(each)))
 
 
+@pytest.mark.parametrize("n", [5, 6, 9, 15, 30])
+def test_an_interval_holds_the_median_as_often_as_it_says(n):
+    """It is the narrowest of those that do, and a thousand draws of a skewed distribution agree."""
+    outside = lambda k: 2 * sum(comb(n, i) for i in range(k + 1)) / 2**n
+    draw, hits, k = random.Random(n), 0, 0
+    for _ in range(1000):
+        values = [draw.expovariate(1) for _ in range(n)]
+        low, high = interval(values)
+        hits += low <= log(2) <= high
+        k = sorted(values).index(low)
+    assert 1 - outside(k) >= SURE > 1 - outside(k + 1)
+    assert abs(hits / 1000 - (1 - outside(k))) < 0.03
+
+
 def test_a_ratio_is_over_ours_of_the_same_round():
     """A round that is slow slows both: the ratio does not see it."""
     assert ratio([20.0, 200.0, 20.0], [10.0, 100.0, 10.0]) == (2, 2, 2)
@@ -123,6 +138,22 @@ def test_the_exit_status_is_that_of_fail_above(tmp_path, capsys):
     assert "FAILED: rms_norm/hidden B=1 T=300 C=777 fp32 forward burnish: 1.2" in capsys.readouterr().out
     assert main(Config(compare=(first, second), fail_above=1.3)) == 0
     assert main(Config(compare=(second, first), fail_above=1.1)) == 0
+
+
+def test_noise_that_hides_a_change_is_told(tmp_path, capsys):
+    first = file(tmp_path / "a.json", row("burnish", around(50, 0.4)), row("eager", around(90, 0.02)))
+    second = file(tmp_path / "b.json", row("burnish", around(75, 0.4, 1)), row("eager", around(90, 0.02)))
+    assert main(Config(compare=(first, second), fail_above=1.1)) == 0
+    assert "UNCLEAR: rms_norm/hidden" in capsys.readouterr().out
+
+
+def test_a_slower_machine_does_not_make_a_change_larger(tmp_path, capsys):
+    """Ours took 1.3 times as long beside eager, 2.6 times as it is."""
+    first = file(tmp_path / "a.json", row("burnish", around(50, 0.02)), row("eager", around(90, 0.02)))
+    second = file(tmp_path / "b.json", row("burnish", around(130, 0.02)), row("eager", around(180, 0.02)))
+    assert main(Config(compare=(first, second), fail_above=1.5)) == 0
+    assert main(Config(compare=(first, second), fail_above=1.1)) == 1
+    assert "forward burnish: 1.3" in capsys.readouterr().out
 
 
 def test_red_in_the_second_file_fails(tmp_path, capsys):

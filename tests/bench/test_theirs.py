@@ -15,18 +15,12 @@ from burnish.bench.ops import contest, roofline, speed, theirs
 from burnish.bench.ops.speed import Config, main
 from burnish.kernels._chip import INTERPRET
 from burnish.model.errors import InputError
+from own_kernels import HEAD, WRONG
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="interpreted kernels have no speed")
 
 SHAPE = "B=1 T=30 C=77"
 CASE = next(c for c in CASES if c.name == "rms_norm/hidden")
-HEAD = """
-    import torch
-
-    def right(x, weight, eps=1e-6):
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -87,84 +81,6 @@ def test_what_is_right_is_timed_beside_ours(mine, tmp_path, capsys, dtype):
         SHAPE
     }
     assert "mine.py:right" in capsys.readouterr().out
-
-
-WRONG = {  # what is wrong with a function -> its source, and words of what is said
-    "scaled": ("def f(x, weight):\n    return right(x, weight) * 1.01", ["output 0", "30", "77"]),
-    "last columns": (
-        "def f(x, weight):\n    y = right(x, weight)\n    return torch.cat((y[..., :64], y[..., 64:] * 1.1), -1)",
-        ["output 0", "64:77"],
-    ),
-    "one element": (
-        "def f(x, weight):\n    y = right(x, weight).clone()\n    y[0, 29, 5] += 0.5\n    return y",
-        ["output 0", "1 of 2,310"],
-    ),
-    "gradient alone": (
-        "class F(torch.autograd.Function):\n"
-        "    @staticmethod\n"
-        "    def forward(ctx, x, w):\n        ctx.save_for_backward(x, w)\n        return right(x, w)\n"
-        "    @staticmethod\n"
-        "    def backward(ctx, dy):\n"
-        "        x, w = (t.detach().requires_grad_() for t in ctx.saved_tensors)\n"
-        "        with torch.enable_grad():\n            dx, dw = torch.autograd.grad(right(x, w), (x, w), dy)\n"
-        "        return dx, dw * 1.5\n"
-        "def f(x, weight):\n    return F.apply(x, weight)",
-        ["gradient of weight"],
-    ),
-    "no gradient": ("def f(x, weight):\n    return right(x.detach(), weight.detach())", ["--forward-only"]),
-    "one gradient": ("def f(x, weight):\n    return right(x, weight.detach())", ["gradient of weight"]),
-    "dtype": ("def f(x, weight):\n    return right(x, weight).double()", ["output 0", "float64"]),
-    "shape": ("def f(x, weight):\n    return right(x, weight)[0]", ["output 0", "shape"]),
-    "nothing": ("def f(x, weight):\n    right(x, weight)", ["None"]),
-    "other arguments": ("def f(input, w):\n    return right(input, w)", ["(x, weight)", "(input, w)"]),
-    "too few": ("def f(x):\n    return x", ["(x, weight)", "(x)"]),
-    "an exception": ("def f(x, weight):\n    raise KeyError('block')", ["KeyError", "mine.py:"]),
-    "an exit": ("def f(x, weight):\n    raise SystemExit(3)", ["SystemExit", "mine.py:"]),
-    "in place": (
-        "def f(x, weight):\n    y = right(x, weight)\n    x.detach().copy_(y)\n    return y",
-        ["writes to its input x"],
-    ),
-    "in the backward": (
-        "class F(torch.autograd.Function):\n"
-        "    @staticmethod\n"
-        "    def forward(ctx, x, w):\n        ctx.save_for_backward(x, w)\n        return right(x, w)\n"
-        "    @staticmethod\n"
-        "    def backward(ctx, dy):\n"
-        "        x, w = (t.detach().clone().requires_grad_() for t in ctx.saved_tensors)\n"
-        "        with torch.enable_grad():\n            dx, dw = torch.autograd.grad(right(x, w), (x, w), dy)\n"
-        "        ctx.saved_tensors[0].detach().copy_(dx)\n"
-        "        return dx, dw\n"
-        "def f(x, weight):\n    return F.apply(x, weight)",
-        ["writes to its input x"],
-    ),
-    "NaN": (
-        "def f(x, weight):\n    y = right(x, weight).clone()\n    y[0, 3] = float('nan')\n    return y",
-        ["output 0", "NaN"],
-    ),
-    "a memory": (
-        "SEEN = {}\n"
-        "def f(x, weight):\n"
-        "    if x.data_ptr() not in SEEN:\n        SEEN[x.data_ptr()] = right(x, weight)\n"
-        "    return SEEN[x.data_ptr()]",
-        ["wrong on others at the same addresses"],
-    ),
-    "a memory by tensor": (
-        "import functools\n@functools.lru_cache\ndef f(x, weight):\n    return right(x, weight)",
-        ["wrong on others at the same addresses"],
-    ),
-    "a memory by version": (
-        "SEEN = {}\n"
-        "def f(x, weight):\n"
-        "    key = (x.data_ptr(), x._version, weight.data_ptr())\n"
-        "    if key not in SEEN:\n        SEEN[key] = right(x, weight)\n"
-        "    return SEEN[key]",
-        ["wrong on others at the same addresses"],
-    ),
-    "a graph used twice": (
-        "import functools\n@functools.lru_cache\ndef f(x, weight):\n    return right(x, weight)",
-        ["raises RuntimeError", "backward through the graph a second time"],
-    ),
-}
 
 
 @pytest.mark.parametrize("kind", WRONG)
@@ -240,7 +156,7 @@ def test_what_is_right_at_first_and_wrong_later_wins_nothing(mine, tmp_path):
 
 
 def test_inputs_are_copied_where_a_function_of_a_users_is_timed_alone(mine, tmp_path, monkeypatch):
-    """What is large would lie there twice."""
+    """A copy of what is large costs its memory once more."""
     copies = []
     monkeypatch.setattr(speed, "copied", lambda tensors: copies.append(1) or theirs.copied(tensors))
     assert main(Config(ops=("rms_norm",), shape=(SHAPE,))) == 0 and not copies
@@ -251,7 +167,7 @@ def test_inputs_are_copied_where_a_function_of_a_users_is_timed_alone(mine, tmp_
 def test_a_function_that_loses_the_device_is_named(mine, tmp_path, monkeypatch):
     path, broken = mine("def f(x, weight):\n    raise RuntimeError('an illegal memory access')"), []
     monkeypatch.setattr(speed, "lost", lambda device: "illegal" if broken else "")
-    monkeypatch.setattr(speed, "described", lambda error: broken.append(error) or str(error))
+    monkeypatch.setattr(speed, "raises", lambda error: broken.append(error) or f"raises {error}")
     status, report = report_of(path, "f", tmp_path)
     assert status == speed.LOST and report["rows"] == []
     assert "mine.py:f raises an illegal memory access" in report["red"][0] and "lost" in report["red"][1]
@@ -275,10 +191,42 @@ def test_what_breaks_while_it_is_timed_ends_nobody_elses_run(mine, tmp_path):
 def test_nothing_is_timed_with_check_only(mine, tmp_path, capsys):
     status, report = report_of(mine(""), "right", tmp_path, check_only=True)
     assert status == 0 and report["rows"] == [] and report["red"] == report["wrong"] == []
+    assert [row["provider"] for row in report["right"]] == ["burnish", "eager", "mine.py:right"]
     assert "mine.py:right" in capsys.readouterr().out
     bad = mine("def f(x, weight):\n    return x")
     status, report = report_of(bad, "f", tmp_path, check_only=True)
     assert status == 1 and len(report["wrong"]) == 1
+
+
+def test_what_was_checked_alone_has_its_line_in_the_csv(mine, tmp_path):
+    flags = {"shape": (SHAPE,), "csv": tmp_path / "t.csv", "check_only": True}
+    bad = mine("def f(x, weight):\n    return x")
+    assert main(Config(ops=("rms_norm",), against=(f"{bad}:f", f"{bad}:right"), **flags)) == 1
+    lines = {line["provider"]: line["accurate"] for line in csv.DictReader((tmp_path / "t.csv").open())}
+    assert lines == {"burnish": "True", "eager": "True", "mine.py:right": "True", "mine.py:f": "False"}
+
+
+def test_more_rounds_are_taken_where_they_are_asked_for(mine, tmp_path):
+    status, report = report_of(mine(""), "right", tmp_path, rounds=9)
+    assert status == 0 and {len(row["rounds_us"]["eager"]) for row in report["rows"]} == {9}
+
+
+def test_a_kernel_that_is_wrong_at_the_end_of_many_heads_is_told_where(mine, tmp_path):
+    """A shape that the reference can hold is checked as it is."""
+    path = mine(
+        """
+        def f(q, k, v):
+            heads = [x.transpose(1, 2) for x in (q, k, v)]
+            out = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+            out = out.transpose(1, 2).clone()
+            out[2, :, 7] *= 1.5
+            return out
+        """
+    )
+    flags = {"ops": ("flash_attention/causal",), "shape": ("B=3 T=33 H=8 G=4 D=16",), "check_only": True}
+    _, report = report_of(path, "f", tmp_path, **flags)
+    said = report["wrong"][0]["why"]
+    assert "of 12,672" in said and "B=2" in said and "H=7" in said
 
 
 def test_several_functions_and_shapes(mine, tmp_path):
@@ -310,7 +258,7 @@ def test_what_is_wrong_has_a_line_in_the_csv(mine, tmp_path):
 )
 @pytest.mark.parametrize("calls", [0, 12])
 def test_what_one_sets_for_the_whole_program_is_put_back(call, calls, mine, tmp_path):
-    """In the check, or once it is timed; a call that has no effect on its own result is no fault."""
+    """It is put back behind the check and behind the timing; with no effect on its own result it is no fault."""
     path = mine(
         f"""
         CALLS = []
@@ -321,6 +269,7 @@ def test_what_one_sets_for_the_whole_program_is_put_back(call, calls, mine, tmp_
             return right(x, weight)
         """
     )
+
     before = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
     flags = {"against": (f"{path}:f", f"{path}:right"), "json": tmp_path / "o.json"}
     main(Config(ops=("rms_norm",), shape=(SHAPE,), **flags))
@@ -349,7 +298,7 @@ def test_figures_that_were_taken_are_written_when_a_run_is_interrupted(mine, tmp
     "change", ["another function", "another text", "check_only", "forward_only", "dtype"]
 )
 def test_figures_of_other_contestants_are_not_resumed(change, mine, tmp_path, capsys):
-    """What was asked before is no answer to what is asked now."""
+    """An answer to what was asked before is none to what is asked now."""
     path, other = mine(""), {} if "another" in change else {change: "bf16" if change == "dtype" else True}
     report_of(path, "right", tmp_path, **other)
     if change == "another text":
