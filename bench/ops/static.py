@@ -1,6 +1,6 @@
 """The static proof: every shipped configuration of every kernel, compiled for six chips on a machine that has none.
 
-    burnish bench static [op ...] [--all] [--check] [--accept] [--json FILE]
+    burnish bench static [op ...] [--all] [--check | --accept] [--json FILE]
 
 The public op is called as in training, forward and backward, on CPU tensors, with Triton's driver replaced by one that
 names the chip and launches nothing. What is compiled is therefore what is launched: the op's own tile table,
