@@ -14,9 +14,12 @@ from .calls import brief, described
 
 
 def load_function(specification: str, flag: str = "reward") -> Callable[..., Any]:
-    """The function of FILE.py:function, or package.module:function. flag: what a message names."""
+    """The function of FILE.py:function, or package.module:function. flag: what a message names; none of a place."""
     source, _, name = specification.rpartition(":")
-    given, file = f"--{flag} {brief(specification, 200)}", brief(source, 100)
+    given, file = (
+        f"--{flag} {brief(specification, 200)}" if flag else brief(specification, 200),
+        brief(source, 100),
+    )
     if not source:
         raise InputError(f"{given}: expected FILE.py:function or package.module:function")
     if source.endswith(".py") and not os.path.isfile(source):  # Path's raises where a name is too long

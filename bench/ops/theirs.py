@@ -93,12 +93,9 @@ def why_not(op: Callable[..., Any], case: Case, draws: list[Tensors], described_
     wrong = _attempted(lambda: first_wrong(clones, case, [first], described_as))
     if clones.written:
         return writes(clones.written)
-    overlapped = lambda: overlaps(op, case, draws, described_as)
-    return (
-        wrong
-        or _attempted(overlapped)
-        or _attempted(lambda: remembers(op, case, first, second, described_as))
-    )
+    apart = [copied(tensors) for tensors in draws]  # before the first are written over
+    remembered = lambda: remembers(op, case, first, second, described_as)
+    return wrong or _attempted(remembered) or _attempted(lambda: overlaps(op, case, apart, described_as))
 
 
 def _attempted(step: Callable[[], str]) -> str:
@@ -168,7 +165,7 @@ def remembers(
 
 def overlaps(op: Callable[..., Any], case: Case, draws: list[Tensors], described_as: Description) -> str:
     """The fault of a call behind which another one ran, before its own backward; empty where there is none."""
-    first, second = (copied(tensors) for tensors in draws)
+    first, second = draws
     names = leaves(case, second)
     others = {n: as_leaf(t) if n in names and t is not None else t for n, t in second.items()}
 

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 
-from ...algorithms.data.rewards import load_reward
 from ...algorithms.run.flags import POSITIONAL
+from ...algorithms.run.user_files import load_function
 from ...model.errors import InputError
 from ..conformance import NotApplicable, Toy, Trainer
 from .checks import CHECKS, make_toy
@@ -62,7 +62,7 @@ def main(cfg: Config) -> int:
     with tempfile.TemporaryDirectory() as folder:
         toy = make_toy(Path(folder))
         for specification in cfg.adapters:
-            adapter: Any = load_reward(specification, "adapter")
+            adapter: Any = load_function(specification, "")
             trainer: Trainer = adapter()
             outcomes = run(trainer, toy)
             found.append({"name": trainer.name, "version": trainer.version, "outcomes": outcomes})

@@ -60,7 +60,8 @@ def test_the_commands_of_the_page_run_as_printed(folder, capsys, monkeypatch: py
 
 
 def run(folder: Path, words: list[str], **more: str) -> str:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | more
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = outside | {"PYTHONPATH": os.pathsep.join(sys.path)} | more
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
