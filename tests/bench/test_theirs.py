@@ -120,7 +120,7 @@ def test_what_one_writes_is_no_fault_of_another(mine, tmp_path, monkeypatch):
     """The others are timed on the inputs as they were."""
     path, given, seen = mine(""), [], []
     (tmp_path / "writer.py").write_text(
-        "from mine import right\nCALLS = []\ndef f(x, weight):\n    CALLS.append(1)\n"
+        f"{textwrap.dedent(HEAD)}\nCALLS = []\ndef f(x, weight):\n    CALLS.append(1)\n"
         "    y = right(x, weight)\n    x.detach().add_(len(CALLS) > 10)\n    return y\n"
     )
     prepare = contest.prepare
