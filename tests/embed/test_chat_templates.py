@@ -10,7 +10,7 @@ import pytest
 from burnish.algorithms.data.examples import sft_examples
 from burnish.algorithms.data.rendering import whole_form
 from burnish.model.errors import InputError
-from burnish.model.text import template
+from burnish.model.text import sandbox
 from burnish.model.text.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -42,7 +42,7 @@ def test_every_template_renders_what_transformers_renders(monkeypatch):
     """Random conversations, each in the form in which the template leaves nothing out; some are refused."""
     golden = module(TESTS / "data" / "make_chat_golden.py")
     conversation = module(TESTS / "algorithms" / "test_rendering.py").conversation
-    monkeypatch.setattr(template, "datetime", golden.FrozenClock)
+    monkeypatch.setattr(sandbox, "datetime", golden.FrozenClock)
     monkeypatch.setattr(transformers.utils.chat_template_utils, "datetime", golden.FrozenClock)
     theirs = transformers.AutoTokenizer.from_pretrained(TESTS / "data" / "tokenizer", bos_token=golden.BOS)
     ours = Tokenizer.load(TESTS / "data" / "tokenizer")
