@@ -206,7 +206,7 @@ def test_candidate_tiles_are_checked_and_timed(monkeypatch):
     sound, wrong = (16, 16, 4, 1), (16, 32, 4, 1)
     for slot in tune.SLOTS[1:3]:
         kernel, shipped = getattr(attention, slot.kernel), slot.shipped(slot, "interpreted", 16)
-        slot = replace(slot, timed=lambda slot, width: [(tune._case("flash_attention/causal"), dims)])
+        slot = replace(slot, timed=lambda slot, width: [(tune.case_of("flash_attention/causal"), dims)])
         rows = list(tune.measure(slot, 16, [sound], shipped, torch.float32, "cpu"))
         assert [row["tile"] for row in rows] == [list(sound)] and rows[0]["us"] > 0, rows
         assert getattr(attention, slot.kernel) is kernel
