@@ -44,7 +44,6 @@ from .data.rewards import (
     answers,
     check_weights,
     judge,
-    load_reward,
     load_rewards,
 )
 from .data.row import Row
@@ -68,6 +67,7 @@ from .run.flags import (
 )
 from .run.ids import check_model
 from .run.optimizer import autocast
+from .run.user_files import load_function
 from .search.votes import majority_is_right, pass_at_k, standard_error, standard_error_of_ratio
 
 Figures = dict[str, float]  # by name
@@ -153,7 +153,7 @@ def load_verifier(cfg: Config) -> Verifier:
     functions = load_rewards(cfg.reward) if cfg.reward else {}
     over = TrainerState(1, 1, 1.0)  # training is, for functions that change with its progress
     rewards = Rewards(functions, check_weights((), len(functions)), cfg.reward_timeout, over)
-    return Verifier(rewards, load_reward(cfg.answer, "answer") if cfg.answer else None)
+    return Verifier(rewards, load_function(cfg.answer, "answer") if cfg.answer else None)
 
 
 def evaluate_answers(

@@ -3,16 +3,14 @@
 The benchmark keeps <machine>-<date>.json, a whole run (of the trainers, of rollouts, of a recipe) <kind>-<date>.json.
 """
 
-import functools
 import json
 import platform
 import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
 import torch
 
@@ -25,7 +23,6 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 PASSES = ("forward", "forward+backward")
 PATIENCE = 10.0  # seconds for git, or for a driver that may hang
-Arguments = ParamSpec("Arguments")
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -68,25 +65,6 @@ def reading(path: Path | str) -> Iterator[None]:
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, StopIteration) as error:
         found = f"no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
         raise InputError(f"{path}: expected figures as the benchmark keeps them, got {found}") from error
-
-
-def as_command(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
-    """A command whose InputError, or whose want of Triton, is one line and status 1."""
-
-    @functools.wraps(main)
-    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> int:
-        try:
-            return main(*args, **kwargs)
-        except InputError as error:
-            print(error, file=sys.stderr)
-            return 1
-        except ModuleNotFoundError as error:
-            if error.name != "triton":
-                raise
-            print(error, file=sys.stderr)
-            return 1
-
-    return run
 
 
 def kept_part(file: Path, name: str) -> dict[str, list[dict[str, Any]]]:

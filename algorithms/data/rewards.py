@@ -23,7 +23,7 @@ from ...model.text.tokenizer import Tokenizer
 from ..run.calls import Call, brief, results
 from ..run.ids import Item, check_model
 from ..run.processes import gathered, host, world
-from ..run.user_files import load_function as load_reward
+from ..run.user_files import load_function
 from .functions import Log, Samples, TrainerState, arguments_for, read_answer, read_reward, takes
 from .tokenizer import check_tokenizer
 
@@ -134,7 +134,7 @@ def load_rewards(specifications: Sequence[str]) -> dict[str, RewardFunction]:
         raise InputError("--reward: expected at least one FILE.py:function, got none")
     names = [specification.rpartition(":")[2] for specification in specifications]
     return {
-        name if names.count(name) == 1 else specification: load_reward(specification)
+        name if names.count(name) == 1 else specification: load_function(specification)
         for name, specification in zip(names, specifications, strict=True)
     }
 

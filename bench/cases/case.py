@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FEW = 8  # numbers, of which eager is now and then right by luck
 Dims = dict[str, int]  # a shape by the house's letters: {"B": 2, "T": 5, "C": 100}
 Tensors = dict[str, Tensor | None]  # by the name of the op's argument

@@ -37,6 +37,11 @@ def letters(case: Case) -> tuple[str, ...]:
     return tuple(case.shapes[0])
 
 
+def letters_text(case: Case) -> str:
+    """The letters as a person reads them, the optional ones in brackets: B T [S] H."""
+    return " ".join(f"[{letter}]" if letter in case.optional else letter for letter in letters(case))
+
+
 # ---- what it is called with
 
 

@@ -8,7 +8,7 @@ import torch
 
 from ...model.errors import InputError, shown
 from ..cases.case import Case, Dims, label
-from ..cases.shapes import letters
+from ..cases.shapes import letters, letters_text
 from .shapes import check_dims
 
 
@@ -81,8 +81,7 @@ def expected(cases: Sequence[Case], name: str) -> str:
     """The letters of a name's Cases: "B T C (hidden) or B T H D (heads)"."""
     by_letters: dict[str, list[str]] = {}
     for case in of_name(cases, name):
-        written = " ".join(f"[{x}]" if x in case.optional else x for x in letters(case))
-        by_letters.setdefault(written, []).append(case.family)
+        by_letters.setdefault(letters_text(case), []).append(case.family)
     return " or ".join(f"{written} ({', '.join(families)})" for written, families in by_letters.items())
 
 

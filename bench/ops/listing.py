@@ -8,7 +8,7 @@ import torch
 
 from ... import kernels
 from ..cases.case import Case, label
-from ..cases.shapes import describe, letters
+from ..cases.shapes import describe, letters_text
 from .chosen import chosen
 from .peers import PEERS
 
@@ -38,15 +38,11 @@ def overview(cases: Sequence[Case], device: str) -> str:
     rows = [("op/family", "letters", "a shape")]
     for case in cases:
         shape = (case.bench.get(device) or case.shapes[-1:])[0]
-        rows.append((case.name, spelled_letters(case), label(shape)))
+        rows.append((case.name, letters_text(case), label(shape)))
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     lines = [f"{a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in rows]
     hint = "burnish bench --list OP shows what a function of yours is given, and what it returns."
     return "\n".join([*lines, "", hint])
-
-
-def spelled_letters(case: Case) -> str:
-    return " ".join(f"[{x}]" if x in case.optional else x for x in letters(case))
 
 
 def details(case: Case) -> str:
@@ -54,7 +50,7 @@ def details(case: Case) -> str:
     shape = case.shapes[min(1, len(case.shapes) - 1)]
     shapes = [f"  {device}: {label(dims)}" for device, timed in case.bench.items() for dims in timed]
     parts = [
-        f"{case.name}  letters: {spelled_letters(case)}",
+        f"{case.name}  letters: {letters_text(case)}",
         f"a function of yours is called by name, with the options, here at {label(shape)}:",
         describe(case, shape, torch.float32).text(),
         f"work: {case.formula}",

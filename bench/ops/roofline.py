@@ -6,12 +6,14 @@ The static proof takes a chip's datasheet. The benchmark takes what this machine
 bytes written, and a large square matrix product.
 """
 
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ..cases.case import Work
+from .clocks import event_seconds, host_seconds
 
 
 @dataclass(frozen=True)
@@ -118,19 +120,8 @@ def measure(device: str, dtype: torch.dtype) -> Ceilings:
     return Ceilings(2 * source.nbytes / copy, 2 * n**3 / product)
 
 
-def _median_seconds(work, device: str) -> float:
-    def once() -> float:
-        if device == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            work()
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end) / 1e3
-        begun = time.perf_counter()
-        work()
-        return time.perf_counter() - begun
-
+def _median_seconds(work: Callable[[], Any], device: str) -> float:
+    once = (lambda: event_seconds(work)) if device == "cuda" else (lambda: host_seconds(work, device))
     for _ in range(3):
         once()
     return sorted(once() for _ in range(10))[5]

@@ -11,7 +11,7 @@ import torch
 
 from ...model.errors import InputError
 from ..cases.case import Case, Dims, Tensors, label, run
-from ..cases.shapes import letters
+from ..cases.shapes import letters, letters_text
 
 MOST = 2**48  # of a size: beyond any memory; what is computed from it still fits into 64 bits
 
@@ -22,7 +22,7 @@ def check_dims(case: Case, dims: Dims, dtype: torch.dtype, device: str) -> Dims:
     case: the registry's, whose own op is asked.
     """
     known = letters(case)
-    names = " ".join(f"[{n}]" if n in case.optional else n for n in known)
+    names = letters_text(case)
     for letter in (*dims, *known):
         if letter not in known:
             raise InputError(f"{case.name}: expected sizes of {names}, got {letter}={dims[letter]}")

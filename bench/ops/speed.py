@@ -33,7 +33,7 @@ from ...algorithms.run.flags import POSITIONAL, Bounds
 from ...kernels._chip import INTERPRET
 from ...model.errors import InputError
 from .. import record
-from ..cases.case import Case, Dims, label, make_inputs
+from ..cases.case import DTYPES, Case, Dims, label, make_inputs
 from ..cases.registry import CASES
 from ..cases.shapes import describe
 from ..flags import flag, spelled
@@ -70,7 +70,6 @@ from .theirs import (
     writes,
 )
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LOST = 3  # exit status: the device answers no more, another process may go on
 
 
@@ -239,7 +238,7 @@ class Bench:
         try:
             torch.manual_seed(0)
             self.bench_shape(case, dims)
-        except Exception as error:
+        except Exception as error:  # the other shapes are worth having
             self.red(f"{where}: {type(error).__name__}: {error}")
         del report["running"]
         if why := lost(self.device):

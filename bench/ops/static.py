@@ -24,13 +24,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-
 from ...algorithms.run.flags import POSITIONAL, Count
 from ...kernels import _chip
 from ...kernels._triton import INSTALLED, expect_triton, triton
 from ...model.errors import InputError
-from ..cases.case import Case, Dims, label, make_inputs, make_upstream, run
+from ..cases.case import DTYPES, Case, Dims, label, make_inputs, make_upstream, run
 from ..cases.registry import CASES
 from ..record import ROOT, kept_part, reading, write_whole
 from .machine_code import Build, read_build
@@ -54,7 +52,6 @@ TARGETS = {
 }
 MOST_PROGRAMS = ((1 << 31) - 1, 65535, 65535)  # of a grid's three dimensions
 PROCESSES = min(2, os.cpu_count() or 1)
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)

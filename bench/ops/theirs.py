@@ -104,7 +104,7 @@ def _attempted(step: Callable[[], str]) -> str:
         return step()
     except PASSES:
         raise
-    except BaseException as error:
+    except BaseException as error:  # a user's file may raise anything
         return raises(error)
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from burnish.algorithms.data.functions import TrainerState, takes
-from burnish.algorithms.data.rewards import Rewards, check_weights, load_reward, load_rewards
+from burnish.algorithms.data.rewards import Rewards, check_weights, load_rewards
+from burnish.algorithms.run.user_files import load_function
 from burnish.model.errors import InputError
 from judging import SAMPLES, AsyncScorer, Scorer, coroutine, judge, refused
 
@@ -16,7 +17,7 @@ def test_a_function_from_a_file_gets_the_columns(tmp_path):
         "def right(prompts, completions, completion_ids, answer, **_):\n"
         "    return [float(c == a) + len(i) for c, a, i in zip(completions, answer, completion_ids)]\n"
     )
-    function = load_reward(f"{tmp_path}/mine.py:right")
+    function = load_function(f"{tmp_path}/mine.py:right")
     found = judge({"right": function}, [0.5])
     assert found.total.tolist() == [1.0, 1.0] and found.parts["right"].tolist() == [2.0, 2.0]
     assert found.total.dtype == found.parts["right"].dtype == torch.float32
@@ -128,12 +129,12 @@ def test_what_cannot_be_loaded_is_named(tmp_path, source, name, message):
     if source is not None:
         path.write_text(source)
     with pytest.raises(InputError, match=message):
-        load_reward(f"{path}:{name}")
+        load_function(f"{path}:{name}")
 
 
 def test_a_name_that_no_file_can_have_is_refused():
     with pytest.raises(InputError) as error:
-        load_reward(f"{'x' * 5000}.py:f")
+        load_function(f"{'x' * 5000}.py:f")
     assert "no file xxx" in str(error.value) and len(str(error.value)) < 400
 
 
@@ -145,7 +146,7 @@ def test_a_signature_that_is_none_takes_all():
 
 def test_a_name_without_a_function_is_refused():
     with pytest.raises(InputError, match=r"expected FILE.py:function or package.module:function"):
-        load_reward("reward.py")
+        load_function("reward.py")
 
 
 def test_numbers_of_numpy_and_torch_are_numbers():
@@ -189,7 +190,7 @@ def test_a_file_may_use_dataclasses_and_the_modules_beside_it(tmp_path):
         "@dataclass\nclass Score:\n    value: float = VALUE\n"
         "def f(completions, **_):\n    return [Score().value for _ in completions]\n"
     )
-    assert judge({"f": load_reward(f"{tmp_path}/reward.py:f")}).total.tolist() == [3.0, 3.0]
+    assert judge({"f": load_function(f"{tmp_path}/reward.py:f")}).total.tolist() == [3.0, 3.0]
 
 
 def test_weights_of_reward_functions():

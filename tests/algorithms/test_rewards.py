@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from burnish.algorithms.data.functions import plain
-from burnish.algorithms.data.rewards import Rewards, answers, load_reward
+from burnish.algorithms.data.rewards import Rewards, answers
 from burnish.algorithms.run.calls import described
+from burnish.algorithms.run.user_files import load_function
 from burnish.model.errors import InputError
 from judging import SAMPLES, AsyncScorer, coroutine, judge, refused
 
@@ -252,11 +253,11 @@ def test_an_exception_has_its_place_in_the_users_file(tmp_path):
     (tmp_path / "reward.py").write_text(
         "import json\n\n\ndef f(**_):\n    x = 1\n    return json.loads('{')\n"
     )
-    function = load_reward(f"{tmp_path}/reward.py:f")
+    function = load_function(f"{tmp_path}/reward.py:f")
     assert refused(function).endswith("(char 1) (reward.py:6)")
     (tmp_path / "broken.py").write_text("x = 1\n1 / 0\n")
     with pytest.raises(InputError, match=r"ZeroDivisionError: division by zero \(broken.py:2\)"):
-        load_reward(f"{tmp_path}/broken.py:f")
+        load_function(f"{tmp_path}/broken.py:f")
     assert described(ValueError("never raised")) == "ValueError: never raised"
 
 

@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 import torch
 from burnish.algorithms import dpo as dpo_module
-from burnish.algorithms.data.rewards import load_reward
+from burnish.algorithms.run.user_files import load_function
 from burnish.bench import record
 from burnish.bench.conformance import KL, Batch, NotApplicable, Step, Toy, Trainer
 from burnish.bench.runs import conformance
@@ -34,7 +34,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
 
 @pytest.fixture(scope="module")
 def burnish() -> Trainer:
-    return load_reward(f"{HERE / 'burnish_adapter.py'}:adapter")()
+    return load_function(f"{HERE / 'burnish_adapter.py'}:adapter")()
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -48,7 +48,7 @@ def test_burnish(name: str, toy: Toy, burnish: Trainer):
     reason="trl and peft are not both installed",
 )
 def test_trl_is_as_the_kept_table_says(toy: Toy):
-    trl = load_reward(f"{HERE / 'trl_adapter.py'}:adapter")()
+    trl = load_function(f"{HERE / 'trl_adapter.py'}:adapter")()
     kept = json.loads(max(record.RESULTS.glob("conformance-*.json")).read_text())["trainers"]
     by_name = {trainer["name"]: trainer for trainer in kept}
     if trl.version != by_name["TRL"]["version"]:
