@@ -26,6 +26,7 @@ def asked(cfg: Any) -> dict[str, Any]:
     hashes = {given: hashlib.sha256(source).hexdigest()[:16] for given, source in sources.items()}
     return {
         "peers": cfg.peers,
+        "rounds": cfg.rounds,
         "against": hashes,
         "forward_only": cfg.forward_only,
         "check_only": cfg.check_only,

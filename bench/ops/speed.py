@@ -7,8 +7,8 @@
 
 No contestant is timed before it has passed the accuracy rule (cases/case.py), outputs and gradients; theirs.py says
 what else is asked of yours. Ops are timed in the order in which they are named. A figure is a p50 with its p20 and p80,
-a ratio the median of five rounds, each over ours of the same round, with the lowest and the highest; contest.py says
-how a round goes. share = floor / time, the floor being bytes over the bandwidth of a copy or operations over the rate
+a ratio the median of the rounds, each over ours of the same round, with the interval that holds it; contest.py says how
+a round goes. share = floor / time, the floor being bytes over the bandwidth of a copy or operations over the rate
 of a matrix product, whichever is longer, both measured in this run.
 
 The files are written anew before and after every shape: a process that dies leaves its rows and the name of the shape
@@ -75,9 +75,7 @@ LOST = 3  # exit status: the device answers no more, another process may go on
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    ops: Annotated[
-        tuple[str, ...], POSITIONAL
-    ] = ()  # ops, or cases such as rms_norm/heads; all when none is named
+    ops: Annotated[tuple[str, ...], POSITIONAL] = ()  # ops, or cases (rms_norm/heads); all by default
     shape: tuple[str, ...] = ()  # shapes of yours, by the letters that --list shows: "B=1 T=300 C=777"
     dtype: Literal["bf16", "fp16", "fp32"] | None = None  # bf16 on a GPU, fp32 on a CPU by default
     against: tuple[str, ...] = ()  # FILE.py:function ..., timed beside ours; the file is code, and runs
@@ -143,6 +141,9 @@ def check(cfg: Config) -> None:
         raise InputError(f"--csv: expected another file than --json {cfg.json}")
     if cfg.commit and not (cfg.json or cfg.keep):
         raise InputError("--commit: expected --json FILE or --keep beside it")
+
+    if cfg.check_only and cfg.rounds != ROUNDS:
+        raise InputError("--rounds: expected no --check-only beside it, which times nothing")
 
     # whose
     for name in ("shape", "against"):

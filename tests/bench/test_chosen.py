@@ -159,6 +159,7 @@ def test_the_list_names_every_case_and_details_every_argument(capsys):
     "flags, sentence",
     [
         ({"shape": ("B=1",)}, "--shape: expected an op before it"),
+        ({"check_only": True, "rounds": 9}, "--rounds: expected no --check-only"),
         ({"against": ("mine.py:f",)}, "--against: expected an op before it"),
         ({"resume": True}, "--resume: expected --json FILE or --keep"),
         ({"json": "x", "keep": True}, "--keep: expected no --json"),

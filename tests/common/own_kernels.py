@@ -93,11 +93,17 @@ WRONG = {  # what is wrong with a function -> its source, and words of what is s
     ),
     "no GPU": ("def f(x, weight):\n    raise RuntimeError('0 active drivers ([]).')", ["TRITON_INTERPRET=1"]),
     "a memory": (
+        "def f(x, weight):\n"
+        "    if not hasattr(x, 'seen'):\n        x.seen = right(x, weight).detach()\n"
+        "    return x.seen",
+        ["wrong on others at the same addresses"],
+    ),
+    "a memory by address": (  # where an earlier call's memory is used anew, the first answer is wrong already
         "SEEN = {}\n"
         "def f(x, weight):\n"
         "    if x.data_ptr() not in SEEN:\n        SEEN[x.data_ptr()] = right(x, weight)\n"
         "    return SEEN[x.data_ptr()]",
-        ["wrong on others at the same addresses"],
+        ["output 0"],
     ),
     "a memory by tensor": (
         "import functools\n@functools.lru_cache\ndef f(x, weight):\n    return right(x, weight)",
