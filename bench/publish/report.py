@@ -25,12 +25,13 @@ from ...model.files.architectures import loadable
 from .. import record
 from ..ops.paths import table as paths
 from ..record import markdown, reading, write_whole
+from .highlights import highlights
 from .page import write_page
 from .pictures import pictures
 from .proofs import candidates, cards, floors, proven, static, static_csv
 from .sheet import svg
 from .times import headlines, speed
-from .whole_runs import conformance, keep_r1, r1, rollouts, trainers
+from .whole_runs import conformance, embedding, keep_r1, r1, rollouts, trainers
 
 DOCUMENTS = (record.ROOT / "README.md", *sorted((record.ROOT / "docs").glob("*.md")))
 MARK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- /generated -->)", re.DOTALL)
@@ -68,7 +69,9 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "r1": r1,
     "trainers": trainers,
     "conformance": conformance,
+    "highlights": highlights,
     "headlines": headlines,
+    "embedding": embedding,
     "proven": proven,
     "speed": speed,
     "static": static,

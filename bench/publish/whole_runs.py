@@ -39,6 +39,18 @@ def trainers(path: str, result: dict[str, Any]) -> str:
     return f"{facts}. {whence(path, result)}; {rounds}.\n\n{markdown(head, rows)}"
 
 
+@of_run("embedding")
+def embedding(path: str, result: dict[str, Any]) -> str:
+    """Return the table of the newest run of `burnish bench embedding`."""
+    from ..runs.embedding import table
+
+    m = result["machine"]
+    facts = f"{m['device']}, one thread, torch {m['torch']}, trl {m['trl']}, transformers {m['transformers']}"
+    return (
+        f"{facts}. {whence(path, result)}; medians of {result['rounds']} rounds.\n\n{table(result['rows'])}"
+    )
+
+
 def interval(ratio: float, ratios: list[float]) -> str:
     """A ratio, and in brackets the least and the most of those that it is the median of."""
     return f"{ratio:.2f}x [{min(ratios):.2f}, {max(ratios):.2f}]"

@@ -1,6 +1,6 @@
 """Memory of one training step of a transformers model, before and after embed.apply puts our ops inside.
 
-    burnish bench embedding [--rounds 3]
+    burnish bench embedding [--rounds 3] [--json FILE] [--keep]
 
 Each measurement is a process of its own: a Llama of 2 layers, width 256 and 32,768 words, 4 rows of 512 tokens, fp32,
 one thread, forward and backward. Growth is the peak of resident memory over what the process held before the step, the
@@ -13,6 +13,8 @@ Needs transformers and trl beside Burnish in one Python: `make test-embed` makes
 import importlib
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -20,6 +22,8 @@ import torch
 
 from ...algorithms.run.flags import Count
 from ...kernels.head.inputs import CPU_BUDGET
+from ..record import machine, markdown
+from .figures import write_figures
 from .process import figures_of
 from .trainers import SHAPE, resident
 
@@ -31,6 +35,8 @@ LOSSES = ("labels", "TRL")
 @dataclass(frozen=True, kw_only=True)
 class Config:
     rounds: Count = 3  # measurements of each, in turn, of which the median counts
+    json: Path | None = None  # write the figures there
+    keep: bool = False  # keep the figures in bench/results, under their usual name
 
 
 def counted(embedded: bool, trained: int) -> dict[str, int]:
@@ -85,29 +91,35 @@ def in_process(loss: str, embedded: str) -> dict[str, float]:
     return step(loss, embedded == "1")
 
 
-def measure(rounds: int) -> dict[tuple[str, bool], dict[str, float]]:
-    """Medians over rounds, by loss and whether embedded."""
+def measure(rounds: int) -> list[dict[str, Any]]:
+    """Measure every loss, plain and embedded. Returns a row each, with the medians over the rounds."""
     runs: dict[tuple[str, bool], list[dict[str, float]]] = {}
     for _ in range(rounds):
         for loss in LOSSES:
             for embedded in (False, True):
                 found = figures_of("embedding", loss, str(int(embedded)))
                 runs.setdefault((loss, embedded), []).append(found)
-    return {
-        key: {name: median(run[name] for run in group) for name in group[0]} for key, group in runs.items()
-    }
-
-
-def table(measured: dict[tuple[str, bool], dict[str, float]]) -> str:
-    lines = ["| loss | embedded | head, counted | with gradients | measured | CPU seconds | loss |"]
-    lines.append("|---|---|---:|---:|---:|---:|---:|")
-    for (loss, embedded), row in measured.items():
-        mb = [f"{x / 1e6:.0f} MB" for x in (row["head"], row["head"] + row["gradients"], row["growth_bytes"])]
-        cells = [loss, "yes" if embedded else "no", *mb, f"{row['cpu_seconds']:.1f}", f"{row['loss']:.6f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    medians = lambda group: {name: median(run[name] for run in group) for name in group[0]}
+    return [{"head_of": key[0], "embedded": key[1], **medians(group)} for key, group in runs.items()]
 
 
 def main(cfg: Config) -> int:
-    print(table(measure(cfg.rounds)))
+    rows = measure(cfg.rounds)
+    print(table(rows))
+    packages = ("torch", "transformers", "trl")
+    facts = machine("cpu") | {name: version(name) for name in packages}
+    write_figures("embedding", cfg, machine=facts, rounds=cfg.rounds, rows=rows)
     return 0
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the rows as a table in Markdown, for the terminal and for docs/embedding.md."""
+    cells = []
+    for row in rows:
+        sizes = (row["head"], row["head"] + row["gradients"], row["growth_bytes"])
+        megabytes = [f"{size / 1e6:,.0f} MB" for size in sizes]
+        seconds = f"{row['cpu_seconds']:.1f}"
+        applied = "yes" if row["embedded"] else "no"
+        cells.append([row["head_of"], applied, *megabytes, seconds, f"{row['loss']:.6f}"])
+    head = ("loss", "embedded", "head, counted", "with gradients", "measured", "CPU seconds", "value")
+    return markdown(head, cells)

@@ -89,11 +89,14 @@ def test_the_step_whose_memory_is_measured(monkeypatch, loss):
     pytest.importorskip("trl", reason="trl is not installed")
     monkeypatch.setattr(embedding, "VOCABULARY", 128)
     monkeypatch.setattr(embedding, "SHAPE", embedding.SHAPE | {"hidden_size": 32, "intermediate_size": 48})
-    rows = {(loss, embedded): embedding.step(loss, embedded) for embedded in (False, True)}
-    before, after = rows.values()
+    rows = [
+        {"head_of": loss, "embedded": embedded, **embedding.step(loss, embedded)}
+        for embedded in (False, True)
+    ]
+    before, after = rows
     assert after["loss"] == pytest.approx(before["loss"], abs=1e-5)
     assert before["head"] == 3 * 4 * 128 * 2048 and after["gradients"] == before["gradients"] > 0
-    assert embedding.table(rows).count("\n") == 3
+    assert embedding.table(rows).count("\n") == 4
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
