@@ -11,7 +11,7 @@ FEATURED = "flash_attention/shared prompt"
 
 
 def highlights() -> str:
-    """Return the table: what was measured, the figure, the machine and the command. A run that is not kept has no row."""
+    """Return the table of what was measured, figure, machine and command. A kind of run that is not kept has no row."""
     rows = [
         *of_machines(_kernel),
         *_row("trainers", _trainers),
@@ -36,8 +36,8 @@ def command_of(result: dict[str, Any]) -> str:
     return " ".join(word for word in words if word not in ("--keep", "--json"))
 
 
-def _kernel(path: str, result: dict[str, Any]) -> list[list[str]]:
-    """The featured case at its largest shape, beside the fastest accurate peer, where a GPU has measured it."""
+def _kernel(path: str, result: dict[str, Any]) -> list[Any]:
+    """Return the row of the featured case at its largest shape, or no row if this machine has not measured it."""
     ratios, shape = [], ""
     for (case, shape_of, which), providers in groups(result).items():  # small shapes first
         peers = [best(row)[1] for row in accurate_peers(providers).values()]

@@ -104,6 +104,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
 
 
 def main(cfg: Config) -> int:
+    torch.set_num_threads(1)
     rows = measure(cfg.rounds)
     print(table(rows))
     packages = ("torch", "transformers", "trl")
