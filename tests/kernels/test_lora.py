@@ -251,7 +251,7 @@ def test_together_refusals(device):
     with pytest.raises(ValueError, match="magnitudes: expected none, or one for each of 3 weights, got 2"):
         lora_linears(x, W, a, b, s, magnitudes=some)  # a graph would drop their gradients
     with pytest.raises(
-        ValueError, match="weights: expected some, all dense or all 4-bit of one format, got 3"
+        ValueError, match="weights: expected at least one, all dense or all 4-bit of one format, got 3"
     ):
         lora_linears(x, [quantize_nf4(W[0]), *W[1:]], a, b, s)
     with pytest.raises(ValueError, match=r"lora_a: expected shape \(rank=3, in=64\), got \(3, 8\)"):
