@@ -322,10 +322,10 @@ SHARES = 2**28  # bytes for the fp32 shares of dk and dv; one share per query he
 
 
 def _rows(x: Tensor, tma: bool) -> Tensor:
-    """Return x, (B, T, H, D) or (total, H, D), as (rows, H, D). Copy it if its strides do not suit the kernels.
+    """Reshape x from (B, T, H, D) or (total, H, D) to (rows, H, D). Copy x if its strides do not suit the kernels.
 
-    A descriptor requires positive strides that are multiples of 16 bytes. Without descriptors, the compiler recognises
-    alignment only in strides that are multiples of 16 elements. It reads others by narrow loads, which spill registers.
+    A tensor descriptor requires positive strides that are multiples of 16 bytes. Without descriptors, the compiler
+    recognises only strides that are multiples of 16 elements. For other strides it emits narrow loads, which spill.
     """
     x = x if x.dim() == 3 else x.flatten(0, 1)
     unit = 16 // x.element_size() if tma else 16
@@ -338,14 +338,14 @@ def _rows(x: Tensor, tma: bool) -> Tensor:
 
 
 def _described(x: Tensor, block: int) -> TensorDescriptor:
-    """Return a descriptor of x (rows, H, D). Its tiles are `block` rows of one head; columns past D read as 0."""
+    """Return a tensor descriptor of x (rows, H, D) with tiles of `block` rows of a head. Columns past D read as 0."""
     rows, heads, width = x.shape
     strides = [x.stride(1), x.stride(0), 1]
     return TensorDescriptor(x, [heads, rows, width], strides, [1, block, tile_width(width)])
 
 
 def _parts(group: int, size: int) -> int:
-    """Return how many programs split the heads of a group. Each writes a share of `size` bytes; all fit in SHARES."""
+    """Return the number of programs for the query heads of a group: as many as SHARES allows at `size` bytes each."""
     return next(n for n in range(group, 0, -1) if group % n == 0 and (n == 1 or n * size <= SHARES))
 
 
@@ -354,12 +354,12 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 class _Call(NamedTuple):
-    """The arguments of a call as its kernels take them. A packed call is a batch of segments; its T and S are 0."""
+    """The operands and sizes that all kernels of a call take. A packed call is one batch of segments."""
 
     q: Tensor  # (rows, H, D)
     k: Tensor  # (rows, G, D)
     v: Tensor  # (rows, G, Dv)
-    T: int
+    T: int  # 0 in a packed call, as S
     S: int
     sequences: int  # segments, or the batch
     packing: Packing
@@ -387,14 +387,14 @@ class _Call(NamedTuple):
         return cdiv(length, block) * cdiv(self.sequences, GRID), heads, min(self.sequences, GRID)
 
     def options(self, numbers: dict[str, Any], tile: Tile, **more: Any) -> dict[str, Any]:
-        """Return the keyword arguments of a launch: `numbers`, the tile, and `more`, which only this kernel takes."""
+        """Return the keyword arguments of a launch: `numbers`, the tile, and `more`, arguments of one kernel alone."""
         M, N, _, warps, stages = tile
         more.update(numbers, BLOCK_M=M, BLOCK_N=N, TMA=self.tma, num_warps=warps, num_stages=stages)
         return more
 
 
 def _numbers(call: _Call, rules: Rules) -> dict[str, Any]:
-    """Return the numbers and flags that every kernel takes, by the names of its parameters."""
+    """Return the numbers and flags that every attention kernel takes, by the names of the parameters."""
     causal, scale, window, softcap = rules
     packed, parents = call.packing.cu_seqlens is not None, call.packing.parents is not None
     assert scale is not None
@@ -448,10 +448,10 @@ class _Gradients(NamedTuple):
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, packing: Packing, rules: Rules
 ) -> tuple[Tensor, Tensor]:
-    """Return out and lse, from q, k and v as the public op takes them.
+    """Compute out and lse. q, k and v have the shapes that flash_attention takes.
 
-    lse is (H, rows), because the kernels read it along the rows. It is in units of log2, as the scores are. So the
-    backward pass subtracts exactly the number of the forward pass.
+    lse is (H, rows), because the kernels read it along the rows. It is in units of log2, as the scores are, so that
+    the backward pass subtracts exactly the number of the forward pass.
     """
     out, lse = _shapes(q, k, v, sinks, packing, rules)
     call = _Call.of(q, k, v, packing)
@@ -476,7 +476,7 @@ def _save(outputs, *inputs):
 
 
 def _backward(saved: _Saved, needs: Any, dout: Tensor | None, dlse: Tensor | None) -> _Gradients:
-    """Return dq, dk and dv always, and dsinks if needed. The kernel of dQ makes delta, which that of dK/dV reads."""
+    """Compute dq, dk and dv in every case, because dK/dV reads the delta of dQ's kernel. Compute dsinks if needed."""
     call = _Call.of(saved.q, saved.k, saved.v, saved.packing)
     dout = _rows(torch.zeros_like(saved.out) if dout is None else dout, call.tma)
     numbers = _numbers(call, saved.rules)
@@ -496,7 +496,7 @@ def _backward(saved: _Saved, needs: Any, dout: Tensor | None, dlse: Tensor | Non
 def _query_grad(
     call: _Call, saved: _Saved, numbers: dict[str, Any], dout: Tensor, dlse: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return dq, and delta (H, rows), which the kernel of dK/dV reads."""
+    """Compute dq and delta (H, rows). The kernel of dK/dV reads delta, which is dout . out - dlse."""
     dq, delta = saved.q.new_empty(saved.q.shape), torch.empty_like(saved.lse)
     dlse = None if dlse is None else dlse.contiguous()
     q, k, v = call[:3]
@@ -594,9 +594,9 @@ def flash_attention(
     sinks: (H,), one logit per head that joins the softmax but has no value. It is neither scaled nor capped.
     cu_seqlens: (segments + 1,) int32 in 0..total, the start of each segment and the end of the last. A segment may be
         empty. Rows outside all segments, such as padding, have out 0, lse -inf and zero gradients.
-    parents: (segments,) int32, the segment that each segment continues, or -1. A child also sees its parent's tokens,
-        and its positions start at the parent's length. A parent has parent -1 and stands directly before its children.
-        Requires causal.
+    parents: (segments,) int32, for each segment the parent that it continues, or -1. A child also sees its parent's
+        tokens, and its positions start at the parent's length. A parent has no parent itself, and stands directly
+        before its children. Requires causal.
     Returns (B, T, H, Dv) or (total, H, Dv) in q's dtype. With return_lse it also returns lse, (B, T, H) or (total, H),
         in fp32 (fp64 for fp64). This is the natural log of each softmax's denominator, including the sink, or -inf for
         an empty softmax. It is differentiable.

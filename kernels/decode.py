@@ -239,7 +239,10 @@ def _piece(chip: str) -> int:
 def _constants(
     chip: str, dtype: torch.dtype, H: int, G: int, D: int, DV: int, prefix: bool
 ) -> dict[str, Any]:
-    """Return the constants, warps and stages of _decode_pieces for these heads. `prefix`: for the prefixes' cache."""
+    """Return the compile-time constants, warps and stages of the kernel _decode_pieces for these heads.
+
+    `prefix` says whether the kernel reads the cache of the prefixes or that of the sequences' own rows.
+    """
     table = DECODE["fp32" if dtype == torch.float32 and chip != "interpreted" else chip]
     tile = next(tile for width, tile in table.items() if tile_width(max(D, DV)) <= width)
     steps = {"PIECE": _piece(chip), "BLOCK_N": tile.N, "num_warps": tile.warps, "num_stages": tile.stages}
@@ -261,7 +264,7 @@ def _unit_strides(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _decode(q: Tensor, caches: list[Cache], scores: Scores) -> Tensor:
-    """Compute attention over the cache of the sequences' own rows and, if a second is given, the prefixes' cache."""
+    """Compute attention over one or two caches: the sequences' own rows and, if there are prefixes, the prefixes."""
     out = _shapes(q, caches, scores)
     if not out.numel():
         return out
@@ -291,7 +294,10 @@ def _decode(q: Tensor, caches: list[Cache], scores: Scores) -> Tensor:
 def _by_piece(
     q: Tensor, caches: list[Cache], scores: Scores, pieces: list[int], partial: Tensor, lse: Tensor
 ) -> None:
-    """Write the output of each piece into partial (pieces, B, H, Dv), and its log-sum-exp into lse (pieces, B, H)."""
+    """Compute attention over each piece of the keys.
+
+    Write its output into partial (pieces, B, H, Dv), and the log-sum-exp of its scores into lse (pieces, B, H).
+    """
     (B, H, D), (_, S_max, G, DV) = q.shape, caches[0].values.shape
     scale, window, softcap, _ = scores
     rules = {"WINDOW": window is not None, "SOFTCAP": softcap is not None, "PRECISION": precision()}
@@ -392,8 +398,8 @@ def decode_attention(
     length: (B,) int32 or int64, the number of keys of that row, at most S_max. They include the query's own key.
     prefix_slot, prefix_length: (B,) each, int32 or int64, both or neither: the row and length of the prefix. Slot -1
         means no prefix. Sequences with the same prefix are fastest if they are adjacent in the batch.
-    k_prefix, v_prefix: (prefixes, P_max, G, D) and (prefixes, P_max, G, Dv), a separate cache for the prefixes, to
-        whose rows prefix_slot then refers. P_max and S_max may differ.
+    k_prefix, v_prefix: (prefixes, P_max, G, D) and (prefixes, P_max, G, Dv), an optional cache for the prefixes alone.
+        prefix_slot is then a row of this cache. P_max and S_max may differ.
     scale: the factor of the scores, by default 1 / sqrt(D).
     window: the query sees only the last `window` positions, including its own. Positions count through the prefix.
     softcap: a number c; each scaled score s becomes c * tanh(s / c).
@@ -401,7 +407,8 @@ def decode_attention(
     Returns (B, H, Dv) in q's dtype, with zeros for an empty sequence. On a GPU a sequence gets the same bits whatever
         else is in the batch. On a CPU its last bits may depend on the longest sequence in the batch, by its padding.
     NaN in a query, in a key that it sees or in its sink makes its whole row NaN. NaN in a value makes at least its
-        channel NaN. Since 0 * NaN is NaN, a sequence with the same row or prefix may become NaN without seeing it.
+        channel NaN. Since 0 * NaN is NaN, it may also reach a sequence that has the same row or prefix but does not
+        see the NaN.
     Raises ValueError for other shapes, dtypes and devices, and NotImplementedError if a gradient is required. On a CPU
         it also raises ValueError for slots and lengths that the caches do not have. On a GPU nobody reads these
         numbers: a row with such a slot counts as empty, and a length is clamped to the nearest valid one.

@@ -111,7 +111,7 @@ def _glu_bwd(
 
 @lru_cache
 def _config(F: int) -> dict[str, int]:
-    """Return a tile of 2,048 elements. Its columns are the largest power of two that leaves few of them idle."""
+    """Return a tile of 2,048 elements, as wide as possible if at most 5 % of the columns are idle (at least 128)."""
     block_f = 2048
     while block_f > 128 and cdiv(F, block_f) * block_f > 1.05 * F:
         block_f //= 2
@@ -119,7 +119,7 @@ def _config(F: int) -> dict[str, int]:
 
 
 class _Inputs(NamedTuple):
-    """The two inputs, and the numbers that define the gated unit."""
+    """The two inputs, and the numbers that define the activation."""
 
     gate: Tensor
     up: Tensor
@@ -137,7 +137,7 @@ class _Gradients(NamedTuple):
 def _forward(
     gate: Tensor, up: Tensor, scale: float, cubic: float, limit: float | None, offset: float
 ) -> Tensor:
-    """Return the gated product of gate and up, both (R, F) with a contiguous last dimension."""
+    """Compute the gated linear unit of gate and up, both (R, F) with a contiguous last dimension."""
     out = gate.new_empty(gate.shape)
     if out.numel():
         numbers, grid, config = _launch_arguments(gate, up, scale, cubic, limit, offset)
@@ -227,10 +227,10 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def clamped_swiglu(gate: Tensor, up: Tensor, alpha: float = 1.702, limit: float = 7.0) -> Tensor:
-    """Compute (up + 1) * gate * sigmoid(alpha * gate) with gate clamped to at most limit and up to -limit..limit.
+    """Compute (up + 1) * gate * sigmoid(alpha * gate) of clamped inputs.
 
-    Shapes and dtypes are those of swiglu. A clamped element gets no gradient, but an element on the limit does. An
-    infinite limit clamps nothing.
+    gate is clamped to at most `limit`, and up to the range from -limit to limit. An infinite limit clamps nothing. A
+    clamped element gets no gradient, but an element that lies on the limit does. Shapes and dtypes are those of swiglu.
     Raises ValueError as swiglu does, for an alpha that is not finite, and for a limit below 0.
     """
     _check(gate, up)

@@ -247,7 +247,7 @@ def _measured_path(x: Tensor, shape: Sequence[int]) -> str:
 def _launch_fused(
     x: Tensor, W: Tensor, S: Tensor, layer: Layer, adapter: Tensor | None, gain: Tensor | None
 ) -> Tensor:
-    """Return gain (x W^T + scaling S B^T) + bias, (M, N), from one kernel."""
+    """Compute gain (x W^T + scaling S B^T) + bias, (M, N), in one kernel. S is drop(x) A^T."""
     (M, K), b, bias = x.shape, layer.b, layer.bias
     N, R = b.shape[-2:]
     out = x.new_empty(M, N)
@@ -264,7 +264,7 @@ def _launch_fused(
 
 
 def _launch_dora_norm(W: Tensor, layer: Layer) -> Tensor:
-    """Return the norm |W + scaling B A| of each row, (N,) fp32, from one kernel."""
+    """Compute DoRA's norm |W + scaling B A| of each row, (N,) fp32, in one kernel."""
     (N, K), R = W.shape, layer.a.shape[0]
     norm = W.new_empty(N, dtype=torch.float32)
     if N:
@@ -276,7 +276,7 @@ def _launch_dora_norm(W: Tensor, layer: Layer) -> Tensor:
 
 
 def _dora_norm(W: Tensor, layer: Layer) -> Tensor:
-    """Return the norm |W + scaling B A| of each row, (N,), in fp32 or a wider dtype."""
+    """Compute DoRA's norm |W + scaling B A| of each row, (N,), in fp32 or a wider dtype."""
     if use_triton(W):
         return _launch_dora_norm(W, layer)
     wide = torch.promote_types(W.dtype, torch.float32)
@@ -288,7 +288,7 @@ def _dora_norm(W: Tensor, layer: Layer) -> Tensor:
 def _layer_forward(
     x: Tensor, S: Tensor, layer: Layer, adapter: Tensor | None, path: str
 ) -> tuple[Tensor, Tensor | None]:
-    """Return out (M, N), and DoRA's norm (N,), or None without DoRA."""
+    """Return the output (M, N) of one layer from x and S = drop(x) A^T, and DoRA's norm (N,), None without DoRA."""
     weight, _, b, bias, magnitude, scaling, _ = layer
     triton_path, norm, gain = use_triton(x), None, None
 
@@ -320,7 +320,7 @@ def _layer_forward(
 
 
 def _forward(x: Tensor, layers: list[Layer], rows: Rows) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    """Return out (M, N) of each layer for x (M, K), S (M, sum of R), and the norm (N,) of each layer with DoRA."""
+    """Return each layer's output (M, N), S = drop(x) A^T (M, sum of R), and the norm (N,) of each layer with DoRA."""
     paths, outs, norms = [_path(x, layer) for layer in layers], [], []
     S = low_rank_forward(x, torch.cat([layer.a for layer in layers], -2), rows, paths[0])
     for layer, share, path in zip(layers, _shares(S, layers), paths, strict=True):
@@ -332,7 +332,7 @@ def _forward(x: Tensor, layers: list[Layer], rows: Rows) -> tuple[list[Tensor], 
 
 
 def _shares(S: Tensor, layers: list[Layer]) -> Iterator[Tensor]:
-    """Yield the columns of S that belong to each layer, contiguous."""
+    """Yield the columns of S (M, sum of R) that belong to each layer, as contiguous tensors."""
     return map(Tensor.contiguous, S.split([layer.b.shape[-1] for layer in layers], 1))
 
 
@@ -373,7 +373,7 @@ class _AllGradients(NamedTuple):
 def _layer_backward(
     saved: _Saved, needs: Sequence[bool], dout: Tensor, dx: Tensor | None
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Return dx, with this layer's g W added, dS (M, R), dB, dbias and dm. All but dS are None if not needed."""
+    """Return dx with this layer's part added, dS (M, R), and the gradients of B, bias and magnitude, if needed."""
     x, S, norm, layer, (adapter, _, _), bias_dtype = saved
     weight, _, b, _, magnitude, scaling, _ = layer
     with_dx, with_dA, with_dB, with_dbias, with_dm = needs
@@ -457,7 +457,7 @@ def _like_all_saved(saved, needs, douts):
 
 
 def _one_forward(x: Tensor, layer: Layer, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """Return out (M, N) for x (M, K), S (M, R), and DoRA's norm (N,), which is empty without DoRA."""
+    """Return the output (M, N) of one layer, S = drop(x) A^T (M, R), and DoRA's norm (N,), empty without DoRA."""
     path = _path(x, layer)
     S = low_rank_forward(x, layer.a, rows, path)
     out, norm = _layer_forward(x, S, layer, rows.adapter, path)
@@ -585,9 +585,9 @@ def lora_linear(
 
     x: (..., in)    weight: (out, in), a tensor or 4-bit    lora_a: (R, in)    lora_b: (out, R)    bias: (out,)
     magnitude: (out,), for DoRA. Each output is multiplied by magnitude / |W + scaling B A| before the bias is added.
-    adapter: (...) int, the adapter of each row, or -1 for none. Then lora_a is (adapters, R, in), and lora_b is
-        (adapters, out, R). A wrong number raises ValueError on a CPU. Elsewhere the host does not check: such a row of
-        the result is NaN, and its dx is NaN except where dropout hides x from the adapter.
+    adapter: (...) int, the adapter of each row, or -1 for none. With it lora_a is stacked as (adapters, R, in), and
+        lora_b as (adapters, out, R). A wrong number raises ValueError on a CPU. Elsewhere the host does not check: such
+        a row of the result is NaN, and its dx is NaN except where dropout hides x from the adapter.
     dropout: the share of x's elements that are hidden from the adapter.
     seed: an int or a 0-d int64 tensor, which determines the hidden elements. A CUDA graph would freeze an int.
     Returns (..., out) in x's dtype, in which the products are computed. If lora_b is 0, the result on a CPU has the

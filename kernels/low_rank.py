@@ -230,7 +230,7 @@ def most_ranks(x: Tensor) -> int:
 
 
 def _launch_shrink(x: Tensor, a: Tensor, rows: Rows) -> Tensor:
-    """Return S = drop(x) A^T, (M, R), from one pass over x."""
+    """Compute S = drop(x) A^T, (M, R), in one pass over x."""
     (M, K), R, adapter, seed = x.shape, a.shape[-2], rows.adapter, rows.seed
     S = x.new_empty(M, R)
     if S.numel():
@@ -245,7 +245,7 @@ def _launch_shrink(x: Tensor, a: Tensor, rows: Rows) -> Tensor:
 def launch_expand(
     out: Tensor, S: Tensor, b: Tensor, scaling: float, rows: Rows, gain: Tensor | None, bias: Tensor | None
 ) -> None:
-    """Set out to gain (out + drop(scaling S b^T)) + bias, in place. b: (N, R) or (adapters, N, R), any strides."""
+    """Replace `out` by gain (out + drop(scaling S b^T)) + bias. b is (N, R) or (adapters, N, R) with any strides."""
     (M, N), R, (adapter, seed, _) = out.shape, S.shape[1], rows
     if out.numel():
         block_n = 64 if out.dtype == torch.float32 else 128
@@ -259,7 +259,7 @@ def launch_expand(
 
 
 def launch_ds_and_db(g: Tensor, S: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """Return dS (M, R) and dB (N, R), from one pass over g."""
+    """Compute dS = scaling g B, (M, R), and dB = scaling g^T S, (N, R), in one pass over g."""
     (M, N), R = g.shape, S.shape[1]
     dS, block_r = torch.empty_like(S), rank_block(R, most_ranks(g))
     partial = g.new_empty(cdiv(M, PARTIAL_ROWS), N, R, dtype=torch.float32)
@@ -276,7 +276,7 @@ def partial_sums_fit(M: int, N: int, R: int) -> bool:
 
 
 def _launch_da(dS: Tensor, x: Tensor, a: Tensor, rows: Rows) -> Tensor:
-    """Return dA = dS^T drop(x) in a's shape, from one pass over x for each adapter."""
+    """Compute dA = dS^T drop(x) in a's shape, in one pass over x for each adapter."""
     (M, K), R, (adapter, seed, _) = x.shape, dS.shape[1], rows
     adapters, block_k, block_r = a.shape[0] if adapter is not None else 1, 64, rank_block(R, most_ranks(x))
     splits = max(1, min(cdiv(M, 512), cdiv(2 * multiprocessors(x), cdiv(K, block_k))))
@@ -293,7 +293,10 @@ def _launch_da(dS: Tensor, x: Tensor, a: Tensor, rows: Rows) -> Tensor:
 
 
 def low_rank_forward(x: Tensor, a: Tensor, rows: Rows, path: str) -> Tensor:
-    """Return S = drop(x) A^T, (M, R). On a GPU, path "cublas" uses torch if there is no stack and no dropout."""
+    """Compute S = drop(x) A^T, (M, R).
+
+    On a GPU a kernel computes it, but for path "cublas" torch does if there is neither a stack nor dropout.
+    """
     adapter, seed, dropout = rows
     if use_triton(x) and not (seed is None and adapter is None and path == "cublas"):
         return _launch_shrink(x, a, rows)
@@ -304,7 +307,7 @@ def low_rank_forward(x: Tensor, a: Tensor, rows: Rows, path: str) -> Tensor:
 
 
 def a_gradient(dS: Tensor, x: Tensor, a: Tensor, rows: Rows) -> Tensor:
-    """Return dA = dS^T drop(x) in a's shape, for one adapter or a stack."""
+    """Compute dA = dS^T drop(x) in the shape of a, which is one adapter or a stack."""
     adapter, seed, dropout = rows
     if use_triton(x) and not (seed is None and adapter is None):
         return _launch_da(dS, x, a, rows)

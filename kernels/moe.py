@@ -67,7 +67,7 @@ def _up_fwd(
     ACTIVATION: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """Compute A = act(H), H = x W^T + s B^T + bias. x is by token. RANK: the step through R, or 0 without s and B."""
+    """Compute A = act(H), H = x W^T + s B^T + bias, for gathered rows of x. RANK: the step through R, or 0 without s."""
     GATED: tl.constexpr = ACTIVATION != "relu2"
     blocks = tl.cdiv(F, BLOCK_N)  # neighbouring programs share their rows of x
     tile = tl.program_id(0) // blocks
@@ -199,7 +199,7 @@ def _activation_bwd(
     ACTIVATION: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """Compute dH, w A, and the gradient of each row's w as one partial sum for each block of F. p is dout B_d."""
+    """Compute dH, w A, and the gradient of each row's weight w as a partial sum per block of F. p is dout B_d."""
     GATED: tl.constexpr = ACTIVATION != "relu2"
     blocks = tl.cdiv(F, BLOCK_N)
     tile, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -336,7 +336,7 @@ def _product(
 
 
 def _activation(x: Tensor, experts: Experts, s: Tensor, routes: Routes, save: bool) -> tuple[Tensor, Tensor]:
-    """Return A = act(H), (T K, F), and H, (T K, 2F or F), which is empty unless `save`."""
+    """Return the activation A = act(H), (T K, F), and H, (T K, 2F or F), which is empty unless `save`."""
     starts, row, choice, tile_expert, tile_row, block_m, top_k = routes
     gate_up, _, activation, alpha, limit = experts
     (_, width, C), R = gate_up.sizes, s.shape[1]
@@ -393,7 +393,7 @@ def _weight_grad(
 
 
 def _sum_over_choices(y: Tensor, weights: Tensor | None, routes: Routes) -> Tensor:
-    """Return (T, C): the sum of each token's rows of y (T K, C), multiplied by `weights` if they are given."""
+    """Return (T, C): for each token the sum of its K rows of y (T K, C), weighted if `weights` are given."""
     T, C = routes.row.numel() // routes.top_k, y.shape[1]
     out = y.new_empty(T, C)
     grid = (T, cdiv(C, 1024))
@@ -404,13 +404,13 @@ def _sum_over_choices(y: Tensor, weights: Tensor | None, routes: Routes) -> Tens
 
 
 def _block_m(x: Tensor, rows: int, E: int) -> int:
-    """Return the rows of a tile, about as many as an expert has on average: rows beyond that would be wasted."""
+    """Return the number of rows of a tile, about the average of an expert, since more rows would be wasted."""
     most = 64 if x.dtype == torch.float32 else 128
     return min(most, max(16, 1 << (rows // max(E, 1)).bit_length()))
 
 
 def _rank_step(tile: dict[str, int], R: int) -> int:
-    """Return the step of a kernel through the rank R of an adapter, or 0 without an adapter."""
+    """Return the step of a kernel's loop over the rank R of an adapter, or 0 without an adapter."""
     return min(tile["BLOCK_K"], tile_width(R)) if R else 0
 
 
@@ -441,7 +441,10 @@ class _Gradients(NamedTuple):
 def _forward(
     x: Tensor, experts: Experts, weights: Tensor, routes: Routes, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return out (T, C), H (T K, 2F or F) and S (T K, R), H and S empty unless `save`. Inputs must be contiguous."""
+    """Return the output (T, C), the pre-activation H (T K, 2F or F), and S = x A_gu^T (T K, R).
+
+    H and S are empty unless `save`. The inputs are contiguous, and `weights` is fp32.
+    """
     if not x.numel() or not routes.top_k:
         out, h, s = _shapes(x, experts, weights, routes, save)
         return out.zero_(), h, s
@@ -568,9 +571,8 @@ def moe_mlp(
 ) -> Tensor:
     """Compute the experts of each token, and sum their outputs with `weights`. Formulas are at the top of this file.
 
-    x: (T, C). Experts have no capacity limit (dropless).
-    gate_up: (E, 2F, C), the gate's rows first, or (E, F, C) for relu2.    down: (E, C, F). Each is a tensor in x's
-        dtype, or a frozen 4-bit weight in which every expert has a whole number of blocks.
+    x: (T, C).    gate_up: (E, 2F, C), the gate's rows first, or (E, F, C) for relu2.    down: (E, C, F). The weights
+        are tensors in x's dtype, or frozen 4-bit weights with whole blocks for each expert. Experts have no capacity.
     weights: (T, K) floating point.    indices: (T, K) int32 or int64. A choice outside of 0..E-1 is skipped.
     gate_up_bias: (E, 2F), or (E, F) for relu2.    down_bias: (E, C).    alpha, limit: parameters of clamped_swiglu.
     gate_up_a, gate_up_b: (E, R, C) and (E, 2F, R), an adapter.    down_a, down_b: (E, R, F) and (E, C, R), an adapter.

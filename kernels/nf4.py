@@ -244,7 +244,11 @@ def _plan(
 
 
 def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """Return x W^T + bias, (M, N), for a contiguous x (M, K) and a 4-bit W (N, K). For few rows W stays in 4 bits."""
+    """Compute x W^T + bias, (M, N), for a contiguous x (M, K) and a 4-bit W (N, K).
+
+    On a GPU a kernel reads the 4 bits of W if x has at most FEW_ROWS rows and K is a multiple of the blocksize.
+    Otherwise W is dequantised first.
+    """
     (M, K), (N, _), blocksize = x.shape, weight.shape, weight.blocksize
     if not use_triton(x) or M > FEW_ROWS or K % blocksize or 0 in (M, N, K):
         return F.linear(x, dequantize(weight, x.dtype), None if bias is None else bias.to(x.dtype))
@@ -268,7 +272,7 @@ def _linear_shapes(x, weight, bias):
 
 
 class _Saved(NamedTuple):
-    """The record that is saved for the backward: W in its 4 bits and the dtype of the bias, but not x."""
+    """The values that are saved for the backward: W in its 4 bits and the dtype of the bias, but not x."""
 
     weight: Weight
     bias_dtype: torch.dtype | None
@@ -342,8 +346,8 @@ def quantize_nf4(
     blocksize: the number of weights that share an absmax, a power of two from 32 to 4096.
     quant_type: "nf4" or "fp4".
     double_quant: quantise absmax to 8 bits, too.
-    A number that is not finite makes its block NaN or infinite. With double_quant it does so to the whole weight. This
-    holds on any device.
+    A number that is not finite makes its block NaN or infinite. With double_quant it makes the whole weight NaN or
+    infinite. This holds on any device.
     Raises ValueError for another dtype, blocksize or quant_type.
     """
     if blocksize not in BLOCKSIZES:

@@ -291,7 +291,7 @@ class _Gradients(NamedTuple):
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, unit_offset: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y, the sum h (empty without a residual) and rstd (...). The inputs must be contiguous."""
+    """Return the normalised y, the sum h (empty without a residual) and rstd (...). The inputs are contiguous."""
     N, add = x.shape[-1], residual is not None
     y, h, rstd = _shapes(x, residual, weight, eps, unit_offset)
     R = rstd.numel()
@@ -322,7 +322,7 @@ def _save(outputs, x, residual, weight, eps, unit_offset):
 
 
 def _backward(saved: _Saved, needs: Any, dy: Tensor | None, dh: Tensor | None) -> _Gradients:
-    """Return the gradients from dy and dh, the upstream gradients of y and of the sum that add_rms_norm returns."""
+    """Compute the gradients of the inputs. dy is the gradient of the normalised output, dh that of x + residual."""
     if saved.residual_dtype is None:
         dh = None  # the gradient of an empty tensor
     dx, dw = dh, None
@@ -341,7 +341,7 @@ def _backward(saved: _Saved, needs: Any, dy: Tensor | None, dh: Tensor | None) -
 def _input_and_weight_grad(
     dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, unit_offset: bool, with_dw: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return dx in h's dtype, and dw, which is empty unless `with_dw`. The inputs must be contiguous."""
+    """Return dx in h's dtype, and dw, which is empty unless `with_dw`. The inputs are contiguous."""
     N, R, add = h.shape[-1], rstd.numel(), dh is not None
     dx, dw = _gradient_shapes(dy, dh, h, weight, rstd, unit_offset, with_dw)
     if dx.numel() == 0:
@@ -376,7 +376,7 @@ def _partial(dw: Tensor, programs: int) -> Tensor:
 
 
 def _add_up(partial: Tensor, dw: Tensor) -> None:
-    """Sum partial (programs, N) over the programs into dw (N,), in a fixed order."""
+    """Write the sum of `partial` (programs, N) over the programs into dw (N,), in a fixed order."""
     P, N = partial.shape
     config = norm_sum(P)
     _sum_partials[(cdiv(N, config["BLOCK_N"]),)](partial, dw, P, N, **config)

@@ -154,11 +154,12 @@ def _rope(
 
 @cache
 def _config(H: int, G: int, D: int, half: int) -> dict[str, int]:
-    """Return the tile of a program: as many heads as leave few of them idle, and tokens to fill 2,048 elements.
+    """Return the tile of a program: a number of heads of which few are idle, and tokens to fill 2,048 elements.
 
-    The heads of a tile share the table rows of its tokens. Times against a tile of 8 heads and 4,096 elements, on an
-    H100 in bf16 (torch 2.11, Triton 3.6): 117.7 us instead of 126.7 for 32 query and 8 key heads of 128 dimensions,
-    76.9 instead of 82.2 for 8/4 of 256, 43.3 instead of 46.2 for 9/3 of 64, and 54.6 instead of 55.8 for 14/2 of 64.
+    The heads of a tile share the table rows of its tokens. Measured against a tile of 8 heads and 4,096 elements, on an
+    H100 in bf16 with torch 2.11 and Triton 3.6: 32 query and 8 key heads of 128 dimensions take 117.7 us instead of
+    126.7, 8/4 of 256 take 76.9 instead of 82.2, 9/3 of 64 take 43.3 instead of 46.2, and 14/2 of 64 take 54.6 instead
+    of 55.8.
     """
     block_h = min(16, next_power_of_2(max(H, G)))
     while block_h > 4 and 0.8 * block_h * (cdiv(H, block_h) + cdiv(G, block_h)) > H + G:
@@ -184,7 +185,7 @@ class _Gradients(NamedTuple):
 
 
 def _forward(q: Tensor, k: Tensor, tables: _Tables) -> tuple[Tensor, Tensor]:
-    """Return q (B, T, H, D) and k (B, T, G, D) rotated. The last dimension of each must be contiguous."""
+    """Rotate q (B, T, H, D) and k (B, T, G, D), whose last dimensions are contiguous."""
     B, T, H, D = q.shape
     cos, sin, positions, interleaved, inverse = tables
     G, half = k.shape[2], cos.shape[1]
@@ -221,7 +222,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """Return q (..., T, H, D) and k (..., T, G, D) rotated by torch. cos, sin: (..., T, rotary/2), fp32 or wider."""
+    """Rotate q (..., T, H, D) and k (..., T, G, D) by torch. cos and sin are (..., T, rotary/2) in fp32 or wider."""
     half = cos.shape[-1]
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     turns = torch.complex(cos, sin) if interleaved else cos  # (..., T, 1, rotary/2)

@@ -31,7 +31,7 @@ from ._triton import tl, triton
 
 
 class RouteStatistics(NamedTuple):
-    """The statistics of a router. All but `dropped` are those before a capacity drops any choice."""
+    """The statistics of a router. All fields but `dropped` are counted before any choice is dropped."""
 
     balance: Tensor  # (), differentiable; K if the load is even
     z_loss: Tensor  # (), differentiable
@@ -106,7 +106,7 @@ def _counts(indices: Tensor, E: int) -> Tensor:
 def _place_in_expert(indices: Tensor, E: int) -> Tensor:
     """Return (T, K): for each choice, the number of earlier choices of the same expert.
 
-    All first choices come before all second choices, and so on.
+    All first choices count as earlier than all second choices, and so on.
     """
     by_choice = indices.t().flatten()  # (K T,)
     ids, order = by_choice.sort(stable=True)

@@ -302,7 +302,10 @@ BYTES = {torch.float32: 4, torch.float16: 3, torch.bfloat16: 2}
 
 
 def _sample(logits: Tensor, noise: Tensor, rules: Sampling) -> tuple[Tensor, Tensor, Tensor]:
-    """Return token (B,), logprob (B,) and support (B, width). Without truncation width is 0. Grids depend on shapes."""
+    """Return token (B,), logprob (B,) and support (B, width), where width is 0 without truncation.
+
+    Grids depend on shapes alone, so no row affects another.
+    """
     B, V = logits.shape
     temperature, top_k, top_p, min_p = rules
     token, logprob, support = _shapes(logits, noise, rules)
