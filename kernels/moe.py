@@ -67,7 +67,7 @@ def _up_fwd(
     ACTIVATION: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """Compute A = act(H), H = x W^T + s B^T + bias, for gathered rows of x. RANK: the step through R, or 0 without s."""
+    """Compute A = act(H), H = x W^T + s B^T + bias, for gathered rows of x. RANK: a step through R, or 0 without s."""
     GATED: tl.constexpr = ACTIVATION != "relu2"
     blocks = tl.cdiv(F, BLOCK_N)  # neighbouring programs share their rows of x
     tile = tl.program_id(0) // blocks
@@ -489,11 +489,11 @@ def _backward(saved: _Saved, needs: Any, dout: Tensor) -> _Gradients:
     gate_up, down = experts[:2]
     dout = dout.contiguous()
 
-    # dH: back through the second layer, with dout B_d, and the activation
+    # dH: back through the second layer, its adapter (dout B_d), and the activation
     dout_b = None if down.b is None else _product(dout, down.b, routes, by_token=True, transposed=True)
     dh, wa, sums = _activation_grad(dout, dout_b, experts, h, weights, routes)
 
-    # dx: back through the first layer, with dH B_gu
+    # dx: back through the first layer and its adapter (dH B_gu)
     dh_b = dx = None
     if gate_up.b is not None and (needs.x or needs.experts_gate_up_a):
         dh_b = _product(dh, gate_up.b, routes, transposed=True)
