@@ -24,9 +24,9 @@ Memory, in elements, for one head of one sequence: the forward pass reads TD for
 S(D + Dv) for k and v, mostly from L2. It writes TDv for out and T for lse, and saves q, k, v, out and lse. The
 backward pass reads all of these and dout twice, once for dQ and once for dK/dV. It writes the gradients, and T for
 delta. Eager attention writes and reads TS scores in both passes.
-Work, in operations for each visible pair of query and key: 2(D + Dv) forward, and 8D + 6Dv backward. Only 6D + 4Dv of
-the latter are counted as needed: dQ and dK/dV each compute the scores and dp. In return programs share no sum and need
-no atomics, so every run gives the same bits.
+Work, in operations for each visible pair of query and key: 2(D + Dv) forward, and 8D + 6Dv backward. The benchmark
+counts only 6D + 4Dv backward, since dQ and dK/dV each compute the scores and dp, and once would do. In return programs
+share no sum and need no atomics, so every run gives the same bits.
 
 Source: Dao et al. 2022, https://arxiv.org/abs/2205.14135; Dao 2023, https://arxiv.org/abs/2307.08691
 """
@@ -69,7 +69,7 @@ def _flash_fwd(
 ):
     # Scores are in units of log2. m is the running maximum, and norm the running sum of exp2(score - m). m starts at a
     # finite number, so exp2(-inf - m) is 0: a row that has seen no key yet needs no special case.
-    block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # the last queries, which see most keys, first
+    block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # last queries first: they see most keys
     key_head = head // GROUP
     q_start, queries, m0, k_start, keys, reach, owned, parent_start, parent_keys = _queries(
         cu_ptr, parents_ptr, T, S, rows, sequences, block, PACKED, PARENTS, BLOCK_M, FOLD

@@ -505,7 +505,7 @@ def _check(x: Tensor, layer: Layer, adapter: Tensor | None, dropout: float) -> N
     if x.ndim == 0 or x.shape[-1] != K:
         raise ValueError(f"x: expected shape (..., in={K}), got {tuple(x.shape)}")
     if dense.requires_grad and torch.is_grad_enabled():
-        raise ValueError("weight: it gets no gradient here; pass weight.detach()")
+        raise ValueError("weight: expected requires_grad=False, got True; pass weight.detach()")
 
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected a share from 0 to below 1, got {dropout}")
@@ -541,7 +541,7 @@ def _check(x: Tensor, layer: Layer, adapter: Tensor | None, dropout: float) -> N
         check_shape("adapter", adapter, **{f"x.shape[{i}]": size for i, size in enumerate(x.shape[:-1])})
         check_dtype("adapter", adapter, torch.int64, torch.int32, torch.int16, torch.int8)
         if magnitude is not None:
-            raise NotImplementedError("magnitude: not with several adapters; call lora_linear for each")
+            raise NotImplementedError("magnitude: expected none with `adapter`; call lora_linear for each")
 
 
 def _rows(x: Tensor, adapter: Tensor | None, dropout: float, seed: int | Tensor | None) -> Rows:

@@ -569,7 +569,7 @@ def moe_mlp(
     alpha: float = 1.702,
     limit: float = 7.0,
 ) -> Tensor:
-    """Compute the experts of each token, and sum their outputs with `weights`. Formulas are at the top of this file.
+    """Run each token through its experts, and sum the outputs by `weights`. The top of this file has the formula.
 
     x: (T, C).    gate_up: (E, 2F, C), the gate's rows first, or (E, F, C) for relu2.    down: (E, C, F). The weights
         are tensors in x's dtype, or frozen 4-bit weights with whole blocks for each expert. Experts have no capacity.

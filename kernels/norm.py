@@ -291,7 +291,7 @@ class _Gradients(NamedTuple):
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, unit_offset: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the normalised y, the sum h (empty without a residual) and rstd (...). The inputs are contiguous."""
+    """Return the normalised y, the sum h (empty without a residual), and rstd (...). The inputs are contiguous."""
     N, add = x.shape[-1], residual is not None
     y, h, rstd = _shapes(x, residual, weight, eps, unit_offset)
     R = rstd.numel()

@@ -244,7 +244,7 @@ def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> 
 
 
 class _RopeTorch(torch.autograd.Function):
-    """The CPU path. It saves only the two tables; autograd through the reference would save every product."""
+    """The CPU path of apply_rope. It saves only cos and sin; autograd of the reference would save every product."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool):
