@@ -325,7 +325,7 @@ def _rows(x: Tensor, tma: bool) -> Tensor:
     """Reshape x from (B, T, H, D) or (total, H, D) to (rows, H, D). Copy x if its strides do not suit the kernels.
 
     A tensor descriptor requires positive strides that are multiples of 16 bytes. Without descriptors, the compiler
-    recognises only strides that are multiples of 16 elements. For other strides it emits narrow loads, which spill.
+    recognises only strides that are multiples of 16 elements. For others it emits narrow loads, and registers spill.
     """
     x = x if x.dim() == 3 else x.flatten(0, 1)
     unit = 16 // x.element_size() if tma else 16
@@ -583,7 +583,7 @@ def flash_attention(
     parents: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Compute softmax(scale * q k^T) v over the keys that each query sees. The top of this file pictures the masks.
+    """Compute softmax(scale * q k^T) v over the keys that each query sees. Pictures are at the top of this file.
 
     q, k, v: (B, T, H, D), (B, S, G, D) and (B, S, G, Dv), or packed with cu_seqlens: (total, H, D), (total, G, D) and
         (total, G, Dv). All have one dtype. H is a multiple of G. D and Dv are 1 to 256.
@@ -605,9 +605,9 @@ def flash_attention(
         0 * NaN is NaN, nearby rows may be NaN as well, even those of the sequence before.
     A score of +inf gives NaN. A score of -inf has no weight. An infinite value gives infinity or NaN in its channel.
     Raises ValueError for other shapes, dtypes, devices and combinations. On a CPU it also raises for a cu_seqlens or
-        parents that break these rules. On a GPU nobody reads these tables: cu_seqlens is clamped to 0..total, a parent
+        parents that break these rules. On a GPU nobody checks these tables: cu_seqlens is clamped to 0..total, a parent
         that is not a segment counts as -1, and a decreasing cu_seqlens leaves every row outside all segments. Other
-        wrong parents give wrong numbers. No case reads or writes memory outside the call's tensors.
+        wrong parents give wrong numbers. In no case is memory outside the call's tensors read or written.
     """
     packed = cu_seqlens is not None
     if q.dim() != (3 if packed else 4):

@@ -390,7 +390,10 @@ def decode_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Compute attention of the newest token of each sequence over the whole sequence. The top of this file pictures it.
+    """Compute attention of the newest token of each sequence over its whole sequence, which lies in a cache.
+
+    A picture is at the top of this file.
+
 
     q: (B, H, D)    k_cache: (slots, S_max, G, D)    v_cache: (slots, S_max, G, Dv). All have one dtype. H is a multiple
         of G. D and Dv are 1 to 256.
@@ -410,8 +413,8 @@ def decode_attention(
         channel NaN. Since 0 * NaN is NaN, it may also reach a sequence that has the same row or prefix but does not
         see the NaN.
     Raises ValueError for other shapes, dtypes and devices, and NotImplementedError if a gradient is required. On a CPU
-        it also raises ValueError for slots and lengths that the caches do not have. On a GPU nobody reads these
-        numbers: a row with such a slot counts as empty, and a length is clamped to the nearest valid one.
+        it also raises ValueError for slots and lengths that the caches do not have. On a GPU nobody checks these
+        numbers: an invalid slot counts as an empty row, and an invalid length as the nearest valid one.
     """
     if q.dim() != 3 or k_cache.dim() != 4 or v_cache.dim() != 4:
         got = ", ".join(str(tuple(x.shape)) for x in (q, k_cache, v_cache))

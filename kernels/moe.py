@@ -140,7 +140,7 @@ def _rows_product(
     BIAS: tl.constexpr, RANK: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """Compute out = a W^T + s B^T + bias. Each row has the W (N, K) and B (N, R) of its expert, with any strides.
+    """Compute out = a W^T + s B^T + bias. Each row uses W (N, K) and B (N, R) of its expert, of any strides.
 
     GATHER: a has a row for each token, not for each choice. RANK: the step through R, or 0 without s and B.
     """
@@ -199,7 +199,7 @@ def _activation_bwd(
     ACTIVATION: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """Compute dH, w A, and the gradient of each row's weight w as a partial sum per block of F. p is dout B_d."""
+    """Compute dH, w A, and for each row the gradient of w, as one partial sum per block of F. p is dout B_d."""
     GATED: tl.constexpr = ACTIVATION != "relu2"
     blocks = tl.cdiv(F, BLOCK_N)
     tile, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -415,7 +415,7 @@ def _rank_step(tile: dict[str, int], R: int) -> int:
 
 
 class _Saved(NamedTuple):
-    """The tensors that the backward reads: the operands of the forward, H and S."""
+    """The tensors that the backward reads: the operands of the forward, the pre-activation H, and S = x A_gu^T."""
 
     x: Tensor
     experts: Experts
