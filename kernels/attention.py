@@ -1,18 +1,18 @@
-"""Attention whose scores are never in memory as a whole: dense, packed, and with a shared prompt.
+"""Flash attention over a dense batch, packed segments, or segments that share a prompt. It never stores all scores.
 
-    s_ij  = scale * q_i . k_j       softcap c: s_ij = c * tanh(scale * q_i . k_j / c)       over the keys j that i sees
-    lse_i = log(sum_j exp(s_ij) + exp(sink))                                         the sink only where there is one
+    s_ij  = scale * q_i . k_j       softcap c: s_ij = c * tanh(scale * q_i . k_j / c)       for each key j that i sees
+    lse_i = log(sum_j exp(s_ij) + exp(sink))                                          without a sink, exp(sink) is 0
     p_ij  = exp(s_ij - lse_i)       out_i = sum_j p_ij v_j
 
     dv_j  = sum_i p_ij dout_i       dp_ij = dout_i . v_j       delta_i = dout_i . out_i - dlse_i
     ds_ij = p_ij (dp_ij - delta_i)             softcap: times 1 - (s_ij / c)^2
     dq_i  = scale * sum_j ds_ij k_j       dk_j = scale * sum_i ds_ij q_i       dsink = -sum_i exp(sink - lse_i) delta_i
 
-What a query sees, by logical positions: position i of a query, j of a key.
+The pictures mark with x the keys that a query sees; i and j are the positions of query and key.
 
-    causal, T=2, S=5       window=3              parents = [-1, 0, 0]: segment 0 is the prompt of 1 and 2
-       j 0 1 2 3 4            j 0 1 2 3 4           a a a b b c c      j counts on in a child: b and c both
-    i 3  x x x x .         i 3  . x x x .        a  x . . . . . .      hold the positions 3 and 4
+    causal, T=2, S=5       window=3              parents = [-1, 0, 0]: segment a is the prompt of b and c
+       j 0 1 2 3 4            j 0 1 2 3 4           a a a b b c c      A child's positions continue from its
+    i 3  x x x x .         i 3  . x x x .        a  x . . . . . .      parent's: b and c both have 3 and 4.
       4  x x x x x           4  . . x x x        a  x x . . . . .
                                                  a  x x x . . . .
     the last query         i - W < j <= i        b  x x x x . . .
@@ -20,12 +20,13 @@ What a query sees, by logical positions: position i of a query, j of a key.
                                                  c  x x x . . x .
                                                  c  x x x . . x x
 
-Memory, in elements of one head and sequence: forward reads TD for q, S(D + Dv) for k and v once for each block of
-queries (from L2, mostly), and writes TDv + T. q, k, v, out and lse are saved. Backward reads all of it and dout
-twice, for dQ and for dK/dV, and writes the gradients and T for delta. Eager writes and reads TS scores, forward and
-backward. Work: 2(D + Dv) operations for each pair in sight forward; backward 8D + 6Dv where 6D + 4Dv are counted: dQ
-and dK/dV each compute the scores and dp, so that no sum is shared between programs, there are no atomics, and every
-run gives the same bits.
+Memory, in elements, for one head of one sequence: the forward pass reads TD for q. For each block of queries it reads
+S(D + Dv) for k and v, mostly from L2. It writes TDv for out and T for lse, and saves q, k, v, out and lse. The
+backward pass reads all of these and dout twice, once for dQ and once for dK/dV. It writes the gradients, and T for
+delta. Eager attention writes and reads TS scores in both passes.
+Work, in operations for each visible pair of query and key: 2(D + Dv) forward, and 8D + 6Dv backward. The benchmark
+counts only 6D + 4Dv backward, since dQ and dK/dV each compute the scores and dp, and once would do. In return programs
+share no sum and need no atomics, so every run gives the same bits.
 
 Source: Dao et al. 2022, https://arxiv.org/abs/2205.14135; Dao 2023, https://arxiv.org/abs/2307.08691
 """
@@ -49,7 +50,7 @@ from .tiles import AttentionTiles, Tile, attention_tiles, tile_width
 
 # ---- kernels
 
-# differ from batch to batch: no new compilation for a multiple of 16
+# these differ from batch to batch: a multiple of 16 must not cause a new compilation
 RAGGED = ["T", "S", "rows", "sequences", "window"]
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -66,9 +67,9 @@ def _flash_fwd(
     PACKED: tl.constexpr, PARENTS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, FOLD: tl.constexpr,
 ):
-    # Scores live in units of log2: m and norm are the running maximum and sum of exp2(score - m). m starts at a finite
-    # number, so a row that has seen nothing yet needs no special case: exp2(-inf - m) is 0.
-    block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # the longest rows first
+    # Scores are in units of log2. m is the running maximum, and norm the running sum of exp2(score - m). m starts at a
+    # finite number, so exp2(-inf - m) is 0: a row that has seen no key yet needs no special case.
+    block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # last queries first: they see most keys
     key_head = head // GROUP
     q_start, queries, m0, k_start, keys, reach, owned, parent_start, parent_keys = _queries(
         cu_ptr, parents_ptr, T, S, rows, sequences, block, PACKED, PARENTS, BLOCK_M, FOLD
@@ -80,7 +81,7 @@ def _flash_fwd(
     query = _load(q, head, q_start + m0, queries - m0, stride_qt, stride_qh, BLOCK_M, D, BLOCK_D, TMA)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
-    # a sink is in the sum from the start
+    # the sum starts with the sink
     if SINKS:
         sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
         if PACKED:
@@ -91,12 +92,12 @@ def _flash_fwd(
         m = tl.full([BLOCK_M], -1.0e30, tl.float32)
         norm = tl.zeros([BLOCK_M], tl.float32)
 
-    # the keys in sight: one flat loop over the parent's blocks, then the segment's
+    # one flat loop over the visible keys: first the parent's blocks, then the segment's
     first, blocks, parent_first, parent_blocks, parent_reach = _spans(
         m0, keys, reach, owned, parent_keys, window, CAUSAL, WINDOW, PACKED, PARENTS, BLOCK_M, BLOCK_N
     )
     for step in tl.range(0, parent_blocks + blocks):
-        # positions of the first query and the first key, where keys end, and the first key's row
+        # i, j: positions of the first query and the first key; j_end: the end of the keys; row: that of key j
         j, row, j_end, i = first + step * BLOCK_N, k_start, keys, reach
         if PARENTS:
             in_segment = step >= parent_blocks
@@ -111,7 +112,7 @@ def _flash_fwd(
             qk = _capped(qk, inner, cap)
         qk = _masked(qk, i, j, j_end, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
 
-        scaled = 1.0 if SOFTCAP else inner  # into the exponent's fused multiply-add
+        scaled = 1.0 if SOFTCAP else inner  # the scale joins the exponent's fused multiply-add
         m_new = tl.maximum(m, tl.max(qk, 1) * scaled)
         p = tl.exp2(qk * scaled - m_new[:, None])
         alpha = tl.exp2(m - m_new)
@@ -121,7 +122,7 @@ def _flash_fwd(
         acc = tl.dot(p.to(value.dtype), value, acc, input_precision=PRECISION)
         m = m_new
 
-    seen = norm != 0  # a NaN, too
+    seen = norm != 0  # true for NaN, too
     norm = tl.where(seen, norm, 1.0)
     lse = tl.where(seen, m + tl.log2(norm), float("-inf"))
     inside = m0 + local < queries
@@ -136,7 +137,7 @@ def _flash_fwd(
 
 @triton.jit
 def _dots(x_ptr, stride_x, y_ptr, stride_y, left, ROWS: tl.constexpr, D: tl.constexpr):
-    # row by row, sum(x * y), a few columns at a time: registers are short
+    # sum(x * y) of each row, 32 columns at a time to save registers
     r = tl.arange(0, ROWS)[:, None]
     total = tl.zeros([ROWS], tl.float32)
     for column in tl.static_range(0, D, 32):
@@ -157,7 +158,7 @@ def _flash_dq(
     PACKED: tl.constexpr, PARENTS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, FOLD: tl.constexpr,
 ):
-    # dQ, and delta on the way: it comes before dK/dV
+    # Computes dQ and delta. It runs before _flash_dkdv, which reads delta.
     block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     key_head = head // GROUP
     q_start, queries, m0, k_start, keys, reach, owned, parent_start, parent_keys = _queries(
@@ -172,7 +173,7 @@ def _flash_dq(
     query = _load(q, head, q_start + m0, queries - m0, stride_qt, stride_qh, BLOCK_M, D, BLOCK_D, TMA)
     do = _load(dout, head, q_start + m0, queries - m0, stride_dt, stride_dh, BLOCK_M, DV, BLOCK_DV, TMA)
 
-    # delta, which dK/dV reads
+    # delta, which _flash_dkdv also reads
     heads = tl.num_programs(1)
     delta = _dots(
         out_ptr + (base * heads + head) * DV, heads * DV,
@@ -185,12 +186,12 @@ def _flash_dq(
     lse = _lse(lse_ptr, at, inside)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
-    # the keys in sight: one flat loop over the parent's blocks, then the segment's
+    # one flat loop over the visible keys: first the parent's blocks, then the segment's
     first, blocks, parent_first, parent_blocks, parent_reach = _spans(
         m0, keys, reach, owned, parent_keys, window, CAUSAL, WINDOW, PACKED, PARENTS, BLOCK_M, BLOCK_N
     )
     for step in tl.range(0, parent_blocks + blocks):
-        # positions of the first query and the first key, where keys end, and the first key's row
+        # i, j: positions of the first query and the first key; j_end: the end of the keys; row: that of key j
         j, row, j_end, i = first + step * BLOCK_N, k_start, keys, reach
         if PARENTS:
             in_segment = step >= parent_blocks
@@ -227,8 +228,8 @@ def _flash_dkdv(
     PACKED: tl.constexpr, PARENTS: tl.constexpr, SPLIT: tl.constexpr, SHARE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, FOLD: tl.constexpr,
 ):
-    # Everything transposed, [keys, queries]: the probabilities are then a left operand as they are. A key past the end
-    # fills only its own rows of dk and dv, which are not stored; a query past the end has lse = +inf.
+    # Scores are transposed, [keys, queries], so the probabilities need no transpose as a left operand. A key past the
+    # end changes only its own rows of dk and dv, which are not stored. A query past the end has lse = +inf, so p is 0.
     block, key_head = tl.program_id(0), tl.program_id(1)
     if PACKED:
         segment, owned, k_start, keys, n0 = _locate(cu_ptr, sequences, rows, block, BLOCK_N)
@@ -251,16 +252,16 @@ def _flash_dkdv(
         lo = tl.maximum(n0 - shift, 0)
     if WINDOW:
         hi = tl.maximum(tl.minimum(queries, n0 + BLOCK_N - 1 + window - shift), 0)
-    if PARENTS:  # its children's queries follow its own, and stand after all of its keys
+    if PARENTS:  # children's queries follow the parent's rows, at positions after all of its keys
         family = _with_children(cu_ptr, parents_ptr, sequences, rows, segment, owned, k_start)
         reached = owned & (family > keys)
         if WINDOW:
-            # their positions start at `keys`: early keys of a long prompt are out of every child's window
+            # a child's positions start at `keys`: early keys of a long prompt are outside every child's window
             reached &= n0 + BLOCK_N - 1 + window > keys
         hi = tl.where(reached, family, hi)
     blocks = tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_M)
 
-    # a parent's keys have long columns: SHARE of the group's query heads to a program, and their sum outside
+    # many queries see a parent's keys: a program takes SHARE of the group's heads, and the host sums the shares
     first_head = key_head * GROUP
     if SPLIT:
         first_head += tl.program_id(2) * SHARE
@@ -280,20 +281,20 @@ def _flash_dkdv(
         p = tl.exp2(s - lse[None, :])
         if WINDOW:
             position = m0 + shift + i
-            if PARENTS:  # each child counts on from the parent's length
+            if PARENTS:  # a child's positions start at the parent's length
                 of_child = tl.load(position_ptr + row + i, i < left, other=0)
                 position = tl.where(position < keys, position, of_child)
             mask = (n0 + local)[:, None] <= position[None, :]
             mask &= (n0 + local)[:, None] > position[None, :] - window
             p = tl.where(mask, p, 0.0)
         elif CAUSAL:
-            diagonal = m0 + shift < n0 + BLOCK_N - 1  # few blocks are: a branch is cheaper than their mask
+            diagonal = m0 + shift < n0 + BLOCK_N - 1  # rarely true: a branch costs less than the mask
             if diagonal:
                 p = tl.where((n0 + local)[:, None] <= (m0 + shift + i)[None, :], p, 0.0)
 
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(value, tl.trans(do), input_precision=PRECISION)
-        delta = tl.load(delta_ptr + at, i < left, other=0.0)  # late: a thread holds it for many columns
+        delta = tl.load(delta_ptr + at, i < left, other=0.0)  # loaded late, as it takes many registers
         ds = p * (dp - delta[None, :])
         if SOFTCAP:
             ds *= 1 - (s / cap) * (s / cap)
@@ -316,15 +317,15 @@ def _flash_dkdv(
 
 # ---- launch
 
-GRID = 65535  # the most of a grid's second and third dimension
-SHARES = 2**28  # bytes of the fp32 shares of dk and dv: one for each query head of a group, if they fit
+GRID = 65535  # the largest second and third dimension of a grid
+SHARES = 2**28  # bytes for the fp32 shares of dk and dv; one share per query head of a group if they fit
 
 
 def _rows(x: Tensor, tma: bool) -> Tensor:
-    """(B, T, H, D) or (total, H, D) to (rows, H, D), copied where the strides do not allow it.
+    """Reshape x from (B, T, H, D) or (total, H, D) to (rows, H, D). Copy x if its strides do not suit the kernels.
 
-    A descriptor asks for rows at positive steps of 16 bytes. Without, the compiler knows of steps of 16 elements alone
-    that they are even; of others it takes narrow loads, which spill.
+    A tensor descriptor requires positive strides that are multiples of 16 bytes. Without descriptors, the compiler
+    recognises only strides that are multiples of 16 elements. For others it emits narrow loads, and registers spill.
     """
     x = x if x.dim() == 3 else x.flatten(0, 1)
     unit = 16 // x.element_size() if tma else 16
@@ -337,14 +338,14 @@ def _rows(x: Tensor, tma: bool) -> Tensor:
 
 
 def _described(x: Tensor, block: int) -> TensorDescriptor:
-    """Tiles of `block` rows of one head of x (rows, H, D); columns past D read as 0."""
+    """Return a tensor descriptor of x (rows, H, D) with tiles of `block` rows of a head. Columns past D read as 0."""
     rows, heads, width = x.shape
     strides = [x.stride(1), x.stride(0), 1]
     return TensorDescriptor(x, [heads, rows, width], strides, [1, block, tile_width(width)])
 
 
 def _parts(group: int, size: int) -> int:
-    """Programs to a key head of a shared prompt; a share of dk and dv has `size` bytes."""
+    """Return the number of programs for the query heads of a group: as many as SHARES allows at `size` bytes each."""
     return next(n for n in range(group, 0, -1) if group % n == 0 and (n == 1 or n * size <= SHARES))
 
 
@@ -353,12 +354,12 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 class _Call(NamedTuple):
-    """A call as its kernels take it. A packed one is one batch of segments, and does not use T and S."""
+    """The operands and sizes that all kernels of a call take. A packed call is one batch of segments."""
 
     q: Tensor  # (rows, H, D)
     k: Tensor  # (rows, G, D)
     v: Tensor  # (rows, G, Dv)
-    T: int
+    T: int  # 0 in a packed call, as S
     S: int
     sequences: int  # segments, or the batch
     packing: Packing
@@ -373,24 +374,27 @@ class _Call(NamedTuple):
             sequences, T, S = *q.shape[:2], k.shape[1]
 
         tiles, descriptors = attention_tiles(q, max(q.shape[-1], v.shape[-1]))
-        tma = descriptors and all(x.numel() > 0 for x in (q, k, v))  # they want something to describe
+        tma = descriptors and all(x.numel() > 0 for x in (q, k, v))  # no descriptor of an empty tensor
         return cls(*(_rows(x, tma) for x in (q, k, v)), T, S, sequences, packing, tiles, tma)
 
     def grid(self, block: int, length: int, heads: int, parts: int = 1) -> tuple[int, int, int]:
-        """`block` queries or keys of a head to a program; `parts` programs share a packed call's keys."""
+        """Return a launch grid in which a program takes `block` queries or keys of a head.
+
+        `length` is the number of queries or keys. In a packed call, `parts` programs share the same keys.
+        """
         if self.packing.cu_seqlens is not None:
             return self.q.shape[0] // block + self.sequences + 2, heads, parts
         return cdiv(length, block) * cdiv(self.sequences, GRID), heads, min(self.sequences, GRID)
 
     def options(self, numbers: dict[str, Any], tile: Tile, **more: Any) -> dict[str, Any]:
-        """The keyword arguments of a launch: `numbers`, the tile, and what one kernel takes alone."""
+        """Return the keyword arguments of a launch: `numbers`, the tile, and `more`, arguments of one kernel alone."""
         M, N, _, warps, stages = tile
         more.update(numbers, BLOCK_M=M, BLOCK_N=N, TMA=self.tma, num_warps=warps, num_stages=stages)
         return more
 
 
 def _numbers(call: _Call, rules: Rules) -> dict[str, Any]:
-    """The numbers and flags that every kernel takes."""
+    """Return the numbers and flags that every attention kernel takes, by the names of the parameters."""
     causal, scale, window, softcap = rules
     packed, parents = call.packing.cu_seqlens is not None, call.packing.parents is not None
     assert scale is not None
@@ -407,7 +411,7 @@ def _numbers(call: _Call, rules: Rules) -> dict[str, Any]:
         "window": window or 0,
         "inner": inner,
         "cap": cap,
-        # what a kernel is compiled for
+        # compile-time constants
         "GROUP": H // G,
         "D": D,
         "DV": Dv,
@@ -444,9 +448,10 @@ class _Gradients(NamedTuple):
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, packing: Packing, rules: Rules
 ) -> tuple[Tensor, Tensor]:
-    """q, k, v as the public op takes them. Returns out, and the lse (H, rows): the kernels read it along the rows.
+    """Compute out and lse. q, k and v have the shapes that flash_attention takes.
 
-    It is in units of log2, as the scores are: the backward pass subtracts the very number that the forward pass had.
+    lse is (H, rows), because the kernels read it along the rows. It is in units of log2, as the scores are, so that
+    the backward pass subtracts exactly the number of the forward pass.
     """
     out, lse = _shapes(q, k, v, sinks, packing, rules)
     call = _Call.of(q, k, v, packing)
@@ -471,7 +476,7 @@ def _save(outputs, *inputs):
 
 
 def _backward(saved: _Saved, needs: Any, dout: Tensor | None, dlse: Tensor | None) -> _Gradients:
-    """dq, dk and dv whatever is asked for: dQ's kernel makes the delta that dK/dV's reads."""
+    """Compute dq, dk and dv in every case, because dK/dV reads the delta of dQ's kernel. Compute dsinks if needed."""
     call = _Call.of(saved.q, saved.k, saved.v, saved.packing)
     dout = _rows(torch.zeros_like(saved.out) if dout is None else dout, call.tma)
     numbers = _numbers(call, saved.rules)
@@ -482,7 +487,7 @@ def _backward(saved: _Saved, needs: Any, dout: Tensor | None, dlse: Tensor | Non
     dsinks = None
     if needs.sinks:  # a sink is a key whose value is 0: ds = -p * delta
         assert saved.sinks is not None
-        unseen = saved.lse == -torch.inf  # a row of no segment, whatever its upstream gradient is
+        unseen = saved.lse == -torch.inf  # rows of no segment, which add nothing whatever dout is
         p = torch.exp2(saved.sinks.float()[:, None] * LOG2E.value - saved.lse)
         dsinks = -(p * delta).masked_fill(unseen, 0.0).sum(1).to(saved.sinks.dtype)
     return _Gradients(dq, dk, dv, dsinks)
@@ -491,7 +496,7 @@ def _backward(saved: _Saved, needs: Any, dout: Tensor | None, dlse: Tensor | Non
 def _query_grad(
     call: _Call, saved: _Saved, numbers: dict[str, Any], dout: Tensor, dlse: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """dq, and delta (H, rows)."""
+    """Compute dq and delta (H, rows). The kernel of dK/dV reads delta, which is dout . out - dlse."""
     dq, delta = saved.q.new_empty(saved.q.shape), torch.empty_like(saved.lse)
     dlse = None if dlse is None else dlse.contiguous()
     q, k, v = call[:3]
@@ -519,7 +524,7 @@ def _key_and_value_grad(
     if cu_seqlens is not None and parents is not None and window is not None:
         position = positions(cu_seqlens, parents, q.shape[0])[1].to(torch.int32)
 
-    # the query heads of a group, or shares of them
+    # a program takes all query heads of a group, or a share of them
     group = q.shape[1] // k.shape[1]
     parts = 1 if parents is None else _parts(group, 4 * (dk.numel() + dv.numel()))
     split = parts > 1
@@ -540,14 +545,15 @@ _flash = make_op("flash_attention", _forward, _shapes, _save, _backward, like_sa
 def _attend_triton(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, packing: Packing, rules: Rules, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """out and lse as flash_attention returns them; lse is None where it is not asked for."""
+    """Return out and lse as flash_attention does. lse is None unless return_lse."""
     if q.shape[-2] > GRID:
         raise ValueError(f"q: expected at most {GRID} heads on a GPU, got {q.shape[-2]}")
     sinks = None if sinks is None else sinks.contiguous()
     if packing.cu_seqlens is not None:
         packing = Packing(*(None if table is None else table.contiguous() for table in packing))
 
-    # no descriptors of such rows, and some kernel spills: they run as the next power of two, which fills the tile
+    # A head dimension that is no multiple of 8 allows no descriptors, and makes some kernel spill registers. Pad it to
+    # the next power of two, the width of a tile.
     Dv = v.shape[-1]
     q, k, v = (
         F.pad(x, (0, tile_width(x.shape[-1]) - x.shape[-1])) if x.shape[-1] % 8 else x for x in (q, k, v)
@@ -577,30 +583,31 @@ def flash_attention(
     parents: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(scale * q k^T) v over the keys that each query sees; the mask pictures are at the top of this file.
+    """Compute softmax(scale * q k^T) v over the keys that each query sees. Pictures are at the top of this file.
 
-    q: (B, T, H, D), k: (B, S, G, D), v: (B, S, G, Dv); or packed self-attention: (total, H, D), (total, G, D),
-        (total, G, Dv) with cu_seqlens. One dtype. H a multiple of G; D and Dv in 1..256.
-    causal: bottom-right aligned, query i sees the keys j <= i + S - T. Rows that see nothing (T > S) give zeros.
-    scale: of the scores, by default 1 / sqrt(D).    softcap: c * tanh(scores / c).
-    window: query i sees the keys i - window < j <= i, itself included; causal only.
-    sinks: (H,) one logit per head that takes part in the softmax and has no value; neither scaled nor capped.
-    cu_seqlens: (segments + 1,) int32, where each segment starts and the last one ends, within 0..total. A segment may
-        be empty. Rows before the first and after the last, as those of a padded batch, have out 0, lse -inf and zero
-        gradients.
-    parents: (segments,) int32, -1 or the segment that this one continues: it also sees the parent's tokens, and its
-        positions go on from the parent's length. Causal only. A parent has parent -1 and stands directly before its
-        children.
-    Returns (B, T, H, Dv) or (total, H, Dv) in q's dtype; with return_lse also lse (B, T, H) or (total, H) fp32 (fp64
-        of fp64): the natural log of each softmax's denominator, sink included, -inf where empty; differentiable.
-    NaN comes out: of a query, a key that a query sees, or a sink in the query's whole row and its lse; of a value at
-        least in its channel; and in the gradients of all that such a query sees. More may be NaN, since 0 * NaN is:
-        rows near by, also of the sequence before. A score of +inf gives NaN, one of -inf weighs nothing, and an
-        infinite value comes out infinite or NaN in its channel.
-    Raises ValueError for shapes, dtypes, devices and combinations other than these; on a CPU also for a cu_seqlens or
-        parents that break the rules above. On a GPU, where nobody reads them, entries count as within 0..total, a
-        parent that is none as -1, all rows as owned by no segment where cu_seqlens decreases, and other wrong parents
-        give wrong numbers: in none of these is memory read or written that is not the call's own.
+    q, k, v: (B, T, H, D), (B, S, G, D) and (B, S, G, Dv), or packed with cu_seqlens: (total, H, D), (total, G, D) and
+        (total, G, Dv). All have one dtype. H is a multiple of G. D and Dv are 1 to 256.
+    causal: query i sees the keys j <= i + S - T, so the last query sees the last key. A row that sees no key is 0.
+    scale: the factor of the scores, by default 1 / sqrt(D).
+    window: a query at position i sees the keys i - window < j <= i, which include its own. Requires causal.
+    softcap: a number c; each scaled score s becomes c * tanh(s / c).
+    sinks: (H,), one logit per head that joins the softmax but has no value. It is neither scaled nor capped.
+    cu_seqlens: (segments + 1,) int32 in 0..total, the start of each segment and the end of the last. A segment may be
+        empty. Rows outside all segments, such as padding, have out 0, lse -inf and zero gradients.
+    parents: (segments,) int32, for each segment the parent that it continues, or -1. A child also sees its parent's
+        tokens, and its positions start at the parent's length. A parent has no parent itself, and stands directly
+        before its children. Requires causal.
+    Returns (B, T, H, Dv) or (total, H, Dv) in q's dtype. With return_lse it also returns lse, (B, T, H) or (total, H),
+        in fp32 (fp64 for fp64). This is the natural log of each softmax's denominator, including the sink, or -inf for
+        an empty softmax. It is differentiable.
+    NaN in a query, in a key that it sees or in its sink makes the query's row of out and its lse NaN. NaN in a value
+        makes at least its channel NaN. The gradients of all keys and values that such a query sees are NaN, too. Since
+        0 * NaN is NaN, nearby rows may be NaN as well, even those of the sequence before.
+    A score of +inf gives NaN. A score of -inf has no weight. An infinite value gives infinity or NaN in its channel.
+    Raises ValueError for other shapes, dtypes, devices and combinations. On a CPU it also raises for a cu_seqlens or
+        parents that break these rules. On a GPU nobody checks these tables: cu_seqlens is clamped to 0..total, a parent
+        that is not a segment counts as -1, and a decreasing cu_seqlens leaves every row outside all segments. Other
+        wrong parents give wrong numbers. In no case is memory outside the call's tensors read or written.
     """
     packed = cu_seqlens is not None
     if q.dim() != (3 if packed else 4):

@@ -1,27 +1,28 @@
-"""Attention of one new token of each sequence over its cached keys and values: the step of generation. No gradient.
+"""Attention of the newest token of each sequence over its cached keys and values, for generation. No gradient.
 
-    s_j = scale * q . k_j       softcap c: s_j = c * tanh(scale * q . k_j / c)       over the keys j that are in sight
-    out = sum_j exp(s_j) v_j / (sum_j exp(s_j) + exp(sink))                      the sink only where there is one
+    s_j = scale * q . k_j       softcap c: s_j = c * tanh(scale * q . k_j / c)       for each key j in sight
+    out = sum_j exp(s_j) v_j / (sum_j exp(s_j) + exp(sink))                      without a sink, exp(sink) is 0
 
-A sequence of `length` tokens is a row of the cache. It may go on from a second row, its prefix, which many sequences
-share: a group of samples then holds its prompt once. Prefixes may lie in a cache of their own, as long as they are.
+A sequence has the first `length` keys of one row of the cache. Before them it may have a prefix: keys of a second row,
+which many sequences share. A group of samples then stores its prompt once. Prefixes may lie in a cache of their own,
+whose rows may have another length.
 
-    position          0 1 2 3 4 5 6 7            prefix_length 5, length 3: the query stands at position 7
+    position          0 1 2 3 4 5 6 7            prefix_length 5, length 3: the query is at position 7
     prefix_slot 2     x x x x x
     slot 0                      x x x            window=4: it sees the positions 4 to 7
 
-The keys are cut into pieces of a fixed length. Each piece gives its own softmax and its log-sum-exp, and the pieces are
-put together in their order:
+The keys are cut into pieces of a fixed length. Each piece p gives a softmax output out_p and a log-sum-exp lse_p. The
+pieces are combined in their order:
 
     lse_p = log(sum_{j in p} exp(s_j))        out = sum_p exp(lse_p) out_p / (sum_p exp(lse_p) + exp(sink))
 
-Where a piece begins depends on the sequence alone, and which program computes it does not matter: a sequence has the
-same bits whatever else is in the batch. The query heads that share a key head are the rows of one tile, so are those of
-the sequences that share a prefix: what they share is read once.
+The start of a piece depends on its sequence alone, and any program may compute it. So a sequence gets the same bits
+whatever else is in the batch. The query heads that share a key head are rows of one tile, and so are the heads of the
+sequences that share a prefix. The tile reads the shared keys once.
 
-Memory, in elements: reads 2 G D for each key in sight (a prefix: once for up to 16 sequences that stand together), and
-writes and reads H (Dv + 1) in fp32 for each piece. All of it is bandwidth-bound; eager also copies the cache by slot,
-repeats it for each query head, and writes and reads the scores.
+Memory, in elements: it reads 2 G D for each key in sight, but a prefix only once for up to 16 sequences that are
+adjacent in the batch. It writes and reads H (Dv + 1) in fp32 for each piece. All of it is bandwidth-bound. Eager
+attention also copies the cache by slot, repeats it for each query head, and writes and reads the scores.
 
 Source: Dao et al. 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html; the shared prefix: Juravsky et al.
 2024, https://arxiv.org/abs/2402.05099
@@ -56,7 +57,7 @@ from .tiles import DECODE, chip_of, tile_width
 # ---- kernels
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# change with the batch: no new compilation for a multiple of 16
+# these change with the batch: a multiple of 16 must not cause a new compilation
 RAGGED = ["B", "window", "skip", "slots", "longest", "prefixes", "s_max", "prefix_longest"]
 
 # fmt: off
@@ -74,7 +75,7 @@ def _rows(pointers, stride, valid, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D:
 
 @triton.jit
 def _end(slot, length, slots, longest):
-    # how many keys are read of a row: none of one that the cache has not, never more than there are
+    # how many keys of a row are read: 0 if the cache has no such row, and at most `longest`
     return tl.where((slot >= 0) & (slot < slots), tl.minimum(tl.maximum(length, 0), longest), 0).to(tl.int32)
 
 
@@ -88,10 +89,11 @@ def _decode_pieces(
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PREFIX: tl.constexpr, PRECISION: tl.constexpr,
     SPLIT: tl.constexpr, PIECE: tl.constexpr, SHARE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    # A program: GROUP heads of one key head, SHARE sequences, every num_programs(1)-th piece of the cache row that they
-    # share. The sequences that do not share it come after, in the same way. SPLIT such groups have the same key head.
-    # Partial results are (pieces, B, H, Dv), the prefix's from piece `skip` on. Scores live in units of log2; m starts
-    # at a finite number, so a row that has seen nothing yet needs no special case: exp2(-inf - m) is 0.
+    # A program takes SHARE sequences and GROUP query heads of one key head. SPLIT such groups have the same key head.
+    # The program computes every num_programs(1)-th piece of a cache row for all of its sequences that share the row.
+    # Then it goes on to the sequences with another row. Partial results are (pieces, B, H, Dv); the pieces of this
+    # cache start at `skip`. Scores are in units of log2. m starts at a finite number, so exp2(-inf - m) is 0: a row
+    # that has seen no key yet needs no special case.
     group, worker, first = tl.program_id(0) % GROUPS, tl.program_id(1), tl.program_id(0) // GROUPS * SHARE
     key_head = tl.cast(group // SPLIT, tl.int64)
     r, n = tl.arange(0, ROWS), tl.arange(0, BLOCK_N)
@@ -104,16 +106,16 @@ def _decode_pieces(
     q_ptr += tl.cast(first, tl.int64) * stride_qb + tl.cast(group, tl.int64) * GROUP * stride_qh
     q_at = q_ptr + (r // GROUP * stride_qb + r % GROUP * stride_qh)[:, None] + d[None, :]
     query = tl.load(q_at, inside[:, None] & (d < D)[None, :], other=0.0)  # [ROWS, BLOCK_D]
-    row = r // GROUP * H + r % GROUP  # [ROWS], from the first row on
+    row = r // GROUP * H + r % GROUP  # [ROWS], relative to the first row
 
-    # what each of them sees
+    # the keys that each row sees
     row_slot = tl.load(slot_ptr + b, inside, other=-1)
     row_end = _end(row_slot, tl.load(end_ptr + b, inside, other=0), slots, longest)
     first_seen = tl.zeros([ROWS], tl.int32)  # the first position that the row sees
     if PREFIX and WINDOW:
         first_seen = row_end + _end(0, tl.load(length_ptr + b, inside, other=0), 1, s_max) - window
 
-    # A sequence leads those that see as much of the same cache row, unless one before it leads it.
+    # A sequence leads all that see equally many keys of the same cache row, unless an earlier sequence leads it.
     for i in range(SHARE):
         leader = first + i
         slot = tl.load(slot_ptr + leader, leader < B, other=-1)
@@ -121,7 +123,7 @@ def _decode_pieces(
         sharing = inside & (row_slot == slot) & (row_end == end)
         is_led = tl.min(tl.where(sharing, b, B), 0) < leader
 
-        # the window hides keys of all of them, or of a prefix other keys for each
+        # of own rows the window hides the same keys from all sequences; of a prefix it hides different keys from each
         start, first_of_all = 0, 0
         if WINDOW:
             if PREFIX:
@@ -135,7 +137,7 @@ def _decode_pieces(
         for piece in range(worker, pieces, tl.num_programs(1)):
             lo = start + piece * PIECE
             hi = tl.minimum(lo + PIECE, end)
-            if PREFIX and WINDOW:  # blocks that no row sees
+            if PREFIX and WINDOW:  # skip the blocks that no row sees
                 lo += tl.maximum(first_of_all - lo, 0) // BLOCK_N * BLOCK_N
             m = tl.full([ROWS], -1.0e30, tl.float32)
             norm = tl.zeros([ROWS], tl.float32)
@@ -145,14 +147,14 @@ def _decode_pieces(
                 at, valid = tl.cast(j, tl.int64), j + n < hi
                 key = _rows(keys + at * stride_kt, stride_kt, valid, BLOCK_N, D, BLOCK_D)
                 qk = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [ROWS, BLOCK_N]
-                # cap * tanh(x), inner * qk = 2x log2(e); exact at both ends, where exp2 is 0 or inf
+                # cap * tanh(x) with inner * qk = 2x log2(e); exact at both ends, where exp2 is 0 or inf
                 qk = cap * (1 - 2 / (tl.exp2(qk * inner) + 1)) if SOFTCAP else qk * inner
                 seen = valid[None, :]
                 if PREFIX and WINDOW:
                     seen = seen & ((j + n)[None, :] >= first_seen[:, None])
                 qk = tl.where(seen, qk, float("-inf"))
 
-                # softmax so far: m its maximum, norm its sum
+                # the softmax so far: m is its maximum, norm its sum
                 m_new = tl.maximum(m, tl.max(qk, 1))
                 p = tl.exp2(qk - m_new[:, None])
                 alpha = tl.exp2(m - m_new)
@@ -161,8 +163,8 @@ def _decode_pieces(
                 acc = tl.dot(p.to(value.dtype), value, acc * alpha[:, None], input_precision=PRECISION)
                 m = m_new
 
-            # the piece's log-sum-exp, -inf where a row sees nothing of it, and its output
-            sees = norm != 0  # a NaN, too
+            # the piece's output and log-sum-exp, which is -inf for a row that sees none of the piece
+            sees = norm != 0  # true for NaN, too
             norm = tl.where(sees, norm, 1.0)
             first_row = (tl.cast(skip + piece, tl.int64) * B + first) * H + group * GROUP
             tl.store(lse_ptr + first_row + row, tl.where(sees, m + tl.log2(norm), float("-inf")), sharing)
@@ -177,12 +179,12 @@ def _decode_merge(
     H: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     SINKS: tl.constexpr, PREFIX: tl.constexpr, WINDOW: tl.constexpr, PIECE: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
-    # A program: one head of one sequence. It takes the pieces in the order of positions, the prefix's first.
+    # A program takes one head of one sequence. It adds up the pieces in the order of positions, first the prefix's.
     index = tl.cast(tl.program_id(0), tl.int64)  # of (B, H)
     b, head = index // H, index % H
     e = tl.arange(0, BLOCK_DV)
 
-    # how many pieces there are
+    # the number of pieces
     length = _end(tl.load(slot_ptr + b), tl.load(length_ptr + b), slots, longest)
     if WINDOW:
         length = tl.minimum(length, window)
@@ -193,7 +195,7 @@ def _decode_merge(
         prefix_end = _end(prefix, tl.load(prefix_length_ptr + b), prefixes, prefix_longest)
         prefix_pieces = tl.cdiv(prefix_end, PIECE)
 
-    # the sink is in the sum from the start
+    # the sum starts with the sink
     m, norm = -1.0e30, 0.0
     if SINKS:
         sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
@@ -216,7 +218,7 @@ def _decode_merge(
         acc = acc * alpha + tl.sum(weight[:, None] * partial, 0)
         m = m_new
 
-    acc = acc / tl.where(norm != 0, norm, 1.0)  # NaN where the norm is
+    acc = acc / tl.where(norm != 0, norm, 1.0)  # NaN if norm is NaN
     tl.store(out_ptr + index * DV + e, acc.to(out_ptr.dtype.element_ty), e < DV)
 
 # fmt: on
@@ -225,8 +227,8 @@ def _decode_merge(
 # ---- launch
 
 PIECE = 256  # keys
-MOST = 32  # heads to a tile; a larger group is split
-PROGRAMS = 16  # on each multiprocessor, at least, where there are as many pieces
+MOST = 32  # heads of a tile; a larger group is split
+PROGRAMS = 16  # the least on each multiprocessor, if there are enough pieces
 
 
 def _piece(chip: str) -> int:
@@ -237,19 +239,22 @@ def _piece(chip: str) -> int:
 def _constants(
     chip: str, dtype: torch.dtype, H: int, G: int, D: int, DV: int, prefix: bool
 ) -> dict[str, Any]:
-    """The constants of _decode_pieces for these heads, its warps and its stages."""
+    """Return the compile-time constants, warps and stages of the kernel _decode_pieces for these heads.
+
+    `prefix` says whether the kernel reads the cache of the prefixes or that of the sequences' own rows.
+    """
     table = DECODE["fp32" if dtype == torch.float32 and chip != "interpreted" else chip]
     tile = next(tile for width, tile in table.items() if tile_width(max(D, DV)) <= width)
     steps = {"PIECE": _piece(chip), "BLOCK_N": tile.N, "num_warps": tile.warps, "num_stages": tile.stages}
     widths = {"D": D, "DV": DV, "BLOCK_D": tile_width(D), "BLOCK_DV": tile_width(DV)}
 
-    # the query heads of a key head, or as many of them as a tile takes
+    # the query heads of a key head, or an equal part of them that fits a tile
     group = H // G
     split = next(n for n in range(1, group + 1) if group % n == 0 and group // n <= MOST)
     group //= split
     heads = {"GROUPS": G * split, "GROUP": group, "SPLIT": split}
 
-    # as many sequences as fill the tile, where they may share a prefix
+    # a prefix may be shared: then as many sequences as fill the tile
     share = max(1, tile.M // group) if prefix else 1
     return steps | widths | heads | {"PREFIX": prefix, "SHARE": share, "ROWS": tile_width(share * group)}
 
@@ -259,7 +264,7 @@ def _unit_strides(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _decode(q: Tensor, caches: list[Cache], scores: Scores) -> Tensor:
-    """Attention over one cache or two: that of the sequences' own rows, then that of prefixes, where there are any."""
+    """Compute attention over one or two caches: the sequences' own rows and, if there are prefixes, the prefixes."""
     out = _shapes(q, caches, scores)
     if not out.numel():
         return out
@@ -267,14 +272,14 @@ def _decode(q: Tensor, caches: list[Cache], scores: Scores) -> Tensor:
     caches = [Cache(*_unit_strides(cache)) for cache in caches]
     sinks = None if scores.sinks is None else scores.sinks.contiguous()
 
-    # the keys of each cache in pieces, and a softmax of each
+    # the softmax of each piece of each cache
     piece = _piece(chip_of(q))
     pieces = [max(1, cdiv(cache.keys.shape[1], piece)) for cache in caches]
     partial = torch.empty(sum(pieces), *out.shape, device=q.device, dtype=torch.float32)
     lse = torch.empty(sum(pieces), *out.shape[:2], device=q.device, dtype=torch.float32)
     _by_piece(q, caches, scores, pieces, partial, lse)
 
-    # and their sum
+    # combine the pieces
     (B, H, DV), own, last = out.shape, caches[0], caches[-1]
     has_prefix = last is not own
     prefix = (last.slot, last.length) if has_prefix else (None, None)
@@ -289,7 +294,10 @@ def _decode(q: Tensor, caches: list[Cache], scores: Scores) -> Tensor:
 def _by_piece(
     q: Tensor, caches: list[Cache], scores: Scores, pieces: list[int], partial: Tensor, lse: Tensor
 ) -> None:
-    """Write each piece's softmax into partial (pieces, B, H, Dv), its log-sum-exp into lse (pieces, B, H)."""
+    """Compute attention over each piece of the keys.
+
+    Write its output into partial (pieces, B, H, Dv), and the log-sum-exp of its scores into lse (pieces, B, H).
+    """
     (B, H, D), (_, S_max, G, DV) = q.shape, caches[0].values.shape
     scale, window, softcap, _ = scores
     rules = {"WINDOW": window is not None, "SOFTCAP": softcap is not None, "PRECISION": precision()}
@@ -314,7 +322,7 @@ def _shapes(q: Tensor, caches: list[Cache], scores: Scores) -> Tensor:
 
 
 _decode_op = make_op("decode_attention", _decode, _shapes)
-# an op, as it reads lengths on the host
+# registered as an op because it reads lengths on the host
 _decode_on_cpu = make_op("decode_attention_cpu", decode_attention_cpu, _shapes)
 
 
@@ -346,7 +354,10 @@ def _prefixes(
     keys: Tensor | None,
     values: Tensor | None,
 ) -> list[Cache]:
-    """The prefixes' cache, where there are prefixes. Raises ValueError."""
+    """Return a list of the prefixes' cache, or an empty list without prefixes.
+
+    Raises ValueError for arguments that are incomplete or do not match the sequences' own cache.
+    """
     if (slot is None) != (length is None):
         raise ValueError("prefix_slot, prefix_length: expected both or neither, got one")
     if keys is None and values is None:
@@ -379,26 +390,31 @@ def decode_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """The newest token of each sequence attends to all of its sequence; the picture is at the top of this file.
+    """Compute attention of the newest token of each sequence over its whole sequence, which lies in a cache.
 
-    q: (B, H, D)    k_cache: (slots, S_max, G, D)    v_cache: (slots, S_max, G, Dv). One dtype. H a multiple of G; D
-        and Dv in 1..256.
+    A picture is at the top of this file.
+
+
+    q: (B, H, D)    k_cache: (slots, S_max, G, D)    v_cache: (slots, S_max, G, Dv). All have one dtype. H is a multiple
+        of G. D and Dv are 1 to 256.
     slot: (B,) int32 or int64, the cache row of each sequence.
-    length: (B,) int32 or int64, how many keys of that row are its own: at most S_max, the query's included.
-    prefix_slot, prefix_length: (B,) each, both or neither: the row and length of what comes before. Slot -1: nothing.
-        Sequences with the same prefix are fastest when they stand together in the batch.
-    k_prefix, v_prefix: (prefixes, P_max, G, D) and (prefixes, P_max, G, Dv), where prefix_slot is a row of these and
-        not of the caches: rows for prompts need not be as long as rows for what follows, nor the other way round.
-    scale: of the scores, by default 1 / sqrt(D).    softcap: c * tanh(scores / c).
-    window: the last `window` positions are in sight, the query's own included, counted through the prefix.
-    sinks: (H,) one logit per head that takes part in the softmax and has no value; neither scaled nor capped.
-    Returns (B, H, Dv) in q's dtype; zeros where a sequence is empty. On a GPU each sequence has the same bits whatever
-        else is in the batch; on the CPU its last bits may depend on the longest beside it, which sets the padding.
-    NaN comes out: of a query, a key in its sight or a sink in its whole row, of a value at least in its channel. It may
-        come out of a sequence that has the same row or prefix and does not see it, as 0 * NaN.
-    Raises ValueError for shapes, dtypes and devices other than these, NotImplementedError where a gradient is asked
-        for; on a CPU also ValueError for slots and lengths that the caches do not have. On a GPU, where nobody reads
-        them, such a slot counts as one of length 0, such a prefix as none, and a length as the nearest that there is.
+    length: (B,) int32 or int64, the number of keys of that row, at most S_max. They include the query's own key.
+    prefix_slot, prefix_length: (B,) each, int32 or int64, both or neither: the row and length of the prefix. Slot -1
+        means no prefix. Sequences with the same prefix are fastest if they are adjacent in the batch.
+    k_prefix, v_prefix: (prefixes, P_max, G, D) and (prefixes, P_max, G, Dv), an optional cache for the prefixes alone.
+        prefix_slot is then a row of this cache. P_max and S_max may differ.
+    scale: the factor of the scores, by default 1 / sqrt(D).
+    window: the query sees only the last `window` positions, including its own. Positions count through the prefix.
+    softcap: a number c; each scaled score s becomes c * tanh(s / c).
+    sinks: (H,), one logit per head that joins the softmax but has no value. It is neither scaled nor capped.
+    Returns (B, H, Dv) in q's dtype, with zeros for an empty sequence. On a GPU a sequence gets the same bits whatever
+        else is in the batch. On a CPU its last bits may depend on the longest sequence in the batch, by its padding.
+    NaN in a query, in a key that it sees or in its sink makes its whole row NaN. NaN in a value makes at least its
+        channel NaN. Since 0 * NaN is NaN, it may also reach a sequence that has the same row or prefix but does not
+        see the NaN.
+    Raises ValueError for other shapes, dtypes and devices, and NotImplementedError if a gradient is required. On a CPU
+        it also raises ValueError for slots and lengths that the caches do not have. On a GPU nobody checks these
+        numbers: an invalid slot counts as an empty row, and an invalid length as the nearest valid one.
     """
     if q.dim() != 3 or k_cache.dim() != 4 or v_cache.dim() != 4:
         got = ", ".join(str(tuple(x.shape)) for x in (q, k_cache, v_cache))

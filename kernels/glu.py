@@ -1,4 +1,4 @@
-"""Gated linear units: the activation between the two products of a feed-forward layer.
+"""Gated linear units, the activations between the two products of a feed-forward layer.
 
     out = (u + offset) * g * p        p = sigmoid(s(g))        s(g) = scale * (g + cubic * g^3)
 
@@ -7,12 +7,12 @@
     clamped_swiglu   scale alpha = 1.702   cubic 0          offset 1    of min(g, limit) and clamp(u, -limit, limit)
 
     dg = dout * (u + offset) * p * (1 + g * (1 - p) * s'(g))        s'(g) = scale * (1 + 3 * cubic * g^2)
-    du = dout * g * p        each zero where its input is clamped
+    du = dout * g * p        dg and du are 0 where their input is clamped
 
-tanh(z) = 2 sigmoid(2z) - 1 makes gelu's 0.5 g (1 + tanh(z)) the same form, so one kernel serves all three.
+Since tanh(z) = 2 sigmoid(2z) - 1, gelu's 0.5 g (1 + tanh(z)) has the same form, so one kernel serves all three units.
 
-Memory, in elements of an (R, F) output: forward reads 2RF and writes RF, where eager moves 5RF; backward reads 3RF
-and writes 2RF. Nothing is saved but the two inputs: the activation is recomputed. Bandwidth-bound.
+Memory, in elements, for an (R, F) output: the forward reads 2RF and writes RF, while eager code moves 5RF. The backward
+reads 3RF and writes 2RF. Only the two inputs are saved, and the activation is recomputed. All of it is bandwidth-bound.
 
 Source: Shazeer 2020, https://arxiv.org/abs/2002.05202, equation 6; gelu: Hendrycks and Gimpel 2016,
 https://arxiv.org/abs/1606.08415, section 2; the clamped form: gpt-oss model card, https://arxiv.org/abs/2508.10925
@@ -60,7 +60,7 @@ def _glu_fwd(
     gate_ptr, up_ptr, out_ptr, R, F, stride_gate, stride_up, scale, cubic, limit, offset,
     CUBIC: tl.constexpr, CLAMP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):
-    blocks = tl.cdiv(F, BLOCK_F)  # neighbouring programs walk along a row
+    blocks = tl.cdiv(F, BLOCK_F)  # neighbouring programs take neighbouring columns
     rows = ((tl.program_id(0) // blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
     cols = ((tl.program_id(0) % blocks).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F))[None, :]
     mask = (rows < R) & (cols < F)  # [BLOCK_R, BLOCK_F]
@@ -79,7 +79,7 @@ def _glu_bwd(
     dout_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, R, F, stride_gate, stride_up, scale, cubic, limit, offset,
     CUBIC: tl.constexpr, CLAMP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):
-    blocks = tl.cdiv(F, BLOCK_F)  # neighbouring programs walk along a row
+    blocks = tl.cdiv(F, BLOCK_F)  # neighbouring programs take neighbouring columns
     rows = ((tl.program_id(0) // blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
     cols = ((tl.program_id(0) % blocks).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F))[None, :]
     mask = (rows < R) & (cols < F)  # [BLOCK_R, BLOCK_F]
@@ -111,7 +111,7 @@ def _glu_bwd(
 
 @lru_cache
 def _config(F: int) -> dict[str, int]:
-    """[rows, columns] of 2,048 elements; columns the largest power of two that leaves little of the last block idle."""
+    """Return a tile of 2,048 elements, as wide as possible if at most 5 % of the columns are idle (at least 128)."""
     block_f = 2048
     while block_f > 128 and cdiv(F, block_f) * block_f > 1.05 * F:
         block_f //= 2
@@ -119,7 +119,7 @@ def _config(F: int) -> dict[str, int]:
 
 
 class _Inputs(NamedTuple):
-    """The two inputs, and the unit by its numbers."""
+    """The two inputs, and the numbers that define the activation."""
 
     gate: Tensor
     up: Tensor
@@ -137,7 +137,7 @@ class _Gradients(NamedTuple):
 def _forward(
     gate: Tensor, up: Tensor, scale: float, cubic: float, limit: float | None, offset: float
 ) -> Tensor:
-    """gate, up: (R, F), last dimension contiguous."""
+    """Compute the gated linear unit of gate and up, both (R, F) with a contiguous last dimension."""
     out = gate.new_empty(gate.shape)
     if out.numel():
         numbers, grid, config = _launch_arguments(gate, up, scale, cubic, limit, offset)
@@ -165,8 +165,8 @@ def _backward(saved: _Inputs, needs: Any, dout: Tensor) -> _Gradients:
 def _launch_arguments(
     gate: Tensor, up: Tensor, scale: float, cubic: float, limit: float | None, offset: float
 ) -> tuple[tuple[Any, ...], tuple[int], dict[str, int]]:
-    """The numbers that both kernels take, the grid and the tile."""
-    if gate.is_contiguous() and up.is_contiguous():  # a single row, whatever its width
+    """Return the numbers that both kernels take, the grid, and the tile."""
+    if gate.is_contiguous() and up.is_contiguous():  # taken as a single row
         R, F, stride_gate, stride_up = 1, gate.numel(), 0, 0
     else:
         (R, F), stride_gate, stride_up = gate.shape, gate.stride(0), up.stride(0)
@@ -208,9 +208,9 @@ def _check(gate: Tensor, up: Tensor) -> None:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up.
+    """Compute silu(gate) * up.
 
-    gate, up: (..., F), one dtype; rows may be strided, e.g. the halves of a fused (..., 2F), and are read in place
+    gate, up: (..., F), one dtype. Strided rows, such as the halves of a fused (..., 2F), are read in place.
     Returns (..., F), contiguous.
     Raises ValueError for other shapes and dtypes, and for tensors on two devices.
     """
@@ -219,7 +219,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
-    """gelu(gate) * up, gelu in the tanh approximation. Shapes as for swiglu."""
+    """Compute gelu(gate) * up with the tanh approximation of gelu. Shapes, dtypes and errors are those of swiglu."""
     _check(gate, up)
     if use_triton(gate):
         return _fused(gate, up, scale=2 * math.sqrt(2 / math.pi), cubic=0.044715)
@@ -227,9 +227,10 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def clamped_swiglu(gate: Tensor, up: Tensor, alpha: float = 1.702, limit: float = 7.0) -> Tensor:
-    """(up + 1) * gate * sigmoid(alpha * gate), gate clamped from above and up on both sides. Shapes as for swiglu.
+    """Compute (up + 1) * gate * sigmoid(alpha * gate) of clamped inputs.
 
-    A clamped element has no gradient; one that lies on the limit has. An infinite limit clamps nothing.
+    gate is clamped to at most `limit`, and up to the range from -limit to limit. An infinite limit clamps nothing. A
+    clamped element gets no gradient, but an element that lies on the limit does. Shapes and dtypes are those of swiglu.
     Raises ValueError as swiglu does, for an alpha that is not finite, and for a limit below 0.
     """
     _check(gate, up)

@@ -4,18 +4,18 @@
 
     g = gain dout                       dS = scaling g B        dB = scaling g^T S        dA = dS^T drop(x)
     dx = g W + drop(dS A)               dm = sum over rows of dout (x W^T + scaling S B^T) / |W + scaling B A|
-    dbias = sum over rows of dout       W has no gradient, nor, as DoRA has it, the norm in the gain
+    dbias = sum over rows of dout       W has no gradient, and DoRA's norm |W + scaling B A| counts as constant
 
-Several layers of one x, as q, k and v, have their A in one: S = drop(x) [A1; A2; A3]^T, dA = dS^T drop(x), and the dS A
-that is added to the sum of the g W. Their adapters read x once forward and once backward, and write dx once.
+Layers with the same x, such as q, k and v, are computed with one concatenated A: S = drop(x) [A1; A2; A3]^T, and
+likewise dA and the dS A of all layers. So the adapters read x once forward and once backward, and write dx once.
 
-drop(x) = x / (1 - p) where a hash of (seed, row, column) says so, else 0: computed again in the backward, so that no
-mask is kept. Saved are x, S and two vectors of DoRA; a base in 4 bits is multiplied out again for dx. With several
-adapters, row i has the A and B that `adapter` names.
+drop(x) = x / (1 - p) where a hash of (seed, row, column) keeps the element, else 0. The backward computes the hash
+again, so no mask is stored. The op saves x, S and two vectors of DoRA, and dequantises a 4-bit W again for dx. With
+several adapters, row i uses the A and B that `adapter` names.
 
-Memory, in elements, x (M, K), out (M, N): the base's product reads MK + NK and writes MN. Beside it, forward, the
-adapter reads MK, reads and writes MN; backward it reads MN and MK twice, and reads and writes MK. Fused into the base's
-product it would read and write nothing: at M = K = N = 4096 that is at most 22 % of the product's time on an H100.
+Memory, in elements, for x (M, K) and out (M, N): the product with W reads MK + NK and writes MN. Forward, the adapter
+also reads MK, and reads and writes MN. Backward, it reads MN and MK twice, and reads and writes MK. Fusing the adapter
+into the product with W would save this: at most 22 % of that product's time for M = K = N = 4096 on an H100.
 
 Source: LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685, equation 3; DoRA, Liu et al. 2024,
         https://arxiv.org/abs/2402.09353, equations 5 and 11; the hash: lowbias32 of
@@ -146,7 +146,7 @@ def _lora_fwd(
     ADAPTERS: tl.constexpr, GAIN: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
 ):
-    # out = gain (x W^T + scaling S B^T) + bias. GROUP rows of tiles share a column of W in L2
+    # out = gain (x W^T + scaling S B^T) + bias. GROUP rows of tiles run together and share a part of W in L2
     blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     band = tl.program_id(0) // (GROUP * blocks_n)
     height = tl.minimum(blocks_m - band * GROUP, GROUP)
@@ -154,7 +154,7 @@ def _lora_fwd(
     rows = (band * GROUP + in_band % height).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = (in_band // height).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
 
-    # the base's product, its accumulator started from the adapter's
+    # the accumulator starts with the adapter's product; add x W^T
     acc = scaling * _adapter_product(
         s_ptr, b_ptr, adapter_ptr, rows, cols, M, N, R, adapters, stride_e, stride_n, stride_r,
         ADAPTERS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
@@ -179,7 +179,7 @@ def _dora_norm_fwd(
     w_ptr, a_ptr, b_ptr, norm_ptr, N, K, R, scaling, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
-    # |W + scaling B A| of each row, without the sum in memory
+    # the norm |W + scaling B A| of each row; the sum is not written to memory
     cols = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     squares = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for k in range(0, K, BLOCK_K):
@@ -207,15 +207,15 @@ def _dora_norm_fwd(
 
 # ---- launch
 
-# "cublas": F.linear, then addmm in place, the very calls of the baseline. "epilogue": F.linear, then _expand_fwd.
-# "fused": _lora_fwd. _lora_paths.py says which was the fastest where all were measured; elsewhere "cublas" is taken,
+# "cublas": F.linear, then addmm in place, exactly the calls of the baseline. "epilogue": F.linear, then _expand_fwd.
+# "fused": _lora_fwd. _lora_paths.py lists the fastest path of each measured shape. All other shapes take "cublas",
 # which is never slower than the baseline.
 PATHS = ("cublas", "epilogue", "fused")
-FORCED_PATH = ""  # one of PATHS for all that lora_linear is called with: benchmarks and tests alone set it
+FORCED_PATH = ""  # the path of every call of lora_linear; only benchmarks and tests set it
 
 
 class Layer(NamedTuple):
-    """A frozen linear layer and its adapter, or a stack of adapters of which a row has one."""
+    """A frozen linear layer and its adapter, or a stack of adapters from which each row of x uses one."""
 
     weight: Weight  # (N, K)
     a: Tensor  # (R, K), or (adapters, R, K)
@@ -223,7 +223,7 @@ class Layer(NamedTuple):
     bias: Tensor | None  # (N,)
     magnitude: Tensor | None  # (N,), DoRA's
     scaling: float
-    path: str  # one of PATHS, or "": the fastest that was measured
+    path: str  # one of PATHS, or "" for the fastest measured path
 
     def without_bias(self) -> "Layer":
         return self if self.bias is None else Layer(*self[:3], None, *self[4:])
@@ -234,12 +234,12 @@ def _path(x: Tensor, layer: Layer) -> str:
 
 
 def _measured_path(x: Tensor, shape: Sequence[int]) -> str:
-    """x: (M, K). shape: that of B, (..., N, R)."""
+    """Return the fastest measured path for x (M, K) and a B of shape (..., N, R), or "cublas" if none was measured."""
     device = device_name(x)
     if not device:
         return "cublas"
     (M, K), (N, R) = x.shape, shape[-2:]
-    rows = 1 << max(M, 1).bit_length() - 1  # rounded down to a power of two, as those that are measured
+    rows = 1 << max(M, 1).bit_length() - 1  # rounded down to a power of two, as in the table
     dtype = str(x.dtype).removeprefix("torch.")
     return _lora_paths.PATHS.get((device, dtype, rows, N, K, R), "cublas")
 
@@ -247,7 +247,7 @@ def _measured_path(x: Tensor, shape: Sequence[int]) -> str:
 def _launch_fused(
     x: Tensor, W: Tensor, S: Tensor, layer: Layer, adapter: Tensor | None, gain: Tensor | None
 ) -> Tensor:
-    """gain (x W^T + scaling S B^T) + bias (M, N)."""
+    """Compute gain (x W^T + scaling S B^T) + bias, (M, N), in one kernel. S is drop(x) A^T."""
     (M, K), b, bias = x.shape, layer.b, layer.bias
     N, R = b.shape[-2:]
     out = x.new_empty(M, N)
@@ -264,7 +264,7 @@ def _launch_fused(
 
 
 def _launch_dora_norm(W: Tensor, layer: Layer) -> Tensor:
-    """|W + scaling B A| of each row (N,)."""
+    """Compute DoRA's norm |W + scaling B A| of each row, (N,) fp32, in one kernel."""
     (N, K), R = W.shape, layer.a.shape[0]
     norm = W.new_empty(N, dtype=torch.float32)
     if N:
@@ -276,7 +276,7 @@ def _launch_dora_norm(W: Tensor, layer: Layer) -> Tensor:
 
 
 def _dora_norm(W: Tensor, layer: Layer) -> Tensor:
-    """|W + scaling B A| of each row (N,), at least in fp32."""
+    """Compute DoRA's norm |W + scaling B A| of each row, (N,), in fp32 or a wider dtype."""
     if use_triton(W):
         return _launch_dora_norm(W, layer)
     wide = torch.promote_types(W.dtype, torch.float32)
@@ -288,11 +288,11 @@ def _dora_norm(W: Tensor, layer: Layer) -> Tensor:
 def _layer_forward(
     x: Tensor, S: Tensor, layer: Layer, adapter: Tensor | None, path: str
 ) -> tuple[Tensor, Tensor | None]:
-    """out (M, N), and the norm (N,) of DoRA."""
+    """Return the output (M, N) of one layer from x and S = drop(x) A^T, and DoRA's norm (N,), None without DoRA."""
     weight, _, b, bias, magnitude, scaling, _ = layer
     triton_path, norm, gain = use_triton(x), None, None
 
-    # 1. the base's product: a few rows read it in its 4 bits, and a bias that nothing scales is added here
+    # 1. x W^T: a 4-bit W is read as it is for few rows of x; without a gain the bias is added here
     few = weight.absmax is not None and x.shape[0] <= FEW_ROWS
     if few and triton_path and magnitude is None and path != "fused":
         out = product(x, weight, bias)
@@ -307,7 +307,7 @@ def _layer_forward(
     if gain is None:
         bias = None
 
-    # 2. the adapter's, in place, and what is left of gain and bias
+    # 2. the adapter's product, in place; then the gain, and the bias if it was not added
     if triton_path and not (gain is None and adapter is None and path == "cublas"):
         launch_expand(out, S, b, scaling, Rows(adapter, None, 0.0), gain, bias)
         return out, norm
@@ -320,7 +320,7 @@ def _layer_forward(
 
 
 def _forward(x: Tensor, layers: list[Layer], rows: Rows) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    """x: (M, K). Returns each out (M, N), S (M, sum of R), and each norm (N,) of DoRA, none without it."""
+    """Return each layer's output (M, N), S = drop(x) A^T (M, sum of R), and the norm (N,) of each layer with DoRA."""
     paths, outs, norms = [_path(x, layer) for layer in layers], [], []
     S = low_rank_forward(x, torch.cat([layer.a for layer in layers], -2), rows, paths[0])
     for layer, share, path in zip(layers, _shares(S, layers), paths, strict=True):
@@ -332,7 +332,7 @@ def _forward(x: Tensor, layers: list[Layer], rows: Rows) -> tuple[list[Tensor], 
 
 
 def _shares(S: Tensor, layers: list[Layer]) -> Iterator[Tensor]:
-    """Each layer's columns of S."""
+    """Yield the columns of S (M, sum of R) that belong to each layer, as contiguous tensors."""
     return map(Tensor.contiguous, S.split([layer.b.shape[-1] for layer in layers], 1))
 
 
@@ -340,7 +340,7 @@ class _Saved(NamedTuple):
     x: Tensor
     S: Tensor
     norm: Tensor
-    layer: Layer  # without its bias, which may be stepped before the backward
+    layer: Layer  # without its bias, which may change before the backward
     rows: Rows
     bias_dtype: torch.dtype | None
 
@@ -359,7 +359,7 @@ class _AllSaved(NamedTuple):
     norms: list[Tensor]
     layers: list[Layer]  # as in _Saved
     rows: Rows
-    bias_dtypes: list[int]  # places in FLOATS; empty without biases
+    bias_dtypes: list[int]  # indices into FLOATS; empty without biases
 
 
 class _AllGradients(NamedTuple):
@@ -373,13 +373,13 @@ class _AllGradients(NamedTuple):
 def _layer_backward(
     saved: _Saved, needs: Sequence[bool], dout: Tensor, dx: Tensor | None
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """dx, to which the base's share is added, dS (M, R), and dB, dbias and dm where they are asked for."""
+    """Return dx with this layer's part added, dS (M, R), and the gradients of B, bias and magnitude, if needed."""
     x, S, norm, layer, (adapter, _, _), bias_dtype = saved
     weight, _, b, _, magnitude, scaling, _ = layer
     with_dx, with_dA, with_dB, with_dbias, with_dm = needs
     g = dout = dout.contiguous()
     adapters, B, dB, dbias, dm = b.shape[0], plain.wide_b(b), None, None, None
-    W = dense_of(weight, x.dtype) if with_dx or with_dm else weight.data  # else nobody reads it
+    W = dense_of(weight, x.dtype) if with_dx or with_dm else weight.data  # else W is not read
 
     # 1. through DoRA's gain
     if magnitude is not None:
@@ -411,19 +411,19 @@ def _backward(saved: _AllSaved, needs: Any, douts: list[Tensor]) -> _AllGradient
     x, S, norms, layers, rows, bias_dtypes = saved
     dx, dAs, found, norms = None, None, [], iter(norms)
 
-    # 1. each layer: its base's share of dx, and what goes on to its A
+    # 1. each layer: its g W in dx, and dS, which goes on to its A
     dtypes = [FLOATS[place] for place in bias_dtypes] or [None for _ in layers]
     for layer, share, dtype, dout in zip(layers, _shares(S, layers), dtypes, douts, strict=True):
-        norm = S if layer.magnitude is None else next(norms)  # without DoRA nobody reads it
+        norm = S if layer.magnitude is None else next(norms)  # without DoRA the norm is not read
         dx, *others = _layer_backward(_Saved(x, share, norm, layer, rows, dtype), needs, dout, dx)
         found.append(others)
 
-    # 2. all layers' A as one, which reads and writes x once
+    # 2. the concatenated A of all layers, so that x is read once and dx written once
     all_dS, *others = zip(*found, strict=True)
     A, dS = torch.cat([layer.a for layer in layers], -2), torch.cat(all_dS, 1)
     if needs.layers_a:
         dA, ranks = a_gradient(dS, x, A, rows), [layer.a.shape[-2] for layer in layers]
-        dAs = [part.clone() for part in dA.split(ranks, -2)]  # what an op returns may share no memory
+        dAs = [part.clone() for part in dA.split(ranks, -2)]  # outputs of an op must not share memory
     if dx is not None:
         add_adapter_dx_(dx, dS, A, rows)
     wanted = zip(needs[2:], others, strict=True)
@@ -452,12 +452,12 @@ def _like_all_saved(saved, needs, douts):
     return like_saved(saved._replace(layers=layers or saved.layers), needs)
 
 
-# One layer has an op of its own, in front of the same functions: as a list of one, a row by 576 x 576 takes 1.6
-# times as long on a CPU, for lists are laid out flat and back.
+# A single layer has an op of its own, which calls the same functions. As a list of one layer, one row of x with a
+# 576 x 576 W takes 1.6 times as long on a CPU, because lists are flattened and rebuilt.
 
 
 def _one_forward(x: Tensor, layer: Layer, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """x: (M, K). Returns out (M, N), S (M, R), and the norm (N,) of DoRA, empty without it."""
+    """Return the output (M, N) of one layer, S = drop(x) A^T (M, R), and DoRA's norm (N,), empty without DoRA."""
     path = _path(x, layer)
     S = low_rank_forward(x, layer.a, rows, path)
     out, norm = _layer_forward(x, S, layer, rows.adapter, path)
@@ -505,7 +505,7 @@ def _check(x: Tensor, layer: Layer, adapter: Tensor | None, dropout: float) -> N
     if x.ndim == 0 or x.shape[-1] != K:
         raise ValueError(f"x: expected shape (..., in={K}), got {tuple(x.shape)}")
     if dense.requires_grad and torch.is_grad_enabled():
-        raise ValueError("weight: it gets no gradient here; pass weight.detach()")
+        raise ValueError("weight: expected requires_grad=False, got True; pass weight.detach()")
 
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected a share from 0 to below 1, got {dropout}")
@@ -541,7 +541,7 @@ def _check(x: Tensor, layer: Layer, adapter: Tensor | None, dropout: float) -> N
         check_shape("adapter", adapter, **{f"x.shape[{i}]": size for i, size in enumerate(x.shape[:-1])})
         check_dtype("adapter", adapter, torch.int64, torch.int32, torch.int16, torch.int8)
         if magnitude is not None:
-            raise NotImplementedError("magnitude: not with several adapters; call lora_linear for each")
+            raise NotImplementedError("magnitude: expected none with `adapter`; call lora_linear for each")
 
 
 def _rows(x: Tensor, adapter: Tensor | None, dropout: float, seed: int | Tensor | None) -> Rows:
@@ -550,7 +550,7 @@ def _rows(x: Tensor, adapter: Tensor | None, dropout: float, seed: int | Tensor 
 
 
 def _prepared(layer: Layer, dtype: torch.dtype) -> Layer:
-    """The matrices in `dtype`, and all contiguous."""
+    """Return the layer with contiguous tensors, and with all matrices but a 4-bit weight in `dtype`."""
     weight, a, b, bias, magnitude, scaling, path = layer
     if weight.absmax is None and (data := operand(weight.data, dtype)) is not weight.data:
         weight = Weight(data)
@@ -581,17 +581,16 @@ def lora_linear(
     dropout: float = 0.0,
     seed: int | Tensor | None = None,
 ) -> Tensor:
-    """x W^T + scaling drop(x) A^T B^T + bias, W frozen. rsLoRA is a scaling: alpha / sqrt(R).
+    """Compute x W^T + scaling drop(x) A^T B^T + bias with a frozen W. For rsLoRA, scaling is alpha / sqrt(R).
 
     x: (..., in)    weight: (out, in), a tensor or 4-bit    lora_a: (R, in)    lora_b: (out, R)    bias: (out,)
-    magnitude: (out,), DoRA: before the bias, the result is scaled by magnitude / |W + scaling B A| for each output.
-    adapter: (...) int, for stacked lora_a (adapters, R, in) and lora_b (adapters, out, R): each row's own, -1 for none.
-        A number that is neither raises on a CPU; elsewhere the host does not wait to look, and such a row of the result
-        is NaN, and of dx where the adapter sees x.
-    dropout: share of x that the adapter does not see; which, follows from `seed`, an int or a 0-d int64 tensor (an int
-        would freeze in a CUDA graph).
-
-    Returns (..., out) in x's dtype, which the products are computed in. With lora_b = 0 the result on a CPU has the
+    magnitude: (out,), for DoRA. Each output is multiplied by magnitude / |W + scaling B A| before the bias is added.
+    adapter: (...) int, the adapter of each row, or -1 for none. With it lora_a is stacked as (adapters, R, in), and
+        lora_b as (adapters, out, R). A wrong number raises ValueError on a CPU. Elsewhere the host does not check: such
+        a row of the result is NaN, and its dx is NaN except where dropout hides x from the adapter.
+    dropout: the share of x's elements that are hidden from the adapter.
+    seed: an int or a 0-d int64 tensor, which determines the hidden elements. A CUDA graph would freeze an int.
+    Returns (..., out) in x's dtype, in which the products are computed. If lora_b is 0, the result on a CPU has the
     bits of F.linear(x, weight, bias).
     Raises ValueError for other shapes and dtypes, a scaling that is not finite, and tensors on several devices.
     """
@@ -618,10 +617,10 @@ def lora_linears(
     dropout: float = 0.0,
     seed: int | Tensor | None = None,
 ) -> list[Tensor]:
-    """[lora_linear(x, ...) for each layer], whose adapters read x once: q, k and v, or gate and up.
+    """Return [lora_linear(x, ...) for each layer], as for q, k and v, or gate and up. The adapters read x once.
 
-    One entry of each sequence for each layer, as in lora_linear; ranks may differ. weights: all of them tensors, or all
-    4-bit and of one format. With dropout, all adapters see the same part of x.
+    Each sequence has one entry for each layer, as for lora_linear. Ranks may differ. The weights are all tensors, or
+    all 4-bit in one format. With dropout, all adapters see the same elements of x.
     """
     count = len(weights)
     for name, given in (("lora_a", lora_a), ("lora_b", lora_b), ("scalings", scalings)):
@@ -641,7 +640,7 @@ def lora_linears(
             sizes = [a.shape[0] for a in lora_a]
             raise ValueError(f"lora_a: expected as many stacked adapters in every layer, got {sizes}")
     if len({(layer.weight.blocksize, layer.weight.offset is None) for layer in layers}) != 1:
-        raise ValueError(f"weights: expected some, all dense or all 4-bit of one format, got {count}")
+        raise ValueError(f"weights: expected at least one, all dense or all 4-bit of one format, got {count}")
 
     x = operand(x, autocast_dtype(x))
     flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])

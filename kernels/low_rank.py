@@ -1,13 +1,13 @@
-"""The products of low-rank adapters: one, or a stack of which each row of x has its own, with or without dropout.
+"""The products of low-rank adapters, with optional dropout. Each row of x may use its own adapter from a stack.
 
     S = drop(x) A^T                     out += scaling S B^T
     dS = scaling g B                    dB = scaling g^T S                 dA = dS^T drop(x)        dx += drop(dS A)
 
-drop(x) = x / (1 - p) where a hash of (seed, row, column) says so, else 0: computed again in the backward, so that no
-mask is kept.
+drop(x) = x / (1 - p) where a hash of (seed, row, column) keeps the element, else 0. The backward computes the hash
+again, so no mask is stored.
 
-Memory, in elements, x (M, K), out (M, N): forward, x is read once, out read and written; backward, g and x are read
-once, dx read and written. dS and dB are of one pass over g where the partial sums of dB are small.
+Memory, in elements, for x (M, K) and out (M, N): the forward reads x once, and reads and writes out. The backward reads
+g and x once, and reads and writes dx. One pass over g gives both dS and dB if the partial sums of dB are small.
 
 Source: LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685, equation 3; the hash: lowbias32 of
         https://github.com/skeeto/hash-prospector
@@ -31,7 +31,7 @@ from .records import Rows
 
 @triton.jit
 def _mix32(h):
-    # plain.mix, on uint32
+    # the same as plain.mix, but on uint32
     h = h ^ (h >> 16)
     h = h * 0x7FEB352D
     h = h ^ (h >> 15)
@@ -51,8 +51,8 @@ def _not_dropped(seed_ptr, rows, columns, threshold):
 
 @triton.jit
 def _adapters_of(adapter_ptr, rows, M, adapters, ADAPTERS: tl.constexpr):
-    # each row's adapter, -1 for none and -2 for one that the stack lacks; and the first and one past the last of them
-    # all: rows of one sequence lie together
+    # Returns the adapter of each row, -1 for none and -2 for one that the stack lacks. Also returns the block's first
+    # adapter, and its last plus one. The range is short, because rows of one sequence are adjacent.
     row_adapter, first, last = tl.zeros_like(rows).to(tl.int32), 0, 1
     if ADAPTERS:
         ids = tl.load(adapter_ptr + rows, rows < M, other=-1)
@@ -68,7 +68,7 @@ def _shrink_fwd(
     ADAPTERS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
-    # S = drop(x) A^T, each row with its adapter's A. Program (i, j): rows of block i, the share j of the rank
+    # S = drop(x) A^T, each row with its adapter's A. Program (i, j) takes block i of the rows and block j of the ranks.
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     row_adapter, first, last = _adapters_of(adapter_ptr, rows, M, adapters, ADAPTERS)  # pyright: ignore[reportGeneralTypeIssues]
@@ -98,7 +98,7 @@ def _adapter_product(
     ADAPTERS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
-    # S B^T on one tile, each row with its adapter's B: NaN where the stack has no such adapter
+    # S B^T of one tile, each row with its adapter's B. A row whose adapter the stack lacks becomes NaN.
     row_adapter, first, last = _adapters_of(adapter_ptr, rows, M, adapters, ADAPTERS)  # pyright: ignore[reportGeneralTypeIssues]
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -126,7 +126,7 @@ def _expand_fwd(
     ADAPTERS: tl.constexpr, DROPOUT: tl.constexpr, GAIN: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
-    # out = gain (out + drop(scaling S B^T)) + bias, in place: what follows a product of cuBLAS
+    # out = gain (out + drop(scaling S B^T)) + bias, in place, after a product by cuBLAS
     blocks = tl.cdiv(N, BLOCK_N)
     rows = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -153,8 +153,8 @@ def _lora_bwd(
     dout_ptr, s_ptr, b_ptr, ds_ptr, db_ptr, M, N, R, scaling, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
-    # one pass over dout for each BLOCK_R of the rank: dS of BLOCK_M rows, and these rows' share of dB, which is added
-    # up afterwards in a fixed order
+    # One pass over dout for each block of ranks. A program computes dS of BLOCK_M rows, and the partial sum of dB over
+    # these rows. The host adds up the partial sums in a fixed order.
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     s_live = (rows < M)[:, None] & (ranks < R)[None, :]
@@ -182,8 +182,8 @@ def _lora_a_bwd(
     ADAPTERS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
-    # dA = dS^T drop(x). Program (i, j): the share j of the rows, summed; i: a block of columns, a share of the rank, an
-    # adapter, which may be more than the 65,535 that a grid's other dimensions take
+    # dA = dS^T drop(x). Program (i, j) sums the share j of the rows. i counts blocks of columns, blocks of ranks and
+    # adapters. Their product may exceed 65,535, the limit of a grid's second and third dimension.
     blocks_k, blocks_r = tl.cdiv(K, BLOCK_K), tl.cdiv(R, BLOCK_R)
     block, e = tl.program_id(0) // blocks_k, tl.program_id(0) // (blocks_k * blocks_r)
     cols = (tl.program_id(0) % blocks_k).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -212,8 +212,8 @@ def _lora_a_bwd(
 
 # ---- launch
 
-PARTIAL_ROWS = 128  # of dout, which _lora_bwd sums up in one tile
-PARTIAL_BUDGET = 256 << 20  # bytes of its partial sums; beyond, dS and dB are two products, which need none
+PARTIAL_ROWS = 128  # rows of dout in one partial sum of _lora_bwd
+PARTIAL_BUDGET = 256 << 20  # the most bytes of all partial sums; above it, dS and dB are two products
 
 
 def _drop_arguments(rows: Rows) -> tuple[int, float]:
@@ -225,12 +225,12 @@ def rank_block(R: int, most: int) -> int:
 
 
 def most_ranks(x: Tensor) -> int:
-    """The widest block of the rank that registers hold: fp32 is multiplied without matrix units."""
+    """Return the widest block of ranks that fits in registers: 16 for fp32, which uses no matrix units, else 64."""
     return 16 if x.dtype == torch.float32 else 64
 
 
 def _launch_shrink(x: Tensor, a: Tensor, rows: Rows) -> Tensor:
-    """S = drop(x) A^T (M, R), one pass over x."""
+    """Compute S = drop(x) A^T, (M, R), in one pass over x."""
     (M, K), R, adapter, seed = x.shape, a.shape[-2], rows.adapter, rows.seed
     S = x.new_empty(M, R)
     if S.numel():
@@ -245,7 +245,7 @@ def _launch_shrink(x: Tensor, a: Tensor, rows: Rows) -> Tensor:
 def launch_expand(
     out: Tensor, S: Tensor, b: Tensor, scaling: float, rows: Rows, gain: Tensor | None, bias: Tensor | None
 ) -> None:
-    """out = gain (out + drop(scaling S b^T)) + bias, in place. b: (N, R) or (adapters, N, R), any strides."""
+    """Replace `out` by gain (out + drop(scaling S b^T)) + bias. b is (N, R) or (adapters, N, R) with any strides."""
     (M, N), R, (adapter, seed, _) = out.shape, S.shape[1], rows
     if out.numel():
         block_n = 64 if out.dtype == torch.float32 else 128
@@ -259,7 +259,7 @@ def launch_expand(
 
 
 def launch_ds_and_db(g: Tensor, S: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """dS (M, R) and dB (N, R), from one pass over g."""
+    """Compute dS = scaling g B, (M, R), and dB = scaling g^T S, (N, R), in one pass over g."""
     (M, N), R = g.shape, S.shape[1]
     dS, block_r = torch.empty_like(S), rank_block(R, most_ranks(g))
     partial = g.new_empty(cdiv(M, PARTIAL_ROWS), N, R, dtype=torch.float32)
@@ -271,12 +271,12 @@ def launch_ds_and_db(g: Tensor, S: Tensor, b: Tensor, scaling: float) -> tuple[T
 
 
 def partial_sums_fit(M: int, N: int, R: int) -> bool:
-    """Whether the partial sums of dB are small beside the pass over g that they spare."""
+    """Return whether the fp32 partial sums of dB fit in PARTIAL_BUDGET, so that one pass over g gives dS and dB."""
     return 4 * cdiv(M, PARTIAL_ROWS) * N * R <= PARTIAL_BUDGET
 
 
 def _launch_da(dS: Tensor, x: Tensor, a: Tensor, rows: Rows) -> Tensor:
-    """dS^T drop(x), one pass over x for each adapter, in a's shape."""
+    """Compute dA = dS^T drop(x) in a's shape, in one pass over x for each adapter."""
     (M, K), R, (adapter, seed, _) = x.shape, dS.shape[1], rows
     adapters, block_k, block_r = a.shape[0] if adapter is not None else 1, 64, rank_block(R, most_ranks(x))
     splits = max(1, min(cdiv(M, 512), cdiv(2 * multiprocessors(x), cdiv(K, block_k))))
@@ -293,7 +293,10 @@ def _launch_da(dS: Tensor, x: Tensor, a: Tensor, rows: Rows) -> Tensor:
 
 
 def low_rank_forward(x: Tensor, a: Tensor, rows: Rows, path: str) -> Tensor:
-    """S = drop(x) A^T (M, R)."""
+    """Compute S = drop(x) A^T, (M, R).
+
+    On a GPU a kernel computes it, but for path "cublas" torch does if there is neither a stack nor dropout.
+    """
     adapter, seed, dropout = rows
     if use_triton(x) and not (seed is None and adapter is None and path == "cublas"):
         return _launch_shrink(x, a, rows)
@@ -304,7 +307,7 @@ def low_rank_forward(x: Tensor, a: Tensor, rows: Rows, path: str) -> Tensor:
 
 
 def a_gradient(dS: Tensor, x: Tensor, a: Tensor, rows: Rows) -> Tensor:
-    """dA = dS^T drop(x), in a's shape."""
+    """Compute dA = dS^T drop(x) in the shape of a, which is one adapter or a stack."""
     adapter, seed, dropout = rows
     if use_triton(x) and not (seed is None and adapter is None):
         return _launch_da(dS, x, a, rows)
@@ -313,7 +316,7 @@ def a_gradient(dS: Tensor, x: Tensor, a: Tensor, rows: Rows) -> Tensor:
 
 
 def add_adapter_dx_(dx: Tensor, dS: Tensor, a: Tensor, rows: Rows) -> None:
-    """dx += drop(dS A), in place."""
+    """Add drop(dS A) to dx in place."""
     adapter, seed, dropout = rows
     if use_triton(dx) and not (seed is None and adapter is None):
         return launch_expand(dx, dS, a.transpose(-2, -1), 1.0, rows, None, None)

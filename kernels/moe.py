@@ -1,4 +1,4 @@
-"""Mixture of experts: the feed-forward layers that each token goes to, weighted and summed.
+"""Mixture of experts: the feed-forward layers that the router chose for each token, weighted and summed.
 
     out_t = sum over k of w_tk E_i(x_t), i = indices_tk        E(x) = act(x W_gu^T + b_gu) W_d^T + b_d
 
@@ -7,18 +7,18 @@
     dA = w dout W_d        dW_d = dout^T (w A)        dw_tk = (dout W_d) . A + dout . b_d
     dH = dA act'(H)        dW_gu = dH^T x             dx_t = sum over k of dH W_gu
 
-    adapters: W_gu + B_gu A_gu and W_d + B_d A_d, never added up: H gets S B_gu^T, S = x A_gu^T, Y likewise
+    adapters: W_gu + B_gu A_gu is never formed; H gets the term S B_gu^T, S = x A_gu^T. The same holds for W_d.
     dB_gu = dH^T S         dA_gu = (dH B_gu)^T x      dB_d = dout^T (w A A_d^T)      dA_d = (dout B_d)^T (w A)
 
-The rows (a token with one of its experts) are sorted by expert. Nothing is read on the host: grids have the size of
-their upper bound, T K / BLOCK_M + E tiles, and the tiles past the end return at once. x is gathered by the load of the
-product's operand; the products' rows lie contiguously by expert; the sum over k gathers, so there are no atomics. H,
-the pre-activation, is saved, A is computed again from it in the backward, and dw is a row sum there. Experts in 4 bits
-are multiplied out before the products, in the forward and again in the backward, and saved in 4 bits. See docs/moe.md.
+A row is a token with one of its experts. Rows are sorted by expert, so the rows of an expert are contiguous. The host
+reads no tensor: a grid has the size of its upper bound, T K / BLOCK_M + E tiles, and tiles past the end return at once.
+The first product gathers x when it loads its operand. The sum over k gathers its terms, so there are no atomics. The
+pre-activation H is saved; the backward computes A from it again, and dw as a sum over each row. Experts in 4 bits are
+dequantised before the products, in the forward and again in the backward, and are saved in 4 bits. See docs/moe.md.
 
-Operations: 6 T K C F forward, 12 T K C F backward. Memory beside the operands, in elements: forward writes H and A
-(3 T K F) and the experts' outputs (T K C); backward dH and w A (3 T K F) and dX (T K C). Adapters of rank R add
-2 T K R (2C + 3F) operations forward, twice that backward, and save T K R.
+Operations: 6 T K C F forward, 12 T K C F backward. Memory traffic beside the operands, in elements: the forward writes
+H and A (3 T K F) and the experts' outputs (T K C). The backward writes dH and w A (3 T K F) and dX (T K C). Adapters of
+rank R add 2 T K R (2C + 3F) operations forward and twice that backward, and save T K R elements.
 
 Source: Shazeer et al. 2017, https://arxiv.org/abs/1701.06538; clamped SwiGLU: gpt-oss,
         https://arxiv.org/abs/2508.10925; ReLU^2: Primer, https://arxiv.org/abs/2109.08668
@@ -67,7 +67,7 @@ def _up_fwd(
     ACTIVATION: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """A = act(H), H = x W^T + s B^T + bias, x by token. RANK: a step through R, 0 without s and B."""
+    """Compute A = act(H), H = x W^T + s B^T + bias, for gathered rows of x. RANK: a step through R, or 0 without s."""
     GATED: tl.constexpr = ACTIVATION != "relu2"
     blocks = tl.cdiv(F, BLOCK_N)  # neighbouring programs share their rows of x
     tile = tl.program_id(0) // blocks
@@ -79,7 +79,7 @@ def _up_fwd(
     token = (tl.load(choice_ptr + rows, live, other=0) // K).to(tl.int64)
     cols = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
 
-    # x W^T, in the same columns of the gate and of up
+    # x W^T, for the same columns of the gate and of up
     k = tl.arange(0, BLOCK_K)
     width = F * (1 + GATED)
     x_ptrs = x_ptr + token[:, None] * C + k[None, :]
@@ -119,7 +119,7 @@ def _up_fwd(
         else:
             up += tl.load(bias_ptrs, cols < F, other=0.0).to(tl.float32)[None, :]
 
-    # the activation sees what the backward will read
+    # round first: the activation sees the numbers that the backward will read
     mask = live[:, None] & (cols < F)[None, :]
     at = rows[:, None].to(tl.int64)
     gate, up = gate.to(h_ptr.dtype.element_ty), up.to(h_ptr.dtype.element_ty)
@@ -140,9 +140,9 @@ def _rows_product(
     BIAS: tl.constexpr, RANK: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """out = a W^T + s B^T + bias, each row with the weights (N, K) and (N, R) of its expert, by their strides.
+    """Compute out = a W^T + s B^T + bias. Each row uses W (N, K) and B (N, R) of its expert, of any strides.
 
-    With GATHER a's rows are by token. RANK: a step through R, 0 without s and B.
+    GATHER: a has a row for each token, not for each choice. RANK: the step through R, or 0 without s and B.
     """
     blocks = tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0) // blocks
@@ -179,7 +179,7 @@ def _rows_product(
 
 @triton.jit
 def _combine(y_ptr, weights_ptr, row_ptr, out_ptr, C, K, WEIGHTED: tl.constexpr, BLOCK_C: tl.constexpr):
-    """out_t = sum over k of w_tk y[row of (t, k)], in the order of k; dropped choices have row -1."""
+    """Compute out_t = sum over k of w_tk y[row of (t, k)], in the order of k. A dropped choice has row -1."""
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros([BLOCK_C], tl.float32)
@@ -199,7 +199,7 @@ def _activation_bwd(
     ACTIVATION: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """dH, w A, and of each row's gradient of w one partial sum for each block of F. p = dout B_d."""
+    """Compute dH, w A, and for each row the gradient of w, as one partial sum per block of F. p is dout B_d."""
     GATED: tl.constexpr = ACTIVATION != "relu2"
     blocks = tl.cdiv(F, BLOCK_N)
     tile, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -212,7 +212,7 @@ def _activation_bwd(
     token = (choice // K).to(tl.int64)
     cols = block * BLOCK_N + tl.arange(0, BLOCK_N)
 
-    # dA before its weight
+    # dA, not yet multiplied by the weight
     c = tl.arange(0, BLOCK_K)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in range(0, C, BLOCK_K):
@@ -232,13 +232,13 @@ def _activation_bwd(
             low = tl.load(lora_a_ptr + expert * R * F + offsets, (r < R)[:, None] & (cols < F)[None, :], other=0.0)
             acc = tl.dot(p, low, acc, input_precision=PRECISION)
 
-    # from the tile's first row on, 32 bits reach: half the registers
+    # offsets from the tile's first row fit in 32 bits, which take half the registers
     mask = live[:, None] & (cols < F)[None, :]
     base = tl.load(tile_row_ptr + tile).to(tl.int64) * F
     at = tl.arange(0, BLOCK_M)[:, None]
     weight = tl.load(weights_ptr + choice, live, other=0.0)[:, None]
 
-    # dH, and A again from H
+    # dH, and A recomputed from H
     if GATED:
         h_at = at * (2 * F) + cols[None, :]
         g = tl.load(h_ptr + 2 * base + h_at, mask, other=0.0).to(tl.float32)
@@ -253,7 +253,7 @@ def _activation_bwd(
             gc = tl.where(g > limit, limit, g)
             uc = tl.where(u > limit, limit, tl.where(u < -limit, -limit, u))
             p = tl.sigmoid(alpha * gc)
-            # what is clamped has no gradient
+            # a clamped number has no gradient
             a = (uc + 1) * gc * p
             dg = tl.where(g > limit, 0.0, da * (uc + 1) * p * (1 + alpha * gc * (1 - p)))
             du = tl.where((u > limit) | (u < -limit), 0.0, da * gc * p)
@@ -274,9 +274,10 @@ def _weight_bwd(
     GATHER_P: tl.constexpr, GATHER_Q: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """dW (N, C) = p^T q over the rows of each expert; what is gathered is by token.
+    """Compute dW (N, C) = p^T q over the rows of each expert, and db, the sum of p's rows.
 
-    db = the sum of p's rows; gathered ones times their weight, which w A has in q.
+    A gathered operand has a row for each token. For db, gathered rows of p are multiplied by their weight w; in dW
+    the weight is already in q = w A.
     """
     blocks_n, blocks_c = tl.cdiv(N, BLOCK_N), tl.cdiv(C, BLOCK_C)
     expert = (tl.program_id(0) // (blocks_n * blocks_c)).to(tl.int64)
@@ -318,9 +319,9 @@ def _product(
     a: Tensor, weight: Tensor, routes: Routes, *, by_token: bool = False, transposed: bool = False,
     bias: Tensor | None = None, low: Tensor | None = None, up: Tensor | None = None,
 ) -> Tensor:
-    """a W^T + low U^T + bias (T K, N), W (E, N, K) and U (E, N, R); transposed, (E, K, N) and (E, R, N).
+    """Return a W^T + low U^T + bias, (T K, N). `weight` is W and `up` is U.
 
-    a (T K, K), or by token (T, K).
+    W is (E, N, K) and U is (E, N, R); if `transposed`, (E, K, N) and (E, R, N). a is (T K, K), or (T, K) if `by_token`.
     """
     starts, row, choice, tile_expert, tile_row, block_m, top_k = routes
     K, N, R = a.shape[1], weight.shape[2 if transposed else 1], 0 if low is None else low.shape[1]
@@ -335,7 +336,7 @@ def _product(
 
 
 def _activation(x: Tensor, experts: Experts, s: Tensor, routes: Routes, save: bool) -> tuple[Tensor, Tensor]:
-    """A = act(H) (T K, F), and H (T K, 2F or F), which is empty unless it is saved."""
+    """Return the activation A = act(H), (T K, F), and H, (T K, 2F or F), which is empty unless `save`."""
     starts, row, choice, tile_expert, tile_row, block_m, top_k = routes
     gate_up, _, activation, alpha, limit = experts
     (_, width, C), R = gate_up.sizes, s.shape[1]
@@ -353,11 +354,11 @@ def _activation(x: Tensor, experts: Experts, s: Tensor, routes: Routes, save: bo
 def _activation_grad(
     dout: Tensor, dout_b: Tensor | None, experts: Experts, h: Tensor, weights: Tensor, routes: Routes
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dH (T K, 2F or F), w A (T K, F), and of each choice's gradient of w a sum for each block of F."""
+    """Return dH (T K, 2F or F), w A (T K, F), and partial sums of each choice's gradient of w, (T K, blocks of F)."""
     starts, row, choice, tile_expert, tile_row, block_m, top_k = routes
     _, down, activation, alpha, limit = experts
     (_, C, F), R = down.sizes, 0 if dout_b is None else dout_b.shape[1]
-    # the epilogue holds gate and up beside the accumulator, clamped ones twice
+    # the epilogue holds gate and up beside the accumulator, and for clamped_swiglu each of them twice
     tile = moe_tile(dout, block_m, accumulators=4 if activation == "clamped_swiglu" else 2)
     blocks = cdiv(F, tile["BLOCK_N"])
     dh, wa = torch.empty_like(h), h.new_empty(row.numel(), F)
@@ -373,9 +374,9 @@ def _weight_grad(
     weights: Tensor, routes: Routes, p: Tensor | None, q: Tensor | None, by_token: str, needed: bool,
     with_bias: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """p^T q (E, N, C) over the rows of each expert, and the sum of p's rows (E, N); None for what is not needed.
+    """Return p^T q (E, N, C) over the rows of each expert, and the sum of p's rows (E, N), each None if not needed.
 
-    by_token: "p", "q" or "", which of the two is (T, N) or (T, C) and gathered; the other is by row.
+    p is (T K, N) and q is (T K, C). by_token is "p" or "q" if that operand has T rows and is gathered, else "".
     """
     if p is None or q is None or not (needed or with_bias):
         return None, None
@@ -392,7 +393,7 @@ def _weight_grad(
 
 
 def _sum_over_choices(y: Tensor, weights: Tensor | None, routes: Routes) -> Tensor:
-    """(T K, C) by row to (T, C)."""
+    """Return (T, C): for each token the sum of its K rows of y (T K, C), weighted if `weights` are given."""
     T, C = routes.row.numel() // routes.top_k, y.shape[1]
     out = y.new_empty(T, C)
     grid = (T, cdiv(C, 1024))
@@ -403,18 +404,18 @@ def _sum_over_choices(y: Tensor, weights: Tensor | None, routes: Routes) -> Tens
 
 
 def _block_m(x: Tensor, rows: int, E: int) -> int:
-    """Rows of a tile: about what an expert has, for what a tile has more is lost."""
+    """Return the number of rows of a tile, about the average of an expert, since more rows would be wasted."""
     most = 64 if x.dtype == torch.float32 else 128
     return min(most, max(16, 1 << (rows // max(E, 1)).bit_length()))
 
 
 def _rank_step(tile: dict[str, int], R: int) -> int:
-    """The step of a kernel through the rank of an adapter that it adds; 0 without one."""
+    """Return the step of a kernel's loop over the rank R of an adapter, or 0 without an adapter."""
     return min(tile["BLOCK_K"], tile_width(R)) if R else 0
 
 
 class _Saved(NamedTuple):
-    """Operands of the forward, and H and S, for the backward."""
+    """The tensors that the backward reads: the operands of the forward, the pre-activation H, and S = x A_gu^T."""
 
     x: Tensor
     experts: Experts
@@ -440,7 +441,10 @@ class _Gradients(NamedTuple):
 def _forward(
     x: Tensor, experts: Experts, weights: Tensor, routes: Routes, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Contiguous inputs, weights fp32. Returns out (T, C), H (T K, 2F or F), S (T K, R); H and S empty unless save."""
+    """Return the output (T, C), the pre-activation H (T K, 2F or F), and S = x A_gu^T (T K, R).
+
+    H and S are empty unless `save`. The inputs are contiguous, and `weights` is fp32.
+    """
     if not x.numel() or not routes.top_k:
         out, h, s = _shapes(x, experts, weights, routes, save)
         return out.zero_(), h, s
@@ -464,7 +468,7 @@ def _shapes(x, experts, weights, routes, save):
 
 
 def _multiplied_out(experts: Experts, dtype: torch.dtype) -> Experts:
-    """Weights in 4 bits become dense ones of all experts, one launch each, and are freed after the op."""
+    """Return the experts with dense weights. A 4-bit weight is dequantised in one launch, and freed after the op."""
     gate_up, down = experts[:2]
     if not (gate_up.weight.blocksize or down.weight.blocksize):
         return experts
@@ -485,11 +489,11 @@ def _backward(saved: _Saved, needs: Any, dout: Tensor) -> _Gradients:
     gate_up, down = experts[:2]
     dout = dout.contiguous()
 
-    # dH: back through the second layer, with dout B_d, and the activation
+    # dH: back through the second layer, its adapter (dout B_d), and the activation
     dout_b = None if down.b is None else _product(dout, down.b, routes, by_token=True, transposed=True)
     dh, wa, sums = _activation_grad(dout, dout_b, experts, h, weights, routes)
 
-    # dx: back through the first layer, with dH B_gu
+    # dx: back through the first layer and its adapter (dH B_gu)
     dh_b = dx = None
     if gate_up.b is not None and (needs.x or needs.experts_gate_up_a):
         dh_b = _product(dh, gate_up.b, routes, transposed=True)
@@ -497,7 +501,7 @@ def _backward(saved: _Saved, needs: Any, dout: Tensor) -> _Gradients:
         dx_rows = _product(dh, gate_up.weight.data, routes, transposed=True, low=dh_b, up=gate_up.a)
         dx = _sum_over_choices(dx_rows, None, routes)
 
-    # what is trained of the two layers
+    # the gradients of the two layers
     grad = partial(_weight_grad, weights, routes)
     dw_gate_up, db_gate_up = grad(dh, x, "q", needs.experts_gate_up_weight_data, needs.experts_gate_up_bias)
     dw_down, db_down = grad(dout, wa, "p", needs.experts_down_weight_data, needs.experts_down_bias)
@@ -518,11 +522,11 @@ def _backward(saved: _Saved, needs: Any, dout: Tensor) -> _Gradients:
 
 
 def _mixing_grad(sums: Tensor, dout: Tensor, down_bias: Tensor | None, routes: Routes) -> Tensor:
-    """dw (T, K): each choice's sums over the blocks of F, and dout . b_d."""
+    """Return dw (T, K): the sum of each choice's partial sums over the blocks of F, plus dout . b_d."""
     E, row = routes.starts.shape[0] - 1, routes.row.view(-1, routes.top_k)
     dweights = sums.sum(1).view_as(row)
     if down_bias is not None:
-        # the expert of each choice; a dropped one's is masked
+        # the expert of each choice; dropped choices are masked below
         expert = torch.searchsorted(routes.starts[1:], row, right=True).clamp_(max=E - 1)
         along = torch.mm(dout.float(), down_bias.float().t())  # (T, E)
         dweights += along.gather(1, expert).masked_fill_(row < 0, 0)
@@ -530,7 +534,7 @@ def _mixing_grad(sums: Tensor, dout: Tensor, down_bias: Tensor | None, routes: R
 
 
 def _sorted_mlp(x: Tensor, experts: Experts, weights: Tensor, indices: Tensor) -> Tensor:
-    """The op on choices that are yet to be sorted, and on operands that may be strided."""
+    """Sort the choices by expert, make the operands contiguous, and return the output of the op."""
     gate_up, down = experts[:2]
     save = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weights, *gate_up.tensors(), *down.tensors())
@@ -565,17 +569,18 @@ def moe_mlp(
     alpha: float = 1.702,
     limit: float = 7.0,
 ) -> Tensor:
-    """Each token through its experts, weighted and summed: the formula at the top of this file. Dropless.
+    """Run each token through its experts, and sum the outputs by `weights`. The top of this file has the formula.
 
-    x: (T, C)    gate_up: (E, 2F, C), the gate's rows first; (E, F, C) for relu2    down: (E, C, F). In x's dtype; or
-        in 4 bits, each expert a whole number of blocks, and frozen.
-    weights: (T, K) floating point    indices: (T, K) int32 or int64; a choice outside of 0..E-1 is passed over.
-    gate_up_bias: (E, 2F), (E, F) for relu2    down_bias: (E, C)    alpha, limit: of clamped_swiglu.
-    gate_up_a, gate_up_b: (E, R, C) and (E, 2F, R)    down_a, down_b: (E, R, F) and (E, C, R), adapters: each expert's
-        weight is W + B A. A scaling is multiplied into B before. Their ranks may differ; computed in x's dtype.
+    x: (T, C).    gate_up: (E, 2F, C), the gate's rows first, or (E, F, C) for relu2.    down: (E, C, F). The weights
+        are tensors in x's dtype, or frozen 4-bit weights with whole blocks for each expert. Experts have no capacity.
+    weights: (T, K) floating point.    indices: (T, K) int32 or int64. A choice outside of 0..E-1 is skipped.
+    gate_up_bias: (E, 2F), or (E, F) for relu2.    down_bias: (E, C).    alpha, limit: parameters of clamped_swiglu.
+    gate_up_a, gate_up_b: (E, R, C) and (E, 2F, R), an adapter.    down_a, down_b: (E, R, F) and (E, C, R), an adapter.
+        An expert's weight is then W + B A. Multiply a scaling into B beforehand. The two ranks R may differ. The
+        products are in x's dtype.
     Returns (T, C) in x's dtype. Differentiable in all but indices; frozen experts cost no weight gradient.
-    Raises ValueError for shapes and dtypes other than these, for tensors on several devices, for an alpha that is not
-    finite and a limit below 0.
+    Raises ValueError for other shapes and dtypes, for tensors on several devices, for an alpha that is not finite, and
+    for a limit below 0.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
@@ -623,14 +628,14 @@ def _check_experts(name: str, weight: Tensor | NF4Weight, x: Tensor, **dims: int
     one = weight.numel // max(weight.shape[0], 1)
     if one % weight.blocksize:
         raise ValueError(
-            f"{name}: expected each expert a whole number of blocks of {weight.blocksize}, got {one} weights an expert"
+            f"{name}: expected whole blocks of {weight.blocksize} weights in each expert, got {one} weights in each"
         )
 
 
 def _adapter(
     name: str, a: Tensor | None, b: Tensor | None, dtype: torch.dtype, E: int, C: int, N: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """A and B in x's dtype, of a layer with C in and N out."""
+    """Return A and B in `dtype` for a layer with C inputs and N outputs, or None for both. Raises ValueError."""
     if a is None and b is None:
         return None, None
     if a is None or b is None or a.dim() != 3 or not 1 <= a.shape[1] <= 256:

@@ -1,17 +1,18 @@
-"""Weights in 4 bits, in the format of bitsandbytes, and the product with them.
+"""Weights in 4 bits, in the format of bitsandbytes, and products with them.
 
-    w = code[nibble] * absmax[i // blocksize]                i the weight's place in row-major order
-    absmax = nested_code[byte] * nested_absmax[block // 256] + offset        where absmax is quantised itself
-    nibble = the place of w / absmax among the midpoints of the sorted code; on a midpoint, the smaller value
+    w = code[nibble] * absmax[i // blocksize]                i is the weight's index in row-major order
+    absmax = nested_code[byte] * nested_absmax[block // 256] + offset        if absmax is quantised itself
+    nibble = the index of the code's value nearest to w / absmax; on a midpoint of two values, the smaller one
 
     y = x W^T + bias        dx = dy W        db = sum over rows of dy        W is frozen
 
-NF4's code is 16 quantiles of a normal distribution, FP4's is 1 sign, 2 exponent and 1 mantissa bits. Two weights share
-a byte, the first in the high nibble. Storage with blocks of 64: 4 + 8 / 64 + 32 / 16384 = 4.127 bits a weight.
+NF4's code is 16 quantiles of a normal distribution. FP4's code has 1 sign bit, 2 exponent bits and 1 mantissa bit. Two
+weights share a byte, the first in the high nibble. With blocks of 64, a weight takes 4 + 8 / 64 + 32 / 16384 = 4.127
+bits.
 
 Memory, in bytes for n weights: dequantising reads 0.516 n and writes 2 n in half precision. The product with few rows
-(M <= 64) reads 0.516 n and writes nothing of W; with more rows W is written once and read by a plain matrix product:
-2.5 n bytes on the way there, nothing beside the product's operations. See docs/nf4.md.
+(M <= 64) reads 0.516 n and does not write W. With more rows, W is dequantised and then read by a plain matrix product.
+The 2.5 n bytes of dequantising are negligible beside the product's operations. See docs/nf4.md.
 
 Source: QLoRA, Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, section 3 and appendix E; the constants and the
         layout: https://github.com/bitsandbytes-foundation/bitsandbytes 0.50.2
@@ -96,12 +97,12 @@ def _few_rows_fwd(
     M, N, K, steps, DOUBLE: tl.constexpr, BLOCKSIZE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    # Program (i, j): columns of block i of the result, the share j of K. Even and odd weights are multiplied apart,
-    # so nothing is interleaved; a step stays inside one block of weights, so absmax scales the step's sum.
+    # Program (i, j) takes block i of the result's columns and the share j of K. Even and odd weights are multiplied
+    # separately, so nothing is interleaved. A step stays inside one block of weights, so absmax scales the step's sum.
     rows, cols = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     x_live, w_live = (rows < M)[:, None], (cols < N)[:, None]
     code = tl.load(code_ptr + tl.arange(0, 16)).to(x_ptr.dtype.element_ty)
-    starts = cols.to(tl.int64) * K  # the places of the rows of W
+    starts = cols.to(tl.int64) * K  # where the rows of W start
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(tl.program_id(1) * steps, tl.minimum((tl.program_id(1) + 1) * steps, K // (2 * BLOCK_K))):
@@ -125,7 +126,7 @@ def _few_rows_fwd(
 
 @triton.jit
 def _add_splits(partial_ptr, bias_ptr, y_ptr, numel, N, SPLITS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    # y = the sum of the shares of K, in a fixed order, + bias
+    # y = the sum of the partial results, in a fixed order, + bias
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for split in range(SPLITS):
@@ -140,7 +141,7 @@ def _dequantize_fwd(
     packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, out_ptr,
     numel, pairs_numel, blocks, DOUBLE: tl.constexpr, HALF: tl.constexpr, BLOCKS: tl.constexpr,
 ):
-    # a row of the tile is a block of weights, HALF bytes; a thread takes 16 bytes and has one absmax for them
+    # A row of the tile is a block of weights, HALF bytes. A thread takes 16 bytes, which have one absmax.
     rows = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     absmax = _absmax_of(absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, rows, rows < blocks, DOUBLE)
     places = rows[:, None] * HALF + tl.arange(0, HALF)[None, :]  # [BLOCKS, HALF]
@@ -160,16 +161,16 @@ def _dequantize_fwd(
 def _quantize_fwd(
     w_ptr, bounds_ptr, order_ptr, packed_ptr, absmax_ptr, numel, blocks, HALF: tl.constexpr, BLOCKS: tl.constexpr
 ):
-    # as plain.round_to_nibbles; a row of the tile is a block of weights
+    # The rounding is that of plain.round_to_nibbles. A row of the tile is a block of weights.
     rows = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     places = rows[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]  # [BLOCKS, 2 HALF]
     w = tl.load(w_ptr + places, places < numel, other=0.0).to(tl.float32)
 
-    # in the numbers' order, NaN above all: a float's maximum passes over it
+    # as integers, absolute values keep their order with NaN above all; a maximum of floats would ignore NaN
     bits = tl.abs(w).to(tl.int32, bitcast=True)
     absmax = tl.max(bits, 1).to(tl.float32, bitcast=True)
 
-    short = (rows + 1) * (2 * HALF) > numel  # the last block: a quotient there, elsewhere a product
+    short = (rows + 1) * (2 * HALF) > numel  # a short last block divides by absmax, the others multiply
     tl.store(absmax_ptr + rows, tl.where(short & (absmax == 0), 1e-38, absmax), rows < blocks)
     divisor = tl.where(absmax == 0, 1.0, absmax)
     scaled = tl.where(
@@ -178,7 +179,7 @@ def _quantize_fwd(
         w * tl.div_rn(tl.full([BLOCKS], 1.0, tl.float32), divisor)[:, None],
     )
 
-    # the nibble: how many midpoints lie below
+    # the place in the sorted code, which is how many midpoints lie below, and its nibble
     place = tl.zeros([BLOCKS, 2 * HALF], tl.int32)
     for i in tl.static_range(15):
         place += (scaled > tl.load(bounds_ptr + i)).to(tl.int32)
@@ -194,14 +195,14 @@ def _quantize_fwd(
 
 # ---- launch
 
-FEW_ROWS = 64  # up to here a product reads W in its 4 bits; beyond, W is multiplied out and cuBLAS takes it
-TILE = 4096  # bytes that one program multiplies out, 16 a thread
-TENSORS = 6  # the first fields of a Weight
+FEW_ROWS = 64  # up to this many rows a product reads W in its 4 bits; for more, W is dequantised for cuBLAS
+TILE = 4096  # bytes that one program dequantises, 16 for each thread
+TENSORS = 6  # the tensors of a Weight, which are its first fields
 
 
-@on_its_device  # references and CPU paths call it, too
+@on_its_device  # not only ops call it: references and CPU paths do, too
 def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """A weight in 4 bits multiplied out: one launch, or on a CPU table lookups."""
+    """Return a 4-bit weight as a dense tensor, by one launch or, on a CPU, by table lookups."""
     packed, absmax = weight.data, weight.absmax
     if not use_triton(packed):
         return plain.dequantize(weight, dtype)
@@ -218,12 +219,12 @@ def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
 
 
 def operand(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """t.to(dtype).contiguous(), but without the microseconds where both change nothing."""
+    """Return t.to(dtype).contiguous(). If t already has this dtype, `to` is not called, which saves microseconds."""
     return (t if t.dtype == dtype else t.to(dtype)).contiguous()
 
 
 def dense_of(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """A dense weight as it is; one in 4 bits multiplied out."""
+    """Return a dense weight unchanged, or a 4-bit weight dequantised to `dtype`."""
     return weight.data if weight.absmax is None else dequantize(weight, dtype)
 
 
@@ -231,11 +232,11 @@ def dense_of(weight: Weight, dtype: torch.dtype) -> Tensor:
 def _plan(
     chip: str, dtype: torch.dtype, M: int, N: int, K: int, blocksize: int, programs: int
 ) -> tuple[Tile, tuple[int, int], int]:
-    """The tile of a product with few rows, its grid, and the steps through K that each program takes."""
+    """Return the tile of a product with few rows, its grid, and the number of steps through K for each program."""
     kind, step = "fp32" if dtype == torch.float32 else "half", min(blocksize, 64)
     tile = row_of(NF4_PRODUCT, f"{chip}, {kind}", kind)._replace(M=max(16, next_power_of_2(M)), K=step // 2)
 
-    # each program takes a share of K of some columns
+    # each program takes a block of columns and a share of K
     columns = cdiv(N, tile.N)
     splits = max(1, min(cdiv(programs, columns), K // step, 64))
     steps = cdiv(K // step, splits)
@@ -243,7 +244,11 @@ def _plan(
 
 
 def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """x W^T + bias (M, N), for x (M, K), contiguous, and W (N, K): few rows read W in its 4 bits."""
+    """Compute x W^T + bias, (M, N), for a contiguous x (M, K) and a 4-bit W (N, K).
+
+    On a GPU a kernel reads the 4 bits of W if x has at most FEW_ROWS rows and K is a multiple of the blocksize.
+    Otherwise W is dequantised first.
+    """
     (M, K), (N, _), blocksize = x.shape, weight.shape, weight.blocksize
     if not use_triton(x) or M > FEW_ROWS or K % blocksize or 0 in (M, N, K):
         return F.linear(x, dequantize(weight, x.dtype), None if bias is None else bias.to(x.dtype))
@@ -256,7 +261,7 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     numbers = M, N, K, steps, double, blocksize, precision(), *blocks
     _few_rows_fwd[grid](x, *weight[:TENSORS], partial, *numbers, num_warps=warps, num_stages=stages)
 
-    # the shares are added up in a fixed order
+    # the partial results are added in a fixed order
     y = x.new_empty(M, N)
     _add_splits[(cdiv(M * N, 256),)](partial, bias, y, M * N, N, splits, bias is not None, 256, num_warps=4)
     return y
@@ -267,7 +272,7 @@ def _linear_shapes(x, weight, bias):
 
 
 class _Saved(NamedTuple):
-    """W in its 4 bits, and nothing of x."""
+    """The values that are saved for the backward: W in its 4 bits and the dtype of the bias, but not x."""
 
     weight: Weight
     bias_dtype: torch.dtype | None
@@ -305,7 +310,7 @@ def _dequantize_shapes(weight, dtype):
 
 
 def _quantize(weight: Tensor, midpoints: Tensor, order: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Contiguous weight. Returns packed (numel / 2,) and absmax (blocks,)."""
+    """Return packed (numel / 2,) uint8 and absmax (blocks,) fp32 of a contiguous weight."""
     packed, absmax = _quantize_shapes(weight, midpoints, order, blocksize)
     if absmax.numel():
         rows = max(1, TILE // blocksize)
@@ -333,12 +338,17 @@ _quantize_nf4 = make_op("quantize_nf4", _quantize, _quantize_shapes)
 def quantize_nf4(
     weight: Tensor, *, blocksize: int = 64, quant_type: str = "nf4", double_quant: bool = True
 ) -> NF4Weight:
-    """Round to 4 bits, in bitsandbytes' format and to its bits (fp4: which of two zeros may differ from its CUDA code).
+    """Quantise a weight to 4 bits, in the format of bitsandbytes and with the same bits.
 
-    weight: any shape, fp32, bf16 or fp16; blocks run over it in row-major order
-    blocksize: weights that share an absmax, a power of two from 32 to 4096    quant_type: "nf4" or "fp4"
-    double_quant: absmax in 8 bits, too
-    A number that is not finite makes its block NaN or infinite; with double_quant the whole weight, on any device.
+    fp4 has two zeros, and the choice between them may differ from the CUDA code of bitsandbytes.
+
+    weight: any shape, fp32, bf16 or fp16. Blocks run over it in row-major order.
+    blocksize: the number of weights that share an absmax, a power of two from 32 to 4096.
+    quant_type: "nf4" or "fp4".
+    double_quant: quantise absmax to 8 bits, too.
+    A number that is not finite makes its block NaN or infinite. With double_quant it makes the whole weight NaN or
+    infinite. This holds on any device.
+    Raises ValueError for another dtype, blocksize or quant_type.
     """
     if blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize: expected one of {BLOCKSIZES}, got {blocksize}")
@@ -358,17 +368,21 @@ def quantize_nf4(
 
 
 def dequantize_nf4(weight: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight in `dtype`, or in the one that it had: code[nibble] * absmax in fp32, rounded once. No gradient."""
+    """Return the weight as a dense tensor in `dtype`, by default the dtype before quantisation. No gradient.
+
+    code[nibble] * absmax is computed in fp32 and rounded once. Raises ValueError unless dtype is float32, float16 or
+    bfloat16.
+    """
     if dtype is not None and dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"dtype: expected float32, float16 or bfloat16, got {dtype}")
     return _dequantize_nf4(Weight.of(weight), dtype or weight.dtype)
 
 
 def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias, W frozen; what is saved for the backward is W in its 4 bits.
+    """Compute x W^T + bias with a frozen 4-bit W. Only W, in its 4 bits, is saved for the backward.
 
     x: (..., in)    weight: shape (out, in)    bias: (out,), any float dtype
-    Returns (..., out) in x's dtype, in which W is multiplied out.
+    Returns (..., out) in x's dtype, to which W is dequantised.
     Raises ValueError for other shapes and dtypes, and for tensors on several devices.
     """
     if len(weight.shape) != 2:

@@ -1,16 +1,16 @@
-"""RMSNorm, alone or with the residual addition before it.
+"""RMSNorm, alone or fused with the residual addition before it.
 
     h = x + residual        rstd = 1 / sqrt(mean(h^2) + eps)        xhat = h * rstd        y = xhat * w
 
-    dh = rstd * (g - xhat * mean(g * xhat)) + the gradient that reaches h directly        with g = dy * w
+    dh = rstd * (g - xhat * mean(g * xhat)) + the upstream gradient of h        with g = dy * w
     dw = sum over rows of dy * xhat
 
 w is the weight, or 1 + weight with `unit_offset` (Gemma). Per-head normalisation is the same op on (..., H, D).
 
-Memory, in elements of an (R, N) input: forward reads RN and writes RN + R, where eager moves about 7RN; with the
-residual it reads 2RN and writes 2RN + R. Backward reads 2RN and writes RN (3RN and RN with the residual); dw costs
-PN more, written and read once in fp32, P being the number of programs, or 2RN read again where rows are few. All of it
-is bandwidth-bound.
+Memory, in elements, for an (R, N) input: the forward reads RN and writes RN + R, while eager code moves about 7RN. With
+the residual it reads 2RN and writes 2RN + R. The backward reads 2RN and writes RN; with the residual it reads 3RN and
+writes RN. For dw, P programs write PN partial sums in fp32, which are read once; if rows are few, 2RN is read again
+instead. All of it is bandwidth-bound.
 
 Source: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467, equation 4
 """
@@ -90,7 +90,7 @@ def _rms_norm_fwd(
     h = tl.load(x_ptr + offsets, mask, other=0.0).to(tl.float32)
     if ADD:
         h += tl.load(residual_ptr + offsets, mask, other=0.0).to(tl.float32)
-        rounded = h.to(h_ptr.dtype.element_ty)  # y is the norm of the sum that is returned
+        rounded = h.to(h_ptr.dtype.element_ty)  # y is the norm of the rounded sum, which is returned
         tl.store(h_ptr + offsets, rounded, mask)
         h = rounded.to(tl.float32)
 
@@ -105,7 +105,7 @@ def _rms_norm_fwd_wide(
     x_ptr, residual_ptr, w_ptr, y_ptr, h_ptr, rstd_ptr, N, eps,
     ADD: tl.constexpr, UNIT_OFFSET: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    # a row that does not fit in registers is read twice, the second time from L2
+    # A row that does not fit in registers is read twice, the second time from L2.
     start = tl.program_id(0).to(tl.int64) * N
     squares = tl.zeros([BLOCK_N], tl.float32)
     for block in range(0, N, BLOCK_N):
@@ -135,8 +135,8 @@ def _input_grad(
     dy_ptr, h_ptr, w_ptr, rstd_ptr, dh_ptr, dx_ptr, tile, R, N,
     ADD: tl.constexpr, UNIT_OFFSET: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, RELOAD: tl.constexpr,
 ):
-    # Stores dx of one tile of rows and returns the tile's dy * xhat. RELOAD takes the tile a second time, from L1,
-    # rather than hold it across the reduction: half the registers. The two loads differ in eviction policy, so the
+    # Stores dx of one tile of rows and returns the tile's dy * xhat. With RELOAD the tile is loaded again, from L1, and
+    # is not held across the reduction, which halves the registers. The two loads differ in eviction policy, so the
     # compiler cannot merge them.
     rows = tl.cast(tile, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     cols = tl.arange(0, BLOCK_N)
@@ -166,7 +166,7 @@ def _input_grad(
 def _weight_grad(
     dy_ptr, h_ptr, rstd_ptr, dw_ptr, block, first, step, R, N, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    # columns of one block, summed over every step-th tile of rows from the first on
+    # Sums one block of columns over every step-th tile of rows, starting with tile `first`.
     cols = block * BLOCK_N + tl.arange(0, BLOCK_N)
     dw = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
 
@@ -187,8 +187,8 @@ def _rms_norm_bwd(
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, RELOAD: tl.constexpr,
     DW_BLOCK_R: tl.constexpr, DW_BLOCK_N: tl.constexpr,
 ):
-    # The first programs take a block of columns each and make dw, which needs no more than rstd; the rest take a tile
-    # of rows each and make dx. The inputs are read twice, but in one launch.
+    # The first programs compute dw, each for a block of columns; dw needs only dy, h and rstd. The others compute dx,
+    # each for a tile of rows. The inputs are read twice, but in one launch.
     columns = tl.cdiv(N, DW_BLOCK_N) if WITH_DW else 0
     program = tl.program_id(0)
     if program < columns:
@@ -206,7 +206,8 @@ def _rms_norm_bwd_walk(
     ADD: tl.constexpr, UNIT_OFFSET: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, RELOAD: tl.constexpr, STAGES: tl.constexpr,
 ):
-    # A program walks every num_programs-th tile and keeps its share of dw in registers: no atomics, same bits every run
+    # A program takes every num_programs-th tile and keeps its partial sum of dw in registers. There are no atomics, so
+    # every run gives the same bits.
     program, step = tl.program_id(0), tl.num_programs(0)
     cols = tl.arange(0, BLOCK_N)
     dw = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
@@ -247,7 +248,7 @@ def _rms_norm_bwd_wide(
 def _weight_grad_wide(
     dy_ptr, h_ptr, rstd_ptr, dw_ptr, R, N, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    # program (i, j): columns of block i, the share j of the rows
+    # Program (i, j) takes block i of the columns and the share j of the rows.
     first, step = tl.program_id(1), tl.num_programs(1)
     _weight_grad(
         dy_ptr, h_ptr, rstd_ptr, dw_ptr + first * N, tl.program_id(0), first, step, R, N, BLOCK_R, BLOCK_N
@@ -271,9 +272,9 @@ def _sum_partials(partial_ptr, dw_ptr, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.
 
 
 class _Saved(NamedTuple):
-    """The tensors and numbers that the backward reads. A gradient has the dtype of its input."""
+    """The tensors and numbers that the backward reads. Each gradient has the dtype of its input."""
 
-    h: Tensor  # the sum, or x where there is no residual
+    h: Tensor  # the sum, or x if there is no residual
     weight: Tensor
     rstd: Tensor
     unit_offset: bool
@@ -290,7 +291,7 @@ class _Gradients(NamedTuple):
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, unit_offset: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Contiguous inputs. Returns y, the sum h (empty without a residual) and rstd (...)."""
+    """Return the normalised y, the sum h (empty without a residual), and rstd (...). The inputs are contiguous."""
     N, add = x.shape[-1], residual is not None
     y, h, rstd = _shapes(x, residual, weight, eps, unit_offset)
     R = rstd.numel()
@@ -321,9 +322,9 @@ def _save(outputs, x, residual, weight, eps, unit_offset):
 
 
 def _backward(saved: _Saved, needs: Any, dy: Tensor | None, dh: Tensor | None) -> _Gradients:
-    """dh is the gradient of the sum that add_rms_norm returns."""
+    """Compute the gradients of the inputs. dy is the gradient of the normalised output, dh that of x + residual."""
     if saved.residual_dtype is None:
-        dh = None  # that of an empty tensor
+        dh = None  # the gradient of an empty tensor
     dx, dw = dh, None
     if dy is not None:
         dh = None if dh is None else dh.contiguous()
@@ -340,7 +341,7 @@ def _backward(saved: _Saved, needs: Any, dy: Tensor | None, dh: Tensor | None) -
 def _input_and_weight_grad(
     dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, unit_offset: bool, with_dw: bool
 ) -> tuple[Tensor, Tensor]:
-    """Contiguous inputs. Returns dx in h's dtype and dw, which is empty where it is not asked for."""
+    """Return dx in h's dtype, and dw, which is empty unless `with_dw`. The inputs are contiguous."""
     N, R, add = h.shape[-1], rstd.numel(), dh is not None
     dx, dw = _gradient_shapes(dy, dh, h, weight, rstd, unit_offset, with_dw)
     if dx.numel() == 0:
@@ -360,7 +361,7 @@ def _input_and_weight_grad(
         _rms_norm_bwd[(programs,)](dy, h, weight, rstd, dh, dx, dw, R, N, add, unit_offset, with_dw, **config)
 
     else:
-        # a GeForce RTX 50 (sm_120) spills at a width of 128 where the next tile's loads are under way
+        # a GeForce RTX 50 (sm_120) spills registers at a width of 128 if the next tile is loaded ahead
         per_sm, config = norm_walk(N, 1 if capability(h)[0] == 12 else 2)
         partial = _partial(dw, min(cdiv(R, config["BLOCK_R"]), per_sm * multiprocessors(h)))
         _rms_norm_bwd_walk[(partial.shape[0],)](
@@ -375,7 +376,7 @@ def _partial(dw: Tensor, programs: int) -> Tensor:
 
 
 def _add_up(partial: Tensor, dw: Tensor) -> None:
-    """(programs, N) -> (N,), in a fixed order."""
+    """Write the sum of `partial` (programs, N) over the programs into dw (N,), in a fixed order."""
     P, N = partial.shape
     config = norm_sum(P)
     _sum_partials[(cdiv(N, config["BLOCK_N"]),)](partial, dw, P, N, **config)
@@ -404,9 +405,10 @@ def _check(x: Tensor, weight: Tensor, eps: float) -> None:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, unit_offset: bool = False) -> Tensor:
-    """Normalise the last dimension to unit root mean square, then scale by weight, or by 1 + weight.
+    """Normalise the last dimension to unit root mean square, then multiply by weight.
 
-    x: (..., hidden) float, statistics are kept in fp32    weight: (hidden,), any float dtype
+    x: (..., hidden) float; statistics are computed in fp32 (fp64 for fp64).    weight: (hidden,), any float dtype.
+    eps: added to the mean square, at least 0.    unit_offset: multiply by 1 + weight.
     Returns (..., hidden) in x's dtype.
     Raises ValueError for other shapes and dtypes, an eps below 0, and tensors on several devices.
     """
@@ -415,7 +417,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, unit_offset: bool 
         return _rms_norm(x.contiguous(), None, weight.contiguous(), eps, unit_offset)[0]
     if x.dtype == weight.dtype == torch.float32:
         w = weight + 1 if unit_offset else weight
-        # in a graph the compiler makes a backward of its own; of ours it would not see the second derivative
+        # the compiler makes its own backward; from ours it could not derive a second derivative
         own = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         return RMSNormTorch.apply(x, w, eps) if own else normalise(x, w, eps)[0]
     return rms_norm_reference(x, weight, eps, unit_offset=unit_offset)
@@ -424,11 +426,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, unit_offset: bool 
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, *, unit_offset: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """rms_norm of x + residual, and that sum.
+    """Return rms_norm(x + residual), and the sum x + residual.
 
-    x, residual: (..., hidden), of equal or different dtypes: a bf16 branch on an fp32 stream is fine
-    weight: (hidden,), any float dtype
-    Returns the normalised (..., hidden) in x's dtype, and the sum (..., hidden) in the wider dtype of the two.
+    x, residual: (..., hidden). Their dtypes may differ, such as a bf16 branch on an fp32 residual stream.
+    weight: (hidden,), any float dtype.    eps, unit_offset: as in rms_norm.
+    Returns the normalised (..., hidden) in x's dtype, and the sum (..., hidden) in the wider of the two dtypes.
     Raises ValueError as rms_norm does.
     """
     _check(x, weight, eps)

@@ -1,17 +1,17 @@
 """Rotary position embedding of queries and keys, both in one launch.
 
-Dimension pairs (a, b) of a head turn by the angle position * frequency, whose cosine and sine are looked up:
+Each pair (a, b) of a head's dimensions is rotated by the angle position * frequency. Its cosine and sine are in tables:
 
     a' = a cos - b sin        b' = b cos + a sin
 
     half layout (Llama, Qwen, GPT-NeoX)      pair i is (x[i], x[i + rotary/2])
     interleaved layout (RoFormer, GPT-J)     pair i is (x[2i], x[2i + 1])
 
-Dimensions from `rotary` on pass through (partial rotation). The backward is the same map with -sin: the transposed
-rotation, also where a table carries a factor (yarn scales both). The tables take no gradient.
+Dimensions from `rotary` on pass through unchanged (partial rotation). The backward is the same map with -sin, which is
+the transposed map even if the tables contain a factor, as with YaRN. The tables get no gradient.
 
-Memory, in elements: forward and backward each read and write T(H + G)D, and read the 2T(rotary/2) of the tables;
-eager moves about 10 T(H + G)D. Bandwidth-bound.
+Memory, in elements: forward and backward each read and write T(H + G)D, and read 2T(rotary/2) from the tables. Eager
+code moves about 10 T(H + G)D. All of it is bandwidth-bound.
 
 Source: Su et al. 2021, https://arxiv.org/abs/2104.09864, equation 34
 """
@@ -77,8 +77,8 @@ def _turn_heads(
     D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_PASS: tl.constexpr,
 ):
-    # cos, sin [BLOCK_T, 1, BLOCK_HALF]; where: each token's offset in x; tokens: its row in the contiguous output
-    heads = tl.cast(first_head, tl.int64) + tl.arange(0, BLOCK_H)  # a (B, H, T, D) seen as (B, T, H, D): far apart
+    # cos, sin: [BLOCK_T, 1, BLOCK_HALF]. where: each token's offset in x. tokens: its row in the contiguous output.
+    heads = tl.cast(first_head, tl.int64) + tl.arange(0, BLOCK_H)  # 64 bits: in a transposed view heads lie far apart
     seen = live[:, None, None] & (heads < HEADS)[None, :, None]  # [BLOCK_T, BLOCK_H, 1]
     source = where[:, None, None] + heads[None, :, None] * stride_head
     target = (tokens.to(tl.int64)[:, None, None] * HEADS + heads[None, :, None]) * D
@@ -112,7 +112,8 @@ def _rope(
     D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_PASS: tl.constexpr,
 ):
-    # program: BLOCK_T tokens of BLOCK_H heads, q's first and then k's; neighbours share the tokens, so their table rows
+    # A program takes BLOCK_T tokens of BLOCK_H heads, first q's and then k's. Neighbouring programs share their tokens,
+    # and so the rows of the tables.
     q_blocks = tl.cdiv(H, BLOCK_H)
     blocks = q_blocks + tl.cdiv(G, BLOCK_H)
     block = tl.program_id(0) % blocks
@@ -126,7 +127,7 @@ def _rope(
 
     cols = tl.arange(0, BLOCK_HALF)[None, :]
     mask = known[:, None] & (cols < HALF)
-    nan = float("nan")  # of a position that the table has not
+    nan = float("nan")  # for a position that the table lacks
     cos = tl.load(cos_ptr + row[:, None] * HALF + cols, mask, other=nan).to(tl.float32)[:, None, :]
     sin = tl.load(sin_ptr + row[:, None] * HALF + cols, mask, other=nan).to(tl.float32)[:, None, :]
     if INVERSE:
@@ -153,10 +154,12 @@ def _rope(
 
 @cache
 def _config(H: int, G: int, D: int, half: int) -> dict[str, int]:
-    """Heads that share a token's table row, as many as leave few idle, and tokens to fill 2,048 elements.
+    """Return the tile of a program: a number of heads of which few are idle, and tokens to fill 2,048 elements.
 
-    H100, bf16, torch 2.11, Triton 3.6, against [8 heads, 4,096 elements]: 32/8 heads of 128: 117.7 us for 126.7; 8/4 of
-    256: 76.9 for 82.2; 9/3 of 64: 43.3 for 46.2; 14/2 of 64: 54.6 for 55.8.
+    The heads of a tile share the table rows of its tokens. Measured against a tile of 8 heads and 4,096 elements, on an
+    H100 in bf16 with torch 2.11 and Triton 3.6: 32 query and 8 key heads of 128 dimensions take 117.7 us instead of
+    126.7, 8/4 of 256 take 76.9 instead of 82.2, 9/3 of 64 take 43.3 instead of 46.2, and 14/2 of 64 take 54.6 instead
+    of 55.8.
     """
     block_h = min(16, next_power_of_2(max(H, G)))
     while block_h > 4 and 0.8 * block_h * (cdiv(H, block_h) + cdiv(G, block_h)) > H + G:
@@ -167,13 +170,13 @@ def _config(H: int, G: int, D: int, half: int) -> dict[str, int]:
 
 
 class _Tables(NamedTuple):
-    """cos and sin (positions, rotary/2) and positions (B, T), contiguous, and how they are applied."""
+    """The tables cos and sin (positions, rotary/2), the positions (B, T), and flags. All tensors are contiguous."""
 
     cos: Tensor
     sin: Tensor
     positions: Tensor | None
     interleaved: bool
-    inverse: bool  # with -sin
+    inverse: bool  # rotate back, with -sin
 
 
 class _Gradients(NamedTuple):
@@ -182,7 +185,7 @@ class _Gradients(NamedTuple):
 
 
 def _forward(q: Tensor, k: Tensor, tables: _Tables) -> tuple[Tensor, Tensor]:
-    """q (B, T, H, D), k (B, T, G, D), last dimension contiguous."""
+    """Rotate q (B, T, H, D) and k (B, T, G, D), whose last dimensions are contiguous."""
     B, T, H, D = q.shape
     cos, sin, positions, interleaved, inverse = tables
     G, half = k.shape[2], cos.shape[1]
@@ -219,7 +222,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """On the CPU: (..., T, H, D) and (..., T, G, D) by tables (..., T, rotary/2) of at least fp32."""
+    """Rotate q (..., T, H, D) and k (..., T, G, D) by torch. cos and sin are (..., T, rotary/2) in fp32 or wider."""
     half = cos.shape[-1]
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     turns = torch.complex(cos, sin) if interleaved else cos  # (..., T, 1, rotary/2)
@@ -229,10 +232,10 @@ def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> 
     def turn(x: Tensor) -> Tensor:
         wide = x[..., : 2 * half].to(cos.dtype)
         if interleaved:
-            # a complex view starts at an even address
+            # a complex view needs an even offset
             wide = wide.clone(memory_format=torch.contiguous_format)
             out = torch.view_as_real(torch.view_as_complex(wide.unflatten(-1, (half, 2))) * turns).flatten(-2)
-        else:  # a roll by half a head swaps the two halves: long inner loops where slices would have short ones
+        else:  # a roll by `half` swaps the two halves; its inner loops are longer than those of slices
             out = (wide * cos).addcmul_(wide.roll(half, -1), sin)
         out = out.to(x.dtype)
         return out if x.shape[-1] == 2 * half else torch.cat((out, x[..., 2 * half :]), -1)
@@ -241,7 +244,7 @@ def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> 
 
 
 class _RopeTorch(torch.autograd.Function):
-    """The CPU path. Autograd through the reference keeps every product; this keeps the two tables."""
+    """The CPU path of apply_rope. It saves only cos and sin; autograd of the reference would save every product."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool):
@@ -269,12 +272,13 @@ def apply_rope(
 ) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys by their positions.
 
-    q: (..., T, H, D)    k: (..., T, G, D)    packed tokens are (total, H, D); read in place where D is contiguous
-    cos, sin: (positions, rotary/2), any float dtype, rotary <= D; they take no gradient
-    positions: (..., T) int64, the table row of each token; None means 0, 1, ..., T - 1
+    q, k: (..., T, H, D) and (..., T, G, D), such as packed tokens (total, H, D). Read in place if D is contiguous.
+    cos, sin: (positions, rotary/2), any float dtype, rotary <= D. They get no gradient.
+    positions: (..., T) int64, the table row of each token. None means 0, 1, ..., T - 1.
+    interleaved: the layout of the pairs, (x[2i], x[2i + 1]) if True, else (x[i], x[i + rotary/2]).
     Returns q and k rotated, contiguous, in their dtype.
     Raises ValueError for other shapes and dtypes, for tensors on several devices, and on a CPU for a position that the
-    table has not; elsewhere the host does not wait to look, and what such a token would turn is NaN.
+    tables lack. Elsewhere the host does not check, and the rotated dimensions of such a token are NaN.
     """
     if q.ndim < 3 or k.ndim != q.ndim or cos.ndim != 2:
         got = ", ".join(str(tuple(t.shape)) for t in (q, k, cos))

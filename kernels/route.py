@@ -1,15 +1,15 @@
-"""The router of a mixture of experts: which experts each token goes to, and where the rows of an expert lie.
+"""The router of a mixture of experts. It chooses the experts of each token, and sorts the choices by expert.
 
     s = softmax(z) or sigmoid(z)        indices = the K largest of z or s + bias        w = s[indices]
 
     balance = E sum_e (tokens that chose e / T) (mean of e's probability)        z_loss = mean of logsumexp(z)^2
 
-    row of a choice = choices of earlier experts + of its expert before it        token of a row = its choice // K
+    row of a choice = choices of earlier experts + earlier choices of its expert        token of a row = its choice // K
 
-The router is plain torch on every device; kernels sort its choices by expert. The host reads nothing. See docs/moe.md.
+The router is plain torch on every device, and kernels sort its choices. The host reads no tensor. See docs/moe.md.
 
-Memory, in elements: the router writes and reads (T, E) in fp32 a few times, which the experts' products dwarf; sorting
-writes 2 T K + T K E / 128 integers, a count for each expert of each block of 128 choices.
+Memory, in elements: the router writes and reads (T, E) in fp32 a few times, which is little beside the products of the
+experts. Sorting writes 2 T K + T K E / 128 integers. The second term counts each expert in each block of 128 choices.
 
 Source: Shazeer et al. 2017, https://arxiv.org/abs/1701.06538; Switch, https://arxiv.org/abs/2101.03961, eq. 4-6;
         z-loss, https://arxiv.org/abs/2202.08906, eq. 5; sigmoid router with bias and groups: DeepSeek-V3,
@@ -31,13 +31,13 @@ from ._triton import tl, triton
 
 
 class RouteStatistics(NamedTuple):
-    """A router's statistics, counted before a capacity drops anything."""
+    """The statistics of a router. All fields but `dropped` are counted before any choice is dropped."""
 
-    balance: Tensor  # (), differentiable; K where the load is even
+    balance: Tensor  # (), differentiable; K if the load is even
     z_loss: Tensor  # (), differentiable
     counts: Tensor  # (E,) int64, how many tokens chose each expert
     dropped: Tensor  # () int64, how many choices found their expert full
-    probability: Tensor  # (E,), differentiable: each expert's, a mean over the tokens
+    probability: Tensor  # (E,), differentiable: the mean probability of each expert over the tokens
 
 
 # ---- reference
@@ -78,7 +78,7 @@ def moe_route_reference(
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     weights = weights * scale
 
-    # the load
+    # the load of the experts
     counts = _counts(indices, E)
     share = probability if score == "softmax" else probability / (probability.sum(-1, keepdim=True) + 1e-20)
     tokens = max(T, 1)
@@ -86,10 +86,10 @@ def moe_route_reference(
     balance = E * (counts.to(z.dtype) / tokens * mean_share).sum()
     z_loss = z.logsumexp(-1).square().sum() / tokens
 
-    # what an expert has no place for
+    # drop the choices that exceed the capacity of their expert
     dropped = counts.new_zeros(())
     if capacity_factor is not None:
-        capacity = math.ceil(min(capacity_factor, E) * T * top_k / E)  # E: every choice of one expert
+        capacity = math.ceil(min(capacity_factor, E) * T * top_k / E)  # E: room for every choice
         full = _place_in_expert(indices, E) >= capacity
         indices, weights = indices.masked_fill(full, E), weights.masked_fill(full, 0)
         dropped = full.sum()
@@ -97,14 +97,17 @@ def moe_route_reference(
 
 
 def _counts(indices: Tensor, E: int) -> Tensor:
-    """(E,) int64, without reading a number on the host as bincount does."""
+    """Return (E,) int64: how many choices name each expert. Unlike bincount, it reads no number on the host."""
     ids = indices.flatten().sort().values
     experts = torch.arange(E + 1, device=indices.device, dtype=ids.dtype)
     return torch.searchsorted(ids, experts).diff()
 
 
 def _place_in_expert(indices: Tensor, E: int) -> Tensor:
-    """(T, K): how many choices of the same expert come before: all first choices before all second ones."""
+    """Return (T, K): for each choice, the number of earlier choices of the same expert.
+
+    All first choices count as earlier than all second choices, and so on.
+    """
     by_choice = indices.t().flatten()  # (K T,)
     ids, order = by_choice.sort(stable=True)
     starts = torch.searchsorted(ids, torch.arange(E, device=ids.device, dtype=ids.dtype))
@@ -120,7 +123,7 @@ def _place_in_expert(indices: Tensor, E: int) -> Tensor:
 
 @triton.jit
 def _histogram(indices_ptr, counts_ptr, N, E, BLOCKS, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
-    """counts (E, BLOCKS): how often each block of BLOCK_N choices names each expert."""
+    """Write counts (E, BLOCKS): how often each block of BLOCK_N choices names each expert."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     expert = tl.load(indices_ptr + n, n < N, other=-1)
     for first in range(0, E, BLOCK_E):
@@ -131,11 +134,15 @@ def _histogram(indices_ptr, counts_ptr, N, E, BLOCKS, BLOCK_N: tl.constexpr, BLO
 
 @triton.jit
 def _scatter(indices_ptr, counts_ptr, ends_ptr, row_ptr, choice_ptr, N, E, BLOCKS, BLOCK_N: tl.constexpr):
-    """A choice's row is the number of choices of earlier experts, of its expert in earlier blocks, and in its block."""
+    """Write the row of each choice, and the choice of each row.
+
+    A choice's row is the sum of three counts: the choices of earlier experts, the choices of its own expert in earlier
+    blocks, and the choices of its own expert before it in its block.
+    """
     i = tl.arange(0, BLOCK_N)
     n = tl.program_id(0) * BLOCK_N + i
     expert = tl.load(indices_ptr + n, n < N, other=-1)
-    kept = (expert >= 0) & (expert < E)  # before it is cut to 32 bits: 2^40 is no expert 0
+    kept = (expert >= 0) & (expert < E)  # checked before the cast to 32 bits, which turns 2^40 into 0
     expert = tl.where(kept, expert, -1).to(tl.int32)
 
     cell = expert * BLOCKS + tl.program_id(0)
@@ -152,21 +159,21 @@ def _tiles(
     starts_ptr, tile_expert_ptr, tile_row_ptr, E, tiles,
     BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):
-    """For each tile of BLOCK_M rows its expert, -1 past the last tile, and its first row."""
+    """Write the expert and the first row of each tile of BLOCK_M rows. The expert is -1 past the last tile."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     expert = tl.zeros([BLOCK_T], tl.int32) - 1
     row = tl.zeros([BLOCK_T], tl.int32)
     before = tl.zeros([BLOCK_E], tl.int32)
 
     for first in range(0, E, BLOCK_E):
-        # the tiles of BLOCK_E experts, from begin to stop
+        # each of these BLOCK_E experts has the tiles from begin to stop - 1
         e = first + tl.arange(0, BLOCK_E)
         start = tl.load(starts_ptr + e, e < E, other=0)
         count = (tl.load(starts_ptr + e + 1, e < E, other=0) - start + BLOCK_M - 1) // BLOCK_M
         stop = before + tl.cumsum(count, 0)
         begin = stop - count
 
-        # a tile lies with one of them at most
+        # a tile belongs to at most one of them
         lies = (t[:, None] >= begin[None, :]) & (t[:, None] < stop[None, :])  # [BLOCK_T, BLOCK_E]
         expert += tl.sum(tl.where(lies, e[None, :] + 1, 0), 1)
         row += tl.sum(tl.where(lies, start[None, :] + (t[:, None] - begin[None, :]) * BLOCK_M, 0), 1)
@@ -182,22 +189,22 @@ def _tiles(
 
 
 class Routes(NamedTuple):
-    """Rows, each a token with one of its experts, sorted by expert.
+    """The rows of all experts, sorted by expert. A row is a token with one of its chosen experts.
 
-    Sizes are upper bounds: rows and tiles past the last are never touched.
+    The sizes of the tensors are upper bounds. Entries past the last row or tile are never used.
     """
 
     starts: Tensor  # (E + 1,) int32, the first row of each expert, and the number of rows
-    row: Tensor  # (T K,) int32, of each choice; -1 where it is dropped
-    choice: Tensor  # (T K,) int32, of each row
-    tile_expert: Tensor  # (tiles,) int32, -1 past the last tile
+    row: Tensor  # (T K,) int32, the row of each choice; -1 if it is dropped
+    choice: Tensor  # (T K,) int32, the choice of each row
+    tile_expert: Tensor  # (tiles,) int32, the expert of each tile; -1 past the last tile
     tile_row: Tensor  # (tiles,) int32, the first row of each tile
     block_m: int  # rows of a tile
     top_k: int  # K
 
 
 def _dispatch(indices: Tensor, E: int, block_m: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """indices (T, K) contiguous, int32 or int64, to the tensors of Routes."""
+    """Return the tensors of Routes for indices (T, K), which must be contiguous int32 or int64."""
     starts, row, choice, tile_expert, tile_row = _dispatch_shapes(indices, E, block_m)
     N = indices.numel()
     if not N:
@@ -245,19 +252,23 @@ def moe_route(
     scale: float = 1.0,
     capacity_factor: float | None = None,
 ) -> tuple[Tensor, Tensor, RouteStatistics]:
-    """Choose top_k experts for each token. Top-k-then-softmax is softmax with renormalize: the same numbers.
+    """Choose top_k experts for each token, and compute their weights. The host reads no tensor.
 
-    logits: (T, E); computed in fp32 (fp64 of fp64).
-    score: what a logit is worth. softmax: over all experts.
-    bias: (E,), added to the scores for the choice alone: the weights do not see it, and it has no gradient.
-    groups: E is as many groups, only experts of the best top_groups are chosen. A group is worth its best expert
-        (DeepSeek-V2), or with sigmoid the sum of its two best (DeepSeek-V3).
-    renormalize: weights of a token sum to 1 (before scale).
-    capacity_factor: each expert takes ceil(capacity_factor T K / E) choices, first choices first, then by token; what
-        finds it full has weight 0 and index E, which moe_mlp passes over. Infinite: nothing is dropped.
-    Returns weights (T, K) fp32, indices (T, K) int64, most likely first, and RouteStatistics; the host reads nothing.
-    A token with NaN among its logits has NaN among its weights, and indices of experts that are there.
-    Raises ValueError for numbers out of range, other shapes and dtypes, and tensors on two devices.
+    logits: (T, E). Computed in fp32 (fp64 for fp64).
+    score: the function from logits to scores, "softmax" over all experts or "sigmoid". For a softmax over only the
+        chosen experts, use "softmax" with renormalize: the numbers are the same.
+    bias: (E,), added to the scores for the choice alone. The weights do not contain it, and it has no gradient.
+    groups: the experts form this many equal groups, and only experts of the best top_groups groups are chosen. The
+        score of a group is that of its best expert (DeepSeek-V2), or for "sigmoid" the sum of the best two
+        (DeepSeek-V3).
+    renormalize: divide the weights of each token by their sum.
+    scale: a factor of the weights, applied last.
+    capacity_factor: each expert takes at most ceil(capacity_factor T K / E) choices. All first choices come before all
+        second choices, and otherwise the order is that of the tokens. A choice that exceeds the capacity gets weight 0
+        and index E, which moe_mlp skips. An infinite factor drops nothing.
+    Returns weights (T, K) fp32 (fp64 for fp64), indices (T, K) int64 with the most likely expert first, and
+        RouteStatistics. A token with NaN in its logits has NaN in its weights, but its indices are valid experts.
+    Raises ValueError for numbers out of range, for other shapes and dtypes, and for tensors on two devices.
     """
     if logits.dim() != 2 or not 1 <= top_k <= logits.shape[1]:
         raise ValueError(
@@ -275,7 +286,7 @@ def moe_route(
         check_dtype("bias", bias, *FLOATS)
     if groups < 1 or E % groups or not 1 <= top_groups <= groups or top_groups * (E // groups) < top_k:
         raise ValueError(
-            f"groups, top_groups: expected a divisor of {E} experts, and enough of them to choose {top_k} from, "
+            f"groups, top_groups: expected a divisor of {E} experts, and top_groups groups of {top_k} experts or more, "
             f"got {groups} and {top_groups}"
         )
     if capacity_factor is not None and not capacity_factor > 0:

@@ -1,34 +1,38 @@
-"""Draw a token from each row of logits: softmax, truncation and the draw in one op. No gradient.
+"""Sampling of a token from each row of logits: softmax, truncation and draw in one op. No gradient.
 
-    u = logits / temperature, on the support: all ids, or the top_k most likely, and of these the fewest whose
-        probability reaches top_p, less those below min_p times the most likely one's
-    token: the first id, in the support's order, at which the cumulative softmax of u passes a number in [0, 1)
-    logprob = log softmax(u) there, of the distribution that was sampled
+    support: all ids; or the top_k most likely ids, of these the fewest whose probability reaches top_p, and of these
+        the ids with at least min_p times the probability of the most likely id
+    u = logits / temperature, on the support
+    token: the first id, in the support's order, at which the cumulative softmax of u exceeds a number in [0, 1)
+    logprob = log softmax(u) of the token, its log-probability in the distribution that was sampled
 
-The order is that of the ids without truncation; with it the most likely id comes first, and of equally likely ones the
-lower (on a CPU as torch.topk has them). A support is recorded, so it has a bound: top_p and min_p without top_k choose
-among the 1,024 most likely ids, where top_p's probabilities are of the whole vocabulary; after top_k they are of what
-it left. Temperature 0 is the most likely id, with its log-probability at temperature 1.
+Without truncation the support is in the order of the ids. With truncation the most likely id comes first, and of
+equally likely ids the lower comes first (on a CPU, the order is that of torch.topk). The op returns the support, so its
+size is bounded: without top_k, top_p and min_p choose among the 1,024 most likely ids. The probabilities for top_p are
+then those in the whole vocabulary; with top_k they are those among the ids that top_k keeps. Temperature 0 gives the
+most likely id, with its log-probability at temperature 1.
 
     p            0.05 0.4 0.3 0.15 0.1        top_p=0.8: 0.4 + 0.3 + 0.15 is the first sum to reach it
     support      1 2 3 -1 -1                  number 0.6: 0.4 / 0.85 < 0.6 < 0.7 / 0.85, so token 2
 
-The width-th largest logit is found by a radix select. image(x) is a number of 32 bits in the order of the logits, and
-its bytes, the highest first, are digits d_1 d_2 ... in base 256. Digit by digit, with `room` = width at first:
+A radix select finds the width-th largest logit, where width is the size of the support. image(x) is a 32-bit number in
+the order of the logits. Its bytes, from the highest, are digits d_1 d_2 ... in base 256. They are found one by one,
+starting with room = width:
 
-    count(d) = how many images have the digits before and then d        above(d) = sum over e > d of count(e)
-    d_j = the largest d with above(d) + count(d) >= room                room <- room - above(d_j)
+    count(d) = number of images that continue the digits so far with d        above(d) = sum over e > d of count(e)
+    d_j = the largest d with above(d) + count(d) >= room                      room <- room - above(d_j)
 
-Candidates are all images above d_1 d_2 ..., and of those equal to it `room`, the lowest ids first. They are sorted, and
-top_p keeps those before which less mass than top_p lies: k stays if sum_{l < k} p_l < top_p, so one always does.
+Candidates are all images above d_1 d_2 ..., and `room` of the images equal to it, those with the lowest ids. The
+candidates are sorted. top_p keeps candidate k if the probability of the candidates before it is below top_p, that is
+sum_{l < k} p_l < top_p. So it always keeps at least one.
 
-Memory, in elements. Without truncation B V is read once, in pieces of 4,096 ids that leave a maximum and a sum each;
-the piece in which the cumulative sum passes is read again. With it each row is read once for each digit (2 in bf16, 3
-in fp16, 4 in fp32), once to collect the candidates, and once more to sum all of it for top_p without top_k. The logits
-are never written in fp32. Eager code divides, exponentiates and adds up, 6 B V, and where it truncates sorts the
+Memory, in elements. Without truncation, B V is read once, in pieces of 4,096 ids. Each piece leaves a maximum and a
+sum, and the piece that holds the token is read again. With truncation, each row is read once for each digit (2 in bf16,
+3 in fp16, 4 in fp32), once to collect the candidates, and once more to sum it for top_p without top_k. The logits are
+never written in fp32. Eager code divides, exponentiates and adds up, which moves 6 B V. To truncate it sorts the
 vocabulary.
 
-Nothing of a row depends on another, no grid on more than the shape: a row has the same bits whatever is beside it.
+No row depends on another, and grids depend on shapes alone: a row gets the same bits whatever else is in the batch.
 
 Source: https://flashinfer.ai/2025/03/10/sampling.html for drawing by inverse transform in blocks, and Park et al. 2026,
 https://arxiv.org/abs/2602.01518, for selecting without a sort of the vocabulary in one program a row; the rules: Fan et
@@ -69,8 +73,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _pieces_of(top_ptr, sum_ptr, P, scale, BLOCK_P: tl.constexpr):
-    # [BLOCK_P]: each piece's highest logit and sum of exponentials, taken relative to the row's highest, (), too. A row
-    # of -inf takes 0 for it: -inf - -inf would be NaN.
+    # Returns each piece's highest logit [BLOCK_P], each piece's sum of exponentials relative to the row's highest logit
+    # [BLOCK_P], and that logit (). For a row of -inf it is 0, because -inf - -inf would be NaN.
     p = tl.arange(0, BLOCK_P)
     at = tl.cast(tl.program_id(0), tl.int64) * P + p
     top = tl.load(top_ptr + at, p < P, other=float("-inf"))
@@ -97,9 +101,10 @@ def _sample_whole(
     logits_ptr, noise_ptr, top_ptr, sum_ptr, token_ptr, logprob_ptr, stride, V, P, scale,
     GREEDY: tl.constexpr, PIECE: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
-    # The piece in which the cumulative sum passes, then the id in it, as far inside as of the piece's sum, which fp32
-    # rounded. Sums of one row differ in their last bits by the order of adding: the first that passes must have a
-    # probability, and where none does it is the last that has one.
+    # Finds the piece in which the cumulative sum exceeds the target, then the id in the piece. The piece's sum was
+    # rounded to fp32, so the target inside the piece is a share of its sum. The last bits of sums depend on the order
+    # of adding. Therefore the chosen piece and id must have a probability above 0, and if no such one exceeds the
+    # target, it is the last one with a probability above 0.
     b, p = tl.program_id(0), tl.arange(0, BLOCK_P)
     top, mass, highest = _pieces_of(top_ptr, sum_ptr, P, scale, BLOCK_P)
 
@@ -113,7 +118,7 @@ def _sample_whole(
         passing = tl.min(tl.where((reached > target) & (mass > 0), p, P - 1), 0)
         piece = tl.minimum(passing, tl.max(tl.where(mass > 0, p, 0), 0))
 
-    # what is left of the target in it, as a share of its mass
+    # the rest of the target, as a share of the piece's mass
     piece_mass = tl.sum(tl.where(p == piece, mass, 0.0), 0)
     target = (target - tl.sum(tl.where(p == piece, reached - mass, 0.0), 0)) / piece_mass
     i = piece * PIECE + tl.arange(0, PIECE)
@@ -136,7 +141,7 @@ def _sample_whole(
 
 @triton.jit
 def _image(x):
-    # uint32 in the order of fp32; -0 is 0, and NaN is above all
+    # a uint32 in the order of the fp32 numbers; -0 equals 0, and NaN is above all
     bits = tl.where(x == 0, 0.0, x).to(tl.uint32, bitcast=True)
     image = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     return tl.where(x == x, image, 0xFFC00000)
@@ -150,25 +155,26 @@ def _images(row_ptr, start, V, BLOCK: tl.constexpr):
 
 @triton.jit
 def _next_digit(row_ptr, V, threshold, room, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
-    # `threshold` has the digits above SHIFT of the image that is looked for. Of the images that agree in them it is the
-    # room-th largest. Returns the threshold with the digit at SHIFT, and the rank among those that agree in it, too.
+    # `threshold` has the digits above SHIFT of the wanted image, the room-th largest of the images with these digits.
+    # Returns the threshold with the digit at SHIFT added, and the rank among the images that have this digit, too.
     digits = tl.arange(0, 256)
-    counts = tl.zeros([256], tl.int32)  # of each digit, how many images have it
+    counts = tl.zeros([256], tl.int32)  # how many images have each digit
     for start in range(0, V, BLOCK):
         _, agrees, image = _images(row_ptr, start, V, BLOCK)
         if SHIFT < 24:
             agrees = agrees & ((image ^ threshold) >> (SHIFT + 8) == 0)
         counts += tl.histogram((image >> SHIFT & 255).to(tl.int32), 256, agrees)
 
-    # the largest digit that leaves `room` images at or above it
-    above = tl.cumsum(counts, 0, reverse=True) - counts  # of each digit, how many images have a larger one
+    # the largest digit with at least `room` images at or above it
+    above = tl.cumsum(counts, 0, reverse=True) - counts  # how many images have a larger digit
     digit = tl.max(tl.where(above + counts >= room, digits, 0), 0)
     return threshold | (digit.to(tl.uint32) << SHIFT), room - tl.sum(tl.where(digits == digit, above, 0), 0)
 
 
 @triton.jit
 def _sample_select(logits_ptr, keys_ptr, stride, V, width, BLOCK: tl.constexpr, BYTES: tl.constexpr):
-    # A candidate's key is (image, id reversed) as an int64, in their order. A row's keys come as they are found.
+    # A candidate's key is an int64, its image above its reversed id, so keys sort as candidates do. The keys of a row
+    # are stored in the order of their ids.
     row_ptr = logits_ptr + tl.cast(tl.program_id(0), tl.int64) * stride
     keys_ptr += tl.cast(tl.program_id(0), tl.int64) * width
 
@@ -176,15 +182,15 @@ def _sample_select(logits_ptr, keys_ptr, stride, V, width, BLOCK: tl.constexpr, 
     threshold, room = tl.full((), 0, tl.uint32), width
     for byte in tl.static_range(BYTES):
         threshold, room = _next_digit(row_ptr, V, threshold, room, 24 - 8 * byte, BLOCK)
-    if BYTES < 4:  # the bits that only a wider number would have
+    if BYTES < 4:  # the low bits, which only a wider dtype would have
         threshold |= tl.where(threshold >= 0x80000000, 0, (1 << 32 - 8 * BYTES) - 1).to(tl.uint32)
 
-    # what is larger, and of what equals it as many as there is room for, the lowest ids first
-    larger, equal = 0, 0  # so far
+    # all larger images, and as many equal ones as there is room for, those with the lowest ids
+    larger, equal = 0, 0  # counts so far
     for start in range(0, V, BLOCK):
         i, inside, image = _images(row_ptr, start, V, BLOCK)
         is_larger, is_equal = inside & (image > threshold), inside & (image == threshold)
-        two_counts = is_larger.to(tl.int32) + (is_equal.to(tl.int32) << 16)  # in one sum
+        two_counts = is_larger.to(tl.int32) + (is_equal.to(tl.int32) << 16)  # both in one sum
         before = tl.cumsum(two_counts, 0) - two_counts
         equal_before = equal + (before >> 16)
         slot = larger + (before & 0xFFFF) + tl.minimum(equal_before, room)
@@ -216,7 +222,7 @@ def _id(key):
 
 @triton.jit
 def _masses(keys_ptr, start, width, highest, scale, BLOCK_K: tl.constexpr):
-    # [BLOCK_K], of the candidates from `start` on: exp(u), relative to the most likely one's
+    # places, keys and masses of BLOCK_K candidates from `start` on; a mass is exp(u) relative to the most likely id
     k = start + tl.arange(0, BLOCK_K)
     key = tl.load(keys_ptr + k, k < width, other=0)
     mass = tl.where(k < width, tl.exp2((_value(key) - highest) * scale), 0.0)
@@ -228,14 +234,14 @@ def _sample_kept(
     keys_ptr, noise_ptr, top_ptr, sum_ptr, token_ptr, logprob_ptr, support_ptr, P, width, scale, top_p, min_p,
     TOP_P: tl.constexpr, MIN_P: tl.constexpr, WHOLE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    # The candidates are sorted, the most likely first. Both rules keep a first part of them: n.
+    # The candidates are sorted, the most likely first. Both rules keep the first n of them.
     b = tl.program_id(0)
     keys_ptr += tl.cast(b, tl.int64) * width
     support_ptr += tl.cast(b, tl.int64) * width
     highest = _value(tl.load(keys_ptr))
     highest = tl.where(highest > float("-inf"), highest, 0.0)
 
-    # the mass of which top_p is a share: the vocabulary's, or that of all candidates
+    # the mass of which top_p is a share: that of the vocabulary, or that of all candidates
     total = tl.full((), 0, tl.float64)
     if WHOLE:
         total = tl.sum(_pieces_of(top_ptr, sum_ptr, P, scale, BLOCK_P)[1], 0)
@@ -244,7 +250,7 @@ def _sample_kept(
             k, key, mass = _masses(keys_ptr, start, width, highest, scale, BLOCK_K)
             total += tl.sum(mass, 0)
 
-    # n: the first candidate that is too unlikely, or before which lies as much mass as top_p asks for
+    # n is the first candidate that is too unlikely, or before which the mass already reaches top_p
     n = width
     if TOP_P or MIN_P:
         reached = tl.full((), 0, tl.float64)
@@ -258,7 +264,7 @@ def _sample_kept(
                 reached += tl.sum(mass, 0)
         n = tl.maximum(n, 1)
 
-    # the mass that is kept
+    # the mass of the kept candidates
     total = tl.full((), 0, tl.float64)
     for start in range(0, width, BLOCK_K):
         k, key, mass = _masses(keys_ptr, start, width, highest, scale, BLOCK_K)
@@ -287,16 +293,19 @@ def _sample_kept(
 # ---- launch
 
 LOG2E = 1.4426950408889634
-PIECE = 4096  # logits
-SELECT = 4096  # logits at a time
-KEPT = 1024  # candidates at a time
-SORTED = 32 if INTERPRET else 1024  # keys that one program sorts; torch sorts more
-# of a number's image, what its dtype resolves
+PIECE = 4096  # logits in a piece
+SELECT = 4096  # logits read at a time
+KEPT = 1024  # candidates read at a time
+SORTED = 32 if INTERPRET else 1024  # the most keys that one program sorts; torch sorts longer rows
+# the bytes of an image in which numbers of a dtype can differ
 BYTES = {torch.float32: 4, torch.float16: 3, torch.bfloat16: 2}
 
 
 def _sample(logits: Tensor, noise: Tensor, rules: Sampling) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, log-probabilities and supports, (B, 0) where there are none. No grid depends on another row."""
+    """Return token (B,), logprob (B,) and support (B, width), where width is 0 without truncation.
+
+    Grids depend on shapes alone, so no row affects another.
+    """
     B, V = logits.shape
     temperature, top_k, top_p, min_p = rules
     token, logprob, support = _shapes(logits, noise, rules)
@@ -306,7 +315,7 @@ def _sample(logits: Tensor, noise: Tensor, rules: Sampling) -> tuple[Tensor, Ten
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     stride, scale = logits.stride(0), LOG2E / (temperature or 1.0)
 
-    # the mass of the vocabulary, by pieces
+    # the mass of each piece of the vocabulary
     pieces = cdiv(V, PIECE)
     block_p = next_power_of_2(pieces)
     whole = top_p is not None and top_k is None
@@ -352,7 +361,7 @@ _sample_op = make_op("sample_tokens", _sample, _shapes)
 
 # ---- op
 
-LEAST = 2.0**-126  # a temperature above 0: what fp32 resolves
+LEAST = 2.0**-126  # the least temperature above 0, a normal number in fp32
 
 
 def sample_tokens(
@@ -364,21 +373,24 @@ def sample_tokens(
     top_p: float | None = None,
     min_p: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A token for each row, its log-probability, and the ids that it was drawn from.
+    """Draw a token from each row of logits. Return it with its log-probability and the ids among which it was drawn.
 
-    logits: (B, V), V at least 1. An id at -inf is never drawn. A row with NaN or +inf, or of -inf alone, gives some id
-        of the vocabulary and NaN.
-    noise: (B,) fp64 in [0, 1): the same number draws the same token. On a GPU, where looking would stall the device,
-        another gives some id.
-    temperature: finite. 0 is the most likely id, the lowest where several are, at temperature 1 and without a support.
-    top_k: keep as many ids; V and more keep all.    top_p: in (0, 1].    min_p: in [0, 1].
+    logits: (B, V), V at least 1. An id at -inf is never drawn. A row with NaN or +inf, or with only -inf, gives some id
+        of the vocabulary and logprob NaN.
+    noise: (B,) fp64 in [0, 1). The same number draws the same token. Another number raises ValueError on a CPU. On a
+        GPU, where a check would stall the device, it gives some id.
+    temperature: finite, at least 0. At 0 the most likely id is taken, or the lowest of several. Its logprob is that at
+        temperature 1, and there is no support.
+    top_k: keep this number of most likely ids; V or more keeps all.
+    top_p: in (0, 1], keep the fewest most likely ids whose probability reaches top_p.
+    min_p: in [0, 1], keep the ids with at least min_p times the highest probability.
 
-    Returns token (B,) int64; logprob (B,) in nats, fp32 (fp64 for fp64); support (B, width) int32, most likely first,
-        padded with -1, width the smaller of V and top_k (1,024 without top_k), or None where nothing is truncated.
-    Of equally likely ids the lower comes first, and is kept, on a GPU; on a CPU torch.topk chooses among them. On a GPU
-        a row has the same bits whatever else is in the batch.
-    Raises ValueError for shapes, dtypes, devices and numbers other than these, NotImplementedError where a gradient is
-        asked.
+    Returns token (B,) int64, logprob (B,) in nats, fp32 (fp64 for fp64), and support (B, width) int32. The support has
+        the most likely id first and is padded with -1. width is the smaller of V and top_k (1,024 without top_k). The
+        support is None if nothing is truncated.
+    On a GPU the lower of equally likely ids comes first and is kept; on a CPU torch.topk chooses. On a GPU a row gets
+        the same bits whatever else is in the batch.
+    Raises ValueError for other shapes, dtypes, devices and numbers, and NotImplementedError if a gradient is required.
     """
     if logits.dim() != 2 or logits.shape[1] < 1:
         raise ValueError(f"logits: expected (B, V) with V at least 1, got {tuple(logits.shape)}")

@@ -197,7 +197,7 @@ def test_a_shape_is_taken_and_runs_or_is_refused_in_a_sentence(case: Case):
         ("apply_rope/partial", {"rotary": 9}, "rotary: expected an even size, got 9"),
         ("apply_rope/partial", {"rotary": 36}, "cos: expected at most D/2 = 17 columns, got 18"),
         ("nf4_linear/bias", {"C": 3, "F": 5}, "C, F: expected an even number of weights, got C F = 15"),
-        ("moe_mlp/4-bit experts, adapters", {"F": 47}, "expected each expert a whole number of blocks of 64"),
+        ("moe_mlp/4-bit experts, adapters", {"F": 47}, "expected whole blocks of 64 weights in each expert"),
     ],
 )
 def test_a_refusal_names_what_was_expected(name: str, wrong: dict, sentence: str):

@@ -309,7 +309,7 @@ def test_a_token_has_the_same_bits_whatever_stands_beside_it(device):
         ),
         (
             {"down": quantize_nf4(torch.ones(3, 4, 5))},
-            "down: expected each expert a whole number of blocks of 64",
+            "down: expected whole blocks of 64 weights in each expert",
         ),
     ],
 )

@@ -167,7 +167,7 @@ CALLS = (
     Wrong(
         "linears: none",
         linears(weights=[], lora_a=[], lora_b=[], scalings=[]),
-        "weights: expected some, .* got 0",
+        "weights: expected at least one, .* got 0",
     ),
     Wrong("linears: scaling nan", linears(scalings=[1.0, NAN]), "scaling: expected a finite number, got nan"),
     Wrong("linears: meta weight", linears(weights=[W, W.to("meta")]), "weight: expected on cpu, got on meta"),
