@@ -46,9 +46,12 @@ def ours(golden) -> dict[str, float]:
     return {name: loss.item() for name, loss in found.items()}
 
 
+NOT_IN_TRL: set[str] = set()  # losses of dpo.VARIANTS that TRL has no counterpart of: test_dpo.py alone holds their values
+
+
 def test_losses_are_those_of_trl(golden):
     found = ours(golden)
-    assert set(found) == set(golden["losses"])
+    assert set(found) == set(golden["losses"]) | NOT_IN_TRL
     for name, loss in golden["losses"].items():
         assert found[name] == pytest.approx(loss, rel=1e-6, abs=1e-6), name
 
