@@ -54,7 +54,10 @@ def kind_of(annotation: Any) -> str:
 
 
 def _leaves(name: str, annotation: Any, read: str) -> list[Leaf]:
-    """Return the leaves of an argument. A list of records gives one list for each leaf of the record."""
+    """Return the leaves of an argument: its tensors, numbers, and lists of them.
+
+    A list of records gives one list for each leaf of the record.
+    """
     if _is_record(annotation):
         fields = get_type_hints(annotation).items()
         return [

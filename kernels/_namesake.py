@@ -1,7 +1,6 @@
 """A way around a name clash: this folder has the name of Hugging Face's package `kernels`.
 
-A script that runs in the root of a clone has that root on its path, and would import this folder instead of the
-package.
+A script that runs in the root of a clone has that root on its path. It would import this folder, not the package.
 """
 
 import sys

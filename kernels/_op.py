@@ -44,7 +44,8 @@ def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
 class _FirstOrder(torch.autograd.Function):
     """An identity on gradients that raises NotImplementedError when they are differentiated.
 
-    origins: how many of the inputs are the tensors that the gradients depend on. Autograd then reaches this function.
+    origins: the number of leading inputs, which are the tensors that the gradients were computed from. They are inputs
+        only so that autograd connects the gradients to them.
     """
 
     @staticmethod
@@ -55,7 +56,7 @@ class _FirstOrder(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         raise NotImplementedError(
-            f"{ctx.name}: expected first derivatives alone, got the derivative of a gradient; references have it"
+            f"{ctx.name}: expected only first derivatives, got the derivative of a gradient; use the reference"
         )
 
 
@@ -86,7 +87,7 @@ def _first_order(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _recorded(first: Tensor | None) -> bool:
-    """Return whether a call must use the registered op, because a graph, a dispatch mode or "meta" records it."""
+    """Return whether a call must go through the registered op: under torch.compile, a dispatch mode, or on "meta"."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return True
     return first is not None and first.is_meta
@@ -103,11 +104,10 @@ def make_op(
     backward: Callable[..., Any] | None = None,
     gradient_shapes: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Register burnish::name with torch, and return the function for eager calls and graphs that the public op calls.
+    """Register burnish::name with torch, and return the function that computes it, for the public op to call.
 
-    forward(*arguments): returns a tensor, or a tuple of tensors and lists of tensors. Every argument is annotated. An
-        argument is a tensor, a number, a record (a NamedTuple), or a list of these. It runs on their device, with
-        autograd off.
+    forward(*arguments): returns a tensor, or a tuple of tensors and lists of tensors. Every argument is annotated, and
+        is a tensor, a number, a record (a NamedTuple), or a list of these. Autograd is off inside.
     shapes(*arguments): returns empty tensors like forward's outputs. It works for tensors on "meta", too.
     save(outputs, *arguments): returns a record of the inputs, outputs and numbers that backward reads.
     backward(saved, needs, *upstream): returns the gradients as a record. Its fields have the flat names of the
@@ -115,7 +115,7 @@ def make_op(
         each field. A gradient that is not needed may be None. `upstream` are the gradients of forward's first outputs;
         the other outputs have none. An upstream annotated `Tensor | None` is None if no loss reads that output.
     gradient_shapes(saved, needs, *upstream): returns empty tensors like backward's gradients, as `like_saved` does.
-        Without it the backward is no op of its own, and torch traces the calls inside it.
+        Without it the backward is not registered as an op, and torch traces the calls inside it.
 
     torch.compile and dispatch modes (FakeTensor, selective checkpointing) see the registered op. An eager call uses an
     autograd.Function around the same functions, at half the cost. With gradients off it calls `forward`.
@@ -156,7 +156,7 @@ def _whole_lists(name: str, leaves: tuple[Any, ...]) -> tuple[Any, ...]:
 def _registered(
     name: str, layout: Layout, returns: str, compute: Callable[..., Any], shapes: Callable[..., Any]
 ) -> Any:
-    """Register burnish::name with torch.library. It takes the arguments of `compute` and `shapes`, laid out flat."""
+    """Register burnish::name with torch.library. Its arguments are those of `compute` and `shapes`, laid out flat."""
     registered = torch.library.custom_op(
         f"{NAMESPACE}::{name}",
         lambda *flat: compute(*layout.nested(*flat)),
@@ -173,10 +173,10 @@ def _returns(annotation: Any) -> str:
 
 
 def _eager(forward: Callable[..., Any], gradient: "_Gradient") -> Callable[..., Any]:
-    """Return the function for eager calls, an autograd.Function around `forward` and the gradient.
+    """Return the function for eager calls, which applies an autograd.Function around `forward` and the gradient.
 
-    It gets all arguments as one tuple, and the tensors that may have a gradient once more. It has no setup_context, for
-    which torch would inspect the signature on every call.
+    The autograd.Function gets all arguments as one tuple, followed by the tensors that may have a gradient. It has no
+    setup_context, because torch would then inspect the signature on every call.
     """
     plain, tensors = gradient.eager_forward(forward), gradient.tensors
 
@@ -202,8 +202,7 @@ def _eager(forward: Callable[..., Any], gradient: "_Gradient") -> Callable[..., 
 class _Gradient:
     """The gradient of one op: the record saved for the backward, and the backward in the forms that torch requires.
 
-    An autograd.Function takes no lists of tensors: if `lists` is true, they are spread out among its arguments and
-        outputs.
+    An autograd.Function takes no lists of tensors. If `lists` is true, its arguments and outputs have them spread out.
     """
 
     def __init__(
@@ -307,7 +306,7 @@ class _Gradient:
             return None, *self.derive(ctx, needs_of(ctx.needs_input_grad[1:]), grads)
 
         def at_once(ctx: Any, *grads: Any) -> Any:
-            """Compute the same in one frame if nothing records the call. This saves microseconds on the host."""
+            """Compute the gradients in one Python frame if no graph records the call. This saves microseconds."""
             if torch.is_grad_enabled() or (whole and _recorded(grads[0])) or grads[0] is None:
                 return guarded(ctx, *grads)
             needs = needs_of(ctx.needs_input_grad[1:])
@@ -398,9 +397,8 @@ def make_path(
 ) -> Callable[..., Any]:
     """Register a CPU path that reads tensor values as one op, burnish::name, because a graph holds no values.
 
-    path: plain torch code, annotated like `forward` of an op. Its outputs are not views of its arguments, and it takes
-        no lists of tensors. An eager call runs `path` itself under autograd. The registered op's backward runs it
-        again.
+    path: plain torch code, annotated like `forward` of an op. It takes no lists of tensors, and its outputs are not
+        views of its arguments. An eager call runs `path` itself under autograd. The op's backward runs `path` again.
     """
     layout = Layout(hints_of(path))
 

@@ -48,7 +48,7 @@ class NF4Weight:
         if any(size < 0 for size in self.shape):
             raise ValueError(f"shape: expected no negative size, got {tuple(self.shape)}")
         if self.dtype not in FLOATS:
-            raise ValueError(f"dtype: expected that of a float, got {self.dtype}")
+            raise ValueError(f"dtype: expected a floating-point dtype, got {self.dtype}")
         double = self.nested_absmax is not None
         if (self.nested_code is not None, self.offset is not None) != (double, double):
             raise ValueError("nested_absmax, nested_code, offset: expected all three or none, got some")
@@ -70,7 +70,7 @@ class NF4Weight:
                 f"got {part.numel()} of {part.dtype} on {part.device}"
             )
         if not part.is_contiguous():
-            raise ValueError(f"{name}: expected it contiguous, got strides {part.stride()}")
+            raise ValueError(f"{name}: expected a contiguous tensor, got strides {part.stride()}")
 
     @property
     def quant_type(self) -> str:
@@ -97,8 +97,7 @@ class NF4Weight:
 class Weight(NamedTuple):
     """A weight, either dense or in 4 bits.
 
-    A dense weight has only `data`, and blocksize 0. A weight in 4 bits has the tensors, shape and blocksize of an
-    NF4Weight.
+    A dense weight has only `data`, and blocksize 0. A weight in 4 bits has the fields of an NF4Weight.
     """
 
     data: Tensor  # the dense weight, or packed uint8 (numel / 2,)
@@ -138,7 +137,7 @@ class Head(NamedTuple):
 class Rules(NamedTuple):
     """The rules of attention.
 
-    The score of a query and a visible key is scale q.k, or with a softcap softcap tanh(scale q.k / softcap).
+    The score of a query and a visible key is scale q.k. With a softcap it is softcap tanh(scale q.k / softcap).
     """
 
     causal: bool = True
@@ -190,7 +189,7 @@ class Cache(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """The rules of decode_attention for scores. Unlike in Rules, the scale is always a number."""
+    """The rules by which decode_attention computes scores. Unlike in `Rules`, the scale is always a number."""
 
     scale: float
     window: int | None

@@ -313,7 +313,7 @@ def norm_forward(N: int, most_warps: int) -> dict[str, int]:
 
 @cache
 def norm_backward(N: int, most_warps: int) -> dict[str, int]:
-    """Return the tile of _rms_norm_bwd, including the tile of its programs for columns."""
+    """Return the tile of _rms_norm_bwd. The entries DW_* are for its programs that compute the weight gradient."""
     warps = 4 if N <= 1024 else 8 if N <= 2048 else 16 if N <= 8192 else most_warps
     return {
         **_norm_tile(N, 2048),

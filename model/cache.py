@@ -135,7 +135,10 @@ class Cache:
         scale: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """Compute attention of q (B, H, D), the newest token of each of the first B slots. Returns (B, H, D)."""
+        """Compute attention of q (B, H, D), the newest token of each of the first B slots, to its cached keys.
+
+        Returns (B, H, D).
+        """
         B = q.shape[0]
         return decode_attention(
             q,
@@ -175,7 +178,7 @@ class Cache:
 
 
 def _move(tensors: Sequence[Tensor], rows: Tensor, lengths: Tensor) -> None:
-    """Move rows (n,) of each tensor to the front, up to their lengths. Rows already in place are not copied."""
+    """Move rows (n,) of each tensor to the front, up to their lengths. Leading rows already in place are not copied."""
     moved = (rows != torch.arange(rows.numel(), device=rows.device)).nonzero().squeeze(1)
     if not moved.numel():
         return

@@ -32,7 +32,10 @@ Term = tuple[str, int, int]  # description, all parameters, active parameters
 
 
 def count_parameters(config: ModelConfig) -> Count:
-    """Count the parameters of a model. The formula has a term for each kind of tensor, in forward order."""
+    """Count the parameters of a model.
+
+    The formula has a term for each kind of tensor, in the order of a forward pass.
+    """
     C, V, layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
     attention = _latent_attention(config, config.latent) if config.latent else _attention(config)
     terms = [_all(f"embedding {V} x {C}", V * C), attention, *_feed_forward(config)]

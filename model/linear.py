@@ -62,7 +62,7 @@ class Adaptable(nn.Module):
         return merged.to(weight.dtype)
 
     def hold(self, four_bit: NF4Weight) -> None:
-        """Use this 4-bit weight, frozen, instead of `weight`."""
+        """Use `four_bit` as the weight, frozen, in place of `weight`."""
         self.weight = None  # pyright: ignore[reportAttributeAccessIssue]
         self.four_bit = four_bit
 

@@ -41,9 +41,11 @@ def pack(
     """Concatenate `sequences`, each a list of token ids, into a Packed.
 
     parents: for each sequence, the index of the sequence that it continues, or -1.
-    adapters: for each sequence, the index of its adapter among the model's stacked adapters, or -1. A child has its
-        parent's.
-    Raises ValueError if a parent is itself a child, is empty, or does not come directly before its children.
+    adapters: for each sequence, the index of its adapter among the model's stacked adapters, or -1. A child has the
+        adapter of its parent.
+
+    Raises ValueError if a parent is itself a child, is empty, or does not come directly before its children, and for
+    lists of different lengths.
     """
     if parents is None:
         parents = [-1] * len(sequences)

@@ -51,7 +51,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention, and then a feed-forward layer or experts. Each has a norm before it and is added to its input."""
+    """Attention, and then a feed-forward layer or experts. Each takes a norm of its input, and adds to the input."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -70,9 +70,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, now: Pass, rows: Tensor | None = None) -> Tensor:
         """Apply the layer to x (total, C), and return (total, C).
 
-        With `rows` (n,) the result is (n, C): only these tokens are computed after attention, and all others are only
-            attended
-        to.
+        With `rows` (n,) the result is (n, C). The feed-forward layer then runs for these tokens only.
         """
         if self.pre_feedforward_layernorm is not None:
             return self._gemma(x, now, rows)
@@ -109,8 +107,9 @@ class Transformer(nn.Module):
     """A transformer with a language head, initialised from `seed`.
 
     Weights are drawn from N(0, initializer_range), norms are one, and biases are zero. On the meta device nothing is
-    drawn. checkpoint_activations: in training, save only each layer's input, and run the layer again in the backward
-    pass.
+    drawn.
+
+    checkpoint_activations: save only each layer's input in training, and run the layer again in the backward pass.
     """
 
     def __init__(self, config: ModelConfig, seed: int = 0, device: torch.device | str = "cpu"):
@@ -224,8 +223,7 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute the logits (..., V) of hidden states (..., C), in fp32 (fp64 for fp64).
 
-        Inputs are rounded as in `score`, and products have the same precision. An adapter of the head counts, without
-        dropout.
+        Inputs and products have the precision that `score` gives them. The head's adapter is included, without dropout.
         """
         return full_logits(hidden, self.lm_head, self.embed_tokens.weight)
 
@@ -238,15 +236,16 @@ class Transformer(nn.Module):
         support: Tensor | None = None,
         vocabulary: Vocabulary | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Score the tokens at `rows` (n,) given the tokens before them. Returns (logprob, lse, entropy), (n,) fp32
-        each.
+        """Score the tokens at `rows` (n,), given the tokens before them.
 
-        The token at row i is scored from row packed.predictors[i], so callers never shift masks. support: (n, K_max)
-        int32, the ids that a truncating sampler kept, padded with -1. vocabulary: the ids that a sampler drew from, on
-        the model's device, or None for the whole head. It is ignored if a
-            support is given.
-        Raises ValueError if a row is the first of a sequence without a parent. On a GPU the check would stall the
-        device, and such a row gives NaN.
+        rows: (n,) int, indices into packed.tokens. The token at row i is scored from row packed.predictors[i], so
+            callers never shift masks.
+        support: (n, K_max) int32, the ids that a truncating sampler kept, padded with -1.
+        vocabulary: the ids that a sampler drew from, on the model's device, or None for the whole head. It is ignored
+            if a support is given.
+
+        Returns (logprob, lse, entropy), each (n,) fp32. Raises ValueError if a row is the first of a sequence without a
+        parent. On a GPU the check would stall the device, and such a row gives NaN.
         """
         vocabulary = vocabulary if support is None else None  # a support holds only ids of the vocabulary
         hidden, head = self.before_head(packed, rows, vocabulary)
@@ -260,8 +259,11 @@ class Transformer(nn.Module):
         """Return the operands of the logits that score the tokens at `rows` (n,): hidden states (n, C) and the head.
 
         Both have the dtype that autocast would give their product. They are wider than C if the head's adapter has
-        dropout. vocabulary: keep only the head's rows of these ids, in the numbering of `Vocabulary.rows_of`. The first
-        row of a sequence raises, or gives NaN, as in `score`.
+        dropout.
+
+        vocabulary: keep only the head's rows of these ids, in the numbering of `Vocabulary.rows_of`.
+
+        The first row of a sequence raises, or gives NaN, as in `score`.
         """
         hidden, head = self._predicting(packed, rows), Head(self.embed_tokens.weight)
         if self.lm_head is not None:
@@ -287,9 +289,11 @@ class Transformer(nn.Module):
     def balance_loss(self, coefficient: float | None = None, *, pooled: bool = True) -> Tensor:
         """Return the load-balance loss of the experts for the latest forward pass, times a coefficient.
 
-        The coefficient defaults to that of config.json. The loss is a scalar with a gradient, and 0 without experts.
-        pooled: count over the tokens of all layers at once, as transformers does, or take the mean of each layer's own
-        loss.
+        coefficient: by default that of config.json.
+        pooled: whether the load is counted over the tokens of all layers at once, as in transformers. Otherwise the
+            mean of each layer's own loss is taken.
+
+        Returns a scalar with a gradient, or 0 without experts.
         """
         experts = self.config.experts
         if experts is None or not self.routing:

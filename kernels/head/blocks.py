@@ -119,14 +119,14 @@ GROUP = 2 if INTERPRET else 8  # blocks of tokens
 def has_tma(h: Tensor) -> bool:
     """Return whether the kernels load h through tensor descriptors (TMA).
 
-    This takes half precision, rows of a multiple of 16 bytes, and Hopper or a data centre's Blackwell. gfx942 also
-    reports 9 as its major capability, and is excluded.
+    They do for half precision, rows of a multiple of 16 bytes, and Hopper or Blackwell for data centres. AMD's gfx942
+    reports the capability (9, 4), and is excluded.
     """
     return h.itemsize == 2 and h.shape[1] % 8 == 0 and capability(h)[0] in (9, 10) and capability(h) != (9, 4)
 
 
 def tile_of(h: Tensor) -> Tile:
-    """Return the part of u that one program computes. Its epilogue spills on no chip (bench/static.json)."""
+    """Return the tile of u, the scaled logits, that one program computes. It spills on no chip (bench/static.json)."""
     if INTERPRET:
         return HEAD["interpreted"]
     if h.dtype == torch.float32:
@@ -140,10 +140,10 @@ def described(x: Tensor, block: list[int], tma: bool) -> Tensor | TensorDescript
 
 
 def grid_of(h: Tensor, N: int, tile: Tile, tma: bool) -> tuple[int]:
-    """Return the grid of a kernel.
+    """Return the grid of a kernel that computes logits of all rows of h and N columns.
 
-    With TMA, where a 128x256 tile fills a processor, each processor has one program that walks the tiles. Otherwise
-    each tile has its own program.
+    With TMA each multiprocessor has one program that loops over tiles, because a tile of 128x256 fills a
+    multiprocessor. Otherwise each tile has its own program.
     """
     tiles = cdiv(h.shape[0], tile.M) * cdiv(N, tile.N)
     return (min(tiles, multiprocessors(h)) if tma or INTERPRET else tiles,)
@@ -173,7 +173,7 @@ GPU_NARROWEST = 4096
 def bytes_of(hidden: Tensor, copies: int) -> int:
     """Return the bytes that one element of a block takes.
 
-    Triton writes only its gradient. The torch path has `copies` copies of it, in fp32 or wider.
+    On the Triton path only the gradient of a block is in memory. On the torch path it is `copies` times fp32 or wider.
     """
     return hidden.itemsize if use_triton(hidden) else copies * max(4, hidden.itemsize)
 
@@ -181,7 +181,7 @@ def bytes_of(hidden: Tensor, copies: int) -> int:
 def blocks_of(head: Head, memory_budget: int, size: int) -> tuple[list[slice], list[slice]]:
     """Return (rows, columns), the slices that cut a head into blocks of equal width within the memory budget.
 
-    A block has all rows if it is then wide enough. size: the bytes that an element of a block takes.
+    A block has all rows, unless it would then have too few columns. size: the bytes that an element of a block takes.
     """
     tokens, V = head.hidden.shape[0], head.weight.shape[0]
     elements = memory_budget // size
@@ -222,7 +222,7 @@ def with_operand(head: Head) -> Head:
 
 
 def chunk_of(head: Head, columns: slice) -> Head:
-    """Return the head of some columns of the vocabulary. The hidden states must already be an `operand`.
+    """Return the part of a head for some columns of the vocabulary. Its hidden states must have gone through `operand`.
 
     The rows of an adapter's B are appended to those of W: [h, scaling h A^T] [W, B]^T.
     """
@@ -241,7 +241,7 @@ def rows_of(head: Head, rows: slice) -> Head:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """Write a b into `out`, whose dtype may be wider than that of a and b, and return it."""
+    """Write the matrix product a b to `out`, and return it. The dtype of `out` may be wider than that of a and b."""
     if out.dtype == a.dtype:
         return torch.mm(a, b, out=out)
     if a.is_cuda:
@@ -250,7 +250,7 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def accumulate(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """Add a b to `out`, whose dtype may be wider than that of a and b, and return it."""
+    """Add the matrix product a b to `out`, and return it. The dtype of `out` may be wider than that of a and b."""
     if out.dtype != a.dtype and a.is_cuda:
         return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     return out.addmm_(a.to(out.dtype), b.to(out.dtype))
@@ -290,7 +290,7 @@ def block_of(buffer: Tensor, rows: slice, width: int) -> Tensor:
 
 
 def scaled_(z: Tensor, block: Head) -> Tensor:
-    """Compute u from the raw products z of this block, in place."""
+    """Compute u from the raw products z of this block, in place: add the bias, apply softcap and temperature."""
     if block.bias is not None:
         z += block.bias
     if block.softcap is not None:
@@ -321,9 +321,9 @@ def unscaled_(du: Tensor, slope: Tensor | None, block: Head) -> Tensor:
 
 
 def exponential(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """Compute exp(x) with x clamped to at least -87, so the result is at least 1.6e-38.
+    """Compute exp(x) with x clamped to at least -87, so that the result is at least 1.6e-38.
 
-    Below the normal fp32 numbers, torch's exp takes 15 to 50 times as long (measured on an AMD EPYC).
+    For a result below the normal fp32 numbers, torch's exp takes 15 to 50 times as long (measured on an AMD EPYC).
     """
     return torch.clamp(x, min=-87, out=out).exp_()
 
@@ -331,8 +331,8 @@ def exponential(x: Tensor, out: Tensor | None = None) -> Tensor:
 def locate(targets: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
     """Return (column, inside) for targets in a chunk of the vocabulary that begins at `start`.
 
-    column: (rows, 1), the target's column, clamped to the chunk. inside: (rows,) bool, whether the target is in the
-        chunk.
+    column: (rows, 1), the target's column, clamped to the chunk.
+    inside: (rows,) bool, whether the target is in the chunk.
     """
     column = targets - start
     return column.clamp(0, width - 1)[:, None], (column >= 0) & (column < width)

@@ -275,7 +275,7 @@ def _summarise(student: Head, teacher: Head, beta: float, blocks: Blocks, logits
 
 
 def _dlogits(student: Head, teacher: Head, upstream: Upstream, dz: Tensor, with_dbias: bool) -> Tensor:
-    """Write dz (rows, columns) of a block, and return its sum over the rows in fp32, taken before dz is rounded."""
+    """Write dz (rows, columns), the gradient of a block's logits. Return its sum over the rows in fp32."""
     (norms, gain, beta), (rows, columns) = upstream, dz.shape
     tile = _tile(student, teacher, 0 < beta < 1)
     arguments = _launch_arguments(student, teacher, tile)
@@ -299,7 +299,7 @@ class _Saved(NamedTuple):
 def _forward(
     head: Head, teacher: Head, mask: Tensor | None, beta: float, memory_budget: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the divergence (tokens,), and the Norms (6, tokens) for the backward."""
+    """Return the divergence (tokens,), and the Norms (6, tokens), six sums per row that the backward reads."""
     divergence, norms = _shapes(head, teacher, mask, beta, memory_budget)
     student, teacher = with_operand(head), with_operand(teacher)
     on_gpu = use_triton(student.hidden)

@@ -1,4 +1,6 @@
-"""Products of hidden states with the few rows of a head that each token's ids name. They score a recorded support.
+"""Products of hidden states with the few rows of a head that each token's ids name.
+
+They score a recorded support, the ids that a truncating sampler kept.
 
     v = ids_tk        z_tk = hidden_t . W_v        dhidden_t = sum_k dz_tk W_v        dW_v = sum_tk dz_tk hidden_t
 
@@ -135,7 +137,7 @@ def _backward(saved: _Saved, needs: Any, dz: Tensor) -> _Gradients:
 
 
 def _backward_triton(saved: _Saved, dz: Tensor, dhidden: Tensor | None, dweight: Tensor | None) -> None:
-    """Fill the gradients that are not None."""
+    """Write the gradients into dhidden and dweight. A gradient that is None is skipped."""
     hidden, weight, ids, _ = saved
     (tokens, K), (V, C) = ids.shape, weight.shape
     tile = {"BLOCK_K": 8, "BLOCK_C": min(1024, next_power_of_2(C)), "num_warps": 8}
@@ -151,7 +153,7 @@ def _backward_triton(saved: _Saved, dz: Tensor, dhidden: Tensor | None, dweight:
 
 
 def _backward_cpu(saved: _Saved, dz: Tensor, dhidden: Tensor | None, dweight: Tensor | None) -> None:
-    """Fill the gradients that are not None."""
+    """Write the gradients into dhidden and dweight. A gradient that is None is skipped."""
     hidden, weight, ids, memory_budget = saved
     total = None if dweight is None else torch.zeros_like(dweight, dtype=dz.dtype)
     for rows in _row_blocks(ids, weight.shape[1], dz.itemsize, memory_budget):

@@ -70,8 +70,8 @@ def scaled_logits(inputs: HeadInputs, temperature: float | Tensor) -> Tensor:
 def divergence_of(log_t: Tensor, log_s: Tensor, beta: float) -> Tensor:
     """Return (rows,): KL(t || s) at beta = 0, KL(s || t) at 1, and beta KL(t || m) + (1 - beta) KL(s || m) in between.
 
-    m = beta t + (1 - beta) s. log_t, log_s: (rows, n), finite log-probabilities. An entry that does not exist is -1e30
-    in both.
+    m is beta t + (1 - beta) s. log_t and log_s are finite log-probabilities (rows, n). A missing entry is -1e30 in
+    both.
     """
     if beta == 0:
         return (log_t.exp() * (log_t - log_s)).sum(-1)
@@ -164,9 +164,9 @@ def check_rows(name: str, values: Tensor, right: Tensor, expected: str) -> None:
 def check_ids(name: str, ids: Tensor, vocabulary: int, counts: Tensor | None) -> None:
     """Raise ValueError for ids (tokens, K) outside the vocabulary, or an id that a row has twice.
 
-    Negative ids are padding. counts: (tokens,) bool, the rows whose ids must be distinct, or None for all rows. It
-        reads
-    numbers on the host.
+    counts: (tokens,) bool, the rows whose ids must be distinct, or None for all rows.
+
+    Negative ids are padding. The check reads numbers on the host.
     """
     if (ids >= vocabulary).any():
         raise ValueError(f"{name}: id {int(ids.max())} is outside a vocabulary of {vocabulary}")
@@ -204,7 +204,7 @@ def check_mask(hidden: Tensor, mask: Tensor | None) -> None:
 def logits_fit(inputs: HeadInputs, copies: int, budget: int) -> bool:
     """Return whether `copies` of all logits fit into the budget, so that autograd may keep them.
 
-    Then nothing has to be computed twice. It is never so on the Triton path.
+    Then nothing has to be computed twice. On the Triton path the result is always False.
     """
     wide = torch.promote_types(inputs.hidden.dtype, torch.float32)
     elements = inputs.hidden.shape[0] * inputs.weight.shape[0]

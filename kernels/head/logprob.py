@@ -8,8 +8,7 @@
     dz   = du (1 - (s / softcap)^2) / temperature
     dhidden = dz W        dW = dz^T hidden        dbias = sum over tokens of dz
 
-A recorded support holds the ids that a truncating sampler kept. The sums over j then run over these ids only:
-    gather.py.
+A recorded support holds the ids that a truncating sampler kept. With it the sums over j run over these ids: gather.py.
 
 Memory, in elements: eager code writes (tokens, V) logits, their softmax and its gradient, and reads them again for
 each of the head's products: about 8 tokens V. Here the forward keeps four numbers for each row of a tile of logits,
@@ -239,7 +238,10 @@ def _shapes(head, targets, ignore_index, memory_budget):
 
 
 def _summaries_triton(head: Head, targets: Tensor, memory_budget: int, target_u: Tensor) -> Tensor:
-    """Return parts (pieces, 3, tokens), the kernel's three sums. Write target_u if the target is in the vocabulary."""
+    """Return parts (pieces, 3, tokens), the kernel's three sums for each tile and row.
+
+    target_u (tokens,) receives the logit of each target in the vocabulary.
+    """
     h, V = head.hidden, head.weight.shape[0]
     tile, tma = tile_of(h), has_tma(h)
     _, chunks = blocks_of(head, memory_budget, bytes_of(h, COPIES))
@@ -289,7 +291,7 @@ def _backward(
 
 
 def _dlogits_triton(block: Head, terms: RowTerms, start: int, dz: Tensor, with_dbias: bool) -> Tensor:
-    """Write dz (rows, N) of a block, and return its sum over the rows in fp32, taken before dz is rounded."""
+    """Write dz (rows, N), the gradient of a block's logits. Return its sum over the rows, fp32 before rounding."""
     h, N = block.hidden, block.weight.shape[0]
     tile, tma = tile_of(h), has_tma(h)
     db = h.new_empty(cdiv(h.shape[0], tile.M) if with_dbias else 0, N, dtype=torch.float32)
@@ -343,8 +345,7 @@ def token_logprobs(
     hidden: (tokens, hidden)    weight: (vocabulary, hidden)    targets: (tokens,) int    bias: (vocabulary,)
     lora_a: (R, hidden)    lora_b: (vocabulary, R)    an adapter, W + scaling B A, never multiplied out
     temperature: a number or (tokens,), finite and above 0. It gets no gradient.
-    support: (tokens, K_max) int, distinct ids padded with -1. The softmax runs over these only; the target is one of
-        them.
+    support: (tokens, K_max) int, distinct ids, among them the target, padded with -1. The softmax runs over these only.
     ignore_index: a row with this target gives 0, 0, 0 and passes no gradient.
     memory_budget: the bytes that logits and their gradients may take at any time.
 

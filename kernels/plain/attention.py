@@ -1,8 +1,7 @@
 """Attention in plain torch: the reference, and the path of CPU tensors. The maths is that of kernels/attention.py.
 
 Memory: the reference holds the scores of all heads, (B, H, T, S). The CPU path calls torch's
-scaled_dot_product_attention, which holds blocks of scores. It falls back to the reference for a feature that SDPA
-lacks.
+scaled_dot_product_attention, which holds blocks of scores. For a feature that SDPA lacks, it calls the reference.
 """
 
 from typing import NamedTuple
@@ -19,7 +18,10 @@ from ..records import Packing, Rules
 
 
 def visible_keys(query_position: Tensor, key_position: Tensor, rules: Rules) -> Tensor:
-    """Return (..., T, S) bool, which key each query sees, from the positions of queries (..., T) and keys (..., S)."""
+    """Return a mask (..., T, S) bool of the keys that each query sees.
+
+    The arguments are the positions of the queries (..., T) and of the keys (..., S).
+    """
     i, j = query_position.unsqueeze(-1), key_position.unsqueeze(-2)
     visible = j <= i if rules.causal else (j <= i) | True
     return visible if rules.window is None else visible & (j > i - rules.window)
@@ -166,7 +168,10 @@ def _check_tables(cu_seqlens: Tensor, parents: Tensor | None, total: int) -> Non
 
 
 class _Padding(NamedTuple):
-    """Segments padded on the right in one buffer: first the roots (roots, P), then the children (children, C)."""
+    """Segments padded on the right in one buffer: first the roots (roots, P), then the children (children, C).
+
+    A child is a segment with a parent, and a root is one without.
+    """
 
     row: Tensor  # (total,): the place of each packed row in the buffer
     roots: int

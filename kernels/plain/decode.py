@@ -51,7 +51,10 @@ def decode_attention_reference(
 
 @without_autocast  # always computes in fp32
 def _one_by_one(q: Tensor, caches: list[Cache], scores: Scores) -> Tensor:
-    """Compute the formula one sequence at a time. Its prefix in the second cache comes before its own keys."""
+    """Compute attention for one sequence at a time.
+
+    The keys of a sequence's prefix, in the second cache, come before its own keys.
+    """
     out = q.new_empty(*q.shape[:2], caches[0].values.shape[-1])
     for b in range(q.shape[0]):
         k, v = _row(caches[0], b)
@@ -93,7 +96,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
 class Call(NamedTuple):
     """Neighbouring rows of a cache that one attention call reads.
 
-    Each row has as many places as the row with the most sequences needs.
+    Each row has the same number of places for sequences, as many as its most-read row needs.
     """
 
     rows: range
@@ -125,9 +128,10 @@ def _plan(
     key_bytes: int,
     dtype: torch.dtype,
 ) -> Plan | None:
-    """Plan the calls in which sequence b sees the keys first[b] to last[b] - 1 of row rows[b]. None if no key is seen.
+    """Return the attention calls that read one cache for a batch, or None if no key is seen.
 
-    n: query heads for each key head. key_bytes: the bytes of a key and its value, over all heads.
+    Sequence b sees the keys first[b] to last[b] - 1 of row rows[b]. n: query heads for each key head. key_bytes: the
+    bytes of a key and its value, over all heads.
     """
     readers: dict[int, list[int]] = {}  # the sequences of each row
     for b in sorted(range(len(rows)), key=rows.__getitem__):
@@ -181,9 +185,8 @@ def _joined(calls: list[Call], n: int, key_bytes: int) -> list[Call]:
 def _mask(seen: list[list[tuple[int, int]]], keys: range, n: int, dtype: torch.dtype) -> Tensor | None:
     """Return the mask (rows, 1, 1 or queries per row, keys) that is added to the scores.
 
-    Return None if all keys are visible and there are at least FEW_KEYS. seen: for each place of each row, the first
-        visible
-    key and the one after the last.
+    It is None if all keys are visible and there are at least FEW_KEYS.
+    seen: for each place of each row, the first visible key and the key after the last.
     """
     if len(keys) >= FEW_KEYS and all(ends == (keys.start, keys.stop) for row in seen for ends in row):
         return None
@@ -257,7 +260,10 @@ def decode_attention_cpu(q: Tensor, caches: list[Cache], scores: Scores) -> Tens
 
 
 def _check_rows(cache: Cache, keys: str, slot: str, length: str) -> None:
-    """Raise ValueError for slots and lengths outside this cache. The other arguments are names for the message."""
+    """Raise ValueError for slots and lengths outside this cache.
+
+    keys, slot, length: the names of the arguments, for the message.
+    """
     shape = tuple(cache.keys.shape)
     for name, x, most in ((slot, cache.slot, shape[0] - 1), (length, cache.length, shape[1])):
         if x.numel() and not 0 <= int(x.min()) <= int(x.max()) <= most:

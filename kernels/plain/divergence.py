@@ -71,7 +71,7 @@ def divergence_of_logits(
 
 
 class Piece(NamedTuple):
-    """Sums over some columns of each row. Every field has one number per row.
+    """Sums over some columns of the logits. Every field has one number per row.
 
     With beta = 0, the teacher's t takes the place of u in sum_gap and gap_at_top.
     """
@@ -85,7 +85,7 @@ class Piece(NamedTuple):
 
 
 class Norms(NamedTuple):
-    """Sums over all columns of each row, one number per row. The backward needs no others."""
+    """Sums over all columns of the logits. Every field has one number per row. The backward needs no other sums."""
 
     top: Tensor
     # log sum exp(u - top). It is kept apart from top, because their sum would be rounded at the size of the logits
@@ -97,7 +97,7 @@ class Norms(NamedTuple):
 
 
 def merged(pieces: Tensor, beta: float) -> Tensor:
-    """Merge all pieces (pieces, 6, rows) of a row into Norms (6, rows)."""
+    """Merge the Pieces of each row, (pieces, 6, rows), into Norms (6, rows)."""
     piece = Piece(*pieces.unbind(1))  # (pieces, rows) each
     (top, at), (teacher_top, teacher_at) = piece.top.max(0), piece.teacher_top.max(0)
 
@@ -116,7 +116,10 @@ def merged(pieces: Tensor, beta: float) -> Tensor:
 
 
 def to_mixture(log_ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """Compute log p_S - log m and log p_T - log m from log_ratio = log p_T - log p_S, which is overwritten."""
+    """Compute log p_S - log m and log p_T - log m of the mixture m.
+
+    log_ratio: log p_T - log p_S. It is overwritten.
+    """
     larger = log_ratio.clamp(min=0)
     log_ratio -= larger
     smaller = -larger
@@ -129,7 +132,10 @@ def to_mixture(log_ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
 
 
 def summarise(student: Head, teacher: Head, beta: float, blocks: Blocks, logits: Tensor | None) -> Tensor:
-    """Return the Pieces (chunks, 6, rows) of these rows. `logits` (2, rows, V) receives the logits of a mixture."""
+    """Return the six sums of a Piece for each chunk of the vocabulary and row, (chunks, 6, rows).
+
+    logits: (2, rows, V), receives the logits of a mixture. It is None for a KL.
+    """
     row_blocks, chunks = blocks
     buffers = [] if logits is not None else [buffer_of(x.hidden, *blocks) for x in (student, teacher)]
     # made before the blocks: small tensors between the blocks would keep the blocks' memory from being reused
@@ -148,15 +154,15 @@ def summarise(student: Head, teacher: Head, beta: float, blocks: Blocks, logits:
 
 
 def _scaled_products(student: Head, teacher: Head, out: Tensor, teacher_out: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute u and t (rows, columns) of a block in the two buffers."""
+    """Compute the scaled logits (rows, columns) of a block in two buffers: u of the student and t of the teacher."""
     u = scaled_(torch.mm(student.hidden, student.weight.T, out=out), student)
     return u, scaled_(torch.mm(teacher.hidden, teacher.weight.T, out=teacher_out), teacher)
 
 
 def _summarise_block(u: Tensor, t: Tensor, beta: float, piece: Piece) -> None:
-    """Write a Piece of a block. u and t are overwritten, except for a mixture.
+    """Write the sums over a block's logits u and t into `piece`.
 
-    A mixture's gaps are not summed here, because m is not known yet.
+    u and t are overwritten, except for a mixture. A mixture's gaps are not summed here, because m is not known yet.
     """
     mixture = 0 < beta < 1
     gap = t - u
@@ -179,7 +185,10 @@ def _summarise_block(u: Tensor, t: Tensor, beta: float, piece: Piece) -> None:
 def _log_probabilities(
     u: Tensor, t: Tensor, norms: Norms, out: Tensor, teacher_out: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Compute log_p and log_q. To avoid the rounding of top + log_sum, each is subtracted by itself."""
+    """Compute log_p and log_q from the scaled logits u and t.
+
+    top and log_sum are subtracted one after the other, because their sum would be rounded.
+    """
     log_p = torch.sub(u, norms.top[:, None], out=out).sub_(norms.log_sum[:, None])
     log_q = torch.sub(t, norms.teacher_top[:, None], out=teacher_out).sub_(norms.teacher_log_sum[:, None])
     return log_p, log_q
@@ -205,17 +214,20 @@ def mixture_sums(logits: Tensor, norms: Tensor, beta: float, blocks: Blocks) -> 
 
 
 class Upstream(NamedTuple):
-    """Each row's terms of the gradient: its Norms, and the gradient of the loss to D."""
+    """Each row's terms of the gradient: its Norms, and the gradient of the loss with respect to the divergence D."""
 
     norms: Tensor  # Norms (6, rows)
-    gain: Tensor  # (rows,): the gradient of the loss to D, times 1 - beta for a mixture
+    gain: Tensor  # (rows,): the loss's gradient with respect to D, times 1 - beta for a mixture
     beta: float
 
 
 def dlogits(
     student: Head, teacher: Head, upstream: Upstream, dz: Tensor, teacher_out: Tensor, with_dbias: bool
 ) -> Tensor:
-    """Write dz (rows, columns) of a block, and return its sum over the rows, or nothing. teacher_out: room for t."""
+    """Write dz (rows, columns), the gradient of a block's logits.
+
+    Return its sum over the rows, or an empty tensor without `with_dbias`. teacher_out: a buffer for t (rows, columns).
+    """
     beta, norms = upstream.beta, Norms(*upstream.norms)
     u, t = _scaled_products(student, teacher, dz, teacher_out)
     slope = softcap_slope(u, student)

@@ -31,10 +31,11 @@ Scores = tuple[Tensor, Tensor, Tensor]  # logprob, lse, entropy, (tokens,) each
 
 
 def score(u: Tensor, column: Tensor, trained: Tensor, kept: Tensor | None) -> Scores:
-    """Return logprob, lse and entropy, (tokens,) each, from u (tokens, N). Rows that are not trained get 0.
+    """Return logprob, lse and entropy, (tokens,) each, from scaled logits u (tokens, N).
 
-    column: (tokens,), the target's column. kept: (tokens, N) bool, the columns that the softmax runs over, or None for
-        all.
+    column: (tokens,), the target's column.
+    trained: (tokens,) bool. The other rows get 0.
+    kept: (tokens, N) bool, the columns that the softmax runs over, or None for all.
     """
     if kept is not None:
         u = u.masked_fill(~kept, -torch.inf)
@@ -110,7 +111,10 @@ def summaries(head: Head, targets: Tensor, memory_budget: int, target_u: Tensor)
 
 
 def dlogits(block: Head, terms: RowTerms, start: int, dz: Tensor, with_dbias: bool) -> Tensor:
-    """Write dz (rows, N) of a block whose first column is `start`. Return its sum over the rows, or an empty tensor."""
+    """Write dz (rows, N), the gradient of the logits of a block whose first column is `start`.
+
+    Return its sum over the rows, or an empty tensor without `with_dbias`.
+    """
     target, *columns, dentropy = terms
     highest, log_sum, entropy, dlogprob, dnorm = (x[:, None] for x in columns)
     u = scaled_(torch.mm(block.hidden, block.weight.T, out=dz), block)

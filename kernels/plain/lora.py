@@ -25,7 +25,10 @@ def mix(h: Tensor) -> Tensor:
 
 
 def drop(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
-    """Apply dropout to x (M, K): keep the elements whose hash reaches `threshold(dropout)`, divided by 1 - dropout."""
+    """Apply dropout to x (M, K).
+
+    An element is kept, and divided by 1 - dropout, if its hash is at least `threshold(dropout)`.
+    """
     low, high = mix(seed.int()), mix((seed >> 32).int() ^ 0x2545F491)
     rows = mix(torch.arange(x.shape[0], dtype=torch.int32, device=x.device) ^ low)
     columns = mix(torch.arange(x.shape[1], dtype=torch.int32, device=x.device) ^ high)
@@ -49,7 +52,10 @@ def wide_b(b: Tensor) -> Tensor:
 
 
 def scattered(S: Tensor, adapter: Tensor | None, adapters: int) -> Tensor:
-    """Spread S (M, R) to (M, adapters R): a row's numbers are in the columns of its adapter, between zeros."""
+    """Spread S (M, R) to (M, adapters R).
+
+    A row's numbers are in the columns of its adapter. All other columns are zero.
+    """
     if adapter is None:
         return S
     chosen = adapter[:, None] == torch.arange(adapters, device=S.device)  # (M, adapters)

@@ -14,7 +14,10 @@ def normalise(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 class RMSNormTorch(torch.autograd.Function):
-    """RMSNorm of the CPU path in fp32. Autograd through the reference would keep every intermediate."""
+    """RMSNorm of the CPU path in fp32.
+
+    It has its own backward, because autograd through the reference would keep every intermediate.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor, eps: float) -> Tensor:
