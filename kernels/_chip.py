@@ -26,7 +26,8 @@ FEW_KEYS = 16
 KNOWN = (8, 9, 10, 12)  # NVIDIA's major compute capabilities that have tiles of their own
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FLOATS = (*DTYPES, torch.float64)  # for an operand that is cast or looked up before it is multiplied
-# The namespace of these ops in torch.ops. A copy of this folder inside another package registers its ops under its own
+# The namespace of these ops in torch.ops. A copy of this folder inside another package has its own, so that it can be
+# used beside an installed Burnish
 NAMESPACE = "burnish" if __package__ == "burnish.kernels" else str(__package__).replace(".", "_")
 
 
@@ -227,7 +228,8 @@ def _multiprocessors(device: torch.device) -> int:
 def multiprocessors(x: Tensor) -> int:
     """Return the number of programs in a grid where each program handles several tiles.
 
-    This is the number of multiprocessors on a GPU. It is 2 when interpreted, so that each program loops over tiles.
+    This is the number of multiprocessors on a GPU, and 132 when kernels are only compiled. It is 2 when interpreted, so
+    that each program loops over tiles.
     """
     return _multiprocessors(x.device) if x.is_cuda else 2 if INTERPRET else 132
 

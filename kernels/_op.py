@@ -61,7 +61,7 @@ class _FirstOrder(torch.autograd.Function):
 
 
 class _Unpacked:
-    """An autograd context whose saved tensors can be read twice. Activation checkpointing allows one read."""
+    """An autograd context whose saved tensors can be read twice. Activation checkpointing allows only one read."""
 
     def __init__(self, ctx: Any):
         self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
@@ -202,7 +202,7 @@ def _eager(forward: Callable[..., Any], gradient: "_Gradient") -> Callable[..., 
 class _Gradient:
     """The gradient of one op: the record saved for the backward, and the backward in the forms that torch requires.
 
-    An autograd.Function takes no lists of tensors. If `lists` is true, its arguments and outputs have them spread out.
+    An autograd.Function takes no lists of tensors. If `lists` is true, the lists are spread out into single tensors.
     """
 
     def __init__(

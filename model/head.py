@@ -2,8 +2,9 @@
 
     logits = hidden (weight + scaling lora_b lora_a)^T          hidden (n, C), weight (V, C)
 
-Training never holds the logits, nor the sum of weight and adapter. `Transformer.before_head` returns the two operands,
-and the methods of `Head` are the ops that take them. For sampling, `full_logits` computes the logits of a few rows.
+Training never holds the logits. It does not hold the sum of weight and adapter either, except with DoRA (`operands`).
+`Transformer.before_head` returns the hidden states and the `Head`, whose methods are the ops on these two. For
+sampling, `full_logits` computes the logits of a few rows.
 """
 
 from dataclasses import dataclass, replace

@@ -18,12 +18,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Packed:
-    """Packed sequences, made by `pack`: total tokens in a number of segments."""
+    """Token sequences packed without padding, made by `pack`. `total` is the number of tokens."""
 
     tokens: Tensor  # (total,) int64
     positions: Tensor  # (total,) int64, logical positions; a child's begin at its parent's length
     cu_seqlens: Tensor  # (segments + 1,) int32, the start of each segment, and the total
-    parents: Tensor | None  # (segments,) int32, -1 for a segment without a parent; None if all are
+    parents: Tensor | None  # (segments,) int32, -1 for a segment without a parent; None if none has one
     predictors: Tensor  # (total,) int64, the row that scores each token; -1 if there is none
     adapter: Tensor | None = None  # (total,) int32, the index of each token's adapter, -1 for none
 

@@ -48,7 +48,7 @@ def cos_and_sin(rope: Rope, dim: int, positions: Tensor) -> tuple[Tensor, Tensor
 
 @lru_cache(maxsize=64)
 def rope_frequencies(rope: Rope, dim: int, device: torch.device) -> tuple[Tensor, float]:
-    """Return (frequencies, factor): each pair's angle per position, (dim/2,) fp32, and the factor of cos and sin."""
+    """Return each pair's angle per position, (dim/2,) fp32, and the factor that multiplies cos and sin."""
     inv_freq = 1.0 / rope.rope_theta ** (torch.arange(0, dim, 2, device=device).float() / dim)  # (dim/2,)
     if rope.rope_type == "default":
         return inv_freq, 1.0

@@ -51,7 +51,10 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention, and then a feed-forward layer or experts. Each takes a norm of its input, and adds to the input."""
+    """A transformer layer: attention, and then a feed-forward layer or experts.
+
+    Each of the two reads a norm of its input, and its output is added to the input.
+    """
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -183,7 +186,7 @@ class Transformer(nn.Module):
         return self._final(final(x, now, packed.cu_seqlens[1:].long() - 1))
 
     def decode(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """Run one new token (B,) for each of the cache's first B slots, and return hidden states (B, C)."""
+        """Run one new token for each of the cache's first B slots: tokens (B,) to hidden states (B, C)."""
         adapter = None if cache.adapter is None else cache.adapter[: tokens.numel()]
         now = self._pass(cache.grow(tokens.numel()), cache=cache, adapter=adapter)
         x = self._embed(tokens)

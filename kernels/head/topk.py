@@ -356,9 +356,9 @@ def topk_divergence(
     Returns (tokens,) in fp32 (fp64 for fp64), with gradients for hidden, weight, bias and the adapter. Raises
     ValueError for shapes, dtypes and devices that do not match, and for numbers out of range. On the CPU these rows
     raise, too: an id outside the vocabulary, a temperature not above 0, NaN in teacher_logprobs. A row that counts also
-    raises for an id that it has twice, and for teacher_logprobs that sum to a probability above 1.05. On CUDA the check
-    would stall the device. There an id outside the vocabulary and such a temperature give NaN, and the other rows give
-    a number that is no divergence.
+    raises for an id that it has twice, and for teacher_logprobs that sum to a probability above 1.05. On CUDA nothing
+    is raised for rows. There an id outside the vocabulary and such a temperature give NaN. Other wrong rows give a
+    number that is no divergence.
     """
     budget = check_budget(hidden, memory_budget)
     student = HeadInputs(hidden, weight, bias, lora_a, lora_b, scaling, softcap)

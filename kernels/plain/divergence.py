@@ -195,9 +195,9 @@ def _log_probabilities(
 
 
 def mixture_sums(logits: Tensor, norms: Tensor, beta: float, blocks: Blocks) -> Tensor:
-    """Return (2, rows): sum p gap_beyond and sum q teacher_gap, with the names of head/mixture.py.
+    """Return (2, rows): the sums over the vocabulary of p gap_beyond and q teacher_gap (see head/mixture.py).
 
-    logits: (2, rows, V). norms: Norms (6, rows). blocks: the slices of rows and columns to compute at a time.
+    logits: (2, rows, V), of student and teacher. norms: Norms (6, rows). blocks: slices of rows and columns.
     """
     u, t = logits
     sums = norms.new_zeros(2, len(u))
