@@ -1,4 +1,7 @@
-"""Fused ops, floor 0; this list is the API. A file reads in one order: maths, reference, kernels, launch, op."""
+"""The public fused ops. This folder imports none of the other folders.
+
+Every op file has the same order: maths, reference, kernels, launch, op.
+"""
 
 from ._namesake import gives_way
 

@@ -1,4 +1,4 @@
-"""Questions before a launch: which path, on what chip, in what precision, and what it accepts."""
+"""Decisions and checks before a kernel launch: Triton or torch, the chip, the precision, and valid arguments."""
 
 import math
 import os
@@ -14,26 +14,28 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ._triton import expect_triton
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read once: @triton.jit reads it at import, too
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read once, at import, as @triton.jit does
 if INTERPRET:
     expect_triton("TRITON_INTERPRET=1")
 TARGET: tuple[int, int] | None = (
-    None  # set by bench/ops/static.py alone: launches only compile, for this chip
+    None  # only bench/ops/static.py sets it: launches then compile for this chip, and run nothing
 )
-# of a CPU's attention, a vector of floats: of fewer, torch makes zeros of a row of scores that all are NaN, but under a
-# mask. tests/kernels/test_nan.py
+# The number of floats in a CPU vector. With fewer keys, and without a mask, torch's CPU attention returns zeros for a
+# row whose scores are all NaN: tests/kernels/test_nan.py
 FEW_KEYS = 16
 KNOWN = (8, 9, 10, 12)  # NVIDIA's major compute capabilities that have tiles of their own
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-FLOATS = (*DTYPES, torch.float64)  # of an operand that is cast or looked up, not multiplied as it is
-# of our ops in torch.ops: a copy of this folder inside another package registers its own beside an installed Burnish
+FLOATS = (*DTYPES, torch.float64)  # for an operand that is cast or looked up before it is multiplied
+# The namespace of these ops in torch.ops. A copy of this folder inside another package has its own, so that it can be
+# used beside an installed Burnish
 NAMESPACE = "burnish" if __package__ == "burnish.kernels" else str(__package__).replace(".", "_")
 
 
 def use_triton(x: Tensor) -> bool:
-    """CUDA tensors take the Triton path, CPU tensors torch, unless Triton interprets or only compiles.
+    """Return whether an op on x takes the Triton path.
 
-    Raises ValueError for a GPU that is too old, ModuleNotFoundError for one without Triton.
+    CUDA tensors take Triton and CPU tensors take torch. While Triton interprets or only compiles, all take Triton.
+    Raises ValueError for a GPU that is too old, and ModuleNotFoundError for a GPU without Triton installed.
     """
     if x.is_cuda:
         _capability(x.device)
@@ -43,12 +45,15 @@ def use_triton(x: Tensor) -> bool:
 
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:
-    """A device's own, or for one that no tile table knows that of the card whose tiles ask for least."""
+    """Return the device's compute capability.
+
+    For a device without tiles of its own, return the capability of the card whose tiles need the fewest resources.
+    """
     expect_triton(str(device))
     if torch.version.hip is not None:
-        return 9, 4  # its 64 KB of shared memory are the least that AMD's cards have
+        return 9, 4  # MI300X: no AMD card has less than its 64 KB of shared memory
     found = torch.cuda.get_device_capability(device)
-    if found < (8, 0):  # no bf16, 64 KB of shared memory
+    if found < (8, 0):  # these cards lack bf16 and have 64 KB of shared memory
         name = torch.cuda.get_device_name(device)
         raise ValueError(
             f"{device}: expected a GPU of compute capability 8.0 or newer, got {name} ({found[0]}.{found[1]})"
@@ -57,16 +62,20 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def capability(x: Tensor) -> tuple[int, int]:
-    """The number that picks a tile from a table: (9, 0) on an H100, (9, 4) on an MI300X, (0, 0) when interpreted."""
+    """Return the capability that picks a tile from a table.
+
+    It is (9, 0) on an H100, (9, 4) on an MI300X, and (0, 0) when interpreted.
+    """
     if TARGET is not None:
         return TARGET
     return _capability(x.device) if x.is_cuda else (0, 0)
 
 
 def precision() -> str:
-    """The way products of fp32 tensors are rounded, as torch's matmul on a GPU rounds them: "ieee", or "tf32".
+    """Return how products of fp32 tensors are rounded: "ieee" or "tf32", as set for torch's matmul on a GPU.
 
-    The older getters raise once a process has used the newer setters, as transformers does.
+    It reads torch's newer settings. The older getters raise once a process has used the newer setters, and transformers
+    uses these.
     """
     found = torch.backends.cuda.matmul.fp32_precision
     if found == "none":
@@ -75,7 +84,10 @@ def precision() -> str:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that autocast, which does not know our ops nor "meta", would give x as an operand of a product."""
+    """Return the dtype that autocast would give x as an operand of a product.
+
+    Autocast itself does not cover these ops, nor the device "meta".
+    """
     kind = x.device.type
     cast = x.is_floating_point() and x.dtype != torch.float64 and not x.is_meta
     if not cast or not torch.is_autocast_enabled(kind):
@@ -84,7 +96,10 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 
 def without_autocast(compute: Callable[..., Any]) -> Callable[..., Any]:
-    """A CPU's autocast is off inside. (torch.autocast as a decorator keeps the state of one thread for all of them.)"""
+    """Decorate a function so that CPU autocast is off inside it.
+
+    torch.autocast is not used as the decorator: it keeps the state of one thread and shares it between all threads.
+    """
 
     @wraps(compute)
     def off(*args: Any, **kwargs: Any) -> Any:
@@ -100,12 +115,15 @@ def _device_name(device: torch.device) -> str:
 
 
 def device_name(x: Tensor) -> str:
-    """The name under which measurements of one device are kept; "" where nothing is launched on any."""
+    """Return the name under which measurements of x's device are stored, or "" for a tensor that is not on a GPU."""
     return _device_name(x.device) if x.is_cuda else ""
 
 
 def check_shape(name: str, x: Any, **dims: int) -> None:
-    """check_shape("weight", w, hidden=4096) raises ValueError naming every dimension it expected."""
+    """Raise ValueError unless x has the given dimensions; the message names each expected dimension.
+
+    Example: check_shape("weight", w, hidden=4096). x is a tensor or an NF4Weight.
+    """
     expected = tuple(dims.values())
     if x.shape != expected and tuple(x.shape) != expected:  # an NF4Weight's shape may be a list
         want = ", ".join(f"{dim}={size}" for dim, size in dims.items())
@@ -113,27 +131,33 @@ def check_shape(name: str, x: Any, **dims: int) -> None:
 
 
 def check_dtype(name: str, x: Tensor, *allowed: torch.dtype) -> None:
-    """Raises ValueError for another dtype than those allowed; by default the kernels', and fp64 on the torch path."""
+    """Raise ValueError unless x has one of the allowed dtypes.
+
+    The default is fp32, fp16 and bf16, and on the torch path fp64, too.
+    """
     if x.dtype not in (allowed or DTYPES) and (allowed or x.dtype != torch.float64 or use_triton(x)):
         raise ValueError(f"{name}: expected dtype {' or '.join(map(str, allowed or DTYPES))}, got {x.dtype}")
 
 
 def whole_number(number: Any) -> Any:
-    """An integer, numpy's as Python's, which a launch takes; a size that a graph does not know; None for others."""
+    """Return an integer of Python or numpy as an int, a graph's symbolic size unchanged, and None for anything else."""
     if isinstance(number, int | torch.SymInt):
         return number
     return int(number) if isinstance(number, Integral) else None
 
 
 def check_number(name: str, value: float, low: float = -math.inf) -> None:
-    """Raises ValueError for NaN, an infinity or a number below `low`."""
+    """Raise ValueError if `value` is NaN, infinite or below `low`."""
     if not low <= value < math.inf or value == -math.inf:  # NaN is neither
         least = "" if low == -math.inf else f" of at least {low:g}"
         raise ValueError(f"{name}: expected a finite number{least}, got {value}")
 
 
 def check_ids(name: str, ids: Tensor, low: int, high: int) -> None:
-    """On the torch path alone: raises ValueError for one that is not from low to high. A graph holds an assertion."""
+    """Raise ValueError if an id is not in [low, high].
+
+    Only the torch path checks. Under torch.compile or a dispatch mode, the graph gets an assertion instead.
+    """
     if use_triton(ids) or ids.is_meta or not ids.numel():
         return
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
@@ -147,7 +171,7 @@ def check_ids(name: str, ids: Tensor, low: int, high: int) -> None:
 
 
 def check_device(x: Tensor, **others: Tensor | None) -> None:
-    """Raises ValueError for an operand that is not where x is, of which a kernel would read another tensor's memory."""
+    """Raise ValueError if an operand is not on the device of x; a kernel would read wrong memory for it."""
     device = x.device
     for name, other in others.items():
         if other is not None and other.device != device:
@@ -155,17 +179,24 @@ def check_device(x: Tensor, **others: Tensor | None) -> None:
 
 
 def readable(x: Tensor) -> bool:
-    """May the host look at numbers? Only on the torch path: a GPU would stall, and graphs and "meta" hold none."""
+    """Return whether the host may read the values of x.
+
+    Only the torch path may. On a GPU the read would stall, and tensors of a graph or on "meta" have no values.
+    """
     return not (use_triton(x) or x.is_meta or torch.compiler.is_compiling() or isinstance(x, FakeTensor))
 
 
-MOST_WINDOW = 2**30  # hides nothing, and is a 32-bit integer to a kernel
+MOST_WINDOW = 2**30  # a window that hides no key, and that fits a kernel's 32-bit integer
 
 
 def check_attention(
     scale: float | None, window: int | None, softcap: float | None, sinks: Tensor | None, heads: int
 ) -> int | None:
-    """Returns the window; raises ValueError for what no attention, over sequences or a cache, is asked with."""
+    """Check the arguments that flash_attention and decode_attention share, and return the window.
+
+    The window is an int of at most 2^30, or None. Raises ValueError for a scale or softcap that is not positive, a
+    window that is no integer of at least 1, and sinks of a wrong dtype or a shape other than (heads,).
+    """
     for name, number in (("scale", scale), ("softcap", softcap)):
         if number is not None and not 0 < number < float("inf"):
             raise ValueError(f"{name}: expected a positive number, got {number}")
@@ -181,7 +212,7 @@ def check_attention(
 
 
 def cdiv(size: int, block: int) -> int:
-    """The number of blocks that cover `size`. (triton.cdiv, triton.next_power_of_2: microseconds on the host.)"""
+    """Return the number of blocks that cover `size`. triton.cdiv would cost microseconds on the host."""
     return -(-size // block)
 
 
@@ -195,10 +226,14 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def multiprocessors(x: Tensor) -> int:
-    """The size of a grid whose programs walk their work; 2 when interpreted, so that every program walks."""
+    """Return the number of programs in a grid where each program handles several tiles.
+
+    This is the number of multiprocessors on a GPU, and 132 when kernels are only compiled. It is 2 when interpreted, so
+    that each program loops over tiles.
+    """
     return _multiprocessors(x.device) if x.is_cuda else 2 if INTERPRET else 132
 
 
 def most_warps() -> int:
-    """A block has at most 1,024 threads: 32 warps of 32 on NVIDIA, 16 of 64 on AMD's MI300X."""
+    """Return the largest number of warps in a block of 1,024 threads: 32 warps of 32 threads, or 16 of 64 on AMD."""
     return 16 if torch.version.hip or TARGET == (9, 4) else 32

@@ -1,8 +1,7 @@
-"""Records, NamedTuples of tensors and numbers, laid out flat for torch.library and put together again.
+"""Conversion of records (NamedTuples of tensors and numbers) to flat arguments for torch.library, and back.
 
-torch.library knows tensors, numbers and lists of them. The schema, and the functions that stand between it and records,
-are generated once, when a kernel file is imported. Flat, an argument `head` that is a record with a field `bias` is
-called head_bias.
+torch.library supports tensors, numbers and lists of these. The schema and the conversion functions are generated
+once, when a kernel file is imported. A field `bias` of an argument `head` has the flat name head_bias.
 """
 
 import inspect
@@ -25,11 +24,11 @@ SCHEMA = {
 
 
 class Leaf(NamedTuple):
-    """A tensor, a number or a list of them: what a schema has as one argument."""
+    """One flat argument of a schema: a tensor, a number, or a list of either."""
 
-    name: str  # head_bias
-    kind: str  # as a schema has it: Tensor?
-    read: str  # an expression that reads it from the arguments: head.bias
+    name: str  # such as head_bias
+    kind: str  # the type in the schema, such as Tensor?
+    read: str  # an expression that reads it from the arguments, such as head.bias
 
     @property
     def is_tensor(self) -> bool:
@@ -45,7 +44,7 @@ def _is_record(annotation: Any) -> bool:
 
 
 def kind_of(annotation: Any) -> str:
-    """A type as a schema names it."""
+    """Return the name of a Python type in a torch schema, such as "Tensor?" for Tensor | None."""
     if get_origin(annotation) in (Union, types.UnionType):
         (annotation,) = (part for part in get_args(annotation) if part is not type(None))
         return kind_of(annotation) + "?"
@@ -55,7 +54,10 @@ def kind_of(annotation: Any) -> str:
 
 
 def _leaves(name: str, annotation: Any, read: str) -> list[Leaf]:
-    """The leaves of an argument; of a list of records, one list for each of a record's leaves."""
+    """Return the leaves of an argument: its tensors, numbers, and lists of them.
+
+    A list of records gives one list for each leaf of the record.
+    """
     if _is_record(annotation):
         fields = get_type_hints(annotation).items()
         return [
@@ -76,12 +78,12 @@ def _leaves(name: str, annotation: Any, read: str) -> list[Leaf]:
 
 
 def _joined(lists: list[list[int]]) -> list[int]:
-    """Lists of whole numbers as one, each behind its length: a schema knows no list of lists."""
+    """Concatenate lists of whole numbers, each preceded by its length. A schema has no list of lists."""
     return [number for numbers in lists for number in (len(numbers), *numbers)]
 
 
 def _parted(joined: list[int]) -> list[list[int]]:
-    """The inverse."""
+    """Split a list made by `_joined` into its lists."""
     lists, rest = [], iter(joined)
     for length in rest:
         lists.append([next(rest) for _ in range(length)])
@@ -89,7 +91,10 @@ def _parted(joined: list[int]) -> list[list[int]]:
 
 
 def _built(annotation: Any, names: Iterator[str], records: dict[str, Any]) -> str:
-    """An expression that makes an argument of its leaves, which are named; `records` is what it may call."""
+    """Return an expression that builds one argument from its named leaves.
+
+    names: the names of the leaves, in order. records: receives each record class that the expression calls.
+    """
     if _is_record(annotation):
         known = records.setdefault(annotation.__name__, annotation)
         assert known is annotation, f"two records are named {annotation.__name__}"
@@ -107,32 +112,41 @@ def _built(annotation: Any, names: Iterator[str], records: dict[str, Any]) -> st
 
 
 class Layout:
-    """The arguments of a function, or the fields of a record, laid out flat."""
+    """The arguments of a function, or the fields of a record, laid out flat.
+
+    `flat` turns the arguments into a tuple of leaves, and `nested` turns the leaves back into a tuple of arguments.
+    """
 
     def __init__(self, hints: dict[str, Any]):
         self.leaves = [leaf for name, kind in hints.items() for leaf in _leaves(name, kind, name)]
         self.schema = ", ".join(f"{leaf.kind} {leaf.name}" for leaf in self.leaves)
         self._arguments = ", ".join(hints)
         self._hints = hints
-        # inverse to one another; both return a tuple
+        # each is the inverse of the other; both return a tuple
         self.flat = self.pick(self.leaves)
         names = [leaf.name for leaf in self.leaves]
         self.nested = self.build(", ".join(names), names)
 
     def pick(self, leaves: Iterable[Leaf], spread: bool = False) -> Callable[..., Any]:
-        """A function of the arguments that returns these leaves as a tuple, lists spread out in it or as they are."""
+        """Return a function of the arguments that returns these leaves as a tuple.
+
+        spread: whether the items of a leaf that is a list become items of the tuple.
+        """
         parts = "".join("*" * (spread and leaf.is_list) + leaf.read + ", " for leaf in leaves)
         return eval(f"lambda {self._arguments}: ({parts})")
 
     def call(self, function: Callable[..., Any], leaves: Iterable[Leaf]) -> Callable[..., Any]:
-        """A function of the arguments that passes them on as one tuple, and once more these leaves of them."""
+        """Return a function that calls `function` with all arguments as one tuple, followed by these leaves."""
         parts = "".join(leaf.read + ", " for leaf in leaves)
         return eval(
             f"lambda {self._arguments}: _function(({self._arguments},), {parts})", {"_function": function}
         )
 
     def build(self, parameters: str, leaves: Iterable[str], record: type[Any] = tuple) -> Callable[..., Any]:
-        """A function of `parameters` that returns the arguments as a record, each leaf an expression of them."""
+        """Return a function of `parameters` that rebuilds the arguments as a `record`.
+
+        leaves: for each leaf, an expression in the parameters.
+        """
         records: dict[str, Any] = {"_make": partial(tuple.__new__, record), "_parted": _parted}
         rest = iter(leaves)
         built = "".join(_built(kind, rest, records) + ", " for kind in self._hints.values())
@@ -140,7 +154,7 @@ class Layout:
 
 
 def compiled(signature: str, lines: list[str], **known: Any) -> Callable[..., Any]:
-    """The function of these lines."""
+    """Compile a function from its signature and the source lines of its body. `known` are the names it may use."""
     known["_joined"] = _joined
     exec(f"def {signature}:\n    " + "\n    ".join(lines), known)
     return known[signature.split("(")[0]]
@@ -152,7 +166,10 @@ def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def flattened(values: Iterable[Any]) -> tuple[list[Any], list[int | None]]:
-    """Lists of tensors laid out flat, and how long each was; None for what is no such list."""
+    """Spread lists of tensors out into one flat list.
+
+    Return (flat, lengths): each length is that of a list, or None for a value that is no list of tensors.
+    """
     flat, lengths = [], []
     for value in values:
         is_list = isinstance(value, list) and all(t is None or isinstance(t, Tensor) for t in value)
@@ -162,6 +179,6 @@ def flattened(values: Iterable[Any]) -> tuple[list[Any], list[int | None]]:
 
 
 def nested(flat: Iterable[Any], lengths: list[int | None]) -> list[Any]:
-    """The inverse."""
+    """Rebuild the values from the result of `flattened`."""
     rest = iter(flat)
     return [next(rest) if length is None else [next(rest) for _ in range(length)] for length in lengths]

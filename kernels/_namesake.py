@@ -1,4 +1,7 @@
-"""The root of a clone is on the path of what runs there, and our folder has the name of Hugging Face's package."""
+"""A way around a name clash: this folder has the name of Hugging Face's package `kernels`.
+
+A script that runs in the root of a clone has that root on its path. It would import this folder, not the package.
+"""
 
 import sys
 from importlib.machinery import PathFinder
@@ -7,12 +10,15 @@ from pathlib import Path
 
 
 def gives_way(name: str) -> bool:
-    """Whether another installed package `kernels` now stands in sys.modules where ours was to be imported as `name`."""
+    """Import another installed package called `kernels` in place of this folder, and return whether that was done.
+
+    name: the name under which this folder is being imported. Only the name "kernels" gives way.
+    """
     root = Path(__file__).resolve().parents[1]
     if name != "kernels":
         return False
     other = PathFinder.find_spec(name, [place for place in sys.path if Path(place).resolve() != root])
-    if other is None or other.loader is None:  # a folder without an __init__.py is no package of anybody's
+    if other is None or other.loader is None:  # a folder without an __init__.py has no loader
         return False
     sys.modules[name] = module_from_spec(other)
     other.loader.exec_module(sys.modules[name])

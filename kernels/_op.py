@@ -1,4 +1,4 @@
-"""Ops known to torch, made of plain functions whose arguments may be records (_layout.py)."""
+"""Registration of ops with torch, built from plain functions whose arguments may be records (see _layout.py)."""
 
 from collections.abc import Callable, Iterable
 from functools import cache, partial, wraps
@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from ._chip import NAMESPACE
 from ._layout import Layout, compiled, flattened, hints_of, kind_of, nested
 
-# ---- what every op is held to
+# ---- rules for every op
 
-SEQUENCES = list, tuple  # records among them
+SEQUENCES = list, tuple  # a record is a tuple
 
 
 def _first(args: Iterable[Any]) -> Tensor | None:
-    """The first tensor among an op's arguments, of which some are records or lists and some None."""
+    """Return the first tensor among an op's arguments, also inside records and lists. Return None if there is none."""
     for value in args:
         if isinstance(value, Tensor):
             return value
@@ -28,7 +28,7 @@ def _first(args: Iterable[Any]) -> Tensor | None:
 
 
 def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device and its stream: make them those of the arguments."""
+    """Wrap a launch so that Triton's current device and stream are those of the arguments."""
 
     @wraps(launch)
     def guarded(*args: Any) -> Any:
@@ -42,7 +42,11 @@ def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _FirstOrder(torch.autograd.Function):
-    """Gradients as they are, recorded as made of `origins`; they have none of their own."""
+    """An identity on gradients that raises NotImplementedError when they are differentiated.
+
+    origins: the number of leading inputs, which are the tensors that the gradients were computed from. They are inputs
+        only so that autograd connects the gradients to them.
+    """
 
     @staticmethod
     def forward(ctx: Any, name: str, origins: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -52,12 +56,12 @@ class _FirstOrder(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         raise NotImplementedError(
-            f"{ctx.name}: expected first derivatives alone, got the derivative of a gradient; references have it"
+            f"{ctx.name}: expected only first derivatives, got the derivative of a gradient; use the reference"
         )
 
 
 class _Unpacked:
-    """A context whose saved tensors may be asked for twice: activation checkpointing hands them out once."""
+    """An autograd context whose saved tensors can be read twice. Activation checkpointing allows only one read."""
 
     def __init__(self, ctx: Any):
         self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
@@ -67,7 +71,7 @@ class _Unpacked:
 
 
 def _first_order(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Under create_graph, which alone records a backward, what would be wrong without a word raises."""
+    """Wrap a backward so that differentiating its gradients (create_graph) raises, instead of giving a wrong result."""
 
     def once(ctx: Any, *grads: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -83,7 +87,7 @@ def _first_order(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _recorded(first: Tensor | None) -> bool:
-    """Whether somebody wants to see the registered ops, or their shapes alone; `first` is an op's first tensor."""
+    """Return whether a call must go through the registered op: under torch.compile, a dispatch mode, or on "meta"."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return True
     return first is not None and first.is_meta
@@ -100,22 +104,22 @@ def make_op(
     backward: Callable[..., Any] | None = None,
     gradient_shapes: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Make burnish::name known to torch and return what the public op calls, with the arguments of `forward`.
+    """Register burnish::name with torch, and return the function that computes it, for the public op to call.
 
-    forward(*arguments): a tensor, or a tuple of tensors and lists of tensors. The arguments, all annotated, are
-        tensors, numbers, records and lists of them. It runs on their device, without a gradient.
-    shapes(*arguments): what forward returns, empty; it answers for tensors on "meta", too.
-    save(outputs, *arguments): a record of what the backward reads, inputs, outputs and numbers.
-    backward(saved, needs, *upstream): the gradients, a record whose fields are called as the arguments that may have
-        one, laid out flat; for a list, a list. `needs` is that record with a bool in each field; a gradient that nobody
-        needs may be None or not, here and in gradient_shapes. `upstream` are the gradients of forward's first outputs;
-        its other outputs have none. One that is annotated `Tensor | None` is None where no loss reads that output.
-    gradient_shapes(saved, needs, *upstream): what backward returns, empty, as `like_saved` does. Without it the
-        backward is no op itself: torch sees the calls and ops that it is made of.
+    forward(*arguments): returns a tensor, or a tuple of tensors and lists of tensors. Every argument is annotated, and
+        is a tensor, a number, a record (a NamedTuple), or a list of these. Autograd is off inside.
+    shapes(*arguments): returns empty tensors like forward's outputs. It works for tensors on "meta", too.
+    save(outputs, *arguments): returns a record of the inputs, outputs and numbers that backward reads.
+    backward(saved, needs, *upstream): returns the gradients as a record. Its fields have the flat names of the
+        arguments that may have a gradient; a list of tensors gets a list. `needs` is the same record with a bool in
+        each field. A gradient that is not needed may be None. `upstream` are the gradients of forward's first outputs;
+        the other outputs have none. An upstream annotated `Tensor | None` is None if no loss reads that output.
+    gradient_shapes(saved, needs, *upstream): returns empty tensors like backward's gradients, as `like_saved` does.
+        Without it the backward is not registered as an op, and torch traces the calls inside it.
 
-    torch.compile and dispatch modes (FakeTensor, selective checkpointing) see the registered op; an eager call goes by
-    an autograd.Function around the same functions, which costs half as much, or where gradients are off to `forward`.
-    Raises NotImplementedError for the derivative of a gradient.
+    torch.compile and dispatch modes (FakeTensor, selective checkpointing) see the registered op. An eager call uses an
+    autograd.Function around the same functions, at half the cost. With gradients off it calls `forward`.
+    Raises NotImplementedError when a gradient is differentiated.
     """
     layout = Layout(hints_of(forward))
     returns = _returns(get_type_hints(forward)["return"])
@@ -126,7 +130,7 @@ def make_op(
         registered.register_autograd(gradient.registered_backward(), setup_context=gradient.keep_flat)
         differentiable = _eager(forward, gradient)
 
-    def guarded(*args: Any) -> Any:  # on_its_device in the same frame: a microsecond of the host
+    def guarded(*args: Any) -> Any:  # includes the code of on_its_device, which saves a microsecond
         first = _first(args)
         if _recorded(first):
             return registered(*_whole_lists(name, layout.flat(*args)))
@@ -140,7 +144,7 @@ def make_op(
 
 
 def _whole_lists(name: str, leaves: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The leaves. Raises NotImplementedError where torch.library would lose gradients: a list that is partly None."""
+    """Return the leaves. Raise NotImplementedError for a list that mixes tensors and None: gradients would be lost."""
     for leaf in leaves:
         if isinstance(leaf, list) and 0 < sum(x is None for x in leaf) < len(leaf):
             raise NotImplementedError(
@@ -152,7 +156,7 @@ def _whole_lists(name: str, leaves: tuple[Any, ...]) -> tuple[Any, ...]:
 def _registered(
     name: str, layout: Layout, returns: str, compute: Callable[..., Any], shapes: Callable[..., Any]
 ) -> Any:
-    """burnish::name, whose arguments are the leaves of those of `compute` and `shapes`."""
+    """Register burnish::name with torch.library. Its arguments are those of `compute` and `shapes`, laid out flat."""
     registered = torch.library.custom_op(
         f"{NAMESPACE}::{name}",
         lambda *flat: compute(*layout.nested(*flat)),
@@ -169,9 +173,10 @@ def _returns(annotation: Any) -> str:
 
 
 def _eager(forward: Callable[..., Any], gradient: "_Gradient") -> Callable[..., Any]:
-    """The way of an eager call. The arguments pass as one, and those that may have a gradient once more behind it.
+    """Return the function for eager calls, which applies an autograd.Function around `forward` and the gradient.
 
-    It has no setup_context of its own, for which torch would inspect the signature anew on each call.
+    The autograd.Function gets all arguments as one tuple, followed by the tensors that may have a gradient. It has no
+    setup_context, because torch would then inspect the signature on every call.
     """
     plain, tensors = gradient.eager_forward(forward), gradient.tensors
 
@@ -195,9 +200,9 @@ def _eager(forward: Callable[..., Any], gradient: "_Gradient") -> Callable[..., 
 
 
 class _Gradient:
-    """The record that an op keeps for its backward, and that backward, as torch asks for them.
+    """The gradient of one op: the record saved for the backward, and the backward in the forms that torch requires.
 
-    An autograd.Function knows no lists of tensors: `lists` are spread out among its arguments and outputs.
+    An autograd.Function takes no lists of tensors. If `lists` is true, the lists are spread out into single tensors.
     """
 
     def __init__(
@@ -231,9 +236,9 @@ class _Gradient:
         self.registered = self._registered(shapes) if shapes else None
 
     def _keeping(self, returns: str) -> tuple[list[str], Callable[..., Any]]:
-        """Lines that keep what is saved, tensors by save_for_backward and the rest beside them; and the way back.
+        """Return source lines that save the backward's record, and a function that rebuilds the record.
 
-        A record's way there and back in Python loops would take microseconds of every eager call.
+        The lines are compiled, because Python loops over the fields would add microseconds to every eager call.
         """
         reads: dict[str, list[str]] = {"tensors": [], "others": []}
         places = []
@@ -243,7 +248,7 @@ class _Gradient:
             reads[group].append(leaf.read)
         rebuilt = self.kept.build("tensors, others", places, self.saved)
 
-        # a record's fields, which never begin with an underscore, become variables
+        # the record's fields become variables: no field begins with an underscore
         tensors, rest = ", ".join(reads["tensors"]), f"_output[{len(self.kinds)}:]"
         lines = [
             f"{', '.join(self.saved._fields)}, = _save(_output, *_args)",
@@ -265,17 +270,17 @@ class _Gradient:
         return lines, rebuilt
 
     def keep_flat(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """The form that torch.library asks for."""
+        """Save the record for the backward. This is the setup_context of the registered op, whose inputs are flat."""
         self.keep(ctx, self.layout.nested(*inputs), output)
 
     def eager_forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """An autograd.Function's, of all arguments as one and others that it does not look at."""
+        """Return the autograd.Function's forward. It takes all arguments as one tuple, and ignores the other inputs."""
         lines = ["_output = _compute(*_args)", *self.keeping, "return _output"]
         known = {"_compute": forward, "_save": self.save, "_flattened": flattened}
         return compiled("forward(_ctx, _args, *_)", lines, **known)
 
     def derive(self, ctx: Any, needs: Any, upstream: tuple[Any, ...]) -> Any:
-        """The record of gradients."""
+        """Return the record of gradients."""
         if self.alone and upstream[0] is None:  # no loss reads the only output that has a gradient
             return self.record._make(None for _ in needs)
         tensors, upstream = ctx.saved_tensors, upstream[: len(self.kinds)]
@@ -290,7 +295,7 @@ class _Gradient:
         return self.record._make(grad if need else None for grad, need in zip(found, needs, strict=True))
 
     def eager_backward(self) -> Callable[..., Any]:
-        """An autograd.Function's, whose first argument is all of the op's, and then `self.tensors`."""
+        """Return the autograd.Function's backward. Its first gradient, for the tuple of arguments, is None."""
         if self.lists or self.kept_lists:
             return _first_order(self.name, self._backward_of_lists)
 
@@ -301,7 +306,7 @@ class _Gradient:
             return None, *self.derive(ctx, needs_of(ctx.needs_input_grad[1:]), grads)
 
         def at_once(ctx: Any, *grads: Any) -> Any:
-            """The same in one frame, where nobody looks: microseconds of the host."""
+            """Compute the gradients in one Python frame if no graph records the call. This saves microseconds."""
             if torch.is_grad_enabled() or (whole and _recorded(grads[0])) or grads[0] is None:
                 return guarded(ctx, *grads)
             needs = needs_of(ctx.needs_input_grad[1:])
@@ -311,18 +316,18 @@ class _Gradient:
         return at_once
 
     def _backward_of_lists(self, ctx: Any, *grads: Any) -> Any:
-        if not self.lists:  # among what is saved alone
+        if not self.lists:  # only the saved record has lists
             return None, *self.derive(ctx, self.record._make(ctx.needs_input_grad[1:]), grads)
         flags = nested(ctx.needs_input_grad[2:], ctx.counts)
         found = self.derive(ctx, self._needs(flags), tuple(nested(grads, ctx.returned)))
         return None, None, *flattened(map(_spread, found, ctx.counts))[0]
 
     def _needs(self, flags: Iterable[Any]) -> Any:
-        """A list of tensors is needed where one of them is."""
+        """Return the record of needed gradients. A list of tensors is needed if any of its tensors is."""
         return self.record._make(any(flag) if isinstance(flag, list) else flag for flag in flags)
 
     def registered_backward(self) -> Callable[..., Any]:
-        """The backward that torch.library asks for: something for each leaf, for a list of tensors a list."""
+        """Return the backward for torch.library: one gradient for each leaf, and a list for a list of tensors."""
 
         def backward(ctx: Any, *grads: Any) -> Any:
             flags = ctx.needs_input_grad
@@ -336,7 +341,7 @@ class _Gradient:
         return _first_order(self.name, backward)
 
     def _registered(self, shapes: Callable[..., Any]) -> Any:
-        """burnish::name_backward: a gradient is an empty tensor where it is None or nobody needs it."""
+        """Register burnish::name_backward. A gradient is an empty tensor if it is None or not needed."""
         upstream = [f"{kind} {argument}" for argument, kind in self.kinds.items()]
         kinds = [kind_of(kind).rstrip("?") for kind in get_type_hints(self.record).values()]
         count = len(self.kept.leaves)
@@ -363,7 +368,7 @@ class _Gradient:
 
 
 def like_saved(saved: Any, needs: Any, *_: Any) -> Any:
-    """Gradients that look as what was saved under their names."""
+    """Return empty gradients, each in the shape and dtype of the saved tensor of the same name."""
     layout = _layout_of(type(saved))
     kept = dict(zip((leaf.name for leaf in layout.leaves), layout.flat(*saved), strict=True))
     return needs._make(
@@ -381,7 +386,7 @@ def _like(kept: Any) -> Any:
 
 
 def _spread(grad: Any, count: int | None) -> Any:
-    """A gradient as torch takes it: of a list of tensors a list, else a tensor or None."""
+    """Return a gradient in the form that torch takes: a list of length `count`, or without a count a tensor or None."""
     if count is None:
         return None if isinstance(grad, list) else grad
     return [None for _ in range(count)] if grad is None else grad
@@ -390,11 +395,10 @@ def _spread(grad: Any, count: int | None) -> Any:
 def make_path(
     name: str, path: Callable[..., Tensor | tuple[Tensor, ...]], shapes: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Make a CPU path that reads numbers of its tensors, which no graph can hold, one op in a graph: burnish::name.
+    """Register a CPU path that reads tensor values as one op, burnish::name, because a graph holds no values.
 
-    path: plain torch, annotated as `forward` of an op is, whose outputs are no views of its arguments, and which takes
-    no lists of tensors. An eager call is `path` itself, which autograd records. The backward of the registered op runs
-    it again.
+    path: plain torch code, annotated like `forward` of an op. It takes no lists of tensors, and its outputs are not
+        views of its arguments. An eager call runs `path` itself under autograd. The op's backward runs `path` again.
     """
     layout = Layout(hints_of(path))
 
@@ -404,7 +408,7 @@ def make_path(
             given[place] = leaves[place].detach().requires_grad_()
         wanted = [given[place] for place in needed]
 
-        # inside of an op autograd is off; torch.func.vjp, which would turn it on, crashes under a dispatch mode
+        # Autograd is off inside an op. torch.func.vjp would turn it on, but crashes under a dispatch mode
         with torch.enable_grad(), _SetExcludeDispatchKeyGuard(DispatchKey.AutogradFunctionality, False):
             outs = path(*layout.nested(*given))
             outs = outs if isinstance(outs, tuple) else (outs,)

@@ -1,7 +1,7 @@
-"""The rows of an attention program and the keys that these see, on chip: segments, parents, masks; tiles and scores.
+"""Triton helpers of attention: the rows of a program, the keys that they see, tiles, and masked scores.
 
-kernels/attention.py has the pictures. Rows, segments and positions are whole numbers; what is loaded of the tables is
-kept within the call's own rows.
+Pictures of segments, parents and masks are in kernels/attention.py. Rows, segments and positions are whole numbers.
+Entries read from the tables are clamped to the rows of the call.
 """
 
 # A launch passes numbers where the kernel is annotated tl.constexpr:
@@ -19,7 +19,7 @@ def _load(
     x, head, row, left, stride_t, stride_h,
     ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
 ):
-    # [ROWS, BLOCK_D] of one head, from `row` on; `left` rows are there (a descriptor reads on into the next segment)
+    # [ROWS, BLOCK_D] of one head, from `row` on; `left` rows remain. A descriptor reads on into the next segment
     if TMA:
         tile = x.load([head, row, 0]).reshape([ROWS, BLOCK_D])
     else:
@@ -36,36 +36,36 @@ def _load(
 
 @triton.jit
 def _capped(qk, inner, cap):
-    # cap * tanh(x), inner * qk = 2x log2(e); exact at both ends, where exp2 is 0 or inf
+    # cap * tanh(x), where inner * qk = 2x log2(e). It is exact at both ends, where exp2 is 0 or inf
     return cap * (1 - 2 / (tl.exp2(qk * inner) + 1))
 
 
 @triton.jit
 def _lse(lse_ptr, at, mask):
-    # +inf for a row that is not there or sees nothing makes its probabilities 0
+    # a row that does not exist or sees no key gets +inf, which makes its probabilities 0
     lse = tl.load(lse_ptr + at, mask, other=float("inf"))
     return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
 @triton.jit
 def _entry(cu_ptr, at, total, mask):
-    # a cu_seqlens that is wrong names no row outside
+    # clamped, so that a wrong cu_seqlens cannot address a row outside the tensor
     return tl.minimum(tl.maximum(tl.load(cu_ptr + at, mask, other=0), 0), total)
 
 
 @triton.jit
 def _locate(cu_ptr, segments, total, block, BLOCK: tl.constexpr):
-    # Segment s owns the blocks from cu[s] // BLOCK + s + 1 on: always enough of them, and at most one too many. The
-    # rows before the first segment are segment -1, those after the last one segment `segments`: rows that nobody owns.
+    # Segment s owns the blocks from cu[s] // BLOCK + s + 1 on: always enough blocks, and at most one too many. Rows
+    # before the first segment count as segment -1, and rows after the last as segment `segments`. No segment owns them.
     # So a grid of total // BLOCK + segments + 2 covers every packing, and the host need not read the lengths.
-    # Where cu decreases nobody owns any row: each row is written once, whatever cu holds.
+    # If cu decreases anywhere, no segment owns any row. Each row is written exactly once, whatever cu holds.
     count, falls = 0, 0
     for first in range(0, segments + 1, 256):
         i = first + tl.arange(0, 256)
         start = _entry(cu_ptr, i, total, i <= segments)
         before = (start // BLOCK + i < block) & (i <= segments)
         falling = (i < segments) & (_entry(cu_ptr, i + 1, total, i < segments) < start)
-        # one reduction for two counts, of 256 at most each
+        # one reduction gives both counts, which are at most 256 each
         counts = tl.sum(before.to(tl.int32) + falling.to(tl.int32) * 65536, 0)
         count += counts % 65536
         falls += counts // 65536
@@ -80,7 +80,7 @@ def _locate(cu_ptr, segments, total, block, BLOCK: tl.constexpr):
 
 @triton.jit
 def _parent(cu_ptr, parents_ptr, segments, total, segment, owned):
-    # where the parent's keys start, and how many they are: none without a parent
+    # the start of the parent's keys, and their number: 0 without a parent
     parent = tl.load(parents_ptr + segment, owned, other=-1)
     some = (parent >= 0) & (parent < segments)
     start, end = _entry(cu_ptr, parent, total, some), _entry(cu_ptr, parent + 1, total, some)
@@ -89,7 +89,7 @@ def _parent(cu_ptr, parents_ptr, segments, total, segment, owned):
 
 @triton.jit
 def _with_children(cu_ptr, parents_ptr, segments, total, segment, owned, start):
-    # the children stand directly after their parent: how many rows they and it are
+    # the number of rows of a parent and its children, which directly follow it
     count = 0
     for first in range(0, segments, 256):
         i = first + tl.arange(0, 256)
@@ -99,7 +99,7 @@ def _with_children(cu_ptr, parents_ptr, segments, total, segment, owned, start):
 
 @triton.jit
 def _batch(block, length, B, BLOCK: tl.constexpr, FOLD: tl.constexpr):
-    # a grid's third dimension ends at 65,535: of a larger batch the first one goes on (`_Call.grid`)
+    # a grid's third dimension is at most 65,535; a larger batch continues in the first dimension (`_Call.grid`)
     batch = tl.program_id(2)
     if FOLD:
         blocks = tl.cdiv(length, BLOCK)
@@ -114,8 +114,8 @@ def _queries(
     cu_ptr, parents_ptr, T, S, rows, sequences, block,
     PACKED: tl.constexpr, PARENTS: tl.constexpr, BLOCK_M: tl.constexpr, FOLD: tl.constexpr,
 ):
-    # The rows of a block of queries and of their keys: queries and keys of the sequence start at rows q_start and
-    # k_start, the block's first query is number m0, at position `reach`. Where m0 >= queries nothing is left to do.
+    # The rows of a block of queries and of their keys. The sequence's queries and keys start at rows q_start and
+    # k_start. The block's first query is number m0, at position `reach`. If m0 >= queries, the block is empty.
     parent_start, parent_keys, owned = 0, 0, True
     if PACKED:
         segment, owned, q_start, queries, m0 = _locate(cu_ptr, sequences, rows, block, BLOCK_M)
@@ -132,7 +132,7 @@ def _queries(
 def _span(
     reach, keys, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    # BLOCK_M queries stand from position `reach` on: the first block of keys that any of them sees, and how many blocks
+    # the first block of keys, and the number of blocks, that the BLOCK_M queries from position `reach` on see
     first, end = 0, keys
     if CAUSAL:
         end = tl.minimum(keys, reach + BLOCK_M)
@@ -147,7 +147,7 @@ def _spans(
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, PARENTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    # `_span` of the segment, then that of its parent, whose keys stand before the queries
+    # `_span` of the segment, then `_span` of its parent, whose keys come before the queries
     first, blocks = _span(reach, keys, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
     if PACKED:
         blocks = tl.where(owned, blocks, 0)
@@ -161,8 +161,8 @@ def _spans(
 def _masked(
     qk, i, j, keys, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    # Scores [BLOCK_M, BLOCK_N] of the queries from i on and the keys from j on, -inf where not seen. Most blocks are
-    # seen whole: a branch round the mask costs less than a second loop, which would fill its pipeline again.
+    # Scores [BLOCK_M, BLOCK_N] of the queries from i on and the keys from j on, -inf where a key is hidden. Most blocks
+    # are entirely visible. A branch around the mask costs less than a second loop, which would refill its pipeline.
     partly = j + BLOCK_N > keys
     if CAUSAL:
         partly |= j + BLOCK_N > i + 1

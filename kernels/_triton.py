@@ -1,6 +1,6 @@
-"""Triton where it is installed; elsewhere a stand-in that lets the files that speak of it be imported.
+"""Triton where it is installed, and elsewhere a stand-in with which the kernel files can still be imported.
 
-On macOS and Windows, where PyTorch comes without Triton, CPU tensors take the torch path and need no more than this.
+On macOS and Windows PyTorch comes without Triton. CPU tensors then take the torch path, which needs only the stand-in.
 """
 
 from typing import Any
@@ -12,12 +12,12 @@ try:
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor as TensorDescriptor
 except ModuleNotFoundError as error:
-    if error.name != "triton":  # one that is installed and broken says what it lacks
+    if error.name != "triton":  # Triton is installed but broken, and its own message names the missing module
         raise
     INSTALLED = False
 
     class _Missing:
-        """Any name of Triton: it decorates kernels and annotates functions, and is not launched."""
+        """A stand-in for any name in Triton. It can decorate kernels and annotate functions, but launches nothing."""
 
         __file__ = ""
         __version__ = "not installed"
@@ -30,7 +30,7 @@ except ModuleNotFoundError as error:
         def __call__(self, *args: Any, **options: Any) -> "_Missing":
             return self
 
-        def __ror__(self, other: Any) -> "_Missing":  # Tensor | TensorDescriptor
+        def __ror__(self, other: Any) -> "_Missing":  # for annotations: Tensor | TensorDescriptor
             return self
 
         __or__ = __ror__
@@ -39,7 +39,7 @@ except ModuleNotFoundError as error:
 
 
 def expect_triton(what: str) -> None:
-    """Raises ModuleNotFoundError, in one sentence, where Triton is not installed and `what` needs it."""
+    """Raise ModuleNotFoundError if Triton is not installed. `what` is the thing that needs it, for the message."""
     if not INSTALLED:
         raise ModuleNotFoundError(
             f"{what}: expected Triton to be installed: pip install triton (on Windows triton-windows)",

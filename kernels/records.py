@@ -1,6 +1,6 @@
-"""Records of tensors and numbers that always travel together, which ops and CPU paths take as one argument.
+"""NamedTuples ("records") of tensors and numbers that ops and CPU paths take as one argument.
 
-A record is a NamedTuple. Behind a public op it is made once; torch.library sees it laid out flat (_layout.py).
+A public op builds its records once. torch.library sees their fields as flat arguments (_layout.py).
 """
 
 from dataclasses import dataclass, fields, replace
@@ -13,25 +13,34 @@ from torch import Tensor
 from ._chip import FLOATS, cdiv, check_shape
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-NESTED = 256  # blocks whose absmax share a nested absmax; also the size of the nested code
+NESTED = 256  # the number of absmax values that share a nested absmax, and the size of the nested code
 
 
 @dataclass(frozen=True)
 class NF4Weight:
-    """A weight of any shape in 4 bits. The tensors lie on one device; `to` moves them together.
+    """A weight of any shape, quantised to 4 bits. All tensors are on one device, and `to` moves them together.
 
-    Raises ValueError for parts that do not belong together: kernels take every size from shape and blocksize.
+    packed: uint8 (numel / 2,), rounded up, two values in each byte.
+    absmax: fp32 (blocks,), or uint8 (blocks,) if it is quantised itself. A block has `blocksize` values.
+    code: fp32 (16,), the values that the 4 bits stand for.
+    shape, dtype: those of the weight before it was quantised. dequantize_nf4 returns this dtype.
+    blocksize: a power of 2 from 32 to 4096.
+    nested_absmax, nested_code, offset: None, or all three if absmax is quantised: fp32 (blocks / 256,), rounded up,
+        fp32 (256,), and a single fp32 number.
+
+    Raises ValueError for any other value, and for parts whose sizes, dtypes or devices do not fit together. Kernels
+    take every size from shape and blocksize.
     """
 
-    packed: Tensor  # uint8 (numel / 2,), rounded up
-    absmax: Tensor  # fp32 (blocks,), or uint8 where it is quantised itself
-    code: Tensor  # fp32 (16,)
+    packed: Tensor
+    absmax: Tensor
+    code: Tensor
     shape: tuple[int, ...]
-    dtype: torch.dtype  # of the weight before, and of what dequantize_nf4 returns
+    dtype: torch.dtype
     blocksize: int = 64
-    nested_absmax: Tensor | None = None  # fp32 (blocks / 256,), rounded up
-    nested_code: Tensor | None = None  # fp32 (256,)
-    offset: Tensor | None = None  # fp32, 0-d
+    nested_absmax: Tensor | None = None
+    nested_code: Tensor | None = None
+    offset: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.blocksize not in BLOCKSIZES:
@@ -39,7 +48,7 @@ class NF4Weight:
         if any(size < 0 for size in self.shape):
             raise ValueError(f"shape: expected no negative size, got {tuple(self.shape)}")
         if self.dtype not in FLOATS:
-            raise ValueError(f"dtype: expected that of a float, got {self.dtype}")
+            raise ValueError(f"dtype: expected a floating-point dtype, got {self.dtype}")
         double = self.nested_absmax is not None
         if (self.nested_code is not None, self.offset is not None) != (double, double):
             raise ValueError("nested_absmax, nested_code, offset: expected all three or none, got some")
@@ -61,11 +70,11 @@ class NF4Weight:
                 f"got {part.numel()} of {part.dtype} on {part.device}"
             )
         if not part.is_contiguous():
-            raise ValueError(f"{name}: expected it contiguous, got strides {part.stride()}")
+            raise ValueError(f"{name}: expected a contiguous tensor, got strides {part.stride()}")
 
     @property
     def quant_type(self) -> str:
-        """ "nf4" or "fp4". It reads the code: on a GPU, the host waits."""
+        """The kind of code, "nf4" or "fp4". Reading it makes the host wait for a GPU."""
         return "fp4" if self.code[0] == 0 else "nf4"
 
     @property
@@ -74,7 +83,7 @@ class NF4Weight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes, those of the tables included: 64 bytes, and 1,028 more where absmax is quantised."""
+        """The size in bytes of all tensors. The tables take 64 bytes of it, and 1,028 more if absmax is quantised."""
         return sum(t.nbytes for t in self.tensors() if t is not None)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -86,15 +95,18 @@ class NF4Weight:
 
 
 class Weight(NamedTuple):
-    """A weight, dense or in 4 bits. Dense: `data` alone, blocksize 0. In 4 bits: what an NF4Weight holds."""
+    """A weight, either dense or in 4 bits.
 
-    data: Tensor  # dense (...); packed uint8 (numel / 2,)
+    A dense weight has only `data`, and blocksize 0. A weight in 4 bits has the fields of an NF4Weight.
+    """
+
+    data: Tensor  # the dense weight, or packed uint8 (numel / 2,)
     absmax: Tensor | None = None
     code: Tensor | None = None
     nested_absmax: Tensor | None = None
     nested_code: Tensor | None = None
     offset: Tensor | None = None
-    shape: list[int] = []  # noqa: RUF012  of a weight in 4 bits; a dense one has its own
+    shape: list[int] = []  # noqa: RUF012  the shape of a weight in 4 bits; a dense weight leaves it empty
     blocksize: int = 0
 
     @classmethod
@@ -105,16 +117,16 @@ class Weight(NamedTuple):
 
 
 class Head(NamedTuple):
-    """A linear head and what it is applied to: u = softcap tanh((hidden W^T + bias) / softcap) / temperature.
+    """A linear head and its input: u = softcap tanh((hidden W^T + bias) / softcap) / temperature.
 
-    Beside an adapter, `hidden` is (tokens, C + R): [h, scaling h A^T], which is multiplied with [W, B].
+    With an adapter, `hidden` is (tokens, C + R), the columns [h, scaling h A^T]. They are multiplied with [W, B].
     """
 
     hidden: Tensor  # (tokens, C), or (tokens, C + R)
     weight: Tensor  # (V, C)
     lora_b: Tensor | None  # (V, R)
     bias: Tensor | None  # (V,)
-    temperatures: Tensor | None  # (tokens,); where it is None, `temperature` is that of all
+    temperatures: Tensor | None  # (tokens,); without it, all rows have `temperature`
     temperature: float
     softcap: float | None
 
@@ -123,22 +135,28 @@ class Head(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """The rules of attention: scores are scale q.k, or softcap tanh(scale q.k / softcap), of the keys in sight."""
+    """The rules of attention.
+
+    The score of a query and a visible key is scale q.k. With a softcap it is softcap tanh(scale q.k / softcap).
+    """
 
     causal: bool = True
-    scale: float | None = None  # 1 / sqrt(D)
+    scale: float | None = None  # None: 1 / sqrt(D)
     window: int | None = None
     softcap: float | None = None
 
 
 class Packing(NamedTuple):
-    """Tables of a packed call, int32; both None in a call over a batch."""
+    """The int32 tables of packed sequences. Both are None in a call over a padded batch."""
 
     cu_seqlens: Tensor | None  # (segments + 1,)
     parents: Tensor | None  # (segments,)
 
     def check(self, total: int, causal: bool) -> None:
-        """Raises ValueError for tables that no call of `total` rows takes, whatever stands in them."""
+        """Raise ValueError for tables whose dtype or shape does not fit a call of `total` rows. Values are not read.
+
+        It also raises for parents without cu_seqlens, and for parents without causal attention.
+        """
         cu_seqlens, parents = self
         if cu_seqlens is None:
             if parents is not None:
@@ -162,16 +180,16 @@ class Packing(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Cached keys and values, and the row that each sequence reads of them."""
+    """Cached keys and values, and the row of the cache that each sequence reads."""
 
     keys: Tensor  # (rows, S_max, G, D)
     values: Tensor  # (rows, S_max, G, Dv)
-    slot: Tensor  # (B,), a row of these; -1 of prefixes: none
-    length: Tensor  # (B,), how many keys of that row
+    slot: Tensor  # (B,), the row of each sequence; in a cache of prefixes, -1 for a sequence without a prefix
+    length: Tensor  # (B,), the number of keys in that row
 
 
 class Scores(NamedTuple):
-    """The rules of decode_attention for scores. Its scale is known."""
+    """The rules by which decode_attention computes scores. Unlike in `Rules`, the scale is always a number."""
 
     scale: float
     window: int | None
@@ -181,11 +199,11 @@ class Scores(NamedTuple):
 
 # ---- sample
 
-TOP_P_WIDTH = 1024  # ids that top_p and min_p choose among without top_k
+TOP_P_WIDTH = 1024  # the number of most likely ids that top_p and min_p choose from without top_k
 
 
 class Sampling(NamedTuple):
-    """The rules of sample_tokens; None for those that leave all ids."""
+    """The rules of sample_tokens. A rule is None if it removes no ids."""
 
     temperature: float
     top_k: int | None
@@ -196,12 +214,12 @@ class Sampling(NamedTuple):
     def of(
         cls, V: int, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None
     ) -> "Sampling":
-        """None in the place of a number that truncates nothing."""
+        """Build the rules for a vocabulary of V ids, with None for a number that truncates nothing."""
         top_k = None if top_k is None or top_k >= V else top_k
         return cls(temperature, top_k, None if top_p == 1 else top_p, min_p or None)
 
     def width(self, V: int) -> int | None:
-        """The number of ids that a support has room for; None where nothing is truncated."""
+        """Return the number of ids in a row of the support, or None if nothing is truncated."""
         truncated = self.top_k is not None or self.top_p is not None or self.min_p is not None
         return min(self.top_k or TOP_P_WIDTH, V) if truncated and self.temperature != 0 else None
 
@@ -210,10 +228,10 @@ class Sampling(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The low-rank adapter of each row of x, and the dropout."""
+    """The low-rank adapter of each row of x, and the dropout on x."""
 
-    adapter: Tensor | None  # (M,), the row's own in a stack, -1 for none
-    seed: Tensor | None  # 0-d int64, of dropout; None without
+    adapter: Tensor | None  # (M,), the index of each row's adapter in a stack, -1 for no adapter
+    seed: Tensor | None  # 0-d int64, the seed of dropout; None without dropout
     dropout: float
 
 
@@ -221,7 +239,7 @@ class Rows(NamedTuple):
 
 
 class ExpertLinear(NamedTuple):
-    """A linear layer of every expert, perhaps with an adapter: y = x (W + B A)^T + bias."""
+    """A linear layer of every expert, with an optional adapter: y = x (W + B A)^T + bias."""
 
     weight: Weight  # (E, out, in)
     bias: Tensor | None  # (E, out)
@@ -230,11 +248,11 @@ class ExpertLinear(NamedTuple):
 
     @property
     def sizes(self) -> list[int] | torch.Size:
-        """E, out, in."""
+        """The sizes of the weight: (experts, output features, input features)."""
         return self.weight.shape or self.weight.data.shape
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """Those that may have a gradient."""
+        """Return (weight, bias, A, B), the tensors that may have a gradient. A missing one is None."""
         return self.weight.data, self.bias, self.a, self.b
 
     def contiguous(self) -> "ExpertLinear":
@@ -245,10 +263,10 @@ class ExpertLinear(NamedTuple):
 
 
 class Experts(NamedTuple):
-    """Feed-forward layers: E(x) = act(x W_gu^T + b_gu) W_d^T + b_d."""
+    """The feed-forward layers of all experts: E(x) = act(x W_gu^T + b_gu) W_d^T + b_d."""
 
-    gate_up: ExpertLinear  # out 2F, the gate's rows first; F for relu2
+    gate_up: ExpertLinear  # 2F output features, the gate's rows first; F for relu2
     down: ExpertLinear
     activation: str
-    alpha: float  # of clamped_swiglu, as limit
+    alpha: float  # alpha and limit are for clamped_swiglu
     limit: float

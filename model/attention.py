@@ -1,9 +1,9 @@
-"""Attention over packed tokens: a layer's queries, keys and values, and what they are attended with.
+"""Attention over packed tokens: a layer's queries, keys and values, and the attention among them or with a cache.
 
     q, k, v = linear in x                     (total, H, D), (total, G, D), (total, G, D); normed and rotated
-    out = o_proj(softmax(scale q k^T) v)      among themselves, or with what a cache holds
+    out = o_proj(softmax(scale q k^T) v)      over the same tokens, or over the keys and values of a cache
 
-`Attention` is that of Llama, Qwen, Gemma and gpt-oss, by the fields of ModelConfig; `LatentAttention` that of
+`Attention` is that of Llama, Qwen, Gemma and gpt-oss, chosen by the fields of ModelConfig. `LatentAttention` is that of
 DeepSeek-V2, https://arxiv.org/abs/2405.04434.
 """
 
@@ -24,24 +24,25 @@ from .linear import Linear, linears_of
 
 @dataclass(frozen=True)
 class Pass:
-    """The operands that all layers of one forward pass share: their tokens' angles, and what these may attend to."""
+    """The operands that all layers of one forward pass share: angles, packing, cache, adapters."""
 
     cos: Tensor  # (total, D/2)
     sin: Tensor
     cu_seqlens: Tensor | None = None  # None: one new token for each of the cache's first slots
     parents: Tensor | None = None
     cache: Cache | None = None
-    adapter: Tensor | None = None  # (total,) which of several adapters each token has, -1 for none
-    local: tuple[Tensor, Tensor] | None = None  # cos and sin of the layers with a window, where theirs differ
-    # by layer, filled as they run; no list, which FSDP would copy for each layer, as its tensors have a gradient
+    adapter: Tensor | None = None  # (total,) the index of each token's adapter, -1 for none
+    local: tuple[Tensor, Tensor] | None = None  # cos and sin of layers with a window, if they differ
+    # One entry per layer, added as the layers run. FSDP would copy a list for each layer, since its tensors have
+    # gradients
     routed: deque[RouteStatistics] = field(default_factory=deque)
 
 
 class Rules(NamedTuple):
-    """A layer's place in the cache, and its rules for scores."""
+    """A layer's index in the cache, and its rules for scores."""
 
     layer: int
-    window: int | None  # W; None: all that stands before
+    window: int | None  # W; None: all earlier tokens are visible
     scale: float | None  # None: 1 / sqrt(D)
 
     @classmethod
@@ -50,7 +51,10 @@ class Rules(NamedTuple):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, now: Pass, rules: Rules, sinks: Tensor | None = None) -> Tensor:
-    """q (total, H, D), k and v (total, G, D) to (total, H, D), among themselves or with what the cache holds."""
+    """Compute attention of q (total, H, D) with k and v (total, G, D), or with a cache. Returns (total, H, D).
+
+    A cache first stores k and v. A decoding step then attends to the cache; a prefill attends to k and v.
+    """
     layer, window, scale = rules
     sinks = None if sinks is None else sinks.to(q.dtype)
     if now.cache is not None:
@@ -66,7 +70,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, now: Pass, rules: Rules, sinks: Tens
 
 
 class Norm(nn.Module):
-    """A weight (width,) alone: the ops are functions."""
+    """The weight (width,) of an RMSNorm. The norm itself is computed by functions."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -74,7 +78,7 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """H heads of queries on G heads of keys and values."""
+    """Attention of H query heads over G heads of keys and values."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -96,7 +100,7 @@ class Attention(nn.Module):
         self.eps, self.unit_offset = config.rms_norm_eps, config.gemma
 
     def forward(self, x: Tensor, now: Pass) -> Tensor:
-        """x (total, C) to (total, C)."""
+        """Apply the layer to x (total, C), and return (total, C)."""
         q, k, v = linears_of((self.q_proj, self.k_proj, self.v_proj), x, now.adapter)
         q, k, v = (t.view(-1, heads, self.D) for t, heads in ((q, self.H), (k, self.G), (v, self.G)))
         if self.q_norm is not None and self.k_norm is not None:
@@ -116,9 +120,10 @@ class Attention(nn.Module):
 
 
 class LatentAttention(nn.Module):
-    """Keys and values from a vector of kv_rank numbers, and rope_dim rotated ones that all heads share.
+    """Attention whose keys and values come from a latent vector of kv_rank numbers per token.
 
-    The cache holds them multiplied out, the narrower of keys and values padded to the width of the wider.
+    A key also has rope_dim rotated numbers, which all heads share. The cache holds full keys and values. The narrower
+    of the two are padded to the width of the wider.
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -141,7 +146,7 @@ class LatentAttention(nn.Module):
         self.rules, self.width = Rules.of(config, layer), config.attention_width
 
     def forward(self, x: Tensor, now: Pass) -> Tensor:
-        """x (total, C) to (total, C)."""
+        """Apply the layer to x (total, C), and return (total, C)."""
         latent, H = self.latent, self.H
         first = self.q_a_proj if latent.q_rank else self.q_proj
         q, narrow = linears_of((first, self.kv_a_proj_with_mqa), x, now.adapter)
@@ -149,7 +154,7 @@ class LatentAttention(nn.Module):
             q = self.q_b_proj(rms_norm(q, self.q_a_layernorm.weight, self.eps), now.adapter)
         q = q.unflatten(1, (H, -1))  # (total, H, nope + rope)
 
-        # keys and values of each head from the narrow vector, the keys' rotated part beside it
+        # keys and values of each head from the latent vector; the rotated part of the keys comes from the same product
         narrow, k_rope = narrow.split([latent.kv_rank, latent.rope_dim], 1)
         kv = self.kv_b_proj(rms_norm(narrow, self.kv_a_layernorm.weight, self.eps), now.adapter)
         k, v = kv.unflatten(1, (H, -1)).split([latent.nope_dim, latent.value_dim], 2)  # (total, H, ...)

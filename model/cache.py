@@ -1,16 +1,16 @@
-"""Keys and values of prompts, each held once, and of the tokens that its samples go on with.
+"""A cache of keys and values for sampling. A prompt is stored once, and its samples store only their own tokens.
 
-    prompts   cache.open(packed, rows); model.prefill(packed, cache)    each prompt run once, into a row of its own
-    samples   cache.begin(slots, rows)                                  new sequences, each after its prompt
-    a step    model.decode(tokens, cache)                               one further token of slots 0, 1, ..., B - 1
-    an end    cache.keep(slots)                                         survivors and their prompts move to the front
+    prompts   cache.open(packed, rows); model.prefill(packed, cache)    runs each prompt once, into a row of its own
+    samples   cache.begin(slots, rows)                                  starts new sequences, each after its prompt
+    a step    model.decode(tokens, cache)                               adds one token to slots 0, 1, ..., B - 1
+    an end    cache.keep(slots)                                         moves survivors and their prompts to the front
 
     prompt rows     0 | p p p p p p . .      1 | p p p . . . . .          as long as the longest prompt
     slots           0 | a a a . .   1 | b . . . .   2 | c c c c .         as long as the most new tokens
     prompt            0               0               1                   slots 0 and 1 are samples of one prompt
 
-The slots in use are always the first ones, in order, so a step reads them in place instead of gathering them. Within a
-row the heads stand outside the positions, so that one head's keys are a matrix.
+The slots in use are always the first slots, in order, so that a step reads them in place. In memory a row has heads
+before positions, so that the keys of one head are a matrix.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from .packed import Packed
 def cache_bytes(
     config: ModelConfig, prompts: int, prompt_capacity: int, slots: int, capacity: int, dtype: torch.dtype
 ) -> int:
-    """Bytes of the keys and values of a Cache: 2 L G D numbers a token."""
+    """Return the bytes of a Cache's keys and values: 2 L G D numbers per token."""
     layers, heads, width = _shape(config)
     return (prompts * prompt_capacity + slots * capacity) * 2 * layers * heads * width * dtype.itemsize
 
@@ -37,9 +37,10 @@ def _shape(config: ModelConfig) -> tuple[int, int, int]:
 
 
 class Cache:
-    """For each layer keys and values (prompts, prompt_capacity, G, D) and (slots, capacity, G, D), and their lengths.
+    """The keys and values of prompts and of sampled tokens, for each layer, and their lengths.
 
-    A row holds all of its tokens, also where a layer's window no longer reaches back.
+    They have the shapes (prompts, prompt_capacity, G, D) and (slots, capacity, G, D). A row keeps all of its tokens,
+    even if a layer's window no longer reaches them.
     """
 
     def __init__(
@@ -55,35 +56,35 @@ class Cache:
         layers, heads, width = _shape(config)
 
         def rows(count: int, length: int) -> tuple[Tensor, ...]:
-            # zeros, not empty: a masked key meets a probability of 0, and 0 * NaN is NaN
+            # zeros, not empty: a masked key is multiplied by a probability of 0, and 0 * NaN is NaN
             tensors = torch.zeros(layers, count, heads, length, width, dtype=dtype, device=device)
-            return tensors.transpose(2, 3).unbind()  # by layer (count, length, heads, width)
+            return tensors.transpose(2, 3).unbind()  # for each layer (count, length, heads, width)
 
         self.prompt_keys, self.prompt_values = rows(prompts, prompt_capacity), rows(prompts, prompt_capacity)
         self.keys, self.values = rows(slots, capacity), rows(slots, capacity)
         self.capacity = capacity
 
-        # by slot, and by prompt row
+        # state of each slot, and of each prompt row
         self.slot = torch.arange(slots, device=device)
-        self.length = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens that each slot holds
-        self.prompt = torch.zeros_like(self.slot)  # the row of the prompt before them
+        self.length = torch.zeros(slots, dtype=torch.int64, device=device)  # the tokens in each slot
+        self.prompt = torch.zeros_like(self.slot)  # the row of each slot's prompt
         self.prompt_length = torch.zeros_like(self.slot)
         self.row_length = torch.zeros(prompts, dtype=torch.int64, device=device)
-        self.adapter: Tensor | None = None  # (slots,) int32, where the model has several: Packed.adapter
+        self.adapter: Tensor | None = None  # (slots,) int32, as Packed.adapter, if the model has several
         self.row_adapter: Tensor | None = None  # (prompts,)
 
-        # where the running pass writes
-        self.opening = False  # does the running pass write prompts?
-        self.target = self.slot[:0]  # where to: (row * G + head) * capacity of the row + position
+        # the place where the current forward pass writes
+        self.opening = False  # whether the current pass writes prompts
+        self.target = self.slot[:0]  # (row * G + head) * capacity of the row + position
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the keys and values."""
+        """The size of the keys and values in bytes."""
         tensors = (*self.prompt_keys, *self.prompt_values, *self.keys, *self.values)
         return sum(x.numel() * x.element_size() for x in tensors)
 
     def open(self, packed: Packed, rows: Sequence[int]) -> None:
-        """The next forward pass writes segment i of `packed` into the prompt row rows[i], from position 0 on."""
+        """Make the next forward pass write segment i of `packed` into the prompt row rows[i], from position 0 on."""
         row = torch.tensor(rows, device=self.slot.device)  # (segments,)
         lengths = packed.cu_seqlens.diff().long()
         self.row_length[row] = lengths
@@ -98,27 +99,30 @@ class Cache:
         self._aim(self.prompt_keys[0], row.repeat_interleave(lengths), packed.positions)
 
     def begin(self, slots: slice, rows: Tensor) -> None:
-        """Empty these slots, each to go on from the prompt in its row of `rows` (slots,)."""
+        """Empty these slots, and let each continue the prompt in its row of `rows` (slots,)."""
         self.length[slots] = 0
         self.prompt[slots], self.prompt_length[slots] = rows, self.row_length[rows]
         if self.adapter is not None and self.row_adapter is not None:
             self.adapter[slots] = self.row_adapter[rows]
 
     def grow(self, slots: int) -> Tensor:
-        """Room for one token in each of the first slots; its position, (slots,). A full slot overwrites its last."""
+        """Make room for one token in each of the first slots, and return its position (slots,).
+
+        In a full slot it overwrites the last token.
+        """
         last = self.length[:slots].add_(1).clamp_(max=self.capacity) - 1
         self.opening = False
         self._aim(self.keys[0], self.slot[:slots], last)
         return self.prompt_length[:slots] + last
 
     def _aim(self, like: Tensor, row: Tensor, position: Tensor) -> None:
-        """Set where `write` puts tokens: these rows and positions, (tokens,), of tensors shaped as `like`."""
+        """Set the rows and positions (tokens,) where `write` stores tokens, in tensors with the shape of `like`."""
         _, length, G, _ = like.shape
         head = torch.arange(G, device=row.device)
         self.target = ((row[:, None] * G + head) * length + position[:, None]).flatten()  # (tokens * G,)
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Store k and v, (total, G, D), where `open` or `grow` aimed."""
+        """Store a layer's k and v (total, G, D) in the places set by `open` or `grow`."""
         keys, values = (self.prompt_keys, self.prompt_values) if self.opening else (self.keys, self.values)
         for stored, new in ((keys[layer], k), (values[layer], v)):
             stored.transpose(1, 2).flatten(0, 2).index_copy_(0, self.target, new.reshape(-1, new.shape[-1]))
@@ -131,7 +135,10 @@ class Cache:
         scale: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """q (B, H, D), the newest token of each of the first B slots, to (B, H, D)."""
+        """Compute attention of q (B, H, D), the newest token of each of the first B slots, to its cached keys.
+
+        Returns (B, H, D).
+        """
         B = q.shape[0]
         return decode_attention(
             q,
@@ -149,9 +156,10 @@ class Cache:
         )
 
     def keep(self, slots: Tensor, rows: Sequence[int] = ()) -> list[int]:
-        """Move these slots (n,), ascending, to the front; the others are free.
+        """Move these slots (n,), in ascending order, to the front, and free all other slots.
 
-        So do the prompts that they go on from and those in `rows`. Returns where these were, the first now in row 0.
+        Their prompts and the prompt rows in `rows` also move to the front. Returns the old indices of the prompt rows
+        that were kept, in their new order.
         """
         n = slots.numel()
         needed = torch.cat([self.prompt[slots], self.prompt.new_tensor(rows)])
@@ -170,7 +178,7 @@ class Cache:
 
 
 def _move(tensors: Sequence[Tensor], rows: Tensor, lengths: Tensor) -> None:
-    """Rows (n,) of each tensor to the front, as far as they are filled; those that stand there already stay."""
+    """Move rows (n,) of each tensor to the front, up to their lengths. Leading rows already in place are not copied."""
     moved = (rows != torch.arange(rows.numel(), device=rows.device)).nonzero().squeeze(1)
     if not moved.numel():
         return

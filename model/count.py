@@ -1,4 +1,4 @@
-"""Numbers of parameters, counted from the shapes of a config, with the formula.
+"""The number of parameters of a model, counted from the shapes in its config, with the formula.
 
 Source: the sizes of https://arxiv.org/abs/2401.04088 (Mixtral), 2405.04434 (DeepSeek-V2), 2412.19437 (DeepSeek-V3) and
         2101.03961 (Switch-C), and of the config.json of Qwen/Qwen3-30B-A3B
@@ -13,9 +13,13 @@ from .config import Experts, Latent, ModelConfig
 
 @dataclass(frozen=True)
 class Count:
-    """total: parameters in memory. active: without the experts that a token does not go to.
+    """A model's number of parameters.
 
-    Publishers count the embedding, of which a token reads one row, among the active ones (Mixtral) or not (DeepSeek).
+    total: all parameters in memory. active: the same without the experts that a token does not use. embedding: the
+    embedding alone. formula: the terms of the total, as text.
+
+    A token reads one row of the embedding. Publishers count it as active (Mixtral) or not (DeepSeek). Here it is
+    active.
     """
 
     total: int
@@ -24,11 +28,14 @@ class Count:
     formula: str
 
 
-Term = tuple[str, int, int]  # words, parameters in all, active ones
+Term = tuple[str, int, int]  # description, all parameters, active parameters
 
 
 def count_parameters(config: ModelConfig) -> Count:
-    """Parameters of a model. The formula has a term for each kind of tensor, in the order of a forward pass."""
+    """Count the parameters of a model.
+
+    The formula has a term for each kind of tensor, in the order of a forward pass.
+    """
     C, V, layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
     attention = _latent_attention(config, config.latent) if config.latent else _attention(config)
     terms = [_all(f"embedding {V} x {C}", V * C), attention, *_feed_forward(config)]
@@ -41,7 +48,7 @@ def count_parameters(config: ModelConfig) -> Count:
 
 
 def _all(words: str, total: int) -> Term:
-    """Parameters that every token meets."""
+    """Return a term whose parameters are all active."""
     return words, total, total
 
 
@@ -93,7 +100,10 @@ def count_switch(
     attention: int,
     vocab_size: int,
 ) -> Count:
-    """A Switch Transformer: experts of two matrices without a gate, one active; attention: heads times their width."""
+    """Count a Switch Transformer: experts of two matrices without a gate, one of them active per token.
+
+    attention: the number of heads times their width.
+    """
     one = moe_layers * 2 * hidden * ffn
     rest = attention_layers * 4 * hidden * attention + moe_layers * experts * hidden
     formula = (
@@ -107,7 +117,10 @@ def count_switch(
 
 
 def switch_c() -> Count:
-    """15 encoder and 15 decoder layers, 45 attentions of 32 heads of 64. https://arxiv.org/abs/2101.03961, table 9"""
+    """Count Switch-C: 15 encoder and 15 decoder layers, 45 attentions of 32 heads of width 64.
+
+    Source: https://arxiv.org/abs/2101.03961, table 9
+    """
     return count_switch(30, 2048, 2080, 6144, attention_layers=45, attention=2048, vocab_size=32_128)
 
 

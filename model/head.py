@@ -1,10 +1,10 @@
-"""The language head: what stands between hidden states and words, and what is computed with it.
+"""The language head, from hidden states to logits, and the ops computed with it.
 
     logits = hidden (weight + scaling lora_b lora_a)^T          hidden (n, C), weight (V, C)
 
-In training neither the logits nor the sum of weight and adapter is ever in memory: `Transformer.before_head` gives the
-two operands, and the methods of `Head` are the ops that take them. Sampling wants the logits of a few rows:
-`full_logits`.
+Training never holds the logits. It does not hold the sum of weight and adapter either, except with DoRA (`operands`).
+`Transformer.before_head` returns the hidden states and the `Head`, whose methods are the ops on these two. For
+sampling, `full_logits` computes the logits of a few rows.
 """
 
 from dataclasses import dataclass, replace
@@ -23,9 +23,10 @@ from .vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class Head:
-    """A weight and, where an adapter acts on it, the adapter's low-rank parts.
+    """The weight of a language head and, if it has an adapter, the adapter's low-rank factors.
 
-    Its methods compute without autocast, which does not know our ops: `hidden` and `weight` have their product's dtype.
+    Its methods turn autocast off, because autocast does not cover these ops. `hidden` and `weight` must already have
+    the dtype of their product.
     """
 
     weight: Tensor  # (V, C)
@@ -35,17 +36,17 @@ class Head:
 
     @property
     def size(self) -> int:
-        """V."""
+        """The vocabulary size V."""
         return len(self.weight)
 
     def to(self, dtype: torch.dtype) -> "Head":
-        """The weight in this dtype; an adapter stays in its own."""
+        """Return the head with its weight in this dtype. An adapter keeps its own dtype."""
         return replace(self, weight=self.weight.to(dtype))
 
     def among(self, vocabulary: Vocabulary | None) -> "Head":
-        """The rows of these ids alone, in their order: `Vocabulary.rows_of` counts them. None leaves all."""
+        """Return the head with only the rows of these ids, in the order of `Vocabulary.rows_of`. None keeps all."""
         tokens = None if vocabulary is None else vocabulary.within(self.size)
-        if tokens is None:  # a slice's gradient is a copy: not in vain
+        if tokens is None:  # all rows: a slice would have a gradient that is a needless copy
             return self
         lora_b = None if self.lora_b is None else tokens.select(self.lora_b)
         return replace(self, weight=tokens.select(self.weight), lora_b=lora_b)
@@ -58,7 +59,7 @@ class Head:
         temperature: float | Tensor = 1.0,
         support: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(logprob, lse, entropy) of targets (n,) after hidden (n, C), each (n,): `kernels.token_logprobs`."""
+        """Return (logprob, lse, entropy) of targets (n,) after hidden (n, C), (n,) each: `kernels.token_logprobs`."""
         with torch.autocast(hidden.device.type, enabled=False):
             return token_logprobs(
                 hidden,
@@ -80,7 +81,10 @@ class Head:
         beta: float = 0.0,
         temperature: float | Tensor = 1.0,
     ) -> Tensor:
-        """Divergence from a teacher's hidden states (n, C') and head, in nats, (n,): `kernels.token_divergence`."""
+        """Compute the divergence (n,), in nats, from a teacher's hidden states (n, C') and head.
+
+        It calls `kernels.token_divergence`.
+        """
         with torch.autocast(hidden.device.type, enabled=False):
             return token_divergence(
                 hidden,
@@ -106,7 +110,10 @@ class Head:
         beta: float = 0.0,
         temperature: float | Tensor = 1.0,
     ) -> Tensor:
-        """Divergence from a teacher's stored ids and log-probabilities (n, K), (n,): `kernels.topk_divergence`."""
+        """Compute the divergence (n,), in nats, from a teacher's stored ids and log-probabilities (n, K).
+
+        It calls `kernels.topk_divergence`.
+        """
         with torch.autocast(hidden.device.type, enabled=False):
             return topk_divergence(
                 hidden,
@@ -123,7 +130,10 @@ class Head:
     def topk_logprobs(
         self, hidden: Tensor, k: int, *, temperature: float | Tensor = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """The k likeliest rows and their log-probabilities, each (n, k): `kernels.topk_logprobs`. No gradient."""
+        """Return the k most likely rows and their log-probabilities, (n, k) each, without a gradient.
+
+        It calls `kernels.topk_logprobs`.
+        """
         with torch.autocast(hidden.device.type, enabled=False):
             return topk_logprobs(
                 hidden,
@@ -137,9 +147,10 @@ class Head:
 
 
 def operands(layer: Linear, x: Tensor) -> tuple[Tensor, Head]:
-    """x (n, C) and the layer as the two operands of a product, so that no sum of weight and adapter is in memory.
+    """Return x (n, C) and the layer as the two operands of a product, without adding the adapter to the weight.
 
-    But for DoRA, which scales the sum; and with dropout, which the adapter's half of x alone has, x is wider.
+    With DoRA the adapter is added, because DoRA scales the sum. With adapter dropout x becomes wider, (n, C + R),
+    because only the adapter's part of x has dropout.
     """
     lora = layer.lora
     if lora is None or not lora.enabled:
@@ -153,10 +164,11 @@ def operands(layer: Linear, x: Tensor) -> tuple[Tensor, Head]:
 
 
 def full_logits(hidden: Tensor, layer: Linear | None, embedding: Tensor) -> Tensor:
-    """hidden (..., C) to (..., V) in fp32, fp64 from fp64. layer: None where the head is the embedding (V, C).
+    """Compute the logits (..., V) of hidden (..., C), in fp32 (fp64 for fp64).
 
-    An adapter, without its dropout, comes on top of the weight: sampling would multiply it out for every token.
-    Where no gradient is asked, a head in half precision is not copied, but for one with DoRA.
+    layer: the head, or None if the embedding (V, C) is the head. An adapter is applied beside the weight, without its
+    dropout, because merging would cost a product for every token. Without gradients a head in half precision is not
+    copied, except with DoRA.
     """
     lora = None if layer is None else layer.lora
     lora = lora if lora is not None and lora.enabled else None
@@ -165,13 +177,13 @@ def full_logits(hidden: Tensor, layer: Linear | None, embedding: Tensor) -> Tens
     dora = lora is not None and lora.magnitude is not None
 
     with torch.autocast(hidden.device.type, enabled=False):
-        # block by block: the head is read as it is
+        # block by block, without a copy of the head
         if hidden.itemsize == 2 and not torch.is_grad_enabled() and not dora:
             x = hidden.flatten(0, -2) if hidden.dim() > 1 else hidden[None]  # (n, C)
             adapter = () if lora is None else (low_rank(x, whole(lora.a), lora.scaling), whole(lora.b))
             return logits_of(x, weight, *adapter).view(*hidden.shape[:-1], len(weight))
 
-        # rounded as `score` rounds its operands, then one product in full precision
+        # operands rounded as in `score`, then one product in full precision
         wide = torch.promote_types(hidden.dtype, torch.float32)
         hidden, weight = hidden.to(wide), weight.to(hidden.dtype).to(wide)
         if lora is None:

@@ -1,8 +1,8 @@
-"""A linear layer whose weight may be 4-bit, and to which adapters may add.
+"""A linear layer that may hold its weight in 4 bits and may have an adapter.
 
-    y = x W^T + bias                                       W (N, K) a parameter, or frozen in 4 bits
+    y = x W^T + bias                                       W (N, K), a parameter, or frozen in 4 bits
     y = x W^T + scaling dropout(x) A^T B^T + bias          with an adapter: A (R, K), B (N, R)
-    y = m / |W + scaling B A| * (...) + bias               with DoRA, m (N,), the norm of each row without gradient
+    y = m / |W + scaling B A| * (...) + bias               with DoRA: m (N,); the row norms have no gradient
 
 Source: LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685; DoRA, https://arxiv.org/abs/2402.09353;
         rsLoRA, https://arxiv.org/abs/2312.03732; QLoRA, https://arxiv.org/abs/2305.14314
@@ -21,31 +21,37 @@ from .adapters.lora import Lora
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor of which this process may hold a part: then every process has to call it, in the same order."""
+    """Return the full tensor of a tensor that may be sharded over processes.
+
+    For a sharded tensor every process has to call it, in the same order.
+    """
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 
 
 class Adaptable(nn.Module):
-    """A linear layer, or the experts' ones. Where the weight is in 4 bits, `four_bit` holds it and `weight` is None."""
+    """The base class of a linear layer and of the linear layers of all experts. Both may have an adapter.
 
-    weight: nn.Parameter  # (N, K); of experts (E, N, K)
+    A weight in 4 bits is in `four_bit`, and `weight` is then None.
+    """
+
+    weight: nn.Parameter  # (N, K); (E, N, K) for experts
     four_bit: NF4Weight | None
     lora: Lora | None
     in_features: int
     out_features: int
-    stack: tuple[int, ...] = ()  # (E,) of experts
+    stack: tuple[int, ...] = ()  # (E,) for experts
 
     @property
     def numel(self) -> int:
         return math.prod(self.stack) * self.in_features * self.out_features
 
     def dense(self) -> Tensor:
-        """The base's weight, multiplied out of 4 bits where it is in them."""
+        """Return the base weight, dequantised if it is in 4 bits."""
         return self.weight if self.four_bit is None else dequantize_nf4(self.four_bit)
 
     def merged(self) -> Tensor:
-        """The weight that acts as base and adapter do without dropout, in the base's dtype."""
+        """Return one weight that acts like base and adapter together, without dropout. It has the base's dtype."""
         lora, weight = self.lora, whole(self.dense())
         if lora is None or not lora.enabled:
             return weight
@@ -56,19 +62,19 @@ class Adaptable(nn.Module):
         return merged.to(weight.dtype)
 
     def hold(self, four_bit: NF4Weight) -> None:
-        """Take this as the weight, frozen."""
+        """Use `four_bit` as the weight, frozen, in place of `weight`."""
         self.weight = None  # pyright: ignore[reportAttributeAccessIssue]
         self.four_bit = four_bit
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Adaptable":
-        """model.to(device) takes the 4-bit weight along; model.to(dtype) leaves it as it is."""
+        """Apply model.to(...) to the 4-bit weight as well: to(device) moves it, and to(dtype) leaves it unchanged."""
         if self.four_bit is not None:
             self.four_bit = self.four_bit.to(fn(self.four_bit.packed).device)
         return super()._apply(fn, recurse)
 
 
 class Linear(Adaptable, nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """(..., K) to (..., N)."""
+    """A linear layer from (..., K) to (..., N)."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         nn.Linear.__init__(self, in_features, out_features, bias)
@@ -76,7 +82,10 @@ class Linear(Adaptable, nn.Linear):  # pyright: ignore[reportIncompatibleVariabl
         self.lora = None
 
     def forward(self, x: Tensor, adapter: Tensor | None = None) -> Tensor:
-        """adapter: (...) int, which of several adapters each row has, -1 for none."""
+        """Apply the layer to x (..., K).
+
+        adapter: (...) int, the index of each row's adapter in a stack of several, -1 for no adapter.
+        """
         lora = self.lora
         if lora is None or not lora.enabled:
             if self.four_bit is None:
@@ -99,13 +108,14 @@ class Linear(Adaptable, nn.Linear):  # pyright: ignore[reportIncompatibleVariabl
 
     @property
     def dropout(self) -> float:
-        """The share that the adapter drops now: none where no gradient is taken."""
+        """The adapter's dropout probability. It is 0 outside training and where gradients are off."""
         return self.lora.dropout if self.lora and self.training and torch.is_grad_enabled() else 0.0
 
     def as_one_product(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (n, K + R) and a weight (N, K + R) whose product is what x (n, K) becomes, dropout included.
+        """Return (input, weight), whose product is the layer's output without bias, including its adapter and dropout.
 
-        For an op that takes one matrix. Both are copies, and the copy of the weight has a gradient.
+        x is (n, K). The input is (n, K + R) and the weight (N, K + R), for an op that takes a single matrix. Both are
+        copies, and the copy of the weight needs a gradient.
         """
         lora, weight = self.lora, whole(self.dense())
         assert lora is not None
@@ -120,7 +130,7 @@ class Linear(Adaptable, nn.Linear):  # pyright: ignore[reportIncompatibleVariabl
 
     @property
     def form(self) -> tuple[Any, ...] | None:
-        """The properties that layers share whose adapters may read x together; None without an adapter."""
+        """The properties that layers must share for their adapters to read x together, or None without an adapter."""
         lora, four_bit = self.lora, self.four_bit
         if lora is None or not lora.enabled:
             return None
@@ -129,7 +139,7 @@ class Linear(Adaptable, nn.Linear):  # pyright: ignore[reportIncompatibleVariabl
 
 
 def linears_of(layers: Sequence[Linear], x: Tensor, adapter: Tensor | None = None) -> list[Tensor]:
-    """Each layer's output for the same x (..., K), which their adapters, where all are of one form, read once."""
+    """Return each layer's output for the same x (..., K). If all adapters have the same form, they read x once."""
     form, loras = layers[0].form, [layer.lora for layer in layers if layer.lora is not None]
     if form is None or any(layer.form != form for layer in layers):
         return [layer(x, adapter) for layer in layers]
@@ -158,7 +168,7 @@ def _drawn_seed(x: Tensor) -> Tensor:
 
 
 class ExpertLinear(Adaptable):
-    """The same matrix of all experts, (E, N, K); moe_mlp takes it whole."""
+    """The same linear layer of all experts in one tensor (E, N, K), as moe_mlp takes it."""
 
     def __init__(self, experts: int, in_features: int, out_features: int):
         super().__init__()
@@ -171,6 +181,6 @@ class ExpertLinear(Adaptable):
         return self.weight.to(dtype) if self.four_bit is None else self.four_bit
 
     def adapter(self) -> tuple[Tensor | None, Tensor | None]:
-        """A and B, the scaling in B."""
+        """Return A and B, with the scaling multiplied into B, or (None, None) without an adapter."""
         lora = self.lora
         return (None, None) if lora is None or not lora.enabled else (lora.a, lora.scaling * lora.b)

@@ -4,10 +4,10 @@
     LoRA       bf16 weights, 2 bytes a parameter, and 16 bytes for each parameter of the adapter
     QLoRA      the layers' matrices in NF4, 4.127 bits a parameter (docs/nf4.md), embedding and head in bf16
 
-Activations are those that stay until the backward pass with checkpoint_activations: each layer's input. What one layer
-needs while it runs, and the head's chunk of logits, come on top.
+Activations are each layer's input, which stays until the backward pass with checkpoint_activations. The memory that one
+layer needs while it runs, and the head's chunk of logits, are not counted.
 
-Run:    python -m burnish.model.memory          the table of docs/lora.md
+Run:    python -m burnish.model.memory          prints the table of docs/lora.md
 """
 
 from dataclasses import dataclass
@@ -30,14 +30,14 @@ SHAPES = {  # of real models: https://huggingface.co/HuggingFaceTB/SmolLM2-135M,
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes."""
+    """The memory of training in bytes, by purpose."""
 
-    weights: int  # the frozen ones, and the trained ones where there is no adapter
+    weights: int  # all but the adapter
     adapter: int
     gradients: int
     optimizer: int  # AdamW's moments
     activations: int
-    gathered: int = 0  # whole while they are used: what is outside of layers, and two layers
+    gathered: int = 0  # sharded tensors while they are whole: those outside of layers, and two layers
 
     @property
     def total(self) -> int:
@@ -53,10 +53,11 @@ def training_memory(
     frozen_dtype: torch.dtype = torch.bfloat16,
     processes: int = 1,
 ) -> Memory:
-    """Bytes that training takes: every weight, or with `lora` that adapter. tokens: in one micro-batch.
+    """Return the memory of training every weight, or only the adapter `lora`.
 
-    frozen_dtype: of the weights under an adapter, as far as they are not in 4 bits.
-    processes: that share the model; what is said is then of each one. 4-bit weights are not shared.
+    tokens: the tokens of one micro-batch.
+    frozen_dtype: the dtype of the weights under an adapter that are not in 4 bits.
+    processes: the processes that share the model; the result is for each of them. 4-bit weights are not sharded.
     """
     model = Transformer(config, device="meta")
     if lora is not None:
@@ -71,7 +72,7 @@ def training_memory(
     dense = sum(p.numel() for name, p in model.named_parameters() if ".lora." not in name)
     dense -= sum(layer.numel for layer in quantized)
 
-    # with several processes: what is outside of layers, and one layer, while it is whole
+    # with several processes: the tensors outside of layers, and one layer, while they are whole
     per_layer = {id(p) for p in model.layers.parameters()}
     outside = sum(
         p.numel() * (width + 4 * p.requires_grad) for p in model.parameters() if id(p) not in per_layer
@@ -92,13 +93,16 @@ def training_memory(
 
 
 def nf4_bytes(numel: int, blocksize: int = 64) -> int:
-    """Bytes of a weight quantised twice: nibbles, a byte a block, fp32 for 256 of these, offset, and the two tables."""
+    """Return the bytes of a weight in NF4 with a quantised absmax.
+
+    They are the nibbles, a byte for each block, an fp32 number for 256 blocks, the offset, and the two tables.
+    """
     blocks = -(-numel // blocksize)
     return -(-numel // 2) + blocks + 4 * -(-blocks // 256) + 4 + 4 * 16 + 4 * 256
 
 
 def table(rank: int = 16) -> str:
-    """Markdown: each shape in each mode, in GB of 1e9 bytes."""
+    """Return a Markdown table of each shape and mode, in GB of 1e9 bytes."""
     lora = LoraConfig(rank, 2 * rank)
     modes = {"full": (None, False), f"LoRA {rank}": (lora, False), f"QLoRA {rank}": (lora, True)}
     columns = ("weights", "adapter", "gradients", "optimizer", "activations", "total")

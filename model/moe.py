@@ -1,10 +1,10 @@
-"""Experts in place of the feed-forward layer.
+"""Mixture of experts in place of the feed-forward layer.
 
-    weights, indices = moe_route(x W_gate^T)          which experts each token goes to
-    out = moe_mlp(x, ...)  (+ shared_expert(x), which every token goes to; with a gate times sigmoid(x w))
+    weights, indices = moe_route(x W_gate^T)          the experts that each token goes to
+    out = moe_mlp(x, ...)  (+ shared_expert(x), which sees every token; with a gate it is multiplied by sigmoid(x w))
 
-A layer's experts are two tensors, gate_up (E, 2F, C), the gate's rows first, and down (E, C, F); their form in a
-folder is files/experts.py's.
+A layer's experts are two tensors, gate_up (E, 2F, C), with the gate's rows first, and down (E, C, F). files/experts.py
+has their form on disk.
 
 Source: https://arxiv.org/abs/2401.04088 (Mixtral), 2409.02060 (OLMoE), 2412.19437 (DeepSeek-V3), 2508.10925 (gpt-oss)
 """
@@ -24,7 +24,7 @@ from .linear import ExpertLinear, Linear
 
 
 class Router(nn.Module):
-    """Logits of the experts (total, E) in fp32: which ones are chosen hangs on the last bits."""
+    """The layer that computes the experts' logits (total, E), in fp32 because the choice depends on their last bits."""
 
     def __init__(self, config: ModelConfig, experts: Experts):
         super().__init__()
@@ -42,7 +42,7 @@ class Router(nn.Module):
 
 
 class ExpertWeights(nn.Module):
-    """The two matrices of all experts, with their biases where they have any."""
+    """The two matrices of all experts, with biases if the architecture has them."""
 
     def __init__(self, config: ModelConfig, experts: Experts):
         super().__init__()
@@ -54,7 +54,10 @@ class ExpertWeights(nn.Module):
 
 
 class MoE(nn.Module):
-    """Experts behind their router. shared: the one that every token goes to, a module of (x, now)."""
+    """A mixture of experts with its router.
+
+    shared: a module of (x, now), the expert that every token goes to, or None.
+    """
 
     def __init__(self, config: ModelConfig, experts: Experts, shared: nn.Module | None):
         super().__init__()
@@ -65,8 +68,8 @@ class MoE(nn.Module):
         self.routing = experts
 
     def forward(self, x: Tensor, now: Any) -> Tensor:
-        """x (total, C) to (total, C). The statistics of the choice go to now.routed."""
-        # 1. which experts each token goes to
+        """Apply the layer to x (total, C), and return (total, C). The router's statistics are added to now.routed."""
+        # 1. choose the experts of each token
         routing, experts = self.routing, self.experts
         weights, indices, statistics = moe_route(
             self.gate(x),
@@ -80,7 +83,7 @@ class MoE(nn.Module):
         )
         now.routed.append(statistics)
 
-        # 2. the weighted sum of what these make of it
+        # 2. compute the weighted sum of their outputs
         x = x.to(autocast_dtype(x))
         gate_up_a, gate_up_b = experts.gate_up_proj.adapter()
         down_a, down_b = experts.down_proj.adapter()
@@ -102,7 +105,7 @@ class MoE(nn.Module):
             limit=routing.limit,
         )
 
-        # 3. and the expert that every token goes to
+        # 3. add the expert that every token goes to
         if self.shared_expert is None:
             return out
         shared = self.shared_expert(x, now)
@@ -112,10 +115,11 @@ class MoE(nn.Module):
 
 
 def pooled_balance(routing: Sequence[RouteStatistics], top_k: int) -> Tensor:
-    """E sum_e (how often a token chose e)(mean probability of e), both means over the tokens of all layers at once.
+    """Compute the load-balance loss over the tokens of all layers at once.
 
-    (), differentiable; K where the load is even. routing: the layers of one forward pass, at least one. As transformers
-    has it (load_balancing_loss_func): an expert that one layer overworks and another spares costs nothing.
+    It is E sum_e (how often a token chose e)(mean probability of e), a differentiable scalar. It is K (`top_k`) for an
+    even load. routing: one entry per layer of a forward pass, at least one. It matches load_balancing_loss_func of
+    transformers: overuse of an expert in one layer is cancelled by its underuse in another.
     """
     counts = torch.stack([layer.counts for layer in routing]).sum(0)  # (E,)
     probability = torch.stack([layer.probability for layer in routing]).mean(0)  # (E,)
@@ -124,5 +128,5 @@ def pooled_balance(routing: Sequence[RouteStatistics], top_k: int) -> Tensor:
 
 
 def layer_balance(routing: Sequence[RouteStatistics]) -> Tensor:
-    """The mean over layers of each one's own balance: every layer's load is to be even by itself."""
+    """Return the mean over layers of each layer's own balance loss, so that the load must be even in every layer."""
     return torch.stack([layer.balance for layer in routing]).mean()

@@ -1,12 +1,12 @@
-"""Token sequences laid end to end, without padding: what the transformer eats.
+"""Concatenated token sequences without padding, the input of the transformer.
 
     segment     0: p p p p      1: a a a      2: b b        parents = [-1, 0, 0]
-    position       0 1 2 3         4 5 6         4 5        a child goes on where its parent ends
+    position       0 1 2 3         4 5 6         4 5        a child's positions continue its parent's
     predictor     -1 0 1 2         3 4 5         3 7        the row whose hidden state scores this token
 
-A segment whose parent is not -1 continues that parent: its tokens see the parent's, and its first token is scored from
-the parent's last row. G completions of one prompt are then P + G*C tokens instead of G*(P + C). Depth is one, and a
-parent stands directly before its children; children never see each other.
+A segment whose parent is not -1 continues that parent. Its tokens see the parent's tokens, and its first token is
+scored from the parent's last row. G completions of one prompt thus take P + G*C tokens instead of G*(P + C). A child
+cannot be a parent. A parent comes directly before its children, and children never see each other.
 """
 
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Packed:
-    """Made by `pack`. total is the number of tokens, segments the number of sequences."""
+    """Token sequences packed without padding, made by `pack`. `total` is the number of tokens."""
 
     tokens: Tensor  # (total,) int64
-    positions: Tensor  # (total,) int64, logical: a child's go on from its parent's length
-    cu_seqlens: Tensor  # (segments + 1,) int32, where each segment starts, and the total
-    parents: Tensor | None  # (segments,) int32, -1 for a segment of its own; None where all are
-    predictors: Tensor  # (total,) int64, the row that scores each token; -1 where none does
-    adapter: Tensor | None = None  # (total,) int32, which of several adapters each token has, -1 for none
+    positions: Tensor  # (total,) int64, logical positions; a child's begin at its parent's length
+    cu_seqlens: Tensor  # (segments + 1,) int32, the start of each segment, and the total
+    parents: Tensor | None  # (segments,) int32, -1 for a segment without a parent; None if none has one
+    predictors: Tensor  # (total,) int64, the row that scores each token; -1 if there is none
+    adapter: Tensor | None = None  # (total,) int32, the index of each token's adapter, -1 for none
 
     @property
     def num_segments(self) -> int:
@@ -38,10 +38,14 @@ def pack(
     device: torch.device | str = "cpu",
     adapters: Sequence[int] | None = None,
 ) -> Packed:
-    """Lay `sequences` (each a list of token ids) end to end. parents: an index into `sequences`, or -1, for each.
+    """Concatenate `sequences`, each a list of token ids, into a Packed.
 
-    adapters: for each sequence, which of the model's stacked adapters it has, -1 for none; a child has its parent's.
-    Raises ValueError where a parent is itself a child, is empty, or does not stand directly before its children.
+    parents: for each sequence, the index of the sequence that it continues, or -1.
+    adapters: for each sequence, the index of its adapter among the model's stacked adapters, or -1. A child has the
+        adapter of its parent.
+
+    Raises ValueError if a parent is itself a child, is empty, or does not come directly before its children, and for
+    lists of different lengths.
     """
     if parents is None:
         parents = [-1] * len(sequences)
@@ -54,9 +58,9 @@ def pack(
     positions: list[int] = []
     predictors: list[int] = []
     starts = [0]
-    latest_root = -1  # the only segment that the next one may continue
+    latest_root = -1  # the only segment that the next segment may continue
     for i, (sequence, parent) in enumerate(zip(sequences, parents, strict=True)):
-        # where the segment's positions begin, and which row scores its first token
+        # the segment's first position, and the row that scores its first token
         first_position, first_predictor = 0, -1
         if parent == -1:
             latest_root = i
@@ -90,12 +94,12 @@ def pack(
 def _adapter_of_tokens(
     sequences: Sequence[Sequence[int]], parents: Sequence[int], adapters: Sequence[int]
 ) -> Tensor:
-    """(total,) int32. Raises ValueError where a child has another adapter than its parent."""
+    """Return each token's adapter, (total,) int32. Raises ValueError if a child's adapter is not its parent's."""
     if len(adapters) != len(sequences):
         raise ValueError(
             f"adapters: expected one for each of {len(sequences)} sequences, got {len(adapters)}"
         )
     if any(parent != -1 and adapters[i] != adapters[parent] for i, parent in enumerate(parents)):
-        raise ValueError("adapters: a child sees what its parent's adapter made, so both have the same one")
+        raise ValueError("adapters: expected the same adapter for a child and its parent, got two")
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     return torch.tensor(adapters, dtype=torch.int32).repeat_interleave(lengths)

@@ -1,9 +1,9 @@
-"""Rotary positions: by which angle each pair of a query's and a key's dimensions is turned.
+"""Rotary positions: the angle by which each pair of dimensions of a query or key is rotated.
 
     angle of pair i at position p = p theta^(-2i / dim)          then, by type:
-    linear     all angles divided by factor
-    llama3     those of pairs that turn seldom within the trained length
-    yarn       likewise, and cos and sin times a factor
+    linear     all angles are divided by factor
+    llama3     only the angles of pairs that turn seldom within the trained length are divided
+    yarn       likewise, and cos and sin are multiplied by a factor
 
 Source: yarn, Peng et al. 2023, https://arxiv.org/abs/2309.00071, section 3; llama3, the blend of Llama 3.1's release
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary frequencies. The fields are the keys of `rope_parameters`, None where the type does not use them."""
+    """The parameters of rotary positions, named as in `rope_parameters`. A field that the type does not use is None."""
 
     rope_theta: float = 10_000.0
     rope_type: str = "default"  # default, linear, llama3 or yarn
@@ -39,7 +39,7 @@ class Rope:
 
 
 def cos_and_sin(rope: Rope, dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """positions (total,) to cos and sin, (total, dim/2) fp32."""
+    """Return cos and sin, (total, dim/2) fp32 each, of the angles at positions (total,)."""
     inv_freq, factor = rope_frequencies(rope, dim, positions.device)
     angle = positions[:, None].float() * inv_freq  # (total, dim/2)
     cos, sin = angle.cos(), angle.sin()
@@ -48,7 +48,7 @@ def cos_and_sin(rope: Rope, dim: int, positions: Tensor) -> tuple[Tensor, Tensor
 
 @lru_cache(maxsize=64)
 def rope_frequencies(rope: Rope, dim: int, device: torch.device) -> tuple[Tensor, float]:
-    """Angle per position of each of the dim/2 pairs, (dim/2,) fp32, and the factor on cos and sin."""
+    """Return each pair's angle per position, (dim/2,) fp32, and the factor that multiplies cos and sin."""
     inv_freq = 1.0 / rope.rope_theta ** (torch.arange(0, dim, 2, device=device).float() / dim)  # (dim/2,)
     if rope.rope_type == "default":
         return inv_freq, 1.0
@@ -62,7 +62,7 @@ def rope_frequencies(rope: Rope, dim: int, device: torch.device) -> tuple[Tensor
 def _llama3(rope: Rope, inv_freq: Tensor) -> Tensor:
     trained = float(rope.original_max_position_embeddings or 0)
     low, high = rope.low_freq_factor or 1.0, rope.high_freq_factor or 4.0
-    turns = trained * inv_freq / (2 * math.pi)  # of a pair within the trained length
+    turns = trained * inv_freq / (2 * math.pi)  # the turns of a pair within the trained length
     keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: interpolated, 1: as trained
     return keep * inv_freq + (1 - keep) * inv_freq / rope.stretch
 
@@ -70,10 +70,10 @@ def _llama3(rope: Rope, inv_freq: Tensor) -> Tensor:
 def _yarn(rope: Rope, inv_freq: Tensor) -> Tensor:
     trained, dim = float(rope.original_max_position_embeddings or 0), 2 * inv_freq.numel()
 
-    def pair_with(turns: float) -> float:  # index of the pair that turns so often within the trained length
+    def pair_with(turns: float) -> float:  # index of the pair that makes these turns in the trained length
         return dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
 
-    # pairs before the first stay as trained, those behind the last are interpolated
+    # pairs before `first` stay as trained, and pairs after `last` are interpolated
     first, last = pair_with(rope.beta_fast or 32), pair_with(rope.beta_slow or 1)
     if rope.truncate is not False:
         first, last = math.floor(first), math.ceil(last)
@@ -92,12 +92,12 @@ def _factor_on_cos_and_sin(rope: Rope) -> float:
 
 
 def yarn_factor(rope: Rope) -> float:
-    """The number by whose square DeepSeek multiplies the scores' scale where the positions are stretched."""
+    """Return the number whose square multiplies the scores' scale in DeepSeek models with stretched positions."""
     if rope.rope_type == "default" or not rope.mscale_all_dim:
         return 1.0
     return _mscale(rope, rope.mscale_all_dim)
 
 
 def _mscale(rope: Rope, weight: float) -> float:
-    """Yarn's growth of the scores with the stretch: arXiv 2309.00071, equation 22, where weight is 1."""
+    """Return yarn's factor for the scores' growth with the stretch: arXiv 2309.00071, equation 22, if weight is 1."""
     return 0.1 * weight * math.log(rope.stretch) + 1.0 if rope.stretch > 1 else 1.0

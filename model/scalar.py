@@ -1,10 +1,10 @@
-"""The transformer with one number a token in place of logits: a reward model's score, a critic's value.
+"""The transformer with one number per token instead of logits: a reward model's score, or a critic's value.
 
     value = w . hidden + bias          w (C,) drawn with std 1 / sqrt(C + 1)
 
-`checkpoint.load_scalar_model` reads it from a Hugging Face *ForSequenceClassification folder, or puts a fresh head on a
-causal one; `checkpoint.save_model` writes it. bias is a constant, not trained: transformers' head has none, so in such
-a folder it is a key of config.json, and transformers' scores are ours less the bias.
+`checkpoint.load_scalar_model` reads it from a Hugging Face *ForSequenceClassification folder, or adds a fresh head to a
+causal model; `checkpoint.save_model` writes it. bias is a constant and not trained. The head of transformers has none,
+so bias is stored as a key of config.json. The scores of transformers are lower by the bias.
 
 Source: the head's scale from Huang et al. 2024, https://arxiv.org/abs/2403.17031, section 4
 """
@@ -19,7 +19,10 @@ from .transformer import Transformer
 
 
 class ScalarModel(nn.Module):
-    """A Transformer without its language head, and score (1, C). Drawn from `seed`; nothing is on the meta device."""
+    """A Transformer with a scalar head `score` (1, C) in place of its language head.
+
+    Weights are drawn from `seed`. On the meta device nothing is drawn.
+    """
 
     def __init__(self, config: ModelConfig, seed: int = 0, device: torch.device | str = "cpu"):
         super().__init__()
@@ -32,7 +35,7 @@ class ScalarModel(nn.Module):
             self.draw_head(seed, torch.float32, device)
 
     def draw_head(self, seed: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        """A fresh head from `seed`, the same on every device."""
+        """Draw a fresh head from `seed`. It is the same on every device."""
         width = self.config.hidden_size
         drawn = torch.empty(1, width).normal_(generator=torch.Generator().manual_seed(seed))
         self.score.weight = nn.Parameter((drawn / (width + 1) ** 0.5).to(device, dtype))
@@ -46,11 +49,11 @@ class ScalarModel(nn.Module):
         return self.body.device
 
     def values(self, packed: Packed, rows: Tensor) -> Tensor:
-        """The value at each of `rows` (n,) int64 of packed.tokens, (n,) fp32 (fp64 from fp64).
+        """Return the value at each of `rows` (n,) int64 of packed.tokens: (n,) fp32, or fp64 for fp64.
 
-        A row's value has seen its own token and what stands before it, its parent's tokens included.
+        The value of a row depends on the row's own token and the tokens before it, including those of its parent.
         """
         hidden = self.body(packed)[rows]  # (n, C)
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        with torch.autocast(hidden.device.type, enabled=False):  # bf16 keeps only 8 bits of a score
+        with torch.autocast(hidden.device.type, enabled=False):  # bf16 would keep only 8 bits of a score
             return F.linear(hidden.to(wide), self.score.weight.to(wide)).squeeze(1) + self.bias

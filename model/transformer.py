@@ -1,12 +1,12 @@
-"""One decoder-only transformer on packed tokens; every architecture is a ModelConfig.
+"""A decoder-only transformer on packed tokens. Every architecture is a ModelConfig.
 
     x = embedding[tokens]                                                            (total, C)
     for each layer:   h = x + o_proj(attention(rope(norm(q)), rope(norm(k)), v))     with q, k, v linear in rms_norm(x)
                       x = h + down(silu(gate(y)) * up(y))                            with y = rms_norm(h)
     hidden = rms_norm(x)          logits = hidden head^T, never formed in training: see `score`
 
-There is no batch dimension and no padding: sequences lie end to end (packed.py). Parameter names are those of a Hugging
-Face checkpoint, without the leading "model.". Attention is in attention.py, the head in head.py.
+There is no batch dimension and no padding: sequences are concatenated (packed.py). Parameter names are those of a
+Hugging Face checkpoint, without the leading "model.". Attention is in attention.py, and the head in head.py.
 """
 
 from dataclasses import replace
@@ -34,7 +34,7 @@ from .vocabulary import Vocabulary
 
 
 class MLP(nn.Module):
-    """The feed-forward layer, two matrices of C to F with a gate and one back."""
+    """The feed-forward layer: two matrices from C to F, one of them the gate, and one from F to C."""
 
     def __init__(self, config: ModelConfig, size: int | None = None):
         super().__init__()
@@ -45,13 +45,16 @@ class MLP(nn.Module):
         self.down_proj = Linear(F_, C, config.mlp_bias)
 
     def forward(self, x: Tensor, now: Pass) -> Tensor:
-        """x (total, C) to (total, C)."""
+        """Apply the layer to x (total, C), and return (total, C)."""
         gate, up = linears_of((self.gate_proj, self.up_proj), x, now.adapter)  # (total, F)
         return self.down_proj(self.activation(gate, up), now.adapter)
 
 
 class Layer(nn.Module):
-    """Attention and the feed-forward layer, or experts in its place, each on a norm and added to its input."""
+    """A transformer layer: attention, and then a feed-forward layer or experts.
+
+    Each of the two reads a norm of its input, and its output is added to the input.
+    """
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -68,7 +71,10 @@ class Layer(nn.Module):
         self.eps = config.rms_norm_eps
 
     def forward(self, x: Tensor, now: Pass, rows: Tensor | None = None) -> Tensor:
-        """x (total, C) to (total, C), or with `rows` (n,) to these alone: the others are only attended to."""
+        """Apply the layer to x (total, C), and return (total, C).
+
+        With `rows` (n,) the result is (n, C). The feed-forward layer then runs for these tokens only.
+        """
         if self.pre_feedforward_layernorm is not None:
             return self._gemma(x, now, rows)
         y = self.self_attn(rms_norm(x, self.input_layernorm.weight, self.eps), now)
@@ -77,7 +83,7 @@ class Layer(nn.Module):
         return h + self.mlp(y, now)
 
     def _gemma(self, x: Tensor, now: Pass, rows: Tensor | None) -> Tensor:
-        """Each branch is also normalised before it is added."""
+        """Apply the layer like `forward`, but also normalise each branch before it is added."""
         assert self.pre_feedforward_layernorm is not None and self.post_feedforward_layernorm is not None
         y = self.self_attn(rms_norm(x, self.input_layernorm.weight, self.eps, unit_offset=True), now)
         x, y, now = _narrow(x, y, now, rows)
@@ -88,9 +94,9 @@ class Layer(nn.Module):
 
 
 def _narrow(x: Tensor, y: Tensor, now: Pass, rows: Tensor | None) -> tuple[Tensor, Tensor, Pass]:
-    """x and y (total, C) to (n, C), and the pass with the adapters of these tokens: `rows` (n,) go on alone.
+    """Select `rows` (n,) of x and y (total, C), and their adapters in the pass. None selects all rows.
 
-    The last layer of `prefill` makes no more than what is read of it.
+    The last layer of `prefill` uses it, because only the last token of each segment is read.
     """
     if rows is None:
         return x, y, now
@@ -101,20 +107,23 @@ def _narrow(x: Tensor, y: Tensor, now: Pass, rows: Tensor | None) -> tuple[Tenso
 
 
 class Transformer(nn.Module):
-    """Weights N(0, initializer_range) from `seed`, norms one, biases zero; on the meta device nothing is drawn.
+    """A transformer with a language head, initialised from `seed`.
 
-    checkpoint_activations: keep only each layer's input in training and run the layer again in the backward pass.
+    Weights are drawn from N(0, initializer_range), norms are one, and biases are zero. On the meta device nothing is
+    drawn.
+
+    checkpoint_activations: save only each layer's input in training, and run the layer again in the backward pass.
     """
 
     def __init__(self, config: ModelConfig, seed: int = 0, device: torch.device | str = "cpu"):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False
-        self.adapter: LoraConfig | None = None  # what adapter.py has added
-        self.routing: tuple[RouteStatistics, ...] = ()  # of the latest forward pass, by layer with experts
-        # the base's own values of what an adapter trains whole, by name
+        self.adapter: LoraConfig | None = None  # the adapter that adapter.py has added
+        self.routing: tuple[RouteStatistics, ...] = ()  # of the latest pass, one per layer with experts
+        # by name, the base's values of the tensors that an adapter trains in full
         self.replaced: dict[str, Tensor] = {}
-        self.dtypes: Dtypes | None = None  # of the folder that the weights were read from
+        self.dtypes: Dtypes | None = None  # the dtypes of the folder that the weights were read from
 
         with torch.device("meta"):
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -128,7 +137,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def _draw(self, seed: int) -> None:
-        """Fill every weight. Matrices are drawn on the CPU: the same weights on every device."""
+        """Fill every weight from the seed. Matrices are drawn on the CPU, so that they are the same on every device."""
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
             if weight.dim() >= 2 and not name.endswith("bias"):
@@ -141,7 +150,7 @@ class Transformer(nn.Module):
             buffer.zero_()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"routing": ()}  # its tensors have a graph, which a copy of the model has not
+        return self.__dict__ | {"routing": ()}  # a copy of the model cannot have the graph of its tensors
 
     @property
     def device(self) -> torch.device:
@@ -149,13 +158,13 @@ class Transformer(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """(V, C): the embedding itself where the two are tied, an adapter multiplied in."""
+        """The head's weight (V, C), including an adapter. It is the embedding itself if the two are tied."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.merged()
 
     # ---- tokens to hidden states
 
     def forward(self, packed: Packed) -> Tensor:
-        """Hidden states after the final norm, (total, C)."""
+        """Return the hidden states after the final norm, (total, C)."""
         x, now = self._embed(packed.tokens), self._packed_pass(packed)  # (total, C)
         for layer in self.layers:
             if self.checkpoint_activations and torch.is_grad_enabled():
@@ -166,7 +175,10 @@ class Transformer(nn.Module):
         return self._final(x)
 
     def prefill(self, packed: Packed, cache: Cache) -> Tensor:
-        """Write the cache where its `open` aimed. Returns hidden states of each segment's last token, (segments, C)."""
+        """Run prompts, and store their keys and values in the cache rows that `cache.open` set.
+
+        Returns the hidden state of each segment's last token, (segments, C).
+        """
         x, now = self._embed(packed.tokens), self._packed_pass(packed, cache)
         *layers, final = self.layers
         for layer in layers:
@@ -174,7 +186,7 @@ class Transformer(nn.Module):
         return self._final(final(x, now, packed.cu_seqlens[1:].long() - 1))
 
     def decode(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """One further token (B,) for each of the cache's first B slots to hidden states (B, C)."""
+        """Run one new token for each of the cache's first B slots: tokens (B,) to hidden states (B, C)."""
         adapter = None if cache.adapter is None else cache.adapter[: tokens.numel()]
         now = self._pass(cache.grow(tokens.numel()), cache=cache, adapter=adapter)
         x = self._embed(tokens)
@@ -192,26 +204,29 @@ class Transformer(nn.Module):
         )
 
     def _pass(self, positions: Tensor, **more: Any) -> Pass:
-        """The operands of a pass over tokens at `positions` (total,). more: the other fields of a Pass."""
+        """Return the Pass of tokens at `positions` (total,). more: the other fields of the Pass."""
         config, dim = self.config, self.config.rotary_dim
         cos, sin = cos_and_sin(config.rope, dim, positions)
         local = None if config.local_rope is None else cos_and_sin(config.local_rope, dim, positions)
         return Pass(cos, sin, local=local, **more)
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        """tokens (total,) to (total, C), in gemma times a factor rounded as transformers rounds it."""
+        """Return the embeddings (total, C) of tokens (total,).
+
+        Gemma multiplies them by sqrt(C), rounded to their dtype as in transformers.
+        """
         x = self.embed_tokens(tokens)
         return x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype) if self.config.gemma else x
 
     def _final(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.norm.weight, self.config.rms_norm_eps, unit_offset=self.config.gemma)
 
-    # ---- hidden states to words
+    # ---- hidden states to logits
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., C) to (..., V) in fp32 (fp64 from fp64), from the inputs and with the precision that `score` uses.
+        """Compute the logits (..., V) of hidden states (..., C), in fp32 (fp64 for fp64).
 
-        An adapter of the head, without its dropout, comes on top.
+        Inputs and products have the precision that `score` gives them. The head's adapter is included, without dropout.
         """
         return full_logits(hidden, self.lm_head, self.embed_tokens.weight)
 
@@ -224,14 +239,18 @@ class Transformer(nn.Module):
         support: Tensor | None = None,
         vocabulary: Vocabulary | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Score the tokens at `rows` (n,), given what stands before them: (logprob, lse, entropy), each (n,) fp32.
+        """Score the tokens at `rows` (n,), given the tokens before them.
 
-        Row i's own token is scored from packed.predictors[i], so that masks never shift. support: (n, K_max) int32, the
-        ids kept by a truncating sampler, padded with -1. vocabulary: the ids that a sampler drew from, on the model's
-        device; None for the whole head. Raises ValueError where a row is the first of its sequence; on a GPU, where
-        looking would stall it, such a row gives NaN.
+        rows: (n,) int, indices into packed.tokens. The token at row i is scored from row packed.predictors[i], so
+            callers never shift masks.
+        support: (n, K_max) int32, the ids that a truncating sampler kept, padded with -1.
+        vocabulary: the ids that a sampler drew from, on the model's device, or None for the whole head. It is ignored
+            if a support is given.
+
+        Returns (logprob, lse, entropy), each (n,) fp32. Raises ValueError if a row is the first of a sequence without a
+        parent. On a GPU the check would stall the device, and such a row gives NaN.
         """
-        vocabulary = vocabulary if support is None else None  # a support holds nothing but tokens
+        vocabulary = vocabulary if support is None else None  # a support holds only ids of the vocabulary
         hidden, head = self.before_head(packed, rows, vocabulary)
         targets = packed.tokens[rows]
         targets = targets if vocabulary is None else vocabulary.rows_of(targets)
@@ -240,11 +259,14 @@ class Transformer(nn.Module):
     def before_head(
         self, packed: Packed, rows: Tensor, vocabulary: Vocabulary | None = None
     ) -> tuple[Tensor, Head]:
-        """The operands of the logits that score the tokens at `rows` (n,): hidden states (n, C) and the head.
+        """Return the operands of the logits that score the tokens at `rows` (n,): hidden states (n, C) and the head.
 
-        Both in the dtype that autocast would give their product, and wider than C where the head's adapter has dropout.
-        vocabulary: the head's rows of these ids alone, which `Vocabulary.rows_of` numbers. The first row of a sequence
-        raises, or gives NaN, as in `score`.
+        Both have the dtype that autocast would give their product. They are wider than C if the head's adapter has
+        dropout.
+
+        vocabulary: keep only the head's rows of these ids, in the numbering of `Vocabulary.rows_of`.
+
+        The first row of a sequence raises, or gives NaN, as in `score`.
         """
         hidden, head = self._predicting(packed, rows), Head(self.embed_tokens.weight)
         if self.lm_head is not None:
@@ -253,7 +275,7 @@ class Transformer(nn.Module):
         return hidden, head.among(vocabulary)
 
     def _predicting(self, packed: Packed, rows: Tensor) -> Tensor:
-        """Hidden states (n, C) of the rows that score the tokens at `rows`."""
+        """Return the hidden states (n, C) of the rows that score the tokens at `rows`."""
         predictors = packed.predictors[rows]
         nowhere = predictors < 0
         if not readable(predictors):
@@ -268,10 +290,13 @@ class Transformer(nn.Module):
     # ---- experts
 
     def balance_loss(self, coefficient: float | None = None, *, pooled: bool = True) -> Tensor:
-        """Unevenness of the experts' load in the latest forward pass, times a coefficient: config.json's by default.
+        """Return the load-balance loss of the experts for the latest forward pass, times a coefficient.
 
-        () with a gradient, 0 without experts. pooled: over the tokens of all layers at once, as transformers has it;
-        otherwise the mean of each layer's own.
+        coefficient: by default that of config.json.
+        pooled: whether the load is counted over the tokens of all layers at once, as in transformers. Otherwise the
+            mean of each layer's own loss is taken.
+
+        Returns a scalar with a gradient, or 0 without experts.
         """
         experts = self.config.experts
         if experts is None or not self.routing:

@@ -1,1 +1,1 @@
-"""Ops on a linear head that never hold its logits."""
+"""Ops on a linear head that never hold all of its logits in memory."""

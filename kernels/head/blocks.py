@@ -1,10 +1,10 @@
-"""Blocks of logits, of which there is never more than a memory budget holds: what ops on a linear head share.
+"""Blocks of logits, shared by the ops on a linear head. A block never takes more than a memory budget.
 
     z = hidden W^T + bias        s = softcap tanh(z / softcap)        u = s / temperature
 
-A block is some rows by some columns of the vocabulary, and a head of its own: `chunk_of` cuts columns, `rows_of` rows.
-On a GPU a program of a kernel walks tiles of products; on a CPU torch writes a block into one buffer, used again for
-the next.
+A block is some rows by some columns of the vocabulary, and is itself a Head. `chunk_of` selects columns and `rows_of`
+selects rows. On a GPU the programs of a kernel compute the tiles of the products. On a CPU torch writes each block into
+the same buffer.
 """
 
 # Triton's launches and tuples are opaque to pyright
@@ -36,7 +36,7 @@ from ..tiles import HEAD, Tile, chip_of, row_of
 
 @triton.jit
 def _place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
-    # GROUP blocks of tokens stay in L2 while the vocabulary passes by
+    # (row, column) of a tile, ordered so that GROUP blocks of tokens stay in L2 while the vocabulary is walked
     group = tile // (GROUP * tiles_n)
     rows = tl.minimum(tiles_m - group * GROUP, GROUP)
     place = tile % (GROUP * tiles_n)
@@ -48,7 +48,7 @@ def _products(
     h, w, m, n, T, N, C, h_stride, w_stride,
     TMA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    # h and w are descriptors with TMA, pointers without; what lies outside is 0
+    # h and w are descriptors with TMA, and pointers without; elements outside are 0
     z = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if TMA:
         for k in range(0, C, BLOCK_K):
@@ -69,7 +69,7 @@ def _products(
 
 @triton.jit
 def _quarter(z, INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    # an epilogue on a quarter of the tile at a time: 128x256 then fits into sm_90's registers without spills
+    # the epilogue works on a quarter of the tile at a time, so that 128x256 fits into sm_90's registers without spills
     half = tl.split(tl.permute(tl.reshape(z, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))[INDEX // 2]
     return tl.split(tl.permute(tl.reshape(half, (BLOCK_M, 2, BLOCK_N // 4)), (0, 2, 1)))[INDEX % 2]
 
@@ -97,7 +97,7 @@ def _store_gradient(
     d, dz, db_ptr, m, first, rows, cols, T, N, dz_stride,
     WITH_DBIAS: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
-    # d is a tile of the logits' gradient, from column `first` on. dbias: its sum over the rows
+    # d is a tile of the logits' gradient, from column `first` on; dbias is its sum over the rows
     if WITH_DBIAS:
         sums = tl.sum(tl.where((rows < T)[:, None], d, 0.0), 0)
         tl.store(db_ptr + m.to(tl.int64) * N + cols, sums, cols < N)
@@ -117,12 +117,16 @@ GROUP = 2 if INTERPRET else 8  # blocks of tokens
 
 
 def has_tma(h: Tensor) -> bool:
-    """Half precision in rows of whole 16 bytes, on Hopper or a data centre's Blackwell (gfx942 calls itself 9.4)."""
+    """Return whether the kernels load h through tensor descriptors (TMA).
+
+    They do for half precision, rows of a multiple of 16 bytes, and Hopper or Blackwell for data centres. AMD's gfx942
+    reports the capability (9, 4), and is excluded.
+    """
     return h.itemsize == 2 and h.shape[1] % 8 == 0 and capability(h)[0] in (9, 10) and capability(h) != (9, 4)
 
 
 def tile_of(h: Tensor) -> Tile:
-    """The part of u that a program computes; on no chip does an epilogue spill (bench/static.json)."""
+    """Return the tile of u, the scaled logits, that one program computes. It spills on no chip (bench/static.json)."""
     if INTERPRET:
         return HEAD["interpreted"]
     if h.dtype == torch.float32:
@@ -136,13 +140,17 @@ def described(x: Tensor, block: list[int], tma: bool) -> Tensor | TensorDescript
 
 
 def grid_of(h: Tensor, N: int, tile: Tile, tma: bool) -> tuple[int]:
-    """One program a processor walks the tiles where a tile of 128x256 fills it; elsewhere one program a tile."""
+    """Return the grid of a kernel that computes logits of all rows of h and N columns.
+
+    With TMA each multiprocessor has one program that loops over tiles, because a tile of 128x256 fills a
+    multiprocessor. Otherwise each tile has its own program.
+    """
     tiles = cdiv(h.shape[0], tile.M) * cdiv(N, tile.N)
     return (min(tiles, multiprocessors(h)) if tma or INTERPRET else tiles,)
 
 
 def launch_arguments(block: Head, tile: Tile, tma: bool) -> dict[str, Any]:
-    """A block by the names that every kernel of this room has for it."""
+    """Return the kernel arguments that describe a block, under the names that all kernels of this folder use."""
     h, w, _, bias, temperatures, temperature, softcap = block
     (T, C), N = h.shape, w.shape[0]
 
@@ -158,19 +166,22 @@ def launch_arguments(block: Head, tile: Tile, tma: bool) -> dict[str, Any]:
 
 # ---- a head and its blocks
 
-CPU_NARROWEST = 256  # columns, below which the products slow down; then fewer rows make a block
+CPU_NARROWEST = 256  # the fewest columns of a block, because narrower products are slow
 GPU_NARROWEST = 4096
 
 
 def bytes_of(hidden: Tensor, copies: int) -> int:
-    """Bytes of an element of a block: of its gradient, which Triton writes alone; in torch, of that many copies."""
+    """Return the bytes that one element of a block takes.
+
+    On the Triton path only the gradient of a block is in memory. On the torch path it is `copies` times fp32 or wider.
+    """
     return hidden.itemsize if use_triton(hidden) else copies * max(4, hidden.itemsize)
 
 
 def blocks_of(head: Head, memory_budget: int, size: int) -> tuple[list[slice], list[slice]]:
-    """Rows and columns of the blocks: all rows if their block is wide enough, and blocks of equal width.
+    """Return (rows, columns), the slices that cut a head into blocks of equal width within the memory budget.
 
-    size: bytes that an element of a block takes.
+    A block has all rows, unless it would then have too few columns. size: the bytes that an element of a block takes.
     """
     tokens, V = head.hidden.shape[0], head.weight.shape[0]
     elements = memory_budget // size
@@ -181,7 +192,7 @@ def blocks_of(head: Head, memory_budget: int, size: int) -> tuple[list[slice], l
 
 
 def aligned(columns: int) -> int:
-    """The stride of a block's rows: whole cache lines, which the matrix units load, whatever the vocabulary."""
+    """Return the row stride of a block of this many columns, rounded up to whole cache lines for the matrix units."""
     return (columns + 63) // 64 * 64
 
 
@@ -190,15 +201,19 @@ def slices(length: int, step: int) -> list[slice]:
 
 
 def part_of(x: Tensor, part: slice) -> Tensor:
-    """Some rows of x. All of them are x itself: a view takes the host a microsecond."""
+    """Return some rows of x, or x itself for all rows, because making a view costs the host a microsecond."""
     return x if part.stop - part.start == x.shape[0] else x[part]
 
 
 def operand(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """x as the products take it: rows on end, and fp32 on the CPU, whose half precision is ten times slower."""
+    """Return x as the products take it: contiguous, aligned to 16 bytes, and in `dtype`.
+
+    The default dtype is that of x on the Triton path, and fp32 on the CPU, whose half precision is ten times slower.
+    fp64 stays fp64.
+    """
     dtype = dtype or (x.dtype if use_triton(x) else torch.promote_types(x.dtype, torch.float32))
     x = (x if x.dtype == dtype else x.to(dtype)).contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()  # a descriptor starts at 16 bytes
+    return x if x.data_ptr() % 16 == 0 else x.clone()  # a descriptor's address is a multiple of 16
 
 
 def with_operand(head: Head) -> Head:
@@ -207,9 +222,9 @@ def with_operand(head: Head) -> Head:
 
 
 def chunk_of(head: Head, columns: slice) -> Head:
-    """Some columns of the vocabulary, of a head whose hidden states are an operand.
+    """Return the part of a head for some columns of the vocabulary. Its hidden states must have gone through `operand`.
 
-    An adapter's B stands beside W: [h, scaling h A^T] [W, B]^T.
+    The rows of an adapter's B are appended to those of W: [h, scaling h A^T] [W, B]^T.
     """
     hidden, weight, lora_b, bias, temperatures, temperature, softcap = head
     w, dtype = operand(part_of(weight, columns), hidden.dtype), hidden.dtype
@@ -226,7 +241,7 @@ def rows_of(head: Head, rows: slice) -> Head:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a b into out, which may be wider than a and b."""
+    """Write the matrix product a b to `out`, and return it. The dtype of `out` may be wider than that of a and b."""
     if out.dtype == a.dtype:
         return torch.mm(a, b, out=out)
     if a.is_cuda:
@@ -235,21 +250,22 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def accumulate(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """out + a b into out, which may be wider than a and b."""
+    """Add the matrix product a b to `out`, and return it. The dtype of `out` may be wider than that of a and b."""
     if out.dtype != a.dtype and a.is_cuda:
         return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     return out.addmm_(a.to(out.dtype), b.to(out.dtype))
 
 
-CAST = 2**18  # elements of a head: their fp32 stays in a core's cache
+CAST = 2**18  # elements of the weight cast at a time, whose fp32 copy stays in a core's cache
 
 
 def logits_of(
     hidden: Tensor, weight: Tensor, low: Tensor | None = None, lora_b: Tensor | None = None
 ) -> Tensor:
-    """hidden W^T + low B^T, (tokens, V) in fp32, of operands in the dtype of `hidden`. No gradient.
+    """Compute hidden W^T + low B^T, (tokens, V), in at least fp32, without a gradient.
 
-    A GPU multiplies half precision into fp32. A CPU, where that is slow, widens a part of W at a time, never all of it.
+    W and B are cast to the dtype of `hidden`. A GPU multiplies half precision and accumulates in fp32. A CPU would be
+    slow at that, so it widens a part of W at a time.
     """
     V, C = weight.shape
     logits = hidden.new_empty(len(hidden), V, dtype=torch.promote_types(hidden.dtype, torch.float32))
@@ -264,7 +280,7 @@ def logits_of(
 
 
 def buffer_of(h: Tensor, row_blocks: list[slice], chunks: list[slice]) -> Tensor:
-    """Room for the largest block."""
+    """Return a flat buffer that has room for the largest block."""
     return h.new_empty(row_blocks[0].stop * aligned(chunks[0].stop) if row_blocks else 0)
 
 
@@ -274,7 +290,7 @@ def block_of(buffer: Tensor, rows: slice, width: int) -> Tensor:
 
 
 def scaled_(z: Tensor, block: Head) -> Tensor:
-    """u from raw products of this block, in place."""
+    """Compute u from the raw products z of this block, in place: add the bias, apply softcap and temperature."""
     if block.bias is not None:
         z += block.bias
     if block.softcap is not None:
@@ -291,7 +307,7 @@ def _tempered_(x: Tensor, block: Head) -> Tensor:
 
 
 def softcap_slope(u: Tensor, block: Head) -> Tensor | None:
-    """ds/dz = 1 - (s / softcap)^2, of this block's u; None without a softcap."""
+    """Return ds/dz = 1 - (s / softcap)^2 for this block's u, or None without a softcap."""
     if block.softcap is None:
         return None
     temperature = block.temperature if block.temperatures is None else block.temperatures[:, None]
@@ -299,18 +315,25 @@ def softcap_slope(u: Tensor, block: Head) -> Tensor | None:
 
 
 def unscaled_(du: Tensor, slope: Tensor | None, block: Head) -> Tensor:
-    """dz from du, in place: du ds/dz / temperature."""
+    """Compute dz from du in place: du ds/dz / temperature."""
     _tempered_(du, block)
     return du if slope is None else du.mul_(slope)
 
 
 def exponential(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """At least 1.6e-38: where no normal fp32 holds the result, torch's takes 15 to 50 times as long (AMD EPYC)."""
+    """Compute exp(x) with x clamped to at least -87, so that the result is at least 1.6e-38.
+
+    For a result below the normal fp32 numbers, torch's exp takes 15 to 50 times as long (measured on an AMD EPYC).
+    """
     return torch.clamp(x, min=-87, out=out).exp_()
 
 
 def locate(targets: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
-    """The target's column (rows, 1) in a chunk of the vocabulary, and (rows,) whether it is in the chunk at all."""
+    """Return (column, inside) for targets in a chunk of the vocabulary that begins at `start`.
+
+    column: (rows, 1), the target's column, clamped to the chunk.
+    inside: (rows,) bool, whether the target is in the chunk.
+    """
     column = targets - start
     return column.clamp(0, width - 1)[:, None], (column >= 0) & (column < width)
 
@@ -319,7 +342,7 @@ def locate(targets: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 class HeadGradients(NamedTuple):
-    """Gradients of an op whose argument `head` is a Head; None where it is not asked for."""
+    """The gradients of an op whose argument `head` is a Head. A gradient that is not asked for is None."""
 
     head_hidden: Tensor | None
     head_weight: Tensor | None
@@ -334,10 +357,13 @@ def head_gradients(
     size: int,
     fill: Callable[[Head, slice, slice, Tensor], Tensor],
 ) -> HeadGradients:
-    """The head's gradients from the logits'.
+    """Compute the gradients of a head from the gradient of its logits, block by block.
 
-    fill(block, rows, columns, dz) writes dz of one block, (rows, columns), and returns its sum over the rows where
-    dbias is asked for. A chunk of the vocabulary owns its rows of dW: they come out of one product, in fp32.
+    fill(block, rows, columns, dz): writes dz (rows, columns) of one block. It returns the sum of dz over the rows if
+        dbias is asked for.
+    size: the bytes that an element of a block takes.
+
+    A chunk of the vocabulary has its own rows of dW, which one product computes with fp32 accumulation.
     """
     operands, wide = with_operand(head), torch.promote_types(head.hidden.dtype, torch.float32)
     h, weight, lora_b = operands.hidden, head.weight, head.lora_b
@@ -355,7 +381,7 @@ def head_gradients(
         chunk = chunk_of(operands, columns)
         w = chunk.weight
 
-        # a chunk's dW is one product where all rows are one block; elsewhere a sum in fp32
+        # a chunk's dW is one product if one block has all rows; otherwise it is summed in fp32
         outs = []
         for dw, x in sides:
             direct = len(row_blocks) == 1 and dw.dtype in (h.dtype, wide)

@@ -1,8 +1,8 @@
-"""Divergence of two linear heads, a number a token, without the logits of either.
+"""Divergence of two linear heads, one number per token, without the logits of either head in memory.
 
     z = hidden W^T + bias        s = softcap tanh(z / softcap)        u = s / temperature        p = softmax(u)
 
-with p_S the student's and p_T the teacher's, which has no gradient:
+with p_S of the student and p_T of the teacher, which has no gradient:
 
     beta = 0    D = KL(p_T || p_S) = sum_j p_T (log p_T - log p_S)          du_S = p_S - p_T
     beta = 1    D = KL(p_S || p_T) = sum_j p_S (log p_S - log p_T)          du_S = p_S (sum_k p_S gap - gap)
@@ -10,30 +10,29 @@ with p_S the student's and p_T the teacher's, which has no gradient:
 
     gap = u_T - u_S of the KLs        gap = log p_S - log m of the mixture m = beta p_T + (1 - beta) p_S: mixture.py
 
-The two KLs are the ends by definition: the limit of the mixture's formula there is 0. From du the rest follows as in
-logprob.py: dz, dhidden, dW, dbias.
+The two ends are KLs by definition: the limit of the mixture's formula there is 0. dz to dbias follow as in logprob.py.
 
-With logits in the thousands a gap and its mean are as large, and du, their difference, is small or 0. So all gaps of a
-row are relative to the one at the likeliest id, the student's, or the teacher's for beta = 0, whose p weighs them:
+With logits in the thousands, a gap and its mean are of that size, and their difference du is small or 0. So all gaps of
+a row are relative to the gap at the most likely id of the student, or of the teacher for beta = 0, whose p weighs them:
 
     gap = gap_at_top + gap_beyond        mean_gap = sum_j p gap_beyond
     D = mean_gap + gap_at_top - lse_T + lse_S for beta = 0, and the negative of that for beta = 1
 
-What is summed where. Tiles of both logits are made in the forward and again in the backward, and are not kept:
+The sums. The forward and the backward each compute tiles of both logits, and keep none of them:
 
                 columns of a tile           of the next tile
     u_S, u_T    [quarter > quarter > ...]   [quarter > ...]   ...   sums grow from quarter to quarter: online softmax
                             |                      |
                           Piece                  Piece        ...   (pieces, 6, rows), six numbers of a tile's row
-                            '----------+-----------'----------      merged, as the quarters were
+                            '----------+-----------'----------      merged in the same way as the quarters
                                      Norms  >  D                    (6, rows)
     forward of a mixture:   u_S, u_T,  Norms  >  gaps  >  D         u_S, u_T of some rows are kept until then
     backward:               u_S, u_T,  Norms  >  du_S  >  dz
 
-Memory, in elements: eager code writes (tokens, V) logits of both, their logarithms and the gradient, and reads them
-again: about 14 tokens V. Here the forward keeps of each tile six numbers a row, and the backward, which computes both
-heads' logits again, writes the student's gradient a chunk of the vocabulary at a time: 3 tokens V; a mixture's forward
-writes both logits of some rows, and reads them: 4 tokens V more.
+Memory, in elements: eager code writes (tokens, V) logits of both heads, their logarithms and the gradient, and reads
+them again: about 14 tokens V. Here the forward keeps six numbers of each tile's row. The backward computes both heads'
+logits again and writes the student's gradient, a chunk of the vocabulary at a time: 3 tokens V. The forward of a
+mixture also writes and reads both logits of some rows: 4 tokens V more.
 
 Source: GKD, Agarwal et al. 2023, https://arxiv.org/abs/2306.13649, eq. 1
 """
@@ -102,14 +101,14 @@ def _token_divergence_fwd(
     REVERSE: tl.constexpr, KEEP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    # Piece of every row of a tile; p weighs the gaps with REVERSE, q without. KEEP: both logits in place of sum_gap
+    # A Piece for every row of a tile. p weighs the gaps with REVERSE, q without. KEEP: store both logits, not sum_gap
     tiles_m, tiles_n = tl.cdiv(T, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
         m, n = _place(tile, tiles_m, tiles_n, GROUP)
         z = _products(h, w, m, n, T, N, C, h_stride, w_stride, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
         tz = _products(th, tw, m, n, T, N, TC, th_stride, tw_stride, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
 
-        # what the quarters of the tile are taken into, one after another
+        # sums over the quarters of the tile, updated with one quarter after another
         rows = m * BLOCK_M + tl.arange(0, BLOCK_M)
         sharpness = _sharpness(temperature_ptr, rows, T, temperature, HAS_TEMPERATURES)
         top = tl.full([BLOCK_M], -1e30, tl.float32)
@@ -135,7 +134,7 @@ def _token_divergence_fwd(
             t = tl.where(inside, t, -1e30)  # p times gap is 0 there
             gap = t - u
 
-            # the tops so far, and the gap at that of the distribution that weighs
+            # the tops so far, and the gap at the top of the weighing distribution
             here, teacher_here = tl.max(u, 1), tl.max(t, 1)
             new_top, new_teacher_top = tl.maximum(top, here), tl.maximum(teacher_top, teacher_here)
             if REVERSE:
@@ -145,7 +144,7 @@ def _token_divergence_fwd(
                 gap_here = tl.max(tl.where(t == teacher_here[:, None], gap, -1e38), 1)
                 new_gap_at_top = tl.where(teacher_here > teacher_top, gap_here, gap_at_top)
 
-            # the sums so far, as they are from the new tops and the new gap_at_top, and the quarter's own
+            # move the sums so far to the new tops and the new gap_at_top, and add the quarter's own sums
             p, q = tl.exp(u - new_top[:, None]), tl.exp(t - new_teacher_top[:, None])
             shrink, teacher_shrink = tl.exp(top - new_top), tl.exp(teacher_top - new_teacher_top)
             if not KEEP:
@@ -216,7 +215,7 @@ def _token_divergence_bwd(
                 gap_beyond = gap - gap_at_top
                 du = p * (gap_beyond - mean_gap)
 
-            # dz of the loss, by way of temperature and softcap
+            # dz of the loss, from du, temperature and softcap
             dlogit = du * gain * sharpness
             if HAS_SOFTCAP:
                 tanh = u / (sharpness * softcap)
@@ -241,7 +240,7 @@ def _tile(student: Head, teacher: Head, mixture_gradient: bool = False) -> Tile:
 
 
 def _launch_arguments(student: Head, teacher: Head, tile: Tile) -> dict[str, Any]:
-    """Blocks of both heads by the names that the kernels have for them."""
+    """Return the kernel arguments that describe blocks of both heads."""
     th, tw = teacher.hidden, teacher.weight
     tma = has_tma(student.hidden) and has_tma(th)
     return launch_arguments(student, tile, tma) | {
@@ -258,11 +257,11 @@ def _launch_arguments(student: Head, teacher: Head, tile: Tile) -> dict[str, Any
 
 
 def _summarise(student: Head, teacher: Head, beta: float, blocks: Blocks, logits: Tensor | None) -> Tensor:
-    """Pieces (pieces, 6, rows) of these rows, as plain.summarise. A mixture's logits (2, rows, V) are kept."""
+    """Return the six sums of each tile's rows, (pieces, 6, rows), and write a mixture's logits (2, rows, V)."""
     rows, V = student.hidden.shape[0], student.weight.shape[0]
     no_copy = all(x.weight.dtype == x.hidden.dtype and x.lora_b is None for x in (student, teacher))
     tile, pieces = _tile(student, teacher), []
-    for columns in [slice(0, V)] if no_copy else blocks[1]:  # chunks, of a weight that is copied
+    for columns in [slice(0, V)] if no_copy else blocks[1]:  # in chunks if the weight is copied
         chunk, teacher_chunk = chunk_of(student, columns), chunk_of(teacher, columns)
         arguments = _launch_arguments(chunk, teacher_chunk, tile)
         N = chunk.weight.shape[0]
@@ -276,7 +275,7 @@ def _summarise(student: Head, teacher: Head, beta: float, blocks: Blocks, logits
 
 
 def _dlogits(student: Head, teacher: Head, upstream: Upstream, dz: Tensor, with_dbias: bool) -> Tensor:
-    """Fill dz (rows, columns) of a block; its sum over the rows is fp32, as it was before rounding."""
+    """Write dz (rows, columns), the gradient of a block's logits. Return its sum over the rows in fp32."""
     (norms, gain, beta), (rows, columns) = upstream, dz.shape
     tile = _tile(student, teacher, 0 < beta < 1)
     arguments = _launch_arguments(student, teacher, tile)
@@ -300,13 +299,13 @@ class _Saved(NamedTuple):
 def _forward(
     head: Head, teacher: Head, mask: Tensor | None, beta: float, memory_budget: int
 ) -> tuple[Tensor, Tensor]:
-    """The divergence, and Norms (6, tokens) for the backward."""
+    """Return the divergence (tokens,), and the Norms (6, tokens), six sums per row that the backward reads."""
     divergence, norms = _shapes(head, teacher, mask, beta, memory_budget)
     student, teacher = with_operand(head), with_operand(teacher)
     on_gpu = use_triton(student.hidden)
     summarise, sums_of = (_summarise, mixture_sums) if on_gpu else (plain.summarise, plain.mixture_sums)
 
-    # a mixture has both logits of some rows, whole, in three quarters of the budget: no product is taken again for m
+    # A mixture keeps all logits of some rows in three quarters of the budget, and so computes no product twice for m
     tokens, V, budget = len(divergence), head.weight.shape[0], memory_budget
     height, mixture = tokens, 0 < beta < 1
     if mixture:
@@ -321,12 +320,12 @@ def _forward(
         logits = kept[:, : band.stop - band.start] if mixture else None
         stacked = plain.merged(summarise(*rows, beta, blocks, logits), beta)
 
-        # log p_T - log p_S at the top
+        # log p_T - log p_S at the top id
         row = Norms(*stacked)
         log_ratio = row.gap_at_top + (row.top - row.teacher_top) + (row.log_sum - row.teacher_log_sum)
 
         if logits is None:
-            # mean of log p_T - log p_S, under p_T for beta = 0, p_S for 1
+            # the mean of log p_T - log p_S under p_T for beta = 0, or p_S for beta = 1
             mean_log_ratio = row.mean_gap + log_ratio
             divergence[band] = mean_log_ratio if beta == 0 else -mean_log_ratio
         else:
@@ -353,14 +352,14 @@ def _backward(saved: _Saved, needs: Any, ddivergence: Tensor) -> HeadGradients:
     head, teacher, mask, norms, beta, budget = saved
     mixture, teacher = 0 < beta < 1, with_operand(teacher)
     gain = ddivergence.contiguous() * (1 - beta if mixture else 1)
-    if mask is not None:  # p = 0 there, whatever the logits
+    if mask is not None:  # masked rows get p = 0, whatever their logits
         norms = norms.clone()
         row = Norms(*norms)
         for top in (row.top, row.teacher_top):
             top.masked_fill_(~mask, 1e30)
         gain = torch.where(mask, gain, 0)
 
-    room = []  # for the teacher's logits, as large as the first block
+    room = []  # holds a buffer for the teacher's logits, as large as the first block
 
     def fill(block: Head, rows: slice, columns: slice, dz: Tensor) -> Tensor:
         blocks = block, rows_of(chunk_of(teacher, columns), rows)
@@ -371,7 +370,7 @@ def _backward(saved: _Saved, needs: Any, ddivergence: Tensor) -> HeadGradients:
             room.append(buffer_of(teacher.hidden, [rows], [columns]))
         return plain.dlogits(*blocks, upstream, dz, block_of(room[0], rows, dz.shape[1]), needs.head_bias)
 
-    # a mixture's larger budget is for its forward: wider blocks win nothing here
+    # the larger budget of a mixture is for its forward: wider blocks gain nothing here
     budget = budget // 4 if mixture else budget
     return head_gradients(head, needs, budget, bytes_of(head.hidden, plain.COPIES), fill)
 
@@ -403,20 +402,21 @@ def token_divergence(
     mask: Tensor | None = None,
     memory_budget: int | None = None,
 ) -> Tensor:
-    """Divergence of a student's next-token distribution from its teacher's, in nats a token, without either's logits.
+    """Compute the divergence between a student's and a teacher's next-token distributions, in nats per token.
 
-    hidden: (tokens, hidden)    weight: (vocabulary, hidden)    bias: (vocabulary,): the student's
-    teacher_hidden: (tokens, teacher_hidden)    teacher_weight: (vocabulary, teacher_hidden): its own width; no gradient
-    lora_a: (R, hidden)    lora_b: (vocabulary, R): of an adapter, W + scaling B A, never multiplied out; teacher_* too
-    beta: 0 is KL(teacher || student), 1 KL(student || teacher); between, beta KL(teacher || m) + (1 - beta)
+    hidden: (tokens, hidden)    weight: (vocabulary, hidden)    bias: (vocabulary,)    the student's head
+    teacher_hidden: (tokens, teacher_hidden)    teacher_weight: (vocabulary, teacher_hidden)    the teacher's, fixed
+    lora_a: (R, hidden)    lora_b: (vocabulary, R)    an adapter, W + scaling B A, never multiplied out
+    teacher_lora_a, teacher_lora_b, teacher_scaling, teacher_softcap: as for the student. The teacher gets no gradient.
+    beta: 0 is KL(teacher || student), 1 is KL(student || teacher). In between, beta KL(teacher || m) + (1 - beta)
         KL(student || m) with m = beta teacher + (1 - beta) student.
-    temperature: finite and above 0, of both, a number or (tokens,); it gets no gradient.
-    mask: (tokens,) bool, True where a row counts; the others give 0 and pass no gradient.
-    memory_budget: bytes that logits and their gradients may take at any time.
+    temperature: of both, a number or (tokens,), finite and above 0. It gets no gradient.
+    mask: (tokens,) bool, True for each row that counts. The other rows give 0 and pass no gradient.
+    memory_budget: the bytes that logits and their gradients may take at any time.
 
-    Returns (tokens,) in fp32 (fp64 for fp64), with gradients to hidden, weight, bias and the adapter. A weight without
-    requires_grad costs no product for dW. Raises ValueError for shapes, dtypes and devices that disagree, for numbers
-    other than these and, on the CPU, for a row's temperature; such a row gives NaN on CUDA.
+    Returns (tokens,) in fp32 (fp64 for fp64), with gradients for hidden, weight, bias and the adapter. A weight without
+    requires_grad costs no product for dW. Raises ValueError for shapes, dtypes and devices that do not match and for
+    numbers out of range. A wrong temperature of a row raises on the CPU, and gives NaN for that row on CUDA.
     """
     student = HeadInputs(hidden, weight, bias, lora_a, lora_b, scaling, softcap)
     adapter = teacher_lora_a, teacher_lora_b, teacher_scaling

@@ -1,11 +1,13 @@
-"""Products with a few rows of a head, those that each token's ids name: what a recorded support is scored from.
+"""Products of hidden states with the few rows of a head that each token's ids name.
+
+They score a recorded support, the ids that a truncating sampler kept.
 
     v = ids_tk        z_tk = hidden_t . W_v        dhidden_t = sum_k dz_tk W_v        dW_v = sum_tk dz_tk hidden_t
 
-50 ids cost 50 products a token, whatever the vocabulary.
+50 ids cost 50 products per token, whatever the size of the vocabulary.
 
-Memory, in elements: rows of W are read where they lie, tokens K_max C of them forward and for dhidden, as many of
-hidden for dW, which is written once, in the order of the sorted ids.
+Memory, in elements: rows of W are read in place, tokens K_max C for the forward and again for dhidden. dW reads as many
+elements of hidden, and is written once, in the order of the sorted ids.
 """
 
 # Triton's launches are opaque to pyright
@@ -30,7 +32,7 @@ from .inputs import HeadInputs, low_rank, scaled
 
 @triton.jit
 def _gathered_fwd(h_ptr, w_ptr, ids_ptr, z_ptr, K, C, V, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
-    # NaN for an id outside the vocabulary, 0 for padding
+    # an id outside the vocabulary gives NaN, and padding gives 0
     row = tl.program_id(0).to(tl.int64)
     ks = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     ids = tl.load(ids_ptr + row * K + ks, ks < K, other=-1).to(tl.int64)  # [BLOCK_K]
@@ -63,7 +65,7 @@ def _gathered_dhidden(dz_ptr, w_ptr, ids_ptr, dh_ptr, K, C, V, BLOCK_K: tl.const
 def _gathered_dweight(
     dz_ptr, h_ptr, pair_ptr, bound_ptr, dw_ptr, K, C, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    # one id's (token, k) pairs stand together after sorting: summed in their order, no atomics
+    # after sorting, an id's (token, k) pairs are neighbours; they are summed in their order, without atomics
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     stop = tl.load(bound_ptr + row + 1)
@@ -96,9 +98,9 @@ class _Gradients(NamedTuple):
 
 
 def _forward(hidden: Tensor, weight: Tensor, ids: Tensor, memory_budget: int) -> Tensor:
-    """z (tokens, K_max), the products of each row with the rows of weight that its ids name; -1 gives 0.
+    """Return z (tokens, K_max), the products of each row with the rows of weight that its ids name.
 
-    An id outside the vocabulary gives NaN, on the Triton path; no gradient of it reaches weight.
+    Padding (-1) gives 0. On the Triton path an id outside the vocabulary gives NaN, and passes no gradient to weight.
     """
     (tokens, K), C = ids.shape, hidden.shape[1]
     z = _shapes(hidden, weight, ids, memory_budget)
@@ -135,7 +137,7 @@ def _backward(saved: _Saved, needs: Any, dz: Tensor) -> _Gradients:
 
 
 def _backward_triton(saved: _Saved, dz: Tensor, dhidden: Tensor | None, dweight: Tensor | None) -> None:
-    """Fills the gradients that there are."""
+    """Write the gradients into dhidden and dweight. A gradient that is None is skipped."""
     hidden, weight, ids, _ = saved
     (tokens, K), (V, C) = ids.shape, weight.shape
     tile = {"BLOCK_K": 8, "BLOCK_C": min(1024, next_power_of_2(C)), "num_warps": 8}
@@ -143,7 +145,7 @@ def _backward_triton(saved: _Saved, dz: Tensor, dhidden: Tensor | None, dweight:
     if dhidden is not None and tokens:
         _gathered_dhidden[(tokens, columns)](dz, weight, ids, dhidden, K, C, V, **tile)
 
-    # the (token, k) pairs in the order of their ids; those of id v stand from bounds[v] to bounds[v + 1]
+    # the (token, k) pairs in the order of their ids; the pairs of id v are those from bounds[v] to bounds[v + 1]
     if dweight is not None:
         named, pairs = torch.where(ids < 0, V, ids).flatten().sort(stable=True)
         bounds = torch.searchsorted(named, torch.arange(V + 1, device=ids.device, dtype=ids.dtype))
@@ -151,7 +153,7 @@ def _backward_triton(saved: _Saved, dz: Tensor, dhidden: Tensor | None, dweight:
 
 
 def _backward_cpu(saved: _Saved, dz: Tensor, dhidden: Tensor | None, dweight: Tensor | None) -> None:
-    """Fills the gradients that there are."""
+    """Write the gradients into dhidden and dweight. A gradient that is None is skipped."""
     hidden, weight, ids, memory_budget = saved
     total = None if dweight is None else torch.zeros_like(dweight, dtype=dz.dtype)
     for rows in _row_blocks(ids, weight.shape[1], dz.itemsize, memory_budget):
@@ -176,9 +178,9 @@ def score_support(
     ignore_index: int,
     memory_budget: int,
 ) -> Scores:
-    """logprob, lse and entropy under a softmax over the ids of support (tokens, K_max) alone.
+    """Return logprob, lse and entropy, (tokens,) each, under a softmax over the ids of support (tokens, K_max) only.
 
-    On CUDA, a target that its row's support does not hold has logprob NaN.
+    On CUDA, a target that is not in its row's support has logprob NaN.
     """
     hidden, weight, bias, lora_a, lora_b, scaling, softcap = inputs
     ids = support.contiguous()

@@ -1,8 +1,8 @@
-"""A linear head as public ops are given it: its logits, its checks, and the Head that blocks are cut from.
+"""The arguments of public ops on a linear head: their checks, their logits, and the Head made from them.
 
     z = hidden (W + scaling B A)^T + bias        s = softcap tanh(z / softcap)        u = s / temperature
 
-W + scaling B A is never multiplied out. Blocks of u: blocks.py.
+W + scaling B A is never multiplied out. blocks.py cuts the Head into blocks of u.
 """
 
 import math
@@ -23,12 +23,12 @@ from .._chip import (
 )
 from ..records import Head
 
-CPU_BUDGET = 2**23  # bytes; a block that stays in the caches: larger ones are slower
-GPU_BUDGET = 2**28  # 16k columns of bf16 gradients at 8k tokens: on an H100, wider ones gain nothing
+CPU_BUDGET = 2**23  # bytes; larger blocks do not stay in the caches and are slower
+GPU_BUDGET = 2**28  # bytes; 16k columns of bf16 gradients at 8k tokens. On an H100, wider blocks gain nothing
 
 
 class HeadInputs(NamedTuple):
-    """A linear head as a public op takes it; `head_of` makes the Head that the blocks are cut from."""
+    """A linear head as a public op takes it. `head_of` makes the Head that is cut into blocks."""
 
     hidden: Tensor  # (tokens, C)
     weight: Tensor  # (V, C)
@@ -43,7 +43,7 @@ class HeadInputs(NamedTuple):
 
 
 def scaled(z: Tensor, bias: Tensor | None, temperature: float | Tensor, softcap: float | None) -> Tensor:
-    """u from raw products z (tokens, N)."""
+    """Compute u from raw products z (tokens, N): add the bias, apply the softcap, divide by the temperature."""
     if bias is not None:
         z = z + bias.to(z.dtype)
     if softcap is not None:
@@ -52,9 +52,9 @@ def scaled(z: Tensor, bias: Tensor | None, temperature: float | Tensor, softcap:
 
 
 def scaled_logits(inputs: HeadInputs, temperature: float | Tensor) -> Tensor:
-    """u (tokens, V), all of it, in fp32, or fp64: finite differences check gradients in that.
+    """Compute all logits u (tokens, V), in fp32, or in fp64 for the finite differences of gradient checks.
 
-    Callers turn autocast off, once for what they compute: that takes microseconds.
+    The caller turns autocast off, once for all that it computes, because turning it off takes microseconds.
     """
     hidden, lora_a, lora_b = inputs.hidden, inputs.lora_a, inputs.lora_b
     wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -68,9 +68,10 @@ def scaled_logits(inputs: HeadInputs, temperature: float | Tensor) -> Tensor:
 
 
 def divergence_of(log_t: Tensor, log_s: Tensor, beta: float) -> Tensor:
-    """KL(t || s) at beta = 0, KL(s || t) at 1, between them beta KL(t || m) + (1 - beta) KL(s || m): (rows,).
+    """Return (rows,): KL(t || s) at beta = 0, KL(s || t) at 1, and beta KL(t || m) + (1 - beta) KL(s || m) in between.
 
-    log_t, log_s (rows, n), log-probabilities, finite: -1e30 in both where there is nothing.
+    m is beta t + (1 - beta) s. log_t and log_s are finite log-probabilities (rows, n). A missing entry is -1e30 in
+    both.
     """
     if beta == 0:
         return (log_t.exp() * (log_t - log_s)).sum(-1)
@@ -85,7 +86,7 @@ def divergence_of(log_t: Tensor, log_s: Tensor, beta: float) -> Tensor:
 
 
 def check_heads(student: HeadInputs, teacher: HeadInputs | None = None) -> None:
-    """Raises ValueError for a head or an adapter that does not fit its hidden states."""
+    """Raise ValueError for a head or an adapter whose shape, dtype, device or numbers do not fit the hidden states."""
     _check_head(student, "")
     if teacher is not None:
         _check_head(teacher, "teacher_")
@@ -95,7 +96,7 @@ def check_heads(student: HeadInputs, teacher: HeadInputs | None = None) -> None:
 
 
 def _check_head(head: HeadInputs, prefix: str) -> None:
-    """prefix: of the arguments' names."""
+    """Check a head without its adapter. `prefix` is put before the argument names in messages."""
     hidden, weight, bias, softcap = head.hidden, head.weight, head.bias, head.softcap
     if hidden.ndim != 2 or hidden.shape[1] == 0:
         raise ValueError(f"{prefix}hidden: expected shape (tokens, hidden), got {tuple(hidden.shape)}")
@@ -133,7 +134,10 @@ def _check_operands(like: Tensor, prefix: str, /, **operands: Tensor | None) -> 
 
 
 def checked_temperature(hidden: Tensor, temperature: float | Tensor) -> float | Tensor:
-    """A number, or one of each row: there what is not above 0 raises ValueError on a CPU, and elsewhere is NaN."""
+    """Return the temperature, a number or one number per row, or raise ValueError.
+
+    Rows that are not above 0 raise on a CPU. Where values cannot be read, as on a GPU, they become NaN.
+    """
     if not isinstance(temperature, Tensor):
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
@@ -151,16 +155,18 @@ def checked_temperature(hidden: Tensor, temperature: float | Tensor) -> float | 
 
 
 def check_rows(name: str, values: Tensor, right: Tensor, expected: str) -> None:
-    """Raises ValueError naming the first row, of (tokens,), that is not right. It reads numbers on the host."""
+    """Raise ValueError that names the first row where `right` (tokens,) is False. It reads numbers on the host."""
     if not right.all():
         row = int((~right).nonzero()[0])
         raise ValueError(f"{name}: expected each row {expected}, got {values[row].item()} in row {row}")
 
 
 def check_ids(name: str, ids: Tensor, vocabulary: int, counts: Tensor | None) -> None:
-    """Raises ValueError for ids (tokens, K) outside a vocabulary, and for a row that counts and has one twice.
+    """Raise ValueError for ids (tokens, K) outside the vocabulary, or an id that a row has twice.
 
-    Negative ids are padding; counts: (tokens,) bool, None for all. It reads numbers on the host.
+    counts: (tokens,) bool, the rows whose ids must be distinct, or None for all rows.
+
+    Negative ids are padding. The check reads numbers on the host.
     """
     if (ids >= vocabulary).any():
         raise ValueError(f"{name}: id {int(ids.max())} is outside a vocabulary of {vocabulary}")
@@ -174,7 +180,7 @@ def check_ids(name: str, ids: Tensor, vocabulary: int, counts: Tensor | None) ->
 
 
 def check_budget(hidden: Tensor, memory_budget: int | None, times: int = 1) -> int:
-    """Bytes: what was asked for, or what suits the device, so many times."""
+    """Return the memory budget in bytes: the one given, or `times` the default of the device."""
     if memory_budget is None:
         return times * (GPU_BUDGET if hidden.is_cuda else CPU_BUDGET)
     budget = whole_number(memory_budget)
@@ -192,31 +198,34 @@ def check_mask(hidden: Tensor, mask: Tensor | None) -> None:
         raise ValueError(f"mask: expected bool, got {mask.dtype}")
 
 
-# ---- from one to the other
+# ---- conversions
 
 
 def logits_fit(inputs: HeadInputs, copies: int, budget: int) -> bool:
-    """Whether autograd's own copies of all logits fit: no need to compute them twice. A GPU's never do."""
+    """Return whether `copies` of all logits fit into the budget, so that autograd may keep them.
+
+    Then nothing has to be computed twice. On the Triton path the result is always False.
+    """
     wide = torch.promote_types(inputs.hidden.dtype, torch.float32)
     elements = inputs.hidden.shape[0] * inputs.weight.shape[0]
     return not use_triton(inputs.hidden) and copies * wide.itemsize * elements <= budget
 
 
 def cast(inputs: HeadInputs) -> HeadInputs:
-    """Hidden states in autocast's dtype, where it is on."""
+    """Return the inputs with hidden states in autocast's dtype, if autocast is on."""
     dtype = autocast_dtype(inputs.hidden)
     return inputs if inputs.hidden.dtype == dtype else inputs._replace(hidden=inputs.hidden.to(dtype))
 
 
 def low_rank(hidden: Tensor, lora_a: Tensor, scaling: float) -> Tensor:
-    """(tokens, R): what an adapter's B is multiplied with."""
+    """Compute scaling hidden A^T, (tokens, R), which an adapter's B is multiplied with."""
     return scaling * (hidden @ lora_a.to(hidden.dtype).T)
 
 
 def head_of(inputs: HeadInputs, temperature: float | Tensor) -> Head:
-    """The Head of a public op's arguments, checked and cast.
+    """Return the Head of checked and cast arguments of a public op.
 
-    An adapter is more columns of hidden, and of the weight (chunk_of): no W + scaling B A is made.
+    An adapter becomes R more columns of hidden; `chunk_of` appends B to the weight. W + scaling B A is not computed.
     """
     hidden, weight, bias, lora_a, lora_b, scaling, softcap = inputs
     temperatures = None

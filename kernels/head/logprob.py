@@ -1,4 +1,4 @@
-"""Token log-probabilities of a linear head, without its logits.
+"""Token log-probabilities of a linear head, without its logits in memory.
 
     z = hidden W^T + bias        s = softcap tanh(z / softcap)        u = s / temperature        p = softmax(u)
 
@@ -8,13 +8,13 @@
     dz   = du (1 - (s / softcap)^2) / temperature
     dhidden = dz W        dW = dz^T hidden        dbias = sum over tokens of dz
 
-With a recorded support, the ids that a truncating sampler kept, the sums over j run over these alone: gather.py.
+A recorded support holds the ids that a truncating sampler kept. With it the sums over j run over these ids: gather.py.
 
 Memory, in elements: eager code writes (tokens, V) logits, their softmax and its gradient, and reads them again for
-each of the head's products: about 8 tokens V. Here the forward keeps of each tile of logits four numbers a row, merged
-as in the online softmax; the backward computes the logits again, a fourth product, and writes their gradient a chunk
-of the vocabulary at a time: 3 tokens V. A chunk of the vocabulary, unlike a chunk of tokens, owns its rows of dW: they
-come out of one product, accumulated in fp32, and no second copy of dW is kept.
+each of the head's products: about 8 tokens V. Here the forward keeps four numbers for each row of a tile of logits,
+and merges them as in the online softmax. The backward computes the logits again, a fourth product, and writes their
+gradient a chunk of the vocabulary at a time: 3 tokens V. Unlike a chunk of tokens, a chunk of the vocabulary has its
+own rows of dW. One product computes them, accumulated in fp32, and no second copy of dW is kept.
 
 Source: the online softmax of Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867
 """
@@ -92,7 +92,7 @@ def token_logprobs_reference(
 
 @triton.jit
 def _columns_of(target_ptr, rows, T, start, N):
-    # int32, of targets in a chunk of N columns that begins at `start`; -1 for any other number, of 64 bits
+    # int32 columns of the targets in a chunk of N columns from `start` on; -1 for any other 64-bit number
     y = tl.load(target_ptr + rows, rows < T, other=-1) - start
     return tl.where((y >= 0) & (y < N), y, -1).to(tl.int32)
 
@@ -105,7 +105,7 @@ def _token_logprobs_fwd(
     TMA: tl.constexpr, PRECISION: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    # of BLOCK_N columns of a row: their highest logit, the sum of exponentials below it, that of these times u - top
+    # For BLOCK_N columns of a row: top, the highest logit; the sum of exp(u - top); the sum of exp(u - top) (u - top)
     tiles_m, tiles_n = tl.cdiv(T, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
         m, n = _place(tile, tiles_m, tiles_n, GROUP)
@@ -124,11 +124,11 @@ def _token_logprobs_fwd(
             cols = n * BLOCK_N + i * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
             u = _quarter(z, i, BLOCK_M, BLOCK_N)  # [BLOCK_M, BLOCK_N / 4]
             u = _scaled(u, bias_ptr, cols, N, sharpness, softcap, HAS_BIAS, HAS_SOFTCAP)
-            u = tl.where((cols < N)[None, :], u, -1e30)  # finite: p times it is 0
+            u = tl.where((cols < N)[None, :], u, -1e30)  # finite, so that p times it is 0
 
             target_u += tl.sum(tl.where(cols[None, :] == y[:, None], u, 0.0), 1)
 
-            # the online softmax: what was summed below the old highest moves below the new one
+            # the online softmax: the sums relative to the old top become relative to the new one
             new_top = tl.maximum(top, tl.max(u, 1))
             u -= new_top[:, None]
             p = tl.exp(u)
@@ -207,20 +207,22 @@ class _Saved(NamedTuple):
 def _forward(
     head: Head, targets: Tensor, ignore_index: int, memory_budget: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logprob, lse, entropy, and norms (2, tokens): the highest logit, and the logarithm of the sum of exponentials
-    below it."""
+    """Return logprob, lse and entropy, (tokens,) each, and norms (2, tokens).
+
+    norms: the highest logit, and the logarithm of the sum of exp(u - highest).
+    """
     operands, wide = with_operand(head), torch.promote_types(head.hidden.dtype, torch.float32)
-    # it stays NaN for an id outside the vocabulary
+    # a target outside the vocabulary keeps NaN
     target_u = targets.new_full(targets.shape, torch.nan, dtype=wide)
     summarise = _summaries_triton if use_triton(head.hidden) else summaries
     parts = summarise(operands, targets, memory_budget, target_u)
 
-    # the pieces of a row as one
+    # merge the pieces of a row
     tops, sums, weighted = parts.unbind(1)  # (pieces, tokens) each
     top = tops.amax(0)
     shift = tops - top
     sum_exp = (shift.exp() * sums).sum(0)
-    mean = (shift.exp() * (weighted + shift * sums)).sum(0) / sum_exp  # of u - top, under p
+    mean = (shift.exp() * (weighted + shift * sums)).sum(0) / sum_exp  # the mean of u - top under p
     log_sum = sum_exp.log()
 
     ignored = targets == ignore_index
@@ -236,12 +238,15 @@ def _shapes(head, targets, ignore_index, memory_budget):
 
 
 def _summaries_triton(head: Head, targets: Tensor, memory_budget: int, target_u: Tensor) -> Tensor:
-    """parts (pieces, 3, tokens), as the kernel has them; target_u where the target is in the vocabulary."""
+    """Return parts (pieces, 3, tokens), the kernel's three sums for each tile and row.
+
+    target_u (tokens,) receives the logit of each target in the vocabulary.
+    """
     h, V = head.hidden, head.weight.shape[0]
     tile, tma = tile_of(h), has_tma(h)
     _, chunks = blocks_of(head, memory_budget, bytes_of(h, COPIES))
     if head.weight.dtype == h.dtype and head.lora_b is None:
-        chunks = [slice(0, V)]  # no logits in memory, and no copy of the weight in another dtype
+        chunks = [slice(0, V)]  # neither logits nor a copy of the weight are in memory
 
     parts = []
     for columns in chunks:
@@ -275,7 +280,7 @@ def _backward(
 
     terms = RowTerms(targets, highest, log_sum, entropy, dlogprob, dnorm, dentropy)
     write = _dlogits_triton if use_triton(head.hidden) else dlogits
-    cuts: dict[int, RowTerms] = {}  # the same in every chunk
+    cuts: dict[int, RowTerms] = {}  # the rows' terms, the same in every chunk
 
     def fill(block: Head, rows: slice, columns: slice, dz: Tensor) -> Tensor:
         if rows.start not in cuts:
@@ -286,7 +291,7 @@ def _backward(
 
 
 def _dlogits_triton(block: Head, terms: RowTerms, start: int, dz: Tensor, with_dbias: bool) -> Tensor:
-    """dz (rows, N) of a block, filled; returns its sum over the rows, in fp32 as it was before rounding."""
+    """Write dz (rows, N), the gradient of a block's logits. Return its sum over the rows, fp32 before rounding."""
     h, N = block.hidden, block.weight.shape[0]
     tile, tma = tile_of(h), has_tma(h)
     db = h.new_empty(cdiv(h.shape[0], tile.M) if with_dbias else 0, N, dtype=torch.float32)
@@ -338,18 +343,18 @@ def token_logprobs(
     """Score targets under softmax(softcap(hidden W^T + bias) / temperature), in nats, without the logits in memory.
 
     hidden: (tokens, hidden)    weight: (vocabulary, hidden)    targets: (tokens,) int    bias: (vocabulary,)
-    lora_a: (R, hidden)    lora_b: (vocabulary, R): of an adapter, W + scaling B A, never multiplied out.
-    temperature: finite and above 0, a number or (tokens,); it gets no gradient.
-    support: (tokens, K_max) int, distinct ids padded with -1. The sums run over them alone; the target is one.
+    lora_a: (R, hidden)    lora_b: (vocabulary, R)    an adapter, W + scaling B A, never multiplied out
+    temperature: a number or (tokens,), finite and above 0. It gets no gradient.
+    support: (tokens, K_max) int, distinct ids, among them the target, padded with -1. The softmax runs over these only.
     ignore_index: a row with this target gives 0, 0, 0 and passes no gradient.
-    memory_budget: bytes that logits and their gradients may take at any time.
+    memory_budget: the bytes that logits and their gradients may take at any time.
 
-    Returns logprob, lse, entropy, each (tokens,) in fp32 (fp64 for fp64), each with its own gradient to hidden,
-    weight, bias and the adapter. A weight without requires_grad costs no product for dW.
-    Raises ValueError for shapes, dtypes and devices that disagree, for numbers other than these and, on the CPU, for
-    rows: a target outside the vocabulary or its support, an id outside, one twice in a row that is not ignored, a
-    temperature not above 0. On CUDA, where looking would stall the device, such a row gives NaN, and an id that is
-    there twice counts twice.
+    Returns logprob, lse and entropy, each (tokens,) in fp32 (fp64 for fp64). Each has its own gradient to hidden,
+    weight, bias and the adapter. A weight without requires_grad costs no product for dW. Raises ValueError for shapes,
+    dtypes and devices that do not match, and for numbers out of range. On the CPU these rows raise, too: a target
+    outside the vocabulary or its support, an id outside the vocabulary, an id twice in a row that is not ignored, a
+    temperature not above 0. On CUDA the check would stall the device: such a row gives NaN there, and a repeated id
+    counts twice.
     """
     budget = check_budget(hidden, memory_budget)
     inputs = HeadInputs(hidden, weight, bias, lora_a, lora_b, scaling, softcap)

@@ -1,4 +1,4 @@
-"""The mixture m = beta p_T + (1 - beta) p_S of a teacher and a student, between whose KLs a divergence may lie.
+"""The mixture m = beta p_T + (1 - beta) p_S of a teacher and a student, for 0 < beta < 1, and the KLs to it.
 
     D = beta KL(p_T || m) + (1 - beta) KL(p_S || m)                     du_S = (1 - beta) p_S (gap - sum_k p_S gap)
 
@@ -7,10 +7,10 @@
 
     KL(p_S || m) = sum_j p_S gap = gap_at_top + sum_j p_S gap_beyond    KL(p_T || m) = sum_j p_T teacher_gap
 
-gap_at_top is the gap at the student's likeliest id, gap_beyond what another differs from it. No gap is known before the
-normalisers are: divergence.py writes both logits of some rows, which this reads.
+gap_at_top is the gap at the student's most likely id, and gap_beyond is a gap's difference from it. A gap needs the
+normalisers of the whole row. So divergence.py first writes both logits of some rows, and this file reads them.
 
-Memory: 2 V elements a row, read; two numbers a row and piece of its columns, written.
+Memory: 2 V elements of each row are read; two numbers are written for each row and piece of its columns.
 
 Source: GKD, Agarwal et al. 2023, https://arxiv.org/abs/2306.13649, eq. 1
 """
@@ -32,7 +32,7 @@ from .._triton import tl, triton
 
 @triton.jit
 def _to_mixture(log_ratio, beta):
-    # gap and teacher_gap. The larger exponential of m / p_S is taken out of the logarithm: none overflows
+    # gap and teacher_gap. The larger exponential of m / p_S is taken out of the logarithm, so neither overflows
     larger = tl.maximum(log_ratio, 0.0)
     log_rest = tl.log(beta * tl.exp(log_ratio - larger) + (1 - beta) * tl.exp(-larger))
     return -larger - log_rest, log_ratio - larger - log_rest
@@ -71,7 +71,10 @@ def _mixture_fwd(
 
 
 def mixture_sums(logits: Tensor, norms: Tensor, beta: float, _: Any) -> Tensor:
-    """(2, rows): sum p_S gap_beyond and sum p_T teacher_gap, of u_S and u_T (2, rows, V) and Norms (6, rows)."""
+    """Return (2, rows): sum p_S gap_beyond and sum p_T teacher_gap.
+
+    logits: (2, rows, V), u_S and u_T. norms: (6, rows), a Norms.
+    """
     (u, t), (_, rows, N) = logits, logits.shape
     tile = {"PIECE": 1024, "BLOCK_N": 512} if INTERPRET else {"PIECE": 32768, "BLOCK_N": 2048, "num_warps": 8}
     sums = norms.new_empty(cdiv(N, tile["PIECE"]), 2, rows)

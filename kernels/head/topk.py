@@ -1,23 +1,24 @@
-"""A teacher's distribution in few numbers: its k likeliest ids at each token, and a student's divergence from them.
+"""A teacher's distribution in a few numbers, its k most likely ids for each token, and a student's divergence from it.
 
     ids, log p_T(ids) = the k largest of log softmax(softcap(hidden W^T + bias) / temperature)
 
     L = listed ids        p_S(id) = exp(u_id) / Z        p_S(tail) = sum over ids not in L of exp(u_j) / Z
                           p_T(id), stored                p_T(tail) = 1 - sum over L of p_T(id)
 
-and D(p_T, p_S) of divergence.py over these K + 1 buckets, all other ids taken as one. Dropping the tail instead would
-sum over what is not a distribution: such a sum can be negative, and clamping it there kills the gradient. With the tail
-it is a divergence, never above the one over the whole vocabulary (data processing), and 0 where all buckets agree.
+The divergence is D(p_T, p_S) of divergence.py over these K + 1 buckets: all other ids form one bucket, the tail.
+Without the tail the sums would not run over a distribution. Such a sum can be negative, and clamping it kills the
+gradient. With the tail it is a divergence. It is never above the divergence over the whole vocabulary (data
+processing), and 0 if all buckets agree.
 
     rest = log sum_{j not in L} exp(u_j)       log p_S = log softmax([u_L, rest])
     du_j = g_u of its bucket for j in L, g_rest exp(u_j - rest) otherwise
 
-rest is summed over the others directly: log(Z - sum over L) would lose all digits where a student is sure. p_T(tail),
-which stored fp32 numbers do not resolve further, is at least 2^-24; it is nothing where L is the whole vocabulary.
+rest is summed directly over the other ids, because log(Z - sum over L) would lose all digits for a confident student.
+p_T(tail) is at least 2^-24, the resolution of stored fp32 numbers. There is no tail if L is the whole vocabulary.
 
 Memory, in elements: eager code writes (tokens, V) logits, their logarithms and the gradient: about 8 tokens V. Here a
-chunk of the vocabulary at a time is written, which selecting ids needs, and read 3 times: torch does that on every
-device, and there is no kernel to win by. dW of a chunk is one product, in fp32.
+chunk of the vocabulary at a time is written, because selecting ids needs it, and read 3 times. torch does that on every
+device, and a kernel would gain nothing. dW of a chunk is one product, in fp32.
 
 Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531
 """
@@ -61,10 +62,10 @@ from .inputs import (
     scaled_logits,
 )
 
-COPIES = 4  # of a block: the logits and temporaries
-NOTHING = -1e30  # the log-probability of a bucket that is not there, finite: 0 times it is 0
-LEAST = 2.0**-24  # of a teacher's tail
-SLACK = 0.05  # of a sum of probabilities whose logarithms were rounded to bf16
+COPIES = 4  # copies of a block in memory: the logits and temporaries
+NOTHING = -1e30  # the log-probability of a bucket that does not exist; finite, so that 0 times it is 0
+LEAST = 2.0**-24  # the least probability of a teacher's tail
+SLACK = 0.05  # how far a sum of probabilities may exceed 1, if their logarithms were rounded to bf16
 
 # ---- reference
 
@@ -107,7 +108,7 @@ def topk_divergence_reference(
 
 
 class _Listed(NamedTuple):
-    """A teacher's likeliest ids, padded with -1."""
+    """A teacher's most likely ids, padded with -1, and their log-probabilities."""
 
     ids: Tensor  # (tokens, K)
     logprobs: Tensor  # (tokens, K)
@@ -117,10 +118,10 @@ class _Listed(NamedTuple):
 def _of_logits(
     student: HeadInputs, teacher: _Listed, temperature: float | Tensor, beta: float, mask: Tensor | None
 ) -> Tensor:
-    """The divergence by way of the student's logits, all of them."""
+    """Compute the divergence from all of the student's logits."""
     u, ids = scaled_logits(student, temperature), teacher.ids
     V = u.shape[1]
-    columns = torch.where(ids < 0, V, ids).long()  # padding falls into one column too many
+    columns = torch.where(ids < 0, V, ids).long()  # padding goes to an additional column
     listed = torch.zeros(u.shape[0], V + 1, dtype=torch.bool, device=u.device).scatter_(1, columns, True)
     rest = torch.logsumexp(u.masked_fill(listed[:, :-1], NOTHING), -1)
     student_buckets = _Buckets(u.gather(1, ids.clamp(min=0).long()), rest)
@@ -128,19 +129,22 @@ def _of_logits(
 
 
 class _Buckets(NamedTuple):
-    """A student's logits, which may all be shifted alike in a row."""
+    """A student's logits of the listed ids, and the log-sum-exp of all other logits.
 
-    u: Tensor  # (tokens, K): of the listed ids
-    rest: Tensor  # (tokens,): the log-sum-exp of all others
+    All logits of a row may be shifted by the same number.
+    """
+
+    u: Tensor  # (tokens, K)
+    rest: Tensor  # (tokens,)
 
 
 def _over_buckets(
     student: _Buckets, teacher: _Listed, vocabulary: int, beta: float, mask: Tensor | None
 ) -> Tensor:
-    """D over the listed ids and one bucket more."""
+    """Compute the divergence (tokens,) over the listed ids and one more bucket for all other ids."""
     u, rest = student
     padding = teacher.ids < 0
-    whole = (~padding).sum(-1) == vocabulary  # (tokens,): no other ids are left
+    whole = (~padding).sum(-1) == vocabulary  # (tokens,): all ids are listed
 
     log_t = teacher.logprobs.detach().to(u.dtype).masked_fill(padding, NOTHING)  # (tokens, K)
     tail = (1 - log_t.exp().sum(-1)).clamp(min=LEAST).log().masked_fill(whole, NOTHING)
@@ -160,7 +164,7 @@ def _size(head: Head) -> int:
 
 
 def _walk(head: Head, memory_budget: int) -> Iterator[tuple[slice, slice, Tensor]]:
-    """(rows, columns, u) of every block, u (rows, columns) in one buffer that the next block overwrites."""
+    """Yield (rows, columns, u) for every block. The next block overwrites u (rows, columns)."""
     operands, wide = with_operand(head), torch.promote_types(head.hidden.dtype, torch.float32)
     row_blocks, chunks = blocks_of(head, memory_budget, _size(head))
     buffer = buffer_of(head.hidden.new_empty(0, dtype=wide), row_blocks, chunks)
@@ -173,9 +177,10 @@ def _walk(head: Head, memory_budget: int) -> Iterator[tuple[slice, slice, Tensor
 
 
 def _merge(top: Tensor, sum_exp: Tensor, u: Tensor) -> None:
-    """Take u (rows, columns), which is spent, into the highest (rows,) and the sum of exponentials below it.
+    """Update each row's highest logit, and its sum of exponentials relative to it, with the logits u (rows, columns).
 
-    Not into one number, the log-sum-exp: with logits in the thousands its rounding would be that of every probability.
+    u is overwritten. The two numbers are not combined into a log-sum-exp. With logits in the thousands, its rounding
+    would be an error of every probability.
     """
     new_top = torch.maximum(top, u.amax(-1))
     u -= new_top[:, None]
@@ -184,14 +189,17 @@ def _merge(top: Tensor, sum_exp: Tensor, u: Tensor) -> None:
 
 
 def _find(ids: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """The column (rows, K) of each id in a chunk of the vocabulary, and whether it is there at all."""
+    """Return (column, inside), both (rows, K), for ids in a chunk of the vocabulary.
+
+    column: the id's column, clamped to the chunk. inside: bool, whether the id is in the chunk at all.
+    """
     column = ids.long() - columns.start
     width = columns.stop - columns.start
     return column.clamp(0, width - 1), (column >= 0) & (column < width)
 
 
 def _without(u: Tensor, column: Tensor, is_here: Tensor) -> Tensor:
-    """u, in place, without the listed ids."""
+    """Set the logits of the listed ids in u to -1e30, in place, and return u."""
     least = torch.where(is_here, NOTHING, torch.inf).to(u.dtype)
     return u.scatter_reduce_(1, column, least, "amin")
 
@@ -202,7 +210,7 @@ def _select(head: Head, k: int, memory_budget: int) -> tuple[Tensor, Tensor]:
     logits.fill_(-torch.inf)
     top, sum_exp = logits.new_full((len(logits),), NOTHING), logits.new_zeros(len(logits))
     for rows, columns, u in _walk(head, memory_budget):
-        # the k likeliest of those so far and of this block
+        # the k most likely ids among those found so far and those of this block
         best, column = u.topk(min(k, u.shape[1]), -1)
         best, order = torch.cat((logits[rows], best), 1).topk(k, -1)
         ids[rows] = torch.cat((ids[rows], column.int() + columns.start), 1).gather(1, order)
@@ -225,9 +233,10 @@ class _Saved(NamedTuple):
 
 
 def _forward(head: Head, ids: Tensor, memory_budget: int) -> tuple[Tensor, Tensor, Tensor]:
-    """u - top (tokens, K) of the listed ids, NaN for one that is not in the vocabulary, rest - top (tokens,), and top.
+    """Return (u - top, rest - top, top), of shapes (tokens, K), (tokens,) and (tokens,).
 
-    top (tokens,), the highest of the others, is no more than a shift, of which softmax knows nothing.
+    u are the logits of the listed ids. rest is the log-sum-exp of all other logits, and top is the highest of these.
+    The shift by top does not change a softmax. A listed id outside the vocabulary gives NaN.
     """
     listed, rest, top = _shapes(head, ids, memory_budget)
     listed.fill_(torch.nan).masked_fill_(ids < 0, 0)
@@ -237,7 +246,7 @@ def _forward(head: Head, ids: Tensor, memory_budget: int) -> tuple[Tensor, Tenso
         column, is_here = _find(ids[rows], columns)
         listed[rows] = torch.where(is_here, u.gather(1, column), listed[rows])
         _merge(top[rows], rest[rows], _without(u, column, is_here))
-    top.masked_fill_(top == NOTHING, 0)  # there are no others
+    top.masked_fill_(top == NOTHING, 0)  # all ids are listed
     return listed.sub_(top[:, None]), rest.log_(), top
 
 
@@ -261,7 +270,7 @@ def _backward(saved: _Saved, needs: Any, dlisted: Tensor, drest: Tensor) -> Head
         u = scaled_(product(block.hidden, block.weight.T, z), block)
         slope = softcap_slope(u, block)
 
-        # of the ids that are not listed, then of those that are
+        # du of the ids that are not listed, then of the listed ones
         column, is_here = _find(ids[rows], columns)
         log_share = _without(u, column, is_here).sub_(top[rows, None]).sub_(rest[rows, None])
         du = exponential(log_share, out=log_share).mul_(drest[rows, None])
@@ -295,15 +304,16 @@ def topk_logprobs(
     softcap: float | None = None,
     memory_budget: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The k likeliest ids of each token, most likely first, and their log-probabilities in nats. No gradient.
+    """Return the k most likely ids of each token, most likely first, and their log-probabilities in nats. No gradient.
 
     hidden: (tokens, hidden)    weight: (vocabulary, hidden)    bias: (vocabulary,)    k: 1 to vocabulary
-    lora_a: (R, hidden)    lora_b: (vocabulary, R): of an adapter, W + scaling B A, never multiplied out.
-    temperature: finite and above 0, a number or (tokens,).    memory_budget: bytes of logits at any time.
+    lora_a: (R, hidden)    lora_b: (vocabulary, R)    an adapter, W + scaling B A, never multiplied out
+    temperature: a number or (tokens,), finite and above 0.
+    memory_budget: the bytes that logits may take at any time.
 
-    Returns ids (tokens, k) int32 and logprobs (tokens, k) in fp32 (fp64 for fp64). Ids that tie stand in any order.
-    Raises ValueError for shapes, dtypes and devices that disagree, for numbers other than these and, on the CPU, for a
-    row's temperature; such a row gives NaN on CUDA.
+    Returns ids (tokens, k) int32 and logprobs (tokens, k) in fp32 (fp64 for fp64). Equally likely ids have any order.
+    Raises ValueError for shapes, dtypes and devices that do not match, and for numbers out of range. A wrong
+    temperature of a row raises on the CPU, and gives NaN for that row on CUDA.
     """
     budget = check_budget(hidden, memory_budget)
     inputs = HeadInputs(hidden, weight, bias, lora_a, lora_b, scaling, softcap)
@@ -332,19 +342,23 @@ def topk_divergence(
     mask: Tensor | None = None,
     memory_budget: int | None = None,
 ) -> Tensor:
-    """A student's divergence from a teacher's stored log-probabilities, in nats a token; all other ids are one bucket.
+    """Compute a student's divergence from a teacher's stored log-probabilities, in nats per token.
+
+    The ids that the teacher does not list form one bucket.
 
     hidden: (tokens, hidden)    weight: (vocabulary, hidden)    bias: (vocabulary,)
-    teacher_ids: (tokens, K) int, distinct, padded with -1.    teacher_logprobs: (tokens, K), as `topk_logprobs` gives
-        them, at this temperature; no gradient.
-    lora_a: (R, hidden)    lora_b: (vocabulary, R): of the student's adapter, W + scaling B A, never multiplied out.
-    beta, temperature, mask, memory_budget: as `token_divergence` has them; temperature is of the student's logits.
+    teacher_ids: (tokens, K) int, distinct, padded with -1.
+    teacher_logprobs: (tokens, K), as returned by `topk_logprobs` at this temperature. It gets no gradient.
+    lora_a: (R, hidden)    lora_b: (vocabulary, R)    the student's adapter, W + scaling B A, never multiplied out
+    beta, mask, memory_budget: as in `token_divergence`.
+    temperature: of the student's logits, a number or (tokens,), finite and above 0. It gets no gradient.
 
-    Returns (tokens,) in fp32 (fp64 for fp64), with gradients to hidden, weight, bias and the adapter.
-    Raises ValueError for shapes, dtypes and devices that disagree, for numbers other than these and, on the CPU, for
-    rows: an id outside the vocabulary, a temperature, NaN among teacher_logprobs, and where a row counts an id that is
-    there twice or teacher_logprobs that sum to a probability above 1. On CUDA, where looking would stall the device, an
-    id outside and such a temperature give NaN, the others a number that is no divergence.
+    Returns (tokens,) in fp32 (fp64 for fp64), with gradients for hidden, weight, bias and the adapter. Raises
+    ValueError for shapes, dtypes and devices that do not match, and for numbers out of range. On the CPU these rows
+    raise, too: an id outside the vocabulary, a temperature not above 0, NaN in teacher_logprobs. A row that counts also
+    raises for an id that it has twice, and for teacher_logprobs that sum to a probability above 1.05. On CUDA nothing
+    is raised for rows. There an id outside the vocabulary and such a temperature give NaN. Other wrong rows give a
+    number that is no divergence.
     """
     budget = check_budget(hidden, memory_budget)
     student = HeadInputs(hidden, weight, bias, lora_a, lora_b, scaling, softcap)

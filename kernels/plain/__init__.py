@@ -1,1 +1,1 @@
-"""Plain torch: CPU paths, and references too long to stand beside their kernels."""
+"""CPU paths in plain torch, and the references that are too long to stand in the files of their kernels."""

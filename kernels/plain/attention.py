@@ -1,7 +1,7 @@
-"""Attention by torch alone: the reference, and the path of CPU tensors. The maths is that of kernels/attention.py.
+"""Attention in plain torch: the reference, and the path of CPU tensors. The maths is that of kernels/attention.py.
 
-Memory: the reference holds the scores of all heads, (B, H, T, S). On a CPU they are those of torch's
-scaled_dot_product_attention, in blocks, or where it lacks a feature that is asked for, the reference's.
+Memory: the reference holds the scores of all heads, (B, H, T, S). The CPU path calls torch's
+scaled_dot_product_attention, which holds blocks of scores. For a feature that SDPA lacks, it calls the reference.
 """
 
 from typing import NamedTuple
@@ -18,32 +18,41 @@ from ..records import Packing, Rules
 
 
 def visible_keys(query_position: Tensor, key_position: Tensor, rules: Rules) -> Tensor:
-    """Positions (..., T) and (..., S) to (..., T, S): which key each query sees."""
+    """Return a mask (..., T, S) bool of the keys that each query sees.
+
+    The arguments are the positions of the queries (..., T) and of the keys (..., S).
+    """
     i, j = query_position.unsqueeze(-1), key_position.unsqueeze(-2)
     visible = j <= i if rules.causal else (j <= i) | True
     return visible if rules.window is None else visible & (j > i - rules.window)
 
 
 def positions(cu_seqlens: Tensor, parents: Tensor | None, total: int) -> tuple[Tensor, Tensor]:
-    """(total,) int64 each: every row's segment, -1 for a row that none owns, and its logical position."""
+    """Return the segment and the logical position of every packed row, (total,) int64 each.
+
+    A row that belongs to no segment has segment -1.
+    """
     row = torch.arange(total, device=cu_seqlens.device)
     segments = cu_seqlens.numel() - 1
-    entries = torch.searchsorted(cu_seqlens, row, right=True)  # (total,) how many are at or before the row
+    entries = torch.searchsorted(cu_seqlens, row, right=True)  # (total,) the entries up to each row
     segment = torch.where(entries > segments, 0, entries) - 1
     position = row - cu_seqlens[segment]
 
-    if parents is not None:  # -1 picks what is padded on: no parent, and its length 0
+    if parents is not None:  # index -1 picks the padding: no parent, of length 0
         parent = F.pad(parents, (0, 1), value=-1)[segment].long()
         parent = torch.where(parent < segments, parent, -1).clamp(min=-1)
         position = position + F.pad(cu_seqlens.diff(), (0, 1))[parent]
     return segment, position
 
 
-@without_autocast  # fp32 inside, whatever the policy outside
+@without_autocast  # always computes in fp32
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, visible: Tensor, rules: Rules
 ) -> tuple[Tensor, Tensor]:
-    """q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv), visible (T, S) or (B, 1, 1, T, S) to out and lse (B, T, H)."""
+    """Compute attention by its formula. Returns out (B, T, H, Dv) and lse (B, T, H).
+
+    q: (B, T, H, D)    k: (B, S, G, D)    v: (B, S, G, Dv)    visible: (T, S) or (B, 1, 1, T, S)
+    """
     wide = torch.promote_types(q.dtype, torch.float32)  # fp64 stays fp64, for finite differences
     G, n = k.shape[2], q.shape[2] // k.shape[2]
     query = q.to(wide).unflatten(2, (G, n))  # (B, T, G, n, D)
@@ -53,14 +62,14 @@ def _attend(
         s = rules.softcap * torch.tanh(s / rules.softcap)
     s = s.masked_fill(~visible, -torch.inf)
 
-    # a sink is one more key, of which there is no value
+    # a sink is one more key that has no value
     sink = s.new_tensor(-torch.inf) if sinks is None else sinks.to(wide).view(G, n, 1, 1)
     s = torch.cat([s, sink.expand(*s.shape[:-1], 1)], -1)  # (B, G, n, T, S + 1)
 
-    top = s.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(wide).min)  # finite where nothing is seen
+    top = s.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(wide).min)  # finite if no key is visible
     e = torch.exp(s - top)
     total = e.sum(-1, keepdim=True)
-    some = total != 0  # NaN is not nothing
+    some = total != 0  # True for NaN
     total = torch.where(some, total, 1.0)
     out = torch.einsum("bgnts,bsgd->btgnd", (e / total)[..., :-1], v.to(wide))
     lse = torch.where(some, top + torch.log(total), -torch.inf).squeeze(-1)  # (B, G, n, T)
@@ -89,7 +98,7 @@ def flash_attention_reference(
         out, lse = _attend(q, k, v, sinks, visible, rules)
         return (out, lse) if return_lse else out
 
-    # packed: a batch of one, whose mask says which rows are of one segment or of its parent
+    # packed: a batch of one, whose mask restricts a row to its own segment and the parent
     segment, position = positions(cu_seqlens, parents, q.shape[0])
     owned = segment >= 0
     related = segment[:, None] == segment  # (total, total)
@@ -104,18 +113,21 @@ def flash_attention_reference(
 # ---- CPU path
 
 
-@without_autocast  # in q's dtype, as the kernels
+@without_autocast  # computes in q's dtype, as the kernels do
 def _attend_batch(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, seen: Tensor | None, rules: Rules, with_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """One SDPA call, or `_attend` where that lacks a feature. seen: None for causal, no window, T = S."""
+    """Compute attention of a padded batch by one SDPA call, or by `_attend` if SDPA lacks a feature.
+
+    seen: the mask of visible keys. None stands for the causal mask without a window, with T = S.
+    """
     T = q.shape[1]
     if rules.softcap is None and sinks is None and not with_lse and q.numel() and k.numel():
         query, key, value = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
         mask = seen if seen is None or seen.dim() == 2 else seen.squeeze(1)  # or (B, 1, T, S)
         if mask is None and T < FEW_KEYS:
             mask = q.new_full((T, T), -torch.inf).triu(1)
-        # branched on: of dynamic shapes a comparison is a symbol, which SDPA does not take
+        # a branch, because with dynamic shapes the comparison is a symbol, which SDPA does not accept
         gqa = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=rules.scale, **gqa
@@ -129,7 +141,7 @@ def _attend_batch(
 
 
 def _check_tables(cu_seqlens: Tensor, parents: Tensor | None, total: int) -> None:
-    """Raises ValueError for tables that describe no packing: a GPU, on which nobody looks, then bounds them."""
+    """Raise ValueError for tables that describe no packing. On a GPU nothing reads them, and the kernels clamp them."""
     falls = cu_seqlens.diff() < 0
     if falls.any():
         at = int(falls.long().argmax())
@@ -156,9 +168,12 @@ def _check_tables(cu_seqlens: Tensor, parents: Tensor | None, total: int) -> Non
 
 
 class _Padding(NamedTuple):
-    """Segments padded on the right, as rows of one buffer: roots (roots, P) first, then children (children, C)."""
+    """Segments padded on the right in one buffer: first the roots (roots, P), then the children (children, C).
 
-    row: Tensor  # (total,): where each packed row stands in it
+    A child is a segment with a parent, and a root is one without.
+    """
+
+    row: Tensor  # (total,): the place of each packed row in the buffer
     roots: int
     P: int
     children: int
@@ -166,10 +181,10 @@ class _Padding(NamedTuple):
 
     @classmethod
     def of(cls, starts: Tensor, lengths: Tensor, child: Tensor, total: int) -> "_Padding":
-        """All but total are (segments,)."""
+        """Build the padding from the segments' starts, lengths and `child` flags, (segments,) each."""
         children = int(child.sum())
         roots = lengths.numel() - children
-        P, C = (int(F.pad(lengths[which], (1, 0)).max()) for which in (~child, child))  # the longest of each
+        P, C = (int(F.pad(lengths[which], (1, 0)).max()) for which in (~child, child))  # the longest
 
         # (segments,): the row where a segment starts in the buffer
         padded = torch.where(child, roots * P + (child.cumsum(0) - 1) * C, ((~child).cumsum(0) - 1) * P)
@@ -177,7 +192,7 @@ class _Padding(NamedTuple):
         return cls(torch.arange(total) + shift, roots, P, children, C)
 
     def pad(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(total, ...) to (roots, P, ...) and (children, C, ...)."""
+        """Return packed rows (total, ...) as padded roots (roots, P, ...) and children (children, C, ...)."""
         roots, P, children, C = self[1:]
         buffer = x.new_zeros(roots * P + children * C, *x.shape[1:]).index_copy_(0, self.row, x)
         return buffer[: roots * P].unflatten(0, (roots, P)), buffer[roots * P :].unflatten(0, (children, C))
@@ -186,13 +201,14 @@ class _Padding(NamedTuple):
 def _attend_segments(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, packing: Packing, rules: Rules, return_lse: bool
 ) -> tuple[Tensor, Tensor]:
-    """Segments padded to one call; with parents to two, the children's with their parent's keys in front.
+    """Compute packed attention by one call over padded segments. With parents a second call has the children.
 
-    Padding is on the right, so a causal root needs no mask; padded queries always see a key, and are dropped.
+    A child's keys follow those of its parent. Padding is on the right, so a causal root needs no mask. Padded queries
+    always see a key, and are dropped.
     """
     cu_seqlens, parents = packing
     assert cu_seqlens is not None
-    if parents is None:  # without the empty ones, of which a traced mask has many
+    if parents is None:  # drop empty segments: a traced mask has many
         cu_seqlens = cu_seqlens.unique_consecutive()
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()  # (segments,)
     child = torch.zeros(lengths.numel(), dtype=torch.bool) if parents is None else parents >= 0
@@ -204,16 +220,16 @@ def _attend_segments(
     root_row, child_row = torch.arange(P), torch.arange(C)
     if rules.causal:
         visible = None if rules.window is None else visible_keys(root_row, root_row, rules)
-    else:  # an empty segment sees its first padding: a softmax over nothing would put NaN into the gradients
+    else:  # an empty segment sees its first padding, because an empty softmax would put NaN into the gradients
         visible = (root_row < lengths[:, None].clamp(min=1))[:, None, None, None]  # (roots, 1, 1, 1, P)
     results = [_attend_batch(q, k, v, sinks, visible, rules, return_lse)]
 
-    # the children: a parent's keys, then their own
+    # the children: the parent's keys, then their own
     if padding.children and parents is not None:
         parent = parents[child].long()  # (children,)
         before = lengths[parent, None]  # (children, 1)
         position = before + child_row  # (children, C)
-        unseen = torch.where(root_row < before, root_row, P + C)  # (children, P), padding after every query
+        unseen = torch.where(root_row < before, root_row, P + C)  # (children, P), padding after all queries
         visible = visible_keys(position, torch.cat([unseen, position], 1), rules)[:, None, None]
         which = ((~child).cumsum(0) - 1)[parent]  # (children,): the parent's place among the roots
         key = torch.cat([k.index_select(0, which), k_child], 1)  # (children, P + C, G, D)
@@ -231,11 +247,14 @@ def _attend_segments(
     return out, lse if lse is not None and return_lse else out.new_empty(0)
 
 
-@without_autocast  # which refuses fp16 in torch.cat
+@without_autocast  # because CPU autocast rejects fp16 in torch.cat
 def _packed(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, packing: Packing, rules: Rules, return_lse: bool
 ) -> tuple[Tensor, Tensor]:
-    """Attention within segments; a row that none owns has out 0, lse -inf. lse is empty where nobody asks for it."""
+    """Compute attention within segments. A row that belongs to no segment has out 0 and lse -inf.
+
+    lse is empty unless it is asked for.
+    """
     cu_seqlens, parents = packing
     assert cu_seqlens is not None
     total = q.shape[0]
@@ -263,7 +282,7 @@ _packed_attention = make_path("packed_attention_cpu", _packed, _packed_shapes)
 def attend_cpu(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, packing: Packing, rules: Rules, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """out and lse as flash_attention returns them; lse is None or empty where it is not asked for."""
+    """Compute out and lse as flash_attention returns them. lse is None or empty unless it is asked for."""
     if packing.cu_seqlens is not None:
         return _packed_attention(q, k, v, sinks, packing, rules, return_lse)
 

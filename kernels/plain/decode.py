@@ -1,10 +1,10 @@
 """Decoding on a CPU: the reference of decode_attention, and its path by torch's fused attention.
 
-    prefix  x x x x x            a sequence sees the keys first to last - 1 of a row, of its prefix and of its own one;
-    row               x x x      a window hides the first of them
+    prefix  x x x x x            a sequence sees the keys first to last - 1 of a row, of its prefix and of its own row;
+    row               x x x      a window hides the first keys
 
-Neighbouring rows of a cache share a call as long as the keys that it reads in vain cost less than another call. What a
-sequence sees in the two caches is put together by the log-sum-exps, as the kernels do it.
+Neighbouring rows of a cache share a call as long as the keys that it reads needlessly cost less than another call. The
+results of the two caches are combined by their log-sum-exps, as in the kernels.
 """
 
 from functools import lru_cache
@@ -18,8 +18,8 @@ from torch import Tensor
 from .._chip import FEW_KEYS, without_autocast
 from ..records import Cache, Scores
 
-CALL = 2**19  # what one more call costs, in bytes read: 50 us, and 9 GB/s, of a core of an AMD EPYC
-QUERY = 0.25  # and the product of a query and a key, in readings of the key
+CALL = 2**19  # the cost of one more call, in bytes read: 50 us at 9 GB/s, on a core of an AMD EPYC
+QUERY = 0.25  # the cost of the product of a query and a key, relative to reading the key
 
 
 # ---- reference
@@ -49,9 +49,12 @@ def decode_attention_reference(
     return _one_by_one(q, caches, scores)
 
 
-@without_autocast  # fp32 inside, whatever the policy outside
+@without_autocast  # always computes in fp32
 def _one_by_one(q: Tensor, caches: list[Cache], scores: Scores) -> Tensor:
-    """The formula for one sequence after the other. Prefixes, the second of the caches, come before its own keys."""
+    """Compute attention for one sequence at a time.
+
+    The keys of a sequence's prefix, in the second cache, come before its own keys.
+    """
     out = q.new_empty(*q.shape[:2], caches[0].values.shape[-1])
     for b in range(q.shape[0]):
         k, v = _row(caches[0], b)
@@ -65,13 +68,13 @@ def _one_by_one(q: Tensor, caches: list[Cache], scores: Scores) -> Tensor:
 
 
 def _row(cache: Cache, b: int) -> tuple[Tensor, Tensor]:
-    """Keys (S, G, D) and values (S, G, Dv) of sequence b."""
+    """Return the keys (S, G, D) and values (S, G, Dv) of sequence b."""
     row = cache.slot[b], slice(cache.length[b])
     return cache.keys[row], cache.values[row]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
-    """q (H, D), k (S, G, D), v (S, G, Dv) to (H, Dv); zeros where there is no key."""
+    """Compute attention of one query: q (H, D), k (S, G, D) and v (S, G, Dv) give (H, Dv), or zeros without keys."""
     wide = torch.promote_types(q.dtype, torch.float32)
     G, n = k.shape[1], q.shape[0] // k.shape[1]
     s = scores.scale * torch.einsum("gnd,sgd->gns", q.to(wide).unflatten(0, (G, n)), k.to(wide))
@@ -91,29 +94,32 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
 
 
 class Call(NamedTuple):
-    """Neighbouring rows of a cache that one call reads, each for as many sequences as the one with the most has."""
+    """Neighbouring rows of a cache that one attention call reads.
+
+    Each row has the same number of places for sequences, as many as its most-read row needs.
+    """
 
     rows: range
-    keys: range  # all that one of its sequences sees
-    readers: int  # places to a row
+    keys: range  # all keys that any of its sequences sees
+    readers: int  # the number of places for sequences in each row
     mask: Tensor | None = None
 
     def beside(self, other: "Call") -> "Call":
-        """One call for this one's rows and the next ones, those of `other`."""
+        """Return one call for the rows of this call and of `other`, which has the next rows."""
         keys = range(min(self.keys.start, other.keys.start), max(self.keys.stop, other.keys.stop))
         return Call(range(self.rows.start, other.rows.stop), keys, max(self.readers, other.readers))
 
 
 class Plan(NamedTuple):
-    """The calls by which a batch reads one cache."""
+    """The attention calls that together read one cache for a whole batch."""
 
     calls: list[Call]
-    source: Tensor | None  # the sequence in each place; None: the sequences themselves, as they come
-    place: Tensor | None  # (B,), where each sequence stands
-    blind: Tensor | None  # (B,) bool: those that see nothing here
+    source: Tensor | None  # the sequence in each place; None if the places are the batch in its own order
+    place: Tensor | None  # (B,), the place of each sequence
+    blind: Tensor | None  # (B,) bool, whether a sequence sees nothing in this cache
 
 
-@lru_cache(maxsize=16)  # all layers of a step read alike, and prefixes are read as the step before did
+@lru_cache(maxsize=16)  # all layers of a step need the same plan, and so do the prefixes of the next step
 def _plan(
     rows: tuple[int, ...],
     first: tuple[int, ...],
@@ -122,9 +128,10 @@ def _plan(
     key_bytes: int,
     dtype: torch.dtype,
 ) -> Plan | None:
-    """Sequence b sees the keys first[b] to last[b] - 1 of the row rows[b]. None: nobody sees anything.
+    """Return the attention calls that read one cache for a batch, or None if no key is seen.
 
-    A key head has n query heads; a key and its value, of all heads, have `key_bytes`.
+    Sequence b sees the keys first[b] to last[b] - 1 of row rows[b]. n: query heads for each key head. key_bytes: the
+    bytes of a key and its value, over all heads.
     """
     readers: dict[int, list[int]] = {}  # the sequences of each row
     for b in sorted(range(len(rows)), key=rows.__getitem__):
@@ -140,7 +147,7 @@ def _plan(
         calls.append(Call(range(row, row + 1), keys, len(members)))
     calls = _joined(calls, n, key_bytes)
 
-    # who stands where in them; a row with fewer readers repeats them
+    # the sequences in the places of each call; a row with fewer readers repeats them
     source = []
     for i, call in enumerate(calls):
         places = [(readers[row] * call.readers)[: call.readers] for row in call.rows]
@@ -156,13 +163,13 @@ def _plan(
 
 
 def _joined(calls: list[Call], n: int, key_bytes: int) -> list[Call]:
-    """Neighbours made one call, where it costs no more than those that it replaces."""
+    """Merge neighbouring calls where the merged call costs no more than the calls that it replaces."""
 
     def cost(call: Call) -> float:
         return len(call.rows) * len(call.keys) * key_bytes * (1 + QUERY * call.readers * n)
 
     joined: list[Call] = []
-    cost_alone = 0.0  # of the rows of the last of these, read one by one
+    cost_alone = 0.0  # the cost of reading the rows of the last joined call one by one
     for call in calls:
         if joined and joined[-1].rows.stop == call.rows.start:
             wider = joined[-1].beside(call)
@@ -176,13 +183,14 @@ def _joined(calls: list[Call], n: int, key_bytes: int) -> list[Call]:
 
 
 def _mask(seen: list[list[tuple[int, int]]], keys: range, n: int, dtype: torch.dtype) -> Tensor | None:
-    """(rows, 1, 1 or queries to a row, keys), added to the scores; None: all is in sight, FEW_KEYS or more.
+    """Return the mask (rows, 1, 1 or queries per row, keys) that is added to the scores.
 
-    seen: the first key and the one after the last, for each place of each row
+    It is None if all keys are visible and there are at least FEW_KEYS.
+    seen: for each place of each row, the first visible key and the key after the last.
     """
     if len(keys) >= FEW_KEYS and all(ends == (keys.start, keys.stop) for row in seen for ends in row):
         return None
-    alike = all(len(set(row)) == 1 for row in seen)  # the readers of a row
+    alike = all(len(set(row)) == 1 for row in seen)  # all readers of a row see the same keys
     ends = torch.tensor([row[:1] for row in seen] if alike else seen)[:, None, :, None]
     position = torch.arange(keys.start, keys.stop)  # ends: (rows, 1, readers or 1, 1, 2)
     hidden = (position < ends[..., 0]) | (position >= ends[..., 1])  # (rows, 1, readers or 1, keys)
@@ -198,9 +206,9 @@ def _flags(flags: list[bool]) -> Tensor | None:
 
 
 def decode_attention_cpu(q: Tensor, caches: list[Cache], scores: Scores) -> Tensor:
-    """Attention over one cache or two: that of the sequences' own rows, then that of prefixes, where there are any.
+    """Compute attention over one or two caches: the sequences' own rows, and optionally their prefixes.
 
-    Raises ValueError for slots and lengths that the caches do not have.
+    Raises ValueError for slots and lengths that are outside the caches.
     """
     own, prefix = caches[0], caches[1] if len(caches) > 1 else None
     _check_rows(own, "k_cache", "slot", "length")
@@ -208,10 +216,10 @@ def decode_attention_cpu(q: Tensor, caches: list[Cache], scores: Scores) -> Tens
         some = prefix.slot != -1
         given = prefix._replace(slot=prefix.slot[some], length=prefix.length[some])
         _check_rows(given, "k_prefix", "prefix_slot", "prefix_length")
-    if scores.softcap is not None:  # which torch's fused attention has not
+    if scores.softcap is not None:  # torch's fused attention has no softcap
         return _one_by_one(q, caches, scores)
 
-    # who sees which keys: positions from `hidden` on, counted through the prefix
+    # a sequence sees the positions from `hidden` on, where its prefix is counted first
     length = own.length.tolist()
     prefix_rows = prefix_length = [0] * len(length)
     if prefix is not None:
@@ -252,7 +260,10 @@ def decode_attention_cpu(q: Tensor, caches: list[Cache], scores: Scores) -> Tens
 
 
 def _check_rows(cache: Cache, keys: str, slot: str, length: str) -> None:
-    """Raises ValueError for slots and lengths that the rows of this cache do not have, under the names given."""
+    """Raise ValueError for slots and lengths outside this cache.
+
+    keys, slot, length: the names of the arguments, for the message.
+    """
     shape = tuple(cache.keys.shape)
     for name, x, most in ((slot, cache.slot, shape[0] - 1), (length, cache.length, shape[1])):
         if x.numel() and not 0 <= int(x.min()) <= int(x.max()) <= most:
@@ -261,7 +272,7 @@ def _check_rows(cache: Cache, keys: str, slot: str, length: str) -> None:
 
 
 def _read(plan: Plan, q: Tensor, cache: Cache, scale: float) -> tuple[Tensor, Tensor]:
-    """q (B, G, n, D) over what the sequences see of one cache: (B, G, n, Dv) and log-sum-exp (B, G, n)."""
+    """Compute attention of q (B, G, n, D) over one cache. Returns out (B, G, n, Dv) and log-sum-exp (B, G, n)."""
     n, D, Dv = *q.shape[2:], cache.values.shape[-1]
     q = q if plan.source is None else q.index_select(0, plan.source)
     q = F.pad(q, (0, Dv - D)) if Dv > D else q
@@ -271,14 +282,14 @@ def _read(plan: Plan, q: Tensor, cache: Cache, scale: float) -> tuple[Tensor, Te
     for call in plan.calls:
         window = slice(call.rows.start, call.rows.stop), slice(call.keys.start, call.keys.stop)
         k, v = keys[window].transpose(1, 2), values[window].transpose(1, 2)  # (rows, G, keys, D)
-        if Dv != D:  # the call takes one width
+        if Dv != D:  # the call requires keys and values of the same width
             k, v = F.pad(k, (0, max(Dv - D, 0))), F.pad(v, (0, max(D - Dv, 0)))
         end = start + len(call.rows) * call.readers
         x = q[start:end]
         if call.readers > 1:
             x = x.unflatten(0, (-1, call.readers)).transpose(1, 2).flatten(2, 3)  # (rows, G, readers * n, D)
 
-        # what scaled_dot_product_attention calls on a CPU; by that name there is no log-sum-exp
+        # the op behind scaled_dot_product_attention on a CPU, which also returns the log-sum-exp
         out_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             x, k, v, attn_mask=call.mask, scale=scale
         )
@@ -291,7 +302,7 @@ def _read(plan: Plan, q: Tensor, cache: Cache, scale: float) -> tuple[Tensor, Te
     out, lse = outs[0] if len(outs) == 1 else map(torch.cat, zip(*outs, strict=True))
     if plan.place is not None:
         out, lse = out.index_select(0, plan.place), lse.index_select(0, plan.place)
-    if plan.blind is not None:  # its lse is 0 where all is masked, its row another's where it has no place
+    if plan.blind is not None:  # lse was 0 if all is masked, and a row without a place was another's
         blind = plan.blind[:, None, None]
         out, lse = out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -torch.inf)
     return out[..., :Dv], lse

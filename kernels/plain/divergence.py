@@ -1,7 +1,7 @@
-"""Divergence of two heads in torch: the reference, the CPU path, and what both paths make of a row's pieces.
+"""Divergence of two heads in plain torch: the reference, the CPU path, and the merging of pieces for both paths.
 
-Names as in head/divergence.py: of student and teacher, u and t are the scaled logits, log_p and log_q the
-log-probabilities, p and q the probabilities or, below a top, exponentials.
+Names are those of head/divergence.py. For the student and the teacher, u and t are the scaled logits, and log_p and
+log_q the log-probabilities. p and q are the probabilities, or exponentials relative to a top.
 """
 
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from ..head.inputs import HeadInputs, divergence_of, scaled_logits
 from ..records import Head
 
 Blocks = tuple[list[slice], list[slice]]  # rows, columns
-COPIES = 6  # of a block: both logits and the temporaries of their difference
+COPIES = 6  # copies of a block in memory: both logits and the temporaries of their difference
 
 # ---- reference
 
@@ -59,7 +59,7 @@ def token_divergence_reference(
 def divergence_of_logits(
     student: HeadInputs, teacher: HeadInputs, temperature: float | Tensor, beta: float, mask: Tensor | None
 ) -> Tensor:
-    """The divergence by way of both logits, all of them."""
+    """Compute the divergence (tokens,) from all logits of both heads. The teacher gets no gradient."""
     u = scaled_logits(student, temperature)
     with torch.no_grad():
         t = scaled_logits(teacher, temperature)
@@ -71,39 +71,42 @@ def divergence_of_logits(
 
 
 class Piece(NamedTuple):
-    """Sums over some columns of a row, one number each."""
+    """Sums over some columns of the logits. Every field has one number per row.
+
+    With beta = 0, the teacher's t takes the place of u in sum_gap and gap_at_top.
+    """
 
     sum_exp: Tensor  # sum exp(u - top)
     teacher_sum_exp: Tensor
     top: Tensor  # the highest u
     teacher_top: Tensor
-    sum_gap: Tensor  # sum exp(u - top) (gap - gap_at_top); of t for beta = 0
-    gap_at_top: Tensor  # gap where u is highest; t for beta = 0
+    sum_gap: Tensor  # sum exp(u - top) (gap - gap_at_top)
+    gap_at_top: Tensor  # the gap where u is highest
 
 
 class Norms(NamedTuple):
-    """Sums over a whole row, one number each: all that the backward has to know."""
+    """Sums over all columns of the logits. Every field has one number per row. The backward needs no other sums."""
 
     top: Tensor
-    # log sum exp(u - top). Their sum, the log-sum-exp, would be rounded at the size of the logits
+    # log sum exp(u - top). It is kept apart from top, because their sum would be rounded at the size of the logits
     log_sum: Tensor
     teacher_top: Tensor
     teacher_log_sum: Tensor
-    mean_gap: Tensor  # mean of gap - gap_at_top under p; under q for beta = 0
+    mean_gap: Tensor  # the mean of gap - gap_at_top under p, or under q for beta = 0
     gap_at_top: Tensor
 
 
 def merged(pieces: Tensor, beta: float) -> Tensor:
-    """Norms (6, rows) of all pieces (pieces, 6, rows)."""
+    """Merge the Pieces of each row, (pieces, 6, rows), into Norms (6, rows)."""
     piece = Piece(*pieces.unbind(1))  # (pieces, rows) each
     (top, at), (teacher_top, teacher_at) = piece.top.max(0), piece.teacher_top.max(0)
 
-    # sums below the tops of their pieces, as they are below that of the row
+    # sums relative to the tops of their pieces become relative to the top of the row
     shrink, teacher_shrink = (piece.top - top).exp(), (piece.teacher_top - teacher_top).exp()
     sum_exp, teacher_sum_exp = shrink * piece.sum_exp, teacher_shrink * piece.teacher_sum_exp
     log_sum, teacher_log_sum = sum_exp.sum(0).log(), teacher_sum_exp.sum(0).log()
 
-    # the gaps, likewise, beyond that at the row's top
+    # likewise, the gaps become relative to the gap at the row's top
     if beta == 0:
         at, shrink, sum_exp = teacher_at, teacher_shrink, teacher_sum_exp
     gap_at_top = piece.gap_at_top.gather(0, at[None])[0]
@@ -113,7 +116,10 @@ def merged(pieces: Tensor, beta: float) -> Tensor:
 
 
 def to_mixture(log_ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """log p_S - log m and log p_T - log m, of log_ratio = log p_T - log p_S, which is spent."""
+    """Compute log p_S - log m and log p_T - log m of the mixture m.
+
+    log_ratio: log p_T - log p_S. It is overwritten.
+    """
     larger = log_ratio.clamp(min=0)
     log_ratio -= larger
     smaller = -larger
@@ -126,10 +132,13 @@ def to_mixture(log_ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
 
 
 def summarise(student: Head, teacher: Head, beta: float, blocks: Blocks, logits: Tensor | None) -> Tensor:
-    """Pieces (chunks, 6, rows) of these rows. A mixture's logits (2, rows, V) are kept."""
+    """Return the six sums of a Piece for each chunk of the vocabulary and row, (chunks, 6, rows).
+
+    logits: (2, rows, V), receives the logits of a mixture. It is None for a KL.
+    """
     row_blocks, chunks = blocks
     buffers = [] if logits is not None else [buffer_of(x.hidden, *blocks) for x in (student, teacher)]
-    # made before the blocks: small tensors left between these would keep their memory from being used again
+    # made before the blocks: small tensors between the blocks would keep the blocks' memory from being reused
     pieces = student.hidden.new_empty(len(chunks), 6, len(student.hidden))
 
     for i, columns in enumerate(chunks):
@@ -145,13 +154,16 @@ def summarise(student: Head, teacher: Head, beta: float, blocks: Blocks, logits:
 
 
 def _scaled_products(student: Head, teacher: Head, out: Tensor, teacher_out: Tensor) -> tuple[Tensor, Tensor]:
-    """u and t (rows, columns) of a block, in the two buffers."""
+    """Compute the scaled logits (rows, columns) of a block in two buffers: u of the student and t of the teacher."""
     u = scaled_(torch.mm(student.hidden, student.weight.T, out=out), student)
     return u, scaled_(torch.mm(teacher.hidden, teacher.weight.T, out=teacher_out), teacher)
 
 
 def _summarise_block(u: Tensor, t: Tensor, beta: float, piece: Piece) -> None:
-    """Write a piece. u and t are spent, except a mixture's, of which no gap is summed before m is known."""
+    """Write the sums over a block's logits u and t into `piece`.
+
+    u and t are overwritten, except for a mixture. A mixture's gaps are not summed here, because m is not known yet.
+    """
     mixture = 0 < beta < 1
     gap = t - u
     at = torch.max(u if beta > 0 else t, -1)[1][:, None]
@@ -173,14 +185,20 @@ def _summarise_block(u: Tensor, t: Tensor, beta: float, piece: Piece) -> None:
 def _log_probabilities(
     u: Tensor, t: Tensor, norms: Norms, out: Tensor, teacher_out: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """log_p and log_q. Two subtractions each: Norms."""
+    """Compute log_p and log_q from the scaled logits u and t.
+
+    top and log_sum are subtracted one after the other, because their sum would be rounded.
+    """
     log_p = torch.sub(u, norms.top[:, None], out=out).sub_(norms.log_sum[:, None])
     log_q = torch.sub(t, norms.teacher_top[:, None], out=teacher_out).sub_(norms.teacher_log_sum[:, None])
     return log_p, log_q
 
 
 def mixture_sums(logits: Tensor, norms: Tensor, beta: float, blocks: Blocks) -> Tensor:
-    """(2, rows): sum p gap_beyond and sum q teacher_gap, as head/mixture.py has them, of Norms (6, rows)."""
+    """Return (2, rows): the sums over the vocabulary of p gap_beyond and q teacher_gap (see head/mixture.py).
+
+    logits: (2, rows, V), of student and teacher. norms: Norms (6, rows). blocks: slices of rows and columns.
+    """
     u, t = logits
     sums = norms.new_zeros(2, len(u))
     for rows, columns in [(rows, columns) for columns in blocks[1] for rows in blocks[0]]:
@@ -196,23 +214,26 @@ def mixture_sums(logits: Tensor, norms: Tensor, beta: float, blocks: Blocks) -> 
 
 
 class Upstream(NamedTuple):
-    """Numbers of a row that its gradient is made of."""
+    """Each row's terms of the gradient: its Norms, and the gradient of the loss with respect to the divergence D."""
 
     norms: Tensor  # Norms (6, rows)
-    gain: Tensor  # (rows,): dD of the loss, times 1 - beta for a mixture
+    gain: Tensor  # (rows,): the loss's gradient with respect to D, times 1 - beta for a mixture
     beta: float
 
 
 def dlogits(
     student: Head, teacher: Head, upstream: Upstream, dz: Tensor, teacher_out: Tensor, with_dbias: bool
 ) -> Tensor:
-    """Fill dz (rows, columns) of a block, and return its sum over the rows. teacher_out: a buffer for t."""
+    """Write dz (rows, columns), the gradient of a block's logits.
+
+    Return its sum over the rows, or an empty tensor without `with_dbias`. teacher_out: a buffer for t (rows, columns).
+    """
     beta, norms = upstream.beta, Norms(*upstream.norms)
     u, t = _scaled_products(student, teacher, dz, teacher_out)
     slope = softcap_slope(u, student)
     mean_gap, gap_at_top = norms.mean_gap[:, None], norms.gap_at_top[:, None]
 
-    # u and t are spent from here on: the gap of reverse KL before that
+    # u and t are overwritten below, so the gap of the reverse KL is computed first
     gap_beyond = (t - u).sub_(gap_at_top) if beta == 1 else None
     log_p, log_q = _log_probabilities(u, t, norms, u, t)
     if beta == 0:

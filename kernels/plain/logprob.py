@@ -1,4 +1,4 @@
-"""Token log-probabilities as torch computes them: from logits in a graph, or block by block in one buffer."""
+"""Token log-probabilities in plain torch: from all logits under autograd, or block by block in one buffer."""
 
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from ..head.blocks import (
 from ..head.inputs import HeadInputs, scaled_logits
 from ..records import Head
 
-COPIES = 3  # of a block: the logits and two temporaries
+COPIES = 3  # copies of a block in memory: the logits and two temporaries
 
 Scores = tuple[Tensor, Tensor, Tensor]  # logprob, lse, entropy, (tokens,) each
 
@@ -31,7 +31,12 @@ Scores = tuple[Tensor, Tensor, Tensor]  # logprob, lse, entropy, (tokens,) each
 
 
 def score(u: Tensor, column: Tensor, trained: Tensor, kept: Tensor | None) -> Scores:
-    """u (tokens, N); column (tokens,) is the target's; kept (tokens, N) bool, which of them take part."""
+    """Return logprob, lse and entropy, (tokens,) each, from scaled logits u (tokens, N).
+
+    column: (tokens,), the target's column.
+    trained: (tokens,) bool. The other rows get 0.
+    kept: (tokens, N) bool, the columns that the softmax runs over, or None for all.
+    """
     if kept is not None:
         u = u.masked_fill(~kept, -torch.inf)
     lse = torch.logsumexp(u, -1)
@@ -47,11 +52,11 @@ def score(u: Tensor, column: Tensor, trained: Tensor, kept: Tensor | None) -> Sc
 def score_logits(
     head: HeadInputs, temperature: float | Tensor, targets: Tensor, support: Tensor | None, ignore_index: int
 ) -> Scores:
-    """Scores from all logits; targets and support (tokens, K_max) are ids of the vocabulary."""
+    """Return logprob, lse and entropy from all logits. targets and support (tokens, K_max) hold vocabulary ids."""
     u, kept = scaled_logits(head, temperature), None
     if support is not None:
         (tokens, V), device = u.shape, u.device
-        columns = torch.where(support < 0, V, support).long()  # padding falls into one column too many
+        columns = torch.where(support < 0, V, support).long()  # padding goes to an additional column
         kept = torch.zeros(tokens, V + 1, dtype=torch.bool, device=device).scatter_(1, columns, True)[:, :-1]
 
     trained = targets != ignore_index
@@ -62,7 +67,7 @@ def score_logits(
 
 
 class RowTerms(NamedTuple):
-    """Terms of the logits' gradient, each (rows,).
+    """Each row's terms of the gradient of its logits, (rows,) each.
 
     du_j = dlogprob [j = y] + p_j (dnorm - dentropy (log p_j + entropy))        log p_j = u_j - highest - log_sum
     """
@@ -72,18 +77,19 @@ class RowTerms(NamedTuple):
     log_sum: Tensor
     entropy: Tensor
     dlogprob: Tensor
-    dnorm: Tensor  # dlse - dlogprob: logprob = u_y - lse has the normaliser in it, too
+    dnorm: Tensor  # dlse - dlogprob, because logprob = u_y - lse also contains the normaliser
     dentropy: Tensor | None
 
 
 def summaries(head: Head, targets: Tensor, memory_budget: int, target_u: Tensor) -> Tensor:
-    """parts (chunks, 3, tokens): the highest logit, the sum of exponentials below it, that of these times u - highest.
+    """Return parts (chunks, 3, tokens): highest, sum exp(u - highest), and sum exp(u - highest) (u - highest).
 
-    target_u (tokens,): filled where the target is in the vocabulary.
+    highest is the highest logit of a row in a chunk of the vocabulary. target_u (tokens,) receives the logit of each
+    target in the vocabulary.
     """
     row_blocks, chunks = blocks_of(head, memory_budget, bytes_of(head.hidden, COPIES))
     buffer = buffer_of(head.hidden, row_blocks, chunks)
-    # made before the blocks: small tensors left between these keep their memory from being used again
+    # made before the blocks: small tensors between the blocks would keep the blocks' memory from being reused
     parts = target_u.new_empty(len(chunks), 3, len(targets))
 
     for part, columns in zip(parts, chunks, strict=True):
@@ -105,20 +111,23 @@ def summaries(head: Head, targets: Tensor, memory_budget: int, target_u: Tensor)
 
 
 def dlogits(block: Head, terms: RowTerms, start: int, dz: Tensor, with_dbias: bool) -> Tensor:
-    """dz (rows, N) of a block whose first column is `start`, filled; returns its sum over the rows, or nothing."""
+    """Write dz (rows, N), the gradient of the logits of a block whose first column is `start`.
+
+    Return its sum over the rows, or an empty tensor without `with_dbias`.
+    """
     target, *columns, dentropy = terms
     highest, log_sum, entropy, dlogprob, dnorm = (x[:, None] for x in columns)
     u = scaled_(torch.mm(block.hidden, block.weight.T, out=dz), block)
     slope = softcap_slope(u, block)
 
-    # log p: the two, added before, would be rounded at the size of the logits, wrong for a whole row
+    # log p. The sum highest + log_sum would be rounded at the size of the logits, an error of the whole row
     u.sub_(highest).sub_(log_sum)
     factor = dnorm
     if dentropy is not None:
         factor = dnorm - (u + entropy).mul_(dentropy[:, None])
     du = exponential(u, out=u).mul_(factor)
 
-    # and the target's own
+    # the target's own term
     column, in_chunk = locate(target, start, u.shape[1])
     du.scatter_add_(1, column, dlogprob * in_chunk[:, None])
 

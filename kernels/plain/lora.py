@@ -1,7 +1,7 @@
-"""Dropout by a hash, and stacks of adapters, in torch alone: what a CPU and the references of lora.py compute by.
+"""Dropout by a hash, and stacks of adapters, in plain torch: used by the CPU path and the references of lora.py.
 
-torch's products take a stack as one wide adapter, A (adapters R, K) and B (N, adapters R), beside which a row of S has
-its R numbers in the place of its own adapter and zeros elsewhere.
+For torch's products a stack is one wide adapter, A (adapters R, K) and B (N, adapters R). A row of S = x A^T then has R
+numbers in the columns of its own adapter, and zeros elsewhere.
 
 Source: the hash is lowbias32 of https://github.com/skeeto/hash-prospector
 """
@@ -13,7 +13,10 @@ from torch import Tensor
 
 
 def mix(h: Tensor) -> Tensor:
-    """A permutation of 32 bits that looks random, in int32, whose products wrap and whose shifts keep the sign."""
+    """Hash int32 numbers by a permutation of 32 bits that looks random.
+
+    In int32, products wrap around and right shifts keep the sign, so shifted values are masked.
+    """
     h = h ^ ((h >> 16) & 0xFFFF)
     h = h * 0x7FEB352D
     h = h ^ ((h >> 15) & 0x1FFFF)
@@ -22,7 +25,10 @@ def mix(h: Tensor) -> Tensor:
 
 
 def drop(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
-    """(M, K): the elements whose hash is not below `dropout`, divided by 1 - dropout."""
+    """Apply dropout to x (M, K).
+
+    An element is kept, and divided by 1 - dropout, if its hash is at least `threshold(dropout)`.
+    """
     low, high = mix(seed.int()), mix((seed >> 32).int() ^ 0x2545F491)
     rows = mix(torch.arange(x.shape[0], dtype=torch.int32, device=x.device) ^ low)
     columns = mix(torch.arange(x.shape[1], dtype=torch.int32, device=x.device) ^ high)
@@ -46,7 +52,10 @@ def wide_b(b: Tensor) -> Tensor:
 
 
 def scattered(S: Tensor, adapter: Tensor | None, adapters: int) -> Tensor:
-    """(M, R) -> (M, adapters R), zero but in the place of each row's adapter."""
+    """Spread S (M, R) to (M, adapters R).
+
+    A row's numbers are in the columns of its adapter. All other columns are zero.
+    """
     if adapter is None:
         return S
     chosen = adapter[:, None] == torch.arange(adapters, device=S.device)  # (M, adapters)
@@ -54,7 +63,10 @@ def scattered(S: Tensor, adapter: Tensor | None, adapters: int) -> Tensor:
 
 
 def gathered(S: Tensor, adapter: Tensor | None, adapters: int) -> Tensor:
-    """(M, adapters R) -> (M, R), the place of each row's adapter; zero where it has none or one that is not there."""
+    """Pick (M, R) from S (M, adapters R): the columns of each row's adapter.
+
+    A row without an adapter, or with one that does not exist, gives zeros.
+    """
     if adapter is None:
         return S
     ids, R = adapter.long(), S.shape[1] // adapters

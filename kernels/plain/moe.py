@@ -1,7 +1,7 @@
-"""Plain torch for moe_mlp: the reference, which runs every expert on every token, and the CPU path.
+"""moe_mlp in plain torch: the reference, which runs every expert on every token, and the CPU path.
 
-The CPU path sorts the choices by expert and takes the rows of one expert at a time. Experts in 4 bits are multiplied
-out one by one, in the forward and again in the backward.
+The CPU path sorts the choices by expert, and computes the rows of one expert at a time. Weights in 4 bits are
+dequantised one expert at a time, in the forward and again in the backward.
 """
 
 from collections.abc import Iterator
@@ -49,20 +49,20 @@ def moe_mlp_reference(
         h = F.linear(x, W_gu[e], None if gate_up_bias is None else gate_up_bias[e])
         a = _activate(h, activation, alpha, limit)
         y = F.linear(a, W_d[e], None if down_bias is None else down_bias[e])
-        weight = (weights * (indices == e)).sum(1, keepdim=True)  # (T, 1), zero where the token is elsewhere
+        weight = (weights * (indices == e)).sum(1, keepdim=True)  # (T, 1), 0 for a token of other experts
         out = out + weight.to(x.dtype) * y
     return out
 
 
 def _activate(h: Tensor, activation: str, alpha: float, limit: float) -> Tensor:
-    """(rows, 2F), or (rows, F) for relu2, to (rows, F)."""
+    """Apply the activation to h, (rows, 2F), or (rows, F) for relu2. Returns (rows, F)."""
     if activation == "relu2":
         return h.relu().square()
 
     gate, up = h.chunk(2, -1)
     if activation == "swiglu":
         return F.silu(gate) * up
-    gate = torch.where(gate > limit, limit, gate)  # clamp gives NaN the gradient 0
+    gate = torch.where(gate > limit, limit, gate)  # clamp would give NaN a gradient of 0
     up = torch.where(up > limit, limit, torch.where(up < -limit, -limit, up))
     return (up + 1) * (gate * (alpha * gate).sigmoid())
 
@@ -70,13 +70,13 @@ def _activate(h: Tensor, activation: str, alpha: float, limit: float) -> Tensor:
 # ---- CPU path
 
 
-@without_autocast  # in x's dtype, as the kernels
+@without_autocast  # computes in x's dtype, as the kernels do
 def moe_mlp_cpu(x: Tensor, experts: Experts, weights: Tensor, indices: Tensor) -> Tensor:
-    """The rows of one expert at a time, only where there are any."""
+    """Compute the experts one at a time, and skip each expert that has no rows. Returns (tokens, hidden)."""
     (T, C), E, K = x.shape, experts.gate_up.sizes[0], indices.shape[1]
     activation = experts[2:]
 
-    # the choices by expert, without those of no expert
+    # the choices sorted by expert, without ids that are no expert
     ids = indices.flatten()
     ids = torch.where((ids < 0) | (ids >= E), E, ids)
     order = ids.argsort(stable=True)
@@ -89,7 +89,7 @@ def moe_mlp_cpu(x: Tensor, experts: Experts, weights: Tensor, indices: Tensor) -
     parts = [
         _linear(_activate(_linear(rows, *gate_up), *activation), *down)
         for e, (rows, gate_up, down) in enumerate(of_experts)
-        if rows.shape[0] or e == 0  # one at least: what no token reaches has a gradient, of zeros
+        if rows.shape[0] or e == 0  # at least one, so that weights without tokens get gradients of zeros
     ]
     y = torch.cat(parts)
     y = y.new_zeros(T * K, C).index_copy(0, order, y).view(T, K, C)
@@ -97,9 +97,9 @@ def moe_mlp_cpu(x: Tensor, experts: Experts, weights: Tensor, indices: Tensor) -
 
 
 def _by_expert(layer: ExpertLinear) -> Iterator[tuple[Any, ...]]:
-    """The weight, bias, A and B of each expert, without the dimension E."""
+    """Yield the weight, bias, A and B of each expert, without the dimension E. A missing part is None."""
     weight, *others = layer
-    # unbind, not [e]: the backward of each [e] would fill a gradient of all experts
+    # unbind, because the backward of indexing [e] would fill a gradient of all experts each time
     weights = _by_expert_4bit(weight) if weight.blocksize else weight.data.unbind()
     return zip(weights, *(repeat(None) if t is None else t.unbind() for t in others), strict=False)
 
@@ -115,7 +115,7 @@ def _by_expert_4bit(weight: Weight) -> list[Weight]:
 
 
 class _FourBitLinear(torch.autograd.Function):
-    """A product for whose backward the weight is kept in its 4 bits."""
+    """A linear product that saves its weight in 4 bits for the backward. Only x gets a gradient."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Weight], output: Tensor) -> None:

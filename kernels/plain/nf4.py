@@ -1,7 +1,7 @@
-"""4 bits in torch alone: the codes, rounding to them, and what a CPU multiplies out by.
+"""Quantisation to 4 bits in plain torch: the codes, the rounding, and the dequantisation on a CPU.
 
     nibble = the place of w / absmax among the midpoints of the sorted code; on a midpoint, the smaller value
-    byte = the place of (absmax - offset) / nested_absmax among those of the nested code, where absmax is quantised, too
+    byte = the place of (absmax - offset) / nested_absmax among the midpoints of the nested code, if absmax is quantised
 
 Source: the constants and each rounding are those of https://github.com/bitsandbytes-foundation/bitsandbytes 0.50.2
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..records import NESTED, NF4Weight, Weight
 
-# bit for bit what the files hold: the quantiles as defined differ by up to 2e-7
+# bit for bit the values in bitsandbytes' files; the quantiles by their definition differ by up to 2e-7
 NF4 = (
     -1.0,
     -0.6961928009986877,
@@ -36,7 +36,8 @@ NF4 = (
     1.0,
 )
 FP4 = tuple(v / 12 for v in (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3))
-# the nibbles by value. The two zeros: bitsandbytes 0.50.2 has 0 before 8 on a CPU, its CUDA code the sign of the weight
+# The nibbles sorted by value. FP4 has two zeros: bitsandbytes 0.50.2 picks 0 before 8 on a CPU, and by the sign of the
+# weight in its CUDA code
 ORDER = {"nf4": tuple(range(16)), "fp4": (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)}
 
 
@@ -45,13 +46,15 @@ ORDER = {"nf4": tuple(range(16)), "fp4": (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6,
 
 @cache
 def code_of(quant_type: str, device: torch.device) -> Tensor:
-    """(16,)"""
+    """Return the code (16,), the values of the 16 nibbles."""
     return torch.tensor(NF4 if quant_type == "nf4" else FP4, device=device)
 
 
 @cache
 def nested_code_on(device: torch.device) -> Tensor:
-    """(256,) sorted: 0, 1, and for each power of ten from 1e-6 to 1 twice as many even steps as for the one before.
+    """Return the nested code (256,), sorted. It quantises absmax to 8 bits.
+
+    It has 0, 1, and even steps for each power of ten from 1e-6 to 1, twice as many as for the power before.
 
     Source: Dettmers 2016, https://arxiv.org/abs/1511.04561, the dynamic tree of 8 bits
     """
@@ -66,7 +69,7 @@ def nested_code_on(device: torch.device) -> Tensor:
 
 @cache
 def midpoints_of(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The 15 midpoints of the sorted code, and the nibble of each place among them."""
+    """Return the 15 midpoints of the sorted code, and the nibble for each place among them."""
     order = torch.tensor(ORDER[quant_type], device=device)
     code = code_of(quant_type, device)[order]
     return (code[:-1] + code[1:]) / 2, order.to(torch.uint8)
@@ -76,12 +79,12 @@ def midpoints_of(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor]
 
 
 def round_to_nibbles(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
-    """packed (numel / 2,) and absmax (blocks,)."""
+    """Round a weight to 4 bits. Returns packed (numel / 2,) uint8 and absmax (blocks,)."""
     flat = weight.detach().reshape(-1).float()
     whole = flat.numel() // blocksize * blocksize
     blocks, rest = flat[:whole].view(-1, blocksize), flat[whole:]
 
-    # a product with the reciprocal, but a quotient in the last block if it is cut short: that is the format's rounding
+    # the format's rounding: a product with the reciprocal, but a quotient in a last block that is cut short
     absmax = blocks.abs().amax(1)
     scaled = (blocks * (1 / absmax.clamp(min=1e-38))[:, None]).flatten()
     if rest.numel():
@@ -90,13 +93,13 @@ def round_to_nibbles(weight: Tensor, quant_type: str, blocksize: int) -> tuple[T
 
     midpoints, order = midpoints_of(quant_type, weight.device)
     nibbles = order[torch.bucketize(scaled.clamp(-1, 1), midpoints, out_int32=True)]
-    if nibbles.numel() % 2:  # the nibble of 0 fills the last byte
+    if nibbles.numel() % 2:  # the last byte is filled with the nibble of 0
         nibbles = torch.cat((nibbles, order[torch.bucketize(torch.zeros_like(scaled[:1]), midpoints)]))
     return (nibbles[::2] << 4) | nibbles[1::2], absmax
 
 
 def with_nested_absmax(weight: NF4Weight) -> NF4Weight:
-    """The weight, its absmax rounded to 8 bits."""
+    """Return the weight with its absmax quantised to 8 bits."""
     absmax = weight.absmax
     offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
     centred, nested_code = absmax - offset, nested_code_on(absmax.device)
@@ -104,7 +107,7 @@ def with_nested_absmax(weight: NF4Weight) -> NF4Weight:
     most = padded.abs().amax(1)
 
     scaled = (padded * (1 / most)[:, None]).nan_to_num(-1).clamp(-1, 1)  # a block of zeros: byte 0
-    if not absmax.is_cuda:  # bitsandbytes on a CPU looks the byte up by 16 bits of the number
+    if not absmax.is_cuda:  # on a CPU, bitsandbytes looks the byte up by 16 bits of the number
         scaled = ((scaled + 1) * 32767.5 + 0.5).int() / 32767.5 - 1
     bytes_ = torch.bucketize(scaled, (nested_code[:-1] + nested_code[1:]) / 2, out_int32=True)
 
@@ -117,11 +120,11 @@ def with_nested_absmax(weight: NF4Weight) -> NF4Weight:
     )
 
 
-# ---- multiplying out
+# ---- dequantisation
 
 
 def unnested(weight: Weight | NF4Weight) -> Tensor:
-    """The absmax of a weight in 4 bits as a float, (blocks,)."""
+    """Return the absmax of a weight in 4 bits as floats (blocks,), dequantised if it was quantised itself."""
     absmax, nested_code = weight.absmax, weight.nested_code
     assert absmax is not None
     if nested_code is None or weight.nested_absmax is None or weight.offset is None:
@@ -131,7 +134,7 @@ def unnested(weight: Weight | NF4Weight) -> Tensor:
 
 
 def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """A weight in 4 bits multiplied out: two values at a time, from a table of 256 bytes."""
+    """Dequantise a weight from 4 bits to `dtype`. A table looks up the two values of each byte at once."""
     assert weight.code is not None
     pairs = torch.cartesian_prod(weight.code, weight.code)  # (256, 2)
 

@@ -1,4 +1,4 @@
-"""RMSNorm on a CPU, in fp32: the formulas of kernels/norm.py."""
+"""RMSNorm on a CPU in fp32, by the formulas of kernels/norm.py."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,10 @@ def normalise(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 class RMSNormTorch(torch.autograd.Function):
-    """The CPU path in fp32: autograd through the reference would keep every intermediate."""
+    """RMSNorm of the CPU path in fp32.
+
+    It has its own backward, because autograd through the reference would keep every intermediate.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor, eps: float) -> Tensor:
@@ -26,11 +29,11 @@ class RMSNormTorch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x, w, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled():  # under create_graph: x's share in the saved rstd has no derivative
+        if torch.is_grad_enabled():  # create_graph: the saved rstd is not connected to x
             rstd = _rstd(x, ctx.eps)
         N = x.shape[-1]
         xhat = x * rstd
-        # (rows, N): column sums are dw, each row's product with w the mean
+        # (rows, N): its column sums are dw, and a row's product with w / N is the mean
         products = (dy * xhat).reshape(-1, N)
         mean = torch.mv(products, w / N).view_as(rstd)
         dx = (dy * w).addcmul_(xhat, mean, value=-1).mul_(rstd)

@@ -7,9 +7,9 @@ from torch import Tensor
 from .._chip import cdiv
 from ..records import Sampling
 
-BLOCK = 128  # ids whose probabilities are summed before an id is looked for among them
-NARROW = 1024  # ids; fewer are added up one by one
-SMALL = 1e-30  # a temperature
+BLOCK = 128  # ids in a block, whose sums are searched before an id is searched in one block
+NARROW = 1024  # up to this many ids, one cumulative sum over all of them is used
+SMALL = 1e-30  # below this temperature, the highest logit is subtracted before the division
 
 
 # ---- reference
@@ -32,18 +32,18 @@ def sample_tokens_reference(
         token = order[:, :1]
         return token.squeeze(1), x.log_softmax(-1).gather(1, token).squeeze(1), None
 
-    # the candidates, and which of them truncation drops
+    # the candidates, and the flags of those that truncation drops
     u = (x - x.amax(-1, keepdim=True)) / temperature
     ids = torch.arange(x.shape[1], device=x.device).expand_as(x) if width is None else order[:, :width]
     candidates = u.gather(1, ids)
     dropped = torch.zeros_like(ids, dtype=torch.bool)
     if rules.top_p is not None:
         p = (u.softmax(-1).gather(1, ids) if rules.top_k is None else candidates.softmax(-1)).double()
-        dropped |= p.cumsum(-1) - p >= rules.top_p  # where the ids before this one suffice
+        dropped |= p.cumsum(-1) - p >= rules.top_p  # if the ids before it suffice
     if rules.min_p is not None:
         dropped |= (candidates - candidates[:, :1]).exp() < rules.min_p
 
-    # the first at which the cumulative softmax passes the number
+    # the first id at which the cumulative softmax passes the noise
     logprobs = candidates.masked_fill(dropped, -torch.inf).log_softmax(-1)
     reached = logprobs.double().exp().cumsum(-1)
     passes = reached > noise[:, None] * reached[:, -1:]
@@ -56,22 +56,25 @@ def sample_tokens_reference(
 
 
 def sample_tokens_cpu(logits: Tensor, noise: Tensor, rules: Sampling) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Tokens, log-probabilities and supports. What to draw from is selected before anything is exponentiated."""
+    """Return tokens, log-probabilities and supports. Candidates are selected before anything is exponentiated.
+
+    The support is None if nothing is truncated.
+    """
     x = logits.to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
     temperature, top_k, top_p, min_p = rules
     if temperature == 0:
-        highest, token = x.max(-1)  # the first
+        highest, token = x.max(-1)  # the first of equal logits
         return token, -(x - highest[:, None]).exp_().sum(-1).log(), None
     width = rules.width(x.shape[1])
     if width is None:
-        if temperature < SMALL:  # a quotient of the logits themselves would overflow
+        if temperature < SMALL:  # the logits divided by it would overflow
             x = x - x.amax(-1, keepdim=True)
         return *_invert(x if temperature == 1 else x / temperature, noise), None
 
     candidates, ids = x.topk(width)  # (B, width), most likely first
     highest = candidates[:, :1]
     u = (candidates - highest) / temperature
-    mass = u.exp()  # beside the most likely
+    mass = u.exp()  # relative to the most likely id
     dropped = mass < (min_p or 0.0)
     if top_p is not None:
         among = mass if top_k is not None else (x - highest).div_(temperature).exp_()
@@ -82,9 +85,9 @@ def sample_tokens_cpu(logits: Tensor, noise: Tensor, rules: Sampling) -> tuple[T
 
 
 def _invert(u: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """The id at which the cumulative softmax of u (B, V) passes the noise (B,), and log softmax there, both (B,).
+    """Return (id, logprob), both (B,): the id at which the cumulative softmax of u (B, V) passes the noise (B,).
 
-    Looked for among the sums of blocks first, where u is wide: one pass over it instead of a cumulative sum of it.
+    For a wide u, it first searches the sums of blocks. That takes one pass over u instead of a cumulative sum of it.
     """
     (B, V), blocks = u.shape, cdiv(u.shape[1], BLOCK)
     p = u.softmax(-1)
@@ -100,11 +103,12 @@ def _invert(u: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     total = reached[:, -1:]
     target = noise[:, None] * total  # (B, 1)
 
-    # the first that passes has a sum above 0; only NaN logits pass nowhere
+    # the first block that passes has a sum above 0; only with NaN logits no block passes
     block = torch.searchsorted(reached, target, right=True).clamp_(max=blocks - 1)
     inside = p.gather(1, block[:, :, None].expand(B, 1, BLOCK)).squeeze(1).cumsum(-1, dtype=torch.float64)
 
-    # the sums were rounded: as far inside of the block as of its sum, past the ids of probability 0 at its start
+    # The sums were rounded, so the rest is scaled to the sum inside the block. The search passes ids of probability 0
+    # at the block's start
     remaining = (target - (reached - sums).gather(1, block)).clamp_(min=0)
     remaining *= inside[:, -1:] / sums.gather(1, block)
     remaining = torch.minimum(remaining, torch.nextafter(inside[:, -1:], torch.zeros_like(total)))

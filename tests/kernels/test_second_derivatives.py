@@ -52,7 +52,7 @@ def check(case: Case, usage: str, device: str) -> None:
     try:
         found = penalty_gradients(case, case.fused, tensors, usage)
     except (NotImplementedError, RuntimeError) as error:
-        assert "first derivatives alone" in str(error) or "is not implemented" in str(error)
+        assert "only first derivatives" in str(error) or "is not implemented" in str(error)
         return
     truth = penalty_gradients(case, case.reference, widen(tensors, torch.float64), usage)
     for name, expected in truth.items():
@@ -123,7 +123,7 @@ def test_a_compiled_penalty_is_right_or_raises(backend, device):
     try:
         found = gradient(torch.compile(rms_norm, fullgraph=True, backend=backend))
     except (NotImplementedError, RuntimeError) as error:
-        assert "first derivatives alone" in str(error) or "does not currently support double backward" in str(
+        assert "only first derivatives" in str(error) or "does not currently support double backward" in str(
             error
         )
         return

@@ -282,7 +282,7 @@ def test_what_shares_no_batch_is_refused():
     matrix = {"model.embed_tokens.weight": torch.ones(TINY.vocab_size, TINY.hidden_size)}  # not the base's
     with pytest.raises(InputError, match="adapter 1: with DoRA, modules_to_save"):
         stack_adapters(Transformer(TINY), [given, replace(given, tensors=given.tensors | matrix)])
-    with pytest.raises(ValueError, match="a child sees what its parent's adapter made"):
+    with pytest.raises(ValueError, match="expected the same adapter for a child and its parent"):
         pack([[1], [2]], [-1, 0], adapters=[0, 1])
     with pytest.raises(ValueError, match="expected one for each of 2 sequences, got 1"):
         pack([[1], [2]], adapters=[0])

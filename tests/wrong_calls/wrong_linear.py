@@ -201,7 +201,7 @@ CALLS = (
     Wrong(
         "nf4: packed strided",
         four_bit(packed=FOUR_BIT.packed.repeat(2)[::2]),
-        "packed: expected it contiguous",
+        "packed: expected a contiguous tensor",
     ),
     Wrong("nf4: absmax too short", four_bit(absmax=FOUR_BIT.absmax[:1]), "absmax: expected 8 numbers"),
     Wrong(
@@ -236,7 +236,9 @@ CALLS = (
     Wrong("nf4: another blocksize", four_bit(blocksize=32), "absmax: expected 16 numbers"),
     Wrong("nf4: odd blocksize", four_bit(blocksize=100), "blocksize: expected one of .* got 100"),
     Wrong("nf4: blocksize 0", four_bit(blocksize=0), "blocksize: expected one of .* got 0"),
-    Wrong("nf4: of ints", four_bit(dtype=torch.int32), "dtype: expected that of a float, got torch.int32"),
+    Wrong(
+        "nf4: of ints", four_bit(dtype=torch.int32), "dtype: expected a floating-point dtype, got torch.int32"
+    ),
     Wrong(
         "nf4: code on meta",
         four_bit(code=FOUR_BIT.code.to("meta")),
