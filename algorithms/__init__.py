@@ -1,1 +1,1 @@
-"""Algorithms, one per file (floor 2). Code that several algorithms share is in the subfolders, called rooms."""
+"""Algorithms, one per file: floor 2. Code that several algorithms share is in the subfolders, called rooms."""

@@ -66,7 +66,7 @@ def usage() -> str:
     return (
         "usage: burnish COMMAND [flags]\n\n"
         + "\n".join(lines)
-        + "\n\nburnish COMMAND --help lists its flags."
+        + "\n\nburnish COMMAND --help lists the flags of a command."
     )
 
 

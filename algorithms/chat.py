@@ -42,7 +42,7 @@ class Config(DeviceFlags, TemplateFlags):
 
 
 def answer(cfg: Config, model: Transformer, tokenizer: Tokenizer, prompt: list[int], seed: int) -> str:
-    """Print the answer while it is sampled, and return it. Ctrl-C ends only the answer, unless --prompt is given."""
+    """Print the answer while it is sampled, and return it. Ctrl-C stops the answer, and with --prompt the command."""
     tokens = stream(
         model,
         prompt,
@@ -73,7 +73,10 @@ def answer(cfg: Config, model: Transformer, tokenizer: Tokenizer, prompt: list[i
 
 
 def _checked_opening(cfg: Config, tokenizer: Tokenizer, opening: list[Message]) -> dict[str, Any]:
-    """Return the chat template's variables other than messages. Raises InputError if it ignores one of the flags."""
+    """Return the variables that the chat template receives besides the messages.
+
+    Raises InputError if the template cannot use --system, --tools or --chat-template-kwargs.
+    """
     flag = "system" if opening else "tools" if cfg.tools else "chat-template-kwargs"
     if (opening or cfg.tools) and tokenizer.chat_template is None:
         raise InputError(f"--{flag}: the model has no chat template; name one with --chat-template")
@@ -122,7 +125,7 @@ def _next_prompt(at_terminal: bool) -> str | None:
 
 
 def main(cfg: Config) -> None:
-    """Answer each prompt until the input ends, or answer only --prompt."""
+    """Answer prompts from standard input until the input ends, or answer only --prompt."""
     # 1. the model, and the variables of its chat template
     _check_flags(cfg)
     tokenizer = load_tokenizer(cfg)

@@ -8,8 +8,8 @@
        beta = 1   KL(p_S || p_T), reverse: the student keeps to the teacher's likely tokens
        between    beta KL(p_T || m) + (1 - beta) KL(p_S || m),  m = beta p_T + (1 - beta) p_S
 
-N is the number of trained tokens in the whole optimizer step: completions with their end token. beta = 0 and beta = 1
-are the two KLs by definition, because the mixture's formula tends to 0 at both ends.
+N is the number of trained tokens in the whole optimizer step. The completions are trained, with their end token. beta =
+0 and beta = 1 are the two KLs by definition, because the mixture's formula tends to 0 at both ends.
 
 --student-samples, GKD's lambda, is the share of steps in which the student itself answers the prompts. In these steps
 the student learns from texts with its own mistakes. As in GKD, the choice is drawn once per batch, here from the seed
@@ -19,7 +19,7 @@ policy_gradient requires the student's own samples. Its expected gradient is tha
 state. The discount is 0: a token gets no credit for later tokens. rho_t is 1 and carries the gradient of log p_S.
 
 --data may be a file of lessons that `burnish teach` wrote. Without --teacher, D is then computed from the stored top-k
-log-probabilities. Its outcomes are the stored ids and one tail, which stands for all other ids.
+log-probabilities. It compares K + 1 outcomes: the K stored ids of a token, and one tail that stands for all other ids.
 
 Departure: --temperature divides the logits of both models, as in Hinton et al. Their factor T^2, which preserves the
 size of the gradient, is the separate flag --temperature-squared.
@@ -62,7 +62,7 @@ class Config(SamplingFlags, SupervisedFlags):
     data: Path  # rows as for sft; prompts with --student-samples 1; or lessons of burnish teach
     teacher: Path | None = None  # folder of a model with the same tokenizer; optional with lessons
     output: Path = run_folder("distill")
-    loss: Literal["divergence", "policy_gradient", "sequence"] = "divergence"  # docs/distill.md explains them
+    loss: Literal["divergence", "policy_gradient", "sequence"] = "divergence"  # the loss; see docs/distill.md
     beta: Share | None = None  # of divergence: 0 is forward KL (the default), 1 reverse KL, between is JSD
     temperature: float = 1.0  # of both models' distributions, and of sampling
     temperature_squared: bool = False  # multiply divergence by T^2, to preserve the gradient's size
@@ -76,9 +76,9 @@ class Config(SamplingFlags, SupervisedFlags):
 
 
 def divergence_loss(divergence: Tensor, num_tokens: int, scale: float = 1.0) -> Tensor:
-    """Compute the scaled sum of D over the tokens, divided by num_tokens.
+    """Compute scale times the sum of the tokens' divergences, divided by num_tokens.
 
-    divergence (tokens,): D of each trained token, in nats. num_tokens: trained tokens in the whole optimizer step.
+    divergence (tokens,): that of each trained token, in nats. num_tokens: trained tokens in the whole optimizer step.
     scale: T^2 with --temperature-squared, otherwise 1.
     """
     return scale * divergence.sum() / num_tokens
@@ -106,7 +106,10 @@ Term = tuple[Tensor, dict[str, Tensor]]
 def teacher_term(
     cfg: Config, student: Transformer, teacher: Transformer, batch: Batch, num_tokens: int
 ) -> Term:
-    """Compute sum_t D(p_T || p_S)_t / N of a micro-batch, over the ids that both models have, and its metrics."""
+    """Return (loss, metrics) of a micro-batch: the loss is sum_t D(p_T || p_S)_t / N, from teacher T to student S.
+
+    The divergence D is over the ids that both models have.
+    """
     # samples were drawn from a vocabulary; for given text, ids that only one model has are padding
     vocabulary = batch.vocabulary
     if vocabulary is None:
@@ -122,7 +125,10 @@ def teacher_term(
 
 
 def lessons_term(cfg: Config, student: Transformer, teacher: None, batch: Batch, num_tokens: int) -> Term:
-    """Compute sum_t D(p_T || p_S)_t / N of a micro-batch, over each token's K stored ids and the tail."""
+    """Return (loss, metrics) of a micro-batch: the loss is sum_t D(p_T || p_S)_t / N, with p_T from the lessons.
+
+    The divergence D is over the K ids that the lessons hold for each token, and one tail for all other ids.
+    """
     assert batch.teacher_ids is not None and batch.teacher_logprobs is not None
     stored = batch.teacher_ids, batch.teacher_logprobs  # (tokens, K) each
     hidden, head = batch.before_head(student)  # (tokens, C), of V rows
@@ -141,7 +147,10 @@ def _divergence_term(cfg: Config, divergence: Tensor, num_tokens: int) -> Term:
 def policy_gradient_term(
     cfg: Config, student: Transformer, teacher: Transformer, batch: Batch, num_tokens: int
 ) -> Term:
-    """Compute -sum_t rho_t A_t / N of a micro-batch, with A_t = log p_T(y_t) - log p_S(y_t), and its metrics."""
+    """Return (loss, metrics) of a micro-batch: the loss is -sum_t rho_t A_t / N.
+
+    A_t = log p_T(y_t) - log p_S(y_t), for teacher T and student S. rho_t is 1 and carries the gradient of log p_S.
+    """
     logprob, entropy = batch.score(student, cfg.temperature)  # (tokens,) each
     with torch.no_grad():
         teacher_logprob, _ = batch.score(teacher, cfg.temperature)  # (tokens,)
@@ -150,7 +159,7 @@ def policy_gradient_term(
 
 
 def sequence_term(cfg: Config, student: Transformer, teacher: None, batch: Batch, num_tokens: int) -> Term:
-    """Compute -sum_t log p_S(y_t) / N of a micro-batch, and its metrics."""
+    """Return (loss, metrics) of a micro-batch: the loss is -sum_t log p_S(y_t) / N on the teacher's text."""
     logprob, entropy = batch.score(student)  # (tokens,) each
     return sequence_loss(logprob, num_tokens), {"entropy": entropy.detach().sum() / num_tokens}
 
@@ -251,7 +260,10 @@ def _load_lessons(cfg: Config, tokenizer: Tokenizer) -> list[Lesson]:
 def _load_models(
     cfg: Config, tokenizer: Tokenizer, lessons: Sequence[Lesson]
 ) -> tuple[Transformer, Transformer | None]:
-    """Load the student, and the teacher if given. Raises InputError if a lesson holds an id that one of them lacks."""
+    """Return (student, teacher). The teacher is None without --teacher.
+
+    Raises InputError if the tokenizers differ, or if a model has no row for a token id of the lessons.
+    """
     student, teacher = load_trainee(cfg), None
     most_tokens = max(map(longest, lessons)) + (cfg.max_new_tokens if cfg.student_samples else 0)
     check_model(student, tokenizer, lessons, most_tokens)

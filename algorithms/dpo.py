@@ -4,8 +4,8 @@
 
 N is the number of pairs in the whole optimizer step. In the table, h = w - l and L(h) = -log sigmoid(beta h). s is the
 completion's log pi(y|x), summed over its tokens; s_ref is the same number under the reference. e is --label-smoothing,
-the assumed share of wrong labels. NLL is the negative log-likelihood of the chosen completions per token, times
---nll-weight.
+the assumed share of wrong labels. length is the completion's number of tokens, and logit p = log(p / (1 - p)). NLL is
+the negative log-likelihood of the chosen completions per token, times --nll-weight.
 
     --loss     score                 f                                                     source
     dpo        s - s_ref             L(h)                                                  2305.18290, eq. 7
@@ -21,8 +21,8 @@ the assumed share of wrong labels. NLL is the negative log-likelihood of the cho
     orpo       s / length            -beta log sigmoid(logit e^w - logit e^l) + NLL        2403.07691, eq. 6, 7
 
 The reference is the model that training starts from. Its log-probabilities are computed once, before training, in the
-batches of the first epoch. Training then adds the same numbers in the same order. So at the start s - s_ref is exactly
-0, and DPO's loss is log 2.
+batches of the first epoch. Training repeats these sums in the same order. So at the start s - s_ref is exactly 0, and
+DPO's loss is log 2.
 
 A pair is one forward pass: both completions continue the same prompt. The first token of each completion is scored from
 the last row of the prompt.
@@ -97,7 +97,7 @@ class Variant(NamedTuple):
     per_token: bool = False  # the score is divided by the number of tokens
 
     def scores(self, logprob: Tensor, ref_logprob: Tensor, lengths: Tensor) -> Tensor:
-        """Return the scores (w, l) of each pair, (pairs, 2). All arguments are (pairs, 2).
+        """Return the scores of the chosen and the rejected completions, (pairs, 2). All arguments are (pairs, 2), too.
 
         logprob, ref_logprob: sums over a completion's tokens. lengths: the completion's number of trained tokens.
         """

@@ -137,7 +137,7 @@ def evaluate(cfg: Config) -> Figures:
 
 
 class Verifier(NamedTuple):
-    """The functions of --reward, of which the first decides what is right, and the function of --answer."""
+    """The reward functions of --reward, and the function of --answer. The first reward function tells what is right."""
 
     rewards: Rewards
     answer: Callable[..., Any] | None
@@ -329,7 +329,7 @@ def evaluate_pairs(
 
 
 def with_error(name: str, values: Sequence[float]) -> Figures:
-    """Return the mean and its standard error as two figures. values: one per prompt or pair."""
+    """Return two figures: the mean of `values` and its standard error. values: one number per prompt or pair."""
     return {name: fmean(values), f"{name}_error": standard_error(values)}
 
 

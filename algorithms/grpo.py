@@ -9,17 +9,17 @@
 
 The sum is over the sampled tokens, the end token included. A group is the samples of one prompt, and r is the reward of
 a sample. lo and hi are --clip-low and --clip-high, and sg stops the gradient. The tables below name the function behind
-each flag. Their formulas are in objectives/.
+each flag; objectives/ holds these functions with their formulas.
 
 Departures from the paper, and additions:
     N_t     By default the sampled tokens of the whole optimizer step, as in DAPO. The paper averages within each
             sequence first (--aggregation sequence_mean). There a token of a long answer weighs less.
-    kl_t    k3, as in the paper, but beta is 0 by default. k3 as a loss has the fixed point of the forward KL, unlike
-            DPO. --kl-estimator k2 and rho_k3 have the gradient of the reverse KL.
+    kl_t    k3, as in the paper, but beta is 0 by default. As a loss, k3 has the fixed point of the
+            forward KL, which is not DPO's. --kl-estimator k2 and rho_k3 have the gradient of the reverse KL.
     pi      Scored at the sampling temperature, over the ids that top-k or top-p kept. So the scored distribution is the
             sampled one. --mismatch-weights corrects the remaining difference.
-    DAPO    --max-draws replaces groups whose rewards are all equal (dynamic sampling). --mask-truncated and
-            --overlong-buffer are two treatments of answers that do not end.
+    DAPO    --max-draws replaces groups whose rewards are all equal (dynamic sampling). --mask-truncated
+            leaves out answers that did not end. --overlong-buffer lowers the reward of answers near the limit.
 
 Source: Shao et al. 2024, https://arxiv.org/abs/2402.03300, eq. 3 and 4; the other papers are at arxiv.org/abs/NUMBER
 Run:    burnish grpo --model DIR --data FILE.jsonl --reward FILE.py:function
@@ -55,22 +55,28 @@ from .run.trainee import load_trainee
 @dataclass(frozen=True, kw_only=True)
 class Config(RolloutFlags):
     model: Path  # Hugging Face folder or adapter's folder to start from; also the reference policy of the KL
-    reward: tuple[str, ...] = field()  # one or more of FILE.py:function or package.module:function
+    reward: tuple[str, ...] = (
+        field()
+    )  # one or more reward functions: FILE.py:function or package.module:function
     output: Path = run_folder("grpo")
     prompts_per_step: int = 16
     group_size: Annotated[int, Bounds(2, MOST_SAMPLES)] = 8
     max_draws: Count = 1  # most batches of prompts to sample for groups with differing rewards; 1 keeps all
     mask_truncated: bool = False  # leave truncated samples out of loss, denominator and group mean
     overlong_buffer: Size = 0  # reduce the reward by up to 1 over this many tokens before max_new_tokens
-    updates_per_rollout: Count = 1  # optimizer steps on each rollout; rho differs from 1 from the second on
+    updates_per_rollout: Count = 1  # optimizer steps on each rollout; rho = pi / pi_old is 1 in the first one
     advantage: Literal["group", "mean", "batch_std", "rloo"] = "group"  # how rewards become advantages
-    aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = "token_mean"  # denominator N_t
+    aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = (
+        "token_mean"  # averaging of the loss
+    )
     loss: Literal["grpo", "gspo", "cispo"] = "grpo"  # the docstring of algorithms/grpo.py has the formulas
     clip_low: Share | None = None  # below 1 - clip_low, rho has no gradient if A < 0; default 0.2, gspo 3e-4
     clip_high: Limit | None = None  # 1 + clip_high caps rho; default 0.2 (DAPO 0.28), gspo 4e-4, cispo 4
     kl_coefficient: float = 0.0
     kl_estimator: Literal["k3", "k2", "rho_k3"] = "k3"  # estimator of the KL to the reference policy
-    mismatch_weights: Literal["none", "truncated", "masked"] = "none"  # multiply A by pi_old / pi_sampler
+    mismatch_weights: Literal["none", "truncated", "masked"] = (
+        "none"  # weight advantages by pi_old / pi_sampler
+    )
     mismatch_cap: Limit = 2.0  # above this, mismatch weights are truncated, or their tokens masked
 
 
@@ -118,7 +124,7 @@ MISMATCH_WEIGHTS = {"truncated": truncated_weights, "masked": masked_weights}
 
 
 def objective(cfg: Config, terms: Terms) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute sum_t [policy_t + beta kl_t] / N_t of a micro-batch, and means over its tokens by name."""
+    """Return (loss, means) of a micro-batch: sum_t [policy_t + beta kl_t] / N_t, and metrics averaged over tokens."""
     means = {"mismatch": (terms.old_logprob - terms.sampled_logprob).abs().mean()}
     if cfg.mismatch_weights != "none":
         weigh = MISMATCH_WEIGHTS[cfg.mismatch_weights]
@@ -213,7 +219,7 @@ def train(cfg: Config) -> Path:
 
 
 def _load_rewards(cfg: Config) -> Rewards:
-    """Return the functions of --reward, and with --overlong-buffer its punishment as one more function."""
+    """Load the functions of --reward. With --overlong-buffer, add a function that punishes long answers."""
     rewards = weighted_rewards(cfg, load_rewards(cfg.reward))
     if cfg.overlong_buffer:  # no Python function has a hyphen in its name
         punishment = overlong_punishment(cfg.max_new_tokens, cfg.overlong_buffer)

@@ -5,8 +5,9 @@
     r = log pi(y|x) - log pi_ref(y|x)           z = max(0, mean of r over mismatched completions)
 
 N is the number of completions in the whole optimizer step. z estimates KL(pi || pi_ref) and has no gradient. z is one
-number for the whole step, so it is computed before the first backward pass. A mismatched completion is the completion
-of another row, behind the prompt of this row. The other row is half the file away, the same one in each epoch.
+number for the whole step, so it is computed before the first backward pass. For each row of the step, the mismatched
+completion is another row's completion behind this row's prompt. The other row is half the file away, the same one in
+each epoch. lambda_D and lambda_U are --wanted-weight and --unwanted-weight.
 
 The reference is the model that training starts from. Its log-probabilities are computed once, as in dpo.py.
 
@@ -39,7 +40,7 @@ class Config(DropoutFlags, SupervisedFlags):
     data: Path  # rows of prompt, completion and label, or of chosen and rejected: .jsonl, .json or .parquet
     output: Path = run_folder("kto")
     beta: Annotated[float, Bounds(1e-9)] = 0.1  # a smaller beta lets the policy move further from its start
-    wanted_weight: Rate = 1.0  # lambda_D; the paper keeps lambda_D n_D / (lambda_U n_U) between 1 and 4/3
+    wanted_weight: Rate = 1.0  # lambda_D; paper: lambda_D * wanted rows = 1 to 4/3 * lambda_U * unwanted rows
     unwanted_weight: Rate = 1.0  # lambda_U, the weight of unwanted completions
     max_length: int = 1024  # tokens of a prompt with its completion; longer rows are dropped and counted
     batch_size: int = 32  # completions in one optimizer step; z is a mean over them, so take several
@@ -56,10 +57,11 @@ def kto_loss(
     wanted_weight: float = 1.0,
     unwanted_weight: float = 1.0,
 ) -> Tensor:
-    """Compute the KTO loss of a micro-batch. log_ratio (completions,): r, summed over tokens. kl: z, without gradient.
+    """Compute the KTO loss of a micro-batch: the sum of its completions' v / num_completions.
 
-    wanted: (completions,) bool. num_completions: completions in the whole optimizer step. wanted_weight,
-    unwanted_weight: lambda_D, lambda_U.
+    log_ratio (completions,): r, the log-ratio to the reference, summed over tokens. wanted: (completions,) bool. kl: z,
+    without gradient. num_completions: completions in the whole optimizer step. wanted_weight, unwanted_weight: lambda_D
+    and lambda_U.
     """
     gain = torch.where(wanted, log_ratio - kl, kl - log_ratio)
     weight = torch.where(wanted, wanted_weight, unwanted_weight)
@@ -127,7 +129,7 @@ def train(cfg: Config) -> Path:
 
 
 def _mismatched(judged: list[Judged]) -> list[Judged]:
-    """Return the rows, each with the completion of the row half the file away."""
+    """Return the rows, each with its completion replaced by that of the row half the file away."""
     half = len(judged) // 2
     return [
         replace(one, completion=judged[(i + half) % len(judged)].completion) for i, one in enumerate(judged)

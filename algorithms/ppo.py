@@ -18,8 +18,8 @@ choices of --advantage need no critic:
     rloo          the sum of r, minus its mean over the prompt's other samples           2402.14740, eq. 8
     reinforce_pp  the sum of r from t on, whitened over the rollout's tokens             2501.03262
 
-Departures: --whiten-rewards divides by the standard deviation without subtracting the mean, which would reward length.
-Dual clip is on by default.
+Departures: --whiten-rewards divides by the standard deviation and does not subtract the mean, because subtracting it
+would reward length. Dual clip is on by default.
 
 Source: Schulman et al. 2017, https://arxiv.org/abs/1707.06347, eq. 7; GAE, https://arxiv.org/abs/1506.02438
         KL in the reward and its controller: Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, eq. 2 and sec. 2.2
@@ -70,7 +70,7 @@ class Config(RolloutFlags):
     kl_target: Annotated[float, Bounds(1e-9)] | None = None  # adapt beta to bring kl, nats a sample, to this
     kl_horizon: Count = 10_000  # samples over which beta is adapted
     whiten_rewards: bool = False  # divide r by its standard deviation over the rollout's tokens
-    advantage: Literal["gae", "rloo", "reinforce_pp"] = "gae"  # only gae has a critic
+    advantage: Literal["gae", "rloo", "reinforce_pp"] = "gae"  # advantage estimator; only gae has a critic
     gamma: Share = 1.0  # discount
     gae_lambda: Share = 0.95  # 0: advantages rely on the critic alone; 1: on the rewards alone
     epochs_per_rollout: Count = 4  # passes over the samples of a rollout
@@ -89,9 +89,9 @@ class Config(RolloutFlags):
 def value_loss(
     value: Tensor, old_value: Tensor, returns: Tensor, denominator: Tensor | float, clip: float = 0.2
 ) -> Tensor:
-    """Compute half the larger of two squared errors: of `value`, and of `value` clipped around `old_value`.
+    """Compute the sum of max((V - R)^2, (clip(V) - R)^2) / (2 denominator). clip(V) is V within `clip` of old_value.
 
-    value, old_value, returns: (tokens,). With the larger error, a step beyond the clip never lowers the loss.
+    value V, old_value, returns R: (tokens,). Because of the maximum, a step beyond the clip never lowers the loss.
     """
     clipped = value.clamp(old_value - clip, old_value + clip)
     return (torch.max((value - returns).square(), (clipped - returns).square()) / (2 * denominator)).sum()
@@ -106,7 +106,10 @@ def token_rewards(score: Tensor, k1: Tensor, lengths: Tensor, kl_coefficient: fl
 
 
 def adapted(kl_coefficient: float, kl: float, target: float, samples: int, horizon: int) -> float:
-    """Return the next KL coefficient by Ziegler et al.'s controller. Its relative error is clipped to +-0.2."""
+    """Return kl_coefficient (1 + error samples / horizon), the next coefficient by Ziegler et al.'s controller.
+
+    error is kl / target - 1, clipped to [-0.2, 0.2].
+    """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coefficient * (1 + error * samples / horizon)
 
@@ -115,19 +118,25 @@ def adapted(kl_coefficient: float, kl: float, target: float, samples: int, horiz
 
 
 def _gae(cfg: Config, reward: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the whitened GAE advantages (1506.02438, eq. 16), and the returns, which are not whitened."""
+    """Return (advantages, returns) of GAE (1506.02438, eq. 16). Only the advantages are whitened."""
     advantage = gae(reward, value, mask, cfg.gamma, cfg.gae_lambda)
     return whiten(advantage, mask), advantage + value  # the returns are those before whitening
 
 
 def _reinforce_pp(cfg: Config, reward: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the discounted sum of rewards from each token on (2501.03262): whitened as advantages, raw as returns."""
+    """Return (advantages, returns) of REINFORCE++ (2501.03262).
+
+    A token's return is the discounted sum of the rewards from that token on. The advantages are the whitened returns.
+    """
     advantage = gae(reward, value, mask, cfg.gamma, 1.0)  # all values are 0
     return whiten(advantage, mask), advantage
 
 
 def _rloo(cfg: Config, reward: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each sample's leave-one-out advantage (2402.14740, eq. 8) and summed reward, repeated for each token."""
+    """Return (advantages, returns) of RLOO (2402.14740, eq. 8), the same for all tokens of a sample.
+
+    The return is the sample's summed reward.
+    """
     total = reward.sum(1).masked_fill(~mask[:, 0], torch.nan)  # (samples,)
     advantage = rloo_advantages(total.view(-1, cfg.group_size)).view(-1, 1)  # (samples, 1)
     return advantage * mask, total[:, None].expand_as(mask)
@@ -152,7 +161,7 @@ class Rollout(NamedTuple):
     score: Tensor  # reward functions' plus reward model's, NaN if not judged
 
     def metrics(self, groups: Groups) -> dict[str, float | Tensor]:
-        """Return means over judged samples and their tokens, before the first update."""
+        """Return the means of score, entropy and sampler mismatch over the judged samples and their tokens."""
         sampled_logprob = torch.zeros_like(self.logprob)
         sampled_logprob[self.real] = torch.cat([sample.logprobs for sample in groups.samples]).to(
             self.real.device
@@ -174,7 +183,7 @@ class Models(NamedTuple):
 
 
 def measure(cfg: Config, groups: Groups, models: Models) -> Rollout:
-    """Run policy, reference, critic and reward model on the judged samples of a rollout.
+    """Run policy, reference, critic and reward model on the judged samples of a rollout, and return their outputs.
 
     Raises InputError if no sample was judged.
     """
@@ -291,7 +300,7 @@ def _check(cfg: Config) -> None:
 
 
 def _load_models(cfg: Config, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> Models:
-    """Load the models that the flags name. Raises InputError if a prompt holds an id that one of them lacks."""
+    """Load the models that the flags name. Raises InputError if one has no row for an id of the prompts."""
     reward_model = load_reward_model(cfg, tokenizer, prompts) if cfg.reward_model else None
     model = load_trainee(cfg)
     check_model(model, tokenizer, prompts, max(len(p.tokens) for p in prompts) + cfg.max_new_tokens)

@@ -66,7 +66,10 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float,
 
 
 def centering_loss(chosen: Tensor, rejected: Tensor, num_pairs: int) -> Tensor:
-    """Compute the squared sum of each pair's scores. Arguments as in `bradley_terry_loss`."""
+    """Compute the mean squared sum of a pair's two scores, which keeps the scores near 0.
+
+    Arguments as in `bradley_terry_loss`.
+    """
     return (chosen + rejected).square().sum() / num_pairs
 
 

@@ -3,11 +3,11 @@
     loss = -sum_t log pi(y_t | y_<t) / N
 
 N is the number of trained tokens in the whole optimizer step. By default the completions are trained, with their end
-token; --train-on all trains every token. Sequences are packed end to end, and each attends only to itself. So packing
+token. --train-on all trains every token. Sequences are packed end to end, and each attends only to itself. So packing
 changes neither the loss nor the gradient.
 
---loss dft weights each token by its own probability. This removes the factor 1/pi from the gradient, with which rare
-tokens dominate it.
+--loss dft weights each token by its own probability. This removes the factor 1/pi from the gradient, so that rare
+tokens do not dominate it.
 
 Source: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155
         DFT: Wu et al. 2025, https://arxiv.org/abs/2508.05629, eq. 9
@@ -34,7 +34,7 @@ from .run.trainee import load_trainee
 
 @dataclass(frozen=True, kw_only=True)
 class Config(DropoutFlags, SupervisedFlags):
-    data: Path  # .jsonl, .json or .parquet: messages, prompt and completion, text, Alpaca or ShareGPT
+    data: Path  # .jsonl, .json or .parquet rows of messages, prompt and completion, text, Alpaca or ShareGPT
     output: Path = run_folder("sft")
     train_on: Literal["completion", "all"] = "completion"  # which tokens of a row are trained
     loss: Literal["nll", "dft"] = "nll"  # dft weights each token by its probability

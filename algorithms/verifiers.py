@@ -22,12 +22,12 @@ Completion = str | list[Message]
 
 
 def gsm8k(completions: Sequence[Completion], answer: Sequence[str], **_: object) -> list[float]:
-    """Return 1.0 for each completion whose number behind the last "####" equals the reference's, else 0.0."""
+    """Return 1.0 for each completion whose number behind the last "####" equals the reference answer, else 0.0."""
     return _right([_marked(_text(completion)) for completion in completions], answer)
 
 
 def last_number(completions: Sequence[Completion], answer: Sequence[str], **_: object) -> list[float]:
-    """Return 1.0 for each completion whose last number, at any place, equals the reference's, else 0.0."""
+    """Return 1.0 for each completion whose last number, at any place, equals the reference answer, else 0.0."""
     return _right([_last(_text(completion)) for completion in completions], answer)
 
 

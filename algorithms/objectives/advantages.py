@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def _centred(rewards: Tensor) -> Tensor:
-    """Return r - mean of the group. If all rewards are equal, the result is exactly 0 despite rounding of the mean."""
+    """Return r - mean of the group. If all rewards are equal, the result is exactly 0, without rounding error."""
     lowest = rewards.nan_to_num(torch.inf).amin(dim=1, keepdim=True)
     highest = rewards.nan_to_num(-torch.inf).amax(dim=1, keepdim=True)
     centred = rewards - rewards.nanmean(dim=1, keepdim=True)
@@ -81,7 +81,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def whiten(values: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
-    """Return (x - mean) / std over the unmasked tokens of the whole batch (ddof 0), and 0 at masked tokens."""
+    """Return (x - mean) / std over the unmasked tokens of the whole batch (ddof 0), and 0 elsewhere. Any shape."""
     real = values[mask]
     return ((values - real.mean()) / (real.var(correction=0) + eps).sqrt()).masked_fill(~mask, 0.0)
 

@@ -13,15 +13,18 @@ from torch import Tensor
 
 
 def token_mean(lengths: Tensor) -> Tensor:
-    """Return the sum of all lengths for each sequence. lengths: (sequences,) int64."""
+    """Return the sum of all lengths, repeated for each sequence, (sequences,) fp32. lengths: (sequences,) int64."""
     return lengths.sum().float().expand(lengths.shape[0])
 
 
 def sequence_mean(lengths: Tensor) -> Tensor:
-    """Return each sequence's own length times the number of sequences. lengths: (sequences,) int64."""
+    """Return each sequence's own length times the number of sequences, (sequences,) fp32. lengths: int64."""
     return (lengths * lengths.shape[0]).float()
 
 
 def constant_length(lengths: Tensor, max_length: int) -> Tensor:
-    """Return the number of sequences times max_length, the limit of a completion's length. lengths: (sequences,)."""
+    """Return the number of sequences times max_length, repeated for each sequence, (sequences,) fp32.
+
+    max_length: the limit of a completion's length, the same in every step.
+    """
     return torch.full(lengths.shape, float(lengths.shape[0] * max_length))

@@ -20,7 +20,10 @@ from .policy import bounded_exp
 def k2_loss(
     logprob: Tensor, ref_logprob: Tensor, denominator: Tensor | float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute the sum of d^2 / 2, divided by the denominator. Source: http://joschu.net/blog/kl-approx.html"""
+    """Compute the sum of d^2 / 2, divided by the denominator, with d = logprob - ref_logprob.
+
+    Source: http://joschu.net/blog/kl-approx.html
+    """
     k2 = (logprob - ref_logprob).clamp(-20, 20).square() / 2
     return (k2 / denominator).sum(), {"kl": k2.detach().mean()}
 
@@ -28,7 +31,7 @@ def k2_loss(
 def k3_loss(
     logprob: Tensor, ref_logprob: Tensor, denominator: Tensor | float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute the sum of exp(-d) + d - 1, divided by the denominator.
+    """Compute the sum of exp(-d) + d - 1, divided by the denominator, with d = logprob - ref_logprob.
 
     Source: http://joschu.net/blog/kl-approx.html; https://arxiv.org/abs/2402.03300, eq. 4
     """
@@ -39,8 +42,9 @@ def k3_loss(
 def rho_k3_loss(
     logprob: Tensor, old_logprob: Tensor, ref_logprob: Tensor, denominator: Tensor | float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute the sum of rho (exp(-d) + d - 1), divided by the denominator, with rho = pi / pi_old.
+    """Compute the sum of rho (exp(-d) + d - 1), divided by the denominator.
 
+    rho = pi / pi_old, and d = logprob - ref_logprob.
     Source: DeepSeek-V3.2, https://arxiv.org/abs/2512.02556, eq. 7
     """
     weighted = bounded_exp(logprob - old_logprob) * _k3(logprob, ref_logprob)

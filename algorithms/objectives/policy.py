@@ -31,9 +31,10 @@ def clipped_loss(
     clip_high: float = 0.2,
     dual_clip: float = inf,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute the clipped policy-gradient loss, sum of -min(rho A, clip(rho, 1 - lo, 1 + hi) A) / denominator.
+    """Compute the clipped policy-gradient loss: the sum of -min(rho A, clip(rho, 1 - lo, 1 + hi) A) / denominator.
 
-    dual_clip: where A < 0, rho is capped at this number, which must exceed 1 + clip_high.
+    rho = pi / pi_old. lo and hi are clip_low and clip_high. dual_clip: where A < 0, rho is capped at this number, which
+    must exceed 1 + clip_high.
     Source: PPO, https://arxiv.org/abs/1707.06347, eq. 7; dual clip, https://arxiv.org/abs/1912.09729, eq. 5
     """
     ratio = bounded_exp(logprob - old_logprob)
@@ -79,10 +80,10 @@ def cispo_loss(
     denominator: Tensor | float,
     clip_high: float = 4.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute the CISPO loss, sum of -sg(min(rho, 1 + hi)) A log pi / denominator. sg stops the gradient.
+    """Compute the CISPO loss: the sum of -sg(min(rho, 1 + hi)) A log pi / denominator.
 
-    Only the weight is clipped, and only from above, so every token keeps a gradient. TRL's epsilon_high is our
-    1 + clip_high.
+    rho = pi / pi_old, hi is clip_high, and sg stops the gradient. Only the weight is clipped, and only from above, so
+    every token keeps a gradient. TRL's epsilon_high is our 1 + clip_high.
     Source: https://arxiv.org/abs/2506.13585, eq. 4 and 5
     """
     ratio = bounded_exp((logprob - old_logprob).detach())
@@ -106,7 +107,6 @@ def masked_weights(old_logprob: Tensor, sampled_logprob: Tensor, cap: float) -> 
     """Return the weights pi_old / pi_sampler of the advantages, or 0 where the ratio exceeds cap.
 
     A token of weight 0 has no gradient, but stays in the denominator.
-
     Source: MIS, https://richardli.xyz/rl-collapse
     """
     weight = bounded_exp(old_logprob - sampled_logprob)

@@ -14,7 +14,9 @@ from torch import Tensor
 
 
 def dpo_loss(chosen: Tensor, rejected: Tensor, num_pairs: int, beta: float) -> Tensor:
-    """Compute DPO's loss, -log sigmoid(beta h). Its gradient is -beta sigmoid(-beta h) (grad chosen - grad rejected).
+    """Compute DPO's loss, -log sigmoid(beta h), with h = chosen - rejected.
+
+    The gradient of each pair is -beta sigmoid(-beta h) (grad chosen - grad rejected).
 
     Source: https://arxiv.org/abs/2305.18290, eq. 7
     """
@@ -26,7 +28,8 @@ def cdpo_loss(
 ) -> Tensor:
     """Compute conservative DPO's loss, -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h).
 
-    label_smoothing: e, scalar or (pairs,), the probability that the label is wrong. The optimum is a finite h.
+    h = chosen - rejected. label_smoothing: e, scalar or (pairs,), the probability that the label is wrong. The optimal
+    h is finite.
     Source: https://ericmitchell.ai/cdpo.pdf
     """
     h = beta * (chosen - rejected)
@@ -38,7 +41,8 @@ def robust_loss(
 ) -> Tensor:
     """Compute robust DPO's loss, [-(1 - e) log sigmoid(beta h) + e log sigmoid(-beta h)] / (1 - 2e).
 
-    label_smoothing: e < 1/2, the probability that a label is flipped. Its expectation is DPO's loss on the true labels.
+    h = chosen - rejected. label_smoothing: e < 1/2, the probability that a label is flipped. The expectation of this
+    loss over flips is DPO's loss on the true labels.
     Source: https://arxiv.org/abs/2403.00409
     """
     h = beta * (chosen - rejected)
@@ -47,7 +51,7 @@ def robust_loss(
 
 
 def hinge_loss(chosen: Tensor, rejected: Tensor, num_pairs: int, beta: float) -> Tensor:
-    """Compute the hinge loss, max(0, 1 - beta h).
+    """Compute the hinge loss, max(0, 1 - beta h), with h = chosen - rejected.
 
     Source: SLiC in the form of https://arxiv.org/abs/2309.06657
     """
@@ -55,7 +59,7 @@ def hinge_loss(chosen: Tensor, rejected: Tensor, num_pairs: int, beta: float) ->
 
 
 def ipo_loss(chosen: Tensor, rejected: Tensor, num_pairs: int, beta: float) -> Tensor:
-    """Compute IPO's loss, (h - 1 / (2 beta))^2. beta is the paper's tau.
+    """Compute IPO's loss, (h - 1 / (2 beta))^2, with h = chosen - rejected. beta is the paper's tau.
 
     With --loss ipo, the scores are log-ratios per token, as in the authors' code. With ipo_sum, they are the sums of
     the paper.
@@ -67,23 +71,24 @@ def ipo_loss(chosen: Tensor, rejected: Tensor, num_pairs: int, beta: float) -> T
 def apo_zero_loss(chosen: Tensor, rejected: Tensor, num_pairs: int, beta: float) -> Tensor:
     """Compute APO-zero's loss, 1 - sigmoid(beta chosen) + sigmoid(beta rejected).
 
-    It raises chosen and lowers rejected, for data whose chosen completions are better than the model's own.
+    Training raises chosen and lowers rejected. It suits data whose chosen completions are better than the model's own.
     Source: https://arxiv.org/abs/2408.06266, eq. 7
     """
     return (1 - torch.sigmoid(beta * chosen) + torch.sigmoid(beta * rejected)).sum() / num_pairs
 
 
 def apo_down_loss(chosen: Tensor, rejected: Tensor, num_pairs: int, beta: float) -> Tensor:
-    """Compute APO-down's loss, sigmoid(beta chosen) + 1 - sigmoid(beta h).
+    """Compute APO-down's loss, sigmoid(beta chosen) + 1 - sigmoid(beta h), with h = chosen - rejected.
 
-    It lowers both, rejected more than chosen, for data whose chosen completions are worse than the model's own.
+    Training lowers both scores, rejected more than chosen. It suits data whose chosen completions are worse than the
+    model's own.
     Source: https://arxiv.org/abs/2408.06266, eq. 8
     """
     return (torch.sigmoid(beta * chosen) + 1 - torch.sigmoid(beta * (chosen - rejected))).sum() / num_pairs
 
 
 def simpo_loss(chosen: Tensor, rejected: Tensor, num_pairs: int, beta: float, gamma: float) -> Tensor:
-    """Compute SimPO's loss, -log sigmoid(beta h - gamma).
+    """Compute SimPO's loss, -log sigmoid(beta h - gamma), with h = chosen - rejected.
 
     Source: https://arxiv.org/abs/2405.14734, eq. 6
     """
@@ -106,7 +111,7 @@ def orpo_loss(chosen: Tensor, rejected: Tensor, num_pairs: int, beta: float) -> 
 
 
 def nll_loss(logprob: Tensor, num_tokens: Tensor | float) -> Tensor:
-    """Compute the chosen completions' -log pi per token, the second term of CPO and of ORPO.
+    """Compute the negative log-likelihood per token of the chosen completions, the second term of CPO and of ORPO.
 
     logprob (pairs,): sums over each chosen completion. num_tokens: tokens of all chosen completions in the whole
     optimizer step.

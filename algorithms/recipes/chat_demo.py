@@ -99,7 +99,7 @@ def problems(seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
 
 
 def measure(cfg: Config, folder: Path, rows: list[dict[str, str]]) -> Score:
-    """Sample and score answers to the rows by the model in `folder`, or by the adapter in it on its base."""
+    """Sample an answer to each row from the model or adapter in `folder`, and return the answers' score."""
     tokenizer = Tokenizer.load(folder)
     questions = [[{"role": "user", "content": row["question"]}] for row in rows]
     prompts = [tokenizer.encode_chat(messages, add_generation_prompt=True) for messages in questions]
@@ -153,7 +153,7 @@ def train(cfg: Config) -> Path:
     # 4. the report
     report = page.write(cfg.output / "report.html", page_of(cfg, {"before": before, "after": after}, facts))
     print("\n" + "\n".join(f"{name}: {value}" for name, value in facts.items()))
-    print(f"\nThe first four again, from {trained}:")
+    print(f"\nThe first four answers; those after training are from {trained}:")
     for was, now in zip(before.answers[:4], after.answers, strict=False):
         print(f"    before  {harmless(was)}\n    after   {harmless(now)}")
     print(f"\nreport: {report}")
@@ -199,7 +199,7 @@ def page_of(cfg: Config, scores: Mapping[str, Score], facts: Mapping[str, object
 
 
 def training_bytes(cfg: Config, mode: str) -> str:
-    """Return the memory of a mode's weights, gradients and optimizer state as text in GB, in fp32 as on a CPU."""
+    """Format the memory of a mode's weights, gradients and optimizer state in GB, for fp32 as on a CPU."""
     file = cfg.model / "config.json"
     config = read_config(read_object(file), str(file))
     rank = MODES[mode].get("lora_rank")
@@ -209,7 +209,7 @@ def training_bytes(cfg: Config, mode: str) -> str:
 
 
 def peak_memory() -> int:
-    """Return the largest memory of this process so far, in bytes."""
+    """Return the peak memory of this process in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -177,7 +177,7 @@ class Recipe(Stages):
         return sample(model, self.tokenizer, prompts, self.cfg.device, seed=seed, **options)
 
     def pairs(self, name: str, count: int, seed: int) -> Path:
-        """Write `count` or a few more of the judge's preferences between SFT's samples. Return the file."""
+        """Write the judge's preferences between SFT's samples: `count` pairs, rounded up to a multiple of 8."""
         coin = self.cfg.labels == "coin"
         drawn = self.sample(self.sft, 2 * -(-count // len(LETTERS)), seed)
         couples = zip(drawn[::2], drawn[1::2], strict=True)
@@ -185,7 +185,10 @@ class Recipe(Stages):
         return self.write(name, (preference_row(*text, self.noise, coin) for text in texts))
 
     def judge(self, held_out: Path) -> tuple[float, float]:
-        """Return how many percent of the held-out preferences agree with (the reward model, the gold reward)."""
+        """Return the accuracy of the reward model and of the gold reward on the held-out preferences, in percent.
+
+        A tie counts half for the gold reward, and as wrong for the reward model.
+        """
         accuracy = json.loads((self.folder / "reward" / "held_out.json").read_text())["after"]["accuracy"]
         rows = [json.loads(line) for line in held_out.read_text().splitlines()]
         letters = [row["prompt"][0] for row in rows]
@@ -237,7 +240,7 @@ class Recipe(Stages):
         return self.tokenizer.decode(sample.tokens)
 
     def paths(self) -> dict[str, tuple[list[float], list[float], list[float]]]:
-        """Return lists of (KL, gold, proxy) by stage: one entry per rollout of PPO, and one at the end of DPO."""
+        """Return the lists (KL, gold, proxy) of each stage: one entry per rollout of PPO, one at the end of DPO."""
         found = {}
         for stage, name in (("PPO", "ppo"), (NO_KL, "ppo-no-kl")):
             kl, golds, proxy = (read_metric(self.folder / name, m) for m in ("kl", "reward/gold", "score"))
@@ -251,7 +254,7 @@ def page_of(
 ) -> page.Page:
     return page.Page(
         title="InstructGPT's recipe in miniature",
-        subtitle="Write twelve letters with much of one, but not only that one: demonstrations, a reward model from "
+        subtitle="Write twelve letters with many of one kind, but not only that kind. Demonstrations, a reward model from "
         "preferences, PPO and DPO, each trained here from random weights.",
         table=page.Table(
             heading="Gold reward by stage",
@@ -260,14 +263,14 @@ def page_of(
             full_bar=BEST,
             format="%.2f",
             note=f"gold: the judge's reward, at most {BEST}, which no stage has seen. proxy: the reward model's score, "
-            "shifted so that SFT's is its gold reward. wins: samples with more gold than one of SFT's, equal ones "
-            f"half. Means over {cfg.evaluation_samples} samples an instruction at temperature 1.",
+            "shifted so that SFT's is its gold reward. wins: samples with more gold than one of SFT's; a tie "
+            f"counts half. Means over {cfg.evaluation_samples} samples an instruction at temperature 1.",
         ),
         figure=page.Picture(
             page.draw_rewards([recipe.paths() for recipe in recipes]),
-            "Gold reward (solid) and proxy (dotted) of PPO's rollouts, means over five, by how far the policy has gone "
-            "from SFT. Where they part, the policy has found what the reward model gets wrong (Gao et al. 2022). DPO, "
-            "which has no rollouts, is one mark.",
+            "Gold reward (solid) and proxy (dotted) of PPO's rollouts, averaged over five, by the policy's distance "
+            "from SFT. Where the two part, the policy exploits errors of the reward model (Gao et al. 2022). DPO has "
+            "no rollouts and is one mark.",
             heading="Over-optimisation",
         ),
         transcripts=page.Transcripts(

@@ -37,7 +37,7 @@ def prompt_row(letter: str) -> dict[str, str]:
 
 
 def answer_row(letter: str, followed: float, noise: random.Random) -> dict[str, str]:
-    """Make a prompt and completion. followed: FOLLOWED for a demonstration, 0 to ignore the instruction."""
+    """Make a prompt and completion. followed: share of letters chosen on purpose, 0 to ignore the instruction."""
     letters = (letter if noise.random() < followed else noise.choice(LETTERS) for _ in range(LENGTH))
     return {"prompt": f"{letter}:", "completion": "".join(letters)}
 
@@ -49,7 +49,7 @@ def gold(completions: list[str], letter: list[str], **_: object) -> list[float]:
 
 
 def preference_row(letter: str, first: str, second: str, noise: random.Random, coin: bool) -> dict[str, str]:
-    """Label one pair by a noisy judge, who chooses `first` with odds e^(gold of first - gold of second).
+    """Return one preference of a noisy judge, who chooses `first` with odds e^(gold of first - gold of second).
 
     This is the model of Bradley and Terry. With `coin`, the judge chooses at random.
     """

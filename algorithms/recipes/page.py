@@ -96,7 +96,7 @@ def write(path: Path, page: Page) -> Path:
 
 
 def smooth(values: Sequence[float], window: int = 5) -> list[float]:
-    """Return the trailing mean at each value, over at most `window` values."""
+    """Return a moving average: the mean of each value and up to `window` - 1 values before it."""
     spans = [values[max(0, i - window + 1) : i + 1] for i in range(len(values))]
     return [sum(span) / len(span) for span in spans]
 

@@ -128,7 +128,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, str]]) -> Path:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write a file atomically, make its folders, and return `path`. Raises InputError if writing fails."""
+    """Create the folders of `path`, write the text atomically, and return `path`. Raises InputError on failure."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

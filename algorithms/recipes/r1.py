@@ -3,7 +3,7 @@
     base       SFT from random weights on noisy demonstrations (stands in for pretraining)
     R1-Zero    base -> GRPO
     R1         base -> SFT on a few clean demonstrations (cold start) -> GRPO -> keep the right samples (rejection
-               sampling) -> base again -> SFT on them -> GRPO
+               sampling) -> base again -> SFT on these samples -> GRPO
     student    a smaller base -> SFT on R1's right samples (distillation), compared with smaller base -> GRPO
 
 GRPO has two rule rewards, accuracy and form. There is no critic and no process reward model. Every stage is one call of

@@ -5,7 +5,7 @@
     error(mean)  = s(x) / sqrt(m)                        s: standard deviation of x over m prompts, with ddof 1
     error(ratio) = s(x - r y) sqrt(m) / sum y            for r = sum x / sum y, to first order
 
-Samples of one prompt are not independent draws of the task. So an error counts prompts, rows or pairs, not samples.
+Samples of one prompt are not independent draws of the task. So the unit of each error is a prompt, a row or a pair.
 
 Source: pass@k: Chen et al. 2021, https://arxiv.org/abs/2107.03374, eq. 1
         majority: Wang et al. 2022, https://arxiv.org/abs/2203.11171
@@ -18,12 +18,12 @@ from statistics import stdev
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
-    """Return the probability that k samples, drawn without replacement, hold a right one. k <= num_samples."""
+    """Return the probability that k samples, drawn without replacement, include a right one (k <= num_samples)."""
     return 1 - comb(num_samples - num_right, k) / comb(num_samples, k)
 
 
 def majority_is_right(answers: Sequence[Hashable | None], right: Sequence[bool]) -> bool:
-    """Return whether the most frequent answer is right. None is no answer, and on a tie the earliest answer wins."""
+    """Return whether the most frequent answer is right. None counts as no answer. On a tie, the earliest answer wins."""
     votes = Counter(answer for answer in answers if answer is not None)
     return bool(votes) and right[answers.index(votes.most_common(1)[0][0])]
 
