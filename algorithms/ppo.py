@@ -108,7 +108,7 @@ def token_rewards(score: Tensor, k1: Tensor, lengths: Tensor, kl_coefficient: fl
 def adapted(kl_coefficient: float, kl: float, target: float, samples: int, horizon: int) -> float:
     """Return kl_coefficient (1 + error samples / horizon), the next coefficient by Ziegler et al.'s controller.
 
-    error is kl / target - 1, clipped to [-0.2, 0.2].
+    error is the relative error of kl, (kl - target) / target, clipped to [-0.2, 0.2].
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coefficient * (1 + error * samples / horizon)

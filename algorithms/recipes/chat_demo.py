@@ -153,7 +153,7 @@ def train(cfg: Config) -> Path:
     # 4. the report
     report = page.write(cfg.output / "report.html", page_of(cfg, {"before": before, "after": after}, facts))
     print("\n" + "\n".join(f"{name}: {value}" for name, value in facts.items()))
-    print(f"\nThe first four answers; those after training are from {trained}:")
+    print(f"\nThe first four again, from {trained}:")
     for was, now in zip(before.answers[:4], after.answers, strict=False):
         print(f"    before  {harmless(was)}\n    after   {harmless(now)}")
     print(f"\nreport: {report}")

@@ -254,8 +254,8 @@ def page_of(
 ) -> page.Page:
     return page.Page(
         title="InstructGPT's recipe in miniature",
-        subtitle="Write twelve letters with many of one kind, but not only that kind. Demonstrations, a reward model from "
-        "preferences, PPO and DPO, each trained here from random weights.",
+        subtitle="Write twelve letters with many of one kind, but not only that kind. Demonstrations, a reward model "
+        "from preferences, PPO and DPO, each trained here from random weights.",
         table=page.Table(
             heading="Gold reward by stage",
             header=["stage", "gold", "proxy", "KL to SFT", "wins over SFT, %", "length"],

@@ -23,7 +23,7 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 
 
 def majority_is_right(answers: Sequence[Hashable | None], right: Sequence[bool]) -> bool:
-    """Return whether the most frequent answer is right. None counts as no answer. On a tie, the earliest answer wins."""
+    """Return whether the most frequent answer is right. None is not counted. On a tie, the earliest answer wins."""
     votes = Counter(answer for answer in answers if answer is not None)
     return bool(votes) and right[answers.index(votes.most_common(1)[0][0])]
 

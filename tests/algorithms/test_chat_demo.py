@@ -69,10 +69,7 @@ def test_a_run_saves_what_it_trained_and_a_report(cfg, mode, capsys):
     ):
         assert text in report, text
     printed = capsys.readouterr().out
-    assert (
-        f"The first four answers; those after training are from {trained}:" in printed
-        and problems(0)[0][0]["question"] in printed
-    )
+    assert f"The first four again, from {trained}:" in printed and problems(0)[0][0]["question"] in printed
 
 
 def test_a_folder_in_use_and_a_missing_model_are_refused_before_anything_runs(cfg, tmp_path):
