@@ -8,8 +8,8 @@
        beta = 1   KL(p_S || p_T), reverse: the student keeps to the teacher's likely tokens
        between    beta KL(p_T || m) + (1 - beta) KL(p_S || m),  m = beta p_T + (1 - beta) p_S
 
-N is the number of trained tokens in the whole optimizer step. The completions are trained, with their end token. beta =
-0 and beta = 1 are the two KLs by definition, because the mixture's formula tends to 0 at both ends.
+N is the number of trained tokens in the whole optimizer step. The completions are trained, with their end token. For
+beta 0 and 1, D is a KL by definition, because the mixture's formula tends to 0 at both ends.
 
 --student-samples, GKD's lambda, is the share of steps in which the student itself answers the prompts. In these steps
 the student learns from texts with its own mistakes. As in GKD, the choice is drawn once per batch, here from the seed
@@ -184,7 +184,7 @@ def train(cfg: Config) -> Path:
     learner = Learner(cfg, student)
     with Run(cfg, tokenizer, frozen=(teacher,), model=learner) as run:
         for step in run.steps():
-            # 1. the step's lessons, or with a probability the student's own answers to their prompts
+            # 1. the step's lessons; by chance (--student-samples) the student's answers to their prompts
             chosen = [lessons[i] for i in run.next(len(lessons), cfg.batch_size)]
             seed, sampled = (cfg.seed << 32) + step, {}
             if random.Random(seed).random() < cfg.student_samples:

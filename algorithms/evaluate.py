@@ -335,9 +335,7 @@ def with_error(name: str, values: Sequence[float]) -> Figures:
 
 def print_figures(figures: Figures) -> None:
     print()
-    errors = {
-        f"{name}_error": name for name in figures if "/" not in name
-    }  # users' own names contain a slash
+    errors = {f"{name}_error": name for name in figures if "/" not in name}  # user names have a slash
     for name, value in figures.items():
         if name not in errors:
             error = None if "/" in name else figures.get(f"{name}_error")

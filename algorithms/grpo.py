@@ -55,9 +55,7 @@ from .run.trainee import load_trainee
 @dataclass(frozen=True, kw_only=True)
 class Config(RolloutFlags):
     model: Path  # Hugging Face folder or adapter's folder to start from; also the reference policy of the KL
-    reward: tuple[str, ...] = (
-        field()
-    )  # one or more reward functions: FILE.py:function or package.module:function
+    reward: tuple[str, ...] = field()  # one or more functions: FILE.py:function or package.module:function
     output: Path = run_folder("grpo")
     prompts_per_step: int = 16
     group_size: Annotated[int, Bounds(2, MOST_SAMPLES)] = 8
@@ -67,16 +65,14 @@ class Config(RolloutFlags):
     updates_per_rollout: Count = 1  # optimizer steps on each rollout; rho = pi / pi_old is 1 in the first one
     advantage: Literal["group", "mean", "batch_std", "rloo"] = "group"  # how rewards become advantages
     aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = (
-        "token_mean"  # averaging of the loss
+        "token_mean"  # averaging of losses
     )
     loss: Literal["grpo", "gspo", "cispo"] = "grpo"  # the docstring of algorithms/grpo.py has the formulas
     clip_low: Share | None = None  # below 1 - clip_low, rho has no gradient if A < 0; default 0.2, gspo 3e-4
     clip_high: Limit | None = None  # 1 + clip_high caps rho; default 0.2 (DAPO 0.28), gspo 4e-4, cispo 4
     kl_coefficient: float = 0.0
     kl_estimator: Literal["k3", "k2", "rho_k3"] = "k3"  # estimator of the KL to the reference policy
-    mismatch_weights: Literal["none", "truncated", "masked"] = (
-        "none"  # weight advantages by pi_old / pi_sampler
-    )
+    mismatch_weights: Literal["none", "truncated", "masked"] = "none"  # weight A by pi_old / pi_sampler
     mismatch_cap: Limit = 2.0  # above this, mismatch weights are truncated, or their tokens masked
 
 

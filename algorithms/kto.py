@@ -40,7 +40,7 @@ class Config(DropoutFlags, SupervisedFlags):
     data: Path  # rows of prompt, completion and label, or of chosen and rejected: .jsonl, .json or .parquet
     output: Path = run_folder("kto")
     beta: Annotated[float, Bounds(1e-9)] = 0.1  # a smaller beta lets the policy move further from its start
-    wanted_weight: Rate = 1.0  # lambda_D; paper: lambda_D * wanted rows = 1 to 4/3 * lambda_U * unwanted rows
+    wanted_weight: Rate = 1.0  # lambda_D; in the paper, wanted rows together weigh 1 to 4/3 of unwanted rows
     unwanted_weight: Rate = 1.0  # lambda_U, the weight of unwanted completions
     max_length: int = 1024  # tokens of a prompt with its completion; longer rows are dropped and counted
     batch_size: int = 32  # completions in one optimizer step; z is a mean over them, so take several

@@ -49,7 +49,7 @@ class Config(DropoutFlags, SupervisedFlags):
     data: Path  # rows of chosen and rejected, optionally prompt and margin: .jsonl, .json or .parquet
     held_out: Path | None = None  # rows to report the accuracy on, before and after training
     output: Path = run_folder("reward")
-    centering: Rate = 0.0  # weight of the term that keeps scores near 0; 0.01 does
+    centering: Rate = 0.0  # weight c of the term that keeps scores near 0, such as 0.01
     max_length: int = 1024  # tokens of a prompt with either completion; longer rows are dropped and counted
     batch_size: int = 64  # pairs in one optimizer step
     learning_rate: float = 1e-5

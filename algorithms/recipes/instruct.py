@@ -127,7 +127,7 @@ def train(cfg: Config) -> Path:
 
 
 class Recipe(Stages):
-    """The stages of one seed. `run` is the recipe."""
+    """The training stages of the recipe for one seed. `run` executes all of them."""
 
     def __init__(self, cfg: Config, folder: Path, seed: int):
         super().__init__(cfg, folder, seed)

@@ -1,4 +1,7 @@
-"""The report of a recipe's run: one self-contained HTML page with table, figure and transcripts, without scripts."""
+"""The report of a recipe's run: one self-contained HTML page with table, figure and transcripts.
+
+The page has no scripts and loads nothing from the network.
+"""
 
 import io
 from collections.abc import Mapping, Sequence

@@ -121,7 +121,7 @@ def train(cfg: Config) -> Path:
 
 
 class Recipe(Stages):
-    """The stages of one seed. `run` is the recipe."""
+    """The training stages of the recipe for one seed. `run` executes all of them."""
 
     def run(self) -> "Recipe":
         cfg, noise = self.cfg, random.Random(self.seed)
