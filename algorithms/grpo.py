@@ -64,9 +64,7 @@ class Config(RolloutFlags):
     overlong_buffer: Size = 0  # reduce the reward by up to 1 over this many tokens before max_new_tokens
     updates_per_rollout: Count = 1  # optimizer steps on each rollout; rho = pi / pi_old is 1 in the first one
     advantage: Literal["group", "mean", "batch_std", "rloo"] = "group"  # how rewards become advantages
-    aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = (
-        "token_mean"  # averaging of losses
-    )
+    aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = "token_mean"  # averaging of loss
     loss: Literal["grpo", "gspo", "cispo"] = "grpo"  # the docstring of algorithms/grpo.py has the formulas
     clip_low: Share | None = None  # below 1 - clip_low, rho has no gradient if A < 0; default 0.2, gspo 3e-4
     clip_high: Limit | None = None  # 1 + clip_high caps rho; default 0.2 (DAPO 0.28), gspo 4e-4, cispo 4
