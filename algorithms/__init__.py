@@ -1,1 +1,1 @@
-"""One file, one algorithm, floor 2. What several of them share is in rooms."""
+"""Algorithms, one per file: floor 2. Code that several algorithms share is in the subfolders, called rooms."""

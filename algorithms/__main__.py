@@ -1,11 +1,11 @@
-"""The `burnish` command: `burnish COMMAND --help` lists a command's flags."""
+"""The `burnish` command. `burnish COMMAND --help` lists the flags of one command."""
 
 import importlib
 import sys
 
 from .run.streams import run_program
 
-COMMANDS = {  # name: (module with a Config, its function of a Config, one line)
+COMMANDS = {  # name: (module, its function that takes a Config, one line of help)
     "r1": (
         "burnish.algorithms.recipes.r1",
         "train",
@@ -29,33 +29,33 @@ COMMANDS = {  # name: (module with a Config, its function of a Config, one line)
         "train",
         "reinforcement learning with a critic, from a reward model or function",
     ),
-    "grpo": ("burnish.algorithms.grpo", "train", "reinforcement learning from a reward function of yours"),
+    "grpo": ("burnish.algorithms.grpo", "train", "reinforcement learning from your reward function"),
     "distill": (
         "burnish.algorithms.distill",
         "train",
-        "a student learns a teacher's distributions, on its rows or its own samples",
+        "train a student on a teacher's distributions, on given rows or on the student's own samples",
     ),
     "teach": (
         "burnish.algorithms.teach",
         "teach",
-        "keep a teacher's answers and top log-probabilities in a file for distill",
+        "write a teacher's answers and top log-probabilities to a file for distill",
     ),
     "evaluate": (
         "burnish.algorithms.evaluate",
         "evaluate",
-        "accuracy, pass@k and majority vote under a verifier of yours, perplexity, or a reward model on pairs",
+        "accuracy, pass@k and majority vote with your verifier; perplexity; a reward model's accuracy",
     ),
     "chat-demo": (
         "burnish.algorithms.recipes.chat_demo",
         "train",
-        "GRPO on a real chat model: whole, LoRA or QLoRA",
+        "GRPO on a real chat model: all weights, LoRA or QLoRA",
     ),
     "bench": (
         "burnish.bench.command",
         "main",
-        "time ops, also yours beside ours; its commands: burnish bench --help",
+        "time Burnish's ops and your own; its commands: burnish bench --help",
     ),
-    "merge": ("burnish.algorithms.merge", "merge", "fold an adapter into its model"),
+    "merge": ("burnish.algorithms.merge", "merge", "merge an adapter into its model"),
     "chat": ("burnish.algorithms.chat", "main", "talk to a model"),
     "convert": ("burnish.model.convert", "main", "turn a GGUF file into a Hugging Face folder"),
 }
@@ -66,16 +66,16 @@ def usage() -> str:
     return (
         "usage: burnish COMMAND [flags]\n\n"
         + "\n".join(lines)
-        + "\n\nburnish COMMAND --help lists its flags."
+        + "\n\nburnish COMMAND --help lists the flags of a command."
     )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, 1 for wrong input, 2 for wrong usage, 130 when interrupted."""
+    """Run one command. Return the exit status: 0, 1 for wrong input, 2 for wrong usage, 130 when interrupted."""
     if arguments is not None:
         return _status(arguments)
     status = run_program("burnish", lambda: _status(sys.argv[1:]))
-    calls = sys.modules.get(f"{__package__}.run.calls")  # where users' functions were called
+    calls = sys.modules.get(f"{__package__}.run.calls")  # imported if users' functions may have run
     return calls.left(status) if calls else status
 
 
@@ -92,7 +92,7 @@ def _status(arguments: list[str]) -> int:
         from .run.command import run_command
 
         module = importlib.import_module(module_name)
-        if not hasattr(module, "Config"):  # it has commands of its own
+        if not hasattr(module, "Config"):  # the module has subcommands
             return getattr(module, function)(arguments[1:])
         return run_command(f"burnish {name}", module, getattr(module, function), arguments[1:])
     except KeyboardInterrupt:

@@ -1,7 +1,8 @@
-"""Talk to a model, turn by turn: what you type, rendered by its chat template, and what it goes on to write.
+"""Talk to a model, turn by turn.
 
-Ctrl-C stops an answer, and at the prompt it ends the conversation, as Ctrl-D does. A model without a chat template goes
-on with your text as it is; --chat-template plain has it converse all the same.
+The chat template renders each line that you type, and the model's answer is printed as it is sampled. Ctrl-C stops an
+answer. At the prompt, Ctrl-C or Ctrl-D ends the conversation. A model without a chat template continues your text as it
+stands. With --chat-template plain such a model can hold a conversation, too.
 
 Run:    burnish chat --model DIR
         burnish chat --model DIR --prompt "What is the capital of France?" --temperature 0
@@ -30,18 +31,18 @@ from .run.trainee import load_frozen
 
 @dataclass(frozen=True, kw_only=True)
 class Config(DeviceFlags, TemplateFlags):
-    model: Path  # Hugging Face folder, or an adapter's
-    tools: Path | None = None  # a JSON file with the list of tools that the chat template describes
-    prompt: str | None = None  # answer this and end, instead of reading prompts
-    system: str | None = None  # system message, where the model has a chat template
-    max_new_tokens: int = 512  # of one answer
-    temperature: float = 0.2  # 0 takes the most likely token
-    top_p: float = 0.9  # sample from the fewest tokens that have this probability together
-    seed: int = 0  # of sampling
+    model: Path  # Hugging Face folder, or an adapter's folder
+    tools: Path | None = None  # JSON file with a list of tools, for the chat template
+    prompt: str | None = None  # answer this prompt and exit, instead of reading prompts
+    system: str | None = None  # system message; requires a chat template
+    max_new_tokens: int = 512  # most tokens of one answer
+    temperature: float = 0.2  # of sampling; 0 always takes the most likely token
+    top_p: float = 0.9  # sample from the fewest tokens whose probabilities sum to this
+    seed: int = 0  # seed of sampling
 
 
 def answer(cfg: Config, model: Transformer, tokenizer: Tokenizer, prompt: list[int], seed: int) -> str:
-    """Write the answer to standard output as it comes, and return it. Ctrl-C ends it early, unless --prompt asked."""
+    """Print the answer while it is sampled, and return it. Ctrl-C stops the answer, and with --prompt the command."""
     tokens = stream(
         model,
         prompt,
@@ -59,7 +60,7 @@ def answer(cfg: Config, model: Transformer, tokenizer: Tokenizer, prompt: list[i
         for token in tokens:
             ids.append(token)
             text = tokenizer.decode(ids)
-            if not text.endswith("\ufffd"):  # a character whose last bytes are still to come
+            if not text.endswith("\ufffd"):  # U+FFFD: the last character is incomplete
                 print(visible(text[len(printed) :]), end="", flush=True)
                 printed = text
     except KeyboardInterrupt:
@@ -72,17 +73,18 @@ def answer(cfg: Config, model: Transformer, tokenizer: Tokenizer, prompt: list[i
 
 
 def _checked_opening(cfg: Config, tokenizer: Tokenizer, opening: list[Message]) -> dict[str, Any]:
-    """The variables that the chat template is given beside messages. Raises InputError where it leaves out a flag."""
+    """Return the variables that the chat template receives besides the messages.
+
+    Raises InputError if the template cannot use --system, --tools or --chat-template-kwargs.
+    """
     flag = "system" if opening else "tools" if cfg.tools else "chat-template-kwargs"
     if (opening or cfg.tools) and tokenizer.chat_template is None:
-        raise InputError(
-            f"--{flag}: the model has no chat template that could place it; name one with --chat-template"
-        )
+        raise InputError(f"--{flag}: the model has no chat template; name one with --chat-template")
 
     if cfg.tools is None:
         row = Row({}, f"--{flag}")
     elif "tools" not in tokenizer.template_variables:
-        raise InputError("--tools: the chat template reads none")
+        raise InputError("--tools: the chat template does not use tools")
     else:
         row = Row({"tools": _read_tools(cfg.tools)}, f"--tools {cfg.tools}")
 
@@ -108,9 +110,9 @@ def _read_tools(file: Path) -> list[dict[str, Any]]:
 
 
 def _next_prompt(at_terminal: bool) -> str | None:
-    """The next line that is typed, None at the end. Raises InputError where standard input cannot be read."""
+    """Return the next line typed, or None at the end. Raises InputError if standard input cannot be read."""
     if sys.stdin is None:
-        raise InputError("standard input is closed: ask by --prompt TEXT")
+        raise InputError("standard input is closed: give the prompt with --prompt TEXT")
     try:
         return input("\n> " if at_terminal else "")
     except (EOFError, KeyboardInterrupt):
@@ -123,8 +125,8 @@ def _next_prompt(at_terminal: bool) -> str | None:
 
 
 def main(cfg: Config) -> None:
-    """Converse until the prompts end, or answer --prompt alone."""
-    # 1. a model, and what its chat template is given
+    """Answer prompts from standard input until the input ends, or answer only --prompt."""
+    # 1. the model, and the variables of its chat template
     _check_flags(cfg)
     tokenizer = load_tokenizer(cfg)
     model = load_frozen(cfg.model, cfg.device)
@@ -132,11 +134,11 @@ def main(cfg: Config) -> None:
     variables = _checked_opening(cfg, tokenizer, opening)
     converses = tokenizer.chat_template is not None
 
-    # 2. a greeting, where somebody types
+    # 2. a greeting, if someone is typing
     at_terminal = cfg.prompt is None and sys.stdin is not None and sys.stdin.isatty()
     if at_terminal:
         new = "/new starts a new conversation"
-        hint = new if converses else "it has no chat template: it goes on with your text"
+        hint = new if converses else "no chat template: the model continues your text"
         print(f"{cfg.model}: {hint}; Ctrl-D ends")
 
     # 3. turn by turn
@@ -172,12 +174,13 @@ def _check_flags(cfg: Config) -> None:
 
 
 def _check_prompt(cfg: Config, model: Transformer, tokenizer: Tokenizer, prompt: list[int]) -> None:
-    """Remark upon a prompt whose answer may end beyond what the model was trained for. Raises InputError for an id
-    that it has no row for.
+    """Print a note if the answer may end beyond the length that the model was trained for.
+
+    Raises InputError for a token id that has no row in the model's embedding.
     """
     if len(prompt) + cfg.max_new_tokens > (limit := model.config.max_position_embeddings):
         print(
-            f"(beyond the {limit} tokens that the model was trained for; /new starts anew)",
+            f"(beyond the {limit} tokens that the model was trained for; /new starts a new conversation)",
             file=sys.stderr,
         )
     check_sequence("what was said", prompt, tokenizer, model.config.vocab_size, str(cfg.model))

@@ -1,22 +1,28 @@
-"""Distillation: a student learns the teacher's distribution over each next token, not one token of it.
+"""Distillation: a student learns the teacher's whole distribution over each next token.
 
     divergence        loss = sum_t D(p_T || p_S)_t / N       p = softmax(logits / T)
     policy_gradient   loss = -sum_t rho_t A_t / N            A_t = log p_T(y_t) - log p_S(y_t), y sampled from p_S
     sequence          loss = -sum_t log p_S(y_t) / N         y written by the teacher
 
-    D: beta = 0   KL(p_T || p_S), forward: the student covers all that the teacher may say
-       beta = 1   KL(p_S || p_T), reverse: it keeps to what the teacher is likely to say
+    D: beta = 0   KL(p_T || p_S), forward: the student covers everything that the teacher may say
+       beta = 1   KL(p_S || p_T), reverse: the student keeps to the teacher's likely tokens
        between    beta KL(p_T || m) + (1 - beta) KL(p_S || m),  m = beta p_T + (1 - beta) p_S
 
-over the N trained tokens of the whole optimizer step: completions with their end token. 0 and 1 stand for the two KLs
-by definition; the limit of the mixture's formula there is 0. --student-samples is the share of steps, GKD's lambda, in
-which the student itself answers the prompts, so that it learns where its own mistakes lead. policy_gradient has on
-average the gradient of the reverse KL at each state it visits, discount 0: a token does not answer for later ones; rho
-is 1, with pi's gradient. --data may be a file of lessons that `burnish teach` wrote, then no teacher is loaded: with
-stored top-k log-probabilities D is over those ids and the tail, all other ids taken as one.
+N is the number of trained tokens in the whole optimizer step. The completions are trained, with their end token. For
+beta 0 and 1, D is a KL by definition, because the mixture's formula tends to 0 at both ends.
 
-Departures: --temperature divides both logits, as in Hinton et al.; their T^2, which holds the size of the gradient, is
-a flag of its own. GKD draws lambda once a batch; so do we, from the seed and the step.
+--student-samples, GKD's lambda, is the share of steps in which the student itself answers the prompts. In these steps
+the student learns from texts with its own mistakes. As in GKD, the choice is drawn once per batch, here from the seed
+and the step.
+
+policy_gradient requires the student's own samples. Its expected gradient is that of the reverse KL at each visited
+state. The discount is 0: a token gets no credit for later tokens. rho_t is 1 and carries the gradient of log p_S.
+
+--data may be a file of lessons that `burnish teach` wrote. Without --teacher, D is then computed from the stored top-k
+log-probabilities. It compares K + 1 outcomes: the K stored ids of a token, and one tail that stands for all other ids.
+
+Departure: --temperature divides the logits of both models, as in Hinton et al. Their factor T^2, which preserves the
+size of the gradient, is the separate flag --temperature-squared.
 
 Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531, section 2
         GKD: Agarwal et al. 2023, https://arxiv.org/abs/2306.13649, eq. 1 and algorithm 1
@@ -52,16 +58,16 @@ from .run.trainee import load_frozen, load_trainee
 
 @dataclass(frozen=True, kw_only=True)
 class Config(SamplingFlags, SupervisedFlags):
-    model: Path  # the student: Hugging Face folder to start from, or an adapter's
-    data: Path  # rows as for SFT, prompts with --student-samples 1, or a teacher's lessons.safetensors
-    teacher: Path | None = None  # folder of a model with the same tokenizer; none beside lessons
+    model: Path  # the student: Hugging Face folder or adapter's folder to start from
+    data: Path  # rows as for sft; prompts with --student-samples 1; or lessons of burnish teach
+    teacher: Path | None = None  # folder of a model with the same tokenizer; optional with lessons
     output: Path = run_folder("distill")
-    loss: Literal["divergence", "policy_gradient", "sequence"] = "divergence"  # docs/distill.md has them
-    beta: Share | None = None  # of divergence: 0 forward KL, which is the default; 1 reverse KL; between: JSD
-    temperature: float = 1.0  # of both distributions, and of sampling
-    temperature_squared: bool = False  # times T^2, which holds the size of the divergence's gradient
-    student_samples: Share = 0.0  # of steps on what the student samples; the others on the rows' completions
-    max_length: int = 1024  # tokens; longer rows are truncated, longer prompts dropped, and counted
+    loss: Literal["divergence", "policy_gradient", "sequence"] = "divergence"  # the loss; see docs/distill.md
+    beta: Share | None = None  # of divergence: 0 is forward KL (the default), 1 reverse KL, between is JSD
+    temperature: float = 1.0  # of both models' distributions, and of sampling
+    temperature_squared: bool = False  # multiply divergence by T^2, to preserve the gradient's size
+    student_samples: Share = 0.0  # share of steps on the student's samples; the rest use the rows' text
+    max_length: int = 1024  # tokens; longer rows are truncated, longer prompts dropped; both are counted
     learning_rate: float = 2e-5
     schedule: Schedule = "cosine"
 
@@ -70,25 +76,29 @@ class Config(SamplingFlags, SupervisedFlags):
 
 
 def divergence_loss(divergence: Tensor, num_tokens: int, scale: float = 1.0) -> Tensor:
-    """divergence (tokens,): D of each trained token, in nats. scale: T^2 where the gradient's size is to be held.
+    """Compute scale times the sum of the tokens' divergences, divided by num_tokens.
 
-    num_tokens: trained tokens in the whole optimizer step.
+    divergence (tokens,): that of each trained token, in nats. num_tokens: trained tokens in the whole optimizer step.
+    scale: T^2 with --temperature-squared, otherwise 1.
     """
     return scale * divergence.sum() / num_tokens
 
 
 def policy_gradient_loss(logprob: Tensor, teacher_logprob: Tensor, num_tokens: int) -> Tensor:
-    """logprob, teacher_logprob (tokens,): of the student's own samples. The value estimates KL(p_S || p_T) a token."""
+    """Compute the policy-gradient loss, whose value estimates KL(p_S || p_T) per token.
+
+    logprob, teacher_logprob (tokens,): both models' log-probabilities of the student's own samples.
+    """
     advantage = teacher_logprob - logprob.detach()  # (tokens,)
     return clipped_loss(logprob, logprob.detach(), advantage, num_tokens)[0]
 
 
 def sequence_loss(logprob: Tensor, num_tokens: int) -> Tensor:
-    """logprob (tokens,): the student's, of what the teacher wrote."""
+    """Compute the negative log-likelihood of the teacher's text. logprob (tokens,): the student's log-probabilities."""
     return -logprob.sum() / num_tokens
 
 
-# ---- terms: a micro-batch's part of the loss, and of the step's metrics
+# ---- terms: a micro-batch's part of the step's loss and metrics
 
 Term = tuple[Tensor, dict[str, Tensor]]
 
@@ -96,8 +106,11 @@ Term = tuple[Tensor, dict[str, Tensor]]
 def teacher_term(
     cfg: Config, student: Transformer, teacher: Transformer, batch: Batch, num_tokens: int
 ) -> Term:
-    """sum_t D(p_T || p_S)_t / N, over the ids that both models have."""
-    # an answer was drawn from the tokens; of given text, ids that one model alone has are padding, no tokens
+    """Return (loss, metrics) of a micro-batch: the loss is sum_t D(p_T || p_S)_t / N, from teacher T to student S.
+
+    The divergence D is over the ids that both models have.
+    """
+    # samples were drawn from a vocabulary; for given text, ids that only one model has are padding
     vocabulary = batch.vocabulary
     if vocabulary is None:
         vocabulary = Vocabulary(min(student.config.vocab_size, teacher.config.vocab_size))
@@ -112,7 +125,10 @@ def teacher_term(
 
 
 def lessons_term(cfg: Config, student: Transformer, teacher: None, batch: Batch, num_tokens: int) -> Term:
-    """sum_t D(p_T || p_S)_t / N, over the K ids that the lessons hold for a token, and the tail."""
+    """Return (loss, metrics) of a micro-batch: the loss is sum_t D(p_T || p_S)_t / N, with p_T from the lessons.
+
+    The divergence D is over the K ids that the lessons hold for each token, and one tail for all other ids.
+    """
     assert batch.teacher_ids is not None and batch.teacher_logprobs is not None
     stored = batch.teacher_ids, batch.teacher_logprobs  # (tokens, K) each
     hidden, head = batch.before_head(student)  # (tokens, C), of V rows
@@ -131,7 +147,10 @@ def _divergence_term(cfg: Config, divergence: Tensor, num_tokens: int) -> Term:
 def policy_gradient_term(
     cfg: Config, student: Transformer, teacher: Transformer, batch: Batch, num_tokens: int
 ) -> Term:
-    """-sum_t rho_t A_t / N, A_t = log p_T(y_t) - log p_S(y_t)."""
+    """Return (loss, metrics) of a micro-batch: the loss is -sum_t rho_t A_t / N.
+
+    A_t = log p_T(y_t) - log p_S(y_t), for teacher T and student S. rho_t is 1 and carries the gradient of log p_S.
+    """
     logprob, entropy = batch.score(student, cfg.temperature)  # (tokens,) each
     with torch.no_grad():
         teacher_logprob, _ = batch.score(teacher, cfg.temperature)  # (tokens,)
@@ -140,12 +159,12 @@ def policy_gradient_term(
 
 
 def sequence_term(cfg: Config, student: Transformer, teacher: None, batch: Batch, num_tokens: int) -> Term:
-    """-sum_t log p_S(y_t) / N."""
+    """Return (loss, metrics) of a micro-batch: the loss is -sum_t log p_S(y_t) / N on the teacher's text."""
     logprob, entropy = batch.score(student)  # (tokens,) each
     return sequence_loss(logprob, num_tokens), {"entropy": entropy.detach().sum() / num_tokens}
 
 
-TERMS: dict[tuple[str, bool], Callable[..., Term]] = {  # by --loss, and whether there is a --teacher
+TERMS: dict[tuple[str, bool], Callable[..., Term]] = {  # (--loss, whether --teacher is given): its term
     ("divergence", True): teacher_term,
     ("divergence", False): lessons_term,
     ("policy_gradient", True): policy_gradient_term,
@@ -154,7 +173,7 @@ TERMS: dict[tuple[str, bool], Callable[..., Term]] = {  # by --loss, and whether
 
 
 def train(cfg: Config) -> Path:
-    """Returns the folder of the trained model."""
+    """Train the student, and return its folder."""
     check_flags(cfg)
     _check_choices(cfg)
     tokenizer = load_tokenizer(cfg)
@@ -165,7 +184,7 @@ def train(cfg: Config) -> Path:
     learner = Learner(cfg, student)
     with Run(cfg, tokenizer, frozen=(teacher,), model=learner) as run:
         for step in run.steps():
-            # 1. the step's lessons; where a coin says so, what the student itself answers to their prompts
+            # 1. the step's lessons; by chance (--student-samples) the student's answers to their prompts
             chosen = [lessons[i] for i in run.next(len(lessons), cfg.batch_size)]
             seed, sampled = (cfg.seed << 32) + step, {}
             if random.Random(seed).random() < cfg.student_samples:
@@ -174,7 +193,7 @@ def train(cfg: Config) -> Path:
                     chosen, ended = answered(student, tokenizer, prompts, cfg, seed)
                 sampled = {"length": sum(sum(lesson.mask) for lesson in chosen) / len(chosen), "ended": ended}
 
-            # 2. the teacher's word on each token, the loss, and its gradient
+            # 2. the loss against the teacher, and its gradient
             batches = make_batches(chosen, cfg.micro_batch_tokens, cfg.device)
             for batch in batches:
                 loss, metrics = term(cfg, student, teacher, batch, batches.num_trained)
@@ -188,33 +207,33 @@ def train(cfg: Config) -> Path:
 
 
 def _check_choices(cfg: Config) -> None:
-    """Refuse flags that go ill together, or would be ignored."""
+    """Raise InputError for flags that contradict each other, and for flags that would be ignored."""
     loss, share, alone = cfg.loss, cfg.student_samples, cfg.teacher is None
     of_rows = cfg.data.suffix != ".safetensors"
 
-    refused = {  # what is said, and of which flags
+    refused = {  # message: whether it applies
         f"--beta: --loss {loss} has none: leave the flag out": (
             loss != "divergence" and cfg.beta is not None
         ),
         f"--temperature-squared: --loss {loss} has none: leave the flag out": (
             loss != "divergence" and cfg.temperature_squared
         ),
-        "--loss policy_gradient: expected --student-samples 1: it is of the student's own samples": (
+        "--loss policy_gradient: expected --student-samples 1: it trains on the student's own samples": (
             loss == "policy_gradient" and share < 1
         ),
-        "--student-samples: --loss sequence is of what the teacher wrote: leave the flag out": (
+        "--student-samples: --loss sequence trains on the teacher's text: leave the flag out": (
             loss == "sequence" and share > 0
         ),
         "--temperature: --loss sequence has none: leave the flag out": (
             loss == "sequence" and cfg.temperature != 1
         ),
-        "--teacher: --loss sequence reads what it wrote (burnish teach): leave the flag out": (
+        "--teacher: --loss sequence reads its text from --data (burnish teach): leave the flag out": (
             loss == "sequence" and not alone
         ),
-        "--student-samples: stored lessons say nothing about them: expected --teacher DIR": (
+        "--student-samples: stored lessons do not cover the student's samples: expected --teacher DIR": (
             alone and not of_rows and share > 0
         ),
-        "expected --teacher DIR, or --data of a file that burnish teach wrote, got neither": (
+        "expected --teacher DIR, or as --data a file that burnish teach wrote, got neither": (
             alone and of_rows and loss != "sequence"
         ),
     }
@@ -225,7 +244,7 @@ def _check_choices(cfg: Config) -> None:
 
 
 def _load_lessons(cfg: Config, tokenizer: Tokenizer) -> list[Lesson]:
-    """The lessons of --data. Raises InputError where the loss needs log-probabilities that they have not."""
+    """Load the lessons of --data. Raises InputError if the loss needs log-probabilities and the lessons have none."""
     reads_stored = cfg.teacher is None and cfg.loss == "divergence"
     lessons = load_lessons(
         cfg,
@@ -241,7 +260,10 @@ def _load_lessons(cfg: Config, tokenizer: Tokenizer) -> list[Lesson]:
 def _load_models(
     cfg: Config, tokenizer: Tokenizer, lessons: Sequence[Lesson]
 ) -> tuple[Transformer, Transformer | None]:
-    """The student, and the teacher where there is one. Raises InputError where they cannot read the lessons."""
+    """Return (student, teacher). The teacher is None without --teacher.
+
+    Raises InputError if the tokenizers differ, or if a model has no row for a token id of the lessons.
+    """
     student, teacher = load_trainee(cfg), None
     most_tokens = max(map(longest, lessons)) + (cfg.max_new_tokens if cfg.student_samples else 0)
     check_model(student, tokenizer, lessons, most_tokens)

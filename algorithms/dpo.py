@@ -2,24 +2,30 @@
 
     loss = sum over pairs f(w, l) / N            w, l: the scores of the chosen and the rejected completion
 
-over the N pairs of the whole optimizer step. With h = w - l, and s = log pi(y|x), a sum over the completion's tokens:
+N is the number of pairs in the whole optimizer step. In the table, h = w - l and L(h) = -log sigmoid(beta h). s is the
+completion's log pi(y|x), summed over its tokens; s_ref is the same number under the reference. e is --label-smoothing,
+the assumed share of wrong labels. length is the completion's number of tokens, and logit p = log(p / (1 - p)). NLL is
+the negative log-likelihood of the chosen completions per token, times --nll-weight.
 
     --loss     score                 f                                                     source
-    dpo        s - s_ref             -log sigmoid(beta h)                                  2305.18290, eq. 7
-    cdpo       s - s_ref             the same on labels of which a share e is flipped      ericmitchell.ai/cdpo.pdf
-    robust     s - s_ref             the same, made unbiased again                         2403.00409
+    dpo        s - s_ref             L(h)                                                  2305.18290, eq. 7
+    cdpo       s - s_ref             (1 - e) L(h) + e L(-h)                                ericmitchell.ai/cdpo.pdf
+    robust     s - s_ref             [(1 - e) L(h) - e L(-h)] / (1 - 2e)                   2403.00409
     hinge      s - s_ref             max(0, 1 - beta h)                                    2309.06657
     ipo        (s - s_ref) / length  (h - 1 / (2 beta))^2                                  2310.12036, eq. 17
-    ipo_sum    s - s_ref             the same
+    ipo_sum    s - s_ref             (h - 1 / (2 beta))^2                                  2310.12036, eq. 17
     apo_zero   s - s_ref             1 - sigmoid(beta w) + sigmoid(beta l)                 2408.06266, eq. 7
     apo_down   s - s_ref             sigmoid(beta w) + 1 - sigmoid(beta h)                 2408.06266, eq. 8
-    cpo        s                     -log sigmoid(beta h), and the NLL of w                2401.08417
+    cpo        s                     L(h) + NLL                                            2401.08417
     simpo      s / length            -log sigmoid(beta h - gamma)                          2405.14734, eq. 6
-    orpo       s / length            -beta log sigmoid(logit e^w - logit e^l), and the NLL 2403.07691, eq. 6, 7
+    orpo       s / length            -beta log sigmoid(logit e^w - logit e^l) + NLL        2403.07691, eq. 6, 7
 
-The reference is the model that training starts from. Its log-probabilities are computed once, in the batches of the
-first epoch: the same sums in the same order, so at the start h is exactly 0 and DPO's loss log 2. A pair is one forward
-pass: both completions continue the same prompt, and their first tokens are scored from its last row.
+The reference is the model that training starts from. Its log-probabilities are computed once, before training, in the
+batches of the first epoch. Training repeats these sums in the same order. So at the start s - s_ref is exactly 0, and
+DPO's loss is log 2.
+
+A pair is one forward pass: both completions continue the same prompt. The first token of each completion is scored from
+the last row of the prompt.
 
 Source: Rafailov et al. 2023, https://arxiv.org/abs/2305.18290; the other papers are at https://arxiv.org/abs/NUMBER
 Run:    burnish dpo --model DIR --data FILE.jsonl
@@ -67,15 +73,15 @@ Smoothing = Annotated[float, Bounds(0, 0.499)]
 
 @dataclass(frozen=True, kw_only=True)
 class Config(DropoutFlags, SupervisedFlags):
-    model: Path  # Hugging Face folder, or an adapter's, to start from; also the reference policy
-    data: Path  # rows of chosen and rejected, perhaps prompt: .jsonl, .json or .parquet
-    held_out: Path | None = None  # such rows, to report the accuracy on at the end
+    model: Path  # Hugging Face folder or adapter's folder to start from; also the reference policy
+    data: Path  # rows of chosen and rejected, optionally prompt: .jsonl, .json or .parquet
+    held_out: Path | None = None  # rows to report the accuracy on at the end
     output: Path = run_folder("dpo")
-    loss: Loss = "dpo"  # the table in algorithms/dpo.py says what each is
-    beta: Annotated[float, Bounds(1e-9)] | None = None  # by default 0.1; simpo 2
-    label_smoothing: Smoothing | None = None  # e of cdpo and robust, by default 0.1: share of wrong labels
-    gamma: Rate | None = None  # of simpo, by default 1: the margin that it asks for
-    nll_weight: Rate | None = None  # of the NLL in cpo and orpo, by default 1
+    loss: Loss = "dpo"  # docs/dpo.md has the formula of each
+    beta: Annotated[float, Bounds(1e-9)] | None = None  # scale of the scores; default 0.1, simpo 2
+    label_smoothing: Smoothing | None = None  # of cdpo and robust: the share of wrong labels; default 0.1
+    gamma: Rate | None = None  # of simpo: the margin between the two scores; default 1
+    nll_weight: Rate | None = None  # of cpo and orpo: weight of the NLL of chosen; default 1
     max_length: int = 1024  # tokens of a prompt with either completion; longer rows are dropped and counted
     batch_size: int = 32  # pairs in one optimizer step
     learning_rate: float = 1e-6
@@ -83,20 +89,23 @@ class Config(DropoutFlags, SupervisedFlags):
 
 
 class Variant(NamedTuple):
-    """A row of the table above. flags: those that it reads, with their defaults."""
+    """One loss of the table at the head of this file. flags: the flags that the loss reads, with their defaults."""
 
     loss: Callable[..., Tensor]
     flags: Mapping[str, float]
-    reference: bool = True  # the score is less the reference's
-    per_token: bool = False  # the score is divided by the completion's length
+    reference: bool = True  # the reference's log-probability is subtracted
+    per_token: bool = False  # the score is divided by the number of tokens
 
     def scores(self, logprob: Tensor, ref_logprob: Tensor, lengths: Tensor) -> Tensor:
-        """Sums over completions and their numbers of tokens to w and l, each (pairs, 2)."""
+        """Return the scores of the chosen and the rejected completions, (pairs, 2). All arguments are (pairs, 2), too.
+
+        logprob, ref_logprob: sums over a completion's tokens. lengths: the completion's number of trained tokens.
+        """
         score = logprob - ref_logprob if self.reference else logprob
         return score / lengths if self.per_token else score
 
 
-# flags and their defaults
+# the flags that a loss reads, with their defaults
 BETA = {"beta": 0.1}
 SMOOTHED, WITH_NLL = BETA | {"label_smoothing": 0.1}, BETA | {"nll_weight": 1.0}
 VARIANTS = {
@@ -115,7 +124,7 @@ VARIANTS = {
 
 
 def train(cfg: Config) -> Path:
-    """Returns the folder of the trained model."""
+    """Train by preference optimization, and return the folder of the trained model."""
     check_flags(cfg)
     variant, flags = VARIANTS[cfg.loss], _flags(cfg)
     beta, nll_weight = flags["beta"], flags.pop("nll_weight", 0.0)
@@ -126,11 +135,11 @@ def train(cfg: Config) -> Path:
     learner = Learner(cfg, model)
     run = Run(cfg, tokenizer, model=learner)
 
-    def logprobs(items: list[Preference]) -> Tensor:  # of chosen and rejected, (pairs, 2)
+    def logprobs(items: list[Preference]) -> Tensor:  # (pairs, 2): chosen, rejected
         function = lambda batch: batch.completion_logprobs(model)
         return over_completions(model, items, function, cfg.micro_batch_tokens)
 
-    # 1. the reference: what the model says before training
+    # 1. the reference: log-probabilities before training
     reference = torch.zeros(len(pairs), 2)
     if variant.reference:
         for members in run.first_epoch(len(pairs), cfg.batch_size):
@@ -139,7 +148,7 @@ def train(cfg: Config) -> Path:
 
     with run:
         for step in run.steps():
-            # 2. the step's pairs, packed: a prompt once, chosen and rejected behind it
+            # 2. the step's pairs, packed: each prompt once, then chosen and rejected
             members = run.next(len(pairs), cfg.batch_size)
             rows, ref_logprob = [pairs[i] for i in members], reference[members]
             batches = make_batches(rows, cfg.micro_batch_tokens, cfg.device)
@@ -164,7 +173,7 @@ def train(cfg: Config) -> Path:
             metrics = learner.step(step)
             run.log(metrics | learner.balance.metrics(), batches.num_tokens)
 
-        # 5. the held-out pairs, by log-probability and by the loss's own scores
+        # 5. accuracy on the held-out pairs, by log-probability and by the loss's scores
         if held_out:
             after = logprobs(held_out)
             lengths = torch.tensor([[c.num_trained for c in pair.completions] for pair in held_out])
@@ -174,7 +183,7 @@ def train(cfg: Config) -> Path:
 
 
 def _flags(cfg: Config) -> dict[str, float]:
-    """The flags that the loss reads, as given or by default. Raises InputError for one that it would not read."""
+    """Return the flags that the loss reads, as given or by default. Raises InputError for a flag it does not read."""
     flags = dict(VARIANTS[cfg.loss].flags)
     for name in ("beta", "label_smoothing", "gamma", "nll_weight"):
         value = getattr(cfg, name)

@@ -1,13 +1,13 @@
-"""Evaluate a model: answers that a verifier judges, the perplexity of given text, or a reward model's judgement.
+"""Evaluate a model: accuracy under a verifier, perplexity of given text, or accuracy of a reward model.
 
-    pass@k     = mean over prompts of 1 - C(n - c, k) / C(n, k), with c of n samples right: the unbiased estimate
+    pass@k     = mean over prompts of 1 - C(n - c, k) / C(n, k), with c of n samples right; the unbiased estimate
     majority   = share of prompts whose most frequent answer among n samples is right
     perplexity = exp(-sum_t log pi(y_t) / tokens)
     accuracy   = share of pairs whose chosen completion scores above the rejected one; a tie is wrong
 
-With --reward the model answers the file's prompts, once greedily and --samples times at --temperature; a sample is
-right where the first reward function gives it at least --right-at. Without, the completions in the file are scored. A
-reward model (burnish reward) judges the file's pairs of chosen and rejected.
+With --reward, the model answers the prompts of --data, once greedily and --samples times at --temperature. A sample is
+right if the first reward function gives it at least --right-at. Without --reward, the perplexity of the completions in
+--data is computed. If --model is a reward model (burnish reward), it scores the pairs of chosen and rejected in --data.
 
 Source: pass@k: Chen et al. 2021, https://arxiv.org/abs/2107.03374, eq. 1
         majority: Wang et al. 2022, https://arxiv.org/abs/2203.11171
@@ -70,47 +70,47 @@ from .run.optimizer import autocast
 from .run.user_files import load_function
 from .search.votes import majority_is_right, pass_at_k, standard_error, standard_error_of_ratio
 
-Figures = dict[str, float]  # by name
+Figures = dict[str, float]  # name: value
 Record = dict[str, Any]  # a line of samples.jsonl
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(DeviceFlags, AnswerFlags, RowFlags):
-    model: Path  # Hugging Face folder, or an adapter's; a language model or a reward model
-    data: Path  # prompts and any columns for the verifier, rows to score, or pairs: .jsonl, .json or .parquet
-    reward: tuple[str, ...] = ()  # FILE.py:function or package.module:function; the first says what is right
-    answer: str | None = None  # FILE.py:function that gives each completion's answer, for the majority vote
-    reward_timeout: float | None = None  # seconds that a call of these functions has; no limit by default
+    model: Path  # folder of a language model or a reward model, or of an adapter of one
+    data: Path  # .jsonl, .json or .parquet: prompts with columns for the verifier, rows as for sft, or pairs
+    reward: tuple[str, ...] = ()  # FILE.py:function or package.module:function; the first tells what is right
+    answer: str | None = None  # FILE.py:function that returns each completion's answer, for the majority vote
+    reward_timeout: float | None = None  # time limit in seconds of one call of these functions; default: none
     output: Path = run_folder("evaluate")  # new folder: figures, samples
-    limit: Count | None = None  # the first so many prompts or rows
-    right_at: float = 1.0  # the least value of the first reward function that counts as right
-    samples: Samples = 8  # a prompt, beside the greedy one; 0 for that one alone
-    k: tuple[int, ...] = (1, 4, 8)  # of pass@k; those above `samples` are left out
+    limit: Count | None = None  # use only this many rows from the start of --data
+    right_at: float = 1.0  # smallest value of the first reward function that counts as right
+    samples: Samples = 8  # samples per prompt, besides the greedy answer; 0 for none
+    k: tuple[int, ...] = (1, 4, 8)  # the k of pass@k; each k above --samples is left out
     temperature: Temperature = 1.0  # of sampling
-    max_new_tokens: Count = 256  # cap on a completion's length
-    batch_size: Count = 64  # samples at a time, which bounds the cache
-    train_on: Literal["completion", "all"] = "completion"  # which tokens of a row perplexity is over
-    max_length: Length = 1024  # tokens; longer rows are truncated, longer pairs dropped, and counted
+    max_new_tokens: Count = 256  # largest number of tokens in a completion
+    batch_size: Count = 64  # samples generated at a time, which bounds the size of the cache
+    train_on: Literal["completion", "all"] = "completion"  # which tokens of a row count for perplexity
+    max_length: Length = 1024  # tokens; longer rows are truncated, longer pairs dropped; both are counted
     micro_batch_tokens: Count = 8192  # tokens in one forward, for perplexity and pairs
-    seed: Seed = 0  # of sampling
+    seed: Seed = 0  # seed of sampling
 
 
 def evaluate(cfg: Config) -> Figures:
-    """Returns the figures, which it prints and writes as result.json, beside samples.jsonl."""
-    # 1. flags that fit, and who judges
+    """Evaluate the model. Print the figures, write them as result.json beside samples.jsonl, and return them."""
+    # 1. check the flags, and load the verifier
     check_flags(cfg)
     if any(k < 1 for k in cfg.k):
         raise InputError(f"--k: expected numbers of at least 1, got {cfg.k}")
     if cfg.answer and not cfg.reward:
-        raise InputError("--answer: expected --reward, which says what answer is right, beside it")
+        raise InputError("--answer: expected --reward beside it, to judge which answers are right")
     judges_pairs = has_score(cfg.model)
     if judges_pairs and cfg.reward:
         raise InputError(
-            f"--reward: {cfg.model} is a reward model, which answers nothing: leave the flag out"
+            f"--reward: {cfg.model} is a reward model and generates no answers: leave the flag out"
         )
     verifier = load_verifier(cfg)
 
-    # 2. rows, and what the model makes of them
+    # 2. read the rows, and evaluate the model on them
     tokenizer = load_tokenizer(cfg)
     rows = read_rows(cfg.data, cfg.row_template)[: cfg.limit]
     if judges_pairs:
@@ -123,7 +123,7 @@ def evaluate(cfg: Config) -> Figures:
         else:
             figures, records = evaluate_text(cfg, model, tokenizer, rows)
 
-    # 3. two files, and the figures on the terminal
+    # 3. write both files, and print the figures
     written = write(cfg, figures, records)
     print_figures(figures)
     for name in verifier.rewards.functions:
@@ -137,21 +137,21 @@ def evaluate(cfg: Config) -> Figures:
 
 
 class Verifier(NamedTuple):
-    """The functions of --reward, the first of which says what is right, and that of --answer, which finds answers."""
+    """The reward functions of --reward, and the function of --answer. The first reward function tells what is right."""
 
     rewards: Rewards
     answer: Callable[..., Any] | None
 
     def takes(self, column: str) -> bool:
-        """Whether one of them reads a column of the rows."""
+        """Return whether one of the functions takes this column of the rows as an argument."""
         functions = [*self.rewards.functions.values(), *([] if self.answer is None else [self.answer])]
         return any(takes(function, column) for function in functions)
 
 
 def load_verifier(cfg: Config) -> Verifier:
-    """Raises InputError for a function that is not there."""
+    """Load the functions of --reward and --answer. Raises InputError if a function is not found."""
     functions = load_rewards(cfg.reward) if cfg.reward else {}
-    over = TrainerState(1, 1, 1.0)  # training is, for functions that change with its progress
+    over = TrainerState(1, 1, 1.0)  # training is complete, for functions that depend on its progress
     rewards = Rewards(functions, check_weights((), len(functions)), cfg.reward_timeout, over)
     return Verifier(rewards, load_function(cfg.answer, "answer") if cfg.answer else None)
 
@@ -159,7 +159,7 @@ def load_verifier(cfg: Config) -> Verifier:
 def evaluate_answers(
     cfg: Config, model: Transformer, tokenizer: Tokenizer, rows: Sequence[Row], verifier: Verifier
 ) -> tuple[Figures, list[Record]]:
-    """Returns the figures, and one record a completion."""
+    """Sample answers to the prompts and judge them. Return the figures, and one record per completion."""
     # 1. the prompts
     prompts, counts = rl_prompts(
         rows,
@@ -174,18 +174,18 @@ def evaluate_answers(
     longest_prompt = max(len(prompt.tokens) for prompt in prompts)
     check_model(model, tokenizer, prompts, longest_prompt + cfg.max_new_tokens)
 
-    # 2. one greedy answer to each, then the samples
+    # 2. one greedy answer to each prompt, then the samples
     greedily = replace(cfg, samples=1, temperature=0.0)
     greedy = judged(greedily, model, tokenizer, prompts, verifier)
     figures = with_error("greedy", [100.0 * record["right"] for record in greedy])
     sampled: list[Record] = []
     if cfg.samples:
-        rewards.logged = {}  # of the greedy ones
+        rewards.logged = {}  # without the logs of the greedy answers
         sampled = judged(cfg, model, tokenizer, prompts, verifier)
         groups = [sampled[i : i + cfg.samples] for i in range(0, len(sampled), cfg.samples)]
         figures |= figures_of_groups(cfg, groups)
 
-    # 3. what the functions gave and logged; lengths
+    # 3. mean rewards, logged metrics, and lengths
     records = sampled or greedy
     for name in rewards.functions:
         found = [record["rewards"][name] for record in records]
@@ -197,7 +197,7 @@ def evaluate_answers(
 
 
 def figures_of_groups(cfg: Config, groups: Sequence[Sequence[Record]]) -> Figures:
-    """pass@k, and with --answer the majority vote, of each prompt's samples."""
+    """Compute pass@k, and with --answer the majority vote. groups: the records of each prompt's samples."""
     figures: Figures = {}
     num_right = [sum(record["right"] for record in group) for group in groups]
     for k in sorted(k for k in set(cfg.k) if k <= cfg.samples):
@@ -215,8 +215,8 @@ def figures_of_groups(cfg: Config, groups: Sequence[Sequence[Record]]) -> Figure
 def judged(
     cfg: Config, model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt], verifier: Verifier
 ) -> list[Record]:
-    """Sample, verify, and describe: one record a completion, those of prompt 0 first."""
-    # 1. samples, and what the functions say of them; the first one's NaN, not judged, is not right
+    """Sample completions and judge them. Return one record per completion, in the order of the prompts."""
+    # 1. samples and their rewards; a NaN of the first function, not judged, counts as not right
     samples = sample(cfg, model, tokenizer, prompts)
     asked = [prompts[each.prompt_index] for each in samples]
     judging = as_asked(tokenizer, asked, samples)
@@ -230,11 +230,11 @@ def judged(
         found, more = answers(verifier.answer, verifier.rewards, judging)
         if shared := sorted(extras.keys() & more.keys()):
             raise InputError(
-                f"{ANSWER}: log_extra: column '{shared[0]}' is that of a reward: expected another"
+                f"{ANSWER}: log_extra: column '{shared[0]}' is that of a reward: expected another name"
             )
         extras = extras | more
 
-    # 3. a record of each
+    # 3. one record for each sample
     return [
         {
             "prompt": prompt.text,
@@ -254,7 +254,7 @@ def judged(
 
 
 def sample(cfg: Config, model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[Sample]:
-    """The samples of each prompt, those of prompt 0 first, beside a bar of progress."""
+    """Sample completions in the order of the prompts, and show a progress bar."""
     with tqdm(total=len(prompts) * cfg.samples, unit="sample", dynamic_ncols=True) as bar:
         bar.set_description("samples" if cfg.temperature else "greedy")
 
@@ -284,7 +284,7 @@ def sample(cfg: Config, model: Transformer, tokenizer: Tokenizer, prompts: Seque
 def evaluate_text(
     cfg: Config, model: Transformer, tokenizer: Tokenizer, rows: Sequence[Row]
 ) -> tuple[Figures, list[Record]]:
-    """Returns the figures, and one record an example."""
+    """Compute nats per token and perplexity of the rows. Return the figures, and one record per row."""
     examples, counts = sft_examples(rows, tokenizer, max_length=cfg.max_length, train_on=cfg.train_on)
     report_counts(cfg.data, counts)
     check_model(model, tokenizer, examples, max(map(longest, examples)))
@@ -298,7 +298,7 @@ def evaluate_text(
         for i, of_row in zip(batch.members, of_each, strict=True):
             records[i] = {"nats": -of_row.sum().item(), "tokens": of_row.numel()}
 
-    # 2. over all tokens; of such a ratio of sums the rows are the independent draws
+    # 2. the mean over all tokens, a ratio of sums in which the rows are the independent draws
     nats, tokens = [record["nats"] for record in records], [record["tokens"] for record in records]
     mean = sum(nats) / sum(tokens)
     figures = {
@@ -313,7 +313,7 @@ def evaluate_text(
 def evaluate_pairs(
     cfg: Config, model: ScalarModel, tokenizer: Tokenizer, rows: Sequence[Row]
 ) -> tuple[Figures, list[Record]]:
-    """Returns the figures of a reward model, and one record a pair."""
+    """Compute accuracy and margin of a reward model. Return the figures, and one record per pair."""
     pairs, counts = preferences(rows, tokenizer, max_length=cfg.max_length, margins=False)
     report_counts(cfg.data, counts)
     check_model(model, tokenizer, pairs, max(map(longest, pairs)))
@@ -325,17 +325,17 @@ def evaluate_pairs(
     return figures | {"pairs": len(pairs)}, [{"chosen": c, "rejected": r, "right": c > r} for c, r in scores]
 
 
-# ---- what is written
+# ---- output
 
 
 def with_error(name: str, values: Sequence[float]) -> Figures:
-    """Mean, and the standard error of the mean, of one value a prompt or pair."""
+    """Return two figures: the mean of `values` and its standard error. values: one number per prompt or pair."""
     return {name: fmean(values), f"{name}_error": standard_error(values)}
 
 
 def print_figures(figures: Figures) -> None:
     print()
-    errors = {f"{name}_error": name for name in figures if "/" not in name}  # users' names have a slash
+    errors = {f"{name}_error": name for name in figures if "/" not in name}  # user names have a slash
     for name, value in figures.items():
         if name not in errors:
             error = None if "/" in name else figures.get(f"{name}_error")
@@ -345,11 +345,11 @@ def print_figures(figures: Figures) -> None:
 
 
 def write(cfg: Config, figures: Figures, records: Sequence[Record]) -> Path:
-    """Write samples.jsonl and result.json; returns the path of the latter."""
+    """Write samples.jsonl and result.json, and return the path of result.json."""
     lines = [json.dumps(plain(record), ensure_ascii=False) + "\n" for record in records]
     make_folder(cfg.output)
     with replacing(cfg.output / "samples.jsonl") as beside:
-        # what UTF-8 cannot hold, half of a surrogate pair, is escaped as JSON does it
+        # a lone surrogate, which UTF-8 cannot encode, is escaped as in JSON
         beside.write_bytes("".join(lines).encode("utf-8", "backslashreplace"))
 
     known = {name: None if isnan(value) else value for name, value in figures.items()}

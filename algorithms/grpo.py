@@ -7,14 +7,19 @@
     gspo     the same with s = exp(mean_t log rho_t) for rho_t   2507.18071, eq. 5
     cispo    -sg(min(rho_t, 1 + hi)) A log pi(y_t)               2506.13585, eq. 4
 
-over sampled tokens, the end token included. The tables below name each objective; objectives/ has their formulas.
+The sum is over the sampled tokens, the end token included. A group is the samples of one prompt, and r is the reward of
+a sample. lo and hi are --clip-low and --clip-high, and sg stops the gradient. The tables below name the function behind
+each flag; objectives/ holds these functions with their formulas.
 
-Departures: N_t is by default the sampled tokens of the whole optimizer step (DAPO), not the paper's mean of sequence
-means, under which a token of a long answer weighs less. beta is 0. kl_t is k3, as in the paper; its fixed point is that
-of the forward KL, not DPO's; k2 and rho_k3 have the reverse KL's gradient. Scoring uses the sampling temperature, and
-the ids that top-k or top-p kept, so the scored distribution is the sampled one; --mismatch-weights corrects what still
-differs. With --max-draws, groups whose rewards are all equal are replaced (DAPO's dynamic sampling); --mask-truncated
-and --overlong-buffer are its two ways with answers that do not end.
+Departures from the paper, and additions:
+    N_t     By default the sampled tokens of the whole optimizer step, as in DAPO. The paper averages within each
+            sequence first (--aggregation sequence_mean). There a token of a long answer weighs less.
+    kl_t    k3, as in the paper, but beta is 0 by default. As a loss, k3 has the fixed point of the
+            forward KL, which is not DPO's. --kl-estimator k2 and rho_k3 have the gradient of the reverse KL.
+    pi      Scored at the sampling temperature, over the ids that top-k or top-p kept. So the scored distribution is the
+            sampled one. --mismatch-weights corrects the remaining difference.
+    DAPO    --max-draws replaces groups whose rewards are all equal (dynamic sampling). --mask-truncated
+            leaves out answers that did not end. --overlong-buffer lowers the reward of answers near the limit.
 
 Source: Shao et al. 2024, https://arxiv.org/abs/2402.03300, eq. 3 and 4; the other papers are at arxiv.org/abs/NUMBER
 Run:    burnish grpo --model DIR --data FILE.jsonl --reward FILE.py:function
@@ -49,42 +54,42 @@ from .run.trainee import load_trainee
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RolloutFlags):
-    model: Path  # Hugging Face folder, or an adapter's, to start from; the reference policy, too, where there is one
-    reward: tuple[str, ...] = field()  # FILE.py:function or package.module:function, one or more
+    model: Path  # Hugging Face folder or adapter's folder to start from; also the reference policy of the KL
+    reward: tuple[str, ...] = field()  # one or more functions: FILE.py:function or package.module:function
     output: Path = run_folder("grpo")
     prompts_per_step: int = 16
     group_size: Annotated[int, Bounds(2, MOST_SAMPLES)] = 8
-    max_draws: Count = 1  # batches of prompts in search of groups whose rewards differ; 1 takes what comes
-    mask_truncated: bool = False  # samples that did not end leave numerator, denominator and the group's mean
-    overlong_buffer: Size = 0  # the reward falls by up to 1 over this many tokens below max_new_tokens
-    updates_per_rollout: Count = 1  # optimizer steps on each rollout; from the second on, rho differs from 1
-    advantage: Literal["group", "mean", "batch_std", "rloo"] = "group"  # baseline and scale of rewards
-    aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = "token_mean"  # what weighs alike
-    loss: Literal["grpo", "gspo", "cispo"] = "grpo"  # the table in algorithms/grpo.py says what each is
-    clip_low: Share | None = None  # rho below 1 - clip_low has no gradient where A < 0; 0.2, gspo 3e-4
-    clip_high: Limit | None = None  # above 1 + clip_high none where A > 0; 0.2, gspo 4e-4, cispo 4; DAPO 0.28
+    max_draws: Count = 1  # most batches of prompts to sample for groups with differing rewards; 1 keeps all
+    mask_truncated: bool = False  # leave truncated samples out of loss, denominator and group mean
+    overlong_buffer: Size = 0  # reduce the reward by up to 1 over this many tokens before max_new_tokens
+    updates_per_rollout: Count = 1  # optimizer steps on each rollout; rho = pi / pi_old is 1 in the first one
+    advantage: Literal["group", "mean", "batch_std", "rloo"] = "group"  # how rewards become advantages
+    aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = "token_mean"  # averaging of loss
+    loss: Literal["grpo", "gspo", "cispo"] = "grpo"  # the docstring of algorithms/grpo.py has the formulas
+    clip_low: Share | None = None  # below 1 - clip_low, rho has no gradient if A < 0; default 0.2, gspo 3e-4
+    clip_high: Limit | None = None  # 1 + clip_high caps rho; default 0.2 (DAPO 0.28), gspo 4e-4, cispo 4
     kl_coefficient: float = 0.0
-    kl_estimator: Literal["k3", "k2", "rho_k3"] = "k3"  # of that KL
-    mismatch_weights: Literal["none", "truncated", "masked"] = "none"  # pi_old / pi_sampler on advantages
-    mismatch_cap: Limit = 2.0  # where such a weight is cut off, or its token left out
+    kl_estimator: Literal["k3", "k2", "rho_k3"] = "k3"  # estimator of the KL to the reference policy
+    mismatch_weights: Literal["none", "truncated", "masked"] = "none"  # weight A by pi_old / pi_sampler
+    mismatch_cap: Limit = 2.0  # above this, mismatch weights are truncated, or their tokens masked
 
 
-# ---- objectives, by the flag that chooses one
+# ---- objectives, by the flag that selects one
 
 
 class Terms(NamedTuple):
-    """The tokens of a micro-batch as the losses see them: (tokens,) fp32 each, but lengths (samples,) int64."""
+    """Inputs of the losses for one micro-batch: (tokens,) fp32 each, except lengths, (samples,) int64."""
 
     logprob: Tensor  # with gradient
     old_logprob: Tensor
     sampled_logprob: Tensor
-    ref_logprob: Tensor | None  # with --kl-coefficient
+    ref_logprob: Tensor | None  # None without --kl-coefficient
     advantage: Tensor
     denominator: Tensor
     lengths: Tensor
 
 
-Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]  # a scalar, and means over the tokens
+Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]  # returns a scalar, and means over the tokens
 
 LOSSES: dict[str, Loss] = {
     "grpo": lambda t, **clips: clipped_loss(t.logprob, t.old_logprob, t.advantage, t.denominator, **clips),
@@ -104,7 +109,7 @@ ADVANTAGES = {  # rewards (prompts, group) -> (prompts, group)
     "batch_std": batch_std_advantages,
     "rloo": rloo_advantages,
 }
-DENOMINATORS: dict[str, Callable[[Tensor, int], Tensor]] = {  # lengths (samples,), their cap -> (samples,)
+DENOMINATORS: dict[str, Callable[[Tensor, int], Tensor]] = {  # lengths (samples,), maximum -> (samples,)
     "token_mean": lambda lengths, _: token_mean(lengths),
     "sequence_mean": lambda lengths, _: sequence_mean(lengths),
     "constant_length": constant_length,
@@ -113,7 +118,7 @@ MISMATCH_WEIGHTS = {"truncated": truncated_weights, "masked": masked_weights}
 
 
 def objective(cfg: Config, terms: Terms) -> tuple[Tensor, dict[str, Tensor]]:
-    """sum_t [policy_t + beta kl_t] / N_t of a micro-batch, and means over its tokens."""
+    """Return (loss, means) of a micro-batch: sum_t [policy_t + beta kl_t] / N_t, and metrics averaged over tokens."""
     means = {"mismatch": (terms.old_logprob - terms.sampled_logprob).abs().mean()}
     if cfg.mismatch_weights != "none":
         weigh = MISMATCH_WEIGHTS[cfg.mismatch_weights]
@@ -121,7 +126,7 @@ def objective(cfg: Config, terms: Terms) -> tuple[Tensor, dict[str, Tensor]]:
         terms = terms._replace(advantage=terms.advantage * weight)
         means["weight"] = weight.mean()
 
-    set_clips = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high}  # each loss has its own where not set
+    set_clips = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high}  # each loss has its own defaults
     clips = {name: clip for name, clip in set_clips.items() if clip is not None}
     loss, policy_means = LOSSES[cfg.loss](terms, **clips)
     means |= policy_means
@@ -132,7 +137,7 @@ def objective(cfg: Config, terms: Terms) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def train(cfg: Config) -> Path:
-    """Returns the folder of the trained model."""
+    """Train by GRPO, and return the folder of the trained model."""
     check_flags(cfg, overlong_buffer=(0, cfg.max_new_tokens))
     if cfg.loss == "cispo" and cfg.clip_low is not None:
         raise InputError("--clip-low: --loss cispo has no lower bound: leave the flag out")
@@ -149,13 +154,13 @@ def train(cfg: Config) -> Path:
         sampler = Sampler(cfg, tokenizer, rewards, run)
         draw = lambda: [prompts[i] for i in run.next(len(prompts), cfg.prompts_per_step)]
         for step in run.steps():
-            # 1. a group of samples for each prompt, judged; with --max-draws groups whose rewards differ
+            # 1. a judged group of samples for each prompt; with --max-draws only groups whose rewards differ
             rewards.begin(cfg, step, run.values["draws"], len(prompts))
             seed = (cfg.seed << 32) + run.values["draws"]
             groups, drawn, draws = sampler.sample_varied(model, draw, seed, cfg.max_draws)
             run.values["draws"] += draws
 
-            # 2. advantages within the groups; a sample that does not count leaves numerator and denominator
+            # 2. advantages within the groups; samples left out or not judged count in no mean or denominator
             left_out = ~groups.ended if cfg.mask_truncated else torch.zeros_like(groups.ended)
             reward = groups.rewards.masked_fill(left_out, torch.nan).view(-1, cfg.group_size)
             advantage = ADVANTAGES[cfg.advantage](reward).flatten()  # (prompts, group) -> (samples,)
@@ -164,13 +169,13 @@ def train(cfg: Config) -> Path:
             denominator[counts] = DENOMINATORS[cfg.aggregation](groups.lengths[counts], cfg.max_new_tokens)
             rewards.count(run.values, drawn.parts, reward)
 
-            # 3. packed: a prompt once, its samples behind it; without a KL term those that have a gradient
+            # 3. packed: each prompt once, then its samples; without a KL term only samples with a gradient
             needed = counts if reference is not None else counts & (advantage != 0)
             batches = make_split_batches(groups, needed, cfg.micro_batch_tokens, cfg.device)
             with run.timed("scoring_seconds"):
                 ref_logprobs = [] if reference is None else batches.logprobs(reference, cfg.temperature)
 
-            # 4. one step for each update; the model of the first is still the one that sampled
+            # 4. one step for each update; at the first, the model is still the one that sampled
             old_logprobs: list[Tensor] = []
             metrics: dict[str, float] = {}
             with run.timed("update_seconds"):
@@ -190,7 +195,7 @@ def train(cfg: Config) -> Path:
                         learner.backward(loss, batch.share, means=means)
                     metrics = learner.step(step)
 
-            # 5. what it came to
+            # 5. the step's metrics
             metrics |= {
                 "flat_groups": sum(not group.varied for group in drawn) / len(drawn),
                 "draws": draws,
@@ -208,9 +213,9 @@ def train(cfg: Config) -> Path:
 
 
 def _load_rewards(cfg: Config) -> Rewards:
-    """The functions of --reward, and beside them the punishment of --overlong-buffer."""
+    """Load the functions of --reward. With --overlong-buffer, add a function that punishes long answers."""
     rewards = weighted_rewards(cfg, load_rewards(cfg.reward))
-    if cfg.overlong_buffer:  # no function of Python's has a hyphen in its name
+    if cfg.overlong_buffer:  # no Python function has a hyphen in its name
         punishment = overlong_punishment(cfg.max_new_tokens, cfg.overlong_buffer)
         rewards.functions["overlong-punishment"], rewards.weights = punishment, (*rewards.weights, 1.0)
     return rewards

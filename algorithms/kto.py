@@ -1,14 +1,15 @@
 """Kahneman-Tversky optimization: preferences without pairs.
 
-    loss = sum over completions of v / N        v = lambda_D (1 - sigmoid(beta (r - z)))    where it is wanted
-                                                v = lambda_U (1 - sigmoid(beta (z - r)))    where it is not
-    r = log pi(y|x) - log pi_ref(y|x)           z = max(0, mean of r over completions of other prompts)
+    loss = sum over completions of v / N        v = lambda_D (1 - sigmoid(beta (r - z)))    if y is wanted
+                                                v = lambda_U (1 - sigmoid(beta (z - r)))    if y is unwanted
+    r = log pi(y|x) - log pi_ref(y|x)           z = max(0, mean of r over mismatched completions)
 
-over the N completions of the whole optimizer step. z estimates KL(pi || pi_ref) and has no gradient; it is one number
-for the whole step, so it is computed before the first backward pass. A completion of another prompt is the one that
-stands half the file away, the same in each epoch.
+N is the number of completions in the whole optimizer step. z estimates KL(pi || pi_ref) and has no gradient. z is one
+number for the whole step, so it is computed before the first backward pass. For each row of the step, the mismatched
+completion is another row's completion behind this row's prompt. The other row is half the file away, the same one in
+each epoch. lambda_D and lambda_U are --wanted-weight and --unwanted-weight.
 
-The reference is the model that training starts from; its log-probabilities are computed once, as in dpo.py.
+The reference is the model that training starts from. Its log-probabilities are computed once, as in dpo.py.
 
 Source: Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306, eq. 7 and 8
 Run:    burnish kto --model DIR --data FILE.jsonl
@@ -35,14 +36,14 @@ from .run.trainee import load_trainee
 
 @dataclass(frozen=True, kw_only=True)
 class Config(DropoutFlags, SupervisedFlags):
-    model: Path  # Hugging Face folder, or an adapter's, to start from; also the reference policy
+    model: Path  # Hugging Face folder or adapter's folder to start from; also the reference policy
     data: Path  # rows of prompt, completion and label, or of chosen and rejected: .jsonl, .json or .parquet
     output: Path = run_folder("kto")
-    beta: Annotated[float, Bounds(1e-9)] = 0.1  # how far the policy may go from the reference: less for more
-    wanted_weight: Rate = 1.0  # lambda_D; the paper has lambda_D n_D to lambda_U n_U at a ratio of 1 to 4/3
-    unwanted_weight: Rate = 1.0  # lambda_U
+    beta: Annotated[float, Bounds(1e-9)] = 0.1  # a smaller beta lets the policy move further from its start
+    wanted_weight: Rate = 1.0  # lambda_D; in the paper, wanted rows together weigh 1 to 4/3 of unwanted rows
+    unwanted_weight: Rate = 1.0  # lambda_U, the weight of unwanted completions
     max_length: int = 1024  # tokens of a prompt with its completion; longer rows are dropped and counted
-    batch_size: int = 32  # completions in one optimizer step; z needs a few
+    batch_size: int = 32  # completions in one optimizer step; z is a mean over them, so take several
     learning_rate: float = 1e-6
     schedule: Schedule = "linear"
 
@@ -56,9 +57,11 @@ def kto_loss(
     wanted_weight: float = 1.0,
     unwanted_weight: float = 1.0,
 ) -> Tensor:
-    """log_ratio (completions,): r, sums over tokens. wanted (completions,) bool. kl: z, without gradient.
+    """Compute the KTO loss of a micro-batch: the sum of its completions' v / num_completions.
 
-    num_completions: of the whole optimizer step.
+    log_ratio (completions,): r, the log-ratio to the reference, summed over tokens. wanted: (completions,) bool. kl: z,
+    without gradient. num_completions: completions in the whole optimizer step. wanted_weight, unwanted_weight: lambda_D
+    and lambda_U.
     """
     gain = torch.where(wanted, log_ratio - kl, kl - log_ratio)
     weight = torch.where(wanted, wanted_weight, unwanted_weight)
@@ -66,7 +69,7 @@ def kto_loss(
 
 
 def train(cfg: Config) -> Path:
-    """Returns the folder of the trained model."""
+    """Train by KTO, and return the folder of the trained model."""
     check_flags(cfg)
     tokenizer = load_tokenizer(cfg)
     judged = load_judged(cfg.data, tokenizer, cfg)
@@ -80,7 +83,7 @@ def train(cfg: Config) -> Path:
         function = lambda batch: batch.completion_logprobs(model)
         return over_completions(model, items, function, cfg.micro_batch_tokens).squeeze(1)
 
-    # 1. the reference: what the model says before training
+    # 1. the reference: log-probabilities before training
     reference, mismatched_reference = torch.zeros(2, len(judged))
     for members in run.first_epoch(len(judged), cfg.batch_size):
         reference[members] = logprobs([judged[i] for i in members])
@@ -126,7 +129,7 @@ def train(cfg: Config) -> Path:
 
 
 def _mismatched(judged: list[Judged]) -> list[Judged]:
-    """Each prompt with the completion that stands half the file away."""
+    """Return the rows, each with its completion replaced by that of the row half the file away."""
     half = len(judged) // 2
     return [
         replace(one, completion=judged[(i + half) % len(judged)].completion) for i, one in enumerate(judged)

@@ -1,6 +1,7 @@
-"""Fold an adapter into the model that it was trained on: a plain Hugging Face folder, for whatever reads no adapters.
+"""Merge an adapter into its base model, and write a plain Hugging Face folder.
 
-A plain folder is written in another dtype, or out of 4 bits.
+Programs without support for adapters can read the result. --model may also be a plain folder. That folder is then
+written in another dtype, or its 4-bit weights are dequantised.
 
 Run:    burnish merge --model ADAPTER --output DIR
         burnish merge --model FOLDER --output DIR --dtype bfloat16
@@ -21,14 +22,14 @@ from .run.flags import SaveDtype, torch_dtype
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    model: Path  # an adapter's folder, or a plain one
+    model: Path  # an adapter's folder, or a plain model folder
     output: Path  # new folder
-    dtype: SaveDtype = "auto"  # of the weights that are written; auto: that of the base, tensor by tensor
-    base: Path | None = None  # the adapter's base, where its file names none that is found
+    dtype: SaveDtype = "auto"  # dtype of the written weights; auto: each tensor keeps the base's dtype
+    base: Path | None = None  # the adapter's base, if the base that its file names is not found
 
 
 def merge(cfg: Config) -> Path:
-    """Returns the new folder. A base that was in 4 bits is multiplied out: what was trained is what is written."""
+    """Write the merged model and return its folder. A 4-bit base is dequantised, as in training."""
     adapter, dtype = is_adapter(cfg.model), torch_dtype(cfg.dtype, "dtype")
     if not adapter and cfg.base is not None:
         raise InputError(f"--base: expected an adapter's folder as --model, got the whole model {cfg.model}")
@@ -46,7 +47,7 @@ def merge(cfg: Config) -> Path:
 
 
 def _tokenizers(adapter: Path, base: Path | None) -> Path:
-    """The folder of the tokenizer: the adapter's own, or its base's."""
+    """Return the folder of the tokenizer: the adapter's own folder, or its base's."""
     return adapter if (adapter / "tokenizer.json").is_file() else base or base_of(adapter)
 
 

@@ -1,19 +1,25 @@
-"""Proximal policy optimization from a reward model or reward functions, with the KL to the start in the reward.
+"""Proximal policy optimization from a reward model or reward functions, with a KL penalty in the reward.
 
     policy loss = sum_t min(max(-rho_t A_t, -clip(rho_t, 1 - lo, 1 + hi) A_t), -c A_t where A_t < 0) / N
     value loss  = sum_t 1/2 max((V_t - R_t)^2, (clip(V_t, V_old - v, V_old + v) - R_t)^2) / N
     r_t = -beta k1_t + [t is the last] score        k1_t = log pi_old(y_t) - log pi_ref(y_t)
 
-over the N sampled tokens of a minibatch, the end token included, which the score stands on; rho_t = pi / pi_old. A is
-by GAE from r and V_old, the value beyond the end 0; R = A + V_old; A is then whitened over the rollout's tokens. The
-score is the reward model's, read at the last token, plus the reward functions', less --missing-end-penalty where no
-stop token ended the sample. k1 in the reward has its optimum at pi_ref e^(score / beta) / Z, which is DPO's. The critic
-is a model of its own, from --critic, else the reward model, else --model under a fresh head. Two advantages need none:
+The losses sum over the N sampled tokens of a minibatch, the end token included. rho_t = pi(y_t) / pi_old(y_t), c is
+--dual-clip and v is --value-clip. A is computed by GAE from r and V_old, with value 0 after the last token. R is
+A + V_old. After that, A is whitened over the rollout's tokens.
 
-    rloo          the sum of r, less its mean over the prompt's other samples            2402.14740, eq. 8
+The score is the reward model's score at the last token plus the weighted sum of the reward functions. If no stop token
+ended the sample, --missing-end-penalty is subtracted. With k1 in the reward, the optimal policy is
+pi_ref e^(score / beta) / Z, the same as for DPO.
+
+The critic is a separate model. It starts from --critic, or else the reward model, or else --model with a new head. Two
+choices of --advantage need no critic:
+
+    rloo          the sum of r, minus its mean over the prompt's other samples           2402.14740, eq. 8
     reinforce_pp  the sum of r from t on, whitened over the rollout's tokens             2501.03262
 
-Departures: --whiten-rewards divides by the standard deviation and takes no mean off; dual clip is on by default.
+Departures: --whiten-rewards divides by the standard deviation and does not subtract the mean, because subtracting it
+would reward length. Dual clip is on by default.
 
 Source: Schulman et al. 2017, https://arxiv.org/abs/1707.06347, eq. 7; GAE, https://arxiv.org/abs/1506.02438
         KL in the reward and its controller: Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, eq. 2 and sec. 2.2
@@ -53,28 +59,28 @@ from .run.trainee import load_scalar_trainee, load_trainee
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RolloutFlags):
-    model: Path  # Hugging Face folder, or an adapter's, to start from; the reference policy, too
+    model: Path  # Hugging Face folder or adapter's folder to start from; also the reference policy
     reward_model: Path | None = None  # folder of a reward model with the same tokenizer
-    critic: Path | None = None  # folder the critic starts from; by default the reward model's, or --model's
+    critic: Path | None = None  # folder the critic starts from; default: --reward-model, or else --model
     output: Path = run_folder("ppo")  # new folder: metrics, model, critic
     prompts_per_step: int = 64
-    group_size: int = 1  # samples of one prompt; rloo needs two
-    missing_end_penalty: Rate = 0.0  # off the score of a sample that no stop token ended
-    kl_coefficient: float = 0.05  # beta, at the start
-    kl_target: Annotated[float, Bounds(1e-9)] | None = None  # beta is adapted to hold kl there
-    kl_horizon: Count = 10_000  # samples over which it does
+    group_size: int = 1  # samples of one prompt; rloo needs at least two
+    missing_end_penalty: Rate = 0.0  # subtracted from the score of a sample without a stop token
+    kl_coefficient: float = 0.05  # weight beta of the KL; the initial weight with --kl-target
+    kl_target: Annotated[float, Bounds(1e-9)] | None = None  # adapt beta to bring kl, nats a sample, to this
+    kl_horizon: Count = 10_000  # samples over which beta is adapted
     whiten_rewards: bool = False  # divide r by its standard deviation over the rollout's tokens
-    advantage: Literal["gae", "rloo", "reinforce_pp"] = "gae"  # gae has a critic
+    advantage: Literal["gae", "rloo", "reinforce_pp"] = "gae"  # advantage estimator; only gae has a critic
     gamma: Share = 1.0  # discount
-    gae_lambda: Share = 0.95  # 0: the critic alone says what comes; 1: the rewards alone
+    gae_lambda: Share = 0.95  # 0: advantages rely on the critic alone; 1: on the rewards alone
     epochs_per_rollout: Count = 4  # passes over the samples of a rollout
-    minibatches: Count = 4  # optimizer steps in an epoch, each on its share of the samples
-    clip_low: Share = 0.2  # rho below 1 - clip_low has no gradient where A < 0
-    clip_high: Limit = 0.2  # rho above 1 + clip_high has none where A > 0
-    dual_clip: Limit = 3.0  # c: rho above it has none where A < 0, either; inf for none
-    value_clip: Limit = 0.2  # a value farther than this from the rollout's has no gradient; inf for none
-    critic_learning_rate: Rate = 1e-5  # AdamW's, at its peak
-    seed: int = 0  # of the order of rows, of sampling, and of a fresh head
+    minibatches: Count = 4  # optimizer steps in an epoch, each on an equal share of the samples
+    clip_low: Share = 0.2  # rho below 1 - clip_low has no gradient if A < 0
+    clip_high: Limit = 0.2  # rho above 1 + clip_high has no gradient if A > 0
+    dual_clip: Limit = 3.0  # rho above this has no gradient if A < 0; inf disables it
+    value_clip: Limit = 0.2  # values are clipped to this distance from the rollout's values; inf disables it
+    critic_learning_rate: Rate = 1e-5  # peak learning rate of the critic
+    seed: int = 0  # seed of the order of rows, of sampling, and of a new head
 
 
 # ---- losses and rewards
@@ -83,21 +89,27 @@ class Config(RolloutFlags):
 def value_loss(
     value: Tensor, old_value: Tensor, returns: Tensor, denominator: Tensor | float, clip: float = 0.2
 ) -> Tensor:
-    """Half the larger of the squared errors of value and of value clipped around old_value; each (tokens,).
+    """Compute the sum of max((V - R)^2, (clip(V) - R)^2) / (2 denominator). clip(V) is V within `clip` of old_value.
 
-    The larger one: moving away from old_value beyond the clip never looks like a gain.
+    value V, old_value, returns R: (tokens,). Because of the maximum, a step beyond the clip never lowers the loss.
     """
     clipped = value.clamp(old_value - clip, old_value + clip)
     return (torch.max((value - returns).square(), (clipped - returns).square()) / (2 * denominator)).sum()
 
 
 def token_rewards(score: Tensor, k1: Tensor, lengths: Tensor, kl_coefficient: float) -> Tensor:
-    """-beta k1 on every token and the score on the last. score, lengths (samples,), k1 (samples, length)."""
+    """Return each token's reward, (samples, length): -beta k1, plus the score on a sample's last token.
+
+    score, lengths: (samples,). k1: (samples, length). A score of NaN counts as 0.
+    """
     return (-kl_coefficient * k1).scatter_add(1, lengths[:, None] - 1, score.nan_to_num(0.0)[:, None])
 
 
 def adapted(kl_coefficient: float, kl: float, target: float, samples: int, horizon: int) -> float:
-    """Ziegler et al.'s controller: proportional to the relative error, clipped to 0.2."""
+    """Return kl_coefficient (1 + error samples / horizon), the next coefficient by Ziegler et al.'s controller.
+
+    error is the relative error of kl, (kl - target) / target, clipped to [-0.2, 0.2].
+    """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coefficient * (1 + error * samples / horizon)
 
@@ -106,19 +118,25 @@ def adapted(kl_coefficient: float, kl: float, target: float, samples: int, horiz
 
 
 def _gae(cfg: Config, reward: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """1506.02438, eq. 16."""
+    """Return (advantages, returns) of GAE (1506.02438, eq. 16). Only the advantages are whitened."""
     advantage = gae(reward, value, mask, cfg.gamma, cfg.gae_lambda)
     return whiten(advantage, mask), advantage + value  # the returns are those before whitening
 
 
 def _reinforce_pp(cfg: Config, reward: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """2501.03262: the discounted sum of the rewards from each token on."""
+    """Return (advantages, returns) of REINFORCE++ (2501.03262).
+
+    A token's return is the discounted sum of the rewards from that token on. The advantages are the whitened returns.
+    """
     advantage = gae(reward, value, mask, cfg.gamma, 1.0)  # all values are 0
     return whiten(advantage, mask), advantage
 
 
 def _rloo(cfg: Config, reward: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """2402.14740, eq. 8, of a sample's summed reward."""
+    """Return (advantages, returns) of RLOO (2402.14740, eq. 8), the same for all tokens of a sample.
+
+    The return is the sample's summed reward.
+    """
     total = reward.sum(1).masked_fill(~mask[:, 0], torch.nan)  # (samples,)
     advantage = rloo_advantages(total.view(-1, cfg.group_size)).view(-1, 1)  # (samples, 1)
     return advantage * mask, total[:, None].expand_as(mask)
@@ -132,18 +150,18 @@ ADVANTAGES = {"gae": _gae, "rloo": _rloo, "reinforce_pp": _reinforce_pp}
 
 
 class Rollout(NamedTuple):
-    """A rollout as the models see it: (samples, length) each, 0 where there is no token, but score, (samples,)."""
+    """The models' outputs on a rollout: (samples, length) each, 0 at places without a token. score is (samples,)."""
 
-    real: Tensor  # bool, where there is a token
-    mask: Tensor  # bool, where there is one of a judged sample
+    real: Tensor  # bool, True at tokens
+    mask: Tensor  # bool, True at tokens of judged samples
     logprob: Tensor  # fp32, the policy's
     entropy: Tensor
-    k1: Tensor  # logprob less the reference's
-    value: Tensor  # the critic's, 0 without one
-    score: Tensor  # the functions' and the reward model's, NaN where not judged
+    k1: Tensor  # logprob minus the reference's
+    value: Tensor  # the critic's, 0 without a critic
+    score: Tensor  # reward functions' plus reward model's, NaN if not judged
 
     def metrics(self, groups: Groups) -> dict[str, float | Tensor]:
-        """Means over judged samples and their tokens, before the first update."""
+        """Return the means of score, entropy and sampler mismatch over the judged samples and their tokens."""
         sampled_logprob = torch.zeros_like(self.logprob)
         sampled_logprob[self.real] = torch.cat([sample.logprobs for sample in groups.samples]).to(
             self.real.device
@@ -156,7 +174,7 @@ class Rollout(NamedTuple):
 
 
 class Models(NamedTuple):
-    """The models of a run, of which policy and critic are trained."""
+    """The models of a run. The policy and the critic are trained."""
 
     policy: Learner[Transformer]
     reference: Transformer
@@ -165,9 +183,9 @@ class Models(NamedTuple):
 
 
 def measure(cfg: Config, groups: Groups, models: Models) -> Rollout:
-    """The rollout as policy, reference, critic and reward model see it. A sample that is not judged is left out.
+    """Run policy, reference, critic and reward model on the judged samples of a rollout, and return their outputs.
 
-    Raises InputError where none is.
+    Raises InputError if no sample was judged.
     """
     lengths = groups.lengths.to(cfg.device)
     real = torch.arange(int(lengths.max()), device=cfg.device) < lengths[:, None]  # (samples, length)
@@ -176,12 +194,12 @@ def measure(cfg: Config, groups: Groups, models: Models) -> Rollout:
         raise InputError("reward: no sample of this rollout was judged: nothing to learn from")
     batches = make_split_batches(groups, judged, cfg.micro_batch_tokens, cfg.device)
 
-    # 1. the policies on each token
+    # 1. policy and reference on each token
     scored = lambda batch, policy: torch.stack(batch.score(policy, cfg.temperature))  # (2, tokens)
     logprob, entropy = over_tokens(models.policy.model, batches, scored, real)
     ref_logprob, _ = over_tokens(models.reference, batches, scored, real)
 
-    # 2. the critic on the state before it
+    # 2. the critic on the state before each token
     value = torch.zeros_like(logprob)
     if models.critic is not None:
         value = over_tokens(models.critic.model, batches, Batch.values, real)
@@ -196,7 +214,7 @@ def measure(cfg: Config, groups: Groups, models: Models) -> Rollout:
 
 
 def train(cfg: Config) -> Path:
-    """Returns the folder of the trained model."""
+    """Train by PPO, and return the folder of the trained model."""
     _check(cfg)
     rewards = weighted_rewards(cfg, load_rewards(cfg.reward) if cfg.reward else {})
     tokenizer = load_tokenizer(cfg)
@@ -208,7 +226,7 @@ def train(cfg: Config) -> Path:
         run.values |= {} if run.start else {"varied": 0}
         sampler = Sampler(cfg, tokenizer, rewards, run)
         for step in run.steps():
-            # 1. samples of each prompt, judged; what the models say of their tokens
+            # 1. judged samples of each prompt, and the models' outputs on them
             rewards.begin(cfg, step, step, len(prompts))
             asked = [prompts[i] for i in run.next(len(prompts), cfg.prompts_per_step)]
             seed = (cfg.seed << 32) + step
@@ -216,7 +234,7 @@ def train(cfg: Config) -> Path:
             with run.timed("scoring_seconds"):
                 rollout = measure(cfg, groups, models)
 
-            # 2. the reward of each token, its advantage, and the return that its value should have been
+            # 2. the reward, the advantage and the return of each token
             beta, mask, lengths = run.values["kl_coefficient"], rollout.mask, groups.lengths.to(cfg.device)
             score = rollout.score - cfg.missing_end_penalty * ~groups.ended.to(cfg.device)  # (samples,)
             reward = token_rewards(score, rollout.k1, lengths, beta)  # (samples, length)
@@ -224,11 +242,11 @@ def train(cfg: Config) -> Path:
             advantage, returns = ADVANTAGES[cfg.advantage](cfg, scaled, rollout.value, mask)
             rewards.count(run.values, groups.parts, score.view(-1, cfg.group_size))
 
-            # 3. (samples, length) -> (all tokens,), from which each batch takes its own
+            # 3. (samples, length) -> (all tokens,); each batch takes its own tokens by index
             tables = (rollout.logprob, advantage, rollout.value, returns)
             of_tokens = [table[rollout.real] for table in tables]
 
-            # 4. in each epoch a fresh order of the judged samples, a clipped step for each minibatch of them
+            # 4. in each epoch: shuffle the judged samples, and take one clipped step on each minibatch
             updates: list[dict[str, float]] = []
             clips = (cfg.clip_low, cfg.clip_high, cfg.dual_clip)
             judged = mask.any(1).cpu().nonzero().squeeze(1)
@@ -248,13 +266,13 @@ def train(cfg: Config) -> Path:
                             means["approx_kl"] = (logprob.detach() - old_logprob).square().mean() / 2
                             policy.backward(loss, batch.share, means=means)
 
-                            if critic is not None:  # and the clipped square of its values
+                            if critic is not None:  # and the clipped squared error of the critic
                                 value = batch.values(critic.model)
                                 loss = value_loss(value, old_value, R, N, cfg.value_clip)
                                 critic.backward(loss, batch.share)
                         updates.append(_step(policy, critic, step))
 
-            # 5. beta of the next rollout, and what this one came to
+            # 5. beta of the next rollout, and the metrics of this one
             kl = rollout.k1[mask].sum().item() / len(judged)
             if cfg.kl_target is not None:
                 run.values["kl_coefficient"] = adapted(beta, kl, cfg.kl_target, len(judged), cfg.kl_horizon)
@@ -282,7 +300,7 @@ def _check(cfg: Config) -> None:
 
 
 def _load_models(cfg: Config, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> Models:
-    """The models that the flags name, each with a row for every id of the prompts."""
+    """Load the models that the flags name. Raises InputError if one has no row for an id of the prompts."""
     reward_model = load_reward_model(cfg, tokenizer, prompts) if cfg.reward_model else None
     model = load_trainee(cfg)
     check_model(model, tokenizer, prompts, max(len(p.tokens) for p in prompts) + cfg.max_new_tokens)
@@ -297,7 +315,7 @@ def _load_models(cfg: Config, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -
 
 
 def _step(policy: Learner[Transformer], critic: Learner[ScalarModel] | None, step: int) -> dict[str, float]:
-    """One step of AdamW for each of the two. Returns what their micro-batches add up to."""
+    """Take one AdamW step of the policy and of the critic. Return the step's summed metrics."""
     sums = policy.step(step)
     sums["policy_loss"] = sums.pop("loss")
     if critic is not None:

@@ -2,13 +2,16 @@
 
     loss = sum over pairs [-log sigmoid(r_w - r_l - margin) + c (r_w + r_l)^2] / N
 
-over the N pairs of the whole optimizer step: the model of Bradley and Terry, in which r_w - r_l are the log-odds that
-the chosen completion beats the rejected one. r is a linear head on the last token of a completion, its end token: the
-token itself is looked up, not the one before the first padding, which a pad token equal to eos would move.
-margin is the row's own number, where it has one; c holds the scores near 0, which the loss alone leaves free: it knows
-only differences. For the same reason the scores are shifted at the end, so that those of chosen completions average 0.
+N is the number of pairs in the whole optimizer step. In the model of Bradley and Terry, r_w - r_l are the log-odds that
+the chosen completion beats the rejected one. The score r is a linear head on the last token of a completion, its end
+token. The head reads that token by its index. The usual search for the first padding token would stop too early if the
+pad token is also the end token.
 
-A pair is one forward pass: chosen and rejected continue the same prompt.
+margin is the row's own number, or 0 if the row has none. The Bradley-Terry loss depends only on differences of scores.
+Therefore --centering, c in the formula, keeps the scores near 0 during training. For the same reason the scores are
+shifted at the end, so that the scores of chosen completions average 0.
+
+A pair is one forward pass: the chosen and the rejected completion continue the same prompt.
 
 Source: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, eq. 1
         margin: Touvron et al. 2023, https://arxiv.org/abs/2307.09288, eq. 2
@@ -37,38 +40,41 @@ from .run.learner import Learner
 from .run.loop import Run
 from .run.trainee import load_scalar_trainee
 
-REFERENCES = 128  # chosen completions whose mean score becomes 0
+REFERENCES = 128  # number of chosen completions whose mean score becomes 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(DropoutFlags, SupervisedFlags):
-    model: Path  # Hugging Face folder, or an adapter's, to start from: a language model, or an earlier reward model
-    data: Path  # rows of chosen and rejected, perhaps prompt and margin: .jsonl, .json or .parquet
-    held_out: Path | None = None  # such rows, to report the accuracy on before and after
+    model: Path  # folder to start from: a language model, a reward model, or an adapter of either
+    data: Path  # rows of chosen and rejected, optionally prompt and margin: .jsonl, .json or .parquet
+    held_out: Path | None = None  # rows to report the accuracy on, before and after training
     output: Path = run_folder("reward")
-    centering: Rate = 0.0  # c: 0.01 keeps scores near 0 while training
+    centering: Rate = 0.0  # weight c of the term that keeps scores near 0, such as 0.01
     max_length: int = 1024  # tokens of a prompt with either completion; longer rows are dropped and counted
     batch_size: int = 64  # pairs in one optimizer step
     learning_rate: float = 1e-5
     schedule: Schedule = "cosine"
-    seed: int = 0  # of the order of rows, and of a fresh head
+    seed: int = 0  # seed of the order of rows, and of a new head
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float, num_pairs: int) -> Tensor:
-    """chosen, rejected (pairs,): scores. margin: scalar or (pairs,), by how much the first should exceed the second.
+    """Compute the Bradley-Terry loss of a micro-batch. chosen, rejected (pairs,): the scores.
 
-    num_pairs: of the whole optimizer step.
+    margin: scalar or (pairs,), by how much chosen should exceed rejected. num_pairs: pairs in the whole optimizer step.
     """
     return -F.logsigmoid(chosen - rejected - margin).sum() / num_pairs
 
 
 def centering_loss(chosen: Tensor, rejected: Tensor, num_pairs: int) -> Tensor:
-    """Square of the sum of a pair's scores: least where they lie on either side of 0. Arguments as above."""
+    """Compute the mean squared sum of a pair's two scores, which keeps the scores near 0.
+
+    Arguments as in `bradley_terry_loss`.
+    """
     return (chosen + rejected).square().sum() / num_pairs
 
 
 def train(cfg: Config) -> Path:
-    """Returns the folder of the trained model."""
+    """Train a reward model, and return its folder."""
     check_flags(cfg)
     tokenizer = load_tokenizer(cfg)
     pairs, held_out = (load_pairs(path, tokenizer, cfg, margins=True) for path in (cfg.data, cfg.held_out))
@@ -77,13 +83,13 @@ def train(cfg: Config) -> Path:
     learner = Learner(cfg, model)
     run = Run(cfg, tokenizer, model=learner)
 
-    def scores(items: list[Preference]) -> Tensor:  # of chosen and rejected, (pairs, 2)
+    def scores(items: list[Preference]) -> Tensor:  # (pairs, 2): chosen, rejected
         return over_completions(model, items, lambda batch: batch.scores(model), cfg.micro_batch_tokens)
 
     before = scores(held_out)
     with run:
         for step in run.steps():
-            # 1. the step's pairs, packed: a prompt once, chosen and rejected behind it
+            # 1. the step's pairs, packed: each prompt once, then chosen and rejected
             rows = [pairs[i] for i in run.next(len(pairs), cfg.batch_size)]
             batches = make_batches(rows, cfg.micro_batch_tokens, cfg.device)
 

@@ -2,10 +2,12 @@
 
     loss = -sum_t log pi(y_t | y_<t) / N
 
-over the N trained tokens of the whole optimizer step: completions with their end token (--train-on all: every one).
-Sequences are packed end to end and attend only to themselves, so packing changes neither loss nor gradient.
-`dft_loss` weighs each token by its own probability, which removes the 1/pi factor that makes rare tokens dominate the
-gradient.
+N is the number of trained tokens in the whole optimizer step. By default the completions are trained, with their end
+token. --train-on all trains every token. Sequences are packed end to end, and each attends only to itself. So packing
+changes neither the loss nor the gradient.
+
+--loss dft weights each token by its own probability. This removes the factor 1/pi from the gradient, so that rare
+tokens do not dominate it.
 
 Source: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155
         DFT: Wu et al. 2025, https://arxiv.org/abs/2508.05629, eq. 9
@@ -32,22 +34,26 @@ from .run.trainee import load_trainee
 
 @dataclass(frozen=True, kw_only=True)
 class Config(DropoutFlags, SupervisedFlags):
-    data: Path  # rows of messages, prompt and completion, text, Alpaca or ShareGPT: .jsonl, .json or .parquet
+    data: Path  # .jsonl, .json or .parquet rows of messages, prompt and completion, text, Alpaca or ShareGPT
     output: Path = run_folder("sft")
     train_on: Literal["completion", "all"] = "completion"  # which tokens of a row are trained
-    loss: Literal["nll", "dft"] = "nll"  # dft weighs tokens by their probability
-    max_length: int = 1024  # tokens; longer rows are truncated and counted
+    loss: Literal["nll", "dft"] = "nll"  # dft weights each token by its probability
+    max_length: int = 1024  # tokens of a row; longer rows are truncated and counted
     learning_rate: float = 2e-5
     schedule: Schedule = "cosine"
 
 
 def sft_loss(logprob: Tensor, num_tokens: int) -> Tensor:
-    """logprob (tokens,): of the trained tokens, in nats. num_tokens: trained tokens in the whole optimizer step."""
+    """Compute the negative log-likelihood per trained token.
+
+    logprob (tokens,): log-probabilities of the trained tokens, in nats. num_tokens: trained tokens in the whole
+    optimizer step.
+    """
     return -logprob.sum() / num_tokens
 
 
 def dft_loss(logprob: Tensor, num_tokens: int) -> Tensor:
-    """logprob (tokens,), num_tokens: as in `sft_loss`. Each term is scaled by pi(y_t), without gradient: eq. 9."""
+    """Compute `sft_loss` with each term scaled by pi(y_t), without gradient (eq. 9). Arguments as in `sft_loss`."""
     return -(logprob.detach().exp() * logprob).sum() / num_tokens
 
 
@@ -55,7 +61,7 @@ LOSSES = {"nll": sft_loss, "dft": dft_loss}
 
 
 def train(cfg: Config) -> Path:
-    """Returns the folder of the trained model."""
+    """Train by supervised fine-tuning, and return the folder of the trained model."""
     check_flags(cfg)
     tokenizer = load_tokenizer(cfg)
     examples = load_examples(cfg, tokenizer)
@@ -69,7 +75,7 @@ def train(cfg: Config) -> Path:
             rows = [examples[i] for i in run.next(len(examples), cfg.batch_size)]
             batches = make_batches(rows, cfg.micro_batch_tokens, cfg.device)
 
-            # 2. their tokens' log-probabilities, the loss, and its gradient
+            # 2. log-probabilities of the trained tokens, the loss, and its gradient
             for batch in batches:
                 logprob, _ = batch.score(model)  # (tokens,)
                 loss = LOSSES[cfg.loss](logprob, batches.num_trained)

@@ -1,10 +1,12 @@
-"""A teacher's part of distillation, done beforehand: what it would say, kept in one file of lessons.
+"""The teacher's part of distillation, done in advance and kept in one file of lessons.
 
-Sequences are the rows' own, or with --samples what the teacher answers to their prompts. For each of their trained
-tokens the --top-k most likely ids and log-probabilities are kept, all the rest being one tail of known weight; with
---top-k 0 the sequences alone, for sequence-level distillation. `data/lessons.py` describes the file. The teacher is
-then needed no more, and its answers can be learned from many times. The ids are tokens; their log-probabilities are
-over the whole head, its padding included, as the student scores what it is given.
+The sequences are the rows' own, or with --samples the teacher's answers to the rows' prompts. For each trained token,
+the file holds the --top-k most likely ids with their log-probabilities. All other ids form one tail of known weight.
+With --top-k 0 the file holds only the sequences, for sequence-level distillation. `data/lessons.py` describes the file.
+Distillation then runs without the teacher, and can be repeated on the same file.
+
+The stored ids are tokens of the vocabulary. Their log-probabilities are over the whole head, padding rows included,
+because the student scores given text in that way.
 
 Source: sequence level: Kim and Rush 2016, https://arxiv.org/abs/1606.07947
         what top-k targets lose: Anshumann et al. 2025, https://arxiv.org/abs/2503.16870
@@ -49,20 +51,20 @@ LESSONS = "lessons.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class Config(DeviceFlags, SamplingFlags, RowFlags):
-    model: Path  # the teacher: Hugging Face folder, or an adapter's
-    data: Path  # rows as for SFT, or with --samples prompts: .jsonl, .json or .parquet
+    model: Path  # the teacher: Hugging Face folder, or an adapter's folder
+    data: Path  # rows as for sft, or with --samples prompts: .jsonl, .json or .parquet
     output: Path = run_folder("teach")  # new folder: lessons.safetensors
-    samples: Samples = 0  # answers to each prompt, in place of the rows' own completions; 0 keeps those
-    top_k: Size = 64  # ids kept for each trained token; 0 keeps the sequences alone
-    temperature: float = 1.0  # of sampling, and of the log-probabilities
-    seed: int = 0  # of sampling
-    max_length: Length = 1024  # tokens; longer rows are truncated, longer prompts dropped, and counted
+    samples: Samples = 0  # answers to sample for each prompt; 0 keeps the rows' own completions
+    top_k: Size = 64  # ids kept for each trained token; 0 keeps only the sequences
+    temperature: float = 1.0  # of sampling, and of the stored log-probabilities
+    seed: int = 0  # seed of sampling
+    max_length: Length = 1024  # tokens; longer rows are truncated, longer prompts dropped; both are counted
     micro_batch_tokens: Count = 8192  # tokens in one forward
     base_4bit: bool = False  # hold the teacher's weights in 4 bits (NF4)
 
 
 def teach(cfg: Config) -> Path:
-    """Returns the file of lessons."""
+    """Write the file of lessons, and return its path."""
     # 1. the rows, or their prompts, and the teacher
     check_flags(cfg)
     if not cfg.samples and not cfg.top_k:
@@ -76,7 +78,7 @@ def teach(cfg: Config) -> Path:
     if cfg.top_k > vocabulary.size:
         raise InputError(f"--top-k: expected at most the vocabulary, {vocabulary.size}, got {cfg.top_k}")
 
-    # 2. what it answers, and what else it would have said
+    # 2. the teacher's answers, and its most likely ids for each token
     if cfg.samples:
         prompts = [lesson.prefix for lesson in lessons]
         lessons, ended = answered(model, tokenizer, prompts, cfg, cfg.seed, cfg.samples)
@@ -84,7 +86,7 @@ def teach(cfg: Config) -> Path:
     if cfg.top_k:
         lessons = annotated(model, lessons, vocabulary, cfg)
 
-    # 3. the file, and beside it how it was made
+    # 3. the file, and beside it the flags
     make_folder(cfg.output)
     with replacing(cfg.output / "config.json") as beside:
         beside.write_text(as_json(cfg))
@@ -93,13 +95,13 @@ def teach(cfg: Config) -> Path:
 
 
 def annotated(model: Transformer, lessons: list[Lesson], vocabulary: Vocabulary, cfg: Config) -> list[Lesson]:
-    """The lessons, each with the teacher's likeliest ids for its trained tokens."""
+    """Return the lessons, each with the teacher's most likely ids and log-probabilities for its trained tokens."""
     found, vocabulary = list(lessons), vocabulary.to(cfg.device)
     batches = LazyBatches(lessons, cfg.micro_batch_tokens, cfg.device)
     for batch in tqdm(batches, desc="teach", unit="batch", dynamic_ncols=True):
         ids, logprobs = most_likely(model, batch, vocabulary, cfg)  # (tokens, K) each
 
-        # cut into those of each lesson
+        # split by lesson
         counts = batch.lengths.tolist()
         of_each = zip(batch.members, ids.int().cpu().split(counts), logprobs.cpu().split(counts), strict=True)
         for i, its_ids, its_logprobs in of_each:
@@ -111,12 +113,15 @@ def annotated(model: Transformer, lessons: list[Lesson], vocabulary: Vocabulary,
 def most_likely(
     model: Transformer, batch: Batch, vocabulary: Vocabulary, cfg: Config
 ) -> tuple[Tensor, Tensor]:
-    """The likeliest tokens and their log-probabilities over the whole head, as students score: (tokens, K) each."""
+    """Return the K most likely ids of each token and their log-probabilities, (tokens, K) each.
+
+    The ids are from the vocabulary. The log-probabilities are over the whole head, as the student computes them.
+    """
     hidden, head = batch.before_head(model)  # (tokens, C), of V rows
     tokens = head.among(vocabulary)
     rows, logprobs = tokens.topk_logprobs(hidden, cfg.top_k, temperature=cfg.temperature)
     ids = vocabulary.ids_of(rows)
-    if tokens is not head:  # less by what the other rows have
+    if tokens is not head:  # normalise over all rows of the head
         first, _, _ = head.token_logprobs(hidden, ids[:, 0].long(), temperature=cfg.temperature)
         logprobs = logprobs + (first - logprobs[:, 0])[:, None]
     return ids, logprobs

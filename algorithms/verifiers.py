@@ -3,8 +3,9 @@
     burnish grpo     --reward burnish.algorithms.verifiers:gsm8k ...
     burnish evaluate --reward burnish.algorithms.verifiers:last_number --answer burnish.algorithms.verifiers:number ...
 
-The row's `answer` column holds the reference solution; what stands after its last "####", or all of it, is the answer.
-A function named by --answer gives each completion's answer for the majority vote, None where it has none.
+The `answer` column of the data holds the reference solution. The reference answer is the last number behind the
+solution's last "####", or the last number of the whole solution if it has no "####". For the majority vote, a function
+named by --answer returns the answer of each completion, or None.
 
 Source: GSM8K's answer format: Cobbe et al. 2021, https://arxiv.org/abs/2110.14168
 """
@@ -21,17 +22,17 @@ Completion = str | list[Message]
 
 
 def gsm8k(completions: Sequence[Completion], answer: Sequence[str], **_: object) -> list[float]:
-    """Right where the number behind the completion's last "####" equals the reference's."""
+    """Return 1.0 for each completion whose number behind the last "####" equals the reference answer, else 0.0."""
     return _right([_marked(_text(completion)) for completion in completions], answer)
 
 
 def last_number(completions: Sequence[Completion], answer: Sequence[str], **_: object) -> list[float]:
-    """Right where the last number of the completion, wherever it stands, equals the reference's."""
+    """Return 1.0 for each completion whose last number, at any place, equals the reference answer, else 0.0."""
     return _right([_last(_text(completion)) for completion in completions], answer)
 
 
 def number(completions: Sequence[Completion], **_: object) -> list[str | None]:
-    """Each completion's answer: the number behind its last "####", else its last number."""
+    """Return each completion's answer: the number behind its last "####", otherwise its last number, or None."""
     numbers = [_marked(text) or _last(text) for text in map(_text, completions)]
     return [None if value is None else str(value) for value in numbers]
 
@@ -60,4 +61,4 @@ def _decimal(digits: str) -> Decimal | None:
         value = Decimal(digits.replace(",", "").replace("$", ""))
     except InvalidOperation:
         return None
-    return value.normalize() + 0  # 18.0 and 18 alike, and no -0
+    return value.normalize() + 0  # 18.0 becomes 18, and -0 becomes 0

@@ -1,1 +1,1 @@
-"""Losses, advantages and denominators: pure functions of tensors, with their equations."""
+"""Losses, advantages and denominators as pure functions of tensors, each with its equation."""

@@ -1,19 +1,20 @@
-"""From rewards to advantages.
+"""Advantages from rewards, per sample and per token.
 
-Of samples: rewards (prompts, group), one row for the samples of one prompt. NaN marks a sample that no reward function
-judged: it gets advantage 0 and counts in no statistic.
-Of tokens: rewards, values and mask (samples, length), where mask is False on padding and on tokens that the policy did
+Per sample: rewards (prompts, group) has one row for each prompt's samples. NaN marks a sample that no reward function
+judged. Its advantage is 0, and it counts in no statistic.
+
+Per token: rewards, values and mask are (samples, length). mask is False on padding, and on tokens that the policy did
 not choose, such as a tool's output.
 """
 
 import torch
 from torch import Tensor
 
-# ---- of samples
+# ---- per sample
 
 
 def _centred(rewards: Tensor) -> Tensor:
-    """r - mean, and exactly 0 where all rewards are equal, which the rounding of a mean is not."""
+    """Return r - mean of the group. If all rewards are equal, the result is exactly 0, without rounding error."""
     lowest = rewards.nan_to_num(torch.inf).amin(dim=1, keepdim=True)
     highest = rewards.nan_to_num(-torch.inf).amax(dim=1, keepdim=True)
     centred = rewards - rewards.nanmean(dim=1, keepdim=True)
@@ -21,7 +22,7 @@ def _centred(rewards: Tensor) -> Tensor:
 
 
 def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
-    """(r - mean) / (std + eps) within the group, std with ddof 1 as TRL's; zeros where all rewards are equal.
+    """Return (r - mean) / (std + eps) within the group, with ddof 1 as in TRL, and 0 if all rewards are equal.
 
     Source: GRPO, https://arxiv.org/abs/2402.03300, sec. 4.1.2.
     """
@@ -32,7 +33,7 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
 
 
 def mean_advantages(rewards: Tensor) -> Tensor:
-    """r - mean: no division, so hard and easy prompts weigh alike.
+    """Return r - mean of the group. Without a division by std, hard and easy prompts have the same weight.
 
     Source: Dr. GRPO, https://arxiv.org/abs/2503.20783, sec. 3.2.
     """
@@ -40,14 +41,17 @@ def mean_advantages(rewards: Tensor) -> Tensor:
 
 
 def batch_std_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
-    """(r - group mean) / (std of all rewards of the batch + eps), ddof 1. Source: https://arxiv.org/abs/2508.08221."""
+    """Return (r - group mean) / (std of the batch + eps), with std over all rewards of the batch (ddof 1).
+
+    Source: https://arxiv.org/abs/2508.08221
+    """
     judged = rewards[~rewards.isnan()]
     std = judged.std() if judged.numel() > 1 else torch.zeros((), device=rewards.device)
     return _centred(rewards) / (std + eps)
 
 
 def rloo_advantages(rewards: Tensor) -> Tensor:
-    """r - mean of the others in the group: the unbiased leave-one-out baseline.
+    """Return r - mean of the other rewards in the group, the unbiased leave-one-out baseline.
 
     Source: RLOO, https://arxiv.org/abs/2402.14740, eq. 8.
     """
@@ -55,18 +59,19 @@ def rloo_advantages(rewards: Tensor) -> Tensor:
     return _centred(rewards) * judged / (judged - 1).clamp(min=1)
 
 
-# ---- of tokens
+# ---- per token
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
-    """sum_k (gamma lam)^k delta_(t+k) over real tokens, delta_t = r_t + gamma V_(t+1) - V_t; V after the last is 0.
+    """Return generalized advantage estimates: sum_k (gamma lam)^k delta_(t+k), (samples, length).
 
-    Masked tokens do not exist: what follows them comes right after what precedes them, their rewards and values are not
-    read, and their advantage is 0. With values 0 and lam 1 it is the discounted sum of the rewards to come.
+    delta_t = r_t + gamma V_(t+1) - V_t, and V after the last token is 0. Masked tokens are skipped: their rewards and
+    values are not read, and their advantage is 0. With values 0 and lam 1, the result is the discounted sum of the
+    following rewards.
     Source: https://arxiv.org/abs/1506.02438, eq. 16
     """
     advantages = torch.zeros_like(rewards)
-    value = advantage = torch.zeros_like(rewards[:, 0])  # (samples,), of the real token after t
+    value = advantage = torch.zeros_like(rewards[:, 0])  # (samples,), at the next unmasked token after t
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * value - values[:, t]
         advantage = torch.where(mask[:, t], delta + gamma * lam * advantage, advantage)
@@ -76,11 +81,14 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def whiten(values: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
-    """(x - mean) / std over the real tokens of the whole batch (ddof 0); 0 elsewhere. Any shape."""
+    """Return (x - mean) / std over the unmasked tokens of the whole batch (ddof 0), and 0 elsewhere. Any shape."""
     real = values[mask]
     return ((values - real.mean()) / (real.var(correction=0) + eps).sqrt()).masked_fill(~mask, 0.0)
 
 
 def scale(values: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
-    """x / std over the real tokens of the whole batch; 0 elsewhere. No mean is taken off: it would pay for length."""
+    """Return x / std over the unmasked tokens of the whole batch (ddof 0), and 0 at masked tokens.
+
+    The mean is not subtracted, because that would reward length.
+    """
     return (values / (values[mask].var(correction=0) + eps).sqrt()).masked_fill(~mask, 0.0)

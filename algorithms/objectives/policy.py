@@ -1,11 +1,11 @@
-"""Losses on sampled tokens: the clipped policy gradient and its relatives, and weights for a sampler's mismatch.
+"""Losses on sampled tokens: the clipped policy gradient and its variants, and weights against sampler mismatch.
 
-PPO and the GRPO family share them. logprob is the trained policy's, with gradient; old_logprob that of the policy
-before the rollout's first update; sampled_logprob what the sampler itself computed; advantage with them; all (tokens,)
-fp32, log-probabilities in nats. denominator: scalar or (tokens,), of the whole optimizer step (denominators.py), so
-that micro-batches add up. Log-ratios are clamped to [-20, 20] before exp.
+PPO and the GRPO family share these functions. logprob is the trained policy's, with gradient. old_logprob is the
+policy's before the first update of the rollout. sampled_logprob was computed by the sampler. These and advantage are
+(tokens,) fp32, log-probabilities in nats. denominator, a scalar or (tokens,), is that of the whole optimizer step
+(denominators.py), so micro-batches add up. Log-ratios are clamped to [-20, 20] before exp.
 
-Every loss returns a scalar with its gradient, and ratio and clip_fraction, means over the tokens.
+Each loss returns a scalar with its gradient, and two means over the tokens, ratio and clip_fraction.
 """
 
 from math import inf
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def bounded_exp(log_ratio: Tensor) -> Tensor:
-    """exp of a log-ratio clamped to [-20, 20]: finite, whatever two policies say of a token."""
+    """Return exp of the log-ratio clamped to [-20, 20], so that the result is always finite."""
     return log_ratio.clamp(-20, 20).exp()
 
 
@@ -31,9 +31,10 @@ def clipped_loss(
     clip_high: float = 0.2,
     dual_clip: float = inf,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """-min(rho A, clip(rho, 1 - lo, 1 + hi) A).
+    """Compute the clipped policy-gradient loss: the sum of -min(rho A, clip(rho, 1 - lo, 1 + hi) A) / denominator.
 
-    dual_clip: where A < 0, rho counts for at most this much; above 1 + clip_high.
+    rho = pi / pi_old. lo and hi are clip_low and clip_high. dual_clip: where A < 0, rho is capped at this number, which
+    must exceed 1 + clip_high.
     Source: PPO, https://arxiv.org/abs/1707.06347, eq. 7; dual clip, https://arxiv.org/abs/1912.09729, eq. 5
     """
     ratio = bounded_exp(logprob - old_logprob)
@@ -53,10 +54,11 @@ def gspo_loss(
     clip_low: float = 3e-4,
     clip_high: float = 4e-4,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped loss with one ratio a sequence, the geometric mean of its tokens': s = exp(mean log rho).
+    """Compute the clipped loss with one ratio per sequence, s = exp(mean_t log rho_t), the geometric mean over tokens.
 
-    lengths (sequences,): tokens of each, in order; a micro-batch holds whole sequences. Written as GSPO-token, whose
-    gradient is the same where the tokens of a sequence share their advantage. The paper's denominator: sequence_mean.
+    lengths (sequences,): tokens of each sequence, in order. A micro-batch holds whole sequences. The formula is
+    GSPO-token, with the gradient of GSPO if all tokens of a sequence share one advantage. The paper's denominator is
+    sequence_mean.
     Source: https://arxiv.org/abs/2507.18071, eq. 5, 7, 13 and 14; the clip's defaults from its sec. 5.1
     """
     log_ratio = (logprob - old_logprob).detach()  # (tokens,)
@@ -78,9 +80,10 @@ def cispo_loss(
     denominator: Tensor | float,
     clip_high: float = 4.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """-sg(min(rho, 1 + hi)) A log pi: the weight is clipped, so every token keeps a gradient. There is no lower bound.
+    """Compute the CISPO loss: the sum of -sg(min(rho, 1 + hi)) A log pi / denominator.
 
-    TRL's epsilon_high is our 1 + clip_high.
+    rho = pi / pi_old, hi is clip_high, and sg stops the gradient. Only the weight is clipped, and only from above, so
+    every token keeps a gradient. TRL's epsilon_high is our 1 + clip_high.
     Source: https://arxiv.org/abs/2506.13585, eq. 4 and 5
     """
     ratio = bounded_exp((logprob - old_logprob).detach())
@@ -89,11 +92,11 @@ def cispo_loss(
     return loss, {"ratio": ratio.mean(), "clip_fraction": (ratio > 1 + clip_high).float().mean()}
 
 
-# ---- where the sampler is not quite the trainer
+# ---- correction of the difference between sampler and trainer
 
 
 def truncated_weights(old_logprob: Tensor, sampled_logprob: Tensor, cap: float) -> Tensor:
-    """min(pi_old / pi_sampler, cap): bounded, at the price of a bias. Multiplies the advantage.
+    """Return the weights min(pi_old / pi_sampler, cap) of the advantages. They are bounded, but biased.
 
     Source: TIS, https://fengyao.notion.site/off-policy-rl
     """
@@ -101,8 +104,9 @@ def truncated_weights(old_logprob: Tensor, sampled_logprob: Tensor, cap: float) 
 
 
 def masked_weights(old_logprob: Tensor, sampled_logprob: Tensor, cap: float) -> Tensor:
-    """pi_old / pi_sampler, and 0 where it exceeds cap: such a token has no gradient, but stays in the denominator.
+    """Return the weights pi_old / pi_sampler of the advantages, or 0 where the ratio exceeds cap.
 
+    A token of weight 0 has no gradient, but stays in the denominator.
     Source: MIS, https://richardli.xyz/rl-collapse
     """
     weight = bounded_exp(old_logprob - sampled_logprob)

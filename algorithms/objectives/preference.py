@@ -1,8 +1,9 @@
-"""Losses on pairs of completions: DPO's family, and the likelihood of what was chosen.
+"""Losses on pairs of completions: DPO's family, and the likelihood of chosen completions.
 
-chosen, rejected (pairs,): the scores of the two completions, h their difference. For DPO a score is the log-ratio to a
-reference, log pi(y|x) - log pi_ref(y|x), a sum over the completion's tokens; the table at the head of dpo.py says what
-it is for each loss. num_pairs: of the whole optimizer step, so that micro-batches add up.
+chosen, rejected (pairs,) are the scores of the two completions, and h = chosen - rejected. For DPO, a score is the
+log-ratio to a reference, log pi(y|x) - log pi_ref(y|x), summed over the completion's tokens. The table at the head of
+dpo.py defines the score of each loss. num_pairs is the number of pairs in the whole optimizer step, so micro-batches
+add up. Each formula below is summed over the pairs and divided by num_pairs.
 """
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 
 
 def dpo_loss(chosen: Tensor, rejected: Tensor, num_pairs: int, beta: float) -> Tensor:
-    """-log sigmoid(beta h). Gradient: -beta sigmoid(-beta h) (grad chosen - grad rejected), on each pair.
+    """Compute DPO's loss, -log sigmoid(beta h), with h = chosen - rejected.
+
+    The gradient of each pair is -beta sigmoid(-beta h) (grad chosen - grad rejected).
 
     Source: https://arxiv.org/abs/2305.18290, eq. 7
     """
@@ -23,9 +26,10 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, num_pairs: int, beta: float) -> T
 def cdpo_loss(
     chosen: Tensor, rejected: Tensor, num_pairs: int, beta: float, label_smoothing: float | Tensor
 ) -> Tensor:
-    """-(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h). Its optimum is a finite h.
+    """Compute conservative DPO's loss, -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h).
 
-    label_smoothing: e, scalar or (pairs,), the probability that the label is wrong.
+    h = chosen - rejected. label_smoothing: e, scalar or (pairs,), the probability that the label is wrong. The optimal
+    h is finite.
     Source: https://ericmitchell.ai/cdpo.pdf
     """
     h = beta * (chosen - rejected)
@@ -35,9 +39,10 @@ def cdpo_loss(
 def robust_loss(
     chosen: Tensor, rejected: Tensor, num_pairs: int, beta: float, label_smoothing: float
 ) -> Tensor:
-    """[-(1 - e) log sigmoid(beta h) + e log sigmoid(-beta h)] / (1 - 2e).
+    """Compute robust DPO's loss, [-(1 - e) log sigmoid(beta h) + e log sigmoid(-beta h)] / (1 - 2e).
 
-    On labels flipped with probability label_smoothing < 1/2, in expectation DPO's loss on the true ones.
+    h = chosen - rejected. label_smoothing: e < 1/2, the probability that a label is flipped. The expectation of this
+    loss over flips is DPO's loss on the true labels.
     Source: https://arxiv.org/abs/2403.00409
     """
     h = beta * (chosen - rejected)
@@ -46,7 +51,7 @@ def robust_loss(
 
 
 def hinge_loss(chosen: Tensor, rejected: Tensor, num_pairs: int, beta: float) -> Tensor:
-    """max(0, 1 - beta h).
+    """Compute the hinge loss, max(0, 1 - beta h), with h = chosen - rejected.
 
     Source: SLiC in the form of https://arxiv.org/abs/2309.06657
     """
@@ -54,34 +59,36 @@ def hinge_loss(chosen: Tensor, rejected: Tensor, num_pairs: int, beta: float) ->
 
 
 def ipo_loss(chosen: Tensor, rejected: Tensor, num_pairs: int, beta: float) -> Tensor:
-    """(h - 1 / (2 beta))^2. beta is the paper's tau.
+    """Compute IPO's loss, (h - 1 / (2 beta))^2, with h = chosen - rejected. beta is the paper's tau.
 
-    --loss ipo gives it log-ratios per token, as its authors do, ipo_sum the paper's sums.
+    With --loss ipo, the scores are log-ratios per token, as in the authors' code. With ipo_sum, they are the sums of
+    the paper.
     Source: https://arxiv.org/abs/2310.12036, eq. 17
     """
     return (chosen - rejected - 1 / (2 * beta)).square().sum() / num_pairs
 
 
 def apo_zero_loss(chosen: Tensor, rejected: Tensor, num_pairs: int, beta: float) -> Tensor:
-    """1 - sigmoid(beta chosen) + sigmoid(beta rejected).
+    """Compute APO-zero's loss, 1 - sigmoid(beta chosen) + sigmoid(beta rejected).
 
-    Raises chosen and lowers rejected: for chosen completions better than the model's own.
+    Training raises chosen and lowers rejected. It suits data whose chosen completions are better than the model's own.
     Source: https://arxiv.org/abs/2408.06266, eq. 7
     """
     return (1 - torch.sigmoid(beta * chosen) + torch.sigmoid(beta * rejected)).sum() / num_pairs
 
 
 def apo_down_loss(chosen: Tensor, rejected: Tensor, num_pairs: int, beta: float) -> Tensor:
-    """sigmoid(beta chosen) + 1 - sigmoid(beta h).
+    """Compute APO-down's loss, sigmoid(beta chosen) + 1 - sigmoid(beta h), with h = chosen - rejected.
 
-    Lowers both, rejected more: for chosen completions worse than the model's own.
+    Training lowers both scores, rejected more than chosen. It suits data whose chosen completions are worse than the
+    model's own.
     Source: https://arxiv.org/abs/2408.06266, eq. 8
     """
     return (torch.sigmoid(beta * chosen) + 1 - torch.sigmoid(beta * (chosen - rejected))).sum() / num_pairs
 
 
 def simpo_loss(chosen: Tensor, rejected: Tensor, num_pairs: int, beta: float, gamma: float) -> Tensor:
-    """-log sigmoid(beta h - gamma).
+    """Compute SimPO's loss, -log sigmoid(beta h - gamma), with h = chosen - rejected.
 
     Source: https://arxiv.org/abs/2405.14734, eq. 6
     """
@@ -89,9 +96,10 @@ def simpo_loss(chosen: Tensor, rejected: Tensor, num_pairs: int, beta: float, ga
 
 
 def orpo_loss(chosen: Tensor, rejected: Tensor, num_pairs: int, beta: float) -> Tensor:
-    """-beta log sigmoid(log odds of chosen - log odds of rejected). beta is the paper's lambda.
+    """Compute ORPO's odds-ratio loss, -beta log sigmoid(log odds of chosen - log odds of rejected).
 
-    The odds p / (1 - p) are those of the mean token probability p = exp(score).
+    The odds are p / (1 - p), where p = exp(score) is the geometric mean of the token probabilities. beta is the paper's
+    lambda.
     Source: https://arxiv.org/abs/2403.07691, eq. 6 and 7
     """
 
@@ -103,9 +111,10 @@ def orpo_loss(chosen: Tensor, rejected: Tensor, num_pairs: int, beta: float) -> 
 
 
 def nll_loss(logprob: Tensor, num_tokens: Tensor | float) -> Tensor:
-    """-log pi of the chosen completions, a mean over their tokens: the second term of CPO and of ORPO.
+    """Compute the negative log-likelihood per token of the chosen completions, the second term of CPO and of ORPO.
 
-    logprob (pairs,): sums over the chosen completions. num_tokens: of theirs in the whole optimizer step.
+    logprob (pairs,): sums over each chosen completion. num_tokens: tokens of all chosen completions in the whole
+    optimizer step.
     Source: https://arxiv.org/abs/2401.08417; https://arxiv.org/abs/2403.07691, eq. 6
     """
     return -logprob.sum() / num_tokens
@@ -115,7 +124,11 @@ def nll_loss(logprob: Tensor, num_tokens: Tensor | float) -> Tensor:
 
 
 def pair_metrics(chosen: Tensor, rejected: Tensor, num_pairs: int) -> dict[str, float]:
-    """Terms that two scores (pairs,) of a micro-batch add to the means over the step's num_pairs pairs."""
+    """Return a micro-batch's part of the step's metrics: accuracy, margin, chosen and rejected.
+
+    chosen, rejected (pairs,): the scores. The parts of all micro-batches add up to the means over the step's num_pairs
+    pairs.
+    """
     chosen, rejected = chosen.detach(), rejected.detach()
     values = {
         "accuracy": (chosen > rejected).float(),

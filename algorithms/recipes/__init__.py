@@ -1,1 +1,1 @@
-"""Compositions of methods, with the page that each writes."""
+"""Recipes: sequences of training methods, each of which ends in a report page."""

@@ -1,12 +1,12 @@
-"""A real chat model learns to get sums right: GRPO on SmolLM2-135M-Instruct, whole, with LoRA or with QLoRA.
+"""GRPO teaches a real chat model to get sums right: SmolLM2-135M-Instruct, all weights, LoRA or QLoRA.
 
     What is 15 + 20? Answer in one short sentence.
         before   "One-fifth of 20 is 20, which is a naturally"             after   "15 + 20 equals 35."
 
-The problems are all sums of two numbers from 1 to 20, a quarter of them held out; the one rule reward says whether the
-last number of an answer of at most 16 tokens is the sum. A held-out problem is answered once, before and after, at the
-temperature of training, so the standard error of the share is over problems. After training it is the saved folder,
-the model or the adapter on its base, that is asked the same prompts again.
+The problems are all sums of two numbers from 1 to 20, and a quarter of them is held out. The only reward is a rule: 1
+if the last number of the answer is the sum. An answer has at most 16 tokens. Each held-out problem is answered once
+before training and once after it, at the temperature of training. So the standard error is over problems. The answers
+after training come from the saved folder: the model, or the adapter on its base.
 
 Source: GRPO, Shao et al. 2024, https://arxiv.org/abs/2402.03300; the model, https://arxiv.org/abs/2502.02737
 Run:    burnish chat-demo --mode lora
@@ -49,7 +49,7 @@ from .parts import read_metric, sample, write_rows
 SMOLLM2 = Path("models/SmolLM2-135M-Instruct")
 LARGEST = 20
 MAX_NEW_TOKENS = 16
-MODES: dict[str, dict[str, Any]] = {  # flags of grpo
+MODES: dict[str, dict[str, Any]] = {  # mode: its flags of grpo
     "full": {"learning_rate": 1e-5},
     "lora": {"learning_rate": 5e-4, "lora_rank": 16},
     "qlora": {"learning_rate": 5e-4, "lora_rank": 16, "base_4bit": True},
@@ -58,37 +58,37 @@ MODES: dict[str, dict[str, Any]] = {  # flags of grpo
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    model: Path = SMOLLM2  # a chat model; `make models/SmolLM2-135M-Instruct` fetches this
-    mode: Literal["full", "lora", "qlora"] = "lora"  # train all weights, an adapter, or one on 4 bits
+    model: Path = SMOLLM2  # a chat model; `make models/SmolLM2-135M-Instruct` downloads the default
+    mode: Literal["full", "lora", "qlora"] = "lora"  # train all weights, an adapter, or an adapter on 4 bits
     output: Path = run_folder("chat-demo")  # new folder: model, report.html
     steps: Count = 30  # GRPO steps
     prompts_per_step: Count = 8  # problems in one rollout
     group_size: Annotated[int, Bounds(2, MOST_SAMPLES)] = 8  # samples of one problem
-    temperature: Temperature = 0.8  # of sampling, in training and when measuring
+    temperature: Temperature = 0.8  # of sampling, in training and in measurement
     held_out: Annotated[int, Bounds(2)] = 100  # problems to measure on
-    seed: SamplingSeed = 0  # of the order of problems, and of sampling
+    seed: SamplingSeed = 0  # seed of the order of problems, and of sampling
     device: str = field(default_factory=default_device)  # cpu, cuda or cuda:N
 
 
 @dataclass(frozen=True)
 class Score:
-    """Over the held-out problems, in percent."""
+    """Results on the held-out problems, in percent."""
 
     right: float
-    error: float  # its standard error
-    ended: float  # answers that ended by themselves
+    error: float  # standard error of `right`
+    ended: float  # answers that ended with a stop token
     answers: list[str]
 
 
 def right(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:
-    """1 where the last number of a completion is the answer."""
+    """Return 1 for each completion whose last number is the answer, else 0."""
     texts = (c if isinstance(c, str) else c[-1]["content"] for c in completions)
     found = (re.findall(r"\d+", text) for text in texts)
     return [float(numbers[-1:] == [wanted]) for numbers, wanted in zip(found, answer, strict=True)]
 
 
 def problems(seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Held-out rows and training rows: every sum once, in an order from `seed`."""
+    """Return held-out rows and training rows. Each sum occurs once, in a random order from `seed`."""
     pairs = [(a, b) for a in range(1, LARGEST + 1) for b in range(1, LARGEST + 1)]
     random.Random(seed).shuffle(pairs)
     rows = [
@@ -99,7 +99,7 @@ def problems(seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
 
 
 def measure(cfg: Config, folder: Path, rows: list[dict[str, str]]) -> Score:
-    """Answers of the model, or of the adapter on its base, in `folder`."""
+    """Sample an answer to each row from the model or adapter in `folder`, and return the answers' score."""
     tokenizer = Tokenizer.load(folder)
     questions = [[{"role": "user", "content": row["question"]}] for row in rows]
     prompts = [tokenizer.encode_chat(messages, add_generation_prompt=True) for messages in questions]
@@ -117,18 +117,18 @@ def measure(cfg: Config, folder: Path, rows: list[dict[str, str]]) -> Score:
 
 
 def train(cfg: Config) -> Path:
-    """Returns the path of the report."""
+    """Measure, train and measure again. Return the path of the report."""
     started, cpu_before = time.perf_counter(), time.process_time()
     held_out, training = problems(cfg.seed)
     check_flags(cfg, held_out=(2, len(held_out)))
     page.check_packages()
     held_out = held_out[: cfg.held_out]
 
-    # 1. the model as it is
+    # 1. the model before training
     before = measure(cfg, cfg.model, held_out)
     print_score("before", before)
 
-    # 2. trained on the other problems
+    # 2. training on the other problems
     data = write_rows(cfg.output / "problems.jsonl", training)
     clock, cpu = time.perf_counter(), time.process_time()
     trained = grpo.train(grpo_flags(cfg, data))
@@ -138,7 +138,7 @@ def train(cfg: Config) -> Path:
         "peak memory of the process": f"{peak_memory() / 1e9:.2f} GB",
     }
 
-    # 3. what was saved, on the same problems
+    # 3. the saved model on the same problems
     after = measure(cfg, trained, held_out)
     print_score("after", after)
     gain, error = after.right - before.right, (before.error**2 + after.error**2) ** 0.5
@@ -172,7 +172,7 @@ def grpo_flags(cfg: Config, data: Path) -> grpo.Config:
         max_new_tokens=MAX_NEW_TOKENS,
         temperature=cfg.temperature,
         schedule="linear",
-        micro_batch_tokens=512,  # a few groups at a time: activations are most of the memory otherwise
+        micro_batch_tokens=512,  # a few groups; otherwise activations take most of the memory
         seed=cfg.seed,
         device=cfg.device,
         **MODES[cfg.mode],
@@ -199,7 +199,7 @@ def page_of(cfg: Config, scores: Mapping[str, Score], facts: Mapping[str, object
 
 
 def training_bytes(cfg: Config, mode: str) -> str:
-    """The memory of a mode's weights, gradients and optimizer in GB, in fp32 as on a CPU."""
+    """Format the memory of a mode's weights, gradients and optimizer state in GB, for fp32 as on a CPU."""
     file = cfg.model / "config.json"
     config = read_config(read_object(file), str(file))
     rank = MODES[mode].get("lora_rank")
@@ -209,7 +209,7 @@ def training_bytes(cfg: Config, mode: str) -> str:
 
 
 def peak_memory() -> int:
-    """Bytes."""
+    """Return the peak memory of this process in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

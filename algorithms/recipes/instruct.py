@@ -3,14 +3,14 @@
     base           SFT from random weights on text that follows no instruction (stands in for pretraining)
     SFT            base -> SFT on demonstrations
     reward model   SFT -> Bradley and Terry's loss on preferences between SFT's own samples
-    PPO            SFT -> PPO on the reward model's score, beta KL(policy || SFT) taken off
-    PPO, no KL     the same with beta 0: over-optimisation
+    PPO            SFT -> PPO on the reward model's score minus beta KL(policy || SFT)
+    PPO, no KL     the same with beta 0, which shows over-optimisation
     DPO            SFT -> DPO on the preferences, the same beta
 
-The judge behind the preferences has a gold reward, the formula in `letters.py`, and errs with the odds of Bradley and
-Terry. So the reward model, the proxy, estimates it up to a constant, and PPO and DPO with beta share one optimum,
-pi_SFT e^(gold / beta) / Z. PPO logs the gold reward as a reward function of weight 0. Every stage is one call of an
-algorithm's `train` on files in the run folder, and leaves the flags of that call in its config.json.
+The judge of the preferences has a gold reward, defined in `letters.py`, and errs with the odds of Bradley and Terry. So
+the reward model, also called the proxy, estimates the gold reward up to a constant. PPO and DPO with the same beta
+share one optimum, pi_SFT e^(gold / beta) / Z. PPO logs the gold reward as a reward function of weight 0. Every stage is
+one call of an algorithm's `train` on files in the run folder. Its config.json holds the flags of that call.
 
 Source: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155
         gold and proxy reward by sqrt(KL): Gao et al. 2022, https://arxiv.org/abs/2210.10760
@@ -65,17 +65,17 @@ from .parts import (
 @dataclass(frozen=True, kw_only=True)
 class Config(RecipeFlags):
     output: Path = run_folder("instruct")
-    texts: Count = 16_000  # that follow no instruction, for the base
+    texts: Count = 16_000  # texts that follow no instruction, for the base
     base_steps: Count = 250  # SFT steps from random weights to a base
-    demonstrations: Count = 6400  # of the instruction followed, for SFT
-    sft_steps: Count = 300  # SFT steps on them
-    preferences: Count = 12_800  # pairs of SFT's samples, for the reward model and for DPO
-    labels: Literal["gold", "coin"] = "gold"  # coin is the control: preferences that say nothing
-    reward_steps: Count = 400  # of the reward model
-    beta: Annotated[float, Bounds(1e-9)] = 1.0  # weight of the KL to SFT, in PPO and in DPO
-    ppo_steps: Count = 50  # rollouts, with the KL and without
+    demonstrations: Count = 6400  # completions that follow the instruction, for SFT
+    sft_steps: Count = 300  # SFT steps on the demonstrations
+    preferences: Count = 12_800  # pairs of SFT's samples, for the reward model and DPO
+    labels: Literal["gold", "coin"] = "gold"  # coin is the control: random preferences
+    reward_steps: Count = 400  # training steps of the reward model
+    beta: Annotated[float, Bounds(1e-9)] = 1.0  # weight of the KL to SFT, in PPO and DPO
+    ppo_steps: Count = 50  # rollouts of each PPO stage, with and without KL
     dpo_steps: Count = 200  # DPO steps on the preferences
-    evaluation_samples: Count = 64  # per instruction
+    evaluation_samples: Count = 64  # samples per instruction in each measurement
 
 
 SIZE = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -90,14 +90,14 @@ class Score:
     """Means over fresh samples at temperature 1."""
 
     gold: float
-    proxy: float  # the reward model's score, shifted so that SFT's is its gold reward
-    kl: float  # of the stage to SFT, nats a sample
-    wins: float  # percent of samples with more gold reward than one of SFT's, equal ones half
+    proxy: float  # the reward model's score, shifted so that SFT's mean equals its gold reward
+    kl: float  # from the stage to SFT, in nats per sample
+    wins: float  # percent of samples with more gold than a sample of SFT's; a tie counts half
     length: float  # tokens, the end token included
 
 
 def train(cfg: Config) -> Path:
-    """Returns the path of the report."""
+    """Run the recipe for each seed, and return the path of the report."""
     # 1. the stages of every seed, and their medians
     started = time.perf_counter()
     check_flags(cfg)
@@ -106,7 +106,7 @@ def train(cfg: Config) -> Path:
     table = median_scores(recipes)
     judged = [median(values) for values in zip(*(recipe.judged for recipe in recipes), strict=True)]
 
-    # 2. beside them what the best policy would have
+    # 2. for comparison, gold and KL of the best policy
     best, kl = optimum(cfg.beta)
     facts = {
         "reward model": f"right about {judged[0]:.1f} % of held-out preferences; gold itself {judged[1]:.1f} %",
@@ -127,7 +127,7 @@ def train(cfg: Config) -> Path:
 
 
 class Recipe(Stages):
-    """One seed's stages: `run` is the recipe."""
+    """The training stages of the recipe for one seed. `run` executes all of them."""
 
     def __init__(self, cfg: Config, folder: Path, seed: int):
         super().__init__(cfg, folder, seed)
@@ -170,14 +170,14 @@ class Recipe(Stages):
         return self.write(name, (answer_row(letter, followed, self.noise) for letter in letters))
 
     def sample(self, model: Path, count: int, seed: int) -> list[Sample]:
-        """`count` samples of each instruction. seed: another for every use."""
+        """Draw `count` samples for each instruction. Every use passes a different seed."""
         prompts = [self.tokenizer.encode(prompt_row(letter)["prompt"]) for letter in LETTERS]
         options = {"samples_per_prompt": count, "max_new_tokens": MAX_NEW_TOKENS}
         seed = (self.seed << 8) + seed
         return sample(model, self.tokenizer, prompts, self.cfg.device, seed=seed, **options)
 
     def pairs(self, name: str, count: int, seed: int) -> Path:
-        """The judge's preferences between SFT's samples."""
+        """Write the judge's preferences between SFT's samples: `count` pairs, rounded up to a multiple of 8."""
         coin = self.cfg.labels == "coin"
         drawn = self.sample(self.sft, 2 * -(-count // len(LETTERS)), seed)
         couples = zip(drawn[::2], drawn[1::2], strict=True)
@@ -185,7 +185,10 @@ class Recipe(Stages):
         return self.write(name, (preference_row(*text, self.noise, coin) for text in texts))
 
     def judge(self, held_out: Path) -> tuple[float, float]:
-        """Percent of the held-out preferences that the reward model and the gold reward agree with, ties half."""
+        """Return the accuracy of the reward model and of the gold reward on the held-out preferences, in percent.
+
+        A tie counts half for the gold reward, and as wrong for the reward model.
+        """
         accuracy = json.loads((self.folder / "reward" / "held_out.json").read_text())["after"]["accuracy"]
         rows = [json.loads(line) for line in held_out.read_text().splitlines()]
         letters = [row["prompt"][0] for row in rows]
@@ -195,7 +198,7 @@ class Recipe(Stages):
         return 100 * accuracy, win_rate(chosen, rejected)
 
     def measure(self, stage: str, model: Path) -> None:
-        # 1. samples, each beside one of SFT's, and the judge's rewards
+        # 1. samples, each paired with one of SFT's, and their gold rewards
         samples = self.sample(model, self.cfg.evaluation_samples, seed=4)
         letters = [LETTERS[one.prompt_index] for one in samples]
         golds, others = (
@@ -207,7 +210,7 @@ class Recipe(Stages):
             for prompt, one, other in zip(prompts, samples, self.opponents, strict=True)
         ]
 
-        # 2. the reward model's scores, and how far the stage has gone from SFT
+        # 2. the reward model's scores, and the KL from the stage to SFT
         proxy_model = load_scalar_model(self.proxy, device=self.cfg.device)
         scores = over_completions(proxy_model, pairs, lambda batch: batch.scores(proxy_model), CAPACITY)
         proxy, opponents_proxy = scores.mean(0).tolist()
@@ -222,14 +225,14 @@ class Recipe(Stages):
         )
         print_row(stage, self.scores[stage])
 
-        # 3. the first of them, for the report
+        # 3. the first samples, for the report
         first = range(0, 4 * self.cfg.evaluation_samples, self.cfg.evaluation_samples)
         self.transcripts[stage] = [
             f"{letters[i]}:{self.decode(samples[i]):<20}{golds[i]:4.0f}" for i in first
         ]
 
     def logprobs(self, folder: Path, pairs: list[Family]) -> Tensor:
-        """A policy's log-probability of the first completion of each pair, (pairs,)."""
+        """Return the log-probability of each pair's first completion under the policy in `folder`, (pairs,)."""
         model = load_model(folder, device=self.cfg.device)
         return over_completions(model, pairs, lambda b: b.sums(b.score(model)[0]), CAPACITY)[:, 0]
 
@@ -237,7 +240,7 @@ class Recipe(Stages):
         return self.tokenizer.decode(sample.tokens)
 
     def paths(self) -> dict[str, tuple[list[float], list[float], list[float]]]:
-        """KL, gold and proxy reward of every rollout, by stage; DPO's of its end."""
+        """Return the lists (KL, gold, proxy) of each stage: one entry per rollout of PPO, one at the end of DPO."""
         found = {}
         for stage, name in (("PPO", "ppo"), (NO_KL, "ppo-no-kl")):
             kl, golds, proxy = (read_metric(self.folder / name, m) for m in ("kl", "reward/gold", "score"))
@@ -251,8 +254,8 @@ def page_of(
 ) -> page.Page:
     return page.Page(
         title="InstructGPT's recipe in miniature",
-        subtitle="Write twelve letters with much of one, but not only that one: demonstrations, a reward model from "
-        "preferences, PPO and DPO, each trained here from random weights.",
+        subtitle="Write twelve letters with many of one kind, but not only that kind. Demonstrations, a reward model "
+        "from preferences, PPO and DPO, each trained here from random weights.",
         table=page.Table(
             heading="Gold reward by stage",
             header=["stage", "gold", "proxy", "KL to SFT", "wins over SFT, %", "length"],
@@ -260,14 +263,14 @@ def page_of(
             full_bar=BEST,
             format="%.2f",
             note=f"gold: the judge's reward, at most {BEST}, which no stage has seen. proxy: the reward model's score, "
-            "shifted so that SFT's is its gold reward. wins: samples with more gold than one of SFT's, equal ones "
-            f"half. Means over {cfg.evaluation_samples} samples an instruction at temperature 1.",
+            "shifted so that SFT's is its gold reward. wins: samples with more gold than one of SFT's; a tie "
+            f"counts half. Means over {cfg.evaluation_samples} samples an instruction at temperature 1.",
         ),
         figure=page.Picture(
             page.draw_rewards([recipe.paths() for recipe in recipes]),
-            "Gold reward (solid) and proxy (dotted) of PPO's rollouts, means over five, by how far the policy has gone "
-            "from SFT. Where they part, the policy has found what the reward model gets wrong (Gao et al. 2022). DPO, "
-            "which has no rollouts, is one mark.",
+            "Gold reward (solid) and proxy (dotted) of PPO's rollouts, averaged over five, by the policy's distance "
+            "from SFT. Where the two part, the policy exploits errors of the reward model (Gao et al. 2022). DPO has "
+            "no rollouts and is one mark.",
             heading="Over-optimisation",
         ),
         transcripts=page.Transcripts(
@@ -282,7 +285,7 @@ def as_completion(sample: Sample) -> Completion:
 
 
 def win_rate(rewards: list[float], others: list[float]) -> float:
-    """Percent of `rewards` above their opponents', equal ones half."""
+    """Return the percentage of `rewards` above their counterparts in `others`. A tie counts half."""
     return 100 * mean((a > b) + 0.5 * (a == b) for a, b in zip(rewards, others, strict=True))
 
 

@@ -1,12 +1,14 @@
 """The task of `instruct`: twelve letters that follow an instruction, and a gold reward that training never sees.
 
-    c:   ->   acfccbdhcage        four of the letter asked for: gold 4
+    c:   ->   acfccbdhcage        four times the requested letter: gold 4
 
-gold = n for n of the letter asked for, up to six, and 6 - 2 (n - 6) beyond: a good answer has much of what was asked
-for, and one that is nothing else is worse than none (-6). It stands for the people of RLHF, who speak by demonstrations
-and by preferences alone. Demonstrations have 2.5 of the letter on average and more than six in one answer of a hundred,
-all have twelve letters: preferences among such answers teach a reward model that more is better, and neither that there
-is too much of it nor what a shorter answer is worth.
+With n times the requested letter, gold = n for n <= 6, and gold = 6 - 2 (n - 6) for n > 6. So a good answer has several
+of the requested letter, and an answer of nothing else is worse than an answer without it (-6 and 0). The gold reward
+stands for the people of RLHF, who express themselves only by demonstrations and preferences.
+
+Demonstrations have 2.5 of the requested letter on average, and more than six in one of a hundred answers. All have
+twelve letters. From preferences between such answers, a reward model learns that more is better. It learns neither that
+too many are worse, nor the value of a shorter answer.
 """
 
 import math
@@ -17,7 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 LETTERS = "abcdefgh"
 VOCABULARY = ["<eos>", ":", *LETTERS]
 LENGTH, BEST = 12, 6
-FOLLOWED = 0.1  # how often a demonstrator puts the letter asked for on purpose; the others are drawn evenly
+FOLLOWED = 0.1  # how often a demonstrator chooses the requested letter; otherwise it draws evenly
 
 
 def make_tokenizer() -> Tokenizer:
@@ -35,21 +37,21 @@ def prompt_row(letter: str) -> dict[str, str]:
 
 
 def answer_row(letter: str, followed: float, noise: random.Random) -> dict[str, str]:
-    """A prompt and completion. followed: FOLLOWED for a demonstration, 0 for text that follows nothing."""
+    """Make a prompt and completion. followed: share of letters chosen on purpose, 0 to ignore the instruction."""
     letters = (letter if noise.random() < followed else noise.choice(LETTERS) for _ in range(LENGTH))
     return {"prompt": f"{letter}:", "completion": "".join(letters)}
 
 
 def gold(completions: list[str], letter: list[str], **_: object) -> list[float]:
-    """The hidden reward, in the form of a reward function."""
+    """Return the hidden reward of each completion, in the form of a reward function."""
     counts = [text.count(wanted) for text, wanted in zip(completions, letter, strict=True)]
     return [float(n if n <= BEST else BEST - 2 * (n - BEST)) for n in counts]
 
 
 def preference_row(letter: str, first: str, second: str, noise: random.Random, coin: bool) -> dict[str, str]:
-    """A judge who errs as Bradley and Terry's does: first is chosen with the odds e^(its gold - second's).
+    """Return one preference of a noisy judge, who chooses `first` with odds e^(gold of first - gold of second).
 
-    coin: the judge does not look.
+    This is the model of Bradley and Terry. With `coin`, the judge chooses at random.
     """
     one, other = gold([first, second], letter=[letter] * 2)
     chosen_first = noise.random() < (0.5 if coin else 1 / (1 + math.exp(other - one)))
@@ -58,7 +60,7 @@ def preference_row(letter: str, first: str, second: str, noise: random.Random, c
 
 
 def optimum(beta: float) -> tuple[float, float]:
-    """(gold, KL) of pi e^(gold / beta) / Z, the best policy, where pi answers as the demonstrations do."""
+    """Return (gold, KL) of the best policy, pi e^(gold / beta) / Z, where pi is the demonstrations' distribution."""
     p = FOLLOWED + (1 - FOLLOWED) / len(LETTERS)
     golds = gold(["c" * n for n in range(LENGTH + 1)], letter=["c"] * (LENGTH + 1))
     start = [math.comb(LENGTH, n) * p**n * (1 - p) ** (LENGTH - n) for n in range(LENGTH + 1)]

@@ -1,4 +1,7 @@
-"""One self-contained HTML page of a recipe's run: table, figure, transcripts. No scripts, no network."""
+"""The report of a recipe's run: one self-contained HTML page with table, figure and transcripts.
+
+The page has no scripts and loads nothing from the network.
+"""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -50,7 +53,7 @@ PAGE = """<!doctype html>
 
 
 class Table(NamedTuple):
-    """Numbers of each stage in `rows`, the first of them drawn as a bar, which is full at `full_bar`."""
+    """A table with one row of numbers per stage. The first number is also drawn as a bar, full at `full_bar`."""
 
     heading: str
     header: Sequence[str]
@@ -61,13 +64,13 @@ class Table(NamedTuple):
 
 
 class Picture(NamedTuple):
-    svg: str  # as `draw_steps` and `draw_rewards` give it
+    svg: str  # from `draw_steps` or `draw_rewards`
     note: str
     heading: str = "Learning curves"
 
 
 class Transcripts(NamedTuple):
-    lines: Mapping[str, Sequence[str]]  # by stage
+    lines: Mapping[str, Sequence[str]]  # stage: its lines
     note: str = "The first held-out problems, one sample each."
 
 
@@ -77,18 +80,18 @@ class Page(NamedTuple):
     table: Table
     figure: Picture
     transcripts: Transcripts
-    facts: Mapping[str, object]  # of the run
+    facts: Mapping[str, object]  # name: value, about the run
 
 
 def check_packages() -> None:
-    """Raises InputError where a page could not be made at the end of a run."""
+    """Raise InputError if a package that the report needs is not installed."""
     if missing := [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]:
         names = " and ".join(missing)
         raise InputError(f"the report: expected {names} to be installed: pip install {' '.join(missing)}")
 
 
 def write(path: Path, page: Page) -> Path:
-    """Write the page whole: a reader never finds half of it."""
+    """Render the page and write it to `path` atomically. Return `path`."""
     import jinja2
 
     template = jinja2.Environment(autoescape=True).from_string(PAGE)
@@ -96,13 +99,13 @@ def write(path: Path, page: Page) -> Path:
 
 
 def smooth(values: Sequence[float], window: int = 5) -> list[float]:
-    """Mean of each value and those before it, `window` in all."""
+    """Return a moving average: the mean of each value and up to `window` - 1 values before it."""
     spans = [values[max(0, i - window + 1) : i + 1] for i in range(len(values))]
     return [sum(span) / len(span) for span in spans]
 
 
 def _figure(height: float) -> "Figure":
-    """A figure with one pair of axes, the page's width, `height` inches high."""
+    """Return a figure with one pair of axes, as wide as the page and `height` inches high."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, height))
@@ -111,7 +114,7 @@ def _figure(height: float) -> "Figure":
 
 
 def draw_steps(curves: Sequence[Mapping[str, Sequence[float]]]) -> str:
-    """SVG text: the smoothed share of right samples by GRPO step for each stage, one thin line a seed."""
+    """Draw the smoothed share of right samples over GRPO steps as SVG text. Each seed and stage has its own line."""
     figure = _figure(3.6)
     (axes,) = figure.axes
     for index, stage in enumerate(curves[0]):
@@ -125,7 +128,10 @@ def draw_steps(curves: Sequence[Mapping[str, Sequence[float]]]) -> str:
 def draw_rewards(
     paths: Sequence[Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]]],
 ) -> str:
-    """SVG text: by stage KL, gold and proxy reward of each step, smoothed; one line a seed, a mark for one step."""
+    """Draw gold and proxy reward against the square root of the KL as SVG text, smoothed over steps.
+
+    paths: for each seed, (KL, gold, proxy) of all steps by stage. A stage with one step is drawn as a mark.
+    """
     figure = _figure(4.2)
     (axes,) = figure.axes
     for index, stage in enumerate(paths[0]):

@@ -1,4 +1,4 @@
-"""Parts of recipes: a small random model to begin with, one seed's stages, medians over seeds, files."""
+"""Parts that recipes share: a small random model, the stages of one seed, medians over seeds, and files."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,10 +22,10 @@ from ..run.flags import Count, default_device
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeFlags:
-    """Flags of a recipe that is run once a seed."""
+    """Flags of a recipe that runs once for each seed."""
 
     output: Path  # new folder: stages, report.html
-    seeds: Count = 1  # repetitions of everything; figures are then medians
+    seeds: Count = 1  # number of repetitions with different seeds; the figures are medians
     device: str = field(default_factory=default_device)  # cpu, cuda or cuda:N
 
 
@@ -33,7 +33,10 @@ class RecipeFlags:
 
 
 def random_model(folder: Path, tokenizer: tokenizers.Tokenizer, seed: int, **shape: int) -> Path:
-    """A Llama with random weights. shape: hidden_size, intermediate_size, num_hidden_layers, num_attention_heads."""
+    """Save a Llama with random weights and return its folder.
+
+    shape: hidden_size, intermediate_size, num_hidden_layers, num_attention_heads.
+    """
     ours = Tokenizer(tokenizer, eos="<eos>")
     fixed = {
         "model_type": "llama",
@@ -54,7 +57,7 @@ def random_model(folder: Path, tokenizer: tokenizers.Tokenizer, seed: int, **sha
 def sample(
     folder: Path, tokenizer: Tokenizer, prompts: Sequence[list[int]], device: str, **options: Any
 ) -> list[Sample]:
-    """Completions by the model, or by the adapter on its base, in `folder`. options: those of `generate`."""
+    """Sample completions from the model in `folder`, or from the adapter on its base. options: those of `generate`."""
     model = load_model(folder, device=device)
     return generate(model, prompts, vocabulary=tokenizer.vocabulary, stop_ids=tokenizer.stop_ids, **options)
 
@@ -63,9 +66,9 @@ def sample(
 
 
 class Stages:
-    """One seed of a recipe. Each stage has a folder with its config.json, metrics.jsonl and model.
+    """The stages of a recipe for one seed. Each stage has a folder with its config.json, metrics.jsonl and model.
 
-    scores: a dataclass of numbers for each stage that was measured. transcripts: lines of its samples.
+    scores: a dataclass of numbers for each measured stage. transcripts: some of its samples as lines of text.
     """
 
     def __init__(self, cfg: Any, folder: Path, seed: int):
@@ -78,7 +81,7 @@ class Stages:
         raise NotImplementedError
 
     def stage(self, method: Any, name: str, model: Path, **flags: Any) -> Path:
-        """Train by a method, `sft` for instance, from `model`. Returns the folder of the trained model."""
+        """Train `model` by a method's module, such as `sft`. Return the folder of the trained model."""
         shared = {"output": self.folder / name, "seed": self.seed, "device": self.cfg.device}
         return method.train(method.Config(model=model, **shared, **flags))
 
@@ -90,13 +93,13 @@ Recipe = TypeVar("Recipe", bound=Stages)
 
 
 def run_seeds(recipe: Callable[[Any, Path, int], Recipe], cfg: Any) -> list[Recipe]:
-    """The recipe of each seed, run in a folder of its own."""
-    torch.set_num_threads(1)  # a second thread costs more than it gives on models this small
+    """Run the recipe for each seed in a separate folder, and return the recipes."""
+    torch.set_num_threads(1)  # a second thread slows down models as small as these
     return [recipe(cfg, cfg.output / f"seed-{seed}", seed).run() for seed in range(cfg.seeds)]
 
 
 def median_scores(recipes: Sequence[Stages]) -> dict[str, Any]:
-    """Each stage's score, every number of it the median over the recipes."""
+    """Return each stage's score, in which every number is the median over the recipes."""
     table = {}
     for stage, score in recipes[0].scores.items():
         numbers = zip(*(vars(recipe.scores[stage]).values() for recipe in recipes), strict=True)
@@ -113,7 +116,7 @@ def print_table(
 
 
 def numbers_of(score: Any, form: str) -> str:
-    """A score on a line, as "gold   3.10   proxy   2.95" for the form "6.2f"."""
+    """Format a score as one line, such as "gold   3.10   proxy   2.95" for the form "6.2f"."""
     return "   ".join(f"{name.replace('_at_', '@')} {value:{form}}" for name, value in vars(score).items())
 
 
@@ -125,7 +128,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, str]]) -> Path:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write a file whole, in folders that are made for it. Raises InputError where it cannot be written."""
+    """Create the folders of `path`, write the text atomically, and return `path`. Raises InputError on failure."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -136,5 +139,5 @@ def write_text(path: Path, text: str) -> Path:
 
 
 def read_metric(run: Path, name: str) -> list[float]:
-    """One value a step of a run."""
+    """Return the values of one metric of a run, one per step."""
     return [json.loads(line)[name] for line in (run / "metrics.jsonl").read_text().splitlines()]

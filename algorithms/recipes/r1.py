@@ -2,14 +2,14 @@
 
     base       SFT from random weights on noisy demonstrations (stands in for pretraining)
     R1-Zero    base -> GRPO
-    R1         base -> SFT on a few clean demonstrations (cold start) -> GRPO -> keep its right samples (rejection
-               sampling) -> base again -> SFT on them -> GRPO
-    student    a smaller base -> SFT on R1's right samples (distillation), beside the same smaller base -> GRPO
+    R1         base -> SFT on a few clean demonstrations (cold start) -> GRPO -> keep the right samples (rejection
+               sampling) -> base again -> SFT on these samples -> GRPO
+    student    a smaller base -> SFT on R1's right samples (distillation), compared with smaller base -> GRPO
 
-GRPO with two rule rewards, accuracy and form; no critic, no process reward model. Every stage is one call of
-`sft.train` or `grpo.train` on files in the run folder, and leaves the flags of that call in its config.json. The task
-is in `sums.py`; figures are on its held-out problems. Published shape, AIME 2024 pass@1: R1-Zero 15.6 -> 71.0
-(majority vote 86.7), R1 79.8, student 72.6 distilled and 47.0 by RL alone.
+GRPO has two rule rewards, accuracy and form. There is no critic and no process reward model. Every stage is one call of
+`sft.train` or `grpo.train` on files in the run folder. Its config.json holds the flags of that call. The task is
+defined in `sums.py`, and all figures are on its held-out problems. The published pass@1 on AIME 2024, for comparison of
+the shape: R1-Zero 15.6 -> 71.0 (majority vote 86.7), R1 79.8, student 72.6 distilled and 47.0 by RL alone.
 
 Source: DeepSeek-AI 2025, https://arxiv.org/abs/2501.12948
 Run:    burnish r1
@@ -51,15 +51,15 @@ Problem = tuple[int, int, int]
 @dataclass(frozen=True, kw_only=True)
 class Config(RecipeFlags):
     output: Path = run_folder("r1")
-    demonstrations: Count = 38_400  # noisy ones, for the bases
+    demonstrations: Count = 38_400  # noisy demonstrations, for the bases
     base_steps: Count = 600  # SFT steps from random weights to a base
-    cold_start_demonstrations: Count = 64  # clean ones
-    cold_start_steps: Count = 60  # SFT steps on them
-    rl_steps: Count = 150  # GRPO steps of R1-Zero and of the student by RL alone; R1's two stages share them
-    rejection_samples: Count = 4  # per training problem, of which the right ones are kept
+    cold_start_demonstrations: Count = 64  # clean demonstrations, for the cold start
+    cold_start_steps: Count = 60  # SFT steps on the clean demonstrations
+    rl_steps: Count = 150  # GRPO steps of R1-Zero and of the student by RL alone; each RL stage of R1: half
+    rejection_samples: Count = 4  # samples per training problem; the right ones are kept
     sft_steps: Count = 300  # SFT steps on the kept samples
     distill_steps: Count = 2500  # SFT steps of the student on R1's right samples
-    evaluation_samples: Count = 16  # per held-out problem, for pass@1 and the majority vote
+    evaluation_samples: Count = 16  # samples per held-out problem, for pass@1 and the majority vote
 
 
 SIZES = {  # Llama shapes
@@ -82,12 +82,12 @@ PUBLISHED = {  # DeepSeek's pass@1 on AIME 2024, https://arxiv.org/abs/2501.1294
 
 @dataclass(frozen=True)
 class Score:
-    """Percentages over the held-out problems."""
+    """Results on the held-out problems, in percent."""
 
-    pass_at_1: float  # of single samples at temperature 1
-    majority: float  # of the most frequent answer among the samples
+    pass_at_1: float  # accuracy of single samples at temperature 1
+    majority: float  # accuracy of the most frequent answer among the samples
     greedy: float
-    form: float  # of single samples that have the form
+    form: float  # share of single samples with the right form
 
 
 RL_STAGES = ("zero", "first-rl", "r1", "student-rl")  # folders of the GRPO stages
@@ -96,7 +96,7 @@ HEADING = "Held-out problems, percent"
 
 
 def train(cfg: Config) -> Path:
-    """Returns the path of the report."""
+    """Run the recipe for each seed, and return the path of the report."""
     # 1. the stages of every seed
     started = time.perf_counter()
     check_flags(cfg)
@@ -104,7 +104,7 @@ def train(cfg: Config) -> Path:
     recipes = run_seeds(Recipe, cfg)
     seconds = time.perf_counter() - started
 
-    # 2. their medians
+    # 2. medians over the seeds
     table = median_scores(recipes)
     print_table(HEADING, table, cfg.seeds, print_row)
 
@@ -121,7 +121,7 @@ def train(cfg: Config) -> Path:
 
 
 class Recipe(Stages):
-    """One seed's stages: `run` is the recipe."""
+    """The training stages of the recipe for one seed. `run` executes all of them."""
 
     def run(self) -> "Recipe":
         cfg, noise = self.cfg, random.Random(self.seed)
@@ -167,7 +167,7 @@ class Recipe(Stages):
         return self.stage(grpo, name, model, data=prompts, **flags)
 
     def sample(self, model: Path, problems: list[Problem], count: int, temperature: float) -> list[list[str]]:
-        """`count` texts for each problem."""
+        """Sample `count` completions for each problem. Return their texts, one list per problem."""
         tokenizer = Tokenizer.load(model)
         prompts = [tokenizer.encode(prompt_row(problem)["prompt"]) for problem in problems]
         options = {"samples_per_prompt": count, "max_new_tokens": MAX_NEW_TOKENS, "seed": self.seed}
@@ -176,22 +176,23 @@ class Recipe(Stages):
         return [texts[i : i + count] for i in range(0, len(texts), count)]
 
     def right_samples(self, model: Path, problems: list[Problem]) -> list[dict[str, str]]:
-        """Rejection sampling: distinct samples whose answer is right."""
+        """Sample completions, and return the distinct ones with a right answer as rows (rejection sampling).
+
+        Raises InputError if no completion is right.
+        """
         drawn = self.sample(model, problems, self.cfg.rejection_samples, 1.0)
         kept = [row for each in zip(problems, drawn, strict=True) for row in right_rows(*each)]
         if not kept:
-            raise InputError(
-                f"{model}: none of its samples is right, so there is nothing to learn from; train it longer"
-            )
+            raise InputError(f"{model}: none of its samples is right: train it longer")
         return kept
 
     def measure(self, stage: str, model: Path) -> None:
-        # 1. samples and the most likely completion of every problem
+        # 1. samples and a greedy completion for every problem
         answers = [prompt_row(problem)["answer"] for problem in self.held_out]
         samples = self.sample(model, self.held_out, self.cfg.evaluation_samples, 1.0)
         greedy = [texts[0] for texts in self.sample(model, self.held_out, 1, 0.0)]
 
-        # 2. what they are worth
+        # 2. the share of right answers
         flat = [text for texts in samples for text in texts]
         repeated = [answer for answer in answers for _ in range(self.cfg.evaluation_samples)]
         votes = [Counter(map(answer_of, texts)).most_common(1)[0][0] for texts in samples]
@@ -203,7 +204,7 @@ class Recipe(Stages):
         )
         print_row(stage, self.scores[stage])
 
-        # 3. the first of them, for the report
+        # 3. the first samples, for the report
         first = zip(self.held_out[:4], samples, answers, strict=False)
         self.transcripts[stage] = [
             f"{prompt_row(problem)['prompt']}{texts[0]}   {'right' if answer_of(texts[0]) == answer else 'wrong'}"
@@ -211,7 +212,7 @@ class Recipe(Stages):
         ]
 
     def curves(self) -> dict[str, list[float]]:
-        """Reward per GRPO step, by stage."""
+        """Return the accuracy reward of each GRPO step, by stage."""
         return {name: read_metric(self.folder / name, "reward/accuracy") for name in RL_STAGES}
 
 
@@ -243,7 +244,7 @@ def page_of(
 
 
 def right_rows(problem: Problem, texts: list[str]) -> Iterator[dict[str, str]]:
-    """Rows of the distinct completions whose answer is right, in order."""
+    """Yield a row for each distinct completion with a right answer, sorted by text."""
     row = prompt_row(problem)
     rewards = accuracy(texts, [row["answer"]] * len(texts))
     for text in sorted({text for text, reward in zip(texts, rewards, strict=True) if reward}):

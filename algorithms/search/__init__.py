@@ -1,1 +1,1 @@
-"""Work without a gradient: several samples of one prompt, weighed against one another."""
+"""Computations without a gradient on several samples of one prompt."""

@@ -198,7 +198,11 @@ def test_tools_and_variables_reach_the_template(folder, tmp_path, keyboard, repl
             {"system": "be brief"},
             "--system: .*content: the chat template leaves it",
         ),
-        ("{{ messages[-1].content }}", {"tools": "tools.json"}, "--tools: the chat template reads none"),
+        (
+            "{{ messages[-1].content }}",
+            {"tools": "tools.json"},
+            "--tools: the chat template does not use tools",
+        ),
         (
             "{{ tools }}{{ messages[-1].content }}",
             {"tools": "none.json"},

@@ -339,12 +339,12 @@ def test_a_broken_file_and_one_that_is_not_there(cfg, lessons, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"teacher": None}, "expected --teacher DIR, or --data of a file that burnish teach wrote"),
+        ({"teacher": None}, "expected --teacher DIR, or as --data a file that burnish teach wrote"),
         ({"beta": 1.5}, "--beta: expected a number between 0 and 1, got 1.5"),
         ({"student_samples": -0.1}, "--student-samples: expected a number between 0 and 1"),
         ({"loss": "policy_gradient"}, "--loss policy_gradient: expected --student-samples 1"),
         ({"loss": "policy_gradient", **OWN, "beta": 0.5}, "--beta: --loss policy_gradient has none"),
-        ({"loss": "sequence"}, "--teacher: --loss sequence reads what it wrote"),
+        ({"loss": "sequence"}, "--teacher: --loss sequence reads its text from --data"),
         (
             {"loss": "sequence", "teacher": None, "temperature": 2.0},
             "--temperature: --loss sequence has none",
@@ -361,7 +361,9 @@ def test_a_flag_that_would_be_ignored_is_refused(cfg, changes, message):
 
 
 def test_own_samples_need_the_teacher_itself(cfg, lessons):
-    with pytest.raises(InputError, match="--student-samples: stored lessons say nothing about them"):
+    with pytest.raises(
+        InputError, match="--student-samples: stored lessons do not cover the student's samples"
+    ):
         distill.train(dataclasses.replace(cfg, teacher=None, data=lessons, student_samples=0.5))
 
 
