@@ -33,7 +33,8 @@ def last_number(completions: Sequence[Completion], answer: Sequence[str], **_: o
 
 def number(completions: Sequence[Completion], **_: object) -> list[str | None]:
     """Return each completion's answer: the number behind its last "####", otherwise its last number, or None."""
-    numbers = [_marked(text) or _last(text) for text in map(_text, completions)]
+    texts = [_text(completion) for completion in completions]
+    numbers = [_last(text) if (marked := _marked(text)) is None else marked for text in texts]
     return [None if value is None else str(value) for value in numbers]
 
 

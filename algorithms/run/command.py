@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
+from math import inf
 from types import ModuleType
 from typing import Annotated, Any, get_type_hints
 
@@ -77,7 +78,7 @@ def parsed(name: str, module: ModuleType, arguments: Sequence[str], summary: str
     texts, of_command = helps(config), list(vars(config)["__annotations__"])
     order = {name: i for i, name in reversed(list(enumerate([*FIRST, *of_command])))}
     fields: list[Any] = []
-    for field in sorted(dataclasses.fields(config), key=lambda field: order.get(field.name, len(order))):
+    for field in sorted(dataclasses.fields(config), key=lambda field: order.get(field.name, inf)):
         default: Any = {"default": field.default, "default_factory": field.default_factory}
         hint = Annotated[hints[field.name], tyro.conf.arg(help=texts.get(field.name))]
         if POSITIONAL in getattr(hints[field.name], "__metadata__", ()):

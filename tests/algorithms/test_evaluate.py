@@ -79,6 +79,7 @@ def test_verifiers(text, reference, strict, flexible):
 
 def test_an_answer_is_what_is_behind_the_mark():
     assert number(["#### 18.0 in 7 days", "in 7 days 18", "none"]) == ["18", "18", None]
+    assert number(["#### 0 (not 5)", "#### 0.0, 5 tried", "5, so 0"]) == ["0", "0", "0"]  # zero is an answer
 
 
 def test_verifier_agrees_with_graded_real_solutions(shared_data):

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import pytest
 from burnish.algorithms.__main__ import COMMANDS, main
+from burnish.algorithms.run.command import FIRST
 from burnish.algorithms.run.flags import (
     Bounds,
     DropoutFlags,
@@ -60,6 +61,23 @@ def test_every_flag_of_every_command_has_its_help(command, capsys, monkeypatch):
     printed = " ".join(re.sub("[│╭╰─╮╯]", " ", capsys.readouterr().out).split())
     for name, text in helps(config_of(command)).items():
         assert f" --{name.replace('_', '-')}" in printed and text in printed, f"{name}: {text}"
+
+
+@pytest.mark.parametrize("command", MODULES)
+def test_a_commands_own_flags_are_listed_before_those_it_shares(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    printed = [
+        flag.replace("-", "_") for flag in re.findall(r"^[│ ]+--([a-z][\w-]*)", capsys.readouterr().out, re.M)
+    ]
+
+    config = config_of(command)
+    shared = {field.name for field in dataclasses.fields(config)} - {*vars(config)["__annotations__"], *FIRST}
+    places = [
+        name in shared for name in printed if name in {field.name for field in dataclasses.fields(config)}
+    ]
+    assert places == sorted(places)
 
 
 @pytest.mark.parametrize("command", [name for name in MODULES if name not in ("chat", "convert", "merge")])

@@ -46,7 +46,8 @@ def ours(golden) -> dict[str, float]:
     return {name: loss.item() for name, loss in found.items()}
 
 
-NOT_IN_TRL: set[str] = set()  # losses of dpo.VARIANTS that TRL has no counterpart of: test_dpo.py alone holds their values
+# losses of dpo.VARIANTS without a counterpart in TRL: test_dpo.py alone holds their values
+NOT_IN_TRL: set[str] = set()
 
 
 def test_losses_are_those_of_trl(golden):
