@@ -9,6 +9,12 @@ from burnish.model import ModelConfig
 from burnish.model.files import bnb
 from safetensors.torch import load_file, save_file
 
+TINY_HF = Path(__file__).parents[1] / "data" / "tiny-hf"
+SHARDED = "qwen3-sharded"  # the same model as qwen3, in several files
+# every golden folder: a test that is parametrised by it holds a new architecture as soon as its folder is there
+GOLDEN = [
+    file.parent.name for file in sorted(TINY_HF.glob("*/expected.safetensors")) if file.parent.name != SHARDED
+]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 UP = "model.layers.1.mlp.up_proj"
 SMALL = ModelConfig(  # a row has a whole block of 64

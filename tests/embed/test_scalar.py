@@ -6,14 +6,12 @@ import pytest
 import torch
 from burnish.model.checkpoint import load_scalar_model, save_model
 from burnish.model.packed import pack
+from folders import GOLDEN
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-ARCHITECTURES = ["llama", "llama-tied-llama3rope", "qwen2", "qwen3", "mistral-sw", "smollm3"]
-ARCHITECTURES += ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "gemma3_text"]
 
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", GOLDEN)
 def test_transformers_reads_the_same_scores(data, tmp_path, architecture):
     model = load_scalar_model(data / "tiny-hf" / architecture)
     model.bias = 0.5

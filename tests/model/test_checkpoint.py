@@ -10,24 +10,12 @@ import torch
 from burnish.model import InputError, Rope, Transformer, pack
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.files.config_json import read_config, write_config
-from folders import edit, tensors_in
+from folders import GOLDEN, SHARDED, edit, tensors_in
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import TINY
 
-ARCHITECTURES = [
-    *(
-        "llama",
-        "llama-tied-llama3rope",
-        "llama-yarn",
-        "qwen2",
-        "qwen3",
-        "qwen3-sharded",
-        "mistral-sw",
-        "smollm3",
-    ),
-    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "gemma3_text"),
-]
+ARCHITECTURES = [*GOLDEN, SHARDED]
 everywhere = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 

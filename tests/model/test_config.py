@@ -11,13 +11,10 @@ from burnish.model.files.architectures import ARCHITECTURES, INERT, ROPE_INERT, 
 from burnish.model.files.config_json import read_config, write_config
 from burnish.model.generate import generate
 from faults import check_of, control, faults_of
+from folders import GOLDEN
 from planted import plant
 
 MISSING = "(missing)"  # as make_config_mutations.py writes it
-STORED = (
-    *("llama", "llama-tied-llama3rope", "llama-yarn", "mistral-sw", "qwen2", "qwen3", "smollm3", "mixtral"),
-    *("qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "gemma3_text"),
-)
 MINIMAL = {
     **{"vocab_size": 8, "hidden_size": 16, "intermediate_size": 4, "num_hidden_layers": 6},
     **{"num_attention_heads": 4, "num_key_value_heads": 4},
@@ -46,7 +43,7 @@ def check_stored(data, name: str) -> None:
         assert (found - torch.tensor(row["logits"])).abs().max() < 1e-5, row["change"]
 
 
-@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("name", GOLDEN)
 def test_a_changed_key_gives_the_logits_of_transformers_or_is_refused(data, name):
     check_stored(data, name)
 
@@ -267,6 +264,11 @@ def test_values_wider_than_keys_in_latent_attention():
         for _ in range(6):
             ids.append(int(model.logits(model(pack([ids]))[-1]).argmax()))
     assert sample.tokens == ids[5:]
+
+
+def test_every_architecture_has_a_golden_folder(data):
+    configs = [json.loads((data / "tiny-hf" / name / "config.json").read_text()) for name in GOLDEN]
+    assert {config["model_type"] for config in configs} == ARCHITECTURES.keys()
 
 
 def test_what_loads_is_told_from_the_table():

@@ -12,15 +12,12 @@ from burnish.model.batch import Batch, Chooser, Request
 from burnish.model.cache import cache_bytes
 from burnish.model.checkpoint import load_model
 from burnish.model.generate import generate, stream
+from folders import GOLDEN
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ARCHITECTURES = [
-    *("llama", "llama-tied-llama3rope", "llama-yarn", "qwen2", "qwen3", "mistral-sw", "smollm3"),
-    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "gemma3_text"),
-]
-everywhere = pytest.mark.parametrize("architecture", ARCHITECTURES)
+everywhere = pytest.mark.parametrize("architecture", GOLDEN)
 
 TINY = ModelConfig(
     *(31, 16, 24, 2, 2),  # V, C, F, layers, H

@@ -8,14 +8,13 @@ import torch
 from burnish.model import InputError, ModelConfig, Transformer, pack
 from burnish.model.checkpoint import load_model, load_scalar_model, save_model
 from burnish.model.scalar import ScalarModel
+from folders import GOLDEN
 from safetensors.torch import load_file, save_file
 
 TINY = ModelConfig(
     vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
 )
-ARCHITECTURES = ["llama", "llama-tied-llama3rope", "qwen2", "qwen3", "mistral-sw", "smollm3"]
-ARCHITECTURES += ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "gemma3_text"]
-everywhere = pytest.mark.parametrize("architecture", ARCHITECTURES)
+everywhere = pytest.mark.parametrize("architecture", GOLDEN)
 
 
 @everywhere

@@ -12,14 +12,11 @@ from burnish.model import ModelConfig, Rope, Transformer, attention, pack, trans
 from burnish.model.adapter import add_lora
 from burnish.model.checkpoint import load_model
 from burnish.model.rope import rope_frequencies
+from folders import GOLDEN
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ARCHITECTURES = [
-    *("llama", "llama-tied-llama3rope", "llama-yarn", "qwen2", "qwen3", "mistral-sw", "smollm3"),
-    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "gemma3_text"),
-]
-everywhere = pytest.mark.parametrize("architecture", ARCHITECTURES)
+everywhere = pytest.mark.parametrize("architecture", GOLDEN)
 
 TINY = ModelConfig(
     vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
