@@ -207,15 +207,11 @@ def limits(now: dict[str, Any]) -> list[str]:
         for b in builds:
             where = f"{key}: {b['kernel']} {b['tile']}"
             if b["shared"] > most:
-                complaints.append(
-                    f"{where}: {b['shared']} bytes of shared memory, at most {most}: does not fit"
-                )
+                complaints.append(f"{where}: {b['shared']} bytes shared, at most {most}: does not fit")
             elif b["blocks"] < 1:
                 complaints.append(f"{where}: {b['registers']} registers: does not fit")
             if b["stores"] == 0 < b["source_stores"]:
-                complaints.append(
-                    f"{where}: {b['source_stores']} stores in its source, none in its machine code"
-                )
+                complaints.append(f"{where}: {b['source_stores']} stores in its source, none in its code")
     return complaints
 
 

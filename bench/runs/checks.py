@@ -280,7 +280,7 @@ def value_and_gradient(function: Callable[[Tensor], Tensor], logprob: Tensor) ->
 
 @check(
     "policy_loss",
-    "On policy the loss is -sum A n / N over samples of n tokens, and the gradient of a token is -A / N.",
+    "On policy the loss is -sum A n / N (n tokens of a sample, N in all), and the gradient of a token is -A / N.",
 )
 def policy_start(policy_loss, *_) -> None:
     logprob, _, advantage, mask = policy_inputs()

@@ -214,7 +214,7 @@ class Crew:
         return sum(w.test is None for w in self.workers) < sum(map(len, self.waiting.values()))
 
     def hear(self, worker: Worker) -> None:
-        """Read a worker's message: first its collected tests, later the end of its test. A closed pipe means it died."""
+        """Read a worker's message: first its collected tests, later the end of its test. A closed pipe: it died."""
         try:
             message = worker.pipe.recv()
         except (EOFError, OSError):

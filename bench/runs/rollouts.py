@@ -72,7 +72,7 @@ class Work:
         ]
 
     def stop_ids(self, vocabulary: int) -> list[int]:
-        """Return stop ids, enough to give answers their mean length if the model draws all ids with equal probability."""
+        """Return enough stop ids to give answers their mean length, for a model that draws all ids equally often."""
         count = 0 if self.mean_length is None else vocabulary // self.mean_length
         return random.Random(1).sample(range(2, vocabulary), count)
 

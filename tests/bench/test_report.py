@@ -337,11 +337,11 @@ def test_without_matplotlib_tables_are_made_and_a_sentence_says_what_pictures_ne
     document.write_text("<!-- generated: speed -->\n<!-- /generated -->\n")
     statuses, said = without("matplotlib tyro jinja2", tmp_path, "", "--check", f"--html {page}")
     assert statuses == [1, 1, 1] and said == [
-        "pictures are drawn by matplotlib, which is not here: pip install matplotlib",
+        "pictures need the package matplotlib, which is not installed: pip install matplotlib",
         "stale: docs/pictures/roofline.svg",
         "stale: docs/pictures/swiglu-elementwise-forward.svg",
         "stale: docs/pictures/swiglu-elementwise-forward-backward.svg",
-        "the page is made by jinja2, which is not here: pip install jinja2",
+        "the page needs the package jinja2, which is not installed: pip install jinja2",
     ]
     assert "20 (peer)" in document.read_text() and (tmp_path / "docs" / "data" / "static.csv").exists()
     assert not page.exists()
@@ -357,7 +357,7 @@ def test_without_what_a_table_or_a_page_imports_a_sentence_says_so(results, tmp_
     (record.RESULTS / "conformance-2026-01-03.json").write_text(json.dumps(run))
     statuses, said = without("tokenizers matplotlib", tmp_path, "", f"--html {tmp_path / 'page.html'}")
     assert statuses == [1, 1] and said == [
-        "the checks of conformance import tokenizers, which is not here: pip install tokenizers",
-        "pictures are drawn by matplotlib, which is not here: pip install matplotlib",
+        "the conformance checks need tokenizers, which is not installed: pip install tokenizers",
+        "pictures need the package matplotlib, which is not installed: pip install matplotlib",
     ]
     assert not (tmp_path / "page.html").exists()
