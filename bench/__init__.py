@@ -1,1 +1,1 @@
-"""The benchmark and the static proof of the ops, on one registry of cases that the tests share. Floor 3."""
+"""The benchmark and the static proof of the ops (floor 3), on one registry of cases that the tests share."""

@@ -63,7 +63,7 @@ def main(words: Sequence[str], plain: bool = False) -> int:
 
 
 def check_values(cfg: Any, words: Sequence[str]) -> None:
-    """Raise InputError if a flag of several values got none, because tyro then treats the flag as absent."""
+    """Raise InputError if a flag that takes several values got none. tyro treats such a flag as absent."""
     for name, value in vars(cfg).items():
         if value == () and flag(name) in words:
             raise InputError(f"{flag(name)}: expected at least one value, got none")

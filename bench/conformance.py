@@ -49,7 +49,7 @@ class Step:
 class KL:
     """A KL term of a loss.
 
-    loss(logprob, ref_logprob) takes two (tokens,) tensors for samples of the policy, and returns the scalar mean.
+    loss(logprob, ref_logprob) takes two (tokens,) tensors of the policy's samples, and returns the mean of the term.
     """
 
     loss: Callable[[Tensor, Tensor], Tensor]
@@ -73,7 +73,7 @@ class Trainer:
     kl: the KL terms that a loss may have, by name.
     shaped_rewards(score, logprob, ref_logprob, mask, beta): PPO's rewards of the tokens, (B, T), from scores (B,).
     advantages(rewards, mask): PPO's advantages with gamma = lambda = 1 and values of 0, before whitening, (B, T).
-    absent: callable -> the reason why it is None, unless the adapter merely lacks it.
+    absent: the reason why a callable is None, by its name. By default the report says that the adapter lacks it.
     """
 
     name: str

@@ -15,7 +15,7 @@ from ..algorithms.run.flags import POSITIONAL, bounds, check_number, helps
 
 
 class Kind(NamedTuple):
-    """The type of a flag: the function that reads one word of it, and whether the flag takes several words."""
+    """The type of a flag: the function that reads one word, whether it takes several words, and the allowed values."""
 
     read: Any  # a function of the word
     many: bool = False

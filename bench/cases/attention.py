@@ -59,8 +59,10 @@ def _eager(
 
 
 def _related(cu_seqlens: Tensor, parents: Tensor | None, total: int) -> tuple[Tensor, Tensor]:
-    """Return (total, total) bool: whether the row of the key is in the segment of the query, or in the parent of that
-    segment; and (total,): the row at which the positions of each row start.
+    """Return two tensors for packed rows: related (total, total) bool, and start (total,).
+
+    related is True if the key's row is in the segment of the query's row, or in the parent of that segment. The
+    position of a row is its number minus start.
     """
     lengths = cu_seqlens.diff()
     place = torch.arange(len(lengths), device=cu_seqlens.device)

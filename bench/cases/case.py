@@ -74,7 +74,7 @@ def randn(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
 
 
 def check_most(dims: Dims, letter: str, most: str) -> None:
-    """Raise ValueError if the size of one letter is above the size of another."""
+    """Raise ValueError if the size of `letter` is above the size of the letter `most`."""
     if dims[letter] > dims[most]:
         raise ValueError(f"{letter}: expected at most {most}={dims[most]}, got {dims[letter]}")
 
@@ -159,7 +159,7 @@ def make_upstream(case: Case, tensors: Tensors) -> list[Tensor]:
 
 
 class Wrong(NamedTuple):
-    """A fault of one output or gradient. If its shape, dtype or device differs, only `reason` is set."""
+    """A fault of one output or gradient. If its shape, dtype or device is wrong, only `reason` is set."""
 
     reason: str  # a clause
     count: int = 0  # wrong elements
@@ -221,7 +221,8 @@ def verdicts(
 ) -> list[Verdict]:
     """Return one Verdict for each output and each gradient of case.fused. The arguments are those of assert_accurate.
 
-    An output that is missing or no tensor is wrong, and so is a missing gradient. Exceptions of the op are not caught.
+    A missing output, a missing gradient, or an output that is no tensor is a fault. Exceptions of the op are not
+    caught.
     """
     floats = [t.dtype for t in tensors.values() if t is not None and t.is_floating_point()]
     wide = torch.float64 if torch.float32 in floats else torch.float32

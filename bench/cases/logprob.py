@@ -112,7 +112,7 @@ def _features(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
 def _support(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
     """Return inputs with a support of up to K ids for each row.
 
-    The first id of a row is its target, or 0 if the row is ignored. Repetitions of it become padding.
+    The first id of a row is its target, or 0 if the row is ignored. Where that id occurs again, padding replaces it.
     """
     check_most(dims, "K", "V")
     tensors = _inputs(dims, dtype, device)

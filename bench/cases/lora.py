@@ -26,7 +26,7 @@ def _eager(
     bias: Tensor | None = None,
     dropped: Tensor | None = None,
 ) -> Tensor:
-    """Compute the layer with F.linear, then addmm for the adapter. dropped: rows that replace x in the adapter."""
+    """Compute the layer with F.linear, then addmm for the adapter. dropped: the adapter's input, by default x."""
     rows = x.flatten(0, -2)
     a, b = lora_a.to(weight.dtype), lora_b.to(weight.dtype)
     out = F.linear(rows, weight, bias)
@@ -100,7 +100,7 @@ def _eager_linears(
 
 
 def by_path(path: str, module: Any = lora) -> Callable[..., Tensor]:
-    """Return the module's lora_linear, forced to one of PATHS at every shape."""
+    """Return lora_linear of a module, forced to take the given path at every shape."""
 
     def linear(*args: Any, **options: Any) -> Tensor:
         module.FORCED_PATH = path
@@ -113,7 +113,7 @@ def by_path(path: str, module: Any = lora) -> Callable[..., Tensor]:
 
 
 def several(op: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap an op on sequences for a Case whose tensors are numbered: weight_0, weight_1, ..."""
+    """Wrap an op that takes sequences of tensors, for a Case whose tensors are numbered: weight_0, weight_1, ..."""
 
     def linears(x: Tensor, *, scaling: float, **tensors: Any) -> tuple[Tensor, ...]:
         parts = "weight", "lora_a", "lora_b", "bias"

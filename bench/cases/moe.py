@@ -31,7 +31,7 @@ def _linear(
     b: Tensor | None = None,
     rows: Tensor | slice = slice(None),
 ) -> Tensor:
-    """Return the output of one layer of one expert on its rows of x, with bias and adapter if they are given."""
+    """Return the output of one layer of one expert on the given rows of x, with bias and adapter if there are any."""
     y = F.linear(x[rows], weight, bias)
     if a is None and b is None:
         return y
@@ -150,7 +150,7 @@ def _work(dims: Dims, size: int) -> tuple[Work, Work]:
 
 
 def _adapter_work(dims: Dims, size: int) -> tuple[Work, Work]:
-    """Return the work with frozen experts, whose backward has one product less.
+    """Return the work of a mixture with adapters and frozen experts, which need no weight gradient.
 
     Bytes of 4-bit experts are counted as if the experts were dense.
     """

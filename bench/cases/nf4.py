@@ -32,7 +32,10 @@ def four_bit(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def eager_four_bit(op: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap an op on (x, dense weight, ...) for the same kind of Case. The weight is dequantised by torch."""
+    """Wrap an op on (x, dense weight, ...) for a Case that has x and the tensors of a 4-bit weight.
+
+    The weight is dequantised by torch.
+    """
 
     def linear(x: Tensor, weight: NF4Weight, **others: Any) -> Tensor:
         dtype = autocast_dtype(x)

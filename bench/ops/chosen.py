@@ -60,7 +60,7 @@ def shaped(
 
 
 def joined(shapes: Sequence[str]) -> list[str]:
-    """Return the shapes. Several words of one letter each are joined: they are one shape that lost its quotes."""
+    """Return the shapes. If every word has only one letter, join the words: they are one shape that lost its quotes."""
     lone = len(shapes) > 1 and all(text.count("=") == 1 for text in shapes)
     return [" ".join(shapes)] if lone else list(shapes)
 

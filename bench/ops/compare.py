@@ -51,8 +51,8 @@ class Change(NamedTuple):
 def compare(first: Path, second: Path, fail_above: float | None) -> int:
     """Print the changes, and return the exit status.
 
-    With `fail_above` the status is 1 if our op or a user's function is slower by more than that ratio, or if the second
-    file has red or wrong entries. Otherwise it is 0.
+    With `fail_above` the status is 1 if our op or a user's function is slower by more than that ratio. It is also 1 if
+    the second file has red (failed) or wrong entries. Otherwise it is 0.
     """
     results = [read_object(path) for path in (first, second)]
     tables = []
@@ -80,7 +80,7 @@ def compare(first: Path, second: Path, fail_above: float | None) -> int:
 
 
 def complaints(result: dict[str, Any]) -> list[str]:
-    """Return the red entries of a benchmark file, and its wrong user functions with their shapes and reasons."""
+    """Return the red (failed) entries of a benchmark file, and its wrong user functions with shapes and reasons."""
     wrong = result.get("wrong", ())
     places = [f"{row['case']} {label(row['dims'])}: {row['provider']}" for row in wrong]
     return [*result["red"], *(f"{at}: {row['why']}" for at, row in zip(places, wrong, strict=True))]

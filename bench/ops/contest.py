@@ -155,7 +155,7 @@ def time_pass(
 
 
 def loop_of(c: Contestant, calls: list[Callable[[], Any]], device: str) -> Loop:
-    """Return the calls that one sample times, repeated for the clock's resolution. Also measure a call's memory."""
+    """Return the calls that one sample times, repeated often enough for the clock. Also measure a call's memory."""
     c.device, c.eager, c.note = [], [], ""
     c.memory = peak_growth(calls[0], device)
     once = max(host_seconds(calls[0], device), 1e-6)
@@ -211,8 +211,8 @@ class Ratio(NamedTuple):
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Return two of the values that hold the true median with a probability of at least SURE, for any distribution.
 
-    The interval leaves out the k lowest and the k highest of n values. It misses the true median with the probability 2
-    (C(n, 0) + ... + C(n, k)) / 2^n. For five values k is 0: the lowest and the highest hold the median with 94 %.
+    The interval leaves out the k lowest and the k highest of n values. The probability that it misses the true median
+    is 2 (C(n, 0) + ... + C(n, k)) / 2^n. For five values k is 0: the lowest and the highest hold the median with 94 %.
     """
     n, k, outside = len(values), 0, 2 / 2 ** len(values)
     while outside + 2 * comb(n, k + 1) / 2**n <= 1 - SURE and k + 1 < n // 2:
@@ -229,7 +229,7 @@ def medians(rounds: Sequence[Sequence[float]]) -> list[float]:
 def ratio(theirs: Sequence[float], ours: Sequence[float]) -> Ratio:
     """Return the Ratio of the first contestant's time to the second's. theirs, ours: the median time of each round.
 
-    All contestants run in every round, so a disturbance slows both.
+    All contestants run in every round, so a disturbance affects both times.
     """
     each = [a / b for a, b in zip(theirs, ours, strict=True)]
     return Ratio(*(round(x, 4) for x in (statistics.median(each), *interval(each))))
@@ -247,7 +247,8 @@ def percentiles(rounds: list[list[float]]) -> list[float] | None:
 def row(c: Contestant, ours: Contestant, floor_us: float) -> dict[str, Any]:
     """Return the figures of a contestant in one pass.
 
-    ours: the contestant whose time its ratio is relative to. floor_us: the floor of the roofline in microseconds.
+    ours: the contestant whose time is the denominator of the ratio. floor_us: the floor of the roofline in
+    microseconds.
     """
     rounds = {clock: medians(getattr(c, clock)) for clock in ("device", "eager")}
     clock = "device" if c.device and ours.device else "eager"

@@ -14,7 +14,7 @@ from .peers import PEERS
 
 
 def listing(cases: Sequence[Case], names: Sequence[str], device: str) -> str:
-    """Return the text of --list: one line for each Case with a shape, or, if ops are named, all details of these."""
+    """Return the text of --list: one line for each Case with an example shape, or the details of the named ops."""
     if not names:
         return overview(cases, device)
     found = chosen(cases, names)

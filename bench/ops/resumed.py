@@ -40,7 +40,7 @@ def kept_report(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
     """Return the report that an earlier process wrote, or `fresh` if there is no report to continue.
 
     The report must have the same machine, date, code, flags and dtype. If the earlier process died at a shape, that
-    shape is added to the red ones. Raises InputError if the file is no report.
+    shape is recorded as red (failed). Raises InputError if the file is no report.
     """
     if not path.exists():
         return fresh

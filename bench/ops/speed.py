@@ -13,7 +13,7 @@ or operations / rate, whichever is longer. This run measures the bandwidth with 
 product.
 
 The files are written again before and after every shape. So a process that dies leaves its rows, and the name of the
-shape at which it died. --resume records that shape as red, and continues with the shapes after it.
+shape at which it died. --resume records that shape as red (failed), and continues after it.
 """
 
 import datetime
@@ -98,8 +98,8 @@ class Config:
 def main(cfg: Config) -> int:
     """Run the benchmark, and return the exit status.
 
-    The status is 1 if a function is wrong, a shape is red, or with --fail-above a time is slower. It is LOST if the
-    device no longer answers.
+    The status is 1 if a function is wrong, if a shape is red (failed), or with --fail-above if a time is slower. It is
+    LOST if the device no longer answers.
     """
     check(cfg)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -173,7 +173,10 @@ def dtype_of(cfg: Config, device: str) -> str:
 
 
 def in_turn(cases: list[Case], device: str) -> Iterator[tuple[Case, Dims]]:
-    """Yield the first shape of every Case, then the second, and so on. So an interrupted run has timed every Case."""
+    """Yield the first shape of every Case, then the second of every Case, and so on.
+
+    So an interrupted run has figures of as many Cases as possible.
+    """
     shapes = [[(case, dims) for dims in case.bench.get(device, ())] for case in cases]
     return (pair for layer in zip_longest(*shapes) for pair in layer if pair is not None)
 
@@ -236,7 +239,7 @@ class Bench:
         return 1 if report["red"] or report["wrong"] else 0
 
     def run_shape(self, case: Case, dims: Dims, where: str) -> bool:
-        """Run one shape, and return whether the device still answers. An exception makes only this shape red."""
+        """Run one shape, and return whether the device still answers. An exception marks the shape as red (failed)."""
         report = self.report
         report["begun"].append(where)
         report["running"] = where

@@ -81,7 +81,7 @@ def copied(tensors: Tensors) -> Tensors:
 
 
 def restore(tensors: Tensors, values: Tensors) -> None:
-    """Copy other values into the tensors, without a trace for autograd."""
+    """Copy other values into the tensors, in a way that autograd does not track."""
     for name, t in tensors.items():
         if t is not None and (value := values[name]) is not None:
             t.data.copy_(value)
@@ -91,7 +91,7 @@ def restore(tensors: Tensors, values: Tensors) -> None:
 
 
 def why_not(op: Callable[..., Any], case: Case, draws: list[Tensors], described_as: Description) -> str:
-    """Return why a user's function may not take part, in at most four lines; "" if it computes the same as the op.
+    """Return why a user's function may not take part, in at most four lines, or "" if it computes the same as the op.
 
     draws: two input sets of one shape. The second is written over the first. If no input of the Case has a gradient,
     only the forward pass is compared.
@@ -124,7 +124,7 @@ def raises(error: BaseException) -> str:
 
 
 def misfit(op: Callable[..., Any], case: Case, tensors: Tensors) -> str:
-    """Return why a function cannot be called with the op's arguments; "" if it can, or if it has no signature."""
+    """Return why a function cannot be called with the op's arguments, or "" if it can or has no signature."""
     names = [*tensors, *case.options]
     try:
         signature = inspect.signature(op)
@@ -161,7 +161,7 @@ def writes(names: list[str]) -> str:
 def remembers(
     op: Callable[..., Any], case: Case, tensors: Tensors, others: Tensors, described_as: Description
 ) -> str:
-    """Return the fault of a second call, with other numbers in the first call's tensors; "" without a fault."""
+    """Call a function twice on the same tensors with different numbers. Return the fault of the second call, or ""."""
     if any(t is not None and t.shape != getattr(others[n], "shape", None) for n, t in tensors.items()):
         return ""  # the draws have different lengths
 
@@ -177,7 +177,7 @@ def remembers(
 
 
 def overlaps(op: Callable[..., Any], case: Case, draws: list[Tensors], described_as: Description) -> str:
-    """Return the fault of a call if a second call follows before its backward pass; "" without a fault."""
+    """Run a second call between a call and its backward pass. Return the fault of the first call, or ""."""
     first, second = draws
     names = leaves(case, second)
     others = {n: as_leaf(t) if n in names and t is not None else t for n, t in second.items()}

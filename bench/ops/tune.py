@@ -155,7 +155,7 @@ def launches(slot: Slot, tile: Tile, case: Case, inputs: Any) -> list[Callable[[
 def beside(
     ours: list[Callable[[], Any]], theirs: list[Callable[[], Any]], device: str
 ) -> tuple[float, float]:
-    """Return the median seconds of two lists of launches, timed in turns. On a GPU they are replayed graphs."""
+    """Return the median seconds of two lists of launches, timed in turns. On a GPU each list is a replayed graph."""
     sides = ours, theirs
     if device == "cuda":
         graphs = [capture(side) for side in sides]

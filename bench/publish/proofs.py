@@ -1,6 +1,6 @@
 """Tables that need no measurement: figures of the machine code on each chip, ranked tiles, and analytic floors.
 
-Every build of bench/static.json is a line of docs/data/static.csv. The documents have sums of them.
+Each build of bench/static.json is a line of docs/data/static.csv. The documents show only totals.
 """
 
 import csv

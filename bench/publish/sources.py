@@ -11,7 +11,7 @@ NO_RUN = "No run is kept in `bench/results` yet.\n"
 
 
 def of_run(kind: str) -> Callable[[Callable[[str, dict[str, Any]], str]], Callable[[], str]]:
-    """Return a decorator for a function of (path, result) that makes a section from the newest run of a kind."""
+    """Return a decorator. It turns a function of (path, result) into a section made from the newest run of a kind."""
 
     def section(make: Callable[[str, dict[str, Any]], str]) -> Callable[[], str]:
         def made() -> str:
@@ -26,7 +26,7 @@ def of_run(kind: str) -> Callable[[Callable[[str, dict[str, Any]], str]], Callab
 
 
 def of_kept(name: str) -> Callable[[Callable[[dict[str, Any]], str]], Callable[[], str]]:
-    """Return a decorator for a function that makes a section from the contents of a JSON file in bench/."""
+    """Return a decorator. It turns a function of a file's contents into a section made from that file of bench/."""
 
     def section(make: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
         def made() -> str:

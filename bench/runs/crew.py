@@ -1,8 +1,8 @@
 """The workers that run the tests of a GPU: who gets which test, who is replaced, and what the verdict records.
 
 A worker gets one test at a time, and answers with its end. If a worker dies or does not answer, its test fails with the
-worker's last output, and the worker is replaced. The same happens if the device no longer answers after a test, as
-after an illegal access, because every later test in that process would fail.
+worker's last output, and the worker is replaced. A worker is also replaced if the device no longer answers after its
+test, as after an illegal access. Otherwise every later test in that process would fail.
 
 The first tests are one shape of each op in bf16, then one shape of each Case and the shipped tiles, then all others.
 Among waiting tests of equal rank, the next is of the op that has used the least time for its weight. So each op has its
@@ -105,7 +105,8 @@ class Worker:
     def died(self, asking: bool, end: float) -> str:
         """Return how the process ended, as "signal SIGSEGV" or "status 1".
 
-        asking: abort the process first. A process that hangs then prints where, and may take until `end`.
+        asking: abort the process first, so that a hanging process prints where it hangs. The wait ends at `end` at the
+        latest.
         """
         if asking:
             self.process.send_signal(signal.SIGABRT)
@@ -121,7 +122,7 @@ def kill(process: subprocess.Popen[Any]) -> None:
 
 
 def end_all(process: subprocess.Popen[Any]) -> None:
-    """End a process that leads a session, and all processes that it started. A process that survives is left."""
+    """Kill a process that leads a session, and all processes that it started. Wait at most a second for its end."""
     kill(process)
     with suppress(subprocess.TimeoutExpired):
         process.wait(1)
@@ -131,7 +132,7 @@ def end_all(process: subprocess.Popen[Any]) -> None:
 
 
 class Plan:
-    """The order of tests: by wave, then by op, where the op with the least time for its weight is next."""
+    """The order of tests: by wave, and then from the op that has used the least time for its weight."""
 
     def __init__(self, tests: list[Test]):
         self.waiting: dict[str, list[Test]] = {}
@@ -214,7 +215,10 @@ class Crew:
         return sum(w.test is None for w in self.workers) < sum(map(len, self.waiting.values()))
 
     def hear(self, worker: Worker) -> None:
-        """Read a worker's message: first its collected tests, later the end of its test. A closed pipe: it died."""
+        """Read a worker's message: first its collected tests, later the end of its test.
+
+        A closed pipe means that the worker died.
+        """
         try:
             message = worker.pipe.recv()
         except (EOFError, OSError):

@@ -41,8 +41,7 @@ class Config:
 
 
 def counted(embedded: bool, trained: int) -> dict[str, int]:
-    """Return the bytes of one step by the shapes: the most that the head holds besides its gradients, and all
-    gradients.
+    """Return the bytes of one step by the shapes: the peak of the head without gradients, and all gradients.
 
     labels: the logits, their log-softmax (which is saved), and its gradient. TRL: a tile of 4096 tokens by 32,768
     words, which holds all logits here, and two more such tiles while a CPU computes the statistics. Ours: a budget.

@@ -14,8 +14,9 @@ The steps are:
 
 Each step ends at its share of the time. Time that a step does not use is left to the later steps.
 
-Status: 0 if every test ended well, 1 if something failed, 3 if nothing failed but some tests were not reached. It needs
-torch, triton, numpy and pytest.
+Exit status: 0 if every test ended well, 1 if something failed, 3 if nothing failed but some tests were not reached.
+
+The command needs torch, triton, numpy and pytest.
 """
 
 import os

@@ -1,6 +1,7 @@
 """One measurement in its own process, for `scale` and `embedding`. It prints its figures as JSON.
 
-python -m burnish.bench.runs.process scale MODE python -m burnish.bench.runs.process embedding LOSS EMBEDDED
+python -m burnish.bench.runs.process scale MODE
+python -m burnish.bench.runs.process embedding LOSS EMBEDDED
 """
 
 import json

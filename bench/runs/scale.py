@@ -97,7 +97,7 @@ def step(mode: str) -> dict[str, float]:
 
 
 def counted(mode: str, several: int) -> dict[str, int]:
-    """Return the calculator's figures for the same step in bytes."""
+    """Return the bytes that the calculator predicts for the same step: held, and growth."""
     lora, base_4bit = MODES[mode]
     tokens = min(ROWS_AT_ONCE, -(-ROWS // several)) * LENGTH
     memory = training_memory(SHAPE, lora, base_4bit, tokens, torch.float32, several)

@@ -18,7 +18,7 @@ def number(tests: int | list[Any]) -> int:
 
 @dataclass
 class Verdict:
-    """The ends of tests, by op. path: the file that keeps them. facts: facts of the run that are written with them."""
+    """The outcomes of tests by op. path: the file that keeps them. facts: facts of the run, written with them."""
 
     path: Path | None
     facts: dict[str, Any]
