@@ -80,7 +80,7 @@ class Config:
     shape: tuple[str, ...] = ()  # your own shapes, in the letters that --list shows: "B=1 T=300 C=777"
     dtype: Literal["bf16", "fp16", "fp32"] | None = None  # bf16 on a GPU, fp32 on a CPU by default
     against: tuple[str, ...] = ()  # FILE.py:function ..., timed beside ours; the file is executed
-    rounds: Annotated[int, Bounds(5, 1000)] = ROUNDS  # rounds of timing; more narrow a ratio's interval
+    rounds: Annotated[int, Bounds(5, 1000)] = ROUNDS  # of timing; more rounds narrow the interval of a ratio
     peers: bool = False  # also time torch.compile, torch's own fused ops and other installed libraries
     forward_only: bool = False  # check and time the forward pass alone
     check_only: bool = False  # check accuracy, and time nothing; works with TRITON_INTERPRET=1
@@ -91,7 +91,7 @@ class Config:
     csv: Path | None = None  # write the figures to this file, a line for each pass of each contestant
     keep: bool = False  # write the figures to bench/results/<machine>-<date>.json
     resume: bool = False  # continue the file of --json or --keep with its missing shapes
-    budget: Annotated[float, Bounds(0, switch=True)] = inf  # seconds after which no shape is started
+    budget: Annotated[float, Bounds(0, switch=True)] = inf  # seconds after which no further shape is started
     commit: str | None = None  # commit to record with the figures, if git is absent
 
 

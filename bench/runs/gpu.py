@@ -67,11 +67,11 @@ STRAYS = 8  # most starts of the benchmark
 class Config:
     arguments: Annotated[
         tuple[str, ...], POSITIONAL
-    ] = ()  # for pytest, after a --: tests/kernels/test_moe.py -k bf16
-    seconds: Seconds = 480.0  # for all steps together
+    ] = ()  # arguments for pytest, after a --: tests/kernels/test_moe.py -k bf16
+    seconds: Seconds = 480.0  # time limit in seconds for all steps together
     steps: tuple[Step, ...] = ()  # the steps to run; all by default
     processes: Count = 8  # number of processes that run tests
-    patience: Seconds = PATIENCE  # seconds for one test
+    patience: Seconds = PATIENCE  # time limit in seconds for one test
     rehearse: str | None = None  # compile the accuracy tests for this chip, such as sm_90, without a GPU
     json: Path | None = None  # write the tests' verdict here, not to bench/results/tests-<gpu>-<date>.json
     commit: str | None = None  # commit to record with the results, if git is absent

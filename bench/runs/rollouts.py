@@ -46,7 +46,7 @@ from .trainers import write_model
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    model: Path | None = None  # a Hugging Face folder to measure, too
+    model: Path | None = None  # a Hugging Face folder to measure as well
     rounds: Count = 5  # rounds, each with both sides in turn
     json: Path | None = None  # write the figures to this file
     keep: bool = False  # keep the figures in bench/results, under their usual name

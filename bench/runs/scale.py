@@ -43,7 +43,9 @@ MODES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    processes: Annotated[int, Bounds(1, ROWS)] = 2  # of a step, which also runs in one; each needs a row
+    processes: Annotated[int, Bounds(1, ROWS)] = (
+        2  # number of processes of the second run, after a run of one; each needs a row
+    )
 
 
 def step(mode: str) -> dict[str, float]:
