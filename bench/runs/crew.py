@@ -244,7 +244,7 @@ class Crew:
         if worker.test is not None or not worker.ready:
             patience = self.patience if worker.ready else START
             if worker.seconds > patience:
-                self.bury(worker, f"no end after {patience:.0f} s", asking=True)
+                self.bury(worker, f"did not end within {patience:.0f} s", asking=True)
             return
 
         assert self.plan is not None
