@@ -1,4 +1,4 @@
-"""The types that an adapter file imports, which connects a trainer to `burnish bench conformance`.
+"""The types that an adapter file imports to connect a trainer to `burnish bench conformance`.
 
 An adapter is a function without arguments that returns a `Trainer`. Its callables work on a toy model and on plain
 tensors, and any of them may be missing. docs/conformance.md has a complete adapter.

@@ -91,7 +91,7 @@ def _sinks_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
 
 
 def _packed_ends(T: int) -> list[int]:
-    """Return the boundaries of four segments, of which one is empty."""
+    """Return the boundaries of four segments. One of the segments is empty."""
     return [0, T // 5, T // 5, T // 2, T]
 
 

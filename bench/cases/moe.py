@@ -150,7 +150,7 @@ def _work(dims: Dims, size: int) -> tuple[Work, Work]:
 
 
 def _adapter_work(dims: Dims, size: int) -> tuple[Work, Work]:
-    """Return the work of a mixture with adapters and frozen experts, which need no weight gradient.
+    """Return the work of a mixture with adapters and frozen experts. Frozen experts need no weight gradient.
 
     Bytes of 4-bit experts are counted as if the experts were dense.
     """

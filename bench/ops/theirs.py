@@ -1,4 +1,4 @@
-"""A user's function in the benchmark: it is loaded from a file, which is executed, and is checked before it is timed.
+"""A user's function in the benchmark. Its file is executed, and the function is checked before it is timed.
 
 The function is called like the op, with the op's arguments by name. Its conditions are:
 

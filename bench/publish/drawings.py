@@ -1,4 +1,4 @@
-"""The drawings of docs/pictures, each a function from figures to a matplotlib figure.
+"""The drawings of docs/pictures. Each is a function that turns figures into a matplotlib figure.
 
 Each contestant has its own line, with its name beside its bar. So no line hides another, and no legend is needed.
 """

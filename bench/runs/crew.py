@@ -1,4 +1,4 @@
-"""The workers that run the tests of a GPU: who gets which test, who is replaced, and what the verdict records.
+"""The workers that run the tests of a GPU: how tests are handed out, and how failed workers are replaced.
 
 A worker gets one test at a time, and answers with its end. If a worker dies or does not answer, its test fails with the
 worker's last output, and the worker is replaced. A worker is also replaced if the device no longer answers after its

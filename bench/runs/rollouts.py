@@ -172,7 +172,7 @@ def theirs(model: Any, work: Work, greedy: bool) -> list[list[int]]:
 
 
 def until(tokens: list[int], stops: list[int]) -> list[int]:
-    """Return the tokens up to the first stop id, which is included."""
+    """Return the tokens up to and including the first stop id."""
     ends = [i + 1 for i, token in enumerate(tokens) if token in stops]
     return tokens[: ends[0]] if ends else tokens
 

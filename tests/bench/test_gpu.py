@@ -80,7 +80,7 @@ def test_whatever_happens_is_named_and_ends_nothing_else(crew, tmp_path, capsys)
     verdict.print_all()
     out = capsys.readouterr().out
     assert out.count("          AssertionError: one is not two\n") == 1  # where it ended
-    assert "FAILED test_planted.py::test_hangs: no end" in out
+    assert "FAILED test_planted.py::test_hangs: did not end" in out
     assert out.splitlines()[-1] == "tests: 2 passed, 0 skipped, 5 failed, 0 not reached"
 
 
