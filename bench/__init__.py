@@ -1,1 +1,1 @@
-"""One registry of cases, floor 3, read by tests, the static proof and the benchmark."""
+"""The benchmark and the static proof of the ops (floor 3), on one registry of cases that the tests share."""

@@ -1,4 +1,4 @@
-"""The door to the benchmark that needs no tyro: see command.py."""
+"""The entry point of the benchmark without tyro. command.py describes both entry points."""
 
 import sys
 

@@ -1,9 +1,9 @@
-"""`burnish bench`: the benchmark's commands, each a Config and a `main`, behind two doors.
+"""The commands of `burnish bench`, each a module with a Config and a `main`, and their two entry points.
 
     burnish bench [COMMAND] ...               flags are read by tyro
-    python -m burnish.bench [COMMAND] ...     by argparse: torch, triton and numpy are enough
+    python -m burnish.bench [COMMAND] ...     flags are read by argparse; torch, triton and numpy are enough
 
-Without a COMMAND ops are timed.
+Without a COMMAND, ops are timed.
 """
 
 import importlib
@@ -15,18 +15,21 @@ from ..model.errors import InputError
 from .flags import check, flag, parse
 
 COMMANDS = {  # name: (module with a Config and a main, one line)
-    "static": ("ops.static", "compile every kernel for six chips, and say what got worse"),
-    "tune": ("ops.tune", "candidate tiles, ranked without a GPU, and timed on one"),
-    "paths": ("ops.paths", "the table of lora_linear's fastest paths, from measured times"),
-    "gpu": ("runs.gpu", "all that a GPU is asked: compiled tests, times, tiles, within a budget"),
-    "trainers": ("runs.trainers", "our trainers beside TRL's: tokens a second, memory, losses"),
-    "rollouts": ("runs.rollouts", "sampling beside transformers': tokens a second, caches"),
-    "scale": ("runs.scale", "a training step in several processes"),
-    "embedding": ("runs.embedding", "a TRL step with our ops inside: memory and time"),
-    "conformance": ("runs.conformance", "whether a trainer does what its papers say, check by check"),
-    "report": ("publish.report", "write the tables and pictures of README and docs anew"),
+    "static": ("ops.static", "compile every kernel for six chips, and list the figures that got worse"),
+    "tune": ("ops.tune", "rank candidate tiles, and time them on a GPU"),
+    "paths": ("ops.paths", "write the table of lora_linear's fastest paths from measured times"),
+    "gpu": ("runs.gpu", "run everything that needs a GPU: compiled tests, times, tiles, within a time limit"),
+    "trainers": ("runs.trainers", "compare our trainers with TRL's: tokens per second, memory, losses"),
+    "rollouts": (
+        "runs.rollouts",
+        "compare our generation with transformers': tokens per second, cache sizes",
+    ),
+    "scale": ("runs.scale", "measure the memory of a training step in several processes"),
+    "embedding": ("runs.embedding", "measure memory and time of a TRL step with our ops inside"),
+    "conformance": ("runs.conformance", "check whether a trainer computes what its papers define"),
+    "report": ("publish.report", "generate the tables and pictures of README and docs"),
 }
-# what a command may lack, beside what every command needs
+# packages that some commands need, and others do not
 PACKAGES = ("transformers", "peft", "trl", "accelerate", "datasets", "matplotlib", "jinja2", "pytest")
 
 
@@ -37,7 +40,7 @@ def usage() -> str:
 
 
 def main(words: Sequence[str], plain: bool = False) -> int:
-    """Run one command, and return its exit status. plain: flags are read without tyro."""
+    """Run one command, and return its exit status. plain: read the flags with argparse instead of tyro."""
     door = "python -m burnish.bench" if plain else "burnish bench"
     name = words[0] if words and words[0] in COMMANDS else ""
     module = importlib.import_module(f"burnish.bench.{COMMANDS[name][0] if name else 'ops.speed'}")
@@ -60,7 +63,7 @@ def main(words: Sequence[str], plain: bool = False) -> int:
 
 
 def check_values(cfg: Any, words: Sequence[str]) -> None:
-    """Raises InputError where a flag of several values was given none: tyro takes that for one that is absent."""
+    """Raise InputError if a flag that takes several values got none. tyro treats such a flag as absent."""
     for name, value in vars(cfg).items():
         if value == () and flag(name) in words:
             raise InputError(f"{flag(name)}: expected at least one value, got none")

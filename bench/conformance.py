@@ -1,7 +1,7 @@
-"""An adapter's side of the conformance suite: what a file imports that puts a trainer to `burnish bench conformance`.
+"""The types that an adapter file imports to connect a trainer to `burnish bench conformance`.
 
-An adapter is a function without arguments that returns a `Trainer`: callables on a toy model and on plain tensors, each
-of which may be missing; docs/conformance.md has a complete one.
+An adapter is a function without arguments that returns a `Trainer`. Its callables work on a toy model and on plain
+tensors, and any of them may be missing. docs/conformance.md has a complete adapter.
 """
 
 from collections.abc import Callable
@@ -11,15 +11,16 @@ from typing import Literal
 
 from torch import Tensor
 
-EOS, PAD, VOCABULARY = 0, 1, 24  # two ids of the toy model, and how many it has
-Row = dict[str, str]  # prompt and completion, or prompt, chosen and rejected: words with blanks between them
+EOS, PAD, VOCABULARY = 0, 1, 24  # two ids of the toy model, and the number of all ids
+Row = dict[str, str]  # prompt and completion, or prompt, chosen and rejected: words separated by blanks
 
 
 @dataclass(frozen=True)
 class Toy:
-    """Hugging Face folders of a small llama, and of a LoRA adapter on it (PEFT's format) that changes what it says.
+    """Hugging Face folders of a small Llama, and of a LoRA adapter in PEFT's format that changes its outputs.
 
-    Words are "w2" to "w23", their ids the numbers; <eos> is 0 and <pad> 1. pad: the token to pad with, perhaps <eos>.
+    Its words are "w2" to "w23", and the id of a word is its number. The id of <eos> is 0, that of <pad> is 1. pad: the
+    token to pad with, which may be <eos>.
     """
 
     folder: Path
@@ -29,12 +30,12 @@ class Toy:
 
 @dataclass(frozen=True)
 class Batch:
-    """One optimizer step."""
+    """The rows of one optimizer step, and the way in which they are split."""
 
     rows: list[Row]
-    rows_at_once: int  # in one forward and backward; the last may be fewer
+    rows_at_once: int  # rows in one forward and backward; the last part may have fewer
     packed: bool = False  # several rows in one sequence
-    ranks: int = 1  # data-parallel processes, over which the rows are spread
+    ranks: int = 1  # data-parallel processes that share the rows
     max_length: int = 64  # tokens; rows are cut there
 
 
@@ -46,29 +47,33 @@ class Step:
 
 @dataclass(frozen=True)
 class KL:
-    """A KL term of a loss. loss(logprob, ref_logprob): (tokens,) of the policy's own samples to their mean, scalar."""
+    """A KL term of a loss.
+
+    loss(logprob, ref_logprob) takes two (tokens,) tensors of the policy's samples, and returns the mean of the term.
+    """
 
     loss: Callable[[Tensor, Tensor], Tensor]
-    gradient: Literal["KL(pi || ref)", "KL(ref || pi)"]  # which KL's it is in expectation
+    gradient: Literal["KL(pi || ref)", "KL(ref || pi)"]  # the KL whose gradient the term has in expectation
 
 
 @dataclass(frozen=True)
 class Trainer:
     """A trainer's callables, any of which may be missing.
 
-    sft(toy, batch): supervised fine-tuning on completions with their end token, from toy.folder; one step.
-    dpo(toy, pairs, rows_at_once, steps, learning_rate, lora): each step on all pairs; lora: None trains the weights,
-        "fresh" a new adapter on toy.folder, "loaded" goes on with toy.adapter.
-    score(toy, prompts, completions, side): log-probabilities of each completion's ids, a tensor a completion. All run
-        in one batch, padded on the left or on the right; a trainer without padding has padding_sides ().
+    sft(toy, batch): one step of supervised fine-tuning from toy.folder, on completions with their end token.
+    dpo(toy, pairs, rows_at_once, steps, learning_rate, lora): steps that each train all pairs. lora: None trains the
+        weights, "fresh" trains a new adapter on toy.folder, "loaded" continues toy.adapter.
+    score(toy, prompts, completions, side): log-probabilities of the ids of each completion, one tensor per completion.
+        All run in one batch, padded on the left or on the right. A trainer without padding has padding_sides ().
     rollout(toy, prompt, count, temperature, top_k): `count` samples of one token, (count,) int64, and the
         log-probabilities with which the policy's update would score them, (count,).
-    policy_loss(logprob, old_logprob, advantage, mask, num_tokens): the clipped loss over mask's tokens; (B, T) but for
-        advantage (B,). num_tokens: of the whole optimizer step, of which these may be a part.
+    policy_loss(logprob, old_logprob, advantage, mask, num_tokens): the clipped loss over the tokens in mask. advantage
+        is (B,), the other tensors are (B, T). num_tokens counts the whole optimizer step; the tensors may be a part of
+        it.
     kl: the KL terms that a loss may have, by name.
-    shaped_rewards(score, logprob, ref_logprob, mask, beta): PPO's rewards of tokens, (B, T), from scores (B,).
-    advantages(rewards, mask): PPO's with gamma = lambda = 1 and values of 0, before whitening; (B, T).
-    absent: for a callable that is None, why, where there is more to say than that the adapter does not have it.
+    shaped_rewards(score, logprob, ref_logprob, mask, beta): PPO's rewards of the tokens, (B, T), from scores (B,).
+    advantages(rewards, mask): PPO's advantages with gamma = lambda = 1 and values of 0, before whitening, (B, T).
+    absent: the reason why a callable is None, by its name. By default the report says that the adapter lacks it.
     """
 
     name: str
@@ -86,7 +91,10 @@ class Trainer:
 
 
 class NotApplicable(Exception):
-    """Raised by an adapter's callable for one kind of input that its trainer does not have, with the reason."""
+    """An exception that an adapter's callable raises for a kind of input that its trainer does not support.
+
+    The message is the reason.
+    """
 
 
 def ids_of(words: str) -> list[int]:

@@ -1,7 +1,7 @@
-"""Flags of `burnish bench`, read from a Config by argparse, where tyro is not: a GPU machine has torch, triton, numpy.
+"""Flags of `burnish bench`, read by argparse for machines without tyro, such as a GPU machine with torch and triton.
 
-A Config is a dataclass as those of algorithms/: the comment of a flag is its help, the type says what it may be. What
-is marked with POSITIONAL is given by its place.
+A Config is a dataclass like those of algorithms/. The comment of a field is its help text, and the type gives the
+allowed values. A field that is marked with POSITIONAL is a positional argument.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from ..algorithms.run.flags import POSITIONAL, bounds, check_number, helps
 
 
 class Kind(NamedTuple):
-    """A flag's type: how one word of it is read, and how many there are."""
+    """The type of a flag: the function that reads one word, whether it takes several words, and the allowed values."""
 
     read: Any  # a function of the word
     many: bool = False
@@ -23,7 +23,7 @@ class Kind(NamedTuple):
 
 
 def kind(hint: Any) -> Kind:
-    """The Kind of an annotation: a type, one or None, a Literal, or a tuple of any number of these."""
+    """Return the Kind of an annotation: a type, a type or None, a Literal, or a tuple of any number of these."""
     origin, parts = get_origin(hint), [part for part in get_args(hint) if part not in (NoneType, Ellipsis)]
     if origin is tuple:
         return kind(parts[0])._replace(many=True)
@@ -36,7 +36,7 @@ def kind(hint: Any) -> Kind:
 
 
 def parse(name: str, config: type, words: Sequence[str], description: str) -> Any:
-    """The Config that the words of a command line say. Exits with status 2 where they are none of its flags."""
+    """Return the Config that a command line describes. Exit with status 2 if the command line is invalid."""
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog=name, description=description, formatter_class=plain)
     texts, marked = helps(config), get_type_hints(config, include_extras=True)
@@ -73,15 +73,16 @@ def flag(name: str) -> str:
 
 
 def check(cfg: Any) -> None:
-    """Raises InputError where a number is outside of its bounds."""
+    """Raise InputError if a number is outside its bounds."""
     for name, found in bounds(type(cfg)).items():
         check_number(name, getattr(cfg, name), found)
 
 
 def spelled(command: str, cfg: Any) -> str:
-    """The command line that gives a Config: its places, then the flags that differ from their defaults.
+    """Return the command line that gives a Config: positional arguments, then all flags that are not at their default.
 
-    Places among which one looks like a flag, as another program's do, stand at the end, behind a `--`.
+    If a positional argument looks like a flag (it may be meant for another program), all of them come last, after a
+    `--`.
     """
     marked = get_type_hints(type(cfg), include_extras=True)
     places, flags = [], []

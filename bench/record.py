@@ -1,6 +1,6 @@
-"""The files in bench/results: what is kept of a run, and on which machine it ran.
+"""The files in bench/results: the figures of kept runs, and facts about the machines on which they ran.
 
-The benchmark keeps <machine>-<date>.json, a whole run (of the trainers, of rollouts, of a recipe) <kind>-<date>.json.
+The benchmark's file is <machine>-<date>.json. A whole run of trainers, rollouts or a recipe has <kind>-<date>.json.
 """
 
 import json
@@ -26,9 +26,9 @@ PATIENCE = 10.0  # seconds for git, or for a driver that may hang
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file, and the folders around it. A run that is cut short leaves the old file whole.
+    """Write a file, and create its folders. An interrupted write leaves the old file intact.
 
-    Of a link, what it leads to is written. Raises InputError.
+    If the path is a link, the file behind it is written. Raises InputError if the file cannot be written.
     """
     path = path.resolve()
     try:
@@ -40,13 +40,13 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def results_file(device: str, day: str, kind: str = "") -> Path:
-    """<kind>-<machine>-<date>.json in bench/results, without a kind the benchmark's."""
+    """Return the path <kind>-<machine>-<date>.json in bench/results. Without a kind it is the benchmark's file."""
     name = "-".join(device.lower().replace("(r)", "").split())
     return RESULTS / f"{kind + '-' if kind else ''}{name}-{day}.json"
 
 
 def keep(kind: str, command: str, *files: Path, kept: bool = True, **figures: Any) -> None:
-    """Write the figures of a whole run, with its day and its commit, to files, and where kept to bench/results."""
+    """Write the figures of a whole run, with its date and commit, to the files and, if `kept`, to bench/results."""
     today = date.today().isoformat()
     commit = run_text("git", "rev-parse", "--short", "HEAD")
     result = {"kind": kind, "date": today, "commit": commit, "command": command, **figures}
@@ -57,7 +57,7 @@ def keep(kind: str, command: str, *files: Path, kept: bool = True, **figures: An
 
 @contextmanager
 def reading(path: Path | str) -> Iterator[None]:
-    """Turn errors of a block that reads figures into one sentence that names the file."""
+    """Turn an error of a block that reads figures into an InputError of one sentence that names the file."""
     try:
         yield
     except InputError:
@@ -68,7 +68,7 @@ def reading(path: Path | str) -> Iterator[None]:
 
 
 def kept_part(file: Path, name: str) -> dict[str, list[dict[str, Any]]]:
-    """The lists of objects, by key, that a file of bench/ keeps under a name; empty where there is no file."""
+    """Return the entry `name` of a JSON file in bench/: lists of objects by key. Return {} if there is no file."""
     if not file.exists():
         return {}
     with reading(file):
@@ -79,17 +79,17 @@ def kept_part(file: Path, name: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def newest_run(kind: str) -> tuple[str, dict[str, Any]] | None:
-    """The newest file of a kind of whole runs, and its path below the root."""
+    """Return the newest kept run of a kind, as (path below the root, contents), or None if no run is kept."""
     path = max(RESULTS.glob(f"{kind}-*.json"), default=None)
     return None if path is None else (str(path.relative_to(ROOT)), read_object(path))
 
 
 def newest_results() -> dict[str, dict[str, Any]]:
-    """The newest file for each machine, by its path below the root; GPUs first."""
+    """Return the newest benchmark file of each machine, by its path below the root. GPUs come first."""
     found: dict[str, tuple[str, dict[str, Any]]] = {}
     for path in sorted(RESULTS.glob("*.json")):
         result = read_object(path)
-        if "kind" in result:  # whole runs, which have tables of their own
+        if "kind" in result:  # a whole run, which has its own table
             continue
         with reading(path):
             device = result["machine"]["device"]
@@ -100,7 +100,7 @@ def newest_results() -> dict[str, dict[str, Any]]:
 
 
 def best(row: dict[str, Any]) -> list[float]:
-    """Device time where it was measured, else the host's."""
+    """Return the percentiles of a row's time on the device, or of its time on the host if only that was measured."""
     return row["device_us"] or row["eager_us"]
 
 
@@ -126,7 +126,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def query(fields: str) -> str:
-    """nvidia-smi only asks; nothing here changes a clock."""
+    """Return fields that nvidia-smi reports. It only reads, so that no clock is changed."""
     return run_text("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
 
 

@@ -1,1 +1,1 @@
-"""Cases: what the tests, the static proof and the benchmark know about each op."""
+"""Cases: the definition of each op for the tests, the static proof and the benchmark."""

@@ -1,4 +1,4 @@
-"""Cases of kernels/attention.py: attention over whole sequences, packed rows and shared prompts."""
+"""Cases of kernels/attention.py: attention over whole sequences, packed sequences and shared prompts."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -25,7 +25,7 @@ def _eager(
     return_lse: bool = False,
     **numbers: Any,
 ) -> Any:
-    """The score matrix in the input's dtype, its softmax in fp32, as the model files of Hugging Face have it."""
+    """Compute attention with all scores in the input's dtype and the softmax in fp32, as Hugging Face's models do."""
     rules = Rules(**numbers)
     if cu_seqlens is not None:
         q, k, v = q[None], k[None], v[None]
@@ -59,7 +59,11 @@ def _eager(
 
 
 def _related(cu_seqlens: Tensor, parents: Tensor | None, total: int) -> tuple[Tensor, Tensor]:
-    """(total, total): rows of one segment or of its parent; and (total,): the row at which positions start."""
+    """Return two tensors for packed rows: related (total, total) bool, and start (total,).
+
+    related is True if the key's row is in the segment of the query's row, or in the parent of that segment. The
+    position of a row is its number minus start.
+    """
     lengths = cu_seqlens.diff()
     place = torch.arange(len(lengths), device=cu_seqlens.device)
     segment = torch.repeat_interleave(place, lengths, output_size=total)
@@ -87,7 +91,7 @@ def _sinks_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
 
 
 def _packed_ends(T: int) -> list[int]:
-    """Four segments, one of them empty."""
+    """Return the boundaries of four segments. One of the segments is empty."""
     return [0, T // 5, T // 5, T // 2, T]
 
 
@@ -97,7 +101,10 @@ def _packed_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
 
 
 def _shared_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
-    """A prompt of P tokens and completions of R that continue it; tokens left over are a segment of their own."""
+    """Return inputs with one prompt of P tokens and completions of R tokens that continue it.
+
+    Tokens that are left over form a separate segment.
+    """
     check_most(dims, "P", "T")
     T, P, R = dims["T"], dims["P"], dims["R"]
     children, left = divmod(T - P, R)
@@ -114,7 +121,7 @@ def _shared_sinks_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors
 
 
 def _pairs(dims: Dims) -> int:
-    """(query, key) pairs in sight, over the batch: causal, S >= T."""
+    """Return the number of visible (query, key) pairs over the batch, for causal attention with S >= T."""
     if "B" not in dims and "P" not in dims:
         return sum(n * (n + 1) // 2 for n in (b - a for a, b in pairwise(_packed_ends(dims["T"]))))
     if "P" not in dims:
@@ -132,11 +139,15 @@ def _work(dims: Dims, size: int) -> tuple[Work, Work]:
     return Work(4 * products * D, moved), Work(10 * products * D, 2 * moved)
 
 
-MOST_SCORES = 2**26  # 512 MB of them in fp64
+MOST_SCORES = 2**26  # 512 MB in fp64
 
 
 def _fewer_heads(dims: Dims) -> Dims:
-    """The reference holds the scores of every head: two of one sequence stand for all, where these are too many."""
+    """Return the shape at which a benchmark shape is checked.
+
+    The reference holds the scores of every head. If they are more than MOST_SCORES, one sequence stands for the batch,
+    and one group of heads for all (two heads if H = G).
+    """
     if dims.get("B", 1) * dims["H"] * dims["T"] * dims.get("S", dims["T"]) <= MOST_SCORES:
         return dims
     return (
@@ -153,7 +164,7 @@ _SHAPES = (
     {"B": 1, "T": 1, "S": 1, "H": 1, "G": 1, "D": 1},
     {"B": 2, "T": 33, "S": 33, "H": 2, "G": 1, "D": 17},
     {"B": 1, "T": 7, "S": 37, "H": 2, "G": 2, "D": 16},
-    {"B": 1, "T": 43, "S": 13, "H": 4, "G": 2, "D": 16},  # thirty rows see nothing
+    {"B": 1, "T": 43, "S": 13, "H": 4, "G": 2, "D": 16},  # thirty rows see no key
 )
 _PACKED = {"T": 41, "H": 2, "G": 1, "D": 16}
 _SHARED = {"T": 45, "P": 13, "R": 9, "H": 2, "G": 1, "D": 16}
@@ -162,7 +173,7 @@ _BENCH = {
     "cpu": ({"B": 2, "T": 256, "H": 8, "G": 2, "D": 64},),
 }
 _TILES = tuple({"B": 1, "T": 256, "H": 2, "G": 1, "D": d} for d in (128, 64, 256, 80, 100))
-_PACKED_TILES, _SHARED_TILES = (  # a shared prompt's keys are a program for each query head
+_PACKED_TILES, _SHARED_TILES = (  # a shared prompt's keys may be split by query head
     tuple({"T": 256, **prompt, "H": 2, "G": 1, "D": d} for d in (128, 64, 256))
     for prompt in ({}, {"P": 64, "R": 64})
 )
@@ -175,10 +186,10 @@ _CASE = Case(
     reference=flash_attention_reference,
     eager=_eager,
     work=_work,
-    formula="4D operations for each pair in sight and head; 10D",
+    formula="4D operations for each visible pair and head; 10D",
     shapes=_SHAPES,
     empty=({"B": 0, "T": 3, "H": 2, "G": 1, "D": 8}, {"B": 1, "T": 0, "H": 2, "G": 1, "D": 8}),
-    # k stays at 1: both at 30 make scores of thousands, whose last bit in fp32 is all that exp(s - lse) sees
+    # k is not scaled: q and k at 30 make scores of thousands, where fp32 rounding dominates exp(s - lse)
     activations=("q", "v"),
     half_scales=(1e-3,),
     check=_fewer_heads,
@@ -225,7 +236,7 @@ CASES = (
         reads_values=True,
         shapes=(
             {"T": 45, "P": 37, "R": 4, "H": 1, "G": 1, "D": 16},
-        ),  # its first keys are in no child's window
+        ),  # the prompt's first keys are in no completion's window
         optional={},
         empty=(),
         options={"window": 5, "softcap": 5.0, "return_lse": True},

@@ -1,14 +1,15 @@
-"""A Case: all that the tests, the static proof and the benchmark know about an op and a family of its shapes.
+"""A Case: the definition of one op on one family of shapes, shared by the tests, the static proof and the benchmark.
 
-The accuracy rule, for every output and every gradient:
+Every output and every gradient must satisfy the accuracy rule:
 
     max|fused - truth| <= 2 max|eager - truth| + 1e-5 (1 + max|truth|)
 
-truth is the reference in fp32 (fp64 for fp32 inputs); eager is the composition as torch users write it, in the input's
-dtype. An op is held to what its users would otherwise have had; NaN never passes. `verdicts` judges every output and
-gradient, and finds where one is wrong; `assert_accurate` raises with the first that is.
+truth is the reference in fp32 (in fp64 for fp32 inputs). eager is the composition that torch users write, in the
+input's dtype. So the error of an op may be at most about twice the error of the code that it replaces. NaN never
+passes. `verdicts` judges every output and gradient, and finds where a result is wrong. `assert_accurate` raises
+AssertionError for the first wrong result.
 
-An op's Cases stand in bench/cases/<its file in kernels>.py; bench/cases/registry.py lists them all.
+The Cases of kernels/x.py are in bench/cases/x.py. bench/cases/registry.py lists all Cases.
 """
 
 import math
@@ -21,13 +22,13 @@ import torch
 from torch import Tensor
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-FEW = 8  # numbers, of which eager is now and then right by luck
-Dims = dict[str, int]  # a shape by the house's letters: {"B": 2, "T": 5, "C": 100}
-Tensors = dict[str, Tensor | None]  # by the name of the op's argument
+FEW = 8  # elements: in a tensor of so few, eager may be exact by chance
+Dims = dict[str, int]  # sizes by axis letter: {"B": 2, "T": 5, "C": 100}
+Tensors = dict[str, Tensor | None]  # keys: names of the op's arguments
 
 
 class Work(NamedTuple):
-    """The least that one pass must do: arithmetic operations, and bytes when each operand is read or written once."""
+    """The minimum work of one pass: its arithmetic operations, and its bytes if each operand moves only once."""
 
     flops: int
     bytes: int
@@ -42,19 +43,21 @@ class Case:
     reference: Callable[..., Any]
     eager: Callable[..., Any]
     work: Callable[[Dims, int], tuple[Work, Work]]  # (dims, bytes per element) -> forward, backward
-    formula: str  # the traffic in work, in words: elements forward; elements backward
-    shapes: tuple[Dims, ...]  # tests: one, odd, prime, just over a tile; all of the same letters
-    activations: tuple[str, ...]  # what is scaled by 30; the other tensors are parameters
+    formula: str  # `work` in words, for tables: forward; backward
+    shapes: tuple[Dims, ...]  # for tests: 1, odd, prime, just above a tile; all with the same letters
+    activations: tuple[str, ...]  # tensors that tests scale by 30; the others are parameters
     empty: tuple[Dims, ...] = ()
-    # by device, "cuda" or "cpu"; the one to know first
+    # shapes to time, by device ("cuda" or "cpu"); the most important first
     bench: dict[str, tuple[Dims, ...]] = field(default_factory=dict)
-    configurations: tuple[Dims, ...] = ()  # for the static proof: one for each row of the kernel's tile table
+    configurations: tuple[
+        Dims, ...
+    ] = ()  # for the static proof: one shape for each row of the kernel's tile table
     options: dict[str, Any] = field(default_factory=dict)
     fixed: tuple[str, ...] = ()  # float tensors that have no gradient
-    half_scales: tuple[float, ...] = (1e-3, 30)  # those at which the eager composition is finite in fp16
-    reads_values: bool = False  # the CPU path looks into integer tensors, which those on meta do not have
-    check: Callable[[Dims], Dims] = dict  # the shape at which a benchmark shape is checked before it is timed
-    # letters that may be left out, and the letter whose size they have then
+    half_scales: tuple[float, ...] = (1e-3, 30)  # scales at which eager is finite in fp16
+    reads_values: bool = False  # the CPU path reads integer values, so it cannot run on meta tensors
+    check: Callable[[Dims], Dims] = dict  # benchmark shape -> the shape at which its accuracy is checked
+    # letters that a shape may omit -> the letter whose size they then have
     optional: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -71,13 +74,13 @@ def randn(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
 
 
 def check_most(dims: Dims, letter: str, most: str) -> None:
-    """Raises ValueError for a size above another letter's."""
+    """Raise ValueError if the size of `letter` is above the size of the letter `most`."""
     if dims[letter] > dims[most]:
         raise ValueError(f"{letter}: expected at most {most}={dims[most]}, got {dims[letter]}")
 
 
 def taken(named: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Take out of `named` what begins with the prefix: {"teacher_bias": b} gives {"bias": b}."""
+    """Remove the entries with a prefix from `named`. Return them without it: {"teacher_bias": b} gives {"bias": b}."""
     return {n.removeprefix(prefix): named.pop(n) for n in list(named) if n.startswith(prefix)}
 
 
@@ -91,7 +94,11 @@ def tensor(tensors: Tensors, name: str) -> Tensor:
 
 
 def make_inputs(case: Case, dims: Dims, dtype: torch.dtype, device: str, scale: float = 1.0) -> Tensors:
-    """Scale 30 is for activations only; 1e-3 is for every tensor that is learned or computed."""
+    """Return the op's input tensors at a shape, multiplied by `scale`.
+
+    A scale of 1 or more applies only to the activations. A smaller scale also applies to every tensor that has a
+    gradient.
+    """
     tensors = case.inputs(dims, dtype, device)
     for name, t in tensors.items():
         if t is not None and t.is_floating_point() and (name in case.activations or name not in case.fixed):
@@ -100,19 +107,22 @@ def make_inputs(case: Case, dims: Dims, dtype: torch.dtype, device: str, scale: 
 
 
 def leaves(case: Case, tensors: Tensors) -> list[str]:
-    """The names of the tensors that have a gradient."""
+    """Return the names of the tensors that have a gradient."""
     return [n for n, t in tensors.items() if t is not None and t.is_floating_point() and n not in case.fixed]
 
 
 def as_leaf(t: Tensor) -> Tensor:
-    """A tensor that takes a gradient, on the same memory: itself where it does."""
+    """Return a leaf tensor that requires a gradient, on the same memory. If t is such a leaf, return t itself."""
     return t if t.requires_grad and t.is_leaf else t.detach().requires_grad_()
 
 
 def run(
     op: Callable[..., Any], case: Case, tensors: Tensors, upstream: list[Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Outputs by number and, given their upstream gradients, the gradient of every leaf by name."""
+    """Run an op, and return its outputs. If upstream gradients are given, also return the gradients of its inputs.
+
+    The keys of the result are "output 0", "gradient of q" and so on. upstream: one gradient for each output.
+    """
     names = leaves(case, tensors)
     if upstream is None or not names:
         with torch.no_grad():
@@ -138,7 +148,7 @@ def widen(tensors: Tensors, dtype: torch.dtype) -> Tensors:
 
 
 def make_upstream(case: Case, tensors: Tensors) -> list[Tensor]:
-    """Random upstream gradients, in the shapes and dtypes that the reference says the op returns."""
+    """Return random upstream gradients, one for each output of the reference, in its shape and dtype."""
     return [
         torch.randn(t.shape, dtype=t.dtype, device=t.device)
         for t in run(case.reference, case, tensors).values()
@@ -149,27 +159,30 @@ def make_upstream(case: Case, tensors: Tensors) -> list[Tensor]:
 
 
 class Wrong(NamedTuple):
-    """A fault of one output or gradient. Where shape, dtype or kind differ, there is the reason alone."""
+    """A fault of one output or gradient. If its shape, dtype or device is wrong, only `reason` is set."""
 
     reason: str  # a clause
-    count: int = 0  # of elements that are wrong
+    count: int = 0  # wrong elements
     numel: int = 0
-    nan: int = 0  # among those that are wrong
+    nan: int = 0  # wrong elements that are NaN
     infinite: int = 0
-    worst: tuple[int, ...] = ()  # its index: a NaN or an infinity before all others
+    worst: tuple[int, ...] = ()  # index of the worst element; NaN and infinity come first
     got: float = math.nan
     truth: float = math.nan
-    box: tuple[slice, ...] = ()  # the smallest that holds all that are wrong
+    box: tuple[slice, ...] = ()  # the smallest box that holds all wrong elements
 
 
 class Verdict(NamedTuple):
     name: str  # "output 0", "gradient of q"
-    error: float  # the largest, where the truth is finite; NaN where nothing was compared
+    error: float  # the largest error where the truth is finite; NaN if nothing was compared
     allowed: float
     wrong: Wrong | None = None
 
     def text(self, axes: tuple[str, ...] = ()) -> str:
-        """One line, and two more on elements that are wrong. axes: letters in the place of numbers of axes."""
+        """Return the verdict in one line, or in three lines if elements are wrong.
+
+        axes: letters that replace the numbers of the axes.
+        """
         if self.wrong is None:
             return f"{self.name}: error {self.error:.2e}, allowed {self.allowed:.2e}"
         reason, count, numel, nans, infinite, worst, got, truth, box = self.wrong
@@ -187,7 +200,10 @@ class Verdict(NamedTuple):
 
 
 def _place(before: str, at: list[str], axes: tuple[str, ...]) -> str:
-    """An index or a box, as [0, 3:5] or by letters as B=0 C=3:5; nothing of a tensor without axes."""
+    """Return an index or a box as text: "[0, 3:5]", or "B=0 C=3:5" if every axis has a letter.
+
+    The text is empty for a tensor without axes.
+    """
     if not at:
         return ""
     if len(axes) != len(at):
@@ -203,9 +219,10 @@ def verdicts(
     under: Callable[[], AbstractContextManager[Any]] = nullcontext,
     luck: float = 0.0,
 ) -> list[Verdict]:
-    """Hold each output and each gradient of case.fused to the accuracy rule. Arguments as of assert_accurate.
+    """Return one Verdict for each output and each gradient of case.fused. The arguments are those of assert_accurate.
 
-    What is no tensor, is missing or has no gradient is a verdict; what the op raises is let through.
+    A missing output, a missing gradient, or an output that is no tensor is a fault. Exceptions of the op are not
+    caught.
     """
     floats = [t.dtype for t in tensors.values() if t is not None and t.is_floating_point()]
     wide = torch.float64 if torch.float32 in floats else torch.float32
@@ -233,16 +250,17 @@ def assert_accurate(
     under: Callable[[], AbstractContextManager[Any]] = nullcontext,
     luck: float = 0.0,
 ) -> None:
-    """Hold case.fused to the accuracy rule on these tensors. `under` is a context for it and eager, such as autocast.
+    """Raise AssertionError if an output or gradient of case.fused breaks the accuracy rule on these tensors.
 
-    luck: a share of the largest number, allowed on top where there are few.
+    under: makes the context in which fused and eager run, such as autocast. luck: an additional allowance for a result
+    of at most FEW finite elements, as a share of its largest magnitude.
     """
     for verdict in verdicts(case, tensors, upstream, under, luck):
         assert verdict.wrong is None, f"{case.name}: {verdict.text()}"
 
 
 def _found(case: Case, tensors: Tensors, upstream: list[Tensor]) -> dict[str, Tensor | str]:
-    """The results of case.fused as `run` names them, with a clause in the place of each that is none."""
+    """Return the results of case.fused under the keys of `run`, with an error text in place of each invalid result."""
     names = leaves(case, tensors)
     wanted = {n: as_leaf(tensor(tensors, n)) for n in names}
     with nullcontext() if names else torch.no_grad():
@@ -254,7 +272,7 @@ def _found(case: Case, tensors: Tensors, upstream: list[Tensor]) -> dict[str, Te
 
 
 def _outputs(returned: Any, count: int) -> list[Tensor | str]:
-    """The tensors that an op returned; a clause in the place of what is none, is missing, or is one too many."""
+    """Return the op's outputs. An output that is missing, surplus or no tensor is replaced by an error text."""
     if count > 1 and not isinstance(returned, tuple):
         return [f"expected a tuple of {count} tensors, got {_kind(returned)}"] * count
     outputs: list[Tensor | str] = [
@@ -273,7 +291,10 @@ def _kind(returned: Any) -> str:
 def _gradients(
     outputs: list[Tensor | str], wanted: list[Tensor], upstream: list[Tensor]
 ) -> list[Tensor | str]:
-    """The gradient of each leaf, which comes from all outputs: a clause where these cannot take theirs."""
+    """Return the gradient of each input, or an error text in its place.
+
+    Every gradient depends on all outputs. So no gradient is computed if an output is invalid.
+    """
     paths = [
         (t, g.to(t.dtype))
         for t, g in zip(outputs, upstream, strict=False)
@@ -291,7 +312,7 @@ def _gradients(
 
 
 def _judge(name: str, found: Tensor | str, eager: Tensor, truth: Tensor, luck: float) -> Verdict:
-    """The rule, of one output or gradient. eager: in the dtype that is expected."""
+    """Apply the accuracy rule to one output or gradient. eager: the result of case.eager in the expected dtype."""
     if isinstance(found, str):
         return Verdict(name, math.nan, math.nan, Wrong(found))
     for kind, expected, got in (
@@ -302,7 +323,7 @@ def _judge(name: str, found: Tensor | str, eager: Tensor, truth: Tensor, luck: f
         if got != expected:
             return Verdict(name, math.nan, math.nan, Wrong(f"expected {kind}{expected}, got {got}"))
 
-    finite = truth.isfinite()  # a log-sum-exp over nothing is -inf
+    finite = truth.isfinite()  # the log-sum-exp of an empty set is -inf
     error = allowed = 0.0
     if finite.any():
         t, f, e = truth[finite], found[finite].to(truth.dtype), eager[finite].to(truth.dtype)
@@ -320,6 +341,7 @@ def _judge(name: str, found: Tensor | str, eager: Tensor, truth: Tensor, luck: f
 
 
 def _where(reason: str, found: Tensor, truth: Tensor, allowed: float) -> Wrong:
+    """Return the fault with the number of wrong elements, the worst of them, and the box that holds all of them."""
     distance = (found - truth).abs()
     wrong = torch.where(truth.isfinite(), ~(distance <= allowed), found != truth)
     distance = torch.where(wrong, distance.nan_to_num(nan=torch.inf), -1.0)

@@ -1,4 +1,4 @@
-"""Cases of kernels/decode.py: attention of one new token to a cache."""
+"""Cases of kernels/decode.py: attention of one new token of each sequence to a key/value cache."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ def _eager(
     prefix_slot: Tensor | None = None,
     prefix_length: Tensor | None = None,
 ) -> Tensor:
-    """Gathered caches, masked by length."""
+    """Compute attention on caches that are gathered by slot, with a mask for the length of each sequence."""
     repeats = q.shape[1] // k_cache.shape[2]
     keys, values = k_cache[slot], v_cache[slot]  # (B, S, G, D)
     place = torch.arange(k_cache.shape[1], device=q.device)
@@ -37,7 +37,7 @@ def _eager(
 
 
 def _inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
-    """Slots in reverse, one of them free; lengths a little below S."""
+    """Return inputs whose slots are in reverse order, with one slot free. Lengths are S, or slightly less."""
     B, S, D = dims["B"], dims["S"], dims["D"]
     k, v = (randn((B + 1, S, dims["G"], D), dtype, device) for _ in range(2))
     rows = torch.arange(B, device=device)
@@ -51,7 +51,7 @@ def _inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
 
 
 def _prefix_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
-    """One cached prompt, in the free slot, before every sequence but the first."""
+    """Return inputs in which one cached prompt, in the free slot, precedes every sequence but the first."""
     tensors = _inputs(dims, dtype, device)
     rows = torch.arange(dims["B"], device=device)
     return tensors | {"prefix_slot": 0 * rows, "prefix_length": (rows > 0) * (dims["S"] - 1)}

@@ -1,4 +1,4 @@
-"""Cases of kernels/head/divergence.py: divergences of two heads over the whole vocabulary."""
+"""Cases of kernels/head/divergence.py: divergences between two heads over the whole vocabulary."""
 
 from dataclasses import replace
 from typing import Any
@@ -24,7 +24,7 @@ def token_divergence_eager(
     mask: Tensor | None = None,
     **heads: Any,
 ) -> Tensor:
-    """Both logits, and F.kl_div of their logarithms, as the trainers of GKD have it."""
+    """Compute the divergence from all logits of both heads, by F.kl_div on log_softmax, as GKD trainers do."""
     teacher = taken(heads, "teacher_")
     log_s = head_logits(hidden, weight, temperature, **heads).log_softmax(-1)
     with torch.no_grad():
@@ -46,7 +46,7 @@ def kl_div(log_t: Tensor, log_s: Tensor, beta: float, mask: Tensor | None) -> Te
 
 
 def _inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
-    """The teacher's head is of its own width."""
+    """Return the inputs of student and teacher. The teacher's head has the width dims["teacher"]."""
     teacher = head_inputs(dims | {"C": dims["teacher"]}, dtype, device)
     return head_inputs(dims, dtype, device) | {f"teacher_{n}": t for n, t in teacher.items()}
 
@@ -62,7 +62,7 @@ def _features(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
 
 
 def _adapters(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
-    """Adapters of both heads, the teacher's of another rank."""
+    """Return inputs in which both heads have an adapter. The teacher's adapter has the rank R + 2."""
     teacher = with_adapter(head_inputs)(dims | {"C": dims["teacher"], "R": dims["R"] + 2}, dtype, device)
     return with_adapter(head_inputs)(dims, dtype, device) | {f"teacher_{n}": t for n, t in teacher.items()}
 
@@ -90,7 +90,7 @@ _BENCH = {
 }
 _TILES = (
     {"T": 64, "C": 128, "teacher": 256, "V": 4096},
-    {"T": 64, "C": 128, "teacher": 100, "V": 4096},  # rows that are no multiple of 16 bytes
+    {"T": 64, "C": 128, "teacher": 100, "V": 4096},  # the bytes of a teacher's row are no multiple of 16
 )
 
 _CASE = Case(
@@ -139,7 +139,7 @@ CASES = (
         family="adapters",
         inputs=_adapters,
         options={"scaling": 0.5, "teacher_scaling": 2.0, "memory_budget": 1 << 12},
-        shapes=tuple(dims | {"R": 5} for dims in _SHAPES[1:2]),  # one token is one rounding
+        shapes=tuple(dims | {"R": 5} for dims in _SHAPES[1:2]),  # not T=1: eager may be exact there
         empty=(),
     ),
 )

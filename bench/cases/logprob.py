@@ -1,4 +1,4 @@
-"""Cases of kernels/head/logprob.py: log-probabilities of tokens; what every op behind a head shares."""
+"""Cases of kernels/head/logprob.py (log-probabilities of tokens), and helpers for all ops on a language-model head."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +23,10 @@ def head_logits(
     scaling: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """All logits (tokens, V) in the input's dtype, capped, then scaled in fp32, as the trainers have them."""
+    """Return all logits (tokens, V) as trainers compute them.
+
+    The products and the softcap are in the input's dtype, the division by the temperature is in fp32.
+    """
     logits = F.linear(hidden, weight, bias)
     if lora_a is not None or lora_b is not None:
         assert lora_a is not None and lora_b is not None, "lora_a, lora_b: expected both or neither"
@@ -36,7 +39,7 @@ def head_logits(
 
 
 def marked(ids: Tensor, vocabulary: int) -> Tensor:
-    """(tokens, V) bool: the ids (tokens, K) that a row lists; negative ones are padding."""
+    """Return (tokens, V) bool: whether a row of `ids` (tokens, K) lists each id. Negative ids are padding."""
     marks = torch.zeros(ids.shape[0], vocabulary + 1, dtype=torch.bool, device=ids.device)
     return marks.scatter(1, torch.where(ids < 0, vocabulary, ids).long(), True)[:, :-1]
 
@@ -50,7 +53,7 @@ def _eager(
     ignore_index: int = -100,
     **head: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The target's log-probability, the log-sum-exp and the entropy of logits that are all in memory."""
+    """Return each target's log-probability, the log-sum-exp and the entropy, with all logits in memory."""
     logits = head_logits(hidden, weight, **head)
     if support is not None:
         logits = logits.masked_fill(~marked(support, logits.shape[1]), -torch.inf)
@@ -66,7 +69,7 @@ def _eager(
 
 
 def output(number: int, op: Callable[..., Any]) -> Callable[..., Tensor]:
-    """One output of an op that has several."""
+    """Wrap an op that has several outputs, so that it returns only the output of this number."""
 
     def one(*args: Any, **kwargs: Any) -> Tensor:
         return op(*args, **kwargs)[number]
@@ -75,7 +78,7 @@ def output(number: int, op: Callable[..., Any]) -> Callable[..., Tensor]:
 
 
 def without_budget(op: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that makes all logits, called as an op that has a memory budget."""
+    """Wrap a function that makes all logits, so that it accepts memory_budget and ignores it."""
 
     def whole(*args: Any, memory_budget: int | None = None, **kwargs: Any) -> Any:
         return op(*args, **kwargs)
@@ -84,13 +87,13 @@ def without_budget(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def head_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
-    """A head of unit-variance logits."""
+    """Return hidden states and a head whose logits have unit variance."""
     weight = randn((dims["V"], dims["C"]), dtype, device) * dims["C"] ** -0.5
     return {"hidden": randn((dims["T"], dims["C"]), dtype, device), "weight": weight}
 
 
 def _inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
-    """The same; every seventh row is ignored."""
+    """Return hidden states, a head of unit-variance logits, and random targets. Every seventh row is ignored."""
     T, C, V = dims["T"], dims["C"], dims["V"]
     weight = torch.randn(V, C, dtype=dtype, device=device) * C**-0.5
     targets = torch.randint(V, (T,), device=device)
@@ -107,7 +110,10 @@ def _features(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
 
 
 def _support(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
-    """Rows keep 1 to K ids, their target among them."""
+    """Return inputs with a support of up to K ids for each row.
+
+    The first id of a row is its target, or 0 if the row is ignored. Where that id occurs again, padding replaces it.
+    """
     check_most(dims, "K", "V")
     tensors = _inputs(dims, dtype, device)
     T, V, K = dims["T"], dims["V"], dims["K"]
@@ -146,7 +152,7 @@ _BENCH = {
     "cpu": ({"T": 512, "C": 256, "V": 32768},),
 }
 
-_NO_TMA = {"T": 64, "C": 100, "V": 4096}  # rows that are no multiple of 16 bytes
+_NO_TMA = {"T": 64, "C": 100, "V": 4096}  # the bytes of a row are no multiple of 16
 
 _CASE = Case(
     op="token_logprobs",

@@ -1,4 +1,4 @@
-"""Cases of kernels/lora.py: a linear layer with an adapter, alone, by each path, and several on one input."""
+"""Cases of kernels/lora.py: a linear layer with an adapter, by each path, and several such layers on one input."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,7 +13,7 @@ from ...kernels.plain import lora as plain
 from .case import Case, Dims, Tensors, Work, randn, taken
 from .nf4 import FOUR_BIT, eager_four_bit, four_bit, four_bit_tensors
 
-# ---- eager: F.linear, then addmm, the leanest that torch users write
+# ---- eager: F.linear, then addmm, the leanest form that torch users write
 
 
 def _eager(
@@ -26,7 +26,7 @@ def _eager(
     bias: Tensor | None = None,
     dropped: Tensor | None = None,
 ) -> Tensor:
-    """dropped: what the adapter is given in the place of x."""
+    """Compute the layer with F.linear, then addmm for the adapter. dropped: the adapter's input, by default x."""
     rows = x.flatten(0, -2)
     a, b = lora_a.to(weight.dtype), lora_b.to(weight.dtype)
     out = F.linear(rows, weight, bias)
@@ -46,7 +46,7 @@ def _dropout_eager(
     seed: int,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """The mask is our own hash's."""
+    """Compute the layer with dropout in the adapter. The mask is that of the kernel's own hash."""
     dropped = plain.drop(x.flatten(0, -2), dropout, torch.tensor(seed, device=x.device))
     return _eager(x, weight, lora_a, lora_b, scaling, bias=bias, dropped=dropped)
 
@@ -61,7 +61,10 @@ def _dora_eager(
     magnitude: Tensor,
     bias: Tensor,
 ) -> Tensor:
-    """Rows of W + scaling B A, made as long as magnitude says; no gradient goes through their own length."""
+    """Compute DoRA: the rows of W + scaling B A, rescaled to the lengths in `magnitude`.
+
+    The lengths of the rows count as constants, so no gradient flows through them.
+    """
     out = _eager(x, weight, lora_a, lora_b, scaling)
     a, b = lora_a.to(weight.dtype), lora_b.to(weight.dtype)
     norm = (weight + scaling * (b @ a)).detach().norm(dim=1)
@@ -71,7 +74,7 @@ def _dora_eager(
 def _stacked_eager(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, *, adapter: Tensor
 ) -> Tensor:
-    """Every adapter on every row, of which a mask keeps the row's own."""
+    """Compute every adapter on every row, and keep each row's own adapter by a mask."""
     a, b = lora_a.to(weight.dtype), lora_b.to(weight.dtype)
     out = F.linear(x, weight)
     for e in range(a.shape[0]):
@@ -97,7 +100,7 @@ def _eager_linears(
 
 
 def by_path(path: str, module: Any = lora) -> Callable[..., Tensor]:
-    """The module's lora_linear, by one of PATHS at whatever shape."""
+    """Return lora_linear of a module, forced to take the given path at every shape."""
 
     def linear(*args: Any, **options: Any) -> Tensor:
         module.FORCED_PATH = path
@@ -110,7 +113,7 @@ def by_path(path: str, module: Any = lora) -> Callable[..., Tensor]:
 
 
 def several(op: Callable[..., Any]) -> Callable[..., Any]:
-    """An op on sequences, for a case whose tensors are numbered: weight_0, weight_1, ..."""
+    """Wrap an op that takes sequences of tensors, for a Case whose tensors are numbered: weight_0, weight_1, ..."""
 
     def linears(x: Tensor, *, scaling: float, **tensors: Any) -> tuple[Tensor, ...]:
         parts = "weight", "lora_a", "lora_b", "bias"
@@ -128,7 +131,7 @@ def several(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _inputs(dims: Dims, dtype: torch.dtype, device: str, stack: tuple[int, ...] = ()) -> Tensors:
-    """Weights such that base and adapter are of unit scale."""
+    """Return inputs for which base and adapter give outputs of unit variance. stack: leading axes of the adapter."""
     T, C, F_, R = (dims[letter] for letter in "TCFR")
     return {
         "x": randn((T, C), dtype, device),
@@ -139,7 +142,7 @@ def _inputs(dims: Dims, dtype: torch.dtype, device: str, stack: tuple[int, ...] 
 
 
 def _stacked_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
-    """E adapters; -1, none of them, is among the rows' own."""
+    """Return inputs with E adapters, and the adapter of each row. The value -1 stands for no adapter."""
     T, E = dims["T"], dims["E"]
     adapter = torch.arange(T, device=device) // 3 % (E + 1) - 1
     return _inputs(dims, dtype, device, (E,)) | {"adapter": adapter}
@@ -160,7 +163,7 @@ def _qlora_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
 
 
 def _several_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
-    """q, k and v: F columns, G and G, with an adapter of rank R, R + 1 and R + 2."""
+    """Return the inputs of q, k and v, with F, G and G outputs, and adapters of rank R, R + 1 and R + 2."""
     T, C, F_, G, R = (dims[letter] for letter in "TCFGR")
     parts = [
         _bias_inputs({"T": T, "C": C, "F": n, "R": R + i}, dtype, device) for i, n in enumerate((F_, G, G))
@@ -178,7 +181,7 @@ def _work(dims: Dims, size: int) -> tuple[Work, Work]:
 
 
 def _several_work(dims: Dims, size: int) -> tuple[Work, Work]:
-    """x is read once, dx written once."""
+    """Return the work of q, k and v together. x is read once, and dx is written once."""
     T, C, F_, G, R = (dims[letter] for letter in "TCFGR")
     works = [_work({"T": T, "C": C, "F": n, "R": R + i}, size) for i, n in enumerate((F_, G, G))]
     forward, backward = (Work(*map(sum, zip(*w, strict=True))) for w in zip(*works, strict=True))

@@ -1,4 +1,4 @@
-"""Cases of kernels/moe.py: mixtures of experts, with adapters, and with experts in 4 bits."""
+"""Cases of kernels/moe.py: mixtures of experts, also with adapters and with experts in 4 bits."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,7 +31,7 @@ def _linear(
     b: Tensor | None = None,
     rows: Tensor | slice = slice(None),
 ) -> Tensor:
-    """One layer of one expert, on its rows of x."""
+    """Return the output of one layer of one expert on the given rows of x, with bias and adapter if there are any."""
     y = F.linear(x[rows], weight, bias)
     if a is None and b is None:
         return y
@@ -49,7 +49,10 @@ def _eager(
     activation: str = "swiglu",
     **beside: Any,
 ) -> Tensor:
-    """The loop over experts that model code has. Beside: bias, a and b of each layer, as gate_up_bias and so on."""
+    """Compute the mixture with a loop over the experts, as model code does.
+
+    beside: bias, a and b of each layer, under names such as gate_up_bias.
+    """
     first, second = taken(beside, "gate_up_"), taken(beside, "down_")
     if beside:
         raise TypeError(f"moe_mlp: expected parts of gate_up and of down, got {', '.join(beside)}")
@@ -69,7 +72,7 @@ def _moe_4bit_eager(x: Tensor, *, gate_up: NF4Weight, down: NF4Weight, **others:
 
 
 def with_4bit_experts(op: Callable[..., Any]) -> Callable[..., Any]:
-    """An op on experts, for a case that has their 4-bit tensors."""
+    """Wrap an op on experts for a Case that has the 4-bit tensors of the experts."""
 
     def mlp(x: Tensor, **tensors: Any) -> Tensor:
         E, C, F_ = tensors["gate_up_a"].shape[0], x.shape[1], tensors["down_a"].shape[2]
@@ -83,7 +86,7 @@ def with_4bit_experts(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
-    """The last expert is empty where there are several."""
+    """Return inputs whose last expert gets no tokens, unless K = E."""
     check_most(dims, "K", "E")
     T, C, F_, E, K = (dims[letter] for letter in "TCFEK")
     logits = torch.randn(T, E, dtype=torch.promote_types(dtype, torch.float32), device=device)
@@ -124,7 +127,10 @@ def _adapters(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
 
 
 def _4bit_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
-    """Experts of C F weights, a multiple of 64; their tensors as gate_up_packed and so on."""
+    """Return inputs with adapters and 4-bit experts, whose tensors have names such as gate_up_packed.
+
+    C * F must be a multiple of 64, the size of a quantisation block.
+    """
     tensors = _adapters(dims, dtype, device)
     for name in ("gate_up", "down"):
         weight = nf4.quantize_nf4_reference(tensor(tensors, name))
@@ -136,7 +142,7 @@ def _4bit_inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
 
 def _work(dims: Dims, size: int) -> tuple[Work, Work]:
     T, C, F_, E, K = (dims[letter] for letter in "TCFEK")
-    experts, choices = 3 * E * F_ * C * size, 12 * T * K  # a weight in fp32, an index in int64
+    experts, choices = 3 * E * F_ * C * size, 12 * T * K  # choices: fp32 weights, int64 indices
     return (
         Work(6 * T * K * C * F_, experts + 2 * T * C * size + choices),
         Work(12 * T * K * C * F_, 2 * experts + 3 * T * C * size + choices),
@@ -144,7 +150,10 @@ def _work(dims: Dims, size: int) -> tuple[Work, Work]:
 
 
 def _adapter_work(dims: Dims, size: int) -> tuple[Work, Work]:
-    """The experts frozen: a product fewer in the backward; 8-bit absmax and nibbles are not counted apart."""
+    """Return the work of a mixture with adapters and frozen experts. Frozen experts need no weight gradient.
+
+    Bytes of 4-bit experts are counted as if the experts were dense.
+    """
     T, C, F_, E, K, R = (dims[letter] for letter in "TCFEKR")
     forward, _ = _work(dims, size)
     low, adapters = 2 * T * K * R * (2 * C + 3 * F_), E * R * (2 * C + 3 * F_) * size

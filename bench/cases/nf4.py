@@ -1,4 +1,4 @@
-"""Cases of kernels/nf4.py, and how any Case carries a weight in 4 bits: as the tensors of FOUR_BIT."""
+"""Cases of kernels/nf4.py, and helpers by which any Case carries a 4-bit weight as the tensors of FOUR_BIT."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,13 +16,13 @@ FOUR_BIT = ("packed", "absmax", "code", "nested_absmax", "nested_code", "offset"
 
 
 def _weight(C: int, dtype: torch.dtype, **four_bit: Any) -> NF4Weight:
-    """The weight (F, C) that the tensors of FOUR_BIT are."""
+    """Return the weight (F, C) that consists of the tensors of FOUR_BIT."""
     shape = (2 * four_bit["packed"].numel() // max(C, 1), C)
     return NF4Weight(shape=shape, dtype=dtype, **four_bit)
 
 
 def four_bit(op: Callable[..., Any]) -> Callable[..., Any]:
-    """An op that takes (x, weight, ...), for a case that has x and a 4-bit weight's tensors."""
+    """Wrap an op on (x, weight, ...) for a Case that has x and the tensors of a 4-bit weight."""
 
     def linear(x: Tensor, **tensors: Any) -> Tensor:
         parts = {n: tensors.pop(n) for n in FOUR_BIT}
@@ -32,7 +32,10 @@ def four_bit(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def eager_four_bit(op: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, the weight multiplied out by torch."""
+    """Wrap an op on (x, dense weight, ...) for a Case that has x and the tensors of a 4-bit weight.
+
+    The weight is dequantised by torch.
+    """
 
     def linear(x: Tensor, weight: NF4Weight, **others: Any) -> Tensor:
         dtype = autocast_dtype(x)
@@ -49,7 +52,10 @@ def multiplied_out(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def absmax_alone(op: Callable[..., Any]) -> Callable[..., Any]:
-    """The nibbles are compared in tests/kernels/test_nf4.py: they are no numbers to hold to a rule on errors."""
+    """Wrap quantize_nf4 so that it returns only absmax.
+
+    The accuracy rule does not suit the nibbles, which are codes. tests/kernels/test_nf4.py compares them.
+    """
 
     def quantize(weight: Tensor) -> Tensor:
         return op(weight, double_quant=False).absmax
@@ -58,7 +64,11 @@ def absmax_alone(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def four_bit_tensors(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
-    """Raises ValueError for an odd number of weights: packed two in a byte, they do not tell F."""
+    """Return a random weight (F, C) in 4 bits, as the tensors of FOUR_BIT.
+
+    Raises ValueError if the number of weights is odd. A byte holds two weights, so F could not be derived from the
+    tensors.
+    """
     if dims["F"] * dims["C"] % 2:
         raise ValueError(f"C, F: expected an even number of weights, got C F = {dims['C'] * dims['F']}")
     weight = torch.randn(dims["F"], dims["C"], device=device) * dims["C"] ** -0.5

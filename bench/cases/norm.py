@@ -1,4 +1,4 @@
-"""Cases of kernels/norm.py: root-mean-square normalization, alone and behind a residual sum."""
+"""Cases of kernels/norm.py: RMS normalisation, alone and after a residual sum."""
 
 from dataclasses import replace
 from math import prod
@@ -23,7 +23,7 @@ def _add_rms_norm_eager(
 
 
 def _shape(dims: Dims) -> tuple[int, ...]:
-    """(B, T, C) or (B, T, H, D): the last is normalised."""
+    """Return the shape (B, T, C) or (B, T, H, D). The last axis is normalised."""
     return tuple(dims[letter] for letter in "BTHDC" if letter in dims)
 
 
@@ -63,7 +63,7 @@ _SHAPES = (
 )
 _HEAD_SHAPES = ({"B": 1, "T": 1, "H": 1, "D": 3}, {"B": 2, "T": 5, "H": 3, "D": 65})
 _EMPTY = ({"B": 0, "T": 5, "C": 8}, {"B": 2, "T": 0, "C": 8})
-_WIDTHS = tuple(  # 256 rows make dw by columns, 600 by walking over rows
+_WIDTHS = tuple(  # dw: by columns at 256 rows, by a loop over rows at 600
     {"B": 1, "T": t, "C": c} for c in (4096, 128, 16384, 1024, 8192, 2048, 5120, 32768) for t in (600, 256)
 )[:-1]
 _BENCH = {

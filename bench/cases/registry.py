@@ -1,6 +1,6 @@
-"""Every Case, in the order of the tables: read by the tests, the static proof and the benchmark.
+"""All Cases, in the order of the tables, for the tests, the static proof and the benchmark.
 
-Adding kernels/x.py is adding bench/cases/x.py beside it, and its line here.
+A new kernels/x.py gets a file bench/cases/x.py, and a line in this list.
 """
 
 from . import attention, decode, divergence, glu, logprob, lora, moe, nf4, norm, rope, sample, topk

@@ -1,4 +1,4 @@
-"""Cases of kernels/rope.py: rotary positions."""
+"""Cases of kernels/rope.py: rotary position embedding."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Cases of kernels/sample.py: a token drawn from logits."""
+"""Cases of kernels/sample.py: drawing a token from logits."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +14,10 @@ from .case import Case, Dims, Tensors, Work, randn
 
 
 def logprob_alone(op: Callable[..., Any]) -> Callable[..., Tensor]:
-    """The op that returns the log-probability alone: outputs of a Case are floats. Noise may be of any dtype."""
+    """Wrap a sampler so that it returns only the log-probability, because outputs of a Case are floats.
+
+    The noise may have any dtype, and is converted to fp64.
+    """
 
     def logprob(logits: Tensor, noise: Tensor, **how: Any) -> Tensor:
         return op(logits, noise.double(), **how)[1]
@@ -31,7 +34,10 @@ def _eager(
     top_p: float | None = None,
     min_p: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The cumulative sum of a softmax over the vocabulary, sorted where it is truncated."""
+    """Return sampled ids and their log-probabilities, by the cumulative sum of the softmax over the vocabulary.
+
+    The vocabulary is sorted first if top_k, top_p or min_p truncates it.
+    """
     u = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     ids = None
     if top_k is not None:
@@ -60,7 +66,7 @@ def _inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
     B = dims["B"]
     return {
         "logits": 2 * randn((B, dims["V"]), dtype, device),
-        "noise": torch.randint(256, (B,), device=device).double() / 256,  # the same number in every dtype
+        "noise": torch.randint(256, (B,), device=device).double() / 256,  # exact in every dtype
     }
 
 

@@ -1,6 +1,6 @@
-"""The letters of a Case's shapes, and what its op is called with: for those who time a kernel of their own beside ours.
+"""The letters of a Case's shapes, and the arguments of its op, for users who time their own kernel beside ours.
 
-All of it is read off inputs that are made on the meta device, where they have shapes and no memory.
+Both are derived from inputs on the meta device, which have shapes but no memory.
 """
 
 from itertools import combinations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .case import Case, Dims, leaves, run, tensor
 
-# three shapes that every Case takes, no two letters alike in all of them: lengths of axes are told from these
+# three sizes for each letter. Every Case accepts them, and they identify the letter of an axis by its lengths
 SIZES: dict[str, tuple[int, int, int]] = {
     "B": (3, 5, 7),
     "T": (41, 53, 59),
@@ -33,40 +33,42 @@ SIZES: dict[str, tuple[int, int, int]] = {
 
 
 def letters(case: Case) -> tuple[str, ...]:
-    """The letters of its shapes, in order, with those that case.optional has."""
+    """Return the letters of the Case's shapes in order, optional letters included."""
     return tuple(case.shapes[0])
 
 
 def letters_text(case: Case) -> str:
-    """The letters as a person reads them, the optional ones in brackets: B T [S] H."""
+    """Return the letters as text, with optional letters in brackets: "B T [S] H"."""
     return " ".join(f"[{letter}]" if letter in case.optional else letter for letter in letters(case))
 
 
-# ---- what it is called with
+# ---- the arguments of the op
 
 
 class Operand(NamedTuple):
-    """An argument or an output."""
+    """An argument or an output of an op."""
 
     name: str
-    axes: tuple[str, ...]  # by letters: "B", "2 F"; a number where none fits
+    axes: tuple[str, ...]  # formulas in letters, "B" or "2 F"; a number if none fits
     shape: tuple[int, ...]
     dtype: torch.dtype
-    gradient: bool  # of an argument
+    gradient: bool  # whether an argument has a gradient
 
 
 class Description(NamedTuple):
+    """The arguments, options and outputs of an op at one shape."""
+
     arguments: tuple[Operand, ...]
-    options: dict[str, Any]  # what is passed beside, arguments that are None among them
+    options: dict[str, Any]  # keyword options, and the arguments that are None
     outputs: tuple[Operand, ...]
 
     def axes(self, name: str) -> tuple[str, ...]:
-        """Those of "q", "output 0" or "gradient of q"; none of a name that is unknown."""
+        """Return the axes of the operand "q", "output 0" or "gradient of q". Return () for an unknown name."""
         operands = {o.name: o.axes for o in (*self.arguments, *self.outputs)}
         return operands.get(name.removeprefix("gradient of "), ())
 
     def text(self) -> str:
-        """A line for each operand, in columns; one for the options."""
+        """Return a table with one line for each operand and one line for the options."""
         operands = *self.arguments, *self.outputs
         rows = [
             (
@@ -90,7 +92,7 @@ class Description(NamedTuple):
 
 
 def describe(case: Case, dims: Dims, dtype: torch.dtype) -> Description:
-    """The arguments, options and outputs of the registry's Case at a shape that check_dims has taken."""
+    """Return the Description of a Case in the registry, at a shape that check_dims has accepted."""
     known = [letter for letter in letters(case) if letter in dims]
     shapes = [dims, *({letter: SIZES[letter][i] for letter in known} for i in range(3))]
     calls = [case.inputs(shape, dtype, "meta") for shape in shapes]
@@ -109,12 +111,12 @@ def describe(case: Case, dims: Dims, dtype: torch.dtype) -> Description:
 
 
 def _operand(name: str, found: list[Tensor], shapes: list[Dims], gradient: bool) -> Operand:
-    """found: the tensor at each of the shapes."""
+    """Return the Operand of an argument or output. found: its tensor at each of the shapes."""
     axes = tuple(_axis(lengths, shapes) for lengths in zip(*(t.shape for t in found), strict=True))
     return Operand(name, axes, tuple(found[0].shape), found[0].dtype, gradient)
 
 
-FORMS = {  # of a letter, or of a product of two or three: (times, plus, over), rounded up
+FORMS = {  # of p, the product of one to three letters: (times, plus, over) is ceil((times p + plus) / over)
     "{}": (1, 0, 1),
     "2 {}": (2, 0, 1),
     "{} + 1": (1, 1, 1),
@@ -126,7 +128,10 @@ FORMS = {  # of a letter, or of a product of two or three: (times, plus, over), 
 
 
 def _axis(lengths: tuple[int, ...], shapes: list[Dims]) -> str:
-    """The form of letters that gives the length at each shape; where none does, the length at the first."""
+    """Return the formula in letters, such as "2 F", that gives an axis its length at each of the shapes.
+
+    An axis of constant length, or without such a formula, gets its length at the first shape.
+    """
     if len(set(lengths)) > 1:
         for chosen in (c for n in (1, 2, 3) for c in combinations(shapes[0], n)):
             products = [prod(dims[letter] for letter in chosen) for dims in shapes]

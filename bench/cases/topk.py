@@ -1,4 +1,4 @@
-"""Cases of kernels/head/topk.py: a teacher's likeliest tokens, and the divergence from them."""
+"""Cases of kernels/head/topk.py: the most likely tokens of a teacher, and the divergence from them."""
 
 from dataclasses import replace
 from typing import Any
@@ -31,7 +31,10 @@ def topk_divergence_eager(
     mask: Tensor | None = None,
     **head: Any,
 ) -> Tensor:
-    """Gathered from the whole log_softmax, the rest as one more bucket; padding is given probability 0."""
+    """Compute the divergence from the full log_softmax. All tokens outside the teacher's list form one more bucket.
+
+    Padding in the list gets probability 0.
+    """
     log_s = head_logits(hidden, weight, **head).log_softmax(-1)
     padding = teacher_ids < 0
     rest = log_s.masked_fill(marked(teacher_ids, log_s.shape[1]), -1e30).logsumexp(-1, keepdim=True)
@@ -49,7 +52,7 @@ def _topk_logprobs_eager(hidden: Tensor, weight: Tensor, k: int, **head: Any) ->
 
 
 def _inputs(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
-    """Every second row lists half of the ids; every seventh does not count."""
+    """Return inputs in which every second row lists only half of its K ids. The mask excludes every seventh row."""
     check_most(dims, "K", "V")
     T, V, K = dims["T"], dims["V"], dims["K"]
     logprobs, ids = torch.randn(T, V, device=device).log_softmax(-1).topk(K, -1)
@@ -107,7 +110,7 @@ CASES = (
     ),
     replace(
         _CASE,
-        family="likeliest",  # ids that tie stand in any order: their log-probabilities alone
+        family="likeliest",  # tied ids may come in any order, so only log-probabilities are compared
         op="topk_logprobs",
         inputs=head_inputs,
         fused=output(1, topk.topk_logprobs),

@@ -13,7 +13,10 @@ from .shapes import check_dims
 
 
 def chosen(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
-    """The Cases of ops (rms_norm), or those themselves (rms_norm/heads), in the order named; all without names."""
+    """Return the Cases of the named ops (rms_norm) and the named Cases (rms_norm/heads), in that order.
+
+    Without names, return all Cases. Raises InputError for an unknown name.
+    """
     if not names:
         return list(cases)
     found: list[Case] = []
@@ -30,9 +33,10 @@ def chosen(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
 def shaped(
     cases: list[Case], names: Sequence[str], shapes: Sequence[str], dtype: torch.dtype, device: str
 ) -> list[tuple[Case, Dims]]:
-    """Each Case that has the letters of a shape, with that shape. Of an op, which has several, those that are timed.
+    """Return a (Case, shape) pair for each shape and each named Case that has its letters.
 
-    Raises InputError where no Case takes a shape, or a name takes none.
+    If an op has several such Cases, those with benchmark shapes are taken, or else the first. Raises InputError if no
+    Case takes a shape, or if a name takes none of the shapes.
     """
     given = [read_shape(text) for text in joined(shapes)]
     found: list[tuple[Case, Dims]] = []
@@ -56,13 +60,13 @@ def shaped(
 
 
 def joined(shapes: Sequence[str]) -> list[str]:
-    """The shapes; words of one letter each are one shape that has lost its quotes."""
+    """Return the shapes. If every word has only one letter, join the words: they are one shape that lost its quotes."""
     lone = len(shapes) > 1 and all(text.count("=") == 1 for text in shapes)
     return [" ".join(shapes)] if lone else list(shapes)
 
 
 def left_out(cases: Sequence[Case], names: Sequence[str], found: Sequence[tuple[Case, Dims]]) -> list[str]:
-    """The Cases of the names that take one of the shapes, too, and are not timed unless they are named."""
+    """Return the names of Cases that also take one of the shapes, but are timed only if they are named."""
     timed = {case.name for case, _ in found}
     taken = [case for name in names for case in of_name(cases, name) for _, dims in found if fits(case, dims)]
     return [name for name in dict.fromkeys(case.name for case in taken) if name not in timed]
@@ -78,7 +82,7 @@ def fits(case: Case, given: Dims) -> bool:
 
 
 def expected(cases: Sequence[Case], name: str) -> str:
-    """The letters of a name's Cases: "B T C (hidden) or B T H D (heads)"."""
+    """Return the letters of a name's Cases as text: "B T C (hidden) or B T H D (heads)"."""
     by_letters: dict[str, list[str]] = {}
     for case in of_name(cases, name):
         by_letters.setdefault(letters_text(case), []).append(case.family)
@@ -86,7 +90,7 @@ def expected(cases: Sequence[Case], name: str) -> str:
 
 
 def read_shape(text: str) -> Dims:
-    """The sizes of "B=1 T=300 C=777". Raises InputError."""
+    """Return the sizes in a text such as "B=1 T=300 C=777". Raises InputError if the text has another form."""
     given: Dims = {}
     for word in text.replace(",", " ").split():
         letter, sign, size = word.partition("=")

@@ -1,4 +1,4 @@
-"""Clocks of one call: the host's, the device's, a CUDA graph of many calls, and the memory that a call takes."""
+"""Measurements of a call: time on the host, time on the device, a CUDA graph of many calls, and peak memory."""
 
 import os
 import time
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-FAILED: list[torch.cuda.CUDAGraph] = []  # torch's allocator goes on looking at a graph whose capture failed
+FAILED: list[torch.cuda.CUDAGraph] = []  # graphs whose capture failed: torch's allocator still refers to them
 
 
 def sync(device: str) -> None:
@@ -33,10 +33,11 @@ def event_seconds(work: Callable[[], Any]) -> float:
 
 
 def capture(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
-    """One graph of all calls. Their results stay alive inside it, so that each call writes to memory of its own.
+    """Capture all calls in one CUDA graph. It keeps their results alive, so each call writes to its own memory.
 
-    RuntimeError where a call waits for the host. That is found before a capture begins: one that fails leaves torch's
-    generator and its current stream in the capture, and the next random number ends the run.
+    Raises RuntimeError if a call waits for the host. A trial call detects that before the capture begins. A failed
+    capture would leave torch's generator and its current stream in the capture, and the next random number would end
+    the run.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -65,7 +66,7 @@ def capture(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
 
 
 def peak_growth(work: Callable[[], Any], device: str) -> int:
-    """Bytes that torch's allocators held at the worst moment of one call, beyond what was live before it."""
+    """Return the peak bytes that torch's allocators hold during one call, beyond the bytes that were live before it."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -88,7 +89,10 @@ def peak_growth(work: Callable[[], Any], device: str) -> int:
 
 
 def lost(device: str) -> str:
-    """Why the device answers no more, which no later call in this process survives; "" where it does."""
+    """Return why the device no longer answers, or "" if it answers.
+
+    No later call in this process can use a lost device.
+    """
     try:
         sync(device)
     except RuntimeError as error:

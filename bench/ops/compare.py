@@ -1,8 +1,8 @@
-"""Two files of the benchmark, of two commits for instance: what takes longer in the second, beyond the noise of both.
+"""A comparison of two benchmark files, for example of two commits: the times that changed beyond noise.
 
-The two did not run side by side, so each figure is looked at twice: as it is, and beside eager torch of the same run,
-which is the same code in both. A figure is marked where both ways agree that the intervals of the two medians do not
-meet. Without a run of eager the first way alone decides.
+The two runs did not alternate, so each time is compared in two ways: directly, and relative to eager torch of the same
+run, whose code is the same in both. A time is marked if in both comparisons the intervals of the two medians do not
+overlap. If a file lacks times of eager, the direct comparison decides alone.
 """
 
 from math import inf
@@ -20,7 +20,10 @@ COLUMNS = ("case", "shape", "dtype", "pass", "provider", "us before", "after", "
 
 
 class Change(NamedTuple):
-    """A provider's time in the second file over that in the first; low, high: what the intervals of both allow."""
+    """One contestant's time in the second file relative to its time in the first.
+
+    low, high: the lowest and the highest ratio that the intervals of both medians allow.
+    """
 
     key: Key
     before: float  # microseconds
@@ -28,17 +31,17 @@ class Change(NamedTuple):
     ratio: float
     low: float
     high: float
-    beside_eager: tuple[float, float, float] | None  # the same of times over eager's
-    own: bool = True  # ours or a user's; a peer is another's
+    beside_eager: tuple[float, float, float] | None  # (ratio, low, high) relative to eager
+    own: bool = True  # our op or a user's function; False for a peer
 
     @property
     def times(self) -> float:
-        """The times that it takes as long: beside eager where that ran in both, or as it is."""
+        """Return the ratio that decides: relative to eager if eager ran in both files, otherwise the direct ratio."""
         return self.beside_eager[0] if self.beside_eager else self.ratio
 
     @property
     def mark(self) -> str:
-        """slower or faster beyond noise, or nothing."""
+        """Return "slower" or "faster" if the change is beyond noise, otherwise ""."""
         spans = [(self.low, self.high), *([self.beside_eager[1:]] if self.beside_eager else [])]
         if all(low > 1 for low, _ in spans):
             return "slower"
@@ -46,7 +49,11 @@ class Change(NamedTuple):
 
 
 def compare(first: Path, second: Path, fail_above: float | None) -> int:
-    """Print what changed. The exit status: 1 where ours or a user's is slower by more than `fail_above`, or wrong."""
+    """Print the changes, and return the exit status.
+
+    With `fail_above` the status is 1 if our op or a user's function is slower by more than that ratio. It is also 1 if
+    the second file has red (failed) or wrong entries. Otherwise it is 0.
+    """
     results = [read_object(path) for path in (first, second)]
     tables = []
     for path, result in zip((first, second), results, strict=True):
@@ -59,7 +66,7 @@ def compare(first: Path, second: Path, fail_above: float | None) -> int:
     if forward_only[0] != forward_only[1]:
         raise InputError(f"--compare: expected --forward-only in both or in neither of {first} and {second}")
     if results[0]["machine"] != results[1]["machine"]:
-        print("the machines differ, or their versions: the ratios are of these, too")
+        print("the machines or their versions differ, which changes the ratios, too")
 
     with reading(f"{first}, {second}"):
         changes = changes_of(*tables)
@@ -68,12 +75,12 @@ def compare(first: Path, second: Path, fail_above: float | None) -> int:
     print_changes(changes)
     for path, mine, other in ((first, *tables), (second, *tables[::-1])):
         if alone := mine.keys() - other.keys():
-            print(f"in {path} alone: {len(alone)} of its {len(mine)} rows")
+            print(f"only in {path}: {len(alone)} of its {len(mine)} rows")
     return verdict(changes, fail_above, complaints(results[1]))
 
 
 def complaints(result: dict[str, Any]) -> list[str]:
-    """The cases that a file says are red, and which functions of a user's are wrong, and where."""
+    """Return the red (failed) entries of a benchmark file, and its wrong user functions with shapes and reasons."""
     wrong = result.get("wrong", ())
     places = [f"{row['case']} {label(row['dims'])}: {row['provider']}" for row in wrong]
     return [*result["red"], *(f"{at}: {row['why']}" for at, row in zip(places, wrong, strict=True))]
@@ -84,13 +91,13 @@ def key(row: dict[str, Any]) -> Key:
 
 
 def checked(row: dict[str, Any]) -> dict[str, Any]:
-    """The row. Raises ValueError where its times are none."""
+    """Return the row unchanged. Raises ValueError if its times are missing or not above 0."""
     percentiles = [row[clock] for clock in ("device_us", "eager_us") if row[clock] is not None]
     rounds = [each for each in row.get("rounds_us", {}).values() if each]
     if not percentiles or not all(len(each) == 3 for each in percentiles):
         raise ValueError("expected p20, p50 and p80 of a row")
     if not all(0 < x < inf for each in (*percentiles, *rounds) for x in each):
-        raise ValueError("a time that is not above 0")
+        raise ValueError("expected times above 0")
     return row
 
 
@@ -107,13 +114,13 @@ def verdict(changes: list[Change], fail_above: float | None, red: list[str]) -> 
     for change in above:
         what = f"{' '.join(change.key)}: {change.times:.2f}x"
         if change.mark == "slower":
-            print(f"FAILED: {what}, at most {fail_above:g}x")
+            print(f"FAILED: {what}, expected at most {fail_above:g}x")
         else:
             print(
                 f"UNCLEAR: {what}, within the noise: run both again with more --rounds, or on a quieter machine"
             )
     if red:
-        print(f"FAILED: {len(red)} red or wrong in the second file")
+        print(f"FAILED: {len(red)} red or wrong entries in the second file")
     return 1 if failed or red else 0
 
 
@@ -121,7 +128,7 @@ def verdict(changes: list[Change], fail_above: float | None, red: list[str]) -> 
 
 
 def changes_of(first: dict[Key, dict[str, Any]], second: dict[Key, dict[str, Any]]) -> list[Change]:
-    """Every provider but eager, and those that are wrong, in the order of the second file."""
+    """Return the changes of all accurate contestants except eager, in the order of the second file."""
     return [
         change_of(name, first, second)
         for name, row in second.items()
@@ -130,7 +137,7 @@ def changes_of(first: dict[Key, dict[str, Any]], second: dict[Key, dict[str, Any
 
 
 def change_of(name: Key, first: dict[Key, dict[str, Any]], second: dict[Key, dict[str, Any]]) -> Change:
-    """The change of one provider, on the device's clock where both have it."""
+    """Return the change of one contestant, on the device's clock if both files have it, otherwise on the host's."""
     old, new = first[name], second[name]
     clock = "device_us" if old["device_us"] and new["device_us"] else "eager_us"
     before, after = old[clock][1], new[clock][1]
@@ -147,18 +154,18 @@ def change_of(name: Key, first: dict[Key, dict[str, Any]], second: dict[Key, dic
 
 
 def rounds(row: dict[str, Any], clock: str) -> list[float]:
-    """The median of each round; of a file that has none, the percentiles."""
+    """Return the median of each round, or the percentiles if the file has no rounds."""
     of_clock = row.get("rounds_us", {}).get(clock.removesuffix("_us"))
     return of_clock or row[clock]
 
 
 def beside_eager(row: dict[str, Any], eager: dict[str, Any], clock: str) -> list[float]:
-    """A provider's rounds over eager's, round by round."""
+    """Return a contestant's times divided by eager's, round by round."""
     return [a / b for a, b in zip(rounds(row, clock), rounds(eager, clock), strict=True)]
 
 
 def span(before: list[float], after: list[float]) -> tuple[float, float]:
-    """The lowest and the highest ratio that the intervals of both medians allow."""
+    """Return the lowest and the highest ratio that the intervals of both medians allow."""
     (low_before, high_before), (low, high) = interval(before), interval(after)
     return low / high_before, high / low_before
 

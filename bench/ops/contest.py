@@ -1,8 +1,8 @@
-"""A contest of one op at one shape: who takes part, on which inputs, and the samples of each, round by round.
+"""A contest of several implementations of one op at one shape: the contestants, their inputs and their time samples.
 
-Contestants are interleaved (A B A B), round by round. "device" is a CUDA graph of many calls, replayed: no host in it.
-"eager" is a loop of calls on the host's clock: whichever of the host and the device is slower. Each call takes the next
-of several input sets, so that no call finds its operands in the L2 cache.
+In each round the contestants take turns (A B A B). The "device" clock times a CUDA graph of many calls that is
+replayed, so it includes no host time. The "eager" clock times a loop of calls on the host, so it measures the slower of
+host and device. Each call takes the next of several input sets, so that no call finds its operands in the L2 cache.
 """
 
 import statistics
@@ -19,34 +19,37 @@ from ..cases.case import Case, Dims, Tensors, leaves, make_inputs, make_upstream
 from .clocks import capture, event_seconds, host_seconds, lost, peak_growth
 from .peers import PEERS, Unsuitable
 
-OURS, EAGER, PEER, AGAINST = "ours", "eager", "peer", "against"  # kinds; the last is a user's own
+OURS, EAGER, PEER, AGAINST = "ours", "eager", "peer", "against"  # kinds; the last: a user's function
 ROUNDS = 5  # by default
-SURE = 0.93  # of an interval
-# beyond any L2 cache, on a CPU beyond one core's share of L3
+SURE = 0.93  # probability that an interval holds the true median
+# bytes of all input sets: above any L2 cache; on a CPU above one core's share of L3
 COLD_BYTES = {"cuda": 200 << 20, "cpu": 64 << 20}
 MOST_SETS = 64
 SLICE = 0.006  # seconds that one contestant is timed for in one round
-# seconds, bytes: a graph would add little to such a call but a second copy of its memory
+# seconds, bytes: above these a call is not captured, as a graph gains little and doubles the memory
 LONG, LARGE = 0.02, 4 << 30
 
 
 @dataclass
 class Contestant:
-    """An implementation of a case's op, and its samples of one pass: a list for each round, seconds a call."""
+    """An implementation of an op, and its time samples of one pass: a list for each round, in seconds per call."""
 
     name: str
     op: Callable[..., Any]
     kind: str = PEER
     accurate: bool = True
-    compile: float = 0.0  # seconds by which the first call is longer than the second
-    memory: int = 0  # bytes: peak growth over live inputs
+    compile: float = 0.0  # seconds by which the first call takes longer than the second
+    memory: int = 0  # bytes: peak memory of a call beyond the live inputs
     note: str = ""
     device: list[list[float]] = field(default_factory=list)
     eager: list[list[float]] = field(default_factory=list)
 
 
 def contestants(case: Case, peers: bool, absent: dict[str, str]) -> list[Contestant]:
-    """Ours, eager torch, and the case's peers; absent: gets the names of those that cannot take part, and why."""
+    """Return our op, eager torch and, if `peers` is True, the Case's peers.
+
+    The names of peers that cannot take part are added to `absent`, with the reason.
+    """
     found = [Contestant("burnish", case.fused, OURS), Contestant("eager", case.eager, EAGER)]
     for name, build in PEERS.get(case.op, {}).items() if peers else ():
         try:
@@ -63,8 +66,10 @@ def contestants(case: Case, peers: bool, absent: dict[str, str]) -> list[Contest
 
 @dataclass(frozen=True)
 class Inputs:
+    """The tensors of one call, the inputs that need a gradient, and the upstream gradients."""
+
     tensors: Tensors
-    wanted: tuple[Tensor, ...]  # those whose gradients a call makes
+    wanted: tuple[Tensor, ...]  # inputs whose gradients a call computes
     upstream: tuple[Tensor, ...]
 
     @property
@@ -82,13 +87,13 @@ def prepare(case: Case, dims: Dims, dtype: torch.dtype, device: str) -> Inputs:
 
 
 def prepare_sets(case: Case, dims: Dims, dtype: torch.dtype, device: str, first: Inputs) -> list[Inputs]:
-    """Sets of inputs, more than any cache holds, `first` among them."""
+    """Return `first` and further input sets, at most MOST_SETS, that together are larger than the caches."""
     count = min(MOST_SETS, -(-COLD_BYTES[device] // max(first.nbytes, 1)))
     return [first, *(prepare(case, dims, dtype, device) for _ in range(count - 1))]
 
 
 def call(op: Callable[..., Any], case: Case, inputs: Inputs, backward: bool) -> Any:
-    """One pass: that of training, whose forward saves for the backward."""
+    """Run one pass as in training, where the forward pass saves tensors for the backward pass."""
     outputs = op(**inputs.tensors, **case.options)
     if not backward or not inputs.wanted:
         return outputs
@@ -100,11 +105,11 @@ def call(op: Callable[..., Any], case: Case, inputs: Inputs, backward: bool) -> 
 
 
 class Loop(NamedTuple):
-    """The calls of a contestant that one sample times."""
+    """The calls of a contestant that one time sample measures."""
 
     on_host: Callable[[], Any]
-    count: int  # calls in it
-    on_device: Callable[[], Any] | None  # one call for each set
+    count: int  # calls in on_host
+    on_device: Callable[[], Any] | None  # one call for each input set
 
 
 def time_pass(
@@ -116,9 +121,10 @@ def time_pass(
     rounds: int = ROUNDS,
     fault: Callable[[Contestant], str] = lambda _: "",
 ) -> dict[str, str]:
-    """Fill the samples of every contestant for one pass; returns, by name, those that broke, and how.
+    """Time one pass of every contestant. Return the contestants that broke: name -> reason.
 
-    Raises what ours raises. fault: asked after each contestant's turn; a text ends its part.
+    The samples are stored in the contestants. An exception of our own op is raised. fault: a check after each turn of a
+    contestant; a text other than "" excludes it. Raises RuntimeError if a contestant makes the device unusable.
     """
     loops: dict[str, Loop] = {}
     broken: dict[str, str] = {}
@@ -129,7 +135,7 @@ def time_pass(
                 step()
         except PASSES:
             raise
-        except BaseException as error:  # what breaks ends nobody else's run
+        except BaseException as error:  # the other contestants go on
             if c.kind == OURS:
                 raise
             broken[c.name] = f"raises {described(error)}"
@@ -149,7 +155,7 @@ def time_pass(
 
 
 def loop_of(c: Contestant, calls: list[Callable[[], Any]], device: str) -> Loop:
-    """The calls that a sample times, so many that a clock can tell."""
+    """Return the calls that one sample times, repeated often enough for the clock. Also measure a call's memory."""
     c.device, c.eager, c.note = [], [], ""
     c.memory = peak_growth(calls[0], device)
     once = max(host_seconds(calls[0], device), 1e-6)
@@ -161,7 +167,7 @@ def loop_of(c: Contestant, calls: list[Callable[[], Any]], device: str) -> Loop:
 
 
 def sample(c: Contestant, loop: Loop, sets: int, device: str) -> None:
-    """Add a round's samples of a contestant."""
+    """Time a contestant for one round, and store the samples in it."""
     samples = 1 if device == "cuda" else 3
     c.eager.append([host_seconds(loop.on_host, device) / loop.count for _ in range(samples)])
     if replay := loop.on_device:
@@ -170,13 +176,17 @@ def sample(c: Contestant, loop: Loop, sets: int, device: str) -> None:
 
 
 def replayed(c: Contestant, calls: list[Callable[[], Any]], once: float) -> Callable[[], Any] | None:
-    """All calls as a graph, or one after another where they are long; None, and a note, where a call waits."""
+    """Return a function that replays all calls as one CUDA graph.
+
+    A long or large call is not captured: the function then makes the calls one after another. If a call waits for the
+    host, return None. In both cases c.note gets the reason.
+    """
     if once > LONG or c.memory > LARGE:
         c.note = "no graph: the call is long or large"
         return lambda: [one() for one in calls] and None
     try:
         return capture(calls).replay
-    except RuntimeError as error:  # it synchronises with the host
+    except RuntimeError as error:  # a call synchronises with the host
         c.note = f"not capturable: {str(error).splitlines()[0]}"
         torch.cuda.synchronize()
         return None
@@ -186,7 +196,7 @@ def replayed(c: Contestant, calls: list[Callable[[], Any]], once: float) -> Call
 
 
 class Ratio(NamedTuple):
-    """A number of times as long: the median of the rounds' ratios, and the interval that holds the true one."""
+    """A ratio of two times: its median over the rounds, and the interval that holds the true median."""
 
     median: float
     low: float
@@ -194,15 +204,15 @@ class Ratio(NamedTuple):
 
     @property
     def word(self) -> str:
-        """slower, faster, or draw where the interval holds 1."""
+        """Return "slower" or "faster", or "draw" if the interval holds 1."""
         return "slower" if self.low > 1 else "faster" if self.high < 1 else "draw"
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Two of the values, between which the true median lies with at least SURE, whatever the distribution.
+    """Return two of the values that hold the true median with a probability of at least SURE, for any distribution.
 
-    k values lie outside at either end: with n values the median is outside with 2 (C(n, 0) + ... + C(n, k)) / 2^n. Of
-    five values these are the lowest and the highest, with 94 %.
+    The interval leaves out the k lowest and the k highest of n values. The probability that it misses the true median
+    is 2 (C(n, 0) + ... + C(n, k)) / 2^n. For five values k is 0: the lowest and the highest hold the median with 94 %.
     """
     n, k, outside = len(values), 0, 2 / 2 ** len(values)
     while outside + 2 * comb(n, k + 1) / 2**n <= 1 - SURE and k + 1 < n // 2:
@@ -217,13 +227,16 @@ def medians(rounds: Sequence[Sequence[float]]) -> list[float]:
 
 
 def ratio(theirs: Sequence[float], ours: Sequence[float]) -> Ratio:
-    """theirs, ours: the median of each round. A round runs all contestants, so what slows it slows both."""
+    """Return the Ratio of the first contestant's time to the second's. theirs, ours: the median time of each round.
+
+    All contestants run in every round, so a disturbance affects both times.
+    """
     each = [a / b for a, b in zip(theirs, ours, strict=True)]
     return Ratio(*(round(x, 4) for x in (statistics.median(each), *interval(each))))
 
 
 def percentiles(rounds: list[list[float]]) -> list[float] | None:
-    """p20, p50, p80 in microseconds, over all rounds."""
+    """Return p20, p50 and p80 over all rounds in microseconds, or None if there are no samples."""
     samples = [s for each in rounds for s in each]
     if not samples:
         return None
@@ -232,7 +245,11 @@ def percentiles(rounds: list[list[float]]) -> list[float] | None:
 
 
 def row(c: Contestant, ours: Contestant, floor_us: float) -> dict[str, Any]:
-    """The figures of a contestant in one pass. ours: what its ratio is over; floor_us: the roofline's microseconds."""
+    """Return the figures of a contestant in one pass.
+
+    ours: the contestant whose time is the denominator of the ratio. floor_us: the floor of the roofline in
+    microseconds.
+    """
     rounds = {clock: medians(getattr(c, clock)) for clock in ("device", "eager")}
     clock = "device" if c.device and ours.device else "eager"
     over = ratio(rounds[clock], medians(getattr(ours, clock))) if c is not ours and c.accurate else None

@@ -1,4 +1,4 @@
-"""The text of `burnish bench --list`: the ops and their shapes, or all that a function of a user's is given."""
+"""The text of `burnish bench --list`: the ops and their shapes, or the arguments that a user's function gets."""
 
 import inspect
 import textwrap
@@ -14,7 +14,7 @@ from .peers import PEERS
 
 
 def listing(cases: Sequence[Case], names: Sequence[str], device: str) -> str:
-    """All ops, a line for each Case, with its first shape on the device; of those that are named everything."""
+    """Return the text of --list: one line for each Case with an example shape, or the details of the named ops."""
     if not names:
         return overview(cases, device)
     found = chosen(cases, names)
@@ -24,7 +24,7 @@ def listing(cases: Sequence[Case], names: Sequence[str], device: str) -> str:
 
 
 def documentation(op: str) -> str:
-    """The op's signature, and its docstring: shapes, meanings, special values."""
+    """Return the op's signature and its docstring."""
     function = getattr(kernels, op)
     signature = inspect.signature(function)
     plain = [
@@ -41,20 +41,20 @@ def overview(cases: Sequence[Case], device: str) -> str:
         rows.append((case.name, letters_text(case), label(shape)))
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     lines = [f"{a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in rows]
-    hint = "burnish bench --list OP shows what a function of yours is given, and what it returns."
+    hint = "burnish bench --list OP shows the arguments that your function gets, and what it must return."
     return "\n".join([*lines, "", hint])
 
 
 def details(case: Case) -> str:
-    """A Case's arguments and outputs at its second test shape, its timed shapes and its peers."""
+    """Return the text about a Case: arguments and outputs at a test shape, the timed shapes, and the peers."""
     shape = case.shapes[min(1, len(case.shapes) - 1)]
     shapes = [f"  {device}: {label(dims)}" for device, timed in case.bench.items() for dims in timed]
     parts = [
         f"{case.name}  letters: {letters_text(case)}",
-        f"a function of yours is called by name, with the options, here at {label(shape)}:",
+        f"your function is called with these arguments and options by name, here at {label(shape)}:",
         describe(case, shape, torch.float32).text(),
         f"work: {case.formula}",
-        *(["timed by default at", *shapes] if shapes else ["timed by --shape alone"]),
+        *(["timed by default at", *shapes] if shapes else ["timed only with --shape"]),
     ]
     if case.op in PEERS:
         parts.append(f"--peers: {'; '.join(PEERS[case.op])}")

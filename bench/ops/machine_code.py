@@ -1,6 +1,7 @@
-"""The machine code of a compiled kernel: what registers, spills, stack, memory and instructions it takes on its chip.
+"""Figures from the machine code of a compiled kernel: registers, spills, stack, shared memory and instructions.
 
-Triton's wheel carries NVIDIA's tools, which read a cubin without a GPU. AMD's code is read as the compiler prints it.
+Triton's wheel contains NVIDIA's tools, which read a cubin without a GPU. AMD's code is read in the form that the
+compiler prints.
 """
 
 import re
@@ -18,7 +19,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Build:
-    """One compiled kernel, read from its machine code."""
+    """The figures of one compiled kernel, read from its machine code."""
 
     kernel: str
     tile: str  # the constants it was compiled with, its warps and its stages
@@ -33,12 +34,12 @@ class Build:
     asynchronous: int  # asynchronous copies to shared memory, TMA included
     instructions: int
     exponentials: int
-    overlapped: int  # of them, those that run while a product does
+    overlapped: int  # exponentials that run during a product
     stores: int  # to global memory
-    source_stores: int  # those of the kernel before its machine code: where there are any, the code has some
+    source_stores: int  # stores in the intermediate code: if it has any, the machine code must, too
 
 
-STORES = re.compile(  # in Triton's own form
+STORES = re.compile(  # in Triton's intermediate code
     r"tt\.store|tt\.atomic|buffer_store|buffer_atomic|descriptor_store|descriptor_reduce|local_to_global"
 )
 
@@ -47,7 +48,7 @@ def read_build(compiled: Any, chip: str) -> Build:
     function, meta = compiled.src.fn, compiled.metadata
     figures = _read_amd(compiled) if chip == "gfx942" else _read_nvidia(compiled.asm["cubin"])
 
-    # the constants, True as the name alone, False not at all
+    # constants: True is written as the name alone, False is left out
     constants = {function.params[path[0]].name: value for path, value in compiled.src.constants.items()}
     named = [(p.name, constants[p.name]) for p in function.params if p.is_constexpr]
     tile = [name if value is True else f"{name}={value}" for name, value in named if value is not False]
@@ -64,9 +65,12 @@ def read_build(compiled: Any, chip: str) -> Build:
 
 
 def _blocks(chip: str, registers: int, warps: int, shared: int) -> int:
-    """Resident blocks. Registers are given out by 256 to a warp; a block loses 1 KB of shared memory to the system."""
+    """Return the number of resident blocks per multiprocessor.
+
+    Registers are allocated in units of 256 to a warp. The system uses 1 KB of the shared memory of each block.
+    """
     limits = CHIPS[chip]
-    if chip == "gfx942":  # 4 SIMDs of 512 registers by 64 lanes, given out by 8; at most 8 waves on each
+    if chip == "gfx942":  # 4 SIMDs of 512 registers by 64 lanes, in units of 8; at most 8 waves on each
         waves = 4 * min(8, 512 // max(8, -(-registers // 8) * 8))
         return min(waves // warps, limits.shared // shared if shared else limits.blocks)
 
@@ -102,7 +106,10 @@ def _read_nvidia(cubin: bytes) -> dict[str, Any]:
 
 
 def overlapped(code: list[tuple[str, str]]) -> int:
-    """Exponentials in the order of the code between asynchronous products, of sm_90 alone, and the wait for all."""
+    """Count the exponentials between an asynchronous product and the wait for all products, in the order of the code.
+
+    Only sm_90 has these products (HGMMA).
+    """
     count, running = 0, False
     for opcode, operands in code:
         if opcode.startswith("HGMMA"):
@@ -114,7 +121,7 @@ def overlapped(code: list[tuple[str, str]]) -> int:
 
 
 def _width(opcode: str) -> int:
-    """Bits that a load moves for each thread."""
+    """Return the bits that a load instruction moves for each thread."""
     parts = set(opcode.split("."))
     named = {"256": 256, "128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
     return next((bits for part, bits in named.items() if part in parts), 32)

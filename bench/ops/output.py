@@ -1,4 +1,4 @@
-"""Progress while the benchmark runs; its figures as a table and as CSV."""
+"""Progress lines of the benchmark, and its figures as a table and as CSV."""
 
 import csv
 import io
@@ -11,13 +11,13 @@ from typing import Any
 
 from ..cases.case import label
 
-RESTLESS = 3.0  # a p80 over its p20: more says that something else ran
+RESTLESS = 3.0  # p80 over p20: a larger ratio means that something else ran
 COLUMNS = ("provider", "device us", "eager us", "time over ours", "share", "memory MB", "compile s")
 
 
 @contextmanager
 def waiting(what: str) -> Iterator[Callable[[str], None]]:
-    """Show what is under way, and on a terminal for how many seconds; yields a function that ends the line."""
+    """Show that a step is under way, on a terminal with its seconds. Yields a function that ends the line."""
     begun, done = time.monotonic(), threading.Event()
     terminal = sys.stdout.isatty()
     print(f"{what} ...", end="", flush=True)
@@ -47,9 +47,9 @@ def waiting(what: str) -> Iterator[Callable[[str], None]]:
 
 
 def print_rows(rows: Sequence[dict[str, Any]]) -> None:
-    """The contestants of one pass, a line each."""
+    """Print the contestants of one pass, one line each."""
     first = rows[0]
-    print(f"  {first['pass']}: floor {first['floor_us']:.1f} us, {first['binds']} bind")
+    print(f"  {first['pass']}: floor {first['floor_us']:.1f} us, bound by {first['binds']}")
     table = [COLUMNS, *map(cells, rows)]
     on_device = any(row["device_us"] for row in rows)
     shown = [i for i, name in enumerate(COLUMNS) if name != "device us" or on_device]
@@ -61,7 +61,7 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
             if note:
                 print(f"      {note}")
     if (worst := max(map(unrest, rows))) > RESTLESS:
-        print(f"    noisy: a p80 is {worst:.0f}x its p20; a quieter machine, or more --rounds, tells more")
+        print(f"    noisy: a p80 is {worst:.0f}x its p20; a quieter machine or more --rounds would help")
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -77,13 +77,13 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def unrest(row: dict[str, Any]) -> float:
-    """The spread of a row's samples: p80 over p20."""
+    """Return the spread of a row's samples: p80 over p20."""
     low, _, high = row["device_us"] or row["eager_us"]
     return high / low
 
 
 def spread(values: Sequence[float] | None, digits: int, unit: str = "", *, middle: int = 1) -> str:
-    """A figure with the two around it: "35.1 [34.0, 36.2]". middle: where in `values` the figure stands."""
+    """Return a figure with its bounds as text: "35.1 [34.0, 36.2]". middle: the index of the figure in `values`."""
     if not values:
         return ""
     low, high = (value for i, value in enumerate(values) if i != middle)
@@ -101,7 +101,10 @@ FIELDS = (
 
 
 def as_csv(report: dict[str, Any]) -> str:
-    """A line for each row, then one without figures for each contestant that was not timed: wrong, or checked only."""
+    """Return the report as CSV: a line for each row, then a line for each contestant that was not timed.
+
+    A contestant that was only checked, or was wrong, has no figures.
+    """
     machine = report["machine"]
     where = (machine["device"], machine["torch"], report["date"], report["commit"])
     out = io.StringIO()

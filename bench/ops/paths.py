@@ -1,11 +1,12 @@
-"""The path that lora_linear takes at each shape: read from bench/results, written to kernels/_lora_paths.py.
+"""The table of lora_linear's fastest path at each shape, made from bench/results and written to kernels/_lora_paths.py.
 
-    burnish bench lora_linear --peers --keep     on a GPU: the three paths and the baseline, in one run
-    burnish bench paths [--check]                the table, from the newest such results of each device
+    burnish bench lora_linear --peers --keep     on a GPU: times the three paths and the baseline in one run
+    burnish bench paths [--check]                writes the table from the newest such results of each device
 
-A path with a kernel of its own is taken where it holds to the accuracy rule and is the faster beyond doubt: forward and
-with the backward, its p80 lies below the p20 of "cublas" and below that of F.linear + addmm. Elsewhere "cublas" is
-taken, which issues those very calls: no shape that was measured is slower than they are.
+A path with its own kernel is chosen if it passes the accuracy rule and is clearly faster. Its p80 must lie below the
+p20 of "cublas" and below the p20 of F.linear + addmm, for the forward pass and for forward and backward together.
+Otherwise "cublas" is chosen, which makes the same calls as the baseline. So no measured shape is slower than the
+baseline.
 """
 
 import json
@@ -30,12 +31,15 @@ Times = dict[str, dict[str, list[float]]]  # contestant -> pass -> p20, p50, p80
 
 
 def provider(path: str) -> str:
-    """A path's name among the contestants of the benchmark."""
+    """Return the name that a path has among the contestants of the benchmark."""
     return f"burnish, {path}"
 
 
 def measured() -> dict[str, tuple[str, dict[Key, Times]]]:
-    """device -> where from, and the times of what is accurate; from the newest file in which every path was timed."""
+    """Return device -> (source, times by shape) for accurate contestants.
+
+    The source is the newest file of the device in which the paths were timed.
+    """
     found: dict[str, tuple[str, str, dict[Key, Times]]] = {}
     for path in sorted(record.RESULTS.glob("*.json")):
         result = read_object(path)
@@ -51,7 +55,7 @@ def measured() -> dict[str, tuple[str, dict[Key, Times]]]:
 
 
 def _shapes(device: str, rows: list[dict[str, Any]]) -> dict[Key, Times]:
-    """Those at which every path was timed."""
+    """Return the times at each shape where both the baseline and "cublas" have accurate times."""
     shapes: dict[Key, Times] = {}
     for row in rows:
         if row["case"] == CASE and row["accurate"]:
@@ -67,7 +71,10 @@ def _quantiles(row: dict[str, Any]) -> list[float]:
 
 
 def choose(times: Times) -> str:
-    """The fastest of the paths that are faster than both forms of the baseline."""
+    """Return the fastest path among the paths that are clearly faster than both baselines, or else "cublas".
+
+    The baselines are "cublas" and F.linear + addmm.
+    """
     rivals = (times[BASELINE], times[provider("cublas")])
     better = [
         path
@@ -82,7 +89,7 @@ def _faster(mine: dict[str, list[float]], rival: dict[str, list[float]]) -> bool
 
 
 def module() -> str:
-    """kernels/_lora_paths.py."""
+    """Return the text of kernels/_lora_paths.py."""
     found = measured()
     sources = "".join(
         f"    {json.dumps(device)}: {json.dumps(where)},\n" for device, (where, _) in found.items()
@@ -105,7 +112,7 @@ def _braced(lines: str) -> str:
 
 
 def table() -> str:
-    """Markdown, for docs/lora.md: forward+backward in microseconds, and what is taken."""
+    """Return the table of docs/lora.md in Markdown: the times of forward and backward, and the chosen path."""
     contestants = [BASELINE, *map(provider, PATHS)]
     timed = ["`F.linear` + `addmm`", *(f"`{path}`" for path in PATHS)]
     head = ["dtype", "M", "N", "K", "R", *timed, "taken"]
@@ -127,11 +134,11 @@ def _cell(times: dict[str, Any] | None) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    check: bool = False  # write nothing; status 1 where the table is stale
+    check: bool = False  # write nothing; exit status 1 if the table is stale
 
 
 def main(cfg: Config) -> int:
-    """Write the table; with --check the status says whether it is as it was written."""
+    """Write the table. With --check, write nothing, and return 1 if the table is stale."""
     if cfg.check:
         stale = MODULE.read_text() != module()
         if stale:

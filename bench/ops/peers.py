@@ -1,7 +1,7 @@
-"""The other contestants of each op, asked for by name and built when asked.
+"""The peers of each op: implementations by other libraries, which are built on request.
 
-A builder takes the Case and returns a callable with the op's signature. It raises ImportError where a library is not
-installed, which the benchmark lists as such, and Unsuitable where the peer has no such feature.
+A builder takes a Case, and returns a callable with the op's signature. It raises ImportError if the library is not
+installed, and Unsuitable if the peer cannot compute the Case. The benchmark lists both with the reason.
 """
 
 import inspect
@@ -21,11 +21,11 @@ from ..cases.lora import by_path
 
 
 class Unsuitable(Exception):
-    """The peer cannot compute this case; the message says what it lacks."""
+    """An exception for a peer that cannot compute a Case. The message tells what the peer supports."""
 
 
 def _compiled(case: Case) -> Callable[..., Any]:
-    """The eager composition as torch.compile fuses it, one graph for each shape."""
+    """Return the eager composition under torch.compile, with one graph for each shape."""
     return torch.compile(case.eager, fullgraph=True, dynamic=False)
 
 
@@ -70,7 +70,7 @@ def _liger_rope(case: Case) -> Callable[..., Any]:
     from liger_kernel.ops.rope import LigerRopeFunction  # pyright: ignore[reportMissingImports]
 
     if case.family != "half":
-        raise Unsuitable("the half layout only")
+        raise Unsuitable("supports only the half layout")
 
     def peer(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None):
         c, s = (torch.cat((t, t), -1)[None, : q.shape[-3]].to(q.dtype) for t in (cos, sin))  # (1, T, D)
@@ -94,7 +94,10 @@ def _liger_geglu(case: Case) -> Callable[..., Any]:
 
 
 def _sdpa(backend: str) -> Callable[[Case], Callable[..., Any]]:
-    """One backend of F.scaled_dot_product_attention. A shared prompt is repeated for each of its completions."""
+    """Return the builder of one backend of F.scaled_dot_product_attention.
+
+    A shared prompt is repeated for each of its completions.
+    """
 
     def build(case: Case) -> Callable[..., Any]:
         chosen = getattr(SDPBackend, backend)
@@ -124,7 +127,7 @@ def _sdpa(backend: str) -> Callable[[Case], Callable[..., Any]]:
             return dense
         if case.family == "shared prompt":
             return repeated
-        raise Unsuitable("no such feature")
+        raise Unsuitable("lacks a feature of this case")
 
     return build
 
@@ -133,7 +136,7 @@ def _varlen_attn(case: Case) -> Callable[..., Any]:
     from torch.nn.attention.varlen import varlen_attn
 
     if case.family != "packed":
-        raise Unsuitable("packed batches only")
+        raise Unsuitable("supports only packed sequences")
     named = inspect.signature(varlen_attn).parameters  # torch 2.10 had is_causal
     causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in named else {"is_causal": True}
     longest: list[int] = []
@@ -143,16 +146,16 @@ def _varlen_attn(case: Case) -> Callable[..., Any]:
             longest.append(int(cu_seqlens.diff().max()))
         grouped: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
         out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest[0], longest[0], **causal, **grouped)
-        assert isinstance(out, Tensor)  # nothing beside it was asked for
+        assert isinstance(out, Tensor)  # no second output was requested
         return out
 
     return peer
 
 
 def _sdpa_decode(case: Case) -> Callable[..., Any]:
-    """A generation loop without a kernel of its own: gathered caches and a mask of lengths."""
+    """Return the attention of a generation loop without its own kernel: gathered caches and a mask of lengths."""
     if case.family != "own cache":
-        raise Unsuitable("one cache per sequence only")
+        raise Unsuitable("supports only one cache per sequence")
 
     def peer(q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, length: Tensor) -> Tensor:
         keys, values = (cache[slot].transpose(1, 2) for cache in (k_cache, v_cache))  # (B, G, S, D)
@@ -165,7 +168,7 @@ def _sdpa_decode(case: Case) -> Callable[..., Any]:
 
 def _flex_attention(case: Case) -> Callable[..., Any]:
     if case.family != "causal":
-        raise Unsuitable("not written for it")
+        raise Unsuitable("not written for this case")
     compiled = torch.compile(flex_attention, dynamic=False)
     masks: dict[int, Any] = {}
 
@@ -182,9 +185,12 @@ def _flex_attention(case: Case) -> Callable[..., Any]:
 
 
 def _chunked_cross_entropy(case: Case) -> Callable[..., Any]:
-    """A careful user's torch: 1,024 rows at a time, their logits computed again in the backward."""
+    """Return cross-entropy in chunks of 1,024 rows, as a careful user of torch writes it.
+
+    The backward computes the logits of each chunk again.
+    """
     if case.family != "target only":
-        raise Unsuitable("log-probabilities of the target only")
+        raise Unsuitable("supports only log-probabilities of the target")
 
     def rows(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         return -F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
@@ -202,7 +208,7 @@ def _liger_cross_entropy(case: Case) -> Callable[..., Any]:
     )
 
     if case.family != "target only":
-        raise Unsuitable("log-probabilities of the target only")
+        raise Unsuitable("supports only log-probabilities of the target")
 
     def peer(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         out = LigerFusedLinearCrossEntropyFunction.apply(
@@ -217,14 +223,17 @@ def _cut_cross_entropy(case: Case) -> Callable[..., Any]:
     from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]
 
     if case.family != "target only":
-        raise Unsuitable("log-probabilities of the target only")
+        raise Unsuitable("supports only log-probabilities of the target")
     return lambda hidden, weight, targets: -linear_cross_entropy(hidden, weight, targets, reduction="none")
 
 
 def _grouped_mm(case: Case) -> Callable[..., Any]:
-    """The way of transformers for a mixture on a GPU: sort by expert, two grouped products, back into order."""
+    """Return the mixture of experts as transformers computes it on a GPU.
+
+    The rows are sorted by expert, pass two grouped products, and return to their order.
+    """
     if case.family != "swiglu":
-        raise Unsuitable("swiglu without biases only")
+        raise Unsuitable("supports only swiglu without biases")
 
     def peer(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         (T, K), E = indices.shape, gate_up.shape[0]
@@ -239,20 +248,20 @@ def _grouped_mm(case: Case) -> Callable[..., Any]:
 
 
 def _lora_path(path: str) -> Callable[[Case], Callable[..., Any]]:
-    """One of our own: paths.py says which is taken."""
+    """Return the builder of one of our own paths of lora_linear. paths.py decides which path is used."""
 
     def build(case: Case) -> Callable[..., Any]:
         if case.family != "dense":
-            raise Unsuitable("a plain product only")
+            raise Unsuitable("supports only a plain product")
         return by_path(path)
 
     return build
 
 
 def _peft_lora(case: Case) -> Callable[..., Any]:
-    """The modules' forward as PEFT composes it: two linear layers, a product with the scaling, a sum."""
+    """Return LoRA as PEFT's modules compute it: two linear layers, a product with the scaling, and a sum."""
     if case.family != "dense":
-        raise Unsuitable("a plain product only")
+        raise Unsuitable("supports only a plain product")
 
     def peer(
         x: Tensor,
@@ -269,7 +278,10 @@ def _peft_lora(case: Case) -> Callable[..., Any]:
 
 
 def _bitsandbytes(case: Case) -> Callable[..., Any]:
-    """Its 4-bit product or its dequantisation, on the very bytes of ours: the formats are one."""
+    """Return the 4-bit product, dequantisation or quantisation of bitsandbytes.
+
+    It works on the same bytes as our op, because the formats are equal.
+    """
     from bitsandbytes import functional, matmul_4bit  # pyright: ignore[reportMissingImports]
 
     def state(tensors: dict[str, Any], K: int, dtype: torch.dtype) -> Any:
@@ -326,7 +338,7 @@ PEERS: dict[str, dict[str, Callable[[Case], Callable[..., Any]]]] = {
         "liger-kernel": _liger_cross_entropy,
         "cut-cross-entropy": _cut_cross_entropy,
     },
-    "token_divergence": {"torch.compile": _compiled},  # Liger's has a mean over the tokens only
+    "token_divergence": {"torch.compile": _compiled},  # Liger's returns only the mean over tokens
     "moe_mlp": {"grouped_mm": _grouped_mm},
     "lora_linear": {  # eager is F.linear, then addmm
         "torch.compile": _compiled,

@@ -1,4 +1,4 @@
-"""The report of an earlier process, and whether a run may go on from it."""
+"""The report of an earlier benchmark process, and the conditions under which a run may continue it."""
 
 import hashlib
 from pathlib import Path
@@ -11,14 +11,17 @@ OUT_OF_TIME = "out of time"
 
 
 def fingerprint() -> str:
-    """A hash of what is timed and what times it, but for the table that is written from the times."""
+    """Return a hash of the source code of kernels/ and bench/, without the table that is made from measured times."""
     files = [*(record.ROOT / "kernels").rglob("*.py"), *(record.ROOT / "bench").rglob("*.py")]
     sources = (path.read_bytes() for path in sorted(files) if path.name != "_lora_paths.py")
     return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
 
 
 def asked(cfg: Any) -> dict[str, Any]:
-    """The flags that a report may not mix: who takes part, with the files of a user's functions, and what they do."""
+    """Return the flags that must be the same in all runs that share one report.
+
+    A function of --against is represented by the hash of its file.
+    """
     files = {given: given.rpartition(":")[0] for given in cfg.against}
     sources = {
         given: Path(file).read_bytes() if file.endswith(".py") else b"" for given, file in files.items()
@@ -34,20 +37,21 @@ def asked(cfg: Any) -> dict[str, Any]:
 
 
 def kept_report(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
-    """The report that an earlier process wrote of the same day, code, machine and contestants; without one the fresh.
+    """Return the report that an earlier process wrote, or `fresh` if there is no report to continue.
 
-    Red is the shape that it died at.
+    The report must have the same machine, date, code, flags and dtype. If the earlier process died at a shape, that
+    shape is recorded as red (failed). Raises InputError if the file is no report.
     """
     if not path.exists():
         return fresh
     with record.reading(path):
         report = read_object(path)
-        _ = report["rows"], report["red"]  # a file of something else is not written over
+        _ = report["rows"], report["red"]  # another kind of file is not overwritten
         same = ("machine", "date", "code", "asked", "dtype")
         found, expected = ({**r, "dtype": r.get("ceilings", {}).get("dtype")} for r in (report, fresh))
         others = [name for name in same if found.get(name) != expected[name]]
         if others or "begun" not in report:
-            print(f"{path}: of another {', '.join(others) or 'program'}: begun anew")
+            print(f"{path}: has another {', '.join(others) or 'program'}, so it is begun anew")
             return fresh
         if running := report.pop("running", None):
             report["red"].append(f"{running}: the process died")

@@ -1,9 +1,9 @@
-"""Two ceilings and the floor that they set: no version of an op runs faster than
+"""Two ceilings of a machine, and the floor that they set. No version of an op runs faster than
 
     floor = max(bytes / bandwidth, operations / rate)
 
-The static proof takes a chip's datasheet. The benchmark takes what this machine reaches: a large copy, bytes read plus
-bytes written, and a large square matrix product.
+The static proof takes the ceilings from a chip's datasheet. The benchmark measures them on its machine: the bandwidth
+by a large copy (bytes read plus bytes written), the rate by a large square matrix product.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ class Chip:
     processors: int
     registers: int = 65536  # per multiprocessor, 32 bits each
     shared: int = 0  # bytes per multiprocessor
-    shared_block: int = 0  # bytes that one block may have
+    shared_block: int = 0  # bytes that one block may use
     warps: int = 64
     blocks: int = 32
 
@@ -40,7 +40,7 @@ CHIPS = {
         shared=164 << 10,
         shared_block=163 << 10,
     ),
-    "sm_86": Chip(  # the limits of sm_89, too, which keeps 24 blocks
+    "sm_86": Chip(  # sm_89 has the same limits, but 24 blocks
         "RTX 3090",
         0.936e12,
         {"bf16": 71e12, "fp16": 71e12, "fp32": 35.6e12},
@@ -93,10 +93,11 @@ class Ceilings:
     rate: float  # operations per second, in the dtype of the benchmark
 
     def floor(self, work: Work) -> float:
-        """Seconds."""
+        """Return the least time of a pass in seconds."""
         return max(work.bytes / self.bandwidth, work.flops / self.rate)
 
     def binds(self, work: Work) -> str:
+        """Return which ceiling sets the floor: "bytes" or "operations"."""
         return "bytes" if work.bytes / self.bandwidth >= work.flops / self.rate else "operations"
 
 
@@ -105,7 +106,11 @@ def datasheet(chip: Chip, dtype: str) -> Ceilings:
 
 
 def measure(device: str, dtype: torch.dtype) -> Ceilings:
-    """The faster of two copies of 1 GiB (64 MiB on a CPU), a product of 8192 (1024) square matrices; medians of 10."""
+    """Measure the ceilings of this machine. Each time is a median of 10.
+
+    The bandwidth is that of the faster of two copies of 1 GiB (64 MiB on a CPU). The rate is that of a product of two
+    square matrices of size 8192 (1024 on a CPU).
+    """
     cuda = device == "cuda"
     source = torch.randn(1 << (28 if cuda else 24), device=device)  # fp32
     target = torch.empty_like(source)
@@ -114,7 +119,7 @@ def measure(device: str, dtype: torch.dtype) -> Ceilings:
     copies = (
         lambda: target.copy_(source),
         lambda: torch.neg(source, out=target),
-    )  # the driver's, and a kernel's
+    )  # by the driver, and by a kernel
     copy = min(_median_seconds(work, device) for work in copies)
     product = _median_seconds(lambda: a @ b, device)
     return Ceilings(2 * source.nbytes / copy, 2 * n**3 / product)

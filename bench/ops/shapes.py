@@ -1,7 +1,7 @@
-"""Whether an op takes a shape, asked before anything is allocated.
+"""The check that an op accepts a shape, before any memory is allocated.
 
-This is no second list of what ops take: inputs are made on the meta device, where they have shapes and no memory, and
-the op itself refuses them.
+There is no separate list of valid shapes. Inputs are made on the meta device, where they have shapes but no memory, and
+the op itself rejects invalid ones.
 """
 
 from math import prod
@@ -13,13 +13,14 @@ from ...model.errors import InputError
 from ..cases.case import Case, Dims, Tensors, label, run
 from ..cases.shapes import letters, letters_text
 
-MOST = 2**48  # of a size: beyond any memory; what is computed from it still fits into 64 bits
+MOST = 2**48  # the largest size: above any memory, yet small enough for 64-bit arithmetic
 
 
 def check_dims(case: Case, dims: Dims, dtype: torch.dtype, device: str) -> Dims:
-    """The shape, its letters in order. Raises InputError for one that the Case does not have or its op does not take.
+    """Return the shape with its letters in the order of the Case.
 
-    case: the registry's, whose own op is asked.
+    Raises InputError if the Case lacks a letter, if a size is out of range, or if the op rejects the shape. case: an
+    entry of the registry, so that our own op makes the check.
     """
     known = letters(case)
     names = letters_text(case)
@@ -27,7 +28,7 @@ def check_dims(case: Case, dims: Dims, dtype: torch.dtype, device: str) -> Dims:
         if letter not in known:
             raise InputError(f"{case.name}: expected sizes of {names}, got {letter}={dims[letter]}")
         if letter not in dims and letter not in case.optional:
-            raise InputError(f"{case.name}: expected sizes of {names}, got none of {letter}")
+            raise InputError(f"{case.name}: expected sizes of {names}, got no {letter}")
         least = 0 if any(empty.get(letter) == 0 for empty in case.empty) else 1
         size = dims.get(letter, least)
         if not isinstance(size, int) or not least <= size <= MOST:
@@ -56,13 +57,13 @@ def _check_memory(place: str, tensors: Tensors, device: str) -> None:
     free = _free_bytes(device)
     if free is not None and needed > free:
         raise InputError(
-            f"{place}: expected operands of at most {free / 1e9:,.1f} GB, which are free on {device}, "
-            f"got {needed / 1e9:,.1f} GB of them"
+            f"{place}: expected operands of at most {free / 1e9:,.1f} GB, the free memory of {device}, "
+            f"got {needed / 1e9:,.1f} GB"
         )
 
 
 def _free_bytes(device: str) -> int | None:
-    """None where the system does not tell."""
+    """Return the free memory of a device in bytes, or None if the system does not report it."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     memory = Path("/proc/meminfo")

@@ -1,6 +1,6 @@
-"""The entries of tile tables that tune.py chooses tiles for, and how an op is made to take one.
+"""The entries of tile tables for which tune.py searches tiles, and the means to run an op with a given tile.
 
-An op that wants its tiles tuned adds a Slot for each entry of its table.
+An op whose tiles are to be tuned adds a Slot for each entry of its tile table.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,24 +17,24 @@ from ..cases.registry import CASES
 from .roofline import CHIPS
 
 Tile = tuple[int, ...]
-WIDTHS = (128, 64, 256)  # rows of the table, in the order of what matters
+WIDTHS = (128, 64, 256)  # head dimensions, one for each row of the table; the most important first
 # the matrix instruction of each chip that tiles are searched for
 OWN = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One entry in the rows of an op's tile table: (side, other side, warps, stages) of one kernel."""
+    """One entry of an op's tile table: the tile (side, other side, warps, stages) of one kernel."""
 
     op: str
     name: str
     module: str
-    kernel: str  # the name of it there
-    cases: tuple[str, ...]  # the families that it serves
-    held: int  # which of the tile's sides stays on the chip while the other is walked over: 0 or 1
-    grid: Callable[["Slot", str, int], Iterator[Tile]]  # chip, row of the table
+    kernel: str  # its name in the module
+    cases: tuple[str, ...]  # names of the Cases that use the tile
+    held: int  # the side (0 or 1) that stays on the chip while the kernel loops over the other
+    grid: Callable[["Slot", str, int], Iterator[Tile]]  # (slot, chip, row of the table) -> candidates
     shipped: Callable[["Slot", str, int], Tile]
-    placed: Callable[["Slot", Tile], AbstractContextManager[None]]  # inside, the op takes this tile
+    placed: Callable[["Slot", Tile], AbstractContextManager[None]]  # a context in which the op uses this tile
     timed: Callable[["Slot", int], list[tuple[Case, Dims]]]
 
     def key(self, chip: str, width: int) -> str:
@@ -51,13 +51,16 @@ _FEATURES = "window, softcap, sinks"
 
 
 def _attention_grid(slot: Slot, chip: str, width: int) -> Iterator[Tile]:
-    """Tiles that may fit: operands in shared memory, accumulators and scores in registers. At two stages."""
-    # [held, D] accumulators; [held, walked] scores, and as many [held, D] operands: q; q and dout; k and v
+    """Yield tiles with two stages that may fit the chip.
+
+    The operands must fit in shared memory, accumulators and scores in registers.
+    """
+    # numbers of [held, D] accumulators, and of [held, walked] scores; as many [held, D] operands as scores
     accumulators, scores = {"_flash_fwd": (1, 1), "_flash_dq": (1, 2), "_flash_dkdv": (2, 2)}[slot.kernel]
     for held in (64, 128):
         for walked in (32, 64, 128) if width < 256 else (16, 32, 64):
             for warps in (4, 8):
-                numbers = (accumulators * held * width + scores * held * walked) / (32 * warps)  # of a thread
+                numbers = (accumulators * held * width + scores * held * walked) / (32 * warps)  # per thread
                 shared = 2 * width * (held * scores + 4 * walked)
                 if 40 <= numbers <= 224 and shared <= CHIPS[chip].shared_block:
                     yield *((held, walked) if slot.held == 0 else (walked, held)), warps, 2
@@ -86,7 +89,11 @@ def _attention_placed(slot: Slot, tile: Tile) -> Iterator[None]:
 
 
 def _attention_timed(slot: Slot, width: int) -> list[tuple[Case, Dims]]:
-    """16,384 tokens and 2048 / D heads, as docs/attention.md has them; packed and shared as its Cases have."""
+    """Return the (Case, shape) pairs on which a slot's tiles are timed.
+
+    Dense calls have 16,384 tokens and 2048 / D heads, as in docs/attention.md. Packed sequences and shared prompts have
+    the shapes of their Cases.
+    """
     heads = 2048 // width
     dense = [{"B": 16384 // T, "T": T, "H": heads, "G": heads, "D": width} for T in (4096, 16384, 1024)]
     packed = {"T": 8192, "H": heads, "G": heads, "D": width}

@@ -1,18 +1,19 @@
-"""Time every op beside eager torch, with --peers beside what else a user could take, with --against beside your own.
+"""Times of our ops beside eager torch, beside other libraries (--peers), and beside your own functions (--against).
 
     burnish bench [OP ...] [--peers] [--json FILE] [--csv FILE]
     burnish bench rms_norm --shape "B=1 T=300 C=777" --dtype bf16 --against mine.py:rms_norm
-    burnish bench --list [OP ...]                           the ops, their shapes, what a function of yours is given
+    burnish bench --list [OP ...]                           the ops, their shapes, the arguments of your function
     burnish bench --compare A.json B.json [--fail-above 1.1]
 
-No contestant is timed before it has passed the accuracy rule (cases/case.py), outputs and gradients; theirs.py says
-what else is asked of yours. Ops are timed in the order in which they are named. A figure is a p50 with its p20 and p80,
-a ratio the median of the rounds, each over ours of the same round, with the interval that holds it; contest.py says how
-a round goes. share = floor / time, the floor being bytes over the bandwidth of a copy or operations over the rate
-of a matrix product, whichever is longer, both measured in this run.
+A contestant is timed only after its outputs and gradients have passed the accuracy rule (cases/case.py). theirs.py
+lists the further conditions for your functions. Ops are timed in the order in which they are named. A time is a p50
+with its p20 and p80. A ratio is a contestant's time over ours in the same round: its median over the rounds, with the
+interval that holds the true median. contest.py describes a round. share = floor / time. The floor is bytes / bandwidth
+or operations / rate, whichever is longer. This run measures the bandwidth with a copy and the rate with a matrix
+product.
 
-The files are written anew before and after every shape: a process that dies leaves its rows and the name of the shape
-that it died at, which --resume tells as red and goes on behind.
+The files are written again before and after every shape. So a process that dies leaves its rows, and the name of the
+shape at which it died. --resume records that shape as red (failed), and continues after it.
 """
 
 import datetime
@@ -70,32 +71,36 @@ from .theirs import (
     writes,
 )
 
-LOST = 3  # exit status: the device answers no more, another process may go on
+LOST = 3  # exit status: the device no longer answers, but another process may go on
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     ops: Annotated[tuple[str, ...], POSITIONAL] = ()  # ops, or cases (rms_norm/heads); all by default
-    shape: tuple[str, ...] = ()  # shapes of yours, by the letters that --list shows: "B=1 T=300 C=777"
+    shape: tuple[str, ...] = ()  # your own shapes, in the letters that --list shows: "B=1 T=300 C=777"
     dtype: Literal["bf16", "fp16", "fp32"] | None = None  # bf16 on a GPU, fp32 on a CPU by default
-    against: tuple[str, ...] = ()  # FILE.py:function ..., timed beside ours; the file is code, and runs
-    rounds: Annotated[int, Bounds(5, 1000)] = ROUNDS  # of timing: more of them narrow the interval of a ratio
-    peers: bool = False  # torch.compile, torch's own fused ops, other libraries where they are installed
+    against: tuple[str, ...] = ()  # FILE.py:function ..., timed beside ours; the file is executed
+    rounds: Annotated[int, Bounds(5, 1000)] = ROUNDS  # of timing; more rounds narrow the interval of a ratio
+    peers: bool = False  # also time torch.compile, torch's own fused ops and other installed libraries
     forward_only: bool = False  # check and time the forward pass alone
-    check_only: bool = False  # hold all to the accuracy rule, and time nothing; TRITON_INTERPRET=1 may be set
-    list: bool = False  # list the ops, or all about those that are named, and time nothing
-    compare: tuple[Path, ...] = ()  # two files of --json: what is slower or faster in the second
-    fail_above: Annotated[float, Bounds(1)] | None = None  # with --compare: status 1 above this ratio
-    json: Path | None = None  # write the figures there
-    csv: Path | None = None  # write the figures there, a line for each pass of each contestant
-    keep: bool = False  # write them to bench/results/<machine>-<date>.json
-    resume: bool = False  # add to the file of --json or --keep what it lacks
-    budget: Annotated[float, Bounds(0, switch=True)] = inf  # seconds; start no shape after this
-    commit: str | None = None  # where git is absent
+    check_only: bool = False  # check accuracy, and time nothing; works with TRITON_INTERPRET=1
+    list: bool = False  # list the ops, or describe the named ops, and time nothing
+    compare: tuple[Path, ...] = ()  # two files of --json: print the changes in the second
+    fail_above: Annotated[float, Bounds(1)] | None = None  # with --compare: exit status 1 above this ratio
+    json: Path | None = None  # write the figures to this file
+    csv: Path | None = None  # write the figures to this file, a line for each pass of each contestant
+    keep: bool = False  # write the figures to bench/results/<machine>-<date>.json
+    resume: bool = False  # continue the file of --json or --keep with its missing shapes
+    budget: Annotated[float, Bounds(0, switch=True)] = inf  # seconds after which no further shape is started
+    commit: str | None = None  # commit to record with the figures, if git is absent
 
 
 def main(cfg: Config) -> int:
-    """The exit status: 1 where something is wrong, red, or with --fail-above slower; LOST where the device is gone."""
+    """Run the benchmark, and return the exit status.
+
+    The status is 1 if a function is wrong, if a shape is red (failed), or with --fail-above if a time is slower. It is
+    LOST if the device no longer answers.
+    """
     check(cfg)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if cfg.list:
@@ -114,7 +119,7 @@ def main(cfg: Config) -> int:
 
 
 def check(cfg: Config) -> None:
-    """Raises InputError where flags contradict one another: none is ignored."""
+    """Raise InputError if flags contradict one another, so that no flag is silently ignored."""
     alone = [name for name in ("list", "compare") if getattr(cfg, name)]
     given = [name for name, value in vars(cfg).items() if value != getattr(Config, name)]
     beside = {"list": ("list", "ops"), "compare": ("compare", "fail_above")}
@@ -122,18 +127,18 @@ def check(cfg: Config) -> None:
         if others := [other for other in given if other not in beside[name]]:
             raise InputError(f"--{name}: expected no {flag(others[0])} beside it")
 
-    # what would be ignored, or could not be
+    # flags that would be ignored, or have a wrong number of values
     if cfg.compare and len(cfg.compare) != 2:
         raise InputError(f"--compare: expected two files, got {len(cfg.compare)}")
     if cfg.fail_above is not None and not cfg.compare:
         raise InputError("--fail-above: expected --compare beside it")
 
-    # where figures go
+    # output files
     if cfg.resume and not (cfg.json or cfg.keep):
         raise InputError("--resume: expected --json FILE or --keep beside it")
     if cfg.json and cfg.keep:
         raise InputError("--keep: expected no --json beside it: it names the file itself")
-    if cfg.keep and (cfg.check_only or cfg.forward_only):  # tables are made of what is kept
+    if cfg.keep and (cfg.check_only or cfg.forward_only):  # tables are made from kept files
         raise InputError(
             "--keep: expected whole passes to keep, got --check-only or --forward-only beside it"
         )
@@ -145,18 +150,18 @@ def check(cfg: Config) -> None:
     if cfg.check_only and cfg.rounds != ROUNDS:
         raise InputError("--rounds: expected no --check-only beside it, which times nothing")
 
-    # whose
+    # flags that need an op
     for name in ("shape", "against"):
         if getattr(cfg, name) and not cfg.ops:
             raise InputError(f"--{name}: expected an op before it, got none; --list shows them")
     if INTERPRET and not (cfg.check_only or alone):
         raise InputError(
-            "TRITON_INTERPRET: expected unset, interpreted kernels have no speed; --check-only times nothing"
+            "TRITON_INTERPRET: expected unset or --check-only, because interpreted kernels are not timed"
         )
 
 
 def shapes_of(cfg: Config, device: str) -> list[tuple[Case, Dims]]:
-    """The cases and shapes that are timed, in order. Raises InputError for an op or a shape that there is not."""
+    """Return the (Case, shape) pairs to time, in order. Raises InputError for an unknown op or an invalid shape."""
     cases = chosen(CASES, cfg.ops)
     if cfg.shape:
         return shaped(cases, cfg.ops, cfg.shape, DTYPES[dtype_of(cfg, device)], device)
@@ -168,7 +173,10 @@ def dtype_of(cfg: Config, device: str) -> str:
 
 
 def in_turn(cases: list[Case], device: str) -> Iterator[tuple[Case, Dims]]:
-    """Every case's first shape, then every case's second: a run cut short has something of each."""
+    """Yield the first shape of every Case, then the second of every Case, and so on.
+
+    So an interrupted run has figures of as many Cases as possible.
+    """
     shapes = [[(case, dims) for dims in case.bench.get(device, ())] for case in cases]
     return (pair for layer in zip_longest(*shapes) for pair in layer if pair is not None)
 
@@ -178,7 +186,7 @@ def in_turn(cases: list[Case], device: str) -> Iterator[tuple[Case, Dims]]:
 
 @dataclass
 class Bench:
-    """A run: its flags, and its report, which is written as it grows."""
+    """A run of the benchmark: its flags, and its report, which is written as it grows."""
 
     cfg: Config
     device: str
@@ -191,7 +199,7 @@ class Bench:
         self.dtype = dtype_of(cfg, self.device)
         self.path = record.results_file(here["device"], today) if cfg.keep else cfg.json
 
-        # where and what it was, then what became of it
+        # the circumstances of the run, then its outcome
         self.report: dict[str, Any] = {
             "machine": here,
             "date": today,
@@ -207,8 +215,8 @@ class Bench:
             self.report = kept_report(self.path, self.report)
 
     def run(self, shapes: list[tuple[Case, Dims]]) -> int:
-        """Every shape in turn, as long as the device answers."""
-        self.write()  # now, rather than find out later that it cannot be written
+        """Run every shape in turn while the device answers. Return the exit status."""
+        self.write()  # fail now if the file cannot be written
         self.ceilings = self.measured()
         for case, dims in shapes:
             if (where := f"{case.name} {label(dims)}") in self.report["begun"]:
@@ -231,7 +239,7 @@ class Bench:
         return 1 if report["red"] or report["wrong"] else 0
 
     def run_shape(self, case: Case, dims: Dims, where: str) -> bool:
-        """Whether the device still answers after it. What breaks is red: the other shapes are worth having."""
+        """Run one shape, and return whether the device still answers. An exception marks the shape as red (failed)."""
         report = self.report
         report["begun"].append(where)
         report["running"] = where
@@ -239,7 +247,7 @@ class Bench:
         try:
             torch.manual_seed(0)
             self.bench_shape(case, dims)
-        except Exception as error:  # the other shapes are worth having
+        except Exception as error:  # the other shapes are still run
             self.red(f"{where}: {type(error).__name__}: {error}")
         del report["running"]
         if why := lost(self.device):
@@ -252,7 +260,10 @@ class Bench:
         print(f"RED, not timed: {text}")
 
     def measured(self) -> roofline.Ceilings:
-        """The machine's ceilings, by a copy and a product, or as an earlier process measured them."""
+        """Return the ceilings of the machine, measured by a copy and a matrix product.
+
+        If an earlier process has measured them, its figures are used. With --check-only they are placeholders.
+        """
         known: dict[str, Any] = self.report["ceilings"]
         if self.cfg.check_only:
             return roofline.Ceilings(1.0, 1.0)
@@ -277,10 +288,13 @@ class Bench:
     # ---- one shape
 
     def bench_shape(self, case: Case, dims: Dims) -> None:
-        """Check, then time; a red case is not timed, and neither is a user's function that is wrong."""
+        """Check all contestants at a shape, then time them.
+
+        If our own op is wrong, nothing is timed. A user's function that is wrong is left out.
+        """
         print(f"\n{case.name}  {label(dims)}  {self.dtype}")
         if (at := case.check(dims)) != dims:
-            print(f"  checked at {label(at)}: the reference would not fit at more")
+            print(f"  checked at {label(at)}: the reference does not fit at the full shape")
         if self.cfg.forward_only:
             case = replace(case, fixed=tuple(case.inputs(case.shapes[0], torch.float32, "cpu")))
         one = prepare(case, dims, DTYPES[self.dtype], self.device)
@@ -291,7 +305,7 @@ class Bench:
                 why, runs = self.verdict(c, case, dims, one)
                 say(why or f"right, compiled in {c.compile:.1f} s")
 
-            # ours ends the shape, a user's own is out, a peer that runs is timed and marked
+            # our fault ends the shape, a user's function is left out, a peer that runs is timed and marked
             if why and c.kind == OURS:
                 self.red(f"{case.name} {label(dims)}: {why}")
                 return
@@ -308,7 +322,10 @@ class Bench:
             self.time_shape(case, dims, one, entrants)
 
     def out(self, c: Contestant, case: Case, dims: Dims, why: str) -> None:
-        """Keep why a contestant is not timed at a shape. A user's own that is wrong in one pass has no row."""
+        """Record why a contestant is not timed at a shape.
+
+        A user's function that is wrong in one pass also loses its rows of the other pass.
+        """
         if c.kind == AGAINST:
             at = {"provider": c.name, "case": case.name, "dims": dims, "dtype": self.dtype}
             self.report["wrong"].append({**at, "why": why})
@@ -318,7 +335,7 @@ class Bench:
 
     @torch_as_it_was()
     def verdict(self, c: Contestant, case: Case, dims: Dims, one: Inputs) -> tuple[str, bool]:
-        """(why, runs): what is wrong with a contestant, or nothing, and whether it runs at this shape."""
+        """Return (reason, runs): the reason is "" if the contestant is right; runs is True if it runs at this shape."""
         theirs = c.kind == AGAINST
         dtype, at = DTYPES[self.dtype], case.check(dims)
         draws = [make_inputs(case, at, dtype, self.device) for _ in range(1 + theirs)]
@@ -337,7 +354,7 @@ class Bench:
                 return first_wrong(c.op, case, draws, shape), True
         except PASSES:
             raise
-        except BaseException as error:  # what breaks is told, and ends nobody else's run
+        except BaseException as error:  # it is reported, and the others go on
             broken = raises(error)
 
             if lost(self.device):
@@ -345,7 +362,7 @@ class Bench:
             if self.device == "cuda":  # it may have run out of memory
                 torch.cuda.empty_cache()
 
-        # what is wrong with a user's own says more than what torch raised of it
+        # for a user's function, the result of the checks says more than torch's exception
         why = why_not(c.op, case, draws, shape) if theirs else ""
         return why or broken, not broken
 
@@ -358,7 +375,10 @@ class Bench:
         given = copied(one.tensors) if own else {}
 
         def fault(c: Contestant) -> str:
-            """The fault of a user's function that wrote to its inputs, which the others get as they were."""
+            """Return an error text if a user's function has written to its inputs, otherwise "".
+
+            Changed inputs are restored for the other contestants.
+            """
             if c.kind != AGAINST or not (names := changed(one.tensors, given)):
                 return ""
             restore(one.tensors, given)
@@ -389,7 +409,7 @@ class Bench:
 
     @torch_as_it_was()
     def ask_again(self, c: Contestant, case: Case, dims: Dims) -> None:
-        """Hold a user's function to the rule once more: it may answer otherwise after many calls."""
+        """Check a user's function again after it was timed, because its results may change after many calls."""
         dtype, at = DTYPES[self.dtype], case.check(dims)
         draws = [make_inputs(case, at, dtype, self.device) for _ in range(2)]
         with waiting(f"  {c.name}: checking again") as say:

@@ -1,15 +1,16 @@
-"""The static proof: every shipped configuration of every kernel, compiled for six chips on a machine that has none.
+"""The static proof: every shipped configuration of every kernel, compiled for six chips on a machine without a GPU.
 
     burnish bench static [op ...] [--all] [--check | --accept] [--json FILE]
 
-The public op is called as in training, forward and backward, on CPU tensors, with Triton's driver replaced by one that
-names the chip and launches nothing. What is compiled is therefore what is launched: the op's own tile table,
-specialisations and all. The machine code then says what the source cannot: registers, spills, stack, shared memory,
-blocks per multiprocessor, matrix instructions, the widest global load, asynchronous copies, and whether a kernel that
-stores in its source stores at all. bench/static.json holds the accepted figures; --check names what got worse, --accept
-writes them anew. A grid that no chip launches raises.
+The public op is called as in training, forward and backward, on CPU tensors. Triton's driver is replaced by a driver
+that names the chip and launches nothing. So the compiled kernels are exactly the kernels that a GPU would launch, with
+the op's own tile table and specialisations. Their machine code shows facts that the source cannot show: registers,
+spills, stack, shared memory, blocks per multiprocessor, matrix instructions, the widest global load, and asynchronous
+copies. It also shows whether a kernel with stores in its source still has any. bench/static.json holds the accepted
+figures. --check lists the figures that got worse, and --accept replaces the accepted figures. A grid that no chip can
+launch raises ValueError.
 
-Without --all only the selection runs that `make test` affords: the first configuration of each case, in bf16 on sm_90.
+Without --all only the small selection of `make test` runs: the first configuration of each case, in bf16 on sm_90.
 """
 
 import json
@@ -50,7 +51,7 @@ TARGETS = {
     "sm_120": (GPUTarget("cuda", 120, 32), (12, 0)),
     "gfx942": (GPUTarget("hip", "gfx942", 64), (9, 4)),
 }
-MOST_PROGRAMS = ((1 << 31) - 1, 65535, 65535)  # of a grid's three dimensions
+MOST_PROGRAMS = ((1 << 31) - 1, 65535, 65535)  # most programs in each of a grid's three dimensions
 PROCESSES = min(2, os.cpu_count() or 1)
 
 
@@ -66,7 +67,7 @@ class Job:
         return f"{self.case} | {label(dict(self.dims))} | {self.dtype} | {self.chip}"
 
 
-# by the compiled kernel's hash: disassembly takes longer than a small compilation
+# builds by the hash of the compiled kernel: disassembly takes longer than a small compilation
 _READ: dict[str, Build] = {}
 
 
@@ -74,7 +75,7 @@ _READ: dict[str, Build] = {}
 
 
 class _Driver:
-    """A stand-in where Triton looks for a GPU. Chips are numbered as devices: Triton keeps its caches per device."""
+    """A stand-in for Triton's GPU driver. Each chip is a separate device, because Triton caches per device."""
 
     def __init__(self, chip: str):
         self.chip = chip
@@ -91,9 +92,10 @@ class _Driver:
 
 @contextmanager
 def compile_only(chip: str, kernel: str | None = None) -> Iterator[list[Any]]:
-    """Compile what is launched inside for `chip`, every kernel or the one that is named, and run nothing.
+    """Compile the kernels that are launched inside the block for a chip, and run nothing. Yields the compiled kernels.
 
-    Yields the growing list of what was compiled. Raises ValueError for a grid that would not be launched.
+    The list grows as kernels are launched. kernel: compile only the kernel with this name. Raises ValueError for a grid
+    that no chip can launch.
     """
     if _chip.INTERPRET:
         raise ValueError("TRITON_INTERPRET: expected unset, the interpreter compiles nothing")
@@ -123,7 +125,7 @@ def check_grid(kernel: str, grid: tuple[int, ...]) -> None:
 
 
 def compile_job(job: Job) -> list[Build]:
-    """Every distinct kernel that the op launches, forward and backward, at this configuration."""
+    """Return the figures of each distinct kernel that the op launches, forward and backward, at this configuration."""
     case = next(c for c in CASES if c.name == job.case)
     tensors = make_inputs(case, dict(job.dims), DTYPES[job.dtype], "cpu")
     upstream = make_upstream(case, tensors)
@@ -138,7 +140,10 @@ def compile_job(job: Job) -> list[Build]:
 
 
 def selection(ops: Collection[str], everything: bool) -> list[Job]:
-    """Each case's first configuration on sm_90; --all is every one on every chip in bf16, and on sm_90 in fp32, too."""
+    """Return the jobs to compile. By default they are each case's first configuration in bf16 on sm_90.
+
+    With `everything` they are all configurations in bf16 on every chip, and in fp32 on sm_90.
+    """
     jobs: list[Job] = []
     for case in CASES:
         if ops and case.op not in ops:
@@ -154,7 +159,7 @@ def selection(ops: Collection[str], everything: bool) -> list[Job]:
 
 
 def compare(accepted: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Complaints about what got worse, a sentence each; `now` may be a part of what was accepted."""
+    """Return a sentence for each figure that got worse. `now` may be a part of the accepted figures."""
     complaints: list[str] = []
     unknown = f"not in {BASELINE.name}; look at its figures, then --accept"
     for key, builds in now.items():
@@ -162,7 +167,7 @@ def compare(accepted: dict[str, Any], now: dict[str, Any]) -> list[str]:
             complaints.append(f"{key}: {unknown}")
             continue
 
-        # an op may launch one kernel at several tiles: in its order of launches
+        # an op may launch a kernel with several tiles: the order of launches matches them
         before: dict[str, list[Any]] = defaultdict(list)
         for build in accepted[key]:
             before[build["kernel"]].append(build)
@@ -187,7 +192,7 @@ def _worse(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
         if new[name] < old[name]:
             yield f"{name} {old[name]} -> {new[name]}"
 
-    # of these any number will do, but none
+    # any number of these instructions is good, except none
     if new["asynchronous"] == 0 < old["asynchronous"]:
         yield f"asynchronous copies {old['asynchronous']} -> 0"
     if new["overlapped"] == 0 < old.get("overlapped", 0):
@@ -195,14 +200,14 @@ def _worse(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
 
 
 def limits(now: dict[str, Any]) -> list[str]:
-    """Complaints that no accepted figure excuses: a block that does not fit the chip, a kernel that lost its stores."""
+    """Return a sentence for each build that is never acceptable: it does not fit the chip, or it lost its stores."""
     complaints = []
     for key, builds in now.items():
         most = CHIPS[key.split(" | ")[-1]].shared_block
         for b in builds:
             where = f"{key}: {b['kernel']} {b['tile']}"
             if b["shared"] > most:
-                complaints.append(f"{where}: {b['shared']} bytes shared, of {most}: does not fit")
+                complaints.append(f"{where}: {b['shared']} bytes shared, at most {most}: does not fit")
             elif b["blocks"] < 1:
                 complaints.append(f"{where}: {b['registers']} registers: does not fit")
             if b["stores"] == 0 < b["source_stores"]:
@@ -228,7 +233,7 @@ def compile_all(jobs: list[Job], processes: int) -> dict[str, Any]:
 
 
 def floors(case: Case, dims: Dims, dtype: str) -> dict[str, tuple[float, float]]:
-    """Seconds forward and backward on each chip, by its datasheet."""
+    """Return chip -> (forward, backward): the floors of a case in seconds by the chip's datasheet."""
     forward, backward = case.work(dims, DTYPES[dtype].itemsize)
     return {
         c: (datasheet(chip, dtype).floor(forward), datasheet(chip, dtype).floor(backward))
@@ -249,7 +254,7 @@ def static_row(key: str, b: dict[str, Any]) -> tuple[str, ...]:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """A line for each distinct kernel; several configurations may share one."""
+    """Return a table with one line for each distinct kernel. Several configurations may share a kernel."""
     rows = [
         COLUMNS,
         *dict.fromkeys(static_row(key, b) for key, builds in figures.items() for b in builds),
@@ -261,7 +266,7 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def floor_table(ops: Collection[str]) -> str:
-    lines = ["floor on the datasheet chip, us forward / backward, bf16"]
+    lines = ["floors by the datasheets, forward / backward in us, bf16"]
     for case in CASES:
         for dims in case.bench.get("cuda", ()) if not ops or case.op in ops else ():
             times = "   ".join(
@@ -276,24 +281,24 @@ def floor_table(ops: Collection[str]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    ops: Annotated[tuple[str, ...], POSITIONAL] = ()  # all of them when none is named
+    ops: Annotated[tuple[str, ...], POSITIONAL] = ()  # the ops to compile; all by default
     all: bool = False  # every configuration: bf16 on every chip, fp32 on sm_90
-    check: bool = False  # compare with the accepted figures; status 1 where something is worse
-    accept: bool = False  # write bench/static.json anew
-    json: Path | None = None  # write the figures there
-    processes: Count = PROCESSES  # that compile at a time
+    check: bool = False  # compare with the accepted figures; exit status 1 if one got worse
+    accept: bool = False  # replace the accepted figures in bench/static.json
+    json: Path | None = None  # write the figures to this file
+    processes: Count = PROCESSES  # number of processes that compile
 
 
 def check_ops(named: Collection[str], known: Collection[str]) -> None:
-    """Raises InputError where an op is named that is not among the known."""
+    """Raise InputError if an op is named that does not exist."""
     if unknown := sorted(set(named) - set(known)):
         raise InputError(f"op: expected one of {sorted(known)}, got {unknown}")
 
 
 def main(cfg: Config) -> int:
-    """Compile and print; the status is 1 where a kernel does not fit, or with --check got worse."""
+    """Compile the selection, and print its figures. Return 1 if a kernel does not fit or, with --check, got worse."""
     if cfg.accept and cfg.check:
-        raise InputError("--check: expected no --accept beside it, which replaces what it compares with")
+        raise InputError("--check: expected no --accept beside it, because it replaces the accepted figures")
     expect_triton("the compiler")
     check_ops(cfg.ops, {case.op for case in CASES})
     figures = compile_all(selection(cfg.ops, cfg.all), cfg.processes)

@@ -1,9 +1,13 @@
-"""A user's function beside ours: it is read from a file, which runs, and held to the accuracy rule before it is timed.
+"""A user's function in the benchmark. Its file is executed, and the function is checked before it is timed.
 
-It is called as the op is, with the op's arguments by name. It may write to none of them: a kernel that works in place
-saves the memory and the time that the others spend. It must be right twice, the second time on other numbers in the
-same tensors: a kernel that remembers a result is fast, and wrong. Two calls may be under way at once, as those of two
-layers are. And it must be right again after it was timed.
+The function is called like the op, with the op's arguments by name. Its conditions are:
+
+- It satisfies the accuracy rule.
+- It writes to none of its inputs. A kernel that works in place saves memory and time that the others spend.
+- It is right twice, the second time on other numbers in the same tensors. A kernel that remembers a result is fast, but
+  wrong.
+- Two of its calls may be under way at once, like the calls of two layers.
+- It is right again after it was timed.
 """
 
 import inspect
@@ -27,7 +31,10 @@ NO_GPU = "Triton finds no GPU; with TRITON_INTERPRET=1 and --check-only it runs 
 
 
 def against(specifications: tuple[str, ...]) -> list[Contestant]:
-    """The functions of --against, each by its file's name and its own: mine.py:rms_norm."""
+    """Return a contestant for each function of --against, under a name such as mine.py:rms_norm.
+
+    Raises InputError if a function is given twice.
+    """
     for specification in specifications:
         if specifications.count(specification) > 1:
             raise InputError(f"--against {specification}: expected each function once, got it twice")
@@ -38,11 +45,14 @@ def against(specifications: tuple[str, ...]) -> list[Contestant]:
 
 
 class OnClones:
-    """An op that gets clones of its inputs. written: the names of those that it has changed since."""
+    """A wrapper that calls an op on clones of its inputs.
+
+    written: the names of the inputs that the op has changed.
+    """
 
     def __init__(self, op: Callable[..., Any]):
         self.op = op
-        self.pairs: list[tuple[str, Tensor, Tensor]] = []  # name, what was given, its clone
+        self.pairs: list[tuple[str, Tensor, Tensor]] = []  # name, input, its clone
 
     def __call__(self, **operands: Any) -> Any:
         cloned = {n: x.clone() if isinstance(x, Tensor) else x for n, x in operands.items()}
@@ -55,13 +65,13 @@ class OnClones:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same bits: NaN is itself."""
+    """Return whether two tensors hold the same bits. A NaN therefore equals itself."""
     flat = [t.detach().contiguous().view(-1).view(torch.uint8) for t in (a, b)]
     return torch.equal(*flat)
 
 
 def changed(tensors: Tensors, before: Tensors) -> list[str]:
-    """The names of the inputs that are not what they were before."""
+    """Return the names of the tensors that differ from their values in `before`."""
     pairs = ((name, t, before[name]) for name, t in tensors.items())
     return [name for name, t, b in pairs if t is not None and b is not None and not same(t, b)]
 
@@ -71,7 +81,7 @@ def copied(tensors: Tensors) -> Tensors:
 
 
 def restore(tensors: Tensors, values: Tensors) -> None:
-    """Write other values into tensors, in a way that autograd does not see."""
+    """Copy other values into the tensors, in a way that autograd does not track."""
     for name, t in tensors.items():
         if t is not None and (value := values[name]) is not None:
             t.data.copy_(value)
@@ -81,10 +91,10 @@ def restore(tensors: Tensors, values: Tensors) -> None:
 
 
 def why_not(op: Callable[..., Any], case: Case, draws: list[Tensors], described_as: Description) -> str:
-    """Why a user's function takes no part, in at most four lines; empty where it computes what the op does.
+    """Return why a user's function may not take part, in at most four lines, or "" if it computes the same as the op.
 
-    draws: two sets of inputs of one shape; the first is overwritten by the second. A case all of whose inputs are fixed
-    is compared forward alone.
+    draws: two input sets of one shape. The second is written over the first. If no input of the Case has a gradient,
+    only the forward pass is compared.
     """
     first, second = draws
     if why := misfit(op, case, first):
@@ -93,13 +103,13 @@ def why_not(op: Callable[..., Any], case: Case, draws: list[Tensors], described_
     wrong = _attempted(lambda: first_wrong(clones, case, [first], described_as))
     if clones.written:
         return writes(clones.written)
-    apart = [copied(tensors) for tensors in draws]  # before the first are written over
+    apart = [copied(tensors) for tensors in draws]  # before the second is written over the first
     remembered = lambda: remembers(op, case, first, second, described_as)
     return wrong or _attempted(remembered) or _attempted(lambda: overlaps(op, case, apart, described_as))
 
 
 def _attempted(step: Callable[[], str]) -> str:
-    """Return what a step says, or what it raises: whatever a user's file raises is the user's to read."""
+    """Return the result of a step. If the step raises, return the error as text: a user's file may raise anything."""
     try:
         return step()
     except PASSES:
@@ -114,7 +124,7 @@ def raises(error: BaseException) -> str:
 
 
 def misfit(op: Callable[..., Any], case: Case, tensors: Tensors) -> str:
-    """Why a function cannot be called as the op is; empty where it can, or has no signature."""
+    """Return why a function cannot be called with the op's arguments, or "" if it can or has no signature."""
     names = [*tensors, *case.options]
     try:
         signature = inspect.signature(op)
@@ -123,36 +133,39 @@ def misfit(op: Callable[..., Any], case: Case, tensors: Tensors) -> str:
     try:
         signature.bind(**dict.fromkeys(names))
     except TypeError:
-        return f"expected a function of ({', '.join(names)}), given by name, got one of {signature}"
+        return f"expected a function that takes ({', '.join(names)}) by name, got {signature}"
     return ""
 
 
 def first_wrong(op: Callable[..., Any], case: Case, draws: list[Tensors], described_as: Description) -> str:
-    """The first output or gradient that breaks the accuracy rule on the first draw, and where it is wrong."""
+    """Return the first output or gradient that breaks the accuracy rule on the first draw, and where it is wrong.
+
+    The text is "" if none does.
+    """
     found = [v for v in verdicts(replace(case, fused=op), draws[0]) if v.wrong is not None]
     found.sort(
         key=lambda v: v.name.startswith("gradient")
-    )  # what is wrong with an output says why a gradient is
+    )  # outputs first: a wrong output explains wrong gradients
     if not found:
         return ""
     text = found[0].text(described_as.axes(found[0].name))
     others = f" (and {len(found) - 1} more of its outputs and gradients)" if found[1:] else ""
-    lacks = found[0].name.startswith("gradient") and not found[0].allowed >= 0  # nothing was there to compare
+    lacks = found[0].name.startswith("gradient") and not found[0].allowed >= 0  # nothing was compared
     return f"{text}{others}" + (f"; {ALONE}" if lacks else "")
 
 
 def writes(names: list[str]) -> str:
-    return f"writes to its input {names[0]}: expected that what it is given stays as it is"
+    return f"writes to its input {names[0]}: expected inputs that stay as they are"
 
 
 def remembers(
     op: Callable[..., Any], case: Case, tensors: Tensors, others: Tensors, described_as: Description
 ) -> str:
-    """The fault of a second answer, to other numbers in the tensors of the first; empty where there is none."""
+    """Call a function twice on the same tensors with different numbers. Return the fault of the second call, or ""."""
     if any(t is not None and t.shape != getattr(others[n], "shape", None) for n, t in tensors.items()):
-        return ""  # lengths are drawn, too
+        return ""  # the draws have different lengths
 
-    # the tensors themselves, as a timed call gets them, and a write that their versions do not count
+    # the same tensor objects as in a timed call, and a write that their version counters do not count
     names = leaves(case, tensors)
     tensors = {n: as_leaf(t) if n in names and t is not None else t for n, t in tensors.items()}
     run(op, case, tensors, make_upstream(case, tensors))
@@ -164,7 +177,7 @@ def remembers(
 
 
 def overlaps(op: Callable[..., Any], case: Case, draws: list[Tensors], described_as: Description) -> str:
-    """The fault of a call behind which another one ran, before its own backward; empty where there is none."""
+    """Run a second call between a call and its backward pass. Return the fault of the first call, or ""."""
     first, second = draws
     names = leaves(case, second)
     others = {n: as_leaf(t) if n in names and t is not None else t for n, t in second.items()}

@@ -1,18 +1,24 @@
-"""The tiles that an op should ship: candidates ranked by the static proof and, on a GPU, timed beside the shipped one.
+"""Candidate tiles for each op, ranked by the static proof and, on a GPU, timed beside the shipped tiles.
 
     burnish bench tune [op ...] [--keep] [--json FILE] [--budget SECONDS]
     burnish bench tune [op ...] [--chip CHIP] [--search [--accept]]
 
---search compiles a grid of tiles for every entry of an op's tile table and ranks them. First come those that spill in
-none of the calls that they serve, and fit; of these, those on the chip's own matrix instructions; then those of which
-two blocks share a multiprocessor, so that one multiplies while the other takes exponentials; then those with eight
-warps resident; then those with more pairs in a step, which take fewer steps; then those with the wider walked side,
-whose instructions are wider; then the deeper pipeline. --accept keeps the best, and the shipped one, in
-bench/candidates.json.
+--search compiles a grid of tiles for every entry of an op's tile table, and ranks them. Each criterion orders the tiles
+that are equal by the criteria before it:
 
-Without a GPU the kept ranking is printed. On one, what is kept is compiled anew, by the Triton at hand; what still
-spills nowhere must pass the accuracy rule and is then timed: its kernel alone, a replayed graph of its launches, in
-turns with the shipped tile's (A B A B). Rows are written as they come, so that a run cut short keeps them.
+    1. the tile fits the chip, and spills in none of the calls that use it
+    2. the chip's own matrix instructions
+    3. two blocks on a multiprocessor, so that one multiplies while the other computes exponentials
+    4. eight resident warps
+    5. more (query, key) pairs in a step, and so fewer steps
+    6. a larger side in the kernel's loop, whose matrix instructions are wider
+    7. more pipeline stages
+
+--accept keeps the best tiles and the shipped tile in bench/candidates.json.
+
+Without a GPU the kept ranking is printed. On a GPU the kept tiles are compiled again by the installed Triton. A tile
+that does not spill must pass the accuracy rule. Then its kernel alone is timed, as a replayed graph of its launches, in
+turns with the shipped tile's (A B A B). Rows are written as they come, so that an interrupted run keeps them.
 """
 
 import datetime
@@ -45,7 +51,7 @@ from .machine_code import Build, read_build
 from .slots import OWN, SLOTS, WIDTHS, Slot, Tile, case_of
 
 KEPT = ROOT / "bench" / "candidates.json"
-KEEP = 6  # of each entry
+KEEP = 6  # tiles of each entry that fit and do not spill
 PROCESSES = min(8, os.cpu_count() or 1)
 
 
@@ -55,7 +61,10 @@ PROCESSES = min(8, os.cpu_count() or 1)
 def examine(
     slot: Slot, chip: str, width: int, tile: Tile, cases: tuple[str, ...] | None = None
 ) -> dict[str, Any]:
-    """The static proof's figures of the tile, the worst of all calls that it serves, up to one in which it spills."""
+    """Return the static proof's figures of a tile: the worst over all Cases that use it.
+
+    The examination stops at the first Case in which the tile spills.
+    """
     builds: list[Build] = []
     for case in map(case_of, cases or slot.cases):
         dims = next(d for d in case.configurations if d["D"] == width)
@@ -78,7 +87,7 @@ def sound(c: dict[str, Any]) -> bool:
 
 
 def rank(slot: Slot, chip: str, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The best first, by the rule at the top of this file."""
+    """Return the candidates sorted by the criteria in this module's docstring, the best first."""
 
     def order(c: dict[str, Any]) -> tuple[Any, ...]:
         *sides, warps, stages = c["tile"]
@@ -90,7 +99,11 @@ def rank(slot: Slot, chip: str, found: list[dict[str, Any]]) -> list[dict[str, A
 
 
 def search(job: tuple[str, str, str, int]) -> tuple[str, list[dict[str, Any]]]:
-    """An entry's key and its ranking: the grid at two stages in the first call, then its best in every call."""
+    """Return the key of a table entry and the ranking of its tiles.
+
+    The whole grid is compiled for the slot's first Case, with two stages. The best tiles are then compiled for all its
+    Cases, with three stages and with two.
+    """
     op, name, chip, width = job
     slot = next(s for s in SLOTS if (s.op, s.name) == (op, name))
     shipped = slot.shipped(slot, chip, width)
@@ -112,7 +125,7 @@ def search(job: tuple[str, str, str, int]) -> tuple[str, list[dict[str, Any]]]:
 
 
 class _Watch:
-    """A stand-in where an op looks for its kernel: it keeps each launch, to be made again."""
+    """A stand-in for a kernel in its module. It records each launch, so that the launch can be repeated."""
 
     def __init__(self, kernel: Any):
         self.kernel = kernel
@@ -127,7 +140,7 @@ class _Watch:
 
 
 def launches(slot: Slot, tile: Tile, case: Case, inputs: Any) -> list[Callable[[], Any]]:
-    """The launches of the slot's kernel in one training call with this tile."""
+    """Return the launches of the slot's kernel in one training call that uses this tile."""
     module = import_module(slot.module)
     watch = _Watch(getattr(module, slot.kernel))
     setattr(module, slot.kernel, watch)
@@ -142,7 +155,7 @@ def launches(slot: Slot, tile: Tile, case: Case, inputs: Any) -> list[Callable[[
 def beside(
     ours: list[Callable[[], Any]], theirs: list[Callable[[], Any]], device: str
 ) -> tuple[float, float]:
-    """Median seconds of both, in turns; on a GPU of graphs that are replayed."""
+    """Return the median seconds of two lists of launches, timed in turns. On a GPU each list is a replayed graph."""
     sides = ours, theirs
     if device == "cuda":
         graphs = [capture(side) for side in sides]
@@ -160,7 +173,7 @@ def beside(
 def measure(
     slot: Slot, width: int, tiles: list[Tile], shipped: Tile, dtype: torch.dtype, device: str
 ) -> Iterator[dict[str, Any]]:
-    """A row for each tile and shape. A tile outside the accuracy rule is refused, and not timed."""
+    """Yield a row for each tile and shape. A tile that is inaccurate or raises is refused, and not timed."""
     passed: set[tuple[Tile, str]] = set()
     refused: dict[Tile, str] = {}
     for case, dims in slot.timed(slot, width):
@@ -180,7 +193,7 @@ def measure(
                     seconds, against = beside(launches(slot, tile, case, inputs), base, device)
                     row |= {"us": round(1e6 * seconds, 2), "shipped_us": round(1e6 * against, 2)}
 
-            except Exception as error:  # the other tiles are still worth having
+            except Exception as error:  # the other tiles are still timed
                 refused[tile] = f"{type(error).__name__}: {error}".splitlines()[0]
             yield row | {"shipped": tile == shipped} | ({"refused": refused[tile]} if tile in refused else {})
 
@@ -193,7 +206,7 @@ def kept() -> dict[str, list[dict[str, Any]]]:
 
 
 def keep(entries: dict[str, list[dict[str, Any]]]) -> None:
-    """A line for each candidate, and entries that were not ranked anew as they were."""
+    """Write entries to bench/candidates.json, one line for each candidate. All other entries stay as they are."""
     whole = dict(sorted((kept() | entries).items()))
     text = ",\n".join(
         f" {json.dumps(key)}: [\n  " + ",\n  ".join(map(json.dumps, ranked)) + "\n ]"
@@ -203,7 +216,7 @@ def keep(entries: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def tile_name(tile: Tile) -> str:
-    """(64, 128, 4, 3) is 64 by 128 with 4 warps and 3 stages."""
+    """Return a tile as text: (64, 128, 4, 3) gives "64x128 w4 s3", which has 4 warps and 3 stages."""
     *sides, warps, stages = tile
     return f"{'x'.join(map(str, sides))} w{warps} s{stages}"
 
@@ -217,7 +230,7 @@ def print_ranking(key: str, ranked: list[dict[str, Any]]) -> None:
 
 
 def print_times(key: str, rows: list[dict[str, Any]]) -> None:
-    """The fastest first: by the mean, over the shapes, of its time over that of the shipped tile beside it."""
+    """Print an entry's tiles, the fastest first. Tiles are ordered by the mean ratio to the shipped tile's time."""
     by_tile: dict[tuple[int, ...], list[dict[str, Any]]] = {}
     for row in rows:
         by_tile.setdefault(tuple(row["tile"]), []).append(row)
@@ -226,7 +239,7 @@ def print_times(key: str, rows: list[dict[str, Any]]) -> None:
         return mean(row["us"] / row["shipped_us"] if "us" in row else float("inf") for row in by_tile[tile])
 
     shapes = dict.fromkeys(f"{row['case'].split('/')[1]} {label(row['dims'])}" for row in rows)
-    print(f"\n{key}: time over that of the shipped tile, then microseconds at {'; '.join(shapes)}")
+    print(f"\n{key}: time / shipped tile's time, then microseconds at {'; '.join(shapes)}")
     for tile in sorted(by_tile, key=share):
         cells = [f"{row['us']:9.1f}" if "us" in row else row["refused"] for row in by_tile[tile]]
         mark = "  shipped" if by_tile[tile][0]["shipped"] else ""
@@ -238,19 +251,19 @@ def print_times(key: str, rows: list[dict[str, Any]]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    ops: Annotated[tuple[str, ...], POSITIONAL] = ()  # all of them when none is named
-    chip: str | None = None  # print the ranking for this one, sm_90 for instance, and time nothing
-    search: bool = False  # compile a grid of tiles, and rank them anew
+    ops: Annotated[tuple[str, ...], POSITIONAL] = ()  # the ops to tune; all by default
+    chip: str | None = None  # print the ranking for this chip, such as sm_90, and time nothing
+    search: bool = False  # compile a grid of tiles, and rank them again
     accept: bool = False  # with --search: keep the ranking in bench/candidates.json
-    json: Path | None = None  # write rankings and times there
+    json: Path | None = None  # write rankings and times to this file
     keep: bool = False  # keep rankings and times in bench/results/tune-<chip>-<date>.json
     budget: Limit = inf  # seconds after which no tile is timed
-    processes: Count = PROCESSES  # that compile at a time
-    commit: str | None = None  # what the figures are of, where git is absent
+    processes: Count = PROCESSES  # number of processes that compile
+    commit: str | None = None  # commit to record with the figures, if git is absent
 
 
 def main(cfg: Config) -> int:
-    """Search, or print what is kept, or time it on the GPU at hand."""
+    """Search for tiles, print the kept ranking, or time the kept tiles on this machine's GPU."""
     expect_triton("the compiler")
     check(cfg)
     slots = [slot for slot in SLOTS if not cfg.ops or slot.op in cfg.ops]
@@ -264,22 +277,22 @@ def main(cfg: Config) -> int:
             if any(key.startswith(f"{slot.op} ") for slot in slots) and key.split(" | ")[-1] in chips:
                 with reading(KEPT):
                     print_ranking(key, ranked)
-        print("\nby the static proof alone: nothing was timed")
+        print("\nranked by the static proof alone: nothing was timed")
         return 0
 
     here = torch.cuda.get_device_capability()
     chip = next((name for name in OWN if static.TARGETS[name][1] == here), None)
     if chip is None:
-        print(f"no candidates for a GPU of compute capability {here}: they are kept for {', '.join(OWN)}")
+        print(f"no candidates for a GPU of compute capability {here}: only {', '.join(OWN)} have any")
         return 0
     Timing(cfg, chip).run(slots)
     return 0
 
 
 def check(cfg: Config) -> None:
-    """Raises InputError where a flag is wrong, or would be ignored."""
+    """Raise InputError if a flag is wrong or would be ignored."""
     if _chip.INTERPRET:
-        raise InputError("TRITON_INTERPRET: expected unset, interpreted kernels have no speed")
+        raise InputError("TRITON_INTERPRET: expected unset, because interpreted kernels are not timed")
     static.check_ops(cfg.ops, {slot.op for slot in SLOTS})
     if cfg.chip not in (None, *OWN):
         raise InputError(f"--chip: expected one of {', '.join(OWN)}, got {cfg.chip}")
@@ -295,7 +308,7 @@ def check(cfg: Config) -> None:
 
 
 def search_all(slots: list[Slot], chips: list[str], cfg: Config) -> None:
-    """Rank the tiles of all entries anew, in the order of WIDTHS; with --accept keep each as it comes."""
+    """Rank the tiles of all entries in the order of WIDTHS. With --accept, keep each ranking as soon as it is made."""
     jobs = [(slot.op, slot.name, chip, width) for chip in chips for width in WIDTHS for slot in slots]
     with ProcessPoolExecutor(cfg.processes, mp_context=get_context("spawn")) as pool:
         for key, ranked in pool.map(search, jobs):
@@ -305,7 +318,7 @@ def search_all(slots: list[Slot], chips: list[str], cfg: Config) -> None:
 
 
 class Timing:
-    """A run on a GPU: what is kept for it is compiled, ranked and timed, until the budget is spent."""
+    """A run on a GPU that compiles, ranks and times the kept tiles until the budget is spent."""
 
     def __init__(self, cfg: Config, chip: str):
         self.chip, self.processes = chip, cfg.processes
@@ -325,7 +338,7 @@ class Timing:
         }
 
     def run(self, slots: list[Slot]) -> None:
-        """Entries in the order of WIDTHS; the tiles of all are compiled meanwhile."""
+        """Time the entries in the order of WIDTHS, while worker processes compile the tiles of all entries."""
         entries = kept()
         turns = [(slot, width) for width in WIDTHS for slot in slots if slot.key(self.chip, width) in entries]
         with reading(KEPT):
@@ -349,7 +362,7 @@ class Timing:
             print(f"written: {os.path.relpath(file)}")
 
     def time_entry(self, slot: Slot, width: int, jobs: list[Future[dict[str, Any]]]) -> None:
-        """Rank an entry by what was compiled, then time what is sound."""
+        """Rank the compiled tiles of one entry. Time the tiles that fit and do not spill."""
         key, shipped = slot.key(self.chip, width), slot.shipped(slot, self.chip, width)
         found = [job.result() for job in jobs]
         ranked = rank(slot, self.chip, [c | {"shipped": tuple(c["tile"]) == shipped} for c in found])
@@ -367,7 +380,7 @@ class Timing:
         self.report["rows"] += rows
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        """The report with the rows of the entry at hand."""
+        """Write the report, with the rows of the current entry."""
         text = json.dumps(self.report | {"rows": self.report["rows"] + rows}, indent=1) + "\n"
         for file in self.files:
             write_whole(file, text)

@@ -1,1 +1,1 @@
-"""Tables and pictures from kept figures."""
+"""Tables and pictures that are made from kept figures."""

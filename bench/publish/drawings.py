@@ -1,6 +1,6 @@
-"""The drawings of docs/pictures, each a function from figures to a matplotlib figure.
+"""The drawings of docs/pictures. Each is a function that turns figures into a matplotlib figure.
 
-Whoever is compared has a line of its own, named beside its bar, so that no line hides another and none needs a legend.
+Each contestant has its own line, with its name beside its bar. So no line hides another, and no legend is needed.
 """
 
 import math
@@ -24,7 +24,7 @@ DIAMOND = {
     "zorder": 3,
 }
 SHOWN_ON = "sm_90"  # the chip on whose roof the ops stand
-CURVES = {  # the stages by RL, as the table names them
+CURVES = {  # the stages trained by RL: name in the figures -> name in the table
     "zero": "R1-Zero",
     "first-rl": "R1: cold start, RL",
     "r1": "R1",
@@ -36,7 +36,7 @@ CURVES = {  # the stages by RL, as the table names them
 
 
 class Bar(NamedTuple):
-    """A line with a name, a bar, and words at its right end; without a value a note in place of the bar."""
+    """A line with a name, a bar, and words at its right end. A line without a value has a note in place of the bar."""
 
     name: str
     value: float
@@ -67,7 +67,7 @@ class Bars:
         return self.left + value / self.full * (self.right - self.left)
 
     def draw(self, bars: Sequence[Bar]) -> None:
-        """Write these below all that stands on the sheet."""
+        """Draw the bars below everything on the sheet."""
         sheet, top = self.sheet, self.sheet.y
         for bar in bars:
             weight = "bold" if bar.bold else "normal"
@@ -95,7 +95,7 @@ class Bars:
 
 
 def duration(microseconds: float) -> str:
-    """Three digits and a unit."""
+    """Return a time as text: three digits and a unit."""
     for factor, unit in ((1e6, "s"), (1e3, "ms")):
         if microseconds >= 0.9995 * factor:
             return f"{digits(microseconds / factor)} {unit}"
@@ -103,12 +103,12 @@ def duration(microseconds: float) -> str:
 
 
 def digits(value: float) -> str:
-    """Three digits, with zeros at the end: 0.100, 1.10, 49.0, 249, 1,024."""
+    """Return a number as text with three digits, zeros at the end included: 0.100, 1.10, 49.0, 249, 1,024."""
     return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
 def speed_bar(name: str, row: dict[str, Any] | None) -> Bar:
-    """A contestant's share of the roofline, which is the bar, and its time."""
+    """Return the line of a contestant: its bar is the share of the roofline, its words are the share and the time."""
     style: dict[str, Any] = {"ours": name == "burnish", "bold": name == "burnish"}
     if row is None or not row["accurate"]:
         return Bar(name, 0, ("", ""), "not measured" if row is None else "not accurate", **style)
@@ -117,7 +117,7 @@ def speed_bar(name: str, row: dict[str, Any] | None) -> Bar:
 
 
 def speed_figure(case: str, which: str, rows: Sequence[dict[str, Any]], where: str) -> "Figure":
-    """Each contestant's share of the measured roofline and its time, at each shape; ours first."""
+    """Draw each contestant's share of the measured roofline and its time at each shape, with ours first."""
     shapes: dict[str, dict[str, dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: row["floor_us"]):
         shapes.setdefault(label(row["dims"]), {})[row["provider"]] = row
@@ -138,22 +138,25 @@ def speed_figure(case: str, which: str, rows: Sequence[dict[str, Any]], where: s
 
 
 def intensity(work: Work) -> float:
-    """Operations for each byte that must be moved."""
+    """Return the number of operations for each byte that must be moved."""
     return work.flops / work.bytes
 
 
 def roof(chip: str, at: float) -> float:
-    """TFLOP/s that the datasheet leaves possible."""
+    """Return the TFLOP/s that a chip's datasheet allows in bf16, at this number of operations per byte."""
     top = datasheet(CHIPS[chip], "bf16")
     return min(top.rate, at * top.bandwidth) / 1e12
 
 
 def roofline_figure(works: Mapping[str, Work]) -> "Figure":
-    """The datasheets' roofs, and where each op stands under that of SHOWN_ON: numbered, with a key below."""
+    """Draw the roofs of the datasheets, and each op on the roof of SHOWN_ON.
+
+    The ops are numbered, and a key below explains the numbers.
+    """
     sheet = Sheet()
     sheet.title(
         "Roofline",
-        f"The most that a datasheet leaves possible in bf16, and each op's first benchmark shape on the "
+        f"The most that a datasheet allows in bf16, and each op's first benchmark shape on the "
         f"{CHIPS[SHOWN_ON].name}'s roof. TFLOP/s, against operations per byte.",
     )
 
@@ -177,13 +180,13 @@ def roofline_figure(works: Mapping[str, Work]) -> "Figure":
 
 
 def logarithmic(low: float, high: float) -> Axis:
-    """An axis with a tick at each power of ten, or at fewer of them: at most seven."""
+    """Return an axis with a tick at each power of ten, or at every n-th power so that there are at most seven."""
     powers = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
     return Axis(low, high, [10.0**power for power in powers[:: -(-len(powers) // 7)]], True)
 
 
 def name_roofs(panel: Panel, low: float, high: float) -> None:
-    """Draw each chip's roof, and its name at the end."""
+    """Draw the roof of each chip, and the chip's name at its end."""
     sheet, right = panel.sheet, panel.left + panel.width
     chips = sorted(CHIPS, key=lambda chip: -roof(chip, high))
     ends = [panel.place(high, roof(chip, high))[1] for chip in chips]
@@ -201,7 +204,7 @@ Group = list[tuple[str, Work]]
 
 
 def grouped(panel: Panel, works: Mapping[str, Work]) -> list[Group]:
-    """Ops that stand within a number's width of one another, and are bound by the same thing."""
+    """Group the ops that stand within a number's width of one another, and are bound by the same ceiling."""
     groups: list[Group] = []
     top = datasheet(CHIPS[SHOWN_ON], "bf16")
     across = lambda work: panel.place(intensity(work), 1)[0]
@@ -215,7 +218,7 @@ def grouped(panel: Panel, works: Mapping[str, Work]) -> list[Group]:
 
 
 def number_groups(panel: Panel, groups: Sequence[Group]) -> None:
-    """Draw a point for each op, and above the panel the number of its group."""
+    """Draw a point for each op, and the number of each group above the panel."""
     sheet = panel.sheet
     middles = []
     for group in groups:
@@ -231,7 +234,7 @@ def number_groups(panel: Panel, groups: Sequence[Group]) -> None:
 
 
 def write_key(sheet: Sheet, groups: Sequence[Group]) -> None:
-    """Write what each number stands for, under what binds it."""
+    """Write the ops of each numbered group, under a heading that names the ceiling that binds them."""
     top = datasheet(CHIPS[SHOWN_ON], "bf16")
     heading = ""
     for number, group in enumerate(groups, 1):
@@ -251,7 +254,7 @@ def write_key(sheet: Sheet, groups: Sequence[Group]) -> None:
 
 
 def r1_figure(result: dict[str, Any]) -> "Figure":
-    """pass@1 of each stage beside DeepSeek's, and below the learning curves of the stages by RL."""
+    """Draw pass@1 of each stage beside DeepSeek's and, below, the learning curves of the stages trained by RL."""
     sheet = Sheet()
     sheet.title(
         "pass@1, %", "Bar: held-out problems of our task.", "Diamond: DeepSeek-R1's paper, AIME 2024."
@@ -265,13 +268,13 @@ def r1_figure(result: dict[str, Any]) -> "Figure":
         Bars(sheet, bars, 1.0, 180).draw(bars)
 
     sheet.y += 6
-    sheet.title("Share of right samples, by GRPO step", "One line a seed, each the mean of five steps.")
+    sheet.title("Share of right samples, by GRPO step", "One line per seed, a mean over five steps.")
     draw_curves(sheet, result["curves"])
     return sheet.finished()
 
 
 def draw_curves(sheet: Sheet, curves: Sequence[Mapping[str, Sequence[float]]]) -> None:
-    """A panel for each stage by RL, two beside each other, all on the same axes."""
+    """Draw a panel for each stage trained by RL, two side by side, all on the same axes."""
     steps = max((len(values) for seed in curves for values in seed.values()), default=1)
     ticks = [step for step in (0, 50, 100, 150) if step <= steps] if steps <= 150 else (0, steps)
     stages = list(curves[0]) if curves else []

@@ -1,4 +1,4 @@
-"""The four rows of figures in README.md, each from a kept run, with the command that makes it."""
+"""The rows of figures in README.md, each from a kept run, with the command that makes it."""
 
 from typing import Any
 
@@ -11,7 +11,10 @@ FEATURED = "flash_attention/shared prompt"
 
 
 def highlights() -> str:
-    """Return the table of what was measured, figure, machine and command. A kind of run that is not kept has no row."""
+    """Return the table of figures in README.md: what was measured, the figure, the machine and the command.
+
+    A kind of run that is not kept has no row.
+    """
     rows = [
         *of_machines(_kernel),
         *_row("trainers", _trainers),

@@ -1,4 +1,4 @@
-"""The page of the static proof: every build in a table that sorts itself, and the roofline. No network."""
+"""An HTML page of the static proof: every build in a sortable table, and the roofline. It needs no network."""
 
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ PAGE = """<!doctype html>
 <p>{{ "{:,}".format(builds | length) }} distinct builds, read from their machine code; Triton {{ triton }}.</p>
 {{ picture | safe }}
 <h2>Builds</h2>
-<p><label>With the words <input type="search" placeholder="sm_90 flash_attention"></label> <output></output></p>
+<p><label>Filter by words <input type="search" placeholder="sm_90 flash_attention"></label> <output></output></p>
 <div class="wide" tabindex="0"><table><thead><tr>
 {% for name in columns %}<th><button>{{ name }}</button></th>
 {% endfor %}</tr></thead><tbody>
@@ -70,11 +70,13 @@ search.addEventListener("input", () => {
 
 
 def write_page(path: Path, figures: Path) -> None:
-    """Write the page of the figures in a file of `burnish bench static --json`."""
+    """Write the HTML page for a file of `burnish bench static --json`. Raises InputError if jinja2 is missing."""
     try:
         import jinja2
     except ImportError as error:
-        raise InputError("the page is made by jinja2, which is not here: pip install jinja2") from error
+        raise InputError(
+            "the page needs the package jinja2, which is not installed: pip install jinja2"
+        ) from error
 
     accepted = read_object(figures)
     with reading(figures):

@@ -1,7 +1,7 @@
-"""The pictures in docs/pictures: what each is drawn from.
+"""The pictures in docs/pictures, and the figures that they are drawn from.
 
-speed: a case that was measured on a GPU at three shapes or more. roofline: the datasheets' roofs, with each op's first
-benchmark shape. r1: the newest kept run of `burnish r1`.
+speed: each case that was measured on a GPU at three shapes or more. roofline: the roofs of the datasheets, with each
+op's first benchmark shape. r1: the newest kept run of `burnish r1`.
 """
 
 import hashlib
@@ -24,16 +24,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PICTURES = record.ROOT / "docs" / "pictures"
-# a changed drawing is another picture
+# part of the stamp, so that changed drawing code makes pictures stale
 CODE = [inspect.getsource(module).encode() for module in (drawings, sheet)]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A file in docs/pictures and its source. Its stamp, kept in the file, tells whether that has changed."""
+    """A file in docs/pictures, and the source that it is drawn from.
+
+    A stamp in the file tells whether the source has changed.
+    """
 
     path: Path
-    words: str  # for those who do not see it
+    words: str  # alternative text
     source: str
     figures: list[Any]
     draw: Callable[[], "Figure"]
@@ -47,7 +50,7 @@ class Picture:
 
 
 def pictures() -> list[Picture]:
-    """The roofs, the newest run of r1, and every case that was measured on a GPU at three shapes or more."""
+    """Return the roofline, the newest run of r1, and every case that was measured on a GPU at three shapes or more."""
     made = [roofline()]
     if run := record.newest_run("r1"):
         path, result = run
@@ -60,7 +63,7 @@ def pictures() -> list[Picture]:
 
 
 def roofline() -> Picture:
-    """The datasheets' roofs, and the ops on one of them."""
+    """Return the picture of the datasheets' roofs, with the ops on one of them."""
     works = headline_works()
     figures = [[name, work.flops, work.bytes] for name, work in works.items()]
     figures += [[chip, of.name, of.bandwidth, of.rates["bf16"]] for chip, of in CHIPS.items()]
@@ -70,12 +73,12 @@ def roofline() -> Picture:
 
 
 def roofline_picture() -> str:
-    """The SVG of the roofs, for a page."""
+    """Return the SVG of the roofline, for a page."""
     return sheet.svg(roofline().draw())
 
 
 def headline_works() -> dict[str, Work]:
-    """The forward work of each case's first benchmark shape, in bf16."""
+    """Return the forward work of each case's first benchmark shape on a GPU, in bf16."""
     return {c.name: c.work(c.bench["cuda"][0], 2)[0] for c in CASES if c.bench.get("cuda")}
 
 

@@ -1,6 +1,6 @@
-"""Tables that hold without a measurement: the machine code's figures on each chip, ranked tiles, analytic floors.
+"""Tables that need no measurement: figures of the machine code on each chip, ranked tiles, and analytic floors.
 
-Every build of bench/static.json is a line of docs/data/static.csv, which a page may sort; documents hold its sums.
+Each build of bench/static.json is a line of docs/data/static.csv. The documents show only totals.
 """
 
 import csv
@@ -15,7 +15,7 @@ from ..ops.tune import tile_name
 from ..record import markdown, newest_results, newest_run, reading
 from .sources import of_kept
 
-# the cards that take each chip's builds, and how a machine's name tells that it has one
+# the cards that run each chip's builds, and a pattern for them in the name of a machine
 CARDS = {
     "sm_80": ("A100", r"\bA100\b"),
     "sm_86": ("RTX 30, RTX 40, A10, L4, L40S", r"\b(RTX [34]0\d\d|A10|L4|L40S)\b"),
@@ -36,7 +36,7 @@ COLUMNS = (
 
 
 def distinct_builds(accepted: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each build once, by COLUMNS: several ops and configurations may share one."""
+    """Return each distinct build once, with the fields of COLUMNS. Several ops and configurations may share a build."""
     ops: dict[tuple[Any, ...], set[str]] = {}
     for key, builds in accepted["builds"].items():
         case, _, dtype, chip = key.split(" | ")
@@ -51,7 +51,7 @@ def distinct_builds(accepted: dict[str, Any]) -> list[dict[str, Any]]:
 
 @of_kept("static.json")
 def static_csv(accepted: dict[str, Any]) -> str:
-    """The text of docs/data/static.csv."""
+    """Return the text of docs/data/static.csv."""
     out = io.StringIO()
     writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -61,15 +61,15 @@ def static_csv(accepted: dict[str, Any]) -> str:
 
 @of_kept("static.json")
 def static(accepted: dict[str, Any]) -> str:
-    """The place of every build's figures, and what its columns are."""
+    """Return the paragraph that names the file of all builds and explains its columns."""
     lines = (
         f"[docs/data/static.csv](data/static.csv), from `bench/static.json`, Triton {accepted['triton']}, has a",
-        f"line for each of {len(distinct_builds(accepted)):,} distinct builds. Its columns are kernel, chip and dtype;",
-        "registers of a thread, local loads and stores in the code (spills), bytes of stack of a thread, bytes of",
-        "shared memory of a block, resident blocks of a multiprocessor; matrix instructions and their kind, bits of",
-        "the widest load, asynchronous copies; instructions, exponentials, those of them that run while a product",
-        "does (overlapped); stores in the code, and in the source; tile, the constants that the kernel was compiled",
-        "with, and the ops that launch it.",
+        f"line for each of {len(distinct_builds(accepted)):,} distinct builds. Its columns are: kernel, chip, dtype;",
+        "registers per thread, local loads and stores in the code (spills), bytes of stack per thread, bytes of",
+        "shared memory per block, resident blocks per multiprocessor; matrix instructions and their kind, bits of",
+        "the widest load, asynchronous copies; instructions, exponentials, exponentials that run during a product",
+        "(overlapped); stores in the code, stores in the source; the constants that the kernel was compiled with",
+        "(tile), and the ops that launch it.",
     )
     return "\n".join(lines) + "\n"
 
@@ -78,7 +78,7 @@ def static(accepted: dict[str, Any]) -> str:
 
 
 def in_bf16(accepted: dict[str, Any]) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """op -> chip -> its distinct builds, by op in the order of the alphabet."""
+    """Return op -> chip -> distinct builds in bf16, with the ops in alphabetical order."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for key, builds in accepted["builds"].items():
         case, _, dtype, chip = key.split(" | ")
@@ -94,7 +94,7 @@ def spilling(builds: list[dict[str, Any]] | None) -> str:
 
 @of_kept("static.json")
 def proven(accepted: dict[str, Any]) -> str:
-    """Each op in one line: how many of its configurations spill in bf16 on each chip."""
+    """Return the table of how many builds of each op spill in bf16 on each chip."""
     rows = []
     for op, chips in in_bf16(accepted).items():
         every = [b for builds in chips.values() for b in builds]
@@ -107,7 +107,7 @@ def proven(accepted: dict[str, Any]) -> str:
 
 @of_kept("static.json")
 def cards(accepted: dict[str, Any]) -> str:
-    """Proof of each op on each card: by its builds, by a run, or none."""
+    """Return the table of each op's builds on each card, and of the runs that found it accurate there."""
     runs, sources = runs_on_cards()
     rows = []
     for op, chips in in_bf16(accepted).items():
@@ -121,16 +121,16 @@ def cards(accepted: dict[str, Any]) -> str:
 
     head = ["op", *(f"{names} ({chip})" for chip, (names, _) in CARDS.items())]
     notes = (
-        f"In bf16, Triton {accepted['triton']}, from `bench/static.json`: how many builds spill; the most shared",
-        "memory of one, as a share of what a block may have on the card. In bold when `burnish bench`",
-        f"last ran the op there, as it was then, and found it accurate: {'; '.join(sources) or 'nowhere yet'}.",
-        "RTX 40, L4 and L40S are sm_89, which has sm_86's limits: compiled for the one, not for the other.",
+        f"In bf16, Triton {accepted['triton']}, from `bench/static.json`: how many builds spill, and the",
+        "largest shared memory of a build, as a share of what a block may have on the card. In bold: the last day",
+        f"when `burnish bench` found the op accurate there, as it was then: {'; '.join(sources) or 'nowhere yet'}.",
+        "RTX 40, L4 and L40S are sm_89, which has the limits of sm_86. The builds are for sm_86.",
     )
     return "\n".join(notes) + f"\n\n{markdown(head, rows)}"
 
 
 def runs_on_cards() -> tuple[dict[tuple[str, str], str], list[str]]:
-    """(op, chip) -> the day on which it was last found accurate there; and the results that say so."""
+    """Return (op, chip) -> the last day on which the op was accurate there, and the results that show it."""
     runs, sources = {}, []
     for path, result in newest_results().items():
         with reading(path):
@@ -148,7 +148,10 @@ def runs_on_cards() -> tuple[dict[tuple[str, str], str], list[str]]:
 
 @of_kept("candidates.json")
 def candidates(accepted: dict[str, Any]) -> str:
-    """The best tiles of each entry by tune.py's ranking, the place of the shipped one, and the fastest where timed."""
+    """Return the table of the tiles of each entry.
+
+    It has the best two by tune.py's ranking, the place of the shipped tile, and the fastest tile if they were timed.
+    """
     times, sources = times_of_tiles()
     rows = []
     for key, ranked in accepted["entries"].items():
@@ -163,13 +166,13 @@ def candidates(accepted: dict[str, Any]) -> str:
         best_two = (cells + [""])[:2]
         rows.append([f"`{entry}`", width, chip, *best_two, f"{place + 1}: {cells[place]}", timed])
 
-    head = ["entry", "row", "chip", "first", "second", "shipped", "fastest, over shipped"]
+    head = ["entry", "row", "chip", "first", "second", "shipped", "fastest, time over shipped"]
     source = f"From `bench/candidates.json`, Triton {accepted['triton']}, bf16"
     return f"{source}; timed on {', '.join(sources) or 'no GPU yet'}.\n\n{markdown(head, rows)}"
 
 
 def times_of_tiles() -> tuple[dict[str, dict[str, list[float]]], list[str]]:
-    """entry -> tile -> its time over the shipped one's at each shape; and where they were timed."""
+    """Return entry -> tile -> its time over the shipped tile's at each shape, and the sources of the times."""
     times: dict[str, dict[str, list[float]]] = {}
     sources = []
     for chip in CHIPS:
@@ -187,7 +190,10 @@ def times_of_tiles() -> tuple[dict[str, dict[str, list[float]]], list[str]]:
 
 
 def floors() -> str:
-    """Bytes over bandwidth or operations over rate, whichever is longer, for the largest benchmark shape in bf16."""
+    """Return the table of floors for the last benchmark shape of each case in bf16.
+
+    A floor is bytes over bandwidth or operations over rate, whichever is longer.
+    """
     rows = []
     for case in CASES:
         if not case.bench.get("cuda"):
@@ -201,5 +207,8 @@ def floors() -> str:
 
         binds = datasheet(CHIPS["sm_90"], "bf16").binds(forward)
         rows.append([f"`{case.name}`", case.formula, label(dims), binds, *times])
-    head = ["case", "elements", "shape", "binds", *(chip.name for chip in CHIPS.values())]
-    return "Forward / backward in microseconds, bf16, on the datasheet chip.\n\n" + markdown(head, rows)
+    head = ["case", "work, forward; backward", "shape", "bound by", *(chip.name for chip in CHIPS.values())]
+    return (
+        "Floors in microseconds, forward / backward, in bf16, by the datasheet of each chip.\n\n"
+        + markdown(head, rows)
+    )

@@ -1,17 +1,29 @@
-"""Tables and pictures from measured and accepted figures; no number in README or docs is typed by hand.
+"""The tables and pictures of README and docs, generated from measured and accepted figures.
 
     burnish bench report [--check] [--keep-r1 RUN] [--html FILE]
 
-A Markdown file asks for a table by a pair of marks, between which everything is generated:
+No number in them is typed by hand. A Markdown file marks the place of a table, and everything between the marks is
+replaced:
 
     <!-- generated: speed -->
     <!-- /generated -->
 
-speed is the newest file of bench/results for each machine, static tells of docs/data/static.csv, which is written from
-bench/static.json, cards is that beside what bench/results has of each card, candidates is bench/candidates.json, floors
-are the registry's formulas on the datasheets of roofline.py, pictures are those in docs/pictures, drawn from the same.
-trainers, conformance and r1 are the newest runs of that kind in bench/results; --keep-r1 puts one of `burnish r1`
-there. loads is the table of architectures of model/files/architectures.py.
+The sources of the parts are:
+
+    speed, headlines     the newest benchmark file of each machine in bench/results
+    highlights           kept runs of several kinds, for README.md
+    static               docs/data/static.csv, which is written from bench/static.json
+    proven               bench/static.json
+    cards                bench/static.json, and what bench/results has of each card
+    candidates           bench/candidates.json, and kept runs of `burnish bench tune`
+    paths                the times of lora_linear's paths in bench/results
+    floors               the registry's formulas on the datasheets of roofline.py
+    pictures             docs/pictures, which are drawn from the same figures
+    loads                the table of architectures of model/files/architectures.py
+    trainers, rollouts, embedding, conformance, r1
+                         the newest run of that kind in bench/results
+
+--keep-r1 copies the figures of a run of `burnish r1` to bench/results.
 """
 
 import re
@@ -39,27 +51,23 @@ MARK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- /generated -->)", re.D
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    check: bool = False  # write nothing; status 1 and a list where a part is stale
-    keep_r1: Path | None = (
-        None  # the folder of a run of `burnish r1`, whose figures are kept in bench/results
-    )
-    html: Path | None = None  # write the page of the static proof there, and nothing else
-    figures: Path | None = (
-        None  # for --html: a file of `burnish bench static --json`, or else bench/static.json
-    )
+    check: bool = False  # write nothing; list stale files, with exit status 1 if there are any
+    keep_r1: Path | None = None  # folder of a `burnish r1` run; keep its figures in bench/results
+    html: Path | None = None  # write the page of the static proof to this file, and nothing else
+    figures: Path | None = None  # for --html: a file of static --json; bench/static.json by default
 
 
 # ---- documents
 
 
 def loads() -> str:
-    """The architectures whose folders are read and written."""
+    """Return the table of the architectures whose folders can be read and written."""
     rows = [[f"`{name}`", f"`{class_name}`", special] for name, class_name, special in loadable()]
     return markdown(["`model_type`", "class in transformers", "what sets it apart"], rows)
 
 
 def gallery() -> str:
-    """Every picture, for a document in docs/."""
+    """Return the Markdown of every picture, for a document in docs/."""
     return "\n\n".join(f"![{p.words}](pictures/{p.path.name})" for p in pictures()) + "\n"
 
 
@@ -84,7 +92,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
 
 
 def fill(text: str) -> str:
-    """The document with every generated part made anew."""
+    """Return the document with every generated part made again."""
 
     def make(match: re.Match[str]) -> str:
         if match[2] not in SECTIONS:
@@ -95,7 +103,7 @@ def fill(text: str) -> str:
 
 
 def texts() -> dict[Path, str]:
-    """Each file that is text, as it should be."""
+    """Return the up-to-date text of each generated text file, by path."""
     made = {path: fill(path.read_text()) for path in DOCUMENTS if path.exists()}
     return made | {record.ROOT / "docs" / "data" / "static.csv": static_csv()}
 
@@ -104,7 +112,7 @@ def texts() -> dict[Path, str]:
 
 
 def stale() -> list[str]:
-    """The files that differ from their sources."""
+    """Return the files that differ from their sources."""
     late = [path for path, text in texts().items() if not path.exists() or path.read_text() != text]
     for picture in pictures():
         if not picture.path.exists() or picture.stamp not in picture.path.read_text():
@@ -113,7 +121,7 @@ def stale() -> list[str]:
 
 
 def main(cfg: Config) -> int:
-    """Write what is stale, or list it; returns the exit status."""
+    """Write all generated files or, with --check, list the stale ones. Return the exit status."""
     if cfg.figures and not cfg.html:
         raise InputError("--figures: expected it beside --html")
     if cfg.html:

@@ -1,7 +1,8 @@
-"""A sheet that a picture is drawn on: text, bars and lines in points, from the top down, no text upon another.
+"""A sheet on which a picture is drawn from the top down: text, bars and lines in points, without overlapping texts.
 
-A sheet is as wide as a phone, so that a letter is as large there as it is here. Every colour reads on white and on
-GitHub's black, words better where the reader's scheme is known; no colour says what the words beside it do not.
+A sheet is as wide as a phone, so that letters keep their size there. Every colour is readable on white and on GitHub's
+black. The text has a lighter colour if the viewer reports a dark scheme. No colour alone carries information: the words
+beside it say the same.
 """
 
 import io
@@ -21,12 +22,12 @@ SMALL, BODY, TITLE = 9.5, 10.0, 12.0  # points of a letter
 INK, OURS, OTHERS = "#656c76", "#d64b1a", "#7f868e"
 INK_ON_BLACK = "#9aa1a9"
 STYLE = f"<style>@media (prefers-color-scheme: dark) {{ text {{ fill: {INK_ON_BLACK} !important }} }}</style>"
-DPI = 288  # of what is measured: a viewer hints no letter
+DPI = 288  # for the measurement of text, because a viewer does not hint letters
 SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "burnish", "font.family": ["DejaVu Sans"]}
 
 
 def matplotlib() -> Any:
-    """The package, without which pictures alone cannot be drawn."""
+    """Return the package matplotlib, which only pictures need. Raises InputError if it is not installed."""
     try:
         import matplotlib.artist
         import matplotlib.backends.backend_agg
@@ -36,13 +37,13 @@ def matplotlib() -> Any:
         import matplotlib.text
     except ImportError as error:
         raise InputError(
-            "pictures are drawn by matplotlib, which is not here: pip install matplotlib"
+            "pictures need the package matplotlib, which is not installed: pip install matplotlib"
         ) from error
     return matplotlib
 
 
 class Sheet:
-    """A figure of WIDTH points, as high as what stands on it: `y` is the place below all of it."""
+    """A figure that is WIDTH points wide and as high as its contents. `y` is the place below all of them."""
 
     def __init__(self) -> None:
         self.library = matplotlib()
@@ -56,13 +57,13 @@ class Sheet:
     # ---- marks
 
     def text(self, x: float, y: float, words: str, size: float = BODY, **style: Any) -> None:
-        """Write one line whose middle is at the height y. Markup is none: a `$` stays one."""
+        """Write one line with its middle at the height y. Markup is not interpreted, so a `$` stays a `$`."""
         style = {"ha": "left", "va": "center", "color": INK, "parse_math": False} | style
         with self.library.rc_context(SETTINGS):
             self.axes.text(x, y, shown(words), fontsize=size, **style)
 
     def bar(self, x: float, y: float, width: float, thickness: float, color: str) -> None:
-        """Fill a rectangle that begins at x, its middle at the height y."""
+        """Fill a rectangle that begins at x and has its middle at the height y."""
         corner = (x, y - thickness / 2)
         self.axes.add_patch(
             self.library.patches.Rectangle(corner, width, thickness, color=color, linewidth=0)
@@ -75,13 +76,13 @@ class Sheet:
     # ---- running text
 
     def width(self, words: str, size: float = BODY, weight: str = "normal") -> float:
-        """Points that a line takes."""
+        """Return the width of a line in points."""
         font = self.library.font_manager.FontProperties(family="DejaVu Sans", size=size, weight=weight)
         pixels, _, _ = self.renderer.get_text_width_height_descent(shown(words), font, ismath=False)
-        return 1.02 * pixels * 72 / DPI  # a viewer's own letters may be wider
+        return 1.02 * pixels * 72 / DPI  # letters of a viewer's own font may be wider
 
     def wrapped(self, words: str, most: float, size: float = BODY, weight: str = "normal") -> list[str]:
-        """The lines into which words fall that are to take at most so many points; a long word is cut."""
+        """Break words into lines of at most the given width in points. A word that is too long is cut."""
         average = self.width(words, size, weight) / max(len(words), 1)
         for letters in range(int(most / max(average, 0.25 * size)) + 4, 0, -1):
             lines = textwrap.wrap(words, letters, break_on_hyphens=False) or [""]
@@ -90,7 +91,7 @@ class Sheet:
         return list(words)
 
     def paragraph(self, words: str, x: float = MARGIN, size: float = BODY, **style: Any) -> None:
-        """Write words below all that stands on the sheet."""
+        """Write words below everything on the sheet."""
         most = WIDTH - MARGIN - x
         for line in self.wrapped(words, most, size, style.get("weight", "normal")):
             self.text(x, self.y + 0.65 * size, line, size, **style)
@@ -104,7 +105,7 @@ class Sheet:
         self.y += 6
 
     def finished(self) -> "Figure":
-        """The figure, cut below what stands on it."""
+        """Return the figure, cut to the height of its contents."""
         height = self.y + MARGIN
         self.figure.set_size_inches(WIDTH / 72, height / 72)
         self.axes.set(xlim=(0, WIDTH), ylim=(height, 0))
@@ -112,7 +113,7 @@ class Sheet:
 
 
 def svg(figure: "Figure") -> str:
-    """The text of a picture, without a ground: it stands on the page's. Words stay words."""
+    """Return the SVG of a figure with a transparent background. Its words stay text."""
     out = io.StringIO()
     with matplotlib().rc_context(SETTINGS):
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
@@ -123,7 +124,7 @@ def svg(figure: "Figure") -> str:
 
 
 class Axis(NamedTuple):
-    """One axis of a Panel: its two ends, the ticks, and whether it is logarithmic."""
+    """One axis of a Panel: its two ends, its ticks, and whether it is logarithmic."""
 
     low: float
     high: float
@@ -131,7 +132,7 @@ class Axis(NamedTuple):
     logarithmic: bool = False
 
     def share(self, value: float) -> float:
-        """A value's place between the ends, from 0 to 1."""
+        """Return the place of a value between the two ends, from 0 to 1."""
         low, high = self.low, self.high
         if self.logarithmic:
             low, high, value = math.log(low), math.log(high), math.log(value)
@@ -139,7 +140,7 @@ class Axis(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """A part of a sheet with two axes, its corner at the top left."""
+    """A part of a sheet with two axes. left and top are its upper left corner."""
 
     sheet: Sheet
     left: float
@@ -165,13 +166,13 @@ class Panel(NamedTuple):
             self.sheet.text(self.left - 4, y, f"{value:,g}", SMALL, ha="right")
 
     def plot(self, xs: Sequence[float], ys: Sequence[float], **style: Any) -> None:
-        """Draw a curve through values."""
+        """Draw a curve through the points."""
         places = [self.place(x, y) for x, y in zip(xs, ys, strict=True)]
         self.sheet.line([x for x, _ in places], [y for _, y in places], **style)
 
 
 def spread(places: Sequence[float], gap: float, most: float) -> list[float]:
-    """Ascending places, moved until neighbours are `gap` apart and the last is at most `most`."""
+    """Return ascending places, moved so that neighbours are at least `gap` apart and the last is at most `most`."""
     moved = list(places)
     for i in range(1, len(moved)):
         moved[i] = max(moved[i], moved[i - 1] + gap)

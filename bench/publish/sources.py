@@ -1,4 +1,4 @@
-"""Sections of documents, made of what is kept: errors in a file become a sentence that names it."""
+"""Helpers that make sections of documents from kept files. An error in a file becomes a message that names the file."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ NO_RUN = "No run is kept in `bench/results` yet.\n"
 
 
 def of_run(kind: str) -> Callable[[Callable[[str, dict[str, Any]], str]], Callable[[], str]]:
-    """A section from the newest run of a kind: make(path, result)."""
+    """Return a decorator. It turns a function of (path, result) into a section made from the newest run of a kind."""
 
     def section(make: Callable[[str, dict[str, Any]], str]) -> Callable[[], str]:
         def made() -> str:
@@ -26,7 +26,7 @@ def of_run(kind: str) -> Callable[[Callable[[str, dict[str, Any]], str]], Callab
 
 
 def of_kept(name: str) -> Callable[[Callable[[dict[str, Any]], str]], Callable[[], str]]:
-    """A section from a file of bench/."""
+    """Return a decorator. It turns a function of a file's contents into a section made from that file of bench/."""
 
     def section(make: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
         def made() -> str:
@@ -41,7 +41,7 @@ def of_kept(name: str) -> Callable[[Callable[[dict[str, Any]], str]], Callable[[
 
 
 def of_machines(make: Callable[[str, dict[str, Any]], list[str]]) -> list[str]:
-    """The parts that make(path, result) makes of each machine's newest results."""
+    """Return the parts that make(path, result) returns for the newest results of each machine, in one list."""
     parts = []
     for path, result in newest_results().items():
         with reading(path):
@@ -50,5 +50,5 @@ def of_machines(make: Callable[[str, dict[str, Any]], list[str]]) -> list[str]:
 
 
 def whence(path: str, result: dict[str, Any]) -> str:
-    """The command of a result, its commit, day and file."""
+    """Return the command of a result, with its commit, date and file, as text."""
     return f"`{result['command']}` at commit {result['commit']}, {result['date']}, from `{path}`"

@@ -11,7 +11,10 @@ NO_RESULTS = "No results yet.\n"
 
 
 def groups(result: dict[str, Any]) -> dict[tuple[str, str, str], Providers]:
-    """(case, shape, pass) -> provider -> row; the cases in the order of the run, small shapes first."""
+    """Group the rows of a result: (case, shape, pass) -> provider -> row.
+
+    Cases are in the order of the run, and within a case small shapes come first.
+    """
     grouped: dict[tuple[str, str, str], Providers] = {}
     cases = list(dict.fromkeys(row["case"] for row in result["rows"]))
     for row in sorted(result["rows"], key=lambda r: (cases.index(r["case"]), r["pass"], r["floor_us"])):
@@ -20,19 +23,19 @@ def groups(result: dict[str, Any]) -> dict[tuple[str, str, str], Providers]:
 
 
 def accurate_peers(providers: Providers) -> Providers:
-    """Those that hold to the accuracy rule: one that computes something else is no contestant."""
+    """Return the peers that pass the accuracy rule. A peer that computes something else is not compared."""
     return {n: r for n, r in providers.items() if not n.startswith(("burnish", "eager")) and r["accurate"]}
 
 
 def speed() -> str:
-    """Every case, shape and pass of each machine's newest results."""
+    """Return the table of every case, shape and pass in the newest results of each machine."""
     return "\n".join(part for part in of_machines(_speed) if part) or NO_RESULTS
 
 
 def _speed(path: str, result: dict[str, Any]) -> list[str]:
     rows = [_speed_row(*key, providers) for key, providers in groups(result).items()]
     head = (
-        *("case", "shape", "pass", "burnish", "eager", "fastest peer", "over eager", "of roofline"),
+        *("case", "shape", "pass", "burnish", "eager", "fastest peer", "speed-up over eager", "of roofline"),
         "MB ours / eager",
     )
     absent = [f"{what}: {why}" for what, why in result["absent"].items()]
@@ -41,7 +44,7 @@ def _speed(path: str, result: dict[str, Any]) -> list[str]:
 
 
 def _facts(path: str, result: dict[str, Any]) -> str:
-    """The machine, its ceilings, the command, and what the times are."""
+    """Return the sentences about the machine, its ceilings, the command, and the clock."""
     m, c = result["machine"], result["ceilings"]
     on_gpu = "driver" in m
     kind = f"driver {m['driver']}" if on_gpu else f"{m['threads']} thread{'s' * (m['threads'] > 1)}"
@@ -55,7 +58,7 @@ def _facts(path: str, result: dict[str, Any]) -> str:
 
 
 def _speed_row(case: str, shape: str, which: str, providers: Providers) -> list[str]:
-    ours, eager = providers["burnish"], providers.get("eager")  # eager may run out of memory
+    ours, eager = providers["burnish"], providers.get("eager")  # eager may have run out of memory
     peers = accurate_peers(providers)
     rival = min(peers, key=lambda n: best(peers[n])[1], default=None)
     p20, p50, p80 = best(ours)
@@ -73,7 +76,7 @@ def _speed_row(case: str, shape: str, which: str, providers: Providers) -> list[
 
 
 def headlines() -> str:
-    """The largest shape of each case, beside the fastest peer; the whole table is `speed`."""
+    """Return the table of the largest shape of each case, beside its fastest peer. `speed` makes the full table."""
     return "\n".join(of_machines(_headlines)) or NO_RESULTS
 
 
@@ -86,13 +89,13 @@ def _headlines(path: str, result: dict[str, Any]) -> list[str]:
     for case, passes in largest.items():
         cells = [cell for which in PASSES for cell in headline(passes.get(which))]
         rows.append([f"`{case}`", passes["forward"][0], *cells])
-    head = ["case", "shape", *(name for which in PASSES for name in (which, "fastest peer"))]
+    head = ["case", "shape", *(name for which in PASSES for name in (which, "fastest peer, time over ours"))]
     source = f"{result['machine']['device']}, {result['date']}, from `{path}`:\n"
     return [source, markdown(head, rows)]
 
 
 def headline(measured: tuple[str, Providers] | None) -> tuple[str, str]:
-    """Time with its share of the roofline, and how many times as long the fastest peer takes."""
+    """Return our time with its share of the roofline, and the fastest peer's time as a multiple of ours."""
     if measured is None:
         return "", ""
     _, providers = measured

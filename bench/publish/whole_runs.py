@@ -1,4 +1,4 @@
-"""The tables of whole runs: trainers and rollouts beside others', conformance, `burnish r1`."""
+"""The tables of whole runs: trainers, rollouts, embedding, conformance and `burnish r1`."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from .sources import NO_RUN, of_run, whence
 
 @of_run("trainers")
 def trainers(path: str, result: dict[str, Any]) -> str:
-    """The newest run of trainers.py."""
+    """Return the table of the newest run of `burnish bench trainers`."""
     rows = []
     for row in result["rows"]:
         ours, theirs = row["burnish"], row["trl"]
@@ -32,7 +32,7 @@ def trainers(path: str, result: dict[str, Any]) -> str:
     m = result["machine"]
     facts = f"{m['device']}, one thread, torch {m['torch']}, trl {m['trl']}, transformers {m['transformers']}"
     head = (
-        *("trainer", "tokens/s, ours / TRL", "ratio", "by CPU time", "memory growth", "ratio", "import"),
+        *("trainer", "tokens/s, ours / TRL", "ratio", "CPU-time ratio", "memory growth", "ratio", "import"),
         "losses differ by",
     )
     rounds = f"medians of {result['rows'][0]['rounds']} rounds"
@@ -52,12 +52,12 @@ def embedding(path: str, result: dict[str, Any]) -> str:
 
 
 def interval(ratio: float, ratios: list[float]) -> str:
-    """A ratio, and in brackets the least and the most of those that it is the median of."""
+    """Return a ratio as text, with the lowest and the highest of the rounds' ratios in brackets."""
     return f"{ratio:.2f}x [{min(ratios):.2f}, {max(ratios):.2f}]"
 
 
 def rollouts() -> str:
-    """The newest runs of rollouts.py: a GPU's, where there is one, and a CPU's."""
+    """Return the tables of the newest runs of `burnish bench rollouts`: on a GPU, if there is one, and on a CPU."""
     runs = [run for kind in ("gpu-rollouts", "rollouts") if (run := newest_run(kind)) is not None]
     parts = []
     for path, result in runs:
@@ -94,11 +94,11 @@ def _rollouts(path: str, result: dict[str, Any]) -> str:
 
 @of_run("conformance")
 def conformance(path: str, result: dict[str, Any]) -> str:
-    """The newest run of conformance.py."""
+    """Return the table of the newest run of `burnish bench conformance`."""
     try:
-        from ..runs.conformance import CHECKS  # with models and tokenizers, which a GPU machine does without
+        from ..runs.conformance import CHECKS  # it needs tokenizers, which a GPU machine may lack
     except ModuleNotFoundError as error:
-        reason = f"the checks of conformance import {error.name}, which is not here: pip install {error.name}"
+        reason = f"the conformance checks need {error.name}, which is not installed: pip install {error.name}"
         raise InputError(reason) from error
 
     names = [f"{trainer['name']} {trainer['version']}" for trainer in result["trainers"]]
@@ -119,7 +119,7 @@ def conformance(path: str, result: dict[str, Any]) -> str:
 
 @of_run("r1")
 def r1(path: str, result: dict[str, Any]) -> str:
-    """The newest kept run of `burnish r1`."""
+    """Return the table of the newest kept run of `burnish r1`."""
     rows = [
         [stage, *("" if value is None else f"{value:.1f}" for name, value in score.items() if name != "form")]
         for stage, score in result["scores"].items()
@@ -129,13 +129,13 @@ def r1(path: str, result: dict[str, Any]) -> str:
     source = (
         f"Percent of 200 held-out problems{seeds}; `{result['command']}` at commit {result['commit']}, "
         f"{result['date']}, "
-        f"{result['machine']['device']}, from `{path}`. The published column is another task: its shape is the point.\n"
+        f"{result['machine']['device']}, from `{path}`. The published column is of another task: compare the trend.\n"
     )
     return markdown(head, rows) + "\n" + source
 
 
 def keep_r1(folder: Path) -> None:
-    """Copy a run's figures to bench/results."""
+    """Copy the figures of a run of `burnish r1` to bench/results."""
     figures = read_object(folder / "figures.json")
     with reading(folder / "figures.json"):
         command = "burnish r1" + (f" --seeds {figures['seeds']}" if figures["seeds"] > 1 else "")

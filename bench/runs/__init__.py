@@ -1,1 +1,1 @@
-"""Whole runs: trainers, rollouts, processes, other people's trainers."""
+"""Whole runs: trainers, rollouts, several processes, and the conformance of any trainer."""

@@ -1,7 +1,7 @@
-"""Invariants that every trainer of language models shares, each a check on the callables of an adapter.
+"""Checks of the invariants that all trainers of language models share, on the callables of an adapter.
 
-A check asserts one statement. The truth is a plain log-softmax of each sequence alone, run by Burnish's model, whose
-logits tests/model compares with transformers'.
+Each check asserts one statement. The truth is a plain log-softmax of each sequence alone, computed by Burnish's model.
+tests/model compares the logits of that model with transformers'.
 """
 
 import math
@@ -25,7 +25,9 @@ from ..conformance import EOS, KL, PAD, VOCABULARY, Batch, Row, Step, Toy, Train
 
 
 class Check(NamedTuple):
-    needs: str  # the callable of the adapter
+    """A check: the callable of the adapter that it needs, the statement, and the function that asserts it."""
+
+    needs: str  # name of the adapter's callable
     statement: str
     run: Callable[..., None]  # (callable, toy, trainer); AssertionError where the statement does not hold
 
@@ -75,9 +77,9 @@ def make_toy(folder: Path) -> Toy:
 
 
 def make_rows(lengths: list[tuple[int, ...]], *columns: str) -> list[Row]:
-    """Random words, as many for each column as `lengths` says."""
+    """Return rows of random words. `lengths` gives the number of words of each column in each row."""
     draw = random.Random(0)
-    # the blank belongs to the answer: ids do not depend on it
+    # answers begin with a blank, which does not change the ids
     blank = lambda column: "" if column == "prompt" else " "
     word = lambda: f"w{draw.randrange(2, VOCABULARY)}"
     return [
@@ -91,7 +93,7 @@ PAIRS = make_rows([(3, 2, 5), (5, 7, 1), (2, 4, 4), (4, 1, 6), (3, 8, 2)], "prom
 
 
 def distributions(toy: Toy, ids: list[int], temperature: float = 1.0) -> Tensor:
-    """log p of the token behind each prefix, (len(ids), V)."""
+    """Return the log-probabilities of the next token after each prefix of the ids, (len(ids), V)."""
     model = load_model(toy.folder)
     with torch.no_grad():
         return (model.logits(model(pack([ids]))).float() / temperature).log_softmax(-1)
@@ -103,7 +105,7 @@ def logprobs(toy: Toy, prompt: list[int], completion: list[int]) -> Tensor:
 
 
 def nll(toy: Toy, sequences: list[tuple[list[int], list[int]]]) -> float:
-    """-sum log p / N over the completions of all."""
+    """Return -sum log p / N over the N tokens of all completions."""
     terms = torch.cat([logprobs(toy, *sequence) for sequence in sequences])
     return -terms.mean().item()
 
@@ -113,7 +115,10 @@ def with_end(row: Row) -> tuple[list[int], list[int]]:
 
 
 def same(found: float | Tensor, expected: float | Tensor, what: str, rtol: float = 1e-5) -> None:
-    """Largest difference at most rtol times the largest number expected, plus 1e-6."""
+    """Assert that two values agree.
+
+    The largest difference may be rtol times the largest expected magnitude, plus 1e-6.
+    """
     found, expected = torch.as_tensor(found), torch.as_tensor(expected)
     assert found.shape == expected.shape, f"{what}: shape {tuple(found.shape)}, not {tuple(expected.shape)}"
     difference = (found - expected).abs().max().item()
@@ -129,38 +134,40 @@ def same_step(found: Step, expected: Step, what: str) -> None:
 # ---- whole steps: denominator, accumulation, sharding, packing, masking, end token
 
 
-@check("sft", "The loss is the sum over trained tokens of the whole step, divided by their number.")
+@check("sft", "The loss is the sum over all trained tokens of the step, divided by their number.")
 def denominator(sft, toy: Toy, _) -> None:
     for at_once in (len(ROWS), 1):
         loss = sft(toy, Batch(ROWS, at_once)).loss
         same(loss, nll(toy, [with_end(row) for row in ROWS]), f"{at_once} rows at once")
 
 
-@check("sft", "Rows at once, one by one, or in uneven parts: loss and gradient are the same.")
+@check("sft", "Loss and gradient are the same for all rows at once, one by one, or in uneven parts.")
 def accumulation(sft, toy: Toy, _) -> None:
     whole = sft(toy, Batch(ROWS, len(ROWS)))
     for at_once in (1, 4):
         same_step(sft(toy, Batch(ROWS, at_once)), whole, f"{at_once} of {len(ROWS)} rows at once")
 
 
-@check("sft", "Rows spread over two data-parallel ranks: loss and gradient are the same.")
+@check("sft", "Loss and gradient are the same if the rows are spread over two data-parallel ranks.")
 def sharding(sft, toy: Toy, _) -> None:
     same_step(sft(toy, Batch(ROWS, 3, ranks=2)), sft(toy, Batch(ROWS, 6)), "two ranks")
 
 
-@check("sft", "Rows packed into one sequence: loss and gradient are the same.")
+@check("sft", "Loss and gradient are the same if the rows are packed into one sequence.")
 def packing(sft, toy: Toy, _) -> None:
     same_step(sft(toy, Batch(ROWS, 6, packed=True)), sft(toy, Batch(ROWS, 6)), "packed")
 
 
-@check("sft", "A row that is cut before its completion counts neither in the sum nor in the denominator.")
+@check(
+    "sft", "A row that is truncated before its completion counts neither in the sum nor in the denominator."
+)
 def masked_rows(sft, toy: Toy, _) -> None:
     long = make_rows([(40, 3)], "prompt", "completion")
     found = sft(toy, Batch(ROWS + long, len(ROWS) + 1, max_length=32))
     same_step(found, sft(toy, Batch(ROWS, len(ROWS), max_length=32)), "with a row that is cut")
 
 
-@check("sft", "The end token is trained once and padding is not, where they are the same token, too.")
+@check("sft", "The end token is trained once, and padding is not, even if they are the same token.")
 def end_token(sft, toy: Toy, _) -> None:
     expected = nll(toy, [with_end(row) for row in ROWS])
     for pad in ("<pad>", "<eos>"):
@@ -168,7 +175,7 @@ def end_token(sft, toy: Toy, _) -> None:
         same(loss, expected, f"padded with {pad}")
 
 
-@check("sft", "A completion that is cut gets no end token.")
+@check("sft", "A truncated completion gets no end token.")
 def truncation(sft, toy: Toy, _) -> None:
     cut = [(prompt, completion[: 12 - len(prompt)]) for prompt, completion in map(with_end, ROWS)]
     same(sft(toy, Batch(ROWS, len(ROWS), max_length=12)).loss, nll(toy, cut), "cut at 12 tokens")
@@ -195,14 +202,14 @@ def preference_start(dpo, toy: Toy, _) -> None:
 
 @check(
     "dpo",
-    "Pairs at once, one by one, or in uneven parts: loss and gradient are the same after an update, too.",
+    "Loss and gradient are the same for all pairs at once, one by one, or in uneven parts, also after an update.",
 )
 def preference_accumulation(dpo, toy: Toy, _) -> None:
     whole = dpo(toy, PAIRS, len(PAIRS), 2, 1e-2, None)
     for at_once in (1, 3):
         parts = dpo(toy, PAIRS, at_once, 2, 1e-2, None)
         same_step(parts[0], whole[0], f"{at_once} of {len(PAIRS)} pairs at once")
-        # Adam divides by |g|: where that is near its eps, rounding of the first gradient is a change of the weight
+        # Adam divides by |g|: if |g| is near eps, rounding of the first gradient changes the weight
         same(parts[1].loss, whole[1].loss, f"{at_once} of {len(PAIRS)} pairs at once, second loss", 1e-3)
 
 
@@ -214,12 +221,14 @@ def reference_is_the_start(dpo, toy: Toy, lora: str) -> None:
     )
 
 
-@check("dpo", "With a fresh LoRA adapter the reference is the model without it, and stays there.")
+@check(
+    "dpo", "With a fresh LoRA adapter the reference is the model without the adapter, and does not change."
+)
 def reference_fresh_adapter(dpo, toy: Toy, _) -> None:
     reference_is_the_start(dpo, toy, "fresh")
 
 
-@check("dpo", "With a loaded LoRA adapter the reference is the model with that adapter, and stays there.")
+@check("dpo", "With a loaded LoRA adapter the reference is the model with that adapter, and does not change.")
 def reference_loaded_adapter(dpo, toy: Toy, _) -> None:
     reference_is_the_start(dpo, toy, "loaded")
 
@@ -231,19 +240,17 @@ def frequencies(ids: Tensor) -> Tensor:
     return torch.bincount(ids, minlength=VOCABULARY).float() / ids.numel()
 
 
-@check("rollout", "Samples come from the distribution that scores them: the same temperature.")
+@check("rollout", "Samples come from the distribution that scores them, at the same temperature.")
 def sampler_temperature(rollout, toy: Toy, _) -> None:
     prompt = [3, 4, 5]
     ids, scored = rollout(toy, prompt, 4000, 2.0, None)
     truth = distributions(toy, prompt, 2.0)[-1]
     same(scored, truth[ids], "log-probabilities at temperature 2", 1e-4)
     distance = (frequencies(ids) - truth.exp()).abs().sum().item() / 2  # total variation
-    assert distance < 0.08, f"the samples are {distance:.2f} (total variation) from what scores them"
+    assert distance < 0.08, f"the samples are {distance:.2f} (total variation) from the scoring distribution"
 
 
-@check(
-    "rollout", "Under top-k the scored distribution is that of the ids kept: their probabilities add up to 1."
-)
+@check("rollout", "Under top-k the scores are normalised over the kept ids: their probabilities add up to 1.")
 def sampler_support(rollout, toy: Toy, _) -> None:
     ids, scored = rollout(toy, [3, 4, 5], 500, 1.0, 3)
     by_id = dict(zip(ids.tolist(), scored.tolist(), strict=True))
@@ -256,7 +263,7 @@ def sampler_support(rollout, toy: Toy, _) -> None:
 
 
 def policy_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logprob, old_logprob (B, T), advantage (B,), mask (B, T)."""
+    """Return random logprob (B, T), old_logprob (B, T), advantage (B,) and mask (B, T)."""
     generator = torch.Generator().manual_seed(0)
     mask = torch.arange(7) < torch.tensor([5, 2, 7, 1])[:, None]
     logprob = -torch.randn(4, 7, generator=generator).abs()
@@ -271,7 +278,10 @@ def value_and_gradient(function: Callable[[Tensor], Tensor], logprob: Tensor) ->
     return value.detach(), gradient
 
 
-@check("policy_loss", "On policy the loss is -sum A n / N and each token's gradient -A / N.")
+@check(
+    "policy_loss",
+    "On policy the loss is -sum A n / N (n tokens of a sample, N in all), and the gradient of a token is -A / N.",
+)
 def policy_start(policy_loss, *_) -> None:
     logprob, _, advantage, mask = policy_inputs()
     n = int(mask.sum())
@@ -281,7 +291,7 @@ def policy_start(policy_loss, *_) -> None:
     same(gradient, -(advantage[:, None] * mask) / n, "gradient")
 
 
-@check("policy_loss", "Micro-batches of a step add up to its loss.")
+@check("policy_loss", "The losses of a step's micro-batches add up to the loss of the step.")
 def policy_accumulation(policy_loss, *_) -> None:
     logprob, old, advantage, mask = policy_inputs()
     n = int(mask.sum())
@@ -292,7 +302,7 @@ def policy_accumulation(policy_loss, *_) -> None:
         same(total, whole, f"parts of {cuts} samples")
 
 
-@check("policy_loss", "What stands in masked places changes nothing, and a batch of only those gives 0.")
+@check("policy_loss", "Values at masked places change nothing, and a batch that is fully masked gives 0.")
 def policy_mask(policy_loss, *_) -> None:
     logprob, old, advantage, mask = policy_inputs()
     n = int(mask.sum())
@@ -308,7 +318,7 @@ def policy_mask(policy_loss, *_) -> None:
     same(gradient, torch.zeros_like(gradient), "all masked, gradient")
 
 
-@check("policy_loss", "A log-ratio of 200 either way gives a finite loss and a finite gradient.")
+@check("policy_loss", "A log-ratio of 200 or -200 gives a finite loss and a finite gradient.")
 def bounded_weights(policy_loss, *_) -> None:
     logprob, _, advantage, mask = policy_inputs()
     for sign in (1.0, -1.0):
@@ -321,7 +331,7 @@ def bounded_weights(policy_loss, *_) -> None:
 
 
 def policies() -> tuple[Tensor, Tensor]:
-    """Parameters of a policy over 6 outcomes, with gradient, and log-probabilities of a reference."""
+    """Return a policy's logits over 6 outcomes, which require a gradient, and a reference's log-probabilities."""
     generator = torch.Generator().manual_seed(3)
     theta = torch.randn(6, generator=generator).requires_grad_()
     return theta, torch.randn(6, generator=generator).log_softmax(0)
@@ -337,7 +347,7 @@ def kl_gradient(theta: Tensor, ref: Tensor, which: str) -> Tensor:
 
 @check(
     "kl",
-    "A KL term of the loss has, in expectation over the policy's samples, the gradient of the KL it names.",
+    "The expected gradient of a KL term over the policy's samples is the gradient of the KL that it names.",
 )
 def kl_term(terms: dict[str, KL], *_) -> None:
     for name, term in terms.items():
@@ -349,7 +359,7 @@ def kl_term(terms: dict[str, KL], *_) -> None:
         same(gradient, kl_gradient(theta, ref, term.gradient), f"{name}, gradient of {term.gradient}")
 
 
-@check("shaped_rewards", "The KL of PPO's rewards is that of KL(pi || ref): its policy gradient is exact.")
+@check("shaped_rewards", "The KL penalty in PPO's rewards has exactly the policy gradient of KL(pi || ref).")
 def kl_in_the_reward(shaped_rewards, *_) -> None:
     theta, ref = policies()
     log_p = theta.log_softmax(0)
@@ -360,7 +370,7 @@ def kl_in_the_reward(shaped_rewards, *_) -> None:
     same(gradient, -beta * kl_gradient(theta, ref, "KL(pi || ref)"), "policy gradient")
 
 
-@check("shaped_rewards", "The score of a completion stands on its last token, and on no other.")
+@check("shaped_rewards", "The score of a completion is the reward of its last token, and of no other token.")
 def score_placement(shaped_rewards, *_) -> None:
     logprob, _, score, mask = policy_inputs()
     reward = shaped_rewards(score, logprob, logprob, mask, 0.3)
@@ -369,7 +379,9 @@ def score_placement(shaped_rewards, *_) -> None:
     same(reward, expected, "rewards without a KL")
 
 
-@check("advantages", "With gamma = lambda = 1 every token's return is the score, and padding has none.")
+@check(
+    "advantages", "With gamma = lambda = 1 the return of every token is the score, and that of padding is 0."
+)
 def returns_are_the_score(advantages, *_) -> None:
     _, _, score, mask = policy_inputs()
     rewards = torch.zeros(mask.shape)

@@ -1,9 +1,9 @@
-"""Invariants that every trainer of language models shares, as checks on any of them, through a small adapter.
+"""Invariants that all trainers of language models share, checked on any trainer through a small adapter.
 
     burnish bench conformance FILE.py:adapter [FILE.py:adapter ...] [--keep]
 
-An adapter gives what bench/conformance.py names; the checks are those of checks.py. The outcome of one is "holds",
-"does not hold" with what was found, or "not applicable" where the trainer has nothing that the statement is about.
+An adapter returns a `Trainer` of bench/conformance.py, and checks.py has the checks. The outcome of a check is "holds",
+"does not hold" with the finding, or "not applicable" if the trainer has nothing that the check is about.
 """
 
 import tempfile
@@ -24,17 +24,19 @@ from .figures import write_figures
 @dataclass(frozen=True, kw_only=True)
 class Config:
     adapters: Annotated[tuple[str, ...], POSITIONAL] = ()  # FILE.py:adapter, one or more
-    json: Path | None = None  # write the outcomes there
+    json: Path | None = None  # write the outcomes to this file
     keep: bool = False  # keep the outcomes in bench/results, under their usual name
 
 
 class Outcome(NamedTuple):
+    """The outcome of one check, with a detail: the finding, or the reason why the check does not apply."""
+
     status: Literal["holds", "does not hold", "not applicable"]
     detail: str = ""
 
 
 def outcome(name: str, trainer: Trainer, toy: Toy) -> Outcome:
-    """The outcome of one of CHECKS."""
+    """Run one of CHECKS, and return its outcome."""
     needs, _, function = CHECKS[name]
     subject = getattr(trainer, needs)
     if subject is None:
@@ -50,7 +52,7 @@ def outcome(name: str, trainer: Trainer, toy: Toy) -> Outcome:
 
 
 def run(trainer: Trainer, toy: Toy, names: tuple[str, ...] = ()) -> dict[str, Outcome]:
-    """names: of CHECKS; all by default."""
+    """Run the named checks, by default all of CHECKS, and return the outcome of each by name."""
     return {name: outcome(name, trainer, toy) for name in names or CHECKS}
 
 

@@ -1,12 +1,12 @@
-"""The workers of a GPU's tests: who is handed which test, who is replaced, and what the verdict hears of it.
+"""The workers that run the tests of a GPU: how tests are handed out, and how failed workers are replaced.
 
-A worker is handed one test at a time and answers with its end. One that dies or does not answer is replaced, and its
-test named with what the worker said last. One whose device answers no more after a test, as after an illegal access,
-names that test and is replaced, too: a context that is lost fails whatever runs in it later.
+A worker gets one test at a time, and answers with its end. If a worker dies or does not answer, its test fails with the
+worker's last output, and the worker is replaced. A worker is also replaced if the device no longer answers after its
+test, as after an illegal access. Otherwise every later test in that process would fail.
 
-First comes one shape of each op in bf16, then one of each of its Cases and the tiles that are shipped, then all else.
-Of those that wait, the next is of the op that has had the least time for its weight, so that each has its share of the
-budget and none eats another's. What is left when the time is over is listed as not reached.
+The first tests are one shape of each op in bf16, then one shape of each Case and the shipped tiles, then all others.
+Among waiting tests of equal rank, the next is of the op that has used the least time for its weight. So each op has its
+share of the budget. Tests that remain when the time is over are listed as not reached.
 """
 
 import math
@@ -27,7 +27,7 @@ from ..record import ROOT
 from .verdict import Verdict
 from .worker import DETAIL, LOST, End, Test
 
-# by kernel file; those whose code has run on a GPU before wait longer, and for less
+# by kernel file; lower for code that has run on a GPU before
 WEIGHTS = {
     "attention": 3,
     "divergence": 2,
@@ -43,26 +43,29 @@ WEIGHTS = {
     "glu": 1,
 }
 PATIENCE = 90.0  # seconds for one test
-START = 180.0  # for a worker's imports and its collection
+START = 180.0  # seconds for a worker's imports and its collection
 STARTS = 3  # workers in a row that may fail to start
-LAST_WORDS = 3.0  # for a process that is about to end
-SAFE = {"PYTHONSAFEPATH": "1"}  # in the root, our kernels/ would hide Hugging Face's
+LAST_WORDS = 3.0  # seconds for a process that is about to end
+SAFE = {"PYTHONSAFEPATH": "1"}  # in the repository root, our kernels/ would hide Hugging Face's package
 SERVE = "from burnish.bench.runs.worker import serve; serve({})"
-TRACE = 1000  # characters of the interpreter's own trace, from its top
+TRACE = 1000  # first characters of the interpreter's own trace
 
 
 # ---- a worker
 
 
 class Worker:
-    """A process of pytest's, and what it is at. Its own session: whatever it starts ends with it."""
+    """A pytest process and its current test.
+
+    The process leads a session, so that all processes that it starts are ended with it.
+    """
 
     def __init__(self, log: Path, chip: str | None, arguments: list[str]):
         self.log, self.ready = log, False
         self.test: Test | None = None
         self.pipe, theirs = Pipe()
 
-        environment = os.environ | SAFE | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # as many as workers
+        environment = os.environ | SAFE | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # one for each worker
         with log.open("wb") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", SERVE.format(theirs.fileno())],
@@ -80,7 +83,7 @@ class Worker:
 
     def begin(self, test: Test | None, message: Any) -> None:
         self.test, self.begun, self.logged = test, time.monotonic(), self.log.stat().st_size
-        with suppress(OSError):  # it has died since: who listens to it next will see
+        with suppress(OSError):  # the worker has died: the next read from it notices
             self.pipe.send(message)
 
     @property
@@ -88,7 +91,7 @@ class Worker:
         return time.monotonic() - self.begun
 
     def said(self) -> str:
-        """Its words since it began, from the interpreter's last words on where there are any."""
+        """Return the worker's output since it began, starting at the interpreter's fatal error if there is one."""
         with self.log.open("rb") as log:
             log.seek(self.logged)
             text = log.read().decode(errors="replace")
@@ -100,7 +103,11 @@ class Worker:
         self.pipe.close()
 
     def died(self, asking: bool, end: float) -> str:
-        """The way it ended. asking: it has not, and is told to; one that hangs then prints where, until `end`."""
+        """Return how the process ended, as "signal SIGSEGV" or "status 1".
+
+        asking: abort the process first, so that a hanging process prints where it hangs. The wait ends at `end` at the
+        latest.
+        """
         if asking:
             self.process.send_signal(signal.SIGABRT)
         with suppress(subprocess.TimeoutExpired):
@@ -115,7 +122,7 @@ def kill(process: subprocess.Popen[Any]) -> None:
 
 
 def end_all(process: subprocess.Popen[Any]) -> None:
-    """End a process that leads a session, and whatever it started; one that the kernel holds is left behind."""
+    """Kill a process that leads a session, and all processes that it started. Wait at most a second for its end."""
     kill(process)
     with suppress(subprocess.TimeoutExpired):
         process.wait(1)
@@ -125,7 +132,7 @@ def end_all(process: subprocess.Popen[Any]) -> None:
 
 
 class Plan:
-    """The order of tests: the waves of one shape first, then an op with the least time for its weight."""
+    """The order of tests: by wave, and then from the op that has used the least time for its weight."""
 
     def __init__(self, tests: list[Test]):
         self.waiting: dict[str, list[Test]] = {}
@@ -134,7 +141,7 @@ class Plan:
         self.spent: dict[str, float] = defaultdict(float)  # seconds of workers, by op
 
     def take(self, running: list[tuple[str, float]]) -> Test | None:
-        """The next test. running: the op of each test that runs, and its seconds so far."""
+        """Return the next test. running: the op of each running test, and its seconds so far."""
         order = [*WEIGHTS, *self.waiting]
         spent = self.spent.copy()
         for op, seconds in running:
@@ -151,7 +158,10 @@ class Plan:
 
 
 class Crew:
-    """The workers. arguments: pytest's; patience: seconds for one test; chip: compile for it, and launch nothing."""
+    """All workers of a run.
+
+    arguments: for pytest. patience: seconds for one test. chip: compile for this chip, and launch nothing.
+    """
 
     def __init__(
         self, verdict: Verdict, chip: str | None, arguments: list[str], processes: int, patience: float
@@ -164,7 +174,7 @@ class Crew:
         self.end = math.inf
 
     def run(self, end: float) -> None:
-        """Until every test has ended, or until `end`; what runs by then was not reached."""
+        """Run until every test has ended, or until `end`. Tests that are unfinished at `end` count as not reached."""
         self.end = end
         with tempfile.TemporaryDirectory() as folder:
             logs = (Path(folder) / f"{n}.log" for n in count())
@@ -178,15 +188,15 @@ class Crew:
                     for pipe in wait([w.pipe for w in self.workers], timeout=0.5):
                         self.hear(next(w for w in self.workers if w.pipe is pipe))
                     for worker in list(self.workers):
-                        if time.monotonic() < end:  # one that hangs has its last words first
+                        if time.monotonic() < end:  # ending a hanging worker takes time
                             self.watch(worker)
                     self.verdict.write(self.waiting)
             finally:
                 self.stop()
 
     def stop(self) -> None:
-        """End the workers; what they are at was not reached."""
-        for worker in self.workers:  # all at once: one may take its time
+        """End the workers. Their unfinished tests count as not reached."""
+        for worker in self.workers:  # kill all first: a worker may take long to end
             kill(worker.process)
         for worker in list(self.workers):
             if worker.test is not None:
@@ -196,7 +206,7 @@ class Crew:
 
     @property
     def waiting(self) -> dict[str, list[Test]]:
-        """Tests that nobody has been handed yet, by op."""
+        """Return the tests that no worker has got yet, by op."""
         return {} if self.plan is None else self.plan.waiting
 
     def lacks_workers(self) -> bool:
@@ -205,7 +215,10 @@ class Crew:
         return sum(w.test is None for w in self.workers) < sum(map(len, self.waiting.values()))
 
     def hear(self, worker: Worker) -> None:
-        """Take a worker's word: what it has collected, then its test's end; by the pipe's end it is no more."""
+        """Read a worker's message: first its collected tests, later the end of its test.
+
+        A closed pipe means that the worker died.
+        """
         try:
             message = worker.pipe.recv()
         except (EOFError, OSError):
@@ -227,11 +240,11 @@ class Crew:
             self.dismiss(worker)
 
     def watch(self, worker: Worker) -> None:
-        """Hand a test to one that waits; bury one that takes too long."""
+        """Give an idle worker its next test, and end a worker that takes too long."""
         if worker.test is not None or not worker.ready:
             patience = self.patience if worker.ready else START
             if worker.seconds > patience:
-                self.bury(worker, f"no end after {patience:.0f} s", asking=True)
+                self.bury(worker, f"did not end within {patience:.0f} s", asking=True)
             return
 
         assert self.plan is not None
@@ -248,6 +261,7 @@ class Crew:
         worker.test = None
 
     def bury(self, worker: Worker, why: str, asking: bool) -> None:
+        """Record the failure of a dead or hanging worker's test, or of its start, and dismiss the worker."""
         how = worker.died(asking, self.end)
         end = End("failed", f"{why}: {how}", worker.said())
         if worker.test is not None:

@@ -2,12 +2,13 @@
 
     burnish bench embedding [--rounds 3] [--json FILE] [--keep]
 
-Each measurement is a process of its own: a Llama of 2 layers, width 256 and 32,768 words, 4 rows of 512 tokens, fp32,
-one thread, forward and backward. Growth is the peak of resident memory over what the process held before the step, the
-gradients that stay included. "labels" is the loss that the model's own forward computes, "TRL" the head that TRL's
-trainers put on it, called as its SFT trainer calls it. Beside them stands what the shapes say: `counted`.
+Each measurement is a process of its own: forward and backward of a Llama of 2 layers, width 256 and 32,768 words, on 4
+rows of 512 tokens, in fp32, on one thread. Growth is the peak of resident memory beyond the memory before the step. It
+includes the gradients that remain. "labels" is the loss that the model's own forward computes. "TRL" is the head that
+TRL's trainers put on the model, called as its SFT trainer calls it. `counted` gives the bytes that follow from the
+shapes.
 
-Needs transformers and trl beside Burnish in one Python: `make test-embed` makes one.
+It needs transformers and trl in the same Python as Burnish: `make test-embed` makes such an environment.
 """
 
 import importlib
@@ -34,23 +35,23 @@ LOSSES = ("labels", "TRL")
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    rounds: Count = 3  # measurements of each, in turn, of which the median counts
-    json: Path | None = None  # write the figures there
+    rounds: Count = 3  # measurements of each, in turn; the median is reported
+    json: Path | None = None  # write the figures to this file
     keep: bool = False  # keep the figures in bench/results, under their usual name
 
 
 def counted(embedded: bool, trained: int) -> dict[str, int]:
-    """Bytes of one step, from the shapes: the most that the head holds beside its gradients, and all gradients.
+    """Return the bytes of one step by the shapes: the peak of the head without gradients, and all gradients.
 
-    labels: the logits, their log-softmax, which is saved, and its gradient. TRL: a tile of 4096 tokens by 32,768 words,
-    here all logits, and two more like it while a CPU takes its statistics. Ours: a budget.
+    labels: the logits, their log-softmax (which is saved), and its gradient. TRL: a tile of 4096 tokens by 32,768
+    words, which holds all logits here, and two more such tiles while a CPU computes the statistics. Ours: a budget.
     """
     logits = 4 * VOCABULARY * ROWS * LENGTH
     return {"head": CPU_BUDGET if embedded else 3 * logits, "gradients": 4 * trained}
 
 
 def step(loss: str, embedded: bool) -> dict[str, float]:
-    """Figures of one step in this process, after one on few tokens."""
+    """Return the figures of one step in this process, after a first step on few tokens."""
     transformers = importlib.import_module("transformers")
     from ...model import embed
 
@@ -92,7 +93,7 @@ def in_process(loss: str, embedded: str) -> dict[str, float]:
 
 
 def measure(rounds: int) -> list[dict[str, Any]]:
-    """Measure every loss, plain and embedded. Returns a row each, with the medians over the rounds."""
+    """Measure every loss, with and without our ops. Return a row for each, with the medians over the rounds."""
     runs: dict[tuple[str, bool], list[dict[str, float]]] = {}
     for _ in range(rounds):
         for loss in LOSSES:

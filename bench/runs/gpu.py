@@ -1,17 +1,22 @@
-"""All that a GPU is asked, within a time, with a verdict whatever happens.
+"""Everything that needs a GPU (compiled tests, times, tiles) within a time limit, with a verdict in any case.
 
     burnish bench gpu [--seconds S] [--steps tests bench tune] [--commit COMMIT] [-- ARGUMENT ...]
     burnish bench gpu --rehearse CHIP [...]       without a GPU: the accuracy tests compile, and run nothing
 
-ARGUMENT: what pytest is to collect, by default tests/kernels and what samples with CUDA graphs.
+ARGUMENT is for pytest, and selects tests. The default is tests/kernels and the sampling tests with CUDA graphs.
 
-tests: compiled, in processes of their own, which crew.py looks after. Each test's end is printed, and kept in
-bench/results. bench: the benchmark with its peers, ops never timed first, by a process that is started again where it
-dies; then the table of lora_linear's paths. tune: the candidate tiles. Each step ends at its share of the time and
-leaves to the next what it does not need.
+The steps are:
 
-Status: 0 when every test ended well, 1 when something failed, 3 when nothing did and some tests were not reached.
-It needs torch, triton, numpy and pytest.
+    tests    compiled tests in worker processes, which crew.py manages; the end of each is printed and kept
+    bench    the benchmark with its peers, ops without times first, then the table of lora_linear's paths;
+             a process that dies is started again
+    tune     the times of the candidate tiles
+
+Each step ends at its share of the time. Time that a step does not use is left to the later steps.
+
+Exit status: 0 if every test ended well, 1 if something failed, 3 if nothing failed but some tests were not reached.
+
+The command needs torch, triton, numpy and pytest.
 """
 
 import os
@@ -37,8 +42,8 @@ from .crew import PATIENCE, SAFE, Crew, end_all
 from .verdict import Verdict
 
 Step = Literal["tests", "bench", "tune"]
-SHARES: dict[Step, float] = {"tests": 0.5, "bench": 0.35, "tune": 0.15}  # of the time
-# the order of the benchmark: never timed, then changed since, then the others
+SHARES: dict[Step, float] = {"tests": 0.5, "bench": 0.35, "tune": 0.15}  # shares of the time
+# the order of the benchmark: ops without times, then ops that changed since, then the others
 OPS = [
     "moe_mlp",
     "nf4_linear",
@@ -54,22 +59,22 @@ OPS = [
 ]
 TESTS = ["tests/kernels", "tests/model/test_cuda_graphs.py"]
 REHEARSED = ["tests/kernels/test_cases.py", "-k", "accuracy"]
-GRACE = 20.0  # seconds before a step's end: what is begun by then may end by itself
-STRAYS = 8  # times that a benchmark is started again
+GRACE = 20.0  # seconds before a step's end in which nothing new is started
+STRAYS = 8  # most starts of the benchmark
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     arguments: Annotated[
         tuple[str, ...], POSITIONAL
-    ] = ()  # for pytest, behind a --: tests/kernels/test_moe.py -k bf16
-    seconds: Seconds = 480.0  # for all steps together
-    steps: tuple[Step, ...] = ()  # all of them when none is named
-    processes: Count = 8  # that run tests
-    patience: Seconds = PATIENCE  # seconds for one test
-    rehearse: str | None = None  # a chip, sm_90 for instance: the accuracy tests compile, without a GPU
-    json: Path | None = None  # the tests' verdict, in place of bench/results/tests-<gpu>-<date>.json
-    commit: str | None = None  # what the results are of, where git is absent
+    ] = ()  # arguments for pytest, after a --: tests/kernels/test_moe.py -k bf16
+    seconds: Seconds = 480.0  # time limit in seconds for all steps together
+    steps: tuple[Step, ...] = ()  # the steps to run; all by default
+    processes: Count = 8  # number of processes that run tests
+    patience: Seconds = PATIENCE  # time limit in seconds for one test
+    rehearse: str | None = None  # compile the accuracy tests for this chip, such as sm_90, without a GPU
+    json: Path | None = None  # write the tests' verdict here, not to bench/results/tests-<gpu>-<date>.json
+    commit: str | None = None  # commit to record with the results, if git is absent
 
 
 # ---- steps
@@ -84,7 +89,10 @@ def test(cfg: Config, end: float, verdict: Verdict) -> int:
 
 
 def run_watched(words: list[str], end: float, written: Path | None = None) -> int | None:
-    """A command's status; None where it was killed, at `end` or because `written` has not changed for too long."""
+    """Run a command, and return its exit status, or None if it was killed.
+
+    It is killed at `end`, or when the file `written` has not changed for too long.
+    """
     print(f"\n$ {shlex.join(['python', *words])}", flush=True)
     begun = time.time()
     command = [sys.executable, *words]
@@ -105,7 +113,10 @@ def run_watched(words: list[str], end: float, written: Path | None = None) -> in
 
 
 def benchmark(end: float, path: Path, commit: str) -> int:
-    """The benchmark, by one process after another where they die, then, in the last seconds, the table of paths."""
+    """Run the benchmark, and start it again if it dies. In the last seconds, write the table of lora_linear's paths.
+
+    Returns 0 if both succeeded, otherwise 1.
+    """
     status: int | None = None
     last = end - GRACE
     for _ in range(STRAYS):
@@ -122,7 +133,7 @@ def benchmark(end: float, path: Path, commit: str) -> int:
 
 
 def ordered_ops() -> list[str]:
-    from ..cases.registry import CASES  # only here: what breaks an import ends no tests
+    from ..cases.registry import CASES  # only here, so that a broken import does not end the tests
 
     return list(dict.fromkeys([*OPS, *(case.op for case in CASES)]))
 
@@ -137,11 +148,11 @@ def tune(end: float, commit: str) -> int:
 
 
 def main(cfg: Config) -> int:
-    """Run the steps, each until its share of the time is spent."""
+    """Run the steps, each until its share of the time is spent. Return the exit status."""
     begun, today = time.monotonic(), date.today().isoformat()
     steps = chosen_steps(cfg)
 
-    # 1. what is said of the run
+    # 1. the facts of the run
     device = "cpu" if cfg.rehearse else "cuda"
     here, commit = machine(device), cfg.commit or run_text("git", "describe", "--always", "--dirty")
     facts = {
@@ -169,9 +180,9 @@ def main(cfg: Config) -> int:
 
 
 def chosen_steps(cfg: Config) -> Sequence[Step]:
-    """The steps that run. Raises InputError where a flag is wrong or would be ignored, or a GPU is missing."""
+    """Return the steps to run. Raises InputError if a flag is wrong or would be ignored, or if there is no GPU."""
     if cfg.rehearse is not None:
-        from ..ops.static import TARGETS  # only here: what breaks an import ends no tests
+        from ..ops.static import TARGETS  # only here, so that a broken import does not end the tests
 
         if cfg.rehearse not in TARGETS:
             raise InputError(f"--rehearse: expected one of {', '.join(TARGETS)}, got {cfg.rehearse}")
@@ -181,16 +192,16 @@ def chosen_steps(cfg: Config) -> Sequence[Step]:
 
     steps = cfg.steps or tuple(SHARES)
     if "tests" not in steps and (cfg.arguments or cfg.json):
-        raise InputError("--json, arguments for pytest: expected tests among --steps, which alone take them")
-    if not torch.cuda.is_available():
         raise InputError(
-            "expected a GPU that torch can use; --rehearse sm_90 goes through the tests without one"
+            "--json, arguments for pytest: expected tests among --steps, because only that step uses them"
         )
+    if not torch.cuda.is_available():
+        raise InputError("expected a GPU that torch can use; --rehearse sm_90 compiles the tests without one")
     return steps
 
 
 def step_ends(steps: Sequence[Step], begun: float, seconds: float) -> Iterator[tuple[Step, float]]:
-    """Each step with its end: those before it leave it what they did not need."""
+    """Yield (step, deadline). Time that an earlier step does not use is left to the later ones."""
     whole, so_far = sum(SHARES[step] for step in steps), 0.0
     for step in steps:
         so_far += SHARES[step]
@@ -199,7 +210,7 @@ def step_ends(steps: Sequence[Step], begun: float, seconds: float) -> Iterator[t
 
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """A block that SIGTERM ends as an exit does, so that what it has started ends with it."""
+    """Make SIGTERM end the block like an exit, so that the processes that it has started are ended, too."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         yield

@@ -1,4 +1,4 @@
-"""One measurement in a process of its own, which `scale` and `embedding` start; its figures are printed as JSON.
+"""One measurement in its own process, for `scale` and `embedding`. It prints its figures as JSON.
 
 python -m burnish.bench.runs.process scale MODE
 python -m burnish.bench.runs.process embedding LOSS EMBEDDED
@@ -15,9 +15,10 @@ from typing import Any
 def figures_of(
     *words: str, launcher: Sequence[str] = (), environment: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """The figures that a new process prints. words: the command's name, then of its `in_process` the arguments.
+    """Return the figures that a new process prints. Raises RuntimeError if the process fails.
 
-    launcher: arguments of Python that stand before, of torchrun for instance.
+    words: the command's name, then the arguments of its `in_process`. launcher: arguments of Python that come before
+    them, for example those of torchrun.
     """
     command = [sys.executable, *launcher, "-m", __name__, *words]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

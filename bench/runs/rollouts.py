@@ -1,23 +1,24 @@
-"""Generation beside transformers' `generate`: the same weights, prompts and lengths, in one process.
+"""Our generation beside transformers' `generate`, with the same weights, prompts and lengths, in one process.
 
     burnish bench rollouts [--model DIR] [--rounds 5] [--keep]
 
-On a CPU the model has 4 layers of width 256 and 4,096 words (that of trainers.py), in fp32, on one thread; on a GPU,
-where there is one, the shape of a model of 1 billion, random, in bf16. --model adds a Hugging Face folder. Of each
-shape of work both run a round in turn (A B A B); speed is tokens of the answers over CPU seconds of the process, which
-other work on the machine disturbs less than the wall's, or over the wall's on a GPU; a ratio is that of one pair, and
-what is kept is the median.
+On a CPU the model has 4 layers of width 256 and 4,096 words (that of trainers.py), in fp32, on one thread. If there is
+a GPU, the model has random weights in bf16, in the shape of a model of 1 billion parameters. --model adds a Hugging
+Face folder. For each kind of work both sides run one round in turn (A B A B). Speed is the tokens of the answers over
+the CPU seconds of the process, which other work on the machine disturbs less than wall time. On a GPU it is over wall
+time. A ratio is taken from one pair of runs, and the median of the ratios is kept.
 
                       CPU: 32 at a time                            GPU: 64 at a time
     ragged prompts    32 prompts of 16 to 256 tokens,              64 of 64 to 1,024,
-                      64 new tokens each                           128 new ones each
+                      64 new tokens each                           128 new tokens each
     ragged answers    64 of the same; answers end at one of        128 of the same; after 96 of 256
                       a few ids, on average after 40 of 128
     groups            4 prompts of 192 to 256 tokens, 8 samples    8 of 512 to 1,024,
                       of 64 tokens for each                        8 samples of 128
 
-transformers has the prompts padded on the left, one row a sample, as many rows a call, and its default cache; rows that
-have ended run on as padding until all have. Greedy tokens are compared, then both sample at temperature 1 from all ids.
+transformers gets the prompts padded on the left, one row for each sample, with the same number of rows in a call, and
+its default cache. Rows that have ended continue as padding until all rows have ended. First the greedy tokens of both
+are compared. Then both sample at temperature 1 from all ids.
 """
 
 import importlib
@@ -45,21 +46,23 @@ from .trainers import write_model
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    model: Path | None = None  # a Hugging Face folder, measured too
-    rounds: Count = 5  # of both sides, in turn
-    json: Path | None = None  # write the figures there
+    model: Path | None = None  # a Hugging Face folder to measure as well
+    rounds: Count = 5  # rounds, each with both sides in turn
+    json: Path | None = None  # write the figures to this file
     keep: bool = False  # keep the figures in bench/results, under their usual name
 
 
 @dataclass(frozen=True)
 class Work:
+    """A kind of work: the number and length of prompts, the samples of each, and the length of answers."""
+
     name: str
     prompts: int
-    samples: int  # of each
+    samples: int  # samples of each prompt
     shortest: int
     longest: int  # tokens of a prompt
     new_tokens: int
-    mean_length: int | None = None  # of an answer without the limit of new_tokens; None: none ends before it
+    mean_length: int | None = None  # of an answer without the limit new_tokens; None: no answer ends early
 
     def draw_prompts(self, vocabulary: int) -> list[list[int]]:
         draw = random.Random(0)
@@ -69,22 +72,22 @@ class Work:
         ]
 
     def stop_ids(self, vocabulary: int) -> list[int]:
-        """So many ids that an answer of a model that likes all ids alike is as long as asked for."""
+        """Return enough stop ids to give answers their mean length, for a model that draws all ids equally often."""
         count = 0 if self.mean_length is None else vocabulary // self.mean_length
         return random.Random(1).sample(range(2, vocabulary), count)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A kind of device's measurements."""
+    """The measurements on one kind of device."""
 
-    kind: str  # of the file in bench/results
+    kind: str  # first word of the file's name in bench/results
     model: str
-    changes: dict[str, int | bool]  # what the model has otherwise than the one of trainers.py
+    changes: dict[str, int | bool]  # differences from the model of trainers.py
     dtype: torch.dtype
     batch: int  # sequences at a time
     works: tuple[Work, ...]
-    given: tuple[Work, ...]  # of --model
+    given: tuple[Work, ...]  # the works for --model
 
 
 _GPU_WORKS = (
@@ -127,7 +130,7 @@ SETTINGS = {
 }
 
 
-# ---- the two sides: a call gives the new tokens of each sequence
+# ---- the two sides: each returns the new tokens of each sequence
 
 
 def ours(model: Transformer, work: Work, greedy: bool) -> list[list[int]]:
@@ -169,13 +172,13 @@ def theirs(model: Any, work: Work, greedy: bool) -> list[list[int]]:
 
 
 def until(tokens: list[int], stops: list[int]) -> list[int]:
-    """The tokens as far as the first stop id, it included."""
+    """Return the tokens up to and including the first stop id."""
     ends = [i + 1 for i, token in enumerate(tokens) if token in stops]
     return tokens[: ends[0]] if ends else tokens
 
 
 def speed(run: Callable[[], list[list[int]]], device: str) -> float:
-    """Tokens of the answers a second: of the process's CPU time, or on a GPU the wall's."""
+    """Return the tokens of the answers per second of CPU time of this process, or on a GPU per second of wall time."""
 
     def clock() -> float:
         if device == "cpu":
@@ -192,11 +195,11 @@ def speed(run: Callable[[], list[list[int]]], device: str) -> float:
 
 
 def measure(name: str, folder: Path, work: Work, rounds: int, device: str) -> dict[str, Any]:
-    transformers = importlib.import_module("transformers")  # which the tests do without
+    transformers = importlib.import_module("transformers")  # here, because the tests run without it
     dtype, slots = SETTINGS[device].dtype, SETTINGS[device].batch
     model = load_model(folder, dtype, device)
     peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
-    peer.generation_config = transformers.GenerationConfig()  # nothing of the folder's own
+    peer.generation_config = transformers.GenerationConfig()  # ignore the settings of the folder
     greedy = list(zip(ours(model, work, True), theirs(peer, work, True), strict=True))
 
     runs: dict[str, list[float]] = {"burnish": [], "transformers": []}
@@ -206,7 +209,7 @@ def measure(name: str, folder: Path, work: Work, rounds: int, device: str) -> di
         pair = f"{runs['burnish'][-1]:9,.0f} beside {runs['transformers'][-1]:9,.0f} tokens/s"
         print(f"{name}, {work.name}, round {index + 1}: {pair}", flush=True)
 
-    # beside the medians, what the cache takes
+    # the sizes of the caches
     ratios = [a / b for a, b in zip(runs["burnish"], runs["transformers"], strict=True)]
 
     sizes = [len(prompt) for prompt in work.draw_prompts(model.config.vocab_size)]
@@ -236,7 +239,7 @@ def main(cfg: Config) -> int:
     setting = SETTINGS[device]
     torch.set_num_threads(1)
 
-    # the small model, and one of the user's
+    # the small model, then a model of the user
     with tempfile.TemporaryDirectory() as name:
         write_model(Path(name), **setting.changes)
         rows = [measure(setting.model, Path(name), work, cfg.rounds, device) for work in setting.works]
@@ -252,6 +255,8 @@ def main(cfg: Config) -> int:
         )
 
     facts = machine(device) | {name: version(name) for name in ("torch", "transformers")}
-    shown = replace(cfg, model=cfg.model and Path(cfg.model.name))  # not where it lies on this machine
+    shown = replace(
+        cfg, model=cfg.model and Path(cfg.model.name)
+    )  # its name without its path on this machine
     write_figures("rollouts", shown, kind=setting.kind, machine=facts, rows=rows)
     return 0

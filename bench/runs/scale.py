@@ -1,12 +1,13 @@
-"""The memory of each of several processes that train: by the calculator, and measured.
+"""Memory of each process in a training step of one or several processes: by the calculator, and measured.
 
     burnish bench scale [--processes 2]
 
-One process and several over gloo, each run in processes of its own: a Llama of 8 layers, width 512 and 16,384 words, in
-fp32 on a CPU, one thread; four rows of 512 tokens in micro-batches of two, with checkpoint_activations. Held: weights
-and AdamW's moments, counted in the tensors. Growth: the peak of resident memory in the second step over what was
-resident before it: gradients, what is gathered, activations, and what the calculator leaves out, one layer at work and
-the messages' buffers. Of several processes the largest figure is told.
+One process and several processes over gloo are measured, each in new processes. The model is a Llama of 8 layers, width
+512 and 16,384 words, in fp32 on a CPU, on one thread. A step trains four rows of 512 tokens in micro-batches of two,
+with checkpoint_activations. Held: weights and AdamW's moments, counted in the tensors. Growth: the peak of resident
+memory in the second step beyond the memory before it. Growth includes gradients, gathered weights and activations. It
+also includes two parts that the calculator leaves out: one layer at work, and the buffers of messages. Of several
+processes the largest figure is reported.
 """
 
 import gc
@@ -42,11 +43,16 @@ MODES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    processes: Annotated[int, Bounds(1, ROWS)] = 2  # in how many a step is run, beside one; each needs a row
+    processes: Annotated[int, Bounds(1, ROWS)] = (
+        2  # number of processes of the second run, after a run of one; each needs a row
+    )
 
 
 def step(mode: str) -> dict[str, float]:
-    """Bytes of the process that has most, and the loss: in the second step, after one on few tokens."""
+    """Run two steps, the first on few tokens. Return the memory of the second and its loss.
+
+    The memory is in bytes, of the process that has most.
+    """
     torch.set_num_threads(1)
     lora, base_4bit = MODES[mode]
     model = Transformer(SHAPE, seed=0)
@@ -60,7 +66,7 @@ def step(mode: str) -> dict[str, float]:
     ids = torch.randint(SHAPE.vocab_size, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
 
     def run(length: int) -> float:
-        """Forward, backward and optimizer step; this process's part of the loss."""
+        """Run forward, backward and optimizer step. Return this process's part of the loss."""
         total = 0.0
         for rows in ids[rank() :: world(), :length].split(ROWS_AT_ONCE):
             starts = torch.arange(rows.shape[0])[:, None] * length
@@ -81,7 +87,7 @@ def step(mode: str) -> dict[str, float]:
     loss = run(LENGTH)
     growth = resident("VmHWM") - before
 
-    # what is held, and the most of all processes
+    # the bytes held, and the largest figures of all processes
     four_bit = [x for layer in linears(model).values() if layer.four_bit for x in layer.four_bit.tensors()]
     moments = [x for state in optimizer.state.values() for name, x in state.items() if name != "step"]
     found = {
@@ -93,7 +99,7 @@ def step(mode: str) -> dict[str, float]:
 
 
 def counted(mode: str, several: int) -> dict[str, int]:
-    """The calculator's figures for the same."""
+    """Return the bytes that the calculator predicts for the same step: held, and growth."""
     lora, base_4bit = MODES[mode]
     tokens = min(ROWS_AT_ONCE, -(-ROWS // several)) * LENGTH
     memory = training_memory(SHAPE, lora, base_4bit, tokens, torch.float32, several)
@@ -114,8 +120,8 @@ def in_process(mode: str) -> dict[str, float]:
 
 
 def measure(most: int) -> dict[tuple[str, int], dict[str, float]]:
-    """Figures of one process and of `most`, by mode and number of processes."""
-    # what is freed goes back to the system at once, or the peak would hide in what was resident before
+    """Return the figures of one process and of `most` processes, by (mode, number of processes)."""
+    # return freed memory to the system at once, because the peak could hide in memory that stayed resident
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     found = {}
     for mode in MODES:

@@ -1,16 +1,17 @@
-"""Whole training runs beside TRL's trainers: the same weights, rows and flags, one thread, in one run.
+"""Our trainers beside TRL's: whole training runs with the same weights, rows and flags, on one thread.
 
     burnish bench trainers [sft dpo grpo] [--rounds 5] [--keep]
 
-Each measurement is a process of its own, ours and TRL's in turn (A B A B), so that neither warms the other's memory: a
-fork of this one, which has imported both and has run nothing. The model has 4 layers of width 256 and 4,096 words; an
-epoch is one batch, so that every step of both trains the same rows, and the losses of both can be compared step by
-step. Steps are timed from the end of one to the end of the next, the first two left out; CPU time is that of the whole
-run, which other work on the machine does not change. Growth is the peak of resident memory over that of the process
-with its imports done.
+Each measurement is a process of its own, ours and TRL's in turn (A B A B), so that neither warms the other's memory.
+The process is a fork of this one, which has imported both and has run nothing. The model has 4 layers of width 256 and
+4,096 words. An epoch is one batch. So each step trains the same rows on both sides, and the losses can be compared step
+by step. A step is timed from the end of the step before it, and the first two are left out. CPU time is that of the
+whole run, and does not depend on other work on the machine. Growth is the peak of resident memory beyond the memory of
+the process after its imports.
 
-TRL needs transformers, trl and accelerate beside Burnish in one Python. Its defaults hold but for these: no activation
-checkpointing (slower, and ours does none either), no shuffling, a constant learning rate, AdamW's betas (0.9, 0.95).
+TRL needs transformers, trl and accelerate in the same Python as Burnish. Its defaults are kept with these exceptions:
+no activation checkpointing (it is slower, and ours does none either), no shuffling, a constant learning rate, and
+AdamW's betas (0.9, 0.95).
 """
 
 import contextlib
@@ -39,10 +40,10 @@ from ...model.errors import InputError
 from ..record import machine
 from .figures import write_figures
 
-LEFT_OUT = 2  # steps, while allocators and caches warm up
+LEFT_OUT = 2  # steps in which allocators and caches warm up
 STEPS, LEARNING_RATE = 5, 1e-3
 TRAINERS = {"sft": "SFT", "dpo": "DPO", "grpo": "GRPO"}  # TRL's names
-ROWS = {"sft": 16, "dpo": 8, "grpo": 4}  # of one step
+ROWS = {"sft": 16, "dpo": 8, "grpo": 4}  # rows of one step
 VOCABULARY, GROUP_SIZE, NEW_TOKENS = 4096, 8, 64
 SHAPE = {
     "model_type": "llama",
@@ -65,9 +66,9 @@ SHAPE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    tasks: Annotated[tuple[str, ...], POSITIONAL] = ()  # sft, dpo, grpo; all when none is named
-    rounds: Count = 5  # of both sides, in turn
-    json: Path | None = None  # write the figures there
+    tasks: Annotated[tuple[str, ...], POSITIONAL] = ()  # sft, dpo, grpo; all by default
+    rounds: Count = 5  # rounds, each with both sides in turn
+    json: Path | None = None  # write the figures to this file
     keep: bool = False  # keep the figures in bench/results, under their usual name
 
 
@@ -75,7 +76,7 @@ class Config:
 
 
 def write_model(folder: Path, **changes: Any) -> None:
-    """A random model of this SHAPE, or with changes to it, and a tokenizer of words."""
+    """Write a random model of SHAPE, with the given changes, and a tokenizer of words."""
     from tokenizers import Tokenizer as WordTokenizer
     from tokenizers import models, pre_tokenizers
 
@@ -93,7 +94,7 @@ def write_model(folder: Path, **changes: Any) -> None:
 
 
 def write_rows(file: Path, task: str) -> None:
-    """Rows with a prompt of 32 to 64 words and, for SFT and DPO, answers of 32 to 192."""
+    """Write rows with a prompt of 32 to 64 words and, for SFT and DPO, answers of 32 to 192 words."""
     draw = random.Random(0)
 
     def words(least: int, most: int) -> str:
@@ -102,7 +103,7 @@ def write_rows(file: Path, task: str) -> None:
     rows = []
     for _ in range(ROWS[task]):
         row = {"prompt": words(32, 64)}
-        # the blank belongs to the answer: both sides then tokenise prompt and answer apart to the same ids
+        # an answer begins with a blank, so that both sides tokenise prompt and answer separately to the same ids
         for column in {"sft": ("completion",), "dpo": ("chosen", "rejected"), "grpo": ()}[task]:
             row[column] = " " + words(32, 192)
         rows.append(row)
@@ -110,7 +111,7 @@ def write_rows(file: Path, task: str) -> None:
 
 
 def even_words(completion_ids: list[list[int]], **_: object) -> list[float]:
-    """A reward that costs nothing to compute: the share of even ids."""
+    """Return a reward for each completion that is cheap to compute: its share of even ids."""
     return [sum(i % 2 == 0 for i in ids) / max(1, len(ids)) for ids in completion_ids]
 
 
@@ -182,7 +183,7 @@ def train_trl(task: str, folder: Path) -> Callable[[], list[dict[str, float]]]:
 
 
 def trl_flags(task: str, rows: int) -> dict[str, Any]:
-    """TRL's arguments for a step on all `rows` at once."""
+    """Return TRL's arguments for a run in which each step trains all rows at once."""
     own = {
         "sft": {"completion_only_loss": True},
         "dpo": {},
@@ -208,7 +209,7 @@ def trl_flags(task: str, rows: int) -> dict[str, Any]:
 
 
 def trl_record(callback: Any) -> Any:
-    """A callback of transformers that keeps loss, seconds and length of each step, in `steps`."""
+    """Return a transformers callback whose `steps` hold the loss, the seconds and the length of each step."""
 
     class Record(callback):
         def __init__(self) -> None:
@@ -229,7 +230,7 @@ def trl_record(callback: Any) -> Any:
 
 
 def import_both() -> None:
-    """Import here what every fork would otherwise import again."""
+    """Import both libraries in this process, so that no fork has to import them."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     transformers, trl, _ = map(importlib.import_module, ("transformers", "trl", "datasets"))
     _ = transformers.PreTrainedTokenizerFast, transformers.LlamaForCausalLM
@@ -239,14 +240,14 @@ def import_both() -> None:
 
 
 def resident(name: str) -> int:
-    """VmRSS or VmHWM of this process, bytes. Source: proc(5)."""
+    """Return VmRSS or VmHWM of this process in bytes. Source: proc(5)."""
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return 1024 * int(found[1])
 
 
 def worker(side: str, task: str, folder: Path) -> dict[str, Any]:
-    """Train once."""
+    """Train once with one side. Return its tokens per second, its memory growth and its losses."""
     run = {"burnish": train_burnish, "trl": train_trl}[side](task, folder)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before, started = resident("VmRSS"), time.process_time()
@@ -268,7 +269,7 @@ def worker(side: str, task: str, folder: Path) -> dict[str, Any]:
 
 
 def forked(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in a fork of this process, and return what it returns there."""
+    """Call a function in a fork of this process, and return its result. Raises SystemExit if the fork fails."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=lambda: sender.send(function(*arguments)))
@@ -277,13 +278,13 @@ def forked(function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return receiver.recv()
     except EOFError:
-        raise SystemExit(f"{function.__name__}{arguments} failed, as said above") from None
+        raise SystemExit(f"{function.__name__}{arguments} failed, see the error above") from None
     finally:
         child.join()
 
 
 def count_tokens(task: str, folder: Path) -> int:
-    """Tokens of all rows as both sides train them: prompt and answer, an end token behind each answer."""
+    """Return the number of tokens that both sides train: prompts, answers, and an end token after each answer."""
     rows = [json.loads(line) for line in (folder / f"{task}.jsonl").read_text().splitlines()]
     if task == "sft":
         return sum(len((row["prompt"] + row["completion"]).split()) + 1 for row in rows)
@@ -295,7 +296,7 @@ def count_tokens(task: str, folder: Path) -> int:
 
 
 def import_seconds(side: str, task: str) -> float:
-    """CPU time of a fresh process, torch's own import included."""
+    """Return the CPU seconds of a fresh process that imports one side's trainer, torch included."""
     theirs = f"from trl import {TRAINERS[task]}Trainer"
     code = f"import burnish.algorithms.{task}" if side == "burnish" else theirs
     before = os.times()
@@ -305,7 +306,7 @@ def import_seconds(side: str, task: str) -> float:
 
 
 def measure(task: str, rounds: int) -> dict[str, Any]:
-    """Medians over the rounds of each side, and the largest difference between their losses."""
+    """Run both sides in turn. Return medians over the rounds, and the largest difference between their losses."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder / "model")
@@ -337,7 +338,7 @@ def measure(task: str, rounds: int) -> dict[str, Any]:
 
 
 def summary(row: dict[str, Any]) -> str:
-    """A task's row, as it is printed."""
+    """Return the printed line of a task's figures."""
     ours, theirs = row["burnish"], row["trl"]
     differ = f", losses differ by {row['loss_difference']:.1e}" if "loss_difference" in row else ""
     return (
@@ -353,7 +354,7 @@ def summary(row: dict[str, Any]) -> str:
 def main(cfg: Config) -> int:
     for task in cfg.tasks:
         if task not in TRAINERS:
-            raise InputError(f"expected some of {', '.join(TRAINERS)}, got {task!r}")
+            raise InputError(f"expected trainers among {', '.join(TRAINERS)}, got {task!r}")
 
     torch.set_num_threads(1)
     import_both()

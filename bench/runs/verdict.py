@@ -1,4 +1,4 @@
-"""The verdict on a GPU's tests: by op what passed, failed and was not reached; written as it grows."""
+"""The verdict on the tests of a GPU: which tests of each op passed, failed or were not reached, written as it grows."""
 
 import json
 import time
@@ -18,7 +18,7 @@ def number(tests: int | list[Any]) -> int:
 
 @dataclass
 class Verdict:
-    """The ends of tests, by op. path: where it is kept; facts: what is said of the run beside it."""
+    """The outcomes of tests by op. path: the file that keeps them. facts: facts of the run, written with them."""
 
     path: Path | None
     facts: dict[str, Any]
@@ -44,7 +44,7 @@ class Verdict:
             print(f"          {end.why}", flush=True)
 
     def write(self, waiting: dict[str, list[Test]]) -> None:
-        """Keep it. waiting: the tests that were not reached yet, by op."""
+        """Write the verdict to its file. waiting: the tests that were not reached yet, by op."""
         for op, tests in waiting.items():
             self.of(op)["not_reached"] = [test.name for test in tests]
         if self.path:

@@ -1,6 +1,7 @@
-"""One process of tests for bench/runs/gpu.py: it collects once, is then told a test at a time, and says how each ended.
+"""A worker process for bench/runs/gpu.py: it collects the tests once, then runs the tests that its parent names.
 
-Before pytest it imports the standard library alone: what breaks an import breaks the collection, and is told.
+It reports how each test ended. Before pytest starts, it imports only the standard library. So a broken import breaks
+the collection, and is reported.
 """
 
 import os
@@ -11,20 +12,24 @@ from typing import Any, NamedTuple
 
 # files of kernels/ whose code has run on a GPU as it stands
 RAN = ("norm", "rope", "glu")
-MOST_KEPT = 4 << 30  # bytes that torch may keep between two tests: other workers want memory, too
+MOST_KEPT = 4 << 30  # bytes that torch may keep between two tests, as other workers need memory, too
 DETAIL = 4000  # characters of a failure
 LOST = "the device is lost"
 
 
 class Test(NamedTuple):
-    name: str  # pytest's
-    op: str  # its file in kernels/, or what its own file tests
+    """A test, its op, and its wave in the order of tests."""
+
+    name: str  # pytest's node id
+    op: str  # its file in kernels/, or the subject of its test file
     wave: int  # 0 and 1: before all others
 
 
 class End(NamedTuple):
+    """The outcome of a test, with the reason and the details of a failure."""
+
     outcome: str  # passed, skipped, failed
-    why: str = ""  # a line
+    why: str = ""  # one line
     detail: str = ""
 
 
@@ -33,12 +38,12 @@ def first_line(text: str) -> str:
 
 
 def placed(item: Any) -> Test:
-    """A test's place in the order, by its Case where it has one."""
+    """Return the Test of a pytest item. Its Case, if it has one, decides its op and its wave."""
     parameters: dict[str, Any] = item.callspec.params if hasattr(item, "callspec") else {}
     case: Any = parameters.get("case")
     dtype = str(parameters.get("dtype", ""))
     file = item.path.stem.removeprefix("test_")
-    first = file.partition("_")[0]  # of test_attention_packed.py, beside test_attention.py
+    first = file.partition("_")[0]  # test_attention_packed.py, for example, belongs to test_attention.py
     file = first if item.path.with_stem(f"test_{first}").exists() else file
     if not hasattr(case, "fused"):
         return Test(item.nodeid, file, 3)
@@ -57,7 +62,10 @@ def placed(item: Any) -> Test:
 
 
 def lost() -> str:
-    """Why the device answers no more; "" where it does, or where nobody has asked it anything."""
+    """Return why the device no longer answers; "" if it answers, or if this process has not used it yet.
+
+    If torch holds much unused memory, it is released.
+    """
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return ""
@@ -71,7 +79,7 @@ def lost() -> str:
 
 
 class Plugin:
-    """pytest's loop: the parent names a test, and hears its end."""
+    """A pytest plugin that runs the tests that the parent process names, and sends back how each ended."""
 
     def __init__(self, pipe: Connection):
         self.pipe = pipe
@@ -107,9 +115,9 @@ class Plugin:
 
 
 def serve(number: int) -> None:
-    """Collect, then run what is asked for, until the parent goes or ends this process.
+    """Collect the tests, then run each test that the parent names, until the parent goes or ends this process.
 
-    number: the file descriptor of its end of the pipe.
+    number: the file descriptor of this process's end of the pipe.
     """
     import pytest
 

@@ -152,7 +152,7 @@ def test_the_list_names_every_case_and_details_every_argument(capsys):
     assert "bottom-right aligned" in listing(
         CASES, ["flash_attention/causal"], "cpu"
     )  # the op's own docstring
-    assert listing(CASES, ["rms_norm"], "cpu").count("a function of yours is called") == 3
+    assert listing(CASES, ["rms_norm"], "cpu").count("your function is called") == 3
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,7 @@ def test_what_one_file_alone_has_is_counted(tmp_path, capsys):
     rows = [row("burnish", [50.0] * 5), row("burnish", [50.0] * 5, "geglu/elementwise")]
     first, second = file(tmp_path / "a.json", *rows), file(tmp_path / "b.json", rows[0])
     assert compare(first, second, None) == 0
-    assert f"in {first} alone: 1 of its 2 rows" in capsys.readouterr().out
+    assert f"only in {first}: 1 of its 2 rows" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_whatever_happens_is_named_and_ends_nothing_else(crew, tmp_path, capsys)
     assert {name: row["why"] for name, row in rows.items()} == {
         "test_fails": "AssertionError: one is not two",
         "test_crashes": "its process died: signal SIGSEGV",
-        "test_hangs": "no end after 1 s: signal SIGABRT",
+        "test_hangs": "did not end within 1 s: signal SIGABRT",
         "test_loses_the_device": "the device is lost: an illegal memory access was encountered",
     }
 
@@ -80,7 +80,7 @@ def test_whatever_happens_is_named_and_ends_nothing_else(crew, tmp_path, capsys)
     verdict.print_all()
     out = capsys.readouterr().out
     assert out.count("          AssertionError: one is not two\n") == 1  # where it ended
-    assert "FAILED test_planted.py::test_hangs: no end" in out
+    assert "FAILED test_planted.py::test_hangs: did not end" in out
     assert out.splitlines()[-1] == "tests: 2 passed, 0 skipped, 5 failed, 0 not reached"
 
 

@@ -124,7 +124,7 @@ def test_each_op_says_what_is_proven_of_it_on_each_card(results):
     absent = "not compiled"
     assert f"| `swiglu` | {absent} | {absent} | 1 of 1; 50% | {absent} |" in proofs.cards()
     assert f"| `geglu` | 0 of 1; 0% | {absent} |" in proofs.cards()
-    assert "found it accurate: nowhere yet" in proofs.cards()
+    assert "found the op accurate there, as it was then: nowhere yet" in proofs.cards()
 
     for name, chip in (("NVIDIA H200", "sm_90"), ("NVIDIA A100-SXM4-80GB", "sm_80"), ("NVIDIA A10", "sm_86")):
         path = record.RESULTS / "gpu-2026-01-02.json"
@@ -337,11 +337,11 @@ def test_without_matplotlib_tables_are_made_and_a_sentence_says_what_pictures_ne
     document.write_text("<!-- generated: speed -->\n<!-- /generated -->\n")
     statuses, said = without("matplotlib tyro jinja2", tmp_path, "", "--check", f"--html {page}")
     assert statuses == [1, 1, 1] and said == [
-        "pictures are drawn by matplotlib, which is not here: pip install matplotlib",
+        "pictures need the package matplotlib, which is not installed: pip install matplotlib",
         "stale: docs/pictures/roofline.svg",
         "stale: docs/pictures/swiglu-elementwise-forward.svg",
         "stale: docs/pictures/swiglu-elementwise-forward-backward.svg",
-        "the page is made by jinja2, which is not here: pip install jinja2",
+        "the page needs the package jinja2, which is not installed: pip install jinja2",
     ]
     assert "20 (peer)" in document.read_text() and (tmp_path / "docs" / "data" / "static.csv").exists()
     assert not page.exists()
@@ -357,7 +357,7 @@ def test_without_what_a_table_or_a_page_imports_a_sentence_says_so(results, tmp_
     (record.RESULTS / "conformance-2026-01-03.json").write_text(json.dumps(run))
     statuses, said = without("tokenizers matplotlib", tmp_path, "", f"--html {tmp_path / 'page.html'}")
     assert statuses == [1, 1] and said == [
-        "the checks of conformance import tokenizers, which is not here: pip install tokenizers",
-        "pictures are drawn by matplotlib, which is not here: pip install matplotlib",
+        "the conformance checks need tokenizers, which is not installed: pip install tokenizers",
+        "pictures need the package matplotlib, which is not installed: pip install matplotlib",
     ]
     assert not (tmp_path / "page.html").exists()

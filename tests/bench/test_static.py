@@ -155,7 +155,7 @@ def test_more_shared_memory_than_the_card_has_is_named():
         found = build(chip, _product, a, a, torch.zeros(128, 128), 1024, **options)
         complaints = limits({f"op/case | D=64 | bf16 | {chip}": [vars(found)]})
         assert len(complaints) == said, (chip, found.shared)
-        assert all(f"{found.shared} bytes shared, of 101376: does not fit" in c for c in complaints)
+        assert all(f"{found.shared} bytes shared, at most 101376: does not fit" in c for c in complaints)
 
 
 def test_exponentials_under_a_product_are_counted():
@@ -242,7 +242,7 @@ def test_what_got_worse_is_named():
     # the limits hold whatever was accepted
     assert limits({key: [GOOD]}) == []
     assert "does not fit" in limits({key: [GOOD | {"blocks": 0}]})[0]
-    assert "of 232448: does not fit" in limits({key: [GOOD | {"shared": 232449}]})[0]
+    assert "at most 232448: does not fit" in limits({key: [GOOD | {"shared": 232449}]})[0]
     assert "2 stores in its source" in limits({key: [GOOD | {"stores": 0}]})[0]
 
 

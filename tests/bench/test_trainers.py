@@ -61,7 +61,7 @@ def test_rows_are_the_same_for_both_sides(folder):
 
 
 def test_a_task_of_another_name_is_refused():
-    with pytest.raises(InputError, match="expected some of sft, dpo, grpo, got 'ppo'"):
+    with pytest.raises(InputError, match="expected trainers among sft, dpo, grpo, got 'ppo'"):
         trainers.main(trainers.Config(tasks=("sft", "ppo")))
 
 
