@@ -328,12 +328,12 @@ def test_tensors_that_overlap_or_leave_room_are_refused(tmp_path):
     for changed, message in (
         (
             [("b", 128, 96), ("a", 64, 90)],
-            "tensor 'b' begins at byte 128, expected 160, where the one before ends",
+            "tensor 'b': expected at byte 160, where the one before ends, got 128",
         ),
-        ([("b", 192, 64), ("a", 64, 90)], "tensor 'b' begins at byte 192, expected 160"),
-        ([("b", 160, 96), ("a", 96, 58)], "tensor 'a' begins at byte 96, expected 64"),
-        ([("b", 160, 97), ("a", 64, 90)], "256 bytes, expected 257, where its last tensor ends"),
-        ([("b", 160, 64), ("a", 64, 90)], "256 bytes, expected 224, where its last tensor ends"),
+        ([("b", 192, 64), ("a", 64, 90)], "tensor 'b': expected at byte 160, where the one before ends, got 192"),
+        ([("b", 160, 96), ("a", 96, 58)], "tensor 'a': expected at byte 64, where the one before ends, got 96"),
+        ([("b", 160, 97), ("a", 64, 90)], "expected 257 bytes, up to the end of its last tensor, got 256"),
+        ([("b", 160, 64), ("a", 64, 90)], "expected 224 bytes, up to the end of its last tensor, got 256"),
     ):
         with pytest.raises(InputError, match=message):
             convert._check_layout(file, changed, 64, 32)
