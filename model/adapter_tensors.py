@@ -199,7 +199,7 @@ def stack_adapters(model: Transformer, several: Sequence[Adapter]) -> None:
         config = adapter.config
         if config.dora or config.modules_to_save or config.parameters or config.targeted("lm_head"):
             raise InputError(
-                f"adapter {i}: DoRA, modules_to_save, experts and lm_head are not supported in a batch of several"
+                f"adapter {i}: expected no DoRA, modules_to_save, experts or lm_head in an adapter that shares a batch"
             )
         give_adapter(model, adapter, f"adapter {i}")  # raises if it does not fit
         for layer in linears(model).values():

@@ -213,7 +213,7 @@ def _check(source: Source, rest: dict[str, Stored], wanted: dict[str, torch.Size
         if name not in wanted:
             if fused and ONE_BY_ONE.fullmatch(name):
                 raise InputError(
-                    f"{where}: expected fused experts, as elsewhere in this folder, got one expert by itself"
+                    f"{where}: expected fused experts, as elsewhere in this folder, got a single one"
                 )
             raise InputError(f"{where}: unexpected, a model of this config.json has no such tensor")
         if tensor.shape != wanted[name]:

@@ -1,8 +1,9 @@
-"""The keys of each architecture's config.json, their defaults, and which of their values are built.
+"""The keys of each architecture's config.json, their defaults, and the values that are supported.
 
-A `model_type` is a row of ARCHITECTURES; config_keys.py and config_json.py go by these tables. A key is read (`keys`,
-COMMON), or has one value that is built (`only`, ONLY), or is inert (`inert`, INERT): it changes no number, for the
-reason that stands beside it. Any other key is refused by name, unless it is null.
+Each `model_type` is a row of ARCHITECTURES; config_keys.py and config_json.py use these tables. A key belongs to one of
+three kinds. It is read (`keys`, COMMON), or only some of its values are supported (`only`, ONLY), or it is inert
+(`inert`, INERT). An inert key changes no number, for the reason given beside it. Any other key is refused with an error
+that names it, unless its value is null.
 """
 
 from dataclasses import dataclass, field
@@ -11,21 +12,21 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Architecture:
-    """One `model_type`: its keys, and what they mean."""
+    """One `model_type`: its keys of config.json, and their meaning."""
 
     class_name: str  # in transformers
-    special: str  # how it differs from the others, for those who read a table
-    keys: frozenset[str]  # of config.json, beside those that all share
+    special: str  # how it differs from the others, for a table in the docs
+    keys: frozenset[str]  # keys that are read, besides COMMON
     fixed: dict[str, Any] = field(default_factory=dict)  # fields of ModelConfig that no key sets
-    defaults: dict[str, Any] = field(default_factory=dict)  # of absent keys, where not DEFAULTS'
-    only: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # key -> the values of it that are built
+    defaults: dict[str, Any] = field(default_factory=dict)  # values of absent keys, before DEFAULTS
+    only: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # key -> its supported values
     inert: dict[str, str] = field(default_factory=dict)  # key -> why it changes no number
     aliases: dict[str, str] = field(default_factory=dict)  # another name of a key -> the key
     repeats: dict[str, str] = field(default_factory=dict)  # key -> the key whose value it repeats
-    rope: dict[str, Any] = field(default_factory=dict)  # rope's parameters where no key has them
-    # the layers that have the window where there is no layer_types: all of them; late or early ones, by
-    # max_window_layers (early: every other one); period, all but each sliding_window_pattern-th; unrotated, those
-    # without rope
+    rope: dict[str, Any] = field(default_factory=dict)  # rope's parameters if no key has them
+    # the layers with the window if there is no layer_types. all: every layer; late: from max_window_layers on;
+    # early: every other one before max_window_layers; period: all but each sliding_window_pattern-th; unrotated:
+    # those without rope
     slides: Literal["all", "late", "early", "period", "unrotated"] = "all"
 
 
@@ -108,7 +109,7 @@ ARCHITECTURES = {
             "num_experts_per_tok": 2,
             **_LLAMA_IDS,
         },
-        # the noise is of training alone
+        # the noise would be added in training only
         only={"router_jitter_noise": (0.0,), "norm_topk_prob": (True,), **_NO_BIAS},
         aliases={"num_experts": "num_local_experts"},
     ),
@@ -150,7 +151,7 @@ ARCHITECTURES = {
             "num_experts_per_tok": 8,
             "moe_intermediate_size": 768,
         },
-        # Qwen3-Coder's files say these
+        # Qwen3-Coder's files have these keys
         only={"use_qk_norm": (True,), "qkv_bias": (False,), "shared_expert_intermediate_size": (0, None)},
         inert=_NO_WINDOW_LAYERS | _LONG_CONTEXT,
         aliases={"num_local_experts": "num_experts"},
@@ -289,13 +290,13 @@ SIZES = (
 )
 NUMBERS = ("rms_norm_eps", "initializer_range")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-ONLY: dict[str, tuple[Any, ...]] = {  # key -> the values of it that are built; messages name the first
+ONLY: dict[str, tuple[Any, ...]] = {  # key -> its supported values; messages name the first
     "hidden_act": ("silu", "swish"),
     "attention_dropout": (0.0, None),
     "partial_rotary_factor": (1.0, None),
     "is_causal": (True,),  # null and false let tokens see what comes after them
     "mlp_bias": (False,),
-    # nothing reads these; any other value would be another model
+    # these keys are not read; another value would mean another model
     "rope_interleaved": (False, None),
     "use_mrope": (False, None),
     "is_encoder_decoder": (False, None),
@@ -386,16 +387,16 @@ ROPE_KEYS = {  # rope_type -> keys it needs, keys it may have, beside rope_type 
         ),
     ),
 }
-# key beside them -> why transformers computes the same without it
+# further key of rope -> why transformers computes the same without it
 ROPE_INERT = {
     "attn_factor": "what vLLM and llama.cpp scale yarn's attention_factor with: transformers passes over it",
     "finetuned": "a note of yarn's authors that the stretched model was trained further",
 }
 ROPE_MAY_BE_NULL = {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
 ROPE_MAY_BE_ZERO = {"attention_factor", "mscale", "mscale_all_dim"}
-ROPE_LEAST, ROPE_MOST = 1e-9, 1e15  # of a number there that is not 0: further out frequencies are not finite
+ROPE_LEAST, ROPE_MOST = 1e-9, 1e15  # bounds of a rope number other than 0: beyond, frequencies are not finite
 
 
 def loadable() -> list[tuple[str, str, str]]:
-    """(model_type, transformers' class, how it differs from the others) of each architecture."""
+    """Return (model_type, transformers' class, how it differs from the others) for each architecture."""
     return [(name, a.class_name, a.special) for name, a in ARCHITECTURES.items()]

@@ -240,7 +240,9 @@ def test_the_base_keeps_the_name_that_it_was_called_by(cfg, tmp_path, monkeypatc
     assert main(["merge", "--model", str(far), "--output", "merged", "--base", str(cfg.model)]) == 0
     model = load_model(far, base=cfg.model)
     assert lora_config(model).base == hub
-    with pytest.raises(InputError, match="expected an adapter's folder, since a base is given, got a whole model"):
+    with pytest.raises(
+        InputError, match="expected an adapter's folder, since a base is given, got a whole model"
+    ):
         load_model("merged", base=cfg.model)
 
 

@@ -314,7 +314,8 @@ def test_bytes_put_in_or_cut_out_anywhere_are_refused(small, tmp_path):
 
     file.write_bytes(whole[:data] + bytes(64) + whole[data:])
     with pytest.raises(
-        InputError, match=rf"gguf: {len(whole) + 64} bytes, expected {len(whole)}, where its last"
+        InputError,
+        match=rf"gguf: expected {len(whole)} bytes, up to the end of its last tensor, got {len(whole) + 64}",
     ):
         convert._read(file)
 
@@ -330,8 +331,14 @@ def test_tensors_that_overlap_or_leave_room_are_refused(tmp_path):
             [("b", 128, 96), ("a", 64, 90)],
             "tensor 'b': expected at byte 160, where the one before ends, got 128",
         ),
-        ([("b", 192, 64), ("a", 64, 90)], "tensor 'b': expected at byte 160, where the one before ends, got 192"),
-        ([("b", 160, 96), ("a", 96, 58)], "tensor 'a': expected at byte 64, where the one before ends, got 96"),
+        (
+            [("b", 192, 64), ("a", 64, 90)],
+            "tensor 'b': expected at byte 160, where the one before ends, got 192",
+        ),
+        (
+            [("b", 160, 96), ("a", 96, 58)],
+            "tensor 'a': expected at byte 64, where the one before ends, got 96",
+        ),
         ([("b", 160, 97), ("a", 64, 90)], "expected 257 bytes, up to the end of its last tensor, got 256"),
         ([("b", 160, 64), ("a", 64, 90)], "expected 224 bytes, up to the end of its last tensor, got 256"),
     ):

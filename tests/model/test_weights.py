@@ -81,7 +81,8 @@ def test_a_mixture_of_both_forms_is_refused(data, tmp_path, name):
     for tensors in (one_by_one | fused, split | fused):
         rewrite(tmp_path / name, tensors)
         with pytest.raises(
-            InputError, match=r"experts\S+: expected fused experts, as elsewhere in this folder, got one expert by itself"
+            InputError,
+            match=r"experts\S+: expected fused experts, as elsewhere in this folder, got a single one",
         ):
             load_model(tmp_path / name)
 
