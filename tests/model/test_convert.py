@@ -131,7 +131,7 @@ def test_another_dtype_and_an_untied_head(given, tmp_path):
         ({"llama.block_count": 1}, r"small\.gguf: layers\.1\.\S+: expected shape None, got"),
         (
             {"llama.feed_forward_length": 95},
-            r"llama.feed_forward_length: expected 96, as blk.0.ffn_gate.weight in small.gguf has it, got 95",
+            r"llama.feed_forward_length: expected 96, by blk.0.ffn_gate.weight in small.gguf, got 95",
         ),
         (
             {"llama.rope.scaling.factor": 2.0},

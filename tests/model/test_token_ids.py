@@ -106,5 +106,5 @@ def test_a_token_of_generation_config_is_an_id(key, tmp_path):
 def test_a_number_that_is_not_finite_is_not_carried_along(value, tmp_path):
     folder = shutil.copytree(DATA / "tiny-hf" / "llama", tmp_path / "model")
     (folder / "generation_config.json").write_text(json.dumps({"temperature": value}))
-    with pytest.raises(InputError, match=r"generation_config\.json: expected numbers that JSON has"):
+    with pytest.raises(InputError, match=r"generation_config\.json: expected finite numbers, as in JSON"):
         load_model(folder)

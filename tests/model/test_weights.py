@@ -288,7 +288,7 @@ def test_a_file_that_the_index_names_is_read_whole(folder):
 
     stale = folder / next(file for file in weight_map.values() if file != weight_map["model.norm.weight"])
     save_file(load_file(stale) | {"model.norm.weight": torch.zeros(64)}, stale)
-    with pytest.raises(InputError, match=r"model\.norm\.weight: stands in model-\d+\.safetensors, too"):
+    with pytest.raises(InputError, match=r"model\.norm\.weight: is also in model-\d+\.safetensors"):
         load_model(folder)
     edit(folder / INDEX, weight_map=weight_map)  # which says whose is the one
     assert torch.equal(logits_of(load_model(folder)), expected)
