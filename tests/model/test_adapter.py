@@ -286,7 +286,7 @@ def test_what_shares_no_batch_is_refused():
         pack([[1], [2]], [-1, 0], adapters=[0, 1])
     with pytest.raises(ValueError, match="expected one for each of 2 sequences, got 1"):
         pack([[1], [2]], adapters=[0])
-    with pytest.raises(InputError, match="several adapters"):
+    with pytest.raises(InputError, match="expected at most one adapter, got several side by side"):
         save_model(several()[2], "nowhere")
 
 
