@@ -7,7 +7,7 @@
     merge_lora(model)                    merge the adapter into the weights: a plain model again
     stack_adapters(model, several)       use several adapters in one batch; `pack` takes the adapter of each sequence
 
-This file stands on placement.py (the places of an adapter on a model), adapter_tensors.py (an adapter as named tensors)
+This file builds on placement.py (the places of an adapter on a model), adapter_tensors.py (an adapter as named tensors)
 and adapters/ (the parts that need no model). checkpoint.py reads and writes the files. Names of modules are those of a
 Hugging Face model.
 """
@@ -92,9 +92,8 @@ def adapter_disabled(model: Model) -> Iterator[None]:
 def frozen_copy(model: Model) -> Model:
     """Return the model as it is now, without gradients or dropout.
 
-    The copy shares all tensors that `model` does not train.
-
-    A fresh adapter changes nothing and is left out, so the copy spends no memory or time on it.
+    The copy shares all tensors that `model` does not train. A fresh adapter changes nothing and is left out, so the
+    copy spends no memory or time on it.
     """
     shared: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
     shared |= {id(q): q for q in (layer.four_bit for layer in linears(model).values()) if q is not None}

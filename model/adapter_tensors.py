@@ -1,7 +1,7 @@
-"""An adapter as named tensors: take them from a model, load them into a model, or stack several adapters.
+"""An adapter as named tensors: taken from a model, loaded into a model, or stacked with others.
 
-Names are those of PEFT's files. PEFT stores the adapters of all experts of a layer as one matrix, A (E R, K) and B (N,
-R E). Ours are A (E, R, K) and B (E, N, R).
+Names are those of PEFT's files. PEFT stores the adapters of all experts of a layer as one matrix, A of shape (E R, K)
+and B of shape (N, R E). Ours are A (E, R, K) and B (E, N, R).
 """
 
 import math
@@ -31,7 +31,7 @@ from .transformer import Transformer
 def take_adapter(model: Model) -> Adapter:
     """Return the model's adapter as it is now.
 
-    The tensors are the model's own, except that experts' are in PEFT's layout.
+    The tensors are the model's own, except that those of experts are converted to PEFT's layout.
     """
     config = lora_config(model)
     if config is None:
@@ -105,7 +105,7 @@ def give_adapter(model: Model, adapter: Adapter, source: str) -> None:
 
 
 def _check_ranks(model: Model, adapter: Adapter, source: str) -> None:
-    """Raise InputError if a configured rank is not that of its tensor.
+    """Raise InputError if a rank in the adapter's config differs from the rank of its tensor.
 
     This runs before tensors of these ranks are allocated.
     """
@@ -133,8 +133,9 @@ def _both_names(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 def _without_copies(model: Model, adapter: Adapter, source: str) -> Adapter:
     """Return the adapter without PEFT's copies of the base's head and embedding.
 
-    PEFT writes these copies beside an adapter of lm_head, and if it was told to (save_embedding_layers). It loads them
-    over the base. So a copy with other values than the base's is taken as a module that was trained whole.
+    PEFT writes these copies beside an adapter of lm_head, or if save_embedding_layers is set. On loading, PEFT
+    overwrites the base with them. So a copy with other values than the base's is treated as a module that was trained
+    whole.
     Raises InputError for a resized copy, and for a changed copy of a module that has an adapter, too.
     """
     if not isinstance(model, Transformer):
@@ -182,7 +183,10 @@ def _without_copies(model: Model, adapter: Adapter, source: str) -> Adapter:
 
 
 def _is_copy(base: Tensor, copy: Tensor, dtype: torch.dtype | None) -> bool:
-    """Return whether two tensors have the same values, up to the rounding to the dtype of either."""
+    """Return whether two tensors have the same values, up to a rounding to one of their dtypes.
+
+    dtype: the dtype that the copy has in its file.
+    """
     base, copy = base.detach(), copy.to(base.device)
     rounded = base if dtype is None else base.to(dtype)
     return torch.equal(rounded.float(), copy.float()) or torch.equal(base, copy.to(base.dtype))
@@ -192,7 +196,7 @@ def stack_adapters(model: Transformer, several: Sequence[Adapter]) -> None:
     """Place several adapters side by side, for inference only. `pack` takes the adapter of each sequence.
 
     Ranks are padded with zeros to the largest, and the scalings are multiplied into B. Raises InputError for an adapter
-    with DoRA, with modules that are trained whole, of experts, or of the head.
+    with DoRA, with modules trained whole, of experts, or of the head.
     """
     several = [_without_copies(model, adapter, f"adapter {i}") for i, adapter in enumerate(several)]
     for i, adapter in enumerate(several):

@@ -73,7 +73,7 @@ class Request:
 
 
 class Chooser(NamedTuple):
-    """The function that draws ids from logits and noise, and the width of its supports."""
+    """The function that draws ids from logits and noise, and the most ids that its truncation keeps."""
 
     choose: Choose
     width: int | None  # the most ids that truncation keeps in a support; None without truncation
@@ -109,7 +109,7 @@ def _among(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Draw ids among `tokens` from logits (B, V) of the whole head.
 
-    It is a part of a step, and reads no value on the host.
+    It runs in each step, and reads no value on the host.
     """
     row, logprob, support = choose(tokens.select(logits, 1), noise)
     return tokens.ids_of(row), logprob, None if support is None else tokens.ids_of(support)
@@ -158,11 +158,10 @@ class Finished(NamedTuple):
 
 
 class Batch:
-    """The sequences in flight.
+    """The sequences in flight. Row r of every tensor and slot r of the cache belong to one sequence.
 
-    Row r of every tensor and slot r of the cache belong to one sequence; live rows come first.
-
-    The tensors keep their addresses, so that a CUDA graph can be recorded on them. Free rows count as done.
+    Live rows come first. Free rows count as done. The tensors keep their addresses, so that a CUDA graph can be
+    recorded on them.
     batch_size: the most rows; by default as many as the budget allows. memory_budget: bytes of the cache.
     Raises InputError if the budget is too small for the cache of one sequence.
     """
@@ -213,7 +212,7 @@ class Batch:
         return Cache(model.config, *shape(rows), dtype, model.device)
 
     def _allocate(self, width: int | None) -> None:
-        """Allocate the tensors of all rows. width: of a support."""
+        """Allocate the tensors of all rows. width: the most ids that truncation keeps, or None without truncation."""
         rows, device, vocab_size = self.rows, self.model.device, self.model.config.vocab_size
         self.index = torch.zeros(rows, dtype=torch.int64, device=device)  # the sample's number
         self.count = torch.zeros(rows, dtype=torch.int64, device=device)  # how many ids were drawn
@@ -313,7 +312,7 @@ class Batch:
     def draw(self) -> bool:
         """Draw an id for every live sequence. Return True if enough sequences are done to let them leave.
 
-        This result is the only value that a step reads on the host.
+        This is the only place where a step reads values on the host.
         """
         rows = self._run(self._draw)
         done, kept = self.ended.tolist()
@@ -422,7 +421,7 @@ class Batch:
 
 
 class Graphs:
-    """CUDA graphs of functions of a number of rows, one graph for each function and number.
+    """CUDA graphs of functions that take a number of rows, one graph for each function and number.
 
     The first call runs the function as it is, because it compiles kernels and allocates workspaces. The second call
     records the graph. Every call from the second on replays it.

@@ -1,4 +1,4 @@
-"""Models from Hugging Face folders, and into them: config.json, generation_config.json and safetensors, no pickles.
+"""Loading and saving models as Hugging Face folders: config.json, generation_config.json, safetensors; no pickles.
 
 On disk a tensor has its parameter's name with "model." before it. score.weight and lm_head.weight have no such prefix,
 and a tied lm_head.weight is left out. Weights may be in 4 bits (files/bnb.py). A folder may also hold an adapter alone
@@ -65,14 +65,14 @@ def load_model(
 ) -> Transformer:
     """Load a model from a Hugging Face folder, or an adapter on its base, with weights in `dtype`.
 
-    The model is in evaluation mode: call train() before training with an adapter's dropout. Parameters that an adapter
-    trains are fp32, and the others are then frozen.
+    The model is in evaluation mode: call train() before training with an adapter's dropout. With an adapter, the
+    parameters that it trains are fp32, and all others are frozen.
     base: the folder of an adapter's base, in place of the one that the adapter's file names.
     base_4bit: quantise the linear layers as they are read. An adapter that was trained on such a base needs no flag.
     Weights in 4 bits stay so, except for a head, and the dense weights beside them stay dense.
 
-    Raises InputError naming the file, and the key or tensor, if one is missing, broken, unexpected or of the wrong
-    shape. The same holds for an architecture or option that this transformer would compute differently.
+    Raises InputError naming the file, and the key or tensor, if any of these is missing, broken, unexpected or of the
+    wrong shape. It is also raised for an architecture or option that this transformer would compute differently.
     """
     folder = Path(folder)
     if is_adapter(folder):
@@ -175,12 +175,11 @@ def save_model(
     dtype: torch.dtype | None = None,
     write: bool = True,
 ) -> None:
-    """Write a folder that load_model (or load_scalar_model) and transformers can read. It appears whole or not at all.
+    """Write a folder that load_model (or load_scalar_model) and transformers can read, completely or not at all.
 
     A model with an adapter is saved as the adapter alone, which PEFT can read, too. Call merge_lora first to save the
     whole model. Weights in 4 bits are written in the format of bitsandbytes. An earlier model in `folder` is replaced
-    with all its files. A file holds up to `files.tensors.FILE_BYTES`, and at most one file is in memory beside the
-    model.
+    with all its files. A file holds up to FILE_BYTES of weights, and at most one file is in memory beside the model.
 
     dtype: of all tensors on disk. With None, an fp32 tensor of a model that was read from a folder gets the dtype that
         it had there. Any other tensor keeps its own dtype. A new adapter is fp32, and an adapter that was read gets its
@@ -240,8 +239,8 @@ def stream_weights(model: Transformer | ScalarModel) -> Iterator[tuple[str, Tens
     """Yield (name, tensor) of a plain model under the names of a Hugging Face folder, for a sampling engine.
 
     An adapter is merged in, 4-bit weights are made dense, and experts are given one by one. The bits are those that
-    merge_lora and save_model would write. One parameter at a time is whole, on the model's device. If several processes
-    share the model, all of them must iterate.
+    merge_lora and save_model would write. Only one parameter at a time is gathered, on the model's device. If several
+    processes share the model, all of them must iterate.
     """
     body, layers = _body(model), linears(model)
     dtypes = {hf_name(name): base.dtype for name, base in body.replaced.items()}
@@ -262,7 +261,7 @@ def _on_disk(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor on the CPU) of a model without an adapter.
 
-    Weights in 4 bits stay so; their state names the dtype.
+    Weights in 4 bits stay in 4 bits, and their quantisation state records the dtype.
     """
     body = _body(model)
     for name, weight in model.state_dict().items():
@@ -284,7 +283,8 @@ def _on_disk(
 def _written_in(body: Transformer, name: str, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype on disk of a tensor that the model holds in `dtype`. name: the tensor's name on disk.
 
-    An fp32 tensor gets the dtype that it had in the model's folder, or if it is new, that of most tensors there.
+    An fp32 tensor of a model that was read from a folder gets the dtype that it had there. A new tensor gets the dtype
+    of most tensors there. Any other tensor keeps `dtype`.
     """
     return body.dtypes.of(name) if body.dtypes is not None and dtype == torch.float32 else dtype
 
@@ -357,7 +357,7 @@ def _check_metadata(metadata: dict[str, str], source: str) -> None:
 
 
 def _give(model: Transformer | ScalarModel, adapter: Adapter, folder: Path) -> None:
-    """Put a folder's adapter on its base, and record its dtypes beside the base's."""
+    """Put a folder's adapter on its base, and record the dtypes of its tensors."""
     give_adapter(model, adapter, str(folder))
     body = _body(model)
     assert body.dtypes is not None

@@ -134,11 +134,9 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 def _check_layout(file: Path, spans: list[tuple[str, int, int]], start: int, alignment: int) -> None:
     """Raise InputError if the tensors do not fill the file from `start` to its end.
 
-    spans: (name, offset, bytes) of each.
-
     Each tensor must begin at the end of the tensor before it, rounded up to the alignment. After the last tensor, at
     most the padding to the alignment may follow. Bytes that were removed or inserted would shift all weights after
-    them.
+    them. spans: (name, offset, bytes) of each tensor.
     """
     end = start
     for name, offset, size in sorted(spans, key=lambda span: span[1]):
@@ -187,7 +185,7 @@ class _Metadata:
     def real(self, key: str, default: float | None = None) -> float:
         """Return a number that the specification has in floating point.
 
-        An integer is refused: it would be the bits of one.
+        An integer is refused, because it would be the bits of such a number.
         """
         if isinstance(self.fields.get(key), int | np.integer):
             raise InputError(
@@ -251,7 +249,7 @@ def _config(metadata: _Metadata, tensors: dict[str, np.ndarray]) -> dict[str, An
 
 
 def _check_keys(metadata: _Metadata) -> None:
-    """Raise InputError for an architecture key that might change the numbers and is not read."""
+    """Raise InputError for a key of the llama architecture that is not read and might change the numbers."""
     scaling = metadata.fields.get("llama.rope.scaling.type", "linear")  # the specification's default
     for key, value in metadata.fields.items():
         name = key.removeprefix("llama.")

@@ -1,4 +1,4 @@
-"""Burnish's ops under a model of transformers 5, in place and reversibly, for trainers that already run.
+"""Burnish's ops inside a model of transformers 5, in place and reversibly, for existing trainers.
 
     from burnish.model import embed
 
@@ -16,9 +16,9 @@ Each part is a keyword of `apply`, so that it can be left out:
     experts     moe_mlp, through ALL_EXPERTS_FUNCTIONS
     head        token_logprobs: the loss of a training step without its logits, and TRL's per-token log-probabilities
 
-Apart from the model itself, only these three registries are written to: a forward is replaced on the instance. A part
-raises an error that names any feature it does not support. The parts are in embedding/. docs/embedding.md describes the
-masks, the costs and the limits.
+Outside the model, only the three registries named above are written to. Inside it, forwards are replaced on the
+instances. For a feature that a part does not support, it raises an error that names the feature. The parts are in
+embedding/. docs/embedding.md describes the masks, the costs and the limits.
 
 Source: transformers 5.22.2 and trl 1.16.0, whose function signatures are used here
 """
@@ -53,11 +53,12 @@ def apply(
     experts: bool = True,
     head: bool = True,
 ) -> None:
-    """Put Burnish's ops under hf_model, in place.
+    """Replace ops of hf_model with Burnish's, in place.
 
     hf_model: a transformers model of ARCHITECTURES, with or without a head, or a PEFT model around one. A trainer may
         be built around it before or after this call.
-    attention, rope, norm, swiglu, experts, head: the parts to apply. A part that the model does not have is skipped.
+    attention, rope, norm, swiglu, experts, head: whether to apply each part. A part that the model does not have is
+        skipped.
 
     Raises InputError for an unsupported model, layer, activation or head, and for a model that has the ops already.
     """
@@ -150,9 +151,9 @@ def _base(hf_model: Any) -> tuple[Any, Any, Any]:
 
 
 def _known(module: nn.Module, home: Any) -> str | None:
-    """Return the name of a module's class in `home`, or None.
+    """Return the name of the class in `home` that a module belongs to, or None.
 
-    FSDP2 derives a class of its own, so base classes count.
+    Base classes count, because FSDP2 derives a class of its own.
     """
     return next((cls.__name__ for cls in type(module).__mro__ if cls.__module__ == home.__name__), None)
 

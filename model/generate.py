@@ -65,12 +65,12 @@ def generate(
     vocabulary: the ids to draw from, usually a tokenizer's; by default all rows of the head. Prompts may hold other
         ids.
     batch_size: the most sequences at a time; by default as many as the memory budget allows.
-    memory_budget: bytes for the cache of keys and values. The cache holds max_new_tokens of each sequence in flight,
-        and the prompt of these sequences once. cache.cache_bytes computes its size.
+    memory_budget: bytes for the cache of keys and values. The cache has room for max_new_tokens of each sequence in
+        flight, and for each of their prompts once. cache.cache_bytes computes its size.
     progress: called with (ended samples, all samples) when sequences leave the batch.
     adapters: for each prompt, the index of the model's stacked adapter that answers it; -1 for none.
-    first_sample: the number of samples that come before these, if these are a part of a larger set. The ids are then
-        the same as in that set.
+    first_sample: the number of samples before these, if these are a part of a larger set. The ids are then the same as
+        in that set.
 
     Raises InputError for an empty prompt, for an id outside the vocabulary, and for a budget too small for the cache of
     one sequence. Raises ValueError for a number out of range.
@@ -113,10 +113,7 @@ def stream(
     stop_ids: Collection[int] = frozenset(),
     seed: int = 0,
 ) -> Iterator[int]:
-    """Yield the ids of the single sample that `generate` would return, as they are drawn.
-
-    A final stop id is included.
-    """
+    """Yield the ids of the single sample that `generate` would return, as they are drawn, including a final stop id."""
     chooser = Chooser.of(model, vocabulary, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     request = Request([prompt], max_new_tokens, stop_ids=stop_ids, seed=seed)
     request.check(model.config.vocab_size)

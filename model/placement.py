@@ -22,7 +22,7 @@ EMBEDDING = "model.embed_tokens"
 
 
 def hf_name(name: str) -> str:
-    """Return the name that a module or parameter of ours has in a Hugging Face model."""
+    """Return the name that a module or parameter of this model has in a Hugging Face model."""
     ours = name.split(".")[0] in ("lm_head", "score")
     return name if ours else f"model.{name.removeprefix('body.')}"
 

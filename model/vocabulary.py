@@ -26,7 +26,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, ids: Iterable[int]) -> "Vocabulary":
-        """Build a vocabulary of ids, which may come in any order and repeat."""
+        """Build a vocabulary from ids in any order, which may repeat."""
         ordered = sorted(set(ids))
         end = ordered[-1] + 1 if ordered else 0
         return cls(end, None if len(ordered) == end else torch.tensor(ordered))

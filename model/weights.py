@@ -1,9 +1,8 @@
 """The weights of a Hugging Face folder, read into a model.
 
-A parameter may be made of several tensors of the folder, its pieces.
-
-The headers of the files show any mistake in a folder, so it is refused before a weight is allocated or read. Then one
-parameter at a time is read. A 4-bit weight goes straight to its layer, so the dense model is never in memory.
+A parameter may consist of several tensors of the folder, its pieces. The headers of the files show any mistake in a
+folder, so it is refused before a weight is allocated or read. Then one parameter at a time is read. A 4-bit weight goes
+straight to its layer, so the dense model is never in memory.
 """
 
 import re
@@ -56,8 +55,8 @@ def read_weights(
 ) -> dict[str, Tensor]:
     """Return name -> tensor for the parameters and buffers of `model`, under their names in a Hugging Face folder.
 
-    A weight that is in 4 bits, or is to be quantised, goes to its linear layer and is not in the result. In the head,
-    the score and the router it is made dense.
+    A weight that is in 4 bits, or is to be quantised, goes to its linear layer and is not in the result. A 4-bit weight
+    of the head, the score or the router is made dense.
     also: further tensors, read if the folder has them.
     unread: prefixes of the names to skip.
 
@@ -119,9 +118,9 @@ def _dense(
 
 
 def _multiplied_out(piece: Piece, dtype: torch.dtype) -> Tensor:
-    """Return the numbers of a piece, made dense if it is in 4 bits.
+    """Return the numbers of a piece, made dense if it is in 4 bits. Raises InputError if a number is not finite.
 
-    Numbers become `dtype` if its range is not larger than their own. Raises InputError if a number is not finite.
+    They are cast to `dtype`, unless its range is larger than that of their own dtype.
     """
     if isinstance(piece, Stored):
         return check_finite(f"{piece.file}: {shown(piece.name)}", piece.read(), dtype)
@@ -186,7 +185,7 @@ def _to_be_read(source: Source, config: ModelConfig, unread: tuple[str, ...]) ->
 
 
 def _parts(stored: dict[str, Stored], wanted: dict[str, torch.Size]) -> dict[str, dict[str, Stored]]:
-    """Return the names in `wanted` of 4-bit weights -> the tensors of each weight, by part name."""
+    """Return a mapping from the name of each 4-bit weight in `wanted` to its tensors, by part name."""
     parts: dict[str, dict[str, Stored]] = {}
     for name, tensor in stored.items():
         weight, _, part = name.partition(".weight.")

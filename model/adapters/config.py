@@ -45,10 +45,8 @@ class LoraConfig:
     def targeted(self, module: str) -> bool:
         """Return whether a linear layer, or a weight of experts, has an adapter.
 
-        `exclude` and `layers` apply to linear layers only.
-
-        Like `rank_of` and `scaling_of`, it raises InputError for an invalid regular expression, or for one that takes
-        too long to match.
+        `exclude` and `layers` apply to linear layers only. Like `rank_of` and `scaling_of`, it raises InputError for an
+        invalid regular expression, or for one that takes too long to match.
         """
         if ".experts." in module:
             return _named(self._rules["target_parameters"], module) and not self.whole(module)
@@ -63,7 +61,7 @@ class LoraConfig:
 
     @cached_property
     def _rules(self) -> dict[str, Any]:
-        """Return the module rules by the keys of PEFT's file: sets of names, and expressions.
+        """The rules of this config by the keys of PEFT's file: sets of names, and compiled expressions.
 
         All expressions share one time budget.
         """
@@ -133,7 +131,10 @@ class LoraConfig:
 
 
 def _named(names: Expression | frozenset[str], module: str) -> bool:
-    """Return whether an expression matches the whole module name, or whether one of `names` is an end of it."""
+    """Return whether a module's name matches.
+
+    names: an expression for the whole name, or a set of ends of names.
+    """
     if isinstance(names, Expression):
         return names.matches(module)
     return any(module[i:] in names for i in (0, *(found.end() for found in re.finditer(r"\.", module))))

@@ -2,8 +2,8 @@
 
 Python's `re` tries one path through an expression after another. Even an expression of 20 characters may have more
 paths than there is time for, and `re` cannot be stopped. So `re` runs only the expressions whose paths can be counted
-and are few. Most of the expressions that people write are such. For any other expression, all paths are followed at
-once. Each step is counted, and too many steps are refused.
+and are few, as in most expressions that people write. For any other expression, all paths are followed at once. Each
+step is counted, and too many steps are refused.
 
     ends of "a|ab" in "abc", begun at 0:    {1, 2} as the bits of an integer, 0b110
 
@@ -48,12 +48,13 @@ class Steps:
 
 
 class Expression:
-    """A regular expression from a file: `before`, `text` and `after` joined.
+    """A regular expression from a file: `before`, `text` and `after` joined. Only `text` comes from the file.
 
-    Only `text` comes from the file, under `key`.
+    key: the name of the text in messages.
+    steps: the budget that the expression shares with others.
 
-    Raises InputError if it is no valid expression, or if it has a part that cannot be followed: a reference back to a
-    group, or a group that keeps its first match.
+    Raises InputError if it is not a valid expression, or has a part that cannot be followed: a backreference, an atomic
+    group or a possessive repeat.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class Expression:
             )
 
     def takes(self, node: Any, character: str, flags: int) -> bool:
-        """Return whether a node that matches one character matches this character."""
+        """Return whether a one-character node matches this character."""
         key = id(node), flags, character
         if key not in self.fits:
             positive, negated = _positive(node)
@@ -217,7 +218,7 @@ class _Walk:
         return ends
 
     def places(self, where: Any, flags: int) -> int:
-        """Return the positions at which an anchor holds."""
+        """Return the positions at which an anchor, such as ^ or $, holds."""
         last, breaks = 1 << len(self.name), self.at.get("\n", 0)
         lines = bool(flags & re.MULTILINE)
         match where:
@@ -248,7 +249,7 @@ class _Walk:
         return found
 
     def mask(self, node: Any, flags: int) -> int:
-        """Return the positions whose character is matched by a node of one character."""
+        """Return the positions at which a one-character node matches."""
         kind, value = node
         if kind is op.LITERAL and not flags & re.IGNORECASE:
             return self.at.get(chr(value), 0)
@@ -260,7 +261,7 @@ class _Walk:
 
 
 def _positive(node: Any) -> tuple[Any, bool]:
-    """Return (node, negated): the node without its negation, and whether it was negated."""
+    """Return (node, negated): a one-character node without its negation, and whether it was negated."""
     kind, value = node
     if kind is op.NOT_LITERAL:
         return (op.LITERAL, value), True
@@ -270,7 +271,7 @@ def _positive(node: Any) -> tuple[Any, bool]:
 
 
 def _is(node: Any, character: str, flags: int) -> bool:
-    """Return whether a node without negation, as `_positive` returns it, matches this character."""
+    """Return whether a one-character node without negation matches this character."""
     kind, value = node
     match kind:
         case op.ANY:

@@ -1,15 +1,17 @@
-"""Attention and its mask for transformers' two registries, by flash_attention and decode_attention.
+"""Attention and its mask for transformers' two registries, computed by flash_attention and decode_attention.
 
 transformers asks for a mask once per forward pass, and passes the answer to all layers of a kind. Our mask is never the
 usual (B, 1, T, S), but one of three forms:
 
-    None                            causal; the last query stands on the last key
+    None                            causal; the last query is aligned with the last key
     int32 (1, 1, 1, segments + 1)   the first T keys are the queries' own: cu_seqlens of the B T tokens, row after row.
-                                    A run of padding is a segment, too, so no token is moved and no length is read
+                                    A run of padding is a segment, too, so no token is moved, and the host reads no
+                                    length
     int64 (B, 1, 1, T or T + S)     a cache: the number of keys that each query sees. If some keys of a row are
                                     padding, an order of the S keys follows, which puts the padding last
 
-They have four dimensions, because transformers passes such a tensor on, and takes any other for a padding mask.
+The tensors have four dimensions, because transformers passes on a mask of four dimensions as it is. It takes any other
+tensor for a padding mask.
 
 The signatures of `mask` and `attend` are transformers'. The keywords in `more` are named in each docstring.
 """
@@ -119,7 +121,7 @@ def _segments(
 
 
 def _most_runs(is_token: Tensor) -> Tensor:
-    """Return the largest number of runs of tokens in a row, as a tensor (). is_token: (B, S) bool."""
+    """Return the number of runs of tokens in the row with the most runs, as a scalar tensor. is_token: (B, S) bool."""
     return (is_token & ~F.pad(is_token, (1, 0))[:, :-1]).sum(1).max()
 
 
@@ -185,7 +187,7 @@ def attend(
 def _attend_in_segments(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, options: dict[str, Any]
 ) -> Tensor:
-    """Compute attention within segments, (B, T, H, D).
+    """Compute attention within segments, and return (B, T, H, D).
 
     q is (B, T, H, D), and k and v are (B, S, G, D). Their first T keys are the queries' own, and only those are used.
     """
@@ -199,7 +201,7 @@ def _attend_in_segments(
 def _attend_to_cache(
     q: Tensor, k: Tensor, v: Tensor, counts_and_order: Tensor, options: dict[str, Any]
 ) -> Tensor:
-    """Compute attention to a cache, (B, T, H, D). Raises NotImplementedError if a gradient is needed.
+    """Compute attention to a cache, and return (B, T, H, D). Raises NotImplementedError if a gradient is needed.
 
     q is (B, T, H, D), k and v are (B, S, G, D), and counts_and_order is (B, T or T + S), as `mask` returns it.
     """

@@ -1,4 +1,4 @@
-"""The experts of a layer for transformers' registry ALL_EXPERTS_FUNCTIONS, by moe_mlp."""
+"""The experts of a layer for transformers' registry ALL_EXPERTS_FUNCTIONS, computed by moe_mlp."""
 
 from typing import Any
 
@@ -54,5 +54,5 @@ def _is_clamped(experts: Any) -> bool:
 
 
 def gate_first(x: Tensor) -> Tensor:
-    """Return a copy of (E, 2F, ...) with all gate rows first. In x, rows of gate and up alternate."""
+    """Return a copy of x (E, 2F, ...), in which rows of gate and up alternate, with all gate rows first."""
     return torch.cat([x[:, ::2], x[:, 1::2]], 1)

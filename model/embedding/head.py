@@ -1,4 +1,4 @@
-"""The forward of a causal language model whose training loss never holds its logits, by token_logprobs."""
+"""The forward of a causal language model that trains without holding its logits, by means of token_logprobs."""
 
 import functools
 from collections.abc import Callable

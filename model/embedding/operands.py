@@ -42,9 +42,9 @@ def head_operands(head: Any) -> dict[str, Any]:
 def score(
     hidden: Tensor, targets: Tensor, operands: dict[str, Any], **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Call token_logprobs with its inputs cast as autocast would cast the head's.
+    """Call token_logprobs, with its inputs cast to the dtype that autocast would give the head.
 
-    Autocast itself does not know our ops.
+    The cast is made here, because autocast does not know our ops.
     """
     dtype = autocast_dtype(hidden)
     with torch.autocast(hidden.device.type, enabled=False):

@@ -1,4 +1,4 @@
-"""The state that `apply` keeps on the model, from which `remove` restores it.
+"""The state that `apply` keeps on the model, from which `remove` restores the model.
 
 A pickled model is the plain one, so it loads without Burnish: each object here is pickled as the value it replaced.
 Each of our forwards is named `forward`, so pickle finds the forward of the module's class instead.

@@ -111,9 +111,9 @@ class Packed:
 
 
 def packed(name: str, parts: dict[str, Stored], shape: torch.Size, source: str) -> Packed:
-    """Return a 4-bit weight made of `parts`, whose names lack "X.weight."; the weight itself is "packed".
+    """Return the 4-bit weight `name`, made of `parts`. Raises InputError naming a part that does not fit.
 
-    Raises InputError naming the part that is missing, unexpected or of the wrong size.
+    parts: the tensors by their names without "X.weight."; the weight's own tensor is called "packed".
     """
     for part in parts:
         known = ("packed", "absmax", "quant_map", "nested_absmax", "nested_quant_map")
@@ -213,11 +213,10 @@ def _state(name: str, parts: dict[str, Stored], shape: torch.Size, source: str) 
 
 
 def stack(weights: Sequence[NF4Weight], shape: torch.Size) -> NF4Weight | None:
-    """Concatenate several weights into one of shape `shape`, with exactly their values.
+    """Concatenate several weights into one of shape `shape`, without any change of value.
 
-    Returns None if a block would span two.
-
-    The new weight's scales are in fp32, because the quantised scales of several weights have no common offset.
+    Returns None if the weights differ in block size or code, or if a block would span two of them. The scales of the
+    result are in fp32, because the quantised scales of several weights have no common offset.
     """
     first = weights[0]
     for weight in weights:

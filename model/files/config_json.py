@@ -279,7 +279,7 @@ class _Reader(Keys):
     # ---- rope
 
     def rope(self, kind: str = "full_attention") -> Rope:
-        """Read the rope parameters. kind: of attention, for files with one rope for each kind."""
+        """Read the rope parameters. kind: the kind of attention, for files with a rope for each kind."""
         key, parameters, theta = self.rope_parameters(kind)
         rope_type = parameters.get("rope_type", parameters.get("type", "default"))
         if not isinstance(rope_type, str) or rope_type not in ROPE_KEYS:
@@ -314,7 +314,7 @@ class _Reader(Keys):
         return Rope(rope_type=rope_type, **values)
 
     def rope_parameters(self, kind: str) -> tuple[str, dict[str, Any], float]:
-        """Return (key, parameters, theta): the key of the parameters, and the rope_theta if they have none."""
+        """Return (key, parameters, theta): rope's key and parameters in the file, and the default of rope_theta."""
         scaling, parameters = self.raw.get("rope_scaling"), self.raw.get("rope_parameters")
         for key, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
             if value is not None and not isinstance(value, dict):

@@ -46,7 +46,7 @@ class Keys:
         return value
 
     def has(self, key: str) -> bool:
-        """Return whether the architecture has the key, whether or not the file has it."""
+        """Return whether the architecture has the key, even if the file lacks it."""
         return key in self.architecture.keys
 
     def size(self, key: str, most: int = MOST) -> Any:
@@ -62,11 +62,11 @@ class Keys:
         return float(self.get(key, (int, float), "a number >= 0", least=0))
 
     def flag(self, key: str) -> bool:
-        """Return a bool. It is False if the architecture does not have the key."""
+        """Return the bool of a key. It is False if the architecture does not have the key."""
         return key in COMMON | self.architecture.keys and self.get(key, bool, "true or false")
 
     def refuse_what_is_not_built(self) -> None:
-        """Raise InputError for an unsupported value, and for a key that is neither read nor inert.
+        """Raise InputError for an unsupported value, and for a key that is neither read nor known to change nothing.
 
         An unknown key may change the numbers, even if it is false.
         """

@@ -74,7 +74,7 @@ def from_disk(config: ModelConfig, name: str, tensor: Tensor) -> Tensor:
 
 
 def to_disk(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a folder's names and tensors, in the published form, from ours."""
+    """Convert our names and tensors to those of a folder, in the published form."""
     files: dict[str, Tensor] = {}
     for name, tensor in state.items():
         names, shape = pieces_of(config, name, tensor.shape)
@@ -87,12 +87,12 @@ def to_disk(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_pairs(tensor: Tensor) -> Tensor:
-    """Reorder rows (E, 2F, ...) from "the gate's first" to gpt-oss' order, in which rows of gate and up alternate."""
+    """Reorder rows (E, 2F, ...), with the gate's first, to gpt-oss' order, in which rows of gate and up alternate."""
     return tensor.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)  # (E, 2, F) -> (E, F, 2) -> (E, 2F)
 
 
 def to_halves(tensor: Tensor) -> Tensor:
-    """Reorder rows (E, 2F, ...) in which gate and up alternate, so that the gate's rows come first."""
+    """Reorder rows (E, 2F, ...), in which gate and up alternate, so that the gate's rows come first."""
     return tensor.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)  # (E, F, 2) -> (E, 2, F) -> (E, 2F)
 
 
@@ -102,7 +102,7 @@ def _parts(config: ModelConfig) -> tuple[str, str, str]:
 
 
 def _fused_name(which: str) -> str:
-    """Return the name that the weight or bias of fused experts has on disk.
+    """Return the name of fused experts' weight or bias on disk.
 
     Examples: gate_up_proj.weight -> gate_up_proj, down_bias -> down_proj_bias.
     """

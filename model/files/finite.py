@@ -66,6 +66,6 @@ def _may_hold_infinity(tensor: Tensor) -> bool:
 def _is_finite(tensor: Tensor) -> bool:
     """Return whether all numbers are finite.
 
-    A finite sum proves it quickly; an infinite sum may only be an overflow.
+    A finite sum proves it quickly. Otherwise the numbers are checked, because the sum alone may overflow.
     """
     return bool(tensor.sum().isfinite()) or not _may_hold_infinity(tensor)

@@ -35,8 +35,8 @@ def base_of(folder: str | os.PathLike[str]) -> Path:
     """Return the folder of the model that an adapter belongs to.
 
     A relative name in the adapter's config is looked up from the working folder, from the adapter's folder, and from
-    each folder around the latter. So the base is found from anywhere, even if a run named it from inside its project's
-    folder. An adapter of the same base is never taken for the base itself.
+    each folder around the adapter's. So the base is found from anywhere, if a run named it relative to a folder around
+    the adapter. Another adapter of the same base is never taken for the base itself.
     Raises InputError if there is no base, if two different folders fit, or if the bases lead back to an adapter.
     """
     folder = Path(folder)

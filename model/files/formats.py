@@ -1,8 +1,7 @@
-"""The quantised format of a folder.
+"""Detection of the quantised format of a folder's weights.
 
-bitsandbytes' 4-bit format is read (bnb.py); for others, the error names the format.
-
-config.json names the format under quantization_config. If it does not, the names and dtypes of the tensors show it.
+Only bitsandbytes' 4-bit format is read (bnb.py). For any other format, an error names it. config.json has the format
+under quantization_config. If it does not, the names and dtypes of the tensors show it.
 
 Source: transformers 5.22 (utils/quantization_config.py, QuantizationMethod), and the formats' own packages
 """
@@ -56,9 +55,9 @@ TENSORS = (  # (pattern of a tensor's name, format); the first match decides
 def is_bnb_4bit(raw: dict[str, Any], source: Path) -> bool:
     """Return whether a parsed config.json declares bitsandbytes' 4-bit weights.
 
-    The tensors show which weights are in 4 bits.
+    Raises InputError naming any other format.
 
-    Raises InputError that names any other format.
+    The tensors show which weights are in 4 bits.
     """
     for key in OTHERS:
         if raw.get(key):

@@ -183,12 +183,12 @@ class _Keys:
 
 
 def _same(value: Any, other: Any) -> bool:
-    """Return whether two values have the same type and are equal. 0 and False differ."""
+    """Return whether two values have the same type and are equal. For instance, 0 and False differ."""
     return type(value) is type(other) and value == other
 
 
 def write_config(config: LoraConfig) -> dict[str, Any]:
-    """Return the object of adapter_config.json."""
+    """Return the content of adapter_config.json."""
 
     def listed(names: Sequence[str]) -> Any:
         return names if isinstance(names, str) else sorted(names) or None

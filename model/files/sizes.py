@@ -2,9 +2,9 @@
 
     hidden_size      64    model.embed_tokens.weight (100, 64), model.layers.0.self_attn.q_proj.weight (64, 64), ...
 
-If no tensor has a size, the config is wrong. If only some tensors have it, the files are wrong, and the comparison of
-each tensor finds that later. A quantised format does not show the sizes. There, a matrix must not have more numbers
-than the files have bits.
+If no tensor has a size of the config, the config is wrong. If only some tensors have it, the files are wrong, and a
+later comparison of each tensor finds that. A quantised format does not show the sizes. There, a matrix must not have
+more numbers than the files have bits.
 """
 
 import re

@@ -35,7 +35,7 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
-    """Yield the open file. Raises InputError if it is broken, even if only reading it in the block shows that."""
+    """Yield the open file. Raises InputError if it is broken, also when that shows only as the block reads it."""
     try:
         with _open(file) as tensors:
             yield tensors
@@ -93,9 +93,8 @@ class Stored:
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Return name -> tensor, from model.safetensors or else from the files that the index names.
 
-    Only headers are read. As in transformers, tensors of these files that the index does not name are included. The
-    same holds for a model that was saved without its head: its embed_tokens.weight is renamed
-    model.embed_tokens.weight.
+    Only headers are read. As in transformers, tensors of these files that the index does not name are included. If the
+    model was saved without its head, its names lack the prefix "model.", which is then added.
     Raises InputError naming the file, and a tensor that is missing or in two files.
     """
     weight_map = _weight_map(folder)

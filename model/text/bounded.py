@@ -45,7 +45,7 @@ def _metered(meter: Meter, values: Iterable[Any], cost: int) -> Iterator[Any]:
 
 
 def _with_context(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a filter or test as a function of the context, the value and the arguments."""
+    """Return a filter or test as a function of the template's context, the value and the arguments."""
     wants = getattr(getattr(function, "jinja_pass_arg", None), "name", None)
     if wants == "context":
         return function
@@ -195,9 +195,9 @@ def _numbers(given: list[Any]) -> int:
 
 
 def _check_format(meter: Meter, text: Any, given: int) -> None:
-    """Charge for '{:>10}'.format(...).
+    """Charge for '{:>10}'.format(...). Raises OverBudget if the result may be too large.
 
-    given: characters of its arguments. Raises OverBudget if the result may be too large.
+    given: the number of characters in its arguments.
     """
     meter.charge(64 * STEP + 8 * STEP * text.count("{"))
     fields = widest = 0

@@ -46,9 +46,9 @@ class Meter:
             self.refuse()
 
     def size(self, value: Any) -> int:
-        """Return the characters in a text, or in all that a list or an object contains.
+        """Return the number of characters in a text, or in all that a list or an object contains.
 
-        Raises OverBudget if it is too large.
+        Raises OverBudget if the value is too large or nested too deeply.
         """
         if isinstance(value, str | bytes):
             return len(value)

@@ -1,6 +1,6 @@
 """Errors for renderings that are refused: the template fails, does not end, or writes too much.
 
-jinja2 is not needed here.
+This file does not need jinja2.
 """
 
 from collections.abc import Callable

@@ -71,9 +71,8 @@ class RoomyTemplate(jinja2.Template):
 class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """jinja2's environment for untrusted templates.
 
-    A template that does not end is refused when it is compiled or rendered.
-
-    Raises InputError, and its subclass OverBudget.
+    A template that does not end is refused when it is compiled or rendered. Raises InputError, and its subclass
+    OverBudget.
     """
 
     intercepted_binops = frozenset(("+", "-", "*", "**", "//", "%"))
@@ -91,7 +90,9 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             self.tests[name] = bounded_test(name, self.tests[name])
 
     def compiled(self, source: str, change: Callable[[str], str] | None = None) -> Any:
-        """Return (tree, program). change: a function applied to each text outside of expressions.
+        """Return (syntax tree, compiled program) of a template.
+
+        change: a function applied to each text outside of expressions.
 
         The parser and the compiler recurse, so deep nesting makes them fail in their own ways. Raises InputError if the
         source is not a valid template.

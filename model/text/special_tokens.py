@@ -13,7 +13,7 @@ def special_tokens(config: dict[str, Any], file: Path) -> dict[str, str]:
 
     A token is a text, or an object with the text as `content`. null stands for no token, and so does "", except that an
     empty eos_token is an error. An unknown name that ends in _token may be a token (image_token) or a setting
-    (num_image_token), so other values are ignored there.
+    (num_image_token), so a value that is not a token is ignored there.
     Raises InputError if a known token, or an entry in a list of additional tokens, is not a token.
     """
     names = {}

@@ -82,7 +82,7 @@ class Tokenizer:
     ):
         """Wrap a tokenizer, and switch off its truncation, padding and dropout.
 
-        tool_template: replaces chat_template if there are tools.
+        tool_template: the template in place of chat_template if there are tools.
         config: further keys of tokenizer_config.json, such as other special tokens that a template may name.
 
         Raises InputError if a special token is not in the vocabulary.
@@ -170,9 +170,7 @@ class Tokenizer:
     # ---- text
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
-        """Return the ids of a text.
-
-        No special token is added, but special tokens that the text contains are recognised.
+        """Return the ids of a text. No special token is added, but those that the text contains are recognised.
 
         continues: the text continues other tokens, so the space that some tokenizers put before a text is left out.
         """
@@ -260,8 +258,9 @@ class Tokenizer:
     ) -> dict[int, list[Span]]:
         """Return the marked spans of each assistant turn. A turn may have several, for reasoning and answer.
 
-        Raises InputError if a turn has no span, or if the turns of the spans are unknown. They are unknown if the
-        template changes earlier messages. That is no error if all turns are wanted, because the mask is then the same.
+        Raises InputError if a turn has no span. If the template changes earlier messages, the turn of a span is
+        unknown. Then InputError is raised unless all turns are wanted, because the mask of all turns does not depend on
+        it.
         """
         messages, variables, text = rendered
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -301,7 +300,7 @@ class Tokenizer:
         """Return the span of messages[turn] in the text: exactly the characters that generation would have written.
 
         Raises InputError if the span cannot be found, and TurnRewritten if the template renders the turn differently
-        later.
+        once other turns follow.
         """
         messages, variables, text = rendered
         name = f"assistant message {turn + 1} of {len(messages)}"
@@ -335,8 +334,8 @@ class Tokenizer:
 
         The joined ids are those of `encode(text)`, unless a token there crosses a boundary. Then the text is cut at the
         boundary, and encoded anew from there. To test a boundary, the text before it is encoded alone and compared with
-        the ids in the whole text. Text does not change the ids before an added token, so encoding starts at the nearest
-        one.
+        the ids in the whole text. The ids before an added token do not depend on the text after it, so encoding can
+        start at the nearest added token.
         """
 
         def read(origin: int) -> tuple[list[int], list[tuple[int, Span]]]:

@@ -148,7 +148,7 @@ def _object_at(text: str, start: int) -> Any:
 
 
 def _growth(part: Any) -> float:
-    """Return about the largest factor by which a normalizer, decoder or post-processor lengthens its input."""
+    """Return the approximate largest factor by which a normalizer, decoder or post-processor lengthens its input."""
     if not isinstance(part, dict):
         return 1.0
 
@@ -172,9 +172,9 @@ def _growth(part: Any) -> float:
 
 
 def _finds_nothing(pattern: Any) -> bool:
-    """Return whether a pattern may match an empty text, and so insert its replacement anywhere.
+    """Return whether a pattern may match an empty text, so that its replacement is inserted everywhere.
 
-    True if Python cannot read it.
+    The result is True if Python cannot read the pattern.
     """
     try:
         return re.search(pattern["Regex"], "") is not None
@@ -183,7 +183,10 @@ def _finds_nothing(pattern: Any) -> bool:
 
 
 def _pieces(part: dict[str, Any], name: str) -> float:
-    """Return the number of times that a template writes the text, plus a hundredth for each id that it adds."""
+    """Return how often a post-processor's template writes the text, plus a hundredth for each id that it adds.
+
+    name: the template, single or pair.
+    """
     tokens, written = part.get("special_tokens"), 0.0
     for piece in part[name] if isinstance(part.get(name), list) else ():
         added = piece.get("SpecialToken") if isinstance(piece, dict) else None
@@ -225,7 +228,7 @@ def _check_loaded(backend: tokenizers.Tokenizer, text: str) -> None:
 
 
 def _probe(backend: tokenizers.Tokenizer) -> list[int] | None:
-    """Return the ids of a test text, and decode them. None if the tokenizer has no ids for some character."""
+    """Return the ids of a test text, and decode them. Returns None if the tokenizer has no ids for some character."""
     try:
         ids = backend.encode(PROBE, add_special_tokens=False).ids
     except Exception:  # the package raises it for a text without ids
@@ -256,7 +259,7 @@ def distinct_ids(backend: tokenizers.Tokenizer) -> Vocabulary:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the package's error message. An exception that is neither an Exception nor a panic is raised again."""
+    """Return the error message of the package. Any other BaseException than an Exception or a panic is raised again."""
     if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
         raise error
     return str(error)
@@ -264,7 +267,7 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def _without_panics() -> Iterator[None]:
-    """Keep Rust's output about a panic from standard error: if the block fails, its output there is dropped."""
+    """Keep Rust's messages about a panic from standard error. If the block fails, its output there is dropped."""
     try:
         sys.stderr.flush()
         written, saved = tempfile.TemporaryFile(), os.dup(2)  # noqa: SIM115 (closed below)

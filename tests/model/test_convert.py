@@ -326,19 +326,11 @@ def test_tensors_that_overlap_or_leave_room_are_refused(tmp_path):
     spans = [("b", 160, 96), ("a", 64, 90)]  # 90 bytes, then 6 up to the alignment
     convert._check_layout(file, spans, 64, 32)
 
+    ends = "where the one before ends"
     for changed, message in (
-        (
-            [("b", 128, 96), ("a", 64, 90)],
-            "tensor 'b': expected at byte 160, where the one before ends, got 128",
-        ),
-        (
-            [("b", 192, 64), ("a", 64, 90)],
-            "tensor 'b': expected at byte 160, where the one before ends, got 192",
-        ),
-        (
-            [("b", 160, 96), ("a", 96, 58)],
-            "tensor 'a': expected at byte 64, where the one before ends, got 96",
-        ),
+        ([("b", 128, 96), ("a", 64, 90)], f"tensor 'b': expected at byte 160, {ends}, got 128"),
+        ([("b", 192, 64), ("a", 64, 90)], f"tensor 'b': expected at byte 160, {ends}, got 192"),
+        ([("b", 160, 96), ("a", 96, 58)], f"tensor 'a': expected at byte 64, {ends}, got 96"),
         ([("b", 160, 97), ("a", 64, 90)], "expected 257 bytes, up to the end of its last tensor, got 256"),
         ([("b", 160, 64), ("a", 64, 90)], "expected 224 bytes, up to the end of its last tensor, got 256"),
     ):
