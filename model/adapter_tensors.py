@@ -54,7 +54,7 @@ def _filed(model: Model, name: str, tensor: Tensor) -> Tensor:
     """
     if EXPERTS.fullmatch(name) is None:
         return tensor
-    tensor = whole(tensor)  # shares of different sizes cannot be flattened
+    tensor = whole(tensor)  # the shares of several processes differ in size, and cannot be flattened
     if "lora_A" in name:
         return tensor.flatten(0, 1)
     return (to_pairs(tensor) if _in_pairs(model, name) else tensor).permute(1, 2, 0).flatten(1)
@@ -164,7 +164,7 @@ def _without_copies(model: Model, adapter: Adapter, source: str) -> Adapter:
             if config.targeted(module) or module in trained:
                 raise InputError(
                     f"{source}: {name}: expected a copy of the base's, got other values: the adapter was trained on "
-                    "another base, which must be named"
+                    "another base: name that base"
                 )
             trained[module] = copy
     if not trained:

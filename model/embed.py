@@ -77,7 +77,7 @@ def apply(
         state.head = make_head_forward(home, base)
         forwards.append((base, state.head))
     if any(hasattr(module, "_hf_hook") for module, _ in forwards):
-        raise InputError("hf_model: expected one device, got accelerate's hooks of a device_map over several")
+        raise InputError("hf_model: expected a model on one device, got hooks of accelerate's device_map")
 
     # 2. the hook through which TRL's forward, if it lies over ours, reaches ours
     if state.head is not None:

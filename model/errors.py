@@ -26,7 +26,7 @@ def shown(value: object) -> str:
 def _repr(value: object) -> str:
     try:
         return repr(value)
-    except (RecursionError, ValueError):  # too deep, or an integer of too many digits
+    except (RecursionError, ValueError):  # nested too deeply, or an integer of too many digits
         return f"a {type(value).__name__}"
 
 

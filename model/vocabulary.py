@@ -87,7 +87,7 @@ def say_what_never_ends(stop_ids: Iterable[int], rows: int, name: str = "the mod
     stops = sorted(token for token in stop_ids if token >= rows)
     if stops:
         warn_once(
-            f"{name} has no row for the stop ids {stops}, only for ids below {rows}: none ends a generation"
+            f"{name} has rows only for ids below {rows}, so the stop ids {stops} never end a generation"
         )
 
 

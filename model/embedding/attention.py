@@ -51,7 +51,7 @@ def mask(
     if use_vmap or "allow_is_bidirectional_skip" in more:
         which = "or_mask_function or and_mask_function" if use_vmap else "bidirectional attention"
         raise NotImplementedError(
-            f"attention mask: {which} is not built; embed.apply(model, attention=False)"
+            f"attention mask: {which} is not supported; use embed.apply(model, attention=False)"
         )
     device = more.get("device", "cpu")
 
@@ -80,7 +80,7 @@ def mask(
     if is_token is None:
         return (query + 1).expand(batch_size, q_length)[:, None, None]  # (B, 1, 1, T)
     if more.get("local_size") is not None:
-        _expect(_most_runs(is_token) <= 1, "holes between tokens cannot be told from a sliding window's edge")
+        _expect(_most_runs(is_token) <= 1, "padding between tokens is not supported with a sliding window")
     counts = is_token.long().cumsum(1)[:, query]  # (B, T)
     order = (~is_token).long().argsort(dim=1, stable=True)  # (B, S)
     return torch.cat([counts, order], 1)[:, None, None]  # (B, 1, 1, T + S)
@@ -207,8 +207,8 @@ def _attend_to_cache(
     """
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise NotImplementedError(
-            "past_key_values: keys before the queries' own have no gradient where some are padding or the cache "
-            "is static; use_cache=False, torch.no_grad() or embed.apply(model, attention=False)"
+            "past_key_values: keys before the queries' own get no gradient if some are padding or the cache is "
+            "static; pass use_cache=False, or use torch.no_grad() or embed.apply(model, attention=False)"
         )
     B, T = q.shape[:2]
     counts, order = counts_and_order.split([T, counts_and_order.shape[-1] - T], 1)  # (B, T), (B, 0 or S)

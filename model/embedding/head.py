@@ -34,7 +34,7 @@ def make_head_forward(home: Any, base: Any) -> Callable[..., Any]:
         if fused is not None:
             if "lora_a" in head_operands(self.get_output_embeddings()):
                 raise InputError(
-                    "lm_head: TRL scores without its adapter; do not target it, or list it in modules_to_save"
+                    "lm_head: TRL would ignore its adapter; do not target lm_head, or list it in modules_to_save"
                 )
             return fused(self, *args, **kwargs)
 

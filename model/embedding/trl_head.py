@@ -52,7 +52,9 @@ def fused_forward(forward: Callable[..., Any]) -> Callable[..., Any] | None:
         return None
     missing = {"_ChunkedLogProbFunction", "_use_triton"} - set(code.co_names)
     if missing:
-        raise InputError(f"trl: expected the head of version 1.16, which has {', '.join(sorted(missing))}")
+        raise InputError(
+            f"trl: expected the head of version 1.16, got one without {', '.join(sorted(missing))}"
+        )
 
     # TRL's code, closure and defaults; a copy of its globals with two names exchanged
     ours = {"_ChunkedLogProbFunction": TokenLogprobs, "_use_triton": lambda device: True}

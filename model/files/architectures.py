@@ -36,7 +36,7 @@ _SOME_LAYERS = {"moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step"
 _NO_BIAS = {"attention_bias": (False,)}
 _LLAMA_IDS = {"bos_token_id": 1, "eos_token_id": 2}
 _LONG_CONTEXT = {
-    "dual_chunk_attention_config": "how vLLM attends beyond the trained length: transformers passes over it"
+    "dual_chunk_attention_config": "vLLM's attention beyond the trained length: transformers ignores it"
 }
 _NO_WINDOW_LAYERS = {"max_window_layers": "left over from Qwen2's config: no layer is chosen by it"}
 
@@ -200,8 +200,8 @@ ARCHITECTURES = {
         inert={
             "auto_map": "names DeepSeek's own code for what transformers computes by itself",
             "aux_loss_alpha": "weight of a balance loss that transformers does not have for this architecture",
-            "seq_aux": "says how that balance loss is averaged",
-            "ep_size": "spread of the experts over devices",
+            "seq_aux": "the averaging of that balance loss",
+            "ep_size": "the distribution of the experts over devices",
             **dict.fromkeys(
                 ("num_nextn_predict_layers", "num_mtp_layers"),
                 "layers that predict further tokens: transformers leaves them out, too",
@@ -235,7 +235,7 @@ ARCHITECTURES = {
             "sliding_window_pattern": 2,
         },
         only={"norm_topk_prob": (True,)},
-        inert={"initial_context_length": "rope's parameters say it as original_max_position_embeddings"},
+        inert={"initial_context_length": "rope's parameters have it as original_max_position_embeddings"},
         aliases={"num_experts": "num_local_experts"},
         repeats={"experts_per_token": "num_experts_per_tok"},
         rope={
@@ -277,7 +277,7 @@ ARCHITECTURES = {
             "use_bidirectional_attention": (False, None),
         },
         inert={
-            "hidden_act": "the activation is hidden_activation",
+            "hidden_act": "the activation is read from hidden_activation",
             "cache_implementation": "how keys and values are kept while sampling",
         },
         slides="period",
@@ -346,24 +346,24 @@ _REASONS: dict[str, tuple[str, ...]] = {
         *("tokenizer_class", "name_or_path"),
         *("is_llama_config", "model_name", "unsloth_fixed", "unsloth_version"),
     ),
-    "a length that nothing stops at": ("max_sequence_length", "model_max_length"),
-    "the tensors say their own dtype": ("dtype", "torch_dtype", "use_bfloat16"),
-    "what a forward pass hands out, not what it computes": (
+    "a length limit that is not enforced": ("max_sequence_length", "model_max_length"),
+    "each tensor has its own dtype": ("dtype", "torch_dtype", "use_bfloat16"),
+    "a choice of outputs, which does not change their values": (
         *("use_cache", "return_dict", "output_attentions", "output_hidden_states"),
         *("output_router_logits", "torchscript"),
     ),
-    "which of several ways to the same numbers": (
+    "a choice between ways to compute the same numbers": (
         *("attn_implementation", "gradient_checkpointing", "chunk_size_feed_forward", "pretraining_tp"),
         *("use_flash_attention_2", "use_flash_attn"),
     ),
     "names of a classifier's outputs, or of its task": (
         *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params"),
     ),
-    "of models with an encoder": (
+    "only used by models with an encoder": (
         *("is_decoder", "tie_encoder_decoder", "cross_attention_hidden_size", "decoder_start_token_id"),
         "tf_legacy_loss",
     ),
-    "how a caller samples, which generation_config.json says": (
+    "a default for sampling, which belongs to generation_config.json": (
         *("max_length", "min_length", "max_new_tokens", "do_sample", "early_stopping", "num_beams"),
         *("num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "prefix"),
         *("repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
@@ -375,7 +375,7 @@ _REASONS: dict[str, tuple[str, ...]] = {
 }
 # key -> why it changes no number, whatever the architecture
 INERT = {key: reason for reason, keys in _REASONS.items() for key in keys}
-ROPE_KEYS = {  # rope_type -> keys it needs, keys it may have, beside rope_type and rope_theta
+ROPE_KEYS = {  # rope_type -> (required keys, optional keys), besides rope_type and rope_theta
     "default": ((), ()),
     "linear": (("factor",), ()),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
@@ -389,7 +389,7 @@ ROPE_KEYS = {  # rope_type -> keys it needs, keys it may have, beside rope_type 
 }
 # further key of rope -> why transformers computes the same without it
 ROPE_INERT = {
-    "attn_factor": "what vLLM and llama.cpp scale yarn's attention_factor with: transformers passes over it",
+    "attn_factor": "a factor on yarn's attention_factor in vLLM and llama.cpp: transformers ignores it",
     "finetuned": "a note of yarn's authors that the stretched model was trained further",
 }
 ROPE_MAY_BE_NULL = {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}

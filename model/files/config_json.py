@@ -297,7 +297,7 @@ class _Reader(Keys):
                 values |= self.rope_value(f"{key}.{name}", name, value)
             elif name == "partial_rotary_factor":
                 if value != 1 or isinstance(value, bool):
-                    self.refuse(f"{key}.{name}", "1.0, nothing else is built", value)
+                    self.refuse(f"{key}.{name}", "1.0, nothing else is supported", value)
             elif name not in ("rope_type", "type") and value is not None and name not in ROPE_INERT:
                 raise InputError(
                     f"{self.source}: {key}.{shown(name)}: not supported for rope_type {rope_type}, "
@@ -343,7 +343,7 @@ class _Reader(Keys):
             key, found = "rope_scaling", {"rope_type": "default"} | found | scaling
         if found.get("truncate", True) is not True:
             self.refuse(
-                f"{key}.truncate", "true, nothing else is built for ropes of two kinds", found["truncate"]
+                f"{key}.truncate", "true, nothing else is supported for two kinds of rope", found["truncate"]
             )
         return key, found, self.number("rope_theta" if kind == "full_attention" else "rope_local_base_freq")
 

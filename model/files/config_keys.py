@@ -79,7 +79,7 @@ class Keys:
             if key in only:
                 # in Python True equals 1 and False equals 0, but here they differ
                 if not any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in only[key]):
-                    self.refuse(key, f"{only[key][0]!r}, nothing else is built", value)
+                    self.refuse(key, f"{only[key][0]!r}, nothing else is supported", value)
             elif key in a.repeats:
                 if value != (once := self.size(a.repeats[key])):
                     self.refuse(key, f"{once!r}, as {a.repeats[key]} says", value)

@@ -45,7 +45,7 @@ def base_of(folder: str | os.PathLike[str]) -> Path:
     while is_adapter(base):  # the base of a reward model may itself be an adapter
         if base in seen:
             raise InputError(
-                f"{folder / peft.CONFIG}: base_model_name_or_path: leads back to {base}, an adapter"
+                f"{folder / peft.CONFIG}: base_model_name_or_path: expected a model, leads back to {base}, an adapter"
             )
         seen.add(base)
         base = _named_base(base)
@@ -64,12 +64,12 @@ def _named_base(folder: Path) -> Path:
     if from_here and from_adapter and from_here[0] != from_adapter[0]:
         raise InputError(
             f"{file}: base_model_name_or_path: expected one model folder, found {from_here[0]} and {from_adapter[0]} "
-            f"at {named!r:.200}: write the path of one there"
+            f"at {named!r:.200}: write the path of one of them into the file"
         )
     if not from_here and not from_adapter:
         raise InputError(
             f"{file}: base_model_name_or_path: expected a model folder, found none at {named!r:.200}: write its path "
-            "there, or merge the adapter (burnish merge --base FOLDER)"
+            "into the file, or merge the adapter (burnish merge --base FOLDER)"
         )
     return [*from_here, *from_adapter][0]
 
@@ -79,9 +79,7 @@ def _bases(name: str, adapter: Path, starts: Iterable[Path]) -> list[Path]:
     found: list[Path] = []
     for start in starts:
         base = start / name
-        if (
-            not os.path.isdir(base) or base.resolve() == adapter
-        ):  # False for a name that no file can have, too
+        if not os.path.isdir(base) or base.resolve() == adapter:  # isdir is False also for an invalid name
             continue
         if not is_adapter(base) or read_object(base / peft.CONFIG).get("base_model_name_or_path") != name:
             found.append(base.resolve())
@@ -111,7 +109,7 @@ def absolute(folder: str | os.PathLike[str]) -> Path:
     try:
         found = Path(folder).resolve()
         if lexists(found):
-            os.stat(found)  # Python 3.13 follows a circle to its start
+            os.stat(found)  # raises for a circle of links, which Python 3.13 resolves to its start
         return found
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"{folder}: expected a folder's name: {reason(error)}") from None

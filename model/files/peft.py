@@ -73,7 +73,7 @@ def read_config(raw: dict[str, Any], source: str) -> LoraConfig:
 
     base, (layers, before) = raw.get("base_model_name_or_path"), keys.layers()
     if layers and isinstance(targets, str) and targets != "all-linear":
-        keys.refuse("layers_to_transform", "null beside a regular expression of target_modules")
+        keys.refuse("layers_to_transform", "null, since target_modules is a regular expression")
 
     config = LoraConfig(
         rank=keys.number("r", 8, 1, int, MOST),

@@ -36,7 +36,7 @@ def read_text(file: Path, most_bytes: int = MOST_BYTES) -> str:
 
 def check_regular(file: Path) -> None:
     """Raise InputError if `file` is neither a regular file nor a link to one."""
-    if not os.path.isfile(file):  # False also for a name that no file can have
+    if not os.path.isfile(file):  # False also for an invalid name
         what = "not a regular file" if os.path.lexists(file) else "no such file"
         raise InputError(f"{file}: {what}")
 
@@ -100,7 +100,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         for key, value in pairs:
             if repr(value) != repr(found[key]):
-                raise InputError(f"{shown(key)}: expected once, got {shown(value)} and {shown(found[key])}")
+                raise InputError(
+                    f"{shown(key)}: expected one value, got {shown(value)} and {shown(found[key])}"
+                )
     return found
 
 

@@ -187,7 +187,7 @@ def test_peft_loads_what_we_save(data, tmp_path, architecture, options):
         ),
         (
             {"layers_to_transform": [0], "target_modules": ".*q_proj"},
-            "layers_to_transform: expected null beside a regular expression",
+            "layers_to_transform: expected null, since target_modules is a regular expression",
         ),
         ({"target_modules": "q_proj("}, r"target_modules: expected a regular expression, got 'q_proj\('"),
         ({"target_modules": ["w_proj"]}, "target_modules: .*names no linear layer"),

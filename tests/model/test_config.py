@@ -118,7 +118,7 @@ def test_inert_keys_change_no_field(model_type):
 )
 def test_another_model_than_the_decoder_is_refused(model_type, change):
     with pytest.raises(
-        InputError, match=f"config.json: {next(iter(change))}: expected .* nothing else is built"
+        InputError, match=f"config.json: {next(iter(change))}: expected .* nothing else is supported"
     ):
         read_config({"model_type": model_type, **MINIMAL, **change})
 
@@ -139,7 +139,7 @@ def test_another_model_than_the_decoder_is_refused(model_type, change):
         (
             "mixtral",
             {"norm_topk_prob": False},
-            "norm_topk_prob: expected True, nothing else is built, got False",
+            "norm_topk_prob: expected True, nothing else is supported, got False",
         ),
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise: expected 0.0"),
         ("gpt_oss", {"norm_topk_prob": False}, "norm_topk_prob: expected True"),
@@ -213,8 +213,8 @@ def test_another_model_than_the_decoder_is_refused(model_type, change):
             {"num_local_experts": float("nan")},
             "num_local_experts: expected nan, as num_experts says",
         ),
-        ("qwen3_moe", {"shared_expert_intermediate_size": 8}, "expected 0, nothing else is built, got 8"),
-        ("qwen3_moe", {"use_qk_norm": False}, "use_qk_norm: expected True, nothing else is built"),
+        ("qwen3_moe", {"shared_expert_intermediate_size": 8}, "expected 0, nothing else is supported, got 8"),
+        ("qwen3_moe", {"use_qk_norm": False}, "use_qk_norm: expected True, nothing else is supported"),
         ("llama", {"model_type": ["llama"]}, "model_type: expected one of"),
     ],
 )

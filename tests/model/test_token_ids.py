@@ -83,7 +83,7 @@ def test_generation_says_which_end_tokens_are_never_drawn(capsys):
     list(stream(model, [1, 2], max_new_tokens=2, stop_ids={3, 40}))
     say_what_never_ends({3, 40}, 31)
     expected = (
-        "warning: the model has no row for the stop ids [40], only for ids below 31: none ends a generation\n"
+        "warning: the model has rows only for ids below 31, so the stop ids [40] never end a generation\n"
     )
     assert capsys.readouterr().err == expected
 
