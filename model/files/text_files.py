@@ -100,9 +100,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         for key, value in pairs:
             if repr(value) != repr(found[key]):
-                raise InputError(
-                    f"{shown(key)}: expected one value, got {shown(value)} and {shown(found[key])}"
-                )
+                raise InputError(f"{shown(key)}: expected once, got {shown(value)} and {shown(found[key])}")
     return found
 
 

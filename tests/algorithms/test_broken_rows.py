@@ -90,7 +90,7 @@ LISTS = {
     "deep": (DEEP, "not JSON: objects and lists deeper"),
     "open": (b'[{"a": 1}, ', "not JSON"),
     "an entry": (b'[{"a": 1}, null]', "entry 2: expected an object"),
-    "a key twice": (b'[{"a": 1, "a": 2}]', "a: expected one value, got 1 and 2"),
+    "a key twice": (b'[{"a": 1, "a": 2}]', "a: expected once, got 1 and 2"),
     "no UTF-8": (b'[{"a": "\xff"}]', "not UTF-8 text"),
     "nothing": (b"\n \n", "has no rows"),
 }

@@ -70,8 +70,14 @@ REFUSED = {
         added(id=400),
         "<new>: expected its id in the vocabulary or the next free one, got 400, which `tokenizers` changes to 320",
     ),
-    "an added token on an id": (added(id=2), "<new> has the id 2, and"),
-    "an added token without text": (added(content=""), "has the id 320, and"),
+    "an added token on an id": (
+        added(id=2),
+        "<new>: expected its id in the vocabulary or the next free one, got 2, which",
+    ),
+    "an added token without text": (
+        added(content=""),
+        "expected its id in the vocabulary or the next free one, got 320, which",
+    ),
     "a normalizer that panics": (part("normalizer", REPLACE), "can read: index out of bounds"),
     "a charsmap without end": (charsmap(b"\xff\xff\xff\xff\x00\x00\x00\x00"), "precompiled_charsmap"),
     "a charsmap without a tree": (charsmap(b""), "precompiled_charsmap"),

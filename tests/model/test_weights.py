@@ -331,5 +331,8 @@ def test_the_bias_of_a_score_is_a_number(tmp_path, value):
 
 def test_files_of_another_layout_alone_are_named(folder):
     (folder / SINGLE).rename(folder / "consolidated.safetensors")
-    with pytest.raises(InputError, match=r"found neither \(consolidated\.safetensors has other names"):
+    with pytest.raises(
+        InputError,
+        match=r"found neither \(consolidated\.safetensors is not read: its tensors have other names",
+    ):
         load_model(folder)
