@@ -1,7 +1,7 @@
 """Adapters on a model: train a few numbers beside frozen weights, switch them off, merge them into the weights.
 
     add_lora(model, rank=16)             freeze every weight and add a fresh adapter, which changes nothing yet
-    quantize_base(model)                 put the frozen weights of the linear layers into 4 bits: QLoRA
+    quantize_base(model)                 quantise the frozen weights of the linear layers to 4 bits: QLoRA
     with adapter_disabled(model): ...    use the model as it was before
     reference = frozen_copy(model)       keep the policy that training starts from; frozen weights are shared
     merge_lora(model)                    merge the adapter into the weights: a plain model again
@@ -108,7 +108,7 @@ def frozen_copy(model: Model) -> Model:
 
 
 def quantize_base(model: Model, double_quant: bool = True) -> None:
-    """Put the linear layers' weights into NF4. The head, the embedding and the trained weights stay dense.
+    """Quantise the linear layers' weights to NF4. The head, the embedding and the trained weights stay dense.
 
     double_quant: store the scale of each block in one byte, which takes 4.127 bits per weight instead of 4.5.
     """

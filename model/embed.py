@@ -79,7 +79,7 @@ def apply(
     if any(hasattr(module, "_hf_hook") for module, _ in forwards):
         raise InputError("hf_model: expected a model on one device, got hooks of accelerate's device_map")
 
-    # 2. the hook through which TRL's forward, if it lies over ours, reaches ours
+    # 2. the hook through which TRL's forward, if it wraps ours, reaches ours
     if state.head is not None:
         state.hook = base.register_forward_pre_hook(HandOver(), with_kwargs=True)
 
@@ -110,7 +110,7 @@ def remove(hf_model: Any) -> None:
     ours = {getattr(m.forward, "__func__", None) for m, _ in state.forwards if m is not base} - {None}
     for module, before in state.forwards:
         if module is base and getattr(base.forward, "__func__", None) is not state.head:
-            continue  # a trainer has put its forward over ours; from now on ours only passes calls on
+            continue  # a trainer's forward wraps ours; from now on ours only passes calls on
         if before is None:
             del module.__dict__["forward"]
         else:

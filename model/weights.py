@@ -159,7 +159,7 @@ def _plan(
 
 
 def _to_be_read(source: Source, config: ModelConfig, unread: tuple[str, ...]) -> dict[str, Stored]:
-    """Return the folder's tensors, without those that transformers skips, too.
+    """Return the folder's tensors, without those that transformers skips as well.
 
     DeepSeek has layers after the last one that predict further tokens, each with an eh_proj. Old checkpoints contain
     rotary_emb.inv_freq, a constant. A tied matrix may have the head's name alone, because programs that drop copies

@@ -128,7 +128,7 @@ def _most_runs(is_token: Tensor) -> Tensor:
 def _expect(condition: Tensor, otherwise: str) -> None:
     """Raise NotImplementedError unless the condition holds.
 
-    While compiling, the host cannot read the condition. It is then asserted on the device.
+    During compilation the host cannot read the condition, so it is asserted on the device.
     """
     message = f"attention_mask: {otherwise}; embed.apply(model, attention=False)"
     if torch.compiler.is_compiling():

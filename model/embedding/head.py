@@ -24,12 +24,12 @@ def make_head_forward(home: Any, base: Any) -> Callable[..., Any]:
     fused_below = fused_forward(original)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # after `remove`, a trainer's forward over this one may still call it
+        # after `remove`, a trainer's forward that wraps this one may still call it
         state = self.__dict__.get(STATE)
         if state is None or state.head is not forward:
             return original(self, *args, **kwargs)
 
-        # a call from TRL: HandOver passes TRL's forward if it lies over this one; else it may lie below
+        # a call from TRL: HandOver passes TRL's forward if that wraps this one; else this one may wrap it
         fused = kwargs.pop(FUSED, fused_below if kwargs.get("fused_lm_head") else None)
         if fused is not None:
             if "lora_a" in head_operands(self.get_output_embeddings()):
@@ -47,7 +47,10 @@ def make_head_forward(home: Any, base: Any) -> Callable[..., Any]:
 
 
 def _unbound(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a method as a function of the model and the arguments. A forward that is no method ignores the model."""
+    """Return a method as a function of the model and the arguments.
+
+    A forward that is not a method ignores the model.
+    """
 
     def call(_: Any, *args: Any, **kwargs: Any) -> Any:
         return method(*args, **kwargs)

@@ -59,7 +59,7 @@ def make_attention_forward(home: Any, halves: bool) -> Callable[..., tuple[Tenso
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, halves: bool) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys, q (B, T, H, D) and k (B, T, G, D).
 
-    cos, sin: (B or 1, T, D or D/2), with a row for each token. halves: they are D wide, in two equal halves.
+    cos, sin: (B or 1, T, D or D/2), with a row for each token. halves: True if they are D wide, in two equal halves.
     """
     if halves:
         half = cos.shape[-1] // 2

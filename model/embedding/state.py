@@ -35,7 +35,7 @@ class Named(str):
 class Embedded:
     """The model's state before `apply`. It is pickled as None.
 
-    An implementation is None if `apply` left it alone.
+    The name of an implementation is None if `apply` did not change it.
     """
 
     attention: str | None = None  # the name of the implementation

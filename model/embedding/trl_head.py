@@ -17,7 +17,7 @@ TRL's module, and the function that it has put on the model, stay as they were. 
     the name `_fused_forward`, by which TRL's forward is recognised
     both names being globals of that code: checked, and InputError names a missing one
     the order of the nine arguments of `_ChunkedLogProbFunction.apply` and of its five results: TokenLogprobs
-    the order of the forwards, ours over TRL's or below it: HandOver
+    the order of the forwards, ours around TRL's or inside it: HandOver
 
 tests/embed/test_trl.py tests all of it, value by value.
 
@@ -66,10 +66,10 @@ def fused_forward(forward: Callable[..., Any]) -> Callable[..., Any] | None:
 
 
 class HandOver:
-    """A forward pre-hook for the case that TRL's forward lies over ours.
+    """A forward pre-hook for models on which TRL's forward wraps ours.
 
     It makes TRL's forward pass the call on to ours, together with the function that computes TRL's per-token values.
-    accelerate may have put a forward of its own over TRL's, so the hook follows `__wrapped__`.
+    accelerate may wrap TRL's forward once more, so the hook follows `__wrapped__`.
     """
 
     def __call__(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -89,7 +89,7 @@ class _Header:
             self.skip(self.number(8, key), key)
 
     def count(self, what: str, least: int) -> int:
-        """Read a number of things that take at least `least` bytes each.
+        """Read a count of items that take at least `least` bytes each.
 
         Raises InputError if the file is too short for them.
         """
