@@ -114,7 +114,7 @@ class Expression:
             )
 
     def takes(self, node: Any, character: str, flags: int) -> bool:
-        """Return whether a one-character node matches this character."""
+        """Return whether a one-character node of the parse tree, such as [a-z], matches this character."""
         key = id(node), flags, character
         if key not in self.fits:
             positive, negated = _positive(node)
@@ -170,7 +170,7 @@ class _Walk:
         self.borders = sum(1 << i for i in range(len(name) + 1) if words[i] != words[i + 1])
 
     def follow(self, tree: Any, starts: int, flags: int) -> int:
-        """Return the end positions of all matches of `tree` that begin at one of `starts`."""
+        """Return the end positions of all matches of a parse tree that begin at one of `starts`."""
         for node in tree:
             if not starts:
                 break
@@ -182,7 +182,10 @@ class _Walk:
         return starts
 
     def step(self, kind: Any, value: Any, starts: int, flags: int) -> int:
-        """Return the end positions of all matches of a node that may match any number of characters."""
+        """Return the end positions of all matches of a parse-tree node that begin at one of `starts`.
+
+        kind, value: the node, which may match any number of characters.
+        """
         match kind:
             case op.BRANCH:
                 ends = 0
@@ -249,7 +252,7 @@ class _Walk:
         return found
 
     def mask(self, node: Any, flags: int) -> int:
-        """Return the positions at which a one-character node matches."""
+        """Return the positions at which a one-character node of the parse tree, such as [a-z], matches."""
         kind, value = node
         if kind is op.LITERAL and not flags & re.IGNORECASE:
             return self.at.get(chr(value), 0)
@@ -261,7 +264,7 @@ class _Walk:
 
 
 def _positive(node: Any) -> tuple[Any, bool]:
-    """Return (node, negated): a one-character node without its negation, and whether it was negated."""
+    """Return (node, negated): a one-character node of the parse tree without its negation, and whether it had one."""
     kind, value = node
     if kind is op.NOT_LITERAL:
         return (op.LITERAL, value), True
@@ -271,7 +274,7 @@ def _positive(node: Any) -> tuple[Any, bool]:
 
 
 def _is(node: Any, character: str, flags: int) -> bool:
-    """Return whether a one-character node without negation matches this character."""
+    """Return whether a one-character node of the parse tree, without negation, matches this character."""
     kind, value = node
     match kind:
         case op.ANY:

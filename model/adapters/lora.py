@@ -46,8 +46,8 @@ class Adapter:
 def filed_name(name: str, trained: Collection[str]) -> str:
     """Return the name that PEFT's files have for a tensor among `trained`.
 
-    PEFT wraps the experts' module once for each parameter, gate_up_proj first. The inner of two wrappers is called
-    base_layer, and the outer one adds nothing to the name.
+    PEFT wraps the experts' module once for each parameter, gate_up_proj first. If there are two wrappers, the inner one
+    is called base_layer. The outer one adds nothing to the name.
     """
     found = EXPERTS.fullmatch(name)
     if found is None:

@@ -43,7 +43,8 @@ def mask(
 
     mask_function: takes (row, head, query, key), and returns whether the query sees the key.
     attention_mask: (B, tokens so far) bool, False at padding. Keys beyond its end are padding.
-    more: transformers' other keywords, of which use_vmap, local_size, allow_is_causal_skip and device are read.
+    more: transformers' other keywords. Only use_vmap, local_size, allow_is_causal_skip and device are read, and the
+        presence of allow_is_bidirectional_skip.
 
     Raises NotImplementedError for a mask that none of the forms can express.
     """
@@ -154,7 +155,7 @@ def attend(
 
     query, key, value: (B, H, T, D), (B, G, S, D) and (B, G, S, D).
     attention_mask: from `mask`.
-    more: transformers' other keywords, of which sliding_window and s_aux, the sinks (H,), are read.
+    more: transformers' other keywords. Only sliding_window and s_aux, the sinks (H,), are read.
 
     Raises NotImplementedError for dropout, for a mask that `mask` did not make, and for gradients through a cache.
     """

@@ -170,7 +170,11 @@ class _Keys:
         return value if fits else self.refuse(key, f"{what} of at least {least}, by module")
 
     def layers(self) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
-        """Return (layers, names): the layers with an adapter, None for all, and the names before a layer's number."""
+        """Return (layers, names) from layers_to_transform and layers_pattern.
+
+        layers: the layers with an adapter, or None for all. names: the parts of a module's name before a layer's
+        number.
+        """
         layers, before = self.raw.get("layers_to_transform"), self.raw.get("layers_pattern")
         layers = [layers] if type(layers) is int else layers  # by type, so that false is not layer 0
         if layers is not None and not (isinstance(layers, list) and all(type(i) is int for i in layers)):
