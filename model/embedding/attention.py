@@ -81,7 +81,10 @@ def mask(
     if is_token is None:
         return (query + 1).expand(batch_size, q_length)[:, None, None]  # (B, 1, 1, T)
     if more.get("local_size") is not None:
-        _expect(_most_runs(is_token) <= 1, "padding between tokens is not supported with a sliding window")
+        _expect(
+            _most_runs(is_token) <= 1,
+            "several runs of tokens in a row are not supported with a sliding window",
+        )
     counts = is_token.long().cumsum(1)[:, query]  # (B, T)
     order = (~is_token).long().argsort(dim=1, stable=True)  # (B, S)
     return torch.cat([counts, order], 1)[:, None, None]  # (B, 1, 1, T + S)
