@@ -1,7 +1,7 @@
-"""One minimal transformer on the fused ops, floor 1, and the files it reads and writes.
+"""One minimal transformer on the fused ops, and the files that it reads and writes.
 
-The names below need torch alone. What needs more, or has its file's name, is imported from its file: `load_model` and
-`save_model` from checkpoint, `Tokenizer` from text/tokenizer, `generate` from generate.
+The names below need torch alone. Import the other names from their own files: `load_model` and `save_model` from
+checkpoint, `Tokenizer` from text/tokenizer, `generate` from generate.
 """
 
 from .cache import Cache as Cache

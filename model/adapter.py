@@ -1,14 +1,15 @@
-"""Adapters on a model: train a few numbers beside frozen weights, switch them off, fold them in.
+"""Adapters on a model: train a few numbers beside frozen weights, switch them off, merge them into the weights.
 
-    add_lora(model, rank=16)             every weight is frozen but the new adapter's, which changes nothing yet
-    quantize_base(model)                 the frozen weights of the linear layers to 4 bits: QLoRA
-    with adapter_disabled(model): ...    the model as it was before
-    reference = frozen_copy(model)       the policy that training starts from; what is frozen is shared, not copied
-    merge_lora(model)                    the adapter folded into the weights: a plain model again
-    stack_adapters(model, several)       one batch, each sequence with an adapter of its own, which `pack` is told
+    add_lora(model, rank=16)             freeze every weight and add a fresh adapter, which changes nothing yet
+    quantize_base(model)                 quantise the frozen weights of the linear layers to 4 bits: QLoRA
+    with adapter_disabled(model): ...    use the model as it was before
+    reference = frozen_copy(model)       keep the policy that training starts from; frozen weights are shared
+    merge_lora(model)                    merge the adapter into the weights: a plain model again
+    stack_adapters(model, several)       use several adapters in one batch; `pack` takes the adapter of each sequence
 
-What these stand on: placement.py, where on a model an adapter is; adapter_tensors.py, an adapter as named tensors;
-adapters/, what needs no model. Files are checkpoint.py's. Names of modules are those of a Hugging Face model.
+This file builds on placement.py (the places of an adapter on a model), adapter_tensors.py (an adapter as named tensors)
+and adapters/ (the parts that need no model). checkpoint.py reads and writes the files. Names of modules are those of a
+Hugging Face model.
 """
 
 import copy
@@ -32,23 +33,23 @@ from .placement import lora_config as lora_config
 
 
 def add_lora(model: Model, rank: int, alpha: float | None = None, *, seed: int = 0, **options: Any) -> None:
-    """Freeze the model and add a fresh adapter: A uniform in +-1/sqrt(K) from `seed`, B zero.
+    """Freeze the model and add a fresh adapter: A is uniform in +-1/sqrt(K), drawn from `seed`, and B is zero.
 
-    alpha: 2 * rank by default. options: further fields of LoraConfig. Raises InputError where nothing matches.
+    alpha: 2 * rank by default. options: further fields of LoraConfig. Raises InputError if no layer matches.
     """
     place_adapter(model, LoraConfig(rank, 2.0 * rank if alpha is None else alpha, **options), "add_lora")
     generator, layers = torch.Generator().manual_seed(seed), linears(model)
     with torch.no_grad():
         for name, lora in adapters(model).items():
             bound = 1 / math.sqrt(lora.a.shape[-1])
-            drawn = torch.empty(lora.a.shape)  # on the CPU: alike on every device
+            drawn = torch.empty(lora.a.shape)  # on the CPU, so that every device gets the same numbers
             lora.a.copy_(drawn.uniform_(-bound, bound, generator=generator))
             if lora.magnitude is not None:
                 lora.magnitude.copy_(layers[name].dense().float().norm(dim=1))
 
 
 def merge_lora(model: Model) -> None:
-    """Fold the adapter into the weights, all of which can then be trained. A 4-bit base becomes a dense one."""
+    """Merge the adapter into the weights, and make all weights trainable. A 4-bit base becomes a dense one."""
     with torch.no_grad():
         for layer in linears(model).values():
             if layer.lora is not None or layer.four_bit is not None:
@@ -66,7 +67,10 @@ def merge_lora(model: Model) -> None:
 
 @contextmanager
 def adapter_disabled(model: Model) -> Iterator[None]:
-    """The base alone, without gradient: a backward pass outside of the block would see the adapter."""
+    """Run the block on the base alone, without gradients.
+
+    A backward pass after the block would run with the adapter on, so gradients are off inside.
+    """
     parameters = dict(model.named_parameters())
     trained = {name: parameters[name].data for name in body_of(model).replaced}
 
@@ -86,9 +90,10 @@ def adapter_disabled(model: Model) -> Iterator[None]:
 
 
 def frozen_copy(model: Model) -> Model:
-    """The model as it is now, without gradient or dropout: it shares what `model` does not train.
+    """Return the model as it is now, without gradients or dropout.
 
-    A fresh adapter, which changes nothing, is left out: such a copy costs neither memory nor time for it.
+    The copy shares all tensors that `model` does not train. A fresh adapter changes nothing and is left out, so the
+    copy spends no memory or time on it.
     """
     shared: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
     shared |= {id(q): q for q in (layer.four_bit for layer in linears(model).values()) if q is not None}
@@ -103,9 +108,9 @@ def frozen_copy(model: Model) -> Model:
 
 
 def quantize_base(model: Model, double_quant: bool = True) -> None:
-    """The linear layers' weights to NF4; the head, the embedding and what is trained stay.
+    """Quantise the linear layers' weights to NF4. The head, the embedding and the trained weights stay dense.
 
-    double_quant: each block's scale in a byte, 4.127 bits a weight in place of 4.5.
+    double_quant: store the scale of each block in one byte, which takes 4.127 bits per weight instead of 4.5.
     """
     trained = trained_tensors(model)
     for name, layer in linears(model).items():

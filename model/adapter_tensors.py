@@ -1,7 +1,7 @@
-"""An adapter as named tensors: taken from a model, given to one, several side by side.
+"""An adapter as named tensors: taken from a model, loaded into a model, or stacked with others.
 
-Names are those of PEFT's files. PEFT files the adapters of all experts of a layer as one matrix, A (E R, K) and
-B (N, R E); ours are A (E, R, K) and B (E, N, R).
+Names are those of PEFT's files. PEFT stores the adapters of all experts of a layer as one matrix, A of shape (E R, K)
+and B of shape (N, R E). Ours are A (E, R, K) and B (E, N, R).
 """
 
 import math
@@ -29,7 +29,10 @@ from .transformer import Transformer
 
 
 def take_adapter(model: Model) -> Adapter:
-    """The model's adapter as it is now; the tensors are the model's own, but experts' ones in PEFT's layout."""
+    """Return the model's adapter as it is now.
+
+    The tensors are the model's own, except that those of experts are converted to PEFT's layout.
+    """
     config = lora_config(model)
     if config is None:
         raise InputError("the model has no adapter")
@@ -39,23 +42,26 @@ def take_adapter(model: Model) -> Adapter:
 def _as_filed(model: Model) -> dict[str, Tensor]:
     trained = {name: parameter.detach() for name, parameter in trained_tensors(model).items()}
     filed = {filed_name(name, trained): _filed(model, name, tensor) for name, tensor in trained.items()}
-    if has_tied_head(model) and f"{EMBEDDING}.weight" in filed:  # one matrix under both of its names
+    if has_tied_head(model) and f"{EMBEDDING}.weight" in filed:  # one matrix under both names
         filed["lm_head.weight"] = filed[f"{EMBEDDING}.weight"]
     return filed
 
 
 def _filed(model: Model, name: str, tensor: Tensor) -> Tensor:
-    """Experts' A (E, R, K) as (E R, K), B (E, N, R) as (N, R E); what is not of experts stays."""
+    """Return a tensor in PEFT's layout.
+
+    Experts' A (E, R, K) becomes (E R, K), and experts' B (E, N, R) becomes (N, R E). Other tensors stay as they are.
+    """
     if EXPERTS.fullmatch(name) is None:
         return tensor
-    tensor = whole(tensor)  # shares of different sizes cannot be flattened
+    tensor = whole(tensor)  # the shares of several processes differ in size, and cannot be flattened
     if "lora_A" in name:
         return tensor.flatten(0, 1)
     return (to_pairs(tensor) if _in_pairs(model, name) else tensor).permute(1, 2, 0).flatten(1)
 
 
 def _unfiled(model: Model, name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse, to `shape`."""
+    """Return a tensor in our layout, with the given shape. This is the inverse of `_filed`."""
     if EXPERTS.fullmatch(name) is None or "lora_A" in name:
         return tensor.view(shape)
     E, N, R = shape
@@ -68,7 +74,10 @@ def _in_pairs(model: Model, name: str) -> bool:
 
 
 def give_adapter(model: Model, adapter: Adapter, source: str) -> None:
-    """Place the adapter on a model without one. Raises InputError naming `source` and the tensor that does not fit."""
+    """Place the adapter on a model that has none.
+
+    Raises InputError naming `source` and the tensor that does not fit.
+    """
     adapter = _without_copies(model, adapter, source)
     _check_ranks(model, adapter, source)
     place_adapter(model, adapter.config, source)
@@ -86,7 +95,7 @@ def give_adapter(model: Model, adapter: Adapter, source: str) -> None:
 
     if has_tied_head(model) and not torch.equal(*_both_names(found)):
         raise InputError(
-            f"{source}: lm_head.weight: expected the values of {EMBEDDING}.weight, with which it is tied, got others"
+            f"{source}: lm_head.weight: expected the values of {EMBEDDING}.weight, since they are tied, got others"
         )
 
     with torch.no_grad():
@@ -96,7 +105,10 @@ def give_adapter(model: Model, adapter: Adapter, source: str) -> None:
 
 
 def _check_ranks(model: Model, adapter: Adapter, source: str) -> None:
-    """Raises InputError where a rank is not its tensor's, before tensors of these ranks are made."""
+    """Raise InputError if a rank in the adapter's config differs from the rank of its tensor.
+
+    This runs before tensors of these ranks are allocated.
+    """
     config, found = adapter.config, adapter.tensors
     sizes = {name: (math.prod(layer.stack), layer.in_features) for name, layer in linears(model).items()}
     sizes |= {"lm_head": (1, model.config.hidden_size)} if check_placeable(model, config, source) else {}
@@ -113,15 +125,18 @@ def _check_ranks(model: Model, adapter: Adapter, source: str) -> None:
 
 
 def _both_names(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """A tied matrix that is trained whole, under its two names; where it is not, nothing twice."""
+    """Return a tied matrix that is trained whole, under its two names. If it is not, both tensors are empty."""
     none = torch.empty(0)
     return tensors.get(f"{EMBEDDING}.weight", none), tensors.get("lm_head.weight", none)
 
 
 def _without_copies(model: Model, adapter: Adapter, source: str) -> Adapter:
-    """The adapter without the copies of the base's head and embedding that PEFT writes beside an adapter of lm_head, or
-    where it was told to (save_embedding_layers). It reads them over the base, so one with other values is read as a
-    module that was trained whole. Raises InputError for a resized one, and for one under an adapter, which is both.
+    """Return the adapter without PEFT's copies of the base's head and embedding.
+
+    PEFT writes these copies beside an adapter of lm_head, or if save_embedding_layers is set. On loading, PEFT
+    overwrites the base with them. So a copy with other values than the base's is treated as a module that was trained
+    whole.
+    Raises InputError for a resized copy, and for a changed copy of a module that has an adapter, too.
     """
     if not isinstance(model, Transformer):
         return adapter
@@ -129,7 +144,7 @@ def _without_copies(model: Model, adapter: Adapter, source: str) -> Adapter:
     embedding, head = model.embed_tokens.weight, model.lm_head
     bases = {"lm_head": embedding if head is None else head.dense(), EMBEDDING: embedding}
     if config.tied and head is None and any(config.whole(module) for module in bases):
-        return adapter  # the matrix that is trained whole, under both of its names
+        return adapter  # the tied matrix is trained whole, and is there under both names
 
     trained: dict[str, Tensor] = {}
     for module, base in bases.items():
@@ -149,13 +164,13 @@ def _without_copies(model: Model, adapter: Adapter, source: str) -> Adapter:
             if config.targeted(module) or module in trained:
                 raise InputError(
                     f"{source}: {name}: expected a copy of the base's, got other values: the adapter was trained on "
-                    "another base: name that one"
+                    "another base: name that base"
                 )
             trained[module] = copy
     if not trained:
         return Adapter(config, tensors, adapter.dtypes)
 
-    if head is None:  # read over the base, one of them is both
+    if head is None:  # on a tied base, one changed copy is both head and embedding
         one = trained.get("lm_head", trained.get(EMBEDDING))
         assert one is not None
         trained = {"lm_head": one, EMBEDDING: trained.get(EMBEDDING, one)}
@@ -168,26 +183,29 @@ def _without_copies(model: Model, adapter: Adapter, source: str) -> Adapter:
 
 
 def _is_copy(base: Tensor, copy: Tensor, dtype: torch.dtype | None) -> bool:
-    """The same values, but for the rounding to the dtype of either."""
+    """Return whether two tensors have the same values, up to a rounding to one of their dtypes.
+
+    dtype: the dtype that the copy has in its file.
+    """
     base, copy = base.detach(), copy.to(base.device)
     rounded = base if dtype is None else base.to(dtype)
     return torch.equal(rounded.float(), copy.float()) or torch.equal(base, copy.to(base.dtype))
 
 
 def stack_adapters(model: Transformer, several: Sequence[Adapter]) -> None:
-    """Place several adapters side by side; `pack` says which of them each sequence has. For use, not for training.
+    """Place several adapters side by side, for inference only. `pack` takes the adapter of each sequence.
 
-    Ranks are padded with zeros to the largest, scalings multiplied into B. Raises InputError for DoRA, for modules
-    that an adapter has whole, and for an adapter of the head.
+    Ranks are padded with zeros to the largest, and the scalings are multiplied into B. Raises InputError for an adapter
+    with DoRA, with modules trained whole, of experts, or of the head.
     """
     several = [_without_copies(model, adapter, f"adapter {i}") for i, adapter in enumerate(several)]
     for i, adapter in enumerate(several):
         config = adapter.config
         if config.dora or config.modules_to_save or config.parameters or config.targeted("lm_head"):
             raise InputError(
-                f"adapter {i}: with DoRA, modules_to_save, experts or lm_head it shares no batch with others"
+                f"adapter {i}: expected no DoRA, modules_to_save, experts or lm_head in an adapter that shares a batch"
             )
-        give_adapter(model, adapter, f"adapter {i}")  # refuses what does not fit
+        give_adapter(model, adapter, f"adapter {i}")  # raises if it does not fit
         for layer in linears(model).values():
             layer.lora = None
         model.adapter = None

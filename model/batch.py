@@ -1,12 +1,12 @@
-"""The batch of sequences that `generate` fills: who waits, who is in flight, what the next step draws.
+"""The batch of sequences that `generate` fills: the waiting samples, the live sequences and the next ids.
 
-    admit     waiting samples take free rows; a prompt runs once, for all of its samples
-    draw      an id for every live sequence, from the hidden state behind its last one
-    advance   these ids run through the model, into the cache
-    leave     the sequences that are done, once they are an eighth of the batch; the others move together
+    admit     move waiting samples into free rows; each prompt runs once, for all of its samples
+    draw      draw an id for every live sequence, from the hidden state of its last token
+    advance   run these ids through the model, and add them to the cache
+    leave     remove the ended sequences once they make up an eighth of the batch, and move the others together
 
-The noise that a sample draws with is a hash of (seed, sample, step) and of nothing else. With CUDA_GRAPHS a step on a
-GPU is two graphs, `draw` and `advance`; between them the host reads how many have ended.
+The noise for a draw is a hash of (seed, sample, step) and of nothing else. With CUDA_GRAPHS a step on a GPU is two
+graphs, `draw` and `advance`. Between them the host reads how many sequences have ended.
 """
 
 from bisect import bisect_right
@@ -27,16 +27,16 @@ from .packed import pack
 from .transformer import Transformer
 from .vocabulary import Vocabulary, say_what_never_ends
 
-# prompts are run in portions of about this many tokens: on a CPU what a layer makes of them stays in a core's cache
+# tokens, about, in one portion of prompts: on a CPU a layer's output then stays in a core's cache
 PREFILL_TOKENS = {"cuda": 16_384, "cpu": 512}
 LEAVING = 8  # a batch is compacted when one in this many sequences has ended
 MEMORY_BUDGET = 4 * 2**30  # bytes of cached keys and values
-# TODO: on once tests/model/test_cuda_graphs.py has passed on a GPU, where no graph was recorded yet
+# TODO: turn on once tests/model/test_cuda_graphs.py has passed on a GPU; no graph was recorded on one yet
 CUDA_GRAPHS = False
 
-# (adapter, ids): what two samples must have in common to share a cache's row
+# (adapter, ids): samples that have both in common share a prompt row of the cache
 Prompt = tuple[int, tuple[int, ...]]
-# logits (B, V) and noise (B,) to ids (B,), their log-probabilities, and the ids that truncation kept
+# logits (B, V) and noise (B,) -> ids (B,), their log-probabilities, and the ids that truncation kept
 Choose = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
 
 
@@ -45,15 +45,15 @@ Choose = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
 
 @dataclass(frozen=True)
 class Request:
-    """Samples of prompts, numbered in the order of the prompts, those of prompt 0 first."""
+    """The samples to draw, numbered in the order of the prompts: first all samples of prompt 0."""
 
     prompts: Sequence[Sequence[int]]
     max_new_tokens: int
     samples_per_prompt: int = 1
-    adapters: Sequence[int] | None = None  # of each prompt, -1 for none
+    adapters: Sequence[int] | None = None  # the adapter of each prompt, -1 for none
     stop_ids: Collection[int] = frozenset()
     seed: int = 0
-    first_sample: int = 0  # how many stand before these, where they are a part of more
+    first_sample: int = 0  # the number of samples before these, if they are a part of a larger set
 
     @property
     def total(self) -> int:
@@ -61,7 +61,7 @@ class Request:
         return len(self.prompts) * self.samples_per_prompt
 
     def check(self, vocab_size: int) -> None:
-        """Raises ValueError for no new tokens, InputError for a prompt that a model of these rows cannot take."""
+        """Raise ValueError if max_new_tokens is below 1, and InputError if a prompt is empty or has an invalid id."""
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected at least 1, got {self.max_new_tokens}")
         for i, prompt in enumerate(self.prompts):
@@ -73,10 +73,10 @@ class Request:
 
 
 class Chooser(NamedTuple):
-    """The rules by which an id is drawn, as a function of logits and noise."""
+    """The function that draws ids from logits and noise, and the most ids that its truncation keeps."""
 
     choose: Choose
-    width: int | None  # how many ids a support has room for; None without truncation
+    width: int | None  # the most ids that truncation keeps in a support; None without truncation
 
     @classmethod
     def of(
@@ -89,12 +89,15 @@ class Chooser(NamedTuple):
         top_p: float | None = None,
         min_p: float | None = None,
     ) -> "Chooser":
-        """`sample_tokens` among the vocabulary's ids. Raises ValueError for a number out of range."""
+        """Return a Chooser that calls `sample_tokens` on the vocabulary's ids.
+
+        Raises ValueError for an option out of range.
+        """
         choose = partial(sample_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         rows = model.config.vocab_size
         tokens = None if vocabulary is None else vocabulary.within(rows)
 
-        # no row asks for the options alone: the op refuses those out of range, and knows the width
+        # a call without rows: the op only checks the options, and shows the width of a support
         no_logits = torch.empty(0, rows if tokens is None else tokens.size)
         *_, support = choose(no_logits, torch.empty(0, dtype=torch.float64))
         width = None if support is None else support.shape[1]
@@ -104,7 +107,10 @@ class Chooser(NamedTuple):
 def _among(
     choose: Choose, tokens: Vocabulary, logits: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Choose among `tokens`. logits: (B, V) of the whole head. Part of a step: it reads no value on the host."""
+    """Draw ids among `tokens` from logits (B, V) of the whole head.
+
+    It runs in each step, and reads no value on the host.
+    """
     row, logprob, support = choose(tokens.select(logits, 1), noise)
     return tokens.ids_of(row), logprob, None if support is None else tokens.ids_of(support)
 
@@ -113,7 +119,7 @@ def _among(
 
 
 def _signed(value: int) -> int:
-    """The low 64 bits as an int64."""
+    """Return the low 64 bits of a value as a signed 64-bit integer."""
     return (value + 2**63) % 2**64 - 2**63
 
 
@@ -121,14 +127,20 @@ _GOLDEN, _FIRST, _SECOND = (_signed(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1
 
 
 def _mix(x: Tensor) -> Tensor:
-    """splitmix64's output function on int64, whose products wrap. Steele et al. 2014, doi:10.1145/2660193.2660195"""
+    """Apply the output function of splitmix64 to an int64 tensor, whose products wrap around.
+
+    Source: Steele et al. 2014, doi:10.1145/2660193.2660195
+    """
     for shift, factor in ((30, _FIRST), (27, _SECOND), (31, 1)):
         x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * factor  # masked: >> on int64 copies the sign
     return x
 
 
 def uniform(seed: int, sample: Tensor, step: Tensor) -> Tensor:
-    """Noise in [0, 1), fp64: a pure function of the seed and of two int64 tensors that broadcast."""
+    """Return noise in [0, 1), fp64, as a pure function of the seed, the sample and the step.
+
+    sample, step: int64 tensors that broadcast against each other.
+    """
     key = _mix(_mix((sample + 1) * _GOLDEN + _signed(seed)) + (step + 1) * _GOLDEN)  # + 1: _mix(0) is 0
     return ((key >> 12) & (2**52 - 1)).double() * 2.0**-52
 
@@ -137,7 +149,7 @@ def uniform(seed: int, sample: Tensor, step: Tensor) -> Tensor:
 
 
 class Finished(NamedTuple):
-    """A sequence that has left the batch, n ids long."""
+    """A sequence of n ids that has left the batch."""
 
     index: int  # of the sample
     tokens: list[int]
@@ -146,11 +158,12 @@ class Finished(NamedTuple):
 
 
 class Batch:
-    """Sequences in flight. Row r of every tensor and slot r of the cache are one sequence; live rows come first.
+    """The sequences in flight. Row r of every tensor and slot r of the cache belong to one sequence.
 
-    Tensors keep their places, so that a graph can be recorded on them. Free rows count as done.
-    batch_size: rows, at most; as many as the budget allows by default. memory_budget: bytes of the cache.
-    Raises InputError for a budget below one sequence's cache.
+    Live rows come first. Free rows count as done. The tensors keep their addresses, so that a CUDA graph can be
+    recorded on them.
+    batch_size: the most rows; by default as many as the budget allows. memory_budget: bytes of the cache.
+    Raises InputError if the budget is too small for the cache of one sequence.
     """
 
     def __init__(
@@ -171,19 +184,19 @@ class Batch:
 
         self.cache = self._cache_within(memory_budget, batch_size or request.total)
         self.rows, self.prompt_rows = len(self.cache.slot), len(self.cache.row_length)
-        self.row_of: dict[Prompt, int] = {}  # each prompt in the cache, in order
-        self.last: Tensor | None = None  # (prompt_rows, C), what a prompt's first ids are drawn from
-        self.hidden: Tensor | None = None  # (rows, C), what the next ids are drawn from
+        self.row_of: dict[Prompt, int] = {}  # the row of each prompt in the cache, in ascending order
+        self.last: Tensor | None = None  # (prompt_rows, C), hidden states at the ends of the prompts
+        self.hidden: Tensor | None = None  # (rows, C), hidden states that the next ids are drawn from
         self._allocate(chooser.width)
 
     def _cache_within(self, budget: int, most_rows: int) -> Cache:
-        """The cache with as many rows as the budget allows."""
+        """Return a cache with as many rows as the budget allows, at most `most_rows`."""
         model, request = self.model, self.request
         distinct, longest = len(set(self.prompts)), max(len(prompt) for prompt in request.prompts)
         dtype = autocast_dtype(model.embed_tokens.weight)
 
         def shape(rows: int) -> tuple[int, int, int, int]:
-            # samples of twice as many prompts as fill the batch, for they do not end together
+            # room for twice the prompts that fill the batch, since the samples do not end together
             prompts = min(distinct, rows, 2 * -(-rows // request.samples_per_prompt))
             return prompts, longest, rows, request.max_new_tokens
 
@@ -199,13 +212,13 @@ class Batch:
         return Cache(model.config, *shape(rows), dtype, model.device)
 
     def _allocate(self, width: int | None) -> None:
-        """The tensors of all rows. width: of a support."""
+        """Allocate the tensors of all rows. width: the most ids that truncation keeps, or None without truncation."""
         rows, device, vocab_size = self.rows, self.model.device, self.model.config.vocab_size
-        self.index = torch.zeros(rows, dtype=torch.int64, device=device)  # of the sample
-        self.count = torch.zeros(rows, dtype=torch.int64, device=device)  # ids drawn
+        self.index = torch.zeros(rows, dtype=torch.int64, device=device)  # the sample's number
+        self.count = torch.zeros(rows, dtype=torch.int64, device=device)  # how many ids were drawn
         self.done = torch.ones(rows, dtype=torch.bool, device=device)
         self.drawn = torch.zeros(rows, dtype=torch.int64, device=device)  # the latest id
-        # and where it stands among a sample's
+        # its position among the ids of its sample
         self.column = torch.zeros(rows, dtype=torch.int64, device=device)
 
         # one column more than needed: a sequence that is done, but has not left, writes there
@@ -215,17 +228,17 @@ class Batch:
         self.noises = torch.zeros(rows, columns, dtype=torch.float64, device=device)
         self.steps = torch.arange(columns, device=device)
 
-        # no other id is ever drawn
+        # only ids that the head has a row for are ever drawn
         say_what_never_ends(self.request.stop_ids, vocab_size)
         stops = sorted(token for token in self.request.stop_ids if 0 <= token < vocab_size)
         self.stops = torch.tensor(stops, dtype=torch.int64, device=device)
 
-        # rows that are done; the widest support
+        # the number of rows that are done, and the width of the widest support
         self.ended = torch.zeros(2, dtype=torch.int64, device=device)
         self.support = self.supports = None
         if width is not None:
             self.support = torch.full((rows, width), -1, dtype=torch.int32, device=device)  # the latest
-            # as wide as the widest so far
+            # of all steps; the last dimension grows to the widest support so far
             self.supports = self.support.new_empty(rows, columns, 0)
 
     def _prompt_of(self, sample: int) -> Prompt:
@@ -234,9 +247,12 @@ class Batch:
     # -- entering
 
     def admit(self) -> None:
-        """Take in as many waiting samples as there is room for, and run their prompts unless the cache has them."""
+        """Move as many waiting samples into the batch as it has room for.
+
+        Run their prompts unless the cache holds them.
+        """
         new: set[Prompt] = set()
-        entering: list[tuple[Prompt, int]] = []  # with the sample's index
+        entering: list[tuple[Prompt, int]] = []  # the prompt and the sample's number
         for index in self.waiting[: self.rows - self.live]:
             prompt = self._prompt_of(index)
             if prompt not in self.row_of and prompt not in new:
@@ -248,7 +264,7 @@ class Batch:
             return
 
         portion: list[Prompt] = []
-        for prompt in sorted(new, key=lambda prompt: (len(prompt[1]), prompt)):  # neighbours are alike
+        for prompt in sorted(new, key=lambda prompt: (len(prompt[1]), prompt)):  # similar prompts together
             portion.append(prompt)
             if sum(len(ids) for _, ids in portion) >= self.prefill_tokens:
                 self._prefill(portion)
@@ -259,7 +275,7 @@ class Batch:
         self._enter(sorted(entering, key=lambda sample: self.row_of[sample[0]]))
 
     def _prefill(self, prompts: list[Prompt]) -> None:
-        """Run prompts into the first free rows of the cache."""
+        """Run prompts, and write their keys and values into the first free prompt rows of the cache."""
         rows = range(len(self.row_of), len(self.row_of) + len(prompts))
         self.row_of |= zip(prompts, rows, strict=True)
         adapters = None if self.request.adapters is None else [adapter for adapter, _ in prompts]
@@ -274,7 +290,10 @@ class Batch:
         self.last[rows.start : rows.stop] = last
 
     def _enter(self, samples: list[tuple[Prompt, int]]) -> None:
-        """Start samples in the first free rows. Those of the same prompt stand together."""
+        """Start samples in the first free rows of the batch.
+
+        Samples of the same prompt must stand next to each other.
+        """
         assert self.last is not None and self.hidden is not None
         new = slice(self.live, self.live + len(samples))
         row = torch.tensor([self.row_of[prompt] for prompt, _ in samples], device=self.last.device)
@@ -291,7 +310,10 @@ class Batch:
     # -- a step
 
     def draw(self) -> bool:
-        """Draw an id for every live sequence. True when enough are done to let them leave: the step's one host read."""
+        """Draw an id for every live sequence. Return True if enough sequences are done to let them leave.
+
+        This is the only place where a step reads values on the host.
+        """
         rows = self._run(self._draw)
         done, kept = self.ended.tolist()
         if self.support is not None and self.supports is not None:
@@ -303,12 +325,15 @@ class Batch:
         return (done - (rows - self.live)) * LEAVING >= self.live
 
     def advance(self) -> None:
-        """Run the ids just drawn."""
+        """Run the ids just drawn through the model."""
         if self.live:
             self._run(self._advance)
 
     def _run(self, function: Callable[[int], None]) -> int:
-        """Call it for the live rows; on a GPU for a few free ones, too: a graph for every power of two is enough."""
+        """Call a function with the number of live rows, and return the number of rows that it ran on.
+
+        With CUDA graphs, free rows are added up to a power of two, so that few graphs are needed.
+        """
         if self.graphs is None:
             function(self.live)
             return self.live
@@ -317,7 +342,10 @@ class Batch:
         return rows
 
     def _draw(self, rows: int) -> None:
-        """Draw for the first rows: nothing here may read a value on the host, nor have a shape that depends on one."""
+        """Draw ids for the first `rows` rows.
+
+        No value may be read on the host here, and no shape may depend on a value.
+        """
         assert self.hidden is not None
         slot, count, done, column = (x[:rows] for x in (self.cache.slot, self.count, self.done, self.column))
         noise = self.noises[:rows].gather(1, count[:, None]).squeeze(1)
@@ -336,14 +364,14 @@ class Batch:
         self.ended[0] = done.sum()
 
     def _advance(self, rows: int) -> None:
-        """Run the first rows' ids. Nothing here reads a value on the host, either."""
+        """Run the ids of the first `rows` rows through the model. No value may be read on the host here."""
         assert self.hidden is not None
         self.hidden[:rows] = self.model.decode(self.drawn[:rows], self.cache)
 
     # -- leaving
 
     def leave(self) -> list[Finished]:
-        """Take the sequences that are done out."""
+        """Remove the ended sequences from the batch and return them."""
         done = self.done[: self.live]
         finished, stay = self._read(done.nonzero().squeeze(1)), (~done).nonzero().squeeze(1)
         self._keep(stay)
@@ -365,7 +393,10 @@ class Batch:
         return finished
 
     def _keep(self, stay: Tensor) -> None:
-        """Move these rows to the front, with their prompts and that of the next sample; the others are free."""
+        """Move the rows in `stay` to the front, and free the others.
+
+        Their prompts, and the prompt of the next sample, stay in the cache.
+        """
         self.live = stay.numel()
         for state in (
             self.index,
@@ -390,9 +421,10 @@ class Batch:
 
 
 class Graphs:
-    """Functions of a number of rows, as CUDA graphs: replayed from the third call with a number on.
+    """CUDA graphs of functions that take a number of rows, one graph for each function and number.
 
-    The first call runs as it is, for it compiles kernels and allocates workspaces; the second records.
+    The first call runs the function as it is, because it compiles kernels and allocates workspaces. The second call
+    records the graph. Every call from the second on replays it.
 
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """

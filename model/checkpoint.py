@@ -1,8 +1,8 @@
-"""Models from Hugging Face folders, and into them: config.json, generation_config.json and safetensors, no pickles.
+"""Loading and saving models as Hugging Face folders: config.json, generation_config.json, safetensors; no pickles.
 
-On disk a tensor has its parameter's name behind "model."; score.weight and lm_head.weight have nothing before theirs,
-and a tied lm_head.weight is left out. Weights may be in 4 bits (files/bnb.py). A folder may hold an adapter alone
-(files/peft.py): the model is then the one that its base_model_name_or_path names, with the adapter on it.
+On disk a tensor has its parameter's name with "model." before it. score.weight and lm_head.weight have no such prefix,
+and a tied lm_head.weight is left out. Weights may be in 4 bits (files/bnb.py). A folder may also hold an adapter alone
+(files/peft.py). The model is then its base, which base_model_name_or_path names, with the adapter on it.
 """
 
 import os
@@ -50,10 +50,10 @@ if TYPE_CHECKING:
     from .text.tokenizer import Tokenizer
 
 SCALAR, SCORE_BIAS = "ForSequenceClassification", "score_bias"
-# transformers' Gemma3ForSequenceClassification is that of the multimodal model
+# transformers' Gemma3ForSequenceClassification belongs to the multimodal model
 SCALAR_CLASS = {"Gemma3ForCausalLM": f"Gemma3Text{SCALAR}"}
 _SCORE = "score.weight"  # the head of a reward model
-FOUR_BIT = "base_4bit"  # in an adapter's metadata: the base in the folder is dense, and was quantised for it
+FOUR_BIT = "base_4bit"  # in an adapter's metadata: the dense base was quantised for the training
 
 
 def load_model(
@@ -63,15 +63,16 @@ def load_model(
     base_4bit: bool = False,
     base: str | os.PathLike[str] | None = None,
 ) -> Transformer:
-    """The model in a Hugging Face folder, its weights in `dtype` whatever the files hold; or an adapter on its base.
+    """Load a model from a Hugging Face folder, or an adapter on its base, with weights in `dtype`.
 
-    It is in evaluation mode: call train() before training with an adapter's dropout. Parameters that an adapter trains
-    are fp32, the others then frozen. base: the folder of an adapter's base, where its file names none that is found.
-    base_4bit: quantise the linear layers as they are read; an adapter that was trained on such a base does so anyway.
-    The weights that a folder has in 4 bits stay so, except for a head, and those that it has dense stay dense.
+    The model is in evaluation mode: call train() before training with an adapter's dropout. With an adapter, the
+    parameters that it trains are fp32, and all others are frozen.
+    base: the folder of an adapter's base, in place of the one that the adapter's file names.
+    base_4bit: quantise the linear layers as they are read. An adapter that was trained on such a base needs no flag.
+    Weights in 4 bits stay so, except for a head, and the dense weights beside them stay dense.
 
-    Raises InputError naming the file, and the key or tensor, where one is missing, broken, unexpected or of the wrong
-    shape, and where config.json asks for an architecture or option that this transformer would compute differently.
+    Raises InputError naming the file, and the key or tensor, if any of these is missing, broken, unexpected or of the
+    wrong shape. It is also raised for an architecture or option that this transformer would compute differently.
     """
     folder = Path(folder)
     if is_adapter(folder):
@@ -92,7 +93,7 @@ def load_model(
         )
     model = Transformer(_checked_config(raw, folder), device="meta")
 
-    # a tied head is not a parameter, but may lie in the folder all the same, and must then be the embedding
+    # a tied head is not a parameter; if the folder has one even so, it must equal the embedding
     also = {"lm_head.weight": model.head.shape} if model.config.tie_word_embeddings else {}
     state = read_weights(Source(folder, raw, dtype, device, base_4bit), model, also)
     head = state.pop("lm_head.weight", None) if also else None
@@ -113,10 +114,10 @@ def load_scalar_model(
     base_4bit: bool = False,
     base: str | os.PathLike[str] | None = None,
 ) -> ScalarModel:
-    """The reward model or critic in a *ForSequenceClassification folder with one label, or its adapter on its base.
+    """Load the reward model or critic of a *ForSequenceClassification folder with one label, or an adapter on its base.
 
-    In a language model's folder it is that model's body, an adapter merged, under a fresh head drawn from `seed`.
-    base_4bit, base and evaluation mode as in `load_model`. Raises InputError as it does.
+    From a language model's folder it takes the body, with an adapter merged, and draws a fresh head from `seed`.
+    base_4bit, base, the evaluation mode and the errors are as in `load_model`.
     """
     folder = Path(folder)
     if is_adapter(folder):
@@ -124,7 +125,7 @@ def load_scalar_model(
         if _SCORE not in adapter.tensors:
             language = load_model(folder, dtype, device, base=base)
             merge_lora(language)
-            if base_4bit:  # after the merge: the adapter is quantised with its base
+            if base_4bit:  # after the merge, so that the adapter is quantised with its base
                 quantize_base(language)
             language.lm_head = None
 
@@ -160,7 +161,7 @@ def load_scalar_model(
 
 
 def has_score(folder: str | os.PathLike[str]) -> bool:
-    """Whether the folder holds a reward model's head, of one number. load_scalar_model draws one where it does not."""
+    """Return whether the folder holds a reward model's head. If it does not, load_scalar_model draws a fresh one."""
     if is_adapter(Path(folder)):
         return _SCORE in read_adapter(Path(folder))[0].tensors
     return _is_scalar(_read_config(Path(folder)))
@@ -174,18 +175,19 @@ def save_model(
     dtype: torch.dtype | None = None,
     write: bool = True,
 ) -> None:
-    """Write a folder that load_model (load_scalar_model) and transformers read. It appears whole or not at all.
+    """Write a folder that load_model (or load_scalar_model) and transformers can read, completely or not at all.
 
-    A model with an adapter is saved as the adapter alone, which PEFT reads, too; call merge_lora before for the whole.
-    Weights in 4 bits are written as bitsandbytes does. An earlier model in `folder` is replaced, with all its files.
-    Files hold up to `files.tensors.FILE_BYTES`, and one of them at most is in memory beside the model.
+    A model with an adapter is saved as the adapter alone, which PEFT can read, too. Call merge_lora first to save the
+    whole model. Weights in 4 bits are written in the format of bitsandbytes. An earlier model in `folder` is replaced
+    with all its files. A file holds up to FILE_BYTES of weights, and at most one file is in memory beside the model.
 
-    dtype: of all tensors. None: an fp32 tensor, as in training, gets the dtype that it had in the folder that the model
-    was read from; one in another dtype, or of a model made from scratch, keeps its own. A new adapter is in fp32, one
-    that was read in its file's dtype, a module trained whole in the base's.
-    write: where processes share the model, every one of them calls this, all but one with False.
+    dtype: of all tensors on disk. With None, an fp32 tensor of a model that was read from a folder gets the dtype that
+        it had there. Any other tensor keeps its own dtype. A new adapter is fp32, and an adapter that was read gets its
+        file's dtype. A module trained whole gets the base's dtype.
+    write: if several processes share the model, all of them call this function, and all but one pass False.
 
-    Raises InputError where `folder` holds something else, or cannot be written, TooLarge where a number does not fit.
+    Raises InputError if `folder` holds anything else or cannot be written, and TooLarge if a number does not fit the
+    dtype.
     """
     folder = absolute(folder)
     if write and os.path.exists(folder) and not holds_a_model(folder):
@@ -194,7 +196,7 @@ def save_model(
         )
     if adapters(model) and lora_config(model) is None:
         raise InputError(
-            f"{folder}: several adapters side by side are not saved; each has a folder of its own"
+            f"{folder}: expected at most one adapter, got several side by side: save each in a folder of its own"
         )
 
     if lora_config(model) is not None:
@@ -204,11 +206,11 @@ def save_model(
         return
     tensors = _on_disk(model, dtype)
     if not write:
-        deque(tensors, maxlen=0)  # this process' share of each
+        deque(tensors, maxlen=0)  # this process takes part in gathering each tensor
         return
     if any(layer.stack and layer.four_bit is not None for layer in linears(model).values()):
         raise InputError(
-            f"{folder}: experts in 4 bits have no place in a Hugging Face folder; merge_lora multiplies them out"
+            f"{folder}: expected dense experts, got 4-bit ones, which the format cannot hold: call merge_lora first"
         )
 
     raw = _config_json(model, dtype)
@@ -222,7 +224,7 @@ def save_model(
 
 
 def _config_json(model: Transformer | ScalarModel, dtype: torch.dtype | None) -> dict[str, Any]:
-    """config.json of a model without an adapter."""
+    """Return the content of config.json for a model without an adapter."""
     body = _body(model)
     usual = dtype or _written_in(body, "", body.embed_tokens.weight.dtype)
     raw = {**write_config(model.config), "dtype": str(usual).removeprefix("torch.")}
@@ -234,11 +236,11 @@ def _config_json(model: Transformer | ScalarModel, dtype: torch.dtype | None) ->
 
 
 def stream_weights(model: Transformer | ScalarModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of a plain model, for an engine that samples, under the names of a Hugging Face folder.
+    """Yield (name, tensor) of a plain model under the names of a Hugging Face folder, for a sampling engine.
 
-    An adapter is merged in, 4 bits are multiplied out, experts stand one by one: the bits are those that merge_lora and
-    save_model would write. One parameter at a time is whole, on the model's device. Where processes share the model,
-    all of them go through it.
+    An adapter is merged in, 4-bit weights are made dense, and experts are given one by one. The bits are those that
+    merge_lora and save_model would write. Only one parameter at a time is gathered, on the model's device. If several
+    processes share the model, all of them must iterate.
     """
     body, layers = _body(model), linears(model)
     dtypes = {hf_name(name): base.dtype for name, base in body.replaced.items()}
@@ -257,7 +259,10 @@ def stream_weights(model: Transformer | ScalarModel) -> Iterator[tuple[str, Tens
 def _on_disk(
     model: Transformer | ScalarModel, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor on the CPU) of a model without an adapter, 4 bits as they are: their state has the dtype."""
+    """Yield (name, tensor on the CPU) of a model without an adapter.
+
+    Weights in 4 bits stay in 4 bits, and their quantisation state records the dtype.
+    """
     body = _body(model)
     for name, weight in model.state_dict().items():
         state = {hf_name(name): whole(weight).detach().cpu().contiguous()}
@@ -276,7 +281,11 @@ def _on_disk(
 
 
 def _written_in(body: Transformer, name: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype on disk of a tensor that the model has in `dtype`. name: on disk; an unknown one is as most are."""
+    """Return the dtype on disk of a tensor that the model holds in `dtype`. name: the tensor's name on disk.
+
+    An fp32 tensor of a model that was read from a folder gets the dtype that it had there. A new tensor gets the dtype
+    of most tensors there. Any other tensor keeps `dtype`.
+    """
     return body.dtypes.of(name) if body.dtypes is not None and dtype == torch.float32 else dtype
 
 
@@ -285,12 +294,12 @@ def _body(model: Transformer | ScalarModel) -> Transformer:
 
 
 def _quantization(model: Transformer | ScalarModel, dtype: str) -> dict[str, Any]:
-    """The part of config.json about weights in 4 bits. Its names are those of transformers' linear modules."""
+    """Return the part of config.json about 4-bit weights. Its names are those of transformers' linear modules."""
     layers = {name: layer for name, layer in linears(model).items() if not layer.stack}
     four_bit = [layer.four_bit for layer in layers.values() if layer.four_bit is not None]
     if not four_bit:
         return {}
-    head = "score" if isinstance(model, ScalarModel) else "lm_head"  # dense by transformers' default, too
+    head = "score" if isinstance(model, ScalarModel) else "lm_head"  # dense, as by transformers' default
     dense = [name for name, layer in layers.items() if layer.four_bit is None and name != head]
     named = [disk_name(model.config, name) for name in dense]
     return {formats.CONFIG: bnb.config(four_bit[0], dtype, [*named, head] if named else ())}
@@ -300,7 +309,7 @@ def _quantization(model: Transformer | ScalarModel, dtype: str) -> dict[str, Any
 
 
 class AdapterFolder(NamedTuple):
-    """The content of a PEFT folder: the adapter, and the metadata of its weights' file."""
+    """The content of a PEFT folder: the adapter, and the metadata of its weights file."""
 
     adapter: Adapter
     metadata: dict[str, str]
@@ -335,7 +344,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFolder:
 
 
 def _check_metadata(metadata: dict[str, str], source: str) -> None:
-    """Raises InputError where an adapter's metadata has an entry of ours, but not as we write it."""
+    """Raise InputError if an adapter's metadata has an entry of Burnish's with an invalid value."""
     if metadata.get(FOUR_BIT, "nf4") != "nf4":
         raise InputError(f"{source}: {FOUR_BIT}: expected nf4, got {shown(metadata[FOUR_BIT])}")
     bias = metadata.get(SCORE_BIAS, "0")
@@ -348,7 +357,7 @@ def _check_metadata(metadata: dict[str, str], source: str) -> None:
 
 
 def _give(model: Transformer | ScalarModel, adapter: Adapter, folder: Path) -> None:
-    """Put the adapter of a folder on its base, and its dtypes beside the base's."""
+    """Put a folder's adapter on its base, and record the dtypes of its tensors."""
     give_adapter(model, adapter, str(folder))
     body = _body(model)
     assert body.dtypes is not None
@@ -358,16 +367,19 @@ def _give(model: Transformer | ScalarModel, adapter: Adapter, folder: Path) -> N
 
 
 def _adapter_content(model: Transformer | ScalarModel, dtype: torch.dtype | None) -> AdapterFolder:
-    """The content of the folder that the model's adapter is saved in, tensors on the CPU under their names there."""
+    """Return the content of the folder for the model's adapter.
+
+    Tensors are on the CPU, under their names in the file.
+    """
     adapter, body = take_adapter(model), _body(model)
     state: dict[str, Tensor] = {}
     for name, tensor in adapter.tensors.items():
         name_on_disk, tensor = f"{peft.PREFIX}{name}", whole(tensor).cpu().contiguous()
         known = None if body.dtypes is None else body.dtypes.others.get(name_on_disk)
-        if known is None and ".lora_" not in name:  # trained whole: as the base
+        if known is None and ".lora_" not in name:  # trained whole: the base's dtype
             known = _written_in(body, disk_name(model.config, name), tensor.dtype)
         tensor = cast(name_on_disk, tensor, dtype or known or tensor.dtype)
-        state[name_on_disk] = tensor.clone()  # tied ones: one matrix twice
+        state[name_on_disk] = tensor.clone()  # a tied matrix is there twice, and a file may share no memory
 
     metadata = {"format": "pt"}
     if any(layer.four_bit is not None for layer in linears(model).values()):
@@ -392,7 +404,7 @@ def _write_adapter(folder: Path, content: AdapterFolder, tokenizer: "Tokenizer |
 
 def _check_no_base(folder: Path, base: str | os.PathLike[str] | None) -> None:
     if base is not None:
-        raise InputError(f"{folder}: expected an adapter's folder beside a base, got a whole model")
+        raise InputError(f"{folder}: expected an adapter's folder, since a base is given, got a whole model")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -404,16 +416,19 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _is_scalar(raw: dict[str, Any]) -> bool:
-    """Whether a parsed config.json is that of a transformer under a head of labels, not under one of the vocabulary."""
+    """Return whether a parsed config.json describes a transformer with a head of labels instead of a vocabulary."""
     architectures = raw.get("architectures")
     return isinstance(architectures, list) and any(str(name).endswith(SCALAR) for name in architectures)
 
 
 def _checked_config(raw: dict[str, Any], folder: Path) -> ModelConfig:
-    """The config of a folder, by its config.json (`raw`) and generation_config.json, its sizes those of the tensors."""
+    """Return the config of a folder, checked against the sizes of its tensors.
+
+    raw: the parsed config.json. generation_config.json is read, too.
+    """
     generation_file = folder / "generation_config.json"
     generation = read_optional(generation_file)
-    for key in TOKEN_IDS:  # the rest is carried along as it is
+    for key in TOKEN_IDS:  # the other keys are kept as they are
         value = generation.get(key)
         ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
         if value is not None and not all(map(is_token_id, ids)):
@@ -421,7 +436,7 @@ def _checked_config(raw: dict[str, Any], folder: Path) -> ModelConfig:
     check_json(generation, str(generation_file))
 
     file = folder / "config.json"
-    formats.is_bnb_4bit(raw, file)  # refuses other formats, before the keys that they bring
+    formats.is_bnb_4bit(raw, file)  # raises for other formats, before their keys are read
     raw = {key: value for key, value in raw.items() if key != formats.CONFIG}
     config = read_config(raw, str(file), generation)
     check_sizes(config, stored_tensors(folder), str(file))
@@ -429,5 +444,5 @@ def _checked_config(raw: dict[str, Any], folder: Path) -> ModelConfig:
 
 
 def _assign(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Make the tensors, by their names on disk, the parameters and buffers of the model."""
+    """Set the model's parameters and buffers to the given tensors, which have their names on disk."""
     model.load_state_dict({name: state[hf_name(name)] for name in model.state_dict()}, assign=True)

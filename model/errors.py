@@ -1,23 +1,24 @@
-"""The one exception that means: the input is at fault, not the program."""
+"""The exception for a mistake in the input, as opposed to a bug of the program."""
 
-MOST_CHARACTERS = 600  # of a message; what is longer loses its middle
+MOST_CHARACTERS = 600  # of a message; a longer one loses its middle
 
 
 class InputError(ValueError):
-    """A file, a row, a flag or a user's function is wrong. The message names it, what was expected and what came.
+    """An error in a file, a row, a flag or a user's function.
 
-    It is one line without control characters, whatever a file, or another library, put into it. The command line prints
-    it and exits with status 1; anything else is a bug and keeps its traceback.
+    The message names the thing, what was expected and what came. It is one line without control characters, even if a
+    file or another library supplied a part of it. The command line prints it and exits with status 1. Any other
+    exception is a bug and keeps its traceback.
     """
 
     def __init__(self, message: str):
-        # a first cut, so that few characters are looked at
+        # a first cut, so that _one_line reads few characters
         message = _short(message, 10 * MOST_CHARACTERS, 5 * MOST_CHARACTERS)
         super().__init__(_short(_one_line(message), MOST_CHARACTERS, MOST_CHARACTERS // 3))
 
 
 def shown(value: object) -> str:
-    """A value of a file, as a message shows it: on one line, and short. A name of ordinary length stays as it is."""
+    """Return a value of a file as a message shows it: on one line, cut after 200 characters."""
     text = value if isinstance(value, str) and value.isprintable() else _repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
@@ -25,7 +26,7 @@ def shown(value: object) -> str:
 def _repr(value: object) -> str:
     try:
         return repr(value)
-    except (RecursionError, ValueError):  # too deep, or an integer of too many digits
+    except (RecursionError, ValueError):  # nested too deeply, or an integer of too many digits
         return f"a {type(value).__name__}"
 
 
@@ -37,5 +38,5 @@ def _one_line(text: str) -> str:
 
 
 def _short(text: str, most: int, end: int) -> str:
-    """The text, or where it is longer than `most` its beginning and its last `end` characters."""
+    """Return the text. If it is longer than `most`, only its beginning and its last `end` characters are kept."""
     return text if len(text) <= most else f"{text[: most - end - 5]} ... {text[-end:]}"

@@ -1,14 +1,15 @@
-"""Sample continuations of prompts: a batch that shrinks as sequences end and fills up again, over one cache.
+"""Sampled continuations of prompts, in a batch that is refilled as sequences end, over one cache.
 
-Each distinct prompt is run once and its keys and values are held once, for all of its samples. From then on a step runs
-one token of every live sequence. Sequences that have ended leave when they are an eighth of the batch (batch.py).
+Each distinct prompt is run once. Its keys and values are held once, for all of its samples. After that, each step runs
+one token of every live sequence. Ended sequences leave when they make up an eighth of the batch (batch.py).
 
     next token: the id at which the cumulative softmax of logits / temperature, on the ids that top_k, top_p and min_p
         keep, passes a uniform number                                                        (kernels/sample.py)
 
-With a vocabulary (vocabulary.py) the softmax is over its ids alone: rows of the head that no token has are never drawn.
-The number is a hash of (seed, sample, step) and of nothing else: neither the batch size nor the other prompts change
-what a sample draws. (Rounding in the logits may, where the number falls on the border between two ids.)
+With a vocabulary (vocabulary.py) the softmax is over its ids alone: a row of the head without a token is never drawn.
+The uniform number is a hash of (seed, sample, step) and of nothing else. So neither the batch size nor the other
+prompts change the ids of a sample. The one exception is a number on the border between two ids, where the rounding of
+the logits may decide.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -24,15 +25,18 @@ from .vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class Sample:
-    """One continuation. logprobs are of the distribution that was sampled; greedy ones are at temperature 1."""
+    """One continuation of a prompt.
+
+    logprobs: under the distribution that was sampled from; for greedy sampling, at temperature 1.
+    """
 
     prompt_index: int
     tokens: list[int]  # the stop token included
     logprobs: Tensor  # (n,) fp32
-    # (n, K_max) int32, the ids that truncation kept, padded with -1; None without truncation
+    # (n, K_max) int32, the ids that truncation kept at each step, padded with -1; None without truncation
     support: Tensor | None
-    ended: bool  # by a stop token, not by max_new_tokens
-    vocabulary: Vocabulary | None = None  # the ids that it was drawn from; None for the whole head
+    ended: bool  # True after a stop token, False after max_new_tokens
+    vocabulary: Vocabulary | None = None  # the ids that the tokens were drawn from; None for the whole head
 
 
 @torch.no_grad()
@@ -55,18 +59,21 @@ def generate(
     adapters: Sequence[int] | None = None,
     first_sample: int = 0,
 ) -> list[Sample]:
-    """Samples in the order of the prompts, those of prompt 0 first.
+    """Sample continuations, and return them in the order of the prompts: first all samples of prompt 0.
 
-    temperature: 0 takes the most likely id, whatever top_k, top_p and min_p say, and records no support.
-    vocabulary: the ids to draw from, a tokenizer's; all rows of the head by default. Prompts may hold other ids.
-    batch_size: sequences at a time, at most; as many as the budget allows by default.
-    memory_budget: bytes of the cache, which has room for max_new_tokens of each sequence at a time and, once, for each
-        prompt that these go on from; cache.cache_bytes is the sum.
-    progress: called with (samples ended, samples in all) when some leave the batch.
-    adapters: for each prompt, which of the model's stacked adapters answers it, -1 for none.
-    first_sample: where these are a part of more samples, how many stand before: they are then drawn as among those.
-    Raises InputError for an empty prompt, for an id outside the vocabulary and for a budget below one sequence's cache,
-        ValueError for a number out of range.
+    temperature: 0 takes the most likely id, ignores top_k, top_p and min_p, and records no support.
+    vocabulary: the ids to draw from, usually a tokenizer's; by default all rows of the head. Prompts may hold other
+        ids.
+    batch_size: the most sequences at a time; by default as many as the memory budget allows.
+    memory_budget: bytes for the cache of keys and values. The cache has room for max_new_tokens of each sequence in
+        flight, and for each of their prompts once. cache.cache_bytes computes its size.
+    progress: called with (ended samples, all samples) when sequences leave the batch.
+    adapters: for each prompt, the index of the model's stacked adapter that answers it; -1 for none.
+    first_sample: the number of samples before these, if these are a part of a larger set. The ids are then the same as
+        in that set.
+
+    Raises InputError for an empty prompt, for an id outside the vocabulary, and for a budget too small for the cache of
+    one sequence. Raises ValueError for a number out of range.
     """
     for name, value in (("samples_per_prompt", samples_per_prompt), ("batch_size", batch_size)):
         if value is not None and value < 1:
@@ -106,7 +113,7 @@ def stream(
     stop_ids: Collection[int] = frozenset(),
     seed: int = 0,
 ) -> Iterator[int]:
-    """The ids of the one sample that `generate` would return, as they are drawn, a stop id at the end included."""
+    """Yield the ids of the single sample that `generate` would return, as they are drawn, including a final stop id."""
     chooser = Chooser.of(model, vocabulary, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     request = Request([prompt], max_new_tokens, stop_ids=stop_ids, seed=seed)
     request.check(model.config.vocab_size)
@@ -115,7 +122,7 @@ def stream(
     with torch.no_grad():
         batch.admit()
     while True:
-        with torch.no_grad():  # not around the yield: what runs between two ids is not ours
+        with torch.no_grad():  # not around the yield: between two ids the caller's code runs
             ended = batch.draw()
         yield int(batch.drawn[0])
         if ended:

@@ -1,4 +1,4 @@
-"""The place of an adapter on a model: linear layers by name, which of them have one, what is trained whole.
+"""The places of an adapter on a model: its linear layers by name, those with an adapter, and the modules trained whole.
 
 Names are those of a Hugging Face model, as in LoraConfig.
 """
@@ -22,28 +22,28 @@ EMBEDDING = "model.embed_tokens"
 
 
 def hf_name(name: str) -> str:
-    """A module's or parameter's name as a Hugging Face folder has it."""
+    """Return the name that a module or parameter of this model has in a Hugging Face model."""
     ours = name.split(".")[0] in ("lm_head", "score")
     return name if ours else f"model.{name.removeprefix('body.')}"
 
 
 def linears(model: nn.Module) -> dict[str, Adaptable]:
-    """Linear layers by name, experts' matrices among them."""
+    """Return the linear layers by name, including the experts' matrices."""
     return {hf_name(name): layer for name, layer in model.named_modules() if isinstance(layer, Adaptable)}
 
 
 def adapters(model: Model) -> dict[str, Lora]:
-    """Adapters by the names of their linear layers."""
+    """Return the adapters by the names of their linear layers."""
     return {name: layer.lora for name, layer in linears(model).items() if layer.lora is not None}
 
 
 def lora_config(model: Model) -> LoraConfig | None:
-    """The shape of the model's adapter, None where it has none."""
+    """Return the configuration of the model's adapter, or None if it has no adapter."""
     return body_of(model).adapter
 
 
 def is_fresh(model: Model) -> bool:
-    """Whether the adapter still changes nothing, as add_lora made it."""
+    """Return whether the model has an adapter that changes nothing yet, as add_lora made it."""
     changes = any(bool(lora.b.any()) for lora in adapters(model).values())
     fresh = lora_config(model) is not None and not changes
     parameters = dict(model.named_parameters())
@@ -52,12 +52,12 @@ def is_fresh(model: Model) -> bool:
 
 
 def body_of(model: Model) -> Transformer:
-    """The transformer itself, of a model with a scalar head, too."""
+    """Return the transformer, also from a model with a scalar head."""
     return model.body if isinstance(model, ScalarModel) else model
 
 
 def trained_tensors(model: Model) -> dict[str, nn.Parameter]:
-    """The adapter's parts and what is trained whole, by the names of PEFT's files."""
+    """Return the adapter's tensors and the parameters that are trained whole, by their names in PEFT's files."""
     parts = {
         f"{name}.{SUFFIXES[part]}": parameter
         for name, lora in adapters(model).items()
@@ -71,7 +71,10 @@ def trained_tensors(model: Model) -> dict[str, nn.Parameter]:
 
 
 def place_adapter(model: Model, config: LoraConfig, source: str) -> None:
-    """Freeze the model and give it the modules that `config` names, A and B zero. source: what a message names."""
+    """Freeze the model and add the modules that `config` names, with A and B zero.
+
+    source: the name used in messages.
+    """
     body, splits = body_of(model), check_placeable(model, config, source)
     if splits:
         _split_the_head(body, config)
@@ -94,22 +97,25 @@ def place_adapter(model: Model, config: LoraConfig, source: str) -> None:
     for name in saved:
         parameter = parameters[name]
         body.replaced[name] = parameter.detach().clone()
-        parameter.data = parameter.data.float()  # like all that is trained
+        parameter.data = parameter.data.float()  # all trained tensors are fp32
         parameter.requires_grad_()
     body.adapter = config
 
 
 def check_placeable(model: Model, config: LoraConfig, source: str) -> bool:
-    """Whether a tied head becomes one of its own. Raises InputError where `config` does not fit the model."""
+    """Return whether a tied head must become a head of its own.
+
+    Raises InputError if `config` does not fit the model.
+    """
     config.check([*linears(model), "lm_head"], source)
     splits = _splits_the_head(model, config)
     if body_of(model).adapter is not None or adapters(model):
-        raise InputError(f"{source}: the model has an adapter already; merge_lora folds it in")
+        raise InputError(f"{source}: the model has an adapter already; call merge_lora first")
 
     # modules that have an adapter
     if config.targeted(EMBEDDING):
         raise InputError(
-            f"{source}: target_modules: expected linear layers, got {config.targets!r}, of which one is embed_tokens: "
+            f"{source}: target_modules: expected linear layers, got {config.targets!r}, which targets embed_tokens: "
             "an adapter of the embedding is not supported; merge it with PEFT, or train it whole (modules_to_save)"
         )
     layers = linears(model)
@@ -121,19 +127,19 @@ def check_placeable(model: Model, config: LoraConfig, source: str) -> bool:
     modules |= {"lm_head"} if has_tied_head(model) else set()
     for name in config.modules_to_save:
         if name == "classifier" and isinstance(model, ScalarModel):
-            continue  # PEFT names it beside score, whichever of the two a model has
+            continue  # PEFT names both classifier and score, although a model has only one of them
         one = replace(config, modules_to_save=(name,))
         if not any(one.whole(module) for module in modules):
             raise InputError(f"{source}: modules_to_save: the model has no module {name!r}")
 
     if config.tied and has_tied_head(model) and config.targeted("lm_head"):
         raise InputError(
-            f"{source}: ensure_weight_tying: expected false beside an adapter of lm_head, for it puts one on the "
+            f"{source}: ensure_weight_tying: expected false beside an adapter of lm_head, since true puts one on the "
             "embedding, too, which is not supported; merge it with PEFT"
         )
     experts = next((name for name, layer in layers.items() if layer.stack and config.targeted(name)), None)
     if experts is not None and (config.dropout or config.dora):
-        raise InputError(f"{source}: {experts}: an adapter of experts has neither dropout nor DoRA")
+        raise InputError(f"{source}: {experts}: an adapter of experts can have neither dropout nor DoRA")
     return splits
 
 
@@ -142,15 +148,18 @@ def has_tied_head(model: Model) -> bool:
 
 
 def _is_saved(model: Model, config: LoraConfig, name: str) -> bool:
-    """Whether our parameter is trained whole. A tied matrix that stays one is so, whichever of its modules is named."""
+    """Return whether our parameter `name` is trained whole.
+
+    A matrix that stays tied is trained whole if either of its two modules is named.
+    """
     also = config.tied and has_tied_head(model) and name == "embed_tokens.weight"
     return config.whole(hf_name(name).rpartition(".")[0]) or (also and config.whole("lm_head"))
 
 
 def _splits_the_head(model: Model, config: LoraConfig) -> bool:
-    """Whether head and embedding, one matrix in the base, become two.
+    """Return whether the tied matrix must become two, one for the head and one for the embedding.
 
-    An adapter of the head acts on its product alone, and what is trained whole are copies, as PEFT has it.
+    An adapter of the head changes only the head's product. Modules trained whole are copies, as in PEFT.
     """
     if not has_tied_head(model):
         return False
@@ -159,7 +168,7 @@ def _splits_the_head(model: Model, config: LoraConfig) -> bool:
 
 
 def _split_the_head(body: Transformer, config: LoraConfig) -> None:
-    """Put a head of its own on a tied model. The weight stays shared where an adapter leaves it as it is."""
+    """Give a tied model a head of its own. Head and embedding still share the weight if neither is trained whole."""
     shared = body.embed_tokens.weight
     V, C = shared.shape
     with torch.device("meta"):

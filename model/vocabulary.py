@@ -1,8 +1,8 @@
-"""The ids that are tokens, where a head has rows for more.
+"""The ids that are tokens, for a head that has rows for other ids, too.
 
 A head's rows are often padded to a round number (Qwen3: 151,936 rows, 151,669 tokens), and a tokenizer's ids may have
-holes. A missing id has no text: it is never drawn, and what was drawn is scored among the tokens alone. Text that is
-given (SFT, preferences, likelihoods) is scored over the whole head, as elsewhere.
+holes. An id without a token has no text. It is never drawn, and text that was drawn is scored among the tokens alone.
+Text that is given (SFT, preferences, likelihoods) is scored over the whole head, as in other libraries.
 
     row   0 1 2 3        of a head that holds the tokens alone
     id    0 1 3 4        of the whole head, where 2 is missing
@@ -19,14 +19,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """All ids below `end`, or `ids` where some below are missing."""
+    """The set of ids that are tokens: all ids below `end`, or `ids` if some of those are missing."""
 
     end: int
     ids: Tensor | None = None  # (size,) int64, ascending, the last is end - 1
 
     @classmethod
     def of(cls, ids: Iterable[int]) -> "Vocabulary":
-        """Collect ids in any order, each as often as it likes."""
+        """Build a vocabulary from ids in any order, which may repeat."""
         ordered = sorted(set(ids))
         end = ordered[-1] + 1 if ordered else 0
         return cls(end, None if len(ordered) == end else torch.tensor(ordered))
@@ -39,7 +39,7 @@ class Vocabulary:
         return self if self.ids is None else Vocabulary(self.end, self.ids.to(device))
 
     def within(self, rows: int) -> "Vocabulary | None":
-        """The tokens among the first `rows` ids; None where all of these are."""
+        """Return the tokens among the first `rows` ids, or None if all of these ids are tokens."""
         if self.ids is None:
             return self if self.end < rows else None
         if self.end <= rows:
@@ -47,29 +47,35 @@ class Vocabulary:
         return Vocabulary.of(self.ids[self.ids < rows].tolist()).to(self.ids.device).within(rows)
 
     def below(self, rows: int) -> "Vocabulary":
-        """The tokens among the first `rows` ids."""
+        """Return the tokens among the first `rows` ids."""
         if self.end <= rows:
             return self
         return Vocabulary(rows) if self.ids is None else Vocabulary.of(self.ids[self.ids < rows].tolist())
 
     def select(self, x: Tensor, dim: int = 0) -> Tensor:
-        """The tokens' part of x, which has a place for each id along dim: a view, or with holes a copy."""
+        """Return the entries of x that belong to tokens. Along `dim`, x has an entry for each id.
+
+        The result is a view, or a copy if ids are missing.
+        """
         return x.narrow(dim, 0, self.end) if self.ids is None else x.index_select(dim, self.ids)
 
     def ids_of(self, rows: Tensor) -> Tensor:
-        """Rows among the tokens to ids, in the same dtype; what is below 0 stays."""
+        """Map row numbers among the tokens to ids, in the same dtype. Negative numbers stay as they are."""
         if self.ids is None:
             return rows
         return torch.where(rows < 0, rows, self.ids[rows.clamp(min=0).long()].to(rows.dtype))
 
     def rows_of(self, ids: Tensor) -> Tensor:
-        """The inverse of ids_of for ids of at least 0; for an id that is missing `size`, which is no row."""
+        """Map ids of at least 0 to row numbers among the tokens, as the inverse of ids_of.
+
+        A missing id becomes `size`, which is no row.
+        """
         if self.ids is None:
             return ids
         return torch.where(self.has(ids), torch.searchsorted(self.ids, ids), self.size)
 
     def has(self, ids: Tensor) -> Tensor:
-        """Tell which ids are tokens, bool of the same shape."""
+        """Return a bool tensor of the same shape: True where an id is a token."""
         return (ids >= 0) & (ids < self.end) if self.ids is None else torch.isin(ids, self.ids)
 
 
@@ -77,17 +83,17 @@ class Vocabulary:
 
 
 def say_what_never_ends(stop_ids: Iterable[int], rows: int, name: str = "the model") -> None:
-    """Warn, once a process, where a head of `rows` never draws one of the ids that are to end a text."""
+    """Warn, once per process, if a head of `rows` rows can never draw some of the stop ids."""
     stops = sorted(token for token in stop_ids if token >= rows)
     if stops:
         warn_once(
-            f"{name} has no row for the stop ids {stops}, only for ids below {rows}: none ends a generation"
+            f"{name} has rows only for ids below {rows}, so the stop ids {stops} never end a generation"
         )
 
 
 @lru_cache(maxsize=256)
 def warn_once(line: str) -> None:
-    """Print a warning, on one of several processes, once for each line."""
+    """Print a warning to standard error, once for each text. In a distributed run only rank 0 prints it."""
     first = not torch.distributed.is_available() or not torch.distributed.is_initialized()
     if first or torch.distributed.get_rank() == 0:
         print(f"warning: {line}", file=sys.stderr)

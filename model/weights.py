@@ -1,7 +1,8 @@
-"""The weights of a Hugging Face folder, read into a model: each parameter from the pieces that the folder has of it.
+"""The weights of a Hugging Face folder, read into a model.
 
-The files' headers show what is wrong with a folder, so it is refused before a weight is allocated or read. Then one
-parameter at a time is read. A weight that stays in 4 bits goes to its layer: the dense model is never in memory.
+A parameter may consist of several tensors of the folder, its pieces. The headers of the files show any mistake in a
+folder, so it is refused before a weight is allocated or read. Then one parameter at a time is read. A 4-bit weight goes
+straight to its layer, so the dense model is never in memory.
 """
 
 import re
@@ -25,7 +26,7 @@ from .linear import Adaptable
 from .scalar import ScalarModel
 from .transformer import Transformer
 
-# the keys of DeepSeek and of transformers: how many layers stand behind the last and predict further tokens
+# keys of DeepSeek and of transformers: the number of additional layers, after the last, that predict further tokens
 BEHIND_THE_LAST = ("num_nextn_predict_layers", "num_mtp_layers")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Piece = Stored | bnb.Packed
@@ -33,7 +34,7 @@ Piece = Stored | bnb.Packed
 
 @dataclass(frozen=True)
 class Source:
-    """A folder whose weights are read, and the form that they are read into: see `checkpoint.load_model`."""
+    """A folder whose weights are read, and the form in which they are read: see `checkpoint.load_model`."""
 
     folder: Path
     raw: dict[str, Any]  # its config.json
@@ -52,11 +53,14 @@ def read_weights(
     also: dict[str, torch.Size] | None = None,
     unread: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:
-    """Name -> tensor, of the parameters and buffers of `model`, as a Hugging Face folder names them.
+    """Return name -> tensor for the parameters and buffers of `model`, under their names in a Hugging Face folder.
 
-    A weight that is in 4 bits, or is to be, goes to its linear layer and is not in the result. In the head, the score
-    and the router it is multiplied out. also: further tensors, read where the folder has them. unread: how the names
-    begin that are passed over. Raises InputError naming the file and the tensor.
+    A weight that is in 4 bits, or is to be quantised, goes to its linear layer and is not in the result. A 4-bit weight
+    of the head, the score or the router is made dense.
+    also: further tensors, read if the folder has them.
+    unread: prefixes of the names to skip.
+
+    Raises InputError naming the file and the tensor.
     """
     layers = {f"{name}.weight": layer for name, layer in linears(model).items() if name != "lm_head"}
     buffers = {hf_name(name) for name, _ in model.named_buffers()}
@@ -64,13 +68,13 @@ def read_weights(
 
     plan = _plan(source, model, also or {}, unread)
     for name in [*plan]:
-        pieces = plan.pop(name)  # a file is mapped until its last piece is gone
+        pieces = plan.pop(name)  # a file stays mapped until its last piece is released
         layer = layers.get(name)
         if layer is not None and (four_bit := _four_bit(layer, pieces, source)) is not None:
             layer.hold(four_bit)
             continue
 
-        # an expert's correction decides which is chosen: as transformers has it, no dtype rounds it
+        # the correction that decides which experts are chosen stays at least fp32, as in transformers
         dtype = torch.promote_types(source.dtype, torch.float32) if name in buffers else source.dtype
         tensor = _dense(model, name, pieces, dtype, source.device)
         if layer is not None and source.base_4bit and not in_4_bits:
@@ -81,7 +85,7 @@ def read_weights(
 
 
 def _four_bit(layer: Adaptable, pieces: list[Piece], source: Source) -> Any:
-    """The NF4Weight of a layer whose pieces are all in 4 bits; None where it is to be dense."""
+    """Return the NF4Weight of a layer whose pieces are all in 4 bits, or None if the layer must be dense."""
     if not all(isinstance(piece, bnb.Packed) for piece in pieces):
         return None
     weights = [piece.read(source.dtype) for piece in pieces if isinstance(piece, bnb.Packed)]
@@ -100,10 +104,10 @@ def _dense(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> Tensor:
-    """Our parameter `name`. Several pieces are copied to their places one by one."""
+    """Return our parameter `name` as a dense tensor. Several pieces are copied to their places one by one."""
     if len(pieces) == 1:
         tensor = from_disk(model.config, name, _multiplied_out(pieces[0], dtype))
-        return tensor.to(device, dtype)  # a copy by now: the file may change while mapped
+        return tensor.to(device, dtype)  # a copy of the mapped tensor, because the file may change
 
     whole = torch.empty(len(pieces), *pieces[0].shape, dtype=dtype, device=device)
     for part, piece in zip(whole, pieces, strict=True):
@@ -114,9 +118,9 @@ def _dense(
 
 
 def _multiplied_out(piece: Piece, dtype: torch.dtype) -> Tensor:
-    """The numbers of a piece, copied into `dtype` where that holds no larger ones.
+    """Return the numbers of a piece, made dense if it is in 4 bits. Raises InputError if a number is not finite.
 
-    Raises InputError where a number is not finite.
+    They are cast to `dtype`, unless its range is larger than that of their own dtype.
     """
     if isinstance(piece, Stored):
         return check_finite(f"{piece.file}: {shown(piece.name)}", piece.read(), dtype)
@@ -129,7 +133,10 @@ def _multiplied_out(piece: Piece, dtype: torch.dtype) -> Tensor:
 def _plan(
     source: Source, model: Transformer | ScalarModel, also: dict[str, torch.Size], unread: tuple[str, ...]
 ) -> dict[str, list[Piece]]:
-    """Our name of each parameter -> its pieces in the folder, in order. Each piece fits, and none is left over."""
+    """Return our name of each parameter -> its pieces in the folder, in order.
+
+    Raises InputError if a piece does not fit, is missing or is left over.
+    """
     stored = _to_be_read(source, model.config, unread)
     fused = fused_on_disk(model.config, stored)
     shapes = {hf_name(name): tensor.shape for name, tensor in model.state_dict().items()}
@@ -152,17 +159,18 @@ def _plan(
 
 
 def _to_be_read(source: Source, config: ModelConfig, unread: tuple[str, ...]) -> dict[str, Stored]:
-    """The folder's tensors without those that transformers leaves out, too.
+    """Return the folder's tensors, without those that transformers skips as well.
 
-    DeepSeek has layers behind the last one that predict further tokens, each with an eh_proj; old checkpoints have a
-    constant. A tied matrix may have the head's name alone: programs that drop copies keep the name that sorts first.
+    DeepSeek has layers after the last one that predict further tokens, each with an eh_proj. Old checkpoints contain
+    rotary_emb.inv_freq, a constant. A tied matrix may have the head's name alone, because programs that drop copies
+    keep the first name in the alphabet.
     """
     stored, layers = stored_tensors(source.folder), config.num_hidden_layers
     if config.tie_word_embeddings and EMBEDDING not in stored and HEAD in stored:
         stored[EMBEDDING] = stored.pop(HEAD)
 
     key = next((key for key in BEHIND_THE_LAST if key in source.raw), BEHIND_THE_LAST[0])
-    default = 1 if source.raw.get("model_type") == "deepseek_v3" else 0  # transformers'
+    default = 1 if source.raw.get("model_type") == "deepseek_v3" else 0  # as in transformers
     count = source.raw.get(key, default)
     if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 0):
         raise InputError(f"{source.config}: {key}: expected an integer >= 0, got {count!r:.200}")
@@ -177,7 +185,7 @@ def _to_be_read(source: Source, config: ModelConfig, unread: tuple[str, ...]) ->
 
 
 def _parts(stored: dict[str, Stored], wanted: dict[str, torch.Size]) -> dict[str, dict[str, Stored]]:
-    """The names of those of `wanted` that are in 4 bits -> their parts, by the parts' names."""
+    """Return a mapping from the name of each 4-bit weight in `wanted` to its tensors, by part name."""
     parts: dict[str, dict[str, Stored]] = {}
     for name, tensor in stored.items():
         weight, _, part = name.partition(".weight.")
@@ -193,7 +201,7 @@ def _parts(stored: dict[str, Stored], wanted: dict[str, torch.Size]) -> dict[str
 
 
 def _check(source: Source, rest: dict[str, Stored], wanted: dict[str, torch.Size], fused: bool) -> None:
-    """Raises InputError where the tensors that are not in 4 bits are not those that the model wants."""
+    """Raise InputError if the tensors that are not in 4 bits do not match the tensors that the model needs."""
     odd = [t for name, t in rest.items() if name not in wanted or t.dtype not in FLOATS]
     quantised = formats.of_tensors(odd)
     if quantised is not None and not is_bnb_4bit(source.raw, source.config):
@@ -204,9 +212,9 @@ def _check(source: Source, rest: dict[str, Stored], wanted: dict[str, torch.Size
         if name not in wanted:
             if fused and ONE_BY_ONE.fullmatch(name):
                 raise InputError(
-                    f"{where}: unexpected, other experts of this folder are fused: expected one form"
+                    f"{where}: expected fused experts, as elsewhere in this folder, got a single one"
                 )
-            raise InputError(f"{where}: unexpected for this config.json, which has no such tensor")
+            raise InputError(f"{where}: unexpected, a model of this config.json has no such tensor")
         if tensor.shape != wanted[name]:
             expected, got = tuple(wanted[name]), tuple(tensor.shape)
             raise InputError(f"{where}: expected shape {expected}, got {shown(got)}")

@@ -1,1 +1,1 @@
-"""The parts of an adapter that know nothing of the model that it stands on."""
+"""The parts of an adapter that do not depend on a model."""

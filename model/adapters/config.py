@@ -1,4 +1,4 @@
-"""An adapter's shape: which modules have one, of which rank, with which scaling.
+"""The configuration of an adapter: the modules that have one, their ranks and their scalings.
 
 Source: LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685; rsLoRA, https://arxiv.org/abs/2312.03732; the fields
         are those of PEFT's adapter_config.json
@@ -19,30 +19,34 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """One adapter's shape. Module names are those of a Hugging Face model: model.layers.0.self_attn.q_proj."""
+    """The configuration of one adapter.
+
+    Module names are those of a Hugging Face model: model.layers.0.self_attn.q_proj.
+    """
 
     rank: int  # R
     alpha: float
     targets: tuple[str, ...] | str = LINEARS  # ends of module names, or a regular expression of whole names
-    # ends of names of experts' weights, mlp.experts.down_proj: all experts at once
+    # ends of names of experts' weights, as in mlp.experts.down_proj, for all experts at once
     parameters: tuple[str, ...] = ()
-    exclude: tuple[str, ...] | str = ()  # likewise, of modules that have none although `targets` says so
-    layers: tuple[int, ...] | None = None  # only in these
-    layers_pattern: tuple[str, ...] = ()  # what stands before a layer's number in a name; by default anything
-    # by regular expression of names' ends
+    exclude: tuple[str, ...] | str = ()  # in the form of `targets`: modules that get no adapter even so
+    layers: tuple[int, ...] | None = None  # the only layers with an adapter; None for all
+    layers_pattern: tuple[str, ...] = ()  # the part of a name before the layer's number; by default any
+    # keys: regular expressions for the ends of module names
     rank_pattern: dict[str, int] = field(default_factory=dict, hash=False)
     alpha_pattern: dict[str, float] = field(default_factory=dict, hash=False)
     rslora: bool = False  # scaling alpha / sqrt(R) in place of alpha / R
     dora: bool = False
-    dropout: float = 0.0  # share of x that an adapter does not see in training
+    dropout: float = 0.0  # the share of an adapter's inputs that is dropped in training
     modules_to_save: tuple[str, ...] = ()  # ends of names of modules that are trained whole
-    tied: bool = False  # on a base with one matrix for embedding and head, what is trained whole is still one
-    base: str | None = None  # the model that the adapter belongs to, as it was named
+    tied: bool = False  # keep embedding and head one matrix when it is trained whole on a tied base
+    base: str | None = None  # the name of the model that the adapter belongs to
 
     def targeted(self, module: str) -> bool:
-        """Whether this linear layer, or these experts, have an adapter. `exclude` and `layers` are of linear layers.
+        """Return whether a linear layer, or a weight of experts, has an adapter.
 
-        Raises InputError, as `rank_of` and `scaling_of` do, where an expression is none, or takes too long to match.
+        `exclude` and `layers` apply to linear layers only. Like `rank_of` and `scaling_of`, it raises InputError for an
+        invalid regular expression, or for one that takes too long to match.
         """
         if ".experts." in module:
             return _named(self._rules["target_parameters"], module) and not self.whole(module)
@@ -51,13 +55,16 @@ class LoraConfig:
         if not _named(self._rules["target_modules"], module):
             return False
 
-        # a name in full is adapted whatever its layer: as PEFT has it
+        # a module named in full has an adapter whatever its layer, as in PEFT
         in_full = not isinstance(self.targets, str) and module in self._rules["target_modules"]
         return self.layers is None or in_full or self._layer_of(module) in self._rules["layers"]
 
     @cached_property
     def _rules(self) -> dict[str, Any]:
-        """Lists of names as sets, and expressions; all of them have one time to match. By the keys of PEFT's file."""
+        """The rules of this config by the keys of PEFT's file: sets of names, and compiled expressions.
+
+        All expressions share one time budget.
+        """
         steps = Steps()
 
         def names(key: str, value: tuple[str, ...] | str) -> Expression | frozenset[str]:
@@ -80,7 +87,10 @@ class LoraConfig:
         }
 
     def _layer_of(self, module: str) -> int | None:
-        """The number behind the first pattern that stands before one."""
+        """Return the layer number in a module's name, or None.
+
+        It is the number that follows the first matching layer pattern.
+        """
         numbers = [(found.start(), int(found[1])) for found in re.finditer(r"(?<=\.)(\d{1,18})\.", module)]
         for pattern in self._rules["layers_pattern"]:
             for start, number in numbers:
@@ -89,7 +99,10 @@ class LoraConfig:
         return None
 
     def whole(self, module: str) -> bool:
-        """Whether this module, or one around it, is trained whole. The end of a name need not be a word: as in PEFT."""
+        """Return whether this module, or a module around it, is trained whole.
+
+        As in PEFT, a name in modules_to_save may begin in the middle of a word.
+        """
         return any(f"{name}." in f"{module}." for name in self.modules_to_save)
 
     def rank_of(self, module: str) -> int:
@@ -104,7 +117,10 @@ class LoraConfig:
         return next((value for end, value in self._rules[key] if end.matches(module)), default)
 
     def check(self, modules: Iterable[str], source: str) -> None:
-        """Raises InputError where an expression is none, or takes too long on these. source: what a message names."""
+        """Raise InputError if an expression is invalid, or takes too long on these modules.
+
+        source: the name used in messages.
+        """
         try:
             assert self._rules
             for module in modules:
@@ -115,7 +131,10 @@ class LoraConfig:
 
 
 def _named(names: Expression | frozenset[str], module: str) -> bool:
-    """Whether an expression matches the whole name, or one of `names` is its end."""
+    """Return whether a module's name matches.
+
+    names: an expression for the whole name, or a set of ends of names.
+    """
     if isinstance(names, Expression):
         return names.matches(module)
     return any(module[i:] in names for i in (0, *(found.end() for found in re.finditer(r"\.", module))))

@@ -1,8 +1,9 @@
-"""Regular expressions of other people's files, matched in bounded time.
+"""Regular expressions from other people's files, matched in bounded time.
 
-Python's `re` tries one way after the other. An expression of 20 characters may have more ways than there is time for,
-and nothing stops it. So `re` matches only the expressions whose ways can be counted and are few, as most are that
-people write. Of any other, all ways are followed at once; each step is counted, and too many of them are refused.
+Python's `re` tries one path through an expression after another. Even an expression of 20 characters may have more
+paths than there is time for, and `re` cannot be stopped. So `re` runs only the expressions whose paths can be counted
+and are few, as in most expressions that people write. For any other expression, all paths are followed at once. Each
+step is counted, and too many steps are refused.
 
     ends of "a|ab" in "abc", begun at 0:    {1, 2} as the bits of an integer, 0b110
 
@@ -23,11 +24,11 @@ op: Any = import_module("re._constants")
 parser: Any = import_module("re._parser")
 
 MOST_CHARACTERS = 10_000  # of an expression; Unsloth's have about 500
-MOST_WAYS = 30_000  # that `re` may try on one name
-MOST_STEPS = 500_000  # of all expressions of one adapter: a second; Unsloth's takes 90 a name
-NAME_LENGTH = 128  # up to which ways are counted; a module's name has about 40 characters
-_PLAIN = re.compile(r"[\w.]*")  # a name: a single way
-_ONE = {op.LITERAL, op.NOT_LITERAL, op.ANY, op.IN}  # nodes that take one character
+MOST_WAYS = 30_000  # the most paths that `re` may try on one name
+MOST_STEPS = 500_000  # for all expressions of one adapter: about a second; Unsloth's takes 90 steps a name
+NAME_LENGTH = 128  # paths are counted for names up to this length; a module's name has about 40 characters
+_PLAIN = re.compile(r"[\w.]*")  # a plain name has a single path
+_ONE = {op.LITERAL, op.NOT_LITERAL, op.ANY, op.IN}  # nodes that match one character
 _NOT = {op.CATEGORY_NOT_DIGIT: op.CATEGORY_DIGIT, op.CATEGORY_NOT_SPACE: op.CATEGORY_SPACE}
 _NOT |= {op.CATEGORY_NOT_WORD: op.CATEGORY_WORD}
 
@@ -41,16 +42,19 @@ _CATEGORIES = {op.CATEGORY_DIGIT: str.isdecimal, op.CATEGORY_SPACE: str.isspace,
 
 @dataclass
 class Steps:
-    """The steps that are left to several expressions together."""
+    """The number of steps left, shared by several expressions."""
 
     left: int = field(default_factory=lambda: MOST_STEPS)
 
 
 class Expression:
-    """`before`, `text` and `after` as one expression. text: from a file, under `key`.
+    """A regular expression from a file: `before`, `text` and `after` joined. Only `text` comes from the file.
 
-    Raises InputError where it is no expression, or has a part that cannot be followed: a reference back to a group, or
-    a group that keeps its first match.
+    key: the name of the text in messages.
+    steps: the budget that the expression shares with others.
+
+    Raises InputError if it is not a valid expression, or has a part that cannot be followed: a backreference, an atomic
+    group or a possessive repeat.
     """
 
     def __init__(
@@ -63,7 +67,7 @@ class Expression:
     ):
         self.arguments, self.key = (text, key, before, after), key
         self.text, self.whole, self.steps = text, f"{before}{text}{after}", steps or Steps()
-        self.known: dict[str, int] = {}  # name -> its ends
+        self.known: dict[str, int] = {}  # name -> the result of `ends`
         self.fits: dict[tuple[int, int, str], bool] = {}  # (id of a node, flags, character)
 
         if len(text) > MOST_CHARACTERS:
@@ -73,7 +77,7 @@ class Expression:
                 warnings.simplefilter("ignore")
                 plain = _PLAIN.fullmatch(text) is not None
                 if not plain:
-                    parser.parse(text)  # in brackets, "a)(b" would be one
+                    parser.parse(text)  # alone, since "a)(b" would be valid within brackets
                 self.tree = None if plain else parser.parse(self.whole)
                 few = self.tree is None or _ways(self.tree) <= MOST_WAYS
                 self.pattern = re.compile(self.whole) if few else None
@@ -82,17 +86,20 @@ class Expression:
                 f"{key}: expected a regular expression, got {shown(repr(text))}: {error}"
             ) from None
 
-    def __reduce__(self) -> Any:  # a copy starts anew, for in a copy of the tree nodes have other ids
+    def __reduce__(self) -> Any:  # a copy is built anew, because the nodes of a copied tree have other ids
         return Expression, self.arguments
 
     def matches(self, name: str) -> bool:
-        """Whether the expression matches the whole name, as by re.fullmatch. name: not empty, on one line."""
+        """Return whether the expression matches the whole name, like re.fullmatch. name: not empty, on one line."""
         if self.pattern is not None and (self.tree is None or len(name) <= NAME_LENGTH):
             return self.pattern.fullmatch(name) is not None
         return bool(self.ends(name) >> len(name) & 1)
 
     def ends(self, name: str) -> int:
-        """A set of bits: bit i is 1 where a match that begins at 0 ends before character i."""
+        """Return the ends of all matches that begin at 0.
+
+        The result is a set of bits: bit i is 1 if a match ends just before character i.
+        """
         if self.tree is None:
             self.tree = parser.parse(self.whole)
         if name not in self.known:
@@ -107,7 +114,7 @@ class Expression:
             )
 
     def takes(self, node: Any, character: str, flags: int) -> bool:
-        """Whether a node of one character takes this one."""
+        """Return whether a one-character node of the parse tree, such as [a-z], matches this character."""
         key = id(node), flags, character
         if key not in self.fits:
             positive, negated = _positive(node)
@@ -118,7 +125,10 @@ class Expression:
 
 
 def _ways(tree: Any) -> float:
-    """The number of ways that `re` may try on a name. Raises ValueError for a part that _Walk does not follow."""
+    """Return the number of paths that `re` may try on one name.
+
+    Raises ValueError for a part that _Walk cannot follow.
+    """
     ways = 1.0
     for kind, value in tree:
         if kind in (op.GROUPREF, op.GROUPREF_EXISTS, op.ATOMIC_GROUP, op.POSSESSIVE_REPEAT):
@@ -145,19 +155,22 @@ def _parts(kind: Any, value: Any) -> Sequence[Any]:
 
 
 class _Walk:
-    """An expression on one name. A set of positions is the bits of an integer, bit 0 before the first character."""
+    """A match of one expression against one name.
+
+    A set of positions is an integer: its bit i stands for the position just before character i.
+    """
 
     def __init__(self, expression: Expression, name: str):
         self.expression, self.name = expression, name
-        self.at: dict[str, int] = {}  # character -> where it stands
+        self.at: dict[str, int] = {}  # character -> its positions in the name
         for i, c in enumerate(name):
             self.at[c] = self.at.get(c, 0) | 1 << i
-        self.masks: dict[tuple[int, int], int] = {}  # (id of a node, flags) -> where it takes a character
+        self.masks: dict[tuple[int, int], int] = {}  # (id of a node, flags) -> positions that it matches
         words = [False, *map(is_word, name), False]
         self.borders = sum(1 << i for i in range(len(name) + 1) if words[i] != words[i + 1])
 
     def follow(self, tree: Any, starts: int, flags: int) -> int:
-        """The ends of all matches of `tree` that begin at `starts`."""
+        """Return the end positions of all matches of a parse tree that begin at one of `starts`."""
         for node in tree:
             if not starts:
                 break
@@ -169,7 +182,10 @@ class _Walk:
         return starts
 
     def step(self, kind: Any, value: Any, starts: int, flags: int) -> int:
-        """The ends of all matches of a node that may take any number of characters."""
+        """Return the end positions of all matches of a parse-tree node that begin at one of `starts`.
+
+        kind, value: the node, which may match any number of characters.
+        """
         match kind:
             case op.BRANCH:
                 ends = 0
@@ -191,7 +207,7 @@ class _Walk:
 
     def repeat(self, value: Any, starts: int, flags: int) -> int:
         least, most, tree = value
-        longest = len(self.name) + 1  # of rounds: one more would change nothing
+        longest = len(self.name) + 1  # the most rounds: a further round would change nothing
         for _ in range(min(least, longest)):
             starts = self.follow(tree, starts, flags)
         mask = self.mask(tree[0], flags) if len(tree) == 1 and tree[0][0] in _ONE else None
@@ -205,7 +221,7 @@ class _Walk:
         return ends
 
     def places(self, where: Any, flags: int) -> int:
-        """The positions at which an anchor holds."""
+        """Return the positions at which an anchor, such as ^ or $, holds."""
         last, breaks = 1 << len(self.name), self.at.get("\n", 0)
         lines = bool(flags & re.MULTILINE)
         match where:
@@ -222,7 +238,10 @@ class _Walk:
         raise AssertionError(where)
 
     def seen(self, value: Any, starts: int, flags: int) -> int:
-        """Those of `starts` at which a look ahead (1), or back (-1), finds a match."""
+        """Return the positions in `starts` at which a look-ahead or a look-behind finds a match.
+
+        value: (direction, tree), where the direction is 1 for a look-ahead and -1 for a look-behind.
+        """
         direction, tree = value
         width = tree.getwidth()[0] if direction < 0 else 0
         found = 0
@@ -233,7 +252,7 @@ class _Walk:
         return found
 
     def mask(self, node: Any, flags: int) -> int:
-        """The positions whose character a node of one character takes."""
+        """Return the positions at which a one-character node of the parse tree, such as [a-z], matches."""
         kind, value = node
         if kind is op.LITERAL and not flags & re.IGNORECASE:
             return self.at.get(chr(value), 0)
@@ -245,7 +264,7 @@ class _Walk:
 
 
 def _positive(node: Any) -> tuple[Any, bool]:
-    """The node that a node of one character looks for, and whether it takes every other character instead."""
+    """Return (node, negated): a one-character node of the parse tree without its negation, and whether it had one."""
     kind, value = node
     if kind is op.NOT_LITERAL:
         return (op.LITERAL, value), True
@@ -255,7 +274,7 @@ def _positive(node: Any) -> tuple[Any, bool]:
 
 
 def _is(node: Any, character: str, flags: int) -> bool:
-    """Whether a node of `_positive` has this character."""
+    """Return whether a one-character node of the parse tree, without negation, matches this character."""
     kind, value = node
     match kind:
         case op.ANY:

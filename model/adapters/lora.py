@@ -1,4 +1,4 @@
-"""An adapter's numbers: of one linear layer as a module, and of a whole model as named tensors."""
+"""The numbers of an adapter: a module for one linear layer, and named tensors for a whole model."""
 
 import re
 from collections.abc import Collection
@@ -14,9 +14,10 @@ EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)\.(lora_[AB]\.weig
 
 
 class Lora(nn.Module):
-    """The adapter of one linear layer: a (R, K), b (N, R), fp32 whatever the base is; of experts (E, R, K), (E, N, R).
+    """The adapter of one linear layer, in fp32 whatever the base's dtype is.
 
-    Stacked, for a batch of several: a (adapters, R, K), b (adapters, N, R) with the scalings multiplied in.
+    a is (R, K) and b (N, R); for experts they are (E, R, K) and (E, N, R). For a batch with several adapters they are
+    stacked: a (adapters, R, K), and b (adapters, N, R) with the scalings multiplied in.
     """
 
     def __init__(
@@ -31,9 +32,10 @@ class Lora(nn.Module):
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter without its model. tensors: under their names in PEFT's files, less "base_model.model.", in fp32.
+    """An adapter without its model.
 
-    dtypes: those that they have in their file, if it was one.
+    tensors: fp32, under their names in PEFT's files without "base_model.model.".
+    dtypes: the dtype of each tensor in the adapter's file; empty if it was not read from a file.
     """
 
     config: LoraConfig
@@ -42,9 +44,10 @@ class Adapter:
 
 
 def filed_name(name: str, trained: Collection[str]) -> str:
-    """The name of a tensor among `trained` as PEFT files it.
+    """Return the name that PEFT's files have for a tensor among `trained`.
 
-    PEFT wraps the module of the experts once for each parameter, gate_up_proj first: the outer one is not named.
+    PEFT wraps the experts' module once for each parameter, gate_up_proj first. If there are two wrappers, the inner one
+    is called base_layer. The outer one adds nothing to the name.
     """
     found = EXPERTS.fullmatch(name)
     if found is None:

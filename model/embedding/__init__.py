@@ -1,1 +1,1 @@
-"""Our ops inside other people's models."""
+"""The parts of Burnish that run inside a model of transformers."""

@@ -1,16 +1,19 @@
-"""Attention and its mask, as transformers' two registries call them: flash_attention and decode_attention.
+"""Attention and its mask for transformers' two registries, computed by flash_attention and decode_attention.
 
-transformers asks for a mask once a forward pass, and all layers of a kind get the answer. Ours is never (B, 1, T, S):
+transformers asks for a mask once per forward pass, and passes the answer to all layers of a kind. Our mask is never the
+usual (B, 1, T, S), but one of three forms:
 
-    None                            causal, the last query on the last key
-    int32 (1, 1, 1, segments + 1)   the first T keys are the queries' own: cu_seqlens of the B T tokens laid end to end.
-                                    A run of padding is a segment, too, so nothing is moved and no length is read
-    int64 (B, 1, 1, T or T + S)     a cache: how many keys each query sees, then, where some of a row's keys are
-                                    padding, the order that puts them last
+    None                            causal; the last query is aligned with the last key
+    int32 (1, 1, 1, segments + 1)   the first T keys are the queries' own: cu_seqlens of the B T tokens, row after row.
+                                    A run of padding is a segment, too, so no token is moved, and the host reads no
+                                    length
+    int64 (B, 1, 1, T or T + S)     a cache: the number of keys that each query sees. If some keys of a row are
+                                    padding, an order of the S keys follows, which puts the padding last
 
-Four dimensions, because transformers hands such a tensor through and calls everything else a padding mask.
+The tensors have four dimensions, because transformers passes on a mask of four dimensions as it is. It takes any other
+tensor for a padding mask.
 
-The signatures of `mask` and `attend` are transformers': what they read of its many keywords goes by `more`.
+The signatures of `mask` and `attend` are transformers'. The keywords in `more` are named in each docstring.
 """
 
 from collections.abc import Callable
@@ -36,32 +39,34 @@ def mask(
     attention_mask: Tensor | None = None,
     **more: Any,
 ) -> Tensor | None:
-    """Answer AttentionMaskInterface in one of the three forms at the top of this file.
+    """Return the mask for AttentionMaskInterface, in one of the three forms described at the top of this file.
 
-    mask_function: row, head, query, key to whether the query sees the key.
-    attention_mask: (B, tokens so far) bool, False at padding. Keys past its end are padding.
-    more: of transformers' other keywords use_vmap, local_size, allow_is_causal_skip and device are read.
+    mask_function: takes (row, head, query, key), and returns whether the query sees the key.
+    attention_mask: (B, tokens so far) bool, False at padding. Keys beyond its end are padding.
+    more: transformers' other keywords. Only use_vmap, local_size, allow_is_causal_skip and device are read, and the
+        presence of allow_is_bidirectional_skip.
+
     Raises NotImplementedError for a mask that none of the forms can express.
     """
     use_vmap = more.get("use_vmap", False)
     if use_vmap or "allow_is_bidirectional_skip" in more:
         which = "or_mask_function or and_mask_function" if use_vmap else "bidirectional attention"
         raise NotImplementedError(
-            f"attention mask: {which} is not built; embed.apply(model, attention=False)"
+            f"attention mask: {which} is not supported; use embed.apply(model, attention=False)"
         )
     device = more.get("device", "cpu")
 
-    first = q_offset - kv_offset  # the key that the first query stands on
+    first = q_offset - kv_offset  # the index of the first query's own key
     if isinstance(first, Tensor) and not torch.compiler.is_compiling():
         first = int(first)
-    is_token = None  # (B, S) bool: is this key one? None: all that a query may see are
+    is_token = None  # (B, S) bool, False at padding; None if no query can see padding
     if attention_mask is not None:
         missing = kv_offset + kv_length - attention_mask.shape[1]
         is_token = F.pad(attention_mask, (0, max(missing, 0)))[:, kv_offset : kv_offset + kv_length]
         if not torch.compiler.is_compiling() and bool(is_token[:, : first + q_length].all()):
             is_token = None
 
-    # 1. nothing before the queries: the first T keys are their own
+    # 1. no keys before the queries: the first T keys are the queries' own
     if isinstance(first, int) and first == 0:
         if is_token is None and more.get("allow_is_causal_skip", True) and kv_length == q_length:
             return None
@@ -72,11 +77,14 @@ def mask(
         return None
 
     # 3. a cache with padding, or with room behind the last query
-    query = first + torch.arange(q_length, device=device)  # (T,) the key that each query stands on
+    query = first + torch.arange(q_length, device=device)  # (T,) the index of each query's own key
     if is_token is None:
         return (query + 1).expand(batch_size, q_length)[:, None, None]  # (B, 1, 1, T)
     if more.get("local_size") is not None:
-        _expect(_most_runs(is_token) <= 1, "holes between tokens cannot be told from a sliding window's edge")
+        _expect(
+            _most_runs(is_token) <= 1,
+            "several runs of tokens in a row are not supported with a sliding window",
+        )
     counts = is_token.long().cumsum(1)[:, query]  # (B, T)
     order = (~is_token).long().argsort(dim=1, stable=True)  # (B, S)
     return torch.cat([counts, order], 1)[:, None, None]  # (B, 1, 1, T + S)
@@ -89,10 +97,13 @@ def _segments(
     is_token: Tensor | None,
     device: torch.device | str,
 ) -> Tensor:
-    """(1, 1, 1, segments + 1): a segment ends where a token does not see the one before, and where padding does."""
+    """Return the segments' bounds as int32 (1, 1, 1, segments + 1).
+
+    A segment ends before a token that does not see the token before it, and wherever padding begins or ends.
+    """
     starts = torch.ones(batch_size, T, dtype=torch.bool, device=device)
 
-    # where two packed sequences meet: transformers' mask function is asked about each token and the one before
+    # where two packed sequences meet: ask transformers' mask function about each token and its predecessor
     if T > 1 and mask_function is not None:
         row, token = torch.arange(batch_size, device=device), torch.arange(1, T, device=device)
         head = torch.zeros((), dtype=torch.long, device=device)
@@ -106,7 +117,7 @@ def _segments(
 
     total = batch_size * T
     if torch.compiler.is_compiling():
-        # as many as there can be, the last ones empty: the number of segments would be read on the host
+        # the largest possible number, the last segments empty: the true number would be read on the host
         at = torch.where(starts.flatten(), torch.arange(total, device=device), total).sort().values
     else:
         at = starts.flatten().nonzero()[:, 0]
@@ -114,12 +125,15 @@ def _segments(
 
 
 def _most_runs(is_token: Tensor) -> Tensor:
-    """(B, S) to (): the number of runs of tokens in the row with the most of them."""
+    """Return the number of runs of tokens in the row with the most runs, as a scalar tensor. is_token: (B, S) bool."""
     return (is_token & ~F.pad(is_token, (1, 0))[:, :-1]).sum(1).max()
 
 
 def _expect(condition: Tensor, otherwise: str) -> None:
-    """Raise NotImplementedError unless condition; in a graph, where the host cannot look, assert it on the device."""
+    """Raise NotImplementedError unless the condition holds.
+
+    During compilation the host cannot read the condition, so it is asserted on the device.
+    """
     message = f"attention_mask: {otherwise}; embed.apply(model, attention=False)"
     if torch.compiler.is_compiling():
         torch.ops.aten._assert_async.msg(condition, message)
@@ -140,11 +154,13 @@ def attend(
     scaling: float | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """Answer AttentionInterface: query (B, H, T, D), key and value (B, G, S, D) to (B, T, H, D), and no weights.
+    """Compute attention for AttentionInterface. Returns ((B, T, H, D), None), since there are no attention weights.
 
+    query, key, value: (B, H, T, D), (B, G, S, D) and (B, G, S, D).
     attention_mask: from `mask`.
-    more: of transformers' other keywords sliding_window and s_aux, the sinks (H,), are read.
-    Raises NotImplementedError for dropout, for a mask that is not ours, and for gradients through a cache.
+    more: transformers' other keywords. Only sliding_window and s_aux, the sinks (H,), are read.
+
+    Raises NotImplementedError for dropout, for a mask that `mask` did not make, and for gradients through a cache.
     """
     if dropout:
         raise NotImplementedError(
@@ -175,7 +191,10 @@ def attend(
 def _attend_in_segments(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, options: dict[str, Any]
 ) -> Tensor:
-    """q (B, T, H, D), k and v (B, S, G, D), of which the first T are the queries' own, to (B, T, H, D)."""
+    """Compute attention within segments, and return (B, T, H, D).
+
+    q is (B, T, H, D), and k and v are (B, S, G, D). Their first T keys are the queries' own, and only those are used.
+    """
     B, T = q.shape[:2]
     q, k, v = q.flatten(0, 1), k[:, :T].flatten(0, 1), v[:, :T].flatten(0, 1)  # (B T, H, D), (B T, G, D)
     out = flash_attention(q, k, v, cu_seqlens=cu_seqlens, **options)
@@ -186,11 +205,14 @@ def _attend_in_segments(
 def _attend_to_cache(
     q: Tensor, k: Tensor, v: Tensor, counts_and_order: Tensor, options: dict[str, Any]
 ) -> Tensor:
-    """q (B, T, H, D), k and v (B, S, G, D), counts_and_order (B, T or T + S) to (B, T, H, D)."""
+    """Compute attention to a cache, and return (B, T, H, D). Raises NotImplementedError if a gradient is needed.
+
+    q is (B, T, H, D), k and v are (B, S, G, D), and counts_and_order is (B, T or T + S), as `mask` returns it.
+    """
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise NotImplementedError(
-            "past_key_values: keys before the queries' own have no gradient where some are padding or the cache "
-            "is static; use_cache=False, torch.no_grad() or embed.apply(model, attention=False)"
+            "past_key_values: keys before the queries' own get no gradient if some are padding or the cache is "
+            "static; pass use_cache=False, or use torch.no_grad() or embed.apply(model, attention=False)"
         )
     B, T = q.shape[:2]
     counts, order = counts_and_order.split([T, counts_and_order.shape[-1] - T], 1)  # (B, T), (B, 0 or S)

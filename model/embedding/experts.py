@@ -1,4 +1,4 @@
-"""A layer's experts, as transformers' registry ALL_EXPERTS_FUNCTIONS calls them: moe_mlp."""
+"""The experts of a layer for transformers' registry ALL_EXPERTS_FUNCTIONS, computed by moe_mlp."""
 
 from typing import Any
 
@@ -12,16 +12,17 @@ from .layers import is_silu
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """hidden_states (T, C), top_k_index and top_k_weights (T, K) to (T, C); index E is no expert and is passed over.
+    """Compute the experts' weighted sum, (T, C). Index E stands for no expert, and is skipped.
 
-    Raises InputError for experts that are more or other than SwiGLU.
+    hidden_states is (T, C), top_k_index and top_k_weights are (T, K).
+    Raises InputError for experts with another activation than SwiGLU, without a gate, or with a norm after them.
     """
     if not (self.has_gate and has_swiglu(self)) or self.has_post_expert_norm:
         raise InputError(
             f"{type(self).__name__}: expected experts with SwiGLU and no norm after them; pass experts=False"
         )
 
-    # 1. transformers' weights in our layout: gate_up (E, 2F, C) with all of the gate first, down (E, C, F)
+    # 1. transformers' weights in our layout: gate_up (E, 2F, C) with the gate's rows first, down (E, C, F)
     gate_up, down = self.gate_up_proj, self.down_proj
     if self.is_transposed:
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
@@ -29,7 +30,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         gate_up = gate_first(gate_up)
     dtype = autocast_dtype(gate_up)
 
-    # 2. what some experts have: biases (E, 2F) and (E, C), a bound
+    # 2. options of some experts: biases (E, 2F) and (E, C), and a clamped activation
     options: dict[str, Any] = {}
     if self.has_bias:
         bias = self.gate_up_proj_bias
@@ -48,10 +49,10 @@ def has_swiglu(experts: Any) -> bool:
 
 
 def _is_clamped(experts: Any) -> bool:
-    """Tell gpt-oss' SwiGLU, which has a slope and a bound, from the plain one."""
+    """Return whether the experts have gpt-oss' SwiGLU, which has a slope and a bound, instead of the plain one."""
     return hasattr(experts, "alpha") and hasattr(experts, "limit")
 
 
 def gate_first(x: Tensor) -> Tensor:
-    """(E, 2F, ...), gate and up in turn, to the same with all of the gate first. A copy."""
+    """Return a copy of x (E, 2F, ...), in which rows of gate and up alternate, with all gate rows first."""
     return torch.cat([x[:, ::2], x[:, 1::2]], 1)

@@ -1,4 +1,4 @@
-"""The forward of a causal language model whose training loss never holds its logits: token_logprobs."""
+"""The forward of a causal language model that trains without holding its logits, by means of token_logprobs."""
 
 import functools
 from collections.abc import Callable
@@ -15,25 +15,26 @@ from .trl_head import FUSED, fused_forward
 
 
 def make_head_forward(home: Any, base: Any) -> Callable[..., Any]:
-    """Make the forward of base, a model of transformers' module `home`: where logits are asked for, the one it has.
+    """Return a new forward for base, a model of transformers' module `home`.
 
-    It answers three kinds of calls: TRL's for figures of each token, a training step's for its loss, and all others.
+    It handles three kinds of calls: TRL's calls for per-token values, training steps that need the loss, and all
+    others. The others, such as calls for logits, go to the forward that base has now.
     """
     original = _unbound(base.forward)
     fused_below = fused_forward(original)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # removed, but a trainer's forward, which lies over this one, still calls it
+        # after `remove`, a trainer's forward that wraps this one may still call it
         state = self.__dict__.get(STATE)
         if state is None or state.head is not forward:
             return original(self, *args, **kwargs)
 
-        # TRL's forward lies over this one, which HandOver found, or below
+        # a call from TRL: HandOver passes TRL's forward if that wraps this one; else this one may wrap it
         fused = kwargs.pop(FUSED, fused_below if kwargs.get("fused_lm_head") else None)
         if fused is not None:
             if "lora_a" in head_operands(self.get_output_embeddings()):
                 raise InputError(
-                    "lm_head: TRL scores without its adapter; do not target it, or list it in modules_to_save"
+                    "lm_head: TRL would ignore its adapter; do not target lm_head, or list it in modules_to_save"
                 )
             return fused(self, *args, **kwargs)
 
@@ -42,11 +43,14 @@ def make_head_forward(home: Any, base: Any) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
         return _train(self, home, *args, **kwargs)
 
-    return functools.wraps(type(base).forward)(forward)  # generate() and Trainer read its signature
+    return functools.wraps(type(base).forward)(forward)  # generate() and Trainer read the signature
 
 
 def _unbound(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of a model and the arguments. A forward that is no method knows its model."""
+    """Return a method as a function of the model and the arguments.
+
+    A forward that is not a method ignores the model.
+    """
 
     def call(_: Any, *args: Any, **kwargs: Any) -> Any:
         return method(*args, **kwargs)
@@ -64,13 +68,13 @@ def _train(
     ignore_index: int = -100,
     **kwargs: Any,
 ) -> Any:
-    """Run a forward pass with labels (B, T) as transformers does; the output's `logits` are None."""
+    """Run a forward pass with labels (B, T), as transformers does. The output's `logits` are None."""
     routed = hasattr(home, "load_balancing_loss_func")
     if routed and kwargs.get("output_router_logits") is None:
         kwargs["output_router_logits"] = self.config.output_router_logits
     outputs = self.base_model(*args, **kwargs)
 
-    # 1. the trained positions: those whose next token has a label
+    # 1. the trained positions: the next token has a label
     targets = F.pad(labels[:, 1:], (0, 1), value=ignore_index) if shift_labels is None else shift_labels
     targets = targets.flatten().to(outputs.last_hidden_state.device)  # (B T,)
     hidden = outputs.last_hidden_state.flatten(0, 1)  # (B T, C)

@@ -1,4 +1,4 @@
-"""Forwards of a transformers model's layers, for their instances: attention with apply_rope, norms, feed-forward."""
+"""The forwards that replace those of a transformers model's layers: attention with apply_rope, norms, feed-forward."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +11,9 @@ from ...kernels import apply_rope, rms_norm, swiglu
 
 
 def make_attention_forward(home: Any, halves: bool) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """Make the forward of an attention layer of transformers' module `home`, with apply_rope.
+    """Return a forward with apply_rope for the attention layers of transformers' module `home`.
 
-    halves: are cos and sin (B, T, D), each half of D the same?  gpt-oss has (B, T, D/2).
+    halves: whether cos and sin are (B, T, D) with two equal halves of D; gpt-oss has (B, T, D/2).
     """
     interfaces, eager = home.ALL_ATTENTION_FUNCTIONS, home.eager_attention_forward
 
@@ -38,7 +38,7 @@ def make_attention_forward(home: Any, halves: bool) -> Callable[..., tuple[Tenso
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
 
-        # 2. llama has no window; mistral and mixtral read theirs from the config, the others keep the layer's
+        # 2. the window: llama has none, mistral and mixtral have it in the config, the others in the layer
         if hasattr(self, "sliding_window"):
             kwargs["sliding_window"] = self.sliding_window
         elif self.config.model_type in ("mistral", "mixtral"):
@@ -46,7 +46,7 @@ def make_attention_forward(home: Any, halves: bool) -> Callable[..., tuple[Tenso
         if hasattr(self, "sinks"):
             kwargs["s_aux"] = self.sinks
 
-        # 3. the attention that the config names, ours or another
+        # 3. the attention that the config names, which need not be ours
         attend = interfaces.get_interface(self.config._attn_implementation, eager)
         dropout = self.attention_dropout if self.training else 0.0
         out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
@@ -57,9 +57,9 @@ def make_attention_forward(home: Any, halves: bool) -> Callable[..., tuple[Tenso
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, halves: bool) -> tuple[Tensor, Tensor]:
-    """Rotate q (B, T, H, D) and k (B, T, G, D).
+    """Rotate queries and keys, q (B, T, H, D) and k (B, T, G, D).
 
-    cos, sin: (B or 1, T, D or D/2), a table with a row for each token.
+    cos, sin: (B or 1, T, D or D/2), with a row for each token. halves: True if they are D wide, in two equal halves.
     """
     if halves:
         half = cos.shape[-1] // 2

@@ -1,4 +1,4 @@
-"""The operands of token_logprobs that a model's lm_head holds: its own weight and bias, and PEFT's adapters on it."""
+"""The operands of token_logprobs that a model's lm_head holds: its weight and bias, and PEFT's adapters on it."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from ..errors import InputError
 
 
 def check_head(head: Any) -> None:
-    """Raise InputError for a head whose product is not one with a weight and with adapters of low rank."""
+    """Raise InputError for a head that is not a plain linear layer, possibly with PEFT's plain LoRA on it."""
     head = _trained(head)
     adapted = hasattr(head, "base_layer")
     beyond = _beyond_lora(head) if adapted else ""
@@ -23,9 +23,9 @@ def check_head(head: Any) -> None:
 
 
 def head_operands(head: Any) -> dict[str, Any]:
-    """weight, bias and adapter, as token_logprobs takes them; several adapters lie side by side.
+    """Return weight, bias and adapter as token_logprobs takes them. Several adapters are concatenated along the rank.
 
-    Raises InputError as `check_head` does: an adapter may have come after `apply`.
+    Raises InputError as `check_head` does, because an adapter may have been added after `apply`.
     """
     check_head(head)
     head = _trained(head)
@@ -42,7 +42,10 @@ def head_operands(head: Any) -> dict[str, Any]:
 def score(
     hidden: Tensor, targets: Tensor, operands: dict[str, Any], **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """token_logprobs with the inputs that autocast, which does not know our ops, would give the head."""
+    """Call token_logprobs, with its inputs cast to the dtype that autocast would give the head.
+
+    The cast is made here, because autocast does not know our ops.
+    """
     dtype = autocast_dtype(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
         cast = {name: None if x is None else x.to(dtype) for name, x in operands.items()}
@@ -53,7 +56,10 @@ def score(
 
 
 def _trained(head: Any) -> Any:
-    """The layer that stands in lm_head's place: of modules_to_save, PEFT keeps the trained copy beside the original."""
+    """Return the active layer in lm_head's place.
+
+    For modules_to_save, PEFT keeps a trained copy beside the original.
+    """
     if not hasattr(head, "modules_to_save"):
         return head
     is_original = head.disable_adapters or not head.active_adapters
@@ -61,14 +67,14 @@ def _trained(head: Any) -> Any:
 
 
 def _adapters(head: Any) -> list[str]:
-    """The LoRA adapters that PEFT would add to the product with head, which is one of its layers."""
+    """Return the names of the LoRA adapters that PEFT would add to the head's product. head: one of PEFT's layers."""
     if head.disable_adapters or head.merged:
         return []
     return [name for name in head.active_adapters if name in head.lora_A]
 
 
 def _beyond_lora(head: Any) -> str:
-    """The name of what one of PEFT's layers does beyond adding products of low rank; empty where it does no more."""
+    """Return the name of a feature by which a layer of PEFT does more than plain LoRA; empty if it has none."""
     if not hasattr(head, "lora_A"):
         return "an adapter that is no LoRA"
     for name in _adapters(head):

@@ -1,7 +1,7 @@
-"""The memory of `apply`, on the model: all that `remove` needs to take our ops off again.
+"""The state that `apply` keeps on the model, from which `remove` restores the model.
 
-A pickled model is the plain one, which loads where there is no Burnish: what stands here is pickled as what was there
-before. Each of our forwards has the name `forward`, so pickle finds that of its module's class.
+A pickled model is the plain one, so it loads without Burnish: each object here is pickled as the value it replaced.
+Each of our forwards is named `forward`, so pickle finds the forward of the module's class instead.
 """
 
 import copy
@@ -15,7 +15,7 @@ STATE = "_burnish"  # the attribute of a model that holds its Embedded
 
 
 class Named(str):
-    """The name of our implementation in a model's config. Pickled it is the name that was set before."""
+    """The name of our implementation in a model's config. It is pickled as the name that was set before."""
 
     before: str | None
 
@@ -33,13 +33,16 @@ class Named(str):
 
 @dataclass
 class Embedded:
-    """The model before `apply`. An implementation is None where it was left alone. Pickled it is None."""
+    """The model's state before `apply`. It is pickled as None.
 
-    attention: str | None = None  # the implementation
-    experts: str | None = None  # the implementation
-    head: Callable[..., Any] | None = None  # our forward of the model, which has a head
+    The name of an implementation is None if `apply` did not change it.
+    """
+
+    attention: str | None = None  # the name of the implementation
+    experts: str | None = None  # the name of the implementation
+    head: Callable[..., Any] | None = None  # our forward of a model with a head
     hook: Any = None  # the handle of trl_head.HandOver
-    forwards: list[tuple[nn.Module, Any]] = field(default_factory=list)  # a module, and what its instance had
+    forwards: list[tuple[nn.Module, Any]] = field(default_factory=list)  # (module, its own forward or None)
 
     def __reduce__(self) -> Any:
         return copy.copy, (None,)

@@ -1,25 +1,25 @@
 """TRL's head with token_logprobs: **TRL's own bytecode runs, with two of its globals exchanged**.
 
-TRL's trainers put a forward on their model, `_fused_forward` of trl.trainer.utils.add_fused_lm_head, and call it with
-fused_lm_head=True: figures of each token instead of logits. What it does around the head, shifts, masks, FSDP2's
-shards, the balance loss, is to stay TRL's. But it is a closure, made anew for each model, which takes no function:
-nothing of it can be subclassed or registered. Written again here it would be a copy that ages; setting the names in
-trl.trainer.utils would change every model of the process.
+TRL's trainers put a forward on their model, `_fused_forward` of trl.trainer.utils.add_fused_lm_head. They call it with
+fused_lm_head=True to get per-token values instead of logits. The code around the head is to stay TRL's: shifts, masks,
+FSDP2's shards, the balance loss. But that forward is a closure, made anew for each model, and takes no function as an
+argument. So no part of it can be subclassed or registered. Rewritten here, it would be a copy that goes out of date.
+Setting the names in trl.trainer.utils would change every model of the process.
 
-So `fused_forward` makes a second function of the same code object, the same closure and the same defaults, whose
-globals are a copy of TRL's in which two names are ours:
+So `fused_forward` makes a second function of the same code object, closure and defaults. Its globals are a copy of
+TRL's in which two names are ours:
 
     _ChunkedLogProbFunction     TRL's autograd.Function     ->  TokenLogprobs, whose `apply` calls token_logprobs
-    _use_triton                 is this a GPU of Triton's?  ->  yes: then TRL scores the trained rows alone
+    _use_triton                 is this a GPU of Triton's?  ->  always yes: then TRL scores the trained rows alone
 
 TRL's module, and the function that it has put on the model, stay as they were. This relies on
 
     the name `_fused_forward`, by which TRL's forward is recognised
-    both names being globals of that code: checked, and InputError names the one that is missing
+    both names being globals of that code: checked, and InputError names a missing one
     the order of the nine arguments of `_ChunkedLogProbFunction.apply` and of its five results: TokenLogprobs
-    the order of forwards, ours over TRL's or below: HandOver
+    the order of the forwards, ours around TRL's or inside it: HandOver
 
-tests/embed/test_trl.py holds all of it, figure by figure.
+tests/embed/test_trl.py tests all of it, value by value.
 
 Source: trl 1.16.0, trl/trainer/utils.py and trl/kernels/chunked_logprob.py
 """
@@ -39,20 +39,22 @@ from ..errors import InputError
 from .operands import score
 
 FUSED = "burnish_head"  # the keyword by which HandOver passes TRL's forward to ours
-LOGITS_AT_A_TIME = 1 << 22  # in memory, where TRL asks for the likeliest token
+LOGITS_AT_A_TIME = 1 << 22  # logits in memory when TRL asks for the most likely token
 
 
 def fused_forward(forward: Callable[..., Any]) -> Callable[..., Any] | None:
-    """TRL's forward with token_logprobs in place of its own function; None where `forward` is not TRL's.
+    """Return TRL's forward with token_logprobs in place of TRL's own function, or None if `forward` is not TRL's.
 
-    Raises InputError where it is that of another version.
+    Raises InputError if it is the forward of another version of TRL.
     """
     code = getattr(forward, "__code__", None)
     if code is None or code.co_name != "_fused_forward":
         return None
     missing = {"_ChunkedLogProbFunction", "_use_triton"} - set(code.co_names)
     if missing:
-        raise InputError(f"trl: expected the head of version 1.16, which has {', '.join(sorted(missing))}")
+        raise InputError(
+            f"trl: expected the head of version 1.16, got one without {', '.join(sorted(missing))}"
+        )
 
     # TRL's code, closure and defaults; a copy of its globals with two names exchanged
     ours = {"_ChunkedLogProbFunction": TokenLogprobs, "_use_triton": lambda device: True}
@@ -64,9 +66,10 @@ def fused_forward(forward: Callable[..., Any]) -> Callable[..., Any] | None:
 
 
 class HandOver:
-    """A forward pre-hook: where TRL's forward lies over ours, it is asked for the plain one, which is ours.
+    """A forward pre-hook for models on which TRL's forward wraps ours.
 
-    accelerate may have laid its own over TRL's: each names the one below `__wrapped__`.
+    It makes TRL's forward pass the call on to ours, together with the function that computes TRL's per-token values.
+    accelerate may wrap TRL's forward once more, so the hook follows `__wrapped__`.
     """
 
     def __call__(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -80,7 +83,7 @@ class HandOver:
             forward = getattr(forward, "__wrapped__", None)
         return args, kwargs
 
-    def __reduce__(self) -> Any:  # pickled, a hook of the standard library that does nothing
+    def __reduce__(self) -> Any:  # it is pickled as a method of the standard library that does nothing
         return getattr, (nullcontext(), "__exit__")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "HandOver":
@@ -88,16 +91,16 @@ class HandOver:
 
 
 class TokenLogprobs:
-    """token_logprobs, called as trl.kernels.ChunkedLogProbFunction is."""
+    """token_logprobs with the calling convention of trl.kernels.ChunkedLogProbFunction."""
 
     @staticmethod
     def apply(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *more: Any
     ) -> tuple[Tensor | None, ...]:
-        """hidden (N, C), weight (V, C), targets (N,) to log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1.
+        """Return (log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1), each (N,), or None if it is not wanted.
 
-        more: temperature, chunk_size, which is TRL's alone, softcap, logit_scale and outputs, the names asked for.
-        Each result is (N,), None where `outputs` does not name it; the last three have no gradient.
+        hidden is (N, C), weight (V, C), targets (N,). The last three results have no gradient.
+        more: temperature, chunk_size (ignored), softcap, logit_scale, and outputs, the names of the wanted results.
         Raises InputError for logits that are scaled or capped.
         """
         temperature, _, softcap, logit_scale, outputs = more
@@ -119,7 +122,10 @@ class TokenLogprobs:
 
 
 def _is_top(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, logprob: Tensor) -> Tensor:
-    """(N,) bool: is the target the likeliest token? Above one half it is; else its row of logits is looked at."""
+    """Return (N,) bool: whether the target is the most likely token.
+
+    A probability above 0.5 settles it. Otherwise the row of logits is computed and compared.
+    """
     top = logprob > math.log(0.5)
     rows = (~top).nonzero()[:, 0]
     for some in rows.split(max(1, LOGITS_AT_A_TIME // weight.shape[0])):

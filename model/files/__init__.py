@@ -1,1 +1,1 @@
-"""Files on disk, formats and folders: read into records and tensors, and written. No model is known here."""
+"""Files, formats and folders on disk, read into plain records and tensors, and written. No file here builds a model."""

@@ -1,8 +1,9 @@
-"""The keys of each architecture's config.json, their defaults, and which of their values are built.
+"""The keys of each architecture's config.json, their defaults, and the values that are supported.
 
-A `model_type` is a row of ARCHITECTURES; config_keys.py and config_json.py go by these tables. A key is read (`keys`,
-COMMON), or has one value that is built (`only`, ONLY), or is inert (`inert`, INERT): it changes no number, for the
-reason that stands beside it. Any other key is refused by name, unless it is null.
+Each `model_type` is a row of ARCHITECTURES; config_keys.py and config_json.py use these tables. A key belongs to one of
+three kinds. It is read (`keys`, COMMON), or only some of its values are supported (`only`, ONLY), or it is inert
+(`inert`, INERT). An inert key changes no number, for the reason given beside it. Any other key is refused with an error
+that names it, unless its value is null.
 """
 
 from dataclasses import dataclass, field
@@ -11,21 +12,21 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Architecture:
-    """One `model_type`: its keys, and what they mean."""
+    """One `model_type`: its keys of config.json, and their meaning."""
 
     class_name: str  # in transformers
-    special: str  # how it differs from the others, for those who read a table
-    keys: frozenset[str]  # of config.json, beside those that all share
+    special: str  # how it differs from the others, for a table in the docs
+    keys: frozenset[str]  # keys that are read, besides COMMON
     fixed: dict[str, Any] = field(default_factory=dict)  # fields of ModelConfig that no key sets
-    defaults: dict[str, Any] = field(default_factory=dict)  # of absent keys, where not DEFAULTS'
-    only: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # key -> the values of it that are built
+    defaults: dict[str, Any] = field(default_factory=dict)  # values of absent keys, before DEFAULTS
+    only: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # key -> its supported values
     inert: dict[str, str] = field(default_factory=dict)  # key -> why it changes no number
     aliases: dict[str, str] = field(default_factory=dict)  # another name of a key -> the key
     repeats: dict[str, str] = field(default_factory=dict)  # key -> the key whose value it repeats
-    rope: dict[str, Any] = field(default_factory=dict)  # rope's parameters where no key has them
-    # the layers that have the window where there is no layer_types: all of them; late or early ones, by
-    # max_window_layers (early: every other one); period, all but each sliding_window_pattern-th; unrotated, those
-    # without rope
+    rope: dict[str, Any] = field(default_factory=dict)  # rope's parameters if no key has them
+    # the layers with the window if there is no layer_types. all: every layer; late: from max_window_layers on;
+    # early: every other one before max_window_layers; period: all but each sliding_window_pattern-th; unrotated:
+    # those without rope
     slides: Literal["all", "late", "early", "period", "unrotated"] = "all"
 
 
@@ -35,7 +36,7 @@ _SOME_LAYERS = {"moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step"
 _NO_BIAS = {"attention_bias": (False,)}
 _LLAMA_IDS = {"bos_token_id": 1, "eos_token_id": 2}
 _LONG_CONTEXT = {
-    "dual_chunk_attention_config": "how vLLM attends beyond the trained length: transformers passes over it"
+    "dual_chunk_attention_config": "vLLM's attention beyond the trained length: transformers ignores it"
 }
 _NO_WINDOW_LAYERS = {"max_window_layers": "left over from Qwen2's config: no layer is chosen by it"}
 
@@ -108,7 +109,7 @@ ARCHITECTURES = {
             "num_experts_per_tok": 2,
             **_LLAMA_IDS,
         },
-        # the noise is of training alone
+        # the noise would be added in training only
         only={"router_jitter_noise": (0.0,), "norm_topk_prob": (True,), **_NO_BIAS},
         aliases={"num_experts": "num_local_experts"},
     ),
@@ -150,7 +151,7 @@ ARCHITECTURES = {
             "num_experts_per_tok": 8,
             "moe_intermediate_size": 768,
         },
-        # Qwen3-Coder's files say these
+        # Qwen3-Coder's files have these keys
         only={"use_qk_norm": (True,), "qkv_bias": (False,), "shared_expert_intermediate_size": (0, None)},
         inert=_NO_WINDOW_LAYERS | _LONG_CONTEXT,
         aliases={"num_local_experts": "num_experts"},
@@ -199,8 +200,8 @@ ARCHITECTURES = {
         inert={
             "auto_map": "names DeepSeek's own code for what transformers computes by itself",
             "aux_loss_alpha": "weight of a balance loss that transformers does not have for this architecture",
-            "seq_aux": "says how that balance loss is averaged",
-            "ep_size": "spread of the experts over devices",
+            "seq_aux": "the averaging of that balance loss",
+            "ep_size": "the distribution of the experts over devices",
             **dict.fromkeys(
                 ("num_nextn_predict_layers", "num_mtp_layers"),
                 "layers that predict further tokens: transformers leaves them out, too",
@@ -234,7 +235,7 @@ ARCHITECTURES = {
             "sliding_window_pattern": 2,
         },
         only={"norm_topk_prob": (True,)},
-        inert={"initial_context_length": "rope's parameters say it as original_max_position_embeddings"},
+        inert={"initial_context_length": "rope's parameters have it as original_max_position_embeddings"},
         aliases={"num_experts": "num_local_experts"},
         repeats={"experts_per_token": "num_experts_per_tok"},
         rope={
@@ -276,7 +277,7 @@ ARCHITECTURES = {
             "use_bidirectional_attention": (False, None),
         },
         inert={
-            "hidden_act": "the activation is hidden_activation",
+            "hidden_act": "the activation is read from hidden_activation",
             "cache_implementation": "how keys and values are kept while sampling",
         },
         slides="period",
@@ -289,13 +290,13 @@ SIZES = (
 )
 NUMBERS = ("rms_norm_eps", "initializer_range")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-ONLY: dict[str, tuple[Any, ...]] = {  # key -> the values of it that are built; messages name the first
+ONLY: dict[str, tuple[Any, ...]] = {  # key -> its supported values; messages name the first
     "hidden_act": ("silu", "swish"),
     "attention_dropout": (0.0, None),
     "partial_rotary_factor": (1.0, None),
     "is_causal": (True,),  # null and false let tokens see what comes after them
     "mlp_bias": (False,),
-    # nothing reads these; any other value would be another model
+    # these keys are not read; another value would mean another model
     "rope_interleaved": (False, None),
     "use_mrope": (False, None),
     "is_encoder_decoder": (False, None),
@@ -345,24 +346,24 @@ _REASONS: dict[str, tuple[str, ...]] = {
         *("tokenizer_class", "name_or_path"),
         *("is_llama_config", "model_name", "unsloth_fixed", "unsloth_version"),
     ),
-    "a length that nothing stops at": ("max_sequence_length", "model_max_length"),
-    "the tensors say their own dtype": ("dtype", "torch_dtype", "use_bfloat16"),
-    "what a forward pass hands out, not what it computes": (
+    "a length limit that is not enforced": ("max_sequence_length", "model_max_length"),
+    "each tensor has its own dtype": ("dtype", "torch_dtype", "use_bfloat16"),
+    "a choice of outputs, which does not change their values": (
         *("use_cache", "return_dict", "output_attentions", "output_hidden_states"),
         *("output_router_logits", "torchscript"),
     ),
-    "which of several ways to the same numbers": (
+    "a choice between ways to compute the same numbers": (
         *("attn_implementation", "gradient_checkpointing", "chunk_size_feed_forward", "pretraining_tp"),
         *("use_flash_attention_2", "use_flash_attn"),
     ),
     "names of a classifier's outputs, or of its task": (
         *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params"),
     ),
-    "of models with an encoder": (
+    "only used by models with an encoder": (
         *("is_decoder", "tie_encoder_decoder", "cross_attention_hidden_size", "decoder_start_token_id"),
         "tf_legacy_loss",
     ),
-    "how a caller samples, which generation_config.json says": (
+    "a default for sampling, which belongs to generation_config.json": (
         *("max_length", "min_length", "max_new_tokens", "do_sample", "early_stopping", "num_beams"),
         *("num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "prefix"),
         *("repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
@@ -374,7 +375,7 @@ _REASONS: dict[str, tuple[str, ...]] = {
 }
 # key -> why it changes no number, whatever the architecture
 INERT = {key: reason for reason, keys in _REASONS.items() for key in keys}
-ROPE_KEYS = {  # rope_type -> keys it needs, keys it may have, beside rope_type and rope_theta
+ROPE_KEYS = {  # rope_type -> (required keys, optional keys), besides rope_type and rope_theta
     "default": ((), ()),
     "linear": (("factor",), ()),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
@@ -386,16 +387,16 @@ ROPE_KEYS = {  # rope_type -> keys it needs, keys it may have, beside rope_type 
         ),
     ),
 }
-# key beside them -> why transformers computes the same without it
+# further key of rope -> why transformers computes the same without it
 ROPE_INERT = {
-    "attn_factor": "what vLLM and llama.cpp scale yarn's attention_factor with: transformers passes over it",
+    "attn_factor": "a factor on yarn's attention_factor in vLLM and llama.cpp: transformers ignores it",
     "finetuned": "a note of yarn's authors that the stretched model was trained further",
 }
 ROPE_MAY_BE_NULL = {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
 ROPE_MAY_BE_ZERO = {"attention_factor", "mscale", "mscale_all_dim"}
-ROPE_LEAST, ROPE_MOST = 1e-9, 1e15  # of a number there that is not 0: further out frequencies are not finite
+ROPE_LEAST, ROPE_MOST = 1e-9, 1e15  # bounds of a rope number other than 0: beyond, frequencies are not finite
 
 
 def loadable() -> list[tuple[str, str, str]]:
-    """(model_type, transformers' class, how it differs from the others) of each architecture."""
+    """Return (model_type, transformers' class, how it differs from the others) for each architecture."""
     return [(name, a.class_name, a.special) for name, a in ARCHITECTURES.items()]

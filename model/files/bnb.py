@@ -1,13 +1,13 @@
-"""4-bit weights on disk, as bitsandbytes and transformers keep them: one weight is several tensors.
+"""4-bit weights on disk in the format of bitsandbytes and transformers, where one weight is several tensors.
 
     X.weight                                   (N K / 2, 1) uint8, two weights a byte, the first in the high nibble; or
                                                the same bytes as numbers of another dtype (bnb_4bit_quant_storage)
-    X.weight.absmax                            fp32 (blocks,); where it is quantised itself, uint8
+    X.weight.absmax                            fp32 (blocks,); uint8 if the scales themselves are quantised
     X.weight.quant_map                         fp32 (16,), the value of each nibble
-    X.weight.nested_absmax, .nested_quant_map  fp32 (blocks / 256,) and (256,), where absmax is quantised
+    X.weight.nested_absmax, .nested_quant_map  fp32 (blocks / 256,) and (256,), only if absmax is quantised
     X.weight.quant_state.bitsandbytes__nf4     JSON as bytes: blocksize, dtype, shape, nested_offset
 
-Any layer may be dense beside them: transformers then wants its name in llm_int8_skip_modules.
+Any layer of the folder may be dense. transformers then needs its name in llm_int8_skip_modules.
 
 Source: https://github.com/bitsandbytes-foundation/bitsandbytes (functional.py, QuantState)
 """
@@ -31,7 +31,7 @@ from .tensors import FLOATS, Stored
 from .text_files import parse_json
 
 STATE = "quant_state.bitsandbytes__"
-STATE_BYTES = 10_000  # of its JSON, at most; bitsandbytes writes about 200
+STATE_BYTES = 10_000  # the most bytes of the state's JSON; bitsandbytes writes about 200
 STORAGE = (torch.uint8, torch.int8, *FLOATS)
 
 
@@ -39,9 +39,9 @@ STORAGE = (torch.uint8, torch.int8, *FLOATS)
 
 
 def config(weight: NF4Weight, compute_dtype: str, dense: Sequence[str] = ()) -> dict[str, Any]:
-    """quantization_config of config.json for weights like this one.
+    """Return quantization_config of config.json for weights in this weight's format.
 
-    dense: names of linear modules that are not in 4 bits. Where none is named, transformers has only the head dense.
+    dense: names of linear modules that are not in 4 bits. If none is named, transformers keeps only the head dense.
     """
     skipped = {"llm_int8_skip_modules": [*dense]} if dense else {}
     return {
@@ -57,7 +57,7 @@ def config(weight: NF4Weight, compute_dtype: str, dense: Sequence[str] = ()) -> 
 
 
 def tensors(name: str, weight: NF4Weight) -> dict[str, Tensor]:
-    """Name on disk -> tensor, for the weight called `name`."""
+    """Return name on disk -> tensor for the weight called `name`."""
     state: dict[str, Any] = {
         "quant_type": weight.quant_type,
         "blocksize": weight.blocksize,
@@ -70,7 +70,7 @@ def tensors(name: str, weight: NF4Weight) -> dict[str, Tensor]:
         parts |= {"nested_absmax": weight.nested_absmax, "nested_quant_map": weight.nested_code}
         state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": weight.offset.item()}
     parts[f"{STATE}{weight.quant_type}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
-    # copies: weights share their tables, tensors of one file may not
+    # copies, because weights share their tables, and the tensors of one file may share no memory
     found = {f"{name}.{part}": tensor.cpu().clone() for part, tensor in parts.items()}
     return {name: weight.packed.cpu().reshape(-1, 1), **found}
 
@@ -80,15 +80,15 @@ def tensors(name: str, weight: NF4Weight) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight in 4 bits as it lies in a folder. Its sizes are checked, its large tensors not read yet."""
+    """A 4-bit weight in a folder. Its sizes are checked, and its large tensors are not read yet."""
 
-    parts: dict[str, Stored]  # by their names less "X.weight.", and "packed"
+    parts: dict[str, Stored]  # by name without "X.weight."; the weight itself is "packed"
     shape: torch.Size
     blocksize: int
     offset: float
 
     def read(self, dtype: torch.dtype) -> NF4Weight:
-        """Read the weight. dtype: the one that it is multiplied out to."""
+        """Read the weight. dtype: the dtype of the dense weight that it stands for."""
         mapped = {part: tensor.read().flatten() for part, tensor in self.parts.items()}
         mapped["packed"] = mapped["packed"].view(torch.uint8)
         for part, tensor in mapped.items():
@@ -111,16 +111,19 @@ class Packed:
 
 
 def packed(name: str, parts: dict[str, Stored], shape: torch.Size, source: str) -> Packed:
-    """The weight of `parts`, by their names less "X.weight.", and "packed". Raises InputError naming the part."""
+    """Return the 4-bit weight `name`, made of `parts`. Raises InputError naming a part that does not fit.
+
+    parts: the tensors by their names without "X.weight."; the weight's own tensor is called "packed".
+    """
     for part in parts:
         known = ("packed", "absmax", "quant_map", "nested_absmax", "nested_quant_map")
         if part not in known and not part.startswith(STATE):
             raise InputError(
-                f"{source}: {name}.{shown(part)}: unexpected, it is no part of a weight in 4 bits"
+                f"{source}: {name}.{shown(part)}: unexpected, it is not a part of a 4-bit weight"
             )
     blocksize, offset = _state(name, parts, shape, source)
 
-    # the scales: one for each block of weights, and where they are quantised one for each 256 of them
+    # the scales: one for each block of weights; if they are quantised, also one for each 256 scales
     blocks, nested = -(-prod(shape) // blocksize), "nested_absmax" in parts
     sizes: dict[str, tuple[torch.dtype, int]] = {
         "quant_map": (torch.float32, 16),
@@ -152,16 +155,16 @@ def packed(name: str, parts: dict[str, Stored], shape: torch.Size, source: str) 
 
 
 class State(NamedTuple):
-    """The JSON beside a weight."""
+    """The quantisation state of a 4-bit weight, which is stored beside it as JSON."""
 
     blocksize: int
     offset: float
-    dtype: torch.dtype  # that it had in the model that was quantised
+    dtype: torch.dtype  # the weight's dtype before it was quantised
     shape: list[int]
 
 
 def read_state(stored: Stored) -> State:
-    """Read the JSON beside a weight. Raises InputError where it is no state of a weight in nf4 or fp4."""
+    """Read the quantisation state of a 4-bit weight. Raises InputError if it is not a valid state for nf4 or fp4."""
     where = f"{stored.file}: {shown(stored.name)}"
     expected = f"{where}: expected a quantisation state as JSON"
     if stored.dtype != torch.uint8 or stored.numel > STATE_BYTES:
@@ -192,7 +195,10 @@ def read_state(stored: Stored) -> State:
 
 
 def _state(name: str, parts: dict[str, Stored], shape: torch.Size, source: str) -> tuple[int, float]:
-    """blocksize and offset, from the JSON beside the weight, whose shape is compared."""
+    """Return (blocksize, offset) from the quantisation state among a weight's parts.
+
+    Raises InputError if there is not exactly one state, or if its shape differs from `shape`.
+    """
     keys = [part for part in parts if part.startswith(STATE)]
     if not keys:
         raise InputError(f"{source}: {name}.{STATE}nf4: missing, although the weight is in 4 bits")
@@ -207,9 +213,10 @@ def _state(name: str, parts: dict[str, Stored], shape: torch.Size, source: str) 
 
 
 def stack(weights: Sequence[NF4Weight], shape: torch.Size) -> NF4Weight | None:
-    """One weight (*shape) of several that lie one behind the other, to the bit; None where a block would cross two.
+    """Concatenate several weights into one of shape `shape`, without any change of value.
 
-    Each scale is then in fp32: those of several weights have no common offset.
+    Returns None if the weights differ in block size or code, or if a block would span two of them. The scales of the
+    result are in fp32, because the quantised scales of several weights have no common offset.
     """
     first = weights[0]
     for weight in weights:

@@ -1,10 +1,10 @@
-"""A folder's config.json, read and written.
+"""The reader and the writer of a folder's config.json.
 
-    read_config     config.json (transformers 4 or 5) -> ModelConfig; refuses what this transformer would not compute
+    read_config     config.json (transformers 4 or 5) -> ModelConfig; raises for values that are not supported
     write_config    ModelConfig -> a config.json that transformers 5 reads
 
-transformers 4 wrote `rope_theta`, `rope_scaling` and `torch_dtype`, transformers 5 writes `rope_parameters` and
-`dtype`. A key that is absent takes the value that transformers gives it for that architecture.
+transformers 4 wrote `rope_theta`, `rope_scaling` and `torch_dtype`. transformers 5 writes `rope_parameters` and
+`dtype`. An absent key takes the value that transformers gives it for that architecture.
 """
 
 from dataclasses import fields
@@ -27,15 +27,15 @@ from .architectures import (
 )
 from .config_keys import MOST, MOST_LAYERS, Keys, is_token_id
 
-_NUMBER_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # its key, by architecture
+_NUMBER_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # each architecture has one
 
 
 def read_config(
     raw: dict[str, Any], source: str = "config.json", generation: dict[str, Any] | None = None
 ) -> ModelConfig:
-    """Read a parsed config.json; `source` names it in errors. generation: a parsed generation_config.json.
+    """Read a parsed config.json. source: its name in errors. generation: a parsed generation_config.json.
 
-    Raises InputError naming the key that is missing, of the wrong type, or asks for what is not built.
+    Raises InputError naming the key that is missing, has the wrong type, or has an unsupported value.
     """
     return _Reader(raw, source).read(generation or {})
 
@@ -44,14 +44,14 @@ def read_config(
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Return config.json for transformers 5, without a dtype, which only the tensors have.
+    """Return config.json for transformers 5, without a dtype, which depends on the tensors.
 
-    Raises ValueError where the keys of `model_type` cannot express the fields.
+    Raises ValueError if the keys of `model_type` cannot express the config.
     """
     architecture = ARCHITECTURES[config.model_type]
     window = next((window for window in config.windows if window is not None), None)
     if window is None and architecture.slides == "period":
-        window = architecture.defaults["sliding_window"]  # transformers wants one, though no layer has it
+        window = architecture.defaults["sliding_window"]  # transformers needs one, even if no layer uses it
 
     # the keys of all architectures
     eos = config.eos_token_id
@@ -66,7 +66,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "use_cache": True,
     }
 
-    # those that this architecture has, of all that there are
+    # the other keys, as far as this architecture has them
     special = {
         "attention_bias": config.qkv_bias,
         "mlp_bias": config.mlp_bias,
@@ -78,9 +78,9 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     special |= _experts_keys(config) | _attention_keys(config)
     raw |= {key: value for key, value in special.items() if key in architecture.keys}
 
-    # what transformers wants in another form
+    # keys that transformers needs in another form
     if config.latent:
-        raw["head_dim"] = config.latent.rope_dim  # transformers rotates this much
+        raw["head_dim"] = config.latent.rope_dim  # the width that transformers rotates
         raw["qk_head_dim"] = config.latent.nope_dim + config.latent.rope_dim
     if config.gemma:
         kinds = ("full_attention", config.rope), ("sliding_attention", config.local_rope or config.rope)
@@ -89,7 +89,9 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     again = read_config(raw, generation=config.generation)
     lost = [f.name for f in fields(config) if getattr(config, f.name) != getattr(again, f.name)]
     if lost:
-        raise ValueError(f"{', '.join(lost)}: {config.model_type}'s config.json cannot say this: {config}")
+        raise ValueError(
+            f"{', '.join(lost)}: {config.model_type}'s config.json cannot express this: {config}"
+        )
     return raw
 
 
@@ -146,7 +148,7 @@ def _rope_keys(rope: Rope) -> dict[str, Any]:
 
 
 class _Reader(Keys):
-    """One config.json, read as the fields of ModelConfig."""
+    """A reader that turns one config.json into the fields of ModelConfig."""
 
     def read(self, generation: dict[str, Any]) -> ModelConfig:
         self.refuse_what_is_not_built()
@@ -252,15 +254,18 @@ class _Reader(Keys):
         return tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
 
     def grouped(self, name: str, E: int, K: int, size: int) -> dict[str, Any]:
-        """Read DeepSeek's choice: experts of the best groups alone, where a group counts by its two best experts."""
+        """Return the options of DeepSeek's choice of experts, which takes experts of the best groups only.
+
+        A group's score is the sum of the scores of its two best experts.
+        """
         groups, kept = self.size("n_group"), self.size("topk_group")
         if E % groups or E // groups < 2:
-            self.refuse("n_group", f"groups of equal size, two or more of {name}={E} experts in each", groups)
+            self.refuse("n_group", f"equal groups of two or more of the {name}={E} experts", groups)
         if kept > groups:
             self.refuse("topk_group", f"at most n_group={groups}", kept)
         if kept * (E // groups) < K:
             self.refuse(
-                "num_experts_per_tok", f"at most the {kept * (E // groups)} experts of {kept} groups", K
+                "num_experts_per_tok", f"at most {kept * (E // groups)}, the experts in {kept} groups", K
             )
 
         return {
@@ -274,7 +279,7 @@ class _Reader(Keys):
     # ---- rope
 
     def rope(self, kind: str = "full_attention") -> Rope:
-        """Read rope. kind: of attention, where the file has one rope for each."""
+        """Read the rope parameters. kind: the kind of attention, for files with a rope for each kind."""
         key, parameters, theta = self.rope_parameters(kind)
         rope_type = parameters.get("rope_type", parameters.get("type", "default"))
         if not isinstance(rope_type, str) or rope_type not in ROPE_KEYS:
@@ -292,7 +297,7 @@ class _Reader(Keys):
                 values |= self.rope_value(f"{key}.{name}", name, value)
             elif name == "partial_rotary_factor":
                 if value != 1 or isinstance(value, bool):
-                    self.refuse(f"{key}.{name}", "1.0, nothing else is built", value)
+                    self.refuse(f"{key}.{name}", "1.0, nothing else is supported", value)
             elif name not in ("rope_type", "type") and value is not None and name not in ROPE_INERT:
                 raise InputError(
                     f"{self.source}: {key}.{shown(name)}: not supported for rope_type {rope_type}, "
@@ -309,7 +314,7 @@ class _Reader(Keys):
         return Rope(rope_type=rope_type, **values)
 
     def rope_parameters(self, kind: str) -> tuple[str, dict[str, Any], float]:
-        """(the key that holds them, the parameters, the base where they have none)"""
+        """Return (key, parameters, theta): rope's key and parameters in the file, and the default of rope_theta."""
         scaling, parameters = self.raw.get("rope_scaling"), self.raw.get("rope_parameters")
         for key, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
             if value is not None and not isinstance(value, dict):
@@ -321,7 +326,7 @@ class _Reader(Keys):
             if "original_max_position_embeddings" in self.raw:
                 found["original_max_position_embeddings"] = self.raw["original_max_position_embeddings"]
                 if found.get("rope_type", found.get("type", "default")) not in ("llama3", "yarn"):
-                    del found["original_max_position_embeddings"]  # read by these two alone
+                    del found["original_max_position_embeddings"]  # only these two read it
             return key, found, self.number("rope_theta")
 
         kinds = ("full_attention", "sliding_attention")
@@ -334,16 +339,16 @@ class _Reader(Keys):
         if not isinstance(found, dict):
             self.refuse(key, "an object", found)
         if kind == "full_attention" and scaling is not None:
-            # without rope_type it is the default's, whatever `type` is
+            # without rope_type the type is "default", whatever `type` is
             key, found = "rope_scaling", {"rope_type": "default"} | found | scaling
         if found.get("truncate", True) is not True:
             self.refuse(
-                f"{key}.truncate", "true, nothing else is built for ropes of two kinds", found["truncate"]
+                f"{key}.truncate", "true, nothing else is supported for two kinds of rope", found["truncate"]
             )
         return key, found, self.number("rope_theta" if kind == "full_attention" else "rope_local_base_freq")
 
     def rope_value(self, key: str, name: str, value: Any) -> dict[str, Any]:
-        """{name: value}, checked; empty for a null that leaves the value to the rule."""
+        """Return {name: value} of a checked rope parameter, or {} for a null, which leaves the value to a default."""
         if name == "truncate":
             if value is not None and not isinstance(value, bool):
                 self.refuse(key, "true or false", value)
@@ -396,12 +401,14 @@ class _Reader(Keys):
             )
         if "sliding_attention" in kinds and window is None:
             self.refuse(
-                "sliding_window", "a window, and use_sliding_window, since layer_types slides", window
+                "sliding_window",
+                "a window, and use_sliding_window, for layer_types' sliding_attention",
+                window,
             )
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
     def slides(self, layers: int, rope_layers: tuple[bool, ...]) -> list[bool]:
-        """Whether each layer has the window, by the architecture's rule."""
+        """Return whether each layer has the window, by the architecture's rule."""
         match self.architecture.slides:
             case "late":
                 first = self.count("max_window_layers")

@@ -1,22 +1,22 @@
-"""The keys of one config.json, each checked as it is read. Every refusal names the file and the key."""
+"""The keys of one config.json, each checked as it is read. Every error names the file and the key."""
 
 from typing import Any, NoReturn
 
 from ..errors import InputError, shown
 from .architectures import ARCHITECTURES, COMMON, DEFAULTS, INERT, NULLABLE, ONLY
 
-MOST = 2**31 - 1  # of any size: no model has more, and products of two still fit an int64
+MOST = 2**31 - 1  # of any size: no model has more, and the product of two sizes still fits an int64
 MOST_LAYERS = 10_000
-LARGEST = 3.4028234663852886e38  # of a number that is computed with: fp32's largest
+LARGEST = 3.4028234663852886e38  # of any number in a computation: the largest in fp32
 
 
 def is_token_id(value: object) -> bool:
-    """Whether a value may be a token's id, or is -1, which stands for none in early Llama folders."""
+    """Return whether a value is a valid token id. -1 is valid, too: it stands for "no token" in early Llama folders."""
     return type(value) is int and -1 <= value <= MOST
 
 
 class Keys:
-    """A parsed config.json, `raw`, whose name in errors is `source`."""
+    """The keys of a parsed config.json, `raw`. source: the file's name in errors."""
 
     def __init__(self, raw: dict[str, Any], source: str):
         self.raw, self.source = {**raw}, source
@@ -33,7 +33,7 @@ class Keys:
         raise InputError(f"{self.source}: {key}: expected {expected}, got {shown(repr(got))}")
 
     def get(self, key: str, kind: type | tuple[type, ...], expected: str, least: float | None = None) -> Any:
-        """The value of a key, or its default. None comes only from keys that may be null."""
+        """Return the value of a key, or its default. Only a key that may be null can give None."""
         if key not in self.raw and key not in self.defaults:
             raise InputError(f"{self.source}: {key}: missing, expected {expected}")
         value = self.raw.get(key, self.defaults.get(key))
@@ -46,7 +46,7 @@ class Keys:
         return value
 
     def has(self, key: str) -> bool:
-        """Whether the architecture has the key, in the file or not."""
+        """Return whether the architecture has the key, even if the file lacks it."""
         return key in self.architecture.keys
 
     def size(self, key: str, most: int = MOST) -> Any:
@@ -62,13 +62,13 @@ class Keys:
         return float(self.get(key, (int, float), "a number >= 0", least=0))
 
     def flag(self, key: str) -> bool:
-        """False also where the architecture does not have the key."""
+        """Return the bool of a key. It is False if the architecture does not have the key."""
         return key in COMMON | self.architecture.keys and self.get(key, bool, "true or false")
 
     def refuse_what_is_not_built(self) -> None:
-        """Raises InputError for a value that is not built, and for a key that is neither read nor inert.
+        """Raise InputError for an unsupported value, and for a key that is neither read nor known to change nothing.
 
-        An unknown key may change the numbers, even by being false.
+        An unknown key may change the numbers, even if it is false.
         """
         a = self.architecture
         read = COMMON | a.keys | a.aliases.keys()
@@ -77,14 +77,14 @@ class Keys:
 
         for key, value in self.raw.items():
             if key in only:
-                # true is 1 to Python, and false is 0
+                # in Python True equals 1 and False equals 0, but here they differ
                 if not any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in only[key]):
-                    self.refuse(key, f"{only[key][0]!r}, nothing else is built", value)
+                    self.refuse(key, f"{only[key][0]!r}, nothing else is supported", value)
             elif key in a.repeats:
                 if value != (once := self.size(a.repeats[key])):
                     self.refuse(key, f"{once!r}, as {a.repeats[key]} says", value)
             elif key not in known and not key.startswith("_") and value is not None:
                 raise InputError(
                     f"{self.source}: {shown(key)}: not supported for {self.model_type}, got {shown(repr(value))}; "
-                    "it may be taken out where the model computes the same without it"
+                    "remove it if the model computes the same without it"
                 )

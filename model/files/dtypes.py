@@ -1,6 +1,6 @@
-"""The dtype of each tensor on disk: remembered from the folder that a model was read from, used again when it is saved.
+"""The dtype of each tensor in a model's folder, kept so that the model can be saved in the same dtypes.
 
-Training keeps fp32 weights whatever the files have. So a bf16 folder comes back as a bf16 folder.
+Training keeps fp32 weights, whatever the files have. With these dtypes, a bf16 folder is saved as a bf16 folder.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ from .tensors import Stored
 
 
 def read_dtypes(stored: Mapping[str, Stored]) -> Dtypes:
-    """Read the dtypes from a folder's headers. That of a weight in 4 bits is the one that its state names."""
+    """Read the dtypes from a folder's headers. A 4-bit weight has the dtype that its quantisation state names."""
     found: dict[str, torch.dtype] = {}
     numbers: Counter[torch.dtype] = Counter()
     for name, tensor in stored.items():
@@ -23,7 +23,7 @@ def read_dtypes(stored: Mapping[str, Stored]) -> Dtypes:
         found[name] = tensor.dtype
         numbers[tensor.dtype] += tensor.numel
 
-    # a weight in 4 bits: its bytes may be stored as numbers of any dtype, which does not count
+    # a 4-bit weight: its bytes may be stored as numbers of any dtype, and that dtype is ignored
     for name, tensor in stored.items():
         weight, _, state = name.partition(".quant_state.")
         if state:

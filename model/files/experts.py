@@ -1,13 +1,14 @@
-"""Experts' weights in a folder, and the few other names that differ there from ours.
+"""Experts' weights in a folder, and the few other names that differ between a folder and this model.
 
-In memory a layer's experts are two tensors, gate_up (E, 2F, C), the gate's rows first, and down (E, C, F). A folder has
+In memory, a layer's experts are two tensors: gate_up (E, 2F, C), with the gate's rows first, and down (E, C, F). A
+folder has one of three forms:
 
     one by one    X.experts.0.gate_proj.weight (F, C), .up_proj, .down_proj (C, F)    as published; mixtral: w1, w3, w2
     fused         X.experts.gate_up_proj (E, 2F, C), X.experts.down_proj (E, C, F)    save_original_format=False
-    gpt-oss       the same two, transposed, rows of gate and up in turn, and biases
+    gpt-oss       the same two, but transposed, with alternating rows of gate and up, and with biases
 
-One by one, a tensor in memory is the tensors of the folder one behind the other. All three forms are read, and the
-published one is written.
+In the first form, a tensor in memory is the concatenation of tensors in the folder. All three forms are read. The
+published form of the architecture is written.
 """
 
 import re
@@ -23,14 +24,17 @@ ONE_BY_ONE = re.compile(r".*\.experts\.\d+\..*")
 
 
 def fused_on_disk(config: ModelConfig, names: Iterable[str]) -> bool:
-    """Whether the experts of `config`, published one by one, are fused in a folder of tensors with these names."""
+    """Return whether a folder with these tensor names has fused experts.
+
+    It is False for a model without experts, and for one whose experts are always fused.
+    """
     split = config.experts is not None and config.model_type != "gpt_oss"
     return split and any(FUSED.fullmatch(name) for name in names)
 
 
 def disk_name(config: ModelConfig, name: str, fused: bool = False) -> str:
-    """A parameter's name as transformers has it, from ours. `pieces_of` has the names of experts' weights."""
-    if config.model_type == "mixtral" and not fused:  # fused, it is the name of transformers' module
+    """Return transformers' name of our parameter `name`. For the weights of experts, use `pieces_of`."""
+    if config.model_type == "mixtral" and not fused:  # the fused form has our name
         return name.replace(".mlp.", ".block_sparse_moe.")
     if config.model_type == "gpt_oss":
         return name.replace(".mlp.gate.", ".mlp.router.")
@@ -42,7 +46,7 @@ def disk_name(config: ModelConfig, name: str, fused: bool = False) -> str:
 def pieces_of(
     config: ModelConfig, name: str, shape: torch.Size, fused: bool = False
 ) -> tuple[list[str], torch.Size]:
-    """The names on disk of the pieces of our parameter, in their order, and the shape that each piece has there."""
+    """Return (names, shape): the names on disk of our parameter's pieces, in order, and the shape of each piece."""
     at, _, which = name.rpartition(".experts.")
     if not at:
         return [disk_name(config, name, fused)], shape
@@ -62,7 +66,7 @@ def pieces_of(
 
 
 def from_disk(config: ModelConfig, name: str, tensor: Tensor) -> Tensor:
-    """Our parameter `name` from the one tensor of it that a folder has."""
+    """Return our parameter `name` from the single tensor that a folder has for it."""
     if config.model_type != "gpt_oss" or ".experts." not in name:
         return tensor
     tensor = tensor if tensor.dim() == 2 else tensor.transpose(1, 2)  # (E, in, out) -> (E, out, in)
@@ -70,7 +74,7 @@ def from_disk(config: ModelConfig, name: str, tensor: Tensor) -> Tensor:
 
 
 def to_disk(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The folder's names and tensors from ours, in the published form."""
+    """Convert our names and tensors to those of a folder, in the published form."""
     files: dict[str, Tensor] = {}
     for name, tensor in state.items():
         names, shape = pieces_of(config, name, tensor.shape)
@@ -83,22 +87,25 @@ def to_disk(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_pairs(tensor: Tensor) -> Tensor:
-    """Rows (E, 2F, ...), the gate's first, in gpt-oss' order: gate and up in turn."""
+    """Reorder rows (E, 2F, ...), with the gate's first, to gpt-oss' order, in which rows of gate and up alternate."""
     return tensor.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)  # (E, 2, F) -> (E, F, 2) -> (E, 2F)
 
 
 def to_halves(tensor: Tensor) -> Tensor:
-    """Rows (E, 2F, ...), gate and up in turn, with the gate's first."""
+    """Reorder rows (E, 2F, ...), in which gate and up alternate, so that the gate's rows come first."""
     return tensor.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)  # (E, F, 2) -> (E, 2, F) -> (E, 2F)
 
 
 def _parts(config: ModelConfig) -> tuple[str, str, str]:
-    """The names of gate, up and down."""
+    """Return the names of an expert's gate, up and down matrices on disk."""
     return ("w1", "w3", "w2") if config.model_type == "mixtral" else ("gate_proj", "up_proj", "down_proj")
 
 
 def _fused_name(which: str) -> str:
-    """gate_up_proj.weight -> gate_up_proj, down_bias -> down_proj_bias"""
+    """Return the name of fused experts' weight or bias on disk.
+
+    Examples: gate_up_proj.weight -> gate_up_proj, down_bias -> down_proj_bias.
+    """
     if which.endswith(".weight"):
         return which.removesuffix(".weight")
     return which.replace("_bias", "_proj_bias")

@@ -1,21 +1,22 @@
-"""Numbers that stay finite: those of a file, as they are read, and those of a model, as they are written."""
+"""Checks that numbers stay finite, both those read from a file and those written to one."""
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
 
-CHUNK = 2**18  # numbers that are cast and looked at in one go
+CHUNK = 2**18  # numbers that are cast and checked at a time
 
 
 class TooLarge(InputError):
-    """A tensor holds numbers that the dtype it is to be written in does not."""
+    """An error for a tensor with numbers beyond the range of the dtype that it is to be written in."""
 
 
 def check_finite(where: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The tensor, or a copy in `dtype` where that holds no larger numbers. where: its file and name, for errors.
+    """Return the tensor, or a copy in `dtype` if the range of `dtype` is not larger than the tensor's.
 
-    Raises InputError where it holds NaN or infinity, TooLarge where only its copy in `dtype` would.
+    where: the tensor's file and name, for errors. Raises InputError if it holds NaN or infinity, and TooLarge if only
+    its copy in `dtype` would.
     """
     if not tensor.is_floating_point() or not tensor.numel():
         return tensor
@@ -23,13 +24,13 @@ def check_finite(where: str, tensor: Tensor, dtype: torch.dtype | None = None) -
     if dtype is not None and torch.finfo(dtype).max <= torch.finfo(tensor.dtype).max:
         result, fits = torch.empty(tensor.shape, dtype=dtype), True
         for part, source in zip(result.view(-1).split(CHUNK), tensor.reshape(-1).split(CHUNK), strict=True):
-            fits = fits and _is_finite(part.copy_(source))  # while it is in the cache
+            fits = fits and _is_finite(part.copy_(source))  # checked while the chunk is in the CPU's cache
         if fits:
             return result
     elif _is_finite(tensor):
         return tensor
 
-    # some number is at fault: a broken one, or one too large for the dtype
+    # some number is not finite, in the tensor itself or only in the copy
     broken = tensor.numel() - int(tensor.isfinite().sum())
     if broken:
         raise InputError(
@@ -40,7 +41,7 @@ def check_finite(where: str, tensor: Tensor, dtype: torch.dtype | None = None) -
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in `dtype`. Raises TooLarge where a finite number would become infinite."""
+    """Return the tensor in `dtype`. Raises TooLarge if a finite number would become infinite."""
     if not tensor.is_floating_point() or tensor.dtype == dtype:
         return tensor
     result = tensor.to(dtype)
@@ -55,13 +56,16 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _may_hold_infinity(tensor: Tensor) -> bool:
-    """Whether the least or the largest number is not finite. NaN hides an infinity there, and so counts as one.
+    """Return whether the smallest or the largest number is not finite. NaN hides an infinity, so it counts as one.
 
-    It takes a sixtieth of the time of isinf, and none of its memory.
+    This takes a sixtieth of the time of isinf, and no memory.
     """
     return tensor.numel() > 0 and not all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are finite. The sum is the quickest sign of it, but may be too large by itself."""
+    """Return whether all numbers are finite.
+
+    A finite sum proves it quickly. Otherwise the numbers are checked, because the sum alone may overflow.
+    """
     return bool(tensor.sum().isfinite()) or not _may_hold_infinity(tensor)

@@ -1,4 +1,4 @@
-"""A Hugging Face folder: whether it holds a model or an adapter, which base an adapter stands on, its place on disk."""
+"""Properties of a Hugging Face folder: the kind of its content, the base of an adapter, and the absolute path."""
 
 import os
 from collections.abc import Iterable
@@ -12,8 +12,8 @@ from .replacing import reason
 from .tensors import INDEX
 from .text_files import read_object
 
-TEMPLATES = "additional_chat_templates"  # the only folder in it, transformers' own
-MODEL_FILES = (  # a save may replace these alone
+TEMPLATES = "additional_chat_templates"  # the only subfolder that may be there; transformers writes it
+MODEL_FILES = (  # the only files that a save may replace
     *("config.json", "generation_config.json", "*.safetensors", INDEX),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
     *(f"{TEMPLATES}/*.jinja", peft.CONFIG),
@@ -21,30 +21,31 @@ MODEL_FILES = (  # a save may replace these alone
 
 
 def is_adapter(folder: str | os.PathLike[str]) -> bool:
-    """Whether the folder holds an adapter.
+    """Return whether the folder holds an adapter.
 
-    Other trainers write the base's config.json beside it. An adapter's weights then decide, even where a whole model's
-    stand beside them, as in transformers.
+    Other trainers also write the base's config.json into an adapter's folder. Then the folder counts as an adapter's if
+    it has an adapter's weights, even beside the weights of a whole model, as in transformers.
     """
-    folder = Path(folder)  # anything of these names counts: if it is no file, the reader refuses it
+    folder = Path(folder)  # any entry with these names counts; the reader raises if it is not a file
     weights = any(lexists(folder / name) for name in (peft.WEIGHTS, "adapter_model.bin"))
     return lexists(folder / peft.CONFIG) and (weights or not lexists(folder / "config.json"))
 
 
 def base_of(folder: str | os.PathLike[str]) -> Path:
-    """The folder of the model that an adapter belongs to. Raises InputError where there is none, only itself, or two.
+    """Return the folder of the model that an adapter belongs to.
 
-    A relative name in its config is tried from the working folder, from the adapter's folder and from each one around
-    that: a run inside a folder of work names its model from there, and the model is found from anywhere. An adapter on
-    the same base, as a run's folders are, is not the base.
+    A relative name in the adapter's config is looked up from the working folder, from the adapter's folder, and from
+    each folder around the adapter's. So the base is found from anywhere, if a run named it relative to a folder around
+    the adapter. Another adapter of the same base is never taken for the base itself.
+    Raises InputError if there is no base, if two different folders fit, or if the bases lead back to an adapter.
     """
     folder = Path(folder)
     first = base = _named_base(folder)
     seen = {folder.resolve()}
-    while is_adapter(base):  # a reward model's base may be one
+    while is_adapter(base):  # the base of a reward model may itself be an adapter
         if base in seen:
             raise InputError(
-                f"{folder / peft.CONFIG}: base_model_name_or_path: leads back to {base}, an adapter"
+                f"{folder / peft.CONFIG}: base_model_name_or_path: expected a model, leads back to {base}, an adapter"
             )
         seen.add(base)
         base = _named_base(base)
@@ -63,24 +64,22 @@ def _named_base(folder: Path) -> Path:
     if from_here and from_adapter and from_here[0] != from_adapter[0]:
         raise InputError(
             f"{file}: base_model_name_or_path: expected one model folder, found {from_here[0]} and {from_adapter[0]} "
-            f"at {named!r:.200}: write the path of one there"
+            f"at {named!r:.200}: write the path of one of them into the file"
         )
     if not from_here and not from_adapter:
         raise InputError(
             f"{file}: base_model_name_or_path: expected a model folder, found none at {named!r:.200}: write its path "
-            "there, or merge the adapter (burnish merge --base FOLDER)"
+            "into the file, or merge the adapter (burnish merge --base FOLDER)"
         )
     return [*from_here, *from_adapter][0]
 
 
 def _bases(name: str, adapter: Path, starts: Iterable[Path]) -> list[Path]:
-    """The folders called `name` at each of `starts` that may be the base of the adapter in the folder `adapter`."""
+    """Return the folders called `name` in any of `starts` that can be the base of the adapter in folder `adapter`."""
     found: list[Path] = []
     for start in starts:
         base = start / name
-        if (
-            not os.path.isdir(base) or base.resolve() == adapter
-        ):  # False for a name that no file can have, too
+        if not os.path.isdir(base) or base.resolve() == adapter:  # isdir is False also for an invalid name
             continue
         if not is_adapter(base) or read_object(base / peft.CONFIG).get("base_model_name_or_path") != name:
             found.append(base.resolve())
@@ -88,9 +87,9 @@ def _bases(name: str, adapter: Path, starts: Iterable[Path]) -> list[Path]:
 
 
 def holds_a_model(folder: Path) -> bool:
-    """Whether a save may replace the folder, because nothing else would be lost.
+    """Return whether a save may replace the folder, because no other files would be lost.
 
-    It is empty, or holds the config of a model or an adapter and nothing but files of such folders.
+    It may if the folder is empty, or if it holds the config of a model or an adapter, and only files of such folders.
     """
     if not os.path.isdir(folder):
         return False
@@ -103,11 +102,14 @@ def holds_a_model(folder: Path) -> bool:
 
 
 def absolute(folder: str | os.PathLike[str]) -> Path:
-    """The path with links followed. Raises InputError for a name that no folder can have, and for links in a circle."""
+    """Return the absolute path, with links followed.
+
+    Raises InputError for an invalid name and for links in a circle.
+    """
     try:
         found = Path(folder).resolve()
         if lexists(found):
-            os.stat(found)  # Python 3.13 follows a circle to its start
+            os.stat(found)  # raises for a circle of links, which Python 3.13 resolves to its start
         return found
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"{folder}: expected a folder's name: {reason(error)}") from None

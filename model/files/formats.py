@@ -1,6 +1,7 @@
-"""Quantised formats: which one a folder is in. bitsandbytes' 4 bits are read (bnb.py), all others refused by name.
+"""Detection of the quantised format of a folder's weights.
 
-config.json names it under quantization_config. Where it does not, the names and dtypes of the tensors show it.
+Only bitsandbytes' 4-bit format is read (bnb.py). For any other format, an error names it. config.json has the format
+under quantization_config. If it does not, the names and dtypes of the tensors show it.
 
 Source: transformers 5.22 (utils/quantization_config.py, QuantizationMethod), and the formats' own packages
 """
@@ -14,7 +15,7 @@ from ..errors import InputError, shown
 from .tensors import Stored
 
 CONFIG = "quantization_config"
-OTHERS = ("compression_config", "quantization")  # where older compressed-tensors, and MLX, have theirs
+OTHERS = ("compression_config", "quantization")  # the keys of older compressed-tensors, and of MLX
 WAY_OUT = "take a copy of the model in bf16, or in bitsandbytes' 4 bits"
 METHODS = {  # quant_method -> the usual name
     **{"gptq": "GPTQ", "awq": "AWQ", "auto-round": "AutoRound", "aqlm": "AQLM", "vptq": "VPTQ", "hqq": "HQQ"},
@@ -29,7 +30,7 @@ METHODS = {  # quant_method -> the usual name
     },
     **{"compressed-tensors": "compressed-tensors", "exl2": "EXL2", "exl3": "EXL3", "sinq": "SINQ"},
 }
-TENSORS = (  # the first that matches a name tells the format
+TENSORS = (  # (pattern of a tensor's name, format); the first match decides
     (r".*\.g_idx", "GPTQ"),
     (r".*\.(qweight|qzeros)", "AWQ or GPTQ"),
     (r".*_proj_(blocks|scales)", "MXFP4"),
@@ -52,9 +53,11 @@ TENSORS = (  # the first that matches a name tells the format
 
 
 def is_bnb_4bit(raw: dict[str, Any], source: Path) -> bool:
-    """Whether weights are in bitsandbytes' 4 bits, by a parsed config.json. The tensors show which ones, and how.
+    """Return whether a parsed config.json declares bitsandbytes' 4-bit weights.
 
-    Raises InputError that names any other format.
+    Raises InputError naming any other format.
+
+    The tensors show which weights are in 4 bits.
     """
     for key in OTHERS:
         if raw.get(key):
@@ -75,7 +78,10 @@ def is_bnb_4bit(raw: dict[str, Any], source: Path) -> bool:
 
 
 def of_tensors(tensors: Iterable[Stored]) -> tuple[Stored, str] | None:
-    """(tensor, format): the first that shows a quantised format, among tensors that do not fit a dense model."""
+    """Return (tensor, format) for the first tensor that shows a quantised format, or None.
+
+    tensors: those that do not fit a dense model.
+    """
     tensors = [*tensors]
     for pattern, name in TENSORS:
         found = next((tensor for tensor in tensors if re.fullmatch(pattern, tensor.name)), None)
@@ -86,9 +92,9 @@ def of_tensors(tensors: Iterable[Stored]) -> tuple[Stored, str] | None:
 
 
 def refuse_tensor(tensor: Stored, name: str) -> NoReturn:
-    """Raises InputError. name: of the format that the tensor shows."""
+    """Raise InputError for a tensor of a quantised format. name: the format's name."""
     raise InputError(
-        f"{tensor.file}: {shown(tensor.name)}: expected weights as config.json has them, which names no quantisation, "
+        f"{tensor.file}: {shown(tensor.name)}: expected plain weights, since config.json names no quantisation, "
         f"got {name}: {WAY_OUT}"
     )
 

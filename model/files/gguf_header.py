@@ -1,11 +1,11 @@
-"""A GGUF file's header, checked before the package gguf reads it: the package trusts every count.
+"""A check of a GGUF file's header before the package gguf reads it, because the package trusts every count.
 
     "GGUF", version, tensors, keys       uint32, uint32, uint64, uint64
-    key, type, value                     for each: a string, uint32, and the value
-    name, sizes, type, offset            for each tensor: a string, uint32 and as many uint64, uint32, uint64
+    key, type, value                     for each key: a string, a uint32, and the value
+    name, sizes, type, offset            for each tensor: a string, a uint32 and as many uint64, a uint32, a uint64
 
-A string is its length, uint64, and that many bytes; an array is the type of its values, uint32, their number, uint64,
-and the values. The package makes a Python object of each value, and goes on where the file has ended.
+A string is its length (uint64) and that many bytes. An array is the type of its values (uint32), their number (uint64)
+and the values. The package makes a Python object of each value, and does not stop at the end of the file.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -17,14 +17,14 @@ from typing import BinaryIO, NoReturn
 from ..errors import InputError, shown
 from .text_files import check_regular
 
-MOST_VALUES = 2_000_000  # in all arrays; a vocabulary of 128,256 tokens and its merges are 540,000
+MOST_VALUES = 2_000_000  # in all arrays together; a vocabulary of 128,256 tokens and its merges have 540,000
 MOST_DIMENSIONS = 4
 BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of a number, by its type
 STRING, ARRAY = 8, 9
 
 
 def check_header(file: Path) -> None:
-    """Raises InputError where a count, a length or a type is impossible, or more than the file has room for."""
+    """Raise InputError if a count, a length or a type is invalid, or needs more bytes than the file has."""
     check_regular(file)
     try:
         with open(file, "rb") as opened:
@@ -48,7 +48,7 @@ class _Header:
         if version not in (2, 3):
             raise InputError(f"{self.file}: version: expected 2 or 3, little-endian, got {version}")
 
-        tensors = self.count("tensors", 24)  # bytes that each has at least
+        tensors = self.count("tensors", 24)  # each takes at least 24 bytes
         for i in range(self.count("metadata keys", 13)):
             key = self.string(f"metadata key {i}")
             self.value(key, self.number(4, key))
@@ -89,7 +89,10 @@ class _Header:
             self.skip(self.number(8, key), key)
 
     def count(self, what: str, least: int) -> int:
-        """Read a number of things that take at least `least` bytes each."""
+        """Read a count of items that take at least `least` bytes each.
+
+        Raises InputError if the file is too short for them.
+        """
         count = self.number(8, what)
         if count * least > self.size:
             raise InputError(

@@ -1,12 +1,12 @@
-"""Adapter folders as PEFT writes them: adapter_config.json and adapter_model.safetensors.
+"""Adapter folders in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
     base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight                 (R, K)
     base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight                 (N, R)
-    base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector         (N,), DoRA's
+    base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector         (N,), for DoRA
     base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight           (E R, K), all experts' gate_up_proj
     base_model.model.model.layers.0.mlp.experts.lora_B.weight                      (N, R E), all experts' down_proj
     base_model.model.lm_head.weight                                                a module trained whole
-    base_model.model.lm_head.base_layer.weight                                     the base's own, not written by us
+    base_model.model.lm_head.base_layer.weight                                     a copy of the base's; read only
 
 Source: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
@@ -23,29 +23,29 @@ from .config_keys import LARGEST, MOST
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-MOST_NAMES = 10_000  # in a list, or by a pattern: of 100 layers 700 modules are named in full
-_INERT = {  # keys that no number of a loaded adapter depends on
+MOST_NAMES = 10_000  # in a list or a pattern; 100 layers named in full have 700 modules
+_INERT = {  # keys that change no number of a loaded adapter
     *("peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "inference_mode"),
     *("auto_mapping", "megatron_core", "qalora_group_size", "runtime_config"),
-    # how A and B began; init_lora_weights says whether the base's weights changed with them
+    # how A and B were initialised; init_lora_weights shows whether the base's weights changed with them
     *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),
-    "merge_weights",  # PEFT 0.2: whether to fold it in meanwhile
-    "fan_in_fan_out",  # of GPT-2's transposed layers; PEFT takes true back for a linear one
+    "merge_weights",  # PEFT 0.2: whether to merge the adapter while it is in use
+    "fan_in_fan_out",  # for GPT-2's transposed layers; PEFT resets true to false for a linear layer
 }
 _READ = {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "exclude_modules"),
     *("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "use_rslora", "use_dora"),
     *("modules_to_save", "ensure_weight_tying", "init_lora_weights"),
 }
-_REFUSED = {  # what would change the numbers -> the values that leave it off, beside null
+_REFUSED = {  # key of an unsupported option -> the values that switch it off, besides null
     "bias": ("none",),  # trained biases of the base
     "lora_bias": (False,),
     "trainable_token_indices": ([], {}),  # single rows of the embedding
-    "layer_replication": ([],),  # layers that stand in the model twice
+    "layer_replication": ([],),  # layers that are in the model twice
     "megatron_config": ({},),  # the layers of another library
     "enable_lora": (),  # PEFT 0.2: parts of one fused layer
-    "alora_invocation_tokens": ([],),  # an adapter that acts only behind these
-    "use_qalora": (False,),  # and further variants, which compute something else
+    "alora_invocation_tokens": ([],),  # an adapter that acts only after these tokens
+    "use_qalora": (False,),  # this and the next are variants that compute other results
     "use_bdlora": (False,),
     **dict.fromkeys(("arrow_config", "kasa_config", "velora_config", "monteclora_config"), ()),
 }
@@ -60,9 +60,9 @@ _DRAWN = (
 
 
 def read_config(raw: dict[str, Any], source: str) -> LoraConfig:
-    """Read a parsed adapter_config.json; `source` names it in errors. Raises InputError naming the key.
+    """Read a parsed adapter_config.json. source: its name in errors. Raises InputError naming the key.
 
-    A key that is not known is refused unless it is null: even false might change the numbers.
+    An unknown key is refused unless it is null, because even false might change the numbers.
     """
     keys = _Keys(raw, source)
     keys.check_known()
@@ -73,7 +73,7 @@ def read_config(raw: dict[str, Any], source: str) -> LoraConfig:
 
     base, (layers, before) = raw.get("base_model_name_or_path"), keys.layers()
     if layers and isinstance(targets, str) and targets != "all-linear":
-        keys.refuse("layers_to_transform", "null beside a regular expression of target_modules")
+        keys.refuse("layers_to_transform", "null, since target_modules is a regular expression")
 
     config = LoraConfig(
         rank=keys.number("r", 8, 1, int, MOST),
@@ -115,9 +115,9 @@ class _Keys:
             off = _REFUSED.get(key, ())
             if key in _REFUSED and value is not None and not any(_same(value, each) for each in off):
                 accepted = " or ".join(["null", *map(json.dumps, off)])
-                self.refuse(key, f"{accepted}, for what it asks for is not supported")
+                self.refuse(key, f"{accepted}, since the option is not supported")
             if key not in _INERT | _READ | _REFUSED.keys() and value is not None:
-                self.refuse(key, "null, for the key is not known and might change the numbers")
+                self.refuse(key, "null, since the key is unknown and might change the numbers")
         if self.raw.get("init_lora_weights") not in _DRAWN:
             self.refuse("init_lora_weights", "an initialisation that leaves the base's weights as they are")
 
@@ -170,9 +170,13 @@ class _Keys:
         return value if fits else self.refuse(key, f"{what} of at least {least}, by module")
 
     def layers(self) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
-        """The layers that have an adapter, None for all, and the names that stand before a layer's number."""
+        """Return (layers, names) from layers_to_transform and layers_pattern.
+
+        layers: the layers with an adapter, or None for all. names: the parts of a module's name before a layer's
+        number.
+        """
         layers, before = self.raw.get("layers_to_transform"), self.raw.get("layers_pattern")
-        layers = [layers] if type(layers) is int else layers  # false is no layer 0
+        layers = [layers] if type(layers) is int else layers  # by type, so that false is not layer 0
         if layers is not None and not (isinstance(layers, list) and all(type(i) is int for i in layers)):
             self.refuse("layers_to_transform", "layer numbers")
         patterns = (before,) if isinstance(before, str) and before else ()
@@ -183,12 +187,12 @@ class _Keys:
 
 
 def _same(value: Any, other: Any) -> bool:
-    """Whether two values are equal and of one type: 0 is not false."""
+    """Return whether two values have the same type and are equal. For instance, 0 and False differ."""
     return type(value) is type(other) and value == other
 
 
 def write_config(config: LoraConfig) -> dict[str, Any]:
-    """Return adapter_config.json as an object."""
+    """Return the content of adapter_config.json."""
 
     def listed(names: Sequence[str]) -> Any:
         return names if isinstance(names, str) else sorted(names) or None

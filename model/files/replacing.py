@@ -1,9 +1,9 @@
-"""The one way to write a file or a folder: beside its place, and renamed once it is whole.
+"""The way to write a file or a folder: under a temporary name beside it, and renamed once it is complete.
 
     with replacing(file) as beside:              with replacing_folder(folder) as beside:
         beside.write_text(text)                      (beside / "config.json").write_text(text)
 
-Where the block fails, what was there before is there still, and nothing is left beside it.
+If the block fails, the earlier file or folder is still there, and no temporary one is left.
 """
 
 import os
@@ -19,17 +19,19 @@ from ..errors import InputError
 
 @contextmanager
 def replacing(file: Path, *, sync: bool = False, note: str = "") -> Iterator[Path]:
-    """Yield the path `.NAME.partial` beside `file`, which takes its place once the block has written it.
+    """Yield the path `.NAME.partial` beside `file`. After the block has written it, it replaces `file`.
 
-    sync: flush it to the disk before it is renamed, so that a power cut leaves one of the two whole. note: words of the
-    message behind "cannot be written". Raises InputError where it cannot be written. The folder around it must exist.
+    sync: flush it to the disk before the rename, so that a power cut leaves either the old or the new file whole.
+    note: words of the message after "cannot be written".
+
+    Raises InputError if the file cannot be written. The folder around it must exist.
     """
     beside = file.with_name(f".{file.name}.partial")
     with _cannot_be_written(file, note):
         if file.exists() and not file.is_file() and not file.is_dir():
             raise InputError(f"{file}: expected a file, or a place for one, got a device or a pipe")
 
-        # a killed process may have left one, and a link would be written through
+        # a killed process may have left such a file; a link of this name would be written through
         beside.unlink(missing_ok=True)
         try:
             yield beside
@@ -45,9 +47,9 @@ def replacing(file: Path, *, sync: bool = False, note: str = "") -> Iterator[Pat
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """Yield a new folder beside `folder`, which takes its place, with ordinary permissions, once the block has ended.
+    """Yield a new folder beside `folder`. After the block it replaces `folder`, with ordinary permissions.
 
-    Raises InputError where it cannot be written; then the folders around it that were made for it are gone, too.
+    Raises InputError if it cannot be written. The parent folders that were created for it are then removed, too.
     """
     beside = None
     new = [each for each in folder.parents if not lexists(each)]  # the innermost first
@@ -69,13 +71,16 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
             if beside is not None:
                 shutil.rmtree(beside, ignore_errors=True)
             for each in new:
-                with suppress(OSError):  # not made, or another's files are in it
+                with suppress(OSError):  # it was not created, or holds files of another process
                     each.rmdir()
             raise
 
 
 def _move(beside: Path, folder: Path) -> None:
-    """Put `beside` in the place of `folder`, which meanwhile has another name: no system call exchanges two folders."""
+    """Move `beside` to the place of `folder`.
+
+    The old folder gets another name first, since two folders cannot be exchanged.
+    """
     if not os.path.isdir(folder):
         beside.rename(folder)
         return
@@ -95,12 +100,12 @@ def _cannot_be_written(path: Path, note: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # by its name: the benchmark writes files, too, on machines without safetensors
+        # by the name of the class, because the benchmark also writes files on machines without safetensors
         if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
             raise
         raise InputError(f"{path}: cannot be written{note}: {reason(error)}") from error
 
 
 def reason(error: Exception) -> str:
-    """The system's words, without the name of the file that was written meanwhile."""
+    """Return the system's message without the file's name, which is a temporary one here."""
     return (isinstance(error, OSError) and error.strerror) or str(error)

@@ -1,10 +1,10 @@
-"""A config's sizes, compared with those of the tensors in the files before a model of these sizes is built.
+"""A check of a config's sizes against the tensors in the files, before a model of these sizes is built.
 
     hidden_size      64    model.embed_tokens.weight (100, 64), model.layers.0.self_attn.q_proj.weight (64, 64), ...
 
-A size that no tensor has is the config's mistake. One that some tensors have is the files' mistake: it is found where
-each tensor is compared. A quantised format shows no sizes. There, a matrix has no more numbers than the files have
-bits.
+If no tensor has a size of the config, the config is wrong. If only some tensors have it, the files are wrong, and a
+later comparison of each tensor finds that. A quantised format does not show the sizes. There, a matrix must not have
+more numbers than the files have bits.
 """
 
 import re
@@ -20,12 +20,12 @@ from .architectures import ARCHITECTURES
 from .experts import disk_name, fused_on_disk, pieces_of
 from .tensors import FLOATS, Stored
 
-LAYER = "model.layers.0."  # stands for all of them
+LAYER = "model.layers.0."  # represents all layers
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 class _Matrix(NamedTuple):
-    """A matrix of the first layer. name: on disk. keys: of config.json, one for each size."""
+    """A matrix of the first layer. name: on disk. keys: the key of config.json for each dimension."""
 
     name: str
     shape: tuple[int, ...]
@@ -35,18 +35,21 @@ class _Matrix(NamedTuple):
 def check_sizes(
     config: ModelConfig, stored: Mapping[str, Stored], source: str, named: Mapping[str, str] | None = None
 ) -> None:
-    """Raises InputError that names a key of `source` and a tensor. named: a key of config.json -> the source's."""
+    """Raise InputError that names a key and a tensor if the config's sizes do not fit the stored tensors.
+
+    source: the config's name in errors. named: key of config.json -> the source's own key.
+    """
     named = named or {}
     layers = {found[1] for name in stored if (found := re.match(r"model\.layers\.(\d+)\.", name))}
-    if config.num_hidden_layers > 2 * len(layers):  # of fewer some are missing, which are then named
+    if config.num_hidden_layers > 2 * len(layers):  # with fewer, a later error names the missing tensors
         key = named.get("num_hidden_layers", "num_hidden_layers")
         raise InputError(
-            f"{source}: {key}: expected at most {len(layers)}, for the files hold no more layers, got "
+            f"{source}: {key}: expected at most {len(layers)}, the number of layers in the files, got "
             f"{config.num_hidden_layers}"
         )
 
     matrices = {matrix.name: matrix for matrix in _matrices(config, fused_on_disk(config, stored))}
-    seen: dict[str, dict[int, Stored]] = {}  # key -> the sizes that tensors have, each with one of them
+    seen: dict[str, dict[int, Stored]] = {}  # key -> each size found for it -> a tensor with that size
     for name, tensor in stored.items():
         matrix = matrices.get(_in_layer_0(name))
         dense = tensor.dtype in FLOATS and f"{name}.absmax" not in stored
@@ -60,24 +63,24 @@ def check_sizes(
             if key in seen and size not in seen[key]:
                 found, tensor = next(iter(seen[key].items()))
                 raise InputError(
-                    f"{source}: {_named(key, named)}: expected {found}, as {shown(tensor.name)} in {tensor.file.name} "
-                    f"has it, got {size}"
+                    f"{source}: {_named(key, named)}: expected {found}, by {shown(tensor.name)} in {tensor.file.name}, "
+                    f"got {size}"
                 )
         if prod(matrix.shape) > room:
             key = _named(max(zip(matrix.shape, matrix.keys, strict=True))[1], named)
             raise InputError(
-                f"{source}: {key}: expected sizes that fit the files, got {matrix.shape} for {matrix.name}, more "
-                "numbers than they hold"
+                f"{source}: {key}: expected sizes that fit the files, got {matrix.shape} for {matrix.name}, which is "
+                "more numbers than the files hold"
             )
 
 
 def _named(key: str, named: Mapping[str, str]) -> str:
-    """The key, or each key of a product, by the name that the file has for it."""
+    """Return a key, or each key of a product, under the name that the source has for it."""
     return " * ".join(named.get(part, part) for part in key.split(" * "))
 
 
 def _in_layer_0(name: str) -> str:
-    """The name that the tensor has in the first layer and of the first expert."""
+    """Return the name of the same tensor in the first layer and the first expert."""
     return re.sub(r"\.experts\.\d+\.", ".experts.0.", re.sub(r"^model\.layers\.\d+\.", LAYER, name))
 
 

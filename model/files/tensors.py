@@ -1,6 +1,6 @@
-"""The safetensors files of a folder: their headers, their tensors one by one, and the writing of new ones.
+"""The safetensors files of a folder: reading their headers and single tensors, and writing new files.
 
-A folder has model.safetensors, or several files and an index that says which tensor lies in which.
+A folder has model.safetensors, or several files and an index from tensors to files.
 """
 
 import json
@@ -23,7 +23,7 @@ from .text_files import check_regular, parse_json, read_object
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FILE_BYTES = 5_000_000_000  # of weights in one file
-DTYPES: dict[str, torch.dtype] = {  # as a header spells them; any other, float8 among them, stays a string
+DTYPES: dict[str, torch.dtype] = {  # by their names in a header; any other, such as float8, stays a string
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"U8": torch.uint8, "I8": torch.int8},
 }
@@ -35,7 +35,7 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
-    """Yield the open file. Raises InputError where it is broken, also where that shows while the block reads it."""
+    """Yield the open file. Raises InputError if it is broken, also when that shows only as the block reads it."""
     try:
         with _open(file) as tensors:
             yield tensors
@@ -44,7 +44,10 @@ def opened(file: Path) -> Iterator[Any]:
 
 
 def _open(file: Path) -> Any:
-    """Raises InputError also for what safetensors lets through: a tensor described twice, a size that is no int64."""
+    """Open a safetensors file.
+
+    Raises InputError also for errors that safetensors accepts: a tensor described twice, and a size beyond int64.
+    """
     check_regular(file)
     try:
         tensors = safe_open(file, framework="pt")
@@ -63,7 +66,7 @@ def _open(file: Path) -> Any:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of a safetensors file: its dtype and shape by the file's header, its numbers not read yet."""
+    """A tensor of a safetensors file. Its dtype and shape are from the file's header; its numbers are not read yet."""
 
     file: Path
     name: str
@@ -80,7 +83,7 @@ class Stored:
         return self.numel * self.dtype.itemsize if isinstance(self.dtype, torch.dtype) else 0
 
     def read(self) -> Tensor:
-        """The tensor, mapped from the file: copy what is kept, since the file may change."""
+        """Return the tensor, mapped from the file. Copy it to keep it, because the file may change."""
         try:
             return self.tensors.get_tensor(self.name)
         except (SafetensorError, OSError) as error:
@@ -88,11 +91,11 @@ class Stored:
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Name -> tensor, of model.safetensors or else of the files that the index names; no other file is looked at.
+    """Return name -> tensor, from model.safetensors or else from the files that the index names.
 
-    As transformers does, tensors of these files that the index does not name are taken, too, and those of a model that
-    was saved without its head, embed_tokens.weight, are called model.embed_tokens.weight. Only headers are read.
-    Raises InputError naming the file, and the tensor that is missing or in two places.
+    Only headers are read. As in transformers, tensors of these files that the index does not name are included. If the
+    model was saved without its head, its names lack the prefix "model.", which is then added.
+    Raises InputError naming the file, and a tensor that is missing or in two files.
     """
     weight_map = _weight_map(folder)
     files = dict.fromkeys(weight_map.values()) if weight_map else (WEIGHTS,)
@@ -103,7 +106,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
             if weight_map.get(name, file) != file:
                 continue  # a copy: the index names another file
             if name in found:
-                raise InputError(f"{folder / file}: {shown(name)}: stands in {found[name].file.name}, too")
+                raise InputError(f"{folder / file}: {shown(name)}: is also in {found[name].file.name}")
             header = tensors.get_slice(name)
             dtype, shape = str(header.get_dtype()), torch.Size(header.get_shape())
             found[name] = Stored(folder / file, name, DTYPES.get(dtype, dtype), shape, tensors)
@@ -121,7 +124,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    """Tensor -> file, of the index; empty where one file holds everything."""
+    """Return tensor -> file from the index, or an empty dict if one file holds everything."""
     if lexists(folder / WEIGHTS):
         return {}
     index = folder / INDEX
@@ -143,11 +146,11 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def _other_weights(folder: Path) -> str:
-    """The reason why weights that lie in the folder are of no use, in brackets, or nothing."""
+    """Return the reason why other weights in the folder are not used, in brackets, or "" if there are none."""
     reasons = {  # by pattern
         "*.bin": "pickled .bin and .pt files are not read",
         "*.pt*": "pickled .bin and .pt files are not read",
-        "consolidated*.safetensors": "consolidated.safetensors has other names for everything",
+        "consolidated*.safetensors": "consolidated.safetensors is not read: its tensors have other names",
     }
     return next((f" ({reason})" for pattern, reason in reasons.items() if any(folder.glob(pattern))), "")
 
@@ -156,9 +159,9 @@ def _other_weights(folder: Path) -> str:
 
 
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write (name, tensor) pairs into one file, or into several and an index where there is more than FILE_BYTES.
+    """Write (name, tensor) pairs into one file. If they exceed FILE_BYTES, write several files and an index.
 
-    The tensors of one file at most are in memory at a time.
+    At most the tensors of one file are in memory at a time.
     """
     files: list[list[str]] = []  # the names in each
     pending: dict[str, Tensor] = {}
@@ -176,7 +179,7 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
         total += tensor.nbytes
     close()
 
-    # a file's name says how many there are, which is known only now
+    # the names of the files contain their number, which is known only now
     if len(files) == 1:
         (folder / "0.safetensors").rename(folder / WEIGHTS)
         return

@@ -1,7 +1,8 @@
-"""Text and JSON of other people's files: one reader, which ends in a value or in one sentence.
+"""A reader for text and JSON in other people's files: it returns a value, or raises an error of one sentence.
 
-It reads regular files alone, since a pipe never ends. They are in UTF-8, and of a size and a depth that no published
-file comes near. A key that an object has twice, with two values, is refused: readers differ in which of them they take.
+It reads only regular files, because a pipe may never end. Files must be UTF-8. Their size and nesting depth have limits
+far above those of published files. A key that occurs twice in an object with different values is refused, because
+readers differ in the value that they take.
 """
 
 import json
@@ -13,16 +14,16 @@ from typing import Any
 from ..errors import InputError, shown
 
 MOST_BYTES = 128 * 2**20  # of a file that is read whole; the largest tokenizer.json known has 35 MB
-MOST_DEPTH = 100  # of objects and lists in one another: what walks them later recurses
-SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # "\ud83d\ude00" is one character, each half alone is none
+MOST_DEPTH = 100  # of nested objects and lists, because later code walks them recursively
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # "\ud83d\ude00" is one character; half of it is invalid
 
 
 def read_text(file: Path, most_bytes: int = MOST_BYTES) -> str:
-    """The text of a regular file. Raises InputError where there is none, or where it is not UTF-8, or too long."""
+    """Return the text of a regular file. Raises InputError if it does not exist, is not UTF-8 or is too long."""
     check_regular(file)
     try:
         with open(file, "rb") as opened:
-            # Python takes the memory for as much as is asked for
+            # Python allocates the memory for the whole requested size
             data = opened.read(min(os.fstat(opened.fileno()).st_size, most_bytes) + 1)
         if len(data) > most_bytes:
             raise InputError(f"{file}: expected at most {most_bytes} bytes, got {os.path.getsize(file)}")
@@ -34,19 +35,19 @@ def read_text(file: Path, most_bytes: int = MOST_BYTES) -> str:
 
 
 def check_regular(file: Path) -> None:
-    """Raises InputError where `file` is no regular file, nor a link to one."""
-    if not os.path.isfile(file):  # False also for a name that no file can have
+    """Raise InputError if `file` is neither a regular file nor a link to one."""
+    if not os.path.isfile(file):  # False also for an invalid name
         what = "not a regular file" if os.path.lexists(file) else "no such file"
         raise InputError(f"{file}: {what}")
 
 
 def read_json(file: Path) -> Any:
-    """Raises InputError as `read_text` and `parse_json` do."""
+    """Return the JSON value of a file. Raises InputError as `read_text` and `parse_json` do."""
     return parse_json(read_text(file), str(file))
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The object of a file that holds one JSON object. Raises InputError as `read_json` does, and for another value."""
+    """Return the JSON object in a file. Raises InputError as `read_json` does, and for any other JSON value."""
     value = read_json(file)
     if not isinstance(value, dict):
         raise InputError(f"{file}: expected a JSON object, got {type(value).__name__}")
@@ -54,17 +55,17 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def read_optional(file: Path) -> dict[str, Any]:
-    """The JSON object of a file that may be absent: then an empty one."""
+    """Return the JSON object in a file, or an empty one if the file does not exist."""
     return read_object(file) if os.path.lexists(file) else {}
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
-    """The value of a JSON text; `where` names it in errors. Raises InputError where it is no JSON."""
+    """Return the value of a JSON text. where: its name in errors. Raises InputError for invalid JSON."""
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
         elif not text.isascii():
-            text.encode("utf-8")  # fails where it has half of a surrogate pair
+            text.encode("utf-8")  # fails on half of a surrogate pair
         value = DECODER.decode(text.removeprefix("\ufeff"))
 
         if text.count("[") + text.count("{") > MOST_DEPTH and _deeper_than(MOST_DEPTH, value):
@@ -78,19 +79,19 @@ def parse_json(text: str | bytes, where: str) -> Any:
         raise InputError(f"{where}: not valid Unicode: half of a surrogate pair") from None
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    except ValueError as error:  # broken UTF-8, broken JSON, a number of more digits than Python reads
+    except ValueError as error:  # invalid UTF-8, invalid JSON, or a number with more digits than Python reads
         raise InputError(f"{where}: not JSON: {error}") from error
     return value
 
 
 def check_json(value: Any, where: str) -> Any:
-    """Return the value as it is. Raises InputError for a number that JSON does not have, NaN or infinity."""
+    """Return the value unchanged. Raises InputError for NaN and infinity, which JSON does not have."""
     try:
         json.dumps(value, allow_nan=False, default=str)
     except RecursionError:
-        raise InputError(f"{where}: objects and lists too deep in one another") from None
+        raise InputError(f"{where}: objects and lists nested too deeply") from None
     except ValueError as error:
-        raise InputError(f"{where}: expected numbers that JSON has: {error}") from None
+        raise InputError(f"{where}: expected finite numbers, as in JSON: {error}") from None
     return value
 
 
@@ -116,4 +117,6 @@ def _deeper_than(most: int, value: Any) -> bool:
     return bool(level)
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=_object)  # made once: a row of a file takes less time than that
+DECODER = json.JSONDecoder(
+    object_pairs_hook=_object
+)  # made once, since that takes longer than decoding a row

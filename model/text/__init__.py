@@ -1,1 +1,1 @@
-"""Text to token ids and back: tokenizers, and chat templates in their sandbox."""
+"""Conversion between text and token ids: tokenizers, and chat templates in their sandbox."""

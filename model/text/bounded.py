@@ -1,7 +1,7 @@
-"""jinja's filters and tests, and the methods of texts and lists, under the budget of a rendering.
+"""jinja's filters and tests, and the methods of texts and lists, charged to the budget of a rendering.
 
-Each charges for the values that it reads and returns. One whose result may be larger than its arguments (join, replace,
-center, indent, formats) measures the result first, and refuses one that is too large.
+Each call charges for the values that it reads and returns. Some results may be larger than their arguments (join,
+replace, center, indent, formats). Their size is computed first, and a result that is too large is refused.
 """
 
 import json
@@ -16,17 +16,17 @@ from ..errors import shown
 from .meter import SIZED, STEP, Meter, MeteredContext, check_growth
 from .refusals import OverBudget
 
-# these read the places of a list at most, not its contents
+# these read at most the slots of a list, not the contents of its values
 SHALLOW = frozenset(
     ("abs", "attr", "count", "length", "d", "default", "first", "float", "int", "items", "last", "list")
     + ("random", "reverse", "safe")
 )
-FLOAT_DIGITS = 400  # of a number that is written in full: 1e308
+FLOAT_DIGITS = 400  # more than the digits of 1e308 written in full
 LAZY = frozenset(("map", "select", "reject", "selectattr", "rejectattr"))
 FAST = frozenset(
     ("capitalize", "e", "escape", "forceescape", "lower", "replace", "string", "trim", "upper", "join")
 )
-QUADRATIC = frozenset(("pprint", "striptags", "urlize", "wordwrap"))  # in the length of the text
+QUADRATIC = frozenset(("pprint", "striptags", "urlize", "wordwrap"))  # their time, in the length of the text
 CONSTANT_TESTS = frozenset(
     ("odd", "even", "defined", "undefined", "none", "boolean", "false", "true", "integer")
     + ("float", "string", "mapping", "number", "sequence", "iterable", "callable", "sameas", "escaped")
@@ -34,7 +34,7 @@ CONSTANT_TESTS = frozenset(
 
 
 def settled(value: Any) -> Any:
-    """The value, or a list in place of an iterator, which could be read only once."""
+    """Return the value, or a list of an iterator's values, because an iterator can be read only once."""
     return list(value) if hasattr(type(value), "__next__") else value
 
 
@@ -45,7 +45,7 @@ def _metered(meter: Meter, values: Iterable[Any], cost: int) -> Iterator[Any]:
 
 
 def _with_context(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter or test as a function of the context, the value and the arguments."""
+    """Return a filter or test as a function of the template's context, the value and the arguments."""
     wants = getattr(getattr(function, "jinja_pass_arg", None), "name", None)
     if wants == "context":
         return function
@@ -57,7 +57,7 @@ def _with_context(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The filter under the rendering's budget."""
+    """Return the filter with its costs charged to the rendering's budget."""
     inner = _with_context(function)
 
     @jinja2.pass_context
@@ -73,12 +73,12 @@ def bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any
         elif name in SHALLOW:
             meter.charge(4 * STEP + sum(map(meter.read, given)))
             if name == "int" and isinstance(value, str) and (args[1:] or "base" in options):
-                check_growth(len(value) * 2**12)  # a number of any length, where a base is given
+                check_growth(len(value) * 2**12)  # with a base, Python reads a number of any length
             if isinstance(value, SIZED):
                 meter.charge(len(value))
 
             if name == "list" and not isinstance(value, list | tuple):
-                place = 4 * STEP  # new texts or numbers
+                place = 4 * STEP  # each slot holds a new text or number
         else:
             value = settled(value)
             if name == "replace":
@@ -91,7 +91,7 @@ def bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any
 
 
 def _check_filter(name: str, meter: Meter, value: Any, given: list[Any]) -> None:
-    """Charge for a filter that reads the whole value. Raises OverBudget where its result would be too large."""
+    """Charge for a filter that reads the whole value. Raises OverBudget if its result would be too large."""
     meter.charge((64 if name in QUADRATIC else 8) * STEP)
     size = meter.read(value)
     texts = sum(map(meter.read, given))
@@ -102,7 +102,7 @@ def _check_filter(name: str, meter: Meter, value: Any, given: list[Any]) -> None
     elif name == "join":
         check_growth(size + (len(value) if isinstance(value, SIZED) else 1) * texts)
     elif name == "round":
-        check_growth(_numbers(given) * 2**12)  # 10 to this power
+        check_growth(_numbers(given) * 2**12)  # round computes 10 to the power of the precision
     elif name == "format":
         check_percent(meter, str(value), given)
     else:
@@ -112,12 +112,12 @@ def _check_filter(name: str, meter: Meter, value: Any, given: list[Any]) -> None
 
     if name not in FAST:
         meter.charge(size * (STEP + (size // 2**8 if name in QUADRATIC else 0)))
-    if name == "sum" and any(isinstance(start, list | tuple) for start in given):  # of lists: it joins them
+    if name == "sum" and any(isinstance(start, list | tuple) for start in given):  # it concatenates lists
         meter.charge(size * len(value) // 4)
 
 
 def bounded_test(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The test under the rendering's budget."""
+    """Return the test with its costs charged to the rendering's budget."""
     inner = _with_context(function)
 
     @jinja2.pass_context
@@ -139,7 +139,7 @@ def tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Write a value as JSON. Jinja's own filter escapes <, > and & for HTML, which no model was trained on."""
+    """Write a value as JSON. Jinja's own filter escapes <, > and & for HTML, and models were not trained on that."""
     meter = context.meter
     check_growth(size := meter.read(value))
     meter.charge(32 * STEP + 2 * size)
@@ -157,20 +157,20 @@ def tojson(
 
 # ---- methods and formats
 
-# these read a text from its end, or once for each of its characters
+# these may read a text once for each character of their arguments
 READ_AGAIN = frozenset(("rfind", "rindex", "rsplit", "rpartition", "strip", "lstrip", "rstrip"))
 ANY_SIZE = frozenset(("to_bytes", "from_bytes", "fromhex"))
 
 
 def check_method(meter: Meter, receiver: Any, name: str, given: list[Any]) -> None:
-    """Charge for a method of Python's own types. Raises OverBudget where its result would be too large."""
+    """Charge for a method of a Python built-in type. Raises OverBudget if its result would be too large."""
     texts = sum([meter.read(value) for value in given])
     if isinstance(receiver, list | tuple):
         meter.read(receiver) if name in ("count", "index") else meter.charge(STEP * len(receiver))
     elif isinstance(receiver, str | bytes):
         _check_text_method(meter, receiver, name, given, texts)
     if name in ANY_SIZE:
-        raise OverBudget(f"calls {name}, which makes numbers and bytes of any size")
+        raise OverBudget(f"calls {name}, which can make numbers and bytes of any size")
 
 
 def _check_text_method(meter: Meter, receiver: Any, name: str, given: list[Any], texts: int) -> None:
@@ -195,7 +195,10 @@ def _numbers(given: list[Any]) -> int:
 
 
 def _check_format(meter: Meter, text: Any, given: int) -> None:
-    """Charge for '{:>10}'.format(...). given: characters of its arguments. Raises OverBudget."""
+    """Charge for '{:>10}'.format(...). Raises OverBudget if the result may be too large.
+
+    given: the number of characters in its arguments.
+    """
     meter.charge(64 * STEP + 8 * STEP * text.count("{"))
     fields = widest = 0
     for _, field, width, _ in string.Formatter().parse(text):
@@ -207,7 +210,7 @@ def _check_format(meter: Meter, text: Any, given: int) -> None:
 
 
 def check_percent(meter: Meter, text: Any, given: Any) -> None:
-    """Charge for '%10s' % given. Raises OverBudget."""
+    """Charge for '%10s' % given. Raises OverBudget if the result may be too large."""
     size = meter.read(given)
     plain = text.decode("latin-1") if isinstance(text, bytes) else text
     meter.charge(len(plain))
@@ -218,5 +221,5 @@ def check_percent(meter: Meter, text: Any, given: Any) -> None:
 
 
 def _largest_number(text: str) -> int:
-    """The largest width or precision that a format may have, by the numbers in it: up to 9,999."""
+    """Return the largest width or precision, up to 9,999, among the numbers in a format."""
     return max(map(int, re.findall(r"\d{1,4}", text)), default=0)

@@ -1,6 +1,6 @@
-"""The budget of one rendering of a template: one account, in characters. sandbox.py has the list of charges.
+"""The budget of one rendering of a template, counted in characters. sandbox.py lists the charges.
 
-A step costs STEP characters: a node of the template that runs, a place in a list. Text costs its length.
+A step costs STEP characters. A step is a node of the template that runs, or a slot of a list. Text costs its length.
 """
 
 from typing import Any, NoReturn
@@ -10,17 +10,17 @@ from jinja2.utils import Namespace
 
 from .refusals import OverBudget
 
-STEP = 16  # characters that are copied, or read, in less than the time of a step
+STEP = 16  # copying or reading this many characters takes less time than a step
 MOST_STEPS = 10_000_000  # of a rendering: about a second
 STEPS_EACH, MOST_STEPS_OF_ALL = (
     50_000,
     20_000_000,
-)  # and for each message: some templates read all for each one
+)  # steps for each message, since some templates read all messages for each message
 WIDE = (
     2**14
-)  # for an integer of more than 64 bits: for its digits, and because Python's hash of it has no secret
-LARGEST = 2**24  # characters of one text, or STEP for each place of a list
-MOST_DEPTH = 200  # of lists and objects in one another: comparing and writing them recurses
+)  # the size of an integer above 64 bits: it has many digits, and Python's hash of it is predictable
+LARGEST = 2**24  # characters of one text, or STEP for each slot of a list
+MOST_DEPTH = 200  # of nested lists and objects, because comparing and writing them recurses
 
 CONTAINERS = (list, tuple, dict, set, frozenset, range, type({}.keys()), type({}.values()), type({}.items()))
 SIZED = (str, bytes, *CONTAINERS)
@@ -28,7 +28,7 @@ ATOMS = frozenset((bool, float, type(None)))
 
 
 class Meter:
-    """The rest of a rendering's budget, in characters."""
+    """The remaining budget of a rendering, in characters."""
 
     __slots__ = ("left", "steps")
 
@@ -40,13 +40,16 @@ class Meter:
         raise OverBudget(f"takes more than {self.steps:,} steps")
 
     def charge(self, characters: int) -> None:
-        """Raises OverBudget where the budget is at its end."""
+        """Subtract a cost from the budget. Raises OverBudget if the budget is used up."""
         self.left -= characters
         if self.left < 0:
             self.refuse()
 
     def size(self, value: Any) -> int:
-        """The characters of a text, or of all that a list or an object contains. Raises OverBudget."""
+        """Return the number of characters in a text, or in all that a list or an object contains.
+
+        Raises OverBudget if the value is too large or nested too deeply.
+        """
         if isinstance(value, str | bytes):
             return len(value)
         if type(value) is int:
@@ -54,7 +57,7 @@ class Meter:
         if type(value) in ATOMS:
             return 0
 
-        # level by level, for recursion would fail on deep values
+        # level by level, because recursion would fail on deep values
         total, level = 0, [value]
         for _ in range(MOST_DEPTH):
             # the size of this level, and the next one
@@ -73,7 +76,7 @@ class Meter:
                 elif isinstance(each, CONTAINERS):
                     children += each
 
-                # refused before all of the next level is collected
+                # refused before the whole next level is collected
                 if total + 2 * STEP * len(children) > self.left:
                     self.refuse()
 
@@ -92,7 +95,7 @@ class Meter:
         return size
 
     def made(self, value: Any, place: int = STEP) -> Any:
-        """Charge for a value that was made, by its memory, and return it. place: the charge for a place of a list."""
+        """Charge for the memory of a new value, and return the value. place: the charge for each slot of a list."""
         if type(value) is str or isinstance(value, str | bytes):
             self.left -= len(value) if value.isascii() else 4 * len(value)
         elif isinstance(value, CONTAINERS):
@@ -103,13 +106,13 @@ class Meter:
 
 
 def check_growth(characters: int) -> None:
-    """Raises OverBudget for the size of a text or list that is about to be made, where it is too large."""
+    """Raise OverBudget if a text or list of this size, which is about to be made, would be too large."""
     if characters > LARGEST:
         raise OverBudget(f"makes a text or list of more than {LARGEST:,} characters")
 
 
 class MeteredContext(Context):
-    """A rendering's context, with its meter: contexts that jinja derives from it share that one."""
+    """A rendering's context with its meter. Contexts that jinja derives from it share the meter."""
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)

@@ -1,21 +1,27 @@
-"""Refusals of a rendering: the template fails, has no end, or writes too much. To know them needs no jinja2."""
+"""Errors for renderings that are refused: the template fails, does not end, or writes too much.
+
+This file does not need jinja2.
+"""
 
 from collections.abc import Callable
 
 from ..errors import InputError
 
-MOST_WRITTEN = 2**20  # characters of a rendering, and 100 for each character that it is given
+MOST_WRITTEN = 2**20  # characters of a rendering, plus 100 for each character of its input
 
 
 class Refused(InputError):
-    """The template fails on the conversation. It may accept it in another form."""
+    """An error for a template that fails on a conversation. It may accept the conversation in another form."""
 
 
 class OverBudget(InputError):
-    """A template takes too long, or makes too much."""
+    """An error for a template that takes too long, or makes values that are too large."""
 
 
 def check_written(text: str, given: Callable[[], int]) -> None:
-    """Raises OverBudget for a rendering out of all proportion to its input. given: counts the input's characters."""
+    """Raise OverBudget if a rendering is far too long for its input.
+
+    given: a function that counts the input's characters.
+    """
     if len(text) > MOST_WRITTEN and len(text) > (most := MOST_WRITTEN + 100 * given()):
         raise OverBudget(f"writes {len(text):,} characters, expected at most {most:,}")

@@ -1,15 +1,16 @@
-"""jinja2's immutable sandbox with a budget for each rendering: no template goes on for ever or fills the memory.
+"""jinja2's immutable sandbox with a budget for each rendering: no template runs for ever or fills the memory.
 
-There is one account, in characters. A step costs STEP characters: a node of the template that runs, a call, a place in
-a list. Text costs its length where it is made, read or written. A value that may grow is measured before it is made.
+The budget is counted in characters. A step costs STEP characters: a node of the template that runs, a call, a slot of a
+list. Text costs its length when it is made, read or written. The size of a value that may grow is computed before it is
+made.
 
     {% for %}, macros, blocks          a charge at the start of each body, for all of its nodes and its own text
     output, a ~ b, a[1:2]              a charge for its length; lists and objects are walked first
     a == b, a in b, {a: b}, a[b]       a charge for the operands, unless one is a short constant
     + - * ** // %                      jinja's interception, which also keeps them from running while compiling
-    calls, filters, tests              a charge for their arguments and results; those that may grow are bounded
+    calls, filters, tests              a charge for their arguments and results; the result's size is bounded
 
-Charges stand in the compiled template as filters whose names no template can write. All filters take the context, so
+In the compiled template, charges are filters with names that no template can write. All filters take the context, so
 jinja runs none of them while it compiles.
 """
 
@@ -44,21 +45,21 @@ from .meter import ATOMS, CONTAINERS, STEP, Meter, MeteredContext, check_growth
 from .refusals import OverBudget
 
 MOST_SOURCE = 2**17  # characters of a template; the longest published ones have 2**15
-MOST_SCOPES = 2**20  # of a template, blocks times names: for each block jinja copies all names
+MOST_SCOPES = 2**20  # blocks times names in a template, because jinja copies all names for each block
 MOST_BITS = 2**14  # of an integer
 PLAIN = frozenset((str, dict, list, Namespace, LoopContext))
 ROOM = 2**18  # words of Python's stack: 1,000 calls of 250 words each
-CHARGING = frozenset((Macro, LoopContext, BlockReference))  # whose bodies have charges
+CHARGING = frozenset((Macro, LoopContext, BlockReference))  # callables whose bodies have charges
 SCOPES = (nodes.If, nodes.For, nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.With, nodes.Block)
 SCOPES += (nodes.Scope, nodes.AssignBlock, nodes.ScopedEvalContextModifier)
 
 
 class RoomyTemplate(jinja2.Template):
-    """A template whose calls find their room on Python's stack ready.
+    """A template whose calls find enough room on Python's stack, which makes renderings faster.
 
-    That stack grows by pieces of 16 kB. A call that does not fit the piece at hand maps a new one, and gives it back
-    as it returns: 8 times the time of a rendering whose innermost calls lie there (Python 3.11). A frame of ROOM words
-    makes Python map a piece of twice the room, and what it calls fits into the rest.
+    Python's stack grows in chunks of 16 kB. A call that does not fit into the current chunk maps a new one, and unmaps
+    it on return. If the innermost calls of a rendering do this, the rendering takes 8 times as long (Python 3.11). A
+    frame of ROOM words makes Python map a chunk of twice that size, and all calls within the frame fit into the rest.
     """
 
     def render(self, *args: Any, **variables: Any) -> str:
@@ -68,9 +69,10 @@ class RoomyTemplate(jinja2.Template):
 
 
 class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """jinja2's environment for templates of strangers. One that has no end is refused as it is compiled, or as it runs.
+    """jinja2's environment for untrusted templates.
 
-    Raises InputError, and its subclass OverBudget.
+    A template that does not end is refused when it is compiled or rendered. Raises InputError, and its subclass
+    OverBudget.
     """
 
     intercepted_binops = frozenset(("+", "-", "*", "**", "//", "%"))
@@ -88,9 +90,12 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             self.tests[name] = bounded_test(name, self.tests[name])
 
     def compiled(self, source: str, change: Callable[[str], str] | None = None) -> Any:
-        """Return (tree, program). change: of each text outside of expressions. Raises InputError for no template.
+        """Return (syntax tree, compiled program) of a template.
 
-        Parser and compiler recurse, so deep nesting makes them fail in ways of their own.
+        change: a function applied to each text outside of expressions.
+
+        The parser and the compiler recurse, so deep nesting makes them fail in their own ways. Raises InputError if the
+        source is not a valid template.
         """
         if len(source) > MOST_SOURCE:
             raise InputError(f"expected at most {MOST_SOURCE:,} characters, got {len(source):,}")
@@ -106,20 +111,20 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
                     text.data = change(text.data)
 
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Python's, about code that jinja wrote
+                warnings.simplefilter("ignore")  # Python's warnings about code that jinja generated
                 return tree, self.from_string(tree)
         except jinja2.TemplateError as error:
             line = getattr(error, "lineno", "?")
             raise InputError(f"cannot be parsed: line {line}: {error}") from error
         except RecursionError:
             raise InputError("cannot be parsed: nested too deeply") from None
-        except Exception as error:  # of Python's own compiler, which reads jinja's output
+        except Exception as error:  # from Python's own compiler, which compiles jinja's output
             raise InputError(f"cannot be parsed: {type(error).__name__}: {error}") from error
 
     def names_read(self, tree: nodes.Template) -> set[str]:
-        """The names that a template reads and does not set itself, and of globals all that it reads.
+        """Return the names that a template reads but does not set itself, and all globals that it reads.
 
-        Raises InputError where it is nested too deeply.
+        Raises InputError if the template is nested too deeply.
         """
         try:
             names = jinja2.meta.find_undeclared_variables(tree)
@@ -129,14 +134,14 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return names | (loaded & self.globals.keys())
 
     def null(self, name: str) -> jinja2.Undefined:
-        """The value of a name that is null, in a strict environment."""
+        """Return the value for a name that is null, in a strict environment."""
         return Null(name=name)
 
     def _generate(self, source: nodes.Template, *args: Any, **options: Any) -> str:
         return super()._generate(_Charges().visit(source), *args, **options)
 
     def call_filter(self, name: str, *args: Any, **options: Any) -> Any:
-        if name in HOOKS:  # `map` takes a name as text
+        if name in HOOKS:  # `map` takes a filter's name as text, so a template could name a hook
             raise jinja2.TemplateRuntimeError(f"No filter named {name!r}.")
         return super().call_filter(name, *args, **options)
 
@@ -145,7 +150,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if kind not in PLAIN:
             return super().is_safe_attribute(obj, attr, value)
         found = self.answers.get((kind, attr))
-        if found is None:  # jinja's answer, which for these types depends on nothing else
+        if found is None:  # for these types, jinja's answer depends only on the type and the name
             found = super().is_safe_attribute(obj, attr, value)
             if len(self.answers) < 10_000:
                 self.answers[kind, attr] = found
@@ -199,7 +204,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 def _cost(node: nodes.Node) -> int:
-    """The charge for running a node once, without the bodies that charge for themselves."""
+    """Return the cost of running a node once, without its inner bodies, which have charges of their own."""
     if isinstance(node, nodes.TemplateData):
         return STEP + len(node.data)
     if isinstance(node, nodes.Const):
@@ -217,14 +222,14 @@ def _charge(hook: str, node: nodes.Expr, *args: Any) -> nodes.Filter:
 
 
 def _is_short(node: nodes.Node) -> bool:
-    """Whether a comparison with the node takes no time, whatever the other side is."""
+    """Return whether comparing any value with this node takes negligible time."""
     if isinstance(node, nodes.List | nodes.Tuple):
         return len(node.items) < STEP and all(map(_is_short, node.items))
     return isinstance(node, nodes.Const)
 
 
 class _Charges(NodeTransformer):
-    """A visitor that puts the charges into a template's tree."""
+    """A visitor that inserts the charges into a template's tree."""
 
     def _body(self, node: Any) -> Any:
         lineno, cost = node.lineno, sum(map(_cost, node.body))
@@ -254,7 +259,7 @@ class _Charges(NodeTransformer):
     visit_Output = _written
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        return _charge("a part", self._written(node))  # where one text is safe HTML, the others are escaped
+        return _charge("a part", self._written(node))  # if one text is safe HTML, the others are escaped
 
     def visit_Const(self, node: nodes.Const) -> nodes.Const:
         if isinstance(node.value, int) and node.value.bit_length() > MOST_BITS:
@@ -291,7 +296,7 @@ class _Charges(NodeTransformer):
         return node
 
 
-# the functions behind the hooks: each charges, and returns its value
+# the functions of the hooks: each makes its charge, and returns its value
 
 
 @jinja2.pass_context
@@ -305,7 +310,7 @@ def _step(context: MeteredContext, cost: int) -> bool:
 
 @jinja2.pass_context
 def _text(context: MeteredContext, value: Any) -> Any:
-    """A value that is written, or joined: a list or an object as its text."""
+    """Charge for a value that is written or joined, and return it. A list or an object is returned as text."""
     meter = context.meter
     meter.charge(2 * STEP)
     if type(value) is not str and isinstance(value, (*CONTAINERS, Namespace)):
@@ -319,7 +324,7 @@ def _text(context: MeteredContext, value: Any) -> Any:
 
 @jinja2.pass_context
 def _operand(context: MeteredContext, value: Any) -> Any:
-    """A value that is compared, or is a key."""
+    """Charge for a value that is compared or used as a key, and return it."""
     if type(value) not in ATOMS:
         context.meter.read(value)
     return value
@@ -327,7 +332,10 @@ def _operand(context: MeteredContext, value: Any) -> Any:
 
 @jinja2.pass_context
 def _searched(context: MeteredContext, value: Any) -> Any:
-    """The right side of `in`. A key of an object is found without a look at the others."""
+    """Charge for the right side of `in`, and return it.
+
+    An object costs nothing, because a key is found without a search.
+    """
     if not isinstance(value, dict):
         context.meter.read(value)
     return value
@@ -335,7 +343,7 @@ def _searched(context: MeteredContext, value: Any) -> Any:
 
 @jinja2.pass_context
 def _part(context: MeteredContext, value: Any) -> Any:
-    """A value that was made: a slice, a joined text."""
+    """Charge for a value that was made, such as a slice or a joined text, and return it."""
     return context.meter.made(value)
 
 
@@ -346,10 +354,10 @@ HOOKS = {"a step": _step, "a text": _text, "an operand": _operand, "a search": _
 
 
 class GenerationBlock(jinja2.ext.Extension):
-    """The block `{% generation %}...{% endgeneration %}` around the text of the assistant.
+    """The block `{% generation %}...{% endgeneration %}` around the assistant's text.
 
-    It writes the variables span_start and span_end around that text. They are undefined, and so empty, unless the
-    caller wants marks.
+    It writes the variables span_start and span_end around that text. If the caller does not want marks, they are
+    undefined, and therefore empty.
     """
 
     tags = {"generation"}  # noqa: RUF012 (jinja's own declaration)
@@ -362,16 +370,16 @@ class GenerationBlock(jinja2.ext.Extension):
 
 
 class Null(jinja2.Undefined):
-    """A name whose value is null: it may be tested for, and printing it is an error."""
+    """The value of a name that is null. It can be tested for, but printing it is an error."""
 
     def __str__(self) -> str:
         raise jinja2.TemplateError(f"'{self._undefined_name}' is null: test for it with {{% if ... %}}")
 
 
 def environment(strict: bool) -> BoundedEnvironment:
-    """An environment for templates of strangers.
+    """Return an environment for untrusted templates.
 
-    strict: a name without a value is an error, and lines stay as they are written. Otherwise such a name is empty, and
+    strict: a name without a value is an error, and lines keep their white space. Otherwise such a name is empty, and
     the lines of blocks leave no white space, as in transformers.
     """
     options = (
@@ -392,4 +400,4 @@ def _strftime_now(format: str) -> str:
 
 
 def _raise_exception(message: object) -> None:
-    raise jinja2.TemplateError(str(message) or "it gives no reason")  # str fails for an undefined message
+    raise jinja2.TemplateError(str(message) or "it gives no reason")  # str raises for an undefined message

@@ -1,4 +1,4 @@
-"""The special tokens that a model's folder names."""
+"""The special tokens that the files of a model's folder name."""
 
 from pathlib import Path
 from typing import Any, NoReturn
@@ -9,11 +9,12 @@ KNOWN = {f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", 
 
 
 def special_tokens(config: dict[str, Any], file: Path) -> dict[str, str]:
-    """bos_token, eos_token and the like -> their text, from a text or an object with `content`.
+    """Return the special tokens of a config: bos_token, eos_token and the like -> their text.
 
-    null is no token; nor is "", except as eos_token, where it is refused. Raises InputError where a known token is
-    neither a text nor an object, or an entry in a list of further ones is not. An unknown name that ends so may be a
-    setting: image_token is a token, num_image_token a number.
+    A token is a text, or an object with the text as `content`. null stands for no token, and so does "", except that an
+    empty eos_token is an error. An unknown name that ends in _token may be a token (image_token) or a setting
+    (num_image_token), so a value that is not a token is ignored there.
+    Raises InputError if a known token, or an entry in a list of additional tokens, is not a token.
     """
     names = {}
     for name, value in config.items():

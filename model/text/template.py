@@ -1,8 +1,9 @@
-"""A chat template: a stranger's jinja program that turns messages into text, run in jinja2's immutable sandbox.
+"""A chat template: a jinja program from an untrusted source that turns messages into text. It runs in a jinja2 sandbox.
 
-A template reads `messages`, `add_generation_prompt`, the names of the special tokens, and further variables: `tools`,
-`enable_thinking`. It has all that vendors' templates use: `raise_exception`, `strftime_now`, `tojson` without HTML
-escapes, `break` and `continue`, and `{% generation %}...{% endgeneration %}` around the text of the assistant.
+A template reads `messages`, `add_generation_prompt`, the names of the special tokens, and further variables such as
+`tools` and `enable_thinking`. It has all features that vendors' templates use: `raise_exception`, `strftime_now`,
+`tojson` without HTML escapes, `break` and `continue`, and `{% generation %}...{% endgeneration %}` around the
+assistant's text.
 
 Source: https://huggingface.co/docs/transformers/chat_templating_writing
 """
@@ -21,10 +22,10 @@ from .refusals import OverBudget, Refused, check_written
 if TYPE_CHECKING:
     from .sandbox import BoundedEnvironment
 
-Message = dict[str, Any]  # role, content, and whatever else the template reads
+Message = dict[str, Any]  # role, content, and other keys that the template may read
 Span = tuple[int, int]
 
-SPAN_START, SPAN_END = "\ufdd0", "\ufdd1"  # Unicode noncharacters, which no text may interchange
+SPAN_START, SPAN_END = "\ufdd0", "\ufdd1"  # Unicode noncharacters, which are not meant for text
 
 TOOL_TEMPLATE_FILE = "additional_chat_templates/tool_use.jinja"  # as transformers names it
 OWN_NAMES = {"messages", "add_generation_prompt", "span_start", "span_end"}  # set for each rendering
@@ -43,11 +44,14 @@ PLAIN_TEMPLATE = """\
 {%- if add_generation_prompt %}
     {{- 'Assistant:\\n' }}
 {%- endif %}
-"""  # for a base model, which was trained on no form of conversation
+"""  # for a base model, which was not trained on any chat format
 
 
 class ChatTemplate:
-    """A compiled chat template. Raises InputError where the source is none, and where jinja2 is not installed."""
+    """A compiled chat template.
+
+    Raises InputError if the source is not a valid template, or if jinja2 is not installed.
+    """
 
     def __init__(self, source: str):
         self.source = source
@@ -59,7 +63,7 @@ class ChatTemplate:
 
     @cached_property
     def variables(self) -> frozenset[str]:
-        """The names that the template reads and does not set itself, for instance `tools`."""
+        """The names that the template reads but does not set itself, for instance `tools`."""
         try:
             names = self._environment.names_read(self._tree)
         except InputError as error:
@@ -69,10 +73,11 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], variables: Mapping[str, Any], *, marks: bool = False
     ) -> str:
-        """The text of a conversation. marks: enclose the text of `{% generation %}` blocks in SPAN_START and SPAN_END.
+        """Return the text of a conversation.
 
-        Raises InputError for a message that is no object with a role, and its subclasses Refused where the template
-        fails, and OverBudget where it has no end.
+        marks: enclose the text of `{% generation %}` blocks in SPAN_START and SPAN_END.
+        Raises InputError for a message that is not an object with a role, Refused if the template fails, and OverBudget
+        if it does not end. Both are subclasses of InputError.
         """
         given = 0
         for i, message in enumerate(messages):
@@ -84,7 +89,7 @@ class ChatTemplate:
             given += len(written)
             if SPAN_START in written or SPAN_END in written:
                 raise InputError(
-                    f"message {i + 1}: has the Unicode noncharacter U+FDD0 or U+FDD1, which marks spans here"
+                    f"message {i + 1}: has the Unicode noncharacter U+FDD0 or U+FDD1, which is reserved as a mark"
                 )
 
         spans = {"span_start": SPAN_START, "span_end": SPAN_END} if marks else {}
@@ -93,17 +98,20 @@ class ChatTemplate:
             check_written(text, lambda: given + len(str(variables)))
             if not marks and (SPAN_START in text or SPAN_END in text):
                 raise InputError(
-                    "it writes the Unicode noncharacter U+FDD0 or U+FDD1, which marks spans here"
+                    "it writes the Unicode noncharacter U+FDD0 or U+FDD1, which is reserved as a mark"
                 )
             return text
         except OverBudget as error:
             raise OverBudget(f"the chat template {error}") from error
-        except Exception as error:  # a template is a program: it may fail in any way
+        except Exception as error:  # a template is a program, and may raise any exception
             raise Refused(f"the chat template refuses the conversation: {error}") from error
 
 
 def split_marks(marked: str) -> tuple[str, list[Span]]:
-    """The text without its marks, and the spans between them. Raises InputError where a span lies in another."""
+    """Return the text without its marks, and the spans between them.
+
+    Raises InputError if a span lies within another.
+    """
     text, spans = "", []
     for i, piece in enumerate(marked.split(SPAN_START)):
         if piece.count(SPAN_END) != bool(i):
@@ -119,9 +127,10 @@ def split_marks(marked: str) -> tuple[str, list[Span]]:
 
 
 def templates_of(folder: Path, configured: Any) -> dict[str, Any]:
-    """A folder's chat templates by name, `default` among them. configured: tokenizer_config.json's, a text or a list.
+    """Return a folder's chat templates by name, such as `default`.
 
-    Of additional_chat_templates, `tool_use` alone is read, which transformers takes where there are tools.
+    configured: the chat_template of tokenizer_config.json, a text or a list. Of additional_chat_templates, only
+    `tool_use` is read, which transformers takes if there are tools.
     """
     named = {"default": configured} if configured is not None else {}
     if isinstance(configured, list):  # [{"name": ..., "template": ...}]
@@ -142,7 +151,10 @@ def templates_of(folder: Path, configured: Any) -> dict[str, Any]:
 
 
 def template_at(chat_template: Path | str) -> dict[str, str]:
-    """The template of a jinja file, or "plain", named `default`. Raises InputError where there is no such file."""
+    """Return the template of a jinja file, or the built-in one for "plain", under the name `default`.
+
+    Raises InputError if there is no such file.
+    """
     if str(chat_template) == "plain":
         return {"default": PLAIN_TEMPLATE}
     if not os.path.isfile(chat_template):
@@ -154,14 +166,15 @@ def template_at(chat_template: Path | str) -> dict[str, str]:
 
 
 def sandbox(*, strict: bool = False) -> "BoundedEnvironment":
-    """An environment for templates of strangers, as `environment` of sandbox.py makes it.
+    """Return an environment for untrusted templates, as `environment` of sandbox.py makes it.
 
-    The import stands here, since who compiles no template does without jinja2. Raises InputError where it is missing.
+    jinja2 is imported here, so that a caller without templates does not need it. Raises InputError if it is not
+    installed.
     """
     try:
         from .sandbox import environment
     except ModuleNotFoundError as error:
-        if "jinja2" not in str(error.name):  # one that is installed and broken says what it lacks
+        if "jinja2" not in str(error.name):  # jinja2 is installed, but a module that it needs is missing
             raise
         raise InputError("expected jinja2 to be installed: pip install jinja2") from None
     return environment(strict)
@@ -169,5 +182,5 @@ def sandbox(*, strict: bool = False) -> "BoundedEnvironment":
 
 @cache
 def chat_sandbox() -> "BoundedEnvironment":
-    """The environment that all chat templates share."""
+    """Return the environment that all chat templates share."""
     return sandbox()

@@ -1,4 +1,4 @@
-"""The ids that end a text, as a folder names them."""
+"""The ids that end a text, according to a model's folder."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +10,10 @@ from ..vocabulary import warn_once
 
 
 def read_stop_ids(folder: Path, token_of: Callable[[int], str | None]) -> list[int]:
-    """The ids of eos_token_id, a number or a list, in generation_config.json, else in config.json.
+    """Return the ids of eos_token_id, a number or a list, from generation_config.json or else from config.json.
 
-    token_of: the token of an id, or None. An id that neither the tokenizer nor the head has ends nothing: it is left
-    out with a warning. Raises InputError where no other is left. -1 stands for none, as in early Llama folders.
+    token_of: returns the token of an id, or None. An id that is in neither the tokenizer nor the head is left out with
+    a warning. Raises InputError if no id is left then. -1 stands for no id, as in early Llama folders.
     """
     files = [folder / name for name in ("generation_config.json", "config.json")]
     raw = {file: read_optional(file) for file in files}
@@ -33,11 +33,11 @@ def read_stop_ids(folder: Path, token_of: Callable[[int], str | None]) -> list[i
     known = [token for token in ids if token < rows or token_of(token) is not None]
     if ids and not known:
         raise InputError(
-            f"{file}: eos_token_id: expected a token that ends a text, got {shown(repr(value))}, which neither the "
-            f"tokenizer has nor the head of {rows} rows"
+            f"{file}: eos_token_id: expected a token that ends a text, got {shown(repr(value))}, which is neither in "
+            f"the tokenizer nor in the head of {rows} rows"
         )
     if len(known) < len(ids):
         warn_once(
-            f"{file}: eos_token_id: {shown([i for i in ids if i not in known])} is no token and ends nothing"
+            f"{file}: eos_token_id: {shown([i for i in ids if i not in known])} is not a token and is ignored"
         )
     return known

@@ -1,17 +1,17 @@
 """Text to token ids and back, chat templates, and the mask of the tokens that the assistant wrote.
 
-A folder has `tokenizer.json` (the `tokenizers` package), the names of the special tokens in `tokenizer_config.json` and
+A folder has `tokenizer.json` for the `tokenizers` package. The special tokens are in `tokenizer_config.json` and
 `special_tokens_map.json`, the chat template in `chat_template.jinja` or `tokenizer_config.json`, and the end tokens in
 `generation_config.json`. `template.py` runs the template.
 
-The mask of a conversation is exact, or there is an error:
+The mask of a conversation is exact, or an error is raised:
 
-    template has {% generation %} marks    the marked text, and the end token right behind it where it has none inside
-    template has none                      from the end of the generation prompt to the end-of-turn token, provided that
+    template has {% generation %} marks    the marked text, and the end token right behind it unless it is inside
+    template has no marks                  from the end of the generation prompt to the end-of-turn token, provided that
                                            the template renders the turn in the conversation as it would for generation
 
-Tokens are joined, never re-read: where a token of the whole text would cross the start or the end of a trained span
-("assistant\\n" + "\\nHi" has one "\\n\\n"), the text is cut there. So a prompt has the ids that it has in generation.
+A token of the whole text may cross the start or the end of a trained span: "assistant\\n" + "\\nHi" has one "\\n\\n".
+Then the text is cut there, and the parts are encoded separately. So a prompt has the same ids as in generation.
 """
 
 import json
@@ -48,11 +48,11 @@ WAY_OUT = "use a template with {% generation %} marks, or rows of prompt and com
 
 
 class TurnRewritten(InputError):
-    """The template renders an assistant's turn differently once other turns follow it."""
+    """An error for a template that renders an assistant's turn differently once other turns follow it."""
 
 
 class _Rendered(NamedTuple):
-    """A conversation, the template's variables, and the text that the template makes of them."""
+    """A conversation, the template's variables, and the text that the template renders from them."""
 
     messages: Sequence[Message]
     variables: Mapping[str, Any]
@@ -60,10 +60,12 @@ class _Rendered(NamedTuple):
 
 
 class Tokenizer:
-    """A folder's tokenizer and chat template.
+    """The tokenizer and the chat template of a folder.
 
-    bos_id, eos_id, pad_id: int or None. stop_ids: every id that ends a generation. prefix_ids: of the bos that a text
-    begins with, or empty. variables: those that the chat template always gets.
+    bos_id, eos_id, pad_id: int or None.
+    stop_ids: every id that ends a generation.
+    prefix_ids: the ids that a text begins with, which is bos or nothing.
+    variables: variables that are always passed to the chat template.
     """
 
     def __init__(
@@ -78,11 +80,12 @@ class Tokenizer:
         tool_template: str | None = None,
         config: dict[str, Any] | None = None,
     ):
-        """Take a tokenizer, whose truncation, padding and dropout are switched off, and what a folder says about it.
+        """Wrap a tokenizer, and switch off its truncation, padding and dropout.
 
-        tool_template: in place of chat_template where there are tools. config: further keys of tokenizer_config.json,
-        among them other special tokens that a template may name. Raises InputError where a special token is not in the
-        vocabulary.
+        tool_template: the template in place of chat_template if there are tools.
+        config: further keys of tokenizer_config.json, such as other special tokens that a template may name.
+
+        Raises InputError if a special token is not in the vocabulary.
         """
         plain(backend)
         self.backend = backend
@@ -98,9 +101,9 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path | str, chat_template: Path | str | None = None) -> "Tokenizer":
-        """Read a Hugging Face folder. chat_template: a jinja file, or "plain", in place of the folder's.
+        """Read a Hugging Face folder. chat_template: a jinja file, or "plain", in place of the folder's template.
 
-        Raises InputError naming the file, and what is wrong with it.
+        Raises InputError naming the file and the error.
         """
         folder = Path(folder)
         if not os.path.isdir(folder):
@@ -108,7 +111,7 @@ class Tokenizer:
                 f"{folder}: no such folder; expected a Hugging Face folder with a tokenizer.json"
             )
         file = folder / "tokenizer.json"
-        if not os.path.lexists(file) and is_adapter(folder):  # it may leave the tokenizer to its base
+        if not os.path.lexists(file) and is_adapter(folder):  # an adapter may use its base's tokenizer
             return cls.load(base_of(folder), chat_template)
         if not os.path.lexists(file):
             raise InputError(f"{file}: not found; only tokenizers with a tokenizer.json can be read")
@@ -140,7 +143,7 @@ class Tokenizer:
             raise InputError(f"{folder}: {error}") from error
 
     def save(self, folder: Path | str) -> None:
-        """Write tokenizer.json, tokenizer_config.json, generation_config.json's end tokens, and chat templates."""
+        """Write tokenizer.json, tokenizer_config.json, chat templates, and the end tokens of generation_config.json."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -167,14 +170,17 @@ class Tokenizer:
     # ---- text
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
-        """The ids of a text. No special token is added; those that the text spells out are recognised.
+        """Return the ids of a text. No special token is added, but those that the text contains are recognised.
 
-        continues: the text goes on where other tokens end, so that no space is put before it, as some tokenizers do.
+        continues: the text continues other tokens, so the space that some tokenizers put before a text is left out.
         """
         return encoding_of(self._continuing if continues else self.backend, text).ids
 
     def encode_text(self, text: str) -> list[int]:
-        """The ids of a whole text: bos is in front, once, if the tokenizer wants it; the text may spell it out."""
+        """Return the ids of a whole text.
+
+        If the tokenizer adds bos, it comes first, once, even if the text contains it already.
+        """
         ids = self.encode(text)
         return ids if ids[:1] == self.prefix_ids else self.prefix_ids + ids
 
@@ -182,7 +188,7 @@ class Tokenizer:
         return text_of(self.backend, ids, skip_special_tokens)
 
     def keep_below(self, rows: int) -> None:
-        """Leave ids of `rows` or more out of `vocabulary`: the model that reads what is drawn has no row for them."""
+        """Remove ids of `rows` or more from `vocabulary`, because the model has no rows for them."""
         self.vocabulary = self.vocabulary.below(rows)
 
     # ---- conversations
@@ -190,21 +196,23 @@ class Tokenizer:
     def render_chat(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = False, **variables: Any
     ) -> str:
-        """The text of a conversation. variables: others that the template reads: tools, enable_thinking.
+        """Return the text of a conversation.
 
-        Raises InputError where the template fails.
+        variables: others that the template reads, such as tools and enable_thinking.
+
+        Raises InputError if the template fails.
         """
         return self._render(messages, add_generation_prompt, variables)
 
     def encode_chat(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = False, **variables: Any
     ) -> list[int]:
-        """The ids of `render_chat`."""
+        """Return the ids of the text that `render_chat` returns."""
         return self.encode(self._render(messages, add_generation_prompt, variables))
 
     @property
     def template_variables(self) -> frozenset[str]:
-        """The variables that the chat template reads, for instance `tools`. Empty without a template."""
+        """The variables that the chat template reads, for instance `tools`. Empty if there is no template."""
         return frozenset().union(
             *(template.variables for template in (self._template, self._tools) if template)
         )
@@ -212,11 +220,11 @@ class Tokenizer:
     def encode_chat_with_mask(
         self, messages: Sequence[Message], *, turns: Collection[int] | None = None, **variables: Any
     ) -> tuple[list[int], list[bool]]:
-        """Return (ids, mask), the mask True on the assistant's tokens, its end-of-turn token included.
+        """Return (ids, mask). The mask is True on the assistant's tokens, including the end-of-turn token.
 
-        turns: the messages that are masked in, by index from 0; by default all of the assistant's. Raises InputError
-        where one of these is not the assistant's, and where the mask would be empty or cannot be exact; its subclass
-        TurnRewritten where the template alters earlier turns.
+        turns: the indices of the messages to train on; by default all of the assistant's. Raises InputError if one of
+        them is not the assistant's, or if the mask would be empty or cannot be exact. Raises TurnRewritten, a subclass,
+        if the template changes earlier turns.
         """
         text, marked = split_marks(self._render(messages, False, variables, marks=True))
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -229,7 +237,7 @@ class Tokenizer:
                 "its {% generation %} block must enclose every one"
             )
 
-        # the spans of the text that are masked in
+        # the spans of the text where the mask is True
         if marked:
             of_turn = self._spans_of_turns(marked, _Rendered(messages, variables, text), wanted)
             spans = [span for turn in wanted for span in of_turn[turn]]
@@ -248,20 +256,21 @@ class Tokenizer:
     def _spans_of_turns(
         self, spans: Sequence[Span], rendered: _Rendered, wanted: Sequence[int]
     ) -> dict[int, list[Span]]:
-        """The marked spans by the assistant's turn that they lie in: reasoning and answer may have one each.
+        """Return the marked spans of each assistant turn. A turn may have several, for reasoning and answer.
 
-        Raises InputError where a turn has none, unless the template rewrites earlier messages and all turns are wanted:
-        then it matters to no mask which turn a span is of.
+        Raises InputError if a turn has no span. If the template changes earlier messages, the turn of a span is
+        unknown. Then InputError is raised unless all turns are wanted, because the mask of all turns does not depend on
+        it.
         """
         messages, variables, text = rendered
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
 
-        # where in the text each turn begins: as far as the messages before it are rendered the same
+        # the start of each turn in the text: up to there, the messages before it are rendered the same
         starts, exact = {answers[0]: 0}, True
         for turn in answers[1:]:
             before = self._render(messages[:turn], True, variables)
             starts[turn] = _common_length(before, text)
-            # exact if no more than the generation prompt is rendered otherwise once the turn is there
+            # exact if the turn changes at most the rendering of the generation prompt
             exact &= starts[turn] >= _common_length(before, self._render(messages[:turn], False, variables))
         found: dict[int, list[Span]] = {turn: [] for turn in answers}
         for begin, end in spans:  # a mark may begin within the generation prompt
@@ -269,8 +278,8 @@ class Tokenizer:
 
         if not exact and len(wanted) < len(answers):
             raise InputError(
-                "the chat template writes earlier turns otherwise once others follow, so which marks are of the turns "
-                "to be trained is not known"
+                "the chat template renders earlier turns differently once other turns follow, so the marks of the "
+                "turns to train on cannot be found"
             )
         if exact and not all(found.values()):
             raise InputError(
@@ -280,7 +289,7 @@ class Tokenizer:
         return found
 
     def _with_end(self, text: str, span: Span) -> Span:
-        """A marked span, with the special token right behind it where the mark ends before the turn does."""
+        """Return a marked span, extended by the special token right behind it if it does not end with one."""
         start, end = span
         if text[start:end].rstrip().endswith(self._ends):
             return span
@@ -288,25 +297,29 @@ class Tokenizer:
         return start, end + max(behind, default=0)
 
     def _turn_span(self, rendered: _Rendered, turn: int) -> Span:
-        """The place of messages[turn] in the text: exactly the characters that generation would have written."""
+        """Return the span of messages[turn] in the text: exactly the characters that generation would have written.
+
+        Raises InputError if the span cannot be found, and TurnRewritten if the template renders the turn differently
+        once other turns follow.
+        """
         messages, variables, text = rendered
         name = f"assistant message {turn + 1} of {len(messages)}"
         prompt = self._render(messages[:turn], True, variables)
         answered = text if turn == len(messages) - 1 else self._render(messages[: turn + 1], False, variables)
         if not answered.startswith(prompt):
             raise InputError(
-                f"{name}: the chat template renders no answer behind its own generation prompt {prompt[-40:]!r}, "
-                f"so the mask cannot be exact; {WAY_OUT}"
+                f"{name}: the chat template does not render the answer after its own generation prompt "
+                f"{prompt[-40:]!r}, so the mask cannot be exact; {WAY_OUT}"
             )
 
-        # its end: the first stop token behind the prompt, else the last special one
+        # the end of the span: the first stop token after the prompt, else the last special token
         written = encoding_of(self.backend, answered[len(prompt) :])
         added = self._spelled_out(written, answered, len(prompt))
         stops = [end for i, (_, end) in added if written.ids[i] in self.stop_ids]
         ends = stops[:1] or [end for i, (_, end) in added if self._added[written.ids[i]].special][-1:]
         if not ends or (not stops and answered[ends[0] :].strip()):
             raise InputError(
-                f"{name}: the chat template writes no end-of-turn token, so where the turn ends is not known; {WAY_OUT}"
+                f"{name}: the chat template writes no end-of-turn token, so the turn's end is unknown; {WAY_OUT}"
             )
 
         if not text.startswith(answered[: ends[0]]):
@@ -317,12 +330,12 @@ class Tokenizer:
         return len(prompt), ends[0]
 
     def _encode_pieces(self, text: str, boundaries: Sequence[int]) -> list[tuple[int, list[int]]]:
-        """The ids of `text` in the pieces (start, ids) between the boundaries.
+        """Return (start, ids) of each piece of `text` between the boundaries.
 
-        Joined they are `encode(text)`, except where that has a token across a boundary: there the text is cut, and read
-        on from the cut. A boundary is clean where the text before it has the same ids with the rest behind it and
-        without. The ids before an added token do not depend on the text behind it, so it is enough to read from the
-        nearest one on.
+        The joined ids are those of `encode(text)`, unless a token there crosses a boundary. Then the text is cut at the
+        boundary, and encoded anew from there. To test a boundary, the text before it is encoded alone and compared with
+        the ids in the whole text. The ids before an added token do not depend on the text after it, so encoding can
+        start at the nearest added token.
         """
 
         def read(origin: int) -> tuple[list[int], list[tuple[int, Span]]]:
@@ -347,8 +360,9 @@ class Tokenizer:
         return [*pieces, (last, ids[taken:])]
 
     def _spelled_out(self, encoding: tokenizers.Encoding, text: str, origin: int) -> list[tuple[int, Span]]:
-        """The added tokens in the encoding of text[origin:]: index, and where in `text`. Not those that an unknown
-        character has become.
+        """Return (index, span in `text`) of each added token in the encoding of text[origin:].
+
+        An added token that stands for an unknown character is left out, because the text does not contain it.
         """
         found = []
         for i, (token, (start, end)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
@@ -385,7 +399,10 @@ class Tokenizer:
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """The ids that the tokenizer has, those of added tokens included. Their count may be less than the last id."""
+        """The ids of the tokenizer, including those of added tokens.
+
+        There may be holes, so their number may be below the last id.
+        """
         return distinct_ids(self.backend)
 
     @cached_property
@@ -398,7 +415,7 @@ class Tokenizer:
 
     @cached_property
     def _continuing(self) -> tokenizers.Tokenizer:
-        """The tokenizer for a text that goes on where another ended."""
+        """The tokenizer for a text that continues other tokens."""
         return continuing(self.backend)
 
     def _id_of(self, token: str | None) -> int | None:
@@ -410,7 +427,7 @@ class Tokenizer:
         return token_id
 
     def _adds_bos(self) -> bool:
-        """Whether a text begins with bos, by tokenizer_config.json, else by tokenizer.json's post-processor."""
+        """Return whether a text begins with bos, by tokenizer_config.json or else by tokenizer.json."""
         setting = self.config.get("add_bos_token")
         if setting is not None:
             return setting
@@ -418,6 +435,6 @@ class Tokenizer:
 
 
 def _common_length(one: str, other: str) -> int:
-    """The number of characters that two texts have in common at their beginning."""
+    """Return the number of leading characters that two texts share."""
     different = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return next(different, min(len(one), len(other)))

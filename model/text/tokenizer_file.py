@@ -1,7 +1,8 @@
-"""tokenizer.json, read into a tokenizer that encodes, decodes and can be saved, or refused in one sentence.
+"""The reader of tokenizer.json: it returns a tokenizer that encodes, decodes and can be saved, or raises an error.
 
-The `tokenizers` package also reads files that it cannot use: two tokens on one id, an id that makes it ask for
-gigabytes, a normalizer on which it panics. A panic is no Exception in Python, and writes to standard error by itself.
+The `tokenizers` package also accepts files that it cannot use: with two tokens on one id, with an id that makes it
+allocate gigabytes, or with a normalizer on which it panics. In Python, a panic is not a subclass of Exception, and it
+writes to standard error by itself.
 """
 
 import base64
@@ -23,21 +24,21 @@ from ..files.text_files import parse_json, read_text
 from ..vocabulary import Vocabulary
 
 MOST_IDS = 2**24  # the package makes a list of all ids up to the last one when it saves
-SMALL = 2**20  # characters of a file; up to this size it is saved and read again as a check
-MOST_GROWTH = 1000  # times as long as it was, at most, may a normalizer or another part make a text
+SMALL = 2**20  # characters; a tokenizer file up to this size is saved and read again as a check
+MOST_GROWTH = 1000  # the largest factor by which a normalizer or another part may lengthen a text
 PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 PROBE = "Hello, wörld! 12  \n\t再见 🎉 <a> "
 
 
 def read_backend(file: Path) -> tuple[tokenizers.Tokenizer, Vocabulary]:
-    """The tokenizer of a file, and its ids.
+    """Return the tokenizer of a file, and the vocabulary of its ids.
 
-    Truncation, padding and dropout are switched off: they would change ids without a word. Raises InputError where the
-    file is no tokenizer, or one that cannot be used, or saved and read again.
+    Truncation, padding and dropout are switched off, because they would change ids silently. Raises InputError if the
+    file is not a tokenizer, or if the tokenizer cannot be used, or cannot be saved and read again.
     """
     text = read_text(file)
 
-    # what the package would fail on in bad ways, found before it reads the file
+    # errors that would crash or exhaust the package are found before it reads the file
     if len(text) < SMALL or re.search(r'":\s*\d{8,}', text):
         _check_ids(found := parse_json(text, str(file)), file)
         parts = [found.get(name) for name in PARTS] if isinstance(found, dict) else []
@@ -61,7 +62,7 @@ def read_backend(file: Path) -> tuple[tokenizers.Tokenizer, Vocabulary]:
             _check_loaded(backend, text)
         except InputError as error:
             raise InputError(f"{file}: {error}") from None
-        except BaseException as error:  # a panic is one; `_reason` passes all others on
+        except BaseException as error:  # includes panics; `_reason` raises any other non-Exception again
             raise InputError(
                 f"{file}: not a tokenizer.json that `tokenizers` can read: {_reason(error)}"
             ) from error
@@ -69,7 +70,7 @@ def read_backend(file: Path) -> tuple[tokenizers.Tokenizer, Vocabulary]:
 
 
 def plain(backend: tokenizers.Tokenizer) -> None:
-    """Switch off truncation, padding and dropout, which a tokenizer.json may ask for."""
+    """Switch off truncation, padding and dropout, which a tokenizer.json may enable."""
     backend.no_truncation()
     backend.no_padding()
     if getattr(backend.model, "dropout", None):
@@ -79,17 +80,17 @@ def plain(backend: tokenizers.Tokenizer) -> None:
 def encoding_of(
     backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool = False
 ) -> tokenizers.Encoding:
-    """Encode a text. Raises InputError for half of a surrogate pair, and for a text that the tokenizer fails on."""
+    """Encode a text. Raises InputError for half of a surrogate pair, and for a text on which the tokenizer fails."""
     try:
         return backend.encode(text, add_special_tokens=add_special_tokens)
-    except TypeError:  # what the package raises for half of a surrogate pair
+    except TypeError:  # the package raises it for half of a surrogate pair
         raise InputError(f"expected text in valid Unicode, got {text[:40]!a}") from None
     except BaseException as error:  # a panic
         raise InputError(f"the tokenizer fails on {text[:40]!r}: {_reason(error)}") from error
 
 
 def text_of(backend: tokenizers.Tokenizer, ids: Sequence[int], skip_special_tokens: bool) -> str:
-    """Decode ids. Raises InputError where the decoder fails."""
+    """Decode ids. Raises InputError if the decoder fails."""
     try:
         return backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
     except BaseException as error:  # a panic
@@ -97,7 +98,7 @@ def text_of(backend: tokenizers.Tokenizer, ids: Sequence[int], skip_special_toke
 
 
 def continuing(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The same tokenizer without the space that some put before every text."""
+    """Return the same tokenizer without the space that some tokenizers put before every text."""
     settings = json.loads(backend.to_str())
     parts = {name: _without_prefix_space(settings[name]) for name in ("normalizer", "pre_tokenizer")}
     if parts.items() <= settings.items():
@@ -106,7 +107,7 @@ def continuing(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def _without_prefix_space(part: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A normalizer or pre-tokenizer of tokenizer.json that leaves the start of a text as it is."""
+    """Return a normalizer or pre-tokenizer of tokenizer.json without the part that changes the start of a text."""
     if part is None or part["type"] == "Prepend":
         return None
     part = dict(part)
@@ -124,7 +125,7 @@ def _without_prefix_space(part: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _check_ids(found: Any, file: Path) -> None:
-    """Raises InputError for an id so large that the package, which has not read it yet, would end the process."""
+    """Raise InputError for an id so large that the package would end the process on reading it."""
     model = found.get("model") if isinstance(found, dict) else None
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     ids = list(vocabulary.items()) if isinstance(vocabulary, dict) else []
@@ -142,16 +143,16 @@ def _check_ids(found: Any, file: Path) -> None:
 def _object_at(text: str, start: int) -> Any:
     try:
         return json.JSONDecoder().raw_decode(text, start)[0]
-    except (ValueError, RecursionError):  # the package has the message for it
+    except (ValueError, RecursionError):  # the package raises its own error for this later
         return None
 
 
 def _growth(part: Any) -> float:
-    """The factor, about and at most, by which a normalizer, a decoder or a post-processor makes its input longer."""
+    """Return the approximate largest factor by which a normalizer, decoder or post-processor lengthens its input."""
     if not isinstance(part, dict):
         return 1.0
 
-    # of parts in a row: the product
+    # for a sequence of parts: the product of their factors
     grown = 1.0
     for name in ("normalizers", "pretokenizers", "processors", "decoders"):
         members = part.get(name)
@@ -171,7 +172,10 @@ def _growth(part: Any) -> float:
 
 
 def _finds_nothing(pattern: Any) -> bool:
-    """Whether an expression may match an empty text, and so adds to any; True where Python does not read it."""
+    """Return whether a pattern may match an empty text, so that its replacement is inserted everywhere.
+
+    The result is True if Python cannot read the pattern.
+    """
     try:
         return re.search(pattern["Regex"], "") is not None
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError, re.error):
@@ -179,7 +183,10 @@ def _finds_nothing(pattern: Any) -> bool:
 
 
 def _pieces(part: dict[str, Any], name: str) -> float:
-    """The number of times that a template writes the text, and a hundredth for each id that it adds."""
+    """Return how often a post-processor's template writes the text, plus a hundredth for each id that it adds.
+
+    name: the template, single or pair.
+    """
     tokens, written = part.get("special_tokens"), 0.0
     for piece in part[name] if isinstance(part.get(name), list) else ():
         added = piece.get("SpecialToken") if isinstance(piece, dict) else None
@@ -191,49 +198,49 @@ def _pieces(part: dict[str, Any], name: str) -> float:
 
 
 def _check_charsmap(encoded: str, file: Path) -> None:
-    """Raises InputError for a wrong length in the first four bytes: the package would take as much memory."""
+    """Raise InputError if the first four bytes give a wrong length. The package would allocate that many bytes."""
     try:
         raw = base64.b64decode(encoded, validate=True)
     except binascii.Error:
         raw = b""
     if len(raw) < 4 or int.from_bytes(raw[:4], "little") > len(raw) - 4:
         raise InputError(
-            f"{file}: precompiled_charsmap: expected its length and as many bytes, got {len(raw)} bytes"
+            f"{file}: precompiled_charsmap: expected a length and that many bytes, got {len(raw)} bytes in all"
         )
 
 
 def _check_loaded(backend: tokenizers.Tokenizer, text: str) -> None:
-    """Raises InputError, or an error of the package, where the tokenizer of `text` cannot be used."""
+    """Raise InputError, or an error of the package, if the tokenizer that was read from `text` cannot be used."""
     found = re.search(r'"added_tokens"\s*:\s*(?=\[)', text)
     for token in json.JSONDecoder().raw_decode(text, found.end())[0] if found else ():
         if (token_id := backend.token_to_id(token["content"])) != token["id"]:
             raise InputError(
-                f"added_tokens: {shown(token['content'])} has the id {token['id']}, "
-                f"and `tokenizers` makes it {token_id}: expected the id of the vocabulary, or the next one"
+                f"added_tokens: {shown(token['content'])}: expected its id in the vocabulary or the next free one, "
+                f"got {token['id']}, which `tokenizers` changes to {token_id}"
             )
     ids = _probe(backend)
-    backend.encode("")  # with what the post-processor adds
+    backend.encode("")  # including the special tokens of the post-processor
     if len(text) < SMALL:
         _probe(continuing(backend))
         again = tokenizers.Tokenizer.from_str(backend.to_str())
         if _probe(again) != ids or again.get_vocab() != backend.get_vocab():
-            raise InputError("`tokenizers` saves it with other tokens than it reads")
+            raise InputError("expected the same tokens after `tokenizers` saves and reads it, got others")
 
 
 def _probe(backend: tokenizers.Tokenizer) -> list[int] | None:
-    """The ids of a test text, which are decoded, too; None for a tokenizer that does not know all characters."""
+    """Return the ids of a test text, and decode them. Returns None if the tokenizer has no ids for some character."""
     try:
         ids = backend.encode(PROBE, add_special_tokens=False).ids
-    except Exception:  # the package's own, of a text that the tokenizer has no ids for
+    except Exception:  # the package raises it for a text without ids
         return None
     backend.decode(ids)
     return ids
 
 
 def distinct_ids(backend: tokenizers.Tokenizer) -> Vocabulary:
-    """The ids that have a token, those of added tokens included. Raises InputError where an id has two tokens.
+    """Return the ids that have a token, including added tokens. Raises InputError if an id has two tokens.
 
-    Most files have the ids below their count, each with a token. Then none has two.
+    In most files, each id below the number of tokens has a token. Then no id can have two.
     """
     count = backend.get_vocab_size(with_added_tokens=True)
     if all(backend.id_to_token(i) is not None for i in range(count)):
@@ -252,7 +259,7 @@ def distinct_ids(backend: tokenizers.Tokenizer) -> Vocabulary:
 
 
 def _reason(error: BaseException) -> str:
-    """The package's words. An exception that is neither its error nor its panic is raised again."""
+    """Return the error message of the package. Any other BaseException than an Exception or a panic is raised again."""
     if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
         raise error
     return str(error)
@@ -260,11 +267,11 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def _without_panics() -> Iterator[None]:
-    """Keep Rust's words about a panic from standard error: where the block fails, nothing written there is shown."""
+    """Keep Rust's messages about a panic from standard error. If the block fails, its output there is dropped."""
     try:
         sys.stderr.flush()
         written, saved = tempfile.TemporaryFile(), os.dup(2)  # noqa: SIM115 (closed below)
-    except (OSError, ValueError, AttributeError):  # there is no standard error, or no place for a file
+    except (OSError, ValueError, AttributeError):  # no standard error, or no room for a temporary file
         yield
         return
 
@@ -280,5 +287,5 @@ def _without_panics() -> Iterator[None]:
             written.seek(0)
 
             if not failed:
-                with suppress(OSError):  # standard error may be full, or a terminal that is no more
+                with suppress(OSError):  # standard error may be full, or its terminal may be closed
                     os.write(2, written.read())

@@ -236,11 +236,15 @@ def test_the_base_keeps_the_name_that_it_was_called_by(cfg, tmp_path, monkeypatc
     hub = "someone/Model-1B"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": hub}))
     assert main(["merge", "--model", str(far), "--output", "merged"]) == 1
-    assert "found none at 'someone/Model-1B': write its path there, or merge" in capsys.readouterr().err
+    assert (
+        "found none at 'someone/Model-1B': write its path into the file, or merge" in capsys.readouterr().err
+    )
     assert main(["merge", "--model", str(far), "--output", "merged", "--base", str(cfg.model)]) == 0
     model = load_model(far, base=cfg.model)
     assert lora_config(model).base == hub
-    with pytest.raises(InputError, match="expected an adapter's folder beside a base, got a whole model"):
+    with pytest.raises(
+        InputError, match="expected an adapter's folder, since a base is given, got a whole model"
+    ):
         load_model("merged", base=cfg.model)
 
 
@@ -281,5 +285,7 @@ def test_adapters_that_are_each_others_base_are_refused(cfg, tmp_path):
     for folder, base in ((one, other), (other, one)):
         file = folder / "adapter_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(base)}))
-    with pytest.raises(InputError, match=r"base_model_name_or_path: leads back to .*, an adapter"):
+    with pytest.raises(
+        InputError, match=r"base_model_name_or_path: expected a model, leads back to .*, an adapter"
+    ):
         load_model(one)

@@ -344,7 +344,7 @@ def test_a_number_that_json_lacks_is_in_no_conversation(chat, value):
         ROWS["messages"] | {"tools": [{"name": "f", "default": value}]},
         ROWS["messages"] | {"chat_template_kwargs": {"mood": value}},
     ):
-        with pytest.raises(InputError, match=r"row 1: .*expected numbers that JSON has"):
+        with pytest.raises(InputError, match=r"row 1: .*expected finite numbers, as in JSON"):
             sft(chat, row)
     sft(chat, ROWS["messages"] | {"score": value})
 

@@ -211,7 +211,7 @@ def test_an_adapter_that_trl_does_not_see_is_named(load):
         embed.apply(wrapped)
         return wrapped.base_model(ids, labels=ids, fused_lm_head=True).log_probs
 
-    with pytest.raises(InputError, match=r"lm_head: TRL scores without its adapter.*modules_to_save"):
+    with pytest.raises(InputError, match=r"lm_head: TRL would ignore its adapter.*modules_to_save"):
         score({"target_modules": ["lm_head"]})
     assert score({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}).isfinite().all()
 

@@ -156,11 +156,11 @@ def test_peft_loads_what_we_save(data, tmp_path, architecture, options):
         ({"r": 0}, "r: expected a number of at least 1 and below 2147483647, got 0"),
         (
             {"lora_bias": True},
-            "lora_bias: expected null or false, for what it asks for is not supported, got",
+            "lora_bias: expected null or false, since the option is not supported, got",
         ),
-        ({"bias": "all"}, 'bias: expected null or "none", for what it asks for is not supported, got'),
+        ({"bias": "all"}, 'bias: expected null or "none", since the option is not supported, got'),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: expected an initialisation"),
-        ({"use_of_tomorrow": False}, "use_of_tomorrow: expected null, for the key is not known .*got False"),
+        ({"use_of_tomorrow": False}, "use_of_tomorrow: expected null, since the key is unknown .*got False"),
         ({"use_of_tomorrow": 0}, "use_of_tomorrow: expected null, .*got 0"),
         ({"lora_bias": 0}, "lora_bias: expected null or false, .*got 0"),
         ({"enable_lora": False}, "enable_lora: expected null, .*got False"),
@@ -187,7 +187,7 @@ def test_peft_loads_what_we_save(data, tmp_path, architecture, options):
         ),
         (
             {"layers_to_transform": [0], "target_modules": ".*q_proj"},
-            "layers_to_transform: expected null beside a regular expression",
+            "layers_to_transform: expected null, since target_modules is a regular expression",
         ),
         ({"target_modules": "q_proj("}, r"target_modules: expected a regular expression, got 'q_proj\('"),
         ({"target_modules": ["w_proj"]}, "target_modules: .*names no linear layer"),

@@ -59,7 +59,7 @@ def layers(tmp_path):
 
 @control
 def a_size(tmp_path):
-    refused(tmp_path, "tiny/config.json", "hidden_size", 18, "hidden_size: expected 16, as ")
+    refused(tmp_path, "tiny/config.json", "hidden_size", 18, "hidden_size: expected 16, by ")
 
 
 @control

@@ -226,7 +226,7 @@ def test_a_config_that_its_architecture_cannot_spell_is_not_written():
             "num_attention_heads: expected a multiple of num_key_value_heads=3, got 4",
         ),
         ({"head_dim": 7}, "head_dim: expected an even number"),
-        ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', nothing else is built, got 'gelu'"),
+        ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', nothing else is supported, got 'gelu'"),
         ({"attention_dropout": 0.1}, "attention_dropout: expected 0.0"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1.0"),
         ({"rope_interleaved": True}, "rope_interleaved: expected False"),

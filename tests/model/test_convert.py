@@ -131,7 +131,7 @@ def test_another_dtype_and_an_untied_head(given, tmp_path):
         ({"llama.block_count": 1}, r"small\.gguf: layers\.1\.\S+: expected shape None, got"),
         (
             {"llama.feed_forward_length": 95},
-            r"llama.feed_forward_length: expected 96, as blk.0.ffn_gate.weight in small.gguf has it, got 95",
+            r"llama.feed_forward_length: expected 96, by blk.0.ffn_gate.weight in small.gguf, got 95",
         ),
         (
             {"llama.rope.scaling.factor": 2.0},
@@ -314,7 +314,8 @@ def test_bytes_put_in_or_cut_out_anywhere_are_refused(small, tmp_path):
 
     file.write_bytes(whole[:data] + bytes(64) + whole[data:])
     with pytest.raises(
-        InputError, match=rf"gguf: {len(whole) + 64} bytes, expected {len(whole)}, where its last"
+        InputError,
+        match=rf"gguf: expected {len(whole)} bytes, up to the end of its last tensor, got {len(whole) + 64}",
     ):
         convert._read(file)
 
@@ -325,15 +326,13 @@ def test_tensors_that_overlap_or_leave_room_are_refused(tmp_path):
     spans = [("b", 160, 96), ("a", 64, 90)]  # 90 bytes, then 6 up to the alignment
     convert._check_layout(file, spans, 64, 32)
 
+    ends = "where the one before ends"
     for changed, message in (
-        (
-            [("b", 128, 96), ("a", 64, 90)],
-            "tensor 'b' begins at byte 128, expected 160, where the one before ends",
-        ),
-        ([("b", 192, 64), ("a", 64, 90)], "tensor 'b' begins at byte 192, expected 160"),
-        ([("b", 160, 96), ("a", 96, 58)], "tensor 'a' begins at byte 96, expected 64"),
-        ([("b", 160, 97), ("a", 64, 90)], "256 bytes, expected 257, where its last tensor ends"),
-        ([("b", 160, 64), ("a", 64, 90)], "256 bytes, expected 224, where its last tensor ends"),
+        ([("b", 128, 96), ("a", 64, 90)], f"tensor 'b': expected at byte 160, {ends}, got 128"),
+        ([("b", 192, 64), ("a", 64, 90)], f"tensor 'b': expected at byte 160, {ends}, got 192"),
+        ([("b", 160, 96), ("a", 96, 58)], f"tensor 'a': expected at byte 64, {ends}, got 96"),
+        ([("b", 160, 97), ("a", 64, 90)], "expected 257 bytes, up to the end of its last tensor, got 256"),
+        ([("b", 160, 64), ("a", 64, 90)], "expected 224 bytes, up to the end of its last tensor, got 256"),
     ):
         with pytest.raises(InputError, match=message):
             convert._check_layout(file, changed, 64, 32)

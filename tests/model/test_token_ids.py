@@ -66,7 +66,7 @@ def test_one_of_several_that_nothing_has_is_left_out_and_said_once(tmp_path, cap
     for _ in range(3):
         assert read_stop_ids(tmp_path, known) == [2]
     said = capsys.readouterr().err
-    assert said == f"warning: {tmp_path / GENERATION}: eos_token_id: [99] is no token and ends nothing\n"
+    assert said == f"warning: {tmp_path / GENERATION}: eos_token_id: [99] is not a token and is ignored\n"
 
 
 def test_a_tokenizer_is_loaded_without_end_tokens_that_it_does_not_have(data, tmp_path):
@@ -83,7 +83,7 @@ def test_generation_says_which_end_tokens_are_never_drawn(capsys):
     list(stream(model, [1, 2], max_new_tokens=2, stop_ids={3, 40}))
     say_what_never_ends({3, 40}, 31)
     expected = (
-        "warning: the model has no row for the stop ids [40], only for ids below 31: none ends a generation\n"
+        "warning: the model has rows only for ids below 31, so the stop ids [40] never end a generation\n"
     )
     assert capsys.readouterr().err == expected
 
@@ -106,5 +106,5 @@ def test_a_token_of_generation_config_is_an_id(key, tmp_path):
 def test_a_number_that_is_not_finite_is_not_carried_along(value, tmp_path):
     folder = shutil.copytree(DATA / "tiny-hf" / "llama", tmp_path / "model")
     (folder / "generation_config.json").write_text(json.dumps({"temperature": value}))
-    with pytest.raises(InputError, match=r"generation_config\.json: expected numbers that JSON has"):
+    with pytest.raises(InputError, match=r"generation_config\.json: expected finite numbers, as in JSON"):
         load_model(folder)

@@ -66,9 +66,18 @@ REFUSED = {
     "an id with a fraction": (vocabulary("zzz", 1.5), "not a tokenizer.json"),
     "a long name": (vocabulary(LONG_NAME, 2**31), "expected an id from 0"),
     "an added id of 2^31": (added(id=2**31), "<new>: expected an id from 0"),
-    "an added id beyond the next": (added(id=400), "<new> has the id 400, and `tokenizers` makes it 320"),
-    "an added token on an id": (added(id=2), "<new> has the id 2, and"),
-    "an added token without text": (added(content=""), "has the id 320, and"),
+    "an added id beyond the next": (
+        added(id=400),
+        "<new>: expected its id in the vocabulary or the next free one, got 400, which `tokenizers` changes to 320",
+    ),
+    "an added token on an id": (
+        added(id=2),
+        "<new>: expected its id in the vocabulary or the next free one, got 2, which",
+    ),
+    "an added token without text": (
+        added(content=""),
+        "expected its id in the vocabulary or the next free one, got 320, which",
+    ),
     "a normalizer that panics": (part("normalizer", REPLACE), "can read: index out of bounds"),
     "a charsmap without end": (charsmap(b"\xff\xff\xff\xff\x00\x00\x00\x00"), "precompiled_charsmap"),
     "a charsmap without a tree": (charsmap(b""), "precompiled_charsmap"),

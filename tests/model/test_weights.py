@@ -81,7 +81,8 @@ def test_a_mixture_of_both_forms_is_refused(data, tmp_path, name):
     for tensors in (one_by_one | fused, split | fused):
         rewrite(tmp_path / name, tensors)
         with pytest.raises(
-            InputError, match=r"experts\S+: unexpected, other experts of this folder are fused"
+            InputError,
+            match=r"experts\S+: expected fused experts, as elsewhere in this folder, got a single one",
         ):
             load_model(tmp_path / name)
 
@@ -287,7 +288,7 @@ def test_a_file_that_the_index_names_is_read_whole(folder):
 
     stale = folder / next(file for file in weight_map.values() if file != weight_map["model.norm.weight"])
     save_file(load_file(stale) | {"model.norm.weight": torch.zeros(64)}, stale)
-    with pytest.raises(InputError, match=r"model\.norm\.weight: stands in model-\d+\.safetensors, too"):
+    with pytest.raises(InputError, match=r"model\.norm\.weight: is also in model-\d+\.safetensors"):
         load_model(folder)
     edit(folder / INDEX, weight_map=weight_map)  # which says whose is the one
     assert torch.equal(logits_of(load_model(folder)), expected)
@@ -330,5 +331,8 @@ def test_the_bias_of_a_score_is_a_number(tmp_path, value):
 
 def test_files_of_another_layout_alone_are_named(folder):
     (folder / SINGLE).rename(folder / "consolidated.safetensors")
-    with pytest.raises(InputError, match=r"found neither \(consolidated\.safetensors has other names"):
+    with pytest.raises(
+        InputError,
+        match=r"found neither \(consolidated\.safetensors is not read: its tensors have other names",
+    ):
         load_model(folder)
