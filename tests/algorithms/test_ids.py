@@ -146,7 +146,7 @@ def test_a_row_with_such_an_id_is_refused_by_line_and_token_and_others_run(place
         file = rows_in(place, "bad", shape, column)
         message = (
             rf"{re.escape(str(file))} line 3: token '{IMAGE}': .* has no row for its id {ROWS}, "
-            rf"expected ids below {ROWS}; take it out of the text, or use a model that has it"
+            rf"expected ids below {ROWS}; take the token out of the text, or use a model that has a row for it"
         )
         with pytest.raises(InputError, match=message):
             run(place, file, place / "refused")
