@@ -58,7 +58,7 @@ class Example:
 
     @property
     def sequences(self) -> list[list[int]]:
-        """The token sequences that the model reads for this example: one."""
+        """The one token sequence that the model reads for this example, in a list."""
         return [self.tokens]
 
     @property
@@ -80,7 +80,7 @@ class Prompt:
 
     @property
     def sequences(self) -> list[list[int]]:
-        """The token sequences that the model reads for this prompt: one."""
+        """The one token sequence that the model reads for this prompt, in a list."""
         return [self.tokens]
 
 
@@ -263,7 +263,7 @@ def _units(row: Row, shape: str, tokenizer: Tokenizer) -> Iterator[str | Pair | 
 
 
 def _talk(row: Row, turns: list[Turn], tokenizer: Tokenizer, last: int | None = None) -> Talk:
-    """Return the conversation to train on. last: the number of final turns that form the completion; default all."""
+    """Return the conversation to train on. last: the number of final turns that form the completion (default: all)."""
     turns = with_system(row, turns)
     given = 0 if last is None else len(turns) - last
     no_assistant(turns[given:])
@@ -271,7 +271,7 @@ def _talk(row: Row, turns: list[Turn], tokenizer: Tokenizer, last: int | None = 
 
 
 def _answers(row: Row, shape: str, tokenizer: Tokenizer) -> Iterator[Pair | Talk]:
-    """Yield the row's question with its answer. A self-instruct row yields one per instance."""
+    """Yield the row's question with its answer. A self-instruct row yields one pair per instance."""
     column = "answer" if shape == "question and answer" else "output"
     for instance in _instances(row) if shape == "self-instruct" else [row]:
         question = read_question(instance, tokenizer)
@@ -294,14 +294,14 @@ def _instances(row: Row) -> Iterator[Row]:
 
 
 def answer_text(question: str, answer: str) -> str:
-    """Return the answer as it follows the question. A question that ends in a colon is followed by a space."""
+    """Return the answer to append to the question, with a leading space if the question ends in a colon."""
     return " " + answer if question.endswith(":") else answer
 
 
 def read_question(row: Row, tokenizer: Tokenizer) -> str | list[Turn]:
     """Return a row's question or instruction: as a user turn if the model has a chat template, else as plain text.
 
-    The plain text is a fixed frame around the question that a base model continues with the answer.
+    The plain text puts the question in a fixed frame, which a base model continues with the answer.
     """
     if "question" in row:
         column, question = "question", row.text("question")

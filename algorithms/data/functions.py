@@ -2,7 +2,7 @@
 
     def f(prompts, completions, completion_ids, trainer_state, log_metric, log_extra, **columns) -> list[float | None]
 
-The arguments are those of TRL. All but three are lists with one entry per completion:
+The arguments are those of TRL. The first three entries below are lists with one item per completion:
 
     prompts, completions        texts, or lists of messages if the row's prompt is one
     completion_ids              token ids
@@ -80,9 +80,9 @@ def takes(function: Callable[..., Any], name: str) -> bool:
 
 
 def _parameters(function: Callable[..., Any]) -> Parameters | None:
-    """Return the parameters, or None without a signature.
+    """Return the parameters of a function, or None if it has no readable signature.
 
-    If the function is a functools.wraps wrapper with **kwargs, they are those of the wrapped function.
+    A functools.wraps wrapper with **kwargs has the parameters of the function that it wraps.
     """
     outer = _outer_parameters(function)
     return _outer_parameters(function, follow_wrapped=True) if outer and _takes_all(outer) else outer
@@ -134,7 +134,7 @@ def arguments_for(
 
 
 def _check_needed(label: str, parameter: inspect.Parameter, samples: Samples) -> None:
-    """Raise InputError naming a required parameter that has no value to pass."""
+    """Raise InputError for a required parameter for which there is no value to pass."""
     name = brief(parameter.name, 60)
     if parameter.kind is parameter.POSITIONAL_ONLY:
         raise InputError(f"{label}: expected arguments passed by name, got '{name}' by position only")

@@ -81,7 +81,7 @@ def load_lessons(
     """Load the lessons of --data, and print how many rows were used, cut and dropped.
 
     cfg: its flags data, row_template and max_length are read. prompts_alone: read only prompts from the rows.
-    temperature: the one expected of a file's log-probabilities; None if they are not used.
+    temperature: the temperature that a file's log-probabilities must have; None if they are not used.
     """
     if cfg.data.suffix == ".safetensors":
         flags = {"row-template": cfg.row_template, "chat-template-kwargs": tokenizer.variables}

@@ -41,7 +41,7 @@ FLAGS = ("weight", "train")  # keys of a turn that say whether it is trained
 
 
 class Turn(dict[str, Any]):
-    """A message that also holds its column and its place there, for error messages."""
+    """A message that also holds the name of its column and its number there, for error messages."""
 
     where = ""
     column = ""
@@ -58,14 +58,15 @@ class Talk:
     left_out: list[int] = field(default_factory=list)  # the assistant turns with weight 0
 
     def ids(self, tokenizer: Tokenizer, end: int | None = None) -> list[int]:
-        """Return the ids of the messages before index `end`, with the generation prompt. By default of all messages."""
+        """Return the ids of the messages before index `end` (default: all), with the generation prompt."""
         return tokenizer.encode_chat(self.messages[:end], add_generation_prompt=True, **self.variables)
 
 
 def talk_of(row: Row, turns: Sequence[Turn], tokenizer: Tokenizer, given: int = 0) -> Talk:
-    """Build a conversation of a row's turns. The assistant turns from index `given` on are trained, unless marked.
+    """Build a conversation from a row's turns. The assistant turns from index `given` on are trained.
 
-    Raises InputError naming the message and the key that the chat template leaves out.
+    Turns with weight 0 or train false, and turns without content, are not trained. Raises InputError naming the message
+    and the key that the chat template leaves out.
     """
     trained: list[int] = []
     left_out: list[int] = []
@@ -100,7 +101,7 @@ def prompt_of(row: Row, turns: Sequence[Turn], tokenizer: Tokenizer) -> Talk:
 def _rendered(
     row: Row, turns: Sequence[Turn], tokenizer: Tokenizer, variables: dict[str, Any], ask: bool
 ) -> list[Message]:
-    """Return the messages in a form of which the chat template leaves nothing out.
+    """Return the messages in a form that the chat template renders completely.
 
     Keys and variables that the template does not read are noted in the row. ask: add the generation prompt.
     """
@@ -163,7 +164,7 @@ def says_something(turn: Message) -> bool:
 
 
 def read_messages(row: Row, column: str) -> list[Turn]:
-    """Return the messages of a column, in the keys that chat templates read.
+    """Return the messages of a column, with the keys that chat templates read.
 
     Raises InputError naming the message and the key that is wrong.
     """
@@ -290,7 +291,7 @@ def _part(part: Any, where: str) -> dict[str, Any]:
 
 
 def no_assistant(turns: Sequence[Turn]) -> None:
-    """Raise InputError if a conversation has no assistant turn but a turn with an unknown role."""
+    """Raise InputError if no turn has the role `assistant` and a turn has an unknown role."""
     if any(turn["role"] == "assistant" for turn in turns):
         return
     for turn in turns:

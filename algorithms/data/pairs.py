@@ -1,4 +1,4 @@
-"""Conversion of rows with judged answers to a prompt and its completions.
+"""Conversion of rows with compared or labelled answers to prompts with completions.
 
     chosen and rejected        with a prompt in its own column (text, question, instruction, messages), or as two
                                conversations that begin alike (as HH-RLHF's "\\n\\nHuman: ...\\n\\nAssistant: ...")
@@ -112,8 +112,8 @@ def preferences(
 ) -> tuple[list[Preference], Tally]:
     """Convert rows of chosen and rejected answers to pairs. Returns (pairs, counts).
 
-    The counts give rows, pairs, and dropped rows with the reasons. max_length: the most tokens of a prompt with its
-    longer completion. margins: read the column `margin`; without it all margins are 0.
+    The counts give rows, pairs, and dropped rows with the reasons. max_length: the maximum number of tokens of a prompt
+    with its longer completion. margins: read the column `margin`; otherwise all margins are 0.
     Raises InputError if no pair is left, or naming a row that has another shape or cannot be masked.
     """
 
@@ -139,7 +139,7 @@ def judged_completions(
     """Convert rows of prompt, completion and label to labelled completions. Returns (completions, counts).
 
     A row of chosen and rejected answers becomes two completions. The counts give rows, completions, and dropped rows
-    with the reasons. max_length: the most tokens of a prompt with its completion.
+    with the reasons. max_length: the maximum number of tokens of a prompt with its completion.
     Raises InputError if no completion is left, or naming a row that has another shape or cannot be masked.
     """
 

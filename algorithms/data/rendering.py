@@ -5,7 +5,7 @@ It may also drop unexpected content, or render it in Python's own notation. So e
 every word replaced by a unique marker. Tags like </think> stay in place. Each marker must occur in the rendered text.
 Conversations that differ only in their words are checked once.
 
-A message can be written in several forms (FORMS). Training uses the first form of which nothing is missing. If
+A message can be written in several forms (FORMS). Training uses the first form that is rendered completely. If
 transformers' apply_chat_template renders the row as it is, the text is the same.
 """
 
@@ -64,7 +64,7 @@ class NotRendered(InputError):
 def whole_form(
     messages: Sequence[Message], tokenizer: Tokenizer, variables: Mapping[str, Any], *, ask: bool
 ) -> tuple[list[Message], Form]:
-    """Return (messages, form): the messages in the first form of which the chat template leaves nothing out.
+    """Return (messages, form): the messages in the first form that the chat template renders completely.
 
     Reasoning of earlier turns may be missing, because templates drop it by design. ask: add the generation prompt after
     the last message. Raises NotRendered if every form loses something, and InputError if the template refuses every
@@ -89,7 +89,7 @@ def whole_form(
 def changes_text(
     name: str, messages: Sequence[Message], tokenizer: Tokenizer, variables: Mapping[str, Any]
 ) -> bool:
-    """Return whether any value of a template variable changes the rendering of a conversation like this."""
+    """Return whether any value of the template variable `name` changes how the messages are rendered."""
     if name not in tokenizer.template_variables:
         return False
     probe = dumped(_Marker().conversation(messages))
@@ -125,7 +125,7 @@ def _renderer(tokenizer: Tokenizer, variables: Mapping[str, Any]) -> Render:
 
 
 def _first_form(messages: Sequence[Message], render: Render, ask: bool, replace: bool) -> Form:
-    """Return the first form of which nothing is missing. replace: check with markers instead of the real words.
+    """Return the first form that is rendered completely. replace: check with markers instead of the real words.
 
     Raises NotRendered if every form loses something, and Refused if the template refuses every form.
     """
@@ -250,7 +250,7 @@ def _is_found(mark: Mark, text: str) -> bool:
 
 
 class _Marker:
-    """A maker of copies of messages with every word replaced by a unique marker.
+    """A builder of copies of messages in which every word is replaced by a unique marker.
 
     marks: texts that the rendering must contain. python: texts in Python's notation that it must not contain.
     """
@@ -349,7 +349,7 @@ class _Marker:
 
 
 def _has_content(message: Message, key: str) -> bool:
-    """Return whether a message has content under the key. Keys of reasoning count only for text of the assistant."""
+    """Return whether a message has content under the key. A reasoning key counts only with a text of the assistant."""
     if key in ("content", "tool_calls"):
         return message[key] is not None
     return key in CONTENT_KEYS and message["role"] == "assistant" and isinstance(message[key], str)

@@ -154,7 +154,7 @@ def check_weights(weights: Sequence[float], count: int) -> tuple[float, ...]:
 
 
 def weighted_rewards(cfg: Any, functions: dict[str, RewardFunction]) -> Rewards:
-    """Combine reward functions with the flags --reward-weights and --reward-timeout."""
+    """Return `Rewards` of the functions, with the values of --reward-weights and --reward-timeout."""
     return Rewards(functions, check_weights(cfg.reward_weights, len(functions)), cfg.reward_timeout)
 
 

@@ -34,14 +34,14 @@ class Row(dict[str, Any]):
         self.rendered = False
 
     def __getattr__(self, name: str) -> Any:
-        """Create a record (used, ignored, notes or read_variables) on first access. Most rows need few of them."""
+        """Create the attribute used, ignored, notes or read_variables on first access. Most rows need few of them."""
         if name not in ACCOUNT:
             raise AttributeError(name)
         setattr(self, name, ACCOUNT[name]())
         return getattr(self, name)
 
     def take(self, column: str) -> Any:
-        """Return the cell and mark its column as used; None if the row lacks it.
+        """Return the cell of a column, or None if the row lacks it, and mark the column as used.
 
         Null fields that Arrow adds to rows of parquet files are removed.
         """

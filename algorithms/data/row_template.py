@@ -77,7 +77,7 @@ def _compiled(file: Path) -> tuple[Any, set[str]]:
 
 
 def _zip(*columns: Any) -> list[Any]:
-    """Return zip as a list, because deeply nested zip iterators overflow the C stack."""
+    """Return the result of zip as a list, because deeply nested iterators overflow the C stack."""
     return list(zip(*columns, strict=False))
 
 

@@ -3,8 +3,8 @@
     loss of the step + coefficient * sum over micro-batches of (share of the step's tokens) * (balance)
 
 A balance is a product of two means, so the balance of a batch is not the mean of its micro-batches' balances. Each
-micro-batch of each process has its own, as in transformers and TRL, but those weight all micro-batches equally.
-docs/moe.md says which tokens count.
+micro-batch of each process therefore has its own balance. transformers and TRL do the same, but weight all
+micro-batches equally. docs/moe.md says which tokens count.
 """
 
 from collections.abc import Sequence

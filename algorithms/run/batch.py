@@ -28,7 +28,7 @@ from .processes import IDLE, most, parts, rank, reshard, shares, sum_over_proces
 
 @dataclass(frozen=True)
 class Completion:
-    """The tokens that follow a prompt. The mask is True for the n trained tokens; all tensors have one row for each."""
+    """The tokens that follow a prompt. The mask marks the n trained tokens; tensors have one row per trained token."""
 
     tokens: list[int]
     mask: list[bool]
@@ -72,7 +72,10 @@ def longest(item: Item) -> int:
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch: items packed for one forward and backward pass. Tensors (tokens,) hold the trained tokens only."""
+    """A micro-batch: items packed for one forward and backward pass.
+
+    Tensors (tokens, ...) have one row per trained token.
+    """
 
     packed: Packed
     members: list[int]  # the index of each item among the items of the step
@@ -91,7 +94,7 @@ class Batch:
     def before_head(self, model: Transformer, vocabulary: Vocabulary | None = None) -> tuple[Tensor, Head]:
         """Return the operands of the logits for each trained token: hidden states (tokens, C), and the head of V rows.
 
-        vocabulary: the ids that keep their row of the head, all by default.
+        vocabulary: the ids whose rows the head has, all by default.
         """
         with autocast(self.rows.device.type):
             return model.before_head(self.packed, self.rows, vocabulary)
@@ -99,7 +102,7 @@ class Batch:
     def score(self, policy: Transformer, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Return (logprob, entropy) of each trained token, (tokens,) each, under the distribution that was sampled.
 
-        That distribution has the temperature, and only the ids in `support` and `vocabulary`.
+        Logits are divided by `temperature`. Only the ids in `support` and `vocabulary` count.
         """
         drawn_from = {"support": self.support, "vocabulary": self.vocabulary}
         with autocast(self.rows.device.type):
@@ -131,7 +134,7 @@ class Batch:
         return torch.segment_reduce(values, "sum", lengths=self.lengths, unsafe=True)
 
     def per_token(self, values: Tensor) -> Tensor:
-        """Repeat a number per completion of the step, (all completions,), for each trained token here, (tokens,)."""
+        """Expand one number per completion of the step, (all completions,), to one per trained token, (tokens,)."""
         return values.to(self.rows.device)[self.completions].repeat_interleave(self.lengths)
 
 
@@ -211,8 +214,9 @@ def make_split_batches(
 ) -> Batches:
     """Pack items into micro-batches of at most `capacity` tokens. An item may be split; its prompt is then repeated.
 
-    A completion is never split, so a longer one has a micro-batch of its own. needed: (all completions,) bool; the
-    other completions are left out. The share of a micro-batch is its share of the needed completions' trained tokens.
+    A completion is never split; a completion longer than `capacity` has its own micro-batch. needed: (all completions,)
+    bool; the other completions are left out. The share of a micro-batch is its share of the needed completions' trained
+    tokens.
     """
     step = _Step(items, device)
     num_trained = int((torch.tensor(step.counts) * needed).sum())

@@ -53,7 +53,7 @@ class Expired(BaseException):
     """The exception raised inside a function that ran out of time. `except Exception` does not catch it."""
 
 
-PASSES = (KeyboardInterrupt, Expired)  # exceptions that a user's object does not raise itself: they pass on
+PASSES = (KeyboardInterrupt, Expired)  # exceptions that are not errors of a user's code: they are raised again
 
 
 class Call(NamedTuple):
@@ -139,7 +139,7 @@ def _entries(call: Call, value: Any) -> list[Any]:
 
 
 def _iterator(value: Any) -> Iterator[Any] | None:
-    """Return an iterator over a list of results, or None if the value is not one. __getitem__ alone is enough."""
+    """Return an iterator over the value, or None if it cannot be a list. A value with only __getitem__ is accepted."""
     if isinstance(value, str | bytes | Mapping | Set):
         return None
     try:
@@ -288,7 +288,10 @@ done"""
 
 @functools.cache
 def _speaker() -> int:
-    """Start a shell process that prints the last message if faulthandler ends this process. Returns its descriptor."""
+    """Start a shell process that prints a message if faulthandler ends this process.
+
+    Returns the descriptor of a pipe to it. The last line before faulthandler's report is the message.
+    """
     read, write = os.pipe()
     os.posix_spawn(
         "/bin/sh", ["sh", "-c", LAST_WORDS], os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, read, 0)]

@@ -258,7 +258,7 @@ class Stored:
     at_least: float = -math.inf
 
     def read(self, rows: range) -> Tensor:
-        """Read a range of rows, or the number of a tensor without dimensions.
+        """Read a range of rows of the tensor. A tensor without dimensions is read whole.
 
         Raises InputError if the file is broken, or if numbers are not finite or below `at_least`.
         """

@@ -128,7 +128,7 @@ class AnswerFlags:
     max_prompt_length: Count = 1024  # maximum number of prompt tokens; longer prompts are dropped
     top_k: Count | None = None  # sample only from the k most likely tokens
     top_p: Part | None = (
-        None  # sample only from the fewest tokens with this total probability (at most 1,024)
+        None  # sample from the fewest tokens with this total probability; at most 1,024 tokens
     )
     reward_timeout: Seconds | None = None  # time limit of a function call, in seconds; no limit by default
 
@@ -153,7 +153,7 @@ class TrainingFlags(DeviceFlags, RowFlags):
     lora_alpha: Alpha | None = None  # LoRA's alpha; the adapter's scale is alpha / rank; 2 * rank by default
     base_4bit: bool = False  # keep the frozen weights in 4 bits (NF4), as in QLoRA
     router_aux_loss_coef: Weight | None = None  # weight of the balance loss; by default from config.json
-    balance: Literal["pooled", "layer"] = "pooled"  # balance loss over all layers pooled, or layer by layer
+    balance: Literal["pooled", "layer"] = "pooled"  # compute the balance loss over all layers, or per layer
     save_every: Size = 0  # steps between checkpoints; 0 saves only the final model
     save_dtype: SaveDtype = "auto"  # dtype of the saved weights; auto keeps each tensor's dtype in --model
     resume: bool = False  # continue from the last checkpoint in --output

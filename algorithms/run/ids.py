@@ -40,8 +40,8 @@ def check_model(
 ) -> None:
     """Raise InputError if an item has an id for which the model has no row, and stop such ids from being sampled.
 
-    Warns if a stop token is such an id, or if `longest`, in tokens, is more than the model was trained on. name: the
-    words for the model in messages.
+    Warns if a stop token is such an id, or if sequences of `longest` tokens are longer than the model was trained on.
+    name: the words for the model in messages.
     """
     rows = model.config.vocab_size
     check_ids(items, tokenizer, rows, name)
@@ -78,7 +78,7 @@ def check_sequence(where: str, ids: Sequence[int], tokenizer: Tokenizer, rows: i
     beyond = ids_beyond(tokenizer, rows)
     every = len(tokenizer.backend.get_vocab())
     way_out = (
-        f"{len(beyond)} of the tokenizer's {every} ids are not below: model and tokenizer do not belong together"
+        f"{len(beyond)} of the tokenizer's {every} ids are too large: model and tokenizer do not belong together"
         if len(beyond) > FOREIGN * every
         else "take the token out of the text, or use a model that has a row for it"
     )

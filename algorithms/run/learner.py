@@ -26,8 +26,8 @@ Model = TypeVar("Model", Transformer, ScalarModel)
 class Learner(Generic[Model]):
     """A model with its optimizer and the sums of a step's metrics.
 
-    model: the model to train. learning_rate: AdamW's peak learning rate, --learning-rate by default. eps: AdamW's.
-    `start` makes the optimizer, after the model has been sharded over the processes.
+    model: the model to train. learning_rate: AdamW's peak learning rate, --learning-rate by default. eps: AdamW's
+    epsilon. `start` makes the optimizer, after the model has been sharded over the processes.
     """
 
     def __init__(

@@ -47,8 +47,8 @@ METRICS, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
 class Run:
     """One training run.
 
-    learners: the models to train. The keyword of each is the folder under which it is saved; the first is the result of
-    the run. frozen: models that are not trained; None entries are skipped.
+    learners: the models to train. The keyword of each is the name of the folder in which it is saved. The first is the
+    result of the run. frozen: models that are not trained; None entries are skipped.
 
     Creating a run shards all these models over the processes. Inside `with` the run folder exists, and with --resume
     the learners have the state of the checkpoint.
@@ -125,7 +125,7 @@ class Run:
     # -- steps
 
     def steps(self) -> Iterator[int]:
-        """Yield the remaining steps, from `start` to --steps. After each step --save-every is honoured."""
+        """Yield the remaining steps, from `start` to --steps. Save model and checkpoint every --save-every steps."""
         total = self._cfg.steps
         self._bar = tqdm(
             total=total,
@@ -143,7 +143,7 @@ class Run:
                 (self._cfg.seed + step * 0x9E3779B97F4A7C15 + rank() * 0xBF58476D1CE4E5B9) % 2**63
             )
             yield step
-            reshard(*self._frozen)  # forward passes without a gradient leave them whole
+            reshard(*self._frozen)  # a forward pass without a backward pass leaves their weights gathered
             self._save_step(step + 1)
             self._bar.update()
 
@@ -215,7 +215,7 @@ class Run:
         return folders[-1]
 
     def _save_step(self, done: int) -> None:
-        """Write the result as step-N, and replace the checkpoint, if --save-every divides the number of steps done."""
+        """Every --save-every steps, write the result as step-N and replace the checkpoint. done: steps done so far."""
         if self._cfg.save_every and done % self._cfg.save_every == 0:
             self._save(next(iter(self._learners)), f"step-{done}")
             write_checkpoint(self.folder / CHECKPOINT, self._parts(), {"step": done, **self.values})
@@ -251,8 +251,8 @@ def _end_of_steps(file: Path, step: int, a_line_a_step: bool) -> int:
     """Return the number of bytes that hold the records of the steps before `step`; 0 without the file.
 
     The lines stay as they are, even with broken bytes, because only people read them again. a_line_a_step: the file has
-    one line per step, so a line whose step cannot be read counts as the step of its place. In any other file such a
-    line raises InputError.
+    one line per step. If a line's step cannot be read, its place in such a file gives the step. In any other file such
+    a line raises InputError.
     """
     if not os.path.lexists(file):
         return 0

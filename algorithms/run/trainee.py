@@ -58,9 +58,9 @@ def load_scalar_trainee(cfg: Any, folder: Path) -> ScalarModel:
 
 
 def _start_training(model: Transformer | ScalarModel, cfg: Any) -> None:
-    """Put the model in training mode. Without a --lora-dropout flag, as in RL, the adapter's dropout is set to 0.
+    """Put the model in training mode. For a trainer without the flag --lora-dropout, set the adapter's dropout to 0.
 
-    In RL the policy samples without dropout, and the same policy must be trained.
+    RL trainers do not have the flag: their policy samples without dropout, and the same policy must be trained.
     """
     if not hasattr(cfg, "lora_dropout"):
         for lora in adapters(model).values():
