@@ -61,7 +61,9 @@ class Tally(Counter[str]):
         written = dict.fromkeys(name for row in rows for name in row if name not in row.kept)
         found = {name for row in rows for name in row.used - row.kept}
         read = {f"chat_template_kwargs.{name}" for row in rows for name in row.read_variables}
-        inside = {name for row in rows for name in row.ignored} - read  # a variable that is read in any row is used
+        inside = {
+            name for row in rows for name in row.ignored
+        } - read  # a variable that is read in any row is used
         self.unused = [name for name in columns if name not in taken and not used(name)]
         self.unused += [f"{name} (of the row template)" for name in written if name not in found]
         self.unused += sorted(inside)

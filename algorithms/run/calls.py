@@ -53,7 +53,10 @@ class Expired(BaseException):
     """The exception raised inside a function that ran out of time. `except Exception` does not catch it."""
 
 
-PASSES = (KeyboardInterrupt, Expired)  # exceptions that are not errors of a user's code: they are raised again
+PASSES = (
+    KeyboardInterrupt,
+    Expired,
+)  # exceptions that are not errors of a user's code: they are raised again
 
 
 class Call(NamedTuple):
