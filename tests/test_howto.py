@@ -1,7 +1,6 @@
 """The pages of docs/ that say how something is added, followed to the letter in a copy of the tree."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ from burnish.algorithms.recipes.sums import VOCABULARY, make_tokenizer
 from burnish.model import ModelConfig, Transformer
 from burnish.model.checkpoint import save_model
 from burnish.model.text.tokenizer import Tokenizer
-from following import ROOT, follow, insert, replace, steps
+from following import ROOT, copy_of_tree, follow, insert, replace, steps
 
 PAIR = {"prompt": "1+2=", "chosen": "3", "rejected": "4"}
 
@@ -17,8 +16,7 @@ PAIR = {"prompt": "1+2=", "chosen": "3", "rejected": "4"}
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A copy of the tree, with the package `burnish` in build/link."""
-    left_out = shutil.ignore_patterns(".*", "build", "dist", "runs", "models", "*.egg-info", "__pycache__")
-    copy = shutil.copytree(ROOT, tmp_path / "tree", ignore=left_out)
+    copy = copy_of_tree(tmp_path / "tree")
     (copy / "build" / "link").mkdir(parents=True)
     (copy / "build" / "link" / "burnish").symlink_to(copy)
     return copy
@@ -76,5 +74,5 @@ def test_what_is_not_there_once_is_an_error(tmp_path):
 
 
 def test_a_command_that_fails_is_an_error(model_folder, tmp_path):
-    with pytest.raises(AssertionError, match="expected a file"):
+    with pytest.raises(AssertionError, match=r"none\.jsonl: no such file"):
         follow("add-a-reward", tmp_path, {"DIR": str(model_folder), "sums.jsonl": "none.jsonl"})

@@ -1,7 +1,6 @@
 """`pip install .` gives one package, complete, whose command starts; and an sdist that builds the same."""
 
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -9,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from following import copy_of_tree
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ["kernels", "model", "algorithms", "bench"]
@@ -33,8 +33,7 @@ def build(folder: Path, kind: str, output: Path) -> Path:
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """The tree without what a build or a run leaves in it, with one room more, and a folder that is none."""
-    leftovers = shutil.ignore_patterns(".*", "build", "dist", "runs", "models", "*.egg-info", "__pycache__")
-    tree = shutil.copytree(ROOT, tmp_path / "tree", ignore=leftovers)
+    tree = copy_of_tree(tmp_path / "tree")
     for file in (
         "kernels/planted_room/__init__.py",
         "kernels/planted_room/file.py",

@@ -1,1 +1,1 @@
-"""From rows of a file to packed batches: what is read, what it becomes, who judges it."""
+"""The data of a run: reading rows, turning them into token sequences or prompts, and scoring sampled completions."""

@@ -1,8 +1,8 @@
-"""Rows of a file -> token sequences to train on, or prompts to sample from. docs/data.md shows every shape.
+"""Conversion of a file's rows to token sequences to train on, or to prompts to sample from.
 
-A row is never dropped without a count, and a file never half read: a line that is no row is an error with its number.
-Tokens are joined, so a prompt's ids are those that generation starts from; the end token is trained, and a row that
-max_length cuts does not get one.
+docs/data.md shows every shape of a row. Every dropped row is counted. A line that is not a row raises an error with its
+number, so no file is read only in part. Prompt and completion are tokenized separately and their ids joined: training
+sees the same prompt ids as generation. The end token is trained too; a row that max_length cuts loses it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +26,7 @@ from .messages import (
 from .row import Row
 from .rows import Tally, opened, read_rows, report_counts
 
-SHAPES = {  # what the columns of a row mean to SFT: the first shape that a row has all columns of
+SHAPES = {  # the columns of each shape; a row has the first shape whose columns it has all
     "messages": ("messages",),
     "ShareGPT": ("conversations",),
     "prompt and completion": ("prompt", "completion"),
@@ -36,12 +36,12 @@ SHAPES = {  # what the columns of a row mean to SFT: the first shape that a row 
     "self-instruct": ("instruction", "instances"),
 }
 PROMPT_COLUMNS = ("prompt", "question", "instruction", "messages", "conversations")  # in this order
-RESERVED_COLUMNS = (  # names that a reward function gets something else under
+RESERVED_COLUMNS = (  # arguments of a reward function that do not come from the row's columns
     *("prompt", "prompts", "completion", "completions", "completion_ids"),
     *("trainer_state", "log_metric", "log_extra"),
 )
 
-ALPACA_TASK = (  # for a base model, as https://github.com/tatsu-lab/stanford_alpaca trains it
+ALPACA_TASK = (  # for a base model; the text of https://github.com/tatsu-lab/stanford_alpaca
     "Below is an instruction that describes a task{and_input}. "
     "Write a response that appropriately completes the request."
 )
@@ -50,20 +50,20 @@ ALPACA_INPUT = ", paired with an input that provides further context"
 
 @dataclass(frozen=True)
 class Example:
-    """mask[0] is False: nothing predicts a sequence's first token."""
+    """A token sequence with a mask of its trained tokens. mask[0] is False: no token predicts the first token."""
 
     tokens: list[int]
-    mask: list[bool]  # which tokens are trained
-    where: str = field(default="", kw_only=True, compare=False)  # its file and line
+    mask: list[bool]  # True for each trained token
+    where: str = field(default="", kw_only=True, compare=False)  # file and line of the row
 
     @property
     def sequences(self) -> list[list[int]]:
-        """All ids that a model is to read of it."""
+        """The one token sequence that the model reads for this example, in a list."""
         return [self.tokens]
 
     @property
     def prompt(self) -> list[int]:
-        """Nothing: a row is trained from its first token on, where the mask says so."""
+        """An empty list: the whole row counts as a completion, and `mask` marks its trained tokens."""
         return []
 
     @property
@@ -74,13 +74,13 @@ class Example:
 @dataclass(frozen=True)
 class Prompt:
     tokens: list[int]
-    text: str | list[Message]  # what a reward function sees
+    text: str | list[Message]  # the prompt that a reward function receives
     columns: dict[str, Any]  # the row's other columns
-    where: str = field(default="", kw_only=True, compare=False)  # its file and line
+    where: str = field(default="", kw_only=True, compare=False)  # file and line of the row
 
     @property
     def sequences(self) -> list[list[int]]:
-        """All ids that a model is to read of it."""
+        """The one token sequence that the model reads for this prompt, in a list."""
         return [self.tokens]
 
 
@@ -94,7 +94,10 @@ class Pair:
 
 
 def load_examples(cfg: Any, tokenizer: Tokenizer) -> list[Example]:
-    """The examples of --data, after saying what became of its rows. cfg: also row_template, max_length, train_on."""
+    """Load the examples of --data, and print how many rows were used, cut and dropped.
+
+    cfg: its flags data, row_template, max_length and train_on are read.
+    """
     rows = read_rows(cfg.data, cfg.row_template)
     examples, counts = sft_examples(rows, tokenizer, max_length=cfg.max_length, train_on=cfg.train_on)
     report_counts(cfg.data, counts)
@@ -108,18 +111,20 @@ def sft_examples(
     max_length: int,
     train_on: Literal["completion", "all"] = "completion",
 ) -> tuple[list[Example], Tally]:
-    """Returns the examples, and how many rows and examples there are and what was truncated or dropped, and why.
+    """Return (examples, counts). The counts give rows, examples, and truncated and dropped rows with the reasons.
 
-    A row is one example, except that self-instruct rows have one an instance, and a conversation whose template
-    rewrites earlier turns (Qwen3 drops their reasoning) one an assistant turn: the sequence that generation would see.
-    Raises InputError naming the row: of another shape than the first, of no known shape, or impossible to mask; and
-    where no example is left.
+    A row becomes one example, with two exceptions. A self-instruct row becomes one example per instance. Some chat
+    templates rewrite earlier turns (Qwen3 drops their reasoning). A conversation then becomes one example per assistant
+    turn, because generation would see that sequence.
+
+    Raises InputError if no example is left. Raises InputError naming the row if its shape is unknown or differs from
+    the first row's, or if it cannot be masked.
     """
     rows, counts = opened(rows, "examples")
     examples: list[Example] = []
     first_drop = ""
     for row in rows:
-        # 1. one sequence of ids, or several, of a row
+        # 1. turn the row into one or more sequences of ids
         try:
             shape = _shape_as_in(row, rows[0])
             encoded = list(_encode_row(_units(row, shape, tokenizer), tokenizer, train_on))
@@ -128,7 +133,7 @@ def sft_examples(
         if len(encoded) > 1 and shape != "self-instruct":
             counts["from conversations split by turn"] += len(encoded)
 
-        # 2. cut, and counted
+        # 2. cut each sequence and count it
         for tokens, mask in encoded or [([], [])]:
             tokens, mask, cut = tokens[:max_length], [False, *mask[1:max_length]], len(tokens) > max_length
             if any(mask):
@@ -150,14 +155,14 @@ def sft_examples(
 
 
 def _shape_as_in(row: Row, first: Row) -> str:
-    """The shape of a row. Raises InputError where it has none, or another than the first row."""
+    """Return the name of the row's shape. Raises InputError if no shape fits, or if it differs from the first row's."""
     found = _shape(row)
     if found is None:
         known = "; ".join(f"{name} ({', '.join(columns)})" for name, columns in SHAPES.items())
-        raise InputError(f"no shape that SFT reads has the columns {row.columns()}; known are {known}")
+        raise InputError(f"expected the columns of one of these shapes: {known}; got {row.columns()}")
     if found != _shape(first):
         raise InputError(
-            f"is of the shape '{found}', {first.where} is '{_shape(first)}'; one file has one shape"
+            f"expected the shape '{_shape(first)}' of {first.where}, got '{found}'; one file has one shape"
         )
     return found
 
@@ -184,11 +189,14 @@ def _encode_row(
 
 
 def encode_completion(text: str, tokenizer: Tokenizer, *, continues: bool) -> list[int]:
-    """The ids of a text and its end token; none where the text has none. continues: it stands behind a prompt."""
+    """Return the ids of a text with an end token appended, or [] for a text without tokens.
+
+    continues: the text follows a prompt. Raises InputError if the tokenizer has no end token.
+    """
     ids = tokenizer.encode(text, continues=True) if continues else tokenizer.encode_text(text)
     if ids and ids[-1] not in tokenizer.stop_ids:
         if tokenizer.eos_id is None:
-            raise InputError("the tokenizer names no eos_token, so a completion cannot be ended")
+            raise InputError("the tokenizer has no eos_token, so a completion cannot be ended")
         ids.append(tokenizer.eos_id)
     return ids
 
@@ -209,19 +217,19 @@ def _encode_talk(
             yield tokenizer.encode_chat_with_mask(before, turns=[turn], **talk.variables)
         return
 
-    # the turns that are given, with the generation prompt, are no part of what is trained
+    # the given turns and the generation prompt are not trained
     if talk.given:
         prompt = talk.ids(tokenizer, talk.given)
         if tokens[: len(prompt)] != prompt:
             raise InputError(
-                "the chat template's generation prompt does not begin its rendering of the completion"
+                "the chat template renders the prompt with its completion differently from the prompt alone"
             )
         mask = [False] * len(prompt) + mask[len(prompt) :]
     yield tokens, mask
 
 
 def _encode_whole(talk: Talk, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """All of a conversation is trained, but for the assistant's turns that say they are not to be."""
+    """Return (ids, mask) of a conversation. All is trained except assistant turns with weight 0 or train false."""
     if not talk.left_out:
         tokens = tokenizer.encode_chat(talk.messages, **talk.variables)
         return tokens, [True] * len(tokens)
@@ -230,7 +238,10 @@ def _encode_whole(talk: Talk, tokenizer: Tokenizer) -> tuple[list[int], list[boo
 
 
 def _units(row: Row, shape: str, tokenizer: Tokenizer) -> Iterator[str | Pair | Talk]:
-    """The texts and conversations of a row that are trained. A question is a user's turn where there is a template."""
+    """Yield the texts, pairs and conversations to train on from one row.
+
+    A question becomes a user turn if the model has a chat template, and plain text otherwise.
+    """
     if shape == "text":
         yield row.text("text")
     elif shape in ("messages", "ShareGPT"):
@@ -252,7 +263,7 @@ def _units(row: Row, shape: str, tokenizer: Tokenizer) -> Iterator[str | Pair | 
 
 
 def _talk(row: Row, turns: list[Turn], tokenizer: Tokenizer, last: int | None = None) -> Talk:
-    """last: how many turns at the end are the completion; all by default."""
+    """Return the conversation to train on. last: the number of final turns that form the completion (default: all)."""
     turns = with_system(row, turns)
     given = 0 if last is None else len(turns) - last
     no_assistant(turns[given:])
@@ -260,7 +271,7 @@ def _talk(row: Row, turns: list[Turn], tokenizer: Tokenizer, last: int | None = 
 
 
 def _answers(row: Row, shape: str, tokenizer: Tokenizer) -> Iterator[Pair | Talk]:
-    """A question with its answer; of self-instruct one an instance."""
+    """Yield the row's question with its answer. A self-instruct row yields one pair per instance."""
     column = "answer" if shape == "question and answer" else "output"
     for instance in _instances(row) if shape == "self-instruct" else [row]:
         question = read_question(instance, tokenizer)
@@ -283,12 +294,15 @@ def _instances(row: Row) -> Iterator[Row]:
 
 
 def answer_text(question: str, answer: str) -> str:
-    """The answer as it stands behind a question's text: one that ends in a colon is followed by a space."""
+    """Return the answer to append to the question, with a leading space if the question ends in a colon."""
     return " " + answer if question.endswith(":") else answer
 
 
 def read_question(row: Row, tokenizer: Tokenizer) -> str | list[Turn]:
-    """A row's question or instruction as a user's turn, or as the text that has a base model go on with the answer."""
+    """Return a row's question or instruction: as a user turn if the model has a chat template, else as plain text.
+
+    The plain text puts the question in a fixed frame, which a base model continues with the answer.
+    """
     if "question" in row:
         column, question = "question", row.text("question")
         text = f"Question: {question}\nAnswer:"
@@ -305,13 +319,13 @@ def read_question(row: Row, tokenizer: Tokenizer) -> str | list[Turn]:
 
 
 def check_rendered(rows: Sequence[Row], tokenizer: Tokenizer) -> None:
-    """Raises InputError where --chat-template-kwargs has no effect."""
+    """Raise InputError if --chat-template-kwargs has no effect on any of the rows."""
     if tokenizer.variables and not any(row.rendered for row in rows):
-        raise InputError("--chat-template-kwargs: the rows are texts, which no chat template renders")
+        raise InputError("--chat-template-kwargs: the rows are plain texts, so no chat template is used")
     read = {name for row in rows for name in row.read_variables}
     for name in tokenizer.variables.keys() - read:
         raise InputError(
-            f"--chat-template-kwargs: '{name:.60}' changes nothing that the chat template renders"
+            f"--chat-template-kwargs: '{name:.60}' does not change the text that the chat template writes"
         )
 
 
@@ -326,14 +340,15 @@ def rl_prompts(
     prompt_column: str | None = None,
     takes: Callable[[str], bool] = lambda column: False,
 ) -> tuple[list[Prompt], Tally]:
-    """Returns the prompts, and how many rows and prompts there are and how many were dropped, and why.
+    """Return (prompts, counts). The counts give rows, prompts, and dropped rows with the reasons.
 
-    prompt_column: where the prompt stands; by default the first of PROMPT_COLUMNS that the first row has. A list of
-    messages goes through the chat template; so does a question, an instruction, or the text of a column that was named,
-    as a user's turn, where the model has a template. The text of a `prompt` column is taken as it is.
-    takes: whether a reward function reads a column.
-    Every prompt has the same columns, None where its row lacks one. Raises InputError naming the row without a usable
-    prompt, and where no prompt is left.
+    prompt_column: the column of the prompt; by default the first of PROMPT_COLUMNS that the first row has. A list of
+    messages goes through the chat template. The text of a `prompt` column is taken as it is. A question, an
+    instruction, or the text of any other column becomes a user turn if the model has a chat template.
+    takes: a function that returns whether a reward function reads the column of that name.
+
+    Every prompt has the same columns; a column that its row lacks is None. Raises InputError if no prompt is left, or
+    naming the row that has no usable prompt.
     """
     (rows, counts), total = opened(rows, "prompts"), len(rows)
     prompts: list[Prompt] = []
@@ -341,7 +356,7 @@ def rl_prompts(
     if column is None and rows:
         expected = ", ".join(PROMPT_COLUMNS)
         raise InputError(
-            f"{rows[0].where}: no prompt among columns {rows[0].columns()}; expected one of {expected}"
+            f"{rows[0].where}: expected a prompt in one of the columns {expected}; got {rows[0].columns()}"
         )
 
     columns = dict.fromkeys(n for row in rows for n in row.of_file() if n not in RESERVED_COLUMNS)
@@ -368,7 +383,7 @@ def rl_prompts(
 
 
 def _encode_prompt(row: Row, column: str, tokenizer: Tokenizer) -> tuple[str | list[Message], list[int]]:
-    """A row's prompt as a reward function sees it, and its ids; none where it is empty."""
+    """Return (prompt, ids): the prompt as a reward function receives it, and its ids. An empty prompt has no ids."""
     prompt = read_prompt(row, column, tokenizer)
     if isinstance(prompt, str):
         return prompt, tokenizer.encode_text(prompt) if prompt.strip() else []
@@ -379,13 +394,13 @@ def _encode_prompt(row: Row, column: str, tokenizer: Tokenizer) -> tuple[str | l
 
 
 def read_prompt(row: Row, column: str, tokenizer: Tokenizer) -> str | list[Turn]:
-    """The prompt in a column, a text or turns, without the system message of a column of its own."""
+    """Return the prompt in a column, as text or as turns. The message of a `system` column is not added."""
     if column not in row:
         raise InputError(f"expected a prompt in column '{column}', got columns {row.columns()}")
     if isinstance(row[column], list):
         turns = read_messages(row, column)
         if turns and turns[-1]["role"] == "assistant":
-            raise InputError(f"{column}: ends with the assistant's turn, so nothing is left to answer")
+            raise InputError(f"{column}: expected another role than 'assistant' in the last turn of a prompt")
         return turns
     if column == "prompt":
         return row.text(column)

@@ -1,4 +1,4 @@
-"""Forms in which the same message may be written: templates differ in which of them they render."""
+"""Equivalent forms of one chat message. A chat template may render some of the forms and not the others."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -12,20 +12,25 @@ Change = Callable[[Message], Message]
 
 
 def dumped(value: Any) -> str:
-    """The value as JSON, what JSON does not know as its repr. Raises InputError where it is nested too deeply."""
+    """Return the value as JSON text; a value that JSON cannot hold is written as its repr.
+
+    Raises InputError if the value is nested too deeply.
+    """
     try:
         return json.dumps(value, ensure_ascii=False, default=repr)
     except RecursionError as error:
-        raise InputError("nested too deeply to be read") from error
+        raise InputError(
+            "expected a value that is nested less deeply, got one too deep to be read"
+        ) from error
 
 
 def is_parts(content: Any) -> TypeGuard[list[dict[str, Any]]]:
-    """Whether a content is a list of parts of text."""
+    """Return whether the content of a message is a list of text parts."""
     return isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content)
 
 
 def json_or_none(text: str) -> Any:
-    """The value of a JSON text, None where it is none."""
+    """Return the value of a JSON text, or None if the text is not JSON."""
     try:
         return parse_json(text, "")
     except InputError:
@@ -43,7 +48,7 @@ def _text_in_parts(message: Message) -> Message:
 
 
 def _answer_as_json(message: Message) -> Message:
-    """A tool's answer as JSON text."""
+    """Return the message with an object or list in its content, a tool's answer, written as JSON text."""
     content = message.get("content")
     if isinstance(content, dict | list) and not is_parts(content):
         return message | {"content": dumped(content)}
@@ -92,15 +97,15 @@ def _unchanged(message: Message) -> Message:
 
 
 FORMS: tuple[tuple[Change, ...], ...] = (
-    (_unchanged, _parts_joined, _text_in_parts),  # content in parts, or a text
-    (_unchanged, _answer_as_json),  # a tool's answer that is no text
-    (_unchanged, _content_null, _content_left_out, content_empty),  # beside tool calls
-    (_unchanged, _arguments(_as_object), _arguments(_as_json_text)),  # arguments, an object or JSON text
+    (_unchanged, _parts_joined, _text_in_parts),  # content as one text or as a list of parts
+    (_unchanged, _answer_as_json),  # a tool's answer as an object or as JSON text
+    (_unchanged, _content_null, _content_left_out, content_empty),  # empty content beside tool calls
+    (_unchanged, _arguments(_as_object), _arguments(_as_json_text)),  # arguments as an object or as JSON text
 )
 
 
 def num_forms(messages: Sequence[Message], forms: tuple[Change, ...]) -> int:
-    """The number of forms to try: one where the others would change nothing."""
+    """Return the number of forms to try: 1 if no other form changes any of the messages, otherwise all."""
     changes = any(form(message) != message for form in forms[1:] for message in messages)
     return len(forms) if changes else 1
 

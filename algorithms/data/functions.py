@@ -1,12 +1,18 @@
-"""Users' functions of completions: what they are given, what they may log, and what they may return.
+"""The interface of users' reward and answer functions: their arguments, their log calls, and their return values.
 
     def f(prompts, completions, completion_ids, trainer_state, log_metric, log_extra, **columns) -> list[float | None]
 
-as TRL calls them: prompts and completions are text (or message lists where the row's prompt is one), completion_ids
-lists of token ids, columns the row's other columns, each a list with one entry a completion. None: this function does
-not judge that one. trainer_state is a `TrainerState`; log_metric(name, value) and log_extra(column, values) note a
-number of the step and a value a completion. `environments` is None: nothing here has any yet, and where TRL has none it
-passes none. A function may be async, and may leave out any argument; with **kwargs it gets them all.
+The arguments are those of TRL. The first three entries below are lists with one item per completion:
+
+    prompts, completions        texts, or lists of messages if the row's prompt is one
+    completion_ids              token ids
+    columns                     the other columns of the row, each under its own name
+    trainer_state               a `TrainerState`
+    log_metric(name, value)     logs a number for the step
+    log_extra(column, values)   logs one value per completion
+
+A reward of None means that the function does not judge this completion. `environments` is None, because Burnish has no
+environments. A function may be async. It may leave out any argument; with **kwargs it receives all of them.
 
 Source: TRL 1.16.0, trainer/grpo_trainer.py: _calculate_rewards, _log_metric, _log_completion_extra
 """
@@ -28,16 +34,16 @@ from ...model.errors import InputError
 from ..run.calls import PASSES, brief, shown
 from ..run.processes import rank
 
-DEPTH = 20  # of lists in lists and tuples in tuples, beyond which a value is its text, and no answer
+DEPTH = 20  # nested lists or tuples; a deeper logged value becomes its repr, and a deeper answer is refused
 Parameters = Mapping[str, inspect.Parameter]
 TOOLS = ("trainer_state", "log_metric", "log_extra")
 
 
 @dataclass
 class TrainerState:
-    """The fields known here of transformers' class of this name."""
+    """The fields of transformers' TrainerState that Burnish sets."""
 
-    global_step: int = 0  # steps done before this one
+    global_step: int = 0  # number of completed steps
     max_steps: int = 0
     epoch: float = 0.0
     num_train_epochs: int = 1
@@ -48,7 +54,7 @@ class TrainerState:
 
 
 class Samples(NamedTuple):
-    """Completions that functions are asked about, one entry each."""
+    """The completions that functions judge, with their prompts. Each list has one entry per completion."""
 
     prompts: list[Any]
     completions: list[Any]
@@ -60,7 +66,10 @@ class Samples(NamedTuple):
 
 
 def takes(function: Callable[..., Any], name: str) -> bool:
-    """Whether the function takes an argument of that name, by name or by **kwargs; True where it has no signature."""
+    """Return whether the function takes an argument of that name, by name or by **kwargs.
+
+    True if the function has no readable signature.
+    """
     parameters = _parameters(function)
     if parameters is None or _takes_all(parameters):
         return True
@@ -71,7 +80,10 @@ def takes(function: Callable[..., Any], name: str) -> bool:
 
 
 def _parameters(function: Callable[..., Any]) -> Parameters | None:
-    """Those of the function that functools.wraps names, where the wrapper passes all on."""
+    """Return the parameters of a function, or None if it has no readable signature.
+
+    A functools.wraps wrapper with **kwargs has the parameters of the function that it wraps.
+    """
     outer = _outer_parameters(function)
     return _outer_parameters(function, follow_wrapped=True) if outer and _takes_all(outer) else outer
 
@@ -81,7 +93,7 @@ def _outer_parameters(function: Callable[..., Any], follow_wrapped: bool = False
         return inspect.signature(function, follow_wrapped=follow_wrapped).parameters
     except KeyboardInterrupt:
         raise
-    except BaseException:  # a builtin, or a __signature__ that is none
+    except BaseException:  # a builtin, or an invalid __signature__
         return None
 
 
@@ -92,9 +104,10 @@ def _takes_all(parameters: Parameters) -> bool:
 def arguments_for(
     label: str, function: Callable[..., Any], samples: Samples, tools: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The arguments that the function takes of all that there is; samples are a copy of its own, which it may edit.
+    """Return the arguments that the function takes, by name. Samples are copied, so the function may edit them.
 
-    Raises InputError where it needs what there is not.
+    label: the name of the function in messages. tools: the values of trainer_state, log_metric and log_extra.
+    Raises InputError if the function requires an argument that is not available.
     """
     offered = {"prompts": samples.prompts, "completions": samples.completions}
     offered = {**samples.columns, **offered, "completion_ids": samples.completion_ids, **tools}
@@ -109,45 +122,45 @@ def arguments_for(
     ]
     if any(parameter.name == "environments" for parameter in needed):
         taken["environments"] = None
-    outer = _outer_parameters(function) or {}  # what a wrapper passes on may be what it adds
+    outer = _outer_parameters(function) or {}  # a wrapper may itself add the other arguments
     for parameter in (parameter for parameter in needed if parameter.name in outer):
         if parameter.kind is parameter.POSITIONAL_ONLY or parameter.name not in taken:
             _check_needed(label, parameter, samples)
 
     return {
         name: value if name in tools else copy.deepcopy(value)
-        for name, value in taken.items()  # what a function edits is its own
+        for name, value in taken.items()  # each function may edit its own copy
     }
 
 
 def _check_needed(label: str, parameter: inspect.Parameter, samples: Samples) -> None:
-    """Raises InputError where the function needs what it is not given."""
+    """Raise InputError for a required parameter for which there is no value to pass."""
     name = brief(parameter.name, 60)
     if parameter.kind is parameter.POSITIONAL_ONLY:
-        raise InputError(f"{label}: expected to be called by name, got '{name}' by position only")
+        raise InputError(f"{label}: expected arguments passed by name, got '{name}' by position only")
     if name in ("prompt", "completion"):
-        raise InputError(f"{label}: expected '{name}s', as the {name}s of all samples arrive, got '{name}'")
+        raise InputError(f"{label}: expected the argument '{name}s', a list for all samples, got '{name}'")
     columns = brief(", ".join(samples.columns), 200) or "no column"
-    raise InputError(f"{label}: expected a column '{name}', which it takes; the data has {columns}")
+    raise InputError(f"{label}: expected a column '{name}' for its argument; the data has {columns}")
 
 
 # ---- what they log
 
 
 class Log:
-    """Numbers and values that the functions of one batch log, each through tools that know its name.
+    """The numbers and values that the functions log for one batch.
 
-    count: completions of the batch, for each of which log_extra wants a value.
+    count: the number of completions in the batch; log_extra takes one value for each.
     """
 
     def __init__(self, count: int):
         self.count = count
         self.metrics: dict[str, list[float]] = {}
         self.extras: dict[str, list[Any]] = {}
-        self.owners: dict[str, str] = {}  # of the extras
+        self.owners: dict[str, str] = {}  # the function that logs each column of extras
 
     def tools(self, label: str, state: TrainerState) -> dict[str, Any]:
-        """The arguments TOOLS of one function."""
+        """Return the arguments trainer_state, log_metric and log_extra for the function called `label`."""
 
         def log_metric(name: str, value: float) -> None:
             name = _name(f"{label}: log_metric", name)
@@ -160,25 +173,25 @@ class Log:
             column = _name(f"{label}: log_extra", column)
             if self.owners.setdefault(column, label) != label:
                 raise InputError(
-                    f"{label}: log_extra: column '{column}' is that of {self.owners[column]}: expected another"
+                    f"{label}: log_extra: expected a new column, got '{column}', which {self.owners[column]} logs"
                 )
             if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
                 raise InputError(f"{label}: log_extra: expected a list as '{column}', got {shown(values)}")
 
-            entries = self.extras.setdefault(column, [])  # a function may pass them piece by piece
-            room = self.count + 1 - len(entries)  # an iterator may have no end
+            entries = self.extras.setdefault(column, [])  # a function may log a column in several calls
+            room = self.count + 1 - len(entries)  # the iterator may be infinite
             entries.extend(plain(value) for value in itertools.islice(values, max(room, 0)))
 
         return dict(zip(TOOLS, (replace(state), log_metric, log_extra), strict=True))
 
     def check(self) -> None:
-        """Raises InputError where a column has not one value a completion."""
+        """Raise InputError if a logged column does not have exactly one value per completion."""
         for column, values in self.extras.items():
             if len(values) != self.count:
                 got = len(values) if len(values) < self.count else f"more than {self.count}"
                 raise InputError(
                     f"{self.owners[column]}: log_extra: expected {self.count} values as '{column}', "
-                    f"one a completion, got {got}"
+                    f"one per completion, got {got}"
                 )
 
 
@@ -192,17 +205,17 @@ def _name(where: str, name: Any) -> str:
 
 
 def _item(value: Any) -> Any:
-    """Python's own number or value for one of numpy's or torch's."""
+    """Return a scalar of numpy or torch as a plain Python value. Other values stay as they are."""
     try:
         return value.item() if hasattr(value, "item") else value
     except PASSES:
         raise
-    except BaseException:  # of several elements
+    except BaseException:  # an array of several elements
         return value
 
 
 def _real(value: Any) -> float | None:
-    """The number as fp64; None where it is no number, infinite where it is too large."""
+    """Return the number as a float: None if the value is not a number, infinity if it is too large."""
     value = _item(value)
     if not isinstance(value, numbers.Real | Decimal):
         return None
@@ -213,7 +226,7 @@ def _real(value: Any) -> float | None:
 
 
 def read_reward(value: Any) -> float:
-    """A reward as fp32 holds it, NaN for None. Raises ValueError where it is no finite number."""
+    """Return a reward as a float, and NaN for None. Raises ValueError if it is not a number that fits fp32."""
     if value is None:
         return math.nan
     number = _real(value)
@@ -223,7 +236,10 @@ def read_reward(value: Any) -> float:
 
 
 def read_answer(value: Any, depth: int = DEPTH) -> Any:
-    """Text, a number, or a tuple of these, of Python's own types, so that all can be compared. Raises ValueError."""
+    """Return an answer in plain Python types, so that answers can be compared.
+
+    Raises ValueError if the value is not None, a text, a number, or a tuple of these.
+    """
     value = _item(value)
     if value is None or isinstance(value, bool):
         return value
@@ -239,12 +255,12 @@ def read_answer(value: Any, depth: int = DEPTH) -> Any:
 
 
 def plain(value: Any, depth: int = DEPTH) -> Any:
-    """The value in JSON's types: arrays and other sequences are lists, what JSON does not know is its text."""
+    """Return the value in the types of JSON. Arrays, tuples and sets become lists, and any other object its text."""
     try:
         return _plain(value, depth)
     except PASSES:
         raise
-    except BaseException:  # of a user's object, or an int of too many digits
+    except BaseException:  # raised by a user's object, or by an int with too many digits
         return shown(value)
 
 

@@ -1,11 +1,11 @@
-"""Groups: a prompt and its samples, judged.
+"""Groups for reinforcement learning: a prompt with its sampled completions and their rewards.
 
     sampler = Sampler(cfg, tokenizer, rewards, run)
-    groups = sampler.sample(model, prompts, seed)          a group for each prompt
+    groups = sampler.sample(model, prompts, seed)          one group per prompt
     groups.rewards, groups.lengths, groups.ended           (samples,) each, over all groups in order
 
-A group is an item of run/batch.py, [prompt][sample 1]...[sample G] with the prompt as the samples' parent: P + sum(n_i)
-tokens through the layers instead of G*P + sum(n_i).
+A group is packed as [prompt][sample 1]...[sample G], and the samples share the prompt (run/batch.py). The layers
+process P + sum(n_i) tokens instead of G*P + sum(n_i).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -33,9 +33,10 @@ from .rows import read_rows, report_counts
 
 
 def load_prompts(cfg: RolloutFlags, tokenizer: Tokenizer, rewards: Rewards) -> list[Prompt]:
-    """The prompts of --data, after saying what became of its rows. rewards: who reads their other columns.
+    """Load the prompts of --data, and print how many rows were used and dropped.
 
-    Raises InputError where a reward function needs a column that there is not.
+    rewards: the reward functions, which read the other columns of the rows. Raises InputError if a reward function
+    needs a column that the data lacks.
     """
     prompts, counts = rl_prompts(
         read_rows(cfg.data, cfg.row_template),
@@ -51,22 +52,22 @@ def load_prompts(cfg: RolloutFlags, tokenizer: Tokenizer, rewards: Rewards) -> l
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt of --data and its samples, an item of run/batch.py: all tokens of the samples are trained."""
+    """A prompt of --data with its samples and rewards, as an `Item` of run/batch.py. All sampled tokens are trained."""
 
     row: Prompt
     samples: list[Sample]
-    rewards: Tensor  # (samples,) fp32, the weighted sum; NaN where no reward function judged
-    parts: dict[str, Tensor] = field(default_factory=dict)  # each function's own, (samples,)
-    extras: dict[str, list[Any]] = field(default_factory=dict)  # by log_extra, one a sample
+    rewards: Tensor  # (samples,) fp32, the weighted sum; NaN if no reward function judged the sample
+    parts: dict[str, Tensor] = field(default_factory=dict)  # the rewards of each function, (samples,)
+    extras: dict[str, list[Any]] = field(default_factory=dict)  # columns from log_extra, one value per sample
 
     @property
     def prompt(self) -> list[int]:
-        """The ids that the samples continue."""
+        """The token ids of the prompt that the samples continue."""
         return self.row.tokens
 
     @property
     def completions(self) -> Sequence[Completion]:
-        """The samples as they are trained."""
+        """The samples as `Completion` objects, ready to be packed for training."""
         return self._completions
 
     @cached_property
@@ -84,16 +85,16 @@ class Group:
 
     @property
     def varied(self) -> bool:
-        """Whether the rewards differ; otherwise no sample has an advantage over another."""
+        """True if the rewards of the group differ. If not, no sample has an advantage over another."""
         judged = self.rewards[~self.rewards.isnan()]
         return bool((judged != judged[:1]).any())
 
 
 class Groups(list[Group]):
-    """The groups of a step, the same on every process. "samples" are those of all groups, in order.
+    """The groups of one step, the same on every process. Its tensors follow the samples of all groups in order.
 
-    rewards: (samples,) fp32, NaN where no reward function judged. lengths: (samples,) int64, sampled tokens.
-    ended: (samples,) bool, by one of the stop tokens, whichever. parts: each reward function's own, (samples,).
+    rewards: (samples,) fp32, NaN if no reward function judged the sample. parts: the rewards of each function,
+    (samples,). lengths: (samples,) int64, sampled tokens. ended: (samples,) bool, True if any stop token ended it.
     """
 
     def __init__(self, groups: Iterable[Group]):
@@ -107,11 +108,14 @@ class Groups(list[Group]):
 
     @property
     def num_tokens(self) -> int:
-        """Sampled tokens of all samples."""
+        """The number of sampled tokens in all samples."""
         return int(self.lengths.sum())
 
     def metrics(self) -> dict[str, float | Tensor]:
-        """Means over the samples: reward, length, ended, and each function's own over those that it judged."""
+        """Return means over the samples: reward, length, ended, and reward/<name> for each reward function.
+
+        Samples that were not judged are left out of the mean rewards.
+        """
         return {
             "reward": self.rewards.nanmean(),
             "length": self.lengths.float().mean(),
@@ -120,7 +124,10 @@ class Groups(list[Group]):
         }
 
     def records(self, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-        """A record a sample where a reward function logged something of it by log_extra; otherwise none."""
+        """Return one JSON record per sample for completions.jsonl.
+
+        Groups for which no reward function called log_extra are left out.
+        """
         return [
             {
                 "prompt": group.row.text,
@@ -143,9 +150,10 @@ def _or_none(reward: Tensor) -> float | None:
 
 
 class Sampler:
-    """Samples groups as the flags say and has them judged, in the run's sampling_seconds and scoring_seconds.
+    """Sampling of groups and scoring by the reward functions, under the flags of a run.
 
-    Of several processes each samples and judges for a part of the prompts, as one would, and each has all groups.
+    The time is added to the run's sampling_seconds and scoring_seconds. Each process samples and judges its part of the
+    prompts, as a single process would, and then receives all groups.
     """
 
     def __init__(self, cfg: RolloutFlags, tokenizer: Tokenizer, rewards: Rewards, run: Run):
@@ -160,8 +168,11 @@ class Sampler:
         }
 
     def sample(self, model: Transformer, prompts: Sequence[Prompt], seed: int) -> Groups:
-        """A group a prompt. Without reward functions all rewards are 0. What functions log goes into the rewards'."""
-        # 1. the samples of this process's prompts
+        """Sample and judge one group per prompt. Without reward functions all rewards are 0.
+
+        Numbers that reward functions log are added to the `Rewards` object.
+        """
+        # 1. sample for this process's part of the prompts
         size = self._group_size
         with self._run.timed("sampling_seconds"):
             samples = own_samples(
@@ -173,17 +184,17 @@ class Sampler:
                 **self._options,
             )
 
-        # 2. judged
+        # 2. judge the samples
         with self._run.timed("scoring_seconds"):
             judgement = self._judge(prompts, samples)
 
-        # 3. those of all processes
+        # 3. gather the samples and rewards of all processes
         with self._run.timed("sampling_seconds"):
             samples = samples_of_all(samples, self._tokenizer.vocabulary)
             judgement = of_all_processes(judgement)
         self._rewards.add(judgement.logged)
 
-        # 4. cut into groups
+        # 4. cut them into groups
         def group_of(prompt: Prompt, part: slice) -> Group:
             parts = {name: rewards[part] for name, rewards in judgement.parts.items()}
             extras = {column: values[part] for column, values in judgement.extras.items()}
@@ -201,11 +212,11 @@ class Sampler:
     def sample_varied(
         self, model: Transformer, draw: Callable[[], list[Prompt]], seed: int, max_draws: int
     ) -> tuple[Groups, Groups, int]:
-        """DAPO's dynamic sampling: batches of prompts until --prompts-per-step groups have rewards that differ.
+        """Sample batches of prompts until --prompts-per-step groups have rewards that differ (DAPO's dynamic sampling).
 
-        draw: the next batch. max_draws: how many at most; with one, nothing is left out. seed: of the first, the next
-        ones have those after it. Returns the groups to train on, perhaps fewer than asked for, all groups, and how many
-        batches were drawn.
+        draw: returns the next batch of prompts. max_draws: the most batches to draw; with 1, groups with equal rewards
+        are kept too. seed: the seed of the first batch; each later batch uses the next number.
+        Returns (groups to train on, all groups, number of batches drawn). The first may be fewer than asked for.
         Source: https://arxiv.org/abs/2503.14476, section 3.2
         """
         drawn: list[Group] = []
@@ -221,7 +232,10 @@ class Sampler:
 
 
 def as_asked(tokenizer: Tokenizer, asked: Sequence[Prompt], samples: Sequence[Sample]) -> Samples:
-    """The samples and their prompts as reward functions see them."""
+    """Return the samples and their prompts in the form that reward functions receive.
+
+    asked: the prompt of each sample, in the order of the samples.
+    """
     return Samples(
         [prompt.text for prompt in asked],
         [_answer(tokenizer, prompt, sample) for prompt, sample in zip(asked, samples, strict=True)],
@@ -231,12 +245,12 @@ def as_asked(tokenizer: Tokenizer, asked: Sequence[Prompt], samples: Sequence[Sa
 
 
 def _answer(tokenizer: Tokenizer, prompt: Prompt, sample: Sample) -> str | list[dict[str, str]]:
-    """The sample's text, or one assistant message where the prompt is a conversation."""
+    """Return the sample as text, or as a list of one assistant message if the prompt is a conversation."""
     text = tokenizer.decode(sample.tokens)
     return text if isinstance(prompt.text, str) else [{"role": "assistant", "content": text}]
 
 
-# ---- samples of one process and of all
+# ---- samples of one process and of all processes
 
 
 def own_samples(
@@ -247,13 +261,13 @@ def own_samples(
     samples_per_prompt: int,
     **options: Any,
 ) -> list[Sample]:
-    """The samples of this process's part of the prompts, by `generate`, whose options these are; of all with one.
+    """Sample completions for this process's part of the prompts. options: keyword arguments of `generate`.
 
-    Sample i of all has the noise of sample i of one process. No id is drawn that the tokenizer has not.
-    Raises InputError where probabilities are not finite.
+    The noise of a sample depends on its number among all samples, so it is the same on any number of processes. Only
+    ids that the tokenizer has are drawn. Raises InputError if the model's probabilities are not finite.
     """
     first, end = (len(prompts) * place // world() for place in (rank(), rank() + 1))
-    with autocast(model.device.type), unsharded(model):  # in the precision that scores
+    with autocast(model.device.type), unsharded(model):  # in the same precision as scoring
         samples = generate(
             model,
             prompts[first:end],
@@ -266,13 +280,16 @@ def own_samples(
 
     if not all(sample.logprobs.isfinite().all() for sample in samples):
         raise InputError(
-            "sampling: the model's probabilities are not finite: its weights hold NaN or have diverged"
+            "sampling: expected finite probabilities: the model's weights hold NaN, or training has diverged"
         )
     return [replace(sample, prompt_index=first + sample.prompt_index) for sample in samples]
 
 
 def samples_of_all(samples: list[Sample], vocabulary: Vocabulary) -> list[Sample]:
-    """The samples of all processes, in the order of their prompts; all were drawn from the vocabulary."""
+    """Gather the samples of all processes, in the order of their prompts.
+
+    vocabulary: the ids that the samples were drawn from.
+    """
     if world() == 1:
         return samples
     sent = {

@@ -1,15 +1,17 @@
-"""Lessons for a student: rows, prompts that it answers itself, or a file of them that `teach` wrote.
+"""Lessons for distillation: training sequences for a student, with or without a teacher's log-probabilities.
 
-A file of lessons is one safetensors file:
+They come from rows, from prompts that the student answers itself, or from a file that `burnish teach` wrote. The file
+is in the safetensors format:
 
-    tokens    (total,) int32         all sequences, end to end
-    trained   (total,) uint8         1 where a token is trained; n of them
-    lengths   (lessons,) int64       of each sequence
+    tokens    (total,) int32         all sequences, concatenated
+    trained   (total,) uint8         1 for each trained token; n of them are 1
+    lengths   (lessons,) int64       the number of tokens of each sequence
     ids       (n, K) int32           the teacher's K most likely ids for each trained token, most likely first
     logprobs  (n, K) fp32            their log-probabilities, in nats, over the whole head at the temperature
 
-What the K ids leave is one tail. ids and logprobs are absent where the sequences alone were kept. The metadata's
-`lessons` is JSON: temperature, and tokenizer, a hash of its ids. 8 K bytes a trained token: 512 with K = 64.
+The probability outside the K ids counts as one tail. ids and logprobs are absent if the file holds only sequences. The
+metadata entry `lessons` is a JSON object of the temperature and the tokenizer, a hash of its ids. A trained token takes
+8 K bytes: 512 with K = 64.
 """
 
 import hashlib
@@ -39,25 +41,25 @@ from .groups import own_samples, samples_of_all
 from .rows import read_rows, report_counts
 
 DTYPES = {"tokens": "I32", "trained": "U8", "lengths": "I64", "ids": "I32", "logprobs": "F32"}
-ROUNDING = 1e-3  # of a log-probability: that of a sure token may come out above 0
+ROUNDING = 1e-3  # rounding may put the log-probability of a certain token above 0 by this much
 
 
 @dataclass(frozen=True)
 class Lesson(Example):
-    """A sequence, and what the teacher would say at its n trained tokens. Without a trained token it is a prompt."""
+    """A sequence with the teacher's most likely ids at its n trained tokens. With n = 0 the sequence is a prompt."""
 
     ids: Tensor | None = None  # (n, K) int32, the teacher's most likely ids
     logprobs: Tensor | None = None  # (n, K) fp32
-    vocabulary: Vocabulary | None = None  # the ids that a model's own answer was drawn from
+    vocabulary: Vocabulary | None = None  # the ids that a sampled answer was drawn from
 
     @property
     def sequences(self) -> list[list[int]]:
-        """All ids that a model is to read of it, or to score."""
+        """The token ids of the sequence, and the teacher's ids that are scored."""
         return [self.tokens, *([] if self.ids is None else [self.ids.flatten().tolist()])]
 
     @property
     def prefix(self) -> list[int]:
-        """The tokens before the first trained one; at least the first token, which nothing predicts."""
+        """The tokens before the first trained token. They include at least the first token, which nothing predicts."""
         return self.tokens[: self.mask.index(True)] if any(self.mask) else self.tokens
 
     @property
@@ -76,15 +78,16 @@ class Lesson(Example):
 def load_lessons(
     cfg: Any, tokenizer: Tokenizer, *, prompts_alone: bool, temperature: float | None
 ) -> list[Lesson]:
-    """The lessons of --data, after saying what became of its rows. cfg: also row_template and max_length.
+    """Load the lessons of --data, and print how many rows were used, cut and dropped.
 
-    prompts_alone: rows need no completion. temperature: that of stored log-probabilities; None where they are not read.
+    cfg: its flags data, row_template and max_length are read. prompts_alone: read only prompts from the rows.
+    temperature: the temperature that a file's log-probabilities must have; None if they are not used.
     """
     if cfg.data.suffix == ".safetensors":
         flags = {"row-template": cfg.row_template, "chat-template-kwargs": tokenizer.variables}
         for flag, value in flags.items():
             if value:
-                raise InputError(f"--{flag}: {cfg.data} holds sequences, not rows: leave the flag out")
+                raise InputError(f"--{flag}: {cfg.data} holds token ids, not rows: leave the flag out")
         lessons = read_lessons(cfg.data, tokenizer, temperature)
         counts = {"lessons": len(lessons), "trained tokens": sum(sum(lesson.mask) for lesson in lessons)}
 
@@ -110,7 +113,10 @@ def answered(
     seed: int,
     samples_per_prompt: int = 1,
 ) -> tuple[list[Lesson], float]:
-    """Each prompt with what `model` says to it, all of it trained, the end token included; and the share that ended."""
+    """Return (lessons, share): each prompt with the model's own answer, and the share of answers that ended.
+
+    All tokens of an answer are trained, the end token included.
+    """
     own = own_samples(
         model,
         tokenizer,
@@ -135,7 +141,10 @@ def answered(
 
 
 def write_lessons(file: Path, lessons: Sequence[Lesson], tokenizer: Tokenizer, temperature: float) -> None:
-    """All lessons have ids and logprobs of the same width, or none has. Raises InputError where writing fails."""
+    """Write lessons to a safetensors file. Raises InputError if writing fails.
+
+    Either all lessons have ids and logprobs, of the same width K, or no lesson has.
+    """
     tensors = {
         "tokens": torch.tensor([token for lesson in lessons for token in lesson.tokens], dtype=torch.int32),
         "trained": torch.tensor([m for lesson in lessons for m in lesson.mask], dtype=torch.uint8),
@@ -152,23 +161,27 @@ def write_lessons(file: Path, lessons: Sequence[Lesson], tokenizer: Tokenizer, t
 
 
 def read_lessons(file: Path, tokenizer: Tokenizer, temperature: float | None) -> list[Lesson]:
-    """Raises InputError where the file is broken, of another tokenizer, or its log-probabilities of a temperature."""
-    # 1. tensors that fit one another, the tokenizer, and the temperature
+    """Read the lessons of a file.
+
+    Raises InputError if the file is broken, belongs to another tokenizer, or has log-probabilities at another
+    temperature.
+    """
+    # 1. check that the tensors fit one another, the tokenizer, and the temperature
     tensors, about = _read_file(file)
     if about["tokenizer"] != _fingerprint(tokenizer):
         raise InputError(
-            f"{file}: its teacher's tokenizer is not that of --model: the ids are of other tokens"
+            f"{file}: expected the tokenizer of --model, got a teacher's whose ids mean other tokens"
         )
     lengths = _check_sequences(file, tensors)
     _check_most_likely(file, tensors)
     _check_ids(file, tensors, tokenizer)
     if "ids" in tensors and temperature not in (None, about["temperature"]):
         raise InputError(
-            f"{file}: its log-probabilities are at temperature {about['temperature']:g}, got --temperature "
+            f"{file}: expected --temperature {about['temperature']:g}, that of its log-probabilities, got "
             f"{temperature:g}"
         )
 
-    # 2. (total,) each, cut into sequences
+    # 2. split tokens and trained, (total,) each, into sequences
     tokens, trained = tensors["tokens"].split(lengths), tensors["trained"].bool().split(lengths)
     lessons = [
         Lesson(tokens[i].tolist(), trained[i].tolist(), where=f"{file} lesson {i + 1}")
@@ -177,7 +190,7 @@ def read_lessons(file: Path, tokenizer: Tokenizer, temperature: float | None) ->
     if "ids" not in tensors:
         return lessons
 
-    # 3. (n, K) of all, cut into those of each
+    # 3. split ids and logprobs, (all n, K) each, into those of each lesson
     counts = [sum(lesson.mask) for lesson in lessons]
     ids, logprobs = tensors["ids"].split(counts), tensors["logprobs"]
     of_each = zip(lessons, ids, logprobs.split(counts), strict=True)
@@ -185,7 +198,10 @@ def read_lessons(file: Path, tokenizer: Tokenizer, temperature: float | None) ->
 
 
 def _read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors, of the dtypes that `write_lessons` gives them, and what the metadata say."""
+    """Return (tensors, metadata) of a file of lessons.
+
+    Raises InputError if a name, dtype or dimension differs from those that `write_lessons` writes.
+    """
     check_regular(file)
     try:
         with safe_open(file, framework="pt") as opened:
@@ -194,7 +210,7 @@ def _read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
             for name in opened.keys():  # noqa: SIM118 (not a dict)
                 if name not in DTYPES:
-                    raise InputError(f"{file}: {shown(name)}: expected one of {', '.join(DTYPES)} alone")
+                    raise InputError(f"{file}: expected only tensors {', '.join(DTYPES)}, got {shown(name)}")
                 if (dtype := str(opened.get_slice(name).get_dtype())) != DTYPES[name]:
                     raise InputError(f"{file}: {name}: expected the dtype {DTYPES[name]}, got {dtype}")
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
@@ -218,13 +234,19 @@ def _read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _check_sequences(file: Path, tensors: dict[str, Tensor]) -> list[int]:
-    """The lengths of the sequences, which share out all tokens; the first of each is not trained."""
+    """Return the lengths of the sequences.
+
+    Raises InputError if they do not add up to the number of tokens, or if the first token of a sequence is trained.
+    """
     total, trained = tensors["tokens"].numel(), tensors["trained"]
     sizes: list[int] = tensors["lengths"].tolist()
     if wrong := [size for size in sizes if not 1 <= size <= total]:
         raise InputError(f"{file}: lengths: expected 1 to {total}, the number of tokens, got {wrong[0]}")
     if not (sum(sizes) == total == trained.numel() and sizes):
-        raise InputError(f"{file}: lengths sum to {sum(sizes)}, expected {total}, the number of tokens")
+        raise InputError(
+            f"{file}: lengths: expected at least one, with the sum {total}, the number of tokens; got the sum "
+            f"{sum(sizes)}"
+        )
     if (trained > 1).any():
         raise InputError(f"{file}: trained: expected 0 or 1, got {int(trained.max())}")
 
@@ -238,7 +260,7 @@ def _check_sequences(file: Path, tensors: dict[str, Tensor]) -> list[int]:
 
 
 def _check_most_likely(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Raises InputError where ids and logprobs are not both (n, K), or a log-probability is none."""
+    """Raise InputError if ids and logprobs are not both (n, K), or if a number is not a log-probability."""
     ids, logprobs = tensors.get("ids"), tensors.get("logprobs")
     count = int(tensors["trained"].sum(dtype=torch.int64))
     shape = (count, 0 if ids is None else ids.shape[-1] if ids.ndim else 0)
@@ -252,19 +274,19 @@ def _check_most_likely(file: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _check_ids(file: Path, tensors: dict[str, Tensor], tokenizer: Tokenizer) -> None:
-    """Raises InputError where a token, or an id of the teacher's, is none of the tokenizer's."""
+    """Raise InputError if a token, or an id of the teacher, is not in the tokenizer."""
     vocabulary = tokenizer.vocabulary
     for name in ("tokens", "ids"):
         ids = tensors.get(name)
         if ids is not None and not (known := vocabulary.has(ids)).all():
             wrong = int(ids[~known][0])
-            hole = ", which is none of them" if 0 <= wrong < vocabulary.end else ""
+            hole = ", which no token has" if 0 <= wrong < vocabulary.end else ""
             raise InputError(
                 f"{file}: {name}: expected the tokenizer's ids, 0 to {vocabulary.end - 1}, got {wrong}{hole}"
             )
 
 
 def _fingerprint(tokenizer: Tokenizer) -> str:
-    """A hash of which id means which token."""
+    """Return a hash of the tokenizer's vocabulary, the tokens with their ids."""
     vocabulary = json.dumps(sorted(tokenizer.backend.get_vocab().items()))
     return hashlib.sha256(vocabulary.encode()).hexdigest()

@@ -1,15 +1,15 @@
-"""Turns of a row -> a conversation as the chat template reads it, with everything that the row says about it.
+"""Conversion of a row's messages to a conversation that the chat template can render.
 
-What is read, beside `role` and `content`, in the words of those who publish such rows:
+These keys and columns are read beside `role` and `content`:
 
-    from, value                      ShareGPT's; function_call is a call of the assistant, observation a tool's answer
-    tool_calls; function_call        OpenAI's, and its older name; arguments are an object or JSON text
-    weight: 0, train: false          a turn of the assistant that is context, and not trained
-    tools or functions               columns: a list, or JSON text
-    chat_template_kwargs             a column: variables of the template, an object or JSON text
-    system; history                  columns: what stands in front of the turns; pairs of question and answer
+    from, value                      ShareGPT's keys; function_call is the assistant's call, observation a tool's answer
+    tool_calls; function_call        OpenAI's key and its older name; arguments are an object or JSON text
+    weight: 0, train: false          marks of an assistant turn that is context and is not trained
+    tools or functions               columns of tools: a list or JSON text
+    chat_template_kwargs             a column of template variables: an object or JSON text
+    system; history                  columns: a system message; earlier pairs of question and answer
 
-A null of a message, a call or a part is absent. `rendering.py` proves that the template renders messages whole.
+A null field of a message, a call or a part counts as absent. `rendering.py` checks that the template loses nothing.
 """
 
 import json
@@ -35,13 +35,13 @@ SHAREGPT_ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
-# roles that need no explanation where nothing is trained
+# roles that a conversation without trained turns may have
 NOT_TRAINED = ("system", "developer", "user", "tool")
-FLAGS = ("weight", "train")  # of a turn: what the loss reads
+FLAGS = ("weight", "train")  # keys of a turn that say whether it is trained
 
 
 class Turn(dict[str, Any]):
-    """A message that knows its column and number, for errors."""
+    """A message that also holds the name of its column and its number there, for error messages."""
 
     where = ""
     column = ""
@@ -49,29 +49,30 @@ class Turn(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Talk:
-    """A conversation for the chat template. Turns by index, from 0."""
+    """A conversation for the chat template. Turns are numbered from 0."""
 
     messages: list[Message]
     variables: dict[str, Any]
-    given: int = 0  # the turns before this one are the prompt
-    trained: list[int] = field(default_factory=list)  # of the assistant's turns behind it
-    left_out: list[int] = field(default_factory=list)  # those of weight 0
+    given: int = 0  # the number of turns at the start that are the prompt
+    trained: list[int] = field(default_factory=list)  # the assistant turns that are trained
+    left_out: list[int] = field(default_factory=list)  # the assistant turns with weight 0
 
     def ids(self, tokenizer: Tokenizer, end: int | None = None) -> list[int]:
-        """Ids of the messages before `end`, with the generation prompt."""
+        """Return the ids of the messages before index `end` (default: all), with the generation prompt."""
         return tokenizer.encode_chat(self.messages[:end], add_generation_prompt=True, **self.variables)
 
 
 def talk_of(row: Row, turns: Sequence[Turn], tokenizer: Tokenizer, given: int = 0) -> Talk:
-    """All turns from `given` on may be trained.
+    """Build a conversation from a row's turns. The assistant turns from index `given` on are trained.
 
-    Raises InputError naming the message and the key that the chat template leaves out.
+    Turns with weight 0 or train false, and turns without content, are not trained. Raises InputError naming the message
+    and the key that the chat template leaves out.
     """
     trained: list[int] = []
     left_out: list[int] = []
     variables = template_variables(row, tokenizer)
 
-    # which turns are trained
+    # find the turns that are trained
     for i, turn in enumerate(turns):
         if turn["role"] != "assistant" or i < given:
             _note_flags(row, turn)
@@ -90,7 +91,7 @@ def talk_of(row: Row, turns: Sequence[Turn], tokenizer: Tokenizer, given: int = 
 
 
 def prompt_of(row: Row, turns: Sequence[Turn], tokenizer: Tokenizer) -> Talk:
-    """A conversation that is to be answered: no turn is trained."""
+    """Build a conversation that the model is to answer. None of its turns is trained."""
     for turn in turns:
         _note_flags(row, turn)
     variables = template_variables(row, tokenizer)
@@ -100,7 +101,10 @@ def prompt_of(row: Row, turns: Sequence[Turn], tokenizer: Tokenizer) -> Talk:
 def _rendered(
     row: Row, turns: Sequence[Turn], tokenizer: Tokenizer, variables: dict[str, Any], ask: bool
 ) -> list[Message]:
-    """The messages in the form that the template renders whole; what it does not read is noted with the row."""
+    """Return the messages in a form that the chat template renders completely.
+
+    Keys and variables that the template does not read are noted in the row. ask: add the generation prompt.
+    """
     messages = [{key: value for key, value in turn.items() if key not in FLAGS} for turn in turns]
     try:
         messages, form = whole_form(messages, tokenizer, variables, ask=ask)
@@ -108,14 +112,14 @@ def _rendered(
         turn = turns[error.mark.message]
         raise InputError(
             f"{turn.where} (role '{turn['role']}'): {error.mark.key}: the chat template leaves it out; "
-            "use one that renders it (--chat-template), or take it out of the row"
+            "use a template that renders it (--chat-template), or take it out of the row"
         ) from error
     except RecursionError as error:
         raise InputError(f"{turns[0].column}: nested too deeply to be read") from error
 
-    # the row's account
+    # note in the row what was read and what was not
     if form.dropped:
-        row.notes["turns whose reasoning the chat template drops, as others follow"] += form.dropped
+        row.notes["turns whose reasoning the chat template drops, because other turns follow"] += form.dropped
     row.ignored |= {f"{turns[i].column}.{path}" for i, path in form.unread}
     for name in (tokenizer.variables | variables).keys() - {"tools"}:
         if changes_text(name, messages, tokenizer, variables):
@@ -126,7 +130,7 @@ def _rendered(
 
 
 def _note_flags(row: Row, turn: Turn) -> None:
-    """Weights are read of the assistant's turns alone: name them where they would train something else."""
+    """Note as unused the keys `weight` and `train` of a turn that is never trained."""
     row.ignored |= {f"{turn.column}.{name} of '{turn['role']}'" for name in FLAGS if turn.get(name)}
 
 
@@ -135,20 +139,20 @@ def _is_trained(turn: Turn) -> bool:
 
 
 def _text(turn: Message) -> Any:
-    """The content, its parts joined."""
+    """Return the content of a turn. Text parts are joined to one text."""
     content = turn.get("content")
     return "".join(part["text"] for part in content) if is_parts(content) else content
 
 
 def same_turn(one: Message, other: Message) -> bool:
-    """Whether two turns say the same: what else is written beside them is no part of it."""
+    """Return whether two turns have the same role, text and tool calls. Other keys are not compared."""
     texts = [text.strip() if isinstance(text, str) else text for text in map(_text, (one, other))]
     calls = [turn.get("tool_calls") for turn in (one, other)]
     return one["role"] == other["role"] and texts[0] == texts[1] and calls[0] == calls[1]
 
 
 def says_something(turn: Message) -> bool:
-    """Whether there is anything in a turn of the assistant."""
+    """Return whether an assistant turn has any text, reasoning or tool call."""
     content = _text(turn)
     texts = [content, *(turn.get(key) for key in REASONING)]
     return bool(turn.get("tool_calls")) or any(
@@ -160,7 +164,10 @@ def says_something(turn: Message) -> bool:
 
 
 def read_messages(row: Row, column: str) -> list[Turn]:
-    """Messages as templates know them. Raises InputError naming the message and the key that is not as it should be."""
+    """Return the messages of a column, with the keys that chat templates read.
+
+    Raises InputError naming the message and the key that is wrong.
+    """
     return messages_in(row.take(column), column)
 
 
@@ -234,7 +241,7 @@ def _from_sharegpt(message: Message, where: str) -> Message:
 
 
 def _with_calls(message: Message, where: str) -> Message:
-    """The message with its calls under tool_calls, where it has some; function_call is the older name for one."""
+    """Return the message with its calls under `tool_calls`. `function_call` is the older key, which holds one call."""
     calls = message.get("tool_calls", [])
     if "function_call" in message:
         if calls:
@@ -247,7 +254,7 @@ def _with_calls(message: Message, where: str) -> Message:
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
-    """A call without nulls; one without arguments has an empty object of them."""
+    """Return a tool call without its null fields. Missing or empty arguments become an empty object."""
     inner = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
         raise InputError(f"{where}: tool_calls: expected a name and arguments, got {call!r:.60}")
@@ -260,7 +267,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
 
 
 def _content(content: Any, role: str, where: str) -> Any:
-    """Text, a list of text parts, or of a tool whatever JSON holds."""
+    """Return the content of a message: a text or a list of text parts. A tool's content may be any JSON value."""
     if isinstance(content, str):
         return content
     if role == "tool" and not (content and is_parts(content)):
@@ -276,7 +283,7 @@ def _part(part: Any, where: str) -> dict[str, Any]:
         return {"type": "text", "text": part}
     if part["type"] != "text":
         raise InputError(
-            f"{where}: expected type 'text', which alone can be trained, got {part['type']!r:.60}"
+            f"{where}: expected type 'text', the only type that can be trained, got {part['type']!r:.60}"
         )
     if not isinstance(part.get("text"), str):
         raise InputError(f"{where}: expected text, got {part.get('text')!r:.60}")
@@ -284,22 +291,25 @@ def _part(part: Any, where: str) -> dict[str, Any]:
 
 
 def no_assistant(turns: Sequence[Turn]) -> None:
-    """Raises InputError where nothing of a conversation is trained because of a role that means nothing here."""
+    """Raise InputError if no turn has the role `assistant` and a turn has an unknown role."""
     if any(turn["role"] == "assistant" for turn in turns):
         return
     for turn in turns:
         if turn["role"] not in NOT_TRAINED:
             raise InputError(
-                f"{turn.where}: role {turn['role']!r:.60}: no turn here is the assistant's: expected role "
-                "'assistant' for what is to be trained"
+                f"{turn.where}: role: expected a conversation with a turn of role 'assistant' to train on, got "
+                f"{turn['role']!r:.60}"
             )
 
 
-# ---- what stands beside the messages
+# ---- columns beside the messages
 
 
 def with_system(row: Row, turns: list[Turn]) -> list[Turn]:
-    """The turns behind the column `system`, where the row has one."""
+    """Return the turns after the system message of the column `system`, if the row has that column.
+
+    Raises InputError if the turns begin with a different system message.
+    """
     if not isinstance(row.get("system"), str) or not turns:
         return turns
     system = row.text("system")
@@ -308,12 +318,12 @@ def with_system(row: Row, turns: list[Turn]) -> list[Turn]:
     if turns[0]["role"] in ("system", "developer"):
         if turns[0].get("content") == system:
             return turns
-        raise InputError(f"system: {turns[0].where} is a system message, too: expected one of the two")
+        raise InputError(f"system: expected one system message, got another in {turns[0].where}")
     return [_made("system", system, "system"), *turns]
 
 
 def asked(row: Row, question: str, column: str) -> list[Turn]:
-    """A question as the user's turn, behind the column `history`."""
+    """Return a question as a user turn, after the turns of the column `history`."""
     return [*_history(row), _made("user", question, column)]
 
 
@@ -328,7 +338,7 @@ def _made(role: str, content: str, column: str) -> Turn:
 
 
 def _history(row: Row) -> list[Turn]:
-    """Earlier questions and answers: pairs of texts, as LLaMA-Factory's rows have them, or messages."""
+    """Return the turns of the column `history`: pairs of question and answer as in LLaMA-Factory, or messages."""
     if "history" not in row or not (history := row.take("history")):
         return []
     if isinstance(history, list) and all(isinstance(turn, dict) for turn in history):
@@ -342,7 +352,7 @@ def _history(row: Row) -> list[Turn]:
 
 
 def template_variables(row: Row, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Variables of the chat template that the row gives it: its tools, and its chat_template_kwargs."""
+    """Return the variables that the row gives to the chat template: its tools and its chat_template_kwargs."""
     row.rendered = True
     variables = _keywords(row)
     column = "tools" if "tools" in row else "functions" if isinstance(row.get("functions"), list) else None
@@ -378,16 +388,19 @@ def _keywords(row: Row) -> dict[str, Any]:
 
 
 def check_names(variables: dict[str, Any], source: str) -> None:
-    """Raises InputError for a variable that is set otherwise."""
+    """Raise InputError if `variables` contains `tools`, or a name that Burnish sets itself.
+
+    source: the flag or column that holds the variables.
+    """
     for name in variables:
         if name in OWN_NAMES or name == "tools":
             raise InputError(
-                f"{source}: '{name}' is not set here: tools have a column, the rest is Burnish's own"
+                f"{source}: '{name}' cannot be set here: tools have a column, Burnish sets the others itself"
             )
 
 
 def from_json(value: Any, column: str) -> Any:
-    """The value of a JSON text, None of an empty one; what is no text is itself."""
+    """Return the value of a JSON text, or None if the text is empty. Any other value is returned as it is."""
     if not isinstance(value, str):
         return check_json(value, column)
     if not value.strip():

@@ -1,10 +1,10 @@
-"""Rows of judged answers -> a prompt and completions to compare.
+"""Conversion of rows with compared or labelled answers to prompts with completions.
 
-    chosen and rejected        with a prompt in a column of its own (text, question, instruction, messages), or as two
-                               conversations that begin alike (HH-RLHF's "\\n\\nHuman: ...\\n\\nAssistant: ..." is one)
-    completion and label       with a prompt, for KTO: label is true where the completion is wanted
+    chosen and rejected        with a prompt in its own column (text, question, instruction, messages), or as two
+                               conversations that begin alike (as HH-RLHF's "\\n\\nHuman: ...\\n\\nAssistant: ...")
+    completion and label       with a prompt, for KTO; label is true if the completion is desirable
 
-Nothing is cut: half an answer is another answer, so what is longer than max_length is dropped and counted.
+Answers are never cut, because a cut answer is a different answer. Rows longer than max_length are dropped and counted.
 """
 
 import re
@@ -37,13 +37,13 @@ HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 @dataclass(frozen=True)
 class Preference:
-    """A prompt with two completions, the better one first. The last token of each is trained, and ends its turn."""
+    """A prompt with a chosen and a rejected completion. The last token of each is trained, and ends its turn."""
 
     prompt: list[int]
     chosen: Completion
     rejected: Completion
-    margin: float = 0.0  # the row's own number for how much better chosen is
-    where: str = field(default="", kw_only=True, compare=False)  # its file and line
+    margin: float = 0.0  # how much better the chosen completion is, from the column `margin`
+    where: str = field(default="", kw_only=True, compare=False)  # file and line of the row
 
     @property
     def completions(self) -> list[Completion]:
@@ -51,18 +51,18 @@ class Preference:
 
     @property
     def sequences(self) -> list[list[int]]:
-        """All ids that a model is to read of it."""
+        """The token sequences that the model reads for this pair: the prompt and both completions."""
         return [self.prompt, self.chosen.tokens, self.rejected.tokens]
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A prompt with one completion, which is wanted or not."""
+    """A prompt with one completion and a label: whether the completion is desirable."""
 
     prompt: list[int]
     completion: Completion
-    label: bool  # wanted
-    where: str = field(default="", kw_only=True, compare=False)  # its file and line
+    label: bool  # True if the completion is desirable
+    where: str = field(default="", kw_only=True, compare=False)  # file and line of the row
 
     @property
     def completions(self) -> list[Completion]:
@@ -70,7 +70,7 @@ class Judged:
 
     @property
     def sequences(self) -> list[list[int]]:
-        """All ids that a model is to read of it."""
+        """The token sequences that the model reads for this row: the prompt and the completion."""
         return [self.prompt, self.completion.tokens]
 
 
@@ -83,9 +83,9 @@ Answers = TypeVar("Answers", Preference, Judged)
 def load_pairs(
     path: Path | None, tokenizer: Tokenizer, cfg: Any, *, margins: bool = False
 ) -> list[Preference]:
-    """The pairs of a file, none without one, after saying what became of its rows.
+    """Load the pairs of a file, and print how many rows were used and dropped. Without a file, return [].
 
-    cfg: of its flags row_template and max_length are read. margins: read that column.
+    cfg: its flags row_template and max_length are read. margins: read the column `margin`.
     """
     if path is None:
         return []
@@ -96,7 +96,10 @@ def load_pairs(
 
 
 def load_judged(path: Path, tokenizer: Tokenizer, cfg: Any) -> list[Judged]:
-    """The judged completions of a file, after saying what became of its rows. cfg: as in `load_pairs`."""
+    """Load the labelled completions of a file, and print how many rows were used and dropped.
+
+    cfg: its flags row_template and max_length are read.
+    """
     judged, counts = judged_completions(
         read_rows(path, cfg.row_template), tokenizer, max_length=cfg.max_length
     )
@@ -107,11 +110,11 @@ def load_judged(path: Path, tokenizer: Tokenizer, cfg: Any) -> list[Judged]:
 def preferences(
     rows: Sequence[dict[str, Any]], tokenizer: Tokenizer, *, max_length: int, margins: bool = True
 ) -> tuple[list[Preference], Tally]:
-    """Rows of chosen and rejected. max_length: of the prompt with either completion, in tokens.
+    """Convert rows of chosen and rejected answers to pairs. Returns (pairs, counts).
 
-    margins: read the column; otherwise all are 0. Returns the pairs, and how many rows and pairs there are and how many
-    were dropped, and why. Raises InputError naming the row that is of another shape or impossible to mask, and where no
-    pair is left.
+    The counts give rows, pairs, and dropped rows with the reasons. max_length: the maximum number of tokens of a prompt
+    with its longer completion. margins: read the column `margin`; otherwise all margins are 0.
+    Raises InputError if no pair is left, or naming a row that has another shape or cannot be masked.
     """
 
     def read(row: Row) -> tuple[list[Preference], str]:
@@ -133,9 +136,11 @@ def preferences(
 def judged_completions(
     rows: Sequence[dict[str, Any]], tokenizer: Tokenizer, *, max_length: int
 ) -> tuple[list[Judged], Tally]:
-    """Rows of a prompt, completion and label; or of chosen and rejected, each row two completions.
+    """Convert rows of prompt, completion and label to labelled completions. Returns (completions, counts).
 
-    Returns and raises what `preferences` does.
+    A row of chosen and rejected answers becomes two completions. The counts give rows, completions, and dropped rows
+    with the reasons. max_length: the maximum number of tokens of a prompt with its completion.
+    Raises InputError if no completion is left, or naming a row that has another shape or cannot be masked.
     """
 
     def read(row: Row) -> tuple[list[Judged], str]:
@@ -165,7 +170,11 @@ def _read_all(
     name: str,
     tokenizer: Tokenizer,
 ) -> tuple[list[Answers], Tally]:
-    """All that `read` makes of rows, and the account. read(row): what it holds, or nothing and why it is dropped."""
+    """Convert all rows with `read`. Returns (items, counts).
+
+    read(row): returns (items, reason): no items and the reason if the row is dropped, and the reason "" otherwise.
+    name: the plural name of the items, for the counts.
+    """
     rows, counts = opened(rows, name)
     found: list[Answers] = []
     for row in rows:
@@ -186,7 +195,7 @@ def _read_all(
 
 
 def _margin(row: Row) -> float:
-    """The row's margin, 0 without one. Raises InputError for what is no number, or none that fp32 holds."""
+    """Return the row's margin, or 0 without one. Raises InputError if it is not a number that fp32 can hold."""
     margin = row.take("margin") if "margin" in row else 0.0
     is_number = isinstance(margin, int | float) and not isinstance(margin, bool)
     if not is_number or not abs(margin) < 1e38:
@@ -200,13 +209,16 @@ def _margin(row: Row) -> float:
 def _prompt_and_answers(
     row: Row, columns: tuple[str, ...], tokenizer: Tokenizer
 ) -> tuple[list[int], list[Completion]]:
-    """The prompt's ids and the completion in each of `columns`; empty ones where there is nothing to train."""
+    """Return (prompt ids, completions), one completion for each of `columns`.
+
+    Completions are empty if there is nothing to train.
+    """
     name = next((name for name in PROMPT_COLUMNS if name in row), None)
     prompt = read_prompt(row, name, tokenizer) if name else []
     if not isinstance(prompt, str):
         return _in_messages(row, prompt, columns, tokenizer)
     if not prompt.strip():
-        raise InputError(f"{name}: empty")
+        raise InputError(f"{name}: expected a prompt, got an empty text")
     if all(isinstance(row[column], str) for column in columns):
         return _in_texts(row, str(name), prompt, columns, tokenizer)
     return _in_messages(row, asked(row, prompt, str(name)), columns, tokenizer)
@@ -215,7 +227,10 @@ def _prompt_and_answers(
 def _in_texts(
     row: Row, name: str, prompt: str, columns: tuple[str, ...], tokenizer: Tokenizer
 ) -> tuple[list[int], list[Completion]]:
-    """The prompt, from the column `name`, and each answer as plain text: all of an answer's tokens are trained."""
+    """Return (prompt ids, completions) of plain texts. All tokens of an answer are trained.
+
+    name: the column of the prompt.
+    """
     answers = [row.text(column) for column in columns]
     if name != "prompt":
         answers = [answer_text(prompt, answer) for answer in answers]
@@ -228,26 +243,29 @@ def _in_texts(
 def _in_messages(
     row: Row, prompt: list[Turn], columns: tuple[str, ...], tokenizer: Tokenizer
 ) -> tuple[list[int], list[Completion]]:
-    """The prompt and each answer as turns, which the chat template renders. Without a prompt the answers hold it."""
-    # 1. the prompt's turns are the row's own, or those with which all conversations begin
+    """Return (prompt ids, completions) of turns, rendered by the chat template.
+
+    If `prompt` is empty, the prompt is the shared beginning of the conversations in `columns`.
+    """
+    # 1. find the end of the prompt: the row's own prompt, or the beginning that all conversations share
     talks = [_conversation(row, column, prompt) for column in columns]
     several = not prompt or len(talks) > 1
     num_shared = _num_shared_turns(talks) if several else _end_of_prompt(prompt, talks[0])
     if num_shared < len(prompt):
-        raise InputError(f"{' and '.join(columns)}: expected to begin with the assistant, behind the prompt")
+        raise InputError(f"{' and '.join(columns)}: expected an assistant turn first after the prompt")
     if num_shared == 0:
         raise InputError(
-            f"{' and '.join(columns)}: no prompt: expected a column for it, or a shared beginning"
+            f"{' and '.join(columns)}: expected a prompt in its own column or as a shared beginning, got none"
         )
 
-    # 2. all conversations take the prompt of the first, behind the row's system message
+    # 2. all conversations take the prompt of the first, after the row's system message
     whole = [with_system(row, [*talks[0][:num_shared], *talk[num_shared:]]) for talk in talks]
     num_shared += len(whole[0]) - len(talks[0])
     for column, talk in zip(columns, whole, strict=True):
         if talk[-1]["role"] != "assistant":
-            row.ignored.add(f"{column}: what stands behind the last answer")
+            row.ignored.add(f"{column}: the turns after the last answer")
 
-    # 3. turns to tokens
+    # 3. tokenize the turns
     rendered = [talk_of(row, talk, tokenizer, num_shared) for talk in whole]
     if not all(talk.trained for talk in rendered):
         return [], [Completion([], []) for _ in rendered]
@@ -256,7 +274,7 @@ def _in_messages(
 
 
 def _conversation(row: Row, column: str, prompt: list[Turn]) -> list[Turn]:
-    """The messages of the prompt and of row[column], which may repeat the prompt."""
+    """Return the turns of the prompt and of row[column] as one conversation. The column may repeat the prompt."""
     value = row.take(column)
     if not isinstance(value, str):
         turns = messages_in([value] if isinstance(value, dict) else value, column)
@@ -264,20 +282,23 @@ def _conversation(row: Row, column: str, prompt: list[Turn]) -> list[Turn]:
     if prompt:
         return [*prompt, answered(value, column)]
 
-    # one text for a whole conversation
+    # one text that holds a whole conversation
     parts = HH_TURN.split(value)
     if len(parts) > 1 and not parts[0]:
         roles = {"Human": "user", "Assistant": "assistant"}
         turns = zip(parts[1::2], parts[2::2], strict=True)
         return messages_in([{"role": roles[who], "content": text.strip()} for who, text in turns], column)
     raise InputError(
-        f"{column}: a text without a prompt; expected a prompt column, messages, or HH-RLHF's "
+        f"{column}: expected a prompt column beside this text, or messages, or a text like "
         f"'\\n\\nHuman: ...\\n\\nAssistant: ...', got {value!r:.60}"
     )
 
 
 def _end_of_prompt(prompt: list[Turn], talk: list[Turn]) -> int:
-    """The number of turns before a talk's answer: the prompt, perhaps behind a system message; 0 without the prompt."""
+    """Return the number of turns up to the end of the prompt in a conversation, or 0 if it does not repeat the prompt.
+
+    A system message may stand before the prompt.
+    """
     for start, turn in enumerate(talk):
         repeated = talk[start : start + len(prompt)]
         if len(repeated) == len(prompt) and all(map(same_turn, repeated, prompt)):
@@ -288,11 +309,11 @@ def _end_of_prompt(prompt: list[Turn], talk: list[Turn]) -> int:
 
 
 def _num_shared_turns(talks: Sequence[list[Turn]]) -> int:
-    """The number of turns that all talks begin with, an answer of the assistant behind them in each; 0 without such."""
+    """Return the number of turns that all conversations share before an assistant answer, or 0 if there are none."""
     is_shared = lambda turns: all(same_turn(turn, turns[0]) for turn in turns)
     num_alike = len(list(takewhile(is_shared, zip(*talks, strict=False))))
 
-    # the last of them may be the assistant's: then an earlier place is the end of the prompt
+    # the last shared turn may be an answer; the prompt then ends earlier
     for count in range(num_alike, 0, -1):
         following = [talk[count]["role"] for talk in talks if count < len(talk)]
         if following == ["assistant"] * len(talks):
@@ -301,23 +322,23 @@ def _num_shared_turns(talks: Sequence[list[Turn]]) -> int:
 
 
 def _completion(talk: Talk, prompt: list[int], tokenizer: Tokenizer) -> Completion:
-    """The tokens behind the prompt up to the end of the assistant's last turn, what others said in it unmasked.
+    """Return the completion: the tokens after the prompt, up to the end of the assistant's last turn.
 
-    An empty one where a turn of the assistant says nothing.
+    Tokens of other roles are not trained. The completion is empty if an assistant turn has no content.
     """
     answers = [turn for turn in talk.messages[talk.given :] if turn["role"] == "assistant"]
     if not all(map(says_something, answers)):
         return Completion([], [])
 
-    # the whole conversation is rendered once, so that its turns are masked as a template writes them in their place
+    # render the whole conversation once, so that each turn is masked as the template writes it in this place
     messages = talk.messages[: talk.trained[-1] + 1]
     tokens, mask = tokenizer.encode_chat_with_mask(messages, turns=talk.trained, **talk.variables)
     if tokens[: len(prompt)] != prompt:
         raise InputError(
-            "the chat template's generation prompt does not begin its rendering of the completion"
+            "the chat template renders the prompt with its completion differently from the prompt alone"
         )
 
-    # a template's marks may go on behind the token where sampling stops: the last turn ends with that token
+    # a template may write more after the stop token: the last turn ends with the stop token
     end = max(i for i, trained in enumerate(mask) if trained) + 1
     last_turn = max((i + 1 for i in range(end) if not mask[i]), default=0)
     stops = (i + 1 for i in range(last_turn, end) if tokens[i] in tokenizer.stop_ids)

@@ -1,7 +1,7 @@
-"""The counts in the footer of a parquet file: how much is to come out of it, known before anything is unpacked.
+"""A reader for the row and byte counts in a parquet file's footer, which are checked before anything is unpacked.
 
-pyarrow has them, too, but ends the process where a statistic beside them is broken. The footer is one struct in
-Thrift's compact protocol; all of it is walked, and a few of its fields are used.
+pyarrow can read them too, but a broken statistic in the footer makes it end the process. The footer is one struct in
+Thrift's compact protocol. All of it is parsed, and a few of its fields are used.
 
 Source: https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift
         https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md
@@ -23,7 +23,11 @@ FILE_ROWS, GROUPS, COLUMNS, GROUP_ROWS, META_DATA, VALUES, BYTES = 3, 4, 1, 3, 3
 
 @dataclass(frozen=True)
 class Footer:
-    """rows: of the file; group_rows: of each of its groups. values, unpacked_bytes: of all columns of all groups."""
+    """The counts in a parquet footer.
+
+    rows: rows of the file. group_rows: rows of each row group. values, unpacked_bytes: values and uncompressed bytes,
+    summed over all columns of all row groups.
+    """
 
     rows: int
     group_rows: list[int]
@@ -32,13 +36,13 @@ class Footer:
 
 
 def read_footer(path: Path) -> Footer:
-    """Raises InputError where the file has none, or a broken one."""
+    """Read the counts in the footer of a parquet file. Raises InputError if the footer is missing or broken."""
     try:
         with open(path, "rb") as file:
             file.seek(-8, 2)
             length = int.from_bytes(file.read(4), "little")
             if file.read(4) != b"PAR1":
-                raise ValueError("its last bytes are not those of one")
+                raise ValueError("the last bytes of the file are not PAR1")
             file.seek(-8 - length, 2)
             data = file.read(length)
 
@@ -49,7 +53,7 @@ def read_footer(path: Path) -> Footer:
         rows = [index(group[GROUP_ROWS]) for group in groups]
         return Footer(index(found[FILE_ROWS]), rows, sum(values), sum(unpacked))
     except (OSError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a parquet file that can be read: its footer: {error}") from error
+        raise InputError(f"{path}: not a readable parquet file: its footer: {error}") from error
 
 
 class _Reader:
@@ -76,9 +80,9 @@ class _Reader:
         return found >> 1 ^ -(found & 1)
 
     def value(self, kind: int, depth: int = 0) -> Any:
-        """A struct is an object of its fields by number, a map has no use here."""
+        """Read a value of a Thrift type. A struct becomes a dict of its fields by number. A map is skipped as None."""
         if depth > MOST_DEPTH:
-            raise ValueError(f"more than {MOST_DEPTH} values in one another")
+            raise ValueError(f"more than {MOST_DEPTH} nested values")
         if kind in (I16, I32, I64):
             return self.integer()
         if kind in FIXED:
@@ -88,7 +92,7 @@ class _Reader:
         if kind == STRUCT:
             return self.struct(depth)
 
-        # of lists and maps, as many values as the bytes that are left could hold
+        # lists and maps: no more values than the remaining bytes can hold
         if kind in (LIST, SET):
             head = self.take(1)[0]
             count = head >> 4 if head >> 4 < 15 else self.varint()
@@ -106,7 +110,7 @@ class _Reader:
         return self.take(1) if kind in (TRUE, FALSE) else self.value(kind, depth + 1)
 
     def checked(self, count: int) -> int:
-        """A count of values, of which each takes a byte and more."""
+        """Return `count`, a number of values. Raises ValueError if fewer bytes are left: a value takes at least one."""
         if count > len(self.data) - self.at:
             raise ValueError("it ends too early")
         return count

@@ -1,12 +1,12 @@
-"""Proof that a chat template renders a conversation whole.
+"""A check that a chat template renders every part of a conversation.
 
-A template may pass over a whole turn (a role that it does not know), a key (tool calls, reasoning), or all calls but
-the first, and turns content that it does not expect into nothing or into Python's own notation. So each conversation
-is rendered once with every word replaced by one that occurs nowhere else, tags like </think> left where they are; each
-of these words has to be found in the text. Conversations that differ in their words alone are rendered once.
+A template may leave out a whole turn (with an unknown role), a key (tool calls, reasoning), or all calls but the first.
+It may also drop unexpected content, or render it in Python's own notation. So each conversation is rendered once with
+every word replaced by a unique marker. Tags like </think> stay in place. Each marker must occur in the rendered text.
+Conversations that differ only in their words are checked once.
 
-A message can be written in more than one form (FORMS). The first form in which nothing is missing is the one that is
-trained; its text is that of transformers' apply_chat_template wherever that renders the row as it is.
+A message can be written in several forms (FORMS). Training uses the first form that is rendered completely. If
+transformers' apply_chat_template renders the row as it is, the text is the same.
 """
 
 import json
@@ -22,30 +22,30 @@ from ...model.text.tokenizer import Message, Tokenizer
 from .forms import FORMS, changed, content_empty, dumped, is_parts, json_or_none, num_forms
 
 REASONING = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "analysis")
-# keys of a message, beside its role, that the text must have
+# keys of a message, beside its role, that the rendered text must contain
 CONTENT_KEYS = ("content", "tool_calls", "tool_plan", "refusal", *REASONING)
 TAG = re.compile(r"(</?[^\W\d][\w-]{0,40}>|<[|｜][^<>\s]{1,40}>)")  # </think>, <|channel|>
 FIRST_NUMBER = 70_000_001
-CACHED = 1024  # conversations of which no two have the same roles, keys and tags
+CACHED = 1024  # results kept; conversations with the same roles, keys and tags share one
 
 Render = Callable[[list[Message], bool], str]
 
 
 class Mark(NamedTuple):
-    """A text that the rendering must have, and where in the conversation it stands."""
+    """A text that the rendered conversation must contain, with its message and key."""
 
     message: int
     key: str
     text: str
     in_tags: bool = False  # between <think> and </think>
-    exact: bool = False  # not as JSON escapes it
+    exact: bool = False  # must occur unescaped; otherwise JSON escapes are accepted, too
 
 
 class Form(NamedTuple):
-    """Changes of messages, and what the template makes of the rest.
+    """A form of a conversation's messages, and the parts that the template does not render.
 
-    changes: one for each of FORMS. dropped: turns whose reasoning is not rendered because others follow. unread: keys
-    that say nothing, as (message, path); without them the text is the same.
+    changes: the index of the change in each entry of FORMS. dropped: the number of turns whose reasoning is not
+    rendered because other turns follow. unread: keys that do not affect the text, as (message, path).
     """
 
     changes: tuple[int, ...]
@@ -54,7 +54,7 @@ class Form(NamedTuple):
 
 
 class NotRendered(InputError):
-    """Something that the template leaves out of every form in which it renders the conversation."""
+    """The error for a part of a conversation that the template leaves out in every form. `mark` names the part."""
 
     def __init__(self, mark: Mark):
         super().__init__(f"message {mark.message + 1}: {mark.key}")
@@ -64,20 +64,21 @@ class NotRendered(InputError):
 def whole_form(
     messages: Sequence[Message], tokenizer: Tokenizer, variables: Mapping[str, Any], *, ask: bool
 ) -> tuple[list[Message], Form]:
-    """The messages in a form of which the chat template leaves nothing out, and which form that is.
+    """Return (messages, form): the messages in the first form that the chat template renders completely.
 
-    Reasoning of earlier turns, which templates drop by design, may be missing. ask: for the generation prompt behind
-    the last message. Raises NotRendered where something is left out, InputError where the template refuses every form.
+    Reasoning of earlier turns may be missing, because templates drop it by design. ask: add the generation prompt after
+    the last message. Raises NotRendered if every form loses something, and InputError if the template refuses every
+    form.
     """
     probe = dumped(_Marker().conversation(messages))
     render = _renderer(tokenizer, variables)
     try:
         form = _cached_form(tokenizer, probe, dumped(tokenizer.variables | dict(variables)), ask)
     except Refused:
-        # a template may refuse other words: then the real ones have to do
+        # a template may refuse the markers: then check with the real words
         form = _first_form(messages, render, ask, replace=False)
 
-    # a template may look at words, too
+    # a template may also depend on the words, so check the real ones
     whole = changed(messages, form.changes)
     wrong, _ = _missing(whole, render, ask, replace=False)
     if wrong:
@@ -88,7 +89,7 @@ def whole_form(
 def changes_text(
     name: str, messages: Sequence[Message], tokenizer: Tokenizer, variables: Mapping[str, Any]
 ) -> bool:
-    """Whether some value of a variable of the template changes its rendering of such a conversation."""
+    """Return whether any value of the template variable `name` changes how the messages are rendered."""
     if name not in tokenizer.template_variables:
         return False
     probe = dumped(_Marker().conversation(messages))
@@ -124,9 +125,12 @@ def _renderer(tokenizer: Tokenizer, variables: Mapping[str, Any]) -> Render:
 
 
 def _first_form(messages: Sequence[Message], render: Render, ask: bool, replace: bool) -> Form:
-    """The first form in which nothing is missing. replace: look for other words than those of the messages."""
+    """Return the first form that is rendered completely. replace: check with markers instead of the real words.
+
+    Raises NotRendered if every form loses something, and Refused if the template refuses every form.
+    """
     refusal: Refused | None = None
-    fewest: list[Mark] = []  # what is missing from the form with the fewest faults
+    fewest: list[Mark] = []  # the missing parts of the form that loses the fewest
     for changes in product(*(range(num_forms(messages, forms)) for forms in FORMS)):
         try:
             wrong, dropped = _missing(changed(messages, changes), render, ask, replace)
@@ -144,7 +148,10 @@ def _first_form(messages: Sequence[Message], render: Render, ask: bool, replace:
 
 
 def _missing(messages: Sequence[Message], render: Render, ask: bool, replace: bool) -> tuple[list[Mark], int]:
-    """The marks that the rendering lacks, and how many turns lose their reasoning by design. Raises InputError."""
+    """Return (missing marks, number of turns that lose their reasoning by design).
+
+    Raises Refused if the template refuses the messages.
+    """
     marker = _Marker(replace)
     probe = marker.conversation(messages)
     text = render(probe, ask)
@@ -152,19 +159,19 @@ def _missing(messages: Sequence[Message], render: Render, ask: bool, replace: bo
     dropped = [mark for mark in missing if _is_dropped_by_design(mark, probe, render)]
 
     wrong = [mark for mark in missing if mark not in dropped]
-    if replace:  # a message's words may be such by themselves
+    if replace:  # real words may contain Python's notation themselves
         wrong += [mark for mark in marker.python if mark.text in text]
     wrong += _nulls_written(probe, text, render, ask)
     return wrong, len({mark.message for mark in dropped})
 
 
 def _is_dropped_by_design(mark: Mark, probe: list[Message], render: Render) -> bool:
-    """Whether a turn of the assistant loses this only because others follow."""
+    """Return whether the template drops this part of an assistant turn only because other turns follow."""
     turn, after = probe[mark.message], probe[mark.message + 1 :]
     if turn["role"] != "assistant" or not after:
         return False
 
-    # gpt-oss takes what stands beside a call for its reasoning
+    # gpt-oss treats the content beside a call as reasoning
     beside_a_call = mark.key == "content" and "tool_calls" in turn
     if mark.key not in REASONING and not mark.in_tags and not beside_a_call:
         return False
@@ -177,7 +184,7 @@ def _is_dropped_by_design(mark: Mark, probe: list[Message], render: Render) -> b
 
 
 def _nulls_written(probe: list[Message], text: str, render: Render, ask: bool) -> list[Mark]:
-    """The contents that are null, where the template writes them as Python's None."""
+    """Return a mark for the first null content if the template writes it as "None", otherwise []."""
     nulls = [i for i, message in enumerate(probe) if message.get("content", "") is None]
     if not nulls or "None" not in text:
         return []
@@ -191,8 +198,8 @@ def _nulls_written(probe: list[Message], text: str, render: Render, ask: bool) -
 def _unread(
     messages: Sequence[Message], changes: tuple[int, ...], render: Render, ask: bool
 ) -> tuple[tuple[int, str], ...]:
-    """The keys without which the text is the same, beside CONTENT_KEYS: as (message, path)."""
-    places: dict[tuple[str, str], list[int]] = {}  # messages by role and path
+    """Return the keys outside CONTENT_KEYS that do not affect the text, as (message, path)."""
+    places: dict[tuple[str, str], list[int]] = {}  # indices of messages, by role and path
     for i, message in enumerate(messages):
         for path in _other_paths(message):
             places.setdefault((message["role"], path), []).append(i)
@@ -224,7 +231,7 @@ def _other_paths(message: Message) -> set[str]:
 
 
 def _without(value: Any, path: Sequence[str]) -> Any:
-    """A copy of an object, or of a list of them, without what stands at the path."""
+    """Return a copy of an object, or of a list of objects, without the field at the path."""
     if isinstance(value, list):
         return [_without(item, path) for item in value]
     if len(path) == 1 or not isinstance(value, dict):
@@ -239,11 +246,14 @@ def _is_found(mark: Mark, text: str) -> bool:
     return not mark.exact and any(form in text for form in escaped)
 
 
-# ---- words that occur nowhere else
+# ---- unique markers
 
 
 class _Marker:
-    """Copies of messages with every word replaced. marks: what has to be found; python: what must not be."""
+    """A builder of copies of messages in which every word is replaced by a unique marker.
+
+    marks: texts that the rendering must contain. python: texts in Python's notation that it must not contain.
+    """
 
     def __init__(self, replace: bool = True):
         self.replace, self.marks, self.python = replace, [], []
@@ -266,7 +276,7 @@ class _Marker:
             return self._text(value)
         if is_parts(value):
             parts = [part | {"text": self._text(part["text"])} for part in value]
-            self._forbid(*map(repr, parts), *map(dumped, parts))  # a template that takes no list
+            self._forbid(*map(repr, parts), *map(dumped, parts))  # written by a template that expects a text
             return parts
         data = self._data(value)
         self._add_mark(dumped(data))  # as JSON
@@ -283,7 +293,7 @@ class _Marker:
         self.python += [Mark(self.message, self.key, notation) for notation in notations]
 
     def _text(self, text: str) -> str:
-        """Tags stay, for templates look for them."""
+        """Return the text with its words replaced. Tags stay, because templates search for them."""
         pieces = TAG.split(text)
         end = max((i for i, piece in enumerate(pieces) if piece == "</think>"), default=0)
         begin = max((i for i, piece in enumerate(pieces[:end]) if piece == "<think>"), default=0)
@@ -295,25 +305,25 @@ class _Marker:
         return "".join(pieces)
 
     def _call(self, call: Any) -> Any:
-        """A tool call, with or without the object `function` around name and arguments."""
+        """Return a marked copy of a tool call, with or without an object `function` around name and arguments."""
         inner = call.get("function", call)
         inner = inner | {"name": self._leaf(inner["name"])}
         arguments = inner.get("arguments")
         if isinstance(arguments, str) and isinstance(parsed := json_or_none(arguments), dict | list):
             count = len(self.marks)
             if self.replace:
-                # a text with quotes in it, which are escaped where it is encoded twice
+                # a text with quotes in it: encoding it twice would escape them
                 data = self._data(parsed)
                 is_bare = isinstance(data, list) or not data
                 inner["arguments"] = dumped([self._word(), data] if is_bare else data)
-            del self.marks[count:]  # the text itself has to be found, without further quotes
+            del self.marks[count:]  # the whole text must be found, without escaped quotes
             self.marks.append(Mark(self.message, self.key, inner["arguments"], exact=True))
         elif arguments is not None:
             inner["arguments"] = self._data(arguments)
         return call | {"function": inner} if "function" in call else inner
 
     def _data(self, value: Any) -> Any:
-        """Objects and lists, which a template writes as JSON; Python's notation is that of one that expects text."""
+        """Return a marked copy of an object or list. It must be rendered as JSON, so Python's notation is forbidden."""
         data = self._leaf(value)
         if isinstance(data, dict | list) and repr(data) != dumped(data):
             self._forbid(repr(data))
@@ -339,7 +349,7 @@ class _Marker:
 
 
 def _has_content(message: Message, key: str) -> bool:
-    """Whether there is something under a key of CONTENT_KEYS; reasoning is text of the assistant."""
+    """Return whether a message has content under the key. A reasoning key counts only with a text of the assistant."""
     if key in ("content", "tool_calls"):
         return message[key] is not None
     return key in CONTENT_KEYS and message["role"] == "assistant" and isinstance(message[key], str)

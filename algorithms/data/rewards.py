@@ -1,9 +1,9 @@
-"""Reward functions of a user's files, a reward model, and what they judge a step's samples to be worth.
+"""Reward functions from users' files, a reward model, and the scoring of a step's samples.
 
     rewards = weighted_rewards(cfg, load_rewards(cfg.reward))
-    judgement = judge(rewards, samples)        each function's own numbers, and their weighted sum
+    judgement = judge(rewards, samples)        the rewards of each function, and their weighted sum
 
-functions.py says how a function is called.
+functions.py describes the arguments and results of a function.
 """
 
 import itertools
@@ -30,53 +30,57 @@ from .tokenizer import check_tokenizer
 ANSWER = "--answer"
 NOTHING = "None for every sample: it has judged nothing"
 
-# of a list of rewards, None for what it does not judge, or of an awaitable of one
+# returns a list of rewards, with None for a sample that it does not judge, or an awaitable of such a list
 RewardFunction = Callable[..., Any]
 
 
 @dataclass
 class Rewards:
-    """Reward functions with their weights, and what a step of training adds to them."""
+    """Reward functions with their weights, their time limit, and the state and logged numbers of a training step."""
 
     functions: dict[str, RewardFunction]
     weights: tuple[float, ...]
-    timeout: float | None = None  # seconds a call
+    timeout: float | None = None  # seconds per call
     state: TrainerState = field(default_factory=TrainerState)
-    logged: dict[str, list[float]] = field(default_factory=dict)  # by log_metric, of all processes
+    logged: dict[str, list[float]] = field(default_factory=dict)  # from log_metric on all processes
 
     def labelled(self) -> list[tuple[str, RewardFunction]]:
-        """The functions with what messages call them."""
+        """Return (label, function) for each function. Messages name the function by its label."""
         return [(f"reward {brief(name, 100)}", function) for name, function in self.functions.items()]
 
     def check(self, columns: Iterable[str], answer: Callable[..., Any] | None = None) -> None:
-        """Raises InputError where a function, or that of --answer, needs what is no column of the data."""
+        """Raise InputError if a reward function, or the --answer function, needs a column that the data lacks."""
         for label, function in self.labelled() + ([(ANSWER, answer)] if answer else []):
             arguments_for(label, function, Samples([], [], [], {name: [] for name in columns}), {})
 
     def take(self, column: str) -> bool:
-        """Whether any of the functions takes a column of that name."""
+        """Return whether any of the functions takes an argument with the name of this column."""
         return any(takes(function, column) for function in self.functions.values())
 
     def begin(self, cfg: Any, step: int, draws: int, num_prompts: int) -> None:
-        """Begin a step, of which nothing is logged yet. draws: batches of prompts before it."""
-        batches = math.ceil(num_prompts / cfg.prompts_per_step)  # in an epoch
+        """Begin a step: set the trainer state and clear the logged numbers.
+
+        draws: the number of batches of prompts drawn before this step. num_prompts: all prompts of the data.
+        """
+        batches = math.ceil(num_prompts / cfg.prompts_per_step)  # per epoch
         epoch, num_epochs = draws / batches, math.ceil(cfg.steps / batches)
         self.state = TrainerState(step, cfg.steps, epoch, num_epochs, save_steps=cfg.save_every)
         self.logged = {}
 
     def add(self, logged: Mapping[str, list[float]]) -> None:
-        """Add what a call has logged by log_metric to the step's."""
+        """Add the numbers that a call logged with log_metric to those of the step."""
         for name, values in logged.items():
             self.logged.setdefault(name, []).extend(values)
 
     def metrics(self) -> dict[str, float]:
-        """The step's metric/<name>: means over the calls of log_metric, those that are not finite left out."""
+        """Return metric/<name> for the step: means over the calls of log_metric, without non-finite numbers."""
         return {f"metric/{name}": _mean(values) for name, values in self.logged.items()}
 
     def count(self, values: dict[str, float], parts: Mapping[str, Tensor], scores: Tensor) -> None:
-        """Add a step to the counts of a run, which its checkpoints keep; one that began without "varied" has none.
+        """Add a step to the counts of a run, which its checkpoints keep.
 
-        parts: each function's own, (samples,). scores: (groups, samples of each), NaN where a sample is left out.
+        values: the counts, changed in place; without the entry "varied" nothing is counted. parts: the rewards of each
+        function, (samples,). scores: (groups, samples per group), NaN for a sample that is left out.
         """
         if "varied" not in values:
             return
@@ -90,9 +94,10 @@ class Rewards:
             values["highest"] = max(values.get("highest", -math.inf), high.max().item())
 
     def report(self, values: Mapping[str, float], *, in_groups: bool, among: str = "") -> None:
-        """Print at the end of a run which functions never judged, and where the rewards never differed.
+        """Print a warning at the end of a run if a function never judged a sample, or if rewards never differed.
 
-        in_groups: a sample is compared with those of its group, otherwise with all. among: which samples counted.
+        in_groups: samples are compared within their group, otherwise with all samples of the run. among: a phrase
+        about the samples that counted, for the message.
         """
         if "varied" not in values:
             return
@@ -110,26 +115,26 @@ class Rewards:
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Mean of the finite ones; NaN without any, or where it is beyond fp64."""
+    """Return the mean of the finite values. NaN if there are none, or if the mean overflows fp64."""
     finite = [value for value in values if math.isfinite(value)]
     mean = sum(finite) / len(finite) if finite else math.nan
     return mean if math.isfinite(mean) else math.nan
 
 
 class Judgement(NamedTuple):
-    """The worth of samples, and what the functions have logged of them."""
+    """The rewards of samples, and the numbers and columns that the reward functions logged."""
 
-    total: Tensor  # (samples,) fp32, the weighted sum; NaN where no reward function judged
-    parts: dict[str, Tensor]  # each function's own, (samples,)
-    logged: dict[str, list[float]]  # by log_metric
-    extras: dict[str, list[Any]]  # by log_extra, one a completion
+    total: Tensor  # (samples,) fp32, the weighted sum; NaN if no reward function judged the sample
+    parts: dict[str, Tensor]  # the rewards of each function, (samples,)
+    logged: dict[str, list[float]]  # numbers from log_metric
+    extras: dict[str, list[Any]]  # columns from log_extra, one value per completion
 
 
 # ---- functions from files
 
 
 def load_rewards(specifications: Sequence[str]) -> dict[str, RewardFunction]:
-    """Functions by name, or by whole specification where two functions share one."""
+    """Load the functions of --reward. Returns them by name, or by the whole specification if two share a name."""
     if not specifications:
         raise InputError("--reward: expected at least one FILE.py:function, got none")
     names = [specification.rpartition(":")[2] for specification in specifications]
@@ -140,28 +145,29 @@ def load_rewards(specifications: Sequence[str]) -> dict[str, RewardFunction]:
 
 
 def check_weights(weights: Sequence[float], count: int) -> tuple[float, ...]:
-    """The weights of `count` reward functions, all 1 where none are given."""
+    """Return the weights of `count` reward functions, all 1 by default. Raises InputError if they do not fit."""
     if weights and len(weights) != count:
-        raise InputError(f"--reward-weights: expected {count}, one a reward function, got {len(weights)}")
+        raise InputError(f"--reward-weights: expected {count}, one per reward function, got {len(weights)}")
     if not all(math.isfinite(weight) for weight in weights):
         raise InputError(f"--reward-weights: expected finite numbers, got {weights}")
     return tuple(weights) or (1.0,) * count
 
 
 def weighted_rewards(cfg: Any, functions: dict[str, RewardFunction]) -> Rewards:
-    """The functions as the flags have them: --reward-weights, --reward-timeout."""
+    """Return `Rewards` of the functions, with the values of --reward-weights and --reward-timeout."""
     return Rewards(functions, check_weights(cfg.reward_weights, len(functions)), cfg.reward_timeout)
 
 
 def load_reward_model(cfg: Any, tokenizer: Tokenizer, prompts: Sequence[Item]) -> ScalarModel:
-    """The model of --reward-model, frozen; no id is drawn from then on that it has no row for.
+    """Load the model of --reward-model, frozen. The tokenizer is limited to ids for which the model has a row.
 
-    Raises InputError where it has no score head, another tokenizer than the policy's, or no row for a prompt's id.
+    Raises InputError if the model has no score head, has another tokenizer than the policy, or has no row for an id
+    of a prompt.
     """
     folder = cfg.reward_model
     if not has_score(folder):
         raise InputError(
-            f"--reward-model {folder}: expected a reward model (burnish reward), got a model without a score"
+            f"--reward-model {folder}: expected a reward model (burnish reward), got one without a score head"
         )
     check_tokenizer(folder, tokenizer, "reward-model")
     dtype = torch.bfloat16 if cfg.device.startswith("cuda") else torch.float32
@@ -171,8 +177,9 @@ def load_reward_model(cfg: Any, tokenizer: Tokenizer, prompts: Sequence[Item]) -
 
 
 def overlong_punishment(max_length: int, buffer: int) -> RewardFunction:
-    """DAPO's soft punishment of long answers, a reward function: 0 up to max_length - buffer tokens, then down to -1.
+    """Return a reward function with DAPO's soft punishment of long answers.
 
+    The reward is 0 up to max_length - buffer tokens, then falls linearly to -1 at max_length.
     Source: https://arxiv.org/abs/2503.14476, eq. 13
     """
 
@@ -186,10 +193,10 @@ def overlong_punishment(max_length: int, buffer: int) -> RewardFunction:
 
 
 def judge(rewards: Rewards, samples: Samples) -> Judgement:
-    """Returns each function's rewards, NaN for None, and their weighted sum.
+    """Call all reward functions on samples. Returns each function's rewards (NaN for None), and their weighted sum.
 
-    A sample's sum is over the functions that judged it, NaN where none did. Raises InputError naming the function that
-    raised, was not done in time, or returned anything else than one finite number or None a completion.
+    The sum of a sample is over the functions that judged it; NaN if none did. Raises InputError naming a function that
+    raised, ran out of time, or did not return one finite number or None per completion.
     """
     log = Log(len(samples.completions))
     calls: list[Call] = []
@@ -208,12 +215,15 @@ def judge(rewards: Rewards, samples: Samples) -> Judgement:
 
 
 def unjudged(rewards: Rewards, count: int) -> Judgement:
-    """The judgement of no function, or of no sample: all rewards are 0."""
+    """Return a judgement without calling any function: `count` rewards of 0."""
     return Judgement(torch.zeros(count), {name: torch.zeros(count) for name in rewards.functions}, {}, {})
 
 
 def of_all_processes(judgement: Judgement) -> Judgement:
-    """The judgement of the samples of all, in their order. None stands where a process has not logged a column."""
+    """Gather the judgements of all processes, in the order of the samples.
+
+    A column holds None for the samples of a process that did not log it.
+    """
     if world() == 1:
         return judgement
     logged = json.dumps([judgement.logged, judgement.extras]).encode()
@@ -241,9 +251,10 @@ def of_all_processes(judgement: Judgement) -> Judgement:
 def answers(
     function: Callable[..., Any], rewards: Rewards, samples: Samples
 ) -> tuple[list[Any], dict[str, list[Any]]]:
-    """Each completion's answer, which --answer's function gives, None for none; and what it logs by log_extra.
+    """Return (answers, columns): the --answer function's answer to each completion, and the columns of log_extra.
 
-    Answers are compared, so they are text, numbers, or tuples of these. Raises InputError as `judge` does.
+    An answer is a text, a number, or a tuple of these, because answers are compared; None means no answer. Raises
+    InputError if the function raises, runs out of time, or returns anything else.
     """
     log = Log(len(samples.completions))
     arguments = arguments_for(ANSWER, function, samples, log.tools(ANSWER, rewards.state))
@@ -253,5 +264,5 @@ def answers(
     log.check()
     rewards.add(log.metrics)
 
-    # NaN equals nothing, itself included, so it is no answer
+    # NaN does not equal even itself, so it counts as no answer
     return [None if isinstance(value, float) and math.isnan(value) else value for value in found], log.extras

@@ -1,4 +1,4 @@
-"""A row of a file, which keeps account of what is read of it."""
+"""A row of a file, which records the columns that were read from it."""
 
 from collections import Counter
 from collections.abc import Callable, Set
@@ -10,13 +10,13 @@ ACCOUNT: dict[str, Callable[[], Any]] = {"used": set, "ignored": set, "notes": C
 
 
 class Row(dict[str, Any]):
-    """A row that knows its file and line, and keeps account of what was read of it.
+    """A row with its file and line, which records what was read from it. Null cells are left out.
 
-    original: the file's row, where a row template has made this one of it. read: the columns of that which the template
-    has read. kept: those that stand here as they were.
+    original: the file's row, if a row template made this row from it. read: the columns of the original that the
+    template has read. kept: the columns of the original that this row has unchanged.
 
-    used: columns. ignored: what lies inside of a column that was read, and was not read itself. notes: what happened to
-    its turns. rendered: by a chat template. read_variables: of that, which change what it renders.
+    used: the columns that were read. ignored: keys inside these columns that were not read. notes: counts of events in
+    its turns. rendered: whether a chat template rendered it. read_variables: template variables that change the text.
     """
 
     __slots__ = ("from_arrow", "kept", "original", "read", "rendered", "where", *ACCOUNT)
@@ -34,41 +34,44 @@ class Row(dict[str, Any]):
         self.rendered = False
 
     def __getattr__(self, name: str) -> Any:
-        """Begin an account where it is first asked for: most of a file's rows, and many accounts, stay without."""
+        """Create the attribute used, ignored, notes or read_variables on first access. Most rows need few of them."""
         if name not in ACCOUNT:
             raise AttributeError(name)
         setattr(self, name, ACCOUNT[name]())
         return getattr(self, name)
 
     def take(self, column: str) -> Any:
-        """The cell, None where there is none; of parquet without the nulls that Arrow fills in."""
+        """Return the cell of a column, or None if the row lacks it, and mark the column as used.
+
+        Null fields that Arrow adds to rows of parquet files are removed.
+        """
         self.used.add(column)
         return self.plain(column)
 
     def plain(self, column: str) -> Any:
-        """The cell as `take` returns it, without an account."""
+        """Return the cell as `take` does, without marking the column as used."""
         cell = self.get(column)
         return without_nulls(cell) if self.from_arrow else cell
 
     def text(self, column: str) -> str:
-        """The cell, which has to be text."""
+        """Return the cell and mark its column as used. Raises InputError if the cell is not a text."""
         if not isinstance(cell := self.take(column), str):
             raise InputError(f"{column}: expected text, got {cell!r:.60}")
         return cell
 
     def columns(self) -> str:
-        """Their names, for messages."""
+        """Return the names of the columns as one text, for messages."""
         return ", ".join(self) or "(none)"
 
     def of_file(self) -> "Row":
-        """The file's row, which reward functions see."""
+        """Return the row as it stands in the file, before any row template. Reward functions receive its columns."""
         return self if self.original is None else self.original
 
 
 def without_nulls(value: Any) -> Any:
-    """Objects without their null fields, however deep; a null in a list stays.
+    """Return the value with null fields removed from all objects in it, at any depth. A null in a list stays.
 
-    Arrow has one list of fields for a whole column, so a field that another row has is null in this one.
+    Arrow stores one list of fields for a whole column, so a field that only another row has is null in this row.
     """
     if isinstance(value, dict):
         return {name: without_nulls(field) for name, field in value.items() if field is not None}

@@ -1,18 +1,18 @@
-"""--row-template FILE: a jinja template that makes a row of any columns into a prompt and a completion, or messages.
+"""The flag --row-template FILE: a jinja template that turns any row into a prompt and completion, or into messages.
 
     {{ premise }} Does it follow that {{ hypothesis }}? ||| {{ ["yes", "maybe", "no"][label] }}
 
-It reads the row's columns by name. What it writes is one of these:
+The template reads the row's columns by name. Its output is read as one of these:
 
-    a text with ||| in it       prompt and completion, without the white space around them (PromptSource's templates)
-    a text without              the prompt: for reinforcement learning, or beside the columns chosen and rejected
+    a text with |||             prompt and completion, without the white space around them, as in PromptSource
+    a text without |||          the prompt: for reinforcement learning, or beside the columns chosen and rejected
     a JSON list                 messages, each an object with a role: use `tojson` for their content
-    a JSON object               a row of its own, of any shape
-    nothing                     no row: it is dropped and counted
+    a JSON object               a new row, of any shape
+    nothing                     no row: the row is dropped and counted
 
-Columns that the template does not read stay in the row, as do those that a reward function takes. A ||| in a cell
-separates nothing. The template runs in the sandbox of chat templates; a column that no row has is an error, and so is
-printing a cell that is null.
+Columns that the template does not read stay in the row, and reward functions receive the file's columns. A ||| inside a
+cell separates nothing. The template runs in the sandbox of chat templates. Reading a column that no row has raises an
+error, and so does printing a null cell.
 
 Source: Bach et al. 2022, https://arxiv.org/abs/2202.01279, section 3
 """
@@ -29,16 +29,16 @@ from ...model.text.template import sandbox
 from .forms import dumped, json_or_none
 from .row import Row, without_nulls
 
-SEPARATOR, MARK = "|||", "\ufdd2"  # a noncharacter stands for it while the template runs
-SHAPING = (  # columns that say what a row is: those of the file give way to what the template writes
+SEPARATOR, MARK = "|||", "\ufdd2"  # while the template runs, the noncharacter MARK replaces the separator
+SHAPING = (  # columns that determine a row's shape: those of the file are dropped for the template's output
     *("messages", "conversations", "prompt", "completion", "text", "question", "instruction", "instances"),
 )
 
 
 def shaped(rows: Sequence[Row], file: Path) -> list[Row]:
-    """The rows that the template makes; an empty row where it writes nothing.
+    """Return the rows that the template makes: an empty row if it writes nothing.
 
-    Raises InputError naming the row for which it fails.
+    Raises InputError naming the row for which the template fails.
     """
     template, names = _compiled(file)
     columns = dict.fromkeys(column for row in rows for column in row)
@@ -49,7 +49,7 @@ def shaped(rows: Sequence[Row], file: Path) -> list[Row]:
         try:
             text = template.render(**{**nulls, **cells})
             if MARK in (given := dumped(cells)):
-                raise InputError("a cell has the Unicode noncharacter U+FDD2")
+                raise InputError("expected cells without the Unicode noncharacter U+FDD2, got one with it")
             check_written(text, lambda given=given: len(given))
         except OverBudget as error:
             raise OverBudget(f"{row.where}: --row-template {file} {error}") from error
@@ -61,7 +61,7 @@ def shaped(rows: Sequence[Row], file: Path) -> list[Row]:
 
 
 def _compiled(file: Path) -> tuple[Any, set[str]]:
-    """The template, and the names that it reads."""
+    """Return (template, names): the compiled template of the file, and the names of the variables that it reads."""
     try:
         source = read_text(file)
     except InputError as error:
@@ -77,7 +77,7 @@ def _compiled(file: Path) -> tuple[Any, set[str]]:
 
 
 def _zip(*columns: Any) -> list[Any]:
-    """A list, since an iterator of iterators ends in the C stack where they are many."""
+    """Return the result of zip as a list, because deeply nested iterators overflow the C stack."""
     return list(zip(*columns, strict=False))
 
 
@@ -94,7 +94,7 @@ def _cells(text: str, where: str, file: Path) -> dict[str, Any]:
     if not parts[0]:
         return {}
 
-    # JSON of a row or of messages, else a prompt
+    # a row or messages as JSON, otherwise a prompt
     value = json_or_none(parts[0]) if parts[0][0] in "[{" else None
     if isinstance(value, dict) and value:
         return value
@@ -102,7 +102,7 @@ def _cells(text: str, where: str, file: Path) -> dict[str, Any]:
         return {"messages": value}
     if value is None and re.match(r"\[\s*\{|\{\s*[\"']", parts[0]):
         raise InputError(
-            f"{where}: --row-template {file}: expected JSON, got {parts[0]!r:.60}: write texts with `tojson`"
+            f"{where}: --row-template {file}: expected valid JSON (write texts with `tojson`), got {parts[0]!r:.60}"
         )
     return {"prompt": parts[0]}
 

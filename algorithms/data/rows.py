@@ -1,12 +1,11 @@
-"""Files of rows, and what became of each row: nothing that a row says is passed over without a word.
+"""Reading of data files, and a printed summary of the rows and columns that were used or not.
 
-    .jsonl, .json (a list, or JSONL by another name), either also .gz; .parquet
+Formats: .jsonl; .json, with a list or with JSON lines; both also as .gz; and .parquet.
 
-A reader takes what it uses of a row by `Row.take`. What no reader took of any row is named in one printed line
-(`Tally.unused`).
+`Row.take` returns a column and marks it as used. The summary names the columns that were never used (`Tally.unused`).
 
-A small file may hold a great deal: gzip makes a megabyte of a kilobyte, parquet writes a value once for a million rows.
-What comes out of a file is therefore bounded by what the file is, while it is read: `Bound`.
+A small file may unpack to a huge one: a kilobyte of gzip can hold a megabyte, and parquet can store one value for a
+million rows. While a file is read, the unpacked size is therefore limited in proportion to the file's size.
 """
 
 import gzip
@@ -25,27 +24,36 @@ from .parquet_footer import read_footer
 from .row import Row
 from .row_template import shaped
 
-MOST_LINE = 64 * 2**20  # bytes of one line: a row of more text than any model reads
-FREE_BYTES, MOST_RATIO = 16 * 2**20, 200  # what may come out of packed bytes: so much, and times their number
-ROW_BYTES = 200  # memory of a row however short it is
-TEXT_OF_OBJECT = 16  # bytes; objects of less text count like rows
-FREE_TABLE, TABLE_RATIO = 16 * 2**20, 1000  # of parquet, which holds the tools that all rows have once
-VALUE_BYTES = 16  # that each value of parquet counts beside its own, which may be a bit
-FREE_ROWS = 300_000  # of parquet, beyond which a file has no more rows than bytes
-BATCH_ROWS = 32  # of a parquet file that are unpacked before their size is known
-NAMED = 30  # columns that a line names
-MOST_NESTED = 25  # types of a column in one another
+MOST_LINE = 64 * 2**20  # the most bytes in a line: more text than any model reads
+FREE_BYTES, MOST_RATIO = (
+    16 * 2**20,
+    200,
+)  # limit on the unpacked bytes of n gzip bytes: FREE_BYTES + MOST_RATIO * n
+ROW_BYTES = 200  # the least memory that a row takes
+TEXT_OF_OBJECT = 16  # bytes; objects with less text than this count as rows
+FREE_TABLE, TABLE_RATIO = (
+    16 * 2**20,
+    1000,
+)  # the same limit for parquet, which stores values shared by all rows once
+VALUE_BYTES = 16  # counted for each parquet value beside its own bytes, which may be a single bit
+FREE_ROWS = 300_000  # a parquet file with more rows than this may have at most one row per byte
+BATCH_ROWS = 32  # the most rows of a parquet file that are unpacked before their size is checked
+NAMED = 30  # the most columns that a printed line names
+MOST_NESTED = 25  # the most levels of nesting in the type of a column
 
 
 class Tally(Counter[str]):
-    """Counts of rows and of what was made of them, by name. unused: the columns that nothing read."""
+    """Counts by name: rows, items made from them, and dropped rows. unused: the columns that nothing read."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.unused: list[str] = []
 
     def close(self, rows: Sequence[Row], used: Callable[[str], bool] = lambda column: False) -> None:
-        """Add what was noted of the rows. used: whether somebody else, a reward function, reads a column."""
+        """Add the notes of the rows to the counts, and find the unused columns.
+
+        used: returns whether a reward function reads the column of that name.
+        """
         for row in rows:
             self.update(row.notes)
         columns = dict.fromkeys(name for row in rows for name in row.of_file())
@@ -53,14 +61,16 @@ class Tally(Counter[str]):
         written = dict.fromkeys(name for row in rows for name in row if name not in row.kept)
         found = {name for row in rows for name in row.used - row.kept}
         read = {f"chat_template_kwargs.{name}" for row in rows for name in row.read_variables}
-        inside = {name for row in rows for name in row.ignored} - read  # in some row they may change nothing
+        inside = {
+            name for row in rows for name in row.ignored
+        } - read  # a variable that is read in any row is used
         self.unused = [name for name in columns if name not in taken and not used(name)]
         self.unused += [f"{name} (of the row template)" for name in written if name not in found]
         self.unused += sorted(inside)
 
 
 def report_counts(source: Path, counts: Mapping[str, int]) -> None:
-    """Say what became of every row of a file, and which columns nothing used: none is dropped silently."""
+    """Print the counts of rows that were used, cut and dropped, and the names of the columns that nothing used."""
     print(f"{source}: " + ", ".join(f"{count} {reason}" for reason, count in counts.items()))
     if isinstance(counts, Tally) and counts.unused:
         names = [brief(name, 60) for name in counts.unused]
@@ -69,7 +79,11 @@ def report_counts(source: Path, counts: Mapping[str, int]) -> None:
 
 
 def opened(rows: Sequence[dict[str, Any]], made: str) -> tuple[list[Row], Tally]:
-    """Rows with nothing read of them yet, those of no file named by their number; and an account of what is made."""
+    """Return (rows, counts) at the start of a conversion: fresh rows, and counts with `made` at 0.
+
+    No column of the rows is marked as used. A plain dict becomes a row named by its number. Rows that are empty because
+    the row template wrote nothing are dropped and counted.
+    """
     counts = Tally({"rows": len(rows), made: 0})
     fresh = []
     for i, row in enumerate(rows):
@@ -88,9 +102,9 @@ def opened(rows: Sequence[dict[str, Any]], made: str) -> tuple[list[Row], Tally]
 
 
 def read_rows(path: Path | str, row_template: Path | None = None) -> list[Row]:
-    """The rows of a file, or those that a row template makes of them. Blank lines are no rows.
+    """Read the rows of a file, and apply a row template to them if one is given. Blank lines are skipped.
 
-    Raises InputError for a file that is missing, broken or empty, naming the line.
+    Raises InputError if the file is missing or empty, or naming the line if it is broken.
     """
     rows = _read_file(Path(path))
     if row_template is None:
@@ -109,7 +123,7 @@ def _read_file(path: Path) -> list[Row]:
     else:
         raise InputError(f"{path}: expected .jsonl, .json, .jsonl.gz, .json.gz or .parquet")
     if not rows:
-        raise InputError(f"{path}: has no rows")
+        raise InputError(f"{path}: expected at least one row, got none")
     return rows
 
 
@@ -130,13 +144,13 @@ def _read_json(path: Path, packed: bool, may_be_list: bool) -> list[Row]:
                     return list(_json_rows(path, file, Bound(path, raw), may_be_list))
             return list(_json_rows(path, raw, None, may_be_list))
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}: not a whole gzip file: {error}") from error
+        raise InputError(f"{path}: incomplete or broken gzip file: {error}") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 class Bound:
-    """The most that may come out of a packed file: so much for each of the bytes that were read of it until then."""
+    """A limit on the size of an unpacked gzip file, in proportion to the packed bytes read so far."""
 
     def __init__(self, path: Path, raw: BinaryIO):
         self.path, self.raw, self.found = path, raw, 0
@@ -146,13 +160,13 @@ class Bound:
         self.found += len(text) + ROW_BYTES * max(lines, objects)
         if self.found > FREE_BYTES + MOST_RATIO * self.raw.tell():
             raise InputError(
-                f"{self.path}: unpacks to more than {MOST_RATIO} times its size: expected rows; unpack it "
-                "(gunzip) if they are"
+                f"{self.path}: expected to unpack to at most {MOST_RATIO} times its size, got more; if the rows are "
+                "right, unpack it with gunzip"
             )
 
 
 def _json_rows(path: Path, file: Any, bound: Bound | None, may_be_list: bool) -> Iterator[Row]:
-    """file: its bytes, unpacked."""
+    """Yield the rows of a JSON or JSONL file. file: a reader of the unpacked bytes."""
     if may_be_list and file.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
         yield from _entries(path, file, bound)
         return
@@ -168,7 +182,10 @@ def _json_rows(path: Path, file: Any, bound: Bound | None, may_be_list: bool) ->
 
 
 def _lines(path: Path, file: Any, bound: Bound | None) -> Iterator[tuple[int, str]]:
-    """(number, text) of the lines that are not empty, in UTF-8; they end as in text files of any system."""
+    """Yield (number, text) for each line that is not empty.
+
+    Lines may end in \\n, \\r\\n or \\r. Raises InputError naming a line that is too long or not UTF-8.
+    """
     number = 0
     while line := file.readline(MOST_LINE + 1):
         if bound is not None:
@@ -187,7 +204,7 @@ def _lines(path: Path, file: Any, bound: Bound | None) -> Iterator[tuple[int, st
 
 
 def _entries(path: Path, file: Any, bound: Bound | None) -> Iterator[Row]:
-    """The rows of a file that is one list."""
+    """Yield the rows of a JSON file that holds one list."""
     pieces = []
     while piece := file.read(2**20):
         pieces.append(piece)
@@ -211,7 +228,9 @@ def _read_parquet(path: Path) -> list[Row]:
         import pyarrow  # pyright: ignore[reportMissingImports]
         import pyarrow.parquet  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise InputError(f"{path}: reading parquet needs pyarrow: pip install 'burnish[parquet]'") from error
+        raise InputError(
+            f"{path}: reading parquet requires pyarrow: pip install 'burnish[parquet]'"
+        ) from error
 
     try:
         _check_footer(path)
@@ -219,20 +238,20 @@ def _read_parquet(path: Path) -> list[Row]:
             return list(_parquet_rows(path, file))
     except InputError:
         raise
-    except Exception as error:  # pyarrow's, and of whatever reads its values: there is no common kind
-        raise InputError(f"{path}: not a parquet file that can be read: {error}") from error
+    except Exception as error:  # pyarrow's errors have no common class
+        raise InputError(f"{path}: not a readable parquet file: {error}") from error
 
 
 def _parquet_rows(path: Path, file: Any) -> Iterator[Row]:
-    """file: a ParquetFile, of which a few rows at a time are unpacked."""
-    # 1. its columns
+    """Yield the rows of a ParquetFile. A few rows are unpacked at a time."""
+    # 1. check the columns
     for field in file.schema_arrow:
         _check_type(f"{path}: column {shown(field.name)}", field.type)
     names, size = file.schema_arrow.names, os.path.getsize(path)
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise InputError(f"{path}: column {shown(twice[0])}: expected once, stands there twice")
+        raise InputError(f"{path}: column {shown(twice[0])}: expected once, found twice")
 
-    # 2. its rows, of long ones fewer at a time
+    # 2. read the rows, fewer at a time if they are long
     first = next(file.iter_batches(1), None)
     batch_rows = FREE_TABLE // max(first.nbytes if first else 1, 1)
     unpacked_bytes = number = 0
@@ -240,7 +259,7 @@ def _parquet_rows(path: Path, file: Any) -> Iterator[Row]:
         arrays = [_decoded(cells) for cells in batch.columns]
         unpacked_bytes += sum(cells.nbytes for cells in arrays)
         if unpacked_bytes > FREE_TABLE + TABLE_RATIO * size:
-            raise InputError(f"{path}: unpacks to more than {TABLE_RATIO} times its size: expected rows")
+            raise InputError(f"{path}: expected to unpack to at most {TABLE_RATIO} times its size, got more")
         for cells in arrays:
             cells.validate(full=True)
 
@@ -251,39 +270,45 @@ def _parquet_rows(path: Path, file: Any) -> Iterator[Row]:
 
 
 def _check_footer(path: Path) -> None:
-    """Refuse counts that the file is too small for, before anything is made for them."""
+    """Raise InputError if the footer's counts are too large for the file's size, before anything is unpacked."""
     size, footer = os.path.getsize(path), read_footer(path)
     if footer.rows != sum(footer.group_rows) or any(rows < 0 for rows in footer.group_rows):
-        raise InputError(f"{path}: not a parquet file that can be read: its counts of rows differ")
+        raise InputError(f"{path}: not a readable parquet file: its counts of rows differ")
     if footer.rows > max(FREE_ROWS, size):
         raise InputError(f"{path}: expected no more rows than the file's {size} bytes, got {footer.rows}")
     if footer.unpacked_bytes + VALUE_BYTES * footer.values > FREE_TABLE + TABLE_RATIO * size:
-        raise InputError(f"{path}: unpacks to more than {TABLE_RATIO} times its size: expected rows")
+        raise InputError(f"{path}: expected to unpack to at most {TABLE_RATIO} times its size, got more")
 
 
 def _check_type(where: str, type_: Any, depth: int = 0) -> None:
-    """Refuse types so deep in one another that what walks their values fails."""
+    """Raise InputError if a column's type is nested too deeply, because reading its values would exhaust the stack."""
     if depth > MOST_NESTED:
-        raise InputError(f"{where}: expected at most {MOST_NESTED} types in one another")
+        raise InputError(f"{where}: expected a type with at most {MOST_NESTED} levels of nesting, got more")
     for i in range(type_.num_fields):
         _check_type(where, type_.field(i).type, depth + 1)
 
 
 def _decoded(cells: Any) -> Any:
-    """A text for each row, where a column has each text once and numbers of them."""
+    """Return the column with one value per row, if it is dictionary-encoded."""
     return cells.dictionary_decode() if hasattr(cells, "dictionary_decode") else cells
 
 
 def _cells(path: Path, name: str, cells: Any) -> list[Any]:
-    """The values of a column: maps of texts as objects, others as lists of pairs, which JSON has no object for."""
+    """Return the values of a column in Python types.
+
+    A map with texts as keys becomes a dict. Another map becomes a list of pairs, because JSON objects have only texts
+    as keys.
+    """
     import pyarrow  # pyright: ignore[reportMissingImports]
 
     maps = "strict" if _maps_are_of_text(cells.type, pyarrow.types) else None
     try:
         return cells.to_pylist(maps_as_pydicts=maps)
-    except Exception as error:  # a map's key that stands twice, a date beyond Python's, text that is no UTF-8
+    except (
+        Exception
+    ) as error:  # a repeated key of a map, a date out of Python's range, text that is not UTF-8
         raise InputError(
-            f"{path}: column {shown(name)}: {cells.type} that cannot be read: {type(error).__name__}: {error}; "
+            f"{path}: column {shown(name)}: cannot read {cells.type}: {type(error).__name__}: {error}; "
             "leave the column out, or write it as text"
         ) from error
 

@@ -1,4 +1,4 @@
-"""The tokenizer of a run, as its flags say."""
+"""Loading of a run's tokenizer, with the chat template that its flags give."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,10 @@ from .rendering import changes_text
 
 
 def load_tokenizer(cfg: Any) -> Tokenizer:
-    """The tokenizer of --model, with what --chat-template and --chat-template-kwargs say."""
+    """Load the tokenizer of --model, and apply --chat-template and --chat-template-kwargs.
+
+    Raises InputError if a variable of --chat-template-kwargs is not read by the template.
+    """
     flag, tokenizer = "--chat-template-kwargs", Tokenizer.load(cfg.model, cfg.chat_template)
     variables = from_json(cfg.chat_template_kwargs, flag)
     if variables is None:
@@ -19,9 +22,9 @@ def load_tokenizer(cfg: Any) -> Tokenizer:
     if not isinstance(variables, dict):
         raise InputError(f"{flag}: expected a JSON object, got {variables!r:.60}")
     if tokenizer.chat_template is None:
-        raise InputError(f"{flag}: the model has no chat template to read it: name one (--chat-template)")
+        raise InputError(f"{flag}: the model has no chat template: name one with --chat-template")
 
-    # variables that the template reads
+    # check that the template reads the variables
     check_names(variables, flag)
     if unread := sorted(variables.keys() - tokenizer.template_variables):
         probe = [{"role": "user", "content": "Hello"}]
@@ -33,8 +36,11 @@ def load_tokenizer(cfg: Any) -> Tokenizer:
 
 
 def check_tokenizer(folder: Path, tokenizer: Tokenizer, flag: str) -> None:
-    """Refuse a second model, named by --flag, whose ids mean other tokens than those of --model."""
+    """Raise InputError if the tokenizer of a second model differs from that of --model.
+
+    folder: the second model. flag: the flag that names it.
+    """
     if Tokenizer.load(folder).backend.get_vocab() != tokenizer.backend.get_vocab():
         raise InputError(
-            f"--{flag} {folder}: its tokenizer is not that of --model: it would score other tokens"
+            f"--{flag} {folder}: expected the tokenizer of --model, got another: its ids mean other tokens"
         )

@@ -1,1 +1,1 @@
-"""A run around its loop: flags, folder, optimizer, checkpoints, processes, streams."""
+"""The parts of a run that all trainers share: flags, run folder, batches, optimizer, checkpoints, processes."""

@@ -1,9 +1,10 @@
-"""The balance loss of a mixture of experts in a run: what a micro-batch adds to its loss, and what a step logs.
+"""The balance loss of a mixture of experts in a run: the loss of each micro-batch, and the metrics of each step.
 
-    loss of the step + coefficient * sum over micro-batches (its share of the tokens) (its balance)
+    loss of the step + coefficient * sum over micro-batches of (share of the step's tokens) * (balance)
 
-A balance is a product of two means, so that of a batch is not the mean of its parts': each micro-batch of each process
-has its own, as in transformers and TRL, which weigh all micro-batches alike. docs/moe.md says which tokens count.
+A balance is a product of two means, so the balance of a batch is not the mean of its micro-batches' balances. Each
+micro-batch of each process therefore has its own balance. transformers and TRL do the same, but weight all
+micro-batches equally. docs/moe.md says which tokens count.
 """
 
 from collections.abc import Sequence
@@ -20,10 +21,11 @@ from .processes import sum_over_processes
 
 
 class Balance:
-    """balance = Balance(model, cfg)
+    """The balance loss of one model and its metrics. Without experts the loss is 0 and there are no metrics.
 
-    (loss + balance.loss(share)).backward()    behind every forward pass that is trained
-    run.log(metrics | balance.metrics())       once a step
+    balance = Balance(model, cfg)
+    (loss + balance.loss(share)).backward()    after every forward pass that is trained
+    run.log(metrics | balance.metrics())       once per step
     """
 
     def __init__(self, model: Transformer | ScalarModel, cfg: TrainingFlags):
@@ -34,7 +36,10 @@ class Balance:
         self._sums = torch.zeros(3, dtype=torch.float64, device=cfg.device)
 
     def loss(self, share: float) -> Tensor:
-        """The balance of the latest forward pass, times the coefficient and that pass's share of the step's tokens."""
+        """Return the balance of the latest forward pass, times the coefficient and `share`.
+
+        share: the pass's share of the step's tokens.
+        """
         body, experts = self._body, self._body.config.experts
         if experts is not None and body.routing and share:
             self._counts += torch.stack([layer.counts for layer in body.routing])  # (layers, E)
@@ -44,10 +49,11 @@ class Balance:
         return share * body.balance_loss(self._coefficient, pooled=self._pooled)
 
     def metrics(self) -> dict[str, float]:
-        """Means over what was trained since the latest call, on all processes; empty without that or without experts.
+        """Return metrics of the micro-batches trained since the last call, over all processes.
 
-        balance: pooled over layers, whichever of the two is trained; K where the load is even. busiest_expert: the
-        largest load of one in any layer over the even load, 1 where it is even. dropped: choices whose expert was full.
+        balance: the mean balance, pooled over layers whatever --balance says; K (experts per token) if the load is
+        even. busiest_expert: the largest load of an expert in any layer, relative to an even load; 1 if it is even.
+        dropped: the number of choices whose expert was full. Returns {} without experts or without micro-batches.
         """
         if not self._counts.numel():
             return {}
@@ -58,7 +64,7 @@ class Balance:
         return {"balance": balance / shares, "busiest_expert": loads.max().item(), "dropped": dropped}
 
     def _over_processes(self) -> tuple[Tensor, list[float]]:
-        """The counts (layers, E) and the three sums so far, which begin anew."""
+        """Return the counts (layers, E) and the three sums, added over all processes, and reset them to 0."""
         totals = sum_over_processes(torch.cat([self._sums, self._counts.flatten().double()]).cpu())
         self._counts.zero_()
         self._sums.zero_()
@@ -66,13 +72,13 @@ class Balance:
 
 
 def _layers_and_experts(model: Transformer | ScalarModel) -> tuple[int, int]:
-    """The number of layers with experts, and the number of experts of each."""
+    """Return (layers with experts, experts per layer)."""
     experts = model.config.experts
     return (0, 0) if experts is None else (sum(experts.layers), experts.num_experts)
 
 
 def check_balance(cfg: TrainingFlags, models: Sequence[Transformer | ScalarModel]) -> None:
-    """Refuse flags of the balance where none of the trained models has experts."""
+    """Raise InputError if a flag of the balance is set but no trained model has experts."""
     flags = {"router-aux-loss-coef": cfg.router_aux_loss_coef is not None, "balance": cfg.balance != "pooled"}
     if not any(_layers_and_experts(model)[0] for model in models):
         for flag in (name for name, given in flags.items() if given):

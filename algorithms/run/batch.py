@@ -1,13 +1,13 @@
-"""A prompt and what continues it, packed into micro-batches: the one `Batch` that every trainer scores and trains on.
+"""Packing of prompts and completions into micro-batches: the `Batch` that every trainer scores and trains on.
 
-    items       prompt [p p p p]   completions [a a a] [b b]            a group of samples, a pair, one judged answer
+    items       prompt [p p p p]   completions [a a a] [b b]            a group of samples, a pair, a labelled answer
                 prompt []          completions [x x y y y]              a row of SFT, a lesson
-    packed      p p p p a a a b b                                       the prompt once, as the completions' parent
-    rows                4 5 6 7 8                                       the tokens that are trained: those in the masks
-    lengths             3     2                                         of each completion, in the order of `rows`
+    packed      p p p p a a a b b                                       the prompt once, shared by its completions
+    rows                4 5 6 7 8                                       the trained tokens, from the masks
+    lengths             3     2                                         trained tokens of each completion
     last                    6   8                                       the last token of each, trained or not
 
-Whatever a number a trained token is, a logprob, a value, an advantage, is a tensor (tokens,) in the order of `rows`.
+Each quantity per trained token (log-probability, value, advantage) is a tensor (tokens,) in the order of `rows`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,15 +28,15 @@ from .processes import IDLE, most, parts, rank, reshard, shares, sum_over_proces
 
 @dataclass(frozen=True)
 class Completion:
-    """A text behind a prompt. mask: which tokens are trained, n of them. The other fields are of these, in order."""
+    """The tokens that follow a prompt. The mask marks the n trained tokens; tensors have one row per trained token."""
 
     tokens: list[int]
     mask: list[bool]
-    sampled_logprob: Tensor | None = None  # (n,) fp32, the sampler's own
-    support: Tensor | None = None  # (n, K) int32, the ids that the sampler kept, padded with -1
+    sampled_logprob: Tensor | None = None  # (n,) fp32, log-probability at sampling
+    support: Tensor | None = None  # (n, K) int32, the ids left by top-k or top-p, padded with -1
     teacher_ids: Tensor | None = None  # (n, K) int32, a teacher's most likely ids
     teacher_logprobs: Tensor | None = None  # (n, K) fp32
-    vocabulary: Vocabulary | None = None  # the ids that a sampler drew from; None for the whole head
+    vocabulary: Vocabulary | None = None  # the ids that could be sampled; None for all of the head
 
     @property
     def num_trained(self) -> int:
@@ -44,7 +44,7 @@ class Completion:
 
 
 class Item(Protocol):
-    """A prompt and its completions, as a batch takes them."""
+    """The interface of an item that can be packed: a prompt and its completions."""
 
     @property
     def prompt(self) -> list[int]: ...  # may be empty
@@ -54,88 +54,95 @@ class Item(Protocol):
 
 
 class Family(NamedTuple):
-    """A prompt and what continues it."""
+    """A plain `Item`: a prompt with its completions."""
 
     prompt: list[int]
     completions: Sequence[Completion]
 
 
 def num_tokens(item: Item) -> int:
-    """Tokens of an item as it is packed, with the prompt once."""
+    """Return the number of tokens of an item when packed: its prompt once, and all completions."""
     return len(item.prompt) + sum(len(completion.tokens) for completion in item.completions)
 
 
 def longest(item: Item) -> int:
-    """Tokens of the prompt with its longest completion."""
+    """Return the number of tokens of the prompt with its longest completion."""
     return len(item.prompt) + max(len(completion.tokens) for completion in item.completions)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Items packed for one forward and backward. n tokens are trained; every (tokens,) tensor follows `rows`."""
+    """A micro-batch: items packed for one forward and backward pass.
+
+    Tensors (tokens, ...) have one row per trained token.
+    """
 
     packed: Packed
-    members: list[int]  # the index of each item among those of the step
-    completions: Tensor  # (completions,) int64, which of all the step's completions these are
-    rows: Tensor  # (tokens,) int64, into packed.tokens
-    lengths: Tensor  # (completions,) int64, how many trained tokens each has
-    last: Tensor  # (completions,) int64, the row of each one's last token
-    positions: Tensor  # (tokens,) int64, into the trained tokens of all the step's completions
-    share: float  # of the step's tokens
-    sampled_logprob: Tensor  # (tokens,) fp32, empty where nothing was sampled
+    members: list[int]  # the index of each item among the items of the step
+    completions: Tensor  # (completions,) int64, the index of each among all completions of the step
+    rows: Tensor  # (tokens,) int64, the place of each trained token in packed.tokens
+    lengths: Tensor  # (completions,) int64, the number of trained tokens of each
+    last: Tensor  # (completions,) int64, the place of each completion's last token in packed.tokens
+    positions: Tensor  # (tokens,) int64, the index of each among all trained tokens of the step
+    share: float  # share of the step's tokens
+    sampled_logprob: Tensor  # (tokens,) fp32, empty if nothing was sampled
     support: Tensor | None  # (tokens, K_max) int32
     teacher_ids: Tensor | None  # (tokens, K) int32
     teacher_logprobs: Tensor | None  # (tokens, K) fp32
     vocabulary: Vocabulary | None
 
     def before_head(self, model: Transformer, vocabulary: Vocabulary | None = None) -> tuple[Tensor, Head]:
-        """The operands of the logits that score each token: hidden states (tokens, C), and the head of V rows.
+        """Return the operands of the logits for each trained token: hidden states (tokens, C), and the head of V rows.
 
-        vocabulary: the ids whose rows these are, all by default.
+        vocabulary: the ids whose rows the head has, all by default.
         """
         with autocast(self.rows.device.type):
             return model.before_head(self.packed, self.rows, vocabulary)
 
     def score(self, policy: Transformer, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """(logprob, entropy), each (tokens,), under the distribution that was sampled."""
+        """Return (logprob, entropy) of each trained token, (tokens,) each, under the distribution that was sampled.
+
+        Logits are divided by `temperature`. Only the ids in `support` and `vocabulary` count.
+        """
         drawn_from = {"support": self.support, "vocabulary": self.vocabulary}
         with autocast(self.rows.device.type):
             logprob, _, entropy = policy.score(self.packed, self.rows, temperature=temperature, **drawn_from)
         return logprob, entropy
 
     def completion_logprobs(self, policy: Transformer) -> Tensor:
-        """log pi of each whole completion, (completions,): the sum over its trained tokens."""
+        """Return the log-probability of each completion, (completions,): the sum over its trained tokens."""
         logprob, _ = self.score(policy)
         return self.sums(logprob)
 
     def values(self, critic: ScalarModel) -> Tensor:
-        """The critic's value before each token, (tokens,): of the state in which it was chosen."""
+        """Return the critic's value of the state before each trained token, (tokens,)."""
         with autocast(self.rows.device.type):
             return critic.values(self.packed, self.packed.predictors[self.rows])
 
     def token_scores(self, reward_model: ScalarModel) -> Tensor:
-        """The score of what ends with each token, (tokens,)."""
+        """Return the reward model's score at each trained token, (tokens,): of the text up to that token."""
         with autocast(self.rows.device.type):
             return reward_model.values(self.packed, self.rows)
 
     def scores(self, reward_model: ScalarModel) -> Tensor:
-        """The score of each whole completion, (completions,)."""
+        """Return the reward model's score of each whole completion, (completions,)."""
         with autocast(self.rows.device.type):
             return reward_model.values(self.packed, self.last)
 
     def sums(self, values: Tensor) -> Tensor:
-        """values (tokens,) -> their sum over each completion, (completions,)."""
+        """Sum values (tokens,) over the trained tokens of each completion. Returns (completions,)."""
         return torch.segment_reduce(values, "sum", lengths=self.lengths, unsafe=True)
 
     def per_token(self, values: Tensor) -> Tensor:
-        """A number for each of the step's completions, (all completions,), as one for each token, (tokens,)."""
+        """Expand one number per completion of the step, (all completions,), to one per trained token, (tokens,)."""
         return values.to(self.rows.device)[self.completions].repeat_interleave(self.lengths)
 
 
 class Batches(list[Batch]):
-    """The micro-batches of one step that are this process's, the last perhaps without an item: as many as every other
-    process has. num_completions, num_trained, num_tokens: of the whole step, on all processes, the completions, their
-    trained tokens, and all tokens.
+    """The micro-batches of one step on this process. Every process has the same number, so the last may be empty.
+
+    num_completions, num_trained, num_tokens: the number of completions, trained tokens and all tokens of the whole
+    step, over all processes.
     """
 
     def __init__(self, batches: Iterable[Batch], num_completions: int, num_trained: int, num_tokens: int):
@@ -143,8 +150,10 @@ class Batches(list[Batch]):
         self.num_completions, self.num_trained, self.num_tokens = num_completions, num_trained, num_tokens
 
     def joined(self, values: Sequence[Tensor]) -> Tensor:
-        """Numbers of each micro-batch's completions, (completions,) each -> those of the step's on all processes, in
-        order, (all completions,) fp32 on the CPU.
+        """Gather one number per completion from all micro-batches and processes.
+
+        values: one (completions,) tensor per micro-batch. Returns (all completions,) fp32 on the CPU, in the order of
+        the step.
         """
         found = torch.zeros(self.num_completions)
         for batch, numbers in zip(self, values, strict=True):
@@ -153,24 +162,30 @@ class Batches(list[Batch]):
 
     @torch.no_grad()
     def logprobs(self, policy: Transformer, temperature: float = 1.0) -> list[Tensor]:
-        """Log-probabilities of each batch's tokens, (tokens,), by a policy that only looks on."""
+        """Return the log-probabilities of each micro-batch's trained tokens, (tokens,) each, without gradients."""
         found = [batch.score(policy, temperature)[0] for batch in self]
         reshard(policy)
         return found
 
 
-# ---- cutting
+# ---- cutting into micro-batches
 
 
 class _Part(NamedTuple):
-    """An item, or some of its completions. numbers: which of all the step's completions they are."""
+    """An item with some or all of its completions.
+
+    member: the index of the item in the step. numbers: the indices of the completions in the step.
+    """
 
     member: int
     numbers: list[int]
 
 
 class LazyBatches:
-    """The micro-batches of `make_batches`, each packed as its turn comes: for a whole file, which may fill a device."""
+    """An iterable of the micro-batches of `make_batches`, each packed only when it is reached.
+
+    It is for a whole file, whose micro-batches together might not fit on a device.
+    """
 
     def __init__(self, items: Sequence[Item], capacity: int, device: torch.device | str):
         self.step = _Step(items, device)
@@ -188,7 +203,7 @@ class LazyBatches:
 
 
 def make_batches(items: Sequence[Item], capacity: int, device: torch.device | str) -> Batches:
-    """Items in micro-batches of about `capacity` tokens, none of them split."""
+    """Pack items into micro-batches of about `capacity` tokens. No item is split."""
     lazy = LazyBatches(items, capacity, device)
     counts = lazy.step.counts
     return Batches(lazy, len(counts), sum(counts), sum(lazy.sizes))
@@ -197,11 +212,11 @@ def make_batches(items: Sequence[Item], capacity: int, device: torch.device | st
 def make_split_batches(
     items: Sequence[Item], needed: Tensor, capacity: int, device: torch.device | str
 ) -> Batches:
-    """Items in micro-batches of at most `capacity` tokens; an item is split where a micro-batch ends, its prompt
-    repeated, but a completion never is.
+    """Pack items into micro-batches of at most `capacity` tokens. An item may be split; its prompt is then repeated.
 
-    needed: (all completions,) bool; the others are left out, and count for nothing. The share of a batch is that of
-    the needed completions' trained tokens.
+    A completion is never split; a completion longer than `capacity` has its own micro-batch. needed: (all completions,)
+    bool; the other completions are left out. The share of a micro-batch is its share of the needed completions' trained
+    tokens.
     """
     step = _Step(items, device)
     num_trained = int((torch.tensor(step.counts) * needed).sum())
@@ -214,13 +229,13 @@ def make_split_batches(
             if not needed[number]:
                 continue
 
-            # 1. a completion goes on from its prompt in the same micro-batch, or both open the next one
+            # 1. put a completion beside its prompt in this micro-batch, or both into the next one
             need = len(completion.tokens) + (len(item.prompt) if parent is None else 0)
             if need > room and cuts[-1]:
                 cuts.append([])
                 parent, need, room = None, len(completion.tokens) + len(item.prompt), capacity
 
-            # 2. what it takes is gone
+            # 2. subtract its tokens from the room
             if parent is None:
                 parent = _Part(member, [])
                 cuts[-1].append(parent)
@@ -234,11 +249,14 @@ def make_split_batches(
 
 
 def _own_items(items: Sequence[Item], needed: Tensor) -> Tensor:
-    """A mask of the completions that this process trains, (all completions,): items whole, tokens about even."""
+    """Return a mask of the completions that this process trains, (all completions,) bool.
+
+    No item is split between processes, and each process gets about the same number of tokens.
+    """
     if world() == 1:
         return torch.ones_like(needed)
 
-    # the tokens of each item that are to be packed
+    # count the tokens of each item that are packed
     lengths: list[int] = []
     start = 0
     for item in items:
@@ -261,7 +279,7 @@ def _own_items(items: Sequence[Item], needed: Tensor) -> Tensor:
 
 
 class _Step:
-    """The items of one step, with their completions numbered through."""
+    """The items of one step. Their completions are numbered over the whole step."""
 
     def __init__(self, items: Sequence[Item], device: torch.device | str):
         self._items, self._device = items, device
@@ -279,14 +297,14 @@ class _Step:
         return list(range(first, first + len(self._items[member].completions)))
 
     def batch(self, cut: Sequence[_Part], share: float) -> Batch:
-        """The batch of these parts; without any, one token of which nothing is trained."""
+        """Pack these parts into a batch. Without parts it holds one token that is not trained."""
         sequences: list[list[int]] = []
         parents: list[int] = []
-        trained = bytearray()  # a tensor of bytes is made at once, one of a list's bools entry by entry
+        trained = bytearray()  # a tensor is made much faster from bytes than from a list of bools
         last: list[int] = []
         numbers: list[int] = []
 
-        # the prompt of each part, if there is one, and its completions behind it
+        # the prompt of each part, if it has one, then its completions
         for part in cut:
             prompt, parent = self._items[part.member].prompt, -1
             if prompt:
@@ -321,7 +339,7 @@ class _Step:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
 
     def _of_tokens(self, chosen: Sequence[Completion]) -> dict[str, Any]:
-        """The fields of completions, of their trained tokens end to end; no rows where there is no completion."""
+        """Concatenate the tensor fields of completions over their trained tokens; no completions give empty tensors."""
         any_one = self._completions[0]
 
         def joined(name: str) -> Tensor | None:
@@ -342,12 +360,12 @@ class _Step:
 
 
 def stack_supports(supports: Sequence[Tensor]) -> Tensor:
-    """Each (n, K) int32 of any K, as (sum of n, the largest K), padded with -1."""
+    """Concatenate supports, (n, K) int32 each, to (sum of n, largest K). Shorter rows are padded with -1."""
     width = max(support.shape[1] for support in supports)
     return torch.cat([torch.nn.functional.pad(s, (0, width - s.shape[1]), value=-1) for s in supports])
 
 
-# ---- without a gradient
+# ---- scores without gradients
 
 
 @torch.no_grad()
@@ -357,9 +375,10 @@ def over_completions(
     function: Callable[[Batch], Tensor],
     capacity: int,
 ) -> Tensor:
-    """function(batch), (completions,) of each batch, as (items, completions of each) fp32 on the CPU.
+    """Compute a number for each completion of all items. Returns (items, completions per item) fp32 on the CPU.
 
-    All items have the same number of completions. Dropout is off. Every process has all items' numbers.
+    function: returns the numbers of a batch, (completions,). All items have the same number of completions. Dropout is
+    off. Every process receives the numbers of all items.
     """
     training = model.training
     model.eval()
@@ -378,12 +397,12 @@ def over_tokens(
     function: Callable[[Batch, Any], Tensor],
     real: Tensor,
 ) -> Tensor:
-    """function(batch, model), (..., tokens) of each batch, laid out as `real`: (..., completions, length) fp32.
+    """Compute numbers for each trained token of a step, in a padded layout. Returns (..., completions, length) fp32.
 
-    real: which of its places are trained tokens. 0 at the others, and for completions in no batch. A token is in one
-    process's batches, and every process has all tokens' numbers.
+    function: returns the numbers of a batch, (..., tokens). real: (completions, length) bool, the places of the trained
+    tokens. Other places, and completions in no batch, are 0. Every process receives the numbers of all tokens.
     """
-    values = torch.cat([function(batch, model).float() for batch in batches], -1)  # (..., these tokens)
+    values = torch.cat([function(batch, model).float() for batch in batches], -1)  # (..., own tokens)
     positions = torch.cat([batch.positions for batch in batches])
     places = real.flatten().nonzero().squeeze(1)[positions]
     found = torch.zeros(*values.shape[:-1], real.numel(), device=real.device)

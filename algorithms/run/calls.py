@@ -1,16 +1,16 @@
-"""Calls of users' functions, which end in what was asked for or in one sentence that names what went wrong.
+"""Calls of users' functions, with a time limit. Each failure becomes an InputError of one sentence.
 
-    results([Call("reward f", f, {"completions": [...]}, "rewards", 4)], seconds=None)    one list of 4 entries a call
+    results([Call("reward f", f, {"completions": [...]}, "rewards", 4)], seconds=None)    a list of 4 entries per call
 
-A function may be async; those of one call of `results` run at the same time. They run on one event loop for the whole
-process, in a daemon thread, as TRL's do: a client keeps its connections from step to step, and a notebook's own loop is
-left alone.
+A function may be async. The async functions of one call of `results` run at the same time. As in TRL, they run on one
+event loop for the whole process, in a daemon thread. A client thus keeps its connections from step to step, and a
+notebook's own loop is not touched.
 
-Time limit: an async function that is not done in time is given up. Any other function stays in the main thread, where
-signal handlers and thread-bound clients of its own work, and is interrupted by SIGALRM: this ends a Python loop, a
-sleep, a blocking read, and a regular expression that backtracks for ever. What catches even the interruption, or holds
-the interpreter's lock in C, is ended with the process. Reading results is inside the limit: their methods are the
-user's, too.
+Time limit: an async function that is not done in time is abandoned. Any other function runs in the main thread, where
+its own signal handlers and thread-bound clients work. SIGALRM interrupts it, which ends a Python loop, a sleep, a
+blocking read, and a regular expression that backtracks forever. If a function catches the interruption, or holds the
+interpreter's lock in C code, the whole process is ended. Reading the results counts as part of the call, because it may
+run the user's code, too.
 """
 
 import asyncio
@@ -36,8 +36,8 @@ import torch
 
 from ...model.errors import InputError
 
-PATIENCE = 5.0  # seconds that an interrupted function has to return in, before the process is ended
-GIVEN_UP = threading.Event()  # a function's time was over: threads that it has started may run for ever
+PATIENCE = 5.0  # seconds that an interrupted function may take to return before the process is ended
+GIVEN_UP = threading.Event()  # set if a function ran out of time: its threads may run forever
 PATHS = sysconfig.get_paths()
 LIBRARIES = (*(PATHS[name] + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")), "<")
 DATA = Path(__file__).parents[1] / "data"
@@ -45,31 +45,35 @@ RUN = Path(__file__).parent
 OURS = (
     __file__,
     *map(str, (DATA / "functions.py", DATA / "rewards.py", RUN / "user_files.py")),
-)  # no user's frames
+)  # files whose frames do not belong to the user
 CLASS_NAME = type.__dict__["__name__"]
 
 
 class Expired(BaseException):
-    """Raised inside a function whose time is over; its `except Exception` does not catch it."""
+    """The exception raised inside a function that ran out of time. `except Exception` does not catch it."""
 
 
-PASSES = (KeyboardInterrupt, Expired)  # of what a user's object may raise, what is not the object's own
+PASSES = (
+    KeyboardInterrupt,
+    Expired,
+)  # exceptions that are not errors of a user's code: they are raised again
 
 
 class Call(NamedTuple):
-    label: str  # what a message names
+    label: str  # the name of the function in messages
     function: Callable[..., Any]
     arguments: dict[str, Any]
-    what: str  # its results, in the plural
-    count: int  # how many of them are expected
-    read: Callable[[Any], Any] = lambda entry: entry  # a result as what is returned; raises where it is none
-    expected: str = ""  # what a result has to be
+    what: str  # the noun for its results in messages, in the plural
+    count: int  # the expected number of results
+    read: Callable[[Any], Any] = lambda entry: entry  # converts a result; raises if it is not valid
+    expected: str = ""  # the words for a valid result in messages
 
 
 def results(calls: Sequence[Call], seconds: float | None = None) -> list[list[Any]]:
-    """Each call's list of `count` results. Raises InputError naming the function that does anything else.
+    """Call the functions. Returns one list of `count` results per call.
 
-    seconds: the time that a call has; None for no limit.
+    seconds: the time limit of a call; None for no limit. Raises InputError naming the function that raises, returns
+    anything else, or runs out of time.
     """
     found: list[Any] = []
     with torch_as_it_was():
@@ -89,7 +93,7 @@ def results(calls: Sequence[Call], seconds: float | None = None) -> list[list[An
 
 @contextlib.contextmanager
 def torch_as_it_was() -> Iterator[None]:
-    """Put back what a function may have set for the whole program: torch's gradients, default dtype, threads."""
+    """Restore torch's global settings after the block: grad mode, default dtype and number of threads."""
     gradients, dtype, threads = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
     try:
         yield
@@ -107,13 +111,13 @@ def _called(call: Call, seconds: float | None) -> list[Any] | Awaitable[Any]:
             return value if inspect.isawaitable(value) else _entries(call, value)
         except (InputError, *PASSES):
             raise
-        except BaseException as error:  # whatever a user's function raises is the user's to read
+        except BaseException as error:  # shown to the user, whatever the user's function raises
             raise InputError(f"{call.label} raised {described(error)}") from error
 
 
 def _entries(call: Call, value: Any) -> list[Any]:
-    """The results as a list of the right length."""
-    expected = f"{call.label}: expected a list of {call.count} {call.what}, one a completion"
+    """Return the results of a call as a list. Raises InputError if the value is not a list of the right length."""
+    expected = f"{call.label}: expected a list of {call.count} {call.what}, one per completion"
     shape = getattr(value, "shape", None)
     if isinstance(shape, tuple) and len(shape) != 1:
         raise InputError(f"{expected}, got an array of shape {tuple(shape)}")
@@ -124,21 +128,21 @@ def _entries(call: Call, value: Any) -> list[Any]:
         raise InputError(f"{expected}, got {got}")
 
     # as many as there are completions
-    entries = list(itertools.islice(iterator, call.count + 1))  # a generator may have no end
+    entries = list(itertools.islice(iterator, call.count + 1))  # the iterator may be infinite
     if len(entries) != call.count:
         more = f"more than {call.count}" if len(entries) > call.count else len(entries)
         got = len(value) if isinstance(value, Sized) else more
         _close(entries)
-        raise InputError(f"{call.label}: expected {call.count} {call.what}, one a completion, got {got}")
+        raise InputError(f"{call.label}: expected {call.count} {call.what}, one per completion, got {got}")
 
     if any(inspect.isawaitable(entry) for entry in entries):
         _close(entries)
-        raise InputError(f"{expected}, got coroutines in it: await them with asyncio.gather")
+        raise InputError(f"{expected}, got a list of coroutines: await them with asyncio.gather")
     return [_read(call, i, entry) for i, entry in enumerate(entries)]
 
 
 def _iterator(value: Any) -> Iterator[Any] | None:
-    """None where the value is no list of entries. What has __getitem__ alone is one, too."""
+    """Return an iterator over the value, or None if it cannot be a list. A value with only __getitem__ is accepted."""
     if isinstance(value, str | bytes | Mapping | Set):
         return None
     try:
@@ -158,7 +162,7 @@ def _read(call: Call, i: int, entry: Any) -> Any:
 
 
 def _close(values: Iterable[Any]) -> None:
-    """Let go of coroutines that nobody will await, or Python warns of each."""
+    """Close coroutines that will not be awaited, because Python would warn about each."""
     for value in values:
         if inspect.iscoroutine(value):
             value.close()
@@ -172,7 +176,7 @@ def _event_loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
 
     def serve() -> None:
-        # a task that raises SystemExit would end the loop, and those who wait would wait for ever
+        # a task that raises SystemExit would end the loop, and the main thread would wait forever
         while True:
             with contextlib.suppress(BaseException):
                 loop.run_forever()
@@ -182,7 +186,7 @@ def _event_loop() -> asyncio.AbstractEventLoop:
 
 
 def _awaited(calls: Sequence[tuple[Call, Awaitable[Any]]], seconds: float | None) -> list[list[Any]]:
-    """The results of all, which run at the same time; the first failure ends the others."""
+    """Run all awaitables at the same time and return their results. The first failure cancels the others."""
     loop, tasks = _event_loop(), []
 
     async def entries(call: Call, awaitable: Awaitable[Any]) -> list[Any] | InputError:
@@ -192,7 +196,7 @@ def _awaited(calls: Sequence[tuple[Call, Awaitable[Any]]], seconds: float | None
             raise
         except BaseException as error:
             failure = InputError(f"{call.label} raised {described(error)}")
-            if isinstance(error, GeneratorExit):  # a coroutine that Python throws away may not raise
+            if isinstance(error, GeneratorExit):  # a coroutine that is being destroyed must not raise
                 return failure
             raise failure from error
 
@@ -205,7 +209,7 @@ def _awaited(calls: Sequence[tuple[Call, Awaitable[Any]]], seconds: float | None
                 task.cancel()
 
     late = [call for call, _ in calls]
-    # from before any of them may take the interpreter's lock
+    # set the limit before any function can take the interpreter's lock
     with _ended_with(seconds, _late(late, seconds)):
         future = asyncio.run_coroutine_threadsafe(gather(), loop)
         try:
@@ -214,7 +218,7 @@ def _awaited(calls: Sequence[tuple[Call, Awaitable[Any]]], seconds: float | None
             elif tasks:
                 late = [call for call, task in zip(late, tasks, strict=True) if not task.done()]
         finally:
-            if late:  # out of time, or interrupted: this loop may never be free again
+            if late:  # out of time, or interrupted: this loop may stay blocked
                 loop.set_exception_handler(lambda *_: None)
                 future.cancel()
                 _event_loop.cache_clear()
@@ -234,12 +238,12 @@ def _awaited(calls: Sequence[tuple[Call, Awaitable[Any]]], seconds: float | None
 
 @contextlib.contextmanager
 def _time_limit(seconds: float | None, message: str) -> Iterator[None]:
-    """Interrupt the block after `seconds`, again each second while it goes on, and raise InputError(message)."""
+    """Interrupt the block after `seconds`, and again every second while it continues. Raises InputError(message)."""
     if seconds is None:
         yield
         return
     if threading.current_thread() is not threading.main_thread():
-        raise InputError("--reward-timeout: expected to be in the main thread, where signals arrive")
+        raise InputError("--reward-timeout: expected a call from the main thread, where signals arrive")
     expired = False
 
     def expire(*_: object) -> None:
@@ -248,7 +252,7 @@ def _time_limit(seconds: float | None, message: str) -> Iterator[None]:
         raise Expired
 
     handler, started = signal.signal(signal.SIGALRM, expire), time.monotonic()
-    delay, interval = signal.getitimer(signal.ITIMER_REAL)  # someone else's, which comes back below
+    delay, interval = signal.getitimer(signal.ITIMER_REAL)  # the timer set by other code, restored below
 
     try:
         with _ended_with(seconds, message):
@@ -265,16 +269,16 @@ def _time_limit(seconds: float | None, message: str) -> Iterator[None]:
         left = max(delay - (time.monotonic() - started), 1e-3) if delay else 0.0
         signal.setitimer(signal.ITIMER_REAL, left, interval)
 
-        # whatever the function has made of the interruption
+        # raise, even if the function replaced Expired with another exception
         if expired:
             raise _timed_out(message) from None
 
 
 def _check_own_alarm(elapsed: float, seconds: float, message: str) -> None:
-    """Raises InputError where a function came back late and was not interrupted: SIGALRM was its own."""
+    """Raise InputError if a function returned late without being interrupted, because it uses SIGALRM itself."""
     if elapsed > seconds + 0.1:
         raise InputError(
-            f"{message}: it took {elapsed:.1f} s, and what uses SIGALRM itself is not interrupted"
+            f"{message}: it took {elapsed:.1f} s; it uses SIGALRM itself, so it cannot be interrupted"
         )
 
 
@@ -287,7 +291,10 @@ done"""
 
 @functools.cache
 def _speaker() -> int:
-    """A descriptor for the sentence that another process prints when faulthandler has ended this one."""
+    """Start a shell process that prints a message if faulthandler ends this process.
+
+    Returns the descriptor of a pipe to it. The last line before faulthandler's report is the message.
+    """
     read, write = os.pipe()
     os.posix_spawn(
         "/bin/sh", ["sh", "-c", LAST_WORDS], os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, read, 0)]
@@ -298,9 +305,10 @@ def _speaker() -> int:
 
 @contextlib.contextmanager
 def _ended_with(seconds: float | None, message: str) -> Iterator[None]:
-    """End the process, with status 1 and the message, where the block takes PATIENCE longer than `seconds`.
+    """End the process with status 1 and the message if the block takes longer than `seconds` + PATIENCE.
 
-    By faulthandler's thread, which needs no lock of the interpreter; what it writes makes the speaker speak.
+    faulthandler's thread does this without the interpreter's lock. Its traceback goes to a shell process, which then
+    prints the message.
     """
     if seconds is None:
         yield
@@ -317,7 +325,7 @@ def _ended_with(seconds: float | None, message: str) -> Iterator[None]:
 
 def _late(calls: Sequence[Call], seconds: float | None) -> str:
     labels = " or ".join(call.label for call in calls)
-    return f"{labels}: expected to return within {seconds or 0:g} s (--reward-timeout), it did not"
+    return f"{labels}: expected to return within {seconds or 0:g} s (--reward-timeout), but it did not"
 
 
 def _timed_out(message: str) -> InputError:
@@ -326,7 +334,7 @@ def _timed_out(message: str) -> InputError:
 
 
 def left(status: int) -> int:
-    """The status, or the end of the process where functions have left threads, for which Python would wait."""
+    """Return the exit status. If users' functions left threads running, end the process instead of waiting for them."""
     if GIVEN_UP.is_set():
         leave(status)
     here = threading.current_thread()
@@ -344,11 +352,11 @@ def leave(status: int) -> None:
     os._exit(status)
 
 
-# ---- words
+# ---- texts for messages
 
 
 def described(error: BaseException) -> str:
-    """The exception on one line, with the file and line that raised it: the innermost that no library holds."""
+    """Return the exception on one line, with the innermost file and line that belong to the user."""
     try:
         message = brief(str(error), 200)
     except PASSES:
@@ -362,22 +370,22 @@ def described(error: BaseException) -> str:
 
 
 def class_name(value: object) -> str:
-    """The name that Python has for its class, whatever the class says of itself."""
+    """Return the real name of a value's class, even if the class overrides `__name__`."""
     return CLASS_NAME.__get__(type(value))
 
 
 def shown(value: Any) -> str:
-    """The value's repr, at most 60 characters on one line."""
+    """Return the repr of a value on one line, cut at 60 characters."""
     try:
         return brief(repr(value), 60)
     except PASSES:
         raise
-    except BaseException:  # a __repr__ of the user's, or an int of too many digits
+    except BaseException:  # raised by a user's __repr__, or by an int with too many digits
         return f"a value of {class_name(value)}"
 
 
 def brief(text: str, length: int) -> str:
-    """The text on one line, without control characters, cut at `length`."""
+    """Return the text on one line, without control characters, cut at `length` characters."""
     words = "".join(c if c.isprintable() else " " for c in text[: 4 * length]).split()
     line = " ".join(words)
     return line if len(line) <= length else line[: length - 3] + "..."

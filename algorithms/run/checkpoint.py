@@ -1,11 +1,11 @@
-"""Checkpoints, from which a stopped run goes on: a safetensors file of all that training changes, replaced whole.
+"""Checkpoints for resuming a stopped run: a safetensors file of the state that training changes, replaced atomically.
 
-It holds the trained parameters and the optimizer states as "part/name", and in its metadata the step and a few numbers
+It holds the trained parameters and the optimizer states as "part/name". Its metadata holds the step and a few numbers
 as JSON. Nothing else needs saving: data order and sampling noise are functions of the seed and the step, and frozen
 weights come from the model folder that the run started from.
 
-Of several processes each writes a file with its rows of every tensor; that of rank 0 comes last and names the others.
-Any number of processes, one included, reads from them the rows that it needs.
+With several processes each writes a file with its rows of every tensor. Rank 0 writes its file last and lists the other
+files in it. Any number of processes can read the checkpoint; each reads only the rows that it needs.
 """
 
 import json
@@ -29,18 +29,18 @@ from ...model.files.text_files import check_regular, parse_json
 from .processes import gathered, rank, world
 
 Part = nn.Module | torch.optim.Optimizer
-COUNT = "tensors"  # among the values of a file: how many tensors belong to it, or one could be missing unseen
-COUNTS = ("step", "draws", "varied", COUNT)  # of the values
-REWARDS = ("lowest", "highest")  # of the values
-STATES = ("/step", "/exp_avg", "/exp_avg_sq")  # AdamW's, of each parameter
+COUNT = "tensors"  # the value that holds the number of tensors, so that a missing tensor is noticed
+COUNTS = ("step", "draws", "varied", COUNT)  # values that are whole numbers
+REWARDS = ("lowest", "highest")  # values that may be negative
+STATES = ("/step", "/exp_avg", "/exp_avg_sq")  # AdamW's states of each parameter
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def write_checkpoint(file: Path, parts: Mapping[str, Part], values: Mapping[str, Any]) -> None:
-    """Replace `file` by the state of `parts` and the JSON of `values`; a failure leaves the earlier file whole."""
-    # 1. this process's rows of what is shared; rank 0 has the rest, too
+    """Write the state of `parts` and the JSON of `values` to `file`. If writing fails, the earlier file stays whole."""
+    # 1. collect this process's rows of the sharded tensors; rank 0 also writes the other tensors
     tensors: dict[str, Tensor] = {}
-    starts: dict[str, int] = {}  # of the tensors that processes share: the first row of this one
+    starts: dict[str, int] = {}  # the first row of this process in each sharded tensor
     for part, module in parts.items():
         for name, tensor in _tensors(module).items():
             if _is_shared(tensor):
@@ -48,13 +48,13 @@ def write_checkpoint(file: Path, parts: Mapping[str, Part], values: Mapping[str,
             if _is_shared(tensor) or rank() == 0:
                 tensors[f"{part}/{name}"] = _own(tensor).detach().contiguous()
 
-    # 2. what the files say of one another
+    # 2. list the other files and the first rows in the metadata
     others = _names(file, values.get("step"), world())
     metadata = {"values": json.dumps({**values, COUNT: sum(len(_tensors(part)) for part in parts.values())})}
     if others:
         metadata |= {"others": json.dumps(others), "starts": json.dumps(starts)}
 
-    # 3. the other processes' files first: rank 0 replaces the earlier checkpoint when all have been written
+    # 3. write the other processes' files first: rank 0 replaces the earlier checkpoint when all are written
     final = file.with_name(others[rank() - 1]) if rank() else file
     with replacing(final, sync=True, note=", the earlier checkpoint is kept") as beside:
         save_file(tensors, beside, metadata=metadata)
@@ -69,15 +69,15 @@ def write_checkpoint(file: Path, parts: Mapping[str, Part], values: Mapping[str,
 
 
 def _all_have_written() -> None:
-    """Wait until every process has come here."""
+    """Wait until every process has reached this call."""
     gathered({"written": torch.ones(1)})
 
 
 def read_checkpoint(file: Path, parts: Mapping[str, Part]) -> dict[str, Any]:
-    """Put the state in `file` into `parts`, in place. Returns the values, numbers by name, `step` among them.
+    """Load the state in `file` into `parts`, in place. Returns the saved numbers by name, `step` among them.
 
-    Raises InputError naming the file and the tensor where it does not fit: all names, dtypes and shapes are compared
-    before anything is put anywhere, and numbers that are not finite are no state.
+    Raises InputError naming the file and a tensor that does not fit, or that holds numbers that are not finite. All
+    names, dtypes and shapes are compared before any state is changed.
     """
     with ExitStack() as stack:
         first = _open(file, stack)
@@ -90,7 +90,7 @@ def read_checkpoint(file: Path, parts: Mapping[str, Part]) -> dict[str, Any]:
         if len(stored) != values.pop(COUNT, len(stored)):
             raise InputError(f"{file}: not a whole checkpoint: tensors are missing")
 
-        # everything fits before anything is changed
+        # check that all tensors fit before any state is changed
         wanted = {part: _wanted(module) for part, module in parts.items()}
         _check_fit(file, wanted, stored)
         for part, module in parts.items():
@@ -113,7 +113,10 @@ def _open(file: Path, stack: ExitStack) -> Any:
 
 
 def _values(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The step, and the numbers that a method keeps, of which rewards alone may be negative."""
+    """Return the step and the other saved numbers. Raises InputError if one is invalid.
+
+    Only the numbers in REWARDS may be negative.
+    """
     where = f"{file}: metadata: values"
     values = parse_json(metadata.get("values", ""), where)
     if not isinstance(values, dict):
@@ -130,7 +133,7 @@ def _values(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _others(file: Path, metadata: Mapping[str, str], step: int) -> list[str]:
-    """The names of the other processes' files, which say nothing but their numbers."""
+    """Return the names of the other processes' files. Raises InputError if they do not have the expected form."""
     where = f"{file}: metadata: others"
     others = parse_json(metadata.get("others", "[]"), where)
     count = len(others) + 1 if isinstance(others, list) else 1
@@ -145,7 +148,7 @@ def _names(file: Path, step: Any, processes: int) -> list[str]:
 
 
 class Wanted(NamedTuple):
-    """A place that a run has for a tensor: shape and dtype of a parameter, or of a state of it."""
+    """The expected shape and dtype of a stored tensor: a parameter, or an optimizer state of a parameter."""
 
     shape: list[int]
     dtype: str  # as a file's header spells it
@@ -153,7 +156,7 @@ class Wanted(NamedTuple):
 
 
 def _wanted(part: Part) -> dict[str, Wanted]:
-    """By name. An optimizer's are those of AdamW, for all parameters."""
+    """Return the expected tensors of a model or an optimizer, by name. An optimizer has AdamW's states."""
     if isinstance(part, nn.Module):
         return {name: Wanted([*p.shape], DTYPES[p.dtype]) for name, p in _tensors(part).items()}
     found: dict[str, Wanted] = {}
@@ -167,9 +170,9 @@ def _wanted(part: Part) -> dict[str, Wanted]:
 def _check_fit(
     file: Path, wanted: Mapping[str, Mapping[str, Wanted]], stored: Mapping[str, "Stored"]
 ) -> None:
-    """Raises InputError naming a tensor that is missing, without a place, or of another shape or dtype.
+    """Raise InputError naming a tensor that is missing, unexpected, or of another shape or dtype.
 
-    A parameter that no step has moved has no state in an optimizer; another has all three.
+    A parameter without any optimizer step has no states. Any other parameter must have all three.
     """
     places = {f"{part}/{name}": place for part, names in wanted.items() for name, place in names.items()}
     begun = {name.rpartition("/")[0] for name in stored}
@@ -177,19 +180,19 @@ def _check_fit(
         is_state = name.endswith(STATES) and name.partition("/")[2].partition("/")[0].isdecimal()
         if name not in stored and (not is_state or name.rpartition("/")[0] in begun):
             raise InputError(
-                f"{file}: {shown(name)}: missing; its tensors are not those that this run trains"
+                f"{file}: {shown(name)}: missing; the checkpoint does not fit the tensors that this run trains"
             )
 
     for name, found in stored.items():
         if name not in places:
             raise InputError(
-                f"{file}: {shown(name)}: unexpected; its tensors are not those that this run trains"
+                f"{file}: {shown(name)}: unexpected; the checkpoint does not fit the tensors that this run trains"
             )
         place = places[name]
         if [found.dtype, found.shape] != [place.dtype, place.shape]:
             raise InputError(
                 f"{file}: {shown(name)}: expected {place.dtype} of shape {place.shape}, got {found.dtype} of shape "
-                f"{found.shape}; its tensors are not those that this run trains"
+                f"{found.shape}; the checkpoint does not fit the tensors that this run trains"
             )
         found.at_least = place.at_least
 
@@ -221,7 +224,7 @@ def _optimizer_state(optimizer: torch.optim.Optimizer, stored: Mapping[str, "Sto
     return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
-# ---- tensors that processes share
+# ---- tensors sharded over processes
 
 
 def _is_shared(tensor: Tensor) -> bool:
@@ -229,12 +232,12 @@ def _is_shared(tensor: Tensor) -> bool:
 
 
 def _own(tensor: Any) -> Tensor:
-    """This process's rows."""
+    """Return this process's rows of a tensor."""
     return tensor.to_local() if _is_shared(tensor) else tensor
 
 
 def _rows(tensor: Tensor) -> range:
-    """The numbers of its rows: as torch.chunk shares them out."""
+    """Return the range of a tensor's rows on this process. Rows are distributed as in torch.chunk."""
     rows = tensor.shape[0] if tensor.dim() else 1
     if not _is_shared(tensor):
         return range(rows)
@@ -246,16 +249,19 @@ def _rows(tensor: Tensor) -> range:
 
 @dataclass
 class Stored:
-    """A tensor in files, each with some of its rows."""
+    """A tensor stored in one or several files. Each file has some of its rows."""
 
     where: str  # its file and name
-    dtype: str  # as the header spells it
+    dtype: str  # as the file's header spells it
     shape: list[int]
-    pieces: list[tuple[int, Any]] = field(default_factory=list)  # the first row, and the file's slices
+    pieces: list[tuple[int, Any]] = field(default_factory=list)  # (first row, the file's slice) of each file
     at_least: float = -math.inf
 
     def read(self, rows: range) -> Tensor:
-        """These rows; the number of a tensor without dimensions. Raises InputError where they are no state."""
+        """Read a range of rows of the tensor. A tensor without dimensions is read whole.
+
+        Raises InputError if the file is broken, or if numbers are not finite or below `at_least`.
+        """
         try:
             found = self._read(rows)
         except (OSError, SafetensorError) as error:
@@ -282,7 +288,7 @@ class Stored:
 
 
 def _stored(files: Mapping[Path, Any]) -> dict[str, Stored]:
-    """By name. Raises InputError where the rows of a tensor are not all there, each once."""
+    """Return the tensors in all files, by name. Raises InputError unless each row of a tensor is there exactly once."""
     stored: dict[str, Stored] = {}
     for path, file in files.items():
         starts = _starts(path, file)
@@ -290,14 +296,16 @@ def _stored(files: Mapping[Path, Any]) -> dict[str, Stored]:
             piece = file.get_slice(name)
             dtype, shape, where = str(piece.get_dtype()), piece.get_shape(), f"{path}: {shown(name)}"
 
-            # its rows go on where those of the file before end
+            # its rows must continue where those of the file before end
             found = stored.setdefault(name, Stored(where, dtype, [0, *shape[1:]] if shape else []))
             rows = found.shape[0] if shape and found.shape else 0
             if found.dtype != dtype or found.shape[1:] != shape[1:] or (found.pieces and not found.shape):
-                raise InputError(f"{where}: its rows in another file are of another kind")
+                raise InputError(
+                    f"{where}: expected the shape and dtype of its rows in the other files, got others"
+                )
             if starts.get(name, 0) != rows:
                 raise InputError(
-                    f"{where}: expected its rows from {rows} on, got {shown(starts.get(name, 0))}"
+                    f"{where}: expected its first row to be row {rows}, got {shown(starts.get(name, 0))}"
                 )
             if shape:
                 found.shape[0] += shape[0]

@@ -1,4 +1,4 @@
-"""A command, made of a Config and a function: flags by tyro, one message for wrong input, an exit status."""
+"""The command line of a method, made from its Config and its function: flags, one-line errors, an exit status."""
 
 import dataclasses
 import sys
@@ -15,14 +15,17 @@ from .flags import POSITIONAL, helps
 from .processes import processes
 from .streams import run_program
 
-FIRST = ("model", "data", "output")  # of the flags, in --help
-CPU_IS_FULL = "can't allocate memory"  # what torch's RuntimeError says
+FIRST = ("model", "data", "output")  # the first flags in --help
+CPU_IS_FULL = "can't allocate memory"  # part of the message of torch's RuntimeError
 
 
 def run_command(
     name: str, module: ModuleType, function: Callable[[Any], object], arguments: Sequence[str]
 ) -> int:
-    """Returns the exit status: 0, 1 for wrong input, 130 when interrupted. Wrong usage exits with 2 in tyro."""
+    """Run a command with command-line arguments. name: its name in messages. module: the module with its Config.
+
+    Returns the exit status: 0 for success, 1 for wrong input, 130 if interrupted. For wrong usage tyro exits with 2.
+    """
     if module.__name__ != "__main__":
         return _status(name, module, function, arguments)
     return left(run_program(name, lambda: _status(name, module, function, arguments)))
@@ -41,18 +44,18 @@ def _status(
 
 
 def status_of(name: str, run: Callable[[], int | None]) -> int:
-    """The exit status: what `run` returns, 0 for None; 1, with a sentence, for wrong input, 130 when interrupted."""
+    """Return the exit status of `run`, with None as 0. Wrong input gives 1 and a message, an interruption gives 130."""
     try:
         return run() or 0
     except InputError as error:
         print(f"\n{name}: {error}", file=sys.stderr)
         return 1
-    except OSError as error:  # a name that is too long, a device that is full, a folder that nobody may enter
+    except OSError as error:  # a name that is too long, a full device, a folder without permission
         where = "" if error.filename is None else f"{shown(error.filename)}: "
         print(f"\n{name}: {InputError(f'{where}{error.strerror or error}')}", file=sys.stderr)
         return 1
 
-    # what is missing: a package, memory
+    # missing package or memory
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
@@ -64,16 +67,19 @@ def status_of(name: str, run: Callable[[], int | None]) -> int:
         print(f"\n{name}: not enough memory: {brief(str(error), 200) or 'of the host'}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\n{name}: interrupted; what was saved until now is whole", file=sys.stderr)
+        print(f"\n{name}: interrupted; all files saved so far are complete", file=sys.stderr)
         return 130
 
 
 def parsed(name: str, module: ModuleType, arguments: Sequence[str], summary: str = "") -> Any:
-    """The module's Config with the flags that were given. summary: what --help begins with, or the module's."""
-    import tyro  # a Config that is made in Python does without
+    """Parse command-line arguments to the module's Config.
 
-    # 1. the same flags with their help, which tyro does not find where a class sets the default alone; those of every
-    # run first, then the command's own, then what it shares with others
+    summary: the first line of --help, by default that of the module's docstring.
+    """
+    import tyro  # not needed for a Config that is made in Python
+
+    # 1. give each flag its help, which tyro does not find if a class sets only the default; the order is FIRST, then
+    # the command's own flags, then the shared flags
     config, hints = module.Config, get_type_hints(module.Config, include_extras=True)
     texts, of_command = helps(config), list(vars(config)["__annotations__"])
     order = {name: i for i, name in reversed(list(enumerate([*FIRST, *of_command])))}
@@ -87,7 +93,7 @@ def parsed(name: str, module: ModuleType, arguments: Sequence[str], summary: str
         fields.append((field.name, hint, dataclasses.field(**default)))
     flags: Any = dataclasses.make_dataclass("Flags", fields, frozen=True, kw_only=True)
 
-    # 2. what was given, as a Config
+    # 2. parse the arguments to a Config
     summary = summary or (module.__doc__ or "").splitlines()[0]
     given = tyro.cli(flags, prog=name, args=arguments, description=summary)
     return config(**vars(given))

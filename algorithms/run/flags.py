@@ -1,7 +1,7 @@
-"""Flags of every command: their names, their help, their bounds and their defaults, each once.
+"""The flags that commands share: names, help texts, bounds and defaults, each defined once.
 
-A method's Config is one of these classes with its own flags behind it. The comment of a flag is its help, the type says
-what it may be. A method that wants another default sets it in one line, `steps: int = 200`: help and bounds stay.
+A method's Config derives from these classes and adds its own flags. The comment after a flag is its help text, and its
+type gives the allowed values. A method sets another default in one line, `steps: int = 200`; help and bounds stay.
 """
 
 import ast
@@ -28,9 +28,9 @@ from ...model.files.text_files import read_object
 from .processes import check_joined, rank
 
 CHECKPOINT = "checkpoint.safetensors"
-MOST = 2**53  # of a count: what counts sum up to still fits
-MOST_SAMPLES = 2**16  # of one prompt: each is kept until all are judged
-MAY_DIFFER = (  # flags of a resumed run; a longer run is a common wish
+MOST = 2**53  # the largest count; sums of counts still fit 64 bits
+MOST_SAMPLES = 2**16  # the most samples of one prompt; all are kept until they are judged
+MAY_DIFFER = (  # flags that --resume may change, such as --steps for a longer run
     "output",
     "resume",
     "reward_timeout",
@@ -41,30 +41,30 @@ MAY_DIFFER = (  # flags of a resumed run; a longer run is a common wish
 
 
 class Bounds(NamedTuple):
-    """Numbers that a flag may be, the two ends included. switch: inf is one of them, and switches it off."""
+    """The range of numbers for a flag, both ends included. switch: inf is allowed too, and switches the flag off."""
 
     least: float
     most: float = inf
     switch: bool = False
 
 
-POSITIONAL = "positional"  # the mark of what is given by its place
+POSITIONAL = "positional"  # marks an argument that is given without its name
 
 Count = Annotated[int, Bounds(1)]
-Size = Annotated[int, Bounds(0)]  # a count, or none
-Length = Annotated[int, Bounds(2)]  # of a sequence: a token, and one that it predicts
+Size = Annotated[int, Bounds(0)]  # a count that may be 0
+Length = Annotated[int, Bounds(2)]  # tokens of a sequence: at least one token and one that it predicts
 Samples = Annotated[int, Bounds(0, MOST_SAMPLES)]
 Rate = Annotated[float, Bounds(0)]
 Weight = Annotated[float, Bounds(0, 1e9)]
 Share = Annotated[float, Bounds(0, 1)]
-Part = Annotated[float, Bounds(1e-9, 1)]  # a share, but not none
+Part = Annotated[float, Bounds(1e-9, 1)]  # a share above 0
 Temperature = Annotated[float, Bounds(1e-3, 1e3)]
 Seconds = Annotated[float, Bounds(1e-3, 1e6)]
 Rank = Annotated[int, Bounds(0, 256)]
 Alpha = Annotated[float, Bounds(1e-6)]
 Limit = Annotated[float, Bounds(0, switch=True)]
 Seed = Annotated[int, Bounds(0, 2**63 - 1)]
-SamplingSeed = Annotated[int, Bounds(0, 2**31 - 1)]  # shifted by 32 bits, and a step added
+SamplingSeed = Annotated[int, Bounds(0, 2**31 - 1)]  # shifted left by 32 bits to make room for the step
 Schedule = Literal["constant", "linear", "cosine"]
 SaveDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -74,12 +74,12 @@ def default_device() -> str:
 
 
 def new_run_folder(name: str) -> Path:
-    """runs/<name>-<date>-<time>: every run gets a folder of its own, so none overwrites another."""
+    """Return the path runs/<name>-<date>-<time>, a new folder for each run, so that no run overwrites another."""
     return Path("runs") / time.strftime(f"{name}-%Y%m%d-%H%M%S")
 
 
 def run_folder(name: str) -> Path:
-    """The default of --output for the command `name`, a field of a Config."""
+    """Return the dataclass field for --output of the command `name`. Its default is a new folder in runs/."""
     return field(default_factory=lambda: new_run_folder(name))
 
 
@@ -90,97 +90,103 @@ def run_folder(name: str) -> Path:
 class TemplateFlags:
     """Flags of every command that renders conversations."""
 
-    chat_template: str | None = None  # a jinja file, or plain, in place of the model's own
-    chat_template_kwargs: str | None = None  # JSON object of its variables: '{"enable_thinking": false}'
+    chat_template: str | None = None  # jinja file to use instead of the model's chat template, or 'plain'
+    chat_template_kwargs: str | None = (
+        None  # JSON of variables for the template: '{"enable_thinking": false}'
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowFlags(TemplateFlags):
     """Flags of every command that reads rows."""
 
-    row_template: Path | None = None  # a jinja file that makes prompt and completion, or messages, of a row
+    row_template: Path | None = None  # jinja file that turns a row into prompt and completion, or messages
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingFlags:
     """Flags of every command that samples completions."""
 
-    max_new_tokens: Count = 256  # cap on a completion's length
-    sampling_batch_size: Count | None = None  # samples at a time, which bounds the cache; all by default
-    temperature: Temperature = 1.0  # of sampling, and of scoring
-    seed: SamplingSeed = 0  # of the order of rows, and of sampling
+    max_new_tokens: Count = 256  # maximum number of tokens in a completion
+    sampling_batch_size: Count | None = None  # samples generated at a time; by default as many as fit
+    temperature: Temperature = 1.0  # temperature of sampling, and of the model's log-probabilities
+    seed: SamplingSeed = 0  # random seed for the order of rows and for sampling
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceFlags:
     """Flags of every command that runs a model."""
 
-    device: str = field(default_factory=default_device)  # cpu, cuda or cuda:N
+    device: str = field(default_factory=default_device)  # device to run on: cpu, cuda or cuda:N
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerFlags:
-    """Flags of every command that has a model answer prompts, and functions judge what it says."""
+    """Flags of every command in which a model answers prompts and functions judge the answers."""
 
-    prompt_column: str | None = None  # the column that holds the prompt, where its name does not say so
-    max_prompt_length: Count = 1024  # tokens; longer prompts are dropped and counted
-    top_k: Count | None = None  # sample among the k most likely ids only
-    top_p: Part | None = None  # sample among the fewest ids with this much probability, at most 1,024
-    reward_timeout: Seconds | None = None  # seconds that a call of the functions has; no limit by default
+    prompt_column: str | None = None  # column of the prompt, if it has an unusual name
+    max_prompt_length: Count = 1024  # maximum number of prompt tokens; longer prompts are dropped
+    top_k: Count | None = None  # sample only from the k most likely tokens
+    top_p: Part | None = (
+        None  # sample from the fewest tokens with this total probability; at most 1,024 tokens
+    )
+    reward_timeout: Seconds | None = None  # time limit of a function call, in seconds; no limit by default
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingFlags(DeviceFlags, RowFlags):
     """Flags of every trainer."""
 
-    model: Path  # Hugging Face folder to start from, or an adapter's, which training goes on with
-    data: Path  # rows: .jsonl, .json or .parquet
-    output: Path  # new folder: metrics, model
-    steps: Count = 1000  # optimizer steps
-    micro_batch_tokens: Count = 8192  # tokens in one forward and backward; gradients of several add up
-    learning_rate: Rate  # AdamW's, at its peak
-    schedule: Schedule  # of the learning rate, behind the warm-up
-    warmup_steps: Size = 20  # of linear rise to learning_rate
-    weight_decay: Rate = 0.0  # of matrices; vectors have none
-    max_grad_norm: Annotated[float, Bounds(1e-12, switch=True)] = 1.0  # gradients are scaled down to it
-    lora_rank: Rank = 0  # train an adapter of this rank in place of the weights; 0 trains the weights
-    lora_alpha: Alpha | None = None  # the adapter's scale is alpha / rank; 2 * rank by default
-    base_4bit: bool = False  # hold the frozen weights in 4 bits (NF4): QLoRA
-    router_aux_loss_coef: Weight | None = None  # weight of the experts' balance; config.json's by default
-    balance: Literal["pooled", "layer"] = "pooled"  # over all layers at once, or the mean of each layer's own
-    save_every: Size = 0  # steps between checkpoints; 0 saves the model once, at the end
-    save_dtype: SaveDtype = "auto"  # of what is written; auto: that of --model, tensor by tensor
-    resume: bool = False  # go on from the last checkpoint in --output
-    checkpoint_activations: bool = False  # run each layer again in the backward: less memory, more time
-    seed: Seed = 0  # of the order of rows
+    model: Path  # Hugging Face folder of the model, or of an adapter to continue training
+    data: Path  # file of rows: .jsonl, .json or .parquet
+    output: Path  # new folder for metrics, checkpoints and the trained model
+    steps: Count = 1000  # number of optimizer steps
+    micro_batch_tokens: Count = 8192  # tokens per forward and backward pass; a step may take several
+    learning_rate: Rate  # AdamW's peak learning rate
+    schedule: Schedule  # learning-rate schedule after the warm-up
+    warmup_steps: Size = 20  # steps of linear warm-up to the learning rate
+    weight_decay: Rate = 0.0  # AdamW's weight decay on matrices; vectors are not decayed
+    max_grad_norm: Annotated[float, Bounds(1e-12, switch=True)] = (
+        1.0  # clip gradients to this norm; inf: no clip
+    )
+    lora_rank: Rank = 0  # train a LoRA adapter of this rank; 0 trains the weights themselves
+    lora_alpha: Alpha | None = None  # LoRA's alpha; the adapter's scale is alpha / rank; 2 * rank by default
+    base_4bit: bool = False  # keep the frozen weights in 4 bits (NF4), as in QLoRA
+    router_aux_loss_coef: Weight | None = None  # weight of the balance loss; by default from config.json
+    balance: Literal["pooled", "layer"] = "pooled"  # compute the balance loss over all layers, or per layer
+    save_every: Size = 0  # steps between checkpoints; 0 saves only the final model
+    save_dtype: SaveDtype = "auto"  # dtype of the saved weights; auto keeps each tensor's dtype in --model
+    resume: bool = False  # continue from the last checkpoint in --output
+    checkpoint_activations: bool = False  # recompute layers in the backward pass: less memory, more time
+    seed: Seed = 0  # random seed for the order of rows, new weights and dropout
 
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisedFlags(TrainingFlags):
-    """Flags of every trainer whose rows hold what is learned."""
+    """Flags of every trainer whose rows contain the completions to learn from."""
 
-    max_length: Length = 1024  # tokens of a row
-    batch_size: Count = 32  # rows in one optimizer step
+    max_length: Length = 1024  # maximum number of tokens in a row
+    batch_size: Count = 32  # rows per optimizer step
 
 
 @dataclass(frozen=True, kw_only=True)
 class DropoutFlags:
-    """Flags of trainers that sample nothing from what they train."""
+    """Flags of trainers that do not sample from the model in training."""
 
-    lora_dropout: Annotated[float, Bounds(0, 0.99)] = 0.0  # share of its inputs that the adapter does not see
+    lora_dropout: Annotated[float, Bounds(0, 0.99)] = 0.0  # dropout probability on the adapter's inputs
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutFlags(AnswerFlags, SamplingFlags, TrainingFlags):
-    """Flags of reinforcement learning: prompts, samples of each, and who judges them."""
+    """Flags of reinforcement learning: prompts, samples per prompt, and reward functions."""
 
-    data: Path  # prompts, with any further columns for the reward functions: .jsonl, .json or .parquet
-    reward: tuple[str, ...] = ()  # FILE.py:function or package.module:function, any number
-    reward_weights: tuple[float, ...] = ()  # one a reward function; all 1 where none are given
-    steps: int = 200  # rollouts
-    prompts_per_step: Count  # prompts in one rollout
-    group_size: Annotated[int, Bounds(1, MOST_SAMPLES)]  # samples of one prompt
-    kl_coefficient: Rate  # beta, of the KL to the model that training started from
+    data: Path  # file of prompts, with columns for the reward functions: .jsonl, .json or .parquet
+    reward: tuple[str, ...] = ()  # reward functions, each FILE.py:function or package.module:function
+    reward_weights: tuple[float, ...] = ()  # one weight per reward function; all 1 by default
+    steps: int = 200  # number of rollouts
+    prompts_per_step: Count  # prompts per rollout
+    group_size: Annotated[int, Bounds(1, MOST_SAMPLES)]  # samples per prompt
+    kl_coefficient: Rate  # weight (beta) of the KL divergence from the initial model
     micro_batch_tokens: int = 16384
     learning_rate: float = 1e-6
     schedule: Schedule = "constant"
@@ -191,7 +197,7 @@ class RolloutFlags(AnswerFlags, SamplingFlags, TrainingFlags):
 
 
 def bounds(config: type) -> dict[str, Bounds]:
-    """The bounds of a Config's flags, by name: those of the class that names them last."""
+    """Return the bounds of a Config's flags, by name. Those of a subclass replace those of its base classes."""
     return {
         name: found
         for cls in reversed(config.__mro__)
@@ -209,13 +215,16 @@ def _bounds_in(hint: Any) -> Iterator[Bounds]:
 
 
 def helps(config: type) -> dict[str, str]:
-    """The help of a Config's flags, by name: the comment behind a flag, that of a class above it where it has none."""
+    """Return the help texts of a Config's flags, by name.
+
+    A help text is the comment after a flag. A flag without a comment has the help text of a base class.
+    """
     found: dict[str, str] = {}
     classes: list[type] = [cls for cls in reversed(config.__mro__) if dataclasses.is_dataclass(cls)]
     for cls in classes:
         try:
             source = textwrap.dedent(inspect.getsource(cls))
-        except OSError:  # a Config that stands in no file
+        except OSError:  # a Config without a source file
             continue
 
         # a flag may be wrapped over several lines, with its comment on any of them
@@ -233,10 +242,10 @@ def helps(config: type) -> dict[str, str]:
 
 
 def check_flags(config: Any, **narrower: tuple[float, float]) -> None:
-    """Raises InputError where a flag is set and outside its bounds, or NaN. narrower: bounds that hang on others.
+    """Raise InputError if a flag is out of its bounds or NaN. narrower: bounds by name that depend on other flags.
 
-    Also checks what every run has: a device that torch can use, processes that have joined, and an output folder that
-    no other run uses, or with --resume one that holds a checkpoint of a run with the same flags.
+    Also checks that torch can use the device, that all processes have joined, and that the output folder is not in use.
+    With --resume the folder must hold a checkpoint of a run with the same flags.
     """
     check_joined()
     torch_dtype(getattr(config, "save_dtype", "auto"))
@@ -255,7 +264,7 @@ def check_flags(config: Any, **narrower: tuple[float, float]) -> None:
 
 
 def check_number(name: str, value: Any, within: Bounds) -> None:
-    """Raises InputError where the number of a flag is outside its bounds."""
+    """Raise InputError if the number of a flag is outside its bounds."""
     if value is None or (within.switch and value == inf):
         return
     most = min(within.most, MOST if isinstance(value, int) else LARGEST)
@@ -269,14 +278,17 @@ def check_number(name: str, value: Any, within: Bounds) -> None:
 
 
 def torch_dtype(name: str, flag: str = "save-dtype") -> torch.dtype | None:
-    """None for auto: as the folder has it that the model was read from."""
+    """Return the dtype of a name in SaveDtype, or None for "auto", which keeps each tensor's dtype in the model folder.
+
+    flag: the flag to name in the InputError for any other name.
+    """
     if name not in get_args(SaveDtype):
         raise InputError(f"--{flag}: expected one of {', '.join(get_args(SaveDtype))}, got {name!r}")
     return None if name == "auto" else getattr(torch, name)
 
 
 def check_device(device: str) -> None:
-    """Raises InputError where --device is none that torch can use here."""
+    """Raise InputError if --device is not a device that torch can use here."""
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):
         raise InputError(f"--device: expected cpu, cuda or cuda:N, got {shown(device)}")
     if device != "cpu" and int(device[5:] or 0) >= (found := torch.cuda.device_count()):
@@ -292,11 +304,11 @@ def _is_used(folder: Path) -> bool:
 
 def _check_resumable(folder: Path, config: Any) -> None:
     if not os.path.isfile(folder / CHECKPOINT):  # False also for a name that no file can have
-        raise InputError(f"--resume: {folder} holds no {CHECKPOINT}: name the run to go on with by --output")
+        raise InputError(f"--resume: {folder} holds no {CHECKPOINT}: give the folder of the run by --output")
     for entry in sorted(folder.iterdir()):
-        if entry.is_symlink():  # what it leads to would be cut, and written over
+        if entry.is_symlink():  # the target of the link would be truncated and overwritten
             raise InputError(
-                f"--resume: {entry}: expected the run's own file, got a link: put the file itself there"
+                f"--resume: {entry}: expected the run's own file, got a link: replace it by the file itself"
             )
 
     try:
@@ -312,7 +324,7 @@ def _check_resumable(folder: Path, config: Any) -> None:
 
 
 def make_folder(output: Path) -> None:
-    """Make the folder of --output. Raises InputError where it cannot be made."""
+    """Create the folder of --output. Raises InputError if that fails."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -320,5 +332,5 @@ def make_folder(output: Path) -> None:
 
 
 def as_json(config: Any) -> str:
-    """The text of a run's config.json."""
+    """Return the text of a run's config.json."""
     return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"

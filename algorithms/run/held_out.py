@@ -1,4 +1,4 @@
-"""The report at the end of a run on pairs, held_out.json: how often a held-out pair is in the right order."""
+"""The evaluation on held-out pairs at the end of a run, kept in held_out.json: accuracy and margin."""
 
 import json
 from pathlib import Path
@@ -10,9 +10,10 @@ from .processes import rank
 
 
 def report_held_out(folder: Path, **scores: Tensor) -> None:
-    """Print accuracy and margin of scores (pairs, 2), and keep them in held_out.json: one entry a keyword.
+    """Print accuracy and mean margin of scores, and write them to held_out.json in `folder`.
 
-    The standard error of an accuracy p over n pairs is sqrt(p (1 - p) / n).
+    scores: one tensor (pairs, 2) of chosen and rejected per name. The accuracy is the share of pairs whose chosen score
+    is larger. The standard error of an accuracy p over n pairs is sqrt(p (1 - p) / n).
     """
     results = {}
     for name, scores_of_pairs in scores.items():

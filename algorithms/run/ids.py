@@ -1,8 +1,8 @@
-"""Token ids that a model has no row for: refused where they occur, not where they exist.
+"""A check for token ids without a row in the model's embedding. They are refused only if they occur in the data.
 
-Published tokenizers have a few ids more than their model has rows: gemma-3-1b 262,145 for 262,144 (<image_soft_token>),
-Llama-2's folders a <pad> at 32,000 for 32,000. Nothing here is padded, and such an id is never drawn (vocabulary.py),
-so it does no harm until a row holds it.
+Some published tokenizers have more ids than their model has rows. gemma-3-1b has 262,145 ids (<image_soft_token>) for
+262,144 rows, and Llama-2's folders have a <pad> with id 32,000 for 32,000 rows. Burnish never pads, and never samples
+such an id (vocabulary.py), so it does no harm unless a row of the data contains it.
 """
 
 import sys
@@ -16,17 +16,19 @@ from ...model.transformer import Transformer
 from ...model.vocabulary import say_what_never_ends
 from .processes import rank
 
-FOREIGN = 0.1  # share of a tokenizer's ids beyond the rows from which on it is called another model's
+FOREIGN = (
+    0.1  # with a larger share of ids beyond the rows, the message says that the two do not belong together
+)
 
 
 class Item(Protocol):
-    """A row's ids, as an Example, a Prompt or a pair has them."""
+    """The interface of data whose ids are checked: an Example, a Prompt or a Preference, for instance."""
 
     @property
-    def where(self) -> str: ...  # the file and line
+    def where(self) -> str: ...  # file and line of the row
 
     @property
-    def sequences(self) -> Sequence[Sequence[int]]: ...  # of ids, all that a model is to read of it
+    def sequences(self) -> Sequence[Sequence[int]]: ...  # all token sequences that the model reads
 
 
 def check_model(
@@ -36,9 +38,10 @@ def check_model(
     longest: int,
     name: str = "the model",
 ) -> None:
-    """Refuse items with ids that the model, called `name`, has no row for; no such id is drawn from then on.
+    """Raise InputError if an item has an id for which the model has no row, and stop such ids from being sampled.
 
-    Warns where a stop token is one, and where sequences are longer than the model was trained on.
+    Warns if a stop token is such an id, or if sequences of `longest` tokens are longer than the model was trained on.
+    name: the words for the model in messages.
     """
     rows = model.config.vocab_size
     check_ids(items, tokenizer, rows, name)
@@ -53,7 +56,10 @@ def check_model(
 
 
 def check_ids(items: Iterable[Item], tokenizer: Tokenizer, rows: int, name: str = "the model") -> None:
-    """Raises InputError for the first item with an id of `rows` or more, which the model called `name` cannot read."""
+    """Raise InputError naming the first item with an id of `rows` or more.
+
+    rows: the number of rows of the model's embedding. name: the words for the model in the message.
+    """
     if tokenizer.vocabulary.end > rows:
         for item in items:
             for ids in item.sequences:
@@ -62,16 +68,19 @@ def check_ids(items: Iterable[Item], tokenizer: Tokenizer, rows: int, name: str 
 
 
 def check_sequence(where: str, ids: Sequence[int], tokenizer: Tokenizer, rows: int, name: str) -> None:
-    """Raises InputError where `ids`, the sequence that stands at `where`, hold one of `rows` or more."""
+    """Raise InputError if the sequence `ids` contains an id of `rows` or more.
+
+    where: its place for the message. rows: the number of rows of the model's embedding. name: the words for the model.
+    """
     wrong = next((token for token in ids if token >= rows), None)
     if wrong is None:
         return
     beyond = ids_beyond(tokenizer, rows)
     every = len(tokenizer.backend.get_vocab())
     way_out = (
-        f"{len(beyond)} of the tokenizer's {every} ids are beyond them: the two do not belong together"
+        f"{len(beyond)} of the tokenizer's {every} ids are too large: model and tokenizer do not belong together"
         if len(beyond) > FOREIGN * every
-        else "take it out of the text, or use a model that has it"
+        else "take the token out of the text, or use a model that has a row for it"
     )
     token = tokenizer.backend.id_to_token(wrong)
     raise InputError(
@@ -80,5 +89,5 @@ def check_sequence(where: str, ids: Sequence[int], tokenizer: Tokenizer, rows: i
 
 
 def ids_beyond(tokenizer: Tokenizer, rows: int) -> list[int]:
-    """The tokenizer's ids of `rows` or more, in order."""
+    """Return the tokenizer's ids that are `rows` or more, in ascending order."""
     return sorted(id for id in tokenizer.backend.get_vocab().values() if id >= rows)

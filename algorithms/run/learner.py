@@ -1,11 +1,11 @@
-"""A model in training: its optimizer, its share of the experts' balance, and what a step's micro-batches add up to.
+"""A model in training, with its optimizer, its balance loss, and the metrics summed over a step's micro-batches.
 
     policy = Learner(cfg, model)
     for batch in batches:
         policy.backward(loss, batch.share, metrics)    gradients and metrics add up
     metrics = policy.step(step)                        clip, AdamW, and the sums over all processes
 
-A run trains one of them, or two: PPO's policy and its critic.
+A run has one learner, or two in PPO: policy and critic.
 """
 
 from collections.abc import Mapping
@@ -24,9 +24,10 @@ Model = TypeVar("Model", Transformer, ScalarModel)
 
 
 class Learner(Generic[Model]):
-    """model: what is trained. learning_rate: AdamW's at its peak, --learning-rate by default.
+    """A model with its optimizer and the sums of a step's metrics.
 
-    The optimizer is made by `start`, once the processes share the model.
+    model: the model to train. learning_rate: AdamW's peak learning rate, --learning-rate by default. eps: AdamW's
+    epsilon. `start` makes the optimizer, after the model has been sharded over the processes.
     """
 
     def __init__(
@@ -43,11 +44,11 @@ class Learner(Generic[Model]):
         self._sums: dict[str, float] = {"loss": 0.0}
 
     def start(self) -> None:
-        """Make the optimizer, of parameters that the processes share by now."""
+        """Make the optimizer. The model must already be sharded over the processes."""
         self.optimizer = make_optimizer(self.model, self._peak, self._cfg.weight_decay, self._eps)
 
     def learning_rate(self, step: int) -> float:
-        """AdamW's at `step`, as --schedule and --warmup-steps say."""
+        """Return AdamW's learning rate at `step`, by --schedule and --warmup-steps."""
         cfg = self._cfg
         return scheduled(self._peak, step, cfg.steps, cfg.warmup_steps, cfg.schedule)
 
@@ -58,21 +59,23 @@ class Learner(Generic[Model]):
         metrics: Mapping[str, float | Tensor] | None = None,
         means: Mapping[str, float | Tensor] | None = None,
     ) -> None:
-        """Add a micro-batch's gradient, that of its experts' balance with it. share: of the step's tokens.
+        """Add the gradients of a micro-batch's loss and of its balance loss.
 
-        metrics: numbers whose sums over the step's micro-batches, on all processes, `step` returns.
-        means: numbers that are means over the micro-batch's tokens; `step` returns those over the step's.
+        share: the micro-batch's share of the step's tokens. metrics: numbers that `step` returns as sums over all
+        micro-batches of all processes. means: means over the micro-batch's tokens; `step` returns the means over the
+        step's tokens.
         """
         (loss + self.balance.loss(share)).backward()
         for name, value in {"loss": loss.detach(), **(metrics or {})}.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value)
-        for name, mean in (means or {}).items():  # NaN without a token
+        for name, mean in (means or {}).items():  # a mean over no tokens is NaN
             self._sums[name] = self._sums.get(name, 0.0) + (float(mean) * share if share else 0.0)
 
     def step(self, step: int) -> dict[str, float]:
-        """One step of AdamW at the rate of `step`. Returns the sums, grad_norm before clipping, and learning_rate.
+        """Take one step of AdamW, at the learning rate of `step`.
 
-        Raises InputError where loss or norm is not finite; the weights are then as before.
+        Returns the summed metrics, grad_norm before clipping, and learning_rate. Raises InputError if loss or norm is
+        not finite, and leaves the weights as they are.
         """
         cfg = self._cfg
         sums, self._sums = summed(self._sums), {"loss": 0.0}

@@ -1,4 +1,4 @@
-"""A run around the three lines of a training loop: its folder, its processes, its steps, its checkpoints.
+"""The frame of a training loop: run folder, processes, steps, metrics, checkpoints and saved models.
 
     with Run(cfg, tokenizer, model=Learner(cfg, model)) as run:
         for step in run.steps():
@@ -7,8 +7,8 @@
             run.log(metrics, tokens)
         return run.save()
 
-A run folder has config.json, metrics.jsonl (one JSON object a step), models as Hugging Face folders, and, where
---save-every asks for it, checkpoint.safetensors, from which --resume goes on to the same bits.
+A run folder has config.json, metrics.jsonl (one JSON object per step) and models as Hugging Face folders. With
+--save-every it also has checkpoint.safetensors, from which --resume continues with bit-identical results.
 """
 
 import contextlib
@@ -45,13 +45,15 @@ METRICS, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
 
 
 class Run:
-    """One training run. learners: what it trains, by the name of the folder that each is saved under, the first alone
-    being its result. frozen: models that only look on, None for one that the run does without.
+    """One training run.
 
-    The processes share all these models from here on. Inside of `with` the run's folder is there, and with --resume
+    learners: the models to train. The keyword of each is the name of the folder in which it is saved. The first is the
+    result of the run. frozen: models that are not trained; None entries are skipped.
+
+    Creating a run shards all these models over the processes. Inside `with` the run folder exists, and with --resume
     the learners have the state of the checkpoint.
 
-    start: steps done before, 0 unless --resume. values: numbers that a checkpoint keeps, for a method's own use.
+    start: the number of steps already done, 0 unless --resume. values: numbers of the method that checkpoints keep.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class Run:
         frozen: Sequence[Transformer | ScalarModel | None] = (),
         **learners: Learner[Any] | None,
     ):
-        self.folder = Path(from_rank_0(str(cfg.output)))  # by default its name tells the time
+        self.folder = Path(from_rank_0(str(cfg.output)))  # the default name holds the time, which may differ
         self.start = 0
         self.values: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
@@ -86,13 +88,13 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):  # log() has flushed every line, or said why not
+        with contextlib.suppress(OSError):  # log() has flushed every line, or raised an error
             self._metrics.close()
         if self._bar is not None:
             self._bar.close()
 
     def _parts(self) -> dict[str, Part]:
-        """The parts of a checkpoint: each model, and beside it its optimizer."""
+        """Return the parts of a checkpoint by name: each learner's model and optimizer."""
         parts: dict[str, Part] = {}
         for name, learner in self._learners.items():
             optimizer = "optimizer" if name == "model" else f"{name}_optimizer"
@@ -100,7 +102,7 @@ class Run:
         return parts
 
     def _opened(self) -> Any:
-        """The file of metrics, with what was logged before the checkpoint; all else is done again."""
+        """Open metrics.jsonl for appending, after removing all lines of steps since the checkpoint."""
         if rank():
             return open(os.devnull, "a")
         metrics, completions = self.folder / METRICS, self.folder / COMPLETIONS
@@ -111,7 +113,7 @@ class Run:
                 for file in (metrics, completions)
             ]
 
-            # nothing is changed before both can be read
+            # change files only after both have been read
             with replacing(self.folder / "config.json") as beside:
                 beside.write_text(as_json(self._cfg))
             _cut(metrics, ends[0])
@@ -123,7 +125,7 @@ class Run:
     # -- steps
 
     def steps(self) -> Iterator[int]:
-        """The steps that are left, from `start` to --steps. What --save-every asks for is written as each ends."""
+        """Yield the remaining steps, from `start` to --steps. Save model and checkpoint every --save-every steps."""
         total = self._cfg.steps
         self._bar = tqdm(
             total=total,
@@ -137,28 +139,31 @@ class Run:
         self._clock = time.perf_counter()
         for step in range(self.start, total):
             self._step, self.seconds = step, {}
-            torch.manual_seed(  # dropout's, resumed or not; another one on every process
+            torch.manual_seed(  # for dropout: the same when resumed, different on every process
                 (self._cfg.seed + step * 0x9E3779B97F4A7C15 + rank() * 0xBF58476D1CE4E5B9) % 2**63
             )
             yield step
-            reshard(*self._frozen)  # what they were asked for without a gradient
+            reshard(*self._frozen)  # a forward pass without a backward pass leaves their weights gathered
             self._save_step(step + 1)
             self._bar.update()
 
     def next(self, count: int, size: int) -> list[int]:
-        """Indices of the next `size` of `count` rows, each once an epoch, in an order that --seed alone decides."""
+        """Return the indices of the next batch: `size` of `count` rows.
+
+        Each row comes once per epoch, in an order that depends only on --seed.
+        """
         if self._order is None:
             self._order = epochs(count, size, self._cfg.seed, skip=self.values.get("draws", self.start))
         return next(self._order)
 
     def first_epoch(self, count: int, size: int) -> Iterator[list[int]]:
-        """The batches that `next` draws first: each of `count` rows once, or as many as --steps will reach."""
+        """Return the batches that `next` draws first, up to one epoch or --steps batches."""
         steps = min(self._cfg.steps, math.ceil(count / size))
         return itertools.islice(epochs(count, size, self._cfg.seed), steps)
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Add the time of the block to seconds[name], with what it started on a GPU."""
+        """Add the time of the block to seconds[name], including the GPU work that it started."""
         started = self._now()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - started
@@ -168,10 +173,10 @@ class Run:
             torch.cuda.synchronize(self._cfg.device)
         return time.perf_counter()
 
-    # -- what is written
+    # -- output files
 
     def log(self, metrics: Mapping[str, float | Tensor], tokens: int) -> None:
-        """Write one step's metrics, null for NaN. tokens: of the step's sequences, which tokens_per_second counts."""
+        """Write one step's metrics, with null for NaN. tokens: tokens of the step, for tokens_per_second."""
         now = time.perf_counter()
         values = {name: float(value) for name, value in metrics.items()}
         values = {name: None if math.isnan(value) else value for name, value in values.items()}
@@ -194,36 +199,36 @@ class Run:
             self._bar.set_postfix(newest, refresh=False)
 
     def log_completions(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Add the step's records to completions.jsonl, where there are any."""
+        """Append the step's records, one JSON object per completion, to completions.jsonl."""
         if not records or rank():
             return
         lines = [json.dumps({"step": self._step, **record}, ensure_ascii=False) + "\n" for record in records]
-        try:  # what UTF-8 cannot hold, half of a surrogate pair, is escaped as JSON does it
+        try:  # a lone surrogate, which UTF-8 cannot hold, is escaped as in JSON
             with open(self.folder / COMPLETIONS, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write("".join(lines))
         except OSError as error:
             raise InputError(f"{self.folder / COMPLETIONS}: cannot be written: {error}") from error
 
     def save(self) -> Path:
-        """Write each model as a Hugging Face folder of its name inside the run folder, the result last: its folder."""
+        """Write each model as a Hugging Face folder in the run folder. Returns the result's folder, written last."""
         folders = [self._save(name, name) for name in reversed(self._learners)]
         return folders[-1]
 
     def _save_step(self, done: int) -> None:
-        """Every --save-every steps: the result as step-N, and the checkpoint, which replaces the one before."""
+        """Every --save-every steps, write the result as step-N and replace the checkpoint. done: steps done so far."""
         if self._cfg.save_every and done % self._cfg.save_every == 0:
             self._save(next(iter(self._learners)), f"step-{done}")
             write_checkpoint(self.folder / CHECKPOINT, self._parts(), {"step": done, **self.values})
 
     def _save(self, name: str, folder_name: str) -> Path:
-        """One model with its tokenizer, complete or not at all.
+        """Write one model with its tokenizer, atomically. Returns its folder.
 
-        In the dtype that --save-dtype says, or in fp32, with a warning, where a number does not fit it.
+        The dtype is that of --save-dtype. If a number does not fit it, the model is written in fp32 with a warning.
         """
         folder, model, tokenizer = self.folder / folder_name, self._learners[name].model, self._tokenizer
         try:
             save_model(model, folder, tokenizer, dtype=torch_dtype(self._cfg.save_dtype), write=rank() == 0)
-        except TooLarge as error:  # on every process: what was trained is not lost for that
+        except TooLarge as error:  # raised on every process; the trained weights must not be lost
             if rank() == 0:
                 print(f"warning: {folder}: written in float32: {error}", file=sys.stderr)
             save_model(model, folder, tokenizer, dtype=torch.float32, write=rank() == 0)
@@ -234,19 +239,20 @@ class Run:
 
 
 def _check_progress(file: Path, config: Any, start: int, values: Mapping[str, float]) -> None:
-    """Raises InputError where a checkpoint has done more than the run is to do, or has drawn more than it could."""
+    """Raise InputError if a checkpoint has more steps than --steps, or more draws than its steps allow."""
     if start > config.steps:
-        raise InputError(f"--steps: expected at least {start}, which {file} has done, got {config.steps}")
+        raise InputError(f"--steps: expected at least {start}, the steps done in {file}, got {config.steps}")
     most = start * getattr(config, "max_draws", 1)
     if values.get("draws", 0) > most:
         raise InputError(f"{file}: draws: expected at most {most} in {start} steps, got {values['draws']}")
 
 
 def _end_of_steps(file: Path, step: int, a_line_a_step: bool) -> int:
-    """The number of bytes of a file of records that are of the steps before `step`; 0 without the file.
+    """Return the number of bytes that hold the records of the steps before `step`; 0 without the file.
 
-    The lines stay as they are, broken bytes in them included: nothing but people reads them again. A line that does
-    not tell its step is that of its place where there is a line a step. Raises InputError naming it where there is not.
+    The lines stay as they are, even with broken bytes, because only people read them again. a_line_a_step: the file has
+    one line per step. If a line's step cannot be read, its place in such a file gives the step. In any other file such
+    a line raises InputError.
     """
     if not os.path.lexists(file):
         return 0
@@ -255,7 +261,7 @@ def _end_of_steps(file: Path, step: int, a_line_a_step: bool) -> int:
     with open(file, "rb") as lines:
         for i, line in enumerate(lines):
             found = _step_of(line)
-            if found is None and not line.endswith(b"\n"):  # a crash has torn it
+            if found is None and not line.endswith(b"\n"):  # cut off by a crash
                 break
 
             if found is None and not a_line_a_step:
@@ -267,7 +273,7 @@ def _end_of_steps(file: Path, step: int, a_line_a_step: bool) -> int:
 
     if a_line_a_step and (unread or count != step):
         print(
-            f"warning: {file}: {count - unread} of the first {step} steps can be read; it goes on as it is",
+            f"warning: {file}: only {count - unread} of the first {step} steps can be read; the file is continued",
             file=sys.stderr,
         )
     return end
@@ -283,7 +289,7 @@ def _step_of(line: bytes) -> int | None:
 
 
 def _cut(file: Path, end: int) -> None:
-    """Leave the first `end` bytes of a file, if there is one, and the end of a line behind them."""
+    """Truncate a file, if it exists, to its first `end` bytes, and end its last line."""
     if not os.path.lexists(file):
         return
     os.truncate(file, end)

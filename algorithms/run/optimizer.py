@@ -1,4 +1,4 @@
-"""AdamW, its schedule, and the step that ends a sum of micro-batches."""
+"""AdamW, its learning-rate schedule, the optimizer step, and the order of rows over epochs."""
 
 import contextlib
 import math
@@ -15,7 +15,7 @@ from .flags import Schedule
 def make_optimizer(
     model: nn.Module, learning_rate: float, weight_decay: float = 0.0, eps: float = 1e-8
 ) -> torch.optim.AdamW:
-    """AdamW whose weight decay spares vectors (norms and biases)."""
+    """Return AdamW for the trainable parameters. Weight decay is not applied to vectors (norms and biases)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -25,7 +25,10 @@ def make_optimizer(
 
 
 def scheduled(peak: float, step: int, steps: int, warmup_steps: int, schedule: Schedule) -> float:
-    """Learning rate of `step` (from 0): linear warm-up to `peak`, then constant, or down to 0 at `steps`."""
+    """Return the learning rate of `step`, counted from 0.
+
+    It rises linearly to `peak` during the warm-up, and then stays constant or decays to 0 at `steps`.
+    """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, steps - warmup_steps)
@@ -43,17 +46,16 @@ def optimizer_step(
     learning_rate: float,
     max_grad_norm: float,
 ) -> float:
-    """Clip, step, and clear the gradients that the micro-batches have added up. Returns the norm before clipping.
+    """Clip the gradients summed over the micro-batches, take a step, and clear them. Returns the norm before clipping.
 
-    loss is the whole step's. Raises InputError where it or the norm is not finite; the weights are then as before.
+    loss: the loss of the whole step. Raises InputError if it or the norm is not finite, and leaves the weights as they
+    are.
     """
     norm = whole(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         cause = f"Try a learning rate below {learning_rate:g}, or look for broken rows in the data"
         if not optimizer.state:  # weights were finite when they were read
-            cause = (
-                "No update came before it, so the learning rate is not why: look for broken rows in the data"
-            )
+            cause = "This is the first update, so the learning rate is not the cause: look for broken rows in the data"
         raise InputError(
             f"loss is {loss}, gradient norm {norm}: training has diverged and stopped before this update. {cause}"
         )
@@ -65,15 +67,15 @@ def optimizer_step(
 
 
 def autocast(device: str) -> contextlib.AbstractContextManager:
-    """bf16 over fp32 master weights on a GPU; fp32 throughout on a CPU, where bf16 products are slower."""
+    """Return the autocast context: bf16 over fp32 master weights on a GPU, and fp32 on a CPU, where bf16 is slower."""
     return torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else contextlib.nullcontext()
 
 
 def epochs(count: int, batch_size: int, seed: int, skip: int = 0) -> Iterator[list[int]]:
-    """Indices 0..count-1 in batches for ever: each index once an epoch, in a new order each time, from `seed`.
+    """Yield batches of the indices 0..count-1 without end: each index once per epoch, in a new order from `seed`.
 
-    The last batch of an epoch is smaller where batch_size does not divide count. skip: batches left out at the start,
-    which a resumed run has had.
+    The last batch of an epoch is smaller if batch_size does not divide count. skip: the number of batches to leave out
+    at the start, because a resumed run has already used them.
     """
     generator = torch.Generator().manual_seed(seed)
     while True:

@@ -1,16 +1,17 @@
 """Training on several processes: `torchrun --nproc-per-node N -m burnish.algorithms.sft ...`.
 
-With one process nothing here acts: a model stays as it is, a sum is its only term.
+With one process these functions have no effect: a model stays as it is, and a sum has one term.
 
     shard(model)                        each process keeps 1/N of every tensor, of its gradient, and of AdamW's moments
-    shares(lengths, micro_batch_tokens) the micro-batches of this process, as many as every other has
-    summed(metrics)                     over processes: losses are sums over a global denominator, so gradients add up
+    shares(lengths, micro_batch_tokens) the micro-batches of this process; every process has the same number
+    summed(metrics)                     sums over processes: losses have a global denominator, so gradients add up
     with unsharded(model): ...          whole weights, for work that is not in step with the other processes
-    gathered(tensors)                   what each process has found, on all
+    gathered(tensors)                   the tensors of every process, on all processes
 
-Every process reads the same rows and draws the same order, so all know the step's whole batch and its denominators
-without a message. Collectives have to meet: a process without sequences in a round runs IDLE, which adds nothing.
-Sharding, all-gather and reduce-scatter are torch's FSDP2: https://arxiv.org/abs/2304.11277, one group a layer.
+Every process reads the same rows and draws the same order. All therefore know the step's whole batch and its
+denominators without communication. Every process must take part in each collective: a process without sequences in a
+round runs IDLE, which adds nothing. Sharding, all-gather and reduce-scatter are torch's FSDP2
+(https://arxiv.org/abs/2304.11277), with one group per layer.
 """
 
 import contextlib
@@ -31,45 +32,45 @@ from ...model.adapter import Model, linears
 from ...model.errors import InputError
 from ...model.scalar import ScalarModel
 
-TRAINERS = ("sft", "reward", "dpo", "kto", "ppo", "grpo", "distill")  # what runs on several processes
-TIMEOUT = timedelta(minutes=30)  # a process waits as long for one that samples or judges, then ends the job
-IDLE = [[0]]  # the sequences of a micro-batch that has none: one token, of which nothing is scored
+TRAINERS = ("sft", "reward", "dpo", "kto", "ppo", "grpo", "distill")  # commands that run on several processes
+TIMEOUT = timedelta(minutes=30)  # the longest wait for a process that samples or judges, before the job ends
+IDLE = [[0]]  # the sequences of an empty micro-batch: one token that is not scored
 
 
 def world() -> int:
-    """Processes that train together."""
+    """Return the number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this process. Rank 0 alone prints, logs and writes models."""
+    """Return the number of this process, from 0. Only rank 0 prints, logs and writes models."""
     return dist.get_rank() if world() > 1 else 0
 
 
 @contextlib.contextmanager
 def processes(command: str, device: str) -> Iterator[None]:
-    """Join the processes that torchrun has started, if it has: over gloo on CPUs, NCCL on GPUs.
+    """Join the processes that torchrun has started, over gloo on CPUs and NCCL on GPUs. Without torchrun, do nothing.
 
-    An exception leaves this process with its message and without waiting for the others, which torchrun then ends.
+    An exception ends this process at once, with its message. torchrun then ends the other processes.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
     if command not in TRAINERS:
         raise InputError(
-            f"{command} runs on one process: expected no torchrun; {', '.join(TRAINERS)} run on several"
+            f"{command}: expected one process, got torchrun; only {', '.join(TRAINERS)} run on several processes"
         )
 
-    # each process joins with a GPU of its own
+    # each process joins with its own GPU
     if device.startswith("cuda"):
         if device != "cuda":
             raise InputError(
-                f"--device {device}: under torchrun each process has a GPU of its own: expected cuda"
+                f"--device: expected cuda under torchrun, where each process has its own GPU, got {device}"
             )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
 
-    # the others are silent, but for how they end
+    # processes other than rank 0 print only the error that ends them
     with contextlib.ExitStack() as stack:
         if rank():
             quiet = stack.enter_context(open(os.devnull, "w"))
@@ -86,11 +87,11 @@ def processes(command: str, device: str) -> Iterator[None]:
 
 
 def check_joined() -> None:
-    """Raises InputError under torchrun outside of `processes`: a trainer would train a whole model on each process."""
+    """Raise InputError under torchrun outside of `processes`, where each process would train a model of its own."""
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != world():
         raise InputError(
-            f"torchrun has started {started} processes, {world()} of them joined: expected "
+            f"torchrun has started {started} processes, but only {world()} joined: use "
             f"`torchrun -m burnish.algorithms.{TRAINERS[0]}`, or `with processes(...)` around the call of a trainer"
         )
 
@@ -99,15 +100,16 @@ def check_joined() -> None:
 
 
 def host(device: str) -> str:
-    """The device on which weights are read; of several processes the host, from which `shard` moves the parts."""
+    """Return the device to read weights on. With several processes it is the CPU, and `shard` moves the parts."""
     return device if world() == 1 else "cpu"
 
 
 def shard(*models: Model | None) -> None:
-    """Spread each model's weights over the processes, by rows. What is in 4 bits stays whole on each.
+    """Shard each model's weights over the processes, by rows. 4-bit weights stay whole on each process.
 
-    None stands for one that the run does without. A layer is whole only while it runs; what is outside of layers from a
-    forward to the end of its backward, because `score` reads the head between the two. Gradients are sums, not means.
+    None entries are skipped. A layer is gathered only while it runs. Weights outside of layers stay gathered from a
+    forward pass to the end of its backward pass, because `score` reads the head in between. Gradients are sums, not
+    means.
     """
     if world() == 1:
         return
@@ -122,23 +124,23 @@ def shard(*models: Model | None) -> None:
         for module in _groups(model):
             fully_shard(module, mesh=mesh, reshard_after_forward=module is not model)
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other sum with a factor
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction with a factor
         if isinstance(model, ScalarModel):
-            register_fsdp_forward_method(model, "values")  # its head is read there
+            register_fsdp_forward_method(model, "values")  # reads the head outside of `forward`
 
 
 def _groups(model: Model) -> list[Any]:
-    """The modules whose tensors are whole together."""
+    """Return the modules whose tensors are gathered together: each layer, and the rest of the model."""
     return [*(model.body if isinstance(model, ScalarModel) else model).layers, model]
 
 
 def _sharded(model: Model) -> list[Any]:
-    """The modules that `shard` has made groups of."""
+    """Return the modules that `shard` has sharded, none with one process."""
     return _groups(model) if world() > 1 else []
 
 
 def reshard(*models: Model | None) -> None:
-    """Let go of what a forward without a backward has left whole."""
+    """Free the gathered weights that a forward pass without a backward pass has left."""
     for model in filter(None, models):
         for module in _sharded(model):
             module.reshard()
@@ -146,9 +148,10 @@ def reshard(*models: Model | None) -> None:
 
 @contextlib.contextmanager
 def unsharded(model: Model) -> Iterator[None]:
-    """The whole model on each process: forward passes need no other process then, and may differ in number.
+    """Gather the whole model on each process inside the block. Each process may then run any number of forward passes.
 
-    FSDP's hooks are off meanwhile: it would count these passes, and prefetch in the next backward by that count.
+    FSDP's hooks are removed inside the block. They would count these passes, and FSDP would use that count to prefetch
+    in the next backward pass.
     """
     modules = _sharded(model)
     hooks = [(module._forward_pre_hooks, module._forward_hooks) for module in modules]
@@ -161,11 +164,11 @@ def unsharded(model: Model) -> Iterator[None]:
         module.reshard()
 
 
-# ---- work and words
+# ---- distributing work, and communication
 
 
 def parts(lengths: Sequence[int], count: int) -> list[list[int]]:
-    """Indices in `count` parts of about the same total length: the longest first, each to the lightest part."""
+    """Split indices into `count` parts of about equal total length: the longest first, each into the lightest part."""
     found: list[list[int]] = [[] for _ in range(count)]
     loads = [0] * count
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -177,8 +180,10 @@ def parts(lengths: Sequence[int], count: int) -> list[list[int]]:
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of `lengths` in bins of at most `capacity`, best-fit-decreasing: the longest first, each into the fullest
-    bin that has room. Sequences are never split: one longer than capacity has a bin of its own. Deterministic.
+    """Pack the indices of `lengths` into bins of at most `capacity`, by best-fit-decreasing.
+
+    The longest sequence comes first, and each goes into the fullest bin that has room. Sequences are never split: a
+    sequence longer than capacity has its own bin. The result is deterministic.
     """
     bins: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (room left, bin), ascending
@@ -195,10 +200,10 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def shares(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices in micro-batches of about `capacity` tokens, those of this process: best-fit with one.
+    """Return the micro-batches of this process, as lists of indices, of about `capacity` tokens each.
 
-    With several the micro-batches of a round are of like size, because the processes wait for one another; the last
-    may be empty.
+    With one process they are packed by `best_fit`. With several, all processes have micro-batches of similar size in
+    each round, because they wait for one another; the last may be empty.
     """
     if world() == 1 or not lengths:
         return best_fit(lengths, capacity)
@@ -212,7 +217,7 @@ def shares(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def summed(values: Mapping[str, float]) -> dict[str, float]:
-    """Each value's sum over the processes, which have the same names in the same order."""
+    """Sum each value over the processes. All processes must pass the same names in the same order."""
     if world() == 1:
         return dict(values)
     return dict(
@@ -221,7 +226,7 @@ def summed(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
-    """The same shape; NCCL's way leads over the GPU."""
+    """Sum a tensor over the processes. Returns the same shape on the same device."""
     if world() == 1:
         return values
     there = values.to(_device())
@@ -230,14 +235,14 @@ def sum_over_processes(values: Tensor) -> Tensor:
 
 
 def most(count: int) -> int:
-    """The largest of the processes' numbers."""
+    """Return the maximum of `count` over the processes."""
     if world() == 1:
         return count
     return max(int(each["count"]) for each in gathered({"count": torch.tensor(count)}))
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """The tensors that every process has passed, by rank; shapes may differ. Sent as safetensors, not pickled."""
+    """Return the tensors of every process, one dict per rank. Shapes may differ. They are sent as safetensors bytes."""
     if world() == 1:
         return [dict(tensors)]
     from safetensors.torch import load, save
@@ -253,13 +258,13 @@ def gathered(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def from_rank_0(text: str) -> str:
-    """The text of rank 0, a path for instance, on every process."""
+    """Return the text of rank 0, a path for instance, on every process."""
     first = gathered({"text": torch.tensor(list(os.fsencode(text)), dtype=torch.uint8)})[0]
     return os.fsdecode(bytes(first["text"].tolist()))
 
 
 def _device() -> torch.device:
-    """The device on which collectives want their tensors."""
+    """Return the device that collectives need their tensors on: the CPU for gloo, the GPU for NCCL."""
     return (
         torch.device("cpu")
         if dist.get_backend() == "gloo"

@@ -1,7 +1,7 @@
-"""The standard streams of a program: what cannot be written to them ends no run, and is told at its end.
+"""Standard streams whose errors do not stop a run. A lost output is reported at the end of the program.
 
-A pipe whose reader has gone, a full device, a terminal that is no more, a stream that the shell has closed, an encoding
-without the characters of a model's answer: none of them is a reason to lose what is being trained.
+Such errors are a closed pipe, a full device, a closed terminal, a stream closed by the shell, or an encoding that lacks
+characters of a model's answer. None of them should cost a training run.
 """
 
 import errno
@@ -16,7 +16,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Output:
-    """A text stream that swallows all further text once it cannot be written. error: why, or None."""
+    """A text stream that drops all further text after a write fails. error: the error of that write, or None."""
 
     def __init__(self, stream: TextIO):
         self.error: OSError | None = None
@@ -36,7 +36,10 @@ class Output:
             self._give_up(error)
 
     def _give_up(self, error: OSError) -> None:
-        """Send what is still in a buffer, and what a library writes by the stream's number, nowhere, too."""
+        """Keep the first error, and redirect the stream's descriptor to the null device.
+
+        Buffered text, and text that a library writes to the descriptor, is then dropped as well.
+        """
         self.error = self.error or error
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, self._stream.fileno())
@@ -47,29 +50,29 @@ class Output:
 
 
 def harmless(text: str) -> str:
-    """A model's text for a terminal: control characters are escaped, but for line breaks and tabs."""
+    """Return a model's text with its control characters escaped, except line breaks and tabs, for a terminal."""
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def is_lost(stream: object) -> bool:
-    """Whether text to the stream, sys.stdout for instance, goes nowhere any more."""
+    """Return whether text written to the stream, sys.stdout for instance, is lost because of an earlier error."""
     return isinstance(stream, Output) and stream.error is not None
 
 
 def run_program(name: str, main: Callable[[], int | None]) -> int:
-    """The exit status of a whole program: that of `main`, or 1 where its output was lost, with a sentence on stderr.
+    """Run a whole program. Returns the exit status of `main`, or 1 with a message on stderr if its output was lost.
 
-    Nothing is said of a pipe whose reader has gone, like `head`: who reads it has read enough.
+    A closed pipe, as with `head`, gives no message, because its reader has read enough.
     """
     _open_all()
     output, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     sys.stdout = output
-    with suppress(AttributeError, ValueError):  # a stand-in of somebody else's
+    with suppress(AttributeError, ValueError):  # sys.stdout replaced by other code
         output.reconfigure(errors="backslashreplace")
 
     try:
         status = main() or 0
-    except SystemExit as stop:  # tyro's and argparse's, of help and of wrong usage
+    except SystemExit as stop:  # raised by tyro and argparse for --help and for wrong usage
         status = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)
@@ -94,12 +97,15 @@ def run_program(name: str, main: Callable[[], int | None]) -> int:
 
 
 def _open_all() -> None:
-    """Give a stream that the shell has closed (`>&-`) to /dev/null: a file opened later would get its number."""
+    """Open /dev/null for each standard stream that the shell has closed (`>&-`).
+
+    Otherwise a file that is opened later would get the stream's descriptor.
+    """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor
         if getattr(sys, name) is None:
             stream = open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115 (as long as the program)
             setattr(sys, name, stream)

@@ -1,11 +1,11 @@
-"""The model that is trained, as the adapter flags make it: --lora-rank, --lora-alpha, --lora-dropout, --base-4bit.
+"""Loading of a run's models, with the flags --lora-rank, --lora-alpha, --lora-dropout and --base-4bit.
 
-    model = load_trainee(cfg)              in place of load_model(cfg.model, device=cfg.device)
-    reference = frozen_copy(model)         model/adapter.py: with a fresh adapter, the same weights and no second copy
-    teacher = load_frozen(folder, device)  another model, which only looks on
+    model = load_trainee(cfg)              the model to train, instead of load_model(cfg.model, device=cfg.device)
+    reference = frozen_copy(model)         model/adapter.py: shares the weights of a model with a fresh adapter
+    teacher = load_frozen(folder, device)  another model, which is not trained
 
-With --lora-rank the weights are frozen, in bf16 on CUDA or in 4 bits, and what is trained, optimized, checkpointed and
-saved is the adapter. Where --model is an adapter folder, training goes on with that adapter.
+With --lora-rank the weights are frozen, in bf16 on CUDA or in 4 bits. Only the adapter is then trained, checkpointed
+and saved. If --model is an adapter folder, training continues with that adapter.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 
 def load_trainee(cfg: Any) -> Transformer:
-    """The language model of --model, ready to be trained as the flags say."""
+    """Load the language model of --model for training, with the adapter that the flags ask for."""
     continued = is_adapter(cfg.model)
     model = load_model(cfg.model, _dtype(cfg, cfg.model, continued), _device(cfg), cfg.base_4bit)
     model.checkpoint_activations = cfg.checkpoint_activations
@@ -36,15 +36,16 @@ def load_trainee(cfg: Any) -> Transformer:
 
 
 def load_frozen(folder: Path, device: str, base_4bit: bool = False) -> Transformer:
-    """A language model that is not trained, in bf16 on CUDA. base_4bit: with its weights in 4 bits."""
+    """Load a language model that is not trained, in bf16 on CUDA and fp32 on CPU. base_4bit: hold weights in 4 bits."""
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     return load_model(folder, dtype, host(device), base_4bit).requires_grad_(False).eval()
 
 
 def load_scalar_trainee(cfg: Any, folder: Path) -> ScalarModel:
-    """A reward model or critic from `folder`, likewise; its head is trained whole beside an adapter.
+    """Load a reward model or critic from `folder` for training, with the adapter that the flags ask for.
 
-    A critic that is an adapter goes on with it, whether or not --lora-rank gives the policy a new one.
+    The score head is trained in full beside an adapter. If `folder` is an adapter with a score head, training continues
+    with that adapter, even if --lora-rank gives the policy a new one.
     """
     continued = is_adapter(folder) and "score" in read_adapter(folder)[0].config.modules_to_save
     dtype = _dtype(cfg, folder, continued)
@@ -57,7 +58,10 @@ def load_scalar_trainee(cfg: Any, folder: Path) -> ScalarModel:
 
 
 def _start_training(model: Transformer | ScalarModel, cfg: Any) -> None:
-    """Dropout acts from here on; but in RL the policy that samples, without dropout, is the one that is trained."""
+    """Put the model in training mode. For a trainer without the flag --lora-dropout, set the adapter's dropout to 0.
+
+    RL trainers do not have the flag: their policy samples without dropout, and the same policy must be trained.
+    """
     if not hasattr(cfg, "lora_dropout"):
         for lora in adapters(model).values():
             lora.dropout = 0.0
@@ -65,25 +69,26 @@ def _start_training(model: Transformer | ScalarModel, cfg: Any) -> None:
 
 
 def _device(cfg: Any) -> str:
-    """The device on which the weights are read; 4-bit ones stay whole on each GPU."""
+    """Return the device to read weights on. 4-bit weights go to --device, because they stay whole on each GPU."""
     return cfg.device if cfg.base_4bit else host(cfg.device)
 
 
 def _dtype(cfg: Any, folder: Path, continued: bool) -> torch.dtype:
-    """The weights' dtype. continued: whether `folder` is an adapter, with which training goes on.
+    """Return the dtype of the weights: bf16 for frozen weights on CUDA, otherwise fp32.
 
-    Raises InputError for a flag that would be ignored.
+    continued: whether `folder` is an adapter with which training continues. Raises InputError for a flag that would
+    have no effect.
     """
     if continued and cfg.lora_rank and folder == cfg.model:
         raise InputError(
-            f"--lora-rank: {folder} is an adapter, with which training goes on as it is: leave the flag out"
+            f"--lora-rank: {folder} is an adapter, and training continues with its own rank: leave the flag out"
         )
     for flag in ("lora_alpha", "lora_dropout"):
         if getattr(cfg, flag, None) and not cfg.lora_rank:
-            raise InputError(f"--{flag.replace('_', '-')}: expected --lora-rank beside it, for a new adapter")
+            raise InputError(f"--{flag.replace('_', '-')}: expected --lora-rank, too, for a new adapter")
     frozen = continued or cfg.lora_rank > 0
     if cfg.base_4bit and not frozen:
-        raise InputError("--base-4bit: 4-bit weights are frozen: expected --lora-rank beside it")
+        raise InputError("--base-4bit: expected --lora-rank, too, because 4-bit weights are frozen")
     return torch.bfloat16 if frozen and cfg.device.startswith("cuda") else torch.float32
 
 
@@ -91,11 +96,11 @@ def _add(model: Transformer | ScalarModel, cfg: Any, folder: Path, **options: An
     if cfg.lora_rank:
         options |= {"dropout": getattr(cfg, "lora_dropout", 0.0), "base": str(folder)}
         if model.config.experts is not None:
-            # names that the model has: PEFT would take others for experts' old names
+            # name only layers that the model has: PEFT would take other names for older names of the experts
             names = {name.rpartition(".")[2] for name, layer in linears(model).items() if not layer.stack}
             options |= {"targets": tuple(name for name in LINEARS if name in names), "parameters": EXPERTS}
         add_lora(model, cfg.lora_rank, cfg.lora_alpha, seed=cfg.seed, **options)
     elif lora_config(model) is None and any(layer.four_bit is not None for layer in linears(model).values()):
         raise InputError(
-            f"--model {folder}: its weights are in 4 bits, which are frozen: expected --lora-rank"
+            f"--model {folder}: expected --lora-rank for this model, because its 4-bit weights are frozen"
         )

@@ -1,4 +1,4 @@
-"""Functions of a user's files, by FILE.py:function or package.module:function. The file is code, and runs."""
+"""Loading of users' functions, given as FILE.py:function or package.module:function. Loading runs the file's code."""
 
 import importlib
 import importlib.util
@@ -14,7 +14,10 @@ from .calls import brief, described
 
 
 def load_function(specification: str, flag: str = "reward") -> Callable[..., Any]:
-    """The function of FILE.py:function, or package.module:function. flag: what a message names; none of a place."""
+    """Load the function of FILE.py:function or package.module:function.
+
+    flag: the flag that messages name; "" if the function is not from a flag. Raises InputError if that fails.
+    """
     source, _, name = specification.rpartition(":")
     given, file = (
         f"--{flag} {brief(specification, 200)}" if flag else brief(specification, 200),
@@ -22,7 +25,7 @@ def load_function(specification: str, flag: str = "reward") -> Callable[..., Any
     )
     if not source:
         raise InputError(f"{given}: expected FILE.py:function or package.module:function")
-    if source.endswith(".py") and not os.path.isfile(source):  # Path's raises where a name is too long
+    if source.endswith(".py") and not os.path.isfile(source):  # Path.is_file raises if the name is too long
         raise InputError(f"{given}: no file {file}")
 
     try:
@@ -30,7 +33,7 @@ def load_function(specification: str, flag: str = "reward") -> Callable[..., Any
         function: Callable[..., Any] | None = getattr(module, name, None)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # whatever a user's file raises is the user's to read
+    except BaseException as error:  # shown to the user, whatever the user's file raises
         raise InputError(f"{given}: {file} cannot be imported: {described(error)}") from error
 
     if not callable(function):
@@ -39,11 +42,11 @@ def load_function(specification: str, flag: str = "reward") -> Callable[..., Any
 
 
 def _load_file(path: Path) -> ModuleType:
-    """The module of a .py file, which may import the modules beside it."""
+    """Import a .py file as a module. The file may import other modules in its folder."""
     spec = importlib.util.spec_from_file_location(f"burnish_user_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
+    sys.modules[spec.name] = module  # dataclasses look up their module there
     sys.path.append(str(path.resolve().parent))
     spec.loader.exec_module(module)
     return module

@@ -49,7 +49,9 @@ def test_a_folder_in_4_bits_is_trained_by_an_adapter_alone(cfg, tmp_path, capsys
     flags = ["--model", str(tmp_path / "four"), "--data", str(cfg.data), "--output", str(cfg.output)]
     flags += ["--steps", "3", "--batch-size", "16", "--learning-rate", "0.01", "--device", "cpu"]
     assert main(["sft", *flags]) == 1
-    assert "its weights are in 4 bits, which are frozen: expected --lora-rank" in capsys.readouterr().err
+    assert (
+        "expected --lora-rank for this model, because its 4-bit weights are frozen" in capsys.readouterr().err
+    )
 
     assert main(["sft", *flags, "--lora-rank", "8"]) == 0
     trained = load_model(cfg.output / "model")
@@ -137,9 +139,9 @@ def test_dropout_is_only_in_training(cfg, tmp_path):
         ({"lora_rank": -1}, "--lora-rank: expected a number between 0 and 256, got -1"),
         ({"lora_alpha": 0.0}, "--lora-alpha: expected a number at least 1e-06"),
         ({"lora_dropout": 1.0}, "--lora-dropout: expected a number between 0 and 0.99"),
-        ({"lora_rank": 0, "lora_alpha": 8.0}, "--lora-alpha: expected --lora-rank beside it"),
-        ({"lora_rank": 0, "lora_dropout": 0.1}, "--lora-dropout: expected --lora-rank beside it"),
-        ({"lora_rank": 0, "base_4bit": True}, "--base-4bit: 4-bit weights are frozen: expected --lora-rank"),
+        ({"lora_rank": 0, "lora_alpha": 8.0}, "--lora-alpha: expected --lora-rank, too"),
+        ({"lora_rank": 0, "lora_dropout": 0.1}, "--lora-dropout: expected --lora-rank, too"),
+        ({"lora_rank": 0, "base_4bit": True}, "--base-4bit: expected --lora-rank, too"),
     ],
 )
 def test_a_flag_that_would_be_ignored_is_refused(cfg, flags, message):
@@ -151,7 +153,7 @@ def test_a_flag_that_would_be_ignored_is_refused(cfg, flags, message):
 def test_a_rank_beside_an_adapter_is_refused(cfg, tmp_path):
     first = sft.train(cfg)
     with pytest.raises(
-        InputError, match=r"--lora-rank: .* is an adapter, with which training goes on as it is"
+        InputError, match=r"--lora-rank: .* is an adapter, and training continues with its own rank"
     ):
         sft.train(dataclasses.replace(cfg, model=first, output=tmp_path / "again"))
 

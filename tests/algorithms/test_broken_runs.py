@@ -89,18 +89,18 @@ LESSONS = {
     "temperature NaN": (about(temperature=NAN), "temperature: expected a number above 0, got nan"),
     "temperature true": (about(temperature=True), "temperature: expected a number above 0"),
     "tokenizer of a list": (about(tokenizer=[1]), "tokenizer: expected text, got [1]"),
-    "nothing": (lambda t, m: t.update({n: x[:0] for n, x in t.items()}), "lengths sum to 0"),
+    "nothing": (lambda t, m: t.update({n: x[:0] for n, x in t.items()}), "lengths: expected at least one"),
     "a negative length": (set_item("lengths", -1), "lengths: expected 1 to 5, the number of tokens, got -1"),
     "no length": (set_item("lengths", 0), "lengths: expected 1 to 5"),
     "a sum that overflows": (lambda t, m: t["lengths"].fill_(2**62 + 3), "lengths: expected 1 to 5"),
-    "other lengths": (set_item("lengths", 4), "lengths sum to 6, expected 5, the number of tokens"),
+    "other lengths": (set_item("lengths", 4), "with the sum 5, the number of tokens; got the sum 6"),
     "trained twice": (set_item("trained", 2, 1), "trained: expected 0 or 1, got 2"),
     "first trained": (set_item("trained", 1, 3), "trained: lesson 2: expected 0 for its first token"),
     "an id beyond": (set_item("ids", 2**30), "ids: expected the tokenizer's ids"),
     "logprob NaN": (set_item("logprobs", NAN), "logprobs: expected finite numbers of at most 0, got nan"),
     "logprob infinite": (set_item("logprobs", -INF), "logprobs: expected finite numbers"),
     "logprob above 0": (set_item("logprobs", 0.5), "logprobs: expected finite numbers of at most 0, got 0.5"),
-    "another tensor": (lambda t, m: t.update(more=torch.ones(1)), "more: expected one of tokens"),
+    "another tensor": (lambda t, m: t.update(more=torch.ones(1)), "ids, logprobs, got more"),
     "tokens in a table": (lambda t, m: t.update(tokens=t["tokens"][None]), "tokens: expected one dimension"),
     "lengths without": (lambda t, m: t.update(lengths=torch.tensor(5)), "lengths: expected one dimension"),
     "ids without": (lambda t, m: t.update(ids=torch.tensor(5).int()), "ids and logprobs: expected"),
@@ -237,10 +237,13 @@ CHECKPOINTS = {
         "1-of-2.safetensors: no such file",
     ),
     "starts of a list": (say("starts", "[]"), "metadata: starts: expected an object"),
-    "starts later": (say("starts", '{"model/bias": 1}'), "model/bias: expected its rows from 0 on, got 1"),
+    "starts later": (
+        say("starts", '{"model/bias": 1}'),
+        "model/bias: expected its first row to be row 0, got 1",
+    ),
     "starts of text": (
         say("starts", '{"model/bias": "x"}'),
-        "model/bias: expected its rows from 0 on, got x",
+        "model/bias: expected its first row to be row 0, got x",
     ),
 }
 
@@ -368,7 +371,7 @@ def test_broken_lines_of_metrics_are_kept_and_said(run, capsys):
         capsys.readouterr()
         sft.train(run)
         assert steps() == kept
-        assert ("steps can be read; it goes on as it is" in capsys.readouterr().err) != is_whole
+        assert ("steps can be read; the file is continued" in capsys.readouterr().err) != is_whole
 
 
 def test_names_that_no_folder_can_have(run):

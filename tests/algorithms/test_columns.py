@@ -134,9 +134,9 @@ def test_a_template_without_tools_has_the_column_named(make):
         ({"chat_template_kwargs": [1]}, "row 1: chat_template_kwargs: expected an object"),
         (
             {"chat_template_kwargs": {"messages": []}},
-            "row 1: chat_template_kwargs: 'messages' is not set here",
+            "row 1: chat_template_kwargs: 'messages' cannot be set here",
         ),
-        ({"chat_template_kwargs": {"tools": []}}, "row 1: chat_template_kwargs: 'tools' is not set here"),
+        ({"chat_template_kwargs": {"tools": []}}, "row 1: chat_template_kwargs: 'tools' cannot be set here"),
     ],
 )
 def test_tools_and_variables_of_a_wrong_kind_are_named(chat, more, message):
@@ -160,11 +160,11 @@ def test_a_flag_sets_variables_for_a_run(folder, tmp_path):
         '{"mod": 1}': "the chat template reads no variable 'mod'; it reads mood, tools",
         "[1]": "expected a JSON object, got",
         "{": "not JSON",
-        '{"tools": []}': "'tools' is not set here",
+        '{"tools": []}': "'tools' cannot be set here",
     }.items():
         with pytest.raises(InputError, match=f"--chat-template-kwargs: {re.escape(message)}"):
             tokenizer(value)
-    with pytest.raises(InputError, match="--chat-template-kwargs: the rows are texts"):
+    with pytest.raises(InputError, match="--chat-template-kwargs: the rows are plain texts"):
         sft(tokenizer('{"mood": "calm"}'), ROWS["texts"])
 
 
@@ -229,7 +229,7 @@ def test_a_variable_of_vendors_templates_that_changes_nothing_is_refused(folder,
         if works:
             sft(tokenizer, ROWS["messages"])
             continue
-        with pytest.raises(InputError, match=f"--chat-template-kwargs: '{name}' changes nothing"):
+        with pytest.raises(InputError, match=f"--chat-template-kwargs: '{name}' does not change"):
             sft(tokenizer, ROWS["messages"])
 
     cfg = Config(

@@ -44,14 +44,14 @@ def test_json_in_every_layout(tmp_path, name, layout):
     [
         ("a.jsonl", '{"text": "x"}\n{"text": \n', r"a\.jsonl line 2: not JSON: .*'{\"text\":'"),
         ("a.jsonl", '{"text": "x"}\n\n["text"]\n', r"a\.jsonl line 3: expected an object with named columns"),
-        ("a.jsonl", "", r"a\.jsonl: has no rows"),
-        ("a.jsonl", "\n \n", r"a\.jsonl: has no rows"),
-        ("a.json", "[]", r"a\.json: has no rows"),
+        ("a.jsonl", "", r"a\.jsonl: expected at least one row, got none"),
+        ("a.jsonl", "\n \n", r"a\.jsonl: expected at least one row, got none"),
+        ("a.json", "[]", r"a\.json: expected at least one row, got none"),
         ("a.json", '[{"text": "x"}, 3]', r"a\.json entry 2: expected an object"),
         ("a.json", '[{"text": "x"}', r"a\.json: not JSON"),
         ("a.json", '{"text": "x"}\nnope\n', r"a\.json line 2: not JSON"),
         ("a.csv", "text\nx\n", r"a\.csv: expected \.jsonl"),
-        ("a.jsonl.gz", "not gzip", r"a\.jsonl\.gz: not a whole gzip file"),
+        ("a.jsonl.gz", "not gzip", r"a\.jsonl\.gz: incomplete or broken gzip file"),
     ],
 )
 def test_a_broken_file_is_named_with_its_line(tmp_path, name, text, message):
@@ -67,7 +67,7 @@ def test_files_that_are_missing_cut_short_or_not_text(tmp_path):
         read_rows(tmp_path / "a.jsonl")
     whole = gzip.compress(b'{"text": "x"}\n' * 1000)
     (tmp_path / "a.jsonl.gz").write_bytes(whole[:-9])
-    with pytest.raises(InputError, match=r"a\.jsonl\.gz: not a whole gzip file"):
+    with pytest.raises(InputError, match=r"a\.jsonl\.gz: incomplete or broken gzip file"):
         read_rows(tmp_path / "a.jsonl.gz")
 
 
@@ -78,7 +78,7 @@ def test_parquet(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     read = read_rows(tmp_path / "a.parquet")
     assert read == [rows[0], {"prompt": [USER]}] and read[1].where.endswith("a.parquet row 2")
-    with pytest.raises(InputError, match=r"b\.parquet: not a parquet file"):
+    with pytest.raises(InputError, match=r"b\.parquet: not a readable parquet file"):
         read_rows(write(tmp_path, "PAR1 but no more", "b.parquet"))
 
 
@@ -226,7 +226,9 @@ def test_a_prompt_that_does_not_begin_the_rendered_completion_is_refused(chat):
         "{% if add_generation_prompt %}assistant: <think>{% endif %}"
     )
     tokenizer = Tokenizer(chat.backend, eos="<|im_end|>", chat_template=template)
-    with pytest.raises(InputError, match="row 1: the chat template's generation prompt does not begin"):
+    with pytest.raises(
+        InputError, match="row 1: the chat template renders the prompt with its completion diff"
+    ):
         sft_examples([{"prompt": [USER], "completion": [ASSISTANT]}], tokenizer, max_length=512)
 
 
@@ -288,12 +290,12 @@ def test_data_without_a_trained_token_is_refused_and_a_lone_such_row_is_counted(
 @pytest.mark.parametrize(
     "second, message",
     [
-        ({"text": "x"}, r"line 2: is of the shape 'text', .*line 1 is 'messages'"),
+        ({"text": "x"}, r"line 2: expected the shape 'messages' of .*line 1, got 'text'"),
         (
             {"chosen": "x", "rejected": "y"},
-            r"line 2: no shape that SFT reads has the columns chosen, rejected",
+            r"line 2: expected the columns of one of these shapes: .*; got chosen, rejected",
         ),
-        ({}, r"line 2: no shape .* columns \(none\)"),
+        ({}, r"line 2: expected the columns of one of these shapes: .*; got \(none\)"),
         ({"messages": "hello"}, "line 2: messages: expected a list of messages, got 'hello'"),
         ({"messages": [{"content": "x"}]}, "line 2: messages, message 1: expected an object with a role"),
         (
@@ -335,7 +337,7 @@ def test_a_base_model_refuses_conversations_and_names_the_way_out(base):
 
 def test_a_completion_that_cannot_be_ended_is_refused(base):
     endless = Tokenizer(base.backend)
-    with pytest.raises(InputError, match="names no eos_token"):
+    with pytest.raises(InputError, match="tokenizer has no eos_token"):
         sft_examples([{"text": "x"}], endless, max_length=512)
 
 

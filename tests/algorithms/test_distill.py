@@ -311,8 +311,11 @@ def damaged(lessons, change):
     [
         (lambda t, a: t.pop("tokens"), "not a file of lessons (burnish teach): KeyError: 'tokens'"),
         (lambda t, a: a.pop("tokenizer"), "not a file of lessons (burnish teach): KeyError: 'tokenizer'"),
-        (lambda t, a: a.update(tokenizer="other"), "its teacher's tokenizer is not that of --model"),
-        (lambda t, a: a.update(temperature=2.0), "at temperature 2, got --temperature 1"),
+        (lambda t, a: a.update(tokenizer="other"), "expected the tokenizer of --model, got a teacher's"),
+        (
+            lambda t, a: a.update(temperature=2.0),
+            "expected --temperature 2, that of its log-probabilities, got 1",
+        ),
         (lambda t, a: t.update(lengths=t["lengths"][1:]), "the number of tokens"),
         (lambda t, a: t.update(ids=t["ids"][1:]), "ids and logprobs: expected (trained tokens, K)"),
         (lambda t, a: t["ids"].fill_(17), "ids: expected the tokenizer's ids, 0 to 16, got 17"),
@@ -351,7 +354,7 @@ def test_a_broken_file_and_one_that_is_not_there(cfg, lessons, tmp_path):
         ),
         ({"loss": "sequence", "teacher": None, **OWN}, "--student-samples: --loss sequence"),
         ({"loss": "sequence", "teacher": None, "temperature_squared": True}, "--temperature-squared: --loss"),
-        ({"base_4bit": True}, "--base-4bit: 4-bit weights are frozen: expected --lora-rank"),
+        ({"base_4bit": True}, "--base-4bit: expected --lora-rank, too"),
     ],
 )
 def test_a_flag_that_would_be_ignored_is_refused(cfg, changes, message):
@@ -372,7 +375,7 @@ def test_a_teacher_of_another_tokenizer_is_refused(cfg):
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["8"], vocabulary["9"] = vocabulary["9"], vocabulary["8"]
     (cfg.teacher / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(InputError, match=r"--teacher .*: its tokenizer is not that of --model"):
+    with pytest.raises(InputError, match=r"--teacher .*: expected the tokenizer of --model, got another"):
         distill.train(cfg)
     assert not cfg.output.exists()
 

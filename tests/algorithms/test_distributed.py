@@ -228,7 +228,7 @@ def test_a_process_that_dies_ends_the_job(inputs, tmp_path, death):
 def test_what_runs_on_one_process_says_so(inputs, tmp_path):
     flags = ("--model", inputs / "tied", "--data", inputs / "prompts.jsonl")
     ran = torchrun("-m", "burnish.algorithms.evaluate", *flags, "--reward", f"{inputs}/odd.py:odd")
-    assert ran.returncode == 1 and "evaluate runs on one process" in ran.stderr
+    assert ran.returncode == 1 and "evaluate: expected one process, got torchrun" in ran.stderr
 
 
 # ---- on one process
@@ -238,7 +238,7 @@ def test_what_runs_on_one_process_says_so(inputs, tmp_path):
 def test_other_commands_refuse_torchrun(monkeypatch, command):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with (
-        pytest.raises(InputError, match=f"{command} runs on one process"),
+        pytest.raises(InputError, match=f"{command}: expected one process, got torchrun"),
         processes(command, "cpu"),
     ):
         raise AssertionError("it ran")
@@ -248,7 +248,7 @@ def test_other_commands_refuse_torchrun(monkeypatch, command):
 def test_processes_that_have_not_joined_do_not_train(monkeypatch, inputs, name):
     """train() called by a script of the user's under torchrun: each process would train a model of its own."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="2 processes, 1 of them joined"):
+    with pytest.raises(InputError, match="2 processes, but only 1 joined"):
         train(name, inputs, "unjoined")
     assert not (inputs / "unjoined" / name).exists()
 

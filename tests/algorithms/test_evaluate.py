@@ -273,7 +273,7 @@ def test_wrong_flags_are_named(cfg, tmp_path):
         evaluate.evaluate(dataclasses.replace(cfg, answer=f"{short}:f"))
     short.write_text("def f(completions, solution):\n    return completions\n")
     with pytest.raises(
-        InputError, match="--answer: expected a column 'solution', which it takes; the data has ans"
+        InputError, match="--answer: expected a column 'solution' for its argument; the data has ans"
     ):
         evaluate.evaluate(dataclasses.replace(cfg, answer=f"{short}:f"))
 

@@ -165,20 +165,22 @@ def test_what_an_async_function_logs_is_found_in_the_run(small, tmp_path, capsys
 
 def test_a_column_that_is_missing_is_named_before_anything_is_sampled(small, tmp_path):
     (tmp_path / "wants.py").write_text("def wants(completions, solution):\n    return []\n")
-    with pytest.raises(InputError, match="expected a column 'solution', which it takes; the data has answer"):
+    with pytest.raises(
+        InputError, match="expected a column 'solution' for its argument; the data has answer"
+    ):
         grpo.train(dataclasses.replace(small, reward=(f"{tmp_path}/wants.py:wants",)))
     assert not small.output.exists()
 
 
 def test_a_failing_reward_ends_the_run_and_leaves_no_model(cfg, tmp_path):
     (tmp_path / "bad.py").write_text("def bad(completions, **_):\n    return [1.0]\n")
-    with pytest.raises(InputError, match="reward bad: expected 32 rewards, one a completion, got 1"):
+    with pytest.raises(InputError, match="reward bad: expected 32 rewards, one per completion, got 1"):
         grpo.train(dataclasses.replace(cfg, reward=(f"{tmp_path}/bad.py:bad",)))
     assert not (cfg.output / "model").exists()
 
 
 def test_a_weight_for_each_reward_function(cfg):
-    with pytest.raises(InputError, match="--reward-weights: expected 1, one a reward function, got 2"):
+    with pytest.raises(InputError, match="--reward-weights: expected 1, one per reward function, got 2"):
         grpo.train(dataclasses.replace(cfg, reward_weights=(1.0, 2.0)))
 
 

@@ -146,7 +146,7 @@ def test_a_row_with_such_an_id_is_refused_by_line_and_token_and_others_run(place
         file = rows_in(place, "bad", shape, column)
         message = (
             rf"{re.escape(str(file))} line 3: token '{IMAGE}': .* has no row for its id {ROWS}, "
-            rf"expected ids below {ROWS}; take it out of the text, or use a model that has it"
+            rf"expected ids below {ROWS}; take the token out of the text, or use a model that has a row for it"
         )
         with pytest.raises(InputError, match=message):
             run(place, file, place / "refused")
@@ -188,7 +188,7 @@ def test_tokenizers_of_other_models_are_told_so(place):
     with pytest.raises(
         InputError,
         match=r"line 3: token '<extra_3>': .* id 21, expected ids below 17; 21 of the tokenizer's 38 ids are "
-        r"beyond them: the two do not belong together",
+        r"too large: model and tokenizer do not belong together",
     ):
         sft.train(sft.Config(model=place / "foreign", data=file, output=place / "out", **TRAIN))
 

@@ -143,7 +143,7 @@ def test_parts_stay_parts_where_the_template_reads_them(make):
         ({"role": "assistant", "content": {"a": 1}}, "content: expected text, got {'a': 1}"),
         (
             {"role": "assistant", "content": [{"type": "image"}]},
-            "content, part 1: expected type 'text', which alone",
+            "content, part 1: expected type 'text', the only type that",
         ),
         ({"role": "assistant", "content": [{"type": "text"}]}, "content, part 1: expected text, got None"),
         ({"role": "assistant", "content": "a", "tool_calls": "x"}, "tool_calls: expected a list of calls"),
@@ -233,7 +233,8 @@ def test_a_null_content_is_never_printed(make):
 
 @pytest.mark.parametrize("role", ["model", "bot", "Assistant", "ipython"])
 def test_a_role_that_means_nothing_is_named(chat, make, role):
-    message = f"row 1: messages, message 2: role '{role}': no turn here is the assistant's"
+    expected = "expected a conversation with a turn of role 'assistant' to train on"
+    message = f"row 1: messages, message 2: role: {expected}, got '{role}'"
     with pytest.raises(InputError, match=message):
         sft(chat, {"messages": [USER, {"role": role, "content": "4"}]})
     known = make(

@@ -228,7 +228,7 @@ def test_lessons_with_an_id_that_is_missing_are_refused(tmp_path):
     lesson = Lesson([0, 5], [False, True], torch.tensor([[5, 3]]).int(), torch.tensor([[-0.5, -1.0]]))
     write_lessons(file, [lesson], tokenizer, 1.0)
     with pytest.raises(
-        InputError, match="ids: expected the tokenizer's ids, 0 to 19, got 3, which is none of them"
+        InputError, match="ids: expected the tokenizer's ids, 0 to 19, got 3, which no token has"
     ):
         read_lessons(file, tokenizer, 1.0)
 

@@ -165,17 +165,17 @@ def test_judged_completions(chat):
     "row, message",
     [
         ({"prompt": "p", "chosen": "a"}, "expected the columns chosen and rejected, got prompt, chosen"),
-        ({"chosen": "a", "rejected": "b"}, "chosen: a text without a prompt"),
+        ({"chosen": "a", "rejected": "b"}, "chosen: expected a prompt column beside this text"),
         ({"prompt": "p", "chosen": "a", "rejected": 3}, "rejected: expected a list of messages, got 3"),
-        ({"prompt": " ", "chosen": "a", "rejected": "b"}, "prompt: empty"),
+        ({"prompt": " ", "chosen": "a", "rejected": "b"}, "prompt: expected a prompt, got an empty text"),
         (
             {"prompt": "p", "chosen": "a", "rejected": "b", "margin": "big"},
             "margin: expected a number, got 'big'",
         ),
-        ({"chosen": [ASSISTANT], "rejected": [ASSISTANT, USER]}, "no prompt: expected a column for it"),
+        ({"chosen": [ASSISTANT], "rejected": [ASSISTANT, USER]}, "expected a prompt in its own column or"),
         (
             {"prompt": [USER], "chosen": [USER], "rejected": [ASSISTANT]},
-            "expected to begin with the assistant",
+            "expected an assistant turn first after the prompt",
         ),
     ],
 )

@@ -244,12 +244,14 @@ def test_wrong_flags_are_one_line(cfg, reward_model, model_folder, tmp_path):
     assert "expected --reward-model DIR or --reward" in refused(reward=())
     assert "--critic: --advantage rloo has none" in refused(critic=cfg.model, advantage="rloo", group_size=2)
     assert "--group-size: expected a number between 2 and 65536" in refused(advantage="rloo")
-    assert "got a model without a score" in refused(reward_model=cfg.model)
+    assert "got one without a score head" in refused(reward_model=cfg.model)
     assert "--dual-clip" in refused(dual_clip=1.1)
-    assert "--reward-weights: expected 1, one a reward function, got 2" in refused(reward_weights=(1.0, 2.0))
+    assert "--reward-weights: expected 1, one per reward function, got 2" in refused(
+        reward_weights=(1.0, 2.0)
+    )
     tokenizer = json.loads((reward_model / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["8"], vocabulary["9"] = vocabulary["9"], vocabulary["8"]
     (reward_model / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert "its tokenizer is not that of --model" in refused(reward_model=reward_model)
+    assert "expected the tokenizer of --model, got another" in refused(reward_model=reward_model)
     assert not cfg.output.exists()

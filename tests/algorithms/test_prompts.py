@@ -65,13 +65,13 @@ def test_prompts_are_dropped_only_with_a_count(chat):
 @pytest.mark.parametrize(
     "rows, message",
     [
-        ([{"chosen": "x"}], "row 1: no prompt among columns chosen"),
+        ([{"chosen": "x"}], "row 1: expected a prompt in one of the columns .*; got chosen"),
         (
             [{"prompt": "x"}, {"question": "y"}],
             "row 2: expected a prompt in column 'prompt', got columns question",
         ),
         ([{"prompt": 3}], "row 1: prompt: expected text, got 3"),
-        ([{"messages": [USER, ASSISTANT]}], "row 1: messages: ends with the assistant's turn"),
+        ([{"messages": [USER, ASSISTANT]}], "row 1: messages: expected another role than 'assistant'"),
         ([], "no prompt to sample from: 0 rows"),
     ],
 )

@@ -55,7 +55,9 @@ def test_sft_trains_it_and_writes_it_in_its_dtype(name, tmp_path):
 def test_4_bit_weights_are_not_trained_whole(tmp_path):
     folder = make("unsloth/Llama-3.2-1B-Instruct-bnb-4bit", tmp_path / "folder")
     data = write_rows(tmp_path / "rows.jsonl", ROWS)
-    with pytest.raises(InputError, match="its weights are in 4 bits, which are frozen: expected --lora-rank"):
+    with pytest.raises(
+        InputError, match="expected --lora-rank for this model, because its 4-bit weights are frozen"
+    ):
         sft.train(sft.Config(data=data, model=folder, output=tmp_path / "out", device="cpu"))
 
 

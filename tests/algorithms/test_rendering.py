@@ -204,7 +204,7 @@ def holds(tokenizer: Tokenizer, turns: list[dict]) -> bool:
     every, may_miss = words_of(turns)
     missing = {one for one in every if one not in text} - named_words(turns, counts.unused)
     assert missing <= may_miss, f"{missing - may_miss} of {turns}\n{text}"
-    assert not missing or counts["turns whose reasoning the chat template drops, as others follow"]
+    assert not missing or counts["turns whose reasoning the chat template drops, because other turns follow"]
     assert "{'" not in text and "None" not in text, f"Python's notation: {turns}\n{text}"
 
     asked = turns[:-1]

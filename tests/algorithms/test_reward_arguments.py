@@ -46,7 +46,7 @@ def test_a_function_gets_what_its_signature_takes():
 
 
 def test_a_missing_column_is_named_beside_those_there_are():
-    message = "expected a column 'solution', which it takes; the data has answer"
+    message = "expected a column 'solution' for its argument; the data has answer"
     assert refused(lambda completions, solution: [0, 0]) == f"reward f: {message}"
     with pytest.raises(InputError, match=f"reward f: {message}"):
         Rewards({"f": lambda solution: []}, (1.0,)).check(["answer"])
@@ -57,7 +57,7 @@ def test_a_missing_column_is_named_beside_those_there_are():
         assert "by name, got 'completions' by position only" in refused(function)
     for name in ("prompt", "completion"):
         function = eval(f"lambda {name}: [0, 0]")
-        expected = f"expected '{name}s', as the {name}s of all samples arrive, got '{name}'"
+        expected = f"expected the argument '{name}s', a list for all samples, got '{name}'"
         assert refused(function) == f"reward f: {expected}"
     columns = {"a\x1b[31m" * 200: ["x", "x"]}
     assert len(refused(lambda solution: [], samples=SAMPLES._replace(columns=columns))) < 300
@@ -196,7 +196,7 @@ def test_a_file_may_use_dataclasses_and_the_modules_beside_it(tmp_path):
 def test_weights_of_reward_functions():
     assert check_weights((), 2) == (1.0, 1.0) and check_weights((0.5, -2.0), 2) == (0.5, -2.0)
     assert check_weights((), 0) == ()
-    with pytest.raises(InputError, match="expected 2, one a reward function, got 1"):
+    with pytest.raises(InputError, match="expected 2, one per reward function, got 1"):
         check_weights((1.0,), 2)
     with pytest.raises(InputError, match="expected finite numbers"):
         check_weights((1.0, float("nan")), 2)

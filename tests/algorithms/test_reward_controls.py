@@ -47,7 +47,7 @@ def calls_are_awaited_and_timed(module: ModuleType, place: Place) -> None:
     assert found == [[3], [0], [1]], f"expected the results of all, got {found}"
     for function in (late, lambda: time.sleep(0.3) or [0]):
         found = ended([lambda: [3], function])
-        late = "call 1: expected to return within 0.15 s (--reward-timeout), it did not"
+        late = "call 1: expected to return within 0.15 s (--reward-timeout), but it did not"
         assert found == late, f"expected its time to be over, got {found}"
     found = ended([lambda: [3, 4]])
     assert "expected 1 numbers" in found, f"expected the wrong count to be named, got {found}"

@@ -63,11 +63,11 @@ def test_what_a_function_sets_for_all_of_torch_is_put_back():
     [
         (
             lambda log_extra: log_extra("x", [1]) or [0, 0],
-            "log_extra: expected 2 values as 'x', one a completion, got 1",
+            "log_extra: expected 2 values as 'x', one per completion, got 1",
         ),
         (
             lambda log_extra: log_extra("x", itertools.count()) or [0, 0],
-            "log_extra: expected 2 values as 'x', one a completion, got more than 2",
+            "log_extra: expected 2 values as 'x', one per completion, got more than 2",
         ),
         (
             lambda log_metric: log_metric("a\x1b[31m", 1),
@@ -96,7 +96,9 @@ def test_wrong_use_of_the_log_is_named(function, message):
 
 def test_two_functions_do_not_share_a_column():
     f = lambda log_extra: log_extra("x", [1, 2]) or [0, 0]
-    with pytest.raises(InputError, match="reward g: log_extra: column 'x' is that of reward f"):
+    with pytest.raises(
+        InputError, match="reward g: log_extra: expected a new column, got 'x', which reward f logs"
+    ):
         judge({"f": f, "g": f})
 
 

@@ -97,7 +97,7 @@ async def async_deaf(**_):
 )
 def test_a_function_that_does_not_return_in_time(function):
     started = time.monotonic()
-    message = "reward f: expected to return within 0.1 s (--reward-timeout), it did not"
+    message = "reward f: expected to return within 0.1 s (--reward-timeout), but it did not"
     assert refused(function, timeout=0.1) == message
     assert time.monotonic() - started < 5
     assert judge({"f": coroutine, "g": lambda **_: [0, 0]}, timeout=5.0).total.tolist() == [1.0, 2.0]
@@ -176,7 +176,7 @@ def test_the_process_ends_with_one_sentence_whatever_goes_on():
     ran = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120)
     assert ran.stdout.split() == ["status", "1"] * 6 + ["status", "0"], ran.stderr
     lines = [line for line in ran.stderr.splitlines() if line]
-    late = "expected to return within 0.2 s (--reward-timeout), it did not"
+    late = "expected to return within 0.2 s (--reward-timeout), but it did not"
     assert lines == [
         f"try: pool: {late}",
         f"deaf: {late}, nor within 0.5 s more",
@@ -192,7 +192,7 @@ def test_a_function_that_takes_the_alarm_is_told_how_long_it_took():
         time.sleep(0.3)
         return [0, 0]
 
-    expected = "it did not: it took 0.3 s, and what uses SIGALRM itself is not interrupted"
+    expected = "it did not: it took 0.3 s; it uses SIGALRM itself, so it cannot be interrupted"
     assert refused(f, timeout=0.05).endswith(expected)
 
 

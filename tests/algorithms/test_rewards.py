@@ -136,7 +136,7 @@ class Unhashable(str):
         raise ValueError
 
 
-EXPECTED = "reward f: expected a list of 2 rewards, one a completion, got "
+EXPECTED = "reward f: expected a list of 2 rewards, one per completion, got "
 NUMBER = "reward f: expected a finite number or None for completion "
 
 
@@ -151,10 +151,10 @@ NUMBER = "reward f: expected a finite number or None for completion "
         (Odd(), EXPECTED + "Odd a value of Odd"),
         (np.zeros((2, 1)), EXPECTED + "an array of shape (2, 1)"),
         (torch.tensor(1.0), EXPECTED + "an array of shape ()"),
-        ([1.0], "reward f: expected 2 rewards, one a completion, got 1"),
-        (np.zeros(3), "reward f: expected 2 rewards, one a completion, got 3"),
-        ((x for x in range(5)), "reward f: expected 2 rewards, one a completion, got more than 2"),
-        ((x for x in range(1)), "reward f: expected 2 rewards, one a completion, got 1"),
+        ([1.0], "reward f: expected 2 rewards, one per completion, got 1"),
+        (np.zeros(3), "reward f: expected 2 rewards, one per completion, got 3"),
+        ((x for x in range(5)), "reward f: expected 2 rewards, one per completion, got more than 2"),
+        ((x for x in range(1)), "reward f: expected 2 rewards, one per completion, got 1"),
         ([[1.0], [2.0]], NUMBER + "0, got [1.0]"),
         ([1.0, "x"], NUMBER + "1, got 'x'"),
         ([1.0, Odd()], NUMBER + "1, got a value of Odd"),
@@ -177,7 +177,7 @@ def test_what_a_function_returns_is_named_for_what_it_is(value, message):
 @pytest.mark.filterwarnings("error")
 def test_coroutines_in_a_list_are_named_and_let_go():
     assert refused(lambda: [one_score(), one_score()]).endswith(
-        "got coroutines in it: await them with asyncio.gather"
+        "got a list of coroutines: await them with asyncio.gather"
     )
 
 
@@ -300,9 +300,9 @@ def test_answers_are_what_can_be_compared():
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda: None, "--answer: expected a list of 2 answers, one a completion, got None"),
-        (lambda: ["x"], "--answer: expected 2 answers, one a completion, got 1"),
-        (lambda: "xy", "--answer: expected a list of 2 answers, one a completion, got str 'xy'"),
+        (lambda: None, "--answer: expected a list of 2 answers, one per completion, got None"),
+        (lambda: ["x"], "--answer: expected 2 answers, one per completion, got 1"),
+        (lambda: "xy", "--answer: expected a list of 2 answers, one per completion, got str 'xy'"),
         (
             lambda: ["x", ["y"]],
             "--answer: expected text, a number, a tuple or None for completion 1, got ['y']",

@@ -102,7 +102,7 @@ def test_templates_of_promptsource(shaped):
         ("{{ [premise, extra] | join }}", "line 1: .*fails: 'extra' is null"),
         (
             '[{"role": "user", "content": "{{ premise }}"x}]',
-            "line 1: .*expected JSON, got .*write texts with `tojson`",
+            r"line 1: .*expected valid JSON \(write texts with `tojson`\), got",
         ),
         ("{% if %}", "shape.jinja: cannot be parsed: line 1"),
         ("{{ 1 // label }}", "line 1: .*fails: .*by zero"),

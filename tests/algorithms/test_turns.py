@@ -119,7 +119,9 @@ def test_a_system_column_stands_in_front(chat):
 def test_two_system_messages_are_one_or_an_error(chat):
     talk = [{"role": "system", "content": "be brief"}, USER, ASSISTANT]
     assert sft(chat, {"messages": talk, "system": "be brief"}) == sft(chat, {"messages": talk})
-    with pytest.raises(InputError, match="row 1: system: messages, message 1 is a system message, too"):
+    with pytest.raises(
+        InputError, match="row 1: system: expected one system message, got another in messages, message 1"
+    ):
         sft(chat, {"messages": talk, "system": "be long"})
     assert sft(chat, ROWS["messages"] | {"system": ""}) == sft(chat, ROWS["messages"])
     assert read("sft", [ROWS["messages"] | {"system": ""}], chat).unused == []
@@ -181,7 +183,7 @@ def test_a_single_answer_may_repeat_its_prompt_too(chat, system):
 
 def test_what_stands_behind_the_last_answer_is_named(chat):
     row = {"chosen": [USER, ASSISTANT, USER], "rejected": [USER, ASSISTANT | {"content": "no"}]}
-    assert read("preferences", [row], chat).unused == ["chosen: what stands behind the last answer"]
+    assert read("preferences", [row], chat).unused == ["chosen: the turns after the last answer"]
 
 
 # ---- planted faults: each must be caught by the test beside it

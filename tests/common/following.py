@@ -13,6 +13,7 @@ A line or words that are not there exactly once are an error, as they would be f
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -33,6 +34,17 @@ PROGRAMS = {
     "pytest": ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"],
     "python": [],
 }
+
+
+def copy_of_tree(place: Path) -> Path:
+    """A copy of the tree at `place`, without what a build, a run or a test leaves in it."""
+    leftovers = {"build", "dist", "runs", "models"}
+
+    def left_out(folder: str, names: list[str]) -> set[str]:
+        top = leftovers if Path(folder) == ROOT else set()  # bench/runs is a room
+        return {n for n in names if n in top or n[0] == "." or n == "__pycache__" or n.endswith(".egg-info")}
+
+    return shutil.copytree(ROOT, place, ignore=left_out)
 
 
 def steps(page: str) -> list[dict[str, str]]:
