@@ -28,6 +28,7 @@ class Architecture:
     # early: every other one before max_window_layers; period: all but each sliding_window_pattern-th; unrotated:
     # those without rope
     slides: Literal["all", "late", "early", "period", "unrotated"] = "all"
+    needs_window: bool = False  # transformers fails without a sliding_window, even if no layer has it
 
 
 _SLIDING = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
@@ -247,6 +248,7 @@ ARCHITECTURES = {
             "original_max_position_embeddings": 4096,
         },
         slides="period",
+        needs_window=True,
     ),
     "gemma3_text": Architecture(
         "Gemma3ForCausalLM",
@@ -281,6 +283,7 @@ ARCHITECTURES = {
             "cache_implementation": "how keys and values are kept while sampling",
         },
         slides="period",
+        needs_window=True,
     ),
 }
 

@@ -50,7 +50,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     """
     architecture = ARCHITECTURES[config.model_type]
     window = next((window for window in config.windows if window is not None), None)
-    if window is None and architecture.slides == "period":
+    if window is None and architecture.needs_window:
         window = architecture.defaults["sliding_window"]  # transformers needs one, even if no layer uses it
 
     # the keys of all architectures
@@ -387,7 +387,8 @@ class _Reader(Keys):
             return tuple(None for _ in range(layers))
         used = self.flag("use_sliding_window") if self.has("use_sliding_window") else True
         window = self.size("sliding_window") if used else None
-        if used and window is None and self.architecture.slides in ("early", "period"):
+        needed = self.architecture.needs_window or self.architecture.slides == "early"
+        if used and window is None and needed:
             self.refuse("sliding_window", "a positive integer", window)
         kinds = None
         if self.has("layer_types"):
