@@ -126,8 +126,11 @@ def found(path: str) -> list[Path]:
 def wrong_paths(text: str, page: Path = ROOT / "README.md") -> list[str]:
     """Paths that begin with a folder of ours, in prose, code and tables; names of .py files in backticks; links."""
     wrong = []
+    made = set(re.findall(r"^`([\w./-]+)`, a new file:$", text, re.MULTILINE))  # by a reader who follows the page
     for path in re.findall(rf"(?<![\w./-])(?:{'|'.join(FOLDERS)})/[\w./*<>-]*", text):
         pattern = re.sub(r"<\w+>", "*", path.rstrip("."))
+        if path.rstrip(".") in made:
+            continue
         if not any(ROOT.glob(pattern)) and not any(ROOT.glob(f"{pattern}.py")):
             wrong.append(path)
 
@@ -135,7 +138,7 @@ def wrong_paths(text: str, page: Path = ROOT / "README.md") -> list[str]:
     written = re.findall(r"^`(\w+\.py)`[^\n]*:\n\n```python", text, re.MULTILINE)  # by the reader
     for span in re.findall(r"`([^`]+)`", prose):
         for path in re.findall(r"(?<![\w./<>*-])[\w/]+\.py\b", span):
-            if not path.startswith("FILE") and path not in {*THEIRS, *written} and not found(path):
+            if not path.startswith("FILE") and path not in {*THEIRS, *written, *made} and not found(path):
                 wrong.append(path)
 
     for link, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", prose):
@@ -291,6 +294,7 @@ def test_a_wrong_name_is_found(text):
         "`test_names.py`, `test_namesake.py: what it says`",
         "[a page](docs/dpos.md)",
         "[a section](docs/gpu.md#visions)",
+        "`kernels/caps.py`, a new file: and no more",
     ],
 )
 def test_a_wrong_path_is_found(text):
@@ -350,6 +354,7 @@ def test_what_is_right_is_not_found():
         "`_chip`, `_op.make_op`, `test_names.py`, `test_one_level_of_rooms`, `a_b`, `bench/cases/<file>.py`"
     )
     assert not wrong_names(text) and not wrong_paths(text) and not wrong_words(text)
+    assert not wrong_paths("`kernels/caps.py`, a new file:\n\nand `kernels/caps.py` is there.")
     assert not wrong_places(
         "`rms_norm`, `add_rms_norm` (`kernels/norm.py`)\n| `packed.py` | `pack`: sequences |"
     )

@@ -55,6 +55,12 @@ def test_wheel_and_sdist(tree, tmp_path):
             assert packed == (path.parent / "__init__.py").exists(), path
         assert f"burnish/{folder}/py.typed" in names
 
+    (metadata,) = (name for name in names if name.endswith("/METADATA"))
+    page = message_from_string(zipfile.ZipFile(wheel).read(metadata).decode())
+    assert page["Description-Content-Type"] == "text/markdown" and page.get_payload().startswith("# Burnish\n")
+    assert page["Requires-Python"] == ">=3.11" and page["License-Expression"] == "Apache-2.0"
+    assert {c for c in page.get_all("Classifier")} <= CLASSIFIERS and page["Summary"] and page["Keywords"]
+
     sdist = build(tree, "sdist", tmp_path / "sdist")
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")

@@ -73,6 +73,7 @@ def follow(page: str, folder: Path, replaced: Mapping[str, str], *, skip: tuple[
             insert(folder / file, step["line"], step["inserted"], before=step["where"] == "before")
         elif file := step.get("changed"):
             replace(folder / file, step["old"], step["new"])
+
         elif program := step.get("program"):
             run(["-c", program], folder, {})
         else:
@@ -114,6 +115,7 @@ def run(arguments: list[str], folder: Path, variables: Mapping[str, str]) -> Non
     )
     for name in ("PYTHONSAFEPATH", "PYTEST_XDIST_WORKER"):
         environment.pop(name, None)
+
     done = subprocess.run(
         [sys.executable, "-P", *arguments],
         cwd=folder,

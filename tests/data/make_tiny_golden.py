@@ -27,9 +27,9 @@ def make(model_type: str, keys: dict[str, object], folder: Path) -> None:
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(model_type, **SIZES | keys)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    with (
-        torch.no_grad()
-    ):  # nothing stays at a value that hides a mistake, as a norm's weight of 1 or a bias of 0
+
+    # nothing stays at a value that hides a mistake, as a norm's weight of 1 or a bias of 0
+    with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(1.0 if parameter.ndim == 1 and parameter.mean() > 0.5 else 0.0, 0.2)
     model.save_pretrained(folder)
@@ -43,9 +43,9 @@ def make(model_type: str, keys: dict[str, object], folder: Path) -> None:
     # 2. what transformers computes on it
     out = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
     out.loss.backward()
-    greedy = model.generate(
-        ids[:1, :PROMPT], attention_mask=mask[:1, :PROMPT], do_sample=False, max_new_tokens=NEW_TOKENS
-    )
+    row = {"attention_mask": mask[:1, :PROMPT], "do_sample": False, "max_new_tokens": NEW_TOKENS}
+    greedy = model.generate(ids[:1, :PROMPT], **row)
+
     expected = {
         "input_ids": ids,
         "attention_mask": mask,
