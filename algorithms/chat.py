@@ -15,7 +15,7 @@ from typing import Any
 
 from ..model.errors import InputError, shown
 from ..model.files.text_files import read_json
-from ..model.generate import stream
+from ..model.generate import SamplingParams, stream
 from ..model.text.tokenizer import Message, Tokenizer
 from ..model.transformer import Transformer
 from .data.examples import check_rendered
@@ -46,12 +46,14 @@ def answer(cfg: Config, model: Transformer, tokenizer: Tokenizer, prompt: list[i
     tokens = stream(
         model,
         prompt,
-        max_new_tokens=cfg.max_new_tokens,
-        temperature=cfg.temperature,
-        top_p=cfg.top_p,
-        vocabulary=tokenizer.vocabulary,
-        stop_ids=tokenizer.stop_ids,
-        seed=seed,
+        SamplingParams(
+            max_new_tokens=cfg.max_new_tokens,
+            temperature=cfg.temperature,
+            top_p=cfg.top_p,
+            vocabulary=tokenizer.vocabulary,
+            stop_ids=tokenizer.stop_ids,
+            seed=seed,
+        ),
     )
 
     ids: list[int] = []

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from ..model.checkpoint import has_score, load_model, load_scalar_model
 from ..model.errors import InputError
 from ..model.files.replacing import replacing
-from ..model.generate import Sample, generate
+from ..model.generate import Sample, SamplingParams, generate
 from ..model.scalar import ScalarModel
 from ..model.text.tokenizer import Tokenizer
 from ..model.transformer import Transformer
@@ -265,14 +265,16 @@ def sample(cfg: Config, model: Transformer, tokenizer: Tokenizer, prompts: Seque
             return generate(
                 model,
                 [prompt.tokens for prompt in prompts],
-                samples_per_prompt=cfg.samples,
-                max_new_tokens=cfg.max_new_tokens,
-                temperature=cfg.temperature,
-                top_k=cfg.top_k,
-                top_p=cfg.top_p,
-                vocabulary=tokenizer.vocabulary,
-                stop_ids=tokenizer.stop_ids,
-                seed=cfg.seed,
+                SamplingParams(
+                    samples_per_prompt=cfg.samples,
+                    max_new_tokens=cfg.max_new_tokens,
+                    temperature=cfg.temperature,
+                    top_k=cfg.top_k,
+                    top_p=cfg.top_p,
+                    vocabulary=tokenizer.vocabulary,
+                    stop_ids=tokenizer.stop_ids,
+                    seed=cfg.seed,
+                ),
                 batch_size=cfg.batch_size,
                 progress=show,
             )

@@ -39,48 +39,61 @@ class Sample:
     vocabulary: Vocabulary | None = None  # the ids that the tokens were drawn from; None for the whole head
 
 
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How continuations are sampled.
+
+    temperature: 0 takes the most likely id, whatever top_k, top_p and min_p are. Such samples have no support.
+    vocabulary: the ids to draw from, for example those of a tokenizer. The default is every row of the head. Prompts
+        may hold other ids.
+    """
+
+    max_new_tokens: int
+    samples_per_prompt: int = 1
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    vocabulary: Vocabulary | None = None
+    stop_ids: Collection[int] = frozenset()  # a sample ends with the first of these
+    seed: int = 0
+
+    def chooser(self, model: Transformer) -> Chooser:
+        truncation = {"top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
+        return Chooser.of(model, self.vocabulary, temperature=self.temperature, **truncation)
+
+
 @torch.no_grad()
 def generate(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
     *,
-    samples_per_prompt: int = 1,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    vocabulary: Vocabulary | None = None,
-    stop_ids: Collection[int] = frozenset(),
-    seed: int = 0,
     batch_size: int | None = None,
     memory_budget: int = MEMORY_BUDGET,
     progress: Callable[[int, int], None] | None = None,
     adapters: Sequence[int] | None = None,
     first_sample: int = 0,
 ) -> list[Sample]:
-    """Sample continuations, and return them in the order of the prompts: first all samples of prompt 0.
+    """Sample continuations of prompts. Returns the samples in the order of the prompts, those of prompt 0 first.
 
-    temperature: 0 takes the most likely id, ignores top_k, top_p and min_p, and records no support.
-    vocabulary: the ids to draw from, usually a tokenizer's; by default all rows of the head. Prompts may hold other
-        ids.
-    batch_size: the most sequences at a time; by default as many as the memory budget allows.
-    memory_budget: bytes for the cache of keys and values. The cache has room for max_new_tokens of each sequence in
-        flight, and for each of their prompts once. cache.cache_bytes computes its size.
-    progress: called with (ended samples, all samples) when sequences leave the batch.
-    adapters: for each prompt, the index of the model's stacked adapter that answers it; -1 for none.
-    first_sample: the number of samples before these, if these are a part of a larger set. The ids are then the same as
-        in that set.
-
-    Raises InputError for an empty prompt, for an id outside the vocabulary, and for a budget too small for the cache of
-    one sequence. Raises ValueError for a number out of range.
+    batch_size: the most sequences at a time. The default is as many as the memory budget allows.
+    memory_budget: bytes of the cache. It holds max_new_tokens of each sequence at a time, and each of their prompts
+        once; `cache.cache_bytes` computes the sum.
+    progress: called with (samples that have ended, all samples) whenever some samples end.
+    adapters: for each prompt, the index of the stacked adapter that answers it, -1 for none.
+    first_sample: the number of samples before these, if they are part of a larger set. They are then drawn with the
+        same noise as in that set.
+    Raises InputError for an empty prompt, for an id outside the vocabulary, and for a budget below one sequence's
+        cache; ValueError for a number out of range.
     """
-    for name, value in (("samples_per_prompt", samples_per_prompt), ("batch_size", batch_size)):
+    count, stop_ids = params.samples_per_prompt, params.stop_ids
+    for name, value in (("samples_per_prompt", count), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-    chooser = Chooser.of(model, vocabulary, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    chooser = params.chooser(model)
     request = Request(
-        prompts, max_new_tokens, samples_per_prompt, adapters, stop_ids, seed=seed, first_sample=first_sample
+        prompts, params.max_new_tokens, count, adapters, stop_ids, seed=params.seed, first_sample=first_sample
     )
     request.check(model.config.vocab_size)
     if not request.total:
@@ -92,30 +105,23 @@ def generate(
         batch.admit()
         if batch.draw():
             for index, tokens, logprobs, support in batch.leave():
-                prompt, ended = index // samples_per_prompt, tokens[-1] in stop_ids
-                samples[index] = Sample(prompt, tokens, logprobs, support, ended, vocabulary)
+                prompt, ended = index // count, tokens[-1] in stop_ids
+                samples[index] = Sample(prompt, tokens, logprobs, support, ended, params.vocabulary)
             if progress is not None:
                 progress(len(samples), request.total)
         batch.advance()
     return [samples[index] for index in range(request.total)]
 
 
-def stream(
-    model: Transformer,
-    prompt: Sequence[int],
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    vocabulary: Vocabulary | None = None,
-    stop_ids: Collection[int] = frozenset(),
-    seed: int = 0,
-) -> Iterator[int]:
-    """Yield the ids of the single sample that `generate` would return, as they are drawn, including a final stop id."""
-    chooser = Chooser.of(model, vocabulary, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    request = Request([prompt], max_new_tokens, stop_ids=stop_ids, seed=seed)
+def stream(model: Transformer, prompt: Sequence[int], params: SamplingParams) -> Iterator[int]:
+    """Yield the ids of the single sample that `generate` would return, as they are drawn, including a final stop id.
+
+    Raises ValueError for more than one sample, and the errors of `generate`.
+    """
+    if params.samples_per_prompt != 1:
+        raise ValueError(f"samples_per_prompt: expected 1 in a stream, got {params.samples_per_prompt}")
+    chooser = params.chooser(model)
+    request = Request([prompt], params.max_new_tokens, stop_ids=params.stop_ids, seed=params.seed)
     request.check(model.config.vocab_size)
     batch = Batch(model, request, chooser)
 

@@ -34,7 +34,7 @@ DOORS = {  # what users write; a name moves here only with a change that says so
     "burnish.model.adapter": "add_lora adapter_disabled frozen_copy merge_lora quantize_base stack_adapters",
     "burnish.model.checkpoint": "load_model save_model stream_weights",
     "burnish.model.embed": "apply",
-    "burnish.model.generate": "generate",
+    "burnish.model.generate": "SamplingParams generate stream",
     "burnish.model.memory": "training_memory",
     "burnish.model.packed": "Packed pack",
 }
@@ -126,7 +126,9 @@ def found(path: str) -> list[Path]:
 def wrong_paths(text: str, page: Path = ROOT / "README.md") -> list[str]:
     """Paths that begin with a folder of ours, in prose, code and tables; names of .py files in backticks; links."""
     wrong = []
-    made = set(re.findall(r"^`([\w./-]+)`, a new file:$", text, re.MULTILINE))  # by a reader who follows the page
+    made = set(
+        re.findall(r"^`([\w./-]+)`, a new file:$", text, re.MULTILINE)
+    )  # by a reader who follows the page
     for path in re.findall(rf"(?<![\w./-])(?:{'|'.join(FOLDERS)})/[\w./*<>-]*", text):
         pattern = re.sub(r"<\w+>", "*", path.rstrip("."))
         if path.rstrip(".") in made:

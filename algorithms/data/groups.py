@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...model.errors import InputError
-from ...model.generate import Sample, generate
+from ...model.generate import Sample, SamplingParams, generate
 from ...model.text.tokenizer import Tokenizer
 from ...model.transformer import Transformer
 from ...model.vocabulary import Vocabulary
@@ -158,14 +158,14 @@ class Sampler:
 
     def __init__(self, cfg: RolloutFlags, tokenizer: Tokenizer, rewards: Rewards, run: Run):
         self._tokenizer, self._rewards, self._run = tokenizer, rewards, run
-        self._group_size, self._prompts_per_step = cfg.group_size, cfg.prompts_per_step
-        self._options = {
-            "max_new_tokens": cfg.max_new_tokens,
-            "temperature": cfg.temperature,
-            "top_k": cfg.top_k,
-            "top_p": cfg.top_p,
-            "batch_size": cfg.sampling_batch_size,
-        }
+        self._prompts_per_step, self._batch_size = cfg.prompts_per_step, cfg.sampling_batch_size
+        self._params = SamplingParams(
+            max_new_tokens=cfg.max_new_tokens,
+            samples_per_prompt=cfg.group_size,
+            temperature=cfg.temperature,
+            top_k=cfg.top_k,
+            top_p=cfg.top_p,
+        )
 
     def sample(self, model: Transformer, prompts: Sequence[Prompt], seed: int) -> Groups:
         """Sample and judge one group per prompt. Without reward functions all rewards are 0.
@@ -173,16 +173,9 @@ class Sampler:
         Numbers that reward functions log are added to the `Rewards` object.
         """
         # 1. sample for this process's part of the prompts
-        size = self._group_size
+        params, tokens = replace(self._params, seed=seed), [prompt.tokens for prompt in prompts]
         with self._run.timed("sampling_seconds"):
-            samples = own_samples(
-                model,
-                self._tokenizer,
-                [prompt.tokens for prompt in prompts],
-                samples_per_prompt=size,
-                seed=seed,
-                **self._options,
-            )
+            samples = own_samples(model, self._tokenizer, tokens, params, batch_size=self._batch_size)
 
         # 2. judge the samples
         with self._run.timed("scoring_seconds"):
@@ -200,6 +193,7 @@ class Sampler:
             extras = {column: values[part] for column, values in judgement.extras.items()}
             return Group(prompt, samples[part], judgement.total[part], parts, extras)
 
+        size = params.samples_per_prompt
         slices = (slice(i * size, (i + 1) * size) for i in range(len(prompts)))
         return Groups(map(group_of, prompts, slices))
 
@@ -257,8 +251,7 @@ def own_samples(
     model: Transformer,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
-    *,
-    samples_per_prompt: int,
+    params: SamplingParams,
     **options: Any,
 ) -> list[Sample]:
     """Sample completions for this process's part of the prompts. options: keyword arguments of `generate`.
@@ -268,15 +261,9 @@ def own_samples(
     """
     first, end = (len(prompts) * place // world() for place in (rank(), rank() + 1))
     with autocast(model.device.type), unsharded(model):  # in the same precision as scoring
-        samples = generate(
-            model,
-            prompts[first:end],
-            samples_per_prompt=samples_per_prompt,
-            vocabulary=tokenizer.vocabulary,
-            stop_ids=tokenizer.stop_ids,
-            first_sample=first * samples_per_prompt,
-            **options,
-        )
+        known = replace(params, vocabulary=tokenizer.vocabulary, stop_ids=tokenizer.stop_ids)
+        first_sample = first * params.samples_per_prompt
+        samples = generate(model, prompts[first:end], known, first_sample=first_sample, **options)
 
     if not all(sample.logprobs.isfinite().all() for sample in samples):
         raise InputError(

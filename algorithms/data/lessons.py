@@ -31,6 +31,7 @@ from torch import Tensor
 from ...model.errors import InputError, shown
 from ...model.files.replacing import replacing
 from ...model.files.text_files import check_regular, parse_json
+from ...model.generate import SamplingParams
 from ...model.text.tokenizer import Tokenizer
 from ...model.transformer import Transformer
 from ...model.vocabulary import Vocabulary
@@ -117,16 +118,13 @@ def answered(
 
     All tokens of an answer are trained, the end token included.
     """
-    own = own_samples(
-        model,
-        tokenizer,
-        prompts,
+    params = SamplingParams(
         samples_per_prompt=samples_per_prompt,
         max_new_tokens=cfg.max_new_tokens,
         temperature=cfg.temperature,
         seed=seed,
-        batch_size=cfg.sampling_batch_size,
     )
+    own = own_samples(model, tokenizer, prompts, params, batch_size=cfg.sampling_batch_size)
     samples = samples_of_all(own, tokenizer.vocabulary)
 
     lessons = []

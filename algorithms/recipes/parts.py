@@ -14,7 +14,7 @@ from ...model.checkpoint import load_model, save_model
 from ...model.errors import InputError
 from ...model.files.config_json import read_config
 from ...model.files.replacing import reason, replacing
-from ...model.generate import Sample, generate
+from ...model.generate import Sample, SamplingParams, generate
 from ...model.text.tokenizer import Tokenizer
 from ...model.transformer import Transformer
 from ..run.flags import Count, default_device
@@ -57,9 +57,13 @@ def random_model(folder: Path, tokenizer: tokenizers.Tokenizer, seed: int, **sha
 def sample(
     folder: Path, tokenizer: Tokenizer, prompts: Sequence[list[int]], device: str, **options: Any
 ) -> list[Sample]:
-    """Sample completions from the model in `folder`, or from the adapter on its base. options: those of `generate`."""
+    """Sample completions from the model in `folder`, or from the adapter on its base.
+
+    options: fields of SamplingParams.
+    """
     model = load_model(folder, device=device)
-    return generate(model, prompts, vocabulary=tokenizer.vocabulary, stop_ids=tokenizer.stop_ids, **options)
+    known = {"vocabulary": tokenizer.vocabulary, "stop_ids": tokenizer.stop_ids}
+    return generate(model, prompts, SamplingParams(**known, **options))
 
 
 # ---- stages

@@ -4,10 +4,10 @@ from typing import Any
 
 from .. import record
 from ..record import PASSES, best, markdown, reading
-from .sources import of_machines
-from .times import accurate_peers, groups
+from .sources import command_of, of_machines
+from .times import Providers, accurate_peers, groups, inaccurate_peers
 
-FEATURED = "flash_attention/shared prompt"
+SHARED = "flash_attention/shared prompt"
 
 
 def highlights() -> str:
@@ -21,7 +21,7 @@ def highlights() -> str:
         *_row("embedding", _embedding),
         *_row("r1", _r1),
     ]
-    return markdown(["measured", "figure", "machine", "command"], rows)
+    return markdown(["measured", "figure", "machine", "repeat it with"], rows) + "\n" + losses()
 
 
 def _row(kind: str, make: Any) -> list[list[str]]:
@@ -30,31 +30,67 @@ def _row(kind: str, make: Any) -> list[list[str]]:
     path, result = run
     with reading(path):
         command = f"[`{command_of(result)}`]({path})"
-        return [[*make(result), f"{result['machine']['device']}, one thread", command]]
-
-
-def command_of(result: dict[str, Any]) -> str:
-    """Return the command of a run without the flags that say where its figures are written."""
-    words = result["command"].replace("python -m burnish.bench.", "burnish bench ").split()
-    return " ".join(word for word in words if word not in ("--keep", "--json"))
+        return [[*make(result), f"{result['machine']['device']}, one thread, {result['date']}", command]]
 
 
 def _kernel(path: str, result: dict[str, Any]) -> list[Any]:
-    """Return the row of the featured case at its largest shape, or no row if this machine has not measured it."""
-    ratios, shape = [], ""
-    for (case, shape_of, which), providers in groups(result).items():  # small shapes first
-        peers = [best(row)[1] for row in accurate_peers(providers).values()]
-        if case == FEATURED and which in PASSES and peers:
-            ratio = min(peers) / best(providers["burnish"])[1]
-            ratios = [r for r in ratios if r[0] != which] + [(which, ratio)]
-            shape = shape_of
-    if not ratios or "driver" not in result["machine"]:
+    """Return the row of the shared prompt at its largest shape, or no row if this machine has not measured it."""
+    passes = of_largest(result, SHARED)
+    if not passes:
         return []
 
-    figures = ", ".join(f"{ratio:.1f}x {which}" for which, ratio in sorted(ratios))
-    what = f"attention over a shared prompt beside the fastest of torch, {shape}, bf16"
-    command = f"[`burnish bench flash_attention --peers`]({path})"
-    return [[what, figures, result["machine"]["device"], command]]
+    d = next(iter(passes.values()))["burnish"]["dims"]
+    answers = (d["T"] - d["P"]) // d["R"]
+    figures: list[str] = []
+    outside: dict[str, list[str]] = {}
+    for which, providers in passes.items():
+        ratios = {n: best(row)[1] / best(providers["burnish"])[1] for n, row in providers.items()}
+        least = min(ratios[n] for n in accurate_peers(providers))
+        figures.append(f"{least:.1f}x {which}")
+        for name in inaccurate_peers(providers):
+            if ratios[name] < least:
+                outside.setdefault(name, []).append(f"{ratios[name]:.1f}x {which}")
+
+    what = (
+        f"attention of {answers} answers of {d['R']:,} tokens to one prompt of {d['P']:,}, beside the fastest accurate "
+        "attention of torch with the prompt repeated"
+    )
+    note = "".join(f"; {n}, outside the accuracy rule: {', '.join(each)}" for n, each in outside.items())
+    machine = f"{result['machine']['device']}, {result['date']}"
+    return [[what, ", ".join(figures) + note, machine, f'[`burnish bench "{SHARED}" --peers`]({path})']]
+
+
+def losses() -> str:
+    """Return a sentence about plain causal attention on each GPU: the time beside the fastest accurate peer."""
+    return "".join(of_machines(_losses))
+
+
+def _losses(path: str, result: dict[str, Any]) -> list[str]:
+    words = []
+    for which, providers in of_largest(result, "flash_attention/causal").items():
+        peers = {n: best(row)[1] for n, row in accurate_peers(providers).items()}
+        rival = min(peers, key=lambda n: peers[n])
+        words.append(f"{best(providers['burnish'])[1] / peers[rival]:.2f}x that of {rival} {which}")
+    if not words:
+        return []
+    d, m = (
+        next(iter(of_largest(result, "flash_attention/causal").values()))["burnish"]["dims"],
+        result["machine"],
+    )
+    return [
+        f"Not everything is faster: plain causal attention of {d['T']:,} tokens took {' and '.join(words)}. The "
+        f"figures of the {m['device']} are of commit {result['commit']}. The kernels were changed since, and no GPU "
+        "has timed them again.\n"
+    ]
+
+
+def of_largest(result: dict[str, Any], wanted: str) -> dict[str, Providers]:
+    """Return the measurements of a case at its largest shape, by pass; none if it was not measured on a GPU."""
+    passes: dict[str, Providers] = {}
+    for (case, _, which), providers in groups(result).items():  # small shapes first
+        if case == wanted and accurate_peers(providers) and "driver" in result["machine"]:
+            passes[which] = providers
+    return {which: passes[which] for which in PASSES if which in passes}
 
 
 def _trainers(result: dict[str, Any]) -> list[str]:

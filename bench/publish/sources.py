@@ -1,5 +1,6 @@
 """Helpers that make sections of documents from kept files. An error in a file becomes a message that names the file."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +50,12 @@ def of_machines(make: Callable[[str, dict[str, Any]], list[str]]) -> list[str]:
     return parts
 
 
+def command_of(result: dict[str, Any]) -> str:
+    """Return the command of a run as it is spelled today, without the flags that say where its figures are written."""
+    command = re.sub(r"python -m burnish\.bench(\.| )", "burnish bench ", result["command"])
+    return re.sub(r" --(json|keep)\b", "", command)
+
+
 def whence(path: str, result: dict[str, Any]) -> str:
     """Return the command of a result, with its commit, date and file, as text."""
-    return f"`{result['command']}` at commit {result['commit']}, {result['date']}, from `{path}`"
+    return f"`{command_of(result)}` at commit {result['commit']}, {result['date']}, from `{path}`"

@@ -27,6 +27,13 @@ def accurate_peers(providers: Providers) -> Providers:
     return {n: r for n, r in providers.items() if not n.startswith(("burnish", "eager")) and r["accurate"]}
 
 
+def inaccurate_peers(providers: Providers) -> Providers:
+    """Return the peers that were timed although they fail the accuracy rule."""
+    return {
+        n: r for n, r in providers.items() if not n.startswith(("burnish", "eager")) and not r["accurate"]
+    }
+
+
 def speed() -> str:
     """Return the table of every case, shape and pass in the newest results of each machine."""
     return "\n".join(part for part in of_machines(_speed) if part) or NO_RESULTS
@@ -40,6 +47,16 @@ def _speed(path: str, result: dict[str, Any]) -> list[str]:
     )
     absent = [f"{what}: {why}" for what, why in result["absent"].items()]
     note = f"Not measured: {'; '.join(absent)}.\n" if absent else ""
+    off = [
+        f"{name} at `{case}` {shape}, {which}: {best(row)[1]:.4g}"
+        for (case, shape, which), providers in groups(result).items()
+        for name, row in inaccurate_peers(providers).items()
+    ]
+    note += (
+        f"\nTimed, but outside the accuracy rule and therefore not compared (microseconds): {'; '.join(off)}.\n"
+        if off
+        else ""
+    )
     return [_facts(path, result), markdown(head, rows), note]
 
 

@@ -37,7 +37,7 @@ import torch
 from ...algorithms.run.flags import Count
 from ...model.cache import cache_bytes
 from ...model.checkpoint import load_model
-from ...model.generate import generate
+from ...model.generate import SamplingParams, generate
 from ...model.transformer import Transformer
 from ..record import machine
 from .figures import write_figures
@@ -137,10 +137,12 @@ def ours(model: Transformer, work: Work, greedy: bool) -> list[list[int]]:
     samples = generate(
         model,
         work.draw_prompts(model.config.vocab_size),
-        samples_per_prompt=work.samples,
-        max_new_tokens=work.new_tokens,
-        temperature=0.0 if greedy else 1.0,
-        stop_ids=work.stop_ids(model.config.vocab_size),
+        SamplingParams(
+            samples_per_prompt=work.samples,
+            max_new_tokens=work.new_tokens,
+            temperature=0.0 if greedy else 1.0,
+            stop_ids=work.stop_ids(model.config.vocab_size),
+        ),
         batch_size=SETTINGS[model.device.type].batch,
     )
     return [sample.tokens for sample in samples]

@@ -7,7 +7,7 @@ from burnish.algorithms.chat import Config, main
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.config import ModelConfig
 from burnish.model.errors import InputError
-from burnish.model.generate import generate
+from burnish.model.generate import SamplingParams, generate
 from burnish.model.text.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
 
@@ -80,7 +80,9 @@ def test_one_prompt_one_answer(folder, tokenizer, capsys):
     main(Config(model=folder, prompt="The License", temperature=0, max_new_tokens=8, device="cpu"))
     prompt = tokenizer.encode_chat([USER], add_generation_prompt=True)
     (expected,) = generate(
-        load_model(folder), [prompt], max_new_tokens=8, temperature=0, stop_ids=tokenizer.stop_ids
+        load_model(folder),
+        [prompt],
+        SamplingParams(max_new_tokens=8, temperature=0, stop_ids=tokenizer.stop_ids),
     )
     assert capsys.readouterr().out == tokenizer.decode(expected.tokens) + "\n"
 

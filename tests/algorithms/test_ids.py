@@ -15,7 +15,7 @@ from burnish.algorithms.run.ids import check_ids
 from burnish.model.checkpoint import load_model, load_scalar_model, save_model
 from burnish.model.config import ModelConfig
 from burnish.model.errors import InputError
-from burnish.model.generate import generate, stream
+from burnish.model.generate import SamplingParams, generate, stream
 from burnish.model.text.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
 from burnish.model.vocabulary import Vocabulary
@@ -281,14 +281,14 @@ def test_generate_says_it_in_one_sentence(place):
     model = load_model(place / "model")
     for wrong in ([1, ROWS], [-1, 2]):
         with pytest.raises(ValueError, match=rf"prompt 1: expected token ids below {ROWS}, got"):
-            generate(model, [[1], wrong], max_new_tokens=2)
+            generate(model, [[1], wrong], SamplingParams(max_new_tokens=2))
         with pytest.raises(ValueError, match=rf"prompt 0: expected token ids below {ROWS}, got"):
-            next(stream(model, wrong, max_new_tokens=2))
-    (sample,) = generate(model, [[1]], max_new_tokens=3, stop_ids={ROWS, 10**30, -1})
+            next(stream(model, wrong, SamplingParams(max_new_tokens=2)))
+    (sample,) = generate(model, [[1]], SamplingParams(max_new_tokens=3, stop_ids={ROWS, 10**30, -1}))
     assert len(sample.tokens) == 3 and not sample.ended
     wide = load_model(save(place / "wide", ROWS + 3))
     kept = Vocabulary.of([*range(ROWS), ROWS + 1]).below(ROWS)
-    drawn = generate(wide, [[1]], samples_per_prompt=20, max_new_tokens=3, vocabulary=kept)
+    drawn = generate(wide, [[1]], SamplingParams(samples_per_prompt=20, max_new_tokens=3, vocabulary=kept))
     assert max(max(sample.tokens) for sample in drawn) < ROWS
 
 

@@ -212,15 +212,24 @@ def test_chat(place):
 
 def test_every_algorithm_says_what_it_draws_from():
     """Recipes, too, which no test here runs."""
-    calls = [
-        (file.name, node)
+    samplers = [
+        (file.name, function)
         for file in sorted(ALGORITHMS.rglob("*.py"))
-        for node in ast.walk(ast.parse(file.read_text()))
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("generate", "stream")
+        for function in ast.walk(ast.parse(file.read_text()))
+        if isinstance(function, ast.FunctionDef) and any(map(samples, ast.walk(function)))
     ]
-    assert {name for name, _ in calls} >= {"groups.py", "chat.py", "evaluate.py", "parts.py"}
-    for name, node in calls:
-        assert "vocabulary" in {keyword.arg for keyword in node.keywords}, f"{name}:{node.lineno}"
+    assert {name for name, _ in samplers} >= {"groups.py", "chat.py", "evaluate.py", "parts.py"}
+    for name, function in samplers:
+        assert any(map(names_a_vocabulary, ast.walk(function))), f"{name}:{function.lineno}"
+
+
+def samples(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("generate", "stream")
+
+
+def names_a_vocabulary(node: ast.AST) -> bool:
+    """Tell whether a node is the keyword of a call, or the key of a dict of keywords."""
+    return getattr(node, "arg", "") == "vocabulary" or getattr(node, "value", "") == "vocabulary"
 
 
 def test_lessons_with_an_id_that_is_missing_are_refused(tmp_path):
@@ -257,7 +266,9 @@ def _given_text(make_batches):
 
 
 def _from_the_whole_head(generate):
-    return lambda *a, vocabulary, **options: generate(*a, **options)
+    return lambda model, prompts, params, **options: generate(
+        model, prompts, dataclasses.replace(params, vocabulary=None), **options
+    )
 
 
 def _a_count(_):

@@ -12,7 +12,7 @@ import torch
 from burnish.algorithms.data.examples import Prompt
 from burnish.algorithms.data.groups import Group, Groups
 from burnish.model.checkpoint import load_model, load_scalar_model, save_model
-from burnish.model.generate import generate
+from burnish.model.generate import SamplingParams, generate
 from burnish.model.packed import pack
 from burnish.model.text.tokenizer import Tokenizer
 from controlled import Place, assert_a_stopped_run_goes_on, assert_caught, assert_faithful, metrics_of, same
@@ -146,11 +146,9 @@ def the_sampler_is_the_scorer(module: ModuleType, place: Place) -> None:
     drawn = generate(
         model,
         [prompt.tokens for prompt in prompts],
-        samples_per_prompt=4,
-        max_new_tokens=6,
-        temperature=0.7,
-        top_k=9,
-        stop_ids=tokenizer.stop_ids,
+        SamplingParams(
+            samples_per_prompt=4, max_new_tokens=6, temperature=0.7, top_k=9, stop_ids=tokenizer.stop_ids
+        ),
     )
     groups = Groups(Group(prompts[i], drawn[4 * i : 4 * i + 4], torch.zeros(4)) for i in range(2))
 

@@ -13,7 +13,7 @@ from burnish.algorithms.recipes.sums import make_tokenizer
 from burnish.model.adapter import add_lora
 from burnish.model.batch import Chooser
 from burnish.model.checkpoint import load_model
-from burnish.model.generate import Sample, generate, stream
+from burnish.model.generate import Sample, SamplingParams, generate, stream
 from burnish.model.packed import pack
 from burnish.model.text.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
@@ -74,7 +74,7 @@ def draw(folder: Path, **how: Any) -> list[Sample]:
     """Six samples a prompt, from the tokenizer's ids unless told otherwise."""
     model, tokenizer = load_model(folder), Tokenizer.load(folder)
     how = {"samples_per_prompt": 6, "max_new_tokens": 6, "vocabulary": tokenizer.vocabulary, **how}
-    return generate(model, [tokenizer.encode(text) for text in PROMPTS], **how)
+    return generate(model, [tokenizer.encode(text) for text in PROMPTS], SamplingParams(**how))
 
 
 @pytest.mark.parametrize("how", WAYS, ids=str)
@@ -103,7 +103,7 @@ def test_what_is_drawn_is_what_the_twin_draws(twins, how):
 
     prompt = tokenizer.encode(PROMPTS[0])
     options = {"max_new_tokens": 6, "vocabulary": tokenizer.vocabulary, **how}
-    assert list(stream(model, prompt, **options)) == found[0].tokens
+    assert list(stream(model, prompt, SamplingParams(**options))) == found[0].tokens
 
 
 def test_without_a_vocabulary_missing_ids_are_drawn(twins):
@@ -114,7 +114,7 @@ def test_without_a_vocabulary_missing_ids_are_drawn(twins):
 
 def test_a_prompt_may_hold_a_missing_id(twins):
     model, vocabulary = load_model(twins.other), Tokenizer.load(twins.other).vocabulary
-    (sample,) = generate(model, [[0, 23, 5]], max_new_tokens=6, vocabulary=vocabulary)
+    (sample,) = generate(model, [[0, 23, 5]], SamplingParams(max_new_tokens=6, vocabulary=vocabulary))
     assert set(sample.tokens) <= set(twins.ids)
 
 

@@ -26,8 +26,6 @@ from sources import (
 OPTIONAL = {"transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "liger_kernel"}
 
 MOST_PARAMETERS = 8
-# functions whose keywords are the API that docs/rollouts.md writes out, each of them optional: no record of ours there
-PUBLIC_DOORS = {"model/generate.py": {"generate", "stream"}}
 MOST_LINES = 60  # of a function
 MOST_LINES_OF = {"train": 80}
 MOST_LINES_OF_A_KERNEL = 100
@@ -107,10 +105,9 @@ def is_public(name: str, node: Function) -> bool:
 
 
 def functions_take_few_parameters(name: str, source: str) -> Iterator[str]:
-    """At most 8, self and cls not counted. Exempt are Triton kernels, public ops, their references and PUBLIC_DOORS."""
-    doors = {node for node in functions(source) if node.name in PUBLIC_DOORS.get(name, ())}
+    """At most 8, self and cls not counted. Exempt are Triton kernels, public ops and their references."""
     for node in every_function(source):
-        if is_kernel(node) or is_public(name, node) or node in doors:
+        if is_kernel(node) or is_public(name, node):
             continue
         a = node.args
         found = [x.arg for x in (*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg) if x is not None]

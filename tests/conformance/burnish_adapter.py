@@ -20,7 +20,7 @@ from burnish.algorithms.run import learner
 from burnish.algorithms.sft import sft_loss
 from burnish.bench.conformance import KL, Batch, Row, Step, Toy, Trainer, ids_of
 from burnish.model.checkpoint import load_model
-from burnish.model.generate import generate
+from burnish.model.generate import SamplingParams, generate
 from burnish.model.packed import pack
 from torch import Tensor
 
@@ -106,8 +106,8 @@ def rollout(
 ) -> tuple[Tensor, Tensor]:
     """Scored as grpo and ppo do: the samples' own support, the prompt shared."""
     model = load_model(toy.folder)
-    settings = {"max_new_tokens": 1, "temperature": temperature, "top_k": top_k}
-    samples = generate(model, [prompt], samples_per_prompt=count, **settings)
+    how = {"max_new_tokens": 1, "temperature": temperature, "top_k": top_k}
+    samples = generate(model, [prompt], SamplingParams(samples_per_prompt=count, **how))
     packed = pack([prompt, *(sample.tokens for sample in samples)], [-1, *[0] * count])
     supports = [sample.support for sample in samples if sample.support is not None]
     rows = torch.arange(len(prompt), len(prompt) + count)

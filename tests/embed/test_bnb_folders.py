@@ -15,7 +15,7 @@ import torch
 from burnish.model import pack
 from burnish.model.adapter import add_lora, linears
 from burnish.model.checkpoint import load_model, load_scalar_model, save_model
-from burnish.model.generate import generate
+from burnish.model.generate import SamplingParams, generate
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
@@ -90,7 +90,7 @@ def test_both_read_what_either_writes(make, tmp_path, options):
     ours_in_4_bits = {name for name, layer in linears(ours).items() if layer.four_bit is not None}
     assert ours_in_4_bits == in_4_bits - {"lm_head"} and in_4_bits  # the head is multiplied out
     if "lm_head" in in_4_bits:
-        samples = generate(ours, [IDS], max_new_tokens=1, temperature=0.0)
+        samples = generate(ours, [IDS], SamplingParams(max_new_tokens=1, temperature=0.0))
         assert samples[0].tokens == [int(logits_of(theirs)[-1].argmax())]
         load_scalar_model(folder)
 

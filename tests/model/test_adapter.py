@@ -21,7 +21,7 @@ from burnish.model.adapter import (
     take_adapter,
 )
 from burnish.model.checkpoint import load_model, load_scalar_model, read_adapter, save_model
-from burnish.model.generate import generate
+from burnish.model.generate import SamplingParams, generate
 from safetensors.torch import load_file
 from tiny import PACKED, ROWS, TINY, logits_of, tiny, trained
 
@@ -265,12 +265,12 @@ def test_several_adapters_answer_in_one_batch():
     """Equal prompts of different adapters are not prefilled together, and the cache keeps who is who as rows leave."""
     base, models, stacked = several()
     prompts, which = [[1, 2, 3], [1, 2, 3], [1, 2, 3], [4, 5], [1, 2, 3]], [0, 1, -1, 2, 0]
-    options = {"samples_per_prompt": 3, "max_new_tokens": 9, "stop_ids": {3, 4, 5, 6}}
-    samples = generate(stacked, prompts, adapters=which, seed=7, **options)
+    params = SamplingParams(samples_per_prompt=3, max_new_tokens=9, stop_ids={3, 4, 5, 6}, seed=7)
+    samples = generate(stacked, prompts, params, adapters=which)
     lengths = {len(sample.tokens) for sample in samples}
     assert len(lengths) > 2  # rows leave at different times
     for i, model in enumerate([*models, base]):
-        alone = generate(model, prompts, seed=7, **options)
+        alone = generate(model, prompts, params)
         ours = [n for n, sample in enumerate(samples) if which[sample.prompt_index] == (i if i < 3 else -1)]
         assert [samples[n].tokens for n in ours] == [alone[n].tokens for n in ours]
 

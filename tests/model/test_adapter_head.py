@@ -8,7 +8,7 @@ import torch
 from burnish.kernels import token_logprobs
 from burnish.model import Transformer, linear
 from burnish.model.adapter import adapter_disabled, add_lora, frozen_copy, linears, merge_lora
-from burnish.model.generate import generate
+from burnish.model.generate import SamplingParams, generate
 from burnish.model.linear import Linear
 from tiny import PACKED, ROWS, TINY, logits_of, tiny, trained
 
@@ -48,14 +48,20 @@ def test_an_adapter_of_the_head_is_sampled_from_without_being_merged(monkeypatch
     model.eval()
     merged = copy.deepcopy(model)
     merge_lora(merged)
-    expected, greedy = logits_of(merged), generate(merged, [[1, 2]], max_new_tokens=6, temperature=0.0)
+    expected, greedy = (
+        logits_of(merged),
+        generate(merged, [[1, 2]], SamplingParams(max_new_tokens=6, temperature=0.0)),
+    )
 
     def never(self):
         raise AssertionError("the head's adapter was multiplied out")
 
     monkeypatch.setattr(Linear, "merged", never)
     torch.testing.assert_close(logits_of(model), expected, atol=1e-5, rtol=1e-5)
-    assert generate(model, [[1, 2]], max_new_tokens=6, temperature=0.0)[0].tokens == greedy[0].tokens
+    assert (
+        generate(model, [[1, 2]], SamplingParams(max_new_tokens=6, temperature=0.0))[0].tokens
+        == greedy[0].tokens
+    )
     with adapter_disabled(model):
         assert not torch.allclose(logits_of(model), expected, atol=1e-3)
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from burnish.model import ModelConfig, Transformer, pack
-from burnish.model.generate import Sample, generate
+from burnish.model.generate import Sample, SamplingParams, generate
 from faults import Fault, check_of, control, faults_of
 from planted import copy_of
 
 CONFIG = ModelConfig(31, 16, 24, 2, 2, initializer_range=0.5, tie_word_embeddings=True)
 PROMPTS = [[4, 9, 1, 30, 7], [3], [12, 13, 14], [9, 9], [8, 7, 6, 5, 4, 3], [21, 2]]
-OPTIONS = {"samples_per_prompt": 3, "max_new_tokens": 9, "stop_ids": {1, 2, 3, 4, 5, 6}, "seed": 3}
+PARAMS = SamplingParams(samples_per_prompt=3, max_new_tokens=9, stop_ids={1, 2, 3, 4, 5, 6}, seed=3)
 
 
 def draw_with(folder: Path, monkeypatch, fault: Fault | None = None) -> Callable[..., list[Sample]]:
@@ -34,7 +34,7 @@ def draw_with(folder: Path, monkeypatch, fault: Fault | None = None) -> Callable
 def expected():
     """The model, and its samples from one batch that holds them all, scored without a cache."""
     model = Transformer(CONFIG, seed=3)
-    samples = generate(model, PROMPTS, **OPTIONS)
+    samples = generate(model, PROMPTS, PARAMS)
     scores = []
     for sample in samples:
         prompt = PROMPTS[sample.prompt_index]
@@ -47,7 +47,7 @@ def expected():
 @control
 def samples_are_those_of_one_batch(draw, expected) -> None:
     model, tokens, scores = expected
-    samples = draw(model, PROMPTS, batch_size=7, **OPTIONS)
+    samples = draw(model, PROMPTS, PARAMS, batch_size=7)
     assert [sample.tokens for sample in samples] == tokens
     for sample, score in zip(samples, scores, strict=True):
         torch.testing.assert_close(sample.logprobs, score, atol=1e-5, rtol=0)

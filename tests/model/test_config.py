@@ -9,7 +9,7 @@ from burnish.model.checkpoint import load_model
 from burnish.model.config import Latent, ModelConfig
 from burnish.model.files.architectures import ARCHITECTURES, INERT, ROPE_INERT, loadable
 from burnish.model.files.config_json import read_config, write_config
-from burnish.model.generate import generate
+from burnish.model.generate import SamplingParams, generate
 from faults import check_of, control, faults_of
 from folders import GOLDEN
 from planted import plant
@@ -258,7 +258,7 @@ def test_values_wider_than_keys_in_latent_attention():
     config = ModelConfig(31, 16, 24, 2, 2, head_dim=10, latent=latent, initializer_range=0.4)
     model = Transformer(config, seed=1)
     prompt = [3, 1, 4, 1, 5]
-    (sample,) = generate(model, [prompt], max_new_tokens=6, temperature=0)
+    (sample,) = generate(model, [prompt], SamplingParams(max_new_tokens=6, temperature=0))
     ids = list(prompt)
     with torch.no_grad():
         for _ in range(6):

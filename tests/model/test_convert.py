@@ -10,7 +10,7 @@ from burnish.model import convert
 from burnish.model.checkpoint import load_model
 from burnish.model.convert import Config, convert_gguf, main
 from burnish.model.errors import InputError
-from burnish.model.generate import generate
+from burnish.model.generate import SamplingParams, generate
 from burnish.model.packed import pack
 from burnish.model.text.tokenizer import Tokenizer
 
@@ -347,5 +347,7 @@ def test_smollm2_answers(tmp_path):
     model, tokenizer = load_model(tmp_path / "model"), Tokenizer.load(tmp_path / "model")
     question = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.encode_chat(question, add_generation_prompt=True)
-    (sample,) = generate(model, [prompt], max_new_tokens=20, temperature=0, stop_ids=tokenizer.stop_ids)
+    (sample,) = generate(
+        model, [prompt], SamplingParams(max_new_tokens=20, temperature=0, stop_ids=tokenizer.stop_ids)
+    )
     assert tokenizer.decode(sample.tokens) == "The capital of France is Paris." and sample.ended

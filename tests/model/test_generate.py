@@ -11,7 +11,7 @@ from burnish.model.adapter import add_lora, quantize_base
 from burnish.model.batch import Batch, Chooser, Request
 from burnish.model.cache import cache_bytes
 from burnish.model.checkpoint import load_model
-from burnish.model.generate import generate, stream
+from burnish.model.generate import SamplingParams, generate, stream
 from folders import GOLDEN
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -60,7 +60,9 @@ def score(model, sample, temperature=1.0):
 def test_greedy_tokens_are_those_of_transformers(data, architecture):
     folder = data / "tiny-hf" / architecture
     greedy = load_file(folder / "expected.safetensors")["greedy"][0].tolist()
-    (sample,) = generate(load_model(folder), [greedy[:6]], max_new_tokens=len(greedy) - 6, temperature=0)
+    (sample,) = generate(
+        load_model(folder), [greedy[:6]], SamplingParams(max_new_tokens=len(greedy) - 6, temperature=0)
+    )
     assert sample.tokens == greedy[6:]
 
 
@@ -68,7 +70,9 @@ def test_greedy_text_of_a_real_model_is_that_of_transformers(data, shared_data):
     golden = json.loads((data / "stories260k-greedy.json").read_text())["golden"]
     model = load_model(shared_data / "stories260k" / "hf")
     samples = generate(
-        model, [story["prompt"] for story in golden], max_new_tokens=100, temperature=0, stop_ids={2}
+        model,
+        [story["prompt"] for story in golden],
+        SamplingParams(max_new_tokens=100, temperature=0, stop_ids={2}),
     )
     for sample, story in zip(samples, golden, strict=True):
         assert sample.tokens == story["tokens"]
@@ -110,9 +114,8 @@ def test_cached_decoding_is_uncached_decoding(data, architecture):
 )
 def test_log_probabilities_are_the_scorers(data, architecture, how):
     model = load_model(data / "tiny-hf" / architecture)
-    for sample in generate(
-        model, PROMPTS, samples_per_prompt=3, max_new_tokens=9, stop_ids={0, 1, 2, 3}, **how
-    ):
+    params = SamplingParams(samples_per_prompt=3, max_new_tokens=9, stop_ids={0, 1, 2, 3}, **how)
+    for sample in generate(model, PROMPTS, params):
         assert (sample.support is not None) == ("top_k" in how or "top_p" in how)
         expected = score(model, sample, how.get("temperature", 1.0))
         torch.testing.assert_close(sample.logprobs, expected, atol=1e-5, rtol=0)
@@ -120,7 +123,7 @@ def test_log_probabilities_are_the_scorers(data, architecture, how):
 
 def test_a_group_runs_its_prompt_once(tiny, monkeypatch):
     prefills, steps = calls(monkeypatch, tiny, "prefill"), calls(monkeypatch, tiny, "decode")
-    generate(tiny, [*PROMPTS, PROMPTS[0]], samples_per_prompt=4, max_new_tokens=3)
+    generate(tiny, [*PROMPTS, PROMPTS[0]], SamplingParams(samples_per_prompt=4, max_new_tokens=3))
     assert prefills == [sum(map(len, PROMPTS))]  # the repeated prompt is not run again either
     assert steps == [20, 20]  # the last id drawn is not run
 
@@ -128,27 +131,27 @@ def test_a_group_runs_its_prompt_once(tiny, monkeypatch):
 def test_sequences_that_ended_leave_and_the_batch_fills_up_again(tiny, monkeypatch):
     prefills, steps = calls(monkeypatch, tiny, "prefill"), calls(monkeypatch, tiny, "decode")
     prompts = [[*prompt, i] for i in range(8) for prompt in PROMPTS]
-    samples = generate(tiny, prompts, max_new_tokens=30, stop_ids=set(range(4)), batch_size=8)
+    samples = generate(tiny, prompts, SamplingParams(max_new_tokens=30, stop_ids=set(range(4))), batch_size=8)
     assert max(steps) == 8 and len(prefills) > 4
     drawn = sum(len(sample.tokens) for sample in samples)
     assert drawn - 32 <= sum(steps) < 1.2 * drawn  # few steps are spent on sequences that have ended
-    every = generate(tiny, prompts, max_new_tokens=30, stop_ids=set(range(4)))
+    every = generate(tiny, prompts, SamplingParams(max_new_tokens=30, stop_ids=set(range(4))))
     assert [sample.tokens for sample in samples] == [sample.tokens for sample in every]
 
 
 def test_large_prefills_are_cut_into_portions(tiny, monkeypatch):
-    whole = generate(tiny, PROMPTS, samples_per_prompt=2, max_new_tokens=4)
+    whole = generate(tiny, PROMPTS, SamplingParams(samples_per_prompt=2, max_new_tokens=4))
     prefills = calls(monkeypatch, tiny, "prefill")
     monkeypatch.setattr("burnish.model.batch.PREFILL_TOKENS", {"cpu": 4})
-    assert [s.tokens for s in generate(tiny, PROMPTS, samples_per_prompt=2, max_new_tokens=4)] == [
-        s.tokens for s in whole
-    ]
+    assert [
+        s.tokens for s in generate(tiny, PROMPTS, SamplingParams(samples_per_prompt=2, max_new_tokens=4))
+    ] == [s.tokens for s in whole]
     assert prefills == [1 + 2 + 3, 5]  # the shortest first: what runs together is of about one length
 
 
 def test_a_batch_of_one_at_a_time_runs_each_prompt_once(tiny, monkeypatch):
     prefills = calls(monkeypatch, tiny, "prefill")
-    generate(tiny, PROMPTS, samples_per_prompt=3, max_new_tokens=2, batch_size=1)
+    generate(tiny, PROMPTS, SamplingParams(samples_per_prompt=3, max_new_tokens=2), batch_size=1)
     assert prefills == [len(prompt) for prompt in PROMPTS]
 
 
@@ -164,8 +167,8 @@ def test_what_is_computed_is_what_the_cache_takes(data, architecture, dtype):
 
 
 def test_the_budget_sizes_the_cache_and_changes_no_sample(tiny, monkeypatch):
-    options = {"samples_per_prompt": 4, "max_new_tokens": 6, "stop_ids": {1, 2, 3}}
-    reference = generate(tiny, PROMPTS, **options)
+    params = SamplingParams(samples_per_prompt=4, max_new_tokens=6, stop_ids={1, 2, 3})
+    reference = generate(tiny, PROMPTS, params)
     sizes: list[int] = []
     monkeypatch.setattr(
         "burnish.model.batch.Cache",
@@ -174,21 +177,23 @@ def test_the_budget_sizes_the_cache_and_changes_no_sample(tiny, monkeypatch):
     token = cache_bytes(TINY, 0, 0, 1, 1, torch.float32)
     least = (5 + 6) * token  # the longest prompt, and one answer
     for budget in (least, 3 * least, 10**9):
-        samples = generate(tiny, PROMPTS, memory_budget=budget, **options)
+        samples = generate(tiny, PROMPTS, params, memory_budget=budget)
         assert [s.tokens for s in samples] == [s.tokens for s in reference]
     # 2 slots with 2 prompts would be 22 tokens, 3 with 2 prompts 28, 4 with 2 prompts 34 and one too many
     assert sizes == [least, 28 * token, (4 * 5 + 16 * 6) * token]
     with pytest.raises(
         InputError, match=rf"memory_budget: expected at least the {least} bytes .* got {least - 1}"
     ):
-        generate(tiny, PROMPTS, memory_budget=least - 1, **options)
+        generate(tiny, PROMPTS, params, memory_budget=least - 1)
 
 
 # ---- what is returned
 
 
 def test_samples_come_in_order_with_their_ends(tiny):
-    samples = generate(tiny, PROMPTS, samples_per_prompt=8, max_new_tokens=6, stop_ids={5, 6, 7, 8, 9})
+    samples = generate(
+        tiny, PROMPTS, SamplingParams(samples_per_prompt=8, max_new_tokens=6, stop_ids={5, 6, 7, 8, 9})
+    )
     assert [sample.prompt_index for sample in samples] == [i for i in range(4) for _ in range(8)]
     ends = {True: 0, False: 0}
     for sample in samples:
@@ -202,21 +207,22 @@ def test_samples_come_in_order_with_their_ends(tiny):
 
 
 def test_a_stop_token_in_the_last_place_is_an_end(tiny):
-    (whole,) = generate(tiny, PROMPTS[:1], max_new_tokens=6)
+    (whole,) = generate(tiny, PROMPTS[:1], SamplingParams(max_new_tokens=6))
     assert not whole.ended
     (sample,) = generate(
-        tiny, PROMPTS[:1], max_new_tokens=6, stop_ids={whole.tokens[5]} - set(whole.tokens[:5])
+        tiny,
+        PROMPTS[:1],
+        SamplingParams(max_new_tokens=6, stop_ids={whole.tokens[5]} - set(whole.tokens[:5])),
     )
     assert sample.ended and sample.tokens == whole.tokens
 
 
 def test_the_seed_decides_and_the_batch_does_not(tiny):
-    draw = lambda prompts=PROMPTS, n=4, **how: [
-        sample.tokens
-        for sample in generate(
-            tiny, prompts, samples_per_prompt=n, max_new_tokens=12, stop_ids={0}, **{"seed": 7, **how}
-        )
-    ]
+    params = SamplingParams(samples_per_prompt=4, max_new_tokens=12, stop_ids={0}, seed=7)
+
+    def draw(prompts=PROMPTS, batch_size=None, **changes):
+        samples = generate(tiny, prompts, replace(params, **changes), batch_size=batch_size)
+        return [sample.tokens for sample in samples]
 
     reference = draw()
     assert len(set(map(tuple, reference[:4]))) == 4  # the samples of a group differ
@@ -237,8 +243,7 @@ def test_progress_counts_every_sample(tiny):
     generate(
         tiny,
         PROMPTS,
-        max_new_tokens=4,
-        stop_ids={1, 2},
+        SamplingParams(max_new_tokens=4, stop_ids={1, 2}),
         progress=lambda done, total: seen.append((done, total)),
     )
     assert seen[-1] == (4, 4)
@@ -246,15 +251,17 @@ def test_progress_counts_every_sample(tiny):
 
 
 def test_nothing_asked_nothing_returned(tiny):
-    assert generate(tiny, [], max_new_tokens=4) == []
+    assert generate(tiny, [], SamplingParams(max_new_tokens=4)) == []
 
 
 def test_checkpointed_training_does_not_reach_sampling(tiny):
     model = Transformer(TINY, seed=3)
     model.checkpoint_activations = True
     with torch.inference_mode():
-        inside = generate(model, PROMPTS, max_new_tokens=5)
-    assert [s.tokens for s in inside] == [s.tokens for s in generate(tiny, PROMPTS, max_new_tokens=5)]
+        inside = generate(model, PROMPTS, SamplingParams(max_new_tokens=5))
+    assert [s.tokens for s in inside] == [
+        s.tokens for s in generate(tiny, PROMPTS, SamplingParams(max_new_tokens=5))
+    ]
     model.score(pack([[1, 2]]), torch.tensor([1]))[
         0
     ].sum().backward()  # and inference mode leaves nothing behind
@@ -279,19 +286,24 @@ def test_checkpointed_training_does_not_reach_sampling(tiny):
 )
 def test_what_cannot_be_sampled_is_refused(tiny, change, message):
     with pytest.raises(InputError if "prompts" in change else ValueError, match=message):
-        generate(tiny, **{"prompts": PROMPTS, "max_new_tokens": 4, **change})
+        prompts = change.pop("prompts", PROMPTS)
+        outer = {name: change.pop(name) for name in ("batch_size",) if name in change}
+        generate(tiny, prompts, SamplingParams(**{"max_new_tokens": 4, **change}), **outer)
 
 
 def test_the_stream_is_the_sample_as_it_comes(tiny):
     for how in ({"temperature": 0}, {"seed": 4}, {"seed": 5, "top_p": 0.7}, {"temperature": 2.0, "top_k": 9}):
         for stop_ids in (frozenset(), frozenset(range(5))):
-            (sample,) = generate(tiny, PROMPTS[:1], max_new_tokens=15, stop_ids=stop_ids, **how)
-            drawn = stream(tiny, PROMPTS[0], max_new_tokens=15, stop_ids=stop_ids, **how)
+            params = SamplingParams(max_new_tokens=15, stop_ids=stop_ids, **how)
+            (sample,) = generate(tiny, PROMPTS[:1], params)
+            drawn = stream(tiny, PROMPTS[0], params)
             first = next(drawn)
             assert torch.is_grad_enabled()  # between two ids, too
             assert [first, *drawn] == sample.tokens
     with pytest.raises(InputError, match="prompt 0: expected at least one token"):
-        next(stream(tiny, [], max_new_tokens=4))
+        next(stream(tiny, [], SamplingParams(max_new_tokens=4)))
+    with pytest.raises(ValueError, match="samples_per_prompt: expected 1 in a stream, got 2"):
+        next(stream(tiny, PROMPTS[0], SamplingParams(max_new_tokens=4, samples_per_prompt=2)))
 
 
 # ---- adapters and 4 bits
@@ -307,26 +319,27 @@ def test_adapters_and_four_bits_through_the_cache(four_bit, options):
     if four_bit:
         quantize_base(model)
     if options is not None:
-        plain = generate(model, PROMPTS, max_new_tokens=9)
+        plain = generate(model, PROMPTS, SamplingParams(max_new_tokens=9))
         add_lora(model, 3, **options)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name.endswith("lora.b"):
                     parameter.normal_(generator=torch.Generator().manual_seed(len(name)), std=0.3)
-        adapted = generate(model, PROMPTS, max_new_tokens=9)
+        adapted = generate(model, PROMPTS, SamplingParams(max_new_tokens=9))
         assert [s.tokens for s in plain] != [s.tokens for s in adapted]
 
     every = {"samples_per_prompt": 3, "max_new_tokens": 9, "stop_ids": {1, 2, 3, 4, 5}}
     for temperature in (0.0, 1.0):
-        samples = generate(model, PROMPTS, temperature=temperature, batch_size=5, **every)
-        together = generate(model, PROMPTS, temperature=temperature, **every)
+        params = SamplingParams(temperature=temperature, **every)
+        samples = generate(model, PROMPTS, params, batch_size=5)
+        together = generate(model, PROMPTS, params)
         assert [s.tokens for s in samples] == [s.tokens for s in together]
         for sample in samples:
             torch.testing.assert_close(sample.logprobs, score(model, sample), atol=1e-5, rtol=0)
     assert len({len(sample.tokens) for sample in samples}) > 3  # they left at different times
 
     # greedily, beside the most likely of a whole pass
-    (greedy,) = generate(model, PROMPTS[:1], max_new_tokens=9, temperature=0)
+    (greedy,) = generate(model, PROMPTS[:1], SamplingParams(max_new_tokens=9, temperature=0))
     rows = pack([PROMPTS[0] + greedy.tokens])
     with torch.no_grad():
         likely = model.logits(model(rows)).argmax(-1).tolist()
@@ -386,7 +399,7 @@ def test_a_step_can_be_recorded_as_a_graph(data, architecture, how, vocabulary, 
 def test_free_rows_in_a_step_change_nothing(tiny, monkeypatch):
     """A GPU runs powers of two: the rows behind the live ones hold what has left, or nothing yet."""
     options = {"samples_per_prompt": 3, "max_new_tokens": 9, "stop_ids": {1, 2, 3, 4}, "top_k": 20}
-    reference = generate(tiny, PROMPTS, **options)
+    reference = generate(tiny, PROMPTS, SamplingParams(**options))
     rounded: list[int] = []
     recorded: dict = {}
 
@@ -403,7 +416,7 @@ def test_free_rows_in_a_step_change_nothing(tiny, monkeypatch):
 
     monkeypatch.setattr(Batch, "__init__", with_graphs)
     for batch_size in (None, 7):
-        samples = generate(tiny, PROMPTS, batch_size=batch_size, **options)
+        samples = generate(tiny, PROMPTS, SamplingParams(**options), batch_size=batch_size)
         for a, b in zip(samples, reference, strict=True):
             assert a.tokens == b.tokens and torch.equal(a.support, b.support)
             torch.testing.assert_close(a.logprobs, b.logprobs, atol=1e-5, rtol=0)
@@ -414,14 +427,18 @@ def test_free_rows_in_a_step_change_nothing(tiny, monkeypatch):
 
 
 def test_min_p_log_probabilities_are_the_scorers(tiny):
-    for sample in generate(tiny, PROMPTS, max_new_tokens=8, temperature=1.3, top_k=12, min_p=0.1, seed=2):
+    for sample in generate(
+        tiny, PROMPTS, SamplingParams(max_new_tokens=8, temperature=1.3, top_k=12, min_p=0.1, seed=2)
+    ):
         assert (sample.logprobs - score(tiny, sample, 1.3)).abs().max() < 1e-4
 
 
 def test_greedy_tokens_and_log_probabilities_are_those_without_neighbours(tiny):
-    together = generate(tiny, PROMPTS, max_new_tokens=12, temperature=0, batch_size=2)  # slots are reused
+    together = generate(
+        tiny, PROMPTS, SamplingParams(max_new_tokens=12, temperature=0), batch_size=2
+    )  # slots are reused
     for sample, prompt in zip(together, PROMPTS, strict=True):
-        (alone,) = generate(tiny, [prompt], max_new_tokens=12, temperature=0)
+        (alone,) = generate(tiny, [prompt], SamplingParams(max_new_tokens=12, temperature=0))
         assert sample.tokens == alone.tokens
         torch.testing.assert_close(sample.logprobs, alone.logprobs, rtol=0, atol=1e-5)
 
@@ -429,9 +446,14 @@ def test_greedy_tokens_and_log_probabilities_are_those_without_neighbours(tiny):
 def test_a_window_and_a_shared_cache_under_many_samples():
     """The same tokens with a window in half the layers, whatever the batch: compaction moves whole sequences."""
     model = Transformer(replace(TINY, windows=(3, None)), seed=1)
-    reference = generate(model, PROMPTS, samples_per_prompt=6, max_new_tokens=20, stop_ids={0, 1, 2, 3, 4, 5})
+    reference = generate(
+        model, PROMPTS, SamplingParams(samples_per_prompt=6, max_new_tokens=20, stop_ids={0, 1, 2, 3, 4, 5})
+    )
     again = generate(
-        model, PROMPTS, samples_per_prompt=6, max_new_tokens=20, stop_ids={0, 1, 2, 3, 4, 5}, batch_size=5
+        model,
+        PROMPTS,
+        SamplingParams(samples_per_prompt=6, max_new_tokens=20, stop_ids={0, 1, 2, 3, 4, 5}),
+        batch_size=5,
     )
     assert [s.tokens for s in reference] == [s.tokens for s in again]
     for sample in reference:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from burnish.model import InputError, ModelConfig, Transformer, vocabulary
 from burnish.model.checkpoint import load_model
-from burnish.model.generate import generate, stream
+from burnish.model.generate import SamplingParams, generate, stream
 from burnish.model.text.token_ids import read_stop_ids
 from burnish.model.text.tokenizer import Tokenizer
 from burnish.model.vocabulary import say_what_never_ends
@@ -79,8 +79,8 @@ def test_a_tokenizer_is_loaded_without_end_tokens_that_it_does_not_have(data, tm
 
 def test_generation_says_which_end_tokens_are_never_drawn(capsys):
     model = Transformer(ModelConfig(31, 16, 24, 1, 2))
-    generate(model, [[1, 2]], max_new_tokens=2, stop_ids={3, 40})
-    list(stream(model, [1, 2], max_new_tokens=2, stop_ids={3, 40}))
+    generate(model, [[1, 2]], SamplingParams(max_new_tokens=2, stop_ids={3, 40}))
+    list(stream(model, [1, 2], SamplingParams(max_new_tokens=2, stop_ids={3, 40})))
     say_what_never_ends({3, 40}, 31)
     expected = (
         "warning: the model has rows only for ids below 31, so the stop ids [40] never end a generation\n"

@@ -8,7 +8,7 @@ import torch
 from burnish.model import InputError, weights
 from burnish.model.adapter import add_lora, linears, merge_lora
 from burnish.model.checkpoint import load_model, load_scalar_model, save_model
-from burnish.model.generate import generate
+from burnish.model.generate import SamplingParams, generate
 from burnish.model.scalar import ScalarModel
 from folders import SMALL, UP, edit, quantized, rewrite, tensors_in
 from tiny import PACKED, logits_of
@@ -130,7 +130,7 @@ def test_a_head_in_4_bits_is_multiplied_out(folder, tmp_path):
     logprob, _, _ = model.score(PACKED, torch.tensor([1, 2, 6]))
     expected = logits_of(model).log_softmax(-1)[[0, 1, 5], PACKED.tokens[[1, 2, 6]]]
     torch.testing.assert_close(logprob, expected)
-    (sample,) = generate(model, [[1, 2]], max_new_tokens=3, temperature=0.0)
+    (sample,) = generate(model, [[1, 2]], SamplingParams(max_new_tokens=3, temperature=0.0))
     assert sample.tokens[0] == int(logits_of(model)[1].argmax())
     save_model(model, tmp_path / "saved")
     assert torch.equal(logits_of(load_model(tmp_path / "saved")), logits_of(model))
