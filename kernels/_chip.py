@@ -67,6 +67,7 @@ def capability(x: Tensor) -> tuple[int, int]:
     """Return the compute capability for which tiles are picked from the tile tables.
 
     It is (9, 0) on an H100, (9, 4) on an MI300X, and (0, 0) on a CPU, where Triton's interpreter runs the kernels.
+    When kernels are only compiled, it is that of the target chip.
     """
     if TARGET is not None:
         return TARGET
@@ -74,7 +75,7 @@ def capability(x: Tensor) -> tuple[int, int]:
 
 
 def precision() -> str:
-    """Return how kernels round products of fp32 tensors: "ieee" or "tf32", as torch is set for matmul on a GPU.
+    """Return how kernels round products of fp32 tensors: "ieee" or "tf32", after torch's setting for CUDA matmul.
 
     The setting is read from torch's newer attributes `fp32_precision`. The older getters raise once a process has set
     a newer attribute, as transformers does.

@@ -104,7 +104,7 @@ def make_op(
     backward: Callable[..., Any] | None = None,
     gradient_shapes: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Register burnish::name with torch, and return the function that computes it, for the public op to call.
+    """Register the op burnish::name with torch, and return the function that the public op calls.
 
     forward(*arguments): returns a tensor, or a tuple of tensors and lists of tensors. Every argument is annotated, and
         is a tensor, a number, a record (a NamedTuple), or a list of these. Autograd is off inside.
@@ -118,7 +118,7 @@ def make_op(
         Without it the backward is not registered as an op, and torch traces the calls inside it.
 
     torch.compile and dispatch modes (FakeTensor, selective checkpointing) see the registered op. An eager call uses an
-    autograd.Function around the same functions, at half the cost. With gradients off it calls `forward`.
+    autograd.Function around the same functions, at half the cost. With gradients off it calls only `forward`.
     Raises NotImplementedError when a gradient is differentiated.
     """
     layout = Layout(hints_of(forward))
@@ -146,7 +146,7 @@ def make_op(
 def _whole_lists(name: str, leaves: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return `leaves`, the flat arguments of an op, or raise NotImplementedError.
 
-    It is raised for a list that holds both tensors and None, because torch would lose gradients of the tensors.
+    The error is raised for a list that holds both tensors and None, because torch would lose some gradients.
     """
     for leaf in leaves:
         if isinstance(leaf, list) and 0 < sum(x is None for x in leaf) < len(leaf):
@@ -279,7 +279,7 @@ class _Gradient:
     def eager_forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """Return the forward of the eager autograd.Function. It reads only its first input.
 
-        This input is a tuple of all arguments. The others repeat some of its tensors, for autograd.
+        This input is a tuple of all arguments. The other inputs are tensors of this tuple, repeated for autograd.
         """
         lines = ["_output = _compute(*_args)", *self.keeping, "return _output"]
         known = {"_compute": forward, "_save": self.save, "_flattened": flattened}

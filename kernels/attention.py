@@ -354,7 +354,7 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 class _Call(NamedTuple):
-    """The operands and sizes that all kernels of an attention call take. In a packed call the segments are the batch."""
+    """The operands and sizes that all kernels of an attention call take. In a packed call, segments are the batch."""
 
     q: Tensor  # (rows, H, D)
     k: Tensor  # (rows, G, D)

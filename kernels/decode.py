@@ -355,7 +355,7 @@ def _prefixes(
     keys: Tensor | None,
     values: Tensor | None,
 ) -> list[Cache]:
-    """Return a list that holds the cache of the prefixes, or nothing if there are no prefixes.
+    """Return a list with the cache of the prefixes. The list is empty if there are no prefixes.
 
     Raises ValueError for arguments that are incomplete or do not match the sequences' own cache.
     """

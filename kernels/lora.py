@@ -586,7 +586,7 @@ def lora_linear(
     x: (..., in)    weight: (out, in), a tensor or 4-bit    lora_a: (R, in)    lora_b: (out, R)    bias: (out,)
     magnitude: (out,), for DoRA. Each output is multiplied by magnitude / |W + scaling B A| before the bias is added.
     adapter: (...) int, the adapter of each row, or -1 for none. With it lora_a is stacked as (adapters, R, in), and
-        lora_b as (adapters, out, R). A wrong number raises ValueError on a CPU. Elsewhere the host does not check: such
+        lora_b as (adapters, out, R). A wrong index raises ValueError on a CPU. Elsewhere the host does not check: such
         a row of the result is NaN, and its dx is NaN except where dropout hides x from the adapter.
     dropout: the share of x's elements that are hidden from the adapter.
     seed: an int or a 0-d int64 tensor, which determines the hidden elements. A CUDA graph would freeze an int.

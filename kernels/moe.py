@@ -67,7 +67,7 @@ def _up_fwd(
     ACTIVATION: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """Compute A = act(H), H = x W^T + s B^T + bias, for gathered rows of x. RANK: the step through R; 0: no s."""
+    """Compute A = act(H), H = x W^T + s B^T + bias, for gathered rows of x. RANK: loop step over R, or 0 without s."""
     GATED: tl.constexpr = ACTIVATION != "relu2"
     blocks = tl.cdiv(F, BLOCK_N)  # neighbouring programs share their rows of x
     tile = tl.program_id(0) // blocks
@@ -276,8 +276,8 @@ def _weight_bwd(
 ):
     """Compute dW (N, C) = p^T q over the rows of each expert, and db, the sum of p's rows.
 
-    A gathered operand has a row for each token. For db, gathered rows of p are multiplied by their weight w; in dW
-    the weight is already in q = w A.
+    A gathered operand has a row for each token, not for each choice. The rows of a gathered p are multiplied by their
+    weight w for db, but not for dW, where q = w A already contains w.
     """
     blocks_n, blocks_c = tl.cdiv(N, BLOCK_N), tl.cdiv(C, BLOCK_C)
     expert = (tl.program_id(0) // (blocks_n * blocks_c)).to(tl.int64)

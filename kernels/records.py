@@ -74,7 +74,7 @@ class NF4Weight:
 
     @property
     def quant_type(self) -> str:
-        """The kind of code, "nf4" or "fp4". Reading it makes the host wait for a GPU."""
+        """The kind of code, "nf4" or "fp4". On a GPU, reading this property makes the host wait."""
         return "fp4" if self.code[0] == 0 else "nf4"
 
     @property

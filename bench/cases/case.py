@@ -82,7 +82,7 @@ def check_most(dims: Dims, letter: str, most: str) -> None:
 
 
 def taken(named: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Remove names with a prefix from `named`. Return them without the prefix: {"teacher_bias": b} gives {"bias": b}."""
+    """Remove names with a prefix from `named`. Return them without it, such as {"bias": b} for {"teacher_bias": b}."""
     return {n.removeprefix(prefix): named.pop(n) for n in list(named) if n.startswith(prefix)}
 
 

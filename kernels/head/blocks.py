@@ -193,7 +193,7 @@ def blocks_of(head: Head, memory_budget: int, size: int) -> tuple[list[slice], l
 
 
 def aligned(columns: int) -> int:
-    """Round the columns of a block up to whole cache lines. The matrix units need this as the block's row stride."""
+    """Return the row stride of a block: its columns, rounded up to whole cache lines to suit the matrix units."""
     return (columns + 63) // 64 * 64
 
 

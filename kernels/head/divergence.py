@@ -257,7 +257,7 @@ def _launch_arguments(student: Head, teacher: Head, tile: Tile) -> dict[str, Any
 
 
 def _summarise(student: Head, teacher: Head, beta: float, blocks: Blocks, logits: Tensor | None) -> Tensor:
-    """Return the six sums of each tile's rows, (pieces, 6, rows), and write a mixture's logits (2, rows, V)."""
+    """Return six sums (Piece) for each row of each tile, (pieces, 6, rows). Write a mixture's logits (2, rows, V)."""
     rows, V = student.hidden.shape[0], student.weight.shape[0]
     no_copy = all(x.weight.dtype == x.hidden.dtype and x.lora_b is None for x in (student, teacher))
     tile, pieces = _tile(student, teacher), []

@@ -7,7 +7,7 @@
 
 The divergence is D(p_T, p_S) of divergence.py over these K + 1 buckets: all other ids form one bucket, the tail.
 Without the tail the sums would not run over a distribution. Such a sum can be negative, and clamping it kills the
-gradient. With the tail it is a divergence. It is never above the divergence over the whole vocabulary (data
+gradient. With the tail D is a divergence. It is never above the divergence over the whole vocabulary (data
 processing), and 0 if all buckets agree.
 
     rest = log sum_{j not in L} exp(u_j)       log p_S = log softmax([u_L, rest])

@@ -211,7 +211,7 @@ def _attend_segments(
     """Compute attention within packed segments, by one or two calls over padded segments.
 
     The first call takes the segments without a parent. The second takes those with a parent, and puts the parent's keys
-    before a segment's own. Padding is on the right, so the causal mask already hides it in the first call. Padded
+    before a segment's own. Padding is on the right, so a causal mask already hides it in the first call. Padded
     queries always see a key, and their results are dropped.
     """
     cu_seqlens, parents = packing

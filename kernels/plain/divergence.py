@@ -1,7 +1,8 @@
 """Divergence of two heads in plain torch: the reference, the CPU path, and the merging of pieces for both paths.
 
 Names are those of head/divergence.py. For the student and the teacher, u and t are the scaled logits, and log_p and
-log_q the log-probabilities. p and q are the probabilities, or exp(u - top) and exp(t - top) with the highest logit top.
+log_q the log-probabilities. p and q are the probabilities, or exp(u - top) and exp(t - teacher_top), where top and
+teacher_top are the highest logits of a row.
 """
 
 from typing import NamedTuple
@@ -162,8 +163,8 @@ def _scaled_products(student: Head, teacher: Head, out: Tensor, teacher_out: Ten
 def _summarise_block(u: Tensor, t: Tensor, beta: float, piece: Piece) -> None:
     """Write the sums over a block's logits u and t into `piece`.
 
-    u and t are overwritten, except for a mixture. A mixture's gaps are not summed here, because m is known only after the
-    sums of the whole row.
+    u and t are overwritten, except for a mixture. A mixture's gaps are not summed here, because m is known only
+    after the sums of the whole row.
     """
     mixture = 0 < beta < 1
     gap = t - u
