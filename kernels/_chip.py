@@ -34,7 +34,8 @@ NAMESPACE = "burnish" if __package__ == "burnish.kernels" else str(__package__).
 def use_triton(x: Tensor) -> bool:
     """Return whether an op on x takes the Triton path.
 
-    CUDA tensors take Triton and CPU tensors take torch. While Triton interprets or only compiles, all take Triton.
+    Ops on CUDA tensors run Triton kernels, and ops on CPU tensors run plain torch. Under Triton's interpreter, or
+    while kernels are only compiled, ops on CPU tensors take the Triton path, too.
     Raises ValueError for a GPU that is too old, and ModuleNotFoundError for a GPU without Triton installed.
     """
     if x.is_cuda:
@@ -47,7 +48,8 @@ def use_triton(x: Tensor) -> bool:
 def _capability(device: torch.device) -> tuple[int, int]:
     """Return the device's compute capability.
 
-    For a device without tiles of its own, return the capability of the card whose tiles need the fewest resources.
+    For a GPU that has no entry in the tile tables, return the capability of the card whose tiles need the fewest
+    resources.
     """
     expect_triton(str(device))
     if torch.version.hip is not None:
@@ -62,9 +64,10 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def capability(x: Tensor) -> tuple[int, int]:
-    """Return the capability that picks a tile from a table.
+    """Return the compute capability for which tiles are picked from the tile tables.
 
-    It is (9, 0) on an H100, (9, 4) on an MI300X, and (0, 0) when interpreted.
+    It is (9, 0) on an H100, (9, 4) on an MI300X, and (0, 0) on a CPU, where Triton's interpreter runs the kernels.
+    When kernels are only compiled, it is that of the target chip.
     """
     if TARGET is not None:
         return TARGET
@@ -72,10 +75,10 @@ def capability(x: Tensor) -> tuple[int, int]:
 
 
 def precision() -> str:
-    """Return how products of fp32 tensors are rounded: "ieee" or "tf32", as set for torch's matmul on a GPU.
+    """Return how kernels round products of fp32 tensors: "ieee" or "tf32", after torch's setting for CUDA matmul.
 
-    It reads torch's newer settings. The older getters raise once a process has used the newer setters, and transformers
-    uses these.
+    The setting is read from torch's newer attributes `fp32_precision`. The older getters raise once a process has set
+    a newer attribute, as transformers does.
     """
     found = torch.backends.cuda.matmul.fp32_precision
     if found == "none":
@@ -86,7 +89,8 @@ def precision() -> str:
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype that autocast would give x as an operand of a product.
 
-    Autocast itself does not cover these ops, nor the device "meta".
+    Autocast does not cover these ops, so they cast their own inputs to this dtype. A tensor on the device "meta", which
+    autocast does not cover either, keeps its dtype.
     """
     kind = x.device.type
     cast = x.is_floating_point() and x.dtype != torch.float64 and not x.is_meta
@@ -98,7 +102,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 def without_autocast(compute: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate a function so that CPU autocast is off inside it.
 
-    torch.autocast is not used as the decorator: it keeps the state of one thread and shares it between all threads.
+    torch.autocast itself is not used as the decorator. All threads would share one autocast object, which holds the
+    state to restore after the call.
     """
 
     @wraps(compute)
@@ -133,7 +138,7 @@ def check_shape(name: str, x: Any, **dims: int) -> None:
 def check_dtype(name: str, x: Tensor, *allowed: torch.dtype) -> None:
     """Raise ValueError unless x has one of the allowed dtypes.
 
-    The default is fp32, fp16 and bf16, and on the torch path fp64, too.
+    If no dtypes are given, fp32, fp16 and bf16 are allowed, and on the torch path fp64, too.
     """
     if x.dtype not in (allowed or DTYPES) and (allowed or x.dtype != torch.float64 or use_triton(x)):
         raise ValueError(f"{name}: expected dtype {' or '.join(map(str, allowed or DTYPES))}, got {x.dtype}")
@@ -156,7 +161,8 @@ def check_number(name: str, value: float, low: float = -math.inf) -> None:
 def check_ids(name: str, ids: Tensor, low: int, high: int) -> None:
     """Raise ValueError if an id is not in [low, high].
 
-    Only the torch path checks. Under torch.compile or a dispatch mode, the graph gets an assertion instead.
+    Nothing is checked on the Triton path, because reading ids would stall a GPU. Under torch.compile or a dispatch
+    mode, the check becomes an assertion in the graph.
     """
     if use_triton(ids) or ids.is_meta or not ids.numel():
         return
@@ -171,7 +177,7 @@ def check_ids(name: str, ids: Tensor, low: int, high: int) -> None:
 
 
 def check_device(x: Tensor, **others: Tensor | None) -> None:
-    """Raise ValueError if an operand is not on the device of x; a kernel would read wrong memory for it."""
+    """Raise ValueError if an operand is not on the device of x, because a kernel would then read wrong memory."""
     device = x.device
     for name, other in others.items():
         if other is not None and other.device != device:
@@ -181,7 +187,8 @@ def check_device(x: Tensor, **others: Tensor | None) -> None:
 def readable(x: Tensor) -> bool:
     """Return whether the host may read the values of x.
 
-    Only the torch path may. On a GPU the read would stall, and tensors of a graph or on "meta" have no values.
+    It may do so on the torch path only. Reading from a GPU would stall it, and tensors of a graph or on "meta" have no
+    values.
     """
     return not (use_triton(x) or x.is_meta or torch.compiler.is_compiling() or isinstance(x, FakeTensor))
 

@@ -54,9 +54,10 @@ def kind_of(annotation: Any) -> str:
 
 
 def _leaves(name: str, annotation: Any, read: str) -> list[Leaf]:
-    """Return the leaves of an argument: its tensors, numbers, and lists of them.
+    """Return the leaves of an argument, which are the flat arguments that it becomes in a schema.
 
-    A list of records gives one list for each leaf of the record.
+    A tensor, a number, or a list of them is one leaf. A record gives the leaves of its fields. A list of records gives
+    one list for each leaf of the record.
     """
     if _is_record(annotation):
         fields = get_type_hints(annotation).items()
@@ -78,7 +79,7 @@ def _leaves(name: str, annotation: Any, read: str) -> list[Leaf]:
 
 
 def _joined(lists: list[list[int]]) -> list[int]:
-    """Concatenate lists of whole numbers, each preceded by its length. A schema has no list of lists."""
+    """Concatenate lists of whole numbers, each preceded by its length, because a schema cannot hold a list of lists."""
     return [number for numbers in lists for number in (len(numbers), *numbers)]
 
 
@@ -91,9 +92,10 @@ def _parted(joined: list[int]) -> list[list[int]]:
 
 
 def _built(annotation: Any, names: Iterator[str], records: dict[str, Any]) -> str:
-    """Return an expression that builds one argument from its named leaves.
+    """Return the source of a Python expression that rebuilds one argument from its leaves.
 
-    names: the names of the leaves, in order. records: receives each record class that the expression calls.
+    names: the variables that hold the leaves, in order. records: a dict to which each record class that the expression
+        calls is added.
     """
     if _is_record(annotation):
         known = records.setdefault(annotation.__name__, annotation)
@@ -112,7 +114,7 @@ def _built(annotation: Any, names: Iterator[str], records: dict[str, Any]) -> st
 
 
 class Layout:
-    """The arguments of a function, or the fields of a record, laid out flat.
+    """The flat form (leaves) of a function's arguments or a record's fields.
 
     `flat` turns the arguments into a tuple of leaves, and `nested` turns the leaves back into a tuple of arguments.
     """
@@ -128,24 +130,25 @@ class Layout:
         self.nested = self.build(", ".join(names), names)
 
     def pick(self, leaves: Iterable[Leaf], spread: bool = False) -> Callable[..., Any]:
-        """Return a function of the arguments that returns these leaves as a tuple.
+        """Return a function that takes the arguments and returns the given leaves as a tuple.
 
-        spread: whether the items of a leaf that is a list become items of the tuple.
+        spread: whether a leaf that is a list is replaced in the tuple by its items.
         """
         parts = "".join("*" * (spread and leaf.is_list) + leaf.read + ", " for leaf in leaves)
         return eval(f"lambda {self._arguments}: ({parts})")
 
     def call(self, function: Callable[..., Any], leaves: Iterable[Leaf]) -> Callable[..., Any]:
-        """Return a function that calls `function` with all arguments as one tuple, followed by these leaves."""
+        """Return a function of the arguments that calls `function` with a tuple of them, then the given leaves."""
         parts = "".join(leaf.read + ", " for leaf in leaves)
         return eval(
             f"lambda {self._arguments}: _function(({self._arguments},), {parts})", {"_function": function}
         )
 
     def build(self, parameters: str, leaves: Iterable[str], record: type[Any] = tuple) -> Callable[..., Any]:
-        """Return a function of `parameters` that rebuilds the arguments as a `record`.
+        """Return a function that takes `parameters`, and rebuilds the arguments as a NamedTuple of class `record`.
 
-        leaves: for each leaf, an expression in the parameters.
+        parameters: the parameter list, as source text. leaves: for each leaf, an expression that reads it from the
+            parameters.
         """
         records: dict[str, Any] = {"_make": partial(tuple.__new__, record), "_parted": _parted}
         rest = iter(leaves)
@@ -154,7 +157,7 @@ class Layout:
 
 
 def compiled(signature: str, lines: list[str], **known: Any) -> Callable[..., Any]:
-    """Compile a function from its signature and the source lines of its body. `known` are the names it may use."""
+    """Compile a function from its signature and the source lines of its body. `known` are the globals of the body."""
     known["_joined"] = _joined
     exec(f"def {signature}:\n    " + "\n    ".join(lines), known)
     return known[signature.split("(")[0]]
@@ -166,9 +169,9 @@ def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def flattened(values: Iterable[Any]) -> tuple[list[Any], list[int | None]]:
-    """Spread lists of tensors out into one flat list.
+    """Replace each list of tensors among `values` by its items, in one flat list.
 
-    Return (flat, lengths): each length is that of a list, or None for a value that is no list of tensors.
+    Return (flat, lengths). There is one length for each value: that of a list of tensors, or None for any other value.
     """
     flat, lengths = [], []
     for value in values:
@@ -179,6 +182,6 @@ def flattened(values: Iterable[Any]) -> tuple[list[Any], list[int | None]]:
 
 
 def nested(flat: Iterable[Any], lengths: list[int | None]) -> list[Any]:
-    """Rebuild the values from the result of `flattened`."""
+    """Undo `flattened`: rebuild the list of values from the flat list and the lengths."""
     rest = iter(flat)
     return [next(rest) if length is None else [next(rest) for _ in range(length)] for length in lengths]

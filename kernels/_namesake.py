@@ -1,6 +1,7 @@
 """A way around a name clash: this folder has the name of Hugging Face's package `kernels`.
 
-A script that runs in the root of a clone has that root on its path. It would import this folder, not the package.
+A script in the root of a clone has that root on its import path. `import kernels` would then import this folder instead
+of the package.
 """
 
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 def gives_way(name: str) -> bool:
     """Import another installed package called `kernels` in place of this folder, and return whether that was done.
 
-    name: the name under which this folder is being imported. Only the name "kernels" gives way.
+    name: the name under which this folder is being imported. Nothing is done unless it is "kernels".
     """
     root = Path(__file__).resolve().parents[1]
     if name != "kernels":

@@ -28,7 +28,7 @@ def _first(args: Iterable[Any]) -> Tensor | None:
 
 
 def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a launch so that Triton's current device and stream are those of the arguments."""
+    """Wrap a function that launches Triton kernels, so that they run on the device and stream of its tensors."""
 
     @wraps(launch)
     def guarded(*args: Any) -> Any:
@@ -42,10 +42,10 @@ def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _FirstOrder(torch.autograd.Function):
-    """An identity on gradients that raises NotImplementedError when they are differentiated.
+    """An identity on gradients. Differentiating its outputs raises NotImplementedError.
 
-    origins: the number of leading inputs, which are the tensors that the gradients were computed from. They are inputs
-        only so that autograd connects the gradients to them.
+    origins: how many of the first inputs are not gradients, but the tensors that the gradients were computed from.
+        These tensors are inputs only so that autograd connects the gradients to them.
     """
 
     @staticmethod
@@ -71,7 +71,7 @@ class _Unpacked:
 
 
 def _first_order(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a backward so that differentiating its gradients (create_graph) raises, instead of giving a wrong result."""
+    """Wrap a backward so that a second derivative (create_graph) raises an error instead of being silently wrong."""
 
     def once(ctx: Any, *grads: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -104,21 +104,21 @@ def make_op(
     backward: Callable[..., Any] | None = None,
     gradient_shapes: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Register burnish::name with torch, and return the function that computes it, for the public op to call.
+    """Register the op burnish::name with torch, and return the function that the public op calls.
 
     forward(*arguments): returns a tensor, or a tuple of tensors and lists of tensors. Every argument is annotated, and
         is a tensor, a number, a record (a NamedTuple), or a list of these. Autograd is off inside.
     shapes(*arguments): returns empty tensors like forward's outputs. It works for tensors on "meta", too.
     save(outputs, *arguments): returns a record of the inputs, outputs and numbers that backward reads.
     backward(saved, needs, *upstream): returns the gradients as a record. Its fields have the flat names of the
-        arguments that may have a gradient; a list of tensors gets a list. `needs` is the same record with a bool in
-        each field. A gradient that is not needed may be None. `upstream` are the gradients of forward's first outputs;
-        the other outputs have none. An upstream annotated `Tensor | None` is None if no loss reads that output.
+        arguments that may have a gradient. The gradient of a list of tensors is a list. `needs` is the same record with
+        a bool in each field. A gradient that is not needed may be None. `upstream` are the gradients of forward's first
+        outputs; the others have none. An upstream annotated `Tensor | None` is None if no loss reads that output.
     gradient_shapes(saved, needs, *upstream): returns empty tensors like backward's gradients, as `like_saved` does.
         Without it the backward is not registered as an op, and torch traces the calls inside it.
 
     torch.compile and dispatch modes (FakeTensor, selective checkpointing) see the registered op. An eager call uses an
-    autograd.Function around the same functions, at half the cost. With gradients off it calls `forward`.
+    autograd.Function around the same functions, at half the cost. With gradients off it calls only `forward`.
     Raises NotImplementedError when a gradient is differentiated.
     """
     layout = Layout(hints_of(forward))
@@ -144,7 +144,10 @@ def make_op(
 
 
 def _whole_lists(name: str, leaves: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the leaves. Raise NotImplementedError for a list that mixes tensors and None: gradients would be lost."""
+    """Return `leaves`, the flat arguments of an op, or raise NotImplementedError.
+
+    The error is raised for a list that holds both tensors and None, because torch would lose some gradients.
+    """
     for leaf in leaves:
         if isinstance(leaf, list) and 0 < sum(x is None for x in leaf) < len(leaf):
             raise NotImplementedError(
@@ -156,7 +159,7 @@ def _whole_lists(name: str, leaves: tuple[Any, ...]) -> tuple[Any, ...]:
 def _registered(
     name: str, layout: Layout, returns: str, compute: Callable[..., Any], shapes: Callable[..., Any]
 ) -> Any:
-    """Register burnish::name with torch.library. Its arguments are those of `compute` and `shapes`, laid out flat."""
+    """Register the op burnish::name with torch.library. It takes the arguments of `compute` in their flat form."""
     registered = torch.library.custom_op(
         f"{NAMESPACE}::{name}",
         lambda *flat: compute(*layout.nested(*flat)),
@@ -200,9 +203,9 @@ def _eager(forward: Callable[..., Any], gradient: "_Gradient") -> Callable[..., 
 
 
 class _Gradient:
-    """The gradient of one op: the record saved for the backward, and the backward in the forms that torch requires.
+    """The gradient of one op: the NamedTuple saved for the backward, and the backward in the forms that torch requires.
 
-    An autograd.Function takes no lists of tensors. If `lists` is true, the lists are spread out into single tensors.
+    `lists` is true if the op takes or returns lists of tensors. An autograd.Function cannot, so it gets their items.
     """
 
     def __init__(
@@ -236,9 +239,9 @@ class _Gradient:
         self.registered = self._registered(shapes) if shapes else None
 
     def _keeping(self, returns: str) -> tuple[list[str], Callable[..., Any]]:
-        """Return source lines that save the backward's record, and a function that rebuilds the record.
+        """Return Python source that saves the backward's NamedTuple, and a function that rebuilds the NamedTuple.
 
-        The lines are compiled, because Python loops over the fields would add microseconds to every eager call.
+        The source is made for its fields, because a loop over the fields would add microseconds to every eager call.
         """
         reads: dict[str, list[str]] = {"tensors": [], "others": []}
         places = []
@@ -270,17 +273,20 @@ class _Gradient:
         return lines, rebuilt
 
     def keep_flat(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Save the record for the backward. This is the setup_context of the registered op, whose inputs are flat."""
+        """Save the backward's NamedTuple. This is the setup_context of the registered op, whose inputs are flat."""
         self.keep(ctx, self.layout.nested(*inputs), output)
 
     def eager_forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the autograd.Function's forward. It takes all arguments as one tuple, and ignores the other inputs."""
+        """Return the forward of the eager autograd.Function. It reads only its first input.
+
+        This input is a tuple of all arguments. The other inputs are tensors of this tuple, repeated for autograd.
+        """
         lines = ["_output = _compute(*_args)", *self.keeping, "return _output"]
         known = {"_compute": forward, "_save": self.save, "_flattened": flattened}
         return compiled("forward(_ctx, _args, *_)", lines, **known)
 
     def derive(self, ctx: Any, needs: Any, upstream: tuple[Any, ...]) -> Any:
-        """Return the record of gradients."""
+        """Compute the gradients in one backward pass. `needs` has a bool for each gradient."""
         if self.alone and upstream[0] is None:  # no loss reads the only output that has a gradient
             return self.record._make(None for _ in needs)
         tensors, upstream = ctx.saved_tensors, upstream[: len(self.kinds)]
@@ -295,7 +301,7 @@ class _Gradient:
         return self.record._make(grad if need else None for grad, need in zip(found, needs, strict=True))
 
     def eager_backward(self) -> Callable[..., Any]:
-        """Return the autograd.Function's backward. Its first gradient, for the tuple of arguments, is None."""
+        """Return the backward of the eager autograd.Function. The gradient of the tuple of arguments is None."""
         if self.lists or self.kept_lists:
             return _first_order(self.name, self._backward_of_lists)
 
@@ -306,7 +312,7 @@ class _Gradient:
             return None, *self.derive(ctx, needs_of(ctx.needs_input_grad[1:]), grads)
 
         def at_once(ctx: Any, *grads: Any) -> Any:
-            """Compute the gradients in one Python frame if no graph records the call. This saves microseconds."""
+            """Compute the gradients in one Python call, which saves microseconds, unless a graph records the call."""
             if torch.is_grad_enabled() or (whole and _recorded(grads[0])) or grads[0] is None:
                 return guarded(ctx, *grads)
             needs = needs_of(ctx.needs_input_grad[1:])
@@ -323,11 +329,11 @@ class _Gradient:
         return None, None, *flattened(map(_spread, found, ctx.counts))[0]
 
     def _needs(self, flags: Iterable[Any]) -> Any:
-        """Return the record of needed gradients. A list of tensors is needed if any of its tensors is."""
+        """Return a bool for each gradient: whether it is needed. A list is needed if any of its tensors is."""
         return self.record._make(any(flag) if isinstance(flag, list) else flag for flag in flags)
 
     def registered_backward(self) -> Callable[..., Any]:
-        """Return the backward for torch.library: one gradient for each leaf, and a list for a list of tensors."""
+        """Return the backward of the registered op, which returns one gradient (or list) for each flat argument."""
 
         def backward(ctx: Any, *grads: Any) -> Any:
             flags = ctx.needs_input_grad
@@ -341,7 +347,7 @@ class _Gradient:
         return _first_order(self.name, backward)
 
     def _registered(self, shapes: Callable[..., Any]) -> Any:
-        """Register burnish::name_backward. A gradient is an empty tensor if it is None or not needed."""
+        """Register the op burnish::name_backward. An op cannot return None: an empty tensor stands for no gradient."""
         upstream = [f"{kind} {argument}" for argument, kind in self.kinds.items()]
         kinds = [kind_of(kind).rstrip("?") for kind in get_type_hints(self.record).values()]
         count = len(self.kept.leaves)
@@ -386,7 +392,7 @@ def _like(kept: Any) -> Any:
 
 
 def _spread(grad: Any, count: int | None) -> Any:
-    """Return a gradient in the form that torch takes: a list of length `count`, or without a count a tensor or None."""
+    """Return a gradient as torch takes it: a list of `count` items, or a tensor or None if `count` is None."""
     if count is None:
         return None if isinstance(grad, list) else grad
     return [None for _ in range(count)] if grad is None else grad
@@ -395,10 +401,10 @@ def _spread(grad: Any, count: int | None) -> Any:
 def make_path(
     name: str, path: Callable[..., Tensor | tuple[Tensor, ...]], shapes: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Register a CPU path that reads tensor values as one op, burnish::name, because a graph holds no values.
+    """Register plain torch code as the op burnish::name, because it reads tensor values, and a graph has none.
 
-    path: plain torch code, annotated like `forward` of an op. It takes no lists of tensors, and its outputs are not
-        views of its arguments. An eager call runs `path` itself under autograd. The op's backward runs `path` again.
+    path: the code, a function annotated like `forward` in `make_op`. It takes no lists of tensors, and its outputs are
+        not views of its arguments. Eager calls run `path` itself under autograd. The op's backward runs `path` again.
     """
     layout = Layout(hints_of(path))
 

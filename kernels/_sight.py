@@ -1,7 +1,7 @@
-"""Triton helpers of attention: the rows of a program, the keys that they see, tiles, and masked scores.
+"""Triton helpers of the attention kernels: the query rows of a program, the keys that they see, and masked scores.
 
 Pictures of segments, parents and masks are in kernels/attention.py. Rows, segments and positions are whole numbers.
-Entries read from the tables are clamped to the rows of the call.
+Entries read from cu_seqlens and parents are clamped to the rows of the call.
 """
 
 # A launch passes numbers where the kernel is annotated tl.constexpr:

@@ -25,8 +25,8 @@ S(D + Dv) for k and v, mostly from L2. It writes TDv for out and T for lse, and 
 backward pass reads all of these and dout twice, once for dQ and once for dK/dV. It writes the gradients, and T for
 delta. Eager attention writes and reads TS scores in both passes.
 Work, in operations for each visible pair of query and key: 2(D + Dv) forward, and 8D + 6Dv backward. The benchmark
-counts only 6D + 4Dv backward, since dQ and dK/dV each compute the scores and dp, and once would do. In return programs
-share no sum and need no atomics, so every run gives the same bits.
+counts only 6D + 4Dv backward: the kernels of dQ and dK/dV each compute the scores and dp, although once would suffice.
+In return no two programs add to one sum, so there are no atomics, and every run gives the same bits.
 
 Source: Dao et al. 2022, https://arxiv.org/abs/2205.14135; Dao 2023, https://arxiv.org/abs/2307.08691
 """
@@ -325,7 +325,7 @@ def _rows(x: Tensor, tma: bool) -> Tensor:
     """Reshape x from (B, T, H, D) or (total, H, D) to (rows, H, D). Copy x if its strides do not suit the kernels.
 
     A tensor descriptor requires positive strides that are multiples of 16 bytes. Without descriptors, the compiler
-    recognises only strides that are multiples of 16 elements. For others it emits narrow loads, and registers spill.
+    recognises only strides that are multiples of 16 elements. For other strides loads are narrow, and registers spill.
     """
     x = x if x.dim() == 3 else x.flatten(0, 1)
     unit = 16 // x.element_size() if tma else 16
@@ -345,7 +345,7 @@ def _described(x: Tensor, block: int) -> TensorDescriptor:
 
 
 def _parts(group: int, size: int) -> int:
-    """Return the number of programs for the query heads of a group: as many as SHARES allows at `size` bytes each."""
+    """Return how many programs share a group's query heads. Their buffers of `size` bytes must fit into SHARES."""
     return next(n for n in range(group, 0, -1) if group % n == 0 and (n == 1 or n * size <= SHARES))
 
 
@@ -354,7 +354,7 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 class _Call(NamedTuple):
-    """The operands and sizes that all kernels of a call take. A packed call is one batch of segments."""
+    """The operands and sizes that all kernels of an attention call take. In a packed call, segments are the batch."""
 
     q: Tensor  # (rows, H, D)
     k: Tensor  # (rows, G, D)
@@ -387,7 +387,7 @@ class _Call(NamedTuple):
         return cdiv(length, block) * cdiv(self.sequences, GRID), heads, min(self.sequences, GRID)
 
     def options(self, numbers: dict[str, Any], tile: Tile, **more: Any) -> dict[str, Any]:
-        """Return the keyword arguments of a launch: `numbers`, the tile, and `more`, arguments of one kernel alone."""
+        """Return a launch's keyword arguments: `numbers` for all kernels, `more` for this one alone, and the tile."""
         M, N, _, warps, stages = tile
         more.update(numbers, BLOCK_M=M, BLOCK_N=N, TMA=self.tma, num_warps=warps, num_stages=stages)
         return more
@@ -476,7 +476,7 @@ def _save(outputs, *inputs):
 
 
 def _backward(saved: _Saved, needs: Any, dout: Tensor | None, dlse: Tensor | None) -> _Gradients:
-    """Compute dq, dk and dv in every case, because dK/dV reads the delta of dQ's kernel. Compute dsinks if needed."""
+    """Compute dq, dk and dv, needed or not: the kernel of dK/dV reads delta from that of dQ. dsinks: only if needed."""
     call = _Call.of(saved.q, saved.k, saved.v, saved.packing)
     dout = _rows(torch.zeros_like(saved.out) if dout is None else dout, call.tma)
     numbers = _numbers(call, saved.rules)

@@ -16,9 +16,9 @@ pieces are combined in their order:
 
     lse_p = log(sum_{j in p} exp(s_j))        out = sum_p exp(lse_p) out_p / (sum_p exp(lse_p) + exp(sink))
 
-The start of a piece depends on its sequence alone, and any program may compute it. So a sequence gets the same bits
-whatever else is in the batch. The query heads that share a key head are rows of one tile, and so are the heads of the
-sequences that share a prefix. The tile reads the shared keys once.
+The places where a sequence is cut depend on this sequence alone, and a piece has the same result in any program. So a
+sequence gets the same bits whatever else is in the batch. The query heads that share a key head are rows of one tile.
+The heads of the sequences that share a prefix are rows of one tile, too. The tile reads the shared keys once.
 
 Memory, in elements: it reads 2 G D for each key in sight, but a prefix only once for up to 16 sequences that are
 adjacent in the batch. It writes and reads H (Dv + 1) in fp32 for each piece. All of it is bandwidth-bound. Eager
@@ -294,9 +294,10 @@ def _decode(q: Tensor, caches: list[Cache], scores: Scores) -> Tensor:
 def _by_piece(
     q: Tensor, caches: list[Cache], scores: Scores, pieces: list[int], partial: Tensor, lse: Tensor
 ) -> None:
-    """Compute attention over each piece of the keys.
+    """Compute attention over each piece of the keys, without combining the pieces.
 
-    Write its output into partial (pieces, B, H, Dv), and the log-sum-exp of its scores into lse (pieces, B, H).
+    The output of each piece goes into partial (pieces, B, H, Dv), and the log-sum-exp of its scores into lse
+    (pieces, B, H).
     """
     (B, H, D), (_, S_max, G, DV) = q.shape, caches[0].values.shape
     scale, window, softcap, _ = scores
@@ -354,7 +355,7 @@ def _prefixes(
     keys: Tensor | None,
     values: Tensor | None,
 ) -> list[Cache]:
-    """Return a list of the prefixes' cache, or an empty list without prefixes.
+    """Return a list with the cache of the prefixes. The list is empty if there are no prefixes.
 
     Raises ValueError for arguments that are incomplete or do not match the sequences' own cache.
     """
@@ -394,7 +395,6 @@ def decode_attention(
 
     A picture is at the top of this file.
 
-
     q: (B, H, D)    k_cache: (slots, S_max, G, D)    v_cache: (slots, S_max, G, Dv). All have one dtype. H is a multiple
         of G. D and Dv are 1 to 256.
     slot: (B,) int32 or int64, the cache row of each sequence.
@@ -408,7 +408,7 @@ def decode_attention(
     softcap: a number c; each scaled score s becomes c * tanh(s / c).
     sinks: (H,), one logit per head that joins the softmax but has no value. It is neither scaled nor capped.
     Returns (B, H, Dv) in q's dtype, with zeros for an empty sequence. On a GPU a sequence gets the same bits whatever
-        else is in the batch. On a CPU its last bits may depend on the longest sequence in the batch, by its padding.
+        else is in the batch. On a CPU its last bits may depend on longer sequences, to whose length it is padded.
     NaN in a query, in a key that it sees or in its sink makes its whole row NaN. NaN in a value makes at least its
         channel NaN. Since 0 * NaN is NaN, it may also reach a sequence that has the same row or prefix but does not
         see the NaN.

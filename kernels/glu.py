@@ -111,7 +111,7 @@ def _glu_bwd(
 
 @lru_cache
 def _config(F: int) -> dict[str, int]:
-    """Return a tile of 2,048 elements, as wide as possible if at most 5 % of the columns are idle (at least 128)."""
+    """Return the widest tile of 2,048 elements with at most 5 % idle columns. It has at least 128 columns."""
     block_f = 2048
     while block_f > 128 and cdiv(F, block_f) * block_f > 1.05 * F:
         block_f //= 2
@@ -165,7 +165,7 @@ def _backward(saved: _Inputs, needs: Any, dout: Tensor) -> _Gradients:
 def _launch_arguments(
     gate: Tensor, up: Tensor, scale: float, cubic: float, limit: float | None, offset: float
 ) -> tuple[tuple[Any, ...], tuple[int], dict[str, int]]:
-    """Return the numbers that both kernels take, the grid, and the tile."""
+    """Return the numbers that the forward and backward kernels take, the grid, and the tile."""
     if gate.is_contiguous() and up.is_contiguous():  # taken as a single row
         R, F, stride_gate, stride_up = 1, gate.numel(), 0, 0
     else:

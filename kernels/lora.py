@@ -550,7 +550,7 @@ def _rows(x: Tensor, adapter: Tensor | None, dropout: float, seed: int | Tensor 
 
 
 def _prepared(layer: Layer, dtype: torch.dtype) -> Layer:
-    """Return the layer with contiguous tensors, and with all matrices but a 4-bit weight in `dtype`."""
+    """Return the layer with contiguous tensors. W, A and B are cast to `dtype`, but a 4-bit W is not."""
     weight, a, b, bias, magnitude, scaling, path = layer
     if weight.absmax is None and (data := operand(weight.data, dtype)) is not weight.data:
         weight = Weight(data)
@@ -586,7 +586,7 @@ def lora_linear(
     x: (..., in)    weight: (out, in), a tensor or 4-bit    lora_a: (R, in)    lora_b: (out, R)    bias: (out,)
     magnitude: (out,), for DoRA. Each output is multiplied by magnitude / |W + scaling B A| before the bias is added.
     adapter: (...) int, the adapter of each row, or -1 for none. With it lora_a is stacked as (adapters, R, in), and
-        lora_b as (adapters, out, R). A wrong number raises ValueError on a CPU. Elsewhere the host does not check: such
+        lora_b as (adapters, out, R). A wrong index raises ValueError on a CPU. Elsewhere the host does not check: such
         a row of the result is NaN, and its dx is NaN except where dropout hides x from the adapter.
     dropout: the share of x's elements that are hidden from the adapter.
     seed: an int or a 0-d int64 tensor, which determines the hidden elements. A CUDA graph would freeze an int.
@@ -619,7 +619,7 @@ def lora_linears(
 ) -> list[Tensor]:
     """Return [lora_linear(x, ...) for each layer], as for q, k and v, or gate and up. The adapters read x once.
 
-    Each sequence has one entry for each layer, as for lora_linear. Ranks may differ. The weights are all tensors, or
+    Each sequence among the arguments has one entry for each layer. Ranks may differ. The weights are all tensors, or
     all 4-bit in one format. With dropout, all adapters see the same elements of x.
     """
     count = len(weights)

@@ -295,7 +295,8 @@ def _launch_da(dS: Tensor, x: Tensor, a: Tensor, rows: Rows) -> Tensor:
 def low_rank_forward(x: Tensor, a: Tensor, rows: Rows, path: str) -> Tensor:
     """Compute S = drop(x) A^T, (M, R).
 
-    On a GPU a kernel computes it, but for path "cublas" torch does if there is neither a stack nor dropout.
+    On a GPU a Triton kernel computes S. With the path "cublas" torch computes S, unless there is a stack of adapters or
+    dropout.
     """
     adapter, seed, dropout = rows
     if use_triton(x) and not (seed is None and adapter is None and path == "cublas"):

@@ -67,7 +67,7 @@ def _up_fwd(
     ACTIVATION: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """Compute A = act(H), H = x W^T + s B^T + bias, for gathered rows of x. RANK: a step through R, or 0 without s."""
+    """Compute A = act(H), H = x W^T + s B^T + bias, for gathered rows of x. RANK: loop step over R, or 0 without s."""
     GATED: tl.constexpr = ACTIVATION != "relu2"
     blocks = tl.cdiv(F, BLOCK_N)  # neighbouring programs share their rows of x
     tile = tl.program_id(0) // blocks
@@ -142,7 +142,7 @@ def _rows_product(
 ):
     """Compute out = a W^T + s B^T + bias. Each row uses W (N, K) and B (N, R) of its expert, of any strides.
 
-    GATHER: a has a row for each token, not for each choice. RANK: the step through R, or 0 without s and B.
+    GATHER: a has a row for each token, not for each choice. RANK: the step of the loop over R, or 0 without s and B.
     """
     blocks = tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0) // blocks
@@ -199,7 +199,7 @@ def _activation_bwd(
     ACTIVATION: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """Compute dH, w A, and for each row the gradient of w, as one partial sum per block of F. p is dout B_d."""
+    """Compute dH, w A, and partial sums of each row's gradient of w, one per block of F. p_ptr: dout B_d."""
     GATED: tl.constexpr = ACTIVATION != "relu2"
     blocks = tl.cdiv(F, BLOCK_N)
     tile, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -276,8 +276,8 @@ def _weight_bwd(
 ):
     """Compute dW (N, C) = p^T q over the rows of each expert, and db, the sum of p's rows.
 
-    A gathered operand has a row for each token. For db, gathered rows of p are multiplied by their weight w; in dW
-    the weight is already in q = w A.
+    A gathered operand has a row for each token, not for each choice. The rows of a gathered p are multiplied by their
+    weight w for db, but not for dW, where q = w A already contains w.
     """
     blocks_n, blocks_c = tl.cdiv(N, BLOCK_N), tl.cdiv(C, BLOCK_C)
     expert = (tl.program_id(0) // (blocks_n * blocks_c)).to(tl.int64)
@@ -404,7 +404,7 @@ def _sum_over_choices(y: Tensor, weights: Tensor | None, routes: Routes) -> Tens
 
 
 def _block_m(x: Tensor, rows: int, E: int) -> int:
-    """Return the number of rows of a tile, about the average of an expert, since more rows would be wasted."""
+    """Return the number of rows of a tile: about the average number of an expert's rows, as more would be idle."""
     most = 64 if x.dtype == torch.float32 else 128
     return min(most, max(16, 1 << (rows // max(E, 1)).bit_length()))
 
@@ -635,7 +635,7 @@ def _check_experts(name: str, weight: Tensor | NF4Weight, x: Tensor, **dims: int
 def _adapter(
     name: str, a: Tensor | None, b: Tensor | None, dtype: torch.dtype, E: int, C: int, N: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return A and B in `dtype` for a layer with C inputs and N outputs, or None for both. Raises ValueError."""
+    """Check the adapter of a layer with C inputs and N outputs. Return A and B in `dtype`, or None and None."""
     if a is None and b is None:
         return None, None
     if a is None or b is None or a.dim() != 3 or not 1 <= a.shape[1] <= 256:

@@ -340,7 +340,7 @@ def quantize_nf4(
 ) -> NF4Weight:
     """Quantise a weight to 4 bits, in the format of bitsandbytes and with the same bits.
 
-    fp4 has two zeros, and the choice between them may differ from the CUDA code of bitsandbytes.
+    There is one exception: fp4 has two codes for zero, and the CUDA code of bitsandbytes may choose the other one.
 
     weight: any shape, fp32, bf16 or fp16. Blocks run over it in row-major order.
     blocksize: the number of weights that share an absmax, a power of two from 32 to 4096.

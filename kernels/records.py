@@ -1,6 +1,6 @@
 """NamedTuples ("records") of tensors and numbers that ops and CPU paths take as one argument.
 
-A public op builds its records once. torch.library sees their fields as flat arguments (_layout.py).
+A public op builds records from its arguments. torch.library sees their fields as flat arguments (_layout.py).
 """
 
 from dataclasses import dataclass, fields, replace
@@ -25,8 +25,8 @@ class NF4Weight:
     code: fp32 (16,), the values that the 4 bits stand for.
     shape, dtype: those of the weight before it was quantised. dequantize_nf4 returns this dtype.
     blocksize: a power of 2 from 32 to 4096.
-    nested_absmax, nested_code, offset: None, or all three if absmax is quantised: fp32 (blocks / 256,), rounded up,
-        fp32 (256,), and a single fp32 number.
+    nested_absmax, nested_code, offset: given if absmax is quantised itself, else all None. nested_absmax is fp32
+        (blocks / 256,), rounded up. nested_code is fp32 (256,). offset is a single fp32 number.
 
     Raises ValueError for any other value, and for parts whose sizes, dtypes or devices do not fit together. Kernels
     take every size from shape and blocksize.
@@ -74,7 +74,7 @@ class NF4Weight:
 
     @property
     def quant_type(self) -> str:
-        """The kind of code, "nf4" or "fp4". Reading it makes the host wait for a GPU."""
+        """The kind of code, "nf4" or "fp4". On a GPU, reading this property makes the host wait."""
         return "fp4" if self.code[0] == 0 else "nf4"
 
     @property
@@ -83,7 +83,7 @@ class NF4Weight:
 
     @property
     def nbytes(self) -> int:
-        """The size in bytes of all tensors. The tables take 64 bytes of it, and 1,028 more if absmax is quantised."""
+        """The size of all tensors in bytes. `code` takes 64 bytes; `nested_code` and `offset`, if given, take 1,028."""
         return sum(t.nbytes for t in self.tensors() if t is not None)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -135,7 +135,7 @@ class Head(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """The rules of attention.
+    """The rules by which attention scores keys and hides them.
 
     The score of a query and a visible key is scale q.k. With a softcap it is softcap tanh(scale q.k / softcap).
     """
@@ -147,15 +147,15 @@ class Rules(NamedTuple):
 
 
 class Packing(NamedTuple):
-    """The int32 tables of packed sequences. Both are None in a call over a padded batch."""
+    """cu_seqlens and parents, the int32 tables of packed sequences. Both are None in a call over a padded batch."""
 
     cu_seqlens: Tensor | None  # (segments + 1,)
     parents: Tensor | None  # (segments,)
 
     def check(self, total: int, causal: bool) -> None:
-        """Raise ValueError for tables whose dtype or shape does not fit a call of `total` rows. Values are not read.
+        """Raise ValueError if cu_seqlens or parents have a dtype or shape that does not fit a call of `total` rows.
 
-        It also raises for parents without cu_seqlens, and for parents without causal attention.
+        It also raises for parents without cu_seqlens, and for parents without causal attention. Values are not read.
         """
         cu_seqlens, parents = self
         if cu_seqlens is None:
@@ -214,12 +214,12 @@ class Sampling(NamedTuple):
     def of(
         cls, V: int, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None
     ) -> "Sampling":
-        """Build the rules for a vocabulary of V ids, with None for a number that truncates nothing."""
+        """Build the rules for a vocabulary of V ids. A top_k, top_p or min_p that removes no ids becomes None."""
         top_k = None if top_k is None or top_k >= V else top_k
         return cls(temperature, top_k, None if top_p == 1 else top_p, min_p or None)
 
     def width(self, V: int) -> int | None:
-        """Return the number of ids in a row of the support, or None if nothing is truncated."""
+        """Return the width of the support, the ids that truncation keeps, or None if nothing is truncated."""
         truncated = self.top_k is not None or self.top_p is not None or self.min_p is not None
         return min(self.top_k or TOP_P_WIDTH, V) if truncated and self.temperature != 0 else None
 
@@ -228,7 +228,7 @@ class Sampling(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The low-rank adapter of each row of x, and the dropout on x."""
+    """The choice of a low-rank adapter for each row of x, and the dropout on x."""
 
     adapter: Tensor | None  # (M,), the index of each row's adapter in a stack, -1 for no adapter
     seed: Tensor | None  # 0-d int64, the seed of dropout; None without dropout

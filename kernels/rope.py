@@ -154,7 +154,7 @@ def _rope(
 
 @cache
 def _config(H: int, G: int, D: int, half: int) -> dict[str, int]:
-    """Return the tile of a program: a number of heads of which few are idle, and tokens to fill 2,048 elements.
+    """Return the tile of a program: heads, few of them idle, and as many tokens as fill 2,048 elements.
 
     The heads of a tile share the table rows of its tokens. Measured against a tile of 8 heads and 4,096 elements, on an
     H100 in bf16 with torch 2.11 and Triton 3.6: 32 query and 8 key heads of 128 dimensions take 117.7 us instead of

@@ -78,7 +78,7 @@ class AttentionTiles(NamedTuple):
 
 
 def _attention(*three: tuple[int, ...], **others: tuple[int, ...]) -> AttentionTiles:
-    """Build a row of the table from tiles written as (queries, keys, warps, stages)."""
+    """Build a row of the attention table from tiles written as (queries, keys, warps, stages)."""
     tiles = dict(zip(AttentionTiles._fields, three, strict=False)) | others
     return AttentionTiles(**{name: Tile(M, N, 0, *rest) for name, (M, N, *rest) in tiles.items()})
 
@@ -254,8 +254,9 @@ MOE_WEIGHT_GRAD = {
 def moe_tile(x: Tensor, block_m: int, *, accumulators: int = 1, width: int = 128) -> dict[str, int]:
     """Return the tile of a product over the rows of an expert.
 
-    block_m: the most rows of the tile. accumulators: how many results a program holds at once. width: the number of
-        columns of the result, which may be an adapter's rank.
+    block_m: the largest number of rows. accumulators: the number of products that a program accumulates at once, and
+        among which the columns of the tile are divided. width: the number of columns of the result, which may be an
+        adapter's rank.
     """
     chip = "fp32" if x.dtype == torch.float32 else "few rows" if block_m < 64 else chip_of(x)
     return _moe_tile(chip, block_m, accumulators, width)
@@ -295,7 +296,7 @@ NORM_WIDEST = 16384  # the most columns that the registers of one program hold; 
 
 
 def _norm_tile(N: int, elements: int) -> dict[str, int]:
-    """Return the tile [rows, columns]: one row, or several rows if they are short."""
+    """Return the tile [rows, columns] of an RMSNorm kernel: one row of width N, or several rows if N is small."""
     block_n = next_power_of_2(N)
     return {"BLOCK_R": max(1, elements // block_n), "BLOCK_N": block_n}
 
@@ -313,7 +314,7 @@ def norm_forward(N: int, most_warps: int) -> dict[str, int]:
 
 @cache
 def norm_backward(N: int, most_warps: int) -> dict[str, int]:
-    """Return the tile of _rms_norm_bwd. The entries DW_* are for its programs that compute the weight gradient."""
+    """Return the tile of _rms_norm_bwd. Its programs that compute the weight gradient use the entries DW_*."""
     warps = 4 if N <= 1024 else 8 if N <= 2048 else 16 if N <= 8192 else most_warps
     return {
         **_norm_tile(N, 2048),
@@ -326,7 +327,7 @@ def norm_backward(N: int, most_warps: int) -> dict[str, int]:
 
 @cache
 def norm_walk(N: int, most_stages: int) -> tuple[int, dict[str, int]]:
-    """Return (programs, tile): the number of programs on each multiprocessor, and the tile."""
+    """Return (programs, tile) for _rms_norm_bwd_walk: its programs on each multiprocessor, and their tile."""
     if N <= 1024:  # 128: 69.6 us, 74.0 with [16, 128] loaded twice by 4 warps; 1024: 71.2 us, 74.0
         per_sm, reload, stages, warps = 8, False, most_stages, 2
     elif N <= 2048:  # 2048: 72.4 us, 83.5 when the tile is loaded twice

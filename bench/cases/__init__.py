@@ -1,1 +1,1 @@
-"""Cases: the definition of each op for the tests, the static proof and the benchmark."""
+"""Cases: definitions of ops, for the tests, the benchmark, and the compilation of all kernels without a GPU."""

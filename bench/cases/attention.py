@@ -143,10 +143,10 @@ MOST_SCORES = 2**26  # 512 MB in fp64
 
 
 def _fewer_heads(dims: Dims) -> Dims:
-    """Return the shape at which a benchmark shape is checked.
+    """Return a smaller shape, if needed, at which the accuracy of a benchmark shape is checked.
 
-    The reference holds the scores of every head. If they are more than MOST_SCORES, one sequence stands for the batch,
-    and one group of heads for all (two heads if H = G).
+    The reference holds the scores of all heads in memory. If a shape has more than MOST_SCORES scores, only one
+    sequence and one group of query heads are checked, or two heads if H = G.
     """
     if dims.get("B", 1) * dims["H"] * dims["T"] * dims.get("S", dims["T"]) <= MOST_SCORES:
         return dims

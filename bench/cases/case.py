@@ -1,4 +1,6 @@
-"""A Case: the definition of one op on one family of shapes, shared by the tests, the static proof and the benchmark.
+"""A Case: the definition of one op on one family of shapes.
+
+The tests, the benchmark and the static proof share it. The static proof compiles every kernel without a GPU.
 
 Every output and every gradient must satisfy the accuracy rule:
 
@@ -74,13 +76,13 @@ def randn(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
 
 
 def check_most(dims: Dims, letter: str, most: str) -> None:
-    """Raise ValueError if the size of `letter` is above the size of the letter `most`."""
+    """Raise ValueError if the axis `letter` is longer than the axis `most`."""
     if dims[letter] > dims[most]:
         raise ValueError(f"{letter}: expected at most {most}={dims[most]}, got {dims[letter]}")
 
 
 def taken(named: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Remove the entries with a prefix from `named`. Return them without it: {"teacher_bias": b} gives {"bias": b}."""
+    """Remove names with a prefix from `named`. Return them without it, such as {"bias": b} for {"teacher_bias": b}."""
     return {n.removeprefix(prefix): named.pop(n) for n in list(named) if n.startswith(prefix)}
 
 
@@ -181,7 +183,7 @@ class Verdict(NamedTuple):
     def text(self, axes: tuple[str, ...] = ()) -> str:
         """Return the verdict in one line, or in three lines if elements are wrong.
 
-        axes: letters that replace the numbers of the axes.
+        axes: a letter for each axis, to be written instead of the number of the axis.
         """
         if self.wrong is None:
             return f"{self.name}: error {self.error:.2e}, allowed {self.allowed:.2e}"
@@ -200,9 +202,9 @@ class Verdict(NamedTuple):
 
 
 def _place(before: str, at: list[str], axes: tuple[str, ...]) -> str:
-    """Return an index or a box as text: "[0, 3:5]", or "B=0 C=3:5" if every axis has a letter.
+    """Return an index or a box as text after `before`: "[0, 3:5]", or "B=0 C=3:5" if every axis has a letter.
 
-    The text is empty for a tensor without axes.
+    For a tensor without axes the whole text is empty.
     """
     if not at:
         return ""
@@ -260,7 +262,7 @@ def assert_accurate(
 
 
 def _found(case: Case, tensors: Tensors, upstream: list[Tensor]) -> dict[str, Tensor | str]:
-    """Return the results of case.fused under the keys of `run`, with an error text in place of each invalid result."""
+    """Run case.fused, and return its results as `run` does, with an error text in place of each invalid result."""
     names = leaves(case, tensors)
     wanted = {n: as_leaf(tensor(tensors, n)) for n in names}
     with nullcontext() if names else torch.no_grad():

@@ -69,7 +69,7 @@ def _eager(
 
 
 def output(number: int, op: Callable[..., Any]) -> Callable[..., Tensor]:
-    """Wrap an op that has several outputs, so that it returns only the output of this number."""
+    """Wrap an op that has several outputs, so that it returns only output `number`."""
 
     def one(*args: Any, **kwargs: Any) -> Tensor:
         return op(*args, **kwargs)[number]

@@ -72,7 +72,7 @@ def _moe_4bit_eager(x: Tensor, *, gate_up: NF4Weight, down: NF4Weight, **others:
 
 
 def with_4bit_experts(op: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap an op on experts for a Case that has the 4-bit tensors of the experts."""
+    """Wrap an op on 4-bit experts, so that it takes the tensors that each 4-bit weight consists of."""
 
     def mlp(x: Tensor, **tensors: Any) -> Tensor:
         E, C, F_ = tensors["gate_up_a"].shape[0], x.shape[1], tensors["down_a"].shape[2]

@@ -1,4 +1,7 @@
-"""Cases of kernels/nf4.py, and helpers by which any Case carries a 4-bit weight as the tensors of FOUR_BIT."""
+"""Cases of kernels/nf4.py, and helpers for all Cases with a 4-bit weight.
+
+The inputs of a Case are tensors. So a 4-bit weight is given by the tensors that it consists of, listed in FOUR_BIT.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,13 +19,13 @@ FOUR_BIT = ("packed", "absmax", "code", "nested_absmax", "nested_code", "offset"
 
 
 def _weight(C: int, dtype: torch.dtype, **four_bit: Any) -> NF4Weight:
-    """Return the weight (F, C) that consists of the tensors of FOUR_BIT."""
+    """Build the 4-bit weight (F, C) from the tensors that it consists of."""
     shape = (2 * four_bit["packed"].numel() // max(C, 1), C)
     return NF4Weight(shape=shape, dtype=dtype, **four_bit)
 
 
 def four_bit(op: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap an op on (x, weight, ...) for a Case that has x and the tensors of a 4-bit weight."""
+    """Wrap an op on (x, 4-bit weight, ...), so that it takes x and the tensors that the weight consists of."""
 
     def linear(x: Tensor, **tensors: Any) -> Tensor:
         parts = {n: tensors.pop(n) for n in FOUR_BIT}
@@ -32,9 +35,9 @@ def four_bit(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def eager_four_bit(op: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap an op on (x, dense weight, ...) for a Case that has x and the tensors of a 4-bit weight.
+    """Wrap an op on (x, dense weight, ...), so that it takes x and the tensors that a 4-bit weight consists of.
 
-    The weight is dequantised by torch.
+    torch dequantises the weight before the op is called.
     """
 
     def linear(x: Tensor, weight: NF4Weight, **others: Any) -> Tensor:
@@ -64,7 +67,7 @@ def absmax_alone(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def four_bit_tensors(dims: Dims, dtype: torch.dtype, device: str) -> Tensors:
-    """Return a random weight (F, C) in 4 bits, as the tensors of FOUR_BIT.
+    """Return the tensors of a random 4-bit weight (F, C), under the names in FOUR_BIT.
 
     Raises ValueError if the number of weights is odd. A byte holds two weights, so F could not be derived from the
     tensors.

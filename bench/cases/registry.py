@@ -1,4 +1,6 @@
-"""All Cases, in the order of the tables, for the tests, the static proof and the benchmark.
+"""All Cases, in the order of the published tables. The tests, the static proof and the benchmark use this list.
+
+The static proof compiles every kernel without a GPU.
 
 A new kernels/x.py gets a file bench/cases/x.py, and a line in this list.
 """

@@ -111,7 +111,7 @@ def describe(case: Case, dims: Dims, dtype: torch.dtype) -> Description:
 
 
 def _operand(name: str, found: list[Tensor], shapes: list[Dims], gradient: bool) -> Operand:
-    """Return the Operand of an argument or output. found: its tensor at each of the shapes."""
+    """Return the Operand of an argument or output. found: the tensor of this name at each of the shapes."""
     axes = tuple(_axis(lengths, shapes) for lengths in zip(*(t.shape for t in found), strict=True))
     return Operand(name, axes, tuple(found[0].shape), found[0].dtype, gradient)
 

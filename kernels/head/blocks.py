@@ -119,14 +119,14 @@ GROUP = 2 if INTERPRET else 8  # blocks of tokens
 def has_tma(h: Tensor) -> bool:
     """Return whether the kernels load h through tensor descriptors (TMA).
 
-    They do for half precision, rows of a multiple of 16 bytes, and Hopper or Blackwell for data centres. AMD's gfx942
-    reports the capability (9, 4), and is excluded.
+    TMA is used for half precision and rows of a multiple of 16 bytes, on Hopper or Blackwell for data centres. AMD's
+    gfx942 is excluded explicitly, because its capability (9, 4) looks like that of Hopper.
     """
     return h.itemsize == 2 and h.shape[1] % 8 == 0 and capability(h)[0] in (9, 10) and capability(h) != (9, 4)
 
 
 def tile_of(h: Tensor) -> Tile:
-    """Return the tile of u, the scaled logits, that one program computes. It spills on no chip (bench/static.json)."""
+    """Return the tile of u, the scaled logits, that one program computes without spilling (bench/static.json)."""
     if INTERPRET:
         return HEAD["interpreted"]
     if h.dtype == torch.float32:
@@ -171,9 +171,10 @@ GPU_NARROWEST = 4096
 
 
 def bytes_of(hidden: Tensor, copies: int) -> int:
-    """Return the bytes that one element of a block takes.
+    """Return the bytes of memory that one element of a block takes.
 
-    On the Triton path only the gradient of a block is in memory. On the torch path it is `copies` times fp32 or wider.
+    On the Triton path only the gradient of a block is in memory. On the torch path there are `copies` tensors of the
+    block's size, in fp32 or wider.
     """
     return hidden.itemsize if use_triton(hidden) else copies * max(4, hidden.itemsize)
 
@@ -192,7 +193,7 @@ def blocks_of(head: Head, memory_budget: int, size: int) -> tuple[list[slice], l
 
 
 def aligned(columns: int) -> int:
-    """Return the row stride of a block of this many columns, rounded up to whole cache lines for the matrix units."""
+    """Return the row stride of a block: its columns, rounded up to whole cache lines to suit the matrix units."""
     return (columns + 63) // 64 * 64
 
 
@@ -201,15 +202,15 @@ def slices(length: int, step: int) -> list[slice]:
 
 
 def part_of(x: Tensor, part: slice) -> Tensor:
-    """Return some rows of x, or x itself for all rows, because making a view costs the host a microsecond."""
+    """Return the rows `part` of x. For all rows return x itself, because making a view costs the host a microsecond."""
     return x if part.stop - part.start == x.shape[0] else x[part]
 
 
 def operand(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return x as the products take it: contiguous, aligned to 16 bytes, and in `dtype`.
 
-    The default dtype is that of x on the Triton path, and fp32 on the CPU, whose half precision is ten times slower.
-    fp64 stays fp64.
+    The default dtype is that of x on the Triton path, and fp32 on the CPU, where half precision would be ten times
+    slower. fp64 stays fp64.
     """
     dtype = dtype or (x.dtype if use_triton(x) else torch.promote_types(x.dtype, torch.float32))
     x = (x if x.dtype == dtype else x.to(dtype)).contiguous()
@@ -224,7 +225,7 @@ def with_operand(head: Head) -> Head:
 def chunk_of(head: Head, columns: slice) -> Head:
     """Return the part of a head for some columns of the vocabulary. Its hidden states must have gone through `operand`.
 
-    The rows of an adapter's B are appended to those of W: [h, scaling h A^T] [W, B]^T.
+    If the head has an adapter, its B is appended to W as additional columns: [h, scaling h A^T] [W, B]^T.
     """
     hidden, weight, lora_b, bias, temperatures, temperature, softcap = head
     w, dtype = operand(part_of(weight, columns), hidden.dtype), hidden.dtype
@@ -363,7 +364,8 @@ def head_gradients(
         dbias is asked for.
     size: the bytes that an element of a block takes.
 
-    A chunk of the vocabulary has its own rows of dW, which one product computes with fp32 accumulation.
+    Each chunk of the vocabulary has its own rows of dW. If a block has all tokens, one product computes these rows.
+    Otherwise the products of the blocks are summed in fp32.
     """
     operands, wide = with_operand(head), torch.promote_types(head.hidden.dtype, torch.float32)
     h, weight, lora_b = operands.hidden, head.weight, head.lora_b

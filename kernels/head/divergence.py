@@ -10,10 +10,10 @@ with p_S of the student and p_T of the teacher, which has no gradient:
 
     gap = u_T - u_S of the KLs        gap = log p_S - log m of the mixture m = beta p_T + (1 - beta) p_S: mixture.py
 
-The two ends are KLs by definition: the limit of the mixture's formula there is 0. dz to dbias follow as in logprob.py.
+beta = 0 and 1 are defined as KLs, because the mixture's formula would give 0 there. For dz to dbias see logprob.py.
 
-With logits in the thousands, a gap and its mean are of that size, and their difference du is small or 0. So all gaps of
-a row are relative to the gap at the most likely id of the student, or of the teacher for beta = 0, whose p weighs them:
+With logits in the thousands, a gap and its mean are of that size, and their difference du is small or 0. So the gap at
+a row's most likely id (the student's, or for beta = 0 the teacher's) is subtracted from all gaps of the row:
 
     gap = gap_at_top + gap_beyond        mean_gap = sum_j p gap_beyond
     D = mean_gap + gap_at_top - lse_T + lse_S for beta = 0, and the negative of that for beta = 1
@@ -257,7 +257,7 @@ def _launch_arguments(student: Head, teacher: Head, tile: Tile) -> dict[str, Any
 
 
 def _summarise(student: Head, teacher: Head, beta: float, blocks: Blocks, logits: Tensor | None) -> Tensor:
-    """Return the six sums of each tile's rows, (pieces, 6, rows), and write a mixture's logits (2, rows, V)."""
+    """Return six sums (Piece) for each row of each tile, (pieces, 6, rows). Write a mixture's logits (2, rows, V)."""
     rows, V = student.hidden.shape[0], student.weight.shape[0]
     no_copy = all(x.weight.dtype == x.hidden.dtype and x.lora_b is None for x in (student, teacher))
     tile, pieces = _tile(student, teacher), []
@@ -410,7 +410,7 @@ def token_divergence(
     teacher_lora_a, teacher_lora_b, teacher_scaling, teacher_softcap: as for the student. The teacher gets no gradient.
     beta: 0 is KL(teacher || student), 1 is KL(student || teacher). In between, beta KL(teacher || m) + (1 - beta)
         KL(student || m) with m = beta teacher + (1 - beta) student.
-    temperature: of both, a number or (tokens,), finite and above 0. It gets no gradient.
+    temperature: of both heads, a number or (tokens,), finite and above 0. It gets no gradient.
     mask: (tokens,) bool, True for each row that counts. The other rows give 0 and pass no gradient.
     memory_budget: the bytes that logits and their gradients may take at any time.
 

@@ -1,6 +1,6 @@
-"""Products of hidden states with the few rows of a head that each token's ids name.
+"""Products of each token's hidden state with a few rows of a head, those of the ids that the token lists.
 
-They score a recorded support, the ids that a truncating sampler kept.
+The ids of a token are its recorded support, which a truncating sampler kept. The products are their logits.
 
     v = ids_tk        z_tk = hidden_t . W_v        dhidden_t = sum_k dz_tk W_v        dW_v = sum_tk dz_tk hidden_t
 

@@ -28,7 +28,7 @@ GPU_BUDGET = 2**28  # bytes; 16k columns of bf16 gradients at 8k tokens. On an H
 
 
 class HeadInputs(NamedTuple):
-    """A linear head as a public op takes it. `head_of` makes the Head that is cut into blocks."""
+    """The arguments by which a public op takes a linear head. `head_of` makes a Head of them, to be cut into blocks."""
 
     hidden: Tensor  # (tokens, C)
     weight: Tensor  # (V, C)
@@ -43,7 +43,7 @@ class HeadInputs(NamedTuple):
 
 
 def scaled(z: Tensor, bias: Tensor | None, temperature: float | Tensor, softcap: float | None) -> Tensor:
-    """Compute u from raw products z (tokens, N): add the bias, apply the softcap, divide by the temperature."""
+    """Compute logits u from z = hidden W^T, (tokens, N): add the bias, apply the softcap, divide by the temperature."""
     if bias is not None:
         z = z + bias.to(z.dtype)
     if softcap is not None:
@@ -52,9 +52,9 @@ def scaled(z: Tensor, bias: Tensor | None, temperature: float | Tensor, softcap:
 
 
 def scaled_logits(inputs: HeadInputs, temperature: float | Tensor) -> Tensor:
-    """Compute all logits u (tokens, V), in fp32, or in fp64 for the finite differences of gradient checks.
+    """Compute all logits u (tokens, V), in fp32, or in fp64 for fp64 inputs, as in gradient checks.
 
-    The caller turns autocast off, once for all that it computes, because turning it off takes microseconds.
+    The caller must turn autocast off. It is not turned off here, because each switch takes microseconds.
     """
     hidden, lora_a, lora_b = inputs.hidden, inputs.lora_a, inputs.lora_b
     wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -70,8 +70,8 @@ def scaled_logits(inputs: HeadInputs, temperature: float | Tensor) -> Tensor:
 def divergence_of(log_t: Tensor, log_s: Tensor, beta: float) -> Tensor:
     """Return (rows,): KL(t || s) at beta = 0, KL(s || t) at 1, and beta KL(t || m) + (1 - beta) KL(s || m) in between.
 
-    m is beta t + (1 - beta) s. log_t and log_s are finite log-probabilities (rows, n). A missing entry is -1e30 in
-    both.
+    m is beta t + (1 - beta) s. log_t and log_s are finite log-probabilities (rows, n). An entry that a row does not
+    have is -1e30 in both.
     """
     if beta == 0:
         return (log_t.exp() * (log_t - log_s)).sum(-1)
@@ -136,7 +136,8 @@ def _check_operands(like: Tensor, prefix: str, /, **operands: Tensor | None) -> 
 def checked_temperature(hidden: Tensor, temperature: float | Tensor) -> float | Tensor:
     """Return the temperature, a number or one number per row, or raise ValueError.
 
-    Rows that are not above 0 raise on a CPU. Where values cannot be read, as on a GPU, they become NaN.
+    On a CPU, a temperature that is not finite and above 0 raises. Where the values of a tensor cannot be read, as on a
+    GPU, each one that is not above 0 becomes NaN.
     """
     if not isinstance(temperature, Tensor):
         if not 0 < temperature < math.inf:
@@ -155,18 +156,18 @@ def checked_temperature(hidden: Tensor, temperature: float | Tensor) -> float | 
 
 
 def check_rows(name: str, values: Tensor, right: Tensor, expected: str) -> None:
-    """Raise ValueError that names the first row where `right` (tokens,) is False. It reads numbers on the host."""
+    """Raise ValueError for the first row where `right` (tokens,) is False. The check reads values on the host."""
     if not right.all():
         row = int((~right).nonzero()[0])
         raise ValueError(f"{name}: expected each row {expected}, got {values[row].item()} in row {row}")
 
 
 def check_ids(name: str, ids: Tensor, vocabulary: int, counts: Tensor | None) -> None:
-    """Raise ValueError for ids (tokens, K) outside the vocabulary, or an id that a row has twice.
+    """Raise ValueError for ids (tokens, K) outside the vocabulary, or for an id that occurs twice in a row.
 
     counts: (tokens,) bool, the rows whose ids must be distinct, or None for all rows.
 
-    Negative ids are padding. The check reads numbers on the host.
+    Negative ids are padding. The check reads values on the host.
     """
     if (ids >= vocabulary).any():
         raise ValueError(f"{name}: id {int(ids.max())} is outside a vocabulary of {vocabulary}")
@@ -180,7 +181,7 @@ def check_ids(name: str, ids: Tensor, vocabulary: int, counts: Tensor | None) ->
 
 
 def check_budget(hidden: Tensor, memory_budget: int | None, times: int = 1) -> int:
-    """Return the memory budget in bytes: the one given, or `times` the default of the device."""
+    """Return the memory budget in bytes. None stands for `times` the default budget of the device."""
     if memory_budget is None:
         return times * (GPU_BUDGET if hidden.is_cuda else CPU_BUDGET)
     budget = whole_number(memory_budget)
@@ -202,9 +203,10 @@ def check_mask(hidden: Tensor, mask: Tensor | None) -> None:
 
 
 def logits_fit(inputs: HeadInputs, copies: int, budget: int) -> bool:
-    """Return whether `copies` of all logits fit into the budget, so that autograd may keep them.
+    """Return whether `copies` tensors of all logits fit into the budget.
 
-    Then nothing has to be computed twice. On the Triton path the result is always False.
+    If so, autograd may keep them, and the backward need not compute them again. On the Triton path the result is always
+    False.
     """
     wide = torch.promote_types(inputs.hidden.dtype, torch.float32)
     elements = inputs.hidden.shape[0] * inputs.weight.shape[0]
@@ -218,12 +220,12 @@ def cast(inputs: HeadInputs) -> HeadInputs:
 
 
 def low_rank(hidden: Tensor, lora_a: Tensor, scaling: float) -> Tensor:
-    """Compute scaling hidden A^T, (tokens, R), which an adapter's B is multiplied with."""
+    """Compute scaling hidden A^T, (tokens, R). Its product with B^T is the adapter's part of the logits."""
     return scaling * (hidden @ lora_a.to(hidden.dtype).T)
 
 
 def head_of(inputs: HeadInputs, temperature: float | Tensor) -> Head:
-    """Return the Head of checked and cast arguments of a public op.
+    """Build the Head from the arguments of a public op, after these were checked and cast.
 
     An adapter becomes R more columns of hidden; `chunk_of` appends B to the weight. W + scaling B A is not computed.
     """

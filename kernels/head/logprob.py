@@ -238,8 +238,9 @@ def _shapes(head, targets, ignore_index, memory_budget):
 
 
 def _summaries_triton(head: Head, targets: Tensor, memory_budget: int, target_u: Tensor) -> Tensor:
-    """Return parts (pieces, 3, tokens), the kernel's three sums for each tile and row.
+    """Return parts (pieces, 3, tokens), three numbers for each row of each tile of logits.
 
+    They are the row's highest logit in the tile, sum exp(u - highest), and sum exp(u - highest) (u - highest).
     target_u (tokens,) receives the logit of each target in the vocabulary.
     """
     h, V = head.hidden, head.weight.shape[0]
@@ -291,7 +292,7 @@ def _backward(
 
 
 def _dlogits_triton(block: Head, terms: RowTerms, start: int, dz: Tensor, with_dbias: bool) -> Tensor:
-    """Write dz (rows, N), the gradient of a block's logits. Return its sum over the rows, fp32 before rounding."""
+    """Write dz (rows, N), the gradient of a block's logits. Return its sum over the rows, in fp32 and unrounded."""
     h, N = block.hidden, block.weight.shape[0]
     tile, tma = tile_of(h), has_tma(h)
     db = h.new_empty(cdiv(h.shape[0], tile.M) if with_dbias else 0, N, dtype=torch.float32)

@@ -71,9 +71,11 @@ def _mixture_fwd(
 
 
 def mixture_sums(logits: Tensor, norms: Tensor, beta: float, _: Any) -> Tensor:
-    """Return (2, rows): sum p_S gap_beyond and sum p_T teacher_gap.
+    """Return the sums over the vocabulary of p_S gap_beyond and of p_T teacher_gap for each row, (2, rows).
 
-    logits: (2, rows, V), u_S and u_T. norms: (6, rows), a Norms.
+    The formulas at the top of this file define both terms.
+    logits: the logits u_S and u_T of student and teacher, (2, rows, V).
+    norms: six sums over each row's logits, the fields of Norms in kernels/plain/divergence.py, (6, rows).
     """
     (u, t), (_, rows, N) = logits, logits.shape
     tile = {"PIECE": 1024, "BLOCK_N": 512} if INTERPRET else {"PIECE": 32768, "BLOCK_N": 2048, "num_warps": 8}

@@ -7,7 +7,7 @@
 
 The divergence is D(p_T, p_S) of divergence.py over these K + 1 buckets: all other ids form one bucket, the tail.
 Without the tail the sums would not run over a distribution. Such a sum can be negative, and clamping it kills the
-gradient. With the tail it is a divergence. It is never above the divergence over the whole vocabulary (data
+gradient. With the tail D is a divergence. It is never above the divergence over the whole vocabulary (data
 processing), and 0 if all buckets agree.
 
     rest = log sum_{j not in L} exp(u_j)       log p_S = log softmax([u_L, rest])
@@ -131,7 +131,7 @@ def _of_logits(
 class _Buckets(NamedTuple):
     """A student's logits of the listed ids, and the log-sum-exp of all other logits.
 
-    All logits of a row may be shifted by the same number.
+    All logits of a row may be shifted by the same number, which does not change a softmax over them.
     """
 
     u: Tensor  # (tokens, K)
@@ -179,8 +179,8 @@ def _walk(head: Head, memory_budget: int) -> Iterator[tuple[slice, slice, Tensor
 def _merge(top: Tensor, sum_exp: Tensor, u: Tensor) -> None:
     """Update each row's highest logit, and its sum of exponentials relative to it, with the logits u (rows, columns).
 
-    u is overwritten. The two numbers are not combined into a log-sum-exp. With logits in the thousands, its rounding
-    would be an error of every probability.
+    u is overwritten. The two numbers are not combined into a log-sum-exp, because it would be rounded. With logits in
+    the thousands, the rounding would be an error of every probability.
     """
     new_top = torch.maximum(top, u.amax(-1))
     u -= new_top[:, None]
@@ -199,7 +199,10 @@ def _find(ids: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
 
 
 def _without(u: Tensor, column: Tensor, is_here: Tensor) -> Tensor:
-    """Set the logits of the listed ids in u to -1e30, in place, and return u."""
+    """Set the logits of the listed ids in u to -1e30, in place, and return u.
+
+    column, is_here: the places of the listed ids in u, from `_find`.
+    """
     least = torch.where(is_here, NOTHING, torch.inf).to(u.dtype)
     return u.scatter_reduce_(1, column, least, "amin")
 
@@ -235,7 +238,7 @@ class _Saved(NamedTuple):
 def _forward(head: Head, ids: Tensor, memory_budget: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return (u - top, rest - top, top), of shapes (tokens, K), (tokens,) and (tokens,).
 
-    u are the logits of the listed ids. rest is the log-sum-exp of all other logits, and top is the highest of these.
+    u are the logits of the listed ids. rest is the log-sum-exp of all other logits, and top is the highest other logit.
     The shift by top does not change a softmax. A listed id outside the vocabulary gives NaN.
     """
     listed, rest, top = _shapes(head, ids, memory_budget)

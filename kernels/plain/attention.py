@@ -18,9 +18,9 @@ from ..records import Packing, Rules
 
 
 def visible_keys(query_position: Tensor, key_position: Tensor, rules: Rules) -> Tensor:
-    """Return a mask (..., T, S) bool of the keys that each query sees.
+    """Return a bool mask of the keys that each query sees, (..., T, S).
 
-    The arguments are the positions of the queries (..., T) and of the keys (..., S).
+    The positions of the queries are (..., T), and those of the keys are (..., S).
     """
     i, j = query_position.unsqueeze(-1), key_position.unsqueeze(-2)
     visible = j <= i if rules.causal else (j <= i) | True
@@ -141,7 +141,10 @@ def _attend_batch(
 
 
 def _check_tables(cu_seqlens: Tensor, parents: Tensor | None, total: int) -> None:
-    """Raise ValueError for tables that describe no packing. On a GPU nothing reads them, and the kernels clamp them."""
+    """Raise ValueError if the entries of cu_seqlens or parents describe no valid packing.
+
+    This is checked on a CPU only. On a GPU the host does not read the entries, and the kernels clamp them.
+    """
     falls = cu_seqlens.diff() < 0
     if falls.any():
         at = int(falls.long().argmax())
@@ -168,9 +171,10 @@ def _check_tables(cu_seqlens: Tensor, parents: Tensor | None, total: int) -> Non
 
 
 class _Padding(NamedTuple):
-    """Segments padded on the right in one buffer: first the roots (roots, P), then the children (children, C).
+    """The places of packed segments in one buffer, where they are padded on the right.
 
-    A child is a segment with a parent, and a root is one without.
+    Segments without a parent (roots) come first and are padded to P rows, the longest of their lengths. Segments with a
+    parent (children) follow and are padded to C rows.
     """
 
     row: Tensor  # (total,): the place of each packed row in the buffer
@@ -181,7 +185,7 @@ class _Padding(NamedTuple):
 
     @classmethod
     def of(cls, starts: Tensor, lengths: Tensor, child: Tensor, total: int) -> "_Padding":
-        """Build the padding from the segments' starts, lengths and `child` flags, (segments,) each."""
+        """Build the padding of the segments. starts, lengths, child: (segments,); child is True if it has a parent."""
         children = int(child.sum())
         roots = lengths.numel() - children
         P, C = (int(F.pad(lengths[which], (1, 0)).max()) for which in (~child, child))  # the longest
@@ -192,7 +196,10 @@ class _Padding(NamedTuple):
         return cls(torch.arange(total) + shift, roots, P, children, C)
 
     def pad(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return packed rows (total, ...) as padded roots (roots, P, ...) and children (children, C, ...)."""
+        """Copy packed rows x (total, ...) into padded segments.
+
+        Return the segments without a parent, (roots, P, ...), and those with a parent, (children, C, ...).
+        """
         roots, P, children, C = self[1:]
         buffer = x.new_zeros(roots * P + children * C, *x.shape[1:]).index_copy_(0, self.row, x)
         return buffer[: roots * P].unflatten(0, (roots, P)), buffer[roots * P :].unflatten(0, (children, C))
@@ -201,10 +208,11 @@ class _Padding(NamedTuple):
 def _attend_segments(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, packing: Packing, rules: Rules, return_lse: bool
 ) -> tuple[Tensor, Tensor]:
-    """Compute packed attention by one call over padded segments. With parents a second call has the children.
+    """Compute attention within packed segments, by one or two calls over padded segments.
 
-    A child's keys follow those of its parent. Padding is on the right, so a causal root needs no mask. Padded queries
-    always see a key, and are dropped.
+    The first call takes the segments without a parent. The second takes those with a parent, and puts the parent's keys
+    before a segment's own. Padding is on the right, so a causal mask already hides it in the first call. Padded
+    queries always see a key, and their results are dropped.
     """
     cu_seqlens, parents = packing
     assert cu_seqlens is not None
@@ -253,7 +261,7 @@ def _packed(
 ) -> tuple[Tensor, Tensor]:
     """Compute attention within segments. A row that belongs to no segment has out 0 and lse -inf.
 
-    lse is empty unless it is asked for.
+    lse is an empty tensor unless return_lse.
     """
     cu_seqlens, parents = packing
     assert cu_seqlens is not None
@@ -282,7 +290,7 @@ _packed_attention = make_path("packed_attention_cpu", _packed, _packed_shapes)
 def attend_cpu(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, packing: Packing, rules: Rules, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute out and lse as flash_attention returns them. lse is None or empty unless it is asked for."""
+    """Compute out and lse as flash_attention returns them. lse is None or an empty tensor unless return_lse."""
     if packing.cu_seqlens is not None:
         return _packed_attention(q, k, v, sinks, packing, rules, return_lse)
 

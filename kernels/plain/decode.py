@@ -1,10 +1,10 @@
 """Decoding on a CPU: the reference of decode_attention, and its path by torch's fused attention.
 
-    prefix  x x x x x            a sequence sees the keys first to last - 1 of a row, of its prefix and of its own row;
-    row               x x x      a window hides the first keys
+    prefix  x x x x x            in each of its two rows, a sequence sees the keys first to last - 1;
+    row               x x x      a window hides the earliest keys
 
-Neighbouring rows of a cache share a call as long as the keys that it reads needlessly cost less than another call. The
-results of the two caches are combined by their log-sum-exps, as in the kernels.
+One attention call computes several neighbouring rows of a cache, if reading keys that some of the rows do not need is
+cheaper than another call. The results of the two caches are combined by their log-sum-exps, as in the kernels.
 """
 
 from functools import lru_cache
@@ -96,7 +96,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
 class Call(NamedTuple):
     """Neighbouring rows of a cache that one attention call reads.
 
-    Each row has the same number of places for sequences, as many as its most-read row needs.
+    Several sequences may read one row, such as a shared prompt. In the call every row has the same number of places for
+    sequences, which is the largest number of sequences that read one of the rows.
     """
 
     rows: range
@@ -186,7 +187,8 @@ def _mask(seen: list[list[tuple[int, int]]], keys: range, n: int, dtype: torch.d
     """Return the mask (rows, 1, 1 or queries per row, keys) that is added to the scores.
 
     It is None if all keys are visible and there are at least FEW_KEYS.
-    seen: for each place of each row, the first visible key and the key after the last.
+    seen: for each row and each place for a sequence in it, the first visible key and the key after the last visible
+        key.
     """
     if len(keys) >= FEW_KEYS and all(ends == (keys.start, keys.stop) for row in seen for ends in row):
         return None

@@ -1,7 +1,8 @@
 """Divergence of two heads in plain torch: the reference, the CPU path, and the merging of pieces for both paths.
 
 Names are those of head/divergence.py. For the student and the teacher, u and t are the scaled logits, and log_p and
-log_q the log-probabilities. p and q are the probabilities, or exponentials relative to a top.
+log_q the log-probabilities. p and q are the probabilities, or exp(u - top) and exp(t - teacher_top), where top and
+teacher_top are the highest logits of a row.
 """
 
 from typing import NamedTuple
@@ -97,7 +98,7 @@ class Norms(NamedTuple):
 
 
 def merged(pieces: Tensor, beta: float) -> Tensor:
-    """Merge the Pieces of each row, (pieces, 6, rows), into Norms (6, rows)."""
+    """Merge the sums over the pieces of each row (Piece), (pieces, 6, rows), into Norms, (6, rows)."""
     piece = Piece(*pieces.unbind(1))  # (pieces, rows) each
     (top, at), (teacher_top, teacher_at) = piece.top.max(0), piece.teacher_top.max(0)
 
@@ -116,7 +117,7 @@ def merged(pieces: Tensor, beta: float) -> Tensor:
 
 
 def to_mixture(log_ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """Compute log p_S - log m and log p_T - log m of the mixture m.
+    """Compute log p_S - log m and log p_T - log m for the mixture m = beta p_T + (1 - beta) p_S.
 
     log_ratio: log p_T - log p_S. It is overwritten.
     """
@@ -132,9 +133,9 @@ def to_mixture(log_ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
 
 
 def summarise(student: Head, teacher: Head, beta: float, blocks: Blocks, logits: Tensor | None) -> Tensor:
-    """Return the six sums of a Piece for each chunk of the vocabulary and row, (chunks, 6, rows).
+    """Return the six sums of Piece for each chunk of the vocabulary and each row, (chunks, 6, rows).
 
-    logits: (2, rows, V), receives the logits of a mixture. It is None for a KL.
+    logits: for a mixture, a buffer (2, rows, V) into which the logits of both heads are written. It is None for a KL.
     """
     row_blocks, chunks = blocks
     buffers = [] if logits is not None else [buffer_of(x.hidden, *blocks) for x in (student, teacher)]
@@ -162,7 +163,8 @@ def _scaled_products(student: Head, teacher: Head, out: Tensor, teacher_out: Ten
 def _summarise_block(u: Tensor, t: Tensor, beta: float, piece: Piece) -> None:
     """Write the sums over a block's logits u and t into `piece`.
 
-    u and t are overwritten, except for a mixture. A mixture's gaps are not summed here, because m is not known yet.
+    u and t are overwritten, except for a mixture. A mixture's gaps are not summed here, because m is known only
+    after the sums of the whole row.
     """
     mixture = 0 < beta < 1
     gap = t - u
@@ -187,7 +189,7 @@ def _log_probabilities(
 ) -> tuple[Tensor, Tensor]:
     """Compute log_p and log_q from the scaled logits u and t.
 
-    top and log_sum are subtracted one after the other, because their sum would be rounded.
+    The fields top and log_sum of Norms are subtracted one after the other, because their sum would be rounded.
     """
     log_p = torch.sub(u, norms.top[:, None], out=out).sub_(norms.log_sum[:, None])
     log_q = torch.sub(t, norms.teacher_top[:, None], out=teacher_out).sub_(norms.teacher_log_sum[:, None])
@@ -195,9 +197,10 @@ def _log_probabilities(
 
 
 def mixture_sums(logits: Tensor, norms: Tensor, beta: float, blocks: Blocks) -> Tensor:
-    """Return (2, rows): the sums over the vocabulary of p gap_beyond and q teacher_gap (see head/mixture.py).
+    """Return the sums over the vocabulary of p gap_beyond and of q teacher_gap for each row, (2, rows).
 
-    logits: (2, rows, V), of student and teacher. norms: Norms (6, rows). blocks: slices of rows and columns.
+    The formulas in head/mixture.py define both terms. logits: (2, rows, V), of student and teacher. norms: the fields
+    of Norms, (6, rows). blocks: slices of rows and columns.
     """
     u, t = logits
     sums = norms.new_zeros(2, len(u))

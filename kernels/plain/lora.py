@@ -52,9 +52,9 @@ def wide_b(b: Tensor) -> Tensor:
 
 
 def scattered(S: Tensor, adapter: Tensor | None, adapters: int) -> Tensor:
-    """Spread S (M, R) to (M, adapters R).
+    """Widen S from (M, R) to (M, adapters R).
 
-    A row's numbers are in the columns of its adapter. All other columns are zero.
+    Each row's R numbers go to the columns of its adapter. Its other columns are zero.
     """
     if adapter is None:
         return S
@@ -63,9 +63,9 @@ def scattered(S: Tensor, adapter: Tensor | None, adapters: int) -> Tensor:
 
 
 def gathered(S: Tensor, adapter: Tensor | None, adapters: int) -> Tensor:
-    """Pick (M, R) from S (M, adapters R): the columns of each row's adapter.
+    """Pick the columns of each row's adapter from S (M, adapters R). Returns (M, R).
 
-    A row without an adapter, or with one that does not exist, gives zeros.
+    A row without an adapter, or with an index that no adapter has, gives zeros.
     """
     if adapter is None:
         return S

@@ -52,9 +52,10 @@ def code_of(quant_type: str, device: torch.device) -> Tensor:
 
 @cache
 def nested_code_on(device: torch.device) -> Tensor:
-    """Return the nested code (256,), sorted. It quantises absmax to 8 bits.
+    """Return the nested code (256,), the sorted values to which an 8-bit absmax is rounded.
 
-    It has 0, 1, and even steps for each power of ten from 1e-6 to 1, twice as many as for the power before.
+    They are 0, 1, and evenly spaced values of both signs in each of seven decades, from 1e-7..1e-6 to 0.1..1. Each
+    decade has twice as many values as the decade below it.
 
     Source: Dettmers 2016, https://arxiv.org/abs/1511.04561, the dynamic tree of 8 bits
     """
@@ -69,7 +70,7 @@ def nested_code_on(device: torch.device) -> Tensor:
 
 @cache
 def midpoints_of(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the 15 midpoints of the sorted code, and the nibble for each place among them."""
+    """Return the 15 midpoints between the sorted values of a code, and the nibble of each of the 16 intervals."""
     order = torch.tensor(ORDER[quant_type], device=device)
     code = code_of(quant_type, device)[order]
     return (code[:-1] + code[1:]) / 2, order.to(torch.uint8)

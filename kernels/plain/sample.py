@@ -85,9 +85,11 @@ def sample_tokens_cpu(logits: Tensor, noise: Tensor, rules: Sampling) -> tuple[T
 
 
 def _invert(u: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (id, logprob), both (B,): the id at which the cumulative softmax of u (B, V) passes the noise (B,).
+    """Draw an id from each row of logits: the first at which the cumulative softmax exceeds the row's random number.
 
-    For a wide u, it first searches the sums of blocks. That takes one pass over u instead of a cumulative sum of it.
+    u: logits (B, V). noise: random numbers in [0, 1), (B,). Returns (id, logprob), both (B,).
+    A large vocabulary is summed in blocks. The search finds a block first and then an id in it, which avoids a
+    cumulative sum over all of u.
     """
     (B, V), blocks = u.shape, cdiv(u.shape[1], BLOCK)
     p = u.softmax(-1)
