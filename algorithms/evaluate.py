@@ -261,23 +261,20 @@ def sample(cfg: Config, model: Transformer, tokenizer: Tokenizer, prompts: Seque
         def show(done: int, _: int) -> None:
             bar.update(done - bar.n)
 
+        params = SamplingParams(
+            samples_per_prompt=cfg.samples,
+            max_new_tokens=cfg.max_new_tokens,
+            temperature=cfg.temperature,
+            top_k=cfg.top_k,
+            top_p=cfg.top_p,
+            vocabulary=tokenizer.vocabulary,
+            stop_ids=tokenizer.stop_ids,
+            seed=cfg.seed,
+        )
+
+        tokens = [prompt.tokens for prompt in prompts]
         with autocast(cfg.device):
-            return generate(
-                model,
-                [prompt.tokens for prompt in prompts],
-                SamplingParams(
-                    samples_per_prompt=cfg.samples,
-                    max_new_tokens=cfg.max_new_tokens,
-                    temperature=cfg.temperature,
-                    top_k=cfg.top_k,
-                    top_p=cfg.top_p,
-                    vocabulary=tokenizer.vocabulary,
-                    stop_ids=tokenizer.stop_ids,
-                    seed=cfg.seed,
-                ),
-                batch_size=cfg.batch_size,
-                progress=show,
-            )
+            return generate(model, tokens, params, batch_size=cfg.batch_size, progress=show)
 
 
 # ---- given text

@@ -41,7 +41,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How continuations are sampled.
+    """The rules by which continuations are sampled.
 
     temperature: 0 takes the most likely id, whatever top_k, top_p and min_p are. Such samples have no support.
     vocabulary: the ids to draw from, for example those of a tokenizer. The default is every row of the head. Prompts

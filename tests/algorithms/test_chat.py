@@ -52,7 +52,7 @@ def replies(monkeypatch, tokenizer):
     def answer_with(*answers):
         prompts, waiting = [], [tokenizer.encode(answer) for answer in answers]
 
-        def scripted(model, prompt, **_):
+        def scripted(model, prompt, params):
             prompts.append(tokenizer.decode(prompt, skip_special_tokens=False))
             yield from waiting.pop(0)
 
@@ -126,7 +126,7 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_the_conversation(
 ):
     prompts = []
 
-    def interrupted(model, prompt, **_):
+    def interrupted(model, prompt, params):
         prompts.append(tokenizer.decode(prompt))
         yield from tokenizer.encode("half")
         raise KeyboardInterrupt

@@ -130,7 +130,6 @@ def _of_lines(count, head="def f():"):
 _ALLOWED = {
     functions_take_few_parameters: [
         ("model/x.py", "class A:\n    def f(self, a, b, c, d, e, f, g, h): ..."),
-        ("model/generate.py", "def stream(a, b, c, d, e, f, g, h, *, i): ..."),
     ],
     functions_are_short: [
         ("kernels/x.py", _of_lines(60)),
@@ -358,8 +357,7 @@ _FORBIDDEN = {
         ("kernels/x.py", "class A:\n    def f(self, a, b, c, d, e, f, g, h, **i): ..."),
         ("model/x.py", "def rms_norm(a, b, c, d, e, f, g, h, i): ..."),
         ("model/x.py", "def generate(a, b, c, d, e, f, g, h, *, i): ..."),
-        ("model/generate.py", "def draw(a, b, c, d, e, f, g, h, *, i): ..."),
-        ("model/generate.py", "def f():\n  def stream(a, b, c, d, e, f, g, h, i): ..."),
+        ("model/x.py", "def f():\n  def stream(a, b, c, d, e, f, g, h, i): ..."),
         ("model/x.py", "async def f(a, b, c, d, e, f, g, h, i): ..."),
         ("tests/model/test_x.py", "def test_f(a, b, c, d, e, f, g, h, tmp_path): ..."),
     ],

@@ -209,11 +209,8 @@ def test_samples_come_in_order_with_their_ends(tiny):
 def test_a_stop_token_in_the_last_place_is_an_end(tiny):
     (whole,) = generate(tiny, PROMPTS[:1], SamplingParams(max_new_tokens=6))
     assert not whole.ended
-    (sample,) = generate(
-        tiny,
-        PROMPTS[:1],
-        SamplingParams(max_new_tokens=6, stop_ids={whole.tokens[5]} - set(whole.tokens[:5])),
-    )
+    last = {whole.tokens[5]} - set(whole.tokens[:5])
+    (sample,) = generate(tiny, PROMPTS[:1], SamplingParams(max_new_tokens=6, stop_ids=last))
     assert sample.ended and sample.tokens == whole.tokens
 
 
@@ -427,18 +424,16 @@ def test_free_rows_in_a_step_change_nothing(tiny, monkeypatch):
 
 
 def test_min_p_log_probabilities_are_the_scorers(tiny):
-    for sample in generate(
-        tiny, PROMPTS, SamplingParams(max_new_tokens=8, temperature=1.3, top_k=12, min_p=0.1, seed=2)
-    ):
+    params = SamplingParams(max_new_tokens=8, temperature=1.3, top_k=12, min_p=0.1, seed=2)
+    for sample in generate(tiny, PROMPTS, params):
         assert (sample.logprobs - score(tiny, sample, 1.3)).abs().max() < 1e-4
 
 
 def test_greedy_tokens_and_log_probabilities_are_those_without_neighbours(tiny):
-    together = generate(
-        tiny, PROMPTS, SamplingParams(max_new_tokens=12, temperature=0), batch_size=2
-    )  # slots are reused
+    params = SamplingParams(max_new_tokens=12, temperature=0)
+    together = generate(tiny, PROMPTS, params, batch_size=2)  # slots are reused
     for sample, prompt in zip(together, PROMPTS, strict=True):
-        (alone,) = generate(tiny, [prompt], SamplingParams(max_new_tokens=12, temperature=0))
+        (alone,) = generate(tiny, [prompt], params)
         assert sample.tokens == alone.tokens
         torch.testing.assert_close(sample.logprobs, alone.logprobs, rtol=0, atol=1e-5)
 
@@ -446,15 +441,9 @@ def test_greedy_tokens_and_log_probabilities_are_those_without_neighbours(tiny):
 def test_a_window_and_a_shared_cache_under_many_samples():
     """The same tokens with a window in half the layers, whatever the batch: compaction moves whole sequences."""
     model = Transformer(replace(TINY, windows=(3, None)), seed=1)
-    reference = generate(
-        model, PROMPTS, SamplingParams(samples_per_prompt=6, max_new_tokens=20, stop_ids={0, 1, 2, 3, 4, 5})
-    )
-    again = generate(
-        model,
-        PROMPTS,
-        SamplingParams(samples_per_prompt=6, max_new_tokens=20, stop_ids={0, 1, 2, 3, 4, 5}),
-        batch_size=5,
-    )
+    params = SamplingParams(samples_per_prompt=6, max_new_tokens=20, stop_ids={0, 1, 2, 3, 4, 5})
+    reference = generate(model, PROMPTS, params)
+    again = generate(model, PROMPTS, params, batch_size=5)
     assert [s.tokens for s in reference] == [s.tokens for s in again]
     for sample in reference:
         torch.testing.assert_close(sample.logprobs, score(model, sample), atol=1e-5, rtol=0)
