@@ -116,7 +116,7 @@ class Rewards:
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Return the mean of the finite values. NaN if there are none, or if the mean overflows fp64."""
+    """Return the mean of the finite values, or NaN if no value is finite or the mean overflows fp64."""
     finite = [value for value in values if math.isfinite(value)]
     mean = sum(finite) / len(finite) if finite else math.nan
     return mean if math.isfinite(mean) else math.nan
@@ -146,7 +146,7 @@ def load_rewards(specifications: Sequence[str]) -> dict[str, RewardFunction]:
 
 
 def check_weights(weights: Sequence[float], count: int) -> tuple[float, ...]:
-    """Return the weights of `count` reward functions, all 1 by default. Raises InputError if they do not fit."""
+    """Return the weights, 1 by default. Raises InputError unless `weights` is empty or has `count` finite numbers."""
     if weights and len(weights) != count:
         raise InputError(f"--reward-weights: expected {count}, one per reward function, got {len(weights)}")
     if not all(math.isfinite(weight) for weight in weights):

@@ -203,7 +203,7 @@ def shares(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Return the micro-batches of this process, as lists of indices, of about `capacity` tokens each.
 
     With one process they are packed by `best_fit`. With several, all processes have micro-batches of similar size in
-    each round, because the processes wait for one another; the last may be empty.
+    each round, because the processes wait for one another. The last micro-batch may be empty.
     """
     if world() == 1 or not lengths:
         return best_fit(lengths, capacity)
@@ -242,7 +242,7 @@ def most(count: int) -> int:
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Return the tensors of every process, one dict per rank. Shapes may differ, as safetensors bytes are sent."""
+    """Return the tensors of every process, one dict per rank. Shapes may differ between processes."""
     if world() == 1:
         return [dict(tensors)]
     from safetensors.torch import load, save
