@@ -1,1 +1,1 @@
-"""Algorithms, one per file: floor 2. Code that several algorithms share is in the subfolders, called rooms."""
+"""The algorithms, one per file, such as sft.py and grpo.py. Code that several algorithms share is in the subfolders."""

@@ -35,14 +35,14 @@ class Config(DeviceFlags, TemplateFlags):
     tools: Path | None = None  # JSON file with a list of tools, for the chat template
     prompt: str | None = None  # answer this prompt and exit, instead of reading prompts
     system: str | None = None  # system message; requires a chat template
-    max_new_tokens: int = 512  # most tokens of one answer
-    temperature: float = 0.2  # of sampling; 0 always takes the most likely token
+    max_new_tokens: int = 512  # maximum number of tokens in one answer
+    temperature: float = 0.2  # temperature of sampling; 0 always takes the most likely token
     top_p: float = 0.9  # sample from the fewest tokens whose probabilities sum to this
     seed: int = 0  # seed of sampling
 
 
 def answer(cfg: Config, model: Transformer, tokenizer: Tokenizer, prompt: list[int], seed: int) -> str:
-    """Print the answer while it is sampled, and return it. Ctrl-C stops the answer, and with --prompt the command."""
+    """Print the answer while it is sampled, and return it. Ctrl-C stops the answer, or the command with --prompt."""
     tokens = stream(
         model,
         prompt,

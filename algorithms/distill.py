@@ -16,7 +16,7 @@ the student learns from texts with its own mistakes. As in GKD, the choice is dr
 and the step.
 
 policy_gradient requires the student's own samples. Its expected gradient is that of the reverse KL at each visited
-state. The discount is 0: a token gets no credit for later tokens. rho_t is 1 and carries the gradient of log p_S.
+state. The discount is 0: a token gets no credit for later tokens. rho_t has the value 1 and the gradient of log p_S.
 
 --data may be a file of lessons that `burnish teach` wrote. Without --teacher, D is then computed from the stored top-k
 log-probabilities. It compares K + 1 outcomes: the K stored ids of a token, and one tail that stands for all other ids.
@@ -63,9 +63,9 @@ class Config(SamplingFlags, SupervisedFlags):
     teacher: Path | None = None  # folder of a model with the same tokenizer; optional with lessons
     output: Path = run_folder("distill")
     loss: Literal["divergence", "policy_gradient", "sequence"] = "divergence"  # the loss; see docs/distill.md
-    beta: Share | None = None  # of divergence: 0 is forward KL (the default), 1 reverse KL, between is JSD
-    temperature: float = 1.0  # of both models' distributions, and of sampling
-    temperature_squared: bool = False  # multiply divergence by T^2, to preserve the gradient's size
+    beta: Share | None = None  # for divergence: 0 is forward KL (the default), 1 reverse KL, between is JSD
+    temperature: float = 1.0  # temperature of both models' distributions, and of sampling
+    temperature_squared: bool = False  # multiply the divergence by T^2, to preserve the gradient's size
     student_samples: Share = 0.0  # share of steps on the student's samples; the rest use the rows' text
     max_length: int = 1024  # tokens; longer rows are truncated, longer prompts dropped; both are counted
     learning_rate: float = 2e-5
@@ -78,8 +78,8 @@ class Config(SamplingFlags, SupervisedFlags):
 def divergence_loss(divergence: Tensor, num_tokens: int, scale: float = 1.0) -> Tensor:
     """Compute scale times the sum of the tokens' divergences, divided by num_tokens.
 
-    divergence (tokens,): that of each trained token, in nats. num_tokens: trained tokens in the whole optimizer step.
-    scale: T^2 with --temperature-squared, otherwise 1.
+    divergence (tokens,): the divergence of each trained token, in nats. num_tokens: trained tokens in the whole
+    optimizer step. scale: T^2 with --temperature-squared, otherwise 1.
     """
     return scale * divergence.sum() / num_tokens
 
@@ -149,7 +149,7 @@ def policy_gradient_term(
 ) -> Term:
     """Return (loss, metrics) of a micro-batch: the loss is -sum_t rho_t A_t / N.
 
-    A_t = log p_T(y_t) - log p_S(y_t), for teacher T and student S. rho_t is 1 and carries the gradient of log p_S.
+    A_t = log p_T(y_t) - log p_S(y_t), for teacher T and student S. rho_t has the value 1 and the gradient of log p_S.
     """
     logprob, entropy = batch.score(student, cfg.temperature)  # (tokens,) each
     with torch.no_grad():

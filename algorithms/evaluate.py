@@ -86,17 +86,17 @@ class Config(DeviceFlags, AnswerFlags, RowFlags):
     right_at: float = 1.0  # smallest value of the first reward function that counts as right
     samples: Samples = 8  # samples per prompt, besides the greedy answer; 0 for none
     k: tuple[int, ...] = (1, 4, 8)  # the k of pass@k; each k above --samples is left out
-    temperature: Temperature = 1.0  # of sampling
-    max_new_tokens: Count = 256  # largest number of tokens in a completion
+    temperature: Temperature = 1.0  # temperature of sampling
+    max_new_tokens: Count = 256  # maximum number of tokens in a completion
     batch_size: Count = 64  # samples generated at a time, which bounds the size of the cache
     train_on: Literal["completion", "all"] = "completion"  # which tokens of a row count for perplexity
     max_length: Length = 1024  # tokens; longer rows are truncated, longer pairs dropped; both are counted
-    micro_batch_tokens: Count = 8192  # tokens in one forward, for perplexity and pairs
-    seed: Seed = 0  # seed of sampling
+    micro_batch_tokens: Count = 8192  # tokens per forward pass, for perplexity and pairs
+    seed: Seed = 0  # random seed for sampling
 
 
 def evaluate(cfg: Config) -> Figures:
-    """Evaluate the model. Print the figures, write them as result.json beside samples.jsonl, and return them."""
+    """Evaluate the model. Print the results, write them as result.json beside samples.jsonl, and return them."""
     # 1. check the flags, and load the verifier
     check_flags(cfg)
     if any(k < 1 for k in cfg.k):
@@ -137,7 +137,7 @@ def evaluate(cfg: Config) -> Figures:
 
 
 class Verifier(NamedTuple):
-    """The reward functions of --reward, and the function of --answer. The first reward function tells what is right."""
+    """The functions of --reward and of --answer. The first reward function decides whether a sample is right."""
 
     rewards: Rewards
     answer: Callable[..., Any] | None
@@ -159,7 +159,10 @@ def load_verifier(cfg: Config) -> Verifier:
 def evaluate_answers(
     cfg: Config, model: Transformer, tokenizer: Tokenizer, rows: Sequence[Row], verifier: Verifier
 ) -> tuple[Figures, list[Record]]:
-    """Sample answers to the prompts and judge them. Return the figures, and one record per completion."""
+    """Sample answers to the prompts and judge them.
+
+    Returns the results by name, and one record per completion: a line of samples.jsonl.
+    """
     # 1. the prompts
     prompts, counts = rl_prompts(
         rows,
@@ -197,7 +200,7 @@ def evaluate_answers(
 
 
 def figures_of_groups(cfg: Config, groups: Sequence[Sequence[Record]]) -> Figures:
-    """Compute pass@k, and with --answer the majority vote. groups: the records of each prompt's samples."""
+    """Compute pass@k, and with --answer the majority vote. groups: for each prompt, its samples' records."""
     figures: Figures = {}
     num_right = [sum(record["right"] for record in group) for group in groups]
     for k in sorted(k for k in set(cfg.k) if k <= cfg.samples):
@@ -230,7 +233,7 @@ def judged(
         found, more = answers(verifier.answer, verifier.rewards, judging)
         if shared := sorted(extras.keys() & more.keys()):
             raise InputError(
-                f"{ANSWER}: log_extra: column '{shared[0]}' is that of a reward: expected another name"
+                f"{ANSWER}: log_extra: expected a new column, got '{shared[0]}', which a reward function logs"
             )
         extras = extras | more
 
@@ -283,7 +286,7 @@ def sample(cfg: Config, model: Transformer, tokenizer: Tokenizer, prompts: Seque
 def evaluate_text(
     cfg: Config, model: Transformer, tokenizer: Tokenizer, rows: Sequence[Row]
 ) -> tuple[Figures, list[Record]]:
-    """Compute nats per token and perplexity of the rows. Return the figures, and one record per row."""
+    """Compute nats per token and perplexity of the rows. Return the results by name, and one record per row."""
     examples, counts = sft_examples(rows, tokenizer, max_length=cfg.max_length, train_on=cfg.train_on)
     report_counts(cfg.data, counts)
     check_model(model, tokenizer, examples, max(map(longest, examples)))
@@ -312,7 +315,7 @@ def evaluate_text(
 def evaluate_pairs(
     cfg: Config, model: ScalarModel, tokenizer: Tokenizer, rows: Sequence[Row]
 ) -> tuple[Figures, list[Record]]:
-    """Compute accuracy and margin of a reward model. Return the figures, and one record per pair."""
+    """Compute accuracy and margin of a reward model. Return the results by name, and one record per pair."""
     pairs, counts = preferences(rows, tokenizer, max_length=cfg.max_length, margins=False)
     report_counts(cfg.data, counts)
     check_model(model, tokenizer, pairs, max(map(longest, pairs)))
@@ -328,7 +331,7 @@ def evaluate_pairs(
 
 
 def with_error(name: str, values: Sequence[float]) -> Figures:
-    """Return two figures: the mean of `values` and its standard error. values: one number per prompt or pair."""
+    """Return the mean of `values` under `name`, and its standard error. values: one number per prompt or pair."""
     return {name: fmean(values), f"{name}_error": standard_error(values)}
 
 

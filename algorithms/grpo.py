@@ -54,24 +54,34 @@ from .run.trainee import load_trainee
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RolloutFlags):
-    model: Path  # Hugging Face folder or adapter's folder to start from; also the reference policy of the KL
-    reward: tuple[str, ...] = field()  # one or more functions: FILE.py:function or package.module:function
+    model: Path  # model to start from, a Hugging Face or adapter folder; also the reference policy of the KL
+    reward: tuple[str, ...] = field()  # reward functions, each FILE.py:function or package.module:function
     output: Path = run_folder("grpo")
     prompts_per_step: int = 16
     group_size: Annotated[int, Bounds(2, MOST_SAMPLES)] = 8
-    max_draws: Count = 1  # most batches of prompts to sample for groups with differing rewards; 1 keeps all
-    mask_truncated: bool = False  # leave truncated samples out of loss, denominator and group mean
-    overlong_buffer: Size = 0  # reduce the reward by up to 1 over this many tokens before max_new_tokens
-    updates_per_rollout: Count = 1  # optimizer steps on each rollout; rho = pi / pi_old is 1 in the first one
+    max_draws: Count = 1  # maximum batches sampled per step to replace groups of equal rewards; 1 keeps them
+    mask_truncated: bool = False  # truncated samples count in no loss, denominator or group mean
+    overlong_buffer: Size = 0  # over this many tokens before --max-new-tokens, the reward falls linearly by 1
+    updates_per_rollout: Count = 1  # optimizer steps on each rollout; in the first, rho = pi / pi_old is 1
     advantage: Literal["group", "mean", "batch_std", "rloo"] = "group"  # how rewards become advantages
-    aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = "token_mean"  # averaging of loss
-    loss: Literal["grpo", "gspo", "cispo"] = "grpo"  # the docstring of algorithms/grpo.py has the formulas
-    clip_low: Share | None = None  # below 1 - clip_low, rho has no gradient if A < 0; default 0.2, gspo 3e-4
-    clip_high: Limit | None = None  # 1 + clip_high caps rho; default 0.2 (DAPO 0.28), gspo 4e-4, cispo 4
+    aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = (
+        "token_mean"  # average the loss over all tokens, within each sequence first, or by a constant length
+    )
+    loss: Literal["grpo", "gspo", "cispo"] = "grpo"  # policy loss; the formulas are in algorithms/grpo.py
+    clip_low: Share | None = (
+        None  # no gradient where advantage < 0 and pi / pi_old < 1 - clip_low; default 0.2 (gspo 3e-4)
+    )
+    clip_high: Limit | None = (
+        None  # clip pi / pi_old at 1 + clip_high; default 0.2 (gspo 4e-4, cispo 4); DAPO's is 0.28
+    )
     kl_coefficient: float = 0.0
-    kl_estimator: Literal["k3", "k2", "rho_k3"] = "k3"  # estimator of the KL to the reference policy
-    mismatch_weights: Literal["none", "truncated", "masked"] = "none"  # weight A by pi_old / pi_sampler
-    mismatch_cap: Limit = 2.0  # above this, mismatch weights are truncated, or their tokens masked
+    kl_estimator: Literal["k3", "k2", "rho_k3"] = (
+        "k3"  # estimator of the KL divergence from the initial model
+    )
+    mismatch_weights: Literal["none", "truncated", "masked"] = (
+        "none"  # multiply advantages by pi_old / pi_sampler, to correct for the sampler's numerical error
+    )
+    mismatch_cap: Limit = 2.0  # larger mismatch weights are reduced to this (truncated) or set to 0 (masked)
 
 
 # ---- objectives, by the flag that selects one

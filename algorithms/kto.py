@@ -36,7 +36,7 @@ from .run.trainee import load_trainee
 
 @dataclass(frozen=True, kw_only=True)
 class Config(DropoutFlags, SupervisedFlags):
-    model: Path  # Hugging Face folder or adapter's folder to start from; also the reference policy
+    model: Path  # model to start from, a Hugging Face or adapter folder; also the reference policy
     data: Path  # rows of prompt, completion and label, or of chosen and rejected: .jsonl, .json or .parquet
     output: Path = run_folder("kto")
     beta: Annotated[float, Bounds(1e-9)] = 0.1  # a smaller beta lets the policy move further from its start

@@ -47,7 +47,7 @@ def merge(cfg: Config) -> Path:
 
 
 def _tokenizers(adapter: Path, base: Path | None) -> Path:
-    """Return the folder of the tokenizer: the adapter's own folder, or its base's."""
+    """Return the folder with the tokenizer: the adapter's folder if it has tokenizer.json, otherwise the base's."""
     return adapter if (adapter / "tokenizer.json").is_file() else base or base_of(adapter)
 
 

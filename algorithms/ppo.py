@@ -59,7 +59,7 @@ from .run.trainee import load_scalar_trainee, load_trainee
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RolloutFlags):
-    model: Path  # Hugging Face folder or adapter's folder to start from; also the reference policy
+    model: Path  # model to start from, a Hugging Face or adapter folder; also the reference policy
     reward_model: Path | None = None  # folder of a reward model with the same tokenizer
     critic: Path | None = None  # folder the critic starts from; default: --reward-model, or else --model
     output: Path = run_folder("ppo")  # new folder: metrics, model, critic
@@ -67,20 +67,20 @@ class Config(RolloutFlags):
     group_size: int = 1  # samples of one prompt; rloo needs at least two
     missing_end_penalty: Rate = 0.0  # subtracted from the score of a sample without a stop token
     kl_coefficient: float = 0.05  # weight beta of the KL; the initial weight with --kl-target
-    kl_target: Annotated[float, Bounds(1e-9)] | None = None  # adapt beta to bring kl, nats a sample, to this
-    kl_horizon: Count = 10_000  # samples over which beta is adapted
+    kl_target: Annotated[float, Bounds(1e-9)] | None = None  # adapt beta to reach this KL, in nats per sample
+    kl_horizon: Count = 10_000  # number of samples over which --kl-target adapts beta
     whiten_rewards: bool = False  # divide r by its standard deviation over the rollout's tokens
     advantage: Literal["gae", "rloo", "reinforce_pp"] = "gae"  # advantage estimator; only gae has a critic
     gamma: Share = 1.0  # discount
     gae_lambda: Share = 0.95  # 0: advantages rely on the critic alone; 1: on the rewards alone
     epochs_per_rollout: Count = 4  # passes over the samples of a rollout
     minibatches: Count = 4  # optimizer steps in an epoch, each on an equal share of the samples
-    clip_low: Share = 0.2  # rho below 1 - clip_low has no gradient if A < 0
-    clip_high: Limit = 0.2  # rho above 1 + clip_high has no gradient if A > 0
-    dual_clip: Limit = 3.0  # rho above this has no gradient if A < 0; inf disables it
+    clip_low: Share = 0.2  # no gradient where advantage < 0 and pi / pi_old < 1 - clip_low
+    clip_high: Limit = 0.2  # no gradient where advantage > 0 and pi / pi_old > 1 + clip_high
+    dual_clip: Limit = 3.0  # no gradient where advantage < 0 and pi / pi_old exceeds this; inf disables it
     value_clip: Limit = 0.2  # values are clipped to this distance from the rollout's values; inf disables it
     critic_learning_rate: Rate = 1e-5  # peak learning rate of the critic
-    seed: int = 0  # seed of the order of rows, of sampling, and of a new head
+    seed: int = 0  # random seed for the order of rows, for sampling, and for a new critic's head
 
 
 # ---- losses and rewards
@@ -150,7 +150,7 @@ ADVANTAGES = {"gae": _gae, "rloo": _rloo, "reinforce_pp": _reinforce_pp}
 
 
 class Rollout(NamedTuple):
-    """The models' outputs on a rollout: (samples, length) each, 0 at places without a token. score is (samples,)."""
+    """The models' outputs on a rollout: (samples, length) each, 0 on padding. Only score is (samples,)."""
 
     real: Tensor  # bool, True at tokens
     mask: Tensor  # bool, True at tokens of judged samples
@@ -300,7 +300,7 @@ def _check(cfg: Config) -> None:
 
 
 def _load_models(cfg: Config, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> Models:
-    """Load the models that the flags name. Raises InputError if one has no row for an id of the prompts."""
+    """Load the models that the flags name. Raises InputError if a model's embedding lacks an id of the prompts."""
     reward_model = load_reward_model(cfg, tokenizer, prompts) if cfg.reward_model else None
     model = load_trainee(cfg)
     check_model(model, tokenizer, prompts, max(len(p.tokens) for p in prompts) + cfg.max_new_tokens)

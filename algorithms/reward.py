@@ -47,14 +47,14 @@ REFERENCES = 128  # number of chosen completions whose mean score becomes 0
 class Config(DropoutFlags, SupervisedFlags):
     model: Path  # folder to start from: a language model, a reward model, or an adapter of either
     data: Path  # rows of chosen and rejected, optionally prompt and margin: .jsonl, .json or .parquet
-    held_out: Path | None = None  # rows to report the accuracy on, before and after training
+    held_out: Path | None = None  # file of pairs whose accuracy is reported before and after training
     output: Path = run_folder("reward")
     centering: Rate = 0.0  # weight c of the term that keeps scores near 0, such as 0.01
     max_length: int = 1024  # tokens of a prompt with either completion; longer rows are dropped and counted
     batch_size: int = 64  # pairs in one optimizer step
     learning_rate: float = 1e-5
     schedule: Schedule = "cosine"
-    seed: int = 0  # seed of the order of rows, and of a new head
+    seed: int = 0  # random seed for the order of rows, and for a new score head
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float, num_pairs: int) -> Tensor:

@@ -1,9 +1,9 @@
 """The teacher's part of distillation, done in advance and kept in one file of lessons.
 
 The sequences are the rows' own, or with --samples the teacher's answers to the rows' prompts. For each trained token,
-the file holds the --top-k most likely ids with their log-probabilities. All other ids form one tail of known weight.
-With --top-k 0 the file holds only the sequences, for sequence-level distillation. `data/lessons.py` describes the file.
-Distillation then runs without the teacher, and can be repeated on the same file.
+the file holds the --top-k most likely ids with their log-probabilities. All other ids form one tail, whose total
+probability is known. With --top-k 0 the file holds only the sequences, for sequence-level distillation.
+`data/lessons.py` describes the file. Distillation then runs without the teacher, and can be repeated on the same file.
 
 The stored ids are tokens of the vocabulary. Their log-probabilities are over the whole head, padding rows included,
 because the student scores given text in that way.
@@ -56,10 +56,10 @@ class Config(DeviceFlags, SamplingFlags, RowFlags):
     output: Path = run_folder("teach")  # new folder: lessons.safetensors
     samples: Samples = 0  # answers to sample for each prompt; 0 keeps the rows' own completions
     top_k: Size = 64  # ids kept for each trained token; 0 keeps only the sequences
-    temperature: float = 1.0  # of sampling, and of the stored log-probabilities
+    temperature: float = 1.0  # temperature of sampling, and of the stored log-probabilities
     seed: int = 0  # seed of sampling
     max_length: Length = 1024  # tokens; longer rows are truncated, longer prompts dropped; both are counted
-    micro_batch_tokens: Count = 8192  # tokens in one forward
+    micro_batch_tokens: Count = 8192  # tokens per forward pass
     base_4bit: bool = False  # hold the teacher's weights in 4 bits (NF4)
 
 
@@ -115,7 +115,8 @@ def most_likely(
 ) -> tuple[Tensor, Tensor]:
     """Return the K most likely ids of each token and their log-probabilities, (tokens, K) each.
 
-    The ids are from the vocabulary. The log-probabilities are over the whole head, as the student computes them.
+    The ids are from the tokenizer's vocabulary. The log-probabilities are normalised over the whole head, as the
+    student's are.
     """
     hidden, head = batch.before_head(model)  # (tokens, C), of V rows
     tokens = head.among(vocabulary)

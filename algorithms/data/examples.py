@@ -1,8 +1,9 @@
 """Conversion of a file's rows to token sequences to train on, or to prompts to sample from.
 
-docs/data.md shows every shape of a row. Every dropped row is counted. A line that is not a row raises an error with its
-number, so no file is read only in part. Prompt and completion are tokenized separately and their ids joined: training
-sees the same prompt ids as generation. The end token is trained too; a row that max_length cuts loses it.
+docs/data.md shows every shape of a row. Every dropped row is counted. A line that is not a row raises an error with the
+number of the line, so no file is read only in part. Prompt and completion are tokenized separately, and their ids are
+joined. Training thus sees the same prompt ids as generation. The end token of a completion is trained, too. A row that
+is truncated to max_length loses its end token.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -96,7 +97,7 @@ class Pair:
 def load_examples(cfg: Any, tokenizer: Tokenizer) -> list[Example]:
     """Load the examples of --data, and print how many rows were used, cut and dropped.
 
-    cfg: its flags data, row_template, max_length and train_on are read.
+    cfg: the flags; only data, row_template, max_length and train_on are read.
     """
     rows = read_rows(cfg.data, cfg.row_template)
     examples, counts = sft_examples(rows, tokenizer, max_length=cfg.max_length, train_on=cfg.train_on)
@@ -114,11 +115,11 @@ def sft_examples(
     """Return (examples, counts). The counts give rows, examples, and truncated and dropped rows with the reasons.
 
     A row becomes one example, with two exceptions. A self-instruct row becomes one example per instance. Some chat
-    templates rewrite earlier turns (Qwen3 drops their reasoning). A conversation then becomes one example per assistant
-    turn, because generation would see that sequence.
+    templates rewrite earlier turns (Qwen3's drops their reasoning). With such a template, a conversation becomes one
+    example per assistant turn. Each example is then the sequence that the model sees when it generates this turn.
 
     Raises InputError if no example is left. Raises InputError naming the row if its shape is unknown or differs from
-    the first row's, or if it cannot be masked.
+    the first row's, or if its trained tokens cannot be found in the rendered text.
     """
     rows, counts = opened(rows, "examples")
     examples: list[Example] = []
@@ -229,7 +230,7 @@ def _encode_talk(
 
 
 def _encode_whole(talk: Talk, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """Return (ids, mask) of a conversation. All is trained except assistant turns with weight 0 or train false."""
+    """Return (ids, mask) of a conversation. All is trained except the assistant turns with weight 0 or train false."""
     if not talk.left_out:
         tokens = tokenizer.encode_chat(talk.messages, **talk.variables)
         return tokens, [True] * len(tokens)
@@ -301,7 +302,7 @@ def answer_text(question: str, answer: str) -> str:
 def read_question(row: Row, tokenizer: Tokenizer) -> str | list[Turn]:
     """Return a row's question or instruction: as a user turn if the model has a chat template, else as plain text.
 
-    The plain text puts the question in a fixed frame, which a base model continues with the answer.
+    As plain text, a question stands between "Question:" and "Answer:", and an instruction in Alpaca's frame.
     """
     if "question" in row:
         column, question = "question", row.text("question")
@@ -347,8 +348,8 @@ def rl_prompts(
     instruction, or the text of any other column becomes a user turn if the model has a chat template.
     takes: a function that returns whether a reward function reads the column of that name.
 
-    Every prompt has the same columns; a column that its row lacks is None. Raises InputError if no prompt is left, or
-    naming the row that has no usable prompt.
+    Every prompt has the same columns; a column that its row lacks is None. Raises InputError if no prompt is left. If a
+    row has no usable prompt, the InputError names that row.
     """
     (rows, counts), total = opened(rows, "prompts"), len(rows)
     prompts: list[Prompt] = []
@@ -383,7 +384,7 @@ def rl_prompts(
 
 
 def _encode_prompt(row: Row, column: str, tokenizer: Tokenizer) -> tuple[str | list[Message], list[int]]:
-    """Return (prompt, ids): the prompt as a reward function receives it, and its ids. An empty prompt has no ids."""
+    """Return (prompt, ids): the prompt as a reward function receives it, and its token ids, [] for an empty prompt."""
     prompt = read_prompt(row, column, tokenizer)
     if isinstance(prompt, str):
         return prompt, tokenizer.encode_text(prompt) if prompt.strip() else []

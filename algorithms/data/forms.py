@@ -48,7 +48,7 @@ def _text_in_parts(message: Message) -> Message:
 
 
 def _answer_as_json(message: Message) -> Message:
-    """Return the message with an object or list in its content, a tool's answer, written as JSON text."""
+    """Return the message with its content as JSON text, if the content is an object or list, as in a tool's answer."""
     content = message.get("content")
     if isinstance(content, dict | list) and not is_parts(content):
         return message | {"content": dumped(content)}
@@ -105,7 +105,7 @@ FORMS: tuple[tuple[Change, ...], ...] = (
 
 
 def num_forms(messages: Sequence[Message], forms: tuple[Change, ...]) -> int:
-    """Return the number of forms to try: 1 if no other form changes any of the messages, otherwise all."""
+    """Return the number of forms to try: len(forms), or 1 if all other forms leave the messages unchanged."""
     changes = any(form(message) != message for form in forms[1:] for message in messages)
     return len(forms) if changes else 1
 

@@ -4,7 +4,7 @@
 
 The arguments are those of TRL. The first three entries below are lists with one item per completion:
 
-    prompts, completions        texts, or lists of messages if the row's prompt is one
+    prompts, completions        texts, or lists of messages if the row's prompt is a list of messages
     completion_ids              token ids
     columns                     the other columns of the row, each under its own name
     trainer_state               a `TrainerState`
@@ -68,7 +68,7 @@ class Samples(NamedTuple):
 def takes(function: Callable[..., Any], name: str) -> bool:
     """Return whether the function takes an argument of that name, by name or by **kwargs.
 
-    True if the function has no readable signature.
+    Also return True if the function has no readable signature.
     """
     parameters = _parameters(function)
     if parameters is None or _takes_all(parameters):
@@ -150,7 +150,7 @@ def _check_needed(label: str, parameter: inspect.Parameter, samples: Samples) ->
 class Log:
     """The numbers and values that the functions log for one batch.
 
-    count: the number of completions in the batch; log_extra takes one value for each.
+    count: the number of completions in the batch; log_extra takes one value for each completion.
     """
 
     def __init__(self, count: int):
@@ -226,7 +226,7 @@ def _real(value: Any) -> float | None:
 
 
 def read_reward(value: Any) -> float:
-    """Return a reward as a float, and NaN for None. Raises ValueError if it is not a number that fits fp32."""
+    """Return a reward as a float, and NaN for None. Raises ValueError if the value is not a number that fits fp32."""
     if value is None:
         return math.nan
     number = _real(value)
@@ -255,7 +255,7 @@ def read_answer(value: Any, depth: int = DEPTH) -> Any:
 
 
 def plain(value: Any, depth: int = DEPTH) -> Any:
-    """Return the value in the types of JSON. Arrays, tuples and sets become lists, and any other object its text."""
+    """Return the value in JSON's types. Arrays, tuples and sets become lists, and other objects become str(object)."""
     try:
         return _plain(value, depth)
     except PASSES:

@@ -4,8 +4,8 @@
     groups = sampler.sample(model, prompts, seed)          one group per prompt
     groups.rewards, groups.lengths, groups.ended           (samples,) each, over all groups in order
 
-A group is packed as [prompt][sample 1]...[sample G], and the samples share the prompt (run/batch.py). The layers
-process P + sum(n_i) tokens instead of G*P + sum(n_i).
+A group is packed as [prompt][sample 1]...[sample G], and the samples share the prompt (run/batch.py). With P prompt
+tokens and n_i tokens in sample i, the layers process P + sum(n_i) tokens instead of G*P + sum(n_i).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -124,7 +124,7 @@ class Groups(list[Group]):
         }
 
     def records(self, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-        """Return one JSON record per sample for completions.jsonl.
+        """Return one JSON object per sample, a line of completions.jsonl.
 
         Groups for which no reward function called log_extra are left out.
         """
@@ -152,8 +152,8 @@ def _or_none(reward: Tensor) -> float | None:
 class Sampler:
     """Sampling of groups and scoring by the reward functions, under the flags of a run.
 
-    The time is added to the run's sampling_seconds and scoring_seconds. Each process samples and judges its part of the
-    prompts, as a single process would, and then receives all groups.
+    The time taken is added to the run's sampling_seconds and scoring_seconds. Each process samples and judges its part
+    of the prompts, and then receives the groups of all processes. The samples equal those of a single process.
     """
 
     def __init__(self, cfg: RolloutFlags, tokenizer: Tokenizer, rewards: Rewards, run: Run):
@@ -208,9 +208,10 @@ class Sampler:
     ) -> tuple[Groups, Groups, int]:
         """Sample batches of prompts until --prompts-per-step groups have rewards that differ (DAPO's dynamic sampling).
 
-        draw: returns the next batch of prompts. max_draws: the most batches to draw; with 1, groups with equal rewards
-        are kept too. seed: the seed of the first batch; each later batch uses the next number.
-        Returns (groups to train on, all groups, number of batches drawn). The first may be fewer than asked for.
+        draw: a function that returns the next batch of prompts. max_draws: the maximum number of batches to draw; with
+        1, groups with equal rewards are kept too. seed: the seed of the first batch; each later batch adds 1.
+        Returns (groups to train on, all groups, number of batches drawn). The groups to train on may be fewer than
+        --prompts-per-step.
         Source: https://arxiv.org/abs/2503.14476, section 3.2
         """
         drawn: list[Group] = []
@@ -256,7 +257,7 @@ def own_samples(
 ) -> list[Sample]:
     """Sample completions for this process's part of the prompts. options: keyword arguments of `generate`.
 
-    The noise of a sample depends on its number among all samples, so it is the same on any number of processes. Only
+    The noise of a sample depends on its number among all samples, so any number of processes draws the same. Only
     ids that the tokenizer has are drawn. Raises InputError if the model's probabilities are not finite.
     """
     first, end = (len(prompts) * place // world() for place in (rank(), rank() + 1))

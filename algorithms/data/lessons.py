@@ -7,11 +7,11 @@ is in the safetensors format:
     trained   (total,) uint8         1 for each trained token; n of them are 1
     lengths   (lessons,) int64       the number of tokens of each sequence
     ids       (n, K) int32           the teacher's K most likely ids for each trained token, most likely first
-    logprobs  (n, K) fp32            their log-probabilities, in nats, over the whole head at the temperature
+    logprobs  (n, K) fp32            their log_softmax(logits / temperature), in nats, over the whole head
 
 The probability outside the K ids counts as one tail. ids and logprobs are absent if the file holds only sequences. The
-metadata entry `lessons` is a JSON object of the temperature and the tokenizer, a hash of its ids. A trained token takes
-8 K bytes: 512 with K = 64.
+metadata entry `lessons` is a JSON object with the temperature and a hash of the tokenizer's vocabulary. The ids and
+logprobs of a trained token take 8 K bytes: 512 with K = 64.
 """
 
 import hashlib
@@ -55,7 +55,7 @@ class Lesson(Example):
 
     @property
     def sequences(self) -> list[list[int]]:
-        """The token ids of the sequence, and the teacher's ids that are scored."""
+        """All token ids that the model must have a row for: the sequence, and the teacher's ids if there are any."""
         return [self.tokens, *([] if self.ids is None else [self.ids.flatten().tolist()])]
 
     @property
@@ -81,7 +81,7 @@ def load_lessons(
 ) -> list[Lesson]:
     """Load the lessons of --data, and print how many rows were used, cut and dropped.
 
-    cfg: its flags data, row_template and max_length are read. prompts_alone: read only prompts from the rows.
+    cfg: the flags; only data, row_template and max_length are read. prompts_alone: read only prompts from the rows.
     temperature: the temperature that a file's log-probabilities must have; None if they are not used.
     """
     if cfg.data.suffix == ".safetensors":
@@ -234,7 +234,7 @@ def _read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _check_sequences(file: Path, tensors: dict[str, Tensor]) -> list[int]:
     """Return the lengths of the sequences.
 
-    Raises InputError if they do not add up to the number of tokens, or if the first token of a sequence is trained.
+    Raises InputError if the lengths do not sum to the number of tokens, or if a sequence's first token is trained.
     """
     total, trained = tensors["tokens"].numel(), tensors["trained"]
     sizes: list[int] = tensors["lengths"].tolist()
@@ -285,6 +285,6 @@ def _check_ids(file: Path, tensors: dict[str, Tensor], tokenizer: Tokenizer) -> 
 
 
 def _fingerprint(tokenizer: Tokenizer) -> str:
-    """Return a hash of the tokenizer's vocabulary, the tokens with their ids."""
+    """Return a hash of the tokenizer's vocabulary: its tokens and their ids."""
     vocabulary = json.dumps(sorted(tokenizer.backend.get_vocab().items()))
     return hashlib.sha256(vocabulary.encode()).hexdigest()

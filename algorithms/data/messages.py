@@ -41,7 +41,7 @@ FLAGS = ("weight", "train")  # keys of a turn that say whether it is trained
 
 
 class Turn(dict[str, Any]):
-    """A message that also holds the name of its column and its number there, for error messages."""
+    """A message that also holds the name of its column and its number in that column, for error messages."""
 
     where = ""
     column = ""
@@ -58,7 +58,7 @@ class Talk:
     left_out: list[int] = field(default_factory=list)  # the assistant turns with weight 0
 
     def ids(self, tokenizer: Tokenizer, end: int | None = None) -> list[int]:
-        """Return the ids of the messages before index `end` (default: all), with the generation prompt."""
+        """Return the token ids of the messages before index `end` (default: all), followed by the generation prompt."""
         return tokenizer.encode_chat(self.messages[:end], add_generation_prompt=True, **self.variables)
 
 
@@ -103,7 +103,7 @@ def _rendered(
 ) -> list[Message]:
     """Return the messages in a form that the chat template renders completely.
 
-    Keys and variables that the template does not read are noted in the row. ask: add the generation prompt.
+    The row records the keys and variables that the template does not read. ask: add the generation prompt.
     """
     messages = [{key: value for key, value in turn.items() if key not in FLAGS} for turn in turns]
     try:
@@ -291,7 +291,7 @@ def _part(part: Any, where: str) -> dict[str, Any]:
 
 
 def no_assistant(turns: Sequence[Turn]) -> None:
-    """Raise InputError if no turn has the role `assistant` and a turn has an unknown role."""
+    """Raise InputError if no turn has the role `assistant` and some turn has an unknown role."""
     if any(turn["role"] == "assistant" for turn in turns):
         return
     for turn in turns:
@@ -306,7 +306,7 @@ def no_assistant(turns: Sequence[Turn]) -> None:
 
 
 def with_system(row: Row, turns: list[Turn]) -> list[Turn]:
-    """Return the turns after the system message of the column `system`, if the row has that column.
+    """Return the turns, with the column `system` as a system message before them if the row has that column.
 
     Raises InputError if the turns begin with a different system message.
     """

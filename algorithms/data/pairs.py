@@ -37,7 +37,7 @@ HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 @dataclass(frozen=True)
 class Preference:
-    """A prompt with a chosen and a rejected completion. The last token of each is trained, and ends its turn."""
+    """A prompt with a chosen and a rejected completion. Both completions end with a trained token, the end token."""
 
     prompt: list[int]
     chosen: Completion
@@ -85,7 +85,7 @@ def load_pairs(
 ) -> list[Preference]:
     """Load the pairs of a file, and print how many rows were used and dropped. Without a file, return [].
 
-    cfg: its flags row_template and max_length are read. margins: read the column `margin`.
+    cfg: the flags; only row_template and max_length are read. margins: whether to read the column `margin`.
     """
     if path is None:
         return []
@@ -98,7 +98,7 @@ def load_pairs(
 def load_judged(path: Path, tokenizer: Tokenizer, cfg: Any) -> list[Judged]:
     """Load the labelled completions of a file, and print how many rows were used and dropped.
 
-    cfg: its flags row_template and max_length are read.
+    cfg: the flags; only row_template and max_length are read.
     """
     judged, counts = judged_completions(
         read_rows(path, cfg.row_template), tokenizer, max_length=cfg.max_length
@@ -113,8 +113,9 @@ def preferences(
     """Convert rows of chosen and rejected answers to pairs. Returns (pairs, counts).
 
     The counts give rows, pairs, and dropped rows with the reasons. max_length: the maximum number of tokens of a prompt
-    with its longer completion. margins: read the column `margin`; otherwise all margins are 0.
-    Raises InputError if no pair is left, or naming a row that has another shape or cannot be masked.
+    with its longer completion. margins: whether to read the column `margin`; otherwise all margins are 0.
+    Raises InputError if no pair is left. Raises InputError naming a row that has another shape, or whose completion
+    cannot be found in the rendered conversation.
     """
 
     def read(row: Row) -> tuple[list[Preference], str]:
@@ -140,7 +141,8 @@ def judged_completions(
 
     A row of chosen and rejected answers becomes two completions. The counts give rows, completions, and dropped rows
     with the reasons. max_length: the maximum number of tokens of a prompt with its completion.
-    Raises InputError if no completion is left, or naming a row that has another shape or cannot be masked.
+    Raises InputError if no completion is left. Raises InputError naming a row that has another shape, or whose
+    completion cannot be found in the rendered conversation.
     """
 
     def read(row: Row) -> tuple[list[Judged], str]:
@@ -172,7 +174,8 @@ def _read_all(
 ) -> tuple[list[Answers], Tally]:
     """Convert all rows with `read`. Returns (items, counts).
 
-    read(row): returns (items, reason): no items and the reason if the row is dropped, and the reason "" otherwise.
+    read: a function of a row that returns (items, reason). For a dropped row, items is []. For any other row,
+    the reason is "".
     name: the plural name of the items, for the counts.
     """
     rows, counts = opened(rows, name)
@@ -195,7 +198,7 @@ def _read_all(
 
 
 def _margin(row: Row) -> float:
-    """Return the row's margin, or 0 without one. Raises InputError if it is not a number that fp32 can hold."""
+    """Return the row's margin, 0 by default. Raises InputError if the margin is not a number that fp32 can hold."""
     margin = row.take("margin") if "margin" in row else 0.0
     is_number = isinstance(margin, int | float) and not isinstance(margin, bool)
     if not is_number or not abs(margin) < 1e38:
@@ -211,7 +214,7 @@ def _prompt_and_answers(
 ) -> tuple[list[int], list[Completion]]:
     """Return (prompt ids, completions), one completion for each of `columns`.
 
-    Completions are empty if there is nothing to train.
+    A completion is empty if its answer has no text to train on.
     """
     name = next((name for name in PROMPT_COLUMNS if name in row), None)
     prompt = read_prompt(row, name, tokenizer) if name else []
@@ -245,7 +248,7 @@ def _in_messages(
 ) -> tuple[list[int], list[Completion]]:
     """Return (prompt ids, completions) of turns, rendered by the chat template.
 
-    If `prompt` is empty, the prompt is the shared beginning of the conversations in `columns`.
+    If `prompt` is empty, the prompt is the beginning that all conversations in `columns` share.
     """
     # 1. find the end of the prompt: the row's own prompt, or the beginning that all conversations share
     talks = [_conversation(row, column, prompt) for column in columns]
@@ -274,7 +277,7 @@ def _in_messages(
 
 
 def _conversation(row: Row, column: str, prompt: list[Turn]) -> list[Turn]:
-    """Return the turns of the prompt and of row[column] as one conversation. The column may repeat the prompt."""
+    """Return the prompt and row[column] as one list of turns. If the column repeats the prompt, it is taken once."""
     value = row.take(column)
     if not isinstance(value, str):
         turns = messages_in([value] if isinstance(value, dict) else value, column)
@@ -295,9 +298,9 @@ def _conversation(row: Row, column: str, prompt: list[Turn]) -> list[Turn]:
 
 
 def _end_of_prompt(prompt: list[Turn], talk: list[Turn]) -> int:
-    """Return the number of turns up to the end of the prompt in a conversation, or 0 if it does not repeat the prompt.
+    """Return the number of turns in `talk` up to the end of the prompt, or 0 if `talk` does not begin with the prompt.
 
-    A system message may stand before the prompt.
+    System messages before the prompt are allowed, and counted.
     """
     for start, turn in enumerate(talk):
         repeated = talk[start : start + len(prompt)]
@@ -309,7 +312,7 @@ def _end_of_prompt(prompt: list[Turn], talk: list[Turn]) -> int:
 
 
 def _num_shared_turns(talks: Sequence[list[Turn]]) -> int:
-    """Return the number of turns that all conversations share before an assistant answer, or 0 if there are none."""
+    """Return the largest number of leading turns that all conversations share and follow with an answer, or 0."""
     is_shared = lambda turns: all(same_turn(turn, turns[0]) for turn in turns)
     num_alike = len(list(takewhile(is_shared, zip(*talks, strict=False))))
 

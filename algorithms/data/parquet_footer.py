@@ -1,7 +1,7 @@
-"""A reader for the row and byte counts in a parquet file's footer, which are checked before anything is unpacked.
+"""A reader for the row and byte counts in a parquet file's footer. They are checked before the data is unpacked.
 
-pyarrow can read them too, but a broken statistic in the footer makes it end the process. The footer is one struct in
-Thrift's compact protocol. All of it is parsed, and a few of its fields are used.
+pyarrow can read these counts too, but a broken statistic in the footer makes pyarrow end the process. The footer is one
+struct in Thrift's compact protocol. The whole footer is parsed, and a few of its fields are used.
 
 Source: https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift
         https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md
@@ -80,7 +80,7 @@ class _Reader:
         return found >> 1 ^ -(found & 1)
 
     def value(self, kind: int, depth: int = 0) -> Any:
-        """Read a value of a Thrift type. A struct becomes a dict of its fields by number. A map is skipped as None."""
+        """Read a value of a Thrift type. A struct becomes a dict by field number. A map is skipped and gives None."""
         if depth > MOST_DEPTH:
             raise ValueError(f"more than {MOST_DEPTH} nested values")
         if kind in (I16, I32, I64):
@@ -110,7 +110,7 @@ class _Reader:
         return self.take(1) if kind in (TRUE, FALSE) else self.value(kind, depth + 1)
 
     def checked(self, count: int) -> int:
-        """Return `count`, a number of values. Raises ValueError if fewer bytes are left: a value takes at least one."""
+        """Return `count`, a number of values. Raises ValueError if fewer bytes than this are left in the footer."""
         if count > len(self.data) - self.at:
             raise ValueError("it ends too early")
         return count

@@ -5,8 +5,9 @@ It may also drop unexpected content, or render it in Python's own notation. So e
 every word replaced by a unique marker. Tags like </think> stay in place. Each marker must occur in the rendered text.
 Conversations that differ only in their words are checked once.
 
-A message can be written in several forms (FORMS). Training uses the first form that is rendered completely. If
-transformers' apply_chat_template renders the row as it is, the text is the same.
+A message can be written in several forms (FORMS), such as its content as a text or as a list of parts. Training uses
+the first form that is rendered completely. The row's own form is tried first, so transformers' apply_chat_template
+gives the same text for any row that it renders completely.
 """
 
 import json
@@ -32,7 +33,7 @@ Render = Callable[[list[Message], bool], str]
 
 
 class Mark(NamedTuple):
-    """A text that the rendered conversation must contain, with its message and key."""
+    """A text that the rendered conversation must contain, with the message index and key that it stands under."""
 
     message: int
     key: str
@@ -44,8 +45,9 @@ class Mark(NamedTuple):
 class Form(NamedTuple):
     """A form of a conversation's messages, and the parts that the template does not render.
 
-    changes: the index of the change in each entry of FORMS. dropped: the number of turns whose reasoning is not
-    rendered because other turns follow. unread: keys that do not affect the text, as (message, path).
+    changes: for each entry of FORMS, the index of the change that was made. dropped: the number of turns whose
+    reasoning is not rendered because other turns follow. unread: keys that do not affect the text, as (message
+    index, path).
     """
 
     changes: tuple[int, ...]
@@ -148,7 +150,7 @@ def _first_form(messages: Sequence[Message], render: Render, ask: bool, replace:
 
 
 def _missing(messages: Sequence[Message], render: Render, ask: bool, replace: bool) -> tuple[list[Mark], int]:
-    """Return (missing marks, number of turns that lose their reasoning by design).
+    """Return (marks of parts that are lost or written wrongly, number of turns whose reasoning is dropped by design).
 
     Raises Refused if the template refuses the messages.
     """
@@ -184,7 +186,7 @@ def _is_dropped_by_design(mark: Mark, probe: list[Message], render: Render) -> b
 
 
 def _nulls_written(probe: list[Message], text: str, render: Render, ask: bool) -> list[Mark]:
-    """Return a mark for the first null content if the template writes it as "None", otherwise []."""
+    """Return [mark] of the first null content if the template writes null contents as "None", otherwise []."""
     nulls = [i for i, message in enumerate(probe) if message.get("content", "") is None]
     if not nulls or "None" not in text:
         return []
@@ -198,7 +200,7 @@ def _nulls_written(probe: list[Message], text: str, render: Render, ask: bool) -
 def _unread(
     messages: Sequence[Message], changes: tuple[int, ...], render: Render, ask: bool
 ) -> tuple[tuple[int, str], ...]:
-    """Return the keys outside CONTENT_KEYS that do not affect the text, as (message, path)."""
+    """Return the keys outside CONTENT_KEYS that do not affect the text, as (message index, path)."""
     places: dict[tuple[str, str], list[int]] = {}  # indices of messages, by role and path
     for i, message in enumerate(messages):
         for path in _other_paths(message):
@@ -252,7 +254,8 @@ def _is_found(mark: Mark, text: str) -> bool:
 class _Marker:
     """A builder of copies of messages in which every word is replaced by a unique marker.
 
-    marks: texts that the rendering must contain. python: texts in Python's notation that it must not contain.
+    marks: texts that the rendering must contain. python: texts in Python's notation that the rendering must not
+    contain.
     """
 
     def __init__(self, replace: bool = True):
@@ -323,7 +326,7 @@ class _Marker:
         return call | {"function": inner} if "function" in call else inner
 
     def _data(self, value: Any) -> Any:
-        """Return a marked copy of an object or list. It must be rendered as JSON, so Python's notation is forbidden."""
+        """Return a marked copy of an object or list. Only JSON is accepted as its rendering, not Python's notation."""
         data = self._leaf(value)
         if isinstance(data, dict | list) and repr(data) != dumped(data):
             self._forbid(repr(data))
@@ -349,7 +352,7 @@ class _Marker:
 
 
 def _has_content(message: Message, key: str) -> bool:
-    """Return whether a message has content under the key. A reasoning key counts only with a text of the assistant."""
+    """Return whether a message has content under the key. Reasoning counts only if it is an assistant's text."""
     if key in ("content", "tool_calls"):
         return message[key] is not None
     return key in CONTENT_KEYS and message["role"] == "assistant" and isinstance(message[key], str)

@@ -68,7 +68,7 @@ class Rewards:
         self.logged = {}
 
     def add(self, logged: Mapping[str, list[float]]) -> None:
-        """Add the numbers that a call logged with log_metric to those of the step."""
+        """Add the numbers that one call of a function logged with log_metric to the step's numbers."""
         for name, values in logged.items():
             self.logged.setdefault(name, []).extend(values)
 
@@ -77,10 +77,11 @@ class Rewards:
         return {f"metric/{name}": _mean(values) for name, values in self.logged.items()}
 
     def count(self, values: dict[str, float], parts: Mapping[str, Tensor], scores: Tensor) -> None:
-        """Add a step to the counts of a run, which its checkpoints keep.
+        """Add a step to the counts of a run from which `report` prints its warnings.
 
-        values: the counts, changed in place; without the entry "varied" nothing is counted. parts: the rewards of each
-        function, (samples,). scores: (groups, samples per group), NaN for a sample that is left out.
+        values: the counts, changed in place and kept in checkpoints. Nothing is counted without the entry "varied", as
+        in a checkpoint without counts. parts: the rewards of each function, (samples,). scores: (groups, samples per
+        group), NaN for a sample that is left out.
         """
         if "varied" not in values:
             return
@@ -115,7 +116,7 @@ class Rewards:
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Return the mean of the finite values. NaN if there are none, or if the mean overflows fp64."""
+    """Return the mean of the finite values, or NaN if no value is finite or the mean overflows fp64."""
     finite = [value for value in values if math.isfinite(value)]
     mean = sum(finite) / len(finite) if finite else math.nan
     return mean if math.isfinite(mean) else math.nan
@@ -145,7 +146,7 @@ def load_rewards(specifications: Sequence[str]) -> dict[str, RewardFunction]:
 
 
 def check_weights(weights: Sequence[float], count: int) -> tuple[float, ...]:
-    """Return the weights of `count` reward functions, all 1 by default. Raises InputError if they do not fit."""
+    """Return the weights, 1 by default. Raises InputError unless `weights` is empty or has `count` finite numbers."""
     if weights and len(weights) != count:
         raise InputError(f"--reward-weights: expected {count}, one per reward function, got {len(weights)}")
     if not all(math.isfinite(weight) for weight in weights):
@@ -159,7 +160,7 @@ def weighted_rewards(cfg: Any, functions: dict[str, RewardFunction]) -> Rewards:
 
 
 def load_reward_model(cfg: Any, tokenizer: Tokenizer, prompts: Sequence[Item]) -> ScalarModel:
-    """Load the model of --reward-model, frozen. The tokenizer is limited to ids for which the model has a row.
+    """Load the model of --reward-model, frozen. The tokenizer is limited to ids that the model's embedding has.
 
     Raises InputError if the model has no score head, has another tokenizer than the policy, or has no row for an id
     of a prompt.
@@ -195,8 +196,8 @@ def overlong_punishment(max_length: int, buffer: int) -> RewardFunction:
 def judge(rewards: Rewards, samples: Samples) -> Judgement:
     """Call all reward functions on samples. Returns each function's rewards (NaN for None), and their weighted sum.
 
-    The sum of a sample is over the functions that judged it; NaN if none did. Raises InputError naming a function that
-    raised, ran out of time, or did not return one finite number or None per completion.
+    A sample's sum is over the functions that judged the sample, and NaN if no function did. Raises InputError naming a
+    function that raised, ran out of time, or did not return one finite number or None per completion.
     """
     log = Log(len(samples.completions))
     calls: list[Call] = []
@@ -222,7 +223,7 @@ def unjudged(rewards: Rewards, count: int) -> Judgement:
 def of_all_processes(judgement: Judgement) -> Judgement:
     """Gather the judgements of all processes, in the order of the samples.
 
-    A column holds None for the samples of a process that did not log it.
+    A column holds None for the samples of a process that did not log this column.
     """
     if world() == 1:
         return judgement

@@ -15,8 +15,9 @@ class Row(dict[str, Any]):
     original: the file's row, if a row template made this row from it. read: the columns of the original that the
     template has read. kept: the columns of the original that this row has unchanged.
 
-    used: the columns that were read. ignored: keys inside these columns that were not read. notes: counts of events in
-    its turns. rendered: whether a chat template rendered it. read_variables: template variables that change the text.
+    used: the columns that were read. ignored: keys inside these columns that were not read. notes: counts of
+    turns to report, such as turns without text. rendered: whether a chat template rendered the row. read_variables:
+    template variables that change the text.
     """
 
     __slots__ = ("from_arrow", "kept", "original", "read", "rendered", "where", *ACCOUNT)

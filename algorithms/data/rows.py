@@ -50,9 +50,9 @@ class Tally(Counter[str]):
         self.unused: list[str] = []
 
     def close(self, rows: Sequence[Row], used: Callable[[str], bool] = lambda column: False) -> None:
-        """Add the notes of the rows to the counts, and find the unused columns.
+        """Add the rows' notes to the counts, and find the columns that nothing used.
 
-        used: returns whether a reward function reads the column of that name.
+        used: a function that returns whether a reward function reads the column of that name.
         """
         for row in rows:
             self.update(row.notes)
@@ -79,10 +79,10 @@ def report_counts(source: Path, counts: Mapping[str, int]) -> None:
 
 
 def opened(rows: Sequence[dict[str, Any]], made: str) -> tuple[list[Row], Tally]:
-    """Return (rows, counts) at the start of a conversion: fresh rows, and counts with `made` at 0.
+    """Return (rows, counts) for the start of a conversion: copies of the rows, and a Tally with no items made yet.
 
-    No column of the rows is marked as used. A plain dict becomes a row named by its number. Rows that are empty because
-    the row template wrote nothing are dropped and counted.
+    No column of the copies is marked as used. A plain dict becomes a row named by its number. Rows that are empty
+    because the row template wrote nothing are dropped and counted. made: the plural name of the items, for the counts.
     """
     counts = Tally({"rows": len(rows), made: 0})
     fresh = []
@@ -104,7 +104,7 @@ def opened(rows: Sequence[dict[str, Any]], made: str) -> tuple[list[Row], Tally]
 def read_rows(path: Path | str, row_template: Path | None = None) -> list[Row]:
     """Read the rows of a file, and apply a row template to them if one is given. Blank lines are skipped.
 
-    Raises InputError if the file is missing or empty, or naming the line if it is broken.
+    Raises InputError if the file is missing or empty. If a line is broken, the InputError names that line.
     """
     rows = _read_file(Path(path))
     if row_template is None:
@@ -289,12 +289,12 @@ def _check_type(where: str, type_: Any, depth: int = 0) -> None:
 
 
 def _decoded(cells: Any) -> Any:
-    """Return the column with one value per row, if it is dictionary-encoded."""
+    """Return a parquet column with one value per row. Dictionary encoding, if used, is undone."""
     return cells.dictionary_decode() if hasattr(cells, "dictionary_decode") else cells
 
 
 def _cells(path: Path, name: str, cells: Any) -> list[Any]:
-    """Return the values of a column in Python types.
+    """Return the values of a parquet column in Python types.
 
     A map with texts as keys becomes a dict. Another map becomes a list of pairs, because JSON objects have only texts
     as keys.

@@ -57,7 +57,7 @@ def gspo_loss(
     """Compute the clipped loss with one ratio per sequence, s = exp(mean_t log rho_t), the geometric mean over tokens.
 
     lengths (sequences,): tokens of each sequence, in order. A micro-batch holds whole sequences. The formula is
-    GSPO-token, with the gradient of GSPO if all tokens of a sequence share one advantage. The paper's denominator is
+    GSPO-token. Its gradient is that of GSPO if all tokens of a sequence share one advantage. The paper's denominator is
     sequence_mean.
     Source: https://arxiv.org/abs/2507.18071, eq. 5, 7, 13 and 14; the clip's defaults from its sec. 5.1
     """

@@ -71,7 +71,8 @@ def ipo_loss(chosen: Tensor, rejected: Tensor, num_pairs: int, beta: float) -> T
 def apo_zero_loss(chosen: Tensor, rejected: Tensor, num_pairs: int, beta: float) -> Tensor:
     """Compute APO-zero's loss, 1 - sigmoid(beta chosen) + sigmoid(beta rejected).
 
-    Training raises chosen and lowers rejected. It suits data whose chosen completions are better than the model's own.
+    Training raises chosen and lowers rejected. The loss suits data whose chosen completions are better than the model's
+    own.
     Source: https://arxiv.org/abs/2408.06266, eq. 7
     """
     return (1 - torch.sigmoid(beta * chosen) + torch.sigmoid(beta * rejected)).sum() / num_pairs
@@ -80,8 +81,8 @@ def apo_zero_loss(chosen: Tensor, rejected: Tensor, num_pairs: int, beta: float)
 def apo_down_loss(chosen: Tensor, rejected: Tensor, num_pairs: int, beta: float) -> Tensor:
     """Compute APO-down's loss, sigmoid(beta chosen) + 1 - sigmoid(beta h), with h = chosen - rejected.
 
-    Training lowers both scores, rejected more than chosen. It suits data whose chosen completions are worse than the
-    model's own.
+    Training lowers both scores, rejected more than chosen. The loss suits data whose chosen completions are worse than
+    the model's own.
     Source: https://arxiv.org/abs/2408.06266, eq. 8
     """
     return (torch.sigmoid(beta * chosen) + 1 - torch.sigmoid(beta * (chosen - rejected))).sum() / num_pairs

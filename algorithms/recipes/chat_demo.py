@@ -64,7 +64,7 @@ class Config:
     steps: Count = 30  # GRPO steps
     prompts_per_step: Count = 8  # problems in one rollout
     group_size: Annotated[int, Bounds(2, MOST_SAMPLES)] = 8  # samples of one problem
-    temperature: Temperature = 0.8  # of sampling, in training and in measurement
+    temperature: Temperature = 0.8  # temperature of sampling, in training and in measurement
     held_out: Annotated[int, Bounds(2)] = 100  # problems to measure on
     seed: SamplingSeed = 0  # seed of the order of problems, and of sampling
     device: str = field(default_factory=default_device)  # cpu, cuda or cuda:N

@@ -37,7 +37,7 @@ def prompt_row(letter: str) -> dict[str, str]:
 
 
 def answer_row(letter: str, followed: float, noise: random.Random) -> dict[str, str]:
-    """Make a prompt and completion. followed: share of letters chosen on purpose, 0 to ignore the instruction."""
+    """Make a prompt and completion. followed: the share of letters that obey the instruction; the rest are random."""
     letters = (letter if noise.random() < followed else noise.choice(LETTERS) for _ in range(LENGTH))
     return {"prompt": f"{letter}:", "completion": "".join(letters)}
 

@@ -51,8 +51,8 @@ class Balance:
     def metrics(self) -> dict[str, float]:
         """Return metrics of the micro-batches trained since the last call, over all processes.
 
-        balance: the mean balance, pooled over layers whatever --balance says; K (experts per token) if the load is
-        even. busiest_expert: the largest load of an expert in any layer, relative to an even load; 1 if it is even.
+        balance: the mean balance, always pooled over layers; it is K (experts per token) if the load is even.
+        busiest_expert: the largest load of an expert in any layer, as a multiple of an even load.
         dropped: the number of choices whose expert was full. Returns {} without experts or without micro-batches.
         """
         if not self._counts.numel():
@@ -64,7 +64,10 @@ class Balance:
         return {"balance": balance / shares, "busiest_expert": loads.max().item(), "dropped": dropped}
 
     def _over_processes(self) -> tuple[Tensor, list[float]]:
-        """Return the counts (layers, E) and the three sums, added over all processes, and reset them to 0."""
+        """Sum over all processes: the counts (layers, E), and [share, share * balance, dropped choices].
+
+        This process's counts and sums are then reset to 0.
+        """
         totals = sum_over_processes(torch.cat([self._sums, self._counts.flatten().double()]).cpu())
         self._counts.zero_()
         self._sums.zero_()

@@ -28,7 +28,7 @@ from .processes import IDLE, most, parts, rank, reshard, shares, sum_over_proces
 
 @dataclass(frozen=True)
 class Completion:
-    """The tokens that follow a prompt. The mask marks the n trained tokens; tensors have one row per trained token."""
+    """The tokens that follow a prompt. `mask` marks the n trained tokens; tensors have one row per trained token."""
 
     tokens: list[int]
     mask: list[bool]
@@ -92,7 +92,7 @@ class Batch:
     vocabulary: Vocabulary | None
 
     def before_head(self, model: Transformer, vocabulary: Vocabulary | None = None) -> tuple[Tensor, Head]:
-        """Return the operands of the logits for each trained token: hidden states (tokens, C), and the head of V rows.
+        """Return the two factors of each trained token's logits: hidden states (tokens, C), and the head of V rows.
 
         vocabulary: the ids whose rows the head has, all by default.
         """
@@ -100,9 +100,10 @@ class Batch:
             return model.before_head(self.packed, self.rows, vocabulary)
 
     def score(self, policy: Transformer, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Return (logprob, entropy) of each trained token, (tokens,) each, under the distribution that was sampled.
+        """Return (logprob, entropy) of each trained token, (tokens,) each, under the distribution of the sampler.
 
-        Logits are divided by `temperature`. Only the ids in `support` and `vocabulary` count.
+        Logits are divided by `temperature`, and normalised over the ids that could be sampled: `support` if
+        top-k or top-p was used, otherwise `vocabulary`.
         """
         drawn_from = {"support": self.support, "vocabulary": self.vocabulary}
         with autocast(self.rows.device.type):
@@ -120,7 +121,7 @@ class Batch:
             return critic.values(self.packed, self.packed.predictors[self.rows])
 
     def token_scores(self, reward_model: ScalarModel) -> Tensor:
-        """Return the reward model's score at each trained token, (tokens,): of the text up to that token."""
+        """Return the reward model's score of the text up to and including each trained token, (tokens,)."""
         with autocast(self.rows.device.type):
             return reward_model.values(self.packed, self.rows)
 
@@ -139,7 +140,7 @@ class Batch:
 
 
 class Batches(list[Batch]):
-    """The micro-batches of one step on this process. Every process has the same number, so the last may be empty.
+    """This process's micro-batches of one step. All processes have equally many, so the last micro-batch may be empty.
 
     num_completions, num_trained, num_tokens: the number of completions, trained tokens and all tokens of the whole
     step, over all processes.
@@ -184,7 +185,7 @@ class _Part(NamedTuple):
 class LazyBatches:
     """An iterable of the micro-batches of `make_batches`, each packed only when it is reached.
 
-    It is for a whole file, whose micro-batches together might not fit on a device.
+    This class is for a whole file, whose micro-batches together might not fit on a device.
     """
 
     def __init__(self, items: Sequence[Item], capacity: int, device: torch.device | str):
@@ -215,8 +216,8 @@ def make_split_batches(
     """Pack items into micro-batches of at most `capacity` tokens. An item may be split; its prompt is then repeated.
 
     A completion is never split; a completion longer than `capacity` has its own micro-batch. needed: (all completions,)
-    bool; the other completions are left out. The share of a micro-batch is its share of the needed completions' trained
-    tokens.
+    bool; the other completions are left out. `Batch.share` is the micro-batch's part of the needed completions'
+    trained tokens.
     """
     step = _Step(items, device)
     num_trained = int((torch.tensor(step.counts) * needed).sum())
@@ -297,7 +298,7 @@ class _Step:
         return list(range(first, first + len(self._items[member].completions)))
 
     def batch(self, cut: Sequence[_Part], share: float) -> Batch:
-        """Pack these parts into a batch. Without parts it holds one token that is not trained."""
+        """Pack parts of items into a batch. Without parts, the batch holds one token that is not trained."""
         sequences: list[list[int]] = []
         parents: list[int] = []
         trained = bytearray()  # a tensor is made much faster from bytes than from a list of bools
@@ -339,7 +340,7 @@ class _Step:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
 
     def _of_tokens(self, chosen: Sequence[Completion]) -> dict[str, Any]:
-        """Concatenate the tensor fields of completions over their trained tokens; no completions give empty tensors."""
+        """Concatenate each tensor field of the completions. Without completions, the tensors are empty."""
         any_one = self._completions[0]
 
         def joined(name: str) -> Tensor | None:
@@ -360,7 +361,7 @@ class _Step:
 
 
 def stack_supports(supports: Sequence[Tensor]) -> Tensor:
-    """Concatenate supports, (n, K) int32 each, to (sum of n, largest K). Shorter rows are padded with -1."""
+    """Concatenate the ids that top-k or top-p kept: (n, K) int32 each -> (sum of n, largest K), padded with -1."""
     width = max(support.shape[1] for support in supports)
     return torch.cat([torch.nn.functional.pad(s, (0, width - s.shape[1]), value=-1) for s in supports])
 

@@ -142,7 +142,7 @@ def _entries(call: Call, value: Any) -> list[Any]:
 
 
 def _iterator(value: Any) -> Iterator[Any] | None:
-    """Return an iterator over the value, or None if it cannot be a list. A value with only __getitem__ is accepted."""
+    """Return an iterator over the value, or None for a text, a mapping, a set, or a value that cannot be iterated."""
     if isinstance(value, str | bytes | Mapping | Set):
         return None
     try:
@@ -162,7 +162,7 @@ def _read(call: Call, i: int, entry: Any) -> Any:
 
 
 def _close(values: Iterable[Any]) -> None:
-    """Close coroutines that will not be awaited, because Python would warn about each."""
+    """Close the coroutines among the values, because Python warns about each coroutine that is never awaited."""
     for value in values:
         if inspect.iscoroutine(value):
             value.close()
@@ -238,7 +238,7 @@ def _awaited(calls: Sequence[tuple[Call, Awaitable[Any]]], seconds: float | None
 
 @contextlib.contextmanager
 def _time_limit(seconds: float | None, message: str) -> Iterator[None]:
-    """Interrupt the block after `seconds`, and again every second while it continues. Raises InputError(message)."""
+    """Interrupt the block after `seconds`, then every second until it ends, and raise InputError(message)."""
     if seconds is None:
         yield
         return
@@ -293,7 +293,8 @@ done"""
 def _speaker() -> int:
     """Start a shell process that prints a message if faulthandler ends this process.
 
-    Returns the descriptor of a pipe to it. The last line before faulthandler's report is the message.
+    Returns the descriptor of a pipe to the shell. Messages are written to this pipe, one a line. When
+    faulthandler's report follows on the pipe, the shell prints the last message and then the report.
     """
     read, write = os.pipe()
     os.posix_spawn(

@@ -1,8 +1,8 @@
 """Checkpoints for resuming a stopped run: a safetensors file of the state that training changes, replaced atomically.
 
-It holds the trained parameters and the optimizer states as "part/name". Its metadata holds the step and a few numbers
-as JSON. Nothing else needs saving: data order and sampling noise are functions of the seed and the step, and frozen
-weights come from the model folder that the run started from.
+The file holds the trained parameters and the optimizer states as "part/name"; a part is a model or an optimizer. The
+metadata holds the step and a few numbers as JSON. Nothing else needs saving: data order and sampling noise are
+functions of the seed and the step, and frozen weights come from the model folder that the run started from.
 
 With several processes each writes a file with its rows of every tensor. Rank 0 writes its file last and lists the other
 files in it. Any number of processes can read the checkpoint; each reads only the rows that it needs.
@@ -37,7 +37,7 @@ DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torc
 
 
 def write_checkpoint(file: Path, parts: Mapping[str, Part], values: Mapping[str, Any]) -> None:
-    """Write the state of `parts` and the JSON of `values` to `file`. If writing fails, the earlier file stays whole."""
+    """Write the state of `parts` and the JSON of `values` to `file`. If this fails, the earlier file is unchanged."""
     # 1. collect this process's rows of the sharded tensors; rank 0 also writes the other tensors
     tensors: dict[str, Tensor] = {}
     starts: dict[str, int] = {}  # the first row of this process in each sharded tensor
@@ -113,9 +113,9 @@ def _open(file: Path, stack: ExitStack) -> Any:
 
 
 def _values(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return the step and the other saved numbers. Raises InputError if one is invalid.
+    """Return the step and the other saved numbers, by name. Raises InputError if a number is invalid.
 
-    Only the numbers in REWARDS may be negative.
+    Only the lowest and the highest reward, named in REWARDS, may be negative.
     """
     where = f"{file}: metadata: values"
     values = parse_json(metadata.get("values", ""), where)
@@ -133,7 +133,7 @@ def _values(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _others(file: Path, metadata: Mapping[str, str], step: int) -> list[str]:
-    """Return the names of the other processes' files. Raises InputError if they do not have the expected form."""
+    """Return the names of the other processes' files. Raises InputError if the names do not have the expected form."""
     where = f"{file}: metadata: others"
     others = parse_json(metadata.get("others", "[]"), where)
     count = len(others) + 1 if isinstance(others, list) else 1
@@ -172,7 +172,7 @@ def _check_fit(
 ) -> None:
     """Raise InputError naming a tensor that is missing, unexpected, or of another shape or dtype.
 
-    A parameter without any optimizer step has no states. Any other parameter must have all three.
+    AdamW's three states (step, exp_avg, exp_avg_sq) may be missing together, for a parameter that had no gradient yet.
     """
     places = {f"{part}/{name}": place for part, names in wanted.items() for name, place in names.items()}
     begun = {name.rpartition("/")[0] for name in stored}
@@ -249,7 +249,7 @@ def _rows(tensor: Tensor) -> range:
 
 @dataclass
 class Stored:
-    """A tensor stored in one or several files. Each file has some of its rows."""
+    """A tensor in one or several files, each of which holds some of the tensor's rows."""
 
     where: str  # its file and name
     dtype: str  # as the file's header spells it
@@ -288,7 +288,7 @@ class Stored:
 
 
 def _stored(files: Mapping[Path, Any]) -> dict[str, Stored]:
-    """Return the tensors in all files, by name. Raises InputError unless each row of a tensor is there exactly once."""
+    """Return the tensors in all files, by name. Raises InputError unless each row is stored exactly once."""
     stored: dict[str, Stored] = {}
     for path, file in files.items():
         starts = _starts(path, file)

@@ -44,7 +44,7 @@ def _status(
 
 
 def status_of(name: str, run: Callable[[], int | None]) -> int:
-    """Return the exit status of `run`, with None as 0. Wrong input gives 1 and a message, an interruption gives 130."""
+    """Call `run`, and return its exit status or 0 for None. Wrong input gives 1 and a message, an interruption 130."""
     try:
         return run() or 0
     except InputError as error:

@@ -197,7 +197,7 @@ class RolloutFlags(AnswerFlags, SamplingFlags, TrainingFlags):
 
 
 def bounds(config: type) -> dict[str, Bounds]:
-    """Return the bounds of a Config's flags, by name. Those of a subclass replace those of its base classes."""
+    """Return the bounds of a Config's flags, by name. A subclass's bounds replace those of its base classes."""
     return {
         name: found
         for cls in reversed(config.__mro__)
@@ -324,7 +324,7 @@ def _check_resumable(folder: Path, config: Any) -> None:
 
 
 def make_folder(output: Path) -> None:
-    """Create the folder of --output. Raises InputError if that fails."""
+    """Create the folder of --output. Raises InputError if it cannot be created."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

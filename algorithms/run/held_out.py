@@ -12,8 +12,9 @@ from .processes import rank
 def report_held_out(folder: Path, **scores: Tensor) -> None:
     """Print accuracy and mean margin of scores, and write them to held_out.json in `folder`.
 
-    scores: one tensor (pairs, 2) of chosen and rejected per name. The accuracy is the share of pairs whose chosen score
-    is larger. The standard error of an accuracy p over n pairs is sqrt(p (1 - p) / n).
+    scores: for each name, a tensor (pairs, 2) of the chosen and the rejected completions' scores. The accuracy is
+    the share of pairs whose chosen score is larger. The standard error of an accuracy p over n pairs
+    is sqrt(p (1 - p) / n).
     """
     results = {}
     for name, scores_of_pairs in scores.items():

@@ -1,8 +1,8 @@
 """A check for token ids without a row in the model's embedding. They are refused only if they occur in the data.
 
-Some published tokenizers have more ids than their model has rows. gemma-3-1b has 262,145 ids (<image_soft_token>) for
-262,144 rows, and Llama-2's folders have a <pad> with id 32,000 for 32,000 rows. Burnish never pads, and never samples
-such an id (vocabulary.py), so it does no harm unless a row of the data contains it.
+Some published tokenizers have more ids than their model has rows. In gemma-3-1b, <image_soft_token> has the id 262,144,
+but the model has only 262,144 rows. In some folders of Llama-2, <pad> has the id 32,000 for 32,000 rows. Burnish never
+pads, and never samples such an id (vocabulary.py), so the id does no harm unless the data contain this id.
 """
 
 import sys
@@ -70,7 +70,8 @@ def check_ids(items: Iterable[Item], tokenizer: Tokenizer, rows: int, name: str 
 def check_sequence(where: str, ids: Sequence[int], tokenizer: Tokenizer, rows: int, name: str) -> None:
     """Raise InputError if the sequence `ids` contains an id of `rows` or more.
 
-    where: its place for the message. rows: the number of rows of the model's embedding. name: the words for the model.
+    where: the place of the sequence, for the message. rows: the number of rows of the model's embedding. name: the
+    words for the model.
     """
     wrong = next((token for token in ids if token >= rows), None)
     if wrong is None:

@@ -74,8 +74,8 @@ class Learner(Generic[Model]):
     def step(self, step: int) -> dict[str, float]:
         """Take one step of AdamW, at the learning rate of `step`.
 
-        Returns the summed metrics, grad_norm before clipping, and learning_rate. Raises InputError if loss or norm is
-        not finite, and leaves the weights as they are.
+        Returns the summed metrics, grad_norm before clipping, and learning_rate. Raises InputError, and leaves the
+        weights as they are, if the loss or grad_norm is not finite.
         """
         cfg = self._cfg
         sums, self._sums = summed(self._sums), {"loss": 0.0}

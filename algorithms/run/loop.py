@@ -223,7 +223,7 @@ class Run:
     def _save(self, name: str, folder_name: str) -> Path:
         """Write one model with its tokenizer, atomically. Returns its folder.
 
-        The dtype is that of --save-dtype. If a number does not fit it, the model is written in fp32 with a warning.
+        The dtype is that of --save-dtype. If a number does not fit that dtype, write fp32 with a warning.
         """
         folder, model, tokenizer = self.folder / folder_name, self._learners[name].model, self._tokenizer
         try:
@@ -239,7 +239,7 @@ class Run:
 
 
 def _check_progress(file: Path, config: Any, start: int, values: Mapping[str, float]) -> None:
-    """Raise InputError if a checkpoint has more steps than --steps, or more draws than its steps allow."""
+    """Raise InputError if a checkpoint has more steps than --steps, or more batches drawn than its steps allow."""
     if start > config.steps:
         raise InputError(f"--steps: expected at least {start}, the steps done in {file}, got {config.steps}")
     most = start * getattr(config, "max_draws", 1)
@@ -248,11 +248,11 @@ def _check_progress(file: Path, config: Any, start: int, values: Mapping[str, fl
 
 
 def _end_of_steps(file: Path, step: int, a_line_a_step: bool) -> int:
-    """Return the number of bytes that hold the records of the steps before `step`; 0 without the file.
+    """Return the number of bytes up to the first line of `step` or a later step; 0 if the file does not exist.
 
-    The lines stay as they are, even with broken bytes, because only people read them again. a_line_a_step: the file has
-    one line per step. If a line's step cannot be read, its place in such a file gives the step. In any other file such
-    a line raises InputError.
+    Broken lines before that place are kept, because only people read them again. A last line that a crash has cut off
+    is not counted. a_line_a_step: the file has one line per step. The number of a broken line then gives its step. In
+    other files a broken line raises InputError.
     """
     if not os.path.lexists(file):
         return 0
@@ -289,7 +289,7 @@ def _step_of(line: bytes) -> int | None:
 
 
 def _cut(file: Path, end: int) -> None:
-    """Truncate a file, if it exists, to its first `end` bytes, and end its last line."""
+    """Truncate a file, if it exists, to its first `end` bytes. Add a newline if the last line lacks it."""
     if not os.path.lexists(file):
         return
     os.truncate(file, end)

@@ -27,7 +27,7 @@ def make_optimizer(
 def scheduled(peak: float, step: int, steps: int, warmup_steps: int, schedule: Schedule) -> float:
     """Return the learning rate of `step`, counted from 0.
 
-    It rises linearly to `peak` during the warm-up, and then stays constant or decays to 0 at `steps`.
+    The rate rises linearly to `peak` during the warm-up, and then stays constant or decays to 0 at `steps`.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
@@ -46,10 +46,10 @@ def optimizer_step(
     learning_rate: float,
     max_grad_norm: float,
 ) -> float:
-    """Clip the gradients summed over the micro-batches, take a step, and clear them. Returns the norm before clipping.
+    """Clip the summed gradients, take an optimizer step, and clear the gradients. Returns their norm before clipping.
 
-    loss: the loss of the whole step. Raises InputError if it or the norm is not finite, and leaves the weights as they
-    are.
+    loss: the loss of the whole step. Raises InputError, and leaves the weights as they are, if the loss or the norm is
+    not finite.
     """
     norm = whole(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):

@@ -10,7 +10,7 @@ With one process these functions have no effect: a model stays as it is, and a s
 
 Every process reads the same rows and draws the same order. All therefore know the step's whole batch and its
 denominators without communication. Every process must take part in each collective: a process without sequences in a
-round runs IDLE, which adds nothing. Sharding, all-gather and reduce-scatter are torch's FSDP2
+round runs IDLE, a sequence that adds nothing. Sharding, all-gather and reduce-scatter are torch's FSDP2
 (https://arxiv.org/abs/2304.11277), with one group per layer.
 """
 
@@ -87,7 +87,7 @@ def processes(command: str, device: str) -> Iterator[None]:
 
 
 def check_joined() -> None:
-    """Raise InputError under torchrun outside of `processes`, where each process would train a model of its own."""
+    """Raise InputError if torchrun started processes that have not joined: each would train a model of its own."""
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != world():
         raise InputError(
@@ -100,7 +100,7 @@ def check_joined() -> None:
 
 
 def host(device: str) -> str:
-    """Return the device to read weights on. With several processes it is the CPU, and `shard` moves the parts."""
+    """Return the device on which to load weights. With several processes, return the CPU: `shard` moves the shards."""
     return device if world() == 1 else "cpu"
 
 
@@ -108,8 +108,8 @@ def shard(*models: Model | None) -> None:
     """Shard each model's weights over the processes, by rows. 4-bit weights stay whole on each process.
 
     None entries are skipped. A layer is gathered only while it runs. Weights outside of layers stay gathered from a
-    forward pass to the end of its backward pass, because `score` reads the head in between. Gradients are sums, not
-    means.
+    forward pass to the end of its backward pass, because `Batch.score` reads the head in between. Gradients are sums,
+    not means.
     """
     if world() == 1:
         return
@@ -140,7 +140,7 @@ def _sharded(model: Model) -> list[Any]:
 
 
 def reshard(*models: Model | None) -> None:
-    """Free the gathered weights that a forward pass without a backward pass has left."""
+    """Free the gathered weights of a forward pass that no backward pass has followed."""
     for model in filter(None, models):
         for module in _sharded(model):
             module.reshard()
@@ -203,7 +203,7 @@ def shares(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Return the micro-batches of this process, as lists of indices, of about `capacity` tokens each.
 
     With one process they are packed by `best_fit`. With several, all processes have micro-batches of similar size in
-    each round, because they wait for one another; the last may be empty.
+    each round, because the processes wait for one another. The last micro-batch may be empty.
     """
     if world() == 1 or not lengths:
         return best_fit(lengths, capacity)
@@ -242,7 +242,7 @@ def most(count: int) -> int:
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Return the tensors of every process, one dict per rank. Shapes may differ. They are sent as safetensors bytes."""
+    """Return the tensors of every process, one dict per rank. Shapes may differ between processes."""
     if world() == 1:
         return [dict(tensors)]
     from safetensors.torch import load, save

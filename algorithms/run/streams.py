@@ -1,7 +1,7 @@
 """Standard streams whose errors do not stop a run. A lost output is reported at the end of the program.
 
 Such errors are a closed pipe, a full device, a closed terminal, a stream closed by the shell, or an encoding that lacks
-characters of a model's answer. None of them should cost a training run.
+characters of a model's answer. None of these errors should end a training run.
 """
 
 import errno
@@ -62,7 +62,7 @@ def is_lost(stream: object) -> bool:
 def run_program(name: str, main: Callable[[], int | None]) -> int:
     """Run a whole program. Returns the exit status of `main`, or 1 with a message on stderr if its output was lost.
 
-    A closed pipe, as with `head`, gives no message, because its reader has read enough.
+    A closed pipe, as with `| head`, gives no message, because the reader of the pipe has read enough.
     """
     _open_all()
     output, sys.stderr = Output(sys.stdout), Output(sys.stderr)

@@ -69,7 +69,7 @@ def _start_training(model: Transformer | ScalarModel, cfg: Any) -> None:
 
 
 def _device(cfg: Any) -> str:
-    """Return the device to read weights on. 4-bit weights go to --device, because they stay whole on each GPU."""
+    """Return the device on which to load weights. 4-bit weights go to --device, because they are not sharded."""
     return cfg.device if cfg.base_4bit else host(cfg.device)
 
 

@@ -16,7 +16,7 @@ from .calls import brief, described
 def load_function(specification: str, flag: str = "reward") -> Callable[..., Any]:
     """Load the function of FILE.py:function or package.module:function.
 
-    flag: the flag that messages name; "" if the function is not from a flag. Raises InputError if that fails.
+    flag: the flag that messages name; "" if the function is not from a flag. Raises InputError if loading fails.
     """
     source, _, name = specification.rpartition(":")
     given, file = (

@@ -283,7 +283,9 @@ def test_wrong_flags_are_named(cfg, tmp_path):
         "    return [0 for _ in completions]\n"
     )
     both = {"reward": (f"{short}:f",), "answer": f"{short}:f"}
-    with pytest.raises(InputError, match="--answer: log_extra: column 'x' is that of a reward"):
+    with pytest.raises(
+        InputError, match="--answer: log_extra: expected a new column, got 'x', which a reward function logs"
+    ):
         evaluate.evaluate(dataclasses.replace(cfg, **both))
 
     with pytest.raises(InputError, match="--reward-timeout: expected a number between"):
