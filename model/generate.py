@@ -61,10 +61,10 @@ def generate(
 ) -> list[Sample]:
     """Sample continuations, and return them in the order of the prompts: first all samples of prompt 0.
 
-    temperature: 0 takes the most likely id, ignores top_k, top_p and min_p, and records no support.
+    temperature: 0 takes the most likely id and ignores top_k, top_p and min_p. `Sample.support` is then None.
     vocabulary: the ids to draw from, usually a tokenizer's; by default all rows of the head. Prompts may hold other
         ids.
-    batch_size: the most sequences at a time; by default as many as the memory budget allows.
+    batch_size: the largest number of sequences at a time; by default as many as the memory budget allows.
     memory_budget: bytes for the cache of keys and values. The cache has room for max_new_tokens of each sequence in
         flight, and for each of their prompts once. cache.cache_bytes computes its size.
     progress: called with (ended samples, all samples) when sequences leave the batch.

@@ -59,7 +59,10 @@ class Head:
         temperature: float | Tensor = 1.0,
         support: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (logprob, lse, entropy) of targets (n,) after hidden (n, C), (n,) each: `kernels.token_logprobs`."""
+        """Return (logprob, lse, entropy), each (n,), of the targets (n,) that follow hidden (n, C).
+
+        It calls `kernels.token_logprobs`.
+        """
         with torch.autocast(hidden.device.type, enabled=False):
             return token_logprobs(
                 hidden,
@@ -130,7 +133,7 @@ class Head:
     def topk_logprobs(
         self, hidden: Tensor, k: int, *, temperature: float | Tensor = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """Return the k most likely rows and their log-probabilities, (n, k) each, without a gradient.
+        """Return the k most likely rows of the head and their log-probabilities, (n, k) each, without a gradient.
 
         It calls `kernels.topk_logprobs`.
         """

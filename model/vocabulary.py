@@ -39,7 +39,7 @@ class Vocabulary:
         return self if self.ids is None else Vocabulary(self.end, self.ids.to(device))
 
     def within(self, rows: int) -> "Vocabulary | None":
-        """Return the tokens among the first `rows` ids, or None if all of these ids are tokens."""
+        """Return the tokens among the first `rows` ids, or None if each of these ids is a token."""
         if self.ids is None:
             return self if self.end < rows else None
         if self.end <= rows:
