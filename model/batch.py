@@ -398,7 +398,7 @@ class Batch:
     def _keep(self, stay: Tensor) -> None:
         """Move the rows in `stay` to the front, and free the others.
 
-        The prompts of the moved rows stay in the cache. So does the prompt of the next waiting sample, if it is there.
+        The cache keeps the prompts of the moved rows, and the prompt of the next waiting sample if it was in the cache.
         """
         self.live = stay.numel()
         for state in (

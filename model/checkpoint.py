@@ -358,7 +358,7 @@ def _check_metadata(metadata: dict[str, str], source: str) -> None:
 
 
 def _give(model: Transformer | ScalarModel, adapter: Adapter, folder: Path) -> None:
-    """Put the adapter of a folder on its base model, and record the dtypes that its tensors have in the folder."""
+    """Put the adapter of a folder on its base model, and record the dtypes of the adapter's tensors in the folder."""
     give_adapter(model, adapter, str(folder))
     body = _body(model)
     assert body.dtypes is not None

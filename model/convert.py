@@ -269,7 +269,7 @@ def _check_keys(metadata: _Metadata) -> None:
 
 
 def _decimal(value: float) -> float:
-    """Return the decimal number that a float32 of the file stands for: GGUF holds 1e-5 as 9.99999974e-06."""
+    """Return the shortest decimal number that rounds to a float32 of the file: GGUF holds 1e-5 as 9.99999974e-06."""
     return float(str(np.float32(value)))
 
 

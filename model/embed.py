@@ -98,7 +98,7 @@ def apply(
 
 
 def remove(hf_model: Any) -> None:
-    """Undo `apply`. Raises InputError if `apply` has not been called on this model."""
+    """Undo `apply`. Raises InputError if the model does not have Burnish's ops."""
     base, _, _ = _base(hf_model)
     state: Embedded | None = base.__dict__.pop(STATE, None)
     if not state:

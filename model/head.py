@@ -25,8 +25,8 @@ from .vocabulary import Vocabulary
 class Head:
     """The weight of a language head and, if it has an adapter, the adapter's low-rank factors.
 
-    Its methods turn autocast off, because autocast does not cover these ops. `hidden` and `weight` must already have
-    the dtype of their product.
+    Its methods turn autocast off, because autocast does not cover the ops that they call. `hidden` and `weight` must
+    already have the dtype of their product.
     """
 
     weight: Tensor  # (V, C)

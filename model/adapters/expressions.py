@@ -264,7 +264,10 @@ class _Walk:
 
 
 def _positive(node: Any) -> tuple[Any, bool]:
-    """Return (node, negated): a one-character node of the parse tree without its negation, and whether it had one."""
+    """Strip the negation from a one-character node of the parse tree: [^a] becomes [a].
+
+    Returns (node, negated), where negated tells whether the node had a negation.
+    """
     kind, value = node
     if kind is op.NOT_LITERAL:
         return (op.LITERAL, value), True

@@ -68,7 +68,7 @@ def _train(
     ignore_index: int = -100,
     **kwargs: Any,
 ) -> Any:
-    """Run a forward pass with labels (B, T), as transformers does. The output's `logits` are None."""
+    """Run a forward pass with labels (B, T), and return transformers' output with the loss. Its `logits` are None."""
     routed = hasattr(home, "load_balancing_loss_func")
     if routed and kwargs.get("output_router_logits") is None:
         kwargs["output_router_logits"] = self.config.output_router_logits

@@ -33,8 +33,9 @@ _NUMBER_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  #
 def read_config(
     raw: dict[str, Any], source: str = "config.json", generation: dict[str, Any] | None = None
 ) -> ModelConfig:
-    """Read a parsed config.json. source: its name in errors. generation: a parsed generation_config.json.
+    """Read a parsed config.json. source: its name in errors.
 
+    generation: a parsed generation_config.json, which the ModelConfig keeps.
     Raises InputError naming the key that is missing, has the wrong type, or has an unsupported value.
     """
     return _Reader(raw, source).read(generation or {})

@@ -78,7 +78,10 @@ def from_disk(config: ModelConfig, name: str, tensor: Tensor) -> Tensor:
 
 
 def to_disk(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Convert our names and tensors to those of a folder, in the published form."""
+    """Convert parameters to the tensors of a folder, by their names there.
+
+    Experts get the form in which models of the architecture are published.
+    """
     files: dict[str, Tensor] = {}
     for name, tensor in state.items():
         names, shape = pieces_of(config, name, tensor.shape)

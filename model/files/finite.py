@@ -59,8 +59,8 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _may_hold_infinity(tensor: Tensor) -> bool:
     """Return whether the smallest or the largest number is infinite or NaN.
 
-    A tensor with NaN gives True, because NaN hides an infinity. This takes a sixtieth of the time of isinf, and no
-    memory.
+    In a tensor with NaN, both are NaN, and an infinity may be hidden. This takes a sixtieth of the time of isinf, and
+    no memory.
     """
     return tensor.numel() > 0 and not all(bool(end.isfinite()) for end in tensor.aminmax())
 

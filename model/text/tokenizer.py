@@ -6,7 +6,7 @@ A folder has `tokenizer.json` for the `tokenizers` package. The special tokens a
 
 The mask of a conversation is exact, or an error is raised:
 
-    template has {% generation %} marks    the marked text, and the end token right behind it, unless the text ends with one
+    template has {% generation %} marks    the marked text, and the end token right behind it, unless it ends with one
     template has no marks                  from the end of the generation prompt to the end-of-turn token, provided that
                                            the template renders the turn in the conversation as it would for generation
 
