@@ -130,7 +130,7 @@ class Linear(Adaptable, nn.Linear):  # pyright: ignore[reportIncompatibleVariabl
 
     @property
     def form(self) -> tuple[Any, ...] | None:
-        """The properties that layers must share for their adapters to read x together, or None without an adapter."""
+        """The properties that layers must share for one op to compute them together, or None without an adapter."""
         lora, four_bit = self.lora, self.four_bit
         if lora is None or not lora.enabled:
             return None

@@ -137,7 +137,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def _draw(self, seed: int) -> None:
-        """Initialise every parameter and buffer. Matrices are drawn on the CPU, so that every device gets the same."""
+        """Initialise every parameter and buffer. Matrices are drawn on the CPU, to be the same on every device."""
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
             if weight.dim() >= 2 and not name.endswith("bias"):

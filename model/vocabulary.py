@@ -68,7 +68,7 @@ class Vocabulary:
     def rows_of(self, ids: Tensor) -> Tensor:
         """Map ids of at least 0 to row numbers among the tokens, as the inverse of ids_of.
 
-        A missing id becomes `size`, which is no row.
+        An id that is not a token becomes a number of at least `size`, which is past the last row.
         """
         if self.ids is None:
             return ids

@@ -289,7 +289,7 @@ class Tokenizer:
         return found
 
     def _with_end(self, text: str, span: Span) -> Span:
-        """Return a marked span, extended by the special token right behind it if it does not end with one."""
+        """Return a marked span. If it does not end with a special token, include the special token right behind it."""
         start, end = span
         if text[start:end].rstrip().endswith(self._ends):
             return span
