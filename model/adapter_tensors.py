@@ -1,7 +1,7 @@
 """An adapter as named tensors: taken from a model, loaded into a model, or stacked with others.
 
-Names are those of PEFT's files. PEFT stores the adapters of all experts of a layer as one matrix, A of shape (E R, K)
-and B of shape (N, R E). Ours are A (E, R, K) and B (E, N, R).
+Tensors have their names in PEFT's files. For the experts of a layer, PEFT stores one matrix A of shape (E R, K) and one
+matrix B of shape (N, R E). In memory, A is (E, R, K) and B is (E, N, R).
 """
 
 import math
@@ -31,7 +31,7 @@ from .transformer import Transformer
 def take_adapter(model: Model) -> Adapter:
     """Return the model's adapter as it is now.
 
-    The tensors are the model's own, except that those of experts are converted to PEFT's layout.
+    Its tensors are the model's parameters, detached. The adapters of experts are converted to PEFT's layout.
     """
     config = lora_config(model)
     if config is None:
@@ -48,9 +48,10 @@ def _as_filed(model: Model) -> dict[str, Tensor]:
 
 
 def _filed(model: Model, name: str, tensor: Tensor) -> Tensor:
-    """Return a tensor in PEFT's layout.
+    """Convert a tensor of the model's adapter to PEFT's layout.
 
-    Experts' A (E, R, K) becomes (E R, K), and experts' B (E, N, R) becomes (N, R E). Other tensors stay as they are.
+    For experts, A (E, R, K) becomes (E R, K), and B (E, N, R) becomes (N, R E). In gpt-oss, the rows of gate and up in
+    B are made to alternate. Other tensors stay as they are.
     """
     if EXPERTS.fullmatch(name) is None:
         return tensor
@@ -61,7 +62,7 @@ def _filed(model: Model, name: str, tensor: Tensor) -> Tensor:
 
 
 def _unfiled(model: Model, name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
-    """Return a tensor in our layout, with the given shape. This is the inverse of `_filed`."""
+    """Convert a tensor in PEFT's layout to the model's layout, with the given shape: the inverse of `_filed`."""
     if EXPERTS.fullmatch(name) is None or "lora_A" in name:
         return tensor.view(shape)
     E, N, R = shape
@@ -76,7 +77,7 @@ def _in_pairs(model: Model, name: str) -> bool:
 def give_adapter(model: Model, adapter: Adapter, source: str) -> None:
     """Place the adapter on a model that has none.
 
-    Raises InputError naming `source` and the tensor that does not fit.
+    source: the name of the adapter in messages. Raises InputError naming the tensor that does not fit.
     """
     adapter = _without_copies(model, adapter, source)
     _check_ranks(model, adapter, source)
@@ -105,9 +106,9 @@ def give_adapter(model: Model, adapter: Adapter, source: str) -> None:
 
 
 def _check_ranks(model: Model, adapter: Adapter, source: str) -> None:
-    """Raise InputError if a rank in the adapter's config differs from the rank of its tensor.
+    """Raise InputError if a rank in the adapter's config differs from that of the stored A matrix, or if A is missing.
 
-    This runs before tensors of these ranks are allocated.
+    The check runs before the model allocates matrices of these ranks.
     """
     config, found = adapter.config, adapter.tensors
     sizes = {name: (math.prod(layer.stack), layer.in_features) for name, layer in linears(model).items()}
@@ -125,7 +126,10 @@ def _check_ranks(model: Model, adapter: Adapter, source: str) -> None:
 
 
 def _both_names(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return a tied matrix that is trained whole, under its two names. If it is not, both tensors are empty."""
+    """Return the tensors of the embedding and of the head among an adapter's tensors.
+
+    If the adapter does not train the tied matrix, it has neither tensor, and two empty tensors are returned.
+    """
     none = torch.empty(0)
     return tensors.get(f"{EMBEDDING}.weight", none), tensors.get("lm_head.weight", none)
 
@@ -134,9 +138,9 @@ def _without_copies(model: Model, adapter: Adapter, source: str) -> Adapter:
     """Return the adapter without PEFT's copies of the base's head and embedding.
 
     PEFT writes these copies beside an adapter of lm_head, or if save_embedding_layers is set. On loading, PEFT
-    overwrites the base with them. So a copy with other values than the base's is treated as a module that was trained
+    overwrites the base with them. So a copy with values other than the base's is treated as a module that was trained
     whole.
-    Raises InputError for a resized copy, and for a changed copy of a module that has an adapter, too.
+    Raises InputError for a resized copy, and for a changed copy of a module that also has an adapter.
     """
     if not isinstance(model, Transformer):
         return adapter
@@ -183,9 +187,9 @@ def _without_copies(model: Model, adapter: Adapter, source: str) -> Adapter:
 
 
 def _is_copy(base: Tensor, copy: Tensor, dtype: torch.dtype | None) -> bool:
-    """Return whether two tensors have the same values, up to a rounding to one of their dtypes.
+    """Return whether `copy` has the values of `base`, once one of the two is rounded to the dtype of the other.
 
-    dtype: the dtype that the copy has in its file.
+    dtype: the dtype of the copy in its file, or None if it is unknown.
     """
     base, copy = base.detach(), copy.to(base.device)
     rounded = base if dtype is None else base.to(dtype)
@@ -193,10 +197,10 @@ def _is_copy(base: Tensor, copy: Tensor, dtype: torch.dtype | None) -> bool:
 
 
 def stack_adapters(model: Transformer, several: Sequence[Adapter]) -> None:
-    """Place several adapters side by side, for inference only. `pack` takes the adapter of each sequence.
+    """Place several adapters side by side, for inference only. `pack` is told which adapter each sequence uses.
 
-    Ranks are padded with zeros to the largest, and the scalings are multiplied into B. Raises InputError for an adapter
-    with DoRA, with modules trained whole, of experts, or of the head.
+    A and B are padded with zeros to the largest rank, and the scalings are multiplied into B. Raises InputError for an
+    adapter with DoRA, with modules trained whole, of experts, or of the head.
     """
     several = [_without_copies(model, adapter, f"adapter {i}") for i, adapter in enumerate(several)]
     for i, adapter in enumerate(several):

@@ -24,7 +24,7 @@ from .linear import Linear, linears_of
 
 @dataclass(frozen=True)
 class Pass:
-    """The operands that all layers of one forward pass share: angles, packing, cache, adapters."""
+    """The operands that all layers of one forward pass share: rotary angles, packing, cache and adapters."""
 
     cos: Tensor  # (total, D/2)
     sin: Tensor
@@ -39,7 +39,7 @@ class Pass:
 
 
 class Rules(NamedTuple):
-    """A layer's index in the cache, and its rules for scores."""
+    """A layer's index in the cache, its window, and the scale of its scores."""
 
     layer: int
     window: int | None  # W; None: all earlier tokens are visible
@@ -70,7 +70,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, now: Pass, rules: Rules, sinks: Tens
 
 
 class Norm(nn.Module):
-    """The weight (width,) of an RMSNorm. The norm itself is computed by functions."""
+    """The weight (width,) of an RMSNorm. The layers pass it to rms_norm or add_rms_norm, which compute the norm."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -122,8 +122,8 @@ class Attention(nn.Module):
 class LatentAttention(nn.Module):
     """Attention whose keys and values come from a latent vector of kv_rank numbers per token.
 
-    A key also has rope_dim rotated numbers, which all heads share. The cache holds full keys and values. The narrower
-    of the two are padded to the width of the wider.
+    A key also has rope_dim rotated numbers, which all heads share. The cache holds the keys and values of each head,
+    not the latent vectors. Queries, keys and values are padded to the width of the widest.
     """
 
     def __init__(self, config: ModelConfig, layer: int):

@@ -73,7 +73,7 @@ class Request:
 
 
 class Chooser(NamedTuple):
-    """The function that draws ids from logits and noise, and the most ids that its truncation keeps."""
+    """The function that draws ids from logits and noise, and the largest number of ids that its truncation keeps."""
 
     choose: Choose
     width: int | None  # the most ids that truncation keeps in a support; None without truncation
@@ -107,9 +107,9 @@ class Chooser(NamedTuple):
 def _among(
     choose: Choose, tokens: Vocabulary, logits: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Draw ids among `tokens` from logits (B, V) of the whole head.
+    """Draw ids of `tokens` only, from logits (B, V) of the whole head.
 
-    It runs in each step, and reads no value on the host.
+    The function runs in each step, so it never waits for the GPU to read a value on the host.
     """
     row, logprob, support = choose(tokens.select(logits, 1), noise)
     return tokens.ids_of(row), logprob, None if support is None else tokens.ids_of(support)
@@ -160,9 +160,9 @@ class Finished(NamedTuple):
 class Batch:
     """The sequences in flight. Row r of every tensor and slot r of the cache belong to one sequence.
 
-    Live rows come first. Free rows count as done. The tensors keep their addresses, so that a CUDA graph can be
-    recorded on them.
-    batch_size: the most rows; by default as many as the budget allows. memory_budget: bytes of the cache.
+    Live rows, which hold a sequence, come first. Free rows count as done. The tensors keep their addresses, so that a
+    CUDA graph can be recorded on them.
+    batch_size: the largest number of rows; by default as many as the budget allows. memory_budget: bytes of the cache.
     Raises InputError if the budget is too small for the cache of one sequence.
     """
 
@@ -212,7 +212,10 @@ class Batch:
         return Cache(model.config, *shape(rows), dtype, model.device)
 
     def _allocate(self, width: int | None) -> None:
-        """Allocate the tensors of all rows. width: the most ids that truncation keeps, or None without truncation."""
+        """Allocate the tensors that have an entry for each row.
+
+        width: the largest number of ids that truncation keeps, or None without truncation.
+        """
         rows, device, vocab_size = self.rows, self.model.device, self.model.config.vocab_size
         self.index = torch.zeros(rows, dtype=torch.int64, device=device)  # the sample's number
         self.count = torch.zeros(rows, dtype=torch.int64, device=device)  # how many ids were drawn
@@ -249,7 +252,7 @@ class Batch:
     def admit(self) -> None:
         """Move as many waiting samples into the batch as it has room for.
 
-        Run their prompts unless the cache holds them.
+        A prompt that the cache does not hold yet is run first.
         """
         new: set[Prompt] = set()
         entering: list[tuple[Prompt, int]] = []  # the prompt and the sample's number
@@ -292,7 +295,7 @@ class Batch:
     def _enter(self, samples: list[tuple[Prompt, int]]) -> None:
         """Start samples in the first free rows of the batch.
 
-        Samples of the same prompt must stand next to each other.
+        Samples of the same prompt should be adjacent, because decode_attention is then fastest.
         """
         assert self.last is not None and self.hidden is not None
         new = slice(self.live, self.live + len(samples))
@@ -310,7 +313,7 @@ class Batch:
     # -- a step
 
     def draw(self) -> bool:
-        """Draw an id for every live sequence. Return True if enough sequences are done to let them leave.
+        """Draw an id for every live sequence. Return True if enough sequences have ended for `leave` to be called.
 
         This is the only place where a step reads values on the host.
         """
@@ -332,7 +335,7 @@ class Batch:
     def _run(self, function: Callable[[int], None]) -> int:
         """Call a function with the number of live rows, and return the number of rows that it ran on.
 
-        With CUDA graphs, free rows are added up to a power of two, so that few graphs are needed.
+        With CUDA graphs, the number is rounded up to a power of two by adding free rows, so that few graphs are needed.
         """
         if self.graphs is None:
             function(self.live)
@@ -344,7 +347,7 @@ class Batch:
     def _draw(self, rows: int) -> None:
         """Draw ids for the first `rows` rows.
 
-        No value may be read on the host here, and no shape may depend on a value.
+        A CUDA graph may record this function, so it reads no value on the host, and no shape depends on a value.
         """
         assert self.hidden is not None
         slot, count, done, column = (x[:rows] for x in (self.cache.slot, self.count, self.done, self.column))
@@ -364,7 +367,7 @@ class Batch:
         self.ended[0] = done.sum()
 
     def _advance(self, rows: int) -> None:
-        """Run the ids of the first `rows` rows through the model. No value may be read on the host here."""
+        """Run the ids of the first `rows` rows through the model. As in `_draw`, no value is read on the host."""
         assert self.hidden is not None
         self.hidden[:rows] = self.model.decode(self.drawn[:rows], self.cache)
 
@@ -395,7 +398,7 @@ class Batch:
     def _keep(self, stay: Tensor) -> None:
         """Move the rows in `stay` to the front, and free the others.
 
-        Their prompts, and the prompt of the next sample, stay in the cache.
+        The cache keeps the prompts of the moved rows, and the prompt of the next waiting sample if it was in the cache.
         """
         self.live = stay.numel()
         for state in (
@@ -423,8 +426,8 @@ class Batch:
 class Graphs:
     """CUDA graphs of functions that take a number of rows, one graph for each function and number.
 
-    The first call runs the function as it is, because it compiles kernels and allocates workspaces. The second call
-    records the graph. Every call from the second on replays it.
+    The first call with a function and a number runs the function without a graph, because that compiles kernels and
+    allocates workspaces. The second call records the graph. The second and all later calls replay the graph.
 
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """

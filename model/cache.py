@@ -39,8 +39,8 @@ def _shape(config: ModelConfig) -> tuple[int, int, int]:
 class Cache:
     """The keys and values of prompts and of sampled tokens, for each layer, and their lengths.
 
-    They have the shapes (prompts, prompt_capacity, G, D) and (slots, capacity, G, D). A row keeps all of its tokens,
-    even if a layer's window no longer reaches them.
+    Each layer has tensors of the shapes (prompts, prompt_capacity, G, D) and (slots, capacity, G, D). A row keeps all
+    of its tokens, even if a layer's window no longer reaches them.
     """
 
     def __init__(
@@ -99,16 +99,19 @@ class Cache:
         self._aim(self.prompt_keys[0], row.repeat_interleave(lengths), packed.positions)
 
     def begin(self, slots: slice, rows: Tensor) -> None:
-        """Empty these slots, and let each continue the prompt in its row of `rows` (slots,)."""
+        """Empty these slots, and start a new sequence in each.
+
+        rows: (slots,), the prompt rows whose prompts the sequences continue.
+        """
         self.length[slots] = 0
         self.prompt[slots], self.prompt_length[slots] = rows, self.row_length[rows]
         if self.adapter is not None and self.row_adapter is not None:
             self.adapter[slots] = self.row_adapter[rows]
 
     def grow(self, slots: int) -> Tensor:
-        """Make room for one token in each of the first slots, and return its position (slots,).
+        """Make room for one more token in each of the first `slots` slots, and return the tokens' positions (slots,).
 
-        In a full slot it overwrites the last token.
+        In a full slot, the new token overwrites the last one.
         """
         last = self.length[:slots].add_(1).clamp_(max=self.capacity) - 1
         self.opening = False
@@ -116,13 +119,16 @@ class Cache:
         return self.prompt_length[:slots] + last
 
     def _aim(self, like: Tensor, row: Tensor, position: Tensor) -> None:
-        """Set the rows and positions (tokens,) where `write` stores tokens, in tensors with the shape of `like`."""
+        """Tell `write` where to store tokens: token i goes to row row[i], position position[i].
+
+        like: a tensor with the shape of the tensors that `write` will store into.
+        """
         _, length, G, _ = like.shape
         head = torch.arange(G, device=row.device)
         self.target = ((row[:, None] * G + head) * length + position[:, None]).flatten()  # (tokens * G,)
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Store a layer's k and v (total, G, D) in the places set by `open` or `grow`."""
+        """Store a layer's k and v (total, G, D) at the rows and positions that `open` or `grow` has set."""
         keys, values = (self.prompt_keys, self.prompt_values) if self.opening else (self.keys, self.values)
         for stored, new in ((keys[layer], k), (values[layer], v)):
             stored.transpose(1, 2).flatten(0, 2).index_copy_(0, self.target, new.reshape(-1, new.shape[-1]))
@@ -135,9 +141,9 @@ class Cache:
         scale: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """Compute attention of q (B, H, D), the newest token of each of the first B slots, to its cached keys.
+        """Compute attention of the newest token in each of the first B slots to the cached keys of its sequence.
 
-        Returns (B, H, D).
+        q is (B, H, D), and the result is (B, H, D).
         """
         B = q.shape[0]
         return decode_attention(
@@ -178,7 +184,11 @@ class Cache:
 
 
 def _move(tensors: Sequence[Tensor], rows: Tensor, lengths: Tensor) -> None:
-    """Move rows (n,) of each tensor to the front, up to their lengths. Leading rows already in place are not copied."""
+    """Move the rows numbered `rows` (n,) to the front of each tensor.
+
+    Only positions below the length of the longest of these rows are copied. Leading rows that are already in place are
+    not copied.
+    """
     moved = (rows != torch.arange(rows.numel(), device=rows.device)).nonzero().squeeze(1)
     if not moved.numel():
         return

@@ -68,11 +68,12 @@ def load_model(
     The model is in evaluation mode: call train() before training with an adapter's dropout. With an adapter, the
     parameters that it trains are fp32, and all others are frozen.
     base: the folder of an adapter's base, in place of the one that the adapter's file names.
-    base_4bit: quantise the linear layers as they are read. An adapter that was trained on such a base needs no flag.
-    Weights in 4 bits stay so, except for a head, and the dense weights beside them stay dense.
+    base_4bit: quantise the linear layers as they are read. An adapter that was trained on 4-bit weights sets this
+    itself.
+    Weights that are in 4 bits in the folder stay so, except for a head. The dense weights beside them stay dense.
 
-    Raises InputError naming the file, and the key or tensor, if any of these is missing, broken, unexpected or of the
-    wrong shape. It is also raised for an architecture or option that this transformer would compute differently.
+    Raises InputError naming the file, key or tensor that is missing, broken, unexpected or of the wrong shape. It is
+    also raised for an architecture or option that this transformer would compute differently.
     """
     folder = Path(folder)
     if is_adapter(folder):
@@ -116,7 +117,7 @@ def load_scalar_model(
 ) -> ScalarModel:
     """Load the reward model or critic of a *ForSequenceClassification folder with one label, or an adapter on its base.
 
-    From a language model's folder it takes the body, with an adapter merged, and draws a fresh head from `seed`.
+    In a language model's folder, the body is used, with an adapter merged, and a fresh head is drawn from `seed`.
     base_4bit, base, the evaluation mode and the errors are as in `load_model`.
     """
     folder = Path(folder)
@@ -259,7 +260,7 @@ def stream_weights(model: Transformer | ScalarModel) -> Iterator[tuple[str, Tens
 def _on_disk(
     model: Transformer | ScalarModel, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor on the CPU) of a model without an adapter.
+    """Yield (name on disk, tensor on the CPU) for a model without an adapter.
 
     Weights in 4 bits stay in 4 bits, and their quantisation state records the dtype.
     """
@@ -283,8 +284,8 @@ def _on_disk(
 def _written_in(body: Transformer, name: str, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype on disk of a tensor that the model holds in `dtype`. name: the tensor's name on disk.
 
-    An fp32 tensor of a model that was read from a folder gets the dtype that it had there. A new tensor gets the dtype
-    of most tensors there. Any other tensor keeps `dtype`.
+    An fp32 tensor of a model that was read from a folder gets the dtype that it had in the folder. If it was not in the
+    folder, it gets the dtype of most numbers there. Any other tensor keeps `dtype`.
     """
     return body.dtypes.of(name) if body.dtypes is not None and dtype == torch.float32 else dtype
 
@@ -294,7 +295,7 @@ def _body(model: Transformer | ScalarModel) -> Transformer:
 
 
 def _quantization(model: Transformer | ScalarModel, dtype: str) -> dict[str, Any]:
-    """Return the part of config.json about 4-bit weights. Its names are those of transformers' linear modules."""
+    """Return the part of config.json about 4-bit weights. The modules in it have the names of transformers' modules."""
     layers = {name: layer for name, layer in linears(model).items() if not layer.stack}
     four_bit = [layer.four_bit for layer in layers.values() if layer.four_bit is not None]
     if not four_bit:
@@ -344,7 +345,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFolder:
 
 
 def _check_metadata(metadata: dict[str, str], source: str) -> None:
-    """Raise InputError if an adapter's metadata has an entry of Burnish's with an invalid value."""
+    """Raise InputError if one of Burnish's own entries in an adapter's metadata has an invalid value."""
     if metadata.get(FOUR_BIT, "nf4") != "nf4":
         raise InputError(f"{source}: {FOUR_BIT}: expected nf4, got {shown(metadata[FOUR_BIT])}")
     bias = metadata.get(SCORE_BIAS, "0")
@@ -357,7 +358,7 @@ def _check_metadata(metadata: dict[str, str], source: str) -> None:
 
 
 def _give(model: Transformer | ScalarModel, adapter: Adapter, folder: Path) -> None:
-    """Put a folder's adapter on its base, and record the dtypes of its tensors."""
+    """Put the adapter of a folder on its base model, and record the dtypes of the adapter's tensors in the folder."""
     give_adapter(model, adapter, str(folder))
     body = _body(model)
     assert body.dtypes is not None
@@ -367,10 +368,7 @@ def _give(model: Transformer | ScalarModel, adapter: Adapter, folder: Path) -> N
 
 
 def _adapter_content(model: Transformer | ScalarModel, dtype: torch.dtype | None) -> AdapterFolder:
-    """Return the content of the folder for the model's adapter.
-
-    Tensors are on the CPU, under their names in the file.
-    """
+    """Return the content of a PEFT folder for the model's adapter. Tensors are on the CPU, by their names on disk."""
     adapter, body = take_adapter(model), _body(model)
     state: dict[str, Tensor] = {}
     for name, tensor in adapter.tensors.items():
@@ -416,7 +414,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _is_scalar(raw: dict[str, Any]) -> bool:
-    """Return whether a parsed config.json describes a transformer with a head of labels instead of a vocabulary."""
+    """Return whether a parsed config.json describes a *ForSequenceClassification model, which has no language head."""
     architectures = raw.get("architectures")
     return isinstance(architectures, list) and any(str(name).endswith(SCALAR) for name in architectures)
 
@@ -444,5 +442,5 @@ def _checked_config(raw: dict[str, Any], folder: Path) -> ModelConfig:
 
 
 def _assign(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Set the model's parameters and buffers to the given tensors, which have their names on disk."""
+    """Make the tensors of `state` the model's parameters and buffers. state: tensors by their names on disk."""
     model.load_state_dict({name: state[hf_name(name)] for name in model.state_dict()}, assign=True)

@@ -115,7 +115,7 @@ class ModelConfig:
 
     @property
     def attention_width(self) -> int:
-        """The width of queries, keys and values in attention, where the narrower are padded to the widest."""
+        """The width of the widest of queries, keys and values. Attention pads the others to this width."""
         return max(self.head_dim, self.latent.value_dim) if self.latent else self.head_dim
 
 
@@ -123,7 +123,7 @@ class ModelConfig:
 class Dtypes:
     """The dtypes of a folder's tensors.
 
-    usual: the dtype of most numbers. others: by name on disk, the tensors that have another dtype.
+    usual: the dtype of most numbers. others: name on disk -> dtype, for each tensor with another dtype.
     """
 
     usual: torch.dtype

@@ -175,7 +175,7 @@ class _Metadata:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """Return the number of a key. The key may be absent if there is a default."""
+        """Return the value of a key, which must be a number. The key may be absent if a default is given."""
         value = self.get(key) if default is None else self.fields.get(key, default)
         is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
         if not is_number or not np.isfinite(value):
@@ -183,9 +183,9 @@ class _Metadata:
         return float(value)
 
     def real(self, key: str, default: float | None = None) -> float:
-        """Return a number that the specification has in floating point.
+        """Return the value of a key that the specification has in floating point.
 
-        An integer is refused, because it would be the bits of such a number.
+        An integer is refused, because it would be the raw bits of a floating-point number.
         """
         if isinstance(self.fields.get(key), int | np.integer):
             raise InputError(
@@ -269,7 +269,7 @@ def _check_keys(metadata: _Metadata) -> None:
 
 
 def _decimal(value: float) -> float:
-    """Return the decimal number that a float32 of the file stands for: GGUF holds 1e-5 as 9.99999974e-06."""
+    """Return the shortest decimal number that rounds to a float32 of the file: GGUF holds 1e-5 as 9.99999974e-06."""
     return float(str(np.float32(value)))
 
 

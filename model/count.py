@@ -15,11 +15,13 @@ from .config import Experts, Latent, ModelConfig
 class Count:
     """A model's number of parameters.
 
-    total: all parameters in memory. active: the same without the experts that a token does not use. embedding: the
-    embedding alone. formula: the terms of the total, as text.
+    total: all parameters in memory.
+    active: the total without the experts that a token does not go to.
+    embedding: the parameters of the embedding alone.
+    formula: the terms of the total, as text.
 
-    A token reads one row of the embedding. Publishers count it as active (Mixtral) or not (DeepSeek). Here it is
-    active.
+    A token reads one row of the embedding. Publishers count the embedding as active (Mixtral) or not (DeepSeek). Here
+    it is active.
     """
 
     total: int
@@ -48,7 +50,7 @@ def count_parameters(config: ModelConfig) -> Count:
 
 
 def _all(words: str, total: int) -> Term:
-    """Return a term whose parameters are all active."""
+    """Return a term of the formula whose parameters are all active."""
     return words, total, total
 
 

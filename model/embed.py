@@ -17,8 +17,8 @@ Each part is a keyword of `apply`, so that it can be left out:
     head        token_logprobs: the loss of a training step without its logits, and TRL's per-token log-probabilities
 
 Outside the model, only the three registries named above are written to. Inside it, forwards are replaced on the
-instances. For a feature that a part does not support, it raises an error that names the feature. The parts are in
-embedding/. docs/embedding.md describes the masks, the costs and the limits.
+instances. A part raises an error for a feature that it does not support, and the error names the feature. The parts
+are in embedding/. docs/embedding.md describes the masks, the costs and the limits.
 
 Source: transformers 5.22.2 and trl 1.16.0, whose function signatures are used here
 """
@@ -98,7 +98,7 @@ def apply(
 
 
 def remove(hf_model: Any) -> None:
-    """Undo `apply`. Raises InputError if it was not applied."""
+    """Undo `apply`. Raises InputError if the model does not have Burnish's ops."""
     base, _, _ = _base(hf_model)
     state: Embedded | None = base.__dict__.pop(STATE, None)
     if not state:
@@ -132,7 +132,7 @@ def remove(hf_model: Any) -> None:
 def _base(hf_model: Any) -> tuple[Any, Any, Any]:
     """Return (the transformers model, its decoder, the Python module that defines its layers).
 
-    Raises InputError for a model that is not one of ARCHITECTURES, or has other layers.
+    Raises InputError if the model is not one of ARCHITECTURES, or if its layers are not those of transformers.
     """
     base = hf_model.get_base_model() if hasattr(hf_model, "get_base_model") else hf_model  # of a PeftModel
     model_type = getattr(getattr(base, "config", None), "model_type", None)
@@ -151,9 +151,9 @@ def _base(hf_model: Any) -> tuple[Any, Any, Any]:
 
 
 def _known(module: nn.Module, home: Any) -> str | None:
-    """Return the name of the class in `home` that a module belongs to, or None.
+    """Return the name of the class in the Python module `home` that a layer is an instance of, or None.
 
-    Base classes count, because FSDP2 derives a class of its own.
+    Subclasses count, because FSDP2 replaces the class of a layer by a subclass.
     """
     return next((cls.__name__ for cls in type(module).__mro__ if cls.__module__ == home.__name__), None)
 
@@ -184,9 +184,9 @@ def _layer_forwards(
 
 
 def _set_attention(base: Any) -> str:
-    """Register our attention and our mask, and return the implementation that was set before.
+    """Register our attention and our mask, and return the name of the implementation that they replace.
 
-    Without our mask, attention would see padding.
+    The mask is needed, because without it attention would see padding.
     """
     transformers = importlib.import_module("transformers")
     transformers.AttentionInterface.register(NAME, attend)
@@ -198,7 +198,7 @@ def _set_attention(base: Any) -> str:
 
 
 def _set_experts(base: Any) -> str:
-    """Register our experts, and return the implementation that was set before."""
+    """Register our experts, and return the name of the implementation that they replace."""
     registry = importlib.import_module("transformers.integrations.moe").ALL_EXPERTS_FUNCTIONS
     registry.register(NAME, experts_forward)
     before = base.config._experts_implementation

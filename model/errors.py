@@ -18,7 +18,7 @@ class InputError(ValueError):
 
 
 def shown(value: object) -> str:
-    """Return a value of a file as a message shows it: on one line, cut after 200 characters."""
+    """Return the text of a value for an error message: on one line, cut after 200 characters."""
     text = value if isinstance(value, str) and value.isprintable() else _repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 

@@ -43,9 +43,9 @@ class Sample:
 class SamplingParams:
     """The rules by which continuations are sampled.
 
-    temperature: 0 takes the most likely id, whatever top_k, top_p and min_p are. Such samples have no support.
-    vocabulary: the ids to draw from, for example those of a tokenizer. The default is every row of the head. Prompts
-        may hold other ids.
+    temperature: 0 takes the most likely id and ignores top_k, top_p and min_p. `Sample.support` is then None.
+    vocabulary: the ids to draw from, usually a tokenizer's; by default all rows of the head. Prompts may hold other
+        ids.
     """
 
     max_new_tokens: int
@@ -77,15 +77,16 @@ def generate(
 ) -> list[Sample]:
     """Sample continuations of prompts. Returns the samples in the order of the prompts, those of prompt 0 first.
 
-    batch_size: the most sequences at a time. The default is as many as the memory budget allows.
-    memory_budget: bytes of the cache. It holds max_new_tokens of each sequence at a time, and each of their prompts
-        once; `cache.cache_bytes` computes the sum.
-    progress: called with (samples that have ended, all samples) whenever some samples end.
-    adapters: for each prompt, the index of the stacked adapter that answers it, -1 for none.
-    first_sample: the number of samples before these, if they are part of a larger set. They are then drawn with the
-        same noise as in that set.
-    Raises InputError for an empty prompt, for an id outside the vocabulary, and for a budget below one sequence's
-        cache; ValueError for a number out of range.
+    batch_size: the largest number of sequences at a time; by default as many as the memory budget allows.
+    memory_budget: bytes for the cache of keys and values. The cache has room for max_new_tokens of each sequence in
+        flight, and for each of their prompts once. cache.cache_bytes computes its size.
+    progress: called with (ended samples, all samples) when sequences leave the batch.
+    adapters: for each prompt, the index of the model's stacked adapter that answers it; -1 for none.
+    first_sample: the number of samples before these, if these are a part of a larger set. The ids are then the same as
+        in that set.
+
+    Raises InputError for an empty prompt, for an id outside the vocabulary, and for a budget too small for the cache of
+    one sequence. Raises ValueError for a number out of range.
     """
     count, stop_ids = params.samples_per_prompt, params.stop_ids
     for name, value in (("samples_per_prompt", count), ("batch_size", batch_size)):

@@ -25,8 +25,8 @@ from .vocabulary import Vocabulary
 class Head:
     """The weight of a language head and, if it has an adapter, the adapter's low-rank factors.
 
-    Its methods turn autocast off, because autocast does not cover these ops. `hidden` and `weight` must already have
-    the dtype of their product.
+    Its methods turn autocast off, because autocast does not cover the ops that they call. `hidden` and `weight` must
+    already have the dtype of their product.
     """
 
     weight: Tensor  # (V, C)
@@ -59,7 +59,10 @@ class Head:
         temperature: float | Tensor = 1.0,
         support: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (logprob, lse, entropy) of targets (n,) after hidden (n, C), (n,) each: `kernels.token_logprobs`."""
+        """Return (logprob, lse, entropy), each (n,), of the targets (n,) that follow hidden (n, C).
+
+        It calls `kernels.token_logprobs`.
+        """
         with torch.autocast(hidden.device.type, enabled=False):
             return token_logprobs(
                 hidden,
@@ -130,7 +133,7 @@ class Head:
     def topk_logprobs(
         self, hidden: Tensor, k: int, *, temperature: float | Tensor = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """Return the k most likely rows and their log-probabilities, (n, k) each, without a gradient.
+        """Return the k most likely rows of the head and their log-probabilities, (n, k) each, without a gradient.
 
         It calls `kernels.topk_logprobs`.
         """

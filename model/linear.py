@@ -32,7 +32,7 @@ def whole(tensor: Tensor) -> Tensor:
 class Adaptable(nn.Module):
     """The base class of a linear layer and of the linear layers of all experts. Both may have an adapter.
 
-    A weight in 4 bits is in `four_bit`, and `weight` is then None.
+    If the weight is in 4 bits, `four_bit` holds it, and `weight` is None.
     """
 
     weight: nn.Parameter  # (N, K); (E, N, K) for experts
@@ -130,7 +130,7 @@ class Linear(Adaptable, nn.Linear):  # pyright: ignore[reportIncompatibleVariabl
 
     @property
     def form(self) -> tuple[Any, ...] | None:
-        """The properties that layers must share for their adapters to read x together, or None without an adapter."""
+        """The properties that layers must share for one op to compute them together, or None without an adapter."""
         lora, four_bit = self.lora, self.four_bit
         if lora is None or not lora.enabled:
             return None
@@ -139,7 +139,10 @@ class Linear(Adaptable, nn.Linear):  # pyright: ignore[reportIncompatibleVariabl
 
 
 def linears_of(layers: Sequence[Linear], x: Tensor, adapter: Tensor | None = None) -> list[Tensor]:
-    """Return each layer's output for the same x (..., K). If all adapters have the same form, they read x once."""
+    """Return each layer's output for the same x (..., K).
+
+    If all layers have adapters of the same `form`, one op computes all outputs and reads x once.
+    """
     form, loras = layers[0].form, [layer.lora for layer in layers if layer.lora is not None]
     if form is None or any(layer.form != form for layer in layers):
         return [layer(x, adapter) for layer in layers]

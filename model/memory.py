@@ -4,8 +4,8 @@
     LoRA       bf16 weights, 2 bytes a parameter, and 16 bytes for each parameter of the adapter
     QLoRA      the layers' matrices in NF4, 4.127 bits a parameter (docs/nf4.md), embedding and head in bf16
 
-Activations are each layer's input, which stays until the backward pass with checkpoint_activations. The memory that one
-layer needs while it runs, and the head's chunk of logits, are not counted.
+The activations counted are each layer's input, which checkpoint_activations keeps until the backward pass. The memory
+that one layer needs while it runs, and the head's chunk of logits, are not counted.
 
 Run:    python -m burnish.model.memory          prints the table of docs/lora.md
 """
@@ -95,14 +95,15 @@ def training_memory(
 def nf4_bytes(numel: int, blocksize: int = 64) -> int:
     """Return the bytes of a weight in NF4 with a quantised absmax.
 
-    They are the nibbles, a byte for each block, an fp32 number for 256 blocks, the offset, and the two tables.
+    Counted are the 4-bit codes, a byte per block for its scale, an fp32 number per 256 blocks for these scales, the
+    offset, and the two tables of 16 and 256 fp32 numbers that decode weights and scales.
     """
     blocks = -(-numel // blocksize)
     return -(-numel // 2) + blocks + 4 * -(-blocks // 256) + 4 + 4 * 16 + 4 * 256
 
 
 def table(rank: int = 16) -> str:
-    """Return a Markdown table of each shape and mode, in GB of 1e9 bytes."""
+    """Return a Markdown table of the training memory of each model in each mode, in GB of 1e9 bytes."""
     lora = LoraConfig(rank, 2 * rank)
     modes = {"full": (None, False), f"LoRA {rank}": (lora, False), f"QLoRA {rank}": (lora, True)}
     columns = ("weights", "adapter", "gradients", "optimizer", "activations", "total")

@@ -56,7 +56,7 @@ class ExpertWeights(nn.Module):
 class MoE(nn.Module):
     """A mixture of experts with its router.
 
-    shared: a module of (x, now), the expert that every token goes to, or None.
+    shared: the expert that every token goes to, or None. It is called with x (total, C) and the Pass of attention.py.
     """
 
     def __init__(self, config: ModelConfig, experts: Experts, shared: nn.Module | None):
@@ -117,9 +117,10 @@ class MoE(nn.Module):
 def pooled_balance(routing: Sequence[RouteStatistics], top_k: int) -> Tensor:
     """Compute the load-balance loss over the tokens of all layers at once.
 
-    It is E sum_e (how often a token chose e)(mean probability of e), a differentiable scalar. It is K (`top_k`) for an
-    even load. routing: one entry per layer of a forward pass, at least one. It matches load_balancing_loss_func of
-    transformers: overuse of an expert in one layer is cancelled by its underuse in another.
+    The loss is E sum_e (how often a token chose e)(mean probability of e), a differentiable scalar. For an even load it
+    is K (`top_k`). As in load_balancing_loss_func of transformers, overuse of an expert in one layer is cancelled by
+    its underuse in another.
+    routing: one entry per layer of a forward pass, at least one.
     """
     counts = torch.stack([layer.counts for layer in routing]).sum(0)  # (E,)
     probability = torch.stack([layer.probability for layer in routing]).mean(0)  # (E,)

@@ -94,7 +94,10 @@ def pack(
 def _adapter_of_tokens(
     sequences: Sequence[Sequence[int]], parents: Sequence[int], adapters: Sequence[int]
 ) -> Tensor:
-    """Return each token's adapter, (total,) int32. Raises ValueError if a child's adapter is not its parent's."""
+    """Return the adapter index of each token, (total,) int32.
+
+    Raises ValueError if a child segment and its parent have different adapters, or if an adapter is missing.
+    """
     if len(adapters) != len(sequences):
         raise ValueError(
             f"adapters: expected one for each of {len(sequences)} sequences, got {len(adapters)}"

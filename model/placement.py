@@ -1,4 +1,4 @@
-"""The places of an adapter on a model: its linear layers by name, those with an adapter, and the modules trained whole.
+"""The places of an adapter on a model: the linear layers that can have one, and the modules that are trained whole.
 
 Names are those of a Hugging Face model, as in LoraConfig.
 """
@@ -52,7 +52,7 @@ def is_fresh(model: Model) -> bool:
 
 
 def body_of(model: Model) -> Transformer:
-    """Return the transformer, also from a model with a scalar head."""
+    """Return the model itself, or the transformer inside a ScalarModel."""
     return model.body if isinstance(model, ScalarModel) else model
 
 
@@ -71,9 +71,9 @@ def trained_tensors(model: Model) -> dict[str, nn.Parameter]:
 
 
 def place_adapter(model: Model, config: LoraConfig, source: str) -> None:
-    """Freeze the model and add the modules that `config` names, with A and B zero.
+    """Freeze the model, and add an adapter with A and B zero to each module that `config` names.
 
-    source: the name used in messages.
+    Modules in modules_to_save become trainable in fp32. source: the name used in messages.
     """
     body, splits = body_of(model), check_placeable(model, config, source)
     if splits:
@@ -103,9 +103,9 @@ def place_adapter(model: Model, config: LoraConfig, source: str) -> None:
 
 
 def check_placeable(model: Model, config: LoraConfig, source: str) -> bool:
-    """Return whether a tied head must become a head of its own.
+    """Return whether the adapter needs a head of its own, on a model whose head is tied to the embedding.
 
-    Raises InputError if `config` does not fit the model.
+    Raises InputError if `config` does not fit the model. source: the name used in messages.
     """
     config.check([*linears(model), "lm_head"], source)
     splits = _splits_the_head(model, config)
@@ -150,7 +150,7 @@ def has_tied_head(model: Model) -> bool:
 def _is_saved(model: Model, config: LoraConfig, name: str) -> bool:
     """Return whether our parameter `name` is trained whole.
 
-    A matrix that stays tied is trained whole if either of its two modules is named.
+    A matrix that stays tied is trained whole if modules_to_save names the head or the embedding.
     """
     also = config.tied and has_tied_head(model) and name == "embed_tokens.weight"
     return config.whole(hf_name(name).rpartition(".")[0]) or (also and config.whole("lm_head"))
@@ -159,7 +159,8 @@ def _is_saved(model: Model, config: LoraConfig, name: str) -> bool:
 def _splits_the_head(model: Model, config: LoraConfig) -> bool:
     """Return whether the tied matrix must become two, one for the head and one for the embedding.
 
-    An adapter of the head changes only the head's product. Modules trained whole are copies, as in PEFT.
+    An adapter of the head needs this, because it must not change the embedding. Training the head or the embedding
+    whole without ensure_weight_tying needs it, too, because PEFT then trains a copy of the matrix.
     """
     if not has_tied_head(model):
         return False
@@ -168,7 +169,10 @@ def _splits_the_head(model: Model, config: LoraConfig) -> bool:
 
 
 def _split_the_head(body: Transformer, config: LoraConfig) -> None:
-    """Give a tied model a head of its own. Head and embedding still share the weight if neither is trained whole."""
+    """Give a model with a tied head a separate head.
+
+    Head and embedding still share the weight if neither is trained whole.
+    """
     shared = body.embed_tokens.weight
     V, C = shared.shape
     with torch.device("meta"):

@@ -92,12 +92,15 @@ def _factor_on_cos_and_sin(rope: Rope) -> float:
 
 
 def yarn_factor(rope: Rope) -> float:
-    """Return the number whose square multiplies the scores' scale in DeepSeek models with stretched positions."""
+    """Return the number whose square multiplies the attention scale in DeepSeek models with stretched positions."""
     if rope.rope_type == "default" or not rope.mscale_all_dim:
         return 1.0
     return _mscale(rope, rope.mscale_all_dim)
 
 
 def _mscale(rope: Rope, weight: float) -> float:
-    """Return yarn's factor for the scores' growth with the stretch: arXiv 2309.00071, equation 22, if weight is 1."""
+    """Return yarn's attention factor for stretched positions, 0.1 weight ln(stretch) + 1.
+
+    For weight 1 this is equation 22 of arXiv 2309.00071.
+    """
     return 0.1 * weight * math.log(rope.stretch) + 1.0 if rope.stretch > 1 else 1.0

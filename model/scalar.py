@@ -3,8 +3,8 @@
     value = w . hidden + bias          w (C,) drawn with std 1 / sqrt(C + 1)
 
 `checkpoint.load_scalar_model` reads it from a Hugging Face *ForSequenceClassification folder, or adds a fresh head to a
-causal model; `checkpoint.save_model` writes it. bias is a constant and not trained. The head of transformers has none,
-so bias is stored as a key of config.json. The scores of transformers are lower by the bias.
+causal model; `checkpoint.save_model` writes it. bias is a constant and not trained. The heads of transformers have no
+bias, so it is stored as a key of config.json. transformers therefore computes scores that are lower by the bias.
 
 Source: the head's scale from Huang et al. 2024, https://arxiv.org/abs/2403.17031, section 4
 """
@@ -49,9 +49,10 @@ class ScalarModel(nn.Module):
         return self.body.device
 
     def values(self, packed: Packed, rows: Tensor) -> Tensor:
-        """Return the value at each of `rows` (n,) int64 of packed.tokens: (n,) fp32, or fp64 for fp64.
+        """Return the values of the tokens at `rows`, (n,) in fp32, or in fp64 for a model in fp64.
 
-        The value of a row depends on the row's own token and the tokens before it, including those of its parent.
+        rows: (n,) int64, indices into packed.tokens. A value depends on the token itself and on the tokens before it,
+            including those of its parent segment.
         """
         hidden = self.body(packed)[rows]  # (n, C)
         wide = torch.promote_types(hidden.dtype, torch.float32)

@@ -53,7 +53,7 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """A transformer layer: attention, and then a feed-forward layer or experts.
 
-    Each of the two reads a norm of its input, and its output is added to the input.
+    Each of these two branches reads the RMSNorm of its input, and its output is added to its input.
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -94,7 +94,7 @@ class Layer(nn.Module):
 
 
 def _narrow(x: Tensor, y: Tensor, now: Pass, rows: Tensor | None) -> tuple[Tensor, Tensor, Pass]:
-    """Select `rows` (n,) of x and y (total, C), and their adapters in the pass. None selects all rows.
+    """Select `rows` (n,) of x and y (total, C), and of the adapter indices in the Pass. None selects all rows.
 
     The last layer of `prefill` uses it, because only the last token of each segment is read.
     """
@@ -137,7 +137,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def _draw(self, seed: int) -> None:
-        """Fill every weight from the seed. Matrices are drawn on the CPU, so that they are the same on every device."""
+        """Initialise every parameter and buffer. Matrices are drawn on the CPU, to be the same on every device."""
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
             if weight.dim() >= 2 and not name.endswith("bias"):
@@ -186,7 +186,10 @@ class Transformer(nn.Module):
         return self._final(final(x, now, packed.cu_seqlens[1:].long() - 1))
 
     def decode(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """Run one new token for each of the cache's first B slots: tokens (B,) to hidden states (B, C)."""
+        """Run one new token for each of the cache's first B slots.
+
+        Takes tokens (B,), and returns hidden states (B, C).
+        """
         adapter = None if cache.adapter is None else cache.adapter[: tokens.numel()]
         now = self._pass(cache.grow(tokens.numel()), cache=cache, adapter=adapter)
         x = self._embed(tokens)
@@ -204,7 +207,10 @@ class Transformer(nn.Module):
         )
 
     def _pass(self, positions: Tensor, **more: Any) -> Pass:
-        """Return the Pass of tokens at `positions` (total,). more: the other fields of the Pass."""
+        """Return the Pass, the operands that all layers share, for tokens at `positions` (total,).
+
+        more: the other fields of the Pass.
+        """
         config, dim = self.config, self.config.rotary_dim
         cos, sin = cos_and_sin(config.rope, dim, positions)
         local = None if config.local_rope is None else cos_and_sin(config.local_rope, dim, positions)
@@ -213,7 +219,7 @@ class Transformer(nn.Module):
     def _embed(self, tokens: Tensor) -> Tensor:
         """Return the embeddings (total, C) of tokens (total,).
 
-        Gemma multiplies them by sqrt(C), rounded to their dtype as in transformers.
+        Gemma's embeddings are multiplied by sqrt(C), rounded to their dtype as in transformers.
         """
         x = self.embed_tokens(tokens)
         return x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype) if self.config.gemma else x
@@ -226,7 +232,7 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute the logits (..., V) of hidden states (..., C), in fp32 (fp64 for fp64).
 
-        Inputs and products have the precision that `score` gives them. The head's adapter is included, without dropout.
+        The operands are rounded as in `score`. The head's adapter is included, without dropout.
         """
         return full_logits(hidden, self.lm_head, self.embed_tokens.weight)
 
@@ -248,7 +254,7 @@ class Transformer(nn.Module):
             if a support is given.
 
         Returns (logprob, lse, entropy), each (n,) fp32. Raises ValueError if a row is the first of a sequence without a
-        parent. On a GPU the check would stall the device, and such a row gives NaN.
+        parent. On a GPU such a row gives NaN instead, because the check would stall the device.
         """
         vocabulary = vocabulary if support is None else None  # a support holds only ids of the vocabulary
         hidden, head = self.before_head(packed, rows, vocabulary)
@@ -275,7 +281,10 @@ class Transformer(nn.Module):
         return hidden, head.among(vocabulary)
 
     def _predicting(self, packed: Packed, rows: Tensor) -> Tensor:
-        """Return the hidden states (n, C) of the rows that score the tokens at `rows`."""
+        """Return the hidden states (n, C) of the rows that score the tokens at `rows`.
+
+        A token without such a row raises ValueError, or gives NaN, as in `score`.
+        """
         predictors = packed.predictors[rows]
         nowhere = predictors < 0
         if not readable(predictors):

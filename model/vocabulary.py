@@ -39,7 +39,7 @@ class Vocabulary:
         return self if self.ids is None else Vocabulary(self.end, self.ids.to(device))
 
     def within(self, rows: int) -> "Vocabulary | None":
-        """Return the tokens among the first `rows` ids, or None if all of these ids are tokens."""
+        """Return the tokens among the first `rows` ids, or None if each of these ids is a token."""
         if self.ids is None:
             return self if self.end < rows else None
         if self.end <= rows:
@@ -68,7 +68,7 @@ class Vocabulary:
     def rows_of(self, ids: Tensor) -> Tensor:
         """Map ids of at least 0 to row numbers among the tokens, as the inverse of ids_of.
 
-        A missing id becomes `size`, which is no row.
+        An id that is not a token becomes a number of at least `size`, which is past the last row.
         """
         if self.ids is None:
             return ids

@@ -85,7 +85,11 @@ def read_weights(
 
 
 def _four_bit(layer: Adaptable, pieces: list[Piece], source: Source) -> Any:
-    """Return the NF4Weight of a layer whose pieces are all in 4 bits, or None if the layer must be dense."""
+    """Return the NF4Weight of a layer, or None if the layer must be dense.
+
+    pieces: the folder's tensors that make up the weight. The layer is dense if a piece is not in 4 bits, or if the
+        pieces cannot be joined without dequantising.
+    """
     if not all(isinstance(piece, bnb.Packed) for piece in pieces):
         return None
     weights = [piece.read(source.dtype) for piece in pieces if isinstance(piece, bnb.Packed)]
@@ -104,7 +108,10 @@ def _dense(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> Tensor:
-    """Return our parameter `name` as a dense tensor. Several pieces are copied to their places one by one."""
+    """Return our parameter `name` as a dense tensor, made from its pieces, the tensors that the folder has for it.
+
+    Several pieces are copied to their places one by one.
+    """
     if len(pieces) == 1:
         tensor = from_disk(model.config, name, _multiplied_out(pieces[0], dtype))
         return tensor.to(device, dtype)  # a copy of the mapped tensor, because the file may change
@@ -118,9 +125,10 @@ def _dense(
 
 
 def _multiplied_out(piece: Piece, dtype: torch.dtype) -> Tensor:
-    """Return the numbers of a piece, made dense if it is in 4 bits. Raises InputError if a number is not finite.
+    """Return a piece of a parameter, one tensor of the folder, as a dense tensor.
 
-    They are cast to `dtype`, unless its range is larger than that of their own dtype.
+    A piece in 4 bits is dequantised to `dtype`. A dense piece is cast to `dtype`, unless `dtype` has a larger range:
+    that cast is safe, and left to the caller. Raises InputError if a number is not finite.
     """
     if isinstance(piece, Stored):
         return check_finite(f"{piece.file}: {shown(piece.name)}", piece.read(), dtype)
@@ -133,7 +141,7 @@ def _multiplied_out(piece: Piece, dtype: torch.dtype) -> Tensor:
 def _plan(
     source: Source, model: Transformer | ScalarModel, also: dict[str, torch.Size], unread: tuple[str, ...]
 ) -> dict[str, list[Piece]]:
-    """Return our name of each parameter -> its pieces in the folder, in order.
+    """Return a mapping from the name of each parameter to its pieces, the folder's tensors that make it up, in order.
 
     Raises InputError if a piece does not fit, is missing or is left over.
     """

@@ -1,4 +1,4 @@
-"""The configuration of an adapter: the modules that have one, their ranks and their scalings.
+"""The configuration of an adapter: the modules that it changes, their ranks and their scalings.
 
 Source: LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685; rsLoRA, https://arxiv.org/abs/2312.03732; the fields
         are those of PEFT's adapter_config.json
@@ -43,10 +43,10 @@ class LoraConfig:
     base: str | None = None  # the name of the model that the adapter belongs to
 
     def targeted(self, module: str) -> bool:
-        """Return whether a linear layer, or a weight of experts, has an adapter.
+        """Return whether the adapter changes this module, a linear layer or a weight of experts.
 
-        `exclude` and `layers` apply to linear layers only. Like `rank_of` and `scaling_of`, it raises InputError for an
-        invalid regular expression, or for one that takes too long to match.
+        `exclude` and `layers` apply to linear layers only. Raises InputError for a regular expression that is invalid
+        or takes too long to match, as `rank_of` and `scaling_of` do.
         """
         if ".experts." in module:
             return _named(self._rules["target_parameters"], module) and not self.whole(module)
@@ -61,9 +61,9 @@ class LoraConfig:
 
     @cached_property
     def _rules(self) -> dict[str, Any]:
-        """The rules of this config by the keys of PEFT's file: sets of names, and compiled expressions.
+        """The fields that select modules, by their keys in PEFT's file: sets of names, and compiled expressions.
 
-        All expressions share one time budget.
+        All expressions share one budget of matching steps.
         """
         steps = Steps()
 
@@ -89,7 +89,7 @@ class LoraConfig:
     def _layer_of(self, module: str) -> int | None:
         """Return the layer number in a module's name, or None.
 
-        It is the number that follows the first matching layer pattern.
+        The layer number follows a match of `layers_pattern`. The first pattern that matches decides.
         """
         numbers = [(found.start(), int(found[1])) for found in re.finditer(r"(?<=\.)(\d{1,18})\.", module)]
         for pattern in self._rules["layers_pattern"]:
@@ -101,7 +101,7 @@ class LoraConfig:
     def whole(self, module: str) -> bool:
         """Return whether this module, or a module around it, is trained whole.
 
-        As in PEFT, a name in modules_to_save may begin in the middle of a word.
+        As in PEFT, a name in modules_to_save may begin in the middle of a word: "head" selects lm_head.
         """
         return any(f"{name}." in f"{module}." for name in self.modules_to_save)
 
@@ -133,7 +133,7 @@ class LoraConfig:
 def _named(names: Expression | frozenset[str], module: str) -> bool:
     """Return whether a module's name matches.
 
-    names: an expression for the whole name, or a set of ends of names.
+    names: an expression that the whole name must match, or a set of endings such as "q_proj".
     """
     if isinstance(names, Expression):
         return names.matches(module)

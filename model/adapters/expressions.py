@@ -96,7 +96,7 @@ class Expression:
         return bool(self.ends(name) >> len(name) & 1)
 
     def ends(self, name: str) -> int:
-        """Return the ends of all matches that begin at 0.
+        """Return the end positions of all matches that begin at the start of the name.
 
         The result is a set of bits: bit i is 1 if a match ends just before character i.
         """
@@ -127,7 +127,7 @@ class Expression:
 def _ways(tree: Any) -> float:
     """Return the number of paths that `re` may try on one name.
 
-    Raises ValueError for a part that _Walk cannot follow.
+    Raises ValueError for a part that _Walk cannot follow, such as a backreference.
     """
     ways = 1.0
     for kind, value in tree:
@@ -264,7 +264,10 @@ class _Walk:
 
 
 def _positive(node: Any) -> tuple[Any, bool]:
-    """Return (node, negated): a one-character node of the parse tree without its negation, and whether it had one."""
+    """Strip the negation from a one-character node of the parse tree: [^a] becomes [a].
+
+    Returns (node, negated), where negated tells whether the node had a negation.
+    """
     kind, value = node
     if kind is op.NOT_LITERAL:
         return (op.LITERAL, value), True

@@ -1,4 +1,4 @@
-"""The numbers of an adapter: a module for one linear layer, and named tensors for a whole model."""
+"""The tensors of an adapter: a module for one linear layer, and named tensors for a whole model."""
 
 import re
 from collections.abc import Collection
@@ -44,10 +44,11 @@ class Adapter:
 
 
 def filed_name(name: str, trained: Collection[str]) -> str:
-    """Return the name that PEFT's files have for a tensor among `trained`.
+    """Return the name that an adapter's tensor `name` has in PEFT's files.
 
-    PEFT wraps the experts' module once for each parameter, gate_up_proj first. If there are two wrappers, the inner one
-    is called base_layer. The outer one adds nothing to the name.
+    trained: the names of all tensors that the adapter trains. PEFT wraps the experts' module once for each of its
+        parameters that has an adapter, gate_up_proj first. If there are two wrappers, the tensors of the inner one have
+        "base_layer" in their names. The outer wrapper adds nothing to the names.
     """
     found = EXPERTS.fullmatch(name)
     if found is None:

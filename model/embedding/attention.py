@@ -125,7 +125,10 @@ def _segments(
 
 
 def _most_runs(is_token: Tensor) -> Tensor:
-    """Return the number of runs of tokens in the row with the most runs, as a scalar tensor. is_token: (B, S) bool."""
+    """Return the largest number of runs of tokens in any row, as a scalar tensor. Padding separates the runs.
+
+    is_token: (B, S) bool.
+    """
     return (is_token & ~F.pad(is_token, (1, 0))[:, :-1]).sum(1).max()
 
 
@@ -193,7 +196,7 @@ def _attend_in_segments(
 ) -> Tensor:
     """Compute attention within segments, and return (B, T, H, D).
 
-    q is (B, T, H, D), and k and v are (B, S, G, D). Their first T keys are the queries' own, and only those are used.
+    q is (B, T, H, D), and k and v are (B, S, G, D). Only the first T keys are used: they belong to the queries' tokens.
     """
     B, T = q.shape[:2]
     q, k, v = q.flatten(0, 1), k[:, :T].flatten(0, 1), v[:, :T].flatten(0, 1)  # (B T, H, D), (B T, G, D)
@@ -207,7 +210,7 @@ def _attend_to_cache(
 ) -> Tensor:
     """Compute attention to a cache, and return (B, T, H, D). Raises NotImplementedError if a gradient is needed.
 
-    q is (B, T, H, D), k and v are (B, S, G, D), and counts_and_order is (B, T or T + S), as `mask` returns it.
+    q is (B, T, H, D), and k and v are (B, S, G, D). counts_and_order is (B, T or T + S), the int64 form of our mask.
     """
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise NotImplementedError(

@@ -12,10 +12,10 @@ from .layers import is_silu
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Compute the experts' weighted sum, (T, C). Index E stands for no expert, and is skipped.
+    """Compute the experts' weighted sum, (T, C). An index equal to the number of experts is skipped.
 
     hidden_states is (T, C), top_k_index and top_k_weights are (T, K).
-    Raises InputError for experts with another activation than SwiGLU, without a gate, or with a norm after them.
+    Raises InputError for experts with an activation other than SwiGLU, without a gate, or with a norm after them.
     """
     if not (self.has_gate and has_swiglu(self)) or self.has_post_expert_norm:
         raise InputError(
@@ -49,10 +49,10 @@ def has_swiglu(experts: Any) -> bool:
 
 
 def _is_clamped(experts: Any) -> bool:
-    """Return whether the experts have gpt-oss' SwiGLU, which has a slope and a bound, instead of the plain one."""
+    """Return whether the experts compute gpt-oss' variant of SwiGLU, which has a slope and a bound."""
     return hasattr(experts, "alpha") and hasattr(experts, "limit")
 
 
 def gate_first(x: Tensor) -> Tensor:
-    """Return a copy of x (E, 2F, ...), in which rows of gate and up alternate, with all gate rows first."""
+    """Return a copy of x (E, 2F, ...) with all gate rows before all up rows. In x, gate and up rows alternate."""
     return torch.cat([x[:, ::2], x[:, 1::2]], 1)

@@ -17,8 +17,8 @@ from .trl_head import FUSED, fused_forward
 def make_head_forward(home: Any, base: Any) -> Callable[..., Any]:
     """Return a new forward for base, a model of transformers' module `home`.
 
-    It handles three kinds of calls: TRL's calls for per-token values, training steps that need the loss, and all
-    others. The others, such as calls for logits, go to the forward that base has now.
+    The new forward handles three kinds of calls: TRL's calls for per-token values, training steps that need the loss,
+    and all others. The others, such as calls for logits, go to the forward that base has now.
     """
     original = _unbound(base.forward)
     fused_below = fused_forward(original)
@@ -49,7 +49,7 @@ def make_head_forward(home: Any, base: Any) -> Callable[..., Any]:
 def _unbound(method: Callable[..., Any]) -> Callable[..., Any]:
     """Return a method as a function of the model and the arguments.
 
-    A forward that is not a method ignores the model.
+    If `method` is not a bound method, the returned function ignores the model.
     """
 
     def call(_: Any, *args: Any, **kwargs: Any) -> Any:
@@ -68,7 +68,7 @@ def _train(
     ignore_index: int = -100,
     **kwargs: Any,
 ) -> Any:
-    """Run a forward pass with labels (B, T), as transformers does. The output's `logits` are None."""
+    """Run a forward pass with labels (B, T), and return transformers' output with the loss. Its `logits` are None."""
     routed = hasattr(home, "load_balancing_loss_func")
     if routed and kwargs.get("output_router_logits") is None:
         kwargs["output_router_logits"] = self.config.output_router_logits

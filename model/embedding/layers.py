@@ -13,7 +13,7 @@ from ...kernels import apply_rope, rms_norm, swiglu
 def make_attention_forward(home: Any, halves: bool) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """Return a forward with apply_rope for the attention layers of transformers' module `home`.
 
-    halves: whether cos and sin are (B, T, D) with two equal halves of D; gpt-oss has (B, T, D/2).
+    halves: True if cos and sin are (B, T, D) and their two halves are equal. In gpt-oss they are (B, T, D/2).
     """
     interfaces, eager = home.ALL_ATTENTION_FUNCTIONS, home.eager_attention_forward
 
@@ -57,9 +57,10 @@ def make_attention_forward(home: Any, halves: bool) -> Callable[..., tuple[Tenso
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, halves: bool) -> tuple[Tensor, Tensor]:
-    """Rotate queries and keys, q (B, T, H, D) and k (B, T, G, D).
+    """Apply rotary positions to queries q (B, T, H, D) and keys k (B, T, G, D).
 
-    cos, sin: (B or 1, T, D or D/2), with a row for each token. halves: True if they are D wide, in two equal halves.
+    cos, sin: (B or 1, T, D or D/2), with a row for each token.
+    halves: True if cos and sin have the width D, and their two halves are equal.
     """
     if halves:
         half = cos.shape[-1] // 2

@@ -23,7 +23,7 @@ def check_head(head: Any) -> None:
 
 
 def head_operands(head: Any) -> dict[str, Any]:
-    """Return weight, bias and adapter as token_logprobs takes them. Several adapters are concatenated along the rank.
+    """Return weight, bias and adapter as keywords of token_logprobs. Several adapters are concatenated along the rank.
 
     Raises InputError as `check_head` does, because an adapter may have been added after `apply`.
     """
@@ -56,9 +56,9 @@ def score(
 
 
 def _trained(head: Any) -> Any:
-    """Return the active layer in lm_head's place.
+    """Return the layer that computes lm_head's product.
 
-    For modules_to_save, PEFT keeps a trained copy beside the original.
+    With modules_to_save, PEFT wraps the original layer and a trained copy. Then the active one of the two is returned.
     """
     if not hasattr(head, "modules_to_save"):
         return head
@@ -74,7 +74,7 @@ def _adapters(head: Any) -> list[str]:
 
 
 def _beyond_lora(head: Any) -> str:
-    """Return the name of a feature by which a layer of PEFT does more than plain LoRA; empty if it has none."""
+    """Return the name of a feature of this PEFT layer that plain LoRA does not have, or "" if there is none."""
     if not hasattr(head, "lora_A"):
         return "an adapter that is no LoRA"
     for name in _adapters(head):

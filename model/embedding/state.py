@@ -1,7 +1,8 @@
 """The state that `apply` keeps on the model, from which `remove` restores the model.
 
-A pickled model is the plain one, so it loads without Burnish: each object here is pickled as the value it replaced.
-Each of our forwards is named `forward`, so pickle finds the forward of the module's class instead.
+Pickling a model stores the plain model, which loads without Burnish. For this, each object of this file is pickled as
+the value that it replaced. Each of our forwards is named `forward`, so pickle finds the forward of the module's class
+instead.
 """
 
 import copy
@@ -15,7 +16,7 @@ STATE = "_burnish"  # the attribute of a model that holds its Embedded
 
 
 class Named(str):
-    """The name of our implementation in a model's config. It is pickled as the name that was set before."""
+    """The name of our implementation in a model's config. It is pickled as the name that `apply` replaced."""
 
     before: str | None
 
@@ -33,7 +34,7 @@ class Named(str):
 
 @dataclass
 class Embedded:
-    """The model's state before `apply`. It is pickled as None.
+    """The settings that the model had before `apply`, pickled as None because a pickled model is the plain one.
 
     The name of an implementation is None if `apply` did not change it.
     """

@@ -97,10 +97,11 @@ class TokenLogprobs:
     def apply(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *more: Any
     ) -> tuple[Tensor | None, ...]:
-        """Return (log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1), each (N,), or None if it is not wanted.
+        """Return (log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1), each (N,).
 
         hidden is (N, C), weight (V, C), targets (N,). The last three results have no gradient.
         more: temperature, chunk_size (ignored), softcap, logit_scale, and outputs, the names of the wanted results.
+        Apart from log_probs, a result that `outputs` does not name is None.
         Raises InputError for logits that are scaled or capped.
         """
         temperature, _, softcap, logit_scale, outputs = more

@@ -1,1 +1,1 @@
-"""Files, formats and folders on disk, read into plain records and tensors, and written. No file here builds a model."""
+"""Files, formats and folders on disk, read into dataclasses and tensors, and written. No file here builds a model."""

@@ -401,5 +401,5 @@ ROPE_LEAST, ROPE_MOST = 1e-9, 1e15  # bounds of a rope number other than 0: beyo
 
 
 def loadable() -> list[tuple[str, str, str]]:
-    """Return (model_type, transformers' class, how it differs from the others) for each architecture."""
+    """Return (model_type, transformers' class, difference from the others) for each architecture."""
     return [(name, a.class_name, a.special) for name, a in ARCHITECTURES.items()]

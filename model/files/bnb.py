@@ -57,7 +57,7 @@ def config(weight: NF4Weight, compute_dtype: str, dense: Sequence[str] = ()) -> 
 
 
 def tensors(name: str, weight: NF4Weight) -> dict[str, Tensor]:
-    """Return name on disk -> tensor for the weight called `name`."""
+    """Return the tensors that store the 4-bit weight `name`, by their names on disk."""
     state: dict[str, Any] = {
         "quant_type": weight.quant_type,
         "blocksize": weight.blocksize,
@@ -88,7 +88,7 @@ class Packed:
     offset: float
 
     def read(self, dtype: torch.dtype) -> NF4Weight:
-        """Read the weight. dtype: the dtype of the dense weight that it stands for."""
+        """Read the weight. dtype: the dtype that the weight gets when it is dequantised."""
         mapped = {part: tensor.read().flatten() for part, tensor in self.parts.items()}
         mapped["packed"] = mapped["packed"].view(torch.uint8)
         for part, tensor in mapped.items():
@@ -213,9 +213,9 @@ def _state(name: str, parts: dict[str, Stored], shape: torch.Size, source: str) 
 
 
 def stack(weights: Sequence[NF4Weight], shape: torch.Size) -> NF4Weight | None:
-    """Concatenate several weights into one of shape `shape`, without any change of value.
+    """Concatenate several weights into one weight with the shape `shape`, without any change of value.
 
-    Returns None if the weights differ in block size or code, or if a block would span two of them. The scales of the
+    Returns None if the weights differ in block size or code, or if a block would span two weights. The scales of the
     result are in fp32, because the quantised scales of several weights have no common offset.
     """
     first = weights[0]

@@ -33,8 +33,9 @@ _NUMBER_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  #
 def read_config(
     raw: dict[str, Any], source: str = "config.json", generation: dict[str, Any] | None = None
 ) -> ModelConfig:
-    """Read a parsed config.json. source: its name in errors. generation: a parsed generation_config.json.
+    """Read a parsed config.json. source: its name in errors.
 
+    generation: a parsed generation_config.json, which the ModelConfig keeps.
     Raises InputError naming the key that is missing, has the wrong type, or has an unsupported value.
     """
     return _Reader(raw, source).read(generation or {})
@@ -279,7 +280,7 @@ class _Reader(Keys):
     # ---- rope
 
     def rope(self, kind: str = "full_attention") -> Rope:
-        """Read the rope parameters. kind: the kind of attention, for files with a rope for each kind."""
+        """Read the rope parameters. kind: full_attention or sliding_attention, for files with parameters for each."""
         key, parameters, theta = self.rope_parameters(kind)
         rope_type = parameters.get("rope_type", parameters.get("type", "default"))
         if not isinstance(rope_type, str) or rope_type not in ROPE_KEYS:
@@ -348,7 +349,7 @@ class _Reader(Keys):
         return key, found, self.number("rope_theta" if kind == "full_attention" else "rope_local_base_freq")
 
     def rope_value(self, key: str, name: str, value: Any) -> dict[str, Any]:
-        """Return {name: value} of a checked rope parameter, or {} for a null, which leaves the value to a default."""
+        """Check a rope parameter, and return {name: value}. For null, return {}, so that a default applies."""
         if name == "truncate":
             if value is not None and not isinstance(value, bool):
                 self.refuse(key, "true or false", value)
@@ -409,7 +410,7 @@ class _Reader(Keys):
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
     def slides(self, layers: int, rope_layers: tuple[bool, ...]) -> list[bool]:
-        """Return whether each layer has the window, by the architecture's rule."""
+        """Return a bool for each layer: whether the architecture's rule gives it the sliding window."""
         match self.architecture.slides:
             case "late":
                 first = self.count("max_window_layers")

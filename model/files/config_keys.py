@@ -66,7 +66,7 @@ class Keys:
         return key in COMMON | self.architecture.keys and self.get(key, bool, "true or false")
 
     def refuse_what_is_not_built(self) -> None:
-        """Raise InputError for an unsupported value, and for a key that is neither read nor known to change nothing.
+        """Raise InputError for an unsupported value, and for a key that is neither read nor known to have no effect.
 
         An unknown key may change the numbers, even if it is false.
         """

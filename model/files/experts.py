@@ -24,9 +24,9 @@ ONE_BY_ONE = re.compile(r".*\.experts\.\d+\..*")
 
 
 def fused_on_disk(config: ModelConfig, names: Iterable[str]) -> bool:
-    """Return whether a folder with these tensor names has fused experts.
+    """Return whether a folder with these tensor names has fused experts, although they could be stored one by one.
 
-    It is False for a model without experts, and for one whose experts are always fused.
+    The result is False for a model without experts, and for gpt-oss, whose experts are always fused.
     """
     split = config.experts is not None and config.model_type != "gpt_oss"
     return split and any(FUSED.fullmatch(name) for name in names)
@@ -66,7 +66,11 @@ def pieces_of(
 
 
 def from_disk(config: ModelConfig, name: str, tensor: Tensor) -> Tensor:
-    """Return our parameter `name` from the single tensor that a folder has for it."""
+    """Return our parameter `name`, given the single tensor that stores it in a folder.
+
+    The matrices of gpt-oss' experts are transposed, and rows of gate and up are reordered. Other tensors stay
+    unchanged.
+    """
     if config.model_type != "gpt_oss" or ".experts." not in name:
         return tensor
     tensor = tensor if tensor.dim() == 2 else tensor.transpose(1, 2)  # (E, in, out) -> (E, out, in)
@@ -74,7 +78,10 @@ def from_disk(config: ModelConfig, name: str, tensor: Tensor) -> Tensor:
 
 
 def to_disk(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Convert our names and tensors to those of a folder, in the published form."""
+    """Convert parameters to the tensors of a folder, by their names there.
+
+    Experts get the form in which models of the architecture are published.
+    """
     files: dict[str, Tensor] = {}
     for name, tensor in state.items():
         names, shape = pieces_of(config, name, tensor.shape)
@@ -87,12 +94,12 @@ def to_disk(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_pairs(tensor: Tensor) -> Tensor:
-    """Reorder rows (E, 2F, ...), with the gate's first, to gpt-oss' order, in which rows of gate and up alternate."""
+    """Reorder the rows of (E, 2F, ...) for gpt-oss: from all gate rows first to alternating gate and up rows."""
     return tensor.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)  # (E, 2, F) -> (E, F, 2) -> (E, 2F)
 
 
 def to_halves(tensor: Tensor) -> Tensor:
-    """Reorder rows (E, 2F, ...), in which gate and up alternate, so that the gate's rows come first."""
+    """Reorder the rows of (E, 2F, ...) from alternating gate and up rows to all gate rows first."""
     return tensor.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)  # (E, F, 2) -> (E, 2, F) -> (E, 2F)
 
 

@@ -13,10 +13,11 @@ class TooLarge(InputError):
 
 
 def check_finite(where: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return the tensor, or a copy in `dtype` if the range of `dtype` is not larger than the tensor's.
+    """Check that a tensor is finite, and return it. Cast it to `dtype`, unless `dtype` has a larger range than its own.
 
-    where: the tensor's file and name, for errors. Raises InputError if it holds NaN or infinity, and TooLarge if only
-    its copy in `dtype` would.
+    A cast to a larger range cannot make a number infinite, so it is left to the caller.
+    where: the tensor's file and name, for errors.
+    Raises InputError if the tensor holds NaN or infinity, and TooLarge if only the cast makes a number infinite.
     """
     if not tensor.is_floating_point() or not tensor.numel():
         return tensor
@@ -56,9 +57,10 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _may_hold_infinity(tensor: Tensor) -> bool:
-    """Return whether the smallest or the largest number is not finite. NaN hides an infinity, so it counts as one.
+    """Return whether the smallest or the largest number is infinite or NaN.
 
-    This takes a sixtieth of the time of isinf, and no memory.
+    In a tensor with NaN, both are NaN, and an infinity may be hidden. This takes a sixtieth of the time of isinf, and
+    no memory.
     """
     return tensor.numel() > 0 and not all(bool(end.isfinite()) for end in tensor.aminmax())
 
@@ -66,6 +68,7 @@ def _may_hold_infinity(tensor: Tensor) -> bool:
 def _is_finite(tensor: Tensor) -> bool:
     """Return whether all numbers are finite.
 
-    A finite sum proves it quickly. Otherwise the numbers are checked, because the sum alone may overflow.
+    A finite sum proves it quickly. Otherwise the smallest and the largest number are checked, because a sum of finite
+    numbers may overflow.
     """
     return bool(tensor.sum().isfinite()) or not _may_hold_infinity(tensor)

@@ -35,8 +35,8 @@ def base_of(folder: str | os.PathLike[str]) -> Path:
     """Return the folder of the model that an adapter belongs to.
 
     A relative name in the adapter's config is looked up from the working folder, from the adapter's folder, and from
-    each folder around the adapter's. So the base is found from anywhere, if a run named it relative to a folder around
-    the adapter. Another adapter of the same base is never taken for the base itself.
+    each folder around the adapter's. So a base whose name is relative to a folder around the adapter is found from any
+    working folder. Another adapter of the same base is never taken for the base itself.
     Raises InputError if there is no base, if two different folders fit, or if the bases lead back to an adapter.
     """
     folder = Path(folder)
@@ -89,7 +89,8 @@ def _bases(name: str, adapter: Path, starts: Iterable[Path]) -> list[Path]:
 def holds_a_model(folder: Path) -> bool:
     """Return whether a save may replace the folder, because no other files would be lost.
 
-    It may if the folder is empty, or if it holds the config of a model or an adapter, and only files of such folders.
+    This is the case for an empty folder. It is also the case for a folder with the config of a model or an adapter, if
+    all its files are those of a model, adapter or tokenizer.
     """
     if not os.path.isdir(folder):
         return False

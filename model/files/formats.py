@@ -55,9 +55,7 @@ TENSORS = (  # (pattern of a tensor's name, format); the first match decides
 def is_bnb_4bit(raw: dict[str, Any], source: Path) -> bool:
     """Return whether a parsed config.json declares bitsandbytes' 4-bit weights.
 
-    Raises InputError naming any other format.
-
-    The tensors show which weights are in 4 bits.
+    Only the tensors show which of the weights are in 4 bits. Raises InputError naming any other quantised format.
     """
     for key in OTHERS:
         if raw.get(key):
@@ -80,7 +78,7 @@ def is_bnb_4bit(raw: dict[str, Any], source: Path) -> bool:
 def of_tensors(tensors: Iterable[Stored]) -> tuple[Stored, str] | None:
     """Return (tensor, format) for the first tensor that shows a quantised format, or None.
 
-    tensors: those that do not fit a dense model.
+    tensors: the tensors of a folder that do not fit a dense model.
     """
     tensors = [*tensors]
     for pattern, name in TENSORS:
@@ -92,7 +90,7 @@ def of_tensors(tensors: Iterable[Stored]) -> tuple[Stored, str] | None:
 
 
 def refuse_tensor(tensor: Stored, name: str) -> NoReturn:
-    """Raise InputError for a tensor of a quantised format. name: the format's name."""
+    """Raise InputError for a tensor of a quantised format, called `name`."""
     raise InputError(
         f"{tensor.file}: {shown(tensor.name)}: expected plain weights, since config.json names no quantisation, "
         f"got {name}: {WAY_OUT}"

@@ -3,7 +3,7 @@
     with replacing(file) as beside:              with replacing_folder(folder) as beside:
         beside.write_text(text)                      (beside / "config.json").write_text(text)
 
-If the block fails, the earlier file or folder is still there, and no temporary one is left.
+If the block fails, the earlier file or folder is still there, and the temporary file or folder is removed.
 """
 
 import os
@@ -19,9 +19,10 @@ from ..errors import InputError
 
 @contextmanager
 def replacing(file: Path, *, sync: bool = False, note: str = "") -> Iterator[Path]:
-    """Yield the path `.NAME.partial` beside `file`. After the block has written it, it replaces `file`.
+    """Yield the path `.NAME.partial` beside `file`. The block writes a file there, which then replaces `file`.
 
-    sync: flush it to the disk before the rename, so that a power cut leaves either the old or the new file whole.
+    sync: flush the new file to the disk before the rename, so that a power cut leaves either the old or the new file
+        whole.
     note: words of the message after "cannot be written".
 
     Raises InputError if the file cannot be written. The folder around it must exist.
@@ -47,9 +48,9 @@ def replacing(file: Path, *, sync: bool = False, note: str = "") -> Iterator[Pat
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """Yield a new folder beside `folder`. After the block it replaces `folder`, with ordinary permissions.
+    """Yield a new folder beside `folder`. After the block, the new folder replaces `folder`, with ordinary permissions.
 
-    Raises InputError if it cannot be written. The parent folders that were created for it are then removed, too.
+    Raises InputError if it cannot be written. If the block fails, parent folders that were created are removed, too.
     """
     beside = None
     new = [each for each in folder.parents if not lexists(each)]  # the innermost first

@@ -25,7 +25,7 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 class _Matrix(NamedTuple):
-    """A matrix of the first layer. name: on disk. keys: the key of config.json for each dimension."""
+    """A matrix of the first layer. name: its name on disk. keys: the key of config.json for each dimension."""
 
     name: str
     shape: tuple[int, ...]
@@ -37,7 +37,7 @@ def check_sizes(
 ) -> None:
     """Raise InputError that names a key and a tensor if the config's sizes do not fit the stored tensors.
 
-    source: the config's name in errors. named: key of config.json -> the source's own key.
+    source: the config's name in errors. named: key of config.json -> the name that `source` has for this key.
     """
     named = named or {}
     layers = {found[1] for name in stored if (found := re.match(r"model\.layers\.(\d+)\.", name))}
@@ -75,12 +75,12 @@ def check_sizes(
 
 
 def _named(key: str, named: Mapping[str, str]) -> str:
-    """Return a key, or each key of a product, under the name that the source has for it."""
+    """Return the name that the source has for a key of config.json, or for each key in a product of keys."""
     return " * ".join(named.get(part, part) for part in key.split(" * "))
 
 
 def _in_layer_0(name: str) -> str:
-    """Return the name of the same tensor in the first layer and the first expert."""
+    """Return a tensor's name with the numbers of the layer and of the expert replaced by 0."""
     return re.sub(r"\.experts\.\d+\.", ".experts.0.", re.sub(r"^model\.layers\.\d+\.", LAYER, name))
 
 

@@ -35,7 +35,7 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
-    """Yield the open file. Raises InputError if it is broken, also when that shows only as the block reads it."""
+    """Yield the open safetensors file. Raises InputError if it is broken, even if only a read in the block shows it."""
     try:
         with _open(file) as tensors:
             yield tensors
@@ -44,9 +44,9 @@ def opened(file: Path) -> Iterator[Any]:
 
 
 def _open(file: Path) -> Any:
-    """Open a safetensors file.
+    """Open a safetensors file. Raises InputError if it is broken.
 
-    Raises InputError also for errors that safetensors accepts: a tensor described twice, and a size beyond int64.
+    This includes two errors that safetensors accepts: a tensor described twice, and a size beyond int64.
     """
     check_regular(file)
     try:
@@ -124,7 +124,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    """Return tensor -> file from the index, or an empty dict if one file holds everything."""
+    """Return tensor name -> file name from the index, or {} if the folder has model.safetensors."""
     if lexists(folder / WEIGHTS):
         return {}
     index = folder / INDEX
@@ -146,7 +146,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def _other_weights(folder: Path) -> str:
-    """Return the reason why other weights in the folder are not used, in brackets, or "" if there are none."""
+    """Return, in brackets, why weights in another format in the folder are not read, or "" if there are none."""
     reasons = {  # by pattern
         "*.bin": "pickled .bin and .pt files are not read",
         "*.pt*": "pickled .bin and .pt files are not read",

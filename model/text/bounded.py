@@ -91,7 +91,7 @@ def bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any
 
 
 def _check_filter(name: str, meter: Meter, value: Any, given: list[Any]) -> None:
-    """Charge for a filter that reads the whole value. Raises OverBudget if its result would be too large."""
+    """Charge the budget for a filter that reads the whole value. Raises OverBudget if its result would be too large."""
     meter.charge((64 if name in QUADRATIC else 8) * STEP)
     size = meter.read(value)
     texts = sum(map(meter.read, given))
@@ -163,7 +163,7 @@ ANY_SIZE = frozenset(("to_bytes", "from_bytes", "fromhex"))
 
 
 def check_method(meter: Meter, receiver: Any, name: str, given: list[Any]) -> None:
-    """Charge for a method of a Python built-in type. Raises OverBudget if its result would be too large."""
+    """Charge the budget for a method of a built-in type. Raises OverBudget if its result would be too large."""
     texts = sum([meter.read(value) for value in given])
     if isinstance(receiver, list | tuple):
         meter.read(receiver) if name in ("count", "index") else meter.charge(STEP * len(receiver))
@@ -195,9 +195,9 @@ def _numbers(given: list[Any]) -> int:
 
 
 def _check_format(meter: Meter, text: Any, given: int) -> None:
-    """Charge for '{:>10}'.format(...). Raises OverBudget if the result may be too large.
+    """Charge the budget for '{:>10}'.format(...). Raises OverBudget if the result may be too large.
 
-    given: the number of characters in its arguments.
+    given: the number of characters in the arguments of format.
     """
     meter.charge(64 * STEP + 8 * STEP * text.count("{"))
     fields = widest = 0
@@ -210,7 +210,7 @@ def _check_format(meter: Meter, text: Any, given: int) -> None:
 
 
 def check_percent(meter: Meter, text: Any, given: Any) -> None:
-    """Charge for '%10s' % given. Raises OverBudget if the result may be too large."""
+    """Charge the budget for '%10s' % given. Raises OverBudget if the result may be too large."""
     size = meter.read(given)
     plain = text.decode("latin-1") if isinstance(text, bytes) else text
     meter.charge(len(plain))
@@ -221,5 +221,5 @@ def check_percent(meter: Meter, text: Any, given: Any) -> None:
 
 
 def _largest_number(text: str) -> int:
-    """Return the largest width or precision, up to 9,999, among the numbers in a format."""
+    """Return the largest number in a format, which bounds its widths and precisions. Numbers have at most 4 digits."""
     return max(map(int, re.findall(r"\d{1,4}", text)), default=0)

@@ -87,7 +87,7 @@ class Meter:
         raise OverBudget(f"nests lists and objects more than {MOST_DEPTH} deep")
 
     def read(self, value: Any) -> int:
-        """Charge for a value that is read as a whole, and return its size."""
+        """Charge the budget for a value that is read as a whole, and return its size."""
         size = len(value) if type(value) is str else self.size(value)
         self.left -= STEP + size
         if self.left < 0:
@@ -95,7 +95,10 @@ class Meter:
         return size
 
     def made(self, value: Any, place: int = STEP) -> Any:
-        """Charge for the memory of a new value, and return the value. place: the charge for each slot of a list."""
+        """Charge the budget for the memory of a new value, and return the value.
+
+        place: the charge for each slot of a list.
+        """
         if type(value) is str or isinstance(value, str | bytes):
             self.left -= len(value) if value.isascii() else 4 * len(value)
         elif isinstance(value, CONTAINERS):

@@ -11,7 +11,7 @@ MOST_WRITTEN = 2**20  # characters of a rendering, plus 100 for each character o
 
 
 class Refused(InputError):
-    """An error for a template that fails on a conversation. It may accept the conversation in another form."""
+    """An error for a template that fails on a conversation. The template may accept it in another form."""
 
 
 class OverBudget(InputError):

@@ -71,7 +71,7 @@ class RoomyTemplate(jinja2.Template):
 class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """jinja2's environment for untrusted templates.
 
-    A template that does not end is refused when it is compiled or rendered. Raises InputError, and its subclass
+    A template that does not end is refused when it is compiled or rendered. The errors are InputError and its subclass
     OverBudget.
     """
 
@@ -134,7 +134,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return names | (loaded & self.globals.keys())
 
     def null(self, name: str) -> jinja2.Undefined:
-        """Return the value for a name that is null, in a strict environment."""
+        """Return a placeholder for the variable `name`, whose value is null, in a strict environment."""
         return Null(name=name)
 
     def _generate(self, source: nodes.Template, *args: Any, **options: Any) -> str:
@@ -204,7 +204,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 def _cost(node: nodes.Node) -> int:
-    """Return the cost of running a node once, without its inner bodies, which have charges of their own."""
+    """Return the cost of running a node of the syntax tree once. Bodies inside it are charged separately."""
     if isinstance(node, nodes.TemplateData):
         return STEP + len(node.data)
     if isinstance(node, nodes.Const):
@@ -229,7 +229,7 @@ def _is_short(node: nodes.Node) -> bool:
 
 
 class _Charges(NodeTransformer):
-    """A visitor that inserts the charges into a template's tree."""
+    """A visitor that inserts the charges into a template's syntax tree."""
 
     def _body(self, node: Any) -> Any:
         lineno, cost = node.lineno, sum(map(_cost, node.body))
@@ -310,7 +310,7 @@ def _step(context: MeteredContext, cost: int) -> bool:
 
 @jinja2.pass_context
 def _text(context: MeteredContext, value: Any) -> Any:
-    """Charge for a value that is written or joined, and return it. A list or an object is returned as text."""
+    """Charge the budget for a value that is written or joined. Return it, with a list or an object turned into text."""
     meter = context.meter
     meter.charge(2 * STEP)
     if type(value) is not str and isinstance(value, (*CONTAINERS, Namespace)):
@@ -324,7 +324,7 @@ def _text(context: MeteredContext, value: Any) -> Any:
 
 @jinja2.pass_context
 def _operand(context: MeteredContext, value: Any) -> Any:
-    """Charge for a value that is compared or used as a key, and return it."""
+    """Charge the budget for a value that is compared or used as a key, and return the value."""
     if type(value) not in ATOMS:
         context.meter.read(value)
     return value
@@ -332,7 +332,7 @@ def _operand(context: MeteredContext, value: Any) -> Any:
 
 @jinja2.pass_context
 def _searched(context: MeteredContext, value: Any) -> Any:
-    """Charge for the right side of `in`, and return it.
+    """Charge the budget for the right side of `in`, and return it.
 
     An object costs nothing, because a key is found without a search.
     """
@@ -343,7 +343,7 @@ def _searched(context: MeteredContext, value: Any) -> Any:
 
 @jinja2.pass_context
 def _part(context: MeteredContext, value: Any) -> Any:
-    """Charge for a value that was made, such as a slice or a joined text, and return it."""
+    """Charge the budget for a new value, such as a slice or a joined text, and return the value."""
     return context.meter.made(value)
 
 
@@ -370,7 +370,7 @@ class GenerationBlock(jinja2.ext.Extension):
 
 
 class Null(jinja2.Undefined):
-    """The value of a name that is null. It can be tested for, but printing it is an error."""
+    """The value of a template variable that is null. A template can test for it, but printing it is an error."""
 
     def __str__(self) -> str:
         raise jinja2.TemplateError(f"'{self._undefined_name}' is null: test for it with {{% if ... %}}")

@@ -108,7 +108,7 @@ class ChatTemplate:
 
 
 def split_marks(marked: str) -> tuple[str, list[Span]]:
-    """Return the text without its marks, and the spans between them.
+    """Return a rendered text without the marks SPAN_START and SPAN_END, and the spans that they enclosed.
 
     Raises InputError if a span lies within another.
     """
@@ -151,7 +151,7 @@ def templates_of(folder: Path, configured: Any) -> dict[str, Any]:
 
 
 def template_at(chat_template: Path | str) -> dict[str, str]:
-    """Return the template of a jinja file, or the built-in one for "plain", under the name `default`.
+    """Return {"default": template}, read from a jinja file, or the built-in template for the name "plain".
 
     Raises InputError if there is no such file.
     """

@@ -12,8 +12,9 @@ from ..vocabulary import warn_once
 def read_stop_ids(folder: Path, token_of: Callable[[int], str | None]) -> list[int]:
     """Return the ids of eos_token_id, a number or a list, from generation_config.json or else from config.json.
 
-    token_of: returns the token of an id, or None. An id that is in neither the tokenizer nor the head is left out with
-    a warning. Raises InputError if no id is left then. -1 stands for no id, as in early Llama folders.
+    token_of: returns the token of an id, or None.
+    An id that is in neither the tokenizer nor the head is left out with a warning. If this leaves no id, InputError is
+    raised. -1 stands for no id, as in early Llama folders.
     """
     files = [folder / name for name in ("generation_config.json", "config.json")]
     raw = {file: read_optional(file) for file in files}

@@ -6,7 +6,7 @@ A folder has `tokenizer.json` for the `tokenizers` package. The special tokens a
 
 The mask of a conversation is exact, or an error is raised:
 
-    template has {% generation %} marks    the marked text, and the end token right behind it unless it is inside
+    template has {% generation %} marks    the marked text, and the end token right behind it, unless it ends with one
     template has no marks                  from the end of the generation prompt to the end-of-turn token, provided that
                                            the template renders the turn in the conversation as it would for generation
 
@@ -82,7 +82,7 @@ class Tokenizer:
     ):
         """Wrap a tokenizer, and switch off its truncation, padding and dropout.
 
-        tool_template: the template in place of chat_template if there are tools.
+        tool_template: the template that replaces chat_template if there are tools.
         config: further keys of tokenizer_config.json, such as other special tokens that a template may name.
 
         Raises InputError if a special token is not in the vocabulary.
@@ -179,7 +179,7 @@ class Tokenizer:
     def encode_text(self, text: str) -> list[int]:
         """Return the ids of a whole text.
 
-        If the tokenizer adds bos, it comes first, once, even if the text contains it already.
+        If the tokenizer adds bos, the ids begin with bos. It is not added twice if the text already begins with it.
         """
         ids = self.encode(text)
         return ids if ids[:1] == self.prefix_ids else self.prefix_ids + ids
@@ -222,9 +222,9 @@ class Tokenizer:
     ) -> tuple[list[int], list[bool]]:
         """Return (ids, mask). The mask is True on the assistant's tokens, including the end-of-turn token.
 
-        turns: the indices of the messages to train on; by default all of the assistant's. Raises InputError if one of
-        them is not the assistant's, or if the mask would be empty or cannot be exact. Raises TurnRewritten, a subclass,
-        if the template changes earlier turns.
+        turns: the indices of the messages to train on; by default all of the assistant's.
+        Raises InputError if one of these messages is not the assistant's, or if the mask would be empty or cannot be
+        exact. Raises TurnRewritten, a subclass, if the template changes earlier turns.
         """
         text, marked = split_marks(self._render(messages, False, variables, marks=True))
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -258,9 +258,9 @@ class Tokenizer:
     ) -> dict[int, list[Span]]:
         """Return the marked spans of each assistant turn. A turn may have several, for reasoning and answer.
 
-        Raises InputError if a turn has no span. If the template changes earlier messages, the turn of a span is
-        unknown. Then InputError is raised unless all turns are wanted, because the mask of all turns does not depend on
-        it.
+        Raises InputError if a turn has no span. If the template changes earlier messages, it is unknown which turn a
+        span belongs to. The mask of all turns does not depend on that, so InputError is raised only if some turns are
+        not wanted.
         """
         messages, variables, text = rendered
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -289,7 +289,7 @@ class Tokenizer:
         return found
 
     def _with_end(self, text: str, span: Span) -> Span:
-        """Return a marked span, extended by the special token right behind it if it does not end with one."""
+        """Return a marked span. If it does not end with a special token, include the special token right behind it."""
         start, end = span
         if text[start:end].rstrip().endswith(self._ends):
             return span
@@ -332,10 +332,10 @@ class Tokenizer:
     def _encode_pieces(self, text: str, boundaries: Sequence[int]) -> list[tuple[int, list[int]]]:
         """Return (start, ids) of each piece of `text` between the boundaries.
 
-        The joined ids are those of `encode(text)`, unless a token there crosses a boundary. Then the text is cut at the
-        boundary, and encoded anew from there. To test a boundary, the text before it is encoded alone and compared with
-        the ids in the whole text. The ids before an added token do not depend on the text after it, so encoding can
-        start at the nearest added token.
+        The joined ids are those of `encode(text)`, unless a token of the whole text crosses a boundary. Then the text
+        is cut at the boundary, and encoded anew from there. To test a boundary, the text before it is encoded alone and
+        compared with the ids in the whole text. The ids before an added token do not depend on the text after it, so
+        encoding can start at the nearest added token.
         """
 
         def read(origin: int) -> tuple[list[int], list[tuple[int, Span]]]:
@@ -401,7 +401,7 @@ class Tokenizer:
     def vocabulary(self) -> Vocabulary:
         """The ids of the tokenizer, including those of added tokens.
 
-        There may be holes, so their number may be below the last id.
+        Some ids may be missing, so the number of ids may be smaller than the last id.
         """
         return distinct_ids(self.backend)
 
@@ -427,7 +427,10 @@ class Tokenizer:
         return token_id
 
     def _adds_bos(self) -> bool:
-        """Return whether a text begins with bos, by tokenizer_config.json or else by tokenizer.json."""
+        """Return whether the tokenizer puts bos before a text.
+
+        tokenizer_config.json decides, or tokenizer.json if that file has no such key.
+        """
         setting = self.config.get("add_bos_token")
         if setting is not None:
             return setting

@@ -1,8 +1,8 @@
 """The reader of tokenizer.json: it returns a tokenizer that encodes, decodes and can be saved, or raises an error.
 
-The `tokenizers` package also accepts files that it cannot use: with two tokens on one id, with an id that makes it
-allocate gigabytes, or with a normalizer on which it panics. In Python, a panic is not a subclass of Exception, and it
-writes to standard error by itself.
+The `tokenizers` package also accepts files that it cannot use: files with two tokens on one id, with an id that makes
+it allocate gigabytes, or with a normalizer on which it panics. In Python, a panic is not a subclass of Exception, and
+Rust writes its message to standard error.
 """
 
 import base64
@@ -98,7 +98,7 @@ def text_of(backend: tokenizers.Tokenizer, ids: Sequence[int], skip_special_toke
 
 
 def continuing(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Return the same tokenizer without the space that some tokenizers put before every text."""
+    """Return the same tokenizer, but without the space that some tokenizers put before every text."""
     settings = json.loads(backend.to_str())
     parts = {name: _without_prefix_space(settings[name]) for name in ("normalizer", "pre_tokenizer")}
     if parts.items() <= settings.items():
@@ -125,7 +125,7 @@ def _without_prefix_space(part: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _check_ids(found: Any, file: Path) -> None:
-    """Raise InputError for an id so large that the package would end the process on reading it."""
+    """Raise InputError for a negative id, or for an id so large that `tokenizers` would end the process."""
     model = found.get("model") if isinstance(found, dict) else None
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     ids = list(vocabulary.items()) if isinstance(vocabulary, dict) else []
@@ -148,7 +148,10 @@ def _object_at(text: str, start: int) -> Any:
 
 
 def _growth(part: Any) -> float:
-    """Return the approximate largest factor by which a normalizer, decoder or post-processor lengthens its input."""
+    """Return the approximate largest factor by which a part of tokenizer.json lengthens a text.
+
+    part: a normalizer, pre-tokenizer, post-processor or decoder.
+    """
     if not isinstance(part, dict):
         return 1.0
 
@@ -183,8 +186,10 @@ def _finds_nothing(pattern: Any) -> bool:
 
 
 def _pieces(part: dict[str, Any], name: str) -> float:
-    """Return how often a post-processor's template writes the text, plus a hundredth for each id that it adds.
+    """Return the factor by which a post-processor's template lengthens a text.
 
+    The factor is how often the template writes the text, plus 0.01 for each id that it adds. An added id counts little,
+    because it is short beside a text.
     name: the template, single or pair.
     """
     tokens, written = part.get("special_tokens"), 0.0
@@ -198,7 +203,10 @@ def _pieces(part: dict[str, Any], name: str) -> float:
 
 
 def _check_charsmap(encoded: str, file: Path) -> None:
-    """Raise InputError if the first four bytes give a wrong length. The package would allocate that many bytes."""
+    """Raise InputError if a normalizer's precompiled_charsmap is shorter than its first four bytes state.
+
+    `tokenizers` would allocate the stated length without a check.
+    """
     try:
         raw = base64.b64decode(encoded, validate=True)
     except binascii.Error:
@@ -210,7 +218,7 @@ def _check_charsmap(encoded: str, file: Path) -> None:
 
 
 def _check_loaded(backend: tokenizers.Tokenizer, text: str) -> None:
-    """Raise InputError, or an error of the package, if the tokenizer that was read from `text` cannot be used."""
+    """Raise InputError, or an error of `tokenizers`, if the tokenizer that was read from `text` cannot be used."""
     found = re.search(r'"added_tokens"\s*:\s*(?=\[)', text)
     for token in json.JSONDecoder().raw_decode(text, found.end())[0] if found else ():
         if (token_id := backend.token_to_id(token["content"])) != token["id"]:
@@ -228,7 +236,7 @@ def _check_loaded(backend: tokenizers.Tokenizer, text: str) -> None:
 
 
 def _probe(backend: tokenizers.Tokenizer) -> list[int] | None:
-    """Return the ids of a test text, and decode them. Returns None if the tokenizer has no ids for some character."""
+    """Encode and decode a test text, and return its ids. Return None if the tokenizer has no ids for some character."""
     try:
         ids = backend.encode(PROBE, add_special_tokens=False).ids
     except Exception:  # the package raises it for a text without ids
@@ -240,7 +248,7 @@ def _probe(backend: tokenizers.Tokenizer) -> list[int] | None:
 def distinct_ids(backend: tokenizers.Tokenizer) -> Vocabulary:
     """Return the ids that have a token, including added tokens. Raises InputError if an id has two tokens.
 
-    In most files, each id below the number of tokens has a token. Then no id can have two.
+    In most files, each id below the number of tokens has a token. Then no id can have two, and no search is needed.
     """
     count = backend.get_vocab_size(with_added_tokens=True)
     if all(backend.id_to_token(i) is not None for i in range(count)):
@@ -259,7 +267,10 @@ def distinct_ids(backend: tokenizers.Tokenizer) -> Vocabulary:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the error message of the package. Any other BaseException than an Exception or a panic is raised again."""
+    """Return the message of an error that `tokenizers` raised, an Exception or a Rust panic.
+
+    Any other BaseException, such as KeyboardInterrupt, is raised again.
+    """
     if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
         raise error
     return str(error)
@@ -267,7 +278,10 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def _without_panics() -> Iterator[None]:
-    """Keep Rust's messages about a panic from standard error. If the block fails, its output there is dropped."""
+    """Keep Rust's messages about a panic out of standard error.
+
+    If the block fails, everything that it wrote to standard error is dropped.
+    """
     try:
         sys.stderr.flush()
         written, saved = tempfile.TemporaryFile(), os.dup(2)  # noqa: SIM115 (closed below)
