@@ -32,21 +32,19 @@ def test_the_first_door_holds_no_logits():
     assert "0.2 GB" in done.stdout and float(done.stdout.split("grown by")[1]) < 0.25e9
 
 
-def test_the_second_door(capsys):
+def test_the_second_door():
     names: dict = {}
     exec(compile(ALGORITHM, "README.md", "exec"), names)
-    rewards, advantage = names["rewards"].flatten(), names["advantage"]
-    expected = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
-    torch.testing.assert_close(advantage, expected)
-    torch.testing.assert_close(names["logprob"].grad, -expected / 4)
-    printed = re.findall(r"-?0\.\d+", capsys.readouterr().out)
-    assert [f"{float(x):.2f}" for x in printed] == re.findall(r"-?0\.\d+", ALGORITHM.splitlines()[-1])
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0])
+    advantage = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+    torch.testing.assert_close(names["advantage"], advantage)
+    torch.testing.assert_close(names["logprob"].grad, -advantage / 4)
 
 
 def test_each_door_has_four_to_six_lines():
     for code in (KERNEL, ALGORITHM, TRAINER):
-        lines = [line for line in code.splitlines() if line and not line.startswith(("import torch", "from"))]
-        assert 3 <= len(lines) <= 6 and len(code.splitlines()) <= 8
+        lines = [line for line in code.splitlines() if line and not line.startswith(("import", "from"))]
+        assert 4 <= len(lines) <= 6
 
 
 def test_it_is_one_screen_with_one_picture():
