@@ -47,8 +47,11 @@ def chip_of(x: Tensor) -> str:
 
 
 def row_of(table: dict[str, T], *names: str) -> T:
-    """Return the row of a tile table for the first of these names that the table has."""
-    return next(table[name] for name in names if name in table)
+    """Return the row of a table for the first of these names that it has. Raises KeyError if it has none."""
+    found = next((name for name in names if name in table), None)
+    if found is None:
+        raise KeyError(f"expected a row of tiles for {' or '.join(names)}, got {', '.join(table)}")
+    return table[found]
 
 
 def tile_width(width: int) -> int:

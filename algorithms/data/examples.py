@@ -24,18 +24,9 @@ from .messages import (
     talk_of,
     with_system,
 )
-from .row import Row
+from .row import SHAPES, Row
 from .rows import Tally, opened, read_rows, report_counts
 
-SHAPES = {  # the columns of each shape; a row has the first shape whose columns it has all
-    "messages": ("messages",),
-    "ShareGPT": ("conversations",),
-    "prompt and completion": ("prompt", "completion"),
-    "text": ("text",),
-    "question and answer": ("question", "answer"),
-    "Alpaca": ("instruction", "output"),
-    "self-instruct": ("instruction", "instances"),
-}
 PROMPT_COLUMNS = ("prompt", "question", "instruction", "messages", "conversations")  # in this order
 RESERVED_COLUMNS = (  # arguments of a reward function that do not come from the row's columns
     *("prompt", "prompts", "completion", "completions", "completion_ids"),
@@ -259,8 +250,10 @@ def _units(row: Row, shape: str, tokenizer: Tokenizer) -> Iterator[str | Pair | 
     # texts
     elif shape == "prompt and completion":
         yield Pair(row.text("prompt"), row.text("completion"))
-    else:
+    elif shape in ("question and answer", "Alpaca", "self-instruct"):
         yield from _answers(row, shape, tokenizer)
+    else:
+        raise AssertionError(f"SHAPES has the shape '{shape}', for which nothing is built here")
 
 
 def _talk(row: Row, turns: list[Turn], tokenizer: Tokenizer, last: int | None = None) -> Talk:

@@ -6,6 +6,15 @@ from typing import Any
 
 from ...model.errors import InputError
 
+SHAPES = {  # the columns of each shape; a row has the first shape whose columns it has all
+    "messages": ("messages",),
+    "ShareGPT": ("conversations",),
+    "prompt and completion": ("prompt", "completion"),
+    "text": ("text",),
+    "question and answer": ("question", "answer"),
+    "Alpaca": ("instruction", "output"),
+    "self-instruct": ("instruction", "instances"),
+}
 ACCOUNT: dict[str, Callable[[], Any]] = {"used": set, "ignored": set, "notes": Counter, "read_variables": set}
 
 

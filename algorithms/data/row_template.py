@@ -27,12 +27,11 @@ from ...model.files.text_files import read_text
 from ...model.text.refusals import OverBudget, check_written
 from ...model.text.template import sandbox
 from .forms import dumped, json_or_none
-from .row import Row, without_nulls
+from .row import SHAPES, Row, without_nulls
 
 SEPARATOR, MARK = "|||", "\ufdd2"  # while the template runs, the noncharacter MARK replaces the separator
-SHAPING = (  # columns that determine a row's shape: those of the file are dropped for the template's output
-    *("messages", "conversations", "prompt", "completion", "text", "question", "instruction", "instances"),
-)
+# the columns that determine a row's shape: those of the file are dropped for the template's output
+SHAPING = {"completion", *(columns[0] for columns in SHAPES.values())}
 
 
 def shaped(rows: Sequence[Row], file: Path) -> list[Row]:

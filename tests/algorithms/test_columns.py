@@ -7,11 +7,12 @@ import string
 from pathlib import Path
 
 import pytest
-from burnish.algorithms.data import messages, rows
+from burnish.algorithms.data import messages, row_template, rows
 from burnish.algorithms.data import row as row_file
 from burnish.algorithms.data.examples import rl_prompts, sft_examples
 from burnish.algorithms.data.functions import takes
 from burnish.algorithms.data.pairs import judged_completions, preferences
+from burnish.algorithms.data.row import SHAPES
 from burnish.algorithms.data.rows import report_counts
 from burnish.algorithms.data.tokenizer import load_tokenizer
 from burnish.algorithms.sft import Config
@@ -26,6 +27,26 @@ def chat(make) -> Tokenizer:
 
 
 # ---- columns
+
+
+def test_every_shape_is_read_and_a_template_drops_its_columns():
+    """A row of each shape is read; what a row template makes is not overruled by a column of the file."""
+    found = {next(n for n, columns in SHAPES.items() if set(columns) <= row.keys()) for row in ROWS.values()}
+    assert found == SHAPES.keys()
+    for columns in SHAPES.values():
+        row = row_file.Row(dict.fromkeys((*columns, "other"), "x"), "file line 1")
+        made = row_template._row(row, {"text": "made"}, set())
+        assert (
+            made["text"] == "made"
+            and next(n for n, names in SHAPES.items() if set(names) <= made.keys()) == "text"
+        )
+
+
+def test_a_shape_that_nothing_is_built_for_is_no_alpaca(chat, monkeypatch):
+    monkeypatch.setitem(SHAPES, "new", ("input", "target"))
+    row = row_file.Row({"input": "a", "target": "b"}, "file line 1")
+    with pytest.raises(AssertionError, match="SHAPES has the shape 'new', for which nothing is built"):
+        sft_examples([row], chat, max_length=99, train_on="completion")
 
 
 @pytest.mark.parametrize(

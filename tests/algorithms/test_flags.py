@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import pytest
+from burnish.algorithms import dpo, grpo, ppo
 from burnish.algorithms.__main__ import COMMANDS, main
 from burnish.algorithms.run.command import FIRST
 from burnish.algorithms.run.flags import (
@@ -61,6 +62,21 @@ def test_every_flag_of_every_command_has_its_help(command, capsys, monkeypatch):
     printed = " ".join(re.sub("[│╭╰─╮╯]", " ", capsys.readouterr().out).split())
     for name, text in helps(config_of(command)).items():
         assert f" --{name.replace('_', '-')}" in printed and text in printed, f"{name}: {text}"
+
+
+def test_every_choice_of_a_flag_has_its_function():
+    """A name without a row of the table would end a run in a KeyError."""
+    tables = {
+        (dpo, "loss"): dpo.VARIANTS,
+        (grpo, "loss"): grpo.LOSSES,
+        (grpo, "kl_estimator"): grpo.KL,
+        (grpo, "advantage"): grpo.ADVANTAGES,
+        (grpo, "aggregation"): grpo.DENOMINATORS,
+        (grpo, "mismatch_weights"): {"none", *grpo.MISMATCH_WEIGHTS},
+        (ppo, "advantage"): ppo.ADVANTAGES,
+    }
+    for (method, flag), table in tables.items():
+        assert set(get_args(get_type_hints(method.Config)[flag])) == set(table), flag
 
 
 @pytest.mark.parametrize("command", MODULES)

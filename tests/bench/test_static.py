@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from burnish.bench.ops import machine_code, static
+from burnish.bench.ops.roofline import CHIPS
 from burnish.bench.ops.slots import OWN
 from burnish.bench.ops.static import (
     Job,
@@ -18,6 +19,7 @@ from burnish.bench.ops.static import (
     limits,
     selection,
 )
+from burnish.bench.publish.proofs import CARDS
 from burnish.kernels import _chip, attention, tiles
 from burnish.model.errors import InputError
 
@@ -64,6 +66,16 @@ def test_attention_spills_nowhere():
     kernels = "_flash_fwd", "_flash_dq", "_flash_dkdv"
     for chip, dtype in (("sm_90", "fp32"), *((chip, "bf16") for chip in MATRIX)):
         assert {(k, d, dtype, chip) for k in kernels for d in ("64", "128", "256")} <= found
+
+
+def test_every_chip_is_compiled_for_and_has_its_datasheet_and_its_cards():
+    """A chip that one of these lists lacks would pass a proof that never compiled for it."""
+    assert set(static.TARGETS) == set(CHIPS) == set(CARDS) == set(MATRIX)
+
+
+def test_a_table_without_a_row_for_the_chip_says_so():
+    with pytest.raises(KeyError, match="expected a row of tiles for fp32 or sm_999, got sm_80, half"):
+        tiles.row_of({"sm_80": 1, "half": 2}, "fp32", "sm_999")
 
 
 @pytest.mark.parametrize("chip", ["sm_120", pytest.param("sm_86", marks=pytest.mark.slow)])
