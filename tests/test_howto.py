@@ -1,6 +1,7 @@
 """The pages of docs/ that say how something is added, followed to the letter in a copy of the tree."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from burnish.model.checkpoint import save_model
 from burnish.model.text.tokenizer import Tokenizer
 from following import ROOT, copy_of_tree, follow, insert, replace, steps
 
+TINY = str(ROOT / "tests" / "data" / "tiny-hf" / "qwen3")
 PAIR = {"prompt": "1+2=", "chosen": "3", "rejected": "4"}
 
 
@@ -54,9 +56,12 @@ def test_a_reward_is_added(model_folder, tmp_path):
 
 def test_memory_is_counted_as_printed(capsys):
     page = (ROOT / "docs" / "fit-into-memory.md").read_text()
-    (program,) = [step["program"] for step in steps("fit-into-memory") if "program" in step]
-    exec(compile(program, "fit-into-memory.md", "exec"), {})
+    programs = [step["program"] for step in steps("fit-into-memory") if "program" in step]
+    counted, of_a_folder = (compile(program.replace("DIR", TINY), "page", "exec") for program in programs)
+    exec(counted, {})
     assert f"```text\n{capsys.readouterr().out}```" in page
+    exec(of_a_folder, {})
+    assert re.fullmatch(r"0\.\d{3} GB\n", capsys.readouterr().out)
 
 
 def test_what_is_not_there_once_is_an_error(tmp_path):

@@ -114,6 +114,9 @@ class Tokenizer:
         if not os.path.lexists(file) and is_adapter(folder):  # an adapter may use its base's tokenizer
             return cls.load(base_of(folder), chat_template)
         if not os.path.lexists(file):
+            inside = folder / "model"
+            if (inside / "tokenizer.json").is_file():
+                raise InputError(f"{folder}: expected a model's folder, got a run's; its model is {inside}")
             raise InputError(f"{file}: not found; only tokenizers with a tokenizer.json can be read")
 
         backend, vocabulary = read_backend(file)

@@ -263,6 +263,16 @@ def test_a_folder_that_is_none(tmp_path):
         Tokenizer.load(tmp_path)
 
 
+def test_the_folder_of_a_run_names_the_model_in_it(folder, tmp_path):
+    run = tmp_path / "a-run"
+    run.mkdir()
+    folder.rename(run / "model")
+    with pytest.raises(
+        InputError, match="a-run: expected a model's folder, got a run's; its model is .*a-run/model"
+    ):
+        Tokenizer.load(run)
+
+
 @pytest.mark.parametrize(
     "name, text, message",
     [
