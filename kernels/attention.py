@@ -181,7 +181,7 @@ def _flash_dq(
     )
     at = tl.cast(head, tl.int64) * rows + base + local
     if DLSE:
-        delta -= tl.load(dlse_ptr + at, inside, other=0.0) * LOG2E
+        delta -= tl.load(dlse_ptr + at, inside, other=0.0) * LOG2E  # lse is stored in log2
     tl.store(delta_ptr + at, delta, inside)
     lse = _lse(lse_ptr, at, inside)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)

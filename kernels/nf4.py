@@ -66,6 +66,7 @@ def dequantize_nf4_reference(weight: NF4Weight, dtype: torch.dtype | None = None
         nested = weight.nested_absmax.repeat_interleave(NESTED)[: absmax.numel()]
         absmax = weight.nested_code[absmax.int()] * nested + weight.offset
 
+    # unpack: the high nibble of a byte comes first
     nibbles = torch.stack((weight.packed >> 4, weight.packed & 15), -1).flatten()[: weight.numel]
     values = weight.code[nibbles.int()] * absmax.repeat_interleave(weight.blocksize)[: weight.numel]
     return values.to(dtype or weight.dtype).view(weight.shape)

@@ -147,6 +147,7 @@ def _scatter(indices_ptr, counts_ptr, ends_ptr, row_ptr, choice_ptr, N, E, BLOCK
 
     cell = expert * BLOCKS + tl.program_id(0)
     before = tl.load(ends_ptr + cell, kept, other=0) - tl.load(counts_ptr + cell, kept, other=0)
+    # the same ids again, along the other axis of the comparison
     block = tl.load(indices_ptr + tl.program_id(0) * BLOCK_N + i, n < N, other=-1)
     earlier = (expert[:, None] == block[None, :]) & (i[None, :] < i[:, None])  # [BLOCK_N, BLOCK_N]
     row = before + tl.sum(earlier.to(tl.int32), 1)
@@ -213,7 +214,7 @@ def _dispatch(indices: Tensor, E: int, block_m: int) -> tuple[Tensor, Tensor, Te
     blocks = cdiv(N, 128)
     counts = indices.new_empty(E, blocks, dtype=torch.int32)
     _histogram[(blocks,)](indices, counts, N, E, blocks, BLOCK_N=128, BLOCK_E=64)
-    ends = counts.view(-1).cumsum(0, dtype=torch.int32)
+    ends = counts.view(-1).cumsum(0, dtype=torch.int32)  # the prefix sums, by expert and then by block
     _scatter[(blocks,)](indices, counts, ends, row, choice, N, E, blocks, BLOCK_N=128)
 
     starts[:1].zero_()

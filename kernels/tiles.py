@@ -63,7 +63,10 @@ def tile_width(width: int) -> int:
 
 
 class AttentionTiles(NamedTuple):
-    """The tiles, [M queries, N keys], of the three attention kernels: forward, dQ, and dK/dV."""
+    """The tiles, [M queries, N keys], of the three attention kernels: forward, dQ, and dK/dV.
+
+    A chip's row is for fp16 and bf16. fp32 has rows of its own on every chip.
+    """
 
     fwd: Tile
     dq: Tile

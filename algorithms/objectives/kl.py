@@ -1,10 +1,10 @@
 """Estimators of the KL to a reference from samples of the policy, as terms of a loss.
 
     KL(pi || ref), d = logprob - ref_logprob          value            gradient, as a loss
-    k1  d                                             exact            0 in expectation: only in rewards (PPO's)
-    k2  d^2 / 2                                       biased           exact on policy
-    k3  exp(-d) + d - 1                               exact, >= 0      that of KL(ref || pi): GRPO's
-    rho k3, rho = pi / pi_old                         exact, >= 0      exact, also off policy
+    k1  d                                             unbiased         0 in expectation: only in rewards (PPO's)
+    k2  d^2 / 2                                       biased           unbiased on policy
+    k3  exp(-d) + d - 1                               unbiased, >= 0   that of KL(ref || pi): GRPO's
+    rho k3, rho = pi / pi_old                         unbiased, >= 0   unbiased, off policy, too
 
 logprob is the trained policy's, with gradient. old_logprob is the policy's before the first update of the rollout, and
 ref_logprob the reference's. All are (tokens,) fp32, in nats. denominator, a scalar or (tokens,), is that of the whole

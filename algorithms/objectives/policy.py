@@ -34,7 +34,7 @@ def clipped_loss(
     """Compute the clipped policy-gradient loss: the sum of -min(rho A, clip(rho, 1 - lo, 1 + hi) A) / denominator.
 
     rho = pi / pi_old. lo and hi are clip_low and clip_high. dual_clip: where A < 0, rho is capped at this number, which
-    must exceed 1 + clip_high.
+    must exceed 1 + clip_high. clip_fraction counts the tokens that clip_low and clip_high stop, not those of dual_clip.
     Source: PPO, https://arxiv.org/abs/1707.06347, eq. 7; dual clip, https://arxiv.org/abs/1912.09729, eq. 5
     """
     ratio = bounded_exp(logprob - old_logprob)

@@ -4,13 +4,13 @@
 
 with p_S of the student and p_T of the teacher, which has no gradient:
 
-    beta = 0    D = KL(p_T || p_S) = sum_j p_T (log p_T - log p_S)          du_S = p_S - p_T
-    beta = 1    D = KL(p_S || p_T) = sum_j p_S (log p_S - log p_T)          du_S = p_S (sum_k p_S gap - gap)
-    between     D = beta KL(p_T || m) + (1 - beta) KL(p_S || m)             du_S = (1 - beta) p_S (gap - sum_k p_S gap)
+    beta = 0, the forward KL    D = KL(p_T || p_S)                               du_S = p_S - p_T
+    beta = 1, the reverse KL    D = KL(p_S || p_T)                               du_S = p_S (sum_k p_S gap - gap)
+    between, the JSD     D = beta KL(p_T || m) + (1 - beta) KL(p_S || m)    du_S = (1 - beta) p_S (gap - sum_k p_S gap)
 
-    gap = u_T - u_S of the KLs        gap = log p_S - log m of the mixture m = beta p_T + (1 - beta) p_S: mixture.py
+    gap = u_T - u_S for the KLs    for the JSD gap = log p_S - log m, of the mixture m = beta p_T + (1 - beta) p_S
 
-beta = 0 and 1 are defined as KLs, because the mixture's formula would give 0 there. For dz to dbias see logprob.py.
+beta = 0 and 1 are defined as KLs: the JSD's formula gives 0 there. The JSD's sums: mixture.py. dbias: logprob.py.
 
 With logits in the thousands, a gap and its mean are of that size, and their difference du is small or 0. So the gap at
 a row's most likely id (the student's, or for beta = 0 the teacher's) is subtracted from all gaps of the row:
@@ -29,8 +29,8 @@ The sums. The forward and the backward each compute tiles of both logits, and ke
     forward of a mixture:   u_S, u_T,  Norms  >  gaps  >  D         u_S, u_T of some rows are kept until then
     backward:               u_S, u_T,  Norms  >  du_S  >  dz
 
-Memory, in elements: eager code writes (tokens, V) logits of both heads, their logarithms and the gradient, and reads
-them again: about 14 tokens V. Here the forward keeps six numbers of each tile's row. The backward computes both heads'
+Memory, in elements: eager code writes and reads (tokens, V) logits of both heads, their logarithms and the gradient:
+about 14 tokens V. Here the forward keeps six numbers of each tile's row. The backward computes both heads'
 logits again and writes the student's gradient, a chunk of the vocabulary at a time: 3 tokens V. The forward of a
 mixture also writes and reads both logits of some rows: 4 tokens V more.
 

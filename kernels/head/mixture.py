@@ -1,6 +1,7 @@
-"""The mixture m = beta p_T + (1 - beta) p_S of a teacher and a student, for 0 < beta < 1, and the KLs to it.
+"""The generalised Jensen-Shannon divergence (JSD) of a teacher and a student, for 0 < beta < 1.
 
-    D = beta KL(p_T || m) + (1 - beta) KL(p_S || m)                     du_S = (1 - beta) p_S (gap - sum_k p_S gap)
+    D = beta KL(p_T || m) + (1 - beta) KL(p_S || m)                     m = beta p_T + (1 - beta) p_S
+    du_S = (1 - beta) p_S (gap - sum_k p_S gap)
 
     gap = log p_S - log m        teacher_gap = log p_T - log m        log_ratio = log p_T - log p_S
     m / p_S = 1 - beta + beta e^log_ratio
