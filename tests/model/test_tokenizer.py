@@ -268,7 +268,7 @@ def test_the_folder_of_a_run_names_the_model_in_it(folder, tmp_path):
     run.mkdir()
     folder.rename(run / "model")
     with pytest.raises(
-        InputError, match="a-run: expected a model's folder, got a run's; its model is .*a-run/model"
+        InputError, match=r"a-run: expected a model's folder, got a run's; its model is .*a-run/model"
     ):
         Tokenizer.load(run)
 
