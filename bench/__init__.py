@@ -1,1 +1,1 @@
-"""The benchmark and the static proof of the ops (floor 3), on one registry of cases that the tests share."""
+"""The benchmark of the ops, the static proof (figures of their machine code), and measurements of whole runs."""

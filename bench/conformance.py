@@ -1,7 +1,8 @@
-"""The types that an adapter file imports to connect a trainer to `burnish bench conformance`.
+"""The types with which a user's file connects a trainer to `burnish bench conformance`.
 
-An adapter is a function without arguments that returns a `Trainer`. Its callables work on a toy model and on plain
-tensors, and any of them may be missing. docs/conformance.md has a complete adapter.
+The file has an adapter (not a LoRA adapter): a function without arguments that returns a `Trainer`. The fields of the
+`Trainer` are functions that call the trainer under test on a toy model or on plain tensors. Any of these functions may
+be missing. docs/conformance.md has a complete adapter.
 """
 
 from collections.abc import Callable
@@ -19,8 +20,8 @@ Row = dict[str, str]  # prompt and completion, or prompt, chosen and rejected: w
 class Toy:
     """Hugging Face folders of a small Llama, and of a LoRA adapter in PEFT's format that changes its outputs.
 
-    Its words are "w2" to "w23", and the id of a word is its number. The id of <eos> is 0, that of <pad> is 1. pad: the
-    token to pad with, which may be <eos>.
+    The tokenizer's words are "w2" to "w23", and the id of a word is its number. The id of <eos> is 0, and the id of
+    <pad> is 1. pad: the token to pad with, which may be <eos>.
     """
 
     folder: Path
@@ -30,7 +31,7 @@ class Toy:
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one optimizer step, and the way in which they are split."""
+    """The rows of one optimizer step, and how they are split into micro-batches, sequences and processes."""
 
     rows: list[Row]
     rows_at_once: int  # rows in one forward and backward; the last part may have fewer
@@ -58,22 +59,22 @@ class KL:
 
 @dataclass(frozen=True)
 class Trainer:
-    """A trainer's callables, any of which may be missing.
+    """The functions that the checks call on one trainer. Any of them may be None.
 
     sft(toy, batch): one step of supervised fine-tuning from toy.folder, on completions with their end token.
-    dpo(toy, pairs, rows_at_once, steps, learning_rate, lora): steps that each train all pairs. lora: None trains the
-        weights, "fresh" trains a new adapter on toy.folder, "loaded" continues toy.adapter.
+    dpo(toy, pairs, rows_at_once, steps, learning_rate, lora): `steps` optimizer steps of DPO, each on all pairs. lora:
+        None trains the weights, "fresh" trains a new LoRA adapter on toy.folder, "loaded" continues toy.adapter.
     score(toy, prompts, completions, side): log-probabilities of the ids of each completion, one tensor per completion.
-        All run in one batch, padded on the left or on the right. A trainer without padding has padding_sides ().
-    rollout(toy, prompt, count, temperature, top_k): `count` samples of one token, (count,) int64, and the
-        log-probabilities with which the policy's update would score them, (count,).
+        All completions run in one batch, padded on the given side. A trainer without padding has padding_sides ().
+    rollout(toy, prompt, count, temperature, top_k): `count` samples of the token after the prompt, (count,) int64, and
+        the log-probabilities with which the policy's update would score these tokens, (count,).
     policy_loss(logprob, old_logprob, advantage, mask, num_tokens): the clipped loss over the tokens in mask. advantage
-        is (B,), the other tensors are (B, T). num_tokens counts the whole optimizer step; the tensors may be a part of
-        it.
+        is (B,), the other tensors are (B, T). num_tokens is the number of tokens of the whole optimizer step. The
+        tensors may hold only a part of these tokens.
     kl: the KL terms that a loss may have, by name.
-    shaped_rewards(score, logprob, ref_logprob, mask, beta): PPO's rewards of the tokens, (B, T), from scores (B,).
+    shaped_rewards(score, logprob, ref_logprob, mask, beta): PPO's reward of each token, (B, T). score is (B,).
     advantages(rewards, mask): PPO's advantages with gamma = lambda = 1 and values of 0, before whitening, (B, T).
-    absent: the reason why a callable is None, by its name. By default the report says that the adapter lacks it.
+    absent: name of a field that is None -> the reason. Without a reason, the report says that the adapter lacks it.
     """
 
     name: str
@@ -91,9 +92,9 @@ class Trainer:
 
 
 class NotApplicable(Exception):
-    """An exception that an adapter's callable raises for a kind of input that its trainer does not support.
+    """An exception that a function of a `Trainer` raises for a kind of input that the trainer does not support.
 
-    The message is the reason.
+    The message of the exception is the reason.
     """
 
 

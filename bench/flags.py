@@ -23,7 +23,7 @@ class Kind(NamedTuple):
 
 
 def kind(hint: Any) -> Kind:
-    """Return the Kind of an annotation: a type, a type or None, a Literal, or a tuple of any number of these."""
+    """Return the Kind of a field's annotation, such as `int`, `int | None`, `Literal[...]` or `tuple[int, ...]`."""
     origin, parts = get_origin(hint), [part for part in get_args(hint) if part not in (NoneType, Ellipsis)]
     if origin is tuple:
         return kind(parts[0])._replace(many=True)
@@ -73,7 +73,7 @@ def flag(name: str) -> str:
 
 
 def check(cfg: Any) -> None:
-    """Raise InputError if a number is outside its bounds."""
+    """Raise InputError if a number in a Config is outside the bounds that its field declares."""
     for name, found in bounds(type(cfg)).items():
         check_number(name, getattr(cfg, name), found)
 
@@ -81,8 +81,8 @@ def check(cfg: Any) -> None:
 def spelled(command: str, cfg: Any) -> str:
     """Return the command line that gives a Config: positional arguments, then all flags that are not at their default.
 
-    If a positional argument looks like a flag (it may be meant for another program), all of them come last, after a
-    `--`.
+    A positional argument may look like a flag, for example an argument that is passed on to pytest. Then all positional
+    arguments come last, after a `--`.
     """
     marked = get_type_hints(type(cfg), include_extras=True)
     places, flags = [], []

@@ -1,6 +1,7 @@
-"""The files in bench/results: the figures of kept runs, and facts about the machines on which they ran.
+"""The files in bench/results, which hold the figures of runs, and facts about the machines that they ran on.
 
-The benchmark's file is <machine>-<date>.json. A whole run of trainers, rollouts or a recipe has <kind>-<date>.json.
+A file of the benchmark of the ops is <machine>-<date>.json. Other runs (trainers, rollouts, a recipe) write
+<kind>-<date>.json.
 """
 
 import json
@@ -40,13 +41,13 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def results_file(device: str, day: str, kind: str = "") -> Path:
-    """Return the path <kind>-<machine>-<date>.json in bench/results. Without a kind it is the benchmark's file."""
+    """Return the path <kind>-<machine>-<date>.json in bench/results. The benchmark of the ops has no kind."""
     name = "-".join(device.lower().replace("(r)", "").split())
     return RESULTS / f"{kind + '-' if kind else ''}{name}-{day}.json"
 
 
 def keep(kind: str, command: str, *files: Path, kept: bool = True, **figures: Any) -> None:
-    """Write the figures of a whole run, with its date and commit, to the files and, if `kept`, to bench/results."""
+    """Write the figures of a run, with date and commit, to `files` and, if `kept`, to bench/results."""
     today = date.today().isoformat()
     commit = run_text("git", "rev-parse", "--short", "HEAD")
     result = {"kind": kind, "date": today, "commit": commit, "command": command, **figures}
@@ -57,7 +58,7 @@ def keep(kind: str, command: str, *files: Path, kept: bool = True, **figures: An
 
 @contextmanager
 def reading(path: Path | str) -> Iterator[None]:
-    """Turn an error of a block that reads figures into an InputError of one sentence that names the file."""
+    """Turn an error of the `with` block, which reads figures from a file, into an InputError that names the file."""
     try:
         yield
     except InputError:
@@ -68,7 +69,7 @@ def reading(path: Path | str) -> Iterator[None]:
 
 
 def kept_part(file: Path, name: str) -> dict[str, list[dict[str, Any]]]:
-    """Return the entry `name` of a JSON file in bench/: lists of objects by key. Return {} if there is no file."""
+    """Return the entry `name` of a JSON file in bench/: key -> list of objects. Return {} if there is no such file."""
     if not file.exists():
         return {}
     with reading(file):
@@ -79,13 +80,13 @@ def kept_part(file: Path, name: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def newest_run(kind: str) -> tuple[str, dict[str, Any]] | None:
-    """Return the newest kept run of a kind, as (path below the root, contents), or None if no run is kept."""
+    """Return the newest run of a kind in bench/results as (path below the root, contents), or None if there is none."""
     path = max(RESULTS.glob(f"{kind}-*.json"), default=None)
     return None if path is None else (str(path.relative_to(ROOT)), read_object(path))
 
 
 def newest_results() -> dict[str, dict[str, Any]]:
-    """Return the newest benchmark file of each machine, by its path below the root. GPUs come first."""
+    """Return path below the root -> contents, for the newest benchmark file of each machine. GPUs come first."""
     found: dict[str, tuple[str, dict[str, Any]]] = {}
     for path in sorted(RESULTS.glob("*.json")):
         result = read_object(path)
@@ -100,7 +101,7 @@ def newest_results() -> dict[str, dict[str, Any]]:
 
 
 def best(row: dict[str, Any]) -> list[float]:
-    """Return the percentiles of a row's time on the device, or of its time on the host if only that was measured."""
+    """Return the percentiles of a row's time on the device, or of its time on the host if the device was not timed."""
     return row["device_us"] or row["eager_us"]
 
 
@@ -126,7 +127,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def query(fields: str) -> str:
-    """Return fields that nvidia-smi reports. It only reads, so that no clock is changed."""
+    """Return the values that nvidia-smi reports for the fields. The query changes no setting of the GPU."""
     return run_text("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
 
 

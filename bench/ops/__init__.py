@@ -1,1 +1,1 @@
-"""Speed and proof of the ops."""
+"""The benchmark of the ops, and the static proof of their compiled kernels."""

@@ -1,4 +1,4 @@
-"""The Cases and shapes that a command line names."""
+"""The Cases (ops with their inputs) and the shapes that a command line names."""
 
 import re
 from collections.abc import Sequence
@@ -13,9 +13,10 @@ from .shapes import check_dims
 
 
 def chosen(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
-    """Return the Cases of the named ops (rms_norm) and the named Cases (rms_norm/heads), in that order.
+    """Return the Cases that the names select, in the order of the names. Without names, return all Cases.
 
-    Without names, return all Cases. Raises InputError for an unknown name.
+    The name of an op (rms_norm) selects all Cases of the op. The name of a Case (rms_norm/heads) selects this Case.
+    Raises InputError for an unknown name.
     """
     if not names:
         return list(cases)
@@ -33,10 +34,10 @@ def chosen(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
 def shaped(
     cases: list[Case], names: Sequence[str], shapes: Sequence[str], dtype: torch.dtype, device: str
 ) -> list[tuple[Case, Dims]]:
-    """Return a (Case, shape) pair for each shape and each named Case that has its letters.
+    """Return a (Case, shape) pair for each shape and each named Case that has the letters of the shape.
 
-    If an op has several such Cases, those with benchmark shapes are taken, or else the first. Raises InputError if no
-    Case takes a shape, or if a name takes none of the shapes.
+    If a name has several such Cases, the Cases with default benchmark shapes are taken, or else the first Case. Raises
+    InputError if no Case has the letters of a shape, if a name fits none of the shapes, or if a size is invalid.
     """
     given = [read_shape(text) for text in joined(shapes)]
     found: list[tuple[Case, Dims]] = []
@@ -60,13 +61,13 @@ def shaped(
 
 
 def joined(shapes: Sequence[str]) -> list[str]:
-    """Return the shapes. If every word has only one letter, join the words: they are one shape that lost its quotes."""
+    """Return the shapes of a command line. Several words with one size each are joined: they are one unquoted shape."""
     lone = len(shapes) > 1 and all(text.count("=") == 1 for text in shapes)
     return [" ".join(shapes)] if lone else list(shapes)
 
 
 def left_out(cases: Sequence[Case], names: Sequence[str], found: Sequence[tuple[Case, Dims]]) -> list[str]:
-    """Return the names of Cases that also take one of the shapes, but are timed only if they are named."""
+    """Return the names of Cases that fit one of the timed shapes, but are not timed unless the user names them."""
     timed = {case.name for case, _ in found}
     taken = [case for name in names for case in of_name(cases, name) for _, dims in found if fits(case, dims)]
     return [name for name in dict.fromkeys(case.name for case in taken) if name not in timed]
@@ -82,7 +83,7 @@ def fits(case: Case, given: Dims) -> bool:
 
 
 def expected(cases: Sequence[Case], name: str) -> str:
-    """Return the letters of a name's Cases as text: "B T C (hidden) or B T H D (heads)"."""
+    """Return the letters of the shapes that a name accepts, as text: "B T C (hidden) or B T H D (heads)"."""
     by_letters: dict[str, list[str]] = {}
     for case in of_name(cases, name):
         by_letters.setdefault(letters_text(case), []).append(case.family)

@@ -33,11 +33,11 @@ def event_seconds(work: Callable[[], Any]) -> float:
 
 
 def capture(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
-    """Capture all calls in one CUDA graph. It keeps their results alive, so each call writes to its own memory.
+    """Capture all calls in one CUDA graph. Their results stay alive until the end, so each writes to its own memory.
 
-    Raises RuntimeError if a call waits for the host. A trial call detects that before the capture begins. A failed
-    capture would leave torch's generator and its current stream in the capture, and the next random number would end
-    the run.
+    Raises RuntimeError if a call waits for the host. A trial call detects such a wait before the capture begins. If the
+    capture itself fails, torch's generator and current stream are restored. Otherwise the next random number would
+    raise an error.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

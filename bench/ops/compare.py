@@ -1,8 +1,8 @@
 """A comparison of two benchmark files, for example of two commits: the times that changed beyond noise.
 
 The two runs did not alternate, so each time is compared in two ways: directly, and relative to eager torch of the same
-run, whose code is the same in both. A time is marked if in both comparisons the intervals of the two medians do not
-overlap. If a file lacks times of eager, the direct comparison decides alone.
+run, whose code is the same in both runs. A time is marked if in both comparisons the intervals of the two medians do
+not overlap. If a file lacks times of eager, the direct comparison decides alone.
 """
 
 from math import inf
@@ -22,7 +22,7 @@ COLUMNS = ("case", "shape", "dtype", "pass", "provider", "us before", "after", "
 class Change(NamedTuple):
     """One contestant's time in the second file relative to its time in the first.
 
-    low, high: the lowest and the highest ratio that the intervals of both medians allow.
+    low, high: the lowest and the highest ratio, if each median may lie anywhere in its confidence interval.
     """
 
     key: Key
@@ -36,7 +36,7 @@ class Change(NamedTuple):
 
     @property
     def times(self) -> float:
-        """Return the ratio that decides: relative to eager if eager ran in both files, otherwise the direct ratio."""
+        """Return the ratio for --fail-above: relative to eager if both files have eager's times, else direct."""
         return self.beside_eager[0] if self.beside_eager else self.ratio
 
     @property
@@ -49,7 +49,7 @@ class Change(NamedTuple):
 
 
 def compare(first: Path, second: Path, fail_above: float | None) -> int:
-    """Print the changes, and return the exit status.
+    """Print the changes between two benchmark files, and return the exit status.
 
     With `fail_above` the status is 1 if our op or a user's function is slower by more than that ratio. It is also 1 if
     the second file has red (failed) or wrong entries. Otherwise it is 0.
@@ -91,7 +91,7 @@ def key(row: dict[str, Any]) -> Key:
 
 
 def checked(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the row unchanged. Raises ValueError if its times are missing or not above 0."""
+    """Return a row of a benchmark file unchanged. Raises ValueError if its times are missing or not above 0."""
     percentiles = [row[clock] for clock in ("device_us", "eager_us") if row[clock] is not None]
     rounds = [each for each in row.get("rounds_us", {}).values() if each]
     if not percentiles or not all(len(each) == 3 for each in percentiles):
@@ -154,7 +154,7 @@ def change_of(name: Key, first: dict[Key, dict[str, Any]], second: dict[Key, dic
 
 
 def rounds(row: dict[str, Any], clock: str) -> list[float]:
-    """Return the median of each round, or the percentiles if the file has no rounds."""
+    """Return the median time of each round. For a file without rounds, return p20, p50 and p80 instead."""
     of_clock = row.get("rounds_us", {}).get(clock.removesuffix("_us"))
     return of_clock or row[clock]
 
@@ -165,7 +165,7 @@ def beside_eager(row: dict[str, Any], eager: dict[str, Any], clock: str) -> list
 
 
 def span(before: list[float], after: list[float]) -> tuple[float, float]:
-    """Return the lowest and the highest ratio that the intervals of both medians allow."""
+    """Return the lowest and the highest ratio, if each median may lie anywhere in its confidence interval."""
     (low_before, high_before), (low, high) = interval(before), interval(after)
     return low / high_before, high / low_before
 

@@ -46,7 +46,7 @@ class Contestant:
 
 
 def contestants(case: Case, peers: bool, absent: dict[str, str]) -> list[Contestant]:
-    """Return our op, eager torch and, if `peers` is True, the Case's peers.
+    """Return our op, eager torch and, if `peers` is True, the Case's peers: implementations by other libraries.
 
     The names of peers that cannot take part are added to `absent`, with the reason.
     """
@@ -87,13 +87,13 @@ def prepare(case: Case, dims: Dims, dtype: torch.dtype, device: str) -> Inputs:
 
 
 def prepare_sets(case: Case, dims: Dims, dtype: torch.dtype, device: str, first: Inputs) -> list[Inputs]:
-    """Return `first` and further input sets, at most MOST_SETS, that together are larger than the caches."""
+    """Return input sets, beginning with `first`: at most MOST_SETS, and together larger than the caches."""
     count = min(MOST_SETS, -(-COLD_BYTES[device] // max(first.nbytes, 1)))
     return [first, *(prepare(case, dims, dtype, device) for _ in range(count - 1))]
 
 
 def call(op: Callable[..., Any], case: Case, inputs: Inputs, backward: bool) -> Any:
-    """Run one pass as in training, where the forward pass saves tensors for the backward pass."""
+    """Call the op as in training, where it saves tensors for the backward pass. backward: also compute gradients."""
     outputs = op(**inputs.tensors, **case.options)
     if not backward or not inputs.wanted:
         return outputs
@@ -123,8 +123,9 @@ def time_pass(
 ) -> dict[str, str]:
     """Time one pass of every contestant. Return the contestants that broke: name -> reason.
 
-    The samples are stored in the contestants. An exception of our own op is raised. fault: a check after each turn of a
-    contestant; a text other than "" excludes it. Raises RuntimeError if a contestant makes the device unusable.
+    The samples are stored in the contestants. An exception of our own op is raised. `fault` is called after each turn
+    of a contestant. If it returns a text other than "", the contestant is excluded, and the text is the reason. Raises
+    RuntimeError if a contestant makes the device unusable.
     """
     loops: dict[str, Loop] = {}
     broken: dict[str, str] = {}
@@ -155,7 +156,7 @@ def time_pass(
 
 
 def loop_of(c: Contestant, calls: list[Callable[[], Any]], device: str) -> Loop:
-    """Return the calls that one sample times, repeated often enough for the clock. Also measure a call's memory."""
+    """Return the calls that one sample times, repeated to take about SLICE seconds. Also measure a call's memory."""
     c.device, c.eager, c.note = [], [], ""
     c.memory = peak_growth(calls[0], device)
     once = max(host_seconds(calls[0], device), 1e-6)
@@ -227,9 +228,9 @@ def medians(rounds: Sequence[Sequence[float]]) -> list[float]:
 
 
 def ratio(theirs: Sequence[float], ours: Sequence[float]) -> Ratio:
-    """Return the Ratio of the first contestant's time to the second's. theirs, ours: the median time of each round.
+    """Return the Ratio of another contestant's time to ours. theirs, ours: the median time of each round.
 
-    All contestants run in every round, so a disturbance affects both times.
+    Both contestants run in every round, so a disturbance of the machine affects both times.
     """
     each = [a / b for a, b in zip(theirs, ours, strict=True)]
     return Ratio(*(round(x, 4) for x in (statistics.median(each), *interval(each))))
@@ -247,8 +248,8 @@ def percentiles(rounds: list[list[float]]) -> list[float] | None:
 def row(c: Contestant, ours: Contestant, floor_us: float) -> dict[str, Any]:
     """Return the figures of a contestant in one pass.
 
-    ours: the contestant whose time is the denominator of the ratio. floor_us: the floor of the roofline in
-    microseconds.
+    ours: our op, whose time is the denominator of the ratio. floor_us: the least time that the roofline allows,
+    in microseconds.
     """
     rounds = {clock: medians(getattr(c, clock)) for clock in ("device", "eager")}
     clock = "device" if c.device and ours.device else "eager"

@@ -65,9 +65,9 @@ def read_build(compiled: Any, chip: str) -> Build:
 
 
 def _blocks(chip: str, registers: int, warps: int, shared: int) -> int:
-    """Return the number of resident blocks per multiprocessor.
+    """Return the number of blocks that can be resident on one multiprocessor.
 
-    Registers are allocated in units of 256 to a warp. The system uses 1 KB of the shared memory of each block.
+    NVIDIA's chips allocate registers to a warp in units of 256, and use 1 KB of shared memory for each resident block.
     """
     limits = CHIPS[chip]
     if chip == "gfx942":  # 4 SIMDs of 512 registers by 64 lanes, in units of 8; at most 8 waves on each
@@ -106,9 +106,10 @@ def _read_nvidia(cubin: bytes) -> dict[str, Any]:
 
 
 def overlapped(code: list[tuple[str, str]]) -> int:
-    """Count the exponentials between an asynchronous product and the wait for all products, in the order of the code.
+    """Count the exponentials that run during a matrix product.
 
-    Only sm_90 has these products (HGMMA).
+    These are the exponential instructions that stand, in the order of the code, between an asynchronous matrix product
+    and the next instruction that waits for all products. Only sm_90 has such products (HGMMA).
     """
     count, running = 0, False
     for opcode, operands in code:

@@ -12,12 +12,12 @@ from typing import Any
 from ..cases.case import label
 
 RESTLESS = 3.0  # p80 over p20: a larger ratio means that something else ran
-COLUMNS = ("provider", "device us", "eager us", "time over ours", "share", "memory MB", "compile s")
+COLUMNS = ("provider", "device us", "host us", "time over ours", "share", "memory MB", "compile s")
 
 
 @contextmanager
 def waiting(what: str) -> Iterator[Callable[[str], None]]:
-    """Show that a step is under way, on a terminal with its seconds. Yields a function that ends the line."""
+    """Print that a step has begun, and count its seconds on a terminal. Yields a function that prints the result."""
     begun, done = time.monotonic(), threading.Event()
     terminal = sys.stdout.isatty()
     print(f"{what} ...", end="", flush=True)
@@ -46,11 +46,11 @@ def waiting(what: str) -> Iterator[Callable[[str], None]]:
 # ---- the table
 
 
-def print_rows(rows: Sequence[dict[str, Any]]) -> None:
+def print_rows(rows: Sequence[dict[str, Any]], device: str) -> None:
     """Print the contestants of one pass, one line each."""
     first = rows[0]
     print(f"  {first['pass']}: floor {first['floor_us']:.1f} us, bound by {first['binds']}")
-    table = [COLUMNS, *map(cells, rows)]
+    table = [COLUMNS, *(cells(row, device) for row in rows)]
     on_device = any(row["device_us"] for row in rows)
     shown = [i for i, name in enumerate(COLUMNS) if name != "device us" or on_device]
     widths = [max(len(line[i]) for line in table) for i in shown]
@@ -64,9 +64,10 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
         print(f"    noisy: a p80 is {worst:.0f}x its p20; a quieter machine or more --rounds would help")
 
 
-def cells(row: dict[str, Any]) -> tuple[str, ...]:
+def cells(row: dict[str, Any], device: str) -> tuple[str, ...]:
+    ours = "burnish (plain torch on a CPU, no Triton)" if device == "cpu" else "burnish"
     return (
-        row["provider"],
+        ours if row["provider"] == "burnish" else row["provider"],
         spread(row["device_us"], 1),
         spread(row["eager_us"], 1),
         f"{spread(row['ratio'], 2, 'x', middle=0)} {row['ratio'].word}" if row["ratio"] else "",
@@ -77,7 +78,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def unrest(row: dict[str, Any]) -> float:
-    """Return the spread of a row's samples: p80 over p20."""
+    """Return how much a contestant's time varies: p80 over p20."""
     low, _, high = row["device_us"] or row["eager_us"]
     return high / low
 

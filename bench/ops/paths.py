@@ -3,9 +3,10 @@
     burnish bench lora_linear --peers --keep     on a GPU: times the three paths and the baseline in one run
     burnish bench paths [--check]                writes the table from the newest such results of each device
 
-A path with its own kernel is chosen if it passes the accuracy rule and is clearly faster. Its p80 must lie below the
-p20 of "cublas" and below the p20 of F.linear + addmm, for the forward pass and for forward and backward together.
-Otherwise "cublas" is chosen, which makes the same calls as the baseline. So no measured shape is slower than the
+A path is an implementation of lora_linear: "cublas", "epilogue" or "fused". "cublas" makes the same calls as the
+baseline, F.linear + addmm. The other two have their own kernels. One of them is chosen if it passes the accuracy rule
+and is clearly faster. Its p80 must lie below the p20 of "cublas" and below the p20 of the baseline, for the forward
+pass and for forward and backward together. Otherwise "cublas" is chosen. So no measured shape is slower than the
 baseline.
 """
 
@@ -31,14 +32,14 @@ Times = dict[str, dict[str, list[float]]]  # contestant -> pass -> p20, p50, p80
 
 
 def provider(path: str) -> str:
-    """Return the name that a path has among the contestants of the benchmark."""
+    """Return the name of a path in the rows of the benchmark."""
     return f"burnish, {path}"
 
 
 def measured() -> dict[str, tuple[str, dict[Key, Times]]]:
     """Return device -> (source, times by shape) for accurate contestants.
 
-    The source is the newest file of the device in which the paths were timed.
+    The times are those of the device's newest file with times of the paths. The source names this file.
     """
     found: dict[str, tuple[str, str, dict[Key, Times]]] = {}
     for path in sorted(record.RESULTS.glob("*.json")):

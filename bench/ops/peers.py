@@ -94,9 +94,9 @@ def _liger_geglu(case: Case) -> Callable[..., Any]:
 
 
 def _sdpa(backend: str) -> Callable[[Case], Callable[..., Any]]:
-    """Return the builder of one backend of F.scaled_dot_product_attention.
+    """Return the function that builds a peer from one backend of F.scaled_dot_product_attention.
 
-    A shared prompt is repeated for each of its completions.
+    The peer repeats a shared prompt for each of its completions.
     """
 
     def build(case: Case) -> Callable[..., Any]:
@@ -153,7 +153,7 @@ def _varlen_attn(case: Case) -> Callable[..., Any]:
 
 
 def _sdpa_decode(case: Case) -> Callable[..., Any]:
-    """Return the attention of a generation loop without its own kernel: gathered caches and a mask of lengths."""
+    """Return decode attention without a kernel of its own: SDPA on gathered caches, with a mask of the lengths."""
     if case.family != "own cache":
         raise Unsuitable("supports only one cache per sequence")
 
@@ -187,7 +187,7 @@ def _flex_attention(case: Case) -> Callable[..., Any]:
 def _chunked_cross_entropy(case: Case) -> Callable[..., Any]:
     """Return cross-entropy in chunks of 1,024 rows, as a careful user of torch writes it.
 
-    The backward computes the logits of each chunk again.
+    The backward pass computes the logits of each chunk again.
     """
     if case.family != "target only":
         raise Unsuitable("supports only log-probabilities of the target")
@@ -230,7 +230,7 @@ def _cut_cross_entropy(case: Case) -> Callable[..., Any]:
 def _grouped_mm(case: Case) -> Callable[..., Any]:
     """Return the mixture of experts as transformers computes it on a GPU.
 
-    The rows are sorted by expert, pass two grouped products, and return to their order.
+    The rows are sorted by expert, multiplied in two grouped products, and put back into their order.
     """
     if case.family != "swiglu":
         raise Unsuitable("supports only swiglu without biases")
@@ -248,7 +248,7 @@ def _grouped_mm(case: Case) -> Callable[..., Any]:
 
 
 def _lora_path(path: str) -> Callable[[Case], Callable[..., Any]]:
-    """Return the builder of one of our own paths of lora_linear. paths.py decides which path is used."""
+    """Return the function that builds a peer from one path of our lora_linear. paths.py compares the paths' times."""
 
     def build(case: Case) -> Callable[..., Any]:
         if case.family != "dense":
@@ -278,9 +278,9 @@ def _peft_lora(case: Case) -> Callable[..., Any]:
 
 
 def _bitsandbytes(case: Case) -> Callable[..., Any]:
-    """Return the 4-bit product, dequantisation or quantisation of bitsandbytes.
+    """Return the function of bitsandbytes for the Case's op: 4-bit product, dequantisation or quantisation.
 
-    It works on the same bytes as our op, because the formats are equal.
+    Our op and bitsandbytes work on the same bytes, because both use the same 4-bit format.
     """
     from bitsandbytes import functional, matmul_4bit  # pyright: ignore[reportMissingImports]
 

@@ -11,7 +11,7 @@ OUT_OF_TIME = "out of time"
 
 
 def fingerprint() -> str:
-    """Return a hash of the source code of kernels/ and bench/, without the table that is made from measured times."""
+    """Return a hash of the source code of kernels/ and bench/, without _lora_paths.py, which a run may rewrite."""
     files = [*(record.ROOT / "kernels").rglob("*.py"), *(record.ROOT / "bench").rglob("*.py")]
     sources = (path.read_bytes() for path in sorted(files) if path.name != "_lora_paths.py")
     return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
@@ -39,8 +39,8 @@ def asked(cfg: Any) -> dict[str, Any]:
 def kept_report(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
     """Return the report that an earlier process wrote, or `fresh` if there is no report to continue.
 
-    The report must have the same machine, date, code, flags and dtype. If the earlier process died at a shape, that
-    shape is recorded as red (failed). Raises InputError if the file is no report.
+    A report is continued only if its machine, date, code, flags and dtype are those of `fresh`. If the earlier process
+    died at a shape, that shape is recorded as red (failed). Raises InputError if the file is no report.
     """
     if not path.exists():
         return fresh

@@ -1,9 +1,9 @@
-"""Two ceilings of a machine, and the floor that they set. No version of an op runs faster than
+"""Two ceilings of a machine, bandwidth and rate, and the least time that they allow. An op takes at least
 
     floor = max(bytes / bandwidth, operations / rate)
 
-The static proof takes the ceilings from a chip's datasheet. The benchmark measures them on its machine: the bandwidth
-by a large copy (bytes read plus bytes written), the rate by a large square matrix product.
+The static proof (static.py) takes the two ceilings from a chip's datasheet. The benchmark measures them on its machine:
+the bandwidth by a large copy (bytes read plus bytes written), the rate by a large square matrix product.
 """
 
 from collections.abc import Callable
@@ -108,8 +108,8 @@ def datasheet(chip: Chip, dtype: str) -> Ceilings:
 def measure(device: str, dtype: torch.dtype) -> Ceilings:
     """Measure the ceilings of this machine. Each time is a median of 10.
 
-    The bandwidth is that of the faster of two copies of 1 GiB (64 MiB on a CPU). The rate is that of a product of two
-    square matrices of size 8192 (1024 on a CPU).
+    The bandwidth is measured by two ways to copy 1 GiB (64 MiB on a CPU), and the faster way counts. The rate is
+    measured by a product of two square matrices of size 8192 (1024 on a CPU).
     """
     cuda = device == "cuda"
     source = torch.randn(1 << (28 if cuda else 24), device=device)  # fp32

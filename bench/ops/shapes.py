@@ -1,7 +1,7 @@
 """The check that an op accepts a shape, before any memory is allocated.
 
-There is no separate list of valid shapes. Inputs are made on the meta device, where they have shapes but no memory, and
-the op itself rejects invalid ones.
+There is no separate list of valid shapes. Inputs are made on the meta device, where they have shapes but no memory. The
+op is called on them, and rejects an invalid shape.
 """
 
 from math import prod
@@ -19,8 +19,8 @@ MOST = 2**48  # the largest size: above any memory, yet small enough for 64-bit 
 def check_dims(case: Case, dims: Dims, dtype: torch.dtype, device: str) -> Dims:
     """Return the shape with its letters in the order of the Case.
 
-    Raises InputError if the Case lacks a letter, if a size is out of range, or if the op rejects the shape. case: an
-    entry of the registry, so that our own op makes the check.
+    Raises InputError if a letter is unknown or missing, if a size is out of range, if the inputs need more than the
+    free memory, or if the op rejects the shape. case: a Case of the registry, whose op is our own.
     """
     known = letters(case)
     names = letters_text(case)

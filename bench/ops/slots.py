@@ -51,9 +51,9 @@ _FEATURES = "window, softcap, sinks"
 
 
 def _attention_grid(slot: Slot, chip: str, width: int) -> Iterator[Tile]:
-    """Yield tiles with two stages that may fit the chip.
+    """Yield tiles that may fit the chip, all with two pipeline stages.
 
-    The operands must fit in shared memory, accumulators and scores in registers.
+    The operands of a tile must fit in shared memory, and its accumulators and scores in registers.
     """
     # numbers of [held, D] accumulators, and of [held, walked] scores; as many [held, D] operands as scores
     accumulators, scores = {"_flash_fwd": (1, 1), "_flash_dq": (1, 2), "_flash_dkdv": (2, 2)}[slot.kernel]

@@ -98,8 +98,8 @@ class Config:
 def main(cfg: Config) -> int:
     """Run the benchmark, and return the exit status.
 
-    The status is 1 if a function is wrong, if a shape is red (failed), or with --fail-above if a time is slower. It is
-    LOST if the device no longer answers.
+    The status is 1 if a function is wrong, if a shape is red (failed), or with --fail-above if a time is slower. The
+    status is LOST if the device no longer answers.
     """
     check(cfg)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -137,7 +137,7 @@ def check(cfg: Config) -> None:
     if cfg.resume and not (cfg.json or cfg.keep):
         raise InputError("--resume: expected --json FILE or --keep beside it")
     if cfg.json and cfg.keep:
-        raise InputError("--keep: expected no --json beside it: it names the file itself")
+        raise InputError("--keep: expected no --json beside it, because --keep names the file itself")
     if cfg.keep and (cfg.check_only or cfg.forward_only):  # tables are made from kept files
         raise InputError(
             "--keep: expected whole passes to keep, got --check-only or --forward-only beside it"
@@ -262,7 +262,8 @@ class Bench:
     def measured(self) -> roofline.Ceilings:
         """Return the ceilings of the machine, measured by a copy and a matrix product.
 
-        If an earlier process has measured them, its figures are used. With --check-only they are placeholders.
+        If an earlier process has measured the ceilings, its figures are used. With --check-only both ceilings are 1,
+        because nothing is timed.
         """
         known: dict[str, Any] = self.report["ceilings"]
         if self.cfg.check_only:
@@ -335,7 +336,7 @@ class Bench:
 
     @torch_as_it_was()
     def verdict(self, c: Contestant, case: Case, dims: Dims, one: Inputs) -> tuple[str, bool]:
-        """Return (reason, runs): the reason is "" if the contestant is right; runs is True if it runs at this shape."""
+        """Check a contestant. Return (reason, runs): the reason is "" if it is right; runs tells whether it can run."""
         theirs = c.kind == AGAINST
         dtype, at = DTYPES[self.dtype], case.check(dims)
         draws = [make_inputs(case, at, dtype, self.device) for _ in range(1 + theirs)]
@@ -401,7 +402,7 @@ class Bench:
             sums = {"floor_us": floor_us, "binds": self.ceilings.binds(forward), "sets": len(sets)}
             rows = [place | sums | row(c, ours, floor_us) for c in entrants]
             self.report["rows"] += rows
-            print_rows(rows)
+            print_rows(rows, self.device)
 
         for c in own:
             if c in entrants:

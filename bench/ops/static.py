@@ -92,10 +92,10 @@ class _Driver:
 
 @contextmanager
 def compile_only(chip: str, kernel: str | None = None) -> Iterator[list[Any]]:
-    """Compile the kernels that are launched inside the block for a chip, and run nothing. Yields the compiled kernels.
+    """Compile the kernels that are launched inside the `with` block for a chip, and run nothing.
 
-    The list grows as kernels are launched. kernel: compile only the kernel with this name. Raises ValueError for a grid
-    that no chip can launch.
+    Yields the list of compiled kernels, which grows with each launch. kernel: compile only the kernel with this name.
+    Raises ValueError for a grid that no chip can launch.
     """
     if _chip.INTERPRET:
         raise ValueError("TRITON_INTERPRET: expected unset, the interpreter compiles nothing")
@@ -125,7 +125,7 @@ def check_grid(kernel: str, grid: tuple[int, ...]) -> None:
 
 
 def compile_job(job: Job) -> list[Build]:
-    """Return the figures of each distinct kernel that the op launches, forward and backward, at this configuration."""
+    """Return the figures of each distinct kernel that an op launches, forward and backward, at the job's shape."""
     case = next(c for c in CASES if c.name == job.case)
     tensors = make_inputs(case, dict(job.dims), DTYPES[job.dtype], "cpu")
     upstream = make_upstream(case, tensors)
@@ -140,9 +140,9 @@ def compile_job(job: Job) -> list[Build]:
 
 
 def selection(ops: Collection[str], everything: bool) -> list[Job]:
-    """Return the jobs to compile. By default they are each case's first configuration in bf16 on sm_90.
+    """Return the jobs to compile: by default the first configuration of each case, in bf16 on sm_90.
 
-    With `everything` they are all configurations in bf16 on every chip, and in fp32 on sm_90.
+    With `everything`, return all configurations in bf16 on every chip, and in fp32 on sm_90.
     """
     jobs: list[Job] = []
     for case in CASES:
@@ -159,7 +159,7 @@ def selection(ops: Collection[str], everything: bool) -> list[Job]:
 
 
 def compare(accepted: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return a sentence for each figure that got worse. `now` may be a part of the accepted figures."""
+    """Return a sentence for each figure in `now` that is worse than the accepted one, and for each unknown kernel."""
     complaints: list[str] = []
     unknown = f"not in {BASELINE.name}; look at its figures, then --accept"
     for key, builds in now.items():
@@ -200,7 +200,7 @@ def _worse(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
 
 
 def limits(now: dict[str, Any]) -> list[str]:
-    """Return a sentence for each build that is never acceptable: it does not fit the chip, or it lost its stores."""
+    """Return a sentence for each kernel that does not fit the chip, or that has stores in its source alone."""
     complaints = []
     for key, builds in now.items():
         most = CHIPS[key.split(" | ")[-1]].shared_block
@@ -233,7 +233,7 @@ def compile_all(jobs: list[Job], processes: int) -> dict[str, Any]:
 
 
 def floors(case: Case, dims: Dims, dtype: str) -> dict[str, tuple[float, float]]:
-    """Return chip -> (forward, backward): the floors of a case in seconds by the chip's datasheet."""
+    """Return chip -> (forward, backward): the least seconds that the chip's datasheet allows for a case."""
     forward, backward = case.work(dims, DTYPES[dtype].itemsize)
     return {
         c: (datasheet(chip, dtype).floor(forward), datasheet(chip, dtype).floor(backward))
@@ -290,7 +290,7 @@ class Config:
 
 
 def check_ops(named: Collection[str], known: Collection[str]) -> None:
-    """Raise InputError if an op is named that does not exist."""
+    """Raise InputError if a named op is unknown."""
     if unknown := sorted(set(named) - set(known)):
         raise InputError(f"op: expected one of {sorted(known)}, got {unknown}")
 

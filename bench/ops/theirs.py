@@ -3,7 +3,7 @@
 The function is called like the op, with the op's arguments by name. Its conditions are:
 
 - It satisfies the accuracy rule.
-- It writes to none of its inputs. A kernel that works in place saves memory and time that the others spend.
+- It writes to none of its inputs. A kernel that works in place saves memory and time that other contestants spend.
 - It is right twice, the second time on other numbers in the same tensors. A kernel that remembers a result is fast, but
   wrong.
 - Two of its calls may be under way at once, like the calls of two layers.
@@ -47,7 +47,7 @@ def against(specifications: tuple[str, ...]) -> list[Contestant]:
 class OnClones:
     """A wrapper that calls an op on clones of its inputs.
 
-    written: the names of the inputs that the op has changed.
+    written: the names of the inputs whose clones the op has changed.
     """
 
     def __init__(self, op: Callable[..., Any]):
@@ -93,8 +93,8 @@ def restore(tensors: Tensors, values: Tensors) -> None:
 def why_not(op: Callable[..., Any], case: Case, draws: list[Tensors], described_as: Description) -> str:
     """Return why a user's function may not take part, in at most four lines, or "" if it computes the same as the op.
 
-    draws: two input sets of one shape. The second is written over the first. If no input of the Case has a gradient,
-    only the forward pass is compared.
+    draws: two input sets of one shape. The second set is copied into the tensors of the first, to find a function that
+    remembers results by address. If no input of the Case has a gradient, only the forward pass is compared.
     """
     first, second = draws
     if why := misfit(op, case, first):
@@ -109,7 +109,7 @@ def why_not(op: Callable[..., Any], case: Case, draws: list[Tensors], described_
 
 
 def _attempted(step: Callable[[], str]) -> str:
-    """Return the result of a step. If the step raises, return the error as text: a user's file may raise anything."""
+    """Return the text that a check returns. If the user's function raises an error, return the error as text."""
     try:
         return step()
     except PASSES:
@@ -124,7 +124,7 @@ def raises(error: BaseException) -> str:
 
 
 def misfit(op: Callable[..., Any], case: Case, tensors: Tensors) -> str:
-    """Return why a function cannot be called with the op's arguments, or "" if it can or has no signature."""
+    """Return why a function cannot be called with the op's arguments. Return "" if it can, or if Python cannot tell."""
     names = [*tensors, *case.options]
     try:
         signature = inspect.signature(op)
@@ -138,9 +138,9 @@ def misfit(op: Callable[..., Any], case: Case, tensors: Tensors) -> str:
 
 
 def first_wrong(op: Callable[..., Any], case: Case, draws: list[Tensors], described_as: Description) -> str:
-    """Return the first output or gradient that breaks the accuracy rule on the first draw, and where it is wrong.
+    """Return a text about the first output or gradient that breaks the accuracy rule, and where it is wrong.
 
-    The text is "" if none does.
+    The function runs on draws[0]. Outputs come before gradients. If all are accurate, the text is "".
     """
     found = [v for v in verdicts(replace(case, fused=op), draws[0]) if v.wrong is not None]
     found.sort(
@@ -161,7 +161,7 @@ def writes(names: list[str]) -> str:
 def remembers(
     op: Callable[..., Any], case: Case, tensors: Tensors, others: Tensors, described_as: Description
 ) -> str:
-    """Call a function twice on the same tensors with different numbers. Return the fault of the second call, or ""."""
+    """Call a function twice on the same tensors with different numbers. Return an error of the second call, or ""."""
     if any(t is not None and t.shape != getattr(others[n], "shape", None) for n, t in tensors.items()):
         return ""  # the draws have different lengths
 
@@ -177,7 +177,7 @@ def remembers(
 
 
 def overlaps(op: Callable[..., Any], case: Case, draws: list[Tensors], described_as: Description) -> str:
-    """Run a second call between a call and its backward pass. Return the fault of the first call, or ""."""
+    """Run a second call between a call and its backward pass. Return an error of the first call's results, or ""."""
     first, second = draws
     names = leaves(case, second)
     others = {n: as_leaf(t) if n in names and t is not None else t for n, t in second.items()}

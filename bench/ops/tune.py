@@ -1,4 +1,4 @@
-"""Candidate tiles for each op, ranked by the static proof and, on a GPU, timed beside the shipped tiles.
+"""Candidate tiles for each op, ranked by their machine code and, on a GPU, timed beside the shipped tiles.
 
     burnish bench tune [op ...] [--keep] [--json FILE] [--budget SECONDS]
     burnish bench tune [op ...] [--chip CHIP] [--search [--accept]]
@@ -16,9 +16,10 @@ that are equal by the criteria before it:
 
 --accept keeps the best tiles and the shipped tile in bench/candidates.json.
 
-Without a GPU the kept ranking is printed. On a GPU the kept tiles are compiled again by the installed Triton. A tile
-that does not spill must pass the accuracy rule. Then its kernel alone is timed, as a replayed graph of its launches, in
-turns with the shipped tile's (A B A B). Rows are written as they come, so that an interrupted run keeps them.
+Without a GPU the ranking in this file is printed. On a GPU its tiles are compiled again by the installed Triton. A tile
+that does not spill must pass the accuracy rule. Then only the kernel that uses the tile is timed, as a replayed graph
+of its launches. It takes turns with the same kernel in the shipped tile (A B A B). Rows are written as they come, so
+that an interrupted run keeps them.
 """
 
 import datetime
@@ -61,9 +62,9 @@ PROCESSES = min(8, os.cpu_count() or 1)
 def examine(
     slot: Slot, chip: str, width: int, tile: Tile, cases: tuple[str, ...] | None = None
 ) -> dict[str, Any]:
-    """Return the static proof's figures of a tile: the worst over all Cases that use it.
+    """Compile a tile, and return figures of its machine code: the worst figures over all Cases that use the tile.
 
-    The examination stops at the first Case in which the tile spills.
+    The remaining Cases are skipped after a Case in which the tile spills.
     """
     builds: list[Build] = []
     for case in map(case_of, cases or slot.cases):
@@ -101,8 +102,8 @@ def rank(slot: Slot, chip: str, found: list[dict[str, Any]]) -> list[dict[str, A
 def search(job: tuple[str, str, str, int]) -> tuple[str, list[dict[str, Any]]]:
     """Return the key of a table entry and the ranking of its tiles.
 
-    The whole grid is compiled for the slot's first Case, with two stages. The best tiles are then compiled for all its
-    Cases, with three stages and with two.
+    All tiles of the grid are compiled for the first Case that uses the entry, with two stages. The best tiles are then
+    compiled for all Cases that use the entry, with three stages and with two.
     """
     op, name, chip, width = job
     slot = next(s for s in SLOTS if (s.op, s.name) == (op, name))
@@ -140,7 +141,7 @@ class _Watch:
 
 
 def launches(slot: Slot, tile: Tile, case: Case, inputs: Any) -> list[Callable[[], Any]]:
-    """Return the launches of the slot's kernel in one training call that uses this tile."""
+    """Return the launches of the tuned kernel in one training call that uses this tile."""
     module = import_module(slot.module)
     watch = _Watch(getattr(module, slot.kernel))
     setattr(module, slot.kernel, watch)
@@ -155,7 +156,7 @@ def launches(slot: Slot, tile: Tile, case: Case, inputs: Any) -> list[Callable[[
 def beside(
     ours: list[Callable[[], Any]], theirs: list[Callable[[], Any]], device: str
 ) -> tuple[float, float]:
-    """Return the median seconds of two lists of launches, timed in turns. On a GPU each list is a replayed graph."""
+    """Return the median seconds of two lists of launches, which are timed in turns, on a GPU as replayed graphs."""
     sides = ours, theirs
     if device == "cuda":
         graphs = [capture(side) for side in sides]
@@ -173,7 +174,7 @@ def beside(
 def measure(
     slot: Slot, width: int, tiles: list[Tile], shipped: Tile, dtype: torch.dtype, device: str
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each tile and shape. A tile that is inaccurate or raises is refused, and not timed."""
+    """Yield a row for each tile and shape. A tile that is inaccurate or raises an error is not timed any further."""
     passed: set[tuple[Tile, str]] = set()
     refused: dict[Tile, str] = {}
     for case, dims in slot.timed(slot, width):
@@ -263,7 +264,7 @@ class Config:
 
 
 def main(cfg: Config) -> int:
-    """Search for tiles, print the kept ranking, or time the kept tiles on this machine's GPU."""
+    """Search for tiles, print the ranking of bench/candidates.json, or time its tiles on this machine's GPU."""
     expect_triton("the compiler")
     check(cfg)
     slots = [slot for slot in SLOTS if not cfg.ops or slot.op in cfg.ops]
@@ -308,7 +309,7 @@ def check(cfg: Config) -> None:
 
 
 def search_all(slots: list[Slot], chips: list[str], cfg: Config) -> None:
-    """Rank the tiles of all entries in the order of WIDTHS. With --accept, keep each ranking as soon as it is made."""
+    """Rank the tiles of all chosen table entries. With --accept, keep each ranking as soon as it is made."""
     jobs = [(slot.op, slot.name, chip, width) for chip in chips for width in WIDTHS for slot in slots]
     with ProcessPoolExecutor(cfg.processes, mp_context=get_context("spawn")) as pool:
         for key, ranked in pool.map(search, jobs):
@@ -318,7 +319,7 @@ def search_all(slots: list[Slot], chips: list[str], cfg: Config) -> None:
 
 
 class Timing:
-    """A run on a GPU that compiles, ranks and times the kept tiles until the budget is spent."""
+    """A run on a GPU that compiles, ranks and times the tiles of bench/candidates.json until the budget is spent."""
 
     def __init__(self, cfg: Config, chip: str):
         self.chip, self.processes = chip, cfg.processes
@@ -338,7 +339,7 @@ class Timing:
         }
 
     def run(self, slots: list[Slot]) -> None:
-        """Time the entries in the order of WIDTHS, while worker processes compile the tiles of all entries."""
+        """Time the entries one by one, while worker processes compile the tiles of all entries."""
         entries = kept()
         turns = [(slot, width) for width in WIDTHS for slot in slots if slot.key(self.chip, width) in entries]
         with reading(KEPT):
@@ -362,7 +363,7 @@ class Timing:
             print(f"written: {os.path.relpath(file)}")
 
     def time_entry(self, slot: Slot, width: int, jobs: list[Future[dict[str, Any]]]) -> None:
-        """Rank the compiled tiles of one entry. Time the tiles that fit and do not spill."""
+        """Rank the compiled tiles of one table entry. Time the tiles that fit and do not spill."""
         key, shipped = slot.key(self.chip, width), slot.shipped(slot, self.chip, width)
         found = [job.result() for job in jobs]
         ranked = rank(slot, self.chip, [c | {"shipped": tuple(c["tile"]) == shipped} for c in found])

@@ -1,1 +1,1 @@
-"""Tables and pictures that are made from kept figures."""
+"""Tables and pictures for README and docs, made from the figures that are stored in bench/."""

@@ -36,7 +36,7 @@ CURVES = {  # the stages trained by RL: name in the figures -> name in the table
 
 
 class Bar(NamedTuple):
-    """A line with a name, a bar, and words at its right end. A line without a value has a note in place of the bar."""
+    """A line of a bar chart: a name, a bar, and words at the right end. If the value is 0, a note replaces the bar."""
 
     name: str
     value: float
@@ -67,7 +67,7 @@ class Bars:
         return self.left + value / self.full * (self.right - self.left)
 
     def draw(self, bars: Sequence[Bar]) -> None:
-        """Draw the bars below everything on the sheet."""
+        """Draw the bars at the lower end of the sheet."""
         sheet, top = self.sheet, self.sheet.y
         for bar in bars:
             weight = "bold" if bar.bold else "normal"
@@ -95,7 +95,7 @@ class Bars:
 
 
 def duration(microseconds: float) -> str:
-    """Return a time as text: three digits and a unit."""
+    """Return a time as text: three significant digits and a unit."""
     for factor, unit in ((1e6, "s"), (1e3, "ms")):
         if microseconds >= 0.9995 * factor:
             return f"{digits(microseconds / factor)} {unit}"
@@ -103,12 +103,12 @@ def duration(microseconds: float) -> str:
 
 
 def digits(value: float) -> str:
-    """Return a number as text with three digits, zeros at the end included: 0.100, 1.10, 49.0, 249, 1,024."""
+    """Return a number as text with three significant digits, and all digits from 1,000: 0.100, 49.0, 249, 1,024."""
     return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
 def speed_bar(name: str, row: dict[str, Any] | None) -> Bar:
-    """Return the line of a contestant: its bar is the share of the roofline, its words are the share and the time."""
+    """Return the Bar of a contestant. Its length is the share of the roofline, its words are the share and the time."""
     style: dict[str, Any] = {"ours": name == "burnish", "bold": name == "burnish"}
     if row is None or not row["accurate"]:
         return Bar(name, 0, ("", ""), "not measured" if row is None else "not accurate", **style)
@@ -149,7 +149,7 @@ def roof(chip: str, at: float) -> float:
 
 
 def roofline_figure(works: Mapping[str, Work]) -> "Figure":
-    """Draw the roofs of the datasheets, and each op on the roof of SHOWN_ON.
+    """Draw the rooflines of all chips by their datasheets, and each op on the roofline of the chip SHOWN_ON.
 
     The ops are numbered, and a key below explains the numbers.
     """
@@ -180,13 +180,13 @@ def roofline_figure(works: Mapping[str, Work]) -> "Figure":
 
 
 def logarithmic(low: float, high: float) -> Axis:
-    """Return an axis with a tick at each power of ten, or at every n-th power so that there are at most seven."""
+    """Return a logarithmic axis with at most seven ticks, at each power of ten or at every n-th power."""
     powers = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
     return Axis(low, high, [10.0**power for power in powers[:: -(-len(powers) // 7)]], True)
 
 
 def name_roofs(panel: Panel, low: float, high: float) -> None:
-    """Draw the roof of each chip, and the chip's name at its end."""
+    """Draw the roofline of each chip, and the chip's name at the right end of the roofline."""
     sheet, right = panel.sheet, panel.left + panel.width
     chips = sorted(CHIPS, key=lambda chip: -roof(chip, high))
     ends = [panel.place(high, roof(chip, high))[1] for chip in chips]
@@ -204,7 +204,7 @@ Group = list[tuple[str, Work]]
 
 
 def grouped(panel: Panel, works: Mapping[str, Work]) -> list[Group]:
-    """Group the ops that stand within a number's width of one another, and are bound by the same ceiling."""
+    """Group ops that the same ceiling binds, and whose points are so close that their numbers would overlap."""
     groups: list[Group] = []
     top = datasheet(CHIPS[SHOWN_ON], "bf16")
     across = lambda work: panel.place(intensity(work), 1)[0]
@@ -218,7 +218,7 @@ def grouped(panel: Panel, works: Mapping[str, Work]) -> list[Group]:
 
 
 def number_groups(panel: Panel, groups: Sequence[Group]) -> None:
-    """Draw a point for each op, and the number of each group above the panel."""
+    """Draw a point for each op, and above the panel a number for each group of ops."""
     sheet = panel.sheet
     middles = []
     for group in groups:
@@ -234,7 +234,7 @@ def number_groups(panel: Panel, groups: Sequence[Group]) -> None:
 
 
 def write_key(sheet: Sheet, groups: Sequence[Group]) -> None:
-    """Write the ops of each numbered group, under a heading that names the ceiling that binds them."""
+    """Write the ops of each numbered group, under a heading that names their ceiling: bytes or operations."""
     top = datasheet(CHIPS[SHOWN_ON], "bf16")
     heading = ""
     for number, group in enumerate(groups, 1):

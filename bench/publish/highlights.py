@@ -1,4 +1,4 @@
-"""The rows of figures in README.md, each from a kept run, with the command that makes it."""
+"""The table of figures in README.md. Each row has the figures of one run in bench/results, and the run's command."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ SHARED = "flash_attention/shared prompt"
 def highlights() -> str:
     """Return the table of figures in README.md: what was measured, the figure, the machine and the command.
 
-    A kind of run that is not kept has no row.
+    A kind of run without a file in bench/results has no row. A sentence about slower figures stands below the table.
     """
     rows = [
         *of_machines(_kernel),
@@ -34,7 +34,7 @@ def _row(kind: str, make: Any) -> list[list[str]]:
 
 
 def _kernel(path: str, result: dict[str, Any]) -> list[Any]:
-    """Return the row of the shared prompt at its largest shape, or no row if this machine has not measured it."""
+    """Return the row about attention to a shared prompt, at the largest shape. Return no row if it was not measured."""
     passes = of_largest(result, SHARED)
     if not passes:
         return []
@@ -61,7 +61,7 @@ def _kernel(path: str, result: dict[str, Any]) -> list[Any]:
 
 
 def losses() -> str:
-    """Return a sentence about plain causal attention on each GPU: the time beside the fastest accurate peer."""
+    """Return a sentence about causal attention for each GPU: our time over that of the fastest accurate peer."""
     return "".join(of_machines(_losses))
 
 
@@ -70,22 +70,23 @@ def _losses(path: str, result: dict[str, Any]) -> list[str]:
     for which, providers in of_largest(result, "flash_attention/causal").items():
         peers = {n: best(row)[1] for n, row in accurate_peers(providers).items()}
         rival = min(peers, key=lambda n: peers[n])
-        words.append(f"{best(providers['burnish'])[1] / peers[rival]:.2f}x that of {rival} {which}")
+        words.append(f"{best(providers['burnish'])[1] / peers[rival]:.2f}x as long as {rival} {which}")
     if not words:
         return []
+
     d, m = (
         next(iter(of_largest(result, "flash_attention/causal").values()))["burnish"]["dims"],
         result["machine"],
     )
     return [
         f"Not everything is faster: plain causal attention of {d['T']:,} tokens took {' and '.join(words)}. The "
-        f"figures of the {m['device']} are of commit {result['commit']}. The kernels were changed since, and no GPU "
+        f"figures of the {m['device']} are of commit {result['commit']}. The kernels have changed since, and no GPU "
         "has timed them again.\n"
     ]
 
 
 def of_largest(result: dict[str, Any], wanted: str) -> dict[str, Providers]:
-    """Return the measurements of a case at its largest shape, by pass; none if it was not measured on a GPU."""
+    """Return pass -> provider -> row for a case at its largest shape, or {} if no GPU has measured the case."""
     passes: dict[str, Providers] = {}
     for (case, _, which), providers in groups(result).items():  # small shapes first
         if case == wanted and accurate_peers(providers) and "driver" in result["machine"]:

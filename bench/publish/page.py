@@ -1,4 +1,4 @@
-"""An HTML page of the static proof: every build in a sortable table, and the roofline. It needs no network."""
+"""An HTML page of all compiled kernels: a sortable table of their figures, and the roofline. No network is needed."""
 
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,8 @@
 """The pictures in docs/pictures, and the figures that they are drawn from.
 
-speed: each case that was measured on a GPU at three shapes or more. roofline: the roofs of the datasheets, with each
-op's first benchmark shape. r1: the newest kept run of `burnish r1`.
+There is one picture of times for each case that was measured on a GPU at three shapes or more. roofline.svg has the
+rooflines of the chips' datasheets, with each op at its first benchmark shape. r1.svg has the newest run of `burnish r1`
+in bench/results.
 """
 
 import hashlib
@@ -32,7 +33,7 @@ CODE = [inspect.getsource(module).encode() for module in (drawings, sheet)]
 class Picture:
     """A file in docs/pictures, and the source that it is drawn from.
 
-    A stamp in the file tells whether the source has changed.
+    The file has a stamp, a hash of the figures and of the drawing code, which shows whether they have changed.
     """
 
     path: Path
@@ -50,7 +51,7 @@ class Picture:
 
 
 def pictures() -> list[Picture]:
-    """Return the roofline, the newest run of r1, and every case that was measured on a GPU at three shapes or more."""
+    """Return the roofline, the picture of the newest run of r1, and the pictures of times on GPUs."""
     made = [roofline()]
     if run := record.newest_run("r1"):
         path, result = run
@@ -63,7 +64,7 @@ def pictures() -> list[Picture]:
 
 
 def roofline() -> Picture:
-    """Return the picture of the datasheets' roofs, with the ops on one of them."""
+    """Return the picture of the chips' rooflines, with all ops on the roofline of one chip."""
     works = headline_works()
     figures = [[name, work.flops, work.bytes] for name, work in works.items()]
     figures += [[chip, of.name, of.bandwidth, of.rates["bf16"]] for chip, of in CHIPS.items()]
@@ -73,12 +74,12 @@ def roofline() -> Picture:
 
 
 def roofline_picture() -> str:
-    """Return the SVG of the roofline, for a page."""
+    """Return the SVG of the roofline, for the HTML page."""
     return sheet.svg(roofline().draw())
 
 
 def headline_works() -> dict[str, Work]:
-    """Return the forward work of each case's first benchmark shape on a GPU, in bf16."""
+    """Return case -> bytes and operations of the forward pass, at its first benchmark shape on a GPU, in bf16."""
     return {c.name: c.work(c.bench["cuda"][0], 2)[0] for c in CASES if c.bench.get("cuda")}
 
 

@@ -1,6 +1,7 @@
-"""Tables that need no measurement: figures of the machine code on each chip, ranked tiles, and analytic floors.
+"""Tables about compiled kernels: figures of the machine code on each chip, ranked tiles, and least times by formula.
 
-Each build of bench/static.json is a line of docs/data/static.csv. The documents show only totals.
+bench/static.json has the builds: kernels compiled for one chip. Each build is a line of docs/data/static.csv. The
+documents show only totals.
 """
 
 import csv
@@ -74,7 +75,7 @@ def static(accepted: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-# ---- their sums
+# ---- totals of the builds
 
 
 def in_bf16(accepted: dict[str, Any]) -> dict[str, dict[str, list[dict[str, Any]]]]:
@@ -94,7 +95,7 @@ def spilling(builds: list[dict[str, Any]] | None) -> str:
 
 @of_kept("static.json")
 def proven(accepted: dict[str, Any]) -> str:
-    """Return the table of how many builds of each op spill in bf16 on each chip."""
+    """Return the table of the number of builds that spill registers, for each op and chip in bf16."""
     rows = []
     for op, chips in in_bf16(accepted).items():
         every = [b for builds in chips.values() for b in builds]
@@ -107,39 +108,47 @@ def proven(accepted: dict[str, Any]) -> str:
 
 @of_kept("static.json")
 def cards(accepted: dict[str, Any]) -> str:
-    """Return the table of each op's builds on each card, and of the runs that found it accurate there."""
+    """Return the table of each op's builds for each kind of card, and of the runs that found the op accurate on one."""
     runs, sources = runs_on_cards()
     rows = []
     for op, chips in in_bf16(accepted).items():
         cells = []
         for chip in CARDS:
-            builds, ran = chips.get(chip, []), runs.get((op, chip))
+            builds, ran = chips.get(chip, []), runs.get((op, chip), {})
             shared = max((b["shared"] for b in builds), default=0) / CHIPS[chip].shared_block
-            cell = f"{spilling(builds)}; {shared:.0%}" if builds else "not compiled"
-            cells.append(f"{cell}; **run {ran}**" if ran else cell)
+            state = ", ".join(f"run on {card}, {day}" for card, day in ran.items()) or "compiled only"
+            cell = f"{spilling(builds)}; {shared:.0%}; {state}"
+            cells.append(cell if builds else f"not compiled; {state}" if ran else "not compiled")
         rows.append([f"`{op}`", *cells])
 
-    head = ["op", *(f"{names} ({chip})" for chip, (names, _) in CARDS.items())]
+    head = ["op", *(f"{chip}: for {names}" for chip, (names, _) in CARDS.items())]
     notes = (
-        f"In bf16, Triton {accepted['triton']}, from `bench/static.json`: how many builds spill, and the",
-        "largest shared memory of a build, as a share of what a block may have on the card. In bold: the last day",
-        f"when `burnish bench` found the op accurate there, as it was then: {'; '.join(sources) or 'nowhere yet'}.",
-        "RTX 40, L4 and L40S are sm_89, which has the limits of sm_86. The builds are for sm_86.",
+        f"Builds in bf16, Triton {accepted['triton']}, from `bench/static.json`. A cell gives how many of the builds",
+        "spill registers, and the largest shared memory of a build as a share of a block's limit on the chip.",
+        '"compiled only" means that the op has passed no run on one of these cards. Otherwise the cell names the card',
+        "that ran, and the last day on which `burnish bench` found the op accurate there, as the op was on that day.",
+        f"Runs: {'; '.join(sources) or 'none yet'}.",
+        "RTX 40, L4 and L40S are sm_89, which has the limits of sm_86. Their builds are those for sm_86.",
     )
     return "\n".join(notes) + f"\n\n{markdown(head, rows)}"
 
 
-def runs_on_cards() -> tuple[dict[tuple[str, str], str], list[str]]:
-    """Return (op, chip) -> the last day on which the op was accurate there, and the results that show it."""
-    runs, sources = {}, []
+def runs_on_cards() -> tuple[dict[tuple[str, str], dict[str, str]], list[str]]:
+    """Return (op, chip) -> card -> the last day on which the op was accurate there, and the sources of the days."""
+    runs: dict[tuple[str, str], dict[str, str]] = {}
+    sources = []
     for path, result in newest_results().items():
         with reading(path):
             device = result["machine"]["device"]
-            chip = next((c for c, (_, name) in CARDS.items() if re.search(name, device)), None)
-            if chip is not None:
-                sources.append(f"{device} at commit {result['commit']}, `{path}`")
-                passed = [r for r in result["rows"] if r["provider"] == "burnish" and r["accurate"]]
-                runs |= {(row["case"].split("/")[0], chip): result["date"] for row in passed}
+            found = ((c, re.search(name, device)) for c, (_, name) in CARDS.items())
+            chip, card = next(((c, match[0]) for c, match in found if match), ("", ""))
+            if not chip:
+                continue
+            sources.append(f"{device} at commit {result['commit']}, `{path}`")
+            for row in result["rows"]:
+                if row["provider"] == "burnish" and row["accurate"]:
+                    days = runs.setdefault((row["case"].split("/")[0], chip), {})
+                    days[card] = max(days.get(card, ""), result["date"])
     return runs, sources
 
 
@@ -148,9 +157,10 @@ def runs_on_cards() -> tuple[dict[tuple[str, str], str], list[str]]:
 
 @of_kept("candidates.json")
 def candidates(accepted: dict[str, Any]) -> str:
-    """Return the table of the tiles of each entry.
+    """Return the table of candidate tiles, with a line for each entry of a tile table.
 
-    It has the best two by tune.py's ranking, the place of the shipped tile, and the fastest tile if they were timed.
+    A line has the best two tiles by tune.py's ranking, and the rank of the shipped tile. If `burnish bench tune` has
+    timed the candidates, the line has the fastest tile, too.
     """
     times, sources = times_of_tiles()
     rows = []
@@ -166,13 +176,15 @@ def candidates(accepted: dict[str, Any]) -> str:
         best_two = (cells + [""])[:2]
         rows.append([f"`{entry}`", width, chip, *best_two, f"{place + 1}: {cells[place]}", timed])
 
-    head = ["entry", "row", "chip", "first", "second", "shipped", "fastest, time over shipped"]
+    head = ["entry", "row", "chip", "first", "second", "shipped", "fastest candidate, time over shipped"]
     source = f"From `bench/candidates.json`, Triton {accepted['triton']}, bf16"
-    return f"{source}; timed on {', '.join(sources) or 'no GPU yet'}.\n\n{markdown(head, rows)}"
+    untimed = "`burnish bench tune` has not timed the candidates on a GPU yet"
+    timed = f"`burnish bench tune` has timed candidates on {', '.join(sources)}" if sources else untimed
+    return f"{source}. {timed}.\n\n{markdown(head, rows)}"
 
 
 def times_of_tiles() -> tuple[dict[str, dict[str, list[float]]], list[str]]:
-    """Return entry -> tile -> its time over the shipped tile's at each shape, and the sources of the times."""
+    """Return entry -> tile -> ratios of its times to the shipped tile's, and the GPUs and files of the times."""
     times: dict[str, dict[str, list[float]]] = {}
     sources = []
     for chip in CHIPS:
@@ -190,7 +202,7 @@ def times_of_tiles() -> tuple[dict[str, dict[str, list[float]]], list[str]]:
 
 
 def floors() -> str:
-    """Return the table of floors for the last benchmark shape of each case in bf16.
+    """Return the table of floors (least times) for the last benchmark shape of each case in bf16.
 
     A floor is bytes over bandwidth or operations over rate, whichever is longer.
     """

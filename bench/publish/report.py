@@ -2,8 +2,8 @@
 
     burnish bench report [--check] [--keep-r1 RUN] [--html FILE]
 
-No number in them is typed by hand. A Markdown file marks the place of a table, and everything between the marks is
-replaced:
+No number in these tables is typed by hand. A Markdown file marks the place of a table, and everything between the marks
+is replaced:
 
     <!-- generated: speed -->
     <!-- /generated -->
@@ -11,11 +11,11 @@ replaced:
 The sources of the parts are:
 
     speed, headlines     the newest benchmark file of each machine in bench/results
-    highlights           kept runs of several kinds, for README.md
+    highlights           runs of several kinds in bench/results, for README.md
     static               docs/data/static.csv, which is written from bench/static.json
     proven               bench/static.json
-    cards                bench/static.json, and what bench/results has of each card
-    candidates           bench/candidates.json, and kept runs of `burnish bench tune`
+    cards                bench/static.json, and the runs on each card in bench/results
+    candidates           bench/candidates.json, and runs of `burnish bench tune` in bench/results
     paths                the times of lora_linear's paths in bench/results
     floors               the registry's formulas on the datasheets of roofline.py
     pictures             docs/pictures, which are drawn from the same figures
@@ -92,7 +92,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
 
 
 def fill(text: str) -> str:
-    """Return the document with every generated part made again."""
+    """Return the text of a document, with new text between all marks."""
 
     def make(match: re.Match[str]) -> str:
         if match[2] not in SECTIONS:
@@ -112,7 +112,7 @@ def texts() -> dict[Path, str]:
 
 
 def stale() -> list[str]:
-    """Return the files that differ from their sources."""
+    """Return the generated files that differ from their sources."""
     late = [path for path, text in texts().items() if not path.exists() or path.read_text() != text]
     for picture in pictures():
         if not picture.path.exists() or picture.stamp not in picture.path.read_text():

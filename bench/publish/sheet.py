@@ -43,7 +43,7 @@ def matplotlib() -> Any:
 
 
 class Sheet:
-    """A figure that is WIDTH points wide and as high as its contents. `y` is the place below all of them."""
+    """A figure that is WIDTH points wide and as high as its contents. `y` is the height of the contents so far."""
 
     def __init__(self) -> None:
         self.library = matplotlib()
@@ -91,14 +91,14 @@ class Sheet:
         return list(words)
 
     def paragraph(self, words: str, x: float = MARGIN, size: float = BODY, **style: Any) -> None:
-        """Write words below everything on the sheet."""
+        """Write words at the lower end of the sheet, in as many lines as they need."""
         most = WIDTH - MARGIN - x
         for line in self.wrapped(words, most, size, style.get("weight", "normal")):
             self.text(x, self.y + 0.65 * size, line, size, **style)
             self.y += 1.35 * size
 
     def title(self, words: str, *below: str) -> None:
-        """Write a heading, and small lines below it."""
+        """Write a heading at the lower end of the sheet, and small lines below the heading."""
         self.paragraph(words, size=TITLE, weight="bold")
         for line in below:
             self.paragraph(line, size=SMALL)
@@ -132,7 +132,7 @@ class Axis(NamedTuple):
     logarithmic: bool = False
 
     def share(self, value: float) -> float:
-        """Return the place of a value between the two ends, from 0 to 1."""
+        """Return the position of a value on the axis: 0 at the low end, 1 at the high end."""
         low, high = self.low, self.high
         if self.logarithmic:
             low, high, value = math.log(low), math.log(high), math.log(value)
@@ -172,7 +172,7 @@ class Panel(NamedTuple):
 
 
 def spread(places: Sequence[float], gap: float, most: float) -> list[float]:
-    """Return ascending places, moved so that neighbours are at least `gap` apart and the last is at most `most`."""
+    """Return ascending positions, moved so that neighbours are `gap` apart or more, and the last is at most `most`."""
     moved = list(places)
     for i in range(1, len(moved)):
         moved[i] = max(moved[i], moved[i - 1] + gap)

@@ -1,4 +1,4 @@
-"""Helpers that make sections of documents from kept files. An error in a file becomes a message that names the file."""
+"""Helpers that make sections of documents from files of figures. A message about a wrong file names the file."""
 
 import re
 from collections.abc import Callable
@@ -12,7 +12,7 @@ NO_RUN = "No run is kept in `bench/results` yet.\n"
 
 
 def of_run(kind: str) -> Callable[[Callable[[str, dict[str, Any]], str]], Callable[[], str]]:
-    """Return a decorator. It turns a function of (path, result) into a section made from the newest run of a kind."""
+    """Return a decorator that calls a function of (path, result) with the newest run of a kind, to make a section."""
 
     def section(make: Callable[[str, dict[str, Any]], str]) -> Callable[[], str]:
         def made() -> str:
@@ -27,7 +27,7 @@ def of_run(kind: str) -> Callable[[Callable[[str, dict[str, Any]], str]], Callab
 
 
 def of_kept(name: str) -> Callable[[Callable[[dict[str, Any]], str]], Callable[[], str]]:
-    """Return a decorator. It turns a function of a file's contents into a section made from that file of bench/."""
+    """Return a decorator that calls a function with the contents of a file in bench/, to make a section."""
 
     def section(make: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
         def made() -> str:
@@ -42,7 +42,7 @@ def of_kept(name: str) -> Callable[[Callable[[dict[str, Any]], str]], Callable[[
 
 
 def of_machines(make: Callable[[str, dict[str, Any]], list[str]]) -> list[str]:
-    """Return the parts that make(path, result) returns for the newest results of each machine, in one list."""
+    """Call make(path, result) for the newest results of each machine. Return all returned parts in one list."""
     parts = []
     for path, result in newest_results().items():
         with reading(path):

@@ -23,12 +23,12 @@ def groups(result: dict[str, Any]) -> dict[tuple[str, str, str], Providers]:
 
 
 def accurate_peers(providers: Providers) -> Providers:
-    """Return the peers that pass the accuracy rule. A peer that computes something else is not compared."""
+    """Return the rows of the peers that pass the accuracy rule. Only these peers are compared with our op."""
     return {n: r for n, r in providers.items() if not n.startswith(("burnish", "eager")) and r["accurate"]}
 
 
 def inaccurate_peers(providers: Providers) -> Providers:
-    """Return the peers that were timed although they fail the accuracy rule."""
+    """Return the rows of the peers that were timed although they fail the accuracy rule."""
     return {
         n: r for n, r in providers.items() if not n.startswith(("burnish", "eager")) and not r["accurate"]
     }
@@ -45,6 +45,8 @@ def _speed(path: str, result: dict[str, Any]) -> list[str]:
         *("case", "shape", "pass", "burnish", "eager", "fastest peer", "speed-up over eager", "of roofline"),
         "MB ours / eager",
     )
+
+    # contestants without a cell in the table
     absent = [f"{what}: {why}" for what, why in result["absent"].items()]
     note = f"Not measured: {'; '.join(absent)}.\n" if absent else ""
     off = [

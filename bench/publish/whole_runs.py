@@ -1,4 +1,4 @@
-"""The tables of whole runs: trainers, rollouts, embedding, conformance and `burnish r1`."""
+"""The tables of runs other than those of single ops: trainers, rollouts, embedding, conformance and `burnish r1`."""
 
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def interval(ratio: float, ratios: list[float]) -> str:
 
 
 def rollouts() -> str:
-    """Return the tables of the newest runs of `burnish bench rollouts`: on a GPU, if there is one, and on a CPU."""
+    """Return the tables of `burnish bench rollouts`: the newest run on a GPU, then the newest run on a CPU."""
     runs = [run for kind in ("gpu-rollouts", "rollouts") if (run := newest_run(kind)) is not None]
     parts = []
     for path, result in runs:
@@ -119,7 +119,7 @@ def conformance(path: str, result: dict[str, Any]) -> str:
 
 @of_run("r1")
 def r1(path: str, result: dict[str, Any]) -> str:
-    """Return the table of the newest kept run of `burnish r1`."""
+    """Return the table of the newest run of `burnish r1` in bench/results."""
     rows = [
         [stage, *("" if value is None else f"{value:.1f}" for name, value in score.items() if name != "form")]
         for stage, score in result["scores"].items()

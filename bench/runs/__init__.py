@@ -1,1 +1,1 @@
-"""Whole runs: trainers, rollouts, several processes, and the conformance of any trainer."""
+"""Measurements of whole runs: trainers, generation, several processes, the tests of a GPU, and conformance."""

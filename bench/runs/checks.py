@@ -1,7 +1,8 @@
-"""Checks of the invariants that all trainers of language models share, on the callables of an adapter.
+"""Checks of the invariants that all trainers of language models share.
 
-Each check asserts one statement. The truth is a plain log-softmax of each sequence alone, computed by Burnish's model.
-tests/model compares the logits of that model with transformers'.
+A check calls one function of a `Trainer`, which a user's file returns (bench/conformance.py), and asserts one
+statement. Expected values come from a plain log-softmax of each sequence alone, computed by Burnish's model.
+tests/model compares the logits of this model with transformers'.
 """
 
 import math
@@ -25,9 +26,9 @@ from ..conformance import EOS, KL, PAD, VOCABULARY, Batch, Row, Step, Toy, Train
 
 
 class Check(NamedTuple):
-    """A check: the callable of the adapter that it needs, the statement, and the function that asserts it."""
+    """A check: the name of the `Trainer` field that it calls, the statement, and the function that asserts it."""
 
-    needs: str  # name of the adapter's callable
+    needs: str  # name of the field of `Trainer`
     statement: str
     run: Callable[..., None]  # (callable, toy, trainer); AssertionError where the statement does not hold
 
@@ -77,7 +78,7 @@ def make_toy(folder: Path) -> Toy:
 
 
 def make_rows(lengths: list[tuple[int, ...]], *columns: str) -> list[Row]:
-    """Return rows of random words. `lengths` gives the number of words of each column in each row."""
+    """Return rows of random words. `lengths` has a tuple for each row, with the number of words of each column."""
     draw = random.Random(0)
     # answers begin with a blank, which does not change the ids
     blank = lambda column: "" if column == "prompt" else " "
@@ -105,7 +106,7 @@ def logprobs(toy: Toy, prompt: list[int], completion: list[int]) -> Tensor:
 
 
 def nll(toy: Toy, sequences: list[tuple[list[int], list[int]]]) -> float:
-    """Return -sum log p / N over the N tokens of all completions."""
+    """Return the mean of -log p over all tokens of all completions. sequences: (prompt ids, completion ids)."""
     terms = torch.cat([logprobs(toy, *sequence) for sequence in sequences])
     return -terms.mean().item()
 
@@ -115,10 +116,7 @@ def with_end(row: Row) -> tuple[list[int], list[int]]:
 
 
 def same(found: float | Tensor, expected: float | Tensor, what: str, rtol: float = 1e-5) -> None:
-    """Assert that two values agree.
-
-    The largest difference may be rtol times the largest expected magnitude, plus 1e-6.
-    """
+    """Assert that two values agree: they differ by at most 1e-6 plus rtol times the largest expected magnitude."""
     found, expected = torch.as_tensor(found), torch.as_tensor(expected)
     assert found.shape == expected.shape, f"{what}: shape {tuple(found.shape)}, not {tuple(expected.shape)}"
     difference = (found - expected).abs().max().item()
@@ -263,7 +261,7 @@ def sampler_support(rollout, toy: Toy, _) -> None:
 
 
 def policy_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return random logprob (B, T), old_logprob (B, T), advantage (B,) and mask (B, T)."""
+    """Return random arguments of a policy loss: logprob (B, T), old_logprob (B, T), advantage (B,) and mask (B, T)."""
     generator = torch.Generator().manual_seed(0)
     mask = torch.arange(7) < torch.tensor([5, 2, 7, 1])[:, None]
     logprob = -torch.randn(4, 7, generator=generator).abs()

@@ -1,9 +1,10 @@
-"""Invariants that all trainers of language models share, checked on any trainer through a small adapter.
+"""Invariants that all trainers of language models share, checked on any trainer.
 
     burnish bench conformance FILE.py:adapter [FILE.py:adapter ...] [--keep]
 
-An adapter returns a `Trainer` of bench/conformance.py, and checks.py has the checks. The outcome of a check is "holds",
-"does not hold" with the finding, or "not applicable" if the trainer has nothing that the check is about.
+FILE.py is written by the user. Its function after the colon returns a `Trainer` of bench/conformance.py, which connects
+the trainer to the checks of checks.py. The outcome of a check is "holds", "does not hold" with the finding, or "not
+applicable" if the trainer lacks the checked feature.
 """
 
 import tempfile
@@ -36,7 +37,7 @@ class Outcome(NamedTuple):
 
 
 def outcome(name: str, trainer: Trainer, toy: Toy) -> Outcome:
-    """Run one of CHECKS, and return its outcome."""
+    """Run the named check, and return its outcome."""
     needs, _, function = CHECKS[name]
     subject = getattr(trainer, needs)
     if subject is None:

@@ -1,12 +1,13 @@
 """The workers that run the tests of a GPU: how tests are handed out, and how failed workers are replaced.
 
-A worker gets one test at a time, and answers with its end. If a worker dies or does not answer, its test fails with the
-worker's last output, and the worker is replaced. A worker is also replaced if the device no longer answers after its
-test, as after an illegal access. Otherwise every later test in that process would fail.
+A worker gets one test at a time, and answers with the outcome of the test. If a worker dies or does not answer, its
+test fails with the worker's last output, and the worker is replaced. A worker is also replaced if the device no longer
+answers after its test, as after an illegal access. Otherwise every later test in that process would fail.
 
-The first tests are one shape of each op in bf16, then one shape of each Case and the shipped tiles, then all others.
-Among waiting tests of equal rank, the next is of the op that has used the least time for its weight. So each op has its
-share of the budget. Tests that remain when the time is over are listed as not reached.
+Tests run in waves: first one shape of each op in bf16, then one shape of each Case and the shipped tiles, then all
+others. WEIGHTS divides the time between the ops: an op of weight 2 gets twice the time of an op of weight 1. Within a
+wave, the next test is of the op that has used the smallest part of its share. Tests that remain when the time is over
+are listed as not reached.
 """
 
 import math
@@ -27,7 +28,7 @@ from ..record import ROOT
 from .verdict import Verdict
 from .worker import DETAIL, LOST, End, Test
 
-# by kernel file; lower for code that has run on a GPU before
+# relative shares of the time, by kernel file; lower for code that has run on a GPU before
 WEIGHTS = {
     "attention": 3,
     "divergence": 2,
@@ -57,7 +58,7 @@ TRACE = 1000  # first characters of the interpreter's own trace
 class Worker:
     """A pytest process and its current test.
 
-    The process leads a session, so that all processes that it starts are ended with it.
+    The process leads a session of the operating system, so that its child processes can be killed together with it.
     """
 
     def __init__(self, log: Path, chip: str | None, arguments: list[str]):
@@ -91,7 +92,7 @@ class Worker:
         return time.monotonic() - self.begun
 
     def said(self) -> str:
-        """Return the worker's output since it began, starting at the interpreter's fatal error if there is one."""
+        """Return the worker's output since its current test began, or only a fatal error of the Python interpreter."""
         with self.log.open("rb") as log:
             log.seek(self.logged)
             text = log.read().decode(errors="replace")
@@ -105,8 +106,8 @@ class Worker:
     def died(self, asking: bool, end: float) -> str:
         """Return how the process ended, as "signal SIGSEGV" or "status 1".
 
-        asking: abort the process first, so that a hanging process prints where it hangs. The wait ends at `end` at the
-        latest.
+        asking: abort the process first, so that a hanging process prints where it hangs. The process has a few seconds
+        to end, but only until the time `end`.
         """
         if asking:
             self.process.send_signal(signal.SIGABRT)
@@ -122,17 +123,17 @@ def kill(process: subprocess.Popen[Any]) -> None:
 
 
 def end_all(process: subprocess.Popen[Any]) -> None:
-    """Kill a process that leads a session, and all processes that it started. Wait at most a second for its end."""
+    """Kill a process and all processes of the session that it leads. Wait at most a second until it has ended."""
     kill(process)
     with suppress(subprocess.TimeoutExpired):
         process.wait(1)
 
 
-# ---- their order
+# ---- the order of the tests
 
 
 class Plan:
-    """The order of tests: by wave, and then from the op that has used the least time for its weight."""
+    """The order of tests: by wave, and within a wave from the op with the least seconds used, divided by its weight."""
 
     def __init__(self, tests: list[Test]):
         self.waiting: dict[str, list[Test]] = {}
@@ -141,7 +142,7 @@ class Plan:
         self.spent: dict[str, float] = defaultdict(float)  # seconds of workers, by op
 
     def take(self, running: list[tuple[str, float]]) -> Test | None:
-        """Return the next test. running: the op of each running test, and its seconds so far."""
+        """Remove and return the next test. running: (op, seconds so far) of each test that runs now."""
         order = [*WEIGHTS, *self.waiting]
         spent = self.spent.copy()
         for op, seconds in running:
@@ -154,13 +155,14 @@ class Plan:
         return None if op is None else self.waiting[op].pop(0)
 
 
-# ---- all of them
+# ---- all workers
 
 
 class Crew:
     """All workers of a run.
 
-    arguments: for pytest. patience: seconds for one test. chip: compile for this chip, and launch nothing.
+    chip: if given, tests compile their kernels for this chip, and run nothing. arguments: the arguments of pytest.
+    patience: the time limit of one test in seconds.
     """
 
     def __init__(
@@ -206,7 +208,7 @@ class Crew:
 
     @property
     def waiting(self) -> dict[str, list[Test]]:
-        """Return the tests that no worker has got yet, by op."""
+        """Return op -> the tests that no worker has got yet."""
         return {} if self.plan is None else self.plan.waiting
 
     def lacks_workers(self) -> bool:
@@ -215,9 +217,9 @@ class Crew:
         return sum(w.test is None for w in self.workers) < sum(map(len, self.waiting.values()))
 
     def hear(self, worker: Worker) -> None:
-        """Read a worker's message: first its collected tests, later the end of its test.
+        """Read a worker's message. The first message has the collected tests, a later message the outcome of a test.
 
-        A closed pipe means that the worker died.
+        If the pipe is closed, the worker has died.
         """
         try:
             message = worker.pipe.recv()
@@ -261,7 +263,7 @@ class Crew:
         worker.test = None
 
     def bury(self, worker: Worker, why: str, asking: bool) -> None:
-        """Record the failure of a dead or hanging worker's test, or of its start, and dismiss the worker."""
+        """Record a failure for the test of a dead or hanging worker, or for its start, and remove the worker."""
         how = worker.died(asking, self.end)
         end = End("failed", f"{why}: {how}", worker.said())
         if worker.test is not None:

@@ -8,7 +8,7 @@ includes the gradients that remain. "labels" is the loss that the model's own fo
 TRL's trainers put on the model, called as its SFT trainer calls it. `counted` gives the bytes that follow from the
 shapes.
 
-It needs transformers and trl in the same Python as Burnish: `make test-embed` makes such an environment.
+The command needs transformers and trl in the same Python as Burnish: `make test-embed` makes such an environment.
 """
 
 import importlib
@@ -41,17 +41,19 @@ class Config:
 
 
 def counted(embedded: bool, trained: int) -> dict[str, int]:
-    """Return the bytes of one step by the shapes: the peak of the head without gradients, and all gradients.
+    """Return the bytes of one step that follow from the shapes: the head's peak without gradients, and all gradients.
 
-    labels: the logits, their log-softmax (which is saved), and its gradient. TRL: a tile of 4096 tokens by 32,768
-    words, which holds all logits here, and two more such tiles while a CPU computes the statistics. Ours: a budget.
+    Without our ops, the head holds three tensors as large as the logits. For the loss "labels", these are the logits,
+    their log-softmax (which is saved), and its gradient. TRL works in tiles of 4096 tokens by 32,768 words. Here one
+    tile holds all logits, and a CPU needs two more while it computes statistics. With our ops, the head's peak is its
+    memory budget.
     """
     logits = 4 * VOCABULARY * ROWS * LENGTH
     return {"head": CPU_BUDGET if embedded else 3 * logits, "gradients": 4 * trained}
 
 
 def step(loss: str, embedded: bool) -> dict[str, float]:
-    """Return the figures of one step in this process, after a first step on few tokens."""
+    """Return the figures of one step in this process. A first step, not measured, loads imports and workspaces."""
     transformers = importlib.import_module("transformers")
     from ...model import embed
 

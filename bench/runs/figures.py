@@ -1,4 +1,4 @@
-"""The output of a whole run's figures, to the files that --keep and --json FILE name."""
+"""The output of a run's figures: to bench/results with --keep, and to FILE with --json FILE."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from ..flags import spelled
 
 
 def write_figures(command: str, cfg: Any, *, kind: str = "", **figures: Any) -> None:
-    """Write figures, with their date, commit and command line, to the files that --keep and --json name.
+    """Write figures with the date, the commit and the command line: to bench/results if cfg.keep, and to cfg.json.
 
     kind: the first word of the file <kind>-<date>.json in bench/results, if it differs from the command's name.
     """

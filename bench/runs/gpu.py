@@ -1,4 +1,4 @@
-"""Everything that needs a GPU (compiled tests, times, tiles) within a time limit, with a verdict in any case.
+"""Everything that needs a GPU (compiled tests, times, tiles) within a time limit.
 
     burnish bench gpu [--seconds S] [--steps tests bench tune] [--commit COMMIT] [-- ARGUMENT ...]
     burnish bench gpu --rehearse CHIP [...]       without a GPU: the accuracy tests compile, and run nothing
@@ -7,10 +7,11 @@ ARGUMENT is for pytest, and selects tests. The default is tests/kernels and the 
 
 The steps are:
 
-    tests    compiled tests in worker processes, which crew.py manages; the end of each is printed and kept
-    bench    the benchmark with its peers, ops without times first, then the table of lora_linear's paths;
-             a process that dies is started again
-    tune     the times of the candidate tiles
+    tests    run the tests with compiled kernels, in worker processes that crew.py manages; print the outcome of
+             each test, and write all outcomes to a file as they come
+    bench    run the benchmark with its peers (other libraries), beginning with the ops that have no times yet; start
+             it again if its process dies; then write the table of lora_linear's paths
+    tune     time the candidate tiles
 
 Each step ends at its share of the time. Time that a step does not use is left to the later steps.
 
@@ -89,9 +90,9 @@ def test(cfg: Config, end: float, verdict: Verdict) -> int:
 
 
 def run_watched(words: list[str], end: float, written: Path | None = None) -> int | None:
-    """Run a command, and return its exit status, or None if it was killed.
+    """Run a Python command, and return its exit status, or None if it was killed.
 
-    It is killed at `end`, or when the file `written` has not changed for too long.
+    The command is killed at the time `end`, or if it has not changed the file `written` for twice PATIENCE.
     """
     print(f"\n$ {shlex.join(['python', *words])}", flush=True)
     begun = time.time()
@@ -210,7 +211,7 @@ def step_ends(steps: Sequence[Step], begun: float, seconds: float) -> Iterator[t
 
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """Make SIGTERM end the block like an exit, so that the processes that it has started are ended, too."""
+    """Make SIGTERM raise SystemExit in the `with` block, so that the block ends the processes that it has started."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         yield

@@ -1,4 +1,4 @@
-"""One measurement in its own process, for `scale` and `embedding`. It prints its figures as JSON.
+"""A process that makes one measurement of `scale` or `embedding`, and prints the figures as JSON.
 
 python -m burnish.bench.runs.process scale MODE
 python -m burnish.bench.runs.process embedding LOSS EMBEDDED
@@ -17,8 +17,8 @@ def figures_of(
 ) -> dict[str, Any]:
     """Return the figures that a new process prints. Raises RuntimeError if the process fails.
 
-    words: the command's name, then the arguments of its `in_process`. launcher: arguments of Python that come before
-    them, for example those of torchrun.
+    words: "scale" or "embedding", then the arguments of `in_process` in that module. launcher: arguments of Python that
+    come before this module, for example to start it by torchrun.
     """
     command = [sys.executable, *launcher, "-m", __name__, *words]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

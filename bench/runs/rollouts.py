@@ -11,8 +11,8 @@ time. A ratio is taken from one pair of runs, and the median of the ratios is ke
                       CPU: 32 at a time                            GPU: 64 at a time
     ragged prompts    32 prompts of 16 to 256 tokens,              64 of 64 to 1,024,
                       64 new tokens each                           128 new tokens each
-    ragged answers    64 of the same; answers end at one of        128 of the same; after 96 of 256
-                      a few ids, on average after 40 of 128
+    ragged answers    64 of the same; answers end at one of        128 of the same; answers end
+                      a few ids, on average after 40 of 128        on average after 96 of 256
     groups            4 prompts of 192 to 256 tokens, 8 samples    8 of 512 to 1,024,
                       of 64 tokens for each                        8 samples of 128
 
@@ -54,7 +54,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Work:
-    """A kind of work: the number and length of prompts, the samples of each, and the length of answers."""
+    """A kind of work: the number and length of prompts, the samples of each prompt, and the length of answers."""
 
     name: str
     prompts: int
@@ -79,7 +79,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Setting:
-    """The measurements on one kind of device."""
+    """The model, the kinds of work and the batch size that are measured on a CPU or on a GPU."""
 
     kind: str  # first word of the file's name in bench/results
     model: str
@@ -174,7 +174,7 @@ def theirs(model: Any, work: Work, greedy: bool) -> list[list[int]]:
 
 
 def until(tokens: list[int], stops: list[int]) -> list[int]:
-    """Return the tokens up to and including the first stop id."""
+    """Return the tokens up to and including the first stop id, or all tokens if there is no stop id."""
     ends = [i + 1 for i, token in enumerate(tokens) if token in stops]
     return tokens[: ends[0]] if ends else tokens
 

@@ -1,4 +1,4 @@
-"""Memory of each process in a training step of one or several processes: by the calculator, and measured.
+"""Memory of each process in a training step of one or several processes: predicted by model/memory.py, and measured.
 
     burnish bench scale [--processes 2]
 
@@ -49,9 +49,9 @@ class Config:
 
 
 def step(mode: str) -> dict[str, float]:
-    """Run two steps, the first on few tokens. Return the memory of the second and its loss.
+    """Run two training steps, and return the second step's memory in bytes and its loss.
 
-    The memory is in bytes, of the process that has most.
+    The first step, on few tokens, creates the optimizer's state. Each figure of memory is the largest of all processes.
     """
     torch.set_num_threads(1)
     lora, base_4bit = MODES[mode]
@@ -99,7 +99,7 @@ def step(mode: str) -> dict[str, float]:
 
 
 def counted(mode: str, several: int) -> dict[str, int]:
-    """Return the bytes that the calculator predicts for the same step: held, and growth."""
+    """Return the held bytes and the growth that model/memory.py predicts for the second step."""
     lora, base_4bit = MODES[mode]
     tokens = min(ROWS_AT_ONCE, -(-ROWS // several)) * LENGTH
     memory = training_memory(SHAPE, lora, base_4bit, tokens, torch.float32, several)
@@ -120,7 +120,7 @@ def in_process(mode: str) -> dict[str, float]:
 
 
 def measure(most: int) -> dict[tuple[str, int], dict[str, float]]:
-    """Return the figures of one process and of `most` processes, by (mode, number of processes)."""
+    """Return (mode, number of processes) -> figures, for one process and for `most` processes."""
     # return freed memory to the system at once, because the peak could hide in memory that stayed resident
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     found = {}

@@ -5,7 +5,7 @@
 Each measurement is a process of its own, ours and TRL's in turn (A B A B), so that neither warms the other's memory.
 The process is a fork of this one, which has imported both and has run nothing. The model has 4 layers of width 256 and
 4,096 words. An epoch is one batch. So each step trains the same rows on both sides, and the losses can be compared step
-by step. A step is timed from the end of the step before it, and the first two are left out. CPU time is that of the
+by step. A step is timed from the end of the step before it. The first two steps are left out. CPU time is that of the
 whole run, and does not depend on other work on the machine. Growth is the peak of resident memory beyond the memory of
 the process after its imports.
 
@@ -72,7 +72,7 @@ class Config:
     keep: bool = False  # keep the figures in bench/results, under their usual name
 
 
-# ---- what both train
+# ---- the model and the rows
 
 
 def write_model(folder: Path, **changes: Any) -> None:
@@ -111,7 +111,7 @@ def write_rows(file: Path, task: str) -> None:
 
 
 def even_words(completion_ids: list[list[int]], **_: object) -> list[float]:
-    """Return a reward for each completion that is cheap to compute: its share of even ids."""
+    """Return the share of even ids in each completion, a reward that is cheap to compute."""
     return [sum(i % 2 == 0 for i in ids) / max(1, len(ids)) for ids in completion_ids]
 
 
@@ -240,14 +240,14 @@ def import_both() -> None:
 
 
 def resident(name: str) -> int:
-    """Return VmRSS or VmHWM of this process in bytes. Source: proc(5)."""
+    """Return VmRSS (resident memory) or VmHWM (its peak) of this process in bytes. Source: proc(5)."""
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return 1024 * int(found[1])
 
 
 def worker(side: str, task: str, folder: Path) -> dict[str, Any]:
-    """Train once with one side. Return its tokens per second, its memory growth and its losses."""
+    """Train once with "burnish" or "trl". Return tokens per second, memory growth and losses."""
     run = {"burnish": train_burnish, "trl": train_trl}[side](task, folder)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before, started = resident("VmRSS"), time.process_time()
@@ -284,7 +284,7 @@ def forked(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def count_tokens(task: str, folder: Path) -> int:
-    """Return the number of tokens that both sides train: prompts, answers, and an end token after each answer."""
+    """Return the number of tokens of one step of SFT or DPO: prompts, answers, and an end token after each answer."""
     rows = [json.loads(line) for line in (folder / f"{task}.jsonl").read_text().splitlines()]
     if task == "sft":
         return sum(len((row["prompt"] + row["completion"]).split()) + 1 for row in rows)
@@ -296,7 +296,7 @@ def count_tokens(task: str, folder: Path) -> int:
 
 
 def import_seconds(side: str, task: str) -> float:
-    """Return the CPU seconds of a fresh process that imports one side's trainer, torch included."""
+    """Return the CPU seconds in which a new process imports a trainer of "burnish" or "trl", torch included."""
     theirs = f"from trl import {TRAINERS[task]}Trainer"
     code = f"import burnish.algorithms.{task}" if side == "burnish" else theirs
     before = os.times()
@@ -306,7 +306,7 @@ def import_seconds(side: str, task: str) -> float:
 
 
 def measure(task: str, rounds: int) -> dict[str, Any]:
-    """Run both sides in turn. Return medians over the rounds, and the largest difference between their losses."""
+    """Run both sides in turn. Return medians over the rounds and, except for GRPO, how far the two losses differ."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder / "model")
@@ -338,7 +338,7 @@ def measure(task: str, rounds: int) -> dict[str, Any]:
 
 
 def summary(row: dict[str, Any]) -> str:
-    """Return the printed line of a task's figures."""
+    """Return a line of text with the figures of a task."""
     ours, theirs = row["burnish"], row["trl"]
     differ = f", losses differ by {row['loss_difference']:.1e}" if "loss_difference" in row else ""
     return (

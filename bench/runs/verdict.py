@@ -1,4 +1,4 @@
-"""The verdict on the tests of a GPU: which tests of each op passed, failed or were not reached, written as it grows."""
+"""The outcomes of the tests on a GPU, by op: passed, skipped, failed or not reached. They are written to a file."""
 
 import json
 import time
@@ -18,7 +18,7 @@ def number(tests: int | list[Any]) -> int:
 
 @dataclass
 class Verdict:
-    """The outcomes of tests by op. path: the file that keeps them. facts: facts of the run, written with them."""
+    """The outcomes of tests by op. path: the file for the outcomes. facts: facts about the run, written to it, too."""
 
     path: Path | None
     facts: dict[str, Any]
@@ -44,7 +44,7 @@ class Verdict:
             print(f"          {end.why}", flush=True)
 
     def write(self, waiting: dict[str, list[Test]]) -> None:
-        """Write the verdict to its file. waiting: the tests that were not reached yet, by op."""
+        """Write the outcomes to the file. waiting: op -> the tests that were not reached yet."""
         for op, tests in waiting.items():
             self.of(op)["not_reached"] = [test.name for test in tests]
         if self.path:

@@ -1,7 +1,7 @@
 """A worker process for bench/runs/gpu.py: it collects the tests once, then runs the tests that its parent names.
 
-It reports how each test ended. Before pytest starts, it imports only the standard library. So a broken import breaks
-the collection, and is reported.
+The worker reports how each test ended. Before pytest starts, the worker imports only the standard library. So a broken
+import elsewhere in Burnish fails while pytest collects the tests, and is reported to the parent.
 """
 
 import os
@@ -18,11 +18,11 @@ LOST = "the device is lost"
 
 
 class Test(NamedTuple):
-    """A test, its op, and its wave in the order of tests."""
+    """A test, its op, and its wave: a number by which the tests are ordered."""
 
     name: str  # pytest's node id
     op: str  # its file in kernels/, or the subject of its test file
-    wave: int  # 0 and 1: before all others
+    wave: int  # 0 and 1 run before all others
 
 
 class End(NamedTuple):
@@ -38,7 +38,7 @@ def first_line(text: str) -> str:
 
 
 def placed(item: Any) -> Test:
-    """Return the Test of a pytest item. Its Case, if it has one, decides its op and its wave."""
+    """Return the Test of a pytest item. The op and the wave follow from the item's Case, or else from its file."""
     parameters: dict[str, Any] = item.callspec.params if hasattr(item, "callspec") else {}
     case: Any = parameters.get("case")
     dtype = str(parameters.get("dtype", ""))
@@ -115,7 +115,7 @@ class Plugin:
 
 
 def serve(number: int) -> None:
-    """Collect the tests, then run each test that the parent names, until the parent goes or ends this process.
+    """Collect the tests, then run each test that the parent process names, until the pipe is closed.
 
     number: the file descriptor of this process's end of the pipe.
     """

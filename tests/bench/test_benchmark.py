@@ -212,11 +212,20 @@ def test_a_note_hides_no_verdict(capsys):
     ours = {"provider": "burnish", "note": "", "accurate": True, "pass": "forward", "floor_us": 1.0}
     ours |= {"binds": "bytes", "device_us": [1, 2, 3], "eager_us": None, "ratio": None}
     ours |= {"share": 0.5, "memory_bytes": 0, "compile_s": 0}
-    print_rows([ours, ours | {"provider": "peer", "note": "no graph", "accurate": False}])
-    assert [x.strip() for x in capsys.readouterr().out.splitlines()[-2:]] == [
-        "no graph",
-        "outside the accuracy rule",
-    ]
+    print_rows([ours, ours | {"provider": "peer", "note": "no graph", "accurate": False}], "cuda")
+    out = capsys.readouterr().out
+    assert [x.strip() for x in out.splitlines()[-2:]] == ["no graph", "outside the accuracy rule"]
+    assert "plain torch" not in out
+
+
+def test_a_table_of_a_cpu_says_that_our_op_is_plain_torch(capsys):
+    """Its one column of times is not named like the contestant eager."""
+    assert main(Config(ops=("swiglu",), dtype="fp32", forward_only=True)) == 0
+    lines = [x.strip() for x in capsys.readouterr().out.splitlines()]
+    on_cpu = not torch.cuda.is_available()
+    assert sum(line.startswith("burnish (plain torch on a CPU, no Triton) ") for line in lines) == 2 * on_cpu
+    (head, *_) = [line.split("  ") for line in lines if line.startswith("provider")]
+    assert "host us" in map(str.strip, head) and not any("eager" in name for name in head)
 
 
 def test_a_shape_that_breaks_is_red_and_the_others_are_timed(monkeypatch: pytest.MonkeyPatch, tmp_path):

@@ -11,7 +11,7 @@ from burnish.bench.cases.case import label
 from burnish.bench.cases.registry import CASES
 from burnish.bench.cases.shapes import letters
 from burnish.bench.ops.chosen import chosen, expected, left_out, read_shape, shaped
-from burnish.bench.ops.listing import listing
+from burnish.bench.ops.listing import details, listing
 from burnish.bench.ops.speed import Config, check, main, shapes_of
 from burnish.kernels._chip import INTERPRET
 from burnish.model.errors import InputError
@@ -149,10 +149,25 @@ def test_the_list_names_every_case_and_details_every_argument(capsys):
     details = listing(CASES, ["rms_norm/hidden"], "cpu")
     assert all(word in details for word in ("x", "weight", "gradient", "(B, T, C)", "--peers: torch.compile"))
     assert "burnish.kernels.rms_norm(x, weight, eps=1e-06, *, unit_offset=False)" in details
-    assert "bottom-right aligned" in listing(
+    assert "so the last query sees the last key" in listing(
         CASES, ["flash_attention/causal"], "cpu"
     )  # the op's own docstring
     assert listing(CASES, ["rms_norm"], "cpu").count("your function is called") == 3
+
+
+@pytest.mark.parametrize(
+    "name, meanings",
+    [
+        ("swiglu", "B: batch; T: tokens; F: feed-forward size"),
+        ("rms_norm/heads", "B: batch; T: tokens; H: heads; D: head dimension"),
+        ("quantize_nf4", "C: input features; F: output features"),
+    ],
+)
+def test_the_list_explains_the_letters_of_an_op(name, meanings):
+    assert meanings in listing(CASES, [name], "cpu").splitlines()
+    for case in CASES:
+        (line,) = [x for x in details(case).splitlines() if x.startswith(f"{letters(case)[0]}: ")]
+        assert [x.split(": ")[0] for x in line.split("; ")] == list(letters(case))
 
 
 @pytest.mark.parametrize(

@@ -122,20 +122,36 @@ def test_each_op_says_what_is_proven_of_it_on_each_card(results):
     builds = {"swiglu/case | T=1 | bf16 | sm_90": [half], "geglu/case | T=1 | bf16 | sm_80": [BUILD]}
     keep_builds(builds)
     absent = "not compiled"
-    assert f"| `swiglu` | {absent} | {absent} | 1 of 1; 50% | {absent} |" in proofs.cards()
-    assert f"| `geglu` | 0 of 1; 0% | {absent} |" in proofs.cards()
-    assert "found the op accurate there, as it was then: nowhere yet" in proofs.cards()
+    assert f"| `swiglu` | {absent} | {absent} | 1 of 1; 50%; compiled only | {absent} |" in proofs.cards()
+    assert f"| `geglu` | 0 of 1; 0%; compiled only | {absent} |" in proofs.cards()
+    assert "Runs: none yet." in proofs.cards()
 
-    for name, chip in (("NVIDIA H200", "sm_90"), ("NVIDIA A100-SXM4-80GB", "sm_80"), ("NVIDIA A10", "sm_86")):
+    for name, chip, card in (
+        ("NVIDIA H200", "sm_90", "H200"),
+        ("NVIDIA A100-SXM4-80GB", "sm_80", "A100"),
+        ("NVIDIA A10", "sm_86", "A10"),
+    ):
         path = record.RESULTS / "gpu-2026-01-02.json"
         result = json.loads(path.read_text())
         result["machine"]["device"] = name
         record.write_whole(path, json.dumps(result))
         (swiglu,) = [text for text in proofs.cards().splitlines() if text.startswith("| `swiglu`")]
-        cells = swiglu.split(" | ")[1:]
-        assert [c for c, cell in zip(proofs.CARDS, cells, strict=True) if "**run 2026-01-02**" in cell] == [
-            chip
-        ]
+        cells = dict(zip(proofs.CARDS, swiglu.removesuffix(" |").split(" | ")[1:], strict=True))
+        ran = {c: cell for c, cell in cells.items() if "run on" in cell}
+        built = "1 of 1; 50%" if chip == "sm_90" else absent
+        assert ran == {chip: f"{built}; run on {card}, 2026-01-02"}
+        assert cells["sm_90"].endswith("compiled only") == (chip != "sm_90")
+
+
+def test_candidates_name_the_command_that_times_them(results):
+    record.write_whole(record.ROOT / "bench" / "candidates.json", json.dumps({"triton": "3", "entries": {}}))
+    untimed = "`burnish bench tune` has not timed the candidates on a GPU yet."
+    assert proofs.candidates().startswith(f"From `bench/candidates.json`, Triton 3, bf16. {untimed}\n")
+
+    run = {"machine": {"device": "NVIDIA H100"}, "rows": []}
+    record.write_whole(record.RESULTS / "tune-sm_90-2026-01-02.json", json.dumps({"kind": "tune"} | run))
+    timed = "`burnish bench tune` has timed candidates on NVIDIA H100 from `bench/results/tune-sm_90-2026-01-02.json`."
+    assert timed in proofs.candidates()
 
 
 def test_a_run_of_r1_is_kept_quoted_and_drawn(results, tmp_path, monkeypatch: pytest.MonkeyPatch):
