@@ -81,10 +81,10 @@ def peak_growth(work: Callable[[], Any], device: str) -> int:
         work()
     results: Any = profile.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess]
     events = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
-    held = peak = 0
+    live = peak = 0
     for _, nbytes in events:
-        held += nbytes
-        peak = max(peak, held)
+        live += nbytes
+        peak = max(peak, live)
     return peak
 
 

@@ -73,9 +73,9 @@ def compare(first: Path, second: Path, fail_above: float | None) -> int:
     if not changes:
         raise InputError(f"--compare: {first} and {second} have no case, shape, dtype and provider in common")
     print_changes(changes)
-    for path, mine, other in ((first, *tables), (second, *tables[::-1])):
-        if alone := mine.keys() - other.keys():
-            print(f"only in {path}: {len(alone)} of its {len(mine)} rows")
+    for path, rows, other in ((first, *tables), (second, *tables[::-1])):
+        if alone := rows.keys() - other.keys():
+            print(f"only in {path}: {len(alone)} of its {len(rows)} rows")
     return verdict(changes, fail_above, complaints(results[1]))
 
 

@@ -80,13 +80,13 @@ def choose(times: Times) -> str:
     better = [
         path
         for path in PATHS
-        if (mine := times.get(provider(path))) and all(_faster(mine, rival) for rival in rivals)
+        if (own := times.get(provider(path))) and all(_faster(own, rival) for rival in rivals)
     ]
     return min(better, key=lambda path: times[provider(path)][record.PASSES[1]][1], default="cublas")
 
 
-def _faster(mine: dict[str, list[float]], rival: dict[str, list[float]]) -> bool:
-    return all(mine[which][2] < rival[which][0] for which in record.PASSES)
+def _faster(own: dict[str, list[float]], rival: dict[str, list[float]]) -> bool:
+    return all(own[which][2] < rival[which][0] for which in record.PASSES)
 
 
 def module() -> str:

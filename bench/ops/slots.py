@@ -31,7 +31,7 @@ class Slot:
     module: str
     kernel: str  # its name in the module
     cases: tuple[str, ...]  # names of the Cases that use the tile
-    held: int  # the side (0 or 1) that stays on the chip while the kernel loops over the other
+    resident: int  # the side (0 or 1) that stays on the chip while the kernel loops over the other
     grid: Callable[["Slot", str, int], Iterator[Tile]]  # (slot, chip, row of the table) -> candidates
     shipped: Callable[["Slot", str, int], Tile]
     placed: Callable[["Slot", Tile], AbstractContextManager[None]]  # a context in which the op uses this tile
@@ -55,15 +55,17 @@ def _attention_grid(slot: Slot, chip: str, width: int) -> Iterator[Tile]:
 
     The operands of a tile must fit in shared memory, and its accumulators and scores in registers.
     """
-    # numbers of [held, D] accumulators, and of [held, walked] scores; as many [held, D] operands as scores
+    # numbers of [resident, D] accumulators, and of [resident, walked] scores; as many [resident, D] operands as scores
     accumulators, scores = {"_flash_fwd": (1, 1), "_flash_dq": (1, 2), "_flash_dkdv": (2, 2)}[slot.kernel]
-    for held in (64, 128):
+    for resident in (64, 128):
         for walked in (32, 64, 128) if width < 256 else (16, 32, 64):
             for warps in (4, 8):
-                numbers = (accumulators * held * width + scores * held * walked) / (32 * warps)  # per thread
-                shared = 2 * width * (held * scores + 4 * walked)
+                numbers = (accumulators * resident * width + scores * resident * walked) / (
+                    32 * warps
+                )  # per thread
+                shared = 2 * width * (resident * scores + 4 * walked)
                 if 40 <= numbers <= 224 and shared <= CHIPS[chip].shared_block:
-                    yield *((held, walked) if slot.held == 0 else (walked, held)), warps, 2
+                    yield *((resident, walked) if slot.resident == 0 else (walked, resident)), warps, 2
 
 
 def _attention_shipped(slot: Slot, chip: str, width: int) -> Tile:
@@ -115,7 +117,7 @@ def _attention_timed(slot: Slot, width: int) -> list[tuple[Case, Dims]]:
     return [trial for name in slot.cases for trial in trials[name.split("/")[1]]]
 
 
-_ATTENTION = {  # name: kernel, families, held side
+_ATTENTION = {  # name: kernel, families, resident side
     "fwd": ("_flash_fwd", ("causal", _FEATURES), 0),
     "dq": ("_flash_dq", ("causal", _FEATURES), 0),
     "dkdv": ("_flash_dkdv", ("causal",), 1),
@@ -129,11 +131,11 @@ SLOTS = tuple(
         attention.__name__,
         kernel,
         tuple(f"flash_attention/{family}" for family in families),
-        held,
+        resident,
         _attention_grid,
         _attention_shipped,
         _attention_placed,
         _attention_timed,
     )
-    for name, (kernel, families, held) in _ATTENTION.items()
+    for name, (kernel, families, resident) in _ATTENTION.items()
 )

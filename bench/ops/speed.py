@@ -386,11 +386,11 @@ class Bench:
             return writes(names)
 
         for name in record.PASSES if one.wanted else record.PASSES[:1]:
-            both = name == "forward+backward"
-            floor = self.ceilings.floor(forward) + (self.ceilings.floor(backward) if both else 0)
+            with_backward = name == "forward+backward"
+            floor = self.ceilings.floor(forward) + (self.ceilings.floor(backward) if with_backward else 0)
             floor_us = round(1e6 * floor, 2)
             with waiting(f"  timing {name}") as say:
-                broken = time_pass(case, sets, entrants, self.device, both, self.cfg.rounds, fault)
+                broken = time_pass(case, sets, entrants, self.device, with_backward, self.cfg.rounds, fault)
                 say("done" if not broken else "; ".join(f"{name} {why}" for name, why in broken.items()))
             for c in entrants:
                 if c.name in broken:

@@ -103,9 +103,9 @@ def why_not(op: Callable[..., Any], case: Case, draws: list[Tensors], described_
     wrong = _attempted(lambda: first_wrong(clones, case, [first], described_as))
     if clones.written:
         return writes(clones.written)
-    apart = [copied(tensors) for tensors in draws]  # before the second is written over the first
+    separate = [copied(tensors) for tensors in draws]  # before the second is written over the first
     remembered = lambda: remembers(op, case, first, second, described_as)
-    return wrong or _attempted(remembered) or _attempted(lambda: overlaps(op, case, apart, described_as))
+    return wrong or _attempted(remembered) or _attempted(lambda: overlaps(op, case, separate, described_as))
 
 
 def _attempted(step: Callable[[], str]) -> str:

@@ -92,9 +92,16 @@ def rank(slot: Slot, chip: str, found: list[dict[str, Any]]) -> list[dict[str, A
 
     def order(c: dict[str, Any]) -> tuple[Any, ...]:
         *sides, warps, stages = c["tile"]
-        held, walked = sides[slot.held], sides[1 - slot.held]
+        resident, walked = sides[slot.resident], sides[1 - slot.resident]
         failing = (c["blocks"] < 1, c["spills"], c["stack"], c["matrix"] != OWN[chip])
-        return *failing, -min(c["blocks"], 2), -min(c["blocks"] * warps, 8), -held * walked, -walked, -stages
+        return (
+            *failing,
+            -min(c["blocks"], 2),
+            -min(c["blocks"] * warps, 8),
+            -resident * walked,
+            -walked,
+            -stages,
+        )
 
     return sorted(found, key=order)
 

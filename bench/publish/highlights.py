@@ -74,14 +74,11 @@ def _losses(path: str, result: dict[str, Any]) -> list[str]:
     if not words:
         return []
 
-    d, m = (
-        next(iter(of_largest(result, "flash_attention/causal").values()))["burnish"]["dims"],
-        result["machine"],
-    )
+    passes = of_largest(result, "flash_attention/causal")
+    length = next(iter(passes.values()))["burnish"]["dims"]["T"]
     return [
-        f"Not everything is faster: plain causal attention of {d['T']:,} tokens took {' and '.join(words)}. The "
-        f"figures of the {m['device']} are of commit {result['commit']}. The kernels have changed since, and no GPU "
-        "has timed them again.\n"
+        f"Plain causal attention of {length:,} tokens took {' and '.join(words)}. The figures of the "
+        f"{result['machine']['device']} are of the kernels at commit {result['commit']}, not of later ones.\n"
     ]
 
 

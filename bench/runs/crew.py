@@ -91,7 +91,7 @@ class Worker:
     def seconds(self) -> float:
         return time.monotonic() - self.begun
 
-    def said(self) -> str:
+    def output(self) -> str:
         """Return the worker's output since its current test began, or only a fatal error of the Python interpreter."""
         with self.log.open("rb") as log:
             log.seek(self.logged)
@@ -265,7 +265,7 @@ class Crew:
     def bury(self, worker: Worker, why: str, asking: bool) -> None:
         """Record a failure for the test of a dead or hanging worker, or for its start, and remove the worker."""
         how = worker.died(asking, self.end)
-        end = End("failed", f"{why}: {how}", worker.said())
+        end = End("failed", f"{why}: {how}", worker.output())
         if worker.test is not None:
             self.ended(worker, end)
         else:
