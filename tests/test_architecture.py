@@ -20,6 +20,7 @@ from general import (
     gradients_and_inputs_go_by_name,
     imports_point_down,
     losses_require_their_denominator,
+    names_are_words,
     optional_packages_are_imported_on_demand,
     precision_is_decided_once,
     the_formatter_is_not_fought,
@@ -76,6 +77,7 @@ RULES = {
     functions_have_paragraphs: EVERY,
     the_formatter_is_not_fought: EVERY,
     gradients_and_inputs_go_by_name: EVERY,
+    names_are_words: EVERY,
     docstrings_start_with_a_phrase: EVERY,
     files_are_written_beside_their_place: FILES,
 }

@@ -94,7 +94,7 @@ def test_a_trainer_imports_none_of_them():
 
 
 @pytest.mark.parametrize(
-    "program, found, said",
+    "program, found, printed",
     [
         (PLAIN_ROWS, "1", "1"),
         (CHAT, "hello", "the chat template: expected jinja2 to be installed"),
@@ -103,7 +103,7 @@ def test_a_trainer_imports_none_of_them():
     ],
     ids=["plain rows", "chat template", "row template", "page"],
 )
-def test_what_needs_a_package_says_so(program, found, said, tmp_path):
+def test_what_needs_a_package_says_so(program, found, printed, tmp_path):
     assert run(program, absent=(), folder=str(tmp_path)) == [found]
     (line,) = run(program, folder=str(tmp_path))
-    assert line.replace(f"{tmp_path}/", "").startswith(said)
+    assert line.replace(f"{tmp_path}/", "").startswith(printed)

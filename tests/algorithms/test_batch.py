@@ -107,8 +107,8 @@ def whole_items_are_packed(module: ModuleType) -> None:
 
 def counted(batches: batch.Batches, items: list[Family], needed: list[bool]) -> None:
     """Each needed completion once, and the step's sums."""
-    held = [number for one in batches for number in one.completions.tolist()]
-    assert sorted(held) == [number for number, is_needed in enumerate(needed) if is_needed]
+    numbers = [number for one in batches for number in one.completions.tolist()]
+    assert sorted(numbers) == [number for number, is_needed in enumerate(needed) if is_needed]
     trained = [sum(place.mask) for place in places(items)]
     assert batches.num_trained == sum(n for n, is_needed in zip(trained, needed, strict=True) if is_needed)
     assert batches.num_tokens == sum(
@@ -248,9 +248,9 @@ def test_sums_and_means_are_those_of_a_loop(model):
     # each pair's scores, wherever its micro-batch was
     pairs = [scored(Family(item.prompt, [*item.completions, *item.completions][:2])) for item in items]
     score = lambda one: one.sums(one.score(model)[0])
-    apart = batch.over_completions(model, pairs, score, 1)
-    torch.testing.assert_close(apart, batch.over_completions(model, pairs, score, 10**6), atol=1e-5, rtol=0)
-    assert apart.shape == (len(pairs), 2) and model.training
+    alone = batch.over_completions(model, pairs, score, 1)
+    torch.testing.assert_close(alone, batch.over_completions(model, pairs, score, 10**6), atol=1e-5, rtol=0)
+    assert alone.shape == (len(pairs), 2) and model.training
 
 
 def test_a_pass_without_a_gradient_holds_few_batches_at_a_time(model, most_packed):

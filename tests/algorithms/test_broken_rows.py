@@ -404,8 +404,8 @@ def test_a_broken_footer_ends_in_a_sentence(tmp_path):
         broken = bytearray(whole)
         broken[place] ^= 1 << place % 8
         path.write_bytes(broken)
-        said = in_a_fork(lambda: outcome(path), seconds=10, gigabytes=2)
-        assert said is not None, f"ended by byte {place - start} of the footer"
+        reply = in_a_fork(lambda: outcome(path), seconds=10, gigabytes=2)
+        assert reply is not None, f"ended by byte {place - start} of the footer"
 
 
 def outcome(path: Path) -> str:

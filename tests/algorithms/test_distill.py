@@ -134,7 +134,7 @@ def test_the_square_of_the_temperature_scales_the_loss_alone(cfg, tmp_path):
 
 
 def test_sequence_level_is_sft_to_the_bit(cfg, tmp_path):
-    mine = distill.train(dataclasses.replace(cfg, loss="sequence", teacher=None))
+    by_sequence = distill.train(dataclasses.replace(cfg, loss="sequence", teacher=None))
     plain = sft.train(
         sft.Config(
             model=cfg.model,
@@ -147,7 +147,7 @@ def test_sequence_level_is_sft_to_the_bit(cfg, tmp_path):
             device="cpu",
         )
     )
-    same_weights(mine, plain, 0)
+    same_weights(by_sequence, plain, 0)
 
 
 def test_the_students_own_samples_are_scored_as_they_were_sampled(cfg, monkeypatch):

@@ -95,8 +95,8 @@ def test_values_by_hand():
 @every_loss
 def test_gradients_by_finite_differences(name):
     chosen, rejected = per_token_logprobs(5) if name == "orpo" else log_ratios(5)
-    both = (chosen.requires_grad_(), rejected.requires_grad_())
-    assert torch.autograd.gradcheck(lambda a, b: loss_of(name, a, b, 5), both)
+    inputs = (chosen.requires_grad_(), rejected.requires_grad_())
+    assert torch.autograd.gradcheck(lambda a, b: loss_of(name, a, b, 5), inputs)
 
 
 def test_ktos_gradient_by_finite_differences():
@@ -243,11 +243,11 @@ def test_a_shared_prompt_changes_neither_loss_nor_gradient(cfg):
 
     (batch,) = make_batches(pairs, 10**6, "cpu")
     ordered = [pairs[i] for i in batch.members]
-    apart = pack([pair.prompt + c.tokens for pair in ordered for c in pair.completions])
+    separate = pack([pair.prompt + c.tokens for pair in ordered for c in pair.completions])
     trained = [m for pair in ordered for c in pair.completions for m in [False] * len(pair.prompt) + c.mask]
     shared = scored(batch.packed, batch.rows, batch.lengths)
-    unshared = scored(apart, torch.tensor(trained).nonzero().squeeze(1), batch.lengths)
-    assert batch.packed.tokens.numel() < 0.85 * apart.tokens.numel()
+    unshared = scored(separate, torch.tensor(trained).nonzero().squeeze(1), batch.lengths)
+    assert batch.packed.tokens.numel() < 0.85 * separate.tokens.numel()
     for one, other in zip(shared, unshared, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
 
@@ -265,8 +265,8 @@ def test_only_trained_tokens_count(cfg):
     pairs = [hidden_turn, *pairs[1:]]
 
     found = completion_logprobs(model, pairs, 64)
-    for pair, both in zip(pairs, found, strict=True):
-        for completion, total in zip(pair.completions, both, strict=True):
+    for pair, totals in zip(pairs, found, strict=True):
+        for completion, total in zip(pair.completions, totals, strict=True):
             ids = pair.prompt + completion.tokens
             logprob = torch.log_softmax(model.logits(model(pack([ids]))), 1)[:-1].gather(
                 1, torch.tensor(ids)[1:, None]

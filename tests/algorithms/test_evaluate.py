@@ -155,9 +155,9 @@ def test_what_functions_log_is_beside_the_samples(cfg, tmp_path, capsys):
         "    log_extra('length', map(len, completions))\n"
         "    return [float('nan') if not text else (text[0], len(text)) for text in completions]\n"
     )
-    mine = f"{tmp_path}/mine.py"
+    path = f"{tmp_path}/mine.py"
 
-    figures = evaluate.evaluate(dataclasses.replace(cfg, reward=(f"{mine}:mine",), answer=f"{mine}:answer"))
+    figures = evaluate.evaluate(dataclasses.replace(cfg, reward=(f"{path}:mine",), answer=f"{path}:answer"))
     assert figures["metric/completions"] == 32 * 4 and figures["majority"] == 0
     for record in map(json.loads, (cfg.output / "samples.jsonl").read_text().splitlines()):
         text = record["completion"]
@@ -282,11 +282,11 @@ def test_wrong_flags_are_named(cfg, tmp_path):
         "    log_extra('x', completions)\n"
         "    return [0 for _ in completions]\n"
     )
-    both = {"reward": (f"{short}:f",), "answer": f"{short}:f"}
+    functions = {"reward": (f"{short}:f",), "answer": f"{short}:f"}
     with pytest.raises(
         InputError, match="--answer: log_extra: expected a new column, got 'x', which a reward function logs"
     ):
-        evaluate.evaluate(dataclasses.replace(cfg, **both))
+        evaluate.evaluate(dataclasses.replace(cfg, **functions))
 
     with pytest.raises(InputError, match="--reward-timeout: expected a number between"):
         evaluate.evaluate(dataclasses.replace(cfg, reward_timeout=math.inf))

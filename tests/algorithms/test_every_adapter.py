@@ -154,10 +154,10 @@ def test_rank_16_on_a_4_bit_base_by_flags(configs, name, changes, tmp_path):
     if name == "ppo" and not without_critic:
         parts["critic"] = "critic_optimizer"
     for part, optimizer in parts.items():
-        held = [key for key in names if key.startswith(f"{part}/")]
+        stored = [key for key in names if key.startswith(f"{part}/")]
         moments = [key for key in names if key.startswith(f"{optimizer}/") and "exp_avg_sq" in key]
-        assert len(held) == len(moments) > 0
-        assert all(".lora." in key or key == f"{part}/score.weight" for key in held)
+        assert len(stored) == len(moments) > 0
+        assert all(".lora." in key or key == f"{part}/score.weight" for key in stored)
 
     model = (load_scalar_model if name == "reward" else load_model)(cfg.output / "model")
     config = lora_config(model)

@@ -62,8 +62,8 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 def steps_are_those_written_out(cfg: Config, learner_class: Any = Learner) -> None:
     """Two micro-batches a step, three steps: gradients, norm, rate, weights and sums."""
     model, plain = load_model(cfg.model), load_model(cfg.model)
-    mine = learner_class(cfg, model)
-    mine.start()
+    learner = learner_class(cfg, model)
+    learner.start()
     parameters = list(plain.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.1},
@@ -72,8 +72,8 @@ def steps_are_those_written_out(cfg: Config, learner_class: Any = Learner) -> No
     adam = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
     for step in range(3):
         for row, share in ((step, 0.25), (step + 4, 0.75)):
-            mine.backward(share * loss_of(model, row), share, {"rows": 1, "share": torch.tensor(share)})
-        found = mine.step(step)
+            learner.backward(share * loss_of(model, row), share, {"rows": 1, "share": torch.tensor(share)})
+        found = learner.step(step)
 
         total = 0.25 * loss_of(plain, step) + 0.75 * loss_of(plain, step + 4)
         total.backward()

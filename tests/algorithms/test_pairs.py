@@ -64,8 +64,8 @@ def test_preferences_of_every_shape(chat, row, prompt):
     assert pair.prompt == expected and counts == {"rows": 1, "pairs": 1} and pair.margin == 0
     assert decoded(chat, pair.chosen) == ("yes<|im_end|>", "yes<|im_end|>")
     assert decoded(chat, pair.rejected) == ("no<|im_end|>", "no<|im_end|>")
-    both, counts = judged_completions([row], chat, max_length=100)
-    assert [(one.prompt, one.completion, one.label) for one in both] == [
+    judged, counts = judged_completions([row], chat, max_length=100)
+    assert [(one.prompt, one.completion, one.label) for one in judged] == [
         (pair.prompt, pair.chosen, True),
         (pair.prompt, pair.rejected, False),
     ]

@@ -55,9 +55,9 @@ def test_values_by_hand():
 
 def test_gradients_by_finite_differences():
     chosen, rejected, margin = torch.randn(3, 5, dtype=torch.float64)
-    both = (chosen.requires_grad_(), rejected.requires_grad_())
-    assert torch.autograd.gradcheck(lambda a, b: bradley_terry_loss(a, b, margin, 5), both)
-    assert torch.autograd.gradcheck(lambda a, b: centering_loss(a, b, 5), both)
+    inputs = (chosen.requires_grad_(), rejected.requires_grad_())
+    assert torch.autograd.gradcheck(lambda a, b: bradley_terry_loss(a, b, margin, 5), inputs)
+    assert torch.autograd.gradcheck(lambda a, b: centering_loss(a, b, 5), inputs)
 
 
 @pytest.mark.parametrize(
@@ -111,8 +111,9 @@ def test_the_score_stands_on_the_end_token(cfg):
     assert (batch.packed.tokens[batch.last] == tokenizer.eos_id).all()
     scores = completion_scores(load_scalar_model(cfg.model), pairs, 10**6)
     model = load_scalar_model(cfg.model)
-    for pair, both in zip(pairs[:6], scores, strict=False):
-        for completion, expected in zip(pair.completions, both, strict=True):  # alone, its prompt not shared
+    for pair, pair_scores in zip(pairs[:6], scores, strict=False):
+        # alone, its prompt not shared
+        for completion, expected in zip(pair.completions, pair_scores, strict=True):
             alone = pack([pair.prompt + completion.tokens])
             value = model.values(alone, torch.tensor([alone.tokens.numel() - 1]))
             torch.testing.assert_close(value[0], expected, atol=1e-6, rtol=0)
@@ -129,8 +130,8 @@ def test_a_shared_prompt_changes_no_gradient(cfg):
         return [parameter.grad for parameter in model.parameters()]
 
     (batch,) = make_batches(pairs, 10**6, "cpu")
-    apart = pack([pair.prompt + c.tokens for pair in batch_order(pairs, batch) for c in pair.completions])
-    shared, unshared = gradients(batch.packed, batch.last), gradients(apart, apart.cu_seqlens[1:].long() - 1)
+    alone = pack([pair.prompt + c.tokens for pair in batch_order(pairs, batch) for c in pair.completions])
+    shared, unshared = gradients(batch.packed, batch.last), gradients(alone, alone.cu_seqlens[1:].long() - 1)
     for one, other in zip(shared, unshared, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
 
@@ -225,5 +226,5 @@ def test_labels_without_a_preference_teach_none(cfg, pairs, tmp_path):
 
 def test_the_optimizer_trains_head_and_body(cfg):
     model = load_scalar_model(cfg.model)
-    held = {id(p) for group in make_optimizer(model, 1e-3).param_groups for p in group["params"]}
-    assert held == {id(p) for p in model.parameters()} and id(model.score.weight) in held
+    trained = {id(p) for group in make_optimizer(model, 1e-3).param_groups for p in group["params"]}
+    assert trained == {id(p) for p in model.parameters()} and id(model.score.weight) in trained

@@ -140,7 +140,7 @@ def test_a_run_says_what_taught_nothing(capsys):
     rewards = Rewards({"f": len, "g": len}, (1.0, 1.0))
     nan = torch.nan
 
-    def said(values, *steps, in_groups=True):
+    def printed(values, *steps, in_groups=True):
         for f, g in steps:
             f, g = torch.tensor(f), torch.tensor(g)
             scores = torch.stack([f, g]).nansum(0).masked_fill(f.isnan() & g.isnan(), nan)
@@ -148,13 +148,15 @@ def test_a_run_says_what_taught_nothing(capsys):
         rewards.report(values, in_groups=in_groups)
         return capsys.readouterr().out
 
-    none, flat, apart, varied = [nan] * 4, [0.5] * 4, [0.0, 0.0, 1.0, 1.0], [0.0, nan, 1.0, 2.0]
+    none, flat, split, varied = [nan] * 4, [0.5] * 4, [0.0, 0.0, 1.0, 1.0], [0.0, nan, 1.0, 2.0]
     nothing = "the rewards taught nothing\n"
     silent = "reward g: None for every sample: it has judged nothing\n"
-    assert said({"varied": 0}, (none, none)) == f"every reward was None: {nothing}"
-    assert said({"varied": 0}, (apart, none)) == f"{silent}no group's rewards ever differed: {nothing}"
-    assert said({"varied": 0}, (flat, apart), (apart, none)) == f"no group's rewards ever differed: {nothing}"
-    assert said({"varied": 0}, (none, none), (varied, none)) == silent
-    assert said({"varied": 0}, (flat, none), in_groups=False).endswith(f"the run scored 0.5: {nothing}")
-    assert said({"varied": 0}, (apart, none), in_groups=False) == silent
-    assert said({}, (none, none)) == ""  # a checkpoint of before there were counts
+    assert printed({"varied": 0}, (none, none)) == f"every reward was None: {nothing}"
+    assert printed({"varied": 0}, (split, none)) == f"{silent}no group's rewards ever differed: {nothing}"
+    assert (
+        printed({"varied": 0}, (flat, split), (split, none)) == f"no group's rewards ever differed: {nothing}"
+    )
+    assert printed({"varied": 0}, (none, none), (varied, none)) == silent
+    assert printed({"varied": 0}, (flat, none), in_groups=False).endswith(f"the run scored 0.5: {nothing}")
+    assert printed({"varied": 0}, (split, none), in_groups=False) == silent
+    assert printed({}, (none, none)) == ""  # a checkpoint of before there were counts

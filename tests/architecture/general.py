@@ -34,6 +34,7 @@ LONG_FILES = {"kernels/attention.py": 650, "kernels/lora.py": 650, "kernels/moe.
 PARAGRAPH = 15  # lines
 MOST_INDEX = 3
 POSITIONAL = {"inputs", "needs_input_grad", "rest"}
+GESTURES = {"said", "told", "mine", "held", "apart", "both", "further"}
 NO_PHRASE = {"Of", "Says", "Does", "Is", "As", "With", "Which", "What", "How", "Where", "In"}
 
 
@@ -201,6 +202,21 @@ def docstrings_start_with_a_phrase(name: str, source: str) -> Iterator[str]:
             word = re.match(r"\W*(\w+)", ast.get_docstring(node) or "")
             if word and word[1] in NO_PHRASE:
                 yield f"{name}:{getattr(node, 'lineno', 1)} {getattr(node, 'name', 'the file')}: {word[1]} ..."
+
+
+def names_are_words(name: str, source: str) -> Iterator[str]:
+    """No variable, argument, function, class or import is bound to a gesture instead of the word for what it holds."""
+    for node in ast.walk(parse(source)):
+        match node:
+            case (
+                ast.Name(id=identifier, ctx=ast.Store())
+                | ast.arg(arg=identifier)
+                | ast.FunctionDef(name=identifier)
+                | ast.AsyncFunctionDef(name=identifier)
+                | ast.ClassDef(name=identifier)
+                | ast.alias(asname=identifier)
+            ) if identifier in GESTURES:
+                yield f"{name}:{node.lineno} {identifier}: expected the word for what it holds"
 
 
 # ---- precision

@@ -12,6 +12,7 @@ from general import (
     gradients_and_inputs_go_by_name,
     imports_point_down,
     losses_require_their_denominator,
+    names_are_words,
     optional_packages_are_imported_on_demand,
     precision_is_decided_once,
     the_formatter_is_not_fought,
@@ -149,6 +150,9 @@ _ALLOWED = {
     ],
     gradients_and_inputs_go_by_name: [
         ("kernels/x.py", "a = inputs[3], rest[-1], others[7], [0] * 4, rest[:2]"),
+    ],
+    names_are_words: [
+        ("model/x.py", "x.held = found['said']\nf(both=1)  # a keyword of others"),
     ],
     docstrings_start_with_a_phrase: [
         ("kernels/x.py", '"""Offsets of rows, as a kernel reads them."""'),
@@ -395,6 +399,13 @@ _FORBIDDEN = {
         ("kernels/x.py", "need = ctx.needs_input_grad[4]"),
         ("kernels/x.py", "a, b = inputs[:20], rest[1]"),
         ("tests/model/test_x.py", "tensors = [None] * 3"),
+    ],
+    names_are_words: [
+        ("kernels/x.py", "for i, (held, *rest) in x: ..."),
+        ("model/x.py", "f = lambda *both: both"),
+        ("algorithms/x.py", "async def told(): ..."),
+        ("bench/x.py", "import numpy as mine"),
+        ("tests/model/test_x.py", "class A(NamedTuple):\n    further: int"),
     ],
     docstrings_start_with_a_phrase: [
         ("kernels/x.py", 'def f():\n    """Of x."""'),

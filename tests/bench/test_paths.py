@@ -27,7 +27,7 @@ def write_results(name: str, date: str, rows: list[dict], **machine) -> None:
     record.write_whole(record.RESULTS / name, json.dumps(result))
 
 
-def rows(forward: dict[str, float], both: dict[str, float], dims=SHAPE, **changes) -> list[dict]:
+def rows(forward: dict[str, float], with_backward: dict[str, float], dims=SHAPE, **changes) -> list[dict]:
     row = {
         "case": "lora_linear/dense",
         "dtype": "bf16",
@@ -37,7 +37,7 @@ def rows(forward: dict[str, float], both: dict[str, float], dims=SHAPE, **change
     }
     return [
         row | {"pass": which, "provider": provider, "device_us": times(p50)} | changes.get(provider, {})
-        for which, each in zip(BOTH, (forward, both), strict=True)
+        for which, each in zip(BOTH, (forward, with_backward), strict=True)
         for provider, p50 in each.items()
     ]
 
@@ -80,7 +80,7 @@ def test_without_measurements_every_device_takes_the_baselines_own_calls(capsys)
 
 
 @pytest.mark.parametrize(
-    ("forward", "both", "taken"),
+    ("forward", "with_backward", "taken"),
     [
         ({}, {}, "cublas"),
         ({"burnish, fused": 9}, {"burnish, fused": 9}, "fused"),
@@ -99,10 +99,10 @@ def test_without_measurements_every_device_takes_the_baselines_own_calls(capsys)
         ),  # F.linear + addmm is faster
     ],
 )
-def test_a_path_is_taken_where_it_is_faster_in_both_passes(forward, both, taken):
-    write_results("gpu.json", "2026-01-01", rows(EQUAL | forward, EQUAL | both))
+def test_a_path_is_taken_where_it_is_faster_in_both_passes(forward, with_backward, taken):
+    write_results("gpu.json", "2026-01-01", rows(EQUAL | forward, EQUAL | with_backward))
     assert written()["PATHS"] == {("GPU", "bfloat16", 8192, 14336, 4096, 16): taken}
-    cells = [f"{(EQUAL | both)[name]:.4g}" for name in EQUAL if name != "burnish"]
+    cells = [f"{(EQUAL | with_backward)[name]:.4g}" for name in EQUAL if name != "burnish"]
     assert f"| bfloat16 | 8192 | 14336 | 4096 | 16 | {' | '.join(cells)} | `{taken}` |" in paths.table()
 
 

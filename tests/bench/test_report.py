@@ -340,10 +340,10 @@ def without(missing: str, folder: Path, *commands: str) -> tuple[list[int], list
     program = [sys.executable, "-c", WITHOUT, str(folder), missing, *commands]
     done = subprocess.run(program, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    said = [
+    messages = [
         line.removeprefix("python -m burnish.bench report: ") for line in done.stderr.splitlines() if line
     ]
-    return [int(status) for status in done.stdout.split()], said
+    return [int(status) for status in done.stdout.split()], messages
 
 
 def test_without_matplotlib_tables_are_made_and_a_sentence_says_what_pictures_need(
@@ -351,8 +351,8 @@ def test_without_matplotlib_tables_are_made_and_a_sentence_says_what_pictures_ne
 ):
     document, page = tmp_path / "README.md", tmp_path / "page.html"
     document.write_text("<!-- generated: speed -->\n<!-- /generated -->\n")
-    statuses, said = without("matplotlib tyro jinja2", tmp_path, "", "--check", f"--html {page}")
-    assert statuses == [1, 1, 1] and said == [
+    statuses, messages = without("matplotlib tyro jinja2", tmp_path, "", "--check", f"--html {page}")
+    assert statuses == [1, 1, 1] and messages == [
         "pictures need the package matplotlib, which is not installed: pip install matplotlib",
         "stale: docs/pictures/roofline.svg",
         "stale: docs/pictures/swiglu-elementwise-forward.svg",
@@ -371,8 +371,8 @@ def test_without_what_a_table_or_a_page_imports_a_sentence_says_so(results, tmp_
     (tmp_path / "README.md").write_text("<!-- generated: conformance -->\n<!-- /generated -->\n")
     run = {"kind": "conformance", "commit": "a", "date": "b", "command": "c", "trainers": []}
     (record.RESULTS / "conformance-2026-01-03.json").write_text(json.dumps(run))
-    statuses, said = without("tokenizers matplotlib", tmp_path, "", f"--html {tmp_path / 'page.html'}")
-    assert statuses == [1, 1] and said == [
+    statuses, messages = without("tokenizers matplotlib", tmp_path, "", f"--html {tmp_path / 'page.html'}")
+    assert statuses == [1, 1] and messages == [
         "the conformance checks need tokenizers, which is not installed: pip install tokenizers",
         "pictures need the package matplotlib, which is not installed: pip install matplotlib",
     ]

@@ -11,9 +11,9 @@ def test_what_is_held_is_what_is_counted(monkeypatch, mode):
     monkeypatch.setattr(scale, "SHAPE", small)
     monkeypatch.setattr(scale, "LENGTH", 16)
     found = scale.step(mode)
-    said = scale.counted(mode, 1)
-    assert found["held"] == said["held"] and found["growth"] >= 0 and 3 < found["loss"] < 7
-    assert scale.counted(mode, 2)["held"] < said["held"]
+    counted = scale.counted(mode, 1)
+    assert found["held"] == counted["held"] and found["growth"] >= 0 and 3 < found["loss"] < 7
+    assert scale.counted(mode, 2)["held"] < counted["held"]
     assert scale.table({(mode, 1): found}).count("\n") == 2
 
 

@@ -163,10 +163,10 @@ def test_more_shared_memory_than_the_card_has_is_named():
     """A build that fits an A100 does not fit an RTX 30 or 50."""
     a = torch.zeros(128, 1024, dtype=torch.bfloat16)
     options = {"BLOCK": 128, "num_warps": 4, "num_stages": 5}
-    for chip, said in (("sm_80", 0), ("sm_86", 1), ("sm_120", 1)):
+    for chip, count in (("sm_80", 0), ("sm_86", 1), ("sm_120", 1)):
         found = build(chip, _product, a, a, torch.zeros(128, 128), 1024, **options)
         complaints = limits({f"op/case | D=64 | bf16 | {chip}": [vars(found)]})
-        assert len(complaints) == said, (chip, found.shared)
+        assert len(complaints) == count, (chip, found.shared)
         assert all(f"{found.shared} bytes shared, at most 101376: does not fit" in c for c in complaints)
 
 
@@ -241,9 +241,9 @@ def test_what_got_worse_is_named():
         "overlapped": (0, "product 32 -> 0"),
     }
     found = GOOD | {name: value for name, (value, _) in worse.items()}
-    said = "\n".join(compare({key: [GOOD]}, {key: [found]}))
+    complaints = "\n".join(compare({key: [GOOD]}, {key: [found]}))
     for part in (key, "BLOCK=64", *(part for _, part in worse.values())):
-        assert part in said
+        assert part in complaints
     assert "not in static.json" in compare({}, {key: [GOOD]})[0]
 
     # one kernel at two tiles

@@ -36,7 +36,7 @@ def quick(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture
-def mine(tmp_path: Path):
+def write_file(tmp_path: Path):
     """Write a file of functions behind HEAD, and return its path."""
 
     def write(source: str) -> Path:
@@ -63,9 +63,9 @@ def why(path: Path, name: str, tmp_path: Path, **flags) -> str:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_what_is_right_is_timed_beside_ours(mine, tmp_path, capsys, dtype):
+def test_what_is_right_is_timed_beside_ours(write_file, tmp_path, capsys, dtype):
     table = tmp_path / "out.csv"
-    status, report = report_of(mine(""), "right", tmp_path, csv=table, dtype=dtype)
+    status, report = report_of(write_file(""), "right", tmp_path, csv=table, dtype=dtype)
     assert status == 0 and report["wrong"] == []
     assert len(report["rows"]) == 2 * 3
     for row in report["rows"]:
@@ -88,24 +88,24 @@ def test_what_is_right_is_timed_beside_ours(mine, tmp_path, capsys, dtype):
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_what_is_wrong_is_told_and_not_timed(kind, mine, tmp_path, capsys):
+def test_what_is_wrong_is_told_and_not_timed(kind, write_file, tmp_path, capsys):
     source, words = WRONG[kind]
-    said = why(mine(source), "f", tmp_path, forward_only=kind.startswith("a memory"))
-    assert all(word in said for word in words), said
-    assert len(said.splitlines()) <= 4 and "Traceback" not in said
-    assert said.splitlines()[0] in capsys.readouterr().out
+    reason = why(write_file(source), "f", tmp_path, forward_only=kind.startswith("a memory"))
+    assert all(word in reason for word in words), reason
+    assert len(reason.splitlines()) <= 4 and "Traceback" not in reason
+    assert reason.splitlines()[0] in capsys.readouterr().out
 
 
-def test_a_forward_alone_is_compared_where_it_is_asked_for(mine, tmp_path):
-    path = mine("def f(x, weight):\n    return right(x.detach(), weight.detach())")
+def test_a_forward_alone_is_compared_where_it_is_asked_for(write_file, tmp_path):
+    path = write_file("def f(x, weight):\n    return right(x.detach(), weight.detach())")
     status, report = report_of(path, "f", tmp_path, forward_only=True)
     assert status == 0 and {row["pass"] for row in report["rows"]} == {"forward"}
     assert [row["provider"] for row in report["rows"]] == ["burnish", "eager", "mine.py:f"]
 
 
-def test_what_writes_while_it_is_timed_wins_nothing(mine, tmp_path, capsys):
+def test_what_writes_while_it_is_timed_wins_nothing(write_file, tmp_path, capsys):
     """It behaves in the check, and writes to its input from the tenth call on."""
-    path = mine(
+    path = write_file(
         """
         CALLS = []
         def f(x, weight):
@@ -116,13 +116,13 @@ def test_what_writes_while_it_is_timed_wins_nothing(mine, tmp_path, capsys):
             return y
         """
     )
-    said = why(path, "f", tmp_path)
-    assert "writes to its input x" in said and said in capsys.readouterr().out
+    reason = why(path, "f", tmp_path)
+    assert "writes to its input x" in reason and reason in capsys.readouterr().out
 
 
-def test_what_one_writes_is_no_fault_of_another(mine, tmp_path, monkeypatch):
+def test_what_one_writes_is_no_fault_of_another(write_file, tmp_path, monkeypatch):
     """The others are timed on the inputs as they were."""
-    path, given, seen = mine(""), [], []
+    path, given, seen = write_file(""), [], []
     (tmp_path / "writer.py").write_text(
         f"{textwrap.dedent(HEAD)}\nCALLS = []\ndef f(x, weight):\n    CALLS.append(1)\n"
         "    y = right(x, weight)\n    x.detach().add_(len(CALLS) > 10)\n    return y\n"
@@ -137,8 +137,8 @@ def test_what_one_writes_is_no_fault_of_another(mine, tmp_path, monkeypatch):
     monkeypatch.setattr("burnish.bench.ops.speed.prepare", kept)
     ask_again = speed.Bench.ask_again
     monkeypatch.setattr(speed.Bench, "ask_again", lambda *a: seen.append(a[1].name) or ask_again(*a))
-    both = (f"{tmp_path / 'writer.py'}:f", f"{path}:right")
-    assert main(Config(ops=("rms_norm",), shape=(SHAPE,), against=both, json=tmp_path / "o.json")) == 1
+    contestants = (f"{tmp_path / 'writer.py'}:f", f"{path}:right")
+    assert main(Config(ops=("rms_norm",), shape=(SHAPE,), against=contestants, json=tmp_path / "o.json")) == 1
     report = json.loads((tmp_path / "o.json").read_text())
     assert [wrong["provider"] for wrong in report["wrong"]] == ["writer.py:f"]
     rows = [row for row in report["rows"] if row["provider"] == "mine.py:right"]
@@ -146,8 +146,8 @@ def test_what_one_writes_is_no_fault_of_another(mine, tmp_path, monkeypatch):
     assert seen == ["mine.py:right"] and all(torch.equal(x, before) for x, before in given)
 
 
-def test_what_is_right_at_first_and_wrong_later_wins_nothing(mine, tmp_path):
-    path = mine(
+def test_what_is_right_at_first_and_wrong_later_wins_nothing(write_file, tmp_path):
+    path = write_file(
         """
         CALLS = []
         def f(x, weight):
@@ -155,21 +155,21 @@ def test_what_is_right_at_first_and_wrong_later_wins_nothing(mine, tmp_path):
             return right(x, weight) if len(CALLS) < 20 else x * weight
         """
     )
-    said = why(path, "f", tmp_path)
-    assert said.startswith("right at first, wrong after it was timed: output 0: error")
+    reason = why(path, "f", tmp_path)
+    assert reason.startswith("right at first, wrong after it was timed: output 0: error")
 
 
-def test_inputs_are_copied_where_a_function_of_a_users_is_timed_alone(mine, tmp_path, monkeypatch):
+def test_inputs_are_copied_where_a_function_of_a_users_is_timed_alone(write_file, tmp_path, monkeypatch):
     """A copy of what is large costs its memory once more."""
     copies = []
     monkeypatch.setattr(speed, "copied", lambda tensors: copies.append(1) or theirs.copied(tensors))
     assert main(Config(ops=("rms_norm",), shape=(SHAPE,))) == 0 and not copies
-    report_of(mine(""), "right", tmp_path)
+    report_of(write_file(""), "right", tmp_path)
     assert copies == [1]
 
 
-def test_a_function_that_loses_the_device_is_named(mine, tmp_path, monkeypatch):
-    path, broken = mine("def f(x, weight):\n    raise RuntimeError('an illegal memory access')"), []
+def test_a_function_that_loses_the_device_is_named(write_file, tmp_path, monkeypatch):
+    path, broken = write_file("def f(x, weight):\n    raise RuntimeError('an illegal memory access')"), []
     monkeypatch.setattr(speed, "lost", lambda device: "illegal" if broken else "")
     monkeypatch.setattr(speed, "raises", lambda error: broken.append(error) or f"raises {error}")
     status, report = report_of(path, "f", tmp_path)
@@ -177,8 +177,8 @@ def test_a_function_that_loses_the_device_is_named(mine, tmp_path, monkeypatch):
     assert "mine.py:f raises an illegal memory access" in report["red"][0] and "lost" in report["red"][1]
 
 
-def test_what_breaks_while_it_is_timed_ends_nobody_elses_run(mine, tmp_path):
-    path = mine(
+def test_what_breaks_while_it_is_timed_ends_nobody_elses_run(write_file, tmp_path):
+    path = write_file(
         """
         CALLS = []
         def f(x, weight):
@@ -188,36 +188,36 @@ def test_what_breaks_while_it_is_timed_ends_nobody_elses_run(mine, tmp_path):
             return right(x, weight)
         """
     )
-    said = why(path, "f", tmp_path, forward_only=True)
-    assert "RuntimeError: out of luck" in said and "mine.py:" in said
+    reason = why(path, "f", tmp_path, forward_only=True)
+    assert "RuntimeError: out of luck" in reason and "mine.py:" in reason
 
 
-def test_nothing_is_timed_with_check_only(mine, tmp_path, capsys):
-    status, report = report_of(mine(""), "right", tmp_path, check_only=True)
+def test_nothing_is_timed_with_check_only(write_file, tmp_path, capsys):
+    status, report = report_of(write_file(""), "right", tmp_path, check_only=True)
     assert status == 0 and report["rows"] == [] and report["red"] == report["wrong"] == []
     assert [row["provider"] for row in report["right"]] == ["burnish", "eager", "mine.py:right"]
     assert "mine.py:right" in capsys.readouterr().out
-    bad = mine("def f(x, weight):\n    return x")
+    bad = write_file("def f(x, weight):\n    return x")
     status, report = report_of(bad, "f", tmp_path, check_only=True)
     assert status == 1 and len(report["wrong"]) == 1
 
 
-def test_what_was_checked_alone_has_its_line_in_the_csv(mine, tmp_path):
+def test_what_was_checked_alone_has_its_line_in_the_csv(write_file, tmp_path):
     flags = {"shape": (SHAPE,), "csv": tmp_path / "t.csv", "check_only": True}
-    bad = mine("def f(x, weight):\n    return x")
+    bad = write_file("def f(x, weight):\n    return x")
     assert main(Config(ops=("rms_norm",), against=(f"{bad}:f", f"{bad}:right"), **flags)) == 1
     lines = {line["provider"]: line["accurate"] for line in csv.DictReader((tmp_path / "t.csv").open())}
     assert lines == {"burnish": "True", "eager": "True", "mine.py:right": "True", "mine.py:f": "False"}
 
 
-def test_more_rounds_are_taken_where_they_are_asked_for(mine, tmp_path):
-    status, report = report_of(mine(""), "right", tmp_path, rounds=9)
+def test_more_rounds_are_taken_where_they_are_asked_for(write_file, tmp_path):
+    status, report = report_of(write_file(""), "right", tmp_path, rounds=9)
     assert status == 0 and {len(row["rounds_us"]["eager"]) for row in report["rows"]} == {9}
 
 
-def test_a_kernel_that_is_wrong_at_the_end_of_many_heads_is_told_where(mine, tmp_path):
+def test_a_kernel_that_is_wrong_at_the_end_of_many_heads_is_told_where(write_file, tmp_path):
     """A shape that the reference can hold is checked as it is."""
-    path = mine(
+    path = write_file(
         """
         def f(q, k, v):
             heads = [x.transpose(1, 2) for x in (q, k, v)]
@@ -229,12 +229,12 @@ def test_a_kernel_that_is_wrong_at_the_end_of_many_heads_is_told_where(mine, tmp
     )
     flags = {"ops": ("flash_attention/causal",), "shape": ("B=3 T=33 H=8 G=4 D=16",), "check_only": True}
     _, report = report_of(path, "f", tmp_path, **flags)
-    said = report["wrong"][0]["why"]
-    assert "of 12,672" in said and "B=2" in said and "H=7" in said
+    reason = report["wrong"][0]["why"]
+    assert "of 12,672" in reason and "B=2" in reason and "H=7" in reason
 
 
-def test_several_functions_and_shapes(mine, tmp_path):
-    path = mine("def f(x, weight):\n    return right(x, weight)")
+def test_several_functions_and_shapes(write_file, tmp_path):
+    path = write_file("def f(x, weight):\n    return right(x, weight)")
     shapes = (SHAPE, "T=2 C=8 B=3")  # in any order
     status = main(
         Config(
@@ -248,8 +248,8 @@ def test_several_functions_and_shapes(mine, tmp_path):
     }
 
 
-def test_what_is_wrong_has_a_line_in_the_csv(mine, tmp_path):
-    path = mine("def f(x, weight):\n    return x")
+def test_what_is_wrong_has_a_line_in_the_csv(write_file, tmp_path):
+    path = write_file("def f(x, weight):\n    return x")
     assert (
         main(Config(ops=("rms_norm",), shape=(SHAPE,), against=(f"{path}:f",), csv=tmp_path / "t.csv")) == 1
     )
@@ -261,9 +261,9 @@ def test_what_is_wrong_has_a_line_in_the_csv(mine, tmp_path):
     "call", ["set_grad_enabled(False)", "set_default_dtype(torch.float64)", "set_num_threads(2)"]
 )
 @pytest.mark.parametrize("calls", [0, 12])
-def test_what_one_sets_for_the_whole_program_is_put_back(call, calls, mine, tmp_path):
+def test_what_one_sets_for_the_whole_program_is_put_back(call, calls, write_file, tmp_path):
     """It is put back behind the check and behind the timing; with no effect on its own result it is no fault."""
-    path = mine(
+    path = write_file(
         f"""
         CALLS = []
         def f(x, weight):
@@ -287,13 +287,13 @@ def interrupted(bench, case, dims):
     raise KeyboardInterrupt
 
 
-def test_figures_that_were_taken_are_written_when_a_run_is_interrupted(mine, tmp_path, monkeypatch):
+def test_figures_that_were_taken_are_written_when_a_run_is_interrupted(write_file, tmp_path, monkeypatch):
     table, whole = tmp_path / "t.csv", speed.Bench.bench_shape
     first = lambda bench, case, dims: (whole if dims["C"] == 77 else interrupted)(bench, case, dims)
     monkeypatch.setattr(speed.Bench, "bench_shape", first)
     flags = {"shape": (SHAPE, "B=1 T=2 C=8"), "csv": table, "json": tmp_path / "o.json"}
     with pytest.raises(KeyboardInterrupt):
-        main(Config(ops=("rms_norm",), against=(f"{mine('')}:right",), **flags))
+        main(Config(ops=("rms_norm",), against=(f"{write_file('')}:right",), **flags))
     rows = json.loads((tmp_path / "o.json").read_text())["rows"]
     assert len(rows) == 6 == len([*csv.DictReader(table.open())])
 
@@ -301,16 +301,16 @@ def test_figures_that_were_taken_are_written_when_a_run_is_interrupted(mine, tmp
 @pytest.mark.parametrize(
     "change", ["another function", "another text", "check_only", "forward_only", "dtype", "rounds"]
 )
-def test_figures_of_other_contestants_are_not_resumed(change, mine, tmp_path, capsys):
+def test_figures_of_other_contestants_are_not_resumed(change, write_file, tmp_path, capsys):
     """An answer to what was asked before is none to what is asked now."""
-    path, values = mine(""), {"dtype": "bf16", "rounds": 7}
+    path, values = write_file(""), {"dtype": "bf16", "rounds": 7}
     other = {} if "another" in change else {change: values.get(change, True)}
     report_of(path, "right", tmp_path, **other)
 
     if change == "another text":
         path.write_text(path.read_text() + "\n")
     elif change == "another function":
-        path = mine("def f(x, weight):\n    return right(x, weight)")
+        path = write_file("def f(x, weight):\n    return right(x, weight)")
         report_of(path, "f", tmp_path)
     status, report = report_of(path, "right", tmp_path, resume=True)
     assert (
@@ -340,15 +340,15 @@ def test_a_file_of_something_else_is_not_resumed_over(tmp_path):
         ("{broken}:f", "cannot be imported: ZeroDivisionError"),
     ],
 )
-def test_a_function_that_is_not_there_is_one_sentence(given, sentence, mine, tmp_path):
+def test_a_function_that_is_not_there_is_one_sentence(given, sentence, write_file, tmp_path):
     (tmp_path / "broken.py").write_text("1 / 0\n")
-    given = given.format(path=mine(""), broken=tmp_path / "broken.py")
+    given = given.format(path=write_file(""), broken=tmp_path / "broken.py")
     with pytest.raises(InputError, match=sentence):
         main(Config(ops=("rms_norm",), shape=(SHAPE,), against=(given,)))
 
 
-def test_a_function_named_twice_is_refused(mine):
-    path = mine("")
+def test_a_function_named_twice_is_refused(write_file):
+    path = write_file("")
     with pytest.raises(InputError, match="expected each function once"):
         main(Config(ops=("rms_norm",), shape=(SHAPE,), against=(f"{path}:right", f"{path}:right")))
 
@@ -356,8 +356,8 @@ def test_a_function_named_twice_is_refused(mine):
 # ---- planted faults in the check itself
 
 
-def wrong_of(kind: str, mine, monkeypatch: pytest.MonkeyPatch) -> str:
-    (contestant,) = theirs.against((f"{mine(WRONG[kind][0])}:f",))
+def wrong_of(kind: str, write_file, monkeypatch: pytest.MonkeyPatch) -> str:
+    (contestant,) = theirs.against((f"{write_file(WRONG[kind][0])}:f",))
     dims = {"B": 1, "T": 30, "C": 77}
     draws = [make_inputs(CASE, dims, torch.float32, "cpu") for _ in range(2)]
     case = replace(CASE, fixed=("x", "weight"))  # forward alone
@@ -373,9 +373,9 @@ def wrong_of(kind: str, mine, monkeypatch: pytest.MonkeyPatch) -> str:
         ("scaled", "verdicts", lambda *_: []),
     ],
 )
-def test_a_check_that_looks_away_is_seen(kind, name, looks_away, mine, monkeypatch):
+def test_a_check_that_looks_away_is_seen(kind, name, looks_away, write_file, monkeypatch):
     """Each part of the check finds what no other finds, or says so otherwise."""
-    said = wrong_of(kind, mine, monkeypatch)
-    assert any(word in said for word in WRONG[kind][1])
+    reason = wrong_of(kind, write_file, monkeypatch)
+    assert any(word in reason for word in WRONG[kind][1])
     monkeypatch.setattr(theirs, name, looks_away)
-    assert wrong_of(kind, mine, monkeypatch) != said
+    assert wrong_of(kind, write_file, monkeypatch) != reason

@@ -47,7 +47,7 @@ def train(algorithm: str, rows: list[Row], **flags: object) -> list[Step]:
         module.train(module.Config(data=data, output=Path(name) / "run", **common, **flags))
         lines = (Path(name) / "run" / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
-    return [Step(*both) for both in zip(losses, gradients, strict=True)]
+    return [Step(*pair) for pair in zip(losses, gradients, strict=True)]
 
 
 def capacity(rows: list[Row], rows_at_once: int) -> int:

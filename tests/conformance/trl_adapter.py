@@ -76,7 +76,7 @@ class Record(transformers.TrainerCallback):
             self.losses.append(logs["loss"])
 
     def steps(self) -> list[Step]:
-        return [Step(*both) for both in zip(self.losses, self.gradients, strict=True)]
+        return [Step(*pair) for pair in zip(self.losses, self.gradients, strict=True)]
 
 
 def sft(toy: Toy, batch: Batch) -> Step:

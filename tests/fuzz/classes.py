@@ -49,12 +49,12 @@ def keys(names: tuple[str, ...], check: Callable[[Any], bool], *also: Any) -> Ca
     """Differences at one of the keys `names` where both values pass the check or are one of `also`."""
 
     def holds(d: Difference) -> bool:
-        return bool(d.path) and d.path[-1] in names and both(check, d, *also)
+        return bool(d.path) and d.path[-1] in names and values_pass(check, d, *also)
 
     return holds
 
 
-def both(check: Callable[[Any], bool], d: Difference, *also: Any) -> bool:
+def values_pass(check: Callable[[Any], bool], d: Difference, *also: Any) -> bool:
     return all(any(value is other for other in also) or check(value) for value in (d.before, d.after))
 
 
@@ -124,12 +124,12 @@ def of_layers(d: Difference) -> bool:
     if check is None or len(d.path) > 2:
         return False
     if len(d.path) == 2:
-        return both(check, d)
+        return values_pass(check, d)
     one, other = d.before, d.after
     has_entry_each = d.path[0] != "mlp_only_layers" and isinstance(one, list) and isinstance(other, list)
     if has_entry_each and len(one) != len(other):
         return False
-    return both(lambda v: isinstance(v, list) and all(map(check, v)), d, None, ABSENT)
+    return values_pass(lambda v: isinstance(v, list) and all(map(check, v)), d, None, ABSENT)
 
 
 def of_ids(d: Difference) -> bool:
@@ -140,7 +140,7 @@ def of_ids(d: Difference) -> bool:
     is_any = lambda v: (
         is_id(v) or (v == -1 and not isinstance(v, bool))
     )  # -1 is none: the first Llama's padding
-    return both(lambda v: all(map(is_any, several(v))), d, None, ABSENT)
+    return values_pass(lambda v: all(map(is_any, several(v))), d, None, ABSENT)
 
 
 def of_known_ids(d: Difference) -> bool:
@@ -156,7 +156,7 @@ def of_carried(d: Difference) -> bool:
 
 def of_rope_kind(d: Difference) -> bool:
     kinds = ("default", "linear", "llama3", "yarn")
-    return d.path[-1] in ("rope_type", "type") and both(lambda v: v in kinds, d, ABSENT)
+    return d.path[-1] in ("rope_type", "type") and values_pass(lambda v: v in kinds, d, ABSENT)
 
 
 def of_rope_whole(d: Difference) -> bool:
@@ -170,7 +170,7 @@ def of_patterns(d: Difference) -> bool:
     """A module's own alpha, or none of any module. A rank of its own is that of its tensors."""
     if d.path == ("alpha_pattern",):
         return d.after is None or d.after is ABSENT or d.after == {}
-    return d.path[0] == "alpha_pattern" and both(is_number, d, ABSENT)
+    return d.path[0] == "alpha_pattern" and values_pass(is_number, d, ABSENT)
 
 
 # ---- tensors
@@ -216,7 +216,9 @@ def _is_packed(d: Difference) -> bool:
 
 
 def of_step(d: Difference) -> bool:
-    return d.path == ("metadata", "values", "step") and both(lambda step: is_whole(step) and step <= STEPS, d)
+    return d.path == ("metadata", "values", "step") and values_pass(
+        lambda step: is_whole(step) and step <= STEPS, d
+    )
 
 
 def of_training(d: Difference) -> bool:
@@ -264,11 +266,11 @@ TOKEN_FLAGS = ("special", "single_word", "lstrip", "rstrip", "normalized")
 
 
 def of_vocabulary(d: Difference) -> bool:
-    return d.path[:2] == ("model", "vocab") and len(d.path) == 3 and both(is_id, d, ABSENT)
+    return d.path[:2] == ("model", "vocab") and len(d.path) == 3 and values_pass(is_id, d, ABSENT)
 
 
 def of_merges(d: Difference) -> bool:
-    return d.path[:2] == ("model", "merges") and (d.path == ("model", "merges") or both(is_text, d))
+    return d.path[:2] == ("model", "merges") and (d.path == ("model", "merges") or values_pass(is_text, d))
 
 
 def of_added_tokens(d: Difference) -> bool:
@@ -279,7 +281,7 @@ def of_added_tokens(d: Difference) -> bool:
         d.path[0] == "added_tokens"
         and len(d.path) == 3
         and d.path[2] in checks
-        and both(checks[d.path[2]], d)
+        and values_pass(checks[d.path[2]], d)
     )
 
 
@@ -296,7 +298,7 @@ def of_special_tokens(d: Difference) -> bool:
     of = lambda v: v.get("content") if isinstance(v, dict) else v
     none = () if name == "eos_token" else ("",)
     check = lambda v: is_text(of(v)) and (name not in used or of(v) in none or of(v) in vocabulary())
-    return name.endswith("_token") and both(check, d, None, ABSENT)
+    return name.endswith("_token") and values_pass(check, d, None, ABSENT)
 
 
 # ---- rows
@@ -387,7 +389,7 @@ CLASSES = (
     Class("begins", SETTINGS, keys(("add_bos_token",), is_flag, None, ABSENT), "texts begin with bos or not"),
     Class("template", SETTINGS, keys(("chat_template",), is_text), "another program"),
     Class("ids", "tokenizer/generation_config", of_known_ids, "other ids end a generation"),
-    Class("program", "template", lambda d: both(is_text, d), "another program writes another text"),
+    Class("program", "template", lambda d: values_pass(is_text, d), "another program writes another text"),
     Class("variables", "flags/kwargs", of_any_json, "a variable is whatever JSON can say"),
     Class("tools", "flags/tools", of_any_json, "tools are rendered as they stand"),
     Class("rows", "rows", of_rows, "a row less or more is an example less or more, and counted"),

@@ -320,12 +320,12 @@ def _retyped(header: dict[str, Any], body: bytes, name: str, draw: Random) -> tu
     count = 1
     for size in header[name]["shape"]:
         count *= size
-    held = body[a:b] if b - a == count * DTYPES[dtype] else bytes(count * DTYPES[dtype])
+    data = body[a:b] if b - a == count * DTYPES[dtype] else bytes(count * DTYPES[dtype])
     for entry in header.values():
         if "data_offsets" in entry and entry["data_offsets"][0] >= b:
-            entry["data_offsets"] = [offset + len(held) - (b - a) for offset in entry["data_offsets"]]
-    header[name] |= {"dtype": dtype, "data_offsets": [a, a + len(held)]}
-    return body[:a] + held + body[b:], dtype
+            entry["data_offsets"] = [offset + len(data) - (b - a) for offset in entry["data_offsets"]]
+    header[name] |= {"dtype": dtype, "data_offsets": [a, a + len(data)]}
+    return body[:a] + data + body[b:], dtype
 
 
 def _shape(header: dict[str, Any], body: bytes, name: str, draw: Random) -> tuple[bytes, str]:
@@ -364,9 +364,9 @@ def _numbers(header: dict[str, Any], body: bytes, name: str, draw: Random) -> tu
     a, b = header[name]["data_offsets"]
     number = draw.choice((float("nan"), float("inf"), float("-inf"), 3e38, -3e38, 1e-45, 0.0, 1.0, -1.0))
     whole = draw.random() < 0.5
-    held = (struct.pack("<f", number) * ((b - a) // 4 + 1))[: b - a] if whole else struct.pack("<f", number)
+    data = (struct.pack("<f", number) * ((b - a) // 4 + 1))[: b - a] if whole else struct.pack("<f", number)
     new = bytearray(body)
-    new[a : a + len(held)] = held
+    new[a : a + len(data)] = data
     return bytes(new[: len(body)]), f"{number} {'everywhere' if whole else 'once'}"
 
 

@@ -123,8 +123,8 @@ def grows(folder: Path) -> str:
 
 
 def grows_and_says_so_in_one_line(folder: Path) -> str:
-    held = bytearray(80 << 20)
-    raise InputError(f"{len(held)} bytes are too many")
+    in_memory = bytearray(80 << 20)
+    raise InputError(f"{len(in_memory)} bytes are too many")
 
 
 def asks_for_too_much(folder: Path) -> str:

@@ -103,10 +103,10 @@ def is_message(value: Any) -> bool:
     role, content = value.get("role", value.get("from")), value.get("content", value.get("value"))
     calls = value.get("tool_calls", value.get("function_call"))
     if role in ("tool", "observation", "function"):
-        said = True
+        has_content = True
     elif isinstance(content, list):
-        said = all(is_text(part.get("text") if isinstance(part, dict) else part) for part in content)
+        has_content = all(is_text(part.get("text") if isinstance(part, dict) else part) for part in content)
     else:
-        said = is_text(content) or (content is None and bool(calls))
+        has_content = is_text(content) or (content is None and bool(calls))
     flags = value.get("weight", 1) in (0, 1, None) and value.get("train", True) in (True, False, None)
-    return is_text(role) and said and flags
+    return is_text(role) and has_content and flags

@@ -219,8 +219,8 @@ def test_a_prefix_is_the_same_as_its_copy(device):
         copied[name] = cache.new_zeros(5, 2 * cache.shape[1], *cache.shape[2:])
         for b in range(5):
             own = cache[arguments["slot"][b], : arguments["length"][b]]
-            both = torch.cat([cache[arguments["prefix_slot"][b], : before[b]], own])
-            copied[name][b, : both.shape[0]] = both
+            joined = torch.cat([cache[arguments["prefix_slot"][b], : before[b]], own])
+            copied[name][b, : joined.shape[0]] = joined
     copied |= {"slot": torch.arange(5, device=device), "length": arguments["length"] + before}
     torch.testing.assert_close(
         decode_attention(**arguments), decode_attention(**copied), rtol=1e-4, atol=1e-5

@@ -51,13 +51,13 @@ def test_limit_and_alpha_are_arguments(device):
 def test_halves_of_a_fused_projection_are_read_in_place(op, device):
     fused = torch.randn(2, 5, 2 * 67, device=device, requires_grad=True)
     gate, up = fused.chunk(2, -1)
-    apart = [t.detach().contiguous().requires_grad_() for t in (gate, up)]
+    copies = [t.detach().contiguous().requires_grad_() for t in (gate, up)]
     upstream = torch.randn(2, 5, 67, device=device)
-    out, separate = op(gate, up), op(*apart)
+    out, separate = op(gate, up), op(*copies)
     assert out.is_contiguous()
     close(out, separate)
     (dfused,) = torch.autograd.grad(out, fused, upstream)
-    close(dfused, torch.cat(torch.autograd.grad(separate, apart, upstream), -1))
+    close(dfused, torch.cat(torch.autograd.grad(separate, copies, upstream), -1))
 
 
 def past_2_31(device):

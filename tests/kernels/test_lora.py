@@ -47,8 +47,8 @@ def test_any_rank(R, path, device):
         truth = lora_linear_reference(x, W, a, b, 0.5, bias=bias, **options)
         close(y, truth, rtol=1e-5, atol=3e-5)
         wanted = x, a, b, bias, *([magnitude] if "magnitude" in options else [])
-        for mine, true in zip(*(gradients(t, *wanted, upstream=upstream) for t in (y, truth)), strict=True):
-            close(mine, true, rtol=1e-5, atol=5e-5)
+        for ours, true in zip(*(gradients(t, *wanted, upstream=upstream) for t in (y, truth)), strict=True):
+            close(ours, true, rtol=1e-5, atol=5e-5)
 
 
 def test_fresh_adapter_has_the_bits_of_the_base(device):
@@ -161,8 +161,8 @@ def test_few_rows_read_the_base_in_4_bits(options, monkeypatch, device):
 
         truth = lora_linear_reference(x, four_bit, a, b, 0.5, bias=bias, **given)
         close(y, truth, rtol=1e-5, atol=3e-5)
-        for mine, true in zip(*(gradients(t, x, a, b) for t in (y, truth)), strict=True):
-            close(mine, true, rtol=1e-5, atol=1e-4)
+        for ours, true in zip(*(gradients(t, x, a, b) for t in (y, truth)), strict=True):
+            close(ours, true, rtol=1e-5, atol=1e-4)
 
 
 # ---- several layers of one x
@@ -206,11 +206,11 @@ def test_together_as_each_alone(features, device):
         lora_linear(x, W, a, b, s, bias=bias, magnitude=m, **options)
         for W, a, b, s, bias, m in zip(*each, *vectors, strict=True)
     ]
-    for mine, true in zip(together, alone, strict=True):
-        close(mine, true, rtol=1e-5, atol=1e-5)
+    for ours, true in zip(together, alone, strict=True):
+        close(ours, true, rtol=1e-5, atol=1e-5)
     found, expected = (torch.autograd.grad(outs, wanted, upstream) for outs in (together, alone))
-    for mine, true in zip(found, expected, strict=True):
-        close(mine, true, rtol=1e-5, atol=1e-4)
+    for ours, true in zip(found, expected, strict=True):
+        close(ours, true, rtol=1e-5, atol=1e-4)
 
 
 def test_together_x_is_read_once(monkeypatch, device):
@@ -320,8 +320,8 @@ def test_partial_sums_have_a_budget(monkeypatch, device):
         called.clear()
         found = gradients(by_path("fused")(x, W, a, b, 0.5), a, b)
         assert len(called) == calls
-        for mine, true in zip(found, expected, strict=True):
-            close(mine, true, rtol=1e-5, atol=1e-4)
+        for ours, true in zip(found, expected, strict=True):
+            close(ours, true, rtol=1e-5, atol=1e-4)
 
 
 def test_the_budget_at_sizes_of_models():

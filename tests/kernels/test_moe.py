@@ -26,7 +26,7 @@ def operands(T, C, F, E, K, device, dtype=torch.float32, activation="swiglu"):
     }
 
 
-def both(given, **options):
+def op_and_reference(given, **options):
     """Output and gradients of the op and of the dense loop."""
     wanted = [n for n, t in given.items() if t.is_floating_point()]
     upstream = torch.randn_like(given["x"])
@@ -77,12 +77,12 @@ def test_balance_and_z_loss():
     even = torch.zeros(T, E)
     for t in range(T):  # every expert chosen 4 times, probabilities all but even
         even[t, t % E], even[t, (t + 1) % E] = 1e-4, 1e-4
-    _, _, said = moe_route(even, K)
-    assert said.counts.tolist() == [4, 4, 4]
-    assert said.balance.item() == pytest.approx(K, rel=1e-4)
-    assert said.z_loss.item() == pytest.approx(math.log(3) ** 2, rel=1e-3)
-    torch.testing.assert_close(said.probability, even.softmax(-1).mean(0))
-    torch.testing.assert_close(E * (said.counts / T * said.probability).sum(), said.balance)
+    _, _, statistics = moe_route(even, K)
+    assert statistics.counts.tolist() == [4, 4, 4]
+    assert statistics.balance.item() == pytest.approx(K, rel=1e-4)
+    assert statistics.z_loss.item() == pytest.approx(math.log(3) ** 2, rel=1e-3)
+    torch.testing.assert_close(statistics.probability, even.softmax(-1).mean(0))
+    torch.testing.assert_close(E * (statistics.counts / T * statistics.probability).sum(), statistics.balance)
     _, _, worst = moe_route(torch.tensor([[50.0, 25.0, 0.0]] * T), K)
     assert worst.balance.item() == pytest.approx(E)  # all probability on one of the experts that all chose
 
@@ -91,7 +91,7 @@ def test_balance_and_z_loss():
 def test_capacity_drops_exactly_what_is_too_much(T, E, K, device):
     logits = torch.randn(T, E, device=device) + 3 * torch.arange(E, device=device) / E
     _, plain, _ = moe_route(logits, K)
-    weights, indices, said = moe_route(logits, K, capacity_factor=0.5)
+    weights, indices, statistics = moe_route(logits, K, capacity_factor=0.5)
     capacity = math.ceil(0.5 * T * K / E)
 
     taken, dropped = [0] * E, 0
@@ -105,8 +105,8 @@ def test_capacity_drops_exactly_what_is_too_much(T, E, K, device):
                 dropped += 1
                 assert indices[t, k] == E and weights[t, k] == 0
 
-    assert said.dropped == dropped
-    assert said.counts.tolist() == plain.flatten().bincount(minlength=E).tolist()
+    assert statistics.dropped == dropped
+    assert statistics.counts.tolist() == plain.flatten().bincount(minlength=E).tolist()
 
 
 @pytest.mark.parametrize(
@@ -121,8 +121,8 @@ def test_gradient_through_the_weights_by_finite_differences(options):
     logits = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
 
     def outputs(z):
-        weights, _, said = moe_route(z, 2, **options)
-        return weights, said.balance, said.z_loss, said.probability
+        weights, _, statistics = moe_route(z, 2, **options)
+        return weights, statistics.balance, statistics.z_loss, statistics.probability
 
     assert torch.autograd.gradcheck(outputs, logits)
 
@@ -168,7 +168,7 @@ def test_routing_refuses(arguments, message):
     ],
 )
 def test_a_dense_masked_loop_gives_the_same(T, C, F, E, K, device):
-    assert_close(*both(operands(T, C, F, E, K, device)))
+    assert_close(*op_and_reference(operands(T, C, F, E, K, device)))
 
 
 @pytest.mark.parametrize("activation", moe.ACTIVATIONS)
@@ -177,7 +177,7 @@ def test_dropped_choices_and_biases(activation, device):
     given["indices"][3, 1], given["indices"][4, 0], given["indices"][5] = 5, -1, 5
     given["gate_up_bias"] = torch.randn(given["gate_up"].shape[:2], device=device)
     given["down_bias"] = torch.randn(5, 20, device=device)
-    ours, theirs = both(given, activation=activation, limit=0.8)
+    ours, theirs = op_and_reference(given, activation=activation, limit=0.8)
     assert_close(ours, theirs)
     assert not ours["out"][5].any() and not ours["x"][5].any()
 
@@ -185,7 +185,7 @@ def test_dropped_choices_and_biases(activation, device):
 def test_one_expert_takes_all(device):
     given = operands(150, 16, 16, 6, 1, device)
     given["indices"].fill_(4)
-    ours, theirs = both(given)
+    ours, theirs = op_and_reference(given)
     assert_close(ours, theirs)
     assert not ours["gate_up"][:4].any() and ours["gate_up"][4].any()
 
@@ -193,7 +193,7 @@ def test_one_expert_takes_all(device):
 def test_all_dropped(device):
     given = operands(6, 8, 8, 1, 1, device)
     given["indices"].fill_(1)
-    ours, _ = both(given)
+    ours, _ = op_and_reference(given)
     assert not any(t.any() for t in ours.values())
 
 
@@ -240,8 +240,10 @@ class NoHostRead(TorchDispatchMode):
 def test_the_router_reads_nothing_on_the_host(device):
     logits = torch.randn(12, 8, device=device, requires_grad=True)
     with NoHostRead():
-        weights, _, said = moe_route(logits, 2, score="sigmoid", groups=4, top_groups=2, capacity_factor=0.5)
-        (weights.sum() + said.balance + said.z_loss).backward()
+        weights, _, statistics = moe_route(
+            logits, 2, score="sigmoid", groups=4, top_groups=2, capacity_factor=0.5
+        )
+        (weights.sum() + statistics.balance + statistics.z_loss).backward()
 
 
 def test_no_shape_hangs_on_the_values(monkeypatch, device):
@@ -335,14 +337,14 @@ def test_adapters_equal_weights_added_up(activation, device):
     given["indices"][3, 1], given["indices"][4, 0] = 4, -1
     given["gate_up_bias"] = torch.randn(given["gate_up"].shape[:2], device=device)
     given["down_bias"] = torch.randn(4, 20, device=device)
-    assert_close(*both(given, activation=activation, limit=0.8), bound=5e-5)
+    assert_close(*op_and_reference(given, activation=activation, limit=0.8), bound=5e-5)
 
 
 def test_an_adapter_on_one_of_the_two(device):
     for names in (("gate_up_a", "gate_up_b"), ("down_a", "down_b")):
         given = operands(20, 16, 8, 3, 2, device)
         adapters = with_adapters(given, 4)
-        assert_close(*both(given | {n: adapters[n] for n in names}))
+        assert_close(*op_and_reference(given | {n: adapters[n] for n in names}))
 
 
 def test_a_fresh_adapter_changes_no_bit(device):

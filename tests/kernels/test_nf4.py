@@ -25,10 +25,10 @@ every_type = pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 
 
 def same(a: NF4Weight, b: NF4Weight) -> None:
-    for mine, theirs in zip(a.tensors(), b.tensors(), strict=True):
-        assert (mine is None) == (theirs is None)
-        if mine is not None and theirs is not None:
-            assert torch.equal(mine.cpu(), theirs.cpu())
+    for ours, theirs in zip(a.tensors(), b.tensors(), strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None and theirs is not None:
+            assert torch.equal(ours.cpu(), theirs.cpu())
 
 
 # ---- the format
@@ -61,29 +61,29 @@ def test_equals_the_files_of_bitsandbytes(name, data, device):
     for module, parts in files.items():
         quant_type = name.split("-")[1]
         state = json.loads(bytes(parts[f"quant_state.bitsandbytes__{quant_type}"].tolist()))
-        mine = quantize_nf4(
+        ours = quantize_nf4(
             plain[f"{module}.weight"].to(device),
             blocksize=state["blocksize"],
             quant_type=quant_type,
             double_quant="nested_absmax" in parts,
         )
 
-        assert list(mine.shape) == state["shape"] and mine.quant_type == quant_type
-        assert torch.equal(mine.packed.cpu(), parts["packed"]) and torch.equal(
-            mine.code.cpu(), parts["quant_map"]
+        assert list(ours.shape) == state["shape"] and ours.quant_type == quant_type
+        assert torch.equal(ours.packed.cpu(), parts["packed"]) and torch.equal(
+            ours.code.cpu(), parts["quant_map"]
         )
-        if mine.nested_absmax is None:
-            assert torch.equal(mine.absmax.cpu(), parts["absmax"])
+        if ours.nested_absmax is None:
+            assert torch.equal(ours.absmax.cpu(), parts["absmax"])
         else:
-            assert torch.equal(mine.nested_code.cpu(), parts["nested_quant_map"])
+            assert torch.equal(ours.nested_code.cpu(), parts["nested_quant_map"])
             # on a GPU the mean is added up in another order: the offset differs in its last bit, and what follows
             rtol, atol = (0, 0) if device == "cpu" else (1e-5, 1)
-            for part, tensor in (("absmax", mine.absmax), ("nested_absmax", mine.nested_absmax)):
+            for part, tensor in (("absmax", ours.absmax), ("nested_absmax", ours.nested_absmax)):
                 torch.testing.assert_close(tensor.cpu(), parts[part], rtol=rtol, atol=atol)
-            torch.testing.assert_close(mine.offset.item(), state["nested_offset"], rtol=1e-6, atol=0)
+            torch.testing.assert_close(ours.offset.item(), state["nested_offset"], rtol=1e-6, atol=0)
 
         if f"{module}.dequant" in expected and device == "cpu":
-            assert torch.equal(dequantize_nf4(mine), expected[f"{module}.dequant"])
+            assert torch.equal(dequantize_nf4(ours), expected[f"{module}.dequant"])
             checked += 1
     assert len(files) == 21 and (checked == 7 or device != "cpu")
 
@@ -97,18 +97,18 @@ def test_equals_bitsandbytes(quant_type, dtype):
         packed, state = functional.quantize_4bit(
             w, blocksize=blocksize, quant_type=quant_type, compress_statistics=double
         )
-        mine = quantize_nf4_reference(w, blocksize=blocksize, quant_type=quant_type, double_quant=double)
-        assert torch.equal(mine.packed, packed.flatten()) and torch.equal(mine.code, state.code)
-        assert torch.equal(mine.absmax, state.absmax)
+        ours = quantize_nf4_reference(w, blocksize=blocksize, quant_type=quant_type, double_quant=double)
+        assert torch.equal(ours.packed, packed.flatten()) and torch.equal(ours.code, state.code)
+        assert torch.equal(ours.absmax, state.absmax)
         if double:
-            assert torch.equal(mine.offset, state.offset)
-            assert torch.equal(mine.nested_absmax, state.state2.absmax)
-            assert torch.equal(mine.nested_code, state.state2.code)
+            assert torch.equal(ours.offset, state.offset)
+            assert torch.equal(ours.nested_absmax, state.state2.absmax)
+            assert torch.equal(ours.nested_code, state.state2.code)
 
         absmax = state.absmax
         if double:
             absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
-        found = dequantize_nf4_reference(mine)
+        found = dequantize_nf4_reference(ours)
         assert torch.equal(found, multiplied_out(packed, state.code, absmax, blocksize, found))
         # bitsandbytes keeps a byte too many of odd rows; on a CPU it misreads rows shorter than a block
         if shape[-1] % 2 == 0 and shape[-1] >= blocksize:

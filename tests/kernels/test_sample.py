@@ -105,8 +105,8 @@ def kept(logits, temperature, top_k, top_p) -> list[int]:
     [
         (None, None),
         *(
-            pytest.param(*both, marks=slow)
-            for both in ((5, 0.7), (3, None), (None, 0.7), (1, None), (None, 1e-9), (50, 0.999))
+            pytest.param(*limits, marks=slow)
+            for limits in ((5, 0.7), (3, None), (None, 0.7), (1, None), (None, 1e-9), (50, 0.999))
         ),
     ],
 )

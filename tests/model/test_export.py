@@ -119,8 +119,8 @@ def test_several_files_are_the_model_of_one(made, tmp_path, monkeypatch):
     assert len(files) >= 2 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
 
     tensors = [load_file(file) for file in files]
-    assert all(sum(t.nbytes for t in held.values()) <= 40_000 or len(held) == 1 for held in tensors)
-    joined = {name: tensor for held in tensors for name, tensor in held.items()}
+    assert all(sum(t.nbytes for t in shard.values()) <= 40_000 or len(shard) == 1 for shard in tensors)
+    joined = {name: tensor for shard in tensors for name, tensor in shard.items()}
     expected = load_file(tmp_path / "one" / "model.safetensors")
     assert joined.keys() == expected.keys() and all(
         torch.equal(joined[name], expected[name]) for name in expected

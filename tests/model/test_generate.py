@@ -161,8 +161,8 @@ def test_what_is_computed_is_what_the_cache_takes(data, architecture, dtype):
     config = load_model(data / "tiny-hf" / architecture).config
     cache = Cache(config, 3, 7, 5, 11, dtype)
     allocated = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in cache.keys}
-    for held in (cache.values, cache.prompt_keys, cache.prompt_values):
-        allocated |= {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held}
+    for buffers in (cache.values, cache.prompt_keys, cache.prompt_values):
+        allocated |= {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in buffers}
     assert cache_bytes(config, 3, 7, 5, 11, dtype) == sum(allocated.values()) == cache.nbytes
 
 
@@ -382,13 +382,13 @@ def test_a_step_can_be_recorded_as_a_graph(data, architecture, how, vocabulary, 
         batch = Batch(model, request, chooser, batch_size=8, memory_budget=10**9)
         batch.last = torch.zeros(4, config.hidden_size)
         batch.hidden = torch.zeros(8, config.hidden_size)
-        held = {name: x for name, x in vars(batch).items() if isinstance(x, torch.Tensor)}
+        kept = {name: x for name, x in vars(batch).items() if isinstance(x, torch.Tensor)}
 
         with NoHostRead():
             for rows in (4, 8):
                 batch._draw(rows)
                 batch._advance(rows)
-        assert all(getattr(batch, name) is x for name, x in held.items())  # where the graph will find them
+        assert all(getattr(batch, name) is x for name, x in kept.items())  # where the graph will find them
         with pytest.raises(Exception, match=r"aten\._local_scalar_dense"):
             batch.draw()  # the host's read, which is not part of it
 

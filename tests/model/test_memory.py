@@ -53,8 +53,8 @@ def test_what_is_counted_is_what_training_holds(mode, tied):
     adapter = [p for name, p in model.named_parameters() if ".lora." in name]
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = [p for name, p in model.named_parameters() if ".lora." not in name]
-    held = [layer.four_bit for layer in linears(model).values() if layer.four_bit is not None]
-    packed_weights = [x for weight in held for x in vars(weight).values() if isinstance(x, torch.Tensor)]
+    quantized = [layer.four_bit for layer in linears(model).values() if layer.four_bit is not None]
+    packed_weights = [x for weight in quantized for x in vars(weight).values() if isinstance(x, torch.Tensor)]
     assert memory.weights == nbytes(weights) + nbytes(packed_weights)
     assert memory.adapter == nbytes(adapter)
     assert memory.gradients == nbytes(p.grad for p in trained)

@@ -60,8 +60,8 @@ def test_a_shared_prompt_changes_no_value():
     model = ScalarModel(TINY).double()
     prompt, a, b = [1, 2, 3], [4, 5, 6], [7]
     shared = model.values(pack([prompt, a, b], [-1, 0, 0]), torch.tensor([5, 6]))
-    apart = model.values(pack([prompt + a, prompt + b]), torch.tensor([5, 9]))
-    torch.testing.assert_close(shared, apart, atol=1e-12, rtol=0)
+    separate = model.values(pack([prompt + a, prompt + b]), torch.tensor([5, 9]))
+    torch.testing.assert_close(shared, separate, atol=1e-12, rtol=0)
 
 
 @everywhere

@@ -65,8 +65,8 @@ def test_one_of_several_that_nothing_has_is_left_out_and_said_once(tmp_path, cap
     write(tmp_path, GENERATION, eos_token_id=[2, 99])
     for _ in range(3):
         assert read_stop_ids(tmp_path, known) == [2]
-    said = capsys.readouterr().err
-    assert said == f"warning: {tmp_path / GENERATION}: eos_token_id: [99] is not a token and is ignored\n"
+    printed = capsys.readouterr().err
+    assert printed == f"warning: {tmp_path / GENERATION}: eos_token_id: [99] is not a token and is ignored\n"
 
 
 def test_a_tokenizer_is_loaded_without_end_tokens_that_it_does_not_have(data, tmp_path):

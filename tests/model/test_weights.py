@@ -190,10 +190,10 @@ def test_layers_that_predict_further_tokens_are_never_read(deepseek, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("layers", "further"), [([3], 0), ([3], None), ([4], 1), ([4], ...), ([3, 4, 5], 2), ([13], 2)]
+    ("layers", "declared_count"), [([3], 0), ([3], None), ([4], 1), ([4], ...), ([3, 4, 5], 2), ([13], 2)]
 )
-def test_any_other_layer_is_refused(deepseek, layers, further):
-    raw = json.loads((deepseek / "config.json").read_text()) | {"num_nextn_predict_layers": further}
+def test_any_other_layer_is_refused(deepseek, layers, declared_count):
+    raw = json.loads((deepseek / "config.json").read_text()) | {"num_nextn_predict_layers": declared_count}
     (deepseek / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not ...}))
     rewrite(deepseek, tensors_in(deepseek) | further_layers(*layers))
     with pytest.raises(InputError, match=rf"model\.layers\.{layers[-1]}\.\S+: unexpected"):

@@ -31,16 +31,16 @@ def linears(**changed: Any) -> Callable[[], Any]:
     return lambda: lora_linears(X, **given)
 
 
-def four_bit(held=FOUR_BIT, **changed: Any) -> Callable[[], Any]:
-    return lambda: dequantize_nf4(replace(held, **changed))
+def four_bit(weight=FOUR_BIT, **changed: Any) -> Callable[[], Any]:
+    return lambda: dequantize_nf4(replace(weight, **changed))
 
 
 def experts_in_4_bits() -> Tensor:
     """Two experts, whose packed bytes are of one."""
-    held = quantize_nf4(randn(2, 64, 64))
+    whole = quantize_nf4(randn(2, 64, 64))
     weights, indices = torch.rand(3, 1), torch.zeros(3, 1, dtype=torch.int64)
     return moe_mlp(
-        randn(3, 64), replace(held, packed=held.packed[:2048]), held, weights, indices, activation="relu2"
+        randn(3, 64), replace(whole, packed=whole.packed[:2048]), whole, weights, indices, activation="relu2"
     )
 
 

@@ -68,8 +68,8 @@ def without_the_choice() -> list[Tensor]:
 
 
 def passed_over(found: Any) -> None:
-    for mine, expected in zip(tensors_of(found), without_the_choice(), strict=False):
-        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
+    for result, expected in zip(tensors_of(found), without_the_choice(), strict=False):
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
 
 
 def route(top_k: int = 2, **changed: Any) -> Callable[[], Any]:
