@@ -273,7 +273,7 @@ class _Gradient:
         return lines, rebuilt
 
     def keep_flat(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Save the backward's NamedTuple. This is the setup_context of the registered op, whose inputs are flat."""
+        """Save what the backward needs: the setup_context of the registered op, whose inputs are a flat list."""
         self.keep(ctx, self.layout.nested(*inputs), output)
 
     def eager_forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:

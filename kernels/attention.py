@@ -476,7 +476,7 @@ def _save(outputs, *inputs):
 
 
 def _backward(saved: _Saved, needs: Any, dout: Tensor | None, dlse: Tensor | None) -> _Gradients:
-    """Compute dq, dk and dv, needed or not: the kernel of dK/dV reads delta from that of dQ. dsinks: only if needed."""
+    """Compute dq, dk and dv, always all three: the dK/dV kernel reads delta, which the dQ kernel writes."""
     call = _Call.of(saved.q, saved.k, saved.v, saved.packing)
     dout = _rows(torch.zeros_like(saved.out) if dout is None else dout, call.tma)
     numbers = _numbers(call, saved.rules)

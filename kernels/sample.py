@@ -8,9 +8,9 @@
 
 Without truncation the support is in the order of the ids. With truncation the most likely id comes first, and of
 equally likely ids the lower comes first (on a CPU, the order is that of torch.topk). The op returns the support, so its
-size is bounded: without top_k, top_p and min_p choose among the 1,024 most likely ids. The probabilities for top_p are
-then those in the whole vocabulary; with top_k they are those among the ids that top_k keeps. Temperature 0 gives the
-most likely id, with its log-probability at temperature 1.
+size is bounded: if top_k is not given, top_p and min_p choose among the 1,024 most likely ids. The probabilities for
+top_p are then those in the whole vocabulary; with top_k they are those among the ids that top_k keeps. Temperature 0
+gives the most likely id, with its log-probability at temperature 1.
 
     p            0.05 0.4 0.3 0.15 0.1        top_p=0.8: 0.4 + 0.3 + 0.15 is the first sum to reach it
     support      1 2 3 -1 -1                  number 0.6: 0.4 / 0.85 < 0.6 < 0.7 / 0.85, so token 2
@@ -28,15 +28,15 @@ sum_{l < k} p_l < top_p. So it always keeps at least one.
 
 Memory, in elements. Without truncation, B V is read once, in pieces of 4,096 ids. Each piece leaves a maximum and a
 sum, and the piece that holds the token is read again. With truncation, each row is read once for each digit (2 in bf16,
-3 in fp16, 4 in fp32), once to collect the candidates, and once more to sum it for top_p without top_k. The logits are
+3 in fp16, 4 in fp32), once to collect the candidates, and once more to sum it if top_p is used without top_k. The logits are
 never written in fp32. Eager code divides, exponentiates and adds up, which moves 6 B V. To truncate it sorts the
 vocabulary.
 
 No row depends on another, and grids depend on shapes alone: a row gets the same bits whatever else is in the batch.
 
 Source: https://flashinfer.ai/2025/03/10/sampling.html for drawing by inverse transform in blocks, and Park et al. 2026,
-https://arxiv.org/abs/2602.01518, for selecting without a sort of the vocabulary in one program a row; the rules: Fan et
-al. 2018, https://arxiv.org/abs/1805.04833, Holtzman et al. 2019, https://arxiv.org/abs/1904.09751, Nguyen et al. 2024,
+https://arxiv.org/abs/2602.01518, for selecting in one program per row, without sorting the vocabulary; the rules: Fan
+et al. 2018, https://arxiv.org/abs/1805.04833, Holtzman et al. 2019, https://arxiv.org/abs/1904.09751, Nguyen et al. 2024,
 https://arxiv.org/abs/2407.01082
 """
 

@@ -182,9 +182,9 @@ def save_model(
     whole model. Weights in 4 bits are written in the format of bitsandbytes. An earlier model in `folder` is replaced
     with all its files. A file holds up to FILE_BYTES of weights, and at most one file is in memory beside the model.
 
-    dtype: of all tensors on disk. With None, an fp32 tensor of a model that was read from a folder gets the dtype that
-        it had there. Any other tensor keeps its own dtype. A new adapter is fp32, and an adapter that was read gets its
-        file's dtype. A module trained whole gets the base's dtype.
+    dtype: the dtype of all tensors on disk. With None, an fp32 tensor of a model that was read from a folder gets the
+        dtype that it had there. Any other tensor keeps its own dtype. A new adapter is fp32, and an adapter that was
+        read gets its file's dtype. A module trained whole gets the base's dtype.
     write: if several processes share the model, all of them call this function, and all but one pass False.
 
     Raises InputError if `folder` holds anything else or cannot be written, and TooLarge if a number does not fit the

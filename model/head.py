@@ -25,8 +25,8 @@ from .vocabulary import Vocabulary
 class Head:
     """The weight of a language head and, if it has an adapter, the adapter's low-rank factors.
 
-    Its methods turn autocast off, because autocast does not cover the ops that they call. `hidden` and `weight` must
-    already have the dtype of their product.
+    Autocast does not cast the inputs of the ops used here. So the methods turn it off, and the caller casts `hidden`
+    and `weight` to the dtype in which they are multiplied.
     """
 
     weight: Tensor  # (V, C)

@@ -339,10 +339,10 @@ def rl_prompts(
     prompt_column: the column of the prompt; by default the first of PROMPT_COLUMNS that the first row has. A list of
     messages goes through the chat template. The text of a `prompt` column is taken as it is. A question, an
     instruction, or the text of any other column becomes a user turn if the model has a chat template.
-    takes: a function that returns whether a reward function reads the column of that name.
+    takes: takes(name) is whether a reward function reads the column `name`.
 
-    Every prompt has the same columns; a column that its row lacks is None. Raises InputError if no prompt is left. If a
-    row has no usable prompt, the InputError names that row.
+    Every prompt has the same columns; a column that its row lacks is None. Raises InputError naming the row for
+    a row without a usable prompt, and InputError if every row was dropped.
     """
     (rows, counts), total = opened(rows, "prompts"), len(rows)
     prompts: list[Prompt] = []

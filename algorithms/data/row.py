@@ -21,12 +21,12 @@ ACCOUNT: dict[str, Callable[[], Any]] = {"used": set, "ignored": set, "notes": C
 class Row(dict[str, Any]):
     """A row with its file and line, which records what was read from it. Null cells are left out.
 
-    original: the file's row, if a row template made this row from it. read: the columns of the original that the
-    template has read. kept: the columns of the original that this row has unchanged.
+    original: the file's row, if a row template made this row from it. read: the columns of the original that the row
+    template read. kept: the columns of the original that this row has unchanged.
 
-    used: the columns that were read. ignored: keys inside these columns that were not read. notes: counts of
-    turns to report, such as turns without text. rendered: whether a chat template rendered the row. read_variables:
-    template variables that change the text.
+    used: the columns of this row that reached an example. ignored: keys inside these columns that did not. notes:
+    counts of turns to report, such as turns without text. rendered: whether a chat template rendered the row.
+    read_variables: template variables that change the text.
     """
 
     __slots__ = ("from_arrow", "kept", "original", "read", "rendered", "where", *ACCOUNT)

@@ -3,8 +3,8 @@
     c:   ->   acfccbdhcage        four times the requested letter: gold 4
 
 With n times the requested letter, gold = n for n <= 6, and gold = 6 - 2 (n - 6) for n > 6. So a good answer has several
-of the requested letter, and an answer of nothing else is worse than an answer without it (-6 and 0). The gold reward
-stands for the people of RLHF, who express themselves only by demonstrations and preferences.
+of the requested letter. Twelve of it give gold -6, which is worse than none of it (0). The gold reward plays the part
+of RLHF's human labellers, whose wishes are seen only through demonstrations and preferences.
 
 Demonstrations have 2.5 of the requested letter on average, and more than six in one of a hundred answers. All have
 twelve letters. From preferences between such answers, a reward model learns that more is better. It learns neither that

@@ -128,9 +128,10 @@ def draw_steps(curves: Sequence[Mapping[str, Sequence[float]]]) -> str:
 def draw_rewards(
     paths: Sequence[Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]]],
 ) -> str:
-    """Draw gold and proxy reward against the square root of the KL as SVG text, smoothed over steps.
+    """Return SVG text that plots gold and proxy reward, smoothed over steps, against the square root of the KL.
 
-    paths: for each seed, (KL, gold, proxy) of all steps by stage. A stage with one step is drawn as a mark.
+    paths: for each seed, a dict from stage to the lists (KL, gold, proxy) over its steps. A stage with one step is
+    drawn as a mark.
     """
     figure = _figure(4.2)
     (axes,) = figure.axes

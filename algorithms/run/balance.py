@@ -36,7 +36,7 @@ class Balance:
         self._sums = torch.zeros(3, dtype=torch.float64, device=cfg.device)
 
     def loss(self, share: float) -> Tensor:
-        """Return the balance of the latest forward pass, times the coefficient and `share`.
+        """Return the load-balancing loss of the latest forward pass, times its coefficient and `share`.
 
         share: the pass's share of the step's tokens.
         """
@@ -64,9 +64,10 @@ class Balance:
         return {"balance": balance / shares, "busiest_expert": loads.max().item(), "dropped": dropped}
 
     def _over_processes(self) -> tuple[Tensor, list[float]]:
-        """Sum over all processes: the counts (layers, E), and [share, share * balance, dropped choices].
+        """Return sums over all processes: the expert counts (layers, E), and [share, share * balance, dropped choices].
 
-        This process's counts and sums are then reset to 0.
+        share is a pass's share of the step's tokens, balance its load-balancing loss. This process's counts and sums
+        are then reset to 0.
         """
         totals = sum_over_processes(torch.cat([self._sums, self._counts.flatten().double()]).cpu())
         self._counts.zero_()

@@ -54,7 +54,7 @@ class Item(Protocol):
 
 
 class Family(NamedTuple):
-    """A plain `Item`: a prompt with its completions."""
+    """The simplest `Item`: a prompt with its completions, and nothing else."""
 
     prompt: list[int]
     completions: Sequence[Completion]

@@ -177,7 +177,7 @@ def remembers(
 
 
 def overlaps(op: Callable[..., Any], case: Case, draws: list[Tensors], described_as: Description) -> str:
-    """Run a second call between a call and its backward pass. Return an error of the first call's results, or ""."""
+    """Return what is wrong with a call's results if another call runs before its backward pass, or "" if nothing is."""
     first, second = draws
     names = leaves(case, second)
     others = {n: as_leaf(t) if n in names and t is not None else t for n, t in second.items()}

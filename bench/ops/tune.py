@@ -163,7 +163,7 @@ def launches(slot: Slot, tile: Tile, case: Case, inputs: Any) -> list[Callable[[
 def beside(
     ours: list[Callable[[], Any]], theirs: list[Callable[[], Any]], device: str
 ) -> tuple[float, float]:
-    """Return the median seconds of two lists of launches, which are timed in turns, on a GPU as replayed graphs."""
+    """Time two lists of launches in turns, on a GPU as replayed CUDA graphs. Return the median seconds of each."""
     sides = ours, theirs
     if device == "cuda":
         graphs = [capture(side) for side in sides]

@@ -352,10 +352,10 @@ def token_logprobs(
 
     Returns logprob, lse and entropy, each (tokens,) in fp32 (fp64 for fp64). Each has its own gradient to hidden,
     weight, bias and the adapter. A weight without requires_grad costs no product for dW. Raises ValueError for shapes,
-    dtypes and devices that do not match, and for numbers out of range. On the CPU these rows raise, too: a target
-    outside the vocabulary or its support, an id outside the vocabulary, an id twice in a row that is not ignored, a
-    temperature not above 0. On CUDA the check would stall the device: such a row gives NaN there, and a repeated id
-    counts twice.
+    dtypes and devices that do not match, and for numbers out of range. The CPU path also
+    raises it for a target outside the vocabulary or its support, a support with an id outside the vocabulary or with an
+    id more than once (ignored rows excepted), and a temperature not above 0. On CUDA the check would stall the device:
+    such a row gives NaN there, and a repeated id counts twice.
     """
     budget = check_budget(hidden, memory_budget)
     inputs = HeadInputs(hidden, weight, bias, lora_a, lora_b, scaling, softcap)

@@ -185,7 +185,10 @@ class _Padding(NamedTuple):
 
     @classmethod
     def of(cls, starts: Tensor, lengths: Tensor, child: Tensor, total: int) -> "_Padding":
-        """Build the padding of the segments. starts, lengths, child: (segments,); child is True if it has a parent."""
+        """Build the index that pads segments to one length.
+
+        starts, lengths, child: (segments,). child is True for a segment with a parent.
+        """
         children = int(child.sum())
         roots = lengths.numel() - children
         P, C = (int(F.pad(lengths[which], (1, 0)).max()) for which in (~child, child))  # the longest

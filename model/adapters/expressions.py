@@ -277,7 +277,10 @@ def _positive(node: Any) -> tuple[Any, bool]:
 
 
 def _is(node: Any, character: str, flags: int) -> bool:
-    """Return whether a one-character node of the parse tree, without negation, matches this character."""
+    """Return whether a node of the parse tree that stands for one character matches this character.
+
+    The node is not negated.
+    """
     kind, value = node
     match kind:
         case op.ANY:

@@ -24,7 +24,7 @@ ONE_BY_ONE = re.compile(r".*\.experts\.\d+\..*")
 
 
 def fused_on_disk(config: ModelConfig, names: Iterable[str]) -> bool:
-    """Return whether a folder with these tensor names has fused experts, although they could be stored one by one.
+    """Return whether a folder with these tensor names stores fused experts, where one tensor an expert is allowed, too.
 
     The result is False for a model without experts, and for gpt-oss, whose experts are always fused.
     """

@@ -23,8 +23,8 @@ MODEL_FILES = (  # the only files that a save may replace
 def is_adapter(folder: str | os.PathLike[str]) -> bool:
     """Return whether the folder holds an adapter.
 
-    Other trainers also write the base's config.json into an adapter's folder. Then the folder counts as an adapter's if
-    it has an adapter's weights, even beside the weights of a whole model, as in transformers.
+    Other trainers also write the base's config.json into an adapter's folder. Such a folder counts as an adapter if
+    it has adapter weights, even if it also has the weights of a whole model. transformers decides in the same way.
     """
     folder = Path(folder)  # any entry with these names counts; the reader raises if it is not a file
     weights = any(lexists(folder / name) for name in (peft.WEIGHTS, "adapter_model.bin"))

@@ -146,7 +146,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def _other_weights(folder: Path) -> str:
-    """Return, in brackets, why weights in another format in the folder are not read, or "" if there are none."""
+    """Return a remark that says why the folder's weights in another format are not read, or "" if it has none."""
     reasons = {  # by pattern
         "*.bin": "pickled .bin and .pt files are not read",
         "*.pt*": "pickled .bin and .pt files are not read",

@@ -248,7 +248,7 @@ def _probe(backend: tokenizers.Tokenizer) -> list[int] | None:
 def distinct_ids(backend: tokenizers.Tokenizer) -> Vocabulary:
     """Return the ids that have a token, including added tokens. Raises InputError if an id has two tokens.
 
-    In most files, each id below the number of tokens has a token. Then no id can have two, and no search is needed.
+    In most files n tokens have the ids from 0 to n - 1. Then no id can have two tokens, and no search is needed.
     """
     count = backend.get_vocab_size(with_added_tokens=True)
     if all(backend.id_to_token(i) is not None for i in range(count)):
