@@ -28,16 +28,16 @@ sum_{l < k} p_l < top_p. So it always keeps at least one.
 
 Memory, in elements. Without truncation, B V is read once, in pieces of 4,096 ids. Each piece leaves a maximum and a
 sum, and the piece that holds the token is read again. With truncation, each row is read once for each digit (2 in bf16,
-3 in fp16, 4 in fp32), once to collect the candidates, and once more to sum it if top_p is used without top_k. The logits are
-never written in fp32. Eager code divides, exponentiates and adds up, which moves 6 B V. To truncate it sorts the
-vocabulary.
+3 in fp16, 4 in fp32), once to collect the candidates, and once more to sum it if top_p is used without top_k. The
+logits are never written in fp32. Eager code divides, exponentiates and adds up, which moves 6 B V. To truncate it sorts
+the vocabulary.
 
 No row depends on another, and grids depend on shapes alone: a row gets the same bits whatever else is in the batch.
 
 Source: https://flashinfer.ai/2025/03/10/sampling.html for drawing by inverse transform in blocks, and Park et al. 2026,
 https://arxiv.org/abs/2602.01518, for selecting in one program per row, without sorting the vocabulary; the rules: Fan
-et al. 2018, https://arxiv.org/abs/1805.04833, Holtzman et al. 2019, https://arxiv.org/abs/1904.09751, Nguyen et al. 2024,
-https://arxiv.org/abs/2407.01082
+et al. 2018, https://arxiv.org/abs/1805.04833, Holtzman et al. 2019, https://arxiv.org/abs/1904.09751, Nguyen et al.
+2024, https://arxiv.org/abs/2407.01082
 """
 
 # A launch passes numbers where the kernel is annotated tl.constexpr:

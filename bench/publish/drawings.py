@@ -234,7 +234,7 @@ def number_groups(panel: Panel, groups: Sequence[Group]) -> None:
 
 
 def write_key(sheet: Sheet, groups: Sequence[Group]) -> None:
-    """Write the key: the ops of each numbered group of points. A heading says whether bytes or operations limit them."""
+    """Write the key: the ops of each numbered group of points. A heading says if bytes or operations limit them."""
     top = datasheet(CHIPS[SHOWN_ON], "bf16")
     heading = ""
     for number, group in enumerate(groups, 1):
