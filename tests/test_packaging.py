@@ -61,7 +61,8 @@ def test_wheel_and_sdist(tree, tmp_path):
     assert page["Description-Content-Type"] == "text/markdown" and page.get_payload().startswith(
         "# Burnish\n"
     )
-    assert page["Requires-Python"] == ">=3.11" and page["License-Expression"] == "Apache-2.0"
+    licence = page["License-Expression"] or page["License"]  # as old and as newer setuptools write it
+    assert page["Requires-Python"] == ">=3.11" and licence == "Apache-2.0"
     supported = {f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13, 14)}
     assert supported <= {*page.get_all("Classifier")} and page["Summary"] and page["Keywords"]
 
