@@ -310,7 +310,7 @@ def test_grpo(make, monkeypatch, name, layers):
     (folder / "score.py").write_text(f"def score(completions, **_):\n    return {scores}\n")
     rows = [{"prompt": prompt} for prompt, *_ in EVEN[:2]]
 
-    def given(model, prompts, **options):
+    def given(model, prompts, params, **options):
         return [Sample(i // 2, ids, torch.zeros(5), None, False) for i, ids in enumerate(sampled)]
 
     monkeypatch.setattr(rollout, "generate", given)
