@@ -29,7 +29,7 @@ def test_the_first_door_holds_no_logits():
     done = subprocess.run(
         [sys.executable, "-c", GROWTH.format(code=KERNEL)], capture_output=True, text=True, check=True
     )
-    assert "0.2 GB" in done.stdout and float(done.stdout.split("grown by")[1]) < 0.25e9
+    assert "0.2 GB" in KERNEL and float(done.stdout.split("grown by")[1]) < 0.25e9
 
 
 def test_the_second_door():

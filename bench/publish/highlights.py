@@ -66,15 +66,14 @@ def losses() -> str:
 
 
 def _losses(path: str, result: dict[str, Any]) -> list[str]:
-    words = []
-    for which, providers in of_largest(result, "flash_attention/causal").items():
+    words, passes = [], of_largest(result, "flash_attention/causal")
+    for which, providers in passes.items():
         peers = {n: best(row)[1] for n, row in accurate_peers(providers).items()}
         rival = min(peers, key=lambda n: peers[n])
         words.append(f"{best(providers['burnish'])[1] / peers[rival]:.2f}x as long as {rival} {which}")
     if not words:
         return []
 
-    passes = of_largest(result, "flash_attention/causal")
     length = next(iter(passes.values()))["burnish"]["dims"]["T"]
     return [
         f"Plain causal attention of {length:,} tokens took {' and '.join(words)}. The figures of the "

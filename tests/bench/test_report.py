@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from burnish.bench import command, record
-from burnish.bench.publish import pictures, proofs, report, times, whole_runs
+from burnish.bench.publish import highlights, pictures, proofs, report, times, whole_runs
 from burnish.bench.publish.report import Config
 from matplotlib.text import Text
 
@@ -105,6 +105,29 @@ def test_the_headline_is_the_largest_shape_with_both_passes(results):
         "| `swiglu/elementwise` | T=3 | 10 us, 80% | 2.00x peer | 10 us, 80% | 2.00x peer |"
         in times.headlines()
     )
+
+
+def test_a_faster_peer_outside_the_accuracy_rule_is_named(results):
+    """The figure of README is over the fastest accurate peer; one that was left out for its errors stands beside it."""
+    file = record.RESULTS / "gpu-2026-01-02.json"
+    result = json.loads(file.read_text())
+    shared = {"case": highlights.SHARED, "dims": {"T": 100, "P": 20, "R": 5}, "pass": "forward"}
+    causal = {"case": "flash_attention/causal", "dims": {"T": 4000}, "pass": "forward"}
+    timed = {"burnish": (10, True), "slow": (50, True), "wrong": (30, False), "slow and wrong": (90, False)}
+    for of in (shared, causal):
+        for provider, (p50, accurate) in timed.items():
+            row = {"provider": provider, "accurate": accurate, "device_us": [p50, p50, p50]}
+            result["rows"].append(ROW | of | row)
+    file.write_text(json.dumps(result))
+
+    text = highlights.highlights()
+    assert "| attention of 16 answers of 5 tokens to one prompt of 20, " in text
+    assert "| 5.0x forward; wrong, outside the accuracy rule: 3.0x forward | GPU, 2026-01-02 |" in text
+    assert (
+        "4,000 tokens took 0.20x as long as slow forward. The figures of the GPU are of the kernels at"
+        in text
+    )
+    assert "Timed, but outside the accuracy rule" in times.speed() and "wrong at `flash" in times.speed()
 
 
 def test_each_op_has_a_line_with_what_spills(results):
@@ -327,7 +350,7 @@ import sys
 from pathlib import Path
 for name in sys.argv[2].split(): sys.modules[name] = None
 from burnish.bench import command, record
-from burnish.bench.publish import pictures, report
+from burnish.bench.publish import highlights, pictures, report
 record.ROOT = root = Path(sys.argv[1])
 record.RESULTS, pictures.PICTURES = root / "bench" / "results", root / "docs" / "pictures"
 report.DOCUMENTS = (root / "README.md",)
