@@ -22,8 +22,9 @@ from .data.examples import check_rendered
 from .data.messages import messages_in, prompt_of
 from .data.row import Row
 from .data.tokenizer import load_tokenizer
+from .run.checks import check_device
 from .run.command import run_command
-from .run.flags import DeviceFlags, TemplateFlags, check_device
+from .run.flags import DeviceFlags, TemplateFlags
 from .run.ids import check_sequence
 from .run.streams import harmless, is_lost
 from .run.trainee import load_frozen

@@ -48,11 +48,13 @@ from .data.lessons import Lesson, answered, load_lessons
 from .data.tokenizer import check_tokenizer, load_tokenizer
 from .objectives.policy import clipped_loss
 from .run.batch import Batch, longest, make_batches
+from .run.checks import check_flags
 from .run.command import run_command
-from .run.flags import SamplingFlags, Schedule, Share, SupervisedFlags, check_flags, run_folder
+from .run.flags import SamplingFlags, Schedule, Share, SupervisedFlags, run_folder
 from .run.ids import check_model
 from .run.learner import Learner
 from .run.loop import Run
+from .run.order import with_steps
 from .run.trainee import load_frozen, load_trainee
 
 
@@ -178,14 +180,15 @@ def train(cfg: Config) -> Path:
     _check_choices(cfg)
     tokenizer = load_tokenizer(cfg)
     lessons = _load_lessons(cfg, tokenizer)
+    cfg = with_steps(cfg, len(lessons))
     student, teacher = _load_models(cfg, tokenizer, lessons)
     term = TERMS[cfg.loss, teacher is not None]
 
     learner = Learner(cfg, student)
-    with Run(cfg, tokenizer, frozen=(teacher,), model=learner) as run:
+    with Run(cfg, tokenizer, rows=len(lessons), frozen=(teacher,), model=learner) as run:
         for step in run.steps():
             # 1. the step's lessons; by chance (--student-samples) the student's answers to their prompts
-            chosen = [lessons[i] for i in run.next(len(lessons), cfg.batch_size)]
+            chosen = [lessons[i] for i in run.next()]
             seed, sampled = (cfg.seed << 32) + step, {}
             if random.Random(seed).random() < cfg.student_samples:
                 with run.timed("sampling_seconds"):

@@ -57,12 +57,14 @@ from .objectives.preference import (
     simpo_loss,
 )
 from .run.batch import longest, make_batches, over_completions
+from .run.checks import check_flags
 from .run.command import run_command
-from .run.flags import Bounds, DropoutFlags, Rate, Schedule, SupervisedFlags, check_flags, run_folder
+from .run.flags import Bounds, DropoutFlags, Rate, Schedule, SupervisedFlags, run_folder
 from .run.held_out import report_held_out
 from .run.ids import check_model
 from .run.learner import Learner
 from .run.loop import Run
+from .run.order import with_steps
 from .run.trainee import load_trainee
 
 Loss = Literal[
@@ -130,10 +132,11 @@ def train(cfg: Config) -> Path:
     beta, nll_weight = flags["beta"], flags.pop("nll_weight", 0.0)
     tokenizer = load_tokenizer(cfg)
     pairs, held_out = (load_pairs(path, tokenizer, cfg) for path in (cfg.data, cfg.held_out))
+    cfg = with_steps(cfg, len(pairs))
     model = load_trainee(cfg)
     check_model(model, tokenizer, [*pairs, *held_out], max(map(longest, pairs)))
     learner = Learner(cfg, model)
-    run = Run(cfg, tokenizer, model=learner)
+    run = Run(cfg, tokenizer, rows=len(pairs), model=learner)
 
     def logprobs(items: list[Preference]) -> Tensor:  # (pairs, 2): chosen, rejected
         function = lambda batch: batch.completion_logprobs(model)
@@ -142,14 +145,14 @@ def train(cfg: Config) -> Path:
     # 1. the reference: log-probabilities before training
     reference = torch.zeros(len(pairs), 2)
     if variant.reference:
-        for members in run.first_epoch(len(pairs), cfg.batch_size):
+        for members in run.first_epoch():
             reference[members] = logprobs([pairs[i] for i in members])
     before = logprobs(held_out)
 
     with run:
         for step in run.steps():
             # 2. the step's pairs, packed: each prompt once, then chosen and rejected
-            members = run.next(len(pairs), cfg.batch_size)
+            members = run.next()
             rows, ref_logprob = [pairs[i] for i in members], reference[members]
             batches = make_batches(rows, cfg.micro_batch_tokens, cfg.device)
             num_chosen = sum(pair.chosen.num_trained for pair in rows)  # tokens

@@ -51,6 +51,7 @@ from .data.rows import read_rows, report_counts
 from .data.tokenizer import load_tokenizer
 from .run.batch import LazyBatches, longest, over_completions
 from .run.calls import brief
+from .run.checks import check_flags, make_folder
 from .run.command import run_command
 from .run.flags import (
     AnswerFlags,
@@ -61,8 +62,6 @@ from .run.flags import (
     Samples,
     Seed,
     Temperature,
-    check_flags,
-    make_folder,
     run_folder,
 )
 from .run.ids import check_model

@@ -44,11 +44,13 @@ from .objectives.denominators import constant_length, sequence_mean, token_mean
 from .objectives.kl import k2_loss, k3_loss, rho_k3_loss
 from .objectives.policy import cispo_loss, clipped_loss, gspo_loss, masked_weights, truncated_weights
 from .run.batch import make_split_batches
+from .run.checks import check_flags
 from .run.command import run_command
-from .run.flags import MOST_SAMPLES, Bounds, Count, Limit, RolloutFlags, Share, Size, check_flags, run_folder
+from .run.flags import MOST_SAMPLES, Bounds, Count, Limit, RolloutFlags, Share, Size, run_folder
 from .run.ids import check_model
 from .run.learner import Learner
 from .run.loop import Run
+from .run.order import with_steps
 from .run.trainee import load_trainee
 
 
@@ -154,15 +156,16 @@ def train(cfg: Config) -> Path:
     rewards = _load_rewards(cfg)
     tokenizer = load_tokenizer(cfg)
     prompts = load_prompts(cfg, tokenizer, rewards)
+    cfg = with_steps(cfg, len(prompts))
     model = load_trainee(cfg)
     check_model(model, tokenizer, prompts, max(len(p.tokens) for p in prompts) + cfg.max_new_tokens)
     reference: Any = frozen_copy(model) if cfg.kl_coefficient else None
 
     learner = Learner(cfg, model)
-    with Run(cfg, tokenizer, frozen=[reference], model=learner) as run:
+    with Run(cfg, tokenizer, rows=len(prompts), frozen=[reference], model=learner) as run:
         run.values = {"draws": run.start} | (run.values if run.start else {"varied": 0})
         sampler = Sampler(cfg, tokenizer, rewards, run)
-        draw = lambda: [prompts[i] for i in run.next(len(prompts), cfg.prompts_per_step)]
+        draw = lambda: [prompts[i] for i in run.next()]
         for step in run.steps():
             # 1. a judged group of samples for each prompt; with --max-draws only groups whose rewards differ
             rewards.begin(cfg, step, run.values["draws"], len(prompts))

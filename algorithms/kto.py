@@ -26,11 +26,13 @@ from torch import Tensor
 from .data.pairs import Judged, load_judged
 from .data.tokenizer import load_tokenizer
 from .run.batch import longest, make_batches, over_completions
+from .run.checks import check_flags
 from .run.command import run_command
-from .run.flags import Bounds, DropoutFlags, Rate, Schedule, SupervisedFlags, check_flags, run_folder
+from .run.flags import Bounds, DropoutFlags, Rate, Schedule, SupervisedFlags, run_folder
 from .run.ids import check_model
 from .run.learner import Learner
 from .run.loop import Run
+from .run.order import with_steps
 from .run.trainee import load_trainee
 
 
@@ -74,10 +76,11 @@ def train(cfg: Config) -> Path:
     tokenizer = load_tokenizer(cfg)
     judged = load_judged(cfg.data, tokenizer, cfg)
     mismatched = _mismatched(judged)
+    cfg = with_steps(cfg, len(judged))
     model = load_trainee(cfg)
     check_model(model, tokenizer, judged, max(map(longest, judged)))
     learner = Learner(cfg, model)
-    run = Run(cfg, tokenizer, model=learner)
+    run = Run(cfg, tokenizer, rows=len(judged), model=learner)
 
     def logprobs(items: list[Judged]) -> Tensor:  # (completions,)
         function = lambda batch: batch.completion_logprobs(model)
@@ -85,14 +88,14 @@ def train(cfg: Config) -> Path:
 
     # 1. the reference: log-probabilities before training
     reference, mismatched_reference = torch.zeros(2, len(judged))
-    for members in run.first_epoch(len(judged), cfg.batch_size):
+    for members in run.first_epoch():
         reference[members] = logprobs([judged[i] for i in members])
         mismatched_reference[members] = logprobs([mismatched[i] for i in members])
 
     with run:
         for step in run.steps():
             # 2. the step's completions, packed behind their prompts
-            members = run.next(len(judged), cfg.batch_size)
+            members = run.next()
             rows, ref_logprob = [judged[i] for i in members], reference[members]
             wanted = torch.tensor([one.label for one in rows])
             batches = make_batches(rows, cfg.micro_batch_tokens, cfg.device)

@@ -16,8 +16,9 @@ from ..model.checkpoint import has_score, load_model, load_scalar_model, save_mo
 from ..model.errors import InputError
 from ..model.files.folder import base_of, is_adapter
 from ..model.text.tokenizer import Tokenizer
+from .run.checks import torch_dtype
 from .run.command import run_command
-from .run.flags import SaveDtype, torch_dtype
+from .run.flags import SaveDtype
 
 
 @dataclass(frozen=True, kw_only=True)

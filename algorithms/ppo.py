@@ -49,11 +49,13 @@ from .data.tokenizer import load_tokenizer
 from .objectives.advantages import gae, rloo_advantages, scale, whiten
 from .objectives.policy import clipped_loss
 from .run.batch import Batch, make_split_batches, over_tokens
+from .run.checks import check_flags
 from .run.command import run_command
-from .run.flags import MOST_SAMPLES, Bounds, Count, Limit, Rate, RolloutFlags, Share, check_flags, run_folder
+from .run.flags import MOST_SAMPLES, Bounds, Count, Limit, Rate, RolloutFlags, Share, run_folder
 from .run.ids import check_model
 from .run.learner import Learner
 from .run.loop import Run
+from .run.order import with_steps
 from .run.trainee import load_scalar_trainee, load_trainee
 
 
@@ -219,16 +221,18 @@ def train(cfg: Config) -> Path:
     rewards = weighted_rewards(cfg, load_rewards(cfg.reward) if cfg.reward else {})
     tokenizer = load_tokenizer(cfg)
     prompts = load_prompts(cfg, tokenizer, rewards)
+    cfg = with_steps(cfg, len(prompts))
     policy, reference, critic, reward_model = models = _load_models(cfg, tokenizer, prompts)
 
-    with Run(cfg, tokenizer, frozen=[reference, reward_model], model=policy, critic=critic) as run:
+    frozen = [reference, reward_model]
+    with Run(cfg, tokenizer, rows=len(prompts), frozen=frozen, model=policy, critic=critic) as run:
         run.values.setdefault("kl_coefficient", cfg.kl_coefficient)
         run.values |= {} if run.start else {"varied": 0}
         sampler = Sampler(cfg, tokenizer, rewards, run)
         for step in run.steps():
             # 1. judged samples of each prompt, and the models' outputs on them
             rewards.begin(cfg, step, step, len(prompts))
-            asked = [prompts[i] for i in run.next(len(prompts), cfg.prompts_per_step)]
+            asked = [prompts[i] for i in run.next()]
             seed = (cfg.seed << 32) + step
             groups = sampler.sample(policy.model, asked, seed)
             with run.timed("scoring_seconds"):

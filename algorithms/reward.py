@@ -32,12 +32,14 @@ from .data.pairs import Preference, load_pairs
 from .data.tokenizer import load_tokenizer
 from .objectives.preference import pair_metrics
 from .run.batch import longest, make_batches, over_completions
+from .run.checks import check_flags
 from .run.command import run_command
-from .run.flags import DropoutFlags, Rate, Schedule, SupervisedFlags, check_flags, run_folder
+from .run.flags import DropoutFlags, Rate, Schedule, SupervisedFlags, run_folder
 from .run.held_out import report_held_out
 from .run.ids import check_model
 from .run.learner import Learner
 from .run.loop import Run
+from .run.order import with_steps
 from .run.trainee import load_scalar_trainee
 
 REFERENCES = 128  # number of chosen completions whose mean score becomes 0
@@ -78,10 +80,11 @@ def train(cfg: Config) -> Path:
     check_flags(cfg)
     tokenizer = load_tokenizer(cfg)
     pairs, held_out = (load_pairs(path, tokenizer, cfg, margins=True) for path in (cfg.data, cfg.held_out))
+    cfg = with_steps(cfg, len(pairs))
     model = load_scalar_trainee(cfg, cfg.model)
     check_model(model, tokenizer, [*pairs, *held_out], max(map(longest, pairs)))
     learner = Learner(cfg, model)
-    run = Run(cfg, tokenizer, model=learner)
+    run = Run(cfg, tokenizer, rows=len(pairs), model=learner)
 
     def scores(items: list[Preference]) -> Tensor:  # (pairs, 2): chosen, rejected
         return over_completions(model, items, lambda batch: batch.scores(model), cfg.micro_batch_tokens)
@@ -90,7 +93,7 @@ def train(cfg: Config) -> Path:
     with run:
         for step in run.steps():
             # 1. the step's pairs, packed: each prompt once, then chosen and rejected
-            rows = [pairs[i] for i in run.next(len(pairs), cfg.batch_size)]
+            rows = [pairs[i] for i in run.next()]
             batches = make_batches(rows, cfg.micro_batch_tokens, cfg.device)
 
             # 2. the scores of both completions, the loss, and its gradient

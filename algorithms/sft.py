@@ -24,11 +24,13 @@ from torch import Tensor
 from .data.examples import load_examples
 from .data.tokenizer import load_tokenizer
 from .run.batch import longest, make_batches
+from .run.checks import check_flags
 from .run.command import run_command
-from .run.flags import DropoutFlags, Schedule, SupervisedFlags, check_flags, run_folder
+from .run.flags import DropoutFlags, Schedule, SupervisedFlags, run_folder
 from .run.ids import check_model
 from .run.learner import Learner
 from .run.loop import Run
+from .run.order import with_steps
 from .run.trainee import load_trainee
 
 
@@ -65,14 +67,15 @@ def train(cfg: Config) -> Path:
     check_flags(cfg)
     tokenizer = load_tokenizer(cfg)
     examples = load_examples(cfg, tokenizer)
+    cfg = with_steps(cfg, len(examples))
     model = load_trainee(cfg)
     check_model(model, tokenizer, examples, max(map(longest, examples)))
 
     learner = Learner(cfg, model)
-    with Run(cfg, tokenizer, model=learner) as run:
+    with Run(cfg, tokenizer, rows=len(examples), model=learner) as run:
         for step in run.steps():
             # 1. the step's rows, packed end to end
-            rows = [examples[i] for i in run.next(len(examples), cfg.batch_size)]
+            rows = [examples[i] for i in run.next()]
             batches = make_batches(rows, cfg.micro_batch_tokens, cfg.device)
 
             # 2. log-probabilities of the trained tokens, the loss, and its gradient

@@ -29,20 +29,9 @@ from ..model.vocabulary import Vocabulary
 from .data.lessons import Lesson, answered, load_lessons, write_lessons
 from .data.tokenizer import load_tokenizer
 from .run.batch import Batch, LazyBatches, longest
+from .run.checks import as_json, check_flags, make_folder
 from .run.command import run_command
-from .run.flags import (
-    Count,
-    DeviceFlags,
-    Length,
-    RowFlags,
-    Samples,
-    SamplingFlags,
-    Size,
-    as_json,
-    check_flags,
-    make_folder,
-    run_folder,
-)
+from .run.flags import Count, DeviceFlags, Length, RowFlags, Samples, SamplingFlags, Size, run_folder
 from .run.ids import check_model
 from .run.trainee import load_frozen
 

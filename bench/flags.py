@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from ..algorithms.run.flags import POSITIONAL, bounds, check_number, helps
+from ..algorithms.run.checks import check_number
+from ..algorithms.run.flags import POSITIONAL, bounds, helps
 
 
 class Kind(NamedTuple):

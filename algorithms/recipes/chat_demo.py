@@ -31,17 +31,9 @@ from ...model.files.text_files import read_object
 from ...model.memory import training_memory
 from ...model.text.tokenizer import Tokenizer
 from .. import grpo
+from ..run.checks import check_flags
 from ..run.command import run_command
-from ..run.flags import (
-    MOST_SAMPLES,
-    Bounds,
-    Count,
-    SamplingSeed,
-    Temperature,
-    check_flags,
-    default_device,
-    run_folder,
-)
+from ..run.flags import MOST_SAMPLES, Bounds, Count, SamplingSeed, Temperature, default_device, run_folder
 from ..run.streams import harmless
 from . import page
 from .parts import read_metric, sample, write_rows

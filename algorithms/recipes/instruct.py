@@ -34,8 +34,9 @@ from ...model.generate import Sample
 from ...model.text.tokenizer import Tokenizer
 from .. import dpo, ppo, reward, sft
 from ..run.batch import Completion, Family, over_completions
+from ..run.checks import check_flags
 from ..run.command import run_command
-from ..run.flags import Bounds, Count, check_flags, run_folder
+from ..run.flags import Bounds, Count, run_folder
 from . import page
 from .letters import (
     BEST,

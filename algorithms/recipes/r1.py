@@ -28,8 +28,9 @@ from statistics import mean
 from ...model.errors import InputError
 from ...model.text.tokenizer import Tokenizer
 from .. import grpo, sft
+from ..run.checks import check_flags
 from ..run.command import run_command
-from ..run.flags import Count, check_flags, run_folder
+from ..run.flags import Count, run_folder
 from . import page
 from .parts import (
     RecipeFlags,

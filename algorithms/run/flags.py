@@ -2,15 +2,13 @@
 
 A method's Config derives from these classes and adds its own flags. The comment after a flag is its help text, and its
 type gives the allowed values. A method sets another default in one line, `steps: int = 200`; help and bounds stay.
+The class that first defines a flag gives its group in --help.
 """
 
 import ast
 import dataclasses
 import inspect
 import io
-import json
-import os
-import re
 import textwrap
 import time
 import tokenize
@@ -18,26 +16,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args, get_type_hints
 
 import torch
 
-from ...model.errors import InputError, shown
-from ...model.files.config_keys import LARGEST
-from ...model.files.text_files import read_object
-from .processes import check_joined, rank
-
-CHECKPOINT = "checkpoint.safetensors"
-MOST = 2**53  # the largest count; sums of counts still fit 64 bits
 MOST_SAMPLES = 2**16  # the most samples of one prompt; all are kept until they are judged
-MAY_DIFFER = (  # flags that --resume may change, such as --steps for a longer run
-    "output",
-    "resume",
-    "reward_timeout",
-    "save_dtype",
-    "save_every",
-    "steps",
-)
 
 
 class Bounds(NamedTuple):
@@ -65,6 +48,7 @@ Alpha = Annotated[float, Bounds(1e-6)]
 Limit = Annotated[float, Bounds(0, switch=True)]
 Seed = Annotated[int, Bounds(0, 2**63 - 1)]
 SamplingSeed = Annotated[int, Bounds(0, 2**31 - 1)]  # shifted left by 32 bits to make room for the step
+Epochs = Annotated[float, Bounds(1e-6, 1e6)]
 Schedule = Literal["constant", "linear", "cosine"]
 SaveDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -90,6 +74,8 @@ def run_folder(name: str) -> Path:
 class TemplateFlags:
     """Flags of every command that renders conversations."""
 
+    group: ClassVar = "data"
+
     chat_template: str | None = None  # jinja file to use instead of the model's chat template, or 'plain'
     chat_template_kwargs: str | None = (
         None  # JSON of variables for the template: '{"enable_thinking": false}'
@@ -100,12 +86,16 @@ class TemplateFlags:
 class RowFlags(TemplateFlags):
     """Flags of every command that reads rows."""
 
+    group: ClassVar = "data"
+
     row_template: Path | None = None  # jinja file that turns a row into prompt and completion, or messages
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingFlags:
     """Flags of every command that samples completions."""
+
+    group: ClassVar = "sampling"
 
     max_new_tokens: Count = 256  # maximum number of tokens in a completion
     sampling_batch_size: Count | None = None  # samples generated at a time; by default as many as fit
@@ -117,12 +107,16 @@ class SamplingFlags:
 class DeviceFlags:
     """Flags of every command that runs a model."""
 
+    group: ClassVar = "run"
+
     device: str = field(default_factory=default_device)  # device to run on: cpu, cuda or cuda:N
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerFlags:
     """Flags of every command in which a model answers prompts and functions judge the answers."""
+
+    group: ClassVar = "sampling"
 
     prompt_column: str | None = None  # column of the prompt, if it has an unusual name
     max_prompt_length: Count = 1024  # maximum number of prompt tokens; longer prompts are dropped
@@ -134,31 +128,85 @@ class AnswerFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingFlags(DeviceFlags, RowFlags):
-    """Flags of every trainer."""
+class OptimizerFlags:
+    """Flags of the optimizer and its learning rate, of every trainer."""
 
-    model: Path  # Hugging Face folder of the model, or of an adapter to continue training
-    data: Path  # file of rows: .jsonl, .json or .parquet
-    output: Path  # new folder for metrics, checkpoints and the trained model
+    group: ClassVar = "optimizer"
+
     steps: Count = 1000  # number of optimizer steps
-    micro_batch_tokens: Count = 8192  # tokens per forward and backward pass; a step may take several
-    learning_rate: Rate  # AdamW's peak learning rate
+    epochs: Epochs | None = None  # passes over the rows, in place of --steps
+    optimizer: Literal["adamw", "muon", "adamw8bit"] = "adamw"  # optimizer; docs/optimizers.md compares them
+    learning_rate: Rate  # peak learning rate
     schedule: Schedule  # learning-rate schedule after the warm-up
     warmup_steps: Size = 20  # steps of linear warm-up to the learning rate
-    weight_decay: Rate = 0.0  # AdamW's weight decay on matrices; vectors are not decayed
+    weight_decay: Rate = 0.0  # weight decay on matrices; vectors are not decayed
     max_grad_norm: Annotated[float, Bounds(1e-12, switch=True)] = (
         1.0  # clip gradients to this norm; inf: no clip
     )
+    micro_batch_tokens: Count = 8192  # tokens per forward and backward pass; a step may take several
+    checkpoint_activations: bool = False  # recompute layers in the backward pass: less memory, more time
+    router_aux_loss_coef: Weight | None = None  # weight of the balance loss; by default from config.json
+    balance: Literal["pooled", "layer"] = "pooled"  # compute the balance loss over all layers, or per layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFlags:
+    """Flags of a LoRA adapter and of frozen weights, of every trainer."""
+
+    group: ClassVar = "adapter"
+
     lora_rank: Rank = 0  # train a LoRA adapter of this rank; 0 trains the weights themselves
     lora_alpha: Alpha | None = None  # LoRA's alpha; the adapter's scale is alpha / rank; 2 * rank by default
     base_4bit: bool = False  # keep the frozen weights in 4 bits (NF4), as in QLoRA
-    router_aux_loss_coef: Weight | None = None  # weight of the balance loss; by default from config.json
-    balance: Literal["pooled", "layer"] = "pooled"  # compute the balance loss over all layers, or per layer
-    save_every: Size = 0  # steps between checkpoints; 0 saves only the final model
-    save_dtype: SaveDtype = "auto"  # dtype of the saved weights; auto keeps each tensor's dtype in --model
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationFlags:
+    """Flags of the evaluation on held-out rows during training, of every trainer."""
+
+    group: ClassVar = "evaluation"
+
+    eval_data: Path | None = None  # file of held-out rows, in the form of --data
+    eval_every: Size = 0  # steps between evaluations; 0 evaluates before the first and after the last step
+    keep_best: str | None = None  # metric of the evaluation by which the best model is kept in best/
+    patience: Count | None = (
+        None  # stop after this many evaluations in a row that --keep-best did not improve
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFlags(DeviceFlags):
+    """Flags of the run folder: its files, checkpoints and models, of every trainer."""
+
+    group: ClassVar = "run"
+
+    output: Path  # new folder for metrics, checkpoints and the trained model
     resume: bool = False  # continue from the last checkpoint in --output
-    checkpoint_activations: bool = False  # recompute layers in the backward pass: less memory, more time
+    save_every: Size = 0  # steps between checkpoints; 0 saves only the final model
+    keep: Count | None = None  # number of the newest step-N folders to keep; by default all
+    save_dtype: SaveDtype = "auto"  # dtype of the saved weights; auto keeps each tensor's dtype in --model
+    log_every: Count | None = (
+        None  # steps between reports and, without a terminal, printed lines; default 1/50
+    )
+    log_to: Literal["tensorboard"] | None = (
+        None  # also write the metrics for this program, into the run folder
+    )
     seed: Seed = 0  # random seed for the order of rows, new weights and dropout
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingFlags(OptimizerFlags, AdapterFlags, EvaluationFlags, RunFlags, RowFlags):
+    """Flags of every trainer."""
+
+    group: ClassVar = "data"
+
+    model: Path  # Hugging Face folder of the model, or of an adapter to continue training
+    data: Path  # file of rows: .jsonl, .json or .parquet
+
+    @property
+    def rows_per_step(self) -> int:
+        """The number of rows that a step draws from --data."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,10 +216,16 @@ class SupervisedFlags(TrainingFlags):
     max_length: Length = 1024  # maximum number of tokens in a row
     batch_size: Count = 32  # rows per optimizer step
 
+    @property
+    def rows_per_step(self) -> int:
+        return self.batch_size
+
 
 @dataclass(frozen=True, kw_only=True)
 class DropoutFlags:
     """Flags of trainers that do not sample from the model in training."""
+
+    group: ClassVar = "adapter"
 
     lora_dropout: Annotated[float, Bounds(0, 0.99)] = 0.0  # dropout probability on the adapter's inputs
 
@@ -188,9 +242,14 @@ class RolloutFlags(AnswerFlags, SamplingFlags, TrainingFlags):
     group_size: Annotated[int, Bounds(1, MOST_SAMPLES)]  # samples per prompt
     kl_coefficient: Rate  # weight (beta) of the KL divergence from the initial model
     micro_batch_tokens: int = 16384
+    samples: Size = 8  # samples of a step that are written to samples.jsonl
     learning_rate: float = 1e-6
     schedule: Schedule = "constant"
     warmup_steps: int = 0
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.prompts_per_step
 
 
 # ---- bounds and help
@@ -236,101 +295,3 @@ def helps(config: type) -> dict[str, str]:
                 if text := " ".join(comments[line] for line in lines if line in comments):
                     found[node.target.id] = text
     return found
-
-
-# ---- checks
-
-
-def check_flags(config: Any, **narrower: tuple[float, float]) -> None:
-    """Raise InputError if a flag is out of its bounds or NaN. narrower: bounds by name that depend on other flags.
-
-    Also checks that torch can use the device, that all processes have joined, and that the output folder is not in use.
-    With --resume the folder must hold a checkpoint of a run with the same flags.
-    """
-    check_joined()
-    torch_dtype(getattr(config, "save_dtype", "auto"))
-    of_flags = bounds(type(config))
-    for name, found in of_flags.items():
-        check_number(name, getattr(config, name), found)
-    for name, ends in narrower.items():
-        check_number(name, getattr(config, name), Bounds(*ends, of_flags[name].switch))
-
-    check_device(config.device)
-    folder = config.output
-    if getattr(config, "resume", False):  # compositions have no such flag
-        _check_resumable(folder, config)
-    elif rank() == 0 and _is_used(folder):
-        raise InputError(f"--output {folder}: expected a new or empty folder, found one in use")
-
-
-def check_number(name: str, value: Any, within: Bounds) -> None:
-    """Raise InputError if the number of a flag is outside its bounds."""
-    if value is None or (within.switch and value == inf):
-        return
-    most = min(within.most, MOST if isinstance(value, int) else LARGEST)
-    if not within.least <= value <= most:
-        if most < MOST:
-            expected = f"between {within.least:g} and {most:g}"
-        else:
-            expected = f"at most {most:g}" if value > most else f"at least {within.least:g}"
-        got = shown(value)  # an integer may have more digits than Python writes
-        raise InputError(f"--{name.replace('_', '-')}: expected a number {expected}, got {got}")
-
-
-def torch_dtype(name: str, flag: str = "save-dtype") -> torch.dtype | None:
-    """Return the dtype of a name in SaveDtype, or None for "auto", which keeps each tensor's dtype in the model folder.
-
-    flag: the flag to name in the InputError for any other name.
-    """
-    if name not in get_args(SaveDtype):
-        raise InputError(f"--{flag}: expected one of {', '.join(get_args(SaveDtype))}, got {name!r}")
-    return None if name == "auto" else getattr(torch, name)
-
-
-def check_device(device: str) -> None:
-    """Raise InputError if --device is not a device that torch can use here."""
-    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):
-        raise InputError(f"--device: expected cpu, cuda or cuda:N, got {shown(device)}")
-    if device != "cpu" and int(device[5:] or 0) >= (found := torch.cuda.device_count()):
-        raise InputError(f"--device {device}: torch finds {found} CUDA devices; use --device cpu")
-
-
-def _is_used(folder: Path) -> bool:
-    try:
-        return os.path.lexists(folder) and not (os.path.isdir(folder) and not os.listdir(folder))
-    except OSError as error:
-        raise InputError(f"--output {folder}: cannot be read: {error.strerror}") from error
-
-
-def _check_resumable(folder: Path, config: Any) -> None:
-    if not os.path.isfile(folder / CHECKPOINT):  # False also for a name that no file can have
-        raise InputError(f"--resume: {folder} holds no {CHECKPOINT}: give the folder of the run by --output")
-    for entry in sorted(folder.iterdir()):
-        if entry.is_symlink():  # the target of the link would be truncated and overwritten
-            raise InputError(
-                f"--resume: {entry}: expected the run's own file, got a link: replace it by the file itself"
-            )
-
-    try:
-        earlier = read_object(folder / "config.json")
-    except InputError as error:
-        raise InputError(f"--resume: {error}") from error
-    for name, value in json.loads(as_json(config)).items():
-        if name not in MAY_DIFFER and earlier.get(name) != value:
-            had = shown(repr(earlier[name])) if name in earlier else "none"
-            raise InputError(
-                f"--resume: --{name.replace('_', '-')} is {shown(repr(value))}, but the run in {folder} had {had}"
-            )
-
-
-def make_folder(output: Path) -> None:
-    """Create the folder of --output. Raises InputError if it cannot be created."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {output}: cannot be written: {error}") from error
-
-
-def as_json(config: Any) -> str:
-    """Return the text of a run's config.json."""
-    return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"

@@ -1,8 +1,9 @@
 """The frame of a training loop: run folder, processes, steps, metrics, checkpoints and saved models.
 
-    with Run(cfg, tokenizer, model=Learner(cfg, model)) as run:
+    cfg = with_steps(cfg, len(rows))
+    with Run(cfg, tokenizer, rows=len(rows), model=Learner(cfg, model)) as run:
         for step in run.steps():
-            members = run.next(len(rows), cfg.batch_size)
+            members = run.next()
             ...
             run.log(metrics, tokens)
         return run.save()
@@ -15,7 +16,6 @@ import contextlib
 import itertools
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,26 +29,25 @@ from tqdm import tqdm
 from ...model.checkpoint import save_model
 from ...model.errors import InputError
 from ...model.files.finite import TooLarge
-from ...model.files.replacing import replacing
-from ...model.files.text_files import check_regular, parse_json
 from ...model.scalar import ScalarModel
 from ...model.text.tokenizer import Tokenizer
 from ...model.transformer import Transformer
 from .balance import check_balance
 from .checkpoint import Part, read_checkpoint, write_checkpoint
-from .flags import CHECKPOINT, TrainingFlags, as_json, torch_dtype
+from .checks import CHECKPOINT, torch_dtype
+from .flags import TrainingFlags
+from .folder import COMPLETIONS, METRICS, open_metrics
 from .learner import Learner
-from .optimizer import epochs
+from .order import epochs
 from .processes import from_rank_0, rank, reshard, shard
-
-METRICS, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
 
 
 class Run:
     """One training run.
 
-    learners: the models to train. The keyword of each is the name of the folder in which it is saved. The first is the
-    result of the run. frozen: models that are not trained; None entries are skipped.
+    rows: the number of rows of --data. learners: the models to train. The keyword of each is the name of the folder in
+    which it is saved. The first is the result of the run. frozen: models that are not trained; None entries are
+    skipped.
 
     Creating a run shards all these models over the processes. Inside `with` the run folder exists, and with --resume
     the learners have the state of the checkpoint.
@@ -60,6 +59,8 @@ class Run:
         self,
         cfg: TrainingFlags,
         tokenizer: Tokenizer,
+        *,
+        rows: int,
         frozen: Sequence[Transformer | ScalarModel | None] = (),
         **learners: Learner[Any] | None,
     ):
@@ -67,7 +68,7 @@ class Run:
         self.start = 0
         self.values: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
-        self._cfg, self._tokenizer, self._frozen = cfg, tokenizer, frozen
+        self._cfg, self._tokenizer, self._rows, self._frozen = cfg, tokenizer, rows, frozen
         self._learners = {name: learner for name, learner in learners.items() if learner is not None}
         models = [learner.model for learner in self._learners.values()]
         check_balance(cfg, models)
@@ -84,7 +85,7 @@ class Run:
             self.start = self.values.pop("step")
             _check_progress(file, self._cfg, self.start, self.values)
         self._step, self._clock = self.start, time.perf_counter()
-        self._metrics = self._opened()
+        self._metrics = open_metrics(self.folder, self._cfg, self.start)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -100,27 +101,6 @@ class Run:
             optimizer = "optimizer" if name == "model" else f"{name}_optimizer"
             parts |= {name: learner.model, optimizer: learner.optimizer}
         return parts
-
-    def _opened(self) -> Any:
-        """Open metrics.jsonl for appending, after removing all lines of steps since the checkpoint."""
-        if rank():
-            return open(os.devnull, "a")
-        metrics, completions = self.folder / METRICS, self.folder / COMPLETIONS
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            ends = [
-                _end_of_steps(file, self.start, a_line_a_step=file == metrics)
-                for file in (metrics, completions)
-            ]
-
-            # change files only after both have been read
-            with replacing(self.folder / "config.json") as beside:
-                beside.write_text(as_json(self._cfg))
-            _cut(metrics, ends[0])
-            _cut(completions, ends[1])
-            return open(metrics, "a")
-        except OSError as error:
-            raise InputError(f"--output {self.folder}: cannot be written: {error}") from error
 
     # -- steps
 
@@ -147,19 +127,22 @@ class Run:
             self._save_step(step + 1)
             self._bar.update()
 
-    def next(self, count: int, size: int) -> list[int]:
-        """Return the indices of the next batch: `size` of `count` rows.
+    def next(self) -> list[int]:
+        """Return the indices of the step's rows among `rows`.
 
         Each row comes once per epoch, in an order that depends only on --seed.
         """
         if self._order is None:
-            self._order = epochs(count, size, self._cfg.seed, skip=self.values.get("draws", self.start))
+            self._order = self._batches(skip=self.values.get("draws", self.start))
         return next(self._order)
 
-    def first_epoch(self, count: int, size: int) -> Iterator[list[int]]:
+    def first_epoch(self) -> Iterator[list[int]]:
         """Return the batches that `next` draws first, up to one epoch or --steps batches."""
-        steps = min(self._cfg.steps, math.ceil(count / size))
-        return itertools.islice(epochs(count, size, self._cfg.seed), steps)
+        steps = min(self._cfg.steps, math.ceil(self._rows / self._cfg.rows_per_step))
+        return itertools.islice(self._batches(), steps)
+
+    def _batches(self, skip: int = 0) -> Iterator[list[int]]:
+        return epochs(self._rows, self._cfg.rows_per_step, self._cfg.seed, skip)
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -235,9 +218,6 @@ class Run:
         return folder
 
 
-# ---- files of an earlier run
-
-
 def _check_progress(file: Path, config: Any, start: int, values: Mapping[str, float]) -> None:
     """Raise InputError if a checkpoint has more steps than --steps, or more batches drawn than its steps allow."""
     if start > config.steps:
@@ -245,55 +225,3 @@ def _check_progress(file: Path, config: Any, start: int, values: Mapping[str, fl
     most = start * getattr(config, "max_draws", 1)
     if values.get("draws", 0) > most:
         raise InputError(f"{file}: draws: expected at most {most} in {start} steps, got {values['draws']}")
-
-
-def _end_of_steps(file: Path, step: int, a_line_a_step: bool) -> int:
-    """Return the number of bytes up to the first line of `step` or a later step; 0 if the file does not exist.
-
-    Broken lines before that place are kept, because only people read them again. A last line that a crash has cut off
-    is not counted. a_line_a_step: the file has one line per step. The number of a broken line then gives its step. In
-    other files a broken line raises InputError.
-    """
-    if not os.path.lexists(file):
-        return 0
-    check_regular(file)
-    end = unread = count = 0
-    with open(file, "rb") as lines:
-        for i, line in enumerate(lines):
-            found = _step_of(line)
-            if found is None and not line.endswith(b"\n"):  # cut off by a crash
-                break
-
-            if found is None and not a_line_a_step:
-                got = line[:60].decode("utf-8", "replace")
-                raise InputError(f"{file} line {i + 1}: expected an object with its step, got {got!r}")
-            if (i if found is None else found) >= step:
-                break
-            end, count, unread = end + len(line), count + 1, unread + (found is None)
-
-    if a_line_a_step and (unread or count != step):
-        print(
-            f"warning: {file}: only {count - unread} of the first {step} steps can be read; the file is continued",
-            file=sys.stderr,
-        )
-    return end
-
-
-def _step_of(line: bytes) -> int | None:
-    try:
-        record = parse_json(line.decode("utf-8", "replace"), "")
-    except InputError:
-        return None
-    step = record.get("step") if isinstance(record, dict) else None
-    return step if isinstance(step, int) and step >= 0 else None
-
-
-def _cut(file: Path, end: int) -> None:
-    """Truncate a file, if it exists, to its first `end` bytes. Add a newline if the last line lacks it."""
-    if not os.path.lexists(file):
-        return
-    os.truncate(file, end)
-    with open(file, "rb+") as opened:
-        opened.seek(max(end - 1, 0))
-        if opened.read(1) not in (b"", b"\n"):
-            opened.write(b"\n")

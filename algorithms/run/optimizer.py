@@ -1,8 +1,7 @@
-"""AdamW, its learning-rate schedule, the optimizer step, and the order of rows over epochs."""
+"""AdamW, its learning-rate schedule, and the optimizer step."""
 
 import contextlib
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -69,19 +68,3 @@ def optimizer_step(
 def autocast(device: str) -> contextlib.AbstractContextManager:
     """Return the autocast context: bf16 over fp32 master weights on a GPU, and fp32 on a CPU, where bf16 is slower."""
     return torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else contextlib.nullcontext()
-
-
-def epochs(count: int, batch_size: int, seed: int, skip: int = 0) -> Iterator[list[int]]:
-    """Yield batches of the indices 0..count-1 without end: each index once per epoch, in a new order from `seed`.
-
-    The last batch of an epoch is smaller if batch_size does not divide count. skip: the number of batches to leave out
-    at the start, because a resumed run has already used them.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(count, generator=generator).tolist()
-        for start in range(0, count, batch_size):
-            if skip:
-                skip -= 1
-                continue
-            yield order[start : start + batch_size]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from burnish.algorithms import sft
 from burnish.algorithms.__main__ import main
-from burnish.algorithms.run.flags import CHECKPOINT
+from burnish.algorithms.run.checks import CHECKPOINT
 from burnish.model.adapter import adapters, linears, lora_config, quantize_base
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.errors import InputError

@@ -13,7 +13,7 @@ from burnish.algorithms import sft
 from burnish.algorithms.data.lessons import Lesson, read_lessons, write_lessons
 from burnish.algorithms.run import checkpoint as checkpoint_file  # `checkpoint` is a fixture
 from burnish.algorithms.run.checkpoint import read_checkpoint, write_checkpoint
-from burnish.algorithms.run.flags import CHECKPOINT, check_flags
+from burnish.algorithms.run.checks import CHECKPOINT, check_flags
 from burnish.algorithms.run.optimizer import make_optimizer
 from burnish.model.errors import InputError
 from burnish.model.text.tokenizer import Tokenizer

@@ -14,7 +14,7 @@ from burnish.algorithms.dpo import VARIANTS
 from burnish.algorithms.kto import kto_loss
 from burnish.algorithms.objectives.preference import cdpo_loss, dpo_loss, nll_loss
 from burnish.algorithms.run.batch import Completion, make_batches, over_completions
-from burnish.algorithms.run.optimizer import epochs
+from burnish.algorithms.run.order import epochs
 from burnish.model import ModelConfig, Transformer, pack
 from burnish.model.checkpoint import load_model
 from burnish.model.errors import InputError

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import pytest
 from burnish.algorithms import dpo, grpo, ppo
 from burnish.algorithms.__main__ import COMMANDS, main
+from burnish.algorithms.run.checks import check_flags
 from burnish.algorithms.run.command import FIRST
 from burnish.algorithms.run.flags import (
     Bounds,
@@ -19,7 +20,6 @@ from burnish.algorithms.run.flags import (
     SupervisedFlags,
     TrainingFlags,
     bounds,
-    check_flags,
     helps,
 )
 from burnish.model.errors import InputError

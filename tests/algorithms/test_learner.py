@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from burnish.algorithms.recipes.sums import make_tokenizer
-from burnish.algorithms.run.flags import CHECKPOINT
+from burnish.algorithms.run.checks import CHECKPOINT
 from burnish.algorithms.run.learner import Learner
 from burnish.algorithms.run.loop import Run
-from burnish.algorithms.run.optimizer import epochs
+from burnish.algorithms.run.order import epochs
 from burnish.algorithms.sft import Config
 from burnish.model.checkpoint import load_model
 from burnish.model.errors import InputError
@@ -38,6 +38,7 @@ def cfg(model_folder, tmp_path) -> Config:
         weight_decay=0.1,
         max_grad_norm=0.5,
         save_every=3,
+        batch_size=2,
         device="cpu",
     )
 
@@ -133,9 +134,9 @@ def train(cfg: Config) -> tuple[Path, list[list[int]], list[list[torch.Tensor]]]
     model = load_model(cfg.model)
     policy, tokenizer = Learner(cfg, model), Tokenizer(make_tokenizer(), eos="<eos>")
     rows, states = [], []
-    with Run(cfg, tokenizer, model=policy) as run:
+    with Run(cfg, tokenizer, rows=ROWS, model=policy) as run:
         for step in run.steps():
-            rows.append(run.next(ROWS, 2))
+            rows.append(run.next())
             for row in rows[-1]:
                 policy.backward(loss_of(model, row) / 2, 0.5)
             run.values["highest"] = float(step)
@@ -156,11 +157,11 @@ def test_a_run_that_stops_and_resumes_is_one_that_does_not(cfg, tmp_path):
     # as one that is killed in its fourth step
     first = dataclasses.replace(cfg, output=tmp_path / "first")
     policy = Learner(first, load_model(cfg.model))
-    with Run(first, Tokenizer(make_tokenizer()), model=policy) as run:
+    with Run(first, Tokenizer(make_tokenizer()), rows=ROWS, model=policy) as run:
         for step in run.steps():
             if step == 3:
                 break
-            for row in run.next(ROWS, 2):
+            for row in run.next():
                 policy.backward(loss_of(policy.model, row) / 2, 0.5)
             run.values["highest"] = float(step)
             run.log(policy.step(step), tokens=8)
@@ -179,7 +180,7 @@ def test_until_with_a_resumed_model_is_the_untrained_one(cfg):
     model = load_model(cfg.model)
     untrained = weights(model)
     policy = Learner(resumed, model)
-    run = Run(resumed, Tokenizer(make_tokenizer()), model=policy)
+    run = Run(resumed, Tokenizer(make_tokenizer()), rows=ROWS, model=policy)
     assert same(weights(model), untrained) and run.start == 0 and run.values == {}
     assert not policy.optimizer.state
 
@@ -192,7 +193,7 @@ def test_until_with_a_resumed_model_is_the_untrained_one(cfg):
 def test_a_folder_is_made_inside_of_with_and_a_model_saved_under_its_name(cfg):
     tokenizer = Tokenizer(make_tokenizer(), eos="<eos>")
     model, critic = (Learner(cfg, load_model(cfg.model)) for _ in range(2))
-    run = Run(cfg, tokenizer, frozen=(None,), model=model, critic=critic, reward_model=None)
+    run = Run(cfg, tokenizer, rows=ROWS, frozen=(None,), model=model, critic=critic, reward_model=None)
     assert not cfg.output.exists()
     with run:
         assert sorted(path.name for path in cfg.output.iterdir()) == ["config.json", "metrics.jsonl"]
@@ -203,7 +204,7 @@ def test_a_folder_is_made_inside_of_with_and_a_model_saved_under_its_name(cfg):
 
 def test_a_step_has_its_own_seconds_and_null_for_what_is_no_number(cfg):
     cfg = dataclasses.replace(cfg, steps=2, save_every=0)
-    with Run(cfg, Tokenizer(make_tokenizer()), model=Learner(cfg, load_model(cfg.model))) as run:
+    with Run(cfg, Tokenizer(make_tokenizer()), rows=ROWS, model=Learner(cfg, load_model(cfg.model))) as run:
         for step in run.steps():
             assert run.seconds == {}
             for _ in range(step + 1):

@@ -11,8 +11,9 @@ import pytest
 import torch
 from burnish.algorithms import distill, dpo, grpo, kto, ppo, reward, sft
 from burnish.algorithms.run.checkpoint import read_checkpoint, write_checkpoint
-from burnish.algorithms.run.flags import CHECKPOINT
-from burnish.algorithms.run.optimizer import epochs, make_optimizer
+from burnish.algorithms.run.checks import CHECKPOINT
+from burnish.algorithms.run.optimizer import make_optimizer
+from burnish.algorithms.run.order import epochs
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.errors import InputError
 from burnish.model.text.tokenizer import Tokenizer

@@ -8,8 +8,9 @@ from sources import parse
 WRITER = "model/files/replacing.py"
 BESIDE = ("replacing", "replacing_folder")  # its context managers, which yield the path beside
 IN_PLACE = {  # (file, way) -> why it is written where it stands
+    ("algorithms/run/folder.py", "append"): "logs grow by a line as long as the run goes on",
     ("algorithms/run/loop.py", "append"): "logs grow by a line as long as the run goes on",
-    ("algorithms/run/loop.py", "update"): "a run that resumes cuts off what its logs hold of later steps",
+    ("algorithms/run/folder.py", "update"): "a run that resumes cuts off what its logs hold of later steps",
     ("bench/runs/crew.py", "write"): "the log of a process, which others read while it runs",
     ("bench/ops/machine_code.py", "write"): "machine code in a temporary folder, for one tool to read",
     ("model/files/tensors.py", "rename"): "files of a folder that is not in its place yet",

@@ -373,7 +373,7 @@ def trl_grpo_step(folder, rows, sampled, advantages):
 
 def our_prompt(rows, sample):
     """The row that a sample of the first rollout answers: `epochs` shuffles them."""
-    from burnish.algorithms.run.loop import epochs
+    from burnish.algorithms.run.order import epochs
 
     return next(epochs(len(rows), len(rows), 0))[sample // 2]
 
