@@ -33,11 +33,11 @@ class Terminated(SystemExit):
 
 
 class _State:
-    """The state of the process: when SIGTERM came, whether it ends the run at once, and the process that handles it."""
+    """The state of the process: whether SIGTERM is handled, when it came, and whether it ends the run at once."""
 
+    handled = False
     came: float | None = None
     at_once = False
-    process = 0
 
 
 @contextlib.contextmanager
@@ -52,7 +52,7 @@ def terminable() -> Iterator[None]:
         yield
         return
 
-    _State.came, _State.at_once, _State.process = None, False, os.getpid()
+    _State.handled, _State.came, _State.at_once = True, None, False
     signal.signal(signal.SIGTERM, _handle)
     try:
         yield
@@ -61,7 +61,7 @@ def terminable() -> Iterator[None]:
             raise Terminated(saved=True)
     finally:
         signal.signal(signal.SIGTERM, earlier)
-        _State.came = None
+        _State.handled, _State.came = False, None
 
 
 @contextlib.contextmanager
@@ -88,9 +88,7 @@ def is_asked() -> bool:
 
 def _handle(number: int, frame: object) -> None:
     now = time.monotonic()
-    in_child = os.getpid() != _State.process  # a process that a user's function has forked
-    is_second = _State.came is not None and not (world() > 1 and now - _State.came < SAME)
-    if in_child or is_second:
+    if _State.came is not None and not (world() > 1 and now - _State.came < SAME):  # a second one
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
         return
@@ -99,3 +97,29 @@ def _handle(number: int, frame: object) -> None:
     if _State.at_once:
         _State.at_once = False  # raised once, so that nothing interrupts the clean-up
         raise Terminated
+
+
+# ---- processes that a user's function forks: SIGTERM ends them, as multiprocessing's pools expect
+
+_masks = threading.local()  # the forking thread's blocked signals
+
+
+def _before_fork() -> None:
+    """Hold SIGTERM back, because Python drops a signal that comes to the new process before it has begun."""
+    _masks.earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}) if _State.handled else None
+
+
+def _after_fork() -> None:
+    if _masks.earlier is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _masks.earlier)
+
+
+def _after_fork_in_child() -> None:
+    if _State.handled:
+        _State.handled = False
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)

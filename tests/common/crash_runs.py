@@ -1,6 +1,6 @@
 """Runs that are killed before each of their file operations, and go on: what they then end with, counted.
 
-    python tests/common/crash_runs.py FOLDER sft dpo grpo ppo distill
+    python tests/common/crash_runs.py FOLDER sft dpo grpo ppo distill       FOLDER: a new folder to work in
 
 does so for every operation, of first runs and of finished runs that go on for another step.
 """
