@@ -49,6 +49,7 @@ from .data.tokenizer import check_tokenizer, load_tokenizer
 from .objectives.policy import clipped_loss
 from .run.batch import Batch, longest, make_batches
 from .run.checks import check_flags
+from .run.claim import in_run_folder
 from .run.command import run_command
 from .run.flags import SamplingFlags, Schedule, Share, SupervisedFlags, run_folder
 from .run.ids import check_model
@@ -174,6 +175,7 @@ TERMS: dict[tuple[str, bool], Callable[..., Term]] = {  # (--loss, whether --tea
 }
 
 
+@in_run_folder
 def train(cfg: Config) -> Path:
     """Train the student, and return its folder."""
     check_flags(cfg)

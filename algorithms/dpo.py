@@ -58,6 +58,7 @@ from .objectives.preference import (
 )
 from .run.batch import longest, make_batches, over_completions
 from .run.checks import check_flags
+from .run.claim import in_run_folder
 from .run.command import run_command
 from .run.flags import Bounds, DropoutFlags, Rate, Schedule, SupervisedFlags, run_folder
 from .run.held_out import report_held_out
@@ -125,6 +126,7 @@ VARIANTS = {
 }
 
 
+@in_run_folder
 def train(cfg: Config) -> Path:
     """Train by preference optimization, and return the folder of the trained model."""
     check_flags(cfg)

@@ -45,6 +45,7 @@ from .objectives.kl import k2_loss, k3_loss, rho_k3_loss
 from .objectives.policy import cispo_loss, clipped_loss, gspo_loss, masked_weights, truncated_weights
 from .run.batch import make_split_batches
 from .run.checks import check_flags
+from .run.claim import in_run_folder
 from .run.command import run_command
 from .run.flags import MOST_SAMPLES, Bounds, Count, Limit, RolloutFlags, Share, Size, run_folder
 from .run.ids import check_model
@@ -148,6 +149,7 @@ def objective(cfg: Config, terms: Terms) -> tuple[Tensor, dict[str, Tensor]]:
     return loss, means
 
 
+@in_run_folder
 def train(cfg: Config) -> Path:
     """Train by GRPO, and return the folder of the trained model."""
     check_flags(cfg, overlong_buffer=(0, cfg.max_new_tokens))

@@ -27,6 +27,7 @@ from .data.pairs import Judged, load_judged
 from .data.tokenizer import load_tokenizer
 from .run.batch import longest, make_batches, over_completions
 from .run.checks import check_flags
+from .run.claim import in_run_folder
 from .run.command import run_command
 from .run.flags import Bounds, DropoutFlags, Rate, Schedule, SupervisedFlags, run_folder
 from .run.ids import check_model
@@ -70,6 +71,7 @@ def kto_loss(
     return (weight * (1 - torch.sigmoid(beta * gain))).sum() / num_completions
 
 
+@in_run_folder
 def train(cfg: Config) -> Path:
     """Train by KTO, and return the folder of the trained model."""
     check_flags(cfg)

@@ -50,6 +50,7 @@ from .objectives.advantages import gae, rloo_advantages, scale, whiten
 from .objectives.policy import clipped_loss
 from .run.batch import Batch, make_split_batches, over_tokens
 from .run.checks import check_flags
+from .run.claim import in_run_folder
 from .run.command import run_command
 from .run.flags import MOST_SAMPLES, Bounds, Count, Limit, Rate, RolloutFlags, Share, run_folder
 from .run.ids import check_model
@@ -215,6 +216,7 @@ def measure(cfg: Config, groups: Groups, models: Models) -> Rollout:
     return Rollout(real, mask, logprob, entropy, logprob - ref_logprob, value, score)
 
 
+@in_run_folder
 def train(cfg: Config) -> Path:
     """Train by PPO, and return the folder of the trained model."""
     _check(cfg)

@@ -33,6 +33,7 @@ from .data.tokenizer import load_tokenizer
 from .objectives.preference import pair_metrics
 from .run.batch import longest, make_batches, over_completions
 from .run.checks import check_flags
+from .run.claim import in_run_folder
 from .run.command import run_command
 from .run.flags import DropoutFlags, Rate, Schedule, SupervisedFlags, run_folder
 from .run.held_out import report_held_out
@@ -75,6 +76,7 @@ def centering_loss(chosen: Tensor, rejected: Tensor, num_pairs: int) -> Tensor:
     return (chosen + rejected).square().sum() / num_pairs
 
 
+@in_run_folder
 def train(cfg: Config) -> Path:
     """Train a reward model, and return its folder."""
     check_flags(cfg)

@@ -25,6 +25,7 @@ from .data.examples import load_examples
 from .data.tokenizer import load_tokenizer
 from .run.batch import longest, make_batches
 from .run.checks import check_flags
+from .run.claim import in_run_folder
 from .run.command import run_command
 from .run.flags import DropoutFlags, Schedule, SupervisedFlags, run_folder
 from .run.ids import check_model
@@ -62,6 +63,7 @@ def dft_loss(logprob: Tensor, num_tokens: int) -> Tensor:
 LOSSES = {"nll": sft_loss, "dft": dft_loss}
 
 
+@in_run_folder
 def train(cfg: Config) -> Path:
     """Train by supervised fine-tuning, and return the folder of the trained model."""
     check_flags(cfg)

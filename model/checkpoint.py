@@ -37,7 +37,7 @@ from .files.dtypes import read_dtypes
 from .files.experts import disk_name, to_disk
 from .files.finite import cast, check_finite
 from .files.folder import absolute, base_of, holds_a_model, is_adapter
-from .files.replacing import replacing_folder
+from .files.replacing import recover, replacing_folder
 from .files.sizes import check_sizes
 from .files.tensors import DTYPES, FLOATS, opened, stored_tensors, write_json, write_tensors
 from .files.text_files import check_json, read_object, read_optional
@@ -319,6 +319,7 @@ class AdapterFolder(NamedTuple):
 def read_adapter(folder: str | os.PathLike[str]) -> AdapterFolder:
     """Read a PEFT folder. Raises InputError naming the file and the key."""
     folder = Path(folder)
+    recover(folder)
     raw = read_object(folder / peft.CONFIG)
     config = peft.read_config(raw, str(folder / peft.CONFIG))
     if not os.path.lexists(folder / peft.WEIGHTS) and os.path.lexists(folder / "adapter_model.bin"):

@@ -1,7 +1,8 @@
 """Checkpoints for resuming a stopped run: a safetensors file of the state that training changes, replaced atomically.
 
 The file holds the trained parameters and the optimizer states as "part/name"; a part is a model or an optimizer. The
-metadata holds the step and a few numbers as JSON. Nothing else needs saving: data order and sampling noise are
+metadata holds the step and a few numbers as JSON, the digests of the files that the run has read (inputs.py), and those
+of the tensors and of the metadata itself (digests.py). Nothing else needs saving: data order and sampling noise are
 functions of the seed and the step, and frozen weights come from the model folder that the run started from.
 
 With several processes each writes a file with its rows of every tensor. Rank 0 writes its file last and lists the other
@@ -11,7 +12,7 @@ files in it. Any number of processes can read the checkpoint; each reads only th
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import ceil
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from ...model.errors import InputError, shown
 from ...model.files.replacing import replacing
 from ...model.files.text_files import check_regular, parse_json
+from .digests import check_metadata, check_tensors, with_digests
 from .processes import gathered, rank, world
 
 Part = nn.Module | torch.optim.Optimizer
@@ -36,8 +38,13 @@ STATES = ("/step", "/exp_avg", "/exp_avg_sq")  # AdamW's states of each paramete
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
-def write_checkpoint(file: Path, parts: Mapping[str, Part], values: Mapping[str, Any]) -> None:
-    """Write the state of `parts` and the JSON of `values` to `file`. If this fails, the earlier file is unchanged."""
+def write_checkpoint(
+    file: Path, parts: Mapping[str, Part], values: Mapping[str, Any], inputs: Mapping[str, Any] | None = None
+) -> None:
+    """Write the state of `parts` and the JSON of `values` to `file`. If this fails, the earlier file is unchanged.
+
+    inputs: the digests of the files that the run has read (inputs.py); only rank 0 needs them.
+    """
     # 1. collect this process's rows of the sharded tensors; rank 0 also writes the other tensors
     tensors: dict[str, Tensor] = {}
     starts: dict[str, int] = {}  # the first row of this process in each sharded tensor
@@ -46,31 +53,67 @@ def write_checkpoint(file: Path, parts: Mapping[str, Part], values: Mapping[str,
             if _is_shared(tensor):
                 starts[f"{part}/{name}"] = _rows(tensor).start
             if _is_shared(tensor) or rank() == 0:
-                tensors[f"{part}/{name}"] = _own(tensor).detach().contiguous()
+                tensors[f"{part}/{name}"] = _own(tensor).detach().cpu().contiguous()
 
     # 2. list the other files and the first rows in the metadata
     others = _names(file, values.get("step"), world())
     metadata = {"values": json.dumps({**values, COUNT: sum(len(_tensors(part)) for part in parts.values())})}
+    metadata["inputs"] = json.dumps(inputs or {})
     if others:
         metadata |= {"others": json.dumps(others), "starts": json.dumps(starts)}
+    metadata = with_digests(tensors, metadata)
 
     # 3. write the other processes' files first: rank 0 replaces the earlier checkpoint when all are written
     final = file.with_name(others[rank() - 1]) if rank() else file
     with replacing(final, sync=True, note=", the earlier checkpoint is kept") as beside:
         save_file(tensors, beside, metadata=metadata)
         if rank() == 0:
-            _all_have_written()
+            _wait_for_all()
     if rank():
-        _all_have_written()
-        return
+        _wait_for_all()
+    else:
+        _remove_stale(file, others)
+
+
+def _wait_for_all() -> None:
+    """Wait until every process has reached this call."""
+    gathered({"here": torch.ones(1)})
+
+
+def _remove_stale(file: Path, others: Sequence[str]) -> None:
+    """Remove the files of other processes of earlier checkpoints, and of one that was never completed."""
     for stale in file.parent.glob(f"{file.stem}-*-of-*{file.suffix}"):
         if stale.name not in others:
             stale.unlink()
 
 
-def _all_have_written() -> None:
-    """Wait until every process has reached this call."""
-    gathered({"written": torch.ones(1)})
+def sweep_checkpoint(file: Path) -> None:
+    """Remove the files beside a checkpoint that are not part of it. They are of a checkpoint that was cut off."""
+    with ExitStack() as stack:
+        metadata = _open(file, stack).metadata() or {}
+        others = _others(file, metadata, _values(file, metadata)["step"])
+    _remove_stale(file, others)
+
+
+def read_inputs(file: Path) -> dict[str, list[list[str]]]:
+    """Return the digests that a checkpoint holds of the files that its run has read: by flag, names and SHA-256.
+
+    An older checkpoint has none. Raises InputError if the checkpoint is broken.
+    """
+    with ExitStack() as stack:
+        metadata = _open(file, stack).metadata() or {}
+    where = f"{file}: metadata: inputs"
+    inputs = parse_json(metadata.get("inputs", "{}"), where)
+    pairs = [pair for found in inputs.values() for pair in found] if _is_table(inputs) else [None]
+    if not all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(x, str) for x in pair) for pair in pairs
+    ):
+        raise InputError(f"{where}: expected lists of a name and a digest, by flag, got {shown(inputs)}")
+    return inputs
+
+
+def _is_table(inputs: Any) -> bool:
+    return isinstance(inputs, dict) and all(isinstance(found, list) for found in inputs.values())
 
 
 def read_checkpoint(file: Path, parts: Mapping[str, Part]) -> dict[str, Any]:
@@ -90,9 +133,13 @@ def read_checkpoint(file: Path, parts: Mapping[str, Part]) -> dict[str, Any]:
         if len(stored) != values.pop(COUNT, len(stored)):
             raise InputError(f"{file}: not a whole checkpoint: tensors are missing")
 
-        # check that all tensors fit before any state is changed
+        # check that all tensors fit, and are those that were written, before any state is changed
         wanted = {part: _wanted(module) for part, module in parts.items()}
         _check_fit(file, wanted, stored)
+        for i, (path, opened) in enumerate(files.items()):
+            if i % world() == rank():  # each file is read whole by one process
+                check_tensors(path, opened)
+        _wait_for_all()
         for part, module in parts.items():
             state = {name: stored[f"{part}/{name}"] for name in wanted[part] if f"{part}/{name}" in stored}
             if isinstance(module, nn.Module):
@@ -107,9 +154,11 @@ def read_checkpoint(file: Path, parts: Mapping[str, Part]) -> dict[str, Any]:
 def _open(file: Path, stack: ExitStack) -> Any:
     check_regular(file)
     try:
-        return stack.enter_context(safe_open(file, framework="pt"))
+        opened = stack.enter_context(safe_open(file, framework="pt"))
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file}: not a whole checkpoint: {error}") from error
+    check_metadata(file, opened.metadata() or {})
+    return opened
 
 
 def _values(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -4,28 +4,31 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Sequence
 from math import inf
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import torch
 
 from ...model.errors import InputError, shown
 from ...model.files.config_keys import LARGEST
+from ...model.files.folder import absolute
 from ...model.files.text_files import read_object
-from .flags import Bounds, SaveDtype, bounds
+from .flags import Bounds, SaveDtype, TrainingFlags, bounds
+from .inputs import check_inputs
 from .processes import check_joined, rank
 
-CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT, LOCK = "checkpoint.safetensors", ".lock"
 MOST = 2**53  # the largest count; sums of counts still fit 64 bits
-MAY_DIFFER = (  # flags that --resume may change, such as --steps for a longer run
-    "output",
-    "resume",
+MAY_DIFFER = (  # flags that --resume may change, because they change no mathematics of the steps that are left
+    *("output", "resume", "save_every", "save_dtype", "keep", "log_every", "log_to", "samples", "held_out"),
+    *("steps", "epochs"),  # a longer run, or a shorter one
+    *("eval_data", "eval_every", "patience"),  # eval_data only without --keep-best
+    *("device", "micro_batch_tokens", "checkpoint_activations", "sampling_batch_size"),  # other roundings
     "reward_timeout",
-    "save_dtype",
-    "save_every",
-    "steps",
 )
+SPELLED = ("chat_template", "reward")  # flags of text that may name a file
 
 
 def check_flags(config: Any, **narrower: tuple[float, float]) -> None:
@@ -44,10 +47,12 @@ def check_flags(config: Any, **narrower: tuple[float, float]) -> None:
 
     check_device(config.device)
     folder = config.output
+    if getattr(config, "keep", None) is not None and not config.save_every:
+        raise InputError("--keep: expected --save-every, too, which writes the folders to keep")
     if getattr(config, "resume", False):  # compositions have no such flag
         _check_resumable(folder, config)
-    elif rank() == 0 and _is_used(folder):
-        raise InputError(f"--output {folder}: expected a new or empty folder, found one in use")
+    elif rank() == 0:
+        check_unused(folder, but=(LOCK,) if isinstance(config, TrainingFlags) else ())  # claim.py locks it
 
 
 def check_number(name: str, value: Any, within: Bounds) -> None:
@@ -82,11 +87,16 @@ def check_device(device: str) -> None:
         raise InputError(f"--device {device}: torch finds {found} CUDA devices; use --device cpu")
 
 
-def _is_used(folder: Path) -> bool:
+def check_unused(folder: Path, but: Sequence[str] = ()) -> None:
+    """Raise InputError unless the folder is new or empty. but: names of files that may be there."""
     try:
-        return os.path.lexists(folder) and not (os.path.isdir(folder) and not os.listdir(folder))
+        is_used = os.path.lexists(folder) and not (
+            os.path.isdir(folder) and set(os.listdir(folder)) <= set(but)
+        )
     except OSError as error:
         raise InputError(f"--output {folder}: cannot be read: {error.strerror}") from error
+    if is_used:
+        raise InputError(f"--output {folder}: expected a new or empty folder, found one in use")
 
 
 def _check_resumable(folder: Path, config: Any) -> None:
@@ -102,12 +112,57 @@ def _check_resumable(folder: Path, config: Any) -> None:
         earlier = read_object(folder / "config.json")
     except InputError as error:
         raise InputError(f"--resume: {error}") from error
-    for name, value in json.loads(as_json(config)).items():
-        if name not in MAY_DIFFER and earlier.get(name) != value:
-            had = shown(repr(earlier[name])) if name in earlier else "none"
+    _check_same(folder, config, earlier)
+    if rank() == 0:
+        check_inputs(folder / CHECKPOINT, config)
+
+
+def _check_same(folder: Path, config: Any, earlier: dict[str, Any]) -> None:
+    """Raise InputError naming a flag whose value differs from that in `earlier`, the content of config.json.
+
+    Paths are compared as paths. A flag that config.json does not have counts as its default, because it is newer than
+    the run.
+    """
+    now, defaults = json.loads(as_json(config)), _defaults(config)
+    for name, value in now.items():
+        if name in MAY_DIFFER and not (name == "eval_data" and config.keep_best is not None):
+            continue
+        was = earlier[name] if name in earlier else defaults.get(name, "none")
+        if _spelled(config, name, was) != _spelled(config, name, value):
             raise InputError(
-                f"--resume: --{name.replace('_', '-')} is {shown(repr(value))}, but the run in {folder} had {had}"
+                f"--resume: --{name.replace('_', '-')} is {shown(repr(value))}, but the run in {folder} had "
+                f"{shown(repr(was)) if name in earlier or name in defaults else was}"
             )
+
+
+def _defaults(config: Any) -> dict[str, Any]:
+    """Return the defaults of a config's flags, as JSON has them. A flag that must be given has none."""
+    found = {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(config)
+    }
+    found = {name: value for name, value in found.items() if value is not dataclasses.MISSING}
+    return json.loads(json.dumps(found, default=str))
+
+
+def _spelled(config: Any, name: str, value: Any) -> Any:
+    """Return the value of a flag in JSON, with every path absolute and its links followed.
+
+    The function of FILE.py:function stays behind its file.
+    """
+    if isinstance(value, list):
+        return [_spelled(config, name, each) for each in value]
+    is_path = "Path" in str(get_type_hints(type(config)).get(name))
+    if not isinstance(value, str) or not (is_path or name in SPELLED):
+        return value
+
+    source, _, function = value.rpartition(":") if name == "reward" else (value, "", "")
+    if not is_path and not os.path.isfile(source):
+        return value
+    try:
+        return f"{absolute(source)}:{function}"
+    except InputError:  # a name that no file can have
+        return value
 
 
 def make_folder(output: Path) -> None:

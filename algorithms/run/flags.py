@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import inspect
 import io
+import secrets
 import textwrap
 import time
 import tokenize
@@ -58,8 +59,8 @@ def default_device() -> str:
 
 
 def new_run_folder(name: str) -> Path:
-    """Return the path runs/<name>-<date>-<time>, a new folder for each run, so that no run overwrites another."""
-    return Path("runs") / time.strftime(f"{name}-%Y%m%d-%H%M%S")
+    """Return the path runs/<name>-<date>-<time>-<random>, a new folder for each run, also in the same second."""
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def run_folder(name: str) -> Path:

@@ -1,37 +1,86 @@
-"""The files of a run folder: config.json, and the logs that a resumed run continues."""
+"""The files of a run folder: config.json, and the logs and models that a resumed run continues or removes."""
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from ...model.errors import InputError
-from ...model.files.replacing import replacing
-from ...model.files.text_files import check_regular, parse_json
-from .checks import as_json
+from ...model.files.folder import holds_a_model
+from ...model.files.replacing import remove_folder, replacing, sweep
+from ...model.files.text_files import check_regular, parse_json, read_optional
+from .checkpoint import sweep_checkpoint
+from .checks import CHECKPOINT, as_json
 from .flags import TrainingFlags
 from .processes import rank
 
 METRICS, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
+LOGS = (METRICS, COMPLETIONS)  # a resumed run cuts off what they hold of the steps that it runs again
+CONFIG = "config.json"
 
 
 def open_metrics(folder: Path, cfg: TrainingFlags, start: int) -> Any:
-    """Open metrics.jsonl for appending, after removing all lines of the steps from `start` on. Write config.json."""
+    """Open metrics.jsonl for appending, after removing all lines of the steps from `start` on. Write config.json.
+
+    With --resume, first remove what killed processes have left in the folder.
+    """
     if rank():
         return open(os.devnull, "a")
-    metrics, completions = folder / METRICS, folder / COMPLETIONS
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        ends = [_end_of_steps(file, start, a_line_a_step=file == metrics) for file in (metrics, completions)]
+        ends = {name: _end_of_steps(folder / name, start, a_line_a_step=name == METRICS) for name in LOGS}
 
-        # change files only after both have been read
-        with replacing(folder / "config.json") as beside:
+        # change files only after all have been read
+        if cfg.resume:
+            sweep(folder)
+            sweep_checkpoint(folder / CHECKPOINT)
+        with replacing(folder / CONFIG, sync=True) as beside:
             beside.write_text(as_json(cfg))
-        _cut(metrics, ends[0])
-        _cut(completions, ends[1])
-        return open(metrics, "a")
+        for name, end in ends.items():
+            _cut(folder / name, end)
+        return open(folder / METRICS, "a")
     except OSError as error:
         raise InputError(f"--output {folder}: cannot be written: {error}") from error
+
+
+def flush_logs(folder: Path) -> None:
+    """Flush the logs to the disk, before a checkpoint that counts on their lines."""
+    for name in LOGS:
+        if rank() == 0 and os.path.lexists(folder / name):
+            try:
+                with open(folder / name, "rb") as opened:
+                    os.fsync(opened.fileno())
+            except OSError as error:
+                raise InputError(f"{folder / name}: cannot be written: {error}") from error
+
+
+def remove_start(folder: Path) -> None:
+    """Remove the files of a run that ends before its first step is done."""
+    for name in (CONFIG, *LOGS):
+        (folder / name).unlink(missing_ok=True)
+
+
+def keep_newest(folder: Path, keep: int | None, done: int) -> None:
+    """Remove all but the `keep` newest step-N folders with N up to `done`. None keeps all.
+
+    A folder that holds anything but a model is kept, and not counted.
+    """
+    if keep is None or rank():
+        return
+    models: list[tuple[int, Path]] = []
+    for entry in folder.iterdir():
+        number = re.fullmatch(r"step-([1-9]\d{0,15})", entry.name)
+        if number and int(number[1]) <= done and not entry.is_symlink() and holds_a_model(entry):
+            models.append((int(number[1]), entry))
+    for _, entry in sorted(models)[:-keep]:
+        remove_folder(entry)
+
+
+def steps_of(folder: Path) -> int | None:
+    """Return the steps of the run that was last in the folder, by its config.json, or None."""
+    steps = read_optional(folder / CONFIG).get("steps")
+    return steps if isinstance(steps, int) else None
 
 
 def _end_of_steps(file: Path, step: int, a_line_a_step: bool) -> int:

@@ -16,6 +16,7 @@ import contextlib
 import itertools
 import json
 import math
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,10 +37,13 @@ from .balance import check_balance
 from .checkpoint import Part, read_checkpoint, write_checkpoint
 from .checks import CHECKPOINT, torch_dtype
 from .flags import TrainingFlags
-from .folder import COMPLETIONS, METRICS, open_metrics
+from .folder import COMPLETIONS, METRICS, flush_logs, keep_newest, open_metrics, steps_of
+from .inputs import Inputs
 from .learner import Learner
+from .optimizer import scheduled
 from .order import epochs
 from .processes import from_rank_0, rank, reshard, shard
+from .stopping import Terminated, defer, is_asked
 
 
 class Run:
@@ -84,8 +88,14 @@ class Run:
             self.values = read_checkpoint(file, self._parts())
             self.start = self.values.pop("step")
             _check_progress(file, self._cfg, self.start, self.values)
+            _report_rate(self.folder, self._cfg, self.start)
+        self._inputs = Inputs(self._cfg)
+        if self._cfg.save_every and rank() == 0:
+            self._inputs.digests()  # now, while the files are in the page cache
+
         self._step, self._clock = self.start, time.perf_counter()
         self._metrics = open_metrics(self.folder, self._cfg, self.start)
+        keep_newest(self.folder, self._cfg.keep, self.start)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -105,7 +115,10 @@ class Run:
     # -- steps
 
     def steps(self) -> Iterator[int]:
-        """Yield the remaining steps, from `start` to --steps. Save model and checkpoint every --save-every steps."""
+        """Yield the remaining steps, from `start` to --steps. Save model and checkpoint every --save-every steps.
+
+        After a SIGTERM, save the checkpoint of the step under way and raise Terminated.
+        """
         total = self._cfg.steps
         self._bar = tqdm(
             total=total,
@@ -116,6 +129,7 @@ class Run:
             disable=rank() > 0,
         )
 
+        defer()  # from now on a SIGTERM waits for the end of a step
         self._clock = time.perf_counter()
         for step in range(self.start, total):
             self._step, self.seconds = step, {}
@@ -124,8 +138,12 @@ class Run:
             )
             yield step
             reshard(*self._frozen)  # a forward pass without a backward pass leaves their weights gathered
-            self._save_step(step + 1)
+            stops = is_asked()
+            self._save_step(step + 1, stops)
             self._bar.update()
+            if stops:
+                self._report_stop(step + 1)
+                raise Terminated(saved=True)
 
     def next(self) -> list[int]:
         """Return the indices of the step's rows among `rows`.
@@ -197,11 +215,29 @@ class Run:
         folders = [self._save(name, name) for name in reversed(self._learners)]
         return folders[-1]
 
-    def _save_step(self, done: int) -> None:
-        """Every --save-every steps, write the result as step-N and replace the checkpoint. done: steps done so far."""
-        if self._cfg.save_every and done % self._cfg.save_every == 0:
+    def _save_step(self, done: int, stops: bool) -> None:
+        """Every --save-every steps, write the result as step-N and replace the checkpoint. done: steps done so far.
+
+        stops: whether the run ends after this step, so that the checkpoint is replaced in any case.
+        """
+        saves = bool(self._cfg.save_every) and done % self._cfg.save_every == 0
+        if saves:
             self._save(next(iter(self._learners)), f"step-{done}")
-            write_checkpoint(self.folder / CHECKPOINT, self._parts(), {"step": done, **self.values})
+        if saves or stops:
+            flush_logs(self.folder)
+            inputs = self._inputs.digests() if rank() == 0 else None
+            values = {"step": done, **self.values}
+            write_checkpoint(self.folder / CHECKPOINT, self._parts(), values, inputs)
+        if saves:
+            keep_newest(self.folder, self._cfg.keep, done)
+
+    def _report_stop(self, done: int) -> None:
+        if rank() == 0:
+            print(
+                f"\nSIGTERM: stopped after {done} of {self._cfg.steps} steps; to go on, repeat the command with "
+                f"--output {shlex.quote(str(self.folder))} --resume",
+                file=sys.stderr,
+            )
 
     def _save(self, name: str, folder_name: str) -> Path:
         """Write one model with its tokenizer, atomically. Returns its folder.
@@ -216,6 +252,19 @@ class Run:
                 print(f"warning: {folder}: written in float32: {error}", file=sys.stderr)
             save_model(model, folder, tokenizer, dtype=torch.float32, write=rank() == 0)
         return folder
+
+
+def _report_rate(folder: Path, cfg: TrainingFlags, start: int) -> None:
+    """Print the learning rates before and after, if another --steps changes those of the remaining steps."""
+    steps, peak = steps_of(folder), cfg.learning_rate
+    if rank() or cfg.schedule == "constant" or steps in (None, cfg.steps) or start in (0, cfg.steps):
+        return
+    before = scheduled(peak, start - 1, steps, cfg.warmup_steps, cfg.schedule)
+    after = scheduled(peak, start, cfg.steps, cfg.warmup_steps, cfg.schedule)
+    print(
+        f"--steps {cfg.steps} in place of {steps}: the learning rate, which decays until the last step, goes from "
+        f"{before:.3g} in step {start - 1} to {after:.3g} in step {start}"
+    )
 
 
 def _check_progress(file: Path, config: Any, start: int, values: Mapping[str, float]) -> None:

@@ -77,6 +77,8 @@ def processes(command: str, device: str) -> Iterator[None]:
             stack.enter_context(contextlib.redirect_stdout(quiet))
         try:
             yield
+        except SystemExit:  # SIGTERM ends all processes after the same step
+            raise
         except BaseException as error:
             print(
                 f"\n{command}: process {rank()} of {world()} ends the job: {type(error).__name__}",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from . import peft
-from .replacing import reason
+from .replacing import reason, recover
 from .tensors import INDEX
 from .text_files import read_object
 
@@ -25,7 +25,9 @@ def is_adapter(folder: str | os.PathLike[str]) -> bool:
 
     Other trainers also write the base's config.json into an adapter's folder. Such a folder counts as an adapter if
     it has adapter weights, even if it also has the weights of a whole model. transformers decides in the same way.
+    A folder whose replacement was cut off is put back first.
     """
+    recover(Path(folder))
     folder = Path(folder)  # any entry with these names counts; the reader raises if it is not a file
     weights = any(lexists(folder / name) for name in (peft.WEIGHTS, "adapter_model.bin"))
     return lexists(folder / peft.CONFIG) and (weights or not lexists(folder / "config.json"))
@@ -79,6 +81,7 @@ def _bases(name: str, adapter: Path, starts: Iterable[Path]) -> list[Path]:
     found: list[Path] = []
     for start in starts:
         base = start / name
+        recover(base)
         if not os.path.isdir(base) or base.resolve() == adapter:  # isdir is False also for an invalid name
             continue
         if not is_adapter(base) or read_object(base / peft.CONFIG).get("base_model_name_or_path") != name:

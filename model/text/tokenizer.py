@@ -25,7 +25,7 @@ import tokenizers
 
 from ..errors import InputError, shown
 from ..files.folder import base_of, is_adapter
-from ..files.replacing import replacing
+from ..files.replacing import recover, replacing
 from ..files.text_files import read_optional
 from ..vocabulary import Vocabulary
 from .special_tokens import special_tokens
@@ -106,6 +106,7 @@ class Tokenizer:
         Raises InputError naming the file and the error.
         """
         folder = Path(folder)
+        recover(folder)
         if not os.path.isdir(folder):
             raise InputError(
                 f"{folder}: no such folder; expected a Hugging Face folder with a tokenizer.json"

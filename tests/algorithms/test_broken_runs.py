@@ -14,6 +14,7 @@ from burnish.algorithms.data.lessons import Lesson, read_lessons, write_lessons
 from burnish.algorithms.run import checkpoint as checkpoint_file  # `checkpoint` is a fixture
 from burnish.algorithms.run.checkpoint import read_checkpoint, write_checkpoint
 from burnish.algorithms.run.checks import CHECKPOINT, check_flags
+from burnish.algorithms.run.digests import DIGESTS, with_digests
 from burnish.algorithms.run.optimizer import make_optimizer
 from burnish.model.errors import InputError
 from burnish.model.text.tokenizer import Tokenizer
@@ -37,12 +38,14 @@ def refusal(function) -> str:
 
 
 def change(file: Path, edit) -> None:
-    """edit(tensors, metadata), in place."""
+    """edit(tensors, metadata), in place. A checkpoint gets the digests of what it then holds, as if a run wrote it."""
     tensors = load_file(file)
     with safe_open(file, "pt") as opened:
         metadata = dict(opened.metadata() or {})
+    has_digests = DIGESTS in metadata
     edit(tensors, metadata)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata or None)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, file, with_digests(tensors, metadata) if has_digests else metadata or None)
 
 
 def retype(file: Path, name: str, dtype: str) -> None:

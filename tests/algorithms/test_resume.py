@@ -18,6 +18,7 @@ from burnish.model.checkpoint import load_model, save_model
 from burnish.model.errors import InputError
 from burnish.model.text.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
+from safetensors.torch import load_file
 from torch import nn
 
 COMMON = {"steps": 4, "save_every": 2, "learning_rate": 1e-2, "device": "cpu"}
@@ -169,8 +170,10 @@ def test_a_checkpoint_holds_what_is_trained_and_no_more(tmp_path):
     file = tmp_path / CHECKPOINT
     write_checkpoint(file, {"model": model, "optimizer": optimizer}, {"step": 1, "kl_coefficient": 0.1})
 
-    # the second layer's 8 numbers and Adam's two moments of them
-    assert file.stat().st_size < 3 * 8 * 4 + 1200
+    # the second layer's 8 numbers, Adam's two moments of them, its two counts of steps; a digest of each is text
+    tensors = load_file(file)
+    assert sum(tensor.nbytes for tensor in tensors.values()) == 3 * 8 * 4 + 2 * 4
+    assert file.stat().st_size < 3 * 8 * 4 + 1200 + 100 * len(tensors)
 
     other_frozen, other_trained, moments = _frozen_and_trained()
     values = read_checkpoint(

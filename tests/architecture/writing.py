@@ -11,6 +11,7 @@ IN_PLACE = {  # (file, way) -> why it is written where it stands
     ("algorithms/run/folder.py", "append"): "logs grow by a line as long as the run goes on",
     ("algorithms/run/loop.py", "append"): "logs grow by a line as long as the run goes on",
     ("algorithms/run/folder.py", "update"): "a run that resumes cuts off what its logs hold of later steps",
+    ("algorithms/run/claim.py", "write"): "the file of a lock, which a renamed one would not keep",
     ("bench/runs/crew.py", "write"): "the log of a process, which others read while it runs",
     ("bench/ops/machine_code.py", "write"): "machine code in a temporary folder, for one tool to read",
     ("model/files/tensors.py", "rename"): "files of a folder that is not in its place yet",

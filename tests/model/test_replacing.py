@@ -74,16 +74,27 @@ def one_sentence(writer, folder: Path) -> None:
 
 @control
 def on_the_disk(writer, folder: Path) -> None:
-    """A file is synchronised before it is renamed, where that is asked for."""
+    """A file is synchronised before it is renamed, and the folder around it after, where that is asked for."""
     calls: list[str] = []
     sync, rename = os.fsync, Path.replace
+    name = lambda file: Path(os.readlink(f"/proc/self/fd/{file}")).name
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda file: (calls.append("sync"), sync(file)))
+        patch.setattr(os, "fsync", lambda file: (calls.append(f"sync {name(file)}"), sync(file)))
         patch.setattr(Path, "replace", lambda file, to: (calls.append("rename"), rename(file, to))[1])
         for wanted in (False, True):
             with writer(folder / "place", sync=wanted) as beside:
                 beside.write_text("new")
-    assert calls == ["rename", "sync", "rename"]
+    assert calls == ["rename", "sync .place.partial", "rename", f"sync {folder.name}"]
+
+
+@control
+def of_an_ordinary_mode(writer, folder: Path) -> None:
+    """A file that a library has written as private has the mode of every other new file."""
+    (folder / "file").touch()
+    mode = lambda path: stat.S_IMODE(path.stat().st_mode)
+    with writer(folder / "place") as beside:
+        os.close(os.open(beside, os.O_CREAT, 0o600))  # as safetensors writes
+    assert mode(folder / "place") == mode(folder / "file")
 
 
 @control
@@ -98,6 +109,15 @@ def not_through_a_link(writer, folder: Path) -> None:
 @pytest.mark.parametrize("check", [whole, as_it_was, one_sentence], ids=lambda check: check.__name__)
 def test_what_is_written_appears_whole_or_not_at_all(check, writer, tmp_path):
     check(writer, tmp_path)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_a_mode_follows_the_umask(umask, tmp_path):
+    earlier = os.umask(umask)
+    try:
+        of_an_ordinary_mode(replacing, tmp_path)
+    finally:
+        os.umask(earlier)
 
 
 @pytest.mark.parametrize("check", [on_the_disk, not_through_a_link], ids=lambda check: check.__name__)
