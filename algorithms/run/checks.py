@@ -13,13 +13,17 @@ import torch
 from ...model.errors import InputError, shown
 from ...model.files.config_keys import LARGEST
 from ...model.files.text_files import read_object
-from .flags import Bounds, SaveDtype, bounds
+from .flags import Bounds, SaveDtype, TrainingFlags, bounds
+from .held_out import check_evaluation
+from .order import check_epochs, default_of
 from .processes import check_joined, rank
 
 CHECKPOINT = "checkpoint.safetensors"
 MOST = 2**53  # the largest count; sums of counts still fit 64 bits
 MAY_DIFFER = (  # flags that --resume may change, such as --steps for a longer run
+    "epochs",
     "output",
+    "patience",
     "resume",
     "reward_timeout",
     "save_dtype",
@@ -42,6 +46,9 @@ def check_flags(config: Any, **narrower: tuple[float, float]) -> None:
     for name, ends in narrower.items():
         check_number(name, getattr(config, name), Bounds(*ends, of_flags[name].switch))
 
+    if issubclass(type(config), TrainingFlags):
+        check_epochs(config)
+        check_evaluation(config)
     check_device(config.device)
     folder = config.output
     if getattr(config, "resume", False):  # compositions have no such flag
@@ -119,5 +126,8 @@ def make_folder(output: Path) -> None:
 
 
 def as_json(config: Any) -> str:
-    """Return the text of a run's config.json."""
-    return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
+    """Return the text of a run's config.json. With --epochs, --steps is at its default, as it was given."""
+    flags = dataclasses.asdict(config)
+    if flags.get("epochs") is not None:
+        flags["steps"] = default_of(config, "steps")
+    return json.dumps(flags, indent=2, default=str) + "\n"

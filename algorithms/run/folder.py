@@ -12,23 +12,23 @@ from .checks import as_json
 from .flags import TrainingFlags
 from .processes import rank
 
-METRICS, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
 
 def open_metrics(folder: Path, cfg: TrainingFlags, start: int) -> Any:
     """Open metrics.jsonl for appending, after removing all lines of the steps from `start` on. Write config.json."""
     if rank():
         return open(os.devnull, "a")
-    metrics, completions = folder / METRICS, folder / COMPLETIONS
+    metrics, samples = folder / METRICS, folder / SAMPLES
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        ends = [_end_of_steps(file, start, a_line_a_step=file == metrics) for file in (metrics, completions)]
+        ends = [_end_of_steps(file, start, a_line_a_step=file == metrics) for file in (metrics, samples)]
 
         # change files only after both have been read
         with replacing(folder / "config.json") as beside:
             beside.write_text(as_json(cfg))
         _cut(metrics, ends[0])
-        _cut(completions, ends[1])
+        _cut(samples, ends[1])
         return open(metrics, "a")
     except OSError as error:
         raise InputError(f"--output {folder}: cannot be written: {error}") from error

@@ -124,10 +124,10 @@ def test_two_processes_train_as_one(done, name):
 
     for trained in {"model", "critic"} & {folder.name for folder in (one / name).iterdir()}:
         close(weights_of(two / name / trained), weights_of(one / name / trained), 1e-4)
-    if "held_out" in CASES[name][2]:
-        after = "score_after" if name == "dpo" else "after"
-        results = [json.loads((run / name / "held_out.json").read_text())[after] for run in (one, two)]
-        close(results[1], results[0], 1e-4)
+    if "eval_data" in CASES[name][2]:
+        results = [json.loads((run / name / "held_out.json").read_text()) for run in (one, two)]
+        for when in ("before", "after"):
+            close(results[1][when], results[0][when], 1e-4)
 
 
 @pytest.mark.slow
