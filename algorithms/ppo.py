@@ -185,6 +185,10 @@ class Models(NamedTuple):
     critic: Learner[ScalarModel] | None
     reward_model: ScalarModel | None
 
+    def in_run(self) -> dict[str, Any]:
+        """Return the arguments that name the models to a Run."""
+        return {"frozen": [self.reference, self.reward_model], "model": self.policy, "critic": self.critic}
+
 
 def measure(cfg: Config, groups: Groups, models: Models) -> Rollout:
     """Run policy, reference, critic and reward model on the judged samples of a rollout, and return their outputs.
@@ -225,13 +229,11 @@ def train(cfg: Config) -> Path:
     prompts = load_prompts(cfg, tokenizer, rewards)
     held_out = load_prompts(on_held_out(cfg), tokenizer, rewards) if cfg.eval_data else []
     cfg = with_steps(cfg, len(prompts))
-    policy, reference, critic, reward_model = models = _load_models(cfg, tokenizer, [*prompts, *held_out])
+    policy, _, critic, _ = models = _load_models(cfg, tokenizer, [*prompts, *held_out])
 
-    frozen, values = [reference, reward_model], lambda: run.values
-    evaluation = _evaluation(cfg, models, tokenizer, rewards, held_out, values)
-    with Run(
-        cfg, tokenizer, rows=len(prompts), frozen=frozen, evaluation=evaluation, model=policy, critic=critic
-    ) as run:
+    evaluation = _evaluation(cfg, models, tokenizer, rewards, held_out, lambda: run.values)
+    run = Run(cfg, tokenizer, rows=len(prompts), evaluation=evaluation, **models.in_run())
+    with run:
         run.values.setdefault("kl_coefficient", cfg.kl_coefficient)
         run.values |= {} if run.start else {"varied": 0}
         sampler = Sampler(cfg, tokenizer, rewards, run)

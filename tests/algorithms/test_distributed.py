@@ -26,7 +26,14 @@ from safetensors.torch import load_file
 from two_processes import CASES, FAULTS, MODULES, RESUMED, SHAPES, checkpointed, train, trained_adapter
 
 SHIFT = re.compile(rb'"score_bias": ([-+.e0-9]+)')  # a mean of scores, so within rounding
-TIMES = ("seconds", "tokens_per_second", "sampling_seconds", "scoring_seconds", "update_seconds")
+TIMES = (
+    "seconds",
+    "tokens_per_second",
+    "sampling_seconds",
+    "scoring_seconds",
+    "update_seconds",
+    "eval_seconds",
+)
 
 
 @pytest.fixture(scope="module")

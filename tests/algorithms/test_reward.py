@@ -155,6 +155,7 @@ def test_it_learns_and_the_chosen_average_zero(cfg, capsys):
     metrics = metrics_of(cfg.output)
     assert metrics[0]["loss"] > 0.6 and metrics[-1]["loss"] < 0.4 and metrics[-1]["accuracy"] > 0.8
     assert metrics[0]["margin"] == pytest.approx(metrics[0]["chosen"] - metrics[0]["rejected"], abs=1e-6)
+
     held_out = json.loads((cfg.output / "held_out.json").read_text())
     assert (
         held_out["after"]["accuracy"] > 0.8
