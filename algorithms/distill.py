@@ -35,7 +35,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -47,16 +47,19 @@ from ..model.vocabulary import Vocabulary
 from .data.lessons import Lesson, answered, load_lessons
 from .data.tokenizer import check_tokenizer, load_tokenizer
 from .objectives.policy import clipped_loss
-from .run.batch import Batch, longest, make_batches
+from .run.batch import Batch, longest, make_batches, over_completions
 from .run.checks import check_flags
 from .run.claim import in_run_folder
 from .run.command import run_command
-from .run.flags import SamplingFlags, Schedule, Share, SupervisedFlags, run_folder
+from .run.flags import SamplingFlags, Schedule, Share, Size, SupervisedFlags, run_folder
+from .run.held_out import Evaluation, Figure, Figures, on_held_out
 from .run.ids import check_model
 from .run.learner import Learner
 from .run.loop import Run
 from .run.order import with_steps
+from .run.start import trained_tokens
 from .run.trainee import load_frozen, load_trainee
+from .search.figures import mean_figure, ratio_figure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,7 @@ class Config(SamplingFlags, SupervisedFlags):
     temperature_squared: bool = False  # multiply the divergence by T^2, to preserve the gradient's size
     student_samples: Share = 0.0  # share of steps on the student's samples; the rest use the rows' text
     max_length: int = 1024  # tokens; longer rows are truncated, longer prompts dropped; both are counted
+    samples: Size = 8  # samples of a step that are written to samples.jsonl
     learning_rate: float = 2e-5
     schedule: Schedule = "cosine"
 
@@ -101,18 +105,11 @@ def sequence_loss(logprob: Tensor, num_tokens: int) -> Tensor:
     return -logprob.sum() / num_tokens
 
 
-# ---- terms: a micro-batch's part of the step's loss and metrics
-
-Term = tuple[Tensor, dict[str, Tensor]]
+# ---- divergences of a micro-batch's tokens
 
 
-def teacher_term(
-    cfg: Config, student: Transformer, teacher: Transformer, batch: Batch, num_tokens: int
-) -> Term:
-    """Return (loss, metrics) of a micro-batch: the loss is sum_t D(p_T || p_S)_t / N, from teacher T to student S.
-
-    The divergence D is over the ids that both models have.
-    """
+def teacher_divergence(cfg: Config, student: Transformer, teacher: Transformer, batch: Batch) -> Tensor:
+    """Return D(p_T || p_S) of each trained token, (tokens,), from teacher T to student S, over the ids of both."""
     # samples were drawn from a vocabulary; for given text, ids that only one model has are padding
     vocabulary = batch.vocabulary
     if vocabulary is None:
@@ -121,30 +118,49 @@ def teacher_term(
     hidden, head = batch.before_head(student, vocabulary)  # (tokens, C), of V rows
     with torch.no_grad():
         teacher_hidden, teacher_head = batch.before_head(teacher, vocabulary)  # (tokens, C'), of V rows
-    divergence = head.token_divergence(  # (tokens,)
+    return head.token_divergence(
         hidden, teacher_hidden, teacher_head, beta=cfg.beta or 0.0, temperature=cfg.temperature
     )
-    return _divergence_term(cfg, divergence, num_tokens)
 
 
-def lessons_term(cfg: Config, student: Transformer, teacher: None, batch: Batch, num_tokens: int) -> Term:
-    """Return (loss, metrics) of a micro-batch: the loss is sum_t D(p_T || p_S)_t / N, with p_T from the lessons.
+def lessons_divergence(cfg: Config, student: Transformer, teacher: None, batch: Batch) -> Tensor:
+    """Return D(p_T || p_S) of each trained token, (tokens,), with p_T from the lessons.
 
-    The divergence D is over the K ids that the lessons hold for each token, and one tail for all other ids.
+    The divergence is over the K ids that the lessons hold for each token, and one tail for all other ids.
     """
     assert batch.teacher_ids is not None and batch.teacher_logprobs is not None
     stored = batch.teacher_ids, batch.teacher_logprobs  # (tokens, K) each
     hidden, head = batch.before_head(student)  # (tokens, C), of V rows
-    divergence = head.topk_divergence(  # (tokens,)
-        hidden, *stored, beta=cfg.beta or 0.0, temperature=cfg.temperature
-    )
-    return _divergence_term(cfg, divergence, num_tokens)
+    return head.topk_divergence(hidden, *stored, beta=cfg.beta or 0.0, temperature=cfg.temperature)
 
 
-def _divergence_term(cfg: Config, divergence: Tensor, num_tokens: int) -> Term:
-    scale = cfg.temperature**2 if cfg.temperature_squared else 1.0
+def log_ratio(cfg: Config, student: Transformer, teacher: Transformer, batch: Batch) -> Tensor:
+    """Return log p_S(y_t) - log p_T(y_t) of each trained token, (tokens,): KL(p_S || p_T) for samples of S."""
+    return batch.score(student, cfg.temperature)[0] - batch.score(teacher, cfg.temperature)[0]
+
+
+def negative_logprob(cfg: Config, student: Transformer, teacher: None, batch: Batch) -> Tensor:
+    """Return -log p_S(y_t) of each trained token, (tokens,)."""
+    return -batch.score(student)[0]
+
+
+def scale_of(cfg: Config) -> float:
+    """Return the factor of the divergence in the loss."""
+    return cfg.temperature**2 if cfg.temperature_squared else 1.0
+
+
+# ---- terms: a micro-batch's part of the step's loss and metrics
+
+Term = tuple[Tensor, dict[str, Tensor]]
+
+
+def divergence_term(
+    cfg: Config, student: Transformer, teacher: Transformer | None, batch: Batch, num_tokens: int
+) -> Term:
+    """Return (loss, metrics) of a micro-batch: the loss is sum_t D(p_T || p_S)_t / N, from teacher T to student S."""
+    divergence = DIVERGENCES["divergence", teacher is not None](cfg, student, teacher, batch)  # (tokens,)
     metrics = {"divergence": divergence.detach().sum() / num_tokens}
-    return divergence_loss(divergence, num_tokens, scale), metrics
+    return divergence_loss(divergence, num_tokens, scale_of(cfg)), metrics
 
 
 def policy_gradient_term(
@@ -167,9 +183,16 @@ def sequence_term(cfg: Config, student: Transformer, teacher: None, batch: Batch
     return sequence_loss(logprob, num_tokens), {"entropy": entropy.detach().sum() / num_tokens}
 
 
-TERMS: dict[tuple[str, bool], Callable[..., Term]] = {  # (--loss, whether --teacher is given): its term
-    ("divergence", True): teacher_term,
-    ("divergence", False): lessons_term,
+# (--loss, whether --teacher is given): what its loss is of each token, and its term
+DIVERGENCES: dict[tuple[str, bool], Callable[..., Tensor]] = {
+    ("divergence", True): teacher_divergence,
+    ("divergence", False): lessons_divergence,
+    ("policy_gradient", True): log_ratio,
+    ("sequence", False): negative_logprob,
+}
+TERMS: dict[tuple[str, bool], Callable[..., Term]] = {
+    ("divergence", True): divergence_term,
+    ("divergence", False): divergence_term,
     ("policy_gradient", True): policy_gradient_term,
     ("sequence", False): sequence_term,
 }
@@ -182,21 +205,33 @@ def train(cfg: Config) -> Path:
     _check_choices(cfg)
     tokenizer = load_tokenizer(cfg)
     lessons = _load_lessons(cfg, tokenizer)
+    held_out = _load_lessons(on_held_out(cfg), tokenizer, "eval-data") if cfg.eval_data else []
     cfg = with_steps(cfg, len(lessons))
-    student, teacher = _load_models(cfg, tokenizer, lessons)
+    student, teacher = _load_models(cfg, tokenizer, [*lessons, *held_out])
     term = TERMS[cfg.loss, teacher is not None]
 
-    learner = Learner(cfg, student)
-    with Run(cfg, tokenizer, rows=len(lessons), frozen=(teacher,), model=learner) as run:
+    learner, tokens = Learner(cfg, student), trained_tokens(lessons)
+    evaluation = _evaluation(cfg, tokenizer, student, teacher, held_out)
+    with Run(
+        cfg,
+        tokenizer,
+        rows=len(lessons),
+        tokens=tokens,
+        frozen=(teacher,),
+        evaluation=evaluation,
+        model=learner,
+    ) as run:
         for step in run.steps():
             # 1. the step's lessons; by chance (--student-samples) the student's answers to their prompts
             chosen = [lessons[i] for i in run.next()]
-            seed, sampled = (cfg.seed << 32) + step, {}
+            seed, sampled, records = (cfg.seed << 32) + step, {}, []
             if random.Random(seed).random() < cfg.student_samples:
                 with run.timed("sampling_seconds"):
                     prompts = [lesson.prefix for lesson in chosen]
                     chosen, ended = answered(student, tokenizer, prompts, cfg, seed)
-                sampled = {"length": sum(sum(lesson.mask) for lesson in chosen) / len(chosen), "ended": ended}
+                length, share = sum(sum(lesson.mask) for lesson in chosen), sum(ended) / len(chosen)
+                sampled = {"length": length / len(chosen), "ended": share}
+                records = _records(tokenizer, chosen[: cfg.samples], ended)
 
             # 2. the loss against the teacher, and its gradient
             batches = make_batches(chosen, cfg.micro_batch_tokens, cfg.device)
@@ -208,7 +243,61 @@ def train(cfg: Config) -> Path:
             facts = {"trained_tokens": batches.num_trained, "student_samples": float(bool(sampled))}
             metrics = learner.step(step) | facts | sampled | {"sampling_seconds": 0.0} | run.seconds
             run.log(metrics | learner.balance.metrics(), batches.num_tokens)
+            run.log_samples(records)
         return run.save()
+
+
+def _evaluation(
+    cfg: Config,
+    tokenizer: Tokenizer,
+    student: Transformer,
+    teacher: Transformer | None,
+    held_out: Sequence[Lesson],
+) -> Evaluation | None:
+    """Return the evaluation: what the loss is of a held-out token, and of a divergence the divergence itself.
+
+    With --student-samples 1, the held-out rows are prompts. The student then answers each once, always from the same
+    noise, and length and ended of the answers are figures, too.
+    """
+    divergence = DIVERGENCES[cfg.loss, teacher is not None]
+
+    def measure() -> Figures:
+        figures: Figures = {}
+        lessons = held_out
+        if cfg.student_samples == 1:
+            prompts = [lesson.prefix for lesson in held_out]
+            lessons, ended = answered(student, tokenizer, prompts, cfg, (cfg.seed << 32) + 2**32 - 1)
+            lengths = torch.tensor([float(sum(lesson.mask)) for lesson in lessons])
+            figures = {"length": mean_figure(lengths), "ended": mean_figure(torch.tensor(ended).double())}
+
+        of_batch = lambda batch: batch.sums(divergence(cfg, student, teacher, batch))
+        sums = over_completions(student, lessons, of_batch, cfg.micro_batch_tokens).squeeze(1)
+        found = ratio_figure(sums, [sum(lesson.mask) for lesson in lessons])
+        if cfg.loss != "divergence":
+            return {"loss": found, **figures}
+        scale = scale_of(cfg)
+        return {
+            "loss": Figure(scale * found.mean, scale * found.error, found.count),
+            "divergence": found,
+            **figures,
+        }
+
+    return Evaluation("rows", len(held_out), measure) if held_out else None
+
+
+def _records(tokenizer: Tokenizer, lessons: Sequence[Lesson], ended: Sequence[bool]) -> list[dict[str, Any]]:
+    """Return one JSON object per sample of the student, a line of samples.jsonl. No reward function judges them."""
+    return [
+        {
+            "prompt": tokenizer.decode(lesson.prefix),
+            "completion": tokenizer.decode(lesson.tokens[len(lesson.prefix) :]),
+            "reward": None,
+            "rewards": {},
+            "length": sum(lesson.mask),
+            "ended": has_ended,
+        }
+        for lesson, has_ended in zip(lessons, ended, strict=False)
+    ]
 
 
 def _check_choices(cfg: Config) -> None:
@@ -248,8 +337,11 @@ def _check_choices(cfg: Config) -> None:
             raise InputError(message)
 
 
-def _load_lessons(cfg: Config, tokenizer: Tokenizer) -> list[Lesson]:
-    """Load the lessons of --data. Raises InputError if the loss needs log-probabilities and the lessons have none."""
+def _load_lessons(cfg: Config, tokenizer: Tokenizer, flag: str = "data") -> list[Lesson]:
+    """Load the lessons of --data. Raises InputError if the loss needs log-probabilities and the lessons have none.
+
+    flag: the flag that the message names.
+    """
     reads_stored = cfg.teacher is None and cfg.loss == "divergence"
     lessons = load_lessons(
         cfg,
@@ -258,7 +350,7 @@ def _load_lessons(cfg: Config, tokenizer: Tokenizer) -> list[Lesson]:
         temperature=cfg.temperature if reads_stored else None,
     )
     if reads_stored and lessons[0].logprobs is None:
-        raise InputError(f"--data {cfg.data}: holds no log-probabilities: expected --teacher DIR beside it")
+        raise InputError(f"--{flag} {cfg.data}: holds no log-probabilities: expected --teacher DIR beside it")
     return lessons
 
 

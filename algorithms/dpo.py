@@ -32,7 +32,7 @@ Run:    burnish dpo --model DIR --data FILE.jsonl
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -41,6 +41,7 @@ import torch
 from torch import Tensor
 
 from ..model.errors import InputError
+from ..model.transformer import Transformer
 from .data.pairs import Preference, load_pairs
 from .data.tokenizer import load_tokenizer
 from .objectives.preference import (
@@ -61,12 +62,14 @@ from .run.checks import check_flags
 from .run.claim import in_run_folder
 from .run.command import run_command
 from .run.flags import Bounds, DropoutFlags, Rate, Schedule, SupervisedFlags, run_folder
-from .run.held_out import report_held_out
+from .run.held_out import Evaluation, Figures
 from .run.ids import check_model
 from .run.learner import Learner
 from .run.loop import Run
 from .run.order import with_steps
+from .run.start import trained_tokens
 from .run.trainee import load_trainee
+from .search.figures import mean_figure, pair_figures
 
 Loss = Literal[
     "dpo", "cdpo", "robust", "hinge", "ipo", "ipo_sum", "apo_zero", "apo_down", "cpo", "simpo", "orpo"
@@ -78,7 +81,6 @@ Smoothing = Annotated[float, Bounds(0, 0.499)]
 class Config(DropoutFlags, SupervisedFlags):
     model: Path  # model to start from, a Hugging Face or adapter folder; also the reference policy
     data: Path  # rows of chosen and rejected, optionally prompt: .jsonl, .json or .parquet
-    held_out: Path | None = None  # file of pairs whose accuracy is reported after training
     output: Path = run_folder("dpo")
     loss: Loss = "dpo"  # docs/dpo.md has the formula of each
     beta: Annotated[float, Bounds(1e-9)] | None = None  # scale of the scores; default 0.1, simpo 2
@@ -133,23 +135,19 @@ def train(cfg: Config) -> Path:
     variant, flags = VARIANTS[cfg.loss], _flags(cfg)
     beta, nll_weight = flags["beta"], flags.pop("nll_weight", 0.0)
     tokenizer = load_tokenizer(cfg)
-    pairs, held_out = (load_pairs(path, tokenizer, cfg) for path in (cfg.data, cfg.held_out))
+    pairs, held_out = (load_pairs(path, tokenizer, cfg) for path in (cfg.data, cfg.eval_data))
     cfg = with_steps(cfg, len(pairs))
     model = load_trainee(cfg)
     check_model(model, tokenizer, [*pairs, *held_out], max(map(longest, pairs)))
     learner = Learner(cfg, model)
-    run = Run(cfg, tokenizer, rows=len(pairs), model=learner)
-
-    def logprobs(items: list[Preference]) -> Tensor:  # (pairs, 2): chosen, rejected
-        function = lambda batch: batch.completion_logprobs(model)
-        return over_completions(model, items, function, cfg.micro_batch_tokens)
+    tokens, evaluation = trained_tokens(pairs), _evaluation(cfg, model, held_out, flags, nll_weight)
+    run = Run(cfg, tokenizer, rows=len(pairs), tokens=tokens, evaluation=evaluation, model=learner)
 
     # 1. the reference: log-probabilities before training
     reference = torch.zeros(len(pairs), 2)
     if variant.reference:
         for members in run.first_epoch():
-            reference[members] = logprobs([pairs[i] for i in members])
-    before = logprobs(held_out)
+            reference[members] = _logprobs(cfg, model, [pairs[i] for i in members])
 
     with run:
         for step in run.steps():
@@ -177,14 +175,42 @@ def train(cfg: Config) -> Path:
             # 4. one step of AdamW
             metrics = learner.step(step)
             run.log(metrics | learner.balance.metrics(), batches.num_tokens)
-
-        # 5. accuracy on the held-out pairs, by log-probability and by the loss's scores
-        if held_out:
-            after = logprobs(held_out)
-            lengths = torch.tensor([[c.num_trained for c in pair.completions] for pair in held_out])
-            scores = beta * variant.scores(after, before, lengths)
-            report_held_out(run.folder, logprob_before=before, logprob_after=after, score_after=scores)
         return run.save()
+
+
+def _logprobs(cfg: Config, model: Transformer, pairs: Sequence[Preference]) -> Tensor:
+    """Return the log-probabilities of the chosen and the rejected completions, (pairs, 2), without gradients."""
+    function = lambda batch: batch.completion_logprobs(model)
+    return over_completions(model, pairs, function, cfg.micro_batch_tokens)
+
+
+def _evaluation(
+    cfg: Config, model: Transformer, held_out: list[Preference], flags: dict[str, float], nll_weight: float
+) -> Evaluation | None:
+    """Return the evaluation: loss, accuracy and margin of its scores, and both of the log-probabilities alone.
+
+    flags: the flags that the loss reads. The reference of the held-out pairs is measured at the first call, which is
+    before training.
+    """
+    variant = VARIANTS[cfg.loss]
+    reference: list[Tensor] = []  # of the first call
+    lengths = torch.tensor([[c.num_trained for c in pair.completions] for pair in held_out])  # (pairs, 2)
+
+    def measure() -> Figures:
+        logprob = _logprobs(cfg, model, held_out)  # (pairs, 2)
+        if not reference:
+            reference.append(logprob)
+        chosen, rejected = variant.scores(logprob, reference[0], lengths).unbind(1)  # (pairs,) each
+
+        # the loss of each pair, as of a step of this pair alone; the NLL term is a mean over all chosen tokens
+        losses = torch.vmap(lambda one, other: variant.loss(one, other, 1, **flags))(chosen, rejected)
+        if nll_weight:
+            losses -= nll_weight * logprob[:, 0] * len(held_out) / lengths[:, 0].sum()
+        beta = flags["beta"]
+        figures = {"loss": mean_figure(losses), **pair_figures(beta * chosen, beta * rejected)}
+        return figures | pair_figures(*logprob.unbind(1), prefix="logprob_")
+
+    return Evaluation("pairs", len(held_out), measure) if held_out else None
 
 
 def _flags(cfg: Config) -> dict[str, float]:

@@ -36,6 +36,9 @@ from torch import Tensor
 
 from ..model.adapter import frozen_copy
 from ..model.errors import InputError
+from ..model.text.tokenizer import Tokenizer
+from ..model.transformer import Transformer
+from .data.examples import Prompt
 from .data.groups import Sampler, load_prompts
 from .data.rewards import Rewards, load_rewards, overlong_punishment, weighted_rewards
 from .data.tokenizer import load_tokenizer
@@ -48,11 +51,13 @@ from .run.checks import check_flags
 from .run.claim import in_run_folder
 from .run.command import run_command
 from .run.flags import MOST_SAMPLES, Bounds, Count, Limit, RolloutFlags, Share, Size, run_folder
+from .run.held_out import Evaluation, on_held_out
 from .run.ids import check_model
 from .run.learner import Learner
 from .run.loop import Run
 from .run.order import with_steps
 from .run.trainee import load_trainee
+from .search.figures import sampled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,13 +163,18 @@ def train(cfg: Config) -> Path:
     rewards = _load_rewards(cfg)
     tokenizer = load_tokenizer(cfg)
     prompts = load_prompts(cfg, tokenizer, rewards)
+    held_out = load_prompts(on_held_out(cfg), tokenizer, rewards) if cfg.eval_data else []
     cfg = with_steps(cfg, len(prompts))
     model = load_trainee(cfg)
-    check_model(model, tokenizer, prompts, max(len(p.tokens) for p in prompts) + cfg.max_new_tokens)
+    check_model(
+        model, tokenizer, [*prompts, *held_out], max(len(p.tokens) for p in prompts) + cfg.max_new_tokens
+    )
     reference: Any = frozen_copy(model) if cfg.kl_coefficient else None
 
-    learner = Learner(cfg, model)
-    with Run(cfg, tokenizer, rows=len(prompts), frozen=[reference], model=learner) as run:
+    learner, evaluation = Learner(cfg, model), _evaluation(cfg, model, tokenizer, rewards, held_out)
+    with Run(
+        cfg, tokenizer, rows=len(prompts), frozen=[reference], evaluation=evaluation, model=learner
+    ) as run:
         run.values = {"draws": run.start} | (run.values if run.start else {"varied": 0})
         sampler = Sampler(cfg, tokenizer, rewards, run)
         draw = lambda: [prompts[i] for i in run.next()]
@@ -219,12 +229,20 @@ def train(cfg: Config) -> Path:
             }
             metrics |= learner.balance.metrics() | run.seconds
             run.log({**drawn.metrics(), **rewards.metrics(), **metrics}, drawn.num_tokens)
-            run.log_completions(drawn.records(tokenizer))
+            run.log_samples(drawn.records(tokenizer, cfg.samples))
         trained = run.save()
 
     among = " among samples that ended" * cfg.mask_truncated
     rewards.report(run.values, in_groups=True, among=among)
     return trained
+
+
+def _evaluation(
+    cfg: Config, model: Transformer, tokenizer: Tokenizer, rewards: Rewards, held_out: list[Prompt]
+) -> Evaluation | None:
+    """Return the evaluation: rewards, length and ended of one sample of each held-out prompt."""
+    measure = lambda: sampled(cfg, model, tokenizer, rewards, held_out)[1]
+    return Evaluation("prompts", len(held_out), measure) if held_out else None
 
 
 def _load_rewards(cfg: Config) -> Rewards:

@@ -23,6 +23,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from ..model.transformer import Transformer
 from .data.pairs import Judged, load_judged
 from .data.tokenizer import load_tokenizer
 from .run.batch import longest, make_batches, over_completions
@@ -30,11 +31,14 @@ from .run.checks import check_flags
 from .run.claim import in_run_folder
 from .run.command import run_command
 from .run.flags import Bounds, DropoutFlags, Rate, Schedule, SupervisedFlags, run_folder
+from .run.held_out import Evaluation, Figure, Figures
 from .run.ids import check_model
 from .run.learner import Learner
 from .run.loop import Run
 from .run.order import with_steps
+from .run.start import trained_tokens
 from .run.trainee import load_trainee
+from .search.figures import mean_figure, unpaired_figures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,21 +82,19 @@ def train(cfg: Config) -> Path:
     tokenizer = load_tokenizer(cfg)
     judged = load_judged(cfg.data, tokenizer, cfg)
     mismatched = _mismatched(judged)
+    held_out = load_judged(cfg.eval_data, tokenizer, cfg) if cfg.eval_data else []
     cfg = with_steps(cfg, len(judged))
     model = load_trainee(cfg)
-    check_model(model, tokenizer, judged, max(map(longest, judged)))
+    check_model(model, tokenizer, [*judged, *held_out], max(map(longest, judged)))
     learner = Learner(cfg, model)
-    run = Run(cfg, tokenizer, rows=len(judged), model=learner)
-
-    def logprobs(items: list[Judged]) -> Tensor:  # (completions,)
-        function = lambda batch: batch.completion_logprobs(model)
-        return over_completions(model, items, function, cfg.micro_batch_tokens).squeeze(1)
+    tokens, evaluation = trained_tokens(judged), _evaluation(cfg, model, held_out)
+    run = Run(cfg, tokenizer, rows=len(judged), tokens=tokens, evaluation=evaluation, model=learner)
 
     # 1. the reference: log-probabilities before training
     reference, mismatched_reference = torch.zeros(2, len(judged))
     for members in run.first_epoch():
-        reference[members] = logprobs([judged[i] for i in members])
-        mismatched_reference[members] = logprobs([mismatched[i] for i in members])
+        reference[members] = _logprobs(cfg, model, [judged[i] for i in members])
+        mismatched_reference[members] = _logprobs(cfg, model, [mismatched[i] for i in members])
 
     with run:
         for step in run.steps():
@@ -103,7 +105,7 @@ def train(cfg: Config) -> Path:
             batches = make_batches(rows, cfg.micro_batch_tokens, cfg.device)
 
             # 3. z, the same number for the whole step
-            drift = logprobs([mismatched[i] for i in members]) - mismatched_reference[members]
+            drift = _logprobs(cfg, model, [mismatched[i] for i in members]) - mismatched_reference[members]
             kl = drift.mean().clamp(min=0).item()
 
             # 4. r of each completion, the loss, and its gradient
@@ -131,6 +133,41 @@ def train(cfg: Config) -> Path:
             }
             run.log(metrics | learner.balance.metrics(), batches.num_tokens)
         return run.save()
+
+
+def _logprobs(cfg: Config, model: Transformer, judged: list[Judged]) -> Tensor:
+    """Return the log-probability of each completion, (completions,), without gradients."""
+    function = lambda batch: batch.completion_logprobs(model)
+    return over_completions(model, judged, function, cfg.micro_batch_tokens).squeeze(1)
+
+
+def _evaluation(cfg: Config, model: Transformer, held_out: list[Judged]) -> Evaluation | None:
+    """Return the evaluation: loss and z over all held-out completions, accuracy and margin of beta r.
+
+    The reference of the held-out completions is measured at the first call, which is before training.
+    """
+    mismatched = _mismatched(held_out)
+    wanted = torch.tensor([one.label for one in held_out])
+    references: list[Tensor] = []  # of the first call
+
+    def measure() -> Figures:
+        logprobs = torch.stack([_logprobs(cfg, model, rows) for rows in (held_out, mismatched)])
+        if not references:
+            references.append(logprobs)
+        log_ratio, drift = logprobs - references[0]  # (completions,) each
+
+        # z of all completions, and v of each, as of a step of this completion alone
+        kl = mean_figure(drift)
+        z, weights = max(kl.mean, 0.0), (cfg.wanted_weight, cfg.unwanted_weight)
+        losses = torch.vmap(lambda r, label: kto_loss(r, label, z, 1, cfg.beta, *weights))(log_ratio, wanted)
+        scores = cfg.beta * log_ratio
+        return {
+            "loss": mean_figure(losses),
+            **unpaired_figures(scores[wanted], scores[~wanted]),
+            "kl": Figure(z, kl.error, kl.count),
+        }
+
+    return Evaluation("completions", len(held_out), measure) if held_out else None
 
 
 def _mismatched(judged: list[Judged]) -> list[Judged]:

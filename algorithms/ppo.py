@@ -28,7 +28,7 @@ Run:    burnish ppo --model DIR --data FILE.jsonl --reward-model DIR
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -44,20 +44,22 @@ from ..model.text.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from .data.examples import Prompt
 from .data.groups import Groups, Sampler, load_prompts
-from .data.rewards import load_reward_model, load_rewards, weighted_rewards
+from .data.rewards import Rewards, load_reward_model, load_rewards, weighted_rewards
 from .data.tokenizer import load_tokenizer
 from .objectives.advantages import gae, rloo_advantages, scale, whiten
 from .objectives.policy import clipped_loss
-from .run.batch import Batch, make_split_batches, over_tokens
+from .run.batch import Batch, make_split_batches, over_completions, over_tokens
 from .run.checks import check_flags
 from .run.claim import in_run_folder
 from .run.command import run_command
 from .run.flags import MOST_SAMPLES, Bounds, Count, Limit, Rate, RolloutFlags, Share, run_folder
+from .run.held_out import Evaluation, Figures, on_held_out
 from .run.ids import check_model
 from .run.learner import Learner
 from .run.loop import Run
 from .run.order import with_steps
 from .run.trainee import load_scalar_trainee, load_trainee
+from .search.figures import mean_figure, sampled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +186,10 @@ class Models(NamedTuple):
     critic: Learner[ScalarModel] | None
     reward_model: ScalarModel | None
 
+    def in_run(self) -> dict[str, Any]:
+        """Return the arguments that name the models to a Run."""
+        return {"frozen": [self.reference, self.reward_model], "model": self.policy, "critic": self.critic}
+
 
 def measure(cfg: Config, groups: Groups, models: Models) -> Rollout:
     """Run policy, reference, critic and reward model on the judged samples of a rollout, and return their outputs.
@@ -223,11 +229,13 @@ def train(cfg: Config) -> Path:
     rewards = weighted_rewards(cfg, load_rewards(cfg.reward) if cfg.reward else {})
     tokenizer = load_tokenizer(cfg)
     prompts = load_prompts(cfg, tokenizer, rewards)
+    held_out = load_prompts(on_held_out(cfg), tokenizer, rewards) if cfg.eval_data else []
     cfg = with_steps(cfg, len(prompts))
-    policy, reference, critic, reward_model = models = _load_models(cfg, tokenizer, prompts)
+    policy, _, critic, _ = models = _load_models(cfg, tokenizer, [*prompts, *held_out])
 
-    frozen = [reference, reward_model]
-    with Run(cfg, tokenizer, rows=len(prompts), frozen=frozen, model=policy, critic=critic) as run:
+    evaluation = _evaluation(cfg, models, tokenizer, rewards, held_out, lambda: run.values)
+    run = Run(cfg, tokenizer, rows=len(prompts), evaluation=evaluation, **models.in_run())
+    with run:
         run.values.setdefault("kl_coefficient", cfg.kl_coefficient)
         run.values |= {} if run.start else {"varied": 0}
         sampler = Sampler(cfg, tokenizer, rewards, run)
@@ -290,10 +298,48 @@ def train(cfg: Config) -> Path:
                 error = (returns - rollout.value)[mask].var()
                 metrics["explained_variance"] = 1 - error / returns[mask].var()
             run.log(metrics | policy.balance.metrics() | run.seconds, groups.num_tokens)
-            run.log_completions(groups.records(tokenizer))
+            run.log_samples(groups.records(tokenizer, cfg.samples, rollout.score))
         trained = run.save()
     rewards.report(run.values, in_groups=cfg.advantage == "rloo")
     return trained
+
+
+def _evaluation(
+    cfg: Config,
+    models: Models,
+    tokenizer: Tokenizer,
+    rewards: Rewards,
+    held_out: list[Prompt],
+    values: Callable[[], dict[str, Any]],
+) -> Evaluation | None:
+    """Return the evaluation: one sample of each held-out prompt, with score, kl and reward as defined in training.
+
+    values: a function that returns the run's values, of which kl_coefficient is beta.
+    """
+
+    def measure() -> Figures:
+        groups, figures = sampled(cfg, models.policy.model, tokenizer, rewards, held_out)
+        of_each = lambda model, function: over_completions(
+            model, groups, function, cfg.micro_batch_tokens
+        ).squeeze(1)
+
+        # 1. functions' rewards plus the reward model's; NaN where no function judged the sample
+        score, reward_model = groups.rewards, models.reward_model
+        if reward_model is not None:
+            score = score + of_each(reward_model, lambda batch: batch.scores(reward_model))
+
+        # 2. k1, summed over the sample's tokens, and the objective
+        policy, reference = (
+            of_each(model, lambda batch, model=model: batch.sums(batch.score(model, cfg.temperature)[0]))
+            for model in (models.policy.model, models.reference)
+        )
+        kl = (policy - reference).masked_fill(score.isnan(), torch.nan)
+        beta = values().get("kl_coefficient", cfg.kl_coefficient)
+        reward = score - cfg.missing_end_penalty * (~groups.ended).float() - beta * kl
+        numbers = {"score": score, "reward": reward, "kl": kl}
+        return figures | {name: mean_figure(values) for name, values in numbers.items()}
+
+    return Evaluation("prompts", len(held_out), measure) if held_out else None
 
 
 def _check(cfg: Config) -> None:

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..model.scalar import ScalarModel
 from .data.pairs import Preference, load_pairs
 from .data.tokenizer import load_tokenizer
 from .objectives.preference import pair_metrics
@@ -36,12 +37,13 @@ from .run.checks import check_flags
 from .run.claim import in_run_folder
 from .run.command import run_command
 from .run.flags import DropoutFlags, Rate, Schedule, SupervisedFlags, run_folder
-from .run.held_out import report_held_out
+from .run.held_out import Evaluation, Figures
 from .run.ids import check_model
 from .run.learner import Learner
 from .run.loop import Run
 from .run.order import with_steps
 from .run.trainee import load_scalar_trainee
+from .search.figures import mean_figure, pair_figures
 
 REFERENCES = 128  # number of chosen completions whose mean score becomes 0
 
@@ -50,7 +52,6 @@ REFERENCES = 128  # number of chosen completions whose mean score becomes 0
 class Config(DropoutFlags, SupervisedFlags):
     model: Path  # folder to start from: a language model, a reward model, or an adapter of either
     data: Path  # rows of chosen and rejected, optionally prompt and margin: .jsonl, .json or .parquet
-    held_out: Path | None = None  # file of pairs whose accuracy is reported before and after training
     output: Path = run_folder("reward")
     centering: Rate = 0.0  # weight c of the term that keeps scores near 0, such as 0.01
     max_length: int = 1024  # tokens of a prompt with either completion; longer rows are dropped and counted
@@ -81,18 +82,13 @@ def train(cfg: Config) -> Path:
     """Train a reward model, and return its folder."""
     check_flags(cfg)
     tokenizer = load_tokenizer(cfg)
-    pairs, held_out = (load_pairs(path, tokenizer, cfg, margins=True) for path in (cfg.data, cfg.held_out))
+    pairs, held_out = (load_pairs(path, tokenizer, cfg, margins=True) for path in (cfg.data, cfg.eval_data))
     cfg = with_steps(cfg, len(pairs))
     model = load_scalar_trainee(cfg, cfg.model)
     check_model(model, tokenizer, [*pairs, *held_out], max(map(longest, pairs)))
     learner = Learner(cfg, model)
-    run = Run(cfg, tokenizer, rows=len(pairs), model=learner)
-
-    def scores(items: list[Preference]) -> Tensor:  # (pairs, 2): chosen, rejected
-        return over_completions(model, items, lambda batch: batch.scores(model), cfg.micro_batch_tokens)
-
-    before = scores(held_out)
-    with run:
+    evaluation = _evaluation(cfg, model, held_out)
+    with Run(cfg, tokenizer, rows=len(pairs), evaluation=evaluation, model=learner) as run:
         for step in run.steps():
             # 1. the step's pairs, packed: each prompt once, then chosen and rejected
             rows = [pairs[i] for i in run.next()]
@@ -112,11 +108,34 @@ def train(cfg: Config) -> Path:
             metrics = learner.step(step)
             run.log(metrics | learner.balance.metrics(), batches.num_tokens)
 
-        # 4. the shift, and the held-out pairs
-        model.bias -= scores(pairs[:REFERENCES])[:, 0].mean().item()
-        if held_out:
-            report_held_out(run.folder, before=before, after=scores(held_out))
+        # 4. the shift
+        model.bias -= _scores(cfg, model, pairs[:REFERENCES])[:, 0].mean().item()
         return run.save()
+
+
+def _scores(cfg: Config, model: ScalarModel, pairs: list[Preference]) -> Tensor:
+    """Return the scores of the chosen and the rejected completions, (pairs, 2), without gradients."""
+    return over_completions(model, pairs, lambda batch: batch.scores(model), cfg.micro_batch_tokens)
+
+
+def _evaluation(cfg: Config, model: ScalarModel, held_out: list[Preference]) -> Evaluation | None:
+    """Return the evaluation: loss, accuracy and margin. The shift at the end changes none of them."""
+    margins, shift = torch.tensor([pair.margin for pair in held_out]), model.bias
+
+    def measure() -> Figures:
+        bias, model.bias = model.bias, 0.0  # differences of scores would round differently with another shift
+        chosen, rejected = _scores(cfg, model, held_out).unbind(1)  # (pairs,) each
+        model.bias = bias
+
+        # the loss of each pair, as of a step of this pair alone
+        function = lambda one, other, margin: bradley_terry_loss(one, other, margin, 1)
+        losses = torch.vmap(function)(chosen, rejected, margins)
+        if cfg.centering:  # with the shift that training had
+            centring = lambda one, other: centering_loss(one + shift, other + shift, 1)
+            losses += cfg.centering * torch.vmap(centring)(chosen, rejected)
+        return {"loss": mean_figure(losses), **pair_figures(chosen, rejected)}
+
+    return Evaluation("pairs", len(held_out), measure) if held_out else None
 
 
 if __name__ == "__main__":

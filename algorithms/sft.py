@@ -15,24 +15,29 @@ Run:    burnish sft --model DIR --data FILE.jsonl
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
 
-from .data.examples import load_examples
+from ..model.transformer import Transformer
+from .data.examples import Example, load_examples
 from .data.tokenizer import load_tokenizer
-from .run.batch import longest, make_batches
+from .run.batch import longest, make_batches, over_completions
 from .run.checks import check_flags
 from .run.claim import in_run_folder
 from .run.command import run_command
 from .run.flags import DropoutFlags, Schedule, SupervisedFlags, run_folder
+from .run.held_out import Evaluation, Figures, on_held_out
 from .run.ids import check_model
 from .run.learner import Learner
 from .run.loop import Run
 from .run.order import with_steps
+from .run.start import trained_tokens
 from .run.trainee import load_trainee
+from .search.figures import perplexity_figure, ratio_figure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +74,14 @@ def train(cfg: Config) -> Path:
     check_flags(cfg)
     tokenizer = load_tokenizer(cfg)
     examples = load_examples(cfg, tokenizer)
+    held_out = load_examples(on_held_out(cfg), tokenizer) if cfg.eval_data else []
     cfg = with_steps(cfg, len(examples))
     model = load_trainee(cfg)
-    check_model(model, tokenizer, examples, max(map(longest, examples)))
+    check_model(model, tokenizer, [*examples, *held_out], max(map(longest, examples)))
 
     learner = Learner(cfg, model)
-    with Run(cfg, tokenizer, rows=len(examples), model=learner) as run:
+    tokens, evaluation = trained_tokens(examples), _evaluation(cfg, model, held_out)
+    with Run(cfg, tokenizer, rows=len(examples), tokens=tokens, evaluation=evaluation, model=learner) as run:
         for step in run.steps():
             # 1. the step's rows, packed end to end
             rows = [examples[i] for i in run.next()]
@@ -90,6 +97,24 @@ def train(cfg: Config) -> Path:
             metrics = learner.step(step) | {"trained_tokens": batches.num_trained}
             run.log(metrics | learner.balance.metrics(), batches.num_tokens)
         return run.save()
+
+
+def _evaluation(cfg: Config, model: Transformer, held_out: list[Example]) -> Evaluation | None:
+    """Return the evaluation: nats a trained token, perplexity, and with --loss dft that loss, too."""
+    counts = [sum(example.mask) for example in held_out]
+
+    def of_each(function: Callable[[Tensor], Tensor]) -> Tensor:  # sums over a row's trained tokens, (rows,)
+        on_batch = lambda batch: batch.sums(function(batch.score(model)[0]))
+        return over_completions(model, held_out, on_batch, cfg.micro_batch_tokens).squeeze(1)
+
+    def measure() -> Figures:
+        loss = ratio_figure(of_each(lambda logprob: -logprob), counts)
+        figures = {"loss": loss, "perplexity": perplexity_figure(loss)}
+        if cfg.loss == "dft":
+            figures["dft_loss"] = ratio_figure(of_each(lambda logprob: -logprob.exp() * logprob), counts)
+        return figures
+
+    return Evaluation("rows", len(held_out), measure) if held_out else None
 
 
 if __name__ == "__main__":

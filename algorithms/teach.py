@@ -71,7 +71,7 @@ def teach(cfg: Config) -> Path:
     if cfg.samples:
         prompts = [lesson.prefix for lesson in lessons]
         lessons, ended = answered(model, tokenizer, prompts, cfg, cfg.seed, cfg.samples)
-        print(f"{len(lessons)} answers, {ended:.0%} ended by a stop token")
+        print(f"{len(lessons)} answers, {sum(ended) / len(ended):.0%} ended by a stop token")
     if cfg.top_k:
         lessons = annotated(model, lessons, vocabulary, cfg)
 

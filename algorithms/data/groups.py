@@ -8,6 +8,7 @@ A group is packed as [prompt][sample 1]...[sample G], and the samples share the 
 tokens and n_i tokens in sample i, the layers process P + sum(n_i) tokens instead of G*P + sum(n_i).
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -123,23 +124,35 @@ class Groups(list[Group]):
             **{f"reward/{name}": part.nanmean() for name, part in self.parts.items()},
         }
 
-    def records(self, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-        """Return one JSON object per sample, a line of completions.jsonl.
+    def records(self, tokenizer: Tokenizer, most: int, rewards: Tensor | None = None) -> list[dict[str, Any]]:
+        """Return one JSON object per sample, a line of samples.jsonl, for at most `most` samples.
 
-        Groups for which no reward function called log_extra are left out.
+        They come from as many groups as possible: the first sample of each group, then the second of each. In addition
+        there is every sample of a group for which a reward function called log_extra, with its columns as `extra`.
+        rewards (samples,): each sample's reward, if it is not the sum of the reward functions.
         """
-        return [
-            {
-                "prompt": group.row.text,
-                "completion": _answer(tokenizer, group.row, sample),
-                "reward": _or_none(group.rewards[i]),
-                "rewards": {name: _or_none(part[i]) for name, part in group.parts.items()},
-                "extra": {column: values[i] for column, values in group.extras.items()},
-            }
-            for group in self
-            if group.extras
-            for i, sample in enumerate(group.samples)
-        ]
+        order = [(member, place) for member, group in enumerate(self) for place in range(len(group.samples))]
+        chosen = set(sorted(order, key=lambda each: each[::-1])[:most])
+        totals = self.rewards if rewards is None else rewards.cpu()
+        found: list[dict[str, Any]] = []
+        for reward, (member, place) in zip(totals, order, strict=True):
+            if self[member].extras or (member, place) in chosen:
+                found.append(_record(tokenizer, self[member], place, reward))
+        return found
+
+
+def _record(tokenizer: Tokenizer, group: Group, i: int, reward: Tensor) -> dict[str, Any]:
+    """Return the JSON object of the i-th sample of a group. reward: its total, a scalar."""
+    sample, extra = group.samples[i], {column: values[i] for column, values in group.extras.items()}
+    return {
+        "prompt": group.row.text,
+        "completion": _answer(tokenizer, group.row, sample),
+        "reward": _or_none(reward),
+        "rewards": {name: _or_none(part[i]) for name, part in group.parts.items()},
+        "length": len(sample.tokens),
+        "ended": sample.ended,
+        **({"extra": extra} if extra else {}),
+    }
 
 
 def _or_none(reward: Tensor) -> float | None:
@@ -152,12 +165,14 @@ def _or_none(reward: Tensor) -> float | None:
 class Sampler:
     """Sampling of groups and scoring by the reward functions, under the flags of a run.
 
-    The time taken is added to the run's sampling_seconds and scoring_seconds. Each process samples and judges its part
-    of the prompts, and then receives the groups of all processes. The samples equal those of a single process.
+    The time taken is added to the run's sampling_seconds and scoring_seconds, if a run is given. Each process samples
+    and judges its part of the prompts, and then receives the groups of all processes. The samples equal those of a
+    single process.
     """
 
-    def __init__(self, cfg: RolloutFlags, tokenizer: Tokenizer, rewards: Rewards, run: Run):
-        self._tokenizer, self._rewards, self._run = tokenizer, rewards, run
+    def __init__(self, cfg: RolloutFlags, tokenizer: Tokenizer, rewards: Rewards, run: Run | None = None):
+        self._tokenizer, self._rewards = tokenizer, rewards
+        self._timed = contextlib.nullcontext if run is None else run.timed
         self._prompts_per_step, self._batch_size = cfg.prompts_per_step, cfg.sampling_batch_size
         self._params = SamplingParams(
             max_new_tokens=cfg.max_new_tokens,
@@ -174,15 +189,15 @@ class Sampler:
         """
         # 1. sample for this process's part of the prompts
         params, tokens = replace(self._params, seed=seed), [prompt.tokens for prompt in prompts]
-        with self._run.timed("sampling_seconds"):
+        with self._timed("sampling_seconds"):
             samples = own_samples(model, self._tokenizer, tokens, params, batch_size=self._batch_size)
 
         # 2. judge the samples
-        with self._run.timed("scoring_seconds"):
+        with self._timed("scoring_seconds"):
             judgement = self._judge(prompts, samples)
 
         # 3. gather the samples and rewards of all processes
-        with self._run.timed("sampling_seconds"):
+        with self._timed("sampling_seconds"):
             samples = samples_of_all(samples, self._tokenizer.vocabulary)
             judgement = of_all_processes(judgement)
         self._rewards.add(judgement.logged)

@@ -113,8 +113,8 @@ def answered(
     cfg: SamplingFlags,
     seed: int,
     samples_per_prompt: int = 1,
-) -> tuple[list[Lesson], float]:
-    """Return (lessons, share): each prompt with the model's own answer, and the share of answers that ended.
+) -> tuple[list[Lesson], list[bool]]:
+    """Return (lessons, ended): each prompt with the model's own answer, and whether a stop token ended each answer.
 
     All tokens of an answer are trained, the end token included.
     """
@@ -132,7 +132,7 @@ def answered(
         prompt = list(prompts[sample.prompt_index])
         mask = [False] * len(prompt) + [True] * len(sample.tokens)
         lessons.append(Lesson(prompt + sample.tokens, mask, vocabulary=sample.vocabulary))
-    return lessons, sum(sample.ended for sample in samples) / len(samples)
+    return lessons, [sample.ended for sample in samples]
 
 
 # ---- the file

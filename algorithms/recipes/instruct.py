@@ -147,7 +147,7 @@ class Recipe(Stages):
 
         preferences = self.pairs("preferences", cfg.preferences, seed=1)
         held_out = self.pairs("held-out", 800, seed=2)
-        flags = {"data": preferences, "held_out": held_out, "batch_size": 32, "learning_rate": 1e-3}
+        flags = {"data": preferences, "eval_data": held_out, "batch_size": 32, "learning_rate": 1e-3}
         self.proxy = self.stage(reward, "reward", self.sft, steps=cfg.reward_steps, **flags)
         self.judged = self.judge(held_out)
         self.opponents = self.sample(self.sft, cfg.evaluation_samples, seed=3)

@@ -32,8 +32,8 @@ from .processes import gathered, rank, world
 
 Part = nn.Module | torch.optim.Optimizer
 COUNT = "tensors"  # the value that holds the number of tensors, so that a missing tensor is noticed
-COUNTS = ("step", "draws", "varied", COUNT)  # values that are whole numbers
-REWARDS = ("lowest", "highest")  # values that may be negative
+COUNTS = ("step", "draws", "varied", "best_step", "unimproved", COUNT)  # values that are whole numbers
+SIGNED = ("lowest", "highest", "best")  # values that may be negative: rewards, and the best evaluation
 STATES = ("/step", "/exp_avg", "/exp_avg_sq")  # AdamW's states of each parameter
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -164,14 +164,14 @@ def _open(file: Path, stack: ExitStack) -> Any:
 def _values(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """Return the step and the other saved numbers, by name. Raises InputError if a number is invalid.
 
-    Only the lowest and the highest reward, named in REWARDS, may be negative.
+    Only the values named in SIGNED may be negative.
     """
     where = f"{file}: metadata: values"
     values = parse_json(metadata.get("values", ""), where)
     if not isinstance(values, dict):
         raise InputError(f"{where}: expected an object, got {shown(values)}")
     for name, value in {"step": None, **values}.items():
-        least = -sys.float_info.max if name in REWARDS else 0
+        least = -sys.float_info.max if name in SIGNED else 0
         largest = 2**63 - 1 if isinstance(value, int) else sys.float_info.max
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not least <= value <= largest:

@@ -16,13 +16,15 @@ from ...model.files.config_keys import LARGEST
 from ...model.files.folder import absolute
 from ...model.files.text_files import read_object
 from .flags import Bounds, SaveDtype, TrainingFlags, bounds
+from .held_out import check_evaluation
 from .inputs import check_inputs
+from .order import check_epochs, default_of
 from .processes import check_joined, rank
 
 CHECKPOINT, LOCK = "checkpoint.safetensors", ".lock"
 MOST = 2**53  # the largest count; sums of counts still fit 64 bits
 MAY_DIFFER = (  # flags that --resume may change, because they change no mathematics of the steps that are left
-    *("output", "resume", "save_every", "save_dtype", "keep", "log_every", "log_to", "samples", "held_out"),
+    *("output", "resume", "save_every", "save_dtype", "keep", "log_every", "log_to", "samples"),
     *("steps", "epochs"),  # a longer run, or a shorter one
     *("eval_data", "eval_every", "patience"),  # eval_data only without --keep-best
     *("device", "micro_batch_tokens", "checkpoint_activations", "sampling_batch_size"),  # other roundings
@@ -45,6 +47,9 @@ def check_flags(config: Any, **narrower: tuple[float, float]) -> None:
     for name, ends in narrower.items():
         check_number(name, getattr(config, name), Bounds(*ends, of_flags[name].switch))
 
+    if issubclass(type(config), TrainingFlags):
+        check_epochs(config)
+        check_evaluation(config)
     check_device(config.device)
     folder = config.output
     if getattr(config, "keep", None) is not None and not config.save_every:
@@ -174,5 +179,8 @@ def make_folder(output: Path) -> None:
 
 
 def as_json(config: Any) -> str:
-    """Return the text of a run's config.json."""
-    return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
+    """Return the text of a run's config.json. With --epochs, --steps is at its default, as it was given."""
+    flags = dataclasses.asdict(config)
+    if flags.get("epochs") is not None:
+        flags["steps"] = default_of(config, "steps")
+    return json.dumps(flags, indent=2, default=str) + "\n"

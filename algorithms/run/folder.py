@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from ...model.files.text_files import check_regular, parse_json, read_optional
 from .checkpoint import sweep_checkpoint
 from .checks import CHECKPOINT, as_json
 from .flags import TrainingFlags
+from .order import with_steps
 from .processes import rank
 
-METRICS, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
-LOGS = (METRICS, COMPLETIONS)  # a resumed run cuts off what they hold of the steps that it runs again
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+LOGS = (METRICS, SAMPLES)  # a resumed run cuts off what they hold of the steps that it runs again
 CONFIG = "config.json"
 
 
@@ -77,9 +79,15 @@ def keep_newest(folder: Path, keep: int | None, done: int) -> None:
         remove_folder(entry)
 
 
-def steps_of(folder: Path) -> int | None:
-    """Return the steps of the run that was last in the folder, by its config.json, or None."""
-    steps = read_optional(folder / CONFIG).get("steps")
+def steps_of(folder: Path, cfg: TrainingFlags, rows: int) -> int | None:
+    """Return the steps of the run that was last in the folder, by its config.json, or None if it has none.
+
+    cfg: the flags of the resumed run, which takes as many rows a step. rows: the number of rows of --data.
+    """
+    earlier = read_optional(folder / CONFIG)
+    steps, passes = earlier.get("steps"), earlier.get("epochs")
+    if isinstance(passes, int | float):
+        return with_steps(replace(cfg, epochs=passes), rows).steps
     return steps if isinstance(steps, int) else None
 
 

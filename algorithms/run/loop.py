@@ -9,7 +9,8 @@
         return run.save()
 
 A run folder has config.json, metrics.jsonl (one JSON object per step) and models as Hugging Face folders. With
---save-every it also has checkpoint.safetensors, from which --resume continues with bit-identical results.
+--eval-data it has held_out.json, and with --keep-best the best model so far in best/. With --save-every it also has
+checkpoint.safetensors, from which --resume continues with bit-identical results.
 """
 
 import contextlib
@@ -37,24 +38,38 @@ from .balance import check_balance
 from .checkpoint import Part, read_checkpoint, write_checkpoint
 from .checks import CHECKPOINT, torch_dtype
 from .flags import TrainingFlags
-from .folder import COMPLETIONS, METRICS, flush_logs, keep_newest, open_metrics, steps_of
+from .folder import METRICS, SAMPLES, flush_logs, keep_newest, open_metrics, steps_of
+from .held_out import (
+    BEST,
+    Evaluation,
+    Figures,
+    as_numbers,
+    check_metric,
+    improved,
+    is_over,
+    report_best,
+    report_held_out,
+)
 from .inputs import Inputs
 from .learner import Learner
 from .optimizer import scheduled
 from .order import epochs
 from .processes import from_rank_0, rank, reshard, shard
+from .start import report_start
 from .stopping import Terminated, defer, is_asked
 
 
 class Run:
     """One training run.
 
-    rows: the number of rows of --data. learners: the models to train. The keyword of each is the name of the folder in
-    which it is saved. The first is the result of the run. frozen: models that are not trained; None entries are
-    skipped.
+    rows: the number of rows of --data. tokens: the mean trained tokens of a row, printed at the start. learners: the
+    models to train. The keyword of each is the name of the folder in which it is saved. The first is the result of the
+    run. frozen: models that are not trained; None entries are skipped. evaluation: the evaluation on held-out rows, if
+    the run has --eval-data.
 
     Creating a run shards all these models over the processes. Inside `with` the run folder exists, and with --resume
-    the learners have the state of the checkpoint.
+    the learners have the state of the checkpoint. The first evaluation is before the checkpoint is read, so it is of
+    the untrained models in a resumed run, too.
 
     start: the number of steps already done, 0 unless --resume. values: numbers of the method that checkpoints keep.
     """
@@ -65,30 +80,38 @@ class Run:
         tokenizer: Tokenizer,
         *,
         rows: int,
+        tokens: float = 0.0,
         frozen: Sequence[Transformer | ScalarModel | None] = (),
+        evaluation: Evaluation | None = None,
         **learners: Learner[Any] | None,
     ):
         self.folder = Path(from_rank_0(str(cfg.output)))  # the default name holds the time, which may differ
         self.start = 0
         self.values: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
-        self._cfg, self._tokenizer, self._rows, self._frozen = cfg, tokenizer, rows, frozen
+        self._cfg, self._tokenizer, self._frozen = cfg, tokenizer, frozen
+        self._rows, self._tokens = rows, tokens
         self._learners = {name: learner for name, learner in learners.items() if learner is not None}
         models = [learner.model for learner in self._learners.values()]
         check_balance(cfg, models)
         shard(*models, *frozen)
         for learner in self._learners.values():
             learner.start()
+
         self._bar: tqdm | None = None
         self._order: Iterator[list[int]] | None = None
+        self._evaluation = evaluation
+        self._before: Figures = {}
+        self._after: Figures | None = None
 
     def __enter__(self) -> "Run":
+        self._begin()
         if self._cfg.resume:
             file = self.folder / CHECKPOINT
             self.values = read_checkpoint(file, self._parts())
             self.start = self.values.pop("step")
             _check_progress(file, self._cfg, self.start, self.values)
-            _report_rate(self.folder, self._cfg, self.start)
+            _report_rate(self.folder, self._cfg, self._rows, self.start)
         self._inputs = Inputs(self._cfg)
         if self._cfg.save_every and rank() == 0:
             self._inputs.digests()  # now, while the files are in the page cache
@@ -104,6 +127,15 @@ class Run:
         if self._bar is not None:
             self._bar.close()
 
+    def _begin(self) -> None:
+        """Print what will happen, and evaluate the untrained models."""
+        models = {name: learner.model for name, learner in self._learners.items()}
+        report_start(self._cfg, self._rows, self._tokens, models, self._evaluation)
+        if self._evaluation is not None:
+            self._before = self._measured(self._evaluation)
+            if self._cfg.keep_best is not None:
+                check_metric(self._cfg.keep_best, self._before)
+
     def _parts(self) -> dict[str, Part]:
         """Return the parts of a checkpoint by name: each learner's model and optimizer."""
         parts: dict[str, Part] = {}
@@ -117,7 +149,8 @@ class Run:
     def steps(self) -> Iterator[int]:
         """Yield the remaining steps, from `start` to --steps. Save model and checkpoint every --save-every steps.
 
-        After a SIGTERM, save the checkpoint of the step under way and raise Terminated.
+        With --patience the steps end earlier, if evaluations no longer improve. After a SIGTERM, save the checkpoint of
+        the step under way and raise Terminated.
         """
         total = self._cfg.steps
         self._bar = tqdm(
@@ -132,6 +165,8 @@ class Run:
         defer()  # from now on a SIGTERM waits for the end of a step
         self._clock = time.perf_counter()
         for step in range(self.start, total):
+            if is_over(self._cfg, self.values):
+                break
             self._step, self.seconds = step, {}
             torch.manual_seed(  # for dropout: the same when resumed, different on every process
                 (self._cfg.seed + step * 0x9E3779B97F4A7C15 + rank() * 0xBF58476D1CE4E5B9) % 2**63
@@ -177,18 +212,23 @@ class Run:
     # -- output files
 
     def log(self, metrics: Mapping[str, float | Tensor], tokens: int) -> None:
-        """Write one step's metrics, with null for NaN. tokens: tokens of the step, for tokens_per_second."""
+        """Write one step's metrics, with null for NaN, and with the evaluation that is due after this step.
+
+        tokens: tokens of the step, for tokens_per_second. It is called after the optimizer's step.
+        """
         now = time.perf_counter()
         values = {name: float(value) for name, value in metrics.items()}
         values = {name: None if math.isnan(value) else value for name, value in values.items()}
-        seconds, self._clock = now - self._clock, now
+        seconds = now - self._clock
         line = {
             "step": self._step,
             **values,
             "tokens": tokens,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
+            **self._evaluated(),
         }
+        self._clock = time.perf_counter()  # the evaluation is in no step's seconds
 
         try:
             self._metrics.write(json.dumps(line) + "\n")
@@ -199,19 +239,56 @@ class Run:
             newest = {name: f"{value:.3g}" for name, value in list(values.items())[:3] if value is not None}
             self._bar.set_postfix(newest, refresh=False)
 
-    def log_completions(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Append the step's records, one JSON object per completion, to completions.jsonl."""
+    def log_samples(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Append the step's records, one JSON object per sample, to samples.jsonl."""
         if not records or rank():
             return
         lines = [json.dumps({"step": self._step, **record}, ensure_ascii=False) + "\n" for record in records]
         try:  # a lone surrogate, which UTF-8 cannot hold, is escaped as in JSON
-            with open(self.folder / COMPLETIONS, "a", encoding="utf-8", errors="backslashreplace") as file:
+            with open(self.folder / SAMPLES, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write("".join(lines))
         except OSError as error:
-            raise InputError(f"{self.folder / COMPLETIONS}: cannot be written: {error}") from error
+            raise InputError(f"{self.folder / SAMPLES}: cannot be written: {error}") from error
+
+    # -- held-out rows
+
+    def _measured(self, evaluation: Evaluation) -> Figures:
+        """Return the figures of the models as they are. The step's own `seconds` stay as they are."""
+        seconds, self.seconds = self.seconds, {}
+        figures = evaluation.measure()
+        self.seconds = seconds
+        reshard(*self._frozen, *(learner.model for learner in self._learners.values()))
+        return figures
+
+    def _evaluated(self) -> dict[str, float | None]:
+        """Evaluate after this step if it is due, and keep the model if it is the best.
+
+        Returns the figures for the step's line of metrics.jsonl, with the seconds that they took; {} if none are due.
+        """
+        cfg, done = self._cfg, self._step + 1
+        is_due = done == cfg.steps or (cfg.eval_every and done % cfg.eval_every == 0)
+        if self._evaluation is None or not is_due:
+            return {}
+        started = self._now()
+        self._after = self._measured(self._evaluation)
+        seconds = self._now() - started
+        if cfg.keep_best is not None and improved(cfg.keep_best, self._after, self.values, done):
+            self._save(next(iter(self._learners)), BEST)
+        return as_numbers(self._after, "eval_") | {"eval_seconds": seconds}
+
+    # -- models
 
     def save(self) -> Path:
-        """Write each model as a Hugging Face folder in the run folder. Returns the result's folder, written last."""
+        """Write each model as a Hugging Face folder in the run folder. Returns the result's folder, written last.
+
+        Before, report the evaluation. Its last figures are those of the last step, or are taken now if a resumed run
+        had no step left.
+        """
+        if self._evaluation is not None:
+            after = self._measured(self._evaluation) if self._after is None else self._after
+            report_held_out(self.folder, self._evaluation, self._before, after)
+            if self._cfg.keep_best is not None:
+                report_best(self.folder, self._cfg, self.values)
         folders = [self._save(name, name) for name in reversed(self._learners)]
         return folders[-1]
 
@@ -254,9 +331,9 @@ class Run:
         return folder
 
 
-def _report_rate(folder: Path, cfg: TrainingFlags, start: int) -> None:
+def _report_rate(folder: Path, cfg: TrainingFlags, rows: int, start: int) -> None:
     """Print the learning rates before and after, if another --steps changes those of the remaining steps."""
-    steps, peak = steps_of(folder), cfg.learning_rate
+    steps, peak = steps_of(folder, cfg, rows), cfg.learning_rate
     if rank() or cfg.schedule == "constant" or steps in (None, cfg.steps) or start in (0, cfg.steps):
         return
     before = scheduled(peak, start - 1, steps, cfg.warmup_steps, cfg.schedule)

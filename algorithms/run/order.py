@@ -2,24 +2,41 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import TypeVar
+from dataclasses import fields, replace
+from typing import Any, TypeVar
 
 import torch
 
+from ...model.errors import InputError
 from .flags import TrainingFlags
 
 Flags = TypeVar("Flags", bound=TrainingFlags)
 
 
+def default_of(cfg: TrainingFlags, name: str) -> Any:
+    """Return the default of a flag of this method."""
+    return next(field.default for field in fields(cfg) if field.name == name)
+
+
+def check_epochs(cfg: TrainingFlags) -> None:
+    """Raise InputError if --epochs and --steps are given together. Only --epochs may then say how long the run is."""
+    if cfg.epochs is not None and cfg.steps != default_of(cfg, "steps"):
+        raise InputError(
+            f"--epochs: expected it in place of --steps, got --steps {cfg.steps} as well: leave one out"
+        )
+
+
 def with_steps(cfg: Flags, rows: int) -> Flags:
     """Return the flags with --steps set to the number of steps that --epochs takes, if it is given.
 
-    rows: the number of rows of --data.
+    rows: the number of rows of --data. An epoch ends with a batch of its own, which may be smaller than the others.
     """
     if cfg.epochs is None:
         return cfg
-    return replace(cfg, steps=max(1, math.ceil(cfg.epochs * rows / cfg.rows_per_step)))
+    batches = math.ceil(rows / cfg.rows_per_step)  # in an epoch
+    return replace(
+        cfg, steps=max(1, math.ceil(round(cfg.epochs * batches, 6)))
+    )  # 0.1 * 30 is above 3 in fp64
 
 
 def epochs(count: int, batch_size: int, seed: int, skip: int = 0) -> Iterator[list[int]]:

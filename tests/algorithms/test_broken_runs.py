@@ -328,9 +328,9 @@ def test_a_refused_resume_changes_nothing(run):
     file.write_bytes(whole)
     before = contents(run.output)
     assert "--steps: expected at least 2" in refusal(lambda: sft.train(dataclasses.replace(run, steps=1)))
-    (run.output / "completions.jsonl").write_bytes(b'{"step": 0}\n{}\n{"step": 1}\n')
-    assert "completions.jsonl line 2: expected an object with its step" in refusal(lambda: sft.train(run))
-    (run.output / "completions.jsonl").unlink()
+    (run.output / "samples.jsonl").write_bytes(b'{"step": 0}\n{}\n{"step": 1}\n')
+    assert "samples.jsonl line 2: expected an object with its step" in refusal(lambda: sft.train(run))
+    (run.output / "samples.jsonl").unlink()
     assert contents(run.output) == before
 
     (run.output / "metrics.jsonl").rename(run.output / "kept")
@@ -339,7 +339,7 @@ def test_a_refused_resume_changes_nothing(run):
 
 
 @pytest.mark.parametrize(
-    "name", ["metrics.jsonl", "completions.jsonl", ".config.json.partial", "model", "step-2"]
+    "name", ["metrics.jsonl", "samples.jsonl", ".config.json.partial", "model", "step-2"]
 )
 def test_a_link_in_a_run_folder_is_not_written_through(run, tmp_path, name):
     elsewhere = tmp_path / "elsewhere"

@@ -26,7 +26,14 @@ from safetensors.torch import load_file
 from two_processes import CASES, FAULTS, MODULES, RESUMED, SHAPES, checkpointed, train, trained_adapter
 
 SHIFT = re.compile(rb'"score_bias": ([-+.e0-9]+)')  # a mean of scores, so within rounding
-TIMES = ("seconds", "tokens_per_second", "sampling_seconds", "scoring_seconds", "update_seconds")
+TIMES = (
+    "seconds",
+    "tokens_per_second",
+    "sampling_seconds",
+    "scoring_seconds",
+    "update_seconds",
+    "eval_seconds",
+)
 
 
 @pytest.fixture(scope="module")
@@ -124,10 +131,10 @@ def test_two_processes_train_as_one(done, name):
 
     for trained in {"model", "critic"} & {folder.name for folder in (one / name).iterdir()}:
         close(weights_of(two / name / trained), weights_of(one / name / trained), 1e-4)
-    if "held_out" in CASES[name][2]:
-        after = "score_after" if name == "dpo" else "after"
-        results = [json.loads((run / name / "held_out.json").read_text())[after] for run in (one, two)]
-        close(results[1], results[0], 1e-4)
+    if "eval_data" in CASES[name][2]:
+        results = [json.loads((run / name / "held_out.json").read_text()) for run in (one, two)]
+        for when in ("before", "after"):
+            close(results[1][when], results[0][when], 1e-4)
 
 
 @pytest.mark.slow

@@ -297,14 +297,16 @@ def test_the_first_loss_is_known(cfg, name):
 
 @pytest.mark.parametrize("name", ["dpo", "ipo", "simpo", "orpo"])
 def test_it_learns(cfg, name, pairs):
-    cfg = dataclasses.replace(cfg, loss=name, steps=30, held_out=pairs)
+    cfg = dataclasses.replace(cfg, loss=name, steps=30, eval_data=pairs)
     dpo.train(cfg)
     metrics = metrics_of(cfg.output)
     assert metrics[-1]["accuracy"] > 0.8 and metrics[-1]["margin"] > metrics[0]["margin"] + 0.05
     assert sum(m["loss"] for m in metrics[-5:]) < 0.9 * sum(m["loss"] for m in metrics[:5])
     held_out = json.loads((cfg.output / "held_out.json").read_text())
-    assert held_out["score_after"]["accuracy"] > 0.8 and held_out["score_after"]["pairs"] == 64
-    assert set(held_out) == {"logprob_before", "logprob_after", "score_after"}
+    before, after = held_out["before"], held_out["after"]
+    assert after["accuracy"] > 0.8 and before["pairs"] == after["pairs"] == 64
+    assert after["logprob_accuracy"] > before["logprob_accuracy"] and after["loss"] < before["loss"]
+    assert set(held_out) == {"before", "after"} and before.keys() == after.keys()
 
 
 def test_labels_without_a_preference_teach_none(cfg, pairs, tmp_path):
@@ -315,8 +317,8 @@ def test_labels_without_a_preference_teach_none(cfg, pairs, tmp_path):
     (tmp_path / "both.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     margins = []
     for name, data in (("true", pairs), ("both", tmp_path / "both.jsonl")):
-        dpo.train(dataclasses.replace(cfg, data=data, held_out=pairs, steps=20, output=tmp_path / name))
-        margins.append(json.loads((tmp_path / name / "held_out.json").read_text())["score_after"]["margin"])
+        dpo.train(dataclasses.replace(cfg, data=data, eval_data=pairs, steps=20, output=tmp_path / name))
+        margins.append(json.loads((tmp_path / name / "held_out.json").read_text())["after"]["margin"])
     assert margins[0] > 0.3 and abs(margins[1]) < 0.3 * margins[0]
 
 

@@ -129,12 +129,12 @@ def test_a_damaged_file_of_completions_is_named(small, tmp_path):
     (tmp_path / "curious.py").write_text(CURIOUS)
     run = dataclasses.replace(small, reward=(f"{tmp_path}/curious.py:curious",), steps=1, save_every=1)
     grpo.train(run)
-    file = run.output / "completions.jsonl"
+    file = run.output / "samples.jsonl"
     whole = file.read_text().splitlines()
     for damaged in ("{", "[1]", '{"step": null}', "{}", "[" * 100_000):
         file.write_text("\n".join([whole[0], damaged, *whole[2:], ""]))
         with pytest.raises(
-            InputError, match=r"completions.jsonl line 2: expected an object with its step, got '"
+            InputError, match=r"samples.jsonl line 2: expected an object with its step, got '"
         ):
             grpo.train(dataclasses.replace(run, resume=True, steps=2))
 
@@ -145,14 +145,14 @@ def test_what_an_async_function_logs_is_found_in_the_run(small, tmp_path, capsys
     reward = (f"{tmp_path}/curious.py:curious", REWARD)
     run = dataclasses.replace(small, reward=reward, save_every=2, reward_timeout=60.0)
     grpo.train(run)
-    with open(run.output / "completions.jsonl", "a") as file:
+    with open(run.output / "samples.jsonl", "a") as file:
         file.write('{"step": 3, "torn')  # as a crash leaves it
     grpo.train(dataclasses.replace(run, resume=True, steps=4, reward_timeout=None))
     lines = metrics_of(run.output)
     # the epoch has 8 batches; a metric of theirs hides none of ours
     assert [line["metric/progress"] for line in lines] == [0, 1 / 3, 1 / 2, 3 / 4]
     assert [line["metric/reward"] for line in lines] == [0, 1 / 8, 2 / 8, 3 / 8]
-    records = [json.loads(line) for line in (run.output / "completions.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (run.output / "samples.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [step for step in range(4) for _ in range(8)]
     assert [record["extra"]["number"] for record in records] == [*range(8)] * 4
     for record in records:

@@ -86,7 +86,7 @@ RUNS = {  # name: (shape of the rows, what runs on them)
     "held out": (
         "pairs",
         lambda p, d, o: dpo.train(
-            dpo.Config(model=p / "model", data=rows_in(p, "clean", "pairs"), held_out=d, output=o, **TRAIN)
+            dpo.Config(model=p / "model", data=rows_in(p, "clean", "pairs"), eval_data=d, output=o, **TRAIN)
         ),
     ),
     "reward": (

@@ -211,8 +211,8 @@ def test_a_step_has_its_own_seconds_and_null_for_what_is_no_number(cfg):
                 with run.timed("sampling_seconds"):
                     pass
             run.log({"mean": math.nan, "one": torch.tensor(1.0), **run.seconds}, tokens=5)
-            run.log_completions([{"text": "\ud800"}] * step)
+            run.log_samples([{"text": "\ud800"}] * step)
     assert [(line["mean"], line["one"], line["tokens"]) for line in logged(cfg)] == [(None, 1.0, 5)] * 2
     assert all(line["sampling_seconds"] >= 0 for line in logged(cfg))
-    (completion,) = (cfg.output / "completions.jsonl").read_text().splitlines()
+    (completion,) = (cfg.output / "samples.jsonl").read_text().splitlines()
     assert json.loads(completion)["step"] == 1

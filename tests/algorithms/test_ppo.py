@@ -204,7 +204,7 @@ def test_scores_that_never_differ_are_said(cfg, tmp_path, capsys):
     ppo.train(run)
     assert "every sample of the run scored 0.5: the rewards taught nothing\n" in capsys.readouterr().out
     assert [line["metric/step"] for line in metrics_of(run.output)] == [0, 1]
-    records = [json.loads(line) for line in (run.output / "completions.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (run.output / "samples.jsonl").read_text().splitlines()]
     assert len(records) == 32 and records[-1]["extra"] == {"half": "\ud800"} and records[-1]["step"] == 1
 
     ppo.train(dataclasses.replace(cfg, output=tmp_path / "varied"))
@@ -214,7 +214,9 @@ def test_scores_that_never_differ_are_said(cfg, tmp_path, capsys):
     by_prompt = {"advantage": "rloo", "group_size": 2, "output": tmp_path / "by-prompt", "steps": 1}
     ppo.train(dataclasses.replace(run, **by_prompt))
     assert capsys.readouterr().out.endswith("no group's rewards ever differed: the rewards taught nothing\n")
-    assert not (tmp_path / "varied" / "completions.jsonl").exists()
+    records = [json.loads(line) for line in (tmp_path / "varied" / "samples.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [0] * 8 + [1] * 8  # --samples, and none by log_extra
+    assert not any("extra" in record for record in records)
 
 
 @pytest.mark.parametrize("advantage", ["rloo", "reinforce_pp"])

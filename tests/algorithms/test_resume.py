@@ -84,7 +84,19 @@ TRAINERS = {
     "ppo": ppo,
     "distill": distill,
 }
-TIMES = ("seconds", "sampling_seconds", "scoring_seconds", "update_seconds", "tokens_per_second")
+TIMES = (
+    *("seconds", "sampling_seconds", "scoring_seconds", "update_seconds", "tokens_per_second"),
+    "eval_seconds",
+)
+BEST = {  # the metric by which each trainer keeps its best model
+    "sft": "loss",
+    "reward": "accuracy",
+    "dpo": "margin",
+    "kto": "kl",
+    "grpo": "reward/ones",
+    "ppo": "score",
+    "distill": "divergence",
+}
 
 
 def metrics_of(folder):
@@ -113,9 +125,11 @@ def stopped_after(monkeypatch, module, cfg, step):
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_resumed_equals_uninterrupted(configs, name, tmp_path, monkeypatch):
-    module, cfg = TRAINERS[name], configs[name]
-    whole = dataclasses.replace(cfg, output=tmp_path / "whole")
-    cut = dataclasses.replace(cfg, output=tmp_path / "cut")
+    """Each run evaluates after every step and keeps its best model; a run that does neither has the same weights."""
+    module, plain = TRAINERS[name], dataclasses.replace(configs[name], output=tmp_path / "plain")
+    best = {"eval_data": plain.data, "eval_every": 1, "keep_best": BEST[name], "patience": 4}
+    whole = dataclasses.replace(plain, output=tmp_path / "whole", **best)
+    cut = dataclasses.replace(whole, output=tmp_path / "cut")
     trained = module.train(whole)
     stopped_after(monkeypatch, module, cut, step=2)  # one step after the checkpoint: done again
     assert len(metrics_of(cut.output)) == 3 and not (cut.output / "model").exists()
@@ -124,6 +138,17 @@ def test_resumed_equals_uninterrupted(configs, name, tmp_path, monkeypatch):
     assert [line["step"] for line in metrics_of(cut.output)] == [0, 1, 2, 3]
     weights = [(folder / "model.safetensors").read_bytes() for folder in (trained, resumed)]
     assert weights[0] == weights[1] != (cut.output / "step-2" / "model.safetensors").read_bytes()
+
+    # held-out figures and the best model
+    for file in ("held_out.json", "best/model.safetensors"):
+        assert (cut.output / file).read_bytes() == (whole.output / file).read_bytes(), file
+    figures = [line[f"eval_{BEST[name]}"] for line in metrics_of(whole.output)]
+    assert all(value is not None for value in figures)
+
+    # evaluation moves no bit of training
+    assert (module.train(plain) / "model.safetensors").read_bytes() == weights[0]
+    without = [{k: v for k, v in line.items() if k[:5] != "eval_"} for line in metrics_of(whole.output)]
+    assert metrics_of(plain.output) == without
 
 
 def test_resume_wants_the_same_flags(configs, tmp_path):

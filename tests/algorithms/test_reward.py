@@ -31,7 +31,7 @@ def cfg(model_folder, pairs, tmp_path):
     return reward.Config(
         model=model_folder,
         data=pairs,
-        held_out=pairs,
+        eval_data=pairs,
         output=tmp_path / "out",
         steps=3,
         batch_size=12,
@@ -155,14 +155,17 @@ def test_it_learns_and_the_chosen_average_zero(cfg, capsys):
     metrics = metrics_of(cfg.output)
     assert metrics[0]["loss"] > 0.6 and metrics[-1]["loss"] < 0.4 and metrics[-1]["accuracy"] > 0.8
     assert metrics[0]["margin"] == pytest.approx(metrics[0]["chosen"] - metrics[0]["rejected"], abs=1e-6)
+
     held_out = json.loads((cfg.output / "held_out.json").read_text())
     assert (
         held_out["after"]["accuracy"] > 0.8
         and held_out["after"]["margin"] > 10 * held_out["before"]["margin"]
     )
     p = held_out["after"]["accuracy"]
-    assert held_out["after"]["standard_error"] == pytest.approx(math.sqrt(p * (1 - p) / 64))
-    assert "held out, after: accuracy" in capsys.readouterr().out
+    assert held_out["after"]["accuracy_error"] == pytest.approx(math.sqrt(p * (1 - p) / 63))
+    assert held_out["before"]["pairs"] == held_out["after"]["pairs"] == 64
+    line = f"accuracy {100 * held_out['before']['accuracy']:.1f} -> {100 * p:.1f} +- "
+    assert line in capsys.readouterr().out
     model, tokenizer = load_scalar_model(trained), Tokenizer.load(trained)
     pairs, _ = preferences(read_rows(cfg.data), tokenizer, max_length=64)
     assert completion_scores(model, pairs, 10**6)[:, 0].mean().item() == pytest.approx(0, abs=1e-5)
@@ -184,7 +187,7 @@ def test_gradients_do_not_depend_on_micro_batches(cfg, tmp_path, micro_batch_tok
 
 
 def test_centering_and_margins_are_heard(cfg, pairs, tmp_path):
-    cfg = dataclasses.replace(cfg, steps=1, batch_size=64, held_out=None)
+    cfg = dataclasses.replace(cfg, steps=1, batch_size=64, eval_data=None)
     reward.train(cfg)
     (plain,) = metrics_of(cfg.output)
     reward.train(dataclasses.replace(cfg, centering=2.0, output=tmp_path / "centered"))

@@ -39,7 +39,7 @@ DATA = {
     "grpo": "prompts",
     "distill": "demonstrations",
 }
-FOLDERS = ("data", "held_out", "teacher", "critic", "reward_model")  # flags that name a file or a folder
+FOLDERS = ("data", "eval_data", "teacher", "critic", "reward_model")  # flags that name a file or a folder
 EXPERTS = Experts(3, 2, 24, (True, True), renormalize=True, balance_coefficient=0.01)  # 3: uneven shares
 SHAPES = {
     "tied": {},
@@ -81,14 +81,14 @@ CASES = {  # name: (algorithm, shape of the model, flags)
         {
             **SFT,
             "batch_size": 25,
-            "held_out": "pairs.jsonl",
+            "eval_data": "pairs.jsonl",
             "centering": 0.1,
             "checkpoint_activations": True,
         },
     ),
     "reward-qlora": ("reward", "tied", {**SFT, "lora_rank": 4, "base_4bit": True}),
     "reward-experts": ("reward", "experts", {"batch_size": 1}),  # one of the processes has nothing to do
-    "dpo": ("dpo", "untied", {**SFT, "batch_size": 25, "held_out": "pairs.jsonl", "beta": 1.0}),
+    "dpo": ("dpo", "untied", {**SFT, "batch_size": 25, "eval_data": "pairs.jsonl", "beta": 1.0}),
     "dpo-qlora": ("dpo", "tied", {**SFT, "lora_rank": 4, "base_4bit": True}),
     "dpo-experts-qlora": (
         "dpo",

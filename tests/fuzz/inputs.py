@@ -208,7 +208,7 @@ def _run(folder: Path) -> None:
         flags = ("--model", "base", "--data", "rows.jsonl", "--output", "out", *FLAGS)
         sft.train(tyro.cli(sft.Config, args=flags))
     records = [{"step": i // 2, "prompt": "1", "completion": "2", "reward": 0.5} for i in range(6)]
-    (own / "out" / "completions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (own / "out" / "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     for done in ("model", "step-2"):
         shutil.rmtree(own / "out" / done)
     shutil.copytree(own, folder / "run-of-two")

@@ -247,7 +247,7 @@ def readers(inputs: Path) -> list[Reader]:
 
     # runs that are resumed
     run = {"checkpoint.safetensors": "safetensors", "config.json": "json", "metrics.jsonl": "lines"}
-    for name, kind in (run | {"completions.jsonl": "lines"}).items():
+    for name, kind in (run | {"samples.jsonl": "lines"}).items():
         found.append(Reader(f"run/{name.partition('.')[0]}", "run", {f"out/{name}": kind}, of_run, True))
     shared = {f"out/{name}.safetensors": "safetensors" for name in ("checkpoint", "checkpoint-2-1-of-2")}
     found.append(Reader("run/checkpoint/shared", "run-of-two", shared, of_run, True))

@@ -1,0 +1,141 @@
+"""The text at the start of a run: what will happen, before the first step."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from ...model.adapter import linears, lora_config
+from ...model.memory import training_memory
+from ...model.scalar import ScalarModel
+from ...model.transformer import Transformer
+from .batch import Item
+from .flags import RolloutFlags, SamplingFlags, TrainingFlags
+from .held_out import Evaluation
+from .order import default_of
+from .processes import rank, world
+
+MOST_COUNTED = 10_000  # rows of which the trained tokens are counted
+
+
+def trained_tokens(items: Sequence[Item]) -> float:
+    """Return the mean number of trained tokens of an item, counted on at most about MOST_COUNTED items."""
+    some = items[:: max(1, len(items) // MOST_COUNTED)]
+    return sum(completion.num_trained for item in some for completion in item.completions) / len(some)
+
+
+def report_start(
+    cfg: TrainingFlags,
+    rows: int,
+    tokens: float,
+    models: Mapping[str, Transformer | ScalarModel],
+    evaluation: Evaluation | None,
+) -> None:
+    """Print the steps, the learning rate, the trained weights, the memory, the evaluation and the files of a run.
+
+    tokens: the mean trained tokens of a row; 0 if they are sampled. models: the models that are trained, by name.
+    """
+    if rank():
+        return
+    lines = [
+        _steps(cfg, rows, tokens),
+        _learning_rate(cfg),
+        *(_weights(name, model) for name, model in models.items()),
+        _memory(cfg, next(iter(models.values()))),
+        _evaluations(cfg, evaluation),
+        _files(cfg),
+    ]
+    if hint := _hint(cfg):
+        lines.insert(2, hint)
+    print("\n".join(line for line in lines if line))
+
+
+def _steps(cfg: TrainingFlags, rows: int, tokens: float) -> str:
+    passes = cfg.steps / -(-rows // cfg.rows_per_step)
+    text = f"{_counted(cfg.steps, 'step')} of {_counted(min(rows, cfg.rows_per_step), 'row')}: "
+    text += f"{passes:.3g} epochs of {_counted(rows, 'row')}"
+    if tokens:
+        return f"{text}, about {tokens * min(rows, cfg.rows_per_step):,.0f} trained tokens a step"
+    if isinstance(cfg, SamplingFlags):
+        group = cfg.group_size if isinstance(cfg, RolloutFlags) else 1
+        most = min(rows, cfg.rows_per_step) * group * cfg.max_new_tokens
+        return f"{text}, at most {most:,} sampled tokens a step"
+    return text
+
+
+def _learning_rate(cfg: TrainingFlags) -> str:
+    peak, warmup, total = cfg.learning_rate, cfg.warmup_steps, f"{cfg.steps:,}"
+    if warmup > cfg.steps:
+        reached = peak * cfg.steps / warmup
+        return (
+            f"learning rate: only up to {reached:.3g} of {peak:g}, because the warm-up takes {warmup:,} steps and the "
+            f"run has {total} (--warmup-steps)"
+        )
+    if warmup == cfg.steps:
+        return f"learning rate: reaches {peak:g} in the last of {total} steps, because all are warm-up (--warmup-steps)"
+    after = "stays there" if cfg.schedule == "constant" else f"falls to 0 by the end ({cfg.schedule})"
+    start = f"reaches {peak:g} after {warmup:,} of {total} steps" if warmup else f"starts at {peak:g}"
+    return f"learning rate: {start}, then {after}"
+
+
+def _hint(cfg: TrainingFlags) -> str:
+    """Return advice on the learning rate of LoRA, if it is the default, which is made for training whole weights."""
+    if not cfg.lora_rank or cfg.learning_rate != default_of(cfg, "learning_rate"):
+        return ""
+    return (
+        f"hint: {cfg.learning_rate:g} is the default for whole weights; LoRA usually takes a rate about ten times as "
+        f"large (--learning-rate {10 * cfg.learning_rate:g})"
+    )
+
+
+def _weights(name: str, model: Transformer | ScalarModel) -> str:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    quantized = sum(layer.numel for layer in linears(model).values() if layer.four_bit is not None)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad) + quantized
+    if lora_config(model) is None:
+        return f"{name}: all {short(trained)} weights are trained"
+    in_4bit = " in 4 bits" if quantized else ""
+    return f"{name}: a LoRA adapter of {short(trained)} weights is trained, beside {short(frozen)} frozen{in_4bit}"
+
+
+def _memory(cfg: TrainingFlags, model: Transformer | ScalarModel) -> str:
+    lora = lora_config(model)
+    if lora is not None and isinstance(model, ScalarModel):
+        kept = tuple(
+            name for name in lora.modules_to_save if name != "score"
+        )  # the counted model has no such head
+        lora = replace(lora, modules_to_save=kept)
+    is_4bit = any(layer.four_bit is not None for layer in linears(model).values())
+    frozen_dtype = torch.bfloat16 if cfg.device.startswith("cuda") else torch.float32
+    memory = training_memory(model.config, lora, is_4bit, cfg.micro_batch_tokens, frozen_dtype, world())
+    where = " of each process" if world() > 1 else ""
+    return (
+        f"memory{where}: about {short(memory.total)}B for the model's weights, gradients, optimizer and "
+        f"activations of {cfg.micro_batch_tokens:,} tokens"
+    )
+
+
+def _evaluations(cfg: TrainingFlags, evaluation: Evaluation | None) -> str:
+    if evaluation is None:
+        return ""
+    every = f", every {_counted(cfg.eval_every, 'step')}" if cfg.eval_every else ""
+    return (
+        f"evaluates on {evaluation.count:,} held-out {evaluation.items} before training{every} and at the end"
+    )
+
+
+def _files(cfg: TrainingFlags) -> str:
+    every = f", and a checkpoint every {_counted(cfg.save_every, 'step')}" if cfg.save_every else ""
+    return f"writes {cfg.output}: the model at the end{every or '; no checkpoints (--save-every)'}"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + "s" * (count != 1)
+
+
+def short(count: int) -> str:
+    """Return a count of weights in short form, such as 134.5 M."""
+    for limit, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if count >= limit:
+            return f"{count / limit:.1f}{unit}"
+    return f"{count}"
