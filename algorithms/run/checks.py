@@ -13,6 +13,7 @@ import torch
 from ...model.errors import InputError, shown
 from ...model.files.config_keys import LARGEST
 from ...model.files.text_files import read_object
+from ..show.trackers import check_tracker
 from .flags import Bounds, SaveDtype, bounds
 from .processes import check_joined, rank
 
@@ -43,6 +44,7 @@ def check_flags(config: Any, **narrower: tuple[float, float]) -> None:
         check_number(name, getattr(config, name), Bounds(*ends, of_flags[name].switch))
 
     check_device(config.device)
+    check_tracker(getattr(config, "log_to", None))
     folder = config.output
     if getattr(config, "resume", False):  # compositions have no such flag
         _check_resumable(folder, config)

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ...model.checkpoint import save_model
 from ...model.errors import InputError
@@ -32,6 +31,7 @@ from ...model.files.finite import TooLarge
 from ...model.scalar import ScalarModel
 from ...model.text.tokenizer import Tokenizer
 from ...model.transformer import Transformer
+from ..show.display import Display
 from .balance import check_balance
 from .checkpoint import Part, read_checkpoint, write_checkpoint
 from .checks import CHECKPOINT, torch_dtype
@@ -75,7 +75,7 @@ class Run:
         shard(*models, *frozen)
         for learner in self._learners.values():
             learner.start()
-        self._bar: tqdm | None = None
+        self._display: Display | None = None  # on the first process
         self._order: Iterator[list[int]] | None = None
 
     def __enter__(self) -> "Run":
@@ -86,13 +86,15 @@ class Run:
             _check_progress(file, self._cfg, self.start, self.values)
         self._step, self._clock = self.start, time.perf_counter()
         self._metrics = open_metrics(self.folder, self._cfg, self.start)
+        if rank() == 0:
+            self._display = Display(self._cfg, self.folder, self.start)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         with contextlib.suppress(OSError):  # log() has flushed every line, or raised an error
             self._metrics.close()
-        if self._bar is not None:
-            self._bar.close()
+        if self._display is not None:
+            self._display.close(error)
 
     def _parts(self) -> dict[str, Part]:
         """Return the parts of a checkpoint by name: each learner's model and optimizer."""
@@ -107,14 +109,8 @@ class Run:
     def steps(self) -> Iterator[int]:
         """Yield the remaining steps, from `start` to --steps. Save model and checkpoint every --save-every steps."""
         total = self._cfg.steps
-        self._bar = tqdm(
-            total=total,
-            initial=self.start,
-            desc=self.folder.name,
-            unit="step",
-            dynamic_ncols=True,
-            disable=rank() > 0,
-        )
+        if self._display is not None:
+            self._display.begin()
 
         self._clock = time.perf_counter()
         for step in range(self.start, total):
@@ -125,7 +121,6 @@ class Run:
             yield step
             reshard(*self._frozen)  # a forward pass without a backward pass leaves their weights gathered
             self._save_step(step + 1)
-            self._bar.update()
 
     def next(self) -> list[int]:
         """Return the indices of the step's rows among `rows`.
@@ -177,9 +172,8 @@ class Run:
             self._metrics.flush()
         except OSError as error:
             raise InputError(f"{self.folder / METRICS}: cannot be written: {error}") from error
-        if self._bar is not None:
-            newest = {name: f"{value:.3g}" for name, value in list(values.items())[:3] if value is not None}
-            self._bar.set_postfix(newest, refresh=False)
+        if self._display is not None:
+            self._display.log(line)
 
     def log_completions(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Append the step's records, one JSON object per completion, to completions.jsonl."""
