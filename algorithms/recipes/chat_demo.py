@@ -184,7 +184,7 @@ def page_of(cfg: Config, scores: Mapping[str, Score], facts: Mapping[str, object
             note=f"{cfg.held_out} held-out sums, one answer to each at temperature {cfg.temperature:g}.",
         ),
         figure=page.Picture(
-            page.draw_steps([{cfg.mode: read_metric(cfg.output / "grpo", "reward")}]),
+            page.steps_series([{cfg.mode: read_metric(cfg.output / "grpo", "reward")}]),
             "Share of right samples on training problems in each GRPO step, a mean over five steps.",
         ),
         transcripts=page.Transcripts({name: score.answers for name, score in scores.items()}),

@@ -97,15 +97,22 @@ def _thinned(points: Points) -> Points:
 
 
 def draw(
-    title: str, series: Sequence[Series], *, x_label: str = "step", width: int = 360, height: int = 200
+    title: str,
+    series: Sequence[Series],
+    *,
+    x_label: str = "step",
+    width: int = 360,
+    height: int = 200,
+    include: Sequence[float] = (),
 ) -> str:
     """Return the SVG text of a picture. title: its name for screen readers. width, height: in CSS pixels.
 
-    With x_label "step" the x axis has whole numbers. Positive values of very different sizes get a logarithmic y axis.
+    x_label: the name of the x axis. An axis of steps has whole numbers. include: values that the y axis shows in any
+    case. Positive values of very different sizes get a logarithmic y axis.
     """
     xs = [x for one in series for x, y in one.points if y is not None]
-    ys = [y for one in series for _, y in one.points if y is not None]
-    across = steps_axis(xs) if x_label == "step" else axis_of(xs)
+    ys = [*include, *(y for one in series for _, y in one.points if y is not None)]
+    across = steps_axis(xs) if x_label.endswith("step") else axis_of(xs)
     up = axis_of(ys, may_be_log=True)
     if not up.log:  # error bars widen the axis
         bars = [
@@ -134,7 +141,7 @@ def _summary(series: Sequence[Series]) -> str:
     """Return the first and last values of each series, for readers who do not see the picture."""
     texts = []
     for one in series:
-        if (known := _known(one)) and not one.faint:
+        if (known := _known(one)) and one.label and not one.faint:
             texts.append(f"{one.label} from {number(known[0][1])} to {number(known[-1][1])}")
     return "; ".join(texts) or "no values"
 
@@ -201,6 +208,8 @@ def _drawn(one: Series, frame: _Frame) -> list[str]:
     if not one.line or len(known) == 1:
         marks = "".join(f"M{frame.x(x):.1f} {frame.y(y):.1f}h0" for x, y in known)
         parts.append(f'<path class="marks {colour}" d="{marks}"/>')
+        if one.dotted:
+            parts.append(f'<path class="hole" d="{marks}"/>')
     return parts
 
 

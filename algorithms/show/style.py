@@ -20,24 +20,27 @@ STYLE = """
  th:first-child, td:first-child, .words td, .words th { text-align: left } thead th { border-color: var(--ink) }
  .words td:first-child { width: 40%; color: var(--quiet) } .changed td { font-weight: 600 }
  .narrow { max-width: 44rem } .scroll { overflow-x: auto } .scroll td, .scroll th { overflow-wrap: normal }
- @media (max-width: 30rem) { .scroll table { font-size: .85rem } .scroll th, .scroll td { padding: .3rem .2rem } }
  .meter { display: inline-block; height: .6rem; background: var(--c0); vertical-align: middle; margin-right: .5rem }
  .number { display: inline-block; min-width: 3rem }
+ @media (max-width: 30rem) { .scroll table { font-size: .85rem } .scroll th, .scroll td { padding: .3rem .2rem }
+  .scroll td:first-child { min-width: 5rem } .meter { display: none } .number { min-width: 0 } }
  pre { background: var(--raised); padding: .6rem .8rem; margin: .3rem 0 .8rem; border-radius: .3rem; overflow-x: auto;
   font: .85rem/1.45 ui-monospace, monospace; white-space: pre-wrap; unicode-bidi: plaintext }
  details > summary { cursor: pointer; color: var(--quiet) } details pre { margin-top: .5rem }
  .curves { display: grid; gap: 1.4rem 1.6rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)) }
- figure { margin: 0; min-width: 0 } .wide { max-width: 40rem }
+ figure { margin: 0; min-width: 0 } .wide { max-width: 34rem }
  .sample { border-left: 3px solid var(--line); padding-left: .8rem; margin: 1rem 0 }
  .legend { display: flex; flex-wrap: wrap; gap: .1rem 1rem; font-size: .875rem; color: var(--quiet); margin: .2rem 0 0 }
  .key { display: inline-block; width: 1.1rem; border-top: 3px solid; margin-right: .4rem; vertical-align: middle }
  .key.dotted { border-top-style: dotted } .key.faint { opacity: .4; border-top-width: 1px }
  .key.marks { width: .6rem; height: .6rem; border: 0; border-radius: 50%; background: currentColor }
+ .key.marks.dotted { background: none; border: 2px solid }
  svg.curve { display: block; width: 100%; height: auto } svg.curve path { fill: none; stroke-linecap: round }
  svg.curve text { font: 11px system-ui, sans-serif; fill: var(--quiet); stroke: none }
  svg.curve .grid { stroke: var(--line) } svg.curve .line { stroke-width: 1.8; stroke-linejoin: round }
  svg.curve .faint { stroke-width: 1; opacity: .5 } svg.curve .dotted { stroke-dasharray: 1 4 }
- svg.curve .marks { stroke-width: 7 } svg.curve .bar { stroke-width: 1.3 }
+ svg.curve .marks { stroke-width: 8 } svg.curve .hole { stroke: var(--ground); stroke-width: 4 }
+ svg.curve .bar { stroke-width: 1.3 }
  .c0 { stroke: var(--c0); color: var(--c0) } .c1 { stroke: var(--c1); color: var(--c1) }
  .c2 { stroke: var(--c2); color: var(--c2) } .c3 { stroke: var(--c3); color: var(--c3) }
  .c4 { stroke: var(--c4); color: var(--c4) } .c5 { stroke: var(--c5); color: var(--c5) }
