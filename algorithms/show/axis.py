@@ -5,7 +5,7 @@ from math import ceil, floor, log10
 from typing import NamedTuple
 
 LOG_SPREAD = 1000.0  # positive values with a larger ratio get a logarithmic axis
-MOST_TICKS = 5
+MOST_TICKS = 5  # about
 
 
 class Axis(NamedTuple):
@@ -29,7 +29,7 @@ def axis_of(values: Sequence[float], may_be_log: bool = False) -> Axis:
     may_be_log: whether positive values of very different sizes get a logarithmic axis.
     """
     low, high = min(values, default=0.0), max(values, default=1.0)
-    if may_be_log and low > 0 and high / LOG_SPREAD > low:
+    if may_be_log and low > 1e-290 and high / LOG_SPREAD > low:
         return _log_axis(low, high)
 
     # equal values, up to rounding, stand in the middle
@@ -53,7 +53,7 @@ def steps_axis(steps: Sequence[float]) -> Axis:
 
 def _linear_axis(low: float, high: float) -> Axis:
     """Return an axis with a little room above and below the values."""
-    step = _step((high - low) / (MOST_TICKS - 1))
+    step = _step((high - low) / MOST_TICKS)
     pad = 0.04 * (high - low)
     low, high = low - pad, high + pad
     numbers = [i * step for i in range(ceil(low / step), floor(high / step) + 1)]
