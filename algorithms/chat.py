@@ -26,8 +26,9 @@ from .run.checks import check_device
 from .run.command import run_command
 from .run.flags import DeviceFlags, TemplateFlags
 from .run.ids import check_sequence
-from .run.streams import harmless, is_lost
+from .run.streams import is_lost
 from .run.trainee import load_frozen
+from .show.text import harmless
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,6 @@ from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from ..model.checkpoint import has_score, load_model, load_scalar_model
 from ..model.errors import InputError
@@ -68,6 +67,7 @@ from .run.ids import check_model
 from .run.optimizer import autocast
 from .run.user_files import load_function
 from .search.votes import majority_is_right, pass_at_k, standard_error, standard_error_of_ratio
+from .show.progress import counted
 
 Figures = dict[str, float]  # name: value
 Record = dict[str, Any]  # a line of samples.jsonl
@@ -257,8 +257,7 @@ def judged(
 
 def sample(cfg: Config, model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[Sample]:
     """Sample completions in the order of the prompts, and show a progress bar."""
-    with tqdm(total=len(prompts) * cfg.samples, unit="sample", dynamic_ncols=True) as bar:
-        bar.set_description("samples" if cfg.temperature else "greedy")
+    with counted(len(prompts) * cfg.samples, "samples" if cfg.temperature else "greedy", "sample") as bar:
 
         def show(done: int, _: int) -> None:
             bar.update(done - bar.n)
@@ -292,12 +291,15 @@ def evaluate_text(
 
     # 1. -log pi of each row's trained tokens
     records: list[Record] = [{} for _ in examples]
-    for batch in tqdm(LazyBatches(examples, cfg.micro_batch_tokens, cfg.device), unit="batch"):
-        with torch.no_grad():
-            logprob, _ = batch.score(model)  # (tokens,)
-        of_each = logprob.double().split(batch.lengths.tolist())
-        for i, of_row in zip(batch.members, of_each, strict=True):
-            records[i] = {"nats": -of_row.sum().item(), "tokens": of_row.numel()}
+    batches = LazyBatches(examples, cfg.micro_batch_tokens, cfg.device)
+    with counted(len(batches), "evaluate", "batch") as bar:
+        for batch in batches:
+            with torch.no_grad():
+                logprob, _ = batch.score(model)  # (tokens,)
+            of_each = logprob.double().split(batch.lengths.tolist())
+            for i, of_row in zip(batch.members, of_each, strict=True):
+                records[i] = {"nats": -of_row.sum().item(), "tokens": of_row.numel()}
+            bar.update()
 
     # 2. the mean over all tokens, a ratio of sums in which the rows are the independent draws
     nats, tokens = [record["nats"] for record in records], [record["tokens"] for record in records]

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..model.errors import InputError
 from ..model.files.replacing import replacing
@@ -34,6 +33,7 @@ from .run.command import run_command
 from .run.flags import Count, DeviceFlags, Length, RowFlags, Samples, SamplingFlags, Size, run_folder
 from .run.ids import check_model
 from .run.trainee import load_frozen
+from .show.progress import counted
 
 LESSONS = "lessons.safetensors"
 
@@ -87,14 +87,18 @@ def annotated(model: Transformer, lessons: list[Lesson], vocabulary: Vocabulary,
     """Return the lessons, each with the teacher's most likely ids and log-probabilities for its trained tokens."""
     found, vocabulary = list(lessons), vocabulary.to(cfg.device)
     batches = LazyBatches(lessons, cfg.micro_batch_tokens, cfg.device)
-    for batch in tqdm(batches, desc="teach", unit="batch", dynamic_ncols=True):
-        ids, logprobs = most_likely(model, batch, vocabulary, cfg)  # (tokens, K) each
+    with counted(len(batches), "teach", "batch") as bar:
+        for batch in batches:
+            ids, logprobs = most_likely(model, batch, vocabulary, cfg)  # (tokens, K) each
 
-        # split by lesson
-        counts = batch.lengths.tolist()
-        of_each = zip(batch.members, ids.int().cpu().split(counts), logprobs.cpu().split(counts), strict=True)
-        for i, its_ids, its_logprobs in of_each:
-            found[i] = dataclasses.replace(lessons[i], ids=its_ids, logprobs=its_logprobs)
+            # split by lesson
+            counts = batch.lengths.tolist()
+            of_each = zip(
+                batch.members, ids.int().cpu().split(counts), logprobs.cpu().split(counts), strict=True
+            )
+            for i, its_ids, its_logprobs in of_each:
+                found[i] = dataclasses.replace(lessons[i], ids=its_ids, logprobs=its_logprobs)
+            bar.update()
     return found
 
 

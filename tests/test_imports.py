@@ -99,7 +99,7 @@ def test_a_trainer_imports_none_of_them():
         (PLAIN_ROWS, "1", "1"),
         (CHAT, "hello", "the chat template: expected jinja2 to be installed"),
         (ROW_TEMPLATE, "[{'prompt': 'b'}]", "--row-template row.jinja: expected jinja2 to be installed"),
-        (PAGE, "None", "the report: expected jinja2 and matplotlib to be installed"),
+        (PAGE, "None", "the report: expected jinja2 to be installed"),
     ],
     ids=["plain rows", "chat template", "row template", "page"],
 )

@@ -51,6 +51,7 @@ COMMAND_FUNCTIONS = {
     "distill": "burnish.algorithms.distill:train",
     "teach": "burnish.algorithms.teach:teach",
     "evaluate": "burnish.algorithms.evaluate:evaluate",
+    "report": "burnish.algorithms.report:report",
     "merge": "burnish.algorithms.merge:merge",
     "chat": "burnish.algorithms.chat:main",
     "convert": "burnish.model.convert:main",

@@ -34,7 +34,8 @@ from .. import grpo
 from ..run.checks import check_flags
 from ..run.command import run_command
 from ..run.flags import MOST_SAMPLES, Bounds, Count, SamplingSeed, Temperature, default_device, run_folder
-from ..run.streams import harmless
+from ..show.ending import brief_endings
+from ..show.text import harmless
 from . import page
 from .parts import read_metric, sample, write_rows
 
@@ -123,7 +124,8 @@ def train(cfg: Config) -> Path:
     # 2. training on the other problems
     data = write_rows(cfg.output / "problems.jsonl", training)
     clock, cpu = time.perf_counter(), time.process_time()
-    trained = grpo.train(grpo_flags(cfg, data))
+    with brief_endings():
+        trained = grpo.train(grpo_flags(cfg, data))
     facts = {
         "mode": cfg.mode,
         "training": f"{time.perf_counter() - clock:.0f} s, {time.process_time() - cpu:.0f} s of CPU time",
@@ -182,7 +184,7 @@ def page_of(cfg: Config, scores: Mapping[str, Score], facts: Mapping[str, object
             note=f"{cfg.held_out} held-out sums, one answer to each at temperature {cfg.temperature:g}.",
         ),
         figure=page.Picture(
-            page.draw_steps([{cfg.mode: read_metric(cfg.output / "grpo", "reward")}]),
+            page.steps_series([{cfg.mode: read_metric(cfg.output / "grpo", "reward")}]),
             "Share of right samples on training problems in each GRPO step, a mean over five steps.",
         ),
         transcripts=page.Transcripts({name: score.answers for name, score in scores.items()}),

@@ -268,11 +268,14 @@ def page_of(
             f"counts half. Means over {cfg.evaluation_samples} samples an instruction at temperature 1.",
         ),
         figure=page.Picture(
-            page.draw_rewards([recipe.paths() for recipe in recipes]),
-            "Gold reward (solid) and proxy (dotted) of PPO's rollouts, averaged over five, by the policy's distance "
-            "from SFT. Where the two part, the policy exploits errors of the reward model (Gao et al. 2022). DPO has "
-            "no rollouts and is one mark.",
+            page.rewards_series([recipe.paths() for recipe in recipes]),
+            "Gold reward (solid, filled) and proxy (dotted, hollow) of PPO's rollouts, averaged over five, by the "
+            "policy's distance from SFT. Where the two part, the policy exploits errors of the reward model (Gao et "
+            "al. 2022). DPO has no rollouts and is one mark.",
+            x_label="distance from SFT: square root of the KL",
+            y_label="reward",
             heading="Over-optimisation",
+            include=(),
         ),
         transcripts=page.Transcripts(
             recipes[0].transcripts, "The first instructions, one sample each, with its gold reward."

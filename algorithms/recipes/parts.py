@@ -18,6 +18,7 @@ from ...model.generate import Sample, SamplingParams, generate
 from ...model.text.tokenizer import Tokenizer
 from ...model.transformer import Transformer
 from ..run.flags import Count, default_device
+from ..show.ending import brief_endings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,8 @@ class Stages:
     def stage(self, method: Any, name: str, model: Path, **flags: Any) -> Path:
         """Train `model` by a method's module, such as `sft`. Return the folder of the trained model."""
         shared = {"output": self.folder / name, "seed": self.seed, "device": self.cfg.device}
-        return method.train(method.Config(model=model, **shared, **flags))
+        with brief_endings():
+            return method.train(method.Config(model=model, **shared, **flags))
 
     def write(self, name: str, rows: Iterable[Mapping[str, str]]) -> Path:
         return write_rows(self.folder / "data" / f"{name}.jsonl", rows)

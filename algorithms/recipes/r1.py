@@ -91,7 +91,12 @@ class Score:
     form: float  # share of single samples with the right form
 
 
-RL_STAGES = ("zero", "first-rl", "r1", "student-rl")  # folders of the GRPO stages
+RL_STAGES = {  # folders of the GRPO stages, and their names in the table
+    "zero": "R1-Zero",
+    "first-rl": "R1: cold start, RL",
+    "r1": "R1",
+    "student-rl": "student, RL alone",
+}
 MAX_NEW_TOKENS = 12
 HEADING = "Held-out problems, percent"
 
@@ -224,6 +229,7 @@ def page_of(
     transcripts: Mapping[str, Sequence[str]],
     facts: Mapping[str, object],
 ) -> page.Page:
+    named = [{RL_STAGES[name]: values for name, values in of_seed.items()} for of_seed in curves]
     return page.Page(
         title="DeepSeek-R1's recipe in miniature",
         subtitle="The last digit of a sum of three digits, reasoned out as running sums: "
@@ -236,7 +242,7 @@ def page_of(
             "DeepSeek's pass@1 on AIME 2024 (arXiv 2501.12948; R1-Zero's vote: 86.7), another task: compare the shape.",
         ),
         figure=page.Picture(
-            page.draw_steps(curves),
+            page.steps_series(named),
             "Share of right samples on training problems in each GRPO step, a mean over five steps.",
         ),
         transcripts=page.Transcripts(transcripts),

@@ -15,6 +15,7 @@ from ...model.errors import InputError, shown
 from ...model.files.config_keys import LARGEST
 from ...model.files.folder import absolute
 from ...model.files.text_files import read_object
+from ..show.trackers import check_tracker
 from .flags import Bounds, SaveDtype, TrainingFlags, bounds
 from .held_out import check_evaluation
 from .inputs import check_inputs
@@ -51,6 +52,7 @@ def check_flags(config: Any, **narrower: tuple[float, float]) -> None:
         check_epochs(config)
         check_evaluation(config)
     check_device(config.device)
+    check_tracker(getattr(config, "log_to", None))
     folder = config.output
     if getattr(config, "keep", None) is not None and not config.save_every:
         raise InputError("--keep: expected --save-every, too, which writes the folders to keep")

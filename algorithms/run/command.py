@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from math import inf
 from types import ModuleType
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -88,7 +88,9 @@ def parsed(name: str, module: ModuleType, arguments: Sequence[str], summary: str
         default: Any = {"default": field.default, "default_factory": field.default_factory}
         hint = Annotated[hints[field.name], tyro.conf.arg(help=texts.get(field.name))]
         if POSITIONAL in getattr(hints[field.name], "__metadata__", ()):
-            shown = tyro.conf.arg(help=texts.get(field.name), metavar=f"[{field.name.upper()} ...]")
+            several = get_origin(get_args(hints[field.name])[0]) is tuple
+            metavar = f"[{field.name.upper()} ...]" if several else field.name.upper()
+            shown = tyro.conf.arg(help=texts.get(field.name), metavar=metavar)
             hint = tyro.conf.Positional[Annotated[hints[field.name], shown]]
         fields.append((field.name, hint, dataclasses.field(**default)))
     flags: Any = dataclasses.make_dataclass("Flags", fields, frozen=True, kw_only=True)

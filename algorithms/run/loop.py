@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ...model.checkpoint import save_model
 from ...model.errors import InputError
@@ -34,6 +33,7 @@ from ...model.files.finite import TooLarge
 from ...model.scalar import ScalarModel
 from ...model.text.tokenizer import Tokenizer
 from ...model.transformer import Transformer
+from ..show.display import Display
 from .balance import check_balance
 from .checkpoint import Part, read_checkpoint, write_checkpoint
 from .checks import CHECKPOINT, torch_dtype
@@ -98,7 +98,7 @@ class Run:
         for learner in self._learners.values():
             learner.start()
 
-        self._bar: tqdm | None = None
+        self._display: Display | None = None  # on the first process
         self._order: Iterator[list[int]] | None = None
         self._evaluation = evaluation
         self._before: Figures = {}
@@ -119,13 +119,15 @@ class Run:
         self._step, self._clock = self.start, time.perf_counter()
         self._metrics = open_metrics(self.folder, self._cfg, self.start)
         keep_newest(self.folder, self._cfg.keep, self.start)
+        if rank() == 0:
+            self._display = Display(self._cfg, self.folder, self.start)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         with contextlib.suppress(OSError):  # log() has flushed every line, or raised an error
             self._metrics.close()
-        if self._bar is not None:
-            self._bar.close()
+        if self._display is not None:
+            self._display.close(error)
 
     def _begin(self) -> None:
         """Print what will happen, and evaluate the untrained models."""
@@ -153,14 +155,8 @@ class Run:
         the step under way and raise Terminated.
         """
         total = self._cfg.steps
-        self._bar = tqdm(
-            total=total,
-            initial=self.start,
-            desc=self.folder.name,
-            unit="step",
-            dynamic_ncols=True,
-            disable=rank() > 0,
-        )
+        if self._display is not None:
+            self._display.begin()
 
         defer()  # from now on a SIGTERM waits for the end of a step
         self._clock = time.perf_counter()
@@ -175,7 +171,6 @@ class Run:
             reshard(*self._frozen)  # a forward pass without a backward pass leaves their weights gathered
             stops = is_asked()
             self._save_step(step + 1, stops)
-            self._bar.update()
             if stops:
                 self._report_stop(step + 1)
                 raise Terminated(saved=True)
@@ -235,9 +230,8 @@ class Run:
             self._metrics.flush()
         except OSError as error:
             raise InputError(f"{self.folder / METRICS}: cannot be written: {error}") from error
-        if self._bar is not None:
-            newest = {name: f"{value:.3g}" for name, value in list(values.items())[:3] if value is not None}
-            self._bar.set_postfix(newest, refresh=False)
+        if self._display is not None:
+            self._display.log(line)
 
     def log_samples(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Append the step's records, one JSON object per sample, to samples.jsonl."""

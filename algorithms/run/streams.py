@@ -6,13 +6,10 @@ characters of a model's answer. None of these errors should end a training run.
 
 import errno
 import os
-import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TextIO
-
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Output:
@@ -47,11 +44,6 @@ class Output:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
-
-
-def harmless(text: str) -> str:
-    """Return a model's text with its control characters escaped, except line breaks and tabs, for a terminal."""
-    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def is_lost(stream: object) -> bool:

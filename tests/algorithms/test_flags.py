@@ -12,6 +12,7 @@ from burnish.algorithms.__main__ import COMMANDS, main
 from burnish.algorithms.run.checks import check_flags
 from burnish.algorithms.run.command import FIRST
 from burnish.algorithms.run.flags import (
+    POSITIONAL,
     Bounds,
     DropoutFlags,
     Limit,
@@ -60,8 +61,11 @@ def test_every_flag_of_every_command_has_its_help(command, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main([command, "--help"])
     printed = " ".join(re.sub("[│╭╰─╮╯]", " ", capsys.readouterr().out).split())
+    hints = get_type_hints(config_of(command), include_extras=True)
+    positional = {name for name, hint in hints.items() if POSITIONAL in getattr(hint, "__metadata__", ())}
     for name, text in helps(config_of(command)).items():
-        assert f" --{name.replace('_', '-')}" in printed and text in printed, f"{name}: {text}"
+        flag = f" {name.upper()} " if name in positional else f" --{name.replace('_', '-')}"
+        assert flag in printed and text in printed, f"{name}: {text}"
 
 
 def test_every_choice_of_a_flag_has_its_function():

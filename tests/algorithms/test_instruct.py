@@ -159,10 +159,17 @@ def test_figures_are_those_of_the_samples(finished):
 
 def test_a_figure_has_a_line_a_seed_and_marks_a_single_step():
     paths = [{"PPO": ([0.0, 1.0], [2.0, 3.0], [2.0, 4.0]), "DPO": ([1.0], [3.0], [3.0])}] * 2
-    figure = page.draw_rewards(paths)
-    assert all(
-        f"<!-- {stage}, {name} -->" in figure for stage in ("PPO", "DPO") for name in ("gold", "proxy")
-    )
+    series = page.rewards_series(paths)
+    assert [one.label for one in series if one.label] == [
+        "PPO, gold",
+        "PPO, proxy",
+        "DPO, gold",
+        "DPO, proxy",
+    ]
+    assert len(series) == 8 and [one.line for one in series] == [True] * 4 + [False] * 4
+    picture = page.draw("reward", series, x_label="KL")
+    assert picture.count('class="line') == 4 and picture.count('class="marks') == 4
+    assert picture.count('class="hole') == 2, "of the proxy, beside the gold reward"
     assert page.smooth([1.0, 2.0, 6.0], window=2) == [1.0, 1.5, 4.0]
 
 

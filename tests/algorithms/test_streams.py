@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from burnish.algorithms.run.streams import harmless
+from burnish.algorithms.show.text import harmless
 
 PROGRAM = """
 import sys

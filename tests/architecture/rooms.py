@@ -17,7 +17,7 @@ from sources import FILES, FLOORS, GROUND, exported, imports, parse
 ROOMS = {
     "kernels": ("head", "plain"),
     "model": ("files", "text", "adapters", "embedding"),
-    "algorithms": ("objectives", "data", "run", "search", "recipes"),
+    "algorithms": ("objectives", "data", "run", "show", "search", "recipes"),
     "bench": ("cases", "ops", "runs", "publish"),
 }
 OPS = "norm rope glu attention decode sample nf4 lora low_rank route moe head/[!_]*"
@@ -49,11 +49,12 @@ ARROWS = {
     },
     "algorithms": {
         "__main__": "run/streams run/command",
-        "./[!_]*": "run/* data/* objectives/* search/* ../*",  # a method, or evaluate, teach, chat, merge
-        "recipes/*": "recipes/* ./[!_]* run/* data/* objectives/* search/* ../*",
+        "./[!_]*": "run/* show/* data/* objectives/* search/* ../*",  # a method, or evaluate, teach, chat, merge
+        "recipes/*": "recipes/* ./[!_]* run/* show/* data/* objectives/* search/* ../*",
         "search/*": "search/* run/* data/* objectives/* ../*",
         "data/*": "data/* run/* ../*",
-        "run/*": "run/* ../*",
+        "run/*": "run/* show/* ../*",
+        "show/*": "show/* ../*",
         "objectives/*": "objectives/*",
     },
     "bench": {
