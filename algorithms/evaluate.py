@@ -79,7 +79,9 @@ class Config(DeviceFlags, AnswerFlags, RowFlags):
     data: Path  # .jsonl, .json or .parquet: prompts with columns for the verifier, rows as for sft, or pairs
     reward: tuple[str, ...] = ()  # FILE.py:function or package.module:function; the first tells what is right
     answer: str | None = None  # FILE.py:function that returns each completion's answer, for the majority vote
-    reward_timeout: float | None = None  # time limit in seconds of one call of these functions; default: none
+    reward_timeout: float | None = (
+        None  # time limit in seconds of one call of these functions (default: none)
+    )
     output: Path = run_folder("evaluate")  # new folder: figures, samples
     limit: Count | None = None  # use only this many rows from the start of --data
     right_at: float = 1.0  # smallest value of the first reward function that counts as right

@@ -48,7 +48,8 @@ ARROWS = {
         "embedding/*": "embedding/* errors ../kernels/*",
     },
     "algorithms": {
-        "__main__": "run/streams run/command",
+        "__main__": "run/streams run/command run/versions run/words",
+        "__init__": "run/versions",
         "./[!_]*": "run/* data/* objectives/* search/* ../*",  # a method, or evaluate, teach, chat, merge
         "recipes/*": "recipes/* ./[!_]* run/* data/* objectives/* search/* ../*",
         "search/*": "search/* run/* data/* objectives/* ../*",
@@ -58,6 +59,7 @@ ARROWS = {
     },
     "bench": {
         "__main__": "command ../*",
+        "command": "cases/registry",  # names, for a mistyped command
         "./*": "./* ../*",
         "cases/*": "cases/* ../kernels/*",
         "ops/*": "ops/* cases/* ./* ../*",
