@@ -121,6 +121,9 @@ def _integer(value: Any) -> int:
 def _number(value: Any) -> float:
     try:
         if isinstance(value, str | int | float) and not isinstance(value, bool):
+            value = (
+                value.lower().replace(".inf", "inf") if isinstance(value, str) else value
+            )  # as YAML writes it
             return _not_nan(float(value))
     except (ValueError, OverflowError):
         pass
