@@ -157,6 +157,9 @@ class AdapterFlags:
 
     lora_rank: Rank = 0  # train a LoRA adapter of this rank; 0 trains the weights themselves
     lora_alpha: Alpha | None = None  # LoRA's alpha; the adapter's scale is alpha / rank (default: 2 * rank)
+    lora_targets: tuple[str, ...] = ()  # names of layers, all-linear or a regex (default: the usual seven)
+    lora_dora: bool = False  # DoRA: also train the length of each row of a layer's weight
+    lora_rslora: bool = False  # rsLoRA: the adapter's scale is alpha / sqrt(rank)
     base_4bit: bool = False  # keep the frozen weights in 4 bits (NF4), as in QLoRA
 
 
