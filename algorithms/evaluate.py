@@ -102,16 +102,7 @@ def evaluate(cfg: Config) -> Figures:
     """Evaluate the model. Print the results, write them as result.json beside samples.jsonl, and return them."""
     # 1. check the flags, and load the verifier
     check_flags(cfg)
-    if any(k < 1 for k in cfg.k):
-        raise InputError(f"--k: expected numbers of at least 1, got {cfg.k}")
-    for name in ("top_k", "top_p"):
-        if cfg.temperature == 0 and getattr(cfg, name) is not None:
-            flag = f"--{name.replace('_', '-')}"
-            raise InputError(
-                f"{flag}: expected --temperature above 0 beside it, got 0, which samples nothing"
-            )
-    if cfg.answer and not cfg.reward:
-        raise InputError("--answer: expected --reward beside it, to judge which answers are right")
+    _check_together(cfg)
     judges_pairs = has_score(cfg.model)
     if judges_pairs and cfg.reward:
         raise InputError(
@@ -140,6 +131,20 @@ def evaluate(cfg: Config) -> Figures:
             print(f"reward {brief(name, 100)}: {NOTHING}")
     print(f"\nwritten: {written}")
     return figures
+
+
+def _check_together(cfg: Config) -> None:
+    """Raise InputError for a flag that would have no effect beside the others, and for a wrong --k."""
+    if any(k < 1 for k in cfg.k):
+        raise InputError(f"--k: expected numbers of at least 1, got {cfg.k}")
+    for name in ("top_k", "top_p"):
+        if cfg.temperature == 0 and getattr(cfg, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(
+                f"{flag}: expected --temperature above 0 beside it, got 0, which samples nothing"
+            )
+    if cfg.answer and not cfg.reward:
+        raise InputError("--answer: expected --reward beside it, to judge which answers are right")
 
 
 # ---- answers to prompts

@@ -115,6 +115,8 @@ def test_every_algorithm_has_targets_dora_and_rslora(configs, name, tmp_path):
         "lora_alpha": 3.0,
     }
     cfg = dataclasses.replace(configs[name], output=tmp_path / "out", **flags)
+
+    # what is written
     folders = [TRAINERS[name].train(cfg), *([cfg.output / "critic"] if name == "ppo" else [])]
     for folder in folders:
         load = load_scalar_model if name == "reward" or folder.name == "critic" else load_model
@@ -130,6 +132,8 @@ def test_every_algorithm_has_targets_dora_and_rslora(configs, name, tmp_path):
         for key, lora in loras.items():
             assert lora.magnitude is not None and lora.scaling == pytest.approx(3 / math.sqrt(2))
             length = linears(model)[key].dense().norm(dim=1)
+
+            # both are trained
             assert bool(lora.b.any()) and not torch.equal(lora.magnitude.detach(), length)  # both are trained
 
     first = metrics_of(cfg.output)[0]  # the policy that samples is the one that is trained
