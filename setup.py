@@ -1,5 +1,6 @@
 """Packaging. The folders at the top of this repository are installed under one name: kernels/ is burnish.kernels."""
 
+import re
 from pathlib import Path
 
 from setuptools import setup
@@ -12,11 +13,12 @@ ROOMS = [  # the folders themselves, and those in them that hold an __init__.py
     for folder in FOLDERS
     for file in sorted((ROOT / folder).rglob("__init__.py"))
 ]
+(VERSION,) = re.findall(r'^__version__ = "(.+?)"', (ROOT / "algorithms/show/versions.py").read_text(), re.M)
 PACKAGES = {f"{NAME}.{room.replace('/', '.')}": room for room in ROOMS}
 
 setup(
     name=NAME,
-    version="0.1.0",
+    version=VERSION,
     description="Post-training for language models, written from the kernels up",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -47,6 +49,7 @@ setup(
         "safetensors",
         "tokenizers",
         "jinja2>=3.1.6",
+        "pyyaml",
         "tyro",
         "tqdm",
     ],

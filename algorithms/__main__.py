@@ -4,6 +4,8 @@ import importlib
 import sys
 
 from .run.streams import run_program
+from .run.words import did_you_mean, wrapped
+from .show.versions import versions
 
 COMMANDS = {  # name: (module, its function that takes a Config, one line of help)
     "r1": (
@@ -67,12 +69,9 @@ COMMANDS = {  # name: (module, its function that takes a Config, one line of hel
 
 
 def usage() -> str:
-    lines = [f"  {name:<10}{line}" for name, (_, _, line) in COMMANDS.items()]
-    return (
-        "usage: burnish COMMAND [flags]\n\n"
-        + "\n".join(lines)
-        + "\n\nburnish COMMAND --help lists the flags of a command."
-    )
+    lines = [f"  {name:<11}{line}" for name, (_, _, line) in COMMANDS.items()]
+    end = "burnish COMMAND --help lists the flags of a command. burnish --version names the versions."
+    return wrapped("\n".join(["usage: burnish COMMAND [flags]", "", *lines, "", end]))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -88,9 +87,12 @@ def _status(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(", ".join(f"{name} {version}" for name, version in versions().items()))
+        return 0
     name = arguments[0]
     if name not in COMMANDS:
-        print(f"burnish: no command '{name}'\n\n{usage()}", file=sys.stderr)
+        print(f"burnish: no command '{name}'{did_you_mean(name, COMMANDS)}\n\n{usage()}", file=sys.stderr)
         return 2
     module_name, function, _ = COMMANDS[name]
     try:

@@ -69,7 +69,7 @@ class Config(SamplingFlags, SupervisedFlags):
     teacher: Path | None = None  # folder of a model with the same tokenizer; optional with lessons
     output: Path = run_folder("distill")
     loss: Literal["divergence", "policy_gradient", "sequence"] = "divergence"  # the loss; see docs/distill.md
-    beta: Share | None = None  # for divergence: 0 is forward KL (the default), 1 reverse KL, between is JSD
+    beta: Share | None = None  # for divergence: 0 is forward KL, 1 reverse KL, between is JSD (default: 0)
     temperature: float = 1.0  # temperature of both models' distributions, and of sampling
     temperature_squared: bool = False  # multiply the divergence by T^2, to preserve the gradient's size
     student_samples: Share = 0.0  # share of steps on the student's samples; the rest use the rows' text

@@ -83,10 +83,10 @@ class Config(DropoutFlags, SupervisedFlags):
     data: Path  # rows of chosen and rejected, optionally prompt: .jsonl, .json or .parquet
     output: Path = run_folder("dpo")
     loss: Loss = "dpo"  # docs/dpo.md has the formula of each
-    beta: Annotated[float, Bounds(1e-9)] | None = None  # scale of the scores; default 0.1, simpo 2
-    label_smoothing: Smoothing | None = None  # for cdpo and robust: the share of wrong labels; default 0.1
-    gamma: Rate | None = None  # for simpo: the margin between the two scores; default 1
-    nll_weight: Rate | None = None  # for cpo and orpo: weight of the NLL of chosen; default 1
+    beta: Annotated[float, Bounds(1e-9)] | None = None  # scale of the scores (default: 0.1, simpo 2)
+    label_smoothing: Smoothing | None = None  # for cdpo and robust: the share of wrong labels (default: 0.1)
+    gamma: Rate | None = None  # for simpo: the margin between the two scores (default: 1)
+    nll_weight: Rate | None = None  # for cpo and orpo: weight of the NLL of chosen (default: 1)
     max_length: int = 1024  # tokens of a prompt with either completion; longer rows are dropped and counted
     batch_size: int = 32  # pairs in one optimizer step
     learning_rate: float = 1e-6

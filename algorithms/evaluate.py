@@ -5,9 +5,10 @@
     perplexity = exp(-sum_t log pi(y_t) / tokens)
     accuracy   = share of pairs whose chosen completion scores above the rejected one; a tie is wrong
 
-With --reward, the model answers the prompts of --data, once greedily and --samples times at --temperature. A sample is
-right if the first reward function gives it at least --right-at. Without --reward, the perplexity of the completions in
---data is computed. If --model is a reward model (burnish reward), it scores the pairs of chosen and rejected in --data.
+With --reward, the model answers the prompts of --data, once greedily and --samples times at --temperature. At
+--temperature 0 the greedy answer is the only one, and pass@1 is the share of prompts that it solves. A sample is right
+if the first reward function gives it at least --right-at. Without --reward, the perplexity of the completions in --data
+is computed. If --model is a reward model (burnish reward), it scores the pairs of chosen and rejected in --data.
 
 Source: pass@k: Chen et al. 2021, https://arxiv.org/abs/2107.03374, eq. 1
         majority: Wang et al. 2022, https://arxiv.org/abs/2203.11171
@@ -21,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from math import exp, isnan
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 
@@ -54,13 +55,13 @@ from .run.checks import check_flags, make_folder
 from .run.command import run_command
 from .run.flags import (
     AnswerFlags,
+    Bounds,
     Count,
     DeviceFlags,
     Length,
     RowFlags,
     Samples,
     Seed,
-    Temperature,
     run_folder,
 )
 from .run.ids import check_model
@@ -79,13 +80,16 @@ class Config(DeviceFlags, AnswerFlags, RowFlags):
     data: Path  # .jsonl, .json or .parquet: prompts with columns for the verifier, rows as for sft, or pairs
     reward: tuple[str, ...] = ()  # FILE.py:function or package.module:function; the first tells what is right
     answer: str | None = None  # FILE.py:function that returns each completion's answer, for the majority vote
-    reward_timeout: float | None = None  # time limit in seconds of one call of these functions; default: none
+    reward_timeout: float | None = (
+        None  # time limit in seconds of one call of these functions (default: none)
+    )
     output: Path = run_folder("evaluate")  # new folder: figures, samples
     limit: Count | None = None  # use only this many rows from the start of --data
     right_at: float = 1.0  # smallest value of the first reward function that counts as right
     samples: Samples = 8  # samples per prompt, besides the greedy answer; 0 for none
+    base_4bit: bool = False  # hold the model's weights in 4 bits (NF4)
     k: tuple[int, ...] = (1, 4, 8)  # the k of pass@k; each k above --samples is left out
-    temperature: Temperature = 1.0  # temperature of sampling
+    temperature: Annotated[float, Bounds(0, 1e3)] = 1.0  # temperature of sampling; 0: the greedy answer alone
     max_new_tokens: Count = 256  # maximum number of tokens in a completion
     batch_size: Count = 64  # samples generated at a time, which bounds the size of the cache
     train_on: Literal["completion", "all"] = "completion"  # which tokens of a row count for perplexity
@@ -98,10 +102,7 @@ def evaluate(cfg: Config) -> Figures:
     """Evaluate the model. Print the results, write them as result.json beside samples.jsonl, and return them."""
     # 1. check the flags, and load the verifier
     check_flags(cfg)
-    if any(k < 1 for k in cfg.k):
-        raise InputError(f"--k: expected numbers of at least 1, got {cfg.k}")
-    if cfg.answer and not cfg.reward:
-        raise InputError("--answer: expected --reward beside it, to judge which answers are right")
+    _check_together(cfg)
     judges_pairs = has_score(cfg.model)
     if judges_pairs and cfg.reward:
         raise InputError(
@@ -113,10 +114,10 @@ def evaluate(cfg: Config) -> Figures:
     tokenizer = load_tokenizer(cfg)
     rows = read_rows(cfg.data, cfg.row_template)[: cfg.limit]
     if judges_pairs:
-        reward_model = load_scalar_model(cfg.model, device=cfg.device)
+        reward_model = load_scalar_model(cfg.model, device=cfg.device, base_4bit=cfg.base_4bit)
         figures, records = evaluate_pairs(cfg, reward_model, tokenizer, rows)
     else:
-        model = load_model(cfg.model, device=cfg.device).eval()
+        model = load_model(cfg.model, device=cfg.device, base_4bit=cfg.base_4bit).eval()
         if cfg.reward:
             figures, records = evaluate_answers(cfg, model, tokenizer, rows, verifier)
         else:
@@ -130,6 +131,20 @@ def evaluate(cfg: Config) -> Figures:
             print(f"reward {brief(name, 100)}: {NOTHING}")
     print(f"\nwritten: {written}")
     return figures
+
+
+def _check_together(cfg: Config) -> None:
+    """Raise InputError for a flag that would have no effect beside the others, and for a wrong --k."""
+    if any(k < 1 for k in cfg.k):
+        raise InputError(f"--k: expected numbers of at least 1, got {cfg.k}")
+    for name in ("top_k", "top_p"):
+        if cfg.temperature == 0 and getattr(cfg, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(
+                f"{flag}: expected --temperature above 0 beside it, got 0, which samples nothing"
+            )
+    if cfg.answer and not cfg.reward:
+        raise InputError("--answer: expected --reward beside it, to judge which answers are right")
 
 
 # ---- answers to prompts
@@ -181,7 +196,12 @@ def evaluate_answers(
     greedy = judged(greedily, model, tokenizer, prompts, verifier)
     figures = with_error("greedy", [100.0 * record["right"] for record in greedy])
     sampled: list[Record] = []
-    if cfg.samples:
+    if cfg.samples and cfg.temperature == 0:
+        print(
+            "--temperature 0: each sample would be the greedy answer, so none is drawn; pass@1 is of that answer"
+        )
+        figures |= figures_of_groups(replace(greedily, k=(1,)), [[record] for record in greedy])
+    elif cfg.samples:
         rewards.logged = {}  # without the logs of the greedy answers
         sampled = judged(cfg, model, tokenizer, prompts, verifier)
         groups = [sampled[i : i + cfg.samples] for i in range(0, len(sampled), cfg.samples)]

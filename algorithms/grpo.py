@@ -77,10 +77,10 @@ class Config(RolloutFlags):
     )
     loss: Literal["grpo", "gspo", "cispo"] = "grpo"  # policy loss; the formulas are in algorithms/grpo.py
     clip_low: Share | None = (
-        None  # no gradient where advantage < 0 and pi / pi_old < 1 - clip_low; default 0.2 (gspo 3e-4)
+        None  # no gradient where advantage < 0 and pi / pi_old < 1 - clip_low (default: 0.2, gspo 3e-4)
     )
     clip_high: Limit | None = (
-        None  # clip pi / pi_old at 1 + clip_high; default 0.2 (gspo 4e-4, cispo 4); DAPO's is 0.28
+        None  # clip pi / pi_old at 1 + clip_high; DAPO's is 0.28 (default: 0.2, gspo 4e-4, cispo 4)
     )
     kl_coefficient: float = 0.0
     kl_estimator: Literal["k3", "k2", "rho_k3"] = (

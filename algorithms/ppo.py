@@ -66,7 +66,7 @@ from .search.figures import mean_figure, sampled
 class Config(RolloutFlags):
     model: Path  # model to start from, a Hugging Face or adapter folder; also the reference policy
     reward_model: Path | None = None  # folder of a reward model with the same tokenizer
-    critic: Path | None = None  # folder the critic starts from; default: --reward-model, or else --model
+    critic: Path | None = None  # folder the critic starts from (default: --reward-model, or else --model)
     output: Path = run_folder("ppo")  # new folder: metrics, model, critic
     prompts_per_step: int = 64
     group_size: int = 1  # samples of one prompt; rloo needs at least two

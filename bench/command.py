@@ -10,7 +10,9 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-from ..algorithms.run.command import parsed, status_of
+from ..algorithms.run.command import status_of
+from ..algorithms.run.parsing import parsed
+from ..algorithms.run.words import did_you_mean
 from ..model.errors import InputError
 from .flags import check, flag, parse
 
@@ -47,9 +49,12 @@ def main(words: Sequence[str], plain: bool = False) -> int:
     door, rest = f"{door} {name}".strip(), list(words[1:] if name else words)
     summary = (module.__doc__ or "").splitlines()[0]
     summary = summary if name else f"{summary}\n\n{usage()}"
-    cfg = parse(door, module.Config, rest, summary) if plain else parsed(door, module, rest, summary)
+    read = lambda: parse(door, module.Config, rest, summary) if plain else parsed(door, module, rest, summary)
 
     def run() -> int:
+        if not name and rest:
+            check_command(rest[0])
+        cfg = read()
         check(cfg)
         check_values(cfg, rest)
         try:
@@ -67,3 +72,12 @@ def check_values(cfg: Any, words: Sequence[str]) -> None:
     for name, value in vars(cfg).items():
         if value == () and flag(name) in words:
             raise InputError(f"{flag(name)}: expected at least one value, got none")
+
+
+def check_command(word: str) -> None:
+    """Raise InputError if the first word is neither a command nor an op, but is like a command."""
+    from .cases.registry import CASES  # imports all ops, which most commands do without
+
+    near = did_you_mean(word, COMMANDS)
+    if near and word not in {name for case in CASES for name in (case.op, case.name)}:
+        raise InputError(f"{word}: no command or op of this name{near}")

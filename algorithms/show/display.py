@@ -10,11 +10,9 @@ Nothing here ends a run: what fails gives one warning and is left out from then 
 
 import dataclasses
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from .progress import Progress
 from .report import REPORT, Status, ended, write_report
 from .text import duration, one_line
 from .trackers import TRACKERS, Tracker
+from .versions import versions
 
 MOST_TIME = 0.05  # share of a run's time that its report may take, unless --log-every is given
 LINES = 50  # printed in a run, unless --log-every is given
@@ -122,17 +121,3 @@ class Display:
             self._failed.add(name)
         else:
             self._failed.discard(name)
-
-
-def versions(device: str) -> dict[str, str]:
-    """Return the versions of Burnish, Python and the packages that compute, and the name of the device."""
-    import torch
-
-    found = {"Python": platform.python_version()}
-    for package in ("burnish", "torch", "triton"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # a copy that is not installed, or a machine without triton
-            found[package] = "not installed"
-    of_cuda = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
-    return found | {"device": f"{device}, {of_cuda}", "system": platform.platform()}

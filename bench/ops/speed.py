@@ -76,9 +76,11 @@ LOST = 3  # exit status: the device no longer answers, but another process may g
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    ops: Annotated[tuple[str, ...], POSITIONAL] = ()  # ops, or cases (rms_norm/heads); all by default
+    ops: Annotated[tuple[str, ...], POSITIONAL] = ()  # ops, or cases such as rms_norm/heads (default: all)
     shape: tuple[str, ...] = ()  # your own shapes, in the letters that --list shows: "B=1 T=300 C=777"
-    dtype: Literal["bf16", "fp16", "fp32"] | None = None  # bf16 on a GPU, fp32 on a CPU by default
+    dtype: Literal["bf16", "fp16", "fp32"] | None = (
+        None  # dtype of the inputs (default: bf16 on a GPU, fp32 on a CPU)
+    )
     against: tuple[str, ...] = ()  # FILE.py:function ..., timed beside ours; the file is executed
     rounds: Annotated[int, Bounds(5, 1000)] = ROUNDS  # of timing; more rounds narrow the interval of a ratio
     peers: bool = False  # also time torch.compile, torch's own fused ops and other installed libraries

@@ -281,7 +281,7 @@ def floor_table(ops: Collection[str]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    ops: Annotated[tuple[str, ...], POSITIONAL] = ()  # the ops to compile; all by default
+    ops: Annotated[tuple[str, ...], POSITIONAL] = ()  # the ops to compile (default: all)
     all: bool = False  # every configuration: bf16 on every chip, fp32 on sm_90
     check: bool = False  # compare with the accepted figures; exit status 1 if one got worse
     accept: bool = False  # replace the accepted figures in bench/static.json

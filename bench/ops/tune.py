@@ -259,7 +259,7 @@ def print_times(key: str, rows: list[dict[str, Any]]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    ops: Annotated[tuple[str, ...], POSITIONAL] = ()  # the ops to tune; all by default
+    ops: Annotated[tuple[str, ...], POSITIONAL] = ()  # the ops to tune (default: all)
     chip: str | None = None  # print the ranking for this chip, such as sm_90, and time nothing
     search: bool = False  # compile a grid of tiles, and rank them again
     accept: bool = False  # with --search: keep the ranking in bench/candidates.json

@@ -54,7 +54,7 @@ class Config:
     check: bool = False  # write nothing; list stale files, with exit status 1 if there are any
     keep_r1: Path | None = None  # folder of a `burnish r1` run; keep its figures in bench/results
     html: Path | None = None  # write the page of the static proof to this file, and nothing else
-    figures: Path | None = None  # for --html: a file of static --json; bench/static.json by default
+    figures: Path | None = None  # for --html: a file of static --json (default: bench/static.json)
 
 
 # ---- documents

@@ -70,7 +70,7 @@ class Config:
         tuple[str, ...], POSITIONAL
     ] = ()  # arguments for pytest, after a --: tests/kernels/test_moe.py -k bf16
     seconds: Seconds = 480.0  # time limit in seconds for all steps together
-    steps: tuple[Step, ...] = ()  # the steps to run; all by default
+    steps: tuple[Step, ...] = ()  # the steps to run (default: all)
     processes: Count = 8  # number of processes that run tests
     patience: Seconds = PATIENCE  # time limit in seconds for one test
     rehearse: str | None = None  # compile the accuracy tests for this chip, such as sm_90, without a GPU

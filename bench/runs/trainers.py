@@ -66,7 +66,7 @@ SHAPE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    tasks: Annotated[tuple[str, ...], POSITIONAL] = ()  # sft, dpo, grpo; all by default
+    tasks: Annotated[tuple[str, ...], POSITIONAL] = ()  # sft, dpo, grpo (default: all)
     rounds: Count = 5  # rounds, each with both sides in turn
     json: Path | None = None  # write the figures to this file
     keep: bool = False  # keep the figures in bench/results, under their usual name

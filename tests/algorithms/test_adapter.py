@@ -10,8 +10,9 @@ import torch
 from burnish.algorithms import sft
 from burnish.algorithms.__main__ import main
 from burnish.algorithms.run.checks import CHECKPOINT
-from burnish.model.adapter import adapters, linears, lora_config, quantize_base
-from burnish.model.checkpoint import load_model, save_model
+from burnish.algorithms.run.targets import placed
+from burnish.model.adapter import adapters, add_lora, linears, lora_config, quantize_base
+from burnish.model.checkpoint import load_model, load_scalar_model, save_model
 from burnish.model.errors import InputError
 from burnish.model.files.folder import base_of, is_adapter
 from burnish.model.text.tokenizer import Tokenizer
@@ -141,7 +142,24 @@ def test_dropout_is_only_in_training(cfg, tmp_path):
         ({"lora_dropout": 1.0}, "--lora-dropout: expected a number between 0 and 0.99"),
         ({"lora_rank": 0, "lora_alpha": 8.0}, "--lora-alpha: expected --lora-rank, too"),
         ({"lora_rank": 0, "lora_dropout": 0.1}, "--lora-dropout: expected --lora-rank, too"),
+        ({"lora_rank": 0, "lora_dora": True}, "--lora-dora: expected --lora-rank, too"),
+        ({"lora_rank": 0, "lora_rslora": True}, "--lora-rslora: expected --lora-rank, too"),
+        ({"lora_rank": 0, "lora_targets": ("q_proj",)}, "--lora-targets: expected --lora-rank, too"),
         ({"lora_rank": 0, "base_4bit": True}, "--base-4bit: expected --lora-rank, too"),
+        (
+            {"lora_targets": ("q_proj", "query")},
+            r"--lora-targets: expected all-linear, one regular expression, or names of linear layers \(q_proj, "
+            "k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj\\), got query",
+        ),
+        (
+            {"lora_targets": (".*_prj",)},
+            "--lora-targets: expected an expression of whole names of linear layers",
+        ),
+        (
+            {"lora_targets": (".*",)},
+            r"--lora-targets: expected linear layers, got \.\*, which matches model.embed",
+        ),
+        ({"lora_targets": ("(",)}, "--lora-targets: expected a regular expression, got "),
     ],
 )
 def test_a_flag_that_would_be_ignored_is_refused(cfg, flags, message):
@@ -156,6 +174,79 @@ def test_a_rank_beside_an_adapter_is_refused(cfg, tmp_path):
         InputError, match=r"--lora-rank: .* is an adapter, and training continues with its own rank"
     ):
         sft.train(dataclasses.replace(cfg, model=first, output=tmp_path / "again"))
+    for name, value in (("dora", True), ("rslora", True), ("targets", ("q_proj",)), ("alpha", 3.0)):
+        flags = {f"lora_{name}": value, "lora_rank": 0, "model": first, "output": tmp_path / "again"}
+        with pytest.raises(InputError, match=f"--lora-{name}: .* is an adapter, and training continues with"):
+            sft.train(dataclasses.replace(cfg, **flags))
+
+
+# ---- the layers of --lora-targets
+
+
+LAST = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("base", "targets", "expected"),
+    [
+        ("llama", (), (LAST, ())),
+        ("llama", ("all-linear",), (LAST, ())),
+        ("llama", ("q_proj", "lm_head", "q_proj"), (("q_proj", "lm_head"), ())),
+        ("llama", ("model.layers.1.mlp.up_proj",), (("model.layers.1.mlp.up_proj",), ())),
+        ("llama", (r".*\.0\..*(q|k)_proj",), (r".*\.0\..*(q|k)_proj", ())),
+        ("mixtral", (), (LAST[:4], (GATE_UP, DOWN))),
+        ("mixtral", ("q_proj", "down_proj"), (("q_proj",), (DOWN,))),
+        ("mixtral", ("experts.gate_up_proj",), ((), (GATE_UP,))),
+        ("mixtral", (r".*(q|down)_proj",), (r".*(q|down)_proj", (DOWN,))),
+        ("qwen2_moe", ("down_proj",), (("down_proj",), (DOWN,))),  # of the shared expert, too
+        ("qwen2_moe", ("shared_expert.down_proj",), (("shared_expert.down_proj",), ())),
+        ("qwen2_moe", ("all-linear",), ((*LAST, "shared_expert_gate"), (GATE_UP, DOWN))),
+    ],
+)
+def test_the_layers_that_get_an_adapter(data, base, targets, expected):
+    model = load_model(data / "tiny-hf" / base)
+    selected = placed(targets, linears(model))
+    assert (selected["targets"], selected["parameters"]) == expected
+
+    add_lora(model, 2, **selected)
+    names = {name.partition(".layers.")[2].partition(".")[2] or name for name in adapters(model)}
+    if base == "llama" and targets in ((), ("all-linear",)):
+        assert {name.rpartition(".")[2] for name in names} == {*LAST} and len(adapters(model)) == 21
+    elif isinstance(expected[0], tuple):
+        assert all(any(name.endswith(end) for name in adapters(model)) for end in sum(expected, ()))
+    else:
+        assert len(adapters(model)) == {"llama": 2, "mixtral": 6}[base]
+
+
+@pytest.mark.parametrize(
+    ("base", "targets", "message"),
+    [
+        (
+            "mixtral",
+            ("gate_proj",),
+            r"names of linear layers \(q_proj, .*gate_up_proj, down_proj\), got gate_proj",
+        ),
+        (
+            "mixtral",
+            (r".*\.0\..*_proj",),
+            "expected mlp.experts.gate_up_proj of every layer or of none, got ",
+        ),
+        ("mixtral", ("model.layers.0.mlp.experts.down_proj",), "got model.layers.0.mlp.experts.down_proj"),
+        ("llama", ("embed_tokens",), "got embed_tokens"),
+        ("llama", ("q_proj", ".*k_proj"), r"got \.\*k_proj"),
+    ],
+)
+def test_a_target_that_no_layer_has_is_refused(data, base, targets, message):
+    with pytest.raises(InputError, match=f"--lora-targets: .*{message}"):
+        placed(targets, linears(load_model(data / "tiny-hf" / base)))
+
+
+def test_a_critic_leaves_out_the_head(data):
+    layers = linears(load_scalar_model(data / "tiny-hf" / "llama"))
+    assert placed(("q_proj", "lm_head"), layers, scores=True)["targets"] == ("q_proj",)
+    with pytest.raises(InputError, match="got lm_head"):
+        placed(("lm_head",), layers, scores=True)
 
 
 def test_chat_and_evaluate_take_an_adapter(cfg, tmp_path, capsys):

@@ -1,5 +1,8 @@
 """A conversation at the keyboard, played from a list: what is asked, what the model sees, and how it ends."""
 
+import json
+import shutil
+
 import pytest
 from burnish.algorithms import chat
 from burnish.algorithms.__main__ import main as command
@@ -105,6 +108,56 @@ def test_the_same_seed_gives_the_same_answer(folder, capsys):
     assert answers(0) == answers(0) != answers(1)
 
 
+SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20}
+
+
+@pytest.mark.parametrize(
+    ("generation", "flags", "expected"),
+    [
+        ({}, {}, {"temperature": 0}),
+        ({"eos_token_id": 2}, {}, {"temperature": 0}),
+        (SAMPLING | {"do_sample": False}, {}, {"temperature": 0}),
+        ({"temperature": 0.6, "top_p": 0.9}, {}, {"temperature": 0}),  # do_sample is not there
+        (SAMPLING, {}, {"temperature": 0.6, "top_p": 0.9, "top_k": 20}),
+        (SAMPLING | {"top_k": 0, "min_p": 0.1}, {}, {"temperature": 0.6, "top_p": 0.9, "min_p": 0.1}),
+        ({"do_sample": True}, {}, {"temperature": 1}),
+        (SAMPLING, {"temperature": 0.0}, {"temperature": 0}),
+        (SAMPLING, {"temperature": 2.0}, {"temperature": 2, "top_p": 0.9, "top_k": 20}),
+        (SAMPLING, {"top_p": 1.0, "top_k": 0}, {"temperature": 0.6, "top_p": 1.0}),
+        ({}, {"top_k": 3}, {"temperature": 1, "top_k": 3}),
+        ({}, {"temperature": 0.5}, {"temperature": 0.5}),
+    ],
+)
+def test_the_rule_is_that_of_the_flags_or_else_of_the_model(folder, generation, flags, expected):
+    assert chat.rule_of(Config(model=folder, device="cpu", **flags), generation) == expected
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "0.9", [0.9], 10**400])
+def test_a_wrong_value_of_the_model_is_named(folder, value):
+    with pytest.raises(
+        InputError, match=r"^generation_config\.json: top_p: expected more than 0 and at most 1"
+    ):
+        chat.rule_of(Config(model=folder, device="cpu"), SAMPLING | {"top_p": value})
+
+
+def test_the_greeting_and_the_answers_follow_the_model(
+    folder, tokenizer, keyboard, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    keyboard("The License", "/new", "The License")
+    main(Config(model=folder, device="cpu", max_new_tokens=12))
+    greeting, first, second = capsys.readouterr().out.strip().split("\n")
+    assert "greedy: the most likely token each time; /new starts" in greeting and first == second
+
+    shutil.copytree(folder, tmp_path / "model")
+    file = tmp_path / "model" / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | SAMPLING | {"temperature": 1.5}))
+    keyboard("The License", "/new", "The License")
+    main(Config(model=tmp_path / "model", device="cpu", max_new_tokens=12))
+    greeting, first, second = capsys.readouterr().out.strip().split("\n")
+    assert "samples at temperature 1.5, top_p 0.9, top_k 20; /new starts" in greeting and first != second
+
+
 def test_another_answer_draws_anew(folder, keyboard, capsys):
     keyboard("The", "/new", "The")
     main(Config(model=folder, temperature=1.0, top_p=1.0, max_new_tokens=12, device="cpu"))
@@ -159,8 +212,12 @@ def test_a_conversation_beyond_the_trained_length_is_remarked_upon(folder, repli
     "flags, message",
     [
         (["--max-new-tokens", "0"], "--max-new-tokens: expected at least 1, got 0"),
-        (["--temperature", "-1"], "--temperature: expected at least 0, got -1.0"),
+        (["--temperature", "-1"], "--temperature: expected at least 0 and at most 1000, got -1.0"),
+        (["--temperature", "1e4"], "--temperature: expected at least 0 and at most 1000, got 10000.0"),
+        (["--temperature", "nan"], "--temperature: expected at least 0 and at most 1000, got nan"),
         (["--top-p", "0"], "--top-p: expected more than 0 and at most 1, got 0.0"),
+        (["--top-k", "-1"], "--top-k: expected a whole number of at least 0, got -1"),
+        (["--temperature", "0", "--top-k", "5"], "--top-k: expected --temperature above 0 beside it, got 0"),
         (["--chat-template", "absent.jinja"], "absent.jinja: no such chat template"),
     ],
 )

@@ -1,10 +1,14 @@
 """The command line as a user meets it: help, wrong usage, and one clear message for each kind of wrong input."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
+import burnish.algorithms
 import pytest
 from burnish.algorithms.__main__ import COMMANDS, main
+from burnish.algorithms.show.versions import versions
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -25,7 +29,18 @@ def test_usage(capsys):
     assert "no command 'no-such-command'" in capsys.readouterr().err
 
 
+def test_the_version_is_that_of_the_package(capsys):
+    assert main(["--version"]) == 0
+    line = capsys.readouterr().out.strip()
+    assert re.fullmatch(r"burnish 0\.1\.0, torch \d\S+, triton \S+, Python 3\.\d+\.\d+\S*", line)
+    setup = Path(__file__).parents[2] / "setup.py"
+    words = [sys.executable, str(setup), "--version"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=setup.parent)
+    assert done.stdout.split()[-1] == burnish.algorithms.__version__ == versions()["burnish"] == "0.1.0"
+
+
 def test_the_command_starts_without_the_modules_it_does_not_need():
-    code = "import sys, burnish.algorithms.__main__ as m; m.main(['--help']); print('torch' in sys.modules)"
+    start = "import sys, burnish.algorithms.__main__ as m; m.main(['--help']); m.main(['--version'])"
+    code = f"{start}; print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip().endswith("False")

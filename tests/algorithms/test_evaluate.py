@@ -143,6 +143,54 @@ def test_answers_are_judged_and_written(cfg, tmp_path, capsys):
     assert "pass@4" in capsys.readouterr().out
 
 
+def test_at_temperature_0_the_greedy_answer_is_the_only_one(cfg, tmp_path, capsys):
+    answers = tmp_path / "answers.py"
+    answers.write_text(
+        "def first(completions, **_):\n    return [text[:1] or None for text in completions]\n"
+        "def even(prompts, **_):\n    return [float(sum(map(ord, text)) % 2 == 0) for text in prompts]\n"
+    )
+    cfg = dataclasses.replace(cfg, reward=(f"{answers}:even",))
+    alone = dataclasses.replace(cfg, samples=0, output=tmp_path / "alone")
+    expected = evaluate.evaluate(alone)
+    assert "--temperature 0" not in capsys.readouterr().out and 0 < expected["greedy"] < 100
+
+    cfg = dataclasses.replace(cfg, temperature=0.0, k=(2, 4), answer=f"{answers}:first")
+    figures = evaluate.evaluate(cfg)
+    assert figures["pass@1"] == figures["greedy"] == expected["greedy"]
+    assert figures["pass@1_error"] == figures["greedy_error"] and "majority" in figures
+    assert "pass@2" not in figures and figures["length"] == expected["length"]
+    records, of_alone = (
+        [json.loads(line) for line in (each.output / "samples.jsonl").read_text().splitlines()]
+        for each in (cfg, alone)
+    )
+    assert len(records) == 32 and all(record["greedy"] for record in records)
+    assert [r["completion"] for r in records] == [r["completion"] for r in of_alone]
+    assert "--temperature 0: each sample would be the greedy answer" in capsys.readouterr().out
+
+    for flag in ("top_p", "top_k"):
+        wrong = dataclasses.replace(cfg, output=tmp_path / "wrong", **{flag: 1})
+        with pytest.raises(InputError, match=f"--{flag.replace('_', '-')}: expected --temperature above 0"):
+            evaluate.evaluate(wrong)
+    with pytest.raises(InputError, match="--temperature: expected a number between 0 and 1000, got -1"):
+        evaluate.evaluate(dataclasses.replace(cfg, output=tmp_path / "wrong", temperature=-1.0))
+
+
+def test_it_is_evaluated_in_4_bits(cfg, reward_model, pairs, demonstrations, tmp_path):
+    def figure(name, **flags):
+        output = tmp_path / f"{name}-{len([*tmp_path.iterdir()])}"
+        return evaluate.evaluate(dataclasses.replace(cfg, output=output, reward=(), **flags))[name]
+
+    rows = {"data": demonstrations, "name": "nats"}
+    four = figure(**rows, base_4bit=True)
+    model = load_model(cfg.model, base_4bit=True)
+    save_model(model, tmp_path / "four", Tokenizer.load(cfg.model))
+    assert four == pytest.approx(figure(**rows, model=tmp_path / "four"), abs=1e-6)
+    assert abs(four - figure(**rows)) > 1e-4
+
+    scores = {"model": reward_model, "data": pairs, "name": "margin"}
+    assert figure(**scores, base_4bit=True) != figure(**scores)
+
+
 def test_what_functions_log_is_beside_the_samples(cfg, tmp_path, capsys):
     (tmp_path / "mine.py").write_text(
         "async def mine(completions, log_metric, log_extra, trainer_state):\n"

@@ -106,6 +106,43 @@ def test_every_algorithm_trains_an_adapter(configs, name, base_4bit, tmp_path):
         assert metrics_of(again.output)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
+@pytest.mark.parametrize("name", TRAINERS)
+def test_every_algorithm_has_targets_dora_and_rslora(configs, name, tmp_path):
+    flags = {
+        "lora_targets": ("q_proj", "down_proj"),
+        "lora_dora": True,
+        "lora_rslora": True,
+        "lora_alpha": 3.0,
+    }
+    cfg = dataclasses.replace(configs[name], output=tmp_path / "out", **flags)
+
+    # what is written
+    folders = [TRAINERS[name].train(cfg), *([cfg.output / "critic"] if name == "ppo" else [])]
+    for folder in folders:
+        load = load_scalar_model if name == "reward" or folder.name == "critic" else load_model
+        model = load(folder)
+        config, loras = lora_config(model), adapters(model)
+        assert (
+            config is not None
+            and config.dora
+            and config.rslora
+            and {*config.targets} == {"q_proj", "down_proj"}
+        )
+        assert {key.rpartition(".")[2] for key in loras} == {*config.targets} and len(loras) == 4
+        for key, lora in loras.items():
+            assert lora.magnitude is not None and lora.scaling == pytest.approx(3 / math.sqrt(2))
+            length = linears(model)[key].dense().norm(dim=1)
+
+            # both are trained
+            assert bool(lora.b.any()) and not torch.equal(lora.magnitude.detach(), length)  # both are trained
+
+    first = metrics_of(cfg.output)[0]  # the policy that samples is the one that is trained
+    if name == "ppo":
+        assert first["first_ratio"] == pytest.approx(1, abs=1e-5)
+    if name == "grpo":
+        assert first["mismatch"] < 1e-5
+
+
 VARIANTS = {  # beside the defaults
     "dpo": [{"loss": loss} for loss in get_args(dpo.Loss) if loss != "dpo"],
     "sft": [{"loss": "dft"}],

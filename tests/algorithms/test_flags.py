@@ -1,8 +1,11 @@
 """Flags: each with its help in --help, each number within bounds, defaults that change neither."""
 
+import contextlib
 import dataclasses
 import importlib
+import io
 import re
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -10,9 +13,7 @@ import pytest
 from burnish.algorithms import dpo, grpo, ppo
 from burnish.algorithms.__main__ import COMMANDS, main
 from burnish.algorithms.run.checks import check_flags
-from burnish.algorithms.run.command import FIRST
 from burnish.algorithms.run.flags import (
-    POSITIONAL,
     Bounds,
     DropoutFlags,
     Limit,
@@ -23,12 +24,16 @@ from burnish.algorithms.run.flags import (
     bounds,
     helps,
 )
+from burnish.algorithms.run.parsing import FIRST, GROUPS, group_of, parsed
+from burnish.bench.command import COMMANDS as BENCH
 from burnish.model.errors import InputError
 from faults import check_of, control, faults_of
 from planted import plant
 
 NAN, INF = float("nan"), float("inf")
 MODULES = {name: module for name, (module, _, _) in COMMANDS.items() if name != "bench"}  # it has its own
+EVERY = [*MODULES, "bench", *(f"bench {name}" for name in BENCH)]
+POSITIONALS = {"ops", "adapters", "tasks", "arguments", "folder"}  # of `bench` and `report`
 UNBOUNDED = {"reward_weights"}  # of any sign, one a reward function
 ELSEWHERE = {
     "right_at",
@@ -37,6 +42,9 @@ ELSEWHERE = {
 
 
 def config_of(command: str) -> Any:
+    command, _, name = command.partition(" ")
+    if command == "bench":
+        return importlib.import_module(f"burnish.bench.{BENCH[name][0] if name else 'ops.speed'}").Config
     return importlib.import_module(MODULES[command]).Config
 
 
@@ -54,18 +62,120 @@ def without_bounds(config: Any) -> set[str]:
     return numbers - {*bounds(config)} - UNBOUNDED - ELSEWHERE
 
 
-@pytest.mark.parametrize("command", MODULES)
-def test_every_flag_of_every_command_has_its_help(command, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "400")
-    assert not without_help(config_of(command))
-    with pytest.raises(SystemExit):
-        main([command, "--help"])
-    printed = " ".join(re.sub("[│╭╰─╮╯]", " ", capsys.readouterr().out).split())
-    hints = get_type_hints(config_of(command), include_extras=True)
-    positional = {name for name, hint in hints.items() if POSITIONAL in getattr(hint, "__metadata__", ())}
-    for name, text in helps(config_of(command)).items():
-        flag = f" {name.upper()} " if name in positional else f" --{name.replace('_', '-')}"
-        assert flag in printed and text in printed, f"{name}: {text}"
+class Page(io.StringIO):
+    encoding = "utf-8"  # tyro draws boxes
+
+
+@cache
+def page_of(command: str, columns: int = 80) -> str:
+    """Return what `burnish COMMAND --help` prints on a terminal of this width."""
+    page = Page()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(page):
+        patch.setenv("COLUMNS", str(columns))
+        with pytest.raises(SystemExit) as stop:
+            main([*command.split(), "--help"])
+    assert stop.value.code == 0
+    return page.getvalue()
+
+
+def groups_in(printed: str) -> dict[str, list[str]]:
+    """Return the flags by group, as --help lists them. The group of those that come first is "options"."""
+    groups: dict[str, list[str]] = {}
+    for line in printed.splitlines():
+        if found := re.match(r"╭─ ([\w ]+) ─", line):
+            groups[found[1].removesuffix(" options")] = flags = []
+        elif found := re.match(r"│ --([a-z][\w-]*)", line):
+            flags.append(found[1].replace("-", "_"))
+    return groups
+
+
+@pytest.mark.parametrize("command", EVERY)
+def test_every_flag_of_every_command_has_its_help(command):
+    config = config_of(command)
+    assert not without_help(config)
+    page = page_of(command)
+    lines = [line for line in page.splitlines() if not line.startswith("usage: ")]
+    assert not [line for line in lines if len(line) > 80 or re.fullmatch("│ *│", line)]
+
+    printed = " ".join(re.sub("[│╭╰─╮╯]", " ", page).split())
+    for name, text in helps(config).items():
+        flag = f" --{name.replace('_', '-')}" if name not in POSITIONALS else f"{name.upper()} "
+        assert flag in printed, name
+        words = re.sub(r" \(default: .*\)$", "", text)  # may be replaced by another default
+        assert "".join(words.split()) in printed.replace(" ", ""), f"{name}: {text}"
+    for ugly in ("{None}", "--no-", "(default: )", "(default: None)", "e-0"):
+        assert ugly not in printed
+
+
+@pytest.mark.parametrize("command", EVERY)
+def test_every_flag_stands_in_its_group(command):
+    config = config_of(command)
+    groups = groups_in(page_of(command))
+    names = [field.name for field in dataclasses.fields(config) if field.name not in POSITIONALS]
+    assert sorted(name for flags in groups.values() for name in flags) == sorted([*names, "config"])
+    assert [group for group in groups if group in GROUPS] == [group for group in GROUPS if group in groups]
+
+    first = [name for name in (*FIRST, "config") if name in [*names, "config"]]
+    assert groups["options"][: len(first)] == first
+    for group, flags in groups.items():
+        for name in flags:
+            if name not in first:
+                assert (group_of(config, name) or "options") == group, name
+
+
+def test_the_groups_are_those_that_a_user_would_look_in():
+    groups = groups_in(page_of("grpo"))
+    assert list(groups) == ["options", *GROUPS]
+    expected = {
+        "objective": ["loss", "kl_coefficient", "clip_high", "reward", "advantage"],
+        "data": ["chat_template", "row_template"],
+        "sampling": ["group_size", "temperature", "top_p", "max_new_tokens", "prompts_per_step"],
+        "optimizer": ["steps", "learning_rate", "schedule"],
+        "adapter": ["lora_rank", "base_4bit"],
+        "evaluation": ["eval_data", "patience"],
+        "run": ["device", "resume", "save_every", "seed"],
+    }
+    assert all({*flags} <= {*groups[group]} for group, flags in expected.items())
+    assert {"batch_size", "max_length"} <= {*groups_in(page_of("sft"))["data"]}
+    merge = groups_in(page_of("merge"))
+    assert merge == {"options": ["model", "output", "config", "dtype", "base"]}
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["sft", "--modle", "x"], "burnish sft: --modle: no such flag; did you mean --model? "),
+        (
+            ["sft", "--lerning_rate=1"],
+            "burnish sft: --lerning_rate: no such flag; did you mean --learning-rate",
+        ),
+        (["sft", "--no-resum"], "burnish sft: --no-resum: no such flag; did you mean --no-resume? "),
+        (["bench", "tune", "--serch"], "burnish bench tune: --serch: no such flag; did you mean --search? "),
+        (["merge", "--qqqq"], "burnish merge: --qqqq: no such flag; burnish merge --help lists all flags"),
+        (["sfft"], "burnish: no command 'sfft'; did you mean sft?"),
+        (["qqqq"], "burnish: no command 'qqqq'\n"),
+    ],
+)
+def test_a_wrong_flag_or_command_names_the_nearest(words, sentence, capsys):
+    try:
+        status = main(words)
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2 and capsys.readouterr().err.startswith(sentence)
+
+
+def test_a_wrong_command_of_bench_names_the_nearest(capsys):
+    assert main(["bench", "staitc"]) == 1
+    assert "staitc: no command or op of this name; did you mean static?" in capsys.readouterr().err
+    assert main(["bench", "rms_nrom"]) == 1  # nearer to an op
+    assert "op: expected one of --list, such as rms_norm" in capsys.readouterr().err
+
+
+def test_a_switch_can_be_switched_off():
+    module = importlib.import_module(MODULES["sft"])
+    words = ["--model", "m", "--data", "d"]
+    assert parsed("sft", module, [*words, "--resume"]).resume
+    assert not parsed("sft", module, [*words, "--resume", "--no-resume"]).resume
 
 
 def test_every_choice_of_a_flag_has_its_function():
@@ -81,23 +191,6 @@ def test_every_choice_of_a_flag_has_its_function():
     }
     for (method, flag), table in tables.items():
         assert set(get_args(get_type_hints(method.Config)[flag])) == set(table), flag
-
-
-@pytest.mark.parametrize("command", MODULES)
-def test_a_commands_own_flags_are_listed_before_those_it_shares(command, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "400")
-    with pytest.raises(SystemExit):
-        main([command, "--help"])
-    printed = [
-        flag.replace("-", "_") for flag in re.findall(r"^[│ ]+--([a-z][\w-]*)", capsys.readouterr().out, re.M)
-    ]
-
-    config = config_of(command)
-    shared = {field.name for field in dataclasses.fields(config)} - {*vars(config)["__annotations__"], *FIRST}
-    places = [
-        name in shared for name in printed if name in {field.name for field in dataclasses.fields(config)}
-    ]
-    assert places == sorted(places)
 
 
 @pytest.mark.parametrize("command", [name for name in MODULES if name not in ("chat", "convert", "merge")])

@@ -9,6 +9,7 @@ from burnish.algorithms import grpo, sft
 from burnish.model.adapter import adapters, linears
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.config import Experts
+from burnish.model.errors import InputError
 from burnish.model.text.tokenizer import Tokenizer
 from burnish.model.transformer import Transformer
 
@@ -89,6 +90,21 @@ def test_an_adapter_on_a_mixture_of_experts(sparse, demonstrations, tmp_path):
     sft.train(sft_config(sparse, demonstrations, tmp_path / "lora", lora_rank=4))
     lines = metrics_of(tmp_path / "lora")
     assert lines[-1]["loss"] < 0.97 * lines[0]["loss"]
+
+
+def test_the_experts_of_targets_alone_get_an_adapter(sparse, demonstrations, tmp_path):
+    flags = {"lora_rank": 4, "lora_targets": ("down_proj",), "steps": 1}
+    trained = sft.train(sft_config(sparse, demonstrations, tmp_path / "down", **flags))
+    assert {name.rpartition(".mlp.")[2] for name in adapters(load_model(trained))} == {"experts.down_proj"}
+
+    for flag in ("lora_dora", "lora_dropout"):
+        flags = {"lora_rank": 4, flag: 0.5 if flag == "lora_dropout" else True}
+        with pytest.raises(
+            InputError, match=f"--{flag.replace('_', '-')}: expected --lora-targets beside it"
+        ):
+            sft.train(sft_config(sparse, demonstrations, tmp_path / "experts", **flags))
+    dora = {"lora_rank": 4, "lora_dora": True, "lora_targets": ("q_proj",), "steps": 1}
+    sft.train(sft_config(sparse, demonstrations, tmp_path / "dora", **dora))
 
 
 def test_adapters_on_experts_in_4_bits(sparse, demonstrations, prompts, tmp_path):

@@ -48,7 +48,8 @@ ARROWS = {
         "embedding/*": "embedding/* errors ../kernels/*",
     },
     "algorithms": {
-        "__main__": "run/streams run/command",
+        "__main__": "run/streams run/command run/words show/versions",
+        "__init__": "show/versions",
         "./[!_]*": "run/* show/* data/* objectives/* search/* ../*",  # a method, or evaluate, teach, chat, merge
         "recipes/*": "recipes/* ./[!_]* run/* show/* data/* objectives/* search/* ../*",
         "search/*": "search/* run/* data/* objectives/* ../*",
@@ -59,6 +60,7 @@ ARROWS = {
     },
     "bench": {
         "__main__": "command ../*",
+        "command": "cases/registry",  # names, for a mistyped command
         "./*": "./* ../*",
         "cases/*": "cases/* ../kernels/*",
         "ops/*": "ops/* cases/* ./* ../*",

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
-from burnish.algorithms.run.command import parsed
 from burnish.algorithms.run.flags import POSITIONAL, Bounds
+from burnish.algorithms.run.parsing import parsed
 from burnish.bench import command
 from burnish.bench.command import COMMANDS
 from burnish.bench.flags import check, parse, spelled
@@ -78,7 +78,7 @@ def test_every_command_has_a_config_whose_flags_have_help(name):
 def test_help_of_every_command(name, plain, capsys):
     with pytest.raises(SystemExit) as stop:
         command.main([*name.split(), "--help"], plain)
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())  # lines are as long as the terminal is wide
     assert stop.value.code == 0 and ("python -m burnish.bench" if plain else "burnish bench") in out
     assert all(line in out for line in ([] if name else [text for _, text in COMMANDS.values()]))
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from burnish.algorithms.run.command import parsed
+from burnish.algorithms.run.parsing import parsed
 from burnish.bench import command, flags, record
 from burnish.bench.cases.registry import CASES
 from burnish.bench.runs import crew as crews

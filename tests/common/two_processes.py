@@ -67,6 +67,17 @@ PPO = {
 CASES = {  # name: (algorithm, shape of the model, flags)
     "sft": ("sft", "tied", {**SFT, "weight_decay": 0.1, "checkpoint_activations": True}),
     "sft-lora": ("sft", "untied", {**SFT, "lora_rank": 3}),
+    "sft-dora": (
+        "sft",
+        "untied",
+        {
+            **SFT,
+            "lora_rank": 3,
+            "lora_dora": True,
+            "lora_rslora": True,
+            "lora_targets": ("q_proj", "down_proj", "lm_head"),
+        },
+    ),
     "sft-head": ("sft", "adapted-head", SFT),  # the base's embedding is also the head under an adapter
     "grpo-head": ("grpo", "adapted-head", {**RL, "kl_coefficient": 0.1}),
     "sft-experts": (

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from burnish.algorithms.run.targets import placed
 from burnish.model import InputError, pack
-from burnish.model.adapter import adapter_disabled, merge_lora, place_adapter
+from burnish.model.adapter import adapter_disabled, add_lora, linears, merge_lora, place_adapter
 from burnish.model.checkpoint import load_model, load_scalar_model, save_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -109,6 +110,37 @@ def test_it_is_read_saved_merged_and_switched_off(data, tmp_path, base, name):
     whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     torch.testing.assert_close(logits_of(whole.eval()), expected, atol=5e-5, rtol=1e-5)
     torch.testing.assert_close(ours_of(load_model(tmp_path / "merged")), expected, atol=5e-5, rtol=1e-5)
+
+
+FLAGS: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [  # a base, --lora-targets, and other flags
+    ("llama", (), {"rslora": True}),
+    ("llama", ("all-linear",), {"dora": True}),
+    ("llama", ("q_proj", "down_proj", "lm_head"), {"dora": True, "rslora": True, "dropout": 0.3}),
+    ("qwen2", (r".*\.0\..*(q|up)_proj",), {"dora": True}),
+    ("mixtral", ("q_proj", "down_proj"), {"rslora": True}),
+    ("mixtral", (r".*(q|down)_proj",), {}),
+    ("qwen2_moe", ("shared_expert.down_proj", "q_proj"), {"dora": True}),
+    ("qwen2_moe", ("all-linear",), {}),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("base", "targets", "options"), FLAGS)
+def test_an_adapter_by_flags_is_read_by_peft(data, tmp_path, base, targets, options):
+    base = data / "tiny-hf" / base
+    model = load_model(base)
+    add_lora(model, 3, 5.0, base=str(base), **placed(targets, linears(model)), **options)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    save_model(model, tmp_path / "adapter")
+
+    theirs = read_by_peft(base, tmp_path / "adapter")
+    torch.testing.assert_close(logits_of(theirs), ours_of(model), atol=2e-5, rtol=1e-5)
+    with torch.no_grad(), theirs.disable_adapter():
+        assert (theirs(IDS).logits[0] - ours_of(model)).abs().max() > 0.01  # the adapter does something
 
 
 @pytest.mark.filterwarnings("ignore")
