@@ -44,13 +44,15 @@ from ..model.errors import InputError
 from ..model.text.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from ..model.vocabulary import Vocabulary
-from .data.lessons import Lesson, answered, load_lessons
+from .data.items import Items
+from .data.lessons import Lesson, answered, are_lessons, load_lessons
 from .data.tokenizer import check_tokenizer, load_tokenizer
 from .objectives.policy import clipped_loss
 from .run.batch import Batch, longest, make_batches
 from .run.checks import check_flags
 from .run.command import run_command
-from .run.flags import SamplingFlags, Schedule, Share, SupervisedFlags, run_folder
+from .run.data_files import arguments_of
+from .run.flags import Data, SamplingFlags, Schedule, Share, SupervisedFlags, run_folder
 from .run.ids import check_model
 from .run.learner import Learner
 from .run.loop import Run
@@ -61,7 +63,7 @@ from .run.trainee import load_frozen, load_trainee
 @dataclass(frozen=True, kw_only=True)
 class Config(SamplingFlags, SupervisedFlags):
     model: Path  # the student: Hugging Face folder or adapter's folder to start from
-    data: Path  # rows as for sft; prompts with --student-samples 1; or lessons of burnish teach
+    data: Data  # rows as for sft; prompts with --student-samples 1; or lessons of burnish teach
     teacher: Path | None = None  # folder of a model with the same tokenizer; optional with lessons
     output: Path = run_folder("distill")
     loss: Literal["divergence", "policy_gradient", "sequence"] = "divergence"  # the loss; see docs/distill.md
@@ -180,12 +182,12 @@ def train(cfg: Config) -> Path:
     _check_choices(cfg)
     tokenizer = load_tokenizer(cfg)
     lessons = _load_lessons(cfg, tokenizer)
-    cfg = with_steps(cfg, len(lessons))
+    cfg = with_steps(cfg, lessons.parts)
     student, teacher = _load_models(cfg, tokenizer, lessons)
     term = TERMS[cfg.loss, teacher is not None]
 
     learner = Learner(cfg, student)
-    with Run(cfg, tokenizer, rows=len(lessons), frozen=(teacher,), model=learner) as run:
+    with Run(cfg, tokenizer, rows=lessons.parts, frozen=(teacher,), model=learner) as run:
         for step in run.steps():
             # 1. the step's lessons; by chance (--student-samples) the student's answers to their prompts
             chosen = [lessons[i] for i in run.next()]
@@ -212,7 +214,7 @@ def train(cfg: Config) -> Path:
 def _check_choices(cfg: Config) -> None:
     """Raise InputError for flags that contradict each other, and for flags that would be ignored."""
     loss, share, alone = cfg.loss, cfg.student_samples, cfg.teacher is None
-    of_rows = cfg.data.suffix != ".safetensors"
+    of_rows = not are_lessons(cfg.data)
 
     refused = {  # message: whether it applies
         f"--beta: --loss {loss} has none: leave the flag out": (
@@ -246,7 +248,7 @@ def _check_choices(cfg: Config) -> None:
             raise InputError(message)
 
 
-def _load_lessons(cfg: Config, tokenizer: Tokenizer) -> list[Lesson]:
+def _load_lessons(cfg: Config, tokenizer: Tokenizer) -> Items[Lesson]:
     """Load the lessons of --data. Raises InputError if the loss needs log-probabilities and the lessons have none."""
     reads_stored = cfg.teacher is None and cfg.loss == "divergence"
     lessons = load_lessons(
@@ -256,7 +258,9 @@ def _load_lessons(cfg: Config, tokenizer: Tokenizer) -> list[Lesson]:
         temperature=cfg.temperature if reads_stored else None,
     )
     if reads_stored and lessons[0].logprobs is None:
-        raise InputError(f"--data {cfg.data}: holds no log-probabilities: expected --teacher DIR beside it")
+        raise InputError(
+            f"--data {arguments_of(cfg.data)[0]}: holds no log-probabilities: expected --teacher DIR beside it"
+        )
     return lessons
 
 

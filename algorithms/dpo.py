@@ -59,7 +59,7 @@ from .objectives.preference import (
 from .run.batch import longest, make_batches, over_completions
 from .run.checks import check_flags
 from .run.command import run_command
-from .run.flags import Bounds, DropoutFlags, Rate, Schedule, SupervisedFlags, run_folder
+from .run.flags import Bounds, Data, DropoutFlags, Rate, Schedule, SupervisedFlags, run_folder
 from .run.held_out import report_held_out
 from .run.ids import check_model
 from .run.learner import Learner
@@ -76,7 +76,7 @@ Smoothing = Annotated[float, Bounds(0, 0.499)]
 @dataclass(frozen=True, kw_only=True)
 class Config(DropoutFlags, SupervisedFlags):
     model: Path  # model to start from, a Hugging Face or adapter folder; also the reference policy
-    data: Path  # rows of chosen and rejected, optionally prompt: .jsonl, .json or .parquet
+    data: Data  # rows of chosen and rejected, optionally prompt: .jsonl, .json, .parquet or .arrow
     held_out: Path | None = None  # file of pairs whose accuracy is reported after training
     output: Path = run_folder("dpo")
     loss: Loss = "dpo"  # docs/dpo.md has the formula of each
@@ -132,11 +132,11 @@ def train(cfg: Config) -> Path:
     beta, nll_weight = flags["beta"], flags.pop("nll_weight", 0.0)
     tokenizer = load_tokenizer(cfg)
     pairs, held_out = (load_pairs(path, tokenizer, cfg) for path in (cfg.data, cfg.held_out))
-    cfg = with_steps(cfg, len(pairs))
+    cfg = with_steps(cfg, pairs.parts)
     model = load_trainee(cfg)
     check_model(model, tokenizer, [*pairs, *held_out], max(map(longest, pairs)))
     learner = Learner(cfg, model)
-    run = Run(cfg, tokenizer, rows=len(pairs), model=learner)
+    run = Run(cfg, tokenizer, rows=pairs.parts, model=learner)
 
     def logprobs(items: list[Preference]) -> Tensor:  # (pairs, 2): chosen, rejected
         function = lambda batch: batch.completion_logprobs(model)
@@ -145,7 +145,7 @@ def train(cfg: Config) -> Path:
     # 1. the reference: log-probabilities before training
     reference = torch.zeros(len(pairs), 2)
     if variant.reference:
-        for members in run.first_epoch():
+        for members in run.first_batches():
             reference[members] = logprobs([pairs[i] for i in members])
     before = logprobs(held_out)
 

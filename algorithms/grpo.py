@@ -156,19 +156,19 @@ def train(cfg: Config) -> Path:
     rewards = _load_rewards(cfg)
     tokenizer = load_tokenizer(cfg)
     prompts = load_prompts(cfg, tokenizer, rewards)
-    cfg = with_steps(cfg, len(prompts))
+    cfg = with_steps(cfg, prompts.parts)
     model = load_trainee(cfg)
     check_model(model, tokenizer, prompts, max(len(p.tokens) for p in prompts) + cfg.max_new_tokens)
     reference: Any = frozen_copy(model) if cfg.kl_coefficient else None
 
     learner = Learner(cfg, model)
-    with Run(cfg, tokenizer, rows=len(prompts), frozen=[reference], model=learner) as run:
+    with Run(cfg, tokenizer, rows=prompts.parts, frozen=[reference], model=learner) as run:
         run.values = {"draws": run.start} | (run.values if run.start else {"varied": 0})
         sampler = Sampler(cfg, tokenizer, rewards, run)
         draw = lambda: [prompts[i] for i in run.next()]
         for step in run.steps():
             # 1. a judged group of samples for each prompt; with --max-draws only groups whose rewards differ
-            rewards.begin(cfg, step, run.values["draws"], len(prompts))
+            rewards.begin(cfg, step, run.values["draws"], run.rows_per_epoch)
             seed = (cfg.seed << 32) + run.values["draws"]
             groups, drawn, draws = sampler.sample_varied(model, draw, seed, cfg.max_draws)
             run.values["draws"] += draws

@@ -28,7 +28,7 @@ from .data.tokenizer import load_tokenizer
 from .run.batch import longest, make_batches, over_completions
 from .run.checks import check_flags
 from .run.command import run_command
-from .run.flags import Bounds, DropoutFlags, Rate, Schedule, SupervisedFlags, run_folder
+from .run.flags import Bounds, Data, DropoutFlags, Rate, Schedule, SupervisedFlags, run_folder
 from .run.ids import check_model
 from .run.learner import Learner
 from .run.loop import Run
@@ -39,7 +39,9 @@ from .run.trainee import load_trainee
 @dataclass(frozen=True, kw_only=True)
 class Config(DropoutFlags, SupervisedFlags):
     model: Path  # model to start from, a Hugging Face or adapter folder; also the reference policy
-    data: Path  # rows of prompt, completion and label, or of chosen and rejected: .jsonl, .json or .parquet
+    data: (
+        Data  # rows of prompt, completion and label, or of chosen and rejected: .jsonl, .parquet, .arrow, ...
+    )
     output: Path = run_folder("kto")
     beta: Annotated[float, Bounds(1e-9)] = 0.1  # a smaller beta lets the policy move further from its start
     wanted_weight: Rate = 1.0  # lambda_D; in the paper, wanted rows together weigh 1 to 4/3 of unwanted rows
@@ -74,13 +76,13 @@ def train(cfg: Config) -> Path:
     """Train by KTO, and return the folder of the trained model."""
     check_flags(cfg)
     tokenizer = load_tokenizer(cfg)
-    judged = load_judged(cfg.data, tokenizer, cfg)
+    judged = load_judged(cfg, tokenizer)
     mismatched = _mismatched(judged)
-    cfg = with_steps(cfg, len(judged))
+    cfg = with_steps(cfg, judged.parts)
     model = load_trainee(cfg)
     check_model(model, tokenizer, judged, max(map(longest, judged)))
     learner = Learner(cfg, model)
-    run = Run(cfg, tokenizer, rows=len(judged), model=learner)
+    run = Run(cfg, tokenizer, rows=judged.parts, model=learner)
 
     def logprobs(items: list[Judged]) -> Tensor:  # (completions,)
         function = lambda batch: batch.completion_logprobs(model)
@@ -88,7 +90,7 @@ def train(cfg: Config) -> Path:
 
     # 1. the reference: log-probabilities before training
     reference, mismatched_reference = torch.zeros(2, len(judged))
-    for members in run.first_epoch():
+    for members in run.first_batches():
         reference[members] = logprobs([judged[i] for i in members])
         mismatched_reference[members] = logprobs([mismatched[i] for i in members])
 

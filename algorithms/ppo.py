@@ -221,17 +221,17 @@ def train(cfg: Config) -> Path:
     rewards = weighted_rewards(cfg, load_rewards(cfg.reward) if cfg.reward else {})
     tokenizer = load_tokenizer(cfg)
     prompts = load_prompts(cfg, tokenizer, rewards)
-    cfg = with_steps(cfg, len(prompts))
+    cfg = with_steps(cfg, prompts.parts)
     policy, reference, critic, reward_model = models = _load_models(cfg, tokenizer, prompts)
 
     frozen = [reference, reward_model]
-    with Run(cfg, tokenizer, rows=len(prompts), frozen=frozen, model=policy, critic=critic) as run:
+    with Run(cfg, tokenizer, rows=prompts.parts, frozen=frozen, model=policy, critic=critic) as run:
         run.values.setdefault("kl_coefficient", cfg.kl_coefficient)
         run.values |= {} if run.start else {"varied": 0}
         sampler = Sampler(cfg, tokenizer, rewards, run)
         for step in run.steps():
             # 1. judged samples of each prompt, and the models' outputs on them
-            rewards.begin(cfg, step, step, len(prompts))
+            rewards.begin(cfg, step, step, run.rows_per_epoch)
             asked = [prompts[i] for i in run.next()]
             seed = (cfg.seed << 32) + step
             groups = sampler.sample(policy.model, asked, seed)

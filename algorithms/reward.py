@@ -34,7 +34,7 @@ from .objectives.preference import pair_metrics
 from .run.batch import longest, make_batches, over_completions
 from .run.checks import check_flags
 from .run.command import run_command
-from .run.flags import DropoutFlags, Rate, Schedule, SupervisedFlags, run_folder
+from .run.flags import Data, DropoutFlags, Rate, Schedule, SupervisedFlags, run_folder
 from .run.held_out import report_held_out
 from .run.ids import check_model
 from .run.learner import Learner
@@ -48,7 +48,7 @@ REFERENCES = 128  # number of chosen completions whose mean score becomes 0
 @dataclass(frozen=True, kw_only=True)
 class Config(DropoutFlags, SupervisedFlags):
     model: Path  # folder to start from: a language model, a reward model, or an adapter of either
-    data: Path  # rows of chosen and rejected, optionally prompt and margin: .jsonl, .json or .parquet
+    data: Data  # rows of chosen and rejected, optionally prompt and margin: .jsonl, .json, .parquet or .arrow
     held_out: Path | None = None  # file of pairs whose accuracy is reported before and after training
     output: Path = run_folder("reward")
     centering: Rate = 0.0  # weight c of the term that keeps scores near 0, such as 0.01
@@ -80,11 +80,11 @@ def train(cfg: Config) -> Path:
     check_flags(cfg)
     tokenizer = load_tokenizer(cfg)
     pairs, held_out = (load_pairs(path, tokenizer, cfg, margins=True) for path in (cfg.data, cfg.held_out))
-    cfg = with_steps(cfg, len(pairs))
+    cfg = with_steps(cfg, pairs.parts)
     model = load_scalar_trainee(cfg, cfg.model)
     check_model(model, tokenizer, [*pairs, *held_out], max(map(longest, pairs)))
     learner = Learner(cfg, model)
-    run = Run(cfg, tokenizer, rows=len(pairs), model=learner)
+    run = Run(cfg, tokenizer, rows=pairs.parts, model=learner)
 
     def scores(items: list[Preference]) -> Tensor:  # (pairs, 2): chosen, rejected
         return over_completions(model, items, lambda batch: batch.scores(model), cfg.micro_batch_tokens)
@@ -111,7 +111,7 @@ def train(cfg: Config) -> Path:
             run.log(metrics | learner.balance.metrics(), batches.num_tokens)
 
         # 4. the shift, and the held-out pairs
-        model.bias -= scores(pairs[:REFERENCES])[:, 0].mean().item()
+        model.bias -= scores(pairs.first(REFERENCES))[:, 0].mean().item()
         if held_out:
             report_held_out(run.folder, before=before, after=scores(held_out))
         return run.save()

@@ -26,7 +26,7 @@ from .data.tokenizer import load_tokenizer
 from .run.batch import longest, make_batches
 from .run.checks import check_flags
 from .run.command import run_command
-from .run.flags import DropoutFlags, Schedule, SupervisedFlags, run_folder
+from .run.flags import Data, DropoutFlags, Schedule, SupervisedFlags, run_folder
 from .run.ids import check_model
 from .run.learner import Learner
 from .run.loop import Run
@@ -36,7 +36,7 @@ from .run.trainee import load_trainee
 
 @dataclass(frozen=True, kw_only=True)
 class Config(DropoutFlags, SupervisedFlags):
-    data: Path  # .jsonl, .json or .parquet rows of messages, prompt and completion, text, Alpaca or ShareGPT
+    data: Data  # rows of messages, prompt and completion, text, Alpaca or ShareGPT: .jsonl, .parquet, .arrow, ...
     output: Path = run_folder("sft")
     train_on: Literal["completion", "all"] = "completion"  # which tokens of a row are trained
     loss: Literal["nll", "dft"] = "nll"  # dft weights each token by its probability
@@ -67,12 +67,12 @@ def train(cfg: Config) -> Path:
     check_flags(cfg)
     tokenizer = load_tokenizer(cfg)
     examples = load_examples(cfg, tokenizer)
-    cfg = with_steps(cfg, len(examples))
+    cfg = with_steps(cfg, examples.parts)
     model = load_trainee(cfg)
     check_model(model, tokenizer, examples, max(map(longest, examples)))
 
     learner = Learner(cfg, model)
-    with Run(cfg, tokenizer, rows=len(examples), model=learner) as run:
+    with Run(cfg, tokenizer, rows=examples.parts, model=learner) as run:
         for step in run.steps():
             # 1. the step's rows, packed end to end
             rows = [examples[i] for i in run.next()]

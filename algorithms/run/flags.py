@@ -50,6 +50,7 @@ Seed = Annotated[int, Bounds(0, 2**63 - 1)]
 SamplingSeed = Annotated[int, Bounds(0, 2**31 - 1)]  # shifted left by 32 bits to make room for the step
 Epochs = Annotated[float, Bounds(1e-6, 1e6)]
 Schedule = Literal["constant", "linear", "cosine"]
+Data = Path | tuple[Path, ...]  # one argument or several: files, globs, folders of datasets.save_to_disk
 SaveDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -201,7 +202,8 @@ class TrainingFlags(OptimizerFlags, AdapterFlags, EvaluationFlags, RunFlags, Row
     group: ClassVar = "data"
 
     model: Path  # Hugging Face folder of the model, or of an adapter to continue training
-    data: Path  # file of rows: .jsonl, .json or .parquet
+    data: Data  # files of rows: .jsonl, .json, .parquet or .arrow
+    data_weights: tuple[float, ...] = ()  # how often the rows of each file come in an epoch; all 1 by default
 
     @property
     def rows_per_step(self) -> int:
@@ -234,7 +236,7 @@ class DropoutFlags:
 class RolloutFlags(AnswerFlags, SamplingFlags, TrainingFlags):
     """Flags of reinforcement learning: prompts, samples per prompt, and reward functions."""
 
-    data: Path  # file of prompts, with columns for the reward functions: .jsonl, .json or .parquet
+    data: Data  # prompts with columns for the reward functions: .jsonl, .json, .parquet or .arrow
     reward: tuple[str, ...] = ()  # reward functions, each FILE.py:function or package.module:function
     reward_weights: tuple[float, ...] = ()  # one weight per reward function; all 1 by default
     steps: int = 200  # number of rollouts
