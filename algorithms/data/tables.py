@@ -26,7 +26,7 @@ FREE_TABLE, TABLE_RATIO = (
 )  # limit on the unpacked bytes of a file of n bytes: FREE_TABLE + TABLE_RATIO * n
 VALUE_BYTES = 16  # counted for each value beside its own bytes, which may be a single bit
 FREE_ROWS = 300_000  # a file with more rows than this may have at most one row per byte
-BATCH_ROWS = 32  # the most rows that are unpacked before their size is checked
+BATCH_ROWS = 32  # the most rows of a parquet file that are unpacked before their size is checked
 MOST_NESTED = 25  # the most levels of nesting in the type of a column
 
 Cells = dict[str, Any]
@@ -61,12 +61,11 @@ def _read(path: Path, kind: str, batches: Callable[[Path], Iterator[Any]]) -> li
 
 
 def _rows(path: Path, batches: Iterable[Any]) -> Iterator[Cells]:
-    """Yield the rows of record batches that are valid and have few rows each."""
-    unpacked_bytes, size = 0, os.path.getsize(path)
+    """Yield the rows of record batches, which are valid."""
+    unpacked_bytes = 0
     for batch in batches:
         unpacked_bytes += sum(map(_spelled_out, batch.columns))
-        if unpacked_bytes > FREE_TABLE + TABLE_RATIO * size:
-            raise InputError(f"{path}: expected to unpack to at most {TABLE_RATIO} times its size, got more")
+        _check_unpacked(path, unpacked_bytes)
         names = batch.schema.names
         columns = [_cells(path, name, cells) for name, cells in zip(names, batch.columns, strict=True)]
         for cells in zip(*columns, strict=True):
@@ -133,7 +132,7 @@ def _check_footer(path: Path) -> None:
 
 
 def _arrow_batches(path: Path) -> Iterator[Any]:
-    """Yield the batches of an Arrow file, cut to few rows. The file format holds a stream behind its first bytes."""
+    """Yield the batches of an Arrow file. The file format holds a stream behind its first bytes."""
     import pyarrow.ipc  # pyright: ignore[reportMissingImports]
 
     sizes = read_sizes(path)
@@ -143,9 +142,10 @@ def _arrow_batches(path: Path) -> Iterator[Any]:
         with pyarrow.ipc.open_stream(file) as stream:
             _check_schema(path, stream.schema)
             for batch in stream:
-                batch.validate(full=True)
-                for start in range(0, batch.num_rows, BATCH_ROWS):
-                    yield batch.slice(start, BATCH_ROWS)
+                batch.validate()
+                _check_unpacked(path, sum(map(_bytes_of_views, batch.columns)))
+                batch.validate(full=True)  # it reads the text of each view
+                yield batch
 
 
 def _check_size(path: Path, rows: int, values: int, unpacked_bytes: int) -> None:
@@ -153,7 +153,11 @@ def _check_size(path: Path, rows: int, values: int, unpacked_bytes: int) -> None
     size = os.path.getsize(path)
     if rows > max(FREE_ROWS, size):
         raise InputError(f"{path}: expected no more rows than the file's {size} bytes, got {rows}")
-    if unpacked_bytes + VALUE_BYTES * values > FREE_TABLE + TABLE_RATIO * size:
+    _check_unpacked(path, unpacked_bytes + VALUE_BYTES * values)
+
+
+def _check_unpacked(path: Path, unpacked_bytes: int) -> None:
+    if unpacked_bytes > FREE_TABLE + TABLE_RATIO * os.path.getsize(path):
         raise InputError(f"{path}: expected to unpack to at most {TABLE_RATIO} times its size, got more")
 
 
@@ -169,8 +173,8 @@ def _spelled_out(cells: Any) -> int:
         return _spelled_out(cells.storage)
     if types.is_dictionary(type_):
         return int(_lengths(cells.dictionary)[cells.indices.drop_null().to_numpy(zero_copy_only=False)].sum())
-    if types.is_string_view(type_) or types.is_binary_view(type_):
-        return int(_lengths(cells).sum())
+    if _is_view(type_):
+        return _bytes_of_views(cells)
 
     # nested values
     if types.is_struct(type_):
@@ -186,6 +190,24 @@ def _spelled_out(cells: Any) -> int:
     return cells.nbytes
 
 
+def _is_view(type_: Any) -> bool:
+    from pyarrow import types  # pyright: ignore[reportMissingImports]
+
+    return types.is_string_view(type_) or types.is_binary_view(type_)
+
+
+def _bytes_of_views(cells: Any) -> int:
+    """Return the bytes of all texts that an array refers to as views, at any depth. Many views may share one text."""
+    if _is_view(cells.type):
+        return int(_lengths(cells).sum())
+    if hasattr(cells, "field"):  # of objects
+        inner = [cells.field(i) for i in range(cells.type.num_fields)]
+    else:
+        names = ("keys", "items") if hasattr(cells, "keys") else ("storage", "dictionary", "values")
+        inner = [getattr(cells, name) for name in names if hasattr(cells, name)]
+    return sum(map(_bytes_of_views, inner))
+
+
 def _lengths(texts: Any) -> Any:
     """Return the length in bytes of each value of an array that is not nested, 0 for null."""
     from pyarrow import compute, types  # pyright: ignore[reportMissingImports]
@@ -193,10 +215,10 @@ def _lengths(texts: Any) -> Any:
     type_ = texts.type
     if hasattr(texts, "storage"):
         return _lengths(texts.storage)
-    if types.is_string_view(type_) or types.is_binary_view(type_):
+    if _is_view(type_):
         _, views, *_ = texts.buffers()  # 16 bytes a value; the first 4 are its length
         lengths = np.frombuffer(views, np.int32)[::4][texts.offset : texts.offset + len(texts)]
-        return np.where(texts.is_valid().to_numpy(zero_copy_only=False), lengths, 0).astype(np.int64)
+        return lengths.clip(min=0).astype(np.int64)
     if types.is_primitive(type_) or types.is_null(type_) or types.is_decimal(type_):
         return np.full(len(texts), VALUE_BYTES)
     lengths = compute.fill_null(compute.call_function("binary_length", [texts]), 0)
