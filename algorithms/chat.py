@@ -22,9 +22,9 @@ from ..model.files.text_files import read_json
 from ..model.generate import SamplingParams, stream
 from ..model.text.tokenizer import Message, Tokenizer
 from ..model.transformer import Transformer
-from .data.examples import check_rendered
 from .data.messages import messages_in, prompt_of
 from .data.row import Row
+from .data.rows import Tally, check_rendered
 from .data.tokenizer import load_tokenizer
 from .run.checks import check_device
 from .run.command import run_command
@@ -151,7 +151,9 @@ def _checked_opening(cfg: Config, tokenizer: Tokenizer, opening: list[Message]) 
         variables = prompt_of(row, turns, tokenizer).variables
     except InputError as error:
         raise InputError(f"--{flag}: {error}") from error
-    check_rendered([row], tokenizer)
+    counts = Tally()
+    counts.close([row])
+    check_rendered([counts], tokenizer)
     return variables
 
 

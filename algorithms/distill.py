@@ -44,14 +44,16 @@ from ..model.errors import InputError
 from ..model.text.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from ..model.vocabulary import Vocabulary
-from .data.lessons import Lesson, answered, load_lessons
+from .data.items import Items
+from .data.lessons import Lesson, answered, are_lessons, load_lessons
 from .data.tokenizer import check_tokenizer, load_tokenizer
 from .objectives.policy import clipped_loss
 from .run.batch import Batch, longest, make_batches, over_completions
 from .run.checks import check_flags
 from .run.claim import in_run_folder
 from .run.command import run_command
-from .run.flags import SamplingFlags, Schedule, Share, Size, SupervisedFlags, run_folder
+from .run.data_files import arguments_of
+from .run.flags import Data, SamplingFlags, Schedule, Share, Size, SupervisedFlags, run_folder
 from .run.held_out import Evaluation, Figure, Figures, on_held_out
 from .run.ids import check_model
 from .run.learner import Learner
@@ -65,7 +67,7 @@ from .search.figures import mean_figure, ratio_figure
 @dataclass(frozen=True, kw_only=True)
 class Config(SamplingFlags, SupervisedFlags):
     model: Path  # the student: Hugging Face folder or adapter's folder to start from
-    data: Path  # rows as for sft; prompts with --student-samples 1; or lessons of burnish teach
+    data: Data  # rows as for sft; prompts with --student-samples 1; or lessons of burnish teach
     teacher: Path | None = None  # folder of a model with the same tokenizer; optional with lessons
     output: Path = run_folder("distill")
     loss: Literal["divergence", "policy_gradient", "sequence"] = "divergence"  # the loss; see docs/distill.md
@@ -206,7 +208,7 @@ def train(cfg: Config) -> Path:
     tokenizer = load_tokenizer(cfg)
     lessons = _load_lessons(cfg, tokenizer)
     held_out = _load_lessons(on_held_out(cfg), tokenizer, "eval-data") if cfg.eval_data else []
-    cfg = with_steps(cfg, len(lessons))
+    cfg = with_steps(cfg, lessons.parts)
     student, teacher = _load_models(cfg, tokenizer, [*lessons, *held_out])
     term = TERMS[cfg.loss, teacher is not None]
 
@@ -215,7 +217,7 @@ def train(cfg: Config) -> Path:
     with Run(
         cfg,
         tokenizer,
-        rows=len(lessons),
+        rows=lessons.parts,
         tokens=tokens,
         frozen=(teacher,),
         evaluation=evaluation,
@@ -303,7 +305,7 @@ def _records(tokenizer: Tokenizer, lessons: Sequence[Lesson], ended: Sequence[bo
 def _check_choices(cfg: Config) -> None:
     """Raise InputError for flags that contradict each other, and for flags that would be ignored."""
     loss, share, alone = cfg.loss, cfg.student_samples, cfg.teacher is None
-    of_rows = cfg.data.suffix != ".safetensors"
+    of_rows = not are_lessons(cfg.data)
 
     refused = {  # message: whether it applies
         f"--beta: --loss {loss} has none: leave the flag out": (
@@ -337,7 +339,7 @@ def _check_choices(cfg: Config) -> None:
             raise InputError(message)
 
 
-def _load_lessons(cfg: Config, tokenizer: Tokenizer, flag: str = "data") -> list[Lesson]:
+def _load_lessons(cfg: Config, tokenizer: Tokenizer, flag: str = "data") -> Items[Lesson]:
     """Load the lessons of --data. Raises InputError if the loss needs log-probabilities and the lessons have none.
 
     flag: the flag that the message names.
@@ -350,7 +352,8 @@ def _load_lessons(cfg: Config, tokenizer: Tokenizer, flag: str = "data") -> list
         temperature=cfg.temperature if reads_stored else None,
     )
     if reads_stored and lessons[0].logprobs is None:
-        raise InputError(f"--{flag} {cfg.data}: holds no log-probabilities: expected --teacher DIR beside it")
+        file = arguments_of(cfg.data)[0]
+        raise InputError(f"--{flag} {file}: holds no log-probabilities: expected --teacher DIR beside it")
     return lessons
 
 

@@ -61,8 +61,8 @@ from .run.batch import longest, make_batches, over_completions
 from .run.checks import check_flags
 from .run.claim import in_run_folder
 from .run.command import run_command
-from .run.flags import Bounds, DropoutFlags, Rate, Schedule, SupervisedFlags, run_folder
-from .run.held_out import Evaluation, Figures
+from .run.flags import Bounds, Data, DropoutFlags, Rate, Schedule, SupervisedFlags, run_folder
+from .run.held_out import Evaluation, Figures, on_held_out
 from .run.ids import check_model
 from .run.learner import Learner
 from .run.loop import Run
@@ -80,7 +80,7 @@ Smoothing = Annotated[float, Bounds(0, 0.499)]
 @dataclass(frozen=True, kw_only=True)
 class Config(DropoutFlags, SupervisedFlags):
     model: Path  # model to start from, a Hugging Face or adapter folder; also the reference policy
-    data: Path  # rows of chosen and rejected, optionally prompt: .jsonl, .json or .parquet
+    data: Data  # rows of chosen and rejected, optionally prompt: .jsonl, .json, .parquet or .arrow
     output: Path = run_folder("dpo")
     loss: Loss = "dpo"  # docs/dpo.md has the formula of each
     beta: Annotated[float, Bounds(1e-9)] | None = None  # scale of the scores (default: 0.1, simpo 2)
@@ -135,18 +135,19 @@ def train(cfg: Config) -> Path:
     variant, flags = VARIANTS[cfg.loss], _flags(cfg)
     beta, nll_weight = flags["beta"], flags.pop("nll_weight", 0.0)
     tokenizer = load_tokenizer(cfg)
-    pairs, held_out = (load_pairs(path, tokenizer, cfg) for path in (cfg.data, cfg.eval_data))
-    cfg = with_steps(cfg, len(pairs))
+    pairs = load_pairs(cfg, tokenizer)
+    held_out = load_pairs(on_held_out(cfg), tokenizer) if cfg.eval_data else []
+    cfg = with_steps(cfg, pairs.parts)
     model = load_trainee(cfg)
     check_model(model, tokenizer, [*pairs, *held_out], max(map(longest, pairs)))
     learner = Learner(cfg, model)
     tokens, evaluation = trained_tokens(pairs), _evaluation(cfg, model, held_out, flags, nll_weight)
-    run = Run(cfg, tokenizer, rows=len(pairs), tokens=tokens, evaluation=evaluation, model=learner)
+    run = Run(cfg, tokenizer, rows=pairs.parts, tokens=tokens, evaluation=evaluation, model=learner)
 
     # 1. the reference: log-probabilities before training
     reference = torch.zeros(len(pairs), 2)
     if variant.reference:
-        for members in run.first_epoch():
+        for members in run.first_batches():
             reference[members] = _logprobs(cfg, model, [pairs[i] for i in members])
 
     with run:

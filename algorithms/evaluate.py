@@ -33,10 +33,10 @@ from ..model.generate import Sample, SamplingParams, generate
 from ..model.scalar import ScalarModel
 from ..model.text.tokenizer import Tokenizer
 from ..model.transformer import Transformer
-from .data.examples import Prompt, rl_prompts, sft_examples
+from .data.examples import Example, Prompt, load_examples
 from .data.functions import TrainerState, plain, takes
-from .data.groups import as_asked
-from .data.pairs import preferences
+from .data.groups import as_asked, prompts_with_columns
+from .data.pairs import Preference, load_pairs
 from .data.rewards import (
     ANSWER,
     NOTHING,
@@ -46,8 +46,6 @@ from .data.rewards import (
     judge,
     load_rewards,
 )
-from .data.row import Row
-from .data.rows import read_rows, report_counts
 from .data.tokenizer import load_tokenizer
 from .run.batch import LazyBatches, longest, over_completions
 from .run.calls import brief
@@ -57,6 +55,7 @@ from .run.flags import (
     AnswerFlags,
     Bounds,
     Count,
+    Data,
     DeviceFlags,
     Length,
     RowFlags,
@@ -77,14 +76,14 @@ Record = dict[str, Any]  # a line of samples.jsonl
 @dataclass(frozen=True, kw_only=True)
 class Config(DeviceFlags, AnswerFlags, RowFlags):
     model: Path  # folder of a language model or a reward model, or of an adapter of one
-    data: Path  # .jsonl, .json or .parquet: prompts with columns for the verifier, rows as for sft, or pairs
+    data: Data  # prompts with columns for the verifier, rows as for sft, or pairs: .jsonl, .parquet, .arrow, ...
     reward: tuple[str, ...] = ()  # FILE.py:function or package.module:function; the first tells what is right
     answer: str | None = None  # FILE.py:function that returns each completion's answer, for the majority vote
     reward_timeout: float | None = (
         None  # time limit in seconds of one call of these functions (default: none)
     )
     output: Path = run_folder("evaluate")  # new folder: figures, samples
-    limit: Count | None = None  # use only this many rows from the start of --data
+    limit: Count | None = None  # use only this many rows from the start of each file of --data
     right_at: float = 1.0  # smallest value of the first reward function that counts as right
     samples: Samples = 8  # samples per prompt, besides the greedy answer; 0 for none
     base_4bit: bool = False  # hold the model's weights in 4 bits (NF4)
@@ -112,16 +111,21 @@ def evaluate(cfg: Config) -> Figures:
 
     # 2. read the rows, and evaluate the model on them
     tokenizer = load_tokenizer(cfg)
-    rows = read_rows(cfg.data, cfg.row_template)[: cfg.limit]
     if judges_pairs:
+        pairs = load_pairs(cfg, tokenizer, limit=cfg.limit)
         reward_model = load_scalar_model(cfg.model, device=cfg.device, base_4bit=cfg.base_4bit)
-        figures, records = evaluate_pairs(cfg, reward_model, tokenizer, rows)
-    else:
+        figures, records = evaluate_pairs(cfg, reward_model, tokenizer, pairs)
+
+    elif cfg.reward:
+        check = lambda columns: verifier.rewards.check(columns, verifier.answer)
+        prompts = prompts_with_columns(cfg, tokenizer, verifier.takes, check, cfg.limit)
         model = load_model(cfg.model, device=cfg.device, base_4bit=cfg.base_4bit).eval()
-        if cfg.reward:
-            figures, records = evaluate_answers(cfg, model, tokenizer, rows, verifier)
-        else:
-            figures, records = evaluate_text(cfg, model, tokenizer, rows)
+        figures, records = evaluate_answers(cfg, model, tokenizer, prompts, verifier)
+
+    else:
+        examples = load_examples(cfg, tokenizer, cfg.limit)
+        model = load_model(cfg.model, device=cfg.device, base_4bit=cfg.base_4bit).eval()
+        figures, records = evaluate_text(cfg, model, tokenizer, examples)
 
     # 3. write both files, and print the figures
     written = write(cfg, figures, records)
@@ -171,27 +175,18 @@ def load_verifier(cfg: Config) -> Verifier:
 
 
 def evaluate_answers(
-    cfg: Config, model: Transformer, tokenizer: Tokenizer, rows: Sequence[Row], verifier: Verifier
+    cfg: Config, model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt], verifier: Verifier
 ) -> tuple[Figures, list[Record]]:
     """Sample answers to the prompts and judge them.
 
     Returns the results by name, and one record per completion: a line of samples.jsonl.
     """
-    # 1. the prompts
-    prompts, counts = rl_prompts(
-        rows,
-        tokenizer,
-        max_length=cfg.max_prompt_length,
-        prompt_column=cfg.prompt_column,
-        takes=verifier.takes,
-    )
-    report_counts(cfg.data, counts)
-    rewards = verifier.rewards
-    rewards.check(prompts[0].columns, verifier.answer)
+    # 1. the longest prompt fits the model
     longest_prompt = max(len(prompt.tokens) for prompt in prompts)
     check_model(model, tokenizer, prompts, longest_prompt + cfg.max_new_tokens)
 
     # 2. one greedy answer to each prompt, then the samples
+    rewards = verifier.rewards
     greedily = replace(cfg, samples=1, temperature=0.0)
     greedy = judged(greedily, model, tokenizer, prompts, verifier)
     figures = with_error("greedy", [100.0 * record["right"] for record in greedy])
@@ -302,11 +297,9 @@ def sample(cfg: Config, model: Transformer, tokenizer: Tokenizer, prompts: Seque
 
 
 def evaluate_text(
-    cfg: Config, model: Transformer, tokenizer: Tokenizer, rows: Sequence[Row]
+    cfg: Config, model: Transformer, tokenizer: Tokenizer, examples: Sequence[Example]
 ) -> tuple[Figures, list[Record]]:
     """Compute nats per token and perplexity of the rows. Return the results by name, and one record per row."""
-    examples, counts = sft_examples(rows, tokenizer, max_length=cfg.max_length, train_on=cfg.train_on)
-    report_counts(cfg.data, counts)
     check_model(model, tokenizer, examples, max(map(longest, examples)))
 
     # 1. -log pi of each row's trained tokens
@@ -334,11 +327,9 @@ def evaluate_text(
 
 
 def evaluate_pairs(
-    cfg: Config, model: ScalarModel, tokenizer: Tokenizer, rows: Sequence[Row]
+    cfg: Config, model: ScalarModel, tokenizer: Tokenizer, pairs: Sequence[Preference]
 ) -> tuple[Figures, list[Record]]:
     """Compute accuracy and margin of a reward model. Return the results by name, and one record per pair."""
-    pairs, counts = preferences(rows, tokenizer, max_length=cfg.max_length, margins=False)
-    report_counts(cfg.data, counts)
     check_model(model, tokenizer, pairs, max(map(longest, pairs)))
 
     score = lambda batch: batch.scores(model)

@@ -164,7 +164,7 @@ def train(cfg: Config) -> Path:
     tokenizer = load_tokenizer(cfg)
     prompts = load_prompts(cfg, tokenizer, rewards)
     held_out = load_prompts(on_held_out(cfg), tokenizer, rewards) if cfg.eval_data else []
-    cfg = with_steps(cfg, len(prompts))
+    cfg = with_steps(cfg, prompts.parts)
     model = load_trainee(cfg)
     check_model(
         model, tokenizer, [*prompts, *held_out], max(len(p.tokens) for p in prompts) + cfg.max_new_tokens
@@ -173,14 +173,14 @@ def train(cfg: Config) -> Path:
 
     learner, evaluation = Learner(cfg, model), _evaluation(cfg, model, tokenizer, rewards, held_out)
     with Run(
-        cfg, tokenizer, rows=len(prompts), frozen=[reference], evaluation=evaluation, model=learner
+        cfg, tokenizer, rows=prompts.parts, frozen=[reference], evaluation=evaluation, model=learner
     ) as run:
         run.values = {"draws": run.start} | (run.values if run.start else {"varied": 0})
         sampler = Sampler(cfg, tokenizer, rewards, run)
         draw = lambda: [prompts[i] for i in run.next()]
         for step in run.steps():
             # 1. a judged group of samples for each prompt; with --max-draws only groups whose rewards differ
-            rewards.begin(cfg, step, run.values["draws"], len(prompts))
+            rewards.begin(cfg, step, run.values["draws"], run.rows_per_epoch)
             seed = (cfg.seed << 32) + run.values["draws"]
             groups, drawn, draws = sampler.sample_varied(model, draw, seed, cfg.max_draws)
             run.values["draws"] += draws

@@ -30,8 +30,8 @@ from .run.batch import longest, make_batches, over_completions
 from .run.checks import check_flags
 from .run.claim import in_run_folder
 from .run.command import run_command
-from .run.flags import Bounds, DropoutFlags, Rate, Schedule, SupervisedFlags, run_folder
-from .run.held_out import Evaluation, Figure, Figures
+from .run.flags import Bounds, Data, DropoutFlags, Rate, Schedule, SupervisedFlags, run_folder
+from .run.held_out import Evaluation, Figure, Figures, on_held_out
 from .run.ids import check_model
 from .run.learner import Learner
 from .run.loop import Run
@@ -44,7 +44,9 @@ from .search.figures import mean_figure, unpaired_figures
 @dataclass(frozen=True, kw_only=True)
 class Config(DropoutFlags, SupervisedFlags):
     model: Path  # model to start from, a Hugging Face or adapter folder; also the reference policy
-    data: Path  # rows of prompt, completion and label, or of chosen and rejected: .jsonl, .json or .parquet
+    data: (
+        Data  # rows of prompt, completion and label, or of chosen and rejected: .jsonl, .parquet, .arrow, ...
+    )
     output: Path = run_folder("kto")
     beta: Annotated[float, Bounds(1e-9)] = 0.1  # a smaller beta lets the policy move further from its start
     wanted_weight: Rate = 1.0  # lambda_D; in the paper, wanted rows together weigh 1 to 4/3 of unwanted rows
@@ -80,19 +82,19 @@ def train(cfg: Config) -> Path:
     """Train by KTO, and return the folder of the trained model."""
     check_flags(cfg)
     tokenizer = load_tokenizer(cfg)
-    judged = load_judged(cfg.data, tokenizer, cfg)
+    judged = load_judged(cfg, tokenizer)
     mismatched = _mismatched(judged)
-    held_out = load_judged(cfg.eval_data, tokenizer, cfg) if cfg.eval_data else []
-    cfg = with_steps(cfg, len(judged))
+    held_out = load_judged(on_held_out(cfg), tokenizer) if cfg.eval_data else []
+    cfg = with_steps(cfg, judged.parts)
     model = load_trainee(cfg)
     check_model(model, tokenizer, [*judged, *held_out], max(map(longest, judged)))
     learner = Learner(cfg, model)
     tokens, evaluation = trained_tokens(judged), _evaluation(cfg, model, held_out)
-    run = Run(cfg, tokenizer, rows=len(judged), tokens=tokens, evaluation=evaluation, model=learner)
+    run = Run(cfg, tokenizer, rows=judged.parts, tokens=tokens, evaluation=evaluation, model=learner)
 
     # 1. the reference: log-probabilities before training
     reference, mismatched_reference = torch.zeros(2, len(judged))
-    for members in run.first_epoch():
+    for members in run.first_batches():
         reference[members] = _logprobs(cfg, model, [judged[i] for i in members])
         mismatched_reference[members] = _logprobs(cfg, model, [mismatched[i] for i in members])
 

@@ -230,18 +230,18 @@ def train(cfg: Config) -> Path:
     tokenizer = load_tokenizer(cfg)
     prompts = load_prompts(cfg, tokenizer, rewards)
     held_out = load_prompts(on_held_out(cfg), tokenizer, rewards) if cfg.eval_data else []
-    cfg = with_steps(cfg, len(prompts))
+    cfg = with_steps(cfg, prompts.parts)
     policy, _, critic, _ = models = _load_models(cfg, tokenizer, [*prompts, *held_out])
 
     evaluation = _evaluation(cfg, models, tokenizer, rewards, held_out, lambda: run.values)
-    run = Run(cfg, tokenizer, rows=len(prompts), evaluation=evaluation, **models.in_run())
+    run = Run(cfg, tokenizer, rows=prompts.parts, evaluation=evaluation, **models.in_run())
     with run:
         run.values.setdefault("kl_coefficient", cfg.kl_coefficient)
         run.values |= {} if run.start else {"varied": 0}
         sampler = Sampler(cfg, tokenizer, rewards, run)
         for step in run.steps():
             # 1. judged samples of each prompt, and the models' outputs on them
-            rewards.begin(cfg, step, step, len(prompts))
+            rewards.begin(cfg, step, step, run.rows_per_epoch)
             asked = [prompts[i] for i in run.next()]
             seed = (cfg.seed << 32) + step
             groups = sampler.sample(policy.model, asked, seed)

@@ -36,8 +36,8 @@ from .run.batch import longest, make_batches, over_completions
 from .run.checks import check_flags
 from .run.claim import in_run_folder
 from .run.command import run_command
-from .run.flags import DropoutFlags, Rate, Schedule, SupervisedFlags, run_folder
-from .run.held_out import Evaluation, Figures
+from .run.flags import Data, DropoutFlags, Rate, Schedule, SupervisedFlags, run_folder
+from .run.held_out import Evaluation, Figures, on_held_out
 from .run.ids import check_model
 from .run.learner import Learner
 from .run.loop import Run
@@ -51,7 +51,7 @@ REFERENCES = 128  # number of chosen completions whose mean score becomes 0
 @dataclass(frozen=True, kw_only=True)
 class Config(DropoutFlags, SupervisedFlags):
     model: Path  # folder to start from: a language model, a reward model, or an adapter of either
-    data: Path  # rows of chosen and rejected, optionally prompt and margin: .jsonl, .json or .parquet
+    data: Data  # rows of chosen and rejected, optionally prompt and margin: .jsonl, .json, .parquet or .arrow
     output: Path = run_folder("reward")
     centering: Rate = 0.0  # weight c of the term that keeps scores near 0, such as 0.01
     max_length: int = 1024  # tokens of a prompt with either completion; longer rows are dropped and counted
@@ -82,13 +82,14 @@ def train(cfg: Config) -> Path:
     """Train a reward model, and return its folder."""
     check_flags(cfg)
     tokenizer = load_tokenizer(cfg)
-    pairs, held_out = (load_pairs(path, tokenizer, cfg, margins=True) for path in (cfg.data, cfg.eval_data))
-    cfg = with_steps(cfg, len(pairs))
+    pairs = load_pairs(cfg, tokenizer, margins=True)
+    held_out = load_pairs(on_held_out(cfg), tokenizer, margins=True) if cfg.eval_data else []
+    cfg = with_steps(cfg, pairs.parts)
     model = load_scalar_trainee(cfg, cfg.model)
     check_model(model, tokenizer, [*pairs, *held_out], max(map(longest, pairs)))
     learner = Learner(cfg, model)
     evaluation = _evaluation(cfg, model, held_out)
-    with Run(cfg, tokenizer, rows=len(pairs), evaluation=evaluation, model=learner) as run:
+    with Run(cfg, tokenizer, rows=pairs.parts, evaluation=evaluation, model=learner) as run:
         for step in run.steps():
             # 1. the step's pairs, packed: each prompt once, then chosen and rejected
             rows = [pairs[i] for i in run.next()]
@@ -109,7 +110,7 @@ def train(cfg: Config) -> Path:
             run.log(metrics | learner.balance.metrics(), batches.num_tokens)
 
         # 4. the shift
-        model.bias -= _scores(cfg, model, pairs[:REFERENCES])[:, 0].mean().item()
+        model.bias -= _scores(cfg, model, pairs.first(REFERENCES))[:, 0].mean().item()
         return run.save()
 
 

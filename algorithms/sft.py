@@ -29,7 +29,7 @@ from .run.batch import longest, make_batches, over_completions
 from .run.checks import check_flags
 from .run.claim import in_run_folder
 from .run.command import run_command
-from .run.flags import DropoutFlags, Schedule, SupervisedFlags, run_folder
+from .run.flags import Data, DropoutFlags, Schedule, SupervisedFlags, run_folder
 from .run.held_out import Evaluation, Figures, on_held_out
 from .run.ids import check_model
 from .run.learner import Learner
@@ -42,7 +42,7 @@ from .search.figures import perplexity_figure, ratio_figure
 
 @dataclass(frozen=True, kw_only=True)
 class Config(DropoutFlags, SupervisedFlags):
-    data: Path  # .jsonl, .json or .parquet rows of messages, prompt and completion, text, Alpaca or ShareGPT
+    data: Data  # rows of messages, prompt and completion, text, Alpaca or ShareGPT: .jsonl, .parquet, .arrow, ...
     output: Path = run_folder("sft")
     train_on: Literal["completion", "all"] = "completion"  # which tokens of a row are trained
     loss: Literal["nll", "dft"] = "nll"  # dft weights each token by its probability
@@ -75,13 +75,14 @@ def train(cfg: Config) -> Path:
     tokenizer = load_tokenizer(cfg)
     examples = load_examples(cfg, tokenizer)
     held_out = load_examples(on_held_out(cfg), tokenizer) if cfg.eval_data else []
-    cfg = with_steps(cfg, len(examples))
+    cfg = with_steps(cfg, examples.parts)
     model = load_trainee(cfg)
     check_model(model, tokenizer, [*examples, *held_out], max(map(longest, examples)))
 
     learner = Learner(cfg, model)
     tokens, evaluation = trained_tokens(examples), _evaluation(cfg, model, held_out)
-    with Run(cfg, tokenizer, rows=len(examples), tokens=tokens, evaluation=evaluation, model=learner) as run:
+    run = Run(cfg, tokenizer, rows=examples.parts, tokens=tokens, evaluation=evaluation, model=learner)
+    with run:
         for step in run.steps():
             # 1. the step's rows, packed end to end
             rows = [examples[i] for i in run.next()]

@@ -30,7 +30,7 @@ from .data.tokenizer import load_tokenizer
 from .run.batch import Batch, LazyBatches, longest
 from .run.checks import as_json, check_flags, make_folder
 from .run.command import run_command
-from .run.flags import Count, DeviceFlags, Length, RowFlags, Samples, SamplingFlags, Size, run_folder
+from .run.flags import Count, Data, DeviceFlags, Length, RowFlags, Samples, SamplingFlags, Size, run_folder
 from .run.ids import check_model
 from .run.trainee import load_frozen
 from .show.progress import counted
@@ -41,7 +41,7 @@ LESSONS = "lessons.safetensors"
 @dataclass(frozen=True, kw_only=True)
 class Config(DeviceFlags, SamplingFlags, RowFlags):
     model: Path  # the teacher: Hugging Face folder, or an adapter's folder
-    data: Path  # rows as for sft, or with --samples prompts: .jsonl, .json or .parquet
+    data: Data  # rows as for sft, or with --samples prompts: .jsonl, .json, .parquet or .arrow
     output: Path = run_folder("teach")  # new folder: lessons.safetensors
     samples: Samples = 0  # answers to sample for each prompt; 0 keeps the rows' own completions
     top_k: Size = 64  # ids kept for each trained token; 0 keeps only the sequences

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from ...model.errors import InputError
 from ...model.text.tokenizer import Message, Tokenizer, TurnRewritten
 from ..run.batch import Completion
+from .items import Items, load_items
 from .messages import (
     Talk,
     Turn,
@@ -25,7 +26,7 @@ from .messages import (
     with_system,
 )
 from .row import SHAPES, Row
-from .rows import Tally, opened, read_rows, report_counts
+from .rows import Tally, opened
 
 PROMPT_COLUMNS = ("prompt", "question", "instruction", "messages", "conversations")  # in this order
 RESERVED_COLUMNS = (  # arguments of a reward function that do not come from the row's columns
@@ -85,15 +86,14 @@ class Pair:
 # ---- supervised fine-tuning
 
 
-def load_examples(cfg: Any, tokenizer: Tokenizer) -> list[Example]:
+def load_examples(cfg: Any, tokenizer: Tokenizer, limit: int | None = None) -> Items[Example]:
     """Load the examples of --data, and print how many rows were used, cut and dropped.
 
-    cfg: the flags; only data, row_template, max_length and train_on are read.
+    cfg: the flags; besides those that `load_items` reads, only max_length and train_on are read. limit: use
+    only this many rows from the start of each argument of --data.
     """
-    rows = read_rows(cfg.data, cfg.row_template)
-    examples, counts = sft_examples(rows, tokenizer, max_length=cfg.max_length, train_on=cfg.train_on)
-    report_counts(cfg.data, counts)
-    return examples
+    options = {"max_length": cfg.max_length, "train_on": cfg.train_on}
+    return load_items(cfg, tokenizer, lambda rows: sft_examples(rows[:limit], tokenizer, **options))
 
 
 def sft_examples(
@@ -142,7 +142,6 @@ def sft_examples(
         first = f" (the first: {first_drop}): {reasons}" if first_drop else ""
         first += f"; max_length is {max_length}" if "within max_length" in reasons else ""
         raise InputError(f"no row has a token to train on{first}")
-    check_rendered(rows, tokenizer)
     return examples, counts
 
 
@@ -312,17 +311,6 @@ def read_question(row: Row, tokenizer: Tokenizer) -> str | list[Turn]:
     return text
 
 
-def check_rendered(rows: Sequence[Row], tokenizer: Tokenizer) -> None:
-    """Raise InputError if --chat-template-kwargs has no effect on any of the rows."""
-    if tokenizer.variables and not any(row.rendered for row in rows):
-        raise InputError("--chat-template-kwargs: the rows are plain texts, so no chat template is used")
-    read = {name for row in rows for name in row.read_variables}
-    for name in tokenizer.variables.keys() - read:
-        raise InputError(
-            f"--chat-template-kwargs: '{name:.60}' does not change the text that the chat template writes"
-        )
-
-
 # ---- reinforcement learning
 
 
@@ -364,7 +352,7 @@ def rl_prompts(
         elif len(tokens) > max_length:
             counts["dropped: prompt longer than max_length"] += 1
         else:
-            others = {name: row.of_file().plain(name) for name in columns}
+            others = {name: row.of_file().get(name) for name in columns}
             prompts.append(Prompt(tokens, text, others, where=row.where))
             counts["prompts"] += 1
 
@@ -372,7 +360,6 @@ def rl_prompts(
     if not prompts:
         drops = [f"{count} {reason}" for reason, count in counts.items() if count and reason != "rows"]
         raise InputError(f"no prompt to sample from: {total} rows{', ' if drops else ''}{', '.join(drops)}")
-    check_rendered(rows, tokenizer)
     return prompts, counts
 
 

@@ -12,6 +12,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,32 +24,57 @@ from ...model.text.tokenizer import Tokenizer
 from ...model.transformer import Transformer
 from ...model.vocabulary import Vocabulary
 from ..run.batch import Completion, stack_supports
+from ..run.data_files import data_sources
 from ..run.flags import RolloutFlags
 from ..run.loop import Run
 from ..run.optimizer import autocast
 from ..run.processes import gathered, rank, unsharded, world
 from .examples import Prompt, rl_prompts
 from .functions import Samples
+from .items import Items, load_items
 from .rewards import Judgement, Rewards, judge, of_all_processes, unjudged
-from .rows import read_rows, report_counts
+from .row import Row
+from .rows import Tally
 
 
-def load_prompts(cfg: RolloutFlags, tokenizer: Tokenizer, rewards: Rewards) -> list[Prompt]:
+def load_prompts(cfg: RolloutFlags, tokenizer: Tokenizer, rewards: Rewards) -> Items[Prompt]:
     """Load the prompts of --data, and print how many rows were used and dropped.
 
     rewards: the reward functions, which read the other columns of the rows. Raises InputError if a reward function
-    needs a column that the data lacks.
+    needs a column that an argument of --data lacks.
     """
-    prompts, counts = rl_prompts(
-        read_rows(cfg.data, cfg.row_template),
-        tokenizer,
-        max_length=cfg.max_prompt_length,
-        prompt_column=cfg.prompt_column,
-        takes=rewards.take,
+    return prompts_with_columns(cfg, tokenizer, rewards.take, rewards.check)
+
+
+def prompts_with_columns(
+    cfg: Any,
+    tokenizer: Tokenizer,
+    takes: Callable[[str], bool],
+    check: Callable[[Iterable[str]], None],
+    limit: int | None = None,
+) -> Items[Prompt]:
+    """Load the prompts of --data. All have the same columns; a column that an argument of --data lacks is None.
+
+    takes: takes(name) is whether a function reads the column `name`. check: a function of an argument's columns that
+    raises InputError if one is missing. limit: use only this many rows from the start of each argument.
+    """
+
+    def convert(rows: list[Row]) -> tuple[list[Prompt], Tally]:
+        options = {"max_length": cfg.max_prompt_length, "prompt_column": cfg.prompt_column}
+        return rl_prompts(rows[:limit], tokenizer, takes=takes, **options)
+
+    prompts = load_items(cfg, tokenizer, convert)
+    columns = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+    starts = accumulate((part.rows for part in prompts.parts), initial=0)
+    for source, start in zip(data_sources(cfg.data), starts, strict=False):
+        try:
+            check(prompts[start].columns)
+        except InputError as error:
+            raise InputError(f"{source.name}: {error}" if len(prompts.parts) > 1 else str(error)) from error
+    return Items(
+        (replace(one, columns={name: one.columns.get(name) for name in columns}) for one in prompts),
+        prompts.parts,
     )
-    report_counts(cfg.data, counts)
-    rewards.check(prompts[0].columns)
-    return prompts
 
 
 @dataclass(frozen=True)

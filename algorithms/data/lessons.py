@@ -36,10 +36,13 @@ from ...model.text.tokenizer import Tokenizer
 from ...model.transformer import Transformer
 from ...model.vocabulary import Vocabulary
 from ..run.batch import Completion
-from ..run.flags import SamplingFlags
+from ..run.data_files import Source, arguments_of
+from ..run.flags import Data, SamplingFlags
 from .examples import Example, rl_prompts, sft_examples
 from .groups import own_samples, samples_of_all
-from .rows import read_rows, report_counts
+from .items import Items, collected, load_items
+from .row import Row
+from .rows import Tally
 
 DTYPES = {"tokens": "I32", "trained": "U8", "lengths": "I64", "ids": "I32", "logprobs": "F32"}
 ROUNDING = 1e-3  # rounding may put the log-probability of a certain token above 0 by this much
@@ -57,6 +60,11 @@ class Lesson(Example):
     def sequences(self) -> list[list[int]]:
         """All token ids that the model must have a row for: the sequence, and the teacher's ids if there are any."""
         return [self.tokens, *([] if self.ids is None else [self.ids.flatten().tolist()])]
+
+    @property
+    def num_ids(self) -> int:
+        """K, the number of the teacher's ids for each token; 0 if there are none."""
+        return 0 if self.ids is None else self.ids.shape[-1]
 
     @property
     def prefix(self) -> list[int]:
@@ -78,31 +86,57 @@ class Lesson(Example):
 
 def load_lessons(
     cfg: Any, tokenizer: Tokenizer, *, prompts_alone: bool, temperature: float | None
-) -> list[Lesson]:
+) -> Items[Lesson]:
     """Load the lessons of --data, and print how many rows were used, cut and dropped.
 
-    cfg: the flags; only data, row_template and max_length are read. prompts_alone: read only prompts from the rows.
-    temperature: the temperature that a file's log-probabilities must have; None if they are not used.
+    cfg: the flags; besides those that `load_items` reads, only max_length is read. prompts_alone: read only prompts
+    from the rows. temperature: the temperature that a file's log-probabilities must have; None if they are not used.
     """
-    if cfg.data.suffix == ".safetensors":
-        flags = {"row-template": cfg.row_template, "chat-template-kwargs": tokenizer.variables}
-        for flag, value in flags.items():
-            if value:
-                raise InputError(f"--{flag}: {cfg.data} holds token ids, not rows: leave the flag out")
-        lessons = read_lessons(cfg.data, tokenizer, temperature)
-        counts = {"lessons": len(lessons), "trained tokens": sum(sum(lesson.mask) for lesson in lessons)}
+    if are_lessons(cfg.data):
+        return _load_stored(cfg, tokenizer, temperature)
 
-    elif prompts_alone:
-        rows = read_rows(cfg.data, cfg.row_template)
-        prompts, counts = rl_prompts(rows, tokenizer, max_length=cfg.max_length)
-        lessons = [Lesson(p.tokens, [False] * len(p.tokens), where=p.where) for p in prompts]
-
-    else:
-        rows = read_rows(cfg.data, cfg.row_template)
+    def convert(rows: list[Row]) -> tuple[list[Lesson], Tally]:
+        if prompts_alone:
+            prompts, counts = rl_prompts(rows, tokenizer, max_length=cfg.max_length)
+            return [Lesson(p.tokens, [False] * len(p.tokens), where=p.where) for p in prompts], counts
         examples, counts = sft_examples(rows, tokenizer, max_length=cfg.max_length)
-        lessons = [Lesson(e.tokens, e.mask, where=e.where) for e in examples]
+        return [Lesson(e.tokens, e.mask, where=e.where) for e in examples], counts
 
-    report_counts(cfg.data, counts)
+    return load_items(cfg, tokenizer, convert)
+
+
+def are_lessons(data: Data) -> bool:
+    """Return whether --data names files of `burnish teach`. Raises InputError if it also names files of rows."""
+    arguments = arguments_of(data)
+    stored = [path for path in arguments if path.suffix == ".safetensors"]
+    if stored and len(stored) < len(arguments):
+        rows = next(path for path in arguments if path not in stored)
+        raise InputError(
+            f"--data: expected files of lessons or files of rows, got {stored[0]} beside {rows}; train on one kind, "
+            "then on the other"
+        )
+    return bool(stored)
+
+
+def _load_stored(cfg: Any, tokenizer: Tokenizer, temperature: float | None) -> Items[Lesson]:
+    """Load the lessons of .safetensors files. Raises InputError if they keep different numbers of ids for a token."""
+    flags = {"row-template": cfg.row_template, "chat-template-kwargs": tokenizer.variables}
+    for flag, value in flags.items():
+        if value:
+            name = arguments_of(cfg.data)[0]
+            raise InputError(f"--{flag}: {name} holds token ids, not rows: leave the flag out")
+
+    def read(source: Source) -> tuple[list[Lesson], dict[str, int]]:
+        found = [lesson for file in source.files for lesson in read_lessons(file, tokenizer, temperature)]
+        return found, {"lessons": len(found), "trained tokens": sum(sum(lesson.mask) for lesson in found)}
+
+    lessons = collected(cfg, read)
+    for lesson in lessons:
+        if lesson.num_ids != lessons[0].num_ids:
+            raise InputError(
+                f"{lesson.where}: expected {lessons[0].num_ids} ids for each token, as in {lessons[0].where}, got "
+                f"{lesson.num_ids}; teach both with the same --top-k"
+            )
     return lessons
 
 

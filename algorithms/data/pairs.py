@@ -11,13 +11,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
-from pathlib import Path
 from typing import Any, TypeVar
 
 from ...model.errors import InputError
 from ...model.text.tokenizer import Tokenizer
 from ..run.batch import Completion, longest
-from .examples import PROMPT_COLUMNS, answer_text, check_rendered, encode_completion, read_prompt
+from .examples import PROMPT_COLUMNS, answer_text, encode_completion, read_prompt
+from .items import Items, load_items
 from .messages import (
     Talk,
     Turn,
@@ -30,7 +30,7 @@ from .messages import (
     with_system,
 )
 from .row import Row
-from .rows import Tally, opened, read_rows, report_counts
+from .rows import Tally, opened
 
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
@@ -81,30 +81,24 @@ Answers = TypeVar("Answers", Preference, Judged)
 
 
 def load_pairs(
-    path: Path | None, tokenizer: Tokenizer, cfg: Any, *, margins: bool = False
-) -> list[Preference]:
-    """Load the pairs of a file, and print how many rows were used and dropped. Without a file, return [].
+    cfg: Any, tokenizer: Tokenizer, *, margins: bool = False, limit: int | None = None
+) -> Items[Preference]:
+    """Load the pairs of --data, and print how many rows were used and dropped.
 
-    cfg: the flags; only row_template and max_length are read. margins: whether to read the column `margin`.
+    cfg: the flags; besides those that `load_items` reads, only max_length is read. margins: whether to read the column
+    `margin`. limit: use only this many rows from the start of each argument.
     """
-    if path is None:
-        return []
-    rows = read_rows(path, cfg.row_template)
-    pairs, counts = preferences(rows, tokenizer, max_length=cfg.max_length, margins=margins)
-    report_counts(path, counts)
-    return pairs
+    convert = lambda rows: preferences(rows[:limit], tokenizer, max_length=cfg.max_length, margins=margins)
+    return load_items(cfg, tokenizer, convert)
 
 
-def load_judged(path: Path, tokenizer: Tokenizer, cfg: Any) -> list[Judged]:
-    """Load the labelled completions of a file, and print how many rows were used and dropped.
+def load_judged(cfg: Any, tokenizer: Tokenizer) -> Items[Judged]:
+    """Load the labelled completions of --data, and print how many rows were used and dropped.
 
-    cfg: the flags; only row_template and max_length are read.
+    cfg: the flags; besides those that `load_items` reads, only max_length is read.
     """
-    judged, counts = judged_completions(
-        read_rows(path, cfg.row_template), tokenizer, max_length=cfg.max_length
-    )
-    report_counts(path, counts)
-    return judged
+    convert = lambda rows: judged_completions(rows, tokenizer, max_length=cfg.max_length)
+    return load_items(cfg, tokenizer, convert)
 
 
 def preferences(
@@ -193,7 +187,6 @@ def _read_all(
         raise InputError(
             "no " + name + " to train on: " + ", ".join(f"{n} {why}" for why, n in counts.items())
         )
-    check_rendered(rows, tokenizer)
     return found, counts
 
 

@@ -57,12 +57,12 @@ class Rewards:
         """Return whether any of the functions takes an argument with the name of this column."""
         return any(takes(function, column) for function in self.functions.values())
 
-    def begin(self, cfg: Any, step: int, draws: int, num_prompts: int) -> None:
+    def begin(self, cfg: Any, step: int, draws: int, prompts_per_epoch: int) -> None:
         """Begin a step: set the trainer state and clear the logged numbers.
 
-        draws: the number of batches of prompts drawn before this step. num_prompts: all prompts of the data.
+        draws: the number of batches of prompts drawn before this step. prompts_per_epoch: prompts that an epoch draws.
         """
-        batches = math.ceil(num_prompts / cfg.prompts_per_step)  # per epoch
+        batches = math.ceil(prompts_per_epoch / cfg.prompts_per_step)  # per epoch
         epoch, num_epochs = draws / batches, math.ceil(cfg.steps / batches)
         self.state = TrainerState(step, cfg.steps, epoch, num_epochs, save_steps=cfg.save_every)
         self.logged = {}

@@ -29,15 +29,15 @@ class Row(dict[str, Any]):
     read_variables: template variables that change the text.
     """
 
-    __slots__ = ("from_arrow", "kept", "original", "read", "rendered", "where", *ACCOUNT)
+    __slots__ = ("kept", "original", "read", "rendered", "where", *ACCOUNT)
     used: set[str]
     ignored: set[str]
     notes: Counter[str]
     read_variables: set[str]
 
-    def __init__(self, cells: dict[str, Any], where: str, from_arrow: bool = False):
+    def __init__(self, cells: dict[str, Any], where: str):
         super().__init__({name: cell for name, cell in cells.items() if cell is not None})
-        self.where, self.from_arrow = where, from_arrow
+        self.where = where
         self.original: Row | None = None
         self.read: Set[str] = frozenset()
         self.kept: Set[str] = self.keys()
@@ -51,17 +51,9 @@ class Row(dict[str, Any]):
         return getattr(self, name)
 
     def take(self, column: str) -> Any:
-        """Return the cell of a column, or None if the row lacks it, and mark the column as used.
-
-        Null fields that Arrow adds to rows of parquet files are removed.
-        """
+        """Return the cell of a column, or None if the row lacks it, and mark the column as used."""
         self.used.add(column)
-        return self.plain(column)
-
-    def plain(self, column: str) -> Any:
-        """Return the cell as `take` does, without marking the column as used."""
-        cell = self.get(column)
-        return without_nulls(cell) if self.from_arrow else cell
+        return self.get(column)
 
     def text(self, column: str) -> str:
         """Return the cell and mark its column as used. Raises InputError if the cell is not a text."""
@@ -76,13 +68,3 @@ class Row(dict[str, Any]):
     def of_file(self) -> "Row":
         """Return the row as it stands in the file, before any row template. Reward functions receive its columns."""
         return self if self.original is None else self.original
-
-
-def without_nulls(value: Any) -> Any:
-    """Return the value with null fields removed from all objects in it, at any depth. A null in a list stays.
-
-    Arrow stores one list of fields for a whole column, so a field that only another row has is null in this row.
-    """
-    if isinstance(value, dict):
-        return {name: without_nulls(field) for name, field in value.items() if field is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value

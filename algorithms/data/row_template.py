@@ -27,7 +27,7 @@ from ...model.files.text_files import read_text
 from ...model.text.refusals import OverBudget, check_written
 from ...model.text.template import sandbox
 from .forms import dumped, json_or_none
-from .row import SHAPES, Row, without_nulls
+from .row import SHAPES, Row
 
 SEPARATOR, MARK = "|||", "\ufdd2"  # while the template runs, the noncharacter MARK replaces the separator
 # the columns that determine a row's shape: those of the file are dropped for the template's output
@@ -44,10 +44,9 @@ def shaped(rows: Sequence[Row], file: Path) -> list[Row]:
     nulls = {column: template.environment.null(column) for column in columns}
     made = []
     for row in rows:
-        cells = {name: without_nulls(cell) if row.from_arrow else cell for name, cell in row.items()}
         try:
-            text = template.render(**{**nulls, **cells})
-            if MARK in (given := dumped(cells)):
+            text = template.render(**{**nulls, **row})
+            if MARK in (given := dumped(row)):
                 raise InputError("expected cells without the Unicode noncharacter U+FDD2, got one with it")
             check_written(text, lambda given=given: len(given))
         except OverBudget as error:
@@ -109,6 +108,6 @@ def _cells(text: str, where: str, file: Path) -> dict[str, Any]:
 def _row(row: Row, cells: dict[str, Any], read: set[str]) -> Row:
     gone = {*read, *SHAPING, *cells}
     kept = {name: cell for name, cell in row.items() if name not in gone} if cells else {}
-    made = Row(kept | cells, row.where, row.from_arrow)
+    made = Row(kept | cells, row.where)
     made.original, made.read, made.kept = row, read, kept.keys()
     return made

@@ -51,6 +51,7 @@ Seed = Annotated[int, Bounds(0, 2**63 - 1)]
 SamplingSeed = Annotated[int, Bounds(0, 2**31 - 1)]  # shifted left by 32 bits to make room for the step
 Epochs = Annotated[float, Bounds(1e-6, 1e6)]
 Schedule = Literal["constant", "linear", "cosine"]
+Data = Path | tuple[Path, ...]  # one argument or several: files, globs, folders of datasets.save_to_disk
 SaveDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -170,7 +171,7 @@ class EvaluationFlags:
 
     group: ClassVar = "evaluation"
 
-    eval_data: Path | None = None  # file of held-out rows, in the form of --data
+    eval_data: Data | None = None  # files of held-out rows, in the form of --data
     eval_every: Size = 0  # steps between evaluations; 0 evaluates before the first and after the last step
     keep_best: str | None = None  # metric of the evaluation by which the best model is kept in best/
     patience: Count | None = (
@@ -205,7 +206,8 @@ class TrainingFlags(OptimizerFlags, AdapterFlags, EvaluationFlags, RunFlags, Row
     group: ClassVar = "data"
 
     model: Path  # Hugging Face folder of the model, or of an adapter to continue training
-    data: Path  # file of rows: .jsonl, .json or .parquet
+    data: Data  # files of rows: .jsonl, .json, .parquet or .arrow
+    data_weights: tuple[float, ...] = ()  # how often the rows of each file come in an epoch (default: all 1)
 
     @property
     def rows_per_step(self) -> int:
@@ -253,7 +255,7 @@ class RolloutFlags(RewardFlags, AnswerFlags, SamplingFlags, TrainingFlags):
 
     group: ClassVar = "sampling"
 
-    data: Path  # file of prompts, with columns for the reward functions: .jsonl, .json or .parquet
+    data: Data  # prompts with columns for the reward functions: .jsonl, .json, .parquet or .arrow
     steps: int = 200  # number of rollouts
     prompts_per_step: Count  # prompts per rollout
     group_size: Annotated[int, Bounds(1, MOST_SAMPLES)]  # samples per prompt

@@ -82,7 +82,7 @@ def keep_newest(folder: Path, keep: int | None, done: int) -> None:
 def steps_of(folder: Path, cfg: TrainingFlags, rows: int) -> int | None:
     """Return the steps of the run that was last in the folder, by its config.json, or None if it has none.
 
-    cfg: the flags of the resumed run, which takes as many rows a step. rows: the number of rows of --data.
+    cfg: the flags of the resumed run, which takes as many rows a step. rows: the rows of an epoch.
     """
     earlier = read_optional(folder / CONFIG)
     steps, passes = earlier.get("steps"), earlier.get("epochs")

@@ -69,7 +69,7 @@ def check_evaluation(cfg: EvaluationFlags) -> None:
 def on_held_out(cfg: Flags) -> Flags:
     """Return the flags with --eval-data in place of --data, for the functions that load the rows of --data."""
     assert cfg.eval_data is not None
-    return replace(cfg, data=cfg.eval_data)
+    return replace(cfg, data=cfg.eval_data, data_weights=())
 
 
 def higher_is_better(metric: str) -> bool | None:

@@ -3,7 +3,6 @@
 A checkpoint holds the digests. --resume compares them with those of the files that the flags name now.
 """
 
-import glob
 import os
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -13,6 +12,7 @@ from typing import Any
 from ...model.errors import InputError, shown
 from ...model.files.folder import MODEL_FILES, TEMPLATES, base_of, is_adapter
 from .checkpoint import read_inputs
+from .data_files import data_files
 from .digests import digest_of_file, in_threads
 
 ROWS = ("data", "eval_data", "row_template", "chat_template", "reward")  # flags of files, or folders of files
@@ -81,30 +81,24 @@ def _files(cfg: Any) -> Iterator[tuple[str, list[Path]]]:
     for name in ROWS:
         if name == "eval_data" and getattr(cfg, "keep_best", None) is None:
             continue  # it changes nothing that is kept
-        if found := [file for each in _listed(getattr(cfg, name, None)) for file in _of_rows(each, name)]:
+        if found := _of_rows(getattr(cfg, name, None), name):
             yield f"--{name.replace('_', '-')}", found
     for name in MODELS:
         if getattr(cfg, name, None) is not None:
             yield f"--{name.replace('_', '-')}", [*_of_model(Path(getattr(cfg, name)))]
 
 
-def _listed(value: Any) -> list[Any]:
-    return [*value] if isinstance(value, list | tuple) else [] if value is None else [value]
-
-
-def _of_rows(value: str | os.PathLike[str], name: str) -> list[Path]:
-    """Return the files at a path: a file itself, all files of a folder, or those that a pattern finds.
+def _of_rows(value: Any, name: str) -> list[Path]:
+    """Return the files that a flag of ROWS names.
 
     Text that names no file, as "plain" for a template or a module for a function, has none.
     """
-    path = os.fspath(value)
-    if name == "reward":
-        path = path.rpartition(":")[0]
-        return [Path(path)] if path.endswith(".py") and os.path.isfile(path) else []
-    if os.path.isdir(path):
-        return sorted(file for file in Path(path).rglob("*") if file.is_file())
-    found = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
-    return [Path(each) for each in found if os.path.isfile(each)]
+    if value is None:
+        return []
+    if name in ("data", "eval_data"):
+        return data_files(value)
+    paths = [each.rpartition(":")[0] for each in value if ".py:" in each] if name == "reward" else [value]
+    return [Path(path) for path in paths if os.path.isfile(path)]
 
 
 def _of_model(folder: Path) -> Iterator[Path]:

@@ -1,7 +1,7 @@
 """The frame of a training loop: run folder, processes, steps, metrics, checkpoints and saved models.
 
-    cfg = with_steps(cfg, len(rows))
-    with Run(cfg, tokenizer, rows=len(rows), model=Learner(cfg, model)) as run:
+    cfg = with_steps(cfg, rows.parts)
+    with Run(cfg, tokenizer, rows=rows.parts, model=Learner(cfg, model)) as run:
         for step in run.steps():
             members = run.next()
             ...
@@ -53,7 +53,7 @@ from .held_out import (
 from .inputs import Inputs
 from .learner import Learner
 from .optimizer import scheduled
-from .order import epochs
+from .order import Rows, epochs, parts_of, rows_per_epoch
 from .processes import from_rank_0, rank, reshard, shard
 from .start import report_start
 from .stopping import Terminated, defer, is_asked
@@ -62,16 +62,17 @@ from .stopping import Terminated, defer, is_asked
 class Run:
     """One training run.
 
-    rows: the number of rows of --data. tokens: the mean trained tokens of a row, printed at the start. learners: the
-    models to train. The keyword of each is the name of the folder in which it is saved. The first is the result of the
-    run. frozen: models that are not trained; None entries are skipped. evaluation: the evaluation on held-out rows, if
-    the run has --eval-data.
+    rows: the rows of --data: their number, or the parts of `Items`. tokens: the mean trained tokens of a row, printed
+    at the start. learners: the models to train. The keyword of each is the name of the folder in which it is saved. The
+    first is the result of the run. frozen: models that are not trained; None entries are skipped. evaluation: the
+    evaluation on held-out rows, if the run has --eval-data.
 
     Creating a run shards all these models over the processes. Inside `with` the run folder exists, and with --resume
     the learners have the state of the checkpoint. The first evaluation is before the checkpoint is read, so it is of
     the untrained models in a resumed run, too.
 
-    start: the number of steps already done, 0 unless --resume. values: numbers of the method that checkpoints keep.
+    start: the number of steps already done, 0 unless --resume. rows_per_epoch: the rows that an epoch draws.
+    values: numbers of the method that checkpoints keep.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Run:
         cfg: TrainingFlags,
         tokenizer: Tokenizer,
         *,
-        rows: int,
+        rows: Rows,
         tokens: float = 0.0,
         frozen: Sequence[Transformer | ScalarModel | None] = (),
         evaluation: Evaluation | None = None,
@@ -91,6 +92,7 @@ class Run:
         self.seconds: dict[str, float] = {}
         self._cfg, self._tokenizer, self._frozen = cfg, tokenizer, frozen
         self._rows, self._tokens = rows, tokens
+        self.rows_per_epoch = rows_per_epoch(rows)
         self._learners = {name: learner for name, learner in learners.items() if learner is not None}
         models = [learner.model for learner in self._learners.values()]
         check_balance(cfg, models)
@@ -111,7 +113,7 @@ class Run:
             self.values = read_checkpoint(file, self._parts())
             self.start = self.values.pop("step")
             _check_progress(file, self._cfg, self.start, self.values)
-            _report_rate(self.folder, self._cfg, self._rows, self.start)
+            _report_rate(self.folder, self._cfg, self.rows_per_epoch, self.start)
         self._inputs = Inputs(self._cfg)
         if self._cfg.save_every and rank() == 0:
             self._inputs.digests()  # now, while the files are in the page cache
@@ -132,7 +134,7 @@ class Run:
     def _begin(self) -> None:
         """Print what will happen, and evaluate the untrained models."""
         models = {name: learner.model for name, learner in self._learners.items()}
-        report_start(self._cfg, self._rows, self._tokens, models, self._evaluation)
+        report_start(self._cfg, self.rows_per_epoch, self._tokens, models, self._evaluation)
         if self._evaluation is not None:
             self._before = self._measured(self._evaluation)
             if self._cfg.keep_best is not None:
@@ -178,16 +180,27 @@ class Run:
     def next(self) -> list[int]:
         """Return the indices of the step's rows among `rows`.
 
-        Each row comes once per epoch, in an order that depends only on --seed.
+        Each row comes once per epoch, or as often as its weight asks for. The order depends only on --seed.
         """
         if self._order is None:
             self._order = self._batches(skip=self.values.get("draws", self.start))
         return next(self._order)
 
-    def first_epoch(self) -> Iterator[list[int]]:
-        """Return the batches that `next` draws first, up to one epoch or --steps batches."""
-        steps = min(self._cfg.steps, math.ceil(self._rows / self._cfg.rows_per_step))
-        return itertools.islice(self._batches(), steps)
+    def first_batches(self) -> Iterator[list[int]]:
+        """Yield batches that hold each row that the run draws, for numbers that are computed once, before training.
+
+        The batches of the first epoch come as `next` draws them, the last one first: of a row that comes twice, the
+        batch that training draws first has the last word. Rows that only a later epoch draws follow.
+        """
+        size = self._cfg.rows_per_step
+        drawn = itertools.islice(self._batches(), self._cfg.steps)
+        first = list(itertools.islice(drawn, math.ceil(self.rows_per_epoch / size)))
+        yield from reversed(first)
+
+        known = set(itertools.chain.from_iterable(first))
+        if len(known) < sum(part.rows for part in parts_of(self._rows)):
+            later = list(dict.fromkeys(i for batch in drawn for i in batch if i not in known))
+            yield from (later[start : start + size] for start in range(0, len(later), size))
 
     def _batches(self, skip: int = 0) -> Iterator[list[int]]:
         return epochs(self._rows, self._cfg.rows_per_step, self._cfg.seed, skip)

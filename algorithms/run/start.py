@@ -33,7 +33,8 @@ def report_start(
 ) -> None:
     """Print the steps, the learning rate, the trained weights, the memory, the evaluation and the files of a run.
 
-    tokens: the mean trained tokens of a row; 0 if they are sampled. models: the models that are trained, by name.
+    rows: the rows of an epoch. tokens: the mean trained tokens of a row; 0 if they are sampled. models: the models that
+    are trained, by name.
     """
     if rank():
         return

@@ -35,8 +35,8 @@ def placed(targets: tuple[str, ...], layers: Mapping[str, Adaptable], scores: bo
     stacks = [name for name, layer in layers.items() if layer.stack]
     if targets in ((), (ALL,)):
         # only names of layers that the model has: PEFT would take other names for older names of the experts
-        has = dict.fromkeys(name.rpartition(".")[2] for name in dense)
-        names = has if targets else [name for name in LINEARS if name in has]
+        last_parts = [*dict.fromkeys(name.rpartition(".")[2] for name in dense)]
+        names = last_parts if targets else [name for name in LINEARS if name in last_parts]
         return {"targets": tuple(names), "parameters": EXPERTS if stacks else ()}
 
     heads = [] if scores else [HEAD]

@@ -108,8 +108,11 @@ def test_what_is_no_regular_file_is_refused(tmp_path):
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "circle.jsonl").symlink_to(tmp_path / "circle.jsonl")
     (tmp_path / "zero.json").symlink_to("/dev/zero")
-    for name in ("pipe.jsonl", "folder.jsonl", "circle.jsonl", "zero.json"):
+    for name in ("pipe.jsonl", "circle.jsonl", "zero.json"):
         assert refusal(tmp_path / name).endswith(f"{name}: not a regular file")
+    assert "folder.jsonl: expected a file, or a folder that datasets.save_to_disk wrote" in refusal(
+        tmp_path / "folder.jsonl"
+    )
     assert "no such file" in refusal(tmp_path / f"{'x' * 5000}.jsonl")
     assert "expected .jsonl" in refusal(write(tmp_path, "a.parquet.gz", b"x"))
 

@@ -6,8 +6,7 @@ from datetime import datetime
 from decimal import Decimal
 
 import pytest
-from burnish.algorithms.data import examples, messages
-from burnish.algorithms.data import row as row_file
+from burnish.algorithms.data import examples, messages, tables
 from burnish.algorithms.data.examples import rl_prompts, sft_examples
 from burnish.algorithms.data.rendering import Form
 from burnish.algorithms.data.rows import read_rows
@@ -60,10 +59,11 @@ def test_parquet_and_jsonl_of_the_same_rows_train_the_same_text(make, chat, tmp_
     pyarrow = pytest.importorskip("pyarrow")
     pytest.importorskip("pyarrow.parquet")
     rows = ragged_rows(random.Random(seed))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     one, other = (read_rows(tmp_path / name) for name in ("a.parquet", "a.jsonl"))
-    assert "null" in json.dumps(one) and "null" not in json.dumps(other)
+    assert "null" in json.dumps(table.to_pylist()) and "null" not in json.dumps([one, other])
     assert sft(chat, *one) == sft(chat, *other)
     assert "null" not in str(sft(chat, *one))
     strict = make(
@@ -380,7 +380,7 @@ def test_rows_without_anything_to_train_are_counted_not_refused(make, chat):
 # ---- planted faults: each must be caught by the test beside it
 
 FAULTS = {
-    "nulls of Arrow kept": (row_file, "without_nulls", lambda value: value, "parquet"),
+    "nulls of Arrow kept": (tables, "_reader", lambda type_: None, "parquet"),
     "any content taken": (messages, "_content", lambda content, role, where: content, "content"),
     "any role taken": (examples, "no_assistant", lambda turns: None, "role"),
     "nothing has to be said": (

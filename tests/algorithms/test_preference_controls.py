@@ -108,7 +108,7 @@ def the_reference_stays(module: ModuleType, place: Place) -> None:
 def chosen_scores_average_zero(module: ModuleType, place: Place) -> None:
     cfg = config(module, place)
     model = load_scalar_model(module.train(cfg))
-    pairs = module.load_pairs(place.data, Tokenizer.load(place.model), config(module, place, max_length=64))
+    pairs = module.load_pairs(config(module, place, max_length=64), Tokenizer.load(place.model))
     scores = module.over_completions(model, pairs, lambda batch: batch.scores(model), 10**6)
     same(scores[:, 0].mean().item(), 0)
 

@@ -2,6 +2,7 @@
 
 from burnish.algorithms.data.examples import rl_prompts, sft_examples
 from burnish.algorithms.data.pairs import judged_completions, preferences
+from burnish.algorithms.data.rows import check_rendered
 
 # renders all that it knows: tools, reasoning, calls, a system message
 TEMPLATE = """\
@@ -41,7 +42,10 @@ def texts(tokenizer, examples) -> list[tuple[str, str]]:
 
 
 def sft(tokenizer, *rows, **options) -> list[tuple[str, str]]:
-    return texts(tokenizer, sft_examples(rows, tokenizer, max_length=4096, **options)[0])
+    """Each example's text and its trained text. The flags are checked as when a file is loaded."""
+    examples, counts = sft_examples(rows, tokenizer, max_length=4096, **options)
+    check_rendered([counts], tokenizer)
+    return texts(tokenizer, examples)
 
 
 def turn(role: str, text: str) -> str:
