@@ -113,6 +113,7 @@ class Run:
             self.values = read_checkpoint(file, self._parts())
             self.start = self.values.pop("step")
             _check_progress(file, self._cfg, self.start, self.values)
+            print(f"continues after step {self.start:,} of {self._cfg.steps:,}")
         self._step, self._clock = self.start, time.perf_counter()
         self._metrics = open_metrics(self.folder, self._cfg, self.start)
         return self

@@ -167,6 +167,7 @@ def test_rl_samples_each_held_out_prompt_once_from_the_same_noise(folder, module
 
 def test_ppos_figures_are_defined_as_in_training(folder):
     """Score of functions and reward model, reward with penalty and KL: those of the next rollout."""
+    # 1. a reward model
     scores = reward.train(
         reward.Config(
             **{**TRAIN, "eval_every": 0},
@@ -175,6 +176,7 @@ def test_ppos_figures_are_defined_as_in_training(folder):
             output=folder / "scores",
         )
     )
+
     cfg = config(
         ppo,
         folder,
@@ -186,14 +188,15 @@ def test_ppos_figures_are_defined_as_in_training(folder):
         temperature=1.3,
         **{**RL, "group_size": 1, "steps": 3, "learning_rate": 3e-2},
     )
-    with (
-        pytest.MonkeyPatch.context() as patch
-    ):  # the noise and the prompts of the evaluation are those of a rollout
+
+    # 2. the noise and the prompts of a rollout are those of the evaluation
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr("burnish.algorithms.run.loop.Run.next", lambda run: [*range(32)])
         sample = ppo.Sampler.sample
         seed = (cfg.seed << 32) + 2**32 - 1
         patch.setattr(ppo.Sampler, "sample", lambda *given: sample(*given[:-1], seed))
         ppo.train(cfg)
+
     lines = logged(cfg)
     assert results(cfg)["before"]["kl"] == 0 and lines[-1]["eval_kl"] > 0
     for line, later in itertools.pairwise(lines):
