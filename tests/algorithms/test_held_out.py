@@ -42,7 +42,7 @@ def folder(model_folder: Path, demonstrations: Path, pairs: Path, prompts: Path,
     (tmp_path / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in judged))
     (tmp_path / "rewards.py").write_text(
         "def odd(completion_ids, log_metric, **_):\n"
-        "    log_metric('calls', 1.0)\n"
+        "    log_metric('calls', len(completion_ids))\n"
         "    return [float(sum(i % 2 for i in ids)) for ids in completion_ids]\n"
     )
     return tmp_path
@@ -153,7 +153,7 @@ def test_rl_samples_each_held_out_prompt_once_from_the_same_noise(folder, module
     before, after = results(cfg)["before"], results(cfg)["after"]
     assert before == after and before["prompts"] == 32
     assert {name for name in before if "/" in name} == {"reward/odd", "metric/calls"}
-    assert before["metric/calls"] == 1 and 0 < before["length"] <= 6 and 0 <= before["ended"] <= 1
+    assert before["metric/calls"] == 8 and 0 < before["length"] <= 6 and 0 <= before["ended"] <= 1
     assert {name: value for name, value in first.items() if name.startswith("eval_r")} == {
         name: value for name, value in second.items() if name.startswith("eval_r")
     }
@@ -186,7 +186,7 @@ def test_ppos_figures_are_defined_as_in_training(folder):
         missing_end_penalty=0.5,
         kl_coefficient=0.2,
         temperature=1.3,
-        **{**RL, "group_size": 1, "steps": 3, "learning_rate": 3e-2},
+        **{**RL, "prompts_per_step": 32, "group_size": 1, "steps": 3, "learning_rate": 3e-2},
     )
 
     # 2. the noise and the prompts of a rollout are those of the evaluation
