@@ -101,7 +101,10 @@ def train(cfg: Config) -> Path:
 
 
 def _evaluation(cfg: Config, model: Transformer, held_out: list[Example]) -> Evaluation | None:
-    """Return the evaluation: nats a trained token, perplexity, and with --loss dft that loss, too."""
+    """Return the evaluation: nats a trained token, perplexity, and with --loss dft that loss, too.
+
+    The value of dft_loss, -pi log pi, rises and then falls while pi rises, so it does not tell which model is better.
+    """
     counts = [sum(example.mask) for example in held_out]
 
     def of_each(function: Callable[[Tensor], Tensor]) -> Tensor:  # sums over a row's trained tokens, (rows,)

@@ -20,7 +20,7 @@ from .flags import EvaluationFlags, TrainingFlags
 from .processes import rank
 
 HELD_OUT, BEST = "held_out.json", "best"
-LOWER = ("loss", "dft_loss", "perplexity", "divergence", "kl")  # figures of which a lower one is better
+LOWER = ("loss", "perplexity", "divergence", "kl")  # figures of which a lower one is better
 HIGHER = ("reward", "score", "accuracy", "margin", "logprob_accuracy", "logprob_margin")
 OF_USERS = ("reward/", "metric/")  # beginnings of names that reward functions give; a higher one is better
 SHARES = ("accuracy", "logprob_accuracy", "ended")  # printed in percent

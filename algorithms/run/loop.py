@@ -113,6 +113,7 @@ class Run:
             self.values = read_checkpoint(file, self._parts())
             self.start = self.values.pop("step")
             _check_progress(file, self._cfg, self.start, self.values)
+            print(f"continues after step {self.start:,} of {self._cfg.steps:,}")
             _report_rate(self.folder, self._cfg, self.rows_per_epoch, self.start)
         self._inputs = Inputs(self._cfg)
         if self._cfg.save_every and rank() == 0:

@@ -54,7 +54,7 @@ def report_start(
 def _steps(cfg: TrainingFlags, rows: int, tokens: float) -> str:
     passes = cfg.steps / -(-rows // cfg.rows_per_step)
     text = f"{_counted(cfg.steps, 'step')} of {_counted(min(rows, cfg.rows_per_step), 'row')}: "
-    text += f"{passes:.3g} epochs of {_counted(rows, 'row')}"
+    text += f"{passes:.3g} epoch{'s' * (passes != 1)} of {_counted(rows, 'row')}"
     if tokens:
         return f"{text}, about {tokens * min(rows, cfg.rows_per_step):,.0f} trained tokens a step"
     if isinstance(cfg, SamplingFlags):
@@ -120,9 +120,9 @@ def _evaluations(cfg: TrainingFlags, evaluation: Evaluation | None) -> str:
     if evaluation is None:
         return ""
     every = f", every {_counted(cfg.eval_every, 'step')}" if cfg.eval_every else ""
-    return (
-        f"evaluates on {evaluation.count:,} held-out {evaluation.items} before training{every} and at the end"
-    )
+    best = f"; keeps the best model by {cfg.keep_best}" if cfg.keep_best is not None else ""
+    rows = f"{evaluation.count:,} held-out {evaluation.items}"
+    return f"evaluates on {rows} before training{every} and at the end{best}"
 
 
 def _files(cfg: TrainingFlags) -> str:

@@ -81,12 +81,16 @@ def sampled(
 ) -> tuple[Groups, Figures]:
     """Sample and judge one completion of each held-out prompt, always from the same noise.
 
-    The seed is one that no step of training uses. Returns the samples in groups of one, and their figures: reward,
+    Each call of a reward function judges as many samples as in a step of training. Their seeds are the last ones of the
+    range of --seed, which no step of training reaches. Returns the samples in groups of one, and their figures: reward,
     reward/<function>, metric/<name>, length and ended.
     """
     judging = replace(rewards, logged={})  # a step's own numbers stay
     sampler = Sampler(replace(cfg, group_size=1), tokenizer, judging)
-    groups = sampler.sample(model, prompts, (cfg.seed << 32) + 2**32 - 1)
+    groups, size, seed = Groups([]), cfg.prompts_per_step * cfg.group_size, (cfg.seed + 1) << 32
+    for start in range(0, len(prompts), size):
+        seed -= 1
+        groups = Groups([*groups, *sampler.sample(model, prompts[start : start + size], seed)])
     return groups, sample_figures(groups, judging.metrics())
 
 

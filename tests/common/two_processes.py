@@ -47,6 +47,7 @@ SHAPES = {
     "experts": {"model_type": "mixtral", "experts": EXPERTS},
 }
 COMMON = {"steps": 3, "learning_rate": 3e-3, "schedule": "constant", "warmup_steps": 0, "device": "cpu"}
+EVALUATED = {"eval_every": 2}  # beside "eval_data": before training, and after two and three steps
 SFT = {"batch_size": 24, "micro_batch_tokens": 100}  # a few rounds
 RL = {
     "prompts_per_step": 5,
@@ -65,7 +66,17 @@ PPO = {
     "micro_batch_tokens": 60,
 }
 CASES = {  # name: (algorithm, shape of the model, flags)
-    "sft": ("sft", "tied", {**SFT, "weight_decay": 0.1, "checkpoint_activations": True}),
+    "sft": (
+        "sft",
+        "tied",
+        {
+            **SFT,
+            "weight_decay": 0.1,
+            "checkpoint_activations": True,
+            "eval_data": "demonstrations.jsonl",
+            "loss": "dft",
+        },
+    ),
     "sft-lora": ("sft", "untied", {**SFT, "lora_rank": 3}),
     "sft-dora": (
         "sft",
@@ -106,10 +117,18 @@ CASES = {  # name: (algorithm, shape of the model, flags)
         "experts",
         {"batch_size": 4, "micro_batch_tokens": 1, "lora_rank": 3, "base_4bit": True},
     ),
-    "kto": ("kto", "untied", {**SFT, "batch_size": 25, "beta": 1.0, "wanted_weight": 1.3}),
+    "kto": (
+        "kto",
+        "untied",
+        {**SFT, "batch_size": 25, "beta": 1.0, "wanted_weight": 1.3, "eval_data": "judged.jsonl"},
+    ),
     "kto-qlora": ("kto", "tied", {**SFT, "lora_rank": 4, "base_4bit": True}),
     "kto-idle": ("kto", "tied", {"batch_size": 1}),  # one of the processes has nothing to do
-    "grpo": ("grpo", "tied", {**RL, "kl_coefficient": 0.1, "max_draws": 2, "top_k": 9}),
+    "grpo": (
+        "grpo",
+        "tied",
+        {**RL, "kl_coefficient": 0.1, "max_draws": 2, "top_k": 9, "eval_data": "prompts.jsonl"},
+    ),
     "grpo-lora": ("grpo", "untied", {**RL, "lora_rank": 4, "kl_coefficient": 0.1, "loss": "gspo"}),
     "grpo-experts": (
         "grpo",
@@ -128,6 +147,7 @@ CASES = {  # name: (algorithm, shape of the model, flags)
             "missing_end_penalty": 0.5,
             "critic_learning_rate": 3e-3,
             "checkpoint_activations": True,
+            "eval_data": "prompts.jsonl",
         },
     ),
     "ppo-qlora": (
@@ -143,7 +163,15 @@ CASES = {  # name: (algorithm, shape of the model, flags)
     "distill": (
         "distill",
         "tied",
-        {**SFT, "teacher": "untied", "student_samples": 0.5, "max_new_tokens": 8, "beta": 0.3, "seed": 1},
+        {
+            **SFT,
+            "teacher": "untied",
+            "student_samples": 0.5,
+            "max_new_tokens": 8,
+            "beta": 0.3,
+            "seed": 1,
+            "eval_data": "demonstrations.jsonl",
+        },
     ),
     "distill-experts": (  # each row alone: the same balance
         "distill",
@@ -155,6 +183,7 @@ CASES = {  # name: (algorithm, shape of the model, flags)
             "student_samples": 1.0,
             "max_new_tokens": 8,
             "loss": "policy_gradient",
+            "eval_data": "demonstrations.jsonl",
         },
     ),
     "distill-qlora": (
@@ -169,6 +198,7 @@ CASES = {  # name: (algorithm, shape of the model, flags)
 def config(name: str, folder: Path, **changes):
     algorithm, shape, flags = CASES[name]
     given = {"model": folder / shape, "data": f"{DATA[algorithm]}.jsonl", **COMMON, **flags, **changes}
+    given |= EVALUATED if "eval_data" in given else {}
     given |= {flag: folder / given[flag] for flag in FOLDERS if flag in given}
     if "reward" in given:
         given["reward"] = (f"{folder}/{given['reward']}",)
