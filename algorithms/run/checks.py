@@ -13,6 +13,7 @@ import torch
 from ...model.errors import InputError, shown
 from ...model.files.config_keys import LARGEST
 from ...model.files.text_files import read_object
+from .adamw8bit import load_bitsandbytes
 from .flags import Bounds, SaveDtype, bounds
 from .processes import check_joined, rank
 
@@ -43,6 +44,8 @@ def check_flags(config: Any, **narrower: tuple[float, float]) -> None:
         check_number(name, getattr(config, name), Bounds(*ends, of_flags[name].switch))
 
     check_device(config.device)
+    if getattr(config, "optimizer", "") == "adamw8bit":
+        load_bitsandbytes()
     folder = config.output
     if getattr(config, "resume", False):  # compositions have no such flag
         _check_resumable(folder, config)
