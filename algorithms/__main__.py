@@ -45,6 +45,11 @@ COMMANDS = {  # name: (module, its function that takes a Config, one line of hel
         "evaluate",
         "accuracy, pass@k and majority vote with your verifier; perplexity; a reward model's accuracy",
     ),
+    "memory": (
+        "burnish.algorithms.memory",
+        "report",
+        "the memory that a run will take, by purpose, and whether this machine has it",
+    ),
     "chat-demo": (
         "burnish.algorithms.recipes.chat_demo",
         "train",

@@ -133,6 +133,18 @@ def states_of(rule: OptimizerName, parameter: Tensor) -> dict[str, State]:
     )
 
 
+def state_bytes(kind: OptimizerName, model: nn.Module) -> int:
+    """Return the bytes of the states of all trained parameters. The model may be on the meta device."""
+    chosen = {id(p) for p in CHOSEN[kind](model)}
+    return sum(
+        math.prod(state.shape) * state.dtype.itemsize
+        for p in model.parameters()
+        if p.requires_grad
+        for name, state in states_of(kind if id(p) in chosen else "adamw", p).items()
+        if name != "step"
+    )
+
+
 # ---- a step
 
 
