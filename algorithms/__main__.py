@@ -52,6 +52,11 @@ COMMANDS = {  # name: (module, its function that takes a Config, one line of hel
         "report",
         "write the page of a run, report.html, from the files of its folder",
     ),
+    "memory": (
+        "burnish.algorithms.memory",
+        "report",
+        "the memory that a run will take, by purpose, and whether this machine has it",
+    ),
     "chat-demo": (
         "burnish.algorithms.recipes.chat_demo",
         "train",

@@ -35,7 +35,7 @@ DOORS = {  # what users write; a name moves here only with a change that says so
     "burnish.model.checkpoint": "load_model save_model stream_weights",
     "burnish.model.embed": "apply",
     "burnish.model.generate": "SamplingParams generate stream",
-    "burnish.model.memory": "training_memory",
+    "burnish.model.memory": "Memory Training training_memory",
     "burnish.model.packed": "Packed pack",
 }
 COMMAND_FUNCTIONS = {
@@ -52,6 +52,7 @@ COMMAND_FUNCTIONS = {
     "teach": "burnish.algorithms.teach:teach",
     "evaluate": "burnish.algorithms.evaluate:evaluate",
     "report": "burnish.algorithms.report:report",
+    "memory": "burnish.algorithms.memory:report",
     "merge": "burnish.algorithms.merge:merge",
     "chat": "burnish.algorithms.chat:main",
     "convert": "burnish.model.convert:main",

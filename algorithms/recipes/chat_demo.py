@@ -23,12 +23,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Annotated, Any, Literal
 
-import torch
-
 from ...model.adapters.config import LoraConfig
 from ...model.files.config_json import read_config
 from ...model.files.text_files import read_object
-from ...model.memory import training_memory
+from ...model.memory import Training, training_memory
 from ...model.text.tokenizer import Tokenizer
 from .. import grpo
 from ..run.checks import check_flags
@@ -198,7 +196,7 @@ def training_bytes(cfg: Config, mode: str) -> str:
     config = read_config(read_object(file), str(file))
     rank = MODES[mode].get("lora_rank")
     lora = LoraConfig(rank, 2 * rank) if rank else None
-    memory = training_memory(config, lora, "base_4bit" in MODES[mode], tokens=0, frozen_dtype=torch.float32)
+    memory = training_memory(config, Training(lora, "base_4bit" in MODES[mode], tokens=0, on_gpu=False))
     return f"{memory.total / 1e9:.2f} GB"
 
 

@@ -12,10 +12,9 @@ files in it. Any number of processes can read the checkpoint; each reads only th
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,14 +27,23 @@ from ...model.errors import InputError, shown
 from ...model.files.replacing import replacing
 from ...model.files.text_files import check_regular, parse_json
 from .digests import check_metadata, check_tensors, with_digests
-from .processes import gathered, rank, world
+from .optimizer import states_of
+from .processes import gathered, rank, shared_as, world
+from .processes import is_shared as _is_shared
+from .processes import own as _own
+from .processes import rows_of as _rows
 
 Part = nn.Module | torch.optim.Optimizer
 COUNT = "tensors"  # the value that holds the number of tensors, so that a missing tensor is noticed
 COUNTS = ("step", "draws", "varied", "best_step", "unimproved", COUNT)  # values that are whole numbers
 SIGNED = ("lowest", "highest", "best")  # values that may be negative: rewards, and the best evaluation
-STATES = ("/step", "/exp_avg", "/exp_avg_sq")  # AdamW's states of each parameter
+OPTIMIZERS = {
+    "exp_avg": "adamw",
+    "momentum_buffer": "muon",
+    "exp_avg_codes": "adamw8bit",
+}  # by a state of theirs
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+DTYPES[torch.uint8] = "U8"
 
 
 def write_checkpoint(
@@ -147,7 +155,7 @@ def read_checkpoint(file: Path, parts: Mapping[str, Part]) -> dict[str, Any]:
                     for name, parameter in _tensors(module).items():
                         _own(parameter).copy_(state[name].read(_rows(parameter)))
             else:
-                module.load_state_dict(_optimizer_state(module, state))
+                _restore(module, state)
     return values
 
 
@@ -205,15 +213,15 @@ class Wanted(NamedTuple):
 
 
 def _wanted(part: Part) -> dict[str, Wanted]:
-    """Return the expected tensors of a model or an optimizer, by name. An optimizer has AdamW's states."""
+    """Return the expected tensors of a model or an optimizer, by name."""
     if isinstance(part, nn.Module):
         return {name: Wanted([*p.shape], DTYPES[p.dtype]) for name, p in _tensors(part).items()}
-    found: dict[str, Wanted] = {}
-    for i, parameter in enumerate(p for group in part.param_groups for p in group["params"]):
-        moment = Wanted([*parameter.shape], DTYPES[parameter.dtype])
-        found |= {f"{i}/step": Wanted([], "F32", 1.0), f"{i}/exp_avg": moment}
-        found[f"{i}/exp_avg_sq"] = moment._replace(at_least=0.0)
-    return found
+    rules = [(group["rule"], parameter) for group in part.param_groups for parameter in group["params"]]
+    return {
+        f"{i}/{name}": Wanted(state.shape, DTYPES[state.dtype], state.at_least)
+        for i, (rule, parameter) in enumerate(rules)
+        for name, state in states_of(rule, parameter).items()
+    }
 
 
 def _check_fit(
@@ -221,29 +229,37 @@ def _check_fit(
 ) -> None:
     """Raise InputError naming a tensor that is missing, unexpected, or of another shape or dtype.
 
-    AdamW's three states (step, exp_avg, exp_avg_sq) may be missing together, for a parameter that had no gradient yet.
+    The optimizer's states of a parameter may be missing together, for a parameter that had no gradient yet.
     """
     places = {f"{part}/{name}": place for part, names in wanted.items() for name, place in names.items()}
     begun = {name.rpartition("/")[0] for name in stored}
+    reason = _reason(places, stored)
     for name in places:
-        is_state = name.endswith(STATES) and name.partition("/")[2].partition("/")[0].isdecimal()
+        is_state = name.partition("/")[2].partition("/")[0].isdecimal()
         if name not in stored and (not is_state or name.rpartition("/")[0] in begun):
-            raise InputError(
-                f"{file}: {shown(name)}: missing; the checkpoint does not fit the tensors that this run trains"
-            )
+            raise InputError(f"{file}: {shown(name)}: missing; {reason}")
 
     for name, found in stored.items():
         if name not in places:
-            raise InputError(
-                f"{file}: {shown(name)}: unexpected; the checkpoint does not fit the tensors that this run trains"
-            )
+            raise InputError(f"{file}: {shown(name)}: unexpected; {reason}")
         place = places[name]
         if [found.dtype, found.shape] != [place.dtype, place.shape]:
             raise InputError(
                 f"{file}: {shown(name)}: expected {place.dtype} of shape {place.shape}, got {found.dtype} of shape "
-                f"{found.shape}; the checkpoint does not fit the tensors that this run trains"
+                f"{found.shape}; {reason}"
             )
         found.at_least = place.at_least
+
+
+def _reason(wanted: Iterable[str], stored: Iterable[str]) -> str:
+    """Return why the names of a checkpoint's tensors differ from the wanted ones: perhaps by another optimizer."""
+    order = [*OPTIMIZERS.values()]  # the later ones have adamw's states, too
+    kinds = [[OPTIMIZERS.get(name.rpartition("/")[2], "") for name in names] for names in (wanted, stored)]
+    found = [max(map(order.index, filter(None, names)), default=None) for names in kinds]
+    if None in found or found[0] == found[1]:
+        return "the checkpoint does not fit the tensors that this run trains"
+    expected, got = (order[place] for place in found if place is not None)
+    return f"the checkpoint was written with --optimizer {got}, not {expected}: give --optimizer {got}"
 
 
 def _tensors(part: Part) -> dict[str, Tensor]:
@@ -256,44 +272,15 @@ def _tensors(part: Part) -> dict[str, Tensor]:
     }
 
 
-def _optimizer_state(optimizer: torch.optim.Optimizer, stored: Mapping[str, "Stored"]) -> dict[str, Any]:
+def _restore(optimizer: torch.optim.Optimizer, stored: Mapping[str, "Stored"]) -> None:
+    """Set the states of an optimizer. `load_state_dict` would cast the codes of 8-bit moments to fp32."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
+    optimizer.state.clear()
     for key, found in stored.items():
         index, _, name = key.partition("/")
         parameter = parameters[int(index)]
-        tensor = found.read(_rows(parameter))
-        if found.shape and _is_shared(parameter):
-            from torch.distributed.tensor import DTensor
-
-            shape = {"shape": parameter.shape, "stride": parameter.stride()}
-            tensor = tensor.to(_own(parameter).device)
-            tensor = DTensor.from_local(tensor, parameter.device_mesh, parameter.placements, **shape)
-        state.setdefault(int(index), {})[name] = tensor
-    return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-
-
-# ---- tensors sharded over processes
-
-
-def _is_shared(tensor: Tensor) -> bool:
-    return hasattr(tensor, "full_tensor")
-
-
-def _own(tensor: Any) -> Tensor:
-    """Return this process's rows of a tensor."""
-    return tensor.to_local() if _is_shared(tensor) else tensor
-
-
-def _rows(tensor: Tensor) -> range:
-    """Return the range of a tensor's rows on this process. Rows are distributed as in torch.chunk."""
-    rows = tensor.shape[0] if tensor.dim() else 1
-    if not _is_shared(tensor):
-        return range(rows)
-    size = ceil(rows / world())
-    found = range(min(rank() * size, rows), min((rank() + 1) * size, rows))
-    assert len(found) == _own(tensor).shape[0]
-    return found
+        tensor = found.read(_rows(parameter)).to(_own(parameter).device)
+        optimizer.state[parameter][name] = shared_as(parameter, tensor) if found.shape else tensor
 
 
 @dataclass

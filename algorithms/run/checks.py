@@ -16,6 +16,7 @@ from ...model.files.config_keys import LARGEST
 from ...model.files.folder import absolute
 from ...model.files.text_files import read_object
 from ..show.trackers import check_tracker
+from .adamw8bit import load_bitsandbytes
 from .flags import Bounds, SaveDtype, TrainingFlags, bounds
 from .held_out import check_evaluation
 from .inputs import check_inputs
@@ -53,6 +54,8 @@ def check_flags(config: Any, **narrower: tuple[float, float]) -> None:
         check_evaluation(config)
     check_device(config.device)
     check_tracker(getattr(config, "log_to", None))
+    if getattr(config, "optimizer", "") == "adamw8bit":
+        load_bitsandbytes()
     folder = config.output
     if getattr(config, "keep", None) is not None and not config.save_every:
         raise InputError("--keep: expected --save-every, too, which writes the folders to keep")

@@ -50,6 +50,7 @@ Limit = Annotated[float, Bounds(0, switch=True)]
 Seed = Annotated[int, Bounds(0, 2**63 - 1)]
 SamplingSeed = Annotated[int, Bounds(0, 2**31 - 1)]  # shifted left by 32 bits to make room for the step
 Epochs = Annotated[float, Bounds(1e-6, 1e6)]
+OptimizerName = Literal["adamw", "muon", "adamw8bit"]
 Schedule = Literal["constant", "linear", "cosine"]
 Data = Path | tuple[Path, ...]  # one argument or several: files, globs, folders of datasets.save_to_disk
 SaveDtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -137,7 +138,7 @@ class OptimizerFlags:
 
     steps: Count = 1000  # number of optimizer steps
     epochs: Epochs | None = None  # passes over the rows, in place of --steps
-    optimizer: Literal["adamw", "muon", "adamw8bit"] = "adamw"  # optimizer; docs/optimizers.md compares them
+    optimizer: OptimizerName = "adamw"  # optimizer; docs/optimizers.md compares them
     learning_rate: Rate  # peak learning rate
     schedule: Schedule  # learning-rate schedule after the warm-up
     warmup_steps: Size = 20  # steps of linear warm-up to the learning rate

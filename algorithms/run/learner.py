@@ -3,7 +3,7 @@
     policy = Learner(cfg, model)
     for batch in batches:
         policy.backward(loss, batch.share, metrics)    gradients and metrics add up
-    metrics = policy.step(step)                        clip, AdamW, and the sums over all processes
+    metrics = policy.step(step)                        clip, the optimizer's step, and the sums over all processes
 
 A run has one learner, or two in PPO: policy and critic.
 """
@@ -26,7 +26,7 @@ Model = TypeVar("Model", Transformer, ScalarModel)
 class Learner(Generic[Model]):
     """A model with its optimizer and the sums of a step's metrics.
 
-    model: the model to train. learning_rate: AdamW's peak learning rate, --learning-rate by default. eps: AdamW's
+    model: the model to train. learning_rate: the peak learning rate, --learning-rate by default. eps: AdamW's
     epsilon. `start` makes the optimizer, after the model has been sharded over the processes.
     """
 
@@ -45,10 +45,11 @@ class Learner(Generic[Model]):
 
     def start(self) -> None:
         """Make the optimizer. The model must already be sharded over the processes."""
-        self.optimizer = make_optimizer(self.model, self._peak, self._cfg.weight_decay, self._eps)
+        cfg = self._cfg
+        self.optimizer = make_optimizer(self.model, self._peak, cfg.weight_decay, self._eps, cfg.optimizer)
 
     def learning_rate(self, step: int) -> float:
-        """Return AdamW's learning rate at `step`, by --schedule and --warmup-steps."""
+        """Return the learning rate at `step`, by --schedule and --warmup-steps."""
         cfg = self._cfg
         return scheduled(self._peak, step, cfg.steps, cfg.warmup_steps, cfg.schedule)
 
@@ -72,7 +73,7 @@ class Learner(Generic[Model]):
             self._sums[name] = self._sums.get(name, 0.0) + (float(mean) * share if share else 0.0)
 
     def step(self, step: int) -> dict[str, float]:
-        """Take one step of AdamW, at the learning rate of `step`.
+        """Take one step of the optimizer, at the learning rate of `step`.
 
         Returns the summed metrics, grad_norm before clipping, and learning_rate. Raises InputError, and leaves the
         weights as they are, if the loss or grad_norm is not finite.

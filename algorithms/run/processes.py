@@ -166,6 +166,41 @@ def unsharded(model: Model) -> Iterator[None]:
         module.reshard()
 
 
+# ---- tensors sharded over processes
+
+
+def is_shared(tensor: Tensor) -> bool:
+    """Return whether a tensor's rows are shared by the processes: a DTensor of FSDP2."""
+    return hasattr(tensor, "full_tensor")
+
+
+def own(tensor: Any) -> Tensor:
+    """Return this process's rows of a tensor."""
+    return tensor.to_local() if is_shared(tensor) else tensor
+
+
+def rows_of(tensor: Tensor) -> range:
+    """Return the range of a tensor's rows on this process. Rows are distributed as in torch.chunk."""
+    rows = tensor.shape[0] if tensor.dim() else 1
+    if not is_shared(tensor):
+        return range(rows)
+    size = ceil(rows / world())
+    found = range(min(rank() * size, rows), min((rank() + 1) * size, rows))
+    assert len(found) == own(tensor).shape[0]
+    return found
+
+
+def shared_as(like: Any, rows: Tensor) -> Tensor:
+    """Return the tensor of which `rows` are this process's, shared as `like` is. `rows` itself if `like` is whole."""
+    if not is_shared(like):
+        return rows
+    from torch.distributed.tensor import DTensor
+
+    shape = torch.Size([like.shape[0], *rows.shape[1:]])
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(rows, like.device_mesh, like.placements, shape=shape, stride=stride)
+
+
 # ---- distributing work, and communication
 
 

@@ -1,17 +1,15 @@
 """The text at the start of a run: what will happen, before the first step."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-
-import torch
 
 from ...model.adapter import linears, lora_config
-from ...model.memory import training_memory
+from ...model.memory import nf4_bytes
 from ...model.scalar import ScalarModel
 from ...model.transformer import Transformer
 from .batch import Item
 from .flags import RolloutFlags, SamplingFlags, TrainingFlags
 from .held_out import Evaluation
+from .optimizer import state_bytes
 from .order import default_of
 from .processes import rank, world
 
@@ -42,7 +40,7 @@ def report_start(
         _steps(cfg, rows, tokens),
         _learning_rate(cfg),
         *(_weights(name, model) for name, model in models.items()),
-        _memory(cfg, next(iter(models.values()))),
+        _memory(cfg, [*models.values()]),
         _evaluations(cfg, evaluation),
         _files(cfg),
     ]
@@ -99,21 +97,22 @@ def _weights(name: str, model: Transformer | ScalarModel) -> str:
     return f"{name}: a LoRA adapter of {short(trained)} weights is trained, beside {short(frozen)} frozen{in_4bit}"
 
 
-def _memory(cfg: TrainingFlags, model: Transformer | ScalarModel) -> str:
-    lora = lora_config(model)
-    if lora is not None and isinstance(model, ScalarModel):
-        kept = tuple(
-            name for name in lora.modules_to_save if name != "score"
-        )  # the counted model has no such head
-        lora = replace(lora, modules_to_save=kept)
-    is_4bit = any(layer.four_bit is not None for layer in linears(model).values())
-    frozen_dtype = torch.bfloat16 if cfg.device.startswith("cuda") else torch.float32
-    memory = training_memory(model.config, lora, is_4bit, cfg.micro_batch_tokens, frozen_dtype, world())
+def _memory(cfg: TrainingFlags, models: Sequence[Transformer | ScalarModel]) -> str:
+    total = sum(_bytes(cfg, model) for model in models)
     where = " of each process" if world() > 1 else ""
     return (
-        f"memory{where}: about {short(memory.total)}B for the model's weights, gradients, optimizer and "
-        f"activations of {cfg.micro_batch_tokens:,} tokens"
+        f"memory{where}: {short(total)}B for weights, gradients and optimizer, beside activations "
+        "(burnish memory counts all of a run)"
     )
+
+
+def _bytes(cfg: TrainingFlags, model: Transformer | ScalarModel) -> int:
+    """Return the bytes that a process holds of a trained model: weights, gradients, and the optimizer's states."""
+    parameters = [*model.parameters()]
+    weights = sum(p.numel() * p.element_size() for p in parameters)
+    gradients = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    quantized = sum(nf4_bytes(layer.numel) for layer in linears(model).values() if layer.four_bit is not None)
+    return (weights + gradients + state_bytes(cfg.optimizer, model)) // world() + quantized
 
 
 def _evaluations(cfg: TrainingFlags, evaluation: Evaluation | None) -> str:

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from ...model.adapter import adapters, add_lora, linears, lora_config
+from ...model.adapters.config import LoraConfig
 from ...model.checkpoint import load_model, load_scalar_model, read_adapter
+from ...model.config import ModelConfig
 from ...model.errors import InputError
 from ...model.files.folder import is_adapter
 from ...model.scalar import ScalarModel
@@ -108,3 +110,13 @@ def _add(model: Transformer | ScalarModel, cfg: Any, folder: Path, **options: An
         raise InputError(
             f"--model {folder}: expected --lora-rank for this model, because its 4-bit weights are frozen"
         )
+
+
+def planned_adapter(cfg: Any, config: ModelConfig, *modules_to_save: str) -> LoraConfig | None:
+    """Return the adapter that the flags ask for on a model of this shape, without weights. None without --lora-rank."""
+    _dtype(cfg, cfg.model, continued=False)
+    if not cfg.lora_rank:
+        return None
+    model = (ScalarModel if modules_to_save else Transformer)(config, device="meta")
+    _add(model, cfg, cfg.model, **({"modules_to_save": modules_to_save} if modules_to_save else {}))
+    return lora_config(model)

@@ -282,7 +282,10 @@ def _bitsandbytes(case: Case) -> Callable[..., Any]:
 
     Our op and bitsandbytes work on the same bytes, because both use the same 4-bit format.
     """
-    from bitsandbytes import functional, matmul_4bit  # pyright: ignore[reportMissingImports]
+    from bitsandbytes import (  # pyright: ignore[reportMissingImports]
+        functional,
+        matmul_4bit,  # pyright: ignore[reportPrivateImportUsage]
+    )
 
     def state(tensors: dict[str, Any], K: int, dtype: torch.dtype) -> Any:
         inner = functional.QuantState(

@@ -5,9 +5,9 @@
 One process and several processes over gloo are measured, each in new processes. The model is a Llama of 8 layers, width
 512 and 16,384 words, in fp32 on a CPU, on one thread. A step trains four rows of 512 tokens in micro-batches of two,
 with checkpoint_activations. Held: weights and AdamW's moments, counted in the tensors. Growth: the peak of resident
-memory in the second step beyond the memory before it. Growth includes gradients, gathered weights and activations. It
-also includes two parts that the calculator leaves out: one layer at work, and the buffers of messages. Of several
-processes the largest figure is reported.
+memory in the second step beyond the memory before it. Growth includes gradients, gathered weights, activations and one
+layer at work. It also includes a part that the calculator leaves out: the buffers of messages. Of several processes the
+largest figure is reported.
 """
 
 import gc
@@ -26,7 +26,7 @@ from ...algorithms.run.processes import gathered, processes, rank, shard, summed
 from ...model.adapter import add_lora, linears, quantize_base
 from ...model.adapters.config import LoraConfig
 from ...model.config import ModelConfig
-from ...model.memory import training_memory
+from ...model.memory import Training, training_memory
 from ...model.packed import pack
 from ...model.transformer import Transformer
 from .process import figures_of
@@ -102,10 +102,11 @@ def counted(mode: str, several: int) -> dict[str, int]:
     """Return the held bytes and the growth that model/memory.py predicts for the second step."""
     lora, base_4bit = MODES[mode]
     tokens = min(ROWS_AT_ONCE, -(-ROWS // several)) * LENGTH
-    memory = training_memory(SHAPE, lora, base_4bit, tokens, torch.float32, several)
+    training = Training(lora, base_4bit, tokens, processes=several, on_gpu=False)
+    memory = training_memory(SHAPE, training)
     return {
         "held": memory.weights + memory.adapter + memory.optimizer,
-        "growth": memory.gradients + memory.gathered + memory.activations,
+        "growth": memory.gradients + memory.gathered + memory.activations + memory.working,
     }
 
 

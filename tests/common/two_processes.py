@@ -45,6 +45,10 @@ SHAPES = {
     "tied": {},
     "untied": {"tie_word_embeddings": False},
     "experts": {"model_type": "mixtral", "experts": EXPERTS},
+    "wide": {
+        "hidden_size": 72,
+        "intermediate_size": 89,
+    },  # large enough for 8-bit moments; uneven shares of rows
 }
 COMMON = {"steps": 3, "learning_rate": 3e-3, "schedule": "constant", "warmup_steps": 0, "device": "cpu"}
 EVALUATED = {"eval_every": 2}  # beside "eval_data": before training, and after two and three steps
@@ -191,6 +195,23 @@ CASES = {  # name: (algorithm, shape of the model, flags)
         "untied",
         {**SFT, "teacher": "experts", "lora_rank": 4, "base_4bit": True, "checkpoint_activations": True},
     ),
+    # Muon gathers the rows of a matrix, and the rows of an adapter; three experts are uneven shares
+    "sft-muon": ("sft", "wide", {**SFT, "optimizer": "muon", "weight_decay": 0.1}),
+    "sft-muon-experts": (
+        "sft",
+        "experts",
+        {"batch_size": 5, "micro_batch_tokens": 1, "optimizer": "muon"},
+    ),
+    "ppo-muon-qlora": (
+        "ppo",
+        "untied",
+        {**PPO, "reward": "odd.py:odd", "lora_rank": 4, "base_4bit": True, "optimizer": "muon"},
+    ),
+    "sft-8bit": (  # where rounding moves a moment to the next code, a step differs by some percent of the rate
+        "sft",
+        "wide",
+        {**SFT, "optimizer": "adamw8bit", "weight_decay": 0.1, "learning_rate": 1e-4},
+    ),
     "distill-stored": ("distill", "tied", {"batch_size": 1, "data": "lessons.safetensors"}),  # one is idle
 }
 
@@ -254,7 +275,16 @@ FAULTS = {  # by trainer: what is wrong, and what it does in its place
         lambda values: values,
     ),
 }
-RESUMED = ("sft-lora", "reward", "distill", "ppo")
+RESUMED = (
+    "sft-lora",
+    "reward",
+    "distill",
+    "ppo",
+    "sft-muon",
+    "sft-muon-experts",
+    "ppo-muon-qlora",
+    "sft-8bit",
+)
 
 
 def checkpointed(folder: Path, output: str, name: str = "sft-lora", **changes) -> Path:

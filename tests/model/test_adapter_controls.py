@@ -194,7 +194,7 @@ def only_layers_behind_the_last_are_passed_over(data, tmp_path):
 @control
 def counted_is_held(data, tmp_path):
     model = trained()
-    found = memory.training_memory(TINY, LoraConfig(3, 6), frozen_dtype=torch.float32)
+    found = memory.training_memory(TINY, memory.Training(LoraConfig(3, 6), on_gpu=False))
     size = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     assert (found.adapter, found.gradients, found.optimizer) == (size, size, 2 * size)
 
