@@ -143,7 +143,7 @@ def _text(value: Any) -> str:
 
 
 def _path(value: Any) -> Path:
-    if not isinstance(value, str) or "\0" in value or not value:
+    if not isinstance(value, str) or "\0" in value:
         raise Misfit("a path")
     return Path(value)
 

@@ -135,7 +135,7 @@ WRONG = {
     "lora_alpha: {a: 1}": "lora_alpha: expected a number or null, got a mapping",
     "resume: maybe": "resume: expected true or false, got maybe",
     "schedule: linea": "schedule: expected one of constant, linear, cosine, got linea",
-    "data: ''": "data: expected a path, got ''",
+    "data:": "data: expected a path, got null",
     "model: !!python/object/apply:os.system [ls]": "model: expected a path, got the tag !!python/object/apply:",
     "model: !!binary aGk=": "model: expected a path, got the tag !!binary",
     "? [a]\n: 1": "line 1: expected a flag's name as key, got a list or a mapping",
