@@ -212,4 +212,4 @@ def _yaml_scalar(node: Any) -> Any:
     kinds = {f"{YAML}map": "a mapping", f"{YAML}seq": "a list"}
     if node.tag not in SCALARS:
         return Nested(kinds.get(node.tag, f"the tag {shown(node.tag.replace(YAML, '!!'))}"))
-    return None if node.tag == f"{YAML}null" and node.style is None else node.value
+    return None if node.tag == f"{YAML}null" else node.value
