@@ -36,7 +36,7 @@ from .files.config_keys import LARGEST, is_token_id
 from .files.dtypes import read_dtypes
 from .files.experts import disk_name, to_disk
 from .files.finite import cast, check_finite
-from .files.folder import absolute, base_of, holds_a_model, is_adapter
+from .files.folder import absolute, base_of, holds_a_model, is_adapter, way_to_fetch
 from .files.replacing import recover, replacing_folder
 from .files.sizes import check_sizes
 from .files.tensors import DTYPES, FLOATS, opened, stored_tensors, write_json, write_tensors
@@ -408,9 +408,8 @@ def _check_no_base(folder: Path, base: str | os.PathLike[str] | None) -> None:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     if not os.path.isdir(folder):
-        raise InputError(
-            f"{folder}: expected a model folder, found {'a file' if os.path.exists(folder) else 'nothing'}"
-        )
+        found = "a file" if os.path.exists(folder) else "nothing"
+        raise InputError(f"{folder}: expected a model folder, found {found}{way_to_fetch(folder)}")
     return read_object(folder / "config.json")
 
 

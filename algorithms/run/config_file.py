@@ -143,7 +143,7 @@ def _text(value: Any) -> str:
 
 
 def _path(value: Any) -> Path:
-    if not isinstance(value, str) or "\0" in value or not value:
+    if not isinstance(value, str) or "\0" in value:
         raise Misfit("a path")
     return Path(value)
 
@@ -212,4 +212,4 @@ def _yaml_scalar(node: Any) -> Any:
     kinds = {f"{YAML}map": "a mapping", f"{YAML}seq": "a list"}
     if node.tag not in SCALARS:
         return Nested(kinds.get(node.tag, f"the tag {shown(node.tag.replace(YAML, '!!'))}"))
-    return None if node.tag == f"{YAML}null" and node.style is None else node.value
+    return None if node.tag == f"{YAML}null" else node.value

@@ -5,16 +5,16 @@ value comes from the command line, else from the file of --config, else from the
 """
 
 import dataclasses
-import itertools
 import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from .config_file import read_config_file
+from ...model.errors import shown
+from .config_file import Misfit, fitted, read_config_file
 from .flags import POSITIONAL, TrainingFlags, helps
 from .words import did_you_mean, wrapped
 
@@ -44,7 +44,7 @@ def parsed(name: str, module: ModuleType, arguments: Sequence[str], summary: str
 
     config = module.Config
     fields = {field.name: field for field in dataclasses.fields(config)}
-    _check_known(name, config, arguments)
+    _check_words(name, config, arguments)
     file = _config_file(arguments)
     values = {} if file is None else read_config_file(Path(file), config, name)
 
@@ -162,24 +162,44 @@ def _words(arguments: Sequence[str]) -> list[str]:
 
 
 def _config_file(arguments: Sequence[str]) -> str | None:
-    """Return the file that --config names, or None."""
-    found, words = None, _words(arguments)
-    for word, following in itertools.zip_longest(words, words[1:]):
-        if word == "--config":
-            found = following
-        elif word.startswith("--config="):
-            found = word.removeprefix("--config=") or None
+    """Return the file that --config names, or None. The last of several counts, as for every flag."""
+    files = [values[0] for flag, values in _flags(arguments) if flag == "--config" and values]
+    return files[-1] if files else None
+
+
+def _check_words(name: str, config: type, arguments: Sequence[str]) -> None:
+    """End the program with status 2 and one sentence for an unknown flag, with the nearest one, or a wrong value."""
+    hints = get_type_hints(config)
+    known = [*hints, *(f"no_{flag}" for flag, hint in hints.items() if hint is bool), "config", "help"]
+    for word, values in _flags(arguments):
+        flag = word[2:].replace("-", "_")
+        if flag not in known and not flag.startswith("tyro_"):
+            way_out = did_you_mean(flag.replace("_", "-"), [each.replace("_", "-") for each in known], "--")
+            _leave(f"{name}: {word}: no such flag{way_out or ';'} {name} --help lists all flags")
+
+        hint = hints.get(flag, bool)
+        optional = NoneType in get_args(hint)
+        for value in values if get_origin(_base(hint)) is tuple else values[: hint is not bool]:
+            if value.lower() == "nan":  # refused by the bounds
+                continue
+            try:
+                fitted(hint, None if optional and value == "None" else value)
+            except Misfit as error:
+                _leave(f"{name}: {word}: expected {str(error).removesuffix(' or null')}, got {shown(value)}")
+
+
+def _flags(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Return each flag of the command line with the words behind it, up to the next flag."""
+    found: list[tuple[str, list[str]]] = []
+    for word in _words(arguments):
+        if word.startswith("--"):
+            flag, separator, value = word.partition("=")
+            found.append((flag, [value] * bool(separator)))
+        elif found:
+            found[-1][1].append(word)
     return found
 
 
-def _check_known(name: str, config: type, arguments: Sequence[str]) -> None:
-    """End the program with status 2 and one sentence if a flag is unknown. The sentence names the nearest flag."""
-    hints = get_type_hints(config)
-    known = [*hints, *(f"no_{flag}" for flag, hint in hints.items() if hint is bool), "config", "help"]
-    for word in _words(arguments):
-        flag = word[2:].partition("=")[0].replace("-", "_")
-        if word.startswith("--") and flag not in known and not flag.startswith("tyro_"):
-            way_out = did_you_mean(flag.replace("_", "-"), [each.replace("_", "-") for each in known], "--")
-            sentence = f"{name}: {word.partition('=')[0]}: no such flag{way_out or ';'}"
-            print(f"{sentence} {name} --help lists all flags", file=sys.stderr)
-            raise SystemExit(2)
+def _leave(sentence: str) -> NoReturn:
+    print(sentence, file=sys.stderr)
+    raise SystemExit(2)

@@ -45,8 +45,8 @@ def placed(targets: tuple[str, ...], layers: Mapping[str, Adaptable], scores: bo
     if scores and len(targets) > 1:
         targets = tuple(name for name in targets if name != HEAD)
 
-    names: dict[str, None] = {}
-    matrices: dict[str, None] = {}
+    names: dict[str, Any] = {}
+    matrices: dict[str, Any] = {}
     for name in targets:
         of_dense = any(_ends(name, layer) for layer in [*dense, *heads])
         of_experts = [matrix for matrix in EXPERTS if stacks and _ends(name, matrix)]

@@ -1,6 +1,7 @@
 """Properties of a Hugging Face folder: the kind of its content, the base of an adapter, and the absolute path."""
 
 import os
+import re
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from os.path import lexists
@@ -18,6 +19,25 @@ MODEL_FILES = (  # the only files that a save may replace
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
     *(f"{TEMPLATES}/*.jinja", peft.CONFIG),
 )
+
+
+USUAL_FOLDERS = ("models", "runs", "data", "checkpoints", "output", "outputs")  # no owners of models
+
+
+def way_to_fetch(name: str | os.PathLike[str], kind: str = "model", into: str = "") -> str:
+    """Return "; fetch it from the hub with ...", if `name` may be a name on the hub, owner/name, and else "".
+
+    A name is not one of the hub if it is here, or if its owner is the name of a folder, here or by custom. Nothing is
+    looked up elsewhere. kind: model or dataset. into: the folder to fetch it into, which the words then say to pass; by
+    default of the second part of the name, in models/ or data/.
+    """
+    found = re.fullmatch(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*)", os.fspath(name))
+    if found is None or lexists(found[0]) or lexists(found[1]) or found[1] in USUAL_FOLDERS:
+        return ""
+    into = into or f"{'models' if kind == 'model' else 'data'}/{found[2]}"
+    option = "" if kind == "model" else f" --repo-type {kind}"
+    passed = "" if into == found[0] else f", and pass {into}"
+    return f"; fetch it from the hub with `hf download {found[0]}{option} --local-dir {into}`{passed}"
 
 
 def is_adapter(folder: str | os.PathLike[str]) -> bool:
@@ -69,9 +89,10 @@ def _named_base(folder: Path) -> Path:
             f"at {named!r:.200}: write the path of one of them into the file"
         )
     if not from_here and not from_adapter:
+        fetch = way_to_fetch(named, into=named) if isinstance(named, str) else ""
         raise InputError(
             f"{file}: base_model_name_or_path: expected a model folder, found none at {named!r:.200}: write its path "
-            "into the file, or merge the adapter (burnish merge --base FOLDER)"
+            f"into the file, or merge the adapter (burnish merge --base FOLDER){fetch}"
         )
     return [*from_here, *from_adapter][0]
 

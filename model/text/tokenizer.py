@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import tokenizers
 
 from ..errors import InputError, shown
-from ..files.folder import base_of, is_adapter
+from ..files.folder import base_of, is_adapter, way_to_fetch
 from ..files.replacing import recover, replacing
 from ..files.text_files import read_optional
 from ..vocabulary import Vocabulary
@@ -109,7 +109,7 @@ class Tokenizer:
         recover(folder)
         if not os.path.isdir(folder):
             raise InputError(
-                f"{folder}: no such folder; expected a Hugging Face folder with a tokenizer.json"
+                f"{folder}: no such folder; expected a Hugging Face folder with a tokenizer.json{way_to_fetch(folder)}"
             )
         file = folder / "tokenizer.json"
         if not os.path.lexists(file) and is_adapter(folder):  # an adapter may use its base's tokenizer

@@ -15,7 +15,10 @@ from burnish.model.adapter import adapters, add_lora, linears, lora_config, quan
 from burnish.model.checkpoint import load_model, load_scalar_model, save_model
 from burnish.model.errors import InputError
 from burnish.model.files.folder import base_of, is_adapter
+from burnish.model.linear import ExpertLinear, Linear
 from burnish.model.text.tokenizer import Tokenizer
+from faults import check_of, control, faults_of
+from planted import plant
 from runs import dtypes_in, losses_of
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -240,6 +243,28 @@ def test_the_layers_that_get_an_adapter(data, base, targets, expected):
 def test_a_target_that_no_layer_has_is_refused(data, base, targets, message):
     with pytest.raises(InputError, match=f"--lora-targets: .*{message}"):
         placed(targets, linears(load_model(data / "tiny-hf" / base)))
+
+
+@control
+def targets_select_their_layers() -> None:
+    layers = {name: Linear(2, 2) for name in ("lm_head", "model.layers.0.self_attn.q_proj")}
+    layers |= {f"model.layers.{i}.mlp.experts.down_proj": ExpertLinear(2, 2, 2) for i in range(2)}
+    assert placed(("all-linear",), layers)["targets"] == ("q_proj",)
+    assert placed(("down_proj", "q_proj"), layers)["parameters"] == (DOWN,)
+    for wrong in (("k_proj",), (r".*\.0\..*",)):
+        try:
+            placed(wrong, layers)
+        except InputError:
+            continue
+        raise AssertionError(wrong)
+
+
+@pytest.mark.parametrize("fault", faults_of(__file__), ids=lambda fault: fault.id)
+def test_the_selection_of_layers_can_fail(fault, monkeypatch):
+    targets_select_their_layers()
+    plant(fault, monkeypatch)
+    with pytest.raises(AssertionError):
+        check_of(fault)()
 
 
 def test_a_critic_leaves_out_the_head(data):

@@ -213,8 +213,8 @@ def test_a_conversation_beyond_the_trained_length_is_remarked_upon(folder, repli
     [
         (["--max-new-tokens", "0"], "--max-new-tokens: expected at least 1, got 0"),
         (["--temperature", "-1"], "--temperature: expected at least 0 and at most 1000, got -1.0"),
-        (["--temperature", "1e4"], "--temperature: expected at least 0 and at most 1000, got 10000.0"),
         (["--temperature", "nan"], "--temperature: expected at least 0 and at most 1000, got nan"),
+        (["--temperature", "1e4"], "--temperature: expected at least 0 and at most 1000, got 10000.0"),
         (["--top-p", "0"], "--top-p: expected more than 0 and at most 1, got 0.0"),
         (["--top-k", "-1"], "--top-k: expected a whole number of at least 0, got -1"),
         (["--temperature", "0", "--top-k", "5"], "--top-k: expected --temperature above 0 beside it, got 0"),

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import tempfile
 from math import inf
 from pathlib import Path
 from types import ModuleType, NoneType
@@ -13,9 +14,12 @@ import yaml
 from burnish.algorithms import sft
 from burnish.algorithms.__main__ import COMMANDS, main
 from burnish.algorithms.run.checks import as_json
-from burnish.algorithms.run.config_file import MOST_BYTES, fitted
+from burnish.algorithms.run.config_file import MOST_BYTES, Misfit, fitted, read_config_file
 from burnish.algorithms.run.flags import bounds
 from burnish.algorithms.run.parsing import parsed
+from burnish.model.errors import InputError
+from faults import check_of, control, faults_of
+from planted import plant
 
 CONFIGS = {name: module for name, (module, _, _) in COMMANDS.items() if name != "bench"}
 TEXTS = iter(["no", "1e-6", "null", "0x10", "a: b #c", "ü 🎉", "~", "true"] * 40)
@@ -135,7 +139,7 @@ WRONG = {
     "lora_alpha: {a: 1}": "lora_alpha: expected a number or null, got a mapping",
     "resume: maybe": "resume: expected true or false, got maybe",
     "schedule: linea": "schedule: expected one of constant, linear, cosine, got linea",
-    "data: ''": "data: expected a path, got ''",
+    "data:": "data: expected a path, got null",
     "model: !!python/object/apply:os.system [ls]": "model: expected a path, got the tag !!python/object/apply:",
     "model: !!binary aGk=": "model: expected a path, got the tag !!binary",
     "? [a]\n: 1": "line 1: expected a flag's name as key, got a list or a mapping",
@@ -188,3 +192,43 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path, capsys):
     for name, sentence in (("none.yaml", "no such file"), ("latin.yaml", "not UTF-8"), ("", "not a regular")):
         assert main(["bench", "static", "--config", str(tmp_path / name)]) == 1
         assert f"--config {tmp_path / name}: {sentence}" in capsys.readouterr().err
+
+
+# ---- planted faults
+
+
+def values_in(text: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        (file := Path(folder) / "run.yaml").write_text(text)
+        return read_config_file(file, sft.Config, "burnish sft")
+
+
+@control
+def values_are_read_as_on_the_command_line() -> None:
+    try:
+        read = values_in("keep_best: 'null'\nlearning_rate: 1e-6\nmax_grad_norm: .inf\nlora_alpha: null")
+    except InputError as error:
+        raise AssertionError(error) from error
+    assert read == {"keep_best": "null", "learning_rate": 1e-6, "max_grad_norm": inf, "lora_alpha": None}
+
+
+@control
+def what_is_wrong_is_refused() -> None:
+    for text in ("steps: 0", "steps: 1\nsteps: 2", "learning_rate: .nan", "seed: !!python/name:os.system 1"):
+        try:
+            values_in(text)
+        except InputError:
+            continue
+        raise AssertionError(f"read: {text}")
+    try:
+        raise AssertionError(f"read: {fitted(float, 'nan')}")
+    except Misfit:
+        pass
+
+
+@pytest.mark.parametrize("fault", faults_of(__file__), ids=lambda fault: fault.id)
+def test_the_checks_can_fail(fault, monkeypatch):
+    check_of(fault)()
+    plant(fault, monkeypatch)
+    with pytest.raises(AssertionError):
+        check_of(fault)()

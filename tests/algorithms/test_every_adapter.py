@@ -134,7 +134,7 @@ def test_every_algorithm_has_targets_dora_and_rslora(configs, name, tmp_path):
             length = linears(model)[key].dense().norm(dim=1)
 
             # both are trained
-            assert bool(lora.b.any()) and not torch.equal(lora.magnitude.detach(), length)  # both are trained
+            assert bool(lora.b.any()) and not torch.equal(lora.magnitude.detach(), length)
 
     first = metrics_of(cfg.output)[0]  # the policy that samples is the one that is trained
     if name == "ppo":

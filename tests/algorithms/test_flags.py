@@ -152,6 +152,13 @@ def test_the_groups_are_those_that_a_user_would_look_in():
         (["sft", "--no-resum"], "burnish sft: --no-resum: no such flag; did you mean --no-resume? "),
         (["bench", "tune", "--serch"], "burnish bench tune: --serch: no such flag; did you mean --search? "),
         (["merge", "--qqqq"], "burnish merge: --qqqq: no such flag; burnish merge --help lists all flags"),
+        (["sft", "--steps", "many"], "burnish sft: --steps: expected a whole number, got many"),
+        (["sft", "--lora-alpha=x"], "burnish sft: --lora-alpha: expected a number, got x"),
+        (["grpo", "--reward-weights", "1", "x"], "burnish grpo: --reward-weights: expected a number, got x"),
+        (
+            ["sft", "--schedule", "line"],
+            "burnish sft: --schedule: expected one of constant, linear, cosine, got line",
+        ),
         (["sfft"], "burnish: no command 'sfft'; did you mean sft?"),
         (["qqqq"], "burnish: no command 'qqqq'\n"),
     ],
