@@ -1,4 +1,4 @@
-"""Folders of `datasets.save_to_disk` and files of its cache: what is read is the dataset, without the nulls of Arrow."""
+"""Folders of `datasets.save_to_disk` and files of its cache: what is read is the dataset, without nulls of Arrow."""
 
 import json
 from pathlib import Path
