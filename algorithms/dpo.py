@@ -21,8 +21,8 @@ the negative log-likelihood of the chosen completions per token, times --nll-wei
     orpo       s / length            -beta log sigmoid(logit e^w - logit e^l) + NLL        2403.07691, eq. 6, 7
 
 The reference is the model that training starts from. Its log-probabilities are computed once, before training, in the
-batches of the first epoch. Training repeats these sums in the same order. So at the start s - s_ref is exactly 0, and
-DPO's loss is log 2.
+batches of the first epoch; rows that only a later epoch draws follow. Training repeats these sums in the same order.
+So at the start s - s_ref is exactly 0, and DPO's loss is log 2.
 
 A pair is one forward pass: both completions continue the same prompt. The first token of each completion is scored from
 the last row of the prompt.

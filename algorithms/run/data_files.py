@@ -24,6 +24,7 @@ INDICES = (
 )  # keys of state.json, of rows that were selected or shuffled
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FORMATS = (".jsonl", ".json", ".gz", ".parquet", ".arrow", ".feather", ".safetensors")
+SHARD = re.compile(r"data-(\d{5})-of-(\d{5})\.arrow")
 GLOB = re.compile(r"[*?[]")
 
 
@@ -105,7 +106,17 @@ def _files_of_state(folder: Path) -> list[Path]:
     listed = state.get("_data_files")
     if not isinstance(listed, list):
         raise InputError(f"{folder / STATE}: _data_files: expected a list, got {shown(listed)}")
-    return [folder / _name_of(entry, folder) for entry in listed]
+    names = [_name_of(entry, folder) for entry in listed]
+
+    # a name tells how many files there are: data-00000-of-00002.arrow
+    if numbered := [match for name in names if (match := SHARD.fullmatch(name))]:
+        count = int(numbered[0][2])
+        if len(names) != count or [int(match[1]) for match in numbered] != list(range(count)):
+            raise InputError(
+                f"{folder / STATE}: _data_files: expected {count} files in order, as in {names[0]}, got {len(names)}: "
+                f"{shown(', '.join(names))}"
+            )
+    return [folder / name for name in names]
 
 
 def _name_of(entry: Any, folder: Path) -> str:

@@ -125,6 +125,12 @@ def test_a_folder_of_save_to_disk_is_its_files_in_order(tmp_path):
     assert [row["text"] for row in rows] == ["b", "a", "c"]
     assert rows[2].where == f"{folder / 'data-00002-of-00003.arrow'} row 1"
 
+    # a list that lacks one of them, or names one twice
+    for kept in ([0, 1], [1, 2], [0, 1, 1], [2, 1, 0]):
+        listed = [{"filename": f"data-{i:05}-of-00003.arrow"} for i in kept]
+        other = saved(tmp_path / f"kept-{kept}", *tables, _data_files=listed)
+        assert "state.json: _data_files: expected 3 files in order" in refusal(other)
+
     # files that state.json does not list are no part of it
     arrow(folder / "cache-1.arrow", tables[0])
     assert len(read_rows(folder)) == 3

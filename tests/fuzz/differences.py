@@ -33,7 +33,7 @@ FORMATS = {
     "U8": "<B",
 }  # BF16 is half of an F32
 BROKEN = (OSError, EOFError, zlib.error, struct.error)
-ROWS = ("lines", "list", "gzip", "parquet")
+ROWS = ("lines", "list", "gzip", "parquet", "arrow")
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -158,6 +158,14 @@ def _rows_of_parquet(data: bytes) -> list[Any]:
     return pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
 
 
+def _rows_of_arrow(data: bytes) -> list[Any]:
+    import pyarrow.ipc
+
+    table = pyarrow.ipc.open_stream(data).read_all()
+    table.validate(full=True)
+    return table.to_pylist()
+
+
 def _tensors(data: bytes) -> dict[str, Any]:
     header, body = header_of(data)
     json_of(data[8 : len(data) - len(body)])  # raises where a name stands twice
@@ -232,5 +240,6 @@ def _items(raw: bytes, kind: int) -> list[Any]:
 _VALUES = {
     **{"json": json_of, "adapter config": json_of, "safetensors": _tensors, "gguf": _gguf},
     **{"lines": _rows_of_lines, "list": _rows_of_list, "gzip": _rows_of_gzip, "parquet": _rows_of_parquet},
+    "arrow": _rows_of_arrow,
     "template": lambda data: data.decode(),
 }

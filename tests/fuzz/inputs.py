@@ -179,6 +179,7 @@ def rows_of(kind: str) -> Iterator[dict[str, Any]]:
 
 def _rows(folder: Path) -> None:
     import pyarrow
+    import pyarrow.ipc
     import pyarrow.parquet
 
     for kind in ("completions", "messages", "prompts", "preferences", "judged", "text", "tools"):
@@ -190,8 +191,23 @@ def _rows(folder: Path) -> None:
         (own / "rows.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
         if kind == "tools":  # Arrow has no empty object
             continue
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), own / "rows.parquet")
+        table = pyarrow.Table.from_pylist(rows)
+        pyarrow.parquet.write_table(table, own / "rows.parquet")
+        with pyarrow.ipc.new_stream(str(own / "rows.arrow"), table.schema) as stream:
+            stream.write_table(table)
+    _saved(folder / "rows-text")
     (folder / "rows-completions" / "template.jinja").write_text(ROW_TEMPLATE)
+
+
+def _saved(folder: Path) -> None:
+    """The folder's rows as `datasets.save_to_disk` writes them, twice."""
+    saved = folder / "saved"
+    saved.mkdir()
+    names = ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
+    for name in names:
+        shutil.copy(folder / "rows.arrow", saved / name)
+    state = {"_data_files": [{"filename": name} for name in names], "_fingerprint": "0", "_split": None}
+    (saved / "state.json").write_text(json.dumps(state, indent=2))
 
 
 # ---- what a run leaves

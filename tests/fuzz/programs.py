@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import struct
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
@@ -258,19 +259,38 @@ def of_gzip(data: bytes, draw: Random) -> Mutation:
 
 def of_parquet(data: bytes, draw: Random) -> Mutation:
     """The bytes, or a table of other columns."""
+    import pyarrow.parquet
+
+    read = lambda: pyarrow.parquet.read_table(io.BytesIO(data))
+    return _of_table(data, draw, read, pyarrow.parquet.write_table)
+
+
+def of_arrow(data: bytes, draw: Random) -> Mutation:
+    """The bytes of a stream, or a stream of other columns."""
+    import pyarrow.ipc
+
+    def write(table: Any, target: io.BytesIO) -> None:
+        with pyarrow.ipc.new_stream(target, table.schema) as stream:
+            stream.write_table(table)
+
+    return _of_table(data, draw, lambda: pyarrow.ipc.open_stream(data).read_all(), write)
+
+
+def _of_table(
+    data: bytes, draw: Random, read: Callable[[], Any], write: Callable[[Any, io.BytesIO], None]
+) -> Mutation:
     if draw.random() < 0.7:
         return of_bytes(data, draw)
     import pyarrow
-    import pyarrow.parquet
 
-    rows = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
+    rows = read().to_pylist()
     i = draw.randrange(len(rows))
     for _ in range(20):  # Arrow has one type for a column
         changed, what = of_row(rows[i], draw)
         others = [row if draw.random() < 0.2 else dict(changed) for row in rows]
         target = io.BytesIO()
         try:
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist([changed, *others]), target)
+            write(pyarrow.Table.from_pylist([changed, *others]), target)
         except Exception:  # what Arrow cannot hold
             continue
         return Mutation(target.getvalue(), f"table: {what}")

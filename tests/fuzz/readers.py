@@ -29,7 +29,7 @@ from burnish.model.text.template import TOOL_TEMPLATE_FILE
 from burnish.model.text.tokenizer import Tokenizer
 from inputs import FLAGS, rows_of
 from mutations import Mutation, of_adapter_config, of_bytes, of_json, of_safetensors
-from programs import of_gguf, of_gzip, of_lines, of_list, of_parquet, of_template
+from programs import of_arrow, of_gguf, of_gzip, of_lines, of_list, of_parquet, of_template
 
 TALK = [
     *({"role": "user", "content": "What is 1 + 2?"}, {"role": "assistant", "content": "3"}),
@@ -43,7 +43,7 @@ MUTATIONS: dict[str, Callable[[bytes, Random], Mutation]] = {  # what a file hol
         "bytes": of_bytes,
     },
     **{"template": of_template, "lines": of_lines, "list": of_list, "gzip": of_gzip, "parquet": of_parquet},
-    "gguf": of_gguf,
+    **{"arrow": of_arrow, "gguf": of_gguf},
 }
 
 
@@ -220,7 +220,11 @@ ROWS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("completions", "messages", "tools", "text"), sft_examples),
     **{"prompts": rl_prompts, "preferences": preferences, "judged": judged_completions},
 }
-FORMATS = {"rows.jsonl": "lines", "rows.json": "list", "rows.jsonl.gz": "gzip", "rows.parquet": "parquet"}
+FORMATS = {
+    **{"rows.jsonl": "lines", "rows.json": "list", "rows.jsonl.gz": "gzip", "rows.parquet": "parquet"},
+    "rows.arrow": "arrow",
+}
+TABLES = ("parquet", "arrow")
 
 
 def readers(inputs: Path) -> list[Reader]:
@@ -296,7 +300,10 @@ def _rows(inputs: Path) -> list[Reader]:
     found = []
     for kind, made in ROWS.items():
         for file, holds in FORMATS.items():
-            if kind != "tools" or holds != "parquet":
+            if kind != "tools" or holds not in TABLES:
                 read = partial(of_rows, file, made, inputs, None)
                 found.append(Reader(f"rows/{kind}/{holds}", f"rows-{kind}", {file: holds}, read))
-    return found
+
+    # a folder that datasets.save_to_disk wrote
+    saved_rows = partial(of_rows, "saved", sft_examples, inputs, None)
+    return [*found, Reader("rows/saved", "rows-text", {"saved/state.json": "json"}, saved_rows)]
