@@ -1,4 +1,4 @@
-"""What a run shows: lines without a terminal, the page of a run, events for TensorBoard, the text at the end."""
+"""The display of a run: lines without a terminal, the page of a run, events for TensorBoard, the text at the end."""
 
 import dataclasses
 import json
@@ -227,6 +227,7 @@ def test_a_page_is_made_from_broken_and_foreign_files(tmp_path):
         b'{"step": 1, "loss": NaN}\n\xff\xfe broken\n[1, 2]\n{"step": -4, "loss": 1}\n{"step": 2, "loss": 1e999}\n'
         b'{"step": 1e3, "loss": 1}\n{"loss": 2.5}\n{"step": 9, "<b>&\\u001b": 3}\n{"step": 10, "lo',
     )
+
     (folder / "samples.jsonl").write_bytes(b'{"prompt": 3, "completion": null, "rewards": 7}\nbroken\n[]\n')
     (folder / "held_out.json").write_text('{"before": {"accuracy": 0.5, "pairs": "many"}, "after": 3}')
     (folder / "versions.json").write_text("[1]")
@@ -254,6 +255,7 @@ def test_samples_are_escaped_folded_and_harmless(tmp_path):
     talk = [{"role": "user", "content": "שלום <script>alert(1)</script>"}, {"role": "x"}, 7]
     samples[-1] = {"step": 19, "prompt": talk, "completion": "\x1b[2J\x00" + "long " * 400}
     samples[-1] |= {"reward": 0.25, "rewards": {"accuracy": None, "<i>": 1.0}, "length": 12}
+
     text = "".join(json.dumps(sample) + "\n" for sample in samples)
     (folder / "samples.jsonl").write_text(text.replace("answer 18", "half \\ud800"))
     write_report(folder)
