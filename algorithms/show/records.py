@@ -47,7 +47,7 @@ def read_records(folder: Path) -> Records:
     notes: list[str] = []
     columns, lines, last_step = _read_metrics(folder / "metrics.jsonl", notes)
     held_out = {
-        name: {key: value for key, value in of_name.items() if _is_number(value)}
+        name: {key: number for key, value in of_name.items() if (number := _number(value)) is not None}
         for name, of_name in _read_optional(folder / "held_out.json", notes).items()
         if isinstance(of_name, dict)
     }
@@ -144,6 +144,10 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float)  # not bool
+
+
+def _number(value: Any) -> float | None:
+    return _finite(value) if _is_number(value) else None
 
 
 def _finite(value: float | None) -> float | None:

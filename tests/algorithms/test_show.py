@@ -236,17 +236,22 @@ def test_a_page_is_made_from_broken_and_foreign_files(tmp_path):
     write_report(folder)
     page = page_of(folder)
     assert "5 of 10 lines cannot be read" in page.text and "not finished: step 10 of 10" in page.text
-    assert "versions.json: expected a JSON object" in page.text and "50.0 ± 0.0" in page.text
+    assert (
+        "versions.json: expected a JSON object" in page.text
+        and "accuracy" in page.text
+        and "0.5" in page.text
+    )
     assert "b" not in page.tags and "\x1b" not in page.text
 
 
 def test_an_empty_folder_of_a_run_has_a_page_and_another_folder_has_none(tmp_path):
     folder = folder_of(tmp_path, b"")
+    assert main(["report", str(folder)]) == 0
     write_report(folder)
     assert "No step has been logged yet" in page_of(folder).text
     with pytest.raises(InputError, match=r"expected the folder of a run, with config.json and metrics.jsonl"):
         write_report(tmp_path)
-    assert main(["report", str(tmp_path)]) == 1 and main(["report", str(folder)]) == 0
+    assert main(["report", str(tmp_path)]) == 1
 
 
 def test_samples_are_escaped_folded_and_harmless(tmp_path):
@@ -293,15 +298,31 @@ def test_a_page_of_many_steps_is_small(tmp_path):
 
 
 def test_held_out_points_lie_in_the_picture_of_their_metric(tmp_path):
-    lines = [{"step": i, "loss": 2.0 - i / 10} for i in range(10)]
+    lines = [{"step": i, "loss": 2.0 - i / 10, "seconds": 1.0} for i in range(10)]
     for i in (0, 5):
-        lines[i] |= {"eval_loss": 1.9 - i / 10, "eval_loss_error": 0.05, "eval_accuracy": 0.5}
-    write_report(folder_of(tmp_path, lines))
+        lines[i] |= {
+            "eval_loss": 1.9 - i / 10,
+            "eval_loss_error": 0.05,
+            "eval_accuracy": 0.5,
+            "eval_seconds": 3.0,
+        }
+    folder = folder_of(tmp_path, lines, keep_best="loss")
+    figures = {"loss": 2.25, "loss_error": 0.125, "rows": 8}
+    earlier = {"accuracy": 0.75, "standard_error": 0.05}  # of dpo and reward
+    (folder / "held_out.json").write_text(json.dumps({"before": figures, "score": earlier}))
+    write_report(folder)
     text = (tmp_path / "folder" / "report.html").read_text()
     (loss,) = re.findall(r"<figure>\s*<h3>loss.*?</figure>", text, re.DOTALL)
     assert loss.count('class="bar c1"') == 2 and 'class="marks c1"' in loss and "held out, ±" in loss
     assert "<h3>eval_accuracy" in text and "<h3>eval_loss" not in text and "eval_loss_error" not in text
     assert re.search(r"eval_loss .*?</td><td>1.9</td><td>1.4</td><td>1.4</td>", text)
+    assert re.search(r"eval_accuracy .*?</td><td>0.5</td><td>0.5</td><td></td>", text), (
+        "the best of --keep-best"
+    )
+    assert "<tr><td>before</td><td>2.25 ± 0.12</td><td>8</td><td></td></tr>" in text
+    assert "<tr><td>score</td><td></td><td></td><td>0.75 ± 0.05</td></tr>" in text
+    others = text.split("All other metrics")[1]
+    assert "<h3>eval_seconds" in others and others.count("held out") == 0
 
 
 # ---- the end of a run
@@ -415,6 +436,13 @@ def test_tensorboard_has_every_number_of_every_line_also_after_a_resume(cfg, mon
         expected = [(line["step"], line[name]) for line in lines if line[name] is not None]
         assert [step for step, _ in values] == [step for step, _ in expected], name
         assert [value for _, value in values] == pytest.approx([value for _, value in expected], rel=1e-6)
+
+
+def test_an_event_is_on_the_disk_as_soon_as_its_line(tmp_path):
+    tracker = trackers.TensorBoard(tmp_path, 0)
+    tracker.log({"step": 0, "loss": 2.0, "kl": None})
+    assert scalars(tmp_path) == {"loss": [(0, 2.0)]}
+    tracker.close()
 
 
 def test_without_its_package_a_tracker_is_refused_before_anything_is_read(cfg, monkeypatch):
