@@ -230,6 +230,11 @@ def page_of(
     facts: Mapping[str, object],
 ) -> page.Page:
     named = [{RL_STAGES[name]: values for name, values in of_seed.items()} for of_seed in curves]
+    note = (
+        f"pass@1, vote and form over {cfg.evaluation_samples} samples a problem at temperature 1. published: "
+        "DeepSeek's pass@1 on AIME 2024 (arXiv 2501.12948; R1-Zero's vote: 86.7), another task: compare the shape."
+    )
+
     return page.Page(
         title="DeepSeek-R1's recipe in miniature",
         subtitle="The last digit of a sum of three digits, reasoned out as running sums: "
@@ -238,8 +243,7 @@ def page_of(
             heading=HEADING,
             header=["stage", "pass@1", "vote", "greedy", "form", "published"],
             rows={stage: [*score.values()] for stage, score in scores.items()},
-            note=f"pass@1, vote and form over {cfg.evaluation_samples} samples a problem at temperature 1. published: "
-            "DeepSeek's pass@1 on AIME 2024 (arXiv 2501.12948; R1-Zero's vote: 86.7), another task: compare the shape.",
+            note=note,
         ),
         figure=page.Picture(
             page.steps_series(named),

@@ -50,7 +50,7 @@ def training_series(points: Points, colour: int = 0) -> list[Series]:
     """Return the series of a training metric: its smoothed line, and behind it the values themselves."""
     known = {y for _, y in points if y is not None}
     if len(points) < 10 or len(known) <= 1:
-        return [Series("training", points, colour=colour)]
+        return [Series("training", _thinned(points), colour=colour)]
     means = _means(points)
     smoothed = smooth([y for _, y in means])
     xs = (x for x, _ in means)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .advice import next_commands
-from .metrics import held_out_names, main_metrics, method_of
+from .metrics import main_metrics, method_of
 from .records import Records, ends, read_records
 from .report import REPORT, as_text
 from .text import harmless, number, one_line
@@ -42,10 +42,9 @@ def ending(folder: Path, has_report: bool = True) -> str:
 
 
 def _figures(records: Records, method: str) -> list[str]:
-    """Return one line with the first and the last values of the main metrics."""
+    """Return one line with the first and the last values of the main metrics. Held-out figures are printed before."""
     columns = records.columns
-    names = [*main_metrics(method, columns), *held_out_names(columns)]
-    found = {name: ends(columns[name]) for name in names}
+    found = {name: ends(columns[name]) for name in main_metrics(method, columns)}
     if not found:
         return []
     texts = [f"{name} {number(first)} -> {number(last)}" for name, (first, last, _) in found.items()]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 MOST_MAIN = 5
 HELD_OUT, ERROR = "eval_", "_error"
+LOWER = ("loss", "perplexity", "divergence", "kl")  # of these a lower value is better
 
 
 class Method(NamedTuple):
@@ -77,5 +78,5 @@ def unit(method: str, name: str) -> str:
 
 def held_out_names(names: Iterable[str]) -> list[str]:
     """Return the names of held-out metrics, without their standard errors."""
-    found = [name for name in names if name.startswith(HELD_OUT)]
+    found = [name for name in names if name.startswith(HELD_OUT) and name != f"{HELD_OUT}seconds"]
     return [name for name in found if not (name.endswith(ERROR) and name.removesuffix(ERROR) in found)]

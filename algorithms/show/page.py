@@ -32,9 +32,9 @@ PAGE = (
  }}</td><td>{{ row.last }}</td>{% if has_best %}<td>{{ row.best }}</td>{% endif %}</tr>
 {% endfor %}</tbody></table></div>
 <p class="quiet small">{{ averaged }}</p>
-{% endif %}{% if held_out %}<h2>Held-out pairs</h2>
-<div class="narrow scroll"><table><thead><tr><th>score</th><th>accuracy, %</th><th>margin</th><th>pairs</th></tr>
-</thead><tbody>{% for row in held_out %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endif %}{% if held_out[1] %}<h2>Held-out rows</h2>
+<div class="narrow scroll"><table><thead><tr><th></th>{% for name in held_out[0] %}<th>{{ name }}</th>{% endfor %}</tr>
+</thead><tbody>{% for row in held_out[1] %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
 {% endif %}<h2>Curves</h2>
 {% if main %}{{ pictures(main) }}{% else %}<p class="quiet">No step has been logged yet.</p>{% endif %}

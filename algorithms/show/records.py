@@ -4,6 +4,7 @@ A report must be possible for the folder of a killed run, of an earlier version,
 """
 
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from math import ceil
 from pathlib import Path
@@ -47,7 +48,7 @@ def read_records(folder: Path) -> Records:
     notes: list[str] = []
     columns, lines, last_step = _read_metrics(folder / "metrics.jsonl", notes)
     held_out = {
-        name: {key: value for key, value in of_name.items() if _is_number(value)}
+        name: {key: number for key, value in of_name.items() if (number := _number(value)) is not None}
         for name, of_name in _read_optional(folder / "held_out.json", notes).items()
         if isinstance(of_name, dict)
     }
@@ -81,7 +82,7 @@ def _read_optional(file: Path, notes: list[str]) -> dict[str, Any]:
 
 def _read_metrics(file: Path, notes: list[str]) -> tuple[dict[str, Points], int, int]:
     """Return the columns of metrics.jsonl, the number of its lines and its last step."""
-    columns: dict[str, Points] = {}
+    columns: defaultdict[str, Points] = defaultdict(list)
     count = unread = 0
     last, in_order = -1, True
     for line in _lines(file, notes):
@@ -95,10 +96,10 @@ def _read_metrics(file: Path, notes: list[str]) -> tuple[dict[str, Points], int,
         last, in_order = max(last, step), in_order and step >= last
         del record["step"]
         for name, value in record.items():
-            if value is None or _is_number(value):
-                if name not in columns:
-                    columns[name] = []
-                columns[name].append((step, _finite(value)))
+            kind = type(value)
+            if kind is float or kind is int or value is None:
+                finite = value is not None and -LARGEST < value < LARGEST  # False for NaN
+                columns[name].append((step, value if finite else None))
 
     if unread:
         notes.append(f"{file.name}: {unread} of {count} lines cannot be read and are left out.")
@@ -142,15 +143,9 @@ def _record(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)  # not bool
-
-
-def _finite(value: float | None) -> float | None:
-    """Return the value as a float, or None if it is none, not finite, or too large to be drawn."""
-    if value is None or not -LARGEST < value < LARGEST:  # also NaN
-        return None
-    return float(value)
+def _number(value: Any) -> float | None:
+    """Return a number as a float, or None for another value, or one that is not finite or too large to be drawn."""
+    return float(value) if type(value) in (int, float) and -LARGEST < value < LARGEST else None
 
 
 # ---- samples

@@ -13,7 +13,7 @@ from ...model.errors import InputError
 from ...model.files.replacing import replacing
 from .advice import next_commands
 from .curve import Series, draw, training_series
-from .metrics import ERROR, HELD_OUT, METHODS, UNKNOWN, held_out_names, main_metrics, method_of, unit
+from .metrics import ERROR, HELD_OUT, LOWER, METHODS, UNKNOWN, held_out_names, main_metrics, method_of, unit
 from .page import PAGE
 from .records import Records, ends, errors_of, read_records
 from .style import STYLE
@@ -24,6 +24,7 @@ RELOAD = 10  # seconds between reloads of the page of a running run
 MOST_CURVES = 60  # in "All other metrics"; a reward function may log any number of them
 SHORT, LONG = 600, 8000  # characters of a text before it is folded, and before it is cut
 NEWEST, FIRST = 4, 3  # samples shown
+MOST_HELD_OUT = 8  # columns of the table of held-out figures
 
 
 class Status(NamedTuple):
@@ -126,7 +127,9 @@ def _name(path: str) -> str:
 def _where(records: Records, status: Status) -> str:
     model = records.folder / "model"
     if model.is_dir():
-        return f"The trained model: {harmless(str(model))}"
+        best = records.folder / "best"
+        of_best = f" The best one by --keep-best: {harmless(str(best))}" if best.is_dir() else ""
+        return f"The trained model: {harmless(str(model))}{of_best}"
     if status.word == "running":
         return f"The run goes on. It will write its model to {harmless(str(model))}"
     kept = (records.folder / "checkpoint.safetensors").is_file()
@@ -142,10 +145,13 @@ def _figures(records: Records, method: str) -> list[dict[str, str]]:
     for name in main_metrics(method, records.columns):
         first, last, _ = ends(records.columns[name])
         rows.append(_row(name, method, first, last, ""))
+    best_of = f"{HELD_OUT}{records.flags.get('keep_best')}"
     for name in held_out_names(records.columns):
         values = [value for _, value in records.columns[name] if value is not None]
-        best = (min if "loss" in name or "perplexity" in name else max)(values)
-        rows.append(_row(name, method, values[0], values[-1], number(best)))
+        best = min if name.removeprefix(HELD_OUT) in LOWER else max
+        rows.append(
+            _row(name, method, values[0], values[-1], number(best(values)) if name == best_of else "")
+        )
     return rows
 
 
@@ -161,19 +167,20 @@ def _averaged(records: Records) -> str:
     return f"Means over the first and the last {count} steps; held-out values are single evaluations."
 
 
-def _held_out(records: Records) -> list[list[str]]:
+def _held_out(records: Records) -> tuple[list[str], list[list[str]]]:
+    """Return the names of the figures in held_out.json, and a row for each of its entries."""
+    is_error = lambda key: key.endswith((ERROR, "standard_error"))
+    names = [key for entry in records.held_out.values() for key in entry if not is_error(key)]
+    names = list(dict.fromkeys(names))[:MOST_HELD_OUT]
     rows = []
-    for name, found in records.held_out.items():
-        accuracy, error = (100 * found.get(key, 0.0) for key in ("accuracy", "standard_error"))
-        rows.append(
-            [
-                harmless(name),
-                f"{accuracy:.1f} ± {error:.1f}",
-                number(found.get("margin", 0.0)),
-                number(found.get("pairs", 0)),
-            ]
-        )
-    return rows
+    for label, entry in records.held_out.items():
+        cells = [harmless(label)]
+        for name in names:
+            error = entry.get(f"{name}{ERROR}", entry.get("standard_error") if name == "accuracy" else None)
+            text = number(entry[name]) if name in entry else ""
+            cells.append(text if error is None else f"{text} ± {error:.2g}")
+        rows.append(cells)
+    return [harmless(name) for name in names], rows
 
 
 # ---- curves
@@ -196,10 +203,10 @@ def _pictures(records: Records, method: str) -> tuple[list[dict[str, Any]], list
 
 def _picture(records: Records, method: str, name: str) -> dict[str, Any]:
     """Return one picture: a metric over the steps, and the held-out points of its counterpart."""
-    columns = records.columns
-    evaluation = name if name.startswith(HELD_OUT) and name in columns else f"{HELD_OUT}{name}"
+    columns, held_out = records.columns, held_out_names(records.columns)
+    evaluation = name if name in held_out else f"{HELD_OUT}{name}"
     series = [] if evaluation == name else training_series(columns[name])
-    if evaluation in columns:
+    if evaluation in held_out:
         errors = errors_of(columns, evaluation)
         label = "held out, ± standard error" if errors else "held out"
         series.append(Series(label, columns[evaluation], errors=errors, colour=1, line=False))

@@ -402,8 +402,10 @@ def test_a_full_device_is_one_sentence(run, monkeypatch, tmp_path, name):
     assert "cannot be written" in message and "No space left on device" in message
     after = contents(run.output)
     for file, data in before.items():
-        if Path(file).name not in ("config.json", "metrics.jsonl"):
+        if Path(file).name not in ("config.json", "metrics.jsonl", "report.html"):
             assert after[file] == data, file
+    began = name in ("model", CHECKPOINT)  # the others are refused before the first step
+    assert (b">stopped at step" in after[str(run.output / "report.html")]) == began
     assert json.loads((run.output / "config.json").read_text())["batch_size"] == 8
     assert not [path for path in run.output.rglob("*partial*")]
 

@@ -104,7 +104,8 @@ def test_a_long_line_keeps_its_spikes_and_its_gaps():
 
 def test_an_average_leaves_gaps_and_constants_alone():
     assert smooth([1.0, 2.0, None, 6.0], window=2) == [1.0, 1.5, None, 6.0]
-    assert [one.label for one in training_series([(float(i), 3.0) for i in range(50)])] == ["training"]
+    (constant,) = training_series([(float(i), 3.0) for i in range(5000)])
+    assert constant.label == "training" and len(constant.points) < 310
 
 
 def test_labels_of_an_axis_do_not_lie_on_one_another():

@@ -1,4 +1,4 @@
-"""What a run shows: lines without a terminal, the page of a run, events for TensorBoard, the text at the end."""
+"""The display of a run: lines without a terminal, the page of a run, events for TensorBoard, the text at the end."""
 
 import dataclasses
 import json
@@ -140,10 +140,22 @@ def test_the_page_of_a_running_run_reloads_itself(cfg, monkeypatch):
 
 
 def test_by_default_the_report_takes_little_of_the_runs_time(cfg, monkeypatch):
-    written = []
-    monkeypatch.setattr(display, "write_report", lambda *given: written.append(given))
-    sft.train(dataclasses.replace(cfg, steps=20))
-    assert len(written) == 1, "a run of less than a second has its report at the end alone"
+    """A step takes 0.1 s and a page 0.2 s, which are 5 % of 4 s."""
+    clock, written = [0.0], []
+
+    def write(*_):
+        written.append(round(clock[0], 1))
+        clock[0] += 0.2
+
+    monkeypatch.setattr(display.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(display, "write_report", write)
+    cfg.output.mkdir()
+    shown = display.Display(dataclasses.replace(cfg, steps=50), cfg.output, 0)
+    for i in range(50):
+        clock[0] += 0.1
+        shown.log({"step": i, "tokens": 10, "seconds": 0.1, "loss": 1.0})
+    shown.close(None)
+    assert written == [1.1, 5.2], "not in the first second; the last one is the end"
 
 
 @pytest.mark.parametrize(
@@ -227,6 +239,7 @@ def test_a_page_is_made_from_broken_and_foreign_files(tmp_path):
         b'{"step": 1, "loss": NaN}\n\xff\xfe broken\n[1, 2]\n{"step": -4, "loss": 1}\n{"step": 2, "loss": 1e999}\n'
         b'{"step": 1e3, "loss": 1}\n{"loss": 2.5}\n{"step": 9, "<b>&\\u001b": 3}\n{"step": 10, "lo',
     )
+
     (folder / "samples.jsonl").write_bytes(b'{"prompt": 3, "completion": null, "rewards": 7}\nbroken\n[]\n')
     (folder / "held_out.json").write_text('{"before": {"accuracy": 0.5, "pairs": "many"}, "after": 3}')
     (folder / "versions.json").write_text("[1]")
@@ -235,17 +248,22 @@ def test_a_page_is_made_from_broken_and_foreign_files(tmp_path):
     write_report(folder)
     page = page_of(folder)
     assert "5 of 10 lines cannot be read" in page.text and "not finished: step 10 of 10" in page.text
-    assert "versions.json: expected a JSON object" in page.text and "50.0 ± 0.0" in page.text
+    assert (
+        "versions.json: expected a JSON object" in page.text
+        and "accuracy" in page.text
+        and "0.5" in page.text
+    )
     assert "b" not in page.tags and "\x1b" not in page.text
 
 
 def test_an_empty_folder_of_a_run_has_a_page_and_another_folder_has_none(tmp_path):
     folder = folder_of(tmp_path, b"")
+    assert main(["report", str(folder)]) == 0
     write_report(folder)
     assert "No step has been logged yet" in page_of(folder).text
     with pytest.raises(InputError, match=r"expected the folder of a run, with config.json and metrics.jsonl"):
         write_report(tmp_path)
-    assert main(["report", str(tmp_path)]) == 1 and main(["report", str(folder)]) == 0
+    assert main(["report", str(tmp_path)]) == 1
 
 
 def test_samples_are_escaped_folded_and_harmless(tmp_path):
@@ -254,6 +272,7 @@ def test_samples_are_escaped_folded_and_harmless(tmp_path):
     talk = [{"role": "user", "content": "שלום <script>alert(1)</script>"}, {"role": "x"}, 7]
     samples[-1] = {"step": 19, "prompt": talk, "completion": "\x1b[2J\x00" + "long " * 400}
     samples[-1] |= {"reward": 0.25, "rewards": {"accuracy": None, "<i>": 1.0}, "length": 12}
+
     text = "".join(json.dumps(sample) + "\n" for sample in samples)
     (folder / "samples.jsonl").write_text(text.replace("answer 18", "half \\ud800"))
     write_report(folder)
@@ -291,15 +310,32 @@ def test_a_page_of_many_steps_is_small(tmp_path):
 
 
 def test_held_out_points_lie_in_the_picture_of_their_metric(tmp_path):
-    lines = [{"step": i, "loss": 2.0 - i / 10} for i in range(10)]
+    lines = [{"step": i, "loss": 2.0 - i / 10, "seconds": 1.0} for i in range(10)]
     for i in (0, 5):
-        lines[i] |= {"eval_loss": 1.9 - i / 10, "eval_loss_error": 0.05, "eval_accuracy": 0.5}
-    write_report(folder_of(tmp_path, lines))
+        lines[i] |= {
+            "eval_loss": 1.9 - i / 10,
+            "eval_loss_error": 0.05,
+            "eval_accuracy": 0.5,
+            "eval_seconds": 3.0,
+        }
+    folder = folder_of(tmp_path, lines, keep_best="loss")
+    figures = {"loss": 2.25, "loss_error": 0.125, "rows": 8}
+    earlier = {"accuracy": 0.75, "standard_error": 0.05}  # of dpo and reward
+    (folder / "held_out.json").write_text(json.dumps({"before": figures, "score": earlier}))
+    write_report(folder)
+
     text = (tmp_path / "folder" / "report.html").read_text()
     (loss,) = re.findall(r"<figure>\s*<h3>loss.*?</figure>", text, re.DOTALL)
     assert loss.count('class="bar c1"') == 2 and 'class="marks c1"' in loss and "held out, ±" in loss
     assert "<h3>eval_accuracy" in text and "<h3>eval_loss" not in text and "eval_loss_error" not in text
     assert re.search(r"eval_loss .*?</td><td>1.9</td><td>1.4</td><td>1.4</td>", text)
+    assert re.search(r"eval_accuracy .*?</td><td>0.5</td><td>0.5</td><td></td>", text), (
+        "the best of --keep-best"
+    )
+    assert "<tr><td>before</td><td>2.25 ± 0.12</td><td>8</td><td></td></tr>" in text
+    assert "<tr><td>score</td><td></td><td></td><td>0.75 ± 0.05</td></tr>" in text
+    others = text.split("All other metrics")[1]
+    assert "<h3>eval_seconds" in others and others.count("held out") == 0
 
 
 # ---- the end of a run
@@ -375,49 +411,3 @@ def test_a_stage_of_a_recipe_ends_in_one_line(cfg, capsys):
         sft.train(cfg)
     printed = capsys.readouterr().out
     assert f"written: {cfg.output / 'model'}\n" in printed and "next:" not in printed
-
-
-# ---- trackers
-
-
-def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder / "tensorboard"))
-    events.Reload()
-    return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
-
-
-def logged(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_tensorboard_has_every_number_of_every_line_also_after_a_resume(cfg, monkeypatch):
-    cfg = dataclasses.replace(cfg, log_to="tensorboard")
-    log, stop = Run.log, 5
-
-    def stopping(self, metrics, tokens):
-        log(self, metrics, tokens)
-        if self._step + 1 == stop:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Run, "log", stopping)
-        sft.train(cfg)
-    assert [step for step, _ in scalars(cfg.output)["loss"]] == [0, 1, 2, 3, 4]
-
-    sft.train(dataclasses.replace(cfg, resume=True))  # from step 3 on
-    found, lines = scalars(cfg.output), logged(cfg.output)
-    assert set(found) == set(lines[0]) - {"step"}
-    for name, values in found.items():
-        expected = [(line["step"], line[name]) for line in lines if line[name] is not None]
-        assert [step for step, _ in values] == [step for step, _ in expected], name
-        assert [value for _, value in values] == pytest.approx([value for _, value in expected], rel=1e-6)
-
-
-def test_without_its_package_a_tracker_is_refused_before_anything_is_read(cfg, monkeypatch):
-    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
-    missing = dataclasses.replace(cfg, log_to="tensorboard", data=cfg.data.with_name("nowhere.jsonl"))
-    with pytest.raises(InputError, match="--log-to tensorboard: expected tensorboard to be installed"):
-        sft.train(missing)
-    assert not cfg.output.exists()
