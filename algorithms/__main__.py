@@ -80,7 +80,10 @@ def usage() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Return the exit status: 0, 1 for wrong input, 2 for wrong usage, 130 when interrupted."""
+    """Run one command. Return the exit status: 0, 1 for wrong input, 2 for wrong usage, 130 when interrupted.
+
+    A run that SIGTERM ends raises SystemExit with the status 143.
+    """
     if arguments is not None:
         return _status(arguments)
     status = run_program("burnish", lambda: _status(sys.argv[1:]))

@@ -18,16 +18,20 @@ from ...model.files.text_files import parse_json
 
 DIGESTS = "digests"  # the entry of a safetensors file's metadata
 OTHERS = "metadata"  # the name, among the tensors', of the other entries; tensors have a slash in theirs
+BYTES_OF_A_THREAD = 2**20
 MOST_THREADS = 8  # hashlib works without the interpreter's lock
 
 One = TypeVar("One")
 Other = TypeVar("Other")
 
 
-def in_threads(function: Callable[[One], Other], things: Iterable[One]) -> list[Other]:
-    """Return the function's results, computed by as many threads as there are cores, at most MOST_THREADS."""
+def in_threads(function: Callable[[One], Other], things: Iterable[One], nbytes: int) -> list[Other]:
+    """Return the function's results, computed by as many threads as there are cores, at most MOST_THREADS.
+
+    nbytes: the number of bytes to hash in all. A thread takes longer to start than a few of them.
+    """
     things = [*things]
-    threads = min(len(things), os.cpu_count() or 1, MOST_THREADS)
+    threads = min(len(things), os.cpu_count() or 1, MOST_THREADS, nbytes // BYTES_OF_A_THREAD)
     if threads <= 1:
         return [function(each) for each in things]
     with ThreadPoolExecutor(threads) as pool:
@@ -61,7 +65,8 @@ def _digest_of_file(name: str, *version: int) -> str:
 def with_digests(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
     """Return a file's metadata with the digests of its tensors, which are on the CPU, and of the metadata itself."""
     others = {name: value for name, value in metadata.items() if name != DIGESTS}
-    found = dict(zip(tensors, in_threads(_digest, tensors.values()), strict=True))
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    found = dict(zip(tensors, in_threads(_digest, tensors.values(), nbytes), strict=True))
     return {**others, DIGESTS: json.dumps({**found, OTHERS: _digest_of_metadata(others)})}
 
 
@@ -84,7 +89,7 @@ def check_tensors(file: Path, opened: Any) -> None:
                 f"{file}: {shown(name)}: differs from what was written: the file is damaged; resume from another run"
             )
 
-    in_threads(check, names)
+    in_threads(check, names, os.path.getsize(file))
 
 
 def _digests(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:

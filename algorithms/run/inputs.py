@@ -37,7 +37,8 @@ class Inputs:
         """Return the name and the SHA-256 of each file, by flag."""
         if self._digests is None:
             files = [*self._versions]
-            found = dict(zip(files, in_threads(self._digest, files), strict=True))
+            nbytes = sum(os.path.getsize(file) for file in files if os.path.isfile(file))
+            found = dict(zip(files, in_threads(self._digest, files, nbytes), strict=True))
             self._digests = {
                 flag: [[file.name, found[file]] for file in files] for flag, files in self._files.items()
             }

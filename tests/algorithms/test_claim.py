@@ -222,6 +222,7 @@ def the_newest_stay(place: Path) -> None:
         (place / name).mkdir()
         (place / name / "config.json").write_text("{}")
     (place / "step-9" / "notes.txt").write_text("theirs")
+
     keep_newest(place, None, 11)
     assert len(list(place.iterdir())) == 8
     keep_newest(place, 2, 11)
@@ -277,6 +278,7 @@ def logs_before_the_checkpoint(place: Path) -> None:
         patch.setattr(
             Path, "replace", lambda file, to: (calls.append(f"rename {to.name}"), rename(file, to))[1]
         )
+
         for name in folder.LOGS:
             (place / name).write_text("{}\n")
         flush_logs(place)

@@ -175,6 +175,35 @@ def test_a_missing_shard_is_named(done, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_sigterm_to_one_process_ends_all_after_the_same_step(done):
+    at_3 = done / "stopped-at-3" / "sft-lora"
+    assert [line["step"] for line in metrics_of(at_3)] == [0, 1, 2]
+    assert sorted(file.name for file in at_3.glob("checkpoint*")) == [
+        "checkpoint-3-1-of-2.safetensors",
+        "checkpoint.safetensors",
+    ]
+    cut, whole = done / "stopped" / "sft-lora", done / "whole" / "sft-lora"
+    assert metrics_of(cut) == metrics_of(whole)
+    weights, expected = weights_of(cut / "model"), weights_of(whole / "model")
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert not list(cut.glob(".*"))
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_of_another_process_is_named(done, tmp_path):
+    """One process reads all files and checks them."""
+    shutil.copytree(done / "cut-for-one", tmp_path / "run")
+    file = tmp_path / "run" / "sft-lora" / "checkpoint-2-1-of-2.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(
+        InputError, match=r"checkpoint-2-1-of-2\.safetensors: .* differs from what was written"
+    ):
+        checkpointed(done, tmp_path / "run", resume=True)
+
+
+@pytest.mark.slow
 def test_a_sharded_model_streams_what_a_merged_one_saves(done, tmp_path):
     model = trained_adapter(done)
     merge_lora(model)

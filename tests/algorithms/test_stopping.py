@@ -158,6 +158,7 @@ def test_workers_of_a_reward_function_end_by_sigterm(tasks, tmp_path):
         "    assert os.waitpid(pid, 0)[1] == signal.SIGTERM\n"
         "    return [float(i) for i in range(len(completion_ids))]\n"
     )
+
     changes = {"reward": (f"{reward}:workers",), "steps": 1, "output": tmp_path / "out"}
     started = time.monotonic()
     assert grpo.train(dataclasses.replace(tasks["grpo"].config, **changes)).is_dir()

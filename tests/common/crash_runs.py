@@ -70,12 +70,14 @@ def make_tasks(folder: Path) -> dict[str, Task]:
     )
     common = {"model": folder / "model", "steps": STEPS, "save_every": 1, "keep": 1, "learning_rate": 1e-2}
     common |= {"device": "cpu", "output": folder / "unused"}
+
     sampled = {
         "data": files["prompts"],
         "reward": (f"{odd}:odd",),
         "prompts_per_step": 2,
         "max_new_tokens": 3,
     }
+
     configs = {
         "sft": sft.Config(data=files["rows"], batch_size=3, **common),
         "dpo": dpo.Config(data=files["pairs"], batch_size=3, **common),

@@ -3,7 +3,9 @@
 Run as a script, which torchrun does, this file is what the processes do; a test compares it with one process.
 """
 
+import os
 import shutil
+import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from burnish.algorithms import distill, dpo, grpo, kto, ppo, reward, sft
 from burnish.algorithms.run import learner
 from burnish.algorithms.run.batch import over_completions
+from burnish.algorithms.run.loop import Run
 from burnish.algorithms.run.processes import processes, rank, shard, world
 from burnish.model.adapter import adapters, add_lora, quantize_base
 from burnish.model.checkpoint import load_model, stream_weights
@@ -292,6 +295,27 @@ def checkpointed(folder: Path, output: str, name: str = "sft-lora", **changes) -
     return MODULES[CASES[name][0]].train(cfg)
 
 
+def stopped(folder: Path, name: str = "sft-lora") -> None:
+    """Send a SIGTERM to rank 1 alone in its third step, which is no step of --save-every; then resume."""
+    log = Run.log
+
+    def log_and_stop(run: Run, *given) -> None:
+        log(run, *given)
+        if rank() == 1 and run._step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with patch.object(Run, "log", log_and_stop):
+        try:
+            checkpointed(folder, "stopped", name)
+        except SystemExit as end:
+            assert end.code == 143
+        else:
+            raise AssertionError("expected the end of the run")
+    if rank() == 0:
+        shutil.copytree(folder / "stopped", folder / "stopped-at-3")
+    checkpointed(folder, "stopped", name, resume=True)
+
+
 def trained_adapter(folder: Path) -> Transformer:
     """A model of which an adapter and the head are trained, both by random numbers."""
     model = load_model(folder / "untied")
@@ -324,6 +348,7 @@ def work(folder: Path) -> None:
         for name in RESUMED:
             checkpointed(folder, "cut", name, resume=True)
             checkpointed(folder, "cut-by-one", name, resume=True)
+        stopped(folder)
 
         model = trained_adapter(folder)
         shard(model)
