@@ -12,7 +12,7 @@ import pytest
 import torch
 from burnish.algorithms import distill, dpo, evaluate, grpo, kto, ppo, reward, sft
 from burnish.algorithms.recipes.sums import make_tokenizer
-from burnish.algorithms.run import held_out
+from burnish.algorithms.run import held_out, loop
 from burnish.algorithms.run.held_out import Evaluation, Figure, as_numbers, higher_is_better, report_held_out
 from burnish.algorithms.run.learner import Learner
 from burnish.algorithms.run.loop import Run
@@ -272,14 +272,37 @@ def test_the_best_is_the_first_of_the_best():
     the_best_is_the_first_of_the_best(held_out)
 
 
-@pytest.mark.parametrize("fault", faults_of(__file__), ids=lambda fault: fault.id)
+@control
+def patience_lasts_as_long_as_asked(module: ModuleType) -> None:
+    cfg = sft.Config(model=Path("m"), data=Path("d"), patience=2)
+    for count, expected in ((0, False), (1, False), (2, True), (3, True)):
+        assert module.is_over(cfg, {"unimproved": count}) is expected, count
+    assert not module.is_over(cfg, {})
+    assert not module.is_over(dataclasses.replace(cfg, patience=None), {"unimproved": 9})
+
+
+def test_patience_lasts_as_long_as_asked():
+    patience_lasts_as_long_as_asked(held_out)
+
+
+FAULTS = faults_of(__file__)
+
+
+@pytest.mark.parametrize("fault", [f for f in FAULTS if f.file.endswith("held_out")], ids=lambda f: f.id)
 def test_a_planted_fault_is_caught(fault, tmp_path, monkeypatch):
-    module = copy_of("algorithms/run/held_out", tmp_path, monkeypatch, fault)
+    module = copy_of(fault.file, tmp_path, monkeypatch, fault)
     with pytest.raises(AssertionError):
         check_of(fault)(module)
 
 
-def follow(cfg: sft.Config, course: list[float]) -> list[int]:
+@pytest.mark.parametrize("fault", [f for f in FAULTS if f.file.endswith("loop")], ids=lambda f: f.id)
+def test_a_planted_fault_of_the_loop_is_caught(fault, scripted, tmp_path, monkeypatch):
+    module = copy_of(fault.file, tmp_path, monkeypatch, fault)
+    with pytest.raises(AssertionError):
+        check_of(fault)(module, scripted)
+
+
+def follow(cfg: sft.Config, course: list[float], run_class: Any = Run) -> list[int]:
     """Train on nothing, with a loss of each evaluation as given: before training, then after steps 1, 2, ...
 
     Returns the steps that ran.
@@ -288,7 +311,7 @@ def follow(cfg: sft.Config, course: list[float]) -> list[int]:
     learner, tokenizer, place = Learner(cfg, model), Tokenizer(make_tokenizer(), eos="<eos>"), [0]
     measure = lambda: {"loss": Figure(course[place[0]], 0.1, 9), "length": Figure(1.0, 0.0, 9)}
     steps = []
-    with Run(cfg, tokenizer, rows=9, evaluation=Evaluation("rows", 9, measure), model=learner) as run:
+    with run_class(cfg, tokenizer, rows=9, evaluation=Evaluation("rows", 9, measure), model=learner) as run:
         for step in run.steps():
             steps.append(step)
             place[0] = step + 1
@@ -326,12 +349,18 @@ def test_the_best_model_is_kept_and_the_run_stops(scripted, capsys):
     assert best_step(scripted) == 9
 
 
+@control
+def a_resumed_run_decides_alike(module: ModuleType, cfg: sft.Config) -> None:
+    """The best figure and the evaluations since are those before the stop, and `before` is of the untrained model."""
+    course = [9.0, 5.0, 4.0, 4.5, 4.5, 4.5, 1.0, 1.0, 1.0, 1.0]
+    assert follow(dataclasses.replace(cfg, steps=3), course, module.Run) == [0, 1, 2]
+    assert follow(dataclasses.replace(cfg, resume=True), course, module.Run) == [3, 4]
+    assert best_step(cfg) == 2
+    assert (results(cfg)["before"]["loss"], results(cfg)["after"]["loss"]) == (9.0, 4.5)
+
+
 def test_a_resumed_run_decides_alike(scripted):
-    course = [0.1, 5.0, 4.0, 4.5, 4.5, 4.5, 1.0, 1.0, 1.0, 1.0]
-    first = dataclasses.replace(scripted, steps=3)
-    assert follow(first, course) == [0, 1, 2]
-    assert follow(dataclasses.replace(scripted, resume=True), course) == [3, 4]
-    assert best_step(scripted) == 2
+    a_resumed_run_decides_alike(loop, scripted)
 
 
 def test_evaluation_is_due_where_the_flags_say(scripted):
