@@ -42,7 +42,7 @@ ONLY_OF = {  # flags that other methods do not have
     "advantage": ("ppo",),
     "teacher": ("distill",),
     "student_samples": ("distill",),
-    "kl_coefficient": ("grpo",),
+    "kl_coefficient": ("grpo", "ppo"),
     "prompts_per_step": ("grpo", "ppo"),
     "group_size": ("grpo", "ppo"),
     "sampling_batch_size": ("grpo", "ppo", "distill"),
@@ -74,7 +74,7 @@ class Config(AdapterFlags, DeviceFlags):
     advantage: Literal["gae", "rloo", "reinforce_pp"] = "gae"  # of ppo: only gae has a critic
     teacher: Path | None = None  # of distill: folder of the teacher
     student_samples: Share = 0.0  # of distill: share of steps on the student's samples
-    kl_coefficient: Rate = 0.0  # of grpo: above 0, the initial model stays as a reference
+    kl_coefficient: Rate = 0.0  # of grpo and ppo: above 0, grpo keeps a reference, as ppo always does
     prompts_per_step: Count | None = None  # of grpo and ppo: prompts per rollout; by default the method's
     group_size: Count | None = None  # of grpo and ppo: samples per prompt; by default the method's
     sampling_batch_size: Count | None = None  # samples generated at a time; by default as many as fit

@@ -115,6 +115,7 @@ def test_further_models_are_counted(wide, tmp_path):
     assert taught.kept["teacher"] == 4 * whole and not taught.sampling
 
 
+@pytest.mark.slow
 def test_flags_that_save_memory_save_it(wide):
     base = Config(model=wide, device="cpu", micro_batch_tokens=1024)
     changes: dict[str, dict[str, Any]] = {
