@@ -101,9 +101,8 @@ def _weights(name: str, model: Transformer | ScalarModel) -> str:
 def _memory(cfg: TrainingFlags, model: Transformer | ScalarModel) -> str:
     lora = lora_config(model)
     if lora is not None and isinstance(model, ScalarModel):
-        kept = tuple(
-            name for name in lora.modules_to_save if name != "score"
-        )  # the counted model has no such head
+        names = [name for name, _ in model.body.named_parameters()]  # the counted model has no score head
+        kept = tuple(part for part in lora.modules_to_save if any(part in name for name in names))
         lora = replace(lora, modules_to_save=kept)
     is_4bit = any(layer.four_bit is not None for layer in linears(model).values())
     frozen_dtype = torch.bfloat16 if cfg.device.startswith("cuda") else torch.float32
