@@ -57,6 +57,8 @@ def configs(model_folder, demonstrations, prompts, pairs, tmp_path):
             reward=(f"{odd}:ones",),
             prompts_per_step=10,
             max_new_tokens=8,
+            epochs_per_rollout=2,
+            minibatches=2,
             kl_target=0.01,
             kl_horizon=20,
             critic_learning_rate=1e-2,
