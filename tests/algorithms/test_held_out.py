@@ -26,6 +26,7 @@ from planted import copy_of
 
 TRAIN = {"steps": 2, "eval_every": 1, "learning_rate": 1e-2, "warmup_steps": 0, "device": "cpu"}
 WHOLE = {"batch_size": 64, "micro_batch_tokens": 400}  # a step takes every row, in several micro-batches
+ONE_UPDATE = {"epochs_per_rollout": 1, "minibatches": 1}  # of ppo
 RL = {"max_new_tokens": 6, "prompts_per_step": 4, "group_size": 2}
 
 
@@ -146,8 +147,8 @@ def test_figures_are_those_of_evaluate(folder):
 @pytest.mark.parametrize("module", [grpo, ppo])
 def test_rl_samples_each_held_out_prompt_once_from_the_same_noise(folder, module):
     rewards = (f"{folder}/rewards.py:odd",)
-    still = {"learning_rate": 0.0, **({"critic_learning_rate": 0.0} if module is ppo else {})}
-    cfg = config(module, folder, "prompts.jsonl", reward=rewards, **RL, **still)
+    flags = RL | (ONE_UPDATE if module is ppo else {})
+    cfg = config(module, folder, "prompts.jsonl", reward=rewards, **flags, learning_rate=0.0)
     module.train(cfg)
     first, second = logged(cfg)
     before, after = results(cfg)["before"], results(cfg)["after"]
@@ -160,7 +161,7 @@ def test_rl_samples_each_held_out_prompt_once_from_the_same_noise(folder, module
     if module is grpo:
         assert before["reward"] == before["reward/odd"] and before["reward_error"] > 0
 
-    moved = config(module, folder, "prompts.jsonl", reward=rewards, **RL, output=folder / "moved")
+    moved = config(module, folder, "prompts.jsonl", reward=rewards, **flags, output=folder / "moved")
     module.train(dataclasses.replace(moved, keep_best="reward/odd"))
     assert results(moved)["before"] == before != results(moved)["after"]
 
@@ -186,6 +187,7 @@ def test_ppos_figures_are_defined_as_in_training(folder):
         missing_end_penalty=0.5,
         kl_coefficient=0.2,
         temperature=1.3,
+        **ONE_UPDATE,
         **{**RL, "prompts_per_step": 32, "group_size": 1, "steps": 3, "learning_rate": 3e-2},
     )
 

@@ -58,6 +58,8 @@ def configs(model_folder, demonstrations, prompts, pairs, tmp_path):
             reward=(f"{odd}:ones",),
             prompts_per_step=10,
             max_new_tokens=8,
+            epochs_per_rollout=2,
+            minibatches=2,
             kl_target=0.01,
             kl_horizon=20,
             critic_learning_rate=1e-2,
@@ -127,7 +129,8 @@ def stopped_after(monkeypatch, module, cfg, step):
 def test_resumed_equals_uninterrupted(configs, name, tmp_path, monkeypatch):
     """Each run evaluates after every step and keeps its best model; a run that does neither has the same weights."""
     module, plain = TRAINERS[name], dataclasses.replace(configs[name], output=tmp_path / "plain")
-    best = {"eval_data": plain.data, "eval_every": 1, "keep_best": BEST[name], "patience": 4}
+    (tmp_path / "held.jsonl").write_text("".join(plain.data.read_text().splitlines(keepends=True)[:10]))
+    best = {"eval_data": tmp_path / "held.jsonl", "eval_every": 1, "keep_best": BEST[name], "patience": 4}
     whole = dataclasses.replace(plain, output=tmp_path / "whole", **best)
     cut = dataclasses.replace(whole, output=tmp_path / "cut")
     trained = module.train(whole)

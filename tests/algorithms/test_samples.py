@@ -89,6 +89,7 @@ def test_rl_writes_at_most_as_many_as_asked(module, model_folder, prompts, tmp_p
         prompts_per_step=4,
         group_size=2,
         samples=5,
+        **({"epochs_per_rollout": 1, "minibatches": 1} if module is ppo else {}),
         **TRAIN,
     )
 
