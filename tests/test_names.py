@@ -51,7 +51,7 @@ COMMAND_FUNCTIONS = {
     "distill": "burnish.algorithms.distill:train",
     "teach": "burnish.algorithms.teach:teach",
     "evaluate": "burnish.algorithms.evaluate:evaluate",
-    "memory": "burnish.algorithms.memory:report",
+    "memory": "burnish.algorithms.memory:main",
     "merge": "burnish.algorithms.merge:merge",
     "chat": "burnish.algorithms.chat:main",
     "convert": "burnish.model.convert:main",
