@@ -53,6 +53,7 @@ def test_a_run_takes_what_is_estimated(method, wide, demonstrations, prompts, tm
     (tmp_path / "odd.py").write_text(
         "def odd(completion_ids, **_):\n    return [len(x) % 3 for x in completion_ids]\n"
     )
+
     common = {
         "model": wide,
         "output": tmp_path / "run",
@@ -61,6 +62,7 @@ def test_a_run_takes_what_is_estimated(method, wide, demonstrations, prompts, tm
         "micro_batch_tokens": 512,
     }
     sampled = {"prompts_per_step": 32, "group_size": 3, "max_new_tokens": 24}
+
     flags = {
         "sft": {"data": demonstrations, "batch_size": 64},
         "ppo": {"data": prompts, "reward": (f"{tmp_path}/odd.py:odd",), "minibatches": 1, **sampled},
@@ -69,6 +71,7 @@ def test_a_run_takes_what_is_estimated(method, wide, demonstrations, prompts, tm
 
     # the run, and the same flags for the estimate
     module = METHODS[method]
+
     measured = peak(lambda: module.train(module.Config(**common, **flags[method])))
     asked = {"max_prompt_length": 12, **sampled} if method == "ppo" else {}
     asked |= {"teacher": wide} if method == "distill" else {}
