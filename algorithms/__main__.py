@@ -54,7 +54,7 @@ COMMANDS = {  # name: (module, its function that takes a Config, one line of hel
     ),
     "memory": (
         "burnish.algorithms.memory",
-        "report",
+        "main",
         "the memory that a run will take, by purpose, and whether this machine has it",
     ),
     "chat-demo": (

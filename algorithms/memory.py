@@ -59,7 +59,6 @@ SMALLER: tuple[dict[str, Any], ...] = (  # flags that save memory, in the order 
 @dataclass(frozen=True, kw_only=True)
 class Config(AdapterFlags, DeviceFlags):
     group: ClassVar = "run"
-    seed: ClassVar[int] = 0  # of an adapter that is never drawn
 
     model: Path  # Hugging Face folder of the model; only its config.json is read
     method: Method = "sft"  # command that will train
@@ -80,6 +79,10 @@ class Config(AdapterFlags, DeviceFlags):
     sampling_batch_size: Count | None = None  # samples generated at a time; by default as many as fit
     max_prompt_length: Count = 1024  # number of prompt tokens to make room for
     max_new_tokens: Count = 256  # maximum number of tokens in a completion
+
+    @property
+    def seed(self) -> int:
+        return 0  # of an adapter that no run ever sees
 
 
 @dataclass(frozen=True)
@@ -240,7 +243,7 @@ def as_flags(changes: dict[str, Any]) -> str:
 # ---- the command
 
 
-def report(cfg: Config) -> Estimate:
+def main(cfg: Config) -> Estimate:
     """Print the memory of a run, and whether this machine has it. Returns the estimate."""
     _check(cfg)
     found = estimate(cfg)
@@ -293,4 +296,4 @@ def _check(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("memory", sys.modules[__name__], report, sys.argv[1:]))
+    sys.exit(run_command("memory", sys.modules[__name__], main, sys.argv[1:]))

@@ -54,7 +54,7 @@ def adamw_bytes(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Training:
-    """How a model is trained."""
+    """The way in which a model is trained."""
 
     lora: LoraConfig | None = None  # the adapter; None trains every weight
     base_4bit: bool = False
@@ -233,6 +233,8 @@ def simulated(config: ModelConfig, training: Training, frozen: bool = False) -> 
         _give_tensors(model, training.frozen_dtype)
         if training.base_4bit:
             quantize_base(model)
+
+        # weights and gradients are there before; all else is counted
         live = _Live({"token_logprobs": logits_bytes(config, training)})
         live.ignore(_held(model))
         with live, torch.set_grad_enabled(not frozen):

@@ -52,7 +52,7 @@ COMMAND_FUNCTIONS = {
     "teach": "burnish.algorithms.teach:teach",
     "evaluate": "burnish.algorithms.evaluate:evaluate",
     "report": "burnish.algorithms.report:report",
-    "memory": "burnish.algorithms.memory:report",
+    "memory": "burnish.algorithms.memory:main",
     "merge": "burnish.algorithms.merge:merge",
     "chat": "burnish.algorithms.chat:main",
     "convert": "burnish.model.convert:main",

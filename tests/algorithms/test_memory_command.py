@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from burnish.algorithms import distill, dpo, grpo, kto, memory, ppo, reward, sft
-from burnish.algorithms.memory import MICRO_BATCH_TOKENS, ONLY_OF, PROMPTS, Config, estimate, report
+from burnish.algorithms.memory import MICRO_BATCH_TOKENS, ONLY_OF, PROMPTS, Config, estimate, main
 from burnish.algorithms.recipes.sums import make_tokenizer
 from burnish.model.checkpoint import save_model
 from burnish.model.config import Experts, ModelConfig
@@ -53,6 +53,7 @@ def test_a_run_takes_what_is_estimated(method, wide, demonstrations, prompts, tm
     (tmp_path / "odd.py").write_text(
         "def odd(completion_ids, **_):\n    return [len(x) % 3 for x in completion_ids]\n"
     )
+
     common = {
         "model": wide,
         "output": tmp_path / "run",
@@ -61,12 +62,16 @@ def test_a_run_takes_what_is_estimated(method, wide, demonstrations, prompts, tm
         "micro_batch_tokens": 512,
     }
     sampled = {"prompts_per_step": 32, "group_size": 3, "max_new_tokens": 24}
+
     flags = {
         "sft": {"data": demonstrations, "batch_size": 64},
         "ppo": {"data": prompts, "reward": (f"{tmp_path}/odd.py:odd",), "minibatches": 1, **sampled},
         "distill": {"data": demonstrations, "teacher": wide, "batch_size": 64},
     }
+
+    # the run, and the same flags for the estimate
     module = METHODS[method]
+
     measured = peak(lambda: module.train(module.Config(**common, **flags[method])))
     asked = {"max_prompt_length": 12, **sampled} if method == "ppo" else {}
     asked |= {"teacher": wide} if method == "distill" else {}
@@ -148,18 +153,18 @@ def test_a_report(wide, capsys, monkeypatch):
     fitting = replace(cfg, checkpoint_activations=True)
     room = estimate(fitting).total
     monkeypatch.setattr(memory, "available", lambda device: room)
-    found = report(cfg)
+    found = main(cfg)
     printed = capsys.readouterr().out
     assert f"{found.total / 1e9:.2f} GB" in printed and "this machine has" in printed
     assert f"It does not fit: with --checkpoint-activations it takes {room / 1e9:.2f} GB." in printed
 
-    report(fitting)
+    main(fitting)
     assert "does not fit" not in capsys.readouterr().out
     monkeypatch.setattr(memory, "available", lambda device: None)
-    report(fitting)
+    main(fitting)
     assert "This machine has no GPU" in capsys.readouterr().out
     monkeypatch.setattr(memory, "available", lambda device: 1)
-    report(replace(fitting, lora_rank=4, base_4bit=True))
+    main(replace(fitting, lora_rank=4, base_4bit=True))
     assert "no flag of this command makes it fit" in capsys.readouterr().out
 
 
@@ -180,11 +185,11 @@ def test_wrong_flags_get_a_sentence(flags, message, wide, tmp_path):
     given = {"model": wide, "device": "cpu", **flags}
     given |= {name: tmp_path / given[name] for name in ("teacher", "critic", "model") if name in flags}
     with pytest.raises(InputError, match=message):
-        report(Config(**given))
+        main(Config(**given))
 
 
 def test_an_adapter_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(InputError, match="expected the folder of a whole model, got an adapter"):
-        report(Config(model=tmp_path, device="cpu"))
+        main(Config(model=tmp_path, device="cpu"))

@@ -58,7 +58,7 @@ def trained(config: ModelConfig, training: Training, kind: str = "adamw"):
     return model, optimizer
 
 
-def held(model, optimizer) -> dict[str, int]:
+def sizes_of(model, optimizer) -> dict[str, int]:
     adapter = [p for name, p in model.named_parameters() if ".lora." in name]
     weights = [p for name, p in model.named_parameters() if ".lora." not in name]
     quantized = [layer.four_bit for layer in linears(model).values() if layer.four_bit is not None]
@@ -80,7 +80,7 @@ def test_what_is_counted_is_what_training_holds(mode, tied):
     training = Training(lora, base_4bit, tokens=0)
     model, optimizer = trained(config, training)
     memory = training_memory(config, training)
-    assert {name: getattr(memory, name) for name in held(model, optimizer)} == held(model, optimizer)
+    assert {name: getattr(memory, name) for name in sizes_of(model, optimizer)} == sizes_of(model, optimizer)
     assert memory.activations == memory.working == 0
 
 
@@ -90,7 +90,7 @@ def test_each_optimizers_states_are_counted(kind, experts):
     config = replace(WIDE, experts=experts)
     training = Training(tokens=0, optimizer_bytes=partial(state_bytes, kind))
     _, optimizer = found = trained(config, training, kind)
-    assert training_memory(config, training).optimizer == held(*found)["optimizer"] > 0
+    assert training_memory(config, training).optimizer == sizes_of(*found)["optimizer"] > 0
     assert {group["rule"] for group in optimizer.param_groups} == {"adamw", kind}
 
 
@@ -143,7 +143,7 @@ def test_a_step_takes_what_is_counted(case):
         optimizer.zero_grad()
 
     step()
-    sizes = held(model, optimizer)
+    sizes = sizes_of(model, optimizer)
     measured = sizes["weights"] + sizes["adapter"] + sizes["optimizer"] + peak(step)
     counted = training_memory(config, training)
     assert counted.total == pytest.approx(measured, rel=0.15)
