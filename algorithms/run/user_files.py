@@ -11,6 +11,7 @@ from typing import Any
 
 from ...model.errors import InputError
 from .calls import brief, described
+from .stopping import Terminated
 
 
 def load_function(specification: str, flag: str = "reward") -> Callable[..., Any]:
@@ -31,7 +32,7 @@ def load_function(specification: str, flag: str = "reward") -> Callable[..., Any
     try:
         module = _load_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
         function: Callable[..., Any] | None = getattr(module, name, None)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated):
         raise
     except BaseException as error:  # shown to the user, whatever the user's file raises
         raise InputError(f"{given}: {file} cannot be imported: {described(error)}") from error

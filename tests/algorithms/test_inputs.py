@@ -125,6 +125,7 @@ def test_every_file_that_a_flag_names_counts(tasks, tmp_path):
         (1, text_changed, tmp_path / "odd.py", "--reward: "),
         (2, weights_changed, tmp_path / "teacher", "--teacher: "),
     ):
+        # refused while the file is another, and accepted after it is what it was
         module, cfg = runs[i]
         files = {file: file.read_bytes() for file in ([where] if where.is_file() else where.iterdir())}
         change(where)

@@ -97,6 +97,13 @@ def test_before_the_first_step_nothing_is_left(cfg, monkeypatch, place):
     assert ended.status == STATUS and not cfg.output.exists()
 
 
+def test_a_sigterm_while_a_reward_file_is_loaded_is_no_error_of_the_file(tasks, tmp_path):
+    (tmp_path / "odd.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n")
+    cfg = dataclasses.replace(tasks["grpo"].config, output=tmp_path / "out")
+    ended = in_a_process(lambda: grpo.train(cfg), cfg.output)
+    assert ended.status == STATUS and not cfg.output.exists()
+
+
 def test_a_sigterm_just_before_the_first_step_takes_back_what_was_written(cfg, monkeypatch):
     monkeypatch.setattr(Run, "steps", lambda self: terminate())
     assert in_a_process(lambda: sft.train(cfg), cfg.output).status == STATUS
