@@ -36,8 +36,8 @@ def placed(targets: tuple[str, ...], layers: Mapping[str, Adaptable], scores: bo
     if targets in ((), (ALL,)):
         # only names of layers that the model has: PEFT would take other names for older names of the experts
         last_parts = [*dict.fromkeys(name.rpartition(".")[2] for name in dense)]
-        chosen = last_parts if targets else [name for name in LINEARS if name in last_parts]
-        return {"targets": tuple(chosen), "parameters": EXPERTS if stacks else ()}
+        of_all = last_parts if targets else [name for name in LINEARS if name in last_parts]
+        return {"targets": tuple(of_all), "parameters": EXPERTS if stacks else ()}
 
     heads = [] if scores else [HEAD]
     if len(targets) == 1 and not re.fullmatch(r"[\w.-]+", targets[0]):
