@@ -16,8 +16,6 @@ from ..run.order import Part, rows_per_epoch
 from .row import Row
 from .rows import Tally, check_rendered, read_source, report_counts
 
-MOST_WEIGHT = 1000  # an epoch holds each row this often
-
 Item = TypeVar("Item")
 
 
@@ -89,12 +87,7 @@ def collected(cfg: Any, read: Callable[[Source], tuple[list[Item], Mapping[str, 
 
 
 def check_data_weights(weights: Sequence[float], count: int) -> Sequence[float]:
-    """Return the weights, 1 by default. Raises InputError unless `weights` is empty or has `count` numbers above 0."""
+    """Return the weights, 1 by default. Raises InputError unless `weights` is empty or has `count` numbers."""
     if weights and len(weights) != count:
         raise InputError(f"--data-weights: expected {count}, one per argument of --data, got {len(weights)}")
-    for weight in weights:
-        if not 0 < weight <= MOST_WEIGHT:
-            raise InputError(
-                f"--data-weights: expected numbers above 0 and at most {MOST_WEIGHT}, got {weight:g}"
-            )
     return weights or (1.0,) * count

@@ -66,7 +66,11 @@ def check_flags(config: Any, **narrower: tuple[float, float]) -> None:
 
 
 def check_number(name: str, value: Any, within: Bounds) -> None:
-    """Raise InputError if the number of a flag is outside its bounds."""
+    """Raise InputError if the number of a flag, or one of several, is outside its bounds."""
+    if isinstance(value, tuple):
+        for each in value:
+            check_number(name, each, within)
+        return
     if value is None or (within.switch and value == inf):
         return
     most = min(within.most, MOST if isinstance(value, int) else LARGEST)

@@ -40,6 +40,7 @@ Length = Annotated[int, Bounds(2)]  # tokens of a sequence: at least one token a
 Samples = Annotated[int, Bounds(0, MOST_SAMPLES)]
 Rate = Annotated[float, Bounds(0)]
 Weight = Annotated[float, Bounds(0, 1e9)]
+Often = Annotated[float, Bounds(1e-6, 1000)]  # how often a row comes in an epoch
 Share = Annotated[float, Bounds(0, 1)]
 Part = Annotated[float, Bounds(1e-9, 1)]  # a share above 0
 Temperature = Annotated[float, Bounds(1e-3, 1e3)]
@@ -208,7 +209,7 @@ class TrainingFlags(OptimizerFlags, AdapterFlags, EvaluationFlags, RunFlags, Row
 
     model: Path  # Hugging Face folder of the model, or of an adapter to continue training
     data: Data  # files of rows: .jsonl, .json, .parquet or .arrow
-    data_weights: tuple[float, ...] = ()  # how often the rows of each file come in an epoch (default: all 1)
+    data_weights: tuple[Often, ...] = ()  # how often the rows of each file come in an epoch (default: all 1)
 
     @property
     def rows_per_step(self) -> int:

@@ -100,7 +100,7 @@ def test_a_dataset_of_several_splits_names_them(tmp_path):
 
 
 def test_files_of_its_cache_are_read(tmp_path):
-    """What `load_dataset` and `map` leave in ~/.cache/huggingface."""
+    """Those that `load_dataset` leaves in ~/.cache/huggingface."""
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"{i}"}) + "\n" for i in range(9)))
     loaded = datasets.load_dataset(
         "json", data_files=str(tmp_path / "rows.jsonl"), split="train", cache_dir=str(tmp_path / "cache")
