@@ -29,7 +29,10 @@ def axis_of(values: Sequence[float], may_be_log: bool = False) -> Axis:
     may_be_log: whether positive values of very different sizes get a logarithmic axis.
     """
     low, high = min(values, default=0.0), max(values, default=1.0)
-    if may_be_log and low > 1e-290 and high / LOG_SPREAD > low:
+    usual = (
+        sorted(values)[len(values) // 10] if values else low
+    )  # without a few tiny ones, as a rate decayed to 0
+    if may_be_log and low > 1e-290 and high / LOG_SPREAD > usual:
         return _log_axis(low, high)
 
     # equal values, up to rounding, stand in the middle

@@ -43,6 +43,12 @@ def test_an_axis_fits_any_values(values):
     assert sorted(found) == [axis.place(value) for value in sorted(values)]
 
 
+def test_one_spike_makes_an_axis_logarithmic_and_a_rate_that_decays_does_not():
+    assert axis_of([1.0] * 99 + [1e6], may_be_log=True).log
+    assert not axis_of([1.0] * 95 + [1e-6] * 5, may_be_log=True).log
+    assert not axis_of([1.0] * 99 + [1e6]).log
+
+
 def test_an_axis_of_chance():
     noise = random.Random(0)
     for _ in range(300):

@@ -88,6 +88,9 @@ def test_every_stage_runs_and_is_reported(short, capsys, monkeypatch):
 
     for stage in STAGES:
         assert stage in page and stage in printed
+    assert "first-rl" not in page and page.count("</span>R1: cold start, RL") == 1, (
+        "the legend has the table's names"
+    )
     assert "<svg" in page and not re.search(r"<script|(src|href)=\"http", page)
     names = ["figures.json", "report.html", "seed-0", "seed-1"]
     assert sorted(path.name for path in short.output.iterdir()) == names
