@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from ..algorithms.run.checks import check_number
-from ..algorithms.run.flags import POSITIONAL, bounds, helps
+from ..algorithms.run.flags import POSITIONAL, bounds, check_number, helps
 
 
 class Kind(NamedTuple):

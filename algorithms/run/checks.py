@@ -5,26 +5,23 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from math import inf
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
 
 from ...model.errors import InputError, shown
-from ...model.files.config_keys import LARGEST
 from ...model.files.folder import absolute
 from ...model.files.text_files import read_object
 from ..show.trackers import check_tracker
 from .adamw8bit import load_bitsandbytes
-from .flags import Bounds, SaveDtype, TrainingFlags, bounds
+from .flags import Bounds, SaveDtype, TrainingFlags, bounds, check_number
 from .held_out import check_evaluation
 from .inputs import check_inputs
 from .order import check_epochs, default_of
 from .processes import check_joined, rank
 
 CHECKPOINT, LOCK = "checkpoint.safetensors", ".lock"
-MOST = 2**53  # the largest count; sums of counts still fit 64 bits
 MAY_DIFFER = (  # flags that --resume may change, because they change no mathematics of the steps that are left
     *("output", "resume", "save_every", "save_dtype", "keep", "log_every", "log_to", "samples"),
     *("steps", "epochs"),  # a longer run, or a shorter one
@@ -63,24 +60,6 @@ def check_flags(config: Any, **narrower: tuple[float, float]) -> None:
         _check_resumable(folder, config)
     elif rank() == 0:
         check_unused(folder, but=(LOCK,) if isinstance(config, TrainingFlags) else ())  # claim.py locks it
-
-
-def check_number(name: str, value: Any, within: Bounds) -> None:
-    """Raise InputError if the number of a flag, or one of several, is outside its bounds."""
-    if isinstance(value, tuple):
-        for each in value:
-            check_number(name, each, within)
-        return
-    if value is None or (within.switch and value == inf):
-        return
-    most = min(within.most, MOST if isinstance(value, int) else LARGEST)
-    if not within.least <= value <= most:
-        if most < MOST:
-            expected = f"between {within.least:g} and {most:g}"
-        else:
-            expected = f"at most {most:g}" if value > most else f"at least {within.least:g}"
-        got = shown(value)  # an integer may have more digits than Python writes
-        raise InputError(f"--{name.replace('_', '-')}: expected a number {expected}, got {got}")
 
 
 def torch_dtype(name: str, flag: str = "save-dtype") -> torch.dtype | None:

@@ -18,8 +18,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 from ...model.errors import InputError, shown
 from ...model.files.text_files import parse_json, read_text
-from .checks import check_number
-from .flags import bounds
+from .flags import bounds, check_number
 from .words import did_you_mean
 
 MOST_BYTES = 2**16  # of the file; a run's config.json has about 2,000
@@ -99,7 +98,7 @@ def _fitted_to_one(parts: tuple[Any, ...], value: Any) -> Any:
                 return fitted(part, value)
         except Misfit as error:
             expected.append(str(error))
-    raise Misfit(" or ".join(expected + ["null"] * (NoneType in parts)))
+    raise Misfit(" or ".join([*dict.fromkeys(expected), *(["null"] if NoneType in parts else [])]))
 
 
 def _switch(value: Any) -> bool:

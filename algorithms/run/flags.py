@@ -21,6 +21,10 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args, get_
 
 import torch
 
+from ...model.errors import InputError, shown
+from ...model.files.config_keys import LARGEST
+
+MOST = 2**53  # the largest count; sums of counts still fit 64 bits
 MOST_SAMPLES = 2**16  # the most samples of one prompt; all are kept until they are judged
 
 
@@ -291,6 +295,24 @@ def _bounds_in(hint: Any) -> Iterator[Bounds]:
     yield from (x for x in getattr(hint, "__metadata__", ()) if isinstance(x, Bounds))
     for part in get_args(hint):
         yield from _bounds_in(part)
+
+
+def check_number(name: str, value: Any, within: Bounds) -> None:
+    """Raise InputError if the number of a flag, or one of several, is outside its bounds."""
+    if isinstance(value, tuple):
+        for each in value:
+            check_number(name, each, within)
+        return
+    if value is None or (within.switch and value == inf):
+        return
+    most = min(within.most, MOST if isinstance(value, int) else LARGEST)
+    if not within.least <= value <= most:
+        if most < MOST:
+            expected = f"between {within.least:g} and {most:g}"
+        else:
+            expected = f"at most {most:g}" if value > most else f"at least {within.least:g}"
+        got = shown(value)  # an integer may have more digits than Python writes
+        raise InputError(f"--{name.replace('_', '-')}: expected a number {expected}, got {got}")
 
 
 def helps(config: type) -> dict[str, str]:

@@ -11,6 +11,8 @@ from ...model.errors import InputError
 from ...model.files.folder import holds_a_model
 from ...model.files.replacing import remove_folder, replacing, sweep
 from ...model.files.text_files import check_regular, parse_json, read_optional
+from ..show.report import REPORT
+from ..show.versions import VERSIONS
 from .checkpoint import sweep_checkpoint
 from .checks import CHECKPOINT, as_json
 from .flags import TrainingFlags
@@ -59,7 +61,7 @@ def flush_logs(folder: Path) -> None:
 
 def remove_start(folder: Path) -> None:
     """Remove the files of a run that ends before its first step is done."""
-    for name in (CONFIG, *LOGS):
+    for name in (CONFIG, *LOGS, VERSIONS, REPORT):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -10,8 +10,8 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType, NoneType
-from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from types import ModuleType, NoneType, UnionType
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from ...model.errors import shown
 from .config_file import Misfit, fitted, read_config_file
@@ -96,6 +96,8 @@ def _member(
     default: dict[str, Any] = {"default": field.default, "default_factory": field.default_factory}
     if field.name in values:
         default = {"default": values[field.name]}
+
+    # the word for its values
     text, hint_ = _help(text, default)
     several = get_origin(_base(hint)) is tuple
     of_place = f"[{field.name.upper()} ...]" if several else field.name.upper()
@@ -123,11 +125,13 @@ def _kind(hint: Any) -> str | None:
 
 
 def _base(hint: Any) -> Any:
-    """Return the type behind Annotated and `| None`."""
+    """Return the type behind Annotated and `| None`. Of one value or several, as for --data, it is that of several."""
     if hasattr(hint, "__metadata__"):
         return _base(get_args(hint)[0])
+    if get_origin(hint) not in (Union, UnionType):
+        return hint
     parts = [part for part in get_args(hint) if part is not NoneType]
-    return _base(parts[0]) if NoneType in get_args(hint) and len(parts) == 1 else hint
+    return _base(parts[-1])
 
 
 def _help(text: str, default: Mapping[str, Any]) -> tuple[str, str]:

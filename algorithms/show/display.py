@@ -23,11 +23,10 @@ from .progress import Progress
 from .report import REPORT, Status, ended, write_report
 from .text import duration, one_line
 from .trackers import TRACKERS, Tracker
-from .versions import versions
+from .versions import VERSIONS, versions
 
 MOST_TIME = 0.05  # share of a run's time that its report may take, unless --log-every is given
 LINES = 50  # printed in a run, unless --log-every is given
-VERSIONS = "versions.json"
 
 
 class Display:

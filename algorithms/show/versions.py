@@ -3,6 +3,7 @@
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
+VERSIONS = "versions.json"  # in a run folder
 __version__ = "0.1.0"  # the only place: setup.py reads it here, and burnish.algorithms names it, too
 
 

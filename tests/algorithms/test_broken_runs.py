@@ -42,10 +42,9 @@ def change(file: Path, edit) -> None:
     tensors = load_file(file)
     with safe_open(file, "pt") as opened:
         metadata = dict(opened.metadata() or {})
-    has_digests = DIGESTS in metadata
     edit(tensors, metadata)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, file, with_digests(tensors, metadata) if has_digests else metadata or None)
+    save_file(tensors, file, with_digests(tensors, metadata) if DIGESTS in metadata else metadata or None)
 
 
 def retype(file: Path, name: str, dtype: str) -> None:

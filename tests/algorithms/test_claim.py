@@ -209,7 +209,8 @@ def test_a_resumed_run_sweeps_its_folder(run, tmp_path):
 
     sft.train(run)
     names = {entry.name for entry in run.output.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", CHECKPOINT, "model", "step-2", "notes.partial"}
+    shown = {"report.html", "versions.json"}
+    assert names == {"config.json", "metrics.jsonl", CHECKPOINT, "model", "step-2", "notes.partial", *shown}
 
 
 # ---- --keep

@@ -6,8 +6,8 @@ import json
 import tempfile
 from math import inf
 from pathlib import Path
-from types import ModuleType, NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import ModuleType, NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
@@ -36,8 +36,8 @@ def another(hint: Any, default: Any, within: Any) -> Any:
         return tuple(another(parts[0], None, within) for _ in range(2))
     if get_origin(hint) is Literal:
         return next(part for part in parts if part != default)
-    if NoneType in get_args(hint):
-        return another(parts[0], default, within)
+    if get_origin(hint) in (Union, UnionType):
+        return another(parts[-1], default, within)  # of --data, several files
     if hint is bool:
         return not default
     if hint in (int, float):
@@ -62,17 +62,22 @@ def test_a_runs_own_file_reads_back(command, tmp_path):
     for field in dataclasses.fields(cfg):
         assert getattr(cfg, field.name) != field.default, field.name
 
-    (tmp_path / "config.json").write_text(as_json(cfg))
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(json.loads(as_json(cfg)), allow_unicode=True))
-    for file in tmp_path.iterdir():
-        assert parsed(command, module_of(command), ["--config", str(file)]) == cfg
+    # --epochs and --steps exclude each other
+    several = [cfg]
+    if hasattr(cfg, "epochs"):
+        steps = next(field.default for field in dataclasses.fields(cfg) if field.name == "steps")
+        several = [dataclasses.replace(cfg, **change) for change in ({"epochs": None}, {"steps": steps})]
+    for each in several:
+        (tmp_path / "config.json").write_text(as_json(each))
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(json.loads(as_json(each)), allow_unicode=True))
+        for file in tmp_path.iterdir():
+            assert parsed(command, module_of(command), ["--config", str(file)]) == each
 
     required = {name: value for name, value in (("model", "m"), ("data", "d"), ("output", "o"))}
     names = {field.name for field in dataclasses.fields(cfg)}
     words = [f"--{name}={value}" for name, value in required.items() if name in names]
-    plain = parsed(
-        command, module_of(command), [*words, *(["--reward", "f.py:g"] if command == "grpo" else [])]
-    )
+    words += {"grpo": ["--reward", "f.py:g"], "report": ["folder"]}.get(command, [])
+    plain = parsed(command, module_of(command), words)
     (tmp_path / "config.json").write_text(as_json(plain))
     assert parsed(command, module_of(command), [f"--config={tmp_path / 'config.json'}"]) == plain
 

@@ -139,16 +139,20 @@ def test_every_file_that_a_flag_names_counts(tasks, tmp_path):
 
 @control
 def folders_patterns_and_versions(place: Path) -> None:
-    """Rows may be a folder or a pattern; a file that changes after it was read has no digest."""
+    """Rows may be several files or a pattern; a file that changes after it was read has no digest."""
     folder = place / "rows"
     folder.mkdir()
     for name in ("b", "a"):
         (folder / f"{name}.jsonl").write_text(name)
-    checkpoint, base = place / CHECKPOINT, {"keep_best": None, "eval_data": place / "nothing"}
+    (place / "held_out.jsonl").write_text("c")
+    checkpoint, base = place / CHECKPOINT, {"keep_best": None, "eval_data": place / "held_out.jsonl"}
     config = lambda **flags: type("Config", (), base | flags)()
     named = lambda cfg: {flag: [name for name, _ in found] for flag, found in Inputs(cfg).digests().items()}
-    for data in (folder, place / "rows" / "*.jsonl", (folder / "a.jsonl", folder / "b.jsonl")):
+    several = folder / "*.jsonl"
+    for data in (several, (folder / "a.jsonl", folder / "b.jsonl")):
         assert named(config(data=data)) == {"--data": ["a.jsonl", "b.jsonl"]}
+
+    # what names no file, and held-out rows
     assert named(config(data=folder / "a.jsonl", chat_template="plain", reward=("json:loads",))) == {
         "--data": ["a.jsonl"]
     }
@@ -157,7 +161,7 @@ def folders_patterns_and_versions(place: Path) -> None:
     assert named(config(**evaluated, keep_best="loss")) == {"--data": ["a.jsonl"], "--eval-data": ["b.jsonl"]}
 
     # a file less, a file that has changed while the run went on, and a file that is gone
-    read = Inputs(config(data=folder))
+    read = Inputs(config(data=several))
     (folder / "a.jsonl").write_text("changed")
     (folder / "b.jsonl").unlink()
     assert read.digests() == {"--data": [["a.jsonl", CHANGED], ["b.jsonl", CHANGED]]}
@@ -165,12 +169,12 @@ def folders_patterns_and_versions(place: Path) -> None:
     with pytest.raises(
         InputError, match=r"expected the files that the run has read, a\.jsonl, b\.jsonl, found a"
     ):
-        check_inputs(checkpoint, config(data=folder))
+        check_inputs(checkpoint, config(data=several))
     (folder / "b.jsonl").write_text("b")
     with pytest.raises(
         InputError, match=r"a\.jsonl: expected the content that the run has read \(which changed"
     ):
-        check_inputs(checkpoint, config(data=folder))
+        check_inputs(checkpoint, config(data=several))
 
 
 def test_folders_patterns_and_versions(tmp_path):

@@ -27,6 +27,7 @@ ROWS = 7  # of data that are never read
 
 @pytest.fixture
 def cfg(model_folder, tmp_path) -> Config:
+    (tmp_path / "none.jsonl").touch()
     return Config(
         model=model_folder,
         data=tmp_path / "none.jsonl",

@@ -69,7 +69,7 @@ def make_tasks(folder: Path) -> dict[str, Task]:
         "    return [float(sum(i % 2 for i in ids)) for ids in completion_ids]\n"
     )
     common = {"model": folder / "model", "steps": STEPS, "save_every": 1, "keep": 1, "learning_rate": 1e-2}
-    common |= {"device": "cpu", "output": folder / "unused"}
+    common |= {"device": "cpu", "output": folder / "unused", "log_every": 1}  # a report after each step
 
     sampled = {
         "data": files["prompts"],
@@ -100,7 +100,7 @@ def content(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for entry in folder.rglob("*"):
         name = entry.relative_to(folder).as_posix()
-        if entry.is_dir() or name == "config.json":  # which has the flag --resume
+        if entry.is_dir() or name in ("config.json", "report.html"):  # with the flag --resume, and times
             found[name] = None
         elif name.endswith(".jsonl"):
             lines = [json.loads(line) for line in entry.read_text().splitlines()]
