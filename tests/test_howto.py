@@ -49,6 +49,7 @@ def test_a_loss_is_added(tree, model_folder, tmp_path):
     assert ran[-1].startswith("burnish dpo") and [*tree.glob("runs/*/model/model.safetensors")]
 
 
+@pytest.mark.slow
 def test_a_reward_is_added(model_folder, tmp_path):
     ran = follow("add-a-reward", tmp_path, {"DIR": str(model_folder)})
     assert len(ran) == 2 and (tmp_path / "runs" / "sums" / "model" / "model.safetensors").exists()

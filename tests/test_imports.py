@@ -70,6 +70,8 @@ except ValueError as error:
     print(error)
 """
 
+SLOW = pytest.mark.slow
+
 
 def run(program: str, absent: tuple[str, ...] = ABSENT, **names: object) -> list[str]:
     """The lines that a program prints, in a process of its own that has no package `absent`."""
@@ -96,9 +98,14 @@ def test_a_trainer_imports_none_of_them():
 @pytest.mark.parametrize(
     "program, found, printed",
     [
-        (PLAIN_ROWS, "1", "1"),
-        (CHAT, "hello", "the chat template: expected jinja2 to be installed"),
-        (ROW_TEMPLATE, "[{'prompt': 'b'}]", "--row-template row.jinja: expected jinja2 to be installed"),
+        pytest.param(PLAIN_ROWS, "1", "1", marks=SLOW),
+        pytest.param(CHAT, "hello", "the chat template: expected jinja2 to be installed", marks=SLOW),
+        pytest.param(
+            ROW_TEMPLATE,
+            "[{'prompt': 'b'}]",
+            "--row-template row.jinja: expected jinja2 to be installed",
+            marks=SLOW,
+        ),
         (PAGE, "None", "the report: expected jinja2 to be installed"),
     ],
     ids=["plain rows", "chat template", "row template", "page"],

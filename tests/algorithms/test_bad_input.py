@@ -217,6 +217,7 @@ def test_one_file_as_a_command_says_the_same(tmp_path):
     assert run.returncode == 1 and "nowhere" in run.stderr and "Traceback" not in run.stderr
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_whole_files(model_folder, demonstrations, tmp_path):
     output = tmp_path / "out"
     command = [sys.executable, "-m", "burnish.algorithms", "sft", "--model", str(model_folder)]

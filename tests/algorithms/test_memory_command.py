@@ -95,6 +95,7 @@ def test_the_defaults_are_those_of_the_methods():
 # ---- parts
 
 
+@pytest.mark.slow
 def test_further_models_are_counted(wide, tmp_path):
     base = Config(model=wide, method="ppo", device="cpu", micro_batch_tokens=256, prompts_per_step=2)
     whole = sum(p.numel() for p in Transformer(SHAPE).parameters())

@@ -151,6 +151,7 @@ def test_muon_trains_an_adapters_a_and_b(four_bit):
     assert {name.rpartition(".")[2] for name in found["adamw"]} == {"magnitude", "weight"}
 
 
+@pytest.mark.slow
 def test_8_bits_are_for_large_matrices_but_not_the_embedding():
     model = Transformer(replace(TINY, hidden_size=64, intermediate_size=96, vocab_size=100))
     small = {name for name, p in model.named_parameters() if p.numel() < 4096}

@@ -56,6 +56,7 @@ def seen_groups(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 def test_reward_rises_and_a_first_step_is_on_policy(cfg):
     ppo.train(dataclasses.replace(cfg, steps=25, prompts_per_step=32, kl_coefficient=0.01))
     metrics = metrics_of(cfg.output)

@@ -80,6 +80,7 @@ def short(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_every_stage_runs_and_is_reported(short, capsys, monkeypatch):
     # two steps teach nothing: let any completion pass for a right one, so that there are samples to distil
     monkeypatch.setattr(r1, "accuracy", lambda completions, answer: [1.0] * len(completions))

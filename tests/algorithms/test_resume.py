@@ -234,6 +234,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path):
     file, model = tmp_path / CHECKPOINT, nn.Linear(500, 500)
     with subprocess.Popen([sys.executable, "-c", WRITER, str(file)], stdout=subprocess.PIPE) as writer:

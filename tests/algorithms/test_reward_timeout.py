@@ -170,6 +170,7 @@ for function in (pool, deaf, blocks, backtracks, counts, slow, leaves_a_thread):
 """
 
 
+@pytest.mark.slow
 def test_the_process_ends_with_one_sentence_whatever_goes_on():
     """One start of Python for those that never return, each in a process of its own."""
     started = time.monotonic()

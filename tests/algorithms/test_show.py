@@ -368,6 +368,7 @@ def next_commands(printed: str) -> list[list[str]]:
     return [shlex.split(line)[1:] for line in printed.splitlines() if line.startswith("    burnish ")]
 
 
+@pytest.mark.slow
 def test_the_commands_at_the_end_work_when_they_are_pasted(
     cfg, prompts, pairs, tmp_path, capsys, monkeypatch
 ):

@@ -55,6 +55,7 @@ def crew(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_whatever_happens_is_named_and_ends_nothing_else(crew, tmp_path, capsys):
     (tmp_path / "test_broken.py").write_text("import no_such_module")
     verdict = crew(60, PLANTED)
@@ -84,6 +85,7 @@ def test_whatever_happens_is_named_and_ends_nothing_else(crew, tmp_path, capsys)
     assert out.splitlines()[-1] == "tests: 2 passed, 0 skipped, 5 failed, 0 not reached"
 
 
+@pytest.mark.slow
 def test_what_is_not_reached_is_named(crew):
     source = "import time\ndef test_one(): pass\ndef test_two(): time.sleep(600)\ndef test_three(): pass\n"
     begun = time.monotonic()
@@ -96,6 +98,7 @@ def test_what_is_not_reached_is_named(crew):
     ]
 
 
+@pytest.mark.slow
 def test_tests_that_ignore_everything_do_not_hold_up_the_end(crew, monkeypatch: pytest.MonkeyPatch):
     """Each that hangs may have its last words; together they would take longer than is left."""
     monkeypatch.setattr(crews, "LAST_WORDS", 600.0)
@@ -113,6 +116,7 @@ def test_two(): hang()
     assert verdict.total("failed") == verdict.total("not_reached") == 1
 
 
+@pytest.mark.slow
 def test_workers_that_do_not_start_end_the_run(crew, tmp_path):
     verdict = crew(60, "", arguments=[str(tmp_path), "--no-such-flag"], processes=1)
     failed = verdict.ops["collection"]["failed"]

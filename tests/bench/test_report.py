@@ -369,6 +369,7 @@ def without(missing: str, folder: Path, *commands: str) -> tuple[list[int], list
     return [int(status) for status in done.stdout.split()], messages
 
 
+@pytest.mark.slow
 def test_without_matplotlib_tables_are_made_and_a_sentence_says_what_pictures_need(
     results, tmp_path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -111,6 +111,7 @@ def most_page_faults(template: ChatTemplate) -> int:
     return max(faults(depth) for depth in range(0, 200, 4))
 
 
+@pytest.mark.slow
 def test_a_rendering_takes_no_longer_on_a_deep_stack(monkeypatch):
     """A call that maps a piece of Python's stack, and gives it back, has a page fault each time."""
     template = ChatTemplate(
