@@ -225,11 +225,14 @@ def _start(folder: Path) -> str:
 
 
 def _make_ordinary(path: Path) -> None:
-    """Give a file or folder the mode that a new one has by the umask."""
+    """Give a file or folder the mode that a new one has by the umask. A folder keeps the set-group-ID bit.
+
+    It has that bit from the folder around it, whose group all that is written there is to have.
+    """
     umask = os.umask(0)
     os.umask(umask)
     mode = path.lstat().st_mode
-    ordinary = (0o777 if stat.S_ISDIR(mode) else 0o666) & ~umask
+    ordinary = (0o777 & ~umask | mode & stat.S_ISGID) if stat.S_ISDIR(mode) else 0o666 & ~umask
     if stat.S_IMODE(mode) != ordinary and not stat.S_ISLNK(mode):
         path.chmod(ordinary)
 
