@@ -124,6 +124,14 @@ def test_a_sigterm_just_before_the_first_step_takes_back_what_was_written(cfg, m
     assert not cfg.output.exists()
 
 
+def test_events_written_before_the_first_step_are_taken_back_too(cfg, monkeypatch):
+    pytest.importorskip("tensorboard")
+    monkeypatch.setattr(Run, "steps", lambda self: terminate())
+    cfg = dataclasses.replace(cfg, log_to="tensorboard")
+    assert in_a_process(lambda: sft.train(cfg), cfg.output).status == STATUS
+    assert not cfg.output.exists()
+
+
 def test_a_resumed_run_that_has_not_begun_a_step_keeps_all(cfg, monkeypatch):
     sft.train(dataclasses.replace(cfg, save_every=2))
     before = content(cfg.output)
