@@ -92,6 +92,7 @@ class Run:
         self.seconds: dict[str, float] = {}
         self._cfg, self._tokenizer, self._frozen = cfg, tokenizer, frozen
         self._rows, self._tokens = rows, tokens
+        self._inputs = Inputs(cfg)  # now, because a reference may take hours before the first step
         self.rows_per_epoch = rows_per_epoch(rows)
         self._learners = {name: learner for name, learner in learners.items() if learner is not None}
         models = [learner.model for learner in self._learners.values()]
@@ -115,7 +116,6 @@ class Run:
             _check_progress(file, self._cfg, self.start, self.values)
             print(f"continues after step {self.start:,} of {self._cfg.steps:,}")
             _report_rate(self.folder, self._cfg, self.rows_per_epoch, self.start)
-        self._inputs = Inputs(self._cfg)
         if self._cfg.save_every and rank() == 0:
             self._inputs.digests()  # now, while the files are in the page cache
 
