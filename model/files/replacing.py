@@ -66,10 +66,12 @@ def replacing(file: Path, *, sync: bool = False, note: str = "") -> Iterator[Pat
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Yield a new folder beside `folder`. After the block, the new folder replaces `folder`, with ordinary permissions.
 
-    Its files are flushed to the disk before it replaces the earlier folder, and the folder around it afterwards.
+    Its files are flushed to the disk before it replaces the earlier folder, and the folder around it afterwards. If
+    `folder` is a link to a folder, the link stays, and the folder that it names is replaced.
     Raises InputError if it cannot be written. If the block fails, parent folders that were created are removed, too.
     """
     beside = None
+    folder = Path(os.path.realpath(folder)) if os.path.islink(folder) else folder
     new = [each for each in folder.parents if not lexists(each)]  # the innermost first
     with _cannot_be_written(folder):
         try:
