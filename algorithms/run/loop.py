@@ -222,13 +222,13 @@ class Run:
     # -- output files
 
     def log(self, metrics: Mapping[str, float | Tensor], tokens: int) -> None:
-        """Write one step's metrics, with null for NaN, and with the evaluation that is due after this step.
+        """Write one step's metrics, null for what is not finite, and the evaluation that is due after this step.
 
         tokens: tokens of the step, for tokens_per_second. It is called after the optimizer's step.
         """
         now = time.perf_counter()
         values = {name: float(value) for name, value in metrics.items()}
-        values = {name: None if math.isnan(value) else value for name, value in values.items()}
+        values = {name: value if math.isfinite(value) else None for name, value in values.items()}
         seconds = now - self._clock
         line = {
             "step": self._step,
