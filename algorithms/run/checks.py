@@ -115,8 +115,8 @@ def _check_resumable(folder: Path, config: Any) -> None:
 def _check_same(folder: Path, config: Any, earlier: dict[str, Any]) -> None:
     """Raise InputError naming a flag whose value differs from that in `earlier`, the content of config.json.
 
-    Spellings of one value are equal: paths are compared as paths. A flag that config.json does not have counts as its default, because it is newer than
-    the run.
+    Spellings of one value are equal: paths are compared as paths. A flag that config.json does not have counts as its
+    default, because it is newer than the run.
     """
     now, defaults = json.loads(as_json(config)), _defaults(config)
     for name, value in now.items():

@@ -285,7 +285,7 @@ def test_a_list_of_one_file_and_weights_of_one_are_other_spellings(tasks, tmp_pa
 
 
 def test_a_file_that_changes_before_the_first_step_counts_as_changed(tasks, tmp_path, monkeypatch):
-    """As long as the log-probabilities of dpo's reference are computed."""
+    """The log-probabilities of dpo's reference may take hours."""
     cfg = dataclasses.replace(tasks["dpo"].config, steps=1, output=tmp_path / "out")
     first_batches = Run.first_batches
 
