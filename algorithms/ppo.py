@@ -333,11 +333,11 @@ def _evaluation(
             of_each(model, lambda batch, model=model: batch.sums(batch.score(model, cfg.temperature)[0]))
             for model in (models.policy.model, models.reference)
         )
-        kl = (policy - reference).masked_fill(score.isnan(), torch.nan)
+        kl, judged = policy - reference, ~groups.rewards.isnan()
         beta = values().get("kl_coefficient", cfg.kl_coefficient)
         reward = score - cfg.missing_end_penalty * (~groups.ended).float() - beta * kl
         numbers = {"score": score, "reward": reward, "kl": kl}
-        return figures | {name: mean_figure(values) for name, values in numbers.items()}
+        return figures | {name: mean_figure(values[judged]) for name, values in numbers.items()}
 
     return Evaluation("prompts", len(held_out), measure) if held_out else None
 

@@ -91,7 +91,7 @@ def _parameters(function: Callable[..., Any]) -> Parameters | None:
 def _outer_parameters(function: Callable[..., Any], follow_wrapped: bool = False) -> Parameters | None:
     try:
         return inspect.signature(function, follow_wrapped=follow_wrapped).parameters
-    except KeyboardInterrupt:
+    except PASSES:
         raise
     except BaseException:  # a builtin, or an invalid __signature__
         return None

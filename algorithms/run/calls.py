@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...model.errors import InputError
+from .stopping import Terminated
 
 PATIENCE = 5.0  # seconds that an interrupted function may take to return before the process is ended
 GIVEN_UP = threading.Event()  # set if a function ran out of time: its threads may run forever
@@ -56,6 +57,7 @@ class Expired(BaseException):
 PASSES = (
     KeyboardInterrupt,
     Expired,
+    Terminated,
 )  # exceptions that are not errors of a user's code: they are raised again
 
 

@@ -30,6 +30,8 @@ MAY_DIFFER = (  # flags that --resume may change, because they change no mathema
     "reward_timeout",
 )
 SPELLED = ("chat_template", "reward")  # flags of text that may name a file
+ONE_OR_SEVERAL = ("data", "eval_data")  # flags that take a file, or a list of files
+WEIGHTS = ("data_weights", "reward_weights")  # flags whose default is a weight of 1 each
 
 
 def check_flags(config: Any, **narrower: tuple[float, float]) -> None:
@@ -113,8 +115,8 @@ def _check_resumable(folder: Path, config: Any) -> None:
 def _check_same(folder: Path, config: Any, earlier: dict[str, Any]) -> None:
     """Raise InputError naming a flag whose value differs from that in `earlier`, the content of config.json.
 
-    Paths are compared as paths. A flag that config.json does not have counts as its default, because it is newer than
-    the run.
+    Spellings of one value are equal: paths are compared as paths. A flag that config.json does not have counts as its
+    default, because it is newer than the run.
     """
     now, defaults = json.loads(as_json(config)), _defaults(config)
     for name, value in now.items():
@@ -141,8 +143,12 @@ def _defaults(config: Any) -> dict[str, Any]:
 def _spelled(config: Any, name: str, value: Any) -> Any:
     """Return the value of a flag in JSON, with every path absolute and its links followed.
 
-    The function of FILE.py:function stays behind its file.
+    The function of FILE.py:function stays behind its file. A list of one file is the file, and weights of 1 are none.
     """
+    if name in ONE_OR_SEVERAL and isinstance(value, list) and len(value) == 1:
+        return _spelled(config, name, value[0])
+    if name in WEIGHTS and isinstance(value, list) and all(each == 1 for each in value):
+        return []
     if isinstance(value, list):
         return [_spelled(config, name, each) for each in value]
     is_path = "Path" in str(get_type_hints(type(config)).get(name))

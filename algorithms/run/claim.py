@@ -105,8 +105,9 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         _claimed.discard(name)
-        with contextlib.suppress(OSError):  # the whole folder may have been removed
-            file.unlink()
+        with contextlib.suppress(OSError):  # the whole folder may have been removed, or moved away
+            if _is_at(file, opened):  # and not the file of another run in its place
+                file.unlink()
         os.close(opened)
 
 
@@ -137,9 +138,14 @@ def _lock(file: Path) -> int | None:
 
         # the run that had the lock may have removed the file in between
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(opened), os.lstat(file)):
+            if _is_at(file, opened):
                 return opened
         os.close(opened)
+
+
+def _is_at(file: Path, opened: int) -> bool:
+    """Return whether an open file is the one at this path."""
+    return os.path.samestat(os.fstat(opened), os.lstat(file))
 
 
 def _taken(opened: int, file: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from ...model.files.folder import holds_a_model
 from ...model.files.replacing import remove_folder, replacing, sweep
 from ...model.files.text_files import check_regular, parse_json, read_optional
 from ..show.report import REPORT
+from ..show.trackers import EVENTS
 from ..show.versions import VERSIONS
 from .checkpoint import sweep_checkpoint
 from .checks import CHECKPOINT, as_json
@@ -63,6 +65,7 @@ def remove_start(folder: Path) -> None:
     """Remove the files of a run that ends before its first step is done."""
     for name in (CONFIG, *LOGS, VERSIONS, REPORT):
         (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / EVENTS, ignore_errors=True)
 
 
 def keep_newest(folder: Path, keep: int | None, done: int) -> None:

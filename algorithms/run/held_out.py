@@ -106,7 +106,7 @@ def improved(metric: str, figures: Figures, values: dict[str, Any], done: int) -
 
 
 def as_numbers(figures: Figures, prefix: str = "") -> dict[str, float | None]:
-    """Return each figure's mean and standard error under one name each, with None for NaN.
+    """Return each figure's mean and standard error under one name each, with None for what is not finite.
 
     Names that reward functions give have no error, because their functions might be named like an error.
     """
@@ -115,7 +115,7 @@ def as_numbers(figures: Figures, prefix: str = "") -> dict[str, float | None]:
         found[prefix + name] = figure.mean
         if "/" not in name:
             found[f"{prefix}{name}_error"] = figure.error
-    return {name: None if math.isnan(value) else value for name, value in found.items()}
+    return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
 
 # ---- the end of a run

@@ -92,6 +92,7 @@ class Run:
         self.seconds: dict[str, float] = {}
         self._cfg, self._tokenizer, self._frozen = cfg, tokenizer, frozen
         self._rows, self._tokens = rows, tokens
+        self._inputs = Inputs(cfg)  # now, because a reference may take hours before the first step
         self.rows_per_epoch = rows_per_epoch(rows)
         self._learners = {name: learner for name, learner in learners.items() if learner is not None}
         models = [learner.model for learner in self._learners.values()]
@@ -115,7 +116,6 @@ class Run:
             _check_progress(file, self._cfg, self.start, self.values)
             print(f"continues after step {self.start:,} of {self._cfg.steps:,}")
             _report_rate(self.folder, self._cfg, self.rows_per_epoch, self.start)
-        self._inputs = Inputs(self._cfg)
         if self._cfg.save_every and rank() == 0:
             self._inputs.digests()  # now, while the files are in the page cache
 
@@ -222,13 +222,13 @@ class Run:
     # -- output files
 
     def log(self, metrics: Mapping[str, float | Tensor], tokens: int) -> None:
-        """Write one step's metrics, with null for NaN, and with the evaluation that is due after this step.
+        """Write one step's metrics, null for what is not finite, and the evaluation that is due after this step.
 
         tokens: tokens of the step, for tokens_per_second. It is called after the optimizer's step.
         """
         now = time.perf_counter()
         values = {name: float(value) for name, value in metrics.items()}
-        values = {name: None if math.isnan(value) else value for name, value in values.items()}
+        values = {name: value if math.isfinite(value) else None for name, value in values.items()}
         seconds = now - self._clock
         line = {
             "step": self._step,

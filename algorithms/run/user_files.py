@@ -10,8 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from ...model.errors import InputError
-from .calls import brief, described
-from .stopping import Terminated
+from .calls import PASSES, brief, described
 
 
 def load_function(specification: str, flag: str = "reward") -> Callable[..., Any]:
@@ -32,7 +31,7 @@ def load_function(specification: str, flag: str = "reward") -> Callable[..., Any
     try:
         module = _load_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
         function: Callable[..., Any] | None = getattr(module, name, None)
-    except (KeyboardInterrupt, Terminated):
+    except PASSES:
         raise
     except BaseException as error:  # shown to the user, whatever the user's file raises
         raise InputError(f"{given}: {file} cannot be imported: {described(error)}") from error

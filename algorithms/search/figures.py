@@ -22,11 +22,17 @@ from .votes import standard_error, standard_error_of_ratio
 
 
 def mean_figure(values: Tensor) -> Figure:
-    """Return the mean of values (items,). NaN marks an item that does not count."""
-    numbers = values[~values.isnan()].double().tolist()
+    """Return the mean of values (items,). If one of them is NaN, so is the mean: the model has diverged there."""
+    numbers = values.double().tolist()
     if not numbers:
         return Figure(math.nan, math.nan, 0)
-    return Figure(fmean(numbers), standard_error(numbers), len(numbers))
+    mean = fmean(numbers) if all(map(math.isfinite, numbers)) else values.double().mean().item()
+    return Figure(mean, standard_error(numbers), len(numbers))
+
+
+def judged_figure(rewards: Tensor) -> Figure:
+    """Return the mean of rewards (items,). NaN marks an item that no function has judged, which does not count."""
+    return mean_figure(rewards[~rewards.isnan()])
 
 
 def ratio_figure(numerators: Tensor, denominators: Sequence[int]) -> Figure:
@@ -54,10 +60,10 @@ def unpaired_figures(wanted: Tensor, unwanted: Tensor) -> Figures:
     """Return accuracy and margin of scores that are not in pairs: (wanted completions,), (unwanted completions,).
 
     accuracy: the share of all combinations of a wanted and an unwanted completion in which the wanted one has the
-    larger score. margin: the difference of the means. Both are NaN without a completion of each kind. The errors are
-    those of differences of two means.
+    larger score. margin: the difference of the means. Both are NaN without a completion of each kind, and if a score is
+    not finite. The errors are those of differences of two means.
     """
-    if not len(wanted) or not len(unwanted):
+    if not len(wanted) or not len(unwanted) or not torch.cat([wanted, unwanted]).isfinite().all():
         nothing = Figure(math.nan, math.nan, 0)
         return {"accuracy": nothing, "margin": nothing}
 
@@ -100,8 +106,8 @@ def sample_figures(groups: Groups, metrics: Mapping[str, float]) -> Figures:
     metrics: means of numbers that reward functions have logged; their errors are not known.
     """
     return {
-        "reward": mean_figure(groups.rewards),
-        **{f"reward/{name}": mean_figure(part) for name, part in groups.parts.items()},
+        "reward": judged_figure(groups.rewards),
+        **{f"reward/{name}": judged_figure(part) for name, part in groups.parts.items()},
         **{name: Figure(mean, math.nan, len(groups.samples)) for name, mean in metrics.items()},
         "length": mean_figure(groups.lengths.double()),
         "ended": mean_figure(groups.ended.double()),

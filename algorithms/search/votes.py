@@ -13,7 +13,7 @@ Source: pass@k: Chen et al. 2021, https://arxiv.org/abs/2107.03374, eq. 1
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from math import comb, sqrt
+from math import comb, isfinite, nan, sqrt
 from statistics import stdev
 
 
@@ -29,15 +29,19 @@ def majority_is_right(answers: Sequence[Hashable | None], right: Sequence[bool])
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Return the standard error of the mean of `values`, or 0 for a single value."""
+    """Return the standard error of the mean of `values`, or 0 for a single value. NaN if a value is not finite."""
+    if not all(map(isfinite, values)):
+        return nan
     return stdev(values) / sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def standard_error_of_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
     """Return the standard error of sum(numerators) / sum(denominators), or 0 for a single pair.
 
-    The pairs (numerator, denominator) are the independent draws.
+    The pairs (numerator, denominator) are the independent draws. NaN if a numerator is not finite.
     """
+    if not all(map(isfinite, numerators)):
+        return nan
     total = sum(denominators)
     ratio = sum(numerators) / total
     residuals = [x - ratio * y for x, y in zip(numerators, denominators, strict=True)]

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 from ...model.errors import InputError
 
+EVENTS = "tensorboard"  # the folder of events in a run folder
+
 
 class Tracker(Protocol):
     """A program that follows a run. log: write the numbers of a line of metrics.jsonl, at its step."""
@@ -25,7 +27,7 @@ class TensorBoard:
     def __init__(self, folder: Path, start: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
+        self._writer = SummaryWriter(str(folder / EVENTS), purge_step=start or None)
 
     def log(self, line: Mapping[str, Any]) -> None:
         for name, value in line.items():

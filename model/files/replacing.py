@@ -66,10 +66,12 @@ def replacing(file: Path, *, sync: bool = False, note: str = "") -> Iterator[Pat
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Yield a new folder beside `folder`. After the block, the new folder replaces `folder`, with ordinary permissions.
 
-    Its files are flushed to the disk before it replaces the earlier folder, and the folder around it afterwards.
+    Its files are flushed to the disk before it replaces the earlier folder, and the folder around it afterwards. If
+    `folder` is a link to a folder, the link stays, and the folder that it names is replaced.
     Raises InputError if it cannot be written. If the block fails, parent folders that were created are removed, too.
     """
     beside = None
+    folder = Path(os.path.realpath(folder)) if os.path.islink(folder) else folder
     new = [each for each in folder.parents if not lexists(each)]  # the innermost first
     with _cannot_be_written(folder):
         try:
@@ -225,11 +227,14 @@ def _start(folder: Path) -> str:
 
 
 def _make_ordinary(path: Path) -> None:
-    """Give a file or folder the mode that a new one has by the umask."""
+    """Give a file or folder the mode that a new one has by the umask. A folder keeps the set-group-ID bit.
+
+    It has that bit from the folder around it, whose group all that is written there is to have.
+    """
     umask = os.umask(0)
     os.umask(umask)
     mode = path.lstat().st_mode
-    ordinary = (0o777 if stat.S_ISDIR(mode) else 0o666) & ~umask
+    ordinary = (0o777 & ~umask | mode & stat.S_ISGID) if stat.S_ISDIR(mode) else 0o666 & ~umask
     if stat.S_IMODE(mode) != ordinary and not stat.S_ISLNK(mode):
         path.chmod(ordinary)
 

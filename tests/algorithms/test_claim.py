@@ -156,6 +156,14 @@ def test_a_lock_that_was_removed_meanwhile_is_taken_again(cfg, monkeypatch):
         assert "but process" in in_another_process(cfg)
 
 
+def test_the_end_of_a_moved_run_leaves_the_lock_of_another_in_its_place(cfg):
+    with claim._claim(cfg.output, False):
+        cfg.output.rename(cfg.output.with_name("moved"))
+        cfg.output.mkdir()
+        (cfg.output / LOCK).write_text("of another run")
+    assert (cfg.output / LOCK).read_text() == "of another run"
+
+
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, None])
 def test_where_locks_do_not_work_a_sentence_says_so(cfg, monkeypatch, capsys, code):
     if code is None:

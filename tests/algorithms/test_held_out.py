@@ -16,7 +16,6 @@ from burnish.algorithms.run import held_out, loop
 from burnish.algorithms.run.held_out import Evaluation, Figure, as_numbers, higher_is_better, report_held_out
 from burnish.algorithms.run.learner import Learner
 from burnish.algorithms.run.loop import Run
-from burnish.algorithms.search.figures import mean_figure, ratio_figure, unpaired_figures
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.errors import InputError
 from burnish.model.text.tokenizer import Tokenizer
@@ -218,18 +217,18 @@ def test_a_student_that_answers_is_evaluated_on_its_answers(folder):
 # ---- figures
 
 
-def test_values_of_figures_by_hand():
-    assert mean_figure(torch.tensor([1.0, 3.0, math.nan])) == (2.0, pytest.approx(1.0), 2)
-    assert math.isnan(mean_figure(torch.tensor([math.nan])).mean)
-    ratio = ratio_figure(torch.tensor([2.0, 4.0]), [1, 2])
-    assert ratio == (2.0, 0.0, 2)
+def test_a_model_that_has_diverged_is_saved_all_the_same(folder, monkeypatch):
+    """The evaluation after the last step comes before the model is written."""
+    cfg = config(sft, folder, "demonstrations.jsonl", steps=1)
+    log = sft.Run.log
 
-    found = unpaired_figures(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 1.0, 2.0, 5.0]))
-    assert found["accuracy"].mean == (1 + 3) / 8  # 1 > 0; 3 > 0, 1, 2; a tie is wrong
-    # shares below each wanted completion: 1/4, 3/4; above each unwanted one: 1, 1/2, 1/2, 0
-    assert found["accuracy"].error == pytest.approx(math.sqrt(0.125 / 2 + (1 / 6) / 4))
-    assert found["margin"].mean == 0 and found["margin"].count == 6
-    assert math.isnan(unpaired_figures(torch.ones(2), torch.ones(0))["accuracy"].mean)
+    def diverged(run, *given):
+        next(iter(run._learners.values())).model.norm.weight.data.fill_(math.nan)
+        log(run, *given)
+
+    monkeypatch.setattr(sft.Run, "log", diverged)
+    sft.train(cfg)
+    assert results(cfg)["after"]["loss"] is None and (cfg.output / "model").is_dir()
 
 
 def test_names_of_users_have_no_error_and_nan_is_none():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from burnish.algorithms import distill, grpo, sft
+from burnish.algorithms import distill, dpo, grpo, sft
 from burnish.algorithms.run import inputs as inputs_file
 from burnish.algorithms.run.checkpoint import read_checkpoint, write_checkpoint
 from burnish.algorithms.run.checks import CHECKPOINT, MAY_DIFFER
@@ -270,6 +270,34 @@ def test_a_path_may_be_spelled_otherwise(tasks, tmp_path, monkeypatch):
     assert "--model is" in refusal(grpo.train, dataclasses.replace(cfg, resume=True, model=tmp_path / "copy"))
     other = dataclasses.replace(cfg, resume=True, reward=(f"{tmp_path}/odd.py:even",))
     assert "--reward is" in refusal(grpo.train, other)
+
+
+def test_a_list_of_one_file_and_weights_of_one_are_other_spellings(tasks, tmp_path):
+    cfg = dataclasses.replace(tasks["grpo"].config, steps=1, output=tmp_path / "out")
+    grpo.train(cfg)
+    again = dataclasses.replace(cfg, resume=True)
+    grpo.train(dataclasses.replace(again, data=(cfg.data,), data_weights=(1.0,), reward_weights=(1.0,)))
+    grpo.train(again)
+    for other in ({"data_weights": (2.0,)}, {"reward_weights": (0.5,)}, {"data": (cfg.data, cfg.data)}):
+        (name,) = other
+        message = refusal(grpo.train, dataclasses.replace(again, **other))
+        assert f"--{name.replace('_', '-')} is" in message
+
+
+def test_a_file_that_changes_before_the_first_step_counts_as_changed(tasks, tmp_path, monkeypatch):
+    """The log-probabilities of dpo's reference may take hours."""
+    cfg = dataclasses.replace(tasks["dpo"].config, steps=1, output=tmp_path / "out")
+    first_batches = Run.first_batches
+
+    def slow(self):
+        text_changed(cfg.data)
+        return first_batches(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "first_batches", slow)
+        dpo.train(cfg)
+    message = refusal(dpo.train, dataclasses.replace(cfg, steps=2, resume=True))
+    assert "which changed while it ran" in message
 
 
 def test_a_flag_that_an_older_run_lacks_counts_as_its_default(tasks, tmp_path):

@@ -250,8 +250,8 @@ def test_every_pair_has_its_reference_before_training(model_folder, pairs, tmp_p
 
 
 @pytest.mark.parametrize("steps", [1, 4, 40])
-def test_first_batches_hold_every_row_that_is_drawn_and_no_other(model_folder, tmp_path, steps):
-    cfg = config(model_folder, tmp_path, steps=steps, batch_size=4)
+def test_first_batches_hold_every_row_that_is_drawn_and_no_other(model_folder, demonstrations, steps):
+    cfg = config(model_folder, demonstrations, steps=steps, batch_size=4)
     parts = [Part(9), Part(20, 0.3), Part(3, 2)]
     run = Run(cfg, Tokenizer.load(model_folder), rows=parts, model=Learner(cfg, load_model(model_folder)))
     found = list(run.first_batches())

@@ -104,8 +104,30 @@ def test_a_sigterm_while_a_reward_file_is_loaded_is_no_error_of_the_file(tasks, 
     assert ended.status == STATUS and not cfg.output.exists()
 
 
+def test_a_sigterm_in_a_function_before_the_first_step_is_no_error_of_the_function(tasks, tmp_path):
+    """The untrained model is evaluated: a SIGTERM comes while a function judges its samples."""
+    (tmp_path / "odd.py").write_text(
+        "import os, signal\n"
+        "def odd(completions, **_):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return [1.0] * len(completions)\n"
+    )
+    cfg = tasks["grpo"].config
+    cfg = dataclasses.replace(cfg, eval_data=cfg.data, output=tmp_path / "out")
+    ended = in_a_process(lambda: grpo.train(cfg), cfg.output)
+    assert ended.status == STATUS and not cfg.output.exists()
+
+
 def test_a_sigterm_just_before_the_first_step_takes_back_what_was_written(cfg, monkeypatch):
     monkeypatch.setattr(Run, "steps", lambda self: terminate())
+    assert in_a_process(lambda: sft.train(cfg), cfg.output).status == STATUS
+    assert not cfg.output.exists()
+
+
+def test_events_written_before_the_first_step_are_taken_back_too(cfg, monkeypatch):
+    pytest.importorskip("tensorboard")
+    monkeypatch.setattr(Run, "steps", lambda self: terminate())
+    cfg = dataclasses.replace(cfg, log_to="tensorboard")
     assert in_a_process(lambda: sft.train(cfg), cfg.output).status == STATUS
     assert not cfg.output.exists()
 

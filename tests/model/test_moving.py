@@ -154,6 +154,15 @@ def test_a_folder_replaces_one(steps, tmp_path):
         assert texts(tmp_path / "place") == {text} and entries(tmp_path) == ["place"]
 
 
+def test_a_folder_behind_a_link_is_replaced_and_the_link_stays(steps, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there/place")
+    for text in ("first", "second"):
+        write(tmp_path / "link", text)
+        assert (tmp_path / "link").is_symlink() and texts(tmp_path / "there" / "place") == {text}
+        assert entries(tmp_path) == ["link", "there"] and entries(tmp_path / "there") == ["place"]
+
+
 def test_a_system_without_an_exchange_moves_in_two_steps(tmp_path, monkeypatch):
     """A library without renameat2, a kernel that does not know it, and a file system that cannot."""
     write(tmp_path / "place", "first")

@@ -225,6 +225,16 @@ def test_modes_are_those_of_ordinary_files(tmp_path):
     assert mode(tmp_path / "place" / "private") == mode(tmp_path / "new") == mode(tmp_path / "file")
 
 
+def test_folders_in_a_folder_of_a_group_are_the_group_s_too(tmp_path):
+    """mkdir hands the set-group-ID bit down."""
+    tmp_path.chmod(0o2755)
+    (tmp_path / "folder").mkdir()
+    with replacing_folder(tmp_path / "place") as beside:
+        (beside / "inside").mkdir()
+    folders = (tmp_path / name for name in ("folder", "place", "place/inside"))
+    assert {path.stat().st_mode & stat.S_ISGID for path in folders} == {stat.S_ISGID}
+
+
 # ---- planted faults
 
 WRITERS = {"replacing": replacing, "replacing_folder": replacing_folder}
