@@ -382,26 +382,50 @@ def test_the_commands_at_the_end_work_when_they_are_pasted(
     ran += next_commands(capsys.readouterr().out)
 
     names = [command[0] for command in ran]
-    assert names == ["evaluate", "merge", "evaluate", "ppo", "evaluate", "merge"]
+    assert names == ["chat", "evaluate", "merge", "evaluate", "ppo", "chat", "evaluate", "merge"]
     for command in ran:
-        more = {"ppo": ["--steps", "1", "--max-new-tokens", "2"]}.get(command[0], [])
-        more += ["--samples", "1", "--max-new-tokens", "2"] if "--reward" in command else []
-        more += (
-            [] if "merge" in command else ["--output", f"out-{len([*tmp_path.iterdir()])}", "--device", "cpu"]
-        )
+        short = ["--max-new-tokens", "2"]
+        more = {"ppo": ["--steps", "1", *short], "chat": ["--prompt", "1+2=", *short]}.get(command[0], [])
+        more = [*more, *(["--samples", "1", *short] if "--reward" in command else [])]
+        more += [] if "merge" in command else ["--device", "cpu"]
+        if command[0] in ("evaluate", "ppo"):
+            more += ["--output", f"out-{len([*tmp_path.iterdir()])}"]
         assert main([*command, *more]) == 0, command
 
 
-def test_a_model_with_a_chat_template_is_to_be_talked_to(tmp_path):
+def test_the_commands_at_the_end_read_the_rows_as_the_run_did(cfg, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jinja").write_text('{"prompt": {{ q | tojson }}, "completion": "4"}')
+    for name in ("a", "b"):
+        Path(f"{name}.jsonl").write_text('{"q": "2+2="}\n' * 4)
+    data = (Path("a.jsonl"), Path("b.jsonl"))
+    changes = {"row_template": Path("rows.jinja"), "train_on": "all", "max_length": 5, "output": Path("run")}
+    sft.train(dataclasses.replace(cfg, data=data, **changes))
+    _, command = next_commands(capsys.readouterr().out)
+    assert main([*command, "--output", "out", "--device", "cpu"]) == 0
+    assert json.loads(Path("out/result.json").read_text())["figures"]["tokens"] == 8 * 4
+
+
+def test_the_commands_at_the_end_are_for_the_best_model(cfg, tmp_path):
     from burnish.algorithms.show.advice import next_commands
 
-    model = tmp_path / "model"
-    model.mkdir()
-    assert next_commands(tmp_path, "sft", {"data": "d"}) == []
-    (model / "config.json").write_text("{}")
-    assert next_commands(tmp_path, "dpo", {"data": "d"}) == []
-    (model / "tokenizer_config.json").write_text('{"chat_template": "x"}')
-    assert next_commands(tmp_path, "dpo", {"data": "d"}) == [f"burnish chat --model {model}"]
+    for name in ("model", "best"):
+        (tmp_path / name).mkdir()
+        assert next_commands(tmp_path, "dpo", {"data": "d"}) == [] or name == "best"
+        (tmp_path / name / "config.json").write_text("{}")
+    assert next_commands(tmp_path, "dpo", {"data": "d"}) == [f"burnish chat --model {tmp_path / 'model'}"]
+    flags = {"data": "d", "keep_best": "loss", "chat_template_kwargs": '{"a": 1}'}
+    chat = f"burnish chat --model {tmp_path / 'best'} --chat-template-kwargs '{{\"a\": 1}}'"
+    assert next_commands(tmp_path, "dpo", flags) == [chat]
+    assert next_commands(tmp_path, "", flags) == []  # an unknown model: it may be a reward model
+
+
+def test_the_commands_leave_out_what_evaluate_does_by_itself():
+    from burnish.algorithms import evaluate
+    from burnish.algorithms.show.advice import DEFAULTS
+
+    fields = {field.name: field.default for field in dataclasses.fields(evaluate.Config)}
+    assert {name: fields[name] for name in DEFAULTS} == DEFAULTS
 
 
 def test_a_stage_of_a_recipe_ends_in_one_line(cfg, capsys):
