@@ -119,7 +119,8 @@ class Run:
         if self._cfg.save_every and rank() == 0:
             self._inputs.digests()  # now, while the files are in the page cache
 
-        self._step, self._clock = self.start, time.perf_counter()
+        self._step = self._done = self.start
+        self._clock = time.perf_counter()
         self._metrics = open_metrics(self.folder, self._cfg, self.start)
         keep_newest(self.folder, self._cfg.keep, self.start)
         if rank() == 0:
@@ -171,6 +172,7 @@ class Run:
                 (self._cfg.seed + step * 0x9E3779B97F4A7C15 + rank() * 0xBF58476D1CE4E5B9) % 2**63
             )
             yield step
+            self._done = step + 1
             reshard(*self._frozen)  # a forward pass without a backward pass leaves their weights gathered
             stops = is_asked()
             self._save_step(step + 1, stops)
@@ -296,7 +298,8 @@ class Run:
             after = self._measured(self._evaluation) if self._after is None else self._after
             report_held_out(self.folder, self._evaluation, self._before, after)
             if self._cfg.keep_best is not None:
-                report_best(self.folder, self._cfg, self.values)
+                is_early = self._done < self._cfg.steps
+                report_best(self.folder, self._cfg, self.values, is_early)
         folders = [self._save(name, name) for name in reversed(self._learners)]
         return folders[-1]
 
