@@ -49,6 +49,12 @@ def test_a_run_tells_what_will_happen(cfg, capsys):
     ]
 
 
+def test_every_step_is_not_called_every_1_step(cfg, capsys):
+    printed = lines(dataclasses.replace(cfg, eval_data=cfg.data, eval_every=1, save_every=1), capsys)
+    assert printed[-2].endswith("before training, every step and at the end")
+    assert printed[-1].endswith("and a checkpoint every step")
+
+
 WARMED = {
     (0, 9, "constant"): "learning rate: starts at 0.001, then stays there",
     (1, 9, "linear"): "learning rate: reaches 0.001 after 1 of 9 steps, then falls to 0 by the end (linear)",
