@@ -15,13 +15,13 @@ from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_
 
 from ...model.errors import shown
 from .config_file import Misfit, fitted, read_config_file
-from .flags import POSITIONAL, TrainingFlags, helps
+from .flags import POSITIONAL, SamplingFlags, TrainingFlags, helps
 from .words import did_you_mean, wrapped
 
 FIRST = ("model", "data", "output")  # the first flags in --help
 GROUPS = ("objective", "data", "sampling", "optimizer", "adapter", "evaluation", "run")
 CONFIG_HELP = "file of flags, YAML or JSON{}; flags beside it override it"
-RUNS_OWN = ", such as a run's config.json"  # a file that only trainers can read: it has all of a trainer's flags
+RUNS_OWN = ", such as a run's config.json"  # in the help of the commands that write one
 METAVARS = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}
 
 
@@ -60,7 +60,7 @@ def parsed(name: str, module: ModuleType, arguments: Sequence[str], summary: str
         group = "" if top else group_of(config, field.name)
         member = _member(field, hints[field.name], texts.get(field.name, ""), positional, values)
         members.setdefault(group, []).append(member)
-    help_ = CONFIG_HELP.format(RUNS_OWN if issubclass(config, TrainingFlags) else "")
+    help_ = CONFIG_HELP.format(RUNS_OWN if issubclass(config, TrainingFlags | SamplingFlags) else "")
     of_file = Annotated[
         Path | None, tyro.conf.arg(help=help_, metavar="PATH", help_behavior_hint="(default: none)")
     ]

@@ -20,7 +20,7 @@ def test_every_command_has_help(command, capsys):
     assert (f"burnish {command}" in text and ("--output" in text or command == "bench")) or "--prompt" in text
 
 
-@pytest.mark.parametrize("command, runs_own", [("sft", True), ("chat", False), ("report", False)])
+@pytest.mark.parametrize("command, runs_own", [("sft", True), ("teach", True), ("chat", False)])
 def test_the_help_is_the_same_each_time_and_offers_what_can_be_read(command, runs_own, capsys):
     def text() -> str:
         with pytest.raises(SystemExit):
@@ -29,7 +29,7 @@ def test_the_help_is_the_same_each_time_and_offers_what_can_be_read(command, run
 
     found = text()
     assert found == text() and ("such as a run's config.json" in found) is runs_own
-    assert ("runs/sft-DATE-TIME-RANDOM" in found) is (command == "sft")
+    assert (f"runs/{command}-DATE-TIME-RANDOM" in found) is runs_own
 
 
 def test_usage(capsys):

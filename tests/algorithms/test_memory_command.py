@@ -198,5 +198,5 @@ def test_an_adapter_is_refused(tmp_path):
 
 def test_a_name_of_the_hub_gets_the_command_that_fetches_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="no such folder; .* `hf download Qwen/Qwen3-0.6B --local-dir"):
+    with pytest.raises(InputError, match=r"no such folder; .* `hf download Qwen/Qwen3-0.6B --local-dir"):
         main(Config(model=Path("Qwen/Qwen3-0.6B")))
