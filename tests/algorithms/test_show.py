@@ -309,6 +309,23 @@ def test_a_page_of_many_steps_is_small(tmp_path):
     assert "All other metrics (60)" in page.text and "20 more metrics" in page.text
 
 
+def test_a_figure_with_a_long_name_is_a_row_whose_numbers_stay_whole(tmp_path):
+    """On a phone a table of one column for each metric would hide most of them."""
+    name = "reward/format_of_the_answer_is_as_it_was_asked_for"
+    (tmp_path / "config.json").write_text("{}")
+    entries = {
+        "before": {name: 0.5, "reward": 1.0, "reward_error": 0.0083},
+        "after": {name: 0.75, "reward": 2.0},
+    }
+    (tmp_path / "held_out.json").write_text(json.dumps(entries))
+    text = write_report(tmp_path).read_text()
+    rows = re.findall(r"<tr>(?:<t[dh]>[^<]*</t[dh]>)+</tr>", text.split("Held-out rows")[1])
+    cells = [re.findall(r"<t[dh]>([^<]*)<", row) for row in rows]
+    expected = [["metric", "before", "after"], [name, "0.5", "0.75"], ["reward", "1 ± 0.0083", "2"]]
+    assert cells == expected
+    assert ".metrics td { white-space: nowrap }" in text and text.count('class="metrics"') == 1
+
+
 def test_held_out_points_lie_in_the_picture_of_their_metric(tmp_path):
     lines = [{"step": i, "loss": 2.0 - i / 10, "seconds": 1.0} for i in range(10)]
     for i in (0, 5):
@@ -332,8 +349,10 @@ def test_held_out_points_lie_in_the_picture_of_their_metric(tmp_path):
     assert re.search(r"eval_accuracy .*?</td><td>0.5</td><td>0.5</td><td></td>", text), (
         "the best of --keep-best"
     )
-    assert "<tr><td>before</td><td>2.25 ± 0.12</td><td>8</td><td></td></tr>" in text
-    assert "<tr><td>score</td><td></td><td></td><td>0.75 ± 0.05</td></tr>" in text
+    assert "<th>metric</th><th>before</th><th>score</th>" in text
+    assert "<tr><td>loss</td><td>2.25 ± 0.12</td><td></td></tr>" in text
+    assert "<tr><td>rows</td><td>8</td><td></td></tr>" in text
+    assert "<tr><td>accuracy</td><td></td><td>0.75 ± 0.05</td></tr>" in text
     others = text.split("All other metrics")[1]
     assert "<h3>eval_seconds" in others and others.count("held out") == 0
 
