@@ -358,7 +358,10 @@ def _report_rate(folder: Path, cfg: TrainingFlags, rows: int, start: int) -> Non
 def _check_progress(file: Path, config: Any, start: int, values: Mapping[str, float]) -> None:
     """Raise InputError if a checkpoint has more steps than --steps, or more batches drawn than its steps allow."""
     if start > config.steps:
-        raise InputError(f"--steps: expected at least {start}, the steps done in {file}, got {config.steps}")
+        given = "" if config.epochs is None else f", which --epochs {config.epochs:g} takes"
+        raise InputError(
+            f"--steps: expected at least {start}, the steps done in {file}, got {config.steps}{given}"
+        )
     most = start * getattr(config, "max_draws", 1)
     if values.get("draws", 0) > most:
         raise InputError(f"{file}: draws: expected at most {most} in {start} steps, got {values['draws']}")
