@@ -23,7 +23,7 @@ from ..model.cache import cache_bytes
 from ..model.config import ModelConfig
 from ..model.errors import InputError, shown
 from ..model.files.config_json import read_config
-from ..model.files.folder import is_adapter
+from ..model.files.folder import is_adapter, way_to_fetch
 from ..model.files.formats import is_bnb_4bit
 from ..model.files.text_files import read_object
 from ..model.memory import Memory, Training, frozen_memory, kinds_of, training_memory, with_layers
@@ -204,6 +204,10 @@ def config_of(folder: Path) -> ModelConfig:
             f"{folder}: expected the folder of a whole model, got an adapter: give its base, and --lora-rank"
         )
     file = folder / "config.json"
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder}: no such folder; expected a Hugging Face folder with a config.json{way_to_fetch(folder)}"
+        )
     raw = read_object(file)
     is_bnb_4bit(raw, file)  # refuses other formats
     return read_config(raw, str(file))

@@ -80,6 +80,7 @@ def teach(cfg: Config) -> Path:
     with replacing(cfg.output / "config.json") as beside:
         beside.write_text(as_json(cfg))
     write_lessons(cfg.output / LESSONS, lessons, tokenizer, cfg.temperature)
+    print(f"written: {cfg.output / LESSONS}, which is --data of burnish distill")
     return cfg.output / LESSONS
 
 

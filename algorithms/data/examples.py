@@ -359,7 +359,8 @@ def rl_prompts(
     counts.close(rows, lambda name: name not in RESERVED_COLUMNS and takes(name))
     if not prompts:
         drops = [f"{count} {reason}" for reason, count in counts.items() if count and reason != "rows"]
-        raise InputError(f"no prompt to sample from: {total} rows{', ' if drops else ''}{', '.join(drops)}")
+        first = f" (the first: {rows[0].where})" if rows else ""
+        raise InputError(f"no prompt to sample from: {', '.join([f'{total} rows', *drops])}{first}")
     return prompts, counts
 
 

@@ -42,7 +42,7 @@ def open_metrics(folder: Path, cfg: TrainingFlags, start: int) -> Any:
             sweep(folder)
             sweep_checkpoint(folder / CHECKPOINT)
         with replacing(folder / CONFIG, sync=True) as beside:
-            beside.write_text(as_json(cfg))
+            beside.write_text(as_json(replace(cfg, resume=False)))  # --config then starts a run of its own
         for name, end in ends.items():
             _cut(folder / name, end)
         return open(folder / METRICS, "a")

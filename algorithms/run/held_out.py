@@ -133,9 +133,12 @@ def report_held_out(folder: Path, evaluation: Evaluation, before: Figures, after
         beside.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def report_best(folder: Path, cfg: TrainingFlags, values: Mapping[str, Any]) -> None:
-    """Print which step had the best model, and whether --patience has ended the run."""
-    if is_over(cfg, values):
+def report_best(folder: Path, cfg: TrainingFlags, values: Mapping[str, Any], is_early: bool) -> None:
+    """Print which step had the best model, and whether --patience has ended the run.
+
+    is_early: the run has ended before its last step, which a patience that ends with that step does not cause.
+    """
+    if is_early and is_over(cfg, values):
         count = f"{values['unimproved']} evaluations in a row"
         print(f"stopped early: {count} without a better {cfg.keep_best} (--patience {cfg.patience})")
     if "best" not in values:

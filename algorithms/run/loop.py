@@ -119,7 +119,8 @@ class Run:
         if self._cfg.save_every and rank() == 0:
             self._inputs.digests()  # now, while the files are in the page cache
 
-        self._step, self._clock = self.start, time.perf_counter()
+        self._step = self._done = self.start
+        self._clock = time.perf_counter()
         self._metrics = open_metrics(self.folder, self._cfg, self.start)
         keep_newest(self.folder, self._cfg.keep, self.start)
         if rank() == 0:
@@ -172,6 +173,7 @@ class Run:
             )
             yield step
 
+            self._done = step + 1
             reshard(*self._frozen)  # a forward pass without a backward pass leaves their weights gathered
             stops = is_asked()
             self._save_step(step + 1, stops)
@@ -297,7 +299,8 @@ class Run:
             after = self._measured(self._evaluation) if self._after is None else self._after
             report_held_out(self.folder, self._evaluation, self._before, after)
             if self._cfg.keep_best is not None:
-                report_best(self.folder, self._cfg, self.values)
+                is_early = self._done < self._cfg.steps
+                report_best(self.folder, self._cfg, self.values, is_early)
         folders = [self._save(name, name) for name in reversed(self._learners)]
         return folders[-1]
 
@@ -356,7 +359,10 @@ def _report_rate(folder: Path, cfg: TrainingFlags, rows: int, start: int) -> Non
 def _check_progress(file: Path, config: Any, start: int, values: Mapping[str, float]) -> None:
     """Raise InputError if a checkpoint has more steps than --steps, or more batches drawn than its steps allow."""
     if start > config.steps:
-        raise InputError(f"--steps: expected at least {start}, the steps done in {file}, got {config.steps}")
+        given = "" if config.epochs is None else f", which --epochs {config.epochs:g} takes"
+        raise InputError(
+            f"--steps: expected at least {start}, the steps done in {file}, got {config.steps}{given}"
+        )
     most = start * getattr(config, "max_draws", 1)
     if values.get("draws", 0) > most:
         raise InputError(f"{file}: draws: expected at most {most} in {start} steps, got {values['draws']}")

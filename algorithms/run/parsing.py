@@ -15,12 +15,13 @@ from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origi
 
 from ...model.errors import shown
 from .config_file import Misfit, fitted, read_config_file
-from .flags import POSITIONAL, TrainingFlags, helps
+from .flags import POSITIONAL, SamplingFlags, TrainingFlags, helps
 from .words import did_you_mean, wrapped
 
 FIRST = ("model", "data", "output")  # the first flags in --help
 GROUPS = ("objective", "data", "sampling", "optimizer", "adapter", "evaluation", "run")
-CONFIG_HELP = "file of flags, YAML or JSON, such as a run's config.json; flags beside it override it"
+CONFIG_HELP = "file of flags, YAML or JSON{}; flags beside it override it"
+RUNS_OWN = ", such as a run's config.json"  # in the help of the commands that write one
 METAVARS = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}
 
 
@@ -59,8 +60,9 @@ def parsed(name: str, module: ModuleType, arguments: Sequence[str], summary: str
         group = "" if top else group_of(config, field.name)
         member = _member(field, hints[field.name], texts.get(field.name, ""), positional, values)
         members.setdefault(group, []).append(member)
+    help_ = CONFIG_HELP.format(RUNS_OWN if issubclass(config, TrainingFlags | SamplingFlags) else "")
     of_file = Annotated[
-        Path | None, tyro.conf.arg(help=CONFIG_HELP, metavar="PATH", help_behavior_hint="(default: none)")
+        Path | None, tyro.conf.arg(help=help_, metavar="PATH", help_behavior_hint="(default: none)")
     ]
     place = sum(member[0] in FIRST for member in members[""])
     members[""].insert(place, ("config", of_file, dataclasses.field(default=None)))
@@ -143,7 +145,8 @@ def _help(text: str, default: Mapping[str, Any]) -> tuple[str, str]:
     text, words = (found[1], found[2]) if found else (text, "(default: none)")
     value = default["default"]
     if value is dataclasses.MISSING and default["default_factory"] is not dataclasses.MISSING:
-        value = re.sub(r"\d{8}-\d{6}", "DATE-TIME", str(default["default_factory"]()))
+        value = str(default["default_factory"]())
+        value = re.sub(r"\d{8}-\d{6}-[0-9a-f]{4}", "DATE-TIME-RANDOM", value)
     if value is dataclasses.MISSING or value is None or value == ():
         return text, words
     return text, f"(default: {' '.join(map(_written, value if isinstance(value, tuple) else (value,)))})"

@@ -118,15 +118,19 @@ def _bytes(cfg: TrainingFlags, model: Transformer | ScalarModel) -> int:
 def _evaluations(cfg: TrainingFlags, evaluation: Evaluation | None) -> str:
     if evaluation is None:
         return ""
-    every = f", every {_counted(cfg.eval_every, 'step')}" if cfg.eval_every else ""
+    every = f", {_every(cfg.eval_every)}" if cfg.eval_every else ""
     best = f"; keeps the best model by {cfg.keep_best}" if cfg.keep_best is not None else ""
     rows = f"{evaluation.count:,} held-out {evaluation.items}"
     return f"evaluates on {rows} before training{every} and at the end{best}"
 
 
 def _files(cfg: TrainingFlags) -> str:
-    every = f", and a checkpoint every {_counted(cfg.save_every, 'step')}" if cfg.save_every else ""
+    every = f", and a checkpoint {_every(cfg.save_every)}" if cfg.save_every else ""
     return f"writes {cfg.output}: the model at the end{every or '; no checkpoints (--save-every)'}"
+
+
+def _every(steps: int) -> str:
+    return "every step" if steps == 1 else f"every {steps:,} steps"
 
 
 def _counted(count: int, noun: str) -> str:

@@ -26,14 +26,16 @@ PAGE = (
 {% for note in notes %}<p class="quiet small">{{ note }}</p>
 {% endfor %}</header>
 {% if figures %}<h2>Main figures</h2>
-<div class="narrow scroll"><table><thead><tr><th>metric</th><th>first</th><th>last</th>{% if has_best %}<th>best</th>{%
+<div class="narrow scroll">
+<table class="metrics"><thead><tr><th>metric</th><th>first</th><th>last</th>{% if has_best %}<th>best</th>{%
  endif %}</tr></thead><tbody>
 {% for row in figures %}<tr><td>{{ row.name }} <span class="quiet small">{{ row.unit }}</span></td><td>{{ row.first
  }}</td><td>{{ row.last }}</td>{% if has_best %}<td>{{ row.best }}</td>{% endif %}</tr>
 {% endfor %}</tbody></table></div>
 <p class="quiet small">{{ averaged }}</p>
 {% endif %}{% if held_out[1] %}<h2>Held-out rows</h2>
-<div class="narrow scroll"><table><thead><tr><th></th>{% for name in held_out[0] %}<th>{{ name }}</th>{% endfor %}</tr>
+<div class="narrow scroll">
+<table class="metrics"><thead><tr><th>metric</th>{% for name in held_out[0] %}<th>{{ name }}</th>{% endfor %}</tr>
 </thead><tbody>{% for row in held_out[1] %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
 {% endif %}<h2>Curves</h2>

@@ -24,7 +24,7 @@ RELOAD = 10  # seconds between reloads of the page of a running run
 MOST_CURVES = 60  # in "All other metrics"; a reward function may log any number of them
 SHORT, LONG = 600, 8000  # characters of a text before it is folded, and before it is cut
 NEWEST, FIRST = 4, 3  # samples shown
-MOST_HELD_OUT = 8  # columns of the table of held-out figures
+MOST_HELD_OUT = 30  # rows of the table of held-out figures
 
 
 class Status(NamedTuple):
@@ -128,7 +128,7 @@ def _where(records: Records, status: Status) -> str:
     model = records.folder / "model"
     if model.is_dir():
         best = records.folder / "best"
-        of_best = f" The best one by --keep-best: {harmless(str(best))}" if best.is_dir() else ""
+        of_best = f"; the best one by --keep-best: {harmless(str(best))}" if best.is_dir() else ""
         return f"The trained model: {harmless(str(model))}{of_best}"
     if status.word == "running":
         return f"The run goes on. It will write its model to {harmless(str(model))}"
@@ -168,19 +168,18 @@ def _averaged(records: Records) -> str:
 
 
 def _held_out(records: Records) -> tuple[list[str], list[list[str]]]:
-    """Return the names of the figures in held_out.json, and a row for each of its entries."""
+    """Return the names of the entries of held_out.json, such as before and after, and a row for each figure."""
     is_error = lambda key: key.endswith((ERROR, "standard_error"))
     names = [key for entry in records.held_out.values() for key in entry if not is_error(key)]
-    names = list(dict.fromkeys(names))[:MOST_HELD_OUT]
     rows = []
-    for label, entry in records.held_out.items():
-        cells = [harmless(label)]
-        for name in names:
+    for name in list(dict.fromkeys(names))[:MOST_HELD_OUT]:
+        cells = [harmless(name)]
+        for entry in records.held_out.values():
             error = entry.get(f"{name}{ERROR}", entry.get("standard_error") if name == "accuracy" else None)
             text = number(entry[name]) if name in entry else ""
             cells.append(text if error is None else f"{text} ± {error:.2g}")
         rows.append(cells)
-    return [harmless(name) for name in names], rows
+    return [harmless(label) for label in records.held_out], rows
 
 
 # ---- curves

@@ -20,6 +20,8 @@ STYLE = """
  th:first-child, td:first-child, .words td, .words th { text-align: left } thead th { border-color: var(--ink) }
  .words td:first-child { width: 40%; color: var(--quiet) } .changed td { font-weight: 600 }
  .narrow { max-width: 44rem } .scroll { overflow-x: auto } .scroll td, .scroll th { overflow-wrap: normal }
+ .scroll .metrics td { white-space: nowrap }
+ .scroll .metrics td:first-child { white-space: normal; overflow-wrap: anywhere }
  .meter { display: inline-block; height: .6rem; background: var(--c0); vertical-align: middle; margin-right: .5rem }
  .number { display: inline-block; min-width: 3rem }
  @media (max-width: 30rem) { .scroll table { font-size: .85rem } .scroll th, .scroll td { padding: .3rem .2rem }

@@ -20,6 +20,18 @@ def test_every_command_has_help(command, capsys):
     assert (f"burnish {command}" in text and ("--output" in text or command == "bench")) or "--prompt" in text
 
 
+@pytest.mark.parametrize("command, runs_own", [("sft", True), ("teach", True), ("chat", False)])
+def test_the_help_is_the_same_each_time_and_offers_what_can_be_read(command, runs_own, capsys):
+    def text() -> str:
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        return " ".join(capsys.readouterr().out.replace("│", "").split())
+
+    found = text()
+    assert found == text() and ("such as a run's config.json" in found) is runs_own
+    assert (f"runs/{command}-DATE-TIME-RANDOM" in found) is runs_own
+
+
 def test_usage(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out

@@ -82,6 +82,17 @@ def test_a_runs_own_file_reads_back(command, tmp_path):
     assert parsed(command, module_of(command), [f"--config={tmp_path / 'config.json'}"]) == plain
 
 
+def test_the_file_of_a_resumed_run_starts_a_new_run(model_folder, demonstrations, tmp_path):
+    flags = {"save_every": 1, "batch_size": 4, "device": "cpu", "output": tmp_path / "run"}
+    cfg = sft.Config(model=model_folder, data=demonstrations, steps=1, **flags)
+    sft.train(cfg)
+    sft.train(dataclasses.replace(cfg, steps=2, resume=True))
+    words = ["--config", str(cfg.output / "config.json"), "--output", str(tmp_path / "again")]
+    again = sft.train(parsed("burnish sft", sft, words))
+    assert again == tmp_path / "again" / "model"
+    assert (cfg.output / "config.json").read_text() == as_json(dataclasses.replace(cfg, steps=2))
+
+
 def read(text: str, tmp_path: Path, *words: str, name: str = "run.yaml") -> sft.Config:
     (tmp_path / name).write_text(text)
     return parsed("sft", sft, ["--model", "m", "--data", "d", *words, "--config", str(tmp_path / name)])

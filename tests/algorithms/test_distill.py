@@ -212,6 +212,10 @@ def test_all_ids_stored_are_the_teacher_itself(cfg, lessons, tmp_path):
     same_weights(with_teacher, without, 2e-3)
 
 
+def test_a_teacher_tells_where_its_lessons_are_and_what_they_are_for(capsys, lessons):
+    assert capsys.readouterr().out.endswith(f"written: {lessons}, which is --data of burnish distill\n")
+
+
 def test_fewer_ids_and_a_tail_are_a_lower_bound_that_rises(cfg, teacher, tmp_path):
     """Ids taken as one can only hide a difference: the divergence falls with K, and is never negative."""
     found = []

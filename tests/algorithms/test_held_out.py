@@ -333,6 +333,12 @@ def best_step(cfg: sft.Config) -> float:
     return load_model(cfg.output / "best").norm.weight[0].item()
 
 
+def test_patience_that_ends_with_the_last_step_stops_nothing_early(scripted, capsys):
+    cfg = dataclasses.replace(scripted, steps=4)
+    assert follow(cfg, [0.1, 5.0, 6.0, 6.0, 6.0]) == [*range(4)]
+    assert "stopped early" not in capsys.readouterr().out
+
+
 def test_the_best_model_is_kept_and_the_run_stops(scripted, capsys):
     """The untrained model is no candidate, though its loss is the lowest."""
     course = [0.1, 5.0, 4.0, 4.0, NAN, 3.0, 3.5, 3.0, 6.0, 1.0]

@@ -3,6 +3,7 @@
 import json
 from dataclasses import fields, replace
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -194,3 +195,9 @@ def test_an_adapter_is_refused(tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(InputError, match="expected the folder of a whole model, got an adapter"):
         main(Config(model=tmp_path, device="cpu"))
+
+
+def test_a_name_of_the_hub_gets_the_command_that_fetches_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"no such folder; .* `hf download Qwen/Qwen3-0.6B --local-dir"):
+        main(Config(model=Path("Qwen/Qwen3-0.6B")))

@@ -60,6 +60,8 @@ def test_prompts_are_dropped_only_with_a_count(chat):
     assert len(rl_prompts([{"prompt": "the License"}], chat, max_length=length)[0]) == 1
     with pytest.raises(InputError, match="no prompt to sample from: 1 rows, 1 dropped: empty prompt"):
         rl_prompts(rows[2:3], chat, max_length=20)
+    with pytest.raises(InputError, match=r"1 dropped: empty prompt \(the first: row 1\)$"):
+        rl_prompts(rows[2:3], chat, max_length=20)
 
 
 @pytest.mark.parametrize(

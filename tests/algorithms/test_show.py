@@ -309,6 +309,23 @@ def test_a_page_of_many_steps_is_small(tmp_path):
     assert "All other metrics (60)" in page.text and "20 more metrics" in page.text
 
 
+def test_a_figure_with_a_long_name_is_a_row_whose_numbers_stay_whole(tmp_path):
+    """On a phone a table of one column for each metric would hide most of them."""
+    name = "reward/format_of_the_answer_is_as_it_was_asked_for"
+    (tmp_path / "config.json").write_text("{}")
+    entries = {
+        "before": {name: 0.5, "reward": 1.0, "reward_error": 0.0083},
+        "after": {name: 0.75, "reward": 2.0},
+    }
+    (tmp_path / "held_out.json").write_text(json.dumps(entries))
+    text = write_report(tmp_path).read_text()
+    rows = re.findall(r"<tr>(?:<t[dh]>[^<]*</t[dh]>)+</tr>", text.split("Held-out rows")[1])
+    cells = [re.findall(r"<t[dh]>([^<]*)<", row) for row in rows]
+    expected = [["metric", "before", "after"], [name, "0.5", "0.75"], ["reward", "1 ± 0.0083", "2"]]
+    assert cells == expected
+    assert ".metrics td { white-space: nowrap }" in text and text.count('class="metrics"') == 1
+
+
 def test_held_out_points_lie_in_the_picture_of_their_metric(tmp_path):
     lines = [{"step": i, "loss": 2.0 - i / 10, "seconds": 1.0} for i in range(10)]
     for i in (0, 5):
@@ -332,8 +349,10 @@ def test_held_out_points_lie_in_the_picture_of_their_metric(tmp_path):
     assert re.search(r"eval_accuracy .*?</td><td>0.5</td><td>0.5</td><td></td>", text), (
         "the best of --keep-best"
     )
-    assert "<tr><td>before</td><td>2.25 ± 0.12</td><td>8</td><td></td></tr>" in text
-    assert "<tr><td>score</td><td></td><td></td><td>0.75 ± 0.05</td></tr>" in text
+    assert "<th>metric</th><th>before</th><th>score</th>" in text
+    assert "<tr><td>loss</td><td>2.25 ± 0.12</td><td></td></tr>" in text
+    assert "<tr><td>rows</td><td>8</td><td></td></tr>" in text
+    assert "<tr><td>accuracy</td><td></td><td>0.75 ± 0.05</td></tr>" in text
     others = text.split("All other metrics")[1]
     assert "<h3>eval_seconds" in others and others.count("held out") == 0
 
@@ -383,26 +402,50 @@ def test_the_commands_at_the_end_work_when_they_are_pasted(
     ran += next_commands(capsys.readouterr().out)
 
     names = [command[0] for command in ran]
-    assert names == ["evaluate", "merge", "evaluate", "ppo", "evaluate", "merge"]
+    assert names == ["chat", "evaluate", "merge", "evaluate", "ppo", "chat", "evaluate", "merge"]
     for command in ran:
-        more = {"ppo": ["--steps", "1", "--max-new-tokens", "2"]}.get(command[0], [])
-        more += ["--samples", "1", "--max-new-tokens", "2"] if "--reward" in command else []
-        more += (
-            [] if "merge" in command else ["--output", f"out-{len([*tmp_path.iterdir()])}", "--device", "cpu"]
-        )
+        short = ["--max-new-tokens", "2"]
+        more = {"ppo": ["--steps", "1", *short], "chat": ["--prompt", "1+2=", *short]}.get(command[0], [])
+        more = [*more, *(["--samples", "1", *short] if "--reward" in command else [])]
+        more += [] if "merge" in command else ["--device", "cpu"]
+        if command[0] in ("evaluate", "ppo"):
+            more += ["--output", f"out-{len([*tmp_path.iterdir()])}"]
         assert main([*command, *more]) == 0, command
 
 
-def test_a_model_with_a_chat_template_is_to_be_talked_to(tmp_path):
+def test_the_commands_at_the_end_read_the_rows_as_the_run_did(cfg, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jinja").write_text('{"prompt": {{ q | tojson }}, "completion": "4"}')
+    for name in ("a", "b"):
+        Path(f"{name}.jsonl").write_text('{"q": "2+2="}\n' * 4)
+    data = (Path("a.jsonl"), Path("b.jsonl"))
+    changes = {"row_template": Path("rows.jinja"), "train_on": "all", "max_length": 5, "output": Path("run")}
+    sft.train(dataclasses.replace(cfg, data=data, **changes))
+    _, command = next_commands(capsys.readouterr().out)
+    assert main([*command, "--output", "out", "--device", "cpu"]) == 0
+    assert json.loads(Path("out/result.json").read_text())["figures"]["tokens"] == 8 * 4
+
+
+def test_the_commands_at_the_end_are_for_the_best_model(cfg, tmp_path):
     from burnish.algorithms.show.advice import next_commands
 
-    model = tmp_path / "model"
-    model.mkdir()
-    assert next_commands(tmp_path, "sft", {"data": "d"}) == []
-    (model / "config.json").write_text("{}")
-    assert next_commands(tmp_path, "dpo", {"data": "d"}) == []
-    (model / "tokenizer_config.json").write_text('{"chat_template": "x"}')
-    assert next_commands(tmp_path, "dpo", {"data": "d"}) == [f"burnish chat --model {model}"]
+    for name in ("model", "best"):
+        (tmp_path / name).mkdir()
+        assert next_commands(tmp_path, "dpo", {"data": "d"}) == [] or name == "best"
+        (tmp_path / name / "config.json").write_text("{}")
+    assert next_commands(tmp_path, "dpo", {"data": "d"}) == [f"burnish chat --model {tmp_path / 'model'}"]
+    flags = {"data": "d", "keep_best": "loss", "chat_template_kwargs": '{"a": 1}'}
+    chat = f"burnish chat --model {tmp_path / 'best'} --chat-template-kwargs '{{\"a\": 1}}'"
+    assert next_commands(tmp_path, "dpo", flags) == [chat]
+    assert next_commands(tmp_path, "", flags) == []  # an unknown model: it may be a reward model
+
+
+def test_the_commands_leave_out_what_evaluate_does_by_itself():
+    from burnish.algorithms import evaluate
+    from burnish.algorithms.show.advice import DEFAULTS
+
+    fields = {field.name: field.default for field in dataclasses.fields(evaluate.Config)}
+    assert {name: fields[name] for name in DEFAULTS} == DEFAULTS
 
 
 def test_a_stage_of_a_recipe_ends_in_one_line(cfg, capsys):

@@ -50,6 +50,12 @@ def test_a_run_tells_what_will_happen(cfg, capsys):
     ]
 
 
+def test_every_step_is_not_called_every_1_step(cfg, capsys):
+    printed = lines(dataclasses.replace(cfg, eval_data=cfg.data, eval_every=1, save_every=1), capsys)
+    assert printed[-2].endswith("before training, every step and at the end")
+    assert printed[-1].endswith("and a checkpoint every step")
+
+
 WARMED = {
     (0, 9, "constant"): "learning rate: starts at 0.001, then stays there",
     (1, 9, "linear"): "learning rate: reaches 0.001 after 1 of 9 steps, then falls to 0 by the end (linear)",
@@ -172,5 +178,5 @@ def test_a_run_of_epochs_is_read_back_and_grows_by_epochs(cfg):
 
     sft.train(dataclasses.replace(short_run, resume=True, epochs=2.0))
     assert len((cfg.output / "metrics.jsonl").read_text().splitlines()) == 6
-    with pytest.raises(InputError, match="--steps: expected at least 6"):
+    with pytest.raises(InputError, match=r"--steps: expected at least 6, .* got 3, which --epochs 1 takes"):
         sft.train(dataclasses.replace(short_run, resume=True))
