@@ -94,9 +94,14 @@ def check_unused(folder: Path, but: Sequence[str] = ()) -> None:
         raise InputError(f"--output {folder}: expected a new or empty folder, found one in use")
 
 
-def _check_resumable(folder: Path, config: Any) -> None:
+def check_checkpoint(folder: Path) -> None:
+    """Raise InputError unless the folder holds the checkpoint of a run."""
     if not os.path.isfile(folder / CHECKPOINT):  # False also for a name that no file can have
         raise InputError(f"--resume: {folder} holds no {CHECKPOINT}: give the folder of the run by --output")
+
+
+def _check_resumable(folder: Path, config: Any) -> None:
+    check_checkpoint(folder)
     for entry in sorted(folder.iterdir()):
         if entry.is_symlink():  # the target of the link would be truncated and overwritten
             raise InputError(

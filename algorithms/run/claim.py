@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from ...model.errors import InputError, shown
 from ...model.files.replacing import reason
-from .checks import CHECKPOINT, LOCK, check_unused, make_folder
+from .checks import LOCK, check_checkpoint, check_unused, make_folder
 from .flags import TrainingFlags
 from .folder import remove_start
 from .processes import check_joined, rank
@@ -56,10 +56,12 @@ def in_run_folder(train: Callable[[Flags], Path]) -> Callable[[Flags], Path]:
 def _claim(folder: Path, resume: bool) -> Iterator[None]:
     """Make and lock a run folder inside the block. Raises InputError if it cannot be made, or is in use."""
     check_joined()
-    if rank() or (resume and not os.path.isfile(folder / CHECKPOINT)):  # check_flags then says so
+    if rank():
         yield
         return
-    if not resume:
+    if resume:
+        check_checkpoint(folder)
+    else:
         check_unused(folder, but=(LOCK,))
 
     made = [each for each in (folder, *folder.parents) if not lexists(each)]  # the innermost first

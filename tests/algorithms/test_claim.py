@@ -156,6 +156,13 @@ def test_a_lock_that_was_removed_meanwhile_is_taken_again(cfg, monkeypatch):
         assert "but process" in in_another_process(cfg)
 
 
+def test_no_run_goes_on_without_the_lock(cfg):
+    """A first run may write its checkpoint just after another has looked for it."""
+    cfg.output.mkdir()
+    with pytest.raises(InputError, match="holds no checkpoint"), claim._claim(cfg.output, True):
+        pass
+
+
 def test_the_end_of_a_moved_run_leaves_the_lock_of_another_in_its_place(cfg):
     with claim._claim(cfg.output, False):
         cfg.output.rename(cfg.output.with_name("moved"))
