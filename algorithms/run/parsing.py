@@ -60,6 +60,8 @@ def parsed(name: str, module: ModuleType, arguments: Sequence[str], summary: str
         group = "" if top else group_of(config, field.name)
         member = _member(field, hints[field.name], texts.get(field.name, ""), positional, values)
         members.setdefault(group, []).append(member)
+
+    # --config stands behind the first flags
     help_ = CONFIG_HELP.format(RUNS_OWN if issubclass(config, TrainingFlags | SamplingFlags) else "")
     of_file = Annotated[
         Path | None, tyro.conf.arg(help=help_, metavar="PATH", help_behavior_hint="(default: none)")
