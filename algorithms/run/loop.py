@@ -172,6 +172,7 @@ class Run:
                 (self._cfg.seed + step * 0x9E3779B97F4A7C15 + rank() * 0xBF58476D1CE4E5B9) % 2**63
             )
             yield step
+
             self._done = step + 1
             reshard(*self._frozen)  # a forward pass without a backward pass leaves their weights gathered
             stops = is_asked()

@@ -60,6 +60,7 @@ def parsed(name: str, module: ModuleType, arguments: Sequence[str], summary: str
         group = "" if top else group_of(config, field.name)
         member = _member(field, hints[field.name], texts.get(field.name, ""), positional, values)
         members.setdefault(group, []).append(member)
+
     help_ = CONFIG_HELP.format(RUNS_OWN if issubclass(config, TrainingFlags | SamplingFlags) else "")
     of_file = Annotated[
         Path | None, tyro.conf.arg(help=help_, metavar="PATH", help_behavior_hint="(default: none)")
@@ -98,6 +99,7 @@ def _member(
     default: dict[str, Any] = {"default": field.default, "default_factory": field.default_factory}
     if field.name in values:
         default = {"default": values[field.name]}
+
     text, hint_ = _help(text, default)
     several = get_origin(_base(hint)) is tuple
     of_place = f"[{field.name.upper()} ...]" if several else field.name.upper()
