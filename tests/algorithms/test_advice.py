@@ -6,7 +6,7 @@ from burnish.algorithms import evaluate
 from burnish.algorithms.show.advice import DEFAULTS, next_commands
 
 
-def test_the_commands_at_the_end_are_for_the_best_model(cfg, tmp_path):
+def test_the_commands_at_the_end_are_for_the_best_model(tmp_path):
     for name in ("model", "best"):
         (tmp_path / name).mkdir()
         assert next_commands(tmp_path, "dpo", {"data": "d"}) == [] or name == "best"
