@@ -117,7 +117,7 @@ def test_held_out_figures_are_those_of_the_next_step_on_the_same_rows(folder, na
     assert before.keys() == after.keys() == {*names, *(f"{name}_error" for name in names), items}
     assert first.keys() == second.keys() and first["eval_seconds"] > 0 and after[items] == 64
     out = capsys.readouterr().out
-    assert f"evaluates on 64 held-out {items} before training, every 1 step and at the end\n" in out
+    assert f"evaluates on 64 held-out {items} before training, every step and at the end\n" in out
     assert f"held out: loss {before['loss']:.4g} -> {after['loss']:.4g} +- {after['loss_error']:.2g}" in out
 
 
