@@ -11,7 +11,7 @@ import contextlib
 import errno
 import functools
 import os
-import socket
+import platform
 import stat
 import sys
 from collections.abc import Callable, Iterator
@@ -103,7 +103,7 @@ def _locked(folder: Path) -> Iterator[None]:
     _claimed.add(name)
     try:
         os.ftruncate(opened, 0)
-        os.write(opened, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        os.write(opened, f"process {os.getpid()} on {platform.node()}".encode())
         yield
     finally:
         _claimed.discard(name)

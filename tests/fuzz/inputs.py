@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from burnish.algorithms import sft
 from burnish.algorithms.data.lessons import Lesson, write_lessons
+from burnish.algorithms.run.digests import DIGESTS
 from burnish.model.adapter import add_lora
 from burnish.model.checkpoint import load_model, load_scalar_model, save_model
 from burnish.model.config import ModelConfig
@@ -232,10 +233,13 @@ def _run(folder: Path) -> None:
 
 
 def _share_out(file: Path) -> None:
-    """A checkpoint as two processes write it: each has half of the rows of what has rows."""
+    """A checkpoint as two processes write it: each has half of the rows of what has rows.
+
+    It has no digests, so that mutations reach the checks behind them.
+    """
     tensors = load_file(file)
     with safe_open(file, framework="pt") as opened:
-        metadata = opened.metadata()
+        metadata = {name: text for name, text in opened.metadata().items() if name != DIGESTS}
     other = file.with_name("checkpoint-2-1-of-2.safetensors")
     half = {name: -(-len(tensor) // 2) for name, tensor in tensors.items() if tensor.dim()}
     shared = metadata | {"others": json.dumps([other.name])}
