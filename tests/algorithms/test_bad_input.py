@@ -203,6 +203,7 @@ def test_a_tokenizer_with_more_ids_than_the_model(model_folder, demonstrations, 
     assert expected in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_one_file_as_a_command_says_the_same(tmp_path):
     command = [
         sys.executable,

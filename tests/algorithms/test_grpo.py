@@ -45,6 +45,7 @@ def same_weights(one, other, tolerance):
         torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
 
 
+@pytest.mark.slow
 def test_reward_rises(cfg):
     grpo.train(dataclasses.replace(cfg, steps=40))
     metrics = metrics_of(cfg.output)

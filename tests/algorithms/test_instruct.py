@@ -105,6 +105,7 @@ def config_of(folder):
     return json.loads((folder / "config.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_stage_runs_and_is_reported(finished):
     cfg, recipes, page, printed = finished
     for stage in STAGES:

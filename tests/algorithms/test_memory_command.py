@@ -150,6 +150,7 @@ def test_experts_have_adapters_too(tmp_path):
 # ---- sentences
 
 
+@pytest.mark.slow
 def test_a_report(wide, capsys, monkeypatch):
     cfg = Config(model=wide, device="cuda", micro_batch_tokens=1024)
     fitting = replace(cfg, checkpoint_activations=True)

@@ -238,6 +238,7 @@ def test_what_this_process_has_freed_hides_no_growth(tmp_path):
     assert outcome_of(grows, tmp_path, Limits(seconds=1, bytes=64 << 20)).kind == "memory", len(last)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("times, kind", [(1, "accepted, same"), (2, "hang")])
 def test_a_hang_is_one_that_hangs_again(times, kind, inputs, tmp_path):
     """A machine may stand still under a reader; under two attempts in turn it does not."""
