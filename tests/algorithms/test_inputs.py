@@ -321,6 +321,7 @@ def test_flags_that_change_no_mathematics_may_differ(tasks, tmp_path):
     cfg = dataclasses.replace(tasks["sft"].config, steps=3, output=tmp_path / "whole")
     sft.train(cfg)
     expected = load_file(cfg.output / "model" / "model.safetensors")
+
     for i, (changes, bound) in enumerate(
         (
             ({"micro_batch_tokens": 9}, 1e-5),
@@ -332,6 +333,7 @@ def test_flags_that_change_no_mathematics_may_differ(tasks, tmp_path):
     ):
         cut = dataclasses.replace(cfg, steps=2, output=tmp_path / str(i))
         sft.train(cut)
+
         # the first steps with the learning rates of three
         shutil.rmtree(cut.output)
         with pytest.MonkeyPatch.context() as patch:
