@@ -37,7 +37,7 @@ test: $(READY) ## lint, the CPU path, and the Triton code under the interpreter 
 	$(BIN)/pytest -n 2 --dist worksteal
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal tests/kernels tests/test_controls.py
 
-test-slow: $(READY) ## every feature combination, every compilation, learning runs (at most 25 minutes)
+test-slow: $(READY) ## every feature combination, every compilation, learning runs (at most 40 minutes)
 	$(BIN)/pytest -n 2 --dist worksteal -m slow
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal -m slow tests/kernels tests/test_controls.py
 

@@ -241,7 +241,7 @@ def train(cfg: Config) -> Path:
                 loss, metrics = term(cfg, student, teacher, batch, batches.num_trained)
                 learner.backward(loss, batch.share, metrics)
 
-            # 3. one step of AdamW
+            # 3. one step of the optimizer
             facts = {"trained_tokens": batches.num_trained, "student_samples": float(bool(sampled))}
             metrics = learner.step(step) | facts | sampled | {"sampling_seconds": 0.0} | run.seconds
             run.log(metrics | learner.balance.metrics(), batches.num_tokens)

@@ -173,7 +173,7 @@ def train(cfg: Config) -> Path:
                 metrics |= {"chosen_logprob": means[0].item(), "rejected_logprob": means[1].item()}
                 learner.backward(loss, batch.share, metrics)
 
-            # 4. one step of AdamW
+            # 4. one step of the optimizer
             metrics = learner.step(step)
             run.log(metrics | learner.balance.metrics(), batches.num_tokens)
         return run.save()

@@ -121,7 +121,7 @@ def train(cfg: Config) -> Path:
                 learner.backward(loss, batch.share)
                 log_ratios.append(log_ratio.detach())
 
-            # 5. one step of AdamW
+            # 5. one step of the optimizer
             metrics = learner.step(step)
             log_ratio = batches.joined(log_ratios)  # (all completions,)
             chosen, rejected = (cfg.beta * log_ratio[side].mean() for side in (wanted, ~wanted))

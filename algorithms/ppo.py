@@ -367,7 +367,7 @@ def _load_models(cfg: Config, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -
 
 
 def _step(policy: Learner[Transformer], critic: Learner[ScalarModel] | None, step: int) -> dict[str, float]:
-    """Take one AdamW step of the policy and of the critic. Return the step's summed metrics."""
+    """Take one optimizer step of the policy and of the critic. Return the step's summed metrics."""
     sums = policy.step(step)
     sums["policy_loss"] = sums.pop("loss")
     if critic is not None:

@@ -105,7 +105,7 @@ def train(cfg: Config) -> Path:
                     loss = loss + cfg.centering * centering_loss(chosen, rejected, len(rows))
                 learner.backward(loss, batch.share, pair_metrics(chosen, rejected, len(rows)))
 
-            # 3. one step of AdamW
+            # 3. one step of the optimizer
             metrics = learner.step(step)
             run.log(metrics | learner.balance.metrics(), batches.num_tokens)
 

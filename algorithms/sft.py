@@ -94,7 +94,7 @@ def train(cfg: Config) -> Path:
                 loss = LOSSES[cfg.loss](logprob, batches.num_trained)
                 learner.backward(loss, batch.share)
 
-            # 3. one step of AdamW
+            # 3. one step of the optimizer
             metrics = learner.step(step) | {"trained_tokens": batches.num_trained}
             run.log(metrics | learner.balance.metrics(), batches.num_tokens)
         return run.save()

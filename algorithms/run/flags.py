@@ -218,7 +218,7 @@ class TrainingFlags(OptimizerFlags, AdapterFlags, EvaluationFlags, RunFlags, Row
     @property
     def rows_per_step(self) -> int:
         """The number of rows that a step draws from --data."""
-        raise NotImplementedError
+        raise NotImplementedError  # SupervisedFlags and RolloutFlags have it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple, TypeVar
 
 from ...model.errors import InputError, shown
 from ...model.files.replacing import replacing
+from ..show.metrics import LOWER
 from .flags import EvaluationFlags, TrainingFlags
 from .processes import rank
 
 HELD_OUT, BEST = "held_out.json", "best"
-LOWER = ("loss", "perplexity", "divergence", "kl")  # figures of which a lower one is better
 HIGHER = ("reward", "score", "accuracy", "margin", "logprob_accuracy", "logprob_margin")
 OF_USERS = ("reward/", "metric/")  # beginnings of names that reward functions give; a higher one is better
 SHARES = ("accuracy", "logprob_accuracy", "ended")  # printed in percent

@@ -158,13 +158,12 @@ class Run:
         With --patience the steps end earlier, if evaluations no longer improve. After a SIGTERM, save the checkpoint of
         the step under way and raise Terminated.
         """
-        total = self._cfg.steps
         if self._display is not None:
             self._display.begin()
 
         defer()  # from now on a SIGTERM waits for the end of a step
         self._clock = time.perf_counter()
-        for step in range(self.start, total):
+        for step in range(self.start, self._cfg.steps):
             if is_over(self._cfg, self.values):
                 break
             self._step, self.seconds = step, {}
@@ -348,10 +347,12 @@ def _report_rate(folder: Path, cfg: TrainingFlags, rows: int, start: int) -> Non
     steps, peak = steps_of(folder, cfg, rows), cfg.learning_rate
     if rank() or cfg.schedule == "constant" or steps in (None, cfg.steps) or start in (0, cfg.steps):
         return
-    before = scheduled(peak, start - 1, steps, cfg.warmup_steps, cfg.schedule)
-    after = scheduled(peak, start, cfg.steps, cfg.warmup_steps, cfg.schedule)
+    rate = lambda step, total: scheduled(peak, step, total, cfg.warmup_steps, cfg.schedule)
+    before, after = rate(start - 1, steps), rate(start, cfg.steps)
+    if after == rate(start, steps):  # still in the warm-up
+        return
     print(
-        f"--steps {cfg.steps} in place of {steps}: the learning rate, which decays until the last step, goes from "
+        f"{cfg.steps} steps in place of {steps}: the learning rate, which decays until the last step, goes from "
         f"{before:.3g} in step {start - 1} to {after:.3g} in step {start}"
     )
 

@@ -53,6 +53,8 @@ def write_report(
 def status_of(records: Records) -> Status:
     """Return how a run stands, as far as its files tell: a saved model means that it has ended."""
     done, total = records.last_step + 1, records.flags.get("steps")
+    if records.flags.get("epochs") is not None:  # steps then stands at its default
+        total = None
     of_total = f"step {done:,} of {total:,}" if isinstance(total, int) else f"step {done:,}"
     if not (records.folder / "model").is_dir():
         return Status("stopped", f"not finished: {of_total}")

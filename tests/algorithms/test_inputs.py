@@ -385,11 +385,19 @@ def test_another_number_of_steps_says_what_it_does_to_the_rate(tasks, tmp_path, 
         return
     rates = [scheduled(1e-2, 1, 2, 0, schedule), scheduled(1e-2, 2, 4, 0, schedule)]
     assert lines == [
-        "--steps 4 in place of 2: the learning rate, which decays until the last step, goes from "
+        "4 steps in place of 2: the learning rate, which decays until the last step, goes from "
         f"{rates[0]:.3g} in step 1 to {rates[1]:.3g} in step 2"
     ]
     logged = [json.loads(line) for line in (cfg.output / "metrics.jsonl").read_text().splitlines()]
     assert [line["learning_rate"] for line in logged[1:3]] == pytest.approx(rates)
+
+
+def test_within_the_warm_up_another_number_of_steps_changes_no_rate(tasks, tmp_path, capsys):
+    changes = {"schedule": "cosine", "warmup_steps": 9, "output": tmp_path / "out"}
+    cfg = dataclasses.replace(tasks["sft"].config, **changes)
+    sft.train(cfg)
+    sft.train(dataclasses.replace(cfg, steps=3, resume=True))
+    assert "in place of" not in capsys.readouterr().out
 
 
 def test_steps_and_epochs_are_two_ways_to_the_same(tasks, tmp_path):

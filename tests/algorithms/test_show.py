@@ -123,6 +123,12 @@ def test_a_run_writes_its_page_and_is_not_disturbed_by_it(cfg):
     assert torch.__version__ in page.text and f"The trained model: {cfg.output / 'model'}" in page.text
 
 
+def test_a_run_of_epochs_is_finished_after_fewer_steps_than_the_default(cfg):
+    sft.train(dataclasses.replace(cfg, epochs=0.1, steps=1000))
+    write_report(cfg.output)  # as `burnish report`, which does not know the number of rows
+    assert "stopped early" not in page_of(cfg.output).text and "finished" in page_of(cfg.output).text
+
+
 def test_the_page_of_a_running_run_reloads_itself(cfg, monkeypatch):
     written, write = [], display.write_report
 
